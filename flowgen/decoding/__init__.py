@@ -1,0 +1,18 @@
+"""Inversion of autoregressive flows: sequential and parallel decoding, guidance, sampling."""
+
+from flowgen.decoding.guidance import Guidance, linear_rule, product_rule
+from flowgen.decoding.plan import DecodePlan, Jacobi, Sequential, resolve_plan
+from flowgen.decoding.sampler import Inversion, invert, sample
+
+__all__ = [
+    "DecodePlan",
+    "Guidance",
+    "Inversion",
+    "Jacobi",
+    "Sequential",
+    "invert",
+    "linear_rule",
+    "product_rule",
+    "resolve_plan",
+    "sample",
+]

@@ -1,0 +1,128 @@
+"""One solver for the inverse of an autoregressive block: windowed fixed-point sweeps behind a cache.
+
+The tokens of a block solve x_t = shift_t(x_<t) + exp(log_scale_t(x_<t)) · z_t. Windows of w tokens are solved
+one after another. w = 1 is sequential decoding; w = n is the Jacobi iteration of Song et al. 2021
+(arXiv 2002.03629); in between it is Gauss-Seidel-Jacobi. After k sweeps the first k tokens of a window are exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from flowgen.decoding.plan import Jacobi
+from flowgen.flows.affine import to_data
+
+# Iterates beyond this are treated as overflown: fed to the network as the limit (or 0 where NaN), so that what
+# is not yet solved cannot spoil what is. Data lives in [-1, 1].
+OVERFLOW = 1e6
+
+
+class Conditioner(NamedTuple):
+    """What the solver asks of a block.
+
+    window(previous, start, cache) -> (shift, log_scale, cache): parameters of the tokens after `previous`.
+    rewind(before, after) -> cache: from which the same window can be run again.
+    """
+
+    window: Callable[[Array, Array, Any], tuple[Array, Array, Any]]
+    rewind: Callable[[Any, Any], Any]
+
+
+class Solution(NamedTuple):
+    """Solved tokens and how they were reached; see `Inversion` for the meaning of the reports."""
+
+    x: Float[Array, "b n c"]
+    sweeps: Int[Array, " windows"]
+    residual: Float[Array, " b"]
+    overflows: Int[Array, " b"]
+
+
+class _Sweep(NamedTuple):
+    guess: Float[Array, "b w c"]
+    out: Float[Array, "b w c"]
+    residual: Float[Array, " b"]
+    cache: Any
+    count: Int[Array, ""]
+    overflows: Int[Array, " b"]
+
+
+def solve(
+    conditioner: Conditioner,
+    first: Float[Array, "b 1 c"],
+    z: Float[Array, "b n c"],
+    empty_cache: Callable[[int], Any],
+    plan: Jacobi,
+) -> Solution:
+    """Returns x with x_t = shift_t(x_<t) + exp(log_scale_t(x_<t)) · z_t for all n tokens.
+
+    first: what the network sees before the first token. empty_cache: length -> cache.
+
+    Example:
+        solution = solve(conditioner, z[:, :1], z[:, 1:], empty_cache, Jacobi(window=16))
+    """
+    batch, n, channels = z.shape
+    window = min(plan.window or n, n)
+    num_windows = -(-n // window)
+    max_sweeps = min(plan.max_sweeps or window, window)
+    padded = jnp.pad(z, ((0, 0), (0, num_windows * window - n), (0, 0)))
+    windows = padded.reshape(batch, num_windows, window, channels).swapaxes(0, 1)
+    starts = jnp.arange(num_windows) * window
+
+    def solve_window(carry, inputs):
+        first, committed = carry
+        noise, start = inputs
+        real = (start + jnp.arange(window) < n)[None, :, None]
+
+        def sweep(state: _Sweep) -> _Sweep:
+            previous = jnp.concatenate([first, state.guess[:, :-1]], axis=1)
+            cache = conditioner.rewind(committed, state.cache)
+            shift, log_scale, cache = conditioner.window(_bounded(previous), start, cache)
+            out = to_data(noise, shift, log_scale)
+            residual = _change(out, state.guess, real)
+            # A converged sample keeps its guess, so that it yields the same tokens and the same cache
+            # however many more sweeps the others in the batch need.
+            guess = jnp.where((residual <= plan.tol)[:, None, None], state.guess, out)
+            overflows = state.overflows + (_overflown(out) & real).sum(axis=(1, 2))
+            return _Sweep(guess, out, residual, cache, state.count + 1, overflows)
+
+        def unsolved(state: _Sweep) -> Bool[Array, ""]:
+            return (state.count < max_sweeps) & jnp.any(state.residual > plan.tol)
+
+        guess = noise if plan.init == "z" else jnp.zeros_like(noise)
+        state = _Sweep(
+            guess=guess,
+            out=guess,
+            residual=jnp.full(batch, jnp.inf, z.dtype),
+            cache=committed,
+            count=jnp.zeros((), jnp.int32),
+            overflows=jnp.zeros(batch, jnp.int32),
+        )
+        state = sweep(state) if max_sweeps == 1 else jax.lax.while_loop(unsolved, sweep, state)
+        # After as many sweeps as tokens the window is exact, whatever the last change was.
+        residual = jnp.where(state.count >= window, 0, state.residual)
+        report = (state.out, state.count, residual, state.overflows)
+        return (state.out[:, -1:], state.cache), report
+
+    carry = (first, empty_cache(num_windows * window))
+    _, (out, sweeps, residual, overflows) = jax.lax.scan(solve_window, carry, (windows, starts))
+    x = out.swapaxes(0, 1).reshape(batch, num_windows * window, channels)[:, :n]
+    return Solution(x, sweeps, residual.max(axis=0), overflows.sum(axis=0))
+
+
+def _overflown(x: Array) -> Array:
+    return ~(jnp.abs(x) <= OVERFLOW)
+
+
+def _bounded(x: Array) -> Array:
+    return jnp.clip(jnp.nan_to_num(x, nan=0.0), -OVERFLOW, OVERFLOW)
+
+
+def _change(new: Array, old: Array, real: Array) -> Array:
+    """Largest change per sample among real tokens; infinite where an iterate overflowed."""
+    change = jnp.where(_overflown(new), jnp.inf, jnp.abs(new - old))
+    return jnp.where(real, change, 0).max(axis=(1, 2))

@@ -1,0 +1,6 @@
+"""Autoregressive transformer flows and their densities."""
+
+from flowgen.flows.block import AutoregressiveBlock, BlockConfig, block_parameters
+from flowgen.flows.tarflow import TARFlow, TARFlowConfig, init
+
+__all__ = ["AutoregressiveBlock", "BlockConfig", "TARFlow", "TARFlowConfig", "block_parameters", "init"]

@@ -1,0 +1,133 @@
+"""Layers: linear maps with published initialisation, LayerNorm, MLP, and patchify."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+Activation = Literal["gelu", "gelu_tanh", "silu", "relu_squared"]
+PatchOrder = Literal["channel_first", "channel_last"]
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "silu": jax.nn.silu,
+    "relu_squared": lambda x: jnp.square(jax.nn.relu(x)),
+}
+TORCH_LAYER_NORM_EPS = 1e-5
+
+
+def master_dtype(dtype: str) -> jnp.dtype:
+    """Returns the dtype of parameters, affine maps and log-determinants beside a compute dtype: ≥ float32.
+
+    Example:
+        master_dtype("bfloat16")  # float32
+    """
+    return jnp.promote_types(jnp.dtype(dtype), jnp.float32)
+
+
+def uniform_bias(fan_in: int) -> nn.initializers.Initializer:
+    """Returns PyTorch's default initialiser of a linear bias, U(-1/√fan_in, 1/√fan_in).
+
+    Example:
+        nn.Dense(8, bias_init=uniform_bias(16))
+    """
+    bound = 1 / math.sqrt(fan_in)
+
+    def init(key, shape, dtype=jnp.float32):
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+def linear(features: int, fan_in: int, dtype: str, *, zero_kernel: bool = False) -> nn.Dense:
+    """Returns a Dense layer initialised as PyTorch's Linear: kernel and bias U(-1/√fan_in, 1/√fan_in).
+
+    With `zero_kernel` the kernel starts at zero and the bias still does not, as in the published heads.
+
+    Example:
+        proj = linear(256, fan_in=128, dtype="float32")
+    """
+    kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+    return nn.Dense(
+        features,
+        dtype=jnp.dtype(dtype),
+        param_dtype=master_dtype(dtype),
+        kernel_init=nn.initializers.zeros if zero_kernel else kernel_init,
+        bias_init=uniform_bias(fan_in),
+    )
+
+
+def layer_norm(dtype: str) -> nn.LayerNorm:
+    """Returns LayerNorm with PyTorch's epsilon 1e-5 and two-pass variance; statistics in float32.
+
+    Example:
+        norm = layer_norm("bfloat16")
+    """
+    return nn.LayerNorm(
+        epsilon=TORCH_LAYER_NORM_EPS,
+        dtype=jnp.dtype(dtype),
+        param_dtype=master_dtype(dtype),
+        use_fast_variance=False,
+    )
+
+
+class MLP(nn.Module):
+    """down(activation(up(x))) with `expansion` times the width in between.
+
+    Example:
+        y = MLP(width=256, expansion=4, activation="gelu", dtype="float32").apply(params, x)
+    """
+
+    width: int
+    expansion: int
+    activation: str
+    dtype: str
+
+    def setup(self):
+        hidden = self.expansion * self.width
+        self.up = linear(hidden, self.width, self.dtype)
+        self.down = linear(self.width, hidden, self.dtype)
+
+    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        return self.down(ACTIVATIONS[self.activation](self.up(x)))
+
+
+_PATCH_PATTERNS = {
+    "channel_first": ("b (i p) (j q) c", "b (i j) (c p q)"),
+    "channel_last": ("b (i p) (j q) c", "b (i j) (p q c)"),
+}
+
+
+def patchify(
+    x: Float[Array, "b height width c"], patch_size: int, order: PatchOrder
+) -> Float[Array, "b n token"]:
+    """Returns the patches of channels-last images as tokens, row by row.
+
+    order: how one patch is laid out in a token, (c, row, column) in TARFlow, (row, column, c) in STARFlow.
+
+    Example:
+        tokens = patchify(images, 4, "channel_first")  # b, (height/4)*(width/4), c*16
+    """
+    image, tokens = _PATCH_PATTERNS[order]
+    return rearrange(x, f"{image} -> {tokens}", p=patch_size, q=patch_size)
+
+
+def unpatchify(
+    tokens: Float[Array, "b n token"], patch_size: int, image_size: tuple[int, int], order: PatchOrder
+) -> Float[Array, "b height width c"]:
+    """Returns the images whose `patchify` is `tokens`.
+
+    Example:
+        images = unpatchify(tokens, 4, (32, 48), "channel_first")
+    """
+    image, pattern = _PATCH_PATTERNS[order]
+    rows = image_size[0] // patch_size
+    return rearrange(tokens, f"{pattern} -> {image}", p=patch_size, q=patch_size, i=rows)
