@@ -1,0 +1,174 @@
+"""Pixels and picture files: float images to bytes and back, grids, and files written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Generator
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from jaxtyping import Array, Float, Shaped, UInt8
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_GRID_COLOUR = 255
+
+
+def to_uint8(x: Float[Array | np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
+    """Returns bytes 0..255 of pixels in [-1, 1]: round(127.5 (x + 1)), clipped.
+
+    Infinities clip to black and white. NaN becomes the mid-grey 128, so that one failed sample cannot lose a
+    grid; whoever needs to know that it failed asks the sampler, which reports it.
+
+    Example:
+        pixels = to_uint8(samples)
+    """
+    levels = (np.clip(np.asarray(x, dtype=np.float32), -1, 1) + 1) * 127.5
+    return np.nan_to_num(np.rint(levels), nan=128).astype(np.uint8)
+
+
+def from_uint8(
+    images: UInt8[Array | np.ndarray, "*shape"],
+) -> Float[Array | np.ndarray, "*shape"]:
+    """Returns float32 pixels in [-1, 1]: images / 127.5 - 1, the convention of the published TARFlow weights.
+
+    The ends are exact and `to_uint8` inverts every level. Works on numpy and jax arrays, also under jit.
+
+    Example:
+        x = from_uint8(batch["image"])
+    """
+    return images.astype(np.float32) / 127.5 - 1
+
+
+def image_grid(
+    images: UInt8[np.ndarray, "b height width c"],
+    columns: int | None = None,
+    *,
+    padding: int = 2,
+    scale: int = 1,
+) -> UInt8[np.ndarray, "grid_height grid_width c"]:
+    """Returns one picture with the images in reading order on white, `padding` pixels apart and around.
+
+    `columns` defaults to ceil(sqrt(b)), a square. `scale` repeats every image pixel that many times, so that
+    8×8 digits can be seen; padding is not scaled. Missing cells of the last row stay white.
+
+    Raises:
+        ValueError: no images, or `columns` or `scale` below 1, or a negative padding.
+
+    Example:
+        grid = image_grid(to_uint8(samples), columns=10, scale=4)
+    """
+    count, height, width, channels = images.shape
+    if columns is None:
+        columns = math.ceil(math.sqrt(count))
+    if count == 0 or columns < 1 or scale < 1 or padding < 0:
+        raise ValueError(
+            f"An image grid needs at least one image, columns >= 1, scale >= 1 and padding >= 0, "
+            f"got {count} images, columns={columns}, scale={scale}, padding={padding}."
+        )
+    rows = math.ceil(count / columns)
+    cells = np.full((rows * columns, height * scale, width * scale, channels), _GRID_COLOUR, np.uint8)
+    cells[:count] = images.repeat(scale, axis=1).repeat(scale, axis=2)
+    cells = np.pad(cells, ((0, 0), (padding, 0), (padding, 0), (0, 0)), constant_values=_GRID_COLOUR)
+    rows_of_cells = cells.reshape(rows, columns, *cells.shape[1:])
+    grid = rows_of_cells.transpose(0, 2, 1, 3, 4).reshape(
+        rows * cells.shape[1], columns * cells.shape[2], channels
+    )
+    return np.pad(grid, ((0, padding), (0, padding), (0, 0)), constant_values=_GRID_COLOUR)
+
+
+def save_image(path: str | os.PathLike[str], image: Shaped[np.ndarray, "..."]) -> None:
+    """Writes one uint8 picture; the suffix chooses the format. The file appears whole or not at all.
+
+    Raises:
+        ValueError: unknown suffix, or an array that is no uint8 picture of 1 or 3 channels.
+        OSError: as `check_writable`.
+        ModuleNotFoundError: Pillow is not installed.
+
+    Example:
+        save_image("samples.png", image_grid(pixels))
+    """
+    check_image_path(path)
+    if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (1,), (3,)):
+        raise ValueError(
+            f"save_image expects uint8 of shape (height, width), (height, width, 1) or (height, width, 3), "
+            f"got {image.dtype} of shape {image.shape}; convert float images with to_uint8."
+        )
+    picture = pillow().fromarray(image[..., 0] if image.shape[2:] == (1,) else image)
+    with atomic_file(path) as file:
+        picture.save(file, format=pillow().registered_extensions()[Path(path).suffix.lower()])
+
+
+def check_image_path(path: str | os.PathLike[str]) -> None:
+    """Raises the sentence that `save_image` would raise for this path, before anything has been computed.
+
+    Example:
+        check_image_path(arguments.out)
+    """
+    if Path(path).suffix.lower() not in IMAGE_SUFFIXES:
+        raise ValueError(f"'{path}' has no picture suffix; use one of {', '.join(IMAGE_SUFFIXES)}.")
+    pillow()
+    check_writable(path)
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Raises OSError in one sentence where a file could not be written at `path`; creates nothing.
+
+    Raises:
+        FileNotFoundError: the folder is missing.
+        NotADirectoryError: the folder is a file.
+        IsADirectoryError: the path itself is a folder.
+        PermissionError: the folder, or the file already there, may not be written.
+
+    Example:
+        check_writable("out/samples.npz")
+    """
+    path = Path(path)
+    folder = path.parent
+    if not folder.exists():
+        raise FileNotFoundError(
+            f"Cannot write '{path}': the folder '{folder}' does not exist; create it first."
+        )
+    if not folder.is_dir():
+        raise NotADirectoryError(f"Cannot write '{path}': '{folder}' is a file, not a folder.")
+    if path.is_dir():
+        raise IsADirectoryError(f"Cannot write '{path}': it is a folder; name a file inside it.")
+    if not os.access(folder, os.W_OK | os.X_OK) or (path.exists() and not os.access(path, os.W_OK)):
+        raise PermissionError(f"Cannot write '{path}': permission denied; choose a path you may write to.")
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | os.PathLike[str]) -> Generator[IO[bytes]]:
+    """Yields a binary file that becomes `path` on success and vanishes on any error.
+
+    Example:
+        with atomic_file("samples.npz") as file:
+            np.savez(file, images=images)
+    """
+    check_writable(path)
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def pillow() -> Any:
+    """Returns the module `PIL.Image`, or raises ModuleNotFoundError naming the extra that brings it.
+
+    Example:
+        image = pillow().open("picture.png")
+    """
+    try:
+        import PIL.Image
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "Reading and writing pictures needs the package pillow; "
+            'install it with: pip install "flowgen[train]".'
+        ) from error
+    return PIL.Image

