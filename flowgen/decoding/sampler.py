@@ -131,7 +131,7 @@ def _invert(flow, params, z, cond, weights, *, plan, guidance, certify) -> Inver
 def _sample(flow, params, key, indices, cond, weights, strength, *, plan, guidance, denoised, certify) -> Inversion:
     shape = (flow.config.num_tokens, flow.config.token_dim)
     noise = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape))(indices)
-    z = noise * jnp.sqrt(flow.apply(params, method="prior_variance"))
+    z = noise * jnp.sqrt(flow.apply(params, method="prior_variance"))[None]
     result = _decode(flow, params, z, cond, weights, plan, guidance, certify)
     if denoised:
         x = tweedie(flow, params, result.x, cond, strength=strength)

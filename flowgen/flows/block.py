@@ -90,7 +90,8 @@ class AutoregressiveBlock(nn.Module):
         """
         config, transformer = self.config, self.config.transformer
         positions = jnp.minimum(start + jnp.arange(previous.shape[1]), config.num_tokens - 1)
-        h = self.proj_in(previous) + reorder(self.pos_embed, config.order)[positions].astype(transformer.dtype)
+        position = reorder(self.pos_embed, config.order)[positions]
+        h = self.proj_in(previous) + position[None].astype(transformer.dtype)
         if config.num_classes:
             embedded = class_embedding(self.class_embed, labels, previous.shape[0])
             h = h + embedded[:, None].astype(h.dtype)

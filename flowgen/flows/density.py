@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ LEVELS = 256
 PRIOR_VARIANCE_RATE = 0.1
 
 
+@runtime_checkable
 class Flow(Protocol):
     """What density and decoding ask of a flow: a Flax module with these methods and a config."""
 
@@ -37,7 +38,7 @@ def gaussian_log_prob(
     """
     if variance is None:
         variance = jnp.ones(z.shape[1:], z.dtype)
-    terms = jnp.square(z) / variance + jnp.log(2 * math.pi * variance)
+    terms = jnp.square(z) / variance[None] + jnp.log(2 * math.pi * variance)[None]
     return -0.5 * terms.sum(axis=(1, 2))
 
 

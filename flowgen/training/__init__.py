@@ -1,0 +1,45 @@
+"""Training: the step, its parallel layout, the loop, checkpoints and reports."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from flowgen.training.loop import Job, Result, train
+from flowgen.training.options import LogConfig, OptimConfig, TrainConfig
+from flowgen.training.step import TrainState, make_optimizer, make_schedule, make_step
+from flowgen.training.store import CheckpointStore
+
+__all__ = [
+    "CheckpointStore",
+    "Job",
+    "LogConfig",
+    "OptimConfig",
+    "Result",
+    "TrainConfig",
+    "TrainState",
+    "fit",
+    "make_optimizer",
+    "make_schedule",
+    "make_step",
+    "train",
+]
+
+
+def fit(experiment: Any, workdir: str | Path) -> Result:
+    """Returns the result of training an `Experiment` in `workdir`; resumes where it holds a checkpoint.
+
+    Raises what `train` and the experiment's parts raise, before any compute.
+
+    Example:
+        result = fit(flowgen.config.load("configs/tarflow_digits.py"), "runs/digits")
+    """
+    return train(
+        experiment.job(),
+        workdir,
+        optim=experiment.optim,
+        train=experiment.train,
+        log=experiment.log,
+        config=experiment.to_json(),
+        check_config=experiment.check_resumable,
+    )

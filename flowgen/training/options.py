@@ -1,0 +1,83 @@
+"""What a run is asked to do: optimizer, length, and how often it reports. Defaults live here alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+
+def check_at_least(group: str, config: object, bounds: dict[str, float]) -> None:
+    """Raises ValueError where a field is below its bound, naming field, value and bound.
+
+    Example:
+        check_at_least("train", config, {"steps": 1})
+    """
+    for name, bound in bounds.items():
+        value = getattr(config, name)
+        if not bound <= value < float("inf"):
+            raise ValueError(f"{group}.{name} is {value}; it must be at least {bound}.")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW with warm-up and cosine decay, clipping and an exponential moving average of the parameters.
+
+    clip_norm: bound on the global gradient norm, 0 = none. ema_decay: 0 = no average.
+    ema_warmup: let the average follow closely at first, decay min(ema_decay, (1 + step) / (10 + step)).
+    """
+
+    lr: float = 1e-4
+    min_lr: float = 1e-6
+    warmup_steps: int = 0
+    weight_decay: float = 1e-4
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    clip_norm: float = 1.0
+    ema_decay: float = 0.9999
+    ema_warmup: bool = True
+
+    def __post_init__(self):
+        check_at_least("optim", self, {field.name: 0 for field in fields(self) if field.name != "ema_warmup"})
+        for name in ("b1", "b2", "ema_decay"):
+            if getattr(self, name) >= 1:
+                raise ValueError(f"optim.{name} is {getattr(self, name)}; it must be below 1.")
+        if not 0 < self.lr:
+            raise ValueError(f"optim.lr is {self.lr}; it must be positive.")
+        if self.min_lr > self.lr:
+            raise ValueError(f"optim.min_lr is {self.min_lr}, above optim.lr {self.lr}; lower it.")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Length and batch of a run. batch_size is over all devices and hosts; accumulation cuts each device's share."""
+
+    steps: int = 1000
+    batch_size: int = 64
+    seed: int = 0
+    label_dropout: float = 0.0
+    accumulation: int = 1
+
+    def __post_init__(self):
+        check_at_least("train", self, {"steps": 1, "batch_size": 1, "seed": 0, "label_dropout": 0, "accumulation": 1})
+        if self.label_dropout > 1:
+            raise ValueError(f"train.label_dropout is {self.label_dropout}; it is a probability, at most 1.")
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """How often a run reports, in steps; 0 switches a report off. It always reports and saves at its end.
+
+    keep: latest checkpoints to keep, beside the best one. tensorboard: write events next to metrics.jsonl.
+    """
+
+    log_every: int = 50
+    eval_every: int = 0
+    sample_every: int = 0
+    checkpoint_every: int = 500
+    keep: int = 3
+    tensorboard: bool = True
+    progress: bool = True
+
+    def __post_init__(self):
+        bounds = {"log_every": 1, "eval_every": 0, "sample_every": 0, "checkpoint_every": 0, "keep": 1}
+        check_at_least("log", self, bounds)

@@ -1,0 +1,111 @@
+"""Devices and processes. The only file that knows pmap."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from flowgen.training.config import TrainConfig
+from flowgen.training.step import AXIS, Step
+
+
+@dataclass(frozen=True)
+class DataParallel:
+    """One copy of the state on each of this process's devices, and a share of the batch for each.
+
+    Arrays on devices carry a leading device axis, as pmap wants it. `devices` is for tests: None, all of them.
+
+    Example:
+        parallel = DataParallel()
+        state, metrics = parallel.compile(step)(parallel.replicate(state), parallel.shard(batch), keys)
+    """
+
+    devices: Sequence[jax.Device] | None = None
+
+    @property
+    def local_devices(self) -> Sequence[jax.Device]:
+        return jax.local_devices() if self.devices is None else self.devices
+
+    @property
+    def _sharding(self) -> NamedSharding:
+        return NamedSharding(Mesh(np.array(self.local_devices), (AXIS,)), PartitionSpec(AXIS))
+
+    @property
+    def must_wait(self) -> bool:
+        """Whether each step must end before the next: steps queued on several CPU devices can deadlock."""
+        return len(self.local_devices) > 1 and self.local_devices[0].platform == "cpu"
+
+    def check_batch(self, config: TrainConfig) -> None:
+        """Raises ValueError where the batch cannot be shared out equally."""
+        devices = len(self.local_devices) * jax.process_count()
+        if config.batch_size % (devices * config.accumulation):
+            raise ValueError(
+                f"train.batch_size is {config.batch_size}; it must be a multiple of {devices} devices × "
+                f"train.accumulation {config.accumulation} = {devices * config.accumulation}."
+            )
+
+    def compile(self, step: Step) -> Step:
+        """Returns the step over all devices; the state it is given is used up."""
+        return jax.pmap(step, axis_name=AXIS, devices=self.devices, donate_argnums=0)
+
+    def replicate(self, tree: Any) -> Any:
+        """Returns a copy of every leaf on every device."""
+        count = len(self.local_devices)
+
+        def copies(x):
+            x = np.asarray(x)
+            return jax.device_put(np.broadcast_to(x, (count, *x.shape)), self._sharding)
+
+        return jax.tree.map(copies, tree)
+
+    def replicate_key(self, key: jax.Array) -> jax.Array:
+        """Returns the same key on every device."""
+        return jax.random.wrap_key_data(self.replicate(jax.random.key_data(key)))
+
+    def shard(self, batch: Any) -> Any:
+        """Returns this process's batch with equal consecutive shares on its devices; does not wait."""
+        count = len(self.local_devices)
+        return jax.tree.map(
+            lambda x: jax.device_put(np.reshape(x, (count, len(x) // count, *x.shape[1:])), self._sharding), batch
+        )
+
+    def on_first_device(self, tree: Any) -> Any:
+        """Returns replicated leaves as ordinary arrays of the first device."""
+        return jax.tree.map(lambda x: x.addressable_shards[0].data.squeeze(0), tree)
+
+    def to_host(self, tree: Any) -> Any:
+        """Returns replicated leaves as numpy arrays that own their memory; waits for the device."""
+        # np.asarray of a CPU array is a view, and the next step overwrites the state it is given.
+        shards = jax.device_get(jax.tree.map(lambda x: x.addressable_shards[0].data, tree))
+        return jax.tree.map(lambda x: np.array(x[0]), shards)
+
+
+def is_primary() -> bool:
+    """Whether this process is the one that writes files."""
+    return jax.process_index() == 0
+
+
+def barrier(name: str) -> None:
+    """Returns when every process has come here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def any_process(flag: bool) -> bool:
+    """Returns whether the flag is set in any process, the same answer in all of them."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
+
+
+def from_primary(value: float) -> float:
+    """Returns the primary process's value in every process."""
+    if jax.process_count() == 1:
+        return value
+    return float(multihost_utils.broadcast_one_to_all(np.array(value, np.float32)))

@@ -1,0 +1,172 @@
+"""One update: state, optimizer, and the pure function that pmap maps over devices.
+
+    g = mean over devices and micro-batches of ∇ loss;   θ <- θ - AdamW(clip(g));   θ̄ <- θ̄ + (1 - d)(θ - θ̄)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax import lax
+from jaxtyping import Array, Float, Int, Key
+
+from flowgen.training.config import OptimConfig
+
+Metrics = dict[str, Array]
+Objective = Callable[[Any, Any, Key[Array, ""]], tuple]
+Step = Callable[[Any, Any, Key[Array, ""]], tuple[Any, Metrics]]
+AXIS = "data"
+
+
+class TrainState(struct.PyTreeNode):
+    """All that a run remembers between steps.
+
+    step: updates done. params: trained. collections: the objective's carried state, every other collection of
+    the Flax variables. ema: the average of params, or None where it is off.
+    """
+
+    step: Int[Any, "*device"]
+    params: Any
+    collections: Any
+    opt_state: Any
+    ema: Any
+
+    @property
+    def averaged(self) -> Any:
+        """The variables to evaluate and sample with: averaged params where there are any, and the collections."""
+        return {"params": self.params if self.ema is None else self.ema, **self.collections}
+
+
+def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
+    """Returns the learning rate as a function of the number of updates done.
+
+    Raises:
+        ValueError: the warm-up is as long as the run or longer.
+
+    Example:
+        lr = make_schedule(OptimConfig(), steps=1_000)(0)
+    """
+    if config.warmup_steps >= steps:
+        raise ValueError(
+            f"optim.warmup_steps is {config.warmup_steps}; it must be below train.steps, which is {steps}."
+        )
+    cosine = optax.cosine_decay_schedule(config.lr, steps - config.warmup_steps, config.min_lr / config.lr)
+    if config.warmup_steps == 0:
+        return cosine
+    warmup = optax.linear_schedule(config.min_lr, config.lr, config.warmup_steps)
+    return optax.join_schedules([warmup, cosine], [config.warmup_steps])
+
+
+def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
+    """Returns clipping by global norm, where on, and then AdamW.
+
+    Example:
+        tx = make_optimizer(OptimConfig(lr=3e-4), steps=1_000)
+    """
+    adamw = optax.adamw(
+        make_schedule(config, steps),
+        b1=config.b1,
+        b2=config.b2,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+    )
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm else adamw
+
+
+def init_state(variables: Any, config: OptimConfig, steps: int) -> TrainState:
+    """Returns the state of step 0; the average starts at the initial parameters.
+
+    Example:
+        state = init_state(flowgen.init(flow, key), OptimConfig(), steps=1_000)
+    """
+    params = variables["params"]
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        collections={name: value for name, value in variables.items() if name != "params"},
+        opt_state=make_optimizer(config, steps).init(params),
+        ema=jax.tree.map(jnp.asarray, params) if config.ema_decay else None,
+    )
+
+
+def make_step(
+    objective: Objective, config: OptimConfig, *, steps: int, accumulation: int = 1, axis_name: str = AXIS
+) -> Step:
+    """Returns the update (state, batch, key) -> (state, metrics) of one device, to be mapped over `axis_name`.
+
+    objective: (variables, batch, key) -> (loss, metrics) or (loss, metrics, collections).
+    batch: this device's share. key: the same for all steps and devices; step and device are folded in here.
+    metrics: the objective's, `loss`, `grad_norm` (before clipping) and `lr`, means over devices, micro-batches.
+    Carried state: each micro-batch computes it from the state before the update, and their mean is the new one;
+    integers in it must not depend on the batch.
+
+    Example:
+        update = jax.pmap(make_step(objective, OptimConfig(), steps=1_000), axis_name="data", donate_argnums=0)
+    """
+    schedule, tx = make_schedule(config, steps), make_optimizer(config, steps)
+
+    def loss_and_rest(params, collections, batch, key):
+        loss, metrics, *carried = objective({"params": params, **collections}, batch, key)
+        return loss, ({**metrics, "loss": loss}, {**collections, **(carried[0] if carried else {})})
+
+    value_and_grad = jax.grad(loss_and_rest, has_aux=True)
+
+    def gradients(state, batch, key):
+        if accumulation == 1:
+            return value_and_grad(state.params, state.collections, batch, key)
+
+        def micro(total, part):
+            micro_batch, micro_key = part
+            grads, aux = value_and_grad(state.params, state.collections, micro_batch, micro_key)
+            return jax.tree.map(jnp.add, total, grads), aux
+
+        parts = jax.tree.map(lambda x: x.reshape(accumulation, -1, *x.shape[1:]), batch)
+        zeros = jax.tree.map(jnp.zeros_like, state.params)
+        total, aux = lax.scan(micro, zeros, (parts, jax.random.split(key, accumulation)))
+        mean = jax.tree.map(_mean_of_parts, aux)
+        return jax.tree.map(lambda x: x / accumulation, total), mean
+
+    def update(state: TrainState, batch: Any, key: Key[Array, ""]) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.fold_in(key, state.step), lax.axis_index(axis_name))
+        grads, (metrics, collections) = gradients(state, batch, key)
+        grads, metrics, collections = jax.tree.map(
+            lambda x: lax.pmean(x, axis_name) if _is_float(x) else x, (grads, metrics, collections)
+        )
+        metrics = {**metrics, "grad_norm": optax.global_norm(grads), "lr": schedule(state.step)}
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(
+            step=state.step + 1,
+            params=params,
+            collections=collections,
+            opt_state=opt_state,
+            ema=None if state.ema is None else _average(state.ema, params, ema_decay(config, state.step)),
+        ), jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), metrics)
+
+    return update
+
+
+def ema_decay(config: OptimConfig, step: Int[Array, ""] | int) -> Float[Array, ""] | float:
+    """Returns the decay of the average at the update after `step`: min(ema_decay, (1 + step) / (10 + step)).
+
+    Example:
+        decay = ema_decay(OptimConfig(ema_decay=0.999), 100)
+    """
+    return jnp.minimum(config.ema_decay, (1 + step) / (10 + step)) if config.ema_warmup else config.ema_decay
+
+
+def _average(ema: Any, params: Any, decay: Any) -> Any:
+    return jax.tree.map(lambda average, value: average + (1 - decay) * (value - average), ema, params)
+
+
+def _mean_of_parts(x: Array) -> Array:
+    return x.mean(axis=0) if _is_float(x) else x[0]
+
+
+def _is_float(x: Array) -> bool:
+    return jnp.issubdtype(jnp.result_type(x), jnp.floating)

@@ -1,0 +1,267 @@
+"""Every flow: inverse, log-determinant, causality, density, and what is exact about class conditioning."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from laws import FLOWS, SMALL, images, labels, perturbed
+
+import flowgen
+from flowgen.conditioning import drop_labels
+from flowgen.decoding import Sequential, invert
+from flowgen.flows import AutoregressiveBlock, block_parameters, density
+
+ROUND_TRIP = 1e-5  # float32, values of order 1 through three blocks
+EXACT = 1e-10  # float64
+DENSITY_SAMPLING = 1e-5  # parallel and cached forms of the same float32 network
+
+
+@pytest.fixture(params=FLOWS)
+def case(request, key):
+    config = FLOWS[request.param]
+    k1, k2 = jax.random.split(key)
+    flow, params = perturbed(config, k1)
+    return flow, params, images(config, k2), labels(config)
+
+
+def test_inverse_round_trip(case):
+    flow, params, x, cond = case
+    z, _ = flow.apply(params, x, cond, method="forward")
+    assert jnp.abs(z.reshape(x.shape) - x).max() > 0.1  # the perturbed flow is far from the identity
+    np.testing.assert_allclose(invert(flow, params, z, cond, plan=Sequential()).x, x, atol=ROUND_TRIP)
+
+
+def test_logdet_is_slogdet_of_the_jacobian_in_float64(case):
+    flow, params, x, cond = case
+    with jax.enable_x64(True):
+        wide = flowgen.TARFlow(dataclasses.replace(flow.config, dtype="float64"))
+        params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), params)
+        x = x[:1].astype(jnp.float64)
+        cond = None if cond is None else cond[1:2]
+
+        def noise(x):
+            return wide.apply(params, x[None], cond, method="forward")[0].reshape(-1)
+
+        jacobian = jax.jacfwd(noise)(x[0]).reshape(x.size, x.size)
+        _, logdet = wide.apply(params, x, cond, method="forward")
+        sign, expected = jnp.linalg.slogdet(jacobian)
+        assert abs(float(sign)) == 1
+        np.testing.assert_allclose(logdet[0], expected, atol=EXACT)
+
+
+def test_log_prob_is_the_change_of_variables_formula(case):
+    flow, params, x, cond = case
+    z, logdet = flow.apply(params, x, cond, method="forward")
+    variance = params["prior"]["variance"] if "prior" in params else np.ones(z.shape[1:])
+    gaussian = -0.5 * (np.square(z) / variance + np.log(2 * np.pi * variance)).sum(axis=(1, 2))
+    log_prob = flow.apply(params, x, cond, method="log_prob")
+    np.testing.assert_allclose(log_prob, gaussian + np.asarray(logdet), rtol=1e-5)
+    np.testing.assert_allclose(flow.bind(params).log_prob(x, cond), log_prob, rtol=1e-6)
+
+
+def test_a_block_is_strictly_causal_in_its_own_order(case):
+    flow, params, x, cond = case
+    index = flow.config.num_blocks - 1
+    block = AutoregressiveBlock(flow.config.blocks[index])
+    tokens = x.reshape(len(x), flow.config.num_tokens, flow.config.token_dim)
+
+    def parameters(tokens):
+        shift, log_scale, _ = block.apply(
+            block_parameters(params, index), tokens[:, :-1], 0, cond, None, None, method="conditioner"
+        )
+        return shift + log_scale
+
+    jacobian = jnp.abs(jax.jacrev(lambda t: parameters(t).sum(axis=(0, 2)))(tokens)).sum(axis=(1, 3))
+    # Row t holds the parameters of token t+1, which see tokens 0..t.
+    future = np.triu(np.ones(jacobian.shape), k=1).astype(bool)
+    assert np.all(np.asarray(jacobian)[future] == 0)
+    assert np.all(np.asarray(jacobian)[~future] > 0)
+
+
+def test_samples_of_a_batch_do_not_see_each_other(case):
+    flow, params, x, cond = case
+
+    def first(x):
+        z, logdet = flow.apply(params, x, cond, method="forward")
+        return jnp.square(z[0]).sum() + logdet[0]
+
+    gradient = jax.grad(first)(x)
+    assert jnp.all(gradient[1:] == 0)
+    assert jnp.any(gradient[0] != 0)
+
+
+def test_every_parameter_receives_gradient(case):
+    flow, params, x, cond = case
+    objective = density.nll_objective(flow)
+    label = jnp.zeros(len(x), jnp.int32) if cond is None else cond
+    batch = {"image": jnp.asarray((x + 1) * 127, jnp.uint8), "label": label}
+    gradient = jax.grad(lambda p: objective({**params, "params": p}, batch, jax.random.key(1))[0])(params["params"])
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
+        if flow.config.num_classes and "class_embed" in str(path):
+            assert jnp.any(leaf != 0), path
+            continue
+        # A key's bias shifts all logits of a query equally, so only its q and v thirds matter.
+        assert jnp.mean(leaf != 0) > 0.5, path
+
+
+def test_the_objective_is_bits_per_dim_of_the_noised_images(case):
+    flow, params, x, cond = case
+    flow = flowgen.TARFlow(dataclasses.replace(flow.config, noise_std=0.1))
+    label = jnp.zeros(len(x), jnp.int32) if cond is None else cond
+    batch = {"image": jnp.asarray((x + 1) * 127, jnp.uint8), "label": label}
+    loss, metrics, *state = density.nll_objective(flow)(params, batch, jax.random.key(1))
+    noise_key = jax.random.split(jax.random.key(1))[0]
+    noised = density.add_noise(noise_key, batch["image"], 0.1)
+    z, logdet = flow.apply(params, noised, cond, method="forward")
+    log_prob = density.gaussian_log_prob(z) + logdet
+    np.testing.assert_allclose(
+        metrics["bits_per_dim"], density.bits_per_dim(log_prob, flow.config.num_dims).mean(), rtol=1e-5
+    )
+    np.testing.assert_allclose(metrics["bits_per_dim"], loss / math.log(2) + 8.32575, rtol=1e-5)
+    if flow.config.transform == "volume_preserving":
+        tracked = 0.9 * params["prior"]["variance"] + 0.1 * jnp.square(z).mean(axis=0)
+        np.testing.assert_allclose(state[0]["prior"]["variance"], tracked, rtol=1e-4)
+    else:
+        assert state == []
+
+
+def test_unconditional_means_the_mean_class_everywhere(key):
+    config = FLOWS["classes"]
+    k1, k2 = jax.random.split(key)
+    flow, params = perturbed(config, k1)
+    x = images(config, k2)
+    minus_one = jnp.full(len(x), -1, jnp.int32)
+    z, logdet = flow.apply(params, x, minus_one, method="forward")
+    z_none, logdet_none = flow.apply(params, x, None, method="forward")
+    np.testing.assert_array_equal(z, z_none)
+    np.testing.assert_array_equal(logdet, logdet_none)
+    averaged = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: jnp.broadcast_to(leaf.mean(axis=0, keepdims=True), leaf.shape)
+        if "class_embed" in str(path)
+        else leaf,
+        params,
+    )
+    np.testing.assert_allclose(flow.apply(averaged, x, jnp.zeros(len(x), jnp.int32), method="forward")[0], z, atol=1e-5)
+    np.testing.assert_allclose(invert(flow, params, z, minus_one).x, x, atol=ROUND_TRIP)
+    np.testing.assert_allclose(invert(flow, params, z, None).x, x, atol=ROUND_TRIP)
+
+
+def test_a_class_that_does_not_exist_is_refused_or_gives_nan(key):
+    config = FLOWS["classes"]
+    k1, k2 = jax.random.split(key)
+    flow, params = perturbed(config, k1)
+    x = images(config, k2, batch=2)
+    with pytest.raises(ValueError, match=r"class 3 is out of range; use 0..2, or -1"):
+        flow.apply(params, x, jnp.array([0, 3]), method="forward")
+    log_prob = jax.jit(lambda cond: flow.apply(params, x, cond, method="log_prob"))(jnp.array([0, 3]))
+    assert jnp.isfinite(log_prob[0])
+    assert jnp.isnan(log_prob[1])
+    unconditional, params = perturbed(FLOWS["affine"], jax.random.key(1))
+    with pytest.raises(ValueError, match="num_classes is 0"):
+        unconditional.apply(params, x, jnp.array([0, 1]), method="forward")
+
+
+def test_bfloat16_keeps_parameters_and_density_in_float32(key):
+    config = dataclasses.replace(FLOWS["classes"], dtype="bfloat16")
+    k1, k2 = jax.random.split(key)
+    flow, params = perturbed(config, k1, scale=0.05)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    x = images(config, k2)
+    z, logdet = flow.apply(params, x, labels(config), method="forward")
+    assert z.dtype == logdet.dtype == jnp.float32
+    exact = flowgen.TARFlow(dataclasses.replace(config, dtype="float32"))
+    z32, logdet32 = exact.apply(params, x, labels(config), method="forward")
+    np.testing.assert_allclose(z, z32, atol=0.1)  # bfloat16 has 8 bits of mantissa
+    np.testing.assert_allclose(logdet, logdet32, rtol=0.05, atol=0.5)
+
+
+def test_parallel_and_cached_forms_agree(case):
+    flow, params, x, cond = case
+    block = AutoregressiveBlock(flow.config.blocks[1 % flow.config.num_blocks])
+    variables = block_parameters(params, 1 % flow.config.num_blocks)
+    tokens = x.reshape(len(x), flow.config.num_tokens, flow.config.token_dim)
+    shift, log_scale, _ = block.apply(variables, tokens[:, :-1], 0, cond, None, None, method="conditioner")
+    cache = block.init_cache(len(x), flow.config.num_tokens)
+    for start in range(0, flow.config.num_tokens - 1, 2):
+        window = tokens[:, start : min(start + 2, flow.config.num_tokens - 1)]
+        shift_w, log_scale_w, cache = block.apply(variables, window, start, cond, cache, None, method="conditioner")
+        stop = start + window.shape[1]
+        np.testing.assert_allclose(shift_w, shift[:, start:stop], atol=DENSITY_SAMPLING)
+        np.testing.assert_allclose(log_scale_w, log_scale[:, start:stop], atol=DENSITY_SAMPLING)
+
+
+def test_compile_time_shape_of_the_program_does_not_depend_on_depth():
+    def program(layers):
+        config = flowgen.TARFlowConfig(image_size=6, **{**SMALL, "layers_per_block": layers})
+        flow = flowgen.TARFlow(config)
+        params = jax.eval_shape(lambda: flow.init(jax.random.key(0), jnp.zeros((1, *config.image_shape))))
+        lowered = jax.jit(lambda p, x: flow.apply(p, x, method="forward")).lower(
+            params, jax.ShapeDtypeStruct((1, *config.image_shape), jnp.float32)
+        )
+        return len(lowered.as_text().splitlines())
+
+    assert program(2) == program(12)
+
+
+def test_dequantisation_covers_each_level_once_and_density_constants():
+    levels = jnp.arange(256, dtype=jnp.uint8).reshape(1, 16, 16, 1)
+    x = density.dequantise(jax.random.key(0), levels)
+    assert x.min() >= -1
+    assert x.max() < 1
+    np.testing.assert_array_equal(jnp.floor((x + 1) * 128).astype(jnp.uint8), levels)
+    # A uniform density over [-1, 1) is worth exactly 8 bits per dimension.
+    np.testing.assert_allclose(density.bits_per_dim(jnp.array(-math.log(2) * 10), 10), 8.0, rtol=1e-6)
+
+
+def test_score_denoising_and_bayes(key):
+    config = dataclasses.replace(FLOWS["classes"], noise_std=0.3)
+    k1, k2 = jax.random.split(key)
+    flow, params = perturbed(config, k1)
+    x, cond = images(config, k2), labels(config)
+
+    def log_prob(x, cond=cond):
+        return flow.apply(params, x, cond, method="log_prob")
+
+    direction = jax.random.normal(jax.random.key(5), x.shape)
+    step = 1e-2
+    slope = (log_prob(x + step * direction) - log_prob(x - step * direction)) / (2 * step)
+    score = density.score(flow, params, x, cond)
+    np.testing.assert_allclose((score * direction).sum(axis=(1, 2, 3)), slope, rtol=2e-2, atol=1e-2)
+    np.testing.assert_allclose(
+        density.denoise(flow, params, x, cond, strength=0.5), x + 0.5 * 0.09 * score, rtol=1e-4, atol=1e-5
+    )
+    posterior = density.class_posterior(flow, params, x)
+    joint = jnp.stack([log_prob(x, jnp.full(len(x), c, jnp.int32)) for c in range(3)], axis=-1)
+    np.testing.assert_allclose(posterior, jax.nn.softmax(joint, axis=-1), atol=1e-4)
+    certain = density.class_posterior(flow, params, x, log_prior=jnp.array([0.0, -1e9, -1e9]))
+    np.testing.assert_allclose(certain[:, 0], 1.0)
+
+
+def test_label_dropout_drops_that_share(key):
+    dropped = drop_labels(key, jnp.arange(20000, dtype=jnp.int32) % 10, 0.1)
+    np.testing.assert_allclose(jnp.mean(dropped == -1), 0.1, atol=0.01)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image_size": 7}, r"image_size has height 7, which patch_size 2 does not divide"),
+        ({"width": 40}, r"width is 40, not a multiple of head_dim 16"),
+        ({"num_blocks": 0}, r"num_blocks is 0; it must be at least 1"),
+        ({"patch_size": 6}, r"makes the image one token"),
+        ({"noise_std": -0.1}, r"noise_std is -0.1"),
+        ({"attention": "sofmax"}, r"attention is 'sofmax'; choose one of softmax"),
+    ],
+)
+def test_a_config_that_cannot_work_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        flowgen.TARFlowConfig(**{"image_size": 6, **SMALL, **change})
+
+
+def test_images_of_another_shape_are_refused(key):
+    flow, params = perturbed(FLOWS["rectangular"], key)
+    with pytest.raises(ValueError, match=r"images have shape \(2, 10, 4, 2\); this model takes \(batch, 4, 10, 2\)"):
+        flow.apply(params, jnp.zeros((2, 10, 4, 2)), method="forward")
