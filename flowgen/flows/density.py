@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, UInt8
 
 from flowgen.conditioning import drop_labels
+from flowgen.data.media import from_uint8
 
 LEVELS = 256
 PRIOR_VARIANCE_RATE = 0.1
@@ -51,15 +52,6 @@ def bits_per_dim(log_prob: Float[Array, "*b"], num_dims: int) -> Float[Array, "*
     return (-log_prob / num_dims + math.log(LEVELS / 2)) / math.log(2)
 
 
-def to_unit_range(images: UInt8[Array, "b height width c"]) -> Float[Array, "b height width c"]:
-    """Returns 8-bit images as float32 in [-1, 1]: x / 127.5 - 1.
-
-    Example:
-        x = to_unit_range(batch["image"])
-    """
-    return images.astype(jnp.float32) / 127.5 - 1
-
-
 def dequantise(
     key: Key[Array, ""], images: UInt8[Array, "b height width c"]
 ) -> Float[Array, "b height width c"]:
@@ -84,7 +76,7 @@ def add_noise(
     """
     if noise_std == 0:
         return dequantise(key, images)
-    return to_unit_range(images) + noise_std * jax.random.normal(key, images.shape)
+    return from_uint8(images) + noise_std * jax.random.normal(key, images.shape)
 
 
 def nll_objective(flow: Flow, *, label_dropout: float = 0.0) -> Callable[..., tuple]:

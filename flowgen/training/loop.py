@@ -14,7 +14,7 @@ import numpy as np
 
 from flowgen.data.media import save_image
 from flowgen.training import parallel
-from flowgen.training.metrics import MetricsLog, check_packages
+from flowgen.training.metrics import MetricsLog, Silence, check_packages
 from flowgen.training.options import LogConfig, OptimConfig, TrainConfig
 from flowgen.training.step import (
     Objective,
@@ -33,7 +33,6 @@ class Job:
 
     init(key) -> variables. objective: see `make_step`. batches(start, stop) -> this host's batches of steps
     start..stop-1. evaluate(variables) -> metrics. sample(variables, step) -> uint8 picture `height width 3`.
-    check(): raises where the job cannot run, before any compute.
     """
 
     init: Callable[[jax.Array], Any]
@@ -119,9 +118,7 @@ class _Run:
         self.job, self.workdir, self.store, self.config = job, workdir, store, log
         self.steps, self.first = steps, first
         self.is_primary = jax.process_index() == 0
-        quiet = LogConfig(tensorboard=False, progress=False)
-        run_dir = workdir if self.is_primary else _scratch(workdir)
-        self.log = MetricsLog(run_dir, log if self.is_primary else quiet, first_step=first, last_step=steps)
+        self.log = MetricsLog(workdir, log, first_step=first, last_step=steps) if self.is_primary else Silence()
         self.pending: list[tuple[int, Any]] = []
         self.since = time.perf_counter()
         self.metrics: dict[str, float] = {}
@@ -224,13 +221,6 @@ class _Run:
     def close(self) -> None:
         self.log.close()
         self.store.close()
-
-
-def _scratch(workdir: Path) -> Path:
-    """Where processes other than the first write their metrics."""
-    folder = workdir / f"process-{jax.process_index()}"
-    folder.mkdir(exist_ok=True)
-    return folder
 
 
 def _due(step: int, every: int) -> bool:

@@ -87,6 +87,18 @@ class MetricsLog:
             self._bar.close()
 
 
+class Silence:
+    """Takes what `MetricsLog` takes and writes nothing: for processes other than the first."""
+
+    def advance(self, step: int) -> None: ...
+
+    def write(self, step: int, metrics: dict[str, float]) -> None: ...
+
+    def say(self, line: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
 _SHOWN = ("loss", "bits_per_dim", "grad_norm", "learning_rate")
 
 

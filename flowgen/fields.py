@@ -1,0 +1,246 @@
+"""Frozen dataclasses as plain values: JSON, command-line overrides, and what differs between two of them.
+
+Knows nothing of flowgen. A value is checked against its annotation: bool, int, float, str, None, Literal,
+tuple, dict with str keys, unions of these, and dataclasses of these.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeVar
+
+T = TypeVar("T")
+
+
+def to_plain(value: Any) -> Any:
+    """Returns dataclasses and mappings as dicts and tuples as lists, ready for JSON.
+
+    Example:
+        text = json.dumps(to_plain(config), allow_nan=False)
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {name: to_plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_plain(item) for item in value]
+    return value
+
+
+def from_plain(cls: type[T], data: Any, *, path: str = "") -> T:
+    """Returns the dataclass `cls` from what `to_plain` gave. A field left out takes its default.
+
+    Raises:
+        ValueError: an unknown field, a missing one without default, or a value of the wrong type, by name.
+
+    Example:
+        config = from_plain(TrainConfig, {"steps": 100, "batch_size": 8}, path="train")
+    """
+    if not isinstance(data, Mapping):
+        raise ValueError(f"{path or cls.__name__} is {data!r}; it must be a group of fields.")
+    hints = typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # ty: ignore[invalid-argument-type]
+    for name in data:
+        if name not in fields:
+            raise ValueError(_unknown(_join(path, name), [_join(path, known) for known in fields]))
+    for name, field in fields.items():
+        required = field.default is field.default_factory is dataclasses.MISSING
+        if required and name not in data:
+            raise ValueError(f"{_join(path, name)} is missing; give it a value.")
+    return cls(**{name: check(hints[name], value, path=_join(path, name)) for name, value in data.items()})
+
+
+def check(annotation: Any, value: Any, *, path: str) -> Any:
+    """Returns `value` as its annotation says, int as float and list as tuple where asked; never a bool as int.
+
+    Raises:
+        ValueError: naming path, value and what is expected; a float must be finite.
+
+    Example:
+        size = check(int | tuple[int, int], [32, 48], path="model.image_size")    # (32, 48)
+    """
+    try:
+        return _convert(annotation, value, path)
+    except _Mismatch:
+        raise ValueError(f"{path} is {value!r}; it must be {describe(annotation)}.") from None
+
+
+def override(config: T, arguments: Sequence[str]) -> T:
+    """Returns `config` with fields replaced by `--group.field value` or `--group.field=value` arguments.
+
+    Values: numbers, true or false, none, (8, 12) or [8, 12], and text as it stands.
+
+    Raises:
+        ValueError: an unknown field (with the closest known one), a group, a missing or an unfitting value.
+
+    Example:
+        experiment = override(experiment, ["--optim.lr", "3e-4", "--model.image_size=(32, 48)"])
+    """
+    words = list(arguments)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--") or word == "--":
+            raise ValueError(f"'{word}' is not understood; overrides look like --optim.lr 3e-4.")
+        path, equals, text = word[2:].partition("=")
+        if not equals:
+            if not words or words[0].startswith("--"):
+                raise ValueError(f"--{path} has no value; write --{path} VALUE.")
+            text = words.pop(0)
+        config = _replace(config, path, path.split("."), text, leaf_names(config))
+    return config
+
+
+def leaf_names(config: Any, path: str = "") -> list[str]:
+    """Returns the dotted names of all fields that hold a value and no group.
+
+    Example:
+        print("\\n".join(leaf_names(experiment)))
+    """
+    names = []
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), _join(path, field.name)
+        names += leaf_names(value, name) if dataclasses.is_dataclass(value) else [name]
+    return names
+
+
+def differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """Returns lines such as "train.batch_size: 64 -> 32" between two plain values, in order of the first.
+
+    Example:
+        changed = differences(to_plain(old), to_plain(new))
+    """
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        absent = _Absent()
+        names = [*old, *(name for name in new if name not in old)]
+        pairs = [(name, old.get(name, absent), new.get(name, absent)) for name in names]
+        return [line for name, a, b in pairs for line in differences(a, b, _join(path, name))]
+    same = type(old) is type(new) and old == new
+    return [] if same else [f"{path}: {old!r} -> {new!r}"]
+
+
+def describe(annotation: Any) -> str:
+    """Returns an annotation in words: "an integer", "'a' or 'b'", "a tuple of 2 integers"."""
+    simple = {int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "none"}
+    if annotation in simple:
+        return simple[annotation]
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Literal:
+        return " or ".join(map(repr, arguments))
+    if _is_union(annotation):
+        return " or ".join(map(describe, arguments))
+    if origin is tuple:
+        item = describe(arguments[0]).removeprefix("an ").removeprefix("a ") + "s"
+        return f"a tuple of {item}" if arguments[-1] is Ellipsis else f"a tuple of {len(arguments)} {item}"
+    if origin in (dict, Mapping) or typing.get_origin(annotation) is Mapping:
+        return f"a table of names to {describe(arguments[1]).removeprefix('a ')}s"
+    return f"a {getattr(annotation, '__name__', annotation)}"
+
+
+class _Mismatch(Exception):
+    """The value does not fit the annotation; the caller knows how to say so."""
+
+
+class _Absent:
+    """Stands in a difference for a field that one side does not have."""
+
+    def __repr__(self) -> str:
+        return "(absent)"
+
+
+def _convert(annotation: Any, value: Any, path: str) -> Any:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if annotation is Any:
+        return value
+    if _is_union(annotation):
+        return _convert_union(arguments, value, path)
+    if origin is Literal:
+        return _require(any(type(value) is type(choice) and value == choice for choice in arguments), value)
+    if origin is tuple:
+        _require(isinstance(value, list | tuple), value)
+        items = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
+        _require(len(items) == len(value), value)
+        return tuple(_convert(item, part, path) for item, part in zip(items, value, strict=True))
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        _require(isinstance(value, Mapping) and all(isinstance(name, str) for name in value), value)
+        return {name: _convert(arguments[1], item, path) for name, item in value.items()}
+    if dataclasses.is_dataclass(annotation):
+        return from_plain(typing.cast(type, annotation), value, path=path)
+    if annotation is float:
+        _require(type(value) in (int, float) and math.isfinite(value), value)
+        return float(value)
+    if annotation is type(None):
+        return _require(value is None, value)
+    return _require(type(value) is annotation, value)
+
+
+def _convert_union(choices: tuple[Any, ...], value: Any, path: str) -> Any:
+    # An exact type wins over a conversion: 3 stays an int in `float | int`.
+    for choice in sorted(choices, key=lambda choice: choice is not type(value)):
+        try:
+            return _convert(choice, value, path)
+        except _Mismatch:
+            continue
+    raise _Mismatch
+
+
+def _require(fits: bool, value: Any) -> Any:
+    if not fits:
+        raise _Mismatch
+    return value
+
+
+def _replace(config: Any, path: str, names: list[str], text: str, known: list[str]) -> Any:
+    name, *rest = names
+    if name not in {field.name for field in dataclasses.fields(config)}:
+        raise ValueError(_unknown(path, known))
+    value = getattr(config, name)
+    if dataclasses.is_dataclass(value):
+        if not rest:
+            fields = ", ".join(f"--{path}.{field.name}" for field in dataclasses.fields(value))
+            raise ValueError(f"--{path} is a group; set one of {fields}.")
+        return dataclasses.replace(config, **{name: _replace(value, path, rest, text, known)})
+    if rest:
+        raise ValueError(_unknown(path, known))
+    annotation = typing.get_type_hints(type(config))[name]
+    return dataclasses.replace(config, **{name: _parse(annotation, text, path)})
+
+
+def _parse(annotation: Any, text: str, path: str) -> Any:
+    """The value of a command-line text: text itself where the annotation takes it, else a literal."""
+    for candidate in (text, _literal(text)):
+        try:
+            return _convert(annotation, candidate, path)
+        except _Mismatch:
+            continue
+    raise ValueError(f"{path} is {text!r}; it must be {describe(annotation)}.")
+
+
+def _literal(text: str) -> Any:
+    words = {"true": True, "false": False, "none": None, "null": None}
+    if text.strip().lower() in words:
+        return words[text.strip().lower()]
+    try:
+        return ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
+
+
+def _unknown(path: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(path, known, n=1, cutoff=0.5)
+    same_end = [name for name in known if name.rsplit(".", 1)[-1] == path.rsplit(".", 1)[-1]]
+    best = (same_end or close)[:1]
+    return f"{path} is not a field of this config" + (f"; did you mean {best[0]}?" if best else ".")
+
+
+def _is_union(annotation: Any) -> bool:
+    return typing.get_origin(annotation) in (typing.Union, types.UnionType)
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
