@@ -6,60 +6,44 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
-from flowgen.config import from_json, to_json
-from flowgen.training.store import CONFIG_FILE, CheckpointStore, open_run, read_config, write_config
+from flowgen.config import Experiment, from_json, to_json
+from flowgen.flows import init
+from flowgen.training.loop import CHECKPOINTS, read_config, write_config
+from flowgen.training.store import CheckpointReader, CheckpointStore, check_layout, layout
 
 
-def load(run_dir: str | Path, step: int | str | None = None, ema: bool = True) -> tuple[Any, Any, Any]:
+def load(run_dir: str | Path, step: int | str | None = None, ema: bool = True) -> tuple[Any, Any, Experiment]:
     """Returns (model, variables, experiment) of a run.
 
-    step: a number, "best", or None for the latest. ema: take the averaged parameters where the run has them.
-    Raises FileNotFoundError where the run or the step is not there, ValueError where it is damaged or foreign.
+    step: a number, "best" (lowest evaluated bits/dim), or None for the latest. ema: take the averaged
+    parameters where the run has them.
+
+    Raises:
+        FileNotFoundError: no such directory, no flowgen run, no checkpoint, or not that step.
+        ValueError: a damaged checkpoint, or one that does not fit its config.
 
     Example:
         flow, params, experiment = load("runs/digits")
     """
     experiment = from_json(read_config(run_dir))
-    store = open_run(run_dir)
-    try:
-        if step == "best":
-            step = store.best_step()
-            if step is None:
-                raise FileNotFoundError(f"{run_dir} has no evaluated checkpoint; leave the step out for the latest.")
-        items = store.restore(store.latest_step() if step is None else int(step), ("variables", "ema"))
-    finally:
-        store.close()
-    variables = items["variables"]
-    if ema and "ema" in items:
-        variables = {**variables, "params": items["ema"]}
+    reader = CheckpointReader(Path(run_dir) / CHECKPOINTS)
+    step = _choose(reader, run_dir, step)
+    saved = reader.meta(step)["arrays"]
+    group = "ema" if ema and any(path.startswith("ema/") for path in saved) else "params"
+    arrays = reader.arrays(step, lambda path: path.startswith((f"{group}/", "collections/")))
+    tree = traverse_util.unflatten_dict(arrays, sep="/")
+    variables = {"params": tree[group], **tree.get("collections", {})}
     flow = experiment.flow()
-    expected = jax.eval_shape(lambda: flow.init(jax.random.key(0), np.zeros((1, *flow.config.image_shape), np.float32)))
-    check_tree(variables["params"], expected["params"], str(run_dir))
-    return flow, jax.tree.map(jax.numpy.asarray, variables), experiment
+    expected = jax.eval_shape(lambda: init(flow, jax.random.key(0)))
+    check_layout(step, layout(variables["params"]), layout(expected["params"]))
+    return flow, jax.tree.map(jnp.asarray, variables), experiment
 
 
-def check_tree(found: Any, expected: Any, name: str) -> None:
-    """Raises ValueError naming the first array that is missing, left over or of another shape.
-
-    Example:
-        check_tree(variables["params"], abstract["params"], "runs/digits")
-    """
-    shapes = [
-        {jax.tree_util.keystr(path, simple=True, separator="/"): np.shape(leaf) for path, leaf in leaves}
-        for leaves in map(jax.tree_util.tree_leaves_with_path, (found, expected))
-    ]
-    differing = sorted(set(shapes[0].items()) ^ set(shapes[1].items()))
-    if differing:
-        path = differing[0][0]
-        raise ValueError(
-            f"{name} does not fit the model of its config: {path} has shape {shapes[0].get(path, 'missing')}, "
-            f"expected {shapes[1].get(path, 'nothing')}; restore its {CONFIG_FILE}."
-        )
-
-
-def write_run(run_dir: str | Path, experiment: Any, variables: Any) -> None:
+def write_run(run_dir: str | Path, experiment: Experiment, variables: Any) -> None:
     """Writes a run directory that holds given weights as step 0, for `load` and `sample.py`.
 
     Raises FileExistsError where the directory exists and is not empty; nothing is overwritten.
@@ -68,10 +52,39 @@ def write_run(run_dir: str | Path, experiment: Any, variables: Any) -> None:
         write_run("runs/imported", experiment, variables)
     """
     run_dir = Path(run_dir)
-    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
-        raise FileExistsError(f"{run_dir} exists already; give another --to, or remove it first.")
+    check_new(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    write_config(run_dir, to_json(experiment))
-    store = CheckpointStore(run_dir)
-    store.save(0, {"variables": jax.tree.map(np.asarray, variables)}, metrics={})
-    store.close()
+    config = to_json(experiment)
+    write_config(run_dir, config)
+    params, collections = variables["params"], {k: v for k, v in variables.items() if k != "params"}
+    state = jax.tree.map(np.asarray, {"params": params, "collections": collections})
+    with CheckpointStore(run_dir / CHECKPOINTS) as store:
+        store.save(0, state, config=config)
+
+
+def check_new(run_dir: str | Path) -> None:
+    """Raises FileExistsError where something is at `run_dir` already.
+
+    Example:
+        check_new("runs/imported")
+    """
+    path = Path(run_dir)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise FileExistsError(f"{run_dir} exists already; give another directory, or remove it first.")
+
+
+def _choose(reader: CheckpointReader, run_dir: str | Path, step: int | str | None) -> int:
+    steps = reader.steps()
+    if not steps:
+        raise FileNotFoundError(f"{run_dir} has no checkpoint yet; train it, or give another run.")
+    if step is None:
+        return steps[-1]
+    if step == "best":
+        scores = {at: reader.meta(at)["metrics"].get("bits_per_dim") for at in steps}
+        known = {at: score for at, score in scores.items() if score is not None}
+        if not known:
+            raise FileNotFoundError(f"{run_dir} has no evaluated checkpoint; leave the step out for the latest.")
+        return min(known, key=known.__getitem__)
+    if step not in steps:
+        raise FileNotFoundError(f"{run_dir} has no checkpoint {step}; there are {', '.join(map(str, steps))}.")
+    return int(step)

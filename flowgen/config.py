@@ -120,7 +120,7 @@ class Experiment:
             objective=nll_objective(flow, label_dropout=self.train.label_dropout),
             batches=lambda start, stop: prefetch(loader, start, stop),
             evaluate=evaluate,
-            sample=lambda variables, step: draw_grid(flow, variables, self.sampling, seed=self.train.seed),
+            sample=lambda variables: draw_grid(flow, variables, self.sampling, seed=self.train.seed),
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -8,9 +8,10 @@ from typing import Any
 from flowgen.training.loop import Job, Result, train
 from flowgen.training.options import LogConfig, OptimConfig, TrainConfig
 from flowgen.training.step import TrainState, make_optimizer, make_schedule, make_step
-from flowgen.training.store import CheckpointStore
+from flowgen.training.store import CheckpointReader, CheckpointStore
 
 __all__ = [
+    "CheckpointReader",
     "CheckpointStore",
     "Job",
     "LogConfig",

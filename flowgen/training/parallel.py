@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from flowgen.training.config import TrainConfig
+from flowgen.training.options import TrainConfig
 from flowgen.training.step import AXIS, Step
 
 

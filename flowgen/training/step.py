@@ -15,7 +15,7 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Float, Int, Key
 
-from flowgen.training.config import OptimConfig
+from flowgen.training.options import OptimConfig
 
 Metrics = dict[str, Array]
 Objective = Callable[[Any, Any, Key[Array, ""]], tuple]
@@ -137,7 +137,7 @@ def make_step(
         grads, metrics, collections = jax.tree.map(
             lambda x: lax.pmean(x, axis_name) if _is_float(x) else x, (grads, metrics, collections)
         )
-        metrics = {**metrics, "grad_norm": optax.global_norm(grads), "lr": schedule(state.step)}
+        metrics = {**metrics, "grad_norm": optax.tree.norm(grads), "lr": schedule(state.step)}
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         return TrainState(

@@ -111,7 +111,7 @@ class CheckpointReader:
         }
         stored = {name: array for name, array in chosen.items() if array.size}
         restore = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in stored}
-        with ocp.Checkpointer(_VerifiedHandler()) as checkpointer:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             read = checkpointer.restore(
                 directory, args=ocp.args.PyTreeRestore(stored, restore_args=restore, partial_restore=True)
             )
@@ -172,7 +172,7 @@ class CheckpointStore(CheckpointReader):
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=_Preserve(self._preserved), cleanup_tmp_directories=True
             ),
-            item_handlers={"state": _VerifiedHandler(), "meta": ocp.JsonCheckpointHandler()},
+            handler_registry=_handlers(),
         )
 
     def __enter__(self) -> CheckpointStore:
@@ -239,6 +239,15 @@ class _VerifiedHandler(ocp.PyTreeCheckpointHandler):
         super().finalize(directory)
         path = Path(directory)
         (path / _DIGESTS).write_text(json.dumps(_digests(path), indent=0, sort_keys=True))
+
+
+def _handlers() -> Any:
+    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    handler = _VerifiedHandler()
+    registry.add("state", ocp.args.PyTreeSave, handler)
+    registry.add("state", ocp.args.PyTreeRestore, handler)
+    registry.add("meta", ocp.args.JsonSave, ocp.JsonCheckpointHandler())
+    return registry
 
 
 def check_finite(step: int, flat: Flat) -> None:
