@@ -1,0 +1,199 @@
+"""A strict bijection between the tensors of a weight file and the leaves of a parameter tree.
+
+A `Rule` is one row of a table: the names a source tensor may have, the leaf it becomes, and how. Names are
+templates with indices in braces. An index that the target does not mention is stacked: its values 0, 1, ...
+fill the leading axis of the leaf, as in the scanned layers of a block.
+
+    Rule("blocks.{block}.mlp.{layer}.weight", "params/blocks_{block}/mlp/kernel", transpose)
+
+The target tree decides what is expected, so blocks of unequal depth or width need nothing special.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+_INDEX = re.compile(r"\{(\w+)\}")
+_MAX_LISTED = 12
+
+
+def as_is(x: np.ndarray) -> np.ndarray:
+    """Returns x.
+
+    Example:
+        Rule("var", "prior/variance", as_is)
+    """
+    return x
+
+
+def transpose(x: np.ndarray) -> np.ndarray:
+    """Returns the transpose of a matrix: PyTorch's Linear weights are (out, in), Flax's kernels (in, out).
+
+    Example:
+        Rule("proj.weight", "params/proj/kernel", transpose)
+    """
+    return x.T
+
+
+class Requirement(NamedTuple):
+    """What a source tensor must be, in words and as a predicate.
+
+    Example:
+        ones = Requirement("all ones", lambda x: bool((x == 1).all()))
+    """
+
+    words: str
+    holds: Callable[[np.ndarray], bool]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Tensors named `source` become the leaf `target`; None drops them, once their requirement is checked.
+
+    Example:
+        Rule("blocks.{block}.attn_mask", None, requirement=Requirement("causal", is_causal))
+    """
+
+    source: str
+    target: str | None
+    transform: Callable[[np.ndarray], np.ndarray] = as_is
+    requirement: Requirement | None = None
+
+    def __post_init__(self):
+        if self.target is not None and len(self.stacked) > 1:
+            raise ValueError(
+                f"Rule '{self.source}' stacks {', '.join(self.stacked)}; only one index can be stacked."
+            )
+
+    @property
+    def stacked(self) -> list[str]:
+        """Indices of the source that the target does not mention."""
+        kept = set(_INDEX.findall(self.target or ""))
+        return [name for name in _INDEX.findall(self.source) if name not in kept]
+
+    def sources(self, leaf: str, shape: tuple[int, ...]) -> list[str] | None:
+        """Returns the tensors that fill a leaf, in order, or None where this rule does not fill it."""
+        indices = None if self.target is None else match(self.target, leaf)
+        if indices is None:
+            return None
+        if not self.stacked:
+            return [self.source.format(**indices)]
+        return [self.source.format(**indices, **{self.stacked[0]: index}) for index in range(shape[0])]
+
+
+class MappingError(ValueError):
+    """Weights that do not fit a model; `failures` holds one clause per problem."""
+
+    def __init__(self, failures: Iterable[str]):
+        self.failures = tuple(failures)
+        listed = self.failures[:_MAX_LISTED]
+        more = len(self.failures) - len(listed)
+        plural = "problem" if len(self.failures) == 1 else "problems"
+        super().__init__(
+            f"The weights do not fit the model, {len(self.failures)} {plural}: "
+            + "; ".join(listed)
+            + (f"; and {more} more." if more else ".")
+        )
+
+
+def match(template: str, name: str) -> dict[str, int] | None:
+    """Returns the indices with which a template gives a name, or None.
+
+    Example:
+        match("blocks.{block}.proj_in.weight", "blocks.3.proj_in.weight")  # {"block": 3}
+    """
+    found = _pattern(template).fullmatch(name)
+    return None if found is None else {index: int(value) for index, value in found.groupdict().items()}
+
+
+@functools.cache
+def _pattern(template: str) -> re.Pattern[str]:
+    parts = _INDEX.split(template)
+    literals, indices = parts[::2], parts[1::2]
+    groups = [f"(?P<{index}>0|[1-9][0-9]*)" for index in indices]
+    return re.compile(
+        "".join(re.escape(text) + group for text, group in zip(literals, [*groups, ""], strict=True))
+    )
+
+
+def fill(
+    target: Any, state_dict: Mapping[str, np.ndarray], rules: Iterable[Rule]
+) -> tuple[Any, tuple[str, ...]]:
+    """Returns the tree with every leaf filled from the state dict, as numpy arrays, and the names dropped.
+
+    target: a tree of arrays or `jax.ShapeDtypeStruct`, whose shapes and dtypes the result has. Every leaf is
+    filled by exactly one rule, and every tensor is used exactly once or dropped by a rule that says so.
+
+    Raises:
+        MappingError: all problems at once, missing, unexpected, wrong in shape or kind, not finite.
+
+    Example:
+        variables, dropped = fill(jax.eval_shape(model.init, key, x), state_dict, RULES)
+    """
+    rules = tuple(rules)
+    failures: list[str] = []
+    used: set[str] = set()
+
+    def filled(path, leaf) -> np.ndarray:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        out = np.empty(leaf.shape, leaf.dtype)
+        found = [(rule, sources) for rule in rules if (sources := rule.sources(name, leaf.shape)) is not None]
+        if len(found) != 1:
+            failures.append(f"{len(found)} rules fill '{name}'")
+            return out
+        ((rule, sources),) = found
+        for index, source in enumerate(sources):
+            part = out[index, ...] if rule.stacked else out
+            if source not in state_dict:
+                failures.append(f"'{source}' is missing")
+            elif source in used:
+                failures.append(f"'{source}' fills two leaves, '{name}' being the second")
+            elif (problem := _place(part, state_dict[source], rule)) is not None:
+                failures.append(f"'{source}' {problem}")
+            used.add(source)
+        return out
+
+    variables = jax.tree_util.tree_map_with_path(filled, target)
+    dropped = tuple(name for name in state_dict if name not in used)
+    for name in dropped:
+        rule = next(
+            (rule for rule in rules if rule.target is None and match(rule.source, name) is not None), None
+        )
+        if rule is None:
+            failures.append(f"{name!r} is not expected")
+        elif (problem := _violation(state_dict[name], rule)) is not None:
+            failures.append(f"{name!r} {problem}")
+    if failures:
+        raise MappingError(failures)
+    return variables, dropped
+
+
+def _violation(x: np.ndarray, rule: Rule) -> str | None:
+    if rule.requirement is None or rule.requirement.holds(x):
+        return None
+    return f"is not {rule.requirement.words}"
+
+
+def _place(out: np.ndarray, x: np.ndarray, rule: Rule) -> str | None:
+    """Writes one transformed tensor into its place, or returns what is wrong with it."""
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return f"holds {x.dtype}, not floating-point numbers"
+    try:
+        value = rule.transform(x)
+    except ValueError:
+        return f"has shape {x.shape}, which the rule for it does not take"
+    if value.shape != out.shape:
+        return f"has shape {x.shape}, which gives {value.shape} where the model has {out.shape}"
+    with np.errstate(over="ignore"):  # found below
+        out[...] = value
+    if not np.isfinite(out).all():
+        return f"holds numbers that are not finite in {out.dtype}"
+    return _violation(x, rule)

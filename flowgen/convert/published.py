@@ -1,0 +1,184 @@
+"""Published checkpoints as flowgen models: what a file's shapes tell, and what they cannot."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypedDict
+
+import jax
+import numpy as np
+
+from flowgen.convert.mapping import fill
+from flowgen.convert.tables import ALL_ONES, TARFLOW
+from flowgen.flows import TARFlow, TARFlowConfig, init
+from flowgen.flows.block import Transform
+
+_WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
+_STARFLOW_MARKS = ("blocks.0.sos_embed", "feat_rope.freqs_cos")
+_FILE_NAME = re.compile(r".*?_?model_(\d+)_(\d+)_(\d+)_(\d+)_(\d+\.\d+|uniform)\.\w+")
+
+
+class FileName(TypedDict):
+    """What the name of a published TARFlow file says of the model."""
+
+    patch_size: int
+    width: int
+    num_blocks: int
+    layers_per_block: int
+    noise_std: float
+
+
+def parse_file_name(path: str | os.PathLike[str]) -> FileName | None:
+    """Returns what a published TARFlow file name says, or None where the name is of another form.
+
+    Form: <data>_model_<patch>_<width>_<blocks>_<layers>_<σ>, with "uniform" for dequantisation (σ = 0 here).
+
+    Example:
+        parse_file_name("afhq_model_8_768_8_8_0.07.pth")["noise_std"]  # 0.07
+    """
+    found = _FILE_NAME.fullmatch(Path(path).name)
+    if found is None:
+        return None
+    patch_size, width, num_blocks, layers_per_block = map(int, found.groups()[:4])
+    return FileName(
+        patch_size=patch_size,
+        width=width,
+        num_blocks=num_blocks,
+        layers_per_block=layers_per_block,
+        noise_std=0.0 if found[5] == "uniform" else float(found[5]),
+    )
+
+
+def tarflow(
+    state_dict: Mapping[str, np.ndarray],
+    *,
+    image_size: int | tuple[int, int],
+    patch_size: int,
+    channels: int = 3,
+    noise_std: float = 0.0,
+) -> tuple[TARFlow, dict[str, Any]]:
+    """Returns the flow of a published TARFlow state dict and its variables, float32 numpy arrays.
+
+    Width, depth, expansion, classes and the affine form are read from the shapes. `image_size` (side, or
+    height and width), `patch_size` and `channels` are only checked against them, `noise_std` cannot be. The
+    prior variance `var` is kept for volume-preserving models and wherever it is not 1.
+
+    Raises:
+        MappingError (a ValueError): tensors missing, unexpected, or of the wrong shape, all of them listed.
+        ValueError: another family of models, or arguments that contradict the shapes.
+
+    Example:
+        flow, params = tarflow(read_state_dict("afhq_model_8_768_8_8_0.07.pth"), image_size=256, patch_size=8)
+    """
+    state_dict = _unwrapped(state_dict)
+    config = _tarflow_config(state_dict, image_size, patch_size, channels, noise_std)
+    flow = TARFlow(config)
+    target = dict(jax.eval_shape(lambda key: init(flow, key), jax.random.key(0)))
+    if "var" in state_dict and not ALL_ONES.holds(state_dict["var"]):
+        shape = (config.num_tokens, config.token_dim)
+        target["prior"] = {"variance": jax.ShapeDtypeStruct(shape, np.float32)}
+    variables, dropped = fill(target, state_dict, TARFLOW)
+    logging.getLogger(__name__).info(
+        "%d tensors imported, %d dropped: %s",
+        len(state_dict) - len(dropped),
+        len(dropped),
+        ", ".join(dropped),
+    )
+    return flow, variables
+
+
+def _tarflow_config(
+    state_dict: Mapping[str, np.ndarray],
+    image_size: int | tuple[int, int],
+    patch_size: int,
+    channels: int,
+    noise_std: float,
+) -> TARFlowConfig:
+    _check_family(state_dict)
+    num_tokens, width = _shape(state_dict, "blocks.0.pos_embed", 2)
+    _, token_dim = _shape(state_dict, "blocks.0.proj_in.weight", 2)
+    outputs, _ = _shape(state_dict, "blocks.0.proj_out.weight", 2)
+    hidden, _ = _shape(state_dict, "blocks.0.attn_blocks.0.mlp.main.0.weight", 2)
+    transforms: dict[int, Transform] = {2 * token_dim: "affine", token_dim: "volume_preserving"}
+    if outputs not in transforms:
+        raise ValueError(
+            f"'blocks.0.proj_out.weight' has {outputs} rows, neither one nor two for each of the {token_dim} "
+            "channels of a token; these are not TARFlow weights."
+        )
+    if token_dim != channels * patch_size**2:
+        side = math.isqrt(token_dim // channels) if channels > 0 else 0
+        fitting = side > 0 and channels * side**2 == token_dim
+        raise ValueError(
+            f"patch_size {patch_size} with {channels} channels makes tokens of {channels * patch_size**2} "
+            f"numbers, but the weights take {token_dim}; use "
+            + (
+                f"patch_size={side}."
+                if fitting
+                else "the patch_size and channels the model was trained with."
+            )
+        )
+    config = TARFlowConfig(
+        image_size=image_size,
+        channels=channels,
+        patch_size=patch_size,
+        width=width,
+        num_blocks=_count(state_dict, "blocks.{index}.pos_embed"),
+        layers_per_block=_count(state_dict, "blocks.0.attn_blocks.{index}.mlp.main.0.weight"),
+        expansion=max(1, hidden // width),
+        num_classes=len(state_dict.get("blocks.0.class_embed", ())),
+        transform=transforms[outputs],
+        noise_std=noise_std,
+    )
+    if config.num_tokens != num_tokens:
+        height, length = config.grid_size
+        side = math.isqrt(num_tokens)
+        raise ValueError(
+            f"image_size {height}x{length} with patch_size {patch_size} makes {config.num_tokens} tokens, "
+            f"but the weights have {num_tokens}; use "
+            + (
+                f"image_size={side * patch_size}."
+                if side**2 == num_tokens
+                else "the image_size of the training."
+            )
+        )
+    return config
+
+
+def _check_family(state_dict: Mapping[str, np.ndarray]) -> None:
+    mark = next((name for name in _STARFLOW_MARKS if name in state_dict), None)
+    if mark is not None:
+        raise ValueError(f"These are STARFlow weights (they have '{mark}'), which tarflow cannot import.")
+    if "blocks.0.pos_embed" not in state_dict:
+        names = ", ".join(repr(name) for name in list(state_dict)[:4]) or "nothing"
+        raise ValueError(
+            f"These are not TARFlow weights: 'blocks.0.pos_embed' is missing among {len(state_dict)} tensors "
+            f"({names}, ...); give a published TARFlow state dict."
+        )
+
+
+def _shape(state_dict: Mapping[str, np.ndarray], name: str, ndim: int) -> tuple[int, ...]:
+    if name not in state_dict:
+        raise ValueError(f"These are not complete TARFlow weights: '{name}' is missing.")
+    shape = state_dict[name].shape
+    if len(shape) != ndim or 0 in shape:
+        raise ValueError(f"'{name}' has shape {shape}, not {ndim} axes; these are not TARFlow weights.")
+    return shape
+
+
+def _count(state_dict: Mapping[str, np.ndarray], template: str) -> int:
+    """How many of the names with index 0, 1, ... there are in a row."""
+    return next(index for index in itertools.count() if template.format(index=index) not in state_dict)
+
+
+def _unwrapped(state_dict: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    """Removes what data parallelism and compilation put before every name."""
+    for prefix in _WRAPPERS:
+        if state_dict and all(name.startswith(prefix) for name in state_dict):
+            return _unwrapped({name.removeprefix(prefix): x for name, x in state_dict.items()})
+    return state_dict

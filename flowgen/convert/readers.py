@@ -1,0 +1,162 @@
+"""Weight files as dictionaries of numpy arrays: safetensors, and whatever `torch.save` writes."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from flowgen.convert.torch_files import PICKLE_MAGIC, ZIP_MAGIC, open_torch
+from flowgen.convert.torch_pickle import StoredTensor
+
+_MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors format
+_MAX_DEPTH = 4  # dictionaries inside dictionaries in which a state dict is looked for
+_LFS_POINTER = b"version https://git-lfs"
+_DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U64": "uint64",
+    "U32": "uint32",
+    "U16": "uint16",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+
+
+def read_state_dict(path: str | os.PathLike[str], *, entry: str | None = None) -> dict[str, np.ndarray]:
+    """Returns the tensors of a weight file by name, as read-only views of the file in the dtype it has.
+
+    The layout is recognised by content: safetensors, or torch.save's zip archive or its older sequence of
+    pickles. Nothing in the file is executed. A dictionary of tensors wrapped in others, as in {"model": ...,
+    "epoch": 3}, is found when it is the only one; `entry` says which of several ("ema", "state.model").
+
+    Raises:
+        FileNotFoundError, IsADirectoryError: there is no file at `path`.
+        ValueError: truncated, damaged, foreign or refused; or no dictionary of tensors, or several, or none
+            named `entry`.
+
+    Example:
+        state_dict = read_state_dict("afhq_model_8_768_8_8_0.07.pth")
+        state_dict["blocks.0.pos_embed"].shape  # (1024, 768)
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"'{path}' is a folder; name the weight file inside it.")
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file '{path}'; check the path.")
+    with path.open("rb") as file:
+        start = file.read(64)
+    if start.startswith((ZIP_MAGIC, PICKLE_MAGIC)):
+        opened = open_torch(path)
+        return {name: opened.read(tensor) for name, tensor in _select(opened.saved, path, entry).items()}
+    if start[8:9] == b"{":
+        if entry is not None:
+            raise ValueError(
+                f"'{path}' is a flat safetensors file, so it has no entry '{entry}'; leave entry out."
+            )
+        return _read_safetensors(path)
+    if start.startswith(_LFS_POINTER):
+        raise ValueError(f"'{path}' is a Git LFS pointer, not the weights; fetch them with git lfs pull.")
+    raise ValueError(
+        f"'{path}' is neither a safetensors nor a torch.save file (it begins with {start[:16]!r}); "
+        "give the weight file itself."
+    )
+
+
+def _select(saved: Any, path: Path, entry: str | None) -> dict[str, StoredTensor]:
+    choices = dict(_state_dicts(saved, (), ()))
+    if entry is not None and entry in choices:
+        return choices[entry]
+    if entry is None and len(choices) == 1:
+        return next(iter(choices.values()))
+    names = ", ".join(repr(name) for name in choices)
+    if entry is not None:
+        raise ValueError(f"'{path}' has no state dict '{entry}'; choose one of: {names or 'none'}.")
+    if choices:
+        raise ValueError(f"'{path}' holds {len(choices)} state dicts; choose one with entry: {names}.")
+    found = type(saved).__name__
+    if isinstance(saved, Mapping):
+        found = "dictionary with " + (", ".join(repr(name) for name in list(saved)[:8]) or "nothing in it")
+    raise ValueError(
+        f"'{path}' holds no dictionary of tensors but a {found}; save the weights alone, "
+        "with torch.save(model.state_dict(), file)."
+    )
+
+
+def _state_dicts(
+    saved: Any, trail: tuple[str, ...], ancestors: tuple[int, ...]
+) -> Iterator[tuple[str, dict[str, StoredTensor]]]:
+    """Yields the dotted name and content of every dictionary that maps names to tensors and nothing else."""
+    if not isinstance(saved, Mapping) or not saved or not all(isinstance(name, str) for name in saved):
+        return
+    if all(isinstance(value, StoredTensor) for value in saved.values()):
+        yield ".".join(trail), dict(saved)
+    elif len(trail) < _MAX_DEPTH and id(saved) not in ancestors:
+        for name, value in saved.items():
+            yield from _state_dicts(value, (*trail, name), (*ancestors, id(saved)))
+
+
+def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    """Layout: length of the header as little-endian uint64, header as JSON, then the tensors without gaps."""
+    content = np.memmap(path, np.uint8, mode="r")
+    length = int.from_bytes(content[:8].tobytes(), "little")
+    if length > min(_MAX_HEADER, content.size - 8):
+        raise ValueError(
+            f"'{path}' is truncated or not safetensors: its header would be {length} bytes long."
+        )
+    try:
+        header = json.loads(content[8 : 8 + length].tobytes(), object_pairs_hook=_without_repeats)
+        spans = [
+            (
+                *_naturals(spec["data_offsets"]),
+                name,
+                jnp.dtype(_DTYPES[spec["dtype"]]),
+                _naturals(spec["shape"]),
+            )
+            for name, spec in header.items()
+            if name != "__metadata__"
+        ]
+        spans.sort(key=lambda span: span[:2])
+        body, position, tensors = content[8 + length :], 0, {}
+        described = max((stop for _, stop, *_ in spans), default=0)
+        if described != body.size:
+            raise ValueError(f"it has {body.size} bytes of tensors where its header describes {described}")
+        for start, stop, name, dtype, shape in spans:
+            if start != position or stop - start != math.prod(shape) * dtype.itemsize:
+                raise ValueError(
+                    f"tensor {name!r} is not where the tensors before it end, or not of its size"
+                )
+            tensors[name] = body[start:stop].view(np.ndarray).view(dtype).reshape(shape)
+            position = stop
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"'{path}' is damaged or not safetensors ({type(error).__name__}: {error}); get the file again."
+        ) from error
+    return {name: tensors[name] for name in header if name in tensors}
+
+
+def _naturals(values: Any) -> tuple[int, ...]:
+    if not isinstance(values, list) or not all(type(value) is int and value >= 0 for value in values):
+        raise ValueError(f"{values!r} is not a list of sizes")
+    return tuple(values)
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) != len(pairs):
+        raise ValueError("its header names a tensor twice")
+    return dict(pairs)
