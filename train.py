@@ -1,0 +1,8 @@
+"""Train a model: python train.py --config configs/tarflow_digits.py --workdir runs/digits [--field.name value ...]"""
+
+import sys
+
+from flowgen.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["train", *sys.argv[1:]]))
