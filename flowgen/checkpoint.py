@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def write_run(run_dir: str | Path, experiment: Experiment, variables: Any) -> No
 
 
 def check_new(run_dir: str | Path) -> None:
-    """Raises FileExistsError where something is at `run_dir` already.
+    """Raises FileExistsError where something is at `run_dir` already, OSError where it cannot be made; makes nothing.
 
     Example:
         check_new("runs/imported")
@@ -71,6 +72,11 @@ def check_new(run_dir: str | Path) -> None:
     path = Path(run_dir)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(f"{run_dir} exists already; give another directory, or remove it first.")
+    nearest = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not nearest.is_dir():
+        raise NotADirectoryError(f"{run_dir} cannot be made, because {nearest} is a file; give another directory.")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise PermissionError(f"{run_dir} cannot be written: permission denied; give another directory.")
 
 
 def _choose(reader: CheckpointReader, run_dir: str | Path, step: int | str | None) -> int:

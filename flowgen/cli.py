@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 EXIT_MISTAKE = 2
 EXIT_NOT_FINITE = 3
-MISTAKES = (ValueError, FileNotFoundError, FileExistsError, OSError, ImportError)
+MISTAKES = (ValueError, OSError, ImportError)
+MAX_SEED = 2**32 - 1  # Without 64-bit integers jax would cut what is above, and two seeds would give one image.
 
 
 class Parser(argparse.ArgumentParser):
@@ -54,6 +57,33 @@ def _fail(error: Exception, code: int) -> int:
     return code
 
 
+def _number(text: str) -> float:
+    """A finite number; argparse puts the option's name before what is wrong."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+    return value
+
+
+def _whole(least: int, most: int | None = None) -> Callable[[str], int]:
+    """Returns the parser of whole numbers from least to most."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least or (most is not None and value > most):
+            bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number {bounds}")
+        return value
+
+    return parse
+
+
 def _declare_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, help="Python file with config()")
     parser.add_argument("--workdir", required=True, help="directory of the run; resumed if it holds a checkpoint")
@@ -81,24 +111,41 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
 def _experiment(options: argparse.Namespace, rest: list[str]) -> Any:
     from flowgen import config
 
-    experiment = config.load(options.config)
+    try:
+        experiment = config.load(options.config)
+    except Exception as error:  # The file is the user's program, which can raise anything.
+        line = _line_of(options.config, error)
+        if line is None:
+            raise
+        reason = str(error).rstrip(".") if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise ValueError(f"config {options.config} fails in line {line} ({reason}); correct it there.") from error
+    # Dataclasses do not look at types; the way through JSON does, and names the field.
+    experiment = config.from_json(config.to_json(experiment))
     if options.debug:
         experiment = config.shrink(experiment)
     return config.override(experiment, rest)
 
 
+def _line_of(path: str, error: Exception) -> int | None:
+    """The line of a config file at which an error arose; None where the file is not to blame."""
+    if isinstance(error, SyntaxError) and error.filename == path:
+        return error.lineno
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    return lines[-1] if lines else None
+
+
 def _declare_sample(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", required=True, help="directory of a run")
-    parser.add_argument("--step", help="checkpoint to take: a number, or best (default: the latest)")
-    parser.add_argument("--num", type=int, help="how many samples (default: as in the run's config)")
-    parser.add_argument("--classes", help="labels to draw, such as 3 or 0,1,2, in turn; -1 is unconditional")
-    parser.add_argument("--guidance", type=float, help="guidance scale, 0 for none")
+    parser.add_argument("--step", type=_step, help="checkpoint to take: a number, or best (default: the latest)")
+    parser.add_argument("--num", type=_whole(1), help="how many samples (default: as in the run's config)")
+    parser.add_argument("--classes", help="labels to draw in turn: 3, or 0,1,2; -1 is unconditional (--classes=-1,3)")
+    parser.add_argument("--guidance", type=_number, help="guidance scale, 0 for none")
     parser.add_argument("--plan", choices=("sequential", "jacobi", "auto"), help="how tokens are decoded")
-    parser.add_argument("--window", type=int, help="tokens solved together by --plan jacobi (default: all)")
-    parser.add_argument("--tol", type=float, help="largest change at which --plan jacobi stops")
-    parser.add_argument("--denoise", type=float, help="strength of the score step, 0 for none")
-    parser.add_argument("--batch", type=int, default=64, help="samples per compiled call")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--window", type=_whole(1), help="tokens solved together by --plan jacobi (default: all)")
+    parser.add_argument("--tol", type=_number, help="largest change at which --plan jacobi stops")
+    parser.add_argument("--denoise", type=_number, help="strength of the score step, 0 for none")
+    parser.add_argument("--batch", type=_whole(1), default=64, help="samples per compiled call")
+    parser.add_argument("--seed", type=_whole(0, MAX_SEED), default=0)
     parser.add_argument("--out", default="samples.png", help="grid to write: .png, or .npz with the images as floats")
     parser.add_argument("--single", metavar="DIR", help="also write every sample as a PNG into this directory")
     parser.add_argument("--certify", action="store_true", help="check the decoding by a forward pass")
@@ -110,27 +157,25 @@ def _sample(options: argparse.Namespace, rest: list[str]) -> int:
 
     from flowgen import checkpoint
     from flowgen.config import picture
-    from flowgen.data import check_image_path, check_writable, save_image, to_uint8
+    from flowgen.data import atomic_file, check_image_path, check_writable, save_image, to_uint8
+    from flowgen.data.media import pillow
 
     out = Path(options.out)
     check_writable(out) if out.suffix == ".npz" else check_image_path(out)
     single = None if options.single is None else Path(options.single)
     if single is not None:
+        if single == out:
+            raise ValueError(f"--single and --out are both {out}; give the single pictures a directory of their own.")
         checkpoint.check_new(single)
-        check_image_path(single.with_suffix(".png"))
-    if options.batch < 1:
-        raise ValueError(f"--batch is {options.batch}; it must be at least 1.")
-    if options.seed < 0:
-        raise ValueError(f"--seed is {options.seed}; it must be 0 or more.")
-    flow, params, experiment = checkpoint.load(options.checkpoint, _step(options.step), ema=not options.no_ema)
+        pillow()
+    flow, params, experiment = checkpoint.load(options.checkpoint, options.step, ema=not options.no_ema)
+    if (out.suffix != ".npz" or single) and flow.config.channels not in (1, 3):
+        raise ValueError(f"The model has {flow.config.channels} channels, pictures 1 or 3; use only --out samples.npz.")
     sampling = _overridden(experiment.sampling, options)
     labels = _labels(options.classes, sampling.num, flow.config.num_classes)
-    batches = list(_draw(flow, params, labels, sampling, options))
-    images = np.concatenate([images for images, _ in batches])
+    images = np.concatenate(list(_draw(flow, params, labels, sampling, options)))
     bad = int((~np.isfinite(images).all(axis=(1, 2, 3))).sum())
     if out.suffix == ".npz":
-        from flowgen.data import atomic_file
-
         with atomic_file(out) as file:
             np.savez(file, images=images, labels=np.full(len(images), -1) if labels is None else labels)
     else:
@@ -182,7 +227,7 @@ def _draw(flow: Any, params: Any, labels: Any, sampling: Any, options: argparse.
         if result.error is not None:
             line += f"; certified to {float(result.error[:count].max()):.1e}"
         _say(line)
-        yield images, result
+        yield images
 
 
 def _overridden(sampling: Any, options: argparse.Namespace) -> Any:
@@ -214,17 +259,15 @@ def _labels(text: str | None, num: int, num_classes: int) -> Any:
     return np.resize(chosen, num)
 
 
-def _step(text: str | None) -> int | str | None:
-    if text is None or text == "best":
-        return text
-    if not text.isdecimal():
-        raise ValueError(f"--step is {text!r}; give a number, or best.")
-    return int(text)
+def _step(text: str) -> int | str:
+    if text != "best" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor best")
+    return text if text == "best" else int(text)
 
 
 def _declare_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", required=True, help="directory of a run")
-    parser.add_argument("--step", help="checkpoint to take: a number, or best (default: the latest)")
+    parser.add_argument("--step", type=_step, help="checkpoint to take: a number, or best (default: the latest)")
     parser.add_argument("--split", choices=("train", "eval", "all"), default="eval")
     parser.add_argument(
         "--noise",
@@ -233,8 +276,8 @@ def _declare_evaluate(parser: argparse.ArgumentParser) -> None:
         help="noise on the images: what the model was trained under, or uniform dequantisation",
     )
     parser.add_argument("--unconditional", action="store_true", help="do not give labels to a class model")
-    parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch", type=_whole(1), default=256)
+    parser.add_argument("--seed", type=_whole(0, MAX_SEED), default=0)
 
 
 def _evaluate(options: argparse.Namespace, rest: list[str]) -> int:
@@ -243,9 +286,7 @@ def _evaluate(options: argparse.Namespace, rest: list[str]) -> int:
     from flowgen import checkpoint
     from flowgen.evaluation import flow_bits_per_dim, gaussian_bits_per_dim
 
-    if options.batch < 1:
-        raise ValueError(f"--batch is {options.batch}; it must be at least 1.")
-    flow, params, experiment = checkpoint.load(options.checkpoint, _step(options.step))
+    flow, params, experiment = checkpoint.load(options.checkpoint, options.step)
     source = experiment.source(options.split)
     sigma = flow.config.noise_std if options.noise == "model" else 0.0
     bits = flow_bits_per_dim(
@@ -270,9 +311,9 @@ def _declare_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", help="published weights: torch (.pth) or safetensors")
     parser.add_argument("--to", required=True, help="run directory to write")
     parser.add_argument("--image-size", help="side of the images, or height,width", required=True)
-    parser.add_argument("--patch-size", type=int, help="default: from a published file name")
-    parser.add_argument("--channels", type=int, default=3)
-    parser.add_argument("--noise-std", type=float, help="sigma of training; default: from a published file name")
+    parser.add_argument("--patch-size", type=_whole(1), help="default: from a published file name")
+    parser.add_argument("--channels", type=_whole(1), default=3)
+    parser.add_argument("--noise-std", type=_number, help="sigma of training; default: from a published file name")
     parser.add_argument("--entry", help="which state dict, where the file holds several")
 
 
@@ -284,9 +325,9 @@ def _convert(options: argparse.Namespace, rest: list[str]) -> int:
     named = convert.parse_file_name(options.file) or {}
     patch_size = named.get("patch_size") if options.patch_size is None else options.patch_size
     noise_std = named.get("noise_std") if options.noise_std is None else options.noise_std
-    for name, value in (("--patch-size", patch_size), ("--noise-std", noise_std)):
-        if value is None:
-            raise ValueError(f"{name} is not in the name of {options.file}; give it.")
+    if patch_size is None or noise_std is None:
+        missing = "--patch-size" if patch_size is None else "--noise-std"
+        raise ValueError(f"{missing} is not in the name of {options.file}; give it.")
     state_dict = convert.read_state_dict(options.file, entry=options.entry)
     flow, variables = convert.tarflow(
         state_dict,
@@ -321,8 +362,9 @@ def _info(options: argparse.Namespace, rest: list[str]) -> int:
     from flowgen.training.loop import CHECKPOINTS, read_config
 
     if options.checkpoint:
-        if rest:
-            raise ValueError(f"{rest[0]} is not an option of info --checkpoint; see --help.")
+        given = ["--debug"] * options.debug + rest
+        if given:
+            raise ValueError(f"{given[0]} is not an option of info --checkpoint; see --help.")
         experiment = config.from_json(read_config(options.checkpoint))
         steps = CheckpointReader(Path(options.checkpoint) / CHECKPOINTS).steps()
         _say(f"checkpoints: {', '.join(map(str, steps)) or 'none'}")

@@ -62,7 +62,11 @@ class SamplingConfig:
     def to_guidance(self) -> Guidance:
         """Returns the guidance these fields describe."""
         return Guidance(
-            scale=self.guidance, rule=self.rule, parts=self.parts, anneal=self.anneal, temperature=self.temperature
+            scale=self.guidance,
+            rule=self.rule,
+            parts=self.parts,
+            anneal=self.anneal,
+            temperature=self.temperature,
         )
 
     def to_plan(self) -> Plan | str:

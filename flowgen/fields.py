@@ -135,11 +135,15 @@ def describe(annotation: Any) -> str:
     if _is_union(annotation):
         return " or ".join(map(describe, arguments))
     if origin is tuple:
-        item = describe(arguments[0]).removeprefix("an ").removeprefix("a ") + "s"
-        return f"a tuple of {item}" if arguments[-1] is Ellipsis else f"a tuple of {len(arguments)} {item}"
+        items = _plural(arguments[0])
+        return f"a tuple of {items}" if arguments[-1] is Ellipsis else f"a tuple of {len(arguments)} {items}"
     if origin in (dict, Mapping) or typing.get_origin(annotation) is Mapping:
-        return f"a table of names to {describe(arguments[1]).removeprefix('a ')}s"
+        return f"a table of names to {_plural(arguments[1])}"
     return f"a {getattr(annotation, '__name__', annotation)}"
+
+
+def _plural(annotation: Any) -> str:
+    return describe(annotation).removeprefix("an ").removeprefix("a ") + "s"
 
 
 class _Mismatch(Exception):

@@ -135,9 +135,7 @@ def push(value):
 
 def tensor(offset=0, shape=(2, 2), strides=(2, 1), count=4, kind=b"FloatStorage", metadata=b"}"):
     """Pickle instructions for a tensor over storage "0"."""
-    storage = (
-        b"(" + push("storage") + b"ctorch\n" + kind + b"\n" + push("0") + push("cpu") + push(count) + b"tQ"
-    )
+    storage = b"(" + push("storage") + b"ctorch\n" + kind + b"\n" + push("0") + push("cpu") + push(count) + b"tQ"
     view = push(offset) + push(shape) + push(strides) + push(False) + b"}" + metadata
     return b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + view + b"tR"
 

@@ -47,8 +47,7 @@ def test_samples_and_flips_do_not_depend_on_batching_or_processes():
     one = Loader(make_source(), batch_size=12, seed=1, flip=True)
     small = Loader(make_source(), batch_size=4, seed=1, flip=True)
     shares = [
-        Loader(make_source(), batch_size=12, seed=1, flip=True, process_index=i, process_count=3)
-        for i in range(3)
+        Loader(make_source(), batch_size=12, seed=1, flip=True, process_index=i, process_count=3) for i in range(3)
     ]
     for step in range(5):
         batch = one.batch(step)

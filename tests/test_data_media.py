@@ -18,15 +18,11 @@ def test_every_level_survives_the_round_trip_and_the_ends_are_exact():
 
 
 def test_from_uint8_is_the_same_inside_a_compiled_program():
-    np.testing.assert_allclose(
-        jax.jit(media.from_uint8)(jnp.asarray(LEVELS)), media.from_uint8(LEVELS), atol=1e-7
-    )
+    np.testing.assert_allclose(jax.jit(media.from_uint8)(jnp.asarray(LEVELS)), media.from_uint8(LEVELS), atol=1e-7)
 
 
 def test_to_uint8_rounds_clips_and_shows_nan_as_grey():
-    x = np.array(
-        [-1.6 / 255, 0.4 / 127.5 - 1, 0.6 / 127.5 - 1, -7, 1e38, np.inf, -np.inf, np.nan], np.float32
-    )
+    x = np.array([-1.6 / 255, 0.4 / 127.5 - 1, 0.6 / 127.5 - 1, -7, 1e38, np.inf, -np.inf, np.nan], np.float32)
     np.testing.assert_array_equal(media.to_uint8(x), [127, 0, 1, 0, 255, 255, 0, 128])
     np.testing.assert_array_equal(media.to_uint8(jnp.ones((2, 2), jnp.bfloat16)), np.full((2, 2), 255))
 

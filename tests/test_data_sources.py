@@ -107,9 +107,7 @@ def config(request, tmp_path, packages, pictures, rng):
     if request.param == "mnist":
         write_csv_mnist(packages, rng)
     if request.param == "npz":
-        return write_npz(
-            tmp_path, images=rng.integers(0, 256, (30, 16, 12), dtype=np.uint8), labels=np.arange(30)
-        )
+        return write_npz(tmp_path, images=rng.integers(0, 256, (30, 16, 12), dtype=np.uint8), labels=np.arange(30))
     if request.param.startswith("folder"):
         limit = 0 if request.param == "folder from disk" else 2**20
         return DataConfig("folder", path=str(pictures), eval_fraction=0.25, in_memory_bytes=limit)
@@ -131,9 +129,7 @@ def test_contract(config):
         assert source.class_names == whole.class_names
     assert len(held) == max(1, round(config.eval_fraction * len(whole)))
     assert sorted(pairs(train) + pairs(held)) == sorted(pairs(whole))
-    np.testing.assert_array_equal(
-        everything(held)["image"], everything(load_all(config, split="eval"))["image"]
-    )
+    np.testing.assert_array_equal(everything(held)["image"], everything(load_all(config, split="eval"))["image"])
 
 
 # Hold-out.
@@ -149,9 +145,7 @@ def test_hold_out_is_disjoint_complete_and_frozen():
     assert len(hold_out(3, 0.01, "eval")) == 1
 
 
-@pytest.mark.parametrize(
-    ("size", "fraction", "split"), [(9, 0.0, "eval"), (1, 0.1, "eval"), (1, 0.1, "train")]
-)
+@pytest.mark.parametrize(("size", "fraction", "split"), [(9, 0.0, "eval"), (1, 0.1, "eval"), (1, 0.1, "train")])
 def test_hold_out_refuses_an_empty_split(size, fraction, split):
     with pytest.raises(ValueError, match=r"data\.eval_fraction"):
         hold_out(size, fraction, split)
@@ -380,9 +374,7 @@ def test_unreadable_files_are_refused_by_name(pictures, limit):
 def test_at_most_five_unreadable_files_are_named(tmp_path):
     for i in range(8):
         (tmp_path / f"{i}.png").write_text("no picture")
-    with pytest.raises(
-        ValueError, match=r"8 pictures that cannot be read: .*4.png' \(no picture inside\) and 3 more;"
-    ):
+    with pytest.raises(ValueError, match=r"8 pictures that cannot be read: .*4.png' \(no picture inside\) and 3 more;"):
         load_all(DataConfig("folder", path=str(tmp_path)))
     with pytest.raises(ValueError, match="8 pictures that cannot be read"):
         load_all(DataConfig("folder", path=str(tmp_path), on_corrupt="skip"))

@@ -2,12 +2,14 @@
 
 import dataclasses
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+import laws
 import numpy as np
 import pytest
-from laws import FLOWS, SMALL, images, labels, perturbed
+from laws import FLOWS, SMALL, apply, images, labels, perturbed
 
 import flowgen
 from flowgen.conditioning import drop_labels
@@ -20,16 +22,13 @@ DENSITY_SAMPLING = 1e-5  # parallel and cached forms of the same float32 network
 
 
 @pytest.fixture(params=FLOWS)
-def case(request, key):
-    config = FLOWS[request.param]
-    k1, k2 = jax.random.split(key)
-    flow, params = perturbed(config, k1)
-    return flow, params, images(config, k2), labels(config)
+def case(request):
+    return laws.case(request.param)
 
 
 def test_inverse_round_trip(case):
     flow, params, x, cond = case
-    z, _ = flow.apply(params, x, cond, method="forward")
+    z, _ = apply(flow, params, x, cond)
     assert jnp.abs(z.reshape(x.shape) - x).max() > 0.1  # the perturbed flow is far from the identity
     np.testing.assert_allclose(invert(flow, params, z, cond, plan=Sequential()).x, x, atol=ROUND_TRIP)
 
@@ -45,8 +44,8 @@ def test_logdet_is_slogdet_of_the_jacobian_in_float64(case):
         def noise(x):
             return wide.apply(params, x[None], cond, method="forward")[0].reshape(-1)
 
-        jacobian = jax.jacfwd(noise)(x[0]).reshape(x.size, x.size)
-        _, logdet = wide.apply(params, x, cond, method="forward")
+        jacobian = jax.jit(jax.jacfwd(noise))(x[0]).reshape(x.size, x.size)
+        _, logdet = apply(wide, params, x, cond)
         sign, expected = jnp.linalg.slogdet(jacobian)
         assert abs(float(sign)) == 1
         np.testing.assert_allclose(logdet[0], expected, atol=EXACT)
@@ -54,12 +53,17 @@ def test_logdet_is_slogdet_of_the_jacobian_in_float64(case):
 
 def test_log_prob_is_the_change_of_variables_formula(case):
     flow, params, x, cond = case
-    z, logdet = flow.apply(params, x, cond, method="forward")
-    variance = params["prior"]["variance"] if "prior" in params else np.ones(z.shape[1:])
-    gaussian = -0.5 * (np.square(z) / variance + np.log(2 * np.pi * variance)).sum(axis=(1, 2))
-    log_prob = flow.apply(params, x, cond, method="log_prob")
+    z, logdet = apply(flow, params, x, cond)
+    variance = np.asarray(params["prior"]["variance"]) if "prior" in params else np.ones(z.shape[1:])
+    gaussian = -0.5 * (np.square(np.asarray(z)) / variance + np.log(2 * np.pi * variance)).sum(axis=(1, 2))
+    log_prob = apply(flow, params, x, cond, method="log_prob")
     np.testing.assert_allclose(log_prob, gaussian + np.asarray(logdet), rtol=1e-5)
-    np.testing.assert_allclose(flow.bind(params).log_prob(x, cond), log_prob, rtol=1e-6)
+
+
+def test_a_bound_module_offers_the_same_methods():
+    flow, params, x, cond = laws.case("classes")
+    bound = jax.jit(lambda params: flow.bind(params).log_prob(x, cond))(params)
+    np.testing.assert_allclose(bound, apply(flow, params, x, cond, method="log_prob"), rtol=1e-6)
 
 
 def test_a_block_is_strictly_causal_in_its_own_order(case):
@@ -74,7 +78,7 @@ def test_a_block_is_strictly_causal_in_its_own_order(case):
         )
         return shift + log_scale
 
-    jacobian = jnp.abs(jax.jacrev(lambda t: parameters(t).sum(axis=(0, 2)))(tokens)).sum(axis=(1, 3))
+    jacobian = jnp.abs(jax.jit(jax.jacrev(lambda t: parameters(t).sum(axis=(0, 2))))(tokens)).sum(axis=(1, 3))
     # Row t holds the parameters of token t+1, which see tokens 0..t.
     future = np.triu(np.ones(jacobian.shape), k=1).astype(bool)
     assert np.all(np.asarray(jacobian)[future] == 0)
@@ -85,10 +89,10 @@ def test_samples_of_a_batch_do_not_see_each_other(case):
     flow, params, x, cond = case
 
     def first(x):
-        z, logdet = flow.apply(params, x, cond, method="forward")
+        z, logdet = apply(flow, params, x, cond)
         return jnp.square(z[0]).sum() + logdet[0]
 
-    gradient = jax.grad(first)(x)
+    gradient = jax.jit(jax.grad(first))(x)
     assert jnp.all(gradient[1:] == 0)
     assert jnp.any(gradient[0] != 0)
 
@@ -98,7 +102,8 @@ def test_every_parameter_receives_gradient(case):
     objective = density.nll_objective(flow)
     label = jnp.zeros(len(x), jnp.int32) if cond is None else cond
     batch = {"image": jnp.asarray((x + 1) * 127, jnp.uint8), "label": label}
-    gradient = jax.grad(lambda p: objective({**params, "params": p}, batch, jax.random.key(1))[0])(params["params"])
+    loss = jax.jit(jax.grad(lambda p, key: objective({**params, "params": p}, batch, key)[0]))
+    gradient = loss(params["params"], jax.random.key(1))
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
         if flow.config.num_classes and "class_embed" in str(path):
             assert jnp.any(leaf != 0), path
@@ -112,10 +117,10 @@ def test_the_objective_is_bits_per_dim_of_the_noised_images(case):
     flow = flowgen.TARFlow(dataclasses.replace(flow.config, noise_std=0.1))
     label = jnp.zeros(len(x), jnp.int32) if cond is None else cond
     batch = {"image": jnp.asarray((x + 1) * 127, jnp.uint8), "label": label}
-    loss, metrics, *state = density.nll_objective(flow)(params, batch, jax.random.key(1))
+    loss, metrics, *state = jax.jit(density.nll_objective(flow))(params, batch, jax.random.key(1))
     noise_key = jax.random.split(jax.random.key(1))[0]
     noised = density.add_noise(noise_key, batch["image"], 0.1)
-    z, logdet = flow.apply(params, noised, cond, method="forward")
+    z, logdet = apply(flow, params, noised, cond)
     log_prob = density.gaussian_log_prob(z) + logdet
     np.testing.assert_allclose(
         metrics["bits_per_dim"], density.bits_per_dim(log_prob, flow.config.num_dims).mean(), rtol=1e-5
@@ -134,17 +139,17 @@ def test_unconditional_means_the_mean_class_everywhere(key):
     flow, params = perturbed(config, k1)
     x = images(config, k2)
     minus_one = jnp.full(len(x), -1, jnp.int32)
-    z, logdet = flow.apply(params, x, minus_one, method="forward")
-    z_none, logdet_none = flow.apply(params, x, None, method="forward")
+    z, logdet = apply(flow, params, x, minus_one)
+    z_none, logdet_none = apply(flow, params, x)
     np.testing.assert_array_equal(z, z_none)
     np.testing.assert_array_equal(logdet, logdet_none)
     averaged = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: jnp.broadcast_to(leaf.mean(axis=0, keepdims=True), leaf.shape)
-        if "class_embed" in str(path)
-        else leaf,
+        lambda path, leaf: (
+            jnp.broadcast_to(leaf.mean(axis=0, keepdims=True), leaf.shape) if "class_embed" in str(path) else leaf
+        ),
         params,
     )
-    np.testing.assert_allclose(flow.apply(averaged, x, jnp.zeros(len(x), jnp.int32), method="forward")[0], z, atol=1e-5)
+    np.testing.assert_allclose(apply(flow, averaged, x, jnp.zeros(len(x), jnp.int32))[0], z, atol=1e-5)
     np.testing.assert_allclose(invert(flow, params, z, minus_one).x, x, atol=ROUND_TRIP)
     np.testing.assert_allclose(invert(flow, params, z, None).x, x, atol=ROUND_TRIP)
 
@@ -156,7 +161,7 @@ def test_a_class_that_does_not_exist_is_refused_or_gives_nan(key):
     x = images(config, k2, batch=2)
     with pytest.raises(ValueError, match=r"class 3 is out of range; use 0..2, or -1"):
         flow.apply(params, x, jnp.array([0, 3]), method="forward")
-    log_prob = jax.jit(lambda cond: flow.apply(params, x, cond, method="log_prob"))(jnp.array([0, 3]))
+    log_prob = jax.jit(lambda cond: apply(flow, params, x, cond, method="log_prob"))(jnp.array([0, 3]))
     assert jnp.isfinite(log_prob[0])
     assert jnp.isnan(log_prob[1])
     unconditional, params = perturbed(FLOWS["affine"], jax.random.key(1))
@@ -170,10 +175,10 @@ def test_bfloat16_keeps_parameters_and_density_in_float32(key):
     flow, params = perturbed(config, k1, scale=0.05)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
     x = images(config, k2)
-    z, logdet = flow.apply(params, x, labels(config), method="forward")
+    z, logdet = apply(flow, params, x, labels(config))
     assert z.dtype == logdet.dtype == jnp.float32
     exact = flowgen.TARFlow(dataclasses.replace(config, dtype="float32"))
-    z32, logdet32 = exact.apply(params, x, labels(config), method="forward")
+    z32, logdet32 = apply(exact, params, x, labels(config))
     np.testing.assert_allclose(z, z32, atol=0.1)  # bfloat16 has 8 bits of mantissa
     np.testing.assert_allclose(logdet, logdet32, rtol=0.05, atol=0.5)
 
@@ -183,11 +188,16 @@ def test_parallel_and_cached_forms_agree(case):
     block = AutoregressiveBlock(flow.config.blocks[1 % flow.config.num_blocks])
     variables = block_parameters(params, 1 % flow.config.num_blocks)
     tokens = x.reshape(len(x), flow.config.num_tokens, flow.config.token_dim)
-    shift, log_scale, _ = block.apply(variables, tokens[:, :-1], 0, cond, None, None, method="conditioner")
+
+    @jax.jit
+    def conditioner(window, start, cache):
+        return block.apply(variables, window, start, cond, cache, None, method="conditioner")
+
+    shift, log_scale, _ = conditioner(tokens[:, :-1], 0, None)
     cache = block.init_cache(len(x), flow.config.num_tokens)
     for start in range(0, flow.config.num_tokens - 1, 2):
         window = tokens[:, start : min(start + 2, flow.config.num_tokens - 1)]
-        shift_w, log_scale_w, cache = block.apply(variables, window, start, cond, cache, None, method="conditioner")
+        shift_w, log_scale_w, cache = conditioner(window, start, cache)
         stop = start + window.shape[1]
         np.testing.assert_allclose(shift_w, shift[:, start:stop], atol=DENSITY_SAMPLING)
         np.testing.assert_allclose(log_scale_w, log_scale[:, start:stop], atol=DENSITY_SAMPLING)
@@ -223,20 +233,24 @@ def test_score_denoising_and_bayes(key):
     x, cond = images(config, k2), labels(config)
 
     def log_prob(x, cond=cond):
-        return flow.apply(params, x, cond, method="log_prob")
+        return apply(flow, params, x, cond, method="log_prob")
 
     direction = jax.random.normal(jax.random.key(5), x.shape)
     step = 1e-2
     slope = (log_prob(x + step * direction) - log_prob(x - step * direction)) / (2 * step)
-    score = density.score(flow, params, x, cond)
+    score = jax.jit(partial(density.score, flow))(params, x, cond)
     np.testing.assert_allclose((score * direction).sum(axis=(1, 2, 3)), slope, rtol=2e-2, atol=1e-2)
     np.testing.assert_allclose(
-        density.denoise(flow, params, x, cond, strength=0.5), x + 0.5 * 0.09 * score, rtol=1e-4, atol=1e-5
+        jax.jit(partial(density.denoise, flow, strength=0.5))(params, x, cond),
+        x + 0.5 * 0.09 * score,
+        rtol=1e-4,
+        atol=1e-5,
     )
-    posterior = density.class_posterior(flow, params, x)
+    bayes = jax.jit(partial(density.class_posterior, flow))
+    posterior = bayes(params, x)
     joint = jnp.stack([log_prob(x, jnp.full(len(x), c, jnp.int32)) for c in range(3)], axis=-1)
     np.testing.assert_allclose(posterior, jax.nn.softmax(joint, axis=-1), atol=1e-4)
-    certain = density.class_posterior(flow, params, x, log_prior=jnp.array([0.0, -1e9, -1e9]))
+    certain = bayes(params, x, jnp.array([0.0, -1e9, -1e9]))
     np.testing.assert_allclose(certain[:, 0], 1.0)
 
 

@@ -41,9 +41,7 @@ class CausalKernel(NamedTuple):
     rewind: Callable[[Any, Any], Any]
 
 
-def init_kv_cache(
-    num_layers: int, batch: int, length: int, num_heads: int, head_dim: int, dtype: jnp.dtype
-) -> KVCache:
+def init_kv_cache(num_layers: int, batch: int, length: int, num_heads: int, head_dim: int, dtype: jnp.dtype) -> KVCache:
     """Returns an empty key/value cache for `length` positions.
 
     Example:

@@ -7,9 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 
-def masked_softmax(
-    logits: Float[Array, "b h n m"], mask: Bool[Array, "#b #h #n #m"] | None
-) -> Float[Array, "b h n m"]:
+def masked_softmax(logits: Float[Array, "b h n m"], mask: Bool[Array, "#b #h #n #m"] | None) -> Float[Array, "b h n m"]:
     """Returns softmax over keys, at least in float32; masked keys (False) get weight exactly 0.
 
     Example:

@@ -69,9 +69,7 @@ class Rule:
 
     def __post_init__(self):
         if self.target is not None and len(self.stacked) > 1:
-            raise ValueError(
-                f"Rule '{self.source}' stacks {', '.join(self.stacked)}; only one index can be stacked."
-            )
+            raise ValueError(f"Rule '{self.source}' stacks {', '.join(self.stacked)}; only one index can be stacked.")
 
     @property
     def stacked(self) -> list[str]:
@@ -119,14 +117,10 @@ def _pattern(template: str) -> re.Pattern[str]:
     parts = _INDEX.split(template)
     literals, indices = parts[::2], parts[1::2]
     groups = [f"(?P<{index}>0|[1-9][0-9]*)" for index in indices]
-    return re.compile(
-        "".join(re.escape(text) + group for text, group in zip(literals, [*groups, ""], strict=True))
-    )
+    return re.compile("".join(re.escape(text) + group for text, group in zip(literals, [*groups, ""], strict=True)))
 
 
-def fill(
-    target: Any, state_dict: Mapping[str, np.ndarray], rules: Iterable[Rule]
-) -> tuple[Any, tuple[str, ...]]:
+def fill(target: Any, state_dict: Mapping[str, np.ndarray], rules: Iterable[Rule]) -> tuple[Any, tuple[str, ...]]:
     """Returns the tree with every leaf filled from the state dict, as numpy arrays, and the names dropped.
 
     target: a tree of arrays or `jax.ShapeDtypeStruct`, whose shapes and dtypes the result has. Every leaf is
@@ -164,9 +158,7 @@ def fill(
     variables = jax.tree_util.tree_map_with_path(filled, target)
     dropped = tuple(name for name in state_dict if name not in used)
     for name in dropped:
-        rule = next(
-            (rule for rule in rules if rule.target is None and match(rule.source, name) is not None), None
-        )
+        rule = next((rule for rule in rules if rule.target is None and match(rule.source, name) is not None), None)
         if rule is None:
             failures.append(f"{name!r} is not expected")
         elif (problem := _violation(state_dict[name], rule)) is not None:

@@ -117,11 +117,7 @@ def _tarflow_config(
         raise ValueError(
             f"patch_size {patch_size} with {channels} channels makes tokens of {channels * patch_size**2} "
             f"numbers, but the weights take {token_dim}; use "
-            + (
-                f"patch_size={side}."
-                if fitting
-                else "the patch_size and channels the model was trained with."
-            )
+            + (f"patch_size={side}." if fitting else "the patch_size and channels the model was trained with.")
         )
     config = TARFlowConfig(
         image_size=image_size,
@@ -141,11 +137,7 @@ def _tarflow_config(
         raise ValueError(
             f"image_size {height}x{length} with patch_size {patch_size} makes {config.num_tokens} tokens, "
             f"but the weights have {num_tokens}; use "
-            + (
-                f"image_size={side * patch_size}."
-                if side**2 == num_tokens
-                else "the image_size of the training."
-            )
+            + (f"image_size={side * patch_size}." if side**2 == num_tokens else "the image_size of the training.")
         )
     return config
 

@@ -66,9 +66,7 @@ def read_state_dict(path: str | os.PathLike[str], *, entry: str | None = None) -
         return {name: opened.read(tensor) for name, tensor in _select(opened.saved, path, entry).items()}
     if start[8:9] == b"{":
         if entry is not None:
-            raise ValueError(
-                f"'{path}' is a flat safetensors file, so it has no entry '{entry}'; leave entry out."
-            )
+            raise ValueError(f"'{path}' is a flat safetensors file, so it has no entry '{entry}'; leave entry out.")
         return _read_safetensors(path)
     if start.startswith(_LFS_POINTER):
         raise ValueError(f"'{path}' is a Git LFS pointer, not the weights; fetch them with git lfs pull.")
@@ -116,9 +114,7 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     content = np.memmap(path, np.uint8, mode="r")
     length = int.from_bytes(content[:8].tobytes(), "little")
     if length > min(_MAX_HEADER, content.size - 8):
-        raise ValueError(
-            f"'{path}' is truncated or not safetensors: its header would be {length} bytes long."
-        )
+        raise ValueError(f"'{path}' is truncated or not safetensors: its header would be {length} bytes long.")
     try:
         header = json.loads(content[8 : 8 + length].tobytes(), object_pairs_hook=_without_repeats)
         spans = [
@@ -138,9 +134,7 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
             raise ValueError(f"it has {body.size} bytes of tensors where its header describes {described}")
         for start, stop, name, dtype, shape in spans:
             if start != position or stop - start != math.prod(shape) * dtype.itemsize:
-                raise ValueError(
-                    f"tensor {name!r} is not where the tensors before it end, or not of its size"
-                )
+                raise ValueError(f"tensor {name!r} is not where the tensors before it end, or not of its size")
             tensors[name] = body[start:stop].view(np.ndarray).view(dtype).reshape(shape)
             position = stop
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:

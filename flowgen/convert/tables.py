@@ -47,9 +47,7 @@ def _drop_token_axis(x: np.ndarray) -> np.ndarray:
     return np.squeeze(x, axis=1)
 
 
-CAUSAL_MASK = Requirement(
-    "a lower triangle of ones", lambda x: x.ndim == 2 and np.array_equal(x, np.tri(*x.shape))
-)
+CAUSAL_MASK = Requirement("a lower triangle of ones", lambda x: x.ndim == 2 and np.array_equal(x, np.tri(*x.shape)))
 ALL_ONES = Requirement("all ones", lambda x: bool((x == 1).all()))
 POSITIVE = Requirement("positive everywhere", lambda x: bool((x > 0).all()))
 

@@ -78,9 +78,7 @@ def _view(tensor: StoredTensor, storage_bytes: Callable[[Storage], np.ndarray]) 
     dtype, raw = DTYPES[tensor.dtype], storage_bytes(tensor.storage)
     if math.prod(tensor.shape) == 0:
         return np.empty(tensor.shape, dtype)
-    last = tensor.offset + sum(
-        (n - 1) * stride for n, stride in zip(tensor.shape, tensor.strides, strict=True)
-    )
+    last = tensor.offset + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.strides, strict=True))
     if (last + 1) * dtype.itemsize > raw.size:
         raise Refusal(f"a tensor of shape {tensor.shape} reaches beyond its storage {tensor.storage.key!r}")
     strides = [
@@ -111,9 +109,7 @@ def _open_zip(path: Path, content: np.ndarray) -> tuple[Any, Callable[[Storage],
     def storage_bytes(storage: Storage) -> np.ndarray:
         raw = entry_bytes(f"data/{storage.key}")
         if raw.size != storage.size:
-            raise Refusal(
-                f"its storage {storage.key!r} has {raw.size} bytes where {storage.size} are described"
-            )
+            raise Refusal(f"its storage {storage.key!r} has {raw.size} bytes where {storage.size} are described")
         return raw
 
     return TensorUnpickler(io.BytesIO(entry_bytes("data.pkl").tobytes())).load(), storage_bytes

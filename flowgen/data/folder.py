@@ -68,9 +68,7 @@ def find_pictures(
     """
     root = Path(path)
     if not root.exists():
-        raise FileNotFoundError(
-            f"data.path '{root}' does not exist; give the folder that holds the pictures."
-        )
+        raise FileNotFoundError(f"data.path '{root}' does not exist; give the folder that holds the pictures.")
     if not root.is_dir():
         raise NotADirectoryError(f"data.path '{root}' is a file; give the folder that holds the pictures.")
     flat = sorted(entry for entry in root.iterdir() if entry.is_file() and _is_picture(entry.name))

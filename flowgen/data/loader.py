@@ -54,9 +54,7 @@ class Loader:
         if self.seed < 0:
             raise ValueError(f"train.seed is {self.seed}; it must be 0 or more.")
         if not 0 <= self.process_index < self.process_count:
-            raise ValueError(
-                f"process_index is {self.process_index}; it must be from 0 to {self.process_count - 1}."
-            )
+            raise ValueError(f"process_index is {self.process_index}; it must be from 0 to {self.process_count - 1}.")
 
     def batch(self, step: int) -> Batch:
         """Returns this process's share of batch `step`, batch_size // process_count samples."""
@@ -65,17 +63,14 @@ class Loader:
         batch = dict(self.source[self._samples(start, share)])
         if self.flip:
             flipped = _coins(self.seed, start, share)
-            batch["image"] = np.where(
-                flipped[:, None, None, None], batch["image"][:, :, ::-1], batch["image"]
-            )
+            batch["image"] = np.where(flipped[:, None, None, None], batch["image"][:, :, ::-1], batch["image"])
         return batch
 
     def _samples(self, start: int, count: int) -> Int[np.ndarray, " b"]:
         size = len(self.source)
         epochs, offsets = np.divmod(np.arange(start, start + count), size)
         orders = [
-            _epoch_order(self.seed, epoch, size)[offsets[epochs == epoch]]
-            for epoch in np.unique(epochs).tolist()
+            _epoch_order(self.seed, epoch, size)[offsets[epochs == epoch]] for epoch in np.unique(epochs).tolist()
         ]
         return np.concatenate(orders)
 

@@ -73,9 +73,7 @@ def image_grid(
     cells[:count] = images.repeat(scale, axis=1).repeat(scale, axis=2)
     cells = np.pad(cells, ((0, 0), (padding, 0), (padding, 0), (0, 0)), constant_values=_GRID_COLOUR)
     rows_of_cells = cells.reshape(rows, columns, *cells.shape[1:])
-    grid = rows_of_cells.transpose(0, 2, 1, 3, 4).reshape(
-        rows * cells.shape[1], columns * cells.shape[2], channels
-    )
+    grid = rows_of_cells.transpose(0, 2, 1, 3, 4).reshape(rows * cells.shape[1], columns * cells.shape[2], channels)
     return np.pad(grid, ((0, padding), (0, padding), (0, 0)), constant_values=_GRID_COLOUR)
 
 
@@ -128,9 +126,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     path = Path(path)
     folder = path.parent
     if not folder.exists():
-        raise FileNotFoundError(
-            f"Cannot write '{path}': the folder '{folder}' does not exist; create it first."
-        )
+        raise FileNotFoundError(f"Cannot write '{path}': the folder '{folder}' does not exist; create it first.")
     if not folder.is_dir():
         raise NotADirectoryError(f"Cannot write '{path}': '{folder}' is a file, not a folder.")
     if path.is_dir():
@@ -168,7 +164,6 @@ def pillow() -> Any:
         import PIL.Image
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "Reading and writing pictures needs the package pillow; "
-            'install it with: pip install "flowgen[train]".'
+            'Reading and writing pictures needs the package pillow; install it with: pip install "flowgen[train]".'
         ) from error
     return PIL.Image

@@ -102,9 +102,7 @@ class _ArrayUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         allowed = {"ndarray": np.ndarray, "dtype": np.dtype, "_reconstruct": _empty_array}
         if module not in ("numpy", "numpy.core.multiarray", "numpy._core.multiarray") or name not in allowed:
-            raise pickle.UnpicklingError(
-                f"The pickled MNIST file refers to {module}.{name}, which is not allowed."
-            )
+            raise pickle.UnpicklingError(f"The pickled MNIST file refers to {module}.{name}, which is not allowed.")
         return allowed[name]
 
 

@@ -88,6 +88,4 @@ def _check_labels(path: Path, labels: Shaped[np.ndarray, "..."], count: int) -> 
             f"one for each picture."
         )
     if labels.min() < NO_LABEL:
-        raise ValueError(
-            f"{where} contains {labels.min()}; labels start at 0, and -1 marks a picture without."
-        )
+        raise ValueError(f"{where} contains {labels.min()}; labels start at 0, and -1 marks a picture without.")

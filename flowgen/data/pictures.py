@@ -88,8 +88,7 @@ def fit_array(
     if images.shape[1:3] == size:
         return images
     fitted = [
-        fit(pillow().fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image), size, crop)
-        for image in images
+        fit(pillow().fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image), size, crop) for image in images
     ]
     return np.stack([np.asarray(image, dtype=np.uint8).reshape(*size, images.shape[-1]) for image in fitted])
 

@@ -104,9 +104,7 @@ class ArraySource:
     def select(self, indices: Int[np.ndarray, " m"]) -> ArraySource:
         """Returns a source of these pictures alone, in this order."""
         captions = tuple(self.captions[i] for i in indices) if self.captions else ()
-        return dataclasses.replace(
-            self, images=self.images[indices], labels=self.labels[indices], captions=captions
-        )
+        return dataclasses.replace(self, images=self.images[indices], labels=self.labels[indices], captions=captions)
 
 
 def hold_out(size: int, fraction: float, split: Split) -> Int[np.ndarray, " m"]:
@@ -124,9 +122,7 @@ def hold_out(size: int, fraction: float, split: Split) -> Int[np.ndarray, " m"]:
     if split == "all" or (fraction == 0 and split == "train"):
         return np.arange(size)
     if fraction == 0:
-        raise ValueError(
-            "data.eval_fraction is 0, so the split 'eval' is empty; set data.eval_fraction to 0.1."
-        )
+        raise ValueError("data.eval_fraction is 0, so the split 'eval' is empty; set data.eval_fraction to 0.1.")
     held = max(1, round(fraction * size))
     if held >= size:
         raise ValueError(

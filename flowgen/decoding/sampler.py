@@ -99,7 +99,17 @@ def sample(
     denoised = strength > 0 and config.noise_std > 0
     indices = first + jnp.arange(num)
     return _sample(
-        flow, params, key, indices, cond, weights, strength, plan=plan, guidance=guidance, denoised=denoised, certify=certify
+        flow,
+        params,
+        key,
+        indices,
+        cond,
+        weights,
+        strength,
+        plan=plan,
+        guidance=guidance,
+        denoised=denoised,
+        certify=certify,
     )
 
 
@@ -114,7 +124,7 @@ def _active(guidance: Guidance | None, cond: Any, config: Any) -> tuple[Guidance
     if not blocks:
         return None, None
     static = Guidance(scale=1.0, rule=guidance.rule, parts=guidance.parts, blocks=blocks, anneal=guidance.anneal)
-    return static, (guidance.scale, guidance.temperature)
+    return static, (float(guidance.scale), float(guidance.temperature))
 
 
 def _resolve(plan: Plan | str, guidance: Guidance | None, config: Any, batch: int) -> DecodePlan:

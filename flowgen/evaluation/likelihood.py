@@ -79,11 +79,11 @@ def gaussian_bits_per_dim(train: Source, source: Source, *, noise_std: float) ->
         variances = np.square(centred).mean(axis=0) + noise_variance
         squares = np.square(deviation)
     nats = 0.5 * ((squares.mean(axis=0) + noise_variance) / variances + np.log(2 * math.pi * variances)).sum()
-    return float(bits_per_dim(np.asarray(-nats), dims))
+    return float(bits_per_dim(jnp.asarray(-nats), dims))
 
 
 def _flat(source: Source, noise_std: float) -> np.ndarray:
-    images = from_uint8(source[np.arange(len(source))]["image"]).astype(np.float64)
+    images = np.asarray(from_uint8(source[np.arange(len(source))]["image"]), np.float64)
     if noise_std == 0:
         # Dequantised images are (level + U[0, 1)) / 128 - 1, with their mean half a level up.
         images = (images + 1) * 127.5 / 128 + 1 / LEVELS - 1

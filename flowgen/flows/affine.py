@@ -1,6 +1,6 @@
 """The affine token map and the token orders that every autoregressive flow here is made of.
 
-    x = shift + exp(log_scale) · z,      z = (x - shift) · exp(-log_scale),      log|det dz/dx| = -Σ log_scale
+x = shift + exp(log_scale) · z,      z = (x - shift) · exp(-log_scale),      log|det dz/dx| = -Σ log_scale
 """
 
 from __future__ import annotations

@@ -125,5 +125,3 @@ def block_parameters(variables: Any, index: int) -> Any:
         z, logdet = AutoregressiveBlock(flow.config.blocks[0]).apply(block_parameters(params, 0), tokens)
     """
     return {"params": variables["params"][f"blocks_{index}"]}
-
-

@@ -29,9 +29,7 @@ class Flow(Protocol):
     def apply(self, variables: Any, *args: Any, method: str) -> Any: ...
 
 
-def gaussian_log_prob(
-    z: Float[Array, "b n c"], variance: Float[Array, "n c"] | None = None
-) -> Float[Array, " b"]:
+def gaussian_log_prob(z: Float[Array, "b n c"], variance: Float[Array, "n c"] | None = None) -> Float[Array, " b"]:
     """Returns log N(z; 0, variance) summed over tokens and channels, variance 1 by default.
 
     Example:
@@ -52,9 +50,7 @@ def bits_per_dim(log_prob: Float[Array, "*b"], num_dims: int) -> Float[Array, "*
     return (-log_prob / num_dims + math.log(LEVELS / 2)) / math.log(2)
 
 
-def dequantise(
-    key: Key[Array, ""], images: UInt8[Array, "b height width c"]
-) -> Float[Array, "b height width c"]:
+def dequantise(key: Key[Array, ""], images: UInt8[Array, "b height width c"]) -> Float[Array, "b height width c"]:
     """Returns 8-bit images with uniform noise of one level, in [-1, 1): 2 (x + U[0, 1)) / 256 - 1.
 
     The expected bits/dim of dequantised images bounds the discrete bits/dim from above.
@@ -76,7 +72,7 @@ def add_noise(
     """
     if noise_std == 0:
         return dequantise(key, images)
-    return from_uint8(images) + noise_std * jax.random.normal(key, images.shape)
+    return jnp.asarray(from_uint8(images)) + noise_std * jax.random.normal(key, images.shape)
 
 
 def nll_objective(flow: Flow, *, label_dropout: float = 0.0) -> Callable[..., tuple]:
@@ -138,7 +134,7 @@ def denoise(
     cond: Int[Array, " b"] | None = None,
     *,
     noise_std: float | None = None,
-    strength: float = 1.0,
+    strength: Float[Array, ""] | float = 1.0,
 ) -> Float[Array, "b height width c"]:
     """Returns E[clean | x] by Tweedie's formula, x + strength · σ² ∇_x log p(x | cond), not clipped.
 

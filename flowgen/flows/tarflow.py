@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -51,7 +52,15 @@ class TARFlowConfig:
     def __post_init__(self):
         if isinstance(self.image_size, list):
             object.__setattr__(self, "image_size", tuple(self.image_size))
-        counts = ("channels", "patch_size", "width", "num_blocks", "layers_per_block", "head_dim", "expansion")
+        counts = (
+            "channels",
+            "patch_size",
+            "width",
+            "num_blocks",
+            "layers_per_block",
+            "head_dim",
+            "expansion",
+        )
         for name in counts:
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name} is {getattr(self, name)}; it must be at least 1.")
@@ -67,8 +76,7 @@ class TARFlowConfig:
             )
         if self.width > self.head_dim and self.width % self.head_dim:
             raise ValueError(
-                f"model.width is {self.width}, not a multiple of head_dim {self.head_dim}; "
-                "change one of the two."
+                f"model.width is {self.width}, not a multiple of head_dim {self.head_dim}; change one of the two."
             )
         if self.num_classes < 0:
             raise ValueError(f"model.num_classes is {self.num_classes}; it must be 0 (no classes) or more.")
@@ -147,11 +155,7 @@ class TARFlow(nn.Module):
     config: TARFlowConfig
 
     def setup(self):
-        config = self.config
-        self.blocks = [AutoregressiveBlock(block) for block in config.blocks]
-        if config.transform == "volume_preserving":
-            shape = (config.num_tokens, config.token_dim)
-            self.variable("prior", "variance", jnp.ones, shape, master_dtype(config.dtype))
+        self.blocks = [AutoregressiveBlock(block) for block in self.config.blocks]
 
     def __call__(self, x, cond=None):
         return self.forward(x, cond)
@@ -172,9 +176,8 @@ class TARFlow(nn.Module):
         """Returns the tokens after each block, the last being z, and the total logdet."""
         config = self.config
         if x.shape[1:] != config.image_shape:
-            raise ValueError(
-                f"images have shape {tuple(x.shape)}; this model takes (batch, {', '.join(map(str, config.image_shape))})."
-            )
+            shape = ", ".join(map(str, config.image_shape))
+            raise ValueError(f"images have shape {tuple(x.shape)}; this model takes (batch, {shape}).")
         check_labels(cond, num_classes=config.num_classes, batch=x.shape[0])
         master = master_dtype(config.dtype)
         tokens = patchify(x, config.patch_size, PATCH_ORDER).astype(master)
@@ -191,9 +194,7 @@ class TARFlow(nn.Module):
         shape = (self.config.num_tokens, self.config.token_dim)
         return self.get_variable("prior", "variance", jnp.ones(shape, master_dtype(self.config.dtype)))
 
-    def log_prob(
-        self, x: Float[Array, "b height width c"], cond: Int[Array, " b"] | None = None
-    ) -> Float[Array, " b"]:
+    def log_prob(self, x: Float[Array, "b height width c"], cond: Int[Array, " b"] | None = None) -> Float[Array, " b"]:
         """Returns log p(x | cond) in nats, exact: log N(z; 0, prior variance) + logdet."""
         z, logdet = self.forward(x, cond)
         return gaussian_log_prob(z, self.prior_variance()) + logdet
@@ -213,15 +214,26 @@ class TARFlow(nn.Module):
         return unpatchify(tokens, config.patch_size, config.grid_size, PATCH_ORDER)
 
 
-def init(flow: nn.Module, key: Key[Array, ""]) -> Any:
-    """Returns freshly initialised variables of a flow; shapes come from its config, one compiled program.
+def init(flow: Any, key: Key[Array, ""]) -> Any:
+    """Returns freshly initialised variables of a flow; shapes come from its config.
+
+    Blocks of equal shape share one compiled program, whose random numbers are what takes time to compile.
 
     Example:
         params = init(flow, jax.random.key(0))
     """
-    return _init(flow, key)
+    config = flow.config
+    params = {}
+    for index, block in enumerate(config.blocks):
+        shape = dataclasses.replace(block, order="raster")  # The order of tokens has no parameters.
+        params[f"blocks_{index}"] = _init_block(shape, jax.random.fold_in(key, index))
+    if config.transform == "affine":
+        return {"params": params}
+    variance = jnp.ones((config.num_tokens, config.token_dim), master_dtype(config.dtype))
+    return {"params": params, "prior": {"variance": variance}}
 
 
 @partial(jax.jit, static_argnums=0)
-def _init(flow, key):
-    return flow.init(key, jnp.zeros((1, *flow.config.image_shape)))
+def _init_block(config: BlockConfig, key: Key[Array, ""]) -> Any:
+    tokens = jnp.zeros((1, config.num_tokens, config.token_dim), master_dtype(config.transformer.dtype))
+    return AutoregressiveBlock(config).init(key, tokens)["params"]

@@ -106,9 +106,7 @@ _PATCH_PATTERNS = {
 }
 
 
-def patchify(
-    x: Float[Array, "b height width c"], patch_size: int, order: PatchOrder
-) -> Float[Array, "b n token"]:
+def patchify(x: Float[Array, "b height width c"], patch_size: int, order: PatchOrder) -> Float[Array, "b n token"]:
     """Returns the patches of channels-last images as tokens, row by row.
 
     order: how one patch is laid out in a token, (c, row, column) in TARFlow, (row, column, c) in STARFlow.

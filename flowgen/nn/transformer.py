@@ -75,7 +75,7 @@ class TransformerLayer(nn.Module):
 
 
 def transformer_stack(config: TransformerConfig) -> nn.Module:
-    """Returns a module ((h, cache), layer indices, start, inverse_temperature) -> ((h, cache), None), scanned over layers.
+    """Returns a module that maps (h, cache) through all layers, scanned over depth; see the example for its call.
 
     Its parameters are those of one `TransformerLayer` with a leading axis of `num_layers`, so tracing and
     compilation cost the same for any depth.

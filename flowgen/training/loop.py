@@ -15,15 +15,17 @@ import jax
 import numpy as np
 
 from flowgen.data.media import save_image
-from flowgen.training.options import LogConfig, OptimConfig, TrainConfig
 from flowgen.training.metrics import MetricsLog, Silence, check_packages
-from flowgen.training.parallel import DataParallel
+from flowgen.training.options import LogConfig, OptimConfig, TrainConfig
+from flowgen.training.parallel import DataParallel, barrier, from_primary, is_primary, largest
 from flowgen.training.step import Objective, Step, TrainState, init_state, make_step
-from flowgen.training.store import CheckpointStore
+from flowgen.training.store import CheckpointReader, CheckpointStore
 
 CONFIG_FILE = "config.json"
 CHECKPOINTS = "checkpoints"
 SAMPLES = "samples"
+# Steps after which several processes ask each other for a signal; asking waits for the step under way.
+AGREE_EVERY = 8
 
 
 @dataclass(frozen=True)
@@ -83,17 +85,18 @@ def train(
     parallel.check_batch(train)
     check_packages(log)
     step = make_step(job.objective, optim, steps=train.steps, accumulation=train.accumulation)
-    workdir = prepare_workdir(Path(workdir), config, check_config)
+    workdir = Path(workdir)
+    latest = CheckpointReader(workdir / CHECKPOINTS).latest_step()
+    if latest is not None and latest > train.steps:
+        raise ValueError(f"{workdir} has {latest} steps already, above train.steps {train.steps}; raise it.")
+    prepare_workdir(workdir, config, check_config)
     init_key, step_key = jax.random.split(jax.random.key(train.seed))
 
     def initial() -> TrainState:
         return init_state(job.init(init_key), optim, train.steps)
 
     with CheckpointStore(workdir / CHECKPOINTS, keep=log.keep) as store:
-        latest = store.latest_step()
         state = initial() if latest is None else store.restore(latest, jax.eval_shape(initial))
-        if latest is not None and latest > train.steps:
-            raise ValueError(f"{workdir} has {latest} steps already, above train.steps {train.steps}; raise it.")
         run = _Run(job, workdir, store, log, config, parallel, steps=train.steps, first=latest)
         try:
             return run.train(parallel.compile(step), state, step_key)
@@ -101,10 +104,8 @@ def train(
             run.log.close()
 
 
-def prepare_workdir(
-    workdir: Path, config: dict[str, Any], check_config: Callable[[dict[str, Any]], None]
-) -> Path:
-    """Returns the run's directory with its config written, after checking what it holds already.
+def prepare_workdir(workdir: Path, config: dict[str, Any], check_config: Callable[[dict[str, Any]], None]) -> None:
+    """Makes the run's directory and writes its config, after checking what the directory holds already.
 
     Example:
         prepare_workdir(Path("runs/digits"), experiment.to_json(), experiment.check_resumable)
@@ -113,13 +114,13 @@ def prepare_workdir(
         check_config(read_config(workdir))
     elif workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
         raise FileExistsError(f"workdir {workdir} holds files but no flowgen run; give a new or empty directory.")
+    barrier("flowgen: workdir checked")  # The first file of one process would look foreign to another.
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        if jax.process_index() == 0:
+        if is_primary():
             write_config(workdir, config)
     except OSError as error:
         raise OSError(f"workdir {workdir} cannot be written ({error.strerror}); give another directory.") from error
-    return workdir
 
 
 def read_config(run_dir: str | Path) -> dict[str, Any]:
@@ -172,20 +173,18 @@ class _Run:
         self.job, self.workdir, self.store = job, workdir, store
         self.config, self.saved_config, self.parallel = config, saved_config, parallel
         self.steps, self.first, self.saved = steps, first or 0, first
-        self.log = (
-            MetricsLog(workdir, config, first_step=self.first, last_step=steps)
-            if jax.process_index() == 0
-            else Silence()
-        )
+        self.log = MetricsLog(workdir, config, first_step=self.first, last_step=steps) if is_primary() else Silence()
         self.pending: list[tuple[int, Any]] = []
         self.since = time.perf_counter()
         self.metrics: dict[str, float] = {}
         self.samples: Path | None = None
+        self.signal = 0
 
     def train(self, update: Step, state: TrainState, key: jax.Array) -> Result:
         state = self.parallel.replicate(state)
         key = self.parallel.replicate_key(key)
         if self.first == self.steps:
+            self.metrics = self.store.meta(self.first)["metrics"]
             self.log.say(f"{self.workdir} has all of its {self.steps} steps already; raise train.steps to go on.")
         elif self.first:
             self.log.say(f"Resuming {self.workdir} from step {self.first}.")
@@ -197,9 +196,9 @@ class _Run:
                 step += 1
                 if self.parallel.must_wait:
                     jax.block_until_ready(metrics)
-                self.pending.append((step, self.parallel.on_first_device(metrics)))
+                self.pending.append((step, metrics))
                 self.log.advance(step)
-                if signals.number:
+                if self.told_to_stop(step, signals.number):
                     break
                 if step < self.steps:
                     self.due(step, state)
@@ -209,12 +208,20 @@ class _Run:
         finished = step == self.steps
         if finished:
             self.report(step)
-            self.evaluate(step, state)
+            if self.first < step or not self.metrics:
+                self.evaluate(step, state)
             self.draw(step, state)
         if self.saved != step:
             self.save(step, state, self.metrics if finished else {})
         self.store.wait()
-        return Result(self.host(state), self.metrics, self.samples, 0 if finished else signals.number)
+        return Result(self.parallel.to_host(state), self.metrics, self.samples, 0 if finished else self.signal)
+
+    def told_to_stop(self, step: int, number: int) -> bool:
+        """Whether a signal came; of several processes all stop at the same step, whichever of them it reached."""
+        if jax.process_count() > 1:
+            number = largest(number) if _due(step, AGREE_EVERY) else 0
+        self.signal = number
+        return number > 0
 
     def due(self, step: int, state: TrainState) -> None:
         """Reports, evaluation, samples and checkpoints that fall on this step."""
@@ -232,10 +239,11 @@ class _Run:
         """Writes the mean of the metrics since the last report; raises where one of them is not finite."""
         if not self.pending:
             return
-        rows = [(at, {name: float(value) for name, value in row.items()}) for at, row in self.pending]
+        rows = [(at, jax.tree.map(float, self.parallel.to_host(row))) for at, row in self.pending]
         self.pending = []
         for at, row in rows:
             if not (np.isfinite(row["loss"]) and np.isfinite(row["grad_norm"])):
+                self.store.wait()
                 latest = self.store.latest_step()
                 raise FloatingPointError(
                     f"Step {at} has loss {row['loss']} and gradient norm {row['grad_norm']}, so the run was stopped "
@@ -250,16 +258,18 @@ class _Run:
         if self.job.evaluate is None:
             return {}
         self.report(step)
-        self.metrics = self.job.evaluate(self.host(state).averaged)
+        metrics = self.job.evaluate(self.parallel.to_host(state).averaged)
+        # Which checkpoint is best, and so which are removed, must not differ between processes.
+        self.metrics = {name: from_primary(value) for name, value in metrics.items()}
         self.log.write(step, {f"eval/{name}": value for name, value in self.metrics.items()})
         self.log.say(f"step {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in self.metrics.items()))
         self.since = time.perf_counter()
         return self.metrics
 
     def draw(self, step: int, state: TrainState) -> None:
-        if self.job.sample is None or jax.process_index() != 0:
+        if self.job.sample is None or not is_primary():
             return
-        image = self.job.sample(self.host(state).averaged)
+        image = self.job.sample(self.parallel.to_host(state).averaged)
         folder = self.workdir / SAMPLES
         folder.mkdir(exist_ok=True)
         self.samples = folder / f"{step:07d}.png"
@@ -268,13 +278,9 @@ class _Run:
 
     def save(self, step: int, state: TrainState, metrics: dict[str, float]) -> None:
         self.report(step)  # A state whose metrics are not finite is never saved.
-        self.store.save(step, self.host(state), config=self.saved_config, metrics=metrics)
+        self.store.save(step, self.parallel.to_host(state), config=self.saved_config, metrics=metrics)
         self.saved = step
         self.since = time.perf_counter()
-
-    def host(self, state: TrainState) -> TrainState:
-        """The state as numpy arrays of its own: the next step overwrites the buffers it lies in now."""
-        return jax.tree.map(np.array, self.parallel.on_first_device(state))
 
 
 def _due(step: int, every: int) -> bool:

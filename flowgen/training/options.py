@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 
-def check_at_least(group: str, config: object, bounds: dict[str, float]) -> None:
+def check_at_least(group: str, config: object, bounds: Mapping[str, float | int]) -> None:
     """Raises ValueError where a field is below its bound, naming field, value and bound.
 
     Example:
@@ -41,7 +42,7 @@ class OptimConfig:
         for name in ("b1", "b2", "ema_decay"):
             if getattr(self, name) >= 1:
                 raise ValueError(f"optim.{name} is {getattr(self, name)}; it must be below 1.")
-        if not 0 < self.lr:
+        if not self.lr > 0:
             raise ValueError(f"optim.lr is {self.lr}; it must be positive.")
         if self.min_lr > self.lr:
             raise ValueError(f"optim.min_lr is {self.min_lr}, above optim.lr {self.lr}; lower it.")

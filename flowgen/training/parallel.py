@@ -72,12 +72,9 @@ class DataParallel:
         """Returns this process's batch with equal consecutive shares on its devices; does not wait."""
         count = len(self.local_devices)
         return jax.tree.map(
-            lambda x: jax.device_put(np.reshape(x, (count, len(x) // count, *x.shape[1:])), self._sharding), batch
+            lambda x: jax.device_put(np.reshape(x, (count, len(x) // count, *x.shape[1:])), self._sharding),
+            batch,
         )
-
-    def on_first_device(self, tree: Any) -> Any:
-        """Returns replicated leaves as ordinary arrays of the first device."""
-        return jax.tree.map(lambda x: x.addressable_shards[0].data.squeeze(0), tree)
 
     def to_host(self, tree: Any) -> Any:
         """Returns replicated leaves as numpy arrays that own their memory; waits for the device."""
@@ -97,11 +94,11 @@ def barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def any_process(flag: bool) -> bool:
-    """Returns whether the flag is set in any process, the same answer in all of them."""
+def largest(value: int) -> int:
+    """Returns the largest value of any process, the same answer in all of them; waits for their steps under way."""
     if jax.process_count() == 1:
-        return flag
-    return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
+        return value
+    return int(np.max(multihost_utils.process_allgather(np.array(value))))
 
 
 def from_primary(value: float) -> float:

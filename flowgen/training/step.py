@@ -1,6 +1,6 @@
 """One update: state, optimizer, and the pure function that pmap maps over devices.
 
-    g = mean over devices and micro-batches of ∇ loss;   θ <- θ - AdamW(clip(g));   θ̄ <- θ̄ + (1 - d)(θ - θ̄)
+g = mean over devices and micro-batches of ∇ loss;   θ <- θ - AdamW(clip(g));   θ̄ <- θ̄ + (1 - d)(θ - θ̄)
 """
 
 from __future__ import annotations

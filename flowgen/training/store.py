@@ -1,7 +1,7 @@
 """Checkpoints of one run: written in the background, committed whole, verified byte by byte when read.
 
-    <directory>/<step>/state/     orbax PyTree of numpy arrays by path, with digests.json: SHA-256 of each file
-    <directory>/<step>/meta/      orbax JSON: config, metrics, shape and dtype of each array, and its own SHA-256
+<directory>/<step>/state/     orbax PyTree of numpy arrays by path, with digests.json: SHA-256 of each file
+<directory>/<step>/meta/      orbax JSON: config, metrics, shape and dtype of each array, and its own SHA-256
 """
 
 from __future__ import annotations
@@ -106,9 +106,7 @@ class CheckpointReader:
         known = self.meta(step)["arrays"]
         directory = self.directory / str(step) / "state"
         self._verify(step, directory)
-        chosen = {
-            name: np.empty(shape, jnp.dtype(dtype)) for name, (shape, dtype) in known.items() if choose(name)
-        }
+        chosen = {name: np.empty(shape, jnp.dtype(dtype)) for name, (shape, dtype) in known.items() if choose(name)}
         stored = {name: array for name, array in chosen.items() if array.size}
         restore = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in stored}
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
@@ -164,9 +162,7 @@ class CheckpointStore(CheckpointReader):
         super().__init__(directory)
         self.directory.mkdir(parents=True, exist_ok=True)
         self._keep, self._best_metric = keep, best_metric
-        self._scores = {step: self._score(self.meta(step)["metrics"]) for step in self.steps()[:-1]}
-        if (latest := self.latest_step()) is not None:
-            self._scores[latest] = self._score(self.meta(latest)["metrics"])
+        self._scores = {step: self.meta(step)["metrics"].get(best_metric) for step in self.steps()}
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
@@ -184,13 +180,16 @@ class CheckpointStore(CheckpointReader):
     def save(self, step: int, state: Any, *, config: Any, metrics: dict[str, float] | None = None) -> None:
         """Starts saving a tree of numpy arrays, which must not change until `wait`. Waits for the previous save.
 
+        metrics that are not finite are left out.
+
         Raises:
             FloatingPointError: an array holds nan, or params, ema or optimizer state infinity; nothing is saved.
         """
         flat = {name: np.asarray(leaf) for name, leaf in flatten(state).items()}
         check_finite(step, flat)
-        meta = {"step": step, "config": config, "metrics": metrics or {}, "arrays": layout(flat)}
-        self._scores[step] = self._score(meta["metrics"])
+        finite = {name: value for name, value in (metrics or {}).items() if np.isfinite(value)}
+        meta = {"step": step, "config": config, "metrics": finite, "arrays": layout(flat)}
+        self._scores[step] = finite.get(self._best_metric)
         self._manager.save(
             step,
             args=ocp.args.Composite(
@@ -211,10 +210,6 @@ class CheckpointStore(CheckpointReader):
     def close(self) -> None:
         """Waits and releases the threads."""
         self._manager.close()
-
-    def _score(self, metrics: dict[str, float]) -> float | None:
-        value = metrics.get(self._best_metric)
-        return value if value is not None and np.isfinite(value) else None
 
     def _preserved(self, steps: Sequence[int]) -> set[int]:
         best = self.best()

@@ -1,0 +1,40 @@
+"""TARFlow for unconditional generation of ImageNet 64x64: 2-768-8-8-0.05, bfloat16.
+
+    python train.py --config configs/tarflow_imagenet64.py --workdir runs/imagenet64
+
+Published (arXiv 2412.06329, reported by secondary sources): FID 18.42; 14.67 in an independent reproduction with
+guidance 0.2, attention temperature 0.3 and denoising 0.9, which are the sampling defaults here. 460,142,784
+parameters, batch 256, 200 epochs on 8 A100s. Not reproduced by us.
+
+The published optimisation is kept: AdamW (0.9, 0.95), weight decay 1e-4 on everything, one epoch of warm-up, cosine
+to 1e-6, no clipping. The average of the parameters is ours; `--no-ema` samples without it. Put the training images
+under data/imagenet64, one folder per class where there are classes, or set --data.path.
+"""
+
+from flowgen.config import Experiment, SamplingConfig
+from flowgen.data import DataConfig
+from flowgen.flows import TARFlowConfig
+from flowgen.training import LogConfig, OptimConfig, TrainConfig
+
+
+def config() -> Experiment:
+    return Experiment(
+        name="tarflow_imagenet64",
+        model=TARFlowConfig(
+            image_size=64,
+            channels=3,
+            patch_size=2,
+            width=768,
+            num_blocks=8,
+            layers_per_block=8,
+            noise_std=0.05,
+            dtype="bfloat16",
+            remat=True,
+        ),
+        data=DataConfig(source="folder", path="data/imagenet64", flip=True, eval_fraction=0.01),
+        optim=OptimConfig(lr=0.0001, min_lr=1e-06, warmup_steps=5004, clip_norm=0.0),
+        train=TrainConfig(steps=1000800, batch_size=256),
+        log=LogConfig(log_every=100, eval_every=20000, sample_every=5000, checkpoint_every=5000),
+        sampling=SamplingConfig(num=64, guidance=0.2, anneal=True, temperature=0.3, denoise=0.9),
+        reference={"fid": 18.42, "fid_reproduced": 14.67},
+    )

@@ -1,0 +1,337 @@
+"""Decoders are equal to each other and to the inverse; what is exact about sweeps; guidance; overflow; sampling."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import laws
+import numpy as np
+import pytest
+from laws import FLOWS, apply, perturbed
+
+import flowgen
+from flowgen.decoding import DecodePlan, Guidance, Jacobi, Sequential, invert, resolve_plan, sample
+from flowgen.decoding.guidance import linear_rule, product_rule
+from flowgen.decoding.jacobi import Conditioner, solve
+from flowgen.flows import density
+
+ROUNDING = 2e-5  # float32 through all blocks, two orders of summation
+NAMES = ("classes", "volume preserving", "rectangular")
+
+
+@pytest.fixture(params=NAMES)
+def case(request):
+    flow, params, x, cond = laws.case(request.param)
+    z, _ = apply(flow, params, x, cond)
+    return flow, params, x, cond, z
+
+
+@pytest.mark.parametrize("window", [1, 3, 4, None], ids=str)
+@pytest.mark.parametrize("init", ["z", "zeros"])
+def test_every_window_at_tolerance_0_is_the_inverse(window, init):
+    flow, params, x, cond = laws.case("rectangular")
+    z, _ = apply(flow, params, x, cond)
+    r = invert(flow, params, z, cond, plan=Jacobi(window=window, tol=0.0, init=init))
+    np.testing.assert_allclose(r.x, x, atol=ROUNDING)
+    assert jnp.all(r.residual == 0)
+    assert r.sweeps.max() <= (window or flow.config.num_tokens - 1)
+
+
+def test_window_1_equals_sequential_bitwise(case):
+    flow, params, _, cond, z = case
+    sequential = invert(flow, params, z, cond, plan=Sequential())
+    np.testing.assert_array_equal(invert(flow, params, z, cond, plan=Jacobi(window=1)).x, sequential.x)
+    assert sequential.sweeps.shape == (flow.config.num_blocks, flow.config.num_tokens - 1)
+    assert jnp.all(sequential.sweeps == 1)
+
+
+def chain(n, channels=2):
+    """A conditioner x_t = 0.9 x_{t-1} + cumulative effects, as arrays, with no cache."""
+    weights = jnp.asarray(np.tril(np.random.default_rng(0).standard_normal((n, n))) * 0.4, jnp.float32)
+
+    def window(previous, start, cache):
+        assert previous.shape[1] == n
+        mixed = jnp.einsum("tm,bmc->btc", weights, jnp.tanh(previous))
+        return mixed, 0.3 * jnp.tanh(mixed), cache
+
+    return Conditioner(window, lambda before, after: after)
+
+
+def test_after_k_sweeps_the_first_k_tokens_are_exact():
+    n = 8
+    z = jnp.asarray(np.random.default_rng(1).standard_normal((3, n, 2)), jnp.float32)
+    first = jnp.ones((3, 1, 2))
+
+    def run(max_sweeps):
+        plan = Jacobi(tol=0.0, max_sweeps=max_sweeps)
+        return solve(chain(n), first, z, lambda length: None, plan)
+
+    exact = run(n).x
+    for k in range(1, n):
+        x = run(k).x
+        np.testing.assert_allclose(x[:, :k], exact[:, :k], atol=1e-7)  # one rounding
+        assert jnp.abs(x[:, -1] - exact[:, -1]).max() > 0
+
+
+def test_residual_and_stopping_are_per_sample(case):
+    flow, params, _, cond, z = case
+    plan = Jacobi(window=5, tol=1e-2)
+    together = invert(flow, params, z, cond, plan=plan)
+    assert jnp.all(together.residual <= 1e-2)
+    for index in range(len(z)):
+        one = None if cond is None else cond[index : index + 1]
+        alone = invert(flow, params, z[index : index + 1], one, plan=plan)
+        np.testing.assert_allclose(alone.x[0], together.x[index], atol=ROUNDING)
+
+
+def test_certificate_is_the_error_of_a_forward_pass(case):
+    flow, params, x, cond, z = case
+    r = invert(flow, params, z, cond, plan=Sequential(), certify=True)
+    assert r.error.max() < ROUNDING
+    loose = invert(flow, params, z, cond, plan=Jacobi(tol=0.3), certify=True)
+    error = jnp.abs(loose.x - x).max(axis=(1, 2, 3))
+    assert jnp.all((loose.error > 1e-3) == (error > 1e-3))
+    guided = invert(flow, params, z, cond, guidance=Guidance(scale=1.5, rule="product"), certify=True)
+    assert guided.error.max() < ROUNDING
+
+
+def test_a_plan_per_block_and_plans_by_name(case):
+    flow, params, x, cond, z = case
+    plan = DecodePlan((Jacobi(window=3, tol=0.0), Sequential()))
+    r = invert(flow, params, z, cond, plan=plan)
+    np.testing.assert_allclose(r.x, x, atol=ROUNDING)
+    windows = -(-(flow.config.num_tokens - 1) // 3)
+    assert jnp.all(r.sweeps[0, :windows] > 0)
+    assert jnp.all(r.sweeps[0, windows:] == 0)
+    with pytest.raises(ValueError, match="plan has 3 blocks and the flow has 2"):
+        invert(flow, params, z, cond, plan=DecodePlan((Sequential(),) * 3))
+    with pytest.raises(ValueError, match="plan is 'jacobbi'; choose one of sequential, jacobi, auto"):
+        invert(flow, params, z, cond, plan="jacobbi")
+    assert resolve_plan("auto", num_blocks=2, rows=8) == DecodePlan((Sequential(),) * 2)  # this is a CPU
+
+
+# -- guidance -----------------------------------------------------------------------------------------------
+
+
+def reference_reverse(flow, params, z, cond, weight, parts, anneal, temperature=1.0):
+    """Guided sampling by its definition: full prefix recomputed for every token, two separate passes."""
+    from flowgen.flows import AutoregressiveBlock, block_parameters
+
+    config = flow.config
+    tokens = z
+    for index in reversed(range(config.num_blocks)):
+        block = AutoregressiveBlock(config.blocks[index])
+        flip = config.blocks[index].order == "reversed"
+        u = tokens[:, ::-1] if flip else tokens
+
+        @jax.jit
+        def parameters(u, cond, inverse_temperature, block=block, index=index):
+            variables = block_parameters(params, index)
+            return block.apply(variables, u[:, :-1], 0, cond, None, inverse_temperature, method="conditioner")[:2]
+
+        for t in range(1, config.num_tokens):
+            cold = jnp.full(len(z), 1 / temperature)
+            m_c, a_c = (p[:, t - 1] for p in parameters(u, cond, jnp.ones(len(z))))
+            m_u, a_u = (p[:, t - 1] for p in parameters(u, None, cold))
+            w = weight * t / (config.num_tokens - 1) if anneal else weight
+            a = a_c + w * (a_c - a_u) if parts in ("both", "log_scale") else a_c
+            m = m_c + w * (m_c - m_u) if parts in ("both", "shift") else m_c
+            u = u.at[:, t].set(u[:, t] * jnp.exp(a) + m)
+        tokens = u[:, ::-1] if flip else u
+    return flow.to_images(tokens)
+
+
+@pytest.mark.parametrize(
+    ("parts", "anneal", "temperature"),
+    [("both", False, 1.0), ("shift", True, 1.0), ("log_scale", False, 0.5)],
+)
+def test_linear_guidance_is_its_definition(parts, anneal, temperature):
+    flow, params, x, _ = laws.case("classes")
+    cond = jnp.array([0, 1, 2, 0], jnp.int32)
+    z, _ = apply(flow, params, x, cond)
+    expected = reference_reverse(flow, params, z, cond, 1.5, parts, anneal, temperature)
+    guidance = Guidance(scale=1.5, parts=parts, anneal=anneal, temperature=temperature)
+    for plan in (Sequential(), Jacobi(window=3, tol=0.0)):
+        np.testing.assert_allclose(invert(flow, params, z, cond, plan=plan, guidance=guidance).x, expected, atol=1e-4)
+    assert jnp.abs(expected - x).max() > 0.01
+
+
+def test_attention_temperature_guides_a_model_without_classes():
+    flow, params, x, _ = laws.case("affine")
+    z, _ = apply(flow, params, x)
+    expected = reference_reverse(flow, params, z, None, 2.0, "both", False, 0.5)
+    guidance = Guidance(scale=2.0, temperature=0.5)
+    np.testing.assert_allclose(invert(flow, params, z, guidance=guidance).x, expected, atol=1e-4)
+    assert jnp.abs(expected - x).max() > 1e-3
+
+
+def test_guidance_that_changes_nothing_costs_nothing():
+    flow, params, x, cond = laws.case("classes")
+    z, _ = apply(flow, params, x, cond)
+    plain = invert(flow, params, z, cond)
+    for guidance in (Guidance(scale=0.0, temperature=0.5), Guidance(scale=2.0, blocks=())):
+        np.testing.assert_array_equal(invert(flow, params, z, cond, guidance=guidance).x, plain.x)
+    from flowgen.decoding.sampler import _active
+
+    assert _active(Guidance(scale=0.0), cond, flow.config) == (None, None)
+    assert _active(Guidance(scale=1.0), None, flow.config) == (None, None)
+
+
+def test_blocks_that_are_not_guided_are_not(key):
+    flow, params, x, cond = laws.case("classes")
+    z, _ = apply(flow, params, x, cond)
+    only_first = invert(flow, params, z, cond, guidance=Guidance(scale=1.0, blocks=(1,))).x
+    both = invert(flow, params, z, cond, guidance=Guidance(scale=1.0)).x
+    none = invert(flow, params, z, cond).x
+    assert jnp.abs(only_first - both).max() > 1e-4
+    assert jnp.abs(only_first - none).max() > 1e-4
+    with pytest.raises(ValueError, match=r"guidance blocks name 2; this flow has blocks 0..1"):
+        invert(flow, params, z, cond, guidance=Guidance(scale=1.0, blocks=(2,)))
+
+
+def test_product_rule_is_the_product_of_gaussians():
+    random = np.random.default_rng(0)
+    m_c, m_u = random.standard_normal((2, 5, 4, 3))
+    a_u = random.standard_normal((5, 4, 3))
+    a_c = a_u - np.abs(random.standard_normal((5, 4, 3)))  # σ_c < σ_u, where the ratio is not clipped
+    w = 1.7
+    shift, log_scale = product_rule(
+        (jnp.asarray(m_c), jnp.asarray(a_c)), (jnp.asarray(m_u), jnp.asarray(a_u)), jnp.full((4, 1), w)
+    )
+    # p_c^(1+w) / p_u^w: precisions and precision-weighted means add up with exponents (1 + w) and -w.
+    precision = (1 + w) * np.exp(-2 * a_c) - w * np.exp(-2 * a_u)
+    mean = ((1 + w) * m_c * np.exp(-2 * a_c) - w * m_u * np.exp(-2 * a_u)) / precision
+    np.testing.assert_allclose(log_scale, -0.5 * np.log(precision), atol=1e-4)
+    np.testing.assert_allclose(shift, mean, rtol=1e-3, atol=1e-4)
+    # Equal scales: ordinary linear guidance of the mean.
+    linear = linear_rule(
+        (jnp.asarray(m_c), jnp.asarray(a_u)), (jnp.asarray(m_u), jnp.asarray(a_u)), jnp.full((4, 1), w), "shift"
+    )
+    equal = product_rule(
+        (jnp.asarray(m_c), jnp.asarray(a_u)), (jnp.asarray(m_u), jnp.asarray(a_u)), jnp.full((4, 1), w)
+    )
+    np.testing.assert_allclose(equal[0], linear[0], atol=1e-5)
+    np.testing.assert_allclose(equal[1], linear[1], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"scale": -1.0}, "guidance scale is -1.0"),
+        ({"scale": float("nan")}, "guidance scale is nan"),
+        ({"temperature": 0.0}, "guidance temperature is 0.0"),
+        ({"rule": "product", "parts": "shift"}, "the product rule always guides both"),
+    ],
+)
+def test_guidance_that_cannot_be_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Guidance(**arguments)
+
+
+# -- overflow -----------------------------------------------------------------------------------------------
+
+
+def test_overflow_on_the_way_is_counted_and_does_not_spoil_the_solution():
+    n = 6
+    z = jnp.full((2, n, 1), 3.0)
+
+    def window(previous, start, cache):
+        # exp(40 x): astronomically large for the first guess x = 3, harmless at the solution.
+        mixed = jnp.cumsum(previous, axis=1)
+        return -3.0 * jnp.exp(jnp.clip(40 * mixed, -80, 300)), 40 * mixed, cache
+
+    conditioner = Conditioner(window, lambda before, after: after)
+    solution = solve(conditioner, jnp.full((2, 1, 1), -1.0), z, lambda length: None, Jacobi(tol=0.0))
+    assert jnp.all(jnp.isfinite(solution.x))
+    exact = np.full((2, 1), -1.0)
+    for _ in range(n):
+        mixed = exact.sum(axis=1, keepdims=True)
+        exact = np.concatenate([exact, 3.0 * np.exp(40 * mixed) - 3.0 * np.exp(np.clip(40 * mixed, -80, 300))], axis=1)
+    np.testing.assert_allclose(solution.x[..., 0], exact[:, 1:], atol=1e-6)
+    assert jnp.all(solution.overflows > 0)
+
+
+def test_a_result_that_is_not_finite_is_reported_for_its_sample_alone():
+    flow, params, x, cond = laws.case("classes")
+    z, _ = apply(flow, params, x, cond)
+    z = z.at[1, 3, 0].set(jnp.inf)
+    for plan in (Sequential(), Jacobi(window=4)):
+        r = invert(flow, params, z, cond, plan=plan)
+        np.testing.assert_array_equal(r.finite, [True, False, True, True])
+        assert r.overflows[1] > 0
+        assert jnp.all(r.overflows[jnp.array([0, 2, 3])] == 0)
+        np.testing.assert_allclose(r.x[0], x[0], atol=1e-3)
+
+
+# -- sampling -----------------------------------------------------------------------------------------------
+
+
+def test_a_sample_depends_on_key_and_index_alone():
+    flow, params, _, _ = laws.case("classes")
+    cond = jnp.array([0, 1, 2, 1, 0], jnp.int32)
+    together = sample(flow, params, jax.random.key(3), 5, cond, guidance=Guidance(scale=1.0))
+    tail = sample(flow, params, jax.random.key(3), 2, cond[3:], guidance=Guidance(scale=1.0), first=3)
+    np.testing.assert_allclose(tail.x, together.x[3:], atol=ROUNDING)
+    other = sample(flow, params, jax.random.key(4), 5, cond, guidance=Guidance(scale=1.0))
+    assert jnp.abs(other.x - together.x).max() > 0.1
+
+
+def test_samples_are_drawn_from_the_tracked_prior():
+    flow, params, _, _ = laws.case("volume preserving")
+    r = sample(flow, params, jax.random.key(0), 400, None, denoise=False)
+    z, _ = apply(flow, params, r.x)
+    np.testing.assert_allclose(z.var(axis=0), params["prior"]["variance"], rtol=0.5)
+    np.testing.assert_allclose((z.var(axis=0) / params["prior"]["variance"]).mean(), 1, atol=0.05)
+
+
+def test_denoising_is_one_score_step_of_the_given_strength():
+    config = dataclasses.replace(FLOWS["affine"], noise_std=0.2)
+    flow, params = perturbed(config, jax.random.key(0))
+    noisy = sample(flow, params, jax.random.key(1), 3, denoise=False)
+    for denoise, strength in ((True, 1.0), (0.5, 0.5)):
+        clean = sample(flow, params, jax.random.key(1), 3, denoise=denoise)
+        expected = jax.jit(lambda p, x: density.denoise(flow, p, x))(params, noisy.x)
+        np.testing.assert_allclose(clean.x, noisy.x + strength * (expected - noisy.x), atol=1e-4)
+    plain = flowgen.TARFlow(FLOWS["affine"])
+    np.testing.assert_array_equal(
+        sample(plain, params, jax.random.key(1), 3, denoise=True).x, sample(plain, params, jax.random.key(1), 3).x
+    )
+
+
+def test_one_compiled_program_per_call_signature():
+    from flowgen.decoding.sampler import _invert
+
+    flow, params, x, cond = laws.case("classes")
+    z, _ = apply(flow, params, x, cond)
+    invert(flow, params, z, cond, guidance=Guidance(scale=0.7, rule="product"))
+    before = _invert._cache_size()
+    for scale, temperature in ((1.0, 1.0), (2.5, 0.7), (3.0, 2.0)):
+        invert(flow, params, z + scale, cond, guidance=Guidance(scale=scale, rule="product", temperature=temperature))
+    same_flow = flowgen.TARFlow(dataclasses.replace(flow.config))
+    invert(same_flow, params, z, cond, guidance=Guidance(scale=0.7, rule="product"))
+    assert _invert._cache_size() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num": 0}, "num is 0"),
+        ({"denoise": -1.0}, "denoise is -1.0"),
+        ({"cond": jnp.array([0, 1], jnp.int32)}, r"cond must be integers of shape \(3,\)"),
+        ({"cond": jnp.array([0, 1, 3], jnp.int32)}, "class 3 is out of range"),
+    ],
+)
+def test_a_call_that_cannot_work_is_refused(arguments, message):
+    flow, params, _, _ = laws.case("classes")
+    with pytest.raises(ValueError, match=message):
+        sample(flow, params, jax.random.key(0), **{"num": 3, **arguments})
+
+
+def test_z_of_another_shape_and_impossible_plans_are_refused():
+    flow, params, _, _ = laws.case("classes")
+    with pytest.raises(ValueError, match=r"z has shape \(1, 4, 8\); this flow takes \(batch, 9, 8\)"):
+        invert(flow, params, jnp.zeros((1, 4, 8)))
+    with pytest.raises(ValueError, match="window is 0"):
+        Jacobi(window=0)
+    with pytest.raises(ValueError, match="tol is -1"):
+        Jacobi(tol=-1.0)

@@ -1,0 +1,87 @@
+"""Imports go downward in the order of the levels, and importing attention loads no training library."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent / "flowgen"
+
+# A module may import from its own package and from lower levels. The longest matching name counts.
+LEVELS = {
+    "flowgen.attention": 0,
+    "flowgen.data.media": 0,
+    "flowgen.fields": 0,
+    "flowgen.nn": 1,
+    "flowgen.conditioning": 1,
+    "flowgen.flows": 2,
+    "flowgen.decoding": 3,
+    "flowgen.data": 4,
+    "flowgen.training": 4,
+    "flowgen.evaluation": 5,
+    "flowgen.convert": 5,
+    "flowgen.config": 6,
+    "flowgen.checkpoint": 7,
+    "flowgen.cli": 8,
+    "flowgen.__main__": 9,
+}
+# The lazy front door names packages without importing them.
+FRONT_DOOR = "flowgen"
+
+
+def modules():
+    for path in sorted(ROOT.rglob("*.py")):
+        parts = path.relative_to(ROOT.parent).with_suffix("").parts
+        yield ".".join(part for part in parts if part != "__init__"), path
+
+
+def level(name):
+    known = [prefix for prefix in LEVELS if name == prefix or name.startswith(prefix + ".")]
+    assert known, f"{name} has no level; give it one"
+    prefix = max(known, key=len)
+    return LEVELS[prefix], prefix
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import"
+            base = node.module or ""
+            names = [f"{base}.{alias.name}" for alias in node.names]
+            found = {name for name, _ in modules()}
+            yield from (name if name in found else base for name in names)
+
+
+@pytest.mark.parametrize(("name", "path"), [m for m in modules() if m[0] != FRONT_DOOR], ids=lambda v: str(v))
+def test_imports_go_downward(name, path):
+    mine, package = level(name)
+    for target in imported(path):
+        assert not target.startswith(("torch", "configs", "jax._src")), target
+        if target == FRONT_DOOR or not target.startswith("flowgen."):
+            continue
+        theirs, other = level(target)
+        same_package = package == other or (target.startswith("flowgen.data") and name.startswith("flowgen.data."))
+        assert same_package or theirs < mine, f"{name} (level {mine}) imports {target} (level {theirs})"
+
+
+def test_importing_attention_loads_no_training_library():
+    code = (
+        "import sys, flowgen.attention\n"
+        "heavy = {'optax', 'orbax', 'grain', 'torch', 'PIL', 'tensorboardX', 'flowgen.flows'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT.parent)
+
+
+def test_public_names_resolve():
+    import flowgen
+
+    for name in ("TARFlow", "TARFlowConfig", "init", "Experiment", "attention", "checkpoint", "convert", "decoding"):
+        assert name in dir(flowgen)
+        assert getattr(flowgen, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'TARflow'"):
+        _ = flowgen.TARflow
