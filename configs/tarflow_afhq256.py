@@ -30,7 +30,6 @@ def config() -> Experiment:
             num_classes=3,
             noise_std=0.07,
             dtype="bfloat16",
-            remat=True,
         ),
         data=DataConfig(source="folder", path="data/afhq", flip=True, eval_fraction=0.02),
         optim=OptimConfig(lr=0.0001, min_lr=1e-06, warmup_steps=57, clip_norm=0.0),

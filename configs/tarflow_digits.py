@@ -26,7 +26,7 @@ def config() -> Experiment:
         ),
         data=DataConfig(source="digits"),
         optim=OptimConfig(lr=2e-3, min_lr=1e-5, warmup_steps=100, ema_decay=0.995),
-        train=TrainConfig(steps=1500, batch_size=64, label_dropout=0.1),
+        train=TrainConfig(steps=1800, batch_size=64, label_dropout=0.1),
         log=LogConfig(log_every=100, eval_every=300, sample_every=300, checkpoint_every=500),
-        sampling=SamplingConfig(num=100, guidance=1.0),
+        sampling=SamplingConfig(num=100, guidance=1.5),
     )

@@ -27,7 +27,6 @@ def config() -> Experiment:
             num_blocks=8,
             layers_per_block=8,
             noise_std=0.0,
-            remat=True,
         ),
         data=DataConfig(source="folder", path="data/imagenet64", flip=True, eval_fraction=0.01),
         optim=OptimConfig(lr=0.0001, min_lr=1e-06, warmup_steps=5004, clip_norm=0.0),

@@ -25,7 +25,6 @@ def config() -> Experiment:
             num_classes=11,
             noise_std=0.05,
             dtype="bfloat16",
-            remat=True,
         ),
         data=DataConfig(source="openmoji"),
         optim=OptimConfig(lr=0.0003, min_lr=1e-06, warmup_steps=500, ema_decay=0.999),
