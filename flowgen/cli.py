@@ -231,11 +231,8 @@ def _draw(flow: Any, params: Any, labels: Any, sampling: Any, options: argparse.
 
 
 def _overridden(sampling: Any, options: argparse.Namespace) -> Any:
-    given = {
-        name: getattr(options, name)
-        for name in ("num", "guidance", "plan", "window", "tol", "denoise")
-        if getattr(options, name) is not None
-    }
+    names = ("num", "guidance", "plan", "window", "tol", "denoise")
+    given = {name: value for name in names if (value := getattr(options, name)) is not None}
     if ("window" in given or "tol" in given) and given.get("plan", sampling.plan) != "jacobi":
         raise ValueError("--window and --tol are for --plan jacobi; add it, or leave them out.")
     return dataclasses.replace(sampling, **given)

@@ -1,0 +1,154 @@
+"""A job small enough to train in a blink, and a program that trains it: python toy.py WORKDIR [--option value ...]
+
+A two-layer regression with everything a resumed run must remember: step keys, carried state, moments, average.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flowgen.training import Job, LogConfig, OptimConfig, Result, TrainConfig, train
+
+ROOT = Path(__file__).parent.parent.parent
+PATIENCE = 120  # seconds a program may take to show progress on a loaded machine
+WIDTH, BATCH, STEPS = 8, 16, 40
+OPTIM = OptimConfig(lr=0.05, min_lr=0.01, warmup_steps=3, ema_decay=0.9)
+QUIET = LogConfig(log_every=1, checkpoint_every=5, progress=False, tensorboard=False)
+
+
+def init(key: jax.Array) -> dict:
+    first, second = jax.random.split(key)
+    params = {
+        "first": {"kernel": jax.random.normal(first, (3, WIDTH)) / 2},
+        "second": {"kernel": jax.random.normal(second, (WIDTH, 1)) / 2, "bias": jnp.zeros(1)},
+    }
+    return {"params": params, "stats": {"mean": jnp.zeros(3)}}
+
+
+def make_objective(noise: float = 0.0):
+    """Squared error of the regression; `noise` perturbs the inputs by the step's own key."""
+
+    def objective(variables, batch, key):
+        x = batch["x"] + noise * jax.random.normal(key, batch["x"].shape)
+        params = variables["params"]
+        hidden = jnp.tanh(x @ params["first"]["kernel"])
+        error = hidden @ params["second"]["kernel"] + params["second"]["bias"][None] - batch["y"]
+        mean = 0.9 * variables["stats"]["mean"] + 0.1 * batch["x"].mean(axis=0)
+        return jnp.mean(error**2), {"error": jnp.abs(error).mean()}, {"stats": {"mean": mean}}
+
+    return objective
+
+
+def batch_of(step: int, batch_size: int = BATCH) -> dict[str, np.ndarray]:
+    """The batch of a step over all processes."""
+    x = np.random.default_rng([17, step]).normal(size=(batch_size, 3)).astype(np.float32)
+    return {"x": x, "y": np.sin(x.sum(axis=1, keepdims=True))}
+
+
+def batches(start: int, stop: int, delay: float = 0.0, pause_at: int | None = None) -> Iterator[dict]:
+    """This process's share of each batch, `delay` seconds apart; waits to be killed before step `pause_at`."""
+    index, count = jax.process_index(), jax.process_count()
+    for step in range(start, stop):
+        time.sleep(600 if step == pause_at else delay)
+        yield {name: np.split(array, count)[index] for name, array in batch_of(step).items()}
+
+
+def make_job(*, noise: float = 0.1, delay: float = 0.0, pause_at: int | None = None, **changes) -> Job:
+    return Job(
+        **{
+            "init": init,
+            "objective": make_objective(noise),
+            "batches": lambda start, stop: batches(start, stop, delay, pause_at),
+            **changes,
+        }
+    )
+
+
+def run(job: Job, workdir: str | Path, *, steps: int = STEPS, log: LogConfig = QUIET, **changes) -> Result:
+    """Trains a toy job; any config may be resumed."""
+    options = {"optim": OPTIM, "config": {"toy": True}, "check_config": lambda saved: None, **changes}
+    return train(job, workdir, train=TrainConfig(steps=steps, batch_size=BATCH), log=log, **options)
+
+
+def rows_of(workdir: Path) -> list[dict]:
+    """The rows of metrics.jsonl, none where it does not exist yet."""
+    path = workdir / "metrics.jsonl"
+    # A program may be writing the last row right now.
+    return [json.loads(line) for line in path.read_text().splitlines(True) if line[-1] == "\n"] if path.exists() else []
+
+
+def start(workdir: Path, *options: str, devices: int = 4) -> subprocess.Popen:
+    """This file as a program with so many virtual devices, every warning an error."""
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    return subprocess.Popen(
+        [sys.executable, "-W", "error", __file__, str(workdir), *options],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "NPROC": "16", "XLA_FLAGS": flags},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen) -> None:
+    """Returns when the condition holds; fails where the program ends before."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline, "no progress"
+        time.sleep(0.01)
+
+
+def note_written_files(directory: Path) -> list[str]:
+    """A list that collects the files below `directory` which this process writes, moves or removes from now on."""
+    names = []
+
+    def note(event, arguments):
+        writes = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        if (writes or event in ("os.rename", "os.remove")) and str(arguments[0]).startswith(str(directory)):
+            names.append(str(arguments[0]))
+
+    sys.addaudithook(note)
+    return names
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("workdir")
+    parser.add_argument("--delay", type=float, default=0.0)
+    parser.add_argument("--pause-at", type=int)
+    parser.add_argument("--evaluated", action="store_true", help="evaluate and draw, too")
+    parser.add_argument("--address", help="coordinator of several processes")
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--process", type=int, default=0)
+    options = parser.parse_args()
+    if options.processes > 1:
+        jax.distributed.initialize(options.address, options.processes, options.process)
+    written = note_written_files(Path(options.workdir))
+    parts, log = {}, QUIET
+    if options.evaluated:
+        parts = {
+            # Each process sees another number, as numerics may; only one of them may decide.
+            "evaluate": lambda variables: {"bits_per_dim": float(jax.process_index())},
+            "sample": lambda variables: np.zeros((4, 4, 3), np.uint8),
+        }
+        log = LogConfig(
+            log_every=2, eval_every=4, sample_every=4, checkpoint_every=5, progress=False, tensorboard=False
+        )
+    result = run(make_job(delay=options.delay, pause_at=options.pause_at, **parts), options.workdir, log=log)
+    report = {"step": int(result.state.step), "signal": result.signal, "metrics": result.metrics, "written": written}
+    sys.stdout.write(json.dumps(report) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""Two processes with two devices each train what one process with four does, and stop together."""
+
+import json
+import signal
+import socket
+
+import jax
+import numpy as np
+import pytest
+from scripts import toy
+from scripts.toy import PATIENCE, rows_of, wait_for
+
+from flowgen.training import CheckpointReader
+from flowgen.training.loop import AGREE_EVERY
+
+# The sums between processes may run in another order; a few ulp a step stay below this over the toy run.
+REORDERED = {"rtol": 1e-4, "atol": 1e-5}
+
+
+def free_address():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{found.getsockname()[1]}"
+
+
+def start_two(workdir, *options):
+    group = ["--address", free_address(), "--processes", "2"]
+    return [toy.start(workdir, *group, "--process", str(i), *options, devices=2) for i in range(2)]
+
+
+def finish(processes):
+    """The reports of both processes; neither may warn or fail."""
+    reports = []
+    try:
+        for process in processes:
+            out, err = process.communicate(timeout=PATIENCE)
+            assert process.returncode == 0, err[-4000:]
+            assert "Traceback" not in err
+            assert "Warning" not in err
+            reports.append(json.loads(out.splitlines()[-1]))
+    finally:
+        for process in processes:
+            process.kill()
+    return reports
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A run stopped and resumed: (workdir, files when it stopped, reports of the stopped and the resumed processes)."""
+    workdir = tmp_path_factory.mktemp("two") / "run"
+    processes = start_two(workdir, "--delay", "0.1", "--evaluated")
+    try:
+        wait_for(lambda: any(row["step"] >= 10 for row in rows_of(workdir)), processes[0])
+        processes[1].send_signal(signal.SIGTERM)
+    except BaseException:
+        for process in processes:
+            process.kill()
+        raise
+    stopped = finish(processes)
+    files = {path.relative_to(workdir).as_posix() for path in workdir.rglob("*") if path.is_file()}
+    return workdir, files, stopped, finish(start_two(workdir, "--evaluated"))
+
+
+def test_a_signal_to_one_process_stops_both_at_the_same_step(runs):
+    _, files, reports, _ = runs
+    assert [report["signal"] for report in reports] == [signal.SIGTERM] * 2
+    step = reports[0]["step"]
+    assert reports[1]["step"] == step
+    assert 10 <= step < toy.STEPS
+    assert step % AGREE_EVERY == 0
+    assert f"checkpoints/{step}/meta/metadata" in files
+
+
+def test_two_processes_train_what_one_does(runs, tmp_path):
+    workdir, _, _, reports = runs
+    assert [(report["step"], report["signal"]) for report in reports] == [(toy.STEPS, 0)] * 2
+    assert len(jax.devices()) == 4
+    toy.run(toy.make_job(), tmp_path / "run")
+    two, one = (CheckpointReader(path / "checkpoints").arrays(toy.STEPS) for path in (workdir, tmp_path / "run"))
+    assert two.keys() == one.keys()
+    for name in two:
+        np.testing.assert_allclose(two[name], one[name], err_msg=name, **REORDERED)
+
+
+def test_only_the_first_process_decides_and_writes(runs):
+    workdir, _, stopped, resumed = runs
+    for reports in (stopped, resumed):
+        # Each process's own evaluation gives its number.
+        assert [report["metrics"] for report in reports] == [{"bits_per_dim": 0.0}] * 2
+        assert reports[0]["written"]
+        assert reports[1]["written"] == []
+    assert not list(workdir.rglob("ocdbt.process_1"))
+    rows = rows_of(workdir)
+    for kind in ("loss", "eval/bits_per_dim"):
+        steps = [row["step"] for row in rows if kind in row]
+        assert steps == sorted(set(steps))
+    assert {row["eval/bits_per_dim"] for row in rows if "eval/bits_per_dim" in row} == {0.0}
+    names = ["checkpoints", "config.json", "metrics.jsonl", "samples"]
+    assert sorted(path.name for path in workdir.iterdir()) == names

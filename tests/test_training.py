@@ -1,0 +1,420 @@
+"""The loop: stopped runs end bitwise like others, numbers that are not finite stop it, devices change nothing."""
+
+import dataclasses
+import json
+import re
+import shutil
+import signal
+import threading
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scripts import toy
+from scripts.toy import PATIENCE, rows_of, start, wait_for
+
+from flowgen import checkpoint, config
+from flowgen.training import CheckpointReader, LogConfig, OptimConfig, TrainConfig, fit, make_schedule, make_step
+from flowgen.training.parallel import DataParallel
+from flowgen.training.step import init_state
+
+ROOT = Path(__file__).parent.parent
+# Sums in another order differ by a few ulp per step; over the 20 small steps below that stays under 1e-5.
+REORDERED = {"rtol": 1e-5, "atol": 1e-6}
+
+
+def saved(workdir, step=None):
+    """All arrays of a checkpoint, by path."""
+    reader = CheckpointReader(Path(workdir) / "checkpoints")
+    return reader.arrays(reader.latest_step() if step is None else step)
+
+
+def assert_bitwise(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+def assert_complete_metrics(workdir, steps):
+    """Every step has its row once, in order."""
+    assert [row["step"] for row in rows_of(workdir)] == list(range(1, steps + 1))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing stopped."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    result = toy.run(toy.make_job(), workdir)
+    return workdir, result
+
+
+# Slow enough to be caught on its way; the one to be killed waits in step 13, after the checkpoint of step 10.
+STOPS = {
+    "SIGINT": (signal.SIGINT, ["--delay", "0.1"], 3),
+    "SIGTERM": (signal.SIGTERM, ["--delay", "0.1"], 7),
+    "SIGKILL": (signal.SIGKILL, ["--pause-at", "13"], 13),
+}
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """Runs of the toy program stopped by each signal: {name: (workdir, return code, its report)}."""
+    workdirs = {name: tmp_path_factory.mktemp(name) / "run" for name in STOPS}
+    processes = {name: start(workdirs[name], *options) for name, (_, options, _) in STOPS.items()}
+    reports = {}
+    try:
+        for name, (number, _, step) in STOPS.items():
+            process, workdir = processes[name], workdirs[name]
+            wait_for(lambda w=workdir, s=step: any(row["step"] >= s for row in rows_of(w)), process)
+            if name == "SIGKILL":
+                wait_for(lambda w=workdir: (w / "checkpoints" / "10").exists(), process)
+            process.send_signal(number)
+        for name, process in processes.items():
+            out, err = process.communicate(timeout=PATIENCE)
+            assert err == ""
+            reports[name] = (workdirs[name], process.returncode, json.loads(out) if out else None)
+    finally:
+        for process in processes.values():
+            process.kill()
+    return reports
+
+
+@pytest.mark.parametrize("name", STOPS)
+def test_a_stopped_and_resumed_run_ends_bitwise_like_another(stopped, whole, name, capsys):
+    workdir, code, report = stopped[name]
+    number = STOPS[name][0]
+    latest = CheckpointReader(workdir / "checkpoints").latest_step()
+    if number == signal.SIGKILL:
+        assert (code, report, latest) == (-signal.SIGKILL, None, 10)
+        assert rows_of(workdir)[-1]["step"] == 13
+    else:
+        assert code == 0
+        assert report["signal"] == number
+        assert STOPS[name][2] <= report["step"] < toy.STEPS
+        assert latest == report["step"]
+    assert json.loads((workdir / "config.json").read_text()) == {"toy": True}
+    result = toy.run(toy.make_job(), workdir)
+    assert f"Resuming {workdir} from step {latest}." in capsys.readouterr().err
+    assert (result.signal, int(result.state.step)) == (0, toy.STEPS)
+    a, b = saved(workdir), saved(whole[0])
+    assert {name.split("/")[0] for name in a} == {"step", "params", "collections", "opt_state", "ema"}
+    assert_bitwise(a, b)
+    assert_complete_metrics(workdir, toy.STEPS)
+    for row, other in zip(rows_of(workdir), rows_of(whole[0]), strict=True):
+        del row["steps_per_second"], other["steps_per_second"]
+        assert row == other
+
+
+def test_noise_of_the_step_key_matters(whole, tmp_path):
+    # Otherwise the bitwise tests would not notice a key that forgets its step.
+    toy.run(toy.make_job(noise=0.0), tmp_path / "run")
+    assert (saved(tmp_path / "run")["params/first/kernel"] != saved(whole[0])["params/first/kernel"]).any()
+
+
+def test_result_is_what_was_saved(whole):
+    workdir, result = whole
+    np.testing.assert_array_equal(result.state.params["first"]["kernel"], saved(workdir)["params/first/kernel"])
+    assert result.metrics == {}
+    assert result.samples is None
+    assert CheckpointReader(workdir / "checkpoints").steps() == [30, 35, 40]
+    meta = CheckpointReader(workdir / "checkpoints").meta(40)
+    assert meta["config"] == {"toy": True}
+    assert int(saved(workdir)["step"]) == 40
+    assert_complete_metrics(workdir, toy.STEPS)
+
+
+def test_a_longer_run_goes_on(whole, tmp_path):
+    workdir = shutil.copytree(whole[0], tmp_path / "run")
+    result = toy.run(toy.make_job(), workdir, steps=toy.STEPS + 3)
+    assert int(result.state.step) == toy.STEPS + 3
+    assert_complete_metrics(workdir, toy.STEPS + 3)
+
+
+def test_a_shorter_run_is_refused_and_changes_nothing(whole, tmp_path):
+    workdir = shutil.copytree(whole[0], tmp_path / "run")
+    with pytest.raises(ValueError, match=r"has 40 steps already, above train\.steps 39; raise it\.$"):
+        toy.run(toy.make_job(), workdir, steps=39, config={"other": True})
+    assert json.loads((workdir / "config.json").read_text()) == {"toy": True}
+    assert_complete_metrics(workdir, toy.STEPS)
+
+
+def test_a_finished_run_is_left_as_it_is(tmp_path, capsys):
+    calls = []
+
+    def evaluate(variables):
+        calls.append(variables)
+        return {"bits_per_dim": 1.5}
+
+    for _ in range(2):
+        result = toy.run(toy.make_job(evaluate=evaluate), tmp_path / "run", steps=4)
+        assert result.metrics == {"bits_per_dim": 1.5}
+        names = [(row["step"], "loss" in row) for row in rows_of(tmp_path / "run")]
+        assert names == [(1, True), (2, True), (3, True), (4, True), (4, False)]
+    assert len(calls) == 1
+    assert "has all of its 4 steps already" in capsys.readouterr().err
+
+
+def test_other_configs_are_asked_for_permission(tmp_path):
+    toy.run(toy.make_job(), tmp_path / "run", steps=2, optim=dataclasses.replace(toy.OPTIM, warmup_steps=0))
+
+    def refuse(saved):
+        assert saved == {"toy": True}
+        raise ValueError("not this one.")
+
+    with pytest.raises(ValueError, match="not this one"):
+        toy.run(toy.make_job(), tmp_path / "run", check_config=refuse, config={"toy": False})
+    assert json.loads((tmp_path / "run" / "config.json").read_text()) == {"toy": True}
+
+
+def test_a_foreign_directory_is_refused_untouched(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    for workdir in (tmp_path, tmp_path / "notes.txt"):
+        with pytest.raises(FileExistsError, match=r"holds files but no flowgen run; give a new or empty directory\.$"):
+            toy.run(toy.make_job(), workdir)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    with pytest.raises(OSError, match="cannot be written"):
+        toy.run(toy.make_job(), tmp_path / "notes.txt" / "run")
+
+
+@pytest.mark.parametrize("log_every", [1, 4])
+@pytest.mark.parametrize("bad", ["loss", "gradient"])
+def test_numbers_that_are_not_finite_stop_the_run_at_their_step(tmp_path, bad, log_every):
+    def objective(variables, batch, key):
+        loss, metrics, _ = toy.make_objective()(variables, batch, key)
+        zero = 0.0 * variables["params"]["second"]["bias"][0]
+        # A constant nan has no gradient; the square root at 0 is finite, its slope is not.
+        poison = (lambda x: jnp.nan) if bad == "loss" else jnp.sqrt
+        return loss + jax.lax.cond(batch["bad"][0], poison, lambda x: 0.0, zero), metrics
+
+    def batches(start, stop):
+        for step in range(start, stop):
+            yield {**toy.batch_of(step), "bad": np.full(toy.BATCH, step == 6)}
+
+    job = toy.make_job(objective=objective, batches=batches)
+    log = dataclasses.replace(toy.QUIET, log_every=log_every, checkpoint_every=2)
+    with pytest.raises(FloatingPointError) as error:
+        toy.run(job, tmp_path / "run", steps=20, log=log)
+    message = str(error.value)
+    assert re.match(r"Step 7 has loss .* and gradient norm .*, so the run was stopped", message)
+    assert f"{'loss' if bad == 'loss' else 'gradient norm'} nan" in message
+    assert "(last good checkpoint: 6)" in message
+    assert "\n" not in message
+    assert CheckpointReader(tmp_path / "run" / "checkpoints").latest_step() == 6
+    assert all(np.isfinite(array).all() for array in saved(tmp_path / "run").values())
+    assert max(row["step"] for row in rows_of(tmp_path / "run")) <= 6
+    assert np.isfinite([row["loss"] for row in rows_of(tmp_path / "run")]).all()
+
+
+def test_an_evaluation_that_is_not_finite_does_not_stop_the_run(tmp_path):
+    job = toy.make_job(evaluate=lambda variables: {"bits_per_dim": float("nan"), "other": 1.0})
+    result = toy.run(job, tmp_path / "run", steps=4)
+    assert np.isnan(result.metrics["bits_per_dim"])
+    assert CheckpointReader(tmp_path / "run" / "checkpoints").meta(4)["metrics"] == {"other": 1.0}
+
+
+def test_what_is_due_happens_when_it_is_due(tmp_path):
+    scores = iter([3.0, 1.0, 2.0, 4.0])
+    job = toy.make_job(
+        evaluate=lambda variables: {"bits_per_dim": next(scores)},
+        sample=lambda variables: np.full((2, 3, 3), 7, np.uint8),
+    )
+    log = LogConfig(
+        log_every=2, eval_every=3, sample_every=4, checkpoint_every=5, keep=1, progress=False, tensorboard=False
+    )
+    result = toy.run(job, tmp_path / "run", steps=11, log=log)
+    assert result.metrics == {"bits_per_dim": 4.0}
+    assert result.samples == tmp_path / "run" / "samples" / "0000011.png"
+    rows = rows_of(tmp_path / "run")
+    assert [row["step"] for row in rows if "eval/bits_per_dim" in row] == [3, 6, 9, 11]
+    # A report is due before each evaluation and each save, too.
+    assert [row["step"] for row in rows if "loss" in row] == [2, 3, 4, 5, 6, 8, 9, 10, 11]
+    images = sorted(path.name for path in (tmp_path / "run" / "samples").iterdir())
+    assert images == ["0000004.png", "0000008.png", "0000011.png"]
+    assert CheckpointReader(tmp_path / "run" / "checkpoints").steps() == [6, 11]
+
+
+def test_reports_are_means_over_the_steps_between(whole, tmp_path):
+    toy.run(toy.make_job(), tmp_path / "run", steps=toy.STEPS, log=dataclasses.replace(toy.QUIET, log_every=5))
+    each = {row["step"]: row for row in rows_of(whole[0])}
+    for row in rows_of(tmp_path / "run"):
+        steps = range(row["step"] - 4, row["step"] + 1)
+        np.testing.assert_allclose(row["loss"], np.mean([each[step]["loss"] for step in steps]), rtol=1e-6)
+
+
+def test_a_run_outside_the_main_thread_leaves_signals_alone(tmp_path):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    results = []
+    thread = threading.Thread(target=lambda: results.append(toy.run(toy.make_job(), tmp_path / "run", steps=4)))
+    thread.start()
+    thread.join()
+    assert int(results[0].state.step) == 4
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def train_steps(devices, *, accumulation=1, steps=20, objective=None, config=toy.OPTIM):
+    """The state and metrics of each step of a deterministic objective on given devices."""
+    parallel = DataParallel(devices)
+    update = make_step(objective or toy.make_objective(), config, steps=steps, accumulation=accumulation)
+    update = parallel.compile(update)
+    state = parallel.replicate(init_state(toy.init(jax.random.key(0)), config, steps))
+    key = parallel.replicate_key(jax.random.key(1))
+    states = [parallel.to_host(state)]
+    metrics = []
+    for step in range(steps):
+        state, row = update(state, parallel.shard(toy.batch_of(step)), key)
+        states.append(parallel.to_host(state))
+        metrics.append(parallel.to_host(row))
+    return states, metrics
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    return train_steps(jax.devices()[:1])
+
+
+def assert_close(a, b):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, **REORDERED)
+
+
+@pytest.mark.parametrize(("devices", "accumulation"), [(4, 1), (2, 1), (1, 4), (2, 8), (4, 2)])
+def test_devices_and_accumulation_change_only_the_order_of_sums(one_device, devices, accumulation):
+    assert len(jax.devices()) == 4
+    states, metrics = train_steps(jax.devices()[:devices], accumulation=accumulation)
+    assert_close(states[-1], one_device[0][-1])
+    assert_close(metrics, one_device[1])
+
+
+def test_the_first_update_moves_the_parameters(one_device):
+    first, last = one_device[0][0].params, one_device[0][-1].params
+    assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a != b).all()), first, last)))
+    assert one_device[1][-1]["loss"] < one_device[1][0]["loss"]
+
+
+def test_each_device_draws_its_own_noise():
+    """The mean over 4 devices of one normal each: equal keys would give every device the same number."""
+
+    def objective(variables, batch, key):
+        noise = jax.random.normal(key)
+        loss = jnp.sum(variables["params"]["second"]["bias"]) * 0.0
+        return loss, {"noise": noise, "square": noise**2}
+
+    _, metrics = train_steps(None, objective=objective, steps=5)
+    means = np.array([row["noise"] for row in metrics])
+    assert len(set(means.tolist())) == 5
+    assert all(row["square"] - row["noise"] ** 2 > 0.01 for row in metrics)
+
+
+def test_the_objective_is_traced_once_whatever_the_number_of_steps(tmp_path):
+    traces = []
+
+    def objective(variables, batch, key):
+        traces.append(batch["x"].shape)
+        return toy.make_objective()(variables, batch, key)
+
+    toy.run(toy.make_job(objective=objective), tmp_path / "run", steps=12)
+    assert traces == [(toy.BATCH // 4, 3)]
+
+
+@pytest.mark.parametrize(
+    "optim",
+    [
+        toy.OPTIM,
+        dataclasses.replace(toy.OPTIM, ema_decay=0.2),
+        dataclasses.replace(toy.OPTIM, ema_decay=0.5, ema_warmup=False),
+    ],
+    ids=["warming", "warm", "plain"],
+)
+def test_the_average_against_numpy(optim):
+    states, _ = train_steps(jax.devices()[:1], config=optim)
+    average = states[0].params["first"]["kernel"].astype(np.float64)
+    for step, state in enumerate(states[1:]):
+        decay = min(optim.ema_decay, (1 + step) / (10 + step)) if optim.ema_warmup else optim.ema_decay
+        average = decay * average + (1 - decay) * state.params["first"]["kernel"].astype(np.float64)
+        np.testing.assert_allclose(state.ema["first"]["kernel"], average, rtol=1e-5, atol=1e-7)
+    assert states[-1].averaged["params"] is states[-1].ema
+    assert states[-1].averaged["stats"] is states[-1].collections["stats"]
+
+
+def test_without_an_average_the_parameters_are_evaluated():
+    states, _ = train_steps(jax.devices()[:1], config=dataclasses.replace(toy.OPTIM, ema_decay=0.0), steps=4)
+    assert states[-1].ema is None
+    assert states[-1].averaged["params"] is states[-1].params
+
+
+def test_the_update_against_numpy():
+    """Clipping, AdamW and the schedule written out in float64, on a loss whose gradient is known."""
+    optim = OptimConfig(lr=0.1, min_lr=0.02, warmup_steps=2, weight_decay=0.3, b1=0.8, b2=0.9, clip_norm=1.0)
+    steps, target = 6, np.arange(5.0)
+    parallel = DataParallel(jax.devices()[:1])
+
+    def objective(variables, batch, key):
+        return jnp.sum((variables["params"]["w"] - batch["t"][0]) ** 2), {}
+
+    update = parallel.compile(make_step(objective, optim, steps=steps))
+    state = parallel.replicate(init_state({"params": {"w": jnp.ones(5)}}, optim, steps))
+    key = parallel.replicate_key(jax.random.key(0))
+    w, m, v = np.ones(5), np.zeros(5), np.zeros(5)
+    for step in range(steps):
+        state, metrics = update(state, parallel.shard({"t": target[None].astype(np.float32)}), key)
+        g = 2 * (w - target)
+        norm = np.linalg.norm(g)
+        g = g / max(norm, 1.0)
+        m, v = 0.8 * m + 0.2 * g, 0.9 * v + 0.1 * g**2
+        if step < 2:
+            lr = 0.02 + (0.1 - 0.02) * step / 2
+        else:
+            lr = 0.02 + (0.1 - 0.02) * (1 + np.cos(np.pi * (step - 2) / 4)) / 2
+        adam = m / (1 - 0.8 ** (step + 1)) / (np.sqrt(v / (1 - 0.9 ** (step + 1))) + optim.eps)
+        w = w - lr * (adam + 0.3 * w)
+        row = parallel.to_host(metrics)
+        np.testing.assert_allclose([row["grad_norm"], row["lr"]], [norm, lr], rtol=1e-5)
+        np.testing.assert_allclose(parallel.to_host(state).params["w"], w, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("warmup", [0, 10])
+def test_the_schedule_begins_peaks_and_ends_where_it_says(warmup):
+    optim = OptimConfig(lr=1e-2, min_lr=1e-4, warmup_steps=warmup)
+    schedule = make_schedule(optim, steps=50)
+    lrs = np.array([float(schedule(step)) for step in range(51)])
+    np.testing.assert_allclose(lrs[0], 1e-4 if warmup else 1e-2, rtol=1e-5)
+    np.testing.assert_allclose(lrs[warmup], 1e-2, rtol=1e-5)
+    np.testing.assert_allclose(lrs[50], 1e-4, rtol=1e-4)
+    assert lrs.argmax() == warmup
+    assert (np.diff(lrs[: warmup + 1]) > 0).all()
+    assert (np.diff(lrs[warmup:]) < 0).all()
+    with pytest.raises(ValueError, match=r"optim\.warmup_steps is 50; it must be below train\.steps, which is 50\."):
+        make_schedule(dataclasses.replace(optim, warmup_steps=50), steps=50)
+
+
+@pytest.mark.parametrize(("batch_size", "accumulation"), [(6, 1), (16, 8), (2, 1)])
+def test_a_batch_that_cannot_be_shared_is_refused(batch_size, accumulation):
+    message = rf"train\.batch_size is {batch_size}; it must be a multiple of 4 devices × train\.accumulation"
+    with pytest.raises(ValueError, match=message):
+        DataParallel().check_batch(TrainConfig(batch_size=batch_size, accumulation=accumulation))
+    DataParallel().check_batch(TrainConfig(batch_size=4 * accumulation, accumulation=accumulation))
+
+
+def test_the_digits_experiment_trains_end_to_end(tmp_path, capsys):
+    experiment = config.shrink(config.load(ROOT / "configs" / "tarflow_digits.py"))
+    result = fit(experiment, tmp_path / "run")
+    assert result.signal == 0
+    assert int(result.state.step) == experiment.train.steps
+    assert set(result.metrics) == {"bits_per_dim", "gaussian_bits_per_dim"}
+    assert np.isfinite(list(result.metrics.values())).all()
+    run = tmp_path / "run"
+    assert config.from_json(json.loads((run / "config.json").read_text())) == experiment
+    assert CheckpointReader(run / "checkpoints").steps() == [4, 8]
+    assert [row["step"] for row in rows_of(run) if "loss" in row] == [2, 4, 6, 8]
+    assert [row["step"] for row in rows_of(run) if "eval/bits_per_dim" in row] == [4, 8]
+    for name in ("0000004.png", "0000008.png"):
+        assert (run / "samples" / name).read_bytes().startswith(b"\x89PNG")
+    flow, variables, loaded = checkpoint.load(run, "best")
+    assert loaded == experiment
+    assert flow.config == experiment.model
+    assert jax.tree.structure(variables["params"]) == jax.tree.structure(result.state.params)
+    assert "step 8: bits_per_dim" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"begun with another config \(optim\.lr: .* -> 0\.5\)"):
+        fit(config.override(experiment, ["--optim.lr=0.5"]), run)
