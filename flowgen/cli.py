@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         declare(commands.add_parser(name, help=summary, description=summary, allow_abbrev=False))
     try:
         options, rest = parser.parse_known_args(words)
-        if rest and options.command not in ("train", "info"):
+        if rest and options.command not in TAKES_FIELDS:
             raise ValueError(f"{rest[0]} is not an option of {options.command}; see --help.")
         return COMMANDS[options.command][1](options, rest)
     except FloatingPointError as error:
@@ -156,7 +156,7 @@ def _sample(options: argparse.Namespace, rest: list[str]) -> int:
     import numpy as np
 
     from flowgen import checkpoint
-    from flowgen.config import picture
+    from flowgen.config import DRAWABLE_CHANNELS, picture
     from flowgen.data import atomic_file, check_image_path, check_writable, save_image, to_uint8
     from flowgen.data.media import pillow
 
@@ -169,7 +169,7 @@ def _sample(options: argparse.Namespace, rest: list[str]) -> int:
         checkpoint.check_new(single)
         pillow()
     flow, params, experiment = checkpoint.load(options.checkpoint, options.step, ema=not options.no_ema)
-    if (out.suffix != ".npz" or single) and flow.config.channels not in (1, 3):
+    if (out.suffix != ".npz" or single) and flow.config.channels not in DRAWABLE_CHANNELS:
         raise ValueError(f"The model has {flow.config.channels} channels, pictures 1 or 3; use only --out samples.npz.")
     sampling = _overridden(experiment.sampling, options)
     labels = _labels(options.classes, sampling.num, flow.config.num_classes)
@@ -273,6 +273,7 @@ def _declare_evaluate(parser: argparse.ArgumentParser) -> None:
         help="noise on the images: what the model was trained under, or uniform dequantisation",
     )
     parser.add_argument("--unconditional", action="store_true", help="do not give labels to a class model")
+    parser.epilog = "Other data than the run's: --data.source folder --data.path DIR."
     parser.add_argument("--batch", type=_whole(1), default=256)
     parser.add_argument("--seed", type=_whole(0, MAX_SEED), default=0)
 
@@ -280,10 +281,14 @@ def _declare_evaluate(parser: argparse.ArgumentParser) -> None:
 def _evaluate(options: argparse.Namespace, rest: list[str]) -> int:
     import jax
 
-    from flowgen import checkpoint
+    from flowgen import checkpoint, config
     from flowgen.evaluation import flow_bits_per_dim, gaussian_bits_per_dim
 
+    other = [word for word in rest if word.startswith("--") and not word.startswith("--data.")]
+    if other:
+        raise ValueError(f"{other[0]} is not an option of evaluate; of the config, only --data.* can be set.")
     flow, params, experiment = checkpoint.load(options.checkpoint, options.step)
+    experiment = config.override(experiment, rest)
     source = experiment.source(options.split)
     sigma = flow.config.noise_std if options.noise == "model" else 0.0
     bits = flow_bits_per_dim(
@@ -317,6 +322,7 @@ def _declare_convert(parser: argparse.ArgumentParser) -> None:
 def _convert(options: argparse.Namespace, rest: list[str]) -> int:
     from flowgen import checkpoint, convert
     from flowgen.config import Experiment, SamplingConfig
+    from flowgen.data import DataConfig
 
     checkpoint.check_new(options.to)
     named = convert.parse_file_name(options.file) or {}
@@ -333,7 +339,12 @@ def _convert(options: argparse.Namespace, rest: list[str]) -> int:
         channels=options.channels,
         noise_std=noise_std,
     )
-    experiment = Experiment(name=Path(options.file).stem, model=flow.config, sampling=SamplingConfig(num=16))
+    experiment = Experiment(
+        name=Path(options.file).stem,
+        model=flow.config,
+        data=DataConfig(source="folder"),  # The weights do not say what they were trained on.
+        sampling=SamplingConfig(num=16),
+    )
     checkpoint.write_run(options.to, experiment, variables)
     _say(f"Wrote {options.to}: {_size(flow):,} parameters; sample with --checkpoint {options.to}")
     return 0
@@ -388,6 +399,9 @@ def _size(flow: Any) -> int:
 def _say(line: str) -> None:
     print(line, flush=True)
 
+
+# Commands after whose options any field of the config may be set.
+TAKES_FIELDS = ("train", "info", "evaluate")
 
 COMMANDS: dict[str, tuple[Callable[..., None], Callable[..., int], str]] = {
     "train": (_declare_train, _train, "Train a model, or go on training it."),

@@ -28,6 +28,7 @@ MODELS: dict[str, tuple[type[TARFlowConfig], type[TARFlow]]] = {"TARFlow": (TARF
 # Fields that a resumed run may change: they do not touch what the checkpoint holds or the data it has seen.
 RESUMABLE = ("name", "train.steps", "log.", "sampling.", "reference")
 GRID_SIDE = 64
+DRAWABLE_CHANNELS = (1, 3)
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,10 @@ class Experiment:
         evaluate = None
         if self.data.eval_fraction > 0:
             evaluate = _evaluator(flow, train_source, self.source("eval"))
+
+        def draw(variables: Any) -> np.ndarray:
+            return draw_grid(flow, variables, self.sampling, seed=self.train.seed)
+
         loader = Loader(
             train_source,
             batch_size=self.train.batch_size,
@@ -124,7 +129,7 @@ class Experiment:
             objective=nll_objective(flow, label_dropout=self.train.label_dropout),
             batches=lambda start, stop: prefetch(loader, start, stop),
             evaluate=evaluate,
-            sample=lambda variables: draw_grid(flow, variables, self.sampling, seed=self.train.seed),
+            sample=draw if self.model.channels in DRAWABLE_CHANNELS else None,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -183,7 +188,10 @@ def from_json(data: dict[str, Any]) -> Experiment:
     Example:
         experiment = from_json(json.loads(text))
     """
-    model = dict(data.get("model", {}))
+    model = data.get("model")
+    if not isinstance(model, dict):
+        raise ValueError(f"model is {model!r}; the config must have a table of the model's fields.")
+    model = dict(model)
     name = model.pop("type", None)
     if name not in MODELS:
         raise ValueError(f"model.type is {name!r}; this flowgen knows {', '.join(MODELS)}.")

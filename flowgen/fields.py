@@ -82,7 +82,7 @@ def override(config: T, arguments: Sequence[str]) -> T:
     Example:
         experiment = override(experiment, ["--optim.lr", "3e-4", "--model.image_size=(32, 48)"])
     """
-    words = list(arguments)
+    words, changes = list(arguments), {}
     while words:
         word = words.pop(0)
         if not word.startswith("--") or word == "--":
@@ -92,8 +92,13 @@ def override(config: T, arguments: Sequence[str]) -> T:
             if not words or words[0].startswith("--"):
                 raise ValueError(f"--{path} has no value; write --{path} VALUE.")
             text = words.pop(0)
-        config = _replace(config, path, path.split("."), text, leaf_names(config))
-    return config
+        value = _value_of(config, path, path.split("."), text, leaf_names(config))
+        group = changes
+        *groups, name = path.split(".")
+        for part in groups:
+            group = group.setdefault(part, {})
+        group[name] = value
+    return _replaced(config, changes)
 
 
 def leaf_names(config: Any, path: str = "") -> list[str]:
@@ -199,7 +204,8 @@ def _require(fits: bool, value: Any) -> Any:
     return value
 
 
-def _replace(config: Any, path: str, names: list[str], text: str, known: list[str]) -> Any:
+def _value_of(config: Any, path: str, names: list[str], text: str, known: list[str]) -> Any:
+    """The value that a text means for the field at a path."""
     name, *rest = names
     if name not in {field.name for field in dataclasses.fields(config)}:
         raise ValueError(_unknown(path, known))
@@ -208,11 +214,19 @@ def _replace(config: Any, path: str, names: list[str], text: str, known: list[st
         if not rest:
             fields = ", ".join(f"--{path}.{field.name}" for field in dataclasses.fields(value))
             raise ValueError(f"--{path} is a group; set one of {fields}.")
-        return dataclasses.replace(config, **{name: _replace(value, path, rest, text, known)})
+        return _value_of(value, path, rest, text, known)
     if rest:
         raise ValueError(_unknown(path, known))
-    annotation = typing.get_type_hints(type(config))[name]
-    return dataclasses.replace(config, **{name: _parse(annotation, text, path)})
+    return _parse(typing.get_type_hints(type(config))[name], text, path)
+
+
+def _replaced(config: Any, changes: dict[str, Any]) -> Any:
+    """All changes at once, since values that depend on each other are checked together."""
+    values = {
+        name: _replaced(getattr(config, name), change) if dataclasses.is_dataclass(getattr(config, name)) else change
+        for name, change in changes.items()
+    }
+    return dataclasses.replace(config, **values)
 
 
 def _parse(annotation: Any, text: str, path: str) -> Any:

@@ -32,7 +32,7 @@ UNUSUAL = Experiment(
         activation="silu",
         noise_std=0.1 + 0.2,
         dtype="bfloat16",
-        remat=True,
+        remat=False,
     ),
     data=DataConfig(
         source="npz",
@@ -55,7 +55,7 @@ UNUSUAL = Experiment(
         ema_decay=0.0,
         ema_warmup=False,
     ),
-    train=TrainConfig(steps=7, batch_size=12, seed=2**40, label_dropout=0.25, accumulation=2),
+    train=TrainConfig(steps=7, batch_size=12, seed=2**32 - 1, label_dropout=0.25, accumulation=2),
     log=LogConfig(
         log_every=1, eval_every=2, sample_every=3, checkpoint_every=4, keep=5, tensorboard=False, progress=False
     ),
@@ -195,7 +195,7 @@ def test_overrides_change_nothing_else(experiment):
         "optim.lr: 0.002 -> 0.001",
         "train.steps: 2000 -> 9",
     ]
-    assert config.override(experiment, []) is experiment
+    assert config.override(experiment, []) == experiment
 
 
 @pytest.mark.parametrize(
@@ -322,3 +322,9 @@ def test_fields_name_what_does_not_fit(plain, message):
     with pytest.raises(ValueError, match="must be") as error:
         fields.from_plain(_Outer, plain)
     assert one_sentence(error) == message
+
+
+def test_values_that_depend_on_each_other_are_checked_together(experiment):
+    # Neither value fits the other's default: 8 pixels in patches of 2.
+    changed = config.override(experiment, ["--model.patch_size", "3", "--model.image_size", "9"])
+    assert (changed.model.patch_size, changed.model.image_size) == (3, 9)

@@ -178,7 +178,7 @@ def test_a_foreign_directory_is_refused_untouched(tmp_path):
         toy.run(toy.make_job(), tmp_path / "notes.txt" / "run")
 
 
-@pytest.mark.parametrize("log_every", [1, 4])
+@pytest.mark.parametrize("log_every", [1, 20])
 @pytest.mark.parametrize("bad", ["loss", "gradient"])
 def test_numbers_that_are_not_finite_stop_the_run_at_their_step(tmp_path, bad, log_every):
     def objective(variables, batch, key):
@@ -203,7 +203,7 @@ def test_numbers_that_are_not_finite_stop_the_run_at_their_step(tmp_path, bad, l
     assert "\n" not in message
     assert CheckpointReader(tmp_path / "run" / "checkpoints").latest_step() == 6
     assert all(np.isfinite(array).all() for array in saved(tmp_path / "run").values())
-    assert max(row["step"] for row in rows_of(tmp_path / "run")) <= 6
+    assert [row["step"] for row in rows_of(tmp_path / "run")][-1] == 6
     assert np.isfinite([row["loss"] for row in rows_of(tmp_path / "run")]).all()
 
 

@@ -86,17 +86,19 @@ def train(
     check_packages(log)
     step = make_step(job.objective, optim, steps=train.steps, accumulation=train.accumulation)
     workdir = Path(workdir)
-    latest = CheckpointReader(workdir / CHECKPOINTS).latest_step()
+    reader = CheckpointReader(workdir / CHECKPOINTS)
+    latest = reader.latest_step()
     if latest is not None and latest > train.steps:
         raise ValueError(f"{workdir} has {latest} steps already, above train.steps {train.steps}; raise it.")
-    prepare_workdir(workdir, config, check_config)
+    check_workdir(workdir, check_config)
     init_key, step_key = jax.random.split(jax.random.key(train.seed))
 
     def initial() -> TrainState:
         return init_state(job.init(init_key), optim, train.steps)
 
+    state = initial() if latest is None else reader.restore(latest, jax.eval_shape(initial))
+    open_workdir(workdir, config)
     with CheckpointStore(workdir / CHECKPOINTS, keep=log.keep) as store:
-        state = initial() if latest is None else store.restore(latest, jax.eval_shape(initial))
         run = _Run(job, workdir, store, log, config, parallel, steps=train.steps, first=latest)
         try:
             return run.train(parallel.compile(step), state, step_key)
@@ -104,17 +106,25 @@ def train(
             run.log.close()
 
 
-def prepare_workdir(workdir: Path, config: dict[str, Any], check_config: Callable[[dict[str, Any]], None]) -> None:
-    """Makes the run's directory and writes its config, after checking what the directory holds already.
+def check_workdir(workdir: Path, check_config: Callable[[dict[str, Any]], None]) -> None:
+    """Raises where a directory holds something else than a run with this config; writes nothing.
 
     Example:
-        prepare_workdir(Path("runs/digits"), experiment.to_json(), experiment.check_resumable)
+        check_workdir(Path("runs/digits"), experiment.check_resumable)
     """
     if (workdir / CONFIG_FILE).exists():
         check_config(read_config(workdir))
     elif workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
         raise FileExistsError(f"workdir {workdir} holds files but no flowgen run; give a new or empty directory.")
     barrier("flowgen: workdir checked")  # The first file of one process would look foreign to another.
+
+
+def open_workdir(workdir: Path, config: dict[str, Any]) -> None:
+    """Makes the run's directory and writes its config; OSError names a directory that cannot be written.
+
+    Example:
+        open_workdir(Path("runs/digits"), experiment.to_json())
+    """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if is_primary():

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
+SEEDS = 1 << 32  # Larger seeds would be cut to 32 bits.
+
 
 def check_at_least(group: str, config: object, bounds: Mapping[str, float | int]) -> None:
     """Raises ValueError where a field is below its bound, naming field, value and bound.
@@ -60,6 +62,8 @@ class TrainConfig:
 
     def __post_init__(self):
         check_at_least("train", self, {"steps": 1, "batch_size": 1, "seed": 0, "label_dropout": 0, "accumulation": 1})
+        if self.seed >= SEEDS:
+            raise ValueError(f"train.seed is {self.seed}; it must be below {SEEDS}.")
         if self.label_dropout > 1:
             raise ValueError(f"train.label_dropout is {self.label_dropout}; it is a probability, at most 1.")
 
