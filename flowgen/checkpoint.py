@@ -90,7 +90,7 @@ def _choose(reader: CheckpointReader, run_dir: str | Path, step: int | str | Non
         known = {at: score for at, score in scores.items() if score is not None}
         if not known:
             raise FileNotFoundError(f"{run_dir} has no evaluated checkpoint; leave the step out for the latest.")
-        return min(known, key=known.__getitem__)
+        return min(sorted(known, reverse=True), key=known.__getitem__)  # of equals, the latest
     if step not in steps:
         raise FileNotFoundError(f"{run_dir} has no checkpoint {step}; there are {', '.join(map(str, steps))}.")
     return int(step)

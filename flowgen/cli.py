@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 EXIT_MISTAKE = 2
 EXIT_NOT_FINITE = 3
+EXIT_INTERRUPTED = 130
 MISTAKES = (ValueError, OSError, ImportError)
 MAX_SEED = 2**32 - 1  # Without 64-bit integers jax would cut what is above, and two seeds would give one image.
 
@@ -43,15 +44,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options, rest = parser.parse_known_args(words)
         if rest and options.command not in TAKES_FIELDS:
-            raise ValueError(f"{rest[0]} is not an option of {options.command}; see --help.")
+            raise ValueError(
+                f"{rest[0]} is not an option of {options.command}; see {parser.prog} {options.command} --help."
+            )
         return COMMANDS[options.command][1](options, rest)
     except FloatingPointError as error:
         return _fail(error, EXIT_NOT_FINITE)
+    except KeyboardInterrupt:
+        return _fail("Interrupted without saving; checkpoints are as they were.", EXIT_INTERRUPTED)
     except MISTAKES as error:
         return _fail(error, EXIT_MISTAKE)
 
 
-def _fail(error: Exception, code: int) -> int:
+def _fail(error: Exception | str, code: int) -> int:
     sentence = " ".join(str(error).split())
     sys.stderr.write(f"flowgen: {sentence}\n")
     return code
@@ -96,6 +101,8 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
 
     experiment = _experiment(options, rest)
     _say(f"{experiment.name}: {_size(experiment.flow()):,} parameters, {experiment.train.steps} steps")
+    if options.debug:
+        _say("--debug: a tiny model on the built-in digits, to see that everything runs; its numbers mean nothing.")
     result = fit(experiment, options.workdir)
     if result.signal:
         _say(f"Stopped at step {result.state.step}, saved in {options.workdir}; the same command goes on from there.")
@@ -179,8 +186,8 @@ def _sample(options: argparse.Namespace, rest: list[str]) -> int:
         with atomic_file(out) as file:
             np.savez(file, images=images, labels=np.full(len(images), -1) if labels is None else labels)
     else:
-        columns = flow.config.num_classes if options.classes is None else 0
-        save_image(out, picture(to_uint8(images), columns))
+        classes = flow.config.num_classes if options.classes is None else options.classes.count(",") + 1
+        save_image(out, picture(to_uint8(images), classes))
     if single is not None:
         single.mkdir(parents=True, exist_ok=True)
         for index, image in enumerate(to_uint8(images)):

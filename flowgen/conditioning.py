@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.core
 import jax.numpy as jnp
@@ -39,14 +41,18 @@ def drop_labels(key: Key[Array, ""], labels: Int[Array, " b"], rate: float) -> I
     return jnp.where(jax.random.bernoulli(key, rate, labels.shape), UNCONDITIONAL, labels)
 
 
-def check_labels(labels: Int[Array, " b"] | np.ndarray | None, *, num_classes: int, batch: int) -> None:
-    """Raises ValueError where labels cannot be meant for this model and batch; traced values pass unchecked.
+def check_labels(labels: Any, *, num_classes: int, batch: int) -> Int[Array, " b"] | None:
+    """Returns labels as int32, or None; ValueError where they cannot be meant for this model and batch.
+
+    Values that are traced pass unchecked; `class_embedding` turns wrong ones into NaN.
 
     Example:
-        check_labels(labels, num_classes=10, batch=16)
+        labels = check_labels([3, -1], num_classes=10, batch=2)
     """
     if labels is None:
-        return
+        return None
+    if not isinstance(labels, jax.Array):
+        labels = np.asarray(labels)
     if num_classes == 0:
         raise ValueError("cond was given to a model without classes (num_classes is 0); pass cond=None.")
     if labels.shape != (batch,) or not jnp.issubdtype(labels.dtype, jnp.integer):
@@ -55,10 +61,11 @@ def check_labels(labels: Int[Array, " b"] | np.ndarray | None, *, num_classes: i
             f"got {labels.dtype} of shape {tuple(labels.shape)}."
         )
     if isinstance(labels, jax.core.Tracer):
-        return
-    values = np.asarray(labels)
+        return labels.astype(jnp.int32)
+    values = np.asarray(labels).astype(np.int64)
     bad = values[(values < UNCONDITIONAL) | (values >= num_classes)]
     if bad.size:
         raise ValueError(
             f"class {bad[0]} is out of range; use 0..{num_classes - 1}, or {UNCONDITIONAL} for unconditional."
         )
+    return jnp.asarray(values, jnp.int32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import runpy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -48,6 +49,7 @@ class SamplingConfig:
     parts: Parts = "both"
     anneal: bool = False
     temperature: float = 1.0
+    blocks: tuple[int, ...] | None = None
     denoise: float = 1.0
 
     def __post_init__(self):
@@ -64,6 +66,7 @@ class SamplingConfig:
         """Returns the guidance these fields describe."""
         return Guidance(
             scale=self.guidance,
+            blocks=self.blocks,
             rule=self.rule,
             parts=self.parts,
             anneal=self.anneal,
@@ -138,7 +141,7 @@ class Experiment:
 
     def check_resumable(self, saved: dict[str, Any]) -> None:
         """Raises ValueError naming the fields in which a run begun with `saved` does not fit this experiment."""
-        lines = fields.differences(to_json(from_json(saved)), to_json(self))
+        lines = fields.differences(to_json(from_json(saved)), to_json(from_json(to_json(self))))
         changed = [line for line in lines if not line.startswith(RESUMABLE)]
         if changed:
             raise ValueError(
@@ -193,7 +196,7 @@ def from_json(data: dict[str, Any]) -> Experiment:
         raise ValueError(f"model is {model!r}; the config must have a table of the model's fields.")
     model = dict(model)
     name = model.pop("type", None)
-    if name not in MODELS:
+    if not isinstance(name, str) or name not in MODELS:
         raise ValueError(f"model.type is {name!r}; this flowgen knows {', '.join(MODELS)}.")
     return fields.from_plain(Experiment, {**data, "model": model})
 
@@ -209,9 +212,10 @@ def shrink(experiment: Experiment) -> Experiment:
     model = experiment.model
     patch = min(model.patch_size, 4)
     height, width = model.grid_size
+    side, other = 4 * patch, max(patch, 4 * patch * width // height // patch * patch)
     model = dataclasses.replace(
         model,
-        image_size=4 * patch if height == width else (4 * patch, 4 * patch * width // height // patch * patch),
+        image_size=side if height == width else (side, other),
         patch_size=patch,
         width=32,
         head_dim=16,
@@ -239,13 +243,13 @@ def grid_labels(num: int, num_classes: int) -> np.ndarray | None:
     return np.arange(num, dtype=np.int32) % num_classes if num_classes else None
 
 
-def picture(images: np.ndarray, num_classes: int) -> np.ndarray:
-    """Returns a grid of uint8 images, one class per column where there are a few, small images enlarged.
+def picture(images: np.ndarray, classes: int) -> np.ndarray:
+    """Returns a grid of uint8 images, small images enlarged; up to 20 classes in turn get one column each.
 
     Example:
-        save_image("samples.png", picture(images, num_classes=10))
+        save_image("samples.png", picture(images, classes=10))
     """
-    columns = num_classes if 1 < num_classes <= 20 and len(images) > num_classes else None
+    columns = classes if 1 < classes <= 20 and len(images) >= classes else None
     return image_grid(images, columns=columns, scale=max(1, GRID_SIDE // max(images.shape[1:3])))
 
 
@@ -270,11 +274,13 @@ def draw_grid(flow: TARFlow, variables: Any, config: SamplingConfig, *, seed: in
 
 
 def _evaluator(flow: TARFlow, train_source: Any, eval_source: Any) -> Any:
-    baseline = gaussian_bits_per_dim(train_source, eval_source, noise_std=flow.config.noise_std)
+    @functools.cache  # The data do not change, and a run that never evaluates need not read them all.
+    def baseline() -> float:
+        return gaussian_bits_per_dim(train_source, eval_source, noise_std=flow.config.noise_std)
 
     def evaluate(variables: Any) -> dict[str, float]:
         bits = flow_bits_per_dim(flow, variables, eval_source, jax.random.key(0))
-        return {"bits_per_dim": bits, "gaussian_bits_per_dim": baseline}
+        return {"bits_per_dim": bits, "gaussian_bits_per_dim": baseline()}
 
     return evaluate
 

@@ -250,7 +250,7 @@ def _literal(text: str) -> Any:
 
 
 def _unknown(path: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(path, known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(path, known, n=1, cutoff=0.75)
     same_end = [name for name in known if name.rsplit(".", 1)[-1] == path.rsplit(".", 1)[-1]]
     best = (same_end or close)[:1]
     return f"{path} is not a field of this config" + (f"; did you mean {best[0]}?" if best else ".")

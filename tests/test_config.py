@@ -66,6 +66,7 @@ UNUSUAL = Experiment(
         tol=0.0,
         guidance=1.5,
         rule="product",
+        blocks=(0, 1),
         parts="both",
         anneal=True,
         temperature=0.9,

@@ -335,3 +335,38 @@ def test_z_of_another_shape_and_impossible_plans_are_refused():
         Jacobi(window=0)
     with pytest.raises(ValueError, match="tol is -1"):
         Jacobi(tol=-1.0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("plan", [Sequential(), Jacobi(window=4), Jacobi(tol=0.0)], ids=str)
+def test_decoding_under_x64(dtype, plan):
+    flow, params, x, cond = laws.case("classes")
+    with jax.enable_x64(True):
+        wide = flowgen.TARFlow(dataclasses.replace(flow.config, dtype=dtype))
+        params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+        z, _ = apply(wide, params, x.astype(dtype), cond)
+        r = invert(wide, params, z, cond, plan=plan, certify=True)
+        assert r.x.dtype == jnp.dtype(dtype)
+        tolerance = getattr(plan, "tol", 0.0) * 10 + (1e-10 if dtype == "float64" else ROUNDING)
+        np.testing.assert_allclose(r.x, x, atol=tolerance)
+        invert(wide, params, z, cond, plan=plan, guidance=Guidance(scale=1.0, anneal=True))
+
+
+def test_labels_and_noise_of_any_integer_and_float_type():
+    flow, params, x, cond = laws.case("classes")
+    z, _ = apply(flow, params, x, jnp.array([0, 2, 1, 0], jnp.int32))
+    for labels in (np.array([0, 2, 1, 0], np.uint8), [0, 2, 1, 0], np.array([0, 2, 1, 0])):
+        np.testing.assert_allclose(invert(flow, params, np.asarray(z), labels).x, x, atol=ROUNDING)
+    rounded = invert(flow, params, z.astype(jnp.bfloat16), cond)
+    assert rounded.x.dtype == jnp.float32
+
+
+def test_product_rule_does_not_cancel():
+    one = jnp.ones((1, 1, 1))
+    _, log_scale = product_rule((one, -1e-6 * one), (one, 0 * one), jnp.full((1, 1), 1e4))
+    np.testing.assert_allclose(log_scale[0, 0, 0], -1e-6 - 0.5 * np.log1p(1e4 * -np.expm1(-2e-6)), rtol=1e-4)
+
+
+def test_tolerance_must_be_finite():
+    with pytest.raises(ValueError, match="tol is inf"):
+        Jacobi(tol=float("inf"))

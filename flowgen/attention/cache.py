@@ -75,7 +75,8 @@ def attend_kv_window(
         jax.lax.dynamic_update_slice(cache.values, new_values, corner),
     )
     keys, values = cache.keys[layer], cache.values[layer]
-    logits = jnp.einsum("bnhk,bhmk->bhnm", q, keys) * q.shape[-1] ** -0.5
+    master = jnp.promote_types(q.dtype, jnp.float32)
+    logits = jnp.einsum("bnhk,bhmk->bhnm", q, keys, preferred_element_type=master) * q.shape[-1] ** -0.5
     positions = start + jnp.arange(q.shape[1])
     mask = jnp.arange(keys.shape[2])[None, :] <= positions[:, None]
     weights = masked_softmax(logits, mask[None, None]).astype(values.dtype)

@@ -40,6 +40,7 @@ def softmax_attention(
             raise ValueError(f"is_causal needs as many queries as keys, got {n} and {m}; pass a mask instead.")
         causal = jnp.tril(jnp.ones((n, m), bool))[None, None]
         mask = causal if mask is None else mask & causal
-    logits = jnp.einsum("bnhk,bmhk->bhnm", q, k) * q.shape[-1] ** -0.5
+    master = jnp.promote_types(q.dtype, jnp.float32)
+    logits = jnp.einsum("bnhk,bmhk->bhnm", q, k, preferred_element_type=master) * q.shape[-1] ** -0.5
     weights = masked_softmax(logits, mask).astype(v.dtype)
     return jnp.einsum("bhnm,bmhd->bnhd", weights, v)

@@ -41,6 +41,8 @@ class Guidance:
     temperature: float = 1.0
 
     def __post_init__(self):
+        if self.blocks is not None:
+            object.__setattr__(self, "blocks", tuple(self.blocks))
         if not 0 <= self.scale < float("inf"):
             raise ValueError(f"guidance scale is {self.scale}; it must be 0 (off) or positive.")
         if not 0 < self.temperature < float("inf"):
@@ -84,7 +86,8 @@ def product_rule(
     """
     (shift, log_scale), (shift_u, log_scale_u) = conditional, unconditional
     w = weight[None]
-    ratio = jnp.exp(2 * jnp.minimum(log_scale - log_scale_u, 0))
-    precision = 1 + w - w * ratio
-    guided_shift = ((1 + w) * shift - w * ratio * shift_u) / precision
+    log_ratio = 2 * jnp.minimum(log_scale - log_scale_u, 0)
+    # 1 + w - w s and the shift, written so that nothing cancels where s is close to 1 or w is large.
+    precision = 1 - w * jnp.expm1(log_ratio)
+    guided_shift = shift + w * jnp.exp(log_ratio) * (shift - shift_u) / precision
     return guided_shift, log_scale - 0.5 * jnp.log(precision)

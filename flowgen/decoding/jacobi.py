@@ -87,7 +87,7 @@ def solve(
             # A converged sample keeps its guess, so that it yields the same tokens and the same cache
             # however many more sweeps the others in the batch need.
             guess = jnp.where((residual <= plan.tol)[:, None, None], state.guess, out)
-            overflows = state.overflows + (_overflown(out) & real).sum(axis=(1, 2))
+            overflows = state.overflows + (_overflown(out) & real).sum(axis=(1, 2), dtype=jnp.int32)
             return _Sweep(guess, out, residual, cache, state.count + 1, overflows)
 
         def unsolved(state: _Sweep) -> Bool[Array, ""]:
@@ -103,8 +103,10 @@ def solve(
             overflows=jnp.zeros(batch, jnp.int32),
         )
         state = sweep(state) if max_sweeps == 1 else jax.lax.while_loop(unsolved, sweep, state)
-        # After as many sweeps as tokens the window is exact, whatever the last change was.
-        residual = jnp.where(state.count >= window, 0, state.residual)
+        # A sample that was still changing after as many sweeps as tokens is exact, whatever its last change was.
+        exact = (state.count >= window) & ((state.residual > plan.tol) | (window == 1))
+        broken = (_overflown(state.out) & real).any(axis=(1, 2))
+        residual = jnp.where(broken, jnp.inf, jnp.where(exact, 0, state.residual))
         report = (state.out, state.count, residual, state.overflows)
         return (state.out[:, -1:], state.cache), report
 

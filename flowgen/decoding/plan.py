@@ -50,8 +50,8 @@ class Jacobi:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1, or None for all tokens.")
-        if not self.tol >= 0:
-            raise ValueError(f"tol is {self.tol}; it must be 0 (exact) or positive.")
+        if not 0 <= self.tol < float("inf"):
+            raise ValueError(f"tol is {self.tol}; it must be 0 (exact) or positive and finite.")
         if self.init not in ("z", "zeros"):
             raise ValueError(f"init is {self.init!r}; choose 'z' or 'zeros'.")
 
@@ -75,7 +75,8 @@ def resolve_plan(plan: Plan | str, *, num_blocks: int, rows: int) -> DecodePlan:
 
     plan: a plan, or "sequential", "jacobi" or "auto". "auto" is sequential on a CPU, where the cost of a pass
     grows with its rows, and on accelerators Jacobi with the largest window that costs about as much as one
-    token: FREE_ROWS / rows, `rows` being the batch times 2 if guided; sequential again where that is short.
+    token: FREE_ROWS / rows, `rows` being the batch times 2 if guided; sequential again where that is short. There
+    the plan, and with it an image within its tolerance, depends on the batch; a plan of your own does not.
 
     Example:
         plan = resolve_plan("auto", num_blocks=4, rows=16)
@@ -92,7 +93,7 @@ def resolve_plan(plan: Plan | str, *, num_blocks: int, rows: int) -> DecodePlan:
 
 
 def _named_plan(name: str, rows: int) -> Plan:
-    window = FREE_ROWS // rows
+    window = FREE_ROWS // max(rows, 1)
     parallel = jax.default_backend() != "cpu" and window >= MIN_PARALLEL_WINDOW
     plans: dict[str, Any] = {
         "sequential": Sequential(),

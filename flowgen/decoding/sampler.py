@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Integer, Key
 
 from flowgen.conditioning import UNCONDITIONAL, check_labels
 from flowgen.decoding.guidance import Guidance, linear_rule, product_rule
@@ -16,6 +17,7 @@ from flowgen.decoding.plan import DecodePlan, Jacobi, Plan, Sequential, resolve_
 from flowgen.flows.affine import reorder, to_noise
 from flowgen.flows.block import AutoregressiveBlock, block_parameters
 from flowgen.flows.density import denoise as tweedie
+from flowgen.nn.layers import master_dtype
 
 
 class Inversion(NamedTuple):
@@ -25,7 +27,8 @@ class Inversion(NamedTuple):
     sweeps: network passes per block (data side first) and window; 0 where a block has fewer windows.
     residual: largest change in the last sweep over all blocks and windows, max norm; 0 where exact by count.
     overflows: iterates that were not finite or beyond 1e6 on the way. finite: whether x is finite.
-    error: None, or with `certify` the largest |forward(x) - z|, max norm over blocks and tokens.
+    error: None, or with `certify` the largest |forward(x) - z| over tokens, before denoising. Under guidance, which
+    has no forward pass, the largest such difference of any one guided block.
     """
 
     x: Float[Array, "b height width c"]
@@ -39,8 +42,8 @@ class Inversion(NamedTuple):
 def invert(
     flow: Any,
     params: Any,
-    z: Float[Array, "b n c"],
-    cond: Int[Array, " b"] | None = None,
+    z: Float[Array | np.ndarray, "b n c"],
+    cond: Integer[Array | np.ndarray, " b"] | list[int] | None = None,
     *,
     plan: Plan | str = "sequential",
     guidance: Guidance | None = None,
@@ -48,8 +51,8 @@ def invert(
 ) -> Inversion:
     """Returns the images whose `forward` is z, decoded by `plan` and steered by `guidance`.
 
-    z: noise tokens in raster order, as `forward` gives them. certify: run each block once forward on the result
-    and report the reconstruction error, guidance included. Raises ValueError where z, cond, plan or guidance do
+    z: noise tokens in raster order, as `forward` gives them. certify: run one forward pass on the result and report
+    the reconstruction error, guidance included. Raises ValueError where z, cond, plan or guidance do
     not fit the flow. The scale and temperature of guidance can change without recompiling.
 
     Example:
@@ -59,7 +62,8 @@ def invert(
     expected = (config.num_tokens, config.token_dim)
     if z.ndim != 3 or z.shape[1:] != expected:
         raise ValueError(f"z has shape {tuple(z.shape)}; this flow takes (batch, {expected[0]}, {expected[1]}).")
-    check_labels(cond, num_classes=config.num_classes, batch=z.shape[0])
+    cond = check_labels(cond, num_classes=config.num_classes, batch=z.shape[0])
+    z = jnp.asarray(z, master_dtype(config.dtype))
     guidance, weights = _active(guidance, cond, config)
     plan = _resolve(plan, guidance, config, z.shape[0])
     return _invert(flow, params, z, cond, weights, plan=plan, guidance=guidance, certify=certify)
@@ -70,7 +74,7 @@ def sample(
     params: Any,
     key: Key[Array, ""],
     num: int,
-    cond: Int[Array, " b"] | None = None,
+    cond: Integer[Array | np.ndarray, " b"] | list[int] | None = None,
     *,
     plan: Plan | str = "auto",
     guidance: Guidance | None = None,
@@ -90,11 +94,11 @@ def sample(
     config = flow.config
     if num < 1:
         raise ValueError(f"num is {num}; ask for at least one sample.")
-    check_labels(cond, num_classes=config.num_classes, batch=num)
+    cond = check_labels(cond, num_classes=config.num_classes, batch=num)
     guidance, weights = _active(guidance, cond, config)
     plan = _resolve(plan, guidance, config, num)
     strength = float(denoise)
-    if strength < 0:
+    if not 0 <= strength < float("inf"):
         raise ValueError(f"denoise is {denoise}; it must be True, False or a strength of at least 0.")
     denoised = strength > 0 and config.noise_std > 0
     indices = first + jnp.arange(num)
@@ -140,7 +144,8 @@ def _invert(flow, params, z, cond, weights, *, plan, guidance, certify) -> Inver
 @partial(jax.jit, static_argnames=("flow", "plan", "guidance", "denoised", "certify"))
 def _sample(flow, params, key, indices, cond, weights, strength, *, plan, guidance, denoised, certify) -> Inversion:
     shape = (flow.config.num_tokens, flow.config.token_dim)
-    noise = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape))(indices)
+    master = master_dtype(flow.config.dtype)
+    noise = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape, master))(indices)
     z = noise * jnp.sqrt(flow.apply(params, method="prior_variance"))[None]
     result = _decode(flow, params, z, cond, weights, plan, guidance, certify)
     if denoised:
@@ -158,9 +163,11 @@ def _decode(flow, params, z, cond, weights, plan, guidance, certify) -> Inversio
         block = _Block(flow, params, index, cond, guided, weights)
         tokens, solution = block.decode(noise, plan.blocks[index])
         reports.append(solution)
-        if certify:
+        if certify and guidance is not None:
             errors.append(jnp.abs(block.encode(tokens) - noise).max(axis=(1, 2)))
     x = flow.to_images(tokens)
+    if certify and guidance is None:
+        errors.append(jnp.abs(flow.apply(params, x, cond, method="forward")[0] - z).max(axis=(1, 2)))
     reports.reverse()
     width = max(len(r.sweeps) for r in reports)
     return Inversion(
@@ -190,7 +197,7 @@ class _Block:
 
     def decode(self, z, plan):
         """Raster-order tokens and the report of the solver."""
-        plan = Jacobi(window=1) if isinstance(plan, Sequential) else plan
+        plan = Jacobi(window=1, tol=0.0) if isinstance(plan, Sequential) else plan
         v = reorder(z, self.config.order)
         branches = 1 if self.guidance is None else 2
         conditioner = Conditioner(self.window, self.module.rewind)
@@ -221,13 +228,13 @@ class _Block:
         batch, width = previous.shape[:2]
         scale, temperature = self.weights
         both = jnp.concatenate([previous, previous])
-        inverse_temperature = jnp.where(jnp.arange(2 * batch) < batch, 1.0, 1.0 / temperature)
+        inverse_temperature = jnp.where(jnp.arange(2 * batch) < batch, 1.0, 1.0 / temperature).astype(both.dtype)
         shift, log_scale, cache = self.call("conditioner", both, start, self.cond, cache, inverse_temperature)
         conditional = shift[:batch], log_scale[:batch]
         unconditional = shift[batch:], log_scale[batch:]
         tokens = start + jnp.arange(width) + self.module.num_free
         ramp = tokens / (self.config.num_tokens - 1) if self.guidance.anneal else jnp.ones(width)
-        weight = (scale * ramp)[:, None]
+        weight = (scale * ramp)[:, None].astype(both.dtype)
         if self.guidance.rule == "product":
             return *product_rule(conditional, unconditional, weight), cache
         return *linear_rule(conditional, unconditional, weight, self.guidance.parts), cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -17,8 +18,10 @@ from flowgen.data.media import from_uint8
 from flowgen.data.sources import Source
 from flowgen.flows.density import LEVELS, add_noise, bits_per_dim
 
-# Beyond this many dimensions the baseline Gaussian has independent pixels: its covariance would not fit.
+# The baseline Gaussian has independent pixels where its covariance would be too large, or fit to too few images.
 FULL_COVARIANCE_DIMS = 4096
+IMAGES_PER_DIM = 5
+READ_AT_ONCE = 1024
 
 
 def flow_bits_per_dim(
@@ -41,20 +44,23 @@ def flow_bits_per_dim(
     """
     config = flow.config
     sigma = config.noise_std if noise_std is None else noise_std
+    variables = jax.device_put(variables)
     total = 0.0
     for index, batch in enumerate(fixed_batches(source, min(batch_size, len(source)))):
         labels = None
         if config.num_classes:
             labels = jnp.asarray(batch["label"] if conditional else np.full_like(batch["label"], UNCONDITIONAL))
-        batch_key = jax.random.fold_in(key, index)
-        bits = _batch_bits(flow, variables, batch["image"], labels, batch_key, sigma=sigma)
+        positions = index * len(batch["mask"]) + np.arange(len(batch["mask"]))
+        keys = jax.vmap(partial(jax.random.fold_in, key))(positions)  # Noise of an image for any batch size.
+        bits = _batch_bits(flow, variables, batch["image"], labels, keys, sigma=sigma)
         total += float(np.asarray(bits)[batch["mask"]].sum())
     return total / len(source)
 
 
 @partial(jax.jit, static_argnames=("flow", "sigma"))
-def _batch_bits(flow, variables, images, labels, key, *, sigma):
-    return flow.apply(variables, add_noise(key, images, sigma), labels, method="bits_per_dim")
+def _batch_bits(flow, variables, images, labels, keys, *, sigma):
+    noised = jax.vmap(lambda key, image: add_noise(key, image[None], sigma)[0])(keys, images)
+    return flow.apply(variables, noised, labels, method="bits_per_dim")
 
 
 def gaussian_bits_per_dim(train: Source, source: Source, *, noise_std: float) -> float:
@@ -62,29 +68,34 @@ def gaussian_bits_per_dim(train: Source, source: Source, *, noise_std: float) ->
 
     Both carry the noise that the flow sees (σ > 0 Gaussian, σ = 0 uniform dequantisation); its part in the
     covariance and in the expectation is exact, so no noise is drawn. The covariance is full up to 4096
-    dimensions and diagonal beyond.
+    dimensions where `train` has at least 5 images per dimension, else diagonal. Both sources are read in batches.
 
     Example:
         baseline = gaussian_bits_per_dim(train_source, eval_source, noise_std=0.1)
     """
-    fitted, held_out = _flat(train, noise_std), _flat(source, noise_std)
-    dims = fitted.shape[1]
+    dims = math.prod(train.image_shape)
+    full = dims <= FULL_COVARIANCE_DIMS and len(train) >= IMAGES_PER_DIM * dims
     noise_variance = noise_std**2 if noise_std > 0 else (2 / LEVELS) ** 2 / 12
-    centred, deviation = fitted - fitted.mean(axis=0), held_out - fitted.mean(axis=0)
-    if dims <= FULL_COVARIANCE_DIMS:
-        covariance = centred.T @ centred / len(centred) + noise_variance * np.eye(dims)
-        variances, directions = np.linalg.eigh(covariance)
-        squares = np.square(deviation @ directions)
+    mean = sum(batch.sum(axis=0) for batch in _flat(train, noise_std)) / len(train)
+    if full:
+        products = sum((batch - mean).T @ (batch - mean) for batch in _flat(train, noise_std))
+        variances, directions = np.linalg.eigh(products / len(train) + noise_variance * np.eye(dims))
     else:
-        variances = np.square(centred).mean(axis=0) + noise_variance
-        squares = np.square(deviation)
-    nats = 0.5 * ((squares.mean(axis=0) + noise_variance) / variances + np.log(2 * math.pi * variances)).sum()
-    return float(bits_per_dim(jnp.asarray(-nats), dims))
+        variances = sum(np.square(batch - mean).sum(axis=0) for batch in _flat(train, noise_std)) / len(train)
+        variances, directions = variances + noise_variance, None
+    squares = np.zeros(dims)
+    for batch in _flat(source, noise_std):
+        deviation = batch - mean if directions is None else (batch - mean) @ directions
+        squares += np.square(deviation).sum(axis=0)
+    terms = (squares / len(source) + noise_variance) / variances + np.log(2 * math.pi * variances)
+    return float(bits_per_dim(jnp.asarray(-0.5 * terms.sum()), dims))
 
 
-def _flat(source: Source, noise_std: float) -> np.ndarray:
-    images = np.asarray(from_uint8(source[np.arange(len(source))]["image"]), np.float64)
-    if noise_std == 0:
-        # Dequantised images are (level + U[0, 1)) / 128 - 1, with their mean half a level up.
-        images = (images + 1) * 127.5 / 128 + 1 / LEVELS - 1
-    return images.reshape(len(images), -1)
+def _flat(source: Source, noise_std: float) -> Iterator[np.ndarray]:
+    """Batches of images as float64 vectors, as the flow sees them less their noise."""
+    for batch in fixed_batches(source, min(READ_AT_ONCE, len(source))):
+        images = np.asarray(from_uint8(batch["image"][batch["mask"]]), np.float64)
+        if noise_std == 0:
+            # Dequantised images are (level + U[0, 1)) / 128 - 1, with their mean half a level up.
+            images = (images + 1) * 127.5 / 128 + 1 / LEVELS - 1
+        yield images.reshape(len(images), -1)

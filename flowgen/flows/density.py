@@ -98,9 +98,10 @@ def nll_objective(flow: Flow, *, label_dropout: float = 0.0) -> Callable[..., tu
         mean_square_z = jnp.square(z).mean()
         logdet_per_dim = logdet.mean() / config.num_dims
         loss = 0.5 * mean_square_z - logdet_per_dim
+        log_prob = gaussian_log_prob(z, flow.apply(variables, method="prior_variance")) + logdet
         metrics = {
             "loss": loss,
-            "bits_per_dim": bits_per_dim(-(loss + 0.5 * math.log(2 * math.pi)) * config.num_dims, config.num_dims),
+            "bits_per_dim": bits_per_dim(log_prob.mean(), config.num_dims),
             "mean_square_z": mean_square_z,
             "logdet_per_dim": logdet_per_dim,
         }

@@ -52,6 +52,9 @@ class TARFlowConfig:
     def __post_init__(self):
         if isinstance(self.image_size, list):
             object.__setattr__(self, "image_size", tuple(self.image_size))
+        sides = self.image_size if isinstance(self.image_size, tuple) else (self.image_size,) * 2
+        if len(sides) != 2 or not all(type(side) is int for side in sides):
+            raise ValueError(f"model.image_size is {self.image_size!r}; give a side in pixels, or (height, width).")
         counts = (
             "channels",
             "patch_size",
@@ -178,7 +181,7 @@ class TARFlow(nn.Module):
         if x.shape[1:] != config.image_shape:
             shape = ", ".join(map(str, config.image_shape))
             raise ValueError(f"images have shape {tuple(x.shape)}; this model takes (batch, {shape}).")
-        check_labels(cond, num_classes=config.num_classes, batch=x.shape[0])
+        cond = check_labels(cond, num_classes=config.num_classes, batch=x.shape[0])
         master = master_dtype(config.dtype)
         tokens = patchify(x, config.patch_size, PATCH_ORDER).astype(master)
         logdet = jnp.zeros(x.shape[0], master)
@@ -223,6 +226,8 @@ def init(flow: Any, key: Key[Array, ""]) -> Any:
         params = init(flow, jax.random.key(0))
     """
     config = flow.config
+    if config.dtype == "float64" and not jax.config.read("jax_enable_x64"):
+        raise ValueError("model.dtype is 'float64', which jax has switched off; set jax_enable_x64 first.")
     params = {}
     for index, block in enumerate(config.blocks):
         shape = dataclasses.replace(block, order="raster")  # The order of tokens has no parameters.

@@ -24,6 +24,8 @@ from flowgen.training.store import CheckpointReader, CheckpointStore
 CONFIG_FILE = "config.json"
 CHECKPOINTS = "checkpoints"
 SAMPLES = "samples"
+# Steps that may be queued on the device: enough to keep it busy while the host prepares the next.
+STEPS_AHEAD = 2
 # Steps after which several processes ask each other for a signal; asking waits for the step under way.
 AGREE_EVERY = 8
 
@@ -114,7 +116,7 @@ def check_workdir(workdir: Path, check_config: Callable[[dict[str, Any]], None])
     """
     if (workdir / CONFIG_FILE).exists():
         check_config(read_config(workdir))
-    elif workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
+    elif workdir.exists() and (not workdir.is_dir() or any(path != _temporary(workdir) for path in workdir.iterdir())):
         raise FileExistsError(f"workdir {workdir} holds files but no flowgen run; give a new or empty directory.")
     barrier("flowgen: workdir checked")  # The first file of one process would look foreign to another.
 
@@ -159,10 +161,14 @@ def write_config(run_dir: str | Path, config: dict[str, Any]) -> None:
     Example:
         write_config("runs/digits", experiment.to_json())
     """
-    path = Path(run_dir) / CONFIG_FILE
-    temporary = path.with_suffix(".tmp")
+    temporary = _temporary(Path(run_dir))
     temporary.write_text(json.dumps(config, indent=2) + "\n")
-    os.replace(temporary, path)
+    os.replace(temporary, Path(run_dir) / CONFIG_FILE)
+
+
+def _temporary(run_dir: Path) -> Path:
+    """Where a config is written before it is whole; a run killed there has nothing else."""
+    return run_dir / f"{CONFIG_FILE}.tmp"
 
 
 class _Run:
@@ -189,6 +195,7 @@ class _Run:
         self.metrics: dict[str, float] = {}
         self.samples: Path | None = None
         self.signal = 0
+        self.told = False
 
     def train(self, update: Step, state: TrainState, key: jax.Array) -> Result:
         state = self.parallel.replicate(state)
@@ -204,10 +211,12 @@ class _Run:
             for batch in batches:
                 state, metrics = update(state, self.parallel.shard(batch), key)
                 step += 1
-                if self.parallel.must_wait:
-                    jax.block_until_ready(metrics)
                 self.pending.append((step, metrics))
+                self.wait_for_all_but(0 if self.parallel.must_wait else STEPS_AHEAD)
                 self.log.advance(step)
+                if signals.number and not self.told:
+                    self.told = True
+                    self.log.say(f"Stopping after step {step} and saving; a second signal ends without saving.")
                 if self.told_to_stop(step, signals.number):
                     break
                 if step < self.steps:
@@ -225,6 +234,11 @@ class _Run:
             self.save(step, state, self.metrics if finished else {})
         self.store.wait()
         return Result(self.parallel.to_host(state), self.metrics, self.samples, 0 if finished else self.signal)
+
+    def wait_for_all_but(self, ahead: int) -> None:
+        """Waits until at most `ahead` steps are queued, so that the bar tells the truth and a stop is prompt."""
+        if len(self.pending) > ahead:
+            jax.block_until_ready(self.pending[-1 - ahead][1])
 
     def told_to_stop(self, step: int, number: int) -> bool:
         """Whether a signal came; of several processes all stop at the same step, whichever of them it reached."""
@@ -268,7 +282,7 @@ class _Run:
         if self.job.evaluate is None:
             return {}
         self.report(step)
-        metrics = self.job.evaluate(self.parallel.to_host(state).averaged)
+        metrics = self.job.evaluate(self.parallel.to_host(state.averaged))
         # Which checkpoint is best, and so which are removed, must not differ between processes.
         self.metrics = {name: from_primary(value) for name, value in metrics.items()}
         self.log.write(step, {f"eval/{name}": value for name, value in self.metrics.items()})
@@ -279,7 +293,7 @@ class _Run:
     def draw(self, step: int, state: TrainState) -> None:
         if self.job.sample is None or not is_primary():
             return
-        image = self.job.sample(self.parallel.to_host(state).averaged)
+        image = self.job.sample(self.parallel.to_host(state.averaged))
         folder = self.workdir / SAMPLES
         folder.mkdir(exist_ok=True)
         self.samples = folder / f"{step:07d}.png"

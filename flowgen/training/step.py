@@ -53,7 +53,8 @@ def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
     """
     if config.warmup_steps >= steps:
         raise ValueError(
-            f"optim.warmup_steps is {config.warmup_steps}; it must be below train.steps, which is {steps}."
+            f"optim.warmup_steps is {config.warmup_steps}; it must be below train.steps, which is {steps}, "
+            "so lower it too."
         )
     cosine = optax.cosine_decay_schedule(config.lr, steps - config.warmup_steps, config.min_lr / config.lr)
     if config.warmup_steps == 0:

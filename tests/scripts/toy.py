@@ -56,20 +56,21 @@ def batch_of(step: int, batch_size: int = BATCH) -> dict[str, np.ndarray]:
     return {"x": x, "y": np.sin(x.sum(axis=1, keepdims=True))}
 
 
-def batches(start: int, stop: int, delay: float = 0.0, pause_at: int | None = None) -> Iterator[dict]:
-    """This process's share of each batch, `delay` seconds apart; waits to be killed before step `pause_at`."""
+def batches(start: int, stop: int, pause_at: int | None = None, gate: Path | None = None) -> Iterator[dict]:
+    """This process's share of each batch; after step `pause_at` it waits for the file `gate`."""
     index, count = jax.process_index(), jax.process_count()
     for step in range(start, stop):
-        time.sleep(600 if step == pause_at else delay)
+        while step == pause_at and not gate.exists():
+            time.sleep(0.01)
         yield {name: np.split(array, count)[index] for name, array in batch_of(step).items()}
 
 
-def make_job(*, noise: float = 0.1, delay: float = 0.0, pause_at: int | None = None, **changes) -> Job:
+def make_job(*, noise: float = 0.1, pause_at: int | None = None, gate: Path | None = None, **changes) -> Job:
     return Job(
         **{
             "init": init,
             "objective": make_objective(noise),
-            "batches": lambda start, stop: batches(start, stop, delay, pause_at),
+            "batches": lambda start, stop: batches(start, stop, pause_at, gate),
             **changes,
         }
     )
@@ -125,8 +126,7 @@ def note_written_files(directory: Path) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("workdir")
-    parser.add_argument("--delay", type=float, default=0.0)
-    parser.add_argument("--pause-at", type=int)
+    parser.add_argument("--pause-at", type=int, help="step after which to wait for the file WORKDIR.go")
     parser.add_argument("--evaluated", action="store_true", help="evaluate and draw, too")
     parser.add_argument("--address", help="coordinator of several processes")
     parser.add_argument("--processes", type=int, default=1)
@@ -145,7 +145,8 @@ def main() -> None:
         log = LogConfig(
             log_every=2, eval_every=4, sample_every=4, checkpoint_every=5, progress=False, tensorboard=False
         )
-    result = run(make_job(delay=options.delay, pause_at=options.pause_at, **parts), options.workdir, log=log)
+    job = make_job(pause_at=options.pause_at, gate=Path(f"{options.workdir}.go"), **parts)
+    result = run(job, options.workdir, log=log)
     report = {"step": int(result.state.step), "signal": result.signal, "metrics": result.metrics, "written": written}
     sys.stdout.write(json.dumps(report) + "\n")
 
