@@ -70,7 +70,8 @@ def stopped(tmp_path_factory):
             Path(f"{workdir}.go").touch()
         for name, process in processes.items():
             out, err = process.communicate(timeout=PATIENCE)
-            said = f"Stopping after step {STOPS[name][1]} and saving; a second signal ends without saving.\n"
+            # The pause after a step holds the next batch back, so the signal is seen one step later.
+            said = f"Stopping after step {STOPS[name][1] + 1} and saving; a second signal ends without saving.\n"
             assert err == ("" if name == "SIGKILL" else said)
             reports[name] = (workdirs[name], process.returncode, json.loads(out) if out else None)
     finally:

@@ -1,0 +1,89 @@
+"""Times sampling: ours sequential, guided and parallel, beside the published PyTorch sampler.
+
+python benchmarks/decode.py --reference PATH_TO_ml-tarflow --out benchmarks/results/decode.json
+"""
+
+from functools import partial
+
+import measure
+import numpy as np
+import published
+
+GUIDANCE_SCALE = 1.5
+TOLERANCE = 1e-4
+
+
+def main() -> None:
+    arguments = measure.parse_arguments(__doc__.splitlines()[0])
+    import jax
+
+    rows, version = [], None
+    for shape in arguments.shapes:
+        theirs = published.connect(arguments.reference, arguments.torch_python, measure.SHAPES[shape], measure.BATCH)
+        rows += measure_shape(shape, theirs, arguments.threads)
+        if theirs is not None:
+            version = theirs.version
+            theirs.close()
+        jax.clear_caches()
+    measure.write(arguments.out, rows, measure.environment(arguments.threads, version))
+
+
+def measure_shape(shape: str, theirs, threads: int) -> list[dict]:
+    """Returns the rows of one shape; all its runs alternate."""
+    import jax
+    import jax.numpy as jnp
+
+    from flowgen import convert
+    from flowgen.decoding import Guidance, Jacobi, Sequential, invert
+
+    model = measure.SHAPES[shape]
+    flow, params = convert.tarflow(
+        measure.rw.state_dict(model), image_size=model.image_size, patch_size=model.patch_size
+    )
+    inputs = (
+        jax.tree.map(jnp.asarray, params),
+        jnp.asarray(measure.rw.noise(model, measure.BATCH)),
+        jnp.arange(measure.BATCH, dtype=jnp.int32) % model.num_classes,
+    )
+    decode = {
+        "sequential": partial(invert, flow, plan=Sequential()),
+        "guided 1.5": partial(invert, flow, plan=Sequential(), guidance=Guidance(scale=GUIDANCE_SCALE)),
+        "jacobi window 16": partial(invert, flow, plan=Jacobi(window=16, tol=TOLERANCE)),
+        "jacobi window full": partial(invert, flow, plan=Jacobi(window=None, tol=TOLERANCE)),
+    }
+    methods = {"sequential": "reverse", "guided 1.5": "reverse_guided"}
+    runs = {name: measure.ours(function, *inputs) for name, function in decode.items()}
+    if theirs is not None:
+        for name, method in methods.items():
+            for count in sorted({1, threads}):
+                runs[f"published {name}, threads {count}"] = partial(theirs.time, method, count)
+    timings = measure.alternate(runs)
+    results = {name: function(*inputs) for name, function in decode.items()}
+
+    rows = []
+    for name, result in results.items():
+        exact = name in methods
+        baseline = "sequential"
+        if exact and theirs is not None:
+            candidates = [key for key in timings if key.startswith(f"published {name},")]
+            baseline = min(candidates, key=lambda key: timings[key].median)
+        more = {}
+        if exact and theirs is not None:
+            images = np.moveaxis(theirs.result(methods[name]), 1, -1)
+            more["difference_to_published"] = float(np.abs(images - np.asarray(result.x)).max())
+        if not exact:
+            more["tolerance"] = TOLERANCE
+            more["error"] = float(np.abs(np.asarray(result.x - results["sequential"].x)).max())
+            more["sweeps_per_block"] = np.asarray(result.sweeps.sum(axis=1)).tolist()
+        rows.append(
+            measure.row(name, shape, timings[name], baseline=baseline, against=timings[baseline], compiled=True, **more)
+        )
+    for name, timing in timings.items():
+        if name not in results:
+            ours = name.removeprefix("published ").partition(",")[0]
+            rows.append(measure.row(name, shape, timing, baseline=ours, against=timings[ours], compiled=False))
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""The PyTorch side of the benchmarks: the published TARFlow, run unchanged, here or in another interpreter.
+
+Run as a script it serves one JSON request per line; `connect` decides which of the two is used.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from measure import Cost, cost, rw
+
+
+class Published:
+    """The published model with our weights and inputs, in this process. Eager float32, as its scripts run on a CPU."""
+
+    def __init__(self, reference: Path, shape: rw.Shape, batch: int):
+        import torch
+
+        sys.path.insert(0, str(reference))
+        import transformer_flow
+
+        self.torch, self.version = torch, torch.__version__
+        self.model = transformer_flow.Model(
+            in_channels=shape.channels,
+            img_size=shape.image_size,
+            patch_size=shape.patch_size,
+            channels=shape.width,
+            num_blocks=shape.num_blocks,
+            layers_per_block=shape.layers_per_block,
+            nvp=not shape.volume_preserving,
+            num_classes=shape.num_classes,
+        )
+        self.model.load_state_dict({k: torch.from_numpy(v) for k, v in rw.state_dict(shape).items()}, strict=True)
+        self.images = torch.from_numpy(rw.images(shape, batch))
+        self.noise = torch.from_numpy(rw.noise(shape, batch))
+        self.labels = torch.arange(batch) % shape.num_classes if shape.num_classes else None
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=1e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=1e-4
+        )
+
+    def reverse(self):
+        with self.torch.inference_mode():
+            return self.model.reverse(self.noise, self.labels)
+
+    def reverse_guided(self):
+        with self.torch.inference_mode():
+            return self.model.reverse(self.noise, self.labels, guidance=1.5)
+
+    def forward(self):
+        with self.torch.no_grad():
+            z, _, logdet = self.model(self.images, self.labels)
+            return self.model.get_loss(z, logdet)
+
+    def backward(self):
+        self.optimizer.zero_grad()
+        z, _, logdet = self.model(self.images, self.labels)
+        loss = self.model.get_loss(z, logdet)
+        loss.backward()
+        return loss.detach()
+
+    def adamw(self):
+        loss = self.backward()
+        self.optimizer.step()
+        return loss
+
+    def time(self, name: str, threads: int) -> Cost:
+        """Returns what one call of method `name` takes."""
+        self.torch.set_num_threads(threads)
+        return cost(getattr(self, name))
+
+    def result(self, name: str) -> np.ndarray:
+        """Returns what method `name` computes."""
+        return getattr(self, name)().numpy()
+
+    def close(self) -> None:
+        """Nothing to release; the counterpart of `Remote.close`."""
+
+
+class Remote:
+    """The same in another interpreter, which measures its own time."""
+
+    def __init__(self, python: Path, reference: Path, shape: rw.Shape, batch: int):
+        self.process = subprocess.Popen(
+            [str(python), str(Path(__file__).resolve())], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        setup = {"reference": str(reference), "shape": dataclasses.asdict(shape), "batch": batch}
+        self.version = self._ask(setup)
+
+    def time(self, name: str, threads: int) -> Cost:
+        return Cost(*self._ask({"time": name, "threads": threads}))
+
+    def result(self, name: str) -> np.ndarray:
+        with tempfile.TemporaryDirectory() as folder:
+            path = f"{folder}/result.npy"
+            self._ask({"result": name, "path": path})
+            return np.load(path, allow_pickle=False)
+
+    def close(self) -> None:
+        self.process.communicate()
+
+    def _ask(self, request: dict[str, Any]) -> Any:
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise RuntimeError("The process of --torch-python ended early; its message is above.")
+        return json.loads(answer)
+
+
+def connect(
+    reference: Path | None, torch_python: Path | None, shape: rw.Shape, batch: int
+) -> Published | Remote | None:
+    """Returns the published model, or None without a checkout. SystemExit where there is no torch to run it with."""
+    if reference is None:
+        return None
+    if not (reference / "transformer_flow.py").is_file():
+        raise SystemExit(
+            f"--reference is {reference}, where there is no transformer_flow.py; give a ml-tarflow checkout."
+        )
+    if torch_python is not None:
+        return Remote(torch_python, reference, shape, batch)
+    if importlib.util.find_spec("torch") is None:
+        raise SystemExit("This interpreter has no torch; install it or give --torch-python PATH.")
+    return Published(reference, shape, batch)
+
+
+def serve() -> None:
+    """Answers requests on standard input until it closes."""
+    setup = json.loads(sys.stdin.readline())
+    model = Published(Path(setup["reference"]), rw.Shape(**setup["shape"]), setup["batch"])
+    print(json.dumps(model.version), flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "time" in request:
+            answer = model.time(request["time"], request["threads"])
+        else:
+            np.save(request["path"], model.result(request["result"]))
+            answer = None
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    serve()
