@@ -90,7 +90,7 @@ class AutoregressiveBlock(nn.Module):
         """
         config, transformer = self.config, self.config.transformer
         positions = jnp.minimum(start + jnp.arange(previous.shape[1]), config.num_tokens - 1)
-        position = reorder(self.pos_embed, config.order)[positions]
+        position = reorder(jnp.asarray(self.pos_embed), config.order)[positions]
         h = self.proj_in(previous) + position[None].astype(transformer.dtype)
         if config.num_classes:
             embedded = class_embedding(self.class_embed, labels, previous.shape[0])
