@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,6 @@ import orbax.checkpoint as ocp
 Flat = dict[str, np.ndarray]
 _DIGESTS = "digests.json"
 _BLOCK = 1 << 24
-
-logger = logging.getLogger(__name__)
 
 
 def flatten(tree: Any) -> dict[str, Any]:
