@@ -14,7 +14,7 @@ from laws import FLOWS, SMALL, apply, images, labels, perturbed
 import flowgen
 from flowgen.conditioning import drop_labels
 from flowgen.decoding import Sequential, invert
-from flowgen.flows import AutoregressiveBlock, block_parameters, density
+from flowgen.flows import AutoregressiveBlock, block_parameters, decoding_block, density
 
 ROUND_TRIP = 1e-5  # float32, values of order 1 through three blocks
 EXACT = 1e-10  # float64
@@ -188,19 +188,19 @@ def test_bfloat16_keeps_parameters_and_density_in_float32(key):
 
 def test_parallel_and_cached_forms_agree(case):
     flow, params, x, cond = case
-    block = AutoregressiveBlock(flow.config.blocks[1 % flow.config.num_blocks])
-    variables = block_parameters(params, 1 % flow.config.num_blocks)
+    index = 1 % flow.config.num_blocks
+    block, variables = decoding_block(flow.config.blocks[index], block_parameters(params, index))
     tokens = x.reshape(len(x), flow.config.num_tokens, flow.config.token_dim)
 
     @jax.jit
-    def conditioner(window, start, cache):
-        return block.apply(variables, window, start, cond, cache, None, method="conditioner")
+    def conditioner(window, start, caches):
+        return block.apply(variables, window, start, cond, caches, None, method="conditioner")
 
     shift, log_scale, _ = conditioner(tokens[:, :-1], 0, None)
-    cache = block.init_cache(len(x), flow.config.num_tokens)
+    caches = block.init_caches(len(x), flow.config.num_tokens)
     for start in range(0, flow.config.num_tokens - 1, 2):
         window = tokens[:, start : min(start + 2, flow.config.num_tokens - 1)]
-        shift_w, log_scale_w, cache = conditioner(window, start, cache)
+        shift_w, log_scale_w, caches = conditioner(window, start, caches)
         stop = start + window.shape[1]
         np.testing.assert_allclose(shift_w, shift[:, start:stop], atol=DENSITY_SAMPLING)
         np.testing.assert_allclose(log_scale_w, log_scale[:, start:stop], atol=DENSITY_SAMPLING)

@@ -8,15 +8,15 @@ from flowgen.attention.cache import (
     causal_kernel,
     init_kv_cache,
 )
-from flowgen.attention.softmax import masked_softmax, softmax_attention
+from flowgen.attention.softmax import attend_heads, softmax_attention
 
 __all__ = [
     "KERNEL_NAMES",
     "CausalKernel",
     "KVCache",
+    "attend_heads",
     "attend_kv_window",
     "causal_kernel",
     "init_kv_cache",
-    "masked_softmax",
     "softmax_attention",
 ]

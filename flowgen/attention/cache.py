@@ -14,22 +14,22 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from flowgen.attention.softmax import masked_softmax, softmax_attention
+from flowgen.attention.softmax import attend_heads, softmax_attention
 
 
 class KVCache(NamedTuple):
-    """Keys and values of every layer, `l b h m k`, slot = position; slots at or past the window are unused."""
+    """Keys and values of one layer, `b h m k`, slot = position; slots at or past the window are unused."""
 
-    keys: Float[Array, "l b h m k"]
-    values: Float[Array, "l b h m k"]
+    keys: Float[Array, "b h m k"]
+    values: Float[Array, "b h m k"]
 
 
 class CausalKernel(NamedTuple):
     """The functions through which blocks and decoders use one attention kernel.
 
     attend(q, k, v) -> out: causal attention over a whole sequence, arrays `b n h k`.
-    init_cache(num_layers, batch, length, num_heads, head_dim, dtype) -> cache: empty, for `length` positions.
-    attend_window(q, k, v, cache, layer, start) -> (out, cache): exact causal attention of tokens at positions
+    init_cache(batch, length, num_heads, head_dim, dtype) -> cache: of one layer, empty, for `length` positions.
+    attend_window(q, k, v, cache, start) -> (out, cache): exact causal attention of tokens at positions
         start..start+n-1 to the cached prefix and to themselves, and the cache with these tokens included.
     rewind(before, after) -> cache: given the caches before and after a window was run, one from which the
         window can be run again. Where slots are overwritten that is `after`; a running sum needs `before`.
@@ -41,13 +41,13 @@ class CausalKernel(NamedTuple):
     rewind: Callable[[Any, Any], Any]
 
 
-def init_kv_cache(num_layers: int, batch: int, length: int, num_heads: int, head_dim: int, dtype: jnp.dtype) -> KVCache:
-    """Returns an empty key/value cache for `length` positions.
+def init_kv_cache(batch: int, length: int, num_heads: int, head_dim: int, dtype: jnp.dtype) -> KVCache:
+    """Returns one layer's empty key/value cache for `length` positions.
 
     Example:
-        cache = init_kv_cache(num_layers=2, batch=4, length=64, num_heads=8, head_dim=64, dtype=jnp.float32)
+        cache = init_kv_cache(batch=4, length=64, num_heads=8, head_dim=64, dtype=jnp.float32)
     """
-    zeros = jnp.zeros((num_layers, batch, num_heads, length, head_dim), dtype)
+    zeros = jnp.zeros((batch, num_heads, length, head_dim), dtype)
     return KVCache(zeros, zeros)
 
 
@@ -56,7 +56,6 @@ def attend_kv_window(
     k: Float[Array, "b n h k"],
     v: Float[Array, "b n h k"],
     cache: KVCache,
-    layer: Int[Array, ""] | int,
     start: Int[Array, ""] | int,
 ) -> tuple[Float[Array, "b n h k"], KVCache]:
     """Returns softmax attention of n tokens at positions start.. behind the cached prefix, and the cache.
@@ -65,22 +64,15 @@ def attend_kv_window(
     slots 0..start+i; what later slots hold does not matter as long as it is finite.
 
     Example:
-        out, cache = attend_kv_window(q, k, v, cache, layer=0, start=12)
+        out, cache = attend_kv_window(q, k, v, cache, start=12)
     """
-    corner = (layer, 0, 0, start, 0)
-    new_keys = k.transpose(0, 2, 1, 3)[None].astype(cache.keys.dtype)
-    new_values = v.transpose(0, 2, 1, 3)[None].astype(cache.values.dtype)
-    cache = KVCache(
-        jax.lax.dynamic_update_slice(cache.keys, new_keys, corner),
-        jax.lax.dynamic_update_slice(cache.values, new_values, corner),
-    )
-    keys, values = cache.keys[layer], cache.values[layer]
-    master = jnp.promote_types(q.dtype, jnp.float32)
-    logits = jnp.einsum("bnhk,bhmk->bhnm", q, keys, preferred_element_type=master) * q.shape[-1] ** -0.5
+    corner = (0, 0, start, 0)
+    keys = jax.lax.dynamic_update_slice(cache.keys, k.swapaxes(1, 2).astype(cache.keys.dtype), corner)
+    values = jax.lax.dynamic_update_slice(cache.values, v.swapaxes(1, 2).astype(cache.values.dtype), corner)
     positions = start + jnp.arange(q.shape[1])
     mask = jnp.arange(keys.shape[2])[None, :] <= positions[:, None]
-    weights = masked_softmax(logits, mask[None, None]).astype(values.dtype)
-    return jnp.einsum("bhnm,bhmk->bnhk", weights, values), cache
+    out = attend_heads(q.swapaxes(1, 2), keys, values, mask[None, None])
+    return out.swapaxes(1, 2), KVCache(keys, values)
 
 
 SOFTMAX = CausalKernel(

@@ -15,7 +15,7 @@ from flowgen.decoding.guidance import Guidance, linear_rule, product_rule
 from flowgen.decoding.jacobi import Conditioner, solve
 from flowgen.decoding.plan import DecodePlan, Jacobi, Plan, Sequential, resolve_plan
 from flowgen.flows.affine import reorder, to_noise
-from flowgen.flows.block import AutoregressiveBlock, block_parameters
+from flowgen.flows.block import block_parameters, decoding_block
 from flowgen.flows.density import denoise as tweedie
 from flowgen.nn.layers import master_dtype
 
@@ -185,8 +185,7 @@ class _Block:
 
     def __init__(self, flow, params, index, cond, guidance, weights):
         self.config = flow.config.blocks[index]
-        self.module = AutoregressiveBlock(self.config)
-        self.params = block_parameters(params, index)
+        self.module, self.params = decoding_block(self.config, block_parameters(params, index))
         self.guidance, self.weights = guidance, weights
         self.cond = cond
         if guidance is not None and cond is not None:
@@ -206,7 +205,7 @@ class _Block:
             conditioner,
             self.call("first_previous", v),
             v[:, free:],
-            lambda length: self.module.init_cache(branches * len(z), length),
+            lambda length: self.module.init_caches(branches * len(z), length),
             plan,
         )
         tokens = jnp.concatenate([v[:, :free], solution.x], axis=1)
@@ -222,7 +221,7 @@ class _Block:
         return reorder(jnp.concatenate([u[:, :free], z], axis=1), self.config.order)
 
     def window(self, previous, start, cache):
-        """(shift, log_scale, cache) of the tokens after `previous`, both branches in one pass where guided."""
+        """(shift, log_scale, caches) of the tokens after `previous`, both branches in one pass where guided."""
         if self.guidance is None:
             return self.call("conditioner", previous, start, self.cond, cache, None)
         batch, width = previous.shape[:2]

@@ -11,7 +11,7 @@ The output is shifted by one token, so token 0 passes unchanged and the last tok
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from flowgen.attention import causal_kernel
 from flowgen.conditioning import class_embedding
 from flowgen.flows.affine import TokenOrder, reorder, to_noise
 from flowgen.nn.layers import linear, master_dtype
-from flowgen.nn.transformer import TransformerConfig, layer_indices, transformer_stack
+from flowgen.nn.transformer import TransformerConfig, transformer_stack, unstack_layers
 
 Transform = Literal["affine", "volume_preserving"]
 EMBEDDING_STDDEV = 0.01
@@ -80,13 +80,13 @@ class AutoregressiveBlock(nn.Module):
         previous: Float[Array, "b w c"],
         start: Int[Array, ""] | int,
         labels: Int[Array, " b"] | None,
-        cache: Any,
+        caches: tuple | None,
         inverse_temperature: Float[Array, " b"] | None,
-    ) -> tuple[Float[Array, "b w c"], Float[Array, "b w c"], Any]:
-        """Returns (shift, log_scale) of a window of tokens from the tokens just before them, and the cache.
+    ) -> tuple[Float[Array, "b w c"], Float[Array, "b w c"], tuple | None]:
+        """Returns (shift, log_scale) of a window of tokens from the tokens just before them, and the caches.
 
         previous: tokens start..start+w-1 in the block's order; the answer is for tokens start+1..start+w.
-        cache: holds what tokens 0..start-1 left behind; None when start is 0 and nothing follows.
+        caches: hold what tokens 0..start-1 left behind; None when start is 0 and nothing follows.
         """
         config, transformer = self.config, self.config.transformer
         positions = jnp.minimum(start + jnp.arange(previous.shape[1]), config.num_tokens - 1)
@@ -95,26 +95,28 @@ class AutoregressiveBlock(nn.Module):
         if config.num_classes:
             embedded = class_embedding(self.class_embed, labels, previous.shape[0])
             h = h + embedded[:, None].astype(h.dtype)
-        (h, cache), _ = self.layers((h, cache), layer_indices(transformer), start, inverse_temperature)
+        h, caches = self.layers(h, caches, start, inverse_temperature)
         out = self.proj_out(h).astype(master_dtype(transformer.dtype))
         if config.transform == "volume_preserving":
-            return out, jnp.zeros_like(out), cache
+            return out, jnp.zeros_like(out), caches
         log_scale, shift = jnp.split(out, 2, axis=-1)
-        return shift, log_scale, cache
+        return shift, log_scale, caches
 
     def first_previous(self, z: Float[Array, "b n c"]) -> Float[Array, "b 1 c"]:
         """Returns what stands before the first token that the block transforms: its free token."""
         return z[:, :1]
 
-    def init_cache(self, batch: int, length: int) -> Any:
-        """Returns an empty cache for decoding `length` tokens."""
+    def init_caches(self, batch: int, length: int) -> tuple:
+        """Returns the empty caches of all layers for decoding `length` tokens."""
         config = self.config.transformer
         init_cache = causal_kernel(config.attention).init_cache
         dtype = jnp.dtype(config.dtype)
-        return init_cache(config.num_layers, batch, length, config.num_heads, config.head_dim, dtype)
+        return tuple(
+            init_cache(batch, length, config.num_heads, config.head_dim, dtype) for _ in range(config.num_layers)
+        )
 
-    def rewind(self, before: Any, after: Any) -> Any:
-        """Returns the cache from which a window that turned `before` into `after` can be run again."""
+    def rewind(self, before: tuple, after: tuple) -> tuple:
+        """Returns the caches from which a window that turned `before` into `after` can be run again."""
         return causal_kernel(self.config.transformer.attention).rewind(before, after)
 
 
@@ -125,3 +127,15 @@ def block_parameters(variables: Any, index: int) -> Any:
         z, logdet = AutoregressiveBlock(flow.config.blocks[0]).apply(block_parameters(params, 0), tokens)
     """
     return {"params": variables["params"][f"blocks_{index}"]}
+
+
+def decoding_block(config: BlockConfig, variables: Any) -> tuple[AutoregressiveBlock, Any]:
+    """Returns a block in the form that takes caches, its layers one by one, and its variables in that form.
+
+    Example:
+        block, variables = decoding_block(flow.config.blocks[0], block_parameters(params, 0))
+    """
+    transformer = replace(config.transformer, scan=False)
+    params = variables["params"]
+    layers = unstack_layers(params["layers"], transformer.num_layers)
+    return AutoregressiveBlock(replace(config, transformer=transformer)), {"params": {**params, "layers": layers}}

@@ -1,7 +1,7 @@
 """Building blocks of the networks: layers and the scanned transformer stack."""
 
 from flowgen.nn.layers import MLP, layer_norm, linear, master_dtype, patchify, unpatchify
-from flowgen.nn.transformer import TransformerConfig, transformer_stack
+from flowgen.nn.transformer import TransformerConfig, transformer_stack, unstack_layers
 
 __all__ = [
     "MLP",
@@ -12,4 +12,5 @@ __all__ = [
     "patchify",
     "transformer_stack",
     "unpatchify",
+    "unstack_layers",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,8 @@ Activation = Literal["gelu", "gelu_tanh", "silu", "relu_squared"]
 PatchOrder = Literal["channel_first", "channel_last"]
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    # jax.nn.gelu computes the same by erfc, which takes twice the time.
+    "gelu": lambda x: 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5))),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "silu": jax.nn.silu,
     "relu_squared": lambda x: jnp.square(jax.nn.relu(x)),
@@ -47,6 +48,19 @@ def uniform_bias(fan_in: int) -> nn.initializers.Initializer:
     return init
 
 
+def flat_dot(x: Array, kernel: Array, dimension_numbers: Any, precision: Any = None, **options: Any) -> Array:
+    """Returns x @ kernel with all leading axes of x as one; a `dot_general` for Dense.
+
+    The gradient of the kernel is then one plain matrix product, for which XLA on CPUs copies nothing.
+
+    Example:
+        nn.Dense(8, dot_general=flat_dot)
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    out = jax.lax.dot_general(rows, kernel, (((1,), (0,)), ((), ())), precision=precision, **options)
+    return out.reshape(*x.shape[:-1], kernel.shape[-1])
+
+
 def linear(features: int, fan_in: int, dtype: str, *, zero_kernel: bool = False) -> nn.Dense:
     """Returns a Dense layer initialised as PyTorch's Linear: kernel and bias U(-1/√fan_in, 1/√fan_in).
 
@@ -62,6 +76,7 @@ def linear(features: int, fan_in: int, dtype: str, *, zero_kernel: bool = False)
         param_dtype=master_dtype(dtype),
         kernel_init=nn.initializers.zeros if zero_kernel else kernel_init,
         bias_init=uniform_bias(fan_in),
+        dot_general=flat_dot,
     )
 
 
