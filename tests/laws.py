@@ -20,6 +20,7 @@ FLOWS = {
     "volume preserving": flowgen.TARFlowConfig(image_size=6, transform="volume_preserving", num_classes=3, **SMALL),
     "rectangular": flowgen.TARFlowConfig(image_size=(4, 10), num_classes=3, **SMALL),
     "no remat": flowgen.TARFlowConfig(image_size=6, remat=False, activation="silu", **SMALL),
+    "nala": flowgen.TARFlowConfig(image_size=6, attention="nala", num_classes=3, **SMALL),
     "one block": flowgen.TARFlowConfig(image_size=6, **{**SMALL, "num_blocks": 1, "layers_per_block": 1}),
 }
 # Far from the identity, and still well conditioned in float32.

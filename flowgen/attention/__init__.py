@@ -1,22 +1,125 @@
-"""Attention on arrays `b n h k`; imports nothing else of flowgen."""
+"""Attention on arrays `b n h k`; imports nothing else of flowgen.
+
+softmax        softmax_attention
+linear         linear_attention and its running state: init_state, prefill, step
+features       the feature maps of linear attention; rotary tables for their numerators
+kernels        nala, focused, cosformer, pola and inline attention; every kernel by name
+decay, delta   retention, gated linear attention; the (gated) delta rule
+soft           SOFT and SOFT++; fixed Gaussian landmarks, its causal relative
+modules        Flax modules; flowgen.attention.nnx has their NNX twins
+hooks          make_attention_fn, for the attention modules of Flax
+cache          causal kernels as the decoders of flows use them
+"""
 
 from flowgen.attention.cache import (
-    KERNEL_NAMES,
+    CAUSAL_KERNEL_NAMES,
     CausalKernel,
     KVCache,
     attend_kv_window,
     causal_kernel,
     init_kv_cache,
 )
+from flowgen.attention.decay import gated_linear_attention, retention, retention_log_decay
+from flowgen.attention.delta import DeltaState, delta_rule, gated_delta_rule, gated_delta_step, init_delta_state
+from flowgen.attention.features import (
+    FEATURE_MAPS,
+    FeatureMap,
+    cosformer_features,
+    elu_plus_one,
+    feature_map,
+    focused_features,
+    nala_features,
+    relu_features,
+)
+from flowgen.attention.hooks import make_attention_fn
+from flowgen.attention.kernels import (
+    KERNELS,
+    FeatureKernel,
+    InlineKernel,
+    Kernel,
+    PolaKernel,
+    RetentionKernel,
+    cosformer_attention,
+    focused_attention,
+    gaussian_landmark_attention,
+    gaussian_landmark_map,
+    inline_attention,
+    kernel,
+    nala_attention,
+    pola_attention,
+)
+from flowgen.attention.linear import (
+    Causal,
+    attend_features,
+    init_state,
+    linear_attention,
+    prefill,
+    quadratic_products,
+    step,
+)
+from flowgen.attention.modules import LinearAttention, NaLaAttention, SOFTAttention
+from flowgen.attention.prefix import Features, LinearState, prefix_product
+from flowgen.attention.rotary import Rotary, rotary_grid, rotary_line, rotate
+from flowgen.attention.soft import gaussian_landmark_features, soft_attention
 from flowgen.attention.softmax import attend_heads, softmax_attention
 
 __all__ = [
-    "KERNEL_NAMES",
+    "CAUSAL_KERNEL_NAMES",
+    "FEATURE_MAPS",
+    "KERNELS",
+    "Causal",
     "CausalKernel",
+    "DeltaState",
+    "FeatureKernel",
+    "FeatureMap",
+    "Features",
+    "InlineKernel",
     "KVCache",
+    "Kernel",
+    "LinearAttention",
+    "LinearState",
+    "NaLaAttention",
+    "PolaKernel",
+    "RetentionKernel",
+    "Rotary",
+    "SOFTAttention",
+    "attend_features",
     "attend_heads",
     "attend_kv_window",
     "causal_kernel",
+    "cosformer_attention",
+    "cosformer_features",
+    "delta_rule",
+    "elu_plus_one",
+    "feature_map",
+    "focused_attention",
+    "focused_features",
+    "gated_delta_rule",
+    "gated_delta_step",
+    "gated_linear_attention",
+    "gaussian_landmark_attention",
+    "gaussian_landmark_features",
+    "gaussian_landmark_map",
+    "init_delta_state",
     "init_kv_cache",
+    "init_state",
+    "inline_attention",
+    "kernel",
+    "linear_attention",
+    "make_attention_fn",
+    "nala_attention",
+    "nala_features",
+    "pola_attention",
+    "prefill",
+    "prefix_product",
+    "quadratic_products",
+    "relu_features",
+    "retention",
+    "retention_log_decay",
+    "rotary_grid",
+    "rotary_line",
+    "rotate",
+    "soft_attention",
     "softmax_attention",
+    "step",
 ]

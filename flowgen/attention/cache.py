@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from flowgen.attention.kernels import KERNELS, Kernel
 from flowgen.attention.softmax import attend_heads, softmax_attention
 
 
@@ -33,12 +34,14 @@ class CausalKernel(NamedTuple):
         start..start+n-1 to the cached prefix and to themselves, and the cache with these tokens included.
     rewind(before, after) -> cache: given the caches before and after a window was run, one from which the
         window can be run again. Where slots are overwritten that is `after`; a running sum needs `before`.
+    has_temperature: whether scaling the queries sharpens or flattens the weights, as it does in a softmax.
     """
 
     attend: Callable[..., Array]
     init_cache: Callable[..., Any]
     attend_window: Callable[..., tuple[Array, Any]]
     rewind: Callable[[Any, Any], Any]
+    has_temperature: bool
 
 
 def init_kv_cache(batch: int, length: int, num_heads: int, head_dim: int, dtype: jnp.dtype) -> KVCache:
@@ -80,10 +83,29 @@ SOFTMAX = CausalKernel(
     init_cache=init_kv_cache,
     attend_window=attend_kv_window,
     rewind=lambda before, after: after,
+    has_temperature=True,
 )
 
-_KERNELS = {"softmax": SOFTMAX}
-KERNEL_NAMES = tuple(_KERNELS)
+
+def recurrent(kernel: Kernel) -> CausalKernel:
+    """Returns a kernel with a running state in the form that decoders use; its cache does not grow with the length.
+
+    Example:
+        kernel = recurrent(KERNELS["nala"])
+    """
+    return CausalKernel(
+        attend=lambda q, k, v: kernel.attend(q, k, v, is_causal=True),
+        init_cache=lambda batch, length, num_heads, head_dim, dtype: kernel.init_state(
+            batch, num_heads, head_dim, head_dim, dtype
+        ),
+        attend_window=lambda q, k, v, cache, start: kernel.prefill(q, k, v, state=cache),
+        rewind=lambda before, after: before,
+        has_temperature=False,
+    )
+
+
+_CAUSAL_KERNELS = {"softmax": SOFTMAX} | {name: recurrent(kernel) for name, kernel in KERNELS.items()}
+CAUSAL_KERNEL_NAMES = tuple(_CAUSAL_KERNELS)
 
 
 def causal_kernel(name: str) -> CausalKernel:
@@ -92,6 +114,6 @@ def causal_kernel(name: str) -> CausalKernel:
     Example:
         kernel = causal_kernel("softmax")
     """
-    if name not in _KERNELS:
-        raise ValueError(f"attention {name!r} is not a causal kernel; choose one of {', '.join(KERNEL_NAMES)}.")
-    return _KERNELS[name]
+    if name not in _CAUSAL_KERNELS:
+        raise ValueError(f"attention {name!r} is not a causal kernel; choose one of {', '.join(CAUSAL_KERNEL_NAMES)}.")
+    return _CAUSAL_KERNELS[name]

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Integer, Key
 
+from flowgen.attention import causal_kernel
 from flowgen.conditioning import UNCONDITIONAL, check_labels
 from flowgen.decoding.guidance import Guidance, linear_rule, product_rule
 from flowgen.decoding.jacobi import Conditioner, solve
@@ -127,6 +128,12 @@ def _active(guidance: Guidance | None, cond: Any, config: Any) -> tuple[Guidance
         raise ValueError(f"guidance blocks name {outside[0]}; this flow has blocks 0..{config.num_blocks - 1}.")
     if not blocks:
         return None, None
+    attention = config.blocks[0].transformer.attention
+    if guidance.temperature != 1 and not causal_kernel(attention).has_temperature:
+        raise ValueError(
+            f"guidance temperature is {guidance.temperature}; this flow's attention, {attention!r}, has no temperature, "
+            "which belongs to softmax; set it to 1."
+        )
     static = Guidance(scale=1.0, rule=guidance.rule, parts=guidance.parts, blocks=blocks, anneal=guidance.anneal)
     return static, (float(guidance.scale), float(guidance.temperature))
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int, Key
 
-from flowgen.attention import KERNEL_NAMES
+from flowgen.attention import CAUSAL_KERNEL_NAMES
 from flowgen.conditioning import check_labels
 from flowgen.flows.block import AutoregressiveBlock, BlockConfig, Transform
 from flowgen.flows.density import bits_per_dim, gaussian_log_prob
@@ -87,7 +87,7 @@ class TARFlowConfig:
             raise ValueError(f"model.noise_std is {self.noise_std}; it must be 0 (dequantisation) or positive.")
         choices = {
             "transform": ("affine", "volume_preserving"),
-            "attention": KERNEL_NAMES,
+            "attention": CAUSAL_KERNEL_NAMES,
             "activation": tuple(ACTIVATIONS),
             "dtype": ("float32", "bfloat16", "float64"),
         }

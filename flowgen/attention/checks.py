@@ -1,0 +1,100 @@
+"""What attention functions accept: checks of shapes and masks at trace time, each error one sentence with a remedy."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool
+
+# Weights (n x m) that the exact quadratic path may hold per batch element and head.
+QUADRATIC_LIMIT = 4096 * 4096
+
+
+def check_heads(q: Array, k: Array, v: Array) -> None:
+    """Raises ValueError unless q `b n h k`, k `b m g k` and v `b m g d` fit, h a multiple of g.
+
+    Example:
+        check_heads(q, k, v)
+    """
+    for name, array in {"q": q, "k": k, "v": v}.items():
+        if array.ndim != 4:
+            raise ValueError(
+                f"{name} has shape {array.shape}; attention takes (batch, tokens, heads, width); add or split an axis."
+            )
+    if k.shape[:3] != v.shape[:3]:
+        raise ValueError(f"k has shape {k.shape} and v {v.shape}; batch, tokens and heads of both must be equal.")
+    if q.shape[0] != k.shape[0]:
+        raise ValueError(f"q has shape {q.shape} and k {k.shape}; their batch sizes must be equal.")
+    if q.shape[3] != k.shape[3]:
+        raise ValueError(f"q has shape {q.shape} and k {k.shape}; their last axes, the head width, must be equal.")
+    if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
+        raise ValueError(
+            f"q has {q.shape[2]} heads and k has {k.shape[2]}; "
+            "the number of query heads must be a multiple of the number of key heads."
+        )
+
+
+def check_causal(q: Array, k: Array) -> None:
+    """Raises ValueError unless there are as many queries as keys, without which causal order has no meaning.
+
+    Example:
+        check_causal(q, k)
+    """
+    if q.shape[1] != k.shape[1]:
+        raise ValueError(
+            f"is_causal needs as many queries as keys, got q {q.shape} and k {k.shape}; pass a mask, or continue "
+            "from a state with `prefill` or `step`."
+        )
+
+
+def check_mask(mask: Array | None, q: Array, k: Array) -> Bool[Array, "#b #h #n #m"] | None:
+    """Returns the mask as booleans (nonzero keeps); ValueError unless it broadcasts to `b h n m`.
+
+    Example:
+        mask = check_mask(valid[:, None, None, :], q, k)
+    """
+    if mask is None:
+        return None
+    full = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+    if mask.ndim != 4 or any(have not in (1, want) for have, want in zip(mask.shape, full, strict=True)):
+        raise ValueError(
+            f"mask has shape {mask.shape}, which does not broadcast to (batch, heads, queries, keys) = {full}; "
+            "give a padding mask `valid` of shape (batch, keys) as valid[:, None, None, :]."
+        )
+    return jnp.asarray(mask) != 0
+
+
+def check_key_mask(mask: Array, q: Array, k: Array) -> Bool[Array, "#b #g 1 m"]:
+    """Returns a mask over keys alone as booleans; ValueError where it also distinguishes queries or query heads.
+
+    Example:
+        mask = check_key_mask(valid[:, None, None, :], q, k)
+    """
+    checked = check_mask(mask, q, k)
+    if checked is None or not is_key_mask(checked, k):
+        raise ValueError(
+            f"mask has shape {mask.shape}; this form of attention takes a mask over keys alone, (batch, 1, 1, keys)."
+        )
+    return checked
+
+
+def is_key_mask(mask: Array, k: Array) -> bool:
+    """Returns whether a mask treats all queries, and all query heads of one key head, alike.
+
+    Example:
+        is_key_mask(valid[:, None, None, :], k)  # True
+    """
+    return mask.shape[2] == 1 and mask.shape[1] in (1, k.shape[2])
+
+
+def check_quadratic(q: Array, k: Array) -> None:
+    """Raises ValueError where a mask over pairs would need too many weights.
+
+    Example:
+        check_quadratic(q, k)
+    """
+    n, m = q.shape[1], k.shape[1]
+    if n * m > QUADRATIC_LIMIT:
+        raise ValueError(
+            f"mask distinguishes queries, which linear attention can only do by its quadratic form: {n} x {m} weights, "
+            f"of at most {QUADRATIC_LIMIT}; use is_causal, segment_ids or a mask over keys alone."
+        )

@@ -1,0 +1,238 @@
+"""The delta rule and its gated form on arrays `b n h k`: linear attention that overwrites instead of adding up.
+
+The state S maps keys to values. Writing (k, v) replaces what S returned for k by a mix of that and v, so a key
+used twice does not count twice, and no normaliser is needed. What is exact: the parallel form below, in chunks,
+and the token-by-token step give the same outputs and states up to rounding.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jax.scipy.linalg import solve_triangular
+from jaxtyping import Array, Bool, Float
+
+# Added to the squared norm of q and k, as in the published implementation; a zero vector stays zero.
+NORM_EPS = 1e-6
+
+
+class DeltaState(NamedTuple):
+    """What a head remembers: S, `b h k d`, in float32 (in float64 where the inputs are)."""
+
+    kv: Float[Array, "b h k d"]
+
+
+def init_delta_state(batch: int, num_heads: int, key_dim: int, value_dim: int) -> DeltaState:
+    """Returns the state before the first token, zeros in float32.
+
+    Example:
+        state = init_delta_state(batch=4, num_heads=8, key_dim=64, value_dim=64)
+    """
+    return DeltaState(jnp.zeros((batch, num_heads, key_dim, value_dim), jnp.float32))
+
+
+def gated_delta_rule(
+    q: Float[Array, "b n h k"],
+    k: Float[Array, "b n h k"],
+    v: Float[Array, "b n h d"],
+    beta: Float[Array, "b n h"],
+    log_decay: Float[Array, "b n h"] | None = None,
+    *,
+    state: DeltaState | None = None,
+    mask: Bool[Array, "#b n"] | Bool[Array, "#b 1 1 n"] | None = None,
+    chunk_size: int = 64,
+) -> tuple[Float[Array, "b n h d"], DeltaState]:
+    """Returns the causal outputs o in v's type and the state behind the last token; per head and token
+
+        S ← exp(g) S;   S ← S + β k (v − Sᵀk)ᵀ;   o = Sᵀq
+
+    (Yang, Kautz and Hatamizadeh, Gated Delta Networks, arXiv 2412.06464, eq. 10) with q and k of unit length,
+    q scaled by k_dim^-0.5. beta is β, the writing strength, meant to be in 0..1. log_decay is g ≤ 0, in nats per
+    token; -inf forgets everything before the token, None never forgets. Neither range is checked.
+
+    Chunks of `chunk_size` tokens are solved in parallel (Yang et al., arXiv 2406.06484, section 3.2) and passed
+    through in order; the backward pass stores one state per chunk. Any n is allowed, and `state` continues an
+    earlier call or step exactly.
+
+    mask: True where a token is kept. A token left out changes nothing, whatever it holds, not even by its decay;
+    its own output is what its q reads from the state left by the tokens before it.
+
+    ValueError: shapes that do not fit together, or chunk_size < 1.
+
+    Example:
+        out, state = gated_delta_rule(q, k, v, jax.nn.sigmoid(b), -jax.nn.softplus(g))
+    """
+    _check_shapes(4, q, k, v, beta, log_decay, state)
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size is {chunk_size}; it is a number of tokens, at least 1, and 64 suits most widths.")
+    n = q.shape[1]
+    if mask is not None:
+        keep = _key_mask(mask, q.shape[0], n)
+        k, v, beta, log_decay = jax.tree.map(partial(_silence, keep), (k, v, beta, log_decay))
+    size = max(1, min(chunk_size, n))
+    precision = _precision(q, k, v)
+    tokens, start = _prepare(q, k, v, beta, log_decay, state)
+
+    def in_chunks(x: Array) -> Array:
+        # Padding has β = 0 and g = 0: the state behind it is that of the last token.
+        x = jnp.pad(x, [(0, 0), (0, -n % size)] + [(0, 0)] * (x.ndim - 2))
+        return rearrange(x, "b (m c) h ... -> m b h c ...", c=size)
+
+    # Without the checkpoint, the backward pass would store every chunk's c × c matrices as well as its state.
+    body = jax.checkpoint(partial(_advance, precision=precision), prevent_cse=False)
+    kv, out = jax.lax.scan(body, start, jax.tree.map(in_chunks, tokens))
+    out = rearrange(out, "m b h c d -> b (m c) h d")[:, :n]
+    return out.astype(v.dtype), DeltaState(kv)
+
+
+def delta_rule(
+    q: Float[Array, "b n h k"],
+    k: Float[Array, "b n h k"],
+    v: Float[Array, "b n h d"],
+    beta: Float[Array, "b n h"],
+    *,
+    state: DeltaState | None = None,
+    mask: Bool[Array, "#b n"] | Bool[Array, "#b 1 1 n"] | None = None,
+    chunk_size: int = 64,
+) -> tuple[Float[Array, "b n h d"], DeltaState]:
+    """Returns `gated_delta_rule` without decay: S ← S + β k (v − Sᵀk)ᵀ, o = Sᵀq (arXiv 2406.06484).
+
+    Example:
+        out, state = delta_rule(q, k, v, jax.nn.sigmoid(b))
+    """
+    return gated_delta_rule(q, k, v, beta, state=state, mask=mask, chunk_size=chunk_size)
+
+
+def gated_delta_step(
+    state: DeltaState,
+    q: Float[Array, "b h k"],
+    k: Float[Array, "b h k"],
+    v: Float[Array, "b h d"],
+    beta: Float[Array, "b h"],
+    log_decay: Float[Array, "b h"] | None = None,
+) -> tuple[Float[Array, "b h d"], DeltaState]:
+    """Returns one token's outputs and the state with it absorbed: the recurrence of `gated_delta_rule` itself.
+
+    The cost does not depend on how many tokens came before. ValueError: shapes that do not fit together.
+
+    Example:
+        out, state = gated_delta_step(state, q[:, 0], k[:, 0], v[:, 0], beta[:, 0])
+    """
+    _check_shapes(3, q, k, v, beta, log_decay, state)
+    precision = _precision(q, k, v)
+    token, kv = _prepare(q, k, v, beta, log_decay, state)
+    if token.log_decay is not None:
+        kv = kv * jnp.exp(token.log_decay)[..., None, None]
+    recalled = jnp.einsum("bhk,bhkd->bhd", token.k, kv, precision=precision)
+    written = token.beta[..., None] * (token.v - recalled)
+    kv = kv + token.k[..., :, None] * written[..., None, :]
+    out = jnp.einsum("bhk,bhkd->bhd", token.q, kv, precision=precision)
+    return out.astype(v.dtype), DeltaState(kv)
+
+
+class _Tokens(NamedTuple):
+    """Inputs in the precision of the state, q and k of unit length; the axes before the width vary."""
+
+    q: Float[Array, "*tokens k"]
+    k: Float[Array, "*tokens k"]
+    v: Float[Array, "*tokens d"]
+    beta: Float[Array, "*tokens"]
+    log_decay: Float[Array, "*tokens"] | None
+
+
+def _prepare(q, k, v, beta, log_decay, state: DeltaState | None) -> tuple[_Tokens, Float[Array, "b h k d"]]:
+    dtype = jnp.promote_types(jnp.result_type(q, k, v), jnp.float32)
+    q, k, v, beta = (x.astype(dtype) for x in (q, k, v, beta))
+    log_decay = None if log_decay is None else log_decay.astype(dtype)
+    if state is None:
+        state = init_delta_state(q.shape[0], q.shape[-2], q.shape[-1], v.shape[-1])
+    tokens = _Tokens(_unit(q) * q.shape[-1] ** -0.5, _unit(k), v, beta, log_decay)
+    return tokens, state.kv.astype(dtype)
+
+
+def _unit(x: Array) -> Array:
+    return x * jax.lax.rsqrt(jnp.square(x).sum(axis=-1, keepdims=True) + NORM_EPS)
+
+
+def _precision(*inputs: Array) -> jax.lax.Precision:
+    """Full where the inputs have 32 bits or more, also on devices that round the factors of products by default."""
+    narrow = jnp.finfo(jnp.result_type(*inputs)).bits < 32
+    return jax.lax.Precision.DEFAULT if narrow else jax.lax.Precision.HIGHEST
+
+
+def _advance(
+    kv: Float[Array, "b h k d"], chunk: _Tokens, *, precision: jax.lax.Precision
+) -> tuple[Float[Array, "b h k d"], Float[Array, "b h c d"]]:
+    """The state with one chunk absorbed, and the chunk's outputs.
+
+    Token t writes u_t = β_t (v_t − exp(b_t) S₀ᵀk_t − Σ_{s<t} exp(b_t − b_s) (k_t·k_s) u_s), S₀ the state before the
+    chunk and b the running sum of g: a unit lower triangular system. It is U − W S₀ of the paper, in one solve.
+    """
+    q, k, v, beta, log_decay = chunk
+    pair, past = _decays(log_decay, k.shape[2], kv.dtype)
+
+    def product(pattern: str, *arrays: Array) -> Array:
+        return jnp.einsum(pattern, *arrays, precision=precision)
+
+    overlap = beta[..., None] * pair * product("bhck,bhsk->bhcs", k, k)
+    missing = beta[..., None] * (v - product("bhck,bhkd->bhcd", past * k, kv))
+    written = solve_triangular(overlap, missing, lower=True, unit_diagonal=True)  # reads below the diagonal only
+    scores = pair * product("bhck,bhsk->bhcs", q, k)
+    out = product("bhck,bhkd->bhcd", past * q, kv) + product("bhcs,bhsd->bhcd", scores, written)
+    to_end = pair[:, :, -1, :, None]
+    kv = past[:, :, -1:] * kv + product("bhck,bhcd->bhkd", to_end * k, written)
+    return kv, out
+
+
+def _decays(
+    log_decay: Float[Array, "b h c"] | None, size: int, dtype: jnp.dtype
+) -> tuple[Float[Array, "#b #h c c"], Float[Array, "#b #h c 1"]]:
+    """What is left at token t of what token s ≤ t wrote (0 for s > t), and of the state before the chunk.
+
+    Sums run over the tokens between s and t instead of being differences of running sums. Nothing cancels, so a
+    single strong decay costs the others no digits and -inf is allowed; entries s > t are exp(0) before the mask.
+    """
+    causal = jnp.tril(jnp.ones((size, size), bool))[None, None]
+    if log_decay is None:
+        return causal.astype(dtype), jnp.ones((1, 1, size, 1), dtype)
+    after = jnp.tril(causal, -1)
+    between = jnp.cumsum(jnp.where(after, log_decay[..., None], 0), axis=2)
+    return jnp.where(causal, jnp.exp(between), 0), jnp.exp(jnp.cumsum(log_decay, axis=2))[..., None]
+
+
+def _silence(keep: Bool[Array, "b n"], x: Float[Array, "b n h *width"]) -> Float[Array, "b n h *width"]:
+    """Zeros where a token is left out: no write, no decay, and nothing of what it held, not even NaN."""
+    return jnp.where(jnp.expand_dims(keep, range(2, x.ndim)), x, 0)
+
+
+def _key_mask(mask: Array, batch: int, n: int) -> Bool[Array, "b n"]:
+    keep = mask[:, 0, 0] if mask.ndim == 4 and mask.shape[1:3] == (1, 1) else mask
+    if keep.ndim != 2 or keep.shape[0] not in (1, batch) or keep.shape[1] != n:
+        raise ValueError(
+            f"mask has shape {mask.shape} for tokens {(batch, n)}; "
+            "it says which keys to keep, `b n` or `b 1 1 n`, and causality needs no mask."
+        )
+    return jnp.broadcast_to(keep, (batch, n))
+
+
+def _check_shapes(rank: int, q, k, v, beta, log_decay, state: DeltaState | None) -> None:
+    letters = "b n h" if rank == 4 else "b h"
+    tokens = q.shape[:-1]
+    if q.ndim != rank:
+        raise ValueError(f"q has shape {q.shape}; pass {rank} axes, `{letters} k`.")
+    if k.shape != q.shape:
+        raise ValueError(f"k has shape {k.shape} and q {q.shape}; pass both as `{letters} k`, keys repeated per head.")
+    if v.ndim != rank or v.shape[:-1] != tokens:
+        raise ValueError(f"v has shape {v.shape} and q {q.shape}; pass v as `{letters} d`, equal but for the width.")
+    for name, gate in (("beta", beta), ("log_decay", log_decay)):
+        if gate is not None and gate.shape != tokens:
+            raise ValueError(f"{name} has shape {gate.shape} and q {q.shape}; pass one number per head, `{letters}`.")
+    expected = (q.shape[0], q.shape[-2], q.shape[-1], v.shape[-1])
+    if state is not None and state.kv.shape != expected:
+        raise ValueError(
+            f"state.kv has shape {state.kv.shape} and q, v need {expected}; make it with init_delta_state{expected}."
+        )

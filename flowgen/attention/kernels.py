@@ -1,0 +1,373 @@
+"""Attention kernels by name: one interface for whole sequences and for a running state, and a function for each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from flowgen.attention.checks import check_causal, check_heads, check_key_mask, check_mask
+from flowgen.attention.decay import retention
+from flowgen.attention.features import (
+    FEATURE_MAPS,
+    DirectionMap,
+    FeatureMap,
+    cosformer_features,
+    focused_features,
+    nala_features,
+    per_head,
+    signless_power,
+)
+from flowgen.attention.linear import (
+    EPS,
+    Causal,
+    init_state,
+    keep_keys,
+    linear_attention,
+    normalised,
+    prefill,
+    products,
+)
+from flowgen.attention.prefix import Features, LinearState, empty_state, prefix_product
+from flowgen.attention.soft import gaussian_landmark_features
+
+
+@runtime_checkable
+class Kernel(Protocol):
+    """An attention kernel with a running state of constant size.
+
+    Masks and arguments are those of `linear_attention`; a state is whatever pytree the kernel makes.
+    """
+
+    def attend(
+        self,
+        q: Float[Array, "b n h k"],
+        k: Float[Array, "b m g k"],
+        v: Float[Array, "b m g d"],
+        *,
+        mask: Array | None = None,
+        is_causal: bool | Causal = False,
+        segment_ids: Int[Array, "b n"] | None = None,
+    ) -> Float[Array, "b n h d"]:
+        """Returns attention over whole sequences."""
+        ...
+
+    def init_state(self, batch: int, num_heads: int, key_dim: int, value_dim: int, dtype: Any = jnp.float32) -> Any:
+        """Returns the state before the first token, at least float32."""
+        ...
+
+    def prefill(
+        self,
+        q: Float[Array, "b n h k"],
+        k: Float[Array, "b n g k"],
+        v: Float[Array, "b n g d"],
+        *,
+        state: Any = None,
+        mask: Array | None = None,
+    ) -> tuple[Float[Array, "b n h d"], Any]:
+        """Returns causal attention of tokens that follow those of `state`, and the state with them absorbed."""
+        ...
+
+
+@dataclass(frozen=True)
+class FeatureKernel:
+    """Linear attention with a feature map."""
+
+    features: FeatureMap
+    eps: float = EPS
+
+    def attend(self, q, k, v, *, mask=None, is_causal=False, segment_ids=None):
+        options = {"mask": mask, "is_causal": is_causal, "segment_ids": segment_ids}
+        return linear_attention(q, k, v, self.features, eps=self.eps, **options)
+
+    def init_state(self, batch, num_heads, key_dim, value_dim, dtype=jnp.float32):
+        return init_state(batch, num_heads, key_dim, value_dim, self.features, dtype=dtype)
+
+    def prefill(self, q, k, v, *, state=None, mask=None):
+        return prefill(q, k, v, self.features, state=state, mask=mask, eps=self.eps)
+
+
+@dataclass(frozen=True)
+class PolaKernel:
+    """Polarity-aware attention; see `pola_attention`."""
+
+    power: float | Array = 3.0
+    eps: float = EPS
+
+    def attend(self, q, k, v, *, mask=None, is_causal=False, segment_ids=None):
+        check_heads(q, k, v)
+        features = self._features(q, k, v)
+        mask = _for_twice_the_heads(check_mask(mask, q, k))
+        out, total = products(features, v, mask=mask, is_causal=is_causal, segment_ids=segment_ids)
+        return _halves(normalised(out, total, self.eps, v.dtype))
+
+    def init_state(self, batch, num_heads, key_dim, value_dim, dtype=jnp.float32):
+        token, value = _token(batch, num_heads, key_dim, dtype), _token(batch, num_heads, value_dim, dtype)
+        return empty_state(self._features(token, token, value), value)
+
+    def prefill(self, q, k, v, *, state=None, mask=None):
+        check_heads(q, k, v)
+        check_causal(q, k)
+        features = self._features(q, k, v)
+        if mask is not None:
+            features, v = keep_keys(features, v, check_key_mask(mask, q, k))
+        out, total, state = prefix_product(features, v, state=state)
+        return _halves(normalised(out, total, self.eps, v.dtype)), state
+
+    def _features(self, q, k, v) -> Features:
+        """Two queries per head, for equal and for opposite signs: they read the same keys, so one state serves both."""
+        if v.shape[-1] % 2:
+            raise ValueError(f"v has width {v.shape[-1]}; each sign takes half of it, so it must be even.")
+        dtype = jnp.promote_types(q.dtype, jnp.float32)
+        positive, negative = (_signed_power(x.astype(dtype), self.power) for x in (q, -q))
+        same, opposite = jnp.concatenate([positive, negative], -1), jnp.concatenate([negative, positive], -1)
+        pairs = jnp.stack([same, opposite], axis=3).reshape(*q.shape[:2], 2 * q.shape[2], -1)
+        keys = jnp.concatenate([_signed_power(x.astype(dtype), self.power) for x in (k, -k)], axis=-1)
+        return Features(pairs, keys)
+
+
+class InlineState(NamedTuple):
+    """Running sums of `inline_attention`: of keys and values, and of values and tokens alone."""
+
+    pairs: LinearState
+    values: LinearState
+
+
+@dataclass(frozen=True)
+class InlineKernel:
+    """Injective linear attention; see `inline_attention`."""
+
+    scale: float | None = None
+
+    def attend(self, q, k, v, *, mask=None, is_causal=False, segment_ids=None):
+        check_heads(q, k, v)
+        options = {"mask": mask, "is_causal": is_causal, "segment_ids": segment_ids}
+        pairs, values = self._features(q, k)
+        return _inline(*products(pairs, v, **options), *products(values, v, **options), v.dtype)
+
+    def init_state(self, batch, num_heads, key_dim, value_dim, dtype=jnp.float32):
+        token, value = _token(batch, num_heads, key_dim, dtype), _token(batch, num_heads, value_dim, dtype)
+        return InlineState(*(empty_state(features, value) for features in self._features(token, token)))
+
+    def prefill(self, q, k, v, *, state=None, mask=None):
+        check_heads(q, k, v)
+        check_causal(q, k)
+        sums, states = [], []
+        for features, before in zip(self._features(q, k), state or (None, None), strict=True):
+            kept = (features, v) if mask is None else keep_keys(features, v, check_key_mask(mask, q, k))
+            out, total, after = prefix_product(*kept, state=before)
+            sums += [out, total]
+            states.append(after)
+        return _inline(*sums, v.dtype), InlineState(*states)
+
+    def _features(self, q, k) -> tuple[Features, Features]:
+        dtype = jnp.promote_types(q.dtype, jnp.float32)
+        scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
+        ones = Features(jnp.ones((*q.shape[:3], 1), dtype), jnp.ones((*k.shape[:3], 1), dtype))
+        return Features(q.astype(dtype) * scale, k.astype(dtype)), ones
+
+
+@dataclass(frozen=True)
+class RetentionKernel:
+    """Retention; see `retention`. Causal only."""
+
+    def attend(self, q, k, v, *, mask=None, is_causal=False, segment_ids=None):
+        if is_causal is not True:
+            raise ValueError("retention weighs tokens by how long ago they came, so it is causal only; is_causal=True.")
+        return retention(q, k, v, mask=mask, segment_ids=segment_ids)[0]
+
+    def init_state(self, batch, num_heads, key_dim, value_dim, dtype=jnp.float32):
+        token = _token(batch, num_heads, key_dim, dtype)
+        return empty_state(Features(token, token), _token(batch, num_heads, value_dim, dtype))
+
+    def prefill(self, q, k, v, *, state=None, mask=None):
+        return retention(q, k, v, state=state, mask=mask)
+
+
+KERNELS: dict[str, Kernel] = {
+    **{name: FeatureKernel(features) for name, features in FEATURE_MAPS.items()},
+    "pola": PolaKernel(),
+    "inline": InlineKernel(),
+    "retention": RetentionKernel(),
+}
+
+
+def kernel(name: str | Kernel | FeatureMap) -> Kernel:
+    """Returns the kernel of that name, or of that feature map; ValueError lists the names there are.
+
+    Example:
+        out = kernel("nala").attend(q, k, v, is_causal=True)
+    """
+    if isinstance(name, FeatureMap):
+        return FeatureKernel(name)
+    if not isinstance(name, str):
+        return name
+    if name not in KERNELS:
+        raise ValueError(f"attention kernel {name!r} is unknown; choose one of {', '.join(KERNELS)}.")
+    return KERNELS[name]
+
+
+def nala_attention(
+    q: Float[Array, "b n h k"],
+    k: Float[Array, "b m g k"],
+    v: Float[Array, "b m g d"],
+    mask: Array | None = None,
+    is_causal: bool | Causal = False,
+    power: float | Array = 3.0,
+    offset: float | Array = 0.5,
+    direction_map: DirectionMap = "split",
+) -> Float[Array, "b n h d"]:
+    """Returns norm-aware linear attention (NaLaFormer, arXiv 2506.21137); see `nala_features` for its parameters.
+
+    For rotary features, a temperature of the cosine map, packed segments or another eps use
+    `linear_attention(q, k, v, nala_features(...), ...)`. Raises ValueError where shapes or mask do not fit.
+
+    Example:
+        out = nala_attention(q, k, v, is_causal=True)
+    """
+    features = nala_features(power, offset, direction_map)
+    return linear_attention(q, k, v, features, mask=mask, is_causal=is_causal)
+
+
+def focused_attention(
+    q: Float[Array, "b n h k"],
+    k: Float[Array, "b m g k"],
+    v: Float[Array, "b m g d"],
+    mask: Array | None = None,
+    is_causal: bool | Causal = False,
+    power: float = 3.0,
+) -> Float[Array, "b n h d"]:
+    """Returns focused linear attention (FLatten, arXiv 2308.00442); see `focused_features`.
+
+    Example:
+        out = focused_attention(q, k, v, power=3.0)
+    """
+    return linear_attention(q, k, v, focused_features(power), mask=mask, is_causal=is_causal)
+
+
+def cosformer_attention(
+    q: Float[Array, "b n h k"],
+    k: Float[Array, "b m g k"],
+    v: Float[Array, "b m g d"],
+    mask: Array | None = None,
+    is_causal: bool | Causal = False,
+    *,
+    max_length: int,
+) -> Float[Array, "b n h d"]:
+    """Returns cosFormer attention (arXiv 2202.08791), whose weights fall with distance; see `cosformer_features`.
+
+    Raises ValueError where there are more tokens than max_length.
+
+    Example:
+        out = cosformer_attention(q, k, v, max_length=1024)
+    """
+    if max(q.shape[1], k.shape[1]) > max_length:
+        raise ValueError(f"there are {max(q.shape[1], k.shape[1])} tokens; max_length is {max_length}, so raise it.")
+    return linear_attention(q, k, v, cosformer_features(max_length), mask=mask, is_causal=is_causal)
+
+
+def pola_attention(
+    q: Float[Array, "b n h k"],
+    k: Float[Array, "b m g k"],
+    v: Float[Array, "b m g d"],
+    mask: Array | None = None,
+    is_causal: bool | Causal = False,
+    power: float | Array = 3.0,
+) -> Float[Array, "b n h d"]:
+    """Returns polarity-aware attention (PolaFormer, arXiv 2501.15061), without its gate.
+
+    The first half of each value is averaged by the weights of equal signs, [q+; q-]·[k+; k-], the second half by those
+    of opposite signs, [q-; q+]·[k+; k-], each with its own normaliser; q± = relu(±q)^power. power: positive, a
+    number or an array `h` or `h k`. Raises ValueError where v's width is odd.
+
+    Example:
+        out = pola_attention(q, k, v)
+    """
+    return PolaKernel(power).attend(q, k, v, mask=mask, is_causal=is_causal)
+
+
+def inline_attention(
+    q: Float[Array, "b n h k"],
+    k: Float[Array, "b m g k"],
+    v: Float[Array, "b m g d"],
+    mask: Array | None = None,
+    is_causal: bool | Causal = False,
+    scale: float | None = None,
+) -> Float[Array, "b n h d"]:
+    """Returns injective linear attention (InLine, arXiv 2412.06590), without its convolution.
+
+    With N keys and s = scale (k^-0.5 by default), weights are s q·k_j / N - mean_j(s q·k_j / N) + 1/N: they sum to one
+    and may be negative. Causal: N and the means run over the keys so far.
+
+    Example:
+        out = inline_attention(q, k, v)
+    """
+    return InlineKernel(scale).attend(q, k, v, mask=mask, is_causal=is_causal)
+
+
+def gaussian_landmark_map(landmarks: Float[Array, "h l k"]) -> FeatureMap:
+    """Returns the positive features exp(-|x - l|² / 2√k) of fixed, usually learned, landmarks, one set per head.
+
+    Example:
+        out, state = prefill(q, k, v, gaussian_landmark_map(landmarks))
+    """
+
+    def phi(x, positions):
+        return gaussian_landmark_features(x, landmarks, whiten=False)
+
+    return FeatureMap(phi, phi)
+
+
+def gaussian_landmark_attention(
+    q: Float[Array, "b n h k"],
+    k: Float[Array, "b m h k"],
+    v: Float[Array, "b m h d"],
+    landmarks: Float[Array, "h l k"],
+    mask: Array | None = None,
+    is_causal: bool | Causal = False,
+    *,
+    whiten: bool = False,
+    ridge: float = 0.01,
+) -> Float[Array, "b n h d"]:
+    """Returns linear attention with the features of fixed landmarks: SOFT's kernel in a form that can be causal.
+
+    Without whiten, the positive features of `gaussian_landmark_map`, normalised as usual; a token far from every
+    landmark (√k-scaled distance beyond 13) has features 0 and gives 0. With whiten, the Nyström kernel itself,
+    K(q, L) (K(L, L) + ridge)⁻¹ K(L, k), not normalised since it may be negative: a norm per head usually follows.
+    Raises ValueError where shapes or mask do not fit.
+
+    Example:
+        out = gaussian_landmark_attention(q, k, v, landmarks, is_causal=True)
+    """
+    if not whiten:
+        return linear_attention(q, k, v, gaussian_landmark_map(landmarks), mask=mask, is_causal=is_causal)
+    check_heads(q, k, v)
+    features = Features(*(gaussian_landmark_features(x, landmarks, ridge=ridge) for x in (q, k)))
+    return products(features, v, mask=mask, is_causal=is_causal)[0].astype(v.dtype)
+
+
+def _token(batch: int, num_heads: int, width: int, dtype: Any) -> Float[Array, "b 1 h k"]:
+    return jnp.zeros((batch, 1, num_heads, width), dtype)
+
+
+def _signed_power(x: Array, power: float | Array) -> Array:
+    return jnp.where(x > 0, signless_power(x, per_head(power, x)), 0)
+
+
+def _halves(pairs: Float[Array, "b n hh d"]) -> Float[Array, "b n h d"]:
+    """First half of the values of even rows (equal signs), second half of those of odd rows (opposite signs)."""
+    half = pairs.shape[-1] // 2
+    return jnp.concatenate([pairs[:, :, 0::2, :half], pairs[:, :, 1::2, half:]], axis=-1)
+
+
+def _for_twice_the_heads(mask: Array | None) -> Array | None:
+    return mask if mask is None or mask.shape[1] == 1 else jnp.repeat(mask, 2, axis=1)
+
+
+def _inline(pairs: Array, dots: Array, values: Array, count: Array, dtype: jnp.dtype) -> Array:
+    """s q·(Σkv/N - k̄ v̄) + v̄ from the sums Σ(q·k)v, Σ q·k, Σ v and N; 0 where N is 0."""
+    n = jnp.where(count == 0, 1, count)[..., None]
+    mean = values / n
+    return (pairs / n - dots[..., None] / n * mean + mean).astype(dtype)

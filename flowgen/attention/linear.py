@@ -1,0 +1,289 @@
+"""Linear attention: any separable kernel φ(q)·φ(k), full, causal, block-causal, packed, or from a running state.
+
+    out_i = Σ_j φ(q_i)·φ(k_j) v_j / (Σ_j φ'(q_i)·φ'(k_j) + eps)        (Katharopoulos et al. 2020, arXiv 2006.16236)
+
+φ' is φ unless the feature map rotates the numerator only. Features, sums and states are float32 at least; the
+output has v's dtype. A query whose keys are all masked gets 0. Key heads may be fewer than query heads (GQA).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from flowgen.attention.checks import (
+    check_causal,
+    check_heads,
+    check_key_mask,
+    check_mask,
+    check_quadratic,
+    is_key_mask,
+)
+from flowgen.attention.features import FeatureMap, feature_map
+from flowgen.attention.prefix import CHUNK_SIZE, Features, LinearState, empty_state, matmul_precision, prefix_product
+
+EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class Causal:
+    """How causal attention is cut. block_size: tokens see all of their own block and every earlier block.
+
+    chunk_size: tokens that are computed together; it changes speed and memory, not the result.
+    """
+
+    block_size: int = 1
+    chunk_size: int = CHUNK_SIZE
+
+    def __post_init__(self):
+        for name in ("block_size", "chunk_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+
+
+def linear_attention(
+    q: Float[Array, "b n h k"],
+    k: Float[Array, "b m g k"],
+    v: Float[Array, "b m g d"],
+    features: FeatureMap | str = "elu_plus_one",
+    *,
+    mask: Array | None = None,
+    is_causal: bool | Causal = False,
+    segment_ids: Int[Array, "b n"] | None = None,
+    eps: float = EPS,
+) -> Float[Array, "b n h d"]:
+    """Returns linear attention with a feature map, given by name or as a `FeatureMap`.
+
+    mask: True keeps; shape broadcasting to `b h n m`. Over keys alone (query axis 1) it is exact at linear cost;
+    otherwise the quadratic form is used, up to 4096 x 4096 weights. is_causal: query i sees keys 0..i; a `Causal`
+    makes it block-causal. segment_ids: tokens see each other only where ids are equal; equal ids must be
+    contiguous. eps: added to the normaliser. Raises ValueError where shapes, mask or names do not fit.
+
+    Example:
+        out = linear_attention(q, k, v, "focused", is_causal=True)
+    """
+    check_heads(q, k, v)
+    phi = feature_map(features)
+    mapped = phi(q, k)
+    if phi.query_scale is None:
+        return attend_features(mapped, v, mask=mask, is_causal=is_causal, segment_ids=segment_ids, eps=eps)
+    scaled = eps * phi.query_scale(q)
+    return attend_features(mapped, v, mask=mask, is_causal=is_causal, segment_ids=segment_ids, eps=scaled)
+
+
+def attend_features(
+    features: Features,
+    v: Float[Array, "b m g d"],
+    *,
+    mask: Array | None = None,
+    is_causal: bool | Causal = False,
+    segment_ids: Int[Array, "b n"] | None = None,
+    eps: float | Float[Array, "b n h"] = EPS,
+) -> Float[Array, "b n h d"]:
+    """Returns linear attention of features that are already computed; see `linear_attention`.
+
+    Example:
+        out = attend_features(Features(phi(q), phi(k)), v, is_causal=True)
+    """
+    return normalised(*products(features, v, mask=mask, is_causal=is_causal, segment_ids=segment_ids), eps, v.dtype)
+
+
+def products(
+    features: Features,
+    v: Float[Array, "b m g d"],
+    *,
+    mask: Array | None = None,
+    is_causal: bool | Causal = False,
+    segment_ids: Int[Array, "b n"] | None = None,
+) -> tuple[Float[Array, "b n h d"], Float[Array, "b n h"]]:
+    """Returns the numerators Σ_j φ(q_i)·φ(k_j) v_j and the normalisers Σ_j φ'(q_i)·φ'(k_j) of `attend_features`.
+
+    Example:
+        out, total = products(Features(q, k), v, is_causal=True)
+    """
+    check_heads(features.q, features.k, v)
+    q, k = features.q, features.k
+    mask = check_mask(mask, q, k)
+    causal = (Causal() if is_causal else None) if isinstance(is_causal, bool) else is_causal
+    if causal is not None:
+        check_causal(q, k)
+    if segment_ids is not None and segment_ids.shape != (q.shape[0], q.shape[1]):
+        raise ValueError(f"segment_ids have shape {segment_ids.shape}; they must be (batch, tokens) = {q.shape[:2]}.")
+    if segment_ids is not None and q.shape[1] != k.shape[1]:
+        raise ValueError(
+            f"segment_ids need as many queries as keys, got {q.shape} and {k.shape}; pass a mask for cross attention."
+        )
+    if mask is not None and not is_key_mask(mask, k):
+        check_quadratic(q, k)
+        return quadratic_products(features, v, _pairs(mask, causal, segment_ids, q.shape[1], k.shape[1]))
+    if mask is not None:
+        features, v = keep_keys(features, v, mask)
+    if causal is not None:
+        return prefix_product(
+            features, v, segment_ids=segment_ids, block_size=causal.block_size, chunk_size=causal.chunk_size
+        )[:2]
+    if segment_ids is not None:
+        return _packed(features, v, segment_ids)
+    return _full(features, v)
+
+
+def quadratic_products(
+    features: Features, v: Float[Array, "b m g d"], mask: Bool[Array, "#b #h #n #m"] | None
+) -> tuple[Float[Array, "b n h d"], Float[Array, "b n h"]]:
+    """Returns the numerators and normalisers of `products` from all n x m weights, for any mask.
+
+    Example:
+        out, total = quadratic_products(Features(q, k), v, mask)
+    """
+    dtype = jnp.promote_types(jnp.result_type(features.k, v), jnp.float32)
+    precision = matmul_precision(dtype)
+    repeats = features.q.shape[2] // v.shape[2]
+
+    def weights(q, k):
+        pairs = jnp.einsum("bnhf,bmhf->bhnm", q, jnp.repeat(k, repeats, axis=2), precision=precision)
+        return pairs.astype(dtype) if mask is None else jnp.where(mask, pairs.astype(dtype), 0)
+
+    numerator = weights(features.q, features.k)
+    norm = numerator if features.norm_q is None else weights(*features.normaliser)
+    values = jnp.repeat(v.astype(dtype), repeats, axis=2)
+    out = jnp.einsum("bhnm,bmhd->bnhd", numerator, values, precision=precision)
+    return out, norm.sum(axis=-1).swapaxes(1, 2)
+
+
+def normalised(
+    out: Float[Array, "b n h d"], total: Float[Array, "b n h"], eps: float | Float[Array, "b n h"], dtype: jnp.dtype
+) -> Float[Array, "b n h d"]:
+    """Returns out / (total + eps), and 0 with zero gradients where that divisor is 0.
+
+    Example:
+        y = normalised(*products(features, v), 1e-6, v.dtype)
+    """
+    total = total + eps
+    return (out / jnp.where(total == 0, 1, total)[..., None]).astype(dtype)
+
+
+def keep_keys(
+    features: Features, v: Float[Array, "b m g d"], mask: Bool[Array, "#b #g 1 m"]
+) -> tuple[Features, Float[Array, "b m g d"]]:
+    """Returns features and values in which masked keys (False) count for nothing, whatever they hold.
+
+    Example:
+        features, v = keep_keys(features, v, valid[:, None, None, :])
+    """
+    keep = mask[:, :, 0, :].swapaxes(1, 2)[..., None]
+    zeroed = {"k": jnp.where(keep, features.k, 0)}
+    if features.norm_k is not None:
+        zeroed["norm_k"] = jnp.where(keep, features.norm_k, 0)
+    return features._replace(**zeroed), jnp.where(keep, v, 0)
+
+
+def init_state(
+    batch: int,
+    num_heads: int,
+    key_dim: int,
+    value_dim: int,
+    features: FeatureMap | str = "elu_plus_one",
+    *,
+    dtype: jnp.dtype | type = jnp.float32,
+) -> LinearState:
+    """Returns the state before the first token, at least float32. num_heads: of keys.
+
+    Example:
+        state = init_state(batch=1, num_heads=8, key_dim=64, value_dim=64, features="nala")
+    """
+    token = jnp.zeros((batch, 1, num_heads, key_dim), dtype)
+    return empty_state(feature_map(features)(token, token), jnp.zeros((batch, 1, num_heads, value_dim), dtype))
+
+
+def prefill(
+    q: Float[Array, "b n h k"],
+    k: Float[Array, "b n g k"],
+    v: Float[Array, "b n g d"],
+    features: FeatureMap | str = "elu_plus_one",
+    *,
+    state: LinearState | None = None,
+    mask: Array | None = None,
+    eps: float = EPS,
+    chunk_size: int = CHUNK_SIZE,
+) -> tuple[Float[Array, "b n h d"], LinearState]:
+    """Returns causal attention of tokens that follow those of `state`, and the state with them absorbed.
+
+    mask: over keys alone, `b 1 1 n`, True keeps (ValueError otherwise).
+
+    Example:
+        out, state = prefill(q, k, v, "nala")
+    """
+    check_heads(q, k, v)
+    check_causal(q, k)
+    phi = feature_map(features)
+    start = 0 if state is None else state.length
+    mapped = phi(q, k, start)
+    if mask is not None:
+        mapped, v = keep_keys(mapped, v, check_key_mask(mask, q, k))
+    out, total, state = prefix_product(mapped, v, state=state, chunk_size=chunk_size)
+    scale = 1 if phi.query_scale is None else phi.query_scale(q)
+    return normalised(out, total, eps * scale, v.dtype), state
+
+
+def step(
+    state: LinearState,
+    q: Float[Array, "b h k"],
+    k: Float[Array, "b g k"],
+    v: Float[Array, "b g d"],
+    features: FeatureMap | str = "elu_plus_one",
+    *,
+    eps: float = EPS,
+) -> tuple[Float[Array, "b h d"], LinearState]:
+    """Returns the attention of one more token, at a cost that does not depend on how many came before, and the state.
+
+    Example:
+        out, state = step(state, q[:, t], k[:, t], v[:, t], "nala")
+    """
+    out, state = prefill(q[:, None], k[:, None], v[:, None], features, state=state, eps=eps)
+    return out[:, 0], state
+
+
+def _pairs(mask, causal: Causal | None, segment_ids, n: int, m: int) -> Array:
+    if causal is not None:
+        block_q, block_k = jnp.arange(n) // causal.block_size, jnp.arange(m) // causal.block_size
+        mask = mask & (block_q[:, None] >= block_k[None, :])[None, None]
+    if segment_ids is not None:
+        mask = mask & (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
+    return mask
+
+
+def _full(features: Features, v: Array) -> tuple[Array, Array]:
+    """Every query sees every key: one state of all keys, one product per query."""
+    dtype = jnp.promote_types(jnp.result_type(features.k, v), jnp.float32)
+    precision = matmul_precision(dtype)
+    groups = v.shape[2]
+    kv = jnp.einsum("bmgf,bmgd->bgfd", features.k, v.astype(dtype), precision=precision)
+    norm_q, norm_k = features.normaliser
+
+    def grouped(x):
+        return x.reshape(*x.shape[:2], groups, -1, x.shape[-1])
+
+    out = jnp.einsum("bngrf,bgfd->bngrd", grouped(features.q), kv, precision=precision)
+    total = jnp.einsum("bngrf,bgf->bngr", grouped(norm_q), norm_k.sum(axis=1), precision=precision)
+    heads = features.q.shape[:3]
+    return out.reshape(*heads, v.shape[-1]), total.reshape(heads)
+
+
+def _packed(features: Features, v: Array, segment_ids: Array) -> tuple[Array, Array]:
+    """All tokens of a segment see each other: what came up to a token, what comes from it on, less itself."""
+
+    ahead = prefix_product(features, v, segment_ids=segment_ids)
+    behind = prefix_product(jax.tree.map(lambda x: x[:, ::-1], features), v[:, ::-1], segment_ids=segment_ids[:, ::-1])
+    repeats = features.q.shape[2] // v.shape[2]
+
+    def own(q, k):
+        return (q * jnp.repeat(k, repeats, axis=2)).sum(axis=-1)
+
+    weight = own(features.q, features.k)
+    norm = weight if features.norm_q is None else own(*features.normaliser)
+    values = jnp.repeat(v.astype(weight.dtype), repeats, axis=2)
+    out = ahead[0] + behind[0][:, ::-1] - weight[..., None] * values
+    return out, ahead[1] + behind[1][:, ::-1] - norm

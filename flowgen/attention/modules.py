@@ -1,0 +1,339 @@
+"""Flax modules around the attention functions: projections, gates, norms and the convolutions of the papers.
+
+All map `b n d` to `b n d`. Those that can be causal also have an explicit decoding state: `init_state(batch)`,
+`prefill(x, state)` for many tokens and `step(x, state)` for one; nothing is remembered inside the module.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from flowgen.attention.checks import check_key_mask
+from flowgen.attention.features import DirectionMap, FeatureMap, nala_features
+from flowgen.attention.kernels import FeatureKernel, Kernel, kernel
+from flowgen.attention.linear import EPS, Causal
+from flowgen.attention.prefix import LinearState
+from flowgen.attention.rotary import rotary_grid, rotary_line
+from flowgen.attention.soft import (
+    Landmarks,
+    Normalization,
+    Solver,
+    nystrom_attention,
+    pool_landmarks,
+    pool_landmarks_2d,
+    to_kernel_space,
+)
+
+LandmarkKind = Literal["pool", "conv", "conv_norm_gelu"]
+NALA_CONV = 5  # tokens, or rows and columns, of the depthwise convolution of values
+TORCH_LAYER_NORM_EPS = 1e-5
+
+
+class LinearAttention(nn.Module):
+    """Multi-head attention with any kernel of `flowgen.attention.KERNELS`, or a feature map.
+
+    width: of the output, divisible by num_heads. num_kv_heads: fewer key heads than query heads, each serving
+    several. is_causal: True or a `Causal`; decoding needs it.
+
+    Example:
+        y = LinearAttention(width=256, num_heads=8, kernel="focused", is_causal=True).apply(params, x)
+    """
+
+    width: int
+    num_heads: int
+    kernel: str | Kernel | FeatureMap = "elu_plus_one"
+    num_kv_heads: int | None = None
+    is_causal: bool | Causal = False
+    use_bias: bool = True
+    dtype: Any = None
+
+    def setup(self):
+        groups, head_dim = self.num_kv_heads or self.num_heads, head_width(self.width, self.num_heads)
+        dense = partial(nn.DenseGeneral, use_bias=self.use_bias, dtype=self.dtype)
+        self.query = dense((self.num_heads, head_dim))
+        self.key = dense((groups, head_dim))
+        self.value = dense((groups, head_dim))
+        self.proj = dense(self.width, axis=(-2, -1))
+
+    def __call__(
+        self,
+        x: Float[Array, "b n d"],
+        context: Float[Array, "b m e"] | None = None,
+        *,
+        mask: Array | None = None,
+        segment_ids: Int[Array, "b n"] | None = None,
+    ) -> Float[Array, "b n width"]:
+        """Returns attention of x to itself, or to `context`; mask and segment_ids as in `linear_attention`."""
+        source = x if context is None else context
+        q, k, v = self.query(x), self.key(source), self.value(source)
+        options = {"mask": mask, "is_causal": self.is_causal, "segment_ids": segment_ids}
+        return self.proj(kernel(self.kernel).attend(q, k, v, **options))
+
+    def init_state(self, batch: int) -> Any:
+        """Returns the decoding state before the first token."""
+        head_dim = head_width(self.width, self.num_heads)
+        return kernel(self.kernel).init_state(batch, self.num_kv_heads or self.num_heads, head_dim, head_dim)
+
+    def prefill(
+        self, x: Float[Array, "b n d"], state: Any = None, *, mask: Array | None = None
+    ) -> tuple[Float[Array, "b n width"], Any]:
+        """Returns the outputs of tokens after those of `state`, and the state; ValueError unless is_causal is True."""
+        check_decodes(self.is_causal)
+        out, state = kernel(self.kernel).prefill(self.query(x), self.key(x), self.value(x), state=state, mask=mask)
+        return self.proj(out), state
+
+    def step(self, x: Float[Array, "b d"], state: Any) -> tuple[Float[Array, "b width"], Any]:
+        """Returns the output of one more token and the state."""
+        out, state = self.prefill(x[:, None], state)
+        return out[:, 0], state
+
+
+class NaLaState(NamedTuple):
+    """Decoding state of `NaLaAttention`: sums of the attention, and the last values, for the convolution."""
+
+    attention: LinearState
+    values: Float[Array, "b recent d"]
+
+
+class NaLaAttention(nn.Module):
+    """The attention layer of NaLaFormer (arXiv 2506.21137): proj(silu(g) · LayerNorm(NaLa(q, k, v) + conv(v))).
+
+    One projection gives q, k, v and the gate g. conv is the depthwise 5 x 5 convolution of values on a grid or, where
+    causal, over the last 5 tokens. rotary turns the features in the numerator, on the grid or along the sequence
+    up to `max_length`. learnable: power and offset become parameters, one each per head. eps is added to the sum of
+    weights; the released code adds n · 1e-6.
+
+    Example:
+        y = NaLaAttention(width=256, num_heads=4).apply(params, x, grid=(14, 14))
+    """
+
+    width: int
+    num_heads: int
+    is_causal: bool = False
+    power: float = 3.0
+    offset: float = 0.5
+    direction_map: DirectionMap = "split"
+    learnable: bool = False
+    gate: bool = True
+    norm: bool = True
+    conv: bool = True
+    rotary: bool = True
+    max_length: int = 4096
+    eps: float = EPS
+    dtype: Any = None
+
+    def setup(self):
+        head_width(self.width, self.num_heads)
+        self.qkvg = nn.Dense((4 if self.gate else 3) * self.width, dtype=self.dtype)
+        self.proj = nn.Dense(self.width, dtype=self.dtype)
+        if self.norm:
+            self.out_norm = nn.LayerNorm(epsilon=TORCH_LAYER_NORM_EPS, dtype=self.dtype)
+        if self.conv:
+            size = (NALA_CONV,) if self.is_causal else (NALA_CONV, NALA_CONV)
+            padding = "VALID" if self.is_causal else "SAME"
+            self.value_conv = nn.Conv(
+                self.width, size, padding=padding, feature_group_count=self.width, dtype=self.dtype
+            )
+        if self.learnable:
+            self.learned_power = self.param("power", nn.initializers.constant(self.power), (self.num_heads,))
+            self.learned_offset = self.param("offset", nn.initializers.constant(self.offset), (self.num_heads,))
+
+    def __call__(
+        self, x: Float[Array, "b n d"], grid: tuple[int, int] | None = None, *, mask: Array | None = None
+    ) -> Float[Array, "b n width"]:
+        """Returns the layer's output. grid: (height, width) of the tokens in row-major order, where not causal.
+
+        mask: over keys alone, `b 1 1 n`. Raises ValueError where the grid is missing or does not fit.
+        """
+        if self.is_causal:
+            if grid is not None:
+                raise ValueError(f"grid is {grid}; causal attention reads tokens as a sequence, so leave it out.")
+            return self.prefill(x, mask=mask)[0]
+        q, k, v, g = self._project(x, mask)
+        out = FeatureKernel(self._features(grid, x.shape[1]), self.eps).attend(q, k, v, mask=mask)
+        local = None
+        if self.conv:
+            height, width = check_grid(grid, x.shape[1])
+            image = v.reshape(len(x), height, width, self.width)
+            local = self.value_conv(image).reshape(*x.shape[:2], self.width)
+        return self._finish(out, local, g)
+
+    def init_state(self, batch: int) -> NaLaState:
+        """Returns the decoding state before the first token."""
+        head_dim = head_width(self.width, self.num_heads)
+        state = FeatureKernel(nala_features()).init_state(batch, self.num_heads, head_dim, head_dim)
+        return NaLaState(state, jnp.zeros((batch, NALA_CONV - 1, self.width), self.dtype or jnp.float32))
+
+    def prefill(
+        self, x: Float[Array, "b n d"], state: NaLaState | None = None, *, mask: Array | None = None
+    ) -> tuple[Float[Array, "b n width"], NaLaState]:
+        """Returns the outputs of tokens after those of `state`, and the state; ValueError unless is_causal is True."""
+        check_decodes(self.is_causal)
+        state = self.init_state(len(x)) if state is None else state
+        q, k, v, g = self._project(x, mask)
+        attention = FeatureKernel(self._features(None, self.max_length), self.eps)
+        out, sums = attention.prefill(q, k, v, state=state.attention, mask=mask)
+        values = jnp.concatenate([state.values.astype(v.dtype), rearrange(v, "b n h k -> b n (h k)")], axis=1)
+        local = self.value_conv(values) if self.conv else None
+        return self._finish(out, local, g), NaLaState(sums, values[:, values.shape[1] - NALA_CONV + 1 :])
+
+    def step(self, x: Float[Array, "b d"], state: NaLaState) -> tuple[Float[Array, "b width"], NaLaState]:
+        """Returns the output of one more token and the state."""
+        out, state = self.prefill(x[:, None], state)
+        return out[:, 0], state
+
+    def _project(self, x, mask):
+        parts = jnp.split(self.qkvg(x), 4 if self.gate else 3, axis=-1)
+        q, k, v = (rearrange(part, "b n (h k) -> b n h k", h=self.num_heads) for part in parts[:3])
+        if mask is not None:
+            keep = check_key_mask(mask, q, k)[:, :, 0].swapaxes(1, 2)[..., None]
+            v = jnp.where(keep, v, 0)
+        return q, k, v, parts[3] if self.gate else None
+
+    def _features(self, grid, num_tokens) -> FeatureMap:
+        power, offset = self.power, self.offset
+        if self.learnable:
+            power, offset = jnp.asarray(self.learned_power), jnp.asarray(self.learned_offset)
+        rotary = None
+        if self.rotary:
+            head_dim = self.width // self.num_heads
+            line = self.is_causal
+            rotary = rotary_line(num_tokens, head_dim) if line else rotary_grid(*check_grid(grid, num_tokens), head_dim)
+        return nala_features(power, offset, self.direction_map, rotary=rotary)
+
+    def _finish(self, out, local, g):
+        out = rearrange(out, "b n h k -> b n (h k)")
+        out = out if local is None else out + local
+        out = self.out_norm(out) if self.norm else out
+        return self.proj(out if g is None else out * jax.nn.silu(g))
+
+
+class SOFTAttention(nn.Module):
+    """The attention layer of SOFT (arXiv 2110.11945): proj(SOFT(q, q, v) + conv(v)); not causal.
+
+    tied: keys are the queries, as in the paper. landmarks: "pool" takes means of segments or, with a grid, of
+    cells; "conv" a convolution of kernel and stride `stride` shared by the heads; "conv_norm_gelu" that, LayerNorm
+    and GELU, as in the released code. value_conv: size of the depthwise convolution of values, one filter per head
+    (9, 5 and 3 in the stages of the released backbones), 0 for none. ridge, solver, normalize: see `soft_attention`.
+
+    Example:
+        y = SOFTAttention(width=64, num_heads=2, value_conv=9).apply(params, x, grid=(56, 56))
+    """
+
+    width: int
+    num_heads: int
+    tied: bool = True
+    landmarks: LandmarkKind = "pool"
+    num_landmarks: int = 49
+    stride: int = 2
+    value_conv: int = 0
+    ridge: float = 0.01
+    solver: Solver = "newton"
+    normalize: Normalization = None
+    dtype: Any = None
+
+    def setup(self):
+        head_dim = head_width(self.width, self.num_heads)
+        if self.landmarks not in get_args(LandmarkKind):
+            raise ValueError(f"landmarks is {self.landmarks!r}; choose one of {', '.join(get_args(LandmarkKind))}.")
+        self.query = nn.Dense(self.width, dtype=self.dtype)
+        self.value = nn.Dense(self.width, dtype=self.dtype)
+        self.proj = nn.Dense(self.width, dtype=self.dtype)
+        if not self.tied:
+            self.key = nn.Dense(self.width, dtype=self.dtype)
+        if self.landmarks != "pool":
+            window = (self.stride, self.stride)
+            self.landmark_conv = nn.Conv(head_dim, window, window, padding="VALID", use_bias=False)
+        if self.landmarks == "conv_norm_gelu":
+            self.landmark_norm = nn.LayerNorm(epsilon=TORCH_LAYER_NORM_EPS)
+        if self.value_conv:
+            size = (self.value_conv, self.value_conv)
+            self.local = nn.Conv(
+                self.num_heads, size, feature_group_count=self.num_heads, use_bias=False, dtype=self.dtype
+            )
+
+    def __call__(
+        self, x: Float[Array, "b n d"], grid: tuple[int, int] | None = None, *, mask: Array | None = None
+    ) -> Float[Array, "b n width"]:
+        """Returns the layer's output. grid: (height, width) of the tokens in row-major order; convolutions need it.
+
+        mask: over keys alone, `b 1 1 n`; with convolved landmarks it must be None. Raises ValueError where the grid
+        is missing or does not fit.
+        """
+
+        def heads(y):
+            return rearrange(y, "b n (h k) -> b n h k", h=self.num_heads)
+
+        q, v = heads(self.query(x)), heads(self.value(x))
+        k = q if self.tied else heads(self.key(x))
+        keep = None if mask is None else check_key_mask(mask, q, k)[:, 0, 0]
+        if keep is not None:
+            keep = jnp.broadcast_to(keep, x.shape[:2])
+            v = jnp.where(keep[..., None, None], v, 0)
+        q, k = to_kernel_space(q), to_kernel_space(k)
+        options = {"ridge": self.ridge, "solver": self.solver, "normalize": self.normalize}
+        out = nystrom_attention(q, k, v, self._landmarks(k, grid, keep), mask=keep, **options)
+        if self.value_conv:
+            height, width = check_grid(grid, x.shape[1])
+            image = rearrange(v, "b (i j) h k -> (b k) i j h", i=height, j=width)
+            out = out + rearrange(self.local(image), "(b k) i j h -> b (i j) h k", b=len(x))
+        return self.proj(rearrange(out, "b n h k -> b n (h k)"))
+
+    def _landmarks(self, k, grid, keep) -> Landmarks:
+        if self.landmarks == "pool":
+            if grid is None:
+                return pool_landmarks(k, self.num_landmarks, keep)
+            return pool_landmarks_2d(k, check_grid(grid, k.shape[1]), self.num_landmarks, keep)
+        if keep is not None:
+            raise ValueError(
+                'a mask is given; convolved landmarks would mix masked tokens in, so use landmarks="pool".'
+            )
+        height, width = check_grid(grid, k.shape[1])
+        if self.stride > min(height, width):
+            raise ValueError(f"stride is {self.stride}; it must not exceed the sides of the grid, {grid}.")
+        image = rearrange(k, "b (i j) h k -> (b h) i j k", i=height, j=width)
+        points = rearrange(self.landmark_conv(image), "(b h) i j k -> b (i j) h k", h=self.num_heads)
+        if self.landmarks == "conv_norm_gelu":
+            points = jax.nn.gelu(self.landmark_norm(points), approximate=False)
+        return Landmarks(points)
+
+
+def head_width(width: int, num_heads: int) -> int:
+    """Returns the width of one head; ValueError unless width divides evenly.
+
+    Example:
+        head_width(256, 8)  # 32
+    """
+    if num_heads < 1 or width % num_heads:
+        raise ValueError(f"width {width} is not divisible by num_heads {num_heads}; change one of them.")
+    return width // num_heads
+
+
+def check_grid(grid: tuple[int, int] | None, num_tokens: int) -> tuple[int, int]:
+    """Returns the grid; ValueError where it is missing or does not hold all tokens.
+
+    Example:
+        height, width = check_grid((14, 14), 196)
+    """
+    if grid is None:
+        raise ValueError(f"grid is None; this layer needs the (height, width) of its {num_tokens} tokens.")
+    if grid[0] * grid[1] != num_tokens:
+        raise ValueError(f"grid is {tuple(grid)}; it must hold all {num_tokens} tokens.")
+    return grid
+
+
+def check_decodes(is_causal: bool | Causal) -> None:
+    """Raises ValueError unless attention is causal token by token, without which there is no running state.
+
+    Example:
+        check_decodes(self.is_causal)
+    """
+    if is_causal is not True:
+        raise ValueError(f"is_causal is {is_causal}; decoding with a running state needs is_causal=True.")

@@ -1,0 +1,78 @@
+"""NNX twins of the attention modules, through Flax's bridge: the same parameters, the same mathematics.
+
+A twin takes the fields of its linen module, the width of its input and `rngs`, and is initialised at once:
+
+    attention = nnx.LinearAttention(64, width=64, num_heads=4, kernel="nala", is_causal=True, rngs=nnx.Rngs(0))
+    y = attention(x)
+    y, state = attention.prefill(x, attention.init_state(batch=2))
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen, nnx
+from flax.nnx import bridge
+from jaxtyping import Array, Float
+
+from flowgen.attention import modules
+
+
+class _Twin(bridge.ToNNX):
+    """A linen module initialised for inputs of `in_features` channels."""
+
+    def __init__(self, module: linen.Module, in_features: int, rngs: nnx.Rngs, **example: Any):
+        super().__init__(module, rngs=rngs)
+        self.lazy_init(jnp.zeros((1, 1, in_features)), **example)
+
+
+class _Decoding(_Twin):
+    def init_state(self, batch: int) -> Any:
+        """Returns the decoding state before the first token."""
+        return self.module.init_state(batch)
+
+    def prefill(self, x: Float[Array, "b n d"], state: Any = None, *, mask: Array | None = None) -> tuple[Array, Any]:
+        """Returns the outputs of tokens after those of `state`, and the state."""
+        return self(x, state, mask=mask, method="prefill")
+
+    def step(self, x: Float[Array, "b d"], state: Any) -> tuple[Array, Any]:
+        """Returns the output of one more token and the state."""
+        return self(x, state, method="step")
+
+
+class LinearAttention(_Decoding):
+    """`flowgen.attention.LinearAttention` as an NNX module.
+
+    Example:
+        attention = LinearAttention(64, width=64, num_heads=4, rngs=nnx.Rngs(0))
+    """
+
+    def __init__(self, in_features: int, *, rngs: nnx.Rngs, **fields: Any):
+        super().__init__(modules.LinearAttention(**fields), in_features, rngs)
+
+
+class NaLaAttention(_Decoding):
+    """`flowgen.attention.NaLaAttention` as an NNX module.
+
+    Example:
+        attention = NaLaAttention(64, width=64, num_heads=4, rngs=nnx.Rngs(0))
+    """
+
+    def __init__(self, in_features: int, *, rngs: nnx.Rngs, **fields: Any):
+        module = modules.NaLaAttention(**fields)
+        super().__init__(module, in_features, rngs, grid=None if module.is_causal else (1, 1))
+
+
+class SOFTAttention(_Twin):
+    """`flowgen.attention.SOFTAttention` as an NNX module.
+
+    Example:
+        attention = SOFTAttention(64, width=64, num_heads=4, rngs=nnx.Rngs(0))
+    """
+
+    def __init__(self, in_features: int, *, rngs: nnx.Rngs, **fields: Any):
+        module = modules.SOFTAttention(**fields)
+        side = 1 if module.landmarks == "pool" else module.stride
+        bridge.ToNNX.__init__(self, module, rngs=rngs)
+        self.lazy_init(jnp.zeros((1, side * side, in_features)), grid=(side, side))

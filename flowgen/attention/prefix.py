@@ -1,0 +1,218 @@
+"""Prefix products: causal linear attention before normalisation, in chunks with a running float32 state.
+
+For queries q_t, keys k_s, values v_s and the weights w_ts below
+
+    out_t = Σ_s w_ts (q_t·k_s) v_s,      total_t = Σ_s w_ts (q'_t·k'_s),      s ≤ t (or block(s) ≤ block(t)),
+
+where q', k' are the normaliser's features, equal to q, k unless they are given apart (a rotation that acts on the
+numerator only). w_ts = exp(b_t - b_s) with b the running sum of the log-decay, 1 without decay, 0 across segments.
+A chunk of C tokens costs one C x C product; what came before it is summed up in the state Σ_s k_s v_sᵀ. Reverse-mode
+differentiation stores one state per chunk and recomputes the rest (the body is checkpointed); forward mode works too.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jaxtyping import Array, Bool, Float, Int
+
+CHUNK_SIZE = 64
+
+
+class LinearState(NamedTuple):
+    """What linear attention remembers of the tokens so far; its size does not depend on how many they were.
+
+    kv: Σ_s k_s v_sᵀ. norm: Σ_s k'_s. length: how many tokens were absorbed, masked ones included.
+    """
+
+    kv: Float[Array, "b g f d"]
+    norm: Float[Array, "b g e"]
+    length: Int[Array, ""]
+
+
+class Features(NamedTuple):
+    """Queries and keys of a prefix product; `b n h f` and `b n g f` with h a multiple of g key heads.
+
+    norm_q, norm_k: the normaliser's features where they differ from the numerator's.
+    """
+
+    q: Float[Array, "b n h f"]
+    k: Float[Array, "b m g f"]
+    norm_q: Float[Array, "b n h e"] | None = None
+    norm_k: Float[Array, "b m g e"] | None = None
+
+    @property
+    def normaliser(self) -> tuple[Float[Array, "b n h e"], Float[Array, "b m g e"]]:
+        """The normaliser's queries and keys."""
+        if self.norm_q is None or self.norm_k is None:
+            return self.q, self.k
+        return self.norm_q, self.norm_k
+
+
+class _Chunk(NamedTuple):
+    q: Float[Array, "b g r c f"]
+    k: Float[Array, "b g c f"]
+    v: Float[Array, "b g c d"]
+    norm_q: Float[Array, "b g r c e"] | None
+    norm_k: Float[Array, "b g c e"] | None
+    log_decay: Float[Array, "b g c"] | None
+    segment: Int[Array, "b c"] | None
+
+
+def empty_state(features: Features, v: Float[Array, "b n g d"]) -> LinearState:
+    """Returns the state before the first token, in the shapes and at least the precision of these arrays.
+
+    Example:
+        state = empty_state(Features(q, k), v)
+    """
+    norm_k = features.normaliser[1]
+    dtype = jnp.promote_types(jnp.result_type(features.k, v), jnp.float32)
+    batch, _, groups, feature_dim = features.k.shape
+    return LinearState(
+        kv=jnp.zeros((batch, groups, feature_dim, v.shape[-1]), dtype),
+        norm=jnp.zeros((batch, groups, norm_k.shape[-1]), dtype),
+        length=jnp.zeros((), jnp.int32),
+    )
+
+
+def prefix_product(
+    features: Features,
+    v: Float[Array, "b n g d"],
+    *,
+    state: LinearState | None = None,
+    log_decay: Float[Array, "b n g"] | None = None,
+    segment_ids: Int[Array, "b n"] | None = None,
+    block_size: int = 1,
+    chunk_size: int = CHUNK_SIZE,
+) -> tuple[Float[Array, "b n h d"], Float[Array, "b n h"], LinearState]:
+    """Returns out and total as defined above, and the state after the last token; at least float32.
+
+    state: continues after earlier tokens (of the first token's segment). log_decay: ≤ 0, per key head.
+    segment_ids: equal for tokens that see each other; equal ids must be contiguous. block_size: tokens see all of
+    their own block; not with decay or a state in the middle of a block. chunk_size: rounded up to whole blocks.
+
+    Example:
+        out, total, state = prefix_product(Features(q, k), v)
+    """
+    features, v = _at_least_float32(features, v)
+    batch, n = v.shape[:2]
+    state = empty_state(features, v) if state is None else state
+    size = min(-(-chunk_size // block_size), -(-n // block_size)) * block_size
+    chunks = _split(features, v, log_decay, segment_ids, size)
+    precision = matmul_precision(v.dtype)
+    past = jnp.zeros((batch,), jnp.int32) if segment_ids is None else segment_ids[:, 0]
+
+    def body(carry, chunk):
+        return _advance(carry, chunk, block_size, precision)
+
+    carry = (state.kv.astype(v.dtype), state.norm.astype(v.dtype), past)
+    if size >= n:
+        carry, (out, total) = body(carry, jax.tree.map(lambda x: x[0], chunks))
+        out, total = out[None], total[None]
+    else:
+        carry, (out, total) = jax.lax.scan(jax.checkpoint(body, prevent_cse=False), carry, chunks)
+    out = rearrange(out, "m b g r c d -> b (m c) (g r) d")[:, :n]
+    total = rearrange(total, "m b g r c -> b (m c) (g r)")[:, :n]
+    return out, total, LinearState(carry[0], carry[1], state.length + n)
+
+
+def matmul_precision(dtype: jnp.dtype) -> jax.lax.Precision:
+    """Returns the precision of products that feed a running state: full, also where the default is lower.
+
+    Example:
+        jnp.einsum("bnk,bmk->bnm", q, k, precision=matmul_precision(q.dtype))
+    """
+    return jax.lax.Precision.HIGHEST if jnp.finfo(dtype).bits >= 32 else jax.lax.Precision.DEFAULT
+
+
+def _at_least_float32(features: Features, v: Array) -> tuple[Features, Array]:
+    dtype = jnp.promote_types(jnp.result_type(features.q, features.k, v), jnp.float32)
+    return jax.tree.map(lambda x: x.astype(dtype), features), v.astype(dtype)
+
+
+def _split(features: Features, v: Array, log_decay: Array | None, segment_ids: Array | None, size: int) -> _Chunk:
+    """Chunks of `size` tokens, first axis the chunk; padded with zeros, which add nothing to a state."""
+    groups = v.shape[2]
+
+    def pad(x, mode="constant"):
+        amount = -x.shape[1] % size
+        return jnp.pad(x, [(0, 0), (0, amount)] + [(0, 0)] * (x.ndim - 2), mode=mode) if amount else x
+
+    def queries(x):
+        return None if x is None else rearrange(pad(x), "b (m c) (g r) f -> m b g r c f", c=size, g=groups)
+
+    def keys(x):
+        return None if x is None else rearrange(pad(x), "b (m c) g f -> m b g c f", c=size)
+
+    decay = None if log_decay is None else rearrange(pad(log_decay.astype(v.dtype)), "b (m c) g -> m b g c", c=size)
+    segment = None if segment_ids is None else rearrange(pad(segment_ids, "edge"), "b (m c) -> m b c", c=size)
+    q, k, norm_q, norm_k = features
+    return _Chunk(queries(q), keys(k), keys(v), queries(norm_q), keys(norm_k), decay, segment)
+
+
+def _advance(carry, chunk: _Chunk, block_size: int, precision: jax.lax.Precision):
+    """One chunk: its outputs, and the state with it absorbed."""
+    kv, norm, past = carry
+    size = chunk.k.shape[2]
+    block = jnp.arange(size) // block_size
+    within = _Weights(
+        pair=(block[:, None] >= block[None, :])[None, None],
+        query=jnp.ones((1, 1, size), kv.dtype),
+        key=jnp.ones((1, 1, size), kv.dtype),
+        state=jnp.ones((1, 1), kv.dtype),
+    )
+    if chunk.segment is not None:
+        within, past = _cut_segments(within, chunk.segment, past), chunk.segment[:, -1]
+    within = _weigh(within, chunk.log_decay, kv.dtype)
+
+    def product(pattern, *arrays):
+        return jnp.einsum(pattern, *arrays, precision=precision)
+
+    scores = product("bgrcf,bgsf->bgrcs", chunk.q, chunk.k) * within.pair[:, :, None]
+    query, key = within.query[:, :, None, :, None], within.key[..., None]
+    out = product("bgrcs,bgsd->bgrcd", scores, chunk.v) + product("bgrcf,bgfd->bgrcd", chunk.q * query, kv)
+    norm_q, norm_k = chunk.q, chunk.k
+    if chunk.norm_q is not None and chunk.norm_k is not None:
+        norm_q, norm_k = chunk.norm_q, chunk.norm_k
+        scores = product("bgrcf,bgsf->bgrcs", norm_q, norm_k) * within.pair[:, :, None]
+    total = scores.sum(axis=-1) + product("bgrcf,bgf->bgrc", norm_q * query, norm)
+    kv = kv * within.state[..., None, None] + product("bgsf,bgsd->bgfd", chunk.k * key, chunk.v)
+    norm = norm * within.state[..., None] + (norm_k * key).sum(axis=2)
+    return (kv, norm, past), (out, total)
+
+
+class _Weights(NamedTuple):
+    """w within a chunk: of pairs, of a query to the state before, of a key and the state before in the next state."""
+
+    pair: Bool[Array, "#b #g c c"] | Float[Array, "#b #g c c"]
+    query: Float[Array, "#b #g c"]
+    key: Float[Array, "#b #g c"]
+    state: Float[Array, "#b #g"]
+
+
+def _cut_segments(within: _Weights, segment: Int[Array, "b c"], past: Int[Array, " b"]) -> _Weights:
+    last = segment[:, -1]
+    return _Weights(
+        pair=within.pair & (segment[:, :, None] == segment[:, None, :])[:, None],
+        query=within.query * (segment == past[:, None])[:, None],
+        key=within.key * (segment == last[:, None])[:, None],
+        state=within.state * (last == past)[:, None],
+    )
+
+
+def _weigh(within: _Weights, log_decay: Float[Array, "b g c"] | None, dtype: jnp.dtype) -> _Weights:
+    if log_decay is None:
+        return within._replace(pair=within.pair.astype(dtype))
+    total = jnp.cumsum(log_decay, axis=-1)
+    gap = total[..., :, None] - total[..., None, :]
+    # Future pairs have positive gaps: never exponentiated.
+    pair = jnp.where(within.pair, jnp.exp(jnp.where(within.pair, gap, 0)), 0)
+    return _Weights(
+        pair=pair,
+        query=within.query * jnp.exp(total),
+        key=within.key * jnp.exp(total[..., -1:] - total),
+        state=within.state * jnp.exp(total[..., -1]),
+    )

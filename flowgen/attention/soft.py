@@ -1,0 +1,392 @@
+"""SOFT: softmax-free attention with a Gaussian kernel in Nyström form (Lu et al. 2021, 2024), on arrays `b n h k`.
+
+With A = K(L, L) between l landmarks L and P = K(·, L), K(x, y) = exp(-|x - y|²/2) on tokens divided by k^¼,
+
+    Ŝ v = P_q (A + ridge I)⁻¹ P_kᵀ v                                                     (SOFT)
+    Ŝ v = P_q D^-½ (A + ridge I)⁻¹ D^-½ P_kᵀ v,   D = diag(row sums of A)                (SOFT++, "symmetric")
+
+at cost O(n l (k + d) + l³). Samples and heads never meet in one reduction, but for `released_softpp_inverse`.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jaxtyping import Array, Bool, Float, Int
+
+Pair = tuple[int, int]
+Solver = Literal["newton", "cholesky", "newton_released"]
+Normalization = Literal["symmetric", "row"] | None
+Ridge = float | Float[Array, ""]
+
+HIGHEST = jax.lax.Precision.HIGHEST
+NEWTON_ITERATIONS = 20
+# The line search of the released SOFT++: how often it may halve its step, and the residual it accepts.
+RELEASED_HALVINGS = 10
+RELEASED_RESIDUAL = 1.01
+
+
+class Landmarks(NamedTuple):
+    """Landmarks in kernel space, and which of them stand for at least one token (None: all)."""
+
+    points: Float[Array, "b l h k"]
+    live: Bool[Array, "b l"] | None = None
+
+
+def to_kernel_space(x: Float[Array, "*tokens k"]) -> Float[Array, "*tokens k"]:
+    """Returns x / k^¼ in float32 (float64 if x is), where exp(-|x - y|²/2) is SOFT's exp(-|q - k|²/(2√k)).
+
+    Example:
+        similarity = gaussian_kernel(to_kernel_space(q), to_kernel_space(k))
+    """
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32)) * x.shape[-1] ** -0.25
+
+
+def gaussian_kernel(x: Float[Array, "b n h k"], y: Float[Array, "b m h k"]) -> Float[Array, "b h n m"]:
+    """Returns exp(-|x - y|²/2) per head, in [0, 1], for arrays already in kernel space; float32 or wider.
+
+    Example:
+        similarity = gaussian_kernel(to_kernel_space(q), to_kernel_space(k))
+    """
+    master = jnp.promote_types(jnp.promote_types(x.dtype, y.dtype), jnp.float32)
+    x, y = (rearrange(tokens.astype(master), "b n h k -> b h n k") for tokens in (x, y))
+    cross = jnp.einsum("bhnk,bhmk->bhnm", x, y, precision=HIGHEST)
+    squared = (x * x).sum(-1)[..., :, None] + (y * y).sum(-1)[..., None, :] - 2 * cross
+    # Rounding can make it negative. Only the value is clamped: at coinciding points the clamp's own derivative
+    # would drop the kernel's curvature, and with it second derivatives such as the gradient of a divergence.
+    squared = squared + jax.lax.stop_gradient(jnp.maximum(squared, 0) - squared)
+    return jnp.exp(-squared / 2)
+
+
+def _segment_means(
+    x: Float[Array, "b n h k"], segment: Int[Array, "#b n"], num: int, mask: Bool[Array, "b n"] | None
+) -> Landmarks:
+    """Returns the mean of the unmasked tokens of each of `num` segments; one without any has 0 and is not live."""
+    master = jnp.promote_types(x.dtype, jnp.float32)
+    member = segment[..., None] == jnp.arange(num)[None, None]
+    if mask is not None:
+        member = member & mask[..., None]
+        x = jnp.where(mask[..., None, None], x, 0)
+    member = jnp.broadcast_to(member, (*x.shape[:2], num))
+    count = member.sum(axis=1)
+    total = jnp.einsum("bnl,bnhk->blhk", member.astype(master), x.astype(master), precision=HIGHEST)
+    points = total / jnp.maximum(count, 1).astype(master)[..., None, None]
+    return Landmarks(points, None if mask is None else count > 0)
+
+
+def pool_landmarks(x: Float[Array, "b n h k"], num_landmarks: int, mask: Bool[Array, "b n"] | None = None) -> Landmarks:
+    """Returns the means of min(num_landmarks, n) contiguous segments of the unmasked tokens.
+
+    Segment sizes differ by at most one token, for any n. They divide the tokens that `mask` keeps, not the
+    positions, so a padded sample has the landmarks it has alone; landmarks it cannot fill are not live.
+
+    Example:
+        points, live = pool_landmarks(to_kernel_space(k), 49, mask)
+    """
+    n = x.shape[1]
+    num = min(num_landmarks, n)
+    if mask is None:
+        return _segment_means(x, (jnp.arange(n) * num // n)[None], num, None)
+    rank = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+    count = jnp.maximum(mask.sum(axis=1, keepdims=True), 1)
+    return _segment_means(x, rank * num // count, num, mask)
+
+
+def landmark_cells(grid: Pair, num_landmarks: int | Pair) -> Pair:
+    """Returns (rows, columns) of landmark cells on a grid (height, width) of tokens.
+
+    A number gives at most that many cells, as square as they come: rows = round(√(num height / width)) and
+    columns = num // rows, within the grid. A pair is taken as it is, within the grid.
+
+    Example:
+        rows, columns = landmark_cells((56, 56), 49)  # 7, 7
+    """
+    height, width = grid
+    if isinstance(num_landmarks, tuple):
+        rows, columns = num_landmarks
+    else:
+        rows = min(max(round((num_landmarks * height / width) ** 0.5), 1), height, num_landmarks)
+        columns = num_landmarks // rows
+    return min(rows, height), min(columns, width)
+
+
+def pool_landmarks_2d(
+    x: Float[Array, "b n h k"], grid: Pair, cells: int | Pair, mask: Bool[Array, "b n"] | None = None
+) -> Landmarks:
+    """Returns the means over the cells of a (height, width) grid of tokens in row-major order, row-major.
+
+    `cells` is (rows, columns) or a number for `landmark_cells`. Cells tile the grid; where the grid does not
+    divide, their heights (and widths) differ by at most one token. A cell without unmasked token is not live.
+
+    Example:
+        points, live = pool_landmarks_2d(to_kernel_space(k), (14, 14), 49)
+    """
+    height, width = grid
+    rows, columns = landmark_cells(grid, cells)
+    row = jnp.arange(height) * rows // height
+    column = jnp.arange(width) * columns // width
+    cell = (row[:, None] * columns + column[None, :]).reshape(1, -1)
+    return _segment_means(x, cell, rows * columns, mask)
+
+
+def _add_ridge(a: Array, ridge: Ridge) -> Array:
+    return a + ridge * jnp.broadcast_to(jnp.eye(a.shape[-1], dtype=a.dtype), a.shape)
+
+
+def _newton_steps(b: Array, alpha: Array, iterations: int) -> Array:
+    """Returns X after `iterations` of X <- 2X - X B X from X = alpha B."""
+    matmul = partial(jnp.matmul, precision=HIGHEST)
+    return jax.lax.fori_loop(0, iterations, lambda _, x: 2 * x - matmul(x, matmul(b, x)), alpha * b)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _newton(b: Array, alpha: Array, iterations: int) -> Array:
+    return _newton_steps(b, alpha, iterations)
+
+
+@_newton.defjvp
+def _newton_jvp(iterations: int, primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    # Linear in the tangent, so JAX transposes it: one rule serves both modes, and derivatives of any order.
+    x = _newton(*primals, iterations)
+    matmul = partial(jnp.matmul, precision=HIGHEST)
+    return x, -matmul(x, matmul(tangents[0], x))
+
+
+def newton_inverse(
+    a: Float[Array, "*heads l l"], *, ridge: Ridge = 0.0, iterations: int = NEWTON_ITERATIONS
+) -> Float[Array, "*heads l l"]:
+    """Returns SOFT's Newton-Raphson inverse of B = A + ridge I, for symmetric A with entries >= 0.
+
+    X <- 2X - X B X from X = alpha B with alpha = 1.8 / (largest row sum of A)², one alpha per matrix. This is
+    a spectral filter: an eigenvalue w of B becomes (1 - (1 - alpha w²)^(2^iterations)) / w, which is 1/w only
+    for w above about a thousandth of the largest. The derivative is the closed form dX = -X dA X (forward and
+    reverse mode), so it is that of the value only where the iteration has converged.
+
+    Example:
+        x = newton_inverse(a, ridge=0.01)
+    """
+    alpha = 1.8 / jax.lax.stop_gradient(a).sum(axis=-1, keepdims=True).max(axis=-2, keepdims=True) ** 2
+    return _newton(_add_ridge(a, ridge), alpha, iterations)
+
+
+def released_softpp_inverse(
+    a: Float[Array, "*heads l l"], iterations: int = NEWTON_ITERATIONS
+) -> Float[Array, "*heads l l"]:
+    """Returns the inverse as the published SOFT++ code computes it. It couples the samples of a batch.
+
+    One alpha = 2 / (largest row sum)² serves the *whole batch and all heads*, and is halved at most 10 times
+    while the largest column sum of |I - alpha A²| in the batch exceeds 1.01. So the result for one sample
+    depends on the others; use it for parity with published checkpoints only. Differentiable by plain autodiff.
+
+    Example:
+        x = released_softpp_inverse(a)
+    """
+    square = jnp.matmul(a, a, precision=HIGHEST)
+    eye = jnp.broadcast_to(jnp.eye(a.shape[-1], dtype=a.dtype), a.shape)
+
+    def halve_if_far(_, alpha):
+        residual = jnp.abs(eye - alpha * square).sum(axis=-2).max()
+        return jnp.where(residual > RELEASED_RESIDUAL, alpha / 2, alpha)
+
+    alpha = jax.lax.fori_loop(0, RELEASED_HALVINGS, halve_if_far, 2 / a.sum(axis=-1).max() ** 2)
+    return _newton_steps(a, alpha, iterations)
+
+
+def cholesky_solve(
+    a: Float[Array, "*heads l l"], rhs: Float[Array, "*heads l d"], *, ridge: Ridge = 0.0
+) -> Float[Array, "*heads l d"]:
+    """Returns (A + ridge I)⁻¹ rhs for symmetric positive definite A + ridge I, with exact derivatives.
+
+    Coinciding landmarks make A singular: ridge must then exceed the rounding error of A, about 1e-5 in float32.
+
+    Example:
+        summary = cholesky_solve(a, p_v, ridge=0.01)
+    """
+    factor = jnp.linalg.cholesky(_add_ridge(a, ridge))
+    return jax.scipy.linalg.cho_solve((factor, True), rhs)
+
+
+def _solve(a: Array, rhs: Array, ridge: Ridge, solver: Solver) -> Array:
+    if solver == "cholesky":
+        return cholesky_solve(a, rhs, ridge=ridge)
+    inverse = newton_inverse(a, ridge=ridge) if solver == "newton" else released_softpp_inverse(a)
+    return jnp.matmul(inverse, rhs, precision=HIGHEST)
+
+
+def _check_options(ridge: Ridge, solver: str, normalize: str | None) -> None:
+    if solver not in get_args(Solver):
+        raise ValueError(f"solver is {solver!r}; use one of {', '.join(map(repr, get_args(Solver)))}.")
+    if normalize not in (None, "symmetric", "row"):
+        raise ValueError(f"normalize is {normalize!r}; use one of None, 'symmetric', 'row'.")
+    if isinstance(ridge, int | float) and ridge < 0:
+        raise ValueError(f"ridge is {ridge}, but eigenvalues must stay positive; pass ridge >= 0.")
+    if solver == "newton_released" and not (isinstance(ridge, int | float) and ridge == 0):
+        raise ValueError(f"solver 'newton_released' has no ridge, got ridge={ridge}; pass ridge=0.0.")
+
+
+def nystrom_attention(
+    q: Float[Array, "b n h k"],
+    k: Float[Array, "b m h k"],
+    v: Float[Array, "b m h d"],
+    landmarks: Landmarks,
+    *,
+    mask: Bool[Array, "b m"] | None = None,
+    ridge: Ridge = 0.01,
+    solver: Solver = "newton",
+    normalize: Normalization = None,
+) -> Float[Array, "b n h d"]:
+    """Returns Ŝ v (see the top of this file) for q, k and landmarks already in kernel space.
+
+    mask: True where a key may be seen. Landmarks that are not live have no effect. The other options are
+    those of `soft_attention`. Kernel and solve are in float32 or wider; the result has v's dtype.
+
+    Example:
+        out = nystrom_attention(q_scaled, k_scaled, v, pool_landmarks(k_scaled, 49))
+    """
+    _check_options(ridge, solver, normalize)
+    points, live = landmarks
+    gram, p_q = gaussian_kernel(points, points), gaussian_kernel(q, points)
+    if mask is not None:  # zeros, so that not even a NaN in the padding gets through
+        k, v = (jnp.where(mask[..., None, None], x, 0) for x in (k, v))
+    p_k = gaussian_kernel(k, points)
+    if mask is not None:
+        p_k = jnp.where(mask[:, None, :, None], p_k, 0)
+    if live is not None:
+        p_q, p_k = (jnp.where(live[:, None, None, :], p, 0) for p in (p_q, p_k))
+        gram = jnp.where((live[:, :, None] & live[:, None, :])[:, None], gram, 0)
+    gram = jnp.where(jnp.eye(gram.shape[-1], dtype=bool)[None, None], 1, gram)
+
+    # The two products with all tokens may use the fast units where the values are half precision anyway.
+    precision = HIGHEST if jnp.finfo(v.dtype).bits >= 32 else None
+    values = v.astype(jnp.promote_types(v.dtype, p_k.dtype))
+    if normalize == "row":
+        values = jnp.concatenate([values, jnp.ones_like(values[..., :1])], axis=-1)
+    summary = jnp.einsum("bhml,bmhd->bhld", p_k, values, precision=precision)
+    scale = jax.lax.rsqrt(gram.sum(axis=-1, keepdims=True)) if normalize == "symmetric" else 1
+    summary = scale * _solve(gram, scale * summary, ridge, solver)
+    out = jnp.einsum("bhnl,bhld->bnhd", p_q, summary, precision=precision)
+    if normalize == "row":
+        out, total = out[..., :-1], out[..., -1:]
+        out = out / jnp.where(total == 0, 1, total)
+    return out.astype(v.dtype)
+
+
+def gaussian_landmark_features(
+    x: Float[Array, "b n h k"], landmarks: Float[Array, "h l k"], *, ridge: Ridge = 0.01, whiten: bool = True
+) -> Float[Array, "b n h l"]:
+    """Returns features of each token alone, for linear attention (also causal) with fixed landmarks.
+
+    With whiten, phi(x) = C⁻¹ K(L, x) where C Cᵀ = K(L, L) + ridge I, so phi(x)·phi(y) is the Nyström kernel; its
+    entries may be negative, so divide by a norm and not by a sum. Without, the positive features K(L, x). x and
+    landmarks are not yet scaled by k^-¼. float32 or wider. ValueError if the heads or widths differ.
+
+    Example:
+        phi_q, phi_k = (gaussian_landmark_features(x, landmarks) for x in (q, k))
+    """
+    if x.shape[2:] != (landmarks.shape[0], landmarks.shape[2]):
+        raise ValueError(
+            f"x {x.shape} needs landmarks (heads, number, width) with its heads and width, got {landmarks.shape}."
+        )
+    points = rearrange(to_kernel_space(landmarks), "h l k -> 1 l h k")
+    tokens = rearrange(to_kernel_space(x), "b n h k -> 1 (b n) h k")
+    features = gaussian_kernel(points, tokens)[0]  # h l (b n): one factor then solves for all samples
+    if whiten:
+        factor = jnp.linalg.cholesky(_add_ridge(gaussian_kernel(points, points)[0], ridge))
+        features = jax.lax.linalg.triangular_solve(factor, features, left_side=True, lower=True)
+    return rearrange(features, "h l (b n) -> b n h l", b=x.shape[0])
+
+
+def _check_tokens(q: Array, k: Array, v: Array) -> None:
+    shapes = f"q {q.shape}, k {k.shape}, v {v.shape}"
+    if not q.ndim == k.ndim == v.ndim == 4:
+        raise ValueError(f"soft_attention takes arrays (batch, tokens, heads, width), got {shapes}; reshape them.")
+    if k.shape[1] != v.shape[1]:
+        raise ValueError(f"Each key needs one value, got {shapes}; give k and v the same number of tokens (axis 1).")
+    if not q.shape[0] == k.shape[0] == v.shape[0]:
+        raise ValueError(f"q, k and v need the same batch size (axis 0), got {shapes}; repeat the smaller one.")
+    if not q.shape[2] == k.shape[2] == v.shape[2]:
+        raise ValueError(f"q, k and v need the same number of heads (axis 2), got {shapes}; repeat grouped k and v.")
+    if q.shape[3] != k.shape[3]:
+        raise ValueError(f"q and k need the same width (axis 3) for a distance, got {shapes}; project one of them.")
+
+
+def _key_padding(mask: Array, k: Array) -> Bool[Array, "b m"]:
+    """Returns a mask of `b m` or `b 1 1 m` as `b m`; ValueError if it differs between queries or heads."""
+    batch, length = k.shape[:2]
+    keys = mask[:, 0, 0] if mask.ndim == 4 and mask.shape[1:3] == (1, 1) else mask
+    if keys.ndim != 2 or keys.shape[0] not in (1, batch) or keys.shape[1] not in (1, length):
+        raise ValueError(
+            f"mask is {mask.shape}, but SOFT can only leave out whole keys: pass ({batch}, {length}) or "
+            f"({batch}, 1, 1, {length}), and use softmax_attention for masks that differ between queries or heads."
+        )
+    return jnp.broadcast_to(keys, (batch, length))
+
+
+def _choose_landmarks(
+    k: Array, mask: Array | None, num_landmarks: int | Pair, grid: Pair | None, landmarks: Array | None
+) -> Landmarks:
+    """Returns the given landmarks, or pools them from keys k in kernel space."""
+    if landmarks is not None:
+        if grid is not None:
+            raise ValueError(f"Landmarks are given, so grid={grid} has no use; leave out one of them.")
+        points = landmarks[None] if landmarks.ndim == 3 else landmarks
+        batch, _, heads, width = k.shape
+        if points.ndim != 4 or points.shape[0] not in (1, batch) or points.shape[2:] != (heads, width):
+            raise ValueError(
+                f"landmarks are {landmarks.shape}, but k has {heads} heads of width {width}; pass (number, {heads}, "
+                f"{width}) or ({batch}, number, {heads}, {width})."
+            )
+        return Landmarks(jnp.broadcast_to(to_kernel_space(points), (batch, *points.shape[1:])))
+    if min(num_landmarks if isinstance(num_landmarks, tuple) else (num_landmarks,)) < 1:
+        raise ValueError(f"num_landmarks is {num_landmarks}; pass at least 1.")
+    if grid is None:
+        if isinstance(num_landmarks, tuple):
+            raise ValueError(f"num_landmarks is {num_landmarks}, which needs a grid; pass grid=(height, width).")
+        return pool_landmarks(k, num_landmarks, mask)
+    if grid[0] * grid[1] != k.shape[1]:
+        raise ValueError(f"grid {grid} does not hold {k.shape[1]} keys; pass (height, width) of the keys.")
+    return pool_landmarks_2d(k, grid, num_landmarks, mask)
+
+
+def soft_attention(
+    q: Float[Array, "b n h k"],
+    k: Float[Array, "b m h k"],
+    v: Float[Array, "b m h d"],
+    *,
+    num_landmarks: int | Pair = 49,
+    grid: Pair | None = None,
+    landmarks: Float[Array, "l h k"] | Float[Array, "#b l h k"] | None = None,
+    mask: Bool[Array, "#b #m"] | Bool[Array, "#b #h #n #m"] | None = None,
+    is_causal: bool = False,
+    ridge: Ridge = 0.01,
+    solver: Solver = "newton",
+    normalize: Normalization = None,
+) -> Float[Array, "b n h d"]:
+    """Returns SOFT attention Ŝ v (see the top of this file); the paper ties k to q, `soft_attention(q, q, v)`.
+
+    Landmarks: means of `num_landmarks` contiguous segments of the keys (at most m); with `grid`, the (height,
+    width) of the keys in row-major order, means over about that many cells, or over (rows, columns) cells if
+    `num_landmarks` is such a pair (`landmark_cells`); or `landmarks`, given in the space of k.
+    mask: True = keep this key, as `b m` or `b 1 1 m`. Other keys, whatever they hold, change nothing.
+    ridge is added to the landmark kernel. solver: "newton" is the paper's spectral filter with its closed-form
+    derivative (`newton_inverse`), "cholesky" exact, "newton_released" the published SOFT++ (couples samples).
+    normalize: None as in SOFT: rows of Ŝ sum to up to m; "symmetric" as in SOFT++; "row": rows sum to 1.
+    ValueError for is_causal, for a mask that differs between queries, and where shapes or options disagree.
+
+    Example:
+        out = soft_attention(q, q, v, num_landmarks=49, grid=(14, 14), solver="cholesky")
+    """
+    if is_causal:
+        raise ValueError(
+            "SOFT cannot be causal: its landmarks are pooled from the whole sequence, so the future leaks into every "
+            "token, and no finite state can follow them; use gaussian_landmark_attention, whose landmarks are fixed."
+        )
+    _check_tokens(q, k, v)
+    mask = None if mask is None else _key_padding(mask, k)
+    q, k = to_kernel_space(q), to_kernel_space(k)
+    chosen = _choose_landmarks(k, mask, num_landmarks, grid, landmarks)
+    return nystrom_attention(q, k, v, chosen, mask=mask, ridge=ridge, solver=solver, normalize=normalize)

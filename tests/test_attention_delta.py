@@ -1,0 +1,264 @@
+"""The delta rule: chunks against an independent recurrence, recorded values, causality, padding, extreme gates."""
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+
+from flowgen.attention.delta import DeltaState, delta_rule, gated_delta_rule, gated_delta_step, init_delta_state
+
+EXACT = 1e-10  # float64
+RECORDED = 1e-6  # the recorded values come from a float32 program
+ROUNDING = 2e-6  # float32, outputs of order 1
+HALF = 2e-2  # bfloat16 inputs and outputs, float32 state
+
+LENGTHS = [1, 5, 64, 65, 130]
+
+
+@pytest.fixture
+def untyped(monkeypatch):
+    """Calls arrive as a user's do, without the type checker that the tests put in front."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+def draw(n, batch=2, heads=2, key_dim=4, value_dim=3, seed=0):
+    """q, k, v, beta, log_decay in float64."""
+    rng = np.random.default_rng(seed)
+    q, k = rng.normal(size=(2, batch, n, heads, key_dim))
+    v = rng.normal(size=(batch, n, heads, value_dim))
+    beta, decay = rng.uniform(0.05, 0.95, size=(2, batch, n, heads))
+    return q, k, v, beta, np.log(decay)
+
+
+def as_jax(arrays, dtype=jnp.float32):
+    return tuple(jnp.asarray(x, dtype) for x in arrays)
+
+
+def recurrence(q, k, v, beta, log_decay=None, state=None):
+    """One token, sample and head at a time in NumPy, as the papers write it."""
+    batch, n, heads, key_dim = q.shape
+    out = np.zeros(v.shape)
+    final = np.zeros((batch, heads, key_dim, v.shape[-1])) if state is None else np.array(state, np.float64)
+    for b, t, h in np.ndindex(batch, n, heads):
+        key = k[b, t, h] / np.sqrt(k[b, t, h] @ k[b, t, h] + 1e-6)
+        query = q[b, t, h] / np.sqrt(q[b, t, h] @ q[b, t, h] + 1e-6) / np.sqrt(key_dim)
+        keep = 1.0 if log_decay is None else np.exp(log_decay[b, t, h])
+        householder = np.eye(key_dim) - beta[b, t, h] * np.outer(key, key)
+        final[b, h] = householder @ final[b, h] * keep + beta[b, t, h] * np.outer(key, v[b, t, h])
+        out[b, t, h] = final[b, h].T @ query
+    return out, final
+
+
+@pytest.mark.parametrize(
+    ("log_decay", "corner", "total", "squares"),
+    [
+        (None, (0.04103134, 0.01431400, -0.08094037), 0.1825420224, 3.0534334753),
+        (-0.1, (0.05138605, 0.03344948, -0.05591991), 0.2081180864, 2.1924533930),
+    ],
+    ids=["delta", "gated"],
+)
+def test_recorded_values(x64, log_decay, corner, total, squares):
+    h, n, j = np.arange(2)[None, :, None], np.arange(16)[:, None, None], np.arange(8)[None, None, :]
+    q = np.sin(0.7 * n + 1.3 * j + 2.1 * h + 0.3)[None]
+    k = np.cos(0.4 * n - 0.9 * j + 1.7 * h)[None]
+    v = np.sin(0.2 * n * (j + 1) + 0.5 * h)[None]
+    gates = [np.full((1, 16, 2), 0.5)] + ([] if log_decay is None else [np.full((1, 16, 2), log_decay)])
+    rule = delta_rule if log_decay is None else gated_delta_rule
+    out, _ = rule(*as_jax([q, k, v, *gates], jnp.float64), chunk_size=6)
+    np.testing.assert_allclose(out, recurrence(q, k, v, *gates)[0], atol=EXACT)
+    np.testing.assert_allclose(out[0, 5, 0, :3], corner, atol=RECORDED)
+    np.testing.assert_allclose(out.sum(), total, atol=RECORDED)
+    np.testing.assert_allclose(jnp.square(out).sum(), squares, atol=RECORDED)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 16, 64])
+@pytest.mark.parametrize("n", LENGTHS)
+def test_chunks_are_the_recurrence(x64, n, chunk_size):
+    arrays = draw(n)
+    start = np.random.default_rng(1).normal(size=(2, 2, 4, 3))
+    for inputs in (arrays, arrays[:4]):
+        expected, final = recurrence(*inputs, state=start)
+        out, state = gated_delta_rule(
+            *as_jax(inputs, jnp.float64), state=DeltaState(jnp.asarray(start)), chunk_size=chunk_size
+        )
+        np.testing.assert_allclose(out, expected, atol=EXACT)
+        np.testing.assert_allclose(state.kv, final, atol=EXACT)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_steps_are_the_recurrence(x64, dtype):
+    arrays = draw(12)
+    for inputs in (arrays, arrays[:4]):
+        expected, final = recurrence(*inputs)
+        state = init_delta_state(2, 2, 4, 3)
+        for t in range(12):
+            out, state = gated_delta_step(state, *as_jax((x[:, t] for x in inputs), dtype))
+            assert out.dtype == state.kv.dtype == dtype
+            np.testing.assert_allclose(out, expected[:, t], atol=ROUNDING if dtype == "float32" else EXACT)
+        np.testing.assert_allclose(state.kv, final, atol=ROUNDING if dtype == "float32" else EXACT)
+
+
+@pytest.mark.parametrize("split", [0, 1, 16, 37, 49])
+def test_a_call_may_be_split_anywhere_and_continued_by_a_step(split):
+    inputs = as_jax(draw(50))
+    whole, final = gated_delta_rule(*inputs, chunk_size=16)
+    first, state = gated_delta_rule(*(x[:, :split] for x in inputs), chunk_size=16)
+    second, state = gated_delta_rule(*(x[:, split:49] for x in inputs), state=state, chunk_size=16)
+    last, state = gated_delta_step(state, *(x[:, 49] for x in inputs))
+    np.testing.assert_allclose(jnp.concatenate([first, second, last[:, None]], axis=1), whole, atol=ROUNDING)
+    np.testing.assert_allclose(state.kv, final.kv, atol=ROUNDING)
+
+
+@pytest.mark.parametrize("chunk_size", [3, 64])
+def test_nothing_depends_on_the_future_or_on_other_samples(chunk_size):
+    inputs = as_jax(draw(7))
+    jacobians = jax.jit(jax.jacrev(lambda *x: gated_delta_rule(*x, chunk_size=chunk_size)[0], argnums=range(5)))(
+        *inputs
+    )
+    future = np.arange(7)[:, None] < np.arange(7)[None, :]
+    for jacobian in jacobians:
+        # Output axes b n h d come first, then those of the input, which begin with b n h too.
+        size = np.moveaxis(np.abs(np.asarray(jacobian)), (0, 1, 2, 4, 5, 6), range(6))
+        size = size.reshape(2, 7, 2, 2, 7, 2, -1).max(axis=-1)
+        by_token = size.max(axis=(0, 2, 3, 5))
+        assert (by_token[future] == 0).all()
+        assert (by_token[np.tri(7, k=-1, dtype=bool)] > 0).any() or jacobian is jacobians[0]
+        assert (size.max(axis=(1, 2, 4, 5))[~np.eye(2, dtype=bool)] == 0).all()
+        assert (size.max(axis=(0, 1, 3, 4))[~np.eye(2, dtype=bool)] == 0).all()
+
+
+@pytest.mark.parametrize("shape", [(2, 13), (1, 13), (2, 1, 1, 13)])
+def test_tokens_left_out_change_nothing_whatever_they_hold(shape):
+    inputs = draw(13)
+    keep = np.arange(13) % 4 != 1
+    keep[:2] = keep[-3:] = False
+    mask = jnp.asarray(np.broadcast_to(keep.reshape((1,) * (len(shape) - 1) + (13,)), shape))
+    expected, final = gated_delta_rule(*as_jax(x[:, keep] for x in inputs), chunk_size=4)
+    for x in inputs[1:]:
+        x[:, ~keep] = np.nan
+    out, state = gated_delta_rule(*as_jax(inputs), mask=mask, chunk_size=4)
+    np.testing.assert_allclose(out[:, keep], expected, atol=ROUNDING)
+    np.testing.assert_allclose(state.kv, final.kv, atol=ROUNDING)
+    assert (out[:, :2] == 0).all()  # nothing was written yet
+    q = as_jax(inputs)[0]
+    read, _ = gated_delta_step(state, q[:, -1], q[:, -1], jnp.zeros((2, 2, 3)), jnp.zeros((2, 2)))
+    np.testing.assert_allclose(out[:, -1], read, atol=ROUNDING)
+
+    def loss(*inputs):
+        out, state = gated_delta_rule(*inputs, mask=mask, chunk_size=4)
+        return jnp.square(out).sum() + state.kv.sum()
+
+    for gradient in jax.grad(loss, argnums=range(1, 5))(*as_jax(inputs)):
+        assert jnp.isfinite(gradient).all()
+        assert (gradient[:, ~keep] == 0).all()
+
+
+def test_gradients_in_both_modes_are_finite_differences(x64):
+    inputs = as_jax((*draw(7), np.random.default_rng(1).normal(size=(2, 2, 4, 3))), jnp.float64)
+    weights = jnp.asarray(np.random.default_rng(2).normal(size=(2, 7, 2, 3)))
+
+    @jax.jit
+    def loss(*inputs):
+        out, state = gated_delta_rule(*inputs[:5], state=DeltaState(inputs[5]), chunk_size=3)
+        return (out * weights).sum() + jnp.square(state.kv).sum()
+
+    rng = np.random.default_rng(3)
+    gradients = jax.jit(jax.grad(loss, argnums=range(6)))(*inputs)
+    for i, gradient in enumerate(gradients):
+        step = [jnp.zeros_like(x) for x in inputs]
+        step[i] = jnp.asarray(rng.normal(size=inputs[i].shape))
+        ahead, behind = (loss(*(x + s * d for x, d in zip(inputs, step, strict=True))) for s in (1e-5, -1e-5))
+        numeric = (ahead - behind) / 2e-5
+        np.testing.assert_allclose((gradient * step[i]).sum(), numeric, rtol=1e-6, atol=1e-7)
+        np.testing.assert_allclose(jax.jvp(loss, inputs, tuple(step))[1], numeric, rtol=1e-6, atol=1e-7)
+
+
+def test_the_backward_pass_stores_one_state_per_chunk():
+    inputs = as_jax(draw(64))
+    _, pullback = jax.vjp(lambda *x: gated_delta_rule(*x, chunk_size=8)[0], *inputs)
+    stored = [x for x in jax.tree.leaves(pullback) if x.shape[:1] == (8,)]
+    per_chunk = sum(x.size for x in stored)
+    assert per_chunk <= 8 * 2 * 2 * 4 * 3 + sum(x.size for x in inputs)  # states, and the inputs themselves
+
+
+def test_bfloat16_with_a_float32_state():
+    inputs = as_jax(draw(130), jnp.bfloat16)
+    expected, final = recurrence(*(np.asarray(x, np.float64) for x in inputs))
+    out, state = gated_delta_rule(*inputs)
+    assert out.dtype == jnp.bfloat16
+    assert state.kv.dtype == jnp.float32
+    np.testing.assert_allclose(out.astype(jnp.float32), expected, atol=HALF)
+    np.testing.assert_allclose(state.kv, final, atol=HALF)
+    out, state = gated_delta_step(state, *(x[:, 0] for x in inputs))
+    assert out.dtype == jnp.bfloat16
+    assert state.kv.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("log_decay", [0.0, -50.0, -1e4, -np.inf])
+@pytest.mark.parametrize("width", ["drawn", "zero"])
+def test_zero_vectors_and_strong_decays_have_finite_values_and_gradients(log_decay, width):
+    q, k, v, beta, g = as_jax(draw(20))
+    q, k = (q, k) if width == "drawn" else (0 * q, 0 * k)
+    g = g.at[:, 7:12].set(log_decay).at[:, 15].set(log_decay)
+
+    def loss(q, k, v, beta, g):
+        out, state = gated_delta_rule(q, k, v, beta, g, chunk_size=16)
+        return jnp.square(out).sum() + state.kv.sum(), (out, state)
+
+    gradients, (out, state) = jax.jit(jax.grad(loss, argnums=range(5), has_aux=True))(q, k, v, beta, g)
+    assert all(jnp.isfinite(x).all() for x in (*gradients, out, state.kv))
+    expected, final = recurrence(*(np.asarray(x, np.float64) for x in (q, k, v, beta, g)))
+    np.testing.assert_allclose(out, expected, atol=ROUNDING)
+    np.testing.assert_allclose(state.kv, final, atol=ROUNDING)
+
+
+def test_a_written_value_is_read_back():
+    key, value = np.eye(4)[0], np.array([3.0, -1.0, 2.0])
+    k = jnp.asarray(np.tile(key, (1, 5, 1, 1)), jnp.float32)
+    v = jnp.asarray(np.tile(value, (1, 5, 1, 1)), jnp.float32)
+    out, _ = delta_rule(k, k, v, jnp.ones((1, 5, 1)))
+    np.testing.assert_allclose(2 * out[0, :, 0], np.tile(value, (5, 1)), atol=1e-5)  # q is scaled by 4^-0.5
+
+
+SHAPES = {"q": (2, 6, 3, 4), "k": (2, 6, 3, 4), "v": (2, 6, 3, 5), "beta": (2, 6, 3), "log_decay": (2, 6, 3)}
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("q", (6, 3, 4), r"q has shape \(6, 3, 4\); pass 4 axes"),
+        ("k", (1, 6, 3, 4), r"k has shape \(1, 6, 3, 4\) and q \(2, 6, 3, 4\); pass both as `b n h k`"),
+        ("k", (2, 6, 1, 4), r"k has shape \(2, 6, 1, 4\) and q .* repeated per head"),
+        ("v", (2, 5, 3, 5), r"v has shape \(2, 5, 3, 5\) and q \(2, 6, 3, 4\); pass v as `b n h d`"),
+        ("beta", (2, 6, 3, 1), r"beta has shape \(2, 6, 3, 1\) and q .*one number per head, `b n h`"),
+        ("log_decay", (2, 6), r"log_decay has shape \(2, 6\) and q \(2, 6, 3, 4\)"),
+        ("state", (2, 3, 5, 4), r"state.kv has shape \(2, 3, 5, 4\) and q, v need \(2, 3, 4, 5\)"),
+        ("mask", (2, 3, 6, 6), r"mask has shape \(2, 3, 6, 6\) for tokens \(2, 6\)"),
+        ("mask", (6,), r"mask has shape \(6,\)"),
+        ("chunk_size", 0, "chunk_size is 0; .* at least 1"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(untyped, name, shape, message):
+    arguments = {n: jax.ShapeDtypeStruct(s, jnp.float32) for n, s in SHAPES.items()}
+    options = {}
+    if name == "chunk_size":
+        options = {name: shape}
+    elif name == "state":
+        arguments[name] = DeltaState(jax.ShapeDtypeStruct(shape, jnp.float32))
+    else:
+        arguments[name] = jax.ShapeDtypeStruct(shape, bool if name == "mask" else jnp.float32)
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(lambda arrays: gated_delta_rule(**arrays, **options), arguments)
+
+
+def test_a_step_takes_one_token(untyped):
+    token = jnp.zeros((2, 6, 3, 4))
+    with pytest.raises(ValueError, match=r"q has shape \(2, 6, 3, 4\); pass 3 axes, `b h k`"):
+        gated_delta_step(init_delta_state(2, 3, 4, 4), token, token, token, token[..., 0])
