@@ -13,7 +13,8 @@ RECORDED = 1e-6  # the recorded values come from a float32 program
 ROUNDING = 2e-6  # float32, outputs of order 1
 HALF = 2e-2  # bfloat16 inputs and outputs, float32 state
 
-LENGTHS = [1, 5, 64, 65, 130]
+rule = jax.jit(gated_delta_rule, static_argnames="chunk_size")
+step = jax.jit(gated_delta_step)
 
 
 @pytest.fixture
@@ -62,7 +63,6 @@ def recurrence(q, k, v, beta, log_decay=None, state=None):
         (None, (0.04103134, 0.01431400, -0.08094037), 0.1825420224, 3.0534334753),
         (-0.1, (0.05138605, 0.03344948, -0.05591991), 0.2081180864, 2.1924533930),
     ],
-    ids=["delta", "gated"],
 )
 def test_recorded_values(x64, log_decay, corner, total, squares):
     h, n, j = np.arange(2)[None, :, None], np.arange(16)[:, None, None], np.arange(8)[None, None, :]
@@ -70,8 +70,9 @@ def test_recorded_values(x64, log_decay, corner, total, squares):
     k = np.cos(0.4 * n - 0.9 * j + 1.7 * h)[None]
     v = np.sin(0.2 * n * (j + 1) + 0.5 * h)[None]
     gates = [np.full((1, 16, 2), 0.5)] + ([] if log_decay is None else [np.full((1, 16, 2), log_decay)])
-    rule = delta_rule if log_decay is None else gated_delta_rule
-    out, _ = rule(*as_jax([q, k, v, *gates], jnp.float64), chunk_size=6)
+    out, _ = (delta_rule if log_decay is None else gated_delta_rule)(
+        *as_jax([q, k, v, *gates], jnp.float64), chunk_size=6
+    )
     np.testing.assert_allclose(out, recurrence(q, k, v, *gates)[0], atol=EXACT)
     np.testing.assert_allclose(out[0, 5, 0, :3], corner, atol=RECORDED)
     np.testing.assert_allclose(out.sum(), total, atol=RECORDED)
@@ -79,15 +80,14 @@ def test_recorded_values(x64, log_decay, corner, total, squares):
 
 
 @pytest.mark.parametrize("chunk_size", [1, 16, 64])
-@pytest.mark.parametrize("n", LENGTHS)
+@pytest.mark.parametrize("n", [1, 5, 64, 65, 130])
 def test_chunks_are_the_recurrence(x64, n, chunk_size):
     arrays = draw(n)
     start = np.random.default_rng(1).normal(size=(2, 2, 4, 3))
     for inputs in (arrays, arrays[:4]):
         expected, final = recurrence(*inputs, state=start)
-        out, state = gated_delta_rule(
-            *as_jax(inputs, jnp.float64), state=DeltaState(jnp.asarray(start)), chunk_size=chunk_size
-        )
+        state = DeltaState(jnp.asarray(start))
+        out, state = rule(*as_jax(inputs, jnp.float64), state=state, chunk_size=chunk_size)
         np.testing.assert_allclose(out, expected, atol=EXACT)
         np.testing.assert_allclose(state.kv, final, atol=EXACT)
 
@@ -99,19 +99,19 @@ def test_steps_are_the_recurrence(x64, dtype):
         expected, final = recurrence(*inputs)
         state = init_delta_state(2, 2, 4, 3)
         for t in range(12):
-            out, state = gated_delta_step(state, *as_jax((x[:, t] for x in inputs), dtype))
+            out, state = step(state, *as_jax((x[:, t] for x in inputs), dtype))
             assert out.dtype == state.kv.dtype == dtype
             np.testing.assert_allclose(out, expected[:, t], atol=ROUNDING if dtype == "float32" else EXACT)
         np.testing.assert_allclose(state.kv, final, atol=ROUNDING if dtype == "float32" else EXACT)
 
 
-@pytest.mark.parametrize("split", [0, 1, 16, 37, 49])
+@pytest.mark.parametrize("split", [0, 16, 37])
 def test_a_call_may_be_split_anywhere_and_continued_by_a_step(split):
     inputs = as_jax(draw(50))
-    whole, final = gated_delta_rule(*inputs, chunk_size=16)
-    first, state = gated_delta_rule(*(x[:, :split] for x in inputs), chunk_size=16)
-    second, state = gated_delta_rule(*(x[:, split:49] for x in inputs), state=state, chunk_size=16)
-    last, state = gated_delta_step(state, *(x[:, 49] for x in inputs))
+    whole, final = rule(*inputs, chunk_size=16)
+    first, state = rule(*(x[:, :split] for x in inputs), chunk_size=16)
+    second, state = rule(*(x[:, split:49] for x in inputs), state=state, chunk_size=16)
+    last, state = step(state, *(x[:, 49] for x in inputs))
     np.testing.assert_allclose(jnp.concatenate([first, second, last[:, None]], axis=1), whole, atol=ROUNDING)
     np.testing.assert_allclose(state.kv, final.kv, atol=ROUNDING)
 
@@ -119,43 +119,40 @@ def test_a_call_may_be_split_anywhere_and_continued_by_a_step(split):
 @pytest.mark.parametrize("chunk_size", [3, 64])
 def test_nothing_depends_on_the_future_or_on_other_samples(chunk_size):
     inputs = as_jax(draw(7))
-    jacobians = jax.jit(jax.jacrev(lambda *x: gated_delta_rule(*x, chunk_size=chunk_size)[0], argnums=range(5)))(
-        *inputs
-    )
-    future = np.arange(7)[:, None] < np.arange(7)[None, :]
-    for jacobian in jacobians:
+    outputs = jax.jacrev(lambda *x: rule(*x, chunk_size=chunk_size)[0], argnums=range(5))
+    for name, jacobian in zip(("q", "k", "v", "beta", "log_decay"), outputs(*inputs), strict=True):
         # Output axes b n h d come first, then those of the input, which begin with b n h too.
         size = np.moveaxis(np.abs(np.asarray(jacobian)), (0, 1, 2, 4, 5, 6), range(6))
         size = size.reshape(2, 7, 2, 2, 7, 2, -1).max(axis=-1)
         by_token = size.max(axis=(0, 2, 3, 5))
-        assert (by_token[future] == 0).all()
-        assert (by_token[np.tri(7, k=-1, dtype=bool)] > 0).any() or jacobian is jacobians[0]
-        assert (size.max(axis=(1, 2, 4, 5))[~np.eye(2, dtype=bool)] == 0).all()
-        assert (size.max(axis=(0, 1, 3, 4))[~np.eye(2, dtype=bool)] == 0).all()
+        assert (by_token[np.triu_indices(7, k=1)] == 0).all()
+        assert (by_token[2:, 1] > 0).all() != (name == "q")  # a query is used once
+        for same in (size.max(axis=(1, 2, 4, 5)), size.max(axis=(0, 1, 3, 4))):  # sample by sample, head by head
+            assert (same[~np.eye(2, dtype=bool)] == 0).all()
 
 
-@pytest.mark.parametrize("shape", [(2, 13), (1, 13), (2, 1, 1, 13)])
+@pytest.mark.parametrize("shape", [(1, 13), (2, 1, 1, 13)])
 def test_tokens_left_out_change_nothing_whatever_they_hold(shape):
     inputs = draw(13)
     keep = np.arange(13) % 4 != 1
     keep[:2] = keep[-3:] = False
     mask = jnp.asarray(np.broadcast_to(keep.reshape((1,) * (len(shape) - 1) + (13,)), shape))
-    expected, final = gated_delta_rule(*as_jax(x[:, keep] for x in inputs), chunk_size=4)
+    expected, final = rule(*as_jax(x[:, keep] for x in inputs), chunk_size=4)
     for x in inputs[1:]:
         x[:, ~keep] = np.nan
-    out, state = gated_delta_rule(*as_jax(inputs), mask=mask, chunk_size=4)
+    out, state = rule(*as_jax(inputs), mask=mask, chunk_size=4)
     np.testing.assert_allclose(out[:, keep], expected, atol=ROUNDING)
     np.testing.assert_allclose(state.kv, final.kv, atol=ROUNDING)
     assert (out[:, :2] == 0).all()  # nothing was written yet
     q = as_jax(inputs)[0]
-    read, _ = gated_delta_step(state, q[:, -1], q[:, -1], jnp.zeros((2, 2, 3)), jnp.zeros((2, 2)))
+    read, _ = step(state, q[:, -1], q[:, -1], jnp.zeros((2, 2, 3)), jnp.zeros((2, 2)))
     np.testing.assert_allclose(out[:, -1], read, atol=ROUNDING)
 
     def loss(*inputs):
-        out, state = gated_delta_rule(*inputs, mask=mask, chunk_size=4)
+        out, state = rule(*inputs, mask=mask, chunk_size=4)
         return jnp.square(out).sum() + state.kv.sum()
 
-    for gradient in jax.grad(loss, argnums=range(1, 5))(*as_jax(inputs)):
+    for gradient in jax.jit(jax.grad(loss, argnums=range(1, 5)))(*as_jax(inputs)):
         assert jnp.isfinite(gradient).all()
         assert (gradient[:, ~keep] == 0).all()
 
@@ -169,62 +166,75 @@ def test_gradients_in_both_modes_are_finite_differences(x64):
         out, state = gated_delta_rule(*inputs[:5], state=DeltaState(inputs[5]), chunk_size=3)
         return (out * weights).sum() + jnp.square(state.kv).sum()
 
-    rng = np.random.default_rng(3)
+    rng, slope = np.random.default_rng(3), jax.jit(lambda x, d: jax.jvp(loss, x, d)[1])
     gradients = jax.jit(jax.grad(loss, argnums=range(6)))(*inputs)
     for i, gradient in enumerate(gradients):
-        step = [jnp.zeros_like(x) for x in inputs]
-        step[i] = jnp.asarray(rng.normal(size=inputs[i].shape))
-        ahead, behind = (loss(*(x + s * d for x, d in zip(inputs, step, strict=True))) for s in (1e-5, -1e-5))
+        change = [jnp.zeros_like(x) for x in inputs]
+        change[i] = jnp.asarray(rng.normal(size=inputs[i].shape))
+        ahead, behind = (loss(*(x + s * d for x, d in zip(inputs, change, strict=True))) for s in (1e-5, -1e-5))
         numeric = (ahead - behind) / 2e-5
-        np.testing.assert_allclose((gradient * step[i]).sum(), numeric, rtol=1e-6, atol=1e-7)
-        np.testing.assert_allclose(jax.jvp(loss, inputs, tuple(step))[1], numeric, rtol=1e-6, atol=1e-7)
+        np.testing.assert_allclose((gradient * change[i]).sum(), numeric, rtol=1e-6, atol=1e-7)
+        np.testing.assert_allclose(slope(inputs, tuple(change)), numeric, rtol=1e-6, atol=1e-7)
 
 
 def test_the_backward_pass_stores_one_state_per_chunk():
     inputs = as_jax(draw(64))
     _, pullback = jax.vjp(lambda *x: gated_delta_rule(*x, chunk_size=8)[0], *inputs)
-    stored = [x for x in jax.tree.leaves(pullback) if x.shape[:1] == (8,)]
-    per_chunk = sum(x.size for x in stored)
-    assert per_chunk <= 8 * 2 * 2 * 4 * 3 + sum(x.size for x in inputs)  # states, and the inputs themselves
+    stored = sum(x.size for x in jax.tree.leaves(pullback) if x.shape[:1] == (8,))
+    assert stored <= 8 * 2 * 2 * 4 * 3 + sum(x.size for x in inputs)  # states, and the inputs themselves
 
 
 def test_bfloat16_with_a_float32_state():
     inputs = as_jax(draw(130), jnp.bfloat16)
     expected, final = recurrence(*(np.asarray(x, np.float64) for x in inputs))
-    out, state = gated_delta_rule(*inputs)
+    out, state = rule(*inputs)
     assert out.dtype == jnp.bfloat16
     assert state.kv.dtype == jnp.float32
     np.testing.assert_allclose(out.astype(jnp.float32), expected, atol=HALF)
     np.testing.assert_allclose(state.kv, final, atol=HALF)
-    out, state = gated_delta_step(state, *(x[:, 0] for x in inputs))
+    out, state = step(state, *(x[:, 0] for x in inputs))
     assert out.dtype == jnp.bfloat16
     assert state.kv.dtype == jnp.float32
 
 
-@pytest.mark.parametrize("log_decay", [0.0, -50.0, -1e4, -np.inf])
-@pytest.mark.parametrize("width", ["drawn", "zero"])
-def test_zero_vectors_and_strong_decays_have_finite_values_and_gradients(log_decay, width):
-    q, k, v, beta, g = as_jax(draw(20))
-    q, k = (q, k) if width == "drawn" else (0 * q, 0 * k)
-    g = g.at[:, 7:12].set(log_decay).at[:, 15].set(log_decay)
-
-    def loss(q, k, v, beta, g):
-        out, state = gated_delta_rule(q, k, v, beta, g, chunk_size=16)
+@jax.jit
+def gradients_and_results(*inputs):
+    def loss(*inputs):
+        out, state = gated_delta_rule(*inputs, chunk_size=16)
         return jnp.square(out).sum() + state.kv.sum(), (out, state)
 
-    gradients, (out, state) = jax.jit(jax.grad(loss, argnums=range(5), has_aux=True))(q, k, v, beta, g)
+    return jax.grad(loss, argnums=range(5), has_aux=True)(*inputs)
+
+
+@pytest.mark.parametrize("log_decay", [0.0, -50.0, -1e4, -np.inf])
+@pytest.mark.parametrize("vectors", ["drawn", "zero"])
+def test_zero_vectors_and_strong_decays_have_finite_values_and_gradients(log_decay, vectors):
+    q, k, v, beta, g = as_jax(draw(20))
+    q, k = (q, k) if vectors == "drawn" else (0 * q, 0 * k)
+    g = g.at[:, 7:12].set(log_decay).at[:, 15].set(log_decay)
+
+    gradients, (out, state) = gradients_and_results(q, k, v, beta, g)
     assert all(jnp.isfinite(x).all() for x in (*gradients, out, state.kv))
     expected, final = recurrence(*(np.asarray(x, np.float64) for x in (q, k, v, beta, g)))
     np.testing.assert_allclose(out, expected, atol=ROUNDING)
     np.testing.assert_allclose(state.kv, final, atol=ROUNDING)
 
 
-def test_a_written_value_is_read_back():
-    key, value = np.eye(4)[0], np.array([3.0, -1.0, 2.0])
-    k = jnp.asarray(np.tile(key, (1, 5, 1, 1)), jnp.float32)
-    v = jnp.asarray(np.tile(value, (1, 5, 1, 1)), jnp.float32)
-    out, _ = delta_rule(k, k, v, jnp.ones((1, 5, 1)))
-    np.testing.assert_allclose(2 * out[0, :, 0], np.tile(value, (5, 1)), atol=1e-5)  # q is scaled by 4^-0.5
+@pytest.mark.parametrize("beta", [1.0, 2.0])
+def test_one_key_written_again_and_again(beta):
+    k = jnp.ones((1, 70, 1, 4))
+    v = jnp.asarray(np.random.default_rng(0).normal(size=(1, 70, 1, 3)), jnp.float32)
+    out, _ = rule(k, k, v, jnp.full((1, 70, 1), beta))
+    expected, _ = recurrence(*(np.asarray(x, np.float64) for x in (k, k, v, jnp.full((1, 70, 1), beta))))
+    np.testing.assert_allclose(out, expected, atol=20 * ROUNDING)  # with 2, every error is kept
+    if beta == 1:
+        np.testing.assert_allclose(out, v / 2, atol=ROUNDING)  # what was written last, times 4^-0.5
+
+
+def test_no_triangular_solve():
+    """Two at a time can wait for each other forever on the CPU; a backward pass has two."""
+    inputs = as_jax(draw(6))
+    assert "triangular_solve" not in str(jax.make_jaxpr(jax.grad(lambda *x: rule(*x)[0].sum()))(*inputs))
 
 
 SHAPES = {"q": (2, 6, 3, 4), "k": (2, 6, 3, 4), "v": (2, 6, 3, 5), "beta": (2, 6, 3), "log_decay": (2, 6, 3)}
@@ -246,16 +256,11 @@ SHAPES = {"q": (2, 6, 3, 4), "k": (2, 6, 3, 4), "v": (2, 6, 3, 5), "beta": (2, 6
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(untyped, name, shape, message):
-    arguments = {n: jax.ShapeDtypeStruct(s, jnp.float32) for n, s in SHAPES.items()}
-    options = {}
-    if name == "chunk_size":
-        options = {name: shape}
-    elif name == "state":
-        arguments[name] = DeltaState(jax.ShapeDtypeStruct(shape, jnp.float32))
-    else:
-        arguments[name] = jax.ShapeDtypeStruct(shape, bool if name == "mask" else jnp.float32)
+    arguments = {other: np.zeros(fits, np.float32) for other, fits in SHAPES.items()}
+    wrong = shape if name == "chunk_size" else np.zeros(shape, bool if name == "mask" else np.float32)
+    arguments[name] = DeltaState(jnp.asarray(wrong)) if name == "state" else wrong
     with pytest.raises(ValueError, match=message):
-        jax.eval_shape(lambda arrays: gated_delta_rule(**arrays, **options), arguments)
+        gated_delta_rule(**arguments)
 
 
 def test_a_step_takes_one_token(untyped):

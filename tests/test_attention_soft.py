@@ -68,10 +68,9 @@ GOLDEN = {
 @pytest.mark.parametrize("case", GOLDEN, ids=str)
 def test_recorded_reference_values(case, float64):
     n, j, h = np.arange(16.0)[:, None, None], np.arange(8.0)[None, None, :], np.arange(2.0)[None, :, None]
-    q = np.sin(0.7 * n + 1.3 * j + 2.1 * h + 0.3)[None]
-    v = jnp.asarray(np.sin(0.2 * n * (j + 1) + 0.5 * h)[None])
+    q, v = np.sin(0.7 * n + 1.3 * j + 2.1 * h + 0.3)[None], np.sin(0.2 * n * (j + 1) + 0.5 * h)[None]
     options = dict(zip(("solver", "ridge", "normalize"), case, strict=True))
-    out = np.asarray(attend(jnp.asarray(q), jnp.asarray(q), v, num_landmarks=4, grid=(4, 4), **options))
+    out = np.asarray(attend(q, q, v, num_landmarks=4, grid=(4, 4), **options))
     np.testing.assert_allclose([*out[0, 5, 0, :3], out.sum(), (out**2).sum()], GOLDEN[case], rtol=0, atol=PRINTED)
     if case[0] != "newton_released":
         points = q.reshape(1, 2, 2, 2, 2, 2, 8).mean((2, 4)).reshape(1, 4, 2, 8)
@@ -84,7 +83,7 @@ def test_cross_attention_with_given_landmarks_and_a_mask_is_the_quadratic_form(s
     q, k, v, points = normal(0, 2, 5, 3, 4), normal(1, 2, 7, 3, 4), normal(2, 2, 7, 3, 6), normal(3, 2, 4, 3, 4)
     keep = np.arange(7)[None] < np.array([[7], [4]])
     options = {"ridge": 0.05, "normalize": normalize, "solver": solver}
-    tolerances = {"float64": ORACLE, "float32": FLOAT32, "bfloat16": 2e-2, "float16": 4e-3}
+    tolerances = {"float64": ORACLE, "float32": FLOAT32, "bfloat16": 4e-3, "float16": 1e-3}  # half: one rounding
     for dtype, tolerance in tolerances.items():
         if normalize == "row" and "16" in dtype:
             continue  # rows can sum to nearly 0, and nothing bounds the error of half precision relative to that
@@ -104,10 +103,9 @@ def test_segments_divide_any_length(n, num):
     x = normal(n, 2, n, 1, 3)
     points, live = soft.pool_landmarks(x, num)
     sizes = np.bincount(np.arange(n) * min(n, num) // n)
-    expected = [part.mean(1) for part in np.split(np.asarray(x), np.cumsum(sizes)[:-1], axis=1)]
     assert live is None
-    assert len(sizes) == min(n, num)
-    assert sizes.max() - sizes.min() <= 1
+    assert np.ptp(sizes) <= 1
+    expected = [part.mean(1) for part in np.split(np.asarray(x), np.cumsum(sizes)[:-1], axis=1)]
     np.testing.assert_allclose(points, np.stack(expected, 1), atol=1e-6)
 
 
@@ -121,8 +119,8 @@ def test_grids_that_do_not_divide_are_tiled_and_masked():
     keep[1].reshape(5, 3)[:3, :2] = False  # the first cell of the second sample is empty
     points, live = soft.pool_landmarks_2d(x, (5, 3), (2, 2), jnp.asarray(keep))
     image, kept = np.asarray(x).reshape(2, 5, 3, 3), keep.reshape(2, 5, 3)
-    cells = itertools.product((slice(0, 3), slice(3, 5)), (slice(0, 2), slice(2, 3)))
-    for sample, (cell, where) in itertools.product(range(2), enumerate(cells)):
+    cells = enumerate(itertools.product((slice(0, 3), slice(3, 5)), (slice(0, 2), slice(2, 3))))
+    for sample, (cell, where) in itertools.product(range(2), cells):
         chosen = image[sample][where][kept[sample][where]]
         assert live[sample, cell] == (len(chosen) > 0)
         np.testing.assert_allclose(points[sample, cell, 0], chosen.sum(0) / max(len(chosen), 1), atol=1e-6)
@@ -149,7 +147,7 @@ def test_padding_changes_nothing(variant):
     kept = keep[..., None, None]
     out, changed = attend(q, q, v, mask=keep, **variant), jnp.where(kept, q, 30 * q[::-1])
     altered = attend(changed, changed, jnp.where(kept, v, jnp.nan), mask=keep, **variant)
-    np.testing.assert_array_equal(jnp.where(kept, out, 0), jnp.where(kept, altered, 0))
+    np.testing.assert_array_equal(out[keep], altered[keep])
     unmasked = attend(q, q, v, **variant)
     np.testing.assert_allclose(unmasked[0], out[0], atol=FLOAT32, rtol=FLOAT32)
     assert jnp.abs(unmasked[1] - out[1])[:7].max() > 1e-2
@@ -188,20 +186,16 @@ def test_nothing_to_attend_to_gives_zero_and_finite_gradients(variant):
 def test_identical_tokens_and_one_token(solver):
     one = normal(0, 1, 1, 2, 4)
     q, v = jnp.tile(one, (1, 12, 1, 1)), normal(1, 1, 12, 2, 3)
-
-    def loss(q):
-        out = soft_attention(q, q, v, num_landmarks=4, solver=solver, normalize="row")
-        return jnp.sin(out).sum(), out
-
-    gradient, out = jax.jit(jax.grad(loss, has_aux=True))(q)
+    options = {"num_landmarks": 4, "solver": solver, "normalize": "row"}
+    out, gradient = attend(q, q, v, **options), jax.grad(lambda q: jnp.sin(attend(q, q, v, **options)).sum())(q)
     np.testing.assert_allclose(out, jnp.tile(v.mean(1, keepdims=True), (1, 12, 1, 1)), atol=FLOAT32)
     assert jnp.isfinite(gradient).all()
+    assert soft.gaussian_kernel(170 * q, 170 * q).max() == 1  # rounding makes some distances negative
     np.testing.assert_allclose(attend(one, one, v[:, :1], solver=solver), v[:, :1] / 1.01, rtol=1e-5)
 
 
 def gram_matrices(spread):
-    points = normal(0, 2, 9, 2, 4, dtype=jnp.float64) * spread
-    return soft.gaussian_kernel(points, points)
+    return soft.gaussian_kernel(*[normal(0, 2, 9, 2, 4, dtype=jnp.float64) * spread] * 2)
 
 
 @pytest.mark.parametrize("spread", [1.0, 0.3, 0.05])
@@ -224,8 +218,7 @@ def test_newton_derivative_is_the_closed_form_in_both_modes(float64):
     (gradient,) = jax.vjp(newton, a)[1](cotangent)
     np.testing.assert_allclose((gradient * da).sum(), (cotangent * tangent).sum(), rtol=ORACLE)
     exact = jax.jit(lambda a: soft.cholesky_solve(a, jnp.broadcast_to(jnp.eye(9), a.shape), ridge=0.1))
-    for ours, theirs in zip(jax.jvp(exact, (a,), (da,)), (x, tangent), strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=1e-8)
+    np.testing.assert_allclose(jax.jvp(exact, (a,), (da,)), (x, tangent), atol=1e-8)
 
 
 @pytest.mark.parametrize(("solver", "pooled"), [("newton", False), ("cholesky", False), ("cholesky", True)])
@@ -253,8 +246,7 @@ def test_derivatives_are_finite_differences_and_modes_agree(solver, pooled, floa
 
 def test_released_inverse_couples_the_samples_of_a_batch(float64):
     a, inverse = gram_matrices(0.3), jax.jit(soft.released_softpp_inverse)
-    alone, together = inverse(a[:1]), inverse(a.at[1].set(1.0))
-    assert jnp.abs(alone - together[:1]).max() > 1e-3
+    assert jnp.abs(inverse(a[:1]) - inverse(a.at[1].set(1.0))[:1]).max() > 1e-3
     assert jnp.isfinite(jax.jit(jax.grad(lambda a: inverse(a).sum()))(a)).all()
 
 
@@ -268,9 +260,10 @@ def test_landmark_features_factor_the_nystrom_kernel_token_by_token(float64):
     np.testing.assert_allclose(out, expected, atol=ORACLE)
     future = features(x.at[:, 3:].add(1.0), learned, ridge=0.02, whiten=True)
     np.testing.assert_array_equal(future[:, :3], whitened[:, :3])
-    positive = features(x.astype(jnp.bfloat16), learned.astype(jnp.bfloat16), whiten=False)
-    assert positive.dtype == jnp.float32
-    assert (positive > 0).all()
+    half = x.astype(jnp.bfloat16), learned.astype(jnp.bfloat16)
+    positive = features(*half, whiten=False)
+    np.testing.assert_allclose(positive, features(*(x.astype(float) for x in half), whiten=False), rtol=1e-5)
+    assert positive.min() > 0
 
 
 Q, V = np.ones((2, 6, 3, 4), np.float32), np.ones((2, 6, 3, 5), np.float32)
@@ -303,4 +296,4 @@ def test_errors_say_what_to_do(case, monkeypatch):
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(lambda *arrays: soft_attention(*arrays, **options), *arrays)
     with pytest.raises(ValueError, match="needs landmarks"):
-        soft.gaussian_landmark_features(jnp.asarray(Q), jnp.ones((2, 7, 4)))
+        soft.gaussian_landmark_features(Q, Q[:, 0])

@@ -13,7 +13,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, Bool, Float
 
 # Added to the squared norm of q and k, as in the published implementation; a zero vector stays zero.
@@ -170,7 +169,7 @@ def _advance(
     """The state with one chunk absorbed, and the chunk's outputs.
 
     Token t writes u_t = β_t (v_t − exp(b_t) S₀ᵀk_t − Σ_{s<t} exp(b_t − b_s) (k_t·k_s) u_s), S₀ the state before the
-    chunk and b the running sum of g: a unit lower triangular system. It is U − W S₀ of the paper, in one solve.
+    chunk and b the running sum of g: a unit lower triangular system. This is U − W S₀ of the paper, solved at once.
     """
     q, k, v, beta, log_decay = chunk
     pair, past = _decays(log_decay, k.shape[2], kv.dtype)
@@ -179,13 +178,42 @@ def _advance(
         return jnp.einsum(pattern, *arrays, precision=precision)
 
     overlap = beta[..., None] * pair * product("bhck,bhsk->bhcs", k, k)
+    inverse = _inverse(jnp.tril(overlap, -1), precision)
     missing = beta[..., None] * (v - product("bhck,bhkd->bhcd", past * k, kv))
-    written = solve_triangular(overlap, missing, lower=True, unit_diagonal=True)  # reads below the diagonal only
+    written = product("bhcs,bhsd->bhcd", inverse, missing)
     scores = pair * product("bhck,bhsk->bhcs", q, k)
     out = product("bhck,bhkd->bhcd", past * q, kv) + product("bhcs,bhsd->bhcd", scores, written)
     to_end = pair[:, :, -1, :, None]
     kv = past[:, :, -1:] * kv + product("bhck,bhcd->bhkd", to_end * k, written)
     return kv, out
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _inverse(lower: Float[Array, "b h c c"], precision: jax.lax.Precision) -> Float[Array, "b h c c"]:
+    """(I + L)⁻¹ for a strictly lower triangular L, from the inverses of ever larger blocks on its diagonal.
+
+    Two neighbours A, D with B below A give the next: [[A⁻¹, 0], [−D⁻¹ B A⁻¹, D⁻¹]]. Products only, because jaxlib's
+    solve_triangular can wait forever on the CPU: solves that run at the same time wait for each other's threads.
+    """
+    size = lower.shape[-1]
+    token = jnp.arange(size)
+    inverse = jnp.broadcast_to(jnp.eye(size, dtype=lower.dtype), lower.shape)
+    for width in (2**level for level in range((size - 1).bit_length())):
+        block = token // width
+        joined = (block[:, None] // 2 == block[None, :] // 2) & (block[:, None] != block[None, :])
+        below = jnp.where(joined[None, None], lower, 0)
+        inverse = inverse - _sandwich(inverse, below, precision) if width > 1 else inverse - below
+    return inverse
+
+
+@_inverse.defjvp
+def _inverse_jvp(precision: jax.lax.Precision, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    inverse = _inverse(*primals, precision)
+    return inverse, -_sandwich(inverse, tangents[0], precision)
+
+
+def _sandwich(outer: Array, inner: Array, precision: jax.lax.Precision) -> Array:
+    return jnp.matmul(jnp.matmul(outer, inner, precision=precision), outer, precision=precision)
 
 
 def _decays(

@@ -9,6 +9,7 @@ output has v's dtype. A query whose keys are all masked gets 0. Key heads may be
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -32,13 +33,17 @@ EPS = 1e-6
 class Causal:
     """How causal attention is cut. block_size: tokens see all of their own block and every earlier block.
 
-    chunk_size: tokens that are computed together; it changes speed and memory, not the result.
+    chunk_size: tokens that are computed together; it changes speed and memory, not the result. implementation:
+    "xla", or "pallas" for the kernel of `flowgen.attention.pallas`, which has no blocks and no segments.
     """
 
     block_size: int = 1
     chunk_size: int = CHUNK_SIZE
+    implementation: Literal["xla", "pallas"] = "xla"
 
     def __post_init__(self):
+        if self.implementation not in ("xla", "pallas"):
+            raise ValueError(f"implementation is {self.implementation!r}; choose 'xla' or 'pallas'.")
         for name in ("block_size", "chunk_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
@@ -121,6 +126,8 @@ def products(
         return quadratic_products(features, v, _pairs(mask, causal, segment_ids, q.shape[1], k.shape[1]))
     if mask is not None:
         features, v = keep_keys(features, v, mask)
+    if causal is not None and causal.implementation == "pallas":
+        return _pallas(features, v, causal, segment_ids)
     if causal is not None:
         return prefix_product(
             features, v, segment_ids=segment_ids, block_size=causal.block_size, chunk_size=causal.chunk_size
@@ -253,6 +260,17 @@ def _pairs(mask, causal: Causal | None, segment_ids, n: int, m: int) -> Array:
     if segment_ids is not None:
         mask = mask & (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
     return mask
+
+
+def _pallas(features: Features, v: Array, causal: Causal, segment_ids: Array | None) -> tuple[Array, Array]:
+    if causal.block_size != 1 or segment_ids is not None:
+        raise ValueError("the Pallas kernel has no blocks and no segments; use implementation='xla'.")
+    from flowgen.attention.pallas import causal_product  # only here: its import loads the TPU and GPU dialects
+
+    out, total = causal_product(features.q, features.k, v, causal.chunk_size)
+    if features.norm_q is not None:
+        total = causal_product(*features.normaliser, v[..., :1], causal.chunk_size)[1]
+    return out, total
 
 
 def _full(features: Features, v: Array) -> tuple[Array, Array]:

@@ -30,7 +30,7 @@ class _Twin(bridge.ToNNX):
 class _Decoding(_Twin):
     def init_state(self, batch: int) -> Any:
         """Returns the decoding state before the first token."""
-        return self.module.init_state(batch)
+        return self.to_nnx__module.init_state(batch)
 
     def prefill(self, x: Float[Array, "b n d"], state: Any = None, *, mask: Array | None = None) -> tuple[Array, Any]:
         """Returns the outputs of tokens after those of `state`, and the state."""

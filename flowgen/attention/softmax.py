@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jaxtyping import Array, Bool, Float
+
+from flowgen.attention.checks import check_causal, check_heads, check_mask
 
 # Causal attention runs in this many slices of queries at most, each against only the keys it may see.
 MAX_CAUSAL_SLICES = 4
@@ -13,8 +16,8 @@ MIN_CAUSAL_SLICE = 64
 
 def attend_heads(
     q: Float[Array, "b h n k"],
-    k: Float[Array, "b h m k"],
-    v: Float[Array, "b h m d"],
+    k: Float[Array, "b g m k"],
+    v: Float[Array, "b g m d"],
     mask: Bool[Array, "#b #h #n #m"] | None,
 ) -> Float[Array, "b h n d"]:
     """Returns softmax(q kᵀ / √k) v with heads before tokens; see `softmax_attention` for the mask.
@@ -23,39 +26,46 @@ def attend_heads(
         out = attend_heads(q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2), None)
     """
     master = jnp.promote_types(q.dtype, jnp.float32)
-    logits = jnp.einsum("bhnk,bhmk->bhnm", q, k, preferred_element_type=master) * q.shape[-1] ** -0.5
+    groups = k.shape[1]
+    q = rearrange(q, "b (g r) n k -> b g r n k", g=groups)
+    logits = jnp.einsum("bgrnk,bgmk->bgrnm", q, k, preferred_element_type=master) * q.shape[-1] ** -0.5
     if mask is not None:
+        per_group = groups if mask.shape[1] > 1 else 1
+        mask = rearrange(mask, "b (g r) n m -> b g r n m", g=per_group)
         logits = jnp.where(mask, logits, jnp.finfo(master).min)
     # Softmax does not change with a shift of its logits, so neither do the gradients.
     weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True)))
     if mask is not None:
         weights = jnp.where(mask, weights, 0)
     total = weights.sum(axis=-1, keepdims=True)
-    out = jnp.matmul(weights.astype(v.dtype), v, preferred_element_type=master)
-    return (out / jnp.where(total == 0, 1, total)).astype(v.dtype)
+    out = jnp.einsum("bgrnm,bgmd->bgrnd", weights.astype(v.dtype), v, preferred_element_type=master)
+    out = out / jnp.where(total == 0, 1, total)
+    return rearrange(out, "b g r n d -> b (g r) n d").astype(v.dtype)
 
 
 def softmax_attention(
     q: Float[Array, "b n h k"],
-    k: Float[Array, "b m h k"],
-    v: Float[Array, "b m h d"],
+    k: Float[Array, "b m g k"],
+    v: Float[Array, "b m g d"],
     mask: Bool[Array, "#b #h #n #m"] | None = None,
     is_causal: bool = False,
 ) -> Float[Array, "b n h d"]:
-    """Returns softmax(q kᵀ / √k) v per head.
+    """Returns softmax(q kᵀ / √k) v per head; key heads may be fewer than query heads, each serving h/g of them.
 
-    mask: True where a query may attend to a key. is_causal: query i attends to keys 0..i as well as to what
-    `mask` allows; n and m must then be equal (ValueError). A row with no allowed key gives 0.
+    mask: True where a query may attend to a key. is_causal: query i attends to those of keys 0..i that `mask`
+    allows; n and m must then be equal. A row with no allowed key gives 0. Raises ValueError where shapes do not fit.
 
     Example:
         out = softmax_attention(q, k, v, is_causal=True)
     """
-    n, m = q.shape[1], k.shape[1]
+    check_heads(q, k, v)
+    mask = check_mask(mask, q, k)
+    if is_causal:
+        check_causal(q, k)
+    n = q.shape[1]
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
     if not is_causal:
         return attend_heads(q, k, v, mask).swapaxes(1, 2)
-    if n != m:
-        raise ValueError(f"is_causal needs as many queries as keys, got {n} and {m}; pass a mask instead.")
     causal = jnp.tril(jnp.ones((n, n), bool))[None, None]
     mask = causal if mask is None else mask & causal
     size = max(MIN_CAUSAL_SLICE, -(-n // MAX_CAUSAL_SLICES))

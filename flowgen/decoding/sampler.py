@@ -131,8 +131,8 @@ def _active(guidance: Guidance | None, cond: Any, config: Any) -> tuple[Guidance
     attention = config.blocks[0].transformer.attention
     if guidance.temperature != 1 and not causal_kernel(attention).has_temperature:
         raise ValueError(
-            f"guidance temperature is {guidance.temperature}; this flow's attention, {attention!r}, has no temperature, "
-            "which belongs to softmax; set it to 1."
+            f"guidance temperature is {guidance.temperature}; {attention!r} attention has none, unlike softmax; "
+            "set it to 1."
         )
     static = Guidance(scale=1.0, rule=guidance.rule, parts=guidance.parts, blocks=blocks, anneal=guidance.anneal)
     return static, (float(guidance.scale), float(guidance.temperature))

@@ -1,0 +1,61 @@
+"""The Pallas kernel in interpret mode against the scan over chunks, and its lowering for TPUs and GPUs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flowgen.attention import Causal, linear_attention, nala_features, rotary_line
+from flowgen.attention import pallas as kernels
+
+RNG = np.random.default_rng(0)
+FLOAT32 = 1e-5
+PALLAS = Causal(implementation="pallas")
+
+
+def qkv(n, heads=2, groups=2):
+    shapes = (1, n, heads, 8), (1, n, groups, 8), (1, n, groups, 6)
+    return [jnp.asarray(RNG.standard_normal(shape), jnp.float32) for shape in shapes]
+
+
+@pytest.mark.parametrize(("n", "groups"), [(1, 2), (64, 2), (150, 1)])
+@pytest.mark.parametrize("features", ["elu_plus_one", nala_features(rotary=rotary_line(150, 8))], ids=["elu", "rotary"])
+def test_it_is_the_scan_over_chunks(n, groups, features):
+    q, k, v = qkv(n, groups=groups)
+    mask = jnp.arange(n)[None, None, None] != 3
+
+    def loss(implementation):
+        def value(q, k, v):
+            out = linear_attention(q, k, v, features, mask=mask, is_causal=implementation)
+            return (out**2).sum(), out
+
+        (_, out), gradient = jax.value_and_grad(value, argnums=(0, 1, 2), has_aux=True)(q, k, v)
+        return out, *gradient
+
+    for ours, expected in zip(loss(PALLAS), loss(True), strict=True):
+        np.testing.assert_allclose(ours, expected, atol=FLOAT32, rtol=FLOAT32)
+
+
+def test_the_gpu_form_is_the_tpu_form():
+    q, k, v = (jnp.asarray(RNG.standard_normal((1, 2, 96, width)), jnp.float32) for width in (12, 12, 70))
+    tpu = kernels._tpu(q, k, v, chunk_size=32, interpret=True)
+    gpu = kernels._gpu(q, k, v, chunk_size=32, interpret=True)
+    for ours, expected in zip(gpu, tpu, strict=True):
+        np.testing.assert_allclose(ours, expected, atol=FLOAT32, rtol=FLOAT32)
+
+
+@pytest.mark.parametrize(("platform", "target"), [("tpu", "tpu_custom_call"), ("cuda", "xla.gpu.triton")])
+def test_it_lowers_for_accelerators(platform, target):
+    q, k, v = qkv(300)
+    program = jax.jit(kernels.causal_product).trace(q, k, v).lower(lowering_platforms=(platform,))
+    assert target in program.as_text()
+
+
+def test_what_it_cannot_do_is_refused():
+    q, k, v = qkv(8)
+    with pytest.raises(ValueError, match="no blocks and no segments"):
+        linear_attention(q, k, v, is_causal=Causal(implementation="pallas", block_size=2))
+    with pytest.raises(ValueError, match="no blocks and no segments"):
+        linear_attention(q, k, v, is_causal=PALLAS, segment_ids=jnp.zeros((1, 8), jnp.int32))
+    with pytest.raises(ValueError, match="chunk_size is 24; the Pallas kernel needs a power of two"):
+        linear_attention(q, k, v, is_causal=Causal(implementation="pallas", chunk_size=24))
