@@ -13,21 +13,6 @@ GUIDANCE_SCALE = 1.5
 TOLERANCE = 1e-4
 
 
-def main() -> None:
-    arguments = measure.parse_arguments(__doc__.splitlines()[0])
-    import jax
-
-    rows, version = [], None
-    for shape in arguments.shapes:
-        theirs = published.connect(arguments.reference, arguments.torch_python, measure.SHAPES[shape], measure.BATCH)
-        rows += measure_shape(shape, theirs, arguments.threads)
-        if theirs is not None:
-            version = theirs.version
-            theirs.close()
-        jax.clear_caches()
-    measure.write(arguments.out, rows, measure.environment(arguments.threads, version))
-
-
 def measure_shape(shape: str, theirs, threads: int) -> list[dict]:
     """Returns the rows of one shape; all its runs alternate."""
     import jax
@@ -86,4 +71,4 @@ def measure_shape(shape: str, theirs, threads: int) -> list[dict]:
 
 
 if __name__ == "__main__":
-    main()
+    published.run(__doc__.splitlines()[0], measure_shape)

@@ -9,9 +9,11 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import measure
 import numpy as np
 from measure import Cost, cost, rw
 
@@ -111,6 +113,22 @@ class Remote:
         if not answer:
             raise RuntimeError("The process of --torch-python ended early; its message is above.")
         return json.loads(answer)
+
+
+def run(description: str, measure_shape: Callable[..., list[dict]]) -> None:
+    """The main program of a benchmark: rows of `measure_shape(shape, theirs, threads)` for every shape asked for."""
+    arguments = measure.parse_arguments(description)
+    import jax
+
+    rows, version = [], None
+    for shape in arguments.shapes:
+        theirs = connect(arguments.reference, arguments.torch_python, measure.SHAPES[shape], measure.BATCH)
+        rows += measure_shape(shape, theirs, arguments.threads)
+        if theirs is not None:
+            version = theirs.version
+            theirs.close()
+        jax.clear_caches()
+    measure.write(arguments.out, rows, measure.environment(arguments.threads, version))
 
 
 def connect(

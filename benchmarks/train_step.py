@@ -15,21 +15,6 @@ LIBRARY_STEP = "library step"
 COUNTERPARTS = {**{name: name for name in METHODS}, STORED: "forward backward", LIBRARY_STEP: "forward backward adamw"}
 
 
-def main() -> None:
-    arguments = measure.parse_arguments(__doc__.splitlines()[0])
-    import jax
-
-    rows, version = [], None
-    for shape in arguments.shapes:
-        theirs = published.connect(arguments.reference, arguments.torch_python, measure.SHAPES[shape], measure.BATCH)
-        rows += measure_shape(shape, theirs, arguments.threads)
-        if theirs is not None:
-            version = theirs.version
-            theirs.close()
-        jax.clear_caches()
-    measure.write(arguments.out, rows, measure.environment(arguments.threads, version))
-
-
 def measure_shape(shape: str, theirs, threads: int) -> list[dict]:
     """Returns the rows of one shape; all its runs alternate."""
     loss_of_ours, runs = our_runs(shape)
@@ -124,4 +109,4 @@ def _carrying(function, first, second) -> measure.Run:
 
 
 if __name__ == "__main__":
-    main()
+    published.run(__doc__.splitlines()[0], measure_shape)

@@ -49,11 +49,11 @@ def gated_delta_rule(
 
         S ← exp(g) S;   S ← S + β k (v − Sᵀk)ᵀ;   o = Sᵀq
 
-    (Yang, Kautz and Hatamizadeh, Gated Delta Networks, arXiv 2412.06464, eq. 10) with q and k of unit length,
+    (Yang, Kautz and Hatamizadeh, Gated Delta Networks, arXiv 2412.06464) with q and k of unit length,
     q scaled by k_dim^-0.5. beta is β, the writing strength, meant to be in 0..1. log_decay is g ≤ 0, in nats per
     token; -inf forgets everything before the token, None never forgets. Neither range is checked.
 
-    Chunks of `chunk_size` tokens are solved in parallel (Yang et al., arXiv 2406.06484, section 3.2) and passed
+    Chunks of `chunk_size` tokens are solved in parallel (Yang et al., DeltaNet, arXiv 2406.06484) and passed
     through in order; the backward pass stores one state per chunk. Any n is allowed, and `state` continues an
     earlier call or step exactly.
 
@@ -178,7 +178,7 @@ def _advance(
         return jnp.einsum(pattern, *arrays, precision=precision)
 
     overlap = beta[..., None] * pair * product("bhck,bhsk->bhcs", k, k)
-    inverse = _inverse(jnp.tril(overlap, -1), precision)
+    inverse = _inverse(jnp.tril(overlap, -1))
     missing = beta[..., None] * (v - product("bhck,bhkd->bhcd", past * k, kv))
     written = product("bhcs,bhsd->bhcd", inverse, missing)
     scores = pair * product("bhck,bhsk->bhcs", q, k)
@@ -188,8 +188,8 @@ def _advance(
     return kv, out
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _inverse(lower: Float[Array, "b h c c"], precision: jax.lax.Precision) -> Float[Array, "b h c c"]:
+@jax.custom_jvp
+def _inverse(lower: Float[Array, "b h c c"]) -> Float[Array, "b h c c"]:
     """(I + L)⁻¹ for a strictly lower triangular L, from the inverses of ever larger blocks on its diagonal.
 
     Two neighbours A, D with B below A give the next: [[A⁻¹, 0], [−D⁻¹ B A⁻¹, D⁻¹]]. Products only, because jaxlib's
@@ -202,18 +202,19 @@ def _inverse(lower: Float[Array, "b h c c"], precision: jax.lax.Precision) -> Fl
         block = token // width
         joined = (block[:, None] // 2 == block[None, :] // 2) & (block[:, None] != block[None, :])
         below = jnp.where(joined[None, None], lower, 0)
-        inverse = inverse - _sandwich(inverse, below, precision) if width > 1 else inverse - below
+        inverse = inverse - _sandwich(inverse, below) if width > 1 else inverse - below
     return inverse
 
 
 @_inverse.defjvp
-def _inverse_jvp(precision: jax.lax.Precision, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    inverse = _inverse(*primals, precision)
-    return inverse, -_sandwich(inverse, tangents[0], precision)
+def _inverse_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    inverse = _inverse(*primals)
+    return inverse, -_sandwich(inverse, tangents[0])
 
 
-def _sandwich(outer: Array, inner: Array, precision: jax.lax.Precision) -> Array:
-    return jnp.matmul(jnp.matmul(outer, inner, precision=precision), outer, precision=precision)
+def _sandwich(outer: Array, inner: Array) -> Array:
+    full = jax.lax.Precision.HIGHEST  # errors of one level enter the next
+    return jnp.matmul(jnp.matmul(outer, inner, precision=full), outer, precision=full)
 
 
 def _decays(

@@ -1,0 +1,41 @@
+"""The command `info`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from flowgen.cli.options import load_experiment, num_parameters, say
+
+
+def declare(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the command."""
+    group = parser.add_mutually_exclusive_group(required=True)
+    group.add_argument("--config", help="Python file with config()")
+    group.add_argument("--checkpoint", help="directory of a run")
+    parser.add_argument("--debug", action="store_true", help="with --config: as train.py --debug would run it")
+
+
+def run(options: argparse.Namespace, rest: list[str]) -> int:
+    """Returns the exit code."""
+    from flowgen import config, fields
+    from flowgen.training import CheckpointReader
+    from flowgen.training.loop import CHECKPOINTS, read_config
+
+    if options.checkpoint:
+        given = ["--debug"] * options.debug + rest
+        if given:
+            raise ValueError(f"{given[0]} is not an option of info --checkpoint; see --help.")
+        experiment = config.from_json(read_config(options.checkpoint))
+        steps = CheckpointReader(Path(options.checkpoint) / CHECKPOINTS).steps()
+        say(f"checkpoints: {', '.join(map(str, steps)) or 'none'}")
+    else:
+        experiment = load_experiment(options, rest)
+    say(f"parameters: {num_parameters(experiment.flow()):,}")
+    for name in fields.leaf_names(experiment):
+        value: Any = experiment
+        for part in name.split("."):
+            value = getattr(value, part)
+        say(f"--{name} {value}")
+    return 0

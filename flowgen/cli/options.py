@@ -1,0 +1,87 @@
+"""What several commands share: option values, the experiment that options describe, and where they print."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+MAX_SEED = 2**32 - 1  # Without 64-bit integers jax would cut what is above, and two seeds would give one image.
+
+
+def finite_number(text: str) -> float:
+    """Returns a finite number; argparse puts the option's name before what is wrong."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+    return value
+
+
+def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
+    """Returns the parser of whole numbers from least to most."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least or (most is not None and value > most):
+            bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number {bounds}")
+        return value
+
+    return parse
+
+
+def step_or_best(text: str) -> int | str:
+    """Returns the number of a checkpoint, or "best"."""
+    if text != "best" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor best")
+    return text if text == "best" else int(text)
+
+
+def load_experiment(options: argparse.Namespace, rest: list[str]) -> Any:
+    """Returns the experiment of `--config`, shrunk by `--debug`, with the fields in `rest` set."""
+    from flowgen import config
+
+    try:
+        experiment = config.load(options.config)
+    except Exception as error:  # The file is the user's program, which can raise anything.
+        line = _line_of(options.config, error)
+        if line is None:
+            raise
+        reason = str(error).rstrip(".") if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise ValueError(f"config {options.config} fails in line {line} ({reason}); correct it there.") from error
+    # Dataclasses do not look at types; the way through JSON does, and names the field.
+    experiment = config.from_json(config.to_json(experiment))
+    if options.debug:
+        experiment = config.shrink(experiment)
+    return config.override(experiment, rest)
+
+
+def _line_of(path: str, error: Exception) -> int | None:
+    """The line of a config file at which an error arose; None where the file is not to blame."""
+    if isinstance(error, SyntaxError) and error.filename == path:
+        return error.lineno
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    return lines[-1] if lines else None
+
+
+def num_parameters(flow: Any) -> int:
+    """Returns how many parameters a flow has, without making them."""
+    import jax
+
+    from flowgen.flows import init
+
+    abstract = jax.eval_shape(lambda: init(flow, jax.random.key(0)))
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract["params"]))
+
+
+def say(line: str) -> None:
+    """Prints a line of the command's result."""
+    print(line, flush=True)
