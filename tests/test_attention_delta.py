@@ -75,21 +75,18 @@ def test_recorded_values(x64, log_decay, corner, total, squares):
     )
     np.testing.assert_allclose(out, recurrence(q, k, v, *gates)[0], atol=EXACT)
     np.testing.assert_allclose(out[0, 5, 0, :3], corner, atol=RECORDED)
-    np.testing.assert_allclose(out.sum(), total, atol=RECORDED)
-    np.testing.assert_allclose(jnp.square(out).sum(), squares, atol=RECORDED)
+    np.testing.assert_allclose([out.sum(), jnp.square(out).sum()], [total, squares], atol=RECORDED)
 
 
 @pytest.mark.parametrize("chunk_size", [1, 16, 64])
 @pytest.mark.parametrize("n", [1, 5, 64, 65, 130])
 def test_chunks_are_the_recurrence(x64, n, chunk_size):
-    arrays = draw(n)
+    inputs = draw(n)
     start = np.random.default_rng(1).normal(size=(2, 2, 4, 3))
-    for inputs in (arrays, arrays[:4]):
-        expected, final = recurrence(*inputs, state=start)
-        state = DeltaState(jnp.asarray(start))
-        out, state = rule(*as_jax(inputs, jnp.float64), state=state, chunk_size=chunk_size)
-        np.testing.assert_allclose(out, expected, atol=EXACT)
-        np.testing.assert_allclose(state.kv, final, atol=EXACT)
+    expected, final = recurrence(*inputs, state=start)
+    out, state = rule(*as_jax(inputs, jnp.float64), state=DeltaState(jnp.asarray(start)), chunk_size=chunk_size)
+    np.testing.assert_allclose(out, expected, atol=EXACT)
+    np.testing.assert_allclose(state.kv, final, atol=EXACT)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -134,8 +131,7 @@ def test_nothing_depends_on_the_future_or_on_other_samples(chunk_size):
 @pytest.mark.parametrize("shape", [(1, 13), (2, 1, 1, 13)])
 def test_tokens_left_out_change_nothing_whatever_they_hold(shape):
     inputs = draw(13)
-    keep = np.arange(13) % 4 != 1
-    keep[:2] = keep[-3:] = False
+    keep = np.isin(np.arange(13), [2, 3, 4, 6, 7, 8])
     mask = jnp.asarray(np.broadcast_to(keep.reshape((1,) * (len(shape) - 1) + (13,)), shape))
     expected, final = rule(*as_jax(x[:, keep] for x in inputs), chunk_size=4)
     for x in inputs[1:]:
@@ -144,9 +140,6 @@ def test_tokens_left_out_change_nothing_whatever_they_hold(shape):
     np.testing.assert_allclose(out[:, keep], expected, atol=ROUNDING)
     np.testing.assert_allclose(state.kv, final.kv, atol=ROUNDING)
     assert (out[:, :2] == 0).all()  # nothing was written yet
-    q = as_jax(inputs)[0]
-    read, _ = step(state, q[:, -1], q[:, -1], jnp.zeros((2, 2, 3)), jnp.zeros((2, 2)))
-    np.testing.assert_allclose(out[:, -1], read, atol=ROUNDING)
 
     def loss(*inputs):
         out, state = rule(*inputs, mask=mask, chunk_size=4)
@@ -177,24 +170,22 @@ def test_gradients_in_both_modes_are_finite_differences(x64):
         np.testing.assert_allclose(slope(inputs, tuple(change)), numeric, rtol=1e-6, atol=1e-7)
 
 
-def test_the_backward_pass_stores_one_state_per_chunk():
+def test_what_the_backward_pass_stores_and_does_not_call():
     inputs = as_jax(draw(64))
-    _, pullback = jax.vjp(lambda *x: gated_delta_rule(*x, chunk_size=8)[0], *inputs)
+    _, pullback = jax.vjp(lambda *x: rule(*x, chunk_size=8)[0], *inputs)
     stored = sum(x.size for x in jax.tree.leaves(pullback) if x.shape[:1] == (8,))
-    assert stored <= 8 * 2 * 2 * 4 * 3 + sum(x.size for x in inputs)  # states, and the inputs themselves
+    assert stored <= 8 * 2 * 2 * 4 * 3 + sum(x.size for x in inputs)  # one state per chunk, and the inputs themselves
+    # Two triangular solves at a time can wait for each other forever on the CPU.
+    assert "triangular_solve" not in str(jax.make_jaxpr(jax.grad(lambda *x: rule(*x)[0].sum()))(*inputs))
 
 
 def test_bfloat16_with_a_float32_state():
     inputs = as_jax(draw(130), jnp.bfloat16)
     expected, final = recurrence(*(np.asarray(x, np.float64) for x in inputs))
     out, state = rule(*inputs)
-    assert out.dtype == jnp.bfloat16
-    assert state.kv.dtype == jnp.float32
+    assert (out.dtype, state.kv.dtype) == (jnp.bfloat16, jnp.float32)
     np.testing.assert_allclose(out.astype(jnp.float32), expected, atol=HALF)
     np.testing.assert_allclose(state.kv, final, atol=HALF)
-    out, state = step(state, *(x[:, 0] for x in inputs))
-    assert out.dtype == jnp.bfloat16
-    assert state.kv.dtype == jnp.float32
 
 
 @jax.jit
@@ -212,7 +203,6 @@ def test_zero_vectors_and_strong_decays_have_finite_values_and_gradients(log_dec
     q, k, v, beta, g = as_jax(draw(20))
     q, k = (q, k) if vectors == "drawn" else (0 * q, 0 * k)
     g = g.at[:, 7:12].set(log_decay).at[:, 15].set(log_decay)
-
     gradients, (out, state) = gradients_and_results(q, k, v, beta, g)
     assert all(jnp.isfinite(x).all() for x in (*gradients, out, state.kv))
     expected, final = recurrence(*(np.asarray(x, np.float64) for x in (q, k, v, beta, g)))
@@ -231,32 +221,22 @@ def test_one_key_written_again_and_again(beta):
         np.testing.assert_allclose(out, v / 2, atol=ROUNDING)  # what was written last, times 4^-0.5
 
 
-def test_no_triangular_solve():
-    """Two at a time can wait for each other forever on the CPU; a backward pass has two."""
-    inputs = as_jax(draw(6))
-    assert "triangular_solve" not in str(jax.make_jaxpr(jax.grad(lambda *x: rule(*x)[0].sum()))(*inputs))
-
-
-SHAPES = {"q": (2, 6, 3, 4), "k": (2, 6, 3, 4), "v": (2, 6, 3, 5), "beta": (2, 6, 3), "log_decay": (2, 6, 3)}
-
-
 @pytest.mark.parametrize(
     ("name", "shape", "message"),
     [
         ("q", (6, 3, 4), r"q has shape \(6, 3, 4\); pass 4 axes"),
         ("k", (1, 6, 3, 4), r"k has shape \(1, 6, 3, 4\) and q \(2, 6, 3, 4\); pass both as `b n h k`"),
-        ("k", (2, 6, 1, 4), r"k has shape \(2, 6, 1, 4\) and q .* repeated per head"),
         ("v", (2, 5, 3, 5), r"v has shape \(2, 5, 3, 5\) and q \(2, 6, 3, 4\); pass v as `b n h d`"),
         ("beta", (2, 6, 3, 1), r"beta has shape \(2, 6, 3, 1\) and q .*one number per head, `b n h`"),
         ("log_decay", (2, 6), r"log_decay has shape \(2, 6\) and q \(2, 6, 3, 4\)"),
         ("state", (2, 3, 5, 4), r"state.kv has shape \(2, 3, 5, 4\) and q, v need \(2, 3, 4, 5\)"),
         ("mask", (2, 3, 6, 6), r"mask has shape \(2, 3, 6, 6\) for tokens \(2, 6\)"),
-        ("mask", (6,), r"mask has shape \(6,\)"),
         ("chunk_size", 0, "chunk_size is 0; .* at least 1"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(untyped, name, shape, message):
-    arguments = {other: np.zeros(fits, np.float32) for other, fits in SHAPES.items()}
+    shapes = {"q": (2, 6, 3, 4), "k": (2, 6, 3, 4), "v": (2, 6, 3, 5), "beta": (2, 6, 3), "log_decay": (2, 6, 3)}
+    arguments = {other: np.zeros(fits, np.float32) for other, fits in shapes.items()}
     wrong = shape if name == "chunk_size" else np.zeros(shape, bool if name == "mask" else np.float32)
     arguments[name] = DeltaState(jnp.asarray(wrong)) if name == "state" else wrong
     with pytest.raises(ValueError, match=message):

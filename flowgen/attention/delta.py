@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Bool, Float
 
+from flowgen.attention.linalg import unit_lower_inverse
+
 # Added to the squared norm of q and k, as in the published implementation; a zero vector stays zero.
 NORM_EPS = 1e-6
 
@@ -178,7 +180,7 @@ def _advance(
         return jnp.einsum(pattern, *arrays, precision=precision)
 
     overlap = beta[..., None] * pair * product("bhck,bhsk->bhcs", k, k)
-    inverse = _inverse(jnp.tril(overlap, -1))
+    inverse = unit_lower_inverse(jnp.tril(overlap, -1))
     missing = beta[..., None] * (v - product("bhck,bhkd->bhcd", past * k, kv))
     written = product("bhcs,bhsd->bhcd", inverse, missing)
     scores = pair * product("bhck,bhsk->bhcs", q, k)
@@ -186,35 +188,6 @@ def _advance(
     to_end = pair[:, :, -1, :, None]
     kv = past[:, :, -1:] * kv + product("bhck,bhcd->bhkd", to_end * k, written)
     return kv, out
-
-
-@jax.custom_jvp
-def _inverse(lower: Float[Array, "b h c c"]) -> Float[Array, "b h c c"]:
-    """(I + L)⁻¹ for a strictly lower triangular L, from the inverses of ever larger blocks on its diagonal.
-
-    Two neighbours A, D with B below A give the next: [[A⁻¹, 0], [−D⁻¹ B A⁻¹, D⁻¹]]. Products only, because jaxlib's
-    solve_triangular can wait forever on the CPU: solves that run at the same time wait for each other's threads.
-    """
-    size = lower.shape[-1]
-    token = jnp.arange(size)
-    inverse = jnp.broadcast_to(jnp.eye(size, dtype=lower.dtype), lower.shape)
-    for width in (2**level for level in range((size - 1).bit_length())):
-        block = token // width
-        joined = (block[:, None] // 2 == block[None, :] // 2) & (block[:, None] != block[None, :])
-        below = jnp.where(joined[None, None], lower, 0)
-        inverse = inverse - _sandwich(inverse, below) if width > 1 else inverse - below
-    return inverse
-
-
-@_inverse.defjvp
-def _inverse_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    inverse = _inverse(*primals)
-    return inverse, -_sandwich(inverse, tangents[0])
-
-
-def _sandwich(outer: Array, inner: Array) -> Array:
-    full = jax.lax.Precision.HIGHEST  # errors of one level enter the next
-    return jnp.matmul(jnp.matmul(outer, inner, precision=full), outer, precision=full)
 
 
 def _decays(

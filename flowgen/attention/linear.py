@@ -24,7 +24,8 @@ from flowgen.attention.checks import (
     is_key_mask,
 )
 from flowgen.attention.features import FeatureMap, feature_map
-from flowgen.attention.prefix import CHUNK_SIZE, Features, LinearState, empty_state, matmul_precision, prefix_product
+from flowgen.attention.linalg import HIGHEST
+from flowgen.attention.prefix import CHUNK_SIZE, Features, LinearState, empty_state, prefix_product
 
 EPS = 1e-6
 
@@ -146,17 +147,16 @@ def quadratic_products(
         out, total = quadratic_products(Features(q, k), v, mask)
     """
     dtype = jnp.promote_types(jnp.result_type(features.k, v), jnp.float32)
-    precision = matmul_precision(dtype)
     repeats = features.q.shape[2] // v.shape[2]
 
     def weights(q, k):
-        pairs = jnp.einsum("bnhf,bmhf->bhnm", q, jnp.repeat(k, repeats, axis=2), precision=precision)
+        pairs = jnp.einsum("bnhf,bmhf->bhnm", q, jnp.repeat(k, repeats, axis=2), precision=HIGHEST)
         return pairs.astype(dtype) if mask is None else jnp.where(mask, pairs.astype(dtype), 0)
 
     numerator = weights(features.q, features.k)
     norm = numerator if features.norm_q is None else weights(*features.normaliser)
     values = jnp.repeat(v.astype(dtype), repeats, axis=2)
-    out = jnp.einsum("bhnm,bmhd->bnhd", numerator, values, precision=precision)
+    out = jnp.einsum("bhnm,bmhd->bnhd", numerator, values, precision=HIGHEST)
     return out, norm.sum(axis=-1).swapaxes(1, 2)
 
 
@@ -276,16 +276,15 @@ def _pallas(features: Features, v: Array, causal: Causal, segment_ids: Array | N
 def _full(features: Features, v: Array) -> tuple[Array, Array]:
     """Every query sees every key: one state of all keys, one product per query."""
     dtype = jnp.promote_types(jnp.result_type(features.k, v), jnp.float32)
-    precision = matmul_precision(dtype)
     groups = v.shape[2]
-    kv = jnp.einsum("bmgf,bmgd->bgfd", features.k, v.astype(dtype), precision=precision)
+    kv = jnp.einsum("bmgf,bmgd->bgfd", features.k, v.astype(dtype), precision=HIGHEST)
     norm_q, norm_k = features.normaliser
 
     def grouped(x):
         return x.reshape(*x.shape[:2], groups, -1, x.shape[-1])
 
-    out = jnp.einsum("bngrf,bgfd->bngrd", grouped(features.q), kv, precision=precision)
-    total = jnp.einsum("bngrf,bgf->bngr", grouped(norm_q), norm_k.sum(axis=1), precision=precision)
+    out = jnp.einsum("bngrf,bgfd->bngrd", grouped(features.q), kv, precision=HIGHEST)
+    total = jnp.einsum("bngrf,bgf->bngr", grouped(norm_q), norm_k.sum(axis=1), precision=HIGHEST)
     heads = features.q.shape[:3]
     return out.reshape(*heads, v.shape[-1]), total.reshape(heads)
 

@@ -19,6 +19,8 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
+from flowgen.attention.linalg import HIGHEST
+
 CHUNK_SIZE = 64
 
 
@@ -102,11 +104,10 @@ def prefix_product(
     state = empty_state(features, v) if state is None else state
     size = min(-(-chunk_size // block_size), -(-n // block_size)) * block_size
     chunks = _split(features, v, log_decay, segment_ids, size)
-    precision = matmul_precision(v.dtype)
     past = jnp.zeros((batch,), jnp.int32) if segment_ids is None else segment_ids[:, 0]
 
     def body(carry, chunk):
-        return _advance(carry, chunk, block_size, precision)
+        return _advance(carry, chunk, block_size)
 
     carry = (state.kv.astype(v.dtype), state.norm.astype(v.dtype), past)
     if size >= n:
@@ -117,15 +118,6 @@ def prefix_product(
     out = rearrange(out, "m b g r c d -> b (m c) (g r) d")[:, :n]
     total = rearrange(total, "m b g r c -> b (m c) (g r)")[:, :n]
     return out, total, LinearState(carry[0], carry[1], state.length + n)
-
-
-def matmul_precision(dtype: jnp.dtype) -> jax.lax.Precision:
-    """Returns the precision of products that feed a running state: full, also where the default is lower.
-
-    Example:
-        jnp.einsum("bnk,bmk->bnm", q, k, precision=matmul_precision(q.dtype))
-    """
-    return jax.lax.Precision.HIGHEST if jnp.finfo(dtype).bits >= 32 else jax.lax.Precision.DEFAULT
 
 
 def _at_least_float32(features: Features, v: Array) -> tuple[Features, Array]:
@@ -153,7 +145,7 @@ def _split(features: Features, v: Array, log_decay: Array | None, segment_ids: A
     return _Chunk(queries(q), keys(k), keys(v), queries(norm_q), keys(norm_k), decay, segment)
 
 
-def _advance(carry, chunk: _Chunk, block_size: int, precision: jax.lax.Precision):
+def _advance(carry, chunk: _Chunk, block_size: int):
     """One chunk: its outputs, and the state with it absorbed."""
     kv, norm, past = carry
     size = chunk.k.shape[2]
@@ -169,7 +161,7 @@ def _advance(carry, chunk: _Chunk, block_size: int, precision: jax.lax.Precision
     within = _weigh(within, chunk.log_decay, kv.dtype)
 
     def product(pattern, *arrays):
-        return jnp.einsum(pattern, *arrays, precision=precision)
+        return jnp.einsum(pattern, *arrays, precision=HIGHEST)
 
     scores = product("bgrcf,bgsf->bgrcs", chunk.q, chunk.k) * within.pair[:, :, None]
     query, key = within.query[:, :, None, :, None], within.key[..., None]

@@ -18,12 +18,13 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
+from flowgen.attention.linalg import HIGHEST, inverse_cholesky, positive_inverse
+
 Pair = tuple[int, int]
 Solver = Literal["newton", "cholesky", "newton_released"]
 Normalization = Literal["symmetric", "row"] | None
 Ridge = float | Float[Array, ""]
 
-HIGHEST = jax.lax.Precision.HIGHEST
 NEWTON_ITERATIONS = 20
 # The line search of the released SOFT++: how often it may halve its step, and the residual it accepts.
 RELEASED_HALVINGS = 10
@@ -206,8 +207,7 @@ def cholesky_solve(
     Example:
         summary = cholesky_solve(a, p_v, ridge=0.01)
     """
-    factor = jnp.linalg.cholesky(_add_ridge(a, ridge))
-    return jax.scipy.linalg.cho_solve((factor, True), rhs)
+    return jnp.matmul(positive_inverse(_add_ridge(a, ridge)), rhs, precision=HIGHEST)
 
 
 def _solve(a: Array, rhs: Array, ridge: Ridge, solver: Solver) -> Array:
@@ -293,10 +293,10 @@ def gaussian_landmark_features(
         )
     points = rearrange(to_kernel_space(landmarks), "h l k -> 1 l h k")
     tokens = rearrange(to_kernel_space(x), "b n h k -> 1 (b n) h k")
-    features = gaussian_kernel(points, tokens)[0]  # h l (b n): one factor then solves for all samples
+    features = gaussian_kernel(points, tokens)[0]  # h l (b n): one factor then serves all samples
     if whiten:
-        factor = jnp.linalg.cholesky(_add_ridge(gaussian_kernel(points, points)[0], ridge))
-        features = jax.lax.linalg.triangular_solve(factor, features, left_side=True, lower=True)
+        whitening = inverse_cholesky(_add_ridge(gaussian_kernel(points, points)[0], ridge))
+        features = jnp.matmul(whitening, features, precision=HIGHEST)
     return rearrange(features, "h l (b n) -> b n h l", b=x.shape[0])
 
 
