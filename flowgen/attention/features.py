@@ -17,6 +17,7 @@ DirectionMap = Literal["split", "cosine"]
 Map = Callable[[Array, Array], Array]
 
 NORM_EPS = 1e-12  # inside square roots, so that a zero vector has a norm with a gradient
+MAX_SHIFT = 60.0  # e^60 is far inside float32, and so is 1e-6 times it
 FOCUSED_FLOOR = 1e-6  # of the released FLatten: keeps every relu feature positive
 
 
@@ -121,19 +122,20 @@ def nala_features(
         return per_head(power, q) * (per_head(offset, q) + jnp.tanh(_norm(q, (-1,))))
 
     def logs(q):
-        """log |d(q)|, 0 where it is -inf, and its largest finite value per token."""
+        """log |d(q)|, 0 where it is -inf; and a shift that lifts the token's largest log feature to 0, if it can."""
         nonzero = q != 0
         log = jnp.where(nonzero, jnp.log(jnp.where(nonzero, jnp.abs(q / _norm(q, (-1,))), 1)), 0)
         top = jnp.where(nonzero, log, -jnp.inf).max(axis=-1, keepdims=True)
-        return log, jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0))
+        top = jnp.where(jnp.isfinite(top), top, 0)
+        # The factor exp(shift) cancels, so it takes no part in gradients.
+        return log, jax.lax.stop_gradient(jnp.minimum(-exponent(q) * top, MAX_SHIFT))
 
     def query(q, positions):
-        log, top = logs(q)
-        return directed(jnp.where(q != 0, jnp.exp(exponent(q) * (log - top)), 0), q)
+        log, shift = logs(q)
+        return directed(jnp.where(q != 0, jnp.exp(exponent(q) * log + shift), 0), q)
 
     def query_scale(q):
-        q = _at_least_float32(q)
-        return jnp.exp(-exponent(q) * logs(q)[1])[..., 0]
+        return jnp.exp(logs(_at_least_float32(q))[1])[..., 0]
 
     def key(k, positions):
         return directed(signless_power(k, per_head(power, k)), k)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
+from einops import rearrange
 from jaxtyping import Array, Float, Int
 
 from flowgen.attention.checks import check_causal, check_heads, check_key_mask, check_mask
@@ -23,6 +24,7 @@ from flowgen.attention.features import (
 from flowgen.attention.linear import (
     EPS,
     Causal,
+    hide_keys,
     init_state,
     keep_keys,
     linear_attention,
@@ -98,8 +100,9 @@ class PolaKernel:
 
     def attend(self, q, k, v, *, mask=None, is_causal=False, segment_ids=None):
         check_heads(q, k, v)
-        features = self._features(q, k, v)
-        mask = _for_twice_the_heads(check_mask(mask, q, k))
+        mask = check_mask(mask, q, k)
+        k, v = hide_keys(k, v, mask)
+        features, mask = self._features(q, k, v), _for_twice_the_heads(mask)
         out, total = products(features, v, mask=mask, is_causal=is_causal, segment_ids=segment_ids)
         return _halves(normalised(out, total, self.eps, v.dtype))
 
@@ -110,9 +113,11 @@ class PolaKernel:
     def prefill(self, q, k, v, *, state=None, mask=None):
         check_heads(q, k, v)
         check_causal(q, k)
+        mask = None if mask is None else check_key_mask(mask, q, k)
+        k, v = hide_keys(k, v, mask)
         features = self._features(q, k, v)
         if mask is not None:
-            features, v = keep_keys(features, v, check_key_mask(mask, q, k))
+            features, v = keep_keys(features, v, mask)
         out, total, state = prefix_product(features, v, state=state)
         return _halves(normalised(out, total, self.eps, v.dtype)), state
 
@@ -123,7 +128,7 @@ class PolaKernel:
         dtype = jnp.promote_types(q.dtype, jnp.float32)
         positive, negative = (_signed_power(x.astype(dtype), self.power) for x in (q, -q))
         same, opposite = jnp.concatenate([positive, negative], -1), jnp.concatenate([negative, positive], -1)
-        pairs = jnp.stack([same, opposite], axis=3).reshape(*q.shape[:2], 2 * q.shape[2], -1)
+        pairs = rearrange(jnp.stack([same, opposite]), "two b n h f -> b n (h two) f")
         keys = jnp.concatenate([_signed_power(x.astype(dtype), self.power) for x in (k, -k)], axis=-1)
         return Features(pairs, keys)
 
@@ -143,6 +148,7 @@ class InlineKernel:
 
     def attend(self, q, k, v, *, mask=None, is_causal=False, segment_ids=None):
         check_heads(q, k, v)
+        k, v = hide_keys(k, v, check_mask(mask, q, k))
         options = {"mask": mask, "is_causal": is_causal, "segment_ids": segment_ids}
         pairs, values = self._features(q, k)
         return _inline(*products(pairs, v, **options), *products(values, v, **options), v.dtype)
@@ -154,9 +160,11 @@ class InlineKernel:
     def prefill(self, q, k, v, *, state=None, mask=None):
         check_heads(q, k, v)
         check_causal(q, k)
+        mask = None if mask is None else check_key_mask(mask, q, k)
+        k, v = hide_keys(k, v, mask)
         sums, states = [], []
         for features, before in zip(self._features(q, k), state or (None, None), strict=True):
-            kept = (features, v) if mask is None else keep_keys(features, v, check_key_mask(mask, q, k))
+            kept = (features, v) if mask is None else keep_keys(features, v, mask)
             out, total, after = prefix_product(*kept, state=before)
             sums += [out, total]
             states.append(after)

@@ -13,6 +13,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
 from flowgen.attention.checks import (
@@ -72,6 +73,7 @@ def linear_attention(
         out = linear_attention(q, k, v, "focused", is_causal=True)
     """
     check_heads(q, k, v)
+    k, v = hide_keys(k, v, check_mask(mask, q, k))
     phi = feature_map(features)
     mapped = phi(q, k)
     if phi.query_scale is None:
@@ -172,6 +174,23 @@ def normalised(
     return (out / jnp.where(total == 0, 1, total)[..., None]).astype(dtype)
 
 
+def hide_keys(
+    k: Float[Array, "b m g k"], v: Float[Array, "b m g d"], mask: Bool[Array, "#b #h #n #m"] | None
+) -> tuple[Float[Array, "b m g k"], Float[Array, "b m g d"]]:
+    """Returns k and v with zeros for keys that no query may see, so that not even NaN or a gradient gets through.
+
+    Example:
+        k, v = hide_keys(k, v, mask)
+    """
+    if mask is None:
+        return k, v
+    seen = mask.any(axis=2)
+    if mask.shape[1] > 1:
+        seen = rearrange(seen, "b (g r) m -> b g r m", g=k.shape[2]).any(axis=2)
+    seen = seen.swapaxes(1, 2)[..., None]
+    return jnp.where(seen, k, 0), jnp.where(seen, v, 0)
+
+
 def keep_keys(
     features: Features, v: Float[Array, "b m g d"], mask: Bool[Array, "#b #g 1 m"]
 ) -> tuple[Features, Float[Array, "b m g d"]]:
@@ -225,11 +244,12 @@ def prefill(
     """
     check_heads(q, k, v)
     check_causal(q, k)
+    mask = None if mask is None else check_key_mask(mask, q, k)
+    k, v = hide_keys(k, v, mask)
     phi = feature_map(features)
-    start = 0 if state is None else state.length
-    mapped = phi(q, k, start)
+    mapped = phi(q, k, 0 if state is None else state.length)
     if mask is not None:
-        mapped, v = keep_keys(mapped, v, check_key_mask(mask, q, k))
+        mapped, v = keep_keys(mapped, v, mask)
     out, total, state = prefix_product(mapped, v, state=state, chunk_size=chunk_size)
     scale = 1 if phi.query_scale is None else phi.query_scale(q)
     return normalised(out, total, eps * scale, v.dtype), state

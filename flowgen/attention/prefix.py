@@ -102,6 +102,9 @@ def prefix_product(
     features, v = _at_least_float32(features, v)
     batch, n = v.shape[:2]
     state = empty_state(features, v) if state is None else state
+    if n == 0:
+        heads = features.q.shape[:3]
+        return jnp.zeros((*heads, v.shape[-1]), v.dtype), jnp.zeros(heads, v.dtype), state
     size = min(-(-chunk_size // block_size), -(-n // block_size)) * block_size
     chunks = _split(features, v, log_decay, segment_ids, size)
     past = jnp.zeros((batch,), jnp.int32) if segment_ids is None else segment_ids[:, 0]

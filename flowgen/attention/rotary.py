@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
 from jaxtyping import Array, Float, Int
 
 
 class Rotary(NamedTuple):
-    """cos and sin of the angles of every position, one per adjacent pair of channels: arrays `n r`."""
+    """cos and sin of the angles of every position, one per adjacent pair of channels: float64 NumPy arrays `n r`."""
 
-    cos: Float[Array, "n r"]
-    sin: Float[Array, "n r"]
+    cos: Float[np.ndarray, "n r"]
+    sin: Float[np.ndarray, "n r"]
 
 
 def rotary_line(num_positions: int, dim: int, base: float = 10_000.0) -> Rotary:
@@ -25,8 +27,8 @@ def rotary_line(num_positions: int, dim: int, base: float = 10_000.0) -> Rotary:
     """
     if dim % 2:
         raise ValueError(f"dim is {dim}; rotation turns pairs of channels, so it must be even.")
-    frequencies = base ** (-jnp.arange(0, dim, 2) / dim)
-    return _table(jnp.arange(num_positions)[:, None] * frequencies[None, :])
+    frequencies = base ** (-np.arange(0, dim, 2) / dim)
+    return _table(np.arange(num_positions)[:, None] * frequencies[None, :])
 
 
 def rotary_grid(height: int, width: int, dim: int, base: float = 10_000.0) -> Rotary:
@@ -40,9 +42,9 @@ def rotary_grid(height: int, width: int, dim: int, base: float = 10_000.0) -> Ro
     """
     if dim % 4:
         raise ValueError(f"dim is {dim}; rows and columns each turn pairs of channels, so it must be a multiple of 4.")
-    frequencies = base ** -jnp.linspace(0, 1, dim // 4)
-    rows, columns = jnp.divmod(jnp.arange(height * width), width)
-    angles = jnp.stack([rows, columns], axis=1)[:, :, None] * frequencies[None, None, :]
+    frequencies = base ** -np.linspace(0, 1, dim // 4)
+    rows, columns = np.divmod(np.arange(height * width), width)
+    angles = np.stack([rows, columns], axis=1)[:, :, None] * frequencies[None, None, :]
     return _table(angles.reshape(height * width, dim // 2))
 
 
@@ -58,12 +60,11 @@ def rotate(x: Float[Array, "b n h f"], rotary: Rotary, positions: Int[Array, " n
     pairs = rotary.cos.shape[1]
     if x.shape[-1] % (2 * pairs):
         raise ValueError(f"features have {x.shape[-1]} channels; the rotary table turns parts of {2 * pairs}.")
-    cos = rotary.cos[positions][None, :, None, None, :].astype(x.dtype)
-    sin = rotary.sin[positions][None, :, None, None, :].astype(x.dtype)
-    parts = x.reshape(*x.shape[:3], -1, pairs, 2)
+    cos, sin = (jnp.asarray(table, x.dtype)[positions][None, :, None, None, :] for table in rotary)
+    parts = rearrange(x, "b n h (p r two) -> b n h p r two", r=pairs, two=2)
     even, odd = parts[..., 0], parts[..., 1]
     return jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1).reshape(x.shape)
 
 
-def _table(angles: Float[Array, "n r"]) -> Rotary:
-    return Rotary(jnp.cos(angles), jnp.sin(angles))
+def _table(angles: Float[np.ndarray, "n r"]) -> Rotary:
+    return Rotary(np.cos(angles), np.sin(angles))
