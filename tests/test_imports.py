@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent / "flowgen"
 # A module may import from its own package and from lower levels. The longest matching name counts.
 LEVELS = {
     "flowgen.attention": 0,
+    "flowgen.matching": 0,
     "flowgen.data.media": 0,
     "flowgen.fields": 0,
     "flowgen.nn": 1,

@@ -1,0 +1,233 @@
+"""Couplings: which source goes with which datum, and how much the pair counts. All return log-weights.
+
+Weights turn the loss of independent pairs into that of the coupling q ∝ w · (source x data): E[w |v - u|²]
+(W-CFM, arXiv 2507.22270). A plan over the batch instead moves the sources.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
+from scipy.optimize import linear_sum_assignment
+
+Cost = Literal["euclidean", "sqeuclidean"] | Callable[[Array, Array], Array]
+
+
+class Coupled(NamedTuple):
+    """Pairs, their condition and their log-weights."""
+
+    x0: Float[Array, "b *event"]
+    x1: Float[Array, "b *event"]
+    cond: Any
+    log_weight: Float[Array, " b"]
+
+
+@runtime_checkable
+class Coupling(Protocol):
+    """What a loss asks of a coupling."""
+
+    def __call__(
+        self, key: Key[Array, ""], x0: Float[Array, "b *event"], x1: Float[Array, "b *event"], cond: Any = None
+    ) -> Coupled:
+        """Returns pairs and their log-weights; data keep their order."""
+        ...
+
+
+@dataclass(frozen=True)
+class Independent:
+    """Pairs as they come, all of weight 1: I-CFM.
+
+    Example:
+        x0, x1, cond, log_weight = Independent()(key, x0, x1)
+    """
+
+    def __call__(self, key, x0, x1, cond=None):
+        check_batch(x0, x1)
+        return Coupled(x0, x1, cond, jnp.zeros(len(x0), x0.dtype))
+
+
+@dataclass(frozen=True)
+class MinibatchOT:
+    """Optimal transport within the batch, on the squared Euclidean cost: OT-CFM (Tong et al., arXiv 2302.00482).
+
+    method: "exact" permutes the sources by the optimal assignment (scipy's, on the host), so that each is used once;
+    "sinkhorn" draws a source for each datum from the entropic plan inside the compiled program. epsilon: of the
+    entropic plan, in units of the mean cost. num_sweeps: of Sinkhorn's iteration. class_aware: pair i lends its
+    label to its source, and sources move only within a class; otherwise the sources that a class sees are not those
+    it is sampled from (C2OT, ICCV 2025). It needs integer labels `b` as cond.
+
+    Example:
+        x0, x1, cond, log_weight = MinibatchOT(method="exact")(key, x0, x1)
+    """
+
+    method: Literal["exact", "sinkhorn"] = "exact"
+    epsilon: float = 0.05
+    num_sweeps: int = 50
+    class_aware: bool = False
+
+    def __post_init__(self):
+        if self.method not in ("exact", "sinkhorn"):
+            raise ValueError(f"method is {self.method!r}; choose 'exact' or 'sinkhorn'.")
+        check_positive("epsilon", self.epsilon)
+        check_positive("num_sweeps", self.num_sweeps)
+
+    def __call__(self, key, x0, x1, cond=None):
+        check_batch(x0, x1)
+        cost = pairwise_cost(x1, x0, "sqeuclidean")
+        if self.class_aware:
+            if cond is None:
+                raise ValueError("class_aware transport needs labels as cond; give them, or switch it off.")
+            # Above any sum of costs that an assignment within the classes can have.
+            cost = jnp.where(cond[:, None] == cond[None, :], cost, (cost.max() + 1) * len(cost))
+        if self.method == "exact":
+            source = assignment(cost)
+        else:
+            logits = -cost / (self.epsilon * pairwise_cost(x1, x0, "sqeuclidean").mean())
+            f, g = sinkhorn_potentials(logits, self.num_sweeps)
+            source = jax.random.categorical(key, logits + f[:, None] + g[None, :], axis=1)
+        return Coupled(x0[source], x1, cond, jnp.zeros(len(x0), x0.dtype))
+
+
+@dataclass(frozen=True)
+class GibbsWeights:
+    """Independent pairs weighted by w = exp(-cost / epsilon): weighted conditional flow matching (arXiv 2507.22270).
+
+    cost: "euclidean" as published, "sqeuclidean", or a function of two batches that gives one cost per pair.
+    normalize: "running" divides by a running mean of w that the loss carries from step to step, "batch" by the mean
+    of the batch, "none" by nothing: weights can then be 1e-13 for images, and optimizers do not see them.
+    sinkhorn_sweeps: with more than 0, the weights are those of the entropic plan with the batch's own marginals,
+    exp(-cost_ii/epsilon + f_i + g_i), which undoes the tilt of source and data that plain weights bring.
+
+    Example:
+        x0, x1, cond, log_weight = GibbsWeights(epsilon=2.0)(key, x0, x1)
+    """
+
+    epsilon: float
+    cost: Cost = "euclidean"
+    normalize: Literal["running", "batch", "none"] = "running"
+    sinkhorn_sweeps: int = 0
+
+    def __post_init__(self):
+        check_positive("epsilon", self.epsilon)
+        if self.normalize not in ("running", "batch", "none"):
+            raise ValueError(f"normalize is {self.normalize!r}; choose 'running', 'batch' or 'none'.")
+        if isinstance(self.cost, str) and self.cost not in ("euclidean", "sqeuclidean"):
+            raise ValueError(f"cost is {self.cost!r}; choose 'euclidean', 'sqeuclidean' or give a function.")
+        if self.sinkhorn_sweeps < 0:
+            raise ValueError(f"sinkhorn_sweeps is {self.sinkhorn_sweeps}; it must be at least 0.")
+
+    def __call__(self, key, x0, x1, cond=None):
+        check_batch(x0, x1)
+        if self.sinkhorn_sweeps:
+            logits = -pairwise_cost(x0, x1, self.cost) / self.epsilon
+            f, g = sinkhorn_potentials(logits, self.sinkhorn_sweeps)
+            log_weight = jnp.diagonal(logits) + f + g
+        else:
+            log_weight = -pair_cost(x0, x1, self.cost) / self.epsilon
+        log_weight = jax.lax.stop_gradient(log_weight)
+        if self.normalize == "batch":
+            log_weight = log_weight - log_mean_exp(log_weight)
+        return Coupled(x0, x1, cond, log_weight)
+
+
+def sinkhorn_potentials(logits: Float[Array, "b b"], num_sweeps: int) -> tuple[Float[Array, " b"], Float[Array, " b"]]:
+    """Returns f, g such that exp(logits_ij + f_i + g_j) has rows and columns of mean 1, in the log domain.
+
+    After a sweep the columns are exact and the rows nearly. Any finite logits give finite potentials.
+
+    Example:
+        f, g = sinkhorn_potentials(-cost / epsilon, 50)
+    """
+    log_size = jnp.log(len(logits))
+
+    def sweep(_, potentials):
+        _, g = potentials
+        f = log_size - jax.nn.logsumexp(logits + g[None, :], axis=1)
+        return f, log_size - jax.nn.logsumexp(logits + f[:, None], axis=0)
+
+    zeros = jnp.zeros(len(logits), logits.dtype)
+    return jax.lax.fori_loop(0, num_sweeps, sweep, (zeros, zeros))
+
+
+def assignment(cost: Float[Array, "b b"]) -> Int[Array, " b"]:
+    """Returns the column of each row in the assignment of least total cost, by scipy on the host.
+
+    Example:
+        source = assignment(pairwise_cost(x1, x0, "sqeuclidean"))
+    """
+
+    def solve(matrix):
+        return linear_sum_assignment(np.asarray(matrix))[1].astype(np.int32)
+
+    return jax.pure_callback(solve, jax.ShapeDtypeStruct((len(cost),), jnp.int32), cost, vmap_method="sequential")
+
+
+def pair_cost(x0: Float[Array, "b *event"], x1: Float[Array, "b *event"], cost: Cost) -> Float[Array, " b"]:
+    """Returns the cost of each pair, float32 at least; ValueError where a user's function gives another shape.
+
+    Example:
+        c = pair_cost(x0, x1, "euclidean")
+    """
+    if callable(cost):
+        value = cost(x0, x1)
+        if value.shape != x0.shape[:1]:
+            raise ValueError(f"cost gave shape {value.shape}; it must give one number per pair, {x0.shape[:1]}.")
+        return value
+    square = jnp.square(_flat(x0) - _flat(x1)).sum(axis=1)
+    return square if cost == "sqeuclidean" else jnp.sqrt(square)
+
+
+def pairwise_cost(x0: Float[Array, "b *event"], x1: Float[Array, "m *event"], cost: Cost) -> Float[Array, "b m"]:
+    """Returns the cost of every x0 with every x1.
+
+    Example:
+        c = pairwise_cost(x0, x1, "sqeuclidean")
+    """
+    if callable(cost):
+        return jax.vmap(lambda x: cost(jnp.broadcast_to(x[None], x1.shape), x1))(x0)
+    a, b = _flat(x0), _flat(x1)
+    # Shifted to their common mean, so that little cancels in the expanded square.
+    centre = b.mean(axis=0)
+    a, b = a - centre[None], b - centre[None]
+    cross = jnp.matmul(a, b.T, precision=jax.lax.Precision.HIGHEST)
+    square = jnp.maximum(jnp.square(a).sum(1)[:, None] + jnp.square(b).sum(1)[None, :] - 2 * cross, 0)
+    return square if cost == "sqeuclidean" else jnp.sqrt(square)
+
+
+def log_mean_exp(x: Float[Array, " b"]) -> Float[Array, ""]:
+    """Returns log of the mean of exp(x).
+
+    Example:
+        centred = log_weight - log_mean_exp(log_weight)
+    """
+    return jax.nn.logsumexp(x) - jnp.log(len(x))
+
+
+def check_batch(x0: Array, x1: Array) -> None:
+    """Raises ValueError unless source and data have one shape.
+
+    Example:
+        check_batch(x0, x1)
+    """
+    if x0.shape != x1.shape:
+        raise ValueError(f"x0 has shape {x0.shape} and x1 {x1.shape}; source and data must have the same shape.")
+
+
+def check_positive(name: str, value: float | int) -> None:
+    """Raises ValueError unless a number is positive and finite.
+
+    Example:
+        check_positive("epsilon", 2.0)
+    """
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{name} is {value}; it must be positive and finite.")
+
+
+def _flat(x: Array) -> Array:
+    return x.reshape(len(x), -1).astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -1,0 +1,264 @@
+"""Probability paths from source x0 (t = 0) to data x1 (t = 1), and what a network that follows one can predict.
+
+An affine path is x_t = alpha_t x1 + beta_t x0 (+ spread_t · noise), with target velocity
+u_t = alpha'_t x1 + beta'_t x0 (+ spread'_t/spread_t (x_t - mean)). With Gaussian x0, beta_t is often called sigma_t.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+Prediction = Literal["velocity", "x1", "noise"]
+# Divisors nearer to 0 than this are replaced by it: at an end point a conversion is singular, not the path.
+SMALLEST = 1e-5
+
+
+class Schedule(NamedTuple):
+    """alpha and beta of an affine path at times t, and their derivatives with respect to t."""
+
+    alpha: Float[Array, "*t"]
+    beta: Float[Array, "*t"]
+    d_alpha: Float[Array, "*t"]
+    d_beta: Float[Array, "*t"]
+
+
+class PathSample(NamedTuple):
+    """A point of a path and what it moves by: x_t, the target velocity u_t, and the noise added on top (or zeros)."""
+
+    x_t: Float[Array, "b *event"]
+    u_t: Float[Array, "b *event"]
+    noise: Float[Array, "b *event"]
+
+
+@runtime_checkable
+class Path(Protocol):
+    """What losses and samplers ask of a path."""
+
+    def schedule(self, t: Float[Array, "*t"]) -> Schedule:
+        """Returns alpha, beta and their derivatives."""
+        ...
+
+    def sample(
+        self, key: Key[Array, ""], t: Float[Array, " b"], x0: Float[Array, "b *event"], x1: Float[Array, "b *event"]
+    ) -> PathSample:
+        """Returns x_t and u_t of pairs (x0, x1) at times t."""
+        ...
+
+
+@dataclass(frozen=True)
+class CondOT:
+    """The straight line x_t = (1 - t) x0 + t x1, with Gaussian spread sigma (Lipman 2210.02747, Tong 2302.00482)."""
+
+    sigma: float = 0.0
+
+    def schedule(self, t):
+        return Schedule(t, 1 - t, jnp.ones_like(t), -jnp.ones_like(t))
+
+    def sample(self, key, t, x0, x1):
+        return _affine_sample(self, self.sigma, key, t, x0, x1)
+
+
+@dataclass(frozen=True)
+class Target:
+    """Lipman's path with a narrow end: x_t = t x1 + (1 - (1 - sigma) t) x0, where x0 is standard normal.
+
+    The target is written with x0, x1 - (1 - sigma) x0, which is the published one without its 0/0 at t = 1.
+    """
+
+    sigma_min: float = 0.0
+
+    def schedule(self, t):
+        return Schedule(t, 1 - (1 - self.sigma_min) * t, jnp.ones_like(t), -(1 - self.sigma_min) * jnp.ones_like(t))
+
+    def sample(self, key, t, x0, x1):
+        return _affine_sample(self, 0.0, key, t, x0, x1)
+
+
+@dataclass(frozen=True)
+class Trigonometric:
+    """The cosine path x_t = sin(πt/2) x1 + cos(πt/2) x0, variance preserving (Albergo 2209.15571), spread sigma."""
+
+    sigma: float = 0.0
+
+    def schedule(self, t):
+        angle = jnp.pi / 2 * t
+        sin, cos = jnp.sin(angle), jnp.cos(angle)
+        return Schedule(sin, cos, jnp.pi / 2 * cos, -jnp.pi / 2 * sin)
+
+    def sample(self, key, t, x0, x1):
+        return _affine_sample(self, self.sigma, key, t, x0, x1)
+
+
+@dataclass(frozen=True)
+class Polynomial:
+    """x_t = tⁿ x1 + (1 - tⁿ) x0 with n = degree ≥ 1."""
+
+    degree: float = 2.0
+
+    def __post_init__(self):
+        if self.degree < 1:
+            raise ValueError(f"degree is {self.degree}; a polynomial path needs at least 1.")
+
+    def schedule(self, t):
+        power, slope = t**self.degree, self.degree * t ** (self.degree - 1)
+        return Schedule(power, 1 - power, slope, -slope)
+
+    def sample(self, key, t, x0, x1):
+        return _affine_sample(self, 0.0, key, t, x0, x1)
+
+
+@dataclass(frozen=True)
+class VariancePreserving:
+    """The diffusion path alpha = e^(-T/2), beta = √(1 - e^(-T)), T = (1-t)²(B-b)/2 + (1-t)b (Song 2011.13456)."""
+
+    beta_min: float = 0.1
+    beta_max: float = 20.0
+
+    def schedule(self, t):
+        s, gap = 1 - t, self.beta_max - self.beta_min
+        total = 0.5 * s**2 * gap + s * self.beta_min
+        rate = s * gap + self.beta_min  # -dT/dt
+        alpha = jnp.exp(-total / 2)
+        beta = jnp.sqrt(-jnp.expm1(-total))
+        return Schedule(alpha, beta, alpha * rate / 2, -(alpha**2) * rate / (2 * jnp.maximum(beta, SMALLEST)))
+
+    def sample(self, key, t, x0, x1):
+        return _affine_sample(self, 0.0, key, t, x0, x1)
+
+
+@dataclass(frozen=True)
+class SchroedingerBridge:
+    """The Brownian bridge x_t = (1-t) x0 + t x1 + sigma √(t(1-t)) noise, for entropic couplings (Tong 2307.03672).
+
+    u_t = (1 - 2t) / (2t(1-t)) (x_t - mean) + x1 - x0. Written with the noise, its singularities at both ends are of
+    order t^-½; times are kept 1e-5 away from them. Raises ValueError unless sigma is positive.
+    """
+
+    sigma: float = 1.0
+
+    def __post_init__(self):
+        if self.sigma <= 0:
+            raise ValueError(f"sigma is {self.sigma}; a Schroedinger bridge needs a positive one.")
+
+    def schedule(self, t):
+        return CondOT().schedule(t)
+
+    def sample(self, key, t, x0, x1):
+        check_pair(t, x0, x1)
+        t = over_event(jnp.clip(t, SMALLEST, 1 - SMALLEST), x0)
+        noise = jax.random.normal(key, x0.shape, x0.dtype)
+        spread = jnp.sqrt(t * (1 - t))
+        x_t = (1 - t) * x0 + t * x1 + self.sigma * spread * noise
+        return PathSample(x_t, self.sigma * (1 - 2 * t) / (2 * spread) * noise + x1 - x0, noise)
+
+    def score_scale(self, t: Float[Array, " b"]) -> Float[Array, " b"]:
+        """Returns lambda_t = 2 √(t(1-t)) / sigma, by which score matching weighs: it regresses lambda s = -noise."""
+        return 2 * jnp.sqrt(t * (1 - t)) / self.sigma
+
+
+def velocity_of(
+    path: Path, t: Float[Array, " b"], x_t: Float[Array, "b *event"], value: Float[Array, "b *event"], kind: Prediction
+) -> Float[Array, "b *event"]:
+    """Returns the velocity at x_t that a prediction of "x1" or "noise" (x0) implies; a velocity is returned as it is.
+
+    From x1: v = (beta'/beta) x_t + (D/beta) x1; from noise: v = (alpha'/alpha) x_t - (D/alpha) noise, with
+    D = alpha' beta - beta' alpha. Where a divisor vanishes, at an end point, it is replaced by 1e-5: finite, not exact.
+
+    Example:
+        v = velocity_of(CondOT(), t, x_t, network(t, x_t), "x1")
+    """
+    if kind == "velocity":
+        return value
+    schedule, determinant = _over(path, t, x_t)
+    if kind == "x1":
+        divisor = away_from_zero(schedule.beta)
+        return (schedule.d_beta * x_t + determinant * value) / divisor
+    if kind == "noise":
+        divisor = away_from_zero(schedule.alpha)
+        return (schedule.d_alpha * x_t - determinant * value) / divisor
+    raise ValueError(f"a network cannot predict {kind!r}; choose 'velocity', 'x1' or 'noise'.")
+
+
+def x1_of(
+    path: Path, t: Float[Array, " b"], x_t: Float[Array, "b *event"], velocity: Float[Array, "b *event"]
+) -> Float[Array, "b *event"]:
+    """Returns the data x1 = (beta v - beta' x_t) / D that a velocity implies, E[x1 | x_t] for the learned one.
+
+    Example:
+        x1 = x1_of(CondOT(), t, x_t, v)
+    """
+    schedule, determinant = _over(path, t, x_t)
+    return (schedule.beta * velocity - schedule.d_beta * x_t) / away_from_zero(determinant)
+
+
+def noise_of(
+    path: Path, t: Float[Array, " b"], x_t: Float[Array, "b *event"], velocity: Float[Array, "b *event"]
+) -> Float[Array, "b *event"]:
+    """Returns the source x0 = (alpha' x_t - alpha v) / D that a velocity implies.
+
+    Example:
+        x0 = noise_of(CondOT(), t, x_t, v)
+    """
+    schedule, determinant = _over(path, t, x_t)
+    return (schedule.d_alpha * x_t - schedule.alpha * velocity) / away_from_zero(determinant)
+
+
+def score_of(
+    path: Path, t: Float[Array, " b"], x_t: Float[Array, "b *event"], velocity: Float[Array, "b *event"]
+) -> Float[Array, "b *event"]:
+    """Returns ∇ log p_t(x_t) = -E[x0 | x_t] / beta_t for a standard normal source; finite but not exact at t = 1.
+
+    Example:
+        score = score_of(CondOT(), t, x_t, v)
+    """
+    beta = over_event(path.schedule(t).beta, x_t)
+    return -noise_of(path, t, x_t, velocity) / away_from_zero(beta)
+
+
+def over_event(t: Float[Array, "..."], x: Float[Array, "b *event"]) -> Array:
+    """Returns one number per sample in the shape that multiplies x.
+
+    Example:
+        x_t = over_event(t, x) * x
+    """
+    return t.reshape(t.shape + (1,) * (x.ndim - t.ndim)).astype(x.dtype)
+
+
+def check_pair(t: Array, x0: Array, x1: Array) -> None:
+    """Raises ValueError unless x0 and x1 have one shape and t has one time per sample.
+
+    Example:
+        check_pair(t, x0, x1)
+    """
+    if x0.shape != x1.shape:
+        raise ValueError(f"x0 has shape {x0.shape} and x1 {x1.shape}; source and data must have the same shape.")
+    if t.shape != x0.shape[:1]:
+        raise ValueError(f"t has shape {t.shape}; there must be one time per sample, {x0.shape[:1]}.")
+
+
+def away_from_zero(x: Array) -> Array:
+    """Returns x with values nearer to 0 than 1e-5 replaced by ±1e-5.
+
+    Example:
+        y = 1 / away_from_zero(x)
+    """
+    return jnp.where(jnp.abs(x) < SMALLEST, jnp.where(x < 0, -SMALLEST, SMALLEST), x)
+
+
+def _over(path: Path, t: Array, x: Array) -> tuple[Schedule, Array]:
+    schedule = Schedule(*(over_event(c, x) for c in path.schedule(t)))
+    return schedule, schedule.d_alpha * schedule.beta - schedule.d_beta * schedule.alpha
+
+
+def _affine_sample(path: Path, spread: float, key: Array, t: Array, x0: Array, x1: Array) -> PathSample:
+    """A point of an affine path with constant Gaussian spread around it, which the velocity does not see."""
+    check_pair(t, x0, x1)
+    schedule, _ = _over(path, t, x0)
+    noise = jax.random.normal(key, x0.shape, x0.dtype) if spread else jnp.zeros_like(x0)
+    x_t = schedule.alpha * x1 + schedule.beta * x0 + spread * noise
+    return PathSample(x_t, schedule.d_alpha * x1 + schedule.d_beta * x0, noise)

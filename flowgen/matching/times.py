@@ -1,0 +1,51 @@
+"""How training times are drawn from [0, 1]: plain callables (key, batch) -> t, small classes so that they print."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """Uniform times; stratified, one per interval of length 1/b in random order, where asked for."""
+
+    stratified: bool = False
+
+    def __call__(self, key: Key[Array, ""], batch: int) -> Float[Array, " b"]:
+        draw, order = jax.random.split(key)
+        t = jax.random.uniform(draw, (batch,))
+        return jax.random.permutation(order, (jnp.arange(batch) + t) / batch) if self.stratified else t
+
+
+@dataclass(frozen=True)
+class LogitNormal:
+    """t = sigmoid(mean + std z), z normal (Esser 2403.03206). EDM's choice is mean 1.2, std 1.2 with data at t = 1."""
+
+    mean: float = 0.0
+    std: float = 1.0
+
+    def __post_init__(self):
+        if self.std <= 0:
+            raise ValueError(f"std is {self.std}; a logit-normal needs a positive one.")
+
+    def __call__(self, key: Key[Array, ""], batch: int) -> Float[Array, " b"]:
+        return jax.nn.sigmoid(self.mean + self.std * jax.random.normal(key, (batch,)))
+
+
+@dataclass(frozen=True)
+class Shifted:
+    """Uniform times moved towards the noise: with s = 1 - t and k = shift, s' = k s / (1 + (k - 1) s)."""
+
+    shift: float = 3.0
+
+    def __post_init__(self):
+        if self.shift <= 0:
+            raise ValueError(f"shift is {self.shift}; it must be positive, 1 for none.")
+
+    def __call__(self, key: Key[Array, ""], batch: int) -> Float[Array, " b"]:
+        s = jax.random.uniform(key, (batch,))
+        return 1 - self.shift * s / (1 + (self.shift - 1) * s)

@@ -1,0 +1,47 @@
+"""Two-dimensional distributions of the flow-matching literature, drawn on the device."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+RADIUS = 5.0
+# "variance 0.1" of the published toy data is a standard deviation inside the covariance: the std is 0.1^(1/4).
+COMPONENT_STD = 0.1**0.25
+
+
+def normal(key: Key[Array, ""], num: int) -> Float[Array, "num 2"]:
+    """Returns standard normal points.
+
+    Example:
+        x = normal(key, 256)
+    """
+    return jax.random.normal(key, (num, 2))
+
+
+def gaussian_ring(key: Key[Array, ""], num: int, components: int = 8) -> Float[Array, "num 2"]:
+    """Returns points of `components` equal Gaussians, std 0.562, on a ring of radius 5: 8 or 5 in the literature.
+
+    Example:
+        x = gaussian_ring(key, 256, components=8)
+    """
+    which, spread = jax.random.split(key)
+    angle = 2 * jnp.pi * jax.random.randint(which, (num,), 0, components) / components
+    centre = RADIUS * jnp.stack([jnp.cos(angle), jnp.sin(angle)], axis=1)
+    return centre + COMPONENT_STD * jax.random.normal(spread, (num, 2))
+
+
+def moons(key: Key[Array, ""], num: int, noise: float = 0.2) -> Float[Array, "num 2"]:
+    """Returns two half circles as torchdyn draws them, times 3 less 1: one uniform [0, noise) number is added to both
+    coordinates of a point. Angles are drawn here, where the published sampler spaces them evenly.
+
+    Example:
+        x = moons(key, 256)
+    """
+    which, where, shift = jax.random.split(key, 3)
+    upper = jax.random.bernoulli(which, 0.5, (num,))
+    angle = jnp.pi * jax.random.uniform(where, (num,))
+    x = jnp.where(upper, jnp.cos(angle), 1 - jnp.cos(angle))
+    y = jnp.where(upper, jnp.sin(angle), 0.5 - jnp.sin(angle))
+    return 3 * (jnp.stack([x, y], axis=1) + noise * jax.random.uniform(shift, (num, 1))) - 1

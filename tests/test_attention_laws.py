@@ -1,0 +1,495 @@
+"""Laws of linear attention over one table of kernels: formulas, running states, causality, padding, degenerate input.
+
+Each row brings its formula in NumPy, written over all pairs of tokens. What a kernel cannot do it must refuse with a
+ValueError: no row is left out of a law.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+
+from flowgen.attention import (
+    KERNELS,
+    Causal,
+    FeatureKernel,
+    Kernel,
+    PolaKernel,
+    checks,
+    cosformer_features,
+    gaussian_landmark_map,
+    nala_features,
+    retention,
+    rotary_line,
+)
+
+EPS = 1e-6  # of the kernels: added to the sum of the weights
+EXACT = 1e-9  # float64; norms have 1e-12 inside their square root
+ROUNDING = 1e-5  # float32, outputs of order 1
+
+BATCH, HEADS, KEY_HEADS, WIDTH, VALUES = 2, 4, 2, 4, 6
+LENGTH, KEYS = 10, 7  # tokens; keys of cross attention
+MAX_LENGTH = 160
+
+POWER, OFFSET = np.float32([1.5, 2.0, 3.0, 4.0]), np.float32([0.3, 0.5, 0.7, 1.0])
+CHANNEL_POWER = np.linspace(1.2, 4.0, HEADS * WIDTH, dtype=np.float32).reshape(HEADS, WIDTH)
+LANDMARKS = np.random.default_rng(7).normal(size=(HEADS, 5, WIDTH)).astype(np.float32)
+
+
+def dots(x, y):
+    return np.einsum("bnhf,bmhf->bhnm", x, y)
+
+
+def weighted(weights, v):
+    return np.einsum("bhnm,bmhd->bnhd", weights, v)
+
+
+def average(weights, v, keep, norm=None):
+    total = ((weights if norm is None else norm) * keep).sum(-1)
+    return weighted(weights * keep, v) / (total + EPS).swapaxes(1, 2)[..., None]
+
+
+def separable(phi):
+    return lambda q, k, v, keep: average(dots(phi(q), phi(k)), v, keep)
+
+
+def relu(x):
+    return np.maximum(x, 0)
+
+
+def focused(x):
+    y = relu(x) + 1e-6
+    norms = [np.sqrt((z**2).sum(-1, keepdims=True) + 1e-12) for z in (y, y**3)]
+    # The norm of the sharpened vector is taken of a rescaled one, where 1e-12 does not count.
+    return y**3 * norms[0] / np.sqrt((y**6).sum(-1, keepdims=True))
+
+
+def nala(q, k, v, keep, power=3.0, offset=0.5, directed=None, turns=None):
+    power, offset = np.reshape(power, (-1, 1)), np.reshape(offset, (-1, 1))
+    length = np.sqrt((q**2).sum(-1, keepdims=True))
+    magnitudes = np.abs(q / length) ** (power * (offset + np.tanh(length))), np.abs(k) ** power
+    phi_q, phi_k = ((directed or split)(m, x) for m, x in zip(magnitudes, (q, k), strict=True))
+    norm = dots(phi_q, phi_k)
+    if turns is None:
+        return average(norm, v, keep)
+    turned = []
+    for x in (phi_q, phi_k):
+        z = (x[..., 0::2] + 1j * x[..., 1::2]) * turns[None, : x.shape[1], None, :]
+        turned.append(np.concatenate([z.real, z.imag], axis=-1))
+    return average(dots(*turned), v, keep, norm)
+
+
+def split(magnitude, x):
+    return np.concatenate([magnitude * (x > 0), magnitude * (x < 0)], axis=-1)
+
+
+def cosine(magnitude, x):
+    angle = np.pi / 4 * np.tanh(2.0 * x / np.sqrt((x**2).sum(-1, keepdims=True)))
+    return np.concatenate([magnitude * np.cos(angle), magnitude * np.sin(angle)], axis=-1)
+
+
+def distances(q, k):
+    return np.arange(q.shape[1])[:, None] - np.arange(k.shape[1])[None, :]
+
+
+def cosformer(q, k, v, keep):
+    return average(dots(relu(q), relu(k)) * np.cos(np.pi / 2 * distances(q, k) / MAX_LENGTH), v, keep)
+
+
+def gaussian(x):
+    squares = ((x[:, :, :, None] - LANDMARKS) ** 2).sum(-1)
+    return np.exp(-squares / (2 * np.sqrt(WIDTH)))
+
+
+def pola(q, k, v, keep, power=3.0):
+    (qp, qn), (kp, kn) = ([relu(x) ** power, relu(-x) ** power] for x in (q, k))
+    halves = (dots(qp, kp) + dots(qn, kn), dots(qn, kp) + dots(qp, kn))
+    return np.concatenate([average(w, x, keep) for w, x in zip(halves, np.split(v, 2, axis=-1), strict=True)], axis=-1)
+
+
+def inline(q, k, v, keep):
+    count = np.maximum(keep.sum(-1, keepdims=True), 1)
+    share = dots(q, k) / np.sqrt(q.shape[-1]) / count * keep
+    return weighted((share - share.sum(-1, keepdims=True) / count + 1 / count) * keep, v)
+
+
+def decayed(q, k, v, keep):
+    # Query head i reads key head i // 2, whose number sets the decay.
+    gamma = (1 - 2.0 ** (-5 - np.arange(HEADS) // (HEADS // KEY_HEADS)))[:, None, None]
+    return weighted(dots(q, k) / np.sqrt(q.shape[-1]) * gamma ** np.abs(distances(q, k)) * keep, v)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A kernel and its formula (q, k, v, keep) over all pairs, with as many key heads as query heads.
+
+    grouped: takes fewer key heads. causal_only: has no other form. positional: weights depend on where tokens are.
+    tolerance: in float64.
+    """
+
+    kernel: Kernel
+    formula: Callable
+    grouped: bool = True
+    causal_only: bool = False
+    positional: bool = False
+    tolerance: float = EXACT
+
+
+ANGLES = np.arange(MAX_LENGTH)[:, None] * 10_000.0 ** (-np.arange(0, WIDTH, 2) / WIDTH)
+TURNS = np.tile(np.exp(1j * ANGLES), (1, 2))  # both halves of the features turn alike
+ROWS = {
+    "elu_plus_one": Row(KERNELS["elu_plus_one"], separable(lambda x: np.where(x > 0, x + 1, np.exp(x)))),
+    "relu": Row(KERNELS["relu"], separable(relu)),
+    "squared_relu": Row(KERNELS["squared_relu"], separable(lambda x: relu(x) ** 2)),
+    "focused": Row(KERNELS["focused"], separable(focused)),
+    "nala": Row(KERNELS["nala"], nala),
+    "pola": Row(KERNELS["pola"], pola),
+    "inline": Row(KERNELS["inline"], inline),
+    "retention": Row(KERNELS["retention"], decayed, causal_only=True, positional=True),
+    "nala cosine": Row(
+        FeatureKernel(nala_features(direction_map="cosine", temperature=2.0)),
+        lambda *x: nala(*x, directed=cosine),
+    ),
+    "nala rotary": Row(
+        FeatureKernel(nala_features(rotary=rotary_line(MAX_LENGTH, WIDTH))),
+        lambda *x: nala(*x, turns=TURNS),
+        positional=True,
+    ),
+    "nala power per head": Row(
+        FeatureKernel(nala_features(jnp.asarray(POWER), jnp.asarray(OFFSET))),
+        lambda *x: nala(*x, power=POWER, offset=OFFSET),
+        grouped=False,
+    ),
+    "pola power per channel": Row(
+        PolaKernel(jnp.asarray(CHANNEL_POWER)),
+        lambda *x: pola(*x, power=CHANNEL_POWER),
+        grouped=False,
+    ),
+    "cosformer": Row(FeatureKernel(cosformer_features(MAX_LENGTH)), cosformer, positional=True),
+    "gaussian landmarks": Row(
+        FeatureKernel(gaussian_landmark_map(jnp.asarray(LANDMARKS))),
+        separable(gaussian),
+        grouped=False,
+        tolerance=1e-6,  # its landmarks are scaled in float32
+    ),
+}
+each_kernel = pytest.mark.parametrize("name", ROWS)
+
+
+def test_every_named_kernel_has_a_row():
+    assert set(KERNELS) <= set(ROWS)
+
+
+@pytest.fixture
+def untyped(monkeypatch):
+    """Calls arrive as a user's do, without the type checker that the tests put in front."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+def draw(name, n=LENGTH, m=None, batch=BATCH, seed=0):
+    """q, k, v in float64; grouped heads where the kernel has them."""
+    rng, heads = np.random.default_rng(seed), KEY_HEADS if ROWS[name].grouped else HEADS
+    m = n if m is None else m
+    shapes = (batch, n, HEADS, WIDTH), (batch, m, heads, WIDTH), (batch, m, heads, VALUES)
+    return tuple(rng.normal(size=shape) for shape in shapes)
+
+
+def as_jax(arrays, dtype=jnp.float32):
+    return tuple(jnp.asarray(x, dtype) for x in arrays)
+
+
+def formula(name, q, k, v, keep):
+    """The row's formula with keys and values repeated to the heads of the queries."""
+    repeats = q.shape[2] // k.shape[2]
+    keep = np.broadcast_to(keep, (q.shape[0], q.shape[2], q.shape[1], k.shape[1])).astype(float)
+    return ROWS[name].formula(q, *(np.repeat(x, repeats, axis=2) for x in (k, v)), keep)
+
+
+def close(name, out, expected, message=""):
+    tolerance = ROWS[name].tolerance if out.dtype == jnp.float64 else ROUNDING
+    np.testing.assert_allclose(out, expected, rtol=tolerance, atol=tolerance, err_msg=message)
+
+
+@jax.jit(static_argnames=("name", "is_causal"))
+def attend(name, q, k, v, mask=None, segment_ids=None, is_causal=False):
+    return ROWS[name].kernel.attend(q, k, v, mask=mask, is_causal=is_causal, segment_ids=segment_ids)
+
+
+def in_chunks(name, q, k, v, chunk_size):
+    if ROWS[name].causal_only:
+        return retention(q, k, v, chunk_size=chunk_size)[0]
+    return ROWS[name].kernel.attend(q, k, v, is_causal=Causal(chunk_size=chunk_size))
+
+
+SEGMENTS = np.array([[0, 0, 0, 1, 1, 1, 1, 1, 2, 3], [5] * 10])
+SAME_SEGMENT = (SEGMENTS[:, :, None] == SEGMENTS[:, None, :])[:, None]
+PAIRS = np.random.default_rng(5).random((BATCH, HEADS, LENGTH, LENGTH)) < 0.6
+PAIRS[0, :, 4] = False
+VALID = np.ones((BATCH, 1, 1, LENGTH), bool)
+VALID[0, ..., :3] = VALID[1, ..., 6:] = False  # padded on the left, and on the right
+PADDING = ~VALID[:, 0, 0]
+TRIL = np.tri(LENGTH, dtype=bool)
+BLOCKS = np.array([[j // 3 <= i // 3 for j in range(LENGTH)] for i in range(LENGTH)])
+
+# Options of attend, and which pairs of tokens see each other.
+FORMS = {
+    "causal": ({"is_causal": True}, TRIL),
+    "blocks in small chunks": ({"is_causal": Causal(block_size=3, chunk_size=4)}, BLOCKS),
+    "packed": ({"segment_ids": SEGMENTS}, SAME_SEGMENT),
+    "packed causal": ({"segment_ids": SEGMENTS, "is_causal": True}, SAME_SEGMENT & TRIL),
+    "pairs, packed causal": ({"mask": PAIRS, "segment_ids": SEGMENTS, "is_causal": True}, PAIRS & SAME_SEGMENT & TRIL),
+    "keys per head": ({"mask": PAIRS[:, :, :1].astype(np.float32)}, PAIRS[:, :, :1]),
+}
+CAUSAL_FORMS = ("causal", "packed causal")  # of a kernel that has no others
+
+
+@each_kernel
+def test_every_form_is_the_formula(name, x64):
+    inputs = draw(name)
+    for form, (options, keep) in FORMS.items():
+        options = {key: jnp.asarray(x) if isinstance(x, np.ndarray) else x for key, x in options.items()}
+        if ROWS[name].causal_only and form not in CAUSAL_FORMS:
+            with pytest.raises(ValueError, match=r"causal only|mask over keys alone"):
+                attend(name, *as_jax(inputs, jnp.float64), **options)
+            continue
+        out = attend(name, *as_jax(inputs, jnp.float64), **options)
+        close(name, out, formula(name, *inputs, keep), form)
+        if form in ("packed", "packed causal"):
+            for part in (slice(0, 3), slice(3, 8), slice(8, 9), slice(9, 10)):
+                alone = [x[:1, part] for x in inputs]
+                expected = formula(name, *alone, np.tri(alone[0].shape[1]) if options.get("is_causal") else True)
+                close(name, out[:1, part], expected, f"{form}, {part}")
+
+
+@each_kernel
+def test_cross_attention_is_the_formula(name, x64):
+    inputs = draw(name, m=KEYS)
+    if ROWS[name].causal_only:
+        with pytest.raises(ValueError, match="causal only"):
+            attend(name, *as_jax(inputs, jnp.float64))
+        return
+    close(name, attend(name, *as_jax(inputs, jnp.float64)), formula(name, *inputs, True))
+
+
+@each_kernel
+def test_grouped_heads_are_refused_where_parameters_belong_to_heads(name, untyped):
+    inputs, options = as_jax(draw("nala")), {"is_causal": True}
+    if ROWS[name].grouped:  # then the other laws were tested with fewer key heads
+        assert draw(name)[1].shape[2] < HEADS
+        return
+    with pytest.raises(ValueError, match="heads"):
+        jax.eval_shape(lambda *x: ROWS[name].kernel.attend(*x, **options), *inputs)
+
+
+@each_kernel
+def test_chunks_pieces_and_steps_are_one_pass(name):
+    inputs = as_jax(draw(name, n=130, seed=1))
+    kernel = ROWS[name].kernel
+
+    @jax.jit
+    def passes(*inputs):
+        out = {"chunks of 64": in_chunks(name, *inputs, 64), "chunks of 7": in_chunks(name, *inputs, 7)}
+        state, pieces = None, []
+        for start, end in ((0, 1), (1, 64), (64, 130)):
+            piece, state = kernel.prefill(*(x[:, start:end] for x in inputs), state=state)
+            pieces.append(piece)
+        out["pieces"] = jnp.concatenate(pieces, axis=1)
+
+        def step(state, token):
+            piece, state = kernel.prefill(*(x[:, None] for x in token), state=state)
+            return state, piece[:, 0]
+
+        empty = kernel.init_state(BATCH, inputs[1].shape[2], WIDTH, VALUES)
+        last, out["steps"] = jax.lax.scan(step, empty, tuple(x.swapaxes(0, 1) for x in inputs))
+        return out | {"steps": out["steps"].swapaxes(0, 1)}, (state, last)
+
+    outputs, (state, last) = passes(*inputs)
+    expected = formula(name, *(np.asarray(x, np.float64) for x in inputs), np.tri(130, dtype=bool))
+    for label, out in outputs.items():
+        close(name, out, expected, label)
+    for x, y in zip(jax.tree.leaves(state), jax.tree.leaves(last), strict=True):
+        np.testing.assert_allclose(x, y, rtol=ROUNDING, atol=ROUNDING * float(jnp.abs(x).max()))
+
+
+@each_kernel
+def test_a_call_may_be_split_before_its_first_token(name):
+    shapes = [jax.ShapeDtypeStruct((x.shape[0], 0, *x.shape[2:]), jnp.float32) for x in draw(name)]
+    kernel = ROWS[name].kernel
+    out, state = jax.eval_shape(kernel.prefill, *shapes)
+    assert out.shape == (BATCH, 0, HEADS, VALUES)
+    empty = jax.eval_shape(lambda: kernel.init_state(BATCH, shapes[1].shape[2], WIDTH, VALUES))
+    assert jax.tree.map(lambda x: x.shape, state) == jax.tree.map(lambda x: x.shape, empty)
+
+
+@each_kernel
+def test_derivatives_in_both_modes_agree_and_never_reach_the_future_or_other_samples(name, x64):
+    n = 7
+    inputs, tangents = (as_jax(draw(name, n=n, seed=s), jnp.float64) for s in (0, 3))
+
+    @jax.jit
+    def derivatives(inputs, tangents):
+        def run(*inputs):
+            return in_chunks(name, *inputs, 3)
+
+        return jax.jacrev(run, argnums=(0, 1, 2))(*inputs), jax.jvp(run, inputs, tangents)[1]
+
+    jacobians, forward = derivatives(inputs, tangents)
+    past = np.tri(n, dtype=bool)
+    for argument, jacobian in zip("qkv", jacobians, strict=True):
+        # Axes b n h d of the output, then those of the input.
+        size = np.abs(np.asarray(jacobian)).max(axis=(2, 3, 6, 7))
+        assert (size[0, :, 1] == 0).all(), argument
+        assert (size[1, :, 0] == 0).all(), argument
+        by_token = size.max(axis=(0, 2))
+        assert (by_token[~past] == 0).all(), argument
+        reached = np.eye(n, dtype=bool) if argument == "q" else past
+        assert (by_token[reached & (np.arange(n) > 0)[:, None]] > 0).all(), argument
+    reverse = sum(np.tensordot(j, t, axes=4) for j, t in zip(jacobians, tangents, strict=True))
+    np.testing.assert_allclose(forward, reverse, rtol=1e-7, atol=EXACT)
+
+
+@each_kernel
+def test_a_sample_is_bitwise_the_same_beside_any_other(name, x64):
+    inputs, seconds = (as_jax(draw(name, seed=s), jnp.float64) for s in (0, 2))
+    others = tuple(jnp.concatenate([x[:1], y[1:]]) for x, y in zip(inputs, seconds, strict=True))
+    for form in CAUSAL_FORMS if ROWS[name].causal_only else ("causal", "packed"):
+        options = {key: jnp.asarray(x) if key == "segment_ids" else x for key, x in FORMS[form][0].items()}
+        out, other = (attend(name, *x, **options) for x in (inputs, others))
+        assert (out[0] == other[0]).all()
+        assert (out[1] != other[1]).any()
+
+
+@jax.jit(static_argnames="name")
+def masked(name, q, k, v, mask):
+    """Outputs by form with a mask over keys, the state, and gradients of the squared outputs."""
+    kernel = ROWS[name].kernel
+
+    def loss(q, k, v):
+        out = {"causal": kernel.attend(q, k, v, mask=mask, is_causal=True)}
+        out["prefill"], state = kernel.prefill(q, k, v, mask=mask)
+        if not ROWS[name].causal_only:
+            out["full"] = kernel.attend(q, k, v, mask=mask)
+        return sum(jnp.square(x).sum() + x.sum() for x in out.values()), (out, state)
+
+    gradients, (out, state) = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(q, k, v)
+    return out, state, gradients
+
+
+def finite(*trees):
+    return all(jnp.isfinite(x).all() for x in jax.tree.leaves(trees))
+
+
+@pytest.mark.parametrize("k_holds", [1e4, 1e30, np.nan])
+@each_kernel
+def test_padded_keys_are_irrelevant_whatever_they_hold(name, k_holds):
+    clean = [np.float64(np.float32(x)) for x in draw(name)]
+    garbage = [x.copy() for x in clean]
+    garbage[1][PADDING], garbage[2][PADDING] = k_holds, np.nan
+    garbage[2][0, 1], garbage[2][1, 8] = np.inf, -np.inf
+    out, state, gradients = masked(name, *as_jax(garbage), jnp.asarray(VALID))
+    for form, values in out.items():
+        causal = form != "full"
+        close(name, values, formula(name, *clean, VALID & TRIL if causal else VALID), form)
+        if ROWS[name].positional:
+            continue
+        for b in range(BATCH):
+            alone = [x[b : b + 1][:, ~PADDING[b]] for x in clean]
+            expected = formula(name, *alone, np.tri(alone[0].shape[1]) if causal else True)
+            close(name, values[b : b + 1, ~PADDING[b]], expected, form)
+    assert finite(state)
+    assert finite(gradients)
+    for gradient in gradients[1:]:
+        assert (gradient[PADDING] == 0).all()
+        assert (gradient[~PADDING] != 0).any()
+
+
+@each_kernel
+def test_a_mask_over_pairs_hides_values_that_are_not_finite(name, x64):
+    clean, form = draw(name), FORMS["pairs, packed causal"][0]
+    options = {"is_causal": True, "segment_ids": jnp.asarray(form["segment_ids"])}
+    options["mask"] = jnp.asarray(np.broadcast_to(VALID, form["mask"].shape))
+    garbage = [x.copy() for x in clean]
+    garbage[1][PADDING], garbage[2][PADDING] = 1e200, np.nan
+    if ROWS[name].causal_only:
+        with pytest.raises(ValueError, match="mask over keys alone"):
+            attend(name, *as_jax(garbage, jnp.float64), **options)
+        return
+    out = attend(name, *as_jax(garbage, jnp.float64), **options)
+    close(name, out, formula(name, *clean, VALID & SAME_SEGMENT & TRIL))
+
+
+@pytest.mark.parametrize("case", ["zero q", "zero k", "zeros", "some zeros", "tiny q", "tiny k"])
+@each_kernel
+def test_degenerate_inputs_have_finite_values_and_gradients(name, case):
+    q, k, v = as_jax(draw(name))
+    few = np.ones((1, LENGTH, 1, WIDTH), np.float32)
+    few[:, 3], few[:, 5, :, 1:] = 0, 0  # a zero token, and one with zero channels
+    factors = {
+        "zero q": (0, 1, 1),
+        "zero k": (1, 0, 1),
+        "zeros": (0, 0, 0),
+        "some zeros": (few, few, 1),
+        "tiny q": (1e-20, 1, 1),
+        "tiny k": (1, 1e-20, 1),
+    }[case]
+    inputs = (x * jnp.asarray(f, jnp.float32) for x, f in zip((q, k, v), factors, strict=True))
+    assert finite(*masked(name, *inputs, jnp.ones((BATCH, 1, 1, LENGTH), bool)))
+
+
+@each_kernel
+def test_a_single_token(name):
+    inputs = [np.float64(np.float32(x)) for x in draw(name, n=1)]
+
+    def loss(*inputs):
+        out = ROWS[name].kernel.attend(*inputs, is_causal=ROWS[name].causal_only)
+        return jnp.square(out).sum(), out
+
+    gradients, out = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(*as_jax(inputs))
+    close(name, out, formula(name, *inputs, True))
+    assert finite(gradients)
+
+
+@each_kernel
+def test_a_query_without_keys_gets_exactly_zero(name):
+    inputs = as_jax(draw(name))
+    out, _, gradients = masked(name, *inputs, jnp.zeros((BATCH, 1, 1, LENGTH), bool))
+    assert all((x == 0).all() for x in (*out.values(), *gradients))
+    out, _, gradients = masked(name, *inputs, jnp.asarray(VALID))
+    assert finite(gradients)
+    assert (out["causal"][0, :3] == 0).all()
+    assert (out["causal"][0, 3:] != 0).any()
+    if ROWS[name].causal_only:
+        return
+
+    def loss(*inputs):
+        out = ROWS[name].kernel.attend(*inputs, mask=jnp.asarray(PAIRS))
+        return jnp.square(out).sum() + out.sum(), out
+
+    gradients, out = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(*inputs)
+    assert (out[0, 4] == 0).all()
+    assert (gradients[0][0, 4] == 0).all()
+    assert finite(gradients)
+
+
+@each_kernel
+def test_too_many_weights_are_refused(name, monkeypatch):
+    assert checks.QUADRATIC_LIMIT == 4096 * 4096
+    monkeypatch.setattr(checks, "QUADRATIC_LIMIT", LENGTH * LENGTH - 1)
+    message = "mask over keys alone" if ROWS[name].causal_only else "10 x 10 weights, of at most 99; use is_causal"
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(
+            lambda q, k, v: ROWS[name].kernel.attend(q, k, v, mask=jnp.asarray(PAIRS), is_causal=True),
+            *as_jax(draw(name)),
+        )
+    kept = jnp.asarray(VALID)  # a mask over keys alone has no limit
+    jax.eval_shape(lambda q, k, v: ROWS[name].kernel.attend(q, k, v, mask=kept, is_causal=True), *as_jax(draw(name)))
