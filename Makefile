@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Compiling takes most of the time and one core each. A file's tests share compiled programs, so they stay together.
+WORKERS := -n auto --maxprocesses 8 --dist loadfile
 
 .PHONY: demo test test-all lint types format clean
 
@@ -10,10 +12,10 @@ demo: $(VENV)/.train ## train a TARFlow on the built-in digits, then draw sample
 	$(BIN)/python sample.py --checkpoint runs/digits --num 100 --out runs/digits/samples.png
 
 test: $(VENV)/.dev ## the default test suite
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest $(WORKERS) -m "not slow and not gpu"
 
 test-all: $(VENV)/.dev ## the slow tests as well
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest $(WORKERS) -m "not gpu"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -26,6 +26,7 @@ _PACKAGES = (
     "decoding",
     "evaluation",
     "flows",
+    "matching",
     "nn",
     "training",
 )
