@@ -150,5 +150,5 @@ def test_dropout_is_refused_through_the_modules_and_allowed_where_deterministic(
         module.apply(variables, x, deterministic=False, rngs={"dropout": jax.random.key(1)})
     with pytest.raises(ValueError, match="is_causal needs as many queries as keys, got q"):
         make_attention_fn("nala", is_causal=True)(*qkv(n=5))
-    with pytest.raises(ValueError, match="kernel 'nalaa' is unknown; choose one of"):
+    with pytest.raises(ValueError, match="attention 'nalaa' is unknown; choose one of softmax"):
         make_attention_fn("nalaa")

@@ -248,7 +248,7 @@ FORMS = {
     "packed": ({"segment_ids": SEGMENTS}, SAME_SEGMENT),
     "packed causal": ({"segment_ids": SEGMENTS, "is_causal": True}, SAME_SEGMENT & TRIL),
     "pairs, packed causal": ({"mask": PAIRS, "segment_ids": SEGMENTS, "is_causal": True}, PAIRS & SAME_SEGMENT & TRIL),
-    "keys per head": ({"mask": PAIRS[:, :, :1].astype(np.float32)}, PAIRS[:, :, :1]),
+    "keys per head": ({"mask": PAIRS[:, :, :1]}, PAIRS[:, :, :1]),
 }
 CAUSAL_FORMS = ("causal", "packed causal")  # of a kernel that has no others
 

@@ -47,7 +47,7 @@ def inputs(n=GRID[0] * GRID[1], batch=2, width=WIDTH):
 
 
 def perturbed(module, x, **options):
-    variables = module.init(jax.random.key(0), x, **options)
+    variables = jax.jit(lambda key: module.init(key, x, **options))(jax.random.key(0))
     return jax.tree.map(lambda leaf: leaf + 0.2 * RNG.standard_normal(leaf.shape).astype(leaf.dtype), variables)
 
 
@@ -150,9 +150,9 @@ def test_soft_layer_is_the_published_one():
 def test_causal_modules_decode_what_they_compute_in_parallel(name):
     module, x = CAUSAL[name], inputs(n=13)
     variables = perturbed(module, x)
-    parallel = module.apply(variables, x)
-    state = module.init_state(len(x))
-    first, state = module.apply(variables, x[:, :6], state, method="prefill")
+    parallel = jax.jit(module.apply)(variables, x)
+    prefill = jax.jit(lambda tokens, state: module.apply(variables, tokens, state, method="prefill"))
+    first, state = prefill(x[:, :6], module.init_state(len(x)))
     step = jax.jit(lambda token, state: module.apply(variables, token, state, method="step"))
     rest = []
     for t in range(6, 13):
@@ -161,7 +161,7 @@ def test_causal_modules_decode_what_they_compute_in_parallel(name):
     recurrent = jnp.concatenate([first, jnp.stack(rest, axis=1)], axis=1)
     np.testing.assert_allclose(recurrent, parallel, atol=CACHED, rtol=CACHED)
     # No output depends on later inputs, not even a little.
-    gradient = jax.grad(lambda x: module.apply(variables, x)[:, 5].sum())(x)
+    gradient = jax.jit(jax.grad(lambda x: module.apply(variables, x)[:, 5].sum()))(x)
     assert not gradient[:, 6:].any()
     assert gradient[:, :6].any()
 
@@ -171,7 +171,7 @@ def test_every_parameter_of_every_module_receives_gradient(name):
     module, options = FULL[name] if name in FULL else (CAUSAL[name], {})
     x = inputs()
     variables = perturbed(module, x, **options)
-    gradient = jax.grad(lambda v: (module.apply(v, x, **options) ** 2).sum())(variables)
+    gradient = jax.jit(jax.grad(lambda v: (module.apply(v, x, **options) ** 2).sum()))(variables)
     for path, leaf in jax.tree.leaves_with_path(gradient):
         assert np.isfinite(leaf).all(), path
         assert np.abs(leaf).max() > 0, path
@@ -185,7 +185,8 @@ def test_masked_tokens_do_not_matter(name):
     valid = jnp.arange(x.shape[1]) < 17
     mask = jnp.broadcast_to(valid[None, None, None], (len(x), 1, 1, x.shape[1]))
     other = jnp.where(valid[None, :, None], x, 7.0)
-    ours, theirs = (module.apply(variables, y, mask=mask, **options)[:, :17] for y in (x, other))
+    masked = jax.jit(lambda y: module.apply(variables, y, mask=mask, **options)[:, :17])
+    ours, theirs = masked(x), masked(other)
     np.testing.assert_array_equal(ours, theirs)
 
 
@@ -259,6 +260,16 @@ def test_the_pure_functions_inside_an_equinox_model():
         assert after < before
 
 
+def test_positions_past_the_end_of_a_table_are_loud_and_not_wrong():
+    module, x = attention.NaLaAttention(WIDTH, HEADS, is_causal=True, max_length=8), inputs(n=9)
+    variables = perturbed(module, x[:, :8])
+    _, state = module.apply(variables, x[:, :8], method="prefill")
+    with pytest.raises(ValueError, match="there are 9 tokens; the feature map has 8 positions"):
+        module.apply(variables, x[:, 8], state, method="step")
+    out, _ = jax.jit(lambda token, state: module.apply(variables, token, state, method="step"))(x[:, 8], state)
+    assert jnp.isnan(out).all()
+
+
 @pytest.mark.parametrize(
     ("call", "parts"),
     [
@@ -272,6 +283,24 @@ def test_the_pure_functions_inside_an_equinox_model():
         (
             lambda x: attention.LinearAttention(WIDTH, 2).init(jax.random.key(0), x, method="prefill"),
             ["is_causal is False", "is_causal=True"],
+        ),
+        (
+            lambda x: attention.nala_attention(*[x[:, :, None]] * 3, mask=jnp.ones((1, 1, 1, x.shape[1]))),
+            ["mask has dtype float32", "booleans"],
+        ),
+        (
+            lambda x: attention.prefill(*[x[:, :, None]] * 3, attention.cosformer_features(8)),
+            ["24 tokens", "8 positions"],
+        ),
+        (
+            lambda x: attention.LinearAttention(WIDTH, 2).init_state(2),
+            ["is_causal is False", "is_causal=True"],
+        ),
+        (
+            lambda x: attention.LinearAttention(WIDTH, 2, is_causal=True).init(
+                jax.random.key(0), x, None, method="step"
+            ),
+            ["(2, 24, 16)", "step takes one token"],
         ),
         (
             lambda x: attention.SOFTAttention(WIDTH, 2, landmarks="convolved").init(jax.random.key(0), x),

@@ -47,7 +47,7 @@ def check_causal(q: Array, k: Array) -> None:
 
 
 def check_mask(mask: Array | None, q: Array, k: Array) -> Bool[Array, "#b #h #n #m"] | None:
-    """Returns the mask as booleans (nonzero keeps); ValueError unless it broadcasts to `b h n m`.
+    """Returns the mask; ValueError unless it is of booleans (True keeps) and broadcasts to `b h n m`.
 
     Example:
         mask = check_mask(valid[:, None, None, :], q, k)
@@ -60,7 +60,12 @@ def check_mask(mask: Array | None, q: Array, k: Array) -> Bool[Array, "#b #h #n 
             f"mask has shape {mask.shape}, which does not broadcast to (batch, heads, queries, keys) = {full}; "
             "give a padding mask `valid` of shape (batch, keys) as valid[:, None, None, :]."
         )
-    return jnp.asarray(mask) != 0
+    if jnp.result_type(mask) != jnp.bool_:
+        raise ValueError(
+            f"mask has dtype {jnp.result_type(mask)}; give booleans, True where a key is kept: "
+            "`mask == 0` of an additive mask, `mask != 0` of one with ones for what is kept."
+        )
+    return jnp.asarray(mask)
 
 
 def check_key_mask(mask: Array, q: Array, k: Array) -> Bool[Array, "#b #g 1 m"]:
@@ -84,6 +89,22 @@ def is_key_mask(mask: Array, k: Array) -> bool:
         is_key_mask(valid[:, None, None, :], k)  # True
     """
     return mask.shape[2] == 1 and mask.shape[1] in (1, k.shape[2])
+
+
+def check_segments(segment_ids: Array | None, q: Array, k: Array) -> None:
+    """Raises ValueError unless segment ids are one per token, of as many queries as keys.
+
+    Example:
+        check_segments(segment_ids, q, k)
+    """
+    if segment_ids is None:
+        return
+    if segment_ids.shape != q.shape[:2]:
+        raise ValueError(f"segment_ids have shape {segment_ids.shape}; they must be (batch, tokens) = {q.shape[:2]}.")
+    if q.shape[1] != k.shape[1]:
+        raise ValueError(
+            f"segment_ids need as many queries as keys, got {q.shape} and {k.shape}; pass a mask for cross attention."
+        )
 
 
 def check_quadratic(q: Array, k: Array) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from flowgen.attention.checks import check_causal, check_heads, check_key_mask
+from flowgen.attention.checks import check_causal, check_heads, check_key_mask, check_segments
 from flowgen.attention.linear import keep_keys
 from flowgen.attention.prefix import CHUNK_SIZE, Features, LinearState, prefix_product
 
@@ -34,6 +34,7 @@ def gated_linear_attention(
     check_causal(q, k)
     if log_decay.shape != k.shape[:3]:
         raise ValueError(f"log_decay has shape {log_decay.shape}; (batch, tokens, key heads) are {k.shape[:3]}.")
+    check_segments(segment_ids, q, k)
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     features, values = Features(q.astype(dtype) * q.shape[-1] ** -0.5, k), v
     if mask is not None:

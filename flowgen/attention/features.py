@@ -27,13 +27,15 @@ class FeatureMap:
 
     Features must be nonnegative for the normaliser to be positive. query_scale: where queries are multiplied by a
     factor per token for the sake of precision, that factor `b n h`, by which eps is multiplied too, so that it
-    cancels. rotary: turns the features in the numerator, not in the normaliser.
+    cancels. rotary: turns the features in the numerator, not in the normaliser. max_length: how many positions there
+    are, where there is a limit; tokens beyond it raise ValueError, or become NaN where positions are traced.
     """
 
     query: Map
     key: Map
     query_scale: Callable[[Array], Array] | None = None
     rotary: Rotary | None = None
+    max_length: int | None = None
 
     def __call__(
         self, q: Float[Array, "b n h k"], k: Float[Array, "b m g k"], start: int | Int[Array, ""] = 0
@@ -42,11 +44,12 @@ class FeatureMap:
         positions_q, positions_k = start + jnp.arange(q.shape[1]), start + jnp.arange(k.shape[1])
         mapped_q = self.query(_at_least_float32(q), positions_q)
         mapped_k = self.key(_at_least_float32(k), positions_k)
+        limit = self.max_length if self.rotary is None else len(self.rotary.cos)
+        if limit is not None:
+            _check_length(start, max(q.shape[1], k.shape[1]), limit)
+            mapped_q, mapped_k = _until(limit, mapped_q, positions_q), _until(limit, mapped_k, positions_k)
         if self.rotary is None:
             return Features(mapped_q, mapped_k)
-        table = self.rotary.cos.shape[0]
-        if max(q.shape[1], k.shape[1]) > table:
-            raise ValueError(f"there are {max(q.shape[1], k.shape[1])} tokens; the rotary table has {table} positions.")
         turned_q, turned_k = rotate(mapped_q, self.rotary, positions_q), rotate(mapped_k, self.rotary, positions_k)
         return Features(turned_q, turned_k, mapped_q, mapped_k)
 
@@ -82,8 +85,8 @@ def focused_features(power: float = 3.0, scale: float | Array = 1.0, *, joint_he
 
     def phi(x, positions):
         y = (jax.nn.relu(x) + FOCUSED_FLOOR) / scale
-        # A factor of y cancels between the norms; with the largest entry 1 no power underflows as a whole.
-        sharp = (y / y.max(axis=axes, keepdims=True)) ** power
+        # The largest entry cancels between the norms, also in gradients: divided by it, no power underflows as a whole.
+        sharp = (y / jax.lax.stop_gradient(y.max(axis=axes, keepdims=True))) ** power
         return sharp * (_norm(y, axes) / _norm(sharp, axes))
 
     return _same(phi)
@@ -159,7 +162,7 @@ def cosformer_features(max_length: int) -> FeatureMap:
         positive = jax.nn.relu(x)
         return jnp.concatenate([positive * jnp.cos(angle), positive * jnp.sin(angle)], axis=-1)
 
-    return _same(phi)
+    return FeatureMap(phi, phi, max_length=max_length)
 
 
 def signless_power(x: Array, power: float | Array) -> Array:
@@ -187,6 +190,19 @@ def per_head(value: float | Array, x: Float[Array, "b n h k"]) -> Array:
     if value.ndim > 2 or any(have not in (1, size) for have, size in zip(value.shape, want, strict=True)):
         raise ValueError(f"a parameter per head has shape {value.shape}; heads and their width are {x.shape[2:]}.")
     return value[None, None, :, None] if value.ndim == 1 else value[None, None]
+
+
+def _check_length(start: int | Array, num_tokens: int, limit: int) -> None:
+    try:
+        end = int(start) + num_tokens
+    except jax.errors.ConcretizationTypeError:
+        return
+    if end > limit:
+        raise ValueError(f"there are {end} tokens; the feature map has {limit} positions, so make it for more.")
+
+
+def _until(limit: int, features: Array, positions: Array) -> Array:
+    return jnp.where((positions < limit)[None, :, None, None], features, jnp.nan)
 
 
 def _same(phi: Map) -> FeatureMap:
@@ -219,5 +235,8 @@ def feature_map(features: FeatureMap | str) -> FeatureMap:
     if isinstance(features, FeatureMap):
         return features
     if features not in FEATURE_MAPS:
-        raise ValueError(f"features {features!r} are unknown; choose one of {', '.join(FEATURE_MAPS)} or a FeatureMap.")
+        raise ValueError(
+            f"features {features!r} are unknown; choose one of {', '.join(FEATURE_MAPS)} or give a FeatureMap "
+            "(pola, inline and retention are more than a feature map: flowgen.attention.kernel runs them)."
+        )
     return FEATURE_MAPS[features]

@@ -10,7 +10,7 @@ from jaxtyping import Array
 
 from flowgen.attention.checks import check_heads, check_mask
 from flowgen.attention.features import FeatureMap
-from flowgen.attention.kernels import FeatureKernel, Kernel, kernel
+from flowgen.attention.kernels import KERNELS, FeatureKernel, Kernel, kernel
 from flowgen.attention.linear import attend_features
 from flowgen.attention.prefix import Features
 from flowgen.attention.soft import soft_attention
@@ -64,6 +64,7 @@ def make_attention_fn(name: str | Kernel | FeatureMap, *, is_causal: bool = Fals
         q, k, v = (x.astype(dtype).reshape(-1, *x.shape[-3:]) for x in (query, key, value))
         check_heads(q, k, v)
         mask, bias = (_with_one_batch_axis(x, leading) for x in (mask, bias))
+        mask = None if mask is None else mask != 0  # Flax makes masks of floats
         causal = (is_causal or always_causal) and not (q.shape[1] == 1 and mask is not None)
         out = attend(q, k, v, bias, check_mask(mask, q, k), causal)
         return out.astype(dtype).reshape(*leading, *out.shape[1:])
@@ -76,6 +77,8 @@ def _attend_by_name(name: str | Kernel | FeatureMap) -> Callable[..., Array]:
         return _without_bias(lambda q, k, v, mask, causal: softmax_attention(q, k, v, mask, is_causal=causal), name)
     if name == "soft":
         return _without_bias(lambda q, k, v, mask, causal: soft_attention(q, k, v, mask=mask, is_causal=causal), name)
+    if isinstance(name, str) and name not in KERNELS:
+        raise ValueError(f"attention {name!r} is unknown; choose one of softmax, soft, {', '.join(KERNELS)}.")
     chosen = kernel(name)
     if isinstance(chosen, FeatureKernel):
         return lambda q, k, v, bias, mask, causal: _attend_biased(chosen, q, k, v, bias, mask, causal)

@@ -100,6 +100,8 @@ class PolaKernel:
 
     def attend(self, q, k, v, *, mask=None, is_causal=False, segment_ids=None):
         check_heads(q, k, v)
+        if is_causal is not False:
+            check_causal(q, k)
         mask = check_mask(mask, q, k)
         k, v = hide_keys(k, v, mask)
         features, mask = self._features(q, k, v), _for_twice_the_heads(mask)

@@ -22,6 +22,7 @@ from flowgen.attention.checks import (
     check_key_mask,
     check_mask,
     check_quadratic,
+    check_segments,
     is_key_mask,
 )
 from flowgen.attention.features import FeatureMap, feature_map
@@ -73,6 +74,8 @@ def linear_attention(
         out = linear_attention(q, k, v, "focused", is_causal=True)
     """
     check_heads(q, k, v)
+    if is_causal is not False:
+        check_causal(q, k)
     k, v = hide_keys(k, v, check_mask(mask, q, k))
     phi = feature_map(features)
     mapped = phi(q, k)
@@ -118,12 +121,7 @@ def products(
     causal = (Causal() if is_causal else None) if isinstance(is_causal, bool) else is_causal
     if causal is not None:
         check_causal(q, k)
-    if segment_ids is not None and segment_ids.shape != (q.shape[0], q.shape[1]):
-        raise ValueError(f"segment_ids have shape {segment_ids.shape}; they must be (batch, tokens) = {q.shape[:2]}.")
-    if segment_ids is not None and q.shape[1] != k.shape[1]:
-        raise ValueError(
-            f"segment_ids need as many queries as keys, got {q.shape} and {k.shape}; pass a mask for cross attention."
-        )
+    check_segments(segment_ids, q, k)
     if mask is not None and not is_key_mask(mask, k):
         check_quadratic(q, k)
         return quadratic_products(features, v, _pairs(mask, causal, segment_ids, q.shape[1], k.shape[1]))
@@ -269,6 +267,10 @@ def step(
     Example:
         out, state = step(state, q[:, t], k[:, t], v[:, t], "nala")
     """
+    if not isinstance(state, LinearState):
+        raise ValueError(f"state is a {type(state).__name__}; step takes (state, q, k, v), with one of `init_state`.")
+    if not q.ndim == k.ndim == v.ndim == 3:
+        raise ValueError(f"q has shape {q.shape} and k {k.shape}; one token is (batch, heads, width).")
     out, state = prefill(q[:, None], k[:, None], v[:, None], features, state=state, eps=eps)
     return out[:, 0], state
 

@@ -77,7 +77,8 @@ class LinearAttention(nn.Module):
         return self.proj(kernel(self.kernel).attend(q, k, v, **options))
 
     def init_state(self, batch: int) -> Any:
-        """Returns the decoding state before the first token."""
+        """Returns the decoding state before the first token; ValueError unless is_causal is True."""
+        check_decodes(self.is_causal)
         head_dim = head_width(self.width, self.num_heads)
         return kernel(self.kernel).init_state(batch, self.num_kv_heads or self.num_heads, head_dim, head_dim)
 
@@ -91,6 +92,7 @@ class LinearAttention(nn.Module):
 
     def step(self, x: Float[Array, "b d"], state: Any) -> tuple[Float[Array, "b width"], Any]:
         """Returns the output of one more token and the state."""
+        check_token(x)
         out, state = self.prefill(x[:, None], state)
         return out[:, 0], state
 
@@ -166,7 +168,8 @@ class NaLaAttention(nn.Module):
         return self._finish(out, local, g)
 
     def init_state(self, batch: int) -> NaLaState:
-        """Returns the decoding state before the first token."""
+        """Returns the decoding state before the first token; ValueError unless is_causal is True."""
+        check_decodes(self.is_causal)
         head_dim = head_width(self.width, self.num_heads)
         state = FeatureKernel(nala_features()).init_state(batch, self.num_heads, head_dim, head_dim)
         return NaLaState(state, jnp.zeros((batch, NALA_CONV - 1, self.width), self.dtype or jnp.float32))
@@ -186,6 +189,7 @@ class NaLaAttention(nn.Module):
 
     def step(self, x: Float[Array, "b d"], state: NaLaState) -> tuple[Float[Array, "b width"], NaLaState]:
         """Returns the output of one more token and the state."""
+        check_token(x)
         out, state = self.prefill(x[:, None], state)
         return out[:, 0], state
 
@@ -337,3 +341,13 @@ def check_decodes(is_causal: bool | Causal) -> None:
     """
     if is_causal is not True:
         raise ValueError(f"is_causal is {is_causal}; decoding with a running state needs is_causal=True.")
+
+
+def check_token(x: Array) -> None:
+    """Raises ValueError unless x is one token per sample.
+
+    Example:
+        check_token(x[:, t])
+    """
+    if x.ndim != 2:
+        raise ValueError(f"x has shape {x.shape}; step takes one token, (batch, width), and prefill several.")

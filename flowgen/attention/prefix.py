@@ -99,6 +99,8 @@ def prefix_product(
     Example:
         out, total, state = prefix_product(Features(q, k), v)
     """
+    if chunk_size < 1 or block_size < 1:
+        raise ValueError(f"chunk_size is {chunk_size} and block_size {block_size}; both must be at least 1.")
     features, v = _at_least_float32(features, v)
     batch, n = v.shape[:2]
     state = empty_state(features, v) if state is None else state
