@@ -297,12 +297,6 @@ def test_positions_past_the_end_of_a_table_are_loud_and_not_wrong():
             ["is_causal is False", "is_causal=True"],
         ),
         (
-            lambda x: attention.LinearAttention(WIDTH, 2, is_causal=True).init(
-                jax.random.key(0), x, None, method="step"
-            ),
-            ["(2, 24, 16)", "step takes one token"],
-        ),
-        (
             lambda x: attention.SOFTAttention(WIDTH, 2, landmarks="convolved").init(jax.random.key(0), x),
             ["'convolved'", "conv_norm_gelu"],
         ),
