@@ -154,7 +154,7 @@ def train(attention: str, seed: int, settings: Settings) -> Result:
     test_images = place(test_images, settings.canvas, np.random.default_rng(0))
     model = VisionTransformer(attention, settings)
     params = jax.jit(model.init)(jax.random.key(seed), test_images[:1])["params"]
-    schedule = optax.warmup_cosine_decay_schedule(0, settings.learning_rate, steps, settings.epochs * steps)
+    schedule = optax.warmup_cosine_decay_schedule(0, settings.learning_rate, steps, max(settings.epochs, 2) * steps)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=settings.weight_decay))
     state = TrainState.create(apply_fn=model.apply, params=params, tx=optimizer)
 

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from flax import linen as nn
@@ -152,3 +153,31 @@ def test_dropout_is_refused_through_the_modules_and_allowed_where_deterministic(
         make_attention_fn("nala", is_causal=True)(*qkv(n=5))
     with pytest.raises(ValueError, match="attention 'nalaa' is unknown; choose one of softmax"):
         make_attention_fn("nalaa")
+
+
+def test_positions_do_not_decode_from_flaxs_cache():
+    fn = make_attention_fn(attention.cosformer_features(TOKENS), is_causal=True)
+    decoder = nnx_module(fn, decode=True)
+    x = inputs()
+    decoder.init_cache(x.shape)
+    with pytest.raises(ValueError, match="a feature map with positions cannot decode"):
+        decoder(x[:, :1])
+
+
+def test_a_bias_of_keys_shifts_nothing_and_does_not_overflow():
+    fn = make_attention_fn("elu_plus_one")
+    q, k, v = qkv()
+    bias = jnp.zeros((1, 1, 1, TOKENS)).at[..., 3].set(300.0)
+    np.testing.assert_allclose(fn(q, k, v, bias), jnp.broadcast_to(v[:, 3:4], (2, TOKENS, HEADS, 6)), atol=EXACT)
+    np.testing.assert_allclose(fn(q, k, v, jnp.full_like(bias, -120.0)), fn(q, k, v), atol=EXACT)
+
+
+def test_block_causal_reaches_the_kernel(monkeypatch):
+    x = inputs()
+    fn = make_attention_fn("nala", is_causal=attention.Causal(block_size=5))
+    gradient = jax.grad(lambda y: nnx_module(fn)(y)[:, 1].sum())(x)
+    assert gradient[:, 2:5].any()
+    assert not gradient[:, 5:].any()
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # what users see: types are not checked
+    with pytest.raises(ValueError, match="softmax_attention takes True or False"):
+        make_attention_fn("softmax", is_causal=attention.Causal(block_size=5))(*qkv())

@@ -446,3 +446,16 @@ def test_a_step_is_refused_like_a_call(untyped):
     q, k, v = zeros()
     state = prefill(q, k, v)[1]
     refuse(lambda: step(state, q[:, 0], k[:, 0, :, :4], v[:, 0]), ["(2, 1, 4, 8)", "(2, 1, 2, 4)", "head width"])
+
+
+@pytest.mark.parametrize("reset", [-1e4, -1e8, -np.inf])
+def test_a_strong_decay_costs_other_tokens_no_digits(reset):
+    random = np.random.default_rng(3)
+    q, k, v = (jnp.asarray(random.standard_normal((1, 12, 2, 4)), jnp.float32) for _ in range(3))
+    log_decay = jnp.full((1, 12, 2), -0.1).at[:, 4].set(reset)
+    whole, _ = gated_linear_attention(q, k, v, log_decay)
+    pieces, state = [], None
+    for t in range(12):
+        out, state = gated_linear_attention(*(x[:, t : t + 1] for x in (q, k, v, log_decay)), state=state)
+        pieces.append(out)
+    np.testing.assert_allclose(whole, jnp.concatenate(pieces, axis=1), atol=1e-5)

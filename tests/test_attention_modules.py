@@ -214,6 +214,13 @@ def test_nnx_twins_train_and_decode(twin):
         np.testing.assert_allclose(jnp.concatenate([out, last[:, None]], 1), module(x)[:, :8], atol=CACHED)
 
 
+def test_nnx_twins_decode_inside_the_scan_of_jax():
+    x = inputs(n=6)
+    module = twins.LinearAttention(WIDTH, width=WIDTH, num_heads=HEADS, kernel="nala", is_causal=True, rngs=nnx.Rngs(0))
+    decode = jax.jit(lambda x: jax.lax.scan(lambda s, t: module.step(t, s)[::-1], module.init_state(2), x)[1])
+    np.testing.assert_allclose(decode(x.swapaxes(0, 1)).swapaxes(0, 1), module(x), atol=CACHED)
+
+
 def test_inside_a_linen_model():
     class Model(nn.Module):
         @nn.compact

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool
+from einops import rearrange
+from jaxtyping import Array, Bool, Float
 
 # Weights (n x m) that the exact quadratic path may hold per batch element and head.
 QUADRATIC_LIMIT = 4096 * 4096
@@ -89,6 +90,23 @@ def is_key_mask(mask: Array, k: Array) -> bool:
         is_key_mask(valid[:, None, None, :], k)  # True
     """
     return mask.shape[2] == 1 and mask.shape[1] in (1, k.shape[2])
+
+
+def hide_keys(
+    k: Float[Array, "b m g k"], v: Float[Array, "b m g d"], mask: Bool[Array, "#b #h #n #m"] | None
+) -> tuple[Float[Array, "b m g k"], Float[Array, "b m g d"]]:
+    """Returns k and v with zeros for keys that no query may see, so that not even NaN or a gradient gets through.
+
+    Example:
+        k, v = hide_keys(k, v, mask)
+    """
+    if mask is None:
+        return k, v
+    seen = mask.any(axis=2)
+    if mask.shape[1] > 1:
+        seen = rearrange(seen, "b (g r) m -> b g r m", g=k.shape[2]).any(axis=2)
+    seen = seen.swapaxes(1, 2)[..., None]
+    return jnp.where(seen, k, 0), jnp.where(seen, v, 0)
 
 
 def check_segments(segment_ids: Array | None, q: Array, k: Array) -> None:

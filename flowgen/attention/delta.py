@@ -16,6 +16,7 @@ from einops import rearrange
 from jaxtyping import Array, Bool, Float
 
 from flowgen.attention.linalg import unit_lower_inverse
+from flowgen.attention.prefix import decay_weights
 
 # Added to the squared norm of q and k, as in the published implementation; a zero vector stays zero.
 NORM_EPS = 1e-6
@@ -174,7 +175,12 @@ def _advance(
     chunk and b the running sum of g: a unit lower triangular system. This is U − W S₀ of the paper, solved at once.
     """
     q, k, v, beta, log_decay = chunk
-    pair, past = _decays(log_decay, k.shape[2], kv.dtype)
+    if log_decay is None:
+        pair = jnp.tril(jnp.ones((k.shape[2], k.shape[2]), kv.dtype))[None, None]
+        past = jnp.ones((1, 1, k.shape[2], 1), kv.dtype)
+    else:
+        pair, past = decay_weights(log_decay)
+        past = past[..., None]
 
     def product(pattern: str, *arrays: Array) -> Array:
         return jnp.einsum(pattern, *arrays, precision=precision)
@@ -188,22 +194,6 @@ def _advance(
     to_end = pair[:, :, -1, :, None]
     kv = past[:, :, -1:] * kv + product("bhck,bhcd->bhkd", to_end * k, written)
     return kv, out
-
-
-def _decays(
-    log_decay: Float[Array, "b h c"] | None, size: int, dtype: jnp.dtype
-) -> tuple[Float[Array, "#b #h c c"], Float[Array, "#b #h c 1"]]:
-    """What is left at token t of what token s ≤ t wrote (0 for s > t), and of the state before the chunk.
-
-    Sums run over the tokens between s and t instead of being differences of running sums. Nothing cancels, so a
-    single strong decay costs the others no digits and -inf is allowed; entries s > t are exp(0) before the mask.
-    """
-    causal = jnp.tril(jnp.ones((size, size), bool))[None, None]
-    if log_decay is None:
-        return causal.astype(dtype), jnp.ones((1, 1, size, 1), dtype)
-    after = jnp.tril(causal, -1)
-    between = jnp.cumsum(jnp.where(after, log_decay[..., None], 0), axis=2)
-    return jnp.where(causal, jnp.exp(between), 0), jnp.exp(jnp.cumsum(log_decay, axis=2))[..., None]
 
 
 def _silence(keep: Bool[Array, "b n"], x: Float[Array, "b n h *width"]) -> Float[Array, "b n h *width"]:

@@ -37,6 +37,11 @@ class FeatureMap:
     rotary: Rotary | None = None
     max_length: int | None = None
 
+    @property
+    def positional(self) -> bool:
+        """Whether features depend on where a token stands."""
+        return self.rotary is not None or self.max_length is not None
+
     def __call__(
         self, q: Float[Array, "b n h k"], k: Float[Array, "b m g k"], start: int | Int[Array, ""] = 0
     ) -> Features:

@@ -5,27 +5,30 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from flowgen.attention.checks import check_heads, check_mask
+from flowgen.attention.checks import check_heads, check_mask, hide_keys
 from flowgen.attention.features import FeatureMap
 from flowgen.attention.kernels import KERNELS, FeatureKernel, Kernel, kernel
-from flowgen.attention.linear import attend_features
+from flowgen.attention.linear import Causal, attend_features
 from flowgen.attention.prefix import Features
 from flowgen.attention.soft import soft_attention
 from flowgen.attention.softmax import softmax_attention
 
 
-def make_attention_fn(name: str | Kernel | FeatureMap, *, is_causal: bool = False) -> Callable[..., Array]:
+def make_attention_fn(name: str | Kernel | FeatureMap, *, is_causal: bool | Causal = False) -> Callable[..., Array]:
     """Returns an `attention_fn` for Flax's multi-head attention modules that computes the named kernel.
 
     name: a kernel of `flowgen.attention.KERNELS`, a feature map, "softmax" or "soft". is_causal: causal whatever the
     module asks. The function takes query `... t h k`, key and value `... s g k` and what the modules pass:
     - mask `... h t s`, nonzero keeps: over keys alone at linear cost, else by the quadratic form. A causal mask
       cannot be told from others while tracing; `is_causal` is the fast form of it.
-    - bias over keys alone (query axis 1) multiplies the keys' features by exp(bias); feature maps only.
-    - one query with a mask, as when decoding from Flax's cache, is never causal: the mask says what it sees.
+    - bias over keys alone (query axis 1) multiplies the keys' features by exp(bias); feature maps only. Where causal,
+      keep it below 80, where exp overflows; otherwise only differences matter.
+    - one query with a mask, as when decoding from Flax's cache, is never causal: the mask says what it sees. Feature
+      maps with positions raise there, since the query does not say where it stands.
     - dtype: what query, key and value are promoted to. precision: ours is at least the one asked for.
     Raises ValueError for what linear attention does not have: dropout of weights, other biases, sown weights.
 
@@ -61,11 +64,13 @@ def make_attention_fn(name: str | Kernel | FeatureMap, *, is_causal: bool = Fals
             raise ValueError(f"query has shape {query.shape}; attention takes (..., tokens, heads, width).")
         dtype = jnp.result_type(query, key, value) if dtype is None else dtype
         leading = query.shape[:-3]
+        if not key.shape[:-3] == value.shape[:-3] == leading:
+            raise ValueError(f"query has shape {query.shape} and key {key.shape}; their leading axes must be equal.")
         q, k, v = (x.astype(dtype).reshape(-1, *x.shape[-3:]) for x in (query, key, value))
         check_heads(q, k, v)
         mask, bias = (_with_one_batch_axis(x, leading) for x in (mask, bias))
         mask = None if mask is None else mask != 0  # Flax makes masks of floats
-        causal = (is_causal or always_causal) and not (q.shape[1] == 1 and mask is not None)
+        causal = False if q.shape[1] == 1 and mask is not None else always_causal or is_causal
         out = attend(q, k, v, bias, check_mask(mask, q, k), causal)
         return out.astype(dtype).reshape(*leading, *out.shape[1:])
 
@@ -80,9 +85,23 @@ def _attend_by_name(name: str | Kernel | FeatureMap) -> Callable[..., Array]:
     if isinstance(name, str) and name not in KERNELS:
         raise ValueError(f"attention {name!r} is unknown; choose one of softmax, soft, {', '.join(KERNELS)}.")
     chosen = kernel(name)
+    if isinstance(chosen, FeatureKernel) and chosen.features.positional:
+        chosen = _Positional(chosen.features, chosen.eps)
     if isinstance(chosen, FeatureKernel):
         return lambda q, k, v, bias, mask, causal: _attend_biased(chosen, q, k, v, bias, mask, causal)
     return _without_bias(lambda q, k, v, mask, causal: chosen.attend(q, k, v, mask=mask, is_causal=causal), name)
+
+
+class _Positional(FeatureKernel):
+    """A feature kernel that knows where tokens stand, and so cannot serve a query apart from its keys."""
+
+    def attend(self, q, k, v, **options):
+        if q.shape[1] == 1 < k.shape[1]:
+            raise ValueError(
+                f"query has shape {q.shape} and key {k.shape}; a feature map with positions cannot decode from Flax's "
+                "cache, so use the modules of flowgen.attention, which keep a state."
+            )
+        return super().attend(q, k, v, **options)
 
 
 def _without_bias(attend: Callable[..., Array], name: Any) -> Callable[..., Array]:
@@ -103,7 +122,12 @@ def _attend_biased(chosen: FeatureKernel, q, k, v, bias, mask, causal) -> Array:
             "since weights of pairs are never formed."
         )
     phi = chosen.features
+    k, v = hide_keys(k, v, mask)
     mapped = phi(q, k)
+    if not causal:  # where causal, a largest bias would tell of the future
+        seen = bias if mask is None else jnp.where(mask.any(axis=2, keepdims=True), bias, -jnp.inf)
+        top = seen.max(axis=-1, keepdims=True)
+        bias = bias - jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0))
     weight = jnp.exp(bias[:, :, 0, :].swapaxes(1, 2)[..., None].astype(mapped.k.dtype))
     norm_k = None if mapped.norm_k is None else mapped.norm_k * weight
     biased = Features(mapped.q, mapped.k * weight, mapped.norm_q, norm_k)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float, Int
 
-from flowgen.attention.checks import check_causal, check_heads, check_key_mask, check_mask
+from flowgen.attention.checks import check_causal, check_heads, check_key_mask, check_mask, hide_keys, is_key_mask
 from flowgen.attention.decay import retention
 from flowgen.attention.features import (
     FEATURE_MAPS,
@@ -24,7 +24,7 @@ from flowgen.attention.features import (
 from flowgen.attention.linear import (
     EPS,
     Causal,
-    hide_keys,
+    as_causal,
     init_state,
     keep_keys,
     linear_attention,
@@ -100,11 +100,15 @@ class PolaKernel:
 
     def attend(self, q, k, v, *, mask=None, is_causal=False, segment_ids=None):
         check_heads(q, k, v)
-        if is_causal is not False:
+        if as_causal(is_causal):
             check_causal(q, k)
         mask = check_mask(mask, q, k)
         k, v = hide_keys(k, v, mask)
-        features, mask = self._features(q, k, v), _for_twice_the_heads(mask)
+        features = self._features(q, k, v)
+        if mask is not None and is_key_mask(mask, k):
+            (features, v), mask = keep_keys(features, v, mask), None
+        elif mask is not None and mask.shape[1] > 1:
+            mask = jnp.repeat(mask, 2, axis=1)
         out, total = products(features, v, mask=mask, is_causal=is_causal, segment_ids=segment_ids)
         return _halves(normalised(out, total, self.eps, v.dtype))
 
@@ -184,9 +188,13 @@ class RetentionKernel:
     """Retention; see `retention`. Causal only."""
 
     def attend(self, q, k, v, *, mask=None, is_causal=False, segment_ids=None):
-        if is_causal is not True:
-            raise ValueError("retention weighs tokens by how long ago they came, so it is causal only; is_causal=True.")
-        return retention(q, k, v, mask=mask, segment_ids=segment_ids)[0]
+        causal = as_causal(is_causal)
+        if causal is None or causal.block_size != 1 or causal.implementation != "xla":
+            raise ValueError(
+                f"is_causal is {is_causal}; retention weighs tokens by how long ago they came, so it is causal only, "
+                "token by token: set is_causal=True."
+            )
+        return retention(q, k, v, mask=mask, segment_ids=segment_ids, chunk_size=causal.chunk_size)[0]
 
     def init_state(self, batch, num_heads, key_dim, value_dim, dtype=jnp.float32):
         token = _token(batch, num_heads, key_dim, dtype)
@@ -354,6 +362,7 @@ def gaussian_landmark_attention(
     if not whiten:
         return linear_attention(q, k, v, gaussian_landmark_map(landmarks), mask=mask, is_causal=is_causal)
     check_heads(q, k, v)
+    k, v = hide_keys(k, v, check_mask(mask, q, k))
     features = Features(*(gaussian_landmark_features(x, landmarks, ridge=ridge) for x in (q, k)))
     return products(features, v, mask=mask, is_causal=is_causal)[0].astype(v.dtype)
 
@@ -370,10 +379,6 @@ def _halves(pairs: Float[Array, "b n hh d"]) -> Float[Array, "b n h d"]:
     """First half of the values of even rows (equal signs), second half of those of odd rows (opposite signs)."""
     half = pairs.shape[-1] // 2
     return jnp.concatenate([pairs[:, :, 0::2, :half], pairs[:, :, 1::2, half:]], axis=-1)
-
-
-def _for_twice_the_heads(mask: Array | None) -> Array | None:
-    return mask if mask is None or mask.shape[1] == 1 else jnp.repeat(mask, 2, axis=1)
 
 
 def _inline(pairs: Array, dots: Array, values: Array, count: Array, dtype: jnp.dtype) -> Array:

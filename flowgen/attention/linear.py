@@ -23,6 +23,7 @@ from flowgen.attention.checks import (
     check_mask,
     check_quadratic,
     check_segments,
+    hide_keys,
     is_key_mask,
 )
 from flowgen.attention.features import FeatureMap, feature_map
@@ -52,6 +53,17 @@ class Causal:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
 
 
+def as_causal(is_causal: bool | Causal) -> Causal | None:
+    """Returns how causal attention is cut, None where it is not causal.
+
+    Example:
+        causal = as_causal(True)  # Causal()
+    """
+    if isinstance(is_causal, Causal):
+        return is_causal
+    return Causal() if is_causal else None
+
+
 def linear_attention(
     q: Float[Array, "b n h k"],
     k: Float[Array, "b m g k"],
@@ -74,7 +86,7 @@ def linear_attention(
         out = linear_attention(q, k, v, "focused", is_causal=True)
     """
     check_heads(q, k, v)
-    if is_causal is not False:
+    if as_causal(is_causal):
         check_causal(q, k)
     k, v = hide_keys(k, v, check_mask(mask, q, k))
     phi = feature_map(features)
@@ -118,7 +130,7 @@ def products(
     check_heads(features.q, features.k, v)
     q, k = features.q, features.k
     mask = check_mask(mask, q, k)
-    causal = (Causal() if is_causal else None) if isinstance(is_causal, bool) else is_causal
+    causal = as_causal(is_causal)
     if causal is not None:
         check_causal(q, k)
     check_segments(segment_ids, q, k)
@@ -170,23 +182,6 @@ def normalised(
     """
     total = total + eps
     return (out / jnp.where(total == 0, 1, total)[..., None]).astype(dtype)
-
-
-def hide_keys(
-    k: Float[Array, "b m g k"], v: Float[Array, "b m g d"], mask: Bool[Array, "#b #h #n #m"] | None
-) -> tuple[Float[Array, "b m g k"], Float[Array, "b m g d"]]:
-    """Returns k and v with zeros for keys that no query may see, so that not even NaN or a gradient gets through.
-
-    Example:
-        k, v = hide_keys(k, v, mask)
-    """
-    if mask is None:
-        return k, v
-    seen = mask.any(axis=2)
-    if mask.shape[1] > 1:
-        seen = rearrange(seen, "b (g r) m -> b g r m", g=k.shape[2]).any(axis=2)
-    seen = seen.swapaxes(1, 2)[..., None]
-    return jnp.where(seen, k, 0), jnp.where(seen, v, 0)
 
 
 def keep_keys(
@@ -303,12 +298,11 @@ def _full(features: Features, v: Array) -> tuple[Array, Array]:
     norm_q, norm_k = features.normaliser
 
     def grouped(x):
-        return x.reshape(*x.shape[:2], groups, -1, x.shape[-1])
+        return rearrange(x, "b n (g r) f -> b n g r f", g=groups)
 
     out = jnp.einsum("bngrf,bgfd->bngrd", grouped(features.q), kv, precision=HIGHEST)
     total = jnp.einsum("bngrf,bgf->bngr", grouped(norm_q), norm_k.sum(axis=1), precision=HIGHEST)
-    heads = features.q.shape[:3]
-    return out.reshape(*heads, v.shape[-1]), total.reshape(heads)
+    return rearrange(out, "b n g r d -> b n (g r) d"), rearrange(total, "b n g r -> b n (g r)")
 
 
 def _packed(features: Features, v: Array, segment_ids: Array) -> tuple[Array, Array]:

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from flowgen.attention.checks import check_key_mask
 from flowgen.attention.features import DirectionMap, FeatureMap, nala_features
 from flowgen.attention.kernels import FeatureKernel, Kernel, kernel
-from flowgen.attention.linear import EPS, Causal
+from flowgen.attention.linear import EPS, Causal, as_causal
 from flowgen.attention.prefix import LinearState
 from flowgen.attention.rotary import rotary_grid, rotary_line
 from flowgen.attention.soft import (
@@ -80,7 +80,8 @@ class LinearAttention(nn.Module):
         """Returns the decoding state before the first token; ValueError unless is_causal is True."""
         check_decodes(self.is_causal)
         head_dim = head_width(self.width, self.num_heads)
-        return kernel(self.kernel).init_state(batch, self.num_kv_heads or self.num_heads, head_dim, head_dim)
+        dtype = self.dtype or jnp.float32
+        return kernel(self.kernel).init_state(batch, self.num_kv_heads or self.num_heads, head_dim, head_dim, dtype)
 
     def prefill(
         self, x: Float[Array, "b n d"], state: Any = None, *, mask: Array | None = None
@@ -171,8 +172,9 @@ class NaLaAttention(nn.Module):
         """Returns the decoding state before the first token; ValueError unless is_causal is True."""
         check_decodes(self.is_causal)
         head_dim = head_width(self.width, self.num_heads)
-        state = FeatureKernel(nala_features()).init_state(batch, self.num_heads, head_dim, head_dim)
-        return NaLaState(state, jnp.zeros((batch, NALA_CONV - 1, self.width), self.dtype or jnp.float32))
+        dtype = self.dtype or jnp.float32
+        state = FeatureKernel(nala_features()).init_state(batch, self.num_heads, head_dim, head_dim, dtype)
+        return NaLaState(state, jnp.zeros((batch, NALA_CONV - 1, self.width), dtype))
 
     def prefill(
         self, x: Float[Array, "b n d"], state: NaLaState | None = None, *, mask: Array | None = None
@@ -277,7 +279,9 @@ class SOFTAttention(nn.Module):
 
         q, v = heads(self.query(x)), heads(self.value(x))
         k = q if self.tied else heads(self.key(x))
-        keep = None if mask is None else check_key_mask(mask, q, k)[:, 0, 0]
+        if mask is not None and check_key_mask(mask, q, k).shape[1] > 1:
+            raise ValueError(f"mask has shape {mask.shape}; SOFT hides keys from all heads alike, (batch, 1, 1, keys).")
+        keep = None if mask is None else mask[:, 0, 0]
         if keep is not None:
             keep = jnp.broadcast_to(keep, x.shape[:2])
             v = jnp.where(keep[..., None, None], v, 0)
@@ -339,7 +343,8 @@ def check_decodes(is_causal: bool | Causal) -> None:
     Example:
         check_decodes(self.is_causal)
     """
-    if is_causal is not True:
+    causal = as_causal(is_causal)
+    if causal is None or causal.block_size != 1:
         raise ValueError(f"is_causal is {is_causal}; decoding with a running state needs is_causal=True.")
 
 

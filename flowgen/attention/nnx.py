@@ -22,9 +22,11 @@ from flowgen.attention import modules
 class _Twin(bridge.ToNNX):
     """A linen module initialised for inputs of `in_features` channels."""
 
-    def __init__(self, module: linen.Module, in_features: int, rngs: nnx.Rngs, **example: Any):
+    def __init__(self, module: linen.Module, in_features: int, rngs: nnx.Rngs, num_tokens: int = 1, **example: Any):
         super().__init__(module, rngs=rngs)
-        self.lazy_init(jnp.zeros((1, 1, in_features)), **example)
+        self.lazy_init(jnp.zeros((1, num_tokens, in_features)), **example)
+        # Nothing is random after initialisation, and a stream of keys could not be used inside jax's own transforms.
+        self.to_nnx__rngs = None
 
 
 class _Decoding(_Twin):
@@ -42,14 +44,15 @@ class _Decoding(_Twin):
 
 
 class LinearAttention(_Decoding):
-    """`flowgen.attention.LinearAttention` as an NNX module.
+    """`flowgen.attention.LinearAttention` as an NNX module; context_features: of the context of cross attention.
 
     Example:
         attention = LinearAttention(64, width=64, num_heads=4, rngs=nnx.Rngs(0))
     """
 
-    def __init__(self, in_features: int, *, rngs: nnx.Rngs, **fields: Any):
-        super().__init__(modules.LinearAttention(**fields), in_features, rngs)
+    def __init__(self, in_features: int, *, context_features: int | None = None, rngs: nnx.Rngs, **fields: Any):
+        context = None if context_features is None else jnp.zeros((1, 1, context_features))
+        super().__init__(modules.LinearAttention(**fields), in_features, rngs, context=context)
 
 
 class NaLaAttention(_Decoding):
@@ -74,5 +77,4 @@ class SOFTAttention(_Twin):
     def __init__(self, in_features: int, *, rngs: nnx.Rngs, **fields: Any):
         module = modules.SOFTAttention(**fields)
         side = 1 if module.landmarks == "pool" else module.stride
-        bridge.ToNNX.__init__(self, module, rngs=rngs)
-        self.lazy_init(jnp.zeros((1, side * side, in_features)), grid=(side, side))
+        super().__init__(module, in_features, rngs, num_tokens=side * side, grid=(side, side))

@@ -49,6 +49,8 @@ class Features(NamedTuple):
     @property
     def normaliser(self) -> tuple[Float[Array, "b n h e"], Float[Array, "b m g e"]]:
         """The normaliser's queries and keys."""
+        if (self.norm_q is None) != (self.norm_k is None):
+            raise ValueError("norm_q or norm_k is missing; give both, or neither for the numerator's features.")
         if self.norm_q is None or self.norm_k is None:
             return self.q, self.k
         return self.norm_q, self.norm_k
@@ -103,7 +105,10 @@ def prefix_product(
         raise ValueError(f"chunk_size is {chunk_size} and block_size {block_size}; both must be at least 1.")
     features, v = _at_least_float32(features, v)
     batch, n = v.shape[:2]
-    state = empty_state(features, v) if state is None else state
+    empty = empty_state(features, v)
+    state = empty if state is None else state
+    if [x.shape for x in state] != [x.shape for x in empty]:
+        raise ValueError(f"state has kv {state.kv.shape}; these features and values need {empty.kv.shape}.")
     if n == 0:
         heads = features.q.shape[:3]
         return jnp.zeros((*heads, v.shape[-1]), v.dtype), jnp.zeros(heads, v.dtype), state
@@ -200,16 +205,31 @@ def _cut_segments(within: _Weights, segment: Int[Array, "b c"], past: Int[Array,
     )
 
 
+def decay_weights(
+    log_decay: Float[Array, "b h c"],
+) -> tuple[Float[Array, "b h c c"], Float[Array, "b h c"]]:
+    """Returns what is left at token t of what token s ≤ t wrote (0 for s > t), and of the state before the chunk.
+
+    Sums run over the tokens between s and t instead of being differences of running sums. Nothing cancels, so a
+    single strong decay costs the others no digits and -inf is allowed; entries s > t are exp(0) before the mask.
+
+    Example:
+        pair, past = decay_weights(jnp.log(jnp.full((1, 1, 64), 0.9)))
+    """
+    size = log_decay.shape[-1]
+    causal = jnp.tril(jnp.ones((size, size), bool))[None, None]
+    after = jnp.tril(causal, -1)
+    between = jnp.cumsum(jnp.where(after, log_decay[..., None], 0), axis=2)
+    return jnp.where(causal, jnp.exp(between), 0), jnp.exp(jnp.cumsum(log_decay, axis=2))
+
+
 def _weigh(within: _Weights, log_decay: Float[Array, "b g c"] | None, dtype: jnp.dtype) -> _Weights:
     if log_decay is None:
         return within._replace(pair=within.pair.astype(dtype))
-    total = jnp.cumsum(log_decay, axis=-1)
-    gap = total[..., :, None] - total[..., None, :]
-    # Future pairs have positive gaps: never exponentiated.
-    pair = jnp.where(within.pair, jnp.exp(jnp.where(within.pair, gap, 0)), 0)
+    pair, past = decay_weights(log_decay)
     return _Weights(
-        pair=pair,
-        query=within.query * jnp.exp(total),
-        key=within.key * jnp.exp(total[..., -1:] - total),
-        state=within.state * jnp.exp(total[..., -1]),
+        pair=jnp.where(within.pair, pair, 0),
+        query=within.query * past,
+        key=within.key * pair[:, :, -1],
+        state=within.state * past[..., -1],
     )

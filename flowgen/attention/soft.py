@@ -317,6 +317,8 @@ def _check_tokens(q: Array, k: Array, v: Array) -> None:
 def _key_padding(mask: Array, k: Array) -> Bool[Array, "b m"]:
     """Returns a mask of `b m` or `b 1 1 m` as `b m`; ValueError if it differs between queries or heads."""
     batch, length = k.shape[:2]
+    if jnp.result_type(mask) != jnp.bool_:
+        raise ValueError(f"mask has dtype {jnp.result_type(mask)}; give booleans, True where a key is kept.")
     keys = mask[:, 0, 0] if mask.ndim == 4 and mask.shape[1:3] == (1, 1) else mask
     if keys.ndim != 2 or keys.shape[0] not in (1, batch) or keys.shape[1] not in (1, length):
         raise ValueError(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Bool, Float
 
-from flowgen.attention.checks import check_causal, check_heads, check_mask
+from flowgen.attention.checks import check_causal, check_heads, check_mask, hide_keys
 
 # Causal attention runs in this many slices of queries at most, each against only the keys it may see.
 MAX_CAUSAL_SLICES = 4
@@ -59,7 +60,12 @@ def softmax_attention(
         out = softmax_attention(q, k, v, is_causal=True)
     """
     check_heads(q, k, v)
+    if not isinstance(is_causal, bool | np.bool_):
+        raise ValueError(f"is_causal is {is_causal}; softmax_attention takes True or False, and masks for the rest.")
     mask = check_mask(mask, q, k)
+    k, v = hide_keys(k, v, mask)
+    if 0 in (q.shape[1], k.shape[1]):
+        return jnp.zeros((*q.shape[:3], v.shape[-1]), v.dtype)
     if is_causal:
         check_causal(q, k)
     n = q.shape[1]
