@@ -10,6 +10,7 @@ _FLAGS = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_le
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}"
 
 import jax
+import jaxtyping
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -20,3 +21,16 @@ jax.config.update("jax_debug_key_reuse", True)
 def key():
     """A fresh root key."""
     return jax.random.key(0)
+
+
+@pytest.fixture
+def untyped(monkeypatch):
+    """Calls arrive as a user's do, without the type checker that the tests put in front."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+@pytest.fixture
+def x64():
+    """64-bit arrays for the duration of a test."""
+    with jax.enable_x64(True):
+        yield

@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 
@@ -15,18 +14,6 @@ HALF = 2e-2  # bfloat16 inputs and outputs, float32 state
 
 rule = jax.jit(gated_delta_rule, static_argnames="chunk_size")
 step = jax.jit(gated_delta_step)
-
-
-@pytest.fixture
-def untyped(monkeypatch):
-    """Calls arrive as a user's do, without the type checker that the tests put in front."""
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-
-
-@pytest.fixture
-def x64():
-    with jax.enable_x64(True):
-        yield
 
 
 def draw(n, batch=2, heads=2, key_dim=4, value_dim=3, seed=0):

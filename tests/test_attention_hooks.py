@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 from flax import linen as nn
@@ -172,12 +171,11 @@ def test_a_bias_of_keys_shifts_nothing_and_does_not_overflow():
     np.testing.assert_allclose(fn(q, k, v, jnp.full_like(bias, -120.0)), fn(q, k, v), atol=EXACT)
 
 
-def test_block_causal_reaches_the_kernel(monkeypatch):
+def test_block_causal_reaches_the_kernel(untyped):
     x = inputs()
     fn = make_attention_fn("nala", is_causal=attention.Causal(block_size=5))
     gradient = jax.grad(lambda y: nnx_module(fn)(y)[:, 1].sum())(x)
     assert gradient[:, 2:5].any()
     assert not gradient[:, 5:].any()
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # what users see: types are not checked
     with pytest.raises(ValueError, match="softmax_attention takes True or False"):
         make_attention_fn("softmax", is_causal=attention.Causal(block_size=5))(*qkv())

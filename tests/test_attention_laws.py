@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 
@@ -182,18 +181,6 @@ each_kernel = pytest.mark.parametrize("name", ROWS)
 
 def test_every_named_kernel_has_a_row():
     assert set(KERNELS) <= set(ROWS)
-
-
-@pytest.fixture
-def untyped(monkeypatch):
-    """Calls arrive as a user's do, without the type checker that the tests put in front."""
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-
-
-@pytest.fixture
-def x64():
-    with jax.enable_x64(True):
-        yield
 
 
 def draw(name, n=LENGTH, m=None, batch=BATCH, seed=0):

@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 
@@ -40,18 +39,6 @@ SUMS = 1e-9  # relative: their sums with 10
 ORACLE = 1e-10  # float64
 ROUNDING = 1e-5  # float32
 STATE = 5e-3  # bfloat16 inputs and outputs of a float32 state; a bfloat16 state is wrong by 0.3 to 14
-
-
-@pytest.fixture
-def untyped(monkeypatch):
-    """Calls arrive as a user's do, without the type checker that the tests put in front."""
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-
-
-@pytest.fixture
-def x64():
-    with jax.enable_x64(True):
-        yield
 
 
 def normal(*shapes, seed=0):

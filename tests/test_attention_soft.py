@@ -4,7 +4,6 @@ import itertools
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 
@@ -290,8 +289,7 @@ ERRORS = {
 
 
 @pytest.mark.parametrize("case", ERRORS)
-def test_errors_say_what_to_do(case, monkeypatch):
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # what users see: types are not checked
+def test_errors_say_what_to_do(case, untyped):
     arrays, options, message = ERRORS[case]
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(lambda *arrays: soft_attention(*arrays, **options), *arrays)

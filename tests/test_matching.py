@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 
@@ -316,8 +315,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_what_does_not_fit_is_refused(what, monkeypatch):
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # what users see: types are not checked
+def test_what_does_not_fit_is_refused(what, untyped):
     call, part = REFUSED[what]
     with pytest.raises(ValueError) as error:  # noqa: PT011
         call()
