@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
 
 from flowgen.attention import Causal, linear_attention, nala_features, rotary_line
 from flowgen.attention import pallas as kernels
@@ -47,7 +48,9 @@ def test_the_gpu_form_is_the_tpu_form():
 @pytest.mark.parametrize(("platform", "target"), [("tpu", "tpu_custom_call"), ("cuda", "xla.gpu.triton")])
 def test_it_lowers_for_accelerators(platform, target):
     q, k, v = qkv(300)
-    program = jax.jit(kernels.causal_product).trace(q, k, v).lower(lowering_platforms=(platform,))
+    device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=None, platform=platform)
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
+        program = jax.jit(kernels.causal_product).trace(q, k, v).lower(lowering_platforms=(platform,))
     assert target in program.as_text()
 
 
