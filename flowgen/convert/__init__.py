@@ -1,15 +1,25 @@
 """Import of published weights: strict, and without executing what is in the files."""
 
+from flowgen.convert.folders import load_autoencoder, load_text_encoder
+from flowgen.convert.frozen import autoencoder_kl, bert_encoder, t5_encoder
 from flowgen.convert.mapping import MappingError, Requirement, Rule, fill
 from flowgen.convert.published import parse_file_name, tarflow
+from flowgen.convert.published_starflow import read_arguments, starflow
 from flowgen.convert.readers import read_state_dict
 
 __all__ = [
     "MappingError",
     "Requirement",
     "Rule",
+    "autoencoder_kl",
+    "bert_encoder",
     "fill",
+    "load_autoencoder",
+    "load_text_encoder",
     "parse_file_name",
+    "read_arguments",
     "read_state_dict",
+    "starflow",
+    "t5_encoder",
     "tarflow",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 
 from flowgen.convert.mapping import Requirement, Rule, transpose
@@ -25,22 +27,64 @@ def layer_norm(source: str, target: str) -> tuple[Rule, Rule]:
     return Rule(f"{source}.weight", f"{target}/scale"), Rule(f"{source}.bias", f"{target}/bias")
 
 
-def transformer(source: str, target: str) -> tuple[Rule, ...]:
+def rms_norm(source: str, target: str) -> tuple[Rule]:
+    """Returns the rule of an RMSNorm, whose weight is the offset from 1 on both sides.
+
+    Example:
+        rules = rms_norm("final_norm", "params/final_norm")
+    """
+    return (Rule(f"{source}.weight", f"{target}/weight"),)
+
+
+def transformer(source: str, target: str, mlp: dict[str, str] | None = None) -> tuple[Rule, ...]:
     """Returns the rules of a published transformer's layers, numbered {layer}, that become one scanned stack.
 
-    The columns of qkv keep their order: q, k, v, head after head inside each.
+    The columns of qkv keep their order: q, k, v, head after head inside each. mlp: published names of its maps.
 
     Example:
         rules = transformer("blocks.{block}.attn_blocks.{layer}", "params/blocks_{block}/layers")
     """
+    mlp = {"main.0": "up", "main.2": "down"} if mlp is None else mlp
+    maps = (linear(f"{source}.mlp.{theirs}", f"{target}/mlp/{ours}") for theirs, ours in mlp.items())
     return (
         *layer_norm(f"{source}.attention.norm", f"{target}/attention_norm"),
         *linear(f"{source}.attention.qkv", f"{target}/attention/qkv"),
         *linear(f"{source}.attention.proj", f"{target}/attention/proj"),
         *layer_norm(f"{source}.mlp.norm", f"{target}/mlp_norm"),
-        *linear(f"{source}.mlp.main.0", f"{target}/mlp/up"),
-        *linear(f"{source}.mlp.main.2", f"{target}/mlp/down"),
+        *itertools.chain.from_iterable(maps),
     )
+
+
+def starflow(*, gated: bool) -> tuple[Rule, ...]:
+    """Returns the rules of a published STARFlow for images, with plain or gated MLPs. Rules whose leaf the model
+    does not have, such as those of options that are off, fill nothing.
+
+    Example:
+        variables, dropped = fill(target, state_dict, starflow(gated=False))
+    """
+    names = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"} if gated else None
+    source, target = "blocks.{block}", "params/blocks_{block}"
+    layer, layers = f"{source}.attn_blocks.{{layer}}", f"{target}/layers"
+    return (
+        Rule(f"{source}.sos_embed", f"{target}/start_token", _drop_batch_and_token_axes),
+        *linear(f"{source}.proj_in", f"{target}/proj_in"),
+        *linear(f"{source}.proj_txt", f"{target}/proj_prefix"),
+        *transformer(layer, layers, names),
+        *rms_norm(f"{layer}.attention.norm", f"{layers}/attention_norm"),
+        *rms_norm(f"{layer}.mlp.norm", f"{layers}/mlp_norm"),
+        *rms_norm(f"{layer}.attention.query_norm", f"{layers}/attention/query_norm"),
+        *rms_norm(f"{layer}.attention.key_norm", f"{layers}/attention/key_norm"),
+        *rms_norm(f"{layer}.attention.post_norm", f"{layers}/attention_post_norm"),
+        *rms_norm(f"{layer}.mlp.post_norm", f"{layers}/mlp_post_norm"),
+        *rms_norm(f"{source}.final_norm", f"{target}/final_norm"),
+        *linear(f"{source}.proj_out", f"{target}/proj_out"),
+        # Buffers that the published code keeps for old files and never reads.
+        *(Rule(name, None) for name in ("var", f"{source}.attn_mask", "feat_rope.freqs_cos", "feat_rope.freqs_sin")),
+    )
+
+
+def _drop_batch_and_token_axes(x: np.ndarray) -> np.ndarray:
+    return np.squeeze(x, axis=(0, 1))
 
 
 def _drop_token_axis(x: np.ndarray) -> np.ndarray:

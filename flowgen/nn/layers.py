@@ -1,4 +1,4 @@
-"""Layers: linear maps with published initialisation, LayerNorm, MLP, and patchify."""
+"""Layers: linear maps with published initialisation, LayerNorm, RMSNorm, MLP, and patchify."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from einops import rearrange
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-Activation = Literal["gelu", "gelu_tanh", "silu", "relu_squared"]
+Activation = Literal["gelu", "gelu_tanh", "silu", "relu_squared", "geglu"]
+Norm = Literal["layer_norm", "rms_norm"]
 PatchOrder = Literal["channel_first", "channel_last"]
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -22,7 +23,11 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
     "relu_squared": lambda x: jnp.square(jax.nn.relu(x)),
 }
+# Gated MLPs, down(activation(gate(x)) · up(x)), by the activation of their gate.
+GATED_ACTIVATIONS = {"geglu": "gelu_tanh"}
+ACTIVATION_NAMES = (*ACTIVATIONS, *GATED_ACTIVATIONS)
 TORCH_LAYER_NORM_EPS = 1e-5
+RMS_NORM_EPS = 1e-6
 
 
 def master_dtype(dtype: str) -> jnp.dtype:
@@ -61,7 +66,7 @@ def flat_dot(x: Array, kernel: Array, dimension_numbers: Any, precision: Any = N
     return out.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
-def linear(features: int, fan_in: int, dtype: str, *, zero_kernel: bool = False) -> nn.Dense:
+def linear(features: int, fan_in: int, dtype: str, *, zero_kernel: bool = False, use_bias: bool = True) -> nn.Dense:
     """Returns a Dense layer initialised as PyTorch's Linear: kernel and bias U(-1/√fan_in, 1/√fan_in).
 
     With `zero_kernel` the kernel starts at zero and the bias still does not, as in the published heads.
@@ -72,6 +77,7 @@ def linear(features: int, fan_in: int, dtype: str, *, zero_kernel: bool = False)
     kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
     return nn.Dense(
         features,
+        use_bias=use_bias,
         dtype=jnp.dtype(dtype),
         param_dtype=master_dtype(dtype),
         kernel_init=nn.initializers.zeros if zero_kernel else kernel_init,
@@ -94,8 +100,29 @@ def layer_norm(dtype: str) -> nn.LayerNorm:
     )
 
 
+class RMSNorm(nn.Module):
+    """x / √(mean x² + 1e-6) · (1 + weight), statistics in float32, weight 0 at first, as in Gemma and STARFlow.
+
+    Example:
+        y = RMSNorm("float32").apply(params, x)
+    """
+
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        master = master_dtype(self.dtype)
+        weight = self.param("weight", nn.initializers.zeros, (x.shape[-1],), master)
+        x = x.astype(master)
+        x = x * jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + RMS_NORM_EPS)
+        return jnp.multiply(x, (1 + weight).reshape((1,) * (x.ndim - 1) + (-1,))).astype(self.dtype)
+
+
+NORMS: dict[str, Callable[[str], nn.Module]] = {"layer_norm": layer_norm, "rms_norm": RMSNorm}
+
+
 class MLP(nn.Module):
-    """down(activation(up(x))) with `expansion` times the width in between.
+    """down(activation(up(x))) with `expansion` times the width in between; gated, down(activation(gate(x)) · up(x)).
 
     Example:
         y = MLP(width=256, expansion=4, activation="gelu", dtype="float32").apply(params, x)
@@ -105,14 +132,20 @@ class MLP(nn.Module):
     expansion: int
     activation: str
     dtype: str
+    use_bias: bool = True
 
     def setup(self):
         hidden = self.expansion * self.width
-        self.up = linear(hidden, self.width, self.dtype)
-        self.down = linear(self.width, hidden, self.dtype)
+        self.up = linear(hidden, self.width, self.dtype, use_bias=self.use_bias)
+        if self.activation in GATED_ACTIVATIONS:
+            self.gate = linear(hidden, self.width, self.dtype, use_bias=self.use_bias)
+        self.down = linear(self.width, hidden, self.dtype, use_bias=self.use_bias)
 
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-        return self.down(ACTIVATIONS[self.activation](self.up(x)))
+        if self.activation not in GATED_ACTIVATIONS:
+            return self.down(ACTIVATIONS[self.activation](self.up(x)))
+        gate = ACTIVATIONS[GATED_ACTIVATIONS[self.activation]](self.gate(x))
+        return self.down(gate * self.up(x))
 
 
 _PATCH_PATTERNS = {

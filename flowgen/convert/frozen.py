@@ -1,0 +1,221 @@
+"""Published frozen networks as flowgen's: AutoencoderKL as diffusers has it, T5 and BERT as transformers has them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from flowgen.codecs import Autoencoder, AutoencoderConfig, BertConfig, BertEncoder, T5Config, T5Encoder
+from flowgen.codecs import init as init_autoencoder
+from flowgen.codecs.t5 import init as init_encoder
+from flowgen.convert.mapping import Rule, fill, transpose
+from flowgen.convert.tables import layer_norm, linear
+
+StateDict = Mapping[str, np.ndarray]
+# What Stable Diffusion's latents are multiplied by where the config does not say.
+SCALING_FACTOR = 0.18215
+
+
+def autoencoder_kl(state_dict: StateDict, config: Mapping[str, Any]) -> tuple[Autoencoder, dict[str, Any]]:
+    """Returns the autoencoder of a diffusers state dict and its variables, float32 numpy arrays.
+
+    config: the published config.json. Attention may have its older names.
+
+    Raises:
+        MappingError (a ValueError): tensors missing, unexpected, or of the wrong shape, all of them listed.
+        ValueError: a config that makes another network than ours.
+
+    Example:
+        autoencoder, params = autoencoder_kl(read_state_dict("diffusion_pytorch_model.safetensors"), config)
+    """
+    fixed = {"act_fn": "silu", "use_quant_conv": True, "use_post_quant_conv": True}
+    _refuse(config, "AutoencoderKL", {**fixed, "latents_mean": None, "latents_std": None})
+    for name, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
+        others = {*config.get(name, ())} - {kind}
+        if others:
+            raise ValueError(f"{name} has {others.pop()}; only autoencoders of {kind} alone can be imported.")
+    if config.get("in_channels", 3) != config.get("out_channels", 3):
+        raise ValueError(
+            f"in_channels is {config['in_channels']} and out_channels {config['out_channels']}; only autoencoders "
+            "with as many of both can be imported."
+        )
+    autoencoder = Autoencoder(
+        AutoencoderConfig(
+            channels=config.get("in_channels", 3),
+            latent_channels=config.get("latent_channels", 4),
+            widths=tuple(config.get("block_out_channels", (64,))),
+            layers_per_block=config.get("layers_per_block", 1),
+            num_groups=config.get("norm_num_groups", 32),
+            attention=config.get("mid_block_add_attention", True),
+        )
+    )
+    target = jax.eval_shape(lambda: init_autoencoder(autoencoder, jax.random.key(0)))
+    old = "encoder.mid_block.attentions.0.query.weight" in state_dict
+    variables, _ = fill(target, state_dict, _autoencoder_rules(len(autoencoder.config.widths), old))
+    return autoencoder, variables
+
+
+def t5_encoder(state_dict: StateDict, config: Mapping[str, Any]) -> tuple[T5Encoder, dict[str, Any]]:
+    """Returns the encoder of a T5 v1.1 or Flan-T5 state dict and its variables; a decoder in it is left out.
+
+    Raises as `autoencoder_kl`.
+
+    Example:
+        encoder, params = t5_encoder(read_state_dict("model.safetensors"), config)
+    """
+    if config.get("model_type", "t5") != "t5":
+        raise ValueError(f"model_type is {config['model_type']!r}; only 't5' can be imported here.")
+    if config.get("feed_forward_proj") != "gated-gelu":
+        raise ValueError(
+            f"feed_forward_proj is {config.get('feed_forward_proj', 'relu')!r}; only T5 v1.1 and Flan-T5, which have "
+            "'gated-gelu', can be imported."
+        )
+    _refuse(config, None, {"layer_norm_epsilon": 1e-6})
+    encoder = T5Encoder(
+        T5Config(
+            vocab_size=config["vocab_size"],
+            width=config["d_model"],
+            num_layers=config["num_layers"],
+            num_heads=config["num_heads"],
+            head_dim=config["d_kv"],
+            hidden=config["d_ff"],
+            num_buckets=config.get("relative_attention_num_buckets", 32),
+            max_distance=config.get("relative_attention_max_distance", 128),
+        )
+    )
+    kept = {name: x for name, x in state_dict.items() if not name.startswith(("decoder.", "lm_head."))}
+    table = "shared.weight" if "shared.weight" in kept else "encoder.embed_tokens.weight"
+    layer, layers = "encoder.block.{layer}.layer", "params/layers"
+    attention = {"q": "query", "k": "key", "v": "value", "o": "proj"}
+    mlp = {"wi_0": "gate", "wi_1": "up", "wo": "down"}
+    rules = (
+        Rule(table, "params/embed/embedding"),
+        Rule("encoder.embed_tokens.weight", None),
+        Rule(f"{layer}.0.SelfAttention.relative_attention_bias.weight".format(layer=0), "params/position_bias"),
+        *(
+            Rule(f"{layer}.0.SelfAttention.{theirs}.weight", f"{layers}/{ours}/kernel", transpose)
+            for theirs, ours in attention.items()
+        ),
+        Rule(f"{layer}.0.layer_norm.weight", f"{layers}/attention_norm/scale"),
+        *(
+            Rule(f"{layer}.1.DenseReluDense.{theirs}.weight", f"{layers}/{ours}/kernel", transpose)
+            for theirs, ours in mlp.items()
+        ),
+        Rule(f"{layer}.1.layer_norm.weight", f"{layers}/mlp_norm/scale"),
+        Rule("encoder.final_layer_norm.weight", "params/norm_out/scale"),
+    )
+    variables, _ = fill(_abstract(encoder), kept, rules)
+    return encoder, variables
+
+
+def bert_encoder(state_dict: StateDict, config: Mapping[str, Any]) -> tuple[BertEncoder, dict[str, Any]]:
+    """Returns the encoder of a BERT state dict and its variables; a pooler and heads in it are left out.
+
+    Raises as `autoencoder_kl`.
+
+    Example:
+        encoder, params = bert_encoder(read_state_dict("model.safetensors"), config)
+    """
+    if config.get("model_type") != "bert":
+        raise ValueError(f"model_type is {config.get('model_type')!r}; only 'bert' can be imported here.")
+    _refuse(config, None, {"hidden_act": "gelu", "position_embedding_type": "absolute", "layer_norm_eps": 1e-12})
+    encoder = BertEncoder(
+        BertConfig(
+            vocab_size=config["vocab_size"],
+            width=config["hidden_size"],
+            num_layers=config["num_hidden_layers"],
+            num_heads=config["num_attention_heads"],
+            hidden=config["intermediate_size"],
+            max_length=config["max_position_embeddings"],
+            num_segments=config.get("type_vocab_size", 2),
+        )
+    )
+    bare = {name.removeprefix("bert."): x for name, x in state_dict.items()}
+    left_out = ("pooler.", "cls.", "embeddings.position_ids")
+    kept = {name: x for name, x in bare.items() if not name.startswith(left_out)}
+    layer, layers = "encoder.layer.{layer}", "params/layers"
+    maps = {
+        "attention.self.query": "query",
+        "attention.self.key": "key",
+        "attention.self.value": "value",
+        "attention.output.dense": "proj",
+        "intermediate.dense": "up",
+        "output.dense": "down",
+    }
+    rules = (
+        Rule("embeddings.word_embeddings.weight", "params/embed/embedding"),
+        Rule("embeddings.position_embeddings.weight", "params/positions/embedding"),
+        Rule("embeddings.token_type_embeddings.weight", "params/segments/embedding"),
+        *layer_norm("embeddings.LayerNorm", "params/norm_in"),
+        *itertools.chain.from_iterable(
+            linear(f"{layer}.{theirs}", f"{layers}/{ours}") for theirs, ours in maps.items()
+        ),
+        *layer_norm(f"{layer}.attention.output.LayerNorm", f"{layers}/attention_norm"),
+        *layer_norm(f"{layer}.output.LayerNorm", f"{layers}/mlp_norm"),
+    )
+    variables, _ = fill(_abstract(encoder), kept, rules)
+    return encoder, variables
+
+
+def _abstract(encoder: Any) -> Any:
+    return jax.eval_shape(lambda: init_encoder(encoder, jax.random.key(0)))
+
+
+def _refuse(config: Mapping[str, Any], kind: str | None, fixed: Mapping[str, Any]) -> None:
+    """Raises ValueError where the config is of another class, or has an option we do not build."""
+    if kind is not None and config.get("_class_name", kind) != kind:
+        raise ValueError(f"_class_name is {config['_class_name']!r}; only {kind!r} can be imported here.")
+    for name, value in fixed.items():
+        if config.get(name, value) != value:
+            raise ValueError(f"{name} is {config[name]!r}; only {value!r} can be imported.")
+
+
+def _conv(source: str, target: str) -> tuple[Rule, Rule]:
+    return Rule(f"{source}.weight", f"{target}/kernel", _conv_kernel), Rule(f"{source}.bias", f"{target}/bias")
+
+
+def _conv_kernel(x: np.ndarray) -> np.ndarray:
+    """(out, in, height, width) to (height, width, in, out)."""
+    return x.transpose(2, 3, 1, 0)
+
+
+def _point_kernel(x: np.ndarray) -> np.ndarray:
+    """A linear map, or the 1 × 1 convolution that older files have in its place, to (in, out)."""
+    return x.reshape(x.shape[:2]).T if x.shape[2:] in ((), (1, 1)) else x
+
+
+def _block_rules(source: str, target: str) -> tuple[Rule, ...]:
+    return (
+        *layer_norm(f"{source}.norm1", f"{target}/norm_in"),
+        *_conv(f"{source}.conv1", f"{target}/conv_in"),
+        *layer_norm(f"{source}.norm2", f"{target}/norm_out"),
+        *_conv(f"{source}.conv2", f"{target}/conv_out"),
+        *_conv(f"{source}.conv_shortcut", f"{target}/skip"),
+    )
+
+
+def _autoencoder_rules(levels: int, old: bool) -> tuple[Rule, ...]:
+    new_names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj"}
+    old_names = {"query": "query", "key": "key", "value": "value", "proj_attn": "proj"}
+    rules: list[Rule] = [*_conv("quant_conv", "params/quant_conv"), *_conv("post_quant_conv", "params/post_quant_conv")]
+    for side in ("encoder", "decoder"):
+        target = f"params/{side}"
+        rules += _conv(f"{side}.conv_in", f"{target}/conv_in")
+        rules += _block_rules(f"{side}.mid_block.resnets.{{i}}", f"{target}/middle/block_{{i}}")
+        rules += layer_norm(f"{side}.mid_block.attentions.0.group_norm", f"{target}/middle/attention/norm")
+        for theirs, ours in (old_names if old else new_names).items():
+            source, leaf = f"{side}.mid_block.attentions.0.{theirs}", f"{target}/middle/attention/{ours}"
+            rules += [Rule(f"{source}.weight", f"{leaf}/kernel", _point_kernel), Rule(f"{source}.bias", f"{leaf}/bias")]
+        rules += layer_norm(f"{side}.conv_norm_out", f"{target}/norm_out")
+        rules += _conv(f"{side}.conv_out", f"{target}/conv_out")
+    for level in range(levels):
+        down, up = f"encoder.down_blocks.{level}", f"decoder.up_blocks.{levels - 1 - level}"
+        rules += _block_rules(f"{down}.resnets.{{i}}", f"params/encoder/down_{level}_{{i}}")
+        rules += _conv(f"{down}.downsamplers.0.conv", f"params/encoder/halve_{level}")
+        rules += _block_rules(f"{up}.resnets.{{i}}", f"params/decoder/up_{level}_{{i}}")
+        rules += _conv(f"{up}.upsamplers.0.conv", f"params/decoder/double_{level}")
+    return tuple(rules)

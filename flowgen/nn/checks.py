@@ -1,0 +1,74 @@
+"""Checks that the configs of models share; each message names `model.<field>`, its value and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def check_at_least_one(config: Any, names: Sequence[str]) -> None:
+    """Raises ValueError where a field of a model's config is below 1.
+
+    Example:
+        check_at_least_one(config, ("width", "num_layers"))
+    """
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ValueError(f"model.{name} is {getattr(config, name)}; it must be at least 1.")
+
+
+def check_num_classes(num_classes: int) -> None:
+    """Raises ValueError where a model's number of classes is negative.
+
+    Example:
+        check_num_classes(config.num_classes)
+    """
+    if num_classes < 0:
+        raise ValueError(f"model.num_classes is {num_classes}; it must be 0 (no classes) or more.")
+
+
+def check_noise_std(noise_std: float) -> None:
+    """Raises ValueError where the noise a density is trained under cannot be.
+
+    Example:
+        check_noise_std(config.noise_std)
+    """
+    if not 0 <= noise_std < float("inf"):
+        raise ValueError(f"model.noise_std is {noise_std}; it must be 0 (dequantisation) or positive.")
+
+
+def check_choices(config: Any, choices: Mapping[str, Sequence[str]]) -> None:
+    """Raises ValueError where a field of a model's config is none of its choices.
+
+    Example:
+        check_choices(config, {"dtype": ("float32", "bfloat16")})
+    """
+    for name, allowed in choices.items():
+        if getattr(config, name) not in allowed:
+            raise ValueError(f"model.{name} is {getattr(config, name)!r}; choose one of {', '.join(allowed)}.")
+
+
+def image_sides(image_size: object) -> tuple[int, int]:
+    """Returns (height, width) of a model's `image_size`: a side, or both. ValueError where it is neither.
+
+    Example:
+        height, width = image_sides(config.image_size)
+    """
+    sides = (image_size, image_size) if type(image_size) is int else image_size
+    if isinstance(sides, tuple) and len(sides) == 2 and type(sides[0]) is type(sides[1]) is int:
+        return sides[0], sides[1]
+    raise ValueError(f"model.image_size is {image_size!r}; give a side in pixels, or (height, width).")
+
+
+def check_patches(image_size: object, patch_size: int) -> None:
+    """Raises ValueError unless patches of this size tile a model's images.
+
+    Example:
+        check_patches(config.image_size, config.patch_size)
+    """
+    for side, length in zip(("height", "width"), image_sides(image_size), strict=True):
+        if length < patch_size or length % patch_size:
+            raise ValueError(
+                f"model.image_size has {side} {length}, which patch_size {patch_size} does not divide; "
+                f"use a multiple of {patch_size} or another patch_size."
+            )
