@@ -2,26 +2,56 @@
 
 paths          x_t and u_t between source (t = 0) and data (t = 1); conversions between velocity, x1, noise, score
 couplings      independent, Gibbs-weighted (W-CFM), Sinkhorn-corrected, minibatch optimal transport
+semidiscrete   optimal transport from the source to a whole data set
 times          how training times are drawn
-loss           weighted regression of the velocity
-solvers        integrate, encode, likelihood, guidance, SDE
-diagnostics    effective sample size, tilt, path energy, distances
+loss           weighted regression of the velocity; bridge: of velocity and score ([SF]²M)
+mean_flow      average velocities, for sampling in one step
+solvers        integrate, encode, guidance, SDE; likelihood: log p and divergence
+diagnostics    effective sample size, tilt, choice of epsilon, path energy, distances
 velocity       networks; toy: two-dimensional distributions
 """
 
 from flowgen.matching import toy
-from flowgen.matching.couplings import Coupled, GibbsWeights, Independent, MinibatchOT, sinkhorn_potentials
+from flowgen.matching.bridge import score_and_flow_matching_loss
+from flowgen.matching.couplings import (
+    Coupled,
+    Coupling,
+    GibbsWeights,
+    Independent,
+    MinibatchOT,
+    sinkhorn_potentials,
+    to_sphere,
+)
 from flowgen.matching.diagnostics import (
+    PathReport,
+    TiltedDistances,
+    WeightReport,
     choose_epsilon,
     effective_sample_size,
+    fit_epsilon,
     path_report,
+    resample,
     signed_path_energy,
+    tilted_wasserstein,
+    warn_if_tilted,
     wasserstein,
     weight_report,
 )
-from flowgen.matching.loss import flow_matching_loss
+from flowgen.matching.dit import DiT, DiTConfig
+from flowgen.matching.likelihood import divergence, log_prob
+from flowgen.matching.loss import Pairs, draw_pairs, flow_matching_loss
+from flowgen.matching.mean_flow import integrate_mean, mean_flow_loss
+from flowgen.matching.objective import (
+    FlowMatching,
+    MatchingConfig,
+    MeanFlow,
+    matching_objective,
+    velocity_field,
+)
 from flowgen.matching.paths import (
     CondOT,
+    LinearVariancePreserving,
+    Path,
     PathSample,
     Polynomial,
     Schedule,
@@ -30,48 +60,85 @@ from flowgen.matching.paths import (
     Trigonometric,
     VariancePreserving,
     noise_of,
+    retimed,
     score_of,
+    time_of_ratio,
     velocity_of,
     x1_of,
 )
-from flowgen.matching.solvers import guided, integrate, integrate_sde, log_prob, trajectory
+from flowgen.matching.semidiscrete import SemidiscreteFit, SemidiscreteOT, fit_semidiscrete
+from flowgen.matching.solvers import edm_times, guided, integrate, integrate_sde, trajectory
 from flowgen.matching.times import LogitNormal, Shifted, Uniform
-from flowgen.matching.velocity import MLPConfig, VelocityMLP, time_features
+from flowgen.matching.unet import UNet, UNetConfig
+from flowgen.matching.velocity import MLPConfig, VelocityMLP, init, time_features
 
 __all__ = [
     "CondOT",
     "Coupled",
+    "Coupling",
+    "DiT",
+    "DiTConfig",
+    "FlowMatching",
     "GibbsWeights",
     "Independent",
+    "LinearVariancePreserving",
     "LogitNormal",
     "MLPConfig",
+    "MatchingConfig",
+    "MeanFlow",
     "MinibatchOT",
+    "Pairs",
+    "Path",
+    "PathReport",
     "PathSample",
     "Polynomial",
     "Schedule",
     "SchroedingerBridge",
+    "SemidiscreteFit",
+    "SemidiscreteOT",
     "Shifted",
     "Target",
+    "TiltedDistances",
     "Trigonometric",
+    "UNet",
+    "UNetConfig",
     "Uniform",
     "VariancePreserving",
     "VelocityMLP",
+    "WeightReport",
     "choose_epsilon",
+    "divergence",
+    "draw_pairs",
+    "edm_times",
     "effective_sample_size",
+    "fit_epsilon",
+    "fit_semidiscrete",
     "flow_matching_loss",
     "guided",
+    "init",
     "integrate",
+    "integrate_mean",
     "integrate_sde",
     "log_prob",
+    "matching_objective",
+    "mean_flow_loss",
     "noise_of",
     "path_report",
+    "resample",
+    "retimed",
+    "score_and_flow_matching_loss",
     "score_of",
     "signed_path_energy",
     "sinkhorn_potentials",
+    "tilted_wasserstein",
     "time_features",
+    "time_of_ratio",
+    "to_sphere",
     "toy",
     "trajectory",
+    "velocity_field",
     "velocity_of",
+    "warn_if_tilted",
     "wasserstein",
     "weight_report",
     "x1_of",

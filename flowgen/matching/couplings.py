@@ -13,8 +13,12 @@ from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Key
 from scipy.optimize import linear_sum_assignment
+
+# Of the potentials that help the assignment along: in units of the mean cost, and how many sweeps make them.
+ASSIGNMENT_EPSILON, ASSIGNMENT_SWEEPS = 0.02, 5
 
 Cost = Literal["euclidean", "sqeuclidean"] | Callable[[Array, Array], Array]
 
@@ -91,14 +95,21 @@ class MinibatchOT:
             logits = -cost / (self.epsilon * pairwise_cost(x1, x0, "sqeuclidean").mean())
             f, g = sinkhorn_potentials(logits, self.num_sweeps)
             source = jax.random.categorical(key, logits + f[:, None] + g[None, :], axis=1)
-        return Coupled(x0[source], x1, cond, jnp.zeros(len(x0), x0.dtype))
+        # One NaN among the costs spoils the plan, which the sources drawn from it need not show: the weights do. Not by
+        # selecting a constant NaN: XLA makes exp(where(p, nan, 0)) 1 on CPUs.
+        log_weight = jnp.broadcast_to(0 * cost.mean(), (len(x0),)).astype(x0.dtype)
+        return Coupled(x0[source], x1, cond, log_weight)
 
 
 @dataclass(frozen=True)
 class GibbsWeights:
     """Independent pairs weighted by w = exp(-cost / epsilon): weighted conditional flow matching (arXiv 2507.22270).
 
-    cost: "euclidean" as published, "sqeuclidean", or a function of two batches that gives one cost per pair.
+    epsilon: None where it is still to be chosen from data, which `flowgen.matching.fit_epsilon` does: for the share
+    `ess` of effective pairs, or instead, where `tilt` is given, for that largest relative variance of the marginals'
+    re-weighting. Called before that, it raises ValueError.
+    cost: "euclidean" as published, "sqeuclidean", or a function of two batches that gives one cost per pair; a cost of
+    NaN raises ValueError outside jit, and gives a weight of NaN, hence a loss of NaN, inside.
     normalize: "running" divides by a running mean of w that the loss carries from step to step, "batch" by the mean
     of the batch, "none" by nothing: weights can then be 1e-13 for images, and optimizers do not see them.
     sinkhorn_sweeps: with more than 0, the weights are those of the entropic plan with the batch's own marginals,
@@ -106,15 +117,22 @@ class GibbsWeights:
 
     Example:
         x0, x1, cond, log_weight = GibbsWeights(epsilon=2.0)(key, x0, x1)
+        coupling = fit_epsilon(GibbsWeights(ess=0.3, sinkhorn_sweeps=10), x0, x1)
     """
 
-    epsilon: float
+    epsilon: float | None = None
     cost: Cost = "euclidean"
     normalize: Literal["running", "batch", "none"] = "running"
     sinkhorn_sweeps: int = 0
+    ess: float = 0.5
+    tilt: float | None = None
 
     def __post_init__(self):
-        check_positive("epsilon", self.epsilon)
+        if self.epsilon is not None:
+            check_positive("epsilon", self.epsilon)
+        check_share(self.ess)
+        if self.tilt is not None:
+            check_positive("tilt", self.tilt)
         if self.normalize not in ("running", "batch", "none"):
             raise ValueError(f"normalize is {self.normalize!r}; choose 'running', 'batch' or 'none'.")
         if isinstance(self.cost, str) and self.cost not in ("euclidean", "sqeuclidean"):
@@ -124,10 +142,10 @@ class GibbsWeights:
 
     def __call__(self, key, x0, x1, cond=None):
         check_batch(x0, x1)
+        if self.epsilon is None:
+            raise ValueError("epsilon is None; choose it from data by fit_epsilon(coupling, x0, x1), or give it.")
         if self.sinkhorn_sweeps:
-            logits = -pairwise_cost(x0, x1, self.cost) / self.epsilon
-            f, g = sinkhorn_potentials(logits, self.sinkhorn_sweeps)
-            log_weight = jnp.diagonal(logits) + f + g
+            log_weight = corrected_log_weight(-pairwise_cost(x0, x1, self.cost) / self.epsilon, self.sinkhorn_sweeps)
         else:
             log_weight = -pair_cost(x0, x1, self.cost) / self.epsilon
         log_weight = jax.lax.stop_gradient(log_weight)
@@ -155,21 +173,42 @@ def sinkhorn_potentials(logits: Float[Array, "b b"], num_sweeps: int) -> tuple[F
     return jax.lax.fori_loop(0, num_sweeps, sweep, (zeros, zeros))
 
 
+def corrected_log_weight(logits: Float[Array, "b b"], num_sweeps: int) -> Float[Array, " b"]:
+    """Returns logits_ii + f_i + g_i: the log-weights of pairs (i, i) in the plan with the batch's own marginals.
+
+    Example:
+        log_weight = corrected_log_weight(-cost / epsilon, 10)
+    """
+    f, g = sinkhorn_potentials(logits, num_sweeps)
+    return jnp.diagonal(logits) + f + g
+
+
 def assignment(cost: Float[Array, "b b"]) -> Int[Array, " b"]:
     """Returns the column of each row in the assignment of least total cost, by scipy on the host.
+
+    Sinkhorn's potentials are taken off the costs first: sums over rows and columns do not change the optimum, and what
+    is left is solved in about half the time. Inside jit on a machine with a single core, jax 0.10 waits forever for
+    the callback of some 500 points or more; there, call it outside.
 
     Example:
         source = assignment(pairwise_cost(x1, x0, "sqeuclidean"))
     """
+    scale = ASSIGNMENT_EPSILON * cost.mean()
+    scale = jnp.where((scale > 0) & jnp.isfinite(scale), scale, 1)
+    f, g = sinkhorn_potentials(-cost / scale, ASSIGNMENT_SWEEPS)
 
-    def solve(matrix):
-        return linear_sum_assignment(np.asarray(matrix))[1].astype(np.int32)
+    def solve(matrix, rows, columns):
+        matrix, rows, columns = (np.asarray(x, np.float64) for x in (matrix, rows, columns))
+        return linear_sum_assignment(matrix - rows[:, None] - columns[None, :])[1].astype(np.int32)
 
-    return jax.pure_callback(solve, jax.ShapeDtypeStruct((len(cost),), jnp.int32), cost, vmap_method="sequential")
+    shape = jax.ShapeDtypeStruct((len(cost),), jnp.int32)
+    return jax.pure_callback(solve, shape, cost, scale * f, scale * g, vmap_method="sequential")
 
 
 def pair_cost(x0: Float[Array, "b *event"], x1: Float[Array, "b *event"], cost: Cost) -> Float[Array, " b"]:
-    """Returns the cost of each pair, float32 at least; ValueError where a user's function gives another shape.
+    """Returns the cost of each pair, float32 at least.
+
+    Raises ValueError where a user's function gives another shape and, outside jit, where a cost is NaN.
 
     Example:
         c = pair_cost(x0, x1, "euclidean")
@@ -178,26 +217,30 @@ def pair_cost(x0: Float[Array, "b *event"], x1: Float[Array, "b *event"], cost: 
         value = cost(x0, x1)
         if value.shape != x0.shape[:1]:
             raise ValueError(f"cost gave shape {value.shape}; it must give one number per pair, {x0.shape[:1]}.")
-        return value
+        return check_cost(value)
     square = jnp.square(_flat(x0) - _flat(x1)).sum(axis=1)
-    return square if cost == "sqeuclidean" else jnp.sqrt(square)
+    return check_cost(square if cost == "sqeuclidean" else jnp.sqrt(square))
 
 
 def pairwise_cost(x0: Float[Array, "b *event"], x1: Float[Array, "m *event"], cost: Cost) -> Float[Array, "b m"]:
     """Returns the cost of every x0 with every x1.
 
+    Raises ValueError where their events differ in shape and, outside jit, where a cost is NaN.
+
     Example:
         c = pairwise_cost(x0, x1, "sqeuclidean")
     """
+    if x0.shape[1:] != x1.shape[1:]:
+        raise ValueError(f"x0 has events of shape {x0.shape[1:]} and x1 {x1.shape[1:]}; they must have the same.")
     if callable(cost):
-        return jax.vmap(lambda x: cost(jnp.broadcast_to(x[None], x1.shape), x1))(x0)
+        return check_cost(jax.vmap(lambda x: cost(jnp.broadcast_to(x[None], x1.shape), x1))(x0))
     a, b = _flat(x0), _flat(x1)
     # Shifted to their common mean, so that little cancels in the expanded square.
     centre = b.mean(axis=0)
     a, b = a - centre[None], b - centre[None]
     cross = jnp.matmul(a, b.T, precision=jax.lax.Precision.HIGHEST)
     square = jnp.maximum(jnp.square(a).sum(1)[:, None] + jnp.square(b).sum(1)[None, :] - 2 * cross, 0)
-    return square if cost == "sqeuclidean" else jnp.sqrt(square)
+    return check_cost(square if cost == "sqeuclidean" else jnp.sqrt(square))
 
 
 def log_mean_exp(x: Float[Array, " b"]) -> Float[Array, ""]:
@@ -207,6 +250,36 @@ def log_mean_exp(x: Float[Array, " b"]) -> Float[Array, ""]:
         centred = log_weight - log_mean_exp(log_weight)
     """
     return jax.nn.logsumexp(x) - jnp.log(len(x))
+
+
+def to_sphere(x: Float[Array, "b *event"]) -> Float[Array, "b *event"]:
+    """Returns x with every sample scaled to the norm √d that normal noise has; zeros stay zeros.
+
+    On a sphere no datum is nearer than another to a round source, so that plain Gibbs weights do not tilt the data.
+
+    Example:
+        x1 = to_sphere(x1)
+    """
+    flat = _flat(x)
+    # First to a largest coordinate of 1, so that no square underflows.
+    largest = jnp.abs(flat).max(axis=1, keepdims=True)
+    flat = flat / jnp.where(largest > 0, largest, 1)
+    norm = jnp.linalg.norm(flat, axis=1, keepdims=True)
+    scaled = flat * jnp.sqrt(flat.shape[1]) / jnp.maximum(norm, 1)
+    return scaled.reshape(x.shape).astype(x.dtype)
+
+
+def check_cost(cost: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Returns the costs; ValueError where one of them is NaN, if they have values, which is outside jit.
+
+    Example:
+        cost = check_cost(cost)
+    """
+    if not isinstance(cost, Tracer):
+        bad = int(np.isnan(np.asarray(cost)).sum())
+        if bad:
+            raise ValueError(f"{bad} of {cost.size} costs are NaN; look at the cost function and for NaN in the batch.")
+    return cost
 
 
 def check_batch(x0: Array, x1: Array) -> None:
@@ -227,6 +300,16 @@ def check_positive(name: str, value: float | int) -> None:
     """
     if not 0 < value < float("inf"):
         raise ValueError(f"{name} is {value}; it must be positive and finite.")
+
+
+def check_share(ess: float) -> None:
+    """Raises ValueError unless an effective sample size is a share between 0 and 1.
+
+    Example:
+        check_share(0.5)
+    """
+    if not 0 < ess < 1:
+        raise ValueError(f"ess is {ess}; it is a share, between 0 and 1.")
 
 
 def _flat(x: Array) -> Array:

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
+import warnings
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
-from flowgen.matching.couplings import Cost, assignment, check_positive, pairwise_cost
+from flowgen.matching.couplings import (
+    Cost,
+    GibbsWeights,
+    assignment,
+    check_batch,
+    check_positive,
+    check_share,
+    corrected_log_weight,
+    pair_cost,
+    pairwise_cost,
+)
 from flowgen.matching.solvers import Velocity, time_grid, trajectory
+
+# Pairs of a block whose every source is compared with every datum.
+BLOCK = 1024
 
 
 class WeightReport(NamedTuple):
@@ -43,8 +59,10 @@ def weight_report(
 ) -> WeightReport:
     """Returns what exp(-cost/epsilon) does to all pairs of a block; costs b x m memory.
 
-    Where column_std exceeds interaction_std the weights mostly change which data are learned, not the coupling:
-    raise epsilon, put the data on a sphere, or use `GibbsWeights(sinkhorn_sweeps=...)`.
+    Where row_std or column_std exceeds interaction_std the weights change which sources or data are learned more than
+    which go together; `warn_if_tilted` says so. All three are inversely proportional to epsilon: their ratios change
+    by the data and the cost alone. What the weights of `GibbsWeights(sinkhorn_sweeps=...)` do is not reported here,
+    since they have next to no tilt.
 
     Example:
         report = weight_report(x0, x1, epsilon=2.0)
@@ -64,6 +82,71 @@ def weight_report(
     )
 
 
+def warn_if_tilted(report: WeightReport) -> None:
+    """Warns (UserWarning) where weights re-weigh the source or the data more than they couple them.
+
+    Example:
+        warn_if_tilted(weight_report(x0, x1, epsilon=2.0))
+    """
+    parts = {"source": float(report.row_std), "data": float(report.column_std)}
+    coupling = float(report.interaction_std)
+    tilted = [f"the {name}'s part {std:.2g}" for name, std in parts.items() if std > coupling]
+    if tilted:
+        warnings.warn(
+            f"Gibbs weights tilt the marginals more than they couple them: of log w, {' and '.join(tilted)} have a "
+            f"standard deviation above that of the pairs' part, {coupling:.2g}; use GibbsWeights(sinkhorn_sweeps=10), "
+            "a larger epsilon, which weakens all parts, or data on a sphere (flowgen.matching.to_sphere).",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
+class TiltedDistances(NamedTuple):
+    """How far Gibbs weights move each marginal: W2 between it and its tilted version.
+
+    source_floor, data_floor: W2 between two halves of the sample, below which no sample of this size shows a
+    difference between laws. The distances themselves are more precise: both sides are made of the same sample.
+    """
+
+    source: Float[Array, ""]
+    data: Float[Array, ""]
+    source_floor: Float[Array, ""]
+    data_floor: Float[Array, ""]
+
+
+def tilted_wasserstein(
+    x0: Float[Array, "b *event"], x1: Float[Array, "m *event"], epsilon: float, cost: Cost = "euclidean"
+) -> TiltedDistances:
+    """Returns W2 between source and data and their tilted versions, which are what plain weights make a flow learn.
+
+    The weighted loss is that of a coupling with marginals f(x) mu(dx), f = E_data[w(x, .)] / E[w], and g(y) nu(dy)
+    likewise. Here f and g are means over the samples; the tilted sample is resampled systematically to equal weights,
+    and matched with the untilted one by exact assignment: O(b³) on the host, seconds for 1,000 samples.
+
+    Example:
+        distances = tilted_wasserstein(x0, x1, epsilon=2.0)
+    """
+    check_positive("epsilon", epsilon)
+    logits = -pairwise_cost(x0, x1, cost) / epsilon
+    source, data = (jax.nn.logsumexp(logits, axis=axis) for axis in (1, 0))
+    return TiltedDistances(
+        wasserstein(x0, resample(x0, source)), wasserstein(x1, resample(x1, data)), _floor(x0), _floor(x1)
+    )
+
+
+def resample(x: Float[Array, "b *event"], log_weight: Float[Array, " b"]) -> Float[Array, "b *event"]:
+    """Returns as many samples of equal weight: sample i is repeated b w_i / Σw times, rounded so that the sums agree.
+
+    Systematic resampling from the middle of each interval, without chance; equal weights give x itself.
+
+    Example:
+        tilted = resample(x, log_weight)
+    """
+    ends = jnp.cumsum(jax.nn.softmax(log_weight))
+    middles = (jnp.arange(len(x)) + 0.5) / len(x)
+    return x[jnp.searchsorted(ends / ends[-1], middles)]
+
+
 def choose_epsilon(
     x0: Float[Array, "b *event"],
     x1: Float[Array, "b *event"],
@@ -71,27 +154,37 @@ def choose_epsilon(
     ess: float | None = 0.5,
     tilt: float | None = None,
     cost: Cost = "euclidean",
+    sinkhorn_sweeps: int = 0,
 ) -> float:
     """Returns the smallest epsilon at which independent pairs keep an effective sample size, or a bounded tilt.
 
     ess: the share to keep, of pairs (x0_i, x1_i). tilt: instead (ess None), the largest relative variance that either
-    marginal's re-weighting may have. Bisection on log epsilon. Raises ValueError unless exactly one target is given.
+    marginal's re-weighting may have. sinkhorn_sweeps: of the weights whose ess is meant. Bisection on log epsilon, on
+    the host; a tilt and Sinkhorn's sweeps need b x b memory. Raises ValueError unless exactly one target is given and
+    in its range, and where a cost is not finite.
 
     Example:
         epsilon = choose_epsilon(x0, x1, ess=0.5)
     """
+    check_batch(x0, x1)
     if (ess is None) == (tilt is None):
         raise ValueError(f"ess is {ess} and tilt is {tilt}; give exactly one target, the other as None.")
-    if ess is not None and not 0 < ess < 1:
-        raise ValueError(f"ess is {ess}; it is a share, between 0 and 1.")
-    costs = pairwise_cost(x0, x1, cost)
+    if ess is not None:
+        check_share(ess)
+    if tilt is not None:
+        check_positive("tilt", tilt)
+    costs = pairwise_cost(x0, x1, cost) if tilt is not None or sinkhorn_sweeps else pair_cost(x0, x1, cost)
+    scale = float(jnp.abs(costs).mean())
+    if not np.isfinite(scale):
+        raise ValueError("some costs are not finite; epsilon can only be chosen from finite ones.")
 
     def kept(log_epsilon):
-        logits = -costs / jnp.exp(log_epsilon)
+        logits = -costs / (scale * jnp.exp(log_epsilon))
         if ess is not None:
-            return effective_sample_size(jnp.diagonal(logits)) >= ess
+            log_weight = corrected_log_weight(logits, sinkhorn_sweeps) if sinkhorn_sweeps else logits
+            return effective_sample_size(log_weight) >= ess
         sides = [_relative_variance(jax.nn.logsumexp(logits, axis=axis)) for axis in (0, 1)]
-        return jnp.maximum(*sides) <= check_tilt(tilt)
+        return jnp.maximum(*sides) <= jnp.asarray(tilt)
 
     def halve(_, bounds):
         low, high = bounds
@@ -99,19 +192,33 @@ def choose_epsilon(
         enough = kept(middle)
         return jnp.where(enough, low, middle), jnp.where(enough, middle, high)
 
-    centre = jnp.log(costs.mean())
-    bounds = jax.lax.fori_loop(0, 50, halve, (centre - 12.0, centre + 12.0))
-    return float(jnp.exp(bounds[1]))
+    # In units of the mean cost, from 6e-6 to 2e5, to float32's last digit.
+    bounds = jax.lax.fori_loop(0, 30, halve, (jnp.array(-12.0), jnp.array(12.0)))
+    return scale * float(jnp.exp(bounds[1]))
 
 
-def check_tilt(tilt: float | None) -> float:
-    """Returns the tilt target; ValueError unless it is a positive number.
+def fit_epsilon(coupling: GibbsWeights, x0: Float[Array, "b *event"], x1: Float[Array, "b *event"]) -> GibbsWeights:
+    """Returns the coupling with an epsilon chosen from independent pairs by its own targets and cost.
+
+    Its target is `tilt` where that is given, else `ess`. A tilt and Sinkhorn's sweeps are looked at on the first 1,024
+    pairs, the ess of plain weights on all. A coupling that has an epsilon is returned as it is.
 
     Example:
-        tilt = check_tilt(0.05)
+        coupling = fit_epsilon(GibbsWeights(ess=0.5), x0, x1)
     """
-    check_positive("tilt", 0.0 if tilt is None else tilt)
-    return float(tilt or 0.0)
+    if coupling.epsilon is not None:
+        return coupling
+    by_block = coupling.tilt is not None or coupling.sinkhorn_sweeps > 0
+    block = BLOCK if by_block else len(x0)
+    epsilon = choose_epsilon(
+        x0[:block],
+        x1[:block],
+        ess=coupling.ess if coupling.tilt is None else None,
+        tilt=coupling.tilt,
+        cost=coupling.cost,
+        sinkhorn_sweeps=coupling.sinkhorn_sweeps,
+    )
+    return dataclasses.replace(coupling, epsilon=epsilon)
 
 
 class PathReport(NamedTuple):
@@ -155,14 +262,22 @@ def signed_path_energy(energy: Float[Array, ""] | float, squared_distance: Float
 def wasserstein(x: Float[Array, "b *event"], y: Float[Array, "b *event"]) -> Float[Array, ""]:
     """Returns the 2-Wasserstein distance of two equally large samples, exactly; its floor is that of two fresh samples.
 
+    Raises ValueError where they differ in size.
+
     Example:
         distance, floor = wasserstein(generated, data), wasserstein(data, more_data)
     """
-    cost = pairwise_cost(x, y, "sqeuclidean")
-    partner = assignment(cost)
-    return jnp.sqrt(jnp.take_along_axis(cost, partner[:, None], axis=1).mean())
+    check_batch(x, y)
+    partner = assignment(pairwise_cost(x, y, "sqeuclidean"))
+    return jnp.sqrt(pair_cost(x, y[partner], "sqeuclidean").mean())
 
 
 def _relative_variance(log_factor: Float[Array, " b"]) -> Float[Array, ""]:
     factor = jnp.exp(log_factor - log_factor.max())
     return factor.var() / jnp.square(factor.mean())
+
+
+def _floor(x: Array) -> Float[Array, ""]:
+    half = len(x) // 2
+    # Every other sample, for samples that come in an order.
+    return wasserstein(x[0 : 2 * half : 2], x[1 : 2 * half : 2])

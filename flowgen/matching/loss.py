@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Key
 
 from flowgen.matching.couplings import Coupling, GibbsWeights, Independent, log_mean_exp
 from flowgen.matching.diagnostics import effective_sample_size
-from flowgen.matching.paths import CondOT, Path, Prediction, velocity_of
+from flowgen.matching.paths import CondOT, Path, Prediction, check_prediction, velocity_of
 from flowgen.matching.solvers import Velocity
 from flowgen.matching.times import Uniform
 
@@ -20,6 +20,20 @@ UNCONDITIONAL = -1
 RUNNING_RATE = 0.01
 
 Loss = Callable[..., tuple[Any, ...]]
+
+
+class Pairs(NamedTuple):
+    """Pairs as every loss here regresses them: coupled, some labels dropped, each with its weight.
+
+    ess: effective sample size of the batch, a share. log_mean: of the weights, running; to be handed to the next step.
+    """
+
+    x0: Float[Array, "b *event"]
+    x1: Float[Array, "b *event"]
+    cond: Any
+    weight: Float[Array, " b"]
+    ess: Float[Array, ""]
+    log_mean: Float[Array, ""]
 
 
 def flow_matching_loss(
@@ -35,40 +49,80 @@ def flow_matching_loss(
     velocity(t, x, cond): any callable; what it predicts is `prediction`, turned into a velocity before it is compared.
     batch: "x1" data, "x0" source (standard normal where missing), "cond" labels or None. The square is averaged over
     dimensions. label_dropout: share of labels replaced by -1, per example. log_mean: the running log-mean of the
-    weights, None at the first step; it is handed back, and not needed unless the coupling asks for "running".
-    Raises ValueError where settings or shapes do not fit.
+    weights, -inf or None before the first step; it is handed back, and not needed unless the coupling asks for
+    "running". Raises ValueError where settings or shapes do not fit.
 
     Example:
         loss_fn = flow_matching_loss(path=CondOT(), coupling=GibbsWeights(epsilon=2.0), time=Uniform())
     """
     path = CondOT() if path is None else path
-    coupling = Independent() if coupling is None else coupling
     time = Uniform() if time is None else time
-    if prediction not in ("velocity", "x1", "noise"):
-        raise ValueError(f"a network cannot predict {prediction!r}; choose 'velocity', 'x1' or 'noise'.")
-    if not 0 <= label_dropout < 1:
-        raise ValueError(f"label_dropout is {label_dropout}; it is a share of at least 0 and below 1.")
-    running = isinstance(coupling, GibbsWeights) and coupling.normalize == "running"
+    check_prediction(prediction)
+    check_dropout(label_dropout)
 
     def loss_fn(
         velocity: Velocity, batch: dict[str, Any], key: Key[Array, ""], log_mean: Float[Array, ""] | None = None
     ) -> tuple[Float[Array, ""], dict[str, Array], Float[Array, ""]]:
-        source_key, pair_key, time_key, path_key, drop_key = jax.random.split(key, 5)
-        x1 = batch["x1"]
-        x0 = batch.get("x0")
-        x0 = jax.random.normal(source_key, x1.shape, x1.dtype) if x0 is None else x0
-        x0, x1, cond, log_weight = coupling(pair_key, x0, x1, batch.get("cond"))
-        mean = log_mean_exp(log_weight)
-        log_mean = mean if log_mean is None else log_mean + RUNNING_RATE * (mean - log_mean)
-        weight = jnp.exp(log_weight - log_mean) if running else jnp.exp(log_weight)
-        if cond is not None and label_dropout:
-            cond = jnp.where(jax.random.bernoulli(drop_key, label_dropout, cond.shape), UNCONDITIONAL, cond)
-        t = time(time_key, len(x1))
-        point = path.sample(path_key, t, x0, x1)
-        predicted = velocity_of(path, t, point.x_t, velocity(t, point.x_t, cond), prediction)
-        error = jnp.square(predicted - point.u_t).reshape(len(x1), -1).mean(axis=1)
-        loss = (weight * error).mean()
-        metrics = {"loss": loss, "unweighted_loss": error.mean(), "ess": effective_sample_size(log_weight)}
-        return loss, metrics, log_mean
+        pair_key, time_key, path_key = jax.random.split(key, 3)
+        pairs = draw_pairs(pair_key, batch, coupling, log_mean, label_dropout=label_dropout)
+        t = time(time_key, len(pairs.x1))
+        point = path.sample(path_key, t, pairs.x0, pairs.x1)
+        predicted = velocity_of(path, t, point.x_t, velocity(t, point.x_t, pairs.cond), prediction)
+        error = mean_square(predicted - point.u_t)
+        loss = (pairs.weight * error).mean()
+        return loss, {"loss": loss, "unweighted_loss": error.mean(), "ess": pairs.ess}, pairs.log_mean
 
     return loss_fn
+
+
+def draw_pairs(
+    key: Key[Array, ""],
+    batch: dict[str, Any],
+    coupling: Coupling | None = None,
+    log_mean: Float[Array, ""] | None = None,
+    *,
+    label_dropout: float = 0.0,
+) -> Pairs:
+    """Returns the pairs of a batch with their weights: what all losses have in common.
+
+    The source is drawn where the batch brings none, the coupling (independent by default) is applied, a share of the
+    labels becomes -1. Weights are exp(log_weight); where the coupling is `GibbsWeights` with "running", they are
+    divided by a running mean: log_mean ← log_mean + 0.01 (log mean w - log_mean), started at the batch's own where
+    log_mean is -inf or None. Nothing here is differentiated.
+
+    Example:
+        pairs = draw_pairs(key, {"x1": images, "cond": labels}, GibbsWeights(epsilon=5.0), label_dropout=0.1)
+    """
+    source_key, pair_key, drop_key = jax.random.split(key, 3)
+    coupling = Independent() if coupling is None else coupling
+    x1, x0 = batch["x1"], batch.get("x0")
+    x0 = jax.random.normal(source_key, x1.shape, x1.dtype) if x0 is None else x0
+    x0, x1, cond, log_weight = coupling(pair_key, x0, x1, batch.get("cond"))
+    log_weight = jax.lax.stop_gradient(log_weight)
+    mean = log_mean_exp(log_weight)
+    start = mean if log_mean is None else jnp.where(jnp.isneginf(log_mean), mean, log_mean)
+    log_mean = start + RUNNING_RATE * (mean - start)
+    running = isinstance(coupling, GibbsWeights) and coupling.normalize == "running"
+    weight = jnp.exp(log_weight - log_mean if running else log_weight)
+    if cond is not None and label_dropout:
+        cond = jnp.where(jax.random.bernoulli(drop_key, label_dropout, cond.shape), UNCONDITIONAL, cond)
+    return Pairs(x0, x1, cond, weight, effective_sample_size(log_weight), log_mean)
+
+
+def mean_square(error: Float[Array, "b *event"]) -> Float[Array, " b"]:
+    """Returns the square of each sample's error, averaged over dimensions.
+
+    Example:
+        loss = mean_square(predicted - target).mean()
+    """
+    return jnp.square(error).reshape(len(error), -1).mean(axis=1)
+
+
+def check_dropout(label_dropout: float) -> None:
+    """Raises ValueError unless the share of dropped labels is at least 0 and below 1.
+
+    Example:
+        check_dropout(0.1)
+    """
+    if not 0 <= label_dropout < 1:
+        raise ValueError(f"label_dropout is {label_dropout}; it is a share of at least 0 and below 1.")

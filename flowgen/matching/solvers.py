@@ -1,4 +1,4 @@
-"""Sampling, encoding and likelihood of a velocity field: dx/dt = v(t, x, cond), t from 0 (source) to 1 (data)."""
+"""Sampling and encoding by a velocity field: dx/dt = v(t, x, cond), t from 0 (source) to 1 (data)."""
 
 from __future__ import annotations
 
@@ -8,10 +8,15 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key
+from jax.core import Tracer
+from jaxtyping import Array, Float, Int, Key
 
 Velocity = Callable[[Array, Array, Any], Array]
-Method = Literal["euler", "midpoint", "heun", "rk4"]
+FixedMethod = Literal["euler", "midpoint", "heun", "rk4"]
+Method = Literal["euler", "midpoint", "heun", "rk4", "dopri5"]
+
+# What dopri5 tries first: later steps follow from the error.
+FIRST_STEP = 0.01
 
 # Butcher tableaus: stage times c, stage weights a, result weights b.
 TABLEAUS: dict[str, tuple[tuple[float, ...], tuple[tuple[float, ...], ...], tuple[float, ...]]] = {
@@ -31,20 +36,31 @@ def integrate(
     num_steps: int = 50,
     times: Sequence[float] | np.ndarray | None = None,
     reverse: bool = False,
-) -> tuple[Float[Array, "b *event"], int]:
+    rtol: float = 1e-5,
+    atol: float = 1e-5,
+    max_steps: int = 4096,
+) -> tuple[Float[Array, "b *event"], int | Int[Array, ""]]:
     """Returns the state at the end of the time grid, and the number of velocity evaluations; one scan over steps.
 
     times: the grid, increasing within [0, 1]; num_steps equal steps where it is None. reverse: from data to source,
-    the grid walked backwards. velocity(t, x, cond) gets t of shape `b`. Raises ValueError for an unknown method,
-    fewer than one step, or a grid that is not increasing within [0, 1].
+    the grid walked backwards. velocity(t, x, cond) gets t of shape `b`.
+
+    method "dopri5" chooses its steps itself, one size for the whole batch, such that the root mean square over the
+    batch of error / (atol + rtol |x|) stays below 1; num_steps is not looked at and times are refused. Its count is an
+    int32 array. Where max_steps do not suffice it raises RuntimeError, or returns NaN inside jit, where it cannot. It
+    needs diffrax, and raises ModuleNotFoundError without.
+
+    Raises ValueError for an unknown method, fewer than one step, or a grid that is not increasing within [0, 1].
 
     Example:
         x1, nfe = integrate(velocity, x0, method="heun", num_steps=25)
+        x1, nfe = jax.jit(lambda x: integrate(velocity, x, method="dopri5", rtol=1e-4))(x0)
     """
-    states, evaluations = trajectory(
-        velocity, x0, cond, method=method, num_steps=num_steps, times=times, reverse=reverse, keep=False
-    )
-    return states, evaluations
+    if method == "dopri5":
+        if times is not None:
+            raise ValueError("dopri5 chooses its own times; leave `times` out, or take a method of fixed steps.")
+        return _dopri5(velocity, x0, cond, reverse=reverse, rtol=rtol, atol=atol, max_steps=max_steps)
+    return trajectory(velocity, x0, cond, method=method, num_steps=num_steps, times=times, reverse=reverse, keep=False)
 
 
 def trajectory(
@@ -52,7 +68,7 @@ def trajectory(
     x0: Float[Array, "b *event"],
     cond: Any = None,
     *,
-    method: Method = "heun",
+    method: FixedMethod = "heun",
     num_steps: int = 50,
     times: Sequence[float] | np.ndarray | None = None,
     reverse: bool = False,
@@ -60,11 +76,13 @@ def trajectory(
 ) -> tuple[Any, int]:
     """Returns the states at all times of the grid, `steps+1 b *event` (the last alone without `keep`), and the count.
 
+    Settings and errors are those of `integrate` with fixed steps.
+
     Example:
         path, nfe = trajectory(velocity, x0, num_steps=100, method="rk4")
     """
     if method not in TABLEAUS:
-        raise ValueError(f"method is {method!r}; choose one of {', '.join(TABLEAUS)}.")
+        raise ValueError(f"method is {method!r}; choose one of {', '.join(TABLEAUS)}, or let integrate take dopri5.")
     grid = time_grid(num_steps, times)
     grid = grid[::-1] if reverse else grid
     nodes, stage_weights, weights = TABLEAUS[method]
@@ -87,6 +105,54 @@ def trajectory(
     return result, len(nodes) * (len(grid) - 1)
 
 
+def _dopri5(
+    velocity: Velocity, x0: Array, cond: Any, *, reverse: bool, rtol: float, atol: float, max_steps: int
+) -> tuple[Array, Array]:
+    if not (rtol >= 0 and atol >= 0 and rtol + atol > 0):
+        raise ValueError(f"rtol is {rtol} and atol {atol}; neither may be negative, and one must be positive.")
+    if max_steps < 1:
+        raise ValueError(f"max_steps is {max_steps}; integration needs at least one step.")
+    diffrax = _diffrax()
+    dtype = jnp.promote_types(x0.dtype, jnp.float32)
+
+    def field(t, x, _):
+        return velocity(jnp.full(len(x), t, dtype), x.astype(x0.dtype), cond).astype(dtype)
+
+    solution = diffrax.diffeqsolve(
+        diffrax.ODETerm(field),
+        diffrax.Dopri5(),
+        jnp.asarray(float(reverse), dtype),
+        jnp.asarray(float(not reverse), dtype),
+        jnp.asarray(-FIRST_STEP if reverse else FIRST_STEP, dtype),
+        x0.astype(dtype),
+        stepsize_controller=diffrax.PIDController(rtol=rtol, atol=atol),
+        max_steps=max_steps,
+        throw=False,
+    )
+    arrived = solution.result == diffrax.RESULTS.successful
+    if not isinstance(arrived, Tracer) and not arrived:
+        raise RuntimeError(
+            f"dopri5 has not arrived after max_steps={max_steps}; allow more, loosen rtol={rtol} and atol={atol}, "
+            "or take a method of fixed steps. A velocity of NaN ends here too."
+        )
+    # A step, accepted or not, has seven stages, of which the first is the last of the accepted one before.
+    evaluations = 6 * solution.stats["num_steps"] + 1
+    # NaN is added, not selected: XLA takes exp(where(p, x, nan)) for any number on CPUs.
+    x1 = solution.ys[0] + jnp.where(arrived, 0.0, jnp.nan).astype(dtype)
+    return x1.astype(x0.dtype), jnp.asarray(evaluations, jnp.int32)
+
+
+def _diffrax() -> Any:
+    """The module diffrax, or ModuleNotFoundError naming the extra that brings it."""
+    try:
+        import diffrax
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            'The adaptive solver dopri5 needs the package diffrax; install it with: pip install "flowgen[ode]".'
+        ) from error
+    return diffrax
+
+
 def time_grid(num_steps: int, times: Sequence[float] | np.ndarray | None) -> Float[Array, " n"]:
     """Returns the grid of `integrate`; ValueError where it has no step or is not increasing within [0, 1].
 
@@ -105,71 +171,37 @@ def time_grid(num_steps: int, times: Sequence[float] | np.ndarray | None) -> Flo
     return jnp.asarray(grid)
 
 
-def log_prob(
-    velocity: Velocity,
-    x1: Float[Array, "b *event"],
-    cond: Any = None,
-    *,
-    key: Key[Array, ""] | None = None,
-    log_source: Callable[[Array], Float[Array, " b"]] | None = None,
-    method: Method = "rk4",
-    num_steps: int = 50,
-) -> Float[Array, " b"]:
-    """Returns log p1(x1) = log p0(x0) - ∫ div v dt in nats, along the path that ends in x1; differentiable.
+def edm_times(num_steps: int) -> tuple[float, ...]:
+    """Returns the grid of num_steps + 1 times for `integrate(times=...)` that is finer near the data, EDM's.
 
-    key: None for the exact divergence, one forward-mode product per dimension; a key for Hutchinson's estimate with
-    one Rademacher probe per sample, kept for the whole path (Grathwohl et al., arXiv 1810.01367). log_source: log p0,
-    standard normal by default. Exact up to the error of the solver.
+    t = 1 / (1 + sigma) with sigma_i = (80^(1/7) + i/(num_steps - 1) (0.002^(1/7) - 80^(1/7)))^7, and 0 at the end
+    (Karras et al., arXiv 2206.00364). It starts at t = 1/81, where the source is taken for x_t. Raises ValueError for
+    fewer than two steps.
 
     Example:
-        lp = log_prob(velocity, x1, key=jax.random.key(0))
+        x1, nfe = integrate(velocity, x0, method="heun", times=edm_times(25))
     """
-    probe = None if key is None else jax.random.rademacher(key, x1.shape, x1.dtype)
-    event = tuple(range(1, x1.ndim))
-
-    def joint(t, state, cond):
-        x, _ = jnp.split(state, [x1[0].size], axis=1)
-        x = x.reshape(x1.shape)
-        field = lambda y: velocity(t, y, cond)  # noqa: E731
-        if probe is not None:
-            v, moved = jax.jvp(field, (x,), (probe,))
-            divergence = (moved * probe).sum(axis=event)
-        else:
-            v, divergence = _exact_divergence(field, x)
-        return jnp.concatenate([v.reshape(len(v), -1), divergence[:, None]], axis=1)
-
-    state = jnp.concatenate([x1.reshape(len(x1), -1), jnp.zeros((len(x1), 1), x1.dtype)], axis=1)
-    state, _ = integrate(joint, state, cond, method=method, num_steps=num_steps, reverse=True)
-    x0, change = state[:, :-1].reshape(x1.shape), state[:, -1]
-    # Backwards in time the integral of the divergence has come out with its sign turned.
-    return (_standard_normal(x0) if log_source is None else log_source(x0)) + change
-
-
-def _exact_divergence(field: Callable[[Array], Array], x: Array) -> tuple[Array, Array]:
-    """The field and Σ_i ∂v_i/∂x_i per sample, all samples at once, one direction after another."""
-    size = x[0].size
-
-    def along(total, index):
-        direction = jnp.zeros((size,), x.dtype).at[index].set(1).reshape(x.shape[1:])
-        _, moved = jax.jvp(field, (x,), (jnp.broadcast_to(direction[None], x.shape),))
-        return total + moved.reshape(len(x), -1)[:, index], None
-
-    total, _ = jax.lax.scan(along, jnp.zeros(len(x), x.dtype), jnp.arange(size))
-    return field(x), total
-
-
-def _standard_normal(x: Array) -> Float[Array, " b"]:
-    flat = x.reshape(len(x), -1)
-    return -0.5 * (jnp.square(flat) + jnp.log(2 * jnp.pi)).sum(axis=1)
+    if num_steps < 2:
+        raise ValueError(f"num_steps is {num_steps}; the grid from sigma 80 to 0.002 needs at least two.")
+    largest, smallest = 80.0 ** (1 / 7), 0.002 ** (1 / 7)
+    sigmas = [(largest + i / (num_steps - 1) * (smallest - largest)) ** 7 for i in range(num_steps)]
+    return (*(1 / (1 + sigma) for sigma in sigmas), 1.0)
 
 
 def guided(
-    velocity: Velocity, unconditional: Any, *, scale: float, interval: tuple[float, float] = (0.0, 1.0)
+    velocity: Velocity,
+    unconditional: Any,
+    *,
+    scale: float | None = None,
+    weight: float | None = None,
+    interval: tuple[float, float] = (0.0, 1.0),
 ) -> Velocity:
-    """Returns the field v_u + scale (v_c - v_u), classifier-free guidance in the convention where scale 1 is v_c.
+    """Returns the field of classifier-free guidance (Ho and Salimans, arXiv 2207.12598), in the convention named.
 
-    Both halves go through the network in one batch. unconditional: the condition that means none, shaped like cond.
-    interval: times in which guidance acts; outside it the field is v_c (Kynkäänniemi et al., arXiv 2404.07724).
+    scale: v_u + scale (v_c - v_u), 1 is v_c. weight: (1 + weight) v_c - weight v_u, 0 is v_c; the same with
+    scale = 1 + weight. Both halves go through the network in one batch. unconditional: the condition that means none,
+    shaped like cond. interval: times in which guidance acts; outside it the field is v_c (Kynkäänniemi et al., arXiv
+    2404.07724). Raises ValueError unless exactly one of scale and weight is given.
 
     Example:
         x1, nfe = integrate(guided(velocity, -jnp.ones_like(labels), scale=2.0), x0, labels)
@@ -177,13 +209,17 @@ def guided(
     low, high = interval
     if not 0 <= low < high <= 1:
         raise ValueError(f"guidance interval is {interval}; it must be two increasing times within [0, 1].")
+    factors = [number for number in (scale, None if weight is None else 1 + weight) if number is not None]
+    if len(factors) != 1:
+        raise ValueError(f"scale is {scale} and weight is {weight}; give exactly one, scale = 1 + weight.")
+    factor = factors[0]
 
     def field(t, x, cond):
         both = jax.tree.map(lambda c, u: jnp.concatenate([c, u]), cond, unconditional)
         v = velocity(jnp.concatenate([t, t]), jnp.concatenate([x, x]), both)
         conditional, free = jnp.split(v, 2)
         inside = ((t >= low) & (t <= high)).reshape((-1,) + (1,) * (x.ndim - 1))
-        return jnp.where(inside, free + scale * (conditional - free), conditional)
+        return jnp.where(inside, free + factor * (conditional - free), conditional)
 
     return field
 

@@ -1,0 +1,86 @@
+"""Compares trained velocity networks on the built-in digits at 4, 10 and 50 evaluations: a picture and distances.
+
+for name in cfm otcfm wcfm; do python train.py --config configs/${name}_digits.py --workdir runs/$name; done
+python benchmarks/matching_images.py --runs runs/cfm runs/otcfm runs/wcfm --picture docs/images/matching_digits.png \\
+    --out benchmarks/results/matching_images.json
+"""
+
+import argparse
+import dataclasses
+import os
+import time
+from functools import partial
+from pathlib import Path
+
+import jax
+import measure
+import numpy as np
+
+from flowgen import checkpoint
+from flowgen.data import Source, from_uint8, image_grid, save_image, to_uint8
+from flowgen.evaluation import frechet_distance
+from flowgen.tasks import matching
+from flowgen.tasks.samples import sample_metrics, train_judge
+
+EVALUATIONS = (4, 10, 50)
+SAMPLES = 1797  # as many as there are digits
+CLASSES = 10
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=Path, nargs="+", required=True, help="run directories, of one data set")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--picture", type=Path, required=True, help="PNG to write: a run per three rows")
+    arguments = parser.parse_args()
+    runs = [checkpoint.load(path) for path in arguments.runs]
+    train, data = runs[0][2].source("train"), runs[0][2].source("all")
+    judge = train_judge(train)
+    floor = frechet_distance(*(judge.features(images_of(runs[0][2].source(split))) for split in ("train", "eval")))
+    where = measure.environment(len(os.sched_getaffinity(0)), None)
+    rows, pictures = [], []
+    for path, (network, variables, experiment) in zip(arguments.runs, runs, strict=True):
+        for evaluations in EVALUATIONS:
+            one_step = experiment.sampling.method == "mean_flow"
+            sampling = dataclasses.replace(
+                experiment.sampling,
+                method="mean_flow" if one_step else "heun",
+                num_steps=evaluations if one_step else evaluations // 2,
+            )
+            drawn = dataclasses.replace(experiment, sampling=sampling)
+            began = time.perf_counter()
+            draw = partial(matching.draw, drawn, network, variables)
+            digits = data[np.arange(len(data))]["label"]
+            metrics = sample_metrics(draw, judge, data, SAMPLES, conditions=lambda positions, y=digits: y[positions])
+            seconds = time.perf_counter() - began
+            labels = np.arange(2 * CLASSES) % CLASSES
+            images, _ = draw(jax.random.key(0), len(labels), labels)
+            pictures.append(images)
+            rows.append(
+                {
+                    "run": path.name,
+                    "config": experiment.name,
+                    "attention": experiment.model.attention,
+                    "method": sampling.method,
+                    "evaluations": evaluations,
+                    "guidance": sampling.guidance,
+                    **{name: round(value, 3) for name, value in metrics.items()},
+                    "frechet_train_to_eval": round(floor, 3),
+                    "features": judge.name,
+                    "samples": SAMPLES,
+                    "seconds": round(seconds, 2),
+                    **where,
+                }
+            )
+            line = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
+            print(f"{path.name:16s} {evaluations:3d} evaluations: {line}")
+    measure.save(arguments.out, rows)
+    save_image(arguments.picture, image_grid(to_uint8(np.concatenate(pictures)), columns=2 * CLASSES, scale=4))
+
+
+def images_of(source: Source) -> np.ndarray:
+    return np.asarray(from_uint8(source[np.arange(len(source))]["image"]))
+
+
+if __name__ == "__main__":
+    main()

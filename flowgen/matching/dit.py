@@ -1,0 +1,205 @@
+"""DiT: a transformer on patches whose layers are modulated by time and class (Peebles and Xie, arXiv 2212.09748).
+
+With c the embedding of (t, span, class), a layer computes
+
+    (a, b, g, a', b', g') = W silu(c)                       (W starts at zero, so each layer starts as the identity)
+    h <- h + g · Attention(norm(h) (1 + b) + a),   h <- h + g' · MLP(norm(h) (1 + b') + a')
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from flowgen.attention import KERNELS, make_attention_fn
+from flowgen.conditioning import check_labels
+from flowgen.matching.velocity import TIME_SCALE, ConditionEmbedding, check_inputs, check_time_scale
+from flowgen.nn.checks import check_at_least_one, check_choices, check_num_classes, check_patches, image_sides
+from flowgen.nn.layers import ACTIVATIONS, flat_dot, master_dtype, patchify, unpatchify
+
+ATTENTIONS = ("softmax", "soft", *KERNELS)
+PATCH_ORDER = "channel_last"
+DIT_LAYER_NORM_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """Shape of a DiT. The paper's S, B, L, XL are (width, num_layers, head_dim) = (384, 12, 64), (768, 12, 64),
+    (1024, 24, 64), (1152, 28, 72).
+
+    image_size: side, or (height, width), of pixels or latents. attention: "softmax", "soft" (SOFT), or a kernel of
+    `flowgen.attention.KERNELS`, such as "nala". spans: also predict average velocities over a span (MeanFlow).
+    time_scale: times are stretched by it before the sinusoids, which are made for 0 to 1,000; MeanFlow, whose loss has
+    a derivative in t in it, needs a small one, such as 1.0.
+    dtype: of matrix products and activations; parameters, norms and the modulation stay float32.
+    remat: recompute layers in the backward pass instead of storing them.
+    """
+
+    image_size: int | tuple[int, int]
+    channels: int = 3
+    patch_size: int = 2
+    width: int = 384
+    num_layers: int = 12
+    head_dim: int = 64
+    expansion: int = 4
+    num_classes: int = 0
+    attention: str = "softmax"
+    spans: bool = False
+    time_scale: float = TIME_SCALE
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    remat: bool = True
+
+    def __post_init__(self):
+        if isinstance(self.image_size, list):
+            object.__setattr__(self, "image_size", tuple(self.image_size))
+        check_at_least_one(self, ("channels", "patch_size", "width", "num_layers", "head_dim", "expansion"))
+        check_num_classes(self.num_classes)
+        check_patches(self.image_size, self.patch_size)
+        if self.width % self.head_dim:
+            raise ValueError(
+                f"model.width is {self.width}, not a multiple of head_dim {self.head_dim}; change one of the two."
+            )
+        if self.width % 4:
+            raise ValueError(f"model.width is {self.width}; its position table needs a multiple of 4.")
+        check_time_scale(self.time_scale)
+        check_choices(self, {"attention": ATTENTIONS, "dtype": ("float32", "bfloat16", "float64")})
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        return image_sides(self.image_size)
+
+    @property
+    def event_shape(self) -> tuple[int, int, int]:
+        """Shape of one sample: (height, width, channels)."""
+        return (*self.grid_size, self.channels)
+
+    def shrunk(self) -> DiTConfig:
+        """Returns a tiny config of the same kind, at most 8 pixels high and wide, for tests and `--debug`."""
+        height, width = self.grid_size
+        patch = min(self.patch_size, 2)
+        side = patch * max(1, min(4, height // self.patch_size))
+        other = patch * max(1, min(4, width // self.patch_size))
+        return dataclasses.replace(
+            self,
+            image_size=(side, other),
+            patch_size=patch,
+            width=32,
+            num_layers=2,
+            head_dim=16,
+            num_classes=10 if self.num_classes else 0,
+        )
+
+    @property
+    def token_grid(self) -> tuple[int, int]:
+        """(rows, columns) of patches."""
+        height, width = self.grid_size
+        return height // self.patch_size, width // self.patch_size
+
+
+class DiT(nn.Module):
+    """A velocity network on images or latents `b height width c`.
+
+    Example:
+        v = DiT(DiTConfig(image_size=8, channels=1)).apply(params, t, x, cond)
+    """
+
+    config: DiTConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        t: Float[Array, " b"],
+        x: Float[Array, "b height width c"],
+        cond: Int[Array, " b"] | None = None,
+        span: Float[Array, " b"] | None = None,
+        *,
+        train: bool = False,
+    ) -> Float[Array, "b height width c"]:
+        """Returns the velocity at x and time t, averaged over `span` where given. train: nothing differs here."""
+        config = self.config
+        check_inputs(config, t, x)
+        cond = check_labels(cond, num_classes=config.num_classes, batch=len(x))
+        embed = ConditionEmbedding(
+            config.width, config.num_classes, config.spans, time_scale=config.time_scale, name="condition"
+        )
+        c = embed(t, cond, span)
+        c = jax.nn.silu(c)
+        tokens = patchify(x, config.patch_size, PATCH_ORDER)
+        h = _dense(config.width, config.dtype, name="proj_in")(tokens)
+        h = h + jnp.asarray(position_table(config.token_grid, config.width), h.dtype)[None]
+        layer = nn.remat(DiTLayer, prevent_cse=False) if config.remat else DiTLayer
+        h, _ = nn.scan(
+            layer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=config.num_layers,
+        )(config, name="layers")(h, c)
+        shift, scale = jnp.split(_modulation(2 * config.width)(c), 2, axis=1)
+        h = _modulated(h, shift, scale).astype(config.dtype)
+        out = _dense(tokens.shape[-1], config.dtype, zero=True, name="proj_out")(h).astype(master_dtype(config.dtype))
+        return unpatchify(out, config.patch_size, config.grid_size, PATCH_ORDER)
+
+
+class DiTLayer(nn.Module):
+    """One layer: modulated attention and MLP with gates that start at zero."""
+
+    config: DiTConfig
+
+    @nn.compact
+    def __call__(self, h: Float[Array, "b n d"], c: Float[Array, "b d"]):
+        config = self.config
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = jnp.split(_modulation(6 * config.width)(c), 6, axis=1)
+        y = _modulated(h, shift, scale).astype(config.dtype)
+        qkv = _dense(3 * config.width, config.dtype, name="qkv")(y)
+        q, k, v = (z.reshape(*z.shape[:2], -1, config.head_dim) for z in jnp.split(qkv, 3, axis=-1))
+        y = make_attention_fn(config.attention)(q, k, v).reshape(h.shape).astype(config.dtype)
+        h = h + gate[:, None].astype(h.dtype) * _dense(config.width, config.dtype, name="proj")(y)
+        y = _modulated(h, mlp_shift, mlp_scale).astype(config.dtype)
+        y = ACTIVATIONS["gelu_tanh"](_dense(config.expansion * config.width, config.dtype, name="up")(y))
+        return h + mlp_gate[:, None].astype(h.dtype) * _dense(config.width, config.dtype, name="down")(y), None
+
+
+def position_table(grid: tuple[int, int], width: int) -> Float[np.ndarray, "n width"]:
+    """Returns fixed positions of a grid, row by row: half of the sinusoids turn with the column, half with the row.
+
+    Example:
+        table = position_table((4, 4), 64)
+    """
+    frequencies = 10_000.0 ** (-np.arange(width // 4) / (width // 4))
+    rows, columns = np.meshgrid(np.arange(grid[0]), np.arange(grid[1]), indexing="ij")
+    angles = [axis.reshape(-1, 1) * frequencies[None] for axis in (columns, rows)]
+    return np.concatenate([wave(angle) for angle in angles for wave in (np.sin, np.cos)], axis=1).astype(np.float32)
+
+
+def _modulated(h: Array, shift: Array, scale: Array) -> Array:
+    """LayerNorm without parameters, in float32 at least, then scale and shift of each sample."""
+    master = jnp.promote_types(h.dtype, jnp.float32)
+    x = h.astype(master)
+    x = x - x.mean(axis=-1, keepdims=True)
+    x = x * jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + DIT_LAYER_NORM_EPS)
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+def _modulation(features: int) -> nn.Dense:
+    return nn.Dense(features, kernel_init=nn.initializers.zeros, name="modulation")
+
+
+def _dense(features: int, dtype: str, *, zero: bool = False, name: str) -> nn.Dense:
+    init = nn.initializers.zeros if zero else nn.initializers.xavier_uniform()
+    return nn.Dense(
+        features,
+        dtype=jnp.dtype(dtype),
+        param_dtype=master_dtype(dtype),
+        kernel_init=init,
+        dot_general=flat_dot,
+        name=name,
+    )

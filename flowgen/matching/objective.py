@@ -1,0 +1,160 @@
+"""How a velocity network is trained, as plain data, and the objective it makes for the training loop."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from flowgen.matching.couplings import GibbsWeights, Independent, MinibatchOT
+from flowgen.matching.diagnostics import fit_epsilon, warn_if_tilted, weight_report
+from flowgen.matching.loss import Loss, flow_matching_loss
+from flowgen.matching.mean_flow import mean_flow_loss
+from flowgen.matching.paths import (
+    CondOT,
+    LinearVariancePreserving,
+    Polynomial,
+    Prediction,
+    SchroedingerBridge,
+    Target,
+    Trigonometric,
+    VariancePreserving,
+    velocity_of,
+)
+from flowgen.matching.solvers import Velocity
+from flowgen.matching.times import LogitNormal, Shifted, Uniform
+
+# The collection of the train state in which a running log-mean of weights lives.
+STATE = "matching"
+# Pairs that epsilon is chosen by, and that are looked at for tilt: enough for the mean, and their square fits memory.
+REPORT_PAIRS = 1024
+
+
+@dataclass(frozen=True)
+class FlowMatching:
+    """Regression of the velocity; prediction: what the network's output means."""
+
+    prediction: Prediction = "velocity"
+
+
+@dataclass(frozen=True)
+class MeanFlow:
+    """Regression of average velocities, for sampling in one step (arXiv 2505.13447); see `mean_flow_loss`.
+
+    instantaneous: share of pairs of span 0. power: of the adaptive weight. guidance_weight: guidance learned into
+    the field, 0 for none.
+    """
+
+    instantaneous: float = 0.75
+    power: float = 1.0
+    guidance_weight: float = 0.0
+
+
+@dataclass(frozen=True)
+class MatchingConfig:
+    """Loss, path, coupling and times: four independent choices."""
+
+    loss: FlowMatching | MeanFlow = FlowMatching()
+    path: (
+        CondOT
+        | Target
+        | Trigonometric
+        | Polynomial
+        | VariancePreserving
+        | LinearVariancePreserving
+        | SchroedingerBridge
+    ) = CondOT()
+    coupling: Independent | GibbsWeights | MinibatchOT = Independent()
+    time: Uniform | LogitNormal | Shifted = Uniform()
+
+    @property
+    def prediction(self) -> Prediction:
+        """What the network's output means."""
+        return self.loss.prediction if isinstance(self.loss, FlowMatching) else "velocity"
+
+    def fitted(self, x0: Float[Array, "b *event"], x1: Float[Array, "b *event"]) -> MatchingConfig:
+        """Returns these choices with an epsilon that was left open chosen on a block of source and data.
+
+        Warns where weights re-weigh the data more than they couple them.
+        """
+        coupling = self.coupling
+        if not isinstance(coupling, GibbsWeights):
+            return self
+        coupling = fit_epsilon(coupling, x0, x1)
+        if coupling.sinkhorn_sweeps == 0 and coupling.epsilon is not None:
+            warn_if_tilted(weight_report(x0, x1, coupling.epsilon, coupling.cost))
+        return dataclasses.replace(self, coupling=coupling)
+
+    def loss_fn(self, *, label_dropout: float = 0.0) -> Loss:
+        """Returns the loss these choices make."""
+        if isinstance(self.loss, MeanFlow):
+            return mean_flow_loss(
+                path=self.path,
+                coupling=self.coupling,
+                time=self.time,
+                instantaneous=self.loss.instantaneous,
+                power=self.loss.power,
+                guidance_weight=self.loss.guidance_weight,
+                label_dropout=label_dropout,
+            )
+        return flow_matching_loss(
+            path=self.path,
+            coupling=self.coupling,
+            time=self.time,
+            prediction=self.loss.prediction,
+            label_dropout=label_dropout,
+        )
+
+    def state(self) -> dict[str, Any]:
+        """Returns the collection that training carries from step to step; empty unless weights have a running mean."""
+        running = isinstance(self.coupling, GibbsWeights) and self.coupling.normalize == "running"
+        return {STATE: {"log_mean": jnp.array(-jnp.inf)}} if running else {}
+
+
+def matching_objective(
+    network: Any,
+    loss_fn: Loss,
+    pairs: Callable[[Array, Any], dict[str, Any]],
+    *,
+    train: bool = True,
+) -> Callable[..., tuple]:
+    """Returns the objective (variables, batch, key) -> (loss, metrics[, carried state]) of a velocity network.
+
+    pairs(key, batch): what `loss_fn` takes, "x1", and "x0" and "cond" where there are any. The carried state is the
+    running log-mean of the weights, in the collection "matching", where `variables` have one. train: with dropout.
+
+    Example:
+        objective = matching_objective(network, flow_matching_loss(), lambda key, batch: {"x1": batch["x"]})
+    """
+
+    def objective(variables, batch, key):
+        pair_key, loss_key, dropout_key = jax.random.split(key, 3)
+        carried = variables.get(STATE)
+        weights = {name: value for name, value in variables.items() if name != STATE}
+
+        def field(t, x, cond, *span):
+            return network.apply(weights, t, x, cond, *span, train=train, rngs={"dropout": dropout_key})
+
+        log_mean = None if carried is None else carried["log_mean"]
+        loss, metrics, log_mean = loss_fn(field, pairs(pair_key, batch), loss_key, log_mean)
+        return (loss, metrics) if carried is None else (loss, metrics, {STATE: {"log_mean": log_mean}})
+
+    return objective
+
+
+def velocity_field(network: Any, variables: Any, matching: MatchingConfig) -> Velocity:
+    """Returns the velocity (t, x, cond) of a trained network, whatever it predicts.
+
+    Example:
+        x1, nfe = integrate(velocity_field(network, variables, matching), x0, labels)
+    """
+
+    def field(t, x, cond):
+        return velocity_of(matching.path, t, x, network.apply(variables, t, x, cond), matching.prediction)
+
+    return field

@@ -1,0 +1,230 @@
+"""Couplings against recorded plans, scipy, closed forms of Gaussians, and their limits."""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.optimize
+from matching_cases import PUBLISHED, X0, X1
+
+from flowgen import matching as fm
+from flowgen.matching.couplings import assignment, pairwise_cost
+
+
+@pytest.fixture(scope="module")
+def toys():
+    """64 points of the ring and as many of the moons."""
+    draw = jax.jit(lambda a, b: (fm.toy.gaussian_ring(a, 64), fm.toy.moons(b, 64)))
+    return draw(jax.random.key(1), jax.random.key(2))
+
+
+def test_assignment_and_sinkhorn_are_the_recorded_ones():
+    cost = pairwise_cost(X0, X1, "sqeuclidean")
+    np.testing.assert_allclose(cost, [[5, 1, 4.25], [9, 5, 1.25], [3.25, 9.25, 8.5]], atol=1e-5)
+    np.testing.assert_array_equal(assignment(cost), [1, 2, 0])
+    plan = jax.jit(lambda logits, f, g: jnp.exp(logits + f[:, None] + g[None]) / 3)
+    expected = [[0.091506, 0.787381, 0.121113], [0.018714, 0.161032, 0.820254], [0.88978, 0.051588, 0.058633]]
+    np.testing.assert_allclose(plan(-cost / 2, *fm.sinkhorn_potentials(-cost / 2, 500)), expected, atol=PUBLISHED)
+    # Sharper, where it is far from converged, against the iteration on the matrix itself in float64.
+    kernel, v = np.exp(-np.float64(cost) / 0.5), np.ones(3)
+    for _ in range(500):
+        u = 1 / (kernel @ v)
+        v = 1 / (kernel.T @ u)
+    sharp = plan(-cost / 0.5, *fm.sinkhorn_potentials(-cost / 0.5, 500))
+    np.testing.assert_allclose(sharp, u[:, None] * kernel * v, atol=1e-5)  # float32 exponents near 20
+    extreme = jnp.array([[-1e4, 0.0, -1.0], [-2e4, -3e4, 0.0], [0.0, 1.0, 2.0]])
+    assert np.isfinite(fm.sinkhorn_potentials(extreme, 500)).all()
+
+
+def test_exact_transport_of_images_is_scipys_and_uses_every_source_once():
+    random = np.random.default_rng(0)
+    x0, x1 = random.standard_normal((2, 32, 2, 2, 2)).astype(np.float32)
+    labels = jnp.arange(32)
+    pairs = fm.MinibatchOT()(jax.random.key(0), jnp.asarray(x0), jnp.asarray(x1), labels)
+    cost = ((x1.reshape(32, 1, -1) - x0.reshape(1, 32, -1)) ** 2).sum(-1)
+    _, source = scipy.optimize.linear_sum_assignment(cost)
+    np.testing.assert_array_equal(pairs.x0, x0[source])
+    np.testing.assert_array_equal(pairs.x1, x1)
+    np.testing.assert_array_equal(pairs.cond, labels)
+    np.testing.assert_array_equal(pairs.log_weight, 0)
+    assert (source != np.arange(32)).any()
+
+
+def test_sinkhorn_comes_near_exact_transport_and_classes_stay_apart(toys):
+    x0, x1 = toys
+    cost = lambda pairs: jnp.square(pairs.x0 - pairs.x1).sum(1).mean()  # noqa: E731
+    labels = jnp.arange(64) % 4
+
+    @jax.jit
+    def run(key):
+        k1, k2, k3, k4 = jax.random.split(key, 4)
+        entropic = fm.MinibatchOT(method="sinkhorn", epsilon=0.01, num_sweeps=200)(k1, x0, x1)
+        aware = [
+            fm.MinibatchOT(method=method, class_aware=True)(k, x0, x1, labels).x0
+            for method, k in (("exact", k2), ("sinkhorn", k3))
+        ]
+        exact = fm.MinibatchOT()(k4, x0, x1)
+        return cost(exact), cost(entropic), cost(fm.Independent()(None, x0, x1)), aware
+
+    exact, entropic, independent, aware = run(jax.random.key(0))
+    # Entropy of 1 % of the mean cost, and draws with replacement: a third more than the optimum at most.
+    assert exact < entropic < 1.3 * exact < independent
+    for sources in aware:
+        source = np.abs(np.asarray(sources)[:, None] - np.asarray(x0)[None]).sum(-1).argmin(1)
+        np.testing.assert_array_equal(labels[source], labels)
+        assert (source != np.arange(64)).any()
+
+
+# x ~ N(0, 1), y ~ N(2, 1/4), squared cost: under the weights both are jointly Gaussian, and the best velocity at
+# t = 1/2 is affine: (epsilon, slope, value, centre, effective sample size).
+CLOSED_FORMS = [
+    (1.0, -0.461538, 0.571429, 1.428571, 0.26986),
+    (4.0, -0.857143, 1.230769, 1.230769, None),
+    (1e9, -1.2, 2.0, 1.0, 1.0),
+]
+
+
+@pytest.mark.parametrize(("epsilon", "slope", "value", "centre", "share"), CLOSED_FORMS)
+def test_weighted_matching_has_the_minimiser_of_the_closed_form(epsilon, slope, value, centre, share):
+    random = np.random.default_rng(3)
+    x0, noise = random.standard_normal((2, 400_000, 1)).astype(np.float32)
+    x1 = 2 + 0.5 * noise
+    weights = fm.GibbsWeights(epsilon=epsilon, cost="sqeuclidean", normalize="batch")
+
+    @jax.jit
+    def run(x0, x1):
+        log_weight = weights(None, x0, x1).log_weight
+        return log_weight, fm.effective_sample_size(log_weight)
+
+    log_weight, found = run(x0, x1)
+    w, x, u = np.exp(log_weight), (x0 + x1)[:, 0] / 2, (x1 - x0)[:, 0]
+    design = np.stack([np.ones_like(x), x - centre], axis=1)
+    fitted = np.linalg.solve((design.T * w) @ design, (design.T * w) @ u)
+    np.testing.assert_allclose(fitted, [value, slope], atol=0.01)  # sampling error of 400,000 pairs
+    if share:
+        np.testing.assert_allclose(found, share, atol=0.005)  # the same
+
+
+def test_gibbs_weights_in_their_limits(toys):
+    x0, x1 = toys
+    shifted_cost = lambda a, b: jnp.linalg.norm(a - b, axis=1) + 100  # noqa: E731
+    couplings = {
+        "flat": fm.GibbsWeights(epsilon=1e9, normalize="batch"),
+        "plain": fm.GibbsWeights(2.0, normalize="batch"),
+        "raw": fm.GibbsWeights(2.0, normalize="none"),
+        "shifted": fm.GibbsWeights(2.0, cost=shifted_cost, normalize="batch"),
+        "extreme": fm.GibbsWeights(1e-4, normalize="batch", sinkhorn_sweeps=20),
+        "corrected": fm.GibbsWeights(2.0, normalize="none", sinkhorn_sweeps=50),
+        "corrected shifted": fm.GibbsWeights(2.0, cost=shifted_cost, normalize="none", sinkhorn_sweeps=50),
+    }
+    got = jax.jit(lambda a, b: {name: c(None, a, b).log_weight for name, c in couplings.items()})(x0, x1)
+    np.testing.assert_allclose(got["flat"], 0, atol=1e-6)  # 20 / 1e9, and rounding
+    # Rounding of costs near 110 in float32.
+    np.testing.assert_allclose(got["shifted"], got["plain"], atol=1e-4)
+    np.testing.assert_allclose(got["corrected shifted"], got["corrected"], atol=1e-4)
+    assert jnp.isfinite(got["extreme"]).all()
+    # The plan has 64 rows of mean 1, and its diagonal is a sample of it.
+    mean = lambda name: np.log(np.exp(np.float64(got[name])).mean())  # noqa: E731
+    assert abs(mean("corrected")) < 0.5
+    assert abs(mean("raw")) > 1
+
+
+def test_samples_on_a_sphere_have_the_norm_of_noise():
+    x = jnp.array([[[3.0, 4.0]], [[0.0, 0.0]], [[1e-20, 0.0]]])
+    expected = np.sqrt(2) * np.array([[[0.6, 0.8]], [[0.0, 0.0]], [[1.0, 0.0]]])
+    np.testing.assert_allclose(jax.jit(fm.to_sphere)(x), expected, rtol=1e-6)
+
+
+def test_an_epsilon_of_none_is_to_be_chosen_first():
+    with pytest.raises(ValueError, match=r"fit_epsilon\(coupling, x0, x1\)"):
+        fm.GibbsWeights()(None, X0, X1)
+
+
+def test_a_cost_of_nan_is_refused_outside_jit_and_spoils_the_loss_inside(untyped):
+    bad = lambda a, b: jnp.where(jnp.arange(len(a)) == 1, jnp.nan, 1.0) + 0 * a[:, 0]  # noqa: E731
+    couplings = [fm.GibbsWeights(1.0, cost=bad, normalize=normalize) for normalize in ("running", "batch", "none")]
+    couplings.append(fm.GibbsWeights(1.0, cost=bad, sinkhorn_sweeps=3))
+    with pytest.raises(ValueError, match=r"1 of 3 costs are NaN"):
+        couplings[0](jax.random.key(0), X0, X1)
+    spoilt = X0.at[1, 0].set(jnp.nan)
+    with pytest.raises(ValueError, match="costs are NaN"):
+        fm.MinibatchOT()(jax.random.key(0), spoilt, X1)
+
+    @jax.jit
+    def losses(key, spoilt):
+        velocity = lambda t, x, cond: jnp.zeros_like(x)  # noqa: E731
+        loss = lambda c, x0: fm.flow_matching_loss(coupling=c)(velocity, {"x0": x0, "x1": X1}, jax.random.clone(key))[0]  # noqa: E731
+        # The plan spoilt by a source of NaN need not draw that source.
+        return [*(loss(coupling, X0) for coupling in couplings), loss(fm.MinibatchOT(method="sinkhorn"), spoilt)]
+
+    assert np.isnan(losses(jax.random.key(0), spoilt)).all()
+
+
+def test_each_source_goes_to_the_cell_it_lies_in():
+    y = jnp.array([[-1.0], [1.0]])
+    x0 = jnp.array([[-0.4], [0.1], [0.4]])
+
+    @jax.jit
+    def run(x0):
+        labelled = fm.SemidiscreteOT(y, jnp.zeros(2), labels=jnp.array([7, 8]))
+        # (x + 1)² - (x - 1)² = 4x: a potential of 1 moves the border from 0 to 1/4.
+        moved = fm.SemidiscreteOT(y, jnp.array([1.0, 0.0]))
+        return labelled(None, x0, jnp.zeros((3, 1)), jnp.zeros(3, jnp.int32)), moved(None, x0, jnp.zeros((3, 1)))
+
+    pairs, moved = run(x0)
+    np.testing.assert_array_equal(pairs.x0, x0)
+    np.testing.assert_array_equal(pairs.x1, [[-1], [1], [1]])
+    np.testing.assert_array_equal(pairs.cond, [7, 8, 8])
+    np.testing.assert_array_equal(pairs.log_weight, 0)
+    np.testing.assert_array_equal(moved.x1, [[-1], [-1], [1]])
+    assert moved.cond is None
+
+
+@pytest.mark.slow  # for what importing and compiling OTT-JAX takes
+def test_semidiscrete_potentials_give_cells_of_equal_probability():
+    # One dimension: cells are intervals between quantiles of the normal source, in the order of the data.
+    y = jnp.array([2.0, -1.0, 0.5, 0.6]).reshape(4, 1, 1)
+    coupling, error = fm.fit_semidiscrete(jax.random.key(0), y, num_steps=200, batch_size=128)
+    x0 = jax.scipy.stats.norm.ppf((jnp.arange(1000) + 0.5) / 1000).reshape(1000, 1, 1)
+    cells = np.bincount(coupling.partner(x0), minlength=4)
+    np.testing.assert_allclose(cells, 250, atol=25)  # what 200 steps of 128 draws leave
+    assert abs(error) < 0.05
+    uneven = np.bincount(fm.SemidiscreteOT(y, jnp.zeros(4)).partner(x0), minlength=4)
+    assert np.abs(uneven - 250).max() > 100
+
+
+def test_without_ott_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ott.geometry", None)
+    with pytest.raises(ModuleNotFoundError, match=r'pip install "flowgen\[ot\]"'):
+        fm.fit_semidiscrete(jax.random.key(0), X1)
+
+
+REFUSED = {
+    "negative epsilon": (lambda: fm.GibbsWeights(-1.0), "epsilon is -1.0; it must be positive"),
+    "epsilon of infinity": (lambda: fm.GibbsWeights(float("inf")), "epsilon is inf; it must be positive and finite"),
+    "share of one": (lambda: fm.GibbsWeights(ess=1.0), "ess is 1.0; it is a share"),
+    "tilt": (lambda: fm.GibbsWeights(tilt=0.0), "tilt is 0.0; it must be positive"),
+    "unknown cost": (lambda: fm.GibbsWeights(1.0, cost="l1"), "cost is 'l1'"),
+    "unknown normalisation": (lambda: fm.GibbsWeights(1.0, normalize="mean"), "normalize is 'mean'"),
+    "negative sweeps": (lambda: fm.GibbsWeights(1.0, sinkhorn_sweeps=-1), "sinkhorn_sweeps is -1"),
+    "cost of one number": (lambda: fm.GibbsWeights(1.0, cost=lambda a, b: a.sum())(None, X0, X1), "cost gave shape ()"),
+    "unknown method": (lambda: fm.MinibatchOT(method="partial"), "method is 'partial'"),
+    "batches that differ": (lambda: fm.Independent()(None, X0, X1[:2]), "must have the same shape"),
+    "weighted batches that differ": (lambda: fm.GibbsWeights(1.0)(None, X0, X1[:2]), "must have the same shape"),
+    "events that differ": (lambda: pairwise_cost(X0, X1[:, :1], "euclidean"), "events of shape (2,) and x1 (1,)"),
+    "no labels": (lambda: fm.MinibatchOT(class_aware=True)(None, X0, X1), "needs labels as cond"),
+    "potentials": (lambda: fm.SemidiscreteOT(X1, jnp.zeros(2)), "potentials have shape (2,)"),
+    "labels without labels": (lambda: fm.SemidiscreteOT(X1, jnp.zeros(3))(None, X0, X1, T3), "data no labels"),
+    "no steps": (lambda: fm.fit_semidiscrete(None, X1, num_steps=0), "num_steps is 0"),
+}
+T3 = jnp.arange(3)
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_does_not_fit_is_refused(what, untyped):
+    call, part = REFUSED[what]
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        call()
+    assert part in str(error.value)

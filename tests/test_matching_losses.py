@@ -1,0 +1,408 @@
+"""Losses: weights and their running mean, what is minimised in closed form, and small networks that learn."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import scipy.special
+from matching_cases import MEAN, STD, X0, X1, T, gaussian_score, gaussian_velocity
+
+from flowgen import matching as fm
+from flowgen.matching.mean_flow import PUBLISHED_TIME, average_and_target, guided_target
+
+
+def affine(params):
+    """A field with a parameter per kind of term, in one dimension: enough for what is asked of it here."""
+    return lambda t, x, cond: params[0] + params[1] * t[:, None] + params[2] * x + params[3] * t[:, None] * x
+
+
+PARAMS = jnp.array([0.3, -0.2, 0.5, 0.1])
+
+
+def gaussian_pairs(num=10_000):
+    """Independent pairs of N(0, 1) and N(MEAN, STD²)."""
+    x0, noise = np.random.default_rng(1).standard_normal((2, num, 1)).astype(np.float32)
+    return jnp.asarray(x0), jnp.asarray(MEAN + STD * noise)
+
+
+@pytest.fixture(scope="module")
+def batch():
+    """128 pairs of N(0, 1) and N(2, 1/4) with labels."""
+    random = np.random.default_rng(0)
+    x0, noise = random.standard_normal((2, 128, 1)).astype(np.float32)
+    return {"x0": jnp.asarray(x0), "x1": jnp.asarray(2 + 0.5 * noise), "cond": jnp.arange(128) % 3}
+
+
+def test_losses_weigh_pairs_and_follow_the_mean_of_the_weights(batch):
+    couplings = {
+        "plain": fm.Independent(),
+        "limit": fm.GibbsWeights(1e9),
+        "running": fm.GibbsWeights(1.0),
+        "batch": fm.GibbsWeights(1.0, normalize="batch"),
+        "none": fm.GibbsWeights(1.0, normalize="none"),
+    }
+
+    @jax.jit
+    def run(key, log_mean):
+        def loss(coupling, log_mean):
+            # Every loss is to draw the same times.
+            return fm.flow_matching_loss(coupling=coupling)(affine(PARAMS), batch, jax.random.clone(key), log_mean)
+
+        return {name: loss(coupling, log_mean) for name, coupling in couplings.items()}, loss(
+            couplings["running"], None
+        )
+
+    first, without = run(jax.random.key(0), -jnp.inf)
+    log_weight = -np.abs(np.float64(batch["x0"]) - np.float64(batch["x1"]))[:, 0]
+    mean = np.log(np.exp(log_weight).mean())
+    # The same sums in another order.
+    np.testing.assert_allclose(first["limit"][0], first["plain"][0], rtol=1e-5)
+    np.testing.assert_allclose(first["running"][2], mean, rtol=1e-5)
+    np.testing.assert_allclose(without[2], mean, rtol=1e-5)
+    np.testing.assert_allclose(first["running"][0], first["batch"][0], rtol=1e-5)
+    np.testing.assert_allclose(first["none"][0], first["batch"][0] * np.exp(mean), rtol=1e-5)
+    assert abs(float(first["batch"][0] / first["plain"][0]) - 1) > 0.05
+    share = np.exp(log_weight).sum() ** 2 / (128 * np.exp(2 * log_weight).sum())
+    np.testing.assert_allclose(first["running"][1]["ess"], share, rtol=1e-5)
+    assert first["plain"][1]["ess"] == 1
+    np.testing.assert_allclose(first["running"][1]["unweighted_loss"], first["plain"][0], rtol=1e-5)
+    # The running mean moves by a hundredth, and divides the weights.
+    later, _ = run(jax.random.key(0), jnp.float32(mean + 1))
+    np.testing.assert_allclose(later["running"][2], mean + 0.99, rtol=1e-5)
+    np.testing.assert_allclose(later["running"][0], first["running"][0] * np.exp(-0.99), rtol=1e-5)
+
+
+def test_the_regression_has_the_same_minimum_whatever_is_predicted():
+    # The exact predictions of a Gaussian pair all have the loss of the exact velocity.
+    path = fm.CondOT()
+    exact = {
+        "velocity": lambda t, x, cond: gaussian_velocity(path, t, x),
+        "x1": lambda t, x, cond: fm.x1_of(path, t, x, gaussian_velocity(path, t, x)),
+        "noise": lambda t, x, cond: fm.noise_of(path, t, x, gaussian_velocity(path, t, x)),
+        "score": lambda t, x, cond: gaussian_score(path, t, x),
+    }
+    middle = lambda key, num: jax.random.uniform(key, (num,), minval=0.1, maxval=0.9)  # noqa: E731
+
+    @jax.jit
+    def run(key):
+        x1 = MEAN + STD * jax.random.normal(jax.random.fold_in(jax.random.clone(key), 1), (256, 1))
+        losses = [
+            fm.flow_matching_loss(time=middle, prediction=kind)(field, {"x1": x1}, jax.random.clone(key))[0]
+            for kind, field in exact.items()
+        ]
+        worse = lambda t, x, cond: exact["velocity"](t, x, cond) + 0.5  # noqa: E731
+        return losses, fm.flow_matching_loss(time=middle)(worse, {"x1": x1}, key)[0]
+
+    losses, worse = run(jax.random.key(0))
+    np.testing.assert_allclose(losses, losses[0], rtol=1e-4)  # conversions divide by t and 1 - t
+    assert worse > 1.1 * losses[0]
+
+
+def test_labels_are_dropped_at_the_rate_asked_and_reach_the_network(batch):
+    many = {name: jnp.repeat(value, 8, axis=0) for name, value in batch.items()}
+
+    def labels_seen(loss_fn, key):
+        seen = []
+
+        def velocity(t, x, cond, span=None):
+            seen.append(cond)
+            return x
+
+        loss_fn(velocity, many, key)
+        return seen[0]
+
+    losses = [fm.flow_matching_loss(label_dropout=0.3), fm.flow_matching_loss(), fm.mean_flow_loss()]
+    run = jax.jit(lambda keys: [labels_seen(loss, key) for loss, key in zip(losses, keys, strict=True)])
+    for labels, rate in zip(run([jax.random.key(i) for i in range(3)]), (0.3, 0.0, 0.1), strict=True):
+        dropped = np.asarray(labels) == -1
+        # Four standard errors of 1,024 labels; none where none are to be dropped.
+        assert abs(dropped.mean() - rate) <= 0.2 * np.sqrt(rate) * np.sqrt(1 - rate)
+        np.testing.assert_array_equal(np.asarray(labels)[~dropped], np.asarray(many["cond"])[~dropped])
+
+
+def test_times_are_distributed_as_asked():
+    @jax.jit
+    def draw(key):
+        k1, k2, k3, k4 = jax.random.split(key, 4)
+        shifted = fm.Shifted(3.0)(k3, 4000).mean()
+        published = PUBLISHED_TIME(k4, 4000)
+        return fm.Uniform(stratified=True)(k1, 100), fm.LogitNormal(1.2, 0.5)(k2, 4000), shifted, published
+
+    strata, normal, shifted, published = draw(jax.random.key(0))
+    np.testing.assert_array_equal(np.sort(np.floor(np.asarray(strata) * 100)), np.arange(100))
+    # Four standard errors of 4,000 draws, here and below.
+    logits = scipy.special.logit(normal)
+    np.testing.assert_allclose([logits.mean(), logits.std()], [1.2, 0.5], atol=0.03)
+    # E[1 - 3s/(1 + 2s)] for uniform s, by quadrature.
+    s = (np.arange(100_000) + 0.5) / 100_000
+    np.testing.assert_allclose(shifted, (1 - 3 * s / (1 + 2 * s)).mean(), atol=0.02)
+    # Published as -0.4, with noise at t = 1.
+    np.testing.assert_allclose(scipy.special.logit(published).mean(), 0.4, atol=0.07)
+
+
+SIGMA = 0.8
+
+
+def bridge_moments(t):
+    """Mean and variance of the bridge of independent N(0, 1) and N(MEAN, STD²): the spread adds sigma² t (1-t)."""
+    return t * MEAN, (1 - t) ** 2 + t**2 * STD**2 + SIGMA**2 * t * (1 - t)
+
+
+def bridge_fields(t, x, cond):
+    """The velocity and sigma²/2 times the score of that bridge, exact."""
+    mean, variance = (number[:, None] for number in bridge_moments(t))
+    rate = (-(1 - t) + t * STD**2 + SIGMA**2 * (1 - 2 * t) / 2)[:, None]
+    return MEAN + rate / variance * (x - mean), SIGMA**2 / 2 * -(x - mean) / variance
+
+
+def test_the_bridge_loss_is_least_at_velocity_and_scaled_score():
+    # The gradient of the loss in multiples and offsets of both exact fields vanishes, and not elsewhere.
+    loss_fn = fm.score_and_flow_matching_loss(bridge=fm.SchroedingerBridge(SIGMA))
+
+    @jax.jit
+    def run(key, params):
+        def loss(params, key, x0, x1):
+            def network(t, x, cond):
+                v, s = bridge_fields(t, x, cond)
+                return params[0] * v + params[1], params[2] * s + params[3]
+
+            return loss_fn(network, {"x0": x0, "x1": x1}, key)[0]
+
+        return jax.grad(loss)(params, key, *gaussian_pairs())
+
+    best = jnp.array([1.0, 0.0, 1.0, 0.0])
+    # Four standard errors of 10,000 pairs, whose errors are of order one.
+    np.testing.assert_allclose(run(jax.random.key(0), best), 0, atol=0.08)
+    # Twice the scaled score is the score at this sigma times sigma²: a wrong constant is seen.
+    assert jnp.abs(run(jax.random.key(0), best.at[2].set(2.0)))[2] > 0.3
+    assert jnp.abs(run(jax.random.key(0), best.at[0].set(1.2)))[0] > 0.3
+
+
+def test_the_bridge_loss_weighs_both_terms(batch):
+    @jax.jit
+    def run(key):
+        network = lambda t, x, cond: (jnp.zeros_like(x), jnp.ones_like(x))  # noqa: E731
+        losses = [
+            fm.score_and_flow_matching_loss(coupling=c)(network, batch, jax.random.clone(key))
+            for c in (fm.Independent(), fm.GibbsWeights(1.0, cost=lambda a, b: jnp.full(len(a), 2.0), normalize="none"))
+        ]
+        return losses, fm.score_and_flow_matching_loss(coupling=fm.GibbsWeights(0.5))(network, batch, key)
+
+    (plain, halved), weighted = run(jax.random.key(0))
+    np.testing.assert_allclose(halved[0], plain[0] * np.exp(-2), rtol=1e-5)
+    metrics = plain[1]
+    np.testing.assert_allclose(plain[0], metrics["flow_loss"] + metrics["score_loss"], rtol=1e-5)
+    np.testing.assert_allclose(weighted[1]["unweighted_loss"], plain[0], rtol=1e-5)
+    assert weighted[1]["ess"] < 0.9
+
+
+def test_the_process_of_the_bridge_ends_in_the_data():
+    # As the docstring says it: dX = (v + s) dt + sigma dW.
+    @jax.jit
+    def run(key):
+        k0, key = jax.random.split(key)
+        x0 = jax.random.normal(k0, (10_000, 1))
+        velocity = lambda *a: bridge_fields(*a)[0]  # noqa: E731
+        score = lambda *a: 2 / SIGMA**2 * bridge_fields(*a)[1]  # noqa: E731
+        x1, _ = fm.integrate_sde(velocity, score, x0, key, diffusion=lambda t: SIGMA, num_steps=100)
+        return x1.mean(), x1.std()
+
+    # Three standard errors of 10,000 samples, and the bias of 100 steps: the noise of the last one, of variance
+    # sigma²/100, is left out.
+    np.testing.assert_allclose(run(jax.random.key(0)), [MEAN, STD], atol=0.02)
+
+
+def average_velocity(t, x, cond, span):
+    """The exact average velocity of the straight path between N(0, 1) and N(MEAN, STD²): its flow is affine.
+
+    With s(t)² the variance at t, X(t + h) = (t + h) m + s(t + h)/s(t) (x - t m), and s(t + h)² - s(t)² is a polynomial:
+    nothing is divided by h.
+    """
+    s = lambda t: jnp.sqrt((1 - t) ** 2 + t**2 * STD**2)  # noqa: E731
+    slope = (-2 + (1 + STD**2) * (2 * t + span)) / ((s(t + span) + s(t)) * s(t))
+    return MEAN + slope[:, None] * (x - t[:, None] * MEAN)
+
+
+def test_the_exact_average_velocity_satisfies_the_identity_and_samples_in_one_step(x64):
+    random = np.random.default_rng(0)
+    t = jnp.asarray(random.uniform(0, 0.8, 64))
+    span = jnp.asarray(random.uniform(0, 1, 64)) * (1 - t)
+    x = jnp.asarray(random.standard_normal((64, 1)))
+
+    @jax.jit
+    def run(t, x, span):
+        v = gaussian_velocity(fm.CondOT(), t, x)
+        now = average_velocity(t, x, None, jnp.zeros_like(t))
+        field = lambda t, x, cond: gaussian_velocity(fm.CondOT(), t, x)  # noqa: E731
+        flow, _ = fm.integrate(field, x, method="rk4", num_steps=100)
+        steps = [fm.integrate_mean(average_velocity, x, num_steps=num) for num in (1, 3)]
+        return v, now, average_and_target(average_velocity, t, x, None, span, v), flow, steps
+
+    v, now, (u, target), flow, steps = run(t, x, span)
+    np.testing.assert_allclose(now, v, rtol=1e-12)
+    np.testing.assert_allclose(target, u, rtol=1e-9, atol=1e-9)  # roundings of float64
+    assert jnp.abs(u - v).max() > 0.1
+    for (x1, nfe), num in zip(steps, (1, 3), strict=True):
+        np.testing.assert_allclose(x1, flow, atol=1e-7)  # 100 steps of rk4
+        assert nfe == num
+
+
+def test_the_mean_flow_loss_is_stationary_at_the_exact_average_velocity():
+    # In expectation over pairs: the identity holds for E[u_t | x_t], and the target is affine in u_t.
+    loss_fn = fm.mean_flow_loss(instantaneous=0.25, power=0.0)
+
+    @jax.jit
+    def run(key, params):
+        def loss(params, key, x0, x1):
+            def field(t, x, cond, span):
+                h = span[:, None]
+                return (
+                    average_velocity(t, x, cond, span) + params[0] + params[1] * x + params[2] * h + params[3] * h * x
+                )
+
+            return loss_fn(field, {"x0": x0, "x1": x1}, key)[0]
+
+        return jax.grad(loss)(params, key, *gaussian_pairs())
+
+    # Four standard errors of 10,000 pairs: the targets' scatter is about 1.2.
+    np.testing.assert_allclose(run(jax.random.key(0), jnp.zeros(4)), 0, atol=0.1)
+    for index in range(4):
+        assert jnp.abs(run(jax.random.key(0), jnp.zeros(4).at[index].set(1.0))).max() > 0.3
+
+
+def test_the_mean_flow_loss_is_adaptive_weighted_and_partly_instantaneous(batch):
+    # Zero has no derivatives: the target is u_t, and the losses are of the same x1 - x0.
+    zero = lambda t, x, cond, span: 0 * x  # noqa: E731
+    plain = {power: fm.mean_flow_loss(power=power) for power in (0.5, 1.0)}
+    weighted = fm.mean_flow_loss(coupling=fm.GibbsWeights(1.0))
+    # Of this field the identity makes u_t + span, since span falls along the path: where u_t is 0 the squared error is
+    # (1 + 2 span)².
+    twice = lambda t, x, cond, span: -1 - span[:, None] + 0 * x  # noqa: E731
+    still = {"x0": batch["x0"], "x1": batch["x0"]}
+
+    @jax.jit
+    def run(key):
+        loss = lambda fn, field, batch: fn(field, batch, jax.random.clone(key))  # noqa: E731
+        shares = [fm.mean_flow_loss(instantaneous=share, power=0.0) for share in (1.0, 0.75, 0.0)]
+        losses = {power: loss(fn, zero, batch)[0] for power, fn in plain.items()}
+        return losses, loss(weighted, zero, batch), [loss(fn, twice, still)[0] for fn in shares]
+
+    losses, (loss, metrics, log_mean), shares = run(jax.random.key(0))
+    square = np.square(np.float64(batch["x1"]) - np.float64(batch["x0"]))[:, 0]
+    w = np.exp(-np.sqrt(square))
+    for power, value in losses.items():
+        np.testing.assert_allclose(value, (square / (square + 0.01) ** power).mean(), rtol=1e-5)
+    np.testing.assert_allclose(loss, (w / w.mean() * square / (square + 0.01)).mean(), rtol=1e-5)
+    np.testing.assert_allclose(metrics["unweighted_loss"], square.mean(), rtol=1e-5)
+    np.testing.assert_allclose(log_mean, np.log(w.mean()), rtol=1e-5)
+    np.testing.assert_allclose(shares[0], 1, rtol=1e-5)
+    rest = (shares[1] - 1) / (shares[2] - 1)
+    assert abs(rest - 0.25) < 0.16  # four standard errors of 128 pairs
+
+
+def test_only_the_average_velocity_itself_is_differentiated(batch):
+    # u = p x has du/dt = p v: the target v + span p v and the adaptive weight are constants to the gradient.
+    p, t, span = 0.7, 0.25, 0.5
+
+    def loss(p):
+        times = iter((t + span, t))
+        fixed = fm.mean_flow_loss(instantaneous=0.0, time=lambda key, num: jnp.full(num, next(times)))
+        return fixed(lambda t, x, cond, span: p * x, batch, jax.random.key(0))[0]
+
+    value, slope = jax.jit(jax.value_and_grad(loss))(p)
+    x0, x1 = np.float64(batch["x0"]), np.float64(batch["x1"])
+    x, v = (1 - t) * x0 + t * x1, x1 - x0
+    error = p * x - (v + span * p * v)
+    np.testing.assert_allclose(value, (error**2 / (error**2 + 0.01)).mean(), rtol=1e-5)
+    np.testing.assert_allclose(slope, (2 * error * x / (error**2 + 0.01)).mean(), rtol=1e-4)  # terms of both signs
+
+
+def test_guidance_of_mean_flow_extrapolates_labelled_rows_only():
+    seen = []
+
+    def field(t, x, cond, span):
+        seen.append((cond, span))
+        return jnp.full_like(x, 0.5)
+
+    cond = jnp.array([0, -1, 2])
+    v = guided_target(field, T, X0, cond, X1, 2.0)
+    np.testing.assert_allclose(v, jnp.stack([3 * X1[0] - 1, X1[1], 3 * X1[2] - 1]), atol=1e-6)
+    np.testing.assert_array_equal(seen[0][0], [-1, -1, -1])
+    np.testing.assert_array_equal(seen[0][1], [0, 0, 0])
+    with pytest.raises(ValueError, match="guidance_weight needs labels"):
+        guided_target(field, T, X0, None, X1, 2.0)
+
+
+def small_network(key, inputs, width=32):
+    """Parameters of two tanh layers, and the function of columns that they make."""
+    k1, k2, k3 = jax.random.split(key, 3)
+    shapes = ((k1, (inputs, width)), (k2, (width, width)), (k3, (width, 1)))
+    params = [jax.random.normal(k, shape) / np.sqrt(shape[0]) for k, shape in shapes]
+
+    def apply(params, *columns):
+        h = jnp.concatenate(columns, axis=1)
+        for weights in params[:-1]:
+            h = jnp.tanh(h @ weights)
+        return h @ params[-1]
+
+    return params, apply
+
+
+def test_a_small_network_learns_to_sample_in_one_step():
+    # Two Gaussians far apart, which no affine map of the source makes. In one dimension power 0 is right.
+    loss_fn = fm.mean_flow_loss(instantaneous=0.5, power=0.0)
+
+    @jax.jit
+    def train(key):
+        k0, k1, key = jax.random.split(key, 3)
+        params, apply = small_network(k0, 4)
+
+        def field(params):
+            return lambda t, x, cond, span: apply(params, x, t[:, None], span[:, None], jnp.ones_like(x))
+
+        optimizer = optax.adam(optax.cosine_decay_schedule(1e-2, 400))
+
+        def step(state, key):
+            params, opt_state = state
+            k0, k1, key = jax.random.split(key, 3)
+            x1 = jax.random.rademacher(k0, (128, 1)) * 1.5 + 0.3 * jax.random.normal(k1, (128, 1))
+            loss, gradient = jax.value_and_grad(lambda p: loss_fn(field(p), {"x1": x1}, key)[0])(params)
+            updates, opt_state = optimizer.update(gradient, opt_state)
+            return (optax.apply_updates(params, updates), opt_state), loss
+
+        (params, _), _ = jax.lax.scan(step, (params, optimizer.init(params)), jax.random.split(key, 400))
+        x0 = jax.random.normal(k1, (4096, 1))
+        one, nfe = fm.integrate_mean(field(params), x0)
+        velocity = lambda t, x, cond: field(params)(t, x, cond, jnp.zeros_like(t))  # noqa: E731
+        euler, _ = fm.integrate(velocity, x0, method="euler", num_steps=1)
+        return one, nfe, euler
+
+    one, nfe, euler = train(jax.random.key(0))
+    assert nfe == 1
+    inside = lambda x: (np.abs(np.abs(x) - 1.5) < 0.9).mean()  # noqa: E731
+    # Mean 0 and std √(1.5² + 0.3²) within what 400 steps leave. One Euler step of its velocity stays in the middle.
+    np.testing.assert_allclose([one.mean(), one.std()], [0, 1.53], atol=0.15)
+    assert inside(one) > 0.9 > 0.5 > inside(euler)
+
+
+REFUSED = {
+    "dropout of one": (lambda: fm.flow_matching_loss(label_dropout=1.0), "label_dropout is 1.0"),
+    "dropout of the bridge": (lambda: fm.score_and_flow_matching_loss(label_dropout=-0.1), "label_dropout is -0.1"),
+    "dropout of mean flow": (lambda: fm.mean_flow_loss(label_dropout=2.0), "label_dropout is 2.0"),
+    "prediction": (lambda: fm.flow_matching_loss(prediction="eps"), "cannot predict 'eps'"),
+    "share": (lambda: fm.mean_flow_loss(instantaneous=1.5), "instantaneous is 1.5"),
+    "power": (lambda: fm.mean_flow_loss(power=-1.0), "power is -1.0"),
+    "guidance": (lambda: fm.mean_flow_loss(guidance_weight=-0.5), "guidance_weight -0.5"),
+    "no steps": (lambda: fm.integrate_mean(average_velocity, X0, num_steps=0), "num_steps is 0"),
+    "std of times": (lambda: fm.LogitNormal(std=0.0), "std is 0.0"),
+    "shift": (lambda: fm.Shifted(0.0), "shift is 0.0"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_does_not_fit_is_refused(what, untyped):
+    call, part = REFUSED[what]
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        call()
+    assert part in str(error.value)
