@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -39,22 +40,24 @@ Run = Callable[[], Cost]  # does the work once and waits for it
 
 @dataclasses.dataclass
 class Timing:
-    """What `alternate` found for one run. first: the first call, compilation included."""
+    """What `alternate` found for one run. first: the first call, compilation included. steps: how often a call repeats
+    the work; the properties are of one step."""
 
     first: Cost
     calls: list[Cost]
+    steps: int = 1
 
     @property
     def median(self) -> float:
-        return statistics.median(call.seconds for call in self.calls)
+        return statistics.median(call.seconds for call in self.calls) / self.steps
 
     @property
     def fastest(self) -> float:
-        return min(call.seconds for call in self.calls)
+        return min(call.seconds for call in self.calls) / self.steps
 
     @property
     def processor(self) -> float:
-        return statistics.median(call.processor for call in self.calls)
+        return statistics.median(call.processor for call in self.calls) / self.steps
 
 
 def parse_arguments(description: str) -> argparse.Namespace:
@@ -70,12 +73,21 @@ def parse_arguments(description: str) -> argparse.Namespace:
         parser.error("--torch-python is given without --reference; give the checkout to run with it.")
     if not arguments.out.parent.is_dir():
         parser.error(f"--out is {arguments.out}, whose directory does not exist; create it first.")
-    cores = os.sched_getaffinity(0)
-    if not 1 <= arguments.threads <= len(cores):
-        parser.error(f"--threads is {arguments.threads}; this process may use 1 to {len(cores)} cores.")
-    # XLA sizes its thread pool by the cores it may run on.
-    os.sched_setaffinity(0, sorted(cores)[: arguments.threads])
+    check_cores(parser, "--threads", arguments.threads)
+    confine(arguments.threads)
     return arguments
+
+
+def check_cores(parser: argparse.ArgumentParser, option: str, count: int) -> None:
+    """Ends the program with a message unless it may use that many cores."""
+    cores = len(os.sched_getaffinity(0))
+    if not 1 <= count <= cores:
+        parser.error(f"{option} is {count}; this process may use 1 to {cores} cores.")
+
+
+def confine(threads: int) -> None:
+    """Keeps this process to its first `threads` cores. XLA sizes its thread pool by them when jax first runs."""
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
 
 
 def ours(function: Callable[..., Any], *inputs: Any) -> Run:
@@ -92,16 +104,16 @@ def cost(work: Callable[[], Any]) -> Cost:
     return Cost(time.perf_counter() - seconds, time.process_time() - processor)
 
 
-def alternate(runs: dict[str, Run]) -> dict[str, Timing]:
+def alternate(runs: dict[str, Run], rounds: int = REPEATS) -> dict[str, Timing]:
     """Returns timings of runs taken in turn, so that whatever else the machine does falls on all of them.
 
-    Ten repeats each after two calls that are not counted, three for a run slower than five seconds.
+    `rounds` repeats each after two calls that are not counted, three for a run slower than five seconds.
     """
     timings = {name: Timing(run(), []) for name, run in runs.items()}
     repeats = {}
     for name, run in runs.items():
-        repeats[name] = SLOW_REPEATS if run().seconds > SLOW_SECONDS else REPEATS
-    for _ in range(REPEATS):
+        repeats[name] = SLOW_REPEATS if run().seconds > SLOW_SECONDS else rounds
+    for _ in range(rounds):
         for name, run in runs.items():
             if len(timings[name].calls) < repeats[name]:
                 time.sleep(PAUSE_SECONDS)
@@ -110,13 +122,20 @@ def alternate(runs: dict[str, Run]) -> dict[str, Timing]:
 
 
 def row(name: str, shape: str, timing: Timing, *, baseline: str, against: Timing, compiled: bool, **more: Any) -> dict:
-    """Returns one measurement; `ratio` is its median over the baseline's, so below 1 is faster."""
+    """Returns one measurement of a shape."""
     model = SHAPES[shape]
-    result = {
+    what = {
         "name": name,
         "shape": shape,
         "model": dataclasses.asdict(model) | {"tokens": model.num_tokens, "batch": BATCH},
         "dtype": "float32",
+    }
+    return what | figures(timing, baseline=baseline, against=against, compiled=compiled, **more)
+
+
+def figures(timing: Timing, *, baseline: str, against: Timing, compiled: bool, **more: Any) -> dict:
+    """Returns what was measured of one step; `ratio` is its median over the baseline's, so below 1 is faster."""
+    result = {
         "milliseconds": _milliseconds(timing.median),
         "fastest": _milliseconds(timing.fastest),
         "processor_milliseconds": _milliseconds(timing.processor),
@@ -129,7 +148,7 @@ def row(name: str, shape: str, timing: Timing, *, baseline: str, against: Timing
         **more,
     }
     if compiled:
-        result["compile_seconds"] = round(max(timing.first.seconds - timing.median, 0.0), 2)
+        result["compile_seconds"] = round(max(timing.first.seconds - timing.median * timing.steps, 0.0), 2)
     return result
 
 
@@ -149,15 +168,40 @@ def environment(threads: int, torch_version: str | None) -> dict[str, Any]:
 
 
 def write(path: Path, rows: list[dict], where: dict[str, Any]) -> None:
-    """Writes a JSON array with one row per line and prints a table."""
-    lines = ",\n".join(json.dumps(result | where) for result in rows)
-    path.write_text(f"[\n{lines}\n]\n")
+    """Writes the rows and prints a table."""
+    save(path, [result | where for result in rows])
     for result in rows:
         error = f"  error {result['error']:.1e}" if "error" in result else ""
         print(
             f"{result['shape']} {result['name']:34s} {result['milliseconds']:10.1f} ms"
             f"  {result['ratio']:7.3f} (processor {result['ratio_processor']:7.3f}) x {result['baseline']}{error}"
         )
+
+
+def save(path: Path, rows: list[dict]) -> None:
+    """Writes a JSON array with one row per line."""
+    lines = ",\n".join(json.dumps(result) for result in rows)
+    path.write_text(f"[\n{lines}\n]\n")
+
+
+class Process:
+    """Another interpreter that runs a script, asked by one JSON object per line and answering likewise."""
+
+    def __init__(self, python: Path, script: Path):
+        self._process = subprocess.Popen(
+            [str(python), str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def ask(self, request: dict[str, Any]) -> Any:
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise RuntimeError("The process of --torch-python ended early; its message is above.")
+        return json.loads(answer)
+
+    def close(self) -> None:
+        self._process.communicate()
 
 
 def _milliseconds(seconds: float) -> float:

@@ -13,7 +13,9 @@ __version__ = "0.1.0"
 _NAMES = {
     "TARFlow": "flowgen.flows",
     "TARFlowConfig": "flowgen.flows",
-    "init": "flowgen.flows",
+    "STARFlow": "flowgen.flows",
+    "STARFlowConfig": "flowgen.flows",
+    "init": "flowgen.models",
     "Experiment": "flowgen.config",
 }
 _PACKAGES = (
@@ -27,15 +29,19 @@ _PACKAGES = (
     "evaluation",
     "flows",
     "matching",
+    "models",
     "nn",
+    "tasks",
     "training",
 )
 
 if TYPE_CHECKING:
     from flowgen.config import Experiment as Experiment
+    from flowgen.flows import STARFlow as STARFlow
+    from flowgen.flows import STARFlowConfig as STARFlowConfig
     from flowgen.flows import TARFlow as TARFlow
     from flowgen.flows import TARFlowConfig as TARFlowConfig
-    from flowgen.flows import init as init
+    from flowgen.models import init as init
 
 
 def __getattr__(name: str) -> Any:

@@ -12,7 +12,8 @@ import numpy as np
 from flax import traverse_util
 
 from flowgen.config import Experiment, from_json, to_json
-from flowgen.flows import init
+from flowgen.models import init
+from flowgen.tasks import task_of
 from flowgen.training.loop import CHECKPOINTS, read_config, write_config
 from flowgen.training.store import CheckpointReader, CheckpointStore, check_layout, layout
 
@@ -20,8 +21,8 @@ from flowgen.training.store import CheckpointReader, CheckpointStore, check_layo
 def load(run_dir: str | Path, step: int | str | None = None, ema: bool = True) -> tuple[Any, Any, Experiment]:
     """Returns (model, variables, experiment) of a run.
 
-    step: a number, "best" (lowest evaluated bits/dim), or None for the latest. ema: take the averaged
-    parameters where the run has them.
+    step: a number, "best" (lowest evaluated bits/dim, or distance of samples), or None for the latest.
+    ema: take the averaged parameters where the run has them.
 
     Raises:
         FileNotFoundError: no such directory, no flowgen run, no checkpoint, or not that step.
@@ -32,7 +33,7 @@ def load(run_dir: str | Path, step: int | str | None = None, ema: bool = True) -
     """
     experiment = from_json(read_config(run_dir))
     reader = CheckpointReader(Path(run_dir) / CHECKPOINTS)
-    step = _choose(reader, run_dir, step)
+    step = _choose(reader, run_dir, step, task_of(experiment.model).best_metric(experiment))
     saved = reader.meta(step)["arrays"]
     group = "ema" if ema and any(path.startswith("ema/") for path in saved) else "params"
     arrays = reader.arrays(step, lambda path: path.startswith((f"{group}/", "collections/")))
@@ -40,7 +41,7 @@ def load(run_dir: str | Path, step: int | str | None = None, ema: bool = True) -
     variables = {"params": tree[group], **tree.get("collections", {})}
     flow = experiment.flow()
     expected = jax.eval_shape(lambda: init(flow, jax.random.key(0)))
-    check_layout(step, layout(variables["params"]), layout(expected["params"]))
+    check_layout(step, _widened(layout(variables["params"])), layout(expected["params"]))
     return flow, jax.tree.map(jnp.asarray, variables), experiment
 
 
@@ -79,14 +80,19 @@ def check_new(run_dir: str | Path) -> None:
         raise PermissionError(f"{run_dir} cannot be written: permission denied; give another directory.")
 
 
-def _choose(reader: CheckpointReader, run_dir: str | Path, step: int | str | None) -> int:
+def _widened(arrays: dict[str, Any]) -> dict[str, Any]:
+    """The layout of parameters as if those kept in bfloat16, as imported ones may be, were float32."""
+    return {path: [shape, "float32" if dtype == "bfloat16" else dtype] for path, (shape, dtype) in arrays.items()}
+
+
+def _choose(reader: CheckpointReader, run_dir: str | Path, step: int | str | None, best_metric: str) -> int:
     steps = reader.steps()
     if not steps:
         raise FileNotFoundError(f"{run_dir} has no checkpoint yet; train it, or give another run.")
     if step is None:
         return steps[-1]
     if step == "best":
-        scores = {at: reader.meta(at)["metrics"].get("bits_per_dim") for at in steps}
+        scores = {at: reader.meta(at)["metrics"].get(best_metric) for at in steps}
         known = {at: score for at, score in scores.items() if score is not None}
         if not known:
             raise FileNotFoundError(f"{run_dir} has no evaluated checkpoint; leave the step out for the latest.")

@@ -1,16 +1,30 @@
-"""Class conditioning: embedding with a mean null class, label dropout, and the checks on labels."""
+"""Conditions: labels and texts, what a model makes of them, what stands for no condition, dropout, and checks."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 UNCONDITIONAL = -1
+
+
+class TextCondition(NamedTuple):
+    """Texts as a frozen encoder gives them: features of every token, and which tokens are not padding.
+
+    Example:
+        cond = TextCondition(encoder(ids), mask=ids != 0)
+    """
+
+    embeddings: Float[Array, "b l e"]
+    mask: Bool[Array, "b l"]
+
+
+Condition = Int[Array, " b"] | TextCondition
 
 
 def class_embedding(
@@ -32,6 +46,31 @@ def class_embedding(
     return jnp.where((labels == UNCONDITIONAL)[:, None], null, rows)
 
 
+def class_one_hot(
+    labels: Int[Array, " b"] | None, num_classes: int, batch: int, dtype: jnp.dtype
+) -> Float[Array, "b classes_and_null"]:
+    """Returns one-hot rows of num_classes + 1 columns, the last for -1 and for no labels at all; else NaN if unknown.
+
+    STARFlow feeds classes as a text of one token with these features (arXiv 2506.06276).
+
+    Example:
+        rows = class_one_hot(jnp.array([3, -1]), 10, batch=2, dtype=jnp.float32)
+    """
+    labels = jnp.full(batch, UNCONDITIONAL) if labels is None else labels
+    rows = jax.nn.one_hot(jnp.where(labels == UNCONDITIONAL, num_classes, labels), num_classes + 1, dtype=dtype)
+    known = (labels >= UNCONDITIONAL) & (labels < num_classes)
+    return jnp.where(known[:, None], rows, jnp.nan)
+
+
+def masked_text(text: TextCondition) -> Float[Array, "b l e"]:
+    """Returns the features of the texts with exact zeros in the place of padding.
+
+    Example:
+        features = masked_text(cond)
+    """
+    return jnp.where(text.mask[:, :, None], text.embeddings, 0)
+
+
 def drop_labels(key: Key[Array, ""], labels: Int[Array, " b"], rate: float) -> Int[Array, " b"]:
     """Returns labels with each one replaced by -1 with probability `rate`.
 
@@ -39,6 +78,63 @@ def drop_labels(key: Key[Array, ""], labels: Int[Array, " b"], rate: float) -> I
         labels = drop_labels(key, labels, rate=0.1)
     """
     return jnp.where(jax.random.bernoulli(key, rate, labels.shape), UNCONDITIONAL, labels)
+
+
+def drop_texts(key: Key[Array, ""], texts: TextCondition, null: TextCondition, rate: float) -> TextCondition:
+    """Returns texts with each one replaced by the null text, the encoded "" as a rule, with probability `rate`.
+
+    Example:
+        texts = drop_texts(key, texts, null, rate=0.1)
+    """
+    dropped = jax.random.bernoulli(key, rate, texts.mask.shape[:1])
+    null = broadcast_text(null, len(dropped))
+    return TextCondition(
+        jnp.where(dropped[:, None, None], null.embeddings, texts.embeddings),
+        jnp.where(dropped[:, None], null.mask, texts.mask),
+    )
+
+
+def broadcast_text(text: TextCondition, batch: int) -> TextCondition:
+    """Returns one text for every sample of a batch.
+
+    Example:
+        null = broadcast_text(null, batch=16)
+    """
+    return TextCondition(*(jnp.broadcast_to(part, (batch, *part.shape[1:])) for part in text))
+
+
+def unconditional(cond: Condition, null: TextCondition | None) -> Condition:
+    """Returns what stands beside a condition in the unconditional branch of guidance: label -1, or the null text.
+
+    Example:
+        both = jax.tree.map(lambda *parts: jnp.concatenate(parts), cond, unconditional(cond, null))
+    """
+    if isinstance(cond, TextCondition):
+        assert null is not None  # a flow of texts asks for it
+        return broadcast_text(null, len(cond.mask))
+    return jnp.full_like(cond, UNCONDITIONAL)
+
+
+def check_text(text: Any, *, length: int, dim: int, batch: int) -> TextCondition:
+    """Returns a text condition as arrays; ValueError where it cannot be meant for this model and batch.
+
+    Example:
+        text = check_text(text, length=128, dim=2048, batch=4)
+    """
+    if not isinstance(text, TextCondition):
+        raise ValueError(f"cond is {type(text).__name__}; this model takes a flowgen.conditioning.TextCondition.")
+    embeddings, mask = (part if isinstance(part, jax.Array) else np.asarray(part) for part in text)
+    if embeddings.shape != (batch, length, dim) or not jnp.issubdtype(embeddings.dtype, jnp.floating):
+        raise ValueError(
+            f"text embeddings must be floating-point numbers of shape ({batch}, {length}, {dim}), "
+            f"got {embeddings.dtype} of shape {tuple(embeddings.shape)}."
+        )
+    if mask.shape != (batch, length) or mask.dtype != bool:
+        raise ValueError(
+            f"the text mask must be bool of shape ({batch}, {length}), True for tokens that are not padding, "
+            f"got {mask.dtype} of shape {tuple(mask.shape)}."
+        )
+    return TextCondition(jnp.asarray(embeddings), jnp.asarray(mask))
 
 
 def check_labels(labels: Any, *, num_classes: int, batch: int) -> Int[Array, " b"] | None:

@@ -1,7 +1,8 @@
 """Frozen dataclasses as plain values: JSON, command-line overrides, and what differs between two of them.
 
 Knows nothing of flowgen. A value is checked against its annotation: bool, int, float, str, None, Literal,
-tuple, dict with str keys, unions of these, and dataclasses of these.
+tuple, dict with str keys, unions of these, and dataclasses of these. A field that may be one of several dataclasses
+carries its choice as "type": the name of the class without "Config".
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
+TYPE = "type"
 
 
 def to_plain(value: Any) -> Any:
@@ -25,7 +27,8 @@ def to_plain(value: Any) -> Any:
         text = json.dumps(to_plain(config), allow_nan=False)
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        hints = typing.get_type_hints(type(value))
+        return {name: _plain_field(hints[name], getattr(value, name)) for name in _field_names(value)}
     if isinstance(value, Mapping):
         return {name: to_plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
@@ -53,7 +56,32 @@ def from_plain(cls: type[T], data: Any, *, path: str = "") -> T:
         required = field.default is field.default_factory is dataclasses.MISSING
         if required and name not in data:
             raise ValueError(f"{_join(path, name)} is missing; give it a value.")
-    return cls(**{name: check(hints[name], value, path=_join(path, name)) for name, value in data.items()})
+    values = {}
+    for name, value in data.items():
+        default = fields[name].default
+        if choices(hints[name]) and isinstance(value, Mapping) and TYPE not in value:
+            value = {**value, TYPE: type_name(default) if dataclasses.is_dataclass(default) else None}
+        values[name] = check(hints[name], value, path=_join(path, name))
+    return _built(lambda: cls(**values), path)
+
+
+def choices(annotation: Any) -> dict[str, type]:
+    """Returns the dataclasses by name that a field may be one of; empty unless there are several.
+
+    Example:
+        choices(Circle | Square | None)  # {"Circle": Circle, "Square": Square}
+    """
+    found = [member for member in typing.get_args(annotation) if dataclasses.is_dataclass(member)]
+    return {type_name(member): member for member in found} if _is_union(annotation) and len(found) > 1 else {}
+
+
+def type_name(value: Any) -> str:
+    """Returns the name of a dataclass or of its instance, without "Config".
+
+    Example:
+        type_name(TARFlowConfig(image_size=8))  # "TARFlow"
+    """
+    return (value if isinstance(value, type) else type(value)).__name__.removesuffix("Config")
 
 
 def check(annotation: Any, value: Any, *, path: str) -> Any:
@@ -74,7 +102,8 @@ def check(annotation: Any, value: Any, *, path: str) -> Any:
 def override(config: T, arguments: Sequence[str]) -> T:
     """Returns `config` with fields replaced by `--group.field value` or `--group.field=value` arguments.
 
-    Values: numbers, true or false, none, (8, 12) or [8, 12], and text as it stands.
+    Values: numbers, true or false, none, (8, 12) or [8, 12], and text as it stands. A group that may be of several
+    types takes the name of one, which stands for its defaults; fields of the group are set after it.
 
     Raises:
         ValueError: an unknown field (with the closest known one), a group, a missing or an unfitting value.
@@ -82,7 +111,7 @@ def override(config: T, arguments: Sequence[str]) -> T:
     Example:
         experiment = override(experiment, ["--optim.lr", "3e-4", "--model.image_size=(32, 48)"])
     """
-    words, changes = list(arguments), {}
+    words, given = list(arguments), {}
     while words:
         word = words.pop(0)
         if not word.startswith("--") or word == "--":
@@ -92,25 +121,31 @@ def override(config: T, arguments: Sequence[str]) -> T:
             if not words or words[0].startswith("--"):
                 raise ValueError(f"--{path} has no value; write --{path} VALUE.")
             text = words.pop(0)
-        value = _value_of(config, path, path.split("."), text, leaf_names(config))
-        group = changes
-        *groups, name = path.split(".")
-        for part in groups:
-            group = group.setdefault(part, {})
-        group[name] = value
-    return _replaced(config, changes)
+        given[path] = text
+    chosen = {path: text for path, text in given.items() if _is_choice(config, path.split("."))}
+    for values in (chosen, {path: text for path, text in given.items() if path not in chosen}):
+        changes = _Changes()
+        for path, text in values.items():
+            group = changes
+            *groups, name = path.split(".")
+            for part in groups:
+                group = group.setdefault(part, _Changes())
+            group[name] = _value_of(config, path, path.split("."), text, leaf_names(config))
+        config = _replaced(config, changes)
+    return config
 
 
 def leaf_names(config: Any, path: str = "") -> list[str]:
-    """Returns the dotted names of all fields that hold a value and no group.
+    """Returns the dotted names of all fields that hold a value and no group; a group that is absent has none.
 
     Example:
         print("\\n".join(leaf_names(experiment)))
     """
-    names = []
-    for field in dataclasses.fields(config):
-        value, name = getattr(config, field.name), _join(path, field.name)
-        names += leaf_names(value, name) if dataclasses.is_dataclass(value) else [name]
+    names, hints = [], typing.get_type_hints(type(config))
+    for field in _field_names(config):
+        value, name = getattr(config, field), _join(path, field)
+        absent = value is None and any(map(dataclasses.is_dataclass, typing.get_args(hints[field])))
+        names += leaf_names(value, name) if dataclasses.is_dataclass(value) else [] if absent else [name]
     return names
 
 
@@ -166,6 +201,8 @@ def _convert(annotation: Any, value: Any, path: str) -> Any:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if annotation is Any:
         return value
+    if choices(annotation) and isinstance(value, Mapping):
+        return _convert_choice(choices(annotation), dict(value), path)
     if _is_union(annotation):
         return _convert_union(arguments, value, path)
     if origin is Literal:
@@ -188,11 +225,18 @@ def _convert(annotation: Any, value: Any, path: str) -> Any:
     return _require(type(value) is annotation, value)
 
 
-def _convert_union(choices: tuple[Any, ...], value: Any, path: str) -> Any:
+def _convert_choice(known: dict[str, type], value: dict[str, Any], path: str) -> Any:
+    name = value.pop(TYPE, None)
+    if not isinstance(name, str) or name not in known:
+        raise ValueError(f"{_join(path, TYPE)} is {name!r}; choose one of {', '.join(known)}.")
+    return from_plain(known[name], value, path=path)
+
+
+def _convert_union(members: tuple[Any, ...], value: Any, path: str) -> Any:
     # An exact type wins over a conversion: 3 stays an int in `float | int`.
-    for choice in sorted(choices, key=lambda choice: choice is not type(value)):
+    for member in sorted(members, key=lambda member: member is not type(value)):
         try:
-            return _convert(choice, value, path)
+            return _convert(member, value, path)
         except _Mismatch:
             continue
     raise _Mismatch
@@ -209,24 +253,62 @@ def _value_of(config: Any, path: str, names: list[str], text: str, known: list[s
     name, *rest = names
     if name not in {field.name for field in dataclasses.fields(config)}:
         raise ValueError(_unknown(path, known))
-    value = getattr(config, name)
+    value, annotation = getattr(config, name), typing.get_type_hints(type(config))[name]
+    if not rest and text in choices(annotation):
+        return _convert_choice(choices(annotation), {TYPE: text}, path)
     if dataclasses.is_dataclass(value):
         if not rest:
-            fields = ", ".join(f"--{path}.{field.name}" for field in dataclasses.fields(value))
-            raise ValueError(f"--{path} is a group; set one of {fields}.")
+            fields = ", ".join(f"--{path}.{field}" for field in _field_names(value))
+            types = "".join(f" {name}," for name in choices(annotation))
+            types = f"; name its type,{types} or" if types else ";"
+            raise ValueError(f"--{path} is a group{types} set one of {fields}.")
         return _value_of(value, path, rest, text, known)
     if rest:
         raise ValueError(_unknown(path, known))
-    return _parse(typing.get_type_hints(type(config))[name], text, path)
+    return _parse(annotation, text, path)
 
 
-def _replaced(config: Any, changes: dict[str, Any]) -> Any:
+def _is_choice(config: Any, names: list[str]) -> bool:
+    """Whether a path leads to a group that may be of several types."""
+    name, *rest = names
+    if name not in _field_names(config):
+        return False
+    if rest:
+        value = getattr(config, name)
+        return dataclasses.is_dataclass(value) and _is_choice(value, rest)
+    return bool(choices(typing.get_type_hints(type(config))[name]))
+
+
+def _replaced(config: T, changes: dict[str, Any], path: str = "") -> T:
     """All changes at once, since values that depend on each other are checked together."""
     values = {
-        name: _replaced(getattr(config, name), change) if dataclasses.is_dataclass(getattr(config, name)) else change
+        name: _replaced(getattr(config, name), change, _join(path, name)) if isinstance(change, _Changes) else change
         for name, change in changes.items()
     }
-    return dataclasses.replace(config, **values)
+    return _built(lambda: dataclasses.replace(config, **values), path)  # ty: ignore[invalid-argument-type]
+
+
+def _built(make: Callable[[], T], path: str) -> T:
+    """What `make` makes; an error of a group that does not know where it stands gets its path in front."""
+    try:
+        return make()
+    except ValueError as error:
+        if path and not str(error).startswith(path.partition(".")[0]):
+            raise ValueError(f"{path}.{error}") from error
+        raise
+
+
+class _Changes(dict[str, Any]):
+    """What changes within a group."""
+
+
+def _field_names(config: Any) -> list[str]:
+    return [field.name for field in dataclasses.fields(config)]
+
+
+def _plain_field(annotation: Any, value: Any) -> Any:
+    plain = to_plain(value)
+    return {TYPE: type_name(value), **plain} if choices(annotation) and dataclasses.is_dataclass(value) else plain
 
 
 def _parse(annotation: Any, text: str, path: str) -> Any:

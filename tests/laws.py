@@ -11,8 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 import flowgen
+from flowgen.conditioning import TextCondition
+from flowgen.models import build
 
 SMALL = {"channels": 2, "patch_size": 2, "width": 32, "num_blocks": 2, "layers_per_block": 2, "head_dim": 16}
+
+# Heads need 20 channels at least for positions on three axes.
+STAR = {"channels": 2, "patch_size": 2, "width": 40, "layers": (1, 2), "head_dim": 20}
 
 FLOWS = {
     "affine": flowgen.TARFlowConfig(image_size=6, **SMALL),
@@ -22,6 +27,27 @@ FLOWS = {
     "no remat": flowgen.TARFlowConfig(image_size=6, remat=False, activation="silu", **SMALL),
     "nala": flowgen.TARFlowConfig(image_size=6, attention="nala", num_classes=3, **SMALL),
     "one block": flowgen.TARFlowConfig(image_size=6, **{**SMALL, "num_blocks": 1, "layers_per_block": 1}),
+    "starflow class prefix": flowgen.STARFlowConfig(image_size=6, num_classes=3, **STAR),
+    "starflow added class": flowgen.STARFlowConfig(
+        image_size=6, num_classes=3, class_conditioning="add", condition="all", order="R2L", **STAR
+    ),
+    "starflow text": flowgen.STARFlowConfig(image_size=6, text_dim=5, text_length=3, reference_side=4.0, **STAR),
+    "starflow options": flowgen.STARFlowConfig(
+        image_size=6,
+        num_classes=3,
+        condition="all",
+        num_kv_heads=1,
+        qk_norm=True,
+        post_norm=True,
+        norm="rms_norm",
+        activation="geglu",
+        use_bias=False,
+        **STAR,
+    ),
+    "starflow rectangular": flowgen.STARFlowConfig(
+        image_size=(4, 10), deep_width=80, soft_clip=0.0, **{**STAR, "layers": (1, 0, 2)}
+    ),
+    "starflow nala": flowgen.STARFlowConfig(image_size=6, attention="nala", text_dim=5, text_length=3, **STAR),
 }
 # Far from the identity, and still well conditioned in float32.
 PERTURBATION = 0.05
@@ -29,7 +55,7 @@ PERTURBATION = 0.05
 
 def perturbed(config, key, scale=PERTURBATION):
     """Returns (flow, variables) with noise on every leaf, the prior variance kept positive."""
-    flow = flowgen.TARFlow(config)
+    flow = build(config)
     variables = flowgen.init(flow, key)
     random = np.random.default_rng(0)  # compiles nothing, unlike one jax.random call per shape
     variables = jax.tree.map(
@@ -59,5 +85,17 @@ def images(config, key, batch=4):
 
 
 def labels(config, batch=4):
-    """Returns labels with one unconditional among them, or None for a flow without classes."""
+    """Returns labels with one unconditional among them, texts of unequal length, or None for a flow without either."""
+    if config.text_dim:
+        random = np.random.default_rng(2)
+        embeddings = random.standard_normal((batch, config.text_length, config.text_dim))
+        mask = np.arange(config.text_length)[None] <= np.arange(batch)[:, None] % config.text_length
+        return TextCondition(jnp.asarray(embeddings, jnp.float32), jnp.asarray(mask))
     return jnp.arange(batch, dtype=jnp.int32) % config.num_classes - 1 if config.num_classes else None
+
+
+def batch_of(x, cond):
+    """Returns the batch of 8-bit pictures that an objective takes."""
+    label = jnp.zeros(len(x), jnp.int32) if cond is None else cond
+    condition = {"text": cond} if isinstance(cond, TextCondition) else {"label": label}
+    return {"image": jnp.asarray((x + 1) * 127, jnp.uint8), **condition}

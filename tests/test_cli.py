@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 from PIL import Image
+from published_files import write_safetensors
 
 from flowgen.cli import EXIT_MISTAKE, EXIT_NOT_FINITE, main
 from flowgen.training.store import CheckpointReader
@@ -75,18 +76,6 @@ def published_state_dict(*, tokens=16, token_dim=4, width=32, blocks=2, seed=0):
     return {"var": np.ones((tokens, token_dim), np.float32), **masks, **weights}
 
 
-def write_safetensors(path, tensors):
-    """Layout: length of the header as little-endian uint64, header as JSON, tensors without gaps."""
-    header, position = {}, 0
-    for name, x in tensors.items():
-        span = [position, position + x.nbytes]
-        header[name] = {"dtype": "F32", "shape": list(x.shape), "data_offsets": span}
-        position = span[1]
-    text = json.dumps(header).encode()
-    path.write_bytes(np.array(len(text), "<u8").tobytes() + text + b"".join(x.tobytes() for x in tensors.values()))
-    return path
-
-
 @dataclasses.dataclass(frozen=True)
 class Trained:
     """A finished run, and what its two commands printed."""
@@ -120,8 +109,8 @@ def imported(tmp_path_factory):
 def test_training_goes_on_where_it_stopped(trained):
     assert re.fullmatch(
         r"tarflow_digits: [\d,]+ parameters, 4 steps\n"
-        r"--debug: a tiny model on the built-in digits, .*\n"
-        r"Held-out bits/dim \d+\.\d{3}; a Gaussian fit of the same data \d+\.\d{3}\.\n"
+        r"--debug: a tiny model on data that ship with flowgen, .*\n"
+        r"Held-out bits_per_dim \d+\.\d{3}, gaussian_bits_per_dim \d+\.\d{3}\.\n"
         rf"Samples: {re.escape(str(trained.path))}/samples/0000004\.png\n",
         trained.first,
     )
@@ -136,7 +125,7 @@ def test_training_goes_on_where_it_stopped(trained):
 
 SAMPLES = "sample --num 6 --classes 3,1 --batch 6"
 LINE = (
-    r"samples (\d+)\.\.(\d+): [\d.]+ images/s( \(with compilation\))?; "
+    r"samples (\d+)\.\.(\d+): [\d.]+ per second( \(with compilation\))?; "
     r"passes per block \(data side first\) (\d+), (\d+); residual (\S+?)(?:; certified to (\S+))?"
 )
 
@@ -446,7 +435,7 @@ MISTAKES = {
     "trian": r"COMMAND: invalid choice: 'trian' \(choose from '?train",
     "train --workdir new": r"arguments are required: --config; see",
     "sample": r"arguments are required: --checkpoint; see",
-    "convert --to new": r"arguments are required: file, --image-size; see",
+    "convert --to new": r"arguments are required: file; see",
     "info": r"One of the arguments --config --checkpoint is required; see",
     "info --config tiny.py --checkpoint run": r"--checkpoint: not allowed with argument --config",
     "info --checkpoint run --debug": r"--debug is not an option of info --checkpoint",
@@ -457,7 +446,7 @@ MISTAKES = {
     f"{TRAIN} --optim.learning_rate 1": r"optim\.learning_rate is not a field of this config",
     f"{TRAIN} --optim.warmup_step 1": r"optim\.warmup_step is not a field .* did you mean optim\.warmup_steps\?",
     f"{TRAIN} --model.lr 1e-3": r"model\.lr is not a field .* did you mean optim\.lr\?",
-    f"{TRAIN} --model 3": r"--model is a group; set one of --model\.image_size",
+    f"{TRAIN} --model 3": r"--model is a group; name its type, TARFlow, .*, or set one of --model\.image_size",
     f"{TRAIN} --train.steps many": r"train\.steps is 'many'; it must be an integer",
     f"{TRAIN} --train.steps 2.5": r"train\.steps is '2\.5'; it must be an integer",
     f"{TRAIN} --data.flip 3": r"data\.flip is '3'; it must be true or false",
@@ -534,7 +523,7 @@ MISTAKES = {
     f"{SAMPLE} mine": r"checkpoint mine is not a flowgen run \(it has no config\.json\)",
     f"{SAMPLE} begun": r"begun has no checkpoint yet; train it, or give another run",
     f"{SAMPLE} not_json": r"not_json/config\.json is not valid JSON .*; restore it or train again",
-    f"{SAMPLE} alien": r"model\.type is 'GLOW'; this flowgen knows TARFlow",
+    f"{SAMPLE} alien": r"model\.type is 'GLOW'; choose one of TARFlow, STARFlow, MLP, DiT, UNet",
     f"{SAMPLE} unknown_field": r"model\.depth is not a field of this config",
     f"{SAMPLE} other_model": r"Checkpoint 8 does not fit the model: blocks_0/\S+ is float32\(\S+, 32\) instead of",
     f"{SAMPLE} flipped": r"Checkpoint 8 .* is damaged \(state/\S+ has other bytes .*\); remove that folder",

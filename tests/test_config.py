@@ -9,9 +9,19 @@ from typing import Any, Literal
 import pytest
 
 from flowgen import config, fields
-from flowgen.config import Experiment, SamplingConfig
-from flowgen.data import DataConfig
-from flowgen.flows import TARFlowConfig
+from flowgen.config import Experiment, LikelihoodConfig, SamplingConfig, SolverConfig, TextConfig, TrainedCodec
+from flowgen.data import DataConfig, PointsConfig
+from flowgen.flows import STARFlowConfig, TARFlowConfig
+from flowgen.matching import (
+    CondOT,
+    GibbsWeights,
+    LogitNormal,
+    MatchingConfig,
+    MeanFlow,
+    MinibatchOT,
+    MLPConfig,
+    Polynomial,
+)
 from flowgen.training import LogConfig, OptimConfig, TrainConfig
 
 DIGITS = Path(__file__).parent.parent / "configs/tarflow_digits.py"
@@ -46,12 +56,16 @@ UNUSUAL = Experiment(
     optim=OptimConfig(
         lr=1e-3,
         min_lr=1e-20,
+        schedule="constant",
         warmup_steps=3,
         weight_decay=0.0,
         b1=0.5,
         b2=0.75,
         eps=1e-6,
         clip_norm=0.0,
+        skip_norm=7.5,
+        skip_after=0,
+        max_skips=3,
         ema_decay=0.0,
         ema_warmup=False,
     ),
@@ -71,8 +85,31 @@ UNUSUAL = Experiment(
         anneal=True,
         temperature=0.9,
         denoise=0.5,
+        prompts=("ein Hündchen", ""),
     ),
     reference={"bits_per_dim": 2.0000000000000004},
+)
+VELOCITY = Experiment(
+    name="velocity",
+    model=MLPConfig(dim=2, width=7, num_layers=5, spans=True),
+    data=PointsConfig(source="moons", target="five_gaussians"),
+    matching=MatchingConfig(
+        loss=MeanFlow(instantaneous=0.5, power=0.5, guidance_weight=0.25),
+        path=Polynomial(degree=3.5),
+        coupling=GibbsWeights(epsilon=0.7, cost="sqeuclidean", normalize="batch", sinkhorn_sweeps=3, tilt=0.2),
+        time=LogitNormal(mean=-0.5, std=2.0),
+    ),
+    sampling=SolverConfig(
+        num=5, method="rk4", num_steps=7, times="edm", rtol=1e-3, atol=1e-4, guidance_interval=(0.1, 0.9)
+    ),
+)
+LATENT = Experiment(
+    name="latent",
+    model=STARFlowConfig(image_size=(4, 6), layers=(1, 0, 2), text_dim=5, text_length=7, reference_side=3.5),
+    data=DataConfig(source="folder", path="pictures", aspects=True),
+    likelihood=LikelihoodConfig(norm_penalty=1e-4, noise_weight=True),
+    codec=TrainedCodec("runs/ä"),
+    text=TextConfig(encoder="words", truncate=False, noise_level=True, aspect=True),
 )
 BASE = Experiment(
     name="base",
@@ -85,6 +122,8 @@ EXPERIMENTS = {
     "unusual": UNUSUAL,
     "digits": config.load(DIGITS),
     "shrunk": config.shrink(config.load(DIGITS)),
+    "velocity": VELOCITY,
+    "latent": LATENT,
 }
 
 
@@ -121,8 +160,8 @@ def test_json_gives_the_same_experiment(name):
 def test_the_unusual_experiment_covers_every_field():
     defaults = EXPERIMENTS["defaults"]
     unchanged = {name for name in fields.leaf_names(UNUSUAL) if _leaf(UNUSUAL, name) == _leaf(defaults, name)}
-    # The first has one value so far; "both" is the only parts that the product rule takes.
-    assert unchanged <= {"model.attention", "sampling.parts"}
+    # The first has one value so far; "both" is the only parts that the product rule takes; a TARFlow has one size.
+    assert unchanged <= {"model.attention", "sampling.parts", "data.aspects"}
 
 
 def _leaf(value, name):
@@ -150,8 +189,13 @@ def test_fields_left_out_take_defaults():
         ({"optim": {"ema_warmup": 1}}, "optim.ema_warmup is 1; it must be true or false."),
         ({"sampling": {"plan": "fast"}}, "sampling.plan is 'fast'; it must be 'sequential' or 'jacobi' or 'auto'."),
         ({"model": {"type": "TARFlow"}}, "model.image_size is missing; give it a value."),
-        ({"model": {"type": "Glow"}}, "model.type is 'Glow'; this flowgen knows TARFlow."),
-        ({"model": {}}, "model.type is None; this flowgen knows TARFlow."),
+        (
+            {"model": {"type": "Glow"}},
+            "model.type is 'Glow'; choose one of TARFlow, STARFlow, MLP, DiT, UNet, Autoencoder.",
+        ),
+        ({"model": {}}, "model.type is None; choose one of TARFlow, STARFlow, MLP, DiT, UNet, Autoencoder."),
+        ({"data": {"type": "Sound"}}, "data.type is 'Sound'; choose one of Data, Points."),
+        ({"model": 3}, "model is 3; it must be a group of fields."),
         ({"reference": {"fid": "low"}}, "reference is {'fid': 'low'}; it must be a table of names to numbers."),
     ],
 )
@@ -329,3 +373,67 @@ def test_values_that_depend_on_each_other_are_checked_together(experiment):
     # Neither value fits the other's default: 8 pixels in patches of 2.
     changed = config.override(experiment, ["--model.patch_size", "3", "--model.image_size", "9"])
     assert (changed.model.patch_size, changed.model.image_size) == (3, 9)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name", "value"),
+    [
+        (["--matching.coupling", "MinibatchOT"], "matching.coupling", MinibatchOT()),
+        (
+            ["--matching.coupling.method=sinkhorn", "--matching.coupling", "MinibatchOT"],
+            "matching.coupling",
+            MinibatchOT(method="sinkhorn"),
+        ),
+        (["--matching.coupling.epsilon=none"], "matching.coupling.epsilon", None),
+        (["--matching.path=CondOT", "--matching.path.sigma=0.5"], "matching.path", CondOT(sigma=0.5)),
+        (["--sampling.guidance_interval=(0.2, 0.3)"], "sampling.guidance_interval", (0.2, 0.3)),
+    ],
+)
+def test_a_group_of_several_types_takes_the_name_of_one(arguments, name, value):
+    assert _leaf(config.override(VELOCITY, arguments), name) == value
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--matching.time", "Normal"],
+            "--matching.time is a group; name its type, Uniform, LogitNormal, Shifted, or set one of "
+            "--matching.time.mean, --matching.time.std.",
+        ),
+        (["--matching.coupling.epsilon", "-1"], "matching.coupling.epsilon is -1.0; it must be positive and finite."),
+        (["--matching.path.degree", "0.5"], "matching.path.degree is 0.5; a polynomial path needs at least 1."),
+        (["--data.source", "circles"], "data.source is 'circles'; it must be 'normal' or 'eight_gaussians' or "),
+        (["--model.num_classes", "2"], "model has dim 2 and num_classes 2; these points have 2 and none."),
+        (["--model.spans", "false"], "matching.loss is MeanFlow, which needs model.spans true; this MLP has no spans."),
+        (["--matching.loss=FlowMatching", "--sampling.method=mean_flow", "--sampling.times=uniform"], "needs matching"),
+        (["--sampling.method", "dopri5"], "sampling.times is 'edm', but dopri5 takes no grid; set it to 'uniform'."),
+        (["--sampling.num_steps", "0"], "sampling.num_steps is 0; it must be at least 1."),
+        (["--sampling.rtol", "0"], "sampling.rtol is 0.0; it must be positive."),
+        (["--sampling.guidance_interval", "(0.9, 0.1)"], "sampling.guidance_interval is (0.9, 0.1); give increasing"),
+    ],
+)
+def test_parts_that_do_not_belong_together_are_named(arguments, message, untyped):
+    with pytest.raises(ValueError, match=r"\w") as error:
+        config.override(VELOCITY, arguments)
+    assert message in one_sentence(error)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"matching": None}, "matching is missing; a MLP is trained by flow matching, so give a MatchingConfig."),
+        ({"sampling": SamplingConfig()}, "a MLP is sampled by a solver, so give a SolverConfig."),
+        ({"data": DataConfig()}, "a MLP is trained on points in the plane, so give a PointsConfig."),
+        ({"model": TARFlowConfig(image_size=8)}, "a TARFlow is trained on pictures, so give a DataConfig."),
+        ({"model": TARFlowConfig(image_size=8), "data": DataConfig()}, "matching is given, but a TARFlow is trained"),
+        (
+            {"model": TARFlowConfig(image_size=8), "data": DataConfig(), "matching": None},
+            "a TARFlow is decoded, so give a SamplingConfig.",
+        ),
+    ],
+)
+def test_models_take_only_their_own_parts(changes, message):
+    with pytest.raises(ValueError, match=r"\w") as error:
+        dataclasses.replace(VELOCITY, **changes)
+    assert message in one_sentence(error)

@@ -10,13 +10,14 @@ import pytest
 from laws import FLOWS, apply, perturbed
 
 import flowgen
+from flowgen.conditioning import TextCondition
 from flowgen.decoding import DecodePlan, Guidance, Jacobi, Sequential, invert, resolve_plan, sample
 from flowgen.decoding.guidance import linear_rule, product_rule
 from flowgen.decoding.jacobi import Conditioner, solve
-from flowgen.flows import density
+from flowgen.flows import AutoregressiveBlock, density
 
 ROUNDING = 2e-5  # float32 through all blocks, two orders of summation
-NAMES = ("classes", "volume preserving", "rectangular")
+NAMES = ("classes", "volume preserving", "rectangular", "starflow text", "starflow options")
 
 
 @pytest.fixture(params=NAMES)
@@ -41,7 +42,8 @@ def test_window_1_equals_sequential_bitwise(case):
     flow, params, _, cond, z = case
     sequential = invert(flow, params, z, cond, plan=Sequential())
     np.testing.assert_array_equal(invert(flow, params, z, cond, plan=Jacobi(window=1)).x, sequential.x)
-    assert sequential.sweeps.shape == (flow.config.num_blocks, flow.config.num_tokens - 1)
+    free = AutoregressiveBlock(flow.config.blocks[0]).num_free
+    assert sequential.sweeps.shape == (flow.config.num_blocks, flow.config.num_tokens - free)
     assert jnp.all(sequential.sweeps == 1)
 
 
@@ -79,7 +81,7 @@ def test_residual_and_stopping_are_per_sample(case):
     together = invert(flow, params, z, cond, plan=plan)
     assert jnp.all(together.residual <= 1e-2)
     for index in range(len(z)):
-        one = None if cond is None else cond[index : index + 1]
+        one = jax.tree.map(lambda part, index=index: part[index : index + 1], cond)
         alone = invert(flow, params, z[index : index + 1], one, plan=plan)
         np.testing.assert_allclose(alone.x[0], together.x[index], atol=ROUNDING)
 
@@ -91,7 +93,8 @@ def test_certificate_is_the_error_of_a_forward_pass(case):
     loose = invert(flow, params, z, cond, plan=Jacobi(tol=0.3), certify=True)
     error = jnp.abs(loose.x - x).max(axis=(1, 2, 3))
     assert jnp.all((loose.error > 1e-3) == (error > 1e-3))
-    guided = invert(flow, params, z, cond, guidance=Guidance(scale=1.5, rule="product"), certify=True)
+    null = TextCondition(jnp.ones((1, 3, 5)), jnp.ones((1, 3), bool)) if flow.config.text_dim else None
+    guided = invert(flow, params, z, cond, guidance=Guidance(scale=1.5, rule="product"), null=null, certify=True)
     assert guided.error.max() < ROUNDING
 
 
@@ -100,7 +103,8 @@ def test_a_plan_per_block_and_plans_by_name(case):
     plan = DecodePlan((Jacobi(window=3, tol=0.0), Sequential()))
     r = invert(flow, params, z, cond, plan=plan)
     np.testing.assert_allclose(r.x, x, atol=ROUNDING)
-    windows = -(-(flow.config.num_tokens - 1) // 3)
+    free = AutoregressiveBlock(flow.config.blocks[0]).num_free
+    windows = -(-(flow.config.num_tokens - free) // 3)
     assert jnp.all(r.sweeps[0, :windows] > 0)
     assert jnp.all(r.sweeps[0, windows:] == 0)
     with pytest.raises(ValueError, match="plan has 3 blocks and the flow has 2"):

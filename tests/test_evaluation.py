@@ -1,12 +1,25 @@
-"""Bits/dim of a flow and of a Gaussian, against independent numpy and the same noise."""
+"""Bits/dim and distances, against independent numpy and closed forms."""
+
+import dataclasses
 
 import jax
+import jax.numpy as jnp
 import laws
 import numpy as np
 import pytest
+import scipy.linalg
 
-from flowgen.data import ArraySource
-from flowgen.evaluation import flow_bits_per_dim, gaussian_bits_per_dim
+from flowgen.data import ArraySource, DataConfig, from_uint8, load
+from flowgen.evaluation import (
+    flow_bits_per_dim,
+    frechet_distance,
+    gaussian_bits_per_dim,
+    point_metrics,
+    point_samples,
+    train_classifier,
+    velocity_bits_per_dim,
+)
+from flowgen.matching import log_prob
 
 
 def source(count, shape=(2, 2, 1), seed=0):
@@ -48,3 +61,67 @@ def test_flow_bits_do_not_depend_on_the_batch_and_ignore_padding():
     images = source(7, flow.config.image_shape)
     bits = [flow_bits_per_dim(flow, params, images, jax.random.key(0), batch_size=size) for size in (7, 3, 100)]
     np.testing.assert_allclose(bits, bits[0], rtol=1e-5)
+
+
+def test_frechet_distance_is_that_of_the_formula_and_of_shifts(untyped):
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(300, 4)), rng.normal(size=(200, 4)) @ rng.normal(size=(4, 4)) + 1
+    covariances = [np.cov(side, rowvar=False) for side in (x, y)]
+    root = scipy.linalg.sqrtm(covariances[0] @ covariances[1]).real
+    expected = np.square(x.mean(0) - y.mean(0)).sum() + np.trace(covariances[0] + covariances[1] - 2 * root)
+    np.testing.assert_allclose(frechet_distance(x, y), expected, rtol=1e-8)
+    np.testing.assert_allclose(frechet_distance(x, x + 3), 4 * 9, rtol=1e-8)
+    np.testing.assert_allclose(frechet_distance(x[:, :1], x[:, :1]), 0, atol=1e-8)
+    # Fewer samples than dimensions: covariances have no inverse, the distance is still there.
+    assert frechet_distance(x[:3], y[:3]) > 0
+    for left, right in ((x[:1], y), (x, y[:, :3])):
+        with pytest.raises(ValueError, match="at least two rows of each, of the same length"):
+            frechet_distance(left, right)
+
+
+def test_a_classifier_of_the_digits_knows_held_out_ones(key):
+    source = load(DataConfig("digits"), image_size=(8, 8), channels=1, split="train")
+    held_out = load(DataConfig("digits"), image_size=(8, 8), channels=1, split="eval")
+    classifier = train_classifier(source, key)
+    everything = held_out[np.arange(len(held_out))]
+    images = np.asarray(from_uint8(everything["image"]))
+    assert (classifier.classes(images) == everything["label"]).mean() > 0.95
+    assert classifier.features(images).shape == (len(held_out), 64)
+    # Its features order damage, and 90 pictures differ less from 90 others than from their own ruins.
+    noise = np.random.default_rng(0).standard_normal(images.shape).astype(np.float32)
+    features = classifier.features(images)
+    damage = [frechet_distance(features, classifier.features(images + level * noise)) for level in (0.1, 0.3, 1.0)]
+    assert damage == sorted(damage)
+    assert frechet_distance(features[::2], features[1::2]) < damage[-1]
+    with pytest.raises(ValueError, match="carry no labels"):
+        train_classifier(dataclasses.replace(source, class_names=()), key)
+
+
+def test_bits_of_a_field_that_stands_still_are_those_of_its_source(key):
+    images = np.random.default_rng(0).integers(0, 256, (10, 2, 2, 1), np.uint8)
+    source = ArraySource(images, np.full(10, -1, np.int32))
+    still = lambda t, x, cond: jnp.zeros_like(x)  # noqa: E731
+    for batch_size in (4, 10):
+        bits = velocity_bits_per_dim(
+            lambda x, labels, key: log_prob(still, x, key=key, num_steps=1), source, key, batch_size=batch_size
+        )
+        # E over the uniform noise of one level of x²: that of its middle, and 1/12 of a level squared.
+        middles = (images.astype(np.float64) + 0.5) / 128 - 1
+        nats = 0.5 * (np.square(middles) + (1 / 128) ** 2 / 12 + np.log(2 * np.pi)).mean()
+        # One draw of noise per pixel, of 40 pixels.
+        np.testing.assert_allclose(bits, (nats + np.log(128)) / np.log(2), atol=2e-3)
+
+
+def test_metrics_of_a_translation_are_known(key):
+    def draw(key, num):
+        x0 = jax.random.normal(key, (num, 2))
+        return x0, x0 + jnp.array([[3.0, 4.0]])
+
+    velocity = lambda t, x, cond: jnp.broadcast_to(jnp.array([[3.0, 4.0]]), x.shape)  # noqa: E731
+    metrics = point_metrics(jax.jit(lambda key: point_samples(velocity, draw, key, num=50))(key))
+    # A distance is the root of costs that float32 knows to 1e-6.
+    exact = [metrics[name] for name in ("w2", "euler_1", "euler_4", "euler_10", "curvature")]
+    np.testing.assert_allclose(exact, 0, atol=1e-3)
+    np.testing.assert_allclose(metrics["path_energy"], 25, rtol=1e-4)
+    np.testing.assert_allclose(metrics["signed_npe"], 0, atol=1e-4)
+    assert metrics["w2_floor"] > 0.1

@@ -36,10 +36,10 @@ def test_inverse_round_trip(case):
 def test_logdet_is_slogdet_of_the_jacobian_in_float64(case):
     flow, params, x, cond = case
     with jax.enable_x64(True):
-        wide = flowgen.TARFlow(dataclasses.replace(flow.config, dtype="float64"))
+        wide = type(flow)(dataclasses.replace(flow.config, dtype="float64"))
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), params)
         x = x[:1].astype(jnp.float64)
-        cond = None if cond is None else cond[1:2]
+        cond = jax.tree.map(lambda part: part[1:2], cond)
 
         def noise(x):
             return wide.apply(params, x[None], cond, method="forward")[0].reshape(-1)
@@ -71,16 +71,17 @@ def test_a_block_is_strictly_causal_in_its_own_order(case):
     index = flow.config.num_blocks - 1
     block = AutoregressiveBlock(flow.config.blocks[index])
     tokens = x.reshape(len(x), flow.config.num_tokens, flow.config.token_dim)
+    variables = block_parameters(params, index)
 
     def parameters(tokens):
-        shift, log_scale, _ = block.apply(
-            block_parameters(params, index), tokens[:, :-1], 0, cond, None, None, method="conditioner"
-        )
+        previous = block.apply(variables, tokens, method="previous")
+        shift, log_scale, _ = block.apply(variables, previous, 0, cond, None, None, method="conditioner")
         return shift + log_scale
 
     jacobian = jnp.abs(jax.jit(jax.jacrev(lambda t: parameters(t).sum(axis=(0, 2))))(tokens)).sum(axis=(1, 3))
-    # Row t holds the parameters of token t+1, which see tokens 0..t.
-    future = np.triu(np.ones(jacobian.shape), k=1).astype(bool)
+    # Row t holds the parameters of token t + num_free, which see the tokens before it.
+    assert jacobian.shape == (flow.config.num_tokens - block.num_free, flow.config.num_tokens)
+    future = np.triu(np.ones(jacobian.shape), k=block.num_free).astype(bool)
     assert np.all(np.asarray(jacobian)[future] == 0)
     assert np.all(np.asarray(jacobian)[~future] > 0)
 
@@ -100,8 +101,7 @@ def test_samples_of_a_batch_do_not_see_each_other(case):
 def test_every_parameter_receives_gradient(case):
     flow, params, x, cond = case
     objective = density.nll_objective(flow)
-    label = jnp.zeros(len(x), jnp.int32) if cond is None else cond
-    batch = {"image": jnp.asarray((x + 1) * 127, jnp.uint8), "label": label}
+    batch = laws.batch_of(x, cond)
     loss = jax.jit(jax.grad(lambda p, key: objective({**params, "params": p}, batch, key)[0]))
     gradient = loss(params["params"], jax.random.key(1))
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
@@ -114,9 +114,8 @@ def test_every_parameter_receives_gradient(case):
 
 def test_the_objective_is_bits_per_dim_of_the_noised_images(case):
     flow, params, x, cond = case
-    flow = flowgen.TARFlow(dataclasses.replace(flow.config, noise_std=0.1))
-    label = jnp.zeros(len(x), jnp.int32) if cond is None else cond
-    batch = {"image": jnp.asarray((x + 1) * 127, jnp.uint8), "label": label}
+    flow = type(flow)(dataclasses.replace(flow.config, noise_std=0.1))
+    batch = laws.batch_of(x, cond)
     loss, metrics, *state = jax.jit(density.nll_objective(flow))(params, batch, jax.random.key(1))
     noise_key = jax.random.split(jax.random.key(1))[0]
     noised = density.add_noise(noise_key, batch["image"], 0.1)
@@ -196,10 +195,11 @@ def test_parallel_and_cached_forms_agree(case):
     def conditioner(window, start, caches):
         return block.apply(variables, window, start, cond, caches, None, method="conditioner")
 
-    shift, log_scale, _ = conditioner(tokens[:, :-1], 0, None)
-    caches = block.init_caches(len(x), flow.config.num_tokens)
-    for start in range(0, flow.config.num_tokens - 1, 2):
-        window = tokens[:, start : min(start + 2, flow.config.num_tokens - 1)]
+    previous = block.apply(variables, tokens, method="previous")
+    shift, log_scale, _ = conditioner(previous, 0, None)
+    caches = block.apply(variables, len(x), len(previous[0]), cond, method="prefill")
+    for start in range(0, len(previous[0]), 2):
+        window = previous[:, start : start + 2]
         shift_w, log_scale_w, caches = conditioner(window, start, caches)
         stop = start + window.shape[1]
         np.testing.assert_allclose(shift_w, shift[:, start:stop], atol=DENSITY_SAMPLING)

@@ -206,6 +206,73 @@ def test_numbers_that_are_not_finite_stop_the_run_at_their_step(tmp_path, bad, l
     assert np.isfinite([row["loss"] for row in rows_of(tmp_path / "run")]).all()
 
 
+def spiky(bad_steps):
+    """The toy objective, whose gradient is a thousandfold at some steps, and batches that say at which."""
+
+    def objective(variables, batch, key):
+        loss, *rest = toy.make_objective()(variables, batch, key)
+        factor = jnp.where(batch["bad"][0], 1e3, 1.0)
+        return loss * factor, *rest
+
+    def batches(start, stop):
+        for step in range(start, stop):
+            yield {**toy.batch_of(step), "bad": np.full(toy.BATCH, step in bad_steps)}
+
+    return toy.make_job(objective=objective, batches=batches)
+
+
+SKIPPING = dataclasses.replace(toy.OPTIM, skip_norm=50.0, skip_after=4, max_skips=2)
+
+
+def test_spikes_are_skipped_counted_and_reported(tmp_path):
+    # Step 3 is before skipping begins; steps 7, 8 and 12 leave all but the number of the step as it was.
+    job = spiky({2, 6, 7, 11})
+    one_by_one = dataclasses.replace(toy.QUIET, checkpoint_every=1, keep=20)
+    result = toy.run(job, tmp_path / "run", steps=14, optim=SKIPPING, log=one_by_one)
+    assert [row["step"] for row in rows_of(tmp_path / "run") if row["skipped"]] == [7, 8, 12]
+    assert int(result.state.opt_state.skipped) == 3
+    before, after = saved(tmp_path / "run", 6), saved(tmp_path / "run", 8)
+    for name in before:
+        if name.startswith(("params/", "collections/", "opt_state/inner/")):
+            np.testing.assert_array_equal(before[name], after[name], err_msg=name)
+    assert not np.array_equal(
+        saved(tmp_path / "run", 2)["params/second/bias"], saved(tmp_path / "run", 3)["params/second/bias"]
+    )
+
+
+def test_a_report_leaves_skipped_steps_out_of_its_means(tmp_path):
+    log = dataclasses.replace(toy.QUIET, log_every=10, checkpoint_every=0)
+    toy.run(spiky({6, 7}), tmp_path / "some", steps=10, optim=SKIPPING, log=log)
+    (row,) = rows_of(tmp_path / "some")
+    assert row["skipped"] == pytest.approx(0.2)
+    assert row["loss"] < 10
+    assert "skipped_in_a_row" not in row
+
+
+def test_more_skips_in_a_row_than_allowed_stop_the_run(tmp_path):
+    with pytest.raises(
+        FloatingPointError, match=r"Step 9 .* number 3 of updates skipped in a row, above optim.max_skips"
+    ):
+        toy.run(spiky(range(6, 20)), tmp_path / "run", steps=20, optim=SKIPPING)
+    assert CheckpointReader(tmp_path / "run" / "checkpoints").latest_step() == 5
+
+
+def test_the_learning_rate_that_is_reported_is_the_one_that_was_applied(tmp_path):
+    optim = dataclasses.replace(SKIPPING, skip_after=0, warmup_steps=5, max_skips=10)
+    toy.run(spiky({0, 1, 2}), tmp_path / "run", steps=8, optim=optim)
+    schedule = make_schedule(optim, 8)
+    taken = [row["lr"] for row in rows_of(tmp_path / "run") if not row["skipped"]]
+    np.testing.assert_allclose(taken, [schedule(count) for count in range(5)], rtol=1e-6)
+
+
+def test_skipping_resumes_where_it_was(tmp_path):
+    whole = toy.run(spiky({6, 7, 11}), tmp_path / "whole", steps=14, optim=SKIPPING)
+    fixed = dataclasses.replace(SKIPPING, schedule="constant")
+    toy.run(spiky({6, 7, 11}), tmp_path / "parts", steps=7, optim=fixed)
+    parts = toy.run(spiky({6, 7, 11}), tmp_path / "parts", steps=14, optim=fixed)
+    assert int(parts.state.opt_state.skipped) == int(whole.state.opt_state.skipped) == 3
+
+
 def test_an_evaluation_that_is_not_finite_does_not_stop_the_run(tmp_path):
     job = toy.make_job(evaluate=lambda variables: {"bits_per_dim": float("nan"), "other": 1.0})
     result = toy.run(job, tmp_path / "run", steps=4)

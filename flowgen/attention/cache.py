@@ -56,13 +56,14 @@ def init_kv_cache(batch: int, length: int, num_heads: int, head_dim: int, dtype:
 
 def attend_kv_window(
     q: Float[Array, "b n h k"],
-    k: Float[Array, "b n h k"],
-    v: Float[Array, "b n h k"],
+    k: Float[Array, "b n g k"],
+    v: Float[Array, "b n g k"],
     cache: KVCache,
     start: Int[Array, ""] | int,
 ) -> tuple[Float[Array, "b n h k"], KVCache]:
     """Returns softmax attention of n tokens at positions start.. behind the cached prefix, and the cache.
 
+    Key heads may be fewer than query heads, each serving h/g of them.
     Keys and values overwrite their slots, so running a window again needs no bookkeeping. Query i attends to
     slots 0..start+i; what later slots hold does not matter as long as it is finite.
 

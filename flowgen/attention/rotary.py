@@ -48,6 +48,23 @@ def rotary_grid(height: int, width: int, dim: int, base: float = 10_000.0) -> Ro
     return _table(angles.reshape(height * width, dim // 2))
 
 
+def rotary_axes(positions: Float[np.ndarray, "n a"], pairs: tuple[int, ...], base: float = 10_000.0) -> Rotary:
+    """Returns the table of points with several coordinates: pairs[i] adjacent pairs of channels turn with axis i.
+
+    Angle of pair k of an axis with p pairs: coordinate · base^(-k/p). Raises ValueError where the number of axes
+    does not match.
+
+    Example:
+        rotary = rotary_axes(np.array([[0.0, 0.0, 0.0], [0.0, 1.0, 0.0]]), (12, 12, 8))
+    """
+    if positions.shape[1] != len(pairs):
+        raise ValueError(
+            f"positions have {positions.shape[1]} coordinates and pairs names {len(pairs)}; give one each."
+        )
+    axes = (positions[:, axis, None] * base ** (-np.arange(p) / p)[None] for axis, p in enumerate(pairs))
+    return _table(np.concatenate(list(axes), axis=1))
+
+
 def rotate(x: Float[Array, "b n h f"], rotary: Rotary, positions: Int[Array, " n"]) -> Float[Array, "b n h f"]:
     """Returns x with adjacent channels (x0, x1) turned to (x0 cos - x1 sin, x1 cos + x0 sin) at these positions.
 
@@ -60,10 +77,21 @@ def rotate(x: Float[Array, "b n h f"], rotary: Rotary, positions: Int[Array, " n
     pairs = rotary.cos.shape[1]
     if x.shape[-1] % (2 * pairs):
         raise ValueError(f"features have {x.shape[-1]} channels; the rotary table turns parts of {2 * pairs}.")
-    cos, sin = (jnp.asarray(table, x.dtype)[positions][None, :, None, None, :] for table in rotary)
-    parts = rearrange(x, "b n h (p r two) -> b n h p r two", r=pairs, two=2)
+    cos, sin = (jnp.asarray(table, x.dtype)[positions] for table in rotary)
+    return turn(x, cos, sin)
+
+
+def turn(x: Float[Array, "b n h f"], cos: Float[Array, "n r"], sin: Float[Array, "n r"]) -> Float[Array, "b n h f"]:
+    """Returns x with its adjacent pairs of channels turned by these angles; computed in the wider of the dtypes.
+
+    Example:
+        y = turn(x, jnp.cos(angles), jnp.sin(angles))
+    """
+    parts = rearrange(x, "b n h (p r two) -> b n h p r two", r=cos.shape[1], two=2)
+    cos, sin = (table[None, :, None, None, :] for table in (cos, sin))
     even, odd = parts[..., 0], parts[..., 1]
-    return jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1).reshape(x.shape)
+    turned = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1)
+    return turned.reshape(x.shape).astype(x.dtype)
 
 
 def _table(angles: Float[np.ndarray, "n r"]) -> Rotary:

@@ -1,4 +1,4 @@
-"""The commands: `python -m flowgen {train,sample,evaluate,convert,info}`; `train.py` and `sample.py` are doors to two.
+"""The commands: `python -m flowgen {train,sample,evaluate,encode,convert,info}`; `train.py` and `sample.py` open two.
 
 A mistake of the user ends in one sentence on standard error and exit code 2, before anything is computed.
 """
@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Sequence
 from types import ModuleType
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
-from flowgen.cli import convert, evaluate, info, sample, train
+from flowgen.cli import convert, encode, evaluate, info, sample, train
 
 EXIT_MISTAKE = 2
 EXIT_NOT_FINITE = 3
@@ -19,12 +20,13 @@ EXIT_INTERRUPTED = 130
 MISTAKES = (ValueError, OSError, ImportError)
 
 # Commands after whose options any field of the config may be set.
-TAKES_FIELDS = ("train", "info", "evaluate")
+TAKES_FIELDS = ("train", "info", "evaluate", "encode")
 
 COMMANDS: dict[str, tuple[ModuleType, str]] = {
     "train": (train, "Train a model, or go on training it."),
     "sample": (sample, "Draw samples from a trained model."),
     "evaluate": (evaluate, "Print the bits per dimension of a model on its data."),
+    "encode": (encode, "Compute the latents and text features of a data set once."),
     "convert": (convert, "Make a run directory of published weights."),
     "info": (info, "Print the fields of a config or of a run."),
 }
@@ -55,13 +57,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(
                 f"{rest[0]} is not an option of {options.command}; see {parser.prog} {options.command} --help."
             )
-        return COMMANDS[options.command][0].run(options, rest)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning  # ty: ignore[invalid-assignment]
+            return COMMANDS[options.command][0].run(options, rest)
     except FloatingPointError as error:
         return _fail(error, EXIT_NOT_FINITE)
     except KeyboardInterrupt:
         return _fail("Interrupted without saving; checkpoints are as they were.", EXIT_INTERRUPTED)
     except MISTAKES as error:
         return _fail(error, EXIT_MISTAKE)
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Shows a warning as one sentence; where in the code it arose is for those of other packages."""
+    sentence = " ".join(str(message).split())
+    place = "" if category is UserWarning else f" ({category.__name__}, {filename}:{lineno})"
+    sys.stderr.write(f"flowgen: warning: {sentence}{place}\n")
 
 
 def _fail(error: Exception | str, code: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from flowgen.cli.options import finite_number, num_parameters, say, whole_number
 
@@ -12,34 +13,53 @@ def declare(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the command."""
     parser.add_argument("file", help="published weights: torch (.pth) or safetensors")
     parser.add_argument("--to", required=True, help="run directory to write")
-    parser.add_argument("--image-size", help="side of the images, or height,width", required=True)
-    parser.add_argument("--patch-size", type=whole_number(1), help="default: from a published file name")
-    parser.add_argument("--channels", type=whole_number(1), default=3)
-    parser.add_argument(
+    tarflow = parser.add_argument_group("TARFlow")
+    tarflow.add_argument("--image-size", help="side of the images, or height,width")
+    tarflow.add_argument("--patch-size", type=whole_number(1), help="default: from a published file name")
+    tarflow.add_argument("--channels", type=whole_number(1), help="default: 3")
+    tarflow.add_argument(
         "--noise-std", type=finite_number, help="sigma of training; default: from a published file name"
     )
+    starflow = parser.add_argument_group("STARFlow")
+    starflow.add_argument("--arguments", metavar="YAML", help="the file that the weights were published with")
+    starflow.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the parameters kept (default: float32)")
+    starflow.add_argument("--autoencoder", metavar="DIR", help="folder of the autoencoder, to be noted in the run")
+    starflow.add_argument("--text-encoder", metavar="DIR", help="folder of the text encoder, to be noted in the run")
     parser.add_argument("--entry", help="which state dict, where the file holds several")
 
 
 def run(options: argparse.Namespace, rest: list[str]) -> int:
     """Returns the exit code."""
-    from flowgen import checkpoint, convert
+    from flowgen import checkpoint
+
+    checkpoint.check_new(options.to)
+    flow, variables, experiment = (_tarflow if options.arguments is None else _starflow)(options)
+    checkpoint.write_run(options.to, experiment, variables)
+    say(f"Wrote {options.to}: {num_parameters(flow):,} parameters; sample with --checkpoint {options.to}")
+    return 0
+
+
+def _tarflow(options: argparse.Namespace) -> tuple[Any, Any, Any]:
+    from flowgen import convert
     from flowgen.config import Experiment, SamplingConfig
     from flowgen.data import DataConfig
 
-    checkpoint.check_new(options.to)
+    for name in ("dtype", "autoencoder", "text_encoder"):
+        if getattr(options, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')} is for STARFlow, whose --arguments is missing; give it too.")
+    if options.image_size is None:
+        raise ValueError("--image-size is missing; give it for a TARFlow, or --arguments for a STARFlow.")
     named = convert.parse_file_name(options.file) or {}
     patch_size = named.get("patch_size") if options.patch_size is None else options.patch_size
     noise_std = named.get("noise_std") if options.noise_std is None else options.noise_std
     if patch_size is None or noise_std is None:
         missing = "--patch-size" if patch_size is None else "--noise-std"
         raise ValueError(f"{missing} is not in the name of {options.file}; give it.")
-    state_dict = convert.read_state_dict(options.file, entry=options.entry)
     flow, variables = convert.tarflow(
-        state_dict,
+        convert.read_state_dict(options.file, entry=options.entry),
         image_size=_image_size(options.image_size),
         patch_size=patch_size,
-        channels=options.channels,
+        channels=3 if options.channels is None else options.channels,
         noise_std=noise_std,
     )
     experiment = Experiment(
@@ -48,9 +68,49 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
         data=DataConfig(source="folder"),  # The weights do not say what they were trained on.
         sampling=SamplingConfig(num=16),
     )
-    checkpoint.write_run(options.to, experiment, variables)
-    say(f"Wrote {options.to}: {num_parameters(flow):,} parameters; sample with --checkpoint {options.to}")
-    return 0
+    return flow, variables, experiment
+
+
+def _starflow(options: argparse.Namespace) -> tuple[Any, Any, Any]:
+    from flowgen import convert
+    from flowgen.config import Experiment, SamplingConfig
+    from flowgen.data import DataConfig
+    from flowgen.tasks.latents import TrainedCodec
+
+    for name in ("image_size", "patch_size", "channels", "noise_std"):
+        if getattr(options, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')} is given, but --arguments says it; leave it out.")
+    arguments = convert.read_arguments(options.arguments)
+    state_dict = convert.read_state_dict(options.file, entry=options.entry)
+    flow, variables = convert.starflow(state_dict, arguments, dtype=options.dtype or "float32")
+    experiment = Experiment(
+        name=Path(options.file).stem,
+        model=flow.config,
+        data=DataConfig(source="folder"),
+        codec=TrainedCodec(_place(options.autoencoder)) if arguments.get("vae") else None,
+        text=_text(options, arguments) if flow.config.text_dim else None,
+        sampling=SamplingConfig(num=8, guidance=float(arguments.get("cfg") or 0), rule="product"),
+    )
+    return flow, variables, experiment
+
+
+def _text(options: argparse.Namespace, arguments: Any) -> Any:
+    from flowgen.tasks.latents import TextConfig
+
+    return TextConfig(
+        _place(options.text_encoder),
+        noise_level=bool(arguments.get("cond_noise_level")),
+        aspect=bool(arguments.get("mix_aspect")),
+    )
+
+
+def _place(path: str | None) -> str:
+    """An absolute path, which holds wherever samples are drawn from; empty where it is not known yet."""
+    if path is None:
+        return ""
+    if not Path(path).is_dir():
+        raise FileNotFoundError(f"There is no folder '{path}'; give the folder that was published.")
+    return str(Path(path).absolute())
 
 
 def _image_size(text: str) -> int | tuple[int, int]:

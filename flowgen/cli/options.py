@@ -72,11 +72,29 @@ def _line_of(path: str, error: Exception) -> int | None:
     return lines[-1] if lines else None
 
 
+def check_options(options: argparse.Namespace, model: Any, command: str) -> None:
+    """Raises ValueError where an option was given that means nothing for a model of this kind."""
+    from flowgen import tasks
+    from flowgen.fields import type_name
+
+    def names(task: Any) -> tuple[str, ...]:
+        return task.SAMPLE_OPTIONS if command == "sample" else task.EVALUATE_OPTIONS
+
+    own = names(tasks.task_of(model))
+    for name in {*names(tasks.likelihood), *names(tasks.matching)} - {*own}:
+        if getattr(options, name) not in (None, False):
+            shown = ", ".join(f"--{other.replace('_', '-')}" for other in own)
+            raise ValueError(
+                f"--{name.replace('_', '-')} is not an option for a {type_name(model)}, which takes {shown}; "
+                "leave it out."
+            )
+
+
 def num_parameters(flow: Any) -> int:
-    """Returns how many parameters a flow has, without making them."""
+    """Returns how many parameters a model has, without making them."""
     import jax
 
-    from flowgen.flows import init
+    from flowgen.models import init
 
     abstract = jax.eval_shape(lambda: init(flow, jax.random.key(0)))
     return sum(leaf.size for leaf in jax.tree.leaves(abstract["params"]))

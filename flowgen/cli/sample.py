@@ -5,10 +5,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from flowgen.cli.options import MAX_SEED, finite_number, say, step_or_best, whole_number
+from flowgen.cli.options import MAX_SEED, check_options, finite_number, say, step_or_best, whole_number
+
+PICTURES_AT_ONCE = 64
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
@@ -17,27 +21,42 @@ def declare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--step", type=step_or_best, help="checkpoint to take: a number, or best (default: the latest)")
     parser.add_argument("--num", type=whole_number(1), help="how many samples (default: as in the run's config)")
     parser.add_argument("--classes", help="labels to draw in turn: 3, or 0,1,2; -1 is unconditional (--classes=-1,3)")
-    parser.add_argument("--guidance", type=finite_number, help="guidance scale, 0 for none")
-    parser.add_argument("--plan", choices=("sequential", "jacobi", "auto"), help="how tokens are decoded")
-    parser.add_argument("--window", type=whole_number(1), help="tokens solved together by --plan jacobi (default: all)")
-    parser.add_argument("--tol", type=finite_number, help="largest change at which --plan jacobi stops")
-    parser.add_argument("--denoise", type=finite_number, help="strength of the score step, 0 for none")
-    parser.add_argument("--batch", type=whole_number(1), default=64, help="samples per compiled call")
+    parser.add_argument("--guidance", type=finite_number, help="guidance weight, 0 for none")
+    texts = parser.add_argument_group("flows of texts and latents")
+    texts.add_argument("--prompt", action="append", help="text to draw; again for more, drawn in turn")
+    texts.add_argument("--prompts", metavar="FILE", help="text file with one prompt per line")
+    texts.add_argument("--aspect", help="aspect ratio, such as 16:9, at about the area of the model's pictures")
+    texts.add_argument("--autoencoder", metavar="DIR", help="where the autoencoder is, if not where the run says")
+    texts.add_argument("--text-encoder", metavar="DIR", help="where the text encoder is, if not where the run says")
+    flows = parser.add_argument_group("autoregressive flows")
+    flows.add_argument("--plan", choices=("sequential", "jacobi", "auto"), help="how tokens are decoded")
+    flows.add_argument("--window", type=whole_number(1), help="tokens solved together by --plan jacobi (default: all)")
+    flows.add_argument("--tol", type=finite_number, help="largest change at which --plan jacobi stops")
+    flows.add_argument("--denoise", type=finite_number, help="strength of the score step, 0 for none")
+    flows.add_argument("--certify", action="store_true", help="check the decoding by a forward pass")
+    velocities = parser.add_argument_group("velocity networks")
+    velocities.add_argument("--method", help="solver: euler, midpoint, heun, rk4, dopri5, mean_flow")
+    velocities.add_argument("--num-steps", type=whole_number(1), help="steps of the solver")
+    parser.add_argument("--batch", type=whole_number(1), help="samples per compiled call (default: 64; all points)")
     parser.add_argument("--seed", type=whole_number(0, MAX_SEED), default=0)
-    parser.add_argument("--out", default="samples.png", help="grid to write: .png, or .npz with the images as floats")
+    parser.add_argument("--out", default="samples.png", help="picture to write, or .npz with the samples as floats")
     parser.add_argument("--single", metavar="DIR", help="also write every sample as a PNG into this directory")
-    parser.add_argument("--certify", action="store_true", help="check the decoding by a forward pass")
     parser.add_argument("--no-ema", action="store_true", help="take the trained parameters, not their average")
 
 
 def run(options: argparse.Namespace, rest: list[str]) -> int:
     """Returns the exit code."""
+    import jax
     import numpy as np
 
     from flowgen import checkpoint
-    from flowgen.config import DRAWABLE_CHANNELS, picture
-    from flowgen.data import atomic_file, check_image_path, check_writable, save_image, to_uint8
+    from flowgen.codecs import AutoencoderConfig
+    from flowgen.data import PointsConfig, atomic_file, check_image_path, check_writable, save_image, to_uint8
     from flowgen.data.media import pillow
+    from flowgen.tasks import task_of
+    from flowgen.tasks.latents import latent_grid, with_codec
+    from flowgen.tasks.matching import plot_points
+    from flowgen.tasks.pictures import DRAWABLE_CHANNELS, matplotlib, picture
 
     out = Path(options.out)
     check_writable(out) if out.suffix == ".npz" else check_image_path(out)
@@ -47,71 +66,127 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
             raise ValueError(f"--single and --out are both {out}; give the single pictures a directory of their own.")
         checkpoint.check_new(single)
         pillow()
+    prompts = _prompts(options)
     flow, params, experiment = checkpoint.load(options.checkpoint, options.step, ema=not options.no_ema)
-    if (out.suffix != ".npz" or single) and flow.config.channels not in DRAWABLE_CHANNELS:
-        raise ValueError(f"The model has {flow.config.channels} channels, pictures 1 or 3; use only --out samples.npz.")
-    sampling = _overridden(experiment.sampling, options)
-    labels = _labels(options.classes, sampling.num, flow.config.num_classes)
-    images = np.concatenate(list(_draw(flow, params, labels, sampling, options)))
-    bad = int((~np.isfinite(images).all(axis=(1, 2, 3))).sum())
+    if isinstance(experiment.model, AutoencoderConfig):
+        raise ValueError(
+            f"{options.checkpoint} is the run of an Autoencoder, which draws no samples; train a flow on its latents."
+        )
+    check_options(options, experiment.model, "sample")
+    experiment = with_codec(experiment, autoencoder=options.autoencoder, text_encoder=options.text_encoder)
+    points, task = isinstance(experiment.data, PointsConfig), task_of(experiment.model)
+    if points:
+        matplotlib()
+        if single is not None:
+            raise ValueError("--single writes pictures, and this model draws points; leave it out.")
+    elif (out.suffix != ".npz" or single) and (channels := task.drawn_channels(experiment)) not in DRAWABLE_CHANNELS:
+        raise ValueError(f"The model has {channels} channels, pictures 1 or 3; use only --out samples.npz.")
+    experiment = dataclasses.replace(experiment, sampling=_overridden(experiment, options, prompts))
+    if options.aspect is not None:
+        flow = flow.at(*latent_grid(experiment, options.aspect))
+    conditions, about = _conditions(experiment, flow, options)
+    samples = np.concatenate(list(_draw(task, experiment, flow, params, conditions, options)))
+    bad = int((~np.isfinite(samples.reshape(len(samples), -1)).all(axis=1)).sum())
     if out.suffix == ".npz":
         with atomic_file(out) as file:
-            np.savez(file, images=images, labels=np.full(len(images), -1) if labels is None else labels)
+            np.savez(file, allow_pickle=False, **({"points": samples} if points else {"images": samples, **about}))
+    elif points:
+        save_image(out, plot_points(experiment, flow, params, samples, jax.random.key(options.seed)))
     else:
         classes = flow.config.num_classes if options.classes is None else options.classes.count(",") + 1
-        save_image(out, picture(to_uint8(images), classes))
+        save_image(out, picture(samples, classes))
     if single is not None:
         single.mkdir(parents=True, exist_ok=True)
-        for index, image in enumerate(to_uint8(images)):
+        for index, image in enumerate(to_uint8(samples)):
             save_image(single / f"{index:06d}.png", image)
     say(f"Wrote {out}")
     if bad:
-        raise FloatingPointError(f"{bad} of {len(images)} samples are not finite; lower --guidance.")
+        raise FloatingPointError(f"{bad} of {len(samples)} samples are not finite; lower --guidance.")
     return 0
 
 
-def _draw(flow: Any, params: Any, labels: Any, sampling: Any, options: argparse.Namespace):
-    """Batches of images, with what each cost on standard output."""
-    import jax
-    import jax.numpy as jnp
+def _prompts(options: argparse.Namespace) -> tuple[str, ...]:
+    """The prompts of the command line; ValueError where a file has none."""
+    if options.prompt is not None and options.prompts is not None:
+        raise ValueError(
+            "--prompt and --prompts are both given; put all prompts into the file, or on the command line."
+        )
+    if options.prompts is None:
+        return tuple(options.prompt or ())
+    try:
+        lines = Path(options.prompts).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompts {options.prompts} is not UTF-8 text ({error}); convert it.") from error
+    if not any(line.strip() for line in lines):
+        raise ValueError(f"--prompts {options.prompts} has no prompt; write one per line.")
+    return tuple(line.strip() for line in lines if line.strip())
+
+
+def _conditions(experiment: Any, flow: Any, options: argparse.Namespace) -> tuple[Callable[[Any], Any], dict[str, Any]]:
+    """What gives the conditions of samples by their numbers, and what an .npz file says of the samples."""
     import numpy as np
 
-    from flowgen.decoding import sample
+    from flowgen.tasks.latents import prompt_condition
 
-    key = jax.random.key(options.seed)
+    num = experiment.sampling.num
+    if not getattr(flow.config, "text_dim", 0):
+        labels = _labels(options.classes, num, flow.config.num_classes)
+        known = np.full(num, -1) if labels is None else labels
+        return lambda numbers: None if labels is None else labels[numbers % num], {"labels": known}
+    if options.classes is not None:
+        raise ValueError(f"--classes is {options.classes}, but this model takes texts; give --prompt.")
+    prompts = experiment.sampling.prompts
+    if not prompts:
+        raise ValueError("this model takes texts; give --prompt.")
+    encoded = prompt_condition(experiment, prompts, flow.config.grid_size)
+    asked = np.resize(np.array(prompts), num)
+
+    def conditions(numbers):
+        return type(encoded)(*(part[numbers % len(prompts)] for part in encoded))
+
+    return conditions, {"prompts": asked}
+
+
+def _draw(
+    task: ModuleType,
+    experiment: Any,
+    flow: Any,
+    params: Any,
+    conditions: Callable[[Any], Any],
+    options: argparse.Namespace,
+):
+    """Batches of samples, with what each cost on standard output."""
+    import jax
+    import numpy as np
+
+    from flowgen.data import PointsConfig
+
+    num = experiment.sampling.num
+    more = {"certify": options.certify} if "certify" in task.SAMPLE_OPTIONS else {}
     # One compiled program: the last batch is drawn whole and cut.
-    size = min(options.batch, sampling.num)
-    for first in range(0, sampling.num, size):
-        count = min(size, sampling.num - first)
-        cond = None if labels is None else jnp.asarray(np.resize(labels[first : first + count], size))
+    whole = num if isinstance(experiment.data, PointsConfig) else PICTURES_AT_ONCE
+    size = min(options.batch or whole, num)
+    for first in range(0, num, size):
+        count = min(size, num - first)
+        cond = conditions(np.resize(np.arange(first, first + count), size))
         began = time.perf_counter()
-        result = sample(
-            flow,
-            params,
-            key,
-            size,
-            cond,
-            plan=sampling.to_plan(),
-            guidance=sampling.to_guidance(),
-            denoise=sampling.denoise,
-            first=first,
-            certify=options.certify,
+        samples, line = task.draw(
+            experiment, flow, params, jax.random.key(options.seed), size, cond, first=first, **more
         )
-        images = np.asarray(result.x)[:count]
         seconds = time.perf_counter() - began
-        passes = ", ".join(str(int(block.sum())) for block in result.sweeps)
-        line = f"samples {first}..{first + count - 1}: {count / seconds:.1f} images/s"
-        line += " (with compilation)" if first == 0 else ""
-        line += f"; passes per block (data side first) {passes}; residual {float(result.residual[:count].max()):.1e}"
-        if result.error is not None:
-            line += f"; certified to {float(result.error[:count].max()):.1e}"
-        say(line)
-        yield images
+        compiled = " (with compilation)" if first == 0 else ""
+        say(f"samples {first}..{first + count - 1}: {count / seconds:.1f} per second{compiled}; {line}")
+        yield samples[:count]
 
 
-def _overridden(sampling: Any, options: argparse.Namespace) -> Any:
-    names = ("num", "guidance", "plan", "window", "tol", "denoise")
+def _overridden(experiment: Any, options: argparse.Namespace, prompts: tuple[str, ...]) -> Any:
+    sampling = experiment.sampling
+    names = [field.name for field in dataclasses.fields(sampling) if hasattr(options, field.name)]
     given = {name: value for name in names if (value := getattr(options, name)) is not None}
+    if prompts:
+        if not getattr(experiment.model, "text_dim", 0):
+            raise ValueError(f"--prompt is {prompts[0]!r}, but this model takes no texts; leave it out.")
+        given = {"num": len(prompts), **given, "prompts": prompts}
     if ("window" in given or "tol" in given) and given.get("plan", sampling.plan) != "jacobi":
         raise ValueError("--window and --tol are for --plan jacobi; add it, or leave them out.")
     return dataclasses.replace(sampling, **given)
@@ -121,7 +196,7 @@ def _labels(text: str | None, num: int, num_classes: int) -> Any:
     import numpy as np
 
     from flowgen.conditioning import check_labels
-    from flowgen.config import grid_labels
+    from flowgen.tasks.pictures import grid_labels
 
     if text is None:
         return grid_labels(num, num_classes)

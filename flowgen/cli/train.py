@@ -22,14 +22,13 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     experiment = load_experiment(options, rest)
     say(f"{experiment.name}: {num_parameters(experiment.flow()):,} parameters, {experiment.train.steps} steps")
     if options.debug:
-        say("--debug: a tiny model on the built-in digits, to see that everything runs; its numbers mean nothing.")
+        say("--debug: a tiny model on data that ship with flowgen, to see that all runs; its numbers mean nothing.")
     result = fit(experiment, options.workdir)
     if result.signal:
         say(f"Stopped at step {result.state.step}, saved in {options.workdir}; the same command goes on from there.")
         return 128 + result.signal
     if result.metrics:
-        bits, baseline = result.metrics["bits_per_dim"], result.metrics["gaussian_bits_per_dim"]
-        say(f"Held-out bits/dim {bits:.3f}; a Gaussian fit of the same data {baseline:.3f}.")
+        say("Held-out " + ", ".join(f"{name} {value:.3f}" for name, value in result.metrics.items()) + ".")
     if result.samples:
         say(f"Samples: {result.samples}")
     return 0

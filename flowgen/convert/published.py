@@ -17,7 +17,7 @@ import numpy as np
 from flowgen.convert.mapping import fill
 from flowgen.convert.tables import ALL_ONES, TARFLOW
 from flowgen.flows import TARFlow, TARFlowConfig, init
-from flowgen.flows.block import Transform
+from flowgen.flows.tarflow import Transform
 
 _WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
 _STARFLOW_MARKS = ("blocks.0.sos_embed", "feat_rope.freqs_cos")
@@ -76,7 +76,7 @@ def tarflow(
     Example:
         flow, params = tarflow(read_state_dict("afhq_model_8_768_8_8_0.07.pth"), image_size=256, patch_size=8)
     """
-    state_dict = _unwrapped(state_dict)
+    state_dict = unwrapped(state_dict)
     config = _tarflow_config(state_dict, image_size, patch_size, channels, noise_std)
     flow = TARFlow(config)
     target = dict(jax.eval_shape(lambda key: init(flow, key), jax.random.key(0)))
@@ -168,9 +168,13 @@ def _count(state_dict: Mapping[str, np.ndarray], template: str) -> int:
     return next(index for index in itertools.count() if template.format(index=index) not in state_dict)
 
 
-def _unwrapped(state_dict: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-    """Removes what data parallelism and compilation put before every name."""
+def unwrapped(state_dict: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    """Returns the tensors without what data parallelism and compilation put before every name.
+
+    Example:
+        state_dict = unwrapped(read_state_dict("model.pth"))
+    """
     for prefix in _WRAPPERS:
         if state_dict and all(name.startswith(prefix) for name in state_dict):
-            return _unwrapped({name.removeprefix(prefix): x for name, x in state_dict.items()})
+            return unwrapped({name.removeprefix(prefix): x for name, x in state_dict.items()})
     return state_dict

@@ -1,4 +1,4 @@
-"""Pictures: sources by name, stateless batches, and media files."""
+"""Pictures and points: sources by name, stateless batches, and media files."""
 
 from flowgen.data.loader import Loader, fixed_batches, prefetch
 from flowgen.data.media import (
@@ -10,6 +10,7 @@ from flowgen.data.media import (
     save_image,
     to_uint8,
 )
+from flowgen.data.points import PointsConfig, blank_batches
 from flowgen.data.registry import load
 from flowgen.data.sources import ArraySource, Batch, DataConfig, Source, check_classes, hold_out
 
@@ -18,8 +19,10 @@ __all__ = [
     "Batch",
     "DataConfig",
     "Loader",
+    "PointsConfig",
     "Source",
     "atomic_file",
+    "blank_batches",
     "check_classes",
     "check_image_path",
     "check_writable",

@@ -12,26 +12,34 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Int, Int32, UInt8
 
+from flowgen.data.buckets import BucketedSource
 from flowgen.data.media import IMAGE_SUFFIXES, pillow
-from flowgen.data.pictures import Crop, UnreadablePicture, read_picture
+from flowgen.data.pictures import Crop, UnreadablePicture, picture_size, read_picture
 from flowgen.data.sources import NO_LABEL, ArraySource, Batch, DataConfig, Source, Split, hold_out
+from flowgen.prompts import ASPECTS, aspect_size, nearest_aspect
 
 _log = logging.getLogger(__name__)
 _NAMED_IN_ERRORS = 5
 
 
-def read_folder(config: DataConfig, *, image_size: tuple[int, int], channels: int, split: Split) -> Source:
+def read_folder(
+    config: DataConfig, *, image_size: tuple[int, int], channels: int, split: Split, multiple: int = 1
+) -> Source | BucketedSource:
     """Returns one split of the pictures under `config.path`, resized to `image_size` and 1 or 3 channels.
 
     First-level sub-folders that hold pictures, at any depth, are the classes in alphabetical order; without
     them the pictures have label -1. The split is drawn over the sorted file names before anything is decoded,
     so an unreadable file never moves another from one split to the other. Pictures are decoded once, unless
     they would need more than `config.in_memory_bytes`; then each batch is decoded when asked for.
+    A file `cat.txt` beside `cat.png` holds its caption; all pictures have one or none has.
+    With `config.aspects` each picture goes to the bucket of the nearest aspect ratio, whose sides are multiples of
+    `multiple`; the area is that of `image_size`.
 
     Raises:
         FileNotFoundError, NotADirectoryError: `config.path` is no folder.
-        ValueError: no pictures, pictures beside class folders, channels other than 1 or 3, or unreadable
-            files where `config.on_corrupt` is "refuse" (all are looked at; the first five are named).
+        ValueError: no pictures, pictures beside class folders, channels other than 1 or 3, captions of some
+            pictures alone, or unreadable files where `config.on_corrupt` is "refuse" (all are looked at; the first
+            five are named).
 
     Example:
         config = DataConfig("folder", path="photos")
@@ -42,18 +50,63 @@ def read_folder(config: DataConfig, *, image_size: tuple[int, int], channels: in
     pillow()
     files, labels, class_names = find_pictures(config.path)
     chosen = hold_out(len(files), config.eval_fraction, split)
-    source = FolderSource(
-        [files[i] for i in chosen],
-        labels[chosen],
-        class_names=class_names,
-        image_shape=(*image_size, channels),
-        crop=config.crop,
-        on_corrupt=config.on_corrupt,
-    )
-    if len(source) * math.prod(source.image_shape) > config.in_memory_bytes:
+    captions = read_captions(files)
+    if captions and config.on_corrupt == "skip":
+        raise ValueError(
+            "data.on_corrupt is 'skip', but pictures with captions cannot be left out; remove the unreadable ones."
+        )
+    in_memory = len(chosen) * math.prod(image_size) * channels <= config.in_memory_bytes
+    if not in_memory:
         _log.info("Decoding '%s' batch by batch: it needs more than data.in_memory_bytes.", config.path)
-        return source
-    return source.decoded()
+
+    def source(kept: list[int], size: tuple[int, int]) -> Source:
+        found = FolderSource(
+            [files[i] for i in kept],
+            labels[kept],
+            class_names=class_names,
+            captions=tuple(captions[i] for i in kept) if captions else (),
+            image_shape=(*size, channels),
+            crop=config.crop,
+            on_corrupt=config.on_corrupt,
+        )
+        return found.decoded(may_be_empty=config.aspects) if in_memory else found
+
+    if not config.aspects:
+        return source(chosen.tolist(), image_size)
+    side = math.sqrt(math.prod(image_size))
+    aspects = _aspects([files[i] for i in chosen], config.on_corrupt)
+    sizes = {name: aspect_size(name, round(side), multiple) for name in ASPECTS}
+    members = {
+        name: [i for i, aspect in zip(chosen.tolist(), aspects, strict=True) if aspect == name] for name in ASPECTS
+    }
+    buckets = [source(kept, sizes[name]) for name, kept in members.items() if kept]
+    readable = tuple(bucket for bucket in buckets if len(bucket))
+    if not readable:
+        raise ValueError(f"data.path '{config.path}' holds no picture that can be read; add some.")
+    return BucketedSource(readable)
+
+
+def read_captions(files: list[Path]) -> tuple[str, ...]:
+    """Returns the captions of pictures, `cat.txt` beside `cat.png`, on one line each; empty where no picture has one.
+
+    Raises ValueError where some pictures have captions and others none, or one is not UTF-8.
+
+    Example:
+        captions = read_captions([Path("photos/cat.png")])
+    """
+    beside = [file.with_suffix(".txt") for file in files]
+    missing = [path for path in beside if not path.is_file()]
+    if len(missing) == len(beside):
+        return ()
+    if missing:
+        raise ValueError(
+            f"data.path has captions of {len(beside) - len(missing)} of {len(beside)} pictures; add '{missing[0]}' "
+            f"and {len(missing) - 1} more, or remove the .txt files."
+        )
+    try:
+        return tuple(" ".join(path.read_text(encoding="utf-8").split()) for path in beside)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"a caption in data.path is not UTF-8 text ({error}); correct that file.") from error
 
 
 def find_pictures(
@@ -108,6 +161,7 @@ class FolderSource:
         labels: Int32[np.ndarray, " n"],
         *,
         class_names: tuple[str, ...],
+        captions: tuple[str, ...] = (),
         image_shape: tuple[int, int, int],
         crop: Crop = "center",
         on_corrupt: Literal["refuse", "skip"] = "refuse",
@@ -115,6 +169,7 @@ class FolderSource:
         self.files = files
         self.labels = labels
         self.class_names = class_names
+        self.captions = captions
         self.image_shape = image_shape
         self.crop: Crop = crop
         self.on_corrupt = on_corrupt
@@ -130,8 +185,11 @@ class FolderSource:
         positions = np.array([position for position, _ in answers])
         return {"image": np.stack([image for _, image in answers]), "label": self.labels[positions]}
 
-    def decoded(self) -> ArraySource:
-        """Returns the same pictures in memory; unreadable files are refused all at once, or left out."""
+    def decoded(self, *, may_be_empty: bool = False) -> ArraySource:
+        """Returns the same pictures in memory; unreadable files are refused all at once, or left out.
+
+        may_be_empty: leave them out even where none is left.
+        """
         images = np.empty((len(self.files), *self.image_shape), np.uint8)
         unreadable: dict[int, UnreadablePicture] = {}
 
@@ -144,12 +202,13 @@ class FolderSource:
         with ThreadPoolExecutor() as pool:
             list(pool.map(decode, range(len(self.files))))
         bad = [unreadable[position] for position in sorted(unreadable)]
-        if bad and (self.on_corrupt == "refuse" or len(bad) == len(self.files)):
+        none_left = len(bad) == len(self.files) and not may_be_empty
+        if bad and (self.on_corrupt == "refuse" or none_left):
             raise ValueError(_refusal(bad))
         for error in bad:
             _warn_left_out(error)
         kept = np.setdiff1d(np.arange(len(self.files)), sorted(unreadable)) if bad else slice(None)
-        return ArraySource(images[kept], self.labels[kept], class_names=self.class_names)
+        return ArraySource(images[kept], self.labels[kept], class_names=self.class_names, captions=self.captions)
 
     def _read(self, position: int) -> UInt8[np.ndarray, "height width c"]:
         height, width, channels = self.image_shape
@@ -169,6 +228,22 @@ class FolderSource:
                     self._warned.add(self.files[candidate])
                     _warn_left_out(error)
         raise ValueError(_refusal(failures))
+
+
+def _aspects(files: list[Path], on_corrupt: str) -> list[str | None]:
+    """The nearest aspect of each picture, by its header alone; None for one that is left out for having none."""
+
+    def aspect(file: Path) -> str | None:
+        try:
+            return nearest_aspect(*picture_size(file))
+        except UnreadablePicture as error:
+            if on_corrupt == "refuse":
+                raise ValueError(_refusal([error])) from error
+            _warn_left_out(error)
+            return None
+
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(aspect, files))
 
 
 def _pictures_below(folder: Path) -> list[Path]:

@@ -8,6 +8,7 @@ import sys
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -75,7 +76,18 @@ class Loader:
         return np.concatenate(orders)
 
 
-def prefetch(loader: Loader, start: int, stop: int, *, depth: int = 2) -> Iterator[Batch]:
+@runtime_checkable
+class StatelessLoader(Protocol):
+    """What gives the batch of any step.
+
+    Example:
+        batch = loader.batch(step=100)
+    """
+
+    def batch(self, step: int) -> Batch: ...
+
+
+def prefetch(loader: StatelessLoader, start: int, stop: int, *, depth: int = 2) -> Iterator[Batch]:
     """Returns an iterator over batches start..stop-1, with the next `depth` made meanwhile by one thread.
 
     An error while making a batch is raised where that batch would have come. Closing the iterator, or leaving
@@ -107,7 +119,7 @@ def fixed_batches(source: Source, batch_size: int) -> Iterator[Batch]:
         yield {**source[np.minimum(positions, size - 1)], "mask": positions < size}
 
 
-def _prefetched(loader: Loader, start: int, stop: int, depth: int) -> Iterator[Batch]:
+def _prefetched(loader: StatelessLoader, start: int, stop: int, depth: int) -> Iterator[Batch]:
     pending: deque[Future[Batch]] = deque()
     pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="flowgen-prefetch")
     try:

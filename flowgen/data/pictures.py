@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 import zlib
+from collections.abc import Generator
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 Crop = Literal["center", "none"]
+_EXIF_ORIENTATION = 0x0112
+_SIDEWAYS = (5, 6, 7, 8)
 # What Pillow's decoders raise on damaged files, besides the OSError it documents.
 _DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, IndexError, struct.error, zlib.error)
 
@@ -37,22 +41,43 @@ def read_picture(
     Example:
         image = read_picture("cat.jpg", size=(64, 64), channels=3, crop="center")
     """
+    with _opened(path) as file:
+        import PIL.ImageOps
+
+        # Opening reads the header alone; a truncated file only fails here.
+        file.load()
+        image = PIL.ImageOps.exif_transpose(file)
+    image = fit(_flatten(image).convert("L" if channels == 1 else "RGB"), size, crop)
+    return np.asarray(image, dtype=np.uint8).reshape(*size, channels)
+
+
+def picture_size(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """Returns (height, width) of the picture in a file, turned upright; reads its header alone.
+
+    Raises UnreadablePicture: a foreign file, or a damaged header.
+
+    Example:
+        height, width = picture_size("cat.jpg")
+    """
+    with _opened(path) as file:
+        sideways = file.getexif().get(_EXIF_ORIENTATION, 1) in _SIDEWAYS
+        return (file.width, file.height) if sideways else (file.height, file.width)
+
+
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike[str]) -> Generator[Image]:
+    """Yields an open picture; what Pillow raises meanwhile becomes UnreadablePicture."""
     module = pillow()
     import PIL
-    import PIL.ImageOps
 
     try:
         with module.open(path) as file:
-            # `open` reads the header alone; a truncated file only fails here.
-            file.load()
-            image = PIL.ImageOps.exif_transpose(file)
+            yield file
     except PIL.UnidentifiedImageError as error:
         raise UnreadablePicture(f"'{path}' (no picture inside)") from error
     except (*_DECODE_ERRORS, module.DecompressionBombError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UnreadablePicture(f"'{path}' ({reason})") from error
-    image = fit(_flatten(image).convert("L" if channels == 1 else "RGB"), size, crop)
-    return np.asarray(image, dtype=np.uint8).reshape(*size, channels)
 
 
 def fit(image: Image, size: tuple[int, int], crop: Crop) -> Image:

@@ -9,7 +9,9 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import UInt8
 
+from flowgen.data.buckets import BucketedSource
 from flowgen.data.folder import read_folder
+from flowgen.data.latents import read_latents
 from flowgen.data.named import read_digits, read_mnist
 from flowgen.data.npz import read_npz
 from flowgen.data.openmoji import read_openmoji
@@ -22,13 +24,17 @@ _READERS: dict[str, Callable[[DataConfig, tuple[int, int]], ArraySource]] = {
     "openmoji": read_openmoji,
     "npz": read_npz,
 }
+_WITH_PATH = ("folder", "npz", "encoded")
 
 
-def load(config: DataConfig, *, image_size: tuple[int, int], channels: int, split: Split) -> Source:
+def load(
+    config: DataConfig, *, image_size: tuple[int, int], channels: int, split: Split, multiple: int = 1
+) -> Source | BucketedSource:
     """Returns the pictures of one split at the model's (height, width) and channels.
 
     Grey sources give 3 channels by repetition. Colour gives 1 channel only from a folder, where Pillow
-    converts; elsewhere it is refused. Labels are numbers into `class_names`, or -1 without one.
+    converts; elsewhere it is refused. Labels are numbers into `class_names`, or -1 without one. multiple: of the sides
+    of the buckets, where `config.aspects` asks for them.
 
     Raises:
         ValueError: the source cannot give this shape, or the split is empty, or a file is damaged.
@@ -40,15 +46,17 @@ def load(config: DataConfig, *, image_size: tuple[int, int], channels: int, spli
         print(len(source), source.class_names)
     """
     check_choice("split", split, typing.get_args(Split))
-    if config.source in ("folder", "npz") and not config.path:
+    if config.source in _WITH_PATH and not config.path:
         raise ValueError(f"data.path is empty; data.source '{config.source}' needs the path to read from.")
-    if config.source not in ("folder", "npz") and config.path:
+    if config.source not in _WITH_PATH and config.path:
         raise ValueError(
             f"data.path is '{config.path}' but data.source '{config.source}' reads no path; "
-            f"set data.source to 'folder' or 'npz', or leave data.path empty."
+            f"set data.source to 'folder', 'npz' or 'encoded', or leave data.path empty."
         )
     if config.source == "folder":
-        return read_folder(config, image_size=image_size, channels=channels, split=split)
+        return read_folder(config, image_size=image_size, channels=channels, split=split, multiple=multiple)
+    if config.source == "encoded":
+        return read_latents(config.path, split)
     source = _READERS[config.source](config, image_size)
     source = source.select(hold_out(len(source), config.eval_fraction, split))
     return dataclasses.replace(source, images=_match_channels(source.images, channels, config.source))

@@ -21,8 +21,11 @@ _HOLD_OUT_SEED = 1797
 class DataConfig:
     """Which pictures to train on; image size and channels come from the model.
 
-    source: a built-in set, or the user's own `folder` or `npz` at `path`.
+    source: a built-in set, or the user's own `folder` or `npz` at `path`; or `encoded`, latents that
+        `python -m flowgen encode` wrote there.
     flip: mirror each training picture left to right with probability one half.
+    aspects: sort a folder's pictures into nine aspect ratios of about the model's area instead of cropping all to
+        one shape; a batch holds pictures of one shape.
     crop: "center" covers the model's size and cuts the middle out; "none" stretches to it. Not used by `npz`.
     on_corrupt: an unreadable file in a folder stops the run ("refuse") or is named in a warning and left out
         ("skip").
@@ -34,9 +37,10 @@ class DataConfig:
         source = load(config, image_size=(64, 64), channels=3, split="train")
     """
 
-    source: Literal["digits", "mnist", "openmoji", "folder", "npz"] = "digits"
+    source: Literal["digits", "mnist", "openmoji", "folder", "npz", "encoded"] = "digits"
     path: str = ""
     flip: bool = False
+    aspects: bool = False
     crop: Crop = "center"
     on_corrupt: Literal["refuse", "skip"] = "refuse"
     eval_fraction: float = 0.1
@@ -50,6 +54,12 @@ class DataConfig:
             raise ValueError(
                 f"data.eval_fraction is {self.eval_fraction}; it must be at least 0 and below 1, such as 0.1."
             )
+        if self.aspects and self.source != "folder":
+            raise ValueError(
+                f"data.aspects is set, but data.source '{self.source}' has one shape; set it for a 'folder'."
+            )
+        if self.flip and self.source == "encoded":
+            raise ValueError("data.flip is set, but latents cannot be mirrored; give --data.flip true to encode.")
         if self.in_memory_bytes < 0:
             raise ValueError(
                 f"data.in_memory_bytes is {self.in_memory_bytes}; it must be 0 (decode per batch) or more."
@@ -59,6 +69,8 @@ class DataConfig:
 @runtime_checkable
 class Source(Protocol):
     """Pictures of one shape, addressed by number. `__getitem__` may be called from several threads.
+
+    captions: empty, or one line of text per picture.
 
     Example:
         source = load(DataConfig(), image_size=(8, 8), channels=1, split="train")
@@ -70,6 +82,9 @@ class Source(Protocol):
 
     @property
     def class_names(self) -> tuple[str, ...]: ...
+
+    @property
+    def captions(self) -> tuple[str, ...]: ...
 
     def __len__(self) -> int: ...
 
@@ -144,7 +159,15 @@ def permutation(bits: np.random.Philox, size: int) -> Int[np.ndarray, " size"]:
     return np.argsort(bits.random_raw(size), kind="stable")
 
 
-def check_classes(source: Source, num_classes: int) -> None:
+@runtime_checkable
+class HasClasses(Protocol):
+    """What has labels into `class_names`."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]: ...
+
+
+def check_classes(source: HasClasses, num_classes: int) -> None:
     """Raises ValueError where a model of `num_classes` (0 is unconditional) cannot take this source's labels.
 
     Example:

@@ -2,10 +2,11 @@
 
 from flowgen.decoding.guidance import Guidance, linear_rule, product_rule
 from flowgen.decoding.plan import DecodePlan, Jacobi, Sequential, resolve_plan
-from flowgen.decoding.sampler import Inversion, invert, sample
+from flowgen.decoding.sampler import Denoiser, Inversion, invert, sample
 
 __all__ = [
     "DecodePlan",
+    "Denoiser",
     "Guidance",
     "Inversion",
     "Jacobi",

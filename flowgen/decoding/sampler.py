@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Integer, Key
 
 from flowgen.attention import causal_kernel
-from flowgen.conditioning import UNCONDITIONAL, check_labels
+from flowgen.conditioning import TextCondition, unconditional
 from flowgen.decoding.guidance import Guidance, linear_rule, product_rule
 from flowgen.decoding.jacobi import Conditioner, solve
 from flowgen.decoding.plan import DecodePlan, Jacobi, Plan, Sequential, resolve_plan
@@ -19,6 +20,17 @@ from flowgen.flows.affine import reorder, to_noise
 from flowgen.flows.block import block_parameters, decoding_block
 from flowgen.flows.density import denoise as tweedie
 from flowgen.nn.layers import master_dtype
+
+
+class Denoiser(NamedTuple):
+    """A learned denoiser in place of the score step: clean = function(variables, noisy, cond), images all of them.
+
+    Example:
+        r = sample(flow, params, key, 16, labels, denoise=Denoiser(network.apply, network_variables))
+    """
+
+    function: Callable[..., Float[Array, "b height width c"]]
+    variables: Any
 
 
 class Inversion(NamedTuple):
@@ -44,15 +56,17 @@ def invert(
     flow: Any,
     params: Any,
     z: Float[Array | np.ndarray, "b n c"],
-    cond: Integer[Array | np.ndarray, " b"] | list[int] | None = None,
+    cond: Integer[Array | np.ndarray, " b"] | list[int] | TextCondition | None = None,
     *,
     plan: Plan | str = "sequential",
     guidance: Guidance | None = None,
+    null: TextCondition | None = None,
     certify: bool = False,
 ) -> Inversion:
     """Returns the images whose `forward` is z, decoded by `plan` and steered by `guidance`.
 
-    z: noise tokens in raster order, as `forward` gives them. certify: run one forward pass on the result and report
+    z: noise tokens in raster order, as `forward` gives them. null: the text of the unconditional branch of guidance,
+    one or `b`, for flows of texts. certify: run one forward pass on the result and report
     the reconstruction error, guidance included. Raises ValueError where z, cond, plan or guidance do
     not fit the flow. The scale and temperature of guidance can change without recompiling.
 
@@ -63,11 +77,12 @@ def invert(
     expected = (config.num_tokens, config.token_dim)
     if z.ndim != 3 or z.shape[1:] != expected:
         raise ValueError(f"z has shape {tuple(z.shape)}; this flow takes (batch, {expected[0]}, {expected[1]}).")
-    cond = check_labels(cond, num_classes=config.num_classes, batch=z.shape[0])
+    cond = config.check_cond(cond, z.shape[0])
     z = jnp.asarray(z, master_dtype(config.dtype))
     guidance, weights = _active(guidance, cond, config)
+    null = None if guidance is None else config.check_null(null, z.shape[0])
     plan = _resolve(plan, guidance, config, z.shape[0])
-    return _invert(flow, params, z, cond, weights, plan=plan, guidance=guidance, certify=certify)
+    return _invert(flow, params, z, (cond, null), weights, plan=plan, guidance=guidance, certify=certify)
 
 
 def sample(
@@ -75,17 +90,19 @@ def sample(
     params: Any,
     key: Key[Array, ""],
     num: int,
-    cond: Integer[Array | np.ndarray, " b"] | list[int] | None = None,
+    cond: Integer[Array | np.ndarray, " b"] | list[int] | TextCondition | None = None,
     *,
     plan: Plan | str = "auto",
     guidance: Guidance | None = None,
-    denoise: bool | float = True,
+    null: TextCondition | None = None,
+    denoise: bool | float | Denoiser = True,
     first: int = 0,
     certify: bool = False,
 ) -> Inversion:
     """Returns `num` images drawn from the flow, with the noise it was trained under removed.
 
-    denoise: one score step x + strength · σ² ∇ log p(x | cond), σ from the flow's config; a number is the strength.
+    null: as for `invert`. denoise: one score step x + strength · σ² ∇ log p(x | cond), σ from the flow's config; a
+    number is the strength; or a learned `Denoiser`.
     first: index of the first image. Image i depends on (key, i) alone, so a large job can be cut anyhow.
     Raises ValueError as `invert` does, and where `num` is not positive.
 
@@ -95,25 +112,28 @@ def sample(
     config = flow.config
     if num < 1:
         raise ValueError(f"num is {num}; ask for at least one sample.")
-    cond = check_labels(cond, num_classes=config.num_classes, batch=num)
+    cond = config.check_cond(cond, num)
     guidance, weights = _active(guidance, cond, config)
+    null = None if guidance is None else config.check_null(null, num)
     plan = _resolve(plan, guidance, config, num)
-    strength = float(denoise)
+    learned = denoise if isinstance(denoise, Denoiser) else None
+    strength = 0.0 if isinstance(denoise, Denoiser) else float(denoise)
     if not 0 <= strength < float("inf"):
-        raise ValueError(f"denoise is {denoise}; it must be True, False or a strength of at least 0.")
-    denoised = strength > 0 and config.noise_std > 0
+        raise ValueError(f"denoise is {denoise}; it must be True, False, a strength of at least 0, or a Denoiser.")
     indices = first + jnp.arange(num)
     return _sample(
         flow,
         params,
         key,
         indices,
-        cond,
+        (cond, null),
         weights,
         strength,
+        None if learned is None else learned.variables,
         plan=plan,
         guidance=guidance,
-        denoised=denoised,
+        score_step=strength > 0 and config.noise_std > 0,
+        denoiser=None if learned is None else learned.function,
         certify=certify,
     )
 
@@ -126,6 +146,8 @@ def _active(guidance: Guidance | None, cond: Any, config: Any) -> tuple[Guidance
     outside = [index for index in blocks if not 0 <= index < config.num_blocks]
     if outside:
         raise ValueError(f"guidance blocks name {outside[0]}; this flow has blocks 0..{config.num_blocks - 1}.")
+    if guidance.temperature == 1:  # then the two branches of a block without condition are the same
+        blocks = tuple(index for index in blocks if config.blocks[index].is_conditional)
     if not blocks:
         return None, None
     attention = config.blocks[0].transformer.attention
@@ -144,37 +166,41 @@ def _resolve(plan: Plan | str, guidance: Guidance | None, config: Any, batch: in
 
 
 @partial(jax.jit, static_argnames=("flow", "plan", "guidance", "certify"))
-def _invert(flow, params, z, cond, weights, *, plan, guidance, certify) -> Inversion:
-    return _decode(flow, params, z, cond, weights, plan, guidance, certify)
+def _invert(flow, params, z, conds, weights, *, plan, guidance, certify) -> Inversion:
+    return _decode(flow, params, z, conds, weights, plan, guidance, certify)
 
 
-@partial(jax.jit, static_argnames=("flow", "plan", "guidance", "denoised", "certify"))
-def _sample(flow, params, key, indices, cond, weights, strength, *, plan, guidance, denoised, certify) -> Inversion:
+@partial(jax.jit, static_argnames=("flow", "plan", "guidance", "score_step", "denoiser", "certify"))
+def _sample(
+    flow, params, key, indices, conds, weights, strength, learned, *, plan, guidance, score_step, denoiser, certify
+) -> Inversion:
     shape = (flow.config.num_tokens, flow.config.token_dim)
     master = master_dtype(flow.config.dtype)
     noise = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape, master))(indices)
     z = noise * jnp.sqrt(flow.apply(params, method="prior_variance"))[None]
-    result = _decode(flow, params, z, cond, weights, plan, guidance, certify)
-    if denoised:
-        x = tweedie(flow, params, result.x, cond, strength=strength)
-        result = result._replace(x=x, finite=jnp.isfinite(x).all(axis=(1, 2, 3)))
-    return result
+    result = _decode(flow, params, z, conds, weights, plan, guidance, certify)
+    x = result.x
+    if score_step:
+        x = tweedie(flow, params, x, conds[0], strength=strength)
+    if denoiser is not None:
+        x = denoiser(learned, x, conds[0])
+    return result._replace(x=x, finite=jnp.isfinite(x).all(axis=(1, 2, 3)))
 
 
-def _decode(flow, params, z, cond, weights, plan, guidance, certify) -> Inversion:
+def _decode(flow, params, z, conds, weights, plan, guidance, certify) -> Inversion:
     reports, errors = [], []
     tokens = z
     for index in reversed(range(len(plan.blocks))):
         noise = tokens
         guided = guidance if guidance is not None and index in guidance.blocks else None
-        block = _Block(flow, params, index, cond, guided, weights)
+        block = _Block(flow, params, index, conds, guided, weights)
         tokens, solution = block.decode(noise, plan.blocks[index])
         reports.append(solution)
         if certify and guidance is not None:
             errors.append(jnp.abs(block.encode(tokens) - noise).max(axis=(1, 2)))
     x = flow.to_images(tokens)
     if certify and guidance is None:
-        errors.append(jnp.abs(flow.apply(params, x, cond, method="forward")[0] - z).max(axis=(1, 2)))
+        errors.append(jnp.abs(flow.apply(params, x, conds[0], method="forward")[0] - z).max(axis=(1, 2)))
     reports.reverse()
     width = max(len(r.sweeps) for r in reports)
     return Inversion(
@@ -190,13 +216,14 @@ def _decode(flow, params, z, cond, weights, plan, guidance, certify) -> Inversio
 class _Block:
     """One block of a flow with its condition and guidance filled in."""
 
-    def __init__(self, flow, params, index, cond, guidance, weights):
+    def __init__(self, flow, params, index, conds, guidance, weights):
         self.config = flow.config.blocks[index]
         self.module, self.params = decoding_block(self.config, block_parameters(params, index))
         self.guidance, self.weights = guidance, weights
-        self.cond = cond
-        if guidance is not None and cond is not None:
-            self.cond = jnp.concatenate([cond, jnp.full_like(cond, UNCONDITIONAL)])
+        self.cond, null = conds
+        if guidance is not None and self.cond is not None:
+            both = self.cond, unconditional(self.cond, null)
+            self.cond = jax.tree.map(lambda *parts: jnp.concatenate(parts), *both)
 
     def call(self, method, *args):
         return self.module.apply(self.params, *args, method=method)
@@ -205,14 +232,13 @@ class _Block:
         """Raster-order tokens and the report of the solver."""
         plan = Jacobi(window=1, tol=0.0) if isinstance(plan, Sequential) else plan
         v = reorder(z, self.config.order)
-        branches = 1 if self.guidance is None else 2
         conditioner = Conditioner(self.window, self.module.rewind)
         free = self.module.num_free
         solution = solve(
             conditioner,
             self.call("first_previous", v),
             v[:, free:],
-            lambda length: self.module.init_caches(branches * len(z), length),
+            lambda length: self.prefill(len(z), length),
             plan,
         )
         tokens = jnp.concatenate([v[:, :free], solution.x], axis=1)
@@ -222,20 +248,30 @@ class _Block:
         """Raster-order noise of tokens by one parallel pass, guidance included: the certificate of `decode`."""
         u = reorder(x, self.config.order)
         free = self.module.num_free
-        previous = jnp.concatenate([self.call("first_previous", u), u[:, free:-1]], axis=1)
-        shift, log_scale, _ = self.window(previous, 0, None)
+        shift, log_scale, _ = self.window(self.call("previous", u), 0, None)
         z, _ = to_noise(u[:, free:], shift, log_scale)
         return reorder(jnp.concatenate([u[:, :free], z], axis=1), self.config.order)
+
+    def prefill(self, batch, length):
+        """Caches for `length` tokens behind the condition's prefix, both branches where guided."""
+        branches = 1 if self.guidance is None else 2
+        return self.call("prefill", branches * batch, length, self.cond, self.inverse_temperature(batch))
+
+    def inverse_temperature(self, batch):
+        if self.guidance is None:
+            return None
+        dtype = master_dtype(self.config.transformer.dtype)
+        return jnp.where(jnp.arange(2 * batch) < batch, 1.0, 1.0 / self.weights[1]).astype(dtype)
 
     def window(self, previous, start, cache):
         """(shift, log_scale, caches) of the tokens after `previous`, both branches in one pass where guided."""
         if self.guidance is None:
             return self.call("conditioner", previous, start, self.cond, cache, None)
         batch, width = previous.shape[:2]
-        scale, temperature = self.weights
+        scale, _ = self.weights
         both = jnp.concatenate([previous, previous])
-        inverse_temperature = jnp.where(jnp.arange(2 * batch) < batch, 1.0, 1.0 / temperature).astype(both.dtype)
-        shift, log_scale, cache = self.call("conditioner", both, start, self.cond, cache, inverse_temperature)
+        cold = self.inverse_temperature(batch)
+        shift, log_scale, cache = self.call("conditioner", both, start, self.cond, cache, cold)
         conditional = shift[:batch], log_scale[:batch]
         unconditional = shift[batch:], log_scale[batch:]
         tokens = start + jnp.arange(width) + self.module.num_free

@@ -1,5 +1,24 @@
-"""Evaluation of trained models."""
+"""Evaluation of trained models: likelihood, distances of samples, features."""
 
-from flowgen.evaluation.likelihood import flow_bits_per_dim, gaussian_bits_per_dim
+from flowgen.evaluation.features import Classifier, train_classifier
+from flowgen.evaluation.likelihood import (
+    flow_bits_per_dim,
+    flow_nats_per_dim,
+    gaussian_bits_per_dim,
+    velocity_bits_per_dim,
+)
+from flowgen.evaluation.metrics import frechet_distance
+from flowgen.evaluation.points import PointSamples, point_metrics, point_samples
 
-__all__ = ["flow_bits_per_dim", "gaussian_bits_per_dim"]
+__all__ = [
+    "Classifier",
+    "PointSamples",
+    "flow_bits_per_dim",
+    "flow_nats_per_dim",
+    "frechet_distance",
+    "gaussian_bits_per_dim",
+    "point_metrics",
+    "point_samples",
+    "train_classifier",
+    "velocity_bits_per_dim",
+]

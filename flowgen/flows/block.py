@@ -1,12 +1,17 @@
 """One autoregressive block: an invertible map of tokens, and the conditioner that decoders invert it with.
 
-In the block's token order, with u the tokens and P the positions in the same order (TARFlow, arXiv 2412.06329):
+In the block's token order, with u the tokens (TARFlow, arXiv 2412.06329, and STARFlow, arXiv 2506.06276):
 
-    h_t = W_in u_t + b_in + P_t + e(class),    h = transformer(h) causally,    o_t = W_out h_t + b_out
-    (log_scale_0, shift_0) = 0,                (log_scale_{t+1}, shift_{t+1}) = o_t
-    z_t = (u_t - shift_t) · exp(-log_scale_t)
+    h_t = W_in p_t + b_in + (position) + (class),   h = transformer([prefix; h]) causally
+    o_t = W_out norm(h_t) + b_out
+    (log_scale_{t+f}, shift_{t+f}) = o_t,    z_t = (u_t - shift_t) · exp(-log_scale_t)
 
-The output is shifted by one token, so token 0 passes unchanged and the last token is never fed to the network.
+shift "output" (TARFlow): the network sees p_t = u_t and answers for the token after it, f = 1. Token 0 passes
+unchanged, and the last token is never fed to the network. shift "input" (STARFlow): p_0 is a learned start token in
+data space and p_t = u_{t-1}, f = 0. Every token is transformed.
+
+Positions are a learned table, in the order of the tokens, or rotary angles of the slots, which do not follow it.
+A condition enters as a class embedding added to every token, or as a prefix of tokens that all others see.
 """
 
 from __future__ import annotations
@@ -19,25 +24,72 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from flowgen.attention import causal_kernel
-from flowgen.conditioning import class_embedding
-from flowgen.flows.affine import TokenOrder, reorder, to_noise
-from flowgen.nn.layers import linear, master_dtype
+from flowgen.conditioning import Condition, TextCondition, class_embedding, class_one_hot, masked_text
+from flowgen.flows.affine import AFFINE_HEADS, AffineForm, TokenOrder, reorder, soft_clip, to_noise
+from flowgen.flows.positions import GridPositions
+from flowgen.nn.layers import RMSNorm, linear, master_dtype
 from flowgen.nn.transformer import TransformerConfig, transformer_stack, unstack_layers
 
-Transform = Literal["affine", "volume_preserving"]
+Shift = Literal["output", "input"]
 EMBEDDING_STDDEV = 0.01
 
 
 @dataclass(frozen=True)
+class ClassPrefix:
+    """A prefix of one token: the label's row of a table whose last row is "unconditional"."""
+
+    num_classes: int
+    length = 1
+
+    @property
+    def dim(self) -> int:
+        return self.num_classes + 1
+
+    def features(self, cond: Any, batch: int, dtype: jnp.dtype) -> Float[Array, "b l e"]:
+        """Returns one-hot rows as a text of one token."""
+        return class_one_hot(cond, self.num_classes, batch, dtype)[:, None]
+
+
+@dataclass(frozen=True)
+class TextPrefix:
+    """A prefix of `length` tokens with `dim` features each; padding is zeros, and is attended to as published."""
+
+    length: int
+    dim: int
+
+    def features(self, cond: Any, batch: int, dtype: jnp.dtype) -> Float[Array, "b l e"]:
+        """Returns the features of the texts, zeros without a condition."""
+        return jnp.zeros((batch, self.length, self.dim), dtype) if cond is None else masked_text(cond).astype(dtype)
+
+
+@dataclass(frozen=True)
 class BlockConfig:
-    """Shape of one block: its tokens, their order, the affine form and the transformer inside."""
+    """Shape of one block: its tokens, their order, the affine form, its conditions, and the transformer inside.
+
+    num_classes: of labels that are added to the tokens. prefix: of what stands before them. positions: rotary; None
+    is a learned table. soft_clip: bound of raw outputs, 0 for none. final_norm: RMSNorm before the last linear map.
+    """
 
     num_tokens: int
     token_dim: int
     order: TokenOrder
-    transform: Transform
+    transform: AffineForm
     num_classes: int
     transformer: TransformerConfig
+    shift: Shift = "output"
+    soft_clip: float = 0.0
+    final_norm: bool = False
+    positions: GridPositions | None = None
+    prefix: ClassPrefix | TextPrefix | None = None
+
+    @property
+    def prefix_length(self) -> int:
+        return 0 if self.prefix is None else self.prefix.length
+
+    @property
+    def is_conditional(self) -> bool:
+        """Whether the block's map depends on `cond`."""
+        return self.num_classes > 0 or self.prefix is not None
 
 
 class AutoregressiveBlock(nn.Module):
@@ -49,28 +101,37 @@ class AutoregressiveBlock(nn.Module):
 
     config: BlockConfig
 
-    # Leading tokens, in the block's order, that the map leaves unchanged.
-    num_free = 1
+    @property
+    def num_free(self) -> int:
+        """Leading tokens, in the block's order, that the map leaves unchanged."""
+        return 1 if self.config.shift == "output" else 0
 
     def setup(self):
         config, transformer = self.config, self.config.transformer
         width, dtype = transformer.width, transformer.dtype
         embedding = nn.initializers.normal(EMBEDDING_STDDEV)
         master = master_dtype(dtype)
-        outputs = 2 if config.transform == "affine" else 1
+        outputs = AFFINE_HEADS[config.transform].outputs
         self.proj_in = linear(width, config.token_dim, dtype)
-        self.pos_embed = self.param("pos_embed", embedding, (config.num_tokens, width), master)
+        if config.shift == "input":
+            self.start_token = self.param("start_token", nn.initializers.normal(1.0), (config.token_dim,), master)
+        if config.positions is None:
+            self.pos_embed = self.param("pos_embed", embedding, (config.num_tokens, width), master)
         if config.num_classes:
             self.class_embed = self.param("class_embed", embedding, (config.num_classes, width), master)
+        if config.prefix is not None:
+            self.proj_prefix = linear(width, config.prefix.dim, dtype)
         self.layers = transformer_stack(transformer)
+        if config.final_norm:
+            self.final_norm = RMSNorm(dtype)
         self.proj_out = linear(outputs * config.token_dim, width, dtype, zero_kernel=True)
 
     def __call__(
-        self, x: Float[Array, "b n c"], labels: Int[Array, " b"] | None = None
+        self, x: Float[Array, "b n c"], cond: Condition | None = None
     ) -> tuple[Float[Array, "b n c"], Float[Array, " b"]]:
         """Returns z in raster order and logdet `b` (summed, nats)."""
         u = reorder(x, self.config.order)
-        shift, log_scale, _ = self.conditioner(u[:, :-1], 0, labels, None, None)
+        shift, log_scale, _ = self.conditioner(self.previous(u), 0, cond, None, None)
         free = ((0, 0), (self.num_free, 0), (0, 0))
         z, logdet = to_noise(u, jnp.pad(shift, free), jnp.pad(log_scale, free))
         return reorder(z, self.config.order), logdet
@@ -79,40 +140,78 @@ class AutoregressiveBlock(nn.Module):
         self,
         previous: Float[Array, "b w c"],
         start: Int[Array, ""] | int,
-        labels: Int[Array, " b"] | None,
+        cond: Condition | None,
         caches: tuple | None,
         inverse_temperature: Float[Array, " b"] | None,
     ) -> tuple[Float[Array, "b w c"], Float[Array, "b w c"], tuple | None]:
         """Returns (shift, log_scale) of a window of tokens from the tokens just before them, and the caches.
 
-        previous: tokens start..start+w-1 in the block's order; the answer is for tokens start+1..start+w.
-        caches: hold what tokens 0..start-1 left behind; None when start is 0 and nothing follows.
+        previous: rows start..start+w-1 of `previous(tokens)`; the answer is for tokens start+f..start+f+w-1, with
+        f = num_free. caches: from `prefill`, with what rows 0..start-1 left behind; None when start is 0 and
+        nothing follows.
         """
         config, transformer = self.config, self.config.transformer
-        positions = jnp.minimum(start + jnp.arange(previous.shape[1]), config.num_tokens - 1)
-        position = reorder(jnp.asarray(self.pos_embed), config.order)[positions]
-        h = self.proj_in(previous) + position[None].astype(transformer.dtype)
+        batch, window = previous.shape[:2]
+        h = self.proj_in(previous)
+        if config.positions is None:
+            rows = jnp.minimum(start + jnp.arange(window), config.num_tokens - 1)
+            h = h + reorder(jnp.asarray(self.pos_embed), config.order)[rows][None].astype(transformer.dtype)
         if config.num_classes:
-            embedded = class_embedding(self.class_embed, labels, previous.shape[0])
-            h = h + embedded[:, None].astype(h.dtype)
-        h, caches = self.layers(h, caches, start, inverse_temperature)
-        out = self.proj_out(h).astype(master_dtype(transformer.dtype))
-        if config.transform == "volume_preserving":
-            return out, jnp.zeros_like(out), caches
-        log_scale, shift = jnp.split(out, 2, axis=-1)
+            assert not isinstance(cond, TextCondition)  # a flow checks its condition
+            h = h + class_embedding(self.class_embed, cond, batch)[:, None].astype(h.dtype)
+        slot = start + config.prefix_length
+        if config.prefix is not None and caches is None:
+            h, slot = jnp.concatenate([self.prefix_tokens(config.prefix, cond, batch), h], axis=1), start
+        rotation = self.rotation(slot, h.shape[1])
+        h, caches = self.layers(h, caches, slot, inverse_temperature, rotation)
+        h = h[:, h.shape[1] - window :]
+        out = self.proj_out(self.final_norm(h) if config.final_norm else h).astype(master_dtype(transformer.dtype))
+        shift, log_scale = AFFINE_HEADS[config.transform].parameters(soft_clip(out, config.soft_clip))
         return shift, log_scale, caches
 
+    def previous(self, tokens: Float[Array, "b n c"]) -> Float[Array, "b w c"]:
+        """Returns what the network sees, row t for token t + num_free, given all tokens in the block's order."""
+        return jnp.concatenate([self.first_previous(tokens), tokens[:, self.num_free : -1]], axis=1)
+
     def first_previous(self, z: Float[Array, "b n c"]) -> Float[Array, "b 1 c"]:
-        """Returns what stands before the first token that the block transforms: its free token."""
-        return z[:, :1]
+        """Returns what stands before the first token that the block transforms: its free token or the start token."""
+        if self.config.shift == "output":
+            return z[:, :1]
+        return jnp.broadcast_to(self.start_token[None, None].astype(z.dtype), (len(z), 1, z.shape[2]))
+
+    def prefix_tokens(
+        self, prefix: ClassPrefix | TextPrefix, cond: Condition | None, batch: int
+    ) -> Float[Array, "b l d"]:
+        """Returns the tokens that stand before all others; they depend on the condition alone."""
+        return self.proj_prefix(prefix.features(cond, batch, jnp.dtype(self.config.transformer.dtype)))
+
+    def rotation(self, slot: Int[Array, ""] | int, length: int) -> tuple[Array, Array] | None:
+        """Returns (cos, sin) of the rotary angles of `length` slots, prefix included; None with learned positions."""
+        config = self.config
+        if config.positions is None:
+            return None
+        slots = jnp.minimum(slot + jnp.arange(length), config.prefix_length + config.num_tokens - 1)
+        cos, sin = config.positions.rotary(config.prefix_length)
+        master = master_dtype(config.transformer.dtype)
+        return jnp.asarray(cos, master)[slots], jnp.asarray(sin, master)[slots]
+
+    def prefill(
+        self, batch: int, length: int, cond: Condition | None, inverse_temperature: Float[Array, " b"] | None = None
+    ) -> tuple:
+        """Returns caches for decoding `length` tokens of a batch, with the prefix already in them."""
+        caches, prefix = self.init_caches(batch, length), self.config.prefix
+        if prefix is None:
+            return caches
+        tokens = self.prefix_tokens(prefix, cond, batch)
+        return self.layers(tokens, caches, 0, inverse_temperature, self.rotation(0, prefix.length))[1]
 
     def init_caches(self, batch: int, length: int) -> tuple:
-        """Returns the empty caches of all layers for decoding `length` tokens."""
+        """Returns the empty caches of all layers for a prefix and `length` tokens."""
         config = self.config.transformer
         init_cache = causal_kernel(config.attention).init_cache
-        dtype = jnp.dtype(config.dtype)
+        dtype, slots = jnp.dtype(config.dtype), self.config.prefix_length + length
         return tuple(
-            init_cache(batch, length, config.num_heads, config.head_dim, dtype) for _ in range(config.num_layers)
+            init_cache(batch, slots, config.key_heads, config.head_dim, dtype) for _ in range(config.num_layers)
         )
 
     def rewind(self, before: tuple, after: tuple) -> tuple:

@@ -11,9 +11,9 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key, UInt8
+from jaxtyping import Array, Float, Key, UInt8
 
-from flowgen.conditioning import drop_labels
+from flowgen.conditioning import Condition, TextCondition, drop_labels, drop_texts
 from flowgen.data.media import from_uint8
 
 LEVELS = 256
@@ -27,6 +27,8 @@ class Flow(Protocol):
     config: Any
 
     def apply(self, variables: Any, *args: Any, method: str) -> Any: ...
+
+    def at(self, height: int, width: int) -> Any: ...
 
 
 def gaussian_log_prob(z: Float[Array, "b n c"], variance: Float[Array, "n c"] | None = None) -> Float[Array, " b"]:
@@ -75,38 +77,82 @@ def add_noise(
     return jnp.asarray(from_uint8(images)) + noise_std * jax.random.normal(key, images.shape)
 
 
-def nll_objective(flow: Flow, *, label_dropout: float = 0.0) -> Callable[..., tuple]:
+def batch_input(key: Key[Array, ""], batch: Any, noise_std: float) -> Float[Array, "b height width c"]:
+    """Returns the input of a flow in training, from pictures or from moments of latents.
+
+    `image` uint8: see `add_noise`. `mean` and `std` `b height width c`, an autoencoder's posterior: a draw from it, and
+    σ N(0, I) on top.
+
+    Example:
+        x = batch_input(key, {"mean": mean, "std": std}, flow.config.noise_std)
+    """
+    if "image" in batch:
+        return add_noise(key, batch["image"], noise_std)
+    posterior_key, key = jax.random.split(key)
+    mean, std = (jnp.asarray(batch[name], jnp.float32) for name in ("mean", "std"))
+    latents = mean + std * jax.random.normal(posterior_key, mean.shape)
+    return latents + noise_std * jax.random.normal(key, mean.shape)
+
+
+def nll_objective(
+    flow: Flow,
+    *,
+    label_dropout: float = 0.0,
+    norm_penalty: float = 0.0,
+    loss_scale: float = 1.0,
+    null_text: Callable[[tuple[int, int]], TextCondition] | None = None,
+) -> Callable[..., tuple]:
     """Returns the maximum-likelihood objective (variables, batch, key) -> (loss, metrics[, carried state]).
 
-    loss = ½ mean z² - mean logdet / num_dims in nats per dimension, without constants (TARFlow, eq. of the loss).
-    batch: `image` uint8 `b h w c`, and `label` int32 `b` where the flow has classes; labels become -1 with
-    probability `label_dropout`. metrics: loss, bits_per_dim (of the noised images), mean_square_z,
-    logdet_per_dim, and mean_square/<block> of the tokens after each block.
+    loss = loss_scale (½ mean z² - mean logdet / num_dims) + norm_penalty Σ_k mean x_k², in nats per dimension, without
+    constants (TARFlow, eq. of the loss; the penalty, on the tokens that enter each block, is STARFlow's).
+    batch: what `batch_input` takes, of any size that `flow.at` takes; and `label` int32 `b` where the flow has classes,
+    `text`, the features `b l e` and mask `b l` of a `TextCondition`, where it has texts. With probability
+    `label_dropout` labels become -1, and texts null_text((height, width)) of the batch, as a rule the encoded "".
+    metrics: loss, bits_per_dim (of the noised pictures; of latents nats_per_dim), mean_square_z, logdet_per_dim, and
+    mean_square/<block> of the tokens after each block.
     Volume-preserving flows return their tracked prior variance, v + 0.1 (mean_b z² - v), as carried state.
+
+    Raises ValueError where texts are to be dropped and there is no null_text.
 
     Example:
         loss, metrics, *state = nll_objective(flow, label_dropout=0.1)(params, batch, key)
     """
-    config = flow.config
+    if label_dropout and flow.config.text_dim and null_text is None:
+        raise ValueError(f"label_dropout is {label_dropout}, but no null_text is given for dropped texts; encode ''.")
+
+    def condition(key, batch, grid):
+        if flow.config.num_classes:
+            return drop_labels(key, batch["label"], label_dropout)
+        if not flow.config.text_dim:
+            return None
+        features, mask = batch["text"]
+        text = TextCondition(jnp.asarray(features, jnp.float32), mask)
+        return text if null_text is None else drop_texts(key, text, null_text(grid), label_dropout)
 
     def objective(variables, batch, key):
         noise_key, label_key = jax.random.split(key)
-        x = add_noise(noise_key, batch["image"], config.noise_std)
-        cond = drop_labels(label_key, batch["label"], label_dropout) if config.num_classes else None
-        states, logdet = flow.apply(variables, x, cond, method="trajectory")
+        x = batch_input(noise_key, batch, flow.config.noise_std)
+        sized = flow.at(*x.shape[1:3])
+        config = sized.config
+        cond = condition(label_key, batch, config.grid_size)
+        states, logdet = sized.apply(variables, x, cond, method="trajectory")
         z = states[-1]
         mean_square_z = jnp.square(z).mean()
         logdet_per_dim = logdet.mean() / config.num_dims
-        loss = 0.5 * mean_square_z - logdet_per_dim
-        log_prob = gaussian_log_prob(z, flow.apply(variables, method="prior_variance")) + logdet
-        metrics = {
-            "loss": loss,
-            "bits_per_dim": bits_per_dim(log_prob.mean(), config.num_dims),
-            "mean_square_z": mean_square_z,
-            "logdet_per_dim": logdet_per_dim,
-        }
+        loss = loss_scale * (0.5 * mean_square_z - logdet_per_dim)
+        metrics = {"mean_square_z": mean_square_z, "logdet_per_dim": logdet_per_dim}
         for index, state in enumerate(states):
             metrics[f"mean_square/{index}"] = jnp.square(state).mean()
+        if norm_penalty:
+            entering = jnp.square(x).mean() + sum(metrics[f"mean_square/{index}"] for index in range(len(states) - 1))
+            loss = loss + norm_penalty * entering
+        log_prob = (gaussian_log_prob(z, sized.apply(variables, method="prior_variance")) + logdet).mean()
+        if "image" in batch:
+            metrics["bits_per_dim"] = bits_per_dim(log_prob, config.num_dims)
+        else:
+            metrics["nats_per_dim"] = -log_prob / config.num_dims
+        metrics["loss"] = loss
         if config.transform != "volume_preserving":
             return loss, metrics
         variance = variables["prior"]["variance"]
@@ -118,7 +164,7 @@ def nll_objective(flow: Flow, *, label_dropout: float = 0.0) -> Callable[..., tu
 
 
 def score(
-    flow: Flow, variables: Any, x: Float[Array, "b height width c"], cond: Int[Array, " b"] | None = None
+    flow: Flow, variables: Any, x: Float[Array, "b height width c"], cond: Condition | None = None
 ) -> Float[Array, "b height width c"]:
     """Returns ∇_x log p(x | cond).
 
@@ -132,7 +178,7 @@ def denoise(
     flow: Flow,
     variables: Any,
     x: Float[Array, "b height width c"],
-    cond: Int[Array, " b"] | None = None,
+    cond: Condition | None = None,
     *,
     noise_std: float | None = None,
     strength: Float[Array, ""] | float = 1.0,

@@ -35,6 +35,7 @@ def fit(experiment: Any, workdir: str | Path) -> Result:
     Example:
         result = fit(flowgen.config.load("configs/tarflow_digits.py"), "runs/digits")
     """
+    experiment = experiment.sealed()
     return train(
         experiment.job(),
         workdir,

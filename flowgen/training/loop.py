@@ -35,7 +35,8 @@ class Job:
     """What the loop needs to train something.
 
     init(key) -> variables. objective: see `make_step`. batches(start, stop) -> this process's batches of steps
-    start..stop-1. evaluate(variables) -> metrics. sample(variables) -> uint8 picture `height width 3`.
+    start..stop-1. evaluate(variables) -> metrics, of which the checkpoint with the lowest `best_metric` is kept.
+    sample(variables) -> uint8 picture `height width 3`.
     """
 
     init: Callable[[jax.Array], Any]
@@ -43,6 +44,7 @@ class Job:
     batches: Callable[[int, int], Iterator[Any]]
     evaluate: Callable[[Any], dict[str, float]] | None = None
     sample: Callable[[Any], np.ndarray] | None = None
+    best_metric: str = "bits_per_dim"
 
 
 class Result(NamedTuple):
@@ -100,8 +102,10 @@ def train(
 
     state = initial() if latest is None else reader.restore(latest, jax.eval_shape(initial))
     open_workdir(workdir, config)
-    with CheckpointStore(workdir / CHECKPOINTS, keep=log.keep) as store:
-        run = _Run(job, workdir, store, log, config, parallel, steps=train.steps, first=latest)
+    with CheckpointStore(workdir / CHECKPOINTS, keep=log.keep, best_metric=job.best_metric) as store:
+        run = _Run(
+            job, workdir, store, log, config, parallel, steps=train.steps, first=latest, max_skips=optim.max_skips
+        )
         try:
             return run.train(parallel.compile(step), state, step_key)
         finally:
@@ -185,10 +189,11 @@ class _Run:
         *,
         steps: int,
         first: int | None,
+        max_skips: int,
     ):
         self.job, self.workdir, self.store = job, workdir, store
         self.config, self.saved_config, self.parallel = config, saved_config, parallel
-        self.steps, self.first, self.saved = steps, first or 0, first
+        self.steps, self.first, self.saved, self.max_skips = steps, first or 0, first, max_skips
         self.log = MetricsLog(workdir, config, first_step=self.first, last_step=steps) if is_primary() else Silence()
         self.pending: list[tuple[int, Any]] = []
         self.since = time.perf_counter()
@@ -260,23 +265,35 @@ class _Run:
             self.save(step, state, evaluated)
 
     def report(self, step: int) -> None:
-        """Writes the mean of the metrics since the last report; raises where one of them is not finite."""
+        """Writes the mean of the metrics since the last report, over steps that were not skipped, and the share that
+        was; raises where the run cannot go on."""
         if not self.pending:
             return
         rows = [(at, jax.tree.map(float, self.parallel.to_host(row))) for at, row in self.pending]
         self.pending = []
         for at, row in rows:
-            if not (np.isfinite(row["loss"]) and np.isfinite(row["grad_norm"])):
-                self.store.wait()
-                latest = self.store.latest_step()
-                raise FloatingPointError(
-                    f"Step {at} has loss {row['loss']} and gradient norm {row['grad_norm']}, so the run was stopped "
-                    f"(last good checkpoint: {latest}); lower optim.lr or optim.clip_norm in a new --workdir."
-                )
-        means = {name: float(np.mean([row[name] for _, row in rows])) for name in rows[0][1]}
+            self.check(at, row)
+        taken = [row for _, row in rows if not row.get("skipped")]
+        means = {name: float(np.mean([row[name] for row in taken])) for name in rows[0][1]} if taken else {}
+        if "skipped" in rows[0][1]:
+            means.pop("skipped_in_a_row", None)
+            means["skipped"] = 1 - len(taken) / len(rows)
         now = time.perf_counter()
         self.log.write(step, {**means, "steps_per_second": len(rows) / (now - self.since)})
         self.since = now
+
+    def check(self, step: int, row: dict[str, float]) -> None:
+        """Raises FloatingPointError where a step is not finite and was not skipped, or too many were in a row."""
+        in_a_row, most = row.get("skipped_in_a_row", 0), self.max_skips
+        if in_a_row <= most and (in_a_row or (np.isfinite(row["loss"]) and np.isfinite(row["grad_norm"]))):
+            return
+        self.store.wait()
+        latest = self.store.latest_step()
+        why = f"; it is number {in_a_row:.0f} of updates skipped in a row, above optim.max_skips" if in_a_row else ""
+        raise FloatingPointError(
+            f"Step {step} has loss {row['loss']} and gradient norm {row['grad_norm']}{why}, so the run was stopped "
+            f"(last good checkpoint: {latest}); lower optim.lr or optim.clip_norm in a new --workdir."
+        )
 
     def evaluate(self, step: int, state: TrainState) -> dict[str, float]:
         if self.job.evaluate is None:

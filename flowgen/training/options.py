@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import Literal
 
 SEEDS = 1 << 32  # Larger seeds would be cut to 32 bits.
 
@@ -22,28 +23,40 @@ def check_at_least(group: str, config: object, bounds: Mapping[str, float | int]
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW with warm-up and cosine decay, clipping and an exponential moving average of the parameters.
+    """AdamW with warm-up and decay, clipping and an exponential moving average of the parameters.
 
+    schedule: after a linear warm-up from min_lr to lr, "cosine" decays to min_lr, "constant" stays.
     clip_norm: bound on the global gradient norm, 0 = none. ema_decay: 0 = no average.
+    skip_norm: leave out updates whose gradient norm before clipping is above it, after the first skip_after updates,
+    and those whose gradient is not finite; 0 = none. More than max_skips in a row stop the run.
     ema_warmup: let the average follow closely at first, decay min(ema_decay, (1 + step) / (10 + step)).
     """
 
     lr: float = 1e-4
     min_lr: float = 1e-6
+    schedule: Literal["cosine", "constant"] = "cosine"
     warmup_steps: int = 0
     weight_decay: float = 1e-4
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
     clip_norm: float = 1.0
+    skip_norm: float = 0.0
+    skip_after: int = 100
+    max_skips: int = 50
     ema_decay: float = 0.9999
     ema_warmup: bool = True
 
     def __post_init__(self):
-        check_at_least("optim", self, {field.name: 0 for field in fields(self) if field.name != "ema_warmup"})
+        numbers = [field.name for field in fields(self) if field.name not in ("ema_warmup", "schedule")]
+        check_at_least("optim", self, dict.fromkeys(numbers, 0))
+        if self.schedule not in ("cosine", "constant"):
+            raise ValueError(f"optim.schedule is {self.schedule!r}; choose 'cosine' or 'constant'.")
         for name in ("b1", "b2", "ema_decay"):
             if getattr(self, name) >= 1:
                 raise ValueError(f"optim.{name} is {getattr(self, name)}; it must be below 1.")
+        if self.max_skips < 1:
+            raise ValueError(f"optim.max_skips is {self.max_skips}; it must be at least 1.")
         if not self.lr > 0:
             raise ValueError(f"optim.lr is {self.lr}; it must be positive.")
         if self.min_lr > self.lr:

@@ -6,7 +6,7 @@ g = mean over devices and micro-batches of ∇ loss;   θ <- θ - AdamW(clip(g))
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,15 +56,53 @@ def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
             f"optim.warmup_steps is {config.warmup_steps}; it must be below train.steps, which is {steps}, "
             "so lower it too."
         )
-    cosine = optax.cosine_decay_schedule(config.lr, steps - config.warmup_steps, config.min_lr / config.lr)
+    if config.schedule == "cosine":
+        rest = optax.cosine_decay_schedule(config.lr, steps - config.warmup_steps, config.min_lr / config.lr)
+    else:
+        rest = optax.constant_schedule(config.lr)
     if config.warmup_steps == 0:
-        return cosine
+        return rest
     warmup = optax.linear_schedule(config.min_lr, config.lr, config.warmup_steps)
-    return optax.join_schedules([warmup, cosine], [config.warmup_steps])
+    return optax.join_schedules([warmup, rest], [config.warmup_steps])
+
+
+class SkipState(NamedTuple):
+    """What `skip_spikes` remembers: updates asked for, left out in all, and left out in a row just now."""
+
+    asked: Int[Array, "*device"]
+    skipped: Int[Array, "*device"]
+    in_a_row: Int[Array, "*device"]
+    inner: Any
+
+
+def skip_spikes(
+    inner: optax.GradientTransformation, *, max_norm: float, after: int = 0
+) -> optax.GradientTransformation:
+    """Returns `inner` that leaves parameters and its own state alone where the gradient is not to be trusted: global
+    norm above max_norm, from update number `after` on, or not finite.
+
+    Example:
+        tx = skip_spikes(optax.adamw(1e-4), max_norm=1.0, after=100)
+    """
+
+    def init(params):
+        zero = jnp.zeros((), jnp.int32)
+        return SkipState(zero, zero, zero, inner.init(params))
+
+    def update(updates, state, params=None):
+        norm = optax.tree.norm(updates)
+        skip = ~jnp.isfinite(norm) | ((norm > max_norm) & (state.asked >= after))
+        stepped, inner_state = inner.update(updates, state.inner, params)
+        kept = jax.tree.map(lambda new, old: jnp.where(skip, old, new), inner_state, state.inner)
+        stepped = jax.tree.map(lambda x: jnp.where(skip, jnp.zeros_like(x), x), stepped)
+        in_a_row = jnp.where(skip, state.in_a_row + 1, 0)
+        return stepped, SkipState(state.asked + 1, state.skipped + skip, in_a_row, kept)
+
+    return optax.GradientTransformation(init, update)
 
 
 def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
-    """Returns clipping by global norm, where on, and then AdamW.
+    """Returns clipping by global norm, where on, and then AdamW; around both, where on, the skipping of spikes.
 
     Example:
         tx = make_optimizer(OptimConfig(lr=3e-4), steps=1_000)
@@ -76,7 +114,8 @@ def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformat
         eps=config.eps,
         weight_decay=config.weight_decay,
     )
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm else adamw
+    tx = optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm else adamw
+    return skip_spikes(tx, max_norm=config.skip_norm, after=config.skip_after) if config.skip_norm else tx
 
 
 def init_state(variables: Any, config: OptimConfig, steps: int) -> TrainState:
@@ -102,7 +141,8 @@ def make_step(
 
     objective: (variables, batch, key) -> (loss, metrics) or (loss, metrics, collections).
     batch: this device's share. key: the same for all steps and devices; step and device are folded in here.
-    metrics: the objective's, `loss`, `grad_norm` (before clipping) and `lr`, means over devices, micro-batches.
+    metrics: the objective's, `loss`, `grad_norm` (before clipping) and `lr`, means over devices, micro-batches; where
+    spikes are skipped also `skipped`, 0 or 1, and `skipped_in_a_row`.
     Carried state: each micro-batch computes it from the state before the update, and their mean is the new one;
     integers in it must not depend on the batch.
 
@@ -138,8 +178,13 @@ def make_step(
         grads, metrics, collections = jax.tree.map(
             lambda x: lax.pmean(x, axis_name) if _is_float(x) else x, (grads, metrics, collections)
         )
-        metrics = {**metrics, "grad_norm": optax.tree.norm(grads), "lr": schedule(state.step)}
+        done = state.opt_state.asked - state.opt_state.skipped if config.skip_norm else state.step
+        metrics = {**metrics, "grad_norm": optax.tree.norm(grads), "lr": schedule(done)}
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        if isinstance(opt_state, SkipState):
+            skipped = opt_state.in_a_row > 0
+            metrics |= {"skipped": skipped, "skipped_in_a_row": opt_state.in_a_row}
+            collections = jax.tree.map(lambda new, old: jnp.where(skipped, old, new), collections, state.collections)
         params = optax.apply_updates(state.params, updates)
         return TrainState(
             step=state.step + 1,

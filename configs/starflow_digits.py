@@ -1,0 +1,37 @@
+"""STARFlow, class-conditional, on the 4x4x4 latents of the built-in digits: minutes on a CPU.
+
+python train.py --config configs/autoencoder_digits.py --workdir runs/autoencoder_digits
+python train.py --config configs/starflow_digits.py --workdir runs/starflow
+
+Expected: `reference`, of held-out latents, and of 500 samples beside all digits, in features of a classifier trained on
+the digits, here with guidance 1; without, 0.23 and 0.98.
+"""
+
+from flowgen.config import Experiment, LikelihoodConfig, SamplingConfig, TrainedCodec
+from flowgen.data import DataConfig
+from flowgen.flows import STARFlowConfig
+from flowgen.training import LogConfig, OptimConfig, TrainConfig
+
+
+def config() -> Experiment:
+    return Experiment(
+        name="starflow_digits",
+        model=STARFlowConfig(
+            image_size=4,
+            channels=4,
+            width=64,
+            layers=(1, 1, 1, 4),
+            deep_width=96,
+            head_dim=32,
+            num_classes=10,
+            noise_std=0.3,
+        ),
+        data=DataConfig(source="digits"),
+        likelihood=LikelihoodConfig(norm_penalty=1e-4),
+        codec=TrainedCodec("runs/autoencoder_digits"),
+        optim=OptimConfig(lr=1e-3, min_lr=1e-5, warmup_steps=100, ema_decay=0.995),
+        train=TrainConfig(steps=2000, batch_size=64, label_dropout=0.1),
+        log=LogConfig(log_every=100, eval_every=500, sample_every=500, checkpoint_every=500),
+        sampling=SamplingConfig(num=100, guidance=1.0, rule="product"),
+        reference={"nats_per_dim": 0.704, "frechet": 0.74, "class_accuracy": 1.0},
+    )

@@ -1,0 +1,31 @@
+"""STARFlow 1.4 B, class-conditional, on ImageNet 512x512 latents (arXiv 2506.06276): 1,412,255,816 parameters.
+
+    python -m flowgen encode --config configs/starflow_imagenet512.py --out latents --data.path train --data.flip true
+    python train.py --config configs/starflow_imagenet512.py --workdir runs/imagenet512 \\
+        --data.source encoded --data.path latents --data.flip false
+
+codec.path is a folder as published. Expected: `reference`, the published FID of 50,000 samples, decoded by a decoder
+finetuned on noisy latents; not measured here.
+"""
+
+import dataclasses
+
+from flowgen.config import Experiment, LikelihoodConfig, SamplingConfig, TrainedCodec
+from flowgen.data import DataConfig
+from flowgen.flows import STARFLOW_PRESETS
+from flowgen.training import LogConfig, OptimConfig, TrainConfig
+
+
+def config() -> Experiment:
+    return Experiment(
+        name="starflow_imagenet512",
+        model=dataclasses.replace(STARFLOW_PRESETS["xlv2_1"], image_size=64, dtype="bfloat16"),
+        data=DataConfig(source="folder"),
+        likelihood=LikelihoodConfig(norm_penalty=1e-4),
+        codec=TrainedCodec("sd-vae-ft-ema"),
+        optim=OptimConfig(lr=1e-4, min_lr=1e-6, warmup_steps=10000),
+        train=TrainConfig(steps=780000, batch_size=512, label_dropout=0.1),
+        log=LogConfig(log_every=100, eval_every=10000, sample_every=10000, checkpoint_every=10000),
+        sampling=SamplingConfig(num=16, guidance=3.0, rule="product"),
+        reference={"fid": 3.0},
+    )

@@ -1,0 +1,34 @@
+"""STARFlow 3B text-to-image at 256x256, the released shape (arXiv 2506.06276): 3,858,281,544 parameters, 1024 tokens.
+
+    python train.py --config configs/starflow_t2i_256.py --workdir runs/t2i --data.path PICTURES_WITH_CAPTIONS
+    python -m flowgen convert starflow_3B_t2i_256x256.pth --arguments starflow_3B_t2i_256x256.yaml --to runs/t2i \\
+        --autoencoder sd-vae-ft-ema --text-encoder flan-t5-xl --dtype bfloat16
+    python sample.py --checkpoint runs/t2i --prompt "a cat" --aspect 1:1 --guidance 3.6
+
+codec.path and text.encoder are folders as published. Parameters, moments and average take 62 GB on each device, in
+float32; they are not sharded yet. Expected: `reference`, FID-30K on COCO of the paper's model trained on more data
+than CC12M; not measured here.
+"""
+
+import dataclasses
+
+from flowgen.config import Experiment, LikelihoodConfig, SamplingConfig, TextConfig, TrainedCodec
+from flowgen.data import DataConfig
+from flowgen.flows import STARFLOW_PRESETS
+from flowgen.training import LogConfig, OptimConfig, TrainConfig
+
+
+def config() -> Experiment:
+    return Experiment(
+        name="starflow_t2i_256",
+        model=dataclasses.replace(STARFLOW_PRESETS["t2i_3b"], dtype="bfloat16"),
+        data=DataConfig(source="folder"),
+        likelihood=LikelihoodConfig(norm_penalty=1e-4),
+        codec=TrainedCodec("sd-vae-ft-ema"),
+        text=TextConfig(encoder="flan-t5-xl"),
+        optim=OptimConfig(lr=6.4e-5, min_lr=1e-6, warmup_steps=10000, clip_norm=0.0),
+        train=TrainConfig(steps=400000, batch_size=1024, label_dropout=0.1),
+        log=LogConfig(log_every=100, eval_every=10000, sample_every=10000, checkpoint_every=10000),
+        sampling=SamplingConfig(num=8, guidance=3.6, rule="product"),
+        reference={"fid": 9.1},
+    )

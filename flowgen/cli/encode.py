@@ -1,0 +1,64 @@
+"""The command `encode`."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import Any
+
+from flowgen.cli.options import load_experiment, say
+
+
+def declare(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the command."""
+    parser.add_argument("--config", required=True, help="Python file with config() of a flow on latents")
+    parser.add_argument("--out", required=True, help="new directory for the latents and the features of captions")
+    parser.add_argument("--debug", action="store_true", help="of the experiment that --debug trains")
+    parser.epilog = "Any field of the config can be set: --codec.path DIR --data.source folder --data.path DIR."
+
+
+def run(options: argparse.Namespace, rest: list[str]) -> int:
+    """Returns the exit code."""
+    from flowgen import checkpoint
+    from flowgen.data.buckets import BucketedSource
+    from flowgen.data.latents import LatentWriter
+    from flowgen.models import FlowConfig
+    from flowgen.tasks.latents import codec_of, encoded_shards, is_latent, made_by, null_features, picture_source
+
+    checkpoint.check_new(options.out)
+    experiment = load_experiment(options, rest)
+    if not isinstance(experiment.model, FlowConfig) or not is_latent(experiment):
+        raise ValueError(
+            f"{experiment.name} has neither codec nor text, so there is nothing to encode; set --codec.path."
+        )
+    if experiment.data.source == "encoded":
+        raise ValueError("data.source is 'encoded', which is encoded already; give the pictures.")
+    codec_of(experiment)
+    splits = ("train", "eval") if experiment.data.eval_fraction > 0 else ("train",)
+    writer, names = LatentWriter(options.out), ()
+    for split in splits:
+        source = picture_source(experiment, split)
+        names = source.class_names
+        for bucket in source.buckets if isinstance(source, BucketedSource) else (source,):
+            null = null_features(experiment, bucket.image_shape[:2])
+            began = time.perf_counter()
+            count = _write(
+                writer, split, encoded_shards(experiment, bucket, flip=experiment.data.flip and split == "train"), null
+            )
+            height, width, _ = bucket.image_shape
+            say(
+                f"{split}: {count} of {height} x {width} pixels, {count / (time.perf_counter() - began):.0f} per second"
+            )
+    writer.finish(class_names=names, made_by=made_by(experiment))
+    say(f"Wrote {options.out}; train on it with --data.source encoded --data.path {options.out}")
+    return 0
+
+
+def _write(writer: Any, split: Any, shards: Any, null: Any) -> int:
+    from flowgen.data.latents import merged
+
+    count = 0
+    for shard in merged(shards):
+        writer.add(split, shard, null)
+        count += len(shard.label)
+    return count

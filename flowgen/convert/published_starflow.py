@@ -1,0 +1,222 @@
+"""Published STARFlow checkpoints for images as flowgen models, by the arguments of their YAML."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flowgen.convert.mapping import fill
+from flowgen.convert.published import unwrapped
+from flowgen.convert.tables import starflow as starflow_rules
+from flowgen.flows import STARFlow, STARFlowConfig, init
+
+# The published defaults of the arguments that shape the model.
+_DEFAULTS: dict[str, Any] = {
+    "img_size": 32,
+    "channel_size": 3,
+    "patch_size": 4,
+    "channels": 512,
+    "top_block_channels": None,
+    "blocks": 4,
+    "layers_per_block": "8",
+    "head_dim": 64,
+    "num_heads": None,
+    "num_kv_heads": None,
+    "pt_seq_len": None,
+    "vae": None,
+    "text": None,
+    "txt_size": 0,
+    "seq_order": "R2L",
+    "cond_top_only": 0,
+    "soft_clip": 0,
+    "norm_type": "layer_norm",
+    "use_bias": 1,
+    "use_qk_norm": 0,
+    "use_post_norm": 0,
+    "use_swiglu": 0,
+    "noise_std": 0.3,
+    "rope": 0,
+    "sos": 0,
+    "use_softplus": 0,
+    "use_final_norm": 0,
+}
+# What every image model here has, and arguments that make another model.
+_REQUIRED = ("rope", "sos", "use_softplus", "use_final_norm")
+_REFUSED = ("vid_size", "temporal_causal", "learnable_self_denoiser", "shallow_block_local", "local_attn_window")
+_REFUSED += ("use_pretrained_lm", "fps_cond")
+# Of training, data and sampling, or without effect in the published code.
+_OTHER = """
+    acc adaln batch_size caption_column cfg compile cond_noise_level conditional_denoiser data dataset
+    denoiser_window drop_image drop_label dry_run epoch_length epochs finetuned_vae fp8 fsdp
+    fsdp_text_encoder grad_clip grad_skip gradient_checkpoint gradient_checkpoint_mlp last_frame_cond
+    latent_norm_regularization logdir loss_scaling lr min_lr mix_aspect model_config_path no_flip
+    noise_embed_denoiser noise_type num_samples nvp resume_epoch resume_path sample_batch_size sample_freq
+    save_every secondary_batch_size secondary_dataset secondary_img_size secondary_ratio secondary_vid_size
+    train_seed use_8bit_adam use_mm_attn vae_decoder_factor video_to_video wandb_name warmup_steps wds
+"""
+_VAE_FACTORS = {"sd-vae": 8, "Wan2.2": 16, "Wan2.1": 8}
+
+
+def read_arguments(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Returns the arguments of a published YAML, a list of single `name: value` under `arguments`, by name.
+
+    Raises FileNotFoundError where there is no such file, ValueError where it is no YAML of that form.
+
+    Example:
+        arguments = read_arguments("starflow_3B_t2i_256x256.yaml")
+    """
+    import yaml
+
+    try:
+        listed = yaml.safe_load(Path(path).read_text(encoding="utf-8"))["arguments"]
+        arguments = {name: value for row in listed for name, value in row.items()}
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"There is no file '{path}'; give the YAML that the weights were published with."
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"'{path}' is not a published YAML, a list of 'name: value' under 'arguments' "
+            f"({type(error).__name__}: {error}); give the file that came with the weights."
+        ) from error
+    return arguments
+
+
+def starflow(
+    state_dict: Mapping[str, np.ndarray],
+    arguments: Mapping[str, Any],
+    *,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+) -> tuple[STARFlow, dict[str, Any]]:
+    """Returns the flow of a published STARFlow state dict for images and its variables, numpy arrays of `dtype`.
+
+    Tensors are copied one by one from where the state dict has them, so `read_state_dict`'s views of a file need no
+    memory beside the result.
+
+    arguments: those of the published YAML by name, in which the sides of pictures are in pixels where there is a
+    `vae`. A `text` that ends in ".vocab" means classes, fed as one-hot texts of one token. The unused buffers `var`,
+    `attn_mask` and `feat_rope.*` are dropped.
+
+    Raises:
+        MappingError (a ValueError): tensors missing, unexpected, or of the wrong shape, all of them listed.
+        ValueError: a dtype other than the two, or an argument that is unknown, or that makes a model other than the
+            published ones for images.
+
+    Example:
+        flow, params = starflow(read_state_dict("starflow_3B_t2i_256x256.pth"), arguments)
+    """
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"dtype is {dtype!r}; choose 'float32' or 'bfloat16'.")
+    state_dict = unwrapped(state_dict)
+    known = _known(arguments)
+    try:
+        config = _config(state_dict, known)
+    except TypeError as error:
+        raise ValueError(
+            f"an argument has a value that cannot be ({error}); give those of the published YAML."
+        ) from error
+    flow = STARFlow(config)
+    shapes = jax.eval_shape(lambda key: init(flow, key), jax.random.key(0))
+    target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), shapes)
+    rules = starflow_rules(gated=config.activation == "geglu")
+    variables, dropped = fill(target, _without_identities(state_dict, config.layers), rules)
+    logging.getLogger(__name__).info(
+        "%d tensors imported, %d dropped: %s",
+        len(state_dict) - len(dropped),
+        len(dropped),
+        ", ".join(dropped),
+    )
+    return flow, variables
+
+
+def _known(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that shape the model, with the published defaults; ValueError where one is not understood."""
+    for name, value in arguments.items():
+        if name in _REFUSED and value not in (0, None):
+            raise ValueError(f"{name} is {value}; only image models can be imported, which leave it out.")
+        if name not in _DEFAULTS and name not in _OTHER.split() and name not in _REFUSED:
+            raise ValueError(f"{name!r} is not an argument of the published STARFlow; remove it.")
+    known = _DEFAULTS | {name: value for name, value in arguments.items() if name in _DEFAULTS}
+    for name in _REQUIRED:
+        if not known[name]:
+            raise ValueError(f"{name} is {known[name]}; only models with {name} 1, as published, can be imported.")
+    return known
+
+
+def _config(state_dict: Mapping[str, np.ndarray], known: Mapping[str, Any]) -> STARFlowConfig:
+    if not str(known["layers_per_block"]).replace(" ", "").isdecimal():
+        raise ValueError(f"layers_per_block is {known['layers_per_block']!r}; give numbers with spaces, '2 2 24'.")
+    layers = tuple(int(count) for count in str(known["layers_per_block"]).split())
+    layers = layers * known["blocks"] if len(layers) == 1 else layers
+    projection = state_dict.get(f"blocks.{len(layers) - 1}.proj_txt.weight")
+    text_dim = 0 if projection is None else projection.shape[-1]
+    is_class = str(known["text"] or "").endswith(".vocab")
+    if (text_dim > 0) != (known["txt_size"] > 0):
+        raise ValueError(
+            f"txt_size is {known['txt_size']}, but the deep block has {'a' if text_dim else 'no'} projection of texts "
+            "('proj_txt'); give the arguments that the weights were made with."
+        )
+    if is_class and known["txt_size"] != 1:
+        raise ValueError(f"txt_size is {known['txt_size']}; a class from a .vocab file is a text of 1 token.")
+    if known["num_heads"] not in (None, known["channels"] // known["head_dim"]):
+        raise ValueError(f"num_heads is {known['num_heads']}; only channels / head_dim, the default, can be imported.")
+    side = known["img_size"] // _vae_factor(known["vae"])
+    return STARFlowConfig(
+        image_size=side,
+        channels=known["channel_size"],
+        patch_size=known["patch_size"],
+        width=known["channels"],
+        layers=layers,
+        deep_width=known["top_block_channels"],
+        order=known["seq_order"],
+        head_dim=known["head_dim"],
+        num_kv_heads=known["num_kv_heads"],
+        norm=known["norm_type"],
+        qk_norm=bool(known["use_qk_norm"]),
+        post_norm=bool(known["use_post_norm"]),
+        activation="geglu" if known["use_swiglu"] else "gelu",
+        use_bias=bool(known["use_bias"]),
+        soft_clip=float(known["soft_clip"]),
+        num_classes=text_dim - 1 if is_class else 0,
+        text_dim=0 if is_class else text_dim,
+        text_length=0 if is_class else known["txt_size"],
+        condition="deep" if known["cond_top_only"] else "all",
+        reference_side=float(known["pt_seq_len"] or side // known["patch_size"]),
+        noise_std=float(known["noise_std"]),
+    )
+
+
+def _vae_factor(vae: str | None) -> int:
+    """Pixels per latent along a side."""
+    if vae is None:
+        return 1
+    factor = next((factor for name, factor in _VAE_FACTORS.items() if name in vae), None)
+    if factor is None:
+        raise ValueError(f"vae is {vae!r}, whose factor is not known; leave it out and give img_size in latents.")
+    return factor
+
+
+def _without_identities(state_dict: Mapping[str, np.ndarray], layers: tuple[int, ...]) -> Mapping[str, np.ndarray]:
+    """Numbers the blocks as `STARFlowConfig.blocks` does, which leaves out those of 0 layers."""
+    if all(layers):
+        return state_dict
+    kept = {f"blocks.{index}.": position for position, index in enumerate(i for i, n in enumerate(layers) if n)}
+
+    def renamed(name: str) -> str:
+        for prefix, position in kept.items():
+            if name.startswith(prefix):
+                return f"blocks.{position}.{name.removeprefix(prefix)}"
+        if name.startswith("blocks."):
+            raise ValueError(
+                f"'{name}' belongs to a block of 0 layers by layers_per_block; give the one it was made with."
+            )
+        return name
+
+    return {renamed(name): x for name, x in state_dict.items()}

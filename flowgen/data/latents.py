@@ -1,0 +1,320 @@
+"""Latents and text features of a data set, computed once: in memory, or in files that training maps.
+
+<directory>/<split>-<index>/   mean.npy std.npy label.npy; text.npy mask.npy and null.npz where captions were encoded
+<directory>/dataset.json       what the folders hold and what made them; written last, so that none is half a set
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, Int32
+
+from flowgen.data.buckets import BucketedSource
+from flowgen.data.media import from_uint8
+from flowgen.data.sources import Batch, Source, Split
+
+INDEX_FILE = "dataset.json"
+NULL_FILE = "null.npz"
+FORMAT = "flowgen latents 1"
+PICTURES_AT_ONCE = 512
+SHARD_BYTES = 256 << 20
+# Each open array holds a file descriptor, of which systems give a process a thousand as a rule.
+OPEN_SHARDS = 64
+
+Moments = Callable[[Float[np.ndarray, "b height width c"]], tuple[Any, Any]]
+Texts = Callable[[Sequence[str]], tuple[Any, Any]]
+
+
+class Shard(NamedTuple):
+    """Moments of the posterior of some pictures' latents, their labels, and the features of their captions.
+
+    Example:
+        shard = Shard(mean, std, labels)
+    """
+
+    mean: Float[np.ndarray, "n height width c"]
+    std: Float[np.ndarray, "n height width c"]
+    label: Int32[np.ndarray, " n"]
+    text: Float[np.ndarray, "n l e"] | None = None
+    mask: Bool[np.ndarray, "n l"] | None = None
+
+    @property
+    def size(self) -> int:
+        return len(self.label)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        _, height, width, channels = self.mean.shape
+        return height, width, channels
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in self if array is not None)
+
+    def opened(self) -> Shard:
+        """Returns itself; a `ShardFile` is opened by it."""
+        return self
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardFile:
+    """A shard on disk, mapped when it is asked for; the last 64 stay mapped.
+
+    Example:
+        shard = ShardFile(Path("latents/train-00000"), 4096, (32, 32, 4), has_text=False).opened()
+    """
+
+    folder: Path
+    size: int
+    image_shape: tuple[int, int, int]
+    has_text: bool
+
+    def opened(self) -> Shard:
+        """Returns its arrays. Raises FileNotFoundError or ValueError where one is missing or damaged."""
+        return _open_shard(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentSource:
+    """A source of latents `b height width c`, whose posterior training draws from.
+
+    null: features and mask of the empty text, where there are texts.
+
+    Example:
+        source = LatentSource((shard,), class_names=("cat", "dog"))
+        batch = source[np.arange(16)]  # mean, std, label, and text = (features, mask) where there are captions
+    """
+
+    shards: tuple[Shard | ShardFile, ...]
+    class_names: tuple[str, ...] = ()
+
+    captions: tuple[str, ...] = ()
+    null: tuple[np.ndarray, np.ndarray] | None = None
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return self.shards[0].image_shape
+
+    def __len__(self) -> int:
+        return sum(shard.size for shard in self.shards)
+
+    def __getitem__(self, indices: Int[np.ndarray, " b"]) -> Batch:
+        ends = np.cumsum([shard.size for shard in self.shards])
+        holders = np.searchsorted(ends, indices, side="right")
+        parts: dict[str, np.ndarray] = {}
+        for holder in np.unique(holders):
+            chosen = holders == holder
+            shard = self.shards[holder].opened()
+            inside = indices[chosen] - (ends[holder] - shard.size)
+            for name, array in shard._asdict().items():
+                if array is not None:
+                    out = parts.setdefault(name, np.empty((len(indices), *array.shape[1:]), array.dtype))
+                    out[chosen] = array[inside]
+        if "text" in parts:
+            parts["text"] = (parts["text"], parts.pop("mask"))  # ty: ignore[invalid-assignment]
+        return parts
+
+
+def encode(
+    source: Source, moments: Moments, texts: Texts | None = None, *, flip: bool = False, size: int = PICTURES_AT_ONCE
+) -> Iterator[Shard]:
+    """Yields the latents of a source, `size` pictures at a time.
+
+    moments: pictures in [-1, 1] -> (mean, std) of their latents, such as `Codec.moments`. texts: captions -> (features,
+    mask). flip: encode every picture's mirror image too, since latents cannot be mirrored afterwards.
+
+    Raises ValueError where there are texts to encode and the source has neither captions nor class names, and where
+    latents or features are not finite.
+
+    Example:
+        shards = encode(source, codec.moments, flip=True)
+    """
+    for start in range(0, len(source), size):
+        indices = np.arange(start, min(start + size, len(source)))
+        batch = source[indices]
+        features = ()
+        if texts is not None:
+            text, mask = texts(captions_of(source, indices, batch["label"]))
+            features = (np.asarray(text, np.float16), np.asarray(mask))
+        for mirrored in (False, True) if flip else (False,):
+            images = batch["image"][:, :, ::-1] if mirrored else batch["image"]
+            mean, std = moments(np.asarray(from_uint8(images)))
+            shard = Shard(np.asarray(mean, np.float32), np.asarray(std, np.float32), batch["label"], *features)
+            if not all(np.isfinite(array).all() for array in shard if array is not None):
+                raise ValueError(
+                    f"latents or features of pictures {start} to {indices[-1]} are not finite (features are kept in "
+                    "float16); use another autoencoder or text encoder."
+                )
+            yield shard
+
+
+def merged(blocks: Iterable[Shard], size: int = SHARD_BYTES) -> Iterator[Shard]:
+    """Yields blocks joined to shards of at least `size` bytes, the last one aside.
+
+    Example:
+        for shard in merged(encode(source, codec.moments)): writer.add("train", shard)
+    """
+    waiting: list[Shard] = []
+    for block in blocks:
+        waiting.append(block)
+        if sum(part.nbytes for part in waiting) >= size:
+            yield _joined(waiting)
+            waiting = []
+    if waiting:
+        yield _joined(waiting)
+
+
+def _joined(blocks: list[Shard]) -> Shard:
+    parts = {name: [getattr(block, name) for block in blocks] for name in Shard._fields}
+    return Shard(**{name: np.concatenate(arrays) for name, arrays in parts.items() if arrays[0] is not None})
+
+
+def captions_of(source: Source, indices: Int[np.ndarray, " b"], labels: Int[np.ndarray, " b"]) -> list[str]:
+    """Returns what stands for pictures in words: their captions, or else the names of their classes.
+
+    Raises ValueError where the data have neither.
+
+    Example:
+        texts = captions_of(source, np.arange(4), source[np.arange(4)]["label"])
+    """
+    if source.captions:
+        return [source.captions[index] for index in indices]
+    if source.class_names:
+        return [source.class_names[label] if label >= 0 else "" for label in labels]
+    raise ValueError(
+        "the data have neither captions nor classes to make texts of; put a .txt beside every picture, or "
+        "the pictures into one folder per class."
+    )
+
+
+class LatentWriter:
+    """Writes the shards of a data set into a new directory; `finish` makes it one that `read_latents` takes.
+
+    Example:
+        writer = LatentWriter("data/latents")
+        writer.add("train", shard)
+        writer.finish(class_names=(), made_by={"codec": "runs/autoencoder"})
+    """
+
+    def __init__(self, directory: str | os.PathLike[str]):
+        self.directory = Path(directory)
+        self.entries: list[dict[str, Any]] = []
+
+    def add(self, split: Split, shard: Shard, null: tuple[np.ndarray, np.ndarray] | None = None) -> None:
+        """Writes one shard, and the features and mask of the empty text where it has texts."""
+        name = f"{split}-{len(self.entries):05d}"
+        folder = self.directory / name
+        folder.mkdir(parents=True)
+        for part, array in shard._asdict().items():
+            if array is not None:
+                np.save(folder / f"{part}.npy", array, allow_pickle=False)
+        if null is not None:
+            np.savez(folder / NULL_FILE, text=null[0], mask=null[1])
+        entry = {"folder": name, "split": split, "count": shard.size, "shape": shard.image_shape}
+        self.entries.append({**entry, "has_text": shard.text is not None})
+
+    def finish(self, *, class_names: Iterable[str], made_by: Mapping[str, Any]) -> None:
+        """Writes the index. made_by: JSON of the codec, the text encoder and the data, for whoever reads it."""
+        index = {"format": FORMAT, "class_names": list(class_names), "made_by": made_by, "shards": self.entries}
+        temporary = self.directory / f"{INDEX_FILE}.tmp"
+        temporary.write_text(json.dumps(index, indent=1) + "\n")
+        os.replace(temporary, self.directory / INDEX_FILE)
+
+
+def read_index(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """Returns the index of encoded data.
+
+    Raises:
+        FileNotFoundError: no such directory, or one without a finished data set.
+        ValueError: an index that cannot be read.
+
+    Example:
+        read_index("data/latents")["made_by"]
+    """
+    path = Path(directory) / INDEX_FILE
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"data.path '{directory}' holds no encoded data ({INDEX_FILE} is missing, which is written last); "
+            "make them with: python -m flowgen encode."
+        )
+    try:
+        index = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"'{path}' is not valid JSON ({error}); encode the data again.") from error
+    if not isinstance(index, dict) or index.get("format") != FORMAT:
+        raise ValueError(f"'{path}' is not an index of '{FORMAT}'; encode the data again.")
+    return index
+
+
+def read_latents(directory: str | os.PathLike[str], split: Split) -> LatentSource | BucketedSource:
+    """Returns a split of encoded data, mapped from its files; of several shapes, a bucket for each.
+
+    Raises FileNotFoundError or ValueError where files are missing, truncated or of another shape than the index says.
+
+    Example:
+        source = read_latents("data/latents", "train")
+    """
+    index = read_index(directory)
+    entries = [entry for entry in index["shards"] if split in ("all", entry["split"])]
+    if not entries:
+        raise ValueError(
+            f"data.path '{directory}' has nothing in the split '{split}'; encode with data.eval_fraction above 0."
+        )
+    groups: dict[tuple[int, ...], list[dict[str, Any]]] = {}
+    for entry in entries:
+        groups.setdefault(tuple(entry["shape"]), []).append(entry)
+    sources = tuple(
+        LatentSource(
+            tuple(_checked(Path(directory), entry) for entry in group),
+            tuple(index["class_names"]),
+            null=_read_null(Path(directory) / group[0]["folder"] / NULL_FILE),
+        )
+        for _, group in sorted(groups.items())
+    )
+    return sources[0] if len(sources) == 1 else BucketedSource(sources)
+
+
+def _read_null(path: Path) -> tuple[np.ndarray, np.ndarray] | None:
+    if not path.is_file():
+        return None
+    with np.load(path, allow_pickle=False) as arrays:
+        return arrays["text"], arrays["mask"]
+
+
+def _checked(directory: Path, entry: Mapping[str, Any]) -> ShardFile:
+    """The shard of an entry of the index, whose files have been looked at and closed again."""
+    shard = ShardFile(directory / entry["folder"], entry["count"], tuple(entry["shape"]), entry["has_text"])
+    _open_shard.__wrapped__(shard)
+    return shard
+
+
+@functools.lru_cache(maxsize=OPEN_SHARDS)
+def _open_shard(shard: ShardFile) -> Shard:
+    arrays = {}
+    for part in Shard._fields:
+        if part in ("text", "mask") and not shard.has_text:
+            continue
+        path = shard.folder / f"{part}.npy"
+        try:
+            arrays[part] = np.load(path, mmap_mode="r", allow_pickle=False)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"'{path}' is missing; encode the data again.") from error
+        except OSError as error:
+            raise OSError(f"'{path}' cannot be read ({error}).") from error
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"'{path}' is truncated or damaged ({error}); encode the data again.") from error
+        if len(arrays[part]) != shard.size:
+            raise ValueError(
+                f"'{path}' holds {len(arrays[part])} entries instead of {shard.size}; encode the data again."
+            )
+        if part in ("mean", "std") and arrays[part].shape[1:] != shard.image_shape:
+            raise ValueError(f"'{path}' holds latents of another shape than {INDEX_FILE} says; encode the data again.")
+    return Shard(**arrays)

@@ -1,0 +1,30 @@
+"""Distances between sets of pictures, in any features."""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Float
+
+
+def frechet_distance(x: Float[np.ndarray, "n f"], y: Float[np.ndarray, "m f"]) -> float:
+    """Returns |μx - μy|² + tr(Σx + Σy - 2 (Σx½ Σy Σx½)½), the squared Fréchet distance of fitted Gaussians.
+
+    With Inception's features this is the FID (Heusel et al., arXiv 1706.08500); with others it compares with nothing
+    but itself, at equal n and m: small samples raise it. float64. Raises ValueError for fewer than two samples or
+    features that differ in number.
+
+    Example:
+        distance = frechet_distance(features(samples), features(data))
+    """
+    if min(len(x), len(y)) < 2 or x.shape[1:] != y.shape[1:]:
+        raise ValueError(
+            f"features have shapes {x.shape} and {y.shape}; a Fréchet distance needs at least two rows of each, of the "
+            "same length."
+        )
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    covariances = [np.atleast_2d(np.cov(side, rowvar=False)) for side in (x, y)]
+    values, vectors = np.linalg.eigh(covariances[0])
+    root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
+    cross = np.linalg.eigvalsh(root @ covariances[1] @ root)
+    spread = sum(np.trace(covariance) for covariance in covariances) - 2 * np.sqrt(np.maximum(cross, 0)).sum()
+    return float(np.square(x.mean(axis=0) - y.mean(axis=0)).sum() + spread)

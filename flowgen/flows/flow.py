@@ -1,0 +1,177 @@
+"""What every autoregressive flow on images shares: tokens of images, a stack of blocks, and its density."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Key
+
+from flowgen.conditioning import Condition
+from flowgen.flows.block import AutoregressiveBlock, BlockConfig
+from flowgen.flows.density import bits_per_dim, gaussian_log_prob
+from flowgen.nn.checks import check_at_least_one, check_patches, image_sides
+from flowgen.nn.layers import PatchOrder, master_dtype, patchify, unpatchify
+
+
+@dataclass(frozen=True)
+class ImageTokens:
+    """The part of a config that says which images a flow takes and how they become tokens."""
+
+    image_size: int | tuple[int, int]
+    channels: int
+    patch_size: int
+
+    def check_images(self) -> None:
+        """Raises ValueError where the images cannot be; a list of sides becomes a tuple."""
+        if isinstance(self.image_size, list):
+            object.__setattr__(self, "image_size", tuple(self.image_size))
+        check_at_least_one(self, ("channels", "patch_size"))
+        check_patches(self.image_size, self.patch_size)
+        if self.num_tokens < 2:
+            raise ValueError(
+                f"model.patch_size is {self.patch_size}, which makes the image one token; use a smaller patch_size."
+            )
+
+    @property
+    def patch_order(self) -> PatchOrder:
+        """How a patch is laid out in a token."""
+        raise NotImplementedError
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        return image_sides(self.image_size)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(height, width, channels)."""
+        return (*self.grid_size, self.channels)
+
+    @property
+    def num_tokens(self) -> int:
+        height, width = self.grid_size
+        return (height // self.patch_size) * (width // self.patch_size)
+
+    @property
+    def token_dim(self) -> int:
+        return self.channels * self.patch_size**2
+
+    @property
+    def num_dims(self) -> int:
+        """Dimensions of one image, by which nats become nats or bits per dimension."""
+        return self.num_tokens * self.token_dim
+
+
+class AutoregressiveFlow(nn.Module):
+    """Exact-likelihood flow between images `b height width c` and noise tokens `b n c`: the blocks of its config.
+
+    Example:
+        class MyFlow(AutoregressiveFlow):
+            config: MyConfig  # an ImageTokens with blocks, dtype, check_cond and check_null
+    """
+
+    config: Any
+
+    def setup(self):
+        self.blocks = [AutoregressiveBlock(block) for block in self.config.blocks]
+
+    def __call__(self, x, cond=None):
+        return self.forward(x, cond)
+
+    def forward(
+        self, x: Float[Array, "b height width c"], cond: Condition | None = None
+    ) -> tuple[Float[Array, "b n token"], Float[Array, " b"]]:
+        """Returns noise tokens z in raster order and logdet = log|det dz/dx|, summed, in nats.
+
+        Raises ValueError where x is not a batch of this model's images, or cond not a condition it takes.
+        """
+        states, logdet = self.trajectory(x, cond)
+        return states[-1], logdet
+
+    def trajectory(
+        self, x: Float[Array, "b height width c"], cond: Condition | None = None
+    ) -> tuple[list[Float[Array, "b n token"]], Float[Array, " b"]]:
+        """Returns the tokens after each block, the last being z, and the total logdet."""
+        config = self.config
+        if x.shape[1:] != config.image_shape:
+            shape = ", ".join(map(str, config.image_shape))
+            raise ValueError(f"images have shape {tuple(x.shape)}; this model takes (batch, {shape}).")
+        cond = config.check_cond(cond, x.shape[0])
+        master = master_dtype(config.dtype)
+        tokens = patchify(x, config.patch_size, config.patch_order).astype(master)
+        logdet = jnp.zeros(x.shape[0], master)
+        states = []
+        for block in self.blocks:
+            tokens, block_logdet = block(tokens, cond)
+            logdet = logdet + block_logdet
+            states.append(tokens)
+        return states, logdet
+
+    @nn.nowrap
+    def at(self, height: int, width: int) -> AutoregressiveFlow:
+        """Returns the flow of the same parameters on images of another size.
+
+        Raises ValueError where the parameters belong to one size, as position tables do.
+        """
+        if (height, width) == self.config.grid_size:
+            return self
+        if not hasattr(self.config, "at"):
+            raise ValueError(
+                f"images are {height} x {width}; this model takes {self.config.grid_size} alone, as its parameters do."
+            )
+        return type(self)(self.config.at(height, width), parent=None)
+
+    def prior_variance(self) -> Float[Array, "n token"]:
+        """Returns the variance of the Gaussian that samples are drawn from: 1, unless tracked or imported."""
+        shape = (self.config.num_tokens, self.config.token_dim)
+        return self.get_variable("prior", "variance", jnp.ones(shape, master_dtype(self.config.dtype)))
+
+    def log_prob(self, x: Float[Array, "b height width c"], cond: Condition | None = None) -> Float[Array, " b"]:
+        """Returns log p(x | cond) in nats, exact: log N(z; 0, prior variance) + logdet."""
+        z, logdet = self.forward(x, cond)
+        return gaussian_log_prob(z, self.prior_variance()) + logdet
+
+    def bits_per_dim(self, x: Float[Array, "b height width c"], cond: Condition | None = None) -> Float[Array, " b"]:
+        """Returns -log2 p(x | cond) per dimension on the scale of 256 levels over [-1, 1).
+
+        It is the model's bits/dim where x is dequantised (`flowgen.flows.density.dequantise`).
+        """
+        return bits_per_dim(self.log_prob(x, cond), self.config.num_dims)
+
+    def to_images(self, tokens: Float[Array, "b n token"]) -> Float[Array, "b height width c"]:
+        """Returns the images of data-side tokens."""
+        config = self.config
+        return unpatchify(tokens, config.patch_size, config.grid_size, config.patch_order)
+
+
+def init(flow: Any, key: Key[Array, ""]) -> Any:
+    """Returns freshly initialised variables of a flow; shapes come from its config.
+
+    Blocks of equal shape share one compiled program, whose random numbers are what takes time to compile.
+
+    Example:
+        params = init(flow, jax.random.key(0))
+    """
+    config = flow.config
+    if config.dtype == "float64" and not jax.config.read("jax_enable_x64"):
+        raise ValueError("model.dtype is 'float64', which jax has switched off; set jax_enable_x64 first.")
+    params = {}
+    for index, block in enumerate(config.blocks):
+        shape = dataclasses.replace(block, order="raster")  # The order of tokens has no parameters.
+        params[f"blocks_{index}"] = _init_block(shape, jax.random.fold_in(key, index))
+    if config.transform != "volume_preserving":
+        return {"params": params}
+    variance = jnp.ones((config.num_tokens, config.token_dim), master_dtype(config.dtype))
+    return {"params": params, "prior": {"variance": variance}}
+
+
+@partial(jax.jit, static_argnums=0)
+def _init_block(config: BlockConfig, key: Key[Array, ""]) -> Any:
+    tokens = jnp.zeros((1, config.num_tokens, config.token_dim), master_dtype(config.transformer.dtype))
+    return AutoregressiveBlock(config).init(key, tokens)["params"]

@@ -1,0 +1,245 @@
+"""STARFlow: shallow autoregressive blocks under one deep block, on latents, with class or text (arXiv 2506.06276)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from flowgen.attention import CAUSAL_KERNEL_NAMES
+from flowgen.conditioning import Condition, TextCondition, check_labels, check_text
+from flowgen.flows.affine import TokenOrder
+from flowgen.flows.block import BlockConfig, ClassPrefix, TextPrefix
+from flowgen.flows.flow import AutoregressiveFlow, ImageTokens
+from flowgen.flows.positions import GridPositions, rotary_pairs
+from flowgen.nn.checks import check_at_least_one, check_choices, check_noise_std, check_num_classes
+from flowgen.nn.layers import ACTIVATION_NAMES, NORMS, Activation, Norm
+from flowgen.nn.transformer import TransformerConfig
+
+# The order of block 0 and of block 1; later blocks alternate.
+ORDERS: dict[str, tuple[TokenOrder, TokenOrder]] = {"L2R": ("reversed", "raster"), "R2L": ("raster", "reversed")}
+
+
+@dataclass(frozen=True)
+class STARFlowConfig(ImageTokens):
+    """Shape of a STARFlow; the defaults are those of the released text-to-image model where it has one.
+
+    image_size: side of the latents, or (height, width). layers: per block, data side first, the last being the deep
+    one; a block of 0 layers is the identity and is left out of `blocks`. deep_width: width of the last block, None for
+    `width`. order: of the tokens, "L2R" reverses block 0, "R2L" block 1, and later blocks alternate.
+    num_kv_heads: see `TransformerConfig`, as for norm, qk_norm, post_norm and use_bias; None is one per head.
+    soft_clip: bound c of c · tanh(r / c) on the raw scale and on the shift, 0 for none.
+    class_conditioning: a label as a prefix token (published), or as an embedding added to every token, whose mean
+    is the unconditional class. text_dim, text_length: features per text token, and tokens per text, padding included.
+    condition: which blocks see the class or the text. reference_side: P, see `flowgen.flows.positions`; None
+    gives the tokens of this grid the distance 1. noise_std, dtype, remat: as in `TARFlowConfig`.
+    """
+
+    image_size: int | tuple[int, int]
+    channels: int = 4
+    patch_size: int = 1
+    width: int = 512
+    layers: tuple[int, ...] = (2, 2, 2, 2, 2, 24)
+    deep_width: int | None = None
+    order: Literal["L2R", "R2L"] = "L2R"
+    head_dim: int = 64
+    num_kv_heads: int | None = None
+    expansion: int = 4
+    norm: Norm = "layer_norm"
+    qk_norm: bool = False
+    post_norm: bool = False
+    activation: Activation = "gelu"
+    use_bias: bool = True
+    soft_clip: float = 4.0
+    num_classes: int = 0
+    class_conditioning: Literal["prefix", "add"] = "prefix"
+    text_dim: int = 0
+    text_length: int = 0
+    condition: Literal["deep", "all"] = "deep"
+    reference_side: float | None = None
+    attention: str = "softmax"
+    noise_std: float = 0.3
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    remat: bool = True
+
+    def __post_init__(self):
+        if isinstance(self.layers, list):
+            object.__setattr__(self, "layers", tuple(self.layers))
+        check_at_least_one(self, ("width", "head_dim", "expansion"))
+        self.check_images()
+        check_noise_std(self.noise_std)
+        if not self.layers or min(self.layers) < 0 or self.layers[-1] < 1:
+            raise ValueError(
+                f"model.layers is {self.layers}; give 0 (no block) or more layers per block, the last at least 1."
+            )
+        for name, width in (("width", self.width), ("deep_width", self._deep_width)):
+            if width < 1 or width % self.head_dim:
+                raise ValueError(
+                    f"model.{name} is {width}, not a positive multiple of head_dim {self.head_dim}; "
+                    "change one of the two."
+                )
+            if self.num_kv_heads is not None and not 1 <= self.num_kv_heads <= (heads := width // self.head_dim):
+                raise ValueError(f"model.num_kv_heads is {self.num_kv_heads}; {name} {width} makes {heads} heads.")
+            if self.num_kv_heads is not None and width // self.head_dim % self.num_kv_heads:
+                raise ValueError(
+                    f"model.num_kv_heads is {self.num_kv_heads}, which does not divide the {width // self.head_dim} "
+                    f"heads of {name} {width}; use a divisor."
+                )
+        if self.num_kv_heads is not None and self.attention != "softmax":
+            raise ValueError(
+                f"model.num_kv_heads is {self.num_kv_heads}; {self.attention!r} attention needs as many as heads, None."
+            )
+        if not 0 <= self.soft_clip < float("inf"):
+            raise ValueError(f"model.soft_clip is {self.soft_clip}; it must be 0 (off) or positive.")
+        check_num_classes(self.num_classes)
+        if (self.text_dim > 0) != (self.text_length > 0) or min(self.text_dim, self.text_length) < 0:
+            raise ValueError(
+                f"model.text_dim is {self.text_dim} and text_length {self.text_length}; give both, or neither (0)."
+            )
+        if self.num_classes and self.text_dim:
+            raise ValueError(f"model.num_classes is {self.num_classes} and text_dim {self.text_dim}; choose one.")
+        if self.reference_side is not None and not 0 < self.reference_side < float("inf"):
+            raise ValueError(f"model.reference_side is {self.reference_side}; it must be positive, or None.")
+        choices = {
+            "order": tuple(ORDERS),
+            "norm": tuple(NORMS),
+            "activation": ACTIVATION_NAMES,
+            "class_conditioning": ("prefix", "add"),
+            "condition": ("deep", "all"),
+            "attention": CAUSAL_KERNEL_NAMES,
+            "dtype": ("float32", "bfloat16", "float64"),
+        }
+        check_choices(self, choices)
+        rotary_pairs(self.head_dim, has_text=self._prefix is not None)
+
+    @property
+    def patch_order(self) -> Literal["channel_last"]:
+        """How a patch is laid out in a token."""
+        return "channel_last"
+
+    @property
+    def transform(self) -> Literal["softplus"]:
+        """How a block's outputs become scales: σ = softplus(a + 0.5413)."""
+        return "softplus"
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that are not the identity."""
+        return sum(count > 0 for count in self.layers)
+
+    @property
+    def _deep_width(self) -> int:
+        return self.width if self.deep_width is None else self.deep_width
+
+    @property
+    def _prefix(self) -> ClassPrefix | TextPrefix | None:
+        if self.text_dim:
+            return TextPrefix(self.text_length, self.text_dim)
+        return ClassPrefix(self.num_classes) if self.num_classes and self.class_conditioning == "prefix" else None
+
+    def at(self, height: int, width: int) -> STARFlowConfig:
+        """Returns the config of the same parameters on images of another size, whose area keeps its reference."""
+        return dataclasses.replace(self, image_size=(height, width), reference_side=self._side)
+
+    @property
+    def _side(self) -> float:
+        height, width = self.grid_size
+        side = math.sqrt(height * width) / self.patch_size
+        return side if self.reference_side is None else self.reference_side
+
+    @property
+    def _positions(self) -> GridPositions:
+        rows, columns = (length // self.patch_size for length in self.grid_size)
+        return GridPositions(rows, columns, self._side, rotary_pairs(self.head_dim, has_text=self._prefix is not None))
+
+    @property
+    def blocks(self) -> tuple[BlockConfig, ...]:
+        """The blocks from data to noise, those of 0 layers left out; the orders alternate over all of `layers`."""
+        last = len(self.layers) - 1
+        return tuple(self._block(index, index == last) for index, count in enumerate(self.layers) if count)
+
+    def _block(self, index: int, deep: bool) -> BlockConfig:
+        conditional = deep or self.condition == "all"
+        width = self._deep_width if deep else self.width
+        return BlockConfig(
+            num_tokens=self.num_tokens,
+            token_dim=self.token_dim,
+            order=ORDERS[self.order][index % 2],
+            transform=self.transform,
+            num_classes=self.num_classes if conditional and self.class_conditioning == "add" else 0,
+            transformer=TransformerConfig(
+                width=width,
+                num_layers=self.layers[index],
+                num_heads=width // self.head_dim,
+                expansion=self.expansion,
+                activation=self.activation,
+                attention=self.attention,
+                dtype=self.dtype,
+                remat=self.remat,
+                num_kv_heads=self.num_kv_heads,
+                norm=self.norm,
+                qk_norm=self.qk_norm,
+                post_norm=self.post_norm,
+                use_bias=self.use_bias,
+            ),
+            shift="input",
+            soft_clip=self.soft_clip,
+            final_norm=True,
+            positions=self._positions,
+            prefix=self._prefix if conditional else None,
+        )
+
+    def check_cond(self, cond: Any, batch: int) -> Condition | None:
+        """Returns labels as int32, None, or a text; ValueError where it cannot be meant for this model and batch."""
+        if self.text_dim:
+            return check_text(cond, length=self.text_length, dim=self.text_dim, batch=batch)
+        return check_labels(cond, num_classes=self.num_classes, batch=batch)
+
+    def check_null(self, null: Any, batch: int) -> TextCondition | None:
+        """Returns what the unconditional branch of guidance needs: a text for a model of texts, else nothing."""
+        if not self.text_dim:
+            if null is not None:
+                raise ValueError("null was given to a model without texts, whose null is label -1; leave it out.")
+            return None
+        if null is None:
+            raise ValueError("guidance of a model of texts needs null, the TextCondition of an empty text.")
+        one = isinstance(null, TextCondition) and len(null.mask) == 1
+        return check_text(null, length=self.text_length, dim=self.text_dim, batch=1 if one else batch)
+
+
+class STARFlow(AutoregressiveFlow):
+    """Exact-likelihood flow between latents `b height width c` and noise tokens `b n c`.
+
+    `cond` is, in every method, a `TextCondition` for a model of texts; else None, or int32 labels `b` where -1 means
+    unconditional: the last row of a class prefix, or the mean of added classes.
+
+    Example:
+        flow = STARFlow(STARFlowConfig(image_size=8, width=128, layers=(2, 2, 6), num_classes=10))
+        z, logdet = flow.apply(params, x, cond, method="forward")
+    """
+
+    config: STARFlowConfig
+
+
+def _imagenet(width: int, layers: tuple[int, ...], patch_size: int = 1) -> STARFlowConfig:
+    return STARFlowConfig(
+        image_size=32,
+        patch_size=patch_size,
+        width=width,
+        layers=layers,
+        num_classes=1000,
+        reference_side=32 / patch_size,
+    )
+
+
+# Published shapes on 256 x 256 pictures, 32 x 32 x 4 latents. "t2i_3b" is the released text-to-image model. The others
+# are the published class-conditional presets by their names; the paper's model of 1.4 B is "xlv2_1".
+STARFLOW_PRESETS: dict[str, STARFlowConfig] = {
+    "t2i_3b": STARFlowConfig(image_size=32, width=3072, text_dim=2048, text_length=128, reference_side=32.0),
+    "xl_1": _imagenet(2048, (2, 2, 2, 2, 10, 10)),
+    "xlv2_1": _imagenet(2048, (2, 2, 2, 2, 2, 18)),
+    "xl_2": _imagenet(2048, (2, 2, 2, 2, 10, 10), patch_size=2),
+    "xxl_1": _imagenet(3072, (2, 2, 2, 2, 13, 13)),
+    "xxlv2_1": _imagenet(3072, (2, 2, 2, 2, 2, 24)),
+}

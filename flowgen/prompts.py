@@ -1,0 +1,77 @@
+"""Texts as models were trained to read them, and the aspect ratios that texts and pictures come in."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+# width : height, in the order in which they are published (arXiv 2506.06276).
+ASPECTS: dict[str, tuple[int, int]] = {
+    "1:1": (1, 1),
+    "2:3": (2, 3),
+    "3:2": (3, 2),
+    "16:9": (16, 9),
+    "9:16": (9, 16),
+    "4:5": (4, 5),
+    "5:4": (5, 4),
+    "21:9": (21, 9),
+    "9:21": (9, 21),
+}
+
+
+def aspect_size(aspect: str, side: int, multiple: int = 1) -> tuple[int, int]:
+    """Returns (height, width) of about side² pixels in an aspect ratio, both rounded to a multiple.
+
+    height = round(side / √r), width = round(side √r) with r the ratio of width to height, halves to even.
+
+    Raises ValueError where the aspect is none of the nine, or no multiple fits.
+
+    Example:
+        aspect_size("16:9", 256, 8)  # (192, 344)
+    """
+    if aspect not in ASPECTS:
+        raise ValueError(f"aspect is {aspect!r}; choose one of {', '.join(ASPECTS)}.")
+    wide, high = ASPECTS[aspect]
+    stretch = math.sqrt(wide / high)
+    height, width = (round(length / multiple) * multiple for length in (side / stretch, side * stretch))
+    if min(height, width) == 0:
+        raise ValueError(f"aspect {aspect} of side {side} has no multiple of {multiple}; use a larger side.")
+    return height, width
+
+
+def nearest_aspect(height: int, width: int) -> str:
+    """Returns the aspect whose logarithm is nearest, so that a picture and its transpose are treated alike.
+
+    Example:
+        nearest_aspect(1080, 1920)  # "16:9"
+    """
+    ratio = math.log(width / height)
+    return min(ASPECTS, key=lambda name: abs(math.log(ASPECTS[name][0] / ASPECTS[name][1]) - ratio))
+
+
+@dataclass(frozen=True)
+class PromptTemplate:
+    """What texts are wrapped in, as published, and the empty text of guidance like any other.
+
+    noise_std: the noise of training, told in thousandths, "Noise Level 300:"; None leaves it out. frames_per_second:
+    "A video with 16 fps:", or of 0 "An image:". aspect: whether to end with the nearest of the nine aspect ratios.
+
+    Example:
+        template = PromptTemplate(noise_std=0.3)
+        template("a cat", (32, 32))  # "Noise Level 300:\na cat"
+    """
+
+    noise_std: float | None = None
+    frames_per_second: int | None = None
+    aspect: bool = False
+
+    def __call__(self, text: str, grid: tuple[int, int]) -> str:
+        """Returns the wrapped text of a picture of `grid` (height, width), in any unit."""
+        if self.frames_per_second is not None:
+            kind = f"A video with {self.frames_per_second} fps" if self.frames_per_second else "An image"
+            text = f"{kind}:\n{text}\n"
+        if self.noise_std is not None:
+            text = f"Noise Level {int(self.noise_std * 1000)}:\n{text}"
+        if self.aspect:
+            text = f"{text}\n in a {nearest_aspect(*grid)} aspect ratio.\n"
+        return text

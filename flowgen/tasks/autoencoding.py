@@ -1,0 +1,217 @@
+"""Autoencoders as a task: the small ones whose latents flows are trained on; reconstruction, and a little divergence.
+
+loss = mean |x - x̂| + mean (x - x̂)² + kl_weight · mean over latents of KL(N(mean, std²) || N(0, 1))
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flowgen.data import DataConfig, Source, check_classes, fixed_batches, from_uint8, load
+from flowgen.data.sources import Split
+from flowgen.models import init
+from flowgen.tasks.images import check_foreign, image_batches, shrink_images
+from flowgen.tasks.latents import STATISTICS, open_autoencoder
+from flowgen.tasks.likelihood import SamplingConfig
+from flowgen.tasks.pictures import DRAWABLE_CHANNELS, picture
+from flowgen.training import Job
+
+SAMPLE_OPTIONS: tuple[str, ...] = ()
+EVALUATE_OPTIONS: tuple[str, ...] = ()
+# How fast the mean and variance of latents follow the batches.
+STATISTICS_RATE = 0.02
+PEAK = 2.0  # of pictures in [-1, 1], for the signal-to-noise ratio
+
+
+@dataclass(frozen=True)
+class AutoencodingConfig:
+    """How an autoencoder is trained. image_size: side of its pictures, or (height, width). kl_weight: of the
+    divergence of the posterior from N(0, 1), in nats per latent. noise: std of the noise added to normalised latents
+    before they are decoded, so that the decoder takes those of a flow as they are. decoder_of: run or published folder
+    of an autoencoder, whose encoder stays as it is while the decoder is trained on."""
+
+    image_size: int | tuple[int, int] = 8
+    kl_weight: float = 1e-4
+    noise: float = 0.0
+    decoder_of: str = ""
+
+    def __post_init__(self):
+        if isinstance(self.image_size, list):
+            object.__setattr__(self, "image_size", tuple(self.image_size))
+        for name in ("kl_weight", "noise"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"autoencoding.{name} is {getattr(self, name)}; it must be 0 or positive.")
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        return self.image_size if isinstance(self.image_size, tuple) else (self.image_size, self.image_size)
+
+
+def check(experiment: Any) -> None:
+    """Raises ValueError where the parts of an experiment do not belong to an autoencoder."""
+    check_foreign(experiment, "Autoencoder", "reconstruction", ("matching", "likelihood", "codec", "text"))
+    if experiment.autoencoding is None:
+        raise ValueError("autoencoding is missing; an Autoencoder is trained by it, so give an AutoencodingConfig.")
+    if not isinstance(experiment.data, DataConfig) or experiment.data.source == "encoded" or experiment.data.aspects:
+        raise ValueError(f"data is {experiment.data}; an Autoencoder is trained on pictures of one size.")
+    if not isinstance(experiment.sampling, SamplingConfig):
+        raise ValueError(f"sampling is {experiment.sampling}; an Autoencoder shows pictures, so give a SamplingConfig.")
+    if experiment.autoencoding.decoder_of and experiment.optim.weight_decay:
+        raise ValueError(
+            f"optim.weight_decay is {experiment.optim.weight_decay}, which would change the encoder of "
+            "autoencoding.decoder_of; set it to 0."
+        )
+    factor = experiment.model.factor
+    if any(length % factor for length in experiment.autoencoding.grid_size):
+        raise ValueError(
+            f"autoencoding.image_size is {experiment.autoencoding.image_size}, but the model makes one latent of "
+            f"{factor} x {factor} pixels; use a multiple of {factor}."
+        )
+
+
+def best_metric(experiment: Any) -> str:
+    """Returns the evaluated metric by which checkpoints are compared; lower is better."""
+    return "mean_square_error"
+
+
+def shrink(experiment: Any) -> Any:
+    """Returns the experiment with a tiny autoencoder of the same factor on the built-in digits."""
+    model = experiment.model
+    levels = len(model.widths)
+    model = dataclasses.replace(model, widths=(8,) * levels, num_groups=4, layers_per_block=1)
+    autoencoding = dataclasses.replace(experiment.autoencoding, image_size=max(8, 2 * model.factor))
+    return shrink_images(experiment, model, autoencoding=autoencoding)
+
+
+def pictures(experiment: Any, split: Split) -> Source:
+    """Returns the pictures of a split at the size that the autoencoder is trained on."""
+    source = load(
+        experiment.data, image_size=experiment.autoencoding.grid_size, channels=experiment.model.channels, split=split
+    )
+    assert isinstance(source, Source)  # `check` refuses several sizes
+    check_classes(source, 0)
+    return source
+
+
+def job(experiment: Any) -> Job:
+    """Returns what the training loop needs, with the data opened."""
+    autoencoder, source = experiment.flow(), pictures(experiment, "train")
+    held_out = pictures(experiment, "eval") if experiment.data.eval_fraction > 0 else None
+    shown = held_out or source
+
+    def picture_of(variables: Any) -> np.ndarray:
+        images = np.asarray(from_uint8(shown[np.arange(min(experiment.sampling.num, len(shown)))]["image"]))
+        pairs = np.stack([images, _reconstruct(autoencoder, variables, images)], axis=1)
+        return picture(pairs.reshape(-1, *images.shape[1:]), 2 * max(1, round(math.sqrt(len(images) / 2))))
+
+    return Job(
+        init=lambda key: _initial(experiment, autoencoder, key),
+        objective=autoencoding_objective(autoencoder, experiment.autoencoding),
+        batches=image_batches(experiment, source),
+        evaluate=None if held_out is None else lambda variables: _distortion(autoencoder, variables, held_out),
+        sample=picture_of if experiment.model.channels in DRAWABLE_CHANNELS else None,
+        best_metric=best_metric(experiment),
+    )
+
+
+def autoencoding_objective(autoencoder: Any, config: AutoencodingConfig) -> Callable[..., tuple]:
+    """Returns the objective (variables, batch, key) -> (loss, metrics, carried state) of an autoencoder.
+
+    batch: `image` uint8 `b height width c`. Carried state: collection "latents", the mean and variance of the latents
+    per channel, followed at a rate of 0.02; latents are normalised by them when a flow is trained on them.
+
+    Example:
+        loss, metrics, state = autoencoding_objective(autoencoder, AutoencodingConfig())(variables, batch, key)
+    """
+
+    def objective(variables, batch, key):
+        posterior_key, noise_key = jax.random.split(key)
+        weights = {"params": variables["params"]}
+        x = from_uint8(batch["image"])
+        mean, log_variance = autoencoder.apply(weights, x, method="encode")
+        if config.decoder_of:
+            mean, log_variance = jax.lax.stop_gradient((mean, log_variance))
+        latents = mean + jnp.exp(0.5 * log_variance) * jax.random.normal(posterior_key, mean.shape)
+        statistics = variables[STATISTICS]
+        moments = {"mean": latents.mean(axis=(0, 1, 2)), "variance": latents.var(axis=(0, 1, 2))}
+        rate = 0.0 if config.decoder_of else STATISTICS_RATE
+        followed = jax.tree.map(lambda old, new: old + rate * (jax.lax.stop_gradient(new) - old), statistics, moments)
+        if config.noise:
+            std = jnp.sqrt(followed["variance"])[None, None, None]
+            latents = latents + config.noise * std * jax.random.normal(noise_key, mean.shape)
+        error = autoencoder.apply(weights, latents, method="decode") - x
+        divergence = 0.5 * (jnp.square(mean) + jnp.exp(log_variance) - 1 - log_variance).mean()
+        square = jnp.square(error).mean()
+        loss = jnp.abs(error).mean() + square + config.kl_weight * divergence
+        metrics = {"loss": loss, "mean_square_error": square, "divergence": divergence}
+        return loss, metrics, {STATISTICS: followed}
+
+    return objective
+
+
+def evaluate(experiment: Any, autoencoder: Any, variables: Any, options: Any) -> list[str]:
+    """Returns lines with the error of reconstructions on a split, and the statistics of the latents."""
+    source = pictures(experiment, options.split)
+    metrics = _distortion(autoencoder, variables, source)
+    statistics, factor = variables[STATISTICS], experiment.model.factor
+    return [
+        f"{len(source)} images ({options.split}), one latent of {factor} x {factor} pixels",
+        f"PSNR {metrics['psnr']:.2f} dB, mean square error {metrics['mean_square_error']:.5f}",
+        f"latents: mean {_shown(statistics['mean'])}, variance {_shown(statistics['variance'])}",
+    ]
+
+
+def drawn_channels(experiment: Any) -> int:
+    """Returns the channels of its pictures."""
+    return experiment.model.channels
+
+
+def _shown(values: Any) -> str:
+    return " ".join(f"{value:.3f}" for value in np.asarray(values).tolist())
+
+
+def _initial(experiment: Any, autoencoder: Any, key: jax.Array) -> Any:
+    """Fresh variables with statistics of nothing, or those of the autoencoder whose decoder is trained on."""
+    channels, path = experiment.model.latent_channels, experiment.autoencoding.decoder_of
+    if not path:
+        return {**init(autoencoder, key), STATISTICS: {"mean": jnp.zeros(channels), "variance": jnp.ones(channels)}}
+    codec = open_autoencoder(path)
+    found = codec.autoencoder.config
+    if found != dataclasses.replace(experiment.model, dtype=found.dtype, remat=found.remat):
+        raise ValueError(f"autoencoding.decoder_of '{path}' has the shape {found}, not that of the model; set it.")
+    statistics = {"mean": codec.normalisation.shift, "variance": 1 / np.square(codec.normalisation.scale)}
+    return {
+        "params": codec.variables["params"],
+        STATISTICS: {name: jnp.full(channels, value, jnp.float32) for name, value in statistics.items()},
+    }
+
+
+@partial(jax.jit, static_argnums=0)
+def _decoded_mean(autoencoder, params, images):
+    mean, _ = autoencoder.apply({"params": params}, images, method="encode")
+    return autoencoder.apply({"params": params}, mean, method="decode")
+
+
+def _reconstruct(autoencoder: Any, variables: Any, images: np.ndarray) -> np.ndarray:
+    return np.asarray(_decoded_mean(autoencoder, variables["params"], images))
+
+
+def _distortion(autoencoder: Any, variables: Any, source: Source) -> dict[str, float]:
+    """Mean square error of decoded posterior means, and the ratio of peak to error in decibels."""
+    total = 0.0
+    for batch in fixed_batches(source, min(256, len(source))):
+        images = np.asarray(from_uint8(batch["image"]))
+        error = np.square(_reconstruct(autoencoder, variables, images) - images).mean(axis=(1, 2, 3))
+        total += float(error[batch["mask"]].sum())
+    mean = total / len(source)
+    return {"mean_square_error": mean, "psnr": 10 * math.log10(PEAK**2 / max(mean, 1e-12))}

@@ -1,0 +1,352 @@
+"""Autoregressive flows as a task: maximum likelihood on pictures or latents, sampling by decoding, likelihoods."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flowgen.conditioning import TextCondition
+from flowgen.data import DataConfig, Source
+from flowgen.data.buckets import BucketedSource
+from flowgen.data.latents import captions_of, read_index
+from flowgen.data.sources import Split
+from flowgen.decoding import Guidance, Jacobi, sample
+from flowgen.decoding.guidance import Parts, Rule
+from flowgen.decoding.plan import Plan
+from flowgen.evaluation import flow_bits_per_dim, flow_nats_per_dim, gaussian_bits_per_dim
+from flowgen.flows import STARFlowConfig, TARFlowConfig
+from flowgen.flows.density import nll_objective
+from flowgen.models import init
+from flowgen.tasks.images import check_foreign, holds_latents, image_batches, shrink_images
+from flowgen.tasks.latents import (
+    PixelBlocks,
+    codec_of,
+    flow_source,
+    is_latent,
+    null_texts,
+    picture_source,
+    prompt_condition,
+)
+from flowgen.tasks.pictures import DRAWABLE_CHANNELS, grid_labels, picture
+from flowgen.tasks.samples import sample_lines, sample_metrics, train_judge
+from flowgen.training import Job
+
+# Options of `sample` and `evaluate` that mean something here, by their names in the command.
+SAMPLE_OPTIONS = ("plan", "window", "tol", "denoise", "certify", "prompt", "prompts", "aspect")
+EVALUATE_OPTIONS = ("noise", "samples")
+# σ of the published model, by which the loss of noisier models weighs more where it is weighted.
+REFERENCE_NOISE = 0.3
+# Text models draw these many held-out captions in training, unless sampling.prompts says others.
+DRAWN_CAPTIONS = 16
+
+
+@dataclass(frozen=True)
+class LikelihoodConfig:
+    """How a flow is trained beyond maximum likelihood.
+
+    norm_penalty: weight of the mean squares of the tokens that enter each block; published: 1e-4.
+    noise_weight: multiply the loss by σ / 0.3, as published with noise levels in the prompt.
+    """
+
+    norm_penalty: float = 0.0
+    noise_weight: bool = False
+
+    def __post_init__(self):
+        if not 0 <= self.norm_penalty < float("inf"):
+            raise ValueError(f"likelihood.norm_penalty is {self.norm_penalty}; it must be 0 (none) or positive.")
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How samples are drawn, in training and by default in `sample.py`.
+
+    plan, window, tol: see `flowgen.decoding`; window and tol are for "jacobi". guidance to temperature: see
+    `Guidance`. denoise: strength of the score step, 0 for none. prompts: that a model of texts draws in turn.
+    """
+
+    num: int = 64
+    plan: Literal["sequential", "jacobi", "auto"] = "auto"
+    window: int | None = None
+    tol: float = 1e-4
+    guidance: float = 0.0
+    rule: Rule = "linear"
+    parts: Parts = "both"
+    anneal: bool = False
+    temperature: float = 1.0
+    blocks: tuple[int, ...] | None = None
+    denoise: float = 1.0
+    prompts: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if self.num < 1:
+            raise ValueError(f"sampling.num is {self.num}; it must be at least 1.")
+        if self.denoise < 0:
+            raise ValueError(f"sampling.denoise is {self.denoise}; it must be 0 (off) or positive.")
+        try:
+            self.to_guidance(), self.to_plan()
+        except ValueError as error:
+            raise ValueError(f"sampling: {error}") from error
+
+    def to_guidance(self) -> Guidance:
+        """Returns the guidance these fields describe."""
+        return Guidance(
+            scale=self.guidance,
+            blocks=self.blocks,
+            rule=self.rule,
+            parts=self.parts,
+            anneal=self.anneal,
+            temperature=self.temperature,
+        )
+
+    def to_plan(self) -> Plan | str:
+        """Returns the plan these fields describe."""
+        return Jacobi(window=self.window, tol=self.tol) if self.plan == "jacobi" else self.plan
+
+
+# What makes a model of each kind tiny.
+_TINY: dict[type, Callable[[Any], dict[str, Any]]] = {
+    TARFlowConfig: lambda model: {
+        "width": 32,
+        "head_dim": 16,
+        "num_blocks": min(model.num_blocks, 2),
+        "layers_per_block": 1,
+    },
+    STARFlowConfig: lambda model: {
+        "width": 40,
+        "deep_width": None,
+        "head_dim": 20,
+        "num_kv_heads": None if model.num_kv_heads is None else 1,
+        "layers": (1,) * min(model.num_blocks, 2),
+    },
+}
+
+
+def check(experiment: Any) -> None:
+    """Raises ValueError where the parts of an experiment do not belong to a flow."""
+    kind = type(experiment.model).__name__.removesuffix("Config")
+    if not isinstance(experiment.data, DataConfig):
+        raise ValueError(f"data is {experiment.data}; a {kind} is trained on pictures, so give a DataConfig.")
+    if bool(experiment.model.text_dim) != (experiment.text is not None):
+        has = "missing" if experiment.text is None else "given"
+        raise ValueError(
+            f"text is {has} and model.text_dim is {experiment.model.text_dim}; give both for texts, or neither."
+        )
+    if experiment.data.aspects and not hasattr(experiment.model, "at"):
+        raise ValueError(f"data.aspects is set, but a {kind} has one size, as its parameters do; use a STARFlow.")
+    if is_latent(experiment) and experiment.model.noise_std == 0:
+        raise ValueError("model.noise_std is 0, which dequantises pictures; latents need noise, such as 0.3.")
+    check_foreign(experiment, kind, "maximum likelihood", ("matching", "autoencoding"))
+    if not isinstance(experiment.sampling, SamplingConfig):
+        raise ValueError(f"sampling is {experiment.sampling}; a {kind} is decoded, so give a SamplingConfig.")
+
+
+def best_metric(experiment: Any) -> str:
+    """Returns the evaluated metric by which checkpoints are compared; lower is better."""
+    return "nats_per_dim" if is_latent(experiment) else "bits_per_dim"
+
+
+def shrink(experiment: Any) -> Any:
+    """Returns the experiment with a tiny flow of the same kind on the built-in digits, whose blocks of pixels stand
+    for latents and random features of words for texts."""
+    model = experiment.model
+    patch = min(model.patch_size, 4)
+    height, width = model.grid_size
+    side, other = 4 * patch, max(patch, 4 * patch * width // height // patch * patch)
+    changes: dict[str, Any] = {"codec": None}
+    if experiment.codec is not None:
+        factors = (factor for factor in (8, 4, 2) if model.channels // factor**2 in DRAWABLE_CHANNELS)
+        changes["codec"] = PixelBlocks(next(factors, 2))
+        model = dataclasses.replace(model, channels=max(model.channels, changes["codec"].factor ** 2))
+    if model.text_dim:
+        changes["text"] = dataclasses.replace(experiment.text, encoder="words")
+        changes["sampling"] = dataclasses.replace(experiment.sampling, prompts=())
+        model = dataclasses.replace(model, text_dim=16, text_length=min(model.text_length, 16))
+    model = dataclasses.replace(
+        model,
+        image_size=side if height == width else (side, other),
+        patch_size=patch,
+        num_classes=10 if model.num_classes else 0,
+        **_TINY[type(model)](model),
+    )
+    return shrink_images(experiment, model, **changes)
+
+
+def job(experiment: Any) -> Job:
+    """Returns what the training loop needs, with the data opened, and encoded where they were not."""
+    flow, source = experiment.flow(), flow_source(experiment, "train")
+    held_out = flow_source(experiment, "eval") if _has_held_out(experiment) else None
+    likelihood = experiment.likelihood or LikelihoodConfig()
+    return Job(
+        init=lambda key: init(flow, key),
+        objective=nll_objective(
+            flow,
+            label_dropout=experiment.train.label_dropout,
+            norm_penalty=likelihood.norm_penalty,
+            loss_scale=flow.config.noise_std / REFERENCE_NOISE if likelihood.noise_weight else 1.0,
+            null_text=null_texts(source),
+        ),
+        batches=image_batches(experiment, source),
+        evaluate=None if held_out is None else _evaluator(experiment, flow, source, held_out),
+        sample=_sampler(experiment, flow, held_out or source),
+        best_metric=best_metric(experiment),
+    )
+
+
+def _has_held_out(experiment: Any) -> bool:
+    if experiment.data.source == "encoded":
+        return any(shard["split"] == "eval" for shard in read_index(experiment.data.path)["shards"])
+    return experiment.data.eval_fraction > 0
+
+
+def _sampler(experiment: Any, flow: Any, source: Source | BucketedSource) -> Callable[[Any], np.ndarray] | None:
+    """What draws the pictures of a run: of the classes in turn, or of prompts; None where samples are no pictures."""
+    encoded_without_codec = experiment.data.source == "encoded" and experiment.codec is None
+    if encoded_without_codec or drawn_channels(experiment) not in DRAWABLE_CHANNELS:
+        return None
+    num, classes = experiment.sampling.num, flow.config.num_classes
+    bucket = source.buckets[0] if isinstance(source, BucketedSource) else source
+    # The captions that are drawn, which may name the aspect, are of pictures of this shape.
+    prompts, drawn_as = experiment.sampling.prompts, bucket.image_shape[:2]
+    sized = flow if prompts or not holds_latents(source) else flow.at(*drawn_as)
+
+    def condition() -> Any:
+        if not flow.config.text_dim:
+            return grid_labels(num, classes)
+        if prompts:
+            return prompt_condition(experiment, [prompts[index % len(prompts)] for index in range(num)])
+        captions = bucket[np.arange(num) % min(len(bucket), DRAWN_CAPTIONS)]["text"]
+        return TextCondition(jnp.asarray(captions[0], jnp.float32), jnp.asarray(captions[1]))
+
+    def picture_of(variables: Any) -> np.ndarray:
+        key = jax.random.key(experiment.train.seed)
+        images, _ = draw(experiment, sized, variables, key, num, condition())
+        return picture(images, classes)
+
+    return picture_of
+
+
+def draw(
+    experiment: Any,
+    flow: Any,
+    variables: Any,
+    key: jax.Array,
+    num: int,
+    cond: Any,
+    *,
+    first: int = 0,
+    certify: bool = False,
+) -> tuple[np.ndarray, str]:
+    """Returns images `num height width c` and a line on how they were decoded; image i depends on (key, i) alone.
+
+    cond: labels, a `TextCondition`, or None. Latents are decoded to pictures by the experiment's codec.
+    """
+    sampling = experiment.sampling
+    null = None
+    if sampling.guidance and isinstance(cond, TextCondition):
+        null = prompt_condition(experiment, [""], flow.config.grid_size, truncate=True)
+    result = sample(
+        flow,
+        variables,
+        key,
+        num,
+        jnp.asarray(cond) if isinstance(cond, np.ndarray) else cond,
+        plan=sampling.to_plan(),
+        guidance=sampling.to_guidance(),
+        null=null,
+        denoise=sampling.denoise,
+        first=first,
+        certify=certify,
+    )
+    passes = ", ".join(str(int(block.sum())) for block in result.sweeps)
+    line = f"passes per block (data side first) {passes}; residual {float(result.residual.max()):.1e}"
+    if result.error is not None:
+        line += f"; certified to {float(result.error.max()):.1e}"
+    return np.asarray(codec_of(experiment).decode(result.x)), line
+
+
+def evaluate(experiment: Any, flow: Any, variables: Any, options: Any) -> list[str]:
+    """Returns lines with the likelihood of the flow and of a Gaussian on a split, and the distance of samples, as the
+    command's options ask."""
+    source = flow_source(experiment, options.split)
+    lines = _likelihood_lines(experiment, flow, variables, source, options)
+    return lines + _sample_lines(experiment, flow, variables, options) if options.samples else lines
+
+
+def pictures(experiment: Any, split: Split) -> Source | BucketedSource:
+    """Returns the pictures of a split, at the size that the codec makes the model's latents of."""
+    return picture_source(experiment, split)
+
+
+def drawn_channels(experiment: Any) -> int:
+    """Returns the channels of the pictures that samples are."""
+    return codec_of(experiment).pixel_channels
+
+
+def _sample_lines(experiment: Any, flow: Any, variables: Any, options: Any) -> list[str]:
+    data = picture_source(experiment, options.split)
+    train = picture_source(experiment, "train" if options.split == "eval" else options.split)
+    if isinstance(data, BucketedSource) or isinstance(train, BucketedSource):
+        raise ValueError("--samples compares pictures of one size, and data.aspects gives several; leave one out.")
+    labels = data[np.arange(len(data))]["label"]
+    conditions = None
+    if flow.config.text_dim:
+
+        def conditions(positions):
+            captions = captions_of(data, positions, labels[positions])
+            return prompt_condition(experiment, captions, truncate=experiment.text.truncate)
+
+    elif flow.config.num_classes and not options.unconditional:
+
+        def conditions(positions):
+            return labels[positions]
+
+    judge = train_judge(train)
+    of_samples = partial(draw, experiment, flow, variables)
+    metrics = sample_metrics(of_samples, judge, data, options.samples, seed=options.seed, conditions=conditions)
+    return sample_lines(metrics, judge, options.samples, f"guidance {experiment.sampling.guidance:g}")
+
+
+def _likelihood_lines(experiment: Any, flow: Any, variables: Any, source: Any, options: Any) -> list[str]:
+    key, conditional = jax.random.key(options.seed), not options.unconditional
+    if is_latent(experiment):
+        if options.noise == "uniform":
+            raise ValueError("--noise is uniform, which dequantises pictures; this flow is on latents: leave it out.")
+        nats = flow_nats_per_dim(flow, variables, source, key, batch_size=options.batch, conditional=conditional)
+        noise = f"Gaussian noise of std {flow.config.noise_std:g}"
+        return [f"{len(source)} latents ({options.split}), {noise}", f"nats/dim {nats:.4f}"]
+    sigma = 0.0 if options.noise == "uniform" else flow.config.noise_std
+    bits = flow_bits_per_dim(
+        flow, variables, source, key, noise_std=sigma, batch_size=options.batch, conditional=conditional
+    )
+    noise = f"Gaussian noise of std {sigma:g}" if sigma else "uniform dequantisation"
+    lines = [f"{len(source)} images ({options.split}), {noise}", f"bits/dim {bits:.4f}"]
+    fitted = flow_source(experiment, "train" if options.split == "eval" else options.split)
+    if isinstance(source, BucketedSource) or isinstance(fitted, BucketedSource):
+        return lines
+    return [*lines, f"bits/dim of a Gaussian fit {gaussian_bits_per_dim(fitted, source, noise_std=sigma):.4f}"]
+
+
+def _evaluator(experiment: Any, flow: Any, train_source: Any, eval_source: Any) -> Callable[[Any], dict[str, float]]:
+    if is_latent(experiment):
+        return lambda variables: {"nats_per_dim": flow_nats_per_dim(flow, variables, eval_source, jax.random.key(0))}
+
+    @functools.cache  # The data do not change, and a run that never evaluates need not read them all.
+    def baseline() -> dict[str, float]:
+        if isinstance(eval_source, BucketedSource):
+            return {}
+        bits = gaussian_bits_per_dim(train_source, eval_source, noise_std=flow.config.noise_std)
+        return {"gaussian_bits_per_dim": bits}
+
+    def evaluated(variables: Any) -> dict[str, float]:
+        bits = flow_bits_per_dim(flow, variables, eval_source, jax.random.key(0))
+        return {"bits_per_dim": bits, **baseline()}
+
+    return evaluated

@@ -1,0 +1,77 @@
+"""Pictures that runs leave: grids of images, and points with the paths that lead to them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+
+from flowgen.data import image_grid, to_uint8
+
+GRID_SIDE = 64
+DRAWABLE_CHANNELS = (1, 3)
+MAX_COLUMNS = 20
+DRAWN_PATHS = 128
+
+
+def grid_labels(num: int, num_classes: int) -> Int[np.ndarray, " num"] | None:
+    """Returns labels 0, 1, ..., 0, 1, ... for a grid with one class per column, None without classes.
+
+    Example:
+        labels = grid_labels(20, 10)
+    """
+    return np.arange(num, dtype=np.int32) % num_classes if num_classes else None
+
+
+def picture(images: Float[np.ndarray, "n height width c"], classes: int) -> UInt8[np.ndarray, "rows columns c"]:
+    """Returns a grid of images in [-1, 1], small ones enlarged; up to 20 classes in turn get one column each.
+
+    Example:
+        save_image("samples.png", picture(images, classes=10))
+    """
+    columns = classes if 1 < classes <= MAX_COLUMNS and len(images) >= classes else None
+    return image_grid(to_uint8(images), columns=columns, scale=max(1, GRID_SIDE // max(images.shape[1:3])))
+
+
+def path_plot(
+    paths: Float[np.ndarray, "times n 2"], samples: Float[np.ndarray, "m 2"], data: Float[np.ndarray, "k 2"]
+) -> UInt8[np.ndarray, "height width 3"]:
+    """Returns a picture of two panels: paths from source to sample, and samples over data.
+
+    Raises ModuleNotFoundError, naming the extra, where matplotlib is missing.
+
+    Example:
+        save_image("samples.png", path_plot(paths, samples, data))
+    """
+    figure_class, canvas_class = matplotlib()
+    figure = figure_class(figsize=(10, 5), layout="constrained")
+    canvas = canvas_class(figure)
+    left, right = figure.subplots(1, 2, sharex=True, sharey=True)
+    lines = paths[:, :DRAWN_PATHS]
+    left.plot(lines[:, :, 0], lines[:, :, 1], color="tab:gray", alpha=0.4, linewidth=0.7)
+    left.scatter(*lines[0].T, s=6, color="black", label="source", zorder=2)
+    left.scatter(*lines[-1].T, s=6, color="tab:blue", label="sample", zorder=2)
+    right.scatter(*data.T, s=3, color="tab:orange", alpha=0.6, label="data")
+    right.scatter(*samples.T, s=3, color="tab:blue", alpha=0.6, label="sample")
+    for axes in (left, right):
+        axes.set_aspect("equal")
+        axes.legend(loc="upper right", markerscale=3)
+    canvas.draw()
+    return np.ascontiguousarray(np.asarray(canvas.buffer_rgba())[..., :3])
+
+
+def matplotlib() -> tuple[Any, Any]:
+    """Returns matplotlib's Figure and the canvas that draws it in memory, or names the extra that brings them.
+
+    Example:
+        figure_class, canvas_class = matplotlib()
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            'Plotting points needs the package matplotlib; install it with: pip install "flowgen[train]".'
+        ) from error
+    return Figure, FigureCanvasAgg

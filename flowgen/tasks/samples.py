@@ -1,0 +1,86 @@
+"""What samples are worth: their distance to the data, and whether they show the class that was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float, Int
+
+from flowgen.data import Source, from_uint8
+from flowgen.evaluation import frechet_distance, train_classifier
+
+SAMPLES_AT_ONCE = 256
+
+Images = Float[np.ndarray, "n height width c"]
+Draw = Callable[..., tuple[Images, str]]
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Features of pictures in [-1, 1] for Fréchet distances, by name, and the classes they show where that is known."""
+
+    name: str
+    features: Callable[[Images], Float[np.ndarray, "n f"]]
+    classes: Callable[[Images], Int[np.ndarray, " n"]] | None = None
+
+
+def train_judge(source: Source) -> Judge:
+    """Returns a judge of pictures like those of a source: a classifier trained on its labels, else the pixels.
+
+    Example:
+        judge = train_judge(experiment.source("train"))
+    """
+    if not source.class_names:
+        return Judge("pixels", lambda images: images.reshape(len(images), -1))
+    classifier = train_classifier(source, jax.random.key(0))
+    return Judge("a classifier of the training data", classifier.features, classifier.classes)
+
+
+def sample_metrics(
+    draw: Draw,
+    judge: Judge,
+    data: Source,
+    num: int,
+    *,
+    seed: int = 0,
+    conditions: Callable[[Int[np.ndarray, " b"]], Any] | None = None,
+) -> dict[str, float]:
+    """Returns the Fréchet distance of `num` samples to all of the data, and for conditions that are labels the share
+    of samples that show their class.
+
+    draw(key, size, cond, first=...): see the tasks. conditions(positions in the data): labels or texts of these
+    pictures, in turn, so that samples come in the proportions of the data; None draws without.
+
+    Example:
+        metrics = sample_metrics(partial(draw, experiment, network, variables), judge, held_out, 1000)
+    """
+    positions = np.arange(num) % len(data)
+    size = min(SAMPLES_AT_ONCE, num)
+    parts = []
+    for first in range(0, num, size):
+        cond = None if conditions is None else conditions(np.resize(positions[first:], size))
+        parts.append(draw(jax.random.key(seed), size, cond, first=first)[0])
+    samples = np.clip(np.concatenate(parts)[:num], -1, 1)
+    everything = data[np.arange(len(data))]
+    real = np.asarray(from_uint8(everything["image"]))
+    metrics = {"frechet": frechet_distance(judge.features(samples), judge.features(real))}
+    if judge.classes is not None and conditions is not None:
+        asked = everything["label"][positions]
+        metrics["class_accuracy"] = float((judge.classes(samples) == asked)[asked >= 0].mean())
+    return metrics
+
+
+def sample_lines(metrics: dict[str, float], judge: Judge, num: int, how: str) -> list[str]:
+    """Returns the lines that `evaluate` prints of sample metrics.
+
+    Example:
+        lines = sample_lines(metrics, judge, 1000, "heun")
+    """
+    lines = [f"Fréchet distance of {num} samples {metrics['frechet']:.3f} (features of {judge.name}; {how})"]
+    if "class_accuracy" in metrics:
+        lines.append(f"samples that show their class {metrics['class_accuracy']:.3f} (by the same classifier)")
+    return lines

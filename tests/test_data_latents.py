@@ -1,0 +1,165 @@
+"""Encoded data: what was written is what training reads, and damage is named."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from flowgen.data import ArraySource, DataConfig, from_uint8, load
+from flowgen.data.buckets import BucketedSource
+from flowgen.data.latents import LatentSource, LatentWriter, Shard, encode, merged, read_latents
+
+
+def pictures(count=10, height=4, width=4, captions=True):
+    rng = np.random.default_rng(count)
+    images = rng.integers(0, 256, (count, height, width, 1), np.uint8)
+    texts = tuple(f"picture {index}" for index in range(count)) if captions else ()
+    return ArraySource(images, np.arange(count, dtype=np.int32) % 3, class_names=("a", "b", "c"), captions=texts)
+
+
+def moments(images):
+    """A codec of 2 x 2 pixels: their mean, and half their spread."""
+    blocks = images.reshape(len(images), images.shape[1] // 2, 2, images.shape[2] // 2, 2, 1)
+    return blocks.mean(axis=(2, 4)), blocks.std(axis=(2, 4)) / 2
+
+
+def texts(captions):
+    """Two tokens of three features: the length of the caption, and nothing."""
+    features = np.zeros((len(captions), 2, 3), np.float32)
+    features[:, 0] = np.array([len(caption) for caption in captions])[:, None]
+    return features, np.broadcast_to(np.array([True, False]), (len(captions), 2))
+
+
+def write(directory, splits, made_by=None, null=None):
+    writer = LatentWriter(directory)
+    for split, shards in splits.items():
+        for shard in shards:
+            writer.add(split, shard, null)
+    writer.finish(class_names=("a", "b", "c"), made_by=made_by or {})
+
+
+def read(directory, split="train"):
+    config = DataConfig(source="encoded", path=str(directory))
+    return load(config, image_size=(2, 2), channels=1, split=split)
+
+
+def test_what_is_written_is_read(tmp_path):
+    data, null = pictures(), texts([""])
+    write(tmp_path / "set", {"train": encode(data, moments, texts, size=4)}, null=(null[0][0], null[1][0]))
+    source = read(tmp_path / "set")
+    assert len(source) == 10
+    assert source.image_shape == (2, 2, 1)
+    assert source.class_names == ("a", "b", "c")
+    indices = np.array([7, 0, 9, 3, 4])
+    batch = source[indices]
+    mean, std = moments(np.asarray(from_uint8(data.images)))
+    np.testing.assert_array_equal(batch["mean"], mean.astype(np.float32)[indices])
+    np.testing.assert_array_equal(batch["std"], std.astype(np.float32)[indices])
+    np.testing.assert_array_equal(batch["label"], data.labels[indices])
+    features, mask = batch["text"]
+    np.testing.assert_array_equal(features[:, 0, 0], 9)
+    assert mask.tolist() == [[True, False]] * 5
+    np.testing.assert_array_equal(source.null[0], null[0][0])
+
+
+def test_mirrored_pictures_are_encoded_too():
+    data = pictures()
+    shards = list(encode(data, moments, flip=True, size=4))
+    source = LatentSource(tuple(shards))
+    assert len(source) == 20
+    mirrored, _ = moments(np.asarray(from_uint8(data.images[:, :, ::-1])))
+    np.testing.assert_array_equal(shards[1].mean, mirrored[:4].astype(np.float32))
+    assert shards[0].text is None
+
+
+def test_class_names_stand_in_for_captions_and_nothing_is_refused():
+    (shard,) = encode(pictures(4, captions=False), moments, texts)
+    np.testing.assert_array_equal(shard.text[:, 0, 0], 1)
+    nameless = ArraySource(pictures(2).images, np.full(2, -1, np.int32))
+    with pytest.raises(ValueError, match=r"neither captions nor classes to make texts of; put a .txt"):
+        list(encode(nameless, moments, texts))
+
+
+def test_shapes_become_buckets_and_splits_stay_apart(tmp_path):
+    square, wide = pictures(6), pictures(5, width=8)
+    train = [*encode(square, moments), *encode(wide, moments)]
+    write(tmp_path / "set", {"train": train, "eval": encode(pictures(3), moments)})
+    source = read_latents(tmp_path / "set", "train")
+    assert isinstance(source, BucketedSource)
+    assert {bucket.image_shape: len(bucket) for bucket in source.buckets} == {(2, 2, 1): 6, (2, 4, 1): 5}
+    assert len(read_latents(tmp_path / "set", "eval")) == 3
+    assert len(read_latents(tmp_path / "set", "all")) == 14
+
+
+def test_half_a_data_set_and_damage_are_refused(tmp_path):
+    directory = tmp_path / "set"
+    with pytest.raises(FileNotFoundError, match=r"holds no encoded data \(dataset.json is missing"):
+        read(directory)
+    writer = LatentWriter(directory)
+    (shard,) = encode(pictures(), moments)
+    writer.add("train", shard)
+    with pytest.raises(FileNotFoundError, match=r"holds no encoded data \(dataset.json is missing"):
+        read(directory)
+    writer.finish(class_names=(), made_by={})
+    with pytest.raises(ValueError, match=r"has nothing in the split 'eval'; encode with data.eval_fraction above 0"):
+        read(directory, "eval")
+    mean = directory / "train-00000" / "mean.npy"
+    whole = mean.read_bytes()
+    mean.write_bytes(whole[:-8])
+    with pytest.raises(ValueError, match=r"mean.npy' is truncated or damaged .*; encode the data again"):
+        read(directory)
+    np.save(mean, shard.mean[:5])
+    with pytest.raises(ValueError, match=r"holds 5 entries instead of 10"):
+        read(directory)
+    np.save(mean, np.zeros((10, 1, 1, 1), np.float32))
+    with pytest.raises(ValueError, match=r"mean.npy' holds latents of another shape"):
+        read(directory)
+    mean.unlink()
+    with pytest.raises(FileNotFoundError, match=r"mean.npy' is missing; encode the data again"):
+        read(directory)
+    (directory / "dataset.json").write_text(json.dumps({"format": "something else"}))
+    with pytest.raises(ValueError, match="is not an index of 'flowgen latents 1'"):
+        read(directory)
+
+
+def test_many_shards_need_few_open_files(tmp_path):
+    import resource
+
+    (shard,) = encode(pictures(1), moments)
+    write(tmp_path / "set", {"train": [shard] * 200})
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    in_use = len(list(Path("/proc/self/fd").iterdir()))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (in_use + 250, limits[1]))
+    try:
+        source = read(tmp_path / "set")
+        batch = source[np.arange(200)[::-1]]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert len(batch["mean"]) == 200
+
+
+def test_blocks_are_joined_to_shards():
+    blocks = list(encode(pictures(10), moments, texts, size=3))
+    size = blocks[0].nbytes
+    joined = list(merged(blocks, size=2 * size))
+    assert [shard.size for shard in joined] == [6, 4]
+    np.testing.assert_array_equal(np.concatenate([s.mean for s in joined]), np.concatenate([b.mean for b in blocks]))
+    np.testing.assert_array_equal(np.concatenate([s.text for s in joined]), np.concatenate([b.text for b in blocks]))
+
+
+def test_what_is_not_finite_is_not_encoded():
+    with pytest.raises(ValueError, match="latents or features of pictures 0 to 9 are not finite"):
+        list(encode(pictures(), lambda images: (moments(images)[0] * np.nan, moments(images)[1])))
+    with pytest.raises(ValueError, match="are not finite"), np.errstate(over="ignore"):
+        list(encode(pictures(), moments, lambda captions: (texts(captions)[0] * 1e6, texts(captions)[1])))
+
+
+def test_shards_of_one_array_are_gathered_in_order():
+    shards = tuple(
+        Shard(np.full((n, 1, 1, 1), n, np.float32), np.zeros((n, 1, 1, 1), np.float32), np.arange(n, dtype=np.int32))
+        for n in (3, 1, 2)
+    )
+    batch = LatentSource(shards)[np.array([5, 0, 3, 2, 4])]
+    assert batch["mean"].ravel().tolist() == [2, 3, 1, 3, 2]
+    assert batch["label"].tolist() == [1, 0, 0, 2, 0]

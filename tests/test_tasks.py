@@ -1,0 +1,189 @@
+"""Velocity networks end to end: trained by the one loop, stopped and resumed, sampled, evaluated, refused."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+from test_cli import flowgen, succeed
+
+from flowgen import checkpoint, config
+from flowgen import matching as fm
+from flowgen.cli import EXIT_MISTAKE
+from flowgen.config import Experiment, SolverConfig
+from flowgen.data import PointsConfig
+from flowgen.matching import GibbsWeights, Independent, MatchingConfig, MinibatchOT, MLPConfig
+from flowgen.tasks import matching as task
+from flowgen.training import LogConfig, TrainConfig, fit
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+POINTS = Experiment(
+    name="points",
+    model=MLPConfig(dim=2, width=16, num_layers=1),
+    data=PointsConfig(source="eight_gaussians", target="moons"),
+    matching=MatchingConfig(coupling=GibbsWeights(ess=0.5)),
+    train=TrainConfig(steps=8, batch_size=16),
+    log=LogConfig(log_every=2, eval_every=4, checkpoint_every=4, tensorboard=False, progress=False),
+    sampling=SolverConfig(num=6, num_steps=3),
+)
+
+
+@pytest.fixture(scope="module")
+def points(tmp_path_factory):
+    """A finished run on points, and its result."""
+    path = tmp_path_factory.mktemp("runs") / "points"
+    return path, fit(POINTS, path)
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """A run of the shrunk W-CFM digits by the command, and what it printed."""
+    path = tmp_path_factory.mktemp("runs") / "digits"
+    words = "train --debug --log.progress false --log.eval_every 0 --sampling.frechet_samples 8 --config"
+    return path, succeed(words, CONFIGS / "wcfm_digits.py", "--workdir", path)
+
+
+def test_a_run_on_points_reports_distances_and_draws_a_plot(points):
+    path, result = points
+    assert {"w2", "w2_floor", "euler_1", "euler_4", "euler_10", "path_energy", "signed_npe"} <= set(result.metrics)
+    assert all(map(np.isfinite, result.metrics.values()))
+    assert result.metrics["w2_floor"] < result.metrics["w2"]
+    picture = np.asarray(Image.open(result.samples))
+    assert picture.shape == (500, 1000, 3)
+    assert 0 < (picture != 255).mean() < 0.5
+    network, variables, experiment = checkpoint.load(path)
+    assert (network.config, experiment) == (POINTS.model, POINTS)
+    assert checkpoint.load(path, step="best")[2] == POINTS
+    # What the weights' running mean has become travels with the parameters.
+    assert np.isfinite(variables["matching"]["log_mean"])
+
+
+def test_a_stopped_run_resumes_bitwise_weights_included(points, tmp_path):
+    _, whole = points
+    half = dataclasses.replace(POINTS, train=dataclasses.replace(POINTS.train, steps=4))
+    # The learning rate of the first half must be that of the whole run.
+    constant = {"optim": dataclasses.replace(POINTS.optim, schedule="constant")}
+    whole = fit(dataclasses.replace(POINTS, **constant), tmp_path / "whole")
+    fit(dataclasses.replace(half, **constant), tmp_path / "halves")
+    resumed = fit(dataclasses.replace(POINTS, **constant), tmp_path / "halves")
+    for one, other in zip(jax.tree.leaves(whole.state), jax.tree.leaves(resumed.state), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert "log_mean" in resumed.state.collections["matching"]
+
+
+def test_an_open_epsilon_is_chosen_from_the_data_and_only_then():
+    x0, x1 = POINTS.data.draw(jax.random.key(1), 512)
+    fitted = POINTS.matching.fitted(x0, x1)
+    assert fitted.coupling.epsilon > 0
+    given = MatchingConfig(coupling=GibbsWeights(epsilon=1.5, sinkhorn_sweeps=2))
+    assert given.fitted(x0, x1) == given
+    for coupling in (Independent(), MinibatchOT(), GibbsWeights(epsilon=1.0, normalize="batch")):
+        assert MatchingConfig(coupling=coupling).state() == {}
+    assert np.isneginf(given.state()["matching"]["log_mean"])
+
+
+def test_weights_that_tilt_more_than_they_couple_are_warned_of():
+    # N -> moons: the moons' distances from the origin differ most.
+    x0, x1 = PointsConfig(source="normal", target="moons").draw(jax.random.key(0), 512)
+    with pytest.warns(UserWarning, match="sinkhorn_sweeps"):
+        MatchingConfig(coupling=GibbsWeights(epsilon=1.0)).fitted(x0 * 0.1, x1)
+
+
+def test_sampling_points_writes_a_plot_or_arrays(points, tmp_path):
+    path, _ = points
+    out = succeed("sample --num 40 --checkpoint", path, "--out", tmp_path / "a.png")
+    assert re.fullmatch(r"samples 0\.\.39: .* per second \(with compilation\); heun, 6 evaluations\nWrote .*\n", out)
+    assert Image.open(tmp_path / "a.png").size == (1000, 500)
+    for method, evaluations in (("euler --num-steps 5", "5"), ("dopri5", r"\d+")):
+        words = f"sample --num 5 --method {method} --checkpoint"
+        out = succeed(words, path, "--out", tmp_path / "b.npz")
+        assert re.search(rf"; {method.split()[0]}, {evaluations} evaluations\n", out)
+        arrays = np.load(tmp_path / "b.npz")
+        assert arrays["points"].shape == (5, 2)
+    succeed("sample --num 5 --batch 2 --method dopri5 --checkpoint", path, "--out", tmp_path / "c.npz")
+    # One step size for the whole batch: other batches, other steps, within the tolerance.
+    np.testing.assert_allclose(np.load(tmp_path / "c.npz")["points"], arrays["points"], atol=1e-3)
+
+
+def test_the_classes_of_pictures_and_guidance_reach_the_network(digits, tmp_path):
+    path, out = digits
+    assert re.search(r"Held-out frechet -?\d+\.\d{3}, loss \d+\.\d{3}, unweighted_loss \d+\.\d{3}\.\n", out)
+
+    def images(words):
+        succeed(f"sample --num 4 {words} --checkpoint", path, "--out", tmp_path / "a.npz")
+        return np.load(tmp_path / "a.npz")["images"]
+
+    three = images("--classes 3 --guidance 0")
+    assert three.shape == (4, 8, 8, 1)
+    np.testing.assert_array_equal(three, images("--classes 3 --guidance 0 --batch 4"))
+    assert np.abs(three - images("--classes 4 --guidance 0")).max() > 0
+    assert np.abs(three - images("--classes 3 --guidance 5")).max() > 0
+    np.testing.assert_allclose(three[:2], images("--classes 3 --guidance 0 --batch 2")[:2], atol=1e-5)
+    out = succeed("evaluate --samples 20 --batch 64 --checkpoint", path)
+    first, bits, distance = out.splitlines()
+    assert first == "180 images (eval)"
+    assert re.match(r"bits/dim \d+\.\d{4} ", bits)
+    assert re.match(r"Fréchet distance of 20 samples \d+\.\d{3} \(.*classifier", distance)
+
+
+def test_evaluating_points_prints_every_metric(points):
+    path, _ = points
+    out = succeed("evaluate --samples 64 --checkpoint", path)
+    assert out.startswith("64 points\n")
+    assert re.search(r"^w2 \d+\.\d{4}$", out, re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", ["meanflow_digits", "otcfm_digits", "wcfm_digits_nala"])
+def test_shrunk_configs_train(name, tmp_path):
+    experiment = config.shrink(config.load(CONFIGS / f"{name}.py"))
+    log = dataclasses.replace(experiment.log, progress=False, tensorboard=False, eval_every=0)
+    result = fit(dataclasses.replace(experiment, log=log), tmp_path / "run")
+    assert result.samples is not None
+    assert np.isfinite(result.metrics["loss"])
+
+
+MISTAKES = {
+    "sample --out a.png --plan jacobi --checkpoint POINTS": "--plan is not an option for a MLP, which takes --method, ",
+    "sample --out a.png --certify --checkpoint POINTS": "--certify is not an option for a MLP",
+    "sample --out a.png --single some --checkpoint POINTS": "--single writes pictures, and this model draws points",
+    "sample --out a.png --classes 1 --checkpoint POINTS": "--classes is 1, but this model has no classes",
+    "sample --out a.png --guidance 1 --checkpoint POINTS": "guidance is 1.0, but no classes are given",
+    "sample --out a.png --method rk5 --checkpoint POINTS": "sampling.method is 'rk5'; choose one of euler, midpoint",
+    "sample --out a.png --method mean_flow --checkpoint POINTS": "sampling.method is 'mean_flow', which needs matching",
+    "sample --out a.png --num-steps 0 --checkpoint POINTS": "--num-steps: '0' is not a whole number of at least 1",
+    "evaluate --noise uniform --checkpoint POINTS": "--noise is not an option for a MLP, which takes --samples",
+    "evaluate --samples 1 --checkpoint POINTS": "--samples: '1' is not a whole number of at least 2",
+    "evaluate --checkpoint POINTS --data.target circles": "data.target is 'circles'; it must be 'normal' or",
+    "sample --out a.png --guidance -1 --checkpoint DIGITS": "guidance is -1.0",
+    "train --workdir POINTS --config CONFIG --matching.coupling.ess 0.3": "begun with another config",
+}
+
+
+@pytest.mark.parametrize(("command", "part"), MISTAKES.items())
+def test_mistakes_are_one_sentence(command, part, points, digits, tmp_path, monkeypatch, untyped):
+    monkeypatch.chdir(tmp_path)
+    for name, place in {"POINTS": points[0], "DIGITS": digits[0], "CONFIG": CONFIGS / "cfm_moons.py"}.items():
+        command = command.replace(name, str(place))
+    outcome = flowgen(command)
+    assert outcome.code == EXIT_MISTAKE, outcome
+    assert re.fullmatch(r"flowgen: [^\n]+\n", outcome.err), outcome.err
+    assert part in outcome.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_whatever_a_network_predicts_is_sampled_as_a_velocity():
+    # A network that always predicts the datum (1, -1): every sample must arrive there.
+    network = fm.VelocityMLP(fm.MLPConfig(dim=2, width=4, num_layers=1))
+    variables = jax.tree.map(jnp.zeros_like, fm.init(network, jax.random.key(0)))
+    variables["params"]["Dense_1"]["bias"] = jnp.array([1.0, -1.0])
+    matching = MatchingConfig(loss=fm.FlowMatching(prediction="x1"))
+    experiment = dataclasses.replace(
+        POINTS, matching=matching, model=network.config, sampling=SolverConfig(method="euler", num_steps=50)
+    )
+    samples, line = task.draw(experiment, network, variables, jax.random.key(0), 5, None)
+    np.testing.assert_allclose(samples, np.tile([1.0, -1.0], (5, 1)), atol=1e-4)
+    assert line == "euler, 50 evaluations"

@@ -1,0 +1,335 @@
+"""Flows on latents and texts end to end: autoencoder, encoding, training, sampling, and what is refused."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from flowgen import checkpoint, config
+from flowgen.cli import main
+from flowgen.codecs import AutoencoderConfig
+from flowgen.config import (
+    AutoencodingConfig,
+    Experiment,
+    LikelihoodConfig,
+    PixelBlocks,
+    SamplingConfig,
+    TextConfig,
+    TrainedCodec,
+)
+from flowgen.data import DataConfig
+from flowgen.flows import STARFlowConfig, TARFlowConfig
+from flowgen.training import LogConfig, OptimConfig, TrainConfig, fit
+
+QUIET = LogConfig(log_every=4, checkpoint_every=0, progress=False, tensorboard=False)
+FEW = TrainConfig(steps=4, batch_size=16)
+TINY = STARFlowConfig(image_size=4, channels=4, width=40, head_dim=20, layers=(1, 1), num_classes=10)
+
+
+@pytest.fixture(scope="module")
+def autoencoder(tmp_path_factory):
+    """The run of a small autoencoder of digits, trained for a few steps."""
+    workdir = tmp_path_factory.mktemp("autoencoder") / "run"
+    experiment = Experiment(
+        name="autoencoder",
+        model=AutoencoderConfig(channels=1, widths=(8, 8), layers_per_block=1, num_groups=4, attention=False),
+        autoencoding=AutoencodingConfig(image_size=8, kl_weight=1e-3),
+        optim=OptimConfig(lr=3e-3, weight_decay=0.0, ema_decay=0.9),
+        train=TrainConfig(steps=60, batch_size=64),
+        log=dataclasses.replace(QUIET, eval_every=30),
+        sampling=SamplingConfig(num=8),
+    )
+    fit(experiment, workdir)
+    return workdir
+
+
+def experiment_of(**changes):
+    parts = {
+        "name": "latent",
+        "model": TINY,
+        "codec": PixelBlocks(2),
+        "optim": OptimConfig(ema_decay=0.9),
+        "train": FEW,
+        "log": QUIET,
+        "sampling": SamplingConfig(num=10),
+        **changes,
+    }
+    return Experiment(**parts)
+
+
+def test_the_autoencoder_learns_and_says_so(autoencoder, capsys):
+    rows = [json.loads(line) for line in (autoencoder / "metrics.jsonl").read_text().splitlines()]
+    errors = [row["eval/mean_square_error"] for row in rows if "eval/mean_square_error" in row]
+    assert errors[-1] < errors[0] < 0.5
+    assert (autoencoder / "samples" / "0000060.png").is_file()
+    assert main(["evaluate", "--checkpoint", str(autoencoder)]) == 0
+    printed = capsys.readouterr().out
+    assert "180 images (eval), one latent of 2 x 2 pixels" in printed
+    assert "PSNR" in printed
+    assert main(["sample", "--checkpoint", str(autoencoder), "--out", str(autoencoder / "no.png")]) == 2
+    assert "draws no samples; train a flow on its latents" in capsys.readouterr().err
+
+
+def test_latents_of_a_trained_autoencoder_are_normalised_and_decoded(autoencoder):
+    from flowgen.tasks.latents import codec_of, flow_source
+
+    experiment = experiment_of(codec=TrainedCodec(str(autoencoder)))
+    source = flow_source(experiment, "train")
+    assert source.image_shape == (4, 4, 4)
+    batch = source[np.arange(500)]
+    drawn = batch["mean"] + batch["std"] * np.random.default_rng(0).normal(size=batch["mean"].shape)
+    # The statistics follow the batches, so they are near, not at, those of the final weights.
+    np.testing.assert_allclose(drawn.mean(axis=(0, 1, 2)), 0, atol=0.3)
+    np.testing.assert_allclose(drawn.std(axis=(0, 1, 2)), 1, atol=0.3)
+    pictures = experiment.source("train")[np.arange(500)]["image"] / 127.5 - 1
+    error = np.square(codec_of(experiment).decode(batch["mean"]) - pictures).mean()
+    rows = [json.loads(line) for line in (autoencoder / "metrics.jsonl").read_text().splitlines()]
+    assert error == pytest.approx(rows[-1]["eval/mean_square_error"], rel=0.2)
+
+
+def test_another_autoencoder_in_its_place_is_noticed(autoencoder, tmp_path, capsys):
+    place = tmp_path / "codec"
+    shutil.copytree(autoencoder, place)
+    experiment = experiment_of(codec=TrainedCodec(str(place)))
+    fit(experiment, tmp_path / "run")
+    _, _, saved = checkpoint.load(tmp_path / "run")
+    assert saved.codec.digest
+    longer = [dataclasses.replace(experiment, train=dataclasses.replace(FEW, steps=steps)) for steps in (5, 6)]
+    moved = dataclasses.replace(longer[0], codec=TrainedCodec(str(autoencoder)))
+    fit(moved, tmp_path / "run")
+    shutil.rmtree(place)
+    other = experiment_of(
+        name="other",
+        model=AutoencoderConfig(channels=1, widths=(8, 8), layers_per_block=1, num_groups=4, attention=False),
+        codec=None,
+        autoencoding=AutoencodingConfig(image_size=8),
+    )
+    fit(other, place)
+    with pytest.raises(ValueError, match=r"codec.digest"):
+        fit(longer[1], tmp_path / "run")
+    words = ["sample", "--checkpoint", str(tmp_path / "run"), "--num", "1", "--out", str(tmp_path / "x.png")]
+    assert main([*words, "--autoencoder", str(place)]) == 2
+    assert "is not the one that the flow was trained on" in capsys.readouterr().err
+    assert main(words) == 0
+
+
+def test_encoding_first_or_on_the_way_trains_the_same(autoencoder, tmp_path, capsys):
+    experiment = experiment_of(codec=TrainedCodec(str(autoencoder)), data=DataConfig(flip=True))
+    path = tmp_path / "latent.py"
+    path.write_text(
+        f"from flowgen.config import from_json\nconfig = lambda: from_json({config.to_json(experiment)!r})\n"
+    )
+    out = tmp_path / "encoded"
+    assert main(["encode", "--config", str(path), "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "train: 3234 of 8 x 8 pixels" in printed
+    assert "eval: 180 of 8 x 8 pixels" in printed
+    direct = fit(experiment, tmp_path / "direct")
+    encoded = dataclasses.replace(experiment, data=DataConfig(source="encoded", path=str(out)))
+    again = fit(encoded, tmp_path / "again")
+    jax.tree.map(np.testing.assert_array_equal, direct.state.params, again.state.params)
+    assert direct.metrics == again.metrics
+    assert set(direct.metrics) == {"nats_per_dim"}
+    assert main(["encode", "--config", str(path), "--out", str(out)]) == 2
+    assert "exists already" in capsys.readouterr().err
+    other = dataclasses.replace(encoded, codec=PixelBlocks(2))
+    with pytest.raises(ValueError, match="was encoded by another codec"):
+        fit(other, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_samples_of_latents_are_pictures(autoencoder, tmp_path, capsys):
+    run = tmp_path / "run"
+    fit(experiment_of(codec=TrainedCodec(str(autoencoder)), likelihood=LikelihoodConfig(1e-4)), run)
+    out = tmp_path / "samples.npz"
+    words = ["sample", "--checkpoint", str(run), "--num", "4", "--guidance", "1", "--out", str(out)]
+    assert main(words) == 0
+    with np.load(out) as arrays:
+        assert arrays["images"].shape == (4, 8, 8, 1)
+        assert arrays["labels"].tolist() == [0, 1, 2, 3]
+    assert main([*words[:-1], str(tmp_path / "wide.png"), "--aspect", "2:3"]) == 0
+    assert main(["evaluate", "--checkpoint", str(run), "--samples", "20"]) == 0
+    printed = capsys.readouterr().out
+    assert "180 latents (eval), Gaussian noise of std 0.3" in printed
+    assert "Fréchet distance of 20 samples" in printed
+    assert "samples that show their class" in printed
+    assert main(["evaluate", "--checkpoint", str(run), "--noise", "uniform"]) == 2
+    assert "which dequantises pictures; this flow is on latents" in capsys.readouterr().err
+
+
+TEXT = dataclasses.replace(TINY, num_classes=0, text_dim=16, text_length=6)
+
+
+@pytest.fixture(scope="module")
+def text_run(tmp_path_factory):
+    """A flow of digits by their names, which stand in for captions."""
+    workdir = tmp_path_factory.mktemp("text") / "run"
+    experiment = experiment_of(
+        model=TEXT,
+        text=TextConfig(encoder="words", noise_level=True),
+        train=dataclasses.replace(FEW, label_dropout=0.5),
+        sampling=SamplingConfig(num=4, guidance=1.0, rule="product"),
+    )
+    fit(experiment, workdir)
+    return workdir
+
+
+def test_prompts_are_drawn(text_run, tmp_path):
+    out = tmp_path / "samples.npz"
+    words = ["sample", "--checkpoint", str(text_run), "--out", str(out), "--aspect", "1:1"]
+    assert main([*words, "--prompt", "3", "--prompt", "7"]) == 0
+    with np.load(out) as arrays:
+        two = arrays["images"]
+        assert two.shape == (2, 8, 8, 1)
+        assert arrays["prompts"].tolist() == ["3", "7"]
+    (tmp_path / "prompts.txt").write_text("3\n\n7\n")
+    assert main([*words, "--prompts", str(tmp_path / "prompts.txt"), "--num", "4"]) == 0
+    with np.load(out) as arrays:
+        np.testing.assert_allclose(arrays["images"][:2], two, atol=1e-5)
+        assert arrays["prompts"].tolist() == ["3", "7", "3", "7"]
+    assert (text_run / "samples" / "0000004.png").is_file()
+
+
+def test_guidance_of_texts_is_towards_the_wrapped_empty_text(text_run):
+    from flowgen.tasks import likelihood
+    from flowgen.tasks.latents import encoder_of, prompt_condition
+
+    flow, params, experiment = checkpoint.load(text_run)
+    cond = prompt_condition(experiment, ["3", "7"])
+    plain = encoder_of(experiment)(["Noise Level 300:\n3", "Noise Level 300:\n7"])
+    np.testing.assert_array_equal(cond.embeddings, plain.embeddings)
+    key = jax.random.key(0)
+    guided, _ = likelihood.draw(experiment, flow, params, key, 2, cond)
+    free = dataclasses.replace(experiment, sampling=dataclasses.replace(experiment.sampling, guidance=0.0))
+    alone, _ = likelihood.draw(free, flow, params, key, 2, cond)
+    # After a few steps texts change little; of guidance 0 nothing at all would differ.
+    assert np.abs(guided - alone).max() > 1e-5
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "this model takes texts; give --prompt"),
+        (["--prompt", "one two three four five six"], "has 10 tokens and the model takes 6; shorten it"),
+        (["--classes", "3"], "--classes is 3, but this model takes texts; give --prompt"),
+        (["--prompt", "3", "--prompts", "x"], "--prompt and --prompts are both given"),
+        (["--prompts", "nowhere.txt"], "nowhere.txt"),
+        (["--prompt", "3", "--aspect", "4:3"], "aspect is '4:3'; choose one of 1:1, 2:3"),
+        (["--prompt", "3", "--autoencoder", "vae"], "--autoencoder is vae, but this model works on pixels"),
+        (["--prompt", "3", "--text-encoder", "nowhere"], "There is no folder 'nowhere' with the text encoder"),
+    ],
+)
+def test_mistakes_in_prompts_are_named(text_run, tmp_path, capsys, words, message):
+    assert main(["sample", "--checkpoint", str(text_run), "--out", str(tmp_path / "no.png"), *words]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "no.png").exists()
+
+
+def test_texts_can_be_encoded_first(tmp_path):
+    experiment = experiment_of(
+        model=TEXT, text=TextConfig(encoder="words"), train=dataclasses.replace(FEW, label_dropout=0.5)
+    )
+    path = tmp_path / "latent.py"
+    path.write_text(
+        f"from flowgen.config import from_json\nconfig = lambda: from_json({config.to_json(experiment)!r})\n"
+    )
+    assert main(["encode", "--config", str(path), "--out", str(tmp_path / "encoded")]) == 0
+    encoded = dataclasses.replace(experiment, data=DataConfig(source="encoded", path=str(tmp_path / "encoded")))
+    direct, again = fit(experiment, tmp_path / "direct"), fit(encoded, tmp_path / "again")
+    jax.tree.map(np.testing.assert_array_equal, direct.state.params, again.state.params)
+    other = dataclasses.replace(encoded, text=TextConfig(encoder="words", noise_level=True))
+    with pytest.raises(ValueError, match=r"has texts encoded by .*; encode again"):
+        fit(other, tmp_path / "other")
+
+
+def test_several_aspects_train_together(tmp_path):
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for index in range(40):
+        side, other = (8, 8) if index % 2 else (8, 14)
+        Image.fromarray(rng.integers(0, 256, (side, other), np.uint8)).save(tmp_path / f"{index}.png")
+    experiment = experiment_of(
+        model=dataclasses.replace(TINY, num_classes=0),
+        data=DataConfig(source="folder", path=str(tmp_path), aspects=True, eval_fraction=0.2),
+        train=TrainConfig(steps=6, batch_size=8),
+    )
+    source = experiment.source("train")
+    assert {bucket.image_shape for bucket in source.buckets} == {(8, 8, 1), (6, 10, 1)}
+    result = fit(experiment, tmp_path / "run")
+    assert np.isfinite(result.metrics["nats_per_dim"])
+
+
+def test_a_digest_is_of_what_latents_depend_on(autoencoder):
+    from flowgen.codecs import Autoencoder, AutoencoderCodec, LatentNormalisation
+    from flowgen.tasks.latents import fingerprint, open_autoencoder
+
+    codec = open_autoencoder(str(autoencoder))
+    shape, variables = codec.autoencoder.config, codec.variables
+
+    def digest(scale, **changes):
+        network = Autoencoder(dataclasses.replace(shape, **changes))
+        return fingerprint(AutoencoderCodec(network, variables, LatentNormalisation(scale=scale)))
+
+    assert digest(0.18215) == digest(np.full(4, 0.18215, np.float32)) == digest(0.18215, remat=True)
+    assert digest(0.18215) != digest(0.2)
+    assert digest(0.18215) != digest(0.18215, num_groups=8)
+
+
+def test_a_decoder_is_trained_on_beside_its_encoder(autoencoder, tmp_path):
+    from flowgen.tasks.latents import fingerprint, open_autoencoder
+
+    _, _, experiment = checkpoint.load(autoencoder)
+    noisy = dataclasses.replace(
+        experiment,
+        autoencoding=dataclasses.replace(experiment.autoencoding, decoder_of=str(autoencoder), noise=0.3),
+        train=FEW,
+    )
+    fit(noisy, tmp_path / "run")
+    before, after = open_autoencoder(str(autoencoder)), open_autoencoder(str(tmp_path / "run"))
+    same = {}
+    for part in ("encoder", "quant_conv", "decoder", "post_quant_conv"):
+        pair = [jax.tree.leaves(codec.variables["params"][part]) for codec in (before, after)]
+        same[part] = all(np.array_equal(a, b) for a, b in zip(*pair, strict=True))
+    assert same == {"encoder": True, "quant_conv": True, "decoder": False, "post_quant_conv": False}
+    assert fingerprint(before) == fingerprint(after)
+    np.testing.assert_array_equal(before.normalisation.shift, after.normalisation.shift)
+    with pytest.raises(ValueError, match=r"optim.weight_decay is 0.1, which would change the encoder"):
+        dataclasses.replace(noisy, optim=OptimConfig(weight_decay=0.1))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"codec": PixelBlocks(3)}, "model.channels is 4; blocks of 3 x 3 pixels make a multiple of 9"),
+        ({"codec": TrainedCodec("")}, "codec.path is empty; give the autoencoder"),
+        ({"codec": TrainedCodec("nowhere")}, "There is no folder 'nowhere' with the autoencoder"),
+        ({"model": TEXT}, "text is missing and model.text_dim is 16"),
+        ({"text": TextConfig("words")}, "text is given and model.text_dim is 0"),
+        ({"model": dataclasses.replace(TINY, noise_std=0.0)}, "model.noise_std is 0, which dequantises pictures"),
+        ({"autoencoding": AutoencodingConfig()}, "autoencoding is given, but a STARFlow is trained by maximum"),
+        ({"data": DataConfig(source="encoded", path="nowhere")}, "holds no encoded data"),
+        (
+            {"model": TARFlowConfig(image_size=4, patch_size=1), "data": DataConfig("folder", path="x", aspects=True)},
+            "data.aspects is set, but a TARFlow has one size",
+        ),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(changes, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        experiment_of(**changes).job()
+
+
+def test_more_latents_than_fit_are_to_be_encoded_first():
+    experiment = experiment_of(data=DataConfig(in_memory_bytes=100_000))
+    with pytest.raises(ValueError, match=r"of 1617 pictures would take 827,904 bytes, more .* flowgen encode"):
+        experiment.job()
+
+
+def test_an_autoencoder_of_other_channels_is_refused(autoencoder):
+    model = dataclasses.replace(TINY, channels=8)
+    with pytest.raises(ValueError, match=r"has latents of 4 channels; set model.channels to 4"):
+        experiment_of(model=model, codec=TrainedCodec(str(autoencoder))).job()
