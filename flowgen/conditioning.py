@@ -8,7 +8,7 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Integer, Key
 
 UNCONDITIONAL = -1
 
@@ -56,7 +56,7 @@ def class_one_hot(
     Example:
         rows = class_one_hot(jnp.array([3, -1]), 10, batch=2, dtype=jnp.float32)
     """
-    labels = jnp.full(batch, UNCONDITIONAL) if labels is None else labels
+    labels = no_labels((batch,)) if labels is None else labels
     rows = jax.nn.one_hot(jnp.where(labels == UNCONDITIONAL, num_classes, labels), num_classes + 1, dtype=dtype)
     known = (labels >= UNCONDITIONAL) & (labels < num_classes)
     return jnp.where(known[:, None], rows, jnp.nan)
@@ -71,13 +71,22 @@ def masked_text(text: TextCondition) -> Float[Array, "b l e"]:
     return jnp.where(text.mask[:, :, None], text.embeddings, 0)
 
 
-def drop_labels(key: Key[Array, ""], labels: Int[Array, " b"], rate: float) -> Int[Array, " b"]:
-    """Returns labels with each one replaced by -1 with probability `rate`.
+def no_labels(shape: tuple[int, ...]) -> Int[Array, "..."]:
+    """Returns labels -1, of a type that has -1.
+
+    Example:
+        nobody = no_labels(labels.shape)
+    """
+    return jnp.full(shape, UNCONDITIONAL, jnp.int32)
+
+
+def drop_labels(key: Key[Array, ""], labels: Integer[Array, " b"], rate: float) -> Int[Array, " b"]:
+    """Returns int32 labels, each one replaced by -1 with probability `rate`.
 
     Example:
         labels = drop_labels(key, labels, rate=0.1)
     """
-    return jnp.where(jax.random.bernoulli(key, rate, labels.shape), UNCONDITIONAL, labels)
+    return jnp.where(jax.random.bernoulli(key, rate, labels.shape), UNCONDITIONAL, labels.astype(jnp.int32))
 
 
 def drop_texts(key: Key[Array, ""], texts: TextCondition, null: TextCondition, rate: float) -> TextCondition:
@@ -112,7 +121,7 @@ def unconditional(cond: Condition, null: TextCondition | None) -> Condition:
     if isinstance(cond, TextCondition):
         assert null is not None  # a flow of texts asks for it
         return broadcast_text(null, len(cond.mask))
-    return jnp.full_like(cond, UNCONDITIONAL)
+    return no_labels(cond.shape)
 
 
 def check_text(text: Any, *, length: int, dim: int, batch: int) -> TextCondition:

@@ -149,6 +149,24 @@ def leaf_names(config: Any, path: str = "") -> list[str]:
     return names
 
 
+def settings(config: Any, path: str = "") -> list[tuple[str, Any]]:
+    """Returns dotted names with their values; a group of several possible types comes with the name of its own.
+
+    Example:
+        print("\\n".join(f"--{name} {value}" for name, value in settings(experiment)))
+    """
+    found, hints = [], typing.get_type_hints(type(config))
+    for field in _field_names(config):
+        value, name = getattr(config, field), _join(path, field)
+        if choices(hints[field]):
+            found.append((name, "none" if value is None else type_name(value)))
+        if dataclasses.is_dataclass(value):
+            found += settings(value, name)
+        elif name in leaf_names(config, path):
+            found.append((name, value))
+    return found
+
+
 def differences(old: Any, new: Any, path: str = "") -> list[str]:
     """Returns lines such as "train.batch_size: 64 -> 32" between two plain values, in order of the first.
 
@@ -258,10 +276,9 @@ def _value_of(config: Any, path: str, names: list[str], text: str, known: list[s
         return _convert_choice(choices(annotation), {TYPE: text}, path)
     if dataclasses.is_dataclass(value):
         if not rest:
-            fields = ", ".join(f"--{path}.{field}" for field in _field_names(value))
-            types = "".join(f" {name}," for name in choices(annotation))
-            types = f"; name its type,{types} or" if types else ";"
-            raise ValueError(f"--{path} is a group{types} set one of {fields}.")
+            raise ValueError(_no_value(path, value, choices(annotation), text))
+        if rest[0] not in _field_names(value) and choices(annotation):
+            raise ValueError(_no_field_of_type(path, rest[0], value, choices(annotation), known))
         return _value_of(value, path, rest, text, known)
     if rest:
         raise ValueError(_unknown(path, known))
@@ -331,8 +348,30 @@ def _literal(text: str) -> Any:
         return text
 
 
+def _no_value(path: str, value: Any, types: dict[str, type], text: str) -> str:
+    """Why a group cannot be set to a text."""
+    close = difflib.get_close_matches(text, types, n=1, cutoff=0.6)
+    what = f"a group, and {text!r} is no type of it (did you mean {close[0]}?)" if close else "a group"
+    fields = ", ".join(f"--{path}.{field}" for field in _field_names(value))
+    ways = [f"name its type, {', '.join(types)}"] * bool(types) + [f"set one of {fields}"] * bool(fields)
+    return f"--{path} is {what}; {', or '.join(ways)}."
+
+
+def _no_field_of_type(path: str, field: str, value: Any, types: dict[str, type], known: list[str]) -> str:
+    """Why a group of several possible types has no field of a name: another type may have it."""
+    owners = [name for name, cls in types.items() if field in {one.name for one in dataclasses.fields(cls)}]
+    if not owners:
+        return _unknown(path, known)
+    group = path.rpartition(".")[0]
+    return (
+        f"{path} is not a field of {type_name(value)}, which {group} is; {' and '.join(owners)} "
+        f"{'has' if len(owners) == 1 else 'have'} it, so give --{group} {owners[0]} too."
+    )
+
+
 def _unknown(path: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(path, known, n=1, cutoff=0.75)
+    groups = {name[:end] for name in known for end, letter in enumerate(name) if letter == "."}
+    close = difflib.get_close_matches(path, [*known, *sorted(groups)], n=1, cutoff=0.75)
     same_end = [name for name in known if name.rsplit(".", 1)[-1] == path.rsplit(".", 1)[-1]]
     best = (same_end or close)[:1]
     return f"{path} is not a field of this config" + (f"; did you mean {best[0]}?" if best else ".")

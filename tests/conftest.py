@@ -1,6 +1,9 @@
 """A hostile environment: four virtual devices, no silent broadcasting, no reused keys, warnings are errors."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 # Before jax starts. NPROC enlarges the thread pool, without which collectives between virtual devices can hang.
 os.environ.setdefault("NPROC", "16")
@@ -8,6 +11,13 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Programs here are small and compiled once: compiling fast matters, running fast does not.
 _FLAGS = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}"
+# What one test has compiled, others, workers and commands take from this folder, for the time of the session.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="flowgen-tests-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
+import functools
 
 import jax
 import jaxtyping
@@ -33,4 +43,14 @@ def untyped(monkeypatch):
 def x64():
     """64-bit arrays for the duration of a test."""
     with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(scope="module")
+def quick_judge():
+    """Distances of samples are measured by a classifier that has hardly been trained, which takes no time."""
+    with pytest.MonkeyPatch.context() as patch:
+        from flowgen.tasks import samples
+
+        patch.setattr(samples, "train_classifier", functools.partial(samples.train_classifier, steps=2))
         yield

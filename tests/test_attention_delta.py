@@ -203,7 +203,8 @@ def test_one_key_written_again_and_again(beta):
     v = jnp.asarray(np.random.default_rng(0).normal(size=(1, 70, 1, 3)), jnp.float32)
     out, _ = rule(k, k, v, jnp.full((1, 70, 1), beta))
     expected, _ = recurrence(*(np.asarray(x, np.float64) for x in (k, k, v, jnp.full((1, 70, 1), beta))))
-    np.testing.assert_allclose(out, expected, atol=20 * ROUNDING)  # with 2, every error is kept
+    # With 2 the state is reflected, and every error is kept: 70 of 2.4e-7, of |k|², on values up to 20.
+    np.testing.assert_allclose(out, expected, atol={1.0: 20 * ROUNDING, 2.0: 3e-4}[beta])
     if beta == 1:
         np.testing.assert_allclose(out, v / 2, atol=ROUNDING)  # what was written last, times 4^-0.5
 

@@ -251,6 +251,7 @@ def test_info_lists_what_train_takes(trained):
     assert "--train.batch_size 16\n" in out
     planned = succeed("info --debug --config", DIGITS, "--optim.lr", "3e-4")
     assert "--optim.lr 0.0003\n" in planned
+    assert "--model TARFlow\n--model.image_size" in planned
     fields = re.compile(r"^--\S+", re.MULTILINE)
     assert fields.findall(planned) == fields.findall(out)
 

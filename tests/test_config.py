@@ -94,7 +94,7 @@ VELOCITY = Experiment(
     model=MLPConfig(dim=2, width=7, num_layers=5, spans=True),
     data=PointsConfig(source="moons", target="five_gaussians"),
     matching=MatchingConfig(
-        loss=MeanFlow(instantaneous=0.5, power=0.5, guidance_weight=0.25),
+        loss=MeanFlow(instantaneous=0.5, power=0.5),
         path=Polynomial(degree=3.5),
         coupling=GibbsWeights(epsilon=0.7, cost="sqeuclidean", normalize="batch", sinkhorn_sweeps=3, tilt=0.2),
         time=LogitNormal(mean=-0.5, std=2.0),
@@ -397,10 +397,31 @@ def test_a_group_of_several_types_takes_the_name_of_one(arguments, name, value):
     ("arguments", "message"),
     [
         (
-            ["--matching.time", "Normal"],
+            ["--matching.time", "3"],
             "--matching.time is a group; name its type, Uniform, LogitNormal, Shifted, or set one of "
             "--matching.time.mean, --matching.time.std.",
         ),
+        (
+            ["--matching.time", "logitnormal"],
+            "--matching.time is a group, and 'logitnormal' is no type of it (did you mean LogitNormal?); name its",
+        ),
+        (
+            ["--matching.coupling.epsilom", "2"],
+            "matching.coupling.epsilom is not a field of this config; did you mean ",
+        ),
+        (["--matching.copling", "Independent"], "did you mean matching.coupling?"),
+        (
+            ["--matching.coupling", "Independent", "--matching.coupling.epsilon", "2"],
+            "matching.coupling.epsilon is not a field of Independent, which matching.coupling is; GibbsWeights and "
+            "MinibatchOT have it, so give --matching.coupling GibbsWeights too.",
+        ),
+        (
+            ["--matching.path=SchroedingerBridge", "--matching.loss=FlowMatching", "--matching.loss.prediction=x1"],
+            "matching: prediction is 'x1' and the path has noise of its own, sigma 1.0,",
+        ),
+        (["--matching.loss.guidance_weight=1"], "matching.loss.guidance_weight is 1.0, but the model has no classes"),
+        (["--sampling.guidance=1"], "sampling.guidance is 1.0, but the model has no classes to guide to"),
+        (["--sampling.num_steps=1"], "sampling.num_steps is 1; the grid 'edm' needs at least 2"),
         (["--matching.coupling.epsilon", "-1"], "matching.coupling.epsilon is -1.0; it must be positive and finite."),
         (["--matching.path.degree", "0.5"], "matching.path.degree is 0.5; a polynomial path needs at least 1."),
         (["--data.source", "circles"], "data.source is 'circles'; it must be 'normal' or 'eight_gaussians' or "),

@@ -52,6 +52,20 @@ def test_exact_transport_of_images_is_scipys_and_uses_every_source_once():
     assert (source != np.arange(32)).any()
 
 
+def test_compiled_transport_is_exact_where_callbacks_could_wait_for_one_another(monkeypatch):
+    # With several CPU devices, as here, or one core: optax's solver; elsewhere scipy's, by a callback.
+    random = np.random.default_rng(1)
+    cost = random.standard_normal((2, 48, 48)).astype(np.float32) ** 2
+    expected = [scipy.optimize.linear_sum_assignment(one)[1] for one in cost]
+    inside = jax.jit(lambda cost: jax.lax.map(assignment, cost))
+    assert "pure_callback" not in inside.lower(cost).as_text()
+    np.testing.assert_array_equal(inside(cost), expected)
+    monkeypatch.setattr("flowgen.matching.couplings._callbacks_can_wait_forever", lambda: False)
+    outside = jax.jit(lambda cost: assignment(cost))
+    np.testing.assert_array_equal(outside(cost[0]), expected[0])
+    assert "callback" in outside.lower(cost[0]).as_text()
+
+
 def test_sinkhorn_comes_near_exact_transport_and_classes_stay_apart(toys):
     x0, x1 = toys
     cost = lambda pairs: jnp.square(pairs.x0 - pairs.x1).sum(1).mean()  # noqa: E731
@@ -157,7 +171,10 @@ def test_a_cost_of_nan_is_refused_outside_jit_and_spoils_the_loss_inside(untyped
         velocity = lambda t, x, cond: jnp.zeros_like(x)  # noqa: E731
         loss = lambda c, x0: fm.flow_matching_loss(coupling=c)(velocity, {"x0": x0, "x1": X1}, jax.random.clone(key))[0]  # noqa: E731
         # The plan spoilt by a source of NaN need not draw that source.
-        return [*(loss(coupling, X0) for coupling in couplings), loss(fm.MinibatchOT(method="sinkhorn"), spoilt)]
+        return [
+            *(loss(coupling, X0) for coupling in couplings),
+            *(loss(fm.MinibatchOT(method=m), spoilt) for m in ("exact", "sinkhorn")),
+        ]
 
     assert np.isnan(losses(jax.random.key(0), spoilt)).all()
 
@@ -208,6 +225,12 @@ REFUSED = {
     "tilt": (lambda: fm.GibbsWeights(tilt=0.0), "tilt is 0.0; it must be positive"),
     "unknown cost": (lambda: fm.GibbsWeights(1.0, cost="l1"), "cost is 'l1'"),
     "unknown normalisation": (lambda: fm.GibbsWeights(1.0, normalize="mean"), "normalize is 'mean'"),
+    "epsilon that float32 cannot divide by": (lambda: fm.GibbsWeights(1e-38), "epsilon is 1e-38; below 1e-20"),
+    "half a sweep": (lambda: fm.MinibatchOT(num_sweeps=1.5), "num_sweeps is 1.5; it must be a whole number"),
+    "labels of classes": (
+        lambda: fm.MinibatchOT(class_aware=True)(None, X0, X1, jnp.zeros((3, 2))),
+        "needs one label for each datum",
+    ),
     "negative sweeps": (lambda: fm.GibbsWeights(1.0, sinkhorn_sweeps=-1), "sinkhorn_sweeps is -1"),
     "cost of one number": (lambda: fm.GibbsWeights(1.0, cost=lambda a, b: a.sum())(None, X0, X1), "cost gave shape ()"),
     "unknown method": (lambda: fm.MinibatchOT(method="partial"), "method is 'partial'"),

@@ -169,6 +169,37 @@ def test_predictions_convert_into_each_other_and_are_finite_at_the_ends(path, x6
     assert np.isfinite(back).all()
 
 
+@each_path
+def test_at_the_ends_conversions_are_those_of_a_time_close_by(path, x64):
+    t, x = jnp.array([0.0, 0.0, 1.0, 1.0]), jnp.array([[-1.0], [0.5], [0.5], [2.0]])
+
+    @jax.jit
+    def run():
+        inner = fm.inner_times(path, t)
+        v = gaussian_velocity(path, inner, x)
+        exact = {
+            "x1": fm.x1_of(path, t, x, v),
+            "noise": fm.noise_of(path, t, x, v),
+            "score": fm.score_of(path, t, x, v),
+        }
+        return inner, v, {kind: fm.velocity_of(path, t, x, value, kind) for kind, value in exact.items()}
+
+    inner, v, velocities = run()
+    # The polynomial path of degree 3 has alpha/beta = 1e-5 at t = 0.0215.
+    assert np.abs(inner - t).max() < (0.022 if isinstance(path, fm.Polynomial) else 2e-5)
+    for kind, value in velocities.items():
+        np.testing.assert_allclose(value, v, rtol=1e-6, atol=1e-6, err_msg=kind)  # float64, divided by 1e-5 and again
+
+
+def test_conversions_within_a_path_are_not_touched(key):
+    # alpha = t^10 is 1e-5 at 0.32: from there on conversions are exact, with what float32 leaves of x_t - x0.
+    path, t = fm.Polynomial(10.0), jnp.array([0.4, 0.7, 0.9])
+    point = path.sample(key, t, X0, X1)
+    np.testing.assert_array_equal(fm.inner_times(path, t), t)
+    np.testing.assert_allclose(fm.velocity_of(path, t, point.x_t, X0, "noise"), point.u_t, rtol=0.02, atol=0.02)
+    np.testing.assert_allclose(fm.velocity_of(path, t, point.x_t, X1, "x1"), point.u_t, rtol=1e-4, atol=1e-4)
+
+
 def test_the_score_of_the_exact_velocity_is_the_exact_score():
     path, x = fm.CondOT(), X0[:, :1]
     run = jax.jit(lambda t, x: (gaussian_velocity(path, t, x), gaussian_score(path, t, x)))
@@ -253,6 +284,11 @@ REFUSED = {
     "time before the source": (lambda: fm.SchroedingerBridge().sample(None, T - 1, X0, X1), "within [0, 1]"),
     "time of NaN": (lambda: fm.Trigonometric().sample(None, T * jnp.nan, X0, X1), "within [0, 1]"),
     "prediction": (lambda: fm.velocity_of(fm.CondOT(), T, X0, X1, "eps"), "cannot predict 'eps'"),
+    "conversion after the data": (lambda: fm.velocity_of(fm.CondOT(), T + 0.5, X0, X1, "x1"), "within [0, 1]"),
+    "spread": (lambda: fm.CondOT(-0.1), "sigma is -0.1; it must be finite and at least 0"),
+    "spread of NaN": (lambda: fm.Trigonometric(float("nan")), "sigma is nan"),
+    "wide end": (lambda: fm.Target(1.0), "sigma_min is 1.0"),
+    "noise of the diffusion": (lambda: fm.VariancePreserving(beta_min=20.0, beta_max=1.0), "beta_max the larger"),
 }
 
 

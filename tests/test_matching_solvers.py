@@ -247,7 +247,24 @@ def test_guidance_is_named_by_its_convention():
         np.testing.assert_allclose(found[name], expected, atol=1e-6, err_msg=name)
 
 
+def test_guidance_takes_one_condition_for_all_and_unsigned_labels():
+    velocity = lambda t, x, cond: x * cond[:, None].astype(x.dtype)  # noqa: E731
+    labels = jnp.array([1, 2, 3], jnp.uint8)
+    field = jax.jit(lambda x: fm.guided(velocity, -1, weight=1.0)(T, x, labels))
+    np.testing.assert_allclose(field(X0), 2 * X0 * labels[:, None].astype(jnp.float32) + X0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float64])
+def test_the_sde_and_likelihood_keep_to_the_type_of_the_state(dtype, x64):
+    velocity = lambda t, x, cond: x * t[:, None].astype(x.dtype)  # noqa: E731
+    x, _ = fm.integrate_sde(velocity, velocity, X0.astype(dtype), jax.random.key(0), num_steps=3)
+    assert x.dtype == dtype
+    value = fm.log_prob(velocity, X0.astype(dtype), num_steps=3)
+    assert value.dtype == jnp.promote_types(dtype, jnp.float32)
+
+
 REFUSED = {
+    "guidance to nothing": (lambda: fm.guided(growing, -1, weight=1.0)(T, X0, None), "guidance needs a condition"),
     "unknown solver": (lambda: fm.integrate(growing, X0, method="rk5"), "method is 'rk5'"),
     "no step": (lambda: fm.integrate(growing, X0, num_steps=0), "num_steps is 0"),
     "times outside": (lambda: fm.integrate(growing, X0, times=[0.0, 1.5]), "must increase within"),

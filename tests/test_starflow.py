@@ -279,8 +279,8 @@ def test_bfloat16_networks_are_near_those_in_float32(name):
     np.testing.assert_allclose(logdet_half / flow.config.num_dims, logdet / flow.config.num_dims, atol=HALF / 4)
     assert float(jnp.abs(z_half - z).max()) > 1e-5
     back = invert(half, params, z_half, cond, plan=Sequential())
-    # Density and decoding round alike only up to the order of sums.
-    np.testing.assert_allclose(back.x, x, atol=HALF * float(jnp.abs(x).max()))
+    # Density and decoding round alike only up to the order of sums, and each token is rounded after those before it.
+    np.testing.assert_allclose(back.x, x, atol=1.5 * HALF * float(jnp.abs(x).max()))
 
 
 def test_parameters_kept_in_bfloat16_work_like_their_float32_values():
@@ -299,8 +299,9 @@ def test_the_norm_penalty_is_of_the_tokens_that_enter_blocks(key):
         "std": np.full((4, *flow.config.image_shape), 0.1, np.float32),
         "label": np.array([0, 1, 2, -1], np.int32),
     }
-    plain, metrics = jax.jit(density.nll_objective(flow))(params, batch, key)
-    weighed, with_penalty = jax.jit(density.nll_objective(flow, norm_penalty=0.5, loss_scale=2.0))(params, batch, key)
+    plain, metrics = jax.jit(density.nll_objective(flow))(params, batch, jax.random.clone(key))
+    weigh = jax.jit(density.nll_objective(flow, norm_penalty=0.5, loss_scale=2.0))
+    weighed, with_penalty = weigh(params, batch, jax.random.clone(key))
     # The latents that enter have variance 1 of the draw, 0.1² of the posterior, and σ² of the noise.
     entering = (float(weighed) - 2 * float(plain)) / 0.5 - float(metrics["mean_square/0"])
     x = density.batch_input(jax.random.split(key)[0], batch, flow.config.noise_std)

@@ -21,6 +21,7 @@ from flowgen.tasks import matching as task
 from flowgen.training import LogConfig, TrainConfig, fit
 
 CONFIGS = Path(__file__).parent.parent / "configs"
+pytestmark = pytest.mark.usefixtures("quick_judge")
 POINTS = Experiment(
     name="points",
     model=MLPConfig(dim=2, width=16, num_layers=1),
@@ -40,7 +41,7 @@ def points(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def digits(tmp_path_factory):
+def digits(quick_judge, tmp_path_factory):
     """A run of the shrunk W-CFM digits by the command, and what it printed."""
     path = tmp_path_factory.mktemp("runs") / "digits"
     words = "train --debug --log.progress false --log.eval_every 0 --sampling.frechet_samples 8 --config"
@@ -111,7 +112,9 @@ def test_sampling_points_writes_a_plot_or_arrays(points, tmp_path):
 
 def test_the_classes_of_pictures_and_guidance_reach_the_network(digits, tmp_path):
     path, out = digits
-    assert re.search(r"Held-out frechet -?\d+\.\d{3}, loss \d+\.\d{3}, unweighted_loss \d+\.\d{3}\.\n", out)
+    assert re.search(
+        r"Held-out frechet -?\d+\.\d{3}, class_accuracy \d\.\d{3}, loss \d+\.\d{3}, unweighted_loss \d+\.\d{3}\.\n", out
+    )
 
     def images(words):
         succeed(f"sample --num 4 {words} --checkpoint", path, "--out", tmp_path / "a.npz")
@@ -124,10 +127,13 @@ def test_the_classes_of_pictures_and_guidance_reach_the_network(digits, tmp_path
     assert np.abs(three - images("--classes 3 --guidance 5")).max() > 0
     np.testing.assert_allclose(three[:2], images("--classes 3 --guidance 0 --batch 2")[:2], atol=1e-5)
     out = succeed("evaluate --samples 20 --batch 64 --checkpoint", path)
-    first, bits, distance = out.splitlines()
+    first, bits, distance, accuracy = out.splitlines()
     assert first == "180 images (eval)"
     assert re.match(r"bits/dim \d+\.\d{4} ", bits)
     assert re.match(r"Fréchet distance of 20 samples \d+\.\d{3} \(.*classifier", distance)
+    assert re.match(r"samples that show their class \d\.\d{3} ", accuracy)
+    # Without classes there is nothing to guide to.
+    succeed("evaluate --samples 4 --batch 64 --unconditional --checkpoint", path)
 
 
 def test_evaluating_points_prints_every_metric(points):
@@ -151,7 +157,7 @@ MISTAKES = {
     "sample --out a.png --certify --checkpoint POINTS": "--certify is not an option for a MLP",
     "sample --out a.png --single some --checkpoint POINTS": "--single writes pictures, and this model draws points",
     "sample --out a.png --classes 1 --checkpoint POINTS": "--classes is 1, but this model has no classes",
-    "sample --out a.png --guidance 1 --checkpoint POINTS": "guidance is 1.0, but no classes are given",
+    "sample --out a.png --guidance 1 --checkpoint POINTS": "but the model has no classes to guide to (num_classes 0)",
     "sample --out a.png --method rk5 --checkpoint POINTS": "sampling.method is 'rk5'; choose one of euler, midpoint",
     "sample --out a.png --method mean_flow --checkpoint POINTS": "sampling.method is 'mean_flow', which needs matching",
     "sample --out a.png --num-steps 0 --checkpoint POINTS": "--num-steps: '0' is not a whole number of at least 1",

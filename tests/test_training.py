@@ -106,6 +106,23 @@ def test_a_stopped_and_resumed_run_ends_bitwise_like_another(stopped, whole, nam
         assert row == other
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_during_the_last_evaluation_ends_it_and_the_run_is_saved(number, whole, tmp_path, capsys):
+    def told_to_stop(state):
+        signal.raise_signal(number)
+        return {"value": 1.0}
+
+    before = signal.getsignal(number)
+    result = toy.run(toy.make_job(evaluate=told_to_stop), tmp_path / "run")
+    assert (result.signal, result.metrics) == (number, {})
+    assert f"step {toy.STEPS}: evaluating\nStopping without the last evaluation" in capsys.readouterr().err
+    assert signal.getsignal(number) == before
+    assert_bitwise(saved(tmp_path / "run"), saved(whole[0]))
+    # The same command then only evaluates.
+    result = toy.run(toy.make_job(evaluate=lambda state: {"value": 2.0}), tmp_path / "run")
+    assert (result.signal, result.metrics) == (0, {"value": 2.0})
+
+
 def test_noise_of_the_step_key_matters(whole, tmp_path):
     # Otherwise the bitwise tests would not notice a key that forgets its step.
     toy.run(toy.make_job(noise=0.0), tmp_path / "run")

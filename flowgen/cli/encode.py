@@ -6,7 +6,7 @@ import argparse
 import time
 from typing import Any
 
-from flowgen.cli.options import load_experiment, say
+from flowgen.cli.options import load_experiment, per_second, say
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
@@ -46,9 +46,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
                 writer, split, encoded_shards(experiment, bucket, flip=experiment.data.flip and split == "train"), null
             )
             height, width, _ = bucket.image_shape
-            say(
-                f"{split}: {count} of {height} x {width} pixels, {count / (time.perf_counter() - began):.0f} per second"
-            )
+            say(f"{split}: {count} of {height} x {width} pixels, {per_second(count / (time.perf_counter() - began))}")
     writer.finish(class_names=names, made_by=made_by(experiment))
     say(f"Wrote {options.out}; train on it with --data.source encoded --data.path {options.out}")
     return 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from flowgen.cli.options import load_experiment, num_parameters, say
 
@@ -33,9 +32,6 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     else:
         experiment = load_experiment(options, rest)
     say(f"parameters: {num_parameters(experiment.flow()):,}")
-    for name in fields.leaf_names(experiment):
-        value: Any = experiment
-        for part in name.split("."):
-            value = getattr(value, part)
+    for name, value in fields.settings(experiment):
         say(f"--{name} {value}")
     return 0

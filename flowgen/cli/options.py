@@ -100,6 +100,11 @@ def num_parameters(flow: Any) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(abstract["params"]))
 
 
+def per_second(rate: float) -> str:
+    """Returns a rate in words, such as "12.3 per second" or "0.042 per second"."""
+    return f"{rate:.1f} per second" if rate >= 1 else f"{rate:.2g} per second"
+
+
 def say(line: str) -> None:
     """Prints a line of the command's result."""
     print(line, flush=True)

@@ -10,7 +10,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from flowgen.cli.options import MAX_SEED, check_options, finite_number, say, step_or_best, whole_number
+from flowgen.cli.options import (
+    MAX_SEED,
+    check_options,
+    finite_number,
+    per_second,
+    say,
+    step_or_best,
+    whole_number,
+)
 
 PICTURES_AT_ONCE = 64
 
@@ -175,7 +183,7 @@ def _draw(
         )
         seconds = time.perf_counter() - began
         compiled = " (with compilation)" if first == 0 else ""
-        say(f"samples {first}..{first + count - 1}: {count / seconds:.1f} per second{compiled}; {line}")
+        say(f"samples {first}..{first + count - 1}: {per_second(count / seconds)}{compiled}; {line}")
         yield samples[:count]
 
 

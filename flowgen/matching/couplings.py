@@ -6,6 +6,7 @@ Weights turn the loss of independent pairs into that of the coupling q ∝ w · 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
@@ -19,6 +20,8 @@ from scipy.optimize import linear_sum_assignment
 
 # Of the potentials that help the assignment along: in units of the mean cost, and how many sweeps make them.
 ASSIGNMENT_EPSILON, ASSIGNMENT_SWEEPS = 0.02, 5
+
+SMALLEST_EPSILON = 1e-20
 
 Cost = Literal["euclidean", "sqeuclidean"] | Callable[[Array, Array], Array]
 
@@ -79,7 +82,7 @@ class MinibatchOT:
         if self.method not in ("exact", "sinkhorn"):
             raise ValueError(f"method is {self.method!r}; choose 'exact' or 'sinkhorn'.")
         check_positive("epsilon", self.epsilon)
-        check_positive("num_sweeps", self.num_sweeps)
+        check_whole("num_sweeps", self.num_sweeps, least=1)
 
     def __call__(self, key, x0, x1, cond=None):
         check_batch(x0, x1)
@@ -87,6 +90,8 @@ class MinibatchOT:
         if self.class_aware:
             if cond is None:
                 raise ValueError("class_aware transport needs labels as cond; give them, or switch it off.")
+            if cond.shape != (len(x1),):
+                raise ValueError(f"cond has shape {cond.shape}; class_aware transport needs one label for each datum.")
             # Above any sum of costs that an assignment within the classes can have.
             cost = jnp.where(cond[:, None] == cond[None, :], cost, (cost.max() + 1) * len(cost))
         if self.method == "exact":
@@ -130,6 +135,8 @@ class GibbsWeights:
     def __post_init__(self):
         if self.epsilon is not None:
             check_positive("epsilon", self.epsilon)
+            if self.epsilon < SMALLEST_EPSILON:
+                raise ValueError(f"epsilon is {self.epsilon}; below {SMALLEST_EPSILON} float32 has no cost/epsilon.")
         check_share(self.ess)
         if self.tilt is not None:
             check_positive("tilt", self.tilt)
@@ -137,8 +144,7 @@ class GibbsWeights:
             raise ValueError(f"normalize is {self.normalize!r}; choose 'running', 'batch' or 'none'.")
         if isinstance(self.cost, str) and self.cost not in ("euclidean", "sqeuclidean"):
             raise ValueError(f"cost is {self.cost!r}; choose 'euclidean', 'sqeuclidean' or give a function.")
-        if self.sinkhorn_sweeps < 0:
-            raise ValueError(f"sinkhorn_sweeps is {self.sinkhorn_sweeps}; it must be at least 0.")
+        check_whole("sinkhorn_sweeps", self.sinkhorn_sweeps, least=0)
 
     def __call__(self, key, x0, x1, cond=None):
         check_batch(x0, x1)
@@ -187,15 +193,21 @@ def assignment(cost: Float[Array, "b b"]) -> Int[Array, " b"]:
     """Returns the column of each row in the assignment of least total cost, by scipy on the host.
 
     Sinkhorn's potentials are taken off the costs first: sums over rows and columns do not change the optimum, and what
-    is left is solved in about half the time. Inside jit on a machine with a single core, jax 0.10 waits forever for
-    the callback of some 500 points or more; there, call it outside.
+    is left is solved in about half the time. Compiled for several CPU devices, or for a single core, callbacks can wait
+    for one another forever: there optax's solver is taken, inside the program and slower. Costs of NaN count as 0.
 
     Example:
         source = assignment(pairwise_cost(x1, x0, "sqeuclidean"))
     """
+    cost = jnp.where(jnp.isnan(cost), 0, cost)
     scale = ASSIGNMENT_EPSILON * cost.mean()
     scale = jnp.where((scale > 0) & jnp.isfinite(scale), scale, 1)
     f, g = sinkhorn_potentials(-cost / scale, ASSIGNMENT_SWEEPS)
+
+    if isinstance(cost, Tracer) and _callbacks_can_wait_forever():
+        from optax.assignment import hungarian_algorithm
+
+        return hungarian_algorithm(cost - scale * f[:, None] - scale * g[None, :])[1].astype(jnp.int32)
 
     def solve(matrix, rows, columns):
         matrix, rows, columns = (np.asarray(x, np.float64) for x in (matrix, rows, columns))
@@ -302,6 +314,16 @@ def check_positive(name: str, value: float | int) -> None:
         raise ValueError(f"{name} is {value}; it must be positive and finite.")
 
 
+def check_whole(name: str, value: int, *, least: int) -> None:
+    """Raises ValueError unless a number is whole and at least `least`.
+
+    Example:
+        check_whole("num_sweeps", 50, least=1)
+    """
+    if value != int(value) or value < least:
+        raise ValueError(f"{name} is {value}; it must be a whole number of at least {least}.")
+
+
 def check_share(ess: float) -> None:
     """Raises ValueError unless an effective sample size is a share between 0 and 1.
 
@@ -310,6 +332,12 @@ def check_share(ess: float) -> None:
     """
     if not 0 < ess < 1:
         raise ValueError(f"ess is {ess}; it is a share, between 0 and 1.")
+
+
+def _callbacks_can_wait_forever() -> bool:
+    """Whether the threads that run a program may all be waiting for values that callbacks ask them for."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return jax.default_backend() == "cpu" and (jax.local_device_count() > 1 or cores == 1)
 
 
 def _flat(x: Array) -> Array:

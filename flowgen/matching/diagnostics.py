@@ -90,12 +90,13 @@ def warn_if_tilted(report: WeightReport) -> None:
     """
     parts = {"source": float(report.row_std), "data": float(report.column_std)}
     coupling = float(report.interaction_std)
-    tilted = [f"the {name}'s part {std:.2g}" for name, std in parts.items() if std > coupling]
+    tilted = [f"{std:.2g} from the {name}" for name, std in parts.items() if std > coupling]
     if tilted:
         warnings.warn(
-            f"Gibbs weights tilt the marginals more than they couple them: of log w, {' and '.join(tilted)} have a "
-            f"standard deviation above that of the pairs' part, {coupling:.2g}; use GibbsWeights(sinkhorn_sweeps=10), "
-            "a larger epsilon, which weakens all parts, or data on a sphere (flowgen.matching.to_sphere).",
+            f"Gibbs weights tilt the marginals more than they couple them: the standard deviation of log w is "
+            f"{' and '.join(tilted)}, but {coupling:.2g} from the pairing; set the coupling's sinkhorn_sweeps to 10, "
+            "say, or its epsilon larger, which weakens all parts, or put data on a sphere "
+            "(flowgen.matching.to_sphere).",
             UserWarning,
             stacklevel=2,
         )
@@ -127,6 +128,8 @@ def tilted_wasserstein(
         distances = tilted_wasserstein(x0, x1, epsilon=2.0)
     """
     check_positive("epsilon", epsilon)
+    if min(len(x0), len(x1)) < 2:
+        raise ValueError(f"there are {len(x0)} sources and {len(x1)} data; a floor needs at least two of each.")
     logits = -pairwise_cost(x0, x1, cost) / epsilon
     source, data = (jax.nn.logsumexp(logits, axis=axis) for axis in (1, 0))
     return TiltedDistances(

@@ -30,19 +30,21 @@ def log_prob(
     key: None for the exact divergence, one forward-mode product per dimension; a key for Hutchinson's estimate with
     one Rademacher probe per sample, kept for the whole path (Grathwohl et al., arXiv 1810.01367). log_source: log p0,
     standard normal by default. Exact up to the error of the solver, whose settings are those of `integrate`: with
-    "dopri5" the tolerances hold for the state and the integral of the divergence together.
+    "dopri5" the tolerances hold for the state and the integral of the divergence together, and gradients are those of
+    reverse mode alone. float32 at least, in which the integral is summed.
 
     Example:
         lp = log_prob(velocity, x1, key=jax.random.key(0))
     """
+    dtype = jnp.promote_types(x1.dtype, jnp.float32)
     probe = None if key is None else jax.random.rademacher(key, x1.shape, x1.dtype)
 
     def joint(t, state, cond):
         x, _ = jnp.split(state, [x1[0].size], axis=1)
-        v, change = divergence(velocity, t, x.reshape(x1.shape), cond, probe=probe)
-        return jnp.concatenate([v.reshape(len(v), -1), change[:, None]], axis=1)
+        v, change = divergence(velocity, t, x.reshape(x1.shape).astype(x1.dtype), cond, probe=probe)
+        return jnp.concatenate([v.reshape(len(v), -1).astype(dtype), change[:, None].astype(dtype)], axis=1)
 
-    state = jnp.concatenate([x1.reshape(len(x1), -1), jnp.zeros((len(x1), 1), x1.dtype)], axis=1)
+    state = jnp.concatenate([x1.reshape(len(x1), -1).astype(dtype), jnp.zeros((len(x1), 1), dtype)], axis=1)
     state, _ = integrate(
         joint,
         state,

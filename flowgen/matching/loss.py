@@ -9,15 +9,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from flowgen.conditioning import drop_labels
 from flowgen.matching.couplings import Coupling, GibbsWeights, Independent, log_mean_exp
 from flowgen.matching.diagnostics import effective_sample_size
-from flowgen.matching.paths import CondOT, Path, Prediction, check_prediction, velocity_of
+from flowgen.matching.paths import CondOT, Path, PathSample, Prediction, check_prediction, over_event
 from flowgen.matching.solvers import Velocity
 from flowgen.matching.times import Uniform
 
-UNCONDITIONAL = -1
 # How fast the running log-mean of Gibbs weights follows that of the batches.
 RUNNING_RATE = 0.01
+BATCH_NAMES = ("x1", "x0", "cond")
 
 Loss = Callable[..., tuple[Any, ...]]
 
@@ -46,18 +47,19 @@ def flow_matching_loss(
 ) -> Loss:
     """Returns loss_fn(velocity, batch, key, log_mean=None) -> (loss, metrics, log_mean): E[w |v(t, x_t) - u_t|²].
 
-    velocity(t, x, cond): any callable; what it predicts is `prediction`, turned into a velocity before it is compared.
+    velocity(t, x, cond): any callable; what it predicts is `prediction`. What is predicted is what is compared: x1
+    with x1, noise with x0, and beta · score with -x0, which is ∇ log p_t where the coupling is independent.
     batch: "x1" data, "x0" source (standard normal where missing), "cond" labels or None. The square is averaged over
     dimensions. label_dropout: share of labels replaced by -1, per example. log_mean: the running log-mean of the
     weights, -inf or None before the first step; it is handed back, and not needed unless the coupling asks for
-    "running". Raises ValueError where settings or shapes do not fit.
+    "running". The square is float32 at least. Raises ValueError where settings or shapes do not fit.
 
     Example:
         loss_fn = flow_matching_loss(path=CondOT(), coupling=GibbsWeights(epsilon=2.0), time=Uniform())
     """
     path = CondOT() if path is None else path
     time = Uniform() if time is None else time
-    check_prediction(prediction)
+    check_prediction(prediction, path)
     check_dropout(label_dropout)
 
     def loss_fn(
@@ -67,12 +69,34 @@ def flow_matching_loss(
         pairs = draw_pairs(pair_key, batch, coupling, log_mean, label_dropout=label_dropout)
         t = time(time_key, len(pairs.x1))
         point = path.sample(path_key, t, pairs.x0, pairs.x1)
-        predicted = velocity_of(path, t, point.x_t, velocity(t, point.x_t, pairs.cond), prediction)
-        error = mean_square(predicted - point.u_t)
+        value = velocity(t, point.x_t, pairs.cond)
+        error = mean_square(residual(path, t, pairs, point, value, prediction))
         loss = (pairs.weight * error).mean()
         return loss, {"loss": loss, "unweighted_loss": error.mean(), "ess": pairs.ess}, pairs.log_mean
 
     return loss_fn
+
+
+def residual(
+    path: Path,
+    t: Float[Array, " b"],
+    pairs: Pairs,
+    point: PathSample,
+    value: Float[Array, "b *event"],
+    kind: Prediction,
+) -> Float[Array, "b *event"]:
+    """Returns what is wrong with a prediction, in its own units but for the score, which is beta times as large.
+
+    Example:
+        loss = mean_square(residual(path, t, pairs, point, network(t, point.x_t), "x1")).mean()
+    """
+    if kind == "x1":
+        return value - pairs.x1
+    if kind == "noise":
+        return value - pairs.x0
+    if kind == "score":
+        return over_event(path.schedule(t).beta, value) * value + pairs.x0
+    return value - point.u_t
 
 
 def draw_pairs(
@@ -95,7 +119,9 @@ def draw_pairs(
     """
     source_key, pair_key, drop_key = jax.random.split(key, 3)
     coupling = Independent() if coupling is None else coupling
+    check_names(batch)
     x1, x0 = batch["x1"], batch.get("x0")
+    check_data(x1 if x0 is None else x0, x1, batch.get("cond"), label_dropout)
     x0 = jax.random.normal(source_key, x1.shape, x1.dtype) if x0 is None else x0
     x0, x1, cond, log_weight = coupling(pair_key, x0, x1, batch.get("cond"))
     log_weight = jax.lax.stop_gradient(log_weight)
@@ -105,17 +131,55 @@ def draw_pairs(
     running = isinstance(coupling, GibbsWeights) and coupling.normalize == "running"
     weight = jnp.exp(log_weight - log_mean if running else log_weight)
     if cond is not None and label_dropout:
-        cond = jnp.where(jax.random.bernoulli(drop_key, label_dropout, cond.shape), UNCONDITIONAL, cond)
+        cond = drop_labels(drop_key, cond, label_dropout)
     return Pairs(x0, x1, cond, weight, effective_sample_size(log_weight), log_mean)
 
 
 def mean_square(error: Float[Array, "b *event"]) -> Float[Array, " b"]:
-    """Returns the square of each sample's error, averaged over dimensions.
+    """Returns the square of each sample's error, averaged over dimensions, float32 at least.
 
     Example:
         loss = mean_square(predicted - target).mean()
     """
+    error = error.astype(jnp.promote_types(error.dtype, jnp.float32))
     return jnp.square(error).reshape(len(error), -1).mean(axis=1)
+
+
+def check_data(x0: Array, x1: Array, cond: Any, label_dropout: float) -> None:
+    """Raises ValueError unless data are floating-point numbers, and conditions have a row for each of them.
+
+    Labels that are to be dropped must be integers `b`.
+
+    Example:
+        check_data(x0, x1, labels, 0.1)
+    """
+    for name, x in (("x1", x1), ("x0", x0)):
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"{name} is {x.dtype}; a flow moves floating-point numbers, so scale pictures to [-1, 1].")
+    if len(x1) == 0:
+        raise ValueError("the batch is empty; give at least one datum.")
+    for part in jax.tree.leaves(cond):
+        if part.shape[:1] != x1.shape[:1]:
+            raise ValueError(f"cond has shape {part.shape} for {len(x1)} data; it must have a row for each of them.")
+        if label_dropout and not (part.ndim == 1 and jnp.issubdtype(part.dtype, jnp.integer)):
+            raise ValueError(
+                f"label_dropout is {label_dropout} and cond {part.dtype} of shape {part.shape}; only integer labels, "
+                "one per datum, can be dropped."
+            )
+
+
+def check_names(batch: dict[str, Any]) -> None:
+    """Raises ValueError unless a batch has "x1", and besides only "x0" and "cond".
+
+    Example:
+        check_names({"x1": images, "cond": labels})
+    """
+    unknown = sorted(set(batch) - set(BATCH_NAMES))
+    if unknown or "x1" not in batch:
+        raise ValueError(
+            f"a batch has {', '.join(map(repr, batch)) or 'nothing'}; it takes 'x1' data, and may have 'x0' source and "
+            "'cond' labels."
+        )
 
 
 def check_dropout(label_dropout: float) -> None:

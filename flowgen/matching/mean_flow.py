@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from flowgen.conditioning import UNCONDITIONAL, no_labels
 from flowgen.matching.couplings import Coupling
-from flowgen.matching.loss import UNCONDITIONAL, Loss, check_dropout, draw_pairs
+from flowgen.matching.loss import Loss, check_dropout, draw_pairs
 from flowgen.matching.paths import CondOT, Path, over_event
 from flowgen.matching.solvers import time_grid
 from flowgen.matching.times import LogitNormal
@@ -60,10 +61,7 @@ def mean_flow_loss(
     path = CondOT() if path is None else path
     time = PUBLISHED_TIME if time is None else time
     check_dropout(label_dropout)
-    if not 0 <= instantaneous <= 1:
-        raise ValueError(f"instantaneous is {instantaneous}; it is a share, between 0 and 1.")
-    if power < 0 or guidance_weight < 0:
-        raise ValueError(f"power is {power} and guidance_weight {guidance_weight}; neither may be negative.")
+    check_mean_flow(instantaneous, power, guidance_weight)
 
     def loss_fn(
         average_velocity: AverageVelocity,
@@ -89,6 +87,20 @@ def mean_flow_loss(
         return loss, metrics, pairs.log_mean
 
     return loss_fn
+
+
+def check_mean_flow(instantaneous: float, power: float, guidance_weight: float) -> None:
+    """Raises ValueError where a setting of `mean_flow_loss` is out of its range.
+
+    Example:
+        check_mean_flow(0.75, 1.0, 0.0)
+    """
+    if not 0 <= instantaneous <= 1:
+        raise ValueError(f"instantaneous is {instantaneous}; it is a share, between 0 and 1.")
+    if not (0 <= power < float("inf") and 0 <= guidance_weight < float("inf")):
+        raise ValueError(
+            f"power is {power} and guidance_weight {guidance_weight}; both must be finite and neither negative."
+        )
 
 
 def average_and_target(
@@ -130,7 +142,7 @@ def guided_target(
     """
     if cond is None:
         raise ValueError("guidance_weight needs labels, which the batch has not; give them as cond, or set it to 0.")
-    free = average_velocity(t, x_t, jnp.full_like(cond, UNCONDITIONAL), jnp.zeros_like(t))
+    free = average_velocity(t, x_t, no_labels(cond.shape), jnp.zeros_like(t))
     labelled = over_event((cond != UNCONDITIONAL).astype(v.dtype), v)
     return v + weight * labelled * (v - free)
 

@@ -14,8 +14,9 @@ from jaxtyping import Array, Float
 from flowgen.matching.couplings import GibbsWeights, Independent, MinibatchOT
 from flowgen.matching.diagnostics import fit_epsilon, warn_if_tilted, weight_report
 from flowgen.matching.loss import Loss, flow_matching_loss
-from flowgen.matching.mean_flow import mean_flow_loss
+from flowgen.matching.mean_flow import check_mean_flow, mean_flow_loss
 from flowgen.matching.paths import (
+    NETWORK_SMALLEST,
     CondOT,
     LinearVariancePreserving,
     Polynomial,
@@ -24,6 +25,8 @@ from flowgen.matching.paths import (
     Target,
     Trigonometric,
     VariancePreserving,
+    check_prediction,
+    inner_times,
     velocity_of,
 )
 from flowgen.matching.solvers import Velocity
@@ -41,6 +44,9 @@ class FlowMatching:
 
     prediction: Prediction = "velocity"
 
+    def __post_init__(self):
+        check_prediction(self.prediction)
+
 
 @dataclass(frozen=True)
 class MeanFlow:
@@ -53,6 +59,9 @@ class MeanFlow:
     instantaneous: float = 0.75
     power: float = 1.0
     guidance_weight: float = 0.0
+
+    def __post_init__(self):
+        check_mean_flow(self.instantaneous, self.power, self.guidance_weight)
 
 
 @dataclass(frozen=True)
@@ -71,6 +80,9 @@ class MatchingConfig:
     ) = CondOT()
     coupling: Independent | GibbsWeights | MinibatchOT = Independent()
     time: Uniform | LogitNormal | Shifted = Uniform()
+
+    def __post_init__(self):
+        check_prediction(self.prediction, self.path)
 
     @property
     def prediction(self) -> Prediction:
@@ -150,11 +162,16 @@ def matching_objective(
 def velocity_field(network: Any, variables: Any, matching: MatchingConfig) -> Velocity:
     """Returns the velocity (t, x, cond) of a trained network, whatever it predicts.
 
+    A network that predicts x1, noise or a score is asked where alpha/beta is within [0.02, 50], as is the conversion:
+    nearer to an end of the path, what it gets wrong would be enlarged without bounds.
+
     Example:
         x1, nfe = integrate(velocity_field(network, variables, matching), x0, labels)
     """
 
     def field(t, x, cond):
+        if matching.prediction != "velocity":
+            t = inner_times(matching.path, t, NETWORK_SMALLEST)
         return velocity_of(matching.path, t, x, network.apply(variables, t, x, cond), matching.prediction)
 
     return field

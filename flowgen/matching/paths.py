@@ -6,6 +6,7 @@ u_t = alpha'_t x1 + beta'_t x0 (+ spread'_t/spread_t (x_t - mean)). With Gaussia
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, get_args, runtime_checkable
@@ -17,8 +18,10 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Key
 
 Prediction = Literal["velocity", "x1", "noise", "score"]
-# Divisors nearer to 0 than this are replaced by it: at an end point a conversion is singular, not the path.
+# How near to an end of a path conversions go, in time and in alpha/beta: there they are singular, not the path.
 SMALLEST = 1e-5
+# The same for networks that predict x1, noise or a score: what they get wrong is divided by it.
+NETWORK_SMALLEST = 0.02
 
 
 class Schedule(NamedTuple):
@@ -52,12 +55,19 @@ class Path(Protocol):
         """Returns x_t and u_t of pairs (x0, x1) at times t."""
         ...
 
+    def __hash__(self) -> int:
+        """Returns the same number for equal paths, as frozen dataclasses do."""
+        ...
+
 
 @dataclass(frozen=True)
 class CondOT:
     """The straight line x_t = (1 - t) x0 + t x1, with Gaussian spread sigma (Lipman 2210.02747, Tong 2302.00482)."""
 
     sigma: float = 0.0
+
+    def __post_init__(self):
+        check_spread("sigma", self.sigma)
 
     def schedule(self, t):
         return Schedule(t, 1 - t, jnp.ones_like(t), -jnp.ones_like(t))
@@ -75,6 +85,11 @@ class Target:
 
     sigma_min: float = 0.0
 
+    def __post_init__(self):
+        check_spread("sigma_min", self.sigma_min)
+        if self.sigma_min >= 1:
+            raise ValueError(f"sigma_min is {self.sigma_min}; the end of the path must be narrower than the source, 1.")
+
     def schedule(self, t):
         return Schedule(t, 1 - (1 - self.sigma_min) * t, jnp.ones_like(t), -(1 - self.sigma_min) * jnp.ones_like(t))
 
@@ -87,6 +102,9 @@ class Trigonometric:
     """The cosine path x_t = sin(πt/2) x1 + cos(πt/2) x0, variance preserving (Albergo 2209.15571), spread sigma."""
 
     sigma: float = 0.0
+
+    def __post_init__(self):
+        check_spread("sigma", self.sigma)
 
     def schedule(self, t):
         angle = jnp.pi / 2 * t
@@ -104,7 +122,7 @@ class Polynomial:
     degree: float = 2.0
 
     def __post_init__(self):
-        if self.degree < 1:
+        if not 1 <= self.degree < float("inf"):
             raise ValueError(f"degree is {self.degree}; a polynomial path needs at least 1.")
 
     def schedule(self, t):
@@ -121,6 +139,12 @@ class VariancePreserving:
 
     beta_min: float = 0.1
     beta_max: float = 20.0
+
+    def __post_init__(self):
+        if not 0 < self.beta_min <= self.beta_max < float("inf"):
+            raise ValueError(
+                f"beta_min is {self.beta_min} and beta_max {self.beta_max}; both must be positive, beta_max the larger."
+            )
 
     def schedule(self, t):
         s, gap = 1 - t, self.beta_max - self.beta_min
@@ -163,7 +187,7 @@ class SchroedingerBridge:
     sigma: float = 1.0
 
     def __post_init__(self):
-        if self.sigma <= 0:
+        if not 0 < self.sigma < float("inf"):
             raise ValueError(f"sigma is {self.sigma}; a Schroedinger bridge needs a positive one.")
 
     def schedule(self, t):
@@ -188,8 +212,9 @@ def velocity_of(
     """Returns the velocity at x_t that a prediction of "x1", "noise" (x0) or "score" implies; a velocity as it is.
 
     From x1: v = (beta'/beta) x_t + (D/beta) x1; from noise: v = (alpha'/alpha) x_t - (D/alpha) noise, with
-    D = alpha' beta - beta' alpha; the score ∇ log p_t is -noise/beta for a standard normal source. Where a divisor
-    vanishes, at an end point, it is replaced by 1e-5: finite, not exact. Raises ValueError for another kind.
+    D = alpha' beta - beta' alpha; the score is taken for -noise/beta. Conversions are singular where the path is all
+    source or all data: they are those of the nearest time that `inner_times` allows. They hold for paths without
+    spread. Raises ValueError for another kind and for times outside [0, 1].
 
     Example:
         v = velocity_of(CondOT(), t, x_t, network(t, x_t), "x1")
@@ -197,12 +222,11 @@ def velocity_of(
     check_prediction(kind)
     if kind == "velocity":
         return value
-    schedule, determinant = _over(path, t, x_t)
+    schedule, determinant = _inner(path, t, x_t)
     if kind == "x1":
-        divisor = away_from_zero(schedule.beta)
-        return (schedule.d_beta * x_t + determinant * value) / divisor
+        return (schedule.d_beta * x_t + determinant * value) / schedule.beta
     noise = -schedule.beta * value if kind == "score" else value
-    return (schedule.d_alpha * x_t - determinant * noise) / away_from_zero(schedule.alpha)
+    return (schedule.d_alpha * x_t - determinant * noise) / schedule.alpha
 
 
 def x1_of(
@@ -210,35 +234,52 @@ def x1_of(
 ) -> Float[Array, "b *event"]:
     """Returns the data x1 = (beta v - beta' x_t) / D that a velocity implies, E[x1 | x_t] for the learned one.
 
+    For paths without spread; at the ends as `velocity_of`.
+
     Example:
         x1 = x1_of(CondOT(), t, x_t, v)
     """
-    schedule, determinant = _over(path, t, x_t)
-    return (schedule.beta * velocity - schedule.d_beta * x_t) / away_from_zero(determinant)
+    schedule, determinant = _inner(path, t, x_t)
+    return (schedule.beta * velocity - schedule.d_beta * x_t) / determinant
 
 
 def noise_of(
     path: Path, t: Float[Array, " b"], x_t: Float[Array, "b *event"], velocity: Float[Array, "b *event"]
 ) -> Float[Array, "b *event"]:
-    """Returns the source x0 = (alpha' x_t - alpha v) / D that a velocity implies.
+    """Returns the source x0 = (alpha' x_t - alpha v) / D that a velocity implies, E[x0 | x_t] for the learned one.
+
+    For paths without spread; at the ends as `velocity_of`.
 
     Example:
         x0 = noise_of(CondOT(), t, x_t, v)
     """
-    schedule, determinant = _over(path, t, x_t)
-    return (schedule.d_alpha * x_t - schedule.alpha * velocity) / away_from_zero(determinant)
+    schedule, determinant = _inner(path, t, x_t)
+    return (schedule.d_alpha * x_t - schedule.alpha * velocity) / determinant
 
 
 def score_of(
     path: Path, t: Float[Array, " b"], x_t: Float[Array, "b *event"], velocity: Float[Array, "b *event"]
 ) -> Float[Array, "b *event"]:
-    """Returns ∇ log p_t(x_t) = -E[x0 | x_t] / beta_t for a standard normal source; finite but not exact at t = 1.
+    """Returns ∇ log p_t(x_t) = -E[x0 | x_t] / beta_t, for the velocity learned from *independent* normal sources.
+
+    Couplings other than `Independent` make sources and data dependent: the field then has no such score. For paths
+    without spread; finite but not exact at t = 1.
 
     Example:
         score = score_of(CondOT(), t, x_t, v)
     """
-    beta = over_event(path.schedule(t).beta, x_t)
-    return -noise_of(path, t, x_t, velocity) / away_from_zero(beta)
+    schedule, _ = _inner(path, t, x_t)
+    return -noise_of(path, t, x_t, velocity) / schedule.beta
+
+
+def inner_times(path: Path, t: Float[Array, " b"], smallest: float = SMALLEST) -> Float[Array, " b"]:
+    """Returns times kept at least 1e-5 from both ends, and where alpha/beta is within [smallest, 1/smallest].
+
+    Example:
+        t = inner_times(Polynomial(10.0), t)  # 0.316 and later: before, x_t is x0 to five digits
+    """
+    first, last = _inner_ends(path, smallest)
+    return jnp.clip(t, first, last)
 
 
 def retimed(
@@ -304,39 +345,69 @@ def over_event(t: Float[Array, "..."], x: Float[Array, "b *event"]) -> Array:
     return t.reshape(t.shape + (1,) * (x.ndim - t.ndim)).astype(x.dtype)
 
 
-def check_prediction(kind: str) -> None:
-    """Raises ValueError unless a velocity can be had from what is predicted.
+def check_prediction(kind: str, path: Path | None = None) -> None:
+    """Raises ValueError unless a velocity can be had from what is predicted, along the path if one is given.
 
     Example:
-        check_prediction("x1")
+        check_prediction("x1", CondOT())
     """
     if kind not in get_args(Prediction):
         raise ValueError(f"a network cannot predict {kind!r}; choose 'velocity', 'x1', 'noise' or 'score'.")
+    spread = getattr(path, "sigma", 0.0)
+    if kind != "velocity" and spread:
+        raise ValueError(
+            f"prediction is {kind!r} and the path has noise of its own, sigma {spread}, which a velocity cannot be had "
+            "through; set sigma to 0, or predict the velocity."
+        )
+
+
+def check_spread(name: str, value: float) -> None:
+    """Raises ValueError unless a standard deviation is finite and not negative.
+
+    Example:
+        check_spread("sigma", 0.1)
+    """
+    if not 0 <= value < float("inf"):
+        raise ValueError(f"{name} is {value}; it must be finite and at least 0.")
 
 
 def check_pair(t: Array, x0: Array, x1: Array) -> None:
     """Raises ValueError unless x0 and x1 have one shape and t has one time in [0, 1] per sample.
 
-    Times are looked at where they have values, which is outside jit.
+    Times have values outside jit alone; there they are looked at.
 
     Example:
         check_pair(t, x0, x1)
     """
     if x0.shape != x1.shape:
         raise ValueError(f"x0 has shape {x0.shape} and x1 {x1.shape}; source and data must have the same shape.")
+    check_times(t, x0)
+
+
+def check_times(t: Array, x0: Array) -> None:
+    """Raises ValueError unless there is one time in [0, 1] per sample; values are looked at outside jit.
+
+    Example:
+        check_times(t, x_t)
+    """
     if t.shape != x0.shape[:1]:
         raise ValueError(f"t has shape {t.shape}; there must be one time per sample, {x0.shape[:1]}.")
     if not isinstance(t, Tracer) and not ((np.asarray(t) >= 0) & (np.asarray(t) <= 1)).all():
         raise ValueError(f"t runs from {np.min(t)} to {np.max(t)}; times are within [0, 1], source at 0, data at 1.")
 
 
-def away_from_zero(x: Array) -> Array:
-    """Returns x with values nearer to 0 than 1e-5 replaced by ±1e-5.
+@functools.lru_cache(maxsize=64)
+def _inner_ends(path: Path, smallest: float) -> tuple[float, float]:
+    """The times at which alpha/beta is smallest and 1/smallest, or 1e-5 away from 0 and 1 where these are nearer."""
+    with jax.ensure_compile_time_eval():
+        first, last = time_of_ratio(path, jnp.array([smallest, 1.0]), jnp.array([1.0, smallest]))
+        return max(float(first), SMALLEST), min(float(last), 1 - SMALLEST)
 
-    Example:
-        y = 1 / away_from_zero(x)
-    """
-    return jnp.where(jnp.abs(x) < SMALLEST, jnp.where(x < 0, -SMALLEST, SMALLEST), x)
+
+def _inner(path: Path, t: Array, x: Array) -> tuple[Schedule, Array]:
+    """The schedule in the shape of x at the time next to t at which conversions are regular, and its determinant."""
+    check_times(t, x)
+    return _over(path, inner_times(path, t), x)
 
 
 def _over(path: Path, t: Array, x: Array) -> tuple[Schedule, Array]:

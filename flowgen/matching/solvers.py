@@ -47,8 +47,8 @@ def integrate(
 
     method "dopri5" chooses its steps itself, one size for the whole batch, such that the root mean square over the
     batch of error / (atol + rtol |x|) stays below 1; num_steps is not looked at and times are refused. Its count is an
-    int32 array. Where max_steps do not suffice it raises RuntimeError, or returns NaN inside jit, where it cannot. It
-    needs diffrax, and raises ModuleNotFoundError without.
+    int32 array. It has gradients by reverse mode alone. Where max_steps do not suffice it raises RuntimeError, or
+    returns NaN inside jit, where it cannot. It needs diffrax, and raises ModuleNotFoundError without.
 
     Raises ValueError for an unknown method, fewer than one step, or a grid that is not increasing within [0, 1].
 
@@ -200,11 +200,12 @@ def guided(
 
     scale: v_u + scale (v_c - v_u), 1 is v_c. weight: (1 + weight) v_c - weight v_u, 0 is v_c; the same with
     scale = 1 + weight. Both halves go through the network in one batch. unconditional: the condition that means none,
-    shaped like cond. interval: times in which guidance acts; outside it the field is v_c (Kynkäänniemi et al., arXiv
-    2404.07724). Raises ValueError unless exactly one of scale and weight is given.
+    one for all samples or one for each, in the structure of cond: -1 for labels. interval: times in which guidance
+    acts; outside it the field is v_c (Kynkäänniemi et al., arXiv 2404.07724). Raises ValueError unless exactly one of
+    scale and weight is given, and the field where cond is None.
 
     Example:
-        x1, nfe = integrate(guided(velocity, -jnp.ones_like(labels), scale=2.0), x0, labels)
+        x1, nfe = integrate(guided(velocity, -1, scale=2.0), x0, labels)
     """
     low, high = interval
     if not 0 <= low < high <= 1:
@@ -214,8 +215,16 @@ def guided(
         raise ValueError(f"scale is {scale} and weight is {weight}; give exactly one, scale = 1 + weight.")
     factor = factors[0]
 
+    def stacked(cond, free):
+        # Labels may be unsigned, where -1 would be a class.
+        if jnp.issubdtype(cond.dtype, jnp.integer):
+            cond = cond.astype(jnp.int32)
+        return jnp.concatenate([cond, jnp.broadcast_to(jnp.asarray(free, cond.dtype), cond.shape)])
+
     def field(t, x, cond):
-        both = jax.tree.map(lambda c, u: jnp.concatenate([c, u]), cond, unconditional)
+        if cond is None:
+            raise ValueError("guidance needs a condition to guide to, and cond is None; give labels, or do not guide.")
+        both = jax.tree.map(stacked, cond, unconditional)
         v = velocity(jnp.concatenate([t, t]), jnp.concatenate([x, x]), both)
         conditional, free = jnp.split(v, 2)
         inside = ((t >= low) & (t <= high)).reshape((-1,) + (1,) * (x.ndim - 1))
@@ -251,7 +260,7 @@ def integrate_sde(
         t, width, g = jnp.full(x.shape[0], start), end - start, diffusion(start)
         drift = velocity(t, x, cond) + 0.5 * g**2 * score(t, x, cond)
         noise = jnp.where(last, 0, jax.random.normal(draw, x.shape, x.dtype))
-        return (x + width * drift + g * jnp.sqrt(width) * noise, key), None
+        return ((x + width * drift + g * jnp.sqrt(width) * noise).astype(x.dtype), key), None
 
     last = jnp.arange(num_steps) == num_steps - 1
     (x, _), _ = jax.lax.scan(step, (x0, key), (grid[:-1], grid[1:], last))

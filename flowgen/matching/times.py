@@ -29,8 +29,8 @@ class LogitNormal:
     std: float = 1.0
 
     def __post_init__(self):
-        if self.std <= 0:
-            raise ValueError(f"std is {self.std}; a logit-normal needs a positive one.")
+        if not 0 < self.std < float("inf") or not abs(self.mean) < float("inf"):
+            raise ValueError(f"mean is {self.mean} and std {self.std}; a logit-normal needs finite ones, std positive.")
 
     def __call__(self, key: Key[Array, ""], batch: int) -> Float[Array, " b"]:
         return jax.nn.sigmoid(self.mean + self.std * jax.random.normal(key, (batch,)))
@@ -43,8 +43,8 @@ class Shifted:
     shift: float = 3.0
 
     def __post_init__(self):
-        if self.shift <= 0:
-            raise ValueError(f"shift is {self.shift}; it must be positive, 1 for none.")
+        if not 0 < self.shift < float("inf"):
+            raise ValueError(f"shift is {self.shift}; it must be positive and finite, 1 for none.")
 
     def __call__(self, key: Key[Array, ""], batch: int) -> Float[Array, " b"]:
         s = jax.random.uniform(key, (batch,))

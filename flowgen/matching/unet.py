@@ -237,7 +237,9 @@ class Embedding(nn.Module):
         if config.spans:
             self.span_up, self.span_down = linear(dim, config.width, dtype), linear(dim, dim, dtype)
         if config.num_classes:
-            self.class_embed = self.param("class_embed", nn.initializers.normal(1.0), (config.num_classes + 1, dim))
+            self.class_embed = self.param(
+                "class_embed", nn.initializers.normal(1.0), (config.num_classes + 1, dim), jnp.float32
+            )
 
     def __call__(
         self, t: Float[Array, " b"], cond: Int[Array, " b"] | None, span: Float[Array, " b"] | None

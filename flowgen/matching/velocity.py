@@ -111,7 +111,7 @@ class ConditionEmbedding(nn.Module):
         if self.spans:
             c = c + embedded(_span(span, t), "span")
         if self.num_classes:
-            table = self.param("class_embed", init, (self.num_classes + 1, self.width))
+            table = self.param("class_embed", init, (self.num_classes + 1, self.width), jnp.float32)
             c = c + class_or_none(jnp.asarray(table), cond, len(t))
         return c
 

@@ -115,7 +115,9 @@ class RMSNorm(nn.Module):
         weight = self.param("weight", nn.initializers.zeros, (x.shape[-1],), master)
         x = x.astype(master)
         x = x * jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + RMS_NORM_EPS)
-        return jnp.multiply(x, (1 + weight).reshape((1,) * (x.ndim - 1) + (-1,))).astype(self.dtype)
+        # Weights kept in bfloat16 are near 0; next to 1 they would lose their digits.
+        weight = 1 + jnp.asarray(weight, master)
+        return jnp.multiply(x, weight.reshape((1,) * (x.ndim - 1) + (-1,))).astype(self.dtype)
 
 
 NORMS: dict[str, Callable[[str], nn.Module]] = {"layer_norm": layer_norm, "rms_norm": RMSNorm}

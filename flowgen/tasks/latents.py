@@ -154,6 +154,11 @@ def open_autoencoder(path: str) -> AutoencoderCodec:
             "codec.path is empty; give the autoencoder, a run directory or a published folder, with --codec.path or, "
             "to sample, --autoencoder."
         )
+    if not Path(path).is_dir():
+        raise FileNotFoundError(
+            f"There is no autoencoder at codec.path '{path}'; train it first, or say where it is (--codec.path to "
+            "train, --autoencoder to sample)."
+        )
     return _open_autoencoder(path, *_version(path))
 
 

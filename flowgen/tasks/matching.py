@@ -32,6 +32,7 @@ from flowgen.matching import (
     trajectory,
     velocity_field,
 )
+from flowgen.matching.loss import check_dropout
 from flowgen.matching.objective import REPORT_PAIRS
 from flowgen.models import init
 from flowgen.tasks.images import check_foreign, image_batches, image_source, shrink_images, shrink_run
@@ -84,6 +85,8 @@ class SolverConfig:
             )
         if self.frechet_samples == 1:
             raise ValueError("sampling.frechet_samples is 1; a distance needs at least 2, or 0 for none.")
+        if self.times == "edm" and self.num_steps < 2:
+            raise ValueError(f"sampling.num_steps is {self.num_steps}; the grid 'edm' needs at least 2.")
         if self.times == "edm" and self.method in ("dopri5", "mean_flow"):
             raise ValueError(f"sampling.times is 'edm', but {self.method} takes no grid; set it to 'uniform'.")
 
@@ -109,6 +112,26 @@ def check(experiment: Any) -> None:
         raise ValueError(f"matching.loss is MeanFlow, which needs model.spans true; this {kind} has no spans.")
     if experiment.sampling.method == "mean_flow" and not mean:
         raise ValueError("sampling.method is 'mean_flow', which needs matching.loss MeanFlow; choose another method.")
+    check_dropout(experiment.train.label_dropout)
+    if experiment.sampling.guidance and experiment.sampling.method == "mean_flow":
+        raise ValueError(
+            f"sampling.guidance is {experiment.sampling.guidance}, but mean_flow draws with the guidance that was "
+            "learned; set matching.loss.guidance_weight, and sampling.guidance to 0."
+        )
+    _check_guidance(experiment, "sampling.guidance", experiment.sampling.guidance)
+    if mean:
+        _check_guidance(experiment, "matching.loss.guidance_weight", experiment.matching.loss.guidance_weight)
+
+
+def _check_guidance(experiment: Any, name: str, weight: float) -> None:
+    """Raises ValueError where there is no class to guide to, or no field to guide away from is learned."""
+    if weight and not experiment.model.num_classes:
+        raise ValueError(f"{name} is {weight}, but the model has no classes to guide to (num_classes 0); set it to 0.")
+    if weight and not experiment.train.label_dropout:
+        raise ValueError(
+            f"{name} is {weight}, but with train.label_dropout 0 the field without class, which it needs, is not "
+            f"learned; train with 0.1, or set {name} to 0."
+        )
 
 
 def best_metric(experiment: Any) -> str:
@@ -167,7 +190,8 @@ def _points_job(experiment: Any) -> Job:
 
 def _images_job(experiment: Any) -> Job:
     network, source = experiment.flow(), image_source(experiment, "train")
-    x1 = from_uint8(source[np.arange(min(REPORT_PAIRS, len(source)))]["image"])
+    order = np.random.default_rng(experiment.train.seed).permutation(len(source))
+    x1 = from_uint8(source[np.sort(order[:REPORT_PAIRS])]["image"])
     x0 = jax.random.normal(jax.random.key(experiment.train.seed), x1.shape)
     matching = experiment.matching.fitted(x0, jnp.asarray(x1))
     held_out = image_source(experiment, "eval") if experiment.data.eval_fraction > 0 else None
@@ -229,7 +253,10 @@ def draw(
     *,
     first: int = 0,
 ) -> tuple[np.ndarray, str]:
-    """Returns samples `num *event` and a line on how they were drawn; sample i depends on (key, i) alone."""
+    """Returns samples `num *event` and a line on how they were drawn.
+
+    Sample i depends on (key, i) alone; drawn by dopri5, whose steps suit the batch, it does to its tolerance.
+    """
     sampling = experiment.sampling
     if sampling.guidance and labels is None:
         raise ValueError(f"guidance is {sampling.guidance}, but no classes are given to guide to; set it to 0.")
@@ -262,8 +289,7 @@ def _draw(network, variables, key, indices, labels, *, source, matching, samplin
         return integrate_mean(average, x0, labels, num_steps=sampling.num_steps)
     velocity = velocity_field(network, variables, matching)
     if sampling.guidance:
-        nobody = jnp.full_like(labels, UNCONDITIONAL)
-        velocity = guided(velocity, nobody, weight=sampling.guidance, interval=sampling.guidance_interval)
+        velocity = guided(velocity, UNCONDITIONAL, weight=sampling.guidance, interval=sampling.guidance_interval)
     return integrate(
         velocity,
         x0,
@@ -306,7 +332,8 @@ def evaluate(experiment: Any, network: Any, variables: Any, options: Any) -> lis
     num = options.samples or len(source)
     judge = train_judge(image_source(experiment, "train" if options.split == "eval" else options.split))
     conditions = _labels_of(source) if conditional else None
-    of_samples = partial(draw, experiment, network, variables)
+    sampling = experiment.sampling if conditional else dataclasses.replace(experiment.sampling, guidance=0.0)
+    of_samples = partial(draw, dataclasses.replace(experiment, sampling=sampling), network, variables)
     metrics = sample_metrics(of_samples, judge, source, num, seed=options.seed, conditions=conditions)
     return [
         f"{len(source)} images ({options.split})",

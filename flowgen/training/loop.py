@@ -232,13 +232,26 @@ class _Run:
         finished = step == self.steps
         if finished:
             self.report(step)
-            if self.first < step or not self.metrics:
-                self.evaluate(step, state)
-            self.draw(step, state)
+            self.signal = self.finish(step, state)
         if self.saved != step:
             self.save(step, state, self.metrics if finished else {})
         self.store.wait()
-        return Result(self.parallel.to_host(state), self.metrics, self.samples, 0 if finished else self.signal)
+        return Result(self.parallel.to_host(state), self.metrics, self.samples, self.signal)
+
+    def finish(self, step: int, state: TrainState) -> int:
+        """Evaluates and draws after the last step; returns the signal that cut this short, or 0."""
+        # Processes that evaluate together must not be parted.
+        with _Signals(interrupt=jax.process_count() == 1) as signals:
+            try:
+                if self.first < step or not self.metrics:
+                    if self.job.evaluate is not None:
+                        self.log.say(f"step {step}: evaluating")
+                    self.evaluate(step, state)
+                self.draw(step, state)
+            except _Interrupted:
+                self.log.say("Stopping without the last evaluation or its samples, and saving.")
+                return signals.number
+        return 0
 
     def wait_for_all_but(self, ahead: int) -> None:
         """Waits until at most `ahead` steps are queued, so that the bar tells the truth and a stop is prompt."""
@@ -328,11 +341,18 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-class _Signals:
-    """Notes the first SIGINT or SIGTERM, so that the loop can save and end; a second one is not caught."""
+class _Interrupted(KeyboardInterrupt):
+    """What is under way is to end now, but not the program."""
 
-    def __init__(self):
-        self.number = 0
+
+class _Signals:
+    """Notes the first SIGINT or SIGTERM, so that the loop can save and end; a second one is not caught.
+
+    interrupt: raise _Interrupted where it arrives.
+    """
+
+    def __init__(self, interrupt: bool = False):
+        self.number, self._interrupt = 0, interrupt
         self._previous: dict[int, Any] = {}
 
     def __enter__(self):
@@ -346,6 +366,8 @@ class _Signals:
     def _note(self, number, frame):
         self.number = number
         self._restore()
+        if self._interrupt:
+            raise _Interrupted
 
     def _restore(self):
         for number, handler in self._previous.items():
