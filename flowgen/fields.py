@@ -359,7 +359,7 @@ def _no_value(path: str, value: Any, types: dict[str, type], text: str) -> str:
 
 def _no_field_of_type(path: str, field: str, value: Any, types: dict[str, type], known: list[str]) -> str:
     """Why a group of several possible types has no field of a name: another type may have it."""
-    owners = [name for name, cls in types.items() if field in {one.name for one in dataclasses.fields(cls)}]
+    owners = [name for name, cls in types.items() if field in _field_names(cls)]
     if not owners:
         return _unknown(path, known)
     group = path.rpartition(".")[0]
