@@ -9,7 +9,7 @@ from jaxtyping import Array, Key
 
 from flowgen.codecs import Autoencoder, AutoencoderConfig
 from flowgen.codecs import init as init_autoencoder
-from flowgen.flows import STARFlow, STARFlowConfig, TARFlow, TARFlowConfig
+from flowgen.flows import STARFlow, STARFlowConfig, STARFlowV, STARFlowVConfig, TARFlow, TARFlowConfig
 from flowgen.flows import init as init_flow
 from flowgen.matching import DiT, DiTConfig, MLPConfig, UNet, UNetConfig, VelocityMLP
 from flowgen.matching import init as init_velocity
@@ -21,6 +21,7 @@ ModelConfig = TARFlowConfig | STARFlowConfig | MLPConfig | DiTConfig | UNetConfi
 MODELS: dict[type, type[nn.Module]] = {
     TARFlowConfig: TARFlow,
     STARFlowConfig: STARFlow,
+    STARFlowVConfig: STARFlowV,
     MLPConfig: VelocityMLP,
     DiTConfig: DiT,
     UNetConfig: UNet,

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import flowgen
+import flowgen.flows
 from flowgen.conditioning import TextCondition
 from flowgen.models import build
 
@@ -47,6 +48,7 @@ FLOWS = {
     "starflow rectangular": flowgen.STARFlowConfig(
         image_size=(4, 10), deep_width=80, soft_clip=0.0, **{**STAR, "layers": (1, 0, 2)}
     ),
+    "starflow video": flowgen.flows.STARFlowVConfig(image_size=(4, 2), frames=4, text_dim=5, text_length=3, **STAR),
     "starflow nala": flowgen.STARFlowConfig(image_size=6, attention="nala", text_dim=5, text_length=3, **STAR),
 }
 # Far from the identity, and still well conditioned in float32.
@@ -80,8 +82,8 @@ def case(name):
 
 
 def images(config, key, batch=4):
-    """Returns images in [-1, 1] of the flow's shape."""
-    return jax.random.uniform(key, (batch, *config.image_shape), minval=-1.0, maxval=1.0)
+    """Returns images, or clips, in [-1, 1] of the flow's shape."""
+    return jax.random.uniform(key, (batch, *config.event_shape), minval=-1.0, maxval=1.0)
 
 
 def labels(config, batch=4):

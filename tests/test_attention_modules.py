@@ -190,7 +190,9 @@ def test_masked_tokens_do_not_matter(name):
     np.testing.assert_array_equal(ours, theirs)
 
 
-@pytest.mark.parametrize("twin", ["LinearAttention", "NaLaAttention", "SOFTAttention"])
+@pytest.mark.parametrize(
+    "twin", ["LinearAttention", pytest.param("NaLaAttention", marks=pytest.mark.slow), "SOFTAttention"]
+)
 def test_nnx_twins_train_and_decode(twin):
     fields = {"LinearAttention": {"kernel": "nala", "is_causal": True}, "NaLaAttention": {"is_causal": True}}
     options = {} if twin in fields else {"grid": GRID}

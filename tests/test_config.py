@@ -417,7 +417,7 @@ def test_a_group_of_several_types_takes_the_name_of_one(arguments, name, value):
         ),
         (
             ["--matching.path=SchroedingerBridge", "--matching.loss=FlowMatching", "--matching.loss.prediction=x1"],
-            "matching: prediction is 'x1' and the path has noise of its own, sigma 1.0,",
+            "matching.loss.prediction is 'x1', but the path has noise of its own, sigma 1.0,",
         ),
         (["--matching.loss.guidance_weight=1"], "matching.loss.guidance_weight is 1.0, but the model has no classes"),
         (["--sampling.guidance=1"], "sampling.guidance is 1.0, but the model has no classes to guide to"),

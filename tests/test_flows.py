@@ -210,9 +210,9 @@ def test_compile_time_shape_of_the_program_does_not_depend_on_depth():
     def program(layers):
         config = flowgen.TARFlowConfig(image_size=6, **{**SMALL, "layers_per_block": layers})
         flow = flowgen.TARFlow(config)
-        params = jax.eval_shape(lambda: flow.init(jax.random.key(0), jnp.zeros((1, *config.image_shape))))
+        params = jax.eval_shape(lambda: flow.init(jax.random.key(0), jnp.zeros((1, *config.event_shape))))
         lowered = jax.jit(lambda p, x: flow.apply(p, x, method="forward")).lower(
-            params, jax.ShapeDtypeStruct((1, *config.image_shape), jnp.float32)
+            params, jax.ShapeDtypeStruct((1, *config.event_shape), jnp.float32)
         )
         return len(lowered.as_text().splitlines())
 
@@ -242,7 +242,7 @@ def test_score_denoising_and_bayes(key):
     step = 1e-2
     slope = (log_prob(x + step * direction) - log_prob(x - step * direction)) / (2 * step)
     score = jax.jit(partial(density.score, flow))(params, x, cond)
-    np.testing.assert_allclose((score * direction).sum(axis=(1, 2, 3)), slope, rtol=2e-2, atol=1e-2)
+    np.testing.assert_allclose((score * direction).sum(axis=tuple(range(1, x.ndim))), slope, rtol=2e-2, atol=1e-2)
     np.testing.assert_allclose(
         jax.jit(partial(density.denoise, flow, strength=0.5))(params, x, cond),
         x + 0.5 * 0.09 * score,
@@ -280,5 +280,5 @@ def test_a_config_that_cannot_work_is_refused(change, message):
 
 def test_images_of_another_shape_are_refused(key):
     flow, params = perturbed(FLOWS["rectangular"], key)
-    with pytest.raises(ValueError, match=r"images have shape \(2, 10, 4, 2\); this model takes \(batch, 4, 10, 2\)"):
+    with pytest.raises(ValueError, match=r"x has shape \(2, 10, 4, 2\); this model takes \(batch, 4, 10, 2\)"):
         flow.apply(params, jnp.zeros((2, 10, 4, 2)), method="forward")

@@ -219,6 +219,14 @@ def test_without_ott_the_extra_is_named(monkeypatch):
 
 
 REFUSED = {
+    "sweeps as a float": (lambda: fm.GibbsWeights(1.0, sinkhorn_sweeps=2.0), "sinkhorn_sweeps is 2.0"),
+    "endless sweeps": (lambda: fm.MinibatchOT(num_sweeps=float("inf")), "num_sweeps is inf"),
+    "small epsilon of a plan": (lambda: fm.MinibatchOT("sinkhorn", epsilon=1e-38), "epsilon is 1e-38; below 1e-20"),
+    "cost of a column": (
+        lambda: fm.GibbsWeights(1.0, cost=lambda a, b: a[:, :1], sinkhorn_sweeps=2)(None, X0, X1),
+        "cost gave shape (3, 1)",
+    ),
+    "nothing to choose from": (lambda: fm.choose_epsilon(X0, X0), "the mean cost is 0.0"),
     "negative epsilon": (lambda: fm.GibbsWeights(-1.0), "epsilon is -1.0; it must be positive"),
     "epsilon of infinity": (lambda: fm.GibbsWeights(float("inf")), "epsilon is inf; it must be positive and finite"),
     "share of one": (lambda: fm.GibbsWeights(ess=1.0), "ess is 1.0; it is a share"),

@@ -108,7 +108,7 @@ def test_the_loss_is_least_at_the_exact_prediction_and_of_order_one_to_the_ends(
 
 
 @pytest.mark.parametrize(
-    "path", [fm.CondOT(), fm.Trigonometric(), fm.VariancePreserving()], ids=lambda p: type(p).__name__
+    "path", [fm.CondOT(), fm.Trigonometric(), fm.Polynomial(3.0), fm.VariancePreserving()], ids=str
 )
 def test_networks_of_every_prediction_sample_well_with_solvers_that_evaluate_at_the_ends(path):
     class Network:
@@ -363,7 +363,7 @@ def test_guidance_of_mean_flow_extrapolates_labelled_rows_only():
     np.testing.assert_allclose(v, jnp.stack([3 * X1[0] - 1, X1[1], 3 * X1[2] - 1]), atol=1e-6)
     np.testing.assert_array_equal(seen[0][0], [-1, -1, -1])
     np.testing.assert_array_equal(seen[0][1], [0, 0, 0])
-    with pytest.raises(ValueError, match="guidance_weight needs labels"):
+    with pytest.raises(ValueError, match="guidance_weight needs integer labels"):
         guided_target(field, T, X0, None, X1, 2.0)
 
 
@@ -436,7 +436,39 @@ def loss_of(batch, **settings):
     return fm.flow_matching_loss(**settings)(lambda t, x, cond: x, batch, jax.random.key(0))
 
 
+def test_bridges_in_bfloat16_are_finite_to_the_end():
+    point = fm.SchroedingerBridge().sample(
+        jax.random.key(0), jnp.array([0.0, 0.999, 1.0]), *(X.astype(jnp.bfloat16) for X in (X0, X1))
+    )
+    assert all(jnp.isfinite(part).all() for part in point)
+
+
+WIDE = {"x1": X1[:, :1], "x0": X0[:, :1]}
 REFUSED = {
+    "output of one number": (
+        lambda: fm.flow_matching_loss()(lambda t, x, cond: x[:, 0], WIDE, jax.random.key(0)),
+        "the velocity has shape (3,) at x of shape (3, 1)",
+    ),
+    "output of one channel": (
+        lambda: fm.flow_matching_loss()(lambda t, x, cond: x[:, :1], {"x1": X1}, jax.random.key(0)),
+        "it must have the shape of x",
+    ),
+    "average of one channel": (
+        lambda: fm.mean_flow_loss()(lambda t, x, cond, span: x[:, :1], {"x1": X1}, jax.random.key(0)),
+        "it must have the shape of x",
+    ),
+    "bridge of one channel": (
+        lambda: fm.score_and_flow_matching_loss()(lambda t, x, cond: (x, x[:, :1]), {"x1": X1}, jax.random.key(0)),
+        "it must have the shape of x",
+    ),
+    "labels in a list": (
+        lambda: loss_of({"x1": X1, "cond": [0, 1, 2]}, label_dropout=0.1),
+        "give arrays with a row for each datum",
+    ),
+    "guidance without dropout": (
+        lambda: fm.mean_flow_loss(guidance_weight=1.0, label_dropout=0.0),
+        "drop labels, 0.1 of them",
+    ),
     "batch of other names": (lambda: loss_of({"x1": X1, "labels": T}), "'cond' labels"),
     "no data": (lambda: loss_of({"x0": X0}), "it takes 'x1' data"),
     "pictures as bytes": (lambda: loss_of({"x1": jnp.zeros((3, 2), jnp.uint8)}), "x1 is uint8"),
@@ -452,14 +484,14 @@ REFUSED = {
         lambda: fm.MatchingConfig(fm.FlowMatching("noise"), fm.SchroedingerBridge(0.5)),
         "set sigma to 0, or predict the velocity",
     ),
-    "prediction of a config": (lambda: fm.FlowMatching("eps"), "cannot predict 'eps'"),
+    "prediction of a config": (lambda: fm.FlowMatching("eps"), "prediction is 'eps'"),
     "power of a config": (lambda: fm.MeanFlow(power=-1.0), "power is -1.0"),
     "mean of times": (lambda: fm.LogitNormal(mean=float("nan")), "mean is nan"),
     "shift of infinity": (lambda: fm.Shifted(float("inf")), "shift is inf"),
     "dropout of one": (lambda: fm.flow_matching_loss(label_dropout=1.0), "label_dropout is 1.0"),
     "dropout of the bridge": (lambda: fm.score_and_flow_matching_loss(label_dropout=-0.1), "label_dropout is -0.1"),
     "dropout of mean flow": (lambda: fm.mean_flow_loss(label_dropout=2.0), "label_dropout is 2.0"),
-    "prediction": (lambda: fm.flow_matching_loss(prediction="eps"), "cannot predict 'eps'"),
+    "prediction": (lambda: fm.flow_matching_loss(prediction="eps"), "prediction is 'eps'"),
     "share": (lambda: fm.mean_flow_loss(instantaneous=1.5), "instantaneous is 1.5"),
     "power": (lambda: fm.mean_flow_loss(power=-1.0), "power is -1.0"),
     "guidance": (lambda: fm.mean_flow_loss(guidance_weight=-0.5), "guidance_weight -0.5"),

@@ -49,9 +49,12 @@ def compiled(name, **changes):
 
 
 each = pytest.mark.parametrize("name", NETWORKS)
+# The U-Net takes long to compile; tests/test_matching_unet.py looks at it alone.
+slow_unet = pytest.param("unet", marks=pytest.mark.slow)
+each_but_unet = pytest.mark.parametrize("name", [*(name for name in NETWORKS if name != "unet"), slow_unet])
 
 
-@each
+@each_but_unet
 def test_samples_do_not_see_each_other(name):
     _, variables, t, x, labels = case(name)
     run = compiled(name)
@@ -82,7 +85,7 @@ def test_time_class_and_span_matter_and_missing_ones_have_their_meaning(name):
         assert jnp.abs(run(variables, t, x, labels, jnp.full(BATCH, 0.5)) - out).max() > 1e-3
 
 
-@each
+@each_but_unet
 def test_every_parameter_gets_a_gradient(name):
     network, variables, t, x, labels = case(name)
     span = (jnp.full(BATCH, 0.3),) if network.config.spans else ()

@@ -275,6 +275,15 @@ def test_closed_forms_of_the_cases_are_right():
 
 
 REFUSED = {
+    "conversion through a spread": (
+        lambda: fm.velocity_of(fm.CondOT(0.5), T, X0, X1, "x1"),
+        "prediction is 'x1', but the path has noise of its own, sigma 0.5",
+    ),
+    "score of a bridge": (lambda: fm.score_of(fm.SchroedingerBridge(), T, X0, X1), "the path has noise of its own"),
+    "retimed bridge": (
+        lambda: fm.retimed(lambda t, x, cond: x, fm.SchroedingerBridge(), fm.CondOT()),
+        "set sigma to 0.",
+    ),
     "bridge without noise": (lambda: fm.SchroedingerBridge(0.0), "sigma is 0.0"),
     "bridge of int 0": (lambda: fm.SchroedingerBridge(0), "sigma is 0;"),
     "degree": (lambda: fm.Polynomial(0.5), "degree is 0.5"),
@@ -283,7 +292,7 @@ REFUSED = {
     "time after the data": (lambda: fm.CondOT().sample(None, T + 0.5, X0, X1), "t runs from 0.75 to 1.29"),
     "time before the source": (lambda: fm.SchroedingerBridge().sample(None, T - 1, X0, X1), "within [0, 1]"),
     "time of NaN": (lambda: fm.Trigonometric().sample(None, T * jnp.nan, X0, X1), "within [0, 1]"),
-    "prediction": (lambda: fm.velocity_of(fm.CondOT(), T, X0, X1, "eps"), "cannot predict 'eps'"),
+    "prediction": (lambda: fm.velocity_of(fm.CondOT(), T, X0, X1, "eps"), "prediction is 'eps'"),
     "conversion after the data": (lambda: fm.velocity_of(fm.CondOT(), T + 0.5, X0, X1, "x1"), "within [0, 1]"),
     "spread": (lambda: fm.CondOT(-0.1), "sigma is -0.1; it must be finite and at least 0"),
     "spread of NaN": (lambda: fm.Trigonometric(float("nan")), "sigma is nan"),

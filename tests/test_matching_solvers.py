@@ -259,11 +259,34 @@ def test_the_sde_and_likelihood_keep_to_the_type_of_the_state(dtype, x64):
     velocity = lambda t, x, cond: x * t[:, None].astype(x.dtype)  # noqa: E731
     x, _ = fm.integrate_sde(velocity, velocity, X0.astype(dtype), jax.random.key(0), num_steps=3)
     assert x.dtype == dtype
-    value = fm.log_prob(velocity, X0.astype(dtype), num_steps=3)
+    wide = jnp.zeros((2, 300), dtype)
+    value = jax.jit(lambda x: fm.log_prob(lambda t, x, cond: x, x, num_steps=3))(wide)
     assert value.dtype == jnp.promote_types(dtype, jnp.float32)
+    # More terms than bfloat16 can count: the divergence is 300.
+    np.testing.assert_allclose(value, -300 - 150 * np.log(2 * np.pi), rtol=1e-5)
+    # And more steps than it can tell apart.
+    four = jnp.full((1, 1), 4, dtype)
+    ones = lambda t, x, cond: jnp.ones_like(x)  # noqa: E731
+    np.testing.assert_allclose(fm.integrate(ones, four, num_steps=200)[0], 5, rtol=1e-5)
+    moved, _ = fm.integrate_sde(ones, ones, four, jax.random.key(0), num_steps=200, diffusion=lambda t: 0 * t)
+    np.testing.assert_allclose(moved, 5, rtol=1e-5)
 
 
 REFUSED = {
+    "field of one channel": (
+        lambda: fm.integrate(lambda t, x, cond: x[:, :1], X0),
+        "the velocity has shape (3, 1) at x of shape (3, 2)",
+    ),
+    "adaptive field of one channel": (
+        lambda: fm.integrate(lambda t, x, cond: x[:, :1], X0, method="dopri5"),
+        "it must have the shape of x",
+    ),
+    "states of integers": (lambda: fm.integrate(growing, jnp.array([[1, 2]])), "x0 is int32"),
+    "adaptive integers": (lambda: fm.integrate(growing, jnp.array([[1, 2]]), method="dopri5"), "x0 is int32"),
+    "likelihood of integers": (lambda: fm.log_prob(growing, jnp.array([[1, 2]])), "x1 is int32"),
+    "half a step": (lambda: fm.integrate(growing, X0, num_steps=2.5), "num_steps is 2.5"),
+    "half a step of edm": (lambda: fm.edm_times(2.5), "num_steps is 2.5"),
+    "guidance of NaN": (lambda: fm.guided(growing, -1, weight=float("nan")), "needs a finite number"),
     "guidance to nothing": (lambda: fm.guided(growing, -1, weight=1.0)(T, X0, None), "guidance needs a condition"),
     "unknown solver": (lambda: fm.integrate(growing, X0, method="rk5"), "method is 'rk5'"),
     "no step": (lambda: fm.integrate(growing, X0, num_steps=0), "num_steps is 0"),

@@ -74,8 +74,8 @@ def test_blocks_of_equal_shape_share_one_compiled_initialiser():
 
 
 def test_rotary_angles_of_text_and_grid():
-    assert rotary_pairs(64, has_text=True) == (12, 12, 8)
-    assert rotary_pairs(64, has_text=False) == (16, 16)
+    assert rotary_pairs(64, third_axis=True) == (12, 12, 8)
+    assert rotary_pairs(64, third_axis=False) == (16, 16)
     rows, columns, length, side = 3, 5, 4, 8.0
     cos, sin = GridPositions(rows, columns, side, (12, 12, 8)).rotary(length)
     assert cos.shape == (length + rows * columns, 32)

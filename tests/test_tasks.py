@@ -143,7 +143,9 @@ def test_evaluating_points_prints_every_metric(points):
     assert re.search(r"^w2 \d+\.\d{4}$", out, re.MULTILINE)
 
 
-@pytest.mark.parametrize("name", ["meanflow_digits", "otcfm_digits", "wcfm_digits_nala"])
+@pytest.mark.parametrize(
+    "name", ["meanflow_digits", "otcfm_digits", pytest.param("wcfm_digits_nala", marks=pytest.mark.slow)]
+)
 def test_shrunk_configs_train(name, tmp_path):
     experiment = config.shrink(config.load(CONFIGS / f"{name}.py"))
     log = dataclasses.replace(experiment.log, progress=False, tensorboard=False, eval_every=0)

@@ -91,6 +91,7 @@ def test_latents_of_a_trained_autoencoder_are_normalised_and_decoded(autoencoder
     assert error == pytest.approx(rows[-1]["eval/mean_square_error"], rel=0.2)
 
 
+@pytest.mark.slow
 def test_another_autoencoder_in_its_place_is_noticed(autoencoder, tmp_path, capsys):
     place = tmp_path / "codec"
     shutil.copytree(autoencoder, place)
@@ -229,6 +230,7 @@ def test_mistakes_in_prompts_are_named(text_run, tmp_path, capsys, words, messag
     assert not (tmp_path / "no.png").exists()
 
 
+@pytest.mark.slow  # beside test_encoding_first_or_on_the_way_trains_the_same
 def test_texts_can_be_encoded_first(tmp_path):
     experiment = experiment_of(
         model=TEXT, text=TextConfig(encoder="words"), train=dataclasses.replace(FEW, label_dropout=0.5)
@@ -246,6 +248,7 @@ def test_texts_can_be_encoded_first(tmp_path):
         fit(other, tmp_path / "other")
 
 
+@pytest.mark.slow
 def test_several_aspects_train_together(tmp_path):
     from PIL import Image
 
@@ -307,7 +310,7 @@ def test_a_decoder_is_trained_on_beside_its_encoder(autoencoder, tmp_path):
     [
         ({"codec": PixelBlocks(3)}, "model.channels is 4; blocks of 3 x 3 pixels make a multiple of 9"),
         ({"codec": TrainedCodec("")}, "codec.path is empty; give the autoencoder"),
-        ({"codec": TrainedCodec("nowhere")}, "There is no folder 'nowhere' with the autoencoder"),
+        ({"codec": TrainedCodec("nowhere")}, "There is no autoencoder at codec.path 'nowhere'; train it first"),
         ({"model": TEXT}, "text is missing and model.text_dim is 16"),
         ({"text": TextConfig("words")}, "text is given and model.text_dim is 0"),
         ({"model": dataclasses.replace(TINY, noise_std=0.0)}, "model.noise_std is 0, which dequantises pictures"),

@@ -1,6 +1,6 @@
 """Attention on arrays `b n h k`; imports nothing else of flowgen.
 
-softmax        softmax_attention
+softmax        softmax_attention; frames: that of the frames of a video to frames near them
 linear         linear_attention and its running state: init_state, prefill, step
 features       the feature maps of linear attention; rotary tables for their numerators
 kernels        nala, focused, cosformer, pola and inline attention; every kernel by name
@@ -31,6 +31,7 @@ from flowgen.attention.features import (
     nala_features,
     relu_features,
 )
+from flowgen.attention.frames import FrameWindow
 from flowgen.attention.hooks import make_attention_fn
 from flowgen.attention.kernels import (
     KERNELS,
@@ -73,6 +74,7 @@ __all__ = [
     "FeatureKernel",
     "FeatureMap",
     "Features",
+    "FrameWindow",
     "InlineKernel",
     "KVCache",
     "Kernel",

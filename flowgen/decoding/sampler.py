@@ -17,7 +17,7 @@ from flowgen.decoding.guidance import Guidance, linear_rule, product_rule
 from flowgen.decoding.jacobi import Conditioner, solve
 from flowgen.decoding.plan import DecodePlan, Jacobi, Plan, Sequential, resolve_plan
 from flowgen.flows.affine import reorder, to_noise
-from flowgen.flows.block import block_parameters, decoding_block
+from flowgen.flows.block import block_parameters, decoding_block, each_frame
 from flowgen.flows.density import denoise as tweedie
 from flowgen.nn.layers import master_dtype
 
@@ -29,7 +29,7 @@ class Denoiser(NamedTuple):
         r = sample(flow, params, key, 16, labels, denoise=Denoiser(network.apply, network_variables))
     """
 
-    function: Callable[..., Float[Array, "b height width c"]]
+    function: Callable[..., Float[Array, "b *event"]]
     variables: Any
 
 
@@ -44,7 +44,7 @@ class Inversion(NamedTuple):
     has no forward pass, the largest such difference of any one guided block.
     """
 
-    x: Float[Array, "b height width c"]
+    x: Float[Array, "b *event"]
     sweeps: Int[Array, "blocks windows"]
     residual: Float[Array, " b"]
     overflows: Int[Array, " b"]
@@ -184,7 +184,7 @@ def _sample(
         x = tweedie(flow, params, x, conds[0], strength=strength)
     if denoiser is not None:
         x = denoiser(learned, x, conds[0])
-    return result._replace(x=x, finite=jnp.isfinite(x).all(axis=(1, 2, 3)))
+    return result._replace(x=x, finite=jnp.isfinite(x).all(axis=tuple(range(1, x.ndim))))
 
 
 def _decode(flow, params, z, conds, weights, plan, guidance, certify) -> Inversion:
@@ -208,7 +208,7 @@ def _decode(flow, params, z, conds, weights, plan, guidance, certify) -> Inversi
         sweeps=jnp.stack([jnp.pad(r.sweeps, (0, width - len(r.sweeps))) for r in reports]),
         residual=jnp.stack([r.residual for r in reports]).max(axis=0),
         overflows=jnp.stack([r.overflows for r in reports]).sum(axis=0),
-        finite=jnp.isfinite(x).all(axis=(1, 2, 3)),
+        finite=jnp.isfinite(x).all(axis=tuple(range(1, x.ndim))),
         error=jnp.stack(errors).max(axis=0) if certify else None,
     )
 
@@ -230,6 +230,13 @@ class _Block:
 
     def decode(self, z, plan):
         """Raster-order tokens and the report of the solver."""
+        frames = self.config.frames
+        tokens, solution = self._decode(each_frame(z, frames), plan)
+        residual = solution.residual.reshape(len(z), frames).max(axis=1)
+        overflows = solution.overflows.reshape(len(z), frames).sum(axis=1)
+        return tokens.reshape(z.shape), solution._replace(residual=residual, overflows=overflows)
+
+    def _decode(self, z, plan):
         plan = Jacobi(window=1, tol=0.0) if isinstance(plan, Sequential) else plan
         v = reorder(z, self.config.order)
         conditioner = Conditioner(self.window, self.module.rewind)
@@ -246,11 +253,11 @@ class _Block:
 
     def encode(self, x):
         """Raster-order noise of tokens by one parallel pass, guidance included: the certificate of `decode`."""
-        u = reorder(x, self.config.order)
+        u = reorder(each_frame(x, self.config.frames), self.config.order)
         free = self.module.num_free
         shift, log_scale, _ = self.window(self.call("previous", u), 0, None)
         z, _ = to_noise(u[:, free:], shift, log_scale)
-        return reorder(jnp.concatenate([u[:, :free], z], axis=1), self.config.order)
+        return reorder(jnp.concatenate([u[:, :free], z], axis=1), self.config.order).reshape(x.shape)
 
     def prefill(self, batch, length):
         """Caches for `length` tokens behind the condition's prefix, both branches where guided."""

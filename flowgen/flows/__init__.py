@@ -1,20 +1,30 @@
 """Autoregressive transformer flows and their densities."""
 
 from flowgen.flows.block import AutoregressiveBlock, BlockConfig, block_parameters, decoding_block
+from flowgen.flows.denoiser import ClipDenoiser, ClipDenoiserConfig, ClipDenoising, score_matching_loss, score_target
 from flowgen.flows.flow import AutoregressiveFlow, init
 from flowgen.flows.starflow import STARFLOW_PRESETS, STARFlow, STARFlowConfig
+from flowgen.flows.starflow_v import STARFLOW_V_480P, STARFlowV, STARFlowVConfig
 from flowgen.flows.tarflow import TARFlow, TARFlowConfig
 
 __all__ = [
     "STARFLOW_PRESETS",
+    "STARFLOW_V_480P",
     "AutoregressiveBlock",
     "AutoregressiveFlow",
     "BlockConfig",
+    "ClipDenoiser",
+    "ClipDenoiserConfig",
+    "ClipDenoising",
     "STARFlow",
     "STARFlowConfig",
+    "STARFlowV",
+    "STARFlowVConfig",
     "TARFlow",
     "TARFlowConfig",
     "block_parameters",
     "decoding_block",
     "init",
+    "score_matching_loss",
+    "score_target",
 ]

@@ -68,6 +68,7 @@ class BlockConfig:
 
     num_classes: of labels that are added to the tokens. prefix: of what stands before them. positions: rotary; None
     is a learned table. soft_clip: bound of raw outputs, 0 for none. final_norm: RMSNorm before the last linear map.
+    frames: with more than 1, that many runs of num_tokens tokens are mapped each on its own, as the frames of a video.
     """
 
     num_tokens: int
@@ -81,6 +82,7 @@ class BlockConfig:
     final_norm: bool = False
     positions: GridPositions | None = None
     prefix: ClassPrefix | TextPrefix | None = None
+    frames: int = 1
 
     @property
     def prefix_length(self) -> int:
@@ -130,6 +132,15 @@ class AutoregressiveBlock(nn.Module):
         self, x: Float[Array, "b n c"], cond: Condition | None = None
     ) -> tuple[Float[Array, "b n c"], Float[Array, " b"]]:
         """Returns z in raster order and logdet `b` (summed, nats)."""
+        if self.config.frames > 1:
+            z, logdet = self.of_one_frame(each_frame(x, self.config.frames), cond)
+            return z.reshape(x.shape), logdet.reshape(len(x), self.config.frames).sum(axis=1)
+        return self.of_one_frame(x, cond)
+
+    def of_one_frame(
+        self, x: Float[Array, "b n c"], cond: Condition | None
+    ) -> tuple[Float[Array, "b n c"], Float[Array, " b"]]:
+        """Returns what the block itself makes of tokens, frames being a matter of the batch."""
         u = reorder(x, self.config.order)
         shift, log_scale, _ = self.conditioner(self.previous(u), 0, cond, None, None)
         free = ((0, 0), (self.num_free, 0), (0, 0))
@@ -217,6 +228,15 @@ class AutoregressiveBlock(nn.Module):
     def rewind(self, before: tuple, after: tuple) -> tuple:
         """Returns the caches from which a window that turned `before` into `after` can be run again."""
         return causal_kernel(self.config.transformer.attention).rewind(before, after)
+
+
+def each_frame(x: Float[Array, "b n c"], frames: int) -> Float[Array, "b_and_frames tokens c"]:
+    """Returns the tokens of every frame as samples of their own.
+
+    Example:
+        tokens = each_frame(tokens, 21)
+    """
+    return x.reshape(len(x) * frames, -1, x.shape[2])
 
 
 def block_parameters(variables: Any, index: int) -> Any:

@@ -52,7 +52,7 @@ def bits_per_dim(log_prob: Float[Array, "*b"], num_dims: int) -> Float[Array, "*
     return (-log_prob / num_dims + math.log(LEVELS / 2)) / math.log(2)
 
 
-def dequantise(key: Key[Array, ""], images: UInt8[Array, "b height width c"]) -> Float[Array, "b height width c"]:
+def dequantise(key: Key[Array, ""], images: UInt8[Array, "b *event"]) -> Float[Array, "b *event"]:
     """Returns 8-bit images with uniform noise of one level, in [-1, 1): 2 (x + U[0, 1)) / 256 - 1.
 
     The expected bits/dim of dequantised images bounds the discrete bits/dim from above.
@@ -64,9 +64,7 @@ def dequantise(key: Key[Array, ""], images: UInt8[Array, "b height width c"]) ->
     return (images.astype(jnp.float32) + noise) * (2 / LEVELS) - 1
 
 
-def add_noise(
-    key: Key[Array, ""], images: UInt8[Array, "b height width c"], noise_std: float
-) -> Float[Array, "b height width c"]:
+def add_noise(key: Key[Array, ""], images: UInt8[Array, "b *event"], noise_std: float) -> Float[Array, "b *event"]:
     """Returns images as the flow is trained on them: σ > 0, x + σ N(0, I) on [-1, 1]; σ = 0, dequantised.
 
     Example:
@@ -77,7 +75,7 @@ def add_noise(
     return jnp.asarray(from_uint8(images)) + noise_std * jax.random.normal(key, images.shape)
 
 
-def batch_input(key: Key[Array, ""], batch: Any, noise_std: float) -> Float[Array, "b height width c"]:
+def batch_input(key: Key[Array, ""], batch: Any, noise_std: float) -> Float[Array, "b *event"]:
     """Returns the input of a flow in training, from pictures or from moments of latents.
 
     `image` uint8: see `add_noise`. `mean` and `std` `b height width c`, an autoencoder's posterior: a draw from it, and
@@ -164,8 +162,8 @@ def nll_objective(
 
 
 def score(
-    flow: Flow, variables: Any, x: Float[Array, "b height width c"], cond: Condition | None = None
-) -> Float[Array, "b height width c"]:
+    flow: Flow, variables: Any, x: Float[Array, "b *event"], cond: Condition | None = None
+) -> Float[Array, "b *event"]:
     """Returns ∇_x log p(x | cond).
 
     Example:
@@ -177,12 +175,12 @@ def score(
 def denoise(
     flow: Flow,
     variables: Any,
-    x: Float[Array, "b height width c"],
+    x: Float[Array, "b *event"],
     cond: Condition | None = None,
     *,
     noise_std: float | None = None,
     strength: Float[Array, ""] | float = 1.0,
-) -> Float[Array, "b height width c"]:
+) -> Float[Array, "b *event"]:
     """Returns E[clean | x] by Tweedie's formula, x + strength · σ² ∇_x log p(x | cond), not clipped.
 
     noise_std: σ; None takes the one in the flow's config. With σ = 0 there is nothing to remove.
@@ -199,7 +197,7 @@ def denoise(
 def class_posterior(
     flow: Flow,
     variables: Any,
-    x: Float[Array, "b height width c"],
+    x: Float[Array, "b *event"],
     log_prior: Float[Array, " classes"] | None = None,
 ) -> Float[Array, "b classes"]:
     """Returns p(class | x) ∝ p(x | class) p(class) by Bayes' rule, one likelihood per class, uniform prior.

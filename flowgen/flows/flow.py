@@ -1,8 +1,9 @@
-"""What every autoregressive flow on images shares: tokens of images, a stack of blocks, and its density."""
+"""What every autoregressive flow shares: tokens of images or of frames, a stack of blocks, and its density."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -54,9 +55,20 @@ class ImageTokens:
         return (*self.grid_size, self.channels)
 
     @property
-    def num_tokens(self) -> int:
+    def event_shape(self) -> tuple[int, ...]:
+        """Shape of one sample: that of an image, unless a flow models several at once."""
+        return self.image_shape
+
+    @property
+    def tokens_per_image(self) -> int:
+        """Patches of one image."""
         height, width = self.grid_size
         return (height // self.patch_size) * (width // self.patch_size)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of one sample."""
+        return math.prod(self.event_shape[:-3]) * self.tokens_per_image
 
     @property
     def token_dim(self) -> int:
@@ -64,8 +76,25 @@ class ImageTokens:
 
     @property
     def num_dims(self) -> int:
-        """Dimensions of one image, by which nats become nats or bits per dimension."""
+        """Dimensions of one sample, by which nats become nats or bits per dimension."""
         return self.num_tokens * self.token_dim
+
+    def check_samples(self, x: Array) -> None:
+        """Raises ValueError unless x is a batch of this model's samples."""
+        if x.shape[1:] != self.event_shape:
+            shape = ", ".join(map(str, self.event_shape))
+            raise ValueError(f"x has shape {tuple(x.shape)}; this model takes (batch, {shape}).")
+
+    def to_tokens(self, x: Float[Array, "b *event"]) -> Float[Array, "b n token"]:
+        """Returns the patches of samples, row by row, image after image."""
+        patches = patchify(x.reshape(-1, *self.image_shape), self.patch_size, self.patch_order)
+        return patches.reshape(len(x), self.num_tokens, self.token_dim)
+
+    def to_images(self, tokens: Float[Array, "b n token"]) -> Float[Array, "b *event"]:
+        """Returns the samples of tokens in raster order."""
+        patches = tokens.reshape(-1, self.tokens_per_image, self.token_dim)
+        images = unpatchify(patches, self.patch_size, self.grid_size, self.patch_order)
+        return images.reshape(len(tokens), *self.event_shape)
 
 
 class AutoregressiveFlow(nn.Module):
@@ -85,7 +114,7 @@ class AutoregressiveFlow(nn.Module):
         return self.forward(x, cond)
 
     def forward(
-        self, x: Float[Array, "b height width c"], cond: Condition | None = None
+        self, x: Float[Array, "b *event"], cond: Condition | None = None
     ) -> tuple[Float[Array, "b n token"], Float[Array, " b"]]:
         """Returns noise tokens z in raster order and logdet = log|det dz/dx|, summed, in nats.
 
@@ -95,16 +124,14 @@ class AutoregressiveFlow(nn.Module):
         return states[-1], logdet
 
     def trajectory(
-        self, x: Float[Array, "b height width c"], cond: Condition | None = None
+        self, x: Float[Array, "b *event"], cond: Condition | None = None
     ) -> tuple[list[Float[Array, "b n token"]], Float[Array, " b"]]:
         """Returns the tokens after each block, the last being z, and the total logdet."""
         config = self.config
-        if x.shape[1:] != config.image_shape:
-            shape = ", ".join(map(str, config.image_shape))
-            raise ValueError(f"images have shape {tuple(x.shape)}; this model takes (batch, {shape}).")
+        config.check_samples(x)
         cond = config.check_cond(cond, x.shape[0])
         master = master_dtype(config.dtype)
-        tokens = patchify(x, config.patch_size, config.patch_order).astype(master)
+        tokens = config.to_tokens(x).astype(master)
         logdet = jnp.zeros(x.shape[0], master)
         states = []
         for block in self.blocks:
@@ -132,22 +159,21 @@ class AutoregressiveFlow(nn.Module):
         shape = (self.config.num_tokens, self.config.token_dim)
         return self.get_variable("prior", "variance", jnp.ones(shape, master_dtype(self.config.dtype)))
 
-    def log_prob(self, x: Float[Array, "b height width c"], cond: Condition | None = None) -> Float[Array, " b"]:
+    def log_prob(self, x: Float[Array, "b *event"], cond: Condition | None = None) -> Float[Array, " b"]:
         """Returns log p(x | cond) in nats, exact: log N(z; 0, prior variance) + logdet."""
         z, logdet = self.forward(x, cond)
         return gaussian_log_prob(z, self.prior_variance()) + logdet
 
-    def bits_per_dim(self, x: Float[Array, "b height width c"], cond: Condition | None = None) -> Float[Array, " b"]:
+    def bits_per_dim(self, x: Float[Array, "b *event"], cond: Condition | None = None) -> Float[Array, " b"]:
         """Returns -log2 p(x | cond) per dimension on the scale of 256 levels over [-1, 1).
 
         It is the model's bits/dim where x is dequantised (`flowgen.flows.density.dequantise`).
         """
         return bits_per_dim(self.log_prob(x, cond), self.config.num_dims)
 
-    def to_images(self, tokens: Float[Array, "b n token"]) -> Float[Array, "b height width c"]:
-        """Returns the images of data-side tokens."""
-        config = self.config
-        return unpatchify(tokens, config.patch_size, config.grid_size, config.patch_order)
+    def to_images(self, tokens: Float[Array, "b n token"]) -> Float[Array, "b *event"]:
+        """Returns the samples of data-side tokens."""
+        return self.config.to_images(tokens)
 
 
 def init(flow: Any, key: Key[Array, ""]) -> Any:
@@ -163,7 +189,7 @@ def init(flow: Any, key: Key[Array, ""]) -> Any:
         raise ValueError("model.dtype is 'float64', which jax has switched off; set jax_enable_x64 first.")
     params = {}
     for index, block in enumerate(config.blocks):
-        shape = dataclasses.replace(block, order="raster")  # The order of tokens has no parameters.
+        shape = dataclasses.replace(block, order="raster", frames=1)  # Order and frames have no parameters.
         params[f"blocks_{index}"] = _init_block(shape, jax.random.fold_in(key, index))
     if config.transform != "volume_preserving":
         return {"params": params}

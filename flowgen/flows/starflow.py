@@ -111,7 +111,7 @@ class STARFlowConfig(ImageTokens):
             "dtype": ("float32", "bfloat16", "float64"),
         }
         check_choices(self, choices)
-        rotary_pairs(self.head_dim, has_text=self._prefix is not None)
+        rotary_pairs(self.head_dim, third_axis=self._third_axis)
 
     @property
     def patch_order(self) -> Literal["channel_last"]:
@@ -151,7 +151,12 @@ class STARFlowConfig(ImageTokens):
     @property
     def _positions(self) -> GridPositions:
         rows, columns = (length // self.patch_size for length in self.grid_size)
-        return GridPositions(rows, columns, self._side, rotary_pairs(self.head_dim, has_text=self._prefix is not None))
+        return GridPositions(rows, columns, self._side, rotary_pairs(self.head_dim, third_axis=self._third_axis))
+
+    @property
+    def _third_axis(self) -> bool:
+        """Whether tokens have a third coordinate, on which what stands in front of the image is told apart."""
+        return self._prefix is not None
 
     @property
     def blocks(self) -> tuple[BlockConfig, ...]:

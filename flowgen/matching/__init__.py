@@ -6,7 +6,7 @@ semidiscrete   optimal transport from the source to a whole data set
 times          how training times are drawn
 loss           weighted regression of the velocity; bridge: of velocity and score ([SF]²M)
 mean_flow      average velocities, for sampling in one step
-solvers        integrate, encode, guidance, SDE; likelihood: log p and divergence
+solvers        integrate, both ways; guidance, SDE; likelihood: log p and divergence
 diagnostics    effective sample size, tilt, choice of epsilon, path energy, distances
 velocity       networks; toy: two-dimensional distributions
 """

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Key
 
 from flowgen.matching.couplings import Coupling
 from flowgen.matching.loss import Loss, check_dropout, draw_pairs, mean_square
-from flowgen.matching.paths import SchroedingerBridge, over_event
+from flowgen.matching.paths import SchroedingerBridge, check_output, over_event
 from flowgen.matching.times import Uniform
 
 
@@ -51,7 +51,7 @@ def score_and_flow_matching_loss(
         pairs = draw_pairs(pair_key, batch, coupling, log_mean, label_dropout=label_dropout)
         t = time(time_key, len(pairs.x1))
         point = bridge.sample(path_key, t, pairs.x0, pairs.x1)
-        velocity, score = network(t, point.x_t, pairs.cond)
+        velocity, score = (check_output(out, point.x_t) for out in network(t, point.x_t, pairs.cond))
         flow_error = mean_square(velocity - point.u_t)
         score_error = mean_square(over_event(bridge.score_scale(t), score) * score + point.noise)
         loss = (pairs.weight * (flow_error + score_error)).mean()

@@ -42,7 +42,7 @@ class Coupling(Protocol):
     def __call__(
         self, key: Key[Array, ""], x0: Float[Array, "b *event"], x1: Float[Array, "b *event"], cond: Any = None
     ) -> Coupled:
-        """Returns pairs and their log-weights; data keep their order."""
+        """Returns pairs and their log-weights."""
         ...
 
 
@@ -81,7 +81,7 @@ class MinibatchOT:
     def __post_init__(self):
         if self.method not in ("exact", "sinkhorn"):
             raise ValueError(f"method is {self.method!r}; choose 'exact' or 'sinkhorn'.")
-        check_positive("epsilon", self.epsilon)
+        check_epsilon(self.epsilon)
         check_whole("num_sweeps", self.num_sweeps, least=1)
 
     def __call__(self, key, x0, x1, cond=None):
@@ -92,12 +92,15 @@ class MinibatchOT:
                 raise ValueError("class_aware transport needs labels as cond; give them, or switch it off.")
             if cond.shape != (len(x1),):
                 raise ValueError(f"cond has shape {cond.shape}; class_aware transport needs one label for each datum.")
-            # Above any sum of costs that an assignment within the classes can have.
-            cost = jnp.where(cond[:, None] == cond[None, :], cost, (cost.max() + 1) * len(cost))
-        if self.method == "exact":
-            source = assignment(cost)
+            allowed = cond[:, None] == cond[None, :]
         else:
-            logits = -cost / (self.epsilon * pairwise_cost(x1, x0, "sqeuclidean").mean())
+            allowed = jnp.ones(cost.shape, bool)
+        if self.method == "exact":
+            # Above any sum of costs that an assignment within the classes can have.
+            source = assignment(jnp.where(allowed, cost, (cost.max() + 1) * len(cost)))
+        else:
+            # The diagonal is always allowed, so that potentials are finite.
+            logits = jnp.where(allowed, -cost / (self.epsilon * cost.mean()), -jnp.inf)
             f, g = sinkhorn_potentials(logits, self.num_sweeps)
             source = jax.random.categorical(key, logits + f[:, None] + g[None, :], axis=1)
         # One NaN among the costs spoils the plan, which the sources drawn from it need not show: the weights do. Not by
@@ -134,9 +137,7 @@ class GibbsWeights:
 
     def __post_init__(self):
         if self.epsilon is not None:
-            check_positive("epsilon", self.epsilon)
-            if self.epsilon < SMALLEST_EPSILON:
-                raise ValueError(f"epsilon is {self.epsilon}; below {SMALLEST_EPSILON} float32 has no cost/epsilon.")
+            check_epsilon(self.epsilon)
         check_share(self.ess)
         if self.tilt is not None:
             check_positive("tilt", self.tilt)
@@ -207,7 +208,8 @@ def assignment(cost: Float[Array, "b b"]) -> Int[Array, " b"]:
     if isinstance(cost, Tracer) and _callbacks_can_wait_forever():
         from optax.assignment import hungarian_algorithm
 
-        return hungarian_algorithm(cost - scale * f[:, None] - scale * g[None, :])[1].astype(jnp.int32)
+        rows, columns = hungarian_algorithm(cost - scale * f[:, None] - scale * g[None, :])
+        return jnp.zeros(len(cost), jnp.int32).at[rows].set(columns.astype(jnp.int32))
 
     def solve(matrix, rows, columns):
         matrix, rows, columns = (np.asarray(x, np.float64) for x in (matrix, rows, columns))
@@ -245,7 +247,7 @@ def pairwise_cost(x0: Float[Array, "b *event"], x1: Float[Array, "m *event"], co
     if x0.shape[1:] != x1.shape[1:]:
         raise ValueError(f"x0 has events of shape {x0.shape[1:]} and x1 {x1.shape[1:]}; they must have the same.")
     if callable(cost):
-        return check_cost(jax.vmap(lambda x: cost(jnp.broadcast_to(x[None], x1.shape), x1))(x0))
+        return check_cost(jax.vmap(lambda x: pair_cost(jnp.broadcast_to(x[None], x1.shape), x1, cost))(x0))
     a, b = _flat(x0), _flat(x1)
     # Shifted to their common mean, so that little cancels in the expanded square.
     centre = b.mean(axis=0)
@@ -314,13 +316,24 @@ def check_positive(name: str, value: float | int) -> None:
         raise ValueError(f"{name} is {value}; it must be positive and finite.")
 
 
+def check_epsilon(epsilon: float) -> None:
+    """Raises ValueError unless costs can be divided by epsilon in float32.
+
+    Example:
+        check_epsilon(2.0)
+    """
+    check_positive("epsilon", epsilon)
+    if epsilon < SMALLEST_EPSILON:
+        raise ValueError(f"epsilon is {epsilon}; below {SMALLEST_EPSILON} float32 has no cost/epsilon.")
+
+
 def check_whole(name: str, value: int, *, least: int) -> None:
     """Raises ValueError unless a number is whole and at least `least`.
 
     Example:
         check_whole("num_sweeps", 50, least=1)
     """
-    if value != int(value) or value < least:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name} is {value}; it must be a whole number of at least {least}.")
 
 

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from flowgen.matching.couplings import (
@@ -178,8 +177,10 @@ def choose_epsilon(
         check_positive("tilt", tilt)
     costs = pairwise_cost(x0, x1, cost) if tilt is not None or sinkhorn_sweeps else pair_cost(x0, x1, cost)
     scale = float(jnp.abs(costs).mean())
-    if not np.isfinite(scale):
-        raise ValueError("some costs are not finite; epsilon can only be chosen from finite ones.")
+    if not 0 < scale < float("inf"):
+        raise ValueError(
+            f"the mean cost is {scale}; epsilon can only be chosen from costs that are finite and not all 0."
+        )
 
     def kept(log_epsilon):
         logits = -costs / (scale * jnp.exp(log_epsilon))

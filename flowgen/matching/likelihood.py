@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from flowgen.matching.paths import check_floating, check_output
 from flowgen.matching.solvers import Method, Velocity, integrate
 
 
@@ -36,6 +37,7 @@ def log_prob(
     Example:
         lp = log_prob(velocity, x1, key=jax.random.key(0))
     """
+    check_floating("x1", x1)
     dtype = jnp.promote_types(x1.dtype, jnp.float32)
     probe = None if key is None else jax.random.rademacher(key, x1.shape, x1.dtype)
 
@@ -71,23 +73,24 @@ def divergence(
 ) -> tuple[Float[Array, "b *event"], Float[Array, " b"]]:
     """Returns v and Σ_i ∂v_i/∂x_i per sample: exact, or Hutchinson's probe · (∂v/∂x) probe where a probe is given.
 
-    The exact one takes a forward-mode product per dimension, all samples at once.
+    The exact one takes a forward-mode product per dimension, all samples at once. Summed in float32 at least.
 
     Example:
         v, change = divergence(velocity, t, x, probe=jax.random.rademacher(key, x.shape, x.dtype))
     """
-    field = lambda y: velocity(t, y, cond)  # noqa: E731
+    field = lambda y: check_output(velocity(t, y, cond), y)  # noqa: E731
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
     if probe is not None:
         v, moved = jax.jvp(field, (x,), (probe,))
-        return v, (moved * probe).reshape(len(x), -1).sum(axis=1)
+        return v, (moved * probe).reshape(len(x), -1).astype(dtype).sum(axis=1)
     size = x[0].size
 
     def along(total, index):
         direction = jnp.zeros((size,), x.dtype).at[index].set(1).reshape(x.shape[1:])
         _, moved = jax.jvp(field, (x,), (jnp.broadcast_to(direction[None], x.shape),))
-        return total + moved.reshape(len(x), -1)[:, index], None
+        return total + moved.reshape(len(x), -1)[:, index].astype(dtype), None
 
-    total, _ = jax.lax.scan(along, jnp.zeros(len(x), x.dtype), jnp.arange(size))
+    total, _ = jax.lax.scan(along, jnp.zeros(len(x), dtype), jnp.arange(size))
     return field(x), total
 
 

@@ -12,7 +12,16 @@ from jaxtyping import Array, Float, Key
 from flowgen.conditioning import drop_labels
 from flowgen.matching.couplings import Coupling, GibbsWeights, Independent, log_mean_exp
 from flowgen.matching.diagnostics import effective_sample_size
-from flowgen.matching.paths import CondOT, Path, PathSample, Prediction, check_prediction, over_event
+from flowgen.matching.paths import (
+    CondOT,
+    Path,
+    PathSample,
+    Prediction,
+    check_floating,
+    check_output,
+    check_prediction,
+    over_event,
+)
 from flowgen.matching.solvers import Velocity
 from flowgen.matching.times import Uniform
 
@@ -69,7 +78,7 @@ def flow_matching_loss(
         pairs = draw_pairs(pair_key, batch, coupling, log_mean, label_dropout=label_dropout)
         t = time(time_key, len(pairs.x1))
         point = path.sample(path_key, t, pairs.x0, pairs.x1)
-        value = velocity(t, point.x_t, pairs.cond)
+        value = check_output(velocity(t, point.x_t, pairs.cond), point.x_t)
         error = mean_square(residual(path, t, pairs, point, value, prediction))
         loss = (pairs.weight * error).mean()
         return loss, {"loss": loss, "unweighted_loss": error.mean(), "ess": pairs.ess}, pairs.log_mean
@@ -153,12 +162,13 @@ def check_data(x0: Array, x1: Array, cond: Any, label_dropout: float) -> None:
     Example:
         check_data(x0, x1, labels, 0.1)
     """
-    for name, x in (("x1", x1), ("x0", x0)):
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise ValueError(f"{name} is {x.dtype}; a flow moves floating-point numbers, so scale pictures to [-1, 1].")
+    check_floating("x1", x1)
+    check_floating("x0", x0)
     if len(x1) == 0:
         raise ValueError("the batch is empty; give at least one datum.")
     for part in jax.tree.leaves(cond):
+        if not hasattr(part, "shape"):
+            raise ValueError(f"cond holds {part!r}; give arrays with a row for each datum.")
         if part.shape[:1] != x1.shape[:1]:
             raise ValueError(f"cond has shape {part.shape} for {len(x1)} data; it must have a row for each of them.")
         if label_dropout and not (part.ndim == 1 and jnp.issubdtype(part.dtype, jnp.integer)):

@@ -19,8 +19,8 @@ from jaxtyping import Array, Float, Key
 
 from flowgen.conditioning import UNCONDITIONAL, no_labels
 from flowgen.matching.couplings import Coupling
-from flowgen.matching.loss import Loss, check_dropout, draw_pairs
-from flowgen.matching.paths import CondOT, Path, over_event
+from flowgen.matching.loss import Loss, check_dropout, draw_pairs, mean_square
+from flowgen.matching.paths import CondOT, Path, check_output, over_event
 from flowgen.matching.solvers import time_grid
 from flowgen.matching.times import LogitNormal
 
@@ -62,6 +62,11 @@ def mean_flow_loss(
     time = PUBLISHED_TIME if time is None else time
     check_dropout(label_dropout)
     check_mean_flow(instantaneous, power, guidance_weight)
+    if guidance_weight and not label_dropout:
+        raise ValueError(
+            f"guidance_weight is {guidance_weight} and label_dropout 0; guidance needs the field without label, so "
+            "drop labels, 0.1 of them, to learn it."
+        )
 
     def loss_fn(
         average_velocity: AverageVelocity,
@@ -80,7 +85,7 @@ def mean_flow_loss(
         if guidance_weight:
             v = guided_target(average_velocity, t, point.x_t, pairs.cond, v, guidance_weight)
         u, target = average_and_target(average_velocity, t, point.x_t, pairs.cond, span, v)
-        square = jnp.square(u - target).reshape(size, -1).sum(axis=1)
+        square = mean_square(u - target) * pairs.x1[0].size
         adaptive = jax.lax.stop_gradient((square + ADAPTIVE_OFFSET) ** -power)
         loss = (pairs.weight * adaptive * square).mean()
         metrics = {"loss": loss, "unweighted_loss": square.mean() / pairs.x1[0].size, "ess": pairs.ess}
@@ -120,7 +125,7 @@ def average_and_target(
         u, target = average_and_target(average_velocity, t, x_t, None, span, v)
     """
     v = jax.lax.stop_gradient(v)
-    field = lambda t, x, span: average_velocity(t, x, cond, span)  # noqa: E731
+    field = lambda t, x, span: check_output(average_velocity(t, x, cond, span), x)  # noqa: E731
     u, change = jax.jvp(field, (t, x_t, span), (jnp.ones_like(t), v, -jnp.ones_like(span)))
     return u, jax.lax.stop_gradient(v + over_event(span, v) * change)
 
@@ -140,11 +145,11 @@ def guided_target(
     Example:
         v = guided_target(average_velocity, t, x_t, labels, v, weight=1.0)
     """
-    if cond is None:
-        raise ValueError("guidance_weight needs labels, which the batch has not; give them as cond, or set it to 0.")
+    if cond is None or not jnp.issubdtype(cond.dtype, jnp.integer):
+        raise ValueError("guidance_weight needs integer labels as cond, which the batch has not; or set it to 0.")
     free = average_velocity(t, x_t, no_labels(cond.shape), jnp.zeros_like(t))
     labelled = over_event((cond != UNCONDITIONAL).astype(v.dtype), v)
-    return v + weight * labelled * (v - free)
+    return v + weight * labelled * (v - free.astype(v.dtype))
 
 
 def integrate_mean(

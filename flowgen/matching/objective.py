@@ -82,7 +82,10 @@ class MatchingConfig:
     time: Uniform | LogitNormal | Shifted = Uniform()
 
     def __post_init__(self):
-        check_prediction(self.prediction, self.path)
+        try:
+            check_prediction(self.prediction, self.path)
+        except ValueError as error:
+            raise ValueError(f"loss.{error}") from None
 
     @property
     def prediction(self) -> Prediction:
@@ -125,7 +128,7 @@ class MatchingConfig:
     def state(self) -> dict[str, Any]:
         """Returns the collection that training carries from step to step; empty unless weights have a running mean."""
         running = isinstance(self.coupling, GibbsWeights) and self.coupling.normalize == "running"
-        return {STATE: {"log_mean": jnp.array(-jnp.inf)}} if running else {}
+        return {STATE: {"log_mean": jnp.full((), -jnp.inf, jnp.float32)}} if running else {}
 
 
 def matching_objective(
@@ -162,16 +165,17 @@ def matching_objective(
 def velocity_field(network: Any, variables: Any, matching: MatchingConfig) -> Velocity:
     """Returns the velocity (t, x, cond) of a trained network, whatever it predicts.
 
-    A network that predicts x1, noise or a score is asked where alpha/beta is within [0.02, 50], as is the conversion:
-    nearer to an end of the path, what it gets wrong would be enlarged without bounds.
+    A network that predicts x1, noise or a score is asked where alpha/beta is within [0.02, 50], and x1 and x0 are told
+    apart there: nearer to an end of the path, what it gets wrong would be enlarged without bounds.
 
     Example:
         x1, nfe = integrate(velocity_field(network, variables, matching), x0, labels)
     """
 
+    path, kind = matching.path, matching.prediction
+
     def field(t, x, cond):
-        if matching.prediction != "velocity":
-            t = inner_times(matching.path, t, NETWORK_SMALLEST)
-        return velocity_of(matching.path, t, x, network.apply(variables, t, x, cond), matching.prediction)
+        asked = t if kind == "velocity" else inner_times(path, t, NETWORK_SMALLEST)
+        return velocity_of(path, t, x, network.apply(variables, asked, x, cond), kind, smallest=NETWORK_SMALLEST)
 
     return field

@@ -24,6 +24,9 @@ SMALLEST = 1e-5
 NETWORK_SMALLEST = 0.02
 
 
+_NO_SPREAD = "the path has noise of its own, sigma {}, through which nothing can be converted; set sigma to 0"
+
+
 class Schedule(NamedTuple):
     """alpha and beta of an affine path at times t, and their derivatives with respect to t."""
 
@@ -195,11 +198,13 @@ class SchroedingerBridge:
 
     def sample(self, key, t, x0, x1):
         check_pair(t, x0, x1)
-        t = over_event(jnp.clip(t, SMALLEST, 1 - SMALLEST), x0)
+        t = jnp.clip(t, SMALLEST, 1 - SMALLEST)
         noise = jax.random.normal(key, x0.shape, x0.dtype)
         spread = jnp.sqrt(t * (1 - t))
-        x_t = (1 - t) * x0 + t * x1 + self.sigma * spread * noise
-        return PathSample(x_t, self.sigma * (1 - 2 * t) / (2 * spread) * noise + x1 - x0, noise)
+        # Before they are rounded to the type of x0: in bfloat16 t is 1 from 0.998 on.
+        alpha, beta, width, rate = (over_event(c, x0) for c in (t, 1 - t, spread, (1 - 2 * t) / (2 * spread)))
+        x_t = beta * x0 + alpha * x1 + self.sigma * width * noise
+        return PathSample(x_t, self.sigma * rate * noise + x1 - x0, noise)
 
     def score_scale(self, t: Float[Array, " b"]) -> Float[Array, " b"]:
         """Returns lambda_t = 2 √(t(1-t)) / sigma, by which score matching weighs: it regresses lambda s = -noise."""
@@ -207,26 +212,35 @@ class SchroedingerBridge:
 
 
 def velocity_of(
-    path: Path, t: Float[Array, " b"], x_t: Float[Array, "b *event"], value: Float[Array, "b *event"], kind: Prediction
+    path: Path,
+    t: Float[Array, " b"],
+    x_t: Float[Array, "b *event"],
+    value: Float[Array, "b *event"],
+    kind: Prediction,
+    *,
+    smallest: float = SMALLEST,
 ) -> Float[Array, "b *event"]:
     """Returns the velocity at x_t that a prediction of "x1", "noise" (x0) or "score" implies; a velocity as it is.
 
-    From x1: v = (beta'/beta) x_t + (D/beta) x1; from noise: v = (alpha'/alpha) x_t - (D/alpha) noise, with
-    D = alpha' beta - beta' alpha; the score is taken for -noise/beta. Conversions are singular where the path is all
-    source or all data: they are those of the nearest time that `inner_times` allows. They hold for paths without
-    spread. Raises ValueError for another kind and for times outside [0, 1].
+    v = alpha' x1 + beta' x0, where what is not predicted follows from x_t = alpha x1 + beta x0, and x0 is -beta times
+    the score. What follows is singular where the path is all source or all data: it is taken at the nearest time that
+    `inner_times(path, t, smallest)` allows, and so should the prediction be; derivatives are no larger than there.
+    Raises ValueError for another kind, for a path with a spread, and for times outside [0, 1].
 
     Example:
         v = velocity_of(CondOT(), t, x_t, network(t, x_t), "x1")
     """
-    check_prediction(kind)
+    check_prediction(kind, path)
     if kind == "velocity":
         return value
-    schedule, determinant = _inner(path, t, x_t)
+    here, _ = _inner(path, t, x_t, SMALLEST)
+    inner, _ = _inner(path, t, x_t, smallest)
+    # Slopes of the time itself, but none that grows without bounds towards the end.
+    d_alpha, d_beta = (jnp.where(jnp.abs(a) < jnp.abs(b), a, b) for a, b in zip(here[2:], inner[2:], strict=True))
     if kind == "x1":
-        return (schedule.d_beta * x_t + determinant * value) / schedule.beta
-    noise = -schedule.beta * value if kind == "score" else value
-    return (schedule.d_alpha * x_t - determinant * noise) / schedule.alpha
+        return d_alpha * value + d_beta * (x_t - inner.alpha * value) / inner.beta
+    noise = -inner.beta * value if kind == "score" else value
+    return d_alpha * (x_t - inner.beta * noise) / inner.alpha + d_beta * noise
 
 
 def x1_of(
@@ -234,12 +248,12 @@ def x1_of(
 ) -> Float[Array, "b *event"]:
     """Returns the data x1 = (beta v - beta' x_t) / D that a velocity implies, E[x1 | x_t] for the learned one.
 
-    For paths without spread; at the ends as `velocity_of`.
+    D = alpha' beta - beta' alpha. At the ends, and with a spread, as `velocity_of`.
 
     Example:
         x1 = x1_of(CondOT(), t, x_t, v)
     """
-    schedule, determinant = _inner(path, t, x_t)
+    schedule, determinant = _inner(path, t, x_t, SMALLEST)
     return (schedule.beta * velocity - schedule.d_beta * x_t) / determinant
 
 
@@ -248,12 +262,12 @@ def noise_of(
 ) -> Float[Array, "b *event"]:
     """Returns the source x0 = (alpha' x_t - alpha v) / D that a velocity implies, E[x0 | x_t] for the learned one.
 
-    For paths without spread; at the ends as `velocity_of`.
+    D = alpha' beta - beta' alpha. At the ends, and with a spread, as `velocity_of`.
 
     Example:
         x0 = noise_of(CondOT(), t, x_t, v)
     """
-    schedule, determinant = _inner(path, t, x_t)
+    schedule, determinant = _inner(path, t, x_t, SMALLEST)
     return (schedule.d_alpha * x_t - schedule.alpha * velocity) / determinant
 
 
@@ -262,13 +276,13 @@ def score_of(
 ) -> Float[Array, "b *event"]:
     """Returns ∇ log p_t(x_t) = -E[x0 | x_t] / beta_t, for the velocity learned from *independent* normal sources.
 
-    Couplings other than `Independent` make sources and data dependent: the field then has no such score. For paths
-    without spread; finite but not exact at t = 1.
+    Couplings other than `Independent` make sources and data dependent: the field then has no such score. At the ends,
+    and with a spread, as `velocity_of`.
 
     Example:
         score = score_of(CondOT(), t, x_t, v)
     """
-    schedule, _ = _inner(path, t, x_t)
+    schedule, _ = _inner(path, t, x_t, SMALLEST)
     return -noise_of(path, t, x_t, velocity) / schedule.beta
 
 
@@ -292,11 +306,14 @@ def retimed(
     v_new(r, x) = (s'/s) x + s t' v(t, x/s), where t' = D_new / (D s²) and D = alpha' beta - beta' alpha (Pokle et al.,
     arXiv 2310.04432). End points agree up to s, which is 1 where both paths have alpha² + beta² = 1. r is kept 1e-5
     from both ends, where D of some paths is 0 or infinite; ratios that path does not reach are taken at its end. Not
-    to be differentiated with respect to time.
+    to be differentiated with respect to time. Raises ValueError for paths with a spread.
 
     Example:
         x1, nfe = integrate(retimed(velocity, CondOT(), Trigonometric()), x0, num_steps=25)
     """
+
+    check_no_spread(path)
+    check_no_spread(new_path)
 
     def field(r, x, cond):
         r = jnp.clip(r, SMALLEST, 1 - SMALLEST)
@@ -336,6 +353,27 @@ def time_of_ratio(path: Path, alpha: Float[Array, "*t"], beta: Float[Array, "*t"
     return (low + high) / 2
 
 
+def check_output(output: Array, x: Array, name: str = "the velocity") -> Array:
+    """Returns what a network answered; ValueError unless it has the shape of x, which broadcasting would hide.
+
+    Example:
+        v = check_output(velocity(t, x, cond), x)
+    """
+    if output.shape != x.shape:
+        raise ValueError(f"{name} has shape {output.shape} at x of shape {x.shape}; it must have the shape of x.")
+    return output
+
+
+def check_floating(name: str, x: Array) -> None:
+    """Raises ValueError unless x holds floating-point numbers.
+
+    Example:
+        check_floating("x0", x0)
+    """
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"{name} is {x.dtype}; a flow moves floating-point numbers, so scale pictures to [-1, 1].")
+
+
 def over_event(t: Float[Array, "..."], x: Float[Array, "b *event"]) -> Array:
     """Returns one number per sample in the shape that multiplies x.
 
@@ -352,13 +390,21 @@ def check_prediction(kind: str, path: Path | None = None) -> None:
         check_prediction("x1", CondOT())
     """
     if kind not in get_args(Prediction):
-        raise ValueError(f"a network cannot predict {kind!r}; choose 'velocity', 'x1', 'noise' or 'score'.")
+        raise ValueError(f"prediction is {kind!r}; choose 'velocity', 'x1', 'noise' or 'score'.")
     spread = getattr(path, "sigma", 0.0)
     if kind != "velocity" and spread:
-        raise ValueError(
-            f"prediction is {kind!r} and the path has noise of its own, sigma {spread}, which a velocity cannot be had "
-            "through; set sigma to 0, or predict the velocity."
-        )
+        raise ValueError(f"prediction is {kind!r}, but {_NO_SPREAD.format(spread)}, or predict the velocity.")
+
+
+def check_no_spread(path: Path) -> None:
+    """Raises ValueError where a path has noise on top of source and data, which no velocity tells apart from them.
+
+    Example:
+        check_no_spread(CondOT())
+    """
+    spread = getattr(path, "sigma", 0.0)
+    if spread:
+        raise ValueError(f"{_NO_SPREAD.format(spread)}.")
 
 
 def check_spread(name: str, value: float) -> None:
@@ -404,10 +450,11 @@ def _inner_ends(path: Path, smallest: float) -> tuple[float, float]:
         return max(float(first), SMALLEST), min(float(last), 1 - SMALLEST)
 
 
-def _inner(path: Path, t: Array, x: Array) -> tuple[Schedule, Array]:
+def _inner(path: Path, t: Array, x: Array, smallest: float) -> tuple[Schedule, Array]:
     """The schedule in the shape of x at the time next to t at which conversions are regular, and its determinant."""
     check_times(t, x)
-    return _over(path, inner_times(path, t), x)
+    check_no_spread(path)
+    return _over(path, inner_times(path, t, smallest), x)
 
 
 def _over(path: Path, t: Array, x: Array) -> tuple[Schedule, Array]:

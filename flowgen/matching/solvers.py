@@ -11,6 +11,8 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Key
 
+from flowgen.matching.paths import check_floating, check_output
+
 Velocity = Callable[[Array, Array, Any], Array]
 FixedMethod = Literal["euler", "midpoint", "heun", "rk4"]
 Method = Literal["euler", "midpoint", "heun", "rk4", "dopri5"]
@@ -43,14 +45,16 @@ def integrate(
     """Returns the state at the end of the time grid, and the number of velocity evaluations; one scan over steps.
 
     times: the grid, increasing within [0, 1]; num_steps equal steps where it is None. reverse: from data to source,
-    the grid walked backwards. velocity(t, x, cond) gets t of shape `b`.
+    the grid walked backwards. velocity(t, x, cond) gets t of shape `b`. Steps are added up in float32 at least,
+    whatever the type of x0. Called outside jit it compiles its scan each time: compile what calls it.
 
     method "dopri5" chooses its steps itself, one size for the whole batch, such that the root mean square over the
     batch of error / (atol + rtol |x|) stays below 1; num_steps is not looked at and times are refused. Its count is an
     int32 array. It has gradients by reverse mode alone. Where max_steps do not suffice it raises RuntimeError, or
     returns NaN inside jit, where it cannot. It needs diffrax, and raises ModuleNotFoundError without.
 
-    Raises ValueError for an unknown method, fewer than one step, or a grid that is not increasing within [0, 1].
+    Raises ValueError for an unknown method, fewer than one step, a grid that is not increasing within [0, 1], integers
+    for x0, or a velocity of another shape than x.
 
     Example:
         x1, nfe = integrate(velocity, x0, method="heun", num_steps=25)
@@ -86,23 +90,31 @@ def trajectory(
     grid = time_grid(num_steps, times)
     grid = grid[::-1] if reverse else grid
     nodes, stage_weights, weights = TABLEAUS[method]
+    dtype = _state_dtype(x0)
 
     def step(x, ends):
-        start, width = ends[0], ends[1] - ends[0]
+        start, width = ends[0], (ends[1] - ends[0]).astype(dtype)
         slopes: list[Array] = []
         for node, row in zip(nodes, stage_weights, strict=True):
             moved = x
             for weight, slope in zip(row, slopes, strict=True):
-                moved = moved + width.astype(x.dtype) * weight * slope
+                moved = moved + width * weight * slope
+            moved = moved.astype(x0.dtype)
             t = jnp.full(x.shape[0], start + node * width)
-            slopes.append(velocity(t, moved, cond).astype(x.dtype))
+            slopes.append(check_output(velocity(t, moved, cond), moved).astype(dtype))
         for weight, slope in zip(weights, slopes, strict=True):
-            x = x + width.astype(x.dtype) * weight * slope
-        return x, x if keep else None
+            x = x + width * weight * slope
+        return x, x.astype(x0.dtype) if keep else None
 
-    last, states = jax.lax.scan(step, x0, jnp.stack([grid[:-1], grid[1:]], axis=1))
-    result = jnp.concatenate([x0[None], states]) if keep else last
+    last, states = jax.lax.scan(step, x0.astype(dtype), jnp.stack([grid[:-1], grid[1:]], axis=1))
+    result = jnp.concatenate([x0[None], states]) if keep else last.astype(x0.dtype)
     return result, len(nodes) * (len(grid) - 1)
+
+
+def _state_dtype(x0: Array) -> jnp.dtype:
+    """The type that steps are added up in; ValueError where x0 holds no floating-point numbers."""
+    check_floating("x0", x0)
+    return jnp.promote_types(x0.dtype, jnp.float32)
 
 
 def _dopri5(
@@ -113,10 +125,10 @@ def _dopri5(
     if max_steps < 1:
         raise ValueError(f"max_steps is {max_steps}; integration needs at least one step.")
     diffrax = _diffrax()
-    dtype = jnp.promote_types(x0.dtype, jnp.float32)
+    dtype = _state_dtype(x0)
 
     def field(t, x, _):
-        return velocity(jnp.full(len(x), t, dtype), x.astype(x0.dtype), cond).astype(dtype)
+        return check_output(velocity(jnp.full(len(x), t, dtype), x.astype(x0.dtype), cond), x).astype(dtype)
 
     solution = diffrax.diffeqsolve(
         diffrax.ODETerm(field),
@@ -160,10 +172,11 @@ def time_grid(num_steps: int, times: Sequence[float] | np.ndarray | None) -> Flo
         grid = time_grid(50, None)
     """
     if times is None:
-        if num_steps < 1:
-            raise ValueError(f"num_steps is {num_steps}; integration needs at least one step.")
+        if not isinstance(num_steps, int | np.integer) or num_steps < 1:
+            raise ValueError(f"num_steps is {num_steps}; integration needs a whole number of steps, at least one.")
         return jnp.linspace(0.0, 1.0, num_steps + 1)
-    grid = np.asarray(times, np.float32)
+    # In jax's own type: times that differ by less would be no steps.
+    grid = np.asarray(times, jnp.result_type(float))
     if grid.ndim != 1 or len(grid) < 2:
         raise ValueError(f"times have shape {grid.shape}; a grid is a line of at least two times.")
     if not ((grid >= 0) & (grid <= 1)).all() or not (grid[1:] > grid[:-1]).all():
@@ -181,8 +194,8 @@ def edm_times(num_steps: int) -> tuple[float, ...]:
     Example:
         x1, nfe = integrate(velocity, x0, method="heun", times=edm_times(25))
     """
-    if num_steps < 2:
-        raise ValueError(f"num_steps is {num_steps}; the grid from sigma 80 to 0.002 needs at least two.")
+    if not isinstance(num_steps, int | np.integer) or num_steps < 2:
+        raise ValueError(f"num_steps is {num_steps}; the grid from sigma 80 to 0.002 needs a whole number, at least 2.")
     largest, smallest = 80.0 ** (1 / 7), 0.002 ** (1 / 7)
     sigmas = [(largest + i / (num_steps - 1) * (smallest - largest)) ** 7 for i in range(num_steps)]
     return (*(1 / (1 + sigma) for sigma in sigmas), 1.0)
@@ -214,6 +227,8 @@ def guided(
     if len(factors) != 1:
         raise ValueError(f"scale is {scale} and weight is {weight}; give exactly one, scale = 1 + weight.")
     factor = factors[0]
+    if not isinstance(factor, Tracer) and not np.isfinite(factor):
+        raise ValueError(f"scale is {scale} and weight is {weight}; guidance needs a finite number.")
 
     def stacked(cond, free):
         # Labels may be unsigned, where -1 would be a class.
@@ -252,16 +267,18 @@ def integrate_sde(
         x1, nfe = integrate_sde(velocity, score, x0, key, num_steps=200)
     """
     grid = time_grid(num_steps, None)
+    dtype = _state_dtype(x0)
 
     def step(carry, inputs):
         x, key = carry
         start, end, last = inputs
         key, draw = jax.random.split(key)
         t, width, g = jnp.full(x.shape[0], start), end - start, diffusion(start)
-        drift = velocity(t, x, cond) + 0.5 * g**2 * score(t, x, cond)
-        noise = jnp.where(last, 0, jax.random.normal(draw, x.shape, x.dtype))
-        return ((x + width * drift + g * jnp.sqrt(width) * noise).astype(x.dtype), key), None
+        at = x.astype(x0.dtype)
+        v, s = check_output(velocity(t, at, cond), at), check_output(score(t, at, cond), at, "the score")
+        noise = jnp.where(last, 0, jax.random.normal(draw, x.shape, dtype))
+        return ((x + width * (v + 0.5 * g**2 * s) + g * jnp.sqrt(width) * noise).astype(dtype), key), None
 
     last = jnp.arange(num_steps) == num_steps - 1
-    (x, _), _ = jax.lax.scan(step, (x0, key), (grid[:-1], grid[1:], last))
-    return x, 2 * num_steps
+    (x, _), _ = jax.lax.scan(step, (x0.astype(dtype), key), (grid[:-1], grid[1:], last))
+    return x.astype(x0.dtype), 2 * num_steps

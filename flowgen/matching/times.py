@@ -48,4 +48,4 @@ class Shifted:
 
     def __call__(self, key: Key[Array, ""], batch: int) -> Float[Array, " b"]:
         s = jax.random.uniform(key, (batch,))
-        return 1 - self.shift * s / (1 + (self.shift - 1) * s)
+        return jnp.clip(1 - self.shift * s / (1 + (self.shift - 1) * s), 0, 1)  # roundings may be beyond

@@ -1,4 +1,4 @@
-"""The causal transformer stack of a flow block: pre-norm layers, scanned over depth or, for decoding, one by one."""
+"""The transformer stack of a flow block: causal pre-norm layers, scanned over depth or, for decoding, one by one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from flowgen.attention import causal_kernel
+from flowgen.attention import FrameWindow, causal_kernel
 from flowgen.attention.rotary import turn
 from flowgen.nn.layers import MLP, NORMS, RMSNorm, linear
 
@@ -25,6 +25,7 @@ class TransformerConfig:
     scan: one compiled layer and parameters with a leading axis of `num_layers`, for training. Without, layers
     have parameters and caches of their own, for decoding: inside a loop over tokens, a scan over layers would
     copy the weights and the cache of every layer out of the stack for each token.
+    window: in place of causal attention, that of frames to frames near them; such a stack takes no caches.
     """
 
     width: int
@@ -41,6 +42,7 @@ class TransformerConfig:
     qk_norm: bool = False
     post_norm: bool = False
     use_bias: bool = True
+    window: FrameWindow | None = None
 
     @property
     def head_dim(self) -> int:
@@ -52,7 +54,7 @@ class TransformerConfig:
 
 
 class SelfAttention(nn.Module):
-    """Causal multi-head self-attention: fused qkv projection, any kernel of `flowgen.attention`, projection."""
+    """Multi-head self-attention: fused qkv projection, a causal kernel of `flowgen.attention` or a window, output."""
 
     config: TransformerConfig
 
@@ -76,7 +78,9 @@ class SelfAttention(nn.Module):
             q, k = turn(q, *rotation), turn(k, *rotation)
         if inverse_temperature is not None:
             q = q * inverse_temperature[:, None, None, None].astype(q.dtype)
-        if cache is None:
+        if config.window is not None:
+            out = config.window.attend(q, k, v)
+        elif cache is None:
             out = kernel.attend(q, k, v)
         else:
             out, cache = kernel.attend_window(q, k, v, cache, start)

@@ -32,7 +32,6 @@ from flowgen.matching import (
     trajectory,
     velocity_field,
 )
-from flowgen.matching.loss import check_dropout
 from flowgen.matching.objective import REPORT_PAIRS
 from flowgen.models import init
 from flowgen.tasks.images import check_foreign, image_batches, image_source, shrink_images, shrink_run
@@ -69,13 +68,14 @@ class SolverConfig:
 
     def __post_init__(self):
         for name, least in (("num", 1), ("num_steps", 1), ("frechet_samples", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"sampling.{name} is {getattr(self, name)}; it must be at least {least}.")
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"sampling.{name} is {value}; it must be a whole number of at least {least}.")
         if self.method not in get_args(Solver):
             raise ValueError(f"sampling.method is {self.method!r}; choose one of {', '.join(get_args(Solver))}.")
         for name in ("rtol", "atol"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"sampling.{name} is {getattr(self, name)}; it must be positive.")
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"sampling.{name} is {getattr(self, name)}; it must be positive and finite.")
         if not 0 <= self.guidance < float("inf"):
             raise ValueError(f"sampling.guidance is {self.guidance}; it must be 0 (none) or positive.")
         low, high = self.guidance_interval
@@ -112,7 +112,10 @@ def check(experiment: Any) -> None:
         raise ValueError(f"matching.loss is MeanFlow, which needs model.spans true; this {kind} has no spans.")
     if experiment.sampling.method == "mean_flow" and not mean:
         raise ValueError("sampling.method is 'mean_flow', which needs matching.loss MeanFlow; choose another method.")
-    check_dropout(experiment.train.label_dropout)
+    if experiment.train.label_dropout >= 1:
+        raise ValueError("train.label_dropout is 1.0; some labels must be left to learn from, so set it below 1.")
+    if getattr(experiment.matching.coupling, "class_aware", False) and not model.num_classes:
+        raise ValueError("matching.coupling.class_aware is true, but the model has no classes; set it to false.")
     if experiment.sampling.guidance and experiment.sampling.method == "mean_flow":
         raise ValueError(
             f"sampling.guidance is {experiment.sampling.guidance}, but mean_flow draws with the guidance that was "

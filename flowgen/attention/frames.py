@@ -1,0 +1,68 @@
+"""Attention of frames to frames near them: a prefix that all see, and a window of frames around each query's own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from flowgen.attention.softmax import attend_heads
+
+
+@dataclass(frozen=True)
+class FrameWindow:
+    """Which keys a query sees among `prefix` tokens followed by frames of `tokens` tokens each.
+
+    A token of frame f sees the prefix and frames f - back .. f + ahead; a token of the prefix sees the prefix and
+    frames 0 .. ahead (the denoiser of STARFlow-V, arXiv 2511.20462).
+
+    Example:
+        out = FrameWindow(prefix=256, tokens=1590, back=9, ahead=1).attend(q, k, v)
+    """
+
+    prefix: int
+    tokens: int
+    back: int
+    ahead: int
+
+    def __post_init__(self):
+        for name, least in (("prefix", 0), ("tokens", 1), ("back", 0), ("ahead", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
+
+    def attend(
+        self, q: Float[Array, "b n h k"], k: Float[Array, "b n g k"], v: Float[Array, "b n g d"]
+    ) -> Float[Array, "b n h d"]:
+        """Returns softmax attention over these keys alone; frame by frame, so that no mask of n x n exists.
+
+        Raises ValueError unless the tokens behind the prefix are whole frames.
+        """
+        frames, rest = divmod(q.shape[1] - self.prefix, self.tokens)
+        if rest or frames < 1:
+            raise ValueError(
+                f"q has {q.shape[1]} tokens; behind a prefix of {self.prefix} there must be frames of {self.tokens}."
+            )
+        q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+        cut = self.prefix
+        seen = cut + min(1 + self.ahead, frames) * self.tokens
+        front = attend_heads(q[:, :, :cut], k[:, :, :seen], v[:, :, :seen], None)
+        width = self.back + 1 + self.ahead
+        margins = ((0, 0), (0, 0), (self.back * self.tokens, self.ahead * self.tokens), (0, 0))
+        padded = [jnp.pad(x[:, :, cut:], margins) for x in (k, v)]
+        queries = q[:, :, cut:].reshape(*q.shape[:2], frames, self.tokens, q.shape[-1])
+
+        def one_frame(frame_and_queries):
+            frame, queries = frame_and_queries
+            start, length = frame * self.tokens, width * self.tokens
+            near = [jax.lax.dynamic_slice_in_dim(x, start, length, axis=2) for x in padded]
+            keys, values = (jnp.concatenate([x[:, :, :cut], y], axis=2) for x, y in zip((k, v), near, strict=True))
+            neighbour = frame - self.back + jnp.arange(width)
+            real = jnp.repeat((neighbour >= 0) & (neighbour < frames), self.tokens, total_repeat_length=length)
+            mask = jnp.concatenate([jnp.ones(cut, bool), real])[None, None, None]
+            return attend_heads(queries, keys, values, mask)
+
+        out = jax.lax.map(one_frame, (jnp.arange(frames), jnp.moveaxis(queries, 2, 0)))
+        out = jnp.moveaxis(out, 0, 2).reshape(*q.shape[:2], frames * self.tokens, v.shape[-1])
+        return jnp.concatenate([front, out], axis=2).swapaxes(1, 2)

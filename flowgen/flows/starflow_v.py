@@ -1,0 +1,83 @@
+"""STARFlow-V: frames through shallow blocks one by one, the whole clip through one deep block (arXiv 2511.20462)."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from flowgen.flows.block import BlockConfig
+from flowgen.flows.flow import AutoregressiveFlow
+from flowgen.flows.starflow import ORDERS, STARFlowConfig
+
+
+@dataclass(frozen=True)
+class STARFlowVConfig(STARFlowConfig):
+    """Shape of a STARFlow over clips `frames height width c`; fields that are not named here are `STARFlowConfig`'s.
+
+    frames: of a clip, in latents. The shallow blocks map every frame on its own; the deep block is causal over the
+    tokens of all frames, in raster order, and alone sees the condition. Positions have the frame as their third axis,
+    as a number, and text in front of the clip on the same.
+    """
+
+    frames: int = 21
+
+    def __post_init__(self):
+        if self.frames < 1:
+            raise ValueError(f"model.frames is {self.frames}; it must be at least 1.")
+        super().__post_init__()
+        if self.condition != "deep":
+            raise ValueError(f"model.condition is {self.condition!r}; single frames see no condition: set 'deep'.")
+        if ORDERS[self.order][(len(self.layers) - 1) % 2] != "raster":
+            raise ValueError(
+                f"model.layers has {len(self.layers)} entries, which in order {self.order} reverses the deep block and "
+                "with it time; give one more or less, or 0 layers to one."
+            )
+
+    @property
+    def event_shape(self) -> tuple[int, int, int, int]:
+        """Shape of a clip: (frames, height, width, channels)."""
+        return (self.frames, *self.image_shape)
+
+    def of_frames(self, frames: int) -> STARFlowVConfig:
+        """Returns the config of the same parameters on clips of another length."""
+        return dataclasses.replace(self, frames=frames)
+
+    @property
+    def _third_axis(self) -> bool:
+        return True
+
+    def _block(self, index: int, deep: bool) -> BlockConfig:
+        block = dataclasses.replace(super()._block(index, deep), num_tokens=self.tokens_per_image)
+        if not deep:
+            return dataclasses.replace(block, frames=self.frames)
+        positions = dataclasses.replace(self._positions, frames=self.frames)
+        return dataclasses.replace(block, num_tokens=self.num_tokens, positions=positions)
+
+
+class STARFlowV(AutoregressiveFlow):
+    """Exact-likelihood flow between clips of latents `b frames height width c` and noise tokens `b n c`.
+
+    Tokens come frame after frame, so that the noise of frame t depends on frames 0..t alone, and so does its density.
+    `cond` is that of a `STARFlow`.
+
+    Example:
+        flow = STARFlowV(STARFlowVConfig(image_size=8, frames=5, width=128, layers=(2, 2, 2, 6), num_classes=10))
+        z, logdet = flow.apply(params, clips, labels, method="forward")
+    """
+
+    config: STARFlowVConfig
+
+
+# The released text-to-video model on clips of 81 frames of 480 x 848 pixels: 21 x 30 x 53 latents of 48 channels.
+STARFLOW_V_480P = STARFlowVConfig(
+    image_size=(30, 53),
+    channels=48,
+    width=3072,
+    layers=(2, 2, 2, 2, 2, 24),
+    deep_width=4096,
+    text_dim=2048,
+    text_length=256,
+    reference_side=32.0,
+    noise_std=0.5,
+    frames=21,
+)

@@ -1,0 +1,91 @@
+"""STARFlow-V: the published size, causality over frames, frames on their own, and what is refused."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import laws
+import numpy as np
+import pytest
+
+from flowgen.conditioning import TextCondition
+from flowgen.flows import STARFLOW_V_480P, STARFlow, STARFlowConfig, STARFlowV, STARFlowVConfig, init
+
+TEXT = STARFlowVConfig(
+    image_size=(2, 3), frames=3, channels=2, width=40, head_dim=20, layers=(1, 1, 1, 2), text_dim=5, text_length=3
+)
+
+
+def test_the_released_shape_has_its_parameters():
+    variables = jax.eval_shape(lambda: init(STARFlowV(STARFLOW_V_480P), jax.random.key(0)))
+    # With the denoiser's 912,884,784 these are the 6,890,096,528 of the published checkpoint.
+    assert sum(leaf.size for leaf in jax.tree.leaves(variables)) == 5_977_211_744
+    assert STARFLOW_V_480P.num_tokens == 33_390
+
+
+def test_nothing_sees_later_frames_and_shallow_blocks_no_other_frame():
+    flow, params = laws.perturbed(TEXT, jax.random.key(0))
+    clip, text = laws.images(TEXT, jax.random.key(1), batch=1), laws.labels(TEXT, batch=1)
+
+    @jax.jit
+    def jacobians(clip):
+        def states(clip):
+            (*_, local, z), _ = flow.apply(params, clip, text, method="trajectory")
+            return [tokens.reshape(3, -1) for tokens in (local, z)]
+
+        return [x.reshape(3, -1, 3, clip[0, 0].size) for x in jax.jacfwd(states)(clip)]
+
+    local, z = (np.abs(jacobian).max(axis=(1, 3)) for jacobian in jacobians(clip))
+    np.testing.assert_array_equal(local > 0, np.eye(3, dtype=bool))
+    np.testing.assert_array_equal(z > 0, np.tri(3, dtype=bool))
+
+
+def test_a_clip_of_one_frame_is_an_image_to_the_same_parameters():
+    plain = {field.name: getattr(TEXT, field.name) for field in dataclasses.fields(STARFlowConfig)}
+    flow, params = laws.perturbed(TEXT.of_frames(1), jax.random.key(0))
+    clip, text = laws.images(flow.config, jax.random.key(1)), laws.labels(TEXT)
+    z, logdet = laws.apply(flow, params, clip, text)
+    expected, expected_logdet = laws.apply(STARFlow(STARFlowConfig(**plain)), params, clip[:, 0], text)
+    np.testing.assert_allclose(z, expected, atol=1e-6)
+    np.testing.assert_allclose(logdet, expected_logdet, atol=1e-5)
+
+
+def test_the_noise_of_a_clip_begins_with_that_of_its_beginning():
+    flow, params = laws.perturbed(TEXT, jax.random.key(0))
+    clip, text = laws.images(TEXT, jax.random.key(1)), laws.labels(TEXT)
+    z, _ = laws.apply(flow, params, clip, text)
+    beginning, _ = laws.apply(STARFlowV(TEXT.of_frames(2)), params, clip[:, :2], text)
+    np.testing.assert_allclose(z[:, : beginning.shape[1]], beginning, atol=1e-5)
+
+
+def test_frames_and_the_text_are_told_apart_by_position():
+    # Two equal frames have different noise, and so has a clip with the text elsewhere in its prefix.
+    flow, params = laws.perturbed(TEXT, jax.random.key(0), scale=0.3)
+    frame = laws.images(TEXT, jax.random.key(1), batch=1)[:, :1]
+    clip, text = jnp.tile(frame, (1, 3, 1, 1, 1)), laws.labels(TEXT, batch=1)
+    z = laws.apply(flow, params, clip, text)[0].reshape(3, -1)
+    assert np.abs(z[1] - z[2]).max() > 1e-3
+    moved = TextCondition(text.embeddings[:, ::-1], text.mask[:, ::-1])
+    assert np.abs(laws.apply(flow, params, clip, moved)[0].reshape(3, -1) - z).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"frames": 0}, "model.frames is 0; it must be at least 1"),
+        ({"condition": "all"}, "model.condition is 'all'; single frames see no condition"),
+        ({"layers": (1, 1, 2)}, "reverses the deep block and with it time"),
+        ({"order": "R2L"}, "in order R2L reverses the deep block"),
+        ({"head_dim": 16, "width": 32}, "model.head_dim is 16; rotary positions need"),
+    ],
+)
+def test_what_is_no_video_model_is_refused(changes, message):
+    with pytest.raises(ValueError, match=r"\w") as error:
+        dataclasses.replace(TEXT, **changes)
+    assert message in str(error.value)
+
+
+def test_images_are_refused_as_clips():
+    flow, params = laws.perturbed(TEXT, jax.random.key(0))
+    with pytest.raises(ValueError, match=r"x has shape \(4, 2, 3, 2\); this model takes \(batch, 3, 2, 3, 2\)"):
+        flow.apply(params, jnp.zeros((4, 2, 3, 2)), laws.labels(TEXT), method="forward")
