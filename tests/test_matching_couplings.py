@@ -60,7 +60,7 @@ def test_compiled_transport_is_exact_where_callbacks_could_wait_for_one_another(
     inside = jax.jit(lambda cost: jax.lax.map(assignment, cost))
     assert "pure_callback" not in inside.lower(cost).as_text()
     np.testing.assert_array_equal(inside(cost), expected)
-    monkeypatch.setattr("flowgen.matching.couplings._callbacks_can_wait_forever", lambda: False)
+    monkeypatch.setattr("flowgen.matching.couplings._callbacks_can_wait_forever", lambda num: False)
     outside = jax.jit(lambda cost: assignment(cost))
     np.testing.assert_array_equal(outside(cost[0]), expected[0])
     assert "callback" in outside.lower(cost[0]).as_text()

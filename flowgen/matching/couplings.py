@@ -22,6 +22,8 @@ from scipy.optimize import linear_sum_assignment
 ASSIGNMENT_EPSILON, ASSIGNMENT_SWEEPS = 0.02, 5
 
 SMALLEST_EPSILON = 1e-20
+# Values of so many points reach a callback at once; jax 0.10 hands more of them over by the threads that wait for it.
+MOST_POINTS_ON_ONE_CORE = 256
 
 Cost = Literal["euclidean", "sqeuclidean"] | Callable[[Array, Array], Array]
 
@@ -194,8 +196,9 @@ def assignment(cost: Float[Array, "b b"]) -> Int[Array, " b"]:
     """Returns the column of each row in the assignment of least total cost, by scipy on the host.
 
     Sinkhorn's potentials are taken off the costs first: sums over rows and columns do not change the optimum, and what
-    is left is solved in about half the time. Compiled for several CPU devices, or for a single core, callbacks can wait
-    for one another forever: there optax's solver is taken, inside the program and slower. Costs of NaN count as 0.
+    is left is solved in about half the time. Compiled for several CPU devices, or for more than 256 points on a single
+    core, callbacks can wait forever for values of their own program: there optax's solver is taken, inside it and
+    slower. Costs of NaN count as 0.
 
     Example:
         source = assignment(pairwise_cost(x1, x0, "sqeuclidean"))
@@ -205,7 +208,7 @@ def assignment(cost: Float[Array, "b b"]) -> Int[Array, " b"]:
     scale = jnp.where((scale > 0) & jnp.isfinite(scale), scale, 1)
     f, g = sinkhorn_potentials(-cost / scale, ASSIGNMENT_SWEEPS)
 
-    if isinstance(cost, Tracer) and _callbacks_can_wait_forever():
+    if isinstance(cost, Tracer) and _callbacks_can_wait_forever(len(cost)):
         from optax.assignment import hungarian_algorithm
 
         rows, columns = hungarian_algorithm(cost - scale * f[:, None] - scale * g[None, :])
@@ -347,10 +350,12 @@ def check_share(ess: float) -> None:
         raise ValueError(f"ess is {ess}; it is a share, between 0 and 1.")
 
 
-def _callbacks_can_wait_forever() -> bool:
-    """Whether the threads that run a program may all be waiting for values that callbacks ask them for."""
+def _callbacks_can_wait_forever(num: int) -> bool:
+    """Whether all threads of a program may be waiting for the `num` x `num` values that a callback asks them for."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return jax.default_backend() == "cpu" and (jax.local_device_count() > 1 or cores == 1)
+    return jax.default_backend() == "cpu" and (
+        jax.local_device_count() > 1 or (cores == 1 and num > MOST_POINTS_ON_ONE_CORE)
+    )
 
 
 def _flat(x: Array) -> Array:
