@@ -194,6 +194,8 @@ def describe(annotation: Any) -> str:
         return " or ".join(map(describe, arguments))
     if origin is tuple:
         items = _plural(arguments[0])
+        if arguments == (str, Ellipsis):
+            return "a tuple of texts, such as ('one', 'two')"
         return f"a tuple of {items}" if arguments[-1] is Ellipsis else f"a tuple of {len(arguments)} {items}"
     if origin in (dict, Mapping) or typing.get_origin(annotation) is Mapping:
         return f"a table of names to {_plural(arguments[1])}"
@@ -350,8 +352,10 @@ def _literal(text: str) -> Any:
 
 def _no_value(path: str, value: Any, types: dict[str, type], text: str) -> str:
     """Why a group cannot be set to a text."""
-    close = difflib.get_close_matches(text, types, n=1, cutoff=0.6)
-    what = f"a group, and {text!r} is no type of it (did you mean {close[0]}?)" if close else "a group"
+    inside = [name for name in types if text and text.lower() in name.lower()]
+    close = (inside or difflib.get_close_matches(text, types, n=1, cutoff=0.6))[:1]
+    what = f"a group, and {text!r} is no type of it" if types else "a group"
+    what += f" (did you mean {close[0]}?)" if close else ""
     fields = ", ".join(f"--{path}.{field}" for field in _field_names(value))
     ways = [f"name its type, {', '.join(types)}"] * bool(types) + [f"set one of {fields}"] * bool(fields)
     return f"--{path} is {what}; {', or '.join(ways)}."

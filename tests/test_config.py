@@ -398,8 +398,8 @@ def test_a_group_of_several_types_takes_the_name_of_one(arguments, name, value):
     [
         (
             ["--matching.time", "3"],
-            "--matching.time is a group; name its type, Uniform, LogitNormal, Shifted, or set one of "
-            "--matching.time.mean, --matching.time.std.",
+            "--matching.time is a group, and '3' is no type of it; name its type, Uniform, LogitNormal, Shifted, or "
+            "set one of --matching.time.mean, --matching.time.std.",
         ),
         (
             ["--matching.time", "logitnormal"],
@@ -409,6 +409,7 @@ def test_a_group_of_several_types_takes_the_name_of_one(arguments, name, value):
             ["--matching.coupling.epsilom", "2"],
             "matching.coupling.epsilom is not a field of this config; did you mean ",
         ),
+        (["--matching.coupling", "OT"], "'OT' is no type of it (did you mean MinibatchOT?)"),
         (["--matching.copling", "Independent"], "did you mean matching.coupling?"),
         (
             ["--matching.coupling", "Independent", "--matching.coupling.epsilon", "2"],

@@ -68,7 +68,7 @@ def test_the_autoencoder_learns_and_says_so(autoencoder, capsys):
     assert (autoencoder / "samples" / "0000060.png").is_file()
     assert main(["evaluate", "--checkpoint", str(autoencoder)]) == 0
     printed = capsys.readouterr().out
-    assert "180 images (eval), one latent of 2 x 2 pixels" in printed
+    assert "180 images (eval), one latent per 2 x 2 pixels" in printed
     assert "PSNR" in printed
     assert main(["sample", "--checkpoint", str(autoencoder), "--out", str(autoencoder / "no.png")]) == 2
     assert "draws no samples; train a flow on its latents" in capsys.readouterr().err
@@ -308,7 +308,10 @@ def test_a_decoder_is_trained_on_beside_its_encoder(autoencoder, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"codec": PixelBlocks(3)}, "model.channels is 4; blocks of 3 x 3 pixels make a multiple of 9"),
+        (
+            {"codec": PixelBlocks(3)},
+            "model.channels is 4; blocks of 3 x 3 pixels make 9 channels of grey",
+        ),
         ({"codec": TrainedCodec("")}, "codec.path is empty; give the autoencoder"),
         ({"codec": TrainedCodec("nowhere")}, "There is no autoencoder at codec.path 'nowhere'; train it first"),
         ({"model": TEXT}, "text is missing and model.text_dim is 16"),

@@ -123,6 +123,10 @@ def _prompts(options: argparse.Namespace) -> tuple[str, ...]:
         return tuple(options.prompt or ())
     try:
         lines = Path(options.prompts).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise FileNotFoundError(
+            f"--prompts {options.prompts} cannot be read ({error.strerror}); give a text file with one prompt per line."
+        ) from error
     except UnicodeDecodeError as error:
         raise ValueError(f"--prompts {options.prompts} is not UTF-8 text ({error}); convert it.") from error
     if not any(line.strip() for line in lines):

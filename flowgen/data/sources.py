@@ -59,7 +59,9 @@ class DataConfig:
                 f"data.aspects is set, but data.source '{self.source}' has one shape; set it for a 'folder'."
             )
         if self.flip and self.source == "encoded":
-            raise ValueError("data.flip is set, but latents cannot be mirrored; give --data.flip true to encode.")
+            raise ValueError(
+                "data.flip is set, but latents cannot be mirrored; encode with --data.flip true, and leave it out here."
+            )
         if self.in_memory_bytes < 0:
             raise ValueError(
                 f"data.in_memory_bytes is {self.in_memory_bytes}; it must be 0 (decode per batch) or more."

@@ -165,7 +165,7 @@ def evaluate(experiment: Any, autoencoder: Any, variables: Any, options: Any) ->
     metrics = _distortion(autoencoder, variables, source)
     statistics, factor = variables[STATISTICS], experiment.model.factor
     return [
-        f"{len(source)} images ({options.split}), one latent of {factor} x {factor} pixels",
+        f"{len(source)} images ({options.split}), one latent per {factor} x {factor} pixels",
         f"PSNR {metrics['psnr']:.2f} dB, mean square error {metrics['mean_square_error']:.5f}",
         f"latents: mean {_shown(statistics['mean'])}, variance {_shown(statistics['variance'])}",
     ]

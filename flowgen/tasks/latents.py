@@ -111,8 +111,8 @@ def codec_of(experiment: Any) -> Codec:
         factor = experiment.codec.factor
         if model.channels % factor**2:
             raise ValueError(
-                f"model.channels is {model.channels}; blocks of {factor} x {factor} pixels make a multiple of "
-                f"{factor**2} channels: change it or codec.factor."
+                f"model.channels is {model.channels}; blocks of {factor} x {factor} pixels make {factor**2} channels "
+                f"of grey pictures and {3 * factor**2} of colour ones: change it or codec.factor."
             )
         return PixelCodec(pixel_channels=model.channels // factor**2, factor=factor)
     codec = open_autoencoder(experiment.codec.path)
@@ -415,7 +415,8 @@ def _check_encoded(experiment: Any, source: Source | BucketedSource) -> None:
     made = read_index(path)["made_by"]
     if experiment.codec is not None and made["fingerprint"] != fingerprint(codec_of(experiment)):
         raise ValueError(
-            f"data.path '{path}' was encoded by another codec ({made['codec']}); give that one, or encode again."
+            f"data.path '{path}' was encoded by another codec ({made['codec']}) than this one "
+            f"({fields.to_plain(experiment.codec)}); give that one (--codec), or encode again."
         )
     text = _text_plain(experiment)
     if model.text_dim and made["text"] != text:
