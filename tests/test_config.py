@@ -430,8 +430,8 @@ def test_a_group_of_several_types_takes_the_name_of_one(arguments, name, value):
         (["--model.spans", "false"], "matching.loss is MeanFlow, which needs model.spans true; this MLP has no spans."),
         (["--matching.loss=FlowMatching", "--sampling.method=mean_flow", "--sampling.times=uniform"], "needs matching"),
         (["--sampling.method", "dopri5"], "sampling.times is 'edm', but dopri5 takes no grid; set it to 'uniform'."),
-        (["--sampling.num_steps", "0"], "sampling.num_steps is 0; it must be at least 1."),
-        (["--sampling.rtol", "0"], "sampling.rtol is 0.0; it must be positive."),
+        (["--sampling.num_steps", "0"], "sampling.num_steps is 0; it must be a whole number of at least 1."),
+        (["--sampling.rtol", "0"], "sampling.rtol is 0.0; it must be positive and finite."),
         (["--sampling.guidance_interval", "(0.9, 0.1)"], "sampling.guidance_interval is (0.9, 0.1); give increasing"),
     ],
 )
