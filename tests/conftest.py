@@ -46,6 +46,11 @@ def x64():
         yield
 
 
+def rows(names, rare=()):
+    """Names as parameters of a test; those that show little beside the others are slow."""
+    return [pytest.param(name, marks=pytest.mark.slow) if name in rare else name for name in names]
+
+
 @pytest.fixture(scope="module")
 def quick_judge():
     """Distances of samples are measured by a classifier that has hardly been trained, which takes no time."""

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import rows
 
 from flowgen.attention import (
     KERNELS,
@@ -176,7 +177,9 @@ ROWS = {
         tolerance=1e-6,  # its landmarks are scaled in float32
     ),
 }
-each_kernel = pytest.mark.parametrize("name", ROWS)
+# Beside the kernels by name, and rotary positions: options of theirs.
+OPTIONS = ("nala cosine", "nala power per head", "pola power per channel", "gaussian landmarks")
+each_kernel = pytest.mark.parametrize("name", rows(ROWS, OPTIONS))
 
 
 def test_every_named_kernel_has_a_row():
@@ -376,7 +379,7 @@ def finite(*trees):
     return all(jnp.isfinite(x).all() for x in jax.tree.leaves(trees))
 
 
-@pytest.mark.parametrize("k_holds", [1e4, 1e30, np.nan])
+@pytest.mark.parametrize("k_holds", rows([1e4, 1e30, np.nan], (1e4,)))
 @each_kernel
 def test_padded_keys_are_irrelevant_whatever_they_hold(name, k_holds):
     # Drawn such that no token sees only keys of weight 0, whose roundings EPS would enlarge a million times.

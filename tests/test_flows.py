@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import laws
 import numpy as np
 import pytest
+from conftest import rows
 from laws import FLOWS, SMALL, apply, images, labels, perturbed
 
 import flowgen
@@ -21,7 +22,7 @@ EXACT = 1e-10  # float64
 DENSITY_SAMPLING = 1e-5  # parallel and cached forms of the same float32 network
 
 
-@pytest.fixture(params=FLOWS)
+@pytest.fixture(params=rows(FLOWS, ("no remat", "starflow added class", "starflow nala", "starflow rectangular")))
 def case(request):
     return laws.case(request.param)
 
