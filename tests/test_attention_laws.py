@@ -177,9 +177,9 @@ ROWS = {
         tolerance=1e-6,  # its landmarks are scaled in float32
     ),
 }
-# Beside the kernels by name, and rotary positions: options of theirs.
-OPTIONS = ("nala cosine", "nala power per head", "pola power per channel", "gaussian landmarks")
-each_kernel = pytest.mark.parametrize("name", rows(ROWS, OPTIONS))
+# Options of named kernels, and feature maps that differ from others by a function.
+ALIKE = ("nala cosine", "nala power per head", "pola power per channel", "gaussian landmarks", "relu", "squared_relu")
+each_kernel = pytest.mark.parametrize("name", rows(ROWS, ALIKE))
 
 
 def test_every_named_kernel_has_a_row():

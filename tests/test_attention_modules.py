@@ -191,7 +191,12 @@ def test_masked_tokens_do_not_matter(name):
 
 
 @pytest.mark.parametrize(
-    "twin", ["LinearAttention", pytest.param("NaLaAttention", marks=pytest.mark.slow), "SOFTAttention"]
+    "twin",
+    [
+        pytest.param("LinearAttention", marks=pytest.mark.slow),
+        pytest.param("NaLaAttention", marks=pytest.mark.slow),
+        "SOFTAttention",
+    ],
 )
 def test_nnx_twins_train_and_decode(twin):
     fields = {"LinearAttention": {"kernel": "nala", "is_causal": True}, "NaLaAttention": {"is_causal": True}}

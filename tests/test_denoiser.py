@@ -142,6 +142,12 @@ def test_a_learned_step_takes_the_place_of_the_score_in_sampling():
 REFUSED = {
     "no layers": (lambda: ClipDenoiserConfig(CLIP, num_layers=0), "denoiser.num_layers is 0"),
     "negative window": (lambda: ClipDenoiserConfig(CLIP, back=-1), "denoiser.back is -1"),
+    "added classes": (
+        lambda: ClipDenoiserConfig(
+            dataclasses.replace(CLIP, text_dim=0, text_length=0, num_classes=3, class_conditioning="add")
+        ),
+        "use 'prefix'",
+    ),
     "short chunk": (lambda: ClipDenoising(ClipDenoiser(SMALL), 0.5, chunk=3), "it must be above back + ahead = 3"),
     "half a frame": (
         lambda: FrameWindow(1, 4, 1, 1).attend(*jnp.zeros((3, 1, 7, 1, 2))),

@@ -465,10 +465,6 @@ REFUSED = {
         lambda: loss_of({"x1": X1, "cond": [0, 1, 2]}, label_dropout=0.1),
         "give arrays with a row for each datum",
     ),
-    "guidance without dropout": (
-        lambda: fm.mean_flow_loss(guidance_weight=1.0, label_dropout=0.0),
-        "drop labels, 0.1 of them",
-    ),
     "batch of other names": (lambda: loss_of({"x1": X1, "labels": T}), "'cond' labels"),
     "no data": (lambda: loss_of({"x0": X0}), "it takes 'x1' data"),
     "pictures as bytes": (lambda: loss_of({"x1": jnp.zeros((3, 2), jnp.uint8)}), "x1 is uint8"),

@@ -123,6 +123,15 @@ def test_a_signal_during_the_last_evaluation_ends_it_and_the_run_is_saved(number
     assert (result.signal, result.metrics) == (0, {"value": 2.0})
 
 
+def test_what_was_trained_is_kept_where_the_last_drawing_fails(whole, tmp_path):
+    def broken(state):
+        raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space left"):
+        toy.run(toy.make_job(sample=broken), tmp_path / "run")
+    assert_bitwise(saved(tmp_path / "run"), saved(whole[0]))
+
+
 def test_noise_of_the_step_key_matters(whole, tmp_path):
     # Otherwise the bitwise tests would not notice a key that forgets its step.
     toy.run(toy.make_job(noise=0.0), tmp_path / "run")

@@ -207,6 +207,8 @@ class LatentWriter:
     def __init__(self, directory: str | os.PathLike[str]):
         self.directory = Path(directory)
         self.entries: list[dict[str, Any]] = []
+        if self.directory.is_dir() and any(self.directory.iterdir()):
+            raise FileExistsError(f"'{directory}' holds files already; give a new directory.")
 
     def add(self, split: Split, shard: Shard, null: tuple[np.ndarray, np.ndarray] | None = None) -> None:
         """Writes one shard, and the features and mask of the empty text where it has texts."""

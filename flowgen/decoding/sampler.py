@@ -282,7 +282,7 @@ class _Block:
         conditional = shift[:batch], log_scale[:batch]
         unconditional = shift[batch:], log_scale[batch:]
         tokens = start + jnp.arange(width) + self.module.num_free
-        ramp = tokens / (self.config.num_tokens - 1) if self.guidance.anneal else jnp.ones(width)
+        ramp = tokens / max(self.config.num_tokens - 1, 1) if self.guidance.anneal else jnp.ones(width)
         weight = (scale * ramp)[:, None].astype(both.dtype)
         if self.guidance.rule == "product":
             return *product_rule(conditional, unconditional, weight), cache

@@ -41,6 +41,8 @@ class ClipDenoiserConfig:
         for name, least in (("num_layers", 1), ("back", 0), ("ahead", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"denoiser.{name} is {getattr(self, name)}; it must be at least {least}.")
+        if self.clip.num_classes and self.clip.class_conditioning == "add":
+            raise ValueError("model.class_conditioning is 'add', which a denoiser has no part for; use 'prefix'.")
 
     @property
     def transformer(self) -> TransformerConfig:

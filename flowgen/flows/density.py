@@ -131,7 +131,7 @@ def nll_objective(
     def objective(variables, batch, key):
         noise_key, label_key = jax.random.split(key)
         x = batch_input(noise_key, batch, flow.config.noise_std)
-        sized = flow.at(*x.shape[1:3])
+        sized = flow.at(*x.shape[-3:-1])
         config = sized.config
         cond = condition(label_key, batch, config.grid_size)
         states, logdet = sized.apply(variables, x, cond, method="trajectory")

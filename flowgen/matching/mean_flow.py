@@ -62,11 +62,6 @@ def mean_flow_loss(
     time = PUBLISHED_TIME if time is None else time
     check_dropout(label_dropout)
     check_mean_flow(instantaneous, power, guidance_weight)
-    if guidance_weight and not label_dropout:
-        raise ValueError(
-            f"guidance_weight is {guidance_weight} and label_dropout 0; guidance needs the field without label, so "
-            "drop labels, 0.1 of them, to learn it."
-        )
 
     def loss_fn(
         average_velocity: AverageVelocity,

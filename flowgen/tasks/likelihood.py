@@ -22,7 +22,7 @@ from flowgen.decoding import Guidance, Jacobi, sample
 from flowgen.decoding.guidance import Parts, Rule
 from flowgen.decoding.plan import Plan
 from flowgen.evaluation import flow_bits_per_dim, flow_nats_per_dim, gaussian_bits_per_dim
-from flowgen.flows import STARFlowConfig, TARFlowConfig
+from flowgen.flows import STARFlowConfig, STARFlowVConfig, TARFlowConfig
 from flowgen.flows.density import nll_objective
 from flowgen.models import init
 from flowgen.tasks.images import check_foreign, holds_latents, image_batches, shrink_images
@@ -132,6 +132,8 @@ _TINY: dict[type, Callable[[Any], dict[str, Any]]] = {
 def check(experiment: Any) -> None:
     """Raises ValueError where the parts of an experiment do not belong to a flow."""
     kind = type(experiment.model).__name__.removesuffix("Config")
+    if isinstance(experiment.model, STARFlowVConfig):
+        raise ValueError("model is a STARFlowV, which cannot be trained from a config yet; use a STARFlow.")
     if not isinstance(experiment.data, DataConfig):
         raise ValueError(f"data is {experiment.data}; a {kind} is trained on pictures, so give a DataConfig.")
     if bool(experiment.model.text_dim) != (experiment.text is not None):

@@ -58,7 +58,8 @@ def sample_metrics(
     Example:
         metrics = sample_metrics(partial(draw, experiment, network, variables), judge, held_out, 1000)
     """
-    positions = np.arange(num) % len(data)
+    # Fewer than there are come from all over the data, which may be in the order of the classes.
+    positions = np.arange(num) * len(data) // num if num < len(data) else np.arange(num) % len(data)
     size = min(SAMPLES_AT_ONCE, num)
     parts = []
     for first in range(0, num, size):

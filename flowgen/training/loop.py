@@ -232,10 +232,14 @@ class _Run:
         finished = step == self.steps
         if finished:
             self.report(step)
-            self.signal = self.finish(step, state)
-        if self.saved != step:
-            self.save(step, state, self.metrics if finished else {})
-        self.store.wait()
+        try:
+            if finished:
+                self.signal = self.finish(step, state)
+        finally:
+            # Whatever fails in the last evaluation or in drawing, what was trained is kept.
+            if self.saved != step:
+                self.save(step, state, self.metrics if finished else {})
+            self.store.wait()
         return Result(self.parallel.to_host(state), self.metrics, self.samples, self.signal)
 
     def finish(self, step: int, state: TrainState) -> int:
