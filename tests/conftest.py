@@ -51,6 +51,13 @@ def rows(names, rare=()):
     return [pytest.param(name, marks=pytest.mark.slow) if name in rare else name for name in names]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Compiled programs go with their file: a process that keeps those of all files runs out of memory maps."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="module")
 def quick_judge():
     """Distances of samples are measured by a classifier that has hardly been trained, which takes no time."""
