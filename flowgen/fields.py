@@ -13,7 +13,7 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
@@ -135,36 +135,22 @@ def override(config: T, arguments: Sequence[str]) -> T:
     return config
 
 
-def leaf_names(config: Any, path: str = "") -> list[str]:
+def leaf_names(config: Any) -> list[str]:
     """Returns the dotted names of all fields that hold a value and no group; a group that is absent has none.
 
     Example:
         print("\\n".join(leaf_names(experiment)))
     """
-    names, hints = [], typing.get_type_hints(type(config))
-    for field in _field_names(config):
-        value, name = getattr(config, field), _join(path, field)
-        absent = value is None and any(map(dataclasses.is_dataclass, typing.get_args(hints[field])))
-        names += leaf_names(value, name) if dataclasses.is_dataclass(value) else [] if absent else [name]
-    return names
+    return [name for name, _, is_type in _walk(config, "") if not is_type]
 
 
-def settings(config: Any, path: str = "") -> list[tuple[str, Any]]:
+def settings(config: Any) -> list[tuple[str, Any]]:
     """Returns dotted names with their values; a group of several possible types comes with the name of its own.
 
     Example:
         print("\\n".join(f"--{name} {value}" for name, value in settings(experiment)))
     """
-    found, hints = [], typing.get_type_hints(type(config))
-    for field in _field_names(config):
-        value, name = getattr(config, field), _join(path, field)
-        if choices(hints[field]):
-            found.append((name, "none" if value is None else type_name(value)))
-        if dataclasses.is_dataclass(value):
-            found += settings(value, name)
-        elif name in leaf_names(config, path):
-            found.append((name, value))
-    return found
+    return [(name, value) for name, value, _ in _walk(config, "")]
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:
@@ -204,6 +190,19 @@ def describe(annotation: Any) -> str:
 
 def _plural(annotation: Any) -> str:
     return describe(annotation).removeprefix("an ").removeprefix("a ") + "s"
+
+
+def _walk(config: Any, path: str) -> Iterator[tuple[str, Any, bool]]:
+    """Fields with their dotted names in order, and whether the value is the type of a group that may be of several."""
+    hints = typing.get_type_hints(type(config))
+    for field in _field_names(config):
+        value, name = getattr(config, field), _join(path, field)
+        if choices(hints[field]):
+            yield name, "none" if value is None else type_name(value), True
+        if dataclasses.is_dataclass(value):
+            yield from _walk(value, name)
+        elif not (value is None and any(map(dataclasses.is_dataclass, typing.get_args(hints[field])))):
+            yield name, value, False
 
 
 class _Mismatch(Exception):

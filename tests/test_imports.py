@@ -12,7 +12,9 @@ ROOT = Path(__file__).parent.parent / "flowgen"
 # A module may import from lower levels, and in its own package also from its own. The longest matching name counts.
 LEVELS = {
     "flowgen.attention": 0,
+    "flowgen.matching.checks": 0,
     "flowgen.matching.paths": 0,
+    "flowgen.matching.conversions": 0,
     "flowgen.matching.times": 0,
     "flowgen.matching.toy": 0,
     "flowgen.matching.couplings": 0,

@@ -1,6 +1,7 @@
 """Flow matching: paths, couplings, losses, solvers and what they are worth.
 
-paths          x_t and u_t between source (t = 0) and data (t = 1); conversions between velocity, x1, noise, score
+paths          x_t and u_t between source (t = 0) and data (t = 1)
+conversions    between velocity, x1, noise and score; from path to path
 couplings      independent, Gibbs-weighted (W-CFM), Sinkhorn-corrected, minibatch optimal transport
 semidiscrete   optimal transport from the source to a whole data set
 times          how training times are drawn
@@ -13,6 +14,7 @@ velocity       networks; toy: two-dimensional distributions
 
 from flowgen.matching import toy
 from flowgen.matching.bridge import score_and_flow_matching_loss
+from flowgen.matching.conversions import inner_times, noise_of, retimed, score_of, time_of_ratio, velocity_of, x1_of
 from flowgen.matching.couplings import (
     Coupled,
     Coupling,
@@ -59,13 +61,6 @@ from flowgen.matching.paths import (
     Target,
     Trigonometric,
     VariancePreserving,
-    inner_times,
-    noise_of,
-    retimed,
-    score_of,
-    time_of_ratio,
-    velocity_of,
-    x1_of,
 )
 from flowgen.matching.semidiscrete import SemidiscreteFit, SemidiscreteOT, fit_semidiscrete
 from flowgen.matching.solvers import edm_times, guided, integrate, integrate_sde, trajectory

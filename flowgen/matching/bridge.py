@@ -8,9 +8,10 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float, Key
 
+from flowgen.matching.checks import check_output
 from flowgen.matching.couplings import Coupling
 from flowgen.matching.loss import Loss, check_dropout, draw_pairs, mean_square
-from flowgen.matching.paths import SchroedingerBridge, check_output, over_event
+from flowgen.matching.paths import SchroedingerBridge, over_event
 from flowgen.matching.times import Uniform
 
 

@@ -18,6 +18,8 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Key
 from scipy.optimize import linear_sum_assignment
 
+from flowgen.matching.checks import check_batch, check_positive, check_share, check_whole
+
 # Of the potentials that help the assignment along: in units of the mean cost, and how many sweeps make them.
 ASSIGNMENT_EPSILON, ASSIGNMENT_SWEEPS = 0.02, 5
 
@@ -299,26 +301,6 @@ def check_cost(cost: Float[Array, "..."]) -> Float[Array, "..."]:
     return cost
 
 
-def check_batch(x0: Array, x1: Array) -> None:
-    """Raises ValueError unless source and data have one shape.
-
-    Example:
-        check_batch(x0, x1)
-    """
-    if x0.shape != x1.shape:
-        raise ValueError(f"x0 has shape {x0.shape} and x1 {x1.shape}; source and data must have the same shape.")
-
-
-def check_positive(name: str, value: float | int) -> None:
-    """Raises ValueError unless a number is positive and finite.
-
-    Example:
-        check_positive("epsilon", 2.0)
-    """
-    if not 0 < value < float("inf"):
-        raise ValueError(f"{name} is {value}; it must be positive and finite.")
-
-
 def check_epsilon(epsilon: float) -> None:
     """Raises ValueError unless costs can be divided by epsilon in float32.
 
@@ -328,26 +310,6 @@ def check_epsilon(epsilon: float) -> None:
     check_positive("epsilon", epsilon)
     if epsilon < SMALLEST_EPSILON:
         raise ValueError(f"epsilon is {epsilon}; below {SMALLEST_EPSILON} float32 has no cost/epsilon.")
-
-
-def check_whole(name: str, value: int, *, least: int) -> None:
-    """Raises ValueError unless a number is whole and at least `least`.
-
-    Example:
-        check_whole("num_sweeps", 50, least=1)
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} is {value}; it must be a whole number of at least {least}.")
-
-
-def check_share(ess: float) -> None:
-    """Raises ValueError unless an effective sample size is a share between 0 and 1.
-
-    Example:
-        check_share(0.5)
-    """
-    if not 0 < ess < 1:
-        raise ValueError(f"ess is {ess}; it is a share, between 0 and 1.")
 
 
 def _callbacks_can_wait_forever(num: int) -> bool:

@@ -10,17 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from flowgen.matching.couplings import (
-    Cost,
-    GibbsWeights,
-    assignment,
-    check_batch,
-    check_positive,
-    check_share,
-    corrected_log_weight,
-    pair_cost,
-    pairwise_cost,
-)
+from flowgen.matching.checks import check_batch, check_positive, check_share
+from flowgen.matching.couplings import Cost, GibbsWeights, assignment, corrected_log_weight, pair_cost, pairwise_cost
 from flowgen.matching.solvers import Velocity, time_grid, trajectory
 
 # Pairs of a block whose every source is compared with every datum.

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from flowgen.matching.paths import check_floating, check_output
+from flowgen.matching.checks import check_floating, check_output
 from flowgen.matching.solvers import Method, Velocity, integrate
 
 

@@ -10,18 +10,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from flowgen.conditioning import drop_labels
+from flowgen.matching.checks import check_floating, check_output
+from flowgen.matching.conversions import Prediction, check_prediction
 from flowgen.matching.couplings import Coupling, GibbsWeights, Independent, log_mean_exp
 from flowgen.matching.diagnostics import effective_sample_size
-from flowgen.matching.paths import (
-    CondOT,
-    Path,
-    PathSample,
-    Prediction,
-    check_floating,
-    check_output,
-    check_prediction,
-    over_event,
-)
+from flowgen.matching.paths import CondOT, Path, PathSample, over_event
 from flowgen.matching.solvers import Velocity
 from flowgen.matching.times import Uniform
 

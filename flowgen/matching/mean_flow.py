@@ -18,9 +18,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from flowgen.conditioning import UNCONDITIONAL, no_labels
+from flowgen.matching.checks import check_output
 from flowgen.matching.couplings import Coupling
 from flowgen.matching.loss import Loss, check_dropout, draw_pairs, mean_square
-from flowgen.matching.paths import CondOT, Path, check_output, over_event
+from flowgen.matching.paths import CondOT, Path, over_event
 from flowgen.matching.solvers import time_grid
 from flowgen.matching.times import LogitNormal
 

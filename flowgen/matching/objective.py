@@ -11,23 +11,19 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from flowgen.matching.conversions import NETWORK_SMALLEST, Prediction, check_prediction, inner_times, velocity_of
 from flowgen.matching.couplings import GibbsWeights, Independent, MinibatchOT
 from flowgen.matching.diagnostics import fit_epsilon, warn_if_tilted, weight_report
 from flowgen.matching.loss import Loss, flow_matching_loss
 from flowgen.matching.mean_flow import check_mean_flow, mean_flow_loss
 from flowgen.matching.paths import (
-    NETWORK_SMALLEST,
     CondOT,
     LinearVariancePreserving,
     Polynomial,
-    Prediction,
     SchroedingerBridge,
     Target,
     Trigonometric,
     VariancePreserving,
-    check_prediction,
-    inner_times,
-    velocity_of,
 )
 from flowgen.matching.solvers import Velocity
 from flowgen.matching.times import LogitNormal, Shifted, Uniform

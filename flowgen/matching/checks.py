@@ -1,0 +1,103 @@
+"""Checks of numbers, batches, times and outputs: ValueErrors that several files of this package raise alike."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array
+
+
+def check_positive(name: str, value: float | int) -> None:
+    """Raises ValueError unless a number is positive and finite.
+
+    Example:
+        check_positive("epsilon", 2.0)
+    """
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{name} is {value}; it must be positive and finite.")
+
+
+def check_spread(name: str, value: float) -> None:
+    """Raises ValueError unless a standard deviation is finite and not negative.
+
+    Example:
+        check_spread("sigma", 0.1)
+    """
+    if not 0 <= value < float("inf"):
+        raise ValueError(f"{name} is {value}; it must be finite and at least 0.")
+
+
+def check_share(ess: float) -> None:
+    """Raises ValueError unless an effective sample size is a share between 0 and 1.
+
+    Example:
+        check_share(0.5)
+    """
+    if not 0 < ess < 1:
+        raise ValueError(f"ess is {ess}; it is a share, between 0 and 1.")
+
+
+def check_whole(name: str, value: int, *, least: int) -> None:
+    """Raises ValueError unless a number is whole and at least `least`.
+
+    Example:
+        check_whole("num_sweeps", 50, least=1)
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} is {value}; it must be a whole number of at least {least}.")
+
+
+def check_floating(name: str, x: Array) -> None:
+    """Raises ValueError unless x holds floating-point numbers.
+
+    Example:
+        check_floating("x0", x0)
+    """
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"{name} is {x.dtype}; a flow moves floating-point numbers, so scale pictures to [-1, 1].")
+
+
+def check_batch(x0: Array, x1: Array) -> None:
+    """Raises ValueError unless source and data have one shape.
+
+    Example:
+        check_batch(x0, x1)
+    """
+    if x0.shape != x1.shape:
+        raise ValueError(f"x0 has shape {x0.shape} and x1 {x1.shape}; source and data must have the same shape.")
+
+
+def check_pair(t: Array, x0: Array, x1: Array) -> None:
+    """Raises ValueError unless x0 and x1 have one shape and t has one time in [0, 1] per sample.
+
+    Times have values outside jit alone; there they are looked at.
+
+    Example:
+        check_pair(t, x0, x1)
+    """
+    check_batch(x0, x1)
+    check_times(t, x0)
+
+
+def check_times(t: Array, x0: Array) -> None:
+    """Raises ValueError unless there is one time in [0, 1] per sample; values are looked at outside jit.
+
+    Example:
+        check_times(t, x_t)
+    """
+    if t.shape != x0.shape[:1]:
+        raise ValueError(f"t has shape {t.shape}; there must be one time per sample, {x0.shape[:1]}.")
+    if not isinstance(t, Tracer) and not ((np.asarray(t) >= 0) & (np.asarray(t) <= 1)).all():
+        raise ValueError(f"t runs from {np.min(t)} to {np.max(t)}; times are within [0, 1], source at 0, data at 1.")
+
+
+def check_output(output: Array, x: Array, name: str = "the velocity") -> Array:
+    """Returns what a network answered; ValueError unless it has the shape of x, which broadcasting would hide.
+
+    Example:
+        v = check_output(velocity(t, x, cond), x)
+    """
+    if output.shape != x.shape:
+        raise ValueError(f"{name} has shape {output.shape} at x of shape {x.shape}; it must have the shape of x.")
+    return output

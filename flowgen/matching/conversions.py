@@ -1,0 +1,207 @@
+"""What a network that follows a path can predict, as a velocity and back; the field of one path along another."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from flowgen.matching.checks import check_times
+from flowgen.matching.paths import SMALLEST, Path, Schedule, over_event, schedule_over
+
+Prediction = Literal["velocity", "x1", "noise", "score"]
+# The same for networks that predict x1, noise or a score: what they get wrong is divided by it.
+NETWORK_SMALLEST = 0.02
+
+
+_NO_SPREAD = "the path has noise of its own, sigma {}, through which nothing can be converted; set sigma to 0"
+
+
+def velocity_of(
+    path: Path,
+    t: Float[Array, " b"],
+    x_t: Float[Array, "b *event"],
+    value: Float[Array, "b *event"],
+    kind: Prediction,
+    *,
+    smallest: float = SMALLEST,
+) -> Float[Array, "b *event"]:
+    """Returns the velocity at x_t that a prediction of "x1", "noise" (x0) or "score" implies; a velocity as it is.
+
+    v = alpha' x1 + beta' x0, where what is not predicted follows from x_t = alpha x1 + beta x0, and x0 is -beta times
+    the score. What follows is singular where the path is all source or all data: it is taken at the nearest time that
+    `inner_times(path, t, smallest)` allows, and so should the prediction be; derivatives are no larger than there.
+    Raises ValueError for another kind, for a path with a spread, and for times outside [0, 1].
+
+    Example:
+        v = velocity_of(CondOT(), t, x_t, network(t, x_t), "x1")
+    """
+    check_prediction(kind, path)
+    if kind == "velocity":
+        return value
+    here, _ = _inner(path, t, x_t, SMALLEST)
+    inner, _ = _inner(path, t, x_t, smallest)
+    # Slopes of the time itself, but none that grows without bounds towards the end.
+    d_alpha, d_beta = (jnp.where(jnp.abs(a) < jnp.abs(b), a, b) for a, b in zip(here[2:], inner[2:], strict=True))
+    if kind == "x1":
+        return d_alpha * value + d_beta * (x_t - inner.alpha * value) / inner.beta
+    noise = -inner.beta * value if kind == "score" else value
+    return d_alpha * (x_t - inner.beta * noise) / inner.alpha + d_beta * noise
+
+
+def x1_of(
+    path: Path, t: Float[Array, " b"], x_t: Float[Array, "b *event"], velocity: Float[Array, "b *event"]
+) -> Float[Array, "b *event"]:
+    """Returns the data x1 = (beta v - beta' x_t) / D that a velocity implies, E[x1 | x_t] for the learned one.
+
+    D = alpha' beta - beta' alpha. At the ends, and with a spread, as `velocity_of`.
+
+    Example:
+        x1 = x1_of(CondOT(), t, x_t, v)
+    """
+    schedule, determinant = _inner(path, t, x_t, SMALLEST)
+    return (schedule.beta * velocity - schedule.d_beta * x_t) / determinant
+
+
+def noise_of(
+    path: Path, t: Float[Array, " b"], x_t: Float[Array, "b *event"], velocity: Float[Array, "b *event"]
+) -> Float[Array, "b *event"]:
+    """Returns the source x0 = (alpha' x_t - alpha v) / D that a velocity implies, E[x0 | x_t] for the learned one.
+
+    D = alpha' beta - beta' alpha. At the ends, and with a spread, as `velocity_of`.
+
+    Example:
+        x0 = noise_of(CondOT(), t, x_t, v)
+    """
+    schedule, determinant = _inner(path, t, x_t, SMALLEST)
+    return (schedule.d_alpha * x_t - schedule.alpha * velocity) / determinant
+
+
+def score_of(
+    path: Path, t: Float[Array, " b"], x_t: Float[Array, "b *event"], velocity: Float[Array, "b *event"]
+) -> Float[Array, "b *event"]:
+    """Returns ∇ log p_t(x_t) = -E[x0 | x_t] / beta_t, for the velocity learned from *independent* normal sources.
+
+    Couplings other than `Independent` make sources and data dependent: the field then has no such score. At the ends,
+    and with a spread, as `velocity_of`.
+
+    Example:
+        score = score_of(CondOT(), t, x_t, v)
+    """
+    schedule, _ = _inner(path, t, x_t, SMALLEST)
+    return -noise_of(path, t, x_t, velocity) / schedule.beta
+
+
+def inner_times(path: Path, t: Float[Array, " b"], smallest: float = SMALLEST) -> Float[Array, " b"]:
+    """Returns times kept at least 1e-5 from both ends, and where alpha/beta is within [smallest, 1/smallest].
+
+    Example:
+        t = inner_times(Polynomial(10.0), t)  # 0.316 and later: before, x_t is x0 to five digits
+    """
+    first, last = _inner_ends(path, smallest)
+    return jnp.clip(t, first, last)
+
+
+def retimed(
+    velocity: Callable[[Array, Array, Any], Array], path: Path, new_path: Path
+) -> Callable[[Array, Array, Any], Array]:
+    """Returns the field along new_path of a velocity that was trained along path; it ends in the same points.
+
+    Let t be the time at which path has the signal ratio alpha/beta that new_path has at r, found by bisection, and
+    s² = (alpha² + beta²)_new(r) / (alpha² + beta²)(t) the square of the scale between both. Then
+    v_new(r, x) = (s'/s) x + s t' v(t, x/s), where t' = D_new / (D s²) and D = alpha' beta - beta' alpha (Pokle et al.,
+    arXiv 2310.04432). End points agree up to s, which is 1 where both paths have alpha² + beta² = 1. r is kept 1e-5
+    from both ends, where D of some paths is 0 or infinite; ratios that path does not reach are taken at its end. Not
+    to be differentiated with respect to time. Raises ValueError for paths with a spread.
+
+    Example:
+        x1, nfe = integrate(retimed(velocity, CondOT(), Trigonometric()), x0, num_steps=25)
+    """
+
+    check_no_spread(path)
+    check_no_spread(new_path)
+
+    def field(r, x, cond):
+        r = jnp.clip(r, SMALLEST, 1 - SMALLEST)
+        new = new_path.schedule(r)
+        t = time_of_ratio(path, new.alpha, new.beta)
+        old = path.schedule(t)
+        new_square, old_square = new.alpha**2 + new.beta**2, old.alpha**2 + old.beta**2
+        scale = jnp.sqrt(new_square / old_square)
+        rate = _determinant(new) / (_determinant(old) * scale**2)
+        growth = (new.alpha * new.d_alpha + new.beta * new.d_beta) / new_square
+        growth = growth - rate * (old.alpha * old.d_alpha + old.beta * old.d_beta) / old_square
+        growth, scale, rate = (over_event(number, x) for number in (growth, scale, rate))
+        return growth * x + scale * rate * velocity(t, x / scale, cond)
+
+    return field
+
+
+def time_of_ratio(path: Path, alpha: Float[Array, "*t"], beta: Float[Array, "*t"]) -> Float[Array, "*t"]:
+    """Returns the time at which path has the signal ratio alpha/beta, its inverse signal-to-noise ratio.
+
+    By bisection, comparing crosswise: nothing is divided, so that beta may be 0. A ratio that the path does not reach
+    gives the end next to it.
+
+    Example:
+        t = time_of_ratio(VariancePreserving(), alpha, beta)
+    """
+
+    def halve(_, bounds):
+        low, high = bounds
+        middle = (low + high) / 2
+        here = path.schedule(middle)
+        early = here.alpha * beta < alpha * here.beta
+        return jnp.where(early, middle, low), jnp.where(early, high, middle)
+
+    # Each step wins a bit: more than float32 has, and within 1e-12 for float64.
+    low, high = jax.lax.fori_loop(0, 40, halve, (jnp.zeros_like(alpha), jnp.ones_like(alpha)))
+    return (low + high) / 2
+
+
+def check_prediction(kind: str, path: Path | None = None) -> None:
+    """Raises ValueError unless a velocity can be had from what is predicted, along the path if one is given.
+
+    Example:
+        check_prediction("x1", CondOT())
+    """
+    if kind not in get_args(Prediction):
+        raise ValueError(f"prediction is {kind!r}; choose 'velocity', 'x1', 'noise' or 'score'.")
+    spread = getattr(path, "sigma", 0.0)
+    if kind != "velocity" and spread:
+        raise ValueError(f"prediction is {kind!r}, but {_NO_SPREAD.format(spread)}, or predict the velocity.")
+
+
+def check_no_spread(path: Path) -> None:
+    """Raises ValueError where a path has noise on top of source and data, which no velocity tells apart from them.
+
+    Example:
+        check_no_spread(CondOT())
+    """
+    spread = getattr(path, "sigma", 0.0)
+    if spread:
+        raise ValueError(f"{_NO_SPREAD.format(spread)}.")
+
+
+@functools.lru_cache(maxsize=64)
+def _inner_ends(path: Path, smallest: float) -> tuple[float, float]:
+    """The times at which alpha/beta is smallest and 1/smallest, or 1e-5 away from 0 and 1 where these are nearer."""
+    with jax.ensure_compile_time_eval():
+        first, last = time_of_ratio(path, jnp.array([smallest, 1.0]), jnp.array([1.0, smallest]))
+        return max(float(first), SMALLEST), min(float(last), 1 - SMALLEST)
+
+
+def _inner(path: Path, t: Array, x: Array, smallest: float) -> tuple[Schedule, Array]:
+    """The schedule in the shape of x at the time next to t at which conversions are regular, and its determinant."""
+    check_times(t, x)
+    check_no_spread(path)
+    schedule = schedule_over(path, inner_times(path, t, smallest), x)
+    return schedule, _determinant(schedule)
+
+
+def _determinant(schedule: Schedule) -> Array:
+    return schedule.d_alpha * schedule.beta - schedule.d_beta * schedule.alpha
