@@ -21,6 +21,12 @@ CAUSAL = [name for name in NAMES if name != "soft"]
 ALIKE = ("relu", "squared_relu", "focused")
 
 
+@pytest.fixture(autouse=True)
+def same_draws(monkeypatch):
+    """Every test draws the same inputs, whichever tests ran before it."""
+    monkeypatch.setitem(globals(), "RNG", np.random.default_rng(0))
+
+
 def inputs(n=TOKENS, batch=2):
     return jnp.asarray(RNG.standard_normal((batch, n, WIDTH)), jnp.float32)
 

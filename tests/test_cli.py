@@ -447,7 +447,8 @@ MISTAKES = {
     f"{TRAIN} --optim.learning_rate 1": r"optim\.learning_rate is not a field of this config",
     f"{TRAIN} --optim.warmup_step 1": r"optim\.warmup_step is not a field .* did you mean optim\.warmup_steps\?",
     f"{TRAIN} --model.lr 1e-3": r"model\.lr is not a field .* did you mean optim\.lr\?",
-    f"{TRAIN} --model 3": r"--model is a group, and '3' is no type of it; .* TARFlow, .*, --model\.image_size",
+    f"{TRAIN} --model 3": r"--model is a group, and '3' is no type of it; "
+    r"name its type, TARFlow, .*, or set one of --model\.image_size",
     f"{TRAIN} --train.steps many": r"train\.steps is 'many'; it must be an integer",
     f"{TRAIN} --train.steps 2.5": r"train\.steps is '2\.5'; it must be an integer",
     f"{TRAIN} --data.flip 3": r"data\.flip is '3'; it must be true or false",

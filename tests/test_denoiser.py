@@ -81,6 +81,7 @@ def test_frames_and_texts_matter():
     assert float(jnp.abs(shifted[:, 2] - shifted[:, 3]).max()) > 1e-4
 
 
+@pytest.mark.slow
 def test_it_learns_the_score_of_the_flow():
     flow, params = laws.perturbed(CLIP, jax.random.key(0))
     denoiser = ClipDenoiser(ClipDenoiserConfig(CLIP, num_layers=1))

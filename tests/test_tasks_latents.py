@@ -143,6 +143,7 @@ def test_encoding_first_or_on_the_way_trains_the_same(autoencoder, tmp_path, cap
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.slow
 def test_samples_of_latents_are_pictures(autoencoder, tmp_path, capsys):
     run = tmp_path / "run"
     fit(experiment_of(codec=TrainedCodec(str(autoencoder)), likelihood=LikelihoodConfig(1e-4)), run)
