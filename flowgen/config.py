@@ -12,13 +12,13 @@ from flowgen import fields
 from flowgen.data import DataConfig, PointsConfig
 from flowgen.matching import MatchingConfig
 from flowgen.models import ModelConfig, build
-from flowgen.tasks import AutoencodingConfig, LikelihoodConfig, SamplingConfig, SolverConfig, latents, task_of
-from flowgen.tasks.latents import PixelBlocks, TextConfig, TrainedCodec
+from flowgen.tasks import AutoencodingConfig, LikelihoodConfig, SamplingConfig, SolverConfig, frozen, task_of
+from flowgen.tasks.frozen import PixelBlocks, TextConfig, TrainedCodec
 from flowgen.training import Job, LogConfig, OptimConfig, TrainConfig
 
 # Fields that a resumed run may change: they do not touch what the checkpoint holds or the data it has seen. (Of the
-# autoencoder the digest counts, wherever it lies.)
-RESUMABLE = ("name", "train.steps", "log.", "sampling.", "reference", "codec.path")
+# frozen networks the digest counts, wherever they lie.)
+RESUMABLE = ("name", "train.steps", "log.", "sampling.", "reference", "codec.path", "text.encoder")
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ class Experiment:
         return task_of(self.model).pictures(self, split)
 
     def sealed(self) -> Experiment:
-        """Returns the experiment as it is kept with a run: with the digest of its autoencoder, where it has one."""
-        return latents.sealed(self)
+        """Returns the experiment as it is kept with a run: with the digests of its frozen networks."""
+        return frozen.sealed(self)
 
     def job(self) -> Job:
         """Returns what the training loop needs, with the data opened."""

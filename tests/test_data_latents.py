@@ -1,6 +1,7 @@
 """Encoded data: what was written is what training reads, and damage is named."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -118,9 +119,22 @@ def test_half_a_data_set_and_damage_are_refused(tmp_path):
     mean.unlink()
     with pytest.raises(FileNotFoundError, match=r"mean.npy' is missing; encode the data again"):
         read(directory)
+    np.save(mean, shard.mean)
+    for damage in (b"", b"no archive"):
+        (directory / "train-00000" / "null.npz").write_bytes(damage)
+        with pytest.raises(ValueError, match=r"null.npz' is truncated or damaged .*; encode the data again"):
+            read(directory)
     (directory / "dataset.json").write_text(json.dumps({"format": "something else"}))
     with pytest.raises(ValueError, match="is not an index of 'flowgen latents 1'"):
         read(directory)
+
+
+def test_data_encoded_into_the_same_place_are_read_anew(tmp_path):
+    write(tmp_path / "set", {"train": encode(pictures(), moments)})
+    before = read(tmp_path / "set")[np.arange(10)]["mean"]
+    shutil.rmtree(tmp_path / "set")
+    write(tmp_path / "set", {"train": encode(pictures(), lambda images: (moments(images)[0] + 1, moments(images)[1]))})
+    np.testing.assert_allclose(read(tmp_path / "set")[np.arange(10)]["mean"], before + 1, atol=1e-6)
 
 
 def test_many_shards_need_few_open_files(tmp_path):

@@ -156,7 +156,7 @@ def test_the_condition_reaches_the_deep_block_alone_and_padding_hides_what_it_ho
     np.testing.assert_array_equal(apply(flow, params, x, hidden)[0], states[1])
 
 
-def test_guidance_of_texts_and_of_labels_at_zero_weight_and_with_the_condition_itself_as_null():
+def test_guidance_of_texts_needs_a_null_and_leads_nowhere_from_the_condition_itself():
     flow, params, x, text = laws.case("starflow text")
     z, _ = apply(flow, params, x, text)
     guidance = Guidance(scale=2.0, rule="product")
@@ -175,7 +175,7 @@ def test_guidance_of_texts_and_of_labels_at_zero_weight_and_with_the_condition_i
         invert(labelled, params, z, cond, guidance=guidance, null=null)
 
 
-def test_samples_of_texts_are_denoised_and_depend_on_key_and_index_alone():
+def test_samples_of_texts_depend_on_key_and_index_alone():
     flow, params, _, text = laws.case("starflow text")
     together = sample(flow, params, jax.random.key(3), 4, text, plan=Sequential())
     tail = sample(

@@ -5,12 +5,14 @@ import json
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from flowgen import checkpoint, config
 from flowgen.cli import main
 from flowgen.codecs import AutoencoderConfig
+from flowgen.conditioning import TextCondition
 from flowgen.config import (
     AutoencodingConfig,
     Experiment,
@@ -22,6 +24,7 @@ from flowgen.config import (
 )
 from flowgen.data import DataConfig
 from flowgen.flows import STARFlowConfig, TARFlowConfig
+from flowgen.tasks import frozen
 from flowgen.training import LogConfig, OptimConfig, TrainConfig, fit
 
 pytestmark = pytest.mark.usefixtures("quick_judge")
@@ -75,7 +78,8 @@ def test_the_autoencoder_learns_and_says_so(autoencoder, capsys):
 
 
 def test_latents_of_a_trained_autoencoder_are_normalised_and_decoded(autoencoder):
-    from flowgen.tasks.latents import codec_of, flow_source
+    from flowgen.tasks.frozen import codec_of
+    from flowgen.tasks.latents import flow_source
 
     experiment = experiment_of(codec=TrainedCodec(str(autoencoder)))
     source = flow_source(experiment, "train")
@@ -138,7 +142,7 @@ def test_encoding_first_or_on_the_way_trains_the_same(autoencoder, tmp_path, cap
     assert main(["encode", "--config", str(path), "--out", str(out)]) == 2
     assert "exists already" in capsys.readouterr().err
     other = dataclasses.replace(encoded, codec=PixelBlocks(2))
-    with pytest.raises(ValueError, match="was encoded by another codec"):
+    with pytest.raises(ValueError, match=r"was encoded by the autoencoder at .*, and codec is another one, blocks"):
         fit(other, tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
@@ -198,18 +202,21 @@ def test_prompts_are_drawn(text_run, tmp_path):
 
 def test_guidance_of_texts_is_towards_the_wrapped_empty_text(text_run):
     from flowgen.tasks import likelihood
-    from flowgen.tasks.latents import encoder_of, prompt_condition
+    from flowgen.tasks.frozen import encoder_of, prompt_condition
 
     flow, params, experiment = checkpoint.load(text_run)
     cond = prompt_condition(experiment, ["3", "7"])
     plain = encoder_of(experiment)(["Noise Level 300:\n3", "Noise Level 300:\n7"])
     np.testing.assert_array_equal(cond.embeddings, plain.embeddings)
-    key = jax.random.key(0)
-    guided, _ = likelihood.draw(experiment, flow, params, key, 2, cond)
-    free = dataclasses.replace(experiment, sampling=dataclasses.replace(experiment.sampling, guidance=0.0))
-    alone, _ = likelihood.draw(free, flow, params, key, 2, cond)
-    # After a few steps texts change little; of guidance 0 nothing at all would differ.
-    assert np.abs(guided - alone).max() > 1e-5
+    (latents, _), given = (
+        likelihood.draw(experiment, flow, params, jax.random.key(0), 2, cond, null=null)
+        for null in (None, TextCondition(*map(jnp.asarray, encoder_of(experiment)(["Noise Level 300:\n"]))))
+    )
+    np.testing.assert_array_equal(latents, given[0])
+    other = TextCondition(*map(jnp.asarray, encoder_of(experiment)([""])))
+    bare, _ = likelihood.draw(experiment, flow, params, jax.random.key(0), 2, cond, null=other)
+    # After a few steps texts change little.
+    assert np.abs(latents - bare).max() > 1e-6
 
 
 @pytest.mark.parametrize(
@@ -232,7 +239,7 @@ def test_mistakes_in_prompts_are_named(text_run, tmp_path, capsys, words, messag
 
 
 @pytest.mark.slow  # beside test_encoding_first_or_on_the_way_trains_the_same
-def test_texts_can_be_encoded_first(tmp_path):
+def test_texts_can_be_encoded_first(tmp_path, monkeypatch):
     experiment = experiment_of(
         model=TEXT, text=TextConfig(encoder="words"), train=dataclasses.replace(FEW, label_dropout=0.5)
     )
@@ -245,8 +252,15 @@ def test_texts_can_be_encoded_first(tmp_path):
     direct, again = fit(experiment, tmp_path / "direct"), fit(encoded, tmp_path / "again")
     jax.tree.map(np.testing.assert_array_equal, direct.state.params, again.state.params)
     other = dataclasses.replace(encoded, text=TextConfig(encoder="words", noise_level=True))
-    with pytest.raises(ValueError, match=r"has texts encoded by .*; encode again"):
+    with pytest.raises(ValueError, match=r"texts encoded with text.noise_level False, and .*, True; set it, or encode"):
         fit(other, tmp_path / "other")
+    prompted = dataclasses.replace(encoded, sampling=SamplingConfig(prompts=("one two three four five six",)))
+    with pytest.raises(ValueError, match=r"has 7 tokens and the model takes 6"):
+        fit(prompted, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+    monkeypatch.setattr(frozen, "encoder_of", lambda experiment: pytest.fail("the text encoder was opened"))
+    guided = dataclasses.replace(encoded, sampling=SamplingConfig(num=2, guidance=1.0))
+    assert fit(guided, tmp_path / "guided").samples.is_file()
 
 
 @pytest.mark.slow
@@ -270,7 +284,7 @@ def test_several_aspects_train_together(tmp_path):
 
 def test_a_digest_is_of_what_latents_depend_on(autoencoder):
     from flowgen.codecs import Autoencoder, AutoencoderCodec, LatentNormalisation
-    from flowgen.tasks.latents import fingerprint, open_autoencoder
+    from flowgen.tasks.frozen import fingerprint, open_autoencoder
 
     codec = open_autoencoder(str(autoencoder))
     shape, variables = codec.autoencoder.config, codec.variables
@@ -279,13 +293,16 @@ def test_a_digest_is_of_what_latents_depend_on(autoencoder):
         network = Autoencoder(dataclasses.replace(shape, **changes))
         return fingerprint(AutoencoderCodec(network, variables, LatentNormalisation(scale=scale)))
 
-    assert digest(0.18215) == digest(np.full(4, 0.18215, np.float32)) == digest(0.18215, remat=True)
+    assert digest(0.18215) == digest(np.full(4, 0.18215)) == digest(0.18215, remat=True)
+    # Training keeps variances in float32, of which scales are made again.
+    for scale in np.random.default_rng(0).uniform(0.1, 2, 50):
+        assert digest(scale) == digest(1 / np.sqrt(np.float64(np.float32(1 / scale**2))))
     assert digest(0.18215) != digest(0.2)
     assert digest(0.18215) != digest(0.18215, num_groups=8)
 
 
 def test_a_decoder_is_trained_on_beside_its_encoder(autoencoder, tmp_path):
-    from flowgen.tasks.latents import fingerprint, open_autoencoder
+    from flowgen.tasks.frozen import fingerprint, open_autoencoder
 
     _, _, experiment = checkpoint.load(autoencoder)
     noisy = dataclasses.replace(
@@ -318,6 +335,7 @@ def test_a_decoder_is_trained_on_beside_its_encoder(autoencoder, tmp_path):
         ({"model": TEXT}, "text is missing and model.text_dim is 16"),
         ({"text": TextConfig("words")}, "text is given and model.text_dim is 0"),
         ({"model": dataclasses.replace(TINY, noise_std=0.0)}, "model.noise_std is 0, which dequantises pictures"),
+        ({"text": TextConfig("words", digest="other"), "model": TEXT}, "text.encoder 'words' is not the one that"),
         ({"autoencoding": AutoencodingConfig()}, "autoencoding is given, but a STARFlow is trained by maximum"),
         ({"data": DataConfig(source="encoded", path="nowhere")}, "holds no encoded data"),
         (
@@ -335,6 +353,12 @@ def test_more_latents_than_fit_are_to_be_encoded_first():
     experiment = experiment_of(data=DataConfig(in_memory_bytes=100_000))
     with pytest.raises(ValueError, match=r"of 1617 pictures would take 827,904 bytes, more .* flowgen encode"):
         experiment.job()
+
+
+@pytest.mark.parametrize("size", [0, (8, -8)])
+def test_autoencoders_of_no_pixels_are_refused(size):
+    with pytest.raises(ValueError, match=r"autoencoding.image_size is .*; sides must be positive"):
+        AutoencodingConfig(image_size=size)
 
 
 def test_an_autoencoder_of_other_channels_is_refused(autoencoder):

@@ -34,7 +34,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
 
     checkpoint.check_new(options.to)
     flow, variables, experiment = (_tarflow if options.arguments is None else _starflow)(options)
-    checkpoint.write_run(options.to, experiment, variables)
+    checkpoint.write_run(options.to, experiment.sealed(), variables)
     say(f"Wrote {options.to}: {num_parameters(flow):,} parameters; sample with --checkpoint {options.to}")
     return 0
 
@@ -75,7 +75,7 @@ def _starflow(options: argparse.Namespace) -> tuple[Any, Any, Any]:
     from flowgen import convert
     from flowgen.config import Experiment, SamplingConfig
     from flowgen.data import DataConfig
-    from flowgen.tasks.latents import TrainedCodec
+    from flowgen.tasks.frozen import TrainedCodec
 
     for name in ("image_size", "patch_size", "channels", "noise_std"):
         if getattr(options, name) is not None:
@@ -95,7 +95,7 @@ def _starflow(options: argparse.Namespace) -> tuple[Any, Any, Any]:
 
 
 def _text(options: argparse.Namespace, arguments: Any) -> Any:
-    from flowgen.tasks.latents import TextConfig
+    from flowgen.tasks.frozen import TextConfig
 
     return TextConfig(
         _place(options.text_encoder),

@@ -23,7 +23,8 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     from flowgen.data.buckets import BucketedSource
     from flowgen.data.latents import LatentWriter
     from flowgen.models import FlowConfig
-    from flowgen.tasks.latents import codec_of, encoded_shards, is_latent, made_by, null_features, picture_source
+    from flowgen.tasks.frozen import codec_of
+    from flowgen.tasks.latents import encoded_shards, is_latent, made_by, null_features, picture_source
 
     checkpoint.check_new(options.out)
     experiment = load_experiment(options, rest)

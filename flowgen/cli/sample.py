@@ -62,7 +62,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     from flowgen.data import PointsConfig, atomic_file, check_image_path, check_writable, save_image, to_uint8
     from flowgen.data.media import pillow
     from flowgen.tasks import task_of
-    from flowgen.tasks.latents import latent_grid, with_codec
+    from flowgen.tasks.frozen import latent_grid, with_codec
     from flowgen.tasks.matching import plot_points
     from flowgen.tasks.pictures import DRAWABLE_CHANNELS, matplotlib, picture
 
@@ -138,7 +138,7 @@ def _conditions(experiment: Any, flow: Any, options: argparse.Namespace) -> tupl
     """What gives the conditions of samples by their numbers, and what an .npz file says of the samples."""
     import numpy as np
 
-    from flowgen.tasks.latents import prompt_condition
+    from flowgen.tasks.frozen import prompt_condition
 
     num = experiment.sampling.num
     if not getattr(flow.config, "text_dim", 0):

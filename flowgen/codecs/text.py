@@ -12,6 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import numpy as np
 
+from flowgen.codecs.parts import in_parts
 from flowgen.conditioning import TextCondition
 
 TEXTS_AT_ONCE = 64
@@ -51,6 +52,8 @@ class TextEncoder(Protocol):
     def dim(self) -> int: ...
 
     def __call__(self, texts: Sequence[str], *, truncate: bool = False) -> TextCondition: ...
+
+    def __hash__(self) -> int: ...
 
 
 class JsonTokenizer:
@@ -115,7 +118,7 @@ class SentencePieceTokenizer:
 
 @dataclass(frozen=True, eq=False)
 class FrozenTextEncoder:
-    """A tokenizer and a network with its variables; one compiled program, 64 texts at a time.
+    """A tokenizer and a network with its variables; at most 64 texts at a time, in few compiled programs.
 
     Example:
         encoder = FrozenTextEncoder(tokenizer, T5Encoder(config), params, length=128, dim=2048)
@@ -135,13 +138,9 @@ class FrozenTextEncoder:
                 f"the tokenizer gives token {ids.max()}, but the text encoder knows {self.network.config.vocab_size}; "
                 "put the tokenizer of these weights beside them."
             )
-        size = min(TEXTS_AT_ONCE, max(1, len(texts)))
-        features = np.zeros((len(texts), self.length, self.dim), np.float32)
-        for start in range(0, len(texts), size):
-            stop = min(start + size, len(texts))
-            chosen = np.resize(np.arange(start, stop), size)  # One compiled program: the last part is filled up.
-            out = _run(self.network, self.variables, ids[chosen], mask[chosen])
-            features[start:stop] = np.asarray(out)[: stop - start]
+        if not len(texts):
+            return TextCondition(np.zeros((0, self.length, self.dim), np.float32), mask)  # ty: ignore
+        (features,) = in_parts(lambda *part: (_run(self.network, self.variables, *part),), TEXTS_AT_ONCE, ids, mask)
         return TextCondition(features, mask)  # ty: ignore[invalid-argument-type]
 
 

