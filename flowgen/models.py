@@ -4,19 +4,29 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 from flax import linen as nn
 from jaxtyping import Array, Key
 
 from flowgen.codecs import Autoencoder, AutoencoderConfig
 from flowgen.codecs import init as init_autoencoder
-from flowgen.flows import STARFlow, STARFlowConfig, STARFlowV, STARFlowVConfig, TARFlow, TARFlowConfig
+from flowgen.flows import (
+    ClipDenoiser,
+    STARFlow,
+    STARFlowConfig,
+    STARFlowV,
+    STARFlowVConfig,
+    TARFlow,
+    TARFlowConfig,
+    init_denoiser,
+)
 from flowgen.flows import init as init_flow
 from flowgen.matching import DiT, DiTConfig, MLPConfig, UNet, UNetConfig, VelocityMLP
 from flowgen.matching import init as init_velocity
 
 FlowConfig = TARFlowConfig | STARFlowConfig
 VelocityConfig = MLPConfig | DiTConfig | UNetConfig
-ModelConfig = TARFlowConfig | STARFlowConfig | MLPConfig | DiTConfig | UNetConfig | AutoencoderConfig
+ModelConfig = TARFlowConfig | STARFlowConfig | STARFlowVConfig | MLPConfig | DiTConfig | UNetConfig | AutoencoderConfig
 
 MODELS: dict[type, type[nn.Module]] = {
     TARFlowConfig: TARFlow,
@@ -39,11 +49,17 @@ def build(config: ModelConfig) -> Any:
 
 
 def init(model: Any, key: Key[Array, ""]) -> Any:
-    """Returns freshly initialised variables of a model; shapes come from its config.
+    """Returns freshly initialised variables of a model, its denoiser's among them; shapes come from its config.
 
     Example:
         params = init(flow, jax.random.key(0))
     """
     if isinstance(model.config, AutoencoderConfig):
         return init_autoencoder(model, key)
-    return init_flow(model, key) if isinstance(model.config, FlowConfig) else init_velocity(model, key)
+    if not isinstance(model.config, FlowConfig):
+        return init_velocity(model, key)
+    variables = init_flow(model, key)
+    if getattr(model.config, "denoiser_layers", 0):
+        denoiser = init_denoiser(ClipDenoiser(model.config), jax.random.fold_in(key, model.config.num_blocks))
+        variables["params"]["denoiser"] = denoiser["params"]
+    return variables

@@ -9,30 +9,41 @@ import numpy as np
 import optax
 import pytest
 
+from flowgen import models
 from flowgen.attention import FrameWindow, softmax_attention
 from flowgen.decoding import Denoiser, sample
 from flowgen.flows import (
     STARFLOW_V_480P,
     ClipDenoiser,
-    ClipDenoiserConfig,
     ClipDenoising,
+    STARFlowV,
     STARFlowVConfig,
+    denoiser_variables,
     density,
+    init_denoiser,
     score_matching_loss,
     score_target,
 )
 
 CLIP = STARFlowVConfig(
-    image_size=(2, 3), frames=6, channels=2, width=40, head_dim=20, layers=(1, 1), text_dim=5, text_length=3
+    image_size=(2, 3),
+    frames=6,
+    channels=2,
+    width=40,
+    head_dim=20,
+    layers=(1, 1),
+    text_dim=5,
+    text_length=3,
+    denoiser_layers=1,
+    denoiser_back=2,
 )
-SMALL = ClipDenoiserConfig(CLIP, num_layers=1, back=2, ahead=1)
 
 
 def perturbed(config, seed=0):
     """The denoiser with noise on every parameter, a clip and a text."""
     denoiser = ClipDenoiser(config)
-    clip, text = laws.images(config.clip, jax.random.key(1), batch=2), laws.labels(config.clip, batch=2)
-    variables = jax.jit(denoiser.init)(jax.random.key(seed), clip, text)
+    clip, text = laws.images(config, jax.random.key(1), batch=2), laws.labels(config, batch=2)
+    variables = init_denoiser(denoiser, jax.random.key(seed))
     random = np.random.default_rng(0)
     noisy = jax.tree.map(lambda leaf: leaf + 0.1 * random.standard_normal(leaf.shape).astype(np.float32), variables)
     return denoiser, noisy, clip, text
@@ -52,17 +63,14 @@ def test_windows_are_attention_under_the_mask_of_their_definition(shape):
 
 
 def test_the_released_denoiser_has_its_parameters():
-    denoiser = ClipDenoiser(ClipDenoiserConfig(STARFLOW_V_480P.of_frames(1)))
-    clip = jax.ShapeDtypeStruct((1, 1, 30, 53, 48), jnp.float32)
-    text = laws.TextCondition(
-        jax.ShapeDtypeStruct((1, 256, 2048), jnp.float32), jax.ShapeDtypeStruct((1, 256), jnp.bool_)
-    )
-    variables = jax.eval_shape(denoiser.init, jax.random.key(0), clip, text)
-    assert sum(leaf.size for leaf in jax.tree.leaves(variables)) == 912_884_784
+    model = STARFlowV(STARFLOW_V_480P)
+    variables = jax.eval_shape(lambda: models.init(model, jax.random.key(0)))
+    assert sum(leaf.size for leaf in jax.tree.leaves(denoiser_variables(variables))) == 912_884_784
+    assert sum(leaf.size for leaf in jax.tree.leaves(variables)) == 6_890_096_528
 
 
 def test_a_layer_sees_its_window_of_frames_alone():
-    denoiser, variables, clip, text = perturbed(SMALL)
+    denoiser, variables, clip, text = perturbed(CLIP)
     per_frame = lambda clip: denoiser.apply(variables, clip, text)[0].reshape(6, -1)  # noqa: E731
     jacobian = jax.jit(jax.jacfwd(per_frame))(clip)[:, :, 0].reshape(6, 12, 6, 12)
     seen = np.abs(jacobian).max(axis=(1, 3)) > 0
@@ -71,7 +79,7 @@ def test_a_layer_sees_its_window_of_frames_alone():
 
 
 def test_frames_and_texts_matter():
-    denoiser, variables, clip, text = perturbed(SMALL)
+    denoiser, variables, clip, text = perturbed(CLIP)
     out = denoiser.apply(variables, clip, text)
     other = denoiser.apply(variables, clip, laws.TextCondition(2 * text.embeddings, text.mask))
     assert float(jnp.abs(out - other).max()) > 1e-3
@@ -84,7 +92,7 @@ def test_frames_and_texts_matter():
 @pytest.mark.slow
 def test_it_learns_the_score_of_the_flow():
     flow, params = laws.perturbed(CLIP, jax.random.key(0))
-    denoiser = ClipDenoiser(ClipDenoiserConfig(CLIP, num_layers=1))
+    denoiser = ClipDenoiser(dataclasses.replace(CLIP, denoiser_back=9))
     text = laws.labels(CLIP, batch=8)
     optimizer = optax.adam(5e-3)
 
@@ -104,7 +112,7 @@ def test_it_learns_the_score_of_the_flow():
         (variables, _), losses = jax.lax.scan(step, (variables, optimizer.init(variables)), jax.random.split(key, 150))
         return variables, losses
 
-    variables = jax.jit(denoiser.init)(jax.random.key(1), draw(jax.random.key(2)), text)
+    variables = init_denoiser(denoiser, jax.random.key(1))
     variables, (losses, squares) = train(variables, jax.random.key(3))
     # Most of the target is explained after 150 steps.
     assert losses[-20:].mean() < 0.3 * squares[-20:].mean()
@@ -117,15 +125,15 @@ def test_it_learns_the_score_of_the_flow():
 
 
 def test_long_clips_are_denoised_in_chunks_of_noisy_frames():
-    denoiser, variables, _, text = perturbed(SMALL)
+    denoiser, variables, _, text = perturbed(CLIP)
     clip = laws.images(CLIP.of_frames(11), jax.random.key(3), batch=2)
     whole = ClipDenoising(denoiser, noise_std=0.5)(variables, clip, text)
-    alone = ClipDenoiser(dataclasses.replace(SMALL, clip=CLIP.of_frames(11)))
+    alone = ClipDenoiser(CLIP.of_frames(11))
     np.testing.assert_allclose(whole, clip - 0.5 * alone.apply(variables, clip, text), atol=1e-6)
     chunked = ClipDenoising(denoiser, noise_std=0.5, chunk=6)(variables, clip, text)
     assert chunked.shape == clip.shape
     # One layer sees two frames back and one ahead, all of which chunks have; frames have other numbers in each.
-    network = lambda x: ClipDenoiser(dataclasses.replace(SMALL, clip=CLIP.of_frames(6))).apply(variables, x, text)  # noqa: E731
+    network = lambda x: ClipDenoiser(CLIP).apply(variables, x, text)  # noqa: E731
     first, second, third = (clip[:, i : i + 6] - 0.5 * network(clip[:, i : i + 6]) for i in (0, 3, 5))
     expected = jnp.concatenate([first[:, :5], second[:, 2:5], third[:, 3:]], axis=1)
     np.testing.assert_allclose(chunked, expected, atol=1e-6)
@@ -133,7 +141,7 @@ def test_long_clips_are_denoised_in_chunks_of_noisy_frames():
 
 def test_a_learned_step_takes_the_place_of_the_score_in_sampling():
     flow, params = laws.perturbed(CLIP, jax.random.key(0))
-    denoiser, variables, _, text = perturbed(SMALL)
+    denoiser, variables, _, text = perturbed(CLIP)
     noisy = sample(flow, params, jax.random.key(0), 2, text, denoise=False)
     step = ClipDenoising(denoiser, noise_std=CLIP.noise_std)
     clean = sample(flow, params, jax.random.key(0), 2, text, denoise=Denoiser(step, variables))
@@ -141,22 +149,23 @@ def test_a_learned_step_takes_the_place_of_the_score_in_sampling():
 
 
 REFUSED = {
-    "no layers": (lambda: ClipDenoiserConfig(CLIP, num_layers=0), "denoiser.num_layers is 0"),
-    "negative window": (lambda: ClipDenoiserConfig(CLIP, back=-1), "denoiser.back is -1"),
+    "no layers": (
+        lambda: init_denoiser(ClipDenoiser(dataclasses.replace(CLIP, denoiser_layers=0)), jax.random.key(0)),
+        "model.denoiser_layers is 0, so there is no denoiser",
+    ),
+    "negative window": (lambda: dataclasses.replace(CLIP, denoiser_back=-1), "model.denoiser_back is -1"),
     "added classes": (
-        lambda: ClipDenoiserConfig(
-            dataclasses.replace(CLIP, text_dim=0, text_length=0, num_classes=3, class_conditioning="add")
-        ),
+        lambda: dataclasses.replace(CLIP, text_dim=0, text_length=0, num_classes=3, class_conditioning="add"),
         "use 'prefix'",
     ),
-    "short chunk": (lambda: ClipDenoising(ClipDenoiser(SMALL), 0.5, chunk=3), "it must be above back + ahead = 3"),
+    "short chunk": (lambda: ClipDenoising(ClipDenoiser(CLIP), 0.5, chunk=3), "it must be above back + ahead = 3"),
     "half a frame": (
         lambda: FrameWindow(1, 4, 1, 1).attend(*jnp.zeros((3, 1, 7, 1, 2))),
         "behind a prefix of 1 there must be frames of 4",
     ),
     "no tokens": (lambda: FrameWindow(1, 0, 1, 1), "tokens is 0; it must be at least 1"),
     "image": (
-        lambda: ClipDenoiser(SMALL).init(jax.random.key(0), jnp.zeros((1, 2, 3, 2)), laws.labels(CLIP, batch=1)),
+        lambda: ClipDenoiser(CLIP).init(jax.random.key(0), jnp.zeros((1, 2, 3, 2)), laws.labels(CLIP, batch=1)),
         "this model takes (batch, 6, 2, 3, 2)",
     ),
 }

@@ -1,7 +1,14 @@
 """Autoregressive transformer flows and their densities."""
 
 from flowgen.flows.block import AutoregressiveBlock, BlockConfig, block_parameters, decoding_block
-from flowgen.flows.denoiser import ClipDenoiser, ClipDenoiserConfig, ClipDenoising, score_matching_loss, score_target
+from flowgen.flows.denoiser import (
+    ClipDenoiser,
+    ClipDenoising,
+    denoiser_variables,
+    init_denoiser,
+    score_matching_loss,
+    score_target,
+)
 from flowgen.flows.flow import AutoregressiveFlow, init
 from flowgen.flows.starflow import STARFLOW_PRESETS, STARFlow, STARFlowConfig
 from flowgen.flows.starflow_v import STARFLOW_V_480P, STARFlowV, STARFlowVConfig
@@ -14,7 +21,6 @@ __all__ = [
     "AutoregressiveFlow",
     "BlockConfig",
     "ClipDenoiser",
-    "ClipDenoiserConfig",
     "ClipDenoising",
     "STARFlow",
     "STARFlowConfig",
@@ -24,7 +30,9 @@ __all__ = [
     "TARFlowConfig",
     "block_parameters",
     "decoding_block",
+    "denoiser_variables",
     "init",
+    "init_denoiser",
     "score_matching_loss",
     "score_target",
 ]

@@ -15,60 +15,45 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 from flowgen.attention import FrameWindow
-from flowgen.conditioning import Condition
+from flowgen.conditioning import Condition, TextCondition
 from flowgen.flows.density import Flow, score
 from flowgen.flows.starflow_v import STARFlowVConfig
 from flowgen.nn.layers import RMSNorm, linear, master_dtype
 from flowgen.nn.transformer import TransformerConfig, transformer_stack
 
 
-@dataclass(frozen=True)
-class ClipDenoiserConfig:
-    """Shape of a denoiser of the clips of a flow, whose width, heads, condition, positions and precision it takes.
+class ClipDenoiser(nn.Module):
+    """s(x̃, cond) of clips `b frames height width c`; the kernel of its head starts at 0.
 
-    num_layers: of its own. back, ahead: frames before and after its own that a token sees in each layer.
+    config: of the flow, whose width, heads, condition, positions and precision it takes, with denoiser_layers of its
+    own. Its parameters are those under "denoiser" beside the flow's blocks: see `denoiser_variables`.
+
+    Example:
+        denoiser = ClipDenoiser(flow.config)
+        variables = denoiser.init(jax.random.key(0), clips, texts)
     """
 
-    clip: STARFlowVConfig
-    num_layers: int = 8
-    back: int = 9
-    ahead: int = 1
-
-    def __post_init__(self):
-        for name, least in (("num_layers", 1), ("back", 0), ("ahead", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"denoiser.{name} is {getattr(self, name)}; it must be at least {least}.")
-        if self.clip.num_classes and self.clip.class_conditioning == "add":
-            raise ValueError("model.class_conditioning is 'add', which a denoiser has no part for; use 'prefix'.")
+    config: STARFlowVConfig
 
     @property
     def transformer(self) -> TransformerConfig:
         """The stack of layers over the prefix and all frames."""
-        clip, deep = self.clip, self.clip.blocks[-1]
+        clip, deep = self.config, self.config.blocks[-1]
         return dataclasses.replace(
             deep.transformer,
             width=clip.width,
             num_heads=clip.width // clip.head_dim,
-            num_layers=self.num_layers,
-            window=FrameWindow(deep.prefix_length, clip.tokens_per_image, self.back, self.ahead),
+            num_layers=clip.denoiser_layers,
+            window=FrameWindow(deep.prefix_length, clip.tokens_per_image, clip.denoiser_back, clip.denoiser_ahead),
         )
 
-
-class ClipDenoiser(nn.Module):
-    """s(x̃, cond) of clips `b frames height width c`; the kernel of its head starts at 0.
-
-    Example:
-        denoiser = ClipDenoiser(ClipDenoiserConfig(flow.config))
-        variables = denoiser.init(jax.random.key(0), clips, texts)
-    """
-
-    config: ClipDenoiserConfig
-
     def setup(self):
-        clip, transformer = self.config.clip, self.config.transformer
+        clip, transformer = self.config, self.transformer
+        if not clip.denoiser_layers:
+            raise ValueError("model.denoiser_layers is 0, so there is no denoiser; give it layers.")
         width, dtype, prefix = transformer.width, transformer.dtype, clip.blocks[-1].prefix
         self.proj_in = linear(width, clip.token_dim, dtype)
         if prefix is not None:
@@ -81,7 +66,7 @@ class ClipDenoiser(nn.Module):
         self, x: Float[Array, "b frames height width c"], cond: Condition | None = None
     ) -> Float[Array, "b frames height width c"]:
         """Returns s, trained to be -σ ∇ log p(x). Raises ValueError where the clip or the condition does not fit."""
-        clip, dtype = self.config.clip, self.config.transformer.dtype
+        clip, dtype = self.config, self.transformer.dtype
         deep, master = clip.blocks[-1], master_dtype(dtype)
         clip.check_samples(x)
         cond = clip.check_cond(cond, len(x))
@@ -93,6 +78,33 @@ class ClipDenoiser(nn.Module):
         h, _ = self.layers(h, None, 0, None, rotation)
         out = self.proj_out(self.final_norm(h[:, deep.prefix_length :]))
         return clip.to_images(out.astype(master))
+
+
+def init_denoiser(denoiser: ClipDenoiser, key: Key[Array, ""]) -> Any:
+    """Returns freshly initialised variables of a denoiser; shapes come from its config.
+
+    Example:
+        variables = init_denoiser(ClipDenoiser(flow.config), jax.random.key(0))
+    """
+    one = ClipDenoiser(denoiser.config.of_frames(1), parent=None)  # Parameters do not depend on the frames.
+    clip = jnp.zeros((1, *one.config.event_shape), master_dtype(one.config.dtype))
+    return jax.jit(lambda key: one.init(key, clip, _some_condition(one.config)))(key)
+
+
+def _some_condition(config: STARFlowVConfig) -> Condition | None:
+    if not config.text_dim:
+        return None
+    features = jnp.zeros((1, config.text_length, config.text_dim))
+    return TextCondition(features, jnp.zeros(features.shape[:2], bool))
+
+
+def denoiser_variables(variables: Any) -> Any:
+    """Returns the variables of the denoiser among those of a flow that has one.
+
+    Example:
+        answer = ClipDenoiser(flow.config).apply(denoiser_variables(params), noisy, cond)
+    """
+    return {"params": variables["params"]["denoiser"]}
 
 
 def score_target(
@@ -141,24 +153,22 @@ class ClipDenoising:
     chunk: int | None = None
 
     def __post_init__(self):
-        config = self.denoiser.config
-        if self.chunk is not None and self.chunk <= config.back + config.ahead:
-            raise ValueError(
-                f"chunk is {self.chunk}; it must be above back + ahead = {config.back + config.ahead} of the denoiser."
-            )
+        reach = self.denoiser.config.denoiser_back + self.denoiser.config.denoiser_ahead
+        if self.chunk is not None and self.chunk <= reach:
+            raise ValueError(f"chunk is {self.chunk}; it must be above back + ahead = {reach} of the denoiser.")
 
     def __call__(
         self, variables: Any, x: Float[Array, "b frames height width c"], cond: Condition | None = None
     ) -> Float[Array, "b frames height width c"]:
         config, frames = self.denoiser.config, x.shape[1]
         size = frames if self.chunk is None else min(self.chunk, frames)
-        network = ClipDenoiser(dataclasses.replace(config, clip=config.clip.of_frames(size)), parent=None)
+        network = ClipDenoiser(config.of_frames(size), parent=None)
         parts, answered, begin = [], 0, 0
         while answered < frames:
             noisy = x[:, begin : begin + size]
             answer: Any = network.apply(variables, noisy, cond)
             clean = noisy - self.noise_std * answer
-            end = frames if begin + size == frames else begin + size - config.ahead
+            end = frames if begin + size == frames else begin + size - config.denoiser_ahead
             parts.append(clean[:, answered - begin : end - begin])
-            answered, begin = end, min(end - config.back, frames - size)
+            answered, begin = end, min(end - config.denoiser_back, frames - size)
         return jnp.concatenate(parts, axis=1)

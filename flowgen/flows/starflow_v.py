@@ -17,13 +17,21 @@ class STARFlowVConfig(STARFlowConfig):
     frames: of a clip, in latents. The shallow blocks map every frame on its own; the deep block is causal over the
     tokens of all frames, in raster order, and alone sees the condition. Positions have the frame as their third axis,
     as a number, and text in front of the clip on the same.
+    denoiser_layers: of the causal denoiser that learns the flow's score, 0 for none. denoiser_back, denoiser_ahead:
+    frames before and after its own that a token sees in each of them.
     """
 
     frames: int = 21
+    denoiser_layers: int = 0
+    denoiser_back: int = 9
+    denoiser_ahead: int = 1
 
     def __post_init__(self):
-        if self.frames < 1:
-            raise ValueError(f"model.frames is {self.frames}; it must be at least 1.")
+        for name, least in (("frames", 1), ("denoiser_layers", 0), ("denoiser_back", 0), ("denoiser_ahead", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"model.{name} is {getattr(self, name)}; it must be at least {least}.")
+        if self.denoiser_layers and self.num_classes and self.class_conditioning == "add":
+            raise ValueError("model.class_conditioning is 'add', which a denoiser has no part for; use 'prefix'.")
         super().__post_init__()
         if self.condition != "deep":
             raise ValueError(f"model.condition is {self.condition!r}; single frames see no condition: set 'deep'.")
@@ -80,4 +88,5 @@ STARFLOW_V_480P = STARFlowVConfig(
     reference_side=32.0,
     noise_std=0.5,
     frames=21,
+    denoiser_layers=8,
 )
