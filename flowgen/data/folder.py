@@ -48,7 +48,7 @@ def read_folder(
     if channels not in (1, 3):
         raise ValueError(f"model.channels is {channels}; data.source 'folder' gives 1 (grey) or 3 (colour).")
     pillow()
-    files, labels, class_names = find_pictures(config.path)
+    files, labels, class_names = find_files(config.path)
     chosen = hold_out(len(files), config.eval_fraction, split)
     captions = read_captions(files)
     if captions and config.on_corrupt == "skip":
@@ -109,32 +109,32 @@ def read_captions(files: list[Path]) -> tuple[str, ...]:
         raise ValueError(f"a caption in data.path is not UTF-8 text ({error}); correct that file.") from error
 
 
-def find_pictures(
-    path: str | os.PathLike[str],
+def find_files(
+    path: str | os.PathLike[str], suffixes: tuple[str, ...] = IMAGE_SUFFIXES, what: str = "pictures"
 ) -> tuple[list[Path], Int32[np.ndarray, " n"], tuple[str, ...]]:
-    """Returns the picture files under a folder in sorted order, their labels and the class names.
+    """Returns the files under a folder in sorted order, their labels and the class names. what: they are, in errors.
 
     Hidden files and folders are passed over; links to folders are followed.
 
     Example:
-        files, labels, class_names = find_pictures("photos")
+        files, labels, class_names = find_files("photos")
     """
     root = Path(path)
     if not root.exists():
-        raise FileNotFoundError(f"data.path '{root}' does not exist; give the folder that holds the pictures.")
+        raise FileNotFoundError(f"data.path '{root}' does not exist; give the folder that holds the {what}.")
     if not root.is_dir():
-        raise NotADirectoryError(f"data.path '{root}' is a file; give the folder that holds the pictures.")
-    flat = sorted(entry for entry in root.iterdir() if entry.is_file() and _is_picture(entry.name))
+        raise NotADirectoryError(f"data.path '{root}' is a file; give the folder that holds the {what}.")
+    flat = sorted(entry for entry in root.iterdir() if entry.is_file() and _is_one(entry.name, suffixes))
     folders = sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    classes = {folder.name: inside for folder in folders if (inside := _pictures_below(folder))}
+    classes = {folder.name: inside for folder in folders if (inside := _files_below(folder, suffixes))}
     if flat and classes:
         raise ValueError(
-            f"data.path '{root}' holds pictures both directly (such as '{flat[0].name}') and in sub-folders "
+            f"data.path '{root}' holds {what} both directly (such as '{flat[0].name}') and in sub-folders "
             f"(such as '{next(iter(classes))}'); use one sub-folder per class, or one flat folder."
         )
     if not flat and not classes:
         raise ValueError(
-            f"data.path '{root}' holds no pictures; put {', '.join(IMAGE_SUFFIXES)} files in it, "
+            f"data.path '{root}' holds no {what}; put {', '.join(suffixes)} files in it, "
             f"or in one sub-folder per class."
         )
     if flat:
@@ -246,16 +246,16 @@ def _aspects(files: list[Path], on_corrupt: str) -> list[str | None]:
         return list(pool.map(aspect, files))
 
 
-def _pictures_below(folder: Path) -> list[Path]:
+def _files_below(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
     found = []
     for place, folders, names in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(place, name) for name in names if _is_picture(name)]
+        found += [Path(place, name) for name in names if _is_one(name, suffixes)]
     return sorted(found)
 
 
-def _is_picture(name: str) -> bool:
-    return not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES
+def _is_one(name: str, suffixes: tuple[str, ...]) -> bool:
+    return not name.startswith(".") and Path(name).suffix.lower() in suffixes
 
 
 def _warn_left_out(error: UnreadablePicture) -> None:

@@ -64,7 +64,8 @@ class Loader:
         batch = dict(self.source[self._samples(start, share)])
         if self.flip:
             flipped = _coins(self.seed, start, share)
-            batch["image"] = np.where(flipped[:, None, None, None], batch["image"][:, :, ::-1], batch["image"])
+            images = batch["image"]
+            batch["image"] = np.where(flipped.reshape(-1, *[1] * (images.ndim - 1)), images[..., ::-1, :], images)
         return batch
 
     def _samples(self, start: int, count: int) -> Int[np.ndarray, " b"]:

@@ -1,15 +1,9 @@
 """Autoregressive transformer flows and their densities."""
 
 from flowgen.flows.block import AutoregressiveBlock, BlockConfig, block_parameters, decoding_block
-from flowgen.flows.denoiser import (
-    ClipDenoiser,
-    ClipDenoising,
-    denoiser_variables,
-    init_denoiser,
-    score_matching_loss,
-    score_target,
-)
+from flowgen.flows.denoiser import ClipDenoiser, ClipDenoising, denoiser_variables, init_denoiser
 from flowgen.flows.flow import AutoregressiveFlow, init
+from flowgen.flows.score_matching import flow_score_objective, score_matching_loss, score_target
 from flowgen.flows.starflow import STARFLOW_PRESETS, STARFlow, STARFlowConfig
 from flowgen.flows.starflow_v import STARFLOW_V_480P, STARFlowV, STARFlowVConfig
 from flowgen.flows.tarflow import TARFlow, TARFlowConfig
@@ -31,6 +25,7 @@ __all__ = [
     "block_parameters",
     "decoding_block",
     "denoiser_variables",
+    "flow_score_objective",
     "init",
     "init_denoiser",
     "score_matching_loss",

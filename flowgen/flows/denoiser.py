@@ -19,7 +19,6 @@ from jaxtyping import Array, Float, Key
 
 from flowgen.attention import FrameWindow
 from flowgen.conditioning import Condition, TextCondition
-from flowgen.flows.density import Flow, score
 from flowgen.flows.starflow_v import STARFlowVConfig
 from flowgen.nn.layers import RMSNorm, linear, master_dtype
 from flowgen.nn.transformer import TransformerConfig, transformer_stack
@@ -105,33 +104,6 @@ def denoiser_variables(variables: Any) -> Any:
         answer = ClipDenoiser(flow.config).apply(denoiser_variables(params), noisy, cond)
     """
     return {"params": variables["params"]["denoiser"]}
-
-
-def score_target(
-    flow: Flow, variables: Any, x: Float[Array, "b *event"], cond: Condition | None = None
-) -> Float[Array, "b *event"]:
-    """Returns t = -σ ∇ log p(x | cond), what a denoiser of noisy samples x is to answer; σ from the flow's config.
-
-    Example:
-        t = score_target(flow, params, noisy, cond)
-    """
-    return -flow.config.noise_std * jax.lax.stop_gradient(score(flow, variables, x, cond))
-
-
-def score_matching_loss(
-    denoiser: nn.Module,
-    variables: Any,
-    x: Float[Array, "b *event"],
-    target: Float[Array, "b *event"],
-    cond: Condition | None = None,
-) -> Float[Array, ""]:
-    """Returns mean |s(x, cond) - t|², the loss of flow-score matching.
-
-    Example:
-        loss = score_matching_loss(denoiser, variables, noisy, score_target(flow, params, noisy, cond), cond)
-    """
-    answer: Any = denoiser.apply(variables, x, cond)
-    return jnp.square(answer - target).mean()
 
 
 @dataclass(frozen=True)

@@ -116,6 +116,34 @@ def nll_objective(
     Example:
         loss, metrics, *state = nll_objective(flow, label_dropout=0.1)(params, batch, key)
     """
+    condition = batch_condition(flow, label_dropout, null_text)
+
+    def objective(variables, batch, key):
+        noise_key, label_key = jax.random.split(key)
+        x = batch_input(noise_key, batch, flow.config.noise_std)
+        cond = condition(label_key, batch, x.shape[-3:-1])
+        loss, metrics, z = nll(flow, variables, x, cond, norm_penalty=norm_penalty, loss_scale=loss_scale)
+        metrics |= {"loss": loss, **density_metric(flow, metrics.pop("nats_per_dim"), batch)}
+        if flow.config.transform != "volume_preserving":
+            return loss, metrics
+        variance = variables["prior"]["variance"]
+        batch_variance = jax.lax.stop_gradient(jnp.square(z).mean(axis=0))
+        tracked = variance + PRIOR_VARIANCE_RATE * (batch_variance - variance)
+        return loss, metrics, {"prior": {"variance": tracked}}
+
+    return objective
+
+
+def batch_condition(
+    flow: Flow, label_dropout: float, null_text: Callable[[tuple[int, int]], TextCondition] | None
+) -> Callable[..., Condition | None]:
+    """Returns (key, batch, (height, width)) -> the condition of a batch in training, some of it dropped.
+
+    Raises ValueError where texts are to be dropped and there is no null_text.
+
+    Example:
+        cond = batch_condition(flow, 0.1, None)(key, batch, (4, 4))
+    """
     if label_dropout and flow.config.text_dim and null_text is None:
         raise ValueError(f"label_dropout is {label_dropout}, but no null_text is given for dropped texts; encode ''.")
 
@@ -128,37 +156,59 @@ def nll_objective(
         text = TextCondition(jnp.asarray(features, jnp.float32), mask)
         return text if null_text is None else drop_texts(key, text, null_text(grid), label_dropout)
 
-    def objective(variables, batch, key):
-        noise_key, label_key = jax.random.split(key)
-        x = batch_input(noise_key, batch, flow.config.noise_std)
-        sized = flow.at(*x.shape[-3:-1])
-        config = sized.config
-        cond = condition(label_key, batch, config.grid_size)
-        states, logdet = sized.apply(variables, x, cond, method="trajectory")
-        z = states[-1]
-        mean_square_z = jnp.square(z).mean()
-        logdet_per_dim = logdet.mean() / config.num_dims
-        loss = loss_scale * (0.5 * mean_square_z - logdet_per_dim)
-        metrics = {"mean_square_z": mean_square_z, "logdet_per_dim": logdet_per_dim}
-        for index, state in enumerate(states):
-            metrics[f"mean_square/{index}"] = jnp.square(state).mean()
-        if norm_penalty:
-            entering = jnp.square(x).mean() + sum(metrics[f"mean_square/{index}"] for index in range(len(states) - 1))
-            loss = loss + norm_penalty * entering
-        log_prob = (gaussian_log_prob(z, sized.apply(variables, method="prior_variance")) + logdet).mean()
-        if "image" in batch:
-            metrics["bits_per_dim"] = bits_per_dim(log_prob, config.num_dims)
-        else:
-            metrics["nats_per_dim"] = -log_prob / config.num_dims
-        metrics["loss"] = loss
-        if config.transform != "volume_preserving":
-            return loss, metrics
-        variance = variables["prior"]["variance"]
-        batch_variance = jax.lax.stop_gradient(jnp.square(z).mean(axis=0))
-        tracked = variance + PRIOR_VARIANCE_RATE * (batch_variance - variance)
-        return loss, metrics, {"prior": {"variance": tracked}}
+    return condition
 
-    return objective
+
+def nll(
+    flow: Flow,
+    variables: Any,
+    x: Float[Array, "b *event"],
+    cond: Condition | None,
+    *,
+    norm_penalty: float = 0.0,
+    loss_scale: float = 1.0,
+) -> tuple[Float[Array, ""], dict[str, Array], Float[Array, "b n token"]]:
+    """Returns the loss of `nll_objective` on noisy x of any size that the flow takes, its metrics, and z.
+
+    Example:
+        loss, metrics, z = nll(flow, params, x, labels)
+    """
+    sized = on_samples_like(flow, x)
+    num_dims = sized.config.num_dims
+    states, logdet = sized.apply(variables, x, cond, method="trajectory")
+    z = states[-1]
+    mean_square_z = jnp.square(z).mean()
+    logdet_per_dim = logdet.mean() / num_dims
+    loss = loss_scale * (0.5 * mean_square_z - logdet_per_dim)
+    metrics = {"mean_square_z": mean_square_z, "logdet_per_dim": logdet_per_dim}
+    for index, state in enumerate(states):
+        metrics[f"mean_square/{index}"] = jnp.square(state).mean()
+    if norm_penalty:
+        entering = jnp.square(x).mean() + sum(metrics[f"mean_square/{index}"] for index in range(len(states) - 1))
+        loss = loss + norm_penalty * entering
+    log_prob = (gaussian_log_prob(z, sized.apply(variables, method="prior_variance")) + logdet).mean()
+    return loss, metrics | {"nats_per_dim": -log_prob / num_dims}, z
+
+
+def density_metric(flow: Flow, nats_per_dim: Float[Array, ""], batch: Any) -> dict[str, Array]:
+    """Returns the metric of the density by its name: bits/dim of pictures, nats/dim of latents.
+
+    Example:
+        metrics |= density_metric(flow, nats_per_dim, batch)
+    """
+    if "image" in batch:
+        return {"bits_per_dim": bits_per_dim(-nats_per_dim, 1)}
+    return {"nats_per_dim": nats_per_dim}
+
+
+def on_samples_like(flow: Any, x: Float[Array, "b *event"]) -> Any:
+    """Returns the flow of the same parameters on samples of the size of x, and with its frames where x is clips.
+
+    Example:
+        sized = on_samples_like(flow, x)
+    """
+    sized = flow.at(*x.shape[-3:-1])
+    return sized.of_frames(x.shape[1]) if x.ndim == 5 else sized
 
 
 def score(

@@ -6,8 +6,8 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +36,8 @@ class Job:
 
     init(key) -> variables. objective: see `make_step`. batches(start, stop) -> this process's batches of steps
     start..stop-1. evaluate(variables) -> metrics, of which the checkpoint with the lowest `best_metric` is kept.
-    sample(variables) -> uint8 picture `height width 3`.
+    sample(variables) -> uint8 picture `height width 3`. optims: of parts of the parameters that have an optimizer of
+    their own, by their names at the top.
     """
 
     init: Callable[[jax.Array], Any]
@@ -45,6 +46,7 @@ class Job:
     evaluate: Callable[[Any], dict[str, float]] | None = None
     sample: Callable[[Any], np.ndarray] | None = None
     best_metric: str = "bits_per_dim"
+    optims: Mapping[str, OptimConfig] = field(default_factory=dict)
 
 
 class Result(NamedTuple):
@@ -88,7 +90,7 @@ def train(
     parallel = DataParallel()
     parallel.check_batch(train)
     check_packages(log)
-    step = make_step(job.objective, optim, steps=train.steps, accumulation=train.accumulation)
+    step = make_step(job.objective, optim, steps=train.steps, accumulation=train.accumulation, others=job.optims)
     workdir = Path(workdir)
     reader = CheckpointReader(workdir / CHECKPOINTS)
     latest = reader.latest_step()
@@ -98,7 +100,7 @@ def train(
     init_key, step_key = jax.random.split(jax.random.key(train.seed))
 
     def initial() -> TrainState:
-        return init_state(job.init(init_key), optim, train.steps)
+        return init_state(job.init(init_key), optim, train.steps, job.optims)
 
     state = initial() if latest is None else reader.restore(latest, jax.eval_shape(initial))
     open_workdir(workdir, config)

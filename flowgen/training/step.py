@@ -5,7 +5,7 @@ g = mean over devices and micro-batches of ∇ loss;   θ <- θ - AdamW(clip(g))
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +21,7 @@ Metrics = dict[str, Array]
 Objective = Callable[[Any, Any, Key[Array, ""]], tuple]
 Step = Callable[[Any, Any, Key[Array, ""]], tuple[Any, Metrics]]
 AXIS = "data"
+MAIN = "main"  # The optimizer of all parameters that have none of their own.
 
 
 class TrainState(struct.PyTreeNode):
@@ -101,12 +102,27 @@ def skip_spikes(
     return optax.GradientTransformation(init, update)
 
 
-def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
+def make_optimizer(
+    config: OptimConfig, steps: int, others: Mapping[str, OptimConfig] | None = None
+) -> optax.GradientTransformation:
     """Returns clipping by global norm, where on, and then AdamW; around both, where on, the skipping of spikes.
+
+    others: optimizers of their own for parts of the parameters, by their names at the top; no norm is of both.
 
     Example:
         tx = make_optimizer(OptimConfig(lr=3e-4), steps=1_000)
     """
+    if not others:
+        return _one_optimizer(config, steps)
+    parts = {name: _one_optimizer(part, steps) for name, part in others.items()}
+
+    def names(params):
+        return {name: jax.tree.map(lambda _, at=name: at if at in parts else MAIN, x) for name, x in params.items()}
+
+    return optax.partition({MAIN: _one_optimizer(config, steps), **parts}, names)
+
+
+def _one_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
     adamw = optax.adamw(
         make_schedule(config, steps),
         b1=config.b1,
@@ -118,8 +134,10 @@ def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformat
     return skip_spikes(tx, max_norm=config.skip_norm, after=config.skip_after) if config.skip_norm else tx
 
 
-def init_state(variables: Any, config: OptimConfig, steps: int) -> TrainState:
-    """Returns the state of step 0; the average starts at the initial parameters.
+def init_state(
+    variables: Any, config: OptimConfig, steps: int, others: Mapping[str, OptimConfig] | None = None
+) -> TrainState:
+    """Returns the state of step 0; the average starts at the initial parameters. others: as for `make_optimizer`.
 
     Example:
         state = init_state(flowgen.init(flow, key), OptimConfig(), steps=1_000)
@@ -129,13 +147,19 @@ def init_state(variables: Any, config: OptimConfig, steps: int) -> TrainState:
         step=jnp.zeros((), jnp.int32),
         params=params,
         collections={name: value for name, value in variables.items() if name != "params"},
-        opt_state=make_optimizer(config, steps).init(params),
+        opt_state=make_optimizer(config, steps, others).init(params),
         ema=jax.tree.map(jnp.asarray, params) if config.ema_decay else None,
     )
 
 
 def make_step(
-    objective: Objective, config: OptimConfig, *, steps: int, accumulation: int = 1, axis_name: str = AXIS
+    objective: Objective,
+    config: OptimConfig,
+    *,
+    steps: int,
+    accumulation: int = 1,
+    axis_name: str = AXIS,
+    others: Mapping[str, OptimConfig] | None = None,
 ) -> Step:
     """Returns the update (state, batch, key) -> (state, metrics) of one device, to be mapped over `axis_name`.
 
@@ -143,13 +167,14 @@ def make_step(
     batch: this device's share. key: the same for all steps and devices; step and device are folded in here.
     metrics: the objective's, `loss`, `grad_norm` (before clipping) and `lr`, means over devices, micro-batches; where
     spikes are skipped also `skipped`, 0 or 1, and `skipped_in_a_row`.
+    others: as for `make_optimizer`; lr and skipping are reported of the main one.
     Carried state: each micro-batch computes it from the state before the update, and their mean is the new one;
     integers in it must not depend on the batch.
 
     Example:
         update = jax.pmap(make_step(objective, OptimConfig(), steps=1_000), axis_name="data", donate_argnums=0)
     """
-    schedule, tx = make_schedule(config, steps), make_optimizer(config, steps)
+    schedule, tx = make_schedule(config, steps), make_optimizer(config, steps, others)
 
     def loss_and_rest(params, collections, batch, key):
         loss, metrics, *carried = objective({"params": params, **collections}, batch, key)
@@ -178,12 +203,13 @@ def make_step(
         grads, metrics, collections = jax.tree.map(
             lambda x: lax.pmean(x, axis_name) if _is_float(x) else x, (grads, metrics, collections)
         )
-        done = state.opt_state.asked - state.opt_state.skipped if config.skip_norm else state.step
+        done = _updates_done(state.opt_state, state.step)
         metrics = {**metrics, "grad_norm": optax.tree.norm(grads), "lr": schedule(done)}
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        if isinstance(opt_state, SkipState):
-            skipped = opt_state.in_a_row > 0
-            metrics |= {"skipped": skipped, "skipped_in_a_row": opt_state.in_a_row}
+        main = _main_state(opt_state)
+        if isinstance(main, SkipState):
+            skipped = main.in_a_row > 0
+            metrics |= {"skipped": skipped, "skipped_in_a_row": main.in_a_row}
             collections = jax.tree.map(lambda new, old: jnp.where(skipped, old, new), collections, state.collections)
         params = optax.apply_updates(state.params, updates)
         return TrainState(
@@ -195,6 +221,16 @@ def make_step(
         ), jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), metrics)
 
     return update
+
+
+def _main_state(opt_state: Any) -> Any:
+    """The state of the optimizer of all parameters that have none of their own."""
+    return opt_state.inner_states[MAIN].inner_state if isinstance(opt_state, optax.PartitionState) else opt_state
+
+
+def _updates_done(opt_state: Any, step: Int[Array, ""]) -> Int[Array, ""]:
+    main = _main_state(opt_state)
+    return main.asked - main.skipped if isinstance(main, SkipState) else step
 
 
 def ema_decay(config: OptimConfig, step: Int[Array, ""] | int) -> Float[Array, ""] | float:

@@ -1,0 +1,118 @@
+"""Flow-score matching: a denoiser learns the score of the flow that is trained beside it (arXiv 2511.20462).
+
+x̃ = x + σ ε,   t = -σ ∇_x̃ log p(x̃ | cond),   loss = NLL(x̃) + mean |s(x̃, cond) - t|²
+
+The gradient with respect to x̃ comes out of the same backward pass as that with respect to the flow's parameters, which
+the second term does not touch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from flowgen.conditioning import Condition, TextCondition
+from flowgen.flows.denoiser import ClipDenoiser, denoiser_variables
+from flowgen.flows.density import (
+    Flow,
+    batch_condition,
+    batch_input,
+    density_metric,
+    nll,
+    on_samples_like,
+    score,
+)
+
+
+def score_target(
+    flow: Flow, variables: Any, x: Float[Array, "b *event"], cond: Condition | None = None
+) -> Float[Array, "b *event"]:
+    """Returns t = -σ ∇ log p(x | cond), what a denoiser of noisy samples x is to answer; σ from the flow's config.
+
+    Example:
+        t = score_target(flow, params, noisy, cond)
+    """
+    return -flow.config.noise_std * jax.lax.stop_gradient(score(flow, variables, x, cond))
+
+
+def score_matching_loss(
+    denoiser: nn.Module,
+    variables: Any,
+    x: Float[Array, "b *event"],
+    target: Float[Array, "b *event"],
+    cond: Condition | None = None,
+) -> Float[Array, ""]:
+    """Returns mean |s(x, cond) - t|², the loss of flow-score matching.
+
+    Example:
+        loss = score_matching_loss(denoiser, variables, noisy, score_target(flow, params, noisy, cond), cond)
+    """
+    answer: Any = denoiser.apply(variables, x, cond)
+    return jnp.square(answer - target).mean()
+
+
+def flow_score_objective(
+    flow: Any,
+    *,
+    label_dropout: float = 0.0,
+    loss_scale: float = 1.0,
+    null_text: Callable[[tuple[int, int]], TextCondition] | None = None,
+) -> Callable[..., tuple]:
+    """Returns the objective (variables, batch, key) -> (loss, metrics) of a flow of clips and of its denoiser at once.
+
+    Arguments and batches are those of `nll_objective`, of clips of any number of frames, single pictures among them;
+    metrics further have `denoiser_loss`, mean |s - t|², and `score_square`, mean |t|², what an answer of 0 would lose.
+
+    Raises ValueError where the flow has no denoiser, or as `nll_objective`.
+
+    Example:
+        loss, metrics = flow_score_objective(flow, label_dropout=0.1)(params, batch, key)
+    """
+    if not flow.config.denoiser_layers:
+        raise ValueError("model.denoiser_layers is 0, so there is no denoiser to train; use nll_objective.")
+    condition = batch_condition(flow, label_dropout, null_text)
+
+    def objective(variables, batch, key):
+        noise_key, label_key = jax.random.split(key)
+        x = batch_input(noise_key, batch, flow.config.noise_std)
+        cond = condition(label_key, batch, x.shape[-3:-1])
+        sized = on_samples_like(flow, x)
+        blocks = {name: value for name, value in variables["params"].items() if name != "denoiser"}
+        flow_loss, metrics, gradient = _loss_and_input_gradient(sized, blocks, x, cond, loss_scale)
+        # The loss is a mean over batch and dimensions.
+        target = gradient * (flow.config.noise_std * len(x) * sized.config.num_dims / loss_scale)
+        denoiser_loss = score_matching_loss(
+            ClipDenoiser(sized.config, parent=None), denoiser_variables(variables), x, target, cond
+        )
+        metrics |= density_metric(flow, metrics.pop("nats_per_dim"), batch)
+        metrics |= {"denoiser_loss": denoiser_loss, "score_square": jnp.square(target).mean()}
+        return flow_loss + denoiser_loss, {**metrics, "flow_loss": flow_loss}
+
+    return objective
+
+
+def _loss_and_input_gradient(
+    flow: Any, blocks: Any, x: Float[Array, "b *event"], cond: Condition | None, loss_scale: float
+) -> tuple[Float[Array, ""], dict[str, Array], Float[Array, "b *event"]]:
+    """The loss of a flow, differentiable in its parameters, its metrics, and its gradient in x: one backward pass."""
+
+    def loss_of(blocks, x):
+        loss, metrics, _ = nll(flow, {"params": blocks}, x, cond, loss_scale=loss_scale)
+        return loss, metrics
+
+    def forward(blocks, x):
+        (loss, metrics), (of_blocks, of_x) = jax.value_and_grad(loss_of, argnums=(0, 1), has_aux=True)(blocks, x)
+        return (loss, metrics, of_x), of_blocks
+
+    def backward(of_blocks, cotangents):
+        return jax.tree.map(lambda gradient: cotangents[0] * gradient, of_blocks), jnp.zeros_like(x)
+
+    run = jax.custom_vjp(lambda blocks, x: forward(blocks, x)[0])
+    run.defvjp(forward, backward)
+    loss, metrics, gradient = run(blocks, x)
+    return loss, metrics, jax.lax.stop_gradient(gradient)
