@@ -81,8 +81,8 @@ TOY = sw.CASES["text"]
     ("change", "message"),
     [
         ({"layer_per_block": "2"}, "'layer_per_block' is not an argument of the published STARFlow; remove it"),
-        ({"sos": 0}, "sos is 0; only models with sos 1, as published, can be imported"),
-        ({"temporal_causal": 2}, "temporal_causal is 2; only image models can be imported"),
+        ({"sos": 0}, "sos is 0; only models that have it, as published, can be imported"),
+        ({"temporal_causal": 2}, "temporal_causal is 2, but vid_size is missing; give both for clips"),
         ({"txt_size": 0}, "txt_size is 0, but the deep block has a projection of texts"),
         ({"channels": 32}, "The weights do not fit the model"),
         ({"vae": "some/vae"}, "vae is 'some/vae', whose factor is not known"),
@@ -221,7 +221,10 @@ def test_mistakes_in_the_files_are_named(published, tmp_path, capsys):
         ((cut, *good), "is damaged or not safetensors"),
         ((weights, *good, "--image-size", "256"), "--image-size is given, but --arguments says it"),
         ((weights, *good, "--autoencoder", tmp_path / "nowhere"), "There is no folder"),
-        ((weights, "--arguments", tmp_path / "fps.yaml"), "fps_cond is 1; only image models can be imported"),
+        (
+            (weights, "--arguments", tmp_path / "fps.yaml"),
+            "fps_cond is 1, but vid_size is missing; give both",
+        ),
         ((weights, "--arguments", tmp_path / "null.yaml"), "an argument has a value that cannot be"),
         (
             (weights, "--image-size", "256", "--dtype", "bfloat16"),

@@ -1,4 +1,4 @@
-"""Published STARFlow checkpoints for images as flowgen models, by the arguments of their YAML."""
+"""Published STARFlow checkpoints for images and for clips as flowgen models, by the arguments of their YAML."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flowgen.convert.mapping import fill
+from flowgen.convert.mapping import Rule, fill
 from flowgen.convert.published import unwrapped
 from flowgen.convert.tables import starflow as starflow_rules
-from flowgen.flows import STARFlow, STARFlowConfig, init
+from flowgen.convert.tables import starflow_v as starflow_v_rules
+from flowgen.flows import STARFlow, STARFlowConfig, STARFlowV, STARFlowVConfig
+from flowgen.models import build, init
 
 # The published defaults of the arguments that shape the model.
 _DEFAULTS: dict[str, Any] = {
@@ -46,22 +48,36 @@ _DEFAULTS: dict[str, Any] = {
     "sos": 0,
     "use_softplus": 0,
     "use_final_norm": 0,
+    "vid_size": None,
+    "temporal_causal": 0,
+    "shallow_block_local": 0,
+    "learnable_self_denoiser": 0,
+    "conditional_denoiser": 0,
+    "denoiser_window": None,
+    "cond_noise_level": 0,
+    "fps_cond": 0,
 }
-# What every image model here has, and arguments that make another model.
+# What every model here has, every model of clips, and every one with a denoiser; and what makes another model.
 _REQUIRED = ("rope", "sos", "use_softplus", "use_final_norm")
-_REFUSED = ("vid_size", "temporal_causal", "learnable_self_denoiser", "shallow_block_local", "local_attn_window")
-_REFUSED += ("use_pretrained_lm", "fps_cond")
+_REQUIRED_OF_CLIPS = ("temporal_causal", "shallow_block_local", "cond_top_only", "txt_size")
+_REQUIRED_OF_DENOISERS = ("conditional_denoiser", "denoiser_window", "noise_std", "cond_noise_level")
+_ONLY_OF_CLIPS = ("temporal_causal", "shallow_block_local", "learnable_self_denoiser", "fps_cond")
+_REFUSED = ("local_attn_window", "use_pretrained_lm")
 # Of training, data and sampling, or without effect in the published code.
 _OTHER = """
-    acc adaln batch_size caption_column cfg compile cond_noise_level conditional_denoiser data dataset
-    denoiser_window drop_image drop_label dry_run epoch_length epochs finetuned_vae fp8 fsdp
-    fsdp_text_encoder grad_clip grad_skip gradient_checkpoint gradient_checkpoint_mlp last_frame_cond
-    latent_norm_regularization logdir loss_scaling lr min_lr mix_aspect model_config_path no_flip
-    noise_embed_denoiser noise_type num_samples nvp resume_epoch resume_path sample_batch_size sample_freq
-    save_every secondary_batch_size secondary_dataset secondary_img_size secondary_ratio secondary_vid_size
-    train_seed use_8bit_adam use_mm_attn vae_decoder_factor video_to_video wandb_name warmup_steps wds
+    acc adaln batch_size caption_column cfg compile data dataset drop_image drop_label dry_run epoch_length
+    epochs finetuned_vae fp8 fsdp fsdp_text_encoder grad_clip grad_skip gradient_checkpoint
+    gradient_checkpoint_mlp last_frame_cond latent_norm_regularization logdir loss_scaling lr min_lr
+    mix_aspect model_config_path no_flip noise_embed_denoiser noise_type num_samples nvp resume_epoch
+    resume_path sample_batch_size sample_freq save_every secondary_batch_size secondary_dataset
+    secondary_img_size secondary_ratio secondary_vid_size train_seed use_8bit_adam use_mm_attn
+    vae_decoder_factor video_to_video wandb_name warmup_steps wds
 """
-_VAE_FACTORS = {"sd-vae": 8, "Wan2.2": 16, "Wan2.1": 8}
+# Pixels per latent along a side, and frames per latent.
+_VAE_FACTORS = {"sd-vae": (8, 1), "Wan2.2": (16, 4), "Wan2.1": (8, 4)}
+# Fixed in the published code: the layers of its denoiser, and the step x - 0.3 s that sampling takes with its answer s.
+_DENOISER_LAYERS = 8
+_DENOISER_STEP = 0.3
 
 
 def read_arguments(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -94,20 +110,21 @@ def starflow(
     arguments: Mapping[str, Any],
     *,
     dtype: Literal["float32", "bfloat16"] = "float32",
-) -> tuple[STARFlow, dict[str, Any]]:
-    """Returns the flow of a published STARFlow state dict for images and its variables, numpy arrays of `dtype`.
+) -> tuple[STARFlow | STARFlowV, dict[str, Any]]:
+    """Returns the flow of a published STARFlow state dict and its variables, numpy arrays of `dtype`.
 
     Tensors are copied one by one from where the state dict has them, so `read_state_dict`'s views of a file need no
     memory beside the result.
 
     arguments: those of the published YAML by name, in which the sides of pictures are in pixels where there is a
-    `vae`. A `text` that ends in ".vocab" means classes, fed as one-hot texts of one token. The unused buffers `var`,
-    `attn_mask` and `feat_rope.*` are dropped.
+    `vae`. A `text` that ends in ".vocab" means classes, fed as one-hot texts of one token. `vid_size`, frames and rate
+    as in '81:16', means a model of clips, a STARFlowV, with its denoiser where there is a `learnable_self_denoiser`.
+    The unused buffers `var`, `attn_mask` and `feat_rope.*` are dropped.
 
     Raises:
         MappingError (a ValueError): tensors missing, unexpected, or of the wrong shape, all of them listed.
         ValueError: a dtype other than the two, or an argument that is unknown, or that makes a model other than the
-            published ones for images.
+            published ones.
 
     Example:
         flow, params = starflow(read_state_dict("starflow_3B_t2i_256x256.pth"), arguments)
@@ -122,10 +139,10 @@ def starflow(
         raise ValueError(
             f"an argument has a value that cannot be ({error}); give those of the published YAML."
         ) from error
-    flow = STARFlow(config)
+    flow = build(config)
     shapes = jax.eval_shape(lambda key: init(flow, key), jax.random.key(0))
     target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), shapes)
-    rules = starflow_rules(gated=config.activation == "geglu")
+    rules = _rules(config)
     variables, dropped = fill(target, _without_identities(state_dict, config.layers), rules)
     logging.getLogger(__name__).info(
         "%d tensors imported, %d dropped: %s",
@@ -136,17 +153,36 @@ def starflow(
     return flow, variables
 
 
+def _rules(config: STARFlowConfig) -> tuple[Rule, ...]:
+    gated = config.activation == "geglu"
+    if not isinstance(config, STARFlowVConfig) or not config.denoiser_layers:
+        return starflow_rules(gated=gated)
+    # Published, s answers x - 0.3 s; here t answers x - σ t, and t = s 0.3 / σ is -σ times the score.
+    return starflow_v_rules(gated=gated, denoiser_scale=_DENOISER_STEP / config.noise_std)
+
+
 def _known(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments that shape the model, with the published defaults; ValueError where one is not understood."""
     for name, value in arguments.items():
         if name in _REFUSED and value not in (0, None):
-            raise ValueError(f"{name} is {value}; only image models can be imported, which leave it out.")
+            raise ValueError(f"{name} is {value}; only models without can be imported.")
         if name not in _DEFAULTS and name not in _OTHER.split() and name not in _REFUSED:
             raise ValueError(f"{name!r} is not an argument of the published STARFlow; remove it.")
     known = _DEFAULTS | {name: value for name, value in arguments.items() if name in _DEFAULTS}
-    for name in _REQUIRED:
-        if not known[name]:
-            raise ValueError(f"{name} is {known[name]}; only models with {name} 1, as published, can be imported.")
+    clips = known["vid_size"] is not None
+    for kind, names in (
+        ("models", _REQUIRED),
+        ("models of clips (vid_size)", _REQUIRED_OF_CLIPS if clips else ()),
+        ("denoisers (learnable_self_denoiser)", _REQUIRED_OF_DENOISERS if known["learnable_self_denoiser"] else ()),
+    ):
+        for name in names:
+            if not known[name]:
+                raise ValueError(f"{name} is {known[name]}; only {kind} that have it, as published, can be imported.")
+    if clips and known["seq_order"] != "L2R":
+        raise ValueError(f"seq_order is {known['seq_order']!r}; clips, whose frames come in time, have 'L2R'.")
+    for name in () if clips else _ONLY_OF_CLIPS:
+        if known[name]:
+            raise ValueError(f"{name} is {known[name]}, but vid_size is missing; give both for clips, or neither.")
     return known
 
 
@@ -167,40 +203,72 @@ def _config(state_dict: Mapping[str, np.ndarray], known: Mapping[str, Any]) -> S
         raise ValueError(f"txt_size is {known['txt_size']}; a class from a .vocab file is a text of 1 token.")
     if known["num_heads"] not in (None, known["channels"] // known["head_dim"]):
         raise ValueError(f"num_heads is {known['num_heads']}; only channels / head_dim, the default, can be imported.")
-    side = known["img_size"] // _vae_factor(known["vae"])
-    return STARFlowConfig(
-        image_size=side,
-        channels=known["channel_size"],
-        patch_size=known["patch_size"],
-        width=known["channels"],
-        layers=layers,
-        deep_width=known["top_block_channels"],
-        order=known["seq_order"],
-        head_dim=known["head_dim"],
-        num_kv_heads=known["num_kv_heads"],
-        norm=known["norm_type"],
-        qk_norm=bool(known["use_qk_norm"]),
-        post_norm=bool(known["use_post_norm"]),
-        activation="geglu" if known["use_swiglu"] else "gelu",
-        use_bias=bool(known["use_bias"]),
-        soft_clip=float(known["soft_clip"]),
-        num_classes=text_dim - 1 if is_class else 0,
-        text_dim=0 if is_class else text_dim,
-        text_length=0 if is_class else known["txt_size"],
-        condition="deep" if known["cond_top_only"] else "all",
-        reference_side=float(known["pt_seq_len"] or side // known["patch_size"]),
-        noise_std=float(known["noise_std"]),
-    )
+    side = known["img_size"] // _vae_factors(known["vae"])[0]
+    shape: dict[str, Any] = {
+        "image_size": side,
+        "channels": known["channel_size"],
+        "patch_size": known["patch_size"],
+        "width": known["channels"],
+        "layers": layers,
+        "deep_width": known["top_block_channels"],
+        "order": known["seq_order"],
+        "head_dim": known["head_dim"],
+        "num_kv_heads": known["num_kv_heads"],
+        "norm": known["norm_type"],
+        "qk_norm": bool(known["use_qk_norm"]),
+        "post_norm": bool(known["use_post_norm"]),
+        "activation": "geglu" if known["use_swiglu"] else "gelu",
+        "use_bias": bool(known["use_bias"]),
+        "soft_clip": float(known["soft_clip"]),
+        "num_classes": text_dim - 1 if is_class else 0,
+        "text_dim": 0 if is_class else text_dim,
+        "text_length": 0 if is_class else known["txt_size"],
+        "condition": "deep" if known["cond_top_only"] else "all",
+        "reference_side": float(known["pt_seq_len"] or side // known["patch_size"]),
+        "noise_std": float(known["noise_std"]),
+    }
+    return STARFlowConfig(**shape) if known["vid_size"] is None else STARFlowVConfig(**shape, **_of_clips(known))
 
 
-def _vae_factor(vae: str | None) -> int:
-    """Pixels per latent along a side."""
+def _of_clips(known: Mapping[str, Any]) -> dict[str, int]:
+    """What the config of a flow of clips has beside that of one of images."""
+    frames, _ = clip_size(known["vid_size"])
+    shape = {"frames": 1 + (frames - 1) // _vae_factors(known["vae"])[1]}
+    if not known["learnable_self_denoiser"]:
+        return shape
+    # A query of frame q sees frames q + A - 1 - G .. q + A - 1, where A is temporal_causal and G denoiser_window.
+    ahead = int(known["temporal_causal"]) - 1
+    back = int(known["denoiser_window"]) - ahead
+    if back < 0:
+        raise ValueError(
+            f"denoiser_window is {known['denoiser_window']} and temporal_causal {known['temporal_causal']}, with which "
+            "no frame sees itself; give those that the weights were made with."
+        )
+    return shape | {"denoiser_layers": _DENOISER_LAYERS, "denoiser_back": back, "denoiser_ahead": ahead}
+
+
+def clip_size(vid_size: str) -> tuple[int, int]:
+    """Returns (frames, frames per second) of the published argument `vid_size`; of several rates the first.
+
+    Raises ValueError where it is no such text.
+
+    Example:
+        clip_size("81:16")  # (81, 16)
+    """
+    numbers = str(vid_size).split(":")
+    if len(numbers) < 2 or not all(number.isdecimal() and int(number) > 0 for number in numbers):
+        raise ValueError(f"vid_size is {vid_size!r}; give frames and frames per second, '81:16'.")
+    return int(numbers[0]), int(numbers[1])
+
+
+def _vae_factors(vae: str | None) -> tuple[int, int]:
+    """Pixels per latent along a side, and frames per latent."""
     if vae is None:
-        return 1
-    factor = next((factor for name, factor in _VAE_FACTORS.items() if name in vae), None)
-    if factor is None:
+        return 1, 1
+    factors = next((factors for name, factors in _VAE_FACTORS.items() if name in vae), None)
+    if factors is None:
         raise ValueError(f"vae is {vae!r}, whose factor is not known; leave it out and give img_size in latents.")
-    return factor
+    return factors
 
 
 def _without_identities(state_dict: Mapping[str, np.ndarray], layers: tuple[int, ...]) -> Mapping[str, np.ndarray]:

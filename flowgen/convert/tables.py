@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+from collections.abc import Callable
 
 import numpy as np
 
-from flowgen.convert.mapping import Requirement, Rule, transpose
+from flowgen.convert.mapping import Requirement, Rule, as_is, transpose
 
 
 def linear(source: str, target: str) -> tuple[Rule, Rule]:
@@ -81,6 +83,40 @@ def starflow(*, gated: bool) -> tuple[Rule, ...]:
         # Buffers that the published code keeps for old files and never reads.
         *(Rule(name, None) for name in ("var", f"{source}.attn_mask", "feat_rope.freqs_cos", "feat_rope.freqs_sin")),
     )
+
+
+def starflow_v(*, gated: bool, denoiser_scale: float) -> tuple[Rule, ...]:
+    """Returns the rules of a published STARFlow-V: those of its flow, and of its denoiser, whose answers are scaled.
+
+    Example:
+        variables, dropped = fill(target, state_dict, starflow_v(gated=False, denoiser_scale=0.6))
+    """
+    # The denoiser is named like a block, and has some of a block's parts.
+    source, target = "learnable_self_denoiser", "params/denoiser"
+    parts = (
+        dataclasses.replace(
+            rule,
+            source=rule.source.replace("blocks.{block}", source),
+            target=rule.target.replace("params/blocks_{block}", target),
+        )
+        for rule in starflow(gated=gated)
+        if rule.target is not None and not rule.target.endswith(("start_token", "proj_out/kernel", "proj_out/bias"))
+    )
+    return (
+        *starflow(gated=gated),
+        *parts,
+        Rule(f"{source}.proj_out.weight", f"{target}/proj_out/kernel", scaled(denoiser_scale, transpose)),
+        Rule(f"{source}.proj_out.bias", f"{target}/proj_out/bias", scaled(denoiser_scale)),
+    )
+
+
+def scaled(factor: float, transform: Callable[[np.ndarray], np.ndarray] = as_is) -> Callable[[np.ndarray], np.ndarray]:
+    """Returns the transform followed by a multiplication in float32, whatever precision the tensor is kept in.
+
+    Example:
+        Rule("proj.weight", "params/proj/kernel", scaled(0.5, transpose))
+    """
+    return lambda x: transform(x).astype(np.float32) * np.float32(factor)
 
 
 def _drop_batch_and_token_axes(x: np.ndarray) -> np.ndarray:

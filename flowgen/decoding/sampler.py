@@ -220,7 +220,7 @@ class _Block:
         self.config = flow.config.blocks[index]
         self.module, self.params = decoding_block(self.config, block_parameters(params, index))
         self.guidance, self.weights = guidance, weights
-        self.cond, null = conds
+        self.cond, null = conds if self.config.is_conditional else (None, None)
         if guidance is not None and self.cond is not None:
             both = self.cond, unconditional(self.cond, null)
             self.cond = jax.tree.map(lambda *parts: jnp.concatenate(parts), *both)

@@ -133,7 +133,7 @@ class AutoregressiveBlock(nn.Module):
     ) -> tuple[Float[Array, "b n c"], Float[Array, " b"]]:
         """Returns z in raster order and logdet `b` (summed, nats)."""
         if self.config.frames > 1:
-            z, logdet = self.of_one_frame(each_frame(x, self.config.frames), cond)
+            z, logdet = self.of_one_frame(each_frame(x, self.config.frames), None)  # Single frames see no condition.
             return z.reshape(x.shape), logdet.reshape(len(x), self.config.frames).sum(axis=1)
         return self.of_one_frame(x, cond)
 
