@@ -78,7 +78,8 @@ class Experiment:
     def check_resumable(self, saved: dict[str, Any]) -> None:
         """Raises ValueError naming the fields in which a run begun with `saved` does not fit this experiment."""
         lines = fields.differences(to_json(from_json(saved)), to_json(from_json(to_json(self))))
-        changed = [line for line in lines if not line.startswith(RESUMABLE)]
+        # A run that was begun without the digest of a frozen network does not know which it was.
+        changed = [line for line in lines if not line.startswith(RESUMABLE) and ".digest: None -> " not in line]
         if changed:
             raise ValueError(
                 f"the run was begun with another config ({'; '.join(changed)}); undo that, or train in a new --workdir."

@@ -103,7 +103,7 @@ def test_half_a_data_set_and_damage_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"holds no encoded data \(dataset.json is missing"):
         read(directory)
     writer.finish(class_names=(), made_by={})
-    with pytest.raises(ValueError, match=r"has nothing in the split 'eval'; encode with data.eval_fraction above 0"):
+    with pytest.raises(ValueError, match=r"nothing in the split .eval.; encode again with data.eval_fraction"):
         read(directory, "eval")
     mean = directory / "train-00000" / "mean.npy"
     whole = mean.read_bytes()
@@ -111,7 +111,7 @@ def test_half_a_data_set_and_damage_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"mean.npy' is truncated or damaged .*; encode the data again"):
         read(directory)
     np.save(mean, shard.mean[:5])
-    with pytest.raises(ValueError, match=r"holds 5 entries instead of 10"):
+    with pytest.raises(ValueError, match=r"has shape .5, 2, 2, 1. instead of 10 entries"):
         read(directory)
     np.save(mean, np.zeros((10, 1, 1, 1), np.float32))
     with pytest.raises(ValueError, match=r"mean.npy' holds latents of another shape"):
@@ -120,13 +120,53 @@ def test_half_a_data_set_and_damage_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"mean.npy' is missing; encode the data again"):
         read(directory)
     np.save(mean, shard.mean)
-    for damage in (b"", b"no archive"):
-        (directory / "train-00000" / "null.npz").write_bytes(damage)
-        with pytest.raises(ValueError, match=r"null.npz' is truncated or damaged .*; encode the data again"):
-            read(directory)
-    (directory / "dataset.json").write_text(json.dumps({"format": "something else"}))
-    with pytest.raises(ValueError, match="is not an index of 'flowgen latents 1'"):
+    np.save(directory / "train-00000" / "label.npy", np.full(10, 7, np.int32))
+    whole = json.loads((directory / "dataset.json").read_text())
+    (directory / "dataset.json").write_text(json.dumps({**whole, "class_names": ["a"]}))
+    with pytest.raises(ValueError, match=r"label.npy' holds no numbers of the 1 classes"):
         read(directory)
+    (directory / "dataset.json").write_text(json.dumps({"format": "something else"}))
+    with pytest.raises(ValueError, match="is not an index of 'flowgen latents 2'"):
+        read(directory)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shards": None},
+        {"shards": [{"folder": "train-00000"}]},
+        {"class_names": 3},
+        {"made_by": "me"},
+        {"made_by": {"text": "t5"}},
+        {"made_by": {"text": {}}},
+        {"made_by": {"codec": {}}},
+    ],
+)
+def test_an_index_that_is_not_whole_is_refused(tmp_path, change):
+    write(tmp_path / "set", {"train": encode(pictures(), moments)})
+    index = tmp_path / "set" / "dataset.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), **change}))
+    with pytest.raises(ValueError, match=r"dataset.json' is damaged, or was written by hand; encode the data again"):
+        read(tmp_path / "set")
+
+
+def test_texts_need_the_empty_text_beside_them(tmp_path):
+    null = texts([""])
+    write(tmp_path / "set", {"train": encode(pictures(), moments, texts)}, null=(null[0][0], null[1][0]))
+    path = tmp_path / "set" / "train-00000" / "null.npz"
+    for damage in (b"", b"no archive"):
+        path.write_bytes(damage)
+        with pytest.raises(ValueError, match=r"null.npz' is truncated or damaged .*; encode the data again"):
+            read(tmp_path / "set")
+    np.savez(path, text=null[0][0][:1], mask=null[1][0][:1])
+    with pytest.raises(ValueError, match=r"null.npz' is of another shape than the texts beside it"):
+        read(tmp_path / "set")
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"null.npz' is missing; encode the data again"):
+        read(tmp_path / "set")
+    (shard,) = encode(pictures(), moments, texts)
+    with pytest.raises(ValueError, match="a shard with texts needs the empty text"):
+        LatentWriter(tmp_path / "other").add("train", shard)
 
 
 def test_data_encoded_into_the_same_place_are_read_anew(tmp_path):

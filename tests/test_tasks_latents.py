@@ -3,11 +3,15 @@
 import dataclasses
 import json
 import shutil
+import sys
+import weakref
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from published_files import publish
 
 from flowgen import checkpoint, config
 from flowgen.cli import main
@@ -26,6 +30,9 @@ from flowgen.data import DataConfig
 from flowgen.flows import STARFlowConfig, TARFlowConfig
 from flowgen.tasks import frozen
 from flowgen.training import LogConfig, OptimConfig, TrainConfig, fit
+
+sys.path.insert(0, str(Path(__file__).parent / "fixtures"))
+import codec_weights as cw
 
 pytestmark = pytest.mark.usefixtures("quick_judge")
 QUIET = LogConfig(log_every=4, checkpoint_every=0, progress=False, tensorboard=False)
@@ -120,6 +127,9 @@ def test_another_autoencoder_in_its_place_is_noticed(autoencoder, tmp_path, caps
     assert main([*words, "--autoencoder", str(place)]) == 2
     assert "is not the one that the flow was trained on" in capsys.readouterr().err
     assert main(words) == 0
+    evaluated = ["evaluate", "--checkpoint", str(tmp_path / "run"), "--autoencoder"]
+    assert main([*evaluated, str(place)]) == 2
+    assert main([*evaluated, str(autoencoder)]) == 0
 
 
 def test_encoding_first_or_on_the_way_trains_the_same(autoencoder, tmp_path, capsys):
@@ -141,6 +151,8 @@ def test_encoding_first_or_on_the_way_trains_the_same(autoencoder, tmp_path, cap
     assert set(direct.metrics) == {"nats_per_dim"}
     assert main(["encode", "--config", str(path), "--out", str(out)]) == 2
     assert "exists already" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"codec is missing, and data.path .* was encoded by the autoencoder at"):
+        fit(dataclasses.replace(encoded, codec=None), tmp_path / "other")
     other = dataclasses.replace(encoded, codec=PixelBlocks(2))
     with pytest.raises(ValueError, match=r"was encoded by the autoencoder at .*, and codec is another one, blocks"):
         fit(other, tmp_path / "other")
@@ -335,6 +347,7 @@ def test_a_decoder_is_trained_on_beside_its_encoder(autoencoder, tmp_path):
         ({"model": TEXT}, "text is missing and model.text_dim is 16"),
         ({"text": TextConfig("words")}, "text is given and model.text_dim is 0"),
         ({"model": dataclasses.replace(TINY, noise_std=0.0)}, "model.noise_std is 0, which dequantises pictures"),
+        ({"sampling": SamplingConfig(prompts=("a cat",))}, "sampling.prompts is .*, but the model takes no texts"),
         ({"text": TextConfig("words", digest="other"), "model": TEXT}, "text.encoder 'words' is not the one that"),
         ({"autoencoding": AutoencodingConfig()}, "autoencoding is given, but a STARFlow is trained by maximum"),
         ({"data": DataConfig(source="encoded", path="nowhere")}, "holds no encoded data"),
@@ -353,6 +366,51 @@ def test_more_latents_than_fit_are_to_be_encoded_first():
     experiment = experiment_of(data=DataConfig(in_memory_bytes=100_000))
     with pytest.raises(ValueError, match=r"of 1617 pictures would take 827,904 bytes, more .* flowgen encode"):
         experiment.job()
+
+
+def test_a_digest_of_a_text_encoder_is_of_all_that_its_features_depend_on(tmp_path):
+    from flowgen.codecs import FrozenTextEncoder
+    from flowgen.convert import load_text_encoder
+
+    folder = publish(tmp_path / "t5", cw.T5, cw.state_dict("t5"), "model.safetensors")
+    (folder / "spiece.model").write_bytes((cw.HERE / "spiece.model").read_bytes())
+    encoder = load_text_encoder(folder, length=8)
+    digest = frozen.text_fingerprint(encoder)
+    assert digest == frozen.text_fingerprint(load_text_encoder(folder, length=9))
+
+    class OtherWords(type(encoder.tokenizer)):
+        def content(self):
+            return super().content()[:-1]
+
+    network = dataclasses.replace(encoder.network.config, max_distance=4)
+    changes = (
+        {"tokenizer": OtherWords(folder / "spiece.model")},
+        {"network": type(encoder.network)(network)},
+        {"variables": jax.tree.map(lambda x: x + 1e-3, encoder.variables)},
+    )
+    parts = {field.name: getattr(encoder, field.name) for field in dataclasses.fields(encoder)}
+    for change in changes:
+        assert frozen.text_fingerprint(FrozenTextEncoder(**{**parts, **change})) != digest
+
+
+def test_what_is_remembered_of_a_network_goes_with_it():
+    calls = []
+
+    class Network:
+        pass
+
+    @frozen.remembered
+    def measure(network, of):
+        calls.append(of)
+        return [of]
+
+    network = Network()
+    assert measure(network, 1) is measure(network, 1)
+    measure(network, 2)
+    assert calls == [1, 2]
+    alive = weakref.ref(network)
+    del network
+    assert alive() is None
 
 
 @pytest.mark.parametrize("size", [0, (8, -8)])

@@ -23,7 +23,6 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     from flowgen.data.buckets import BucketedSource
     from flowgen.data.latents import LatentWriter
     from flowgen.models import FlowConfig
-    from flowgen.tasks.frozen import codec_of
     from flowgen.tasks.latents import encoded_shards, is_latent, made_by, null_features, picture_source
 
     checkpoint.check_new(options.out)
@@ -34,7 +33,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
         )
     if experiment.data.source == "encoded":
         raise ValueError("data.source is 'encoded', which is encoded already; give the pictures.")
-    codec_of(experiment)
+    experiment = experiment.sealed()  # What is opened later is refused if it is not the same.
     splits = ("train", "eval") if experiment.data.eval_fraction > 0 else ("train",)
     writer, names = LatentWriter(options.out), ()
     for split in splits:

@@ -19,6 +19,8 @@ def declare(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--samples", type=whole_number(2), help="samples to draw and compare with the data")
     parser.add_argument("--unconditional", action="store_true", help="do not give labels to a class model")
+    parser.add_argument("--autoencoder", metavar="DIR", help="where the autoencoder is, if not where the run says")
+    parser.add_argument("--text-encoder", metavar="DIR", help="where the text encoder is, if not where the run says")
     parser.epilog = "Other data than the run's: --data.source folder --data.path DIR."
     parser.add_argument("--batch", type=whole_number(1), default=256)
     parser.add_argument("--seed", type=whole_number(0, MAX_SEED), default=0)
@@ -28,6 +30,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     """Returns the exit code."""
     from flowgen import checkpoint, config
     from flowgen.tasks import task_of
+    from flowgen.tasks.frozen import with_codec
 
     other = [word for word in rest if word.startswith("--") and not word.startswith("--data.")]
     if other:
@@ -35,6 +38,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     flow, params, experiment = checkpoint.load(options.checkpoint, options.step)
     check_options(options, experiment.model, "evaluate")
     experiment = config.override(experiment, rest)
+    experiment = with_codec(experiment, autoencoder=options.autoencoder, text_encoder=options.text_encoder)
     for line in task_of(experiment.model).evaluate(experiment, flow, params, options):
         say(line)
     return 0

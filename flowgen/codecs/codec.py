@@ -159,6 +159,8 @@ def check_pictures(codec: Codec, x: Any) -> tuple[int, int]:
             f"pictures have shape {tuple(x.shape)}; this codec takes (batch, height, width, {codec.pixel_channels})."
         )
     height, width = x.shape[1:3]
+    if 0 in x.shape:
+        raise ValueError(f"pictures have shape {tuple(x.shape)}, which is empty; give at least one of each.")
     if height % codec.factor or width % codec.factor:
         raise ValueError(
             f"pictures are {height} x {width}; this codec takes sides that are multiples of {codec.factor}."
@@ -176,6 +178,8 @@ def check_latents(codec: Codec, latents: Any) -> tuple[int, int]:
         raise ValueError(
             f"latents have shape {tuple(latents.shape)}; this codec takes (batch, height, width, {codec.channels})."
         )
+    if 0 in latents.shape:
+        raise ValueError(f"latents have shape {tuple(latents.shape)}, which is empty; give at least one of each.")
     return latents.shape[1:3]
 
 

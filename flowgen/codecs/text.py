@@ -34,6 +34,10 @@ class Tokenizer(Protocol):
         """Returns the first `length` of too many tokens, an end token kept at the end."""
         ...
 
+    def content(self) -> bytes:
+        """Returns all that its tokens depend on, by which two tokenizers are told apart."""
+        ...
+
 
 @runtime_checkable
 class TextEncoder(Protocol):
@@ -87,6 +91,10 @@ class JsonTokenizer:
         """Returns the first tokens and the last, which ends a text in these vocabularies."""
         return [*ids[: length - 1], ids[-1]]
 
+    def content(self) -> bytes:
+        """Returns the tokenizer as JSON."""
+        return self._tokenizer.to_str().encode()
+
 
 class SentencePieceTokenizer:
     """A tokenizer of a `spiece.model`, as T5 uses it: the end token </s> is appended, padding is 0.
@@ -114,6 +122,10 @@ class SentencePieceTokenizer:
     def cut(self, ids: list[int], length: int) -> list[int]:
         """Returns the first tokens and </s>."""
         return [*ids[: length - 1], ids[-1]]
+
+    def content(self) -> bytes:
+        """Returns the SentencePiece model."""
+        return self._processor.serialized_model_proto()
 
 
 @dataclass(frozen=True, eq=False)

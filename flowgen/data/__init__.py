@@ -1,5 +1,6 @@
 """Pictures and points: sources by name, stateless batches, and media files."""
 
+from flowgen.data.clips import ClipsConfig, load_clips
 from flowgen.data.loader import Loader, fixed_batches, prefetch
 from flowgen.data.media import (
     atomic_file,
@@ -17,6 +18,7 @@ from flowgen.data.sources import ArraySource, Batch, DataConfig, Source, check_c
 __all__ = [
     "ArraySource",
     "Batch",
+    "ClipsConfig",
     "DataConfig",
     "Loader",
     "PointsConfig",
@@ -31,6 +33,7 @@ __all__ = [
     "hold_out",
     "image_grid",
     "load",
+    "load_clips",
     "prefetch",
     "save_image",
     "to_uint8",

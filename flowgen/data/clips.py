@@ -80,10 +80,17 @@ class ClipSource(Protocol):
         batch = source[np.array([0, 5])]  # {"image": uint8 `b frames height width c`, "label": int32 `b`}
     """
 
-    frames: int
+    @property
+    def frames(self) -> int: ...
 
     @property
     def image_shape(self) -> tuple[int, int, int]: ...
+
+    @property
+    def class_names(self) -> tuple[str, ...]: ...
+
+    @property
+    def captions(self) -> tuple[str, ...]: ...
 
     def __len__(self) -> int: ...
 

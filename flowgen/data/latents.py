@@ -24,25 +24,26 @@ from flowgen.data.sources import Batch, Source, Split
 
 INDEX_FILE = "dataset.json"
 NULL_FILE = "null.npz"
-FORMAT = "flowgen latents 1"
+FORMAT = "flowgen latents 2"
 PICTURES_AT_ONCE = 512
 SHARD_BYTES = 256 << 20
 # Each open array holds a file descriptor, of which systems give a process a thousand as a rule.
 OPEN_SHARDS = 64
 
-Moments = Callable[[Float[np.ndarray, "b height width c"]], tuple[Any, Any]]
+Moments = Callable[[Float[np.ndarray, "b *event"]], tuple[Any, Any]]
 Texts = Callable[[Sequence[str]], tuple[Any, Any]]
 
 
 class Shard(NamedTuple):
-    """Moments of the posterior of some pictures' latents, their labels, and the features of their captions.
+    """Moments of the posterior of some pictures' latents, `height width c`, or clips', with frames before that; their
+    labels, and the features of their captions.
 
     Example:
         shard = Shard(mean, std, labels)
     """
 
-    mean: Float[np.ndarray, "n height width c"]
-    std: Float[np.ndarray, "n height width c"]
+    mean: Float[np.ndarray, "n *event"]
+    std: Float[np.ndarray, "n *event"]
     label: Int32[np.ndarray, " n"]
     text: Float[np.ndarray, "n l e"] | None = None
     mask: Bool[np.ndarray, "n l"] | None = None
@@ -52,9 +53,8 @@ class Shard(NamedTuple):
         return len(self.label)
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        _, height, width, channels = self.mean.shape
-        return height, width, channels
+    def event_shape(self) -> tuple[int, ...]:
+        return self.mean.shape[1:]
 
     @property
     def nbytes(self) -> int:
@@ -76,7 +76,7 @@ class ShardFile:
 
     folder: Path
     size: int
-    image_shape: tuple[int, int, int]
+    event_shape: tuple[int, ...]
     has_text: bool
     written: int = 0
 
@@ -87,7 +87,7 @@ class ShardFile:
 
 @dataclasses.dataclass(frozen=True)
 class LatentSource:
-    """A source of latents `b height width c`, whose posterior training draws from.
+    """A source of latents, of pictures or clips, whose posterior training draws from.
 
     null: features and mask of the empty text, where there are texts.
 
@@ -103,8 +103,13 @@ class LatentSource:
     null: tuple[np.ndarray, np.ndarray] | None = None
 
     @property
+    def event_shape(self) -> tuple[int, ...]:
+        return self.shards[0].event_shape
+
+    @property
     def image_shape(self) -> tuple[int, int, int]:
-        return self.shards[0].image_shape
+        height, width, channels = self.event_shape[-3:]
+        return height, width, channels
 
     def __len__(self) -> int:
         return sum(shard.size for shard in self.shards)
@@ -148,7 +153,7 @@ def encode(
             text, mask = texts(captions_of(source, indices, batch["label"]))
             features = (np.asarray(text, np.float16), np.asarray(mask))
         for mirrored in (False, True) if flip else (False,):
-            images = batch["image"][:, :, ::-1] if mirrored else batch["image"]
+            images = batch["image"][..., ::-1, :] if mirrored else batch["image"]
             mean, std = moments(np.asarray(from_uint8(images)))
             shard = Shard(np.asarray(mean, np.float32), np.asarray(std, np.float32), batch["label"], *features)
             if not all(np.isfinite(array).all() for array in shard if array is not None):
@@ -214,7 +219,9 @@ class LatentWriter:
             raise FileExistsError(f"'{directory}' holds files already; give a new directory.")
 
     def add(self, split: Split, shard: Shard, null: tuple[np.ndarray, np.ndarray] | None = None) -> None:
-        """Writes one shard, and the features and mask of the empty text where it has texts."""
+        """Writes one shard, and the features and mask of the empty text, which it needs where it has texts."""
+        if (shard.text is None) != (null is None):
+            raise ValueError("a shard with texts needs the empty text, null, and one without has none; give both.")
         name = f"{split}-{len(self.entries):05d}"
         folder = self.directory / name
         folder.mkdir(parents=True)
@@ -223,7 +230,7 @@ class LatentWriter:
                 np.save(folder / f"{part}.npy", array, allow_pickle=False)
         if null is not None:
             np.savez(folder / NULL_FILE, text=null[0], mask=null[1])
-        entry = {"folder": name, "split": split, "count": shard.size, "shape": shard.image_shape}
+        entry = {"folder": name, "split": split, "count": shard.size, "shape": shard.event_shape}
         self.entries.append({**entry, "has_text": shard.text is not None})
 
     def finish(self, *, class_names: Iterable[str], made_by: Mapping[str, Any]) -> None:
@@ -255,9 +262,27 @@ def read_index(directory: str | os.PathLike[str]) -> dict[str, Any]:
         index = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"'{path}' is not valid JSON ({error}); encode the data again.") from error
-    if not isinstance(index, dict) or index.get("format") != FORMAT or not isinstance(index.get("made_by"), dict):
+    if not isinstance(index, dict) or index.get("format") != FORMAT:
         raise ValueError(f"'{path}' is not an index of '{FORMAT}'; encode the data again.")
+    if not _is_whole(index):
+        raise ValueError(f"'{path}' is damaged, or was written by hand; encode the data again.")
     return index
+
+
+def _is_whole(index: dict[str, Any]) -> bool:
+    """Whether an index has all that is read from it, of the right types."""
+    try:
+        made_by = index["made_by"]
+        codec, text = made_by.get("codec"), made_by.get("text")
+        whole = codec is None or "path" in codec or "factor" in codec
+        whole &= text is None or (isinstance(text["encoder"], str) and "digest" in text)
+        whole &= all(isinstance(name, str) for name in index["class_names"])
+        for entry in index["shards"]:
+            whole &= isinstance(entry["folder"], str) and entry["split"] in ("train", "eval") and entry["count"] > 0
+            whole &= isinstance(entry["has_text"], bool) and len(entry["shape"]) >= 3 and min(entry["shape"]) > 0
+    except (KeyError, TypeError, AttributeError, ValueError):
+        return False
+    return whole
 
 
 def read_latents(directory: str | os.PathLike[str], split: Split) -> LatentSource | BucketedSource:
@@ -272,37 +297,48 @@ def read_latents(directory: str | os.PathLike[str], split: Split) -> LatentSourc
     entries = [entry for entry in index["shards"] if split in ("all", entry["split"])]
     if not entries:
         raise ValueError(
-            f"data.path '{directory}' has nothing in the split '{split}'; encode with data.eval_fraction above 0."
+            f"data.path '{directory}' has nothing in the split '{split}'; encode again"
+            + (" with data.eval_fraction above 0." if split == "eval" else ".")
         )
+    if len({entry["has_text"] for entry in entries}) > 1:
+        raise ValueError(f"data.path '{directory}' has texts in some of its parts alone; encode the data again.")
     groups: dict[tuple[int, ...], list[dict[str, Any]]] = {}
     for entry in entries:
         groups.setdefault(tuple(entry["shape"]), []).append(entry)
     sources = tuple(
         LatentSource(
-            tuple(_checked(Path(directory), entry) for entry in group),
+            tuple(_checked(Path(directory), entry, index["class_names"]) for entry in group),
             tuple(index["class_names"]),
-            null=_read_null(Path(directory) / group[0]["folder"] / NULL_FILE),
+            null=_read_null(Path(directory) / group[0]["folder"]) if group[0]["has_text"] else None,
         )
         for _, group in sorted(groups.items())
     )
     return sources[0] if len(sources) == 1 else BucketedSource(sources)
 
 
-def _read_null(path: Path) -> tuple[np.ndarray, np.ndarray] | None:
-    if not path.is_file():
-        return None
+def _read_null(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The features and mask of the empty text beside a shard that has texts."""
+    path = folder / NULL_FILE
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            return arrays["text"], arrays["mask"]
-    except (zipfile.BadZipFile, ValueError, KeyError, EOFError, OSError) as error:
+            null = arrays["text"], arrays["mask"]
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"'{path}' is missing; encode the data again.") from error
+    except (zipfile.BadZipFile, ValueError, KeyError, EOFError, OSError, TypeError) as error:
         raise ValueError(f"'{path}' is truncated or damaged ({error}); encode the data again.") from error
+    of_texts = [np.load(folder / f"{part}.npy", mmap_mode="r").shape[1:] for part in ("text", "mask")]
+    if [part.shape for part in null] != of_texts:
+        raise ValueError(f"'{path}' is of another shape than the texts beside it; encode the data again.")
+    return null
 
 
-def _checked(directory: Path, entry: Mapping[str, Any]) -> ShardFile:
+def _checked(directory: Path, entry: Mapping[str, Any], class_names: Sequence[str]) -> ShardFile:
     """The shard of an entry of the index, whose files have been looked at and closed again."""
     folder = directory / entry["folder"]
     shard = ShardFile(folder, entry["count"], tuple(entry["shape"]), entry["has_text"])
-    _open_shard.__wrapped__(shard)
+    label = _open_shard.__wrapped__(shard).label
+    if label.dtype.kind != "i" or (class_names and label.max(initial=-1) >= len(class_names)):
+        raise ValueError(f"'{folder / 'label.npy'}' holds no numbers of the {len(class_names)} classes; encode again.")
     return dataclasses.replace(shard, written=(folder / "mean.npy").stat().st_mtime_ns)
 
 
@@ -321,10 +357,10 @@ def _open_shard(shard: ShardFile) -> Shard:
             raise OSError(f"'{path}' cannot be read ({error}).") from error
         except (ValueError, EOFError) as error:
             raise ValueError(f"'{path}' is truncated or damaged ({error}); encode the data again.") from error
-        if len(arrays[part]) != shard.size:
+        if arrays[part].shape[:1] != (shard.size,):
             raise ValueError(
-                f"'{path}' holds {len(arrays[part])} entries instead of {shard.size}; encode the data again."
+                f"'{path}' has shape {arrays[part].shape} instead of {shard.size} entries; encode the data again."
             )
-        if part in ("mean", "std") and arrays[part].shape[1:] != shard.image_shape:
+        if part in ("mean", "std") and arrays[part].shape[1:] != shard.event_shape:
             raise ValueError(f"'{path}' holds latents of another shape than {INDEX_FILE} says; encode the data again.")
     return Shard(**arrays)

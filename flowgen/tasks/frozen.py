@@ -7,10 +7,11 @@ import dataclasses
 import functools
 import hashlib
 import math
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -29,16 +30,37 @@ from flowgen.codecs import (
     TextEncoder,
 )
 from flowgen.codecs import init as init_autoencoder
+from flowgen.codecs.video_codec import ClipCodec, FrameCodec
 from flowgen.conditioning import TextCondition
 from flowgen.convert import load_autoencoder, load_text_encoder
 from flowgen.data.latents import read_index
+from flowgen.flows import STARFlowVConfig
 from flowgen.prompts import PromptTemplate, aspect_size
 from flowgen.training.loop import CHECKPOINTS, CONFIG_FILE, read_config
 from flowgen.training.store import CheckpointReader, check_layout, layout
 
+T = TypeVar("T")
 # The collection of an autoencoder's state in which the mean and variance of its latents live.
 STATISTICS = "latents"
 TEXT_DIGEST_VALUES = 1024
+
+
+def remembered(function: Callable[..., T]) -> Callable[..., T]:
+    """Returns the function with its results kept for as long as its first argument lives.
+
+    Example:
+        fingerprint = remembered(fingerprint)
+    """
+    known: weakref.WeakKeyDictionary[Any, dict[Any, T]] = weakref.WeakKeyDictionary()
+
+    @functools.wraps(function)
+    def recalled(owner, *arguments):
+        results = known.setdefault(owner, {})
+        if arguments not in results:
+            results[arguments] = function(owner, *arguments)
+        return results[arguments]
+
+    return recalled
 
 
 @dataclass(frozen=True)
@@ -86,18 +108,23 @@ class TextConfig:
         return PromptTemplate(noise_std=noise_std if self.noise_level else None, aspect=self.aspect)
 
 
-def codec_of(experiment: Any) -> Codec:
-    """Returns the codec of an experiment, opened once; a flow on pictures has the identity.
+def codec_of(experiment: Any) -> Codec | ClipCodec:
+    """Returns the codec of an experiment, opened once; without one the identity. Clips have a codec of clips.
 
     Raises FileNotFoundError or ValueError where it is missing, damaged, or has other latents than the model.
 
     Example:
         pictures = codec_of(experiment).decode(latents)
     """
+    codec = _codec_of(experiment)
+    if isinstance(experiment.model, STARFlowVConfig):
+        return codec if isinstance(codec, ClipCodec) else FrameCodec(codec)
+    return codec
+
+
+def _codec_of(experiment: Any) -> Codec:
     model = experiment.model
     if experiment.codec is None:
-        if experiment.data.source == "encoded" and read_index(experiment.data.path)["made_by"].get("codec") is not None:
-            raise ValueError("codec is missing, without which latents are no pictures; give --codec.path.")
         return PixelCodec(pixel_channels=model.channels)
     if isinstance(experiment.codec, PixelBlocks):
         factor = experiment.codec.factor
@@ -111,7 +138,7 @@ def codec_of(experiment: Any) -> Codec:
     if experiment.codec.digest not in (None, fingerprint(codec)):
         raise ValueError(
             f"the autoencoder at codec.path '{experiment.codec.path}' is not the one that the flow was trained on; put "
-            "that one back, or say where it is (--codec.path to train, --autoencoder to sample)."
+            "that one back, or say where it is (--codec.path to train, else --autoencoder)."
         )
     if codec.channels != model.channels:
         raise ValueError(
@@ -133,10 +160,12 @@ def sealed(experiment: Any) -> Any:
     if isinstance(codec, TrainedCodec) and codec.digest is None and codec.path:
         codec = dataclasses.replace(codec, digest=fingerprint(codec_of(experiment)))
     if text is not None and text.digest is None and text.encoder:
-        made = read_index(experiment.data.path)["made_by"].get("text") if experiment.data.source == "encoded" else None
-        named = made is not None and Path(made["encoder"]).name == Path(text.encoder).name
-        digest = made.get("digest") if named else text_fingerprint(encoder_of(experiment))
-        text = dataclasses.replace(text, digest=digest)
+        encoded = experiment.data.source == "encoded"
+        made = read_index(experiment.data.path)["made_by"].get("text") if encoded else None
+        if made is not None and Path(made["encoder"]).name == Path(text.encoder).name:
+            text = dataclasses.replace(text, digest=made["digest"])
+        elif made is not None or not encoded:
+            text = dataclasses.replace(text, digest=text_fingerprint(encoder_of(experiment)))
     return dataclasses.replace(experiment, codec=codec, text=text)
 
 
@@ -162,18 +191,19 @@ def open_autoencoder(path: str) -> AutoencoderCodec:
 
 
 def _version(path: str) -> tuple[str, int]:
-    """Where a folder is and when a file in it was last written, by which one that was read is known again."""
-    folder, written = Path(path), 0
+    """Where a folder is, and a number of its files' names, sizes and times, by which one that was read is known."""
+    folder, files = Path(path), []
     if path and folder.is_dir():
         for file in folder.rglob("*"):
-            with contextlib.suppress(FileNotFoundError):  # A link to nothing, or a file that is just being removed.
-                written = max(written, file.stat().st_mtime_ns)
-    return str(folder.absolute()), written
+            with contextlib.suppress(OSError):  # A link to nothing or to itself, or a file that is just being removed.
+                about = file.stat()
+                files.append((str(file), about.st_size, about.st_mtime_ns))
+    return str(folder.absolute()), hash(tuple(sorted(files)))
 
 
 @functools.lru_cache(maxsize=2)
-def _open_autoencoder(path: str, place: str, written: int) -> AutoencoderCodec:
-    if not (Path(path) / CONFIG_FILE).is_file() or "model" not in (saved := read_config(path)):
+def _open_autoencoder(path: str, place: str, version: int) -> AutoencoderCodec:
+    if not (Path(path) / CONFIG_FILE).is_file() or not isinstance((saved := read_config(path)).get("model"), dict):
         return load_autoencoder(path)
     if saved["model"].get(fields.TYPE) != "Autoencoder":
         raise ValueError(
@@ -196,13 +226,14 @@ def _open_autoencoder(path: str, place: str, written: int) -> AutoencoderCodec:
     return AutoencoderCodec(autoencoder, {"params": tree}, normalisation)
 
 
-@functools.lru_cache(maxsize=4)
-def fingerprint(codec: Codec) -> str:
+@remembered
+def fingerprint(codec: Codec | ClipCodec) -> str:
     """Returns a digest of all that the latents of a codec depend on, the decoder not among it.
 
     Example:
         same = fingerprint(codec) == index["made_by"]["fingerprint"]
     """
+    codec = codec.codec if isinstance(codec, FrameCodec) else codec
     digest = hashlib.sha256(repr((type(codec).__name__, codec.factor, codec.channels)).encode())
     if isinstance(codec, AutoencoderCodec):
         shape = dataclasses.replace(codec.autoencoder.config, dtype="float32", remat=False)
@@ -217,24 +248,23 @@ def fingerprint(codec: Codec) -> str:
     return digest.hexdigest()
 
 
-@functools.lru_cache(maxsize=4)
+@remembered
 def text_fingerprint(encoder: TextEncoder) -> str:
     """Returns a digest of what the features of texts depend on, wherever the encoder lies.
 
-    Of every tensor 1,024 values count, evenly spaced, which is fast for billions of them; of the tokenizer, what it
-    makes of a line.
+    The network's shape and the tokenizer count whole; of every tensor 1,024 values, evenly spaced, which is fast for
+    billions of them.
 
     Example:
         same = text_fingerprint(encoder) == experiment.text.digest
     """
     digest = hashlib.sha256(type(encoder).__name__.encode())
     if isinstance(encoder, FrozenTextEncoder):
-        tokens = encoder.tokenizer("A red-and-white café, No. 27: “quick” brown foxes jump (twice)!")
-        digest.update(repr((tokens, encoder.dim)).encode())
+        digest.update(repr(encoder.network.config).encode() + encoder.tokenizer.content())
         for leaf in jax.tree.leaves(encoder.variables):
-            values = np.ravel(np.asarray(leaf))
-            chosen = values[np.linspace(0, values.size - 1, min(values.size, TEXT_DIGEST_VALUES)).astype(int)]
-            digest.update(repr(leaf.shape).encode() + chosen.astype(np.float32).tobytes())
+            chosen = np.linspace(0, leaf.size - 1, min(leaf.size, TEXT_DIGEST_VALUES)).astype(int)
+            values = np.asarray(leaf.reshape(-1)[chosen], np.float32)  # Indexed where it lies, and copied then.
+            digest.update(repr(leaf.shape).encode() + values.tobytes())
     return digest.hexdigest()
 
 
@@ -249,6 +279,10 @@ def encoder_of(experiment: Any) -> TextEncoder:
     model, text = experiment.model, experiment.text
     if text is None:
         raise ValueError(f"text is missing, and the model takes texts of {model.text_dim} features; give a TextConfig.")
+    if not text.encoder:
+        raise ValueError(
+            "where the text encoder is is not known; give its folder with --text.encoder or, to sample, --text-encoder."
+        )
     if text.encoder == "words":
         encoder: TextEncoder = HashedWords(length=model.text_length, dim=model.text_dim)
     else:
@@ -261,14 +295,23 @@ def encoder_of(experiment: Any) -> TextEncoder:
     if text.digest not in (None, text_fingerprint(encoder)):
         raise ValueError(
             f"text.encoder '{text.encoder}' is not the one that the flow was trained with; put that one back, or say "
-            "where it is (--text.encoder to train, --text-encoder to sample)."
+            "where it is (--text.encoder to train, else --text-encoder)."
         )
     return encoder
 
 
 @functools.lru_cache(maxsize=2)
-def _open_encoder(path: str, length: int, place: str, written: int) -> TextEncoder:
+def _open_encoder(path: str, length: int, place: str, version: int) -> TextEncoder:
     return load_text_encoder(path, length=length)
+
+
+def release_text_encoders() -> None:
+    """Forgets text encoders that were opened, which are large and, once texts are encoded, not needed in training.
+
+    Example:
+        release_text_encoders()
+    """
+    _open_encoder.cache_clear()
 
 
 def prompt_condition(
@@ -300,7 +343,7 @@ def empty_text(experiment: Any, grid: tuple[int, int] | None = None) -> TextCond
     return _encoded_text(encoder_of(experiment), wrapped)
 
 
-@functools.lru_cache(maxsize=16)
+@remembered
 def _encoded_text(encoder: TextEncoder, text: str) -> TextCondition:
     return TextCondition(*map(jnp.asarray, encoder([text], truncate=True)))
 

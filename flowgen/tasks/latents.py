@@ -10,15 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from flowgen import fields
+from flowgen.codecs.video_codec import ClipCodec
 from flowgen.conditioning import TextCondition
 from flowgen.data import DataConfig, Source, check_classes, load
 from flowgen.data.buckets import BucketedSource
-from flowgen.data.latents import LatentSource, Shard, encode, read_index
+from flowgen.data.clips import ClipsConfig, load_clips
+from flowgen.data.latents import LatentSource, Shard, encode, read_index, read_latents
 from flowgen.data.sources import Split
 from flowgen.tasks.frozen import codec_of, empty_text, fingerprint, prompt_condition, sealed
 
 # What texts are encoded with, where it is not a field of `text`.
-_TEXT_FIELDS = {"length": "model.text_length", "dim": "model.text_dim", "digest": "text.encoder"}
+_TEXT_FIELDS = {"length": "model.text_length", "dim": "model.text_dim"}
 
 
 def is_latent(experiment: Any) -> bool:
@@ -27,7 +29,7 @@ def is_latent(experiment: Any) -> bool:
     Example:
         metric = "nats_per_dim" if is_latent(experiment) else "bits_per_dim"
     """
-    encoded = isinstance(experiment.data, DataConfig) and experiment.data.source == "encoded"
+    encoded = isinstance(experiment.data, DataConfig | ClipsConfig) and experiment.data.source == "encoded"
     return encoded or experiment.codec is not None or experiment.text is not None
 
 
@@ -42,8 +44,8 @@ def flow_source(experiment: Any, split: Split) -> Source | BucketedSource:
         source = flow_source(experiment, "train")
     """
     model, data = experiment.model, experiment.data
-    if isinstance(data, DataConfig) and data.source == "encoded":
-        source = load(data, image_size=model.grid_size, channels=model.channels, split=split)
+    if isinstance(data, DataConfig | ClipsConfig) and data.source == "encoded":
+        source = read_latents(data.path, split)
         _check_encoded(experiment, source)
         check_classes(source, model.num_classes)
         return source
@@ -68,6 +70,11 @@ def picture_source(experiment: Any, split: Split) -> Source | BucketedSource:
     if experiment.data.source == "encoded":
         raise ValueError("data.source is 'encoded', which holds no pictures; give the data it was made of.")
     height, width = (length * codec.factor for length in model.grid_size)
+    if isinstance(codec, ClipCodec):
+        frames = 1 + (model.frames - 1) * codec.stride
+        return load_clips(
+            experiment.data, frames=frames, image_size=(height, width), channels=codec.pixel_channels, split=split
+        )
     return load(
         experiment.data,
         image_size=(height, width),
@@ -133,6 +140,7 @@ def _check_memory(experiment: Any, source: Source | BucketedSource, *, flip: boo
     model, needed = experiment.model, 0
     for bucket in source.buckets if isinstance(source, BucketedSource) else (source,):
         floats = 2 * math.prod(bucket.image_shape[:2]) // codec_of(experiment).factor ** 2 * model.channels
+        floats *= getattr(model, "frames", 1)
         needed += len(bucket) * (1 + flip) * (4 * floats + 2 * model.text_length * model.text_dim)
     if needed > experiment.data.in_memory_bytes:
         raise ValueError(
@@ -174,6 +182,10 @@ def _text_plain(experiment: Any) -> dict[str, Any] | None:
 def _check_encoded(experiment: Any, source: Source | BucketedSource) -> None:
     model, path = experiment.model, experiment.data.path
     made = read_index(path)["made_by"]
+    if experiment.codec is None and made.get("codec") is not None:
+        raise ValueError(
+            f"codec is missing, and data.path '{path}' was encoded by {_codec_words(made['codec'])}; give it (--codec)."
+        )
     if experiment.codec is not None and made.get("fingerprint") != fingerprint(codec_of(experiment)):
         raise ValueError(
             f"data.path '{path}' was encoded by {_codec_words(made.get('codec'))}, and codec is another one, "
@@ -185,23 +197,28 @@ def _check_encoded(experiment: Any, source: Source | BucketedSource) -> None:
     text = _text_plain(experiment) or {}
     for name in text.keys() - {"encoder"}:
         if by.get(name) != text[name]:
-            field, shown = _TEXT_FIELDS.get(name, f"text.{name}"), "encoder" if name == "digest" else name
+            if name == "digest":
+                raise ValueError(
+                    f"data.path '{path}' has texts of another encoder, '{by.get('encoder')}', than text.encoder "
+                    f"'{text['encoder']}' is now; give that one, or encode again."
+                )
             raise ValueError(
-                f"data.path '{path}' has texts encoded with {field} {by.get(shown)!r}, and this experiment has "
-                f"another, {text[shown]!r}; set it, or encode again."
+                f"data.path '{path}' has texts encoded with {_TEXT_FIELDS.get(name, f'text.{name}')} {by.get(name)!r}, "
+                f"and this experiment has another, {text[name]!r}; set it, or encode again."
             )
     if experiment.text is not None and experiment.text.noise_level and made.get("noise_std") != model.noise_std:
         raise ValueError(
             f"model.noise_std is {model.noise_std}, but the texts at data.path '{path}' say {made.get('noise_std')}; "
             "encode again."
         )
-    shapes = source.image_shapes if isinstance(source, BucketedSource) else (source.image_shape,)
-    taken = [shape == model.image_shape or (hasattr(model, "at") and _is_size_of(model, shape)) for shape in shapes]
+    buckets = source.buckets if isinstance(source, BucketedSource) else (source,)
+    shapes = [bucket.event_shape for bucket in buckets if isinstance(bucket, LatentSource)]
+    taken = [shape == model.event_shape or (hasattr(model, "at") and _is_size_of(model, shape)) for shape in shapes]
     if not all(taken):
         wrong = shapes[taken.index(False)]
         raise ValueError(
-            f"data.path '{path}' holds latents of shape {wrong}, but the model takes {model.image_shape}; "
-            "set model.image_size and model.channels."
+            f"data.path '{path}' holds latents of shape {wrong}, but the model takes {model.event_shape}; "
+            f"set model.image_size{', model.frames' * (len(wrong) > 3)} and model.channels."
         )
 
 
@@ -214,6 +231,8 @@ def _codec_words(plain: dict[str, Any] | None) -> str:
     return f"blocks of {plain['factor']} x {plain['factor']} pixels"
 
 
-def _is_size_of(model: Any, shape: tuple[int, int, int]) -> bool:
+def _is_size_of(model: Any, shape: tuple[int, ...]) -> bool:
     """Whether a model of any size takes latents of this one."""
-    return shape[2] == model.channels and not any(length % model.patch_size for length in shape[:2])
+    *frames, height, width, channels = shape
+    same = channels == model.channels and frames == list(model.event_shape[:-3])
+    return same and not any(length % model.patch_size for length in (height, width))

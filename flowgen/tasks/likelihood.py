@@ -134,6 +134,8 @@ def check(experiment: Any) -> None:
         raise ValueError(
             f"text is {has} and model.text_dim is {experiment.model.text_dim}; give both for texts, or neither."
         )
+    if not experiment.model.text_dim and getattr(experiment.sampling, "prompts", ()):
+        raise ValueError(f"sampling.prompts is {experiment.sampling.prompts}, but the model takes no texts; leave it.")
     if experiment.data.aspects and not hasattr(experiment.model, "at"):
         raise ValueError(f"data.aspects is set, but a {kind} has one size, as its parameters do; use a STARFlow.")
     if is_latent(experiment) and experiment.model.noise_std == 0:
@@ -161,7 +163,7 @@ def shrink(experiment: Any) -> Any:
         changes["codec"] = PixelBlocks(next(factors, 2))
         model = dataclasses.replace(model, channels=max(model.channels, changes["codec"].factor ** 2))
     if model.text_dim:
-        changes["text"] = dataclasses.replace(experiment.text, encoder="words")
+        changes["text"] = dataclasses.replace(experiment.text, encoder="words", digest=None)
         changes["sampling"] = dataclasses.replace(experiment.sampling, prompts=())
         model = dataclasses.replace(model, text_dim=16, text_length=min(model.text_length, 16))
     model = dataclasses.replace(

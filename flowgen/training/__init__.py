@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from flowgen.training.loop import Job, Result, train
+from flowgen.training.loop import Job, Result, check_workdir, train
 from flowgen.training.options import LogConfig, OptimConfig, TrainConfig
 from flowgen.training.step import TrainState, make_optimizer, make_schedule, make_step
 from flowgen.training.store import CheckpointReader, CheckpointStore
@@ -36,6 +36,7 @@ def fit(experiment: Any, workdir: str | Path) -> Result:
         result = fit(flowgen.config.load("configs/tarflow_digits.py"), "runs/digits")
     """
     experiment = experiment.sealed()
+    check_workdir(Path(workdir), experiment.check_resumable)  # Before data are encoded.
     return train(
         experiment.job(),
         workdir,
