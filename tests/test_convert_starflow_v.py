@@ -12,9 +12,9 @@ from published_files import write_safetensors
 from flowgen import checkpoint, convert, models
 from flowgen.cli import main
 from flowgen.convert.mapping import match
-from flowgen.convert.published_starflow import _config, _known, clip_size
+from flowgen.convert.published_starflow import _config, _known
 from flowgen.convert.tables import starflow_v as starflow_v_rules
-from flowgen.flows import STARFLOW_V_480P, ClipDenoiser, STARFlowV, denoiser_variables
+from flowgen.flows import STARFLOW_V_480P, STARFlowV, denoiser_variables
 
 sys.path.insert(0, str(Path(__file__).parent / "fixtures"))
 import starflow_v_weights as sv
@@ -92,7 +92,7 @@ def test_the_published_yaml_gives_the_released_shape(tmp_path):
     assert config == dataclasses.replace(STARFLOW_V_480P, image_size=40)
     assert STARFlowV(config).at(30, 53).config == STARFLOW_V_480P
     assert (config.denoiser_back, config.denoiser_ahead) == (9, 1)
-    assert clip_size("81:16") == (81, 16)
+    assert convert.clip_size("81:16") == (81, 16)
 
 
 @pytest.mark.parametrize("case", sv.CASES)
@@ -199,5 +199,3 @@ def test_the_command_writes_a_run_that_can_be_loaded(tmp_path, capsys):
     template = experiment.text.template(flow.config.noise_std)
     assert template("a cat", (30, 53)).startswith("Noise Level 500:\nA video with 16 fps:\na cat\n")
     assert template("a cat", (30, 53)).endswith(" in a 16:9 aspect ratio.\n")
-    clip = np.zeros((1, *flow.config.event_shape), np.float32)
-    assert ClipDenoiser(flow.config).apply(denoiser_variables(params), clip).shape == clip.shape

