@@ -98,18 +98,25 @@ def test_the_recorded_file_was_made_with_these_weights(case):
 
 
 @pytest.mark.parametrize("case", sv.CASES)
-def test_tokens_after_every_block_and_each_logdet(case, dtype):
-    flow, variables, cond, _ = ours(case, dtype)
-    latents, states, logdet = trajectory(case, dtype, flow.config.frames)
-    tokens = flow.config.to_tokens(latents)
-    for index, (state, block) in enumerate(zip(states, flow.config.blocks, strict=True)):
+def test_tokens_after_every_block(case, dtype):
+    flow, *_ = ours(case, dtype)
+    _, states, logdet = trajectory(case, dtype, flow.config.frames)
+    for index, state in enumerate(states):
         check(case, f"block/{index}", state, dtype)
-        own = block_logdet(block, block_parameters(variables, index), tokens, cond)
-        check(case, f"logdet/{index}", own, dtype)
-        tokens = state
     total = sum(RECORDED[f"{case}/logdet/{index}/{dtype}"] for index in range(len(states)))
     np.testing.assert_allclose(logdet, total, rtol=0, atol=TOLERANCE[dtype])
     check(case, "z", flow.to_images(states[-1]), dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", sv.CASES)
+def test_the_logdet_of_each_block(case, dtype):
+    flow, variables, cond, _ = ours(case, dtype)
+    latents, states, _ = trajectory(case, dtype, flow.config.frames)
+    entering = [flow.config.to_tokens(latents), *states[:-1]]
+    for index, (tokens, block) in enumerate(zip(entering, flow.config.blocks, strict=True)):
+        own = block_logdet(block, block_parameters(variables, index), tokens, cond)
+        check(case, f"logdet/{index}", own, dtype)
 
 
 @pytest.mark.parametrize("case", sv.CASES)
@@ -119,13 +126,13 @@ def test_a_picture_is_a_clip_of_one_frame(case, dtype):
     check(case, "image/z", flow.config.of_frames(1).to_images(states[-1])[:, 0], dtype)
 
 
-# Sampling without guidance is part of every guided run, and compiling is what takes time here.
 SAMPLED = [
     ("text", "plain", Sequential()),
     ("text", "guided", Sequential()),
     # Recorded with windows that start from the frame before: where nothing can change any more, no start is left.
-    ("text", "jacobi", Jacobi(window=8, tol=0.0)),
-    ("options", "guided", Sequential()),
+    ("text", "jacobi", Sequential()),
+    pytest.param("text", "jacobi", Jacobi(window=8, tol=0.0), marks=pytest.mark.slow),
+    pytest.param("options", "guided", Sequential(), marks=pytest.mark.slow),
 ]
 
 
