@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flowgen import fields
-from flowgen.data import DataConfig, PointsConfig
+from flowgen.data import ClipsConfig, DataConfig, PointsConfig
 from flowgen.matching import MatchingConfig
 from flowgen.models import ModelConfig, build
 from flowgen.tasks import AutoencodingConfig, LikelihoodConfig, SamplingConfig, SolverConfig, frozen, task_of
@@ -37,7 +37,7 @@ class Experiment:
 
     name: str
     model: ModelConfig
-    data: DataConfig | PointsConfig = DataConfig()
+    data: DataConfig | ClipsConfig | PointsConfig = DataConfig()
     matching: MatchingConfig | None = None
     likelihood: LikelihoodConfig | None = None
     autoencoding: AutoencodingConfig | None = None

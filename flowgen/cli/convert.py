@@ -74,7 +74,7 @@ def _tarflow(options: argparse.Namespace) -> tuple[Any, Any, Any]:
 def _starflow(options: argparse.Namespace) -> tuple[Any, Any, Any]:
     from flowgen import convert
     from flowgen.config import Experiment, SamplingConfig
-    from flowgen.data import DataConfig
+    from flowgen.data import ClipsConfig, DataConfig
     from flowgen.tasks.frozen import TrainedCodec
 
     for name in ("image_size", "patch_size", "channels", "noise_std"):
@@ -83,10 +83,12 @@ def _starflow(options: argparse.Namespace) -> tuple[Any, Any, Any]:
     arguments = convert.read_arguments(options.arguments)
     state_dict = convert.read_state_dict(options.file, entry=options.entry)
     flow, variables = convert.starflow(state_dict, arguments, dtype=options.dtype or "float32")
+    size = arguments.get("vid_size")
     experiment = Experiment(
         name=Path(options.file).stem,
         model=flow.config,
-        data=DataConfig(source="folder"),
+        # The weights do not say what they were trained on.
+        data=DataConfig(source="folder") if size is None else ClipsConfig(fps=float(convert.clip_size(size)[1])),
         codec=TrainedCodec(_place(options.autoencoder)) if arguments.get("vae") else None,
         text=_text(options, arguments) if flow.config.text_dim else None,
         sampling=SamplingConfig(num=8, guidance=float(arguments.get("cfg") or 0), rule="product"),

@@ -81,7 +81,7 @@ def check_options(options: argparse.Namespace, model: Any, command: str) -> None
         return task.SAMPLE_OPTIONS if command == "sample" else task.EVALUATE_OPTIONS
 
     own = names(tasks.task_of(model))
-    for name in {*names(tasks.likelihood), *names(tasks.matching)} - {*own}:
+    for name in {*names(tasks.likelihood), *names(tasks.clips), *names(tasks.matching)} - {*own}:
         if getattr(options, name) not in (None, False):
             shown = ", ".join(f"--{other.replace('_', '-')}" for other in own)
             raise ValueError(

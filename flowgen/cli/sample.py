@@ -21,6 +21,7 @@ from flowgen.cli.options import (
 )
 
 PICTURES_AT_ONCE = 64
+DEFAULT_FPS = 8.0
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
@@ -47,8 +48,12 @@ def declare(parser: argparse.ArgumentParser) -> None:
     velocities.add_argument("--num-steps", type=whole_number(1), help="steps of the solver")
     parser.add_argument("--batch", type=whole_number(1), help="samples per compiled call (default: 64; all points)")
     parser.add_argument("--seed", type=whole_number(0, MAX_SEED), default=0)
-    parser.add_argument("--out", default="samples.png", help="picture to write, or .npz with the samples as floats")
-    parser.add_argument("--single", metavar="DIR", help="also write every sample as a PNG into this directory")
+    clips = parser.add_argument_group("flows of clips")
+    clips.add_argument("--fps", type=finite_number, help="frames per second of the video that is written (default: 8)")
+    parser.add_argument(
+        "--out", default="samples.png", help="picture to write, of clips also .gif or .mp4; or .npz with floats"
+    )
+    parser.add_argument("--single", metavar="DIR", help="also write every sample there: as PNG, clips as GIF")
     parser.add_argument("--no-ema", action="store_true", help="take the trained parameters, not their average")
 
 
@@ -59,15 +64,15 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
 
     from flowgen import checkpoint
     from flowgen.codecs import AutoencoderConfig
-    from flowgen.data import PointsConfig, atomic_file, check_image_path, check_writable, save_image, to_uint8
+    from flowgen.data import PointsConfig, atomic_file, save_image, to_uint8
     from flowgen.data.media import pillow
-    from flowgen.tasks import task_of
+    from flowgen.tasks import clips, task_of
     from flowgen.tasks.frozen import latent_grid, with_codec
     from flowgen.tasks.matching import plot_points
     from flowgen.tasks.pictures import DRAWABLE_CHANNELS, matplotlib, picture
 
     out = Path(options.out)
-    check_writable(out) if out.suffix == ".npz" else check_image_path(out)
+    _check_out(out)
     single = None if options.single is None else Path(options.single)
     if single is not None:
         if single == out:
@@ -83,6 +88,8 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     check_options(options, experiment.model, "sample")
     experiment = with_codec(experiment, autoencoder=options.autoencoder, text_encoder=options.text_encoder)
     points, task = isinstance(experiment.data, PointsConfig), task_of(experiment.model)
+    if _is_video(out) and task is not clips:
+        raise ValueError(f"--out is {out}, a video, and this model draws none; use .png or .npz.")
     if points:
         matplotlib()
         if single is not None:
@@ -97,20 +104,57 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     bad = int((~np.isfinite(samples.reshape(len(samples), -1)).all(axis=1)).sum())
     if out.suffix == ".npz":
         with atomic_file(out) as file:
-            np.savez(file, allow_pickle=False, **({"points": samples} if points else {"images": samples, **about}))
+            kind = "points" if points else "clips" if task is clips else "images"
+            np.savez(file, allow_pickle=False, **{kind: samples}, **({} if points else about))
     elif points:
         save_image(out, plot_points(experiment, flow, params, samples, jax.random.key(options.seed)))
+    elif task is clips:
+        _write_clips(out, samples, options.fps)
     else:
         classes = flow.config.num_classes if options.classes is None else options.classes.count(",") + 1
         save_image(out, picture(samples, classes))
     if single is not None:
         single.mkdir(parents=True, exist_ok=True)
-        for index, image in enumerate(to_uint8(samples)):
-            save_image(single / f"{index:06d}.png", image)
+        for index, sample in enumerate(samples):
+            if task is clips:
+                _write_clips(single / f"{index:06d}.gif", sample[None], options.fps)
+            else:
+                save_image(single / f"{index:06d}.png", to_uint8(sample))
     say(f"Wrote {out}")
     if bad:
         raise FloatingPointError(f"{bad} of {len(samples)} samples are not finite; lower --guidance.")
     return 0
+
+
+def _check_out(out: Path) -> None:
+    """Raises where the file cannot be written, or its suffix says nothing."""
+    from flowgen.data import check_image_path, check_writable
+    from flowgen.data.video import check_video_path
+
+    if out.suffix == ".npz":
+        check_writable(out)
+    elif _is_video(out):
+        check_video_path(out)
+    else:
+        check_image_path(out)
+
+
+def _is_video(out: Path) -> bool:
+    from flowgen.data.video import VIDEO_SUFFIXES
+
+    return out.suffix.lower() in VIDEO_SUFFIXES
+
+
+def _write_clips(out: Path, clips: Any, fps: float | None) -> None:
+    """Clips side by side as one video, or under each other as strips of their frames."""
+    from flowgen.data import save_image
+    from flowgen.data.video import write_video
+    from flowgen.tasks.pictures import side_by_side, strips
+
+    if _is_video(out):
+        write_video(out, side_by_side(clips), fps=DEFAULT_FPS if fps is None else fps)
+    else:
+        save_image(out, strips(clips))
 
 
 def _prompts(options: argparse.Namespace) -> tuple[str, ...]:

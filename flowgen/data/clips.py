@@ -44,7 +44,7 @@ class ClipsConfig:
     source: Literal["bouncing", "real", "folder", "encoded"] = "bouncing"
     path: str = ""
     num: int = 10_000
-    fps: float = 8.0
+    fps: float | int = 8.0
     hop: int = 0
     flip: bool = False
     crop: Crop = "center"
@@ -177,7 +177,7 @@ class VideoClips:
     _: dataclasses.KW_ONLY
     frames: int
     image_shape: tuple[int, int, int]
-    fps: float
+    fps: float | int
     crop: Crop = "center"
 
     def __len__(self) -> int:

@@ -63,8 +63,8 @@ def read_clip(
     image_size: tuple[int, int],
     channels: int,
     *,
-    fps: float | None = None,
-    start: float = 0.0,
+    fps: float | int | None = None,
+    start: float | int = 0.0,
     crop: Crop = "center",
 ) -> UInt8[np.ndarray, "frames height width c"]:
     """Returns frames of a video at times start + i / fps seconds, the nearest before each, resized and cropped.
@@ -108,7 +108,7 @@ def read_clip(
 
 
 def write_video(
-    path: str | os.PathLike[str], frames: UInt8[np.ndarray, "frames height width c"], *, fps: float = 8.0
+    path: str | os.PathLike[str], frames: UInt8[np.ndarray, "frames height width c"], *, fps: float | int = 8.0
 ) -> None:
     """Writes frames as H.264 in mp4, or as a GIF that repeats, by the suffix. The file appears whole or not at all.
 

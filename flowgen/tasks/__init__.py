@@ -1,4 +1,5 @@
-"""What is done with an experiment, trained, sampled, evaluated: for flows, for velocity networks, for autoencoders.
+"""What is done with an experiment, trained, sampled, evaluated: for flows of pictures and of clips, for
+velocity networks, for autoencoders.
 
 All have the same functions: check, shrink, job, evaluate, pictures, and those that draw samples: draw.
 """
@@ -9,8 +10,9 @@ from types import ModuleType
 from typing import Any
 
 from flowgen.codecs import AutoencoderConfig
+from flowgen.flows import STARFlowVConfig
 from flowgen.models import FlowConfig
-from flowgen.tasks import autoencoding, likelihood, matching
+from flowgen.tasks import autoencoding, clips, likelihood, matching
 from flowgen.tasks.autoencoding import AutoencodingConfig
 from flowgen.tasks.likelihood import LikelihoodConfig, SamplingConfig
 from flowgen.tasks.matching import SolverConfig
@@ -26,4 +28,6 @@ def task_of(model: Any) -> ModuleType:
     """
     if isinstance(model, AutoencoderConfig):
         return autoencoding
+    if isinstance(model, STARFlowVConfig):
+        return clips
     return likelihood if isinstance(model, FlowConfig) else matching

@@ -18,19 +18,20 @@ from flowgen.data import DataConfig, Source
 from flowgen.data.buckets import BucketedSource
 from flowgen.data.latents import captions_of, read_index
 from flowgen.data.sources import Split
-from flowgen.decoding import Guidance, Jacobi, sample
+from flowgen.decoding import Guidance, Inversion, Jacobi, sample
 from flowgen.decoding.guidance import Parts, Rule
 from flowgen.decoding.plan import Plan
 from flowgen.evaluation import flow_bits_per_dim, flow_nats_per_dim, gaussian_bits_per_dim
-from flowgen.flows import STARFlowConfig, STARFlowVConfig, TARFlowConfig
+from flowgen.fields import type_name
+from flowgen.flows import STARFlowConfig, TARFlowConfig
 from flowgen.flows.density import nll_objective
 from flowgen.models import init
-from flowgen.tasks.frozen import PixelBlocks, codec_of, empty_text, prompt_condition
+from flowgen.tasks.frozen import PixelBlocks, codec_of, empty_text, prompt_condition, release_text_encoders
 from flowgen.tasks.images import check_foreign, holds_latents, image_batches, shrink_images
 from flowgen.tasks.latents import flow_source, is_latent, null_texts, picture_source
 from flowgen.tasks.pictures import DRAWABLE_CHANNELS, grid_labels, picture
 from flowgen.tasks.samples import sample_lines, sample_metrics, train_judge
-from flowgen.training import Job
+from flowgen.training import Job, OptimConfig
 
 # Options of `sample` and `evaluate` that mean something here, by their names in the command.
 SAMPLE_OPTIONS = ("plan", "window", "tol", "denoise", "certify", "prompt", "prompts", "aspect")
@@ -47,14 +48,20 @@ class LikelihoodConfig:
 
     norm_penalty: weight of the mean squares of the tokens that enter each block; published: 1e-4.
     noise_weight: multiply the loss by σ / 0.3, as published with noise levels in the prompt.
+    denoiser: the optimizer of the denoiser of a flow of clips; None is one of its own with the numbers of `optim`.
     """
 
     norm_penalty: float = 0.0
     noise_weight: bool = False
+    denoiser: OptimConfig | None = None
 
     def __post_init__(self):
         if not 0 <= self.norm_penalty < float("inf"):
             raise ValueError(f"likelihood.norm_penalty is {self.norm_penalty}; it must be 0 (none) or positive.")
+
+    def loss_scale(self, noise_std: float) -> float:
+        """Returns what the loss of a flow with this noise is multiplied by."""
+        return noise_std / REFERENCE_NOISE if self.noise_weight else 1.0
 
 
 @dataclass(frozen=True)
@@ -124,9 +131,23 @@ _TINY: dict[type, Callable[[Any], dict[str, Any]]] = {
 
 def check(experiment: Any) -> None:
     """Raises ValueError where the parts of an experiment do not belong to a flow."""
-    kind = type(experiment.model).__name__.removesuffix("Config")
+    kind = type_name(experiment.model)
     if not isinstance(experiment.data, DataConfig):
         raise ValueError(f"data is {experiment.data}; a {kind} is trained on pictures, so give a DataConfig.")
+    if experiment.data.aspects and not hasattr(experiment.model, "at"):
+        raise ValueError(f"data.aspects is set, but a {kind} has one size, as its parameters do; use a STARFlow.")
+    if experiment.likelihood is not None and experiment.likelihood.denoiser is not None:
+        raise ValueError(f"likelihood.denoiser is given, but a {kind} has no denoiser; leave it out.")
+    check_flow(experiment)
+
+
+def check_flow(experiment: Any) -> None:
+    """Raises ValueError where the parts that flows of pictures and of clips have alike do not belong together.
+
+    Example:
+        check_flow(experiment)
+    """
+    kind = type_name(experiment.model)
     if bool(experiment.model.text_dim) != (experiment.text is not None):
         has = "missing" if experiment.text is None else "given"
         raise ValueError(
@@ -134,8 +155,6 @@ def check(experiment: Any) -> None:
         )
     if not experiment.model.text_dim and getattr(experiment.sampling, "prompts", ()):
         raise ValueError(f"sampling.prompts is {experiment.sampling.prompts}, but the model takes no texts; leave it.")
-    if experiment.data.aspects and not hasattr(experiment.model, "at"):
-        raise ValueError(f"data.aspects is set, but a {kind} has one size, as its parameters do; use a STARFlow.")
     if is_latent(experiment) and experiment.model.noise_std == 0:
         raise ValueError("model.noise_std is 0, which dequantises pictures; latents need noise, such as 0.3.")
     check_foreign(experiment, kind, "maximum likelihood", ("matching", "autoencoding"))
@@ -151,6 +170,16 @@ def best_metric(experiment: Any) -> str:
 def shrink(experiment: Any) -> Any:
     """Returns the experiment with a tiny flow of the same kind on the built-in digits, whose blocks of pixels stand
     for latents and random features of words for texts."""
+    model, changes = shrink_flow(experiment)
+    return shrink_images(experiment, model, **changes)
+
+
+def shrink_flow(experiment: Any) -> tuple[Any, dict[str, Any]]:
+    """Returns a tiny flow of the same kind, and what else of the experiment changes with it.
+
+    Example:
+        model, changes = shrink_flow(experiment)
+    """
     model = experiment.model
     patch = min(model.patch_size, 4)
     height, width = model.grid_size
@@ -164,47 +193,64 @@ def shrink(experiment: Any) -> Any:
         changes["text"] = dataclasses.replace(experiment.text, encoder="words", digest=None)
         changes["sampling"] = dataclasses.replace(experiment.sampling, prompts=())
         model = dataclasses.replace(model, text_dim=16, text_length=min(model.text_length, 16))
+    tiny = next(tiny for kind, tiny in _TINY.items() if isinstance(model, kind))
     model = dataclasses.replace(
         model,
         image_size=side if height == width else (side, other),
         patch_size=patch,
         num_classes=10 if model.num_classes else 0,
-        **_TINY[type(model)](model),
+        **tiny(model),
     )
-    return shrink_images(experiment, model, **changes)
+    return model, changes
 
 
 def job(experiment: Any) -> Job:
     """Returns what the training loop needs, with the data opened, and encoded where they were not."""
-    if isinstance(experiment.model, STARFlowVConfig):
-        raise ValueError("model is a STARFlowV, which cannot be trained from a config yet; use a STARFlow.")
     flow, source = experiment.flow(), flow_source(experiment, "train")
-    held_out = flow_source(experiment, "eval") if _has_held_out(experiment) else None
+    held_out = flow_source(experiment, "eval") if has_held_out(experiment) else None
     likelihood = experiment.likelihood or LikelihoodConfig()
-    return Job(
+    job = Job(
         init=lambda key: init(flow, key),
         objective=nll_objective(
             flow,
             label_dropout=experiment.train.label_dropout,
             norm_penalty=likelihood.norm_penalty,
-            loss_scale=flow.config.noise_std / REFERENCE_NOISE if likelihood.noise_weight else 1.0,
+            loss_scale=likelihood.loss_scale(flow.config.noise_std),
             null_text=null_texts(source),
         ),
         batches=image_batches(experiment, source),
         evaluate=None if held_out is None else _evaluator(experiment, flow, source, held_out),
-        sample=_sampler(experiment, flow, held_out or source),
+        sample=sampler(experiment, flow, held_out or source, draw, picture),
         best_metric=best_metric(experiment),
     )
+    release_text_encoders()
+    return job
 
 
-def _has_held_out(experiment: Any) -> bool:
+def has_held_out(experiment: Any) -> bool:
+    """Returns whether an experiment has data to be evaluated on.
+
+    Example:
+        held_out = flow_source(experiment, "eval") if has_held_out(experiment) else None
+    """
     if experiment.data.source == "encoded":
         return any(shard["split"] == "eval" for shard in read_index(experiment.data.path)["shards"])
     return experiment.data.eval_fraction > 0
 
 
-def _sampler(experiment: Any, flow: Any, source: Source | BucketedSource) -> Callable[[Any], np.ndarray] | None:
-    """What draws the pictures of a run: of the classes in turn, or of prompts; None where samples are no pictures."""
+def sampler(
+    experiment: Any,
+    flow: Any,
+    source: Source | BucketedSource,
+    draw: Callable[..., tuple[np.ndarray, str]],
+    show: Callable[[np.ndarray, int], np.ndarray],
+) -> Callable[[Any], np.ndarray] | None:
+    """Returns what draws the pictures of a run: of the classes in turn, or of prompts; None where samples are no
+    pictures. draw: as a task's. show(samples, classes): their picture.
+
+    Example:
+        sample = sampler(experiment, flow, source, draw, picture)
+    """
     encoded_without_codec = experiment.data.source == "encoded" and experiment.codec is None
     if encoded_without_codec or drawn_channels(experiment) not in DRAWABLE_CHANNELS:
         return None
@@ -228,7 +274,7 @@ def _sampler(experiment: Any, flow: Any, source: Source | BucketedSource) -> Cal
         if texts is not None:
             cond = TextCondition(*(part[numbers % len(texts.mask)] for part in texts))
         images, _ = draw(experiment, sized, variables, key, num, cond, null=null)
-        return picture(images, classes)
+        return show(images, classes)
 
     return picture_of
 
@@ -272,18 +318,27 @@ def draw(
         first=first,
         certify=certify,
     )
+    return np.asarray(codec_of(experiment).decode(result.x)), decoding_line(result)
+
+
+def decoding_line(result: Inversion) -> str:
+    """Returns a line on how samples were decoded.
+
+    Example:
+        print(decoding_line(sample(flow, params, key, 4)))
+    """
     passes = ", ".join(str(int(block.sum())) for block in result.sweeps)
     line = f"passes per block (data side first) {passes}; residual {float(result.residual.max()):.1e}"
-    if result.error is not None:
-        line += f"; certified to {float(result.error.max()):.1e}"
-    return np.asarray(codec_of(experiment).decode(result.x)), line
+    return line if result.error is None else f"{line}; certified to {float(result.error.max()):.1e}"
 
 
 def evaluate(experiment: Any, flow: Any, variables: Any, options: Any) -> list[str]:
     """Returns lines with the likelihood of the flow and of a Gaussian on a split, and the distance of samples, as the
     command's options ask."""
     source = flow_source(experiment, options.split)
-    lines = _likelihood_lines(experiment, flow, variables, source, options)
+    lines = likelihood_lines(experiment, flow, variables, source, options)
+    if not is_latent(experiment):
+        lines += _baseline_lines(experiment, flow, source, options)
     return lines + _sample_lines(experiment, flow, variables, options) if options.samples else lines
 
 
@@ -321,7 +376,12 @@ def _sample_lines(experiment: Any, flow: Any, variables: Any, options: Any) -> l
     return sample_lines(metrics, judge, options.samples, f"guidance {experiment.sampling.guidance:g}")
 
 
-def _likelihood_lines(experiment: Any, flow: Any, variables: Any, source: Any, options: Any) -> list[str]:
+def likelihood_lines(experiment: Any, flow: Any, variables: Any, source: Any, options: Any) -> list[str]:
+    """Returns lines with the likelihood of a flow on a source, as the command's options ask.
+
+    Example:
+        lines = likelihood_lines(experiment, flow, params, flow_source(experiment, "eval"), options)
+    """
     key, conditional = jax.random.key(options.seed), not options.unconditional
     if is_latent(experiment):
         if options.noise == "uniform":
@@ -334,11 +394,17 @@ def _likelihood_lines(experiment: Any, flow: Any, variables: Any, source: Any, o
         flow, variables, source, key, noise_std=sigma, batch_size=options.batch, conditional=conditional
     )
     noise = f"Gaussian noise of std {sigma:g}" if sigma else "uniform dequantisation"
-    lines = [f"{len(source)} images ({options.split}), {noise}", f"bits/dim {bits:.4f}"]
+    what = "clips" if flow.config.event_shape[:-3] else "images"
+    return [f"{len(source)} {what} ({options.split}), {noise}", f"bits/dim {bits:.4f}"]
+
+
+def _baseline_lines(experiment: Any, flow: Any, source: Any, options: Any) -> list[str]:
+    """The likelihood of a Gaussian under the same noise, where pictures have one size."""
+    sigma = 0.0 if options.noise == "uniform" else flow.config.noise_std
     fitted = flow_source(experiment, "train" if options.split == "eval" else options.split)
     if isinstance(source, BucketedSource) or isinstance(fitted, BucketedSource):
-        return lines
-    return [*lines, f"bits/dim of a Gaussian fit {gaussian_bits_per_dim(fitted, source, noise_std=sigma):.4f}"]
+        return []
+    return [f"bits/dim of a Gaussian fit {gaussian_bits_per_dim(fitted, source, noise_std=sigma):.4f}"]
 
 
 def _evaluator(experiment: Any, flow: Any, train_source: Any, eval_source: Any) -> Callable[[Any], dict[str, float]]:

@@ -34,6 +34,29 @@ def picture(images: Float[np.ndarray, "n height width c"], classes: int) -> UInt
     return image_grid(to_uint8(images), columns=columns, scale=max(1, GRID_SIDE // max(images.shape[1:3])))
 
 
+def strips(
+    clips: Float[np.ndarray, "n frames height width c"], classes: int = 0
+) -> UInt8[np.ndarray, "rows columns c"]:
+    """Returns a picture with one clip in [-1, 1] per row, its frames from left to right, small ones enlarged.
+
+    classes: not used, as each clip has a row; `picture` takes them.
+
+    Example:
+        save_image("samples.png", strips(clips))
+    """
+    frames = clips.reshape(-1, *clips.shape[2:])
+    return image_grid(to_uint8(frames), columns=clips.shape[1], scale=max(1, GRID_SIDE // max(frames.shape[1:3])))
+
+
+def side_by_side(clips: Float[np.ndarray, "n frames height width c"]) -> UInt8[np.ndarray, "frames rows columns c"]:
+    """Returns the frames of a video that shows all clips in [-1, 1] at once, as a grid.
+
+    Example:
+        write_video("samples.mp4", side_by_side(clips))
+    """
+    return np.stack([picture(frame, 0) for frame in clips.swapaxes(0, 1)])
+
+
 def path_plot(
     paths: Float[np.ndarray, "times n 2"], samples: Float[np.ndarray, "m 2"], data: Float[np.ndarray, "k 2"]
 ) -> UInt8[np.ndarray, "height width 3"]:

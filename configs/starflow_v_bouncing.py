@@ -1,0 +1,37 @@
+"""STARFlow-V with its denoiser on bouncing digits, class-conditional, 6 frames of 16x16 pixels: minutes on a CPU.
+
+python train.py --config configs/starflow_v_bouncing.py --workdir runs/bouncing
+python sample.py --checkpoint runs/bouncing --num 10 --out bouncing.gif
+"""
+
+from flowgen.config import Experiment, LikelihoodConfig, SamplingConfig
+from flowgen.data import ClipsConfig
+from flowgen.flows import STARFlowVConfig
+from flowgen.training import LogConfig, OptimConfig, TrainConfig
+
+
+def config() -> Experiment:
+    return Experiment(
+        name="starflow_v_bouncing",
+        model=STARFlowVConfig(
+            image_size=16,
+            channels=1,
+            patch_size=4,
+            frames=6,
+            width=64,
+            layers=(1, 1, 1, 3),
+            deep_width=96,
+            head_dim=32,
+            num_classes=10,
+            noise_std=0.2,
+            denoiser_layers=1,
+            denoiser_back=2,
+            remat=False,
+        ),
+        data=ClipsConfig(source="bouncing"),
+        likelihood=LikelihoodConfig(denoiser=OptimConfig(lr=1e-3, b2=0.999)),
+        optim=OptimConfig(lr=1e-3, min_lr=1e-5, warmup_steps=100, ema_decay=0.995),
+        train=TrainConfig(steps=2500, batch_size=32, label_dropout=0.1),
+        log=LogConfig(log_every=50, eval_every=500, sample_every=250, checkpoint_every=500),
+        sampling=SamplingConfig(num=10, guidance=1.0, rule="product"),
+    )

@@ -1,0 +1,260 @@
+"""Flows of clips as a task: a STARFlowV and its denoiser trained at once, drawn as strips of frames and as video."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from flowgen.conditioning import TextCondition
+from flowgen.data import ClipsConfig
+from flowgen.data.buckets import BucketedSource
+from flowgen.data.loader import fixed_batches
+from flowgen.data.sources import Source, Split
+from flowgen.decoding import Denoiser, sample
+from flowgen.evaluation import flow_bits_per_dim, flow_nats_per_dim
+from flowgen.fields import type_name
+from flowgen.flows import ClipDenoiser, ClipDenoising, denoiser_variables, flow_score_objective
+from flowgen.flows.density import batch_input, nll_objective
+from flowgen.flows.density import denoise as score_step
+from flowgen.models import init
+from flowgen.tasks.frozen import codec_of, empty_text, release_text_encoders
+from flowgen.tasks.images import image_batches, shrink_run
+from flowgen.tasks.latents import flow_source, is_latent, null_texts, picture_source
+from flowgen.tasks.likelihood import (
+    LikelihoodConfig,
+    best_metric,
+    check_flow,
+    decoding_line,
+    drawn_channels,
+    has_held_out,
+    likelihood_lines,
+    sampler,
+    shrink_flow,
+)
+from flowgen.tasks.pictures import strips
+from flowgen.training import Job
+
+__all__ = ["best_metric", "check", "draw", "drawn_channels", "evaluate", "job", "pictures", "shrink"]
+
+SAMPLE_OPTIONS = ("plan", "window", "tol", "denoise", "certify", "prompt", "prompts", "fps")
+EVALUATE_OPTIONS = ("noise", "samples")
+# Held-out clips whose noise is removed, for the ratio of peak to error.
+DENOISED = 64
+SMALL_SIDE = 10  # of bouncing digits of 8 pixels
+PEAK = 2.0  # of pictures in [-1, 1]
+
+
+def check(experiment: Any) -> None:
+    """Raises ValueError where the parts of an experiment do not belong to a flow of clips."""
+    model, kind = experiment.model, type_name(experiment.model)
+    if not isinstance(experiment.data, ClipsConfig):
+        raise ValueError(f"data is {experiment.data}; a {kind} is trained on clips, so give a ClipsConfig.")
+    check_flow(experiment)
+    likelihood = experiment.likelihood or LikelihoodConfig()
+    if likelihood.denoiser is not None and not model.denoiser_layers:
+        raise ValueError("likelihood.denoiser is given, and model.denoiser_layers is 0; give the denoiser layers.")
+    if model.denoiser_layers and likelihood.norm_penalty:
+        raise ValueError(
+            f"likelihood.norm_penalty is {likelihood.norm_penalty}, which would mix with the score that the denoiser "
+            "learns; set it to 0, or model.denoiser_layers."
+        )
+    if model.denoiser_layers and model.noise_std == 0:
+        raise ValueError("model.noise_std is 0, so a denoiser has nothing to remove; set it, or model.denoiser_layers.")
+    if model.denoiser_layers and experiment.sampling.denoise not in (0, 1):
+        raise ValueError(
+            f"sampling.denoise is {experiment.sampling.denoise}; a learned denoiser takes the whole step: use 0 or 1."
+        )
+
+
+def shrink(experiment: Any) -> Any:
+    """Returns the experiment with a tiny flow of the same kind on bouncing digits."""
+    model, changes = shrink_flow(experiment)
+    model = dataclasses.replace(
+        model,
+        image_size=-(-SMALL_SIDE // model.patch_size) * model.patch_size,
+        frames=min(model.frames, 3),
+        # The deep block keeps its order where one block is above it.
+        layers=(1, 1) if model.order == "L2R" else (0, 1, 1),
+        denoiser_layers=min(model.denoiser_layers, 1),
+    )
+    data = ClipsConfig(num=200, flip=experiment.data.flip, eval_fraction=experiment.data.eval_fraction)
+    return shrink_run(dataclasses.replace(experiment, **{**changes, "model": model, "data": data}))
+
+
+def job(experiment: Any) -> Job:
+    """Returns what the training loop needs, with the data opened, and encoded where they were not."""
+    flow, source = experiment.flow(), flow_source(experiment, "train")
+    held_out = one_shape(flow_source(experiment, "eval")) if has_held_out(experiment) else None
+    likelihood, has_denoiser = experiment.likelihood or LikelihoodConfig(), flow.config.denoiser_layers > 0
+    objective = flow_score_objective if has_denoiser else partial(nll_objective, norm_penalty=likelihood.norm_penalty)
+    made = Job(
+        init=lambda key: init(flow, key),
+        objective=objective(
+            flow,
+            label_dropout=experiment.train.label_dropout,
+            loss_scale=likelihood.loss_scale(flow.config.noise_std),
+            null_text=null_texts(source),
+        ),
+        batches=image_batches(experiment, source),
+        evaluate=None if held_out is None else _evaluator(experiment, flow, held_out),
+        sample=sampler(experiment, flow, held_out or source, draw, strips),
+        best_metric=best_metric(experiment),
+        optims={"denoiser": likelihood.denoiser or experiment.optim} if has_denoiser else {},
+    )
+    release_text_encoders()
+    return made
+
+
+def draw(
+    experiment: Any,
+    flow: Any,
+    variables: Any,
+    key: jax.Array,
+    num: int,
+    cond: Any,
+    *,
+    null: TextCondition | None = None,
+    first: int = 0,
+    certify: bool = False,
+) -> tuple[np.ndarray, str]:
+    """Returns clips `num frames height width c` and a line on how they were decoded; clip i depends on (key, i) alone.
+
+    cond: labels, a `TextCondition`, or None. null: the empty text of guidance, encoded here if not given.
+    Latents are decoded to clips by the experiment's codec.
+    """
+    sampling = experiment.sampling
+    if null is None and sampling.guidance and isinstance(cond, TextCondition):
+        null = empty_text(experiment, flow.config.grid_size)
+    result = sample(
+        flow,
+        variables,
+        key,
+        num,
+        jnp.asarray(cond) if isinstance(cond, np.ndarray) else cond,
+        plan=sampling.to_plan(),
+        guidance=sampling.to_guidance(),
+        null=null if sampling.guidance else None,
+        denoise=_denoiser(flow, variables, sampling.denoise),
+        first=first,
+        certify=certify,
+    )
+    return np.asarray(codec_of(experiment).decode(result.x)), decoding_line(result)
+
+
+def evaluate(experiment: Any, flow: Any, variables: Any, options: Any) -> list[str]:
+    """Returns lines with the likelihood of the flow on a split, what its noise looks like once removed, and how far
+    frames of samples move, as the command's options ask."""
+    source = one_shape(flow_source(experiment, options.split))
+    lines = likelihood_lines(experiment, flow, variables, source, options)
+    key = jax.random.key(options.seed)
+    ratios = denoised_psnr(experiment, flow, variables, source, key)
+    lines.append("PSNR of noisy clips " + ", ".join(f"{how} {ratio:.2f} dB" for how, ratio in ratios.items()))
+    if not options.samples:
+        return lines
+    data = one_shape(picture_source(experiment, options.split))
+    labels = data[np.arange(options.samples) % len(data)]["label"]
+    conditions = labels if flow.config.num_classes and not options.unconditional else None
+    clips, _ = draw(experiment, flow, variables, key, options.samples, conditions)
+    real = data[np.arange(min(len(data), options.samples))]["image"] / 127.5 - 1
+    for name, frames in (("samples", clips), ("data", real)):
+        near, far = frame_distances(np.clip(frames, -1, 1))
+        lines.append(f"frames of {len(frames)} {name}: distance to the next {near:.4f}, to any other {far:.4f}")
+    return lines
+
+
+def frame_distances(clips: Float[np.ndarray, "n frames height width c"]) -> tuple[float, float]:
+    """Returns the root mean square distance of consecutive frames, and of all pairs of frames of a clip.
+
+    Where time means something the first is smaller; of frames in random order the two are equal.
+
+    Example:
+        near, far = frame_distances(clips)
+    """
+    flat = clips.reshape(*clips.shape[:2], -1)
+    pairs = np.square(flat[:, :, None] - flat[:, None]).mean(axis=(0, 3))
+    frames = len(pairs)
+    near = np.diagonal(pairs, 1).mean()
+    return math.sqrt(near), math.sqrt(pairs.sum() / (frames * (frames - 1)))
+
+
+def denoised_psnr(experiment: Any, flow: Any, variables: Any, source: Source, key: jax.Array) -> dict[str, float]:
+    """Returns the ratio of peak to error in dB of held-out clips with noise, and with it removed by one score step and,
+    where there is one, by the denoiser; latents are decoded first.
+
+    Example:
+        denoised_psnr(experiment, flow, params, source, key)  # {"as they are": 14.1, "by the score": 20.3, ...}
+    """
+    codec = codec_of(experiment)
+    batch = next(fixed_batches(source, min(DENOISED, len(source))))
+    noisy, cond = _noised(flow, batch, key)
+    cleaned: dict[str, Any] = {"as they are": noisy}
+    cleaned["by the score"] = jax.jit(partial(score_step, flow))(variables, noisy, cond)
+    if flow.config.denoiser_layers:
+        cleaned["by the denoiser"] = jax.jit(_denoising(flow))(denoiser_variables(variables), noisy, cond)
+    clean = batch["mean"] if "mean" in batch else batch["image"] / np.float32(127.5) - 1
+    expected = np.clip(codec.decode(clean), -1, 1)
+
+    def ratio(x):
+        return 10 * math.log10(PEAK**2 / np.square(np.clip(codec.decode(np.asarray(x)), -1, 1) - expected).mean())
+
+    return {how: ratio(x) for how, x in cleaned.items()}
+
+
+def pictures(experiment: Any, split: Split) -> Source:
+    """Returns the clips of a split, at the size that the codec makes the model's latents of."""
+    return one_shape(picture_source(experiment, split))
+
+
+def one_shape(source: Source | BucketedSource) -> Source:
+    """Returns a source of one shape as it is. Raises ValueError where there are several.
+
+    Example:
+        clips = one_shape(flow_source(experiment, "eval"))
+    """
+    if isinstance(source, BucketedSource):
+        raise ValueError(f"data.path holds clips of shapes {source.image_shapes}; encode those of one shape.")
+    return source
+
+
+def _noised(flow: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, Any]:
+    cond = None
+    if flow.config.text_dim:
+        features, mask = batch["text"]
+        cond = TextCondition(jnp.asarray(features, jnp.float32), jnp.asarray(mask))
+    elif flow.config.num_classes:
+        cond = jnp.asarray(batch["label"])
+    return batch_input(key, {name: x for name, x in batch.items() if name != "text"}, flow.config.noise_std), cond
+
+
+def _denoising(flow: Any) -> ClipDenoising:
+    """The step of the flow's own denoiser, in chunks of the clips it was trained on."""
+    reach = flow.config.denoiser_back + flow.config.denoiser_ahead
+    chunk = flow.config.frames if flow.config.frames > reach else None
+    return ClipDenoising(ClipDenoiser(flow.config), flow.config.noise_std, chunk)
+
+
+def _denoiser(flow: Any, variables: Any, strength: float) -> float | Denoiser:
+    """What `sample` denoises with: the learned denoiser where the flow has one, else the score step."""
+    if not flow.config.denoiser_layers or strength == 0:
+        return strength
+    return Denoiser(_denoising(flow), denoiser_variables(variables))
+
+
+def _evaluator(experiment: Any, flow: Any, held_out: Any) -> Callable[[Any], dict[str, float]]:
+    def evaluated(variables):
+        key = jax.random.key(0)
+        density = flow_nats_per_dim if is_latent(experiment) else flow_bits_per_dim
+        metrics = {best_metric(experiment): density(flow, variables, held_out, key, batch_size=DENOISED)}
+        ratios = denoised_psnr(experiment, flow, variables, held_out, key)
+        names = {"by the score": "psnr_score", "by the denoiser": "psnr_denoiser"}
+        return metrics | {names[how]: ratio for how, ratio in ratios.items() if how in names}
+
+    return evaluated

@@ -1,0 +1,115 @@
+"""Flow-score matching: the loss of the flow, and the score as the target of its denoiser, by one backward pass."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flowgen import models
+from flowgen.flows import (
+    ClipDenoiser,
+    STARFlowV,
+    STARFlowVConfig,
+    denoiser_variables,
+    density,
+    flow_score_objective,
+    score_matching_loss,
+    score_target,
+)
+from flowgen.training import OptimConfig
+from flowgen.training.step import init_state, make_step
+
+CLIP = STARFlowVConfig(
+    image_size=(2, 3),
+    frames=4,
+    channels=2,
+    width=40,
+    head_dim=20,
+    layers=(1, 1),
+    num_classes=3,
+    denoiser_layers=1,
+    denoiser_back=2,
+)
+FLOW = STARFlowV(CLIP)
+SCALE = 1.7
+
+
+@pytest.fixture(scope="module")
+def params():
+    random = np.random.default_rng(0)
+    variables = models.init(FLOW, jax.random.key(0))
+    return jax.tree.map(lambda leaf: leaf + 0.1 * random.standard_normal(leaf.shape).astype(np.float32), variables)
+
+
+def batch(frames=4):
+    random = np.random.default_rng(1)
+    mean, std = random.standard_normal((2, 5, frames, 2, 3, 2)).astype(np.float32)
+    return {"mean": mean, "std": 0.1 * np.abs(std), "label": np.array([0, 1, 2, -1, 0], np.int32)}
+
+
+def assert_close(tree, expected, atol):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=atol), tree, expected)
+
+
+def gradients(objective, params, data):
+    run = jax.jit(jax.value_and_grad(objective, has_aux=True))
+    return run(params, data, jax.random.key(1))
+
+
+@pytest.mark.parametrize("frames", [4, 1])
+def test_the_flow_is_trained_as_without_a_denoiser(params, frames):
+    data = batch(frames)
+    (loss, metrics), gradient = gradients(flow_score_objective(FLOW, loss_scale=SCALE), params, data)
+    plain = density.nll_objective(FLOW, loss_scale=SCALE)
+    (alone, metrics_alone), expected = gradients(plain, params, data)
+    np.testing.assert_allclose(metrics["flow_loss"], alone, rtol=1e-6)
+    np.testing.assert_allclose(loss, alone + metrics["denoiser_loss"], rtol=1e-6)
+    np.testing.assert_allclose(metrics["nats_per_dim"], metrics_alone["nats_per_dim"], rtol=1e-6)
+    for name in ("blocks_0", "blocks_1"):
+        assert_close(gradient["params"][name], expected["params"][name], atol=1e-6)
+    assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(expected["params"]["denoiser"]))
+
+
+def test_the_denoiser_is_trained_on_the_score_alone(params):
+    data = batch()
+    (_, metrics), gradient = gradients(flow_score_objective(FLOW, loss_scale=SCALE), params, data)
+    noise_key, _ = jax.random.split(jax.random.key(1))
+    x, labels = density.batch_input(noise_key, data, CLIP.noise_std), jnp.asarray(data["label"])
+    target = score_target(FLOW, params, x, labels)
+    np.testing.assert_allclose(metrics["score_square"], jnp.square(target).mean(), rtol=1e-5)
+
+    def loss(variables):
+        return score_matching_loss(ClipDenoiser(CLIP), variables, x, target, labels)
+
+    value, expected = jax.jit(jax.value_and_grad(loss))(denoiser_variables(params))
+    np.testing.assert_allclose(metrics["denoiser_loss"], value, rtol=1e-5)
+    assert_close(gradient["params"]["denoiser"], expected["params"], atol=1e-5)
+
+
+def test_each_part_has_its_optimizer(params):
+    fast, slow = OptimConfig(lr=1e-2, clip_norm=0.0, weight_decay=0.0), OptimConfig(lr=1e-4, weight_decay=0.0)
+    objective = flow_score_objective(FLOW)
+    data = jax.tree.map(lambda x: x[None], batch())
+
+    def one_step(optim, others):
+        state = jax.tree.map(lambda x: jnp.asarray(x)[None], init_state(params, optim, 10, others))
+        step = jax.pmap(make_step(objective, optim, steps=10, others=others), axis_name="data")
+        state, metrics = step(state, data, jax.random.key(2)[None])
+        changed = jax.tree.map(lambda new, old: np.abs(new[0] - old).max(), state.params, params["params"])
+        return {name: max(jax.tree.leaves(part)) for name, part in changed.items()}, metrics
+
+    changed, metrics = one_step(slow, {"denoiser": fast})
+    # Adam's first step is the learning rate, whatever the gradient.
+    assert changed["denoiser"] == pytest.approx(1e-2, rel=0.01)
+    assert changed["blocks_0"] == pytest.approx(1e-4, rel=0.01)
+    assert float(metrics["lr"][0]) == pytest.approx(1e-4)
+    skipping = OptimConfig(lr=1e-4, weight_decay=0.0, skip_norm=1e-6, skip_after=0)
+    changed, metrics = one_step(skipping, {"denoiser": fast})
+    assert changed["blocks_0"] == 0
+    assert changed["denoiser"] == pytest.approx(1e-2, rel=0.01)
+    assert float(metrics["skipped"][0]) == 1
+
+
+def test_a_flow_without_a_denoiser_is_refused():
+    with pytest.raises(ValueError, match=r"model.denoiser_layers is 0, so there is no denoiser to train"):
+        flow_score_objective(STARFlowV(STARFlowVConfig(image_size=2, width=40, head_dim=20, layers=(1, 1))))
