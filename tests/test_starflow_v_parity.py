@@ -119,7 +119,7 @@ def test_the_logdet_of_each_block(case, dtype):
         check(case, f"logdet/{index}", own, dtype)
 
 
-@pytest.mark.parametrize("case", sv.CASES)
+@pytest.mark.parametrize("case", ["text", pytest.param("options", marks=pytest.mark.slow)])
 def test_a_picture_is_a_clip_of_one_frame(case, dtype):
     flow, _, _, _ = ours(case, dtype)
     _, states, _ = trajectory(case, dtype, 1)
