@@ -1,4 +1,4 @@
-"""Convolutions and group norm with published initialisation, for images `b height width c`."""
+"""Convolutions and group norm with published initialisation, for images `b height width c` and clips."""
 
 from __future__ import annotations
 
@@ -37,6 +37,30 @@ def conv(
         param_dtype=master_dtype(dtype),
         kernel_init=nn.initializers.zeros if zero else nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
         bias_init=nn.initializers.zeros if zero else uniform_bias(side**2 * channels),
+        name=name,
+    )
+
+
+def clip_conv(
+    features: int, channels: int, dtype: str, *, side: int = 3, stride: int = 1, name: str | None = None
+) -> nn.Conv:
+    """Returns a convolution over 3 frames of side × side places, initialised as PyTorch's, for clips `b f h w c`.
+
+    Places are padded, frames are not: of n frames come n - 2, every `stride`-th of them.
+
+    Example:
+        layer = clip_conv(64, channels=3, dtype="float32")
+    """
+    around = (side // 2, side // 2)
+    return nn.Conv(
+        features,
+        (3, side, side),
+        strides=(stride, 1, 1),
+        padding=((0, 0), around, around),
+        dtype=jnp.dtype(dtype),
+        param_dtype=master_dtype(dtype),
+        kernel_init=nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
+        bias_init=uniform_bias(3 * side**2 * channels),
         name=name,
     )
 
