@@ -21,6 +21,8 @@ from flowgen.nn.convolution import clip_conv, conv
 from flowgen.nn.layers import linear, master_dtype
 
 Features = Float[Array, "b f h w c"]
+# What layers make of them, of as many frames, places and channels or of others.
+NewFeatures = Float[Array, "b g i j d"]
 Cache = Any
 
 CHANNEL_NORM_EPS = 1e-12
@@ -40,7 +42,7 @@ def chain(layers: Sequence[Callable[..., Any]], h: Array, cache: Cache) -> tuple
     return h, tuple(after)
 
 
-def causal(layer: Callable[[Array], Array], x: Features, cache: Cache) -> tuple[Features, Features]:
+def causal(layer: Callable[[Array], Array], x: Features, cache: Cache) -> tuple[NewFeatures, Float[Array, "b 2 h w c"]]:
     """Returns a convolution over 3 frames ending at each frame of x, and the last two frames for what comes after.
 
     cache: the two frames before x; None where the clip begins, and they are zeros.
@@ -53,7 +55,7 @@ def causal(layer: Callable[[Array], Array], x: Features, cache: Cache) -> tuple[
     return layer(x), x[:, -2:]
 
 
-def average_down(x: Features, width: int, *, time: int, space: int, begins: bool) -> Features:
+def average_down(x: Features, width: int, *, time: int, space: int, begins: bool) -> NewFeatures:
     """Returns means over groups of the numbers in blocks of `time` frames and space × space places, `width` of them.
 
     The numbers of a block are in the order channel, frame, row, column. Where x begins the clip, zeros before it fill
@@ -68,7 +70,7 @@ def average_down(x: Features, width: int, *, time: int, space: int, begins: bool
     return reduce(x, "b f i j (c g) -> b f i j c", "mean", c=width)
 
 
-def copy_up(x: Features, width: int, *, time: int, space: int, begins: bool) -> Features:
+def copy_up(x: Features, width: int, *, time: int, space: int, begins: bool) -> NewFeatures:
     """Returns blocks of `time` frames and space × space places that hold copies of the channels of x, `width` channels.
 
     The order in a block is that of `average_down`. Where x begins the clip, the first block is its last frame alone.
@@ -95,7 +97,7 @@ class Block(nn.Module):
         if self.in_width != self.width:
             self.skip = linear(self.width, self.in_width, self.dtype)
 
-    def __call__(self, x: Features, cache: Cache) -> tuple[Features, Cache]:
+    def __call__(self, x: Features, cache: Cache) -> tuple[NewFeatures, Cache]:
         cache_in, cache_out = (None, None) if cache is None else cache
         h, cache_in = causal(self.conv_in, jax.nn.silu(self.norm_in(x)).astype(self.dtype), cache_in)
         h, cache_out = causal(self.conv_out, jax.nn.silu(self.norm_out(h)).astype(self.dtype), cache_out)
@@ -129,7 +131,7 @@ class Convolution(nn.Module):
     def setup(self):
         self.conv = clip_conv(self.width, self.in_width, self.dtype)
 
-    def __call__(self, x: Features, cache: Cache) -> tuple[Features, Cache]:
+    def __call__(self, x: Features, cache: Cache) -> tuple[NewFeatures, Cache]:
         return causal(self.conv, x, cache)
 
 
@@ -144,7 +146,7 @@ class Head(nn.Module):
         self.norm = ChannelNorm(self.dtype)
         self.conv = clip_conv(self.width, self.in_width, str(master_dtype(self.dtype)))
 
-    def __call__(self, x: Features, cache: Cache) -> tuple[Features, Cache]:
+    def __call__(self, x: Features, cache: Cache) -> tuple[NewFeatures, Cache]:
         return causal(self.conv, jax.nn.silu(self.norm(x)), cache)
 
 
@@ -158,7 +160,7 @@ class HalveSpace(nn.Module):
         # The published halving pads below and on the right alone.
         self.conv = conv(self.width, self.width, self.dtype, stride=2, padding=((0, 1), (0, 1)))
 
-    def __call__(self, x: Features, cache: Cache) -> tuple[Features, Cache]:
+    def __call__(self, x: Features, cache: Cache) -> tuple[NewFeatures, Cache]:
         return self.conv(x), ()
 
 
@@ -171,7 +173,7 @@ class HalveTime(nn.Module):
     def setup(self):
         self.conv = clip_conv(self.width, self.width, self.dtype, side=1, stride=2)
 
-    def __call__(self, x: Features, cache: Cache) -> tuple[Features, Cache]:
+    def __call__(self, x: Features, cache: Cache) -> tuple[NewFeatures, Cache]:
         if cache is None:
             return jnp.concatenate([x[:, :1], self.conv(x)], axis=1), x[:, -1:]
         return self.conv(jnp.concatenate([cache, x], axis=1)), x[:, -1:]
@@ -186,7 +188,7 @@ class DoubleTime(nn.Module):
     def setup(self):
         self.conv = clip_conv(2 * self.width, self.width, self.dtype, side=1)
 
-    def __call__(self, x: Features, cache: Cache) -> tuple[Features, Cache]:
+    def __call__(self, x: Features, cache: Cache) -> tuple[NewFeatures, Cache]:
         alone = 1 if cache is None else 0
         h, cache = causal(self.conv, x[:, alone:], cache)
         h = rearrange(h, "b f i j (r c) -> b (f r) i j c", r=2)
@@ -203,7 +205,7 @@ class DoubleSpace(nn.Module):
     def setup(self):
         self.conv = conv(self.width, self.in_width, self.dtype)
 
-    def __call__(self, x: Features, cache: Cache) -> tuple[Features, Cache]:
+    def __call__(self, x: Features, cache: Cache) -> tuple[NewFeatures, Cache]:
         return self.conv(repeat(x, "b f i j c -> b f (i p) (j q) c", p=2, q=2)), ()
 
 

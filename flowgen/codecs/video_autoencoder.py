@@ -31,6 +31,7 @@ from flowgen.codecs.causal import (
     HalveSpace,
     HalveTime,
     Head,
+    NewFeatures,
     average_down,
     chain,
     copy_up,
@@ -189,7 +190,7 @@ class Encoder(nn.Module):
     config: VideoAutoencoderConfig
 
     @nn.compact
-    def __call__(self, x: Features, cache: Cache) -> tuple[Features, Cache]:
+    def __call__(self, x: Features, cache: Cache) -> tuple[NewFeatures, Cache]:
         config = self.config
         widths = (config.widths[0], *config.widths)
         pixels = config.channels * config.patch_size**2
@@ -208,7 +209,7 @@ class Decoder(nn.Module):
     config: VideoAutoencoderConfig
 
     @nn.compact
-    def __call__(self, latents: Features, cache: Cache) -> tuple[Features, Cache]:
+    def __call__(self, latents: Features, cache: Cache) -> tuple[NewFeatures, Cache]:
         config = self.config
         widths = (*config.decoder_widths, config.decoder_widths[-1])
         pixels = config.channels * config.patch_size**2
@@ -243,7 +244,7 @@ class Down(nn.Module):
     width: int
 
     @nn.compact
-    def __call__(self, x: Features, cache: Cache) -> tuple[Features, Cache]:
+    def __call__(self, x: Features, cache: Cache) -> tuple[NewFeatures, Cache]:
         config, (time, space) = self.config, self.config.strides[self.level]
         layers: list[nn.Module] = [
             _block(config)(self.width if i else self.in_width, self.width, name=f"block_{i}")
@@ -268,7 +269,7 @@ class Up(nn.Module):
     width: int
 
     @nn.compact
-    def __call__(self, x: Features, cache: Cache) -> tuple[Features, Cache]:
+    def __call__(self, x: Features, cache: Cache) -> tuple[NewFeatures, Cache]:
         config, (time, space) = self.config, _strides_up(self.config)[self.level]
         layers: list[nn.Module] = [
             _block(config)(self.width if i else self.in_width, self.width, name=f"block_{i}")
