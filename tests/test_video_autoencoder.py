@@ -21,6 +21,7 @@ import video_weights as vw
 # float32 sums in another order; latents and pixels are of order 1.
 PARITY = {"rtol": 1e-5, "atol": 2e-5}
 KINDS = tuple(vw.CONFIGS)
+STRIDES = {kind: config["scale_factor_temporal"] for kind, config in vw.CONFIGS.items()}
 
 
 @functools.cache
@@ -35,10 +36,10 @@ def method(kind, name):
     return jax.jit(lambda x: network.apply(variables, x, method=name))
 
 
-@pytest.mark.parametrize("frames", [1, 5, 9])
+@pytest.mark.parametrize("frames", [1, 9])
 @pytest.mark.parametrize("kind", KINDS)
 def test_video_autoencoders_are_those_of_diffusers(kind, frames):
-    recorded, latents = vw.recorded(kind), 1 + (frames - 1) // 4
+    recorded, latents = vw.recorded(kind), 1 + (frames - 1) // STRIDES[kind]
     mean, log_variance = method(kind, "encode")(vw.clips(kind, frames))
     np.testing.assert_allclose(mean, recorded["mean"][:, :latents], **PARITY)
     np.testing.assert_allclose(log_variance, recorded["log_variance"][:, :latents], **PARITY)
@@ -60,36 +61,21 @@ def test_chunks_give_what_the_whole_gives(kind):
     assert decoded.shape == x.shape
 
 
-def test_the_memory_of_chunks_does_not_grow_with_the_clip():
-    network, variables = imported("wan_2_2")
-
-    def held(decode, frames):
-        latents = jax.ShapeDtypeStruct((1, frames, 2, 2, 3), jnp.float32)
-        memory = jax.jit(functools.partial(decode, variables)).lower(latents).compile().memory_analysis()
-        return memory.temp_size_in_bytes - memory.output_size_in_bytes
-
-    def whole(variables, latents):
-        return network.apply(variables, latents, method="decode")
-
-    in_chunks = functools.partial(codecs.decode_in_chunks, network)
-    assert held(in_chunks, 33) < 1.5 * held(in_chunks, 5)
-    assert held(in_chunks, 33) < 0.3 * held(whole, 33)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_latents_depend_on_no_later_frame(kind):
     network, variables = imported(kind)
     x = jnp.asarray(vw.clips(kind))
 
-    def gradient(first):
-        def loss(x):
-            mean, log_variance = network.apply(variables, x, method="encode")
-            return (mean[:, :first] ** 2).sum() + (log_variance[:, :first] ** 2).sum()
+    @jax.jit
+    @jax.grad
+    def gradient(x, frames):
+        mean, log_variance = network.apply(variables, x, method="encode")
+        return jnp.einsum("bfhwz,f->", mean**2 + log_variance**2, frames)
 
-        return np.abs(jax.jit(jax.grad(loss))(x)).max(axis=(0, 2, 3, 4))
-
-    np.testing.assert_array_equal(gradient(1) > 0, [True] + [False] * 8)
-    np.testing.assert_array_equal(gradient(2) > 0, [True] * 5 + [False] * 4)
+    latents = 1 + 8 // STRIDES[kind]
+    for count in range(1, latents):
+        sizes = np.abs(gradient(x, (np.arange(latents) < count).astype(np.float32))).max(axis=(0, 2, 3, 4))
+        np.testing.assert_array_equal(sizes > 0, np.arange(9) < 1 + STRIDES[kind] * (count - 1))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -100,7 +86,7 @@ def test_decoded_frames_depend_on_no_later_latent(kind):
         return (network.apply(variables, latents, method="decode")[:, :5] ** 2).sum()
 
     sizes = np.abs(jax.jit(jax.grad(loss))(vw.recorded(kind)["mean"])).max(axis=(0, 2, 3, 4))
-    np.testing.assert_array_equal(sizes > 0, [True, True, False])
+    np.testing.assert_array_equal(sizes > 0, np.arange(1 + 8 // STRIDES[kind]) <= 4 // STRIDES[kind])
 
 
 def test_published_sizes():
@@ -124,13 +110,15 @@ SMALL = codecs.VideoAutoencoderConfig(
 )
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_small_one_can_be_trained(dtype, key):
-    config = dataclasses.replace(SMALL, dtype=dtype, remat=True)
+TINY = dataclasses.replace(SMALL, widths=(4, 4), decoder_widths=(4, 6), halve_time=(True,))
+
+
+def test_a_small_one_can_be_trained(key):
+    config = dataclasses.replace(TINY, dtype="bfloat16", remat=True)
     network = codecs.VideoAutoencoder(config)
     variables = codecs.init(network, key)
     assert {x.dtype for x in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
-    x = jax.random.normal(jax.random.fold_in(key, 1), (2, 5, 8, 8, 1))
+    x = jax.random.normal(jax.random.fold_in(key, 1), (2, 5, 4, 4, 1))
 
     def loss(variables):
         mean, log_variance = network.apply(variables, x, method="encode")
@@ -143,13 +131,6 @@ def test_a_small_one_can_be_trained(dtype, key):
     gradients = jax.jit(jax.grad(loss))(variables)
     for path, x in jax.tree.leaves_with_path(gradients):
         assert np.abs(x).max() > 0, jax.tree_util.keystr(path)
-
-
-def test_recomputing_changes_nothing():
-    x = jax.random.normal(jax.random.key(2), (1, 3, 8, 8, 1))
-    plain, recomputing = (codecs.VideoAutoencoder(dataclasses.replace(SMALL, remat=remat)) for remat in (False, True))
-    variables = codecs.init(plain, jax.random.key(0))
-    np.testing.assert_allclose(plain.apply(variables, x), recomputing.apply(variables, x), **PARITY)
 
 
 def test_the_norm_of_nothing_has_a_gradient(key):
@@ -169,11 +150,10 @@ def test_the_norm_of_nothing_has_a_gradient(key):
         ({"widths": (4, 8, 16)}, "model.widths has 16 after 8, whose shortcut has 8 numbers in a place"),
         ({"decoder_widths": (4, 5, 7)}, "model.decoder_widths has 7 before 7|model.decoder_widths has 5 before 7"),
         ({"decoder_widths": (4, 4, 7), "shortcuts": False}, "without shortcuts all but the first must be even"),
-        ({"dtype": "float16"}, "model.dtype is 'float16'"),
         ({"patch_size": 0}, "model.patch_size is 0; it must be at least 1"),
     ],
 )
-def test_a_config_that_cannot_be_is_refused(change, message):
+def test_a_config_that_cannot_be_is_refused(change, message, untyped):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(SMALL, **change)
 
@@ -186,12 +166,13 @@ def test_every_tensor_is_accounted_for(kind):
     tensors = vw.state_dict(kind)
     with pytest.raises(convert.MappingError, match=r"1 problem: 'encoder.more.weight' is not expected"):
         convert.video_autoencoder(tensors | {"encoder.more.weight": np.zeros(3, np.float32)}, vw.CONFIGS[kind])
-    for name, x in tensors.items():
-        without = {other: y for other, y in tensors.items() if other != name}
-        with pytest.raises(convert.MappingError, match=rf"1 problem: '{name}' is missing"):
-            convert.video_autoencoder(without, vw.CONFIGS[kind])
-        with pytest.raises(convert.MappingError, match=rf"1 problem: '{name}' has shape"):
-            convert.video_autoencoder(tensors | {name: np.stack([x, x])}, vw.CONFIGS[kind])
+    with pytest.raises(convert.MappingError) as missing:
+        convert.video_autoencoder({}, vw.CONFIGS[kind])
+    assert sorted(missing.value.failures) == sorted(f"'{name}' is missing" for name in tensors)
+    with pytest.raises(convert.MappingError) as misshapen:
+        convert.video_autoencoder({name: np.stack([x, x]) for name, x in tensors.items()}, vw.CONFIGS[kind])
+    assert len(misshapen.value.failures) == len(tensors)
+    assert all(" has shape (2, " in failure for failure in misshapen.value.failures)
 
 
 @pytest.mark.parametrize(
@@ -247,21 +228,21 @@ def make_codec(temporal_scale=0.6):
 
 
 def frame_codec():
-    return codecs.FrameCodec(codecs.PixelCodec(pixel_channels=1, factor=4))
+    return codecs.FrameCodec(codecs.PixelCodec(pixel_channels=1, factor=2))
 
 
 def test_a_codec_of_clips_normalises_and_undoes_it():
     codec, recorded = make_codec(), vw.recorded("wan_2_1")
-    assert (codec.factor, codec.stride, codec.channels, codec.pixel_channels) == (4, 4, 2, 1)
+    assert (codec.factor, codec.stride, codec.channels, codec.pixel_channels) == (2, 2, 2, 1)
     mean, std = codec.moments(vw.clips("wan_2_1"))
-    temporal = np.array([1, 0.6, 0.6])[:, None, None, None]
+    temporal = np.array([1, 0.6, 0.6, 0.6, 0.6])[:, None, None, None]
     np.testing.assert_allclose(mean, (recorded["mean"] - SHIFT) * SCALE * temporal, **PARITY)
     np.testing.assert_allclose(std, np.exp(0.5 * recorded["log_variance"]) * SCALE * temporal, **PARITY)
     decoded = codec.decode(mean)
     np.testing.assert_allclose(decoded[:, :, :: vw.EVERY, :: vw.EVERY], recorded["decoded"], **PARITY)
 
 
-@pytest.mark.parametrize(("pixels", "whole"), [(2 * 9 * 192, True), (9 * 192, True), (4 * 192, False), (1, False)])
+@pytest.mark.parametrize(("pixels", "whole"), [(9 * 48, True), (2 * 48, False)])
 def test_a_codec_gives_the_same_in_any_parts(pixels, whole, monkeypatch):
     codec, x = make_codec(), np.concatenate([vw.clips("wan_2_1")] * 2)[:3]
     mean, std = codec.moments(x)
@@ -283,7 +264,7 @@ def test_codecs_of_clips_are_codecs_of_clips(make):
     assert isinstance(hash(codec), int)
     x = vw.clips("wan_2_1")
     mean, std = codec.moments(x)
-    shape = (2, 1 + 8 // codec.stride, 12 // codec.factor, 16 // codec.factor, codec.channels)
+    shape = (2, 1 + 8 // codec.stride, 3, 4, codec.channels)
     assert mean.shape == std.shape == shape
     decoded = codec.decode(mean)
     assert decoded.shape == x.shape
@@ -303,8 +284,8 @@ def test_clips_that_do_not_fit_are_refused(make):
     codec = make()
     with pytest.raises(ValueError, match=r"clips have shape \(2, 5, 8, 8, 3\); this codec takes .*, 1\)"):
         codec.moments(np.zeros((2, 5, 8, 8, 3), np.float32))
-    with pytest.raises(ValueError, match="clips are 10 x 8; this codec takes sides that are multiples of 4"):
-        codec.moments(np.zeros((2, 5, 10, 8, 1), np.float32))
+    with pytest.raises(ValueError, match="clips are 9 x 8; this codec takes sides that are multiples of 2"):
+        codec.moments(np.zeros((2, 5, 9, 8, 1), np.float32))
     with pytest.raises(ValueError, match="the batch is empty; give at least one clip"):
         codec.moments(np.zeros((0, 5, 8, 8, 1), np.float32))
     with pytest.raises(ValueError, match="the batch is empty; give at least one clip"):
@@ -314,7 +295,7 @@ def test_clips_that_do_not_fit_are_refused(make):
 
 
 def test_numbers_of_frames_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match=r"clips have 4 frames; this codec takes 1, 5, 9 and so on, 1 \+ k · 4"):
+    with pytest.raises(ValueError, match=r"clips have 4 frames; this codec takes 1, 3, 5 and so on, 1 \+ k · 2"):
         make_codec().moments(np.zeros((2, 4, 8, 8, 1), np.float32))
     with pytest.raises(ValueError, match="clips have 0 frames"):
         frame_codec().moments(np.zeros((2, 0, 8, 8, 1), np.float32))
