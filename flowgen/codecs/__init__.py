@@ -1,4 +1,4 @@
-"""Frozen networks beside a flow: autoencoders between pictures and latents, and text encoders."""
+"""Frozen networks beside a flow: autoencoders between pictures or clips and latents, and text encoders."""
 
 from flowgen.codecs.autoencoder import AUTOENCODER_PRESETS, Autoencoder, AutoencoderConfig, init
 from flowgen.codecs.bert import BertConfig, BertEncoder
@@ -12,15 +12,26 @@ from flowgen.codecs.text import (
     TextEncoder,
     Tokenizer,
 )
+from flowgen.codecs.video_autoencoder import (
+    VIDEO_AUTOENCODER_PRESETS,
+    VideoAutoencoder,
+    VideoAutoencoderConfig,
+    decode_in_chunks,
+    encode_in_chunks,
+)
+from flowgen.codecs.video_codec import ClipCodec, FrameCodec, VideoAutoencoderCodec
 
 __all__ = [
     "AUTOENCODER_PRESETS",
+    "VIDEO_AUTOENCODER_PRESETS",
     "Autoencoder",
     "AutoencoderCodec",
     "AutoencoderConfig",
     "BertConfig",
     "BertEncoder",
+    "ClipCodec",
     "Codec",
+    "FrameCodec",
     "FrozenTextEncoder",
     "HashedWords",
     "JsonTokenizer",
@@ -31,5 +42,10 @@ __all__ = [
     "T5Encoder",
     "TextEncoder",
     "Tokenizer",
+    "VideoAutoencoder",
+    "VideoAutoencoderCodec",
+    "VideoAutoencoderConfig",
+    "decode_in_chunks",
+    "encode_in_chunks",
     "init",
 ]

@@ -64,6 +64,11 @@ class AutoencoderConfig:
         """Pixels per latent along a side."""
         return 2 ** (len(self.widths) - 1)
 
+    @property
+    def smallest(self) -> tuple[int, ...]:
+        """Shape of a batch of one picture that passes through every layer."""
+        return (1, self.factor, self.factor, self.channels)
+
 
 class Autoencoder(nn.Module):
     """Encoder and decoder between pictures `b height width c` in [-1, 1] and latents `b h w z`.
@@ -203,8 +208,8 @@ def _conv_out(config: AutoencoderConfig, h: Array, features: int) -> Array:
     return conv(features, h.shape[-1], master, name="conv_out")(h)
 
 
-def init(autoencoder: Autoencoder, key: Key[Array, ""]) -> Any:
-    """Returns freshly initialised variables of an autoencoder; shapes come from its config.
+def init(autoencoder: nn.Module, key: Key[Array, ""]) -> Any:
+    """Returns freshly initialised variables of an autoencoder, of pictures or of clips; shapes come from its config.
 
     Example:
         params = init(Autoencoder(AutoencoderConfig(widths=(32, 64))), jax.random.key(0))
@@ -214,8 +219,7 @@ def init(autoencoder: Autoencoder, key: Key[Array, ""]) -> Any:
 
 @partial(jax.jit, static_argnums=0)
 def _init(autoencoder, key):
-    side = autoencoder.config.factor
-    return autoencoder.init(key, jnp.zeros((1, side, side, autoencoder.config.channels)))
+    return autoencoder.init(key, jnp.zeros(autoencoder.config.smallest))
 
 
 # The published autoencoder of latent diffusion, 83,653,863 parameters.

@@ -21,6 +21,8 @@ IMAGES_AT_ONCE = 256
 
 Images = Float[Array | np.ndarray, "b height width c"]
 Latents = Float[Array | np.ndarray, "b h w z"]
+# Of pictures or of clips.
+AnyLatents = Float[Array | np.ndarray, "*b z"]
 
 
 @runtime_checkable
@@ -94,17 +96,21 @@ class LatentNormalisation:
     shift: Float[np.ndarray, "..."] | float = 0.0
     scale: Float[np.ndarray, "..."] | float = 1.0
 
-    def apply(self, latents: Latents) -> Latents:
+    def apply(self, latents: AnyLatents) -> AnyLatents:
         """Returns normalised latents."""
-        return (latents - _per_channel(self.shift)) * _per_channel(self.scale)
+        return (latents - _per_channel(self.shift, latents)) * _per_channel(self.scale, latents)
 
-    def undo(self, normalised: Latents) -> Latents:
+    def apply_to_std(self, std: AnyLatents) -> AnyLatents:
+        """Returns the standard deviation of normalised latents."""
+        return std * np.abs(_per_channel(self.scale, std))
+
+    def undo(self, normalised: AnyLatents) -> AnyLatents:
         """Returns the latents of normalised ones."""
-        return normalised / _per_channel(self.scale) + _per_channel(self.shift)
+        return normalised / _per_channel(self.scale, normalised) + _per_channel(self.shift, normalised)
 
 
-def _per_channel(values: Any) -> np.ndarray:
-    return np.asarray(values, np.float32).reshape(1, 1, 1, -1)
+def _per_channel(values: Any, latents: AnyLatents) -> np.ndarray:
+    return np.asarray(values, np.float32).reshape(*(1,) * (latents.ndim - 1), -1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,15 +142,15 @@ class AutoencoderCodec:
         """Returns mean and standard deviation of normalised latents, as numpy arrays."""
         height, width = check_pictures(self, x)
         run = partial(_moments, self.autoencoder, self.variables)
-        mean, std = in_parts(run, _at_once(height * width), np.asarray(x, np.float32))
-        return self.normalisation.apply(mean), std * np.abs(_per_channel(self.normalisation.scale))
+        mean, std = in_parts(run, samples_at_once(height * width), np.asarray(x, np.float32))
+        return self.normalisation.apply(mean), self.normalisation.apply_to_std(std)
 
     def decode(self, latents: Latents) -> Images:
         """Returns the pictures of normalised latents, as a numpy array; not clipped."""
         height, width = check_latents(self, latents)
         plain = np.asarray(self.normalisation.undo(np.asarray(latents, np.float32)))
         run = partial(_decode, self.autoencoder, self.variables)
-        (x,) = in_parts(run, _at_once(height * width * self.factor**2), plain)
+        (x,) = in_parts(run, samples_at_once(height * width * self.factor**2), plain)
         return x
 
 
@@ -183,8 +189,12 @@ def check_latents(codec: Codec, latents: Any) -> tuple[int, int]:
     return latents.shape[1:3]
 
 
-def _at_once(pixels: int) -> int:
-    """How many pictures of so many pixels are run at a time."""
+def samples_at_once(pixels: int) -> int:
+    """Returns how many samples of so many pixels are run at a time.
+
+    Example:
+        most = samples_at_once(height * width)
+    """
     return max(1, min(IMAGES_AT_ONCE, PIXELS_AT_ONCE // pixels))
 
 

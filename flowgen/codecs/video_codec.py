@@ -1,20 +1,38 @@
-"""Codecs of clips: what makes latents of clips and clips of latents."""
+"""Codecs of clips: what makes latents of clips and clips of latents, frozen while a flow is trained on the latents."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from flowgen.codecs.codec import Codec
+from flowgen.codecs import codec as images
+from flowgen.codecs.codec import Codec, LatentNormalisation, samples_at_once
+from flowgen.codecs.parts import in_parts
+from flowgen.codecs.video_autoencoder import VideoAutoencoder, decode_in_chunks, encode_in_chunks
 
 Clips = Float[Array | np.ndarray, "b frames height width c"]
+ClipLatents = Float[Array | np.ndarray, "b f h w z"]
 
 
 @runtime_checkable
 class ClipCodec(Protocol):
+    """Clips in [-1, 1] to normalised latents, and back; 1 + k · stride frames are 1 + k latent ones.
+
+    factor: pixels per latent along a side. stride: frames per latent after the first frame. channels: of latents.
+    pixel_channels: of clips.
+
+    Example:
+        mean, std = codec.moments(clips)
+        clips = codec.decode(mean)
+    """
+
     @property
     def factor(self) -> int: ...
 
@@ -27,24 +45,35 @@ class ClipCodec(Protocol):
     @property
     def pixel_channels(self) -> int: ...
 
-    def moments(self, x: Clips) -> tuple[Clips, Clips]: ...
+    def moments(self, x: Clips) -> tuple[ClipLatents, ClipLatents]:
+        """Returns mean and standard deviation of the latents of clips, as numpy arrays."""
+        ...
 
-    def decode(self, latents: Clips) -> Clips: ...
+    def decode(self, latents: ClipLatents) -> Clips:
+        """Returns the clips of latents, as a numpy array."""
+        ...
 
     def __hash__(self) -> int: ...
 
 
 @dataclass(frozen=True)
 class FrameCodec:
-    """A codec of pictures, applied to every frame."""
+    """A codec of pictures for every frame of a clip on its own; stride 1.
+
+    Example:
+        codec = FrameCodec(PixelCodec(pixel_channels=1, factor=2))
+        mean, std = codec.moments(clips)  # `b frames h/2 w/2 4`
+    """
 
     codec: Codec
-
-    stride = 1
 
     @property
     def factor(self) -> int:
         return self.codec.factor
+
+    @property
+    def stride(self) -> int:
+        return 1
 
     @property
     def channels(self) -> int:
@@ -54,14 +83,145 @@ class FrameCodec:
     def pixel_channels(self) -> int:
         return self.codec.pixel_channels
 
-    def moments(self, x: Clips) -> tuple[Clips, Clips]:
+    def moments(self, x: Clips) -> tuple[ClipLatents, ClipLatents]:
+        """Returns mean and standard deviation of the latents of all frames, as numpy arrays."""
+        check_clips(self, x)
         mean, std = self.codec.moments(_frames(x))
-        return tuple(np.asarray(part).reshape(*x.shape[:2], *part.shape[1:]) for part in (mean, std))
+        return _clips(mean, len(x)), _clips(std, len(x))
 
-    def decode(self, latents: Clips) -> Clips:
-        pictures = np.asarray(self.codec.decode(_frames(latents)))
-        return pictures.reshape(*latents.shape[:2], *pictures.shape[1:])
+    def decode(self, latents: ClipLatents) -> Clips:
+        """Returns the clips of latents, as a numpy array; clipped no more than the pictures of the codec are."""
+        check_clip_latents(self, latents)
+        return _clips(self.codec.decode(_frames(latents)), len(latents))
 
 
-def _frames(x: Any) -> Any:
+def _frames(x: Any) -> np.ndarray:
+    x = np.asarray(x)
     return x.reshape(-1, *x.shape[2:])
+
+
+def _clips(x: Any, count: int) -> np.ndarray:
+    x = np.asarray(x)
+    return x.reshape(count, -1, *x.shape[1:])
+
+
+@dataclass(frozen=True, eq=False)
+class VideoAutoencoderCodec:
+    """A frozen video autoencoder with its variables, a codec of normalised latents.
+
+    temporal_scale: all latent frames but the first are multiplied by it, after normalisation. It runs as many clips at
+    a time as memory takes, and a clip that is too long for that in chunks.
+
+    Example:
+        codec = VideoAutoencoderCodec(autoencoder, params, LatentNormalisation(scale=0.5), temporal_scale=0.6)
+    """
+
+    autoencoder: VideoAutoencoder
+    variables: Any
+    normalisation: LatentNormalisation = LatentNormalisation()
+    temporal_scale: float = 1.0
+
+    def __post_init__(self):
+        if not 0 < self.temporal_scale < float("inf"):
+            raise ValueError(f"temporal_scale is {self.temporal_scale}; it must be a positive number, 1 for none.")
+
+    @property
+    def factor(self) -> int:
+        return self.autoencoder.config.factor
+
+    @property
+    def stride(self) -> int:
+        return self.autoencoder.config.stride
+
+    @property
+    def channels(self) -> int:
+        return self.autoencoder.config.latent_channels
+
+    @property
+    def pixel_channels(self) -> int:
+        return self.autoencoder.config.channels
+
+    def moments(self, x: Clips) -> tuple[ClipLatents, ClipLatents]:
+        """Returns mean and standard deviation of normalised latents, as numpy arrays.
+
+        Both are in the units of normalised latents, so mean + std · ε is the latent of a sample, normalised. The code
+        published with STARFlow-V does not divide the standard deviation by `latents_std`.
+        """
+        frames, height, width = check_clips(self, x)
+        run, most = self._plan(_moments, frames, height * width)
+        mean, std = in_parts(run, most, np.asarray(x, np.float32))
+        scale = self._scale(mean.shape[1])
+        return self.normalisation.apply(mean) * scale, self.normalisation.apply_to_std(std) * scale
+
+    def decode(self, latents: ClipLatents) -> Clips:
+        """Returns the clips of normalised latents, as a numpy array; not clipped."""
+        frames, height, width = check_clip_latents(self, latents)
+        plain = self.normalisation.undo(np.asarray(latents, np.float32) / self._scale(frames))
+        run, most = self._plan(_decode, 1 + (frames - 1) * self.stride, height * width * self.factor**2)
+        (x,) = in_parts(run, most, np.asarray(plain))
+        return x
+
+    def _scale(self, frames: int) -> np.ndarray:
+        scale = np.full((1, frames, 1, 1, 1), self.temporal_scale, np.float32)
+        scale[:, 0] = 1
+        return scale
+
+    def _plan(self, run: Callable[..., Any], frames: int, pixels: int) -> tuple[Callable[..., Any], int]:
+        """A function of parts of a batch of clips of so many frames of so many pixels, and how many it takes."""
+        whole = frames * pixels <= images.PIXELS_AT_ONCE
+        together = frames if whole else min(frames, self.stride)
+        return partial(run, self.autoencoder, whole, self.variables), samples_at_once(together * pixels)
+
+
+def check_clips(codec: ClipCodec, x: Any) -> tuple[int, int, int]:
+    """Returns frames, height and width of clips; ValueError where the codec cannot take them.
+
+    Example:
+        frames, height, width = check_clips(codec, x)
+    """
+    if x.ndim != 5 or x.shape[-1] != codec.pixel_channels:
+        raise ValueError(
+            f"clips have shape {tuple(x.shape)}; this codec takes (batch, frames, height, width, "
+            f"{codec.pixel_channels})."
+        )
+    count, frames, height, width = x.shape[:4]
+    if not count:
+        raise ValueError("the batch is empty; give at least one clip.")
+    if frames < 1 or (frames - 1) % codec.stride:
+        some = ", ".join(str(1 + k * codec.stride) for k in range(3))
+        raise ValueError(f"clips have {frames} frames; this codec takes {some} and so on, 1 + k · {codec.stride}.")
+    if not height or not width or height % codec.factor or width % codec.factor:
+        raise ValueError(f"clips are {height} x {width}; this codec takes sides that are multiples of {codec.factor}.")
+    return frames, height, width
+
+
+def check_clip_latents(codec: ClipCodec, latents: Any) -> tuple[int, int, int]:
+    """Returns frames, height and width of latents; ValueError where the codec cannot take them.
+
+    Example:
+        frames, height, width = check_clip_latents(codec, latents)
+    """
+    if latents.ndim != 5 or latents.shape[-1] != codec.channels or not all(latents.shape[1:]):
+        raise ValueError(
+            f"latents have shape {tuple(latents.shape)}; this codec takes (batch, frames, height, width, "
+            f"{codec.channels})."
+        )
+    if not len(latents):
+        raise ValueError("the batch is empty; give at least one clip.")
+    return latents.shape[1:4]
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _moments(autoencoder, whole, variables, x):
+    if whole:
+        mean, log_variance = autoencoder.apply(variables, x, method="encode")
+    else:
+        mean, log_variance = encode_in_chunks(autoencoder, variables, x)
+    return mean, jnp.exp(0.5 * log_variance)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _decode(autoencoder, whole, variables, latents):
+    if whole:
+        return (autoencoder.apply(variables, latents, method="decode"),)
+    return (decode_in_chunks(autoencoder, variables, latents),)

@@ -1,7 +1,8 @@
 """Import of published weights: strict, and without executing what is in the files."""
 
-from flowgen.convert.folders import load_autoencoder, load_text_encoder
+from flowgen.convert.folders import load_autoencoder, load_text_encoder, load_video_autoencoder
 from flowgen.convert.frozen import autoencoder_kl, bert_encoder, t5_encoder
+from flowgen.convert.frozen_video import video_autoencoder
 from flowgen.convert.mapping import MappingError, Requirement, Rule, fill
 from flowgen.convert.published import parse_file_name, tarflow
 from flowgen.convert.published_starflow import clip_size, read_arguments, starflow
@@ -17,10 +18,12 @@ __all__ = [
     "fill",
     "load_autoencoder",
     "load_text_encoder",
+    "load_video_autoencoder",
     "parse_file_name",
     "read_arguments",
     "read_state_dict",
     "starflow",
     "t5_encoder",
     "tarflow",
+    "video_autoencoder",
 ]

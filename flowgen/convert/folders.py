@@ -18,8 +18,10 @@ from flowgen.codecs import (
     LatentNormalisation,
     SentencePieceTokenizer,
     Tokenizer,
+    VideoAutoencoderCodec,
 )
 from flowgen.convert.frozen import SCALING_FACTOR, autoencoder_kl, bert_encoder, t5_encoder
+from flowgen.convert.frozen_video import video_autoencoder, wan_normalisation
 from flowgen.convert.readers import read_state_dict
 from flowgen.data.named import package_folder
 
@@ -45,14 +47,26 @@ def load_autoencoder(path: str | os.PathLike[str]) -> AutoencoderCodec:
     Example:
         codec = load_autoencoder("sd-vae-ft-ema")
     """
-    folder = _folder(path, "autoencoder")
-    if not (folder / "config.json").is_file() and (folder / "vae").is_dir():
-        folder = folder / "vae"
-    config = _config(folder, "autoencoder")
+    folder, config = _autoencoder_folder(path, "autoencoder")
     autoencoder, variables = _named(folder, lambda: autoencoder_kl(_weights(folder, "autoencoder"), config))
     scale, shift = config.get("scaling_factor") or SCALING_FACTOR, config.get("shift_factor") or 0.0
     normalisation = _named(folder, lambda: LatentNormalisation(shift=float(shift), scale=float(scale)))
     return AutoencoderCodec(autoencoder, jax.tree.map(jnp.asarray, variables), normalisation)
+
+
+def load_video_autoencoder(path: str | os.PathLike[str], *, temporal_scale: float = 1.0) -> VideoAutoencoderCodec:
+    """Returns the codec of a published AutoencoderKLWan: its folder, or that of a pipeline with it in `vae`.
+
+    Latents are (latents - latents_mean) / latents_std, as the config says, those of all frames but the first times
+    temporal_scale. Raises as `load_autoencoder`.
+
+    Example:
+        codec = load_video_autoencoder("Wan2.2-TI2V-5B-Diffusers", temporal_scale=0.6)
+    """
+    folder, config = _autoencoder_folder(path, "video autoencoder")
+    autoencoder, variables = _named(folder, lambda: video_autoencoder(_weights(folder, "video autoencoder"), config))
+    normalisation = _named(folder, lambda: wan_normalisation(config))
+    return VideoAutoencoderCodec(autoencoder, jax.tree.map(jnp.asarray, variables), normalisation, temporal_scale)
 
 
 def load_text_encoder(path: str | os.PathLike[str], *, length: int) -> FrozenTextEncoder:
@@ -103,9 +117,17 @@ def _minilm() -> Path:
     return inside[0]
 
 
+def _autoencoder_folder(path: str | os.PathLike[str], what: str) -> tuple[Path, dict[str, Any]]:
+    """The folder of an autoencoder or, of a pipeline, the one inside it, and its config."""
+    folder = _folder(path, what)
+    if not (folder / "config.json").is_file() and (folder / "vae").is_dir():
+        folder = folder / "vae"
+    return folder, _config(folder, what)
+
+
 def _folder(path: str | os.PathLike[str], what: str) -> Path:
     if not str(path):
-        option = "--autoencoder" if what == "autoencoder" else "--text-encoder"
+        option = "--text-encoder" if what == "text encoder" else "--autoencoder"
         raise ValueError(f"where the {what} is is not known; give {option} with the folder that was published.")
     folder = Path(path)
     if not folder.is_dir():

@@ -13,7 +13,7 @@ from flowgen.codecs import Autoencoder, AutoencoderConfig, BertConfig, BertEncod
 from flowgen.codecs import init as init_autoencoder
 from flowgen.codecs.t5 import init as init_encoder
 from flowgen.convert.mapping import Rule, fill, transpose
-from flowgen.convert.tables import layer_norm, linear
+from flowgen.convert.tables import conv, layer_norm, linear, point
 
 StateDict = Mapping[str, np.ndarray]
 # What Stable Diffusion's latents are multiplied by where the config does not say.
@@ -33,7 +33,7 @@ def autoencoder_kl(state_dict: StateDict, config: Mapping[str, Any]) -> tuple[Au
         autoencoder, params = autoencoder_kl(read_state_dict("diffusion_pytorch_model.safetensors"), config)
     """
     fixed = {"act_fn": "silu", "use_quant_conv": True, "use_post_quant_conv": True}
-    _refuse(config, "AutoencoderKL", {**fixed, "latents_mean": None, "latents_std": None})
+    refuse(config, "AutoencoderKL", {**fixed, "latents_mean": None, "latents_std": None})
     for name, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
         others = {*config.get(name, ())} - {kind}
         if others:
@@ -74,7 +74,7 @@ def t5_encoder(state_dict: StateDict, config: Mapping[str, Any]) -> tuple[T5Enco
             f"feed_forward_proj is {config.get('feed_forward_proj', 'relu')!r}; only T5 v1.1 and Flan-T5, which have "
             "'gated-gelu', can be imported."
         )
-    _refuse(config, None, {"layer_norm_epsilon": 1e-6})
+    refuse(config, None, {"layer_norm_epsilon": 1e-6})
     encoder = T5Encoder(
         T5Config(
             vocab_size=config["vocab_size"],
@@ -122,7 +122,7 @@ def bert_encoder(state_dict: StateDict, config: Mapping[str, Any]) -> tuple[Bert
     """
     if config.get("model_type") != "bert":
         raise ValueError(f"model_type is {config.get('model_type')!r}; only 'bert' can be imported here.")
-    _refuse(config, None, {"hidden_act": "gelu", "position_embedding_type": "absolute", "layer_norm_eps": 1e-12})
+    refuse(config, None, {"hidden_act": "gelu", "position_embedding_type": "absolute", "layer_norm_eps": 1e-12})
     encoder = BertEncoder(
         BertConfig(
             vocab_size=config["vocab_size"],
@@ -165,8 +165,12 @@ def _abstract(encoder: Any) -> Any:
     return jax.eval_shape(lambda: init_encoder(encoder, jax.random.key(0)))
 
 
-def _refuse(config: Mapping[str, Any], kind: str | None, fixed: Mapping[str, Any]) -> None:
-    """Raises ValueError where the config is of another class, or has an option we do not build."""
+def refuse(config: Mapping[str, Any], kind: str | None, fixed: Mapping[str, Any]) -> None:
+    """Raises ValueError where the config is of another class, or has an option we do not build.
+
+    Example:
+        refuse(config, "AutoencoderKL", {"act_fn": "silu"})
+    """
     if kind is not None and config.get("_class_name", kind) != kind:
         raise ValueError(f"_class_name is {config['_class_name']!r}; only {kind!r} can be imported here.")
     for name, value in fixed.items():
@@ -174,48 +178,34 @@ def _refuse(config: Mapping[str, Any], kind: str | None, fixed: Mapping[str, Any
             raise ValueError(f"{name} is {config[name]!r}; only {value!r} can be imported.")
 
 
-def _conv(source: str, target: str) -> tuple[Rule, Rule]:
-    return Rule(f"{source}.weight", f"{target}/kernel", _conv_kernel), Rule(f"{source}.bias", f"{target}/bias")
-
-
-def _conv_kernel(x: np.ndarray) -> np.ndarray:
-    """(out, in, height, width) to (height, width, in, out)."""
-    return x.transpose(2, 3, 1, 0)
-
-
-def _point_kernel(x: np.ndarray) -> np.ndarray:
-    """A linear map, or the 1 × 1 convolution that older files have in its place, to (in, out)."""
-    return x.reshape(x.shape[:2]).T if x.shape[2:] in ((), (1, 1)) else x
-
-
 def _block_rules(source: str, target: str) -> tuple[Rule, ...]:
     return (
         *layer_norm(f"{source}.norm1", f"{target}/norm_in"),
-        *_conv(f"{source}.conv1", f"{target}/conv_in"),
+        *conv(f"{source}.conv1", f"{target}/conv_in"),
         *layer_norm(f"{source}.norm2", f"{target}/norm_out"),
-        *_conv(f"{source}.conv2", f"{target}/conv_out"),
-        *_conv(f"{source}.conv_shortcut", f"{target}/skip"),
+        *conv(f"{source}.conv2", f"{target}/conv_out"),
+        *conv(f"{source}.conv_shortcut", f"{target}/skip"),
     )
 
 
 def _autoencoder_rules(levels: int, old: bool) -> tuple[Rule, ...]:
     new_names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj"}
     old_names = {"query": "query", "key": "key", "value": "value", "proj_attn": "proj"}
-    rules: list[Rule] = [*_conv("quant_conv", "params/quant_conv"), *_conv("post_quant_conv", "params/post_quant_conv")]
+    rules: list[Rule] = [*conv("quant_conv", "params/quant_conv"), *conv("post_quant_conv", "params/post_quant_conv")]
     for side in ("encoder", "decoder"):
         target = f"params/{side}"
-        rules += _conv(f"{side}.conv_in", f"{target}/conv_in")
+        rules += conv(f"{side}.conv_in", f"{target}/conv_in")
         rules += _block_rules(f"{side}.mid_block.resnets.{{i}}", f"{target}/middle/block_{{i}}")
         rules += layer_norm(f"{side}.mid_block.attentions.0.group_norm", f"{target}/middle/attention/norm")
         for theirs, ours in (old_names if old else new_names).items():
             source, leaf = f"{side}.mid_block.attentions.0.{theirs}", f"{target}/middle/attention/{ours}"
-            rules += [Rule(f"{source}.weight", f"{leaf}/kernel", _point_kernel), Rule(f"{source}.bias", f"{leaf}/bias")]
+            rules += point(source, leaf)
         rules += layer_norm(f"{side}.conv_norm_out", f"{target}/norm_out")
-        rules += _conv(f"{side}.conv_out", f"{target}/conv_out")
+        rules += conv(f"{side}.conv_out", f"{target}/conv_out")
     for level in range(levels):
         down, up = f"encoder.down_blocks.{level}", f"decoder.up_blocks.{levels - 1 - level}"
         rules += _block_rules(f"{down}.resnets.{{i}}", f"params/encoder/down_{level}_{{i}}")
-        rules += _conv(f"{down}.downsamplers.0.conv", f"params/encoder/halve_{level}")
+        rules += conv(f"{down}.downsamplers.0.conv", f"params/encoder/halve_{level}")
         rules += _block_rules(f"{up}.resnets.{{i}}", f"params/decoder/up_{level}_{{i}}")
-        rules += _conv(f"{up}.upsamplers.0.conv", f"params/decoder/double_{level}")
+        rules += conv(f"{up}.upsamplers.0.conv", f"params/decoder/double_{level}")
     return tuple(rules)

@@ -20,6 +20,30 @@ def linear(source: str, target: str) -> tuple[Rule, Rule]:
     return Rule(f"{source}.weight", f"{target}/kernel", transpose), Rule(f"{source}.bias", f"{target}/bias")
 
 
+def conv(source: str, target: str) -> tuple[Rule, Rule]:
+    """Returns the rules of a PyTorch convolution of any number of axes, (out, in, ...), that becomes a Flax one.
+
+    Example:
+        rules = conv("encoder.conv_in", "params/encoder/conv_in")
+    """
+    kernel = Rule(f"{source}.weight", f"{target}/kernel", lambda x: np.moveaxis(x, (0, 1), (-1, -2)))
+    return kernel, Rule(f"{source}.bias", f"{target}/bias")
+
+
+def point(source: str, target: str) -> tuple[Rule, Rule]:
+    """Returns the rules of a Linear, or of the convolution of one place that files have for it, that becomes a Dense.
+
+    Example:
+        rules = point("quant_conv", "params/quant_conv")
+    """
+    return Rule(f"{source}.weight", f"{target}/kernel", _point_kernel), Rule(f"{source}.bias", f"{target}/bias")
+
+
+def _point_kernel(x: np.ndarray) -> np.ndarray:
+    """(out, in), with any number of axes of one place, to (in, out)."""
+    return x.reshape(x.shape[:2]).T
+
+
 def layer_norm(source: str, target: str) -> tuple[Rule, Rule]:
     """Returns the rules of a LayerNorm.
 

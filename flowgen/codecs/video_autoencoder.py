@@ -1,0 +1,352 @@
+"""Video autoencoders: clips to a Gaussian over latents and back, causal in time (Wan, arXiv 2503.20314, and Wan 2.2).
+
+The networks are those of `autoencoder` with convolutions that look back two frames. Some of their halvings are of time,
+too: 1 + k · stride frames are 1 + k latents, the first of them that of the first frame. A level that halves or doubles
+may have a shortcut without parameters around it, means of groups of numbers on the way down and copies on the way up.
+Layers take and return what they keep of earlier frames (`causal`), so a clip may be run whole or in chunks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from flowgen.codecs.autoencoder import LOG_VARIANCE_BOUNDS
+from flowgen.codecs.causal import (
+    Block,
+    Cache,
+    Convolution,
+    DoubleSpace,
+    DoubleTime,
+    Features,
+    FrameAttention,
+    HalveSpace,
+    HalveTime,
+    Head,
+    NewFeatures,
+    average_down,
+    chain,
+    copy_up,
+)
+from flowgen.nn.checks import check_at_least_one, check_choices
+from flowgen.nn.layers import linear, master_dtype
+
+Clips = Float[Array, "b frames height width c"]
+Moments = tuple[Float[Array, "b f h w z"], Float[Array, "b f h w z"]]
+
+
+@dataclass(frozen=True)
+class VideoAutoencoderConfig:
+    """Shape of a video autoencoder; the defaults are those of the published autoencoder of Wan 2.2 (5B).
+
+    widths, decoder_widths: channels of each level; every level but the last halves the picture. halve_time: which of
+    those halvings are of time, too. layers_per_block: residual blocks of a level on the way down, one fewer than on the
+    way up. patch_size: side of the squares of pixels that are the channels of the first level. shortcuts: around
+    levels; without them a doubling also halves the channels, as in Wan 2.1. dtype: of convolutions; norms, moments and
+    pictures stay float32. remat: recompute blocks in the backward pass.
+    """
+
+    channels: int = 3
+    latent_channels: int = 48
+    widths: tuple[int, ...] = (160, 320, 640, 640)
+    decoder_widths: tuple[int, ...] = (256, 512, 1024, 1024)
+    halve_time: tuple[bool, ...] = (False, True, True)
+    layers_per_block: int = 2
+    patch_size: int = 2
+    shortcuts: bool = True
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: bool = False
+
+    def __post_init__(self):
+        for name in ("widths", "decoder_widths", "halve_time"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        check_at_least_one(self, ("channels", "latent_channels", "layers_per_block", "patch_size"))
+        check_choices(self, {"dtype": ("float32", "bfloat16")})
+        if not self.widths:
+            raise ValueError("model.widths is empty; give the channels of each level.")
+        for name, count in (("decoder_widths", len(self.widths)), ("halve_time", len(self.widths) - 1)):
+            if len(getattr(self, name)) != count:
+                raise ValueError(
+                    f"model.{name} is {getattr(self, name)}; beside {len(self.widths)} widths it must have {count}."
+                )
+        for name in ("widths", "decoder_widths"):
+            for width in getattr(self, name):
+                if type(width) is not int or width < 1:
+                    raise ValueError(f"model.{name} has {width}; channels must be positive integers.")
+        if self.shortcuts:
+            _check_shortcuts(self)
+        elif any(width % 2 for width in self.decoder_widths[1:]):
+            raise ValueError(
+                f"model.decoder_widths is {self.decoder_widths}; without shortcuts all but the first must be even."
+            )
+
+    @property
+    def strides(self) -> tuple[tuple[int, int], ...]:
+        """What each level divides the frames and the sides by."""
+        return (*((2 if halve else 1, 2) for halve in self.halve_time), (1, 1))
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent along a side."""
+        return self.patch_size * 2 ** len(self.halve_time)
+
+    @property
+    def stride(self) -> int:
+        """Frames per latent after the first frame, which is a latent of its own."""
+        return 2 ** sum(self.halve_time)
+
+    @property
+    def smallest(self) -> tuple[int, ...]:
+        """Shape of a batch of one clip that passes through every layer."""
+        return (1, 1 + self.stride, self.factor, self.factor, self.channels)
+
+
+def _check_shortcuts(config: VideoAutoencoderConfig) -> None:
+    below = config.widths[0]
+    for width, (time, space) in zip(config.widths, config.strides, strict=True):
+        numbers = below * time * space**2
+        if numbers % width:
+            raise ValueError(
+                f"model.widths has {width} after {below}, whose shortcut has {numbers} numbers in a place, not a "
+                f"multiple of {width}; change one of the two, or set shortcuts to False."
+            )
+        below = width
+    # A level of the decoder goes from the width of the one before it to its own; the last one to run has no shortcut.
+    above = config.decoder_widths[-1]
+    for width, (time, space) in list(zip(config.decoder_widths, _strides_up(config), strict=True))[:0:-1]:
+        numbers = width * time * space**2
+        if numbers % above:
+            raise ValueError(
+                f"model.decoder_widths has {width} before {above}, whose shortcut has {numbers} numbers in a place, "
+                f"not a multiple of {above}; change one of the two, or set shortcuts to False."
+            )
+        above = width
+
+
+def _strides_up(config: VideoAutoencoderConfig) -> tuple[tuple[int, int], ...]:
+    """What each level of the decoder multiplies frames and sides by: those of the level below it in the encoder."""
+    return ((1, 1), *config.strides[:-1])
+
+
+class VideoAutoencoder(nn.Module):
+    """Encoder and decoder between clips `b frames height width c` in [-1, 1] and latents `b f h w z`.
+
+    Of 1 + k · stride frames come 1 + k latents; those of frame t depend on frames 0..t alone.
+
+    Example:
+        mean, log_variance = VideoAutoencoder(config).apply(params, x, method="encode")
+        x = VideoAutoencoder(config).apply(params, latents, method="decode")
+    """
+
+    config: VideoAutoencoderConfig
+
+    def setup(self):
+        z, master = self.config.latent_channels, str(master_dtype(self.config.dtype))
+        self.encoder = Encoder(self.config)
+        self.quant_conv = linear(2 * z, 2 * z, master)
+        self.post_quant_conv = linear(z, z, master)
+        self.decoder = Decoder(self.config)
+
+    def __call__(self, x: Clips) -> Clips:
+        return self.decode(self.encode(x)[0])
+
+    def encode(self, x: Clips) -> Moments:
+        """Returns mean and log variance of the latents, the latter within [-30, 20]; neither is normalised."""
+        return self.encode_part(x, None)[0]
+
+    def decode(self, latents: Float[Array, "b f h w z"]) -> Clips:
+        """Returns the clips of latents that are not normalised; not clipped."""
+        return self.decode_part(latents, None)[0]
+
+    def encode_part(self, x: Clips, cache: Cache) -> tuple[Moments, Cache]:
+        """Returns `encode` of the next frames of clips, and the cache for those after them.
+
+        x: with cache None the first 1 + k · stride frames, else the next k · stride.
+        """
+        side = self.config.patch_size
+        h = rearrange(x, "b f (i p) (j q) c -> b f i j (c q p)", p=side, q=side)
+        h, cache = self.encoder(h, cache)
+        mean, log_variance = jnp.split(self.quant_conv(h), 2, axis=-1)
+        return (mean, jnp.clip(log_variance, *LOG_VARIANCE_BOUNDS)), cache
+
+    def decode_part(self, latents: Float[Array, "b f h w z"], cache: Cache) -> tuple[Clips, Cache]:
+        """Returns `decode` of the next latents of clips, and the cache for those after them."""
+        side = self.config.patch_size
+        h, cache = self.decoder(self.post_quant_conv(latents), cache)
+        return rearrange(h, "b f i j (c q p) -> b f (i p) (j q) c", p=side, q=side), cache
+
+
+class Encoder(nn.Module):
+    """Squares of pixels to the mean and log variance before their last linear map."""
+
+    config: VideoAutoencoderConfig
+
+    @nn.compact
+    def __call__(self, x: Features, cache: Cache) -> tuple[NewFeatures, Cache]:
+        config = self.config
+        widths = (config.widths[0], *config.widths)
+        pixels = config.channels * config.patch_size**2
+        layers = [
+            Convolution(config.dtype, pixels, widths[0], name="conv_in"),
+            *(Down(config, level, widths[level], widths[level + 1], name=f"down_{level}") for level in _levels(config)),
+            Middle(config, widths[-1], name="middle"),
+            Head(config.dtype, widths[-1], 2 * config.latent_channels, name="head"),
+        ]
+        return chain(layers, x, cache)
+
+
+class Decoder(nn.Module):
+    """Latents after their first linear map to squares of pixels."""
+
+    config: VideoAutoencoderConfig
+
+    @nn.compact
+    def __call__(self, latents: Features, cache: Cache) -> tuple[NewFeatures, Cache]:
+        config = self.config
+        widths = (*config.decoder_widths, config.decoder_widths[-1])
+        pixels = config.channels * config.patch_size**2
+        layers = [
+            Convolution(config.dtype, config.latent_channels, widths[-1], name="conv_in"),
+            Middle(config, widths[-1], name="middle"),
+            *(
+                Up(config, level, _width_up(config, widths[level + 1], level + 1), widths[level], name=f"up_{level}")
+                for level in reversed(_levels(config))
+            ),
+            Head(config.dtype, widths[0], pixels, name="head"),
+        ]
+        return chain(layers, latents, cache)
+
+
+def _levels(config: VideoAutoencoderConfig) -> range:
+    return range(len(config.widths))
+
+
+def _width_up(config: VideoAutoencoderConfig, width: int, level: int) -> int:
+    """Channels that leave a level of the decoder, `len(widths)` standing for its middle."""
+    doubles = 0 < level < len(config.decoder_widths)
+    return width if config.shortcuts or not doubles else width // 2
+
+
+class Down(nn.Module):
+    """Blocks, and halving where this level halves, with a shortcut around them where the config has any."""
+
+    config: VideoAutoencoderConfig
+    level: int
+    in_width: int
+    width: int
+
+    @nn.compact
+    def __call__(self, x: Features, cache: Cache) -> tuple[NewFeatures, Cache]:
+        config, (time, space) = self.config, self.config.strides[self.level]
+        layers: list[nn.Module] = [
+            _block(config)(self.width if i else self.in_width, self.width, name=f"block_{i}")
+            for i in range(config.layers_per_block)
+        ]
+        if space == 2:
+            layers.append(HalveSpace(config.dtype, self.width, name="halve"))
+        if time == 2:
+            layers.append(HalveTime(config.dtype, self.width, name="halve_time"))
+        h, after = chain(layers, x, cache)
+        if config.shortcuts:
+            h = h + average_down(x, self.width, time=time, space=space, begins=cache is None)
+        return h, after
+
+
+class Up(nn.Module):
+    """Blocks, and doubling where this level doubles, with a shortcut around them where the config has any."""
+
+    config: VideoAutoencoderConfig
+    level: int
+    in_width: int
+    width: int
+
+    @nn.compact
+    def __call__(self, x: Features, cache: Cache) -> tuple[NewFeatures, Cache]:
+        config, (time, space) = self.config, _strides_up(self.config)[self.level]
+        layers: list[nn.Module] = [
+            _block(config)(self.width if i else self.in_width, self.width, name=f"block_{i}")
+            for i in range(config.layers_per_block + 1)
+        ]
+        if time == 2:
+            layers.append(DoubleTime(config.dtype, self.width, name="double_time"))
+        if space == 2:
+            out_width = _width_up(config, self.width, self.level)
+            layers.append(DoubleSpace(config.dtype, self.width, out_width, name="double"))
+        h, after = chain(layers, x, cache)
+        if config.shortcuts and space == 2:
+            h = h + copy_up(x, self.width, time=time, space=space, begins=cache is None)
+        return h, after
+
+
+class Middle(nn.Module):
+    """Block, attention inside each frame, block, at the lowest resolution."""
+
+    config: VideoAutoencoderConfig
+    width: int
+
+    @nn.compact
+    def __call__(self, h: Features, cache: Cache) -> tuple[Features, Cache]:
+        block = partial(_block(self.config), self.width, self.width)
+        attention = FrameAttention(self.config.dtype, self.width, name="attention")
+        return chain([block(name="block_0"), attention, block(name="block_1")], h, cache)
+
+
+def _block(config: VideoAutoencoderConfig) -> Any:
+    return partial(nn.remat(Block) if config.remat else Block, config.dtype)
+
+
+def encode_in_chunks(autoencoder: VideoAutoencoder, variables: Any, x: Clips) -> Moments:
+    """Returns `encode` of clips, by one frame and then `stride` frames at a time: the memory is that of one chunk.
+
+    Example:
+        mean, log_variance = encode_in_chunks(autoencoder, params, x)
+    """
+    part = partial(autoencoder.apply, variables, method="encode_part")
+    return _in_chunks(part, x, autoencoder.config.stride)
+
+
+def decode_in_chunks(autoencoder: VideoAutoencoder, variables: Any, latents: Float[Array, "b f h w z"]) -> Clips:
+    """Returns `decode` of latents, by one at a time: the memory is that of one chunk.
+
+    Example:
+        x = decode_in_chunks(autoencoder, params, latents)
+    """
+    return _in_chunks(partial(autoencoder.apply, variables, method="decode_part"), latents, 1)
+
+
+def _in_chunks(part: Callable[..., Any], x: Array, size: int) -> Any:
+    first, cache = part(x[:, :1], None)
+    chunks = x[:, 1:].reshape(x.shape[0], -1, size, *x.shape[2:]).swapaxes(0, 1)
+
+    def step(cache, chunk):
+        out, cache = part(chunk, cache)
+        return cache, out
+
+    _, rest = jax.lax.scan(step, cache, chunks)
+
+    def joined(first, rest):
+        rest = rest.swapaxes(0, 1)
+        return jnp.concatenate([first, rest.reshape(rest.shape[0], -1, *rest.shape[3:])], axis=1)
+
+    return jax.tree.map(joined, first, rest)
+
+
+# The published autoencoders of Wan, 704,688,668 and 126,892,531 parameters.
+VIDEO_AUTOENCODER_PRESETS: dict[str, VideoAutoencoderConfig] = {
+    "wan_2_2": VideoAutoencoderConfig(),
+    "wan_2_1": VideoAutoencoderConfig(
+        latent_channels=16,
+        widths=(96, 192, 384, 384),
+        decoder_widths=(96, 192, 384, 384),
+        patch_size=1,
+        shortcuts=False,
+    ),
+}

@@ -1,0 +1,144 @@
+"""Published video autoencoders as flowgen's: AutoencoderKLWan, of Wan 2.1 and 2.2, as diffusers has it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from flowgen.codecs import LatentNormalisation, VideoAutoencoder, VideoAutoencoderConfig
+from flowgen.codecs import init as init_autoencoder
+from flowgen.convert.frozen import StateDict, refuse
+from flowgen.convert.mapping import Rule, fill
+from flowgen.convert.tables import conv, point
+
+# What the published class has where its config does not say.
+_DEFAULTS = {
+    "base_dim": 96,
+    "z_dim": 16,
+    "dim_mult": [1, 2, 4, 4],
+    "num_res_blocks": 2,
+    "temperal_downsample": [False, True, True],
+    "is_residual": False,
+    "in_channels": 3,
+    "out_channels": 3,
+    "patch_size": None,
+}
+
+
+def video_autoencoder(state_dict: StateDict, config: Mapping[str, Any]) -> tuple[VideoAutoencoder, dict[str, Any]]:
+    """Returns the video autoencoder of a diffusers state dict and its variables, float32 numpy arrays.
+
+    config: the published config.json.
+
+    Raises:
+        MappingError (a ValueError): tensors missing, unexpected, or of the wrong shape, all of them listed.
+        ValueError: a config that makes another network than ours.
+
+    Example:
+        autoencoder, params = video_autoencoder(read_state_dict("diffusion_pytorch_model.safetensors"), config)
+    """
+    refuse(config, "AutoencoderKLWan", {"attn_scales": []})
+    told = {name: config.get(name, default) for name, default in _DEFAULTS.items()}
+    multiples, patch_size = told["dim_mult"], told["patch_size"] or 1
+    if not multiples or multiples[0] != 1:
+        raise ValueError(f"dim_mult is {multiples}; only autoencoders whose first is 1 can be imported.")
+    if told["in_channels"] != told["out_channels"]:
+        raise ValueError(
+            f"in_channels is {told['in_channels']} and out_channels {told['out_channels']}; only autoencoders with as "
+            "many of both can be imported."
+        )
+    channels, rest = divmod(told["in_channels"], patch_size**2)
+    if rest:
+        raise ValueError(
+            f"in_channels is {told['in_channels']} and patch_size {patch_size}; it must be a multiple of the "
+            f"{patch_size**2} pixels of a patch."
+        )
+    decoder_dim = config.get("decoder_base_dim") or told["base_dim"]
+    autoencoder = VideoAutoencoder(
+        VideoAutoencoderConfig(
+            channels=channels,
+            latent_channels=told["z_dim"],
+            widths=tuple(told["base_dim"] * multiple for multiple in multiples),
+            decoder_widths=tuple(decoder_dim * multiple for multiple in multiples),
+            halve_time=tuple(told["temperal_downsample"]),
+            layers_per_block=told["num_res_blocks"],
+            patch_size=patch_size,
+            shortcuts=told["is_residual"],
+        )
+    )
+    target = jax.eval_shape(lambda: init_autoencoder(autoencoder, jax.random.key(0)))
+    variables, _ = fill(target, state_dict, _rules(autoencoder.config))
+    return autoencoder, variables
+
+
+def wan_normalisation(config: Mapping[str, Any]) -> LatentNormalisation:
+    """Returns (latents - latents_mean) / latents_std of a published config.json; ValueError where they do not fit it.
+
+    Example:
+        normalisation = wan_normalisation(config)
+    """
+    count = config.get("z_dim", _DEFAULTS["z_dim"])
+    mean, std = (np.asarray(config[name], np.float32) for name in ("latents_mean", "latents_std"))
+    for name, values in (("latents_mean", mean), ("latents_std", std)):
+        if values.shape != (count,) or not np.isfinite(values).all():
+            raise ValueError(f"{name} has shape {values.shape}; it must be z_dim {count} finite numbers.")
+    if (std <= 0).any():
+        raise ValueError(f"latents_std has {std.min()}; all of it must be positive.")
+    return LatentNormalisation(shift=mean, scale=1 / std)
+
+
+def _norm(source: str, target: str) -> Rule:
+    # (c, 1, 1) or (c, 1, 1, 1); another shape fails as one that does not fit.
+    return Rule(f"{source}.gamma", f"{target}/scale", lambda x: x.reshape(x.shape[:1]))
+
+
+def _block_rules(source: str, target: str) -> tuple[Rule, ...]:
+    return (
+        _norm(f"{source}.norm1", f"{target}/norm_in"),
+        *conv(f"{source}.conv1", f"{target}/conv_in"),
+        _norm(f"{source}.norm2", f"{target}/norm_out"),
+        *conv(f"{source}.conv2", f"{target}/conv_out"),
+        *point(f"{source}.conv_shortcut", f"{target}/skip"),
+    )
+
+
+def _rules(config: VideoAutoencoderConfig) -> tuple[Rule, ...]:
+    rules: list[Rule] = [*point("quant_conv", "params/quant_conv"), *point("post_quant_conv", "params/post_quant_conv")]
+    for side in ("encoder", "decoder"):
+        middle, target = f"{side}.mid_block", f"params/{side}"
+        rules += conv(f"{side}.conv_in", f"{target}/conv_in/conv")
+        rules += _block_rules(f"{middle}.resnets.{{i}}", f"{target}/middle/block_{{i}}")
+        rules.append(_norm(f"{middle}.attentions.0.norm", f"{target}/middle/attention/norm"))
+        rules += point(f"{middle}.attentions.0.to_qkv", f"{target}/middle/attention/qkv")
+        rules += point(f"{middle}.attentions.0.proj", f"{target}/middle/attention/proj")
+        rules.append(_norm(f"{side}.norm_out", f"{target}/head/norm"))
+        rules += conv(f"{side}.conv_out", f"{target}/head/conv")
+    levels = len(config.widths)
+    for level in range(levels):
+        down, up = f"params/encoder/down_{level}", f"params/decoder/up_{level}"
+        blocks, halving = (_names_22 if config.shortcuts else _names_21)(level, config.layers_per_block)
+        for i, block in enumerate(blocks):
+            rules += _block_rules(block, f"{down}/block_{i}")
+        rules += conv(f"{halving}.resample.1", f"{down}/halve/conv")
+        rules += conv(f"{halving}.time_conv", f"{down}/halve_time/conv")
+        source = f"decoder.up_blocks.{levels - 1 - level}"
+        doubling = f"{source}.upsampler" if config.shortcuts else f"{source}.upsamplers.0"
+        rules += _block_rules(f"{source}.resnets.{{i}}", f"{up}/block_{{i}}")
+        rules += conv(f"{doubling}.resample.1", f"{up}/double/conv")
+        rules += conv(f"{doubling}.time_conv", f"{up}/double_time/conv")
+    return tuple(rules)
+
+
+def _names_22(level: int, count: int) -> tuple[list[str], str]:
+    """Names of a level's blocks and halving in Wan 2.2."""
+    source = f"encoder.down_blocks.{level}"
+    return [f"{source}.resnets.{i}" for i in range(count)], f"{source}.downsampler"
+
+
+def _names_21(level: int, count: int) -> tuple[list[str], str]:
+    """Names of a level's blocks and halving in Wan 2.1, which numbers them all through."""
+    names = [f"encoder.down_blocks.{(count + 1) * level + i}" for i in range(count + 1)]
+    return names[:-1], names[-1]
