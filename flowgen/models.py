@@ -8,7 +8,7 @@ import jax
 from flax import linen as nn
 from jaxtyping import Array, Key
 
-from flowgen.codecs import Autoencoder, AutoencoderConfig
+from flowgen.codecs import Autoencoder, AutoencoderConfig, VideoAutoencoder, VideoAutoencoderConfig
 from flowgen.codecs import init as init_autoencoder
 from flowgen.flows import (
     ClipDenoiser,
@@ -25,8 +25,18 @@ from flowgen.matching import DiT, DiTConfig, MLPConfig, UNet, UNetConfig, Veloci
 from flowgen.matching import init as init_velocity
 
 FlowConfig = TARFlowConfig | STARFlowConfig
+CodecConfig = AutoencoderConfig | VideoAutoencoderConfig
 VelocityConfig = MLPConfig | DiTConfig | UNetConfig
-ModelConfig = TARFlowConfig | STARFlowConfig | STARFlowVConfig | MLPConfig | DiTConfig | UNetConfig | AutoencoderConfig
+ModelConfig = (
+    TARFlowConfig
+    | STARFlowConfig
+    | STARFlowVConfig
+    | MLPConfig
+    | DiTConfig
+    | UNetConfig
+    | AutoencoderConfig
+    | VideoAutoencoderConfig
+)
 
 MODELS: dict[type, type[nn.Module]] = {
     TARFlowConfig: TARFlow,
@@ -36,6 +46,7 @@ MODELS: dict[type, type[nn.Module]] = {
     DiTConfig: DiT,
     UNetConfig: UNet,
     AutoencoderConfig: Autoencoder,
+    VideoAutoencoderConfig: VideoAutoencoder,
 }
 
 
@@ -54,7 +65,7 @@ def init(model: Any, key: Key[Array, ""]) -> Any:
     Example:
         params = init(flow, jax.random.key(0))
     """
-    if isinstance(model.config, AutoencoderConfig):
+    if isinstance(model.config, CodecConfig):
         return init_autoencoder(model, key)
     if not isinstance(model.config, FlowConfig):
         return init_velocity(model, key)

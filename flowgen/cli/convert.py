@@ -75,7 +75,6 @@ def _starflow(options: argparse.Namespace) -> tuple[Any, Any, Any]:
     from flowgen import convert
     from flowgen.config import Experiment, SamplingConfig
     from flowgen.data import ClipsConfig, DataConfig
-    from flowgen.tasks.frozen import TrainedCodec
 
     for name in ("image_size", "patch_size", "channels", "noise_std"):
         if getattr(options, name) is not None:
@@ -89,11 +88,19 @@ def _starflow(options: argparse.Namespace) -> tuple[Any, Any, Any]:
         model=flow.config,
         # The weights do not say what they were trained on.
         data=DataConfig(source="folder") if size is None else ClipsConfig(fps=float(convert.clip_size(size)[1])),
-        codec=TrainedCodec(_place(options.autoencoder)) if arguments.get("vae") else None,
+        codec=_codec(options, arguments) if arguments.get("vae") else None,
         text=_text(options, arguments) if flow.config.text_dim else None,
         sampling=SamplingConfig(num=8, guidance=float(arguments.get("cfg") or 0), rule="product"),
     )
     return flow, variables, experiment
+
+
+def _codec(options: argparse.Namespace, arguments: Any) -> Any:
+    from flowgen.tasks.frozen import TrainedCodec
+
+    # The published name of an autoencoder of clips may end with what its latents are multiplied by.
+    _, _, scale = str(arguments["vae"]).partition(":")
+    return TrainedCodec(_place(options.autoencoder), temporal_scale=float(scale or 1))
 
 
 def _text(options: argparse.Namespace, arguments: Any) -> Any:

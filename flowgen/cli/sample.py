@@ -63,9 +63,9 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     import numpy as np
 
     from flowgen import checkpoint
-    from flowgen.codecs import AutoencoderConfig
     from flowgen.data import PointsConfig, atomic_file, save_image, to_uint8
     from flowgen.data.media import pillow
+    from flowgen.models import CodecConfig
     from flowgen.tasks import clips, task_of
     from flowgen.tasks.frozen import latent_grid, with_codec
     from flowgen.tasks.matching import plot_points
@@ -81,7 +81,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
         pillow()
     prompts = _prompts(options)
     flow, params, experiment = checkpoint.load(options.checkpoint, options.step, ema=not options.no_ema)
-    if isinstance(experiment.model, AutoencoderConfig):
+    if isinstance(experiment.model, CodecConfig):
         raise ValueError(
             f"{options.checkpoint} is the run of an Autoencoder, which draws no samples; train a flow on its latents."
         )

@@ -1,6 +1,6 @@
 """Import of published weights: strict, and without executing what is in the files."""
 
-from flowgen.convert.folders import load_autoencoder, load_text_encoder, load_video_autoencoder
+from flowgen.convert.folders import is_video_autoencoder, load_autoencoder, load_text_encoder, load_video_autoencoder
 from flowgen.convert.frozen import autoencoder_kl, bert_encoder, t5_encoder
 from flowgen.convert.frozen_video import video_autoencoder
 from flowgen.convert.mapping import MappingError, Requirement, Rule, fill
@@ -16,6 +16,7 @@ __all__ = [
     "bert_encoder",
     "clip_size",
     "fill",
+    "is_video_autoencoder",
     "load_autoencoder",
     "load_text_encoder",
     "load_video_autoencoder",

@@ -54,6 +54,15 @@ def load_autoencoder(path: str | os.PathLike[str]) -> AutoencoderCodec:
     return AutoencoderCodec(autoencoder, jax.tree.map(jnp.asarray, variables), normalisation)
 
 
+def is_video_autoencoder(path: str | os.PathLike[str]) -> bool:
+    """Returns whether a published folder, or a pipeline's, holds an autoencoder of clips. Raises as `load_autoencoder`.
+
+    Example:
+        load = load_video_autoencoder if is_video_autoencoder(path) else load_autoencoder
+    """
+    return _autoencoder_folder(path, "autoencoder")[1].get("_class_name") == "AutoencoderKLWan"
+
+
 def load_video_autoencoder(path: str | os.PathLike[str], *, temporal_scale: float = 1.0) -> VideoAutoencoderCodec:
     """Returns the codec of a published AutoencoderKLWan: its folder, or that of a pipeline with it in `vae`.
 

@@ -9,9 +9,8 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any
 
-from flowgen.codecs import AutoencoderConfig
 from flowgen.flows import STARFlowVConfig
-from flowgen.models import FlowConfig
+from flowgen.models import CodecConfig, FlowConfig
 from flowgen.tasks import autoencoding, clips, likelihood, matching
 from flowgen.tasks.autoencoding import AutoencodingConfig
 from flowgen.tasks.likelihood import LikelihoodConfig, SamplingConfig
@@ -26,7 +25,7 @@ def task_of(model: Any) -> ModuleType:
     Example:
         job = task_of(experiment.model).job(experiment)
     """
-    if isinstance(model, AutoencoderConfig):
+    if isinstance(model, CodecConfig):
         return autoencoding
     if isinstance(model, STARFlowVConfig):
         return clips

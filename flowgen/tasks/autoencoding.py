@@ -16,13 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flowgen.data import DataConfig, Source, check_classes, fixed_batches, from_uint8, load
+from flowgen.codecs import VideoAutoencoderConfig
+from flowgen.data import ClipsConfig, DataConfig, Source, check_classes, fixed_batches, from_uint8, load, load_clips
 from flowgen.data.sources import Split
 from flowgen.models import init
 from flowgen.tasks.frozen import STATISTICS, open_autoencoder
-from flowgen.tasks.images import check_foreign, image_batches, shrink_images
+from flowgen.tasks.images import check_foreign, image_batches, shrink_images, shrink_run
 from flowgen.tasks.likelihood import SamplingConfig
-from flowgen.tasks.pictures import DRAWABLE_CHANNELS, picture
+from flowgen.tasks.pictures import DRAWABLE_CHANNELS, picture, strips
 from flowgen.training import Job
 
 SAMPLE_OPTIONS: tuple[str, ...] = ()
@@ -37,9 +38,11 @@ class AutoencodingConfig:
     """How an autoencoder is trained. image_size: side of its pictures, or (height, width). kl_weight: of the
     divergence of the posterior from N(0, 1), in nats per latent. noise: std of the noise added to normalised latents
     before they are decoded, so that the decoder takes those of a flow as they are. decoder_of: run or published folder
-    of an autoencoder, whose encoder stays as it is while the decoder is trained on."""
+    of an autoencoder, whose encoder stays as it is while the decoder is trained on. frames: of clips; 0 for pictures.
+    """
 
     image_size: int | tuple[int, int] = 8
+    frames: int = 0
     kl_weight: float = 1e-4
     noise: float = 0.0
     decoder_of: str = ""
@@ -64,8 +67,10 @@ def check(experiment: Any) -> None:
     check_foreign(experiment, "Autoencoder", "reconstruction", ("matching", "likelihood", "codec", "text"))
     if experiment.autoencoding is None:
         raise ValueError("autoencoding is missing; an Autoencoder is trained by it, so give an AutoencodingConfig.")
-    if not isinstance(experiment.data, DataConfig) or experiment.data.source == "encoded" or experiment.data.aspects:
-        raise ValueError(f"data is {experiment.data}; an Autoencoder is trained on pictures of one size.")
+    if isinstance(experiment.model, VideoAutoencoderConfig):
+        _check_clips(experiment)
+    else:
+        _check_pictures(experiment)
     if not isinstance(experiment.sampling, SamplingConfig):
         raise ValueError(f"sampling is {experiment.sampling}; an Autoencoder shows pictures, so give a SamplingConfig.")
     if experiment.autoencoding.decoder_of and experiment.optim.weight_decay:
@@ -81,6 +86,26 @@ def check(experiment: Any) -> None:
         )
 
 
+def _check_pictures(experiment: Any) -> None:
+    if not isinstance(experiment.data, DataConfig) or experiment.data.source == "encoded" or experiment.data.aspects:
+        raise ValueError(f"data is {experiment.data}; an Autoencoder is trained on pictures of one size.")
+    if experiment.autoencoding.frames:
+        raise ValueError(
+            f"autoencoding.frames is {experiment.autoencoding.frames}, and an Autoencoder is of pictures; set it to 0."
+        )
+
+
+def _check_clips(experiment: Any) -> None:
+    if not isinstance(experiment.data, ClipsConfig) or experiment.data.source == "encoded":
+        raise ValueError(f"data is {experiment.data}; a VideoAutoencoder is trained on clips, so give a ClipsConfig.")
+    frames, stride = experiment.autoencoding.frames, experiment.model.stride
+    if frames < 1 or (frames - 1) % stride:
+        raise ValueError(
+            f"autoencoding.frames is {frames}, but the model makes one latent of a first frame and of {stride} more "
+            f"each; use 1 + a multiple of {stride}."
+        )
+
+
 def best_metric(experiment: Any) -> str:
     """Returns the evaluated metric by which checkpoints are compared; lower is better."""
     return "mean_square_error"
@@ -90,13 +115,23 @@ def shrink(experiment: Any) -> Any:
     """Returns the experiment with a tiny autoencoder of the same factor on the built-in digits."""
     model = experiment.model
     levels = len(model.widths)
-    model = dataclasses.replace(model, widths=(8,) * levels, num_groups=4, layers_per_block=1)
     autoencoding = dataclasses.replace(experiment.autoencoding, image_size=max(8, 2 * model.factor))
-    return shrink_images(experiment, model, autoencoding=autoencoding)
+    if not isinstance(model, VideoAutoencoderConfig):
+        model = dataclasses.replace(model, widths=(8,) * levels, num_groups=4, layers_per_block=1)
+        return shrink_images(experiment, model, autoencoding=autoencoding)
+    model = dataclasses.replace(model, widths=(8,) * levels, decoder_widths=(8,) * levels, layers_per_block=1)
+    side = model.factor * -(-10 // model.factor)  # Bouncing digits have 8 pixels.
+    autoencoding = dataclasses.replace(autoencoding, image_size=side, frames=1 + model.stride)
+    data = ClipsConfig(num=200, eval_fraction=experiment.data.eval_fraction)
+    return shrink_run(dataclasses.replace(experiment, model=model, data=data, autoencoding=autoencoding))
 
 
 def pictures(experiment: Any, split: Split) -> Source:
-    """Returns the pictures of a split at the size that the autoencoder is trained on."""
+    """Returns the pictures or clips of a split at the size that the autoencoder is trained on."""
+    if isinstance(experiment.data, ClipsConfig):
+        size, frames = experiment.autoencoding.grid_size, experiment.autoencoding.frames
+        channels = experiment.model.channels
+        return load_clips(experiment.data, frames=frames, image_size=size, channels=channels, split=split)
     source = load(
         experiment.data, image_size=experiment.autoencoding.grid_size, channels=experiment.model.channels, split=split
     )
@@ -114,6 +149,8 @@ def job(experiment: Any) -> Job:
     def picture_of(variables: Any) -> np.ndarray:
         images = np.asarray(from_uint8(shown[np.arange(min(experiment.sampling.num, len(shown)))]["image"]))
         pairs = np.stack([images, _reconstruct(autoencoder, variables, images)], axis=1)
+        if experiment.autoencoding.frames:
+            return strips(pairs.reshape(-1, *images.shape[1:]))
         return picture(pairs.reshape(-1, *images.shape[1:]), 2 * max(1, round(math.sqrt(len(images) / 2))))
 
     return Job(
@@ -129,8 +166,9 @@ def job(experiment: Any) -> Job:
 def autoencoding_objective(autoencoder: Any, config: AutoencodingConfig) -> Callable[..., tuple]:
     """Returns the objective (variables, batch, key) -> (loss, metrics, carried state) of an autoencoder.
 
-    batch: `image` uint8 `b height width c`. Carried state: collection "latents", the mean and variance of the latents
-    per channel, followed at a rate of 0.02; latents are normalised by them when a flow is trained on them.
+    batch: `image` uint8 `b height width c`, or clips with frames before that.
+    Carried state: collection "latents", the mean and variance of the latents per channel, followed at a rate of 0.02;
+    latents are normalised by them when a flow is trained on them.
 
     Example:
         loss, metrics, state = autoencoding_objective(autoencoder, AutoencodingConfig())(variables, batch, key)
@@ -145,11 +183,12 @@ def autoencoding_objective(autoencoder: Any, config: AutoencodingConfig) -> Call
             mean, log_variance = jax.lax.stop_gradient((mean, log_variance))
         latents = mean + jnp.exp(0.5 * log_variance) * jax.random.normal(posterior_key, mean.shape)
         statistics = variables[STATISTICS]
-        moments = {"mean": latents.mean(axis=(0, 1, 2)), "variance": latents.var(axis=(0, 1, 2))}
+        others = tuple(range(latents.ndim - 1))
+        moments = {"mean": latents.mean(axis=others), "variance": latents.var(axis=others)}
         rate = 0.0 if config.decoder_of else STATISTICS_RATE
         followed = jax.tree.map(lambda old, new: old + rate * (jax.lax.stop_gradient(new) - old), statistics, moments)
         if config.noise:
-            std = jnp.sqrt(followed["variance"])[None, None, None]
+            std = jnp.expand_dims(jnp.sqrt(followed["variance"]), others)
             latents = latents + config.noise * std * jax.random.normal(noise_key, mean.shape)
         error = autoencoder.apply(weights, latents, method="decode") - x
         divergence = 0.5 * (jnp.square(mean) + jnp.exp(log_variance) - 1 - log_variance).mean()
@@ -166,8 +205,9 @@ def evaluate(experiment: Any, autoencoder: Any, variables: Any, options: Any) ->
     source = pictures(experiment, options.split)
     metrics = _distortion(autoencoder, variables, source)
     statistics, factor = variables[STATISTICS], experiment.model.factor
+    what = "clips" if experiment.autoencoding.frames else "images"
     return [
-        f"{len(source)} images ({options.split}), one latent per {factor} x {factor} pixels",
+        f"{len(source)} {what} ({options.split}), one latent per {factor} x {factor} pixels",
         f"PSNR {metrics['psnr']:.2f} dB, mean square error {metrics['mean_square_error']:.5f}",
         f"latents: mean {_shown(statistics['mean'])}, variance {_shown(statistics['variance'])}",
     ]
@@ -214,7 +254,8 @@ def _distortion(autoencoder: Any, variables: Any, source: Source) -> dict[str, f
     total = 0.0
     for batch in fixed_batches(source, min(256, len(source))):
         images = np.asarray(from_uint8(batch["image"]))
-        error = np.square(_reconstruct(autoencoder, variables, images) - images).mean(axis=(1, 2, 3))
+        squares = np.square(_reconstruct(autoencoder, variables, images) - images)
+        error = squares.reshape(len(squares), -1).mean(axis=1)
         total += float(error[batch["mask"]].sum())
     mean = total / len(source)
     return {"mean_square_error": mean, "psnr": 10 * math.log10(PEAK**2 / max(mean, 1e-12))}

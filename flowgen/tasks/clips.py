@@ -231,7 +231,8 @@ def _noised(flow: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, Any]:
         cond = TextCondition(jnp.asarray(features, jnp.float32), jnp.asarray(mask))
     elif flow.config.num_classes:
         cond = jnp.asarray(batch["label"])
-    return batch_input(key, {name: x for name, x in batch.items() if name != "text"}, flow.config.noise_std), cond
+    data = {name: jnp.asarray(batch[name]) for name in ("image", "mean", "std") if name in batch}
+    return batch_input(key, data, flow.config.noise_std), cond
 
 
 def _denoising(flow: Any) -> ClipDenoising:

@@ -28,11 +28,14 @@ from flowgen.codecs import (
     LatentNormalisation,
     PixelCodec,
     TextEncoder,
+    VideoAutoencoder,
+    VideoAutoencoderCodec,
+    VideoAutoencoderConfig,
 )
 from flowgen.codecs import init as init_autoencoder
 from flowgen.codecs.video_codec import ClipCodec, FrameCodec
 from flowgen.conditioning import TextCondition
-from flowgen.convert import load_autoencoder, load_text_encoder
+from flowgen.convert import is_video_autoencoder, load_autoencoder, load_text_encoder, load_video_autoencoder
 from flowgen.data.latents import read_index
 from flowgen.flows import STARFlowVConfig
 from flowgen.prompts import PromptTemplate, aspect_size
@@ -76,11 +79,18 @@ class PixelBlocks:
 
 @dataclass(frozen=True)
 class TrainedCodec:
-    """A frozen autoencoder. path: run directory of one trained by flowgen, or folder of a published AutoencoderKL.
-    digest: of all that its latents depend on, set when a flow is trained on them, so that no other is taken for it."""
+    """A frozen autoencoder. path: run directory of one trained by flowgen, or folder of a published AutoencoderKL or
+    (of clips) AutoencoderKLWan. digest: of all that its latents depend on, set when a flow is trained on them, so that
+    no other is taken for it. temporal_scale: of clips' latents behind the first frame; published: 0.6.
+    """
 
     path: str
     digest: str | None = None
+    temporal_scale: float = 1.0
+
+    def __post_init__(self):
+        if not 0 < self.temporal_scale < float("inf"):
+            raise ValueError(f"codec.temporal_scale is {self.temporal_scale}; it must be positive, 1 for none.")
 
 
 CodecConfig = PixelBlocks | TrainedCodec
@@ -125,7 +135,7 @@ def codec_of(experiment: Any) -> Codec | ClipCodec:
     return codec
 
 
-def _codec_of(experiment: Any) -> Codec:
+def _codec_of(experiment: Any) -> Codec | ClipCodec:
     model = experiment.model
     if experiment.codec is None:
         return PixelCodec(pixel_channels=model.channels)
@@ -137,7 +147,12 @@ def _codec_of(experiment: Any) -> Codec:
                 f"of grey pictures and {3 * factor**2} of colour ones: change it or codec.factor."
             )
         return PixelCodec(pixel_channels=model.channels // factor**2, factor=factor)
-    codec = open_autoencoder(experiment.codec.path)
+    codec = open_autoencoder(experiment.codec.path, experiment.codec.temporal_scale)
+    if isinstance(codec, ClipCodec) and not isinstance(model, STARFlowVConfig):
+        raise ValueError(
+            f"codec.path '{experiment.codec.path}' is an autoencoder of clips, and the model is a "
+            f"{fields.type_name(model)}; give one of pictures."
+        )
     if experiment.codec.digest not in (None, fingerprint(codec)):
         raise ValueError(
             f"the autoencoder at codec.path '{experiment.codec.path}' is not the one that the flow was trained on; put "
@@ -172,8 +187,10 @@ def sealed(experiment: Any) -> Any:
     return dataclasses.replace(experiment, codec=codec, text=text)
 
 
-def open_autoencoder(path: str) -> AutoencoderCodec:
+def open_autoencoder(path: str, temporal_scale: float = 1.0) -> AutoencoderCodec | VideoAutoencoderCodec:
     """Returns the autoencoder of a run directory or of a published folder, with the normalisation of its latents.
+
+    temporal_scale: of an autoencoder of clips, see `VideoAutoencoderCodec`.
 
     Raises FileNotFoundError or ValueError where there is none, or it is damaged.
 
@@ -190,7 +207,7 @@ def open_autoencoder(path: str) -> AutoencoderCodec:
             f"There is no autoencoder at codec.path '{path}'; train it first, or say where it is (--codec.path to "
             "train, --autoencoder to sample)."
         )
-    return _open_autoencoder(path, *_version(path))
+    return _open_autoencoder(path, temporal_scale, *_version(path))
 
 
 def _version(path: str) -> tuple[str, int]:
@@ -205,15 +222,23 @@ def _version(path: str) -> tuple[str, int]:
 
 
 @functools.lru_cache(maxsize=2)
-def _open_autoencoder(path: str, place: str, version: int) -> AutoencoderCodec:
+def _open_autoencoder(
+    path: str, temporal_scale: float, place: str, version: int
+) -> AutoencoderCodec | VideoAutoencoderCodec:
     if not (Path(path) / CONFIG_FILE).is_file() or not isinstance((saved := read_config(path)).get("model"), dict):
+        if is_video_autoencoder(path):
+            return load_video_autoencoder(path, temporal_scale=temporal_scale)
         return load_autoencoder(path)
-    if saved["model"].get(fields.TYPE) != "Autoencoder":
-        raise ValueError(
-            f"codec.path '{path}' is the run of a {saved['model'].get(fields.TYPE)}; give that of an Autoencoder."
-        )
+    kinds: dict[Any, Any] = {
+        "Autoencoder": (Autoencoder, AutoencoderConfig),
+        "VideoAutoencoder": (VideoAutoencoder, VideoAutoencoderConfig),
+    }
+    kind = saved["model"].get(fields.TYPE)
+    if kind not in kinds:
+        raise ValueError(f"codec.path '{path}' is the run of a {kind}; give that of an Autoencoder.")
+    module, config = kinds[kind]
     plain = {name: value for name, value in saved["model"].items() if name != fields.TYPE}
-    autoencoder = Autoencoder(fields.from_plain(AutoencoderConfig, plain, path="model"))
+    autoencoder = module(fields.from_plain(config, plain, path="model"))
     reader = CheckpointReader(Path(path) / CHECKPOINTS)
     step = reader.latest_step()
     if step is None:
@@ -226,6 +251,8 @@ def _open_autoencoder(path: str, place: str, version: int) -> AutoencoderCodec:
     tree = jax.tree.unflatten(jax.tree.structure(expected), [jnp.asarray(params[name]) for name in layout(expected)])
     mean, variance = (arrays[f"collections/{STATISTICS}/{name}"] for name in ("mean", "variance"))
     normalisation = LatentNormalisation(shift=mean, scale=1 / np.sqrt(np.asarray(variance, np.float64)))
+    if isinstance(autoencoder, VideoAutoencoder):
+        return VideoAutoencoderCodec(autoencoder, {"params": tree}, normalisation, temporal_scale)
     return AutoencoderCodec(autoencoder, {"params": tree}, normalisation)
 
 
@@ -238,7 +265,9 @@ def fingerprint(codec: Codec | ClipCodec) -> str:
     """
     codec = codec.codec if isinstance(codec, FrameCodec) else codec
     digest = hashlib.sha256(repr((type(codec).__name__, codec.factor, codec.channels)).encode())
-    if isinstance(codec, AutoencoderCodec):
+    if isinstance(codec, VideoAutoencoderCodec):
+        digest.update(repr(codec.temporal_scale).encode())
+    if isinstance(codec, AutoencoderCodec | VideoAutoencoderCodec):
         shape = dataclasses.replace(codec.autoencoder.config, dtype="float32", remat=False)
         digest.update(repr(shape).encode())
         params = codec.variables["params"]

@@ -175,6 +175,7 @@ def _text_plain(experiment: Any) -> dict[str, Any] | None:
         "length": model.text_length,
         "dim": model.text_dim,
         "noise_level": text.noise_level,
+        "frames_per_second": text.frames_per_second,
         "aspect": text.aspect,
     }
 

@@ -1,0 +1,230 @@
+"""Flows of clips end to end: training with a denoiser, codecs of clips, sampling to files, and what is refused."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from flowgen import checkpoint, config
+from flowgen.cli import main
+from flowgen.codecs import VideoAutoencoderConfig
+from flowgen.config import (
+    AutoencodingConfig,
+    Experiment,
+    LikelihoodConfig,
+    PixelBlocks,
+    SamplingConfig,
+    TextConfig,
+    TrainedCodec,
+)
+from flowgen.data import ClipsConfig, DataConfig
+from flowgen.data.video import video_length
+from flowgen.flows import STARFlowVConfig
+from flowgen.tasks import clips
+from flowgen.training import LogConfig, OptimConfig, TrainConfig, fit
+
+QUIET = LogConfig(log_every=4, checkpoint_every=0, progress=False, tensorboard=False)
+TINY = STARFlowVConfig(
+    image_size=12,
+    channels=1,
+    patch_size=4,
+    frames=3,
+    width=40,
+    head_dim=20,
+    layers=(1, 1),
+    num_classes=10,
+    denoiser_layers=1,
+)
+LATENTS = dataclasses.replace(TINY, image_size=6, channels=4, patch_size=2)
+
+
+def experiment_of(**changes):
+    parts = {
+        "name": "clips",
+        "model": TINY,
+        "data": ClipsConfig(num=60),
+        "optim": OptimConfig(ema_decay=0.9),
+        "train": TrainConfig(steps=4, batch_size=8),
+        "log": QUIET,
+        "sampling": SamplingConfig(num=3),
+        **changes,
+    }
+    return Experiment(**parts)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A flow of bouncing digits and its denoiser, trained for a few steps."""
+    workdir = tmp_path_factory.mktemp("clips") / "run"
+    fit(experiment_of(log=dataclasses.replace(QUIET, eval_every=4)), workdir)
+    return workdir
+
+
+def test_training_reports_both_losses_and_what_denoising_is_worth(run):
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert {"denoiser_loss", "flow_loss", "score_square", "bits_per_dim"} <= rows[0].keys()
+    assert {"eval/bits_per_dim", "eval/psnr_score", "eval/psnr_denoiser"} <= rows[-1].keys()
+    assert (run / "samples" / "0000004.png").is_file()
+    _, params, _ = checkpoint.load(run)
+    assert params["params"].keys() == {"blocks_0", "blocks_1", "denoiser"}
+
+
+def test_samples_are_strips_videos_and_arrays(run, tmp_path):
+    words = ["sample", "--checkpoint", str(run), "--classes", "3,7"]
+    for name in ("strips.png", "clips.gif", "clips.mp4", "clips.npz"):
+        assert main([*words, "--num", "4", "--fps", "5", "--out", str(tmp_path / name)]) == 0
+    with np.load(tmp_path / "clips.npz") as arrays:
+        assert arrays["clips"].shape == (4, 3, 12, 12, 1)
+        assert arrays["labels"].tolist() == [3, 7, 3, 7]
+    seconds, fps = video_length(tmp_path / "clips.mp4")
+    assert (seconds, fps) == pytest.approx((0.6, 5.0))
+    single = [*words, "--num", "2", "--out", str(tmp_path / "x.png"), "--single", str(tmp_path / "single")]
+    assert main(single) == 0
+    assert sorted(path.name for path in (tmp_path / "single").iterdir()) == ["000000.gif", "000001.gif"]
+
+
+def test_evaluation_says_how_frames_move(run, capsys):
+    assert main(["evaluate", "--checkpoint", str(run), "--samples", "4"]) == 0
+    printed = capsys.readouterr().out
+    assert "6 clips (eval), Gaussian noise of std 0.3" in printed
+    assert "PSNR of noisy clips as they are" in printed
+    assert "by the denoiser" in printed
+    assert "frames of 4 samples: distance to the next" in printed
+
+
+def test_distances_of_frames_tell_order_from_none():
+    random = np.random.default_rng(0)
+    walk = random.normal(size=(50, 8, 2, 2, 1)).cumsum(axis=1)
+    near, far = clips.frame_distances(walk)
+    assert near < 0.7 * far
+    near, far = clips.frame_distances(random.normal(size=(50, 8, 2, 2, 1)))
+    assert near == pytest.approx(far, rel=0.05)
+
+
+@pytest.mark.slow  # beside the first, which resumes nothing
+def test_a_stopped_run_ends_where_one_that_was_not_does(tmp_path):
+    experiment = experiment_of(
+        optim=OptimConfig(ema_decay=0.9, schedule="constant"),
+        likelihood=LikelihoodConfig(denoiser=OptimConfig(lr=1e-3, schedule="constant")),
+    )
+    whole = fit(experiment, tmp_path / "whole")
+    fit(dataclasses.replace(experiment, train=TrainConfig(steps=2, batch_size=8)), tmp_path / "parts")
+    again = fit(experiment, tmp_path / "parts")
+    jax.tree.map(np.testing.assert_array_equal, whole.state.params["blocks_0"], again.state.params["blocks_0"])
+
+
+@pytest.fixture(scope="module")
+def autoencoder(tmp_path_factory):
+    """The run of a small video autoencoder of bouncing digits, one latent frame per two frames."""
+    workdir = tmp_path_factory.mktemp("autoencoder") / "run"
+    experiment = Experiment(
+        name="video autoencoder",
+        model=VideoAutoencoderConfig(
+            channels=1,
+            latent_channels=4,
+            widths=(8, 8),
+            decoder_widths=(8, 8),
+            halve_time=(True,),
+            layers_per_block=1,
+            patch_size=1,
+        ),
+        data=ClipsConfig(num=60),
+        autoencoding=AutoencodingConfig(image_size=12, frames=5, kl_weight=1e-3),
+        optim=OptimConfig(lr=3e-3, weight_decay=0.0, ema_decay=0.9),
+        train=TrainConfig(steps=20, batch_size=8),
+        log=dataclasses.replace(QUIET, eval_every=10),
+        sampling=SamplingConfig(num=2),
+    )
+    fit(experiment, workdir)
+    return workdir
+
+
+def test_a_video_autoencoder_is_trained_and_its_latents_are_those_of_a_flow(autoencoder, tmp_path, capsys):
+    rows = [json.loads(line) for line in (autoencoder / "metrics.jsonl").read_text().splitlines()]
+    errors = [row["eval/mean_square_error"] for row in rows if "eval/mean_square_error" in row]
+    assert errors[-1] < errors[0]
+    assert (autoencoder / "samples" / "0000020.png").is_file()
+    experiment = experiment_of(model=LATENTS, codec=TrainedCodec(str(autoencoder), temporal_scale=0.5))
+    assert experiment.source("train")[np.arange(2)]["image"].shape == (2, 5, 12, 12, 1)
+    direct = fit(experiment, tmp_path / "direct")
+    assert np.isfinite(direct.metrics["nats_per_dim"])
+    path = tmp_path / "clips.py"
+    path.write_text(
+        f"from flowgen.config import from_json\nconfig = lambda: from_json({config.to_json(experiment)!r})\n"
+    )
+    assert main(["encode", "--config", str(path), "--out", str(tmp_path / "encoded")]) == 0
+    encoded = dataclasses.replace(experiment, data=ClipsConfig(source="encoded", path=str(tmp_path / "encoded")))
+    again = fit(encoded, tmp_path / "again")
+    jax.tree.map(np.testing.assert_array_equal, direct.state.params, again.state.params)
+    other = dataclasses.replace(encoded, codec=TrainedCodec(str(autoencoder)))
+    with pytest.raises(ValueError, match="was encoded by the autoencoder at"):
+        fit(other, tmp_path / "other")
+    longer = dataclasses.replace(encoded, model=LATENTS.of_frames(5))
+    with pytest.raises(ValueError, match=r"holds latents of shape .*; set model.image_size, model.frames and"):
+        fit(longer, tmp_path / "other")
+    out = tmp_path / "samples.npz"
+    assert main(["sample", "--checkpoint", str(tmp_path / "direct"), "--num", "2", "--out", str(out)]) == 0
+    with np.load(out) as arrays:
+        assert arrays["clips"].shape == (2, 5, 12, 12, 1)
+    assert main(["evaluate", "--checkpoint", str(autoencoder)]) == 0
+    assert "6 clips (eval), one latent per 2 x 2 pixels" in capsys.readouterr().out
+
+
+@pytest.mark.slow  # beside the classes
+def test_clips_of_texts_are_drawn_from_prompts(tmp_path):
+    model = dataclasses.replace(LATENTS, num_classes=0, text_dim=16, text_length=12, denoiser_layers=0)
+    experiment = experiment_of(
+        model=model,
+        codec=PixelBlocks(2),
+        text=TextConfig("words", frames_per_second=8),
+        train=TrainConfig(steps=2, batch_size=8, label_dropout=0.5),
+        sampling=SamplingConfig(num=2, guidance=1.0),
+    )
+    fit(experiment, tmp_path / "run")
+    words = ["sample", "--checkpoint", str(tmp_path / "run"), "--prompt", "7", "--out", str(tmp_path / "x.gif")]
+    assert main(words) == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": DataConfig()}, "a STARFlowV is trained on clips, so give a ClipsConfig"),
+        ({"likelihood": LikelihoodConfig(norm_penalty=1e-4)}, "likelihood.norm_penalty is 0.0001, which would mix"),
+        ({"model": dataclasses.replace(TINY, noise_std=0.0)}, "model.noise_std is 0, so a denoiser has nothing"),
+        ({"sampling": SamplingConfig(denoise=0.5)}, "sampling.denoise is 0.5; a learned denoiser takes the whole step"),
+        (
+            {
+                "model": dataclasses.replace(TINY, denoiser_layers=0),
+                "likelihood": LikelihoodConfig(denoiser=OptimConfig()),
+            },
+            "likelihood.denoiser is given, and model.denoiser_layers is 0",
+        ),
+        (
+            {"model": VideoAutoencoderConfig(channels=1), "autoencoding": AutoencodingConfig(16, frames=4)},
+            "autoencoding.frames is 4, but the model makes one latent of a first frame and of 4 more",
+        ),
+        (
+            {
+                "model": VideoAutoencoderConfig(channels=1),
+                "autoencoding": AutoencodingConfig(16, frames=5),
+                "data": DataConfig(),
+            },
+            "a VideoAutoencoder is trained on clips, so give a ClipsConfig",
+        ),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        experiment_of(**changes)
+
+
+def test_autoencoders_of_clips_are_not_for_pictures_and_videos_not_for_models_of_them(autoencoder, tmp_path, capsys):
+    from flowgen.flows import STARFlowConfig
+
+    model = STARFlowConfig(image_size=6, width=40, head_dim=20, layers=(1, 1))
+    with pytest.raises(ValueError, match="is an autoencoder of clips, and the model is a STARFlow"):
+        experiment_of(model=model, data=DataConfig(), codec=TrainedCodec(str(autoencoder))).job()
+    assert main(["sample", "--checkpoint", str(autoencoder), "--out", str(tmp_path / "x.png")]) == 2
+    assert "draws no samples; train a flow on its latents" in capsys.readouterr().err
