@@ -216,10 +216,10 @@ def test_fields_left_out_take_defaults():
         ({"model": {"type": "TARFlow"}}, "model.image_size is missing; give it a value."),
         (
             {"model": {"type": "Glow"}},
-            "model.type is 'Glow'; choose one of TARFlow, STARFlow, STARFlowV, MLP, DiT, UNet, Autoencoder.",
+            "model.type is 'Glow'; choose one of TARFlow, STARFlow, STARFlowV, MLP, DiT, UNet, Autoencoder, VideoAutoencoder.",
         ),
-        ({"model": {}}, "model.type is None; choose one of TARFlow, STARFlow, STARFlowV, MLP, DiT, UNet, Autoencoder."),
-        ({"data": {"type": "Sound"}}, "data.type is 'Sound'; choose one of Data, Points."),
+        ({"model": {}}, "model.type is None; choose one of TARFlow, STARFlow, STARFlowV, MLP, DiT, UNet, Autoencoder, VideoAutoencoder."),
+        ({"data": {"type": "Sound"}}, "data.type is 'Sound'; choose one of Data, Clips, Points."),
         ({"model": 3}, "model is 3; it must be a group of fields."),
         ({"reference": {"fid": "low"}}, "reference is {'fid': 'low'}; it must be a table of names to numbers."),
     ],
