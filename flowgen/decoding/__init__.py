@@ -1,7 +1,7 @@
 """Inversion of autoregressive flows: sequential and parallel decoding, guidance, sampling."""
 
 from flowgen.decoding.guidance import Guidance, linear_rule, product_rule
-from flowgen.decoding.plan import DecodePlan, Jacobi, Sequential, resolve_plan
+from flowgen.decoding.plan import DecodePlan, Jacobi, MovingJacobi, Sequential, resolve_plan
 from flowgen.decoding.sampler import Denoiser, Inversion, invert, sample
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "Guidance",
     "Inversion",
     "Jacobi",
+    "MovingJacobi",
     "Sequential",
     "invert",
     "linear_rule",
