@@ -1,5 +1,6 @@
 """Inversion of autoregressive flows: sequential and parallel decoding, guidance, sampling."""
 
+from flowgen.decoding.clips import sample_clips
 from flowgen.decoding.guidance import Guidance, linear_rule, product_rule
 from flowgen.decoding.plan import DecodePlan, Jacobi, MovingJacobi, Sequential, resolve_plan
 from flowgen.decoding.sampler import Denoiser, Inversion, invert, sample
@@ -17,4 +18,5 @@ __all__ = [
     "product_rule",
     "resolve_plan",
     "sample",
+    "sample_clips",
 ]
