@@ -34,6 +34,7 @@ class CausalKernel(NamedTuple):
         start..start+n-1 to the cached prefix and to themselves, and the cache with these tokens included.
     rewind(before, after) -> cache: given the caches before and after a window was run, one from which the
         window can be run again. Where slots are overwritten that is `after`; a running sum needs `before`.
+    has_slots: whether the cache keeps tokens apart, so that a window may begin at any of them that has been run.
     has_temperature: whether scaling the queries sharpens or flattens the weights, as it does in a softmax.
     """
 
@@ -41,6 +42,7 @@ class CausalKernel(NamedTuple):
     init_cache: Callable[..., Any]
     attend_window: Callable[..., tuple[Array, Any]]
     rewind: Callable[[Any, Any], Any]
+    has_slots: bool
     has_temperature: bool
 
 
@@ -84,6 +86,7 @@ SOFTMAX = CausalKernel(
     init_cache=init_kv_cache,
     attend_window=attend_kv_window,
     rewind=lambda before, after: after,
+    has_slots=True,
     has_temperature=True,
 )
 
@@ -101,6 +104,7 @@ def recurrent(kernel: Kernel) -> CausalKernel:
         ),
         attend_window=lambda q, k, v, cache, start: kernel.prefill(q, k, v, state=cache),
         rewind=lambda before, after: before,
+        has_slots=False,
         has_temperature=False,
     )
 

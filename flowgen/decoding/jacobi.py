@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from flowgen.decoding.plan import Jacobi
+from flowgen.decoding.plan import Jacobi, Start
 from flowgen.flows.affine import to_data
 
 # Iterates beyond this are treated as overflown: fed to the network as the limit (or 0 where NaN), so that what
@@ -31,6 +31,29 @@ class Conditioner(NamedTuple):
 
     window: Callable[[Array, Array, Any], tuple[Array, Array, Any]]
     rewind: Callable[[Any, Any], Any]
+
+
+class Recent(NamedTuple):
+    """The last tokens before those to be solved, as many as a frame has, and how many of them there are.
+
+    Example:
+        recent = Recent(jnp.zeros((batch, tokens_per_frame, channels)), jnp.zeros((), int))
+    """
+
+    tokens: Float[Array, "b p c"]
+    known: Int[Array, ""]
+
+    def guess(self, noise: Float[Array, "b w c"]) -> Float[Array, "b w c"]:
+        """Returns for each of the next tokens that of one frame earlier, or a whole number of frames; else noise."""
+        period = self.tokens.shape[1]
+        place = jnp.arange(noise.shape[1]) % period
+        return jnp.where((place >= period - self.known)[None, :, None], self.tokens[:, place], noise)
+
+    def then(self, tokens: Float[Array, "b w c"]) -> Recent:
+        """Returns what is recent after `tokens` as well."""
+        period = self.tokens.shape[1]
+        last = jnp.concatenate([self.tokens, tokens], axis=1)[:, -period:]
+        return Recent(last, jnp.minimum(self.known + tokens.shape[1], period))
 
 
 class Solution(NamedTuple):
@@ -57,10 +80,12 @@ def solve(
     z: Float[Array, "b n c"],
     empty_cache: Callable[[int], Any],
     plan: Jacobi,
+    recent: Recent | None = None,
 ) -> Solution:
     """Returns x with x_t = shift_t(x_<t) + exp(log_scale_t(x_<t)) · z_t for all n tokens.
 
-    first: what the network sees before the first token. empty_cache: length -> cache.
+    first: what the network sees before the first token. empty_cache: length -> cache. recent: the frame before the
+    first token, from which windows start if the plan says so.
 
     Example:
         solution = solve(conditioner, z[:, :1], z[:, 1:], empty_cache, Jacobi(window=16))
@@ -74,26 +99,26 @@ def solve(
     starts = jnp.arange(num_windows) * window
 
     def solve_window(carry, inputs):
-        first, committed = carry
+        first, committed, recent = carry
         noise, start = inputs
         real = (start + jnp.arange(window) < n)[None, :, None]
 
         def sweep(state: _Sweep) -> _Sweep:
             previous = jnp.concatenate([first, state.guess[:, :-1]], axis=1)
             cache = conditioner.rewind(committed, state.cache)
-            shift, log_scale, cache = conditioner.window(_bounded(previous), start, cache)
+            shift, log_scale, cache = conditioner.window(bounded(previous), start, cache)
             out = to_data(noise, shift, log_scale)
             residual = _change(out, state.guess, real)
             # A converged sample keeps its guess, so that it yields the same tokens and the same cache
             # however many more sweeps the others in the batch need.
             guess = jnp.where((residual <= plan.tol)[:, None, None], state.guess, out)
-            overflows = state.overflows + (_overflown(out) & real).sum(axis=(1, 2), dtype=jnp.int32)
+            overflows = state.overflows + (overflown(out) & real).sum(axis=(1, 2), dtype=jnp.int32)
             return _Sweep(guess, out, residual, cache, state.count + 1, overflows)
 
         def unsolved(state: _Sweep) -> Bool[Array, ""]:
             return (state.count < max_sweeps) & jnp.any(state.residual > plan.tol)
 
-        guess = noise if plan.init == "z" else jnp.zeros_like(noise)
+        guess = first_guess(plan.init, noise, recent)
         state = _Sweep(
             guess=guess,
             out=guess,
@@ -105,26 +130,48 @@ def solve(
         state = sweep(state) if max_sweeps == 1 else jax.lax.while_loop(unsolved, sweep, state)
         # A sample that was still changing after as many sweeps as tokens is exact, whatever its last change was.
         exact = (state.count >= window) & ((state.residual > plan.tol) | (window == 1))
-        broken = (_overflown(state.out) & real).any(axis=(1, 2))
+        broken = (overflown(state.out) & real).any(axis=(1, 2))
         residual = jnp.where(broken, jnp.inf, jnp.where(exact, 0, state.residual))
         report = (state.out, state.count, residual, state.overflows)
-        return (state.out[:, -1:], state.cache), report
+        recent = None if recent is None else recent.then(state.out)
+        return (state.out[:, -1:], state.cache, recent), report
 
-    carry = (first, empty_cache(num_windows * window))
+    carry = (first, empty_cache(num_windows * window), recent if plan.init == "frame" else None)
     _, (out, sweeps, residual, overflows) = jax.lax.scan(solve_window, carry, (windows, starts))
     x = out.swapaxes(0, 1).reshape(batch, num_windows * window, channels)[:, :n]
     return Solution(x, sweeps, residual.max(axis=0), overflows.sum(axis=0))
 
 
-def _overflown(x: Array) -> Array:
+def first_guess(init: Start, noise: Float[Array, "b w c"], recent: Recent | None) -> Float[Array, "b w c"]:
+    """Returns what the first sweep over tokens of that noise starts from.
+
+    Example:
+        guess = first_guess("frame", noise, recent)
+    """
+    if init == "zeros":
+        return jnp.zeros_like(noise)
+    return noise if init == "z" or recent is None else recent.guess(noise)
+
+
+def overflown(x: Array) -> Array:
+    """Returns where an iterate is not finite or beyond OVERFLOW.
+
+    Example:
+        broken = overflown(out).any(axis=(1, 2))
+    """
     return ~(jnp.abs(x) <= OVERFLOW)
 
 
-def _bounded(x: Array) -> Array:
+def bounded(x: Array) -> Array:
+    """Returns iterates as the network may see them.
+
+    Example:
+        shift, log_scale, cache = conditioner.window(bounded(previous), start, cache)
+    """
     return jnp.clip(jnp.nan_to_num(x, nan=0.0), -OVERFLOW, OVERFLOW)
 
 
 def _change(new: Array, old: Array, real: Array) -> Array:
     """Largest change per sample among real tokens; infinite where an iterate overflowed."""
-    change = jnp.where(_overflown(new), jnp.inf, jnp.abs(new - old))
+    change = jnp.where(overflown(new), jnp.inf, jnp.abs(new - old))
     return jnp.where(real, change, 0).max(axis=(1, 2))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 
-Start = Literal["z", "zeros"]
+Start = Literal["z", "zeros", "frame"]
 
 # Rows (batch x branches x window) up to which one pass over an accelerator costs about as much as one row:
 # peak FLOP/s over memory bandwidth, 206 (H200) to 295 (H100), 166 to 560 (TPU v5p to v6e), in bf16.
@@ -34,7 +34,8 @@ class Jacobi:
     exact, so `max_sweeps=None` (the window's length) always ends at the exact solution.
 
     window: tokens solved together; None is one window over all tokens, 1 equals `Sequential`.
-    init: what the first sweep starts from, the noise itself ("z") or "zeros".
+    init: what the first sweep starts from: the noise itself ("z"), "zeros", or in a block over several frames the
+    tokens one frame earlier ("frame"), which in frame 0 and in blocks of one frame is the noise.
 
     Example:
         r = invert(flow, params, z, cond, plan=Jacobi(window=32, tol=1e-4))
@@ -46,14 +47,44 @@ class Jacobi:
     init: Start = "z"
 
     def __post_init__(self):
-        for name in ("window", "max_sweeps"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1, or None for all tokens.")
-        if not 0 <= self.tol < float("inf"):
-            raise ValueError(f"tol is {self.tol}; it must be 0 (exact) or positive and finite.")
-        if self.init not in ("z", "zeros"):
-            raise ValueError(f"init is {self.init!r}; choose 'z' or 'zeros'.")
+        _check_fields(self, ("window", "max_sweeps"))
+
+
+@dataclass(frozen=True)
+class MovingJacobi:
+    """Sweeps over a window that moves on by the tokens that are solved, and by one at least, after every sweep.
+
+    Solved are the leading tokens that no sample of the batch changed by more than `tol`, and the one behind them. With
+    tolerance 0 this is the exact solution; else every token differs by at most `tol` from what its predecessors, as
+    they are returned, make of it. There are as many sweeps as tokens at most. It needs attention whose cache has a slot
+    per token, as that of softmax. Within its tolerance a sample depends on the others in its batch.
+
+    window, tol, init: as for `Jacobi`.
+
+    Example:
+        r = invert(flow, params, z, cond, plan=MovingJacobi(window=32, tol=1e-4))
+    """
+
+    window: int | None = 32
+    tol: float = 1e-4
+    init: Start = "z"
+
+    def __post_init__(self):
+        _check_fields(self, ("window",))
+
+
+def _check_fields(plan: Jacobi | MovingJacobi, counts: tuple[str, ...]) -> None:
+    for name in counts:
+        value = getattr(plan, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1, or None for all tokens.")
+    if not 0 <= plan.tol < float("inf"):
+        raise ValueError(f"tol is {plan.tol}; it must be 0 (exact) or positive and finite.")
+    if plan.init not in get_args(Start):
+        raise ValueError(f"init is {plan.init!r}; choose 'z', 'zeros' or 'frame'.")
+
+
+BlockPlan = Sequential | Jacobi | MovingJacobi
 
 
 @dataclass(frozen=True)
@@ -64,10 +95,10 @@ class DecodePlan:
         plan = DecodePlan((Jacobi(), Jacobi(), Sequential()))
     """
 
-    blocks: tuple[Sequential | Jacobi, ...]
+    blocks: tuple[BlockPlan, ...]
 
 
-Plan = Sequential | Jacobi | DecodePlan
+Plan = BlockPlan | DecodePlan
 
 
 def resolve_plan(plan: Plan | str, *, num_blocks: int, rows: int) -> DecodePlan:
@@ -87,8 +118,10 @@ def resolve_plan(plan: Plan | str, *, num_blocks: int, rows: int) -> DecodePlan:
         if len(plan.blocks) != num_blocks:
             raise ValueError(f"plan has {len(plan.blocks)} blocks and the flow has {num_blocks}; give one per block.")
         return plan
-    if not isinstance(plan, Sequential | Jacobi):
-        raise ValueError(f"plan is {plan!r}; give Sequential(), Jacobi(...), DecodePlan(...) or a name.")
+    if not isinstance(plan, BlockPlan):
+        raise ValueError(
+            f"plan is {plan!r}; give Sequential(), Jacobi(...), MovingJacobi(...), DecodePlan(...) or a name."
+        )
     return DecodePlan((plan,) * num_blocks)
 
 

@@ -12,12 +12,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Integer, Key
 
 from flowgen.attention import causal_kernel
-from flowgen.conditioning import TextCondition, unconditional
-from flowgen.decoding.guidance import Guidance, linear_rule, product_rule
-from flowgen.decoding.jacobi import Conditioner, solve
-from flowgen.decoding.plan import DecodePlan, Jacobi, Plan, Sequential, resolve_plan
-from flowgen.flows.affine import reorder, to_noise
-from flowgen.flows.block import block_parameters, decoding_block, each_frame
+from flowgen.conditioning import TextCondition
+from flowgen.decoding.block import DecodingBlock
+from flowgen.decoding.guidance import Guidance
+from flowgen.decoding.jacobi import Solution
+from flowgen.decoding.plan import DecodePlan, MovingJacobi, Plan, resolve_plan
 from flowgen.flows.density import denoise as tweedie
 from flowgen.nn.layers import master_dtype
 
@@ -77,12 +76,9 @@ def invert(
     expected = (config.num_tokens, config.token_dim)
     if z.ndim != 3 or z.shape[1:] != expected:
         raise ValueError(f"z has shape {tuple(z.shape)}; this flow takes (batch, {expected[0]}, {expected[1]}).")
-    cond = config.check_cond(cond, z.shape[0])
     z = jnp.asarray(z, master_dtype(config.dtype))
-    guidance, weights = _active(guidance, cond, config)
-    null = None if guidance is None else config.check_null(null, z.shape[0])
-    plan = _resolve(plan, guidance, config, z.shape[0])
-    return _invert(flow, params, z, (cond, null), weights, plan=plan, guidance=guidance, certify=certify)
+    plan, guidance, conds, weights = steering(config, z.shape[0], cond, plan, guidance, null)
+    return _invert(flow, params, z, conds, weights, plan=plan, guidance=guidance, certify=certify)
 
 
 def sample(
@@ -112,30 +108,26 @@ def sample(
     config = flow.config
     if num < 1:
         raise ValueError(f"num is {num}; ask for at least one sample.")
-    cond = config.check_cond(cond, num)
-    guidance, weights = _active(guidance, cond, config)
-    null = None if guidance is None else config.check_null(null, num)
-    plan = _resolve(plan, guidance, config, num)
-    learned = denoise if isinstance(denoise, Denoiser) else None
-    strength = 0.0 if isinstance(denoise, Denoiser) else float(denoise)
-    if not 0 <= strength < float("inf"):
-        raise ValueError(f"denoise is {denoise}; it must be True, False, a strength of at least 0, or a Denoiser.")
+    plan, guidance, conds, weights = steering(config, num, cond, plan, guidance, null)
+    how, numbers = denoising(denoise, config)
     indices = first + jnp.arange(num)
     return _sample(
-        flow,
-        params,
-        key,
-        indices,
-        (cond, null),
-        weights,
-        strength,
-        None if learned is None else learned.variables,
-        plan=plan,
-        guidance=guidance,
-        score_step=strength > 0 and config.noise_std > 0,
-        denoiser=None if learned is None else learned.function,
-        certify=certify,
+        flow, params, key, indices, conds, weights, numbers, plan=plan, guidance=guidance, how=how, certify=certify
     )
+
+
+def steering(
+    config: Any, batch: int, cond: Any, plan: Plan | str, guidance: Guidance | None, null: TextCondition | None
+) -> tuple[DecodePlan, Guidance | None, tuple, tuple[float, float] | None]:
+    """Returns plan and guidance as compiled in, (condition, null), and the numbers of guidance, all of them checked.
+
+    Example:
+        plan, guidance, conds, weights = steering(flow.config, 4, labels, "auto", Guidance(scale=1.5), None)
+    """
+    cond = config.check_cond(cond, batch)
+    guidance, weights = _active(guidance, cond, config)
+    null = None if guidance is None else config.check_null(null, batch)
+    return _resolve(plan, guidance, config, batch), guidance, (cond, null), weights
 
 
 def _active(guidance: Guidance | None, cond: Any, config: Any) -> tuple[Guidance | None, Any]:
@@ -162,7 +154,14 @@ def _active(guidance: Guidance | None, cond: Any, config: Any) -> tuple[Guidance
 
 def _resolve(plan: Plan | str, guidance: Guidance | None, config: Any, batch: int) -> DecodePlan:
     rows = batch * (1 if guidance is None else 2)
-    return resolve_plan(plan, num_blocks=config.num_blocks, rows=rows)
+    resolved = resolve_plan(plan, num_blocks=config.num_blocks, rows=rows)
+    attention = config.blocks[0].transformer.attention
+    if any(isinstance(block, MovingJacobi) for block in resolved.blocks) and not causal_kernel(attention).has_slots:
+        raise ValueError(
+            f"plan has a MovingJacobi; the running state of {attention!r} attention cannot be taken up at any token, "
+            "unlike the cache of softmax; use Jacobi or Sequential."
+        )
+    return resolved
 
 
 @partial(jax.jit, static_argnames=("flow", "plan", "guidance", "certify"))
@@ -170,120 +169,100 @@ def _invert(flow, params, z, conds, weights, *, plan, guidance, certify) -> Inve
     return _decode(flow, params, z, conds, weights, plan, guidance, certify)
 
 
-@partial(jax.jit, static_argnames=("flow", "plan", "guidance", "score_step", "denoiser", "certify"))
-def _sample(
-    flow, params, key, indices, conds, weights, strength, learned, *, plan, guidance, score_step, denoiser, certify
-) -> Inversion:
+@partial(jax.jit, static_argnames=("flow", "plan", "guidance", "how", "certify"))
+def _sample(flow, params, key, indices, conds, weights, numbers, *, plan, guidance, how, certify) -> Inversion:
     shape = (flow.config.num_tokens, flow.config.token_dim)
     master = master_dtype(flow.config.dtype)
     noise = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape, master))(indices)
     z = noise * jnp.sqrt(flow.apply(params, method="prior_variance"))[None]
     result = _decode(flow, params, z, conds, weights, plan, guidance, certify)
-    x = result.x
-    if score_step:
-        x = tweedie(flow, params, x, conds[0], strength=strength)
-    if denoiser is not None:
-        x = denoiser(learned, x, conds[0])
-    return result._replace(x=x, finite=jnp.isfinite(x).all(axis=tuple(range(1, x.ndim))))
+    step = partial(tweedie, flow, params)
+    return with_finite(result._replace(x=denoised(step, result.x, conds[0], how, numbers)))
+
+
+class Removal(NamedTuple):
+    """How noise is removed, as compiled in: by a score step or not, by a learned function or None."""
+
+    score_step: bool
+    function: Callable[..., Array] | None
+
+
+def denoising(denoise: bool | float | Denoiser, config: Any) -> tuple[Removal, tuple[float, Any]]:
+    """Returns how noise is removed and with what: the strength of a score step and the variables of a denoiser.
+
+    Example:
+        how, numbers = denoising(True, flow.config)
+    """
+    if isinstance(denoise, Denoiser):
+        return Removal(False, denoise.function), (0.0, denoise.variables)
+    strength = float(denoise)
+    if not 0 <= strength < float("inf"):
+        raise ValueError(f"denoise is {denoise}; it must be True, False, a strength of at least 0, or a Denoiser.")
+    return Removal(strength > 0 and config.noise_std > 0, None), (strength, None)
+
+
+def denoised(step: Callable[..., Array], x: Array, cond: Any, how: Removal, numbers: tuple[Any, Any]) -> Array:
+    """Returns x without its noise; step(x, cond, strength=) -> x is the score step of the flow.
+
+    Example:
+        x = denoised(partial(density.denoise, flow, params), x, labels, *denoising(True, flow.config))
+    """
+    strength, variables = numbers
+    if how.score_step:
+        x = step(x, cond, strength=strength)
+    return x if how.function is None else how.function(variables, x, cond)
 
 
 def _decode(flow, params, z, conds, weights, plan, guidance, certify) -> Inversion:
-    reports, errors = [], []
-    tokens = z
-    for index in reversed(range(len(plan.blocks))):
-        noise = tokens
-        guided = guidance if guidance is not None and index in guidance.blocks else None
-        block = _Block(flow, params, index, conds, guided, weights)
-        tokens, solution = block.decode(noise, plan.blocks[index])
-        reports.append(solution)
-        if certify and guidance is not None:
-            errors.append(jnp.abs(block.encode(tokens) - noise).max(axis=(1, 2)))
+    tokens, solutions, errors = decode_blocks(
+        flow, params, z, conds, weights, plan, guidance, certify and guidance is not None
+    )
     x = flow.to_images(tokens)
     if certify and guidance is None:
         errors.append(jnp.abs(flow.apply(params, x, conds[0], method="forward")[0] - z).max(axis=(1, 2)))
-    reports.reverse()
-    width = max(len(r.sweeps) for r in reports)
-    return Inversion(
-        x=x,
-        sweeps=jnp.stack([jnp.pad(r.sweeps, (0, width - len(r.sweeps))) for r in reports]),
-        residual=jnp.stack([r.residual for r in reports]).max(axis=0),
-        overflows=jnp.stack([r.overflows for r in reports]).sum(axis=0),
-        finite=jnp.isfinite(x).all(axis=tuple(range(1, x.ndim))),
-        error=jnp.stack(errors).max(axis=0) if certify else None,
+    return report(x, solutions, errors)
+
+
+def decode_blocks(flow, params, tokens, conds, weights, plan: DecodePlan, guidance, certify):
+    """Returns tokens that the blocks which `plan` speaks of make of noise, their solutions, and certificates if any.
+
+    Example:
+        x, solutions, errors = decode_blocks(flow, params, z, (labels, None), None, plan, None, certify=False)
+    """
+    solutions, errors = [], []
+    for index in reversed(range(len(plan.blocks))):
+        noise = tokens
+        block = DecodingBlock(flow, params, index, conds, guidance, weights)
+        tokens, solution = block.decode(noise, plan.blocks[index])
+        solutions.append(solution)
+        if certify:
+            errors.append(jnp.abs(block.encode(tokens) - noise).max(axis=(1, 2)))
+    return tokens, solutions[::-1], errors
+
+
+def report(x: Array, solutions: list[Solution], errors: list[Array]) -> Inversion:
+    """Returns images with what their blocks, data side first, have to report.
+
+    Example:
+        r = report(flow.to_images(tokens), solutions, errors)
+    """
+    width = max(len(r.sweeps) for r in solutions)
+    return with_finite(
+        Inversion(
+            x=x,
+            sweeps=jnp.stack([jnp.pad(r.sweeps, (0, width - len(r.sweeps))) for r in solutions]),
+            residual=jnp.stack([r.residual for r in solutions]).max(axis=0),
+            overflows=jnp.stack([r.overflows for r in solutions]).sum(axis=0),
+            finite=jnp.ones(len(x), bool),
+            error=jnp.stack(errors).max(axis=0) if errors else None,
+        )
     )
 
 
-class _Block:
-    """One block of a flow with its condition and guidance filled in."""
+def with_finite(result: Inversion) -> Inversion:
+    """Returns the result with `finite` as its images are now.
 
-    def __init__(self, flow, params, index, conds, guidance, weights):
-        self.config = flow.config.blocks[index]
-        self.module, self.params = decoding_block(self.config, block_parameters(params, index))
-        self.guidance, self.weights = guidance, weights
-        self.cond, null = conds if self.config.is_conditional else (None, None)
-        if guidance is not None and self.cond is not None:
-            both = self.cond, unconditional(self.cond, null)
-            self.cond = jax.tree.map(lambda *parts: jnp.concatenate(parts), *both)
-
-    def call(self, method, *args):
-        return self.module.apply(self.params, *args, method=method)
-
-    def decode(self, z, plan):
-        """Raster-order tokens and the report of the solver."""
-        frames = self.config.frames
-        tokens, solution = self._decode(each_frame(z, frames), plan)
-        residual = solution.residual.reshape(len(z), frames).max(axis=1)
-        overflows = solution.overflows.reshape(len(z), frames).sum(axis=1)
-        return tokens.reshape(z.shape), solution._replace(residual=residual, overflows=overflows)
-
-    def _decode(self, z, plan):
-        plan = Jacobi(window=1, tol=0.0) if isinstance(plan, Sequential) else plan
-        v = reorder(z, self.config.order)
-        conditioner = Conditioner(self.window, self.module.rewind)
-        free = self.module.num_free
-        solution = solve(
-            conditioner,
-            self.call("first_previous", v),
-            v[:, free:],
-            lambda length: self.prefill(len(z), length),
-            plan,
-        )
-        tokens = jnp.concatenate([v[:, :free], solution.x], axis=1)
-        return reorder(tokens, self.config.order), solution
-
-    def encode(self, x):
-        """Raster-order noise of tokens by one parallel pass, guidance included: the certificate of `decode`."""
-        u = reorder(each_frame(x, self.config.frames), self.config.order)
-        free = self.module.num_free
-        shift, log_scale, _ = self.window(self.call("previous", u), 0, None)
-        z, _ = to_noise(u[:, free:], shift, log_scale)
-        return reorder(jnp.concatenate([u[:, :free], z], axis=1), self.config.order).reshape(x.shape)
-
-    def prefill(self, batch, length):
-        """Caches for `length` tokens behind the condition's prefix, both branches where guided."""
-        branches = 1 if self.guidance is None else 2
-        return self.call("prefill", branches * batch, length, self.cond, self.inverse_temperature(batch))
-
-    def inverse_temperature(self, batch):
-        if self.guidance is None:
-            return None
-        dtype = master_dtype(self.config.transformer.dtype)
-        return jnp.where(jnp.arange(2 * batch) < batch, 1.0, 1.0 / self.weights[1]).astype(dtype)
-
-    def window(self, previous, start, cache):
-        """(shift, log_scale, caches) of the tokens after `previous`, both branches in one pass where guided."""
-        if self.guidance is None:
-            return self.call("conditioner", previous, start, self.cond, cache, None)
-        batch, width = previous.shape[:2]
-        scale, _ = self.weights
-        both = jnp.concatenate([previous, previous])
-        cold = self.inverse_temperature(batch)
-        shift, log_scale, cache = self.call("conditioner", both, start, self.cond, cache, cold)
-        conditional = shift[:batch], log_scale[:batch]
-        unconditional = shift[batch:], log_scale[batch:]
-        tokens = start + jnp.arange(width) + self.module.num_free
-        ramp = tokens / max(self.config.num_tokens - 1, 1) if self.guidance.anneal else jnp.ones(width)
-        weight = (scale * ramp)[:, None].astype(both.dtype)
-        if self.guidance.rule == "product":
-            return *product_rule(conditional, unconditional, weight), cache
-        return *linear_rule(conditional, unconditional, weight, self.guidance.parts), cache
+    Example:
+        r = with_finite(r._replace(x=clean))
+    """
+    return result._replace(finite=jnp.isfinite(result.x).all(axis=tuple(range(1, result.x.ndim))))

@@ -132,6 +132,7 @@ class AutoregressiveBlock(nn.Module):
         self, x: Float[Array, "b n c"], cond: Condition | None = None
     ) -> tuple[Float[Array, "b n c"], Float[Array, " b"]]:
         """Returns z in raster order and logdet `b` (summed, nats)."""
+        cond = cond if self.config.is_conditional else None
         if self.config.frames > 1:
             z, logdet = self.of_one_frame(each_frame(x, self.config.frames), None)  # Single frames see no condition.
             return z.reshape(x.shape), logdet.reshape(len(x), self.config.frames).sum(axis=1)

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Key
 
@@ -135,12 +136,16 @@ class ClipDenoising:
         config, frames = self.denoiser.config, x.shape[1]
         size = frames if self.chunk is None else min(self.chunk, frames)
         network = ClipDenoiser(config.of_frames(size), parent=None)
-        parts, answered, begin = [], 0, 0
-        while answered < frames:
-            noisy = x[:, begin : begin + size]
+        back, ahead = config.denoiser_back, config.denoiser_ahead
+        # Chunks of one size, the last at the end; each answers up to its last `ahead` frames, and the last for all.
+        count = -(-(frames - size) // max(size - back - ahead, 1)) + 1
+        begins = np.minimum(np.arange(count) * (size - back - ahead), frames - size)
+        answering = np.searchsorted(begins[:-1] + size - ahead, np.arange(frames), side="right")
+
+        def clean(begin):
+            noisy = jax.lax.dynamic_slice_in_dim(x, begin, size, axis=1)
             answer: Any = network.apply(variables, noisy, cond)
-            clean = noisy - self.noise_std * answer
-            end = frames if begin + size == frames else begin + size - config.denoiser_ahead
-            parts.append(clean[:, answered - begin : end - begin])
-            answered, begin = end, min(end - config.denoiser_back, frames - size)
-        return jnp.concatenate(parts, axis=1)
+            return noisy - self.noise_std * answer
+
+        chunks = jax.lax.map(clean, begins).swapaxes(0, 1)
+        return chunks[:, answering, np.arange(frames) - begins[answering]]

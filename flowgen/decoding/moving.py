@@ -1,0 +1,104 @@
+"""A window that moves on by as many tokens as are solved, whatever its length (Song et al. 2021, arXiv 2002.03629).
+
+A pass over the tokens t .. t+w-1 gives out from guess. With k the number of leading tokens that no sample changed by
+more than `tol`, these keep their guess, from which the cached keys behind them were computed; token t+k, all of whose
+inputs are then accepted, takes its new value, which is exact; and the window moves on by k+1. Later tokens that were in
+it already take their new values as the next guess. So every pass accepts a token at least.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from flowgen.decoding.jacobi import Conditioner, Recent, Solution, bounded, first_guess, overflown
+from flowgen.decoding.plan import MovingJacobi
+from flowgen.flows.affine import to_data
+
+
+class _Pass(NamedTuple):
+    """tokens: what the network sees first, those that are accepted, and guesses of the others that it has reached."""
+
+    tokens: Float[Array, "b slots c"]
+    start: Int[Array, ""]
+    cache: Any
+    count: Int[Array, ""]
+    residual: Float[Array, " b"]
+    overflows: Int[Array, " b"]
+
+
+def solve_moving(
+    conditioner: Conditioner,
+    first: Float[Array, "b 1 c"],
+    z: Float[Array, "b n c"],
+    empty_cache: Callable[[int], Any],
+    plan: MovingJacobi,
+    recent: Recent | None = None,
+) -> Solution:
+    """Returns x as `flowgen.decoding.jacobi.solve` does; `sweeps` is one number, all passes, at most n.
+
+    The cache must be one whose slots are overwritten, so that a window may begin at any of them.
+
+    Example:
+        solution = solve_moving(conditioner, z[:, :1], z[:, 1:], empty_cache, MovingJacobi(window=16))
+    """
+    batch, n, _ = z.shape
+    window = min(plan.window or n, n)
+    noise = jnp.pad(z, ((0, 0), (0, 2 * window), (0, 0)))
+
+    def run(state: _Pass) -> _Pass:
+        start = state.start
+        real = (start + jnp.arange(window) < n)[None]
+        guess = jax.lax.dynamic_slice_in_dim(state.tokens, start + 1, window, axis=1)
+        previous = jax.lax.dynamic_slice_in_dim(state.tokens, start, window, axis=1)
+        shift, log_scale, cache = conditioner.window(bounded(previous), start, state.cache)
+        out = to_data(jax.lax.dynamic_slice_in_dim(noise, start, window, axis=1), shift, log_scale)
+        bad = overflown(out)
+        change = jnp.where(real, jnp.where(bad, jnp.inf, jnp.abs(out - guess)).max(axis=2), 0)
+        accepted = jnp.cumprod((change <= plan.tol).all(axis=0)).astype(bool)[None]
+        solved = jnp.where(accepted[:, :, None], guess, out)
+        step = jnp.minimum(accepted.sum() + 1, window)
+        kept = jnp.where(accepted, change, 0).max(axis=1)
+        return _Pass(
+            tokens=entered(jax.lax.dynamic_update_slice_in_dim(state.tokens, solved, start + 1, axis=1), start),
+            start=start + step.astype(start.dtype),
+            cache=conditioner.rewind(state.cache, cache),
+            count=state.count + 1,
+            residual=jnp.maximum(state.residual, kept),
+            overflows=state.overflows + (bad & real[:, :, None]).sum(axis=(1, 2), dtype=jnp.int32),
+        )
+
+    def entered(tokens: Array, start: Array) -> Array:
+        """The tokens with first guesses behind the window, of which the next one takes as many as it needs."""
+        end = start + window
+        ahead = jax.lax.dynamic_slice_in_dim(noise, end, window, axis=1)
+        guess = first_guess(plan.init, ahead, None if recent is None else frame_before(recent, tokens, end))
+        return jax.lax.dynamic_update_slice_in_dim(tokens, guess, end + 1, axis=1)
+
+    def frame_before(recent: Recent, tokens: Array, end: Array) -> Recent:
+        period = recent.tokens.shape[1]
+        all_tokens = jnp.concatenate([recent.tokens, tokens[:, 1:]], axis=1)
+        last = jax.lax.dynamic_slice_in_dim(all_tokens, end, period, axis=1)
+        return Recent(last, jnp.minimum(recent.known + end, period))
+
+    def unsolved(state: _Pass) -> Bool[Array, ""]:
+        return state.start < n
+
+    guess = first_guess(plan.init, z[:, :window], recent)
+    room = jnp.zeros((batch, n + 2 * window - guess.shape[1], z.shape[2]), z.dtype)
+    state = _Pass(
+        tokens=jnp.concatenate([first, guess, room], axis=1),
+        start=jnp.zeros((), int),
+        cache=empty_cache(n + window),
+        count=jnp.zeros((), jnp.int32),
+        residual=jnp.zeros(batch, z.dtype),
+        overflows=jnp.zeros(batch, jnp.int32),
+    )
+    state = jax.lax.while_loop(unsolved, run, state)
+    x = state.tokens[:, 1 : n + 1]
+    residual = jnp.where(overflown(x).any(axis=(1, 2)), jnp.inf, state.residual)
+    return Solution(x, state.count[None], residual, state.overflows)

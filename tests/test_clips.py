@@ -1,0 +1,220 @@
+"""Clips behind given frames and clips longer than a flow: exact against plain inversion, window by window."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import laws
+import numpy as np
+import pytest
+
+from flowgen.conditioning import TextCondition
+from flowgen.decoding import (
+    DecodePlan,
+    Denoiser,
+    Guidance,
+    Jacobi,
+    MovingJacobi,
+    invert,
+    product_rule,
+    sample,
+    sample_clips,
+)
+from flowgen.decoding.clips import _sample_clips
+from flowgen.flows import AutoregressiveBlock, STARFlow, STARFlowConfig, STARFlowV, block_parameters
+
+ROUNDING = 5e-5  # float32 through all blocks and some clips, two orders of summation
+TEXT = dataclasses.replace(laws.FLOWS["starflow video"], frames=3)  # of 2 tokens each
+CLASSES = dataclasses.replace(TEXT, text_dim=0, text_length=0, num_classes=3)
+NALA = dataclasses.replace(TEXT, attention="nala")
+PER_FRAME = 2
+KEY = jax.random.key(5)
+
+
+def flow_of(config):
+    flow, params = laws.perturbed(config, jax.random.key(0))
+    return flow, params, laws.labels(config, batch=2)
+
+
+def frames_of(config, count, batch=2):
+    """Frames as a caller gives them."""
+    return laws.images(config.of_frames(count), jax.random.key(1), batch)
+
+
+def noise(config, count, indices=(0, 1)):
+    """Noise tokens of `count` frames by definition: those of `sample`, and a key for each frame beyond them."""
+    samples = []
+    for index in indices:
+        key = jax.random.fold_in(KEY, index)
+        later = [jax.random.fold_in(key, frame) for frame in range(config.frames, count)]
+        first = jax.random.normal(jax.random.clone(key), (config.num_tokens, config.token_dim))
+        parts = [first, *(jax.random.normal(k, (PER_FRAME, config.token_dim)) for k in later)]
+        samples.append(jnp.concatenate(parts)[: count * PER_FRAME])
+    return jnp.stack(samples)
+
+
+def behind(flow, params, cond, known, z):
+    """The clip that begins with known frames: their own noise, then z, through plain inversion."""
+    beginning = STARFlowV(flow.config.of_frames(known.shape[1]))
+    own, _ = laws.apply(beginning, params, known, cond)
+    whole = STARFlowV(flow.config.of_frames(known.shape[1] + z.shape[1] // PER_FRAME))
+    return invert(whole, params, jnp.concatenate([own, z], axis=1), cond).x
+
+
+def restarted(flow, params, cond, x, z, context):
+    """x made longer by clips that begin with its last `context` frames, until the noise z of all frames is used."""
+    while (used := x.shape[1] * PER_FRAME) < z.shape[1]:
+        new = z[:, used : used + (flow.config.frames - context) * PER_FRAME]
+        clip = behind(flow, params, cond, x[:, -context:], new)
+        x = jnp.concatenate([x, clip[:, context:]], axis=1)
+    return x
+
+
+@pytest.mark.parametrize(("config", "count"), [(TEXT, 2), (NALA, 1)], ids=["softmax", "nala"])
+def test_given_frames_come_back_and_the_rest_is_plain_inversion(config, count):
+    flow, params, cond = flow_of(config)
+    given = frames_of(config, count)
+    r = sample_clips(flow, params, KEY, 2, cond, given=given, denoise=False, certify=True)
+    np.testing.assert_array_equal(r.x[:, :count], given)
+    expected = behind(flow, params, cond, given, noise(config, 3)[:, count * PER_FRAME :])
+    np.testing.assert_allclose(r.x, expected, atol=ROUNDING)
+    assert r.error.max() < ROUNDING
+    np.testing.assert_array_equal((r.sweeps > 0).sum(axis=1), [PER_FRAME, (3 - count) * PER_FRAME])
+
+
+@pytest.mark.parametrize("config", [TEXT, CLASSES], ids=["text", "classes"])
+def test_guidance_behind_given_frames_is_its_definition(config):
+    flow, params, _ = flow_of(config)
+    given = frames_of(config, 1)
+    null = TextCondition(jnp.ones((1, 3, 5)), jnp.ones((1, 3), bool)) if config.text_dim else None
+    cond = laws.labels(config, batch=2) if config.text_dim else jnp.array([0, 2], jnp.int32)
+    other = TextCondition(jnp.ones((2, 3, 5)), jnp.ones((2, 3), bool)) if config.text_dim else None
+    guidance = Guidance(scale=1.5, rule="product")
+    r = sample_clips(flow, params, KEY, 2, cond, given=given, guidance=guidance, null=null, denoise=False, certify=True)
+    assert r.error.max() < ROUNDING
+    np.testing.assert_array_equal(r.x[:, :1], given)
+
+    @jax.jit
+    def guided_noise(x):
+        u = flow.apply(params, x, cond, method="trajectory")[0][-2]
+        block, variables = AutoregressiveBlock(config.blocks[-1]), block_parameters(params, 1)
+        previous = block.apply(variables, u, method="previous")
+        branches = [block.apply(variables, previous, 0, c, None, None, method="conditioner")[:2] for c in (cond, other)]
+        shift, log_scale = product_rule(*branches, jnp.full((config.num_tokens, 1), 1.5))
+        return (u - shift) * jnp.exp(-log_scale)
+
+    np.testing.assert_allclose(guided_noise(r.x)[:, PER_FRAME:], noise(config, 3)[:, PER_FRAME:], atol=2e-4)
+
+
+@pytest.mark.parametrize(("total", "context"), [(6, 1), (5, None)])
+def test_a_long_clip_is_clip_after_clip_behind_the_last_frames(total, context):
+    flow, params, cond = flow_of(TEXT)
+    r = sample_clips(flow, params, KEY, 2, cond, frames=total, context=context, denoise=False, certify=context == 1)
+    z = noise(TEXT, 7 if context == 1 else 5)  # the last restart adds two frames, of which one is too much
+    first = invert(flow, params, z[:, : 3 * PER_FRAME], cond).x
+    expected = restarted(flow, params, cond, first, z, context=context or 2)
+    assert r.x.shape == (2, total, 4, 2, 2)
+    np.testing.assert_allclose(r.x, expected[:, :total], atol=ROUNDING)
+    assert context != 1 or r.error.max() < ROUNDING
+    assert int(r.sweeps[1].sum()) == len(z[0])
+
+
+def test_a_longer_clip_begins_with_the_shorter_one():
+    flow, params, cond = flow_of(TEXT)
+    longer = sample_clips(flow, params, KEY, 2, cond, frames=5, denoise=False).x
+    np.testing.assert_allclose(longer[:, :3], sample(flow, params, KEY, 2, cond, denoise=False).x, atol=ROUNDING)
+    shorter = sample_clips(flow, params, KEY, 2, cond, frames=2, denoise=False)
+    np.testing.assert_allclose(shorter.x, longer[:, :2], atol=ROUNDING)
+    swapped = jax.tree.map(lambda c: c[::-1], cond)  # the second clip beside a third one
+    other = sample_clips(flow, params, KEY, 2, swapped, frames=5, denoise=False, first=1)
+    np.testing.assert_allclose(other.x[0], longer[1], atol=ROUNDING)
+
+
+def test_a_clip_is_continued_from_its_last_frames_alone():
+    flow, params, cond = flow_of(TEXT)
+    given = frames_of(TEXT, 4)
+    r = sample_clips(flow, params, KEY, 2, cond, frames=6, given=given, context=2, denoise=False, certify=True)
+    expected = restarted(flow, params, cond, given, noise(TEXT, 6), context=2)
+    np.testing.assert_allclose(r.x, expected, atol=ROUNDING)
+    assert r.error.max() < ROUNDING
+    before = _sample_clips._cache_size()
+    other = given.at[:, :2].add(1.0)
+    moved = sample_clips(flow, params, KEY, 2, cond, frames=6, given=other, context=2, denoise=False, certify=True)
+    np.testing.assert_array_equal(moved.x[:, 4:], r.x[:, 4:])
+    assert _sample_clips._cache_size() == before
+
+
+def test_any_plan_gives_the_same_clip_and_one_program_serves_all_keys_and_scales():
+    flow, params, cond = flow_of(TEXT)
+    null = TextCondition(jnp.ones((1, 3, 5)), jnp.ones((1, 3), bool))
+    given = frames_of(TEXT, 1)
+
+    def clip(plan, key=KEY, scale=1.0):
+        guidance = Guidance(scale=scale)
+        options = {"guidance": guidance, "null": null, "frames": 4, "given": given, "denoise": False}
+        return sample_clips(flow, params, key, 2, cond, plan=plan, **options)
+
+    plan = DecodePlan((Jacobi(tol=0.0), MovingJacobi(window=3, tol=0.0, init="frame")))
+    moving = clip(plan)
+    np.testing.assert_allclose(moving.x, clip("sequential").x, atol=ROUNDING)
+    before = _sample_clips._cache_size()
+    clip(plan, jax.random.key(6), scale=2.0)
+    assert _sample_clips._cache_size() == before
+
+
+def test_a_score_step_follows_the_density_of_the_clip():
+    flow, params, cond = flow_of(TEXT)
+    fits = sample_clips(flow, params, KEY, 2, cond)
+    np.testing.assert_allclose(fits.x, sample(flow, params, KEY, 2, cond).x, atol=1e-4)
+    noisy = sample_clips(flow, params, KEY, 2, cond, frames=5, denoise=False).x
+    clean = sample_clips(flow, params, KEY, 2, cond, frames=5, denoise=0.5).x
+
+    @jax.jit
+    @jax.grad
+    def score(x):
+        def log_prob(x):
+            return STARFlowV(TEXT.of_frames(x.shape[1])).apply(params, x, cond, method="log_prob").sum()
+
+        # Of a restart, the clip less what it began with.
+        added = (log_prob(x[:, begin : begin + 3]) - log_prob(x[:, begin : begin + 2]) for begin in (1, 2))
+        return log_prob(x[:, :3]) + sum(added)
+
+    np.testing.assert_allclose(clean, noisy + 0.5 * TEXT.noise_std**2 * score(noisy), atol=1e-4)
+
+
+def test_a_denoiser_gets_all_frames_still_noisy():
+    flow, params, cond = flow_of(TEXT)
+    noisy = sample_clips(flow, params, KEY, 2, cond, frames=5, denoise=False)
+    half = Denoiser(lambda factor, x, cond: factor * x + cond.mask.sum(), 0.5)
+    clean = sample_clips(flow, params, KEY, 2, cond, frames=5, denoise=half)
+    np.testing.assert_allclose(clean.x, 0.5 * noisy.x + cond.mask.sum(), atol=1e-5)
+
+
+REFUSED = {
+    "no frames": ({"frames": 0}, "frames is 0; ask for at least 1"),
+    "no clips": ({"num": 0}, "num is 0"),
+    "an image": ({"given": jnp.zeros((2, 4, 2, 2))}, "given has shape (2, 4, 2, 2); this call takes (2, frames given"),
+    "another size": ({"given": jnp.zeros((2, 1, 2, 4, 2))}, "frames given, 4, 2, 2)"),
+    "another batch": ({"given": jnp.zeros((3, 1, 4, 2, 2))}, "given has shape (3, 1, 4, 2, 2)"),
+    "all given": ({"given": jnp.zeros((2, 3, 4, 2, 2))}, "given has 3 frames and frames is 3"),
+    "none given": ({"given": jnp.zeros((2, 0, 4, 2, 2))}, "given has 0 frames"),
+    "no context": ({"frames": 9, "context": 0}, "context is 0; it must be from 1 to 2"),
+    "all context": ({"frames": 9, "context": 3}, "context is 3; it must be from 1 to 2"),
+    "one frame": ({"config": TEXT.of_frames(1), "frames": 2}, "a flow of 1 frame has no room for a context"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_does_not_fit_is_refused(what, untyped):
+    arguments, part = REFUSED[what]
+    config, num = arguments.get("config", TEXT), arguments.get("num", 2)
+    options = {name: value for name, value in arguments.items() if name not in ("config", "num")}
+    with pytest.raises(ValueError, match=r"\w") as error:
+        sample_clips(STARFlowV(config), None, KEY, num, laws.labels(TEXT, batch=2), **options)
+    assert part in str(error.value)
+
+
+def test_a_flow_of_images_is_refused(untyped):
+    plain = STARFlow(STARFlowConfig(image_size=4, width=64, layers=(1, 1)))
+    with pytest.raises(ValueError, match="flow is a STARFlow, no flow of clips; give a STARFlowV, or use sample"):
+        sample_clips(plain, None, KEY, 2)
