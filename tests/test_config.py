@@ -33,6 +33,7 @@ from flowgen.matching import (
 )
 from flowgen.training import LogConfig, OptimConfig, TrainConfig
 
+MODELS = "TARFlow, STARFlow, STARFlowV, MLP, DiT, UNet, Autoencoder, VideoAutoencoder"
 DIGITS = Path(__file__).parent.parent / "configs/tarflow_digits.py"
 # No field keeps its default, so that a field which JSON loses is seen.
 UNUSUAL = Experiment(
@@ -216,9 +217,12 @@ def test_fields_left_out_take_defaults():
         ({"model": {"type": "TARFlow"}}, "model.image_size is missing; give it a value."),
         (
             {"model": {"type": "Glow"}},
-            "model.type is 'Glow'; choose one of TARFlow, STARFlow, STARFlowV, MLP, DiT, UNet, Autoencoder, VideoAutoencoder.",
+            f"model.type is 'Glow'; choose one of {MODELS}.",
         ),
-        ({"model": {}}, "model.type is None; choose one of TARFlow, STARFlow, STARFlowV, MLP, DiT, UNet, Autoencoder, VideoAutoencoder."),
+        (
+            {"model": {}},
+            f"model.type is None; choose one of {MODELS}.",
+        ),
         ({"data": {"type": "Sound"}}, "data.type is 'Sound'; choose one of Data, Clips, Points."),
         ({"model": 3}, "model is 3; it must be a group of fields."),
         ({"reference": {"fid": "low"}}, "reference is {'fid': 'low'}; it must be a table of names to numbers."),
