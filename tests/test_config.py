@@ -88,6 +88,7 @@ UNUSUAL = Experiment(
         plan="jacobi",
         window=4,
         tol=0.0,
+        init="zeros",
         guidance=1.5,
         rule="product",
         blocks=(0, 1),

@@ -19,10 +19,10 @@ from flowgen.config import (
     TextConfig,
     TrainedCodec,
 )
-from flowgen.data import ClipsConfig, DataConfig
-from flowgen.data.video import video_length
+from flowgen.data import ClipsConfig, DataConfig, from_uint8, save_image
+from flowgen.data.video import video_length, write_video
 from flowgen.flows import STARFlowVConfig
-from flowgen.tasks import clips
+from flowgen.tasks import clips, frozen
 from flowgen.training import LogConfig, OptimConfig, TrainConfig, fit
 
 QUIET = LogConfig(log_every=4, checkpoint_every=0, progress=False, tensorboard=False)
@@ -83,6 +83,46 @@ def test_samples_are_strips_videos_and_arrays(run, tmp_path):
     single = [*words, "--num", "2", "--out", str(tmp_path / "x.png"), "--single", str(tmp_path / "single")]
     assert main(single) == 0
     assert sorted(path.name for path in (tmp_path / "single").iterdir()) == ["000000.gif", "000001.gif"]
+
+
+def test_clips_begin_with_what_is_given_and_go_on_as_long_as_asked(run, tmp_path, capsys):
+    picture = np.zeros((12, 12, 1), np.uint8)
+    picture[3:9, 4:7] = 255
+    save_image(tmp_path / "first.png", picture)
+    out = tmp_path / "clips.npz"
+    words = ["sample", "--checkpoint", str(run), "--num", "2", "--out", str(out), "--plan", "moving", "--init", "frame"]
+    assert main([*words, "--frames", "5", "--context", "2", "--given", str(tmp_path / "first.png")]) == 0
+    with np.load(out) as arrays:
+        drawn = arrays["clips"]
+    assert drawn.shape == (2, 5, 12, 12, 1)
+    np.testing.assert_allclose(drawn[:, 0], np.broadcast_to(from_uint8(picture), (2, 12, 12, 1)), atol=1e-6)
+    assert np.abs(drawn[0, 1:] - drawn[1, 1:]).max() > 0.01
+    write_video(tmp_path / "source.mp4", np.stack([picture] * 2), fps=8)
+    assert main([*words, "--frames", "4", "--given", str(tmp_path / "source.mp4")]) == 0
+    with np.load(out) as arrays:
+        np.testing.assert_allclose(
+            arrays["clips"][0, :2, ..., 0], from_uint8(picture)[None, ..., 0] + np.zeros((2, 1, 1)), atol=0.1
+        )
+    save_image(tmp_path / "wide.png", np.zeros((12, 30, 1), np.uint8))
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    for given, message in (
+        ("wide.png", "wide.png is 12 x 30 pixels, and clips are 12 x 12, for which much of it would be cut off"),
+        ("nowhere.png", "There is no file"),
+        ("broken.mp4", "is no video that can be read"),
+    ):
+        assert main([*words, "--given", str(tmp_path / given)]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+    assert main([*words, "--context", "9", "--frames", "5"]) == 2
+    assert "context is 9; it must be from 1 to 2" in capsys.readouterr().err
+
+
+def test_frames_that_a_codec_cannot_make_are_refused(autoencoder):
+    codec = frozen.open_autoencoder(str(autoencoder))
+    assert clips.latent_frames(codec, 5) == 3
+    with pytest.raises(ValueError, match=r"--frames is 4; the codec makes clips of 1 .*: use 3 or 5"):
+        clips.latent_frames(codec, 4)
 
 
 def test_evaluation_says_how_frames_move(run, capsys):

@@ -38,9 +38,12 @@ def declare(parser: argparse.ArgumentParser) -> None:
     texts.add_argument("--autoencoder", metavar="DIR", help="where the autoencoder is, if not where the run says")
     texts.add_argument("--text-encoder", metavar="DIR", help="where the text encoder is, if not where the run says")
     flows = parser.add_argument_group("autoregressive flows")
-    flows.add_argument("--plan", choices=("sequential", "jacobi", "auto"), help="how tokens are decoded")
-    flows.add_argument("--window", type=whole_number(1), help="tokens solved together by --plan jacobi (default: all)")
-    flows.add_argument("--tol", type=finite_number, help="largest change at which --plan jacobi stops")
+    flows.add_argument("--plan", choices=("sequential", "jacobi", "moving", "auto"), help="how tokens are decoded")
+    flows.add_argument("--window", type=whole_number(1), help="tokens solved together in parallel (default: all)")
+    flows.add_argument("--tol", type=finite_number, help="largest change at which --plan jacobi or moving stops")
+    flows.add_argument(
+        "--init", choices=("z", "zeros", "frame"), help="what sweeps start from: frame is the one before"
+    )
     flows.add_argument("--denoise", type=finite_number, help="strength of the score step, 0 for none")
     flows.add_argument("--certify", action="store_true", help="check the decoding by a forward pass")
     velocities = parser.add_argument_group("velocity networks")
@@ -49,6 +52,9 @@ def declare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=whole_number(1), help="samples per compiled call (default: 64; all points)")
     parser.add_argument("--seed", type=whole_number(0, MAX_SEED), default=0)
     clips = parser.add_argument_group("flows of clips")
+    clips.add_argument("--frames", type=whole_number(1), help="of a clip, any number (default: as in training)")
+    clips.add_argument("--given", metavar="FILE", help="picture or video that clips begin with")
+    clips.add_argument("--context", type=whole_number(1), help="frames of latents that longer clips are continued from")
     clips.add_argument("--fps", type=finite_number, help="frames per second of the video that is written (default: 8)")
     parser.add_argument(
         "--out", default="samples.png", help="picture to write, of clips also .gif or .mp4; or .npz with floats"
@@ -99,8 +105,12 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     experiment = dataclasses.replace(experiment, sampling=_overridden(experiment, options, prompts))
     if options.aspect is not None:
         flow = flow.at(*latent_grid(experiment, options.aspect))
+    more: dict[str, Any] = {"certify": options.certify} if "certify" in task.SAMPLE_OPTIONS else {}
+    if task is clips:
+        given = None if options.given is None else clips.read_given(experiment, flow, options.given)
+        more |= {"frames": options.frames, "given": given, "context": options.context}
     conditions, about = _conditions(experiment, flow, options)
-    samples = np.concatenate(list(_draw(task, experiment, flow, params, conditions, options)))
+    samples = np.concatenate(list(_draw(task, experiment, flow, params, conditions, options, more)))
     bad = int((~np.isfinite(samples.reshape(len(samples), -1)).all(axis=1)).sum())
     if out.suffix == ".npz":
         with atomic_file(out) as file:
@@ -210,6 +220,7 @@ def _draw(
     params: Any,
     conditions: Callable[[Any], Any],
     options: argparse.Namespace,
+    more: dict[str, Any],
 ):
     """Batches of samples, with what each cost on standard output."""
     import jax
@@ -218,7 +229,6 @@ def _draw(
     from flowgen.data import PointsConfig
 
     num = experiment.sampling.num
-    more = {"certify": options.certify} if "certify" in task.SAMPLE_OPTIONS else {}
     # One compiled program: the last batch is drawn whole and cut.
     whole = num if isinstance(experiment.data, PointsConfig) else PICTURES_AT_ONCE
     size = min(options.batch or whole, num)
@@ -243,8 +253,8 @@ def _overridden(experiment: Any, options: argparse.Namespace, prompts: tuple[str
         if not getattr(experiment.model, "text_dim", 0):
             raise ValueError(f"--prompt is {prompts[0]!r}, but this model takes no texts; leave it out.")
         given = {"num": len(prompts), **given, "prompts": prompts}
-    if ("window" in given or "tol" in given) and given.get("plan", sampling.plan) != "jacobi":
-        raise ValueError("--window and --tol are for --plan jacobi; add it, or leave them out.")
+    if {"window", "tol", "init"} & given.keys() and given.get("plan", sampling.plan) not in ("jacobi", "moving"):
+        raise ValueError("--window, --tol and --init are for --plan jacobi or moving; add it, or leave them out.")
     return dataclasses.replace(sampling, **given)
 
 

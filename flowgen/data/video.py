@@ -57,6 +57,16 @@ def video_length(path: str | os.PathLike[str]) -> tuple[float, float]:
         return sum(1 for _ in container.decode(stream)) / rate, rate
 
 
+def video_size(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """Returns (height, width) of a video. Raises UnreadableVideo where the file is none.
+
+    Example:
+        height, width = video_size("clip.mp4")
+    """
+    with _opened(path) as container:
+        return container.streams.video[0].height, container.streams.video[0].width
+
+
 def read_clip(
     path: str | os.PathLike[str],
     frames: int,

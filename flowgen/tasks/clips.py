@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,19 +14,23 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from flowgen.codecs import ClipCodec
 from flowgen.conditioning import TextCondition
-from flowgen.data import ClipsConfig
+from flowgen.data import ClipsConfig, from_uint8
 from flowgen.data.buckets import BucketedSource
 from flowgen.data.loader import fixed_batches
+from flowgen.data.pictures import UnreadablePicture, picture_size, read_picture
 from flowgen.data.sources import Source, Split
-from flowgen.decoding import Denoiser, sample
+from flowgen.data.video import READABLE, read_clip, video_length, video_size
+from flowgen.decoding import Denoiser, sample_clips
 from flowgen.evaluation import flow_bits_per_dim, flow_nats_per_dim
 from flowgen.fields import type_name
 from flowgen.flows import ClipDenoiser, ClipDenoising, denoiser_variables, flow_score_objective
 from flowgen.flows.density import batch_input, nll_objective
 from flowgen.flows.density import denoise as score_step
 from flowgen.models import init
-from flowgen.tasks.frozen import codec_of, empty_text, release_text_encoders
+from flowgen.tasks import likelihood
+from flowgen.tasks.frozen import clip_codec_of, empty_text, release_text_encoders
 from flowgen.tasks.images import image_batches, shrink_run
 from flowgen.tasks.latents import flow_source, is_latent, null_texts, picture_source
 from flowgen.tasks.likelihood import (
@@ -44,10 +49,12 @@ from flowgen.training import Job
 
 __all__ = ["best_metric", "check", "draw", "drawn_channels", "evaluate", "job", "pictures", "shrink"]
 
-SAMPLE_OPTIONS = ("plan", "window", "tol", "denoise", "certify", "prompt", "prompts", "fps")
+SAMPLE_OPTIONS = (*likelihood.SAMPLE_OPTIONS, "fps", "frames", "given", "context")
 EVALUATE_OPTIONS = ("noise", "samples")
 # Held-out clips whose noise is removed, for the ratio of peak to error.
 DENOISED = 64
+LEAST_KEPT = 0.75  # of a picture that is given, by cropping it to the shape of clips
+GIVEN = 2**32 - 1  # The stream of the noise on given frames, beside those of samples by their numbers.
 SMALL_SIDE = 10  # of bouncing digits of 8 pixels
 PEAK = 2.0  # of pictures in [-1, 1]
 
@@ -58,12 +65,12 @@ def check(experiment: Any) -> None:
     if not isinstance(experiment.data, ClipsConfig):
         raise ValueError(f"data is {experiment.data}; a {kind} is trained on clips, so give a ClipsConfig.")
     check_flow(experiment)
-    likelihood = experiment.likelihood or LikelihoodConfig()
-    if likelihood.denoiser is not None and not model.denoiser_layers:
+    settings = experiment.likelihood or LikelihoodConfig()
+    if settings.denoiser is not None and not model.denoiser_layers:
         raise ValueError("likelihood.denoiser is given, and model.denoiser_layers is 0; give the denoiser layers.")
-    if model.denoiser_layers and likelihood.norm_penalty:
+    if model.denoiser_layers and settings.norm_penalty:
         raise ValueError(
-            f"likelihood.norm_penalty is {likelihood.norm_penalty}, which would mix with the score that the denoiser "
+            f"likelihood.norm_penalty is {settings.norm_penalty}, which would mix with the score that the denoiser "
             "learns; set it to 0, or model.denoiser_layers."
         )
     if model.denoiser_layers and model.noise_std == 0:
@@ -93,21 +100,21 @@ def job(experiment: Any) -> Job:
     """Returns what the training loop needs, with the data opened, and encoded where they were not."""
     flow, source = experiment.flow(), flow_source(experiment, "train")
     held_out = one_shape(flow_source(experiment, "eval")) if has_held_out(experiment) else None
-    likelihood, has_denoiser = experiment.likelihood or LikelihoodConfig(), flow.config.denoiser_layers > 0
-    objective = flow_score_objective if has_denoiser else partial(nll_objective, norm_penalty=likelihood.norm_penalty)
+    settings, has_denoiser = experiment.likelihood or LikelihoodConfig(), flow.config.denoiser_layers > 0
+    objective = flow_score_objective if has_denoiser else partial(nll_objective, norm_penalty=settings.norm_penalty)
     made = Job(
         init=lambda key: init(flow, key),
         objective=objective(
             flow,
             label_dropout=experiment.train.label_dropout,
-            loss_scale=likelihood.loss_scale(flow.config.noise_std),
+            loss_scale=settings.loss_scale(flow.config.noise_std),
             null_text=null_texts(source),
         ),
         batches=image_batches(experiment, source),
         evaluate=None if held_out is None else _evaluator(experiment, flow, held_out),
         sample=sampler(experiment, flow, held_out or source, draw, strips),
         best_metric=best_metric(experiment),
-        optims={"denoiser": likelihood.denoiser or experiment.optim} if has_denoiser else {},
+        optims={"denoiser": settings.denoiser or experiment.optim} if has_denoiser else {},
     )
     release_text_encoders()
     return made
@@ -124,21 +131,35 @@ def draw(
     null: TextCondition | None = None,
     first: int = 0,
     certify: bool = False,
+    frames: int | None = None,
+    given: Float[np.ndarray, "given height width c"] | None = None,
+    context: int | None = None,
 ) -> tuple[np.ndarray, str]:
     """Returns clips `num frames height width c` and a line on how they were decoded; clip i depends on (key, i) alone.
 
     cond: labels, a `TextCondition`, or None. null: the empty text of guidance, encoded here if not given.
+    frames: of the clips, in pixels; None is as many as in training. given: pictures in [-1, 1] that all clips begin
+    with, which come back as the codec keeps them. context: see `sample_clips`, in frames of latents.
     Latents are decoded to clips by the experiment's codec.
+
+    Raises ValueError where frames are none that the codec makes.
     """
-    sampling = experiment.sampling
+    sampling, codec = experiment.sampling, clip_codec_of(experiment)
     if null is None and sampling.guidance and isinstance(cond, TextCondition):
         null = empty_text(experiment, flow.config.grid_size)
-    result = sample(
+    clean = None
+    if given is not None:
+        mean, _ = codec.moments(given[None])
+        clean = np.broadcast_to(mean, (num, *mean.shape[1:]))
+    result = sample_clips(
         flow,
         variables,
         key,
         num,
         jnp.asarray(cond) if isinstance(cond, np.ndarray) else cond,
+        frames=None if frames is None else latent_frames(codec, frames),
+        given=None if clean is None else _with_noise(flow, clean, key, first),
+        context=context,
         plan=sampling.to_plan(),
         guidance=sampling.to_guidance(),
         null=null if sampling.guidance else None,
@@ -146,7 +167,67 @@ def draw(
         first=first,
         certify=certify,
     )
-    return np.asarray(codec_of(experiment).decode(result.x)), decoding_line(result)
+    latents = np.asarray(result.x)
+    if clean is not None:
+        latents = np.concatenate([clean, latents[:, clean.shape[1] :]], axis=1)
+    return np.asarray(codec.decode(latents)), decoding_line(result)
+
+
+def latent_frames(codec: ClipCodec, frames: int) -> int:
+    """Returns the frames of latents of clips of so many frames. Raises ValueError where the codec makes none.
+
+    Example:
+        latent_frames(codec, 81)  # 21, of the codec of the released model
+    """
+    count, rest = divmod(frames - 1, codec.stride)
+    if rest or frames < 1:
+        near = 1 + max(0, count) * codec.stride
+        raise ValueError(
+            f"--frames is {frames}; the codec makes clips of 1 + a multiple of {codec.stride} frames: use {near} or "
+            f"{near + codec.stride}."
+        )
+    return 1 + count
+
+
+def read_given(experiment: Any, flow: Any, path: str) -> Float[np.ndarray, "given height width c"]:
+    """Returns the pictures of a file in [-1, 1] that clips of a flow can begin with: one of a picture, of a video as
+    many as the codec makes latents of, at the frame rate of the data.
+
+    Raises FileNotFoundError or ValueError where the file cannot be read, or is of quite another shape.
+
+    Example:
+        given = read_given(experiment, flow, "first.png")
+    """
+    codec = clip_codec_of(experiment)
+    height, width = (length * codec.factor for length in flow.config.grid_size)
+    if Path(path).suffix.lower() in READABLE:
+        seconds, rate = video_length(path)
+        fps = experiment.data.fps or rate
+        frames = 1 + (max(1, round(seconds * fps)) - 1) // codec.stride * codec.stride
+        size = video_size(path)
+        clip = read_clip(path, frames, (height, width), codec.pixel_channels, fps=fps)
+    else:
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"There is no file '{path}'; give a picture or a video with --given.")
+        try:
+            size = picture_size(path)
+            clip = read_picture(path, size=(height, width), channels=codec.pixel_channels, crop="center")[None]
+        except UnreadablePicture as error:
+            raise ValueError(f"--given cannot be read: {error}; give a picture or a video.") from error
+    kept = size[1] / size[0] / (width / height)
+    if min(kept, 1 / kept) < LEAST_KEPT:
+        raise ValueError(
+            f"--given {path} is {size[0]} x {size[1]} pixels, and clips are {height} x {width}, for which much of it "
+            "would be cut off; crop it, or give another --aspect."
+        )
+    return np.asarray(from_uint8(clip))
+
+
+def _with_noise(flow: Any, clean: np.ndarray, key: jax.Array, first: int) -> jax.Array:
+    """Clean latents with the noise that the flow was trained under, of its own for every clip."""
+    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(key, GIVEN), i))(first + jnp.arange(len(clean)))
+    noise = jax.vmap(lambda key: jax.random.normal(key, clean.shape[1:]))(keys)
+    return jnp.asarray(clean) + flow.config.noise_std * noise
 
 
 def evaluate(experiment: Any, flow: Any, variables: Any, options: Any) -> list[str]:
@@ -192,7 +273,7 @@ def denoised_psnr(experiment: Any, flow: Any, variables: Any, source: Source, ke
     Example:
         denoised_psnr(experiment, flow, params, source, key)  # {"as they are": 14.1, "by the score": 20.3, ...}
     """
-    codec = codec_of(experiment)
+    codec = clip_codec_of(experiment)
     batch = next(fixed_batches(source, min(DENOISED, len(source))))
     noisy, cond = _noised(flow, batch, key)
     cleaned: dict[str, Any] = {"as they are": noisy}

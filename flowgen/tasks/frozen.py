@@ -135,6 +135,17 @@ def codec_of(experiment: Any) -> Codec | ClipCodec:
     return codec
 
 
+def clip_codec_of(experiment: Any) -> ClipCodec:
+    """Returns the codec of an experiment on clips. Raises as `codec_of`.
+
+    Example:
+        clips = clip_codec_of(experiment).decode(latents)
+    """
+    codec = codec_of(experiment)
+    assert isinstance(codec, ClipCodec)  # that of a flow of clips
+    return codec
+
+
 def _codec_of(experiment: Any) -> Codec | ClipCodec:
     model = experiment.model
     if experiment.codec is None:

@@ -18,9 +18,9 @@ from flowgen.data import DataConfig, Source
 from flowgen.data.buckets import BucketedSource
 from flowgen.data.latents import captions_of, read_index
 from flowgen.data.sources import Split
-from flowgen.decoding import Guidance, Inversion, Jacobi, sample
+from flowgen.decoding import Guidance, Inversion, Jacobi, MovingJacobi, sample
 from flowgen.decoding.guidance import Parts, Rule
-from flowgen.decoding.plan import Plan
+from flowgen.decoding.plan import Plan, Start
 from flowgen.evaluation import flow_bits_per_dim, flow_nats_per_dim, gaussian_bits_per_dim
 from flowgen.fields import type_name
 from flowgen.flows import STARFlowConfig, TARFlowConfig
@@ -34,7 +34,7 @@ from flowgen.tasks.samples import sample_lines, sample_metrics, train_judge
 from flowgen.training import Job, OptimConfig
 
 # Options of `sample` and `evaluate` that mean something here, by their names in the command.
-SAMPLE_OPTIONS = ("plan", "window", "tol", "denoise", "certify", "prompt", "prompts", "aspect")
+SAMPLE_OPTIONS = ("plan", "window", "tol", "init", "denoise", "certify", "prompt", "prompts", "aspect")
 EVALUATE_OPTIONS = ("noise", "samples")
 # σ of the published model, by which the loss of noisier models weighs more where it is weighted.
 REFERENCE_NOISE = 0.3
@@ -68,14 +68,15 @@ class LikelihoodConfig:
 class SamplingConfig:
     """How samples are drawn, in training and by default in `sample.py`.
 
-    plan, window, tol: see `flowgen.decoding`; window and tol are for "jacobi". guidance to temperature: see
-    `Guidance`. denoise: strength of the score step, 0 for none. prompts: that a model of texts draws in turn.
+    plan, window, tol, init: see `flowgen.decoding`; the latter three are for "jacobi" and "moving". guidance to
+    temperature: see `Guidance`. denoise: strength of the score step, 0 for none. prompts: that a model of texts draws in turn.
     """
 
     num: int = 64
-    plan: Literal["sequential", "jacobi", "auto"] = "auto"
+    plan: Literal["sequential", "jacobi", "moving", "auto"] = "auto"
     window: int | None = None
     tol: float = 1e-4
+    init: Start = "z"
     guidance: float = 0.0
     rule: Rule = "linear"
     parts: Parts = "both"
@@ -108,7 +109,9 @@ class SamplingConfig:
 
     def to_plan(self) -> Plan | str:
         """Returns the plan these fields describe."""
-        return Jacobi(window=self.window, tol=self.tol) if self.plan == "jacobi" else self.plan
+        if self.plan == "jacobi":
+            return Jacobi(window=self.window, tol=self.tol, init=self.init)
+        return MovingJacobi(window=self.window, tol=self.tol, init=self.init) if self.plan == "moving" else self.plan
 
 
 # What makes a model of each kind tiny.
