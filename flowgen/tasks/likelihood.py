@@ -69,7 +69,8 @@ class SamplingConfig:
     """How samples are drawn, in training and by default in `sample.py`.
 
     plan, window, tol, init: see `flowgen.decoding`; the latter three are for "jacobi" and "moving". guidance to
-    temperature: see `Guidance`. denoise: strength of the score step, 0 for none. prompts: that a model of texts draws in turn.
+    temperature: see `Guidance`. denoise: strength of the score step, 0 for none. prompts: that a model of texts draws
+    in turn.
     """
 
     num: int = 64
