@@ -23,6 +23,7 @@ PUBLISHED_SIZES = {
     "starflow_t2i_256": 3_858_281_544,
     "starflow_imagenet256": 1_412_255_816,
     "starflow_imagenet512": 1_412_255_816,
+    "starflow_v_480p": 6_890_096_528,
 }
 
 

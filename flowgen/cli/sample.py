@@ -41,9 +41,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
     flows.add_argument("--plan", choices=("sequential", "jacobi", "moving", "auto"), help="how tokens are decoded")
     flows.add_argument("--window", type=whole_number(1), help="tokens solved together in parallel (default: all)")
     flows.add_argument("--tol", type=finite_number, help="largest change at which --plan jacobi or moving stops")
-    flows.add_argument(
-        "--init", choices=("z", "zeros", "frame"), help="what sweeps start from; frame: the last one"
-    )
+    flows.add_argument("--init", choices=("z", "zeros", "frame"), help="what sweeps start from; frame: the last one")
     flows.add_argument("--denoise", type=finite_number, help="strength of the score step, 0 for none")
     flows.add_argument("--certify", action="store_true", help="check the decoding by a forward pass")
     velocities = parser.add_argument_group("velocity networks")
