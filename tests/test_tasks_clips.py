@@ -22,7 +22,9 @@ from flowgen.config import (
 from flowgen.data import ClipsConfig, DataConfig, from_uint8, save_image
 from flowgen.data.video import video_length, write_video
 from flowgen.flows import STARFlowVConfig
+from flowgen.prompts import PromptTemplate
 from flowgen.tasks import clips, frozen
+from flowgen.tasks.latents import flow_source
 from flowgen.training import LogConfig, OptimConfig, TrainConfig, fit
 
 QUIET = LogConfig(log_every=4, checkpoint_every=0, progress=False, tensorboard=False)
@@ -212,6 +214,36 @@ def test_a_video_autoencoder_is_trained_and_its_latents_are_those_of_a_flow(auto
     assert "6 clips (eval), one latent per 2 x 2 pixels" in capsys.readouterr().out
 
 
+def test_pictures_are_trained_on_beside_clips(tmp_path):
+    experiment = experiment_of(data=ClipsConfig(num=60, images=DataConfig()), train=TrainConfig(steps=3, batch_size=8))
+    job = experiment.job()
+    shapes = [batch["image"].shape for batch in job.batches(0, 40)]
+    assert set(shapes) == {(8, 3, 12, 12, 1), (8, 1, 12, 12, 1)}
+    # As often as there are of them: 54 clips and 1,617 digits.
+    assert shapes.count((8, 1, 12, 12, 1)) > 30
+    assert clips.clips_alone(flow_source(experiment, "eval")).frames == 3
+    params = job.init(jax.random.key(0))
+    losses = {}
+    for batch in job.batches(0, 40):
+        if batch["image"].shape not in losses:
+            loss, _ = jax.jit(job.objective)(params, batch, jax.random.key(0))
+            losses[batch["image"].shape] = float(loss)
+    assert all(np.isfinite(loss) for loss in losses.values())
+    assert len(losses) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"source": "encoded", "path": "x"}, "data.images is given, but encoded data have their pictures among them"),
+        ({"images": DataConfig("folder", path="x", aspects=True)}, "data.images is encoded or of several aspects"),
+    ],
+)
+def test_pictures_that_cannot_be_beside_clips_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        ClipsConfig(**{"images": DataConfig(), **changes})
+
+
 @pytest.mark.slow  # beside the classes
 def test_clips_of_texts_are_drawn_from_prompts(tmp_path):
     model = dataclasses.replace(LATENTS, num_classes=0, text_dim=16, text_length=12, denoiser_layers=0)
@@ -221,7 +253,14 @@ def test_clips_of_texts_are_drawn_from_prompts(tmp_path):
         text=TextConfig("words", frames_per_second=8),
         train=TrainConfig(steps=2, batch_size=8, label_dropout=0.5),
         sampling=SamplingConfig(num=2, guidance=1.0),
+        data=ClipsConfig(num=60, images=DataConfig()),
     )
+    source = flow_source(experiment, "train")
+    of_clips, of_pictures = (bucket.null[0] for bucket in source.buckets)
+    said = {8: of_clips, 0: of_pictures}  # frames per second, of which pictures have none
+    for fps, null in said.items():
+        wrapped = PromptTemplate(frames_per_second=fps)("", (6, 6))
+        np.testing.assert_array_equal(null, frozen.encoder_of(experiment)([wrapped]).embeddings[0].astype(np.float16))
     fit(experiment, tmp_path / "run")
     words = ["sample", "--checkpoint", str(tmp_path / "run"), "--prompt", "7", "--out", str(tmp_path / "x.gif")]
     assert main(words) == 0

@@ -40,7 +40,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
         source = picture_source(experiment, split)
         names = source.class_names
         for bucket in source.buckets if isinstance(source, BucketedSource) else (source,):
-            null = null_features(experiment, bucket.image_shape[:2])
+            null = null_features(experiment, bucket)
             began = time.perf_counter()
             count = _write(
                 writer, split, encoded_shards(experiment, bucket, flip=experiment.data.flip and split == "train"), null

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int, Int32, UInt8
 from flowgen.data.folder import find_files, read_captions
 from flowgen.data.named import package_folder, read_digits
 from flowgen.data.pictures import Crop
-from flowgen.data.sources import NO_LABEL, Batch, DataConfig, Split, check_choice, hold_out
+from flowgen.data.sources import NO_LABEL, Batch, DataConfig, Source, Split, check_choice, hold_out
 from flowgen.data.video import READABLE, UnreadableVideo, av, read_clip, video_length
 
 _REAL_VIDEOS = ("bikes.mp4", "bigbuckbunny.mp4", "carphone_pristine.mp4")
@@ -35,6 +35,8 @@ class ClipsConfig:
     crop: as in `DataConfig`. eval_fraction: held out, the same for everybody: of `bouncing` of the digits, of a folder
         of its videos, of `real` the end of each video.
     in_memory_bytes: a folder whose clips need more than this is decoded batch by batch instead.
+    images: pictures that are trained on beside the clips, in batches of their own, as clips of one frame; everything
+        comes equally often.
 
     Example:
         config = ClipsConfig(source="folder", path="videos", fps=8)
@@ -50,6 +52,7 @@ class ClipsConfig:
     crop: Crop = "center"
     eval_fraction: float = 0.1
     in_memory_bytes: int = 2 << 30
+    images: DataConfig | None = None
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
@@ -69,6 +72,10 @@ class ClipsConfig:
             raise ValueError(
                 "data.flip is set, but latents cannot be mirrored; encode with --data.flip true, and leave it out here."
             )
+        if self.images is not None and self.source == "encoded":
+            raise ValueError("data.images is given, but encoded data have their pictures among them; leave it out.")
+        if self.images is not None and (self.images.source == "encoded" or self.images.aspects):
+            raise ValueError("data.images is encoded or of several aspects; give pictures of one shape.")
 
 
 @runtime_checkable
@@ -160,6 +167,37 @@ class ArrayClips:
 
     def __getitem__(self, indices: Int[np.ndarray, " b"]) -> Batch:
         return {"image": self.clips[indices], "label": self.labels[indices]}
+
+
+@dataclasses.dataclass(frozen=True)
+class StillClips:
+    """Pictures as clips of one frame.
+
+    Example:
+        source = StillClips(load(DataConfig(), image_size=(16, 16), channels=1, split="train"))
+    """
+
+    pictures: Source
+    frames = 1
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return self.pictures.image_shape
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.pictures.class_names
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        return self.pictures.captions
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, indices: Int[np.ndarray, " b"]) -> Batch:
+        batch = self.pictures[indices]
+        return {**batch, "image": batch["image"][:, None]}
 
 
 @dataclasses.dataclass(frozen=True)

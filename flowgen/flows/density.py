@@ -98,7 +98,7 @@ def nll_objective(
     label_dropout: float = 0.0,
     norm_penalty: float = 0.0,
     loss_scale: float = 1.0,
-    null_text: Callable[[tuple[int, int]], TextCondition] | None = None,
+    null_text: Callable[[tuple[int, ...]], TextCondition] | None = None,
 ) -> Callable[..., tuple]:
     """Returns the maximum-likelihood objective (variables, batch, key) -> (loss, metrics[, carried state]).
 
@@ -106,7 +106,7 @@ def nll_objective(
     constants (TARFlow, eq. of the loss; the penalty, on the tokens that enter each block, is STARFlow's).
     batch: what `batch_input` takes, of any size that `flow.at` takes; and `label` int32 `b` where the flow has classes,
     `text`, the features `b l e` and mask `b l` of a `TextCondition`, where it has texts. With probability
-    `label_dropout` labels become -1, and texts null_text((height, width)) of the batch, as a rule the encoded "".
+    `label_dropout` labels become -1, and texts null_text(([frames,] height, width)) of the batch, the encoded "".
     metrics: loss, bits_per_dim (of the noised pictures; of latents nats_per_dim), mean_square_z, logdet_per_dim, and
     mean_square/<block> of the tokens after each block.
     Volume-preserving flows return their tracked prior variance, v + 0.1 (mean_b z² - v), as carried state.
@@ -121,7 +121,7 @@ def nll_objective(
     def objective(variables, batch, key):
         noise_key, label_key = jax.random.split(key)
         x = batch_input(noise_key, batch, flow.config.noise_std)
-        cond = condition(label_key, batch, x.shape[-3:-1])
+        cond = condition(label_key, batch, x.shape[1:-1])
         loss, metrics, z = nll(flow, variables, x, cond, norm_penalty=norm_penalty, loss_scale=loss_scale)
         metrics |= {"loss": loss, **density_metric(flow, metrics.pop("nats_per_dim"), batch)}
         if flow.config.transform != "volume_preserving":
@@ -135,9 +135,9 @@ def nll_objective(
 
 
 def batch_condition(
-    flow: Flow, label_dropout: float, null_text: Callable[[tuple[int, int]], TextCondition] | None
+    flow: Flow, label_dropout: float, null_text: Callable[[tuple[int, ...]], TextCondition] | None
 ) -> Callable[..., Condition | None]:
-    """Returns (key, batch, (height, width)) -> the condition of a batch in training, some of it dropped.
+    """Returns (key, batch, ([frames,] height, width)) -> the condition of a batch in training, some of it dropped.
 
     Raises ValueError where texts are to be dropped and there is no null_text.
 
@@ -147,14 +147,14 @@ def batch_condition(
     if label_dropout and flow.config.text_dim and null_text is None:
         raise ValueError(f"label_dropout is {label_dropout}, but no null_text is given for dropped texts; encode ''.")
 
-    def condition(key, batch, grid):
+    def condition(key, batch, shape):
         if flow.config.num_classes:
             return drop_labels(key, batch["label"], label_dropout)
         if not flow.config.text_dim:
             return None
         features, mask = batch["text"]
         text = TextCondition(jnp.asarray(features, jnp.float32), mask)
-        return text if null_text is None else drop_texts(key, text, null_text(grid), label_dropout)
+        return text if null_text is None else drop_texts(key, text, null_text(shape), label_dropout)
 
     return condition
 

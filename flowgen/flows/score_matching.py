@@ -61,7 +61,7 @@ def flow_score_objective(
     *,
     label_dropout: float = 0.0,
     loss_scale: float = 1.0,
-    null_text: Callable[[tuple[int, int]], TextCondition] | None = None,
+    null_text: Callable[[tuple[int, ...]], TextCondition] | None = None,
 ) -> Callable[..., tuple]:
     """Returns the objective (variables, batch, key) -> (loss, metrics) of a flow of clips and of its denoiser at once.
 
@@ -80,7 +80,7 @@ def flow_score_objective(
     def objective(variables, batch, key):
         noise_key, label_key = jax.random.split(key)
         x = batch_input(noise_key, batch, flow.config.noise_std)
-        cond = condition(label_key, batch, x.shape[-3:-1])
+        cond = condition(label_key, batch, x.shape[1:-1])
         sized = on_samples_like(flow, x)
         blocks = {name: value for name, value in variables["params"].items() if name != "denoiser"}
         flow_loss, metrics, gradient = _loss_and_input_gradient(sized, blocks, x, cond, loss_scale)

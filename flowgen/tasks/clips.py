@@ -18,6 +18,7 @@ from flowgen.codecs import ClipCodec
 from flowgen.conditioning import TextCondition
 from flowgen.data import ClipsConfig, from_uint8
 from flowgen.data.buckets import BucketedSource
+from flowgen.data.latents import LatentSource
 from flowgen.data.loader import fixed_batches
 from flowgen.data.pictures import UnreadablePicture, picture_size, read_picture
 from flowgen.data.sources import Source, Split
@@ -99,7 +100,7 @@ def shrink(experiment: Any) -> Any:
 def job(experiment: Any) -> Job:
     """Returns what the training loop needs, with the data opened, and encoded where they were not."""
     flow, source = experiment.flow(), flow_source(experiment, "train")
-    held_out = one_shape(flow_source(experiment, "eval")) if has_held_out(experiment) else None
+    held_out = clips_alone(flow_source(experiment, "eval")) if has_held_out(experiment) else None
     settings, has_denoiser = experiment.likelihood or LikelihoodConfig(), flow.config.denoiser_layers > 0
     objective = flow_score_objective if has_denoiser else partial(nll_objective, norm_penalty=settings.norm_penalty)
     made = Job(
@@ -112,7 +113,7 @@ def job(experiment: Any) -> Job:
         ),
         batches=image_batches(experiment, source),
         evaluate=None if held_out is None else _evaluator(experiment, flow, held_out),
-        sample=sampler(experiment, flow, held_out or source, draw, strips),
+        sample=sampler(experiment, flow, held_out or clips_alone(source), draw, strips),
         best_metric=best_metric(experiment),
         optims={"denoiser": settings.denoiser or experiment.optim} if has_denoiser else {},
     )
@@ -233,14 +234,14 @@ def _with_noise(flow: Any, clean: np.ndarray, key: jax.Array, first: int) -> jax
 def evaluate(experiment: Any, flow: Any, variables: Any, options: Any) -> list[str]:
     """Returns lines with the likelihood of the flow on a split, what its noise looks like once removed, and how far
     frames of samples move, as the command's options ask."""
-    source = one_shape(flow_source(experiment, options.split))
+    source = clips_alone(flow_source(experiment, options.split))
     lines = likelihood_lines(experiment, flow, variables, source, options)
     key = jax.random.key(options.seed)
     ratios = denoised_psnr(experiment, flow, variables, source, key)
     lines.append("PSNR of noisy clips " + ", ".join(f"{how} {ratio:.2f} dB" for how, ratio in ratios.items()))
     if not options.samples:
         return lines
-    data = one_shape(picture_source(experiment, options.split))
+    data = clips_alone(picture_source(experiment, options.split))
     labels = data[np.arange(options.samples) % len(data)]["label"]
     conditions = labels if flow.config.num_classes and not options.unconditional else None
     clips, _ = draw(experiment, flow, variables, key, options.samples, conditions)
@@ -291,18 +292,26 @@ def denoised_psnr(experiment: Any, flow: Any, variables: Any, source: Source, ke
 
 def pictures(experiment: Any, split: Split) -> Source:
     """Returns the clips of a split, at the size that the codec makes the model's latents of."""
-    return one_shape(picture_source(experiment, split))
+    return clips_alone(picture_source(experiment, split))
 
 
-def one_shape(source: Source | BucketedSource) -> Source:
-    """Returns a source of one shape as it is. Raises ValueError where there are several.
+def clips_alone(source: Source | BucketedSource) -> Source:
+    """Returns the clips of a source, without the pictures that it may have beside them. Raises ValueError where there
+    are clips of several shapes.
 
     Example:
-        clips = one_shape(flow_source(experiment, "eval"))
+        clips = clips_alone(flow_source(experiment, "train"))
     """
-    if isinstance(source, BucketedSource):
+    if not isinstance(source, BucketedSource):
+        return source
+    moving = [bucket for bucket in source.buckets if _frames(bucket) > 1]
+    if len(moving) != 1:
         raise ValueError(f"data.path holds clips of shapes {source.image_shapes}; encode those of one shape.")
-    return source
+    return moving[0]
+
+
+def _frames(source: Any) -> int:
+    return source.event_shape[0] if isinstance(source, LatentSource) else source.frames
 
 
 def _noised(flow: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, Any]:

@@ -115,10 +115,11 @@ class TextConfig:
     frames_per_second: int | None = None
     digest: str | None = None
 
-    def template(self, noise_std: float) -> PromptTemplate:
-        """Returns what texts are wrapped in."""
+    def template(self, noise_std: float, *, still: bool = False) -> PromptTemplate:
+        """Returns what texts are wrapped in; still: those of pictures among clips."""
         told = noise_std if self.noise_level else None
-        return PromptTemplate(noise_std=told, frames_per_second=self.frames_per_second, aspect=self.aspect)
+        fps = 0 if still and self.frames_per_second is not None else self.frames_per_second
+        return PromptTemplate(noise_std=told, frames_per_second=fps, aspect=self.aspect)
 
 
 def codec_of(experiment: Any) -> Codec | ClipCodec:
@@ -358,31 +359,37 @@ def release_text_encoders() -> None:
 
 
 def prompt_condition(
-    experiment: Any, prompts: Sequence[str], grid: tuple[int, int] | None = None, *, truncate: bool = False
+    experiment: Any,
+    prompts: Sequence[str],
+    grid: tuple[int, int] | None = None,
+    *,
+    truncate: bool = False,
+    still: bool = False,
 ) -> TextCondition:
     """Returns prompts as conditions of the model, wrapped as captions were in training.
 
     grid: (height, width) of the pictures; None is the model's. truncate: cut prompts that are too long, as captions.
+    still: of pictures among clips, which texts say where they say the frame rate.
 
     Example:
         cond = prompt_condition(experiment, ["a cat", "a dog"])
     """
     encoder = encoder_of(experiment)
-    template = experiment.text.template(experiment.model.noise_std)
+    template = experiment.text.template(experiment.model.noise_std, still=still)
     grid = experiment.model.grid_size if grid is None else grid
     wrapped = [template(prompt, grid) for prompt in prompts]
     return TextCondition(*map(jnp.asarray, encoder(wrapped, truncate=truncate)))
 
 
-def empty_text(experiment: Any, grid: tuple[int, int] | None = None) -> TextCondition:
+def empty_text(experiment: Any, grid: tuple[int, int] | None = None, *, still: bool = False) -> TextCondition:
     """Returns the wrapped empty text, of which guidance leads away and which replaces captions in training; encoded
-    once. grid: as for `prompt_condition`.
+    once. grid, still: as for `prompt_condition`.
 
     Example:
         null = empty_text(experiment)
     """
     grid = experiment.model.grid_size if grid is None else grid
-    wrapped = experiment.text.template(experiment.model.noise_std)("", grid)
+    wrapped = experiment.text.template(experiment.model.noise_std, still=still)("", grid)
     return _encoded_text(encoder_of(experiment), wrapped)
 
 

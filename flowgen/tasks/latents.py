@@ -14,7 +14,7 @@ from flowgen.codecs.video_codec import ClipCodec
 from flowgen.conditioning import TextCondition
 from flowgen.data import DataConfig, Source, check_classes, load
 from flowgen.data.buckets import BucketedSource
-from flowgen.data.clips import ClipsConfig, load_clips
+from flowgen.data.clips import ClipsConfig, StillClips, load_clips
 from flowgen.data.latents import LatentSource, Shard, encode, read_index, read_latents
 from flowgen.data.sources import Split
 from flowgen.tasks.frozen import codec_of, empty_text, fingerprint, prompt_condition, sealed
@@ -72,9 +72,11 @@ def picture_source(experiment: Any, split: Split) -> Source | BucketedSource:
     height, width = (length * codec.factor for length in model.grid_size)
     if isinstance(codec, ClipCodec):
         frames = 1 + (model.frames - 1) * codec.stride
-        return load_clips(
-            experiment.data, frames=frames, image_size=(height, width), channels=codec.pixel_channels, split=split
-        )
+        shape: dict[str, Any] = {"image_size": (height, width), "channels": codec.pixel_channels, "split": split}
+        clips = load_clips(experiment.data, frames=frames, **shape)
+        if experiment.data.images is None or split == "eval":
+            return clips
+        return _with_stills(clips, load(experiment.data.images, **shape))
     return load(
         experiment.data,
         image_size=(height, width),
@@ -82,6 +84,17 @@ def picture_source(experiment: Any, split: Split) -> Source | BucketedSource:
         split=split,
         multiple=codec.factor * model.patch_size,
     )
+
+
+def _with_stills(clips: Source, pictures: Source | BucketedSource) -> BucketedSource:
+    """Clips, and pictures as clips of one frame."""
+    assert isinstance(pictures, Source)  # the config refuses several shapes
+    if clips.class_names and pictures.class_names and clips.class_names != pictures.class_names:
+        raise ValueError(
+            f"data.images has the classes {', '.join(pictures.class_names)}, and the clips have "
+            f"{', '.join(clips.class_names)}; give pictures of the same classes, or without."
+        )
+    return BucketedSource((clips, StillClips(pictures)))
 
 
 def encoded_shards(experiment: Any, source: Source, *, flip: bool) -> Iterator[Shard]:
@@ -93,38 +106,39 @@ def encoded_shards(experiment: Any, source: Source, *, flip: bool) -> Iterator[S
     texts = None
     if experiment.model.text_dim:
         truncate, grid = experiment.text.truncate, source.image_shape[:2]
+        still = isinstance(source, StillClips)
 
         def texts(captions):
-            return prompt_condition(experiment, captions, grid, truncate=truncate)
+            return prompt_condition(experiment, captions, grid, truncate=truncate, still=still)
 
     return encode(source, codec_of(experiment).moments, texts, flip=flip)
 
 
-def null_features(experiment: Any, grid: tuple[int, int]) -> tuple[np.ndarray, np.ndarray] | None:
-    """Returns the features `l e` and mask `l` of the empty text beside pictures of (height, width), if texts there are.
+def null_features(experiment: Any, source: Source) -> tuple[np.ndarray, np.ndarray] | None:
+    """Returns the features `l e` and mask `l` of the empty text beside the pictures of a source, if texts there are.
 
     Example:
-        null = null_features(experiment, (256, 256))
+        null = null_features(experiment, picture_source(experiment, "train"))
     """
     if not experiment.model.text_dim:
         return None
-    features, mask = empty_text(experiment, grid)
+    features, mask = empty_text(experiment, source.image_shape[:2], still=isinstance(source, StillClips))
     return np.asarray(features[0], np.float16), np.asarray(mask[0])
 
 
-def null_texts(source: Source | BucketedSource) -> Callable[[tuple[int, int]], TextCondition] | None:
-    """Returns the empty text for latents of (height, width), out of encoded data; None where they have no texts.
+def null_texts(source: Source | BucketedSource) -> Callable[[tuple[int, ...]], TextCondition] | None:
+    """Returns the empty text for latents of ([frames,] height, width), out of encoded data; None if they have no texts.
 
     Example:
         objective = nll_objective(flow, null_text=null_texts(source))
     """
     buckets = source.buckets if isinstance(source, BucketedSource) else (source,)
-    known = {b.image_shape[:2]: b.null for b in buckets if isinstance(b, LatentSource) and b.null is not None}
+    known = {b.event_shape[:-1]: b.null for b in buckets if isinstance(b, LatentSource) and b.null is not None}
     if not known:
         return None
 
-    def null_text(grid):
-        features, mask = known[grid]
+    def null_text(shape):
+        features, mask = known[shape]
         return TextCondition(jnp.asarray(features[None], jnp.float32), jnp.asarray(mask[None]))
 
     return null_text
@@ -132,7 +146,7 @@ def null_texts(source: Source | BucketedSource) -> Callable[[tuple[int, int]], T
 
 def _encoded(experiment: Any, source: Source, *, flip: bool) -> LatentSource:
     shards = tuple(encoded_shards(experiment, source, flip=flip))
-    return LatentSource(shards, source.class_names, null=null_features(experiment, source.image_shape[:2]))
+    return LatentSource(shards, source.class_names, null=null_features(experiment, source))
 
 
 def _check_memory(experiment: Any, source: Source | BucketedSource, *, flip: bool) -> None:
@@ -235,5 +249,5 @@ def _codec_words(plain: dict[str, Any] | None) -> str:
 def _is_size_of(model: Any, shape: tuple[int, ...]) -> bool:
     """Whether a model of any size takes latents of this one."""
     *frames, height, width, channels = shape
-    same = channels == model.channels and frames == list(model.event_shape[:-3])
+    same = channels == model.channels and frames in (list(model.event_shape[:-3]), [1] * len(frames))
     return same and not any(length % model.patch_size for length in (height, width))

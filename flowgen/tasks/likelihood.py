@@ -268,7 +268,7 @@ def sampler(
     if flow.config.text_dim:
         # Prompts are encoded before the first step, so that one that cannot be is told then.
         texts = prompt_condition(experiment, prompts) if prompts else _captions(bucket, min(num, DRAWN_CAPTIONS))
-        null = None if prompts or null_text is None else null_text(drawn_as)
+        null = None if prompts or null_text is None else null_text(bucket.event_shape[:-1])
         null = empty_text(experiment) if null is None and experiment.sampling.guidance else null
 
     def picture_of(variables: Any) -> np.ndarray:
