@@ -16,7 +16,7 @@ import numpy as np
 from flowgen.conditioning import TextCondition
 from flowgen.data import DataConfig, Source
 from flowgen.data.buckets import BucketedSource
-from flowgen.data.latents import captions_of, read_index
+from flowgen.data.latents import LatentSource, captions_of, read_index
 from flowgen.data.sources import Split
 from flowgen.decoding import Guidance, Inversion, Jacobi, MovingJacobi, sample
 from flowgen.decoding.guidance import Parts, Rule
@@ -268,7 +268,8 @@ def sampler(
     if flow.config.text_dim:
         # Prompts are encoded before the first step, so that one that cannot be is told then.
         texts = prompt_condition(experiment, prompts) if prompts else _captions(bucket, min(num, DRAWN_CAPTIONS))
-        null = None if prompts or null_text is None else null_text(bucket.event_shape[:-1])
+        if not prompts and null_text is not None and isinstance(bucket, LatentSource):
+            null = null_text(bucket.event_shape[:-1])
         null = empty_text(experiment) if null is None and experiment.sampling.guidance else null
 
     def picture_of(variables: Any) -> np.ndarray:
