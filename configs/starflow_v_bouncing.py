@@ -2,6 +2,8 @@
 
 python train.py --config configs/starflow_v_bouncing.py --workdir runs/bouncing
 python sample.py --checkpoint runs/bouncing --num 10 --out bouncing.gif
+
+Expected: `reference`, of held-out clips under the noise of training.
 """
 
 from flowgen.config import Experiment, LikelihoodConfig, SamplingConfig
@@ -24,14 +26,15 @@ def config() -> Experiment:
             head_dim=32,
             num_classes=10,
             noise_std=0.2,
-            denoiser_layers=3,
-            denoiser_back=3,
+            denoiser_layers=1,
+            denoiser_back=2,
             remat=False,
         ),
         data=ClipsConfig(source="bouncing"),
-        likelihood=LikelihoodConfig(denoiser=OptimConfig(lr=2e-3, warmup_steps=100, b2=0.999)),
+        likelihood=LikelihoodConfig(denoiser=OptimConfig(lr=1e-3, b2=0.999)),
         optim=OptimConfig(lr=1e-3, min_lr=1e-5, warmup_steps=100, ema_decay=0.995),
         train=TrainConfig(steps=2500, batch_size=32, label_dropout=0.1),
         log=LogConfig(log_every=50, eval_every=500, sample_every=250, checkpoint_every=500),
         sampling=SamplingConfig(num=10, guidance=1.0, rule="product"),
+        reference={"bits_per_dim": 6.893, "psnr_score": 28.92, "psnr_denoiser": 28.39},
     )

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import laws
 import numpy as np
 import pytest
+from conftest import rows
 
 from flowgen.conditioning import TextCondition
 from flowgen.decoding import (
@@ -70,7 +71,9 @@ def restarted(flow, params, cond, x, z, context):
     return x
 
 
-@pytest.mark.parametrize(("config", "count"), [(TEXT, 2), (NALA, 1)], ids=["softmax", "nala"])
+@pytest.mark.parametrize(
+    ("config", "count"), [(TEXT, 2), pytest.param(NALA, 1, marks=pytest.mark.slow)], ids=["softmax", "nala"]
+)
 def test_given_frames_come_back_and_the_rest_is_plain_inversion(config, count):
     flow, params, cond = flow_of(config)
     given = frames_of(config, count)
@@ -82,7 +85,7 @@ def test_given_frames_come_back_and_the_rest_is_plain_inversion(config, count):
     np.testing.assert_array_equal((r.sweeps > 0).sum(axis=1), [PER_FRAME, (3 - count) * PER_FRAME])
 
 
-@pytest.mark.parametrize("config", [TEXT, CLASSES], ids=["text", "classes"])
+@pytest.mark.parametrize("config", rows([TEXT, CLASSES], (CLASSES,)), ids=["text", "classes"])
 def test_guidance_behind_given_frames_is_its_definition(config):
     flow, params, _ = flow_of(config)
     given = frames_of(config, 1)
@@ -106,7 +109,7 @@ def test_guidance_behind_given_frames_is_its_definition(config):
     np.testing.assert_allclose(guided_noise(r.x)[:, PER_FRAME:], noise(config, 3)[:, PER_FRAME:], atol=2e-4)
 
 
-@pytest.mark.parametrize(("total", "context"), [(6, 1), (5, None)])
+@pytest.mark.parametrize(("total", "context"), [pytest.param(6, 1, marks=pytest.mark.slow), (5, None)])
 def test_a_long_clip_is_clip_after_clip_behind_the_last_frames(total, context):
     flow, params, cond = flow_of(TEXT)
     r = sample_clips(flow, params, KEY, 2, cond, frames=total, context=context, denoise=False, certify=context == 1)
@@ -162,6 +165,7 @@ def test_any_plan_gives_the_same_clip_and_one_program_serves_all_keys_and_scales
     assert _sample_clips._cache_size() == before
 
 
+@pytest.mark.slow
 def test_a_score_step_follows_the_density_of_the_clip():
     flow, params, cond = flow_of(TEXT)
     fits = sample_clips(flow, params, KEY, 2, cond)

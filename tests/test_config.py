@@ -214,7 +214,10 @@ def test_fields_left_out_take_defaults():
         ({"optim": {"lr": "fast"}}, "optim.lr is 'fast'; it must be a number."),
         ({"optim": {"lr": float("nan")}}, "optim.lr is nan; it must be a number."),
         ({"optim": {"ema_warmup": 1}}, "optim.ema_warmup is 1; it must be true or false."),
-        ({"sampling": {"plan": "fast"}}, "sampling.plan is 'fast'; it must be 'sequential' or 'jacobi' or 'auto'."),
+        (
+            {"sampling": {"plan": "fast"}},
+            "sampling.plan is 'fast'; it must be 'sequential' or 'jacobi' or 'moving' or 'auto'.",
+        ),
         ({"model": {"type": "TARFlow"}}, "model.image_size is missing; give it a value."),
         (
             {"model": {"type": "Glow"}},
@@ -292,7 +295,10 @@ def test_overrides_change_nothing_else(experiment):
             ["--model.image_size", "(8, 8, 8)"],
             "model.image_size is '(8, 8, 8)'; it must be an integer or a tuple of 2 integers.",
         ),
-        (["--sampling.plan", "fast"], "sampling.plan is 'fast'; it must be 'sequential' or 'jacobi' or 'auto'."),
+        (
+            ["--sampling.plan", "fast"],
+            "sampling.plan is 'fast'; it must be 'sequential' or 'jacobi' or 'moving' or 'auto'.",
+        ),
         (["--train.steps"], "--train.steps has no value; write --train.steps VALUE."),
         (["--train.steps", "--optim.lr", "1"], "--train.steps has no value; write --train.steps VALUE."),
         (["steps=3"], "'steps=3' is not understood; overrides look like --optim.lr 3e-4."),

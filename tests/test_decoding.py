@@ -21,7 +21,7 @@ ROUNDING = 2e-5  # float32 through all blocks, two orders of summation
 NAMES = ("classes", "volume preserving", "rectangular", "starflow text", "starflow options")
 
 
-@pytest.fixture(params=rows(NAMES, ("volume preserving",)))
+@pytest.fixture(params=rows(NAMES, ("volume preserving", "rectangular", "starflow text")))
 def case(request):
     flow, params, x, cond = laws.case(request.param)
     z, _ = apply(flow, params, x, cond)

@@ -140,13 +140,14 @@ def test_long_clips_are_denoised_in_chunks_of_noisy_frames():
 
 
 def test_the_program_of_a_denoiser_does_not_grow_with_the_clip():
-    denoiser, variables, _, text = perturbed(SMALL)
+    denoiser, variables, _, text = perturbed(CLIP)
     step = ClipDenoising(denoiser, noise_std=0.5, chunk=6)
     lengths = (jax.ShapeDtypeStruct((2, *CLIP.of_frames(frames).event_shape), jnp.float32) for frames in (7, 30))
     short, long = (jax.make_jaxpr(lambda x: step(variables, x, text))(x).pretty_print() for x in lengths)
     assert short.count("dot_general") == long.count("dot_general")
 
 
+@pytest.mark.slow
 def test_a_learned_step_takes_the_place_of_the_score_in_sampling():
     flow, params = laws.perturbed(CLIP, jax.random.key(0))
     denoiser, variables, _, text = perturbed(CLIP)

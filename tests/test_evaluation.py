@@ -79,6 +79,7 @@ def test_frechet_distance_is_that_of_the_formula_and_of_shifts(untyped):
             frechet_distance(left, right)
 
 
+@pytest.mark.slow
 def test_a_classifier_of_the_digits_knows_held_out_ones(key):
     source = load(DataConfig("digits"), image_size=(8, 8), channels=1, split="train")
     held_out = load(DataConfig("digits"), image_size=(8, 8), channels=1, split="eval")

@@ -17,6 +17,7 @@ def vision_transformer(monkeypatch):
     return importlib.import_module("vision_transformer")
 
 
+@pytest.mark.slow
 def test_vision_transformer(vision_transformer, capsys):
     results = vision_transformer.main(["--attention", "softmax", "nala", *TINY])
     assert [result.attention for result in results] == ["softmax", "nala"]

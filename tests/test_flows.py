@@ -22,7 +22,10 @@ EXACT = 1e-10  # float64
 DENSITY_SAMPLING = 1e-5  # parallel and cached forms of the same float32 network
 
 
-ALIKE = ("affine", "no remat", "one block", "starflow added class", "starflow nala", "starflow rectangular")
+ALIKE = (
+    *("affine", "no remat", "one block", "rectangular"),
+    *("starflow class prefix", "starflow added class", "starflow nala", "starflow rectangular"),
+)
 
 
 @pytest.fixture(params=rows(FLOWS, ALIKE))

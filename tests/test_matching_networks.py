@@ -66,7 +66,7 @@ def test_samples_do_not_see_each_other(name):
     assert jnp.abs(out[0] - changed[0]).max() > 0.01
 
 
-@each
+@each_but_unet
 def test_time_class_and_span_matter_and_missing_ones_have_their_meaning(name):
     network, variables, t, x, labels = case(name)
     run = compiled(name)

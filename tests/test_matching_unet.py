@@ -138,6 +138,7 @@ def test_every_condition_matters(name):
     assert (jnp.abs(v - moved).max(axis=(1, 2, 3)) > 1e-3).all()
 
 
+@pytest.mark.slow
 def test_every_parameter_receives_gradient_and_recomputing_changes_no_value():
     _, _, inputs = tiny()
     network = UNet(dataclasses.replace(TINY, scale_shift_norm=True, resample="pool", remat=True))

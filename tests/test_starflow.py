@@ -175,6 +175,7 @@ def test_guidance_of_texts_needs_a_null_and_leads_nowhere_from_the_condition_its
         invert(labelled, params, z, cond, guidance=guidance, null=null)
 
 
+@pytest.mark.slow
 def test_samples_of_texts_depend_on_key_and_index_alone():
     flow, params, _, text = laws.case("starflow text")
     together = sample(flow, params, jax.random.key(3), 4, text, plan=Sequential())
@@ -317,6 +318,7 @@ def test_dropping_texts_needs_the_empty_one():
         density.nll_objective(flow, label_dropout=0.1)
 
 
+@pytest.mark.slow
 def test_a_learned_denoiser_takes_the_place_of_the_score_step():
     flow, params, _, text = laws.case("starflow text")
     key, num = jax.random.key(5), len(text.mask)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import rows
 from PIL import Image
 from test_cli import flowgen, succeed
 
@@ -20,6 +21,7 @@ from flowgen.matching import GibbsWeights, Independent, MatchingConfig, Minibatc
 from flowgen.tasks import matching as task
 from flowgen.training import LogConfig, TrainConfig, fit
 
+SHRUNK = ("meanflow_digits", "otcfm_digits", "wcfm_digits_nala")
 CONFIGS = Path(__file__).parent.parent / "configs"
 pytestmark = pytest.mark.usefixtures("quick_judge")
 POINTS = Experiment(
@@ -63,6 +65,7 @@ def test_a_run_on_points_reports_distances_and_draws_a_plot(points):
     assert np.isfinite(variables["matching"]["log_mean"])
 
 
+@pytest.mark.slow
 def test_a_stopped_run_resumes_bitwise_weights_included(points, tmp_path):
     _, whole = points
     half = dataclasses.replace(POINTS, train=dataclasses.replace(POINTS.train, steps=4))
@@ -110,6 +113,7 @@ def test_sampling_points_writes_a_plot_or_arrays(points, tmp_path):
     np.testing.assert_allclose(np.load(tmp_path / "c.npz")["points"], arrays["points"], atol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_classes_of_pictures_and_guidance_reach_the_network(digits, tmp_path):
     path, out = digits
     assert re.search(
@@ -143,9 +147,7 @@ def test_evaluating_points_prints_every_metric(points):
     assert re.search(r"^w2 \d+\.\d{4}$", out, re.MULTILINE)
 
 
-@pytest.mark.parametrize(
-    "name", ["meanflow_digits", "otcfm_digits", pytest.param("wcfm_digits_nala", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("name", rows(SHRUNK, SHRUNK[1:]))
 def test_shrunk_configs_train(name, tmp_path):
     experiment = config.shrink(config.load(CONFIGS / f"{name}.py"))
     log = dataclasses.replace(experiment.log, progress=False, tensorboard=False, eval_every=0)

@@ -120,6 +120,7 @@ def test_clips_begin_with_what_is_given_and_go_on_as_long_as_asked(run, tmp_path
     assert "context is 9; it must be from 1 to 2" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_frames_that_a_codec_cannot_make_are_refused(autoencoder):
     codec = frozen.open_autoencoder(str(autoencoder))
     assert clips.latent_frames(codec, 5) == 3
@@ -183,6 +184,7 @@ def autoencoder(tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_a_video_autoencoder_is_trained_and_its_latents_are_those_of_a_flow(autoencoder, tmp_path, capsys):
     rows = [json.loads(line) for line in (autoencoder / "metrics.jsonl").read_text().splitlines()]
     errors = [row["eval/mean_square_error"] for row in rows if "eval/mean_square_error" in row]
@@ -299,6 +301,7 @@ def test_parts_that_do_not_fit_are_refused(changes, message):
         experiment_of(**changes)
 
 
+@pytest.mark.slow
 def test_autoencoders_of_clips_are_not_for_pictures_and_videos_not_for_models_of_them(autoencoder, tmp_path, capsys):
     from flowgen.flows import STARFlowConfig
 

@@ -132,6 +132,7 @@ def test_another_autoencoder_in_its_place_is_noticed(autoencoder, tmp_path, caps
     assert main([*evaluated, str(autoencoder)]) == 0
 
 
+@pytest.mark.slow
 def test_encoding_first_or_on_the_way_trains_the_same(autoencoder, tmp_path, capsys):
     experiment = experiment_of(codec=TrainedCodec(str(autoencoder)), data=DataConfig(flip=True))
     path = tmp_path / "latent.py"
@@ -313,6 +314,7 @@ def test_a_digest_is_of_what_latents_depend_on(autoencoder):
     assert digest(0.18215) != digest(0.18215, num_groups=8)
 
 
+@pytest.mark.slow
 def test_a_decoder_is_trained_on_beside_its_encoder(autoencoder, tmp_path):
     from flowgen.tasks.frozen import fingerprint, open_autoencoder
 

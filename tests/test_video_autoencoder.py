@@ -113,6 +113,7 @@ SMALL = codecs.VideoAutoencoderConfig(
 TINY = dataclasses.replace(SMALL, widths=(4, 4), decoder_widths=(4, 6), halve_time=(True,))
 
 
+@pytest.mark.slow
 def test_a_small_one_can_be_trained(key):
     config = dataclasses.replace(TINY, dtype="bfloat16", remat=True)
     network = codecs.VideoAutoencoder(config)

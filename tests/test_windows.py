@@ -20,7 +20,7 @@ CLIP = STARFlowVConfig(
 )
 
 
-@pytest.fixture(params=rows(NAMES, ("rectangular", "starflow options")))
+@pytest.fixture(params=rows(NAMES, ("rectangular", "starflow options", "starflow text")))
 def case(request):
     flow, params, x, cond = laws.case(request.param)
     return flow, params, x, cond, laws.apply(flow, params, x, cond)[0]
