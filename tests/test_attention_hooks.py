@@ -18,7 +18,7 @@ NAMES = [*attention.KERNELS, "softmax", "soft"]
 FULL = [name for name in NAMES if name != "retention"]
 CAUSAL = [name for name in NAMES if name != "soft"]
 # What has a path of its own through the hook is kept: feature maps differ by a function.
-ALIKE = ("relu", "squared_relu", "focused")
+ALIKE = ("relu", "squared_relu", "focused", "elu_plus_one")
 
 
 @pytest.fixture(autouse=True)

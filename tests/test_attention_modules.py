@@ -227,6 +227,7 @@ def test_nnx_twins_train_and_decode(twin):
         np.testing.assert_allclose(jnp.concatenate([out, last[:, None]], 1), module(x)[:, :8], atol=CACHED)
 
 
+@pytest.mark.slow
 def test_nnx_twins_decode_inside_the_scan_of_jax():
     x = inputs(n=6)
     module = twins.LinearAttention(WIDTH, width=WIDTH, num_heads=HEADS, kernel="nala", is_causal=True, rngs=nnx.Rngs(0))
@@ -280,6 +281,7 @@ def test_the_pure_functions_inside_an_equinox_model():
         assert after < before
 
 
+@pytest.mark.slow
 def test_positions_past_the_end_of_a_table_are_loud_and_not_wrong():
     module, x = attention.NaLaAttention(WIDTH, HEADS, is_causal=True, max_length=8), inputs(n=9)
     variables = perturbed(module, x[:, :8])

@@ -122,6 +122,7 @@ def test_a_long_clip_is_clip_after_clip_behind_the_last_frames(total, context):
     assert int(r.sweeps[1].sum()) == len(z[0])
 
 
+@pytest.mark.slow
 def test_a_longer_clip_begins_with_the_shorter_one():
     flow, params, cond = flow_of(TEXT)
     longer = sample_clips(flow, params, KEY, 2, cond, frames=5, denoise=False).x
@@ -133,6 +134,7 @@ def test_a_longer_clip_begins_with_the_shorter_one():
     np.testing.assert_allclose(other.x[0], longer[1], atol=ROUNDING)
 
 
+@pytest.mark.slow
 def test_a_clip_is_continued_from_its_last_frames_alone():
     flow, params, cond = flow_of(TEXT)
     given = frames_of(TEXT, 4)
@@ -147,6 +149,7 @@ def test_a_clip_is_continued_from_its_last_frames_alone():
     assert _sample_clips._cache_size() == before
 
 
+@pytest.mark.slow
 def test_any_plan_gives_the_same_clip_and_one_program_serves_all_keys_and_scales():
     flow, params, cond = flow_of(TEXT)
     null = TextCondition(jnp.ones((1, 3, 5)), jnp.ones((1, 3), bool))
@@ -186,6 +189,7 @@ def test_a_score_step_follows_the_density_of_the_clip():
     np.testing.assert_allclose(clean, noisy + 0.5 * TEXT.noise_std**2 * score(noisy), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_denoiser_gets_all_frames_still_noisy():
     flow, params, cond = flow_of(TEXT)
     noisy = sample_clips(flow, params, KEY, 2, cond, frames=5, denoise=False)

@@ -153,7 +153,8 @@ def run(capsys, *words):
     return code, capsys.readouterr().err
 
 
-@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_published_files_draw_a_prompt(published, tmp_path, capsys, dtype):
     files = ("--arguments", published / "arguments.yaml", "--dtype", dtype)
     places = ("--autoencoder", published / "vae", "--text-encoder", published / "t5")

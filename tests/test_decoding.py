@@ -289,6 +289,7 @@ def test_samples_are_drawn_from_the_tracked_prior():
     np.testing.assert_allclose((z.var(axis=0) / params["prior"]["variance"]).mean(), 1, atol=0.05)
 
 
+@pytest.mark.slow
 def test_denoising_is_one_score_step_of_the_given_strength():
     config = dataclasses.replace(FLOWS["affine"], noise_std=0.2)
     flow, params = perturbed(config, jax.random.key(0))

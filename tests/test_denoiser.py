@@ -124,6 +124,7 @@ def test_it_learns_the_score_of_the_flow():
     assert jnp.square(step(variables, x, text) - clean).mean() < 0.3 * jnp.square(x - clean).mean()
 
 
+@pytest.mark.slow
 def test_long_clips_are_denoised_in_chunks_of_noisy_frames():
     denoiser, variables, _, text = perturbed(CLIP)
     clip = laws.images(CLIP.of_frames(11), jax.random.key(3), batch=2)

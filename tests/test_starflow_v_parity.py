@@ -145,6 +145,7 @@ def test_sampling_from_given_noise(case, name, plan, dtype):
 
 
 @pytest.mark.parametrize("name", ["plain", "guided"])
+@pytest.mark.slow
 def test_a_clip_continued_from_its_first_frame_is_one_whose_noise_begins_with_that_frames(name, dtype):
     flow, variables, cond, null = ours("text", dtype)
     _, (*_, local, z_first), _ = trajectory("text", dtype, 1)

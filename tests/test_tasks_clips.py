@@ -87,6 +87,7 @@ def test_samples_are_strips_videos_and_arrays(run, tmp_path):
     assert sorted(path.name for path in (tmp_path / "single").iterdir()) == ["000000.gif", "000001.gif"]
 
 
+@pytest.mark.slow
 def test_clips_begin_with_what_is_given_and_go_on_as_long_as_asked(run, tmp_path, capsys):
     picture = np.zeros((12, 12, 1), np.uint8)
     picture[3:9, 4:7] = 255
@@ -128,6 +129,7 @@ def test_frames_that_a_codec_cannot_make_are_refused(autoencoder):
         clips.latent_frames(codec, 4)
 
 
+@pytest.mark.slow
 def test_evaluation_says_how_frames_move(run, capsys):
     assert main(["evaluate", "--checkpoint", str(run), "--samples", "4"]) == 0
     printed = capsys.readouterr().out

@@ -50,6 +50,7 @@ def test_video_autoencoders_are_those_of_diffusers(kind, frames):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_chunks_give_what_the_whole_gives(kind):
     network, variables = imported(kind)
     x = vw.clips(kind)
@@ -79,6 +80,7 @@ def test_latents_depend_on_no_later_frame(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_decoded_frames_depend_on_no_later_latent(kind):
     network, variables = imported(kind)
 

@@ -67,6 +67,7 @@ def test_from_the_frame_before_the_solution_is_the_same(plan, window):
     np.testing.assert_allclose(r.x, clip, atol=ROUNDING)
 
 
+@pytest.mark.slow
 def test_a_clip_that_hardly_changes_takes_fewer_sweeps_from_the_frame_before():
     flow, params = laws.perturbed(CLIP, jax.random.key(0))
     text = laws.labels(CLIP, batch=2)
@@ -101,6 +102,7 @@ def test_at_tolerance_0_the_moving_window_is_exact_in_as_many_passes_as_tokens_a
     assert r.error.max() < ROUNDING
 
 
+@pytest.mark.slow
 def test_every_token_is_within_tolerance_of_what_those_before_it_make_of_it(case):
     flow, params, x, cond, z = case
     together = invert(flow, params, z, cond, plan=MovingJacobi(window=4, tol=1e-3))
@@ -132,6 +134,7 @@ def test_the_cache_is_that_of_the_tokens_that_are_returned(tol):
     assert solution.sweeps[0] <= n
 
 
+@pytest.mark.slow
 def test_guidance_through_a_moving_window():
     flow, params, x, cond = laws.case("starflow video")
     z, _ = laws.apply(flow, params, x, cond)
@@ -143,6 +146,7 @@ def test_guidance_through_a_moving_window():
     assert r.error.max() < ROUNDING
 
 
+@pytest.mark.slow
 def test_what_is_not_finite_is_reported_for_its_sample_alone():
     flow, params, x, cond = laws.case("starflow video")
     z = laws.apply(flow, params, x, cond)[0].at[1, 3, 0].set(jnp.inf)
@@ -167,6 +171,7 @@ def test_plans_that_cannot_be_are_refused(untyped):
         Jacobi(init="frames")
 
 
+@pytest.mark.slow
 def test_under_x64():
     flow, params, x, cond = laws.case("starflow video")
     with jax.enable_x64(True):
