@@ -144,7 +144,7 @@ def test_configs_that_do_not_fit_are_refused(what, untyped):
     assert part in str(error.value)
 
 
-@each
+@each_but_unet
 def test_inputs_that_do_not_fit_are_refused(name, untyped):
     network, variables, t, x, _ = case(name)
     with pytest.raises(ValueError, match=r"x has shape .*; this network takes \(batch, "):

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import rows
 from PIL import Image
 from test_cli import flowgen, succeed
 
@@ -147,7 +146,8 @@ def test_evaluating_points_prints_every_metric(points):
     assert re.search(r"^w2 \d+\.\d{4}$", out, re.MULTILINE)
 
 
-@pytest.mark.parametrize("name", rows(SHRUNK, SHRUNK[1:]))
+@pytest.mark.parametrize("name", SHRUNK)
+@pytest.mark.slow
 def test_shrunk_configs_train(name, tmp_path):
     experiment = config.shrink(config.load(CONFIGS / f"{name}.py"))
     log = dataclasses.replace(experiment.log, progress=False, tensorboard=False, eval_every=0)
