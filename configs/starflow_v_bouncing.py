@@ -1,4 +1,4 @@
-"""STARFlow-V with its denoiser on bouncing digits, class-conditional, 6 frames of 16x16 pixels: half an hour on two cores.
+"""STARFlow-V and its denoiser on bouncing digits, class-conditional, 6 frames of 16x16 pixels: half an hour on a CPU.
 
 python train.py --config configs/starflow_v_bouncing.py --workdir runs/bouncing
 python sample.py --checkpoint runs/bouncing --num 10 --out bouncing.gif
