@@ -46,10 +46,7 @@ def video_length(path: str | os.PathLike[str]) -> tuple[float, float]:
         seconds, fps = video_length("clip.mp4")
     """
     with _opened(path) as container:
-        stream = container.streams.video[0]
-        rate = float(stream.average_rate or stream.base_rate or 0)
-        if not rate:
-            raise UnreadableVideo(f"'{path}' does not say its frame rate; convert it to mp4.")
+        stream, rate = container.streams.video[0], _rate(container, path)
         if stream.duration is not None:
             return float(stream.duration * stream.time_base), rate
         if container.duration is not None:
@@ -84,9 +81,6 @@ def read_clip(
     Example:
         clip = read_clip("clip.mp4", 17, (64, 64), 3, fps=8)
     """
-    _, rate = video_length(path)
-    # Asked for half a frame late, against rounding of the frames' times.
-    times = start + np.arange(frames) / (fps or rate) + 0.5 / rate
     out: list[np.ndarray] = []
 
     def show(frame: Any, until: float) -> None:
@@ -96,7 +90,9 @@ def read_clip(
                 out.append(picture)
 
     with _opened(path) as container:
-        stream = container.streams.video[0]
+        stream, rate = container.streams.video[0], _rate(container, path)
+        # Asked for half a frame late, against rounding of the frames' times.
+        times = start + np.arange(frames) / (fps or rate) + 0.5 / rate
         container.seek(int(start / stream.time_base), stream=stream)
         begin, shown = (stream.start_time or 0) * stream.time_base, None
         try:
@@ -163,6 +159,15 @@ def check_video_path(path: str | os.PathLike[str]) -> None:
         raise ValueError(f"'{path}' has no video suffix; use one of {', '.join(VIDEO_SUFFIXES)}.")
     pillow() if suffix == ".gif" else av()
     check_writable(path)
+
+
+def _rate(container: Any, path: str | os.PathLike[str]) -> float:
+    """Frames per second of an open video."""
+    stream = container.streams.video[0]
+    rate = float(stream.average_rate or stream.base_rate or 0)
+    if not rate:
+        raise UnreadableVideo(f"'{path}' does not say its frame rate; convert it to mp4.")
+    return rate
 
 
 def _opened(path: str | os.PathLike[str]) -> Any:

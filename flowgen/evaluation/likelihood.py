@@ -12,12 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from flowgen.conditioning import TextCondition
 from flowgen.data.buckets import BucketedSource
 from flowgen.data.loader import fixed_batches
 from flowgen.data.media import from_uint8
 from flowgen.data.sources import Source
-from flowgen.flows.density import LEVELS, add_noise, batch_input, bits_per_dim
+from flowgen.flows.density import LEVELS, add_noise, batch_input, bits_per_dim, condition_of
 
 # The baseline Gaussian has independent pixels where its covariance would be too large, or fit to too few images.
 FULL_COVARIANCE_DIMS = 4096
@@ -88,12 +87,7 @@ def _flow_nats(flow, variables, batch, keys, *, sigma, conditional):
     noised = jax.vmap(lambda key, one: batch_input(key, jax.tree.map(lambda x: x[None], one), sigma)[0])(
         keys, {name: batch[name] for name in ("image", "mean", "std") if name in batch}
     )
-    cond = None
-    if flow.config.text_dim:
-        features, mask = batch["text"]
-        cond = TextCondition(jnp.asarray(features, jnp.float32), mask)
-    elif flow.config.num_classes and conditional:
-        cond = batch["label"]
+    cond = condition_of(flow, batch) if conditional else None
     return -flow.apply(variables, noised, cond, method="log_prob") / flow.config.num_dims
 
 

@@ -148,15 +148,24 @@ def batch_condition(
         raise ValueError(f"label_dropout is {label_dropout}, but no null_text is given for dropped texts; encode ''.")
 
     def condition(key, batch, shape):
-        if flow.config.num_classes:
-            return drop_labels(key, batch["label"], label_dropout)
-        if not flow.config.text_dim:
-            return None
-        features, mask = batch["text"]
-        text = TextCondition(jnp.asarray(features, jnp.float32), mask)
-        return text if null_text is None else drop_texts(key, text, null_text(shape), label_dropout)
+        cond = condition_of(flow, batch)
+        if isinstance(cond, TextCondition):
+            return cond if null_text is None else drop_texts(key, cond, null_text(shape), label_dropout)
+        return cond if cond is None else drop_labels(key, cond, label_dropout)
 
     return condition
+
+
+def condition_of(flow: Flow, batch: Any) -> Condition | None:
+    """Returns the labels or texts of a batch where the flow takes them, none of them dropped.
+
+    Example:
+        nats = -flow.apply(params, x, condition_of(flow, batch), method="log_prob")
+    """
+    if flow.config.text_dim:
+        features, mask = batch["text"]
+        return TextCondition(jnp.asarray(features, jnp.float32), jnp.asarray(mask))
+    return jnp.asarray(batch["label"]) if flow.config.num_classes else None
 
 
 def nll(

@@ -27,7 +27,7 @@ from flowgen.decoding import Denoiser, sample_clips
 from flowgen.evaluation import flow_bits_per_dim, flow_nats_per_dim
 from flowgen.fields import type_name
 from flowgen.flows import ClipDenoiser, ClipDenoising, denoiser_variables, flow_score_objective
-from flowgen.flows.density import batch_input, nll_objective
+from flowgen.flows.density import batch_input, condition_of, nll_objective
 from flowgen.flows.density import denoise as score_step
 from flowgen.models import init
 from flowgen.tasks import likelihood
@@ -113,7 +113,7 @@ def job(experiment: Any) -> Job:
         ),
         batches=image_batches(experiment, source),
         evaluate=None if held_out is None else _evaluator(experiment, flow, held_out),
-        sample=sampler(experiment, flow, held_out or clips_alone(source), draw, strips),
+        sample=sampler(experiment, flow, held_out or clips_alone(source), draw, lambda drawn, classes: strips(drawn)),
         best_metric=best_metric(experiment),
         optims={"denoiser": settings.denoiser or experiment.optim} if has_denoiser else {},
     )
@@ -245,7 +245,7 @@ def evaluate(experiment: Any, flow: Any, variables: Any, options: Any) -> list[s
     labels = data[np.arange(options.samples) % len(data)]["label"]
     conditions = labels if flow.config.num_classes and not options.unconditional else None
     clips, _ = draw(experiment, flow, variables, key, options.samples, conditions)
-    real = data[np.arange(min(len(data), options.samples))]["image"] / 127.5 - 1
+    real = np.asarray(from_uint8(data[np.arange(min(len(data), options.samples))]["image"]))
     for name, frames in (("samples", clips), ("data", real)):
         near, far = frame_distances(np.clip(frames, -1, 1))
         lines.append(f"frames of {len(frames)} {name}: distance to the next {near:.4f}, to any other {far:.4f}")
@@ -276,12 +276,12 @@ def denoised_psnr(experiment: Any, flow: Any, variables: Any, source: Source, ke
     """
     codec = clip_codec_of(experiment)
     batch = next(fixed_batches(source, min(DENOISED, len(source))))
-    noisy, cond = _noised(flow, batch, key)
-    cleaned: dict[str, Any] = {"as they are": noisy}
-    cleaned["by the score"] = jax.jit(partial(score_step, flow))(variables, noisy, cond)
+    data = {name: jnp.asarray(batch[name]) for name in ("image", "mean", "std") if name in batch}
+    noisy, cond = batch_input(key, data, flow.config.noise_std), condition_of(flow, batch)
+    cleaned: dict[str, Any] = {"as they are": noisy, "by the score": _score_step(flow, variables, noisy, cond)}
     if flow.config.denoiser_layers:
-        cleaned["by the denoiser"] = jax.jit(_denoising(flow))(denoiser_variables(variables), noisy, cond)
-    clean = batch["mean"] if "mean" in batch else batch["image"] / np.float32(127.5) - 1
+        cleaned["by the denoiser"] = _denoised(_denoising(flow), denoiser_variables(variables), noisy, cond)
+    clean = batch["mean"] if "mean" in batch else np.asarray(from_uint8(batch["image"]))
     expected = np.clip(codec.decode(clean), -1, 1)
 
     def ratio(x):
@@ -314,15 +314,13 @@ def _frames(source: Any) -> int:
     return source.event_shape[0] if isinstance(source, LatentSource) else source.frames
 
 
-def _noised(flow: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, Any]:
-    cond = None
-    if flow.config.text_dim:
-        features, mask = batch["text"]
-        cond = TextCondition(jnp.asarray(features, jnp.float32), jnp.asarray(mask))
-    elif flow.config.num_classes:
-        cond = jnp.asarray(batch["label"])
-    data = {name: jnp.asarray(batch[name]) for name in ("image", "mean", "std") if name in batch}
-    return batch_input(key, data, flow.config.noise_std), cond
+# Compiled once for all evaluations of a run.
+_score_step = jax.jit(score_step, static_argnums=0)
+
+
+@partial(jax.jit, static_argnums=0)
+def _denoised(step, variables, noisy, cond):
+    return step(variables, noisy, cond)
 
 
 def _denoising(flow: Any) -> ClipDenoising:

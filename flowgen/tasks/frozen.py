@@ -268,14 +268,18 @@ def _open_autoencoder(
     return AutoencoderCodec(autoencoder, {"params": tree}, normalisation)
 
 
-@remembered
 def fingerprint(codec: Codec | ClipCodec) -> str:
     """Returns a digest of all that the latents of a codec depend on, the decoder not among it.
 
     Example:
         same = fingerprint(codec) == index["made_by"]["fingerprint"]
     """
-    codec = codec.codec if isinstance(codec, FrameCodec) else codec
+    # What is remembered is of the network, which lives longer than what applies it to frames.
+    return _fingerprint(codec.codec if isinstance(codec, FrameCodec) else codec)
+
+
+@remembered
+def _fingerprint(codec: Codec | ClipCodec) -> str:
     digest = hashlib.sha256(repr((type(codec).__name__, codec.factor, codec.channels)).encode())
     if isinstance(codec, VideoAutoencoderCodec):
         digest.update(repr(codec.temporal_scale).encode())

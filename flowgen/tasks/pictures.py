@@ -34,12 +34,8 @@ def picture(images: Float[np.ndarray, "n height width c"], classes: int) -> UInt
     return image_grid(to_uint8(images), columns=columns, scale=max(1, GRID_SIDE // max(images.shape[1:3])))
 
 
-def strips(
-    clips: Float[np.ndarray, "n frames height width c"], classes: int = 0
-) -> UInt8[np.ndarray, "rows columns c"]:
+def strips(clips: Float[np.ndarray, "n frames height width c"]) -> UInt8[np.ndarray, "rows columns c"]:
     """Returns a picture with one clip in [-1, 1] per row, its frames from left to right, small ones enlarged.
-
-    classes: not used, as each clip has a row; `picture` takes them.
 
     Example:
         save_image("samples.png", strips(clips))
