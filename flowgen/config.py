@@ -13,7 +13,8 @@ from flowgen.data import ClipsConfig, DataConfig, PointsConfig
 from flowgen.matching import MatchingConfig
 from flowgen.models import ModelConfig, build
 from flowgen.tasks import AutoencodingConfig, LikelihoodConfig, SamplingConfig, SolverConfig, frozen, task_of
-from flowgen.tasks.frozen import PixelBlocks, TextConfig, TrainedCodec
+from flowgen.tasks.frozen import PixelBlocks, TrainedCodec
+from flowgen.tasks.texts import TextConfig
 from flowgen.training import Job, LogConfig, OptimConfig, TrainConfig
 
 # Fields that a resumed run may change: they do not touch what the checkpoint holds or the data it has seen. (Of the

@@ -23,7 +23,7 @@ from flowgen.data import ClipsConfig, DataConfig, from_uint8, save_image
 from flowgen.data.video import video_length, write_video
 from flowgen.flows import STARFlowVConfig
 from flowgen.prompts import PromptTemplate
-from flowgen.tasks import clips, frozen
+from flowgen.tasks import clips, frozen, texts
 from flowgen.tasks.latents import flow_source
 from flowgen.training import LogConfig, OptimConfig, TrainConfig, fit
 
@@ -264,7 +264,7 @@ def test_clips_of_texts_are_drawn_from_prompts(tmp_path):
     said = {8: of_clips, 0: of_pictures}  # frames per second, of which pictures have none
     for fps, null in said.items():
         wrapped = PromptTemplate(frames_per_second=fps)("", (6, 6))
-        np.testing.assert_array_equal(null, frozen.encoder_of(experiment)([wrapped]).embeddings[0].astype(np.float16))
+        np.testing.assert_array_equal(null, texts.encoder_of(experiment)([wrapped]).embeddings[0].astype(np.float16))
     fit(experiment, tmp_path / "run")
     words = ["sample", "--checkpoint", str(tmp_path / "run"), "--prompt", "7", "--out", str(tmp_path / "x.gif")]
     assert main(words) == 0

@@ -28,7 +28,7 @@ from flowgen.config import (
 )
 from flowgen.data import DataConfig
 from flowgen.flows import STARFlowConfig, TARFlowConfig
-from flowgen.tasks import frozen
+from flowgen.tasks import texts
 from flowgen.training import LogConfig, OptimConfig, TrainConfig, fit
 
 sys.path.insert(0, str(Path(__file__).parent / "fixtures"))
@@ -215,7 +215,7 @@ def test_prompts_are_drawn(text_run, tmp_path):
 
 def test_guidance_of_texts_is_towards_the_wrapped_empty_text(text_run):
     from flowgen.tasks import likelihood
-    from flowgen.tasks.frozen import encoder_of, prompt_condition
+    from flowgen.tasks.texts import encoder_of, prompt_condition
 
     flow, params, experiment = checkpoint.load(text_run)
     cond = prompt_condition(experiment, ["3", "7"])
@@ -271,7 +271,8 @@ def test_texts_can_be_encoded_first(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"has 7 tokens and the model takes 6"):
         fit(prompted, tmp_path / "other")
     assert not (tmp_path / "other").exists()
-    monkeypatch.setattr(frozen, "encoder_of", lambda experiment: pytest.fail("the text encoder was opened"))
+    for module in (frozen, texts):
+        monkeypatch.setattr(module, "encoder_of", lambda experiment: pytest.fail("the text encoder was opened"))
     guided = dataclasses.replace(encoded, sampling=SamplingConfig(num=2, guidance=1.0))
     assert fit(guided, tmp_path / "guided").samples.is_file()
 
@@ -377,8 +378,8 @@ def test_a_digest_of_a_text_encoder_is_of_all_that_its_features_depend_on(tmp_pa
     folder = publish(tmp_path / "t5", cw.T5, cw.state_dict("t5"), "model.safetensors")
     (folder / "spiece.model").write_bytes((cw.HERE / "spiece.model").read_bytes())
     encoder = load_text_encoder(folder, length=8)
-    digest = frozen.text_fingerprint(encoder)
-    assert digest == frozen.text_fingerprint(load_text_encoder(folder, length=9))
+    digest = texts.text_fingerprint(encoder)
+    assert digest == texts.text_fingerprint(load_text_encoder(folder, length=9))
 
     class OtherWords(type(encoder.tokenizer)):
         def content(self):
@@ -392,7 +393,7 @@ def test_a_digest_of_a_text_encoder_is_of_all_that_its_features_depend_on(tmp_pa
     )
     parts = {field.name: getattr(encoder, field.name) for field in dataclasses.fields(encoder)}
     for change in changes:
-        assert frozen.text_fingerprint(FrozenTextEncoder(**{**parts, **change})) != digest
+        assert texts.text_fingerprint(FrozenTextEncoder(**{**parts, **change})) != digest
 
 
 def test_what_is_remembered_of_a_network_goes_with_it():
@@ -401,7 +402,7 @@ def test_what_is_remembered_of_a_network_goes_with_it():
     class Network:
         pass
 
-    @frozen.remembered
+    @texts.remembered
     def measure(network, of):
         calls.append(of)
         return [of]

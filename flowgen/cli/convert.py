@@ -105,7 +105,7 @@ def _codec(options: argparse.Namespace, arguments: Any) -> Any:
 
 def _text(options: argparse.Namespace, arguments: Any) -> Any:
     from flowgen import convert
-    from flowgen.tasks.frozen import TextConfig
+    from flowgen.tasks.texts import TextConfig
 
     return TextConfig(
         _place(options.text_encoder),

@@ -190,7 +190,7 @@ def _conditions(experiment: Any, flow: Any, options: argparse.Namespace) -> tupl
     """What gives the conditions of samples by their numbers, and what an .npz file says of the samples."""
     import numpy as np
 
-    from flowgen.tasks.frozen import prompt_condition
+    from flowgen.tasks.texts import prompt_condition
 
     num = experiment.sampling.num
     if not getattr(flow.config, "text_dim", 0):

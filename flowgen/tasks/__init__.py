@@ -13,7 +13,7 @@ from flowgen.flows import STARFlowVConfig
 from flowgen.models import CodecConfig, FlowConfig
 from flowgen.tasks import autoencoding, clips, likelihood, matching
 from flowgen.tasks.autoencoding import AutoencodingConfig
-from flowgen.tasks.likelihood import LikelihoodConfig, SamplingConfig
+from flowgen.tasks.flow_options import LikelihoodConfig, SamplingConfig
 from flowgen.tasks.matching import SolverConfig
 
 __all__ = ["AutoencodingConfig", "LikelihoodConfig", "SamplingConfig", "SolverConfig", "task_of"]

@@ -20,9 +20,9 @@ from flowgen.codecs import VideoAutoencoderConfig
 from flowgen.data import ClipsConfig, DataConfig, Source, check_classes, fixed_batches, from_uint8, load, load_clips
 from flowgen.data.sources import Split
 from flowgen.models import init
+from flowgen.tasks.flow_options import SamplingConfig
 from flowgen.tasks.frozen import STATISTICS, open_autoencoder
 from flowgen.tasks.images import check_foreign, image_batches, shrink_images, shrink_run
-from flowgen.tasks.likelihood import SamplingConfig
 from flowgen.tasks.pictures import DRAWABLE_CHANNELS, picture, strips
 from flowgen.training import Job
 

@@ -29,21 +29,23 @@ from flowgen.fields import type_name
 from flowgen.flows import ClipDenoiser, ClipDenoising, denoiser_variables, flow_score_objective
 from flowgen.flows.density import batch_input, condition_of, nll_objective
 from flowgen.flows.density import denoise as score_step
-from flowgen.models import init
 from flowgen.tasks import likelihood
-from flowgen.tasks.frozen import clip_codec_of, empty_text, release_text_encoders
-from flowgen.tasks.images import image_batches, shrink_run
-from flowgen.tasks.latents import flow_source, is_latent, null_texts, picture_source
+from flowgen.tasks.flow_options import LikelihoodConfig
+from flowgen.tasks.frozen import clip_codec_of
+from flowgen.tasks.images import shrink_run
+from flowgen.tasks.latents import flow_source, is_latent, picture_source
 from flowgen.tasks.likelihood import (
-    LikelihoodConfig,
     best_metric,
     check_flow,
+    conditions_of,
     decoding_line,
     drawn_channels,
+    flow_job,
     has_held_out,
     likelihood_lines,
     sampler,
     shrink_flow,
+    steering,
 )
 from flowgen.tasks.pictures import strips
 from flowgen.training import Job
@@ -102,23 +104,14 @@ def job(experiment: Any) -> Job:
     flow, source = experiment.flow(), flow_source(experiment, "train")
     held_out = clips_alone(flow_source(experiment, "eval")) if has_held_out(experiment) else None
     settings, has_denoiser = experiment.likelihood or LikelihoodConfig(), flow.config.denoiser_layers > 0
-    objective = flow_score_objective if has_denoiser else partial(nll_objective, norm_penalty=settings.norm_penalty)
-    made = Job(
-        init=lambda key: init(flow, key),
-        objective=objective(
-            flow,
-            label_dropout=experiment.train.label_dropout,
-            loss_scale=settings.loss_scale(flow.config.noise_std),
-            null_text=null_texts(source),
-        ),
-        batches=image_batches(experiment, source),
+    return flow_job(
+        experiment,
+        source,
+        flow_score_objective if has_denoiser else partial(nll_objective, norm_penalty=settings.norm_penalty),
         evaluate=None if held_out is None else _evaluator(experiment, flow, held_out),
         sample=sampler(experiment, flow, held_out or clips_alone(source), draw, lambda drawn, classes: strips(drawn)),
-        best_metric=best_metric(experiment),
         optims={"denoiser": settings.denoiser or experiment.optim} if has_denoiser else {},
     )
-    release_text_encoders()
-    return made
 
 
 def draw(
@@ -145,10 +138,7 @@ def draw(
 
     Raises ValueError where frames are none that the codec makes.
     """
-    sampling, codec = experiment.sampling, clip_codec_of(experiment)
-    if null is None and sampling.guidance and isinstance(cond, TextCondition):
-        null = empty_text(experiment, flow.config.grid_size)
-    clean = None
+    codec, clean = clip_codec_of(experiment), None
     if given is not None:
         mean, _ = codec.moments(given[None])
         clean = np.broadcast_to(mean, (num, *mean.shape[1:]))
@@ -157,14 +147,11 @@ def draw(
         variables,
         key,
         num,
-        jnp.asarray(cond) if isinstance(cond, np.ndarray) else cond,
+        **steering(experiment, flow, cond, null),
         frames=None if frames is None else latent_frames(codec, frames),
         given=None if clean is None else _with_noise(flow, clean, key, first),
         context=context,
-        plan=sampling.to_plan(),
-        guidance=sampling.to_guidance(),
-        null=null if sampling.guidance else None,
-        denoise=_denoiser(flow, variables, sampling.denoise),
+        denoise=_denoiser(flow, variables, experiment.sampling.denoise),
         first=first,
         certify=certify,
     )
@@ -242,9 +229,9 @@ def evaluate(experiment: Any, flow: Any, variables: Any, options: Any) -> list[s
     if not options.samples:
         return lines
     data = clips_alone(picture_source(experiment, options.split))
-    labels = data[np.arange(options.samples) % len(data)]["label"]
-    conditions = labels if flow.config.num_classes and not options.unconditional else None
-    clips, _ = draw(experiment, flow, variables, key, options.samples, conditions)
+    conditions = conditions_of(experiment, data, unconditional=options.unconditional)
+    cond = None if conditions is None else conditions(np.arange(options.samples) % len(data))
+    clips, _ = draw(experiment, flow, variables, key, options.samples, cond)
     real = np.asarray(from_uint8(data[np.arange(min(len(data), options.samples))]["image"]))
     for name, frames in (("samples", clips), ("data", real)):
         near, far = frame_distances(np.clip(frames, -1, 1))

@@ -17,7 +17,8 @@ from flowgen.data.buckets import BucketedSource
 from flowgen.data.clips import ClipsConfig, StillClips, load_clips
 from flowgen.data.latents import LatentSource, Shard, encode, read_index, read_latents
 from flowgen.data.sources import Split
-from flowgen.tasks.frozen import codec_of, empty_text, fingerprint, prompt_condition, sealed
+from flowgen.tasks.frozen import codec_of, fingerprint, sealed
+from flowgen.tasks.texts import empty_text, prompt_condition
 
 # What texts are encoded with, where it is not a field of `text`.
 _TEXT_FIELDS = {"length": "model.text_length", "dim": "model.text_dim"}

@@ -4,115 +4,40 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Int
 
 from flowgen.conditioning import TextCondition
 from flowgen.data import DataConfig, Source
 from flowgen.data.buckets import BucketedSource
 from flowgen.data.latents import LatentSource, captions_of, read_index
 from flowgen.data.sources import Split
-from flowgen.decoding import Guidance, Inversion, Jacobi, MovingJacobi, sample
-from flowgen.decoding.guidance import Parts, Rule
-from flowgen.decoding.plan import Plan, Start
+from flowgen.decoding import Inversion, sample
 from flowgen.evaluation import flow_bits_per_dim, flow_nats_per_dim, gaussian_bits_per_dim
 from flowgen.fields import type_name
 from flowgen.flows import STARFlowConfig, TARFlowConfig
 from flowgen.flows.density import nll_objective
 from flowgen.models import init
-from flowgen.tasks.frozen import PixelBlocks, codec_of, empty_text, prompt_condition, release_text_encoders
+from flowgen.tasks.flow_options import LikelihoodConfig, SamplingConfig
+from flowgen.tasks.frozen import PixelBlocks, codec_of
 from flowgen.tasks.images import check_foreign, holds_latents, image_batches, shrink_images
 from flowgen.tasks.latents import flow_source, is_latent, null_texts, picture_source
 from flowgen.tasks.pictures import DRAWABLE_CHANNELS, grid_labels, picture
 from flowgen.tasks.samples import sample_lines, sample_metrics, train_judge
+from flowgen.tasks.texts import empty_text, prompt_condition, release_text_encoders
 from flowgen.training import Job, OptimConfig
 
 # Options of `sample` and `evaluate` that mean something here, by their names in the command.
 SAMPLE_OPTIONS = ("plan", "window", "tol", "init", "denoise", "certify", "prompt", "prompts", "aspect")
 EVALUATE_OPTIONS = ("noise", "samples")
-# σ of the published model, by which the loss of noisier models weighs more where it is weighted.
-REFERENCE_NOISE = 0.3
 # Text models draw these many held-out captions in training, unless sampling.prompts says others.
 DRAWN_CAPTIONS = 16
-
-
-@dataclass(frozen=True)
-class LikelihoodConfig:
-    """How a flow is trained beyond maximum likelihood.
-
-    norm_penalty: weight of the mean squares of the tokens that enter each block; published: 1e-4.
-    noise_weight: multiply the loss by σ / 0.3, as published with noise levels in the prompt.
-    denoiser: the optimizer of the denoiser of a flow of clips; None is one of its own with the numbers of `optim`.
-    """
-
-    norm_penalty: float = 0.0
-    noise_weight: bool = False
-    denoiser: OptimConfig | None = None
-
-    def __post_init__(self):
-        if not 0 <= self.norm_penalty < float("inf"):
-            raise ValueError(f"likelihood.norm_penalty is {self.norm_penalty}; it must be 0 (none) or positive.")
-
-    def loss_scale(self, noise_std: float) -> float:
-        """Returns what the loss of a flow with this noise is multiplied by."""
-        return noise_std / REFERENCE_NOISE if self.noise_weight else 1.0
-
-
-@dataclass(frozen=True)
-class SamplingConfig:
-    """How samples are drawn, in training and by default in `sample.py`.
-
-    plan, window, tol, init: see `flowgen.decoding`; the latter three are for "jacobi" and "moving". guidance to
-    temperature: see `Guidance`. denoise: strength of the score step, 0 for none. prompts: that a model of texts draws
-    in turn.
-    """
-
-    num: int = 64
-    plan: Literal["sequential", "jacobi", "moving", "auto"] = "auto"
-    window: int | None = None
-    tol: float = 1e-4
-    init: Start = "z"
-    guidance: float = 0.0
-    rule: Rule = "linear"
-    parts: Parts = "both"
-    anneal: bool = False
-    temperature: float = 1.0
-    blocks: tuple[int, ...] | None = None
-    denoise: float = 1.0
-    prompts: tuple[str, ...] = ()
-
-    def __post_init__(self):
-        if self.num < 1:
-            raise ValueError(f"sampling.num is {self.num}; it must be at least 1.")
-        if self.denoise < 0:
-            raise ValueError(f"sampling.denoise is {self.denoise}; it must be 0 (off) or positive.")
-        try:
-            self.to_guidance(), self.to_plan()
-        except ValueError as error:
-            raise ValueError(f"sampling: {error}") from error
-
-    def to_guidance(self) -> Guidance:
-        """Returns the guidance these fields describe."""
-        return Guidance(
-            scale=self.guidance,
-            blocks=self.blocks,
-            rule=self.rule,
-            parts=self.parts,
-            anneal=self.anneal,
-            temperature=self.temperature,
-        )
-
-    def to_plan(self) -> Plan | str:
-        """Returns the plan these fields describe."""
-        if self.plan == "jacobi":
-            return Jacobi(window=self.window, tol=self.tol, init=self.init)
-        return MovingJacobi(window=self.window, tol=self.tol, init=self.init) if self.plan == "moving" else self.plan
 
 
 # What makes a model of each kind tiny.
@@ -212,23 +137,48 @@ def job(experiment: Any) -> Job:
     """Returns what the training loop needs, with the data opened, and encoded where they were not."""
     flow, source = experiment.flow(), flow_source(experiment, "train")
     held_out = flow_source(experiment, "eval") if has_held_out(experiment) else None
-    likelihood = experiment.likelihood or LikelihoodConfig()
-    job = Job(
+    return flow_job(
+        experiment,
+        source,
+        partial(nll_objective, norm_penalty=(experiment.likelihood or LikelihoodConfig()).norm_penalty),
+        evaluate=None if held_out is None else _evaluator(experiment, flow, source, held_out),
+        sample=sampler(experiment, flow, held_out or source, draw, picture),
+    )
+
+
+def flow_job(
+    experiment: Any,
+    source: Source | BucketedSource,
+    objective: Callable[..., Any],
+    *,
+    evaluate: Callable[[Any], dict[str, float]] | None,
+    sample: Callable[[Any], np.ndarray] | None,
+    optims: Mapping[str, OptimConfig] | None = None,
+) -> Job:
+    """Returns what the training loop needs for a flow on opened data, whose text encoder is not needed any more.
+
+    objective(flow, label_dropout=, loss_scale=, null_text=): as `nll_objective`. The rest: see `Job`.
+
+    Example:
+        job = flow_job(experiment, source, nll_objective, evaluate=None, sample=None)
+    """
+    flow, settings = experiment.flow(), experiment.likelihood or LikelihoodConfig()
+    made = Job(
         init=lambda key: init(flow, key),
-        objective=nll_objective(
+        objective=objective(
             flow,
             label_dropout=experiment.train.label_dropout,
-            norm_penalty=likelihood.norm_penalty,
-            loss_scale=likelihood.loss_scale(flow.config.noise_std),
+            loss_scale=settings.loss_scale(flow.config.noise_std),
             null_text=null_texts(source),
         ),
         batches=image_batches(experiment, source),
-        evaluate=None if held_out is None else _evaluator(experiment, flow, source, held_out),
-        sample=sampler(experiment, flow, held_out or source, draw, picture),
+        evaluate=evaluate,
+        sample=sample,
         best_metric=best_metric(experiment),
+        optims=optims or {},
     )
     release_text_encoders()
-    return job
+    return made
 
 
 def has_held_out(experiment: Any) -> bool:
@@ -307,23 +257,27 @@ def draw(
     cond: labels, a `TextCondition`, or None. null: the empty text of guidance, encoded here if not given.
     Latents are decoded to pictures by the experiment's codec.
     """
+    how, denoise = steering(experiment, flow, cond, null), experiment.sampling.denoise
+    result = sample(flow, variables, key, num, **how, denoise=denoise, first=first, certify=certify)
+    return np.asarray(codec_of(experiment).decode(result.x)), decoding_line(result)
+
+
+def steering(experiment: Any, flow: Any, cond: Any, null: TextCondition | None) -> dict[str, Any]:
+    """Returns what `sample` is given of an experiment: cond, plan, guidance and null, the empty text, encoded here if
+    it is needed and not given.
+
+    Example:
+        r = sample(flow, params, key, 4, **steering(experiment, flow, labels, None))
+    """
     sampling = experiment.sampling
     if null is None and sampling.guidance and isinstance(cond, TextCondition):
         null = empty_text(experiment, flow.config.grid_size)
-    result = sample(
-        flow,
-        variables,
-        key,
-        num,
-        jnp.asarray(cond) if isinstance(cond, np.ndarray) else cond,
-        plan=sampling.to_plan(),
-        guidance=sampling.to_guidance(),
-        null=null if sampling.guidance else None,
-        denoise=sampling.denoise,
-        first=first,
-        certify=certify,
-    )
-    return np.asarray(codec_of(experiment).decode(result.x)), decoding_line(result)
+    return {
+        "cond": jnp.asarray(cond) if isinstance(cond, np.ndarray) else cond,
+        "plan": sampling.to_plan(),
+        "guidance": sampling.to_guidance(),
+        "null": null if sampling.guidance else None,
+    }
 
 
 def decoding_line(result: Inversion) -> str:
@@ -362,23 +316,33 @@ def _sample_lines(experiment: Any, flow: Any, variables: Any, options: Any) -> l
     train = picture_source(experiment, "train" if options.split == "eval" else options.split)
     if isinstance(data, BucketedSource) or isinstance(train, BucketedSource):
         raise ValueError("--samples compares pictures of one size, and data.aspects gives several; leave one out.")
-    labels = data[np.arange(len(data))]["label"]
-    conditions = None
-    if flow.config.text_dim:
-
-        def conditions(positions):
-            captions = captions_of(data, positions, labels[positions])
-            return prompt_condition(experiment, captions, truncate=experiment.text.truncate)
-
-    elif flow.config.num_classes and not options.unconditional:
-
-        def conditions(positions):
-            return labels[positions]
-
+    conditions = conditions_of(experiment, data, unconditional=options.unconditional)
     judge = train_judge(train)
     of_samples = partial(draw, experiment, flow, variables)
     metrics = sample_metrics(of_samples, judge, data, options.samples, seed=options.seed, conditions=conditions)
     return sample_lines(metrics, judge, options.samples, f"guidance {experiment.sampling.guidance:g}")
+
+
+def conditions_of(
+    experiment: Any, data: Source, *, unconditional: bool = False
+) -> Callable[[Int[np.ndarray, " b"]], Any] | None:
+    """Returns positions in pictures -> the condition that they have, their labels or the texts of their captions; None
+    where samples are drawn without.
+
+    Example:
+        cond = conditions_of(experiment, experiment.source("eval"))(np.arange(4))
+    """
+
+    def labels(positions):
+        return data[positions]["label"]
+
+    def texts(positions):
+        captions = captions_of(data, positions, labels(positions))
+        return prompt_condition(experiment, captions, truncate=experiment.text.truncate)
+
+    if experiment.model.text_dim:
+        return texts
+    return labels if experiment.model.num_classes and not unconditional else None
 
 
 def likelihood_lines(experiment: Any, flow: Any, variables: Any, source: Any, options: Any) -> list[str]:

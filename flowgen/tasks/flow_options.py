@@ -1,0 +1,87 @@
+"""What an autoregressive flow is asked for, in training and in sampling. Defaults live here alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from flowgen.decoding import Guidance, Jacobi, MovingJacobi
+from flowgen.decoding.guidance import Parts, Rule
+from flowgen.decoding.plan import Plan, Start
+from flowgen.training import OptimConfig
+
+# σ of the published model, by which the loss of noisier models weighs more where it is weighted.
+REFERENCE_NOISE = 0.3
+
+
+@dataclass(frozen=True)
+class LikelihoodConfig:
+    """How a flow is trained beyond maximum likelihood.
+
+    norm_penalty: weight of the mean squares of the tokens that enter each block; published: 1e-4.
+    noise_weight: multiply the loss by σ / 0.3, as published with noise levels in the prompt.
+    denoiser: the optimizer of the denoiser of a flow of clips; None is one of its own with the numbers of `optim`.
+    """
+
+    norm_penalty: float = 0.0
+    noise_weight: bool = False
+    denoiser: OptimConfig | None = None
+
+    def __post_init__(self):
+        if not 0 <= self.norm_penalty < float("inf"):
+            raise ValueError(f"likelihood.norm_penalty is {self.norm_penalty}; it must be 0 (none) or positive.")
+
+    def loss_scale(self, noise_std: float) -> float:
+        """Returns what the loss of a flow with this noise is multiplied by."""
+        return noise_std / REFERENCE_NOISE if self.noise_weight else 1.0
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How samples are drawn, in training and by default in `sample.py`.
+
+    plan, window, tol, init: see `flowgen.decoding`; the latter three are for "jacobi" and "moving". guidance to
+    temperature: see `Guidance`. denoise: strength of the score step, 0 for none. prompts: that a model of texts draws
+    in turn.
+    """
+
+    num: int = 64
+    plan: Literal["sequential", "jacobi", "moving", "auto"] = "auto"
+    window: int | None = None
+    tol: float = 1e-4
+    init: Start = "z"
+    guidance: float = 0.0
+    rule: Rule = "linear"
+    parts: Parts = "both"
+    anneal: bool = False
+    temperature: float = 1.0
+    blocks: tuple[int, ...] | None = None
+    denoise: float = 1.0
+    prompts: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if self.num < 1:
+            raise ValueError(f"sampling.num is {self.num}; it must be at least 1.")
+        if self.denoise < 0:
+            raise ValueError(f"sampling.denoise is {self.denoise}; it must be 0 (off) or positive.")
+        try:
+            self.to_guidance(), self.to_plan()
+        except ValueError as error:
+            raise ValueError(f"sampling: {error}") from error
+
+    def to_guidance(self) -> Guidance:
+        """Returns the guidance these fields describe."""
+        return Guidance(
+            scale=self.guidance,
+            blocks=self.blocks,
+            rule=self.rule,
+            parts=self.parts,
+            anneal=self.anneal,
+            temperature=self.temperature,
+        )
+
+    def to_plan(self) -> Plan | str:
+        """Returns the plan these fields describe."""
+        if self.plan == "jacobi":
+            return Jacobi(window=self.window, tol=self.tol, init=self.init)
+        return MovingJacobi(window=self.window, tol=self.tol, init=self.init) if self.plan == "moving" else self.plan
