@@ -28,7 +28,7 @@ from flowgen.config import (
 )
 from flowgen.data import DataConfig
 from flowgen.flows import STARFlowConfig, TARFlowConfig
-from flowgen.tasks import texts
+from flowgen.tasks import frozen, texts
 from flowgen.training import LogConfig, OptimConfig, TrainConfig, fit
 
 sys.path.insert(0, str(Path(__file__).parent / "fixtures"))
