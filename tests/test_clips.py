@@ -222,6 +222,36 @@ def test_what_does_not_fit_is_refused(what, untyped):
     assert part in str(error.value)
 
 
+def test_restarts_have_a_condition_of_their_own():
+    flow, params, cond = flow_of(CLASSES)
+    other = (cond + 1) % 3
+    options = {"frames": 5, "context": 2, "denoise": False, "certify": True}
+    told = sample_clips(flow, params, KEY, 2, cond, restart_cond=other, **options)
+    plain = sample_clips(flow, params, KEY, 2, cond, **options)
+    np.testing.assert_array_equal(told.x[:, :3], plain.x[:, :3])
+    assert told.error.max() < ROUNDING
+    expected = restarted(flow, params, other, plain.x[:, :3], noise(CLASSES, 5), context=2)
+    np.testing.assert_allclose(told.x, expected, atol=ROUNDING)
+    assert jnp.abs(told.x - plain.x).max() > 1e-3
+    with pytest.raises(ValueError, match="restart_cond is given, and cond is not"):
+        sample_clips(flow, params, KEY, 2, restart_cond=other)
+
+
+@pytest.mark.parametrize("deep", [Jacobi(window=3), MovingJacobi(window=3, tol=0.0)], ids=["fixed", "moving"])
+def test_progress_counts_every_token_of_the_deep_block_once(deep):
+    flow, params, cond = flow_of(CLASSES)
+    told = []
+    options = {"frames": 6, "context": 1, "given": frames_of(CLASSES, 1), "denoise": False}
+    plan = DecodePlan((Jacobi(), deep))
+    r = sample_clips(flow, params, KEY, 2, cond, plan=plan, progress=lambda *now: told.append(now), **options)
+    jax.block_until_ready(r.x)
+    jax.effects_barrier()
+    # The first clip of three frames, and two restarts that add two frames each, less the frame that is given.
+    assert {total for _, total in told} == {6 * PER_FRAME}
+    assert sum(solved for solved, _ in told) == 6 * PER_FRAME
+    assert len(told) > 3
+
+
 def test_a_flow_of_images_is_refused(untyped):
     plain = STARFlow(STARFlowConfig(image_size=4, width=64, layers=(1, 1)))
     with pytest.raises(ValueError, match="flow is a STARFlow, no flow of clips; give a STARFlowV, or use sample"):

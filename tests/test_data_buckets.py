@@ -26,6 +26,20 @@ def test_every_sample_comes_equally_often():
     assert seen == dict.fromkeys(range(len(SOURCE)), 8)
 
 
+def test_a_share_of_a_bucket_comes_instead_of_all_of_it():
+    loader = BucketLoader(BucketedSource(SOURCE.buckets, (37, 4, 6)), batch_size=8, seed=3)
+    # 88 passes take the shares 88 times, of which the samples of each bucket have equal parts.
+    seen = Counter(int(x) for step in range(37 * 11 + 4 * 11 + 6 * 11) for x in loader.batch(step)["image"][:, 0, 0, 0])
+    assert {number: seen[number] for number in (0, 37, 48)} == {0: 88, 37: 32, 48: 176}
+    assert len(set(map(seen.get, range(37)))) == len(set(map(seen.get, range(37, 48)))) == 1
+
+
+@pytest.mark.parametrize("shares", [(1, 2), (37, 0, 3)])
+def test_shares_that_are_none_are_refused(shares):
+    with pytest.raises(ValueError, match="give each at least 1"):
+        BucketedSource(SOURCE.buckets, shares)
+
+
 def test_a_bucket_gives_what_a_loader_of_it_gives():
     loader = BucketLoader(SOURCE, batch_size=8, seed=3)
     count = Counter()

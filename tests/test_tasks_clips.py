@@ -21,6 +21,7 @@ from flowgen.config import (
 )
 from flowgen.data import ClipsConfig, DataConfig, from_uint8, save_image
 from flowgen.data.video import video_length, write_video
+from flowgen.decoding import sample_clips
 from flowgen.flows import STARFlowVConfig
 from flowgen.prompts import PromptTemplate
 from flowgen.tasks import clips, frozen, texts
@@ -236,6 +237,74 @@ def test_pictures_are_trained_on_beside_clips(tmp_path):
     assert len(losses) == 2
 
 
+def test_clips_without_their_first_frame_are_trained_on_as_often_as_asked():
+    experiment = experiment_of(data=ClipsConfig(num=500, drop_first=0.25), train=TrainConfig(steps=3, batch_size=9))
+    source = flow_source(experiment, "train")
+    whole, continued = source.buckets
+    some = np.array([3, 40])
+    np.testing.assert_array_equal(continued[some]["image"], whole[some]["image"][:, 1:])
+    shapes = [batch["image"].shape for batch in experiment.job().batches(0, 200)]  # three times all clips
+    assert shapes.count((9, 2, 12, 12, 1)) == 50
+    assert shapes.count((9, 3, 12, 12, 1)) == 150
+    assert clips.clips_alone(source).frames == 3
+    assert flow_source(experiment, "eval").frames == 3
+
+
+def test_texts_of_clips_without_their_first_frame_say_so_and_so_do_restarts(tmp_path, monkeypatch):
+    model = dataclasses.replace(LATENTS, num_classes=0, text_dim=16, text_length=12, denoiser_layers=0)
+    experiment = experiment_of(
+        model=model,
+        codec=PixelBlocks(2),
+        text=TextConfig("words", frames_per_second=8),
+        data=ClipsConfig(num=60, drop_first=0.5),
+        train=TrainConfig(steps=1, batch_size=8),
+    )
+    encode = texts.encoder_of(experiment)
+    template = PromptTemplate(frames_per_second=8)
+    whole, continued = flow_source(experiment, "train").buckets
+    assert continued.event_shape == (2, 6, 6, 4)
+    some = np.arange(4)
+    np.testing.assert_array_equal(continued[some]["mean"], whole[some]["mean"][:, 1:])
+    for bucket, mark in ((whole, ""), (continued, "(extend) ")):
+        said = [template(f"{mark}{label}", (6, 6)) for label in bucket[some]["label"]]
+        np.testing.assert_array_equal(bucket[some]["text"][0], encode(said).embeddings.astype(np.float16))
+
+    path, folder = tmp_path / "clips.py", tmp_path / "encoded"
+    path.write_text(
+        f"from flowgen.config import from_json\nconfig = lambda: from_json({config.to_json(experiment)!r})\n"
+    )
+    assert main(["encode", "--config", str(path), "--out", str(folder)]) == 0
+    of_files = ClipsConfig(source="encoded", path=str(folder))
+    read = {
+        share: flow_source(
+            dataclasses.replace(experiment, data=dataclasses.replace(of_files, drop_first=share)), "train"
+        )
+        for share in (0.0, 0.5)
+    }
+    assert read[0.0].event_shape == (3, 6, 6, 4)
+    assert {b.event_shape[0]: share for b, share in zip(read[0.5].buckets, read[0.5].shares, strict=True)} == {
+        2: 54,
+        3: 54,
+    }
+
+    for drop_first in (0.0, 0.5):
+        data = dataclasses.replace(of_files, drop_first=drop_first)
+        longer = dataclasses.replace(experiment, model=model.of_frames(4), data=data)
+        with pytest.raises(ValueError, match=r"holds latents of shape|has no clips without their first frame"):
+            flow_source(longer, "train")
+
+    fit(experiment, tmp_path / "run")
+    drawn = {}
+    monkeypatch.setattr(
+        clips, "sample_clips", lambda *args, **options: drawn.update(options) or sample_clips(*args, **options)
+    )
+    words = ["sample", "--checkpoint", str(tmp_path / "run"), "--prompt", "7", "--frames", "4", "--progress"]
+    assert main([*words, "--out", str(tmp_path / "x.gif")]) == 0
+    said = [template(text, (6, 6)) for text in ("7", "(extend) 7")]
+    for name, text in zip(("cond", "restart_cond"), said, strict=True):
+        np.testing.assert_array_equal(drawn[name].embeddings, encode([text]).embeddings)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -275,6 +344,18 @@ def test_clips_of_texts_are_drawn_from_prompts(tmp_path):
     [
         ({"data": DataConfig()}, "a STARFlowV is trained on clips, so give a ClipsConfig"),
         ({"likelihood": LikelihoodConfig(norm_penalty=1e-4)}, "likelihood.norm_penalty is 0.0001, which would mix"),
+        (
+            {"data": ClipsConfig(drop_first=0.25), "model": TINY.of_frames(2)},
+            "data.drop_first is 0.25, and clips of model.frames 2 without their first frame are pictures",
+        ),
+        (
+            {
+                "model": VideoAutoencoderConfig(channels=1),
+                "autoencoding": AutoencodingConfig(16, frames=5),
+                "data": ClipsConfig(drop_first=0.25),
+            },
+            "data.drop_first is given, and a VideoAutoencoder is trained on whole clips",
+        ),
         ({"model": dataclasses.replace(TINY, noise_std=0.0)}, "model.noise_std is 0, so a denoiser has nothing"),
         ({"sampling": SamplingConfig(denoise=0.5)}, "sampling.denoise is 0.5; a learned denoiser takes the whole step"),
         (

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -54,6 +56,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
     clips.add_argument("--given", metavar="FILE", help="picture or video that clips begin with")
     clips.add_argument("--context", type=whole_number(1), help="frames of latents that longer clips are continued from")
     clips.add_argument("--fps", type=finite_number, help="frames per second of the video that is written (default: 8)")
+    clips.add_argument("--progress", action="store_true", help="show a bar of the tokens that are decoded")
     parser.add_argument(
         "--out", default="samples.png", help="picture to write, of clips also .gif or .mp4; or .npz with floats"
     )
@@ -108,7 +111,9 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
         given = None if options.given is None else clips.read_given(experiment, flow, options.given)
         more |= {"frames": options.frames, "given": given, "context": options.context}
     conditions, about = _conditions(experiment, flow, options)
-    samples = np.concatenate(list(_draw(task, experiment, flow, params, conditions, options, more)))
+    with _progress_bar(options.progress) as progress:
+        more |= {"progress": progress} if options.progress else {}
+        samples = np.concatenate(list(_draw(task, experiment, flow, params, conditions, options, more)))
     bad = int((~np.isfinite(samples.reshape(len(samples), -1)).all(axis=1)).sum())
     if out.suffix == ".npz":
         with atomic_file(out) as file:
@@ -132,6 +137,30 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     if bad:
         raise FloatingPointError(f"{bad} of {len(samples)} samples are not finite; lower --guidance.")
     return 0
+
+
+@contextlib.contextmanager
+def _progress_bar(wanted: bool) -> Generator[Callable[[int, int], None] | None]:
+    """What is told of decoded tokens, and draws a bar of those of each batch on standard error."""
+    if not wanted:
+        yield None
+        return
+    try:
+        from tqdm import tqdm
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError('--progress needs the package tqdm: pip install "flowgen[train]".') from error
+    bar = tqdm(file=sys.stderr, unit="token", dynamic_ncols=True)
+
+    def progress(solved: int, total: int) -> None:
+        if bar.n >= total:
+            bar.reset()
+        bar.total = total
+        bar.update(solved)
+
+    try:
+        yield progress
+    finally:
+        bar.close()
 
 
 def _check_out(out: Path) -> None:
@@ -187,26 +216,35 @@ def _prompts(options: argparse.Namespace) -> tuple[str, ...]:
 
 
 def _conditions(experiment: Any, flow: Any, options: argparse.Namespace) -> tuple[Callable[[Any], Any], dict[str, Any]]:
-    """What gives the conditions of samples by their numbers, and what an .npz file says of the samples."""
+    """What gives the condition of samples by their numbers, with other options of `draw` that depend on the sample; and
+    what an .npz file says of the samples."""
     import numpy as np
 
+    from flowgen.data.clip_views import CONTINUED
     from flowgen.tasks.texts import prompt_condition
 
     num = experiment.sampling.num
     if not getattr(flow.config, "text_dim", 0):
         labels = _labels(options.classes, num, flow.config.num_classes)
         known = np.full(num, -1) if labels is None else labels
-        return lambda numbers: None if labels is None else labels[numbers % num], {"labels": known}
+        return lambda numbers: (None if labels is None else labels[numbers % num], {}), {"labels": known}
     if options.classes is not None:
         raise ValueError(f"--classes is {options.classes}, but this model takes texts; give --prompt.")
     prompts = experiment.sampling.prompts
     if not prompts:
         raise ValueError("this model takes texts; give --prompt.")
-    encoded = prompt_condition(experiment, prompts, flow.config.grid_size)
+    encoded = {"cond": prompt_condition(experiment, prompts, flow.config.grid_size)}
+    if getattr(experiment.data, "drop_first", 0):
+        # Restarts of long clips are told as in training.
+        marked = [CONTINUED + prompt for prompt in prompts]
+        encoded["restart_cond"] = prompt_condition(experiment, marked, flow.config.grid_size)
     asked = np.resize(np.array(prompts), num)
 
     def conditions(numbers):
-        return type(encoded)(*(part[numbers % len(prompts)] for part in encoded))
+        chosen = {
+            name: type(texts)(*(part[numbers % len(prompts)] for part in texts)) for name, texts in encoded.items()
+        }
+        return chosen.pop("cond"), chosen
 
     return conditions, {"prompts": asked}
 
@@ -232,10 +270,10 @@ def _draw(
     size = min(options.batch or whole, num)
     for first in range(0, num, size):
         count = min(size, num - first)
-        cond = conditions(np.resize(np.arange(first, first + count), size))
+        cond, by_sample = conditions(np.resize(np.arange(first, first + count), size))
         began = time.perf_counter()
         samples, line = task.draw(
-            experiment, flow, params, jax.random.key(options.seed), size, cond, first=first, **more
+            experiment, flow, params, jax.random.key(options.seed), size, cond, first=first, **by_sample, **more
         )
         seconds = time.perf_counter() - began
         compiled = " (with compilation)" if first == 0 else ""

@@ -19,16 +19,22 @@ _SCHEDULE = 2  # The purpose of the random stream, beside those of the loader.
 class BucketedSource:
     """Sources of different shapes and the same classes, one per bucket; shapes are not mixed in a batch.
 
+    shares: samples of each bucket in a pass over the data; None is all of them, so that every sample comes equally
+    often.
+
     Example:
         source = BucketedSource((square, wide))
         loader = BucketLoader(source, batch_size=64, seed=0)
     """
 
     buckets: tuple[Source, ...]
+    shares: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if not self.buckets:
             raise ValueError("A bucketed source needs at least one bucket that is not empty.")
+        if self.shares is not None and (len(self.shares) != len(self.buckets) or min(self.shares) < 1):
+            raise ValueError(f"shares are {self.shares}, of {len(self.buckets)} buckets; give each at least 1.")
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -46,9 +52,9 @@ class BucketedSource:
 class BucketLoader:
     """Training batches of one bucket each, in an order fixed by the seed, without state, as in `Loader`.
 
-    In every pass over the data each bucket comes as often as it holds whole batches, in random order; what is left
-    over carries into the next pass, so that in the long run every sample comes equally often. All processes take the
-    same bucket at the same step.
+    In every pass over the data each bucket comes as often as its share holds whole batches, in random order; what is
+    left over carries into the next pass, so that in the long run every sample of a bucket comes equally often. All
+    processes take the same bucket at the same step.
 
     Example:
         batch = BucketLoader(source, batch_size=64, seed=0).batch(step=100)
@@ -69,9 +75,9 @@ class BucketLoader:
 
     def place(self, step: int) -> tuple[int, int]:
         """Returns the bucket of a step and how many batches of that bucket came before."""
-        sizes = [len(bucket) for bucket in self.source.buckets]
+        sizes = self.source.shares or tuple(len(bucket) for bucket in self.source.buckets)
         passed = _pass_of(step, sizes, self.batch_size)
-        schedule = _schedule(self.seed, passed, tuple(sizes), self.batch_size)
+        schedule = _schedule(self.seed, passed, sizes, self.batch_size)
         position = step - sum(_before(passed, sizes, self.batch_size))
         bucket = int(schedule[position])
         return bucket, _before(passed, sizes, self.batch_size)[bucket] + int((schedule[:position] == bucket).sum())

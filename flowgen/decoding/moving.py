@@ -63,6 +63,7 @@ def solve_moving(
         solved = jnp.where(accepted[:, :, None], guess, out)
         step = jnp.minimum(accepted.sum() + 1, window)
         kept = jnp.where(accepted, change, 0).max(axis=1)
+        conditioner.solved(jnp.minimum(step, n - start))
         return _Pass(
             tokens=entered(jax.lax.dynamic_update_slice_in_dim(state.tokens, solved, start + 1, axis=1), start),
             start=start + step.astype(start.dtype),

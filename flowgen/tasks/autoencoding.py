@@ -98,6 +98,9 @@ def _check_pictures(experiment: Any) -> None:
 def _check_clips(experiment: Any) -> None:
     if not isinstance(experiment.data, ClipsConfig) or experiment.data.source == "encoded":
         raise ValueError(f"data is {experiment.data}; a VideoAutoencoder is trained on clips, so give a ClipsConfig.")
+    for name in ("images", "drop_first"):
+        if getattr(experiment.data, name):
+            raise ValueError(f"data.{name} is given, and a VideoAutoencoder is trained on whole clips; leave it out.")
     frames, stride = experiment.autoencoding.frames, experiment.model.stride
     if frames < 1 or (frames - 1) % stride:
         raise ValueError(

@@ -52,7 +52,7 @@ from flowgen.training import Job
 
 __all__ = ["best_metric", "check", "draw", "drawn_channels", "evaluate", "job", "pictures", "shrink"]
 
-SAMPLE_OPTIONS = (*likelihood.SAMPLE_OPTIONS, "fps", "frames", "given", "context")
+SAMPLE_OPTIONS = (*likelihood.SAMPLE_OPTIONS, "fps", "frames", "given", "context", "progress")
 EVALUATE_OPTIONS = ("noise", "samples")
 # Held-out clips whose noise is removed, for the ratio of peak to error.
 DENOISED = 64
@@ -76,6 +76,11 @@ def check(experiment: Any) -> None:
             f"likelihood.norm_penalty is {settings.norm_penalty}, which would mix with the score that the denoiser "
             "learns; set it to 0, or model.denoiser_layers."
         )
+    if experiment.data.drop_first and model.frames < 3:
+        raise ValueError(
+            f"data.drop_first is {experiment.data.drop_first}, and clips of model.frames {model.frames} without their "
+            "first frame are pictures; set it to 0, or model.frames to 3 or more."
+        )
     if model.denoiser_layers and model.noise_std == 0:
         raise ValueError("model.noise_std is 0, so a denoiser has nothing to remove; set it, or model.denoiser_layers.")
     if model.denoiser_layers and experiment.sampling.denoise not in (0, 1):
@@ -95,7 +100,8 @@ def shrink(experiment: Any) -> Any:
         layers=(1, 1) if model.order == "L2R" else (0, 1, 1),
         denoiser_layers=min(model.denoiser_layers, 1),
     )
-    data = ClipsConfig(num=200, flip=experiment.data.flip, eval_fraction=experiment.data.eval_fraction)
+    kept = {name: getattr(experiment.data, name) for name in ("flip", "drop_first", "eval_fraction")}
+    data = ClipsConfig(num=200, **kept)
     return shrink_run(dataclasses.replace(experiment, **{**changes, "model": model, "data": data}))
 
 
@@ -128,12 +134,15 @@ def draw(
     frames: int | None = None,
     given: Float[np.ndarray, "given height width c"] | None = None,
     context: int | None = None,
+    restart_cond: Any = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> tuple[np.ndarray, str]:
     """Returns clips `num frames height width c` and a line on how they were decoded; clip i depends on (key, i) alone.
 
     cond: labels, a `TextCondition`, or None. null: the empty text of guidance, encoded here if not given.
     frames: of the clips, in pixels; None is as many as in training. given: pictures in [-1, 1] that all clips begin
-    with, which come back as the codec keeps them. context: see `sample_clips`, in frames of latents.
+    with, which come back as the codec keeps them. context, restart_cond, progress: see `sample_clips`, context in
+    frames of latents.
     Latents are decoded to clips by the experiment's codec.
 
     Raises ValueError where frames are none that the codec makes.
@@ -151,9 +160,11 @@ def draw(
         frames=None if frames is None else latent_frames(codec, frames),
         given=None if clean is None else _with_noise(flow, clean, key, first),
         context=context,
+        restart_cond=restart_cond,
         denoise=_denoiser(flow, variables, experiment.sampling.denoise),
         first=first,
         certify=certify,
+        progress=progress,
     )
     latents = np.asarray(result.x)
     if clean is not None:
@@ -283,22 +294,20 @@ def pictures(experiment: Any, split: Split) -> Source:
 
 
 def clips_alone(source: Source | BucketedSource) -> Source:
-    """Returns the clips of a source, without the pictures that it may have beside them. Raises ValueError where there
-    are clips of several shapes.
+    """Returns the clips of a source, without the pictures and the clips without their first frame that it may have
+    beside them. Raises ValueError where there are clips of several shapes.
 
     Example:
         clips = clips_alone(flow_source(experiment, "train"))
     """
     if not isinstance(source, BucketedSource):
         return source
-    moving = [bucket for bucket in source.buckets if _frames(bucket) > 1]
-    if len(moving) != 1:
+    buckets: tuple[Any, ...] = source.buckets
+    frames = [bucket.event_shape[0] if isinstance(bucket, LatentSource) else bucket.frames for bucket in buckets]
+    whole = [bucket for bucket, count in zip(buckets, frames, strict=True) if count == max(frames)]
+    if len(whole) != 1:
         raise ValueError(f"data.path holds clips of shapes {source.image_shapes}; encode those of one shape.")
-    return moving[0]
-
-
-def _frames(source: Any) -> int:
-    return source.event_shape[0] if isinstance(source, LatentSource) else source.frames
+    return whole[0]
 
 
 # Compiled once for all evaluations of a run.

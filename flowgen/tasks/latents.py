@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,8 +14,9 @@ from flowgen.codecs.video_codec import ClipCodec
 from flowgen.conditioning import TextCondition
 from flowgen.data import DataConfig, Source, check_classes, load
 from flowgen.data.buckets import BucketedSource
-from flowgen.data.clips import ClipsConfig, StillClips, load_clips
-from flowgen.data.latents import LatentSource, Shard, encode, read_index, read_latents
+from flowgen.data.clip_views import CONTINUED, ContinuedClips, StillClips
+from flowgen.data.clips import ClipsConfig, load_clips
+from flowgen.data.latents import LatentSource, Moments, Shard, encode, read_index, read_latents
 from flowgen.data.sources import Split
 from flowgen.tasks.frozen import codec_of, fingerprint, sealed
 from flowgen.tasks.texts import empty_text, prompt_condition
@@ -47,6 +48,9 @@ def flow_source(experiment: Any, split: Split) -> Source | BucketedSource:
     model, data = experiment.model, experiment.data
     if isinstance(data, DataConfig | ClipsConfig) and data.source == "encoded":
         source = read_latents(data.path, split)
+        if isinstance(data, ClipsConfig) and split != "eval":
+            buckets = source.buckets if isinstance(source, BucketedSource) else (source,)
+            source = _as_often(buckets, data, model.frames)
         _check_encoded(experiment, source)
         check_classes(source, model.num_classes)
         return source
@@ -57,7 +61,8 @@ def flow_source(experiment: Any, split: Split) -> Source | BucketedSource:
     flip = data.flip and split == "train"
     _check_memory(experiment, pictures, flip=flip)
     if isinstance(pictures, BucketedSource):
-        return BucketedSource(tuple(_encoded(experiment, bucket, flip=flip) for bucket in pictures.buckets))
+        buckets = tuple(_encoded(experiment, bucket, flip=flip) for bucket in pictures.buckets)
+        return BucketedSource(buckets, pictures.shares)
     return _encoded(experiment, pictures, flip=flip)
 
 
@@ -75,9 +80,14 @@ def picture_source(experiment: Any, split: Split) -> Source | BucketedSource:
         frames = 1 + (model.frames - 1) * codec.stride
         shape: dict[str, Any] = {"image_size": (height, width), "channels": codec.pixel_channels, "split": split}
         clips = load_clips(experiment.data, frames=frames, **shape)
-        if experiment.data.images is None or split == "eval":
+        if split == "eval":
             return clips
-        return _with_stills(clips, load(experiment.data.images, **shape))
+        buckets: list[Source] = [clips]
+        if experiment.data.drop_first:
+            buckets.append(ContinuedClips(clips))
+        if experiment.data.images is not None:
+            buckets.append(_stills(clips, load(experiment.data.images, **shape)))
+        return _as_often(buckets, experiment.data, model.frames)
     return load(
         experiment.data,
         image_size=(height, width),
@@ -87,15 +97,38 @@ def picture_source(experiment: Any, split: Split) -> Source | BucketedSource:
     )
 
 
-def _with_stills(clips: Source, pictures: Source | BucketedSource) -> BucketedSource:
-    """Clips, and pictures as clips of one frame."""
+def _stills(clips: Source, pictures: Source | BucketedSource) -> StillClips:
+    """Pictures beside clips, as clips of one frame."""
     assert isinstance(pictures, Source)  # the config refuses several shapes
     if clips.class_names and pictures.class_names and clips.class_names != pictures.class_names:
         raise ValueError(
             f"data.images has the classes {', '.join(pictures.class_names)}, and the clips have "
             f"{', '.join(clips.class_names)}; give pictures of the same classes, or without."
         )
-    return BucketedSource((clips, StillClips(pictures)))
+    return StillClips(pictures)
+
+
+def _as_often(buckets: Sequence[Source], data: ClipsConfig, frames: int) -> Source | BucketedSource:
+    """Clips and what comes beside them, with clips without their first frame as often as the config asks for."""
+
+    of_latents = [bucket.event_shape[0] for bucket in buckets if isinstance(bucket, LatentSource)]
+
+    def is_continued(bucket: Source) -> bool:
+        if isinstance(bucket, LatentSource):  # of encoded data by their shape
+            return bucket.event_shape[0] == frames - 1 > 1 and frames in of_latents
+        return isinstance(bucket, ContinuedClips)
+
+    if not data.drop_first:
+        buckets = [bucket for bucket in buckets if not is_continued(bucket)]
+        return buckets[0] if len(buckets) == 1 else BucketedSource(tuple(buckets))
+    continued = [bucket for bucket in buckets if is_continued(bucket)]
+    if not continued:
+        raise ValueError(
+            f"data.drop_first is {data.drop_first}, and data.path '{data.path}' has no clips without their first "
+            f"frame; encode again with --data.drop_first {data.drop_first}, or set it to 0."
+        )
+    share = max(1, round(len(continued[0]) * data.drop_first / (1 - data.drop_first)))
+    return BucketedSource(tuple(buckets), tuple(share if b in continued else len(b) for b in buckets))
 
 
 def encoded_shards(experiment: Any, source: Source, *, flip: bool) -> Iterator[Shard]:
@@ -104,15 +137,29 @@ def encoded_shards(experiment: Any, source: Source, *, flip: bool) -> Iterator[S
     Example:
         for shard in encoded_shards(experiment, source, flip=False): ...
     """
-    texts = None
+    texts, moments = None, codec_of(experiment).moments
+    mark = ""
+    if isinstance(source, ContinuedClips):
+        source, moments, mark = source.clips, _without_first(moments), CONTINUED
     if experiment.model.text_dim:
         truncate, grid = experiment.text.truncate, source.image_shape[:2]
         still = isinstance(source, StillClips)
 
         def texts(captions):
-            return prompt_condition(experiment, captions, grid, truncate=truncate, still=still)
+            marked = [f"{mark}{caption}" for caption in captions]
+            return prompt_condition(experiment, marked, grid, truncate=truncate, still=still)
 
-    return encode(source, codec_of(experiment).moments, texts, flip=flip)
+    return encode(source, moments, texts, flip=flip)
+
+
+def _without_first(moments: Moments) -> Moments:
+    """Moments of clips, without those of their first frame."""
+
+    def rest(clips):
+        mean, std = moments(clips)
+        return mean[:, 1:], std[:, 1:]
+
+    return rest
 
 
 def null_features(experiment: Any, source: Source) -> tuple[np.ndarray, np.ndarray] | None:
@@ -229,7 +276,11 @@ def _check_encoded(experiment: Any, source: Source | BucketedSource) -> None:
         )
     buckets = source.buckets if isinstance(source, BucketedSource) else (source,)
     shapes = [bucket.event_shape for bucket in buckets if isinstance(bucket, LatentSource)]
-    taken = [shape == model.event_shape or (hasattr(model, "at") and _is_size_of(model, shape)) for shape in shapes]
+    continued = getattr(experiment.data, "drop_first", 0) > 0 and len(shapes) > 1
+    taken = [
+        shape == model.event_shape or (hasattr(model, "at") and _is_size_of(model, shape, continued=continued))
+        for shape in shapes
+    ]
     if not all(taken):
         wrong = shapes[taken.index(False)]
         raise ValueError(
@@ -247,8 +298,10 @@ def _codec_words(plain: dict[str, Any] | None) -> str:
     return f"blocks of {plain['factor']} x {plain['factor']} pixels"
 
 
-def _is_size_of(model: Any, shape: tuple[int, ...]) -> bool:
-    """Whether a model of any size takes latents of this one."""
+def _is_size_of(model: Any, shape: tuple[int, ...], *, continued: bool) -> bool:
+    """Whether a model of any size takes latents of this one. continued: also clips without their first frame."""
     *frames, height, width, channels = shape
-    same = channels == model.channels and frames in (list(model.event_shape[:-3]), [1] * len(frames))
+    whole = list(model.event_shape[:-3])
+    taken = [whole, [1] * len(whole), *([[count - 1 for count in whole]] if continued else [])]
+    same = channels == model.channels and frames in taken
     return same and not any(length % model.patch_size for length in (height, width))

@@ -1,0 +1,105 @@
+"""Bouncing digits: clips of the built-in digits in motion, without a download."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+from jaxtyping import Float, Int, Int32, UInt8
+
+from flowgen.data.named import read_digits
+from flowgen.data.sources import Batch, DataConfig, Split, hold_out
+
+
+@dataclasses.dataclass(frozen=True)
+class BouncingDigits:
+    """Clips of one digit each, made when asked for: clip i shows digit i mod n on a course of its own.
+
+    The course is a straight line, at 0.6 to 1.4 sixteenths of the shorter side per frame and axis, folded back at the
+    borders; digits between pixels are drawn by bilinear weights. Clips are the same in every NumPy version.
+
+    Example:
+        source = BouncingDigits(digits, labels, num=1000, frames=8, image_shape=(16, 16, 1), seed=0)
+    """
+
+    digits: UInt8[np.ndarray, "n side side"]
+    labels: Int32[np.ndarray, " n"]
+    class_names: tuple[str, ...]
+    _: dataclasses.KW_ONLY
+    num: int
+    frames: int
+    image_shape: tuple[int, int, int]
+    seed: int
+
+    captions: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return self.num
+
+    def __getitem__(self, indices: Int[np.ndarray, " b"]) -> Batch:
+        digits = self.digits[indices % len(self.digits)] / np.float32(255)
+        rows, columns = self._courses(indices)
+        height, width, channels = self.image_shape
+        down, across = (_weights(at, length, digits.shape[1]) for at, length in ((rows, height), (columns, width)))
+        clips = np.einsum("bfyk,bkl,bfxl->bfyx", down, digits, across, optimize=True)
+        clips = np.rint(255 * np.clip(clips, 0, 1)).astype(np.uint8)[..., None].repeat(channels, axis=-1)
+        return {"image": clips, "label": self.labels[indices % len(self.digits)]}
+
+    def _courses(self, indices: Int[np.ndarray, " b"]) -> tuple[Float[np.ndarray, "b f"], Float[np.ndarray, "b f"]]:
+        """Where the upper left corners are, in pixels."""
+        raw = [
+            np.random.Philox(np.random.SeedSequence(self.seed), counter=[index, 0, 0, 0]).random_raw(8)
+            for index in indices.tolist()
+        ]
+        draws = (np.stack(raw) >> np.uint64(11)).astype(np.float64) / 2**53
+        height, width, _ = self.image_shape
+        pace = min(height, width) / 16
+        courses = []
+        for axis, length in enumerate((height, width)):
+            room = length - self.digits.shape[1]
+            speed = pace * (0.6 + 0.8 * draws[:, axis + 2]) * np.where(draws[:, axis + 4] < 0.5, -1, 1)
+            way = room * draws[:, axis][:, None] + speed[:, None] * np.arange(self.frames)
+            courses.append(room - np.abs(np.mod(way, 2 * room) - room))
+        return courses[0], courses[1]
+
+
+def _weights(at: Float[np.ndarray, "b f"], length: int, side: int) -> Float[np.ndarray, "b f length side"]:
+    """Bilinear weights of `side` pixels that begin at `at` on a line of `length`."""
+    centres = at[:, :, None, None] + np.arange(side)
+    return np.maximum(0, 1 - np.abs(np.arange(length)[:, None] - centres)).astype(np.float32)
+
+
+def bouncing_digits(
+    num: int, eval_fraction: float, *, frames: int, image_size: tuple[int, int], channels: int, split: Split
+) -> BouncingDigits:
+    """Returns the clips of a split, of digits of half the shorter side, at least the 8 pixels that they have.
+
+    num: of all splits. Held out are eval_fraction of the digits, and as many of the clips.
+
+    Example:
+        source = bouncing_digits(1000, 0.1, frames=8, image_size=(16, 16), channels=1, split="train")
+    """
+    side = max(8, min(image_size) // 2)
+    if min(image_size) <= side:
+        raise ValueError(f"clips are {image_size[0]} x {image_size[1]}, with no room for digits of 8; use 10 or more.")
+    source = read_digits(DataConfig(), (side, side))
+    source = source.select(hold_out(len(source), eval_fraction, split))
+    return BouncingDigits(
+        source.images[..., 0],
+        source.labels,
+        source.class_names,
+        num=share_of(num, eval_fraction, split),
+        frames=frames,
+        image_shape=(*image_size, channels),
+        seed=("train", "eval", "all").index(split),
+    )
+
+
+def share_of(num: int, eval_fraction: float, split: Split) -> int:
+    """Returns how many of `num` clips that are made are in a split.
+
+    Example:
+        share_of(1000, 0.1, "eval")  # 100
+    """
+    held = max(1, round(num * eval_fraction)) if eval_fraction else 0
+    return {"train": num - held, "eval": held, "all": num}[split]

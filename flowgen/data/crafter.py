@@ -1,0 +1,69 @@
+"""Clips of a game: what a player of Crafter sees who repeats an action (Hafner 2021, arXiv 2109.06780)."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int32, UInt8
+
+from flowgen.data.bouncing import share_of
+from flowgen.data.sources import Split
+
+# The actions that show; placing and making things needs materials that a player at random has not got.
+ACTIONS = ("noop", "move_left", "move_right", "move_up", "move_down", "do")
+# A new world takes about as long as 500 frames.
+CLIPS_PER_WORLD = 100
+VIEW = 9  # places of the world across the picture
+
+
+def record(
+    num: int, eval_fraction: float, *, frames: int, image_size: tuple[int, int], channels: int, split: Split
+) -> tuple[UInt8[np.ndarray, "n frames height width 3"], Int32[np.ndarray, " n"], tuple[str, ...]]:
+    """Returns the clips of a split, their labels, and the names of the actions, played here, the same every time.
+
+    Each clip begins where the last one ended, and every hundred are in a world of their own, which no other split has.
+    A clip in which the player dies is played again, in the next world. num: clips of all splits.
+
+    Raises ModuleNotFoundError where the package crafter is missing, ValueError where the pictures are grey or small.
+
+    Example:
+        clips, labels, names = record(1000, 0.1, frames=8, image_size=(64, 64), channels=3, split="train")
+    """
+    if channels != 3:
+        raise ValueError("clips of data.source 'crafter' are in colour; set model.channels to 3.")
+    if min(image_size) < VIEW:
+        raise ValueError(
+            f"clips are {image_size[0]} x {image_size[1]}, and data.source 'crafter' shows {VIEW} x {VIEW} places; "
+            "use 27 pixels or more."
+        )
+    seed, count = ("train", "eval", "all").index(split), share_of(num, eval_fraction, split)
+    if count == 0:
+        raise ValueError("data.eval_fraction is 0, so the split 'eval' is empty; set data.eval_fraction to 0.1.")
+    game = _crafter().Env(size=image_size[::-1], seed=seed)
+    labels = np.random.Philox(np.random.SeedSequence(seed)).random_raw(count) % len(ACTIONS)
+    numbers = [list(game.action_names).index(name) for name in ACTIONS]
+    clips = np.empty((count, frames, *image_size, channels), np.uint8)
+    for index, label in enumerate(labels.tolist()):
+        if index % CLIPS_PER_WORLD == 0:
+            seen = game.reset()
+        alive = False
+        while not alive:
+            clips[index, 0], alive = seen, True
+            for frame in range(1, frames):
+                seen, _, over, _ = game.step(numbers[label])
+                clips[index, frame] = seen
+                if over:
+                    seen, alive = game.reset(), False
+                    break
+    return clips, labels.astype(np.int32), tuple(name.removeprefix("move_") for name in ACTIONS)
+
+
+def _crafter() -> Any:
+    try:
+        return importlib.import_module("crafter")
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"data.source 'crafter' needs the package {error.name}; install it with: pip install \"flowgen[datasets]\"."
+        ) from error

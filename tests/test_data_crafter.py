@@ -1,0 +1,84 @@
+"""Clips of the game Crafter: what a player sees who repeats an action."""
+
+import sys
+
+import crafter
+import numpy as np
+import pytest
+
+from flowgen.data import ClipsConfig, load_clips
+from flowgen.data.crafter import CLIPS_PER_WORLD
+
+
+def clips_of(num=20, frames=4, size=(27, 36), channels=3, split="eval", **changes):
+    config = ClipsConfig(source="crafter", num=num, **changes)
+    return load_clips(config, frames=frames, image_size=size, channels=channels, split=split)
+
+
+def test_clips_are_what_playing_their_actions_shows():
+    source = clips_of(num=80)
+    batch = source[np.arange(8)]
+    assert batch["image"].shape == (8, 4, 27, 36, 3)
+    assert source.class_names == ("noop", "left", "right", "up", "down", "do")
+    assert len(set(batch["label"].tolist())) > 2
+    game = crafter.Env(size=(36, 27), seed=1)
+    seen = game.reset()
+    names = {"left": "move_left", "right": "move_right", "up": "move_up", "down": "move_down"}
+    for clip, label in zip(batch["image"], batch["label"], strict=True):
+        np.testing.assert_array_equal(clip[0], seen)
+        action = game.action_names.index(names.get(source.class_names[label], source.class_names[label]))
+        for frame in clip[1:]:
+            seen, *_ = game.step(action)
+            np.testing.assert_array_equal(frame, seen)
+
+
+class Counting:
+    """A game in which every picture is new; the player dies in the third step of the first world."""
+
+    action_names = ("do", "move_down", "move_up", "move_right", "move_left", "noop")
+
+    def __init__(self, size, seed):
+        self.shape, self.world, self.pictures, self.steps = (*size[::-1], 3), 0, 0, 0
+
+    def reset(self):
+        self.world, self.steps = self.world + 1, 0
+        return self.picture()
+
+    def step(self, action):
+        self.steps += 1
+        return self.picture(), 0.0, self.world == 1 and self.steps == 3, {}
+
+    def picture(self):
+        self.pictures += 1
+        return np.full(self.shape, self.pictures % 256, np.uint8)
+
+
+def test_a_clip_in_which_the_player_dies_is_played_again_in_the_next_world(monkeypatch):
+    monkeypatch.setattr(crafter, "Env", Counting)
+    seen = clips_of(frames=3, size=(9, 9), split="all")[np.arange(3)]["image"][:, :, 0, 0, 0]
+    # The first clip ends with the second step; the player dies in the second one, whose pictures are lost.
+    np.testing.assert_array_equal(seen, [[1, 2, 3], [5, 6, 7], [7, 8, 9]])
+    many = clips_of(num=CLIPS_PER_WORLD + 2, frames=2, size=(9, 9), split="all")[np.arange(CLIPS_PER_WORLD + 2)]
+    pictures = many["image"][:, :, 0, 0, 0].astype(int)
+    begins, ends = pictures[1:, 0], pictures[:-1, 1]
+    # Clips go on where the last one ended, but for the first in a new world.
+    np.testing.assert_array_equal(np.flatnonzero(begins != ends), [1, CLIPS_PER_WORLD - 1])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"channels": 1}, "clips of data.source 'crafter' are in colour; set model.channels to 3"),
+        ({"size": (8, 16)}, "clips are 8 x 16, and data.source 'crafter' shows 9 x 9 places"),
+        ({"eval_fraction": 0.0}, "data.eval_fraction is 0, so the split 'eval' is empty"),
+    ],
+)
+def test_what_the_game_cannot_show_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        clips_of(**changes)
+
+
+def test_without_the_package_the_sentence_names_the_command(monkeypatch):
+    monkeypatch.setitem(sys.modules, "crafter", None)
+    with pytest.raises(ModuleNotFoundError, match="needs the package crafter; install it with"):
+        clips_of()
