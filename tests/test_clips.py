@@ -109,7 +109,8 @@ def test_guidance_behind_given_frames_is_its_definition(config):
     np.testing.assert_allclose(guided_noise(r.x)[:, PER_FRAME:], noise(config, 3)[:, PER_FRAME:], atol=2e-4)
 
 
-@pytest.mark.parametrize(("total", "context"), [pytest.param(6, 1, marks=pytest.mark.slow), (5, None)])
+@pytest.mark.slow  # beside restarts with a condition of their own
+@pytest.mark.parametrize(("total", "context"), [(6, 1), (5, None)])
 def test_a_long_clip_is_clip_after_clip_behind_the_last_frames(total, context):
     flow, params, cond = flow_of(TEXT)
     r = sample_clips(flow, params, KEY, 2, cond, frames=total, context=context, denoise=False, certify=context == 1)
@@ -237,7 +238,11 @@ def test_restarts_have_a_condition_of_their_own():
         sample_clips(flow, params, KEY, 2, restart_cond=other)
 
 
-@pytest.mark.parametrize("deep", [Jacobi(window=3), MovingJacobi(window=3, tol=0.0)], ids=["fixed", "moving"])
+@pytest.mark.parametrize(
+    "deep",
+    [Jacobi(window=3), pytest.param(MovingJacobi(window=3, tol=0.0), marks=pytest.mark.slow)],
+    ids=["fixed", "moving"],
+)
 def test_progress_counts_every_token_of_the_deep_block_once(deep):
     flow, params, cond = flow_of(CLASSES)
     told = []

@@ -148,7 +148,7 @@ def reference_reverse(flow, params, z, cond, weight, parts, anneal, temperature=
 
 @pytest.mark.parametrize(
     ("parts", "anneal", "temperature"),
-    [("both", False, 1.0), ("shift", True, 1.0), ("log_scale", False, 0.5)],
+    [pytest.param("both", False, 1.0, marks=pytest.mark.slow), ("shift", True, 1.0), ("log_scale", False, 0.5)],
 )
 def test_linear_guidance_is_its_definition(parts, anneal, temperature):
     flow, params, x, _ = laws.case("classes")
@@ -343,8 +343,10 @@ def test_z_of_another_shape_and_impossible_plans_are_refused():
         Jacobi(tol=-1.0)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("plan", [Sequential(), Jacobi(window=4), Jacobi(tol=0.0)], ids=str)
+@pytest.mark.parametrize("dtype", rows(["float32", "float64"], ("float32",)))
+@pytest.mark.parametrize(
+    "plan", [Sequential(), pytest.param(Jacobi(tol=0.0), marks=pytest.mark.slow), Jacobi(window=4)], ids=str
+)
 def test_decoding_under_x64(dtype, plan):
     flow, params, x, cond = laws.case("classes")
     with jax.enable_x64(True):

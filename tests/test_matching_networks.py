@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import rows
 
 from flowgen import matching as fm
 from flowgen.models import build, init
@@ -99,7 +100,7 @@ def test_every_parameter_gets_a_gradient(name):
         assert jnp.abs(leaf).max() > 0, jax.tree_util.keystr(path)
 
 
-@pytest.mark.parametrize("name", ["dit", "unet"])
+@pytest.mark.parametrize("name", rows(["dit", "unet"], ("unet",)))
 def test_bfloat16_stays_near_float32(name):
     _, variables, t, x, labels = case(name)
     full = compiled(name)(variables, t, x, labels)

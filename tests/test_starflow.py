@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import laws
 import numpy as np
 import pytest
+from conftest import rows
 from laws import FLOWS, STAR, apply, images, perturbed
 
 import flowgen
@@ -269,7 +270,10 @@ def test_a_grid_without_a_reference_side_keeps_the_one_it_was_made_on():
 HALF = 4e-2
 
 
-@pytest.mark.parametrize("name", ["starflow class prefix", "starflow text", "starflow options"])
+@pytest.mark.parametrize(
+    "name",
+    rows(["starflow class prefix", "starflow text", "starflow options"], ("starflow text", "starflow class prefix")),
+)
 def test_bfloat16_networks_are_near_those_in_float32(name):
     flow, params, x, cond = laws.case(name)
     half = type(flow)(dataclasses.replace(flow.config, dtype="bfloat16"))

@@ -219,6 +219,7 @@ def test_a_video_autoencoder_is_trained_and_its_latents_are_those_of_a_flow(auto
     assert "6 clips (eval), one latent per 2 x 2 pixels" in capsys.readouterr().out
 
 
+@pytest.mark.slow  # beside clips without their first frame
 def test_pictures_are_trained_on_beside_clips(tmp_path):
     experiment = experiment_of(data=ClipsConfig(num=60, images=DataConfig()), train=TrainConfig(steps=3, batch_size=8))
     job = experiment.job()
@@ -250,22 +251,28 @@ def test_clips_without_their_first_frame_are_trained_on_as_often_as_asked():
     assert flow_source(experiment, "eval").frames == 3
 
 
-def test_texts_of_clips_without_their_first_frame_say_so_and_so_do_restarts(tmp_path, monkeypatch):
+@pytest.fixture
+def continued():
+    """An experiment of texts in which every other batch of clips has lost its first frame."""
     model = dataclasses.replace(LATENTS, num_classes=0, text_dim=16, text_length=12, denoiser_layers=0)
-    experiment = experiment_of(
+    return experiment_of(
         model=model,
         codec=PixelBlocks(2),
         text=TextConfig("words", frames_per_second=8),
         data=ClipsConfig(num=60, drop_first=0.5),
         train=TrainConfig(steps=1, batch_size=8),
     )
+
+
+def test_texts_of_clips_without_their_first_frame_say_so(continued, tmp_path):
+    experiment, model = continued, continued.model
     encode = texts.encoder_of(experiment)
     template = PromptTemplate(frames_per_second=8)
-    whole, continued = flow_source(experiment, "train").buckets
-    assert continued.event_shape == (2, 6, 6, 4)
+    whole, rest = flow_source(experiment, "train").buckets
+    assert rest.event_shape == (2, 6, 6, 4)
     some = np.arange(4)
-    np.testing.assert_array_equal(continued[some]["mean"], whole[some]["mean"][:, 1:])
-    for bucket, mark in ((whole, ""), (continued, "(extend) ")):
+    np.testing.assert_array_equal(rest[some]["mean"], whole[some]["mean"][:, 1:])
+    for bucket, mark in ((whole, ""), (rest, "(extend) ")):
         said = [template(f"{mark}{label}", (6, 6)) for label in bucket[some]["label"]]
         np.testing.assert_array_equal(bucket[some]["text"][0], encode(said).embeddings.astype(np.float16))
 
@@ -293,7 +300,11 @@ def test_texts_of_clips_without_their_first_frame_say_so_and_so_do_restarts(tmp_
         with pytest.raises(ValueError, match=r"holds latents of shape|has no clips without their first frame"):
             flow_source(longer, "train")
 
-    fit(experiment, tmp_path / "run")
+
+@pytest.mark.slow  # a run and a command for one argument
+def test_texts_of_restarts_say_so_too(continued, tmp_path, monkeypatch):
+    encode, template = texts.encoder_of(continued), PromptTemplate(frames_per_second=8)
+    fit(continued, tmp_path / "run")
     drawn = {}
     monkeypatch.setattr(
         clips, "sample_clips", lambda *args, **options: drawn.update(options) or sample_clips(*args, **options)

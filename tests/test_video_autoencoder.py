@@ -248,7 +248,7 @@ def test_a_codec_of_clips_normalises_and_undoes_it():
     np.testing.assert_allclose(decoded[:, :, :: vw.EVERY, :: vw.EVERY], recorded["decoded"], **PARITY)
 
 
-@pytest.mark.parametrize(("pixels", "whole"), [(9 * 48, True), (2 * 48, False)])
+@pytest.mark.parametrize(("pixels", "whole"), [(9 * 48, True), pytest.param(2 * 48, False, marks=pytest.mark.slow)])
 def test_a_codec_gives_the_same_in_any_parts(pixels, whole, monkeypatch):
     codec, x = make_codec(), np.concatenate([vw.clips("wan_2_1")] * 2)[:3]
     mean, std = codec.moments(x)

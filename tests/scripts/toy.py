@@ -91,7 +91,8 @@ def rows_of(workdir: Path) -> list[dict]:
 
 def start(workdir: Path, *options: str, devices: int = 4) -> subprocess.Popen:
     """This file as a program with so many virtual devices, every warning an error."""
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    # Compiled as in the tests, of which one asks for the same bits.
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
     return subprocess.Popen(
         [sys.executable, "-W", "error", __file__, str(workdir), *options],
         env={**os.environ, "PYTHONPATH": str(ROOT), "NPROC": "16", "XLA_FLAGS": flags},
