@@ -12,10 +12,10 @@ from laws import FLOWS, apply, perturbed
 
 import flowgen
 from flowgen.conditioning import TextCondition
-from flowgen.decoding import DecodePlan, Guidance, Jacobi, Sequential, invert, resolve_plan, sample
+from flowgen.decoding import DecodePlan, Guidance, Jacobi, Sequential, invert, resolve_plan, sample, sampler
 from flowgen.decoding.guidance import linear_rule, product_rule
 from flowgen.decoding.jacobi import Conditioner, solve
-from flowgen.flows import AutoregressiveBlock, density
+from flowgen.flows import AutoregressiveBlock, STARFlowV, density
 
 ROUNDING = 2e-5  # float32 through all blocks, two orders of summation
 NAMES = ("classes", "volume preserving", "rectangular", "starflow text", "starflow options")
@@ -112,7 +112,19 @@ def test_a_plan_per_block_and_plans_by_name(case):
         invert(flow, params, z, cond, plan=DecodePlan((Sequential(),) * 3))
     with pytest.raises(ValueError, match="plan is 'jacobbi'; choose one of sequential, jacobi, auto"):
         invert(flow, params, z, cond, plan="jacobbi")
-    assert resolve_plan("auto", num_blocks=2, rows=8) == DecodePlan((Sequential(),) * 2)  # this is a CPU
+    assert resolve_plan("auto", rows=(8, 16)) == DecodePlan((Sequential(),) * 2)  # this is a CPU
+
+
+def test_on_accelerators_a_pass_of_any_block_has_rows_that_cost_nothing(monkeypatch, untyped):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    plans = []
+    monkeypatch.setattr(sampler, "_invert", lambda *args, plan, **more: plans.append(plan))
+    config = laws.FLOWS["starflow video"]
+    flow = STARFlowV(config.of_frames(20))
+    invert(flow, None, jnp.zeros((1, flow.config.num_tokens, config.token_dim)), laws.labels(config, 1), plan="auto")
+    *shallow, deep = plans[0].blocks
+    assert deep.window == 256
+    assert {plan.window for plan in shallow} == {256 // 20}
 
 
 # -- guidance -----------------------------------------------------------------------------------------------

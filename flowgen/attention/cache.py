@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from flowgen.attention.kernels import KERNELS, Kernel
-from flowgen.attention.softmax import attend_heads, softmax_attention
+from flowgen.attention.softmax import attend_in_parts, softmax_attention
 
 
 class KVCache(NamedTuple):
@@ -75,9 +75,7 @@ def attend_kv_window(
     corner = (0, 0, start, 0)
     keys = jax.lax.dynamic_update_slice(cache.keys, k.swapaxes(1, 2).astype(cache.keys.dtype), corner)
     values = jax.lax.dynamic_update_slice(cache.values, v.swapaxes(1, 2).astype(cache.values.dtype), corner)
-    positions = start + jnp.arange(q.shape[1])
-    mask = jnp.arange(keys.shape[2])[None, :] <= positions[:, None]
-    out = attend_heads(q.swapaxes(1, 2), keys, values, mask[None, None])
+    out = attend_in_parts(q.swapaxes(1, 2), keys, values, first=start)
     return out.swapaxes(1, 2), KVCache(keys, values)
 
 

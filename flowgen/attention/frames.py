@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from flowgen.attention.softmax import attend_heads
+from flowgen.attention import softmax
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class FrameWindow:
         q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
         cut = self.prefix
         seen = cut + min(1 + self.ahead, frames) * self.tokens
-        front = attend_heads(q[:, :, :cut], k[:, :, :seen], v[:, :, :seen], None)
+        front = softmax.attend_in_parts(q[:, :, :cut], k[:, :, :seen], v[:, :, :seen])
         width = self.back + 1 + self.ahead
         margins = ((0, 0), (0, 0), (self.back * self.tokens, self.ahead * self.tokens), (0, 0))
         padded = [jnp.pad(x[:, :, cut:], margins) for x in (k, v)]
@@ -61,8 +61,10 @@ class FrameWindow:
             neighbour = frame - self.back + jnp.arange(width)
             real = jnp.repeat((neighbour >= 0) & (neighbour < frames), self.tokens, total_repeat_length=length)
             mask = jnp.concatenate([jnp.ones(cut, bool), real])[None, None, None]
-            return attend_heads(queries, keys, values, mask)
+            return softmax.attend_in_parts(queries, keys, values, mask)
 
-        out = jax.lax.map(one_frame, (jnp.arange(frames), jnp.moveaxis(queries, 2, 0)))
+        logits = q.shape[0] * q.shape[1] * q.shape[2] * width * self.tokens
+        body = one_frame if logits <= softmax.MAX_LOGITS else jax.checkpoint(one_frame)
+        out = jax.lax.map(body, (jnp.arange(frames), jnp.moveaxis(queries, 2, 0)))
         out = jnp.moveaxis(out, 0, 2).reshape(*q.shape[:2], frames * self.tokens, v.shape[-1])
         return jnp.concatenate([front, out], axis=2).swapaxes(1, 2)

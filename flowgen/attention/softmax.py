@@ -6,13 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from flowgen.attention.checks import check_causal, check_heads, check_mask, hide_keys
 
 # Causal attention runs in this many slices of queries at most, each against only the keys it may see.
 MAX_CAUSAL_SLICES = 4
 MIN_CAUSAL_SLICE = 64
+# Logits that are in memory at once, a gibibyte in float32; more queries than that come one part after another.
+MAX_LOGITS = 1 << 28
 
 
 def attend_heads(
@@ -44,6 +46,47 @@ def attend_heads(
     return rearrange(out, "b g r n d -> b (g r) n d").astype(v.dtype)
 
 
+def attend_in_parts(
+    q: Float[Array, "b h n k"],
+    k: Float[Array, "b g m k"],
+    v: Float[Array, "b g m d"],
+    mask: Bool[Array, "#b #h #n #m"] | None = None,
+    first: Int[Array, ""] | int | None = None,
+) -> Float[Array, "b h n d"]:
+    """Returns what `attend_heads` returns, in parts of the queries of at most `MAX_LOGITS` logits each.
+
+    first: the key at the place of the first query, in causal attention: query i attends to keys 0..first+i that `mask`
+    allows; no mask of all pairs is made. Gradients compute the logits of a part again.
+
+    Example:
+        out = attend_in_parts(q, keys, values, first=start)
+    """
+    batch, heads, n, _ = q.shape
+    rows = max(1, MAX_LOGITS // max(1, batch * heads * k.shape[2]))
+
+    def part(q, mask, begin):
+        if first is not None:
+            seen = jnp.arange(k.shape[2])[None] <= (first + begin + jnp.arange(q.shape[2]))[:, None]
+            mask = seen[None, None] if mask is None else mask & seen[None, None]
+        return attend_heads(q, k, v, mask)
+
+    if n <= rows:
+        return part(q, mask, 0)
+    beyond, parts = -n % rows, -(-n // rows)
+    padded = jnp.pad(q, ((0, 0), (0, 0), (0, beyond), (0, 0)))
+    if mask is not None and mask.shape[2] > 1:
+        mask = jnp.pad(mask, ((0, 0), (0, 0), (0, beyond), (0, 0)))
+
+    @jax.checkpoint
+    def at(begin):
+        some = jax.lax.dynamic_slice_in_dim(padded, begin, rows, axis=2)
+        by_query = mask is not None and mask.shape[2] > 1
+        return part(some, jax.lax.dynamic_slice_in_dim(mask, begin, rows, axis=2) if by_query else mask, begin)
+
+    out = jax.lax.map(at, rows * jnp.arange(parts))
+    return jnp.moveaxis(out, 0, 2).reshape(batch, heads, parts * rows, v.shape[-1])[:, :, :n]
+
+
 def softmax_attention(
     q: Float[Array, "b n h k"],
     k: Float[Array, "b m g k"],
@@ -71,13 +114,11 @@ def softmax_attention(
     n = q.shape[1]
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
     if not is_causal:
-        return attend_heads(q, k, v, mask).swapaxes(1, 2)
-    causal = jnp.tril(jnp.ones((n, n), bool))[None, None]
-    mask = causal if mask is None else mask & causal
+        return attend_in_parts(q, k, v, mask).swapaxes(1, 2)
     size = max(MIN_CAUSAL_SLICE, -(-n // MAX_CAUSAL_SLICES))
     out = []
     for start in range(0, n, size):
         end = min(start + size, n)
-        rows = mask[:, :, start:end, :end]
-        out.append(attend_heads(q[:, :, start:end], k[:, :, :end], v[:, :, :end], rows))
+        rows = None if mask is None else mask[:, :, start:end, :end] if mask.shape[2] > 1 else mask[..., :end]
+        out.append(attend_in_parts(q[:, :, start:end], k[:, :, :end], v[:, :, :end], rows, start))
     return jnp.concatenate(out, axis=2).swapaxes(1, 2)

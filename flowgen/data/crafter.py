@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import importlib
 from typing import Any
 
@@ -41,9 +42,8 @@ def record(
     seed, count = ("train", "eval", "all").index(split), share_of(num, eval_fraction, split)
     if count == 0:
         raise ValueError("data.eval_fraction is 0, so the split 'eval' is empty; set data.eval_fraction to 0.1.")
-    game = _crafter().Env(size=image_size[::-1], seed=seed)
+    game = _Game(_crafter().Env(size=image_size[::-1], seed=seed))
     labels = np.random.Philox(np.random.SeedSequence(seed)).random_raw(count) % len(ACTIONS)
-    numbers = [list(game.action_names).index(name) for name in ACTIONS]
     clips = np.empty((count, frames, *image_size, channels), np.uint8)
     for index, label in enumerate(labels.tolist()):
         if index % CLIPS_PER_WORLD == 0:
@@ -52,12 +52,47 @@ def record(
         while not alive:
             clips[index, 0], alive = seen, True
             for frame in range(1, frames):
-                seen, _, over, _ = game.step(numbers[label])
+                seen, over = game.step(ACTIONS[label])
                 clips[index, frame] = seen
                 if over:
                     seen, alive = game.reset(), False
                     break
     return clips, labels.astype(np.int32), tuple(name.removeprefix("move_") for name in ACTIONS)
+
+
+class _Game:
+    """Crafter, the same in every process.
+
+    It keeps the creatures of a region in a set, whose order depends on where they are in memory, and draws from them.
+    """
+
+    def __init__(self, env: Any):
+        self.env = env
+        self.numbers = {name: number for number, name in enumerate(env.action_names)}
+
+    def reset(self) -> UInt8[np.ndarray, "height width 3"]:
+        seen, world = self.env.reset(), self.env._world
+        made = {creature: number for number, creature in enumerate(world.objects)}
+        regions = {
+            place: _InOrder.fromkeys(sorted(some, key=made.__getitem__)) for place, some in world._chunks.items()
+        }
+        world._chunks = collections.defaultdict(_InOrder, regions)
+        return seen
+
+    def step(self, action: str) -> tuple[UInt8[np.ndarray, "height width 3"], bool]:
+        """Returns what is seen after an action, and whether the player is dead or the game over."""
+        seen, _, over, _ = self.env.step(self.numbers[action])
+        return seen, over
+
+
+class _InOrder(dict[Any, None]):
+    """A set that is gone through in the order in which it was filled."""
+
+    def add(self, item: Any) -> None:
+        self[item] = None
+
+    def remove(self, item: Any) -> None:
+        del self[item]
 
 
 def _crafter() -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -101,19 +102,21 @@ class DecodePlan:
 Plan = BlockPlan | DecodePlan
 
 
-def resolve_plan(plan: Plan | str, *, num_blocks: int, rows: int) -> DecodePlan:
+def resolve_plan(plan: Plan | str, *, rows: Sequence[int]) -> DecodePlan:
     """Returns one plan per block. ValueError names a plan that does not fit.
 
     plan: a plan, or "sequential", "jacobi" or "auto". "auto" is sequential on a CPU, where the cost of a pass
     grows with its rows, and on accelerators Jacobi with the largest window that costs about as much as one
-    token: FREE_ROWS / rows, `rows` being the batch times 2 if guided; sequential again where that is short. There
+    token: FREE_ROWS / rows; sequential again where that is short. rows: of one token in each block, data side first:
+    the batch, times 2 where guided, times the frames that a block maps one by one. On accelerators
     the plan, and with it an image within its tolerance, depends on the batch; a plan of your own does not.
 
     Example:
-        plan = resolve_plan("auto", num_blocks=4, rows=16)
+        plan = resolve_plan("auto", rows=(16, 16, 16, 32))
     """
+    num_blocks = len(rows)
     if isinstance(plan, str):
-        plan = _named_plan(plan, rows)
+        plan = DecodePlan(tuple(_named_plan(plan, of_block) for of_block in rows))
     if isinstance(plan, DecodePlan):
         if len(plan.blocks) != num_blocks:
             raise ValueError(f"plan has {len(plan.blocks)} blocks and the flow has {num_blocks}; give one per block.")
@@ -125,7 +128,7 @@ def resolve_plan(plan: Plan | str, *, num_blocks: int, rows: int) -> DecodePlan:
     return DecodePlan((plan,) * num_blocks)
 
 
-def _named_plan(name: str, rows: int) -> Plan:
+def _named_plan(name: str, rows: int) -> BlockPlan:
     window = FREE_ROWS // max(rows, 1)
     parallel = jax.default_backend() != "cpu" and window >= MIN_PARALLEL_WINDOW
     plans: dict[str, Any] = {

@@ -153,8 +153,9 @@ def _active(guidance: Guidance | None, cond: Any, config: Any) -> tuple[Guidance
 
 
 def _resolve(plan: Plan | str, guidance: Guidance | None, config: Any, batch: int) -> DecodePlan:
-    rows = batch * (1 if guidance is None else 2)
-    resolved = resolve_plan(plan, num_blocks=config.num_blocks, rows=rows)
+    guided = () if guidance is None or guidance.blocks is None else guidance.blocks
+    rows = [batch * block.frames * (2 if index in guided else 1) for index, block in enumerate(config.blocks)]
+    resolved = resolve_plan(plan, rows=rows)
     attention = config.blocks[0].transformer.attention
     if any(isinstance(block, MovingJacobi) for block in resolved.blocks) and not causal_kernel(attention).has_slots:
         raise ValueError(
