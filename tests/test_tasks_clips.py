@@ -61,7 +61,7 @@ def experiment_of(**changes):
 def run(tmp_path_factory):
     """A flow of bouncing digits and its denoiser, trained for a few steps."""
     workdir = tmp_path_factory.mktemp("clips") / "run"
-    fit(experiment_of(log=dataclasses.replace(QUIET, eval_every=4)), workdir)
+    fit(experiment_of(data=ClipsConfig(num=60, fps=12.5), log=dataclasses.replace(QUIET, eval_every=4)), workdir)
     return workdir
 
 
@@ -76,16 +76,35 @@ def test_training_reports_both_losses_and_what_denoising_is_worth(run):
 
 def test_samples_are_strips_videos_and_arrays(run, tmp_path):
     words = ["sample", "--checkpoint", str(run), "--classes", "3,7"]
-    for name in ("strips.png", "clips.gif", "clips.mp4", "clips.npz"):
-        assert main([*words, "--num", "4", "--fps", "5", "--out", str(tmp_path / name)]) == 0
+    for name, *fps in (("strips.png",), ("clips.gif",), ("clips.mp4", "--fps", "5"), ("clips.npz",)):
+        assert main([*words, "--num", "4", *fps, "--out", str(tmp_path / name)]) == 0
     with np.load(tmp_path / "clips.npz") as arrays:
         assert arrays["clips"].shape == (4, 3, 12, 12, 1)
         assert arrays["labels"].tolist() == [3, 7, 3, 7]
     seconds, fps = video_length(tmp_path / "clips.mp4")
     assert (seconds, fps) == pytest.approx((0.6, 5.0))
+    assert video_length(tmp_path / "clips.gif")[1] == pytest.approx(12.5)  # as in training
     single = [*words, "--num", "2", "--out", str(tmp_path / "x.png"), "--single", str(tmp_path / "single")]
     assert main(single) == 0
     assert sorted(path.name for path in (tmp_path / "single").iterdir()) == ["000000.gif", "000001.gif"]
+
+
+@pytest.mark.parametrize(
+    ("fps", "out", "message"),
+    [
+        ("0", "x.gif", "--fps is 0; videos have 0.1 to 100 frames per second"),
+        ("0.0001", "x.mp4", "--fps is 0.0001; videos have 0.1 to 100 frames per second"),
+        ("101", "x.gif", "--fps is 101; videos have"),
+        ("5", "x.png", "x.png is no video; use .gif or .mp4, or leave it out"),
+        ("5", "x.npz", "x.npz is no video; use .gif or .mp4, or leave it out"),
+    ],
+)
+def test_rates_that_no_video_has_are_refused_before_anything_is_opened(fps, out, message, tmp_path, capsys):
+    words = ["sample", "--checkpoint", str(tmp_path / "nowhere"), "--fps", fps, "--out", str(tmp_path / out)]
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
 
 
 @pytest.mark.slow
@@ -368,6 +387,15 @@ def test_clips_of_texts_are_drawn_from_prompts(tmp_path):
             "data.drop_first is given, and a VideoAutoencoder is trained on whole clips",
         ),
         ({"model": dataclasses.replace(TINY, noise_std=0.0)}, "model.noise_std is 0, so a denoiser has nothing"),
+        (
+            {
+                "model": dataclasses.replace(LATENTS, num_classes=0, text_dim=16, text_length=12),
+                "codec": PixelBlocks(2),
+                "text": TextConfig("words", frames_per_second=16),
+                "data": ClipsConfig("folder", path="videos"),
+            },
+            "text.frames_per_second is 16, which texts would say of clips of data.fps 8; set them alike",
+        ),
         ({"sampling": SamplingConfig(denoise=0.5)}, "sampling.denoise is 0.5; a learned denoiser takes the whole step"),
         (
             {

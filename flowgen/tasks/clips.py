@@ -81,6 +81,12 @@ def check(experiment: Any) -> None:
             f"data.drop_first is {experiment.data.drop_first}, and clips of model.frames {model.frames} without their "
             "first frame are pictures; set it to 0, or model.frames to 3 or more."
         )
+    told = None if experiment.text is None else experiment.text.frames_per_second
+    fps = experiment.data.fps if experiment.data.source in ("real", "folder") else 0
+    if told and fps and told != fps:
+        raise ValueError(
+            f"text.frames_per_second is {told}, which texts would say of clips of data.fps {fps:g}; set them alike."
+        )
     if model.denoiser_layers and model.noise_std == 0:
         raise ValueError("model.noise_std is 0, so a denoiser has nothing to remove; set it, or model.denoiser_layers.")
     if model.denoiser_layers and experiment.sampling.denoise not in (0, 1):
