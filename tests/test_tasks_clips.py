@@ -1,5 +1,6 @@
 """Flows of clips end to end: training with a denoiser, codecs of clips, sampling to files, and what is refused."""
 
+import argparse
 import dataclasses
 import json
 
@@ -23,9 +24,11 @@ from flowgen.data import ClipsConfig, DataConfig, from_uint8, save_image
 from flowgen.data.video import video_length, write_video
 from flowgen.decoding import sample_clips
 from flowgen.flows import STARFlowVConfig
+from flowgen.models import init
 from flowgen.prompts import PromptTemplate
 from flowgen.tasks import clips, frozen, texts
 from flowgen.tasks.latents import flow_source
+from flowgen.tasks.likelihood import conditions_of
 from flowgen.training import LogConfig, OptimConfig, TrainConfig, fit
 
 QUIET = LogConfig(log_every=4, checkpoint_every=0, progress=False, tensorboard=False)
@@ -159,6 +162,16 @@ def test_evaluation_says_how_frames_move(run, capsys):
     assert "frames of 4 samples: distance to the next" in printed
 
 
+@pytest.mark.slow
+def test_evaluation_of_single_frames_says_nothing_of_how_they_move():
+    experiment = experiment_of(model=TINY.of_frames(1))
+    flow, options = experiment.flow(), argparse.Namespace(split="eval", samples=4, noise=None, unconditional=False)
+    options.batch, options.seed = 8, 0
+    lines = clips.evaluate(experiment, flow, init(flow, jax.random.key(0)), options)
+    assert "by the denoiser" in lines[-1]
+    assert not any("distance" in line for line in lines)
+
+
 def test_distances_of_frames_tell_order_from_none():
     random = np.random.default_rng(0)
     walk = random.normal(size=(50, 8, 2, 2, 1)).cumsum(axis=1)
@@ -227,6 +240,9 @@ def test_a_video_autoencoder_is_trained_and_its_latents_are_those_of_a_flow(auto
     other = dataclasses.replace(encoded, codec=TrainedCodec(str(autoencoder)))
     with pytest.raises(ValueError, match="was encoded by the autoencoder at"):
         fit(other, tmp_path / "other")
+    capsys.readouterr()
+    assert main(["evaluate", "--checkpoint", str(tmp_path / "again"), "--samples", "4"]) == 0
+    assert "frames of 4 data: distance to the next" in capsys.readouterr().out  # decoded, which no encoded data hold
     longer = dataclasses.replace(encoded, model=LATENTS.of_frames(5))
     with pytest.raises(ValueError, match=r"holds latents of shape .*; set model.image_size, model.frames and"):
         fit(longer, tmp_path / "other")
@@ -308,6 +324,8 @@ def test_texts_of_clips_without_their_first_frame_say_so(continued, tmp_path):
         for share in (0.0, 0.5)
     }
     assert read[0.0].event_shape == (3, 6, 6, 4)
+    features, _ = whole[some]["text"]
+    np.testing.assert_array_equal(conditions_of(experiment, read[0.0])(some).embeddings, features)
     assert {b.event_shape[0]: share for b, share in zip(read[0.5].buckets, read[0.5].shares, strict=True)} == {
         2: 54,
         3: 54,

@@ -21,7 +21,7 @@ from flowgen.data.buckets import BucketedSource
 from flowgen.data.latents import LatentSource
 from flowgen.data.loader import fixed_batches
 from flowgen.data.pictures import UnreadablePicture, picture_size, read_picture
-from flowgen.data.sources import Source, Split
+from flowgen.data.sources import Batch, Source, Split
 from flowgen.data.video import READABLE, read_clip, video_length, video_size
 from flowgen.decoding import Denoiser, sample_clips
 from flowgen.evaluation import flow_bits_per_dim, flow_nats_per_dim
@@ -237,19 +237,18 @@ def _with_noise(flow: Any, clean: np.ndarray, key: jax.Array, first: int) -> jax
 
 def evaluate(experiment: Any, flow: Any, variables: Any, options: Any) -> list[str]:
     """Returns lines with the likelihood of the flow on a split, what its noise looks like once removed, and how far
-    frames of samples move, as the command's options ask."""
+    frames of samples and of data move, as the command's options ask; latents are decoded first."""
     source = clips_alone(flow_source(experiment, options.split))
     lines = likelihood_lines(experiment, flow, variables, source, options)
     key = jax.random.key(options.seed)
     ratios = denoised_psnr(experiment, flow, variables, source, key)
     lines.append("PSNR of noisy clips " + ", ".join(f"{how} {ratio:.2f} dB" for how, ratio in ratios.items()))
-    if not options.samples:
+    if not options.samples or flow.config.frames == 1:  # One frame has none to move to.
         return lines
-    data = clips_alone(picture_source(experiment, options.split))
-    conditions = conditions_of(experiment, data, unconditional=options.unconditional)
-    cond = None if conditions is None else conditions(np.arange(options.samples) % len(data))
+    conditions = conditions_of(experiment, source, unconditional=options.unconditional)
+    cond = None if conditions is None else conditions(np.arange(options.samples) % len(source))
     clips, _ = draw(experiment, flow, variables, key, options.samples, cond)
-    real = np.asarray(from_uint8(data[np.arange(min(len(data), options.samples))]["image"]))
+    real = clip_codec_of(experiment).decode(_clean(source[np.arange(min(len(source), options.samples))]))
     for name, frames in (("samples", clips), ("data", real)):
         near, far = frame_distances(np.clip(frames, -1, 1))
         lines.append(f"frames of {len(frames)} {name}: distance to the next {near:.4f}, to any other {far:.4f}")
@@ -285,13 +284,17 @@ def denoised_psnr(experiment: Any, flow: Any, variables: Any, source: Source, ke
     cleaned: dict[str, Any] = {"as they are": noisy, "by the score": _score_step(flow, variables, noisy, cond)}
     if flow.config.denoiser_layers:
         cleaned["by the denoiser"] = _denoised(_denoising(flow), denoiser_variables(variables), noisy, cond)
-    clean = batch["mean"] if "mean" in batch else np.asarray(from_uint8(batch["image"]))
-    expected = np.clip(codec.decode(clean), -1, 1)
+    expected = np.clip(codec.decode(_clean(batch)), -1, 1)
 
     def ratio(x):
         return 10 * math.log10(PEAK**2 / np.square(np.clip(codec.decode(np.asarray(x)), -1, 1) - expected).mean())
 
     return {how: ratio(x) for how, x in cleaned.items()}
+
+
+def _clean(batch: Batch) -> np.ndarray:
+    """What a flow models of a batch, without the noise."""
+    return batch["mean"] if "mean" in batch else np.asarray(from_uint8(batch["image"]))
 
 
 def pictures(experiment: Any, split: Split) -> Source:
