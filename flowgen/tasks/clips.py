@@ -330,9 +330,7 @@ def _denoised(step, variables, noisy, cond):
 
 def _denoising(flow: Any) -> ClipDenoising:
     """The step of the flow's own denoiser, in chunks of the clips it was trained on."""
-    reach = flow.config.denoiser_back + flow.config.denoiser_ahead
-    chunk = flow.config.frames if flow.config.frames > reach else None
-    return ClipDenoising(ClipDenoiser(flow.config), flow.config.noise_std, chunk)
+    return ClipDenoising(ClipDenoiser(flow.config), flow.config.noise_std, flow.config.frames)
 
 
 def _denoiser(flow: Any, variables: Any, strength: float) -> float | Denoiser:
