@@ -286,6 +286,15 @@ def test_clips_without_their_first_frame_are_trained_on_as_often_as_asked():
     assert flow_source(experiment, "eval").frames == 3
 
 
+def test_the_memory_of_latents_is_that_of_their_own_frames():
+    data = ClipsConfig(num=60, drop_first=0.25, images=DataConfig(), in_memory_bytes=1)
+    experiment = experiment_of(model=LATENTS, codec=PixelBlocks(2), data=data)
+    # Mean and deviation of 6 x 6 x 4 numbers a frame: 54 clips of 3 frames and of the last 2, and 1,617 pictures.
+    needed = 4 * 2 * 6 * 6 * 4 * (54 * 3 + 54 * 2 + 1617)
+    with pytest.raises(ValueError, match=f"the latents of 1725 pictures would take {needed:,} bytes"):
+        flow_source(experiment, "train")
+
+
 @pytest.fixture
 def continued():
     """An experiment of texts in which every other batch of clips has lost its first frame."""
@@ -358,6 +367,7 @@ def test_texts_of_restarts_say_so_too(continued, tmp_path, monkeypatch):
     [
         ({"source": "encoded", "path": "x"}, "data.images is given, but encoded data have their pictures among them"),
         ({"images": DataConfig("folder", path="x", aspects=True)}, "data.images is encoded or of several aspects"),
+        ({"flip": True}, "data.images.flip is False and data.flip is True, and pictures and clips are mirrored alike"),
     ],
 )
 def test_pictures_that_cannot_be_beside_clips_are_refused(changes, message):
