@@ -433,6 +433,10 @@ def test_clips_of_texts_are_drawn_from_prompts(tmp_path):
             "likelihood.denoiser is given, and model.denoiser_layers is 0",
         ),
         (
+            {"likelihood": LikelihoodConfig(denoiser=OptimConfig(warmup_steps=4))},
+            "likelihood.denoiser.warmup_steps is 4; it must be below train.steps, which is 4",
+        ),
+        (
             {"model": VideoAutoencoderConfig(channels=1), "autoencoding": AutoencodingConfig(16, frames=4)},
             "autoencoding.frames is 4, but the model makes one latent of a first frame and of 4 more",
         ),
@@ -449,6 +453,33 @@ def test_clips_of_texts_are_drawn_from_prompts(tmp_path):
 def test_parts_that_do_not_fit_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         experiment_of(**changes)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lr": -1.0}, "likelihood.denoiser.lr is -1.0; it must be at least 0"),
+        ({"lr": 0.1, "min_lr": 0.2}, "likelihood.denoiser.min_lr is 0.2, above lr 0.1; lower it"),
+        (
+            {"ema_decay": 0.9},
+            "likelihood.denoiser.ema_decay is 0.9, and optim.ema_decay is that of all parameters",
+        ),
+        ({"ema_warmup": False}, "likelihood.denoiser.ema_warmup is False, and"),
+        ({"max_skips": 9}, "likelihood.denoiser.max_skips is 9, and"),
+    ],
+)
+def test_what_the_optimizer_of_a_denoiser_cannot_have_is_refused_by_its_name(change, message):
+    experiment = experiment_of(likelihood=LikelihoodConfig(denoiser=OptimConfig()))
+    words = [f"--likelihood.denoiser.{name}={value}" for name, value in change.items()]
+    with pytest.raises(ValueError, match=f"^{message}"):
+        config.override(experiment, words)
+
+
+def test_the_debug_run_warms_the_denoiser_up_as_fast_as_the_flow():
+    experiment = experiment_of(
+        train=TrainConfig(steps=500), likelihood=LikelihoodConfig(denoiser=OptimConfig(warmup_steps=100))
+    )
+    assert config.shrink(experiment).likelihood.denoiser.warmup_steps == 2
 
 
 @pytest.mark.slow

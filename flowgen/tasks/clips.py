@@ -71,6 +71,11 @@ def check(experiment: Any) -> None:
     settings = experiment.likelihood or LikelihoodConfig()
     if settings.denoiser is not None and not model.denoiser_layers:
         raise ValueError("likelihood.denoiser is given, and model.denoiser_layers is 0; give the denoiser layers.")
+    if settings.denoiser is not None and (warmup := settings.denoiser.warmup_steps) >= experiment.train.steps:
+        raise ValueError(
+            f"likelihood.denoiser.warmup_steps is {warmup}; it must be below train.steps, which is "
+            f"{experiment.train.steps}, so lower it too."
+        )
     if model.denoiser_layers and settings.norm_penalty:
         raise ValueError(
             f"likelihood.norm_penalty is {settings.norm_penalty}, which would mix with the score that the denoiser "
@@ -106,6 +111,9 @@ def shrink(experiment: Any) -> Any:
         layers=(1, 1) if model.order == "L2R" else (0, 1, 1),
         denoiser_layers=min(model.denoiser_layers, 1),
     )
+    if experiment.likelihood is not None and (optim := experiment.likelihood.denoiser) is not None:
+        optim = dataclasses.replace(optim, warmup_steps=min(optim.warmup_steps, 2))
+        changes["likelihood"] = dataclasses.replace(experiment.likelihood, denoiser=optim)
     kept = {name: getattr(experiment.data, name) for name in ("flip", "drop_first", "eval_fraction")}
     data = ClipsConfig(num=200, **kept)
     return shrink_run(dataclasses.replace(experiment, **{**changes, "model": model, "data": data}))
