@@ -140,6 +140,9 @@ def test_clips_begin_with_what_is_given_and_go_on_as_long_as_asked(run, tmp_path
         error = capsys.readouterr().err
         assert message in error
         assert error.count("\n") == 1
+    for short in ([], ["--frames", "3"]):
+        assert main([*words, "--context", "2", *short]) == 2
+        assert "--context is 2, and clips of up to 3 frames are not continued" in capsys.readouterr().err
     assert main([*words, "--context", "9", "--frames", "5"]) == 2
     assert "context is 9; it must be from 1 to 2" in capsys.readouterr().err
 

@@ -113,6 +113,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
         flow = flow.at(*latent_grid(experiment, options.aspect))
     more: dict[str, Any] = {"certify": options.certify} if "certify" in task.SAMPLE_OPTIONS else {}
     if task is clips:
+        clips.check_length(experiment, options.frames, options.context)
         given = None if options.given is None else clips.read_given(experiment, flow, options.given)
         more |= {"frames": options.frames, "given": given, "context": options.context}
     conditions, about = _conditions(experiment, flow, options)

@@ -202,6 +202,20 @@ def latent_frames(codec: ClipCodec, frames: int) -> int:
     return 1 + count
 
 
+def check_length(experiment: Any, frames: int | None, context: int | None) -> None:
+    """Raises ValueError where the codec makes no clips of so many frames, or they are not continued from a context.
+
+    Example:
+        check_length(experiment, 81, context=None)
+    """
+    codec, most = clip_codec_of(experiment), experiment.model.frames
+    if (most if frames is None else latent_frames(codec, frames)) <= most and context is not None:
+        raise ValueError(
+            f"--context is {context}, and clips of up to {1 + (most - 1) * codec.stride} frames are not continued; "
+            "give more --frames, or leave it out."
+        )
+
+
 def read_given(experiment: Any, flow: Any, path: str) -> Float[np.ndarray, "given height width c"]:
     """Returns the pictures of a file in [-1, 1] that clips of a flow can begin with: one of a picture, of a video as
     many as the codec makes latents of, at the frame rate of the data.
