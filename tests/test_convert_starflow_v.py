@@ -196,6 +196,12 @@ def test_the_command_writes_a_run_that_can_be_loaded(tmp_path, capsys):
     assert flow.config == expected.config
     jax.tree.map(np.testing.assert_array_equal, params, variables)
     assert (experiment.sampling.guidance, experiment.sampling.rule) == (2.5, "product")
+    with (tmp_path / "arguments.yaml").open("a") as file:
+        file.write("- vae: some/vae:x\n")
+    assert main(["convert", *map(str, words[:-1]), str(tmp_path / "other")]) == 2
+    error = capsys.readouterr().err
+    assert "is 'some/vae:x', whose 'x' is no number to multiply latents by; make it 'some/vae:0.6'" in error
+    assert error.count("\n") == 1
     template = experiment.text.template(flow.config.noise_std)
     assert template("a cat", (30, 53)).startswith("Noise Level 500:\nA video with 16 fps:\na cat\n")
     assert template("a cat", (30, 53)).endswith(" in a 16:9 aspect ratio.\n")

@@ -154,6 +154,8 @@ def test_configs_that_cannot_be_are_refused(change, message, untyped):
 def test_files_and_shapes_that_cannot_be_are_refused(videos, tmp_path):
     with pytest.raises(ValueError, match="clips are 8 x 8, with no room for digits of 8; use 10 or more"):
         bouncing(size=(8, 8))
+    with pytest.raises(ValueError, match=r"data.eval_fraction 0.99 of 50 pictures leaves none to train on"):
+        bouncing(eval_fraction=0.99)
     with pytest.raises(ValueError, match="clips have 1 channel"):
         bouncing(channels=4)
     long = ClipsConfig("folder", path=str(videos), eval_fraction=0.0)

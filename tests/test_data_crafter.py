@@ -96,6 +96,10 @@ def test_a_clip_in_which_the_player_dies_is_played_again_in_the_next_world(monke
         ({"channels": 1}, "clips of data.source 'crafter' are in colour; set model.channels to 3"),
         ({"size": (8, 16)}, "clips are 8 x 16, and data.source 'crafter' shows 9 x 9 places"),
         ({"eval_fraction": 0.0}, "data.eval_fraction is 0, so the split 'eval' is empty"),
+        (
+            {"num": 2, "eval_fraction": 0.9, "split": "train"},
+            "data.eval_fraction 0.9 of 2 pictures leaves none to train",
+        ),
     ],
 )
 def test_what_the_game_cannot_show_is_refused(changes, message):

@@ -140,6 +140,21 @@ def test_long_clips_are_denoised_in_chunks_of_noisy_frames():
     np.testing.assert_allclose(chunked, expected, atol=1e-6)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("back", "ahead", "size"), [(9, 1, 4), (2, 5, 3)])
+def test_chunks_shorter_than_the_window_answer_for_one_frame_each(back, ahead, size):
+    config = dataclasses.replace(CLIP, denoiser_back=back, denoiser_ahead=ahead)
+    denoiser, variables, _, text = perturbed(config)
+    clip = laws.images(CLIP.of_frames(6), jax.random.key(3), batch=2)
+    chunked = ClipDenoising(denoiser, noise_std=0.5, chunk=size)(variables, clip, text)
+    network = ClipDenoiser(config.of_frames(size))
+    chunks = [clip[:, i : i + size] for i in range(7 - size)]
+    first, *rest = (chunk - 0.5 * network.apply(variables, chunk, text) for chunk in chunks)
+    answering = size - 1 - min(ahead, size - 1)
+    expected = [first[:, : answering + 1], *(chunk[:, answering, None] for chunk in rest[:-1]), rest[-1][:, answering:]]
+    np.testing.assert_allclose(chunked, jnp.concatenate(expected, axis=1), atol=1e-6)
+
+
 def test_the_program_of_a_denoiser_does_not_grow_with_the_clip():
     denoiser, variables, _, text = perturbed(CLIP)
     step = ClipDenoising(denoiser, noise_std=0.5, chunk=6)
@@ -168,7 +183,7 @@ REFUSED = {
         lambda: dataclasses.replace(CLIP, text_dim=0, text_length=0, num_classes=3, class_conditioning="add"),
         "use 'prefix'",
     ),
-    "short chunk": (lambda: ClipDenoising(ClipDenoiser(CLIP), 0.5, chunk=3), "it must be above back + ahead = 3"),
+    "no chunk": (lambda: ClipDenoising(ClipDenoiser(CLIP), 0.5, chunk=0), "chunk is 0; it must be at least 1"),
     "half a frame": (
         lambda: FrameWindow(1, 4, 1, 1).attend(*jnp.zeros((3, 1, 7, 1, 2))),
         "behind a prefix of 1 there must be frames of 4",

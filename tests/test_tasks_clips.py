@@ -1,5 +1,6 @@
 """Flows of clips end to end: training with a denoiser, codecs of clips, sampling to files, and what is refused."""
 
+import argparse
 import dataclasses
 import json
 
@@ -23,9 +24,11 @@ from flowgen.data import ClipsConfig, DataConfig, from_uint8, save_image
 from flowgen.data.video import video_length, write_video
 from flowgen.decoding import sample_clips
 from flowgen.flows import STARFlowVConfig
+from flowgen.models import init
 from flowgen.prompts import PromptTemplate
 from flowgen.tasks import clips, frozen, texts
 from flowgen.tasks.latents import flow_source
+from flowgen.tasks.likelihood import conditions_of
 from flowgen.training import LogConfig, OptimConfig, TrainConfig, fit
 
 QUIET = LogConfig(log_every=4, checkpoint_every=0, progress=False, tensorboard=False)
@@ -61,7 +64,7 @@ def experiment_of(**changes):
 def run(tmp_path_factory):
     """A flow of bouncing digits and its denoiser, trained for a few steps."""
     workdir = tmp_path_factory.mktemp("clips") / "run"
-    fit(experiment_of(log=dataclasses.replace(QUIET, eval_every=4)), workdir)
+    fit(experiment_of(data=ClipsConfig(num=60, fps=12.5), log=dataclasses.replace(QUIET, eval_every=4)), workdir)
     return workdir
 
 
@@ -76,16 +79,35 @@ def test_training_reports_both_losses_and_what_denoising_is_worth(run):
 
 def test_samples_are_strips_videos_and_arrays(run, tmp_path):
     words = ["sample", "--checkpoint", str(run), "--classes", "3,7"]
-    for name in ("strips.png", "clips.gif", "clips.mp4", "clips.npz"):
-        assert main([*words, "--num", "4", "--fps", "5", "--out", str(tmp_path / name)]) == 0
+    for name, *fps in (("strips.png",), ("clips.gif",), ("clips.mp4", "--fps", "5"), ("clips.npz",)):
+        assert main([*words, "--num", "4", *fps, "--out", str(tmp_path / name)]) == 0
     with np.load(tmp_path / "clips.npz") as arrays:
         assert arrays["clips"].shape == (4, 3, 12, 12, 1)
         assert arrays["labels"].tolist() == [3, 7, 3, 7]
     seconds, fps = video_length(tmp_path / "clips.mp4")
     assert (seconds, fps) == pytest.approx((0.6, 5.0))
+    assert video_length(tmp_path / "clips.gif")[1] == pytest.approx(12.5)  # as in training
     single = [*words, "--num", "2", "--out", str(tmp_path / "x.png"), "--single", str(tmp_path / "single")]
     assert main(single) == 0
     assert sorted(path.name for path in (tmp_path / "single").iterdir()) == ["000000.gif", "000001.gif"]
+
+
+@pytest.mark.parametrize(
+    ("fps", "out", "message"),
+    [
+        ("0", "x.gif", "--fps is 0; videos have 0.1 to 100 frames per second"),
+        ("0.0001", "x.mp4", "--fps is 0.0001; videos have 0.1 to 100 frames per second"),
+        ("101", "x.gif", "--fps is 101; videos have"),
+        ("5", "x.png", "x.png is no video; use .gif or .mp4, or leave it out"),
+        ("5", "x.npz", "x.npz is no video; use .gif or .mp4, or leave it out"),
+    ],
+)
+def test_rates_that_no_video_has_are_refused_before_anything_is_opened(fps, out, message, tmp_path, capsys):
+    words = ["sample", "--checkpoint", str(tmp_path / "nowhere"), "--fps", fps, "--out", str(tmp_path / out)]
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
 
 
 @pytest.mark.slow
@@ -118,6 +140,9 @@ def test_clips_begin_with_what_is_given_and_go_on_as_long_as_asked(run, tmp_path
         error = capsys.readouterr().err
         assert message in error
         assert error.count("\n") == 1
+    for short in ([], ["--frames", "3"]):
+        assert main([*words, "--context", "2", *short]) == 2
+        assert "--context is 2, and clips of up to 3 frames are not continued" in capsys.readouterr().err
     assert main([*words, "--context", "9", "--frames", "5"]) == 2
     assert "context is 9; it must be from 1 to 2" in capsys.readouterr().err
 
@@ -138,6 +163,16 @@ def test_evaluation_says_how_frames_move(run, capsys):
     assert "PSNR of noisy clips as they are" in printed
     assert "by the denoiser" in printed
     assert "frames of 4 samples: distance to the next" in printed
+
+
+@pytest.mark.slow
+def test_evaluation_of_single_frames_says_nothing_of_how_they_move():
+    experiment = experiment_of(model=TINY.of_frames(1))
+    flow, options = experiment.flow(), argparse.Namespace(split="eval", samples=4, noise=None, unconditional=False)
+    options.batch, options.seed = 8, 0
+    lines = clips.evaluate(experiment, flow, init(flow, jax.random.key(0)), options)
+    assert "by the denoiser" in lines[-1]
+    assert not any("distance" in line for line in lines)
 
 
 def test_distances_of_frames_tell_order_from_none():
@@ -208,6 +243,9 @@ def test_a_video_autoencoder_is_trained_and_its_latents_are_those_of_a_flow(auto
     other = dataclasses.replace(encoded, codec=TrainedCodec(str(autoencoder)))
     with pytest.raises(ValueError, match="was encoded by the autoencoder at"):
         fit(other, tmp_path / "other")
+    capsys.readouterr()
+    assert main(["evaluate", "--checkpoint", str(tmp_path / "again"), "--samples", "4"]) == 0
+    assert "frames of 4 data: distance to the next" in capsys.readouterr().out  # decoded, which no encoded data hold
     longer = dataclasses.replace(encoded, model=LATENTS.of_frames(5))
     with pytest.raises(ValueError, match=r"holds latents of shape .*; set model.image_size, model.frames and"):
         fit(longer, tmp_path / "other")
@@ -251,6 +289,15 @@ def test_clips_without_their_first_frame_are_trained_on_as_often_as_asked():
     assert flow_source(experiment, "eval").frames == 3
 
 
+def test_the_memory_of_latents_is_that_of_their_own_frames():
+    data = ClipsConfig(num=60, drop_first=0.25, images=DataConfig(), in_memory_bytes=1)
+    experiment = experiment_of(model=LATENTS, codec=PixelBlocks(2), data=data)
+    # Mean and deviation of 6 x 6 x 4 numbers a frame: 54 clips of 3 frames and of the last 2, and 1,617 pictures.
+    needed = 4 * 2 * 6 * 6 * 4 * (54 * 3 + 54 * 2 + 1617)
+    with pytest.raises(ValueError, match=f"the latents of 1725 pictures would take {needed:,} bytes"):
+        flow_source(experiment, "train")
+
+
 @pytest.fixture
 def continued():
     """An experiment of texts in which every other batch of clips has lost its first frame."""
@@ -289,6 +336,8 @@ def test_texts_of_clips_without_their_first_frame_say_so(continued, tmp_path):
         for share in (0.0, 0.5)
     }
     assert read[0.0].event_shape == (3, 6, 6, 4)
+    features, _ = whole[some]["text"]
+    np.testing.assert_array_equal(conditions_of(experiment, read[0.0])(some).embeddings, features)
     assert {b.event_shape[0]: share for b, share in zip(read[0.5].buckets, read[0.5].shares, strict=True)} == {
         2: 54,
         3: 54,
@@ -321,6 +370,7 @@ def test_texts_of_restarts_say_so_too(continued, tmp_path, monkeypatch):
     [
         ({"source": "encoded", "path": "x"}, "data.images is given, but encoded data have their pictures among them"),
         ({"images": DataConfig("folder", path="x", aspects=True)}, "data.images is encoded or of several aspects"),
+        ({"flip": True}, "data.images.flip is False and data.flip is True, and pictures and clips are mirrored alike"),
     ],
 )
 def test_pictures_that_cannot_be_beside_clips_are_refused(changes, message):
@@ -368,6 +418,15 @@ def test_clips_of_texts_are_drawn_from_prompts(tmp_path):
             "data.drop_first is given, and a VideoAutoencoder is trained on whole clips",
         ),
         ({"model": dataclasses.replace(TINY, noise_std=0.0)}, "model.noise_std is 0, so a denoiser has nothing"),
+        (
+            {
+                "model": dataclasses.replace(LATENTS, num_classes=0, text_dim=16, text_length=12),
+                "codec": PixelBlocks(2),
+                "text": TextConfig("words", frames_per_second=16),
+                "data": ClipsConfig("folder", path="videos"),
+            },
+            "text.frames_per_second is 16, which texts would say of clips of data.fps 8; set them alike",
+        ),
         ({"sampling": SamplingConfig(denoise=0.5)}, "sampling.denoise is 0.5; a learned denoiser takes the whole step"),
         (
             {
@@ -375,6 +434,10 @@ def test_clips_of_texts_are_drawn_from_prompts(tmp_path):
                 "likelihood": LikelihoodConfig(denoiser=OptimConfig()),
             },
             "likelihood.denoiser is given, and model.denoiser_layers is 0",
+        ),
+        (
+            {"likelihood": LikelihoodConfig(denoiser=OptimConfig(warmup_steps=4))},
+            "likelihood.denoiser.warmup_steps is 4; it must be below train.steps, which is 4",
         ),
         (
             {"model": VideoAutoencoderConfig(channels=1), "autoencoding": AutoencodingConfig(16, frames=4)},
@@ -393,6 +456,33 @@ def test_clips_of_texts_are_drawn_from_prompts(tmp_path):
 def test_parts_that_do_not_fit_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         experiment_of(**changes)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lr": -1.0}, "likelihood.denoiser.lr is -1.0; it must be at least 0"),
+        ({"lr": 0.1, "min_lr": 0.2}, "likelihood.denoiser.min_lr is 0.2, above lr 0.1; lower it"),
+        (
+            {"ema_decay": 0.9},
+            "likelihood.denoiser.ema_decay is 0.9, and optim.ema_decay is that of all parameters",
+        ),
+        ({"ema_warmup": False}, "likelihood.denoiser.ema_warmup is False, and"),
+        ({"max_skips": 9}, "likelihood.denoiser.max_skips is 9, and"),
+    ],
+)
+def test_what_the_optimizer_of_a_denoiser_cannot_have_is_refused_by_its_name(change, message):
+    experiment = experiment_of(likelihood=LikelihoodConfig(denoiser=OptimConfig()))
+    words = [f"--likelihood.denoiser.{name}={value}" for name, value in change.items()]
+    with pytest.raises(ValueError, match=f"^{message}"):
+        config.override(experiment, words)
+
+
+def test_the_debug_run_warms_the_denoiser_up_as_fast_as_the_flow():
+    experiment = experiment_of(
+        train=TrainConfig(steps=500), likelihood=LikelihoodConfig(denoiser=OptimConfig(warmup_steps=100))
+    )
+    assert config.shrink(experiment).likelihood.denoiser.warmup_steps == 2
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ from flowgen.config import (
 )
 from flowgen.data import DataConfig
 from flowgen.flows import STARFlowConfig, TARFlowConfig
-from flowgen.tasks import frozen, texts
+from flowgen.tasks import frozen, likelihood, texts
 from flowgen.training import LogConfig, OptimConfig, TrainConfig, fit
 
 sys.path.insert(0, str(Path(__file__).parent / "fixtures"))
@@ -133,7 +133,7 @@ def test_another_autoencoder_in_its_place_is_noticed(autoencoder, tmp_path, caps
 
 
 @pytest.mark.slow
-def test_encoding_first_or_on_the_way_trains_the_same(autoencoder, tmp_path, capsys):
+def test_encoding_first_or_on_the_way_trains_the_same(autoencoder, tmp_path, capsys, monkeypatch):
     experiment = experiment_of(codec=TrainedCodec(str(autoencoder)), data=DataConfig(flip=True))
     path = tmp_path / "latent.py"
     path.write_text(
@@ -150,6 +150,10 @@ def test_encoding_first_or_on_the_way_trains_the_same(autoencoder, tmp_path, cap
     jax.tree.map(np.testing.assert_array_equal, direct.state.params, again.state.params)
     assert direct.metrics == again.metrics
     assert set(direct.metrics) == {"nats_per_dim"}
+    with monkeypatch.context() as patch:
+        patch.setattr(likelihood, "likelihood_lines", None)  # which comes later
+        assert main(["evaluate", "--checkpoint", str(tmp_path / "again"), "--samples", "20"]) == 2
+    assert "holds no pictures; give the data it was made of" in capsys.readouterr().err
     assert main(["encode", "--config", str(path), "--out", str(out)]) == 2
     assert "exists already" in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"codec is missing, and data.path .* was encoded by the autoencoder at"):

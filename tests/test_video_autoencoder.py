@@ -115,6 +115,22 @@ SMALL = codecs.VideoAutoencoderConfig(
 TINY = dataclasses.replace(SMALL, widths=(4, 4), decoder_widths=(4, 6), halve_time=(True,))
 
 
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((1, 4, 8, 8, 1), "clips have 4 frames; this codec takes 1, 3, 5 and so on"),
+        ((1, 3, 6, 8, 1), "clips are 6 x 8; this codec takes sides that are multiples of 4"),
+        ((1, 3, 8, 8, 3), r"this codec takes \(batch, frames, height, width, 1\)"),
+    ],
+)
+def test_clips_that_have_no_latents_are_refused(shape, message, key):
+    network, x = codecs.VideoAutoencoder(SMALL), jnp.zeros(shape)
+    variables = jax.eval_shape(lambda: codecs.init(network, key))
+    for encode in (lambda v: network.apply(v, x, method="encode"), lambda v: codecs.encode_in_chunks(network, v, x)):
+        with pytest.raises(ValueError, match=message):
+            jax.eval_shape(encode, variables)
+
+
 @pytest.mark.slow
 def test_a_small_one_can_be_trained(key):
     config = dataclasses.replace(TINY, dtype="bfloat16", remat=True)

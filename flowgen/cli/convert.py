@@ -80,6 +80,7 @@ def _starflow(options: argparse.Namespace) -> tuple[Any, Any, Any]:
         if getattr(options, name) is not None:
             raise ValueError(f"--{name.replace('_', '-')} is given, but --arguments says it; leave it out.")
     arguments = convert.read_arguments(options.arguments)
+    codec = _codec(options, arguments) if arguments.get("vae") else None
     state_dict = convert.read_state_dict(options.file, entry=options.entry)
     flow, variables = convert.starflow(state_dict, arguments, dtype=options.dtype or "float32")
     size = arguments.get("vid_size")
@@ -88,7 +89,7 @@ def _starflow(options: argparse.Namespace) -> tuple[Any, Any, Any]:
         model=flow.config,
         # The weights do not say what they were trained on.
         data=DataConfig(source="folder") if size is None else ClipsConfig(fps=float(convert.clip_size(size)[1])),
-        codec=_codec(options, arguments) if arguments.get("vae") else None,
+        codec=codec,
         text=_text(options, arguments) if flow.config.text_dim else None,
         sampling=SamplingConfig(num=8, guidance=float(arguments.get("cfg") or 0), rule="product"),
     )
@@ -99,8 +100,15 @@ def _codec(options: argparse.Namespace, arguments: Any) -> Any:
     from flowgen.tasks.frozen import TrainedCodec
 
     # The published name of an autoencoder of clips may end with what its latents are multiplied by.
-    _, _, scale = str(arguments["vae"]).partition(":")
-    return TrainedCodec(_place(options.autoencoder), temporal_scale=float(scale or 1))
+    name, _, scale = str(arguments["vae"]).partition(":")
+    try:
+        temporal_scale = float(scale or 1)
+    except ValueError as error:
+        raise ValueError(
+            f"vae in --arguments {options.arguments} is '{name}:{scale}', whose '{scale}' is no number to multiply "
+            f"latents by; make it '{name}:0.6', or leave it out."
+        ) from error
+    return TrainedCodec(_place(options.autoencoder), temporal_scale=temporal_scale)
 
 
 def _text(options: argparse.Namespace, arguments: Any) -> Any:

@@ -24,6 +24,8 @@ from flowgen.cli.options import (
 
 PICTURES_AT_ONCE = 64
 DEFAULT_FPS = 8.0
+# What both mp4 and GIF, which counts in hundredths of a second, can hold.
+LEAST_FPS, MOST_FPS = 0.1, 100.0
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
@@ -55,7 +57,9 @@ def declare(parser: argparse.ArgumentParser) -> None:
     clips.add_argument("--frames", type=whole_number(1), help="of a clip, any number (default: as in training)")
     clips.add_argument("--given", metavar="FILE", help="picture or video that clips begin with")
     clips.add_argument("--context", type=whole_number(1), help="frames of latents that longer clips are continued from")
-    clips.add_argument("--fps", type=finite_number, help="frames per second of the video that is written (default: 8)")
+    clips.add_argument(
+        "--fps", type=finite_number, help="frames per second of what is written (default: as in training)"
+    )
     clips.add_argument("--progress", action="store_true", help="show a bar of the tokens that are decoded")
     parser.add_argument(
         "--out", default="samples.png", help="picture to write, of clips also .gif or .mp4; or .npz with floats"
@@ -80,6 +84,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
 
     out = Path(options.out)
     _check_out(out)
+    _check_fps(options, out)
     single = None if options.single is None else Path(options.single)
     if single is not None:
         if single == out:
@@ -108,6 +113,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
         flow = flow.at(*latent_grid(experiment, options.aspect))
     more: dict[str, Any] = {"certify": options.certify} if "certify" in task.SAMPLE_OPTIONS else {}
     if task is clips:
+        clips.check_length(experiment, options.frames, options.context)
         given = None if options.given is None else clips.read_given(experiment, flow, options.given)
         more |= {"frames": options.frames, "given": given, "context": options.context}
     conditions, about = _conditions(experiment, flow, options)
@@ -122,7 +128,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     elif points:
         save_image(out, plot_points(experiment, flow, params, samples, jax.random.key(options.seed)))
     elif task is clips:
-        _write_clips(out, samples, options.fps)
+        _write_clips(out, samples, _fps(experiment, options.fps))
     else:
         classes = flow.config.num_classes if options.classes is None else options.classes.count(",") + 1
         save_image(out, picture(samples, classes))
@@ -130,7 +136,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
         single.mkdir(parents=True, exist_ok=True)
         for index, sample in enumerate(samples):
             if task is clips:
-                _write_clips(single / f"{index:06d}.gif", sample[None], options.fps)
+                _write_clips(single / f"{index:06d}.gif", sample[None], _fps(experiment, options.fps))
             else:
                 save_image(single / f"{index:06d}.png", to_uint8(sample))
     say(f"Wrote {out}")
@@ -182,14 +188,34 @@ def _is_video(out: Path) -> bool:
     return out.suffix.lower() in VIDEO_SUFFIXES
 
 
-def _write_clips(out: Path, clips: Any, fps: float | None) -> None:
+def _check_fps(options: argparse.Namespace, out: Path) -> None:
+    """Raises ValueError where no video of that rate can be, or none is asked for."""
+    if options.fps is None:
+        return
+    if not LEAST_FPS <= options.fps <= MOST_FPS:
+        raise ValueError(f"--fps is {options.fps:g}; videos have {LEAST_FPS:g} to {MOST_FPS:g} frames per second.")
+    if not _is_video(out) and options.single is None:
+        raise ValueError(f"--fps is {options.fps:g}, and --out {out} is no video; use .gif or .mp4, or leave it out.")
+
+
+def _fps(experiment: Any, asked: float | None) -> float:
+    """Frames per second of videos: as asked for, else those of the clips that the flow was trained on."""
+    if asked is not None:
+        return asked
+    # Of encoded data the texts know it, where they say it.
+    told = None if experiment.text is None else experiment.text.frames_per_second
+    fps = told or experiment.data.fps
+    return fps if LEAST_FPS <= fps <= MOST_FPS else DEFAULT_FPS
+
+
+def _write_clips(out: Path, clips: Any, fps: float) -> None:
     """Clips side by side as one video, or under each other as strips of their frames."""
     from flowgen.data import save_image
     from flowgen.data.video import write_video
     from flowgen.tasks.pictures import side_by_side, strips
 
     if _is_video(out):
-        write_video(out, side_by_side(clips), fps=DEFAULT_FPS if fps is None else fps)
+        write_video(out, side_by_side(clips), fps=fps)
     else:
         save_image(out, strips(clips))
 

@@ -136,6 +136,31 @@ def _strides_up(config: VideoAutoencoderConfig) -> tuple[tuple[int, int], ...]:
     return ((1, 1), *config.strides[:-1])
 
 
+def check_clips(x: Any, *, channels: int, factor: int, stride: int) -> None:
+    """Raises ValueError where clips cannot be encoded to one latent per factor x factor pixels and, after the first
+    frame, per stride frames.
+
+    Example:
+        check_clips(x, channels=3, factor=16, stride=4)
+    """
+    if x.ndim != 5 or x.shape[-1] != channels:
+        raise ValueError(
+            f"clips have shape {tuple(x.shape)}; this codec takes (batch, frames, height, width, {channels})."
+        )
+    count, frames, height, width = x.shape[:4]
+    if not count:
+        raise ValueError("the batch is empty; give at least one clip.")
+    if frames < 1 or (frames - 1) % stride:
+        some = ", ".join(str(1 + k * stride) for k in range(3))
+        raise ValueError(f"clips have {frames} frames; this codec takes {some} and so on, 1 + k · {stride}.")
+    if not height or not width or height % factor or width % factor:
+        raise ValueError(f"clips are {height} x {width}; this codec takes sides that are multiples of {factor}.")
+
+
+def _check(config: VideoAutoencoderConfig, x: Any) -> None:
+    check_clips(x, channels=config.channels, factor=config.factor, stride=config.stride)
+
+
 class VideoAutoencoder(nn.Module):
     """Encoder and decoder between clips `b frames height width c` in [-1, 1] and latents `b f h w z`.
 
@@ -159,7 +184,10 @@ class VideoAutoencoder(nn.Module):
         return self.decode(self.encode(x)[0])
 
     def encode(self, x: Clips) -> Moments:
-        """Returns mean and log variance of the latents, the latter within [-30, 20]; neither is normalised."""
+        """Returns mean and log variance of the latents, the latter within [-30, 20]; neither is normalised.
+
+        Raises ValueError as `check_clips`.
+        """
         return self.encode_part(x, None)[0]
 
     def decode(self, latents: Float[Array, "b f h w z"]) -> Clips:
@@ -172,6 +200,8 @@ class VideoAutoencoder(nn.Module):
         x: with cache None the first 1 + k · stride frames, else the next k · stride.
         """
         side = self.config.patch_size
+        if cache is None:
+            _check(self.config, x)
         h = rearrange(x, "b f (i p) (j q) c -> b f i j (c q p)", p=side, q=side)
         h, cache = self.encoder(h, cache)
         mean, log_variance = jnp.split(self.quant_conv(h), 2, axis=-1)
@@ -309,6 +339,7 @@ def encode_in_chunks(autoencoder: VideoAutoencoder, variables: Any, x: Clips) ->
     Example:
         mean, log_variance = encode_in_chunks(autoencoder, params, x)
     """
+    _check(autoencoder.config, x)
     part = partial(autoencoder.apply, variables, method="encode_part")
     return _in_chunks(part, x, autoencoder.config.stride)
 

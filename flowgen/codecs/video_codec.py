@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from flowgen.codecs import codec as images
 from flowgen.codecs.codec import Codec, LatentNormalisation, samples_at_once
 from flowgen.codecs.parts import in_parts
-from flowgen.codecs.video_autoencoder import VideoAutoencoder, decode_in_chunks, encode_in_chunks
+from flowgen.codecs.video_autoencoder import VideoAutoencoder, check_clips, decode_in_chunks, encode_in_chunks
 
 Clips = Float[Array | np.ndarray, "b frames height width c"]
 ClipLatents = Float[Array | np.ndarray, "b f h w z"]
@@ -85,7 +85,7 @@ class FrameCodec:
 
     def moments(self, x: Clips) -> tuple[ClipLatents, ClipLatents]:
         """Returns mean and standard deviation of the latents of all frames, as numpy arrays."""
-        check_clips(self, x)
+        check_clips(x, channels=self.pixel_channels, factor=self.factor, stride=self.stride)
         mean, std = self.codec.moments(_frames(x))
         return _clips(mean, len(x)), _clips(std, len(x))
 
@@ -147,7 +147,8 @@ class VideoAutoencoderCodec:
         Both are in the units of normalised latents, so mean + std · ε is the latent of a sample, normalised. The code
         published with STARFlow-V does not divide the standard deviation by `latents_std`.
         """
-        frames, height, width = check_clips(self, x)
+        check_clips(x, channels=self.pixel_channels, factor=self.factor, stride=self.stride)
+        frames, height, width = x.shape[1:4]
         run, most = self._plan(_moments, frames, height * width)
         mean, std = in_parts(run, most, np.asarray(x, np.float32))
         scale = self._scale(mean.shape[1])
@@ -171,28 +172,6 @@ class VideoAutoencoderCodec:
         whole = frames * pixels <= images.PIXELS_AT_ONCE
         together = frames if whole else min(frames, self.stride)
         return partial(run, self.autoencoder, whole, self.variables), samples_at_once(together * pixels)
-
-
-def check_clips(codec: ClipCodec, x: Any) -> tuple[int, int, int]:
-    """Returns frames, height and width of clips; ValueError where the codec cannot take them.
-
-    Example:
-        frames, height, width = check_clips(codec, x)
-    """
-    if x.ndim != 5 or x.shape[-1] != codec.pixel_channels:
-        raise ValueError(
-            f"clips have shape {tuple(x.shape)}; this codec takes (batch, frames, height, width, "
-            f"{codec.pixel_channels})."
-        )
-    count, frames, height, width = x.shape[:4]
-    if not count:
-        raise ValueError("the batch is empty; give at least one clip.")
-    if frames < 1 or (frames - 1) % codec.stride:
-        some = ", ".join(str(1 + k * codec.stride) for k in range(3))
-        raise ValueError(f"clips have {frames} frames; this codec takes {some} and so on, 1 + k · {codec.stride}.")
-    if not height or not width or height % codec.factor or width % codec.factor:
-        raise ValueError(f"clips are {height} x {width}; this codec takes sides that are multiples of {codec.factor}.")
-    return frames, height, width
 
 
 def check_clip_latents(codec: ClipCodec, latents: Any) -> tuple[int, int, int]:

@@ -96,10 +96,9 @@ def bouncing_digits(
 
 
 def share_of(num: int, eval_fraction: float, split: Split) -> int:
-    """Returns how many of `num` clips that are made are in a split.
+    """Returns how many of `num` clips that are made are in a split. Raises ValueError as `hold_out`.
 
     Example:
         share_of(1000, 0.1, "eval")  # 100
     """
-    held = max(1, round(num * eval_fraction)) if eval_fraction else 0
-    return {"train": num - held, "eval": held, "all": num}[split]
+    return len(hold_out(num, eval_fraction, split))

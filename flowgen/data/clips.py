@@ -84,6 +84,11 @@ class ClipsConfig:
             raise ValueError("data.images is given, but encoded data have their pictures among them; leave it out.")
         if self.images is not None and (self.images.source == "encoded" or self.images.aspects):
             raise ValueError("data.images is encoded or of several aspects; give pictures of one shape.")
+        if self.images is not None and self.images.flip != self.flip:
+            raise ValueError(
+                f"data.images.flip is {self.images.flip} and data.flip is {self.flip}, and pictures and clips are "
+                "mirrored alike; set both to the same."
+            )
 
 
 @runtime_checkable

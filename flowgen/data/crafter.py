@@ -40,8 +40,6 @@ def record(
             "use 27 pixels or more."
         )
     seed, count = ("train", "eval", "all").index(split), share_of(num, eval_fraction, split)
-    if count == 0:
-        raise ValueError("data.eval_fraction is 0, so the split 'eval' is empty; set data.eval_fraction to 0.1.")
     game = _Game(_crafter().Env(size=image_size[::-1], seed=seed))
     labels = np.random.Philox(np.random.SeedSequence(seed)).random_raw(count) % len(ACTIONS)
     clips = np.empty((count, frames, *image_size, channels), np.uint8)

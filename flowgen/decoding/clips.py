@@ -100,7 +100,8 @@ def sample_clips(
     denoise: as for `sample`; the score is that of the density by which clips are decoded, with nothing given, and a
     `Denoiser` gets all frames, still noisy.
     plan, guidance, null, first: as for `sample`. The noise of a token depends on key, index of the clip and place of
-    the token alone, and that of the first F frames is `sample`'s: a longer clip begins with the shorter one.
+    the token alone, and that of the first F frames is `sample`'s: before denoising, which looks ahead, a longer clip
+    begins with the shorter one.
     progress: called on the host as progress(solved, total) whenever tokens of the deep block are solved, with how many
     and how many there are of a clip in all; the program, compiled for each such function, does not wait for it.
     The reports are those of `Inversion`: sweeps of the deep block clip after clip; the error that of frames not given.

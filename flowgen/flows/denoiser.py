@@ -113,8 +113,8 @@ class ClipDenoising:
 
     noise_std: σ. chunk: frames that go through the network together, None for all. Each further chunk begins with the
     `back` frames before those it answers for, still noisy, as in training; the last `ahead` frames of a chunk are
-    answered for by the next, which has what comes after them. Raises ValueError where a chunk has no frames to answer
-    for.
+    answered for by the next, which has what comes after them. Where the window is longer than a chunk, each
+    further one answers for one frame. Raises ValueError where chunk is below 1.
 
     Example:
         step = ClipDenoising(denoiser, noise_std=0.5, chunk=21)
@@ -126,9 +126,8 @@ class ClipDenoising:
     chunk: int | None = None
 
     def __post_init__(self):
-        reach = self.denoiser.config.denoiser_back + self.denoiser.config.denoiser_ahead
-        if self.chunk is not None and self.chunk <= reach:
-            raise ValueError(f"chunk is {self.chunk}; it must be above back + ahead = {reach} of the denoiser.")
+        if self.chunk is not None and self.chunk < 1:
+            raise ValueError(f"chunk is {self.chunk}; it must be at least 1, or None for all frames.")
 
     def __call__(
         self, variables: Any, x: Float[Array, "b frames height width c"], cond: Condition | None = None
@@ -136,10 +135,11 @@ class ClipDenoising:
         config, frames = self.denoiser.config, x.shape[1]
         size = frames if self.chunk is None else min(self.chunk, frames)
         network = ClipDenoiser(config.of_frames(size), parent=None)
-        back, ahead = config.denoiser_back, config.denoiser_ahead
+        ahead = min(config.denoiser_ahead, size - 1)
+        step = size - ahead - min(config.denoiser_back, size - 1 - ahead)
         # Chunks of one size, the last at the end; each answers up to its last `ahead` frames, and the last for all.
-        count = -(-(frames - size) // max(size - back - ahead, 1)) + 1
-        begins = np.minimum(np.arange(count) * (size - back - ahead), frames - size)
+        count = -(-(frames - size) // step) + 1
+        begins = np.minimum(np.arange(count) * step, frames - size)
         answering = np.searchsorted(begins[:-1] + size - ahead, np.arange(frames), side="right")
 
         def clean(begin):

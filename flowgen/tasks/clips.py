@@ -21,7 +21,7 @@ from flowgen.data.buckets import BucketedSource
 from flowgen.data.latents import LatentSource
 from flowgen.data.loader import fixed_batches
 from flowgen.data.pictures import UnreadablePicture, picture_size, read_picture
-from flowgen.data.sources import Source, Split
+from flowgen.data.sources import Batch, Source, Split
 from flowgen.data.video import READABLE, read_clip, video_length, video_size
 from flowgen.decoding import Denoiser, sample_clips
 from flowgen.evaluation import flow_bits_per_dim, flow_nats_per_dim
@@ -71,6 +71,11 @@ def check(experiment: Any) -> None:
     settings = experiment.likelihood or LikelihoodConfig()
     if settings.denoiser is not None and not model.denoiser_layers:
         raise ValueError("likelihood.denoiser is given, and model.denoiser_layers is 0; give the denoiser layers.")
+    if settings.denoiser is not None and (warmup := settings.denoiser.warmup_steps) >= experiment.train.steps:
+        raise ValueError(
+            f"likelihood.denoiser.warmup_steps is {warmup}; it must be below train.steps, which is "
+            f"{experiment.train.steps}, so lower it too."
+        )
     if model.denoiser_layers and settings.norm_penalty:
         raise ValueError(
             f"likelihood.norm_penalty is {settings.norm_penalty}, which would mix with the score that the denoiser "
@@ -80,6 +85,12 @@ def check(experiment: Any) -> None:
         raise ValueError(
             f"data.drop_first is {experiment.data.drop_first}, and clips of model.frames {model.frames} without their "
             "first frame are pictures; set it to 0, or model.frames to 3 or more."
+        )
+    told = None if experiment.text is None else experiment.text.frames_per_second
+    fps = experiment.data.fps if experiment.data.source in ("real", "folder") else 0
+    if told and fps and told != fps:
+        raise ValueError(
+            f"text.frames_per_second is {told}, which texts would say of clips of data.fps {fps:g}; set them alike."
         )
     if model.denoiser_layers and model.noise_std == 0:
         raise ValueError("model.noise_std is 0, so a denoiser has nothing to remove; set it, or model.denoiser_layers.")
@@ -100,6 +111,9 @@ def shrink(experiment: Any) -> Any:
         layers=(1, 1) if model.order == "L2R" else (0, 1, 1),
         denoiser_layers=min(model.denoiser_layers, 1),
     )
+    if experiment.likelihood is not None and (optim := experiment.likelihood.denoiser) is not None:
+        optim = dataclasses.replace(optim, warmup_steps=min(optim.warmup_steps, 2))
+        changes["likelihood"] = dataclasses.replace(experiment.likelihood, denoiser=optim)
     kept = {name: getattr(experiment.data, name) for name in ("flip", "drop_first", "eval_fraction")}
     data = ClipsConfig(num=200, **kept)
     return shrink_run(dataclasses.replace(experiment, **{**changes, "model": model, "data": data}))
@@ -188,6 +202,20 @@ def latent_frames(codec: ClipCodec, frames: int) -> int:
     return 1 + count
 
 
+def check_length(experiment: Any, frames: int | None, context: int | None) -> None:
+    """Raises ValueError where the codec makes no clips of so many frames, or they are not continued from a context.
+
+    Example:
+        check_length(experiment, 81, context=None)
+    """
+    codec, most = clip_codec_of(experiment), experiment.model.frames
+    if (most if frames is None else latent_frames(codec, frames)) <= most and context is not None:
+        raise ValueError(
+            f"--context is {context}, and clips of up to {1 + (most - 1) * codec.stride} frames are not continued; "
+            "give more --frames, or leave it out."
+        )
+
+
 def read_given(experiment: Any, flow: Any, path: str) -> Float[np.ndarray, "given height width c"]:
     """Returns the pictures of a file in [-1, 1] that clips of a flow can begin with: one of a picture, of a video as
     many as the codec makes latents of, at the frame rate of the data.
@@ -231,19 +259,18 @@ def _with_noise(flow: Any, clean: np.ndarray, key: jax.Array, first: int) -> jax
 
 def evaluate(experiment: Any, flow: Any, variables: Any, options: Any) -> list[str]:
     """Returns lines with the likelihood of the flow on a split, what its noise looks like once removed, and how far
-    frames of samples move, as the command's options ask."""
+    frames of samples and of data move, as the command's options ask; latents are decoded first."""
     source = clips_alone(flow_source(experiment, options.split))
     lines = likelihood_lines(experiment, flow, variables, source, options)
     key = jax.random.key(options.seed)
     ratios = denoised_psnr(experiment, flow, variables, source, key)
     lines.append("PSNR of noisy clips " + ", ".join(f"{how} {ratio:.2f} dB" for how, ratio in ratios.items()))
-    if not options.samples:
+    if not options.samples or flow.config.frames == 1:  # One frame has none to move to.
         return lines
-    data = clips_alone(picture_source(experiment, options.split))
-    conditions = conditions_of(experiment, data, unconditional=options.unconditional)
-    cond = None if conditions is None else conditions(np.arange(options.samples) % len(data))
+    conditions = conditions_of(experiment, source, unconditional=options.unconditional)
+    cond = None if conditions is None else conditions(np.arange(options.samples) % len(source))
     clips, _ = draw(experiment, flow, variables, key, options.samples, cond)
-    real = np.asarray(from_uint8(data[np.arange(min(len(data), options.samples))]["image"]))
+    real = clip_codec_of(experiment).decode(_clean(source[np.arange(min(len(source), options.samples))]))
     for name, frames in (("samples", clips), ("data", real)):
         near, far = frame_distances(np.clip(frames, -1, 1))
         lines.append(f"frames of {len(frames)} {name}: distance to the next {near:.4f}, to any other {far:.4f}")
@@ -279,13 +306,17 @@ def denoised_psnr(experiment: Any, flow: Any, variables: Any, source: Source, ke
     cleaned: dict[str, Any] = {"as they are": noisy, "by the score": _score_step(flow, variables, noisy, cond)}
     if flow.config.denoiser_layers:
         cleaned["by the denoiser"] = _denoised(_denoising(flow), denoiser_variables(variables), noisy, cond)
-    clean = batch["mean"] if "mean" in batch else np.asarray(from_uint8(batch["image"]))
-    expected = np.clip(codec.decode(clean), -1, 1)
+    expected = np.clip(codec.decode(_clean(batch)), -1, 1)
 
     def ratio(x):
         return 10 * math.log10(PEAK**2 / np.square(np.clip(codec.decode(np.asarray(x)), -1, 1) - expected).mean())
 
     return {how: ratio(x) for how, x in cleaned.items()}
+
+
+def _clean(batch: Batch) -> np.ndarray:
+    """What a flow models of a batch, without the noise."""
+    return batch["mean"] if "mean" in batch else np.asarray(from_uint8(batch["image"]))
 
 
 def pictures(experiment: Any, split: Split) -> Source:
@@ -321,9 +352,7 @@ def _denoised(step, variables, noisy, cond):
 
 def _denoising(flow: Any) -> ClipDenoising:
     """The step of the flow's own denoiser, in chunks of the clips it was trained on."""
-    reach = flow.config.denoiser_back + flow.config.denoiser_ahead
-    chunk = flow.config.frames if flow.config.frames > reach else None
-    return ClipDenoising(ClipDenoiser(flow.config), flow.config.noise_std, chunk)
+    return ClipDenoising(ClipDenoiser(flow.config), flow.config.noise_std, flow.config.frames)
 
 
 def _denoiser(flow: Any, variables: Any, strength: float) -> float | Denoiser:

@@ -12,6 +12,8 @@ from flowgen.training import OptimConfig
 
 # σ of the published model, by which the loss of noisier models weighs more where it is weighted.
 REFERENCE_NOISE = 0.3
+# Fields of an optimizer that are read of the main one alone.
+_OF_ALL_PARAMETERS = ("ema_decay", "ema_warmup", "max_skips")
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,7 @@ class LikelihoodConfig:
     norm_penalty: weight of the mean squares of the tokens that enter each block; published: 1e-4.
     noise_weight: multiply the loss by σ / 0.3, as published with noise levels in the prompt.
     denoiser: the optimizer of the denoiser of a flow of clips; None is one of its own with the numbers of `optim`.
+    ema_decay, ema_warmup and max_skips are those of `optim` for all parameters.
     """
 
     norm_penalty: float = 0.0
@@ -30,6 +33,11 @@ class LikelihoodConfig:
     def __post_init__(self):
         if not 0 <= self.norm_penalty < float("inf"):
             raise ValueError(f"likelihood.norm_penalty is {self.norm_penalty}; it must be 0 (none) or positive.")
+        for name in _OF_ALL_PARAMETERS if self.denoiser is not None else ():
+            if (value := getattr(self.denoiser, name)) != getattr(OptimConfig, name):
+                raise ValueError(
+                    f"likelihood.denoiser.{name} is {value}, and optim.{name} is that of all parameters; leave it out."
+                )
 
     def loss_scale(self, noise_std: float) -> float:
         """Returns what the loss of a flow with this noise is multiplied by."""

@@ -15,7 +15,7 @@ from flowgen.conditioning import TextCondition
 from flowgen.data import DataConfig, Source, check_classes, load
 from flowgen.data.buckets import BucketedSource
 from flowgen.data.clip_views import CONTINUED, ContinuedClips, StillClips
-from flowgen.data.clips import ClipsConfig, load_clips
+from flowgen.data.clips import ClipsConfig, ClipSource, load_clips
 from flowgen.data.latents import LatentSource, Moments, Shard, encode, read_index, read_latents
 from flowgen.data.sources import Split
 from flowgen.tasks.frozen import codec_of, fingerprint, sealed
@@ -199,10 +199,11 @@ def _encoded(experiment: Any, source: Source, *, flip: bool) -> LatentSource:
 
 def _check_memory(experiment: Any, source: Source | BucketedSource, *, flip: bool) -> None:
     """Raises ValueError where encoding a source into memory would take more than the config allows."""
-    model, needed = experiment.model, 0
+    model, codec, needed = experiment.model, codec_of(experiment), 0
     for bucket in source.buckets if isinstance(source, BucketedSource) else (source,):
-        floats = 2 * math.prod(bucket.image_shape[:2]) // codec_of(experiment).factor ** 2 * model.channels
-        floats *= getattr(model, "frames", 1)
+        floats = 2 * math.prod(bucket.image_shape[:2]) // codec.factor**2 * model.channels
+        if isinstance(codec, ClipCodec) and isinstance(bucket, ClipSource):
+            floats *= -(-bucket.frames // codec.stride)
         needed += len(bucket) * (1 + flip) * (4 * floats + 2 * model.text_length * model.text_dim)
     if needed > experiment.data.in_memory_bytes:
         raise ValueError(

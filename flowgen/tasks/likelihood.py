@@ -217,7 +217,11 @@ def sampler(
     texts = null = None
     if flow.config.text_dim:
         # Prompts are encoded before the first step, so that one that cannot be is told then.
-        texts = prompt_condition(experiment, prompts) if prompts else _captions(bucket, min(num, DRAWN_CAPTIONS))
+        texts = (
+            prompt_condition(experiment, prompts)
+            if prompts
+            else _captions(bucket, np.arange(min(num, DRAWN_CAPTIONS, len(bucket))))
+        )
         if not prompts and null_text is not None and isinstance(bucket, LatentSource):
             null = null_text(bucket.event_shape[:-1])
         null = empty_text(experiment) if null is None and experiment.sampling.guidance else null
@@ -234,9 +238,9 @@ def sampler(
     return picture_of
 
 
-def _captions(source: Source, num: int) -> TextCondition:
-    """The encoded texts of the first latents."""
-    features, mask = source[np.arange(min(num, len(source)))]["text"]
+def _captions(source: Source, positions: Int[np.ndarray, " b"]) -> TextCondition:
+    """The encoded texts of latents."""
+    features, mask = source[positions]["text"]
     return TextCondition(jnp.asarray(features, jnp.float32), jnp.asarray(mask))
 
 
@@ -294,11 +298,12 @@ def decoding_line(result: Inversion) -> str:
 def evaluate(experiment: Any, flow: Any, variables: Any, options: Any) -> list[str]:
     """Returns lines with the likelihood of the flow and of a Gaussian on a split, and the distance of samples, as the
     command's options ask."""
+    compared = _compared(experiment, options.split) if options.samples else None
     source = flow_source(experiment, options.split)
     lines = likelihood_lines(experiment, flow, variables, source, options)
     if not is_latent(experiment):
         lines += _baseline_lines(experiment, flow, source, options)
-    return lines + _sample_lines(experiment, flow, variables, options) if options.samples else lines
+    return lines if compared is None else lines + _sample_lines(experiment, flow, variables, options, *compared)
 
 
 def pictures(experiment: Any, split: Split) -> Source | BucketedSource:
@@ -311,11 +316,16 @@ def drawn_channels(experiment: Any) -> int:
     return codec_of(experiment).pixel_channels
 
 
-def _sample_lines(experiment: Any, flow: Any, variables: Any, options: Any) -> list[str]:
-    data = picture_source(experiment, options.split)
-    train = picture_source(experiment, "train" if options.split == "eval" else options.split)
+def _compared(experiment: Any, split: Split) -> tuple[Source, Source]:
+    """The pictures that samples are compared with, and those that the judge is trained on."""
+    data = picture_source(experiment, split)
+    train = picture_source(experiment, "train" if split == "eval" else split)
     if isinstance(data, BucketedSource) or isinstance(train, BucketedSource):
         raise ValueError("--samples compares pictures of one size, and data.aspects gives several; leave one out.")
+    return data, train
+
+
+def _sample_lines(experiment: Any, flow: Any, variables: Any, options: Any, data: Source, train: Source) -> list[str]:
     conditions = conditions_of(experiment, data, unconditional=options.unconditional)
     judge = train_judge(train)
     of_samples = partial(draw, experiment, flow, variables)
@@ -326,8 +336,8 @@ def _sample_lines(experiment: Any, flow: Any, variables: Any, options: Any) -> l
 def conditions_of(
     experiment: Any, data: Source, *, unconditional: bool = False
 ) -> Callable[[Int[np.ndarray, " b"]], Any] | None:
-    """Returns positions in pictures -> the condition that they have, their labels or the texts of their captions; None
-    where samples are drawn without.
+    """Returns positions in pictures or latents -> the condition that they have, their labels or the texts of their
+    captions; None where samples are drawn without.
 
     Example:
         cond = conditions_of(experiment, experiment.source("eval"))(np.arange(4))
@@ -337,6 +347,8 @@ def conditions_of(
         return data[positions]["label"]
 
     def texts(positions):
+        if isinstance(data, LatentSource):
+            return _captions(data, positions)
         captions = captions_of(data, positions, labels(positions))
         return prompt_condition(experiment, captions, truncate=experiment.text.truncate)
 

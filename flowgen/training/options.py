@@ -12,13 +12,15 @@ SEEDS = 1 << 32  # Larger seeds would be cut to 32 bits.
 def check_at_least(group: str, config: object, bounds: Mapping[str, float | int]) -> None:
     """Raises ValueError where a field is below its bound, naming field, value and bound.
 
+    group: where the config stands; empty where it may stand in several places, and `fields` names the one.
+
     Example:
         check_at_least("train", config, {"steps": 1})
     """
     for name, bound in bounds.items():
         value = getattr(config, name)
         if not bound <= value < float("inf"):
-            raise ValueError(f"{group}.{name} is {value}; it must be at least {bound}.")
+            raise ValueError(f"{group}{'.' * bool(group)}{name} is {value}; it must be at least {bound}.")
 
 
 @dataclass(frozen=True)
@@ -49,18 +51,18 @@ class OptimConfig:
 
     def __post_init__(self):
         numbers = [field.name for field in fields(self) if field.name not in ("ema_warmup", "schedule")]
-        check_at_least("optim", self, dict.fromkeys(numbers, 0))
+        check_at_least("", self, dict.fromkeys(numbers, 0))
         if self.schedule not in ("cosine", "constant"):
-            raise ValueError(f"optim.schedule is {self.schedule!r}; choose 'cosine' or 'constant'.")
+            raise ValueError(f"schedule is {self.schedule!r}; choose 'cosine' or 'constant'.")
         for name in ("b1", "b2", "ema_decay"):
             if getattr(self, name) >= 1:
-                raise ValueError(f"optim.{name} is {getattr(self, name)}; it must be below 1.")
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be below 1.")
         if self.max_skips < 1:
-            raise ValueError(f"optim.max_skips is {self.max_skips}; it must be at least 1.")
+            raise ValueError(f"max_skips is {self.max_skips}; it must be at least 1.")
         if not self.lr > 0:
-            raise ValueError(f"optim.lr is {self.lr}; it must be positive.")
+            raise ValueError(f"lr is {self.lr}; it must be positive.")
         if self.min_lr > self.lr:
-            raise ValueError(f"optim.min_lr is {self.min_lr}, above optim.lr {self.lr}; lower it.")
+            raise ValueError(f"min_lr is {self.min_lr}, above lr {self.lr}; lower it.")
 
 
 @dataclass(frozen=True)
