@@ -276,6 +276,17 @@ def test_pictures_are_trained_on_beside_clips(tmp_path):
     assert len(losses) == 2
 
 
+def test_pictures_come_in_the_fraction_of_batches_that_is_asked_for():
+    data = ClipsConfig(num=500, drop_first=0.25, images=DataConfig(), images_fraction=0.2)
+    source = flow_source(experiment_of(data=data), "train")
+    assert [bucket.frames for bucket in source.buckets] == [3, 2, 1]
+    whole, continued, pictures = source.shares
+    assert continued / (whole + continued) == pytest.approx(0.25)
+    assert pictures / sum(source.shares) == pytest.approx(0.2)
+    with pytest.raises(ValueError, match=r"data.images_fraction is 0.2, and there are no data.images"):
+        ClipsConfig(images_fraction=0.2)
+
+
 def test_clips_without_their_first_frame_are_trained_on_as_often_as_asked():
     experiment = experiment_of(data=ClipsConfig(num=500, drop_first=0.25), train=TrainConfig(steps=3, batch_size=9))
     source = flow_source(experiment, "train")

@@ -41,8 +41,8 @@ class ClipsConfig:
     crop: as in `DataConfig`. eval_fraction: held out, the same for everybody: of `bouncing` of the digits, of `crafter`
         of the worlds, of a folder of its videos, of `real` the end of each video.
     in_memory_bytes: a folder whose clips need more than this is decoded batch by batch instead.
-    images: pictures that are trained on beside the clips, in batches of their own, as clips of one frame; everything
-        comes equally often.
+    images: pictures that are trained on beside the clips, in batches of their own, as clips of one frame.
+    images_fraction: of all training batches, those of pictures; 0 takes every clip and picture equally often.
 
     Example:
         config = ClipsConfig(source="folder", path="videos", fps=8)
@@ -60,6 +60,7 @@ class ClipsConfig:
     eval_fraction: float = 0.1
     in_memory_bytes: int = 2 << 30
     images: DataConfig | None = None
+    images_fraction: float = 0.0
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
@@ -70,7 +71,7 @@ class ClipsConfig:
                 raise ValueError(f"data.{name} is {getattr(self, name)}; it must be at least {least}.")
         if not 0 <= self.fps < math.inf:
             raise ValueError(f"data.fps is {self.fps}; it must be positive, or 0 for all frames.")
-        for name in ("eval_fraction", "drop_first"):
+        for name in ("eval_fraction", "drop_first", "images_fraction"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"data.{name} is {getattr(self, name)}; it must be at least 0 and below 1.")
         if bool(self.path) != (self.source in ("folder", "encoded")):
@@ -79,6 +80,10 @@ class ClipsConfig:
         if self.flip and self.source == "encoded":
             raise ValueError(
                 "data.flip is set, but latents cannot be mirrored; encode with --data.flip true, and leave it out here."
+            )
+        if self.images_fraction and self.images is None and self.source != "encoded":
+            raise ValueError(
+                f"data.images_fraction is {self.images_fraction}, and there are no data.images; give them."
             )
         if self.images is not None and self.source == "encoded":
             raise ValueError("data.images is given, but encoded data have their pictures among them; leave it out.")

@@ -109,8 +109,7 @@ def _stills(clips: Source, pictures: Source | BucketedSource) -> StillClips:
 
 
 def _as_often(buckets: Sequence[Source], data: ClipsConfig, frames: int) -> Source | BucketedSource:
-    """Clips and what comes beside them, with clips without their first frame as often as the config asks for."""
-
+    """Clips, clips without their first frame, and pictures, each as often as the config asks for."""
     of_latents = [bucket.event_shape[0] for bucket in buckets if isinstance(bucket, LatentSource)]
 
     def is_continued(bucket: Source) -> bool:
@@ -118,17 +117,32 @@ def _as_often(buckets: Sequence[Source], data: ClipsConfig, frames: int) -> Sour
             return bucket.event_shape[0] == frames - 1 > 1 and frames in of_latents
         return isinstance(bucket, ContinuedClips)
 
+    def is_still(bucket: Source) -> bool:
+        return (
+            bucket.event_shape[0] == 1 < frames if isinstance(bucket, LatentSource) else isinstance(bucket, StillClips)
+        )
+
     if not data.drop_first:
         buckets = [bucket for bucket in buckets if not is_continued(bucket)]
-        return buckets[0] if len(buckets) == 1 else BucketedSource(tuple(buckets))
-    continued = [bucket for bucket in buckets if is_continued(bucket)]
-    if not continued:
-        raise ValueError(
-            f"data.drop_first is {data.drop_first}, and data.path '{data.path}' has no clips without their first "
-            f"frame; encode again with --data.drop_first {data.drop_first}, or set it to 0."
-        )
-    share = max(1, round(len(continued[0]) * data.drop_first / (1 - data.drop_first)))
-    return BucketedSource(tuple(buckets), tuple(share if b in continued else len(b) for b in buckets))
+    kinds = [is_continued(bucket) for bucket in buckets], [is_still(bucket) for bucket in buckets]
+    what = ("drop_first", "clips without their first frame"), ("images_fraction", "pictures")
+    shares = [len(bucket) for bucket in buckets]
+    for (name, missing), chosen in zip(what, kinds, strict=True):
+        fraction = getattr(data, name)
+        if fraction and not any(chosen):
+            raise ValueError(
+                f"data.{name} is {fraction}, and data.path '{data.path}' has no {missing}; encode again with them, or "
+                "set it to 0."
+            )
+        if fraction:
+            # Of clips, or of all.
+            others = sum(share for share, here, still in zip(shares, chosen, kinds[1], strict=True) if not here | still)
+            part = max(1, round(others * fraction / (1 - fraction)))
+            shares = [part if here else share for share, here in zip(shares, chosen, strict=True)]
+    if len(buckets) == 1:
+        return buckets[0]
+    asked = data.drop_first or data.images_fraction
+    return BucketedSource(tuple(buckets), tuple(shares) if asked else None)
 
 
 def encoded_shards(experiment: Any, source: Source, *, flip: bool) -> Iterator[Shard]:
