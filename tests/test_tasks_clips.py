@@ -21,6 +21,7 @@ from flowgen.config import (
     TrainedCodec,
 )
 from flowgen.data import ClipsConfig, DataConfig, from_uint8, save_image
+from flowgen.data.media import pillow
 from flowgen.data.video import video_length, write_video
 from flowgen.decoding import sample_clips
 from flowgen.flows import STARFlowVConfig
@@ -131,10 +132,12 @@ def test_clips_begin_with_what_is_given_and_go_on_as_long_as_asked(run, tmp_path
         )
     save_image(tmp_path / "wide.png", np.zeros((12, 30, 1), np.uint8))
     (tmp_path / "broken.mp4").write_bytes(b"no video")
+    write_video(tmp_path / "long.gif", np.stack([picture] * 8), fps=8)
     for given, message in (
         ("wide.png", "wide.png is 12 x 30 pixels, and clips are 12 x 12, for which much of it would be cut off"),
         ("nowhere.png", "There is no file"),
         ("broken.mp4", "is no video that can be read"),
+        ("long.gif", "long.gif has 8 pictures, and clips of --frames 3 begin with fewer; ask for more with --frames 9"),
     ):
         assert main([*words, "--given", str(tmp_path / given)]) == 2
         error = capsys.readouterr().err
@@ -145,6 +148,31 @@ def test_clips_begin_with_what_is_given_and_go_on_as_long_as_asked(run, tmp_path
         assert "--context is 2, and clips of up to 3 frames are not continued" in capsys.readouterr().err
     assert main([*words, "--context", "9", "--frames", "5"]) == 2
     assert "context is 9; it must be from 1 to 2" in capsys.readouterr().err
+
+
+def test_no_more_is_given_than_leaves_a_frame_to_draw(tmp_path):
+    experiment = experiment_of()
+    flow, video = experiment.flow(), tmp_path / "long.mp4"
+    frames = np.arange(8, dtype=np.uint8)[:, None, None, None] * 30 + np.zeros((1, 12, 12, 1), np.uint8)
+    write_video(video, frames, fps=8)
+    given = clips.read_given(experiment, flow, str(video), frames=6)
+    np.testing.assert_allclose(given, from_uint8(frames[:5]), atol=0.1)
+    assert clips.read_given(experiment, flow, str(video), frames=99).shape == (8, 12, 12, 1)
+    save_image(tmp_path / "first.png", frames[0])
+    for name, asked, message in (
+        ("long.mp4", None, "long.mp4 has 8 pictures, and clips of --frames 3 begin with fewer; .* with --frames 9"),
+        ("long.mp4", 1, "long.mp4 has 1 picture, and clips of --frames 1 begin with fewer; .* with --frames 2"),
+        ("first.png", 1, "first.png has 1 picture, and clips of --frames 1 begin with fewer"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            clips.read_given(experiment, flow, str(tmp_path / name), frames=asked)
+    # Shown for longer than others, the last frame is given as often.
+    shown = [pillow().fromarray(frame[..., 0]) for frame in frames[:3]]
+    shown[0].save(tmp_path / "slow.gif", save_all=True, append_images=shown[1:], duration=[250, 250, 1000])
+    given = clips.read_given(experiment, flow, str(tmp_path / "slow.gif"), frames=99)
+    np.testing.assert_allclose(given, from_uint8(frames[[0] * 2 + [1] * 2 + [2] * 8]), atol=1e-6)
+    every = dataclasses.replace(experiment, data=ClipsConfig(num=60, fps=0))
+    assert clips.read_given(every, flow, str(tmp_path / "slow.gif"), frames=99).shape == (3, 12, 12, 1)
 
 
 @pytest.mark.slow

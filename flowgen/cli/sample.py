@@ -55,7 +55,9 @@ def declare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=whole_number(0, MAX_SEED), default=0)
     clips = parser.add_argument_group("flows of clips")
     clips.add_argument("--frames", type=whole_number(1), help="of a clip, any number (default: as in training)")
-    clips.add_argument("--given", metavar="FILE", help="picture or video that clips begin with")
+    clips.add_argument(
+        "--given", metavar="FILE", help="picture that clips begin with, or video, cut to fewer than --frames"
+    )
     clips.add_argument("--context", type=whole_number(1), help="frames of latents that longer clips are continued from")
     clips.add_argument(
         "--fps", type=finite_number, help="frames per second of what is written (default: as in training)"
@@ -114,7 +116,9 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     more: dict[str, Any] = {"certify": options.certify} if "certify" in task.SAMPLE_OPTIONS else {}
     if task is clips:
         clips.check_length(experiment, options.frames, options.context)
-        given = None if options.given is None else clips.read_given(experiment, flow, options.given)
+        given = None
+        if options.given is not None:
+            given = clips.read_given(experiment, flow, options.given, frames=options.frames)
         more |= {"frames": options.frames, "given": given, "context": options.context}
     conditions, about = _conditions(experiment, flow, options)
     with _progress_bar(options.progress) as progress:

