@@ -208,7 +208,7 @@ def _fps(experiment: Any, asked: float | None) -> float:
         return asked
     # Of encoded data the texts know it, where they say it.
     told = None if experiment.text is None else experiment.text.frames_per_second
-    fps = told or experiment.data.fps
+    fps = float(told or experiment.data.fps)
     return fps if LEAST_FPS <= fps <= MOST_FPS else DEFAULT_FPS
 
 
