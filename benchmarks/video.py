@@ -75,8 +75,11 @@ def of_a_run(run_dir: Path, rounds: int) -> list[dict]:
     return rows
 
 
-def beside_the_published(options: argparse.Namespace) -> list[dict]:
-    """Returns the rows of a small text model with the same weights on both sides, guided, its noise given."""
+def beside_the_published(other: measure.Process, version: str, rounds: int) -> list[dict]:
+    """Returns the rows of a small text model with the same weights on both sides, guided, its noise given.
+
+    other: the process of `video_published.py`, of torch `version`.
+    """
     import jax
     import jax.numpy as jnp
     import video_published as theirs
@@ -105,11 +108,9 @@ def beside_the_published(options: argparse.Namespace) -> list[dict]:
         name: jax.jit(lambda z, plan=plan: invert(flow, params, z, text, null=null, guidance=guidance, plan=plan))
         for name, plan in ours.items()
     }
-    other = measure.Process(options.torch_python, Path(theirs.__file__))
-    version = other.ask({"reference": str(options.reference), "threads": options.threads})
     runs = {name: measure.ours(function, z) for name, function in decode.items()}
     runs |= {f"published: {n}": lambda n=n: measure.Cost(*other.ask({"time": n})) for n in theirs.METHODS}
-    timings = measure.alternate(runs, options.rounds)
+    timings = measure.alternate(runs, rounds)
     clips = {name: np.asarray(function(z).x) for name, function in decode.items()}
     with tempfile.TemporaryDirectory() as folder:
         for name in theirs.METHODS:
@@ -141,16 +142,21 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, required=True, help="run directory of a flow of clips")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--reference", type=Path, help="checkout of apple/ml-starflow; without it only ours is run")
-    parser.add_argument("--torch-python", type=Path, help="interpreter with torch, for --reference")
+    parser.add_argument(
+        "--torch-python", type=Path, help="interpreter with torch, numpy, einops and tqdm, for --reference"
+    )
     parser.add_argument("--threads", type=int, default=2, help="processor cores to use")
     parser.add_argument("--rounds", type=int, default=measure.REPEATS)
     options = parser.parse_args()
     measure.check_cores(parser, "--threads", options.threads)
     measure.confine(options.threads)
 
+    if options.reference is not None:  # Fails now rather than after a minute of measuring.
+        other = measure.Process(options.torch_python, Path(__file__).with_name("video_published.py"))
+        version = other.ask({"reference": str(options.reference), "threads": options.threads})
     rows = of_a_run(options.checkpoint, options.rounds)
     if options.reference is not None:
-        rows += beside_the_published(options)
+        rows += beside_the_published(other, version, options.rounds)
     measure.save(options.out, [row | measure.environment(options.threads, None) for row in rows])
     for row in rows:
         print(
