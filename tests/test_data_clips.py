@@ -97,6 +97,14 @@ def test_what_is_written_is_read(tmp_path, suffix):
     assert np.abs(twice.astype(int) - frames[:5].repeat(2, axis=0)).max() <= LOSSY
 
 
+@pytest.mark.parametrize("fps", [8, 16, 24, 30])
+def test_a_gif_lasts_as_long_as_it_should(tmp_path, fps):
+    path, frames = tmp_path / "clip.gif", gradient(31)
+    write_video(path, frames, fps=fps)
+    assert video_length(path)[0] == pytest.approx(31 / fps, abs=0.01)
+    assert len(frame_times(path, fps=fps)) == len(frame_times(path)) == 31
+
+
 def test_sides_that_mp4_cannot_have_are_filled_up(tmp_path):
     write_video(tmp_path / "odd.mp4", gradient(3, 7, 9, 1))
     assert read_clip(tmp_path / "odd.mp4", 3, (8, 10), 1).shape == (3, 8, 10, 1)

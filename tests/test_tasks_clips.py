@@ -132,7 +132,7 @@ def test_clips_begin_with_what_is_given_and_go_on_as_long_as_asked(run, tmp_path
         )
     save_image(tmp_path / "wide.png", np.zeros((12, 30, 1), np.uint8))
     (tmp_path / "broken.mp4").write_bytes(b"no video")
-    write_video(tmp_path / "long.gif", np.stack([picture] * 8), fps=8)
+    write_video(tmp_path / "long.gif", np.stack([picture] * 8), fps=12.5)
     for given, message in (
         ("wide.png", "wide.png is 12 x 30 pixels, and clips are 12 x 12, for which much of it would be cut off"),
         ("nowhere.png", "There is no file"),

@@ -141,8 +141,9 @@ def write_video(
     if Path(path).suffix.lower() == ".gif":
         pictures = [pillow().fromarray(frame) for frame in colour]
         with atomic_file(path) as file:
-            duration = round(1000 / fps)
-            pictures[0].save(file, "GIF", save_all=True, append_images=pictures[1:], duration=duration, loop=0)
+            # Hundredths of a second, by which no frame is ever more than half a one late.
+            durations = (10 * np.diff(np.round(100 / fps * np.arange(len(frames) + 1)))).tolist()
+            pictures[0].save(file, "GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0)
         return
     odd = [(0, length % 2) for length in colour.shape[1:3]]
     colour = np.pad(colour, ((0, 0), *odd, (0, 0)), mode="edge")
