@@ -22,7 +22,7 @@ from flowgen.config import (
 )
 from flowgen.data import ClipsConfig, DataConfig, from_uint8, save_image
 from flowgen.data.media import pillow
-from flowgen.data.video import video_length, write_video
+from flowgen.data.video import video_length, video_size, write_video
 from flowgen.decoding import sample_clips
 from flowgen.flows import STARFlowVConfig
 from flowgen.models import init
@@ -91,6 +91,8 @@ def test_samples_are_strips_videos_and_arrays(run, tmp_path):
     single = [*words, "--num", "2", "--out", str(tmp_path / "x.png"), "--single", str(tmp_path / "single")]
     assert main(single) == 0
     assert sorted(path.name for path in (tmp_path / "single").iterdir()) == ["000000.gif", "000001.gif"]
+    # As they are, so that they can be given again.
+    assert video_size(tmp_path / "single" / "000001.gif") == (12, 12)
 
 
 @pytest.mark.parametrize(
@@ -134,7 +136,10 @@ def test_clips_begin_with_what_is_given_and_go_on_as_long_as_asked(run, tmp_path
     (tmp_path / "broken.mp4").write_bytes(b"no video")
     write_video(tmp_path / "long.gif", np.stack([picture] * 8), fps=12.5)
     for given, message in (
-        ("wide.png", "wide.png is 12 x 30 pixels, and clips are 12 x 12, for which much of it would be cut off"),
+        (
+            "wide.png",
+            "wide.png is 12 x 30 pixels (height x width), and clips are 12 x 12, for which much of it would be cut off",
+        ),
         ("nowhere.png", "There is no file"),
         ("broken.mp4", "is no video that can be read"),
         ("long.gif", "long.gif has 8 pictures, and clips of --frames 3 begin with fewer; ask for more with --frames 9"),

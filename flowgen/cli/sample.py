@@ -78,6 +78,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     from flowgen import checkpoint
     from flowgen.data import PointsConfig, atomic_file, save_image, to_uint8
     from flowgen.data.media import pillow
+    from flowgen.data.video import write_video
     from flowgen.models import CodecConfig
     from flowgen.tasks import clips, task_of
     from flowgen.tasks.frozen import latent_grid, with_codec
@@ -140,7 +141,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
         single.mkdir(parents=True, exist_ok=True)
         for index, sample in enumerate(samples):
             if task is clips:
-                _write_clips(single / f"{index:06d}.gif", sample[None], _fps(experiment, options.fps))
+                write_video(single / f"{index:06d}.gif", to_uint8(sample), fps=_fps(experiment, options.fps))
             else:
                 save_image(single / f"{index:06d}.png", to_uint8(sample))
     say(f"Wrote {out}")
@@ -159,18 +160,16 @@ def _progress_bar(wanted: bool) -> Generator[Callable[[int, int], None] | None]:
         from tqdm import tqdm
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError('--progress needs the package tqdm: pip install "flowgen[train]".') from error
-    bar = tqdm(file=sys.stderr, unit="token", dynamic_ncols=True)
+    bars: list[Any] = []  # of the batch at hand, from when it is compiled until it is decoded
 
     def progress(solved: int, total: int) -> None:
-        if bar.n >= total:
-            bar.reset()
-        bar.total = total
-        bar.update(solved)
+        if not bars:
+            bars.append(tqdm(total=total, file=sys.stderr, unit="token", dynamic_ncols=True))
+        bars[0].update(solved)
+        if bars[0].n >= total:
+            bars.pop().close()
 
-    try:
-        yield progress
-    finally:
-        bar.close()
+    yield progress
 
 
 def _check_out(out: Path) -> None:

@@ -258,8 +258,8 @@ def read_given(
     kept = size[1] / size[0] / (width / height)
     if min(kept, 1 / kept) < LEAST_KEPT:
         raise ValueError(
-            f"--given {path} is {size[0]} x {size[1]} pixels, and clips are {height} x {width}, for which much of it "
-            "would be cut off; crop it, or give another --aspect."
+            f"--given {path} is {size[0]} x {size[1]} pixels (height x width), and clips are {height} x {width}, "
+            "for which much of it would be cut off; crop it, or give another --aspect."
         )
     return np.asarray(from_uint8(clip))
 
