@@ -28,8 +28,8 @@ from flowgen.flows import STARFlowVConfig
 from flowgen.models import init
 from flowgen.prompts import PromptTemplate
 from flowgen.tasks import clips, frozen, texts
+from flowgen.tasks.drawing import conditions_of
 from flowgen.tasks.latents import flow_source
-from flowgen.tasks.likelihood import conditions_of
 from flowgen.training import LogConfig, OptimConfig, TrainConfig, fit
 
 QUIET = LogConfig(log_every=4, checkpoint_every=0, progress=False, tensorboard=False)

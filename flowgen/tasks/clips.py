@@ -30,6 +30,7 @@ from flowgen.flows import ClipDenoiser, ClipDenoising, denoiser_variables, flow_
 from flowgen.flows.density import batch_input, condition_of, nll_objective
 from flowgen.flows.density import denoise as score_step
 from flowgen.tasks import likelihood
+from flowgen.tasks.drawing import conditions_of, decoding_line, sampler, steering
 from flowgen.tasks.flow_options import LikelihoodConfig
 from flowgen.tasks.frozen import clip_codec_of
 from flowgen.tasks.images import shrink_run
@@ -37,15 +38,11 @@ from flowgen.tasks.latents import flow_source, is_latent, picture_source
 from flowgen.tasks.likelihood import (
     best_metric,
     check_flow,
-    conditions_of,
-    decoding_line,
     drawn_channels,
     flow_job,
     has_held_out,
     likelihood_lines,
-    sampler,
     shrink_flow,
-    steering,
 )
 from flowgen.tasks.pictures import strips
 from flowgen.training import Job

@@ -9,35 +9,32 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int
 
 from flowgen.conditioning import TextCondition
 from flowgen.data import DataConfig, Source
 from flowgen.data.buckets import BucketedSource
-from flowgen.data.latents import LatentSource, captions_of, read_index
+from flowgen.data.latents import read_index
 from flowgen.data.sources import Split
-from flowgen.decoding import Inversion, sample
+from flowgen.decoding import sample
 from flowgen.evaluation import flow_bits_per_dim, flow_nats_per_dim, gaussian_bits_per_dim
 from flowgen.fields import type_name
 from flowgen.flows import STARFlowConfig, TARFlowConfig
 from flowgen.flows.density import nll_objective
 from flowgen.models import init
+from flowgen.tasks.drawing import conditions_of, decoding_line, sampler, steering
 from flowgen.tasks.flow_options import LikelihoodConfig, SamplingConfig
 from flowgen.tasks.frozen import PixelBlocks, codec_of
-from flowgen.tasks.images import check_foreign, holds_latents, image_batches, shrink_images
+from flowgen.tasks.images import check_foreign, image_batches, shrink_images
 from flowgen.tasks.latents import flow_source, is_latent, null_texts, picture_source
-from flowgen.tasks.pictures import DRAWABLE_CHANNELS, grid_labels, picture
+from flowgen.tasks.pictures import DRAWABLE_CHANNELS, picture
 from flowgen.tasks.samples import sample_lines, sample_metrics, train_judge
-from flowgen.tasks.texts import empty_text, prompt_condition, release_text_encoders
+from flowgen.tasks.texts import release_text_encoders
 from flowgen.training import Job, OptimConfig
 
 # Options of `sample` and `evaluate` that mean something here, by their names in the command.
 SAMPLE_OPTIONS = ("plan", "window", "tol", "init", "denoise", "certify", "prompt", "prompts", "aspect")
 EVALUATE_OPTIONS = ("noise", "samples")
-# Text models draw these many held-out captions in training, unless sampling.prompts says others.
-DRAWN_CAPTIONS = 16
 
 
 # What makes a model of each kind tiny.
@@ -192,58 +189,6 @@ def has_held_out(experiment: Any) -> bool:
     return experiment.data.eval_fraction > 0
 
 
-def sampler(
-    experiment: Any,
-    flow: Any,
-    source: Source | BucketedSource,
-    draw: Callable[..., tuple[np.ndarray, str]],
-    show: Callable[[np.ndarray, int], np.ndarray],
-) -> Callable[[Any], np.ndarray] | None:
-    """Returns what draws the pictures of a run: of the classes in turn, or of prompts; None where samples are no
-    pictures. draw: as a task's. show(samples, classes): their picture.
-
-    Example:
-        sample = sampler(experiment, flow, source, draw, picture)
-    """
-    encoded_without_codec = experiment.data.source == "encoded" and experiment.codec is None
-    if encoded_without_codec or drawn_channels(experiment) not in DRAWABLE_CHANNELS:
-        return None
-    num, classes = experiment.sampling.num, flow.config.num_classes
-    bucket = source.buckets[0] if isinstance(source, BucketedSource) else source
-    # The captions that are drawn, which may name the aspect, are of pictures of this shape.
-    prompts, drawn_as = experiment.sampling.prompts, bucket.image_shape[:2]
-    sized = flow if prompts or not holds_latents(source) else flow.at(*drawn_as)
-    null_text = null_texts(source)
-    texts = null = None
-    if flow.config.text_dim:
-        # Prompts are encoded before the first step, so that one that cannot be is told then.
-        texts = (
-            prompt_condition(experiment, prompts)
-            if prompts
-            else _captions(bucket, np.arange(min(num, DRAWN_CAPTIONS, len(bucket))))
-        )
-        if not prompts and null_text is not None and isinstance(bucket, LatentSource):
-            null = null_text(bucket.event_shape[:-1])
-        null = empty_text(experiment) if null is None and experiment.sampling.guidance else null
-
-    def picture_of(variables: Any) -> np.ndarray:
-        key = jax.random.key(experiment.train.seed)
-        numbers = np.arange(num)
-        cond = grid_labels(num, classes)
-        if texts is not None:
-            cond = TextCondition(*(part[numbers % len(texts.mask)] for part in texts))
-        images, _ = draw(experiment, sized, variables, key, num, cond, null=null)
-        return show(images, classes)
-
-    return picture_of
-
-
-def _captions(source: Source, positions: Int[np.ndarray, " b"]) -> TextCondition:
-    """The encoded texts of latents."""
-    features, mask = source[positions]["text"]
-    return TextCondition(jnp.asarray(features, jnp.float32), jnp.asarray(mask))
-
-
 def draw(
     experiment: Any,
     flow: Any,
@@ -264,35 +209,6 @@ def draw(
     how, denoise = steering(experiment, flow, cond, null), experiment.sampling.denoise
     result = sample(flow, variables, key, num, **how, denoise=denoise, first=first, certify=certify)
     return np.asarray(codec_of(experiment).decode(result.x)), decoding_line(result)
-
-
-def steering(experiment: Any, flow: Any, cond: Any, null: TextCondition | None) -> dict[str, Any]:
-    """Returns what `sample` is given of an experiment: cond, plan, guidance and null, the empty text, encoded here if
-    it is needed and not given.
-
-    Example:
-        r = sample(flow, params, key, 4, **steering(experiment, flow, labels, None))
-    """
-    sampling = experiment.sampling
-    if null is None and sampling.guidance and isinstance(cond, TextCondition):
-        null = empty_text(experiment, flow.config.grid_size)
-    return {
-        "cond": jnp.asarray(cond) if isinstance(cond, np.ndarray) else cond,
-        "plan": sampling.to_plan(),
-        "guidance": sampling.to_guidance(),
-        "null": null if sampling.guidance else None,
-    }
-
-
-def decoding_line(result: Inversion) -> str:
-    """Returns a line on how samples were decoded.
-
-    Example:
-        print(decoding_line(sample(flow, params, key, 4)))
-    """
-    passes = ", ".join(str(int(block.sum())) for block in result.sweeps)
-    line = f"passes per block (data side first) {passes}; residual {float(result.residual.max()):.1e}"
-    return line if result.error is None else f"{line}; certified to {float(result.error.max()):.1e}"
 
 
 def evaluate(experiment: Any, flow: Any, variables: Any, options: Any) -> list[str]:
@@ -331,30 +247,6 @@ def _sample_lines(experiment: Any, flow: Any, variables: Any, options: Any, data
     of_samples = partial(draw, experiment, flow, variables)
     metrics = sample_metrics(of_samples, judge, data, options.samples, seed=options.seed, conditions=conditions)
     return sample_lines(metrics, judge, options.samples, f"guidance {experiment.sampling.guidance:g}")
-
-
-def conditions_of(
-    experiment: Any, data: Source, *, unconditional: bool = False
-) -> Callable[[Int[np.ndarray, " b"]], Any] | None:
-    """Returns positions in pictures or latents -> the condition that they have, their labels or the texts of their
-    captions; None where samples are drawn without.
-
-    Example:
-        cond = conditions_of(experiment, experiment.source("eval"))(np.arange(4))
-    """
-
-    def labels(positions):
-        return data[positions]["label"]
-
-    def texts(positions):
-        if isinstance(data, LatentSource):
-            return _captions(data, positions)
-        captions = captions_of(data, positions, labels(positions))
-        return prompt_condition(experiment, captions, truncate=experiment.text.truncate)
-
-    if experiment.model.text_dim:
-        return texts
-    return labels if experiment.model.num_classes and not unconditional else None
 
 
 def likelihood_lines(experiment: Any, flow: Any, variables: Any, source: Any, options: Any) -> list[str]:
