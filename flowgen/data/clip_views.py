@@ -15,67 +15,62 @@ CONTINUED = "(extend) "
 
 
 @dataclasses.dataclass(frozen=True)
-class StillClips:
+class _View:
+    """Another source's samples, in the same order, with other frames."""
+
+    source: Source
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return self.source.image_shape
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.source.class_names
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        return self.source.captions
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+
+@dataclasses.dataclass(frozen=True)
+class StillClips(_View):
     """Pictures as clips of one frame.
 
     Example:
         source = StillClips(load(DataConfig(), image_size=(16, 16), channels=1, split="train"))
     """
 
-    pictures: Source
     frames = 1
 
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        return self.pictures.image_shape
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        return self.pictures.class_names
-
-    @property
-    def captions(self) -> tuple[str, ...]:
-        return self.pictures.captions
-
-    def __len__(self) -> int:
-        return len(self.pictures)
-
     def __getitem__(self, indices: Int[np.ndarray, " b"]) -> Batch:
-        batch = self.pictures[indices]
+        batch = self.source[indices]
         return {**batch, "image": batch["image"][:, None]}
 
 
 @dataclasses.dataclass(frozen=True)
-class ContinuedClips:
+class ContinuedClips(_View):
     """Clips without their first frame, as the restarts of a long clip see them; captions say so.
 
-    Latents of such clips are those of the whole `clips` without the first, which codecs treat unlike the others.
+    Latents of such clips are those of the whole `source` without the first, which codecs treat unlike the others.
 
     Example:
         source = ContinuedClips(load_clips(config, frames=8, image_size=(16, 16), channels=1, split="train"))
     """
 
-    clips: ClipSource
+    source: ClipSource
 
     @property
     def frames(self) -> int:
-        return self.clips.frames - 1
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        return self.clips.image_shape
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        return self.clips.class_names
+        return self.source.frames - 1
 
     @property
     def captions(self) -> tuple[str, ...]:
-        return tuple(CONTINUED + caption for caption in self.clips.captions)
-
-    def __len__(self) -> int:
-        return len(self.clips)
+        return tuple(CONTINUED + caption for caption in self.source.captions)
 
     def __getitem__(self, indices: Int[np.ndarray, " b"]) -> Batch:
-        batch = self.clips[indices]
+        batch = self.source[indices]
         return {**batch, "image": batch["image"][:, 1:]}

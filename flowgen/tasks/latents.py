@@ -154,7 +154,7 @@ def encoded_shards(experiment: Any, source: Source, *, flip: bool) -> Iterator[S
     texts, moments = None, codec_of(experiment).moments
     mark = ""
     if isinstance(source, ContinuedClips):
-        source, moments, mark = source.clips, _without_first(moments), CONTINUED
+        source, moments, mark = source.source, _without_first(moments), CONTINUED
     if experiment.model.text_dim:
         truncate, grid = experiment.text.truncate, source.image_shape[:2]
         still = isinstance(source, StillClips)
