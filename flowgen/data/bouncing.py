@@ -88,17 +88,8 @@ def bouncing_digits(
         source.images[..., 0],
         source.labels,
         source.class_names,
-        num=share_of(num, eval_fraction, split),
+        num=len(hold_out(num, eval_fraction, split)),
         frames=frames,
         image_shape=(*image_size, channels),
         seed=("train", "eval", "all").index(split),
     )
-
-
-def share_of(num: int, eval_fraction: float, split: Split) -> int:
-    """Returns how many of `num` clips that are made are in a split. Raises ValueError as `hold_out`.
-
-    Example:
-        share_of(1000, 0.1, "eval")  # 100
-    """
-    return len(hold_out(num, eval_fraction, split))

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32, UInt8
 
-from flowgen.data.bouncing import share_of
-from flowgen.data.sources import Split
+from flowgen.data.sources import Split, hold_out
 
 # The actions that show; placing and making things needs materials that a player at random has not got.
 ACTIONS = ("noop", "move_left", "move_right", "move_up", "move_down", "do")
@@ -39,7 +38,7 @@ def record(
             f"clips are {image_size[0]} x {image_size[1]}, and data.source 'crafter' shows {VIEW} x {VIEW} places; "
             "use 27 pixels or more."
         )
-    seed, count = ("train", "eval", "all").index(split), share_of(num, eval_fraction, split)
+    seed, count = ("train", "eval", "all").index(split), len(hold_out(num, eval_fraction, split))
     game = _Game(_crafter().Env(size=image_size[::-1], seed=seed))
     labels = np.random.Philox(np.random.SeedSequence(seed)).random_raw(count) % len(ACTIONS)
     clips = np.empty((count, frames, *image_size, channels), np.uint8)
