@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -121,10 +120,9 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
         if options.given is not None:
             given = clips.read_given(experiment, flow, options.given, frames=options.frames)
         more |= {"frames": options.frames, "given": given, "context": options.context}
+        more |= {"progress": _progress_bar() if options.progress else None}
     conditions, about = _conditions(experiment, flow, options)
-    with _progress_bar(options.progress) as progress:
-        more |= {"progress": progress} if options.progress else {}
-        samples = np.concatenate(list(_draw(task, experiment, flow, params, conditions, options, more)))
+    samples = np.concatenate(list(_draw(task, experiment, flow, params, conditions, options, more)))
     bad = int((~np.isfinite(samples.reshape(len(samples), -1)).all(axis=1)).sum())
     if out.suffix == ".npz":
         with atomic_file(out) as file:
@@ -150,12 +148,8 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     return 0
 
 
-@contextlib.contextmanager
-def _progress_bar(wanted: bool) -> Generator[Callable[[int, int], None] | None]:
+def _progress_bar() -> Callable[[int, int], None]:
     """What is told of decoded tokens, and draws a bar of those of each batch on standard error."""
-    if not wanted:
-        yield None
-        return
     try:
         from tqdm import tqdm
     except ModuleNotFoundError as error:
@@ -169,7 +163,7 @@ def _progress_bar(wanted: bool) -> Generator[Callable[[int, int], None] | None]:
         if bars[0].n >= total:
             bars.pop().close()
 
-    yield progress
+    return progress
 
 
 def _check_out(out: Path) -> None:
