@@ -79,12 +79,17 @@ def attend_in_parts(
 
     @jax.checkpoint
     def at(begin):
-        some = jax.lax.dynamic_slice_in_dim(padded, begin, rows, axis=2)
-        by_query = mask is not None and mask.shape[2] > 1
-        return part(some, jax.lax.dynamic_slice_in_dim(mask, begin, rows, axis=2) if by_query else mask, begin)
+        return part(jax.lax.dynamic_slice_in_dim(padded, begin, rows, axis=2), _of_queries(mask, begin, rows), begin)
 
     out = jax.lax.map(at, rows * jnp.arange(parts))
     return jnp.moveaxis(out, 0, 2).reshape(batch, heads, parts * rows, v.shape[-1])[:, :, :n]
+
+
+def _of_queries(mask, first, count):
+    """The rows of a mask for some queries; one without, or the same for all, stays."""
+    if mask is None or mask.shape[2] == 1:
+        return mask
+    return jax.lax.dynamic_slice_in_dim(mask, first, count, axis=2)
 
 
 def softmax_attention(
@@ -119,6 +124,6 @@ def softmax_attention(
     out = []
     for start in range(0, n, size):
         end = min(start + size, n)
-        rows = None if mask is None else mask[:, :, start:end, :end] if mask.shape[2] > 1 else mask[..., :end]
+        rows = None if mask is None else _of_queries(mask, start, end - start)[..., :end]
         out.append(attend_in_parts(q[:, :, start:end], k[:, :, :end], v[:, :, :end], rows, start))
     return jnp.concatenate(out, axis=2).swapaxes(1, 2)

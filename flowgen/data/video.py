@@ -141,7 +141,7 @@ def write_video(
     if Path(path).suffix.lower() == ".gif":
         pictures = [pillow().fromarray(frame) for frame in colour]
         with atomic_file(path) as file:
-            # Hundredths of a second, by which no frame is ever more than half a one late.
+            # In hundredths of a second, rounded so that no frame begins more than half a hundredth off.
             durations = (10 * np.diff(np.round(100 / fps * np.arange(len(frames) + 1)))).tolist()
             pictures[0].save(file, "GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0)
         return
