@@ -1,0 +1,173 @@
+"""What flows of clips are trained on beside whole clips: pictures, clips without their first frame, their texts."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from test_tasks_clips import LATENTS, experiment_of
+
+from flowgen import config
+from flowgen.cli import main
+from flowgen.config import PixelBlocks, SamplingConfig, TextConfig
+from flowgen.data import ClipsConfig, DataConfig
+from flowgen.decoding import sample_clips
+from flowgen.prompts import PromptTemplate
+from flowgen.tasks import clips, texts
+from flowgen.tasks.drawing import conditions_of
+from flowgen.tasks.latents import flow_source
+from flowgen.training import TrainConfig, fit
+
+
+@pytest.mark.slow  # beside clips without their first frame
+def test_pictures_are_trained_on_beside_clips(tmp_path):
+    experiment = experiment_of(data=ClipsConfig(num=60, images=DataConfig()), train=TrainConfig(steps=3, batch_size=8))
+    job = experiment.job()
+    shapes = [batch["image"].shape for batch in job.batches(0, 40)]
+    assert set(shapes) == {(8, 3, 12, 12, 1), (8, 1, 12, 12, 1)}
+    # As often as there are of them: 54 clips and 1,617 digits.
+    assert shapes.count((8, 1, 12, 12, 1)) > 30
+    assert clips.clips_alone(flow_source(experiment, "eval")).frames == 3
+    params = job.init(jax.random.key(0))
+    losses = {}
+    for batch in job.batches(0, 40):
+        if batch["image"].shape not in losses:
+            loss, _ = jax.jit(job.objective)(params, batch, jax.random.key(0))
+            losses[batch["image"].shape] = float(loss)
+    assert all(np.isfinite(loss) for loss in losses.values())
+    assert len(losses) == 2
+
+
+def test_pictures_come_in_the_fraction_of_batches_that_is_asked_for():
+    data = ClipsConfig(num=500, drop_first=0.25, images=DataConfig(), images_fraction=0.2)
+    source = flow_source(experiment_of(data=data), "train")
+    assert [bucket.frames for bucket in source.buckets] == [3, 2, 1]
+    whole, continued, pictures = source.shares
+    assert continued / (whole + continued) == pytest.approx(0.25)
+    assert pictures / sum(source.shares) == pytest.approx(0.2)
+    with pytest.raises(ValueError, match=r"data.images_fraction is 0.2, and there are no data.images"):
+        ClipsConfig(images_fraction=0.2)
+
+
+def test_clips_without_their_first_frame_are_trained_on_as_often_as_asked():
+    experiment = experiment_of(data=ClipsConfig(num=500, drop_first=0.25), train=TrainConfig(steps=3, batch_size=9))
+    source = flow_source(experiment, "train")
+    whole, continued = source.buckets
+    some = np.array([3, 40])
+    np.testing.assert_array_equal(continued[some]["image"], whole[some]["image"][:, 1:])
+    shapes = [batch["image"].shape for batch in experiment.job().batches(0, 200)]  # three times all clips
+    assert shapes.count((9, 2, 12, 12, 1)) == 50
+    assert shapes.count((9, 3, 12, 12, 1)) == 150
+    assert clips.clips_alone(source).frames == 3
+    assert flow_source(experiment, "eval").frames == 3
+
+
+def test_the_memory_of_latents_is_that_of_their_own_frames():
+    data = ClipsConfig(num=60, drop_first=0.25, images=DataConfig(), in_memory_bytes=1)
+    experiment = experiment_of(model=LATENTS, codec=PixelBlocks(2), data=data)
+    # Mean and deviation of 6 x 6 x 4 numbers a frame: 54 clips of 3 frames and of the last 2, and 1,617 pictures.
+    needed = 4 * 2 * 6 * 6 * 4 * (54 * 3 + 54 * 2 + 1617)
+    with pytest.raises(ValueError, match=f"the latents of 1725 pictures would take {needed:,} bytes"):
+        flow_source(experiment, "train")
+
+
+@pytest.fixture
+def continued():
+    """An experiment of texts in which every other batch of clips has lost its first frame."""
+    model = dataclasses.replace(LATENTS, num_classes=0, text_dim=16, text_length=12, denoiser_layers=0)
+    return experiment_of(
+        model=model,
+        codec=PixelBlocks(2),
+        text=TextConfig("words", frames_per_second=8),
+        data=ClipsConfig(num=60, drop_first=0.5),
+        train=TrainConfig(steps=1, batch_size=8),
+    )
+
+
+def test_texts_of_clips_without_their_first_frame_say_so(continued, tmp_path):
+    experiment, model = continued, continued.model
+    encode = texts.encoder_of(experiment)
+    template = PromptTemplate(frames_per_second=8)
+    whole, rest = flow_source(experiment, "train").buckets
+    assert rest.event_shape == (2, 6, 6, 4)
+    some = np.arange(4)
+    np.testing.assert_array_equal(rest[some]["mean"], whole[some]["mean"][:, 1:])
+    for bucket, mark in ((whole, ""), (rest, "(extend) ")):
+        said = [template(f"{mark}{label}", (6, 6)) for label in bucket[some]["label"]]
+        np.testing.assert_array_equal(bucket[some]["text"][0], encode(said).embeddings.astype(np.float16))
+
+    path, folder = tmp_path / "clips.py", tmp_path / "encoded"
+    path.write_text(
+        f"from flowgen.config import from_json\nconfig = lambda: from_json({config.to_json(experiment)!r})\n"
+    )
+    assert main(["encode", "--config", str(path), "--out", str(folder)]) == 0
+    of_files = ClipsConfig(source="encoded", path=str(folder))
+    read = {
+        share: flow_source(
+            dataclasses.replace(experiment, data=dataclasses.replace(of_files, drop_first=share)), "train"
+        )
+        for share in (0.0, 0.5)
+    }
+    assert read[0.0].event_shape == (3, 6, 6, 4)
+    features, _ = whole[some]["text"]
+    np.testing.assert_array_equal(conditions_of(experiment, read[0.0])(some).embeddings, features)
+    assert {b.event_shape[0]: share for b, share in zip(read[0.5].buckets, read[0.5].shares, strict=True)} == {
+        2: 54,
+        3: 54,
+    }
+
+    for drop_first in (0.0, 0.5):
+        data = dataclasses.replace(of_files, drop_first=drop_first)
+        longer = dataclasses.replace(experiment, model=model.of_frames(4), data=data)
+        with pytest.raises(ValueError, match=r"holds latents of shape|has no clips without their first frame"):
+            flow_source(longer, "train")
+
+
+@pytest.mark.slow  # a run and a command for one argument
+def test_texts_of_restarts_say_so_too(continued, tmp_path, monkeypatch):
+    encode, template = texts.encoder_of(continued), PromptTemplate(frames_per_second=8)
+    fit(continued, tmp_path / "run")
+    drawn = {}
+    monkeypatch.setattr(
+        clips, "sample_clips", lambda *args, **options: drawn.update(options) or sample_clips(*args, **options)
+    )
+    words = ["sample", "--checkpoint", str(tmp_path / "run"), "--prompt", "7", "--frames", "4", "--progress"]
+    assert main([*words, "--out", str(tmp_path / "x.gif")]) == 0
+    said = [template(text, (6, 6)) for text in ("7", "(extend) 7")]
+    for name, text in zip(("cond", "restart_cond"), said, strict=True):
+        np.testing.assert_array_equal(drawn[name].embeddings, encode([text]).embeddings)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"source": "encoded", "path": "x"}, "data.images is given, but encoded data have their pictures among them"),
+        ({"images": DataConfig("folder", path="x", aspects=True)}, "data.images is encoded or of several aspects"),
+        ({"flip": True}, "data.images.flip is False and data.flip is True, and pictures and clips are mirrored alike"),
+    ],
+)
+def test_pictures_that_cannot_be_beside_clips_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        ClipsConfig(**{"images": DataConfig(), **changes})
+
+
+@pytest.mark.slow  # beside the classes
+def test_clips_of_texts_are_drawn_from_prompts(tmp_path):
+    model = dataclasses.replace(LATENTS, num_classes=0, text_dim=16, text_length=12, denoiser_layers=0)
+    experiment = experiment_of(
+        model=model,
+        codec=PixelBlocks(2),
+        text=TextConfig("words", frames_per_second=8),
+        train=TrainConfig(steps=2, batch_size=8, label_dropout=0.5),
+        sampling=SamplingConfig(num=2, guidance=1.0),
+        data=ClipsConfig(num=60, images=DataConfig()),
+    )
+    source = flow_source(experiment, "train")
+    of_clips, of_pictures = (bucket.null[0] for bucket in source.buckets)
+    said = {8: of_clips, 0: of_pictures}  # frames per second, of which pictures have none
+    for fps, null in said.items():
+        wrapped = PromptTemplate(frames_per_second=fps)("", (6, 6))
+        np.testing.assert_array_equal(null, texts.encoder_of(experiment)([wrapped]).embeddings[0].astype(np.float16))
+    fit(experiment, tmp_path / "run")
+    words = ["sample", "--checkpoint", str(tmp_path / "run"), "--prompt", "7", "--out", str(tmp_path / "x.gif")]
+    assert main(words) == 0
