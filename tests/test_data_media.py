@@ -101,9 +101,9 @@ def test_save_image_refuses_floats(tmp_path):
         media.save_image(tmp_path / "a.png", np.zeros((2, 2, 3)))
 
 
-def test_missing_pillow_names_the_extra(monkeypatch):
+def test_missing_pillow_names_the_package(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "PIL.Image", None)
-    with pytest.raises(ModuleNotFoundError, match=r'pip install "flowgen\[train\]"'):
+    with pytest.raises(ModuleNotFoundError, match="pip install pillow"):
         media.pillow()
 
 

@@ -20,6 +20,7 @@ from flowgen.cli.options import (
     step_or_best,
     whole_number,
 )
+from flowgen.packages import missing
 
 PICTURES_AT_ONCE = 64
 DEFAULT_FPS = 8.0
@@ -153,7 +154,7 @@ def _progress_bar() -> Callable[[int, int], None]:
     try:
         from tqdm import tqdm
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError('--progress needs the package tqdm: pip install "flowgen[train]".') from error
+        raise missing("--progress", "tqdm", otherwise="leave it out") from error
     bars: list[Any] = []  # of the batch at hand, from when it is compiled until it is decoded
 
     def progress(solved: int, total: int) -> None:

