@@ -23,6 +23,7 @@ RESUMABLE = ("name", "train.steps", "log.", "sampling.", "reference", "codec.pat
 
 
 @dataclass(frozen=True)
+@fields.typed
 class Experiment:
     """A model, its data and its training; JSON round-trips exactly and is saved with every run.
 

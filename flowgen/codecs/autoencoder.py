@@ -17,7 +17,9 @@ from einops import rearrange, repeat
 from flax import linen as nn
 from jaxtyping import Array, Float, Key
 
+from flowgen.arrays import check_floating
 from flowgen.attention import softmax_attention
+from flowgen.fields import typed
 from flowgen.nn.checks import check_at_least_one, check_choices
 from flowgen.nn.convolution import conv, group_norm
 from flowgen.nn.layers import linear, master_dtype
@@ -27,6 +29,7 @@ LOG_VARIANCE_BOUNDS = (-30.0, 20.0)
 
 
 @dataclass(frozen=True)
+@typed
 class AutoencoderConfig:
     """Shape of an autoencoder; the defaults are those of the published Stable Diffusion autoencoder.
 
@@ -46,8 +49,6 @@ class AutoencoderConfig:
     remat: bool = False
 
     def __post_init__(self):
-        if isinstance(self.widths, list):
-            object.__setattr__(self, "widths", tuple(self.widths))
         check_at_least_one(self, ("channels", "latent_channels", "layers_per_block", "num_groups"))
         if not self.widths:
             raise ValueError("model.widths is empty; give the channels of each level.")
@@ -92,11 +93,13 @@ class Autoencoder(nn.Module):
 
     def encode(self, x: Float[Array, "b height width c"]) -> tuple[Float[Array, "b h w z"], Float[Array, "b h w z"]]:
         """Returns mean and log variance of the latents, the latter within [-30, 20]; neither is normalised."""
+        check_floating("x", x)
         mean, log_variance = jnp.split(self.quant_conv(self.encoder(x)), 2, axis=-1)
         return mean, jnp.clip(log_variance, *LOG_VARIANCE_BOUNDS)
 
     def decode(self, latents: Float[Array, "b h w z"]) -> Float[Array, "b height width c"]:
         """Returns the pictures of latents that are not normalised."""
+        check_floating("latents", latents)
         return self.decoder(self.post_quant_conv(latents))
 
 

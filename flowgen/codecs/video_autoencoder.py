@@ -19,6 +19,7 @@ from einops import rearrange
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from flowgen.arrays import check_floating
 from flowgen.codecs.autoencoder import LOG_VARIANCE_BOUNDS
 from flowgen.codecs.causal import (
     Block,
@@ -36,6 +37,7 @@ from flowgen.codecs.causal import (
     chain,
     copy_up,
 )
+from flowgen.fields import typed
 from flowgen.nn.checks import check_at_least_one, check_choices
 from flowgen.nn.layers import linear, master_dtype
 
@@ -44,6 +46,7 @@ Moments = tuple[Float[Array, "b f h w z"], Float[Array, "b f h w z"]]
 
 
 @dataclass(frozen=True)
+@typed
 class VideoAutoencoderConfig:
     """Shape of a video autoencoder; the defaults are those of the published autoencoder of Wan 2.2 (5B).
 
@@ -66,8 +69,6 @@ class VideoAutoencoderConfig:
     remat: bool = False
 
     def __post_init__(self):
-        for name in ("widths", "decoder_widths", "halve_time"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
         check_at_least_one(self, ("channels", "latent_channels", "layers_per_block", "patch_size"))
         check_choices(self, {"dtype": ("float32", "bfloat16")})
         if not self.widths:
@@ -143,6 +144,7 @@ def check_clips(x: Any, *, channels: int, factor: int, stride: int) -> None:
     Example:
         check_clips(x, channels=3, factor=16, stride=4)
     """
+    check_floating("clips", x)
     if x.ndim != 5 or x.shape[-1] != channels:
         raise ValueError(
             f"clips have shape {tuple(x.shape)}; this codec takes (batch, frames, height, width, {channels})."
@@ -209,6 +211,7 @@ class VideoAutoencoder(nn.Module):
 
     def decode_part(self, latents: Float[Array, "b f h w z"], cache: Cache) -> tuple[Clips, Cache]:
         """Returns `decode` of the next latents of clips, and the cache for those after them."""
+        check_floating("latents", latents)
         side = self.config.patch_size
         h, cache = self.decoder(self.post_quant_conv(latents), cache)
         return rearrange(h, "b f i j (c q p) -> b f (i p) (j q) c", p=side, q=side), cache

@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol, get_args, get_type_hints, runtime_che
 import numpy as np
 from jaxtyping import Int, Int32, UInt8
 
+from flowgen.arrays import check_count, shown
 from flowgen.data.bouncing import bouncing_digits
 from flowgen.data.crafter import record
 from flowgen.data.folder import find_files, read_captions
@@ -21,6 +22,8 @@ from flowgen.data.named import package_folder
 from flowgen.data.pictures import Crop
 from flowgen.data.sources import NO_LABEL, Batch, DataConfig, Split, check_choice, hold_out
 from flowgen.data.video import READABLE, UnreadableVideo, av, frame_times, read_clip
+from flowgen.fields import typed
+from flowgen.nn.checks import image_sides
 from flowgen.packages import missing
 
 _log = logging.getLogger(__name__)
@@ -28,6 +31,7 @@ _REAL_VIDEOS = ("bikes.mp4", "bigbuckbunny.mp4", "carphone_pristine.mp4")
 
 
 @dataclasses.dataclass(frozen=True)
+@typed
 class ClipsConfig:
     """Which clips to train on; frames, image size and channels come from the model and its codec.
 
@@ -128,9 +132,9 @@ class ClipSource(Protocol):
 
 
 def load_clips(
-    config: ClipsConfig, *, frames: int, image_size: tuple[int, int], channels: int, split: Split
+    config: ClipsConfig, *, frames: int, image_size: int | tuple[int, int], channels: int, split: Split
 ) -> ClipSource:
-    """Returns the clips of one split, of `frames` frames at (height, width) and channels, 1 (grey) or 3.
+    """Returns the clips of one split, of `frames` frames at a side, or (height, width), and channels, 1 (grey) or 3.
 
     Videos that are too short for a clip are left out, which a warning tells.
 
@@ -142,6 +146,11 @@ def load_clips(
     Example:
         source = load_clips(ClipsConfig(), frames=8, image_size=(16, 16), channels=1, split="train")
     """
+    if not isinstance(config, ClipsConfig):
+        raise ValueError(f"config is {shown(config)}; give a ClipsConfig.")
+    check_choice("split", split, get_args(Split))
+    check_count("frames", frames)
+    image_size = image_sides(image_size, "image_size")
     if channels not in (1, 3):
         raise ValueError(f"clips have 1 channel (grey) or 3 (colour), not {channels}; change model.channels.")
     shape: dict[str, Any] = {"frames": frames, "image_size": image_size, "channels": channels}

@@ -12,6 +12,7 @@ from typing import IO, Any
 import numpy as np
 from jaxtyping import Array, Float, Shaped, UInt8
 
+from flowgen.arrays import check_bytes, check_floating
 from flowgen.packages import missing
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -27,6 +28,7 @@ def to_uint8(x: Float[Array | np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shap
     Example:
         pixels = to_uint8(samples)
     """
+    check_floating("x", x)
     levels = (np.clip(np.asarray(x, dtype=np.float32), -1, 1) + 1) * 127.5
     return np.nan_to_num(np.rint(levels), nan=128).astype(np.uint8)
 
@@ -41,6 +43,7 @@ def from_uint8(
     Example:
         x = from_uint8(batch["image"])
     """
+    check_bytes("images", images)
     return images.astype(np.float32) / 127.5 - 1
 
 

@@ -11,12 +11,14 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from flowgen.data.sources import Batch, check_choice
+from flowgen.fields import typed
 from flowgen.matching import toy
 
 Distribution = Literal["normal", "eight_gaussians", "five_gaussians", "moons"]
 
 
 @dataclass(frozen=True)
+@typed
 class PointsConfig:
     """Which points to transport: x0 from `source` to x1 from `target`, see `flowgen.matching.toy`.
 

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Int, Int32, UInt8
 
 from flowgen.data.pictures import Crop
+from flowgen.fields import typed
 
 Batch = dict[str, np.ndarray]
 Split = Literal["train", "eval", "all"]
@@ -18,6 +19,7 @@ _HOLD_OUT_SEED = 1797
 
 
 @dataclasses.dataclass(frozen=True)
+@typed
 class DataConfig:
     """Which pictures to train on; image size and channels come from the model.
 

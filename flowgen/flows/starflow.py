@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from flowgen.attention import CAUSAL_KERNEL_NAMES
 from flowgen.conditioning import Condition, TextCondition, check_labels, check_text
+from flowgen.fields import typed
 from flowgen.flows.affine import TokenOrder
 from flowgen.flows.block import BlockConfig, ClassPrefix, TextPrefix
 from flowgen.flows.flow import AutoregressiveFlow, ImageTokens
@@ -22,6 +23,7 @@ ORDERS: dict[str, tuple[TokenOrder, TokenOrder]] = {"L2R": ("reversed", "raster"
 
 
 @dataclass(frozen=True)
+@typed
 class STARFlowConfig(ImageTokens):
     """Shape of a STARFlow; the defaults are those of the released text-to-image model where it has one.
 
@@ -64,8 +66,6 @@ class STARFlowConfig(ImageTokens):
     remat: bool = True
 
     def __post_init__(self):
-        if isinstance(self.layers, list):
-            object.__setattr__(self, "layers", tuple(self.layers))
         check_at_least_one(self, ("width", "head_dim", "expansion"))
         self.check_images()
         check_noise_std(self.noise_std)

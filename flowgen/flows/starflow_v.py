@@ -7,12 +7,14 @@ from dataclasses import dataclass
 
 from flax import linen as nn
 
+from flowgen.fields import typed
 from flowgen.flows.block import BlockConfig
 from flowgen.flows.flow import AutoregressiveFlow
 from flowgen.flows.starflow import ORDERS, STARFlowConfig
 
 
 @dataclass(frozen=True)
+@typed
 class STARFlowVConfig(STARFlowConfig):
     """Shape of a STARFlow over clips `frames height width c`; fields that are not named here are `STARFlowConfig`'s.
 

@@ -9,6 +9,7 @@ from jaxtyping import Array, Int
 
 from flowgen.attention import CAUSAL_KERNEL_NAMES
 from flowgen.conditioning import check_labels
+from flowgen.fields import typed
 from flowgen.flows.block import BlockConfig
 from flowgen.flows.flow import AutoregressiveFlow, ImageTokens
 from flowgen.nn.checks import check_at_least_one, check_choices, check_noise_std, check_num_classes
@@ -19,6 +20,7 @@ Transform = Literal["affine", "volume_preserving"]
 
 
 @dataclass(frozen=True)
+@typed
 class TARFlowConfig(ImageTokens):
     """Shape of a TARFlow, in the paper's p-C-K-L-σ notation: patch_size-width-num_blocks-layers_per_block-noise_std.
 

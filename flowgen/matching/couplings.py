@@ -18,6 +18,8 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Key
 from scipy.optimize import linear_sum_assignment
 
+from flowgen.arrays import check_floating
+from flowgen.fields import typed
 from flowgen.matching.checks import check_batch, check_positive, check_share, check_whole
 
 # Of the potentials that help the assignment along: in units of the mean cost, and how many sweeps make them.
@@ -64,6 +66,7 @@ class Independent:
 
 
 @dataclass(frozen=True)
+@typed
 class MinibatchOT:
     """Optimal transport within the batch, on the squared Euclidean cost: OT-CFM (Tong et al., arXiv 2302.00482).
 
@@ -114,6 +117,7 @@ class MinibatchOT:
 
 
 @dataclass(frozen=True)
+@typed
 class GibbsWeights:
     """Independent pairs weighted by w = exp(-cost / epsilon): weighted conditional flow matching (arXiv 2507.22270).
 
@@ -249,6 +253,8 @@ def pairwise_cost(x0: Float[Array, "b *event"], x1: Float[Array, "m *event"], co
     Example:
         c = pairwise_cost(x0, x1, "sqeuclidean")
     """
+    check_floating("x0", x0)
+    check_floating("x1", x1)
     if x0.shape[1:] != x1.shape[1:]:
         raise ValueError(f"x0 has events of shape {x0.shape[1:]} and x1 {x1.shape[1:]}; they must have the same.")
     if callable(cost):

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from flowgen.attention import KERNELS, make_attention_fn
 from flowgen.conditioning import check_labels
+from flowgen.fields import typed
 from flowgen.matching.velocity import TIME_SCALE, ConditionEmbedding, check_inputs, check_time_scale
 from flowgen.nn.checks import check_at_least_one, check_choices, check_num_classes, check_patches, image_sides
 from flowgen.nn.layers import ACTIVATIONS, flat_dot, master_dtype, patchify, unpatchify
@@ -30,6 +31,7 @@ DIT_LAYER_NORM_EPS = 1e-6
 
 
 @dataclass(frozen=True)
+@typed
 class DiTConfig:
     """Shape of a DiT. The paper's S, B, L, XL are (width, num_layers, head_dim) = (384, 12, 64), (768, 12, 64),
     (1024, 24, 64), (1152, 28, 72).
@@ -57,8 +59,6 @@ class DiTConfig:
     remat: bool = True
 
     def __post_init__(self):
-        if isinstance(self.image_size, list):
-            object.__setattr__(self, "image_size", tuple(self.image_size))
         check_at_least_one(self, ("channels", "patch_size", "width", "num_layers", "head_dim", "expansion"))
         check_num_classes(self.num_classes)
         check_patches(self.image_size, self.patch_size)

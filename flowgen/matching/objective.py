@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from flowgen.fields import typed
 from flowgen.matching.conversions import NETWORK_SMALLEST, Prediction, check_prediction, inner_times, velocity_of
 from flowgen.matching.couplings import GibbsWeights, Independent, MinibatchOT
 from flowgen.matching.diagnostics import fit_epsilon, warn_if_tilted, weight_report
@@ -35,6 +36,7 @@ REPORT_PAIRS = 1024
 
 
 @dataclass(frozen=True)
+@typed
 class FlowMatching:
     """Regression of the velocity; prediction: what the network's output means."""
 
@@ -45,6 +47,7 @@ class FlowMatching:
 
 
 @dataclass(frozen=True)
+@typed
 class MeanFlow:
     """Regression of average velocities, for sampling in one step (arXiv 2505.13447); see `mean_flow_loss`.
 

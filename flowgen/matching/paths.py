@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from flowgen.fields import typed
 from flowgen.matching.checks import check_pair, check_spread
 
 # How near to an end of a path conversions go, in time and in alpha/beta: there they are singular, not the path.
@@ -56,6 +57,7 @@ class Path(Protocol):
 
 
 @dataclass(frozen=True)
+@typed
 class CondOT:
     """The straight line x_t = (1 - t) x0 + t x1, with Gaussian spread sigma (Lipman 2210.02747, Tong 2302.00482)."""
 
@@ -72,6 +74,7 @@ class CondOT:
 
 
 @dataclass(frozen=True)
+@typed
 class Target:
     """Lipman's path with a narrow end: x_t = t x1 + (1 - (1 - sigma) t) x0, where x0 is standard normal.
 
@@ -93,6 +96,7 @@ class Target:
 
 
 @dataclass(frozen=True)
+@typed
 class Trigonometric:
     """The cosine path x_t = sin(πt/2) x1 + cos(πt/2) x0, variance preserving (Albergo 2209.15571), spread sigma."""
 
@@ -111,6 +115,7 @@ class Trigonometric:
 
 
 @dataclass(frozen=True)
+@typed
 class Polynomial:
     """x_t = tⁿ x1 + (1 - tⁿ) x0 with n = degree ≥ 1."""
 
@@ -129,6 +134,7 @@ class Polynomial:
 
 
 @dataclass(frozen=True)
+@typed
 class VariancePreserving:
     """The diffusion path alpha = e^(-T/2), beta = √(1 - e^(-T)), T = (1-t)²(B-b)/2 + (1-t)b (Song 2011.13456)."""
 
@@ -172,6 +178,7 @@ class LinearVariancePreserving:
 
 
 @dataclass(frozen=True)
+@typed
 class SchroedingerBridge:
     """The Brownian bridge x_t = (1-t) x0 + t x1 + sigma √(t(1-t)) noise, for entropic couplings (Tong 2307.03672).
 

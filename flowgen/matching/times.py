@@ -8,8 +8,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from flowgen.fields import typed
+
 
 @dataclass(frozen=True)
+@typed
 class Uniform:
     """Uniform times; stratified, one per interval of length 1/b in random order, where asked for."""
 
@@ -22,6 +25,7 @@ class Uniform:
 
 
 @dataclass(frozen=True)
+@typed
 class LogitNormal:
     """t = sigmoid(mean + std z), z normal (Esser 2403.03206). EDM's choice is mean 1.2, std 1.2 with data at t = 1."""
 
@@ -37,6 +41,7 @@ class LogitNormal:
 
 
 @dataclass(frozen=True)
+@typed
 class Shifted:
     """Uniform times moved towards the noise: with s = 1 - t and k = shift, s' = k s / (1 + (k - 1) s)."""
 

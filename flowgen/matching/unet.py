@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, Int
 
 from flowgen.attention import softmax_attention
 from flowgen.conditioning import check_labels
+from flowgen.fields import typed
 from flowgen.matching.velocity import TIME_SCALE, check_inputs, check_time_scale, class_or_none, time_features
 from flowgen.nn.checks import check_at_least_one, check_choices, check_num_classes, image_sides
 from flowgen.nn.convolution import conv, group_norm
@@ -35,6 +36,7 @@ EMBEDDING_EXPANSION = 4
 
 
 @dataclass(frozen=True)
+@typed
 class UNetConfig:
     """Shape of a U-Net; `UNetConfig(image_size=32)` is torchcfm's for CIFAR-10.
 
@@ -70,9 +72,6 @@ class UNetConfig:
     remat: bool = False
 
     def __post_init__(self):
-        for name in ("image_size", "multipliers", "attention_factors"):
-            if isinstance(getattr(self, name), list):
-                object.__setattr__(self, name, tuple(getattr(self, name)))
         check_at_least_one(self, ("channels", "width", "blocks_per_level", "head_dim", "num_groups"))
         check_num_classes(self.num_classes)
         if not self.multipliers or not all(type(factor) is int and factor >= 1 for factor in self.multipliers):

@@ -48,8 +48,8 @@ def check_choices(config: Any, choices: Mapping[str, Sequence[str]]) -> None:
             raise ValueError(f"model.{name} is {getattr(config, name)!r}; choose one of {', '.join(allowed)}.")
 
 
-def image_sides(image_size: object) -> tuple[int, int]:
-    """Returns (height, width) of a model's `image_size`: a side, or both. ValueError where it is neither.
+def image_sides(image_size: object, name: str = "model.image_size") -> tuple[int, int]:
+    """Returns (height, width) of an image size: a side, or both. ValueError where it is neither, by its name.
 
     Example:
         height, width = image_sides(config.image_size)
@@ -57,7 +57,7 @@ def image_sides(image_size: object) -> tuple[int, int]:
     sides = (image_size, image_size) if type(image_size) is int else image_size
     if isinstance(sides, tuple) and len(sides) == 2 and type(sides[0]) is type(sides[1]) is int:
         return sides[0], sides[1]
-    raise ValueError(f"model.image_size is {image_size!r}; give a side in pixels, or (height, width).")
+    raise ValueError(f"{name} is {image_size!r}; give a side in pixels, or (height, width).")
 
 
 def check_patches(image_size: object, patch_size: int) -> None:

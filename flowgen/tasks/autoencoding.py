@@ -19,6 +19,7 @@ import numpy as np
 from flowgen.codecs import VideoAutoencoderConfig
 from flowgen.data import ClipsConfig, DataConfig, Source, check_classes, fixed_batches, from_uint8, load, load_clips
 from flowgen.data.sources import Split
+from flowgen.fields import typed
 from flowgen.models import init
 from flowgen.tasks.flow_options import SamplingConfig
 from flowgen.tasks.frozen import STATISTICS, open_autoencoder
@@ -34,6 +35,7 @@ PEAK = 2.0  # of pictures in [-1, 1], for the signal-to-noise ratio
 
 
 @dataclass(frozen=True)
+@typed
 class AutoencodingConfig:
     """How an autoencoder is trained. image_size: side of its pictures, or (height, width). kl_weight: of the
     divergence of the posterior from N(0, 1), in nats per latent. noise: std of the noise added to normalised latents
@@ -48,8 +50,6 @@ class AutoencodingConfig:
     decoder_of: str = ""
 
     def __post_init__(self):
-        if isinstance(self.image_size, list):
-            object.__setattr__(self, "image_size", tuple(self.image_size))
         if min(self.grid_size) < 1:
             raise ValueError(f"autoencoding.image_size is {self.image_size}; sides must be positive.")
         for name in ("kl_weight", "noise"):

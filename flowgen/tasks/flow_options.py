@@ -8,6 +8,7 @@ from typing import Literal
 from flowgen.decoding import Guidance, Jacobi, MovingJacobi
 from flowgen.decoding.guidance import Parts, Rule
 from flowgen.decoding.plan import Plan, Start
+from flowgen.fields import typed
 from flowgen.training import OptimConfig
 
 # σ of the published model, by which the loss of noisier models weighs more where it is weighted.
@@ -17,6 +18,7 @@ _OF_ALL_PARAMETERS = ("ema_decay", "ema_warmup", "max_skips")
 
 
 @dataclass(frozen=True)
+@typed
 class LikelihoodConfig:
     """How a flow is trained beyond maximum likelihood.
 
@@ -45,6 +47,7 @@ class LikelihoodConfig:
 
 
 @dataclass(frozen=True)
+@typed
 class SamplingConfig:
     """How samples are drawn, in training and by default in `sample.py`.
 

@@ -41,6 +41,7 @@ STATISTICS = "latents"
 
 
 @dataclass(frozen=True)
+@fields.typed
 class PixelBlocks:
     """A codec without a network: factor x factor pixels of c channels are one latent of factor² c channels."""
 
@@ -52,6 +53,7 @@ class PixelBlocks:
 
 
 @dataclass(frozen=True)
+@fields.typed
 class TrainedCodec:
     """A frozen autoencoder. path: run directory of one trained by flowgen, or folder of a published AutoencoderKL or
     (of clips) AutoencoderKLWan. digest: of all that its latents depend on, set when a flow is trained on them, so that

@@ -18,7 +18,7 @@ from flowgen.conditioning import UNCONDITIONAL
 from flowgen.data import PointsConfig, Source, blank_batches, fixed_batches, from_uint8
 from flowgen.data.sources import Split
 from flowgen.evaluation import point_metrics, point_samples, velocity_bits_per_dim
-from flowgen.fields import type_name
+from flowgen.fields import type_name, typed
 from flowgen.matching import (
     MatchingConfig,
     MeanFlow,
@@ -47,6 +47,7 @@ PLOT_STEPS = 60
 
 
 @dataclass(frozen=True)
+@typed
 class SolverConfig:
     """How samples are drawn, in training and by default in `sample.py`.
 

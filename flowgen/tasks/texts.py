@@ -18,6 +18,7 @@ import numpy as np
 from flowgen.codecs import FrozenTextEncoder, HashedWords, TextEncoder
 from flowgen.conditioning import TextCondition
 from flowgen.convert import load_text_encoder
+from flowgen.fields import typed
 from flowgen.prompts import PromptTemplate
 
 T = TypeVar("T")
@@ -25,6 +26,7 @@ DIGEST_VALUES = 1024
 
 
 @dataclass(frozen=True)
+@typed
 class TextConfig:
     """How captions become conditions of a flow, whose model.text_length tokens they fill.
 

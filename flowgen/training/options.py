@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Literal
 
+from flowgen.fields import typed
+
 SEEDS = 1 << 32  # Larger seeds would be cut to 32 bits.
 
 
@@ -24,6 +26,7 @@ def check_at_least(group: str, config: object, bounds: Mapping[str, float | int]
 
 
 @dataclass(frozen=True)
+@typed
 class OptimConfig:
     """AdamW with warm-up and decay, clipping and an exponential moving average of the parameters.
 
@@ -66,6 +69,7 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+@typed
 class TrainConfig:
     """Length and batch of a run. batch_size is over all devices and hosts; accumulation cuts each device's share."""
 
@@ -84,6 +88,7 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+@typed
 class LogConfig:
     """How often a run reports, in steps; 0 switches a report off. It always reports and saves at its end.
 
