@@ -11,12 +11,13 @@ import ast
 import dataclasses
 import difflib
 import functools
+import inspect
 import math
 import numbers
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 T = TypeVar("T")
 TYPE = "type"
@@ -44,7 +45,7 @@ def typed(cls: type[T]) -> type[T]:
         if own is not None:
             own(self)
 
-    cls.__post_init__ = __post_init__  # ty: ignore[unresolved-attribute]
+    cls.__post_init__ = __post_init__  # ty: ignore[missing-attribute]
     return cls
 
 
@@ -52,7 +53,8 @@ def typed(cls: type[T]) -> type[T]:
 def _hints(cls: type) -> dict[str, Any]:
     """The annotations of the fields of a dataclass."""
     hints = typing.get_type_hints(cls)
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+    names = [field.name for field in dataclasses.fields(cls)]  # ty: ignore[invalid-argument-type]
+    return {name: hints[name] for name in names}
 
 
 def to_plain(value: Any) -> Any:
@@ -176,16 +178,57 @@ def leaf_names(config: Any) -> list[str]:
     Example:
         print("\\n".join(leaf_names(experiment)))
     """
-    return [name for name, _, is_type in _walk(config, "") if not is_type]
+    return [name for name, _, _, _, is_type in _walk(config, "") if not is_type]
 
 
-def settings(config: Any) -> list[tuple[str, Any]]:
-    """Returns dotted names with their values; a group of several possible types comes with the name of its own.
+class Setting(NamedTuple):
+    """A field by its dotted name: its value, what its docstring says of it, and what it may be."""
+
+    name: str
+    value: Any
+    about: str
+    choices: str
+
+
+def settings(config: Any) -> list[Setting]:
+    """Returns all fields with their help; a group of several possible types comes with the name of its own.
 
     Example:
-        print("\\n".join(f"--{name} {value}" for name, value in settings(experiment)))
+        print("\\n".join(f"--{field.name} {field.value}  # {field.about}" for field in settings(experiment)))
     """
-    return [(name, value) for name, value, _ in _walk(config, "")]
+    return [
+        Setting(name, value, help_of(owner).get(field, ""), _choices_of(owner, field))
+        for name, value, owner, field, _ in _walk(config, "")
+    ]
+
+
+@functools.cache
+def help_of(cls: type) -> dict[str, str]:
+    """Returns what the docstring of a dataclass and those of its bases say of each field.
+
+    In lines that begin with `name: `, each up to the next such line or an empty one.
+
+    Example:
+        help_of(OptimConfig)["lr"]  # "learning rate after the warm-up; positive."
+    """
+    known, found = set(_hints(cls)), {}
+    for base in reversed(cls.__mro__):
+        label = None
+        for line in inspect.cleandoc(base.__dict__.get("__doc__") or "").splitlines():
+            name, colon, text = line.partition(": ")
+            if colon and name in known:
+                label, found[name] = name, text.strip()
+            elif not line.strip():
+                label = None
+            elif label is not None:
+                found[label] += " " + line.strip()
+    return found
+
+
+def _choices_of(cls: type, field: str) -> str:
+    annotation = _hints(cls)[field]
+    types = [*choices(annotation), *["none"] * (type(None) in typing.get_args(annotation))]
+    return " or ".join(types) if choices(annotation) else describe(annotation)
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:
@@ -229,17 +272,18 @@ def _plural(annotation: Any) -> str:
     return describe(annotation).removeprefix("an ").removeprefix("a ") + "s"
 
 
-def _walk(config: Any, path: str) -> Iterator[tuple[str, Any, bool]]:
-    """Fields with their dotted names in order, and whether the value is the type of a group that may be of several."""
-    hints = typing.get_type_hints(type(config))
-    for field in _field_names(config):
+def _walk(config: Any, path: str) -> Iterator[tuple[str, Any, type, str, bool]]:
+    """Fields in order: dotted name, value, the dataclass that has them and their name in it, and whether the value is
+    the type of a group that may be of several."""
+    owner = type(config)
+    for field, annotation in _hints(owner).items():
         value, name = getattr(config, field), _join(path, field)
-        if choices(hints[field]):
-            yield name, "none" if value is None else type_name(value), True
+        if choices(annotation):
+            yield name, "none" if value is None else type_name(value), owner, field, True
         if dataclasses.is_dataclass(value):
             yield from _walk(value, name)
-        elif not (value is None and any(map(dataclasses.is_dataclass, typing.get_args(hints[field])))):
-            yield name, value, False
+        elif not (value is None and any(map(dataclasses.is_dataclass, typing.get_args(annotation)))):
+            yield name, value, owner, field, False
 
 
 class _Mismatch(Exception):

@@ -25,23 +25,27 @@ from flowgen.flows.score_matching import flow_score_objective
 
 pytestmark = pytest.mark.usefixtures("untyped")
 
-KEY = jax.random.key(0)
+
+def key():
+    return jax.random.key(0)
+
+
 FLOW = flowgen.TARFlow(
     flowgen.TARFlowConfig(
         image_size=4, channels=1, patch_size=2, width=16, head_dim=8, num_blocks=2, layers_per_block=1, num_classes=3
     )
 )
-PARAMS = jax.tree.map(lambda leaf: leaf + 0.1, flowgen.init(FLOW, KEY))
+PARAMS = jax.tree.map(lambda leaf: leaf + 0.1, flowgen.init(FLOW, key()))
 CLIP_FLOW = STARFlowV(
     STARFlowVConfig(image_size=4, channels=1, width=20, head_dim=20, layers=(1, 1), frames=2, denoiser_layers=1)
 )
-CLIP_PARAMS = flowgen.init(CLIP_FLOW, KEY)
+CLIP_PARAMS = flowgen.init(CLIP_FLOW, key())
 ENCODER = Autoencoder(AutoencoderConfig(channels=1, latent_channels=1, widths=(8,), layers_per_block=1, num_groups=4))
-ENCODER_PARAMS = init_autoencoder(ENCODER, KEY)
+ENCODER_PARAMS = init_autoencoder(ENCODER, key())
 VIDEO = VideoAutoencoder(VideoAutoencoderConfig(channels=1, widths=(8, 8), decoder_widths=(8, 8), halve_time=(True,)))
-VIDEO_PARAMS = init_autoencoder(VIDEO, KEY)
+VIDEO_PARAMS = init_autoencoder(VIDEO, key())
 NETWORK = fm.DiT(fm.DiTConfig(image_size=4, channels=1, patch_size=2, width=16, num_layers=1, head_dim=8))
-NETWORK_PARAMS = fm.init(NETWORK, KEY)
+NETWORK_PARAMS = fm.init(NETWORK, key())
 LOSS = fm.flow_matching_loss()
 T = jnp.full(2, 0.5)
 
@@ -53,7 +57,7 @@ def still(t, x, cond=None, *_):
 # Every public entry that takes pixels, latents or noise, as a function of them.
 IMAGE, CLIP = (2, 4, 4, 1), (2, 1, 32, 32, 1)
 TAKES_PIXELS = {
-    "forward": (IMAGE, lambda x: FLOW.apply(PARAMS, x, method="forward")),
+    "forward": (IMAGE, lambda x: FLOW.apply(PARAMS, x, method="forward")[0]),
     "log_prob": (IMAGE, lambda x: FLOW.apply(PARAMS, x, method="log_prob")),
     "bits_per_dim": (IMAGE, lambda x: FLOW.apply(PARAMS, x, method="bits_per_dim")),
     "trajectory": (IMAGE, lambda x: FLOW.apply(PARAMS, x, method="trajectory")[1]),
@@ -63,7 +67,7 @@ TAKES_PIXELS = {
     "denoise nothing": (IMAGE, lambda x: density.denoise(FLOW, PARAMS, x, noise_std=0.0)),
     "invert": ((2, 4, 4), lambda z: invert(FLOW, PARAMS, z).x),
     "log_prob of clips": ((2, 2, 4, 4, 1), lambda x: CLIP_FLOW.apply(CLIP_PARAMS, x, method="log_prob")),
-    "sample_clips": ((2, 1, 4, 4, 1), lambda x: sample_clips(CLIP_FLOW, CLIP_PARAMS, KEY, 2, given=x).x),
+    "sample_clips": ((2, 1, 4, 4, 1), lambda x: sample_clips(CLIP_FLOW, CLIP_PARAMS, key(), 2, given=x).x),
     "denoiser": (
         (2, 2, 4, 4, 1),
         lambda x: ClipDenoiser(CLIP_FLOW.config).apply({"params": CLIP_PARAMS["params"]["denoiser"]}, x),
@@ -78,19 +82,19 @@ TAKES_PIXELS = {
     "VideoAutoencoderCodec.moments": (CLIP, lambda x: VideoAutoencoderCodec(VIDEO, VIDEO_PARAMS).moments(x)[0]),
     "VideoAutoencoder.encode": (CLIP, lambda x: VIDEO.apply(VIDEO_PARAMS, x, method="encode")[0]),
     "network": (IMAGE, lambda x: NETWORK.apply(NETWORK_PARAMS, T, x)),
-    "flow_matching_loss": (IMAGE, lambda x: LOSS(still, {"x1": x}, KEY)[0]),
-    "mean_flow_loss": (IMAGE, lambda x: fm.mean_flow_loss()(still, {"x1": x}, KEY)[0]),
+    "flow_matching_loss": (IMAGE, lambda x: LOSS(still, {"x1": x}, key())[0]),
+    "mean_flow_loss": (IMAGE, lambda x: fm.mean_flow_loss()(still, {"x1": x}, key())[0]),
     "integrate": (IMAGE, lambda x: fm.integrate(still, x, num_steps=2)[0]),
     "trajectory of a field": (IMAGE, lambda x: fm.trajectory(still, x, num_steps=2)[0]),
     "integrate_mean": (IMAGE, lambda x: fm.integrate_mean(still, x)[0]),
-    "integrate_sde": (IMAGE, lambda x: fm.integrate_sde(still, still, x, KEY, num_steps=2)[0]),
-    "log_prob of a field": (IMAGE, lambda x: fm.log_prob(still, x, key=KEY, num_steps=2)),
-    "Independent": (IMAGE, lambda x: fm.Independent()(KEY, x, x).x0),
-    "MinibatchOT": (IMAGE, lambda x: fm.MinibatchOT()(KEY, x, x).x0),
-    "GibbsWeights": (IMAGE, lambda x: fm.GibbsWeights(epsilon=1.0)(KEY, x, x).log_weight),
+    "integrate_sde": (IMAGE, lambda x: fm.integrate_sde(still, still, x, key(), num_steps=2)[0]),
+    "log_prob of a field": (IMAGE, lambda x: fm.log_prob(still, x, key=key(), num_steps=2)),
+    "Independent": (IMAGE, lambda x: fm.Independent()(key(), x, x).x0),
+    "MinibatchOT": (IMAGE, lambda x: fm.MinibatchOT()(key(), x, x).x0),
+    "GibbsWeights": (IMAGE, lambda x: fm.GibbsWeights(epsilon=1.0)(key(), x, x).log_weight),
     "weight_report": (IMAGE, lambda x: fm.weight_report(x, x, 1.0).ess),
     "choose_epsilon": (IMAGE, lambda x: fm.choose_epsilon(x, x + 1)),
-    "path": (IMAGE, lambda x: fm.CondOT().sample(KEY, T, x, x).x_t),
+    "path": (IMAGE, lambda x: fm.CondOT().sample(key(), T, x, x).x_t),
     "to_uint8": (IMAGE, to_uint8),
 }
 SLOW_TO_COMPILE = ("sample_clips", "VideoAutoencoder.encode", "VideoAutoencoderCodec.moments")
@@ -136,25 +140,25 @@ X, Z = jnp.zeros(IMAGE), jnp.zeros((2, 4, 4))
 # A call with wrong arguments, and what its sentence begins with.
 WRONG = {
     "sample: a number for the key": (lambda: sample(FLOW, PARAMS, 0, 1), "key is 0"),
-    "sample: several keys": (lambda: sample(FLOW, PARAMS, jax.random.split(KEY), 1), "key is "),
-    "sample: flow and params swapped": (lambda: sample(PARAMS, FLOW, KEY, 1), "flow is a dict"),
-    "sample: params without 'params'": (lambda: sample(FLOW, PARAMS["params"], KEY, 1), "params is a dict"),
-    "sample: num 0": (lambda: sample(FLOW, PARAMS, KEY, 0), "num is 0"),
-    "sample: num negative": (lambda: sample(FLOW, PARAMS, KEY, -1), "num is -1"),
-    "sample: num a float": (lambda: sample(FLOW, PARAMS, KEY, 2.0), "num is 2.0"),
-    "sample: unknown plan": (lambda: sample(FLOW, PARAMS, KEY, 1, plan="fast"), "plan is 'fast'"),
-    "sample: plan a number": (lambda: sample(FLOW, PARAMS, KEY, 1, plan=8), "plan is 8"),
-    "sample: guidance a number": (lambda: sample(FLOW, PARAMS, KEY, 1, [0], guidance=1.5), "guidance is 1.5"),
-    "sample: denoise a text": (lambda: sample(FLOW, PARAMS, KEY, 1, denoise="yes"), "denoise is 'yes'"),
-    "sample: too few labels": (lambda: sample(FLOW, PARAMS, KEY, 3, [0]), "cond must be integers of shape (3,)"),
-    "sample: a label for all": (lambda: sample(FLOW, PARAMS, KEY, 3, 1), "cond must be integers of shape (3,)"),
-    "sample: labels as floats": (lambda: sample(FLOW, PARAMS, KEY, 1, jnp.ones(1)), "cond must be integers"),
-    "sample: a label beyond the classes": (lambda: sample(FLOW, PARAMS, KEY, 1, [3]), "class 3 is out of range"),
+    "sample: several keys": (lambda: sample(FLOW, PARAMS, jax.random.split(key()), 1), "key is "),
+    "sample: flow and params swapped": (lambda: sample(PARAMS, FLOW, key(), 1), "flow is a dict"),
+    "sample: params without 'params'": (lambda: sample(FLOW, PARAMS["params"], key(), 1), "params is a dict"),
+    "sample: num 0": (lambda: sample(FLOW, PARAMS, key(), 0), "num is 0"),
+    "sample: num negative": (lambda: sample(FLOW, PARAMS, key(), -1), "num is -1"),
+    "sample: num a float": (lambda: sample(FLOW, PARAMS, key(), 2.0), "num is 2.0"),
+    "sample: unknown plan": (lambda: sample(FLOW, PARAMS, key(), 1, plan="fast"), "plan is 'fast'"),
+    "sample: plan a number": (lambda: sample(FLOW, PARAMS, key(), 1, plan=8), "plan is 8"),
+    "sample: guidance a number": (lambda: sample(FLOW, PARAMS, key(), 1, [0], guidance=1.5), "guidance is 1.5"),
+    "sample: denoise a text": (lambda: sample(FLOW, PARAMS, key(), 1, denoise="yes"), "denoise is 'yes'"),
+    "sample: too few labels": (lambda: sample(FLOW, PARAMS, key(), 3, [0]), "cond must be integers of shape (3,)"),
+    "sample: a label for all": (lambda: sample(FLOW, PARAMS, key(), 3, 1), "cond must be integers of shape (3,)"),
+    "sample: labels as floats": (lambda: sample(FLOW, PARAMS, key(), 1, jnp.ones(1)), "cond must be integers"),
+    "sample: a label beyond the classes": (lambda: sample(FLOW, PARAMS, key(), 1, [3]), "class 3 is out of range"),
     "invert: an image for z": (lambda: invert(FLOW, PARAMS, X), "z has shape (2, 4, 4, 1)"),
     "invert: swapped": (lambda: invert(PARAMS, FLOW, Z), "flow is a dict"),
     "invert: a list": (lambda: invert(FLOW, PARAMS, [0.0]), "z is a list"),
-    "sample_clips: a flow of images": (lambda: sample_clips(FLOW, PARAMS, KEY, 1), "flow is a TARFlow"),
-    "sample_clips: frames 0": (lambda: sample_clips(CLIP_FLOW, CLIP_PARAMS, KEY, 1, frames=0), "frames is 0"),
+    "sample_clips: a flow of images": (lambda: sample_clips(FLOW, PARAMS, key(), 1), "flow is a TARFlow"),
+    "sample_clips: frames 0": (lambda: sample_clips(CLIP_FLOW, CLIP_PARAMS, key(), 1, frames=0), "frames is 0"),
     "Guidance: a text": (lambda: Guidance(scale="strong"), "scale is 'strong'"),
     "Jacobi: a text": (lambda: Jacobi(window="8"), "window is '8'"),
     "init: a number for the key": (lambda: flowgen.init(FLOW, 0), "key is 0"),
@@ -169,38 +173,38 @@ WRONG = {
     "score: swapped": (lambda: density.score(PARAMS, FLOW, X), "flow is a dict"),
     "class_posterior: swapped": (lambda: density.class_posterior(PARAMS, FLOW, X), "flow is a dict"),
     "class_posterior: prior": (lambda: density.class_posterior(FLOW, PARAMS, X, jnp.zeros(2)), "log_prior is"),
-    "dequantise: floats": (lambda: density.dequantise(KEY, X), "images is float32"),
+    "dequantise: floats": (lambda: density.dequantise(key(), X), "images is float32"),
     "from_uint8: floats": (lambda: from_uint8(X), "images is float32"),
-    "nll_objective: an array": (lambda: density.nll_objective(FLOW)(PARAMS, X, KEY), "batch is float32"),
-    "nll_objective: other names": (lambda: density.nll_objective(FLOW)(PARAMS, {"x": X}, KEY), "batch is ['x']"),
+    "nll_objective: an array": (lambda: density.nll_objective(FLOW)(PARAMS, X, key()), "batch is float32"),
+    "nll_objective: other names": (lambda: density.nll_objective(FLOW)(PARAMS, {"x": X}, key()), "batch is ['x']"),
     "nll_objective: no labels": (
-        lambda: density.nll_objective(FLOW)(PARAMS, {"image": jnp.zeros(IMAGE, jnp.uint8)}, KEY),
+        lambda: density.nll_objective(FLOW)(PARAMS, {"image": jnp.zeros(IMAGE, jnp.uint8)}, key()),
         "batch has 'image' and no 'label'",
     ),
     "nll_objective: floats": (
-        lambda: density.nll_objective(FLOW)(PARAMS, {"image": X, "label": jnp.zeros(2, int)}, KEY),
+        lambda: density.nll_objective(FLOW)(PARAMS, {"image": X, "label": jnp.zeros(2, int)}, key()),
         "images is float32",
     ),
     "flow_score_objective: an array": (
-        lambda: flow_score_objective(CLIP_FLOW)(CLIP_PARAMS, X, KEY),
+        lambda: flow_score_objective(CLIP_FLOW)(CLIP_PARAMS, X, key()),
         "batch is float32",
     ),
-    "loss: an array": (lambda: LOSS(still, X, KEY), "batch is float32"),
+    "loss: an array": (lambda: LOSS(still, X, key()), "batch is float32"),
     "loss: a number for the key": (lambda: LOSS(still, {"x1": X}, 0), "key is 0"),
-    "loss: swapped": (lambda: LOSS({"x1": X}, still, KEY), "velocity is a dict"),
+    "loss: swapped": (lambda: LOSS({"x1": X}, still, key()), "velocity is a dict"),
     "loss: labels of another batch": (
-        lambda: LOSS(still, {"x1": X, "cond": jnp.zeros(3, int)}, KEY),
+        lambda: LOSS(still, {"x1": X, "cond": jnp.zeros(3, int)}, key()),
         "cond has shape (3,)",
     ),
-    "mean_flow_loss: an array": (lambda: fm.mean_flow_loss()(still, X, KEY), "batch is float32"),
+    "mean_flow_loss: an array": (lambda: fm.mean_flow_loss()(still, X, key()), "batch is float32"),
     "integrate: swapped": (lambda: fm.integrate(X, still), "velocity is float32"),
     "integrate: steps": (lambda: fm.integrate(still, X, num_steps=0), "num_steps is 0"),
     "integrate: method": (lambda: fm.integrate(still, X, method="fast"), "method is 'fast'"),
     "log_prob of a field: swapped": (lambda: fm.log_prob(X, still), "velocity is float32"),
     "log_prob of a field: key": (lambda: fm.log_prob(still, X, key=0), "key is 0"),
     "network: a number for t": (lambda: NETWORK.apply(NETWORK_PARAMS, 0.5, X), "t is 0.5"),
-    "path: a number for t": (lambda: fm.CondOT().sample(KEY, 0.5, X, X), "t is 0.5"),
-    "coupling: shapes": (lambda: fm.MinibatchOT()(KEY, X, X[:1]), "x0 has shape"),
+    "path: a number for t": (lambda: fm.CondOT().sample(key(), 0.5, X, X), "t is 0.5"),
+    "coupling: shapes": (lambda: fm.MinibatchOT()(key(), X, X[:1]), "x0 has shape"),
     "GibbsWeights: a text": (lambda: fm.GibbsWeights(epsilon="small"), "epsilon is 'small'"),
     "load: a path": (lambda: load("photos", image_size=8, channels=1, split="train"), "config is 'photos'"),
     "load: a text for the size": (
@@ -229,7 +233,7 @@ def test_a_wrong_argument_is_named_in_one_sentence(name):
 
 def test_keys_of_the_old_kind_are_keys():
     old = jax.random.PRNGKey(0)
-    np.testing.assert_array_equal(sample(FLOW, PARAMS, old, 2).x, sample(FLOW, PARAMS, KEY, 2).x)
+    np.testing.assert_array_equal(sample(FLOW, PARAMS, old, 2).x, sample(FLOW, PARAMS, key(), 2).x)
 
 
 def test_a_side_stands_for_a_square():

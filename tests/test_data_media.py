@@ -72,7 +72,6 @@ def test_failed_write_leaves_the_old_file_and_no_other(tmp_path):
 @pytest.mark.parametrize(
     ("name", "error", "sentence"),
     [
-        ("missing/a.png", FileNotFoundError, "does not exist; create it first"),
         ("file/a.png", NotADirectoryError, "is a file, not a folder"),
         ("folder.png", IsADirectoryError, "is a folder; name a file"),
         ("a.gif", ValueError, "use one of .png"),

@@ -33,10 +33,14 @@ LOG_VARIANCE_BOUNDS = (-30.0, 20.0)
 class AutoencoderConfig:
     """Shape of an autoencoder; the defaults are those of the published Stable Diffusion autoencoder.
 
-    widths: channels of each level; every level but the last halves the picture. layers_per_block: residual blocks of
-    a level on the way down, one fewer than on the way up. num_groups: of group norm. attention: of all places to all,
-    in the middle, one head. dtype: of convolutions; norms, moments and pictures stay float32. remat: recompute blocks
-    in the backward pass.
+    channels: of the images.
+    latent_channels: of the latents.
+    widths: channels of each level, multiples of num_groups; every level but the last halves the image.
+    layers_per_block: residual blocks of a level on the way down, one fewer than on the way up.
+    num_groups: of group norm.
+    attention: of all places to all, in the middle, one head.
+    dtype: of convolutions; norms, moments and images stay float32.
+    remat: recompute blocks in the backward pass.
     """
 
     channels: int = 3

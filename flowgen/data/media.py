@@ -119,9 +119,10 @@ def check_image_path(path: str | os.PathLike[str]) -> None:
 def check_writable(path: str | os.PathLike[str]) -> None:
     """Raises OSError in one sentence where a file could not be written at `path`; creates nothing.
 
+    Folders that are missing are no mistake: `atomic_file` makes them.
+
     Raises:
-        FileNotFoundError: the folder is missing.
-        NotADirectoryError: the folder is a file.
+        NotADirectoryError: a folder of the path is a file.
         IsADirectoryError: the path itself is a folder.
         PermissionError: the folder, or the file already there, may not be written.
 
@@ -129,9 +130,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         check_writable("out/samples.npz")
     """
     path = Path(path)
-    folder = path.parent
-    if not folder.exists():
-        raise FileNotFoundError(f"Cannot write '{path}': the folder '{folder}' does not exist; create it first.")
+    folder = next(place for place in (path.parent, *path.absolute().parents) if place.exists())
     if not folder.is_dir():
         raise NotADirectoryError(f"Cannot write '{path}': '{folder}' is a file, not a folder.")
     if path.is_dir():
@@ -142,7 +141,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
 
 @contextlib.contextmanager
 def atomic_file(path: str | os.PathLike[str]) -> Generator[IO[bytes]]:
-    """Yields a binary file that becomes `path` on success and vanishes on any error.
+    """Yields a binary file that becomes `path` on success and vanishes on any error; makes its folder.
 
     Example:
         with atomic_file("samples.npz") as file:
@@ -150,6 +149,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Generator[IO[bytes]]:
     """
     check_writable(path)
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:

@@ -25,6 +25,7 @@ class DataConfig:
 
     source: a built-in set, or the user's own `folder` or `npz` at `path`; or `encoded`, latents that
         `python -m flowgen encode` wrote there.
+    path: of a folder, an npz file, or encoded data; empty for the others.
     flip: mirror each training picture left to right with probability one half.
     aspects: sort a folder's pictures into nine aspect ratios of about the model's area instead of cropping all to
         one shape; a batch holds pictures of one shape.

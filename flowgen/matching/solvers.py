@@ -94,7 +94,7 @@ def trajectory(
     grid = time_grid(num_steps, times)
     grid = grid[::-1] if reverse else grid
     nodes, stage_weights, weights = TABLEAUS[method]
-    dtype = _state_dtype(x0)
+    dtype, x0 = _state_dtype(x0), jnp.asarray(x0)
 
     def step(x, ends):
         start, width = ends[0], (ends[1] - ends[0]).astype(dtype)

@@ -43,11 +43,19 @@ class UNetConfig:
     Meta's is `UNetConfig(image_size=32, multipliers=(2, 2, 2), blocks_per_level=4, resample="pool", head_dim=256,
     dropout=0.3, scale_shift_norm=True)`; both feed t as it is, `time_scale=1.0`.
 
-    image_size: side, or (height, width). multipliers: channels of each level, in widths; each level halves the image.
-    attention_factors: blocks attend where the image is this many times smaller; between down and up they always do.
+    image_size: side in pixels, or (height, width).
+    channels: of the images.
+    width: channels of the first level, a multiple of num_groups.
+    multipliers: channels of each level, in widths; each level but the last halves the image.
+    blocks_per_level: residual blocks of a level on the way down.
     resample: "conv" halves by a convolution of stride 2 and doubles by repetition and a convolution; "pool" halves by
     the mean of four pixels and doubles by repetition alone.
-    head_dim: heads have this many channels; a level narrower than it is one head. num_groups: of group norm.
+    attention_factors: blocks attend where the image is this many times smaller; between down and up they always do.
+    head_dim: channels of an attention head; a level narrower than it is one head.
+    num_groups: of group norm.
+    dropout: share of activations that are set to 0 in training; at least 0 and below 1.
+    num_classes: of the labels the field is conditioned on; 0 for none.
+    scale_shift_norm: the time scales and shifts the normalised activations, instead of being added.
     time_scale: times are stretched by it before the sinusoids, which are made for 0 to 1,000.
     spans: also predict average velocities over a span (MeanFlow).
     dtype: of convolutions and activations; parameters, norms, the embedding and the velocity stay float32.

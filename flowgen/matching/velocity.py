@@ -31,7 +31,14 @@ EMBEDDING_STDDEV = 0.02
 @dataclass(frozen=True)
 @typed
 class MLPConfig:
-    """Shape of a velocity network for points: `dim` coordinates, `num_layers` hidden layers of `width`."""
+    """Shape of a velocity network for points.
+
+    dim: coordinates of a point.
+    width: of the hidden layers.
+    num_layers: hidden layers.
+    num_classes: of the labels the field is conditioned on; 0 for none.
+    spans: also predict average velocities over a span (MeanFlow).
+    """
 
     dim: int = 2
     width: int = 64

@@ -37,10 +37,14 @@ PEAK = 2.0  # of pictures in [-1, 1], for the signal-to-noise ratio
 @dataclass(frozen=True)
 @typed
 class AutoencodingConfig:
-    """How an autoencoder is trained. image_size: side of its pictures, or (height, width). kl_weight: of the
-    divergence of the posterior from N(0, 1), in nats per latent. noise: std of the noise added to normalised latents
-    before they are decoded, so that the decoder takes those of a flow as they are. decoder_of: run or published folder
-    of an autoencoder, whose encoder stays as it is while the decoder is trained on. frames: of clips; 0 for pictures.
+    """How an autoencoder is trained.
+
+    image_size: side of its pictures, or (height, width), multiples of the model's factor.
+    frames: of clips; 0 for pictures.
+    kl_weight: of the divergence of the posterior from N(0, 1), in nats per latent; 0 or more.
+    noise: std of the noise added to normalised latents before they are decoded, so that the decoder takes those of a
+    flow as they are; 0 for none.
+    decoder_of: run or published folder of an autoencoder, whose encoder stays as it is while the decoder is trained on.
     """
 
     image_size: int | tuple[int, int] = 8

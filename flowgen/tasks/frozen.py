@@ -43,7 +43,10 @@ STATISTICS = "latents"
 @dataclass(frozen=True)
 @fields.typed
 class PixelBlocks:
-    """A codec without a network: factor x factor pixels of c channels are one latent of factor² c channels."""
+    """A codec without a network: factor x factor pixels of c channels are one latent of factor² c channels.
+
+    factor: side of the squares of pixels; at least 1.
+    """
 
     factor: int = 2
 
@@ -55,9 +58,12 @@ class PixelBlocks:
 @dataclass(frozen=True)
 @fields.typed
 class TrainedCodec:
-    """A frozen autoencoder. path: run directory of one trained by flowgen, or folder of a published AutoencoderKL or
-    (of clips) AutoencoderKLWan. digest: of all that its latents depend on, set when a flow is trained on them, so that
-    no other is taken for it. temporal_scale: of clips' latents behind the first frame; published: 0.6.
+    """A frozen autoencoder.
+
+    path: run directory of one trained by flowgen, or folder of a published AutoencoderKL or, of clips,
+    AutoencoderKLWan.
+    digest: of all that its latents depend on, set when a flow is trained on them, so that no other is taken for it.
+    temporal_scale: of clips' latents behind the first frame; published: 0.6, 1 for none.
     """
 
     path: str

@@ -51,10 +51,15 @@ PLOT_STEPS = 60
 class SolverConfig:
     """How samples are drawn, in training and by default in `sample.py`.
 
-    method: a solver of `flowgen.matching.integrate`, or "mean_flow" for networks of average velocities. num_steps: of
-    all but "dopri5", which takes rtol and atol. times: "uniform", or "edm", steps that grow finer towards the data.
-    guidance: weight w of (1 + w) v_c - w v_u, 0 for none, within guidance_interval.
-    frechet_samples: pictures that each evaluation draws and compares with held-out ones, 0 for none.
+    num: samples of a picture; at least 1.
+    method: a solver of `flowgen.matching.integrate`, or "mean_flow" for networks of average velocities.
+    num_steps: of all methods but "dopri5"; at least 1.
+    times: "uniform", or "edm", steps that grow finer towards the data.
+    rtol: relative error that "dopri5" allows; positive.
+    atol: absolute error that "dopri5" allows; positive.
+    guidance: weight w of (1 + w) v_c - w v_u; 0 for none.
+    guidance_interval: times in [0, 1] between which guidance acts.
+    frechet_samples: pictures that each evaluation draws and compares with held-out ones; 0 for none.
     """
 
     num: int = 64

