@@ -1,5 +1,6 @@
 """README and docs do what they say: every block of Python runs when pasted alone, every command line is understood."""
 
+import ast
 import re
 import shlex
 import sys
@@ -67,10 +68,14 @@ def test_a_block_of_python_runs_when_pasted_alone(folder, monkeypatch, page, num
 
 def commands(page):
     """The command lines of a page, comments taken off and continued lines joined."""
-    for text in [page.read_text()] if page.suffix == ".py" else blocks(page, ""):
+    if page.suffix == ".py":  # indented in the docstring of a config
+        texts, begin = [ast.get_docstring(ast.parse(page.read_text())) or ""], "    python "
+    else:
+        texts, begin = blocks(page, ""), "python "
+    for text in texts:
         for line in text.replace("\\\n", " ").splitlines():
-            if line.strip().startswith("python "):
-                yield shlex.split(line.strip().rstrip("."), comments=True)[1:]
+            if line.startswith(begin):
+                yield shlex.split(line, comments=True)[1:]
 
 
 COMMANDS = [(page, words) for page in PAGES for words in commands(page)]
