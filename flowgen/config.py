@@ -17,6 +17,7 @@ from flowgen.tasks.frozen import PixelBlocks, TrainedCodec
 from flowgen.tasks.texts import TextConfig
 from flowgen.training import Job, LogConfig, OptimConfig, TrainConfig
 from flowgen.training.options import check_warmups
+from flowgen.typed import typed
 
 # Fields that a resumed run may change: they do not touch what the checkpoint holds or the data it has seen. (Of the
 # frozen networks the digest counts, wherever they lie.)
@@ -24,7 +25,7 @@ RESUMABLE = ("name", "train.steps", "log.", "sampling.", "reference", "codec.pat
 
 
 @dataclass(frozen=True)
-@fields.typed
+@typed
 class Experiment:
     """A model, its data and its training; JSON round-trips exactly and is saved with every run.
 

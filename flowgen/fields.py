@@ -11,47 +11,24 @@ import ast
 import dataclasses
 import difflib
 import functools
-import inspect
 import math
 import numbers
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
 TYPE = "type"
 
 
-def typed(cls: type[T]) -> type[T]:
-    """Returns the class with every value checked against its annotation before its own `__post_init__`: see `check`.
-
-    Under `dataclass`, which checks nothing itself. The ValueError names the field, without the group that it is in.
+@functools.cache
+def hints_of(cls: type) -> dict[str, Any]:
+    """Returns the annotations of the fields of a dataclass, in order.
 
     Example:
-        @dataclass(frozen=True)
-        @typed
-        class TrainConfig:
-            steps: int = 1000
+        hints_of(TrainConfig)["steps"]  # int
     """
-    own: Any = getattr(cls, "__post_init__", None)
-
-    def __post_init__(self: Any) -> None:
-        for name, annotation in _hints(type(self)).items():
-            value = getattr(self, name)
-            checked = check(annotation, value, path=name)
-            if checked is not value:
-                object.__setattr__(self, name, checked)
-        if own is not None:
-            own(self)
-
-    cls.__post_init__ = __post_init__  # ty: ignore[missing-attribute]
-    return cls
-
-
-@functools.cache
-def _hints(cls: type) -> dict[str, Any]:
-    """The annotations of the fields of a dataclass."""
     hints = typing.get_type_hints(cls)
     names = [field.name for field in dataclasses.fields(cls)]  # ty: ignore[invalid-argument-type]
     return {name: hints[name] for name in names}
@@ -64,7 +41,7 @@ def to_plain(value: Any) -> Any:
         text = json.dumps(to_plain(config), allow_nan=False)
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        hints = typing.get_type_hints(type(value))
+        hints = hints_of(type(value))
         return {name: _plain_field(hints[name], getattr(value, name)) for name in _field_names(value)}
     if isinstance(value, Mapping):
         return {name: to_plain(item) for name, item in value.items()}
@@ -178,57 +155,7 @@ def leaf_names(config: Any) -> list[str]:
     Example:
         print("\\n".join(leaf_names(experiment)))
     """
-    return [name for name, _, _, _, is_type in _walk(config, "") if not is_type]
-
-
-class Setting(NamedTuple):
-    """A field by its dotted name: its value, what its docstring says of it, and what it may be."""
-
-    name: str
-    value: Any
-    about: str
-    choices: str
-
-
-def settings(config: Any) -> list[Setting]:
-    """Returns all fields with their help; a group of several possible types comes with the name of its own.
-
-    Example:
-        print("\\n".join(f"--{field.name} {field.value}  # {field.about}" for field in settings(experiment)))
-    """
-    return [
-        Setting(name, value, help_of(owner).get(field, ""), _choices_of(owner, field))
-        for name, value, owner, field, _ in _walk(config, "")
-    ]
-
-
-@functools.cache
-def help_of(cls: type) -> dict[str, str]:
-    """Returns what the docstring of a dataclass and those of its bases say of each field.
-
-    In lines that begin with `name: `, each up to the next such line or an empty one.
-
-    Example:
-        help_of(OptimConfig)["lr"]  # "learning rate after the warm-up; positive."
-    """
-    known, found = set(_hints(cls)), {}
-    for base in reversed(cls.__mro__):
-        label = None
-        for line in inspect.cleandoc(base.__dict__.get("__doc__") or "").splitlines():
-            name, colon, text = line.partition(": ")
-            if colon and name in known:
-                label, found[name] = name, text.strip()
-            elif not line.strip():
-                label = None
-            elif label is not None:
-                found[label] += " " + line.strip()
-    return found
-
-
-def _choices_of(cls: type, field: str) -> str:
-    annotation = _hints(cls)[field]
-    types = [*choices(annotation), *["none"] * (type(None) in typing.get_args(annotation))]
-    return " or ".join(types) if choices(annotation) else describe(annotation)
+    return [name for name, _, _, _, is_type in walk(config) if not is_type]
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:
@@ -272,16 +199,20 @@ def _plural(annotation: Any) -> str:
     return describe(annotation).removeprefix("an ").removeprefix("a ") + "s"
 
 
-def _walk(config: Any, path: str) -> Iterator[tuple[str, Any, type, str, bool]]:
-    """Fields in order: dotted name, value, the dataclass that has them and their name in it, and whether the value is
-    the type of a group that may be of several."""
+def walk(config: Any, path: str = "") -> Iterator[tuple[str, Any, type, str, bool]]:
+    """Yields fields in order: dotted name, value, the dataclass that has them and their name in it, and whether the
+    value is the type of a group that may be of several.
+
+    Example:
+        names = [name for name, *_ in walk(experiment)]
+    """
     owner = type(config)
-    for field, annotation in _hints(owner).items():
+    for field, annotation in hints_of(owner).items():
         value, name = getattr(config, field), _join(path, field)
         if choices(annotation):
             yield name, "none" if value is None else type_name(value), owner, field, True
         if dataclasses.is_dataclass(value):
-            yield from _walk(value, name)
+            yield from walk(value, name)
         elif not (value is None and any(map(dataclasses.is_dataclass, typing.get_args(annotation)))):
             yield name, value, owner, field, False
 
@@ -366,7 +297,7 @@ def _value_of(config: Any, path: str, names: list[str], text: str, known: list[s
     name, *rest = names
     if name not in {field.name for field in dataclasses.fields(config)}:
         raise ValueError(_unknown(path, known))
-    value, annotation = getattr(config, name), typing.get_type_hints(type(config))[name]
+    value, annotation = getattr(config, name), hints_of(type(config))[name]
     if not rest and text in choices(annotation):
         return _convert_choice(choices(annotation), {TYPE: text}, path)
     if dataclasses.is_dataclass(value):
@@ -388,7 +319,7 @@ def _is_choice(config: Any, names: list[str]) -> bool:
     if rest:
         value = getattr(config, name)
         return dataclasses.is_dataclass(value) and _is_choice(value, rest)
-    return bool(choices(typing.get_type_hints(type(config))[name]))
+    return bool(choices(hints_of(type(config))[name]))
 
 
 def _replaced(config: T, changes: dict[str, Any], path: str = "") -> T:

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from flowgen import checkpoint, config, fields
+from flowgen import checkpoint, config
 from flowgen.attention import CAUSAL_KERNEL_NAMES, KERNELS
 from flowgen.cli import EXIT_BROKEN_PIPE, EXIT_MISTAKE, main
 from flowgen.config import Experiment, SamplingConfig, SolverConfig
@@ -20,6 +20,7 @@ from flowgen.data import PointsConfig
 from flowgen.flows import STARFlowConfig, TARFlowConfig
 from flowgen.matching import DiTConfig, MatchingConfig, MLPConfig
 from flowgen.models import build, init
+from flowgen.settings import help_of
 from flowgen.training import OptimConfig, TrainConfig
 
 PROJECT = Path(__file__).parent.parent
@@ -42,7 +43,7 @@ CLASSES = sorted(set(config_classes(Experiment)), key=lambda cls: cls.__name__)
 
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
 def test_every_field_has_a_line_of_help(cls):
-    about = fields.help_of(cls)
+    about = help_of(cls)
     for field in dataclasses.fields(cls):
         assert about.get(field.name, "").endswith("."), field.name
         assert "\n" not in about[field.name]
@@ -57,7 +58,7 @@ def test_every_field_has_a_line_of_help(cls):
     ],
 )
 def test_the_help_of_attention_names_what_the_model_takes(cls, names):
-    about = fields.help_of(cls)["attention"]
+    about = help_of(cls)["attention"]
     listed = about.rstrip(".").replace(":", ",").replace('"', "").split(", ")
     assert set(names) <= set(listed)
     for name in names:

@@ -13,7 +13,9 @@ ROOT = Path(__file__).parent.parent / "flowgen"
 LEVELS = {
     "flowgen.packages": -1,
     "flowgen.arrays": -1,
-    "flowgen.fields": -1,
+    "flowgen.fields": -2,
+    "flowgen.typed": -1,
+    "flowgen.settings": -1,
     "flowgen.attention": 0,
     "flowgen.matching.checks": 0,
     "flowgen.matching.paths": 0,

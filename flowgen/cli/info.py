@@ -18,7 +18,8 @@ def declare(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, rest: list[str]) -> int:
     """Returns the exit code."""
-    from flowgen import config, fields
+    from flowgen import config
+    from flowgen.settings import settings
     from flowgen.training import CheckpointReader
     from flowgen.training.loop import CHECKPOINTS, read_config
 
@@ -32,6 +33,6 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     else:
         experiment = load_experiment(options, rest)
     say(f"parameters: {num_parameters(experiment.flow()):,}")
-    for setting in fields.settings(experiment):
+    for setting in settings(experiment):
         say(described(setting))
     return 0

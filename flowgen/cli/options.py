@@ -9,7 +9,8 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from flowgen.fields import Setting, check, settings
+from flowgen.fields import check
+from flowgen.settings import Setting, settings
 
 HELP_COLUMN = 36  # from which on the help of a field is shown
 MAX_SEED = 2**32 - 1  # Without 64-bit integers jax would cut what is above, and two seeds would give one image.
@@ -78,7 +79,9 @@ def _line_of(path: str, error: Exception) -> int | None:
 
 def described(setting: Setting) -> str:
     """Returns a field as it is given to a command, with its help behind it as a comment of the shell."""
-    option = f"--{setting.name} {shlex.quote(str(setting.value))}"
+    value = str(setting.value)
+    quoted = f'"{value}"' if "'" in value and not set(value) & set('"$`\\') else shlex.quote(value)
+    option = f"--{setting.name} {quoted}"
     return f"{option:<{HELP_COLUMN}}  # {setting.about.rstrip('.')} [{setting.choices}]"
 
 

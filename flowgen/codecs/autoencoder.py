@@ -19,10 +19,10 @@ from jaxtyping import Array, Float, Key
 
 from flowgen.arrays import check_floating
 from flowgen.attention import softmax_attention
-from flowgen.fields import typed
 from flowgen.nn.checks import check_at_least_one, check_choices
 from flowgen.nn.convolution import conv, group_norm
 from flowgen.nn.layers import linear, master_dtype
+from flowgen.typed import typed
 
 GROUP_NORM_EPS = 1e-6
 LOG_VARIANCE_BOUNDS = (-30.0, 20.0)

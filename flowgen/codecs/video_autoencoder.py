@@ -37,9 +37,9 @@ from flowgen.codecs.causal import (
     chain,
     copy_up,
 )
-from flowgen.fields import typed
 from flowgen.nn.checks import check_at_least_one, check_choices
 from flowgen.nn.layers import linear, master_dtype
+from flowgen.typed import typed
 
 Clips = Float[Array, "b frames height width c"]
 Moments = tuple[Float[Array, "b f h w z"], Float[Array, "b f h w z"]]

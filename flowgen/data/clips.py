@@ -22,9 +22,9 @@ from flowgen.data.named import package_folder
 from flowgen.data.pictures import Crop
 from flowgen.data.sources import NO_LABEL, Batch, DataConfig, Split, check_choice, hold_out
 from flowgen.data.video import READABLE, UnreadableVideo, av, frame_times, read_clip
-from flowgen.fields import typed
 from flowgen.nn.checks import image_sides
 from flowgen.packages import missing
+from flowgen.typed import typed
 
 _log = logging.getLogger(__name__)
 _REAL_VIDEOS = ("bikes.mp4", "bigbuckbunny.mp4", "carphone_pristine.mp4")

@@ -11,8 +11,8 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from flowgen.data.sources import Batch, check_choice
-from flowgen.fields import typed
 from flowgen.matching import toy
+from flowgen.typed import typed
 
 Distribution = Literal["normal", "eight_gaussians", "five_gaussians", "moons"]
 

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Int, Int32, UInt8
 
 from flowgen.data.pictures import Crop
-from flowgen.fields import typed
+from flowgen.typed import typed
 
 Batch = dict[str, np.ndarray]
 Split = Literal["train", "eval", "all"]

@@ -15,7 +15,7 @@ from typing import Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from flowgen.fields import typed
+from flowgen.typed import typed
 
 Rule = Literal["linear", "product"]
 Parts = Literal["both", "log_scale", "shift"]

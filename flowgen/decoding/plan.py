@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 import jax
 
-from flowgen.fields import typed
+from flowgen.typed import typed
 
 Start = Literal["z", "zeros", "frame"]
 

@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 from flowgen.attention import CAUSAL_KERNEL_NAMES
 from flowgen.conditioning import Condition, TextCondition, check_labels, check_text
-from flowgen.fields import typed
 from flowgen.flows.affine import TokenOrder
 from flowgen.flows.block import BlockConfig, ClassPrefix, TextPrefix
 from flowgen.flows.flow import AutoregressiveFlow, ImageTokens
@@ -17,6 +16,7 @@ from flowgen.flows.positions import GridPositions, rotary_pairs
 from flowgen.nn.checks import check_at_least_one, check_choices, check_noise_std, check_num_classes
 from flowgen.nn.layers import ACTIVATION_NAMES, NORMS, Activation, Norm
 from flowgen.nn.transformer import TransformerConfig
+from flowgen.typed import typed
 
 # The order of block 0 and of block 1; later blocks alternate.
 ORDERS: dict[str, tuple[TokenOrder, TokenOrder]] = {"L2R": ("reversed", "raster"), "R2L": ("raster", "reversed")}

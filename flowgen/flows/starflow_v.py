@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from flax import linen as nn
 
-from flowgen.fields import typed
 from flowgen.flows.block import BlockConfig
 from flowgen.flows.flow import AutoregressiveFlow
 from flowgen.flows.starflow import ORDERS, STARFlowConfig
+from flowgen.typed import typed
 
 
 @dataclass(frozen=True)

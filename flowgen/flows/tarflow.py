@@ -9,12 +9,12 @@ from jaxtyping import Array, Int
 
 from flowgen.attention import CAUSAL_KERNEL_NAMES
 from flowgen.conditioning import check_labels
-from flowgen.fields import typed
 from flowgen.flows.block import BlockConfig
 from flowgen.flows.flow import AutoregressiveFlow, ImageTokens
 from flowgen.nn.checks import check_at_least_one, check_choices, check_noise_std, check_num_classes
 from flowgen.nn.layers import ACTIVATION_NAMES, Activation
 from flowgen.nn.transformer import TransformerConfig
+from flowgen.typed import typed
 
 Transform = Literal["affine", "volume_preserving"]
 

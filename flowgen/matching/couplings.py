@@ -19,8 +19,8 @@ from jaxtyping import Array, Float, Int, Key
 from scipy.optimize import linear_sum_assignment
 
 from flowgen.arrays import check_floating
-from flowgen.fields import typed
 from flowgen.matching.checks import check_batch, check_positive, check_share, check_whole
+from flowgen.typed import typed
 
 # Of the potentials that help the assignment along: in units of the mean cost, and how many sweeps make them.
 ASSIGNMENT_EPSILON, ASSIGNMENT_SWEEPS = 0.02, 5

@@ -20,10 +20,10 @@ from jaxtyping import Array, Float, Int
 
 from flowgen.attention import KERNELS, make_attention_fn
 from flowgen.conditioning import check_labels
-from flowgen.fields import typed
 from flowgen.matching.velocity import TIME_SCALE, ConditionEmbedding, check_inputs, check_time_scale
 from flowgen.nn.checks import check_at_least_one, check_choices, check_num_classes, check_patches, image_sides
 from flowgen.nn.layers import ACTIVATIONS, flat_dot, master_dtype, patchify, unpatchify
+from flowgen.typed import typed
 
 ATTENTIONS = ("softmax", "soft", *KERNELS)
 PATCH_ORDER = "channel_last"

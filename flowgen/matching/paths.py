@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from flowgen.fields import typed
 from flowgen.matching.checks import check_pair, check_spread
+from flowgen.typed import typed
 
 # How near to an end of a path conversions go, in time and in alpha/beta: there they are singular, not the path.
 SMALLEST = 1e-5

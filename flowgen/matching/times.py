@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from flowgen.fields import typed
+from flowgen.typed import typed
 
 
 @dataclass(frozen=True)

@@ -24,11 +24,11 @@ from jaxtyping import Array, Float, Int
 
 from flowgen.attention import softmax_attention
 from flowgen.conditioning import check_labels
-from flowgen.fields import typed
 from flowgen.matching.velocity import TIME_SCALE, check_inputs, check_time_scale, class_or_none, time_features
 from flowgen.nn.checks import check_at_least_one, check_choices, check_num_classes, image_sides
 from flowgen.nn.convolution import conv, group_norm
 from flowgen.nn.layers import flat_dot, linear, master_dtype
+from flowgen.typed import typed
 
 TORCH_GROUP_NORM_EPS = 1e-5
 # Width of the embedding of time and class, in widths of the network.

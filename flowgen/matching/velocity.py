@@ -18,9 +18,9 @@ from jaxtyping import Array, Float, Int, Key
 
 from flowgen.arrays import check_floating, check_key, shown
 from flowgen.conditioning import UNCONDITIONAL, check_labels
-from flowgen.fields import typed
 from flowgen.nn.checks import check_at_least_one, check_num_classes
 from flowgen.nn.layers import linear, master_dtype
+from flowgen.typed import typed
 
 # Times in [0, 1] are stretched to the 1,000 steps that sinusoidal embeddings are made for: without it all angles are
 # below one radian.

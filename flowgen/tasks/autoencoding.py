@@ -19,13 +19,13 @@ import numpy as np
 from flowgen.codecs import VideoAutoencoderConfig
 from flowgen.data import ClipsConfig, DataConfig, Source, check_classes, fixed_batches, from_uint8, load, load_clips
 from flowgen.data.sources import Split
-from flowgen.fields import typed
 from flowgen.models import init
 from flowgen.tasks.flow_options import SamplingConfig
 from flowgen.tasks.frozen import STATISTICS, open_autoencoder
 from flowgen.tasks.images import check_foreign, image_batches, shrink_images, shrink_run
 from flowgen.tasks.pictures import DRAWABLE_CHANNELS, picture, strips
 from flowgen.training import Job
+from flowgen.typed import typed
 
 SAMPLE_OPTIONS: tuple[str, ...] = ()
 EVALUATE_OPTIONS: tuple[str, ...] = ()

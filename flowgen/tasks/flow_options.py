@@ -8,8 +8,8 @@ from typing import Literal
 from flowgen.decoding import Guidance, Jacobi, MovingJacobi
 from flowgen.decoding.guidance import Parts, Rule
 from flowgen.decoding.plan import Plan, Start
-from flowgen.fields import typed
 from flowgen.training import OptimConfig
+from flowgen.typed import typed
 
 # σ of the published model, by which the loss of noisier models weighs more where it is weighted.
 REFERENCE_NOISE = 0.3

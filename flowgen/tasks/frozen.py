@@ -35,13 +35,14 @@ from flowgen.prompts import aspect_size
 from flowgen.tasks.texts import TextConfig, encoder_of, remembered, text_fingerprint, version_of
 from flowgen.training.loop import CHECKPOINTS, CONFIG_FILE, read_config
 from flowgen.training.store import CheckpointReader, check_layout, layout
+from flowgen.typed import typed
 
 # The collection of an autoencoder's state in which the mean and variance of its latents live.
 STATISTICS = "latents"
 
 
 @dataclass(frozen=True)
-@fields.typed
+@typed
 class PixelBlocks:
     """A codec without a network: factor x factor pixels of c channels are one latent of factor² c channels.
 
@@ -56,7 +57,7 @@ class PixelBlocks:
 
 
 @dataclass(frozen=True)
-@fields.typed
+@typed
 class TrainedCodec:
     """A frozen autoencoder.
 

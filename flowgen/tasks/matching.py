@@ -18,7 +18,7 @@ from flowgen.conditioning import UNCONDITIONAL
 from flowgen.data import PointsConfig, Source, blank_batches, fixed_batches, from_uint8
 from flowgen.data.sources import Split
 from flowgen.evaluation import point_metrics, point_samples, velocity_bits_per_dim
-from flowgen.fields import type_name, typed
+from flowgen.fields import type_name
 from flowgen.matching import (
     MatchingConfig,
     MeanFlow,
@@ -38,6 +38,7 @@ from flowgen.tasks.images import check_foreign, image_batches, image_source, shr
 from flowgen.tasks.pictures import DRAWABLE_CHANNELS, DRAWN_PATHS, grid_labels, path_plot, picture
 from flowgen.tasks.samples import sample_lines, sample_metrics, train_judge
 from flowgen.training import Job
+from flowgen.typed import typed
 
 Solver = Literal["euler", "midpoint", "heun", "rk4", "dopri5", "mean_flow"]
 # Options of `sample` and `evaluate` that mean something here, by their names in the command.

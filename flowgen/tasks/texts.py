@@ -18,8 +18,8 @@ import numpy as np
 from flowgen.codecs import FrozenTextEncoder, HashedWords, TextEncoder
 from flowgen.conditioning import TextCondition
 from flowgen.convert import load_text_encoder
-from flowgen.fields import typed
 from flowgen.prompts import PromptTemplate
+from flowgen.typed import typed
 
 T = TypeVar("T")
 DIGEST_VALUES = 1024

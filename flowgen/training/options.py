@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from flowgen.fields import typed
+from flowgen.typed import typed
 
 SEEDS = 1 << 32  # Larger seeds would be cut to 32 bits.
 
