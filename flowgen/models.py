@@ -8,6 +8,7 @@ import jax
 from flax import linen as nn
 from jaxtyping import Array, Key
 
+from flowgen.arrays import check_key, shown
 from flowgen.codecs import Autoencoder, AutoencoderConfig, VideoAutoencoder, VideoAutoencoderConfig
 from flowgen.codecs import init as init_autoencoder
 from flowgen.flows import (
@@ -65,6 +66,9 @@ def init(model: Any, key: Key[Array, ""]) -> Any:
     Example:
         params = init(flow, jax.random.key(0))
     """
+    if not hasattr(model, "config"):
+        raise ValueError(f"model is {shown(model)}; give a model such as TARFlow(config), and then the key.")
+    check_key(key)
     if isinstance(model.config, CodecConfig):
         return init_autoencoder(model, key)
     if not isinstance(model.config, FlowConfig):

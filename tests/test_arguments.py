@@ -218,6 +218,20 @@ WRONG = {
     ),
     "fit: swapped": (lambda: flowgen.training.fit("runs/x", "configs/tarflow_digits.py"), "experiment is 'runs/x'"),
     "load of a run: a number": (lambda: flowgen.checkpoint.load(3), "run_dir is 3"),
+    "init: swapped": (lambda: flowgen.init(key(), FLOW), "model is key<fry>"),
+    "init: a config": (lambda: flowgen.init(FLOW.config, key()), "model is a TARFlowConfig"),
+    "flow_matching_loss: a name for the coupling": (
+        lambda: fm.flow_matching_loss(coupling="MinibatchOT"),
+        "coupling is 'MinibatchOT'",
+    ),
+    "mean_flow_loss: a class for the path": (lambda: fm.mean_flow_loss(path=fm.CondOT), "path is a type"),
+    "score_and_flow_matching_loss: times": (lambda: fm.score_and_flow_matching_loss(time=0.5), "time is 0.5"),
+    "tarflow: a path": (
+        lambda: flowgen.convert.tarflow("a.pth", image_size=8, patch_size=2),
+        "state_dict is 'a.pth'",
+    ),
+    "starflow: a path": (lambda: flowgen.convert.starflow("a.pth", {}), "state_dict is 'a.pth'"),
+    "starflow: arguments": (lambda: flowgen.convert.starflow({}, "a.yaml"), "arguments is 'a.yaml'"),
     "to_uint8: a list": (lambda: to_uint8([0.0]), "x is a list"),
 }
 

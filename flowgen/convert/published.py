@@ -14,6 +14,7 @@ from typing import Any, TypedDict
 import jax
 import numpy as np
 
+from flowgen.arrays import shown
 from flowgen.convert.mapping import fill
 from flowgen.convert.tables import ALL_ONES, TARFLOW
 from flowgen.flows import TARFlow, TARFlowConfig, init
@@ -76,6 +77,7 @@ def tarflow(
     Example:
         flow, params = tarflow(read_state_dict("afhq_model_8_768_8_8_0.07.pth"), image_size=256, patch_size=8)
     """
+    check_state_dict(state_dict)
     state_dict = unwrapped(state_dict)
     config = _tarflow_config(state_dict, image_size, patch_size, channels, noise_std)
     flow = TARFlow(config)
@@ -91,6 +93,16 @@ def tarflow(
         ", ".join(dropped),
     )
     return flow, variables
+
+
+def check_state_dict(state_dict: Any) -> None:
+    """Raises ValueError unless weights are tensors by name; the path of a file is none.
+
+    Example:
+        check_state_dict({"weight": weight})
+    """
+    if not isinstance(state_dict, Mapping):
+        raise ValueError(f"state_dict is {shown(state_dict)}; read the file by flowgen.convert.read_state_dict.")
 
 
 def _tarflow_config(

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flowgen.arrays import shown
 from flowgen.convert.mapping import Rule, fill
-from flowgen.convert.published import unwrapped
+from flowgen.convert.published import check_state_dict, unwrapped
 from flowgen.convert.tables import starflow as starflow_rules
 from flowgen.convert.tables import starflow_v as starflow_v_rules
 from flowgen.flows import STARFlow, STARFlowConfig, STARFlowV, STARFlowVConfig
@@ -129,6 +130,9 @@ def starflow(
     Example:
         flow, params = starflow(read_state_dict("starflow_3B_t2i_256x256.pth"), arguments)
     """
+    check_state_dict(state_dict)
+    if not isinstance(arguments, Mapping):
+        raise ValueError(f"arguments is {shown(arguments)}; read the file by flowgen.convert.read_arguments.")
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype is {dtype!r}; choose 'float32' or 'bfloat16'.")
     state_dict = unwrapped(state_dict)

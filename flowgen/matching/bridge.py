@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Key
 
 from flowgen.matching.checks import check_output
 from flowgen.matching.couplings import Coupling
-from flowgen.matching.loss import Loss, check_dropout, check_step, draw_pairs, mean_square
+from flowgen.matching.loss import Loss, check_dropout, check_parts, check_step, draw_pairs, mean_square
 from flowgen.matching.paths import SchroedingerBridge, over_event
 from flowgen.matching.times import Uniform
 
@@ -40,6 +40,7 @@ def score_and_flow_matching_loss(
     """
     bridge = SchroedingerBridge() if bridge is None else bridge
     time = Uniform() if time is None else time
+    check_parts(bridge, coupling, time)
     check_dropout(label_dropout)
 
     def loss_fn(

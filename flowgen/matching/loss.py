@@ -62,6 +62,7 @@ def flow_matching_loss(
     """
     path = CondOT() if path is None else path
     time = Uniform() if time is None else time
+    check_parts(path, coupling, time)
     check_prediction(prediction, path)
     check_dropout(label_dropout)
 
@@ -171,6 +172,20 @@ def check_data(x0: Array, x1: Array, cond: Any, label_dropout: float) -> None:
                 f"label_dropout is {label_dropout} and cond {part.dtype} of shape {part.shape}; only integer labels, "
                 "one per datum, can be dropped."
             )
+
+
+def check_parts(path: object, coupling: object, time: object) -> None:
+    """Raises ValueError unless path, coupling and times are what a loss can call; a name is none of them.
+
+    Example:
+        check_parts(CondOT(), MinibatchOT(), Uniform())
+    """
+    if isinstance(path, type) or not (hasattr(path, "schedule") and hasattr(path, "sample")):
+        raise ValueError(f"path is {shown(path)}; give a path, such as CondOT().")
+    if coupling is not None and (isinstance(coupling, type) or not callable(coupling)):
+        raise ValueError(f"coupling is {shown(coupling)}; give a coupling, such as MinibatchOT().")
+    if isinstance(time, type) or not callable(time):
+        raise ValueError(f"time is {shown(time)}; give a function (key, batch) -> t, such as Uniform().")
 
 
 def check_step(velocity: object, batch: object, key: object) -> None:

@@ -21,7 +21,7 @@ from flowgen.arrays import check_floating
 from flowgen.conditioning import UNCONDITIONAL, no_labels
 from flowgen.matching.checks import check_output
 from flowgen.matching.couplings import Coupling
-from flowgen.matching.loss import Loss, check_dropout, check_step, draw_pairs, mean_square
+from flowgen.matching.loss import Loss, check_dropout, check_parts, check_step, draw_pairs, mean_square
 from flowgen.matching.paths import CondOT, Path, over_event
 from flowgen.matching.solvers import time_grid
 from flowgen.matching.times import LogitNormal
@@ -62,6 +62,7 @@ def mean_flow_loss(
     """
     path = CondOT() if path is None else path
     time = PUBLISHED_TIME if time is None else time
+    check_parts(path, coupling, time)
     check_dropout(label_dropout)
     check_mean_flow(instantaneous, power, guidance_weight)
 
