@@ -355,8 +355,11 @@ def _plain_field(annotation: Any, value: Any) -> Any:
 
 
 def _parse(annotation: Any, text: str, path: str) -> Any:
-    """The value of a command-line text: text itself where the annotation takes it, else a literal."""
-    for candidate in (text, _literal(text)):
+    """The value of a command-line text: none if the field may be none, text itself if it may be text, or a literal."""
+    literal = _literal(text)
+    if literal is None and type(None) in typing.get_args(annotation):
+        return None
+    for candidate in (text, literal):
         try:
             return _convert(annotation, candidate, path)
         except _Mismatch:

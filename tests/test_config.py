@@ -250,6 +250,7 @@ def test_json_that_does_not_fit_is_named(experiment, change, message):
         (["--data.flip=true"], "data.flip", True),
         (["--name", "12"], "name", "12"),
         (["--name", "none"], "name", "none"),
+        (["--sampling.blocks", "none"], "sampling.blocks", None),
         (["--data.path=a=b c"], "data.path", "a=b c"),
         (["--data.path="], "data.path", ""),
         (["--model.image_size", "16"], "model.image_size", 16),

@@ -44,7 +44,7 @@ class DiTConfig:
     head_dim: channels of an attention head.
     expansion: width of the feed-forward layers, in widths.
     num_classes: of the labels the field is conditioned on; 0 for none.
-    attention: "softmax", "soft" (SOFT), or a linear one: elu_plus_one, relu, squared_relu, focused, nala, pola, inline,
+    attention: "softmax", "soft", or a linear one: elu_plus_one, relu, squared_relu, focused, nala, pola, inline,
     retention.
     spans: also predict average velocities over a span (MeanFlow).
     time_scale: times are stretched by it before the sinusoids, which are made for 0 to 1,000; MeanFlow, whose loss has
