@@ -307,7 +307,9 @@ def test_a_reader_that_has_left_is_no_mistake(words):
         )
     finally:
         os.close(writing)
-    assert (ended.returncode, ended.stderr) == (EXIT_BROKEN_PIPE, "")
+    assert ended.stderr == ""
+    # argparse itself passes over a help that it cannot write, if output is not buffered.
+    assert ended.returncode in ((0, EXIT_BROKEN_PIPE) if "--help" in words else (EXIT_BROKEN_PIPE,))
 
 
 @pytest.mark.parametrize("script", ["train.py --config configs/cfm_moons.py --workdir x", "sample.py --checkpoint x"])
