@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 
-def missing(purpose: str, package: str, *, options: str = "", otherwise: str = "") -> ModuleNotFoundError:
-    """Returns the error of a missing package, which names the package and the command that installs it.
+def missing(purpose: str, *packages: str, options: str = "", otherwise: str = "") -> ModuleNotFoundError:
+    """Returns the error of missing packages, which names them and the command that installs them.
 
-    purpose: what needs it, the subject of the sentence. package: its name on the package index, which may differ from
-    that of the module. options: of pip. otherwise: what can be done without it.
+    purpose: what needs them, the subject of the sentence. packages: their names on the package index, which may differ
+    from those of the modules. options: of pip. otherwise: what can be done without them.
 
     Example:
         raise missing("Reading and writing video", "av") from error
     """
-    command = " ".join(["pip install", *filter(None, [options, package])])
+    command = " ".join(["pip install", *filter(None, [options]), *packages])
     way_out = f", or {otherwise}" if otherwise else ""
-    return ModuleNotFoundError(f"{purpose} needs the package {package}; install it with `{command}`{way_out}.")
+    noun, them = ("package", "it") if len(packages) == 1 else ("packages", "them")
+    return ModuleNotFoundError(
+        f"{purpose} needs the {noun} {' and '.join(packages)}; install {them} with `{command}`{way_out}."
+    )

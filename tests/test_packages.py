@@ -2,12 +2,15 @@
 
 import ast
 import re
+import sys
 import tomllib
 from pathlib import Path
 
 import pytest
 
 from flowgen.packages import missing
+from flowgen.training import LogConfig
+from flowgen.training.metrics import check_packages
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -34,6 +37,14 @@ def test_one_function_words_what_is_missing(path):
     }
     if path.name != "packages.py":
         assert not made & {"ModuleNotFoundError", "ImportError"}
+
+
+def test_reports_name_all_that_they_miss(monkeypatch):
+    for module in ("tensorboardX", "tqdm"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ModuleNotFoundError, match="pip install tensorboardX tqdm"):
+        check_packages(LogConfig())
+    check_packages(LogConfig(tensorboard=False, progress=False))
 
 
 def test_the_sentence_names_the_package_and_the_command():

