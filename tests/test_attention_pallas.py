@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
-from tolerances import LAYER, assert_close
+from tolerances import LAYER, NETWORK, assert_close
 
 from flowgen.attention import Causal, linear_attention, nala_features, rotary_line
 from flowgen.attention import pallas as kernels
@@ -38,7 +38,7 @@ def test_it_is_the_scan_over_chunks(n, groups, features):
     # Of few tokens the weights hardly change with q and k, and terms as large as the gradient of v cancel.
     scale = max(float(jnp.abs(slope).max()) for slope in slopes)
     for ours, slope in zip(gradients, slopes, strict=True):
-        assert_close(ours, slope, LAYER, scale=scale)
+        assert_close(ours, slope, NETWORK, scale=scale)
 
 
 def test_the_gpu_form_is_the_tpu_form():
