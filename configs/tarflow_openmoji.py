@@ -2,7 +2,7 @@
 
     python train.py --config configs/tarflow_openmoji.py --workdir runs/openmoji
 
-Needs pip install "flowgen[datasets]". Not measured yet: no expected metric. About half of the pictures are people in
+Needs pip install -e ".[train,datasets]". Not measured yet: no expected metric. About half of the pictures are people in
 several skin tones, so the held-out part has near duplicates in the training part and its bits/dim flatters.
 """
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from flowgen.arrays import shown
 from flowgen.config import Experiment, from_json, to_json
 from flowgen.models import init
 from flowgen.tasks import task_of
@@ -31,6 +32,8 @@ def load(run_dir: str | Path, step: int | str | None = None, ema: bool = True) -
     Example:
         flow, params, experiment = load("runs/digits")
     """
+    if not isinstance(run_dir, str | os.PathLike):
+        raise ValueError(f"run_dir is {shown(run_dir)}; give the directory of a run.")
     experiment = from_json(read_config(run_dir))
     reader = CheckpointReader(Path(run_dir) / CHECKPOINTS)
     step = _choose(reader, run_dir, step, task_of(experiment.model).best_metric(experiment))

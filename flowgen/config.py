@@ -16,6 +16,8 @@ from flowgen.tasks import AutoencodingConfig, LikelihoodConfig, SamplingConfig, 
 from flowgen.tasks.frozen import PixelBlocks, TrainedCodec
 from flowgen.tasks.texts import TextConfig
 from flowgen.training import Job, LogConfig, OptimConfig, TrainConfig
+from flowgen.training.options import check_warmups
+from flowgen.typed import typed
 
 # Fields that a resumed run may change: they do not touch what the checkpoint holds or the data it has seen. (Of the
 # frozen networks the digest counts, wherever they lie.)
@@ -23,14 +25,27 @@ RESUMABLE = ("name", "train.steps", "log.", "sampling.", "reference", "codec.pat
 
 
 @dataclass(frozen=True)
+@typed
 class Experiment:
     """A model, its data and its training; JSON round-trips exactly and is saved with every run.
 
-    model: an autoregressive flow, trained by maximum likelihood and sampled by decoding (`SamplingConfig`); a
-    velocity network, which needs `matching` and a `SolverConfig`; or an autoencoder, which needs `autoencoding`.
-    codec: what makes the latents of a flow on latents. text: the encoder of a flow of texts. reference: expected
-    metrics, published or measured, as the config's docstring explains. Raises ValueError where the parts do not belong
-    together.
+    A flow is trained by maximum likelihood and sampled by decoding (`SamplingConfig`); a velocity network needs
+    `matching` and a `SolverConfig`; an autoencoder needs `autoencoding`. Raises ValueError where the parts do not
+    belong together.
+
+    name: of the experiment, as a title.
+    model: an autoregressive flow, a velocity network or an autoencoder.
+    data: what it is trained on: images, clips or points.
+    matching: how a velocity network is trained; None for other models.
+    likelihood: how a flow is trained beyond maximum likelihood; None for no more than that.
+    autoencoding: how an autoencoder is trained; None for other models.
+    codec: what makes the latents of a flow on latents; None for a model of pixels.
+    text: the encoder of a flow of texts; None for others.
+    optim: the optimizer.
+    train: length and batch.
+    log: reports and checkpoints.
+    sampling: how samples are drawn.
+    reference: expected metrics by name, published or measured, as the config's docstring explains.
 
     Example:
         experiment = flowgen.config.load("configs/tarflow_digits.py")
@@ -52,6 +67,10 @@ class Experiment:
 
     def __post_init__(self):
         task_of(self.model).check(self)
+        warmups = {"optim.warmup_steps": self.optim.warmup_steps}
+        if self.likelihood is not None and self.likelihood.denoiser is not None:
+            warmups["likelihood.denoiser.warmup_steps"] = self.likelihood.denoiser.warmup_steps
+        check_warmups(warmups, self.train.steps)
 
     def flow(self) -> Any:
         """Returns the model, without parameters."""

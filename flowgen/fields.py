@@ -10,7 +10,9 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
+import functools
 import math
+import numbers
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +22,18 @@ T = TypeVar("T")
 TYPE = "type"
 
 
+@functools.cache
+def hints_of(cls: type) -> dict[str, Any]:
+    """Returns the annotations of the fields of a dataclass, in order.
+
+    Example:
+        hints_of(TrainConfig)["steps"]  # int
+    """
+    hints = typing.get_type_hints(cls)
+    names = [field.name for field in dataclasses.fields(cls)]  # ty: ignore[invalid-argument-type]
+    return {name: hints[name] for name in names}
+
+
 def to_plain(value: Any) -> Any:
     """Returns dataclasses and mappings as dicts and tuples as lists, ready for JSON.
 
@@ -27,7 +41,7 @@ def to_plain(value: Any) -> Any:
         text = json.dumps(to_plain(config), allow_nan=False)
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        hints = typing.get_type_hints(type(value))
+        hints = hints_of(type(value))
         return {name: _plain_field(hints[name], getattr(value, name)) for name in _field_names(value)}
     if isinstance(value, Mapping):
         return {name: to_plain(item) for name, item in value.items()}
@@ -85,7 +99,7 @@ def type_name(value: Any) -> str:
 
 
 def check(annotation: Any, value: Any, *, path: str) -> Any:
-    """Returns `value` as its annotation says, int as float and list as tuple where asked; never a bool as int.
+    """Returns `value` as its annotation says: a whole number as int or float, a list as tuple; never a bool as int.
 
     Raises:
         ValueError: naming path, value and what is expected; a float must be finite.
@@ -141,16 +155,7 @@ def leaf_names(config: Any) -> list[str]:
     Example:
         print("\\n".join(leaf_names(experiment)))
     """
-    return [name for name, _, is_type in _walk(config, "") if not is_type]
-
-
-def settings(config: Any) -> list[tuple[str, Any]]:
-    """Returns dotted names with their values; a group of several possible types comes with the name of its own.
-
-    Example:
-        print("\\n".join(f"--{name} {value}" for name, value in settings(experiment)))
-    """
-    return [(name, value) for name, value, _ in _walk(config, "")]
+    return [name for name, _, _, _, is_type in walk(config) if not is_type]
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:
@@ -178,6 +183,8 @@ def describe(annotation: Any) -> str:
         return " or ".join(map(repr, arguments))
     if _is_union(annotation):
         return " or ".join(map(describe, arguments))
+    if origin is Callable:
+        return "a function"
     if origin is tuple:
         items = _plural(arguments[0])
         if arguments == (str, Ellipsis):
@@ -192,17 +199,22 @@ def _plural(annotation: Any) -> str:
     return describe(annotation).removeprefix("an ").removeprefix("a ") + "s"
 
 
-def _walk(config: Any, path: str) -> Iterator[tuple[str, Any, bool]]:
-    """Fields with their dotted names in order, and whether the value is the type of a group that may be of several."""
-    hints = typing.get_type_hints(type(config))
-    for field in _field_names(config):
+def walk(config: Any, path: str = "") -> Iterator[tuple[str, Any, type, str, bool]]:
+    """Yields fields in order: dotted name, value, the dataclass that has them and their name in it, and whether the
+    value is the type of a group that may be of several.
+
+    Example:
+        names = [name for name, *_ in walk(experiment)]
+    """
+    owner = type(config)
+    for field, annotation in hints_of(owner).items():
         value, name = getattr(config, field), _join(path, field)
-        if choices(hints[field]):
-            yield name, "none" if value is None else type_name(value), True
+        if choices(annotation):
+            yield name, "none" if value is None else type_name(value), owner, field, True
         if dataclasses.is_dataclass(value):
-            yield from _walk(value, name)
-        elif not (value is None and any(map(dataclasses.is_dataclass, typing.get_args(hints[field])))):
-            yield name, value, False
+            yield from walk(value, name)
+        elif not (value is None and any(map(dataclasses.is_dataclass, typing.get_args(annotation)))):
+            yield name, value, owner, field, False
 
 
 class _Mismatch(Exception):
@@ -234,14 +246,25 @@ def _convert(annotation: Any, value: Any, path: str) -> Any:
     if isinstance(origin, type) and issubclass(origin, Mapping):
         _require(isinstance(value, Mapping) and all(isinstance(name, str) for name in value), value)
         return {name: _convert(arguments[1], item, path) for name, item in value.items()}
+    if origin is Callable:
+        return _require(callable(value), value)
     if dataclasses.is_dataclass(annotation):
+        if isinstance(value, typing.cast(type, annotation)):
+            return value
         return from_plain(typing.cast(type, annotation), value, path=path)
-    if annotation is float:
-        _require(type(value) in (int, float) and math.isfinite(value), value)
-        return float(value)
+    if annotation in (int, float):
+        return _convert_number(annotation, value)
     if annotation is type(None):
         return _require(value is None, value)
     return _require(type(value) is annotation, value)
+
+
+def _convert_number(annotation: type, value: Any) -> int | float:
+    if getattr(value, "shape", None) == ():
+        value = value.item()  # of an array library
+    _require(isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value), value)
+    _require(annotation is float or value == int(value), value)
+    return annotation(value)
 
 
 def _convert_choice(known: dict[str, type], value: dict[str, Any], path: str) -> Any:
@@ -252,6 +275,8 @@ def _convert_choice(known: dict[str, type], value: dict[str, Any], path: str) ->
 
 
 def _convert_union(members: tuple[Any, ...], value: Any, path: str) -> Any:
+    if any(dataclasses.is_dataclass(member) and isinstance(value, typing.cast(type, member)) for member in members):
+        return value
     # An exact type wins over a conversion: 3 stays an int in `float | int`.
     for member in sorted(members, key=lambda member: member is not type(value)):
         try:
@@ -272,7 +297,7 @@ def _value_of(config: Any, path: str, names: list[str], text: str, known: list[s
     name, *rest = names
     if name not in {field.name for field in dataclasses.fields(config)}:
         raise ValueError(_unknown(path, known))
-    value, annotation = getattr(config, name), typing.get_type_hints(type(config))[name]
+    value, annotation = getattr(config, name), hints_of(type(config))[name]
     if not rest and text in choices(annotation):
         return _convert_choice(choices(annotation), {TYPE: text}, path)
     if dataclasses.is_dataclass(value):
@@ -294,7 +319,7 @@ def _is_choice(config: Any, names: list[str]) -> bool:
     if rest:
         value = getattr(config, name)
         return dataclasses.is_dataclass(value) and _is_choice(value, rest)
-    return bool(choices(typing.get_type_hints(type(config))[name]))
+    return bool(choices(hints_of(type(config))[name]))
 
 
 def _replaced(config: T, changes: dict[str, Any], path: str = "") -> T:

@@ -241,17 +241,17 @@ def test_published_weights_become_a_run(imported, tmp_path):
     assert read_png(tmp_path / "x.png").shape == (66 + 2, 2 * 66 + 2)
     out = succeed("info --checkpoint", run)
     assert "checkpoints: 0\n" in out
-    assert "--model.noise_std 0.1\n" in out
+    assert "--model.noise_std 0.1 " in out
 
 
 def test_info_lists_what_train_takes(trained):
     out = succeed("info --checkpoint", trained.path)
     size = re.search(r"tarflow_digits: ([\d,]+) parameters", trained.first)[1]
     assert out.startswith(f"checkpoints: 4, 8\nparameters: {size}\n")
-    assert "--train.batch_size 16\n" in out
+    assert "--train.batch_size 16 " in out
     planned = succeed("info --debug --config", DIGITS, "--optim.lr", "3e-4")
-    assert "--optim.lr 0.0003\n" in planned
-    assert "--model TARFlow\n--model.image_size" in planned
+    assert "--optim.lr 0.0003 " in planned
+    assert re.search(r"^--model TARFlow [^\n]+\n--model\.image_size", planned, re.MULTILINE)
     fields = re.compile(r"^--\S+", re.MULTILINE)
     assert fields.findall(planned) == fields.findall(out)
 
@@ -275,10 +275,10 @@ def test_sample_script_writes_a_picture(trained, tmp_path):
 
 def test_train_script_refuses_in_one_line(tmp_path):
     # In a process of its own, because tests check types where a user's process does not.
-    (tmp_path / "mine.py").write_text(TINY.format(model="", train="batch_size=16.0"))
+    (tmp_path / "mine.py").write_text(TINY.format(model="", train="batch_size=16.5"))
     result = run_python(PROJECT / "train.py", "--config", "mine.py", "--workdir", "run", cwd=tmp_path)
-    sentence = "flowgen: train.batch_size is 16.0; it must be an integer.\n"
-    assert (result.returncode, result.stdout, result.stderr) == (EXIT_MISTAKE, "", sentence)
+    assert (result.returncode, result.stdout) == (EXIT_MISTAKE, "")
+    assert re.fullmatch(r"flowgen: [^\n]* \(batch_size is 16\.5; it must be an integer\)[^\n]*\n", result.stderr)
     assert not (tmp_path / "run").exists()
 
 
@@ -566,7 +566,6 @@ MISTAKES = {
     "evaluate --checkpoint run --batch 0": r"--batch: '0' is not a whole number of at least 1; see",
     "evaluate --checkpoint run --seed -1": r"--seed: '-1' is not a whole number from 0",
     # Outputs.
-    "sample --checkpoint run --out none/a.png": r"Cannot write 'none/a\.png': the folder 'none' does not exist; create",
     "sample --checkpoint run --out file.txt/a.png": r"Cannot write 'file\.txt/a\.png': 'file\.txt' is a file, not a f",
     "sample --checkpoint run --out file.txt/a.npz": r"Cannot write 'file\.txt/a\.npz': 'file\.txt' is a file, not a f",
     "sample --checkpoint run --out empty": r"'empty' has no picture suffix; use one of \.png",

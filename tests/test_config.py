@@ -207,7 +207,7 @@ def test_fields_left_out_take_defaults():
     [
         ({"train": {"stepz": 3}}, "train.stepz is not a field of this config; did you mean train.steps?"),
         ({"trian": {}}, "trian is not a field of this config; did you mean train?"),
-        ({"train": {"steps": 2.0}}, "train.steps is 2.0; it must be an integer."),
+        ({"train": {"steps": 2.5}}, "train.steps is 2.5; it must be an integer."),
         ({"train": {"steps": True}}, "train.steps is True; it must be an integer."),
         ({"train": {"steps": 0}}, "train.steps is 0; it must be at least 1."),
         ({"train": 3}, "train is 3; it must be a group of fields."),
@@ -242,6 +242,8 @@ def test_json_that_does_not_fit_is_named(experiment, change, message):
     ("arguments", "name", "value"),
     [
         (["--train.steps", "12"], "train.steps", 12),
+        (["--train.steps", "1e4"], "train.steps", 10_000),
+        (["--train.steps=1_000"], "train.steps", 1000),
         (["--optim.lr=3e-4"], "optim.lr", 3e-4),
         (["--optim.lr", "1"], "optim.lr", 1.0),
         (["--optim.ema_warmup", "False"], "optim.ema_warmup", False),

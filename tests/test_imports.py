@@ -11,6 +11,11 @@ ROOT = Path(__file__).parent.parent / "flowgen"
 
 # A module may import from lower levels, and in its own package also from its own. The longest matching name counts.
 LEVELS = {
+    "flowgen.packages": -1,
+    "flowgen.arrays": -1,
+    "flowgen.fields": -2,
+    "flowgen.typed": -1,
+    "flowgen.settings": -1,
     "flowgen.attention": 0,
     "flowgen.matching.checks": 0,
     "flowgen.matching.paths": 0,
@@ -27,7 +32,6 @@ LEVELS = {
     "flowgen.matching.mean_flow": 1,
     "flowgen.matching": 2,
     "flowgen.data.media": 0,
-    "flowgen.fields": 0,
     "flowgen.nn": 1,
     "flowgen.conditioning": 0,
     "flowgen.prompts": 1,

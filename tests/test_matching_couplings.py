@@ -213,9 +213,9 @@ def test_semidiscrete_potentials_give_cells_of_equal_probability():
     assert np.abs(uneven - 250).max() > 100
 
 
-def test_without_ott_the_extra_is_named(monkeypatch):
+def test_without_ott_the_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "ott.geometry", None)
-    with pytest.raises(ModuleNotFoundError, match=r'pip install "flowgen\[ot\]"'):
+    with pytest.raises(ModuleNotFoundError, match="pip install ott-jax"):
         fm.fit_semidiscrete(jax.random.key(0), X1)
 
 

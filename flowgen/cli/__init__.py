@@ -6,9 +6,11 @@ A mistake of the user ends in one sentence on standard error and exit code 2, be
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import NoReturn, TextIO
 
@@ -17,10 +19,11 @@ from flowgen.cli import convert, encode, evaluate, info, sample, train
 EXIT_MISTAKE = 2
 EXIT_NOT_FINITE = 3
 EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141
 MISTAKES = (ValueError, OSError, ImportError)
 
 # Commands after whose options any field of the config may be set.
-TAKES_FIELDS = ("train", "info", "evaluate", "encode")
+TAKES_FIELDS = ("train", "sample", "info", "evaluate", "encode")
 
 COMMANDS: dict[str, tuple[ModuleType, str]] = {
     "train": (train, "Train a model, or go on training it."),
@@ -35,22 +38,55 @@ COMMANDS: dict[str, tuple[ModuleType, str]] = {
 class Parser(argparse.ArgumentParser):
     """argparse, with one sentence instead of a usage text before an error."""
 
+    # What a command says of fields below its options, made when it is asked for.
+    fields_help: Callable[[], str] | None = None
+
+    def format_help(self) -> str:
+        """Returns the help of the options and, where the command has it, that of fields of the config."""
+        return super().format_help() + ("" if self.fields_help is None else f"\n{self.fields_help()}\n")
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        """Ends, with the help written out: nobody may read it any more."""
+        sys.stdout.flush()
+        super().exit(status, message)
+
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message[0].upper()}{message[1:]}; see {self.prog} --help.")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code of a command line: 0, 2 for a mistake, 3 for numbers that are not finite,
-    128 + signal where a signal stopped a training run.
+    """Returns the exit code of a command line: 0, 2 for a mistake, 3 for numbers that are not finite, 141 where nobody
+    reads its output any more, 128 + signal where a signal stopped a training run.
 
     Example:
         main(["info", "--config", "configs/tarflow_digits.py"])
     """
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        code = _run(list(sys.argv[1:] if arguments is None else arguments))
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # As of `info | head`: who reads has seen enough.
+        _silence()
+        return EXIT_BROKEN_PIPE
+
+
+def make_parser() -> Parser:
+    """Returns the parser of all commands; fields of the config are what it does not know.
+
+    Example:
+        options, fields = make_parser().parse_known_args(["info", "--config", "configs/tarflow_digits.py"])
+    """
     parser = Parser(prog="python -m flowgen", description="Transformer normalizing flows in JAX.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     for name, (command, summary) in COMMANDS.items():
-        command.declare(commands.add_parser(name, help=summary, description=summary, allow_abbrev=False))
+        of_command = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+        of_command.fields_help = getattr(command, "fields_help", None)
+        command.declare(of_command)
+    return parser
+
+
+def _run(words: list[str]) -> int:
+    parser = make_parser()
     try:
         options, rest = parser.parse_known_args(words)
         if rest and options.command not in TAKES_FIELDS:
@@ -60,12 +96,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning  # ty: ignore[invalid-assignment]
             return COMMANDS[options.command][0].run(options, rest)
+    except BrokenPipeError:
+        raise
     except FloatingPointError as error:
         return _fail(error, EXIT_NOT_FINITE)
     except KeyboardInterrupt:
         return _fail("Interrupted without saving; checkpoints are as they were.", EXIT_INTERRUPTED)
+    except ModuleNotFoundError as error:
+        return _fail(_outside(error.name) if error.name else error, EXIT_MISTAKE)
     except MISTAKES as error:
         return _fail(error, EXIT_MISTAKE)
+
+
+def _outside(module: str) -> str:
+    """What is said where a package that flowgen cannot do without is missing."""
+    return (
+        f"The package {module.partition('.')[0]} is missing in {sys.executable}; install flowgen there with "
+        f'`{sys.executable} -m pip install -e ".[train]"` in its folder, or run the python of the environment that '
+        "has it, such as .venv/bin/python after `make demo`."
+    )
+
+
+def _silence() -> None:
+    """Sends what is still to be written nowhere, without which Python complains of the broken pipe when it ends."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # One that is no file, or closed already.
+            os.dup2(nowhere, stream.fileno())
 
 
 def _show_warning(

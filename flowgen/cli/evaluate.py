@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
-from flowgen.cli.options import MAX_SEED, check_options, say, step_or_best, whole_number
+from flowgen.cli.options import MAX_SEED, check_options, fields_of, say, step_or_best, whole_number
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +22,10 @@ def declare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--unconditional", action="store_true", help="do not give labels to a class model")
     parser.add_argument("--autoencoder", metavar="DIR", help="where the autoencoder is, if not where the run says")
     parser.add_argument("--text-encoder", metavar="DIR", help="where the text encoder is, if not where the run says")
-    parser.epilog = "Other data than the run's: --data.source folder --data.path DIR."
+    parser.epilog = (
+        "Other data than the run's: --data.source folder --data.path DIR. Samples may be drawn otherwise than the run "
+        "says: --sampling.guidance 2 --sampling.plan jacobi; info --checkpoint lists the fields."
+    )
     parser.add_argument("--batch", type=whole_number(1), default=256)
     parser.add_argument("--seed", type=whole_number(0, MAX_SEED), default=0)
 
@@ -32,13 +36,26 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     from flowgen.tasks import task_of
     from flowgen.tasks.frozen import with_codec
 
-    other = [word for word in rest if word.startswith("--") and not word.startswith("--data.")]
-    if other:
-        raise ValueError(f"{other[0]} is not an option of evaluate; of the config, only --data.* can be set.")
+    names = fields_of(rest, groups=("data", "sampling"), command="evaluate")
     flow, params, experiment = checkpoint.load(options.checkpoint, options.step)
     check_options(options, experiment.model, "evaluate")
+    _check_sampling([name for name in names if name.startswith("sampling.")], experiment, options)
     experiment = config.override(experiment, rest)
     experiment = with_codec(experiment, autoencoder=options.autoencoder, text_encoder=options.text_encoder)
     for line in task_of(experiment.model).evaluate(experiment, flow, params, options):
         say(line)
     return 0
+
+
+def _check_sampling(names: list[str], experiment: Any, options: argparse.Namespace) -> None:
+    """Raises ValueError where fields of sampling are set that this evaluation does not ask."""
+    from flowgen.data import PointsConfig
+    from flowgen.tasks import matching, task_of
+
+    for name in names:
+        if name.removeprefix("sampling.") in ("num", "prompts", "frechet_samples"):
+            raise ValueError(f"--{name} is not asked by evaluate, which draws as many samples as --samples says.")
+        if isinstance(experiment.data, PointsConfig):
+            raise ValueError(f"--{name} is not asked by evaluate, which compares solvers of its own on points.")
+        if not options.samples and task_of(experiment.model) is not matching:
+            raise ValueError(f"--{name} is given, and no samples are drawn; add --samples 100, or leave it out.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from flowgen.cli.options import load_experiment, num_parameters, say
+from flowgen.cli.options import described, load_experiment, num_parameters, say
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
@@ -18,7 +18,8 @@ def declare(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, rest: list[str]) -> int:
     """Returns the exit code."""
-    from flowgen import config, fields
+    from flowgen import config
+    from flowgen.settings import settings
     from flowgen.training import CheckpointReader
     from flowgen.training.loop import CHECKPOINTS, read_config
 
@@ -32,6 +33,6 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     else:
         experiment = load_experiment(options, rest)
     say(f"parameters: {num_parameters(experiment.flow()):,}")
-    for name, value in fields.settings(experiment):
-        say(f"--{name} {value}")
+    for setting in settings(experiment):
+        say(described(setting))
     return 0

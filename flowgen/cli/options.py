@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import argparse
 import math
+import shlex
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from flowgen.fields import check
+from flowgen.settings import Setting, settings
+
+HELP_COLUMN = 36  # from which on the help of a field is shown
 MAX_SEED = 2**32 - 1  # Without 64-bit integers jax would cut what is above, and two seeds would give one image.
 
 
@@ -27,7 +32,7 @@ def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
 
     def parse(text: str) -> int:
         try:
-            value = int(text)
+            value = check(int, int(text) if text.isdecimal() else float(text), path="")  # 1e4 is whole, too.
         except ValueError:
             value = least - 1
         if value < least or (most is not None and value > most):
@@ -70,6 +75,35 @@ def _line_of(path: str, error: Exception) -> int | None:
         return error.lineno
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
     return lines[-1] if lines else None
+
+
+def described(setting: Setting) -> str:
+    """Returns a field as it is given to a command, with its help behind it as a comment of the shell."""
+    value = str(setting.value)
+    quoted = f'"{value}"' if "'" in value and not set(value) & set('"$`\\') else shlex.quote(value)
+    option = f"--{setting.name} {quoted}"
+    return f"{option:<{HELP_COLUMN}}  # {setting.about.rstrip('.')} [{setting.choices}]"
+
+
+def group_help(name: str, group: Any) -> str:
+    """Returns a line for every field of a group of the config, with the values that it has."""
+    return "\n".join(f"  {described(field._replace(name=f'{name}.{field.name}'))}" for field in settings(group))
+
+
+def fields_of(words: Sequence[str], *, groups: tuple[str, ...], command: str) -> list[str]:
+    """Returns the dotted names of the fields that words such as "--sampling.rule" or "--sampling.rule=linear" set.
+
+    Raises ValueError where they are of other groups of the config, or no fields at all.
+    """
+    names = [word.removeprefix("--").partition("=")[0] for word in words if word.startswith("--")]
+    other = [f"--{name}" for name in names if name.partition(".")[0] not in groups or "." not in name]
+    if other or (words and not names):
+        ours = " and ".join(f"--{group}.*" for group in groups)
+        raise ValueError(
+            f"{[*other, *words][0]} is not an option of {command}; of the config it takes {ours}; "
+            f"see python -m flowgen {command} --help."
+        )
+    return names
 
 
 def check_options(options: argparse.Namespace, model: Any, command: str) -> None:

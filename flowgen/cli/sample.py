@@ -14,12 +14,15 @@ from typing import Any
 from flowgen.cli.options import (
     MAX_SEED,
     check_options,
+    fields_of,
     finite_number,
+    group_help,
     per_second,
     say,
     step_or_best,
     whole_number,
 )
+from flowgen.packages import missing
 
 PICTURES_AT_ONCE = 64
 DEFAULT_FPS = 8.0
@@ -67,6 +70,20 @@ def declare(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--single", metavar="DIR", help="also write every sample there: as PNG, clips as GIF")
     parser.add_argument("--no-ema", action="store_true", help="take the trained parameters, not their average")
+    parser.epilog = (
+        "Every field of sampling can be set by its name, as in training: --sampling.rule product --sampling.blocks "
+        "(0,1); info --checkpoint lists them."
+    )
+
+
+def fields_help() -> str:
+    """Returns the fields that can be set by name."""
+    from flowgen.tasks import SamplingConfig, SolverConfig
+
+    return (
+        f"fields of autoregressive flows:\n{group_help('sampling', SamplingConfig())}\n\n"
+        f"fields of velocity networks:\n{group_help('sampling', SolverConfig())}"
+    )
 
 
 def run(options: argparse.Namespace, rest: list[str]) -> int:
@@ -74,7 +91,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     import jax
     import numpy as np
 
-    from flowgen import checkpoint
+    from flowgen import checkpoint, config
     from flowgen.data import PointsConfig, atomic_file, save_image, to_uint8
     from flowgen.data.media import pillow
     from flowgen.data.video import write_video
@@ -94,6 +111,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
         checkpoint.check_new(single)
         pillow()
     prompts = _prompts(options)
+    names = _sampling_fields(options, rest)
     flow, params, experiment = checkpoint.load(options.checkpoint, options.step, ema=not options.no_ema)
     if isinstance(experiment.model, CodecConfig):
         raise ValueError(
@@ -110,7 +128,8 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
             raise ValueError("--single writes pictures, and this model draws points; leave it out.")
     elif (out.suffix != ".npz" or single) and (channels := task.drawn_channels(experiment)) not in DRAWABLE_CHANNELS:
         raise ValueError(f"The model has {channels} channels, pictures 1 or 3; use only --out samples.npz.")
-    experiment = dataclasses.replace(experiment, sampling=_overridden(experiment, options, prompts))
+    experiment = config.override(experiment, rest)
+    experiment = dataclasses.replace(experiment, sampling=_overridden(experiment, options, prompts, names))
     if options.aspect is not None:
         flow = flow.at(*latent_grid(experiment, options.aspect))
     more: dict[str, Any] = {"certify": options.certify} if "certify" in task.SAMPLE_OPTIONS else {}
@@ -153,7 +172,7 @@ def _progress_bar() -> Callable[[int, int], None]:
     try:
         from tqdm import tqdm
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError('--progress needs the package tqdm: pip install "flowgen[train]".') from error
+        raise missing("--progress", "tqdm", otherwise="leave it out") from error
     bars: list[Any] = []  # of the batch at hand, from when it is compiled until it is decoded
 
     def progress(solved: int, total: int) -> None:
@@ -304,15 +323,31 @@ def _draw(
         yield samples[:count]
 
 
-def _overridden(experiment: Any, options: argparse.Namespace, prompts: tuple[str, ...]) -> Any:
+def _sampling_fields(options: argparse.Namespace, rest: list[str]) -> set[str]:
+    """The fields of sampling that are set by their dotted names. ValueError where one has its short name beside it."""
+    names = {name.partition(".")[2] for name in fields_of(rest, groups=("sampling",), command="sample")}
+    for name in sorted(names):
+        for option in ("prompt", "prompts") if name == "prompts" else (name,):
+            if getattr(options, option, None) is not None:
+                short = f"--{option.replace('_', '-')}"
+                raise ValueError(f"{short} and --sampling.{name} are both given, and set the same; leave one out.")
+    return names
+
+
+def _overridden(experiment: Any, options: argparse.Namespace, prompts: tuple[str, ...], names: set[str]) -> Any:
+    """The sampling of an experiment, in which the fields of these names are set, with short options as well."""
     sampling = experiment.sampling
-    names = [field.name for field in dataclasses.fields(sampling) if hasattr(options, field.name)]
-    given = {name: value for name in names if (value := getattr(options, name)) is not None}
+    known = [field.name for field in dataclasses.fields(sampling) if hasattr(options, field.name)]
+    given = {name: value for name in known if (value := getattr(options, name)) is not None}
     if prompts:
         if not getattr(experiment.model, "text_dim", 0):
             raise ValueError(f"--prompt is {prompts[0]!r}, but this model takes no texts; leave it out.")
-        given = {"num": len(prompts), **given, "prompts": prompts}
-    if {"window", "tol", "init"} & given.keys() and given.get("plan", sampling.plan) not in ("jacobi", "moving"):
+        given |= {"prompts": prompts}
+    drawn = prompts or (sampling.prompts if "prompts" in names else ())
+    if drawn and "num" not in names:
+        given = {"num": len(drawn), **given}
+    plan = given.get("plan", getattr(sampling, "plan", None))
+    if {"window", "tol", "init"} & (given.keys() | names) and plan not in ("jacobi", "moving"):
         raise ValueError("--window, --tol and --init are for --plan jacobi or moving; add it, or leave them out.")
     return dataclasses.replace(sampling, **given)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from flowgen.cli.options import load_experiment, num_parameters, say
+from flowgen.cli.options import group_help, load_experiment, num_parameters, say
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
@@ -13,6 +13,15 @@ def declare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workdir", required=True, help="directory of the run; resumed if it holds a checkpoint")
     parser.add_argument("--debug", action="store_true", help="shrink the experiment to seconds on a CPU")
     parser.epilog = "Any field of the config can be set: --optim.lr 3e-4 --train.steps 1000; info lists them."
+
+
+def fields_help() -> str:
+    """Returns the fields that every experiment has."""
+    from flowgen.training import LogConfig, OptimConfig, TrainConfig
+
+    groups = {"train": TrainConfig(), "optim": OptimConfig(), "log": LogConfig()}
+    lines = "\n".join(group_help(name, group) for name, group in groups.items())
+    return f"fields of every config, with their defaults:\n{lines}"
 
 
 def run(options: argparse.Namespace, rest: list[str]) -> int:

@@ -17,23 +17,30 @@ from einops import rearrange, repeat
 from flax import linen as nn
 from jaxtyping import Array, Float, Key
 
+from flowgen.arrays import check_floating
 from flowgen.attention import softmax_attention
 from flowgen.nn.checks import check_at_least_one, check_choices
 from flowgen.nn.convolution import conv, group_norm
 from flowgen.nn.layers import linear, master_dtype
+from flowgen.typed import typed
 
 GROUP_NORM_EPS = 1e-6
 LOG_VARIANCE_BOUNDS = (-30.0, 20.0)
 
 
 @dataclass(frozen=True)
+@typed
 class AutoencoderConfig:
     """Shape of an autoencoder; the defaults are those of the published Stable Diffusion autoencoder.
 
-    widths: channels of each level; every level but the last halves the picture. layers_per_block: residual blocks of
-    a level on the way down, one fewer than on the way up. num_groups: of group norm. attention: of all places to all,
-    in the middle, one head. dtype: of convolutions; norms, moments and pictures stay float32. remat: recompute blocks
-    in the backward pass.
+    channels: of the images.
+    latent_channels: of the latents.
+    widths: channels of each level, multiples of num_groups; every level but the last halves the image.
+    layers_per_block: residual blocks of a level on the way down, one fewer than on the way up.
+    num_groups: of group norm.
+    attention: of all places to all, in the middle, one head.
+    dtype: of convolutions; norms, moments and images stay float32.
+    remat: recompute blocks in the backward pass.
     """
 
     channels: int = 3
@@ -46,8 +53,6 @@ class AutoencoderConfig:
     remat: bool = False
 
     def __post_init__(self):
-        if isinstance(self.widths, list):
-            object.__setattr__(self, "widths", tuple(self.widths))
         check_at_least_one(self, ("channels", "latent_channels", "layers_per_block", "num_groups"))
         if not self.widths:
             raise ValueError("model.widths is empty; give the channels of each level.")
@@ -92,11 +97,13 @@ class Autoencoder(nn.Module):
 
     def encode(self, x: Float[Array, "b height width c"]) -> tuple[Float[Array, "b h w z"], Float[Array, "b h w z"]]:
         """Returns mean and log variance of the latents, the latter within [-30, 20]; neither is normalised."""
+        check_floating("x", x)
         mean, log_variance = jnp.split(self.quant_conv(self.encoder(x)), 2, axis=-1)
         return mean, jnp.clip(log_variance, *LOG_VARIANCE_BOUNDS)
 
     def decode(self, latents: Float[Array, "b h w z"]) -> Float[Array, "b height width c"]:
         """Returns the pictures of latents that are not normalised."""
+        check_floating("latents", latents)
         return self.decoder(self.post_quant_conv(latents))
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from flowgen.arrays import at_least_float32, check_floating
 from flowgen.codecs.autoencoder import Autoencoder
 from flowgen.codecs.parts import in_parts
 from flowgen.nn.layers import patchify, unpatchify
@@ -74,7 +75,7 @@ class PixelCodec:
     def moments(self, x: Images) -> tuple[Latents, Latents]:
         """Returns the blocks of pixels, laid out row, column, channel, and zeros."""
         height, width = check_pictures(self, x)
-        tokens = patchify(jnp.asarray(x), self.factor, "channel_last")
+        tokens = patchify(at_least_float32("pictures", x), self.factor, "channel_last")
         mean = tokens.reshape(len(x), height // self.factor, width // self.factor, self.channels)
         return mean, jnp.zeros_like(mean)
 
@@ -160,6 +161,7 @@ def check_pictures(codec: Codec, x: Any) -> tuple[int, int]:
     Example:
         height, width = check_pictures(codec, x)
     """
+    check_floating("pictures", x)
     if x.ndim != 4 or x.shape[-1] != codec.pixel_channels:
         raise ValueError(
             f"pictures have shape {tuple(x.shape)}; this codec takes (batch, height, width, {codec.pixel_channels})."
@@ -180,6 +182,7 @@ def check_latents(codec: Codec, latents: Any) -> tuple[int, int]:
     Example:
         height, width = check_latents(codec, latents)
     """
+    check_floating("latents", latents)
     if latents.ndim != 4 or latents.shape[-1] != codec.channels:
         raise ValueError(
             f"latents have shape {tuple(latents.shape)}; this codec takes (batch, height, width, {codec.channels})."

@@ -14,6 +14,7 @@ import numpy as np
 
 from flowgen.codecs.parts import in_parts
 from flowgen.conditioning import TextCondition
+from flowgen.packages import missing
 
 TEXTS_AT_ONCE = 64
 
@@ -63,7 +64,7 @@ class TextEncoder(Protocol):
 class JsonTokenizer:
     """A tokenizer of a `tokenizer.json`, by the package tokenizers.
 
-    Raises ModuleNotFoundError naming the extra, ValueError where the file is none.
+    Raises ModuleNotFoundError naming the package, ValueError where the file is none.
 
     Example:
         tokenizer = JsonTokenizer("all-MiniLM-L6-v2/tokenizer.json")
@@ -73,7 +74,7 @@ class JsonTokenizer:
         try:
             import tokenizers
         except ModuleNotFoundError as error:
-            raise _missing("tokenizers", path) from error
+            raise missing(f"Reading '{path}'", "tokenizers") from error
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # The package raises nothing narrower.
@@ -99,7 +100,7 @@ class JsonTokenizer:
 class SentencePieceTokenizer:
     """A tokenizer of a `spiece.model`, as T5 uses it: the end token </s> is appended, padding is 0.
 
-    Raises ModuleNotFoundError naming the extra, ValueError where the file is none.
+    Raises ModuleNotFoundError naming the package, ValueError where the file is none.
 
     Example:
         tokenizer = SentencePieceTokenizer("flan-t5-xl/spiece.model")
@@ -109,7 +110,7 @@ class SentencePieceTokenizer:
         try:
             import sentencepiece
         except ModuleNotFoundError as error:
-            raise _missing("sentencepiece", path) from error
+            raise missing(f"Reading '{path}'", "sentencepiece") from error
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError) as error:
@@ -218,12 +219,6 @@ class HashedWords:
 
 def _shortened(text: str) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _missing(package: str, path: Any) -> ModuleNotFoundError:
-    return ModuleNotFoundError(
-        f"Reading '{path}' needs the package {package}; install it with: pip install \"flowgen[text]\"."
-    )
 
 
 @partial(jax.jit, static_argnums=0)

@@ -19,6 +19,7 @@ from einops import rearrange
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from flowgen.arrays import check_floating
 from flowgen.codecs.autoencoder import LOG_VARIANCE_BOUNDS
 from flowgen.codecs.causal import (
     Block,
@@ -38,20 +39,27 @@ from flowgen.codecs.causal import (
 )
 from flowgen.nn.checks import check_at_least_one, check_choices
 from flowgen.nn.layers import linear, master_dtype
+from flowgen.typed import typed
 
 Clips = Float[Array, "b frames height width c"]
 Moments = tuple[Float[Array, "b f h w z"], Float[Array, "b f h w z"]]
 
 
 @dataclass(frozen=True)
+@typed
 class VideoAutoencoderConfig:
     """Shape of a video autoencoder; the defaults are those of the published autoencoder of Wan 2.2 (5B).
 
-    widths, decoder_widths: channels of each level; every level but the last halves the picture. halve_time: which of
-    those halvings are of time, too. layers_per_block: residual blocks of a level on the way down, one fewer than on the
-    way up. patch_size: side of the squares of pixels that are the channels of the first level. shortcuts: around
-    levels; without them a doubling also halves the channels, as in Wan 2.1. dtype: of convolutions; norms, moments and
-    pictures stay float32. remat: recompute blocks in the backward pass.
+    channels: of the clips.
+    latent_channels: of the latents.
+    widths: channels of each level of the encoder; every level but the last halves the frame.
+    decoder_widths: channels of each level of the decoder, as many.
+    halve_time: which of those halvings are of time, too; one fewer than widths.
+    layers_per_block: residual blocks of a level on the way down, one fewer than on the way up.
+    patch_size: side of the squares of pixels that are the channels of the first level.
+    shortcuts: around levels; without them a doubling also halves the channels, as in Wan 2.1.
+    dtype: of convolutions; norms, moments and frames stay float32.
+    remat: recompute blocks in the backward pass.
     """
 
     channels: int = 3
@@ -66,8 +74,6 @@ class VideoAutoencoderConfig:
     remat: bool = False
 
     def __post_init__(self):
-        for name in ("widths", "decoder_widths", "halve_time"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
         check_at_least_one(self, ("channels", "latent_channels", "layers_per_block", "patch_size"))
         check_choices(self, {"dtype": ("float32", "bfloat16")})
         if not self.widths:
@@ -143,6 +149,7 @@ def check_clips(x: Any, *, channels: int, factor: int, stride: int) -> None:
     Example:
         check_clips(x, channels=3, factor=16, stride=4)
     """
+    check_floating("clips", x)
     if x.ndim != 5 or x.shape[-1] != channels:
         raise ValueError(
             f"clips have shape {tuple(x.shape)}; this codec takes (batch, frames, height, width, {channels})."
@@ -209,6 +216,7 @@ class VideoAutoencoder(nn.Module):
 
     def decode_part(self, latents: Float[Array, "b f h w z"], cache: Cache) -> tuple[Clips, Cache]:
         """Returns `decode` of the next latents of clips, and the cache for those after them."""
+        check_floating("latents", latents)
         side = self.config.patch_size
         h, cache = self.decoder(self.post_quant_conv(latents), cache)
         return rearrange(h, "b f i j (c q p) -> b f (i p) (j q) c", p=side, q=side), cache

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from flowgen.arrays import check_floating
 from flowgen.codecs import codec as images
 from flowgen.codecs.codec import Codec, LatentNormalisation, samples_at_once
 from flowgen.codecs.parts import in_parts
@@ -180,6 +181,7 @@ def check_clip_latents(codec: ClipCodec, latents: Any) -> tuple[int, int, int]:
     Example:
         frames, height, width = check_clip_latents(codec, latents)
     """
+    check_floating("latents", latents)
     if latents.ndim != 5 or latents.shape[-1] != codec.channels or not all(latents.shape[1:]):
         raise ValueError(
             f"latents have shape {tuple(latents.shape)}; this codec takes (batch, frames, height, width, "

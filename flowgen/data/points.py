@@ -12,13 +12,18 @@ from jaxtyping import Array, Float, Key
 
 from flowgen.data.sources import Batch, check_choice
 from flowgen.matching import toy
+from flowgen.typed import typed
 
 Distribution = Literal["normal", "eight_gaussians", "five_gaussians", "moons"]
 
 
 @dataclass(frozen=True)
+@typed
 class PointsConfig:
-    """Which points to transport: x0 from `source` to x1 from `target`, see `flowgen.matching.toy`.
+    """Which points to transport; see `flowgen.matching.toy`.
+
+    source: distribution of x0, at t = 0.
+    target: distribution of x1, the data.
 
     Example:
         config = PointsConfig(source="eight_gaussians", target="moons")

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import UInt8
 
+from flowgen.arrays import check_count, shown
 from flowgen.data.buckets import BucketedSource
 from flowgen.data.folder import read_folder
 from flowgen.data.latents import read_latents
@@ -16,6 +17,7 @@ from flowgen.data.named import read_digits, read_mnist
 from flowgen.data.npz import read_npz
 from flowgen.data.openmoji import read_openmoji
 from flowgen.data.sources import ArraySource, DataConfig, Source, Split, check_choice, hold_out
+from flowgen.nn.checks import image_sides
 
 # A new source that fits in memory is one function (config, image_size) -> ArraySource and one row here.
 _READERS: dict[str, Callable[[DataConfig, tuple[int, int]], ArraySource]] = {
@@ -28,9 +30,9 @@ _WITH_PATH = ("folder", "npz", "encoded")
 
 
 def load(
-    config: DataConfig, *, image_size: tuple[int, int], channels: int, split: Split, multiple: int = 1
+    config: DataConfig, *, image_size: int | tuple[int, int], channels: int, split: Split, multiple: int = 1
 ) -> Source | BucketedSource:
-    """Returns the pictures of one split at the model's (height, width) and channels.
+    """Returns the pictures of one split at the model's side, or (height, width), and channels.
 
     Grey sources give 3 channels by repetition. Colour gives 1 channel only from a folder, where Pillow
     converts; elsewhere it is refused. Labels are numbers into `class_names`, or -1 without one. multiple: of the sides
@@ -45,7 +47,11 @@ def load(
         source = load(DataConfig("mnist"), image_size=(28, 28), channels=1, split="eval")
         print(len(source), source.class_names)
     """
+    if not isinstance(config, DataConfig):
+        raise ValueError(f"config is {shown(config)}; give a DataConfig.")
     check_choice("split", split, typing.get_args(Split))
+    image_size = image_sides(image_size, "image_size")
+    check_count("channels", channels)
     if config.source in _WITH_PATH and not config.path:
         raise ValueError(f"data.path is empty; data.source '{config.source}' needs the path to read from.")
     if config.source not in _WITH_PATH and config.path:

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Int, Int32, UInt8
 
 from flowgen.data.pictures import Crop
+from flowgen.typed import typed
 
 Batch = dict[str, np.ndarray]
 Split = Literal["train", "eval", "all"]
@@ -18,11 +19,13 @@ _HOLD_OUT_SEED = 1797
 
 
 @dataclasses.dataclass(frozen=True)
+@typed
 class DataConfig:
     """Which pictures to train on; image size and channels come from the model.
 
     source: a built-in set, or the user's own `folder` or `npz` at `path`; or `encoded`, latents that
         `python -m flowgen encode` wrote there.
+    path: of a folder, an npz file, or encoded data; empty for the others.
     flip: mirror each training picture left to right with probability one half.
     aspects: sort a folder's pictures into nine aspect ratios of about the model's area instead of cropping all to
         one shape; a batch holds pictures of one shape.

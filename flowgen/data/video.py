@@ -14,6 +14,7 @@ from jaxtyping import Float, UInt8
 
 from flowgen.data.media import atomic_file, check_writable, pillow
 from flowgen.data.pictures import Crop, fit_array
+from flowgen.packages import missing
 
 VIDEO_SUFFIXES = (".mp4", ".gif")
 READABLE = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif")
@@ -30,7 +31,7 @@ class UnreadableVideo(ValueError):
 
 
 def av() -> Any:
-    """Returns the module `av` (PyAV), or raises ModuleNotFoundError naming the extra that brings it.
+    """Returns the module `av` (PyAV), or raises ModuleNotFoundError naming the package.
 
     Example:
         container = av().open("clip.mp4")
@@ -38,9 +39,7 @@ def av() -> Any:
     try:
         import av as module
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            'Reading and writing video needs the package av; install it with: pip install "flowgen[video]".'
-        ) from error
+        raise missing("Reading and writing video", "av") from error
     return module
 
 

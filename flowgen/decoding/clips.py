@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Integer, Key
 
+from flowgen.arrays import check_count, check_floating, check_key
 from flowgen.conditioning import Condition, TextCondition
 from flowgen.decoding.block import DecodingBlock
 from flowgen.decoding.guidance import Guidance
@@ -27,6 +28,7 @@ from flowgen.decoding.plan import DecodePlan, Plan
 from flowgen.decoding.sampler import Denoiser, Inversion, decode_blocks, denoised, denoising, report, steering
 from flowgen.flows.affine import to_noise
 from flowgen.flows.block import AutoregressiveBlock, block_parameters
+from flowgen.flows.density import check_flow
 from flowgen.flows.starflow_v import STARFlowV, STARFlowVConfig
 from flowgen.nn.layers import master_dtype
 
@@ -110,11 +112,12 @@ def sample_clips(
     Example:
         r = sample_clips(flow, params, jax.random.key(0), 2, texts, frames=41, given=noisy_first_frames)
     """
+    check_flow(flow, params)
+    check_key(key)
+    check_count("num", num)
     config = flow.config
     if not isinstance(config, STARFlowVConfig):
         raise ValueError(f"flow is a {type(flow).__name__}, no flow of clips; give a STARFlowV, or use sample.")
-    if num < 1:
-        raise ValueError(f"num is {num}; ask for at least one sample.")
     schedule = _schedule(config, num, frames, given, context)
     if restart_cond is not None and cond is None:
         raise ValueError("restart_cond is given, and cond is not; give both, or neither.")
@@ -143,8 +146,9 @@ def sample_clips(
 def _schedule(config: STARFlowVConfig, num: int, frames: int | None, given: Any, context: int | None) -> _Schedule:
     most = config.frames
     total = most if frames is None else frames
-    if total < 1:
-        raise ValueError(f"frames is {total}; ask for at least 1.")
+    check_count("frames", total)
+    if given is not None:
+        check_floating("given", given)
     if given is not None and (given.ndim != 5 or given.shape[0] != num or given.shape[2:] != config.image_shape):
         shape = ", ".join(map(str, config.image_shape))
         raise ValueError(f"given has shape {tuple(given.shape)}; this call takes ({num}, frames given, {shape}).")

@@ -15,11 +15,14 @@ from typing import Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from flowgen.typed import typed
+
 Rule = Literal["linear", "product"]
 Parts = Literal["both", "log_scale", "shift"]
 
 
 @dataclass(frozen=True)
+@typed
 class Guidance:
     """What is guided, where and how strongly; scale 0 is no guidance and costs nothing.
 
@@ -41,8 +44,6 @@ class Guidance:
     temperature: float = 1.0
 
     def __post_init__(self):
-        if self.blocks is not None:
-            object.__setattr__(self, "blocks", tuple(self.blocks))
         if not 0 <= self.scale < float("inf"):
             raise ValueError(f"guidance scale is {self.scale}; it must be 0 (off) or positive.")
         if not 0 < self.temperature < float("inf"):

@@ -8,6 +8,8 @@ from typing import Any, Literal, get_args
 
 import jax
 
+from flowgen.typed import typed
+
 Start = Literal["z", "zeros", "frame"]
 
 # Rows (batch x branches x window) up to which one pass over an accelerator costs about as much as one row:
@@ -27,6 +29,7 @@ class Sequential:
 
 
 @dataclass(frozen=True)
+@typed
 class Jacobi:
     """Fixed-point sweeps over windows of tokens, in order, each behind the cache of those before it.
 
@@ -52,6 +55,7 @@ class Jacobi:
 
 
 @dataclass(frozen=True)
+@typed
 class MovingJacobi:
     """Sweeps over a window that moves on by the tokens that are solved, and by one at least, after every sweep.
 
@@ -89,6 +93,7 @@ BlockPlan = Sequential | Jacobi | MovingJacobi
 
 
 @dataclass(frozen=True)
+@typed
 class DecodePlan:
     """One plan per block, data side first, for flows whose blocks converge differently.
 

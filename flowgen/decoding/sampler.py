@@ -11,12 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Integer, Key
 
+from flowgen.arrays import check_count, check_floating, check_key, shown
 from flowgen.attention import causal_kernel
 from flowgen.conditioning import TextCondition
 from flowgen.decoding.block import DecodingBlock
 from flowgen.decoding.guidance import Guidance
 from flowgen.decoding.jacobi import Solution
 from flowgen.decoding.plan import DecodePlan, MovingJacobi, Plan, resolve_plan
+from flowgen.flows.density import check_flow
 from flowgen.flows.density import denoise as tweedie
 from flowgen.nn.layers import master_dtype
 
@@ -72,6 +74,8 @@ def invert(
     Example:
         r = invert(flow, params, z, cond, plan=Jacobi(window=32))
     """
+    check_flow(flow, params)
+    check_floating("z", z)
     config = flow.config
     expected = (config.num_tokens, config.token_dim)
     if z.ndim != 3 or z.shape[1:] != expected:
@@ -105,9 +109,10 @@ def sample(
     Example:
         r = sample(flow, params, jax.random.key(0), 16, labels, guidance=Guidance(scale=1.5))
     """
+    check_flow(flow, params)
+    check_key(key)
+    check_count("num", num)
     config = flow.config
-    if num < 1:
-        raise ValueError(f"num is {num}; ask for at least one sample.")
     plan, guidance, conds, weights = steering(config, num, cond, plan, guidance, null)
     how, numbers = denoising(denoise, config)
     indices = first + jnp.arange(num)
@@ -132,6 +137,8 @@ def steering(
 
 def _active(guidance: Guidance | None, cond: Any, config: Any) -> tuple[Guidance | None, Any]:
     """Guidance as compiled in (its numbers taken out) and its numbers; None where it would change nothing."""
+    if guidance is not None and not isinstance(guidance, Guidance):
+        raise ValueError(f"guidance is {shown(guidance)}; give Guidance(scale=...), or None.")
     if guidance is None or guidance.scale == 0 or (guidance.temperature == 1 and cond is None):
         return None, None
     blocks = tuple(range(config.num_blocks)) if guidance.blocks is None else guidance.blocks
@@ -196,9 +203,11 @@ def denoising(denoise: bool | float | Denoiser, config: Any) -> tuple[Removal, t
     """
     if isinstance(denoise, Denoiser):
         return Removal(False, denoise.function), (0.0, denoise.variables)
-    strength = float(denoise)
+    strength = float(denoise) if isinstance(denoise, bool | int | float | np.number) else -1.0
     if not 0 <= strength < float("inf"):
-        raise ValueError(f"denoise is {denoise}; it must be True, False, a strength of at least 0, or a Denoiser.")
+        raise ValueError(
+            f"denoise is {shown(denoise)}; it must be True, False, a strength of at least 0, or a Denoiser."
+        )
     return Removal(strength > 0 and config.noise_std > 0, None), (strength, None)
 
 

@@ -13,6 +13,7 @@ import optax
 from flax import linen as nn
 from jaxtyping import Array, Float, Int, Key
 
+from flowgen.arrays import check_floating
 from flowgen.data.loader import Loader
 from flowgen.data.media import from_uint8
 from flowgen.data.sources import Source
@@ -60,6 +61,7 @@ class Classifier:
         return self._run(images, 1).argmax(axis=1)
 
     def _run(self, images, output):
+        check_floating("images", images)
         parts = [images[start : start + READ_AT_ONCE] for start in range(0, len(images), READ_AT_ONCE)]
         return np.concatenate([np.asarray(_apply(self.network, self.variables, part)[output]) for part in parts])
 

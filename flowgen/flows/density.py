@@ -6,13 +6,14 @@ For a flow z = f(x) with prior N(0, v):  log p(x) = Σ log N(z; 0, v) + log|det 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, UInt8
 
+from flowgen.arrays import at_least_float32, check_bytes, shown
 from flowgen.conditioning import Condition, TextCondition, drop_labels, drop_texts
 from flowgen.data.media import from_uint8
 
@@ -29,6 +30,19 @@ class Flow(Protocol):
     def apply(self, variables: Any, *args: Any, method: str) -> Any: ...
 
     def at(self, height: int, width: int) -> Any: ...
+
+
+def check_flow(flow: Any, variables: Any) -> None:
+    """Raises ValueError unless these are a flow and its variables, in this order.
+
+    Example:
+        check_flow(flow, params)
+    """
+    if not isinstance(flow, Flow):
+        raise ValueError(f"flow is {shown(flow)}; give a flow, such as TARFlow(config), and then its params.")
+    if not (isinstance(variables, Mapping) and "params" in variables):
+        given = f"a dict of {', '.join(map(str, variables))}" if isinstance(variables, Mapping) else shown(variables)
+        raise ValueError(f"params is {given}; give the dict with 'params' that flowgen.init and flowgen.load return.")
 
 
 def gaussian_log_prob(z: Float[Array, "b n c"], variance: Float[Array, "n c"] | None = None) -> Float[Array, " b"]:
@@ -60,6 +74,7 @@ def dequantise(key: Key[Array, ""], images: UInt8[Array, "b *event"]) -> Float[A
     Example:
         x = dequantise(key, batch["image"])
     """
+    check_bytes("images", images)
     noise = jax.random.uniform(key, images.shape)
     return (images.astype(jnp.float32) + noise) * (2 / LEVELS) - 1
 
@@ -84,6 +99,9 @@ def batch_input(key: Key[Array, ""], batch: Any, noise_std: float) -> Float[Arra
     Example:
         x = batch_input(key, {"mean": mean, "std": std}, flow.config.noise_std)
     """
+    if not isinstance(batch, Mapping) or not ("image" in batch or {"mean", "std"} <= batch.keys()):
+        given = list(batch) if isinstance(batch, Mapping) else shown(batch)
+        raise ValueError(f"batch is {given}; give a dict with 'image', or with 'mean' and 'std' of latents.")
     if "image" in batch:
         return add_noise(key, batch["image"], noise_std)
     posterior_key, key = jax.random.split(key)
@@ -162,6 +180,9 @@ def condition_of(flow: Flow, batch: Any) -> Condition | None:
     Example:
         nats = -flow.apply(params, x, condition_of(flow, batch), method="log_prob")
     """
+    needed = "text" if flow.config.text_dim else "label" if flow.config.num_classes else None
+    if needed is not None and needed not in batch:
+        raise ValueError(f"batch has {', '.join(map(repr, batch))} and no {needed!r}, which this flow takes; give it.")
     if flow.config.text_dim:
         features, mask = batch["text"]
         return TextCondition(jnp.asarray(features, jnp.float32), jnp.asarray(mask))
@@ -228,6 +249,8 @@ def score(
     Example:
         s = score(flow, params, x, cond)
     """
+    check_flow(flow, variables)
+    x = at_least_float32("x", x)
     return jax.grad(lambda x: flow.apply(variables, x, cond, method="log_prob").sum())(x)
 
 
@@ -247,6 +270,8 @@ def denoise(
     Example:
         clean = denoise(flow, params, sample.x, cond)
     """
+    check_flow(flow, variables)
+    x = at_least_float32("x", x)
     sigma = flow.config.noise_std if noise_std is None else noise_std
     if sigma == 0:
         return x
@@ -266,9 +291,13 @@ def class_posterior(
     Example:
         labels = class_posterior(flow, params, x).argmax(axis=-1)
     """
+    check_flow(flow, variables)
     num_classes = flow.config.num_classes
     if num_classes == 0:
         raise ValueError("class_posterior needs a flow with classes; this one has num_classes 0.")
+    flow.config.check_samples(x)
+    if log_prior is not None and jnp.shape(log_prior) != (num_classes,):
+        raise ValueError(f"log_prior is {shown(log_prior)}; give one number per class, of shape ({num_classes},).")
 
     def log_likelihood(label):
         cond = jnp.full(x.shape[0], label, jnp.int32)
@@ -276,5 +305,5 @@ def class_posterior(
 
     logits = jax.lax.map(log_likelihood, jnp.arange(num_classes)).T
     if log_prior is not None:
-        logits = logits + log_prior[None]
+        logits = logits + jnp.asarray(log_prior)[None]
     return jax.nn.softmax(logits, axis=-1)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Key
 
+from flowgen.arrays import check_floating, check_key
 from flowgen.conditioning import Condition
 from flowgen.flows.block import AutoregressiveBlock, BlockConfig
 from flowgen.flows.density import bits_per_dim, gaussian_log_prob
@@ -30,8 +31,6 @@ class ImageTokens:
 
     def check_images(self) -> None:
         """Raises ValueError where the images cannot be; a list of sides becomes a tuple."""
-        if isinstance(self.image_size, list):
-            object.__setattr__(self, "image_size", tuple(self.image_size))
         check_at_least_one(self, ("channels", "patch_size"))
         check_patches(self.image_size, self.patch_size)
         if self.num_tokens < 2:
@@ -80,7 +79,8 @@ class ImageTokens:
         return self.num_tokens * self.token_dim
 
     def check_samples(self, x: Array) -> None:
-        """Raises ValueError unless x is a batch of this model's samples."""
+        """Raises ValueError unless x is a batch of this model's samples, in floating-point numbers."""
+        check_floating("x", x)
         if x.shape[1:] != self.event_shape:
             shape = ", ".join(map(str, self.event_shape))
             raise ValueError(f"x has shape {tuple(x.shape)}; this model takes (batch, {shape}).")
@@ -184,6 +184,7 @@ def init(flow: Any, key: Key[Array, ""]) -> Any:
     Example:
         params = init(flow, jax.random.key(0))
     """
+    check_key(key)
     config = flow.config
     if config.dtype == "float64" and not jax.config.read("jax_enable_x64"):
         raise ValueError("model.dtype is 'float64', which jax has switched off; set jax_enable_x64 first.")

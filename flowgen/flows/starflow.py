@@ -16,24 +16,46 @@ from flowgen.flows.positions import GridPositions, rotary_pairs
 from flowgen.nn.checks import check_at_least_one, check_choices, check_noise_std, check_num_classes
 from flowgen.nn.layers import ACTIVATION_NAMES, NORMS, Activation, Norm
 from flowgen.nn.transformer import TransformerConfig
+from flowgen.typed import typed
 
 # The order of block 0 and of block 1; later blocks alternate.
 ORDERS: dict[str, tuple[TokenOrder, TokenOrder]] = {"L2R": ("reversed", "raster"), "R2L": ("raster", "reversed")}
 
 
 @dataclass(frozen=True)
+@typed
 class STARFlowConfig(ImageTokens):
     """Shape of a STARFlow; the defaults are those of the released text-to-image model where it has one.
 
-    image_size: side of the latents, or (height, width). layers: per block, data side first, the last being the deep
-    one; a block of 0 layers is the identity and is left out of `blocks`. deep_width: width of the last block, None for
-    `width`. order: of the tokens, "L2R" reverses block 0, "R2L" block 1, and later blocks alternate.
-    num_kv_heads: see `TransformerConfig`, as for norm, qk_norm, post_norm and use_bias; None is one per head.
-    soft_clip: bound c of c · tanh(r / c) on the raw scale and on the shift, 0 for none.
-    class_conditioning: a label as a prefix token (published), or as an embedding added to every token, whose mean
-    is the unconditional class. text_dim, text_length: features per text token, and tokens per text, padding included.
-    condition: which blocks see the class or the text. reference_side: P, see `flowgen.flows.positions`; None
-    gives the tokens of this grid the distance 1. noise_std, dtype, remat: as in `TARFlowConfig`.
+    image_size: side of the latents, or (height, width).
+    channels: of the latents.
+    patch_size: side of the squares of latents that become one token; it divides the sides of the latents.
+    width: channels of the tokens inside the shallow blocks, a multiple of head_dim.
+    layers: transformer layers per block, data side first, the last being the deep one; 0 leaves a block out.
+    deep_width: width of the last block; None for that of the others.
+    order: of the tokens; "L2R" reverses block 0, "R2L" block 1, and later blocks alternate.
+    head_dim: channels of an attention head.
+    num_kv_heads: heads of keys and values, which several heads of queries share; None is one per head.
+    expansion: width of the feed-forward layers, in widths of the block.
+    norm: in front of every layer.
+    qk_norm: normalise queries and keys.
+    post_norm: normalise what a layer adds, too.
+    activation: of the feed-forward layers.
+    use_bias: in the linear layers.
+    soft_clip: bound c of c · tanh(r / c) on the raw scale and on the shift; 0 for none.
+    num_classes: of the labels the density is conditioned on; 0 for none.
+    class_conditioning: a label is a prefix token (published), or is added to every token ("add"); of added ones the
+    mean stands for no class.
+    text_dim: features per text token; 0 for a model without texts.
+    text_length: tokens per text, padding included; 0 for a model without texts.
+    condition: which blocks see the class or the text.
+    reference_side: tokens along a side that positions are measured by; None gives the tokens of this grid the distance
+    1.
+    attention: "softmax", or a linear one that can be causal: elu_plus_one, relu, squared_relu, focused, nala, pola,
+    inline, retention.
+    noise_std: σ of the Gaussian noise that the density is trained under; above 0 for latents.
+    dtype: of matrix products and activations; parameters, affine maps and log-determinants stay float32.
+    remat: recompute layers in the backward pass instead of storing them; less memory, and on CPUs less time.
     """
 
     image_size: int | tuple[int, int]
@@ -64,8 +86,6 @@ class STARFlowConfig(ImageTokens):
     remat: bool = True
 
     def __post_init__(self):
-        if isinstance(self.layers, list):
-            object.__setattr__(self, "layers", tuple(self.layers))
         check_at_least_one(self, ("width", "head_dim", "expansion"))
         self.check_images()
         check_noise_std(self.noise_std)

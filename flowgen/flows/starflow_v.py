@@ -10,17 +10,22 @@ from flax import linen as nn
 from flowgen.flows.block import BlockConfig
 from flowgen.flows.flow import AutoregressiveFlow
 from flowgen.flows.starflow import ORDERS, STARFlowConfig
+from flowgen.typed import typed
 
 
 @dataclass(frozen=True)
+@typed
 class STARFlowVConfig(STARFlowConfig):
     """Shape of a STARFlow over clips `frames height width c`; fields that are not named here are `STARFlowConfig`'s.
 
-    frames: of a clip, in latents. The shallow blocks map every frame on its own; the deep block is causal over the
-    tokens of all frames, in raster order, and alone sees the condition. Positions have the frame as their third axis,
-    as a number, and text in front of the clip on the same.
-    denoiser_layers: of the causal denoiser that learns the flow's score, 0 for none. denoiser_back, denoiser_ahead:
-    frames before and after its own that a token sees in each of them.
+    The shallow blocks map every frame on its own; the deep block is causal over the tokens of all frames, in raster
+    order, and alone sees the condition. Positions have the frame as their third axis, as a number, and text in front
+    of the clip on the same.
+
+    frames: of a clip, in latents.
+    denoiser_layers: of the causal denoiser that learns the flow's score; 0 for none.
+    denoiser_back: frames before its own that a token sees in each layer of the denoiser.
+    denoiser_ahead: frames after its own that a token sees in each layer of the denoiser.
     """
 
     frames: int = 21

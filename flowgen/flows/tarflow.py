@@ -14,17 +14,30 @@ from flowgen.flows.flow import AutoregressiveFlow, ImageTokens
 from flowgen.nn.checks import check_at_least_one, check_choices, check_noise_std, check_num_classes
 from flowgen.nn.layers import ACTIVATION_NAMES, Activation
 from flowgen.nn.transformer import TransformerConfig
+from flowgen.typed import typed
 
 Transform = Literal["affine", "volume_preserving"]
 
 
 @dataclass(frozen=True)
+@typed
 class TARFlowConfig(ImageTokens):
     """Shape of a TARFlow, in the paper's p-C-K-L-σ notation: patch_size-width-num_blocks-layers_per_block-noise_std.
 
-    image_size: side, or (height, width). head_dim: heads have this many channels; a width below it is one head.
-    transform: "affine" (the paper's nvp) or "volume_preserving" (log-determinant 0, tracked prior variance).
-    noise_std: σ of the Gaussian noise the density is trained under; 0 means uniform dequantisation.
+    image_size: side of the images in pixels, or (height, width).
+    channels: of the images, 1 or 3 to be drawn.
+    patch_size: side of the squares of pixels that become one token; it divides the sides of the image.
+    width: channels of the tokens inside a block, a multiple of head_dim.
+    num_blocks: autoregressive blocks, every other one over the tokens in reversed order.
+    layers_per_block: transformer layers of each block.
+    head_dim: channels of an attention head; a width below it is one head.
+    expansion: width of the feed-forward layers, in widths of the block.
+    num_classes: of the labels the density is conditioned on; 0 for none.
+    transform: "affine" (the paper's nvp), or "volume_preserving" with log-determinant 0 and a tracked prior variance.
+    attention: "softmax", or a linear one that can be causal: elu_plus_one, relu, squared_relu, focused, nala, pola,
+    inline, retention.
+    activation: of the feed-forward layers.
+    noise_std: σ of the Gaussian noise that the density is trained under; 0 means uniform dequantisation.
     dtype: of matrix products and activations; parameters, affine maps and log-determinants stay float32.
     remat: recompute layers in the backward pass instead of storing them; less memory, and on CPUs less time.
     """

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Key
 
 from flowgen.matching.checks import check_output
 from flowgen.matching.couplings import Coupling
-from flowgen.matching.loss import Loss, check_dropout, draw_pairs, mean_square
+from flowgen.matching.loss import Loss, check_dropout, check_step, draw_pairs, mean_square
 from flowgen.matching.paths import SchroedingerBridge, over_event
 from flowgen.matching.times import Uniform
 
@@ -48,6 +48,7 @@ def score_and_flow_matching_loss(
         key: Key[Array, ""],
         log_mean: Float[Array, ""] | None = None,
     ) -> tuple[Float[Array, ""], dict[str, Array], Float[Array, ""]]:
+        check_step(network, batch, key)
         pair_key, time_key, path_key = jax.random.split(key, 3)
         pairs = draw_pairs(pair_key, batch, coupling, log_mean, label_dropout=label_dropout)
         t = time(time_key, len(pairs.x1))

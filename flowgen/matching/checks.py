@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array
+
+from flowgen.arrays import check_floating, shown
 
 
 def check_positive(name: str, value: float | int) -> None:
@@ -48,22 +49,14 @@ def check_whole(name: str, value: int, *, least: int) -> None:
         raise ValueError(f"{name} is {value}; it must be a whole number of at least {least}.")
 
 
-def check_floating(name: str, x: Array) -> None:
-    """Raises ValueError unless x holds floating-point numbers.
-
-    Example:
-        check_floating("x0", x0)
-    """
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(f"{name} is {x.dtype}; a flow moves floating-point numbers, so scale pictures to [-1, 1].")
-
-
 def check_batch(x0: Array, x1: Array) -> None:
-    """Raises ValueError unless source and data have one shape.
+    """Raises ValueError unless source and data are floating-point numbers of one shape.
 
     Example:
         check_batch(x0, x1)
     """
+    check_floating("x0", x0)
+    check_floating("x1", x1)
     if x0.shape != x1.shape:
         raise ValueError(f"x0 has shape {x0.shape} and x1 {x1.shape}; source and data must have the same shape.")
 
@@ -86,10 +79,20 @@ def check_times(t: Array, x0: Array) -> None:
     Example:
         check_times(t, x_t)
     """
-    if t.shape != x0.shape[:1]:
-        raise ValueError(f"t has shape {t.shape}; there must be one time per sample, {x0.shape[:1]}.")
+    if getattr(t, "shape", None) != x0.shape[:1]:
+        raise ValueError(f"t is {shown(t)}; there must be one time per sample, of shape {x0.shape[:1]}.")
     if not isinstance(t, Tracer) and not ((np.asarray(t) >= 0) & (np.asarray(t) <= 1)).all():
         raise ValueError(f"t runs from {np.min(t)} to {np.max(t)}; times are within [0, 1], source at 0, data at 1.")
+
+
+def check_velocity(velocity: object) -> None:
+    """Raises ValueError unless a velocity can be called.
+
+    Example:
+        check_velocity(lambda t, x, cond: -x)
+    """
+    if not callable(velocity):
+        raise ValueError(f"velocity is {shown(velocity)}; give a function (t, x, cond) -> v, such as velocity_field's.")
 
 
 def check_output(output: Array, x: Array, name: str = "the velocity") -> Array:

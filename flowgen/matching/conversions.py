@@ -111,7 +111,7 @@ def retimed(
 ) -> Callable[[Array, Array, Any], Array]:
     """Returns the field along new_path of a velocity that was trained along path; it ends in the same points.
 
-    Let t be the time at which path has the signal ratio alpha/beta that new_path has at r, found by bisection, and
+    Let t be the time at which path has the ratio alpha/beta that new_path has at r, found by bisection, and
     s² = (alpha² + beta²)_new(r) / (alpha² + beta²)(t) the square of the scale between both. Then
     v_new(r, x) = (s'/s) x + s t' v(t, x/s), where t' = D_new / (D s²) and D = alpha' beta - beta' alpha (Pokle et al.,
     arXiv 2310.04432). End points agree up to s, which is 1 where both paths have alpha² + beta² = 1. r is kept 1e-5
@@ -142,7 +142,7 @@ def retimed(
 
 
 def time_of_ratio(path: Path, alpha: Float[Array, "*t"], beta: Float[Array, "*t"]) -> Float[Array, "*t"]:
-    """Returns the time at which path has the signal ratio alpha/beta, its inverse signal-to-noise ratio.
+    """Returns the time at which path has the ratio alpha/beta, whose square is the signal-to-noise ratio.
 
     By bisection, comparing crosswise: nothing is divided, so that beta may be 0. A ratio that the path does not reach
     gives the end next to it.

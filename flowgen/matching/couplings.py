@@ -18,7 +18,9 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Key
 from scipy.optimize import linear_sum_assignment
 
+from flowgen.arrays import check_floating
 from flowgen.matching.checks import check_batch, check_positive, check_share, check_whole
+from flowgen.typed import typed
 
 # Of the potentials that help the assignment along: in units of the mean cost, and how many sweeps make them.
 ASSIGNMENT_EPSILON, ASSIGNMENT_SWEEPS = 0.02, 5
@@ -64,14 +66,16 @@ class Independent:
 
 
 @dataclass(frozen=True)
+@typed
 class MinibatchOT:
     """Optimal transport within the batch, on the squared Euclidean cost: OT-CFM (Tong et al., arXiv 2302.00482).
 
     method: "exact" permutes the sources by the optimal assignment (scipy's, on the host), so that each is used once;
-    "sinkhorn" draws a source for each datum from the entropic plan inside the compiled program. epsilon: of the
-    entropic plan, in units of the mean cost. num_sweeps: of Sinkhorn's iteration. class_aware: pair i lends its
-    label to its source, and sources move only within a class; otherwise the sources that a class sees are not those
-    it is sampled from (C2OT, ICCV 2025). It needs integer labels `b` as cond.
+    "sinkhorn" draws a source for each datum from the entropic plan inside the compiled program.
+    epsilon: of the entropic plan, in units of the mean cost; positive.
+    num_sweeps: of Sinkhorn's iteration; at least 1.
+    class_aware: pair i lends its label to its source, and sources move only within a class; otherwise the sources that
+    a class sees are not those it is sampled from (C2OT, ICCV 2025). It needs integer labels `b` as cond.
 
     Example:
         x0, x1, cond, log_weight = MinibatchOT(method="exact")(key, x0, x1)
@@ -114,18 +118,22 @@ class MinibatchOT:
 
 
 @dataclass(frozen=True)
+@typed
 class GibbsWeights:
     """Independent pairs weighted by w = exp(-cost / epsilon): weighted conditional flow matching (arXiv 2507.22270).
 
-    epsilon: None where it is still to be chosen from data, which `flowgen.matching.fit_epsilon` does: for the share
-    `ess` of effective pairs, or instead, where `tilt` is given, for that largest relative variance of the marginals'
-    re-weighting. Called before that, it raises ValueError.
-    cost: "euclidean" as published, "sqeuclidean", or a function of two batches that gives one cost per pair; a cost of
-    NaN raises ValueError outside jit, and gives a weight of NaN, hence a loss of NaN, inside.
+    Called before it has an epsilon, it raises ValueError. A cost of NaN raises ValueError outside jit, and gives a
+    weight of NaN, hence a loss of NaN, inside.
+
+    epsilon: positive; None to choose it from data, as training does by `flowgen.matching.fit_epsilon`: for the share
+    `ess` of effective pairs or, if `tilt` is given, for that tilt.
+    cost: "euclidean" as published, "sqeuclidean", or a function of two batches that gives one cost per pair.
     normalize: "running" divides by a running mean of w that the loss carries from step to step, "batch" by the mean
     of the batch, "none" by nothing: weights can then be 1e-13 for images, and optimizers do not see them.
     sinkhorn_sweeps: with more than 0, the weights are those of the entropic plan with the batch's own marginals,
-    exp(-cost_ii/epsilon + f_i + g_i), which undoes the tilt of source and data that plain weights bring.
+    exp(-cost_ii/epsilon + f_i + g_i), which undoes the tilt of source and data that plain weights bring; 0 for none.
+    ess: effective share of the pairs that an epsilon is chosen for; between 0 and 1.
+    tilt: largest relative variance of the marginals' re-weighting that an epsilon is chosen for; None for ess.
 
     Example:
         x0, x1, cond, log_weight = GibbsWeights(epsilon=2.0)(key, x0, x1)
@@ -249,6 +257,8 @@ def pairwise_cost(x0: Float[Array, "b *event"], x1: Float[Array, "m *event"], co
     Example:
         c = pairwise_cost(x0, x1, "sqeuclidean")
     """
+    check_floating("x0", x0)
+    check_floating("x1", x1)
     if x0.shape[1:] != x1.shape[1:]:
         raise ValueError(f"x0 has events of shape {x0.shape[1:]} and x1 {x1.shape[1:]}; they must have the same.")
     if callable(cost):

@@ -23,6 +23,7 @@ from flowgen.conditioning import check_labels
 from flowgen.matching.velocity import TIME_SCALE, ConditionEmbedding, check_inputs, check_time_scale
 from flowgen.nn.checks import check_at_least_one, check_choices, check_num_classes, check_patches, image_sides
 from flowgen.nn.layers import ACTIVATIONS, flat_dot, master_dtype, patchify, unpatchify
+from flowgen.typed import typed
 
 ATTENTIONS = ("softmax", "soft", *KERNELS)
 PATCH_ORDER = "channel_last"
@@ -30,12 +31,22 @@ DIT_LAYER_NORM_EPS = 1e-6
 
 
 @dataclass(frozen=True)
+@typed
 class DiTConfig:
     """Shape of a DiT. The paper's S, B, L, XL are (width, num_layers, head_dim) = (384, 12, 64), (768, 12, 64),
     (1024, 24, 64), (1152, 28, 72).
 
-    image_size: side, or (height, width), of pixels or latents. attention: "softmax", "soft" (SOFT), or a kernel of
-    `flowgen.attention.KERNELS`, such as "nala". spans: also predict average velocities over a span (MeanFlow).
+    image_size: side of pixels or latents, or (height, width).
+    channels: of the images or latents.
+    patch_size: side of the squares of pixels that become one token; it divides the sides of the image.
+    width: channels of a token, a multiple of head_dim.
+    num_layers: transformer layers.
+    head_dim: channels of an attention head.
+    expansion: width of the feed-forward layers, in widths.
+    num_classes: of the labels the field is conditioned on; 0 for none.
+    attention: "softmax", "soft" (SOFT), or a linear one: elu_plus_one, relu, squared_relu, focused, nala, pola, inline,
+    retention.
+    spans: also predict average velocities over a span (MeanFlow).
     time_scale: times are stretched by it before the sinusoids, which are made for 0 to 1,000; MeanFlow, whose loss has
     a derivative in t in it, needs a small one, such as 1.0.
     dtype: of matrix products and activations; parameters, norms and the modulation stay float32.
@@ -57,8 +68,6 @@ class DiTConfig:
     remat: bool = True
 
     def __post_init__(self):
-        if isinstance(self.image_size, list):
-            object.__setattr__(self, "image_size", tuple(self.image_size))
         check_at_least_one(self, ("channels", "patch_size", "width", "num_layers", "head_dim", "expansion"))
         check_num_classes(self.num_classes)
         check_patches(self.image_size, self.patch_size)

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from flowgen.matching.checks import check_floating, check_output
+from flowgen.arrays import check_floating, check_key
+from flowgen.matching.checks import check_output, check_velocity
 from flowgen.matching.solvers import Method, Velocity, integrate
 
 
@@ -37,7 +38,10 @@ def log_prob(
     Example:
         lp = log_prob(velocity, x1, key=jax.random.key(0))
     """
+    check_velocity(velocity)
     check_floating("x1", x1)
+    if key is not None:
+        check_key(key)
     dtype = jnp.promote_types(x1.dtype, jnp.float32)
     probe = None if key is None else jax.random.rademacher(key, x1.shape, x1.dtype)
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from flowgen.arrays import check_floating, check_key, shown
 from flowgen.conditioning import drop_labels
-from flowgen.matching.checks import check_floating, check_output
+from flowgen.matching.checks import check_output, check_velocity
 from flowgen.matching.conversions import Prediction, check_prediction
 from flowgen.matching.couplings import Coupling, GibbsWeights, Independent, log_mean_exp
 from flowgen.matching.diagnostics import effective_sample_size
@@ -67,6 +68,7 @@ def flow_matching_loss(
     def loss_fn(
         velocity: Velocity, batch: dict[str, Any], key: Key[Array, ""], log_mean: Float[Array, ""] | None = None
     ) -> tuple[Float[Array, ""], dict[str, Array], Float[Array, ""]]:
+        check_step(velocity, batch, key)
         pair_key, time_key, path_key = jax.random.split(key, 3)
         pairs = draw_pairs(pair_key, batch, coupling, log_mean, label_dropout=label_dropout)
         t = time(time_key, len(pairs.x1))
@@ -169,6 +171,20 @@ def check_data(x0: Array, x1: Array, cond: Any, label_dropout: float) -> None:
                 f"label_dropout is {label_dropout} and cond {part.dtype} of shape {part.shape}; only integer labels, "
                 "one per datum, can be dropped."
             )
+
+
+def check_step(velocity: object, batch: object, key: object) -> None:
+    """Raises ValueError unless a loss is called with a velocity, a dict and a key, in this order.
+
+    Example:
+        check_step(velocity, {"x1": images}, key)
+    """
+    check_velocity(velocity)
+    if not isinstance(batch, Mapping):
+        raise ValueError(
+            f"batch is {shown(batch)}; give a dict with 'x1' data, and 'x0' source and 'cond' labels if any."
+        )
+    check_key(key)
 
 
 def check_names(batch: dict[str, Any]) -> None:

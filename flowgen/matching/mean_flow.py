@@ -17,10 +17,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from flowgen.arrays import check_floating
 from flowgen.conditioning import UNCONDITIONAL, no_labels
 from flowgen.matching.checks import check_output
 from flowgen.matching.couplings import Coupling
-from flowgen.matching.loss import Loss, check_dropout, draw_pairs, mean_square
+from flowgen.matching.loss import Loss, check_dropout, check_step, draw_pairs, mean_square
 from flowgen.matching.paths import CondOT, Path, over_event
 from flowgen.matching.solvers import time_grid
 from flowgen.matching.times import LogitNormal
@@ -70,6 +71,7 @@ def mean_flow_loss(
         key: Key[Array, ""],
         log_mean: Float[Array, ""] | None = None,
     ) -> tuple[Float[Array, ""], dict[str, Array], Float[Array, ""]]:
+        check_step(average_velocity, batch, key)
         pair_key, time_key, end_key, share_key, path_key = jax.random.split(key, 5)
         pairs = draw_pairs(pair_key, batch, coupling, log_mean, label_dropout=label_dropout)
         size = len(pairs.x1)
@@ -158,6 +160,7 @@ def integrate_mean(
     Example:
         x1, nfe = integrate_mean(average_velocity, x0, labels, num_steps=1)
     """
+    check_floating("x0", x0)
     grid = time_grid(num_steps, None)
 
     def step(x, ends):

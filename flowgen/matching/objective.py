@@ -27,6 +27,7 @@ from flowgen.matching.paths import (
 )
 from flowgen.matching.solvers import Velocity
 from flowgen.matching.times import LogitNormal, Shifted, Uniform
+from flowgen.typed import typed
 
 # The collection of the train state in which a running log-mean of weights lives.
 STATE = "matching"
@@ -35,8 +36,12 @@ REPORT_PAIRS = 1024
 
 
 @dataclass(frozen=True)
+@typed
 class FlowMatching:
-    """Regression of the velocity; prediction: what the network's output means."""
+    """Regression of the velocity.
+
+    prediction: what the network's output means.
+    """
 
     prediction: Prediction = "velocity"
 
@@ -45,11 +50,13 @@ class FlowMatching:
 
 
 @dataclass(frozen=True)
+@typed
 class MeanFlow:
     """Regression of average velocities, for sampling in one step (arXiv 2505.13447); see `mean_flow_loss`.
 
-    instantaneous: share of pairs of span 0. power: of the adaptive weight. guidance_weight: guidance learned into
-    the field, 0 for none.
+    instantaneous: share of pairs of span 0, between 0 and 1.
+    power: of the adaptive weight; 0 for none.
+    guidance_weight: guidance learned into the field; 0 for none.
     """
 
     instantaneous: float = 0.75
@@ -62,7 +69,13 @@ class MeanFlow:
 
 @dataclass(frozen=True)
 class MatchingConfig:
-    """Loss, path, coupling and times: four independent choices."""
+    """Loss, path, coupling and times: four independent choices.
+
+    loss: what is regressed.
+    path: between noise and data.
+    coupling: which noise goes with which datum, and how much the pair counts.
+    time: how times are drawn in training.
+    """
 
     loss: FlowMatching | MeanFlow = FlowMatching()
     path: (

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from flowgen.matching.checks import check_pair, check_spread
+from flowgen.typed import typed
 
 # How near to an end of a path conversions go, in time and in alpha/beta: there they are singular, not the path.
 SMALLEST = 1e-5
@@ -56,8 +57,12 @@ class Path(Protocol):
 
 
 @dataclass(frozen=True)
+@typed
 class CondOT:
-    """The straight line x_t = (1 - t) x0 + t x1, with Gaussian spread sigma (Lipman 2210.02747, Tong 2302.00482)."""
+    """The straight line x_t = (1 - t) x0 + t x1 (Lipman 2210.02747, Tong 2302.00482).
+
+    sigma: Gaussian spread around the line; 0 for none.
+    """
 
     sigma: float = 0.0
 
@@ -72,10 +77,13 @@ class CondOT:
 
 
 @dataclass(frozen=True)
+@typed
 class Target:
-    """Lipman's path with a narrow end: x_t = t x1 + (1 - (1 - sigma) t) x0, where x0 is standard normal.
+    """Lipman's path with a narrow end: x_t = t x1 + (1 - (1 - sigma_min) t) x0, where x0 is standard normal.
 
-    The target is written with x0, x1 - (1 - sigma) x0, which is the published one without its 0/0 at t = 1.
+    The target is written with x0, x1 - (1 - sigma_min) x0, which is the published one without its 0/0 at t = 1.
+
+    sigma_min: width of the end; at least 0 and below 1.
     """
 
     sigma_min: float = 0.0
@@ -93,8 +101,12 @@ class Target:
 
 
 @dataclass(frozen=True)
+@typed
 class Trigonometric:
-    """The cosine path x_t = sin(πt/2) x1 + cos(πt/2) x0, variance preserving (Albergo 2209.15571), spread sigma."""
+    """The cosine path x_t = sin(πt/2) x1 + cos(πt/2) x0, variance preserving (Albergo 2209.15571).
+
+    sigma: Gaussian spread around the path; 0 for none.
+    """
 
     sigma: float = 0.0
 
@@ -111,8 +123,12 @@ class Trigonometric:
 
 
 @dataclass(frozen=True)
+@typed
 class Polynomial:
-    """x_t = tⁿ x1 + (1 - tⁿ) x0 with n = degree ≥ 1."""
+    """x_t = tⁿ x1 + (1 - tⁿ) x0.
+
+    degree: n, at least 1.
+    """
 
     degree: float = 2.0
 
@@ -129,8 +145,13 @@ class Polynomial:
 
 
 @dataclass(frozen=True)
+@typed
 class VariancePreserving:
-    """The diffusion path alpha = e^(-T/2), beta = √(1 - e^(-T)), T = (1-t)²(B-b)/2 + (1-t)b (Song 2011.13456)."""
+    """The diffusion path alpha = e^(-T/2), beta = √(1 - e^(-T)), T = (1-t)²(B-b)/2 + (1-t)b (Song 2011.13456).
+
+    beta_min: b, positive.
+    beta_max: B, at least b.
+    """
 
     beta_min: float = 0.1
     beta_max: float = 20.0
@@ -172,11 +193,14 @@ class LinearVariancePreserving:
 
 
 @dataclass(frozen=True)
+@typed
 class SchroedingerBridge:
     """The Brownian bridge x_t = (1-t) x0 + t x1 + sigma √(t(1-t)) noise, for entropic couplings (Tong 2307.03672).
 
     u_t = (1 - 2t) / (2t(1-t)) (x_t - mean) + x1 - x0. Written with the noise, its singularities at both ends are of
-    order t^-½; times are kept 1e-5 away from them. Raises ValueError unless sigma is positive.
+    order t^-½; times are kept 1e-5 away from them.
+
+    sigma: of the bridge's noise; positive.
     """
 
     sigma: float = 1.0

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from flowgen.matching.checks import check_positive
 from flowgen.matching.couplings import Coupled, pairwise_cost
+from flowgen.packages import missing
 
 # Step size of Adam at the start of its cosine decay, in units of the spread of a source's costs over the data.
 LEARNING_RATE = 0.05
@@ -111,14 +112,12 @@ def fit_semidiscrete(
 
 
 def _ott() -> tuple[Any, Any, Any, Any]:
-    """OTT-JAX's modules and optax, or ModuleNotFoundError naming the extra that brings them."""
+    """OTT-JAX's modules and optax, or ModuleNotFoundError naming the package."""
     try:
         import optax
         from ott.geometry import semidiscrete_pointcloud
         from ott.problems.linear import semidiscrete_linear_problem
         from ott.solvers.linear import semidiscrete
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            'Semidiscrete transport needs the package ott-jax; install it with: pip install "flowgen[ot]".'
-        ) from error
+        raise missing("Semidiscrete transport", "ott-jax") from error
     return semidiscrete, semidiscrete_pointcloud, semidiscrete_linear_problem, optax

@@ -11,7 +11,9 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Key
 
-from flowgen.matching.checks import check_floating, check_output
+from flowgen.arrays import check_floating, check_key
+from flowgen.matching.checks import check_output, check_velocity
+from flowgen.packages import missing
 
 Velocity = Callable[[Array, Array, Any], Array]
 FixedMethod = Literal["euler", "midpoint", "heun", "rk4"]
@@ -60,6 +62,7 @@ def integrate(
         x1, nfe = integrate(velocity, x0, method="heun", num_steps=25)
         x1, nfe = jax.jit(lambda x: integrate(velocity, x, method="dopri5", rtol=1e-4))(x0)
     """
+    check_velocity(velocity)
     if method == "dopri5":
         if times is not None:
             raise ValueError("dopri5 chooses its own times; leave `times` out, or take a method of fixed steps.")
@@ -85,12 +88,13 @@ def trajectory(
     Example:
         path, nfe = trajectory(velocity, x0, num_steps=100, method="rk4")
     """
+    check_velocity(velocity)
     if method not in TABLEAUS:
         raise ValueError(f"method is {method!r}; choose one of {', '.join(TABLEAUS)}, or let integrate take dopri5.")
     grid = time_grid(num_steps, times)
     grid = grid[::-1] if reverse else grid
     nodes, stage_weights, weights = TABLEAUS[method]
-    dtype = _state_dtype(x0)
+    dtype, x0 = _state_dtype(x0), jnp.asarray(x0)
 
     def step(x, ends):
         start, width = ends[0], (ends[1] - ends[0]).astype(dtype)
@@ -155,13 +159,11 @@ def _dopri5(
 
 
 def _diffrax() -> Any:
-    """The module diffrax, or ModuleNotFoundError naming the extra that brings it."""
+    """The module diffrax, or ModuleNotFoundError naming the package."""
     try:
         import diffrax
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            'The adaptive solver dopri5 needs the package diffrax; install it with: pip install "flowgen[ode]".'
-        ) from error
+        raise missing("The adaptive solver dopri5", "diffrax") from error
     return diffrax
 
 
@@ -266,6 +268,8 @@ def integrate_sde(
     Example:
         x1, nfe = integrate_sde(velocity, score, x0, key, num_steps=200)
     """
+    check_velocity(velocity)
+    check_key(key)
     grid = time_grid(num_steps, None)
     dtype = _state_dtype(x0)
 

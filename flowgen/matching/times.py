@@ -8,10 +8,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from flowgen.typed import typed
+
 
 @dataclass(frozen=True)
+@typed
 class Uniform:
-    """Uniform times; stratified, one per interval of length 1/b in random order, where asked for."""
+    """Uniform times.
+
+    stratified: one per interval of length 1/b of a batch, in random order.
+    """
 
     stratified: bool = False
 
@@ -22,8 +28,13 @@ class Uniform:
 
 
 @dataclass(frozen=True)
+@typed
 class LogitNormal:
-    """t = sigmoid(mean + std z), z normal (Esser 2403.03206). EDM's choice is mean 1.2, std 1.2 with data at t = 1."""
+    """t = sigmoid(mean + std z), z normal (Esser 2403.03206). EDM's choice is mean 1.2, std 1.2 with data at t = 1.
+
+    mean: of the logit; above 0 times are nearer to the data.
+    std: of the logit; positive.
+    """
 
     mean: float = 0.0
     std: float = 1.0
@@ -37,8 +48,12 @@ class LogitNormal:
 
 
 @dataclass(frozen=True)
+@typed
 class Shifted:
-    """Uniform times moved towards the noise: with s = 1 - t and k = shift, s' = k s / (1 + (k - 1) s)."""
+    """Uniform times moved towards the noise: with s = 1 - t and k = shift, s' = k s / (1 + (k - 1) s).
+
+    shift: k, positive; 1 for none.
+    """
 
     shift: float = 3.0
 

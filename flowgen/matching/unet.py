@@ -28,6 +28,7 @@ from flowgen.matching.velocity import TIME_SCALE, check_inputs, check_time_scale
 from flowgen.nn.checks import check_at_least_one, check_choices, check_num_classes, image_sides
 from flowgen.nn.convolution import conv, group_norm
 from flowgen.nn.layers import flat_dot, linear, master_dtype
+from flowgen.typed import typed
 
 TORCH_GROUP_NORM_EPS = 1e-5
 # Width of the embedding of time and class, in widths of the network.
@@ -35,17 +36,26 @@ EMBEDDING_EXPANSION = 4
 
 
 @dataclass(frozen=True)
+@typed
 class UNetConfig:
     """Shape of a U-Net; `UNetConfig(image_size=32)` is torchcfm's for CIFAR-10.
 
     Meta's is `UNetConfig(image_size=32, multipliers=(2, 2, 2), blocks_per_level=4, resample="pool", head_dim=256,
     dropout=0.3, scale_shift_norm=True)`; both feed t as it is, `time_scale=1.0`.
 
-    image_size: side, or (height, width). multipliers: channels of each level, in widths; each level halves the image.
-    attention_factors: blocks attend where the image is this many times smaller; between down and up they always do.
+    image_size: side in pixels, or (height, width).
+    channels: of the images.
+    width: channels of the first level, a multiple of num_groups.
+    multipliers: channels of each level, in widths; each level but the last halves the image.
+    blocks_per_level: residual blocks of a level on the way down.
     resample: "conv" halves by a convolution of stride 2 and doubles by repetition and a convolution; "pool" halves by
     the mean of four pixels and doubles by repetition alone.
-    head_dim: heads have this many channels; a level narrower than it is one head. num_groups: of group norm.
+    attention_factors: blocks attend where the image is this many times smaller; between down and up they always do.
+    head_dim: channels of an attention head; a level narrower than it is one head.
+    num_groups: of group norm.
+    dropout: share of activations that are set to 0 in training; at least 0 and below 1.
+    num_classes: of the labels the field is conditioned on; 0 for none.
+    scale_shift_norm: the time scales and shifts the normalised activations, instead of being added.
     time_scale: times are stretched by it before the sinusoids, which are made for 0 to 1,000.
     spans: also predict average velocities over a span (MeanFlow).
     dtype: of convolutions and activations; parameters, norms, the embedding and the velocity stay float32.
@@ -70,9 +80,6 @@ class UNetConfig:
     remat: bool = False
 
     def __post_init__(self):
-        for name in ("image_size", "multipliers", "attention_factors"):
-            if isinstance(getattr(self, name), list):
-                object.__setattr__(self, name, tuple(getattr(self, name)))
         check_at_least_one(self, ("channels", "width", "blocks_per_level", "head_dim", "num_groups"))
         check_num_classes(self.num_classes)
         if not self.multipliers or not all(type(factor) is int and factor >= 1 for factor in self.multipliers):

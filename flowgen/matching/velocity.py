@@ -16,9 +16,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int, Key
 
+from flowgen.arrays import check_floating, check_key, shown
 from flowgen.conditioning import UNCONDITIONAL, check_labels
 from flowgen.nn.checks import check_at_least_one, check_num_classes
 from flowgen.nn.layers import linear, master_dtype
+from flowgen.typed import typed
 
 # Times in [0, 1] are stretched to the 1,000 steps that sinusoidal embeddings are made for: without it all angles are
 # below one radian.
@@ -27,8 +29,16 @@ EMBEDDING_STDDEV = 0.02
 
 
 @dataclass(frozen=True)
+@typed
 class MLPConfig:
-    """Shape of a velocity network for points: `dim` coordinates, `num_layers` hidden layers of `width`."""
+    """Shape of a velocity network for points.
+
+    dim: coordinates of a point.
+    width: of the hidden layers.
+    num_layers: hidden layers.
+    num_classes: of the labels the field is conditioned on; 0 for none.
+    spans: also predict average velocities over a span (MeanFlow).
+    """
 
     dim: int = 2
     width: int = 64
@@ -163,6 +173,7 @@ def init(network: nn.Module, key: Key[Array, ""]) -> Any:
     Example:
         variables = init(VelocityMLP(MLPConfig(dim=2)), jax.random.key(0))
     """
+    check_key(key)
     config: Any = getattr(network, "config")  # noqa: B009  (a module's type does not say that it has one)
     x = jnp.zeros((1, *config.event_shape), master_dtype(getattr(config, "dtype", "float32")))
     return jax.jit(network.init)(key, jnp.zeros(1), x)
@@ -174,11 +185,12 @@ def check_inputs(config: Any, t: Array, x: Array) -> None:
     Example:
         check_inputs(config, t, x)
     """
+    check_floating("x", x)
     if x.shape[1:] != config.event_shape:
         shape = ", ".join(map(str, config.event_shape))
         raise ValueError(f"x has shape {tuple(x.shape)}; this network takes (batch, {shape}).")
-    if t.shape != x.shape[:1]:
-        raise ValueError(f"t has shape {tuple(t.shape)}; there must be one time per sample, {tuple(x.shape[:1])}.")
+    if getattr(t, "shape", None) != x.shape[:1]:
+        raise ValueError(f"t is {shown(t)}; there must be one time per sample, of shape {tuple(x.shape[:1])}.")
 
 
 def _span(span: Array | None, t: Array) -> Array:

@@ -12,9 +12,10 @@ def check_at_least_one(config: Any, names: Sequence[str]) -> None:
     Example:
         check_at_least_one(config, ("width", "num_layers"))
     """
-    for name in names:
-        if getattr(config, name) < 1:
-            raise ValueError(f"model.{name} is {getattr(config, name)}; it must be at least 1.")
+    low = [name for name in names if getattr(config, name) < 1]
+    if low:
+        told = " and ".join(f"model.{name} is {getattr(config, name)}" for name in low)
+        raise ValueError(f"{told}; {'it' if len(low) == 1 else 'they'} must be at least 1.")
 
 
 def check_num_classes(num_classes: int) -> None:
@@ -48,8 +49,8 @@ def check_choices(config: Any, choices: Mapping[str, Sequence[str]]) -> None:
             raise ValueError(f"model.{name} is {getattr(config, name)!r}; choose one of {', '.join(allowed)}.")
 
 
-def image_sides(image_size: object) -> tuple[int, int]:
-    """Returns (height, width) of a model's `image_size`: a side, or both. ValueError where it is neither.
+def image_sides(image_size: object, name: str = "model.image_size") -> tuple[int, int]:
+    """Returns (height, width) of an image size: a side, or both. ValueError where it is neither, by its name.
 
     Example:
         height, width = image_sides(config.image_size)
@@ -57,7 +58,7 @@ def image_sides(image_size: object) -> tuple[int, int]:
     sides = (image_size, image_size) if type(image_size) is int else image_size
     if isinstance(sides, tuple) and len(sides) == 2 and type(sides[0]) is type(sides[1]) is int:
         return sides[0], sides[1]
-    raise ValueError(f"model.image_size is {image_size!r}; give a side in pixels, or (height, width).")
+    raise ValueError(f"{name} is {image_size!r}; give a side in pixels, or (height, width).")
 
 
 def check_patches(image_size: object, patch_size: int) -> None:
@@ -66,9 +67,10 @@ def check_patches(image_size: object, patch_size: int) -> None:
     Example:
         check_patches(config.image_size, config.patch_size)
     """
-    for side, length in zip(("height", "width"), image_sides(image_size), strict=True):
-        if length < patch_size or length % patch_size:
-            raise ValueError(
-                f"model.image_size has {side} {length}, which patch_size {patch_size} does not divide; "
-                f"use a multiple of {patch_size} or another patch_size."
-            )
+    sides = dict(zip(("height", "width"), image_sides(image_size), strict=True))
+    odd = [f"{side} {length}" for side, length in sides.items() if length < patch_size or length % patch_size]
+    if odd:
+        raise ValueError(
+            f"model.image_size has {' and '.join(odd)}, which patch_size {patch_size} does not divide; "
+            f"use a multiple of {patch_size} or another patch_size."
+        )

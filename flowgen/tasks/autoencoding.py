@@ -25,6 +25,7 @@ from flowgen.tasks.frozen import STATISTICS, open_autoencoder
 from flowgen.tasks.images import check_foreign, image_batches, shrink_images, shrink_run
 from flowgen.tasks.pictures import DRAWABLE_CHANNELS, picture, strips
 from flowgen.training import Job
+from flowgen.typed import typed
 
 SAMPLE_OPTIONS: tuple[str, ...] = ()
 EVALUATE_OPTIONS: tuple[str, ...] = ()
@@ -34,11 +35,16 @@ PEAK = 2.0  # of pictures in [-1, 1], for the signal-to-noise ratio
 
 
 @dataclass(frozen=True)
+@typed
 class AutoencodingConfig:
-    """How an autoencoder is trained. image_size: side of its pictures, or (height, width). kl_weight: of the
-    divergence of the posterior from N(0, 1), in nats per latent. noise: std of the noise added to normalised latents
-    before they are decoded, so that the decoder takes those of a flow as they are. decoder_of: run or published folder
-    of an autoencoder, whose encoder stays as it is while the decoder is trained on. frames: of clips; 0 for pictures.
+    """How an autoencoder is trained.
+
+    image_size: side of its pictures, or (height, width), multiples of the model's factor.
+    frames: of clips; 0 for pictures.
+    kl_weight: of the divergence of the posterior from N(0, 1), in nats per latent; 0 or more.
+    noise: std of the noise added to normalised latents before they are decoded, so that the decoder takes those of a
+    flow as they are; 0 for none.
+    decoder_of: run or published folder of an autoencoder, whose encoder stays as it is while the decoder is trained on.
     """
 
     image_size: int | tuple[int, int] = 8
@@ -48,8 +54,6 @@ class AutoencodingConfig:
     decoder_of: str = ""
 
     def __post_init__(self):
-        if isinstance(self.image_size, list):
-            object.__setattr__(self, "image_size", tuple(self.image_size))
         if min(self.grid_size) < 1:
             raise ValueError(f"autoencoding.image_size is {self.image_size}; sides must be positive.")
         for name in ("kl_weight", "noise"):

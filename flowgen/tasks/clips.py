@@ -68,11 +68,6 @@ def check(experiment: Any) -> None:
     settings = experiment.likelihood or LikelihoodConfig()
     if settings.denoiser is not None and not model.denoiser_layers:
         raise ValueError("likelihood.denoiser is given, and model.denoiser_layers is 0; give the denoiser layers.")
-    if settings.denoiser is not None and (warmup := settings.denoiser.warmup_steps) >= experiment.train.steps:
-        raise ValueError(
-            f"likelihood.denoiser.warmup_steps is {warmup}; it must be below train.steps, which is "
-            f"{experiment.train.steps}, so lower it too."
-        )
     if model.denoiser_layers and settings.norm_penalty:
         raise ValueError(
             f"likelihood.norm_penalty is {settings.norm_penalty}, which would mix with the score that the denoiser "

@@ -9,6 +9,7 @@ from flowgen.decoding import Guidance, Jacobi, MovingJacobi
 from flowgen.decoding.guidance import Parts, Rule
 from flowgen.decoding.plan import Plan, Start
 from flowgen.training import OptimConfig
+from flowgen.typed import typed
 
 # σ of the published model, by which the loss of noisier models weighs more where it is weighted.
 REFERENCE_NOISE = 0.3
@@ -17,13 +18,14 @@ _OF_ALL_PARAMETERS = ("ema_decay", "ema_warmup", "max_skips")
 
 
 @dataclass(frozen=True)
+@typed
 class LikelihoodConfig:
     """How a flow is trained beyond maximum likelihood.
 
-    norm_penalty: weight of the mean squares of the tokens that enter each block; published: 1e-4.
+    norm_penalty: weight of the mean squares of the tokens that enter each block; published: 1e-4, 0 for none.
     noise_weight: multiply the loss by σ / 0.3, as published with noise levels in the prompt.
-    denoiser: the optimizer of the denoiser of a flow of clips; None is one of its own with the numbers of `optim`.
-    ema_decay, ema_warmup and max_skips are those of `optim` for all parameters.
+    denoiser: the optimizer of the denoiser of a flow of clips, but for ema_decay, ema_warmup and max_skips, which are
+    those of `optim` for all parameters; None is one of its own with the numbers of `optim`.
     """
 
     norm_penalty: float = 0.0
@@ -45,12 +47,23 @@ class LikelihoodConfig:
 
 
 @dataclass(frozen=True)
+@typed
 class SamplingConfig:
     """How samples are drawn, in training and by default in `sample.py`.
 
-    plan, window, tol, init: see `flowgen.decoding`; the latter three are for "jacobi" and "moving". guidance to
-    temperature: see `Guidance`. denoise: strength of the score step, 0 for none. prompts: that a model of texts draws
-    in turn.
+    num: samples of a picture; at least 1.
+    plan: how tokens are decoded; "auto" is sequential on CPUs and parallel where that is faster.
+    window: tokens that "jacobi" and "moving" solve together, at least 1; None for all.
+    tol: largest change at which "jacobi" and "moving" stop; 0 is exact.
+    init: what their sweeps start from: the noise, zeros, or the frame before.
+    guidance: weight w towards the class or text; 0 for none.
+    rule: how both branches are combined, TARFlow's linear or STARFlow's product.
+    parts: what the linear rule changes.
+    anneal: let the weight grow from 0 at a block's first token to w at its last.
+    temperature: of the attention of the unconditional branch; positive, 1 for none.
+    blocks: that are guided, by number, data side first; None for all.
+    denoise: strength of the step that removes the noise of training; 0 for none.
+    prompts: that a model of texts draws in turn.
     """
 
     num: int = 64

@@ -35,14 +35,19 @@ from flowgen.prompts import aspect_size
 from flowgen.tasks.texts import TextConfig, encoder_of, remembered, text_fingerprint, version_of
 from flowgen.training.loop import CHECKPOINTS, CONFIG_FILE, read_config
 from flowgen.training.store import CheckpointReader, check_layout, layout
+from flowgen.typed import typed
 
 # The collection of an autoencoder's state in which the mean and variance of its latents live.
 STATISTICS = "latents"
 
 
 @dataclass(frozen=True)
+@typed
 class PixelBlocks:
-    """A codec without a network: factor x factor pixels of c channels are one latent of factor² c channels."""
+    """A codec without a network: factor x factor pixels of c channels are one latent of factor² c channels.
+
+    factor: side of the squares of pixels; at least 1.
+    """
 
     factor: int = 2
 
@@ -52,10 +57,14 @@ class PixelBlocks:
 
 
 @dataclass(frozen=True)
+@typed
 class TrainedCodec:
-    """A frozen autoencoder. path: run directory of one trained by flowgen, or folder of a published AutoencoderKL or
-    (of clips) AutoencoderKLWan. digest: of all that its latents depend on, set when a flow is trained on them, so that
-    no other is taken for it. temporal_scale: of clips' latents behind the first frame; published: 0.6.
+    """A frozen autoencoder.
+
+    path: run directory of one trained by flowgen, or folder of a published AutoencoderKL or, of clips,
+    AutoencoderKLWan.
+    digest: of all that its latents depend on, set when a flow is trained on them, so that no other is taken for it.
+    temporal_scale: of clips' latents behind the first frame; published: 0.6, 1 for none.
     """
 
     path: str

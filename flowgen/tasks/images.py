@@ -20,9 +20,11 @@ def check_foreign(experiment: Any, kind: str, how: str, groups: tuple[str, ...])
     Example:
         check_foreign(experiment, "DiT", "flow matching", ("likelihood", "codec"))
     """
-    for name in groups:
-        if getattr(experiment, name) is not None:
-            raise ValueError(f"{name} is given, but a {kind} is trained by {how} and has no use for it; leave it out.")
+    given = [name for name in groups if getattr(experiment, name) is not None]
+    if given:
+        told = f"{given[0]} is" if len(given) == 1 else f"{' and '.join(given)} are"
+        it = "it" if len(given) == 1 else "them"
+        raise ValueError(f"{told} given, but a {kind} is trained by {how} and has no use for {it}; leave {it} out.")
 
 
 def image_source(experiment: Any, split: Split) -> Source:

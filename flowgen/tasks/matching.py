@@ -38,6 +38,7 @@ from flowgen.tasks.images import check_foreign, image_batches, image_source, shr
 from flowgen.tasks.pictures import DRAWABLE_CHANNELS, DRAWN_PATHS, grid_labels, path_plot, picture
 from flowgen.tasks.samples import sample_lines, sample_metrics, train_judge
 from flowgen.training import Job
+from flowgen.typed import typed
 
 Solver = Literal["euler", "midpoint", "heun", "rk4", "dopri5", "mean_flow"]
 # Options of `sample` and `evaluate` that mean something here, by their names in the command.
@@ -47,13 +48,19 @@ PLOT_STEPS = 60
 
 
 @dataclass(frozen=True)
+@typed
 class SolverConfig:
     """How samples are drawn, in training and by default in `sample.py`.
 
-    method: a solver of `flowgen.matching.integrate`, or "mean_flow" for networks of average velocities. num_steps: of
-    all but "dopri5", which takes rtol and atol. times: "uniform", or "edm", steps that grow finer towards the data.
-    guidance: weight w of (1 + w) v_c - w v_u, 0 for none, within guidance_interval.
-    frechet_samples: pictures that each evaluation draws and compares with held-out ones, 0 for none.
+    num: samples of a picture; at least 1.
+    method: a solver of `flowgen.matching.integrate`, or "mean_flow" for networks of average velocities.
+    num_steps: of all methods but "dopri5"; at least 1.
+    times: "uniform", or "edm", steps that grow finer towards the data.
+    rtol: relative error that "dopri5" allows; positive.
+    atol: absolute error that "dopri5" allows; positive.
+    guidance: weight w of (1 + w) v_c - w v_u; 0 for none.
+    guidance_interval: times in [0, 1] between which guidance acts.
+    frechet_samples: pictures that each evaluation draws and compares with held-out ones; 0 for none.
     """
 
     num: int = 64

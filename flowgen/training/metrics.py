@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from flowgen.packages import missing
 from flowgen.training.options import LogConfig
 
 METRICS_FILE = "metrics.jsonl"
@@ -26,9 +27,7 @@ def check_packages(config: LogConfig) -> None:
             try:
                 __import__(module)
             except ImportError as error:
-                raise ImportError(
-                    f'{field} needs the package {module}; pip install "flowgen[train]" or set --{field} false.'
-                ) from error
+                raise missing(field, module, otherwise=f"set --{field} false") from error
 
 
 class MetricsLog:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Literal
 
+from flowgen.typed import typed
+
 SEEDS = 1 << 32  # Larger seeds would be cut to 32 bits.
 
 
@@ -17,20 +19,46 @@ def check_at_least(group: str, config: object, bounds: Mapping[str, float | int]
     Example:
         check_at_least("train", config, {"steps": 1})
     """
-    for name, bound in bounds.items():
-        value = getattr(config, name)
-        if not bound <= value < float("inf"):
-            raise ValueError(f"{group}{'.' * bool(group)}{name} is {value}; it must be at least {bound}.")
+    low = {name: value for name in bounds if not bounds[name] <= (value := getattr(config, name)) < float("inf")}
+    if low:
+        told = " and ".join(f"{group}{'.' * bool(group)}{name} is {value}" for name, value in low.items())
+        least = " and ".join(map(str, dict.fromkeys(bounds[name] for name in low)))
+        raise ValueError(f"{told}; {'it' if len(low) == 1 else 'they'} must be at least {least}.")
+
+
+def check_warmups(warmups: Mapping[str, int], steps: int) -> None:
+    """Raises ValueError, naming all at once, where a warm-up is as long as the run or longer.
+
+    Example:
+        check_warmups({"optim.warmup_steps": 100}, steps=2000)
+    """
+    late = {name: count for name, count in warmups.items() if count >= steps}
+    if late:
+        told = " and ".join(f"{name} is {count}" for name, count in late.items())
+        fitting = " ".join(f"--{name} {steps // 10}" for name in late)
+        must = "it must" if len(late) == 1 else "both must"
+        raise ValueError(f"{told}; {must} be below train.steps, which is {steps}, so add {fitting}.")
 
 
 @dataclass(frozen=True)
+@typed
 class OptimConfig:
     """AdamW with warm-up and decay, clipping and an exponential moving average of the parameters.
 
-    schedule: after a linear warm-up from min_lr to lr, "cosine" decays to min_lr, "constant" stays.
-    clip_norm: bound on the global gradient norm, 0 = none. ema_decay: 0 = no average.
-    skip_norm: leave out updates whose gradient norm before clipping is above it, after the first skip_after updates,
-    and those whose gradient is not finite; 0 = none. More than max_skips in a row stop the run.
+    lr: learning rate after the warm-up; positive.
+    min_lr: learning rate at the beginning of the warm-up and the end of a cosine; at most lr.
+    schedule: after the warm-up "cosine" decays to min_lr, "constant" stays.
+    warmup_steps: over which the learning rate rises from min_lr to lr; fewer than train.steps.
+    weight_decay: AdamW's, decoupled; 0 for none.
+    b1: decay of the mean of gradients; at least 0 and below 1.
+    b2: decay of the mean of their squares; at least 0 and below 1.
+    eps: what is added to the divisor of updates.
+    clip_norm: bound on the global gradient norm; 0 for none.
+    skip_norm: leave out updates whose gradient norm before clipping is above it, and those whose gradient is not
+    finite; 0 for none.
+    skip_after: updates that are never left out, at the beginning.
+    max_skips: more updates left out in a row stop the run; at least 1.
+    ema_decay: of the average of the parameters, which is sampled; below 1, 0 for no average.
     ema_warmup: let the average follow closely at first, decay min(ema_decay, (1 + step) / (10 + step)).
     """
 
@@ -66,8 +94,16 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+@typed
 class TrainConfig:
-    """Length and batch of a run. batch_size is over all devices and hosts; accumulation cuts each device's share."""
+    """Length and batch of a run.
+
+    steps: updates of the parameters; at least 1.
+    batch_size: samples of an update, over all devices and hosts; a multiple of devices times accumulation.
+    seed: of initial parameters, order of the data and noise; a whole number below 2^32.
+    label_dropout: share of labels or texts that are left out, so that guidance has a model without; at most 1.
+    accumulation: parts that each device's share of a batch is cut into, to save memory.
+    """
 
     steps: int = 1000
     batch_size: int = 64
@@ -84,10 +120,17 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+@typed
 class LogConfig:
-    """How often a run reports, in steps; 0 switches a report off. It always reports and saves at its end.
+    """How often a run reports, in steps; it always reports and saves at its end.
 
-    keep: latest checkpoints to keep, beside the best one. tensorboard: write events next to metrics.jsonl.
+    log_every: steps between rows of metrics; at least 1.
+    eval_every: steps between evaluations on held-out data; 0 for the end alone.
+    sample_every: steps between pictures of samples; 0 for the end alone.
+    checkpoint_every: steps between checkpoints; 0 for the end alone.
+    keep: latest checkpoints to keep, beside the best one; at least 1.
+    tensorboard: write events next to metrics.jsonl.
+    progress: show a bar on standard error.
     """
 
     log_every: int = 50

@@ -15,7 +15,7 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Float, Int, Key
 
-from flowgen.training.options import OptimConfig
+from flowgen.training.options import OptimConfig, check_warmups
 
 Metrics = dict[str, Array]
 Objective = Callable[[Any, Any, Key[Array, ""]], tuple]
@@ -52,11 +52,7 @@ def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
     Example:
         lr = make_schedule(OptimConfig(), steps=1_000)(0)
     """
-    if config.warmup_steps >= steps:
-        raise ValueError(
-            f"optim.warmup_steps is {config.warmup_steps}; it must be below train.steps, which is {steps}, "
-            "so lower it too."
-        )
+    check_warmups({"optim.warmup_steps": config.warmup_steps}, steps)
     if config.schedule == "cosine":
         rest = optax.cosine_decay_schedule(config.lr, steps - config.warmup_steps, config.min_lr / config.lr)
     else:

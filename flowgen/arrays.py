@@ -1,0 +1,81 @@
+"""What public functions ask of arrays, keys and counts: looked at when a program is traced, at no cost when it runs."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def check_floating(name: str, x: Any) -> None:
+    """Raises ValueError unless x is an array of real floating-point numbers; bytes are told of `from_uint8`.
+
+    Example:
+        check_floating("x", x)
+    """
+    if not (hasattr(x, "dtype") and hasattr(x, "shape")):
+        raise ValueError(f"{name} is {shown(x)}; give an array of floating-point numbers.")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(
+            f"{name} is {x.dtype}; give floating-point numbers, pixels in [-1, 1], which flowgen.data.from_uint8 makes "
+            "of bytes."
+        )
+
+
+def check_bytes(name: str, x: Any) -> None:
+    """Raises ValueError unless x is an array of uint8, the levels 0..255 of pixels.
+
+    Example:
+        check_bytes("image", batch["image"])
+    """
+    if getattr(x, "dtype", None) != jnp.uint8:
+        raise ValueError(f"{name} is {shown(x)}; give bytes 0..255, which flowgen.data.to_uint8 makes of [-1, 1].")
+
+
+def check_key(key: Any) -> None:
+    """Raises ValueError unless key is one key of jax.random, typed or of the old kind, and no number.
+
+    Example:
+        check_key(jax.random.key(0))
+    """
+    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
+    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    if not (shape == () if typed else dtype == jnp.uint32 and len(shape or ()) == 1):
+        raise ValueError(f"key is {shown(key)}; give one key, such as jax.random.key(0).")
+
+
+def check_count(name: str, value: Any) -> None:
+    """Raises ValueError unless a number of things is whole and at least 1.
+
+    Example:
+        check_count("num", num)
+    """
+    if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
+        raise ValueError(f"{name} is {shown(value)}; give a whole number of at least 1.")
+
+
+def shown(value: Any) -> str:
+    """Returns what a value is, for a sentence: an array by its type and shape, a number as it stands, else its class.
+
+    Example:
+        shown(jnp.zeros((2, 3)))  # "float32 of shape (2, 3)"
+    """
+    if hasattr(value, "dtype") and hasattr(value, "shape"):
+        return f"{value.dtype} of shape {tuple(value.shape)}"
+    if value is None or isinstance(value, bool | int | float | str):
+        return repr(value) if not isinstance(value, float) or math.isfinite(value) else str(value)
+    kind = type(value).__name__
+    return f"{'an' if kind[0].lower() in 'aeiou' else 'a'} {kind}"
+
+
+def at_least_float32(name: str, x: Any) -> jax.Array:
+    """Returns a floating-point array in its own precision or, where that is half, in float32; ValueError as above.
+
+    Example:
+        x = at_least_float32("x", x)
+    """
+    check_floating(name, x)
+    x = jnp.asarray(x)
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

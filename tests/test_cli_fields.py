@@ -1,0 +1,319 @@
+"""Fields of the config in every command that asks them: their help, their names, and what conflicts."""
+
+import dataclasses
+import os
+import shlex
+import subprocess
+import sys
+import typing
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from flowgen import checkpoint, config
+from flowgen.attention import CAUSAL_KERNEL_NAMES, KERNELS
+from flowgen.cli import EXIT_BROKEN_PIPE, EXIT_MISTAKE, main
+from flowgen.config import Experiment, SamplingConfig, SolverConfig
+from flowgen.data import PointsConfig
+from flowgen.flows import STARFlowConfig, TARFlowConfig
+from flowgen.matching import DiTConfig, MatchingConfig, MLPConfig
+from flowgen.models import build, init
+from flowgen.settings import help_of
+from flowgen.training import OptimConfig, TrainConfig
+
+PROJECT = Path(__file__).parent.parent
+CONFIGS = sorted((PROJECT / "configs").glob("*.py"))
+CLIPS = PROJECT / "configs" / "starflow_v_bouncing.py"
+
+
+def config_classes(annotation):
+    """All dataclasses that a field of an experiment may hold, at any depth."""
+    if dataclasses.is_dataclass(annotation):
+        yield annotation
+        for field in typing.get_type_hints(annotation).values():
+            yield from config_classes(field)
+    for member in typing.get_args(annotation):
+        yield from config_classes(member)
+
+
+CLASSES = sorted(set(config_classes(Experiment)), key=lambda cls: cls.__name__)
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+def test_every_field_has_a_line_of_help(cls):
+    about = help_of(cls)
+    for field in dataclasses.fields(cls):
+        assert about.get(field.name, "").endswith("."), field.name
+        assert "\n" not in about[field.name]
+
+
+@pytest.mark.parametrize(
+    ("cls", "names"),
+    [
+        (TARFlowConfig, CAUSAL_KERNEL_NAMES),
+        (STARFlowConfig, CAUSAL_KERNEL_NAMES),
+        (DiTConfig, ("softmax", "soft", *KERNELS)),
+    ],
+)
+def test_the_help_of_attention_names_what_the_model_takes(cls, names):
+    about = help_of(cls)["attention"]
+    listed = about.rstrip(".").replace(":", ",").replace('"', "").split(", ")
+    assert set(names) <= set(listed)
+    for name in names:
+        cls(image_size=8, attention=name)
+    for name in {"soft", *KERNELS, "gated", "delta"} - set(names):
+        with pytest.raises(ValueError, match="attention"):
+            cls(image_size=8, attention=name)
+
+
+def out_of(capsys, command, *words):
+    """What a command that succeeds prints."""
+    code = main([*shlex.split(command), *map(str, words)])
+    shown = capsys.readouterr()
+    assert code == 0, shown.err
+    return shown.out
+
+
+def mistake_of(capsys, command, *words):
+    """The sentence of a command that is refused."""
+    code = main([*shlex.split(command), *map(str, words)])
+    sentence = capsys.readouterr().err
+    assert code == EXIT_MISTAKE
+    assert sentence.count("\n") == 1
+    return sentence
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_info_prints_options_that_give_the_experiment_again(path, capsys):
+    lines = [line for line in out_of(capsys, "info --config", path).splitlines() if line.startswith("--")]
+    words = [shlex.split(line, comments=True) for line in lines]
+    assert all(len(option) == 2 for option in words)
+    experiment = config.load(path)
+    given = [word for option in words if option[1] != "none" or option[0] != "--codec" for word in option]
+    assert config.override(experiment, given) == experiment
+    for line in lines:
+        assert line.partition("  # ")[2].strip(), line  # a help
+        assert line.endswith("]"), line  # and what the field may be
+
+
+@pytest.mark.parametrize(
+    ("command", "names"),
+    [
+        ("train", ["train.steps", "optim.lr", "log.keep"]),
+        (
+            "sample",
+            [f"sampling.{field.name}" for cls in (SamplingConfig, SolverConfig) for field in dataclasses.fields(cls)],
+        ),
+    ],
+)
+def test_help_lists_fields(capsys, command, names):
+    with pytest.raises(SystemExit) as end:
+        main([command, "--help"])
+    assert end.value.code == 0
+    shown = capsys.readouterr().out
+    for name in names:
+        assert f"--{name} " in shown
+
+
+# Errors that belong together are told together.
+
+
+TOGETHER = {
+    "warm-ups": (
+        lambda: config.override(config.load(CLIPS), ["--train.steps", "60"]),
+        ["optim.warmup_steps is 100", "likelihood.denoiser.warmup_steps is 100", "train.steps, which is 60"],
+    ),
+    "sides": (lambda: TARFlowConfig(image_size=(9, 10), patch_size=4), ["height 9", "width 10"]),
+    "counts of a model": (
+        lambda: TARFlowConfig(image_size=8, width=0, num_blocks=0),
+        ["width is 0", "num_blocks is 0"],
+    ),
+    "counts of a run": (lambda: TrainConfig(steps=0, batch_size=0), ["steps is 0", "batch_size is 0"]),
+    "rates": (lambda: OptimConfig(lr=-1.0, eps=-1.0), ["lr is -1.0", "eps is -1.0"]),
+    "groups": (
+        lambda: dataclasses.replace(
+            config.load(CLIPS), matching=MatchingConfig(), autoencoding=config.AutoencodingConfig()
+        ),
+        ["matching", "autoencoding"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TOGETHER)
+def test_what_is_wrong_together_is_told_at_once(name):
+    make, parts = TOGETHER[name]
+    with pytest.raises(ValueError, match=r"\w") as error:
+        make()
+    for part in parts:
+        assert part in str(error.value)
+
+
+def test_the_sentence_of_a_warm_up_gives_options_that_fit():
+    with pytest.raises(ValueError, match=r"warmup") as error:
+        config.override(config.load(CLIPS), ["--train.steps", "60"])
+    options = str(error.value).partition("so add ")[2].rstrip(".").split()
+    assert config.override(config.load(CLIPS), ["--train.steps", "60", *options]).train.steps == 60
+
+
+# Sampling fields in `sample` and `evaluate`.
+
+
+@pytest.fixture(scope="module")
+def flow_run(tmp_path_factory):
+    """A run of a tiny class flow that was never trained, whose parameters are no zeros."""
+    model = TARFlowConfig(
+        image_size=8, channels=1, patch_size=4, width=16, head_dim=8, num_blocks=2, layers_per_block=1, num_classes=10
+    )
+    return written(tmp_path_factory, Experiment("flow", model, sampling=SamplingConfig(num=4)))
+
+
+@pytest.fixture(scope="module")
+def points_run(tmp_path_factory):
+    """A run of a tiny velocity network that was never trained."""
+    model = MLPConfig(width=8, num_layers=1)
+    experiment = Experiment(
+        "points", model, data=PointsConfig(), matching=MatchingConfig(), sampling=SolverConfig(num=8, num_steps=3)
+    )
+    return written(tmp_path_factory, experiment)
+
+
+def written(tmp_path_factory, experiment):
+    path = tmp_path_factory.mktemp(experiment.name) / "run"
+    variables = init(build(experiment.model), jax.random.key(0))
+    leaves, tree = jax.tree.flatten(variables)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    moved = [leaf + 0.2 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
+    checkpoint.write_run(path, experiment, jax.tree.unflatten(tree, moved))
+    return path
+
+
+def drawn(capsys, tmp_path, run, *words):
+    out_of(capsys, "sample --checkpoint", run, "--out", tmp_path / "x.npz", *words)
+    with np.load(tmp_path / "x.npz") as file:
+        return file[file.files[0]]
+
+
+SHORT_AND_DOTTED = {
+    "num": ["2"],
+    "guidance": ["2"],
+    "plan": ["jacobi"],
+    "denoise": ["0"],
+}
+
+
+@pytest.mark.parametrize("name", SHORT_AND_DOTTED)
+def test_short_and_dotted_names_mean_the_same(capsys, tmp_path, flow_run, name):
+    value = SHORT_AND_DOTTED[name]
+    short = drawn(capsys, tmp_path, flow_run, f"--{name}", *value)
+    dotted = drawn(capsys, tmp_path, flow_run, f"--sampling.{name}", *value)
+    np.testing.assert_array_equal(short, dotted)
+    assert mistake_of(
+        capsys, "sample --checkpoint", flow_run, f"--{name}", *value, f"--sampling.{name}", *value
+    ).startswith(f"flowgen: --{name} and --sampling.{name} are both given")
+
+
+ONLY_DOTTED = {
+    "rule": ["--sampling.rule", "product"],
+    "parts": ["--sampling.parts=shift"],
+    "anneal": ["--sampling.anneal", "true"],
+    "temperature": ["--sampling.temperature", "0.5"],
+    "blocks": ["--sampling.blocks", "(0,)"],
+    "jacobi": ["--sampling.plan", "jacobi", "--sampling.window", "1", "--sampling.tol=0", "--sampling.init", "zeros"],
+}
+
+
+@pytest.mark.parametrize("name", ONLY_DOTTED)
+def test_every_field_of_sampling_reaches_the_samples(capsys, tmp_path, flow_run, name):
+    plain = drawn(capsys, tmp_path, flow_run, "--sampling.guidance", "2")
+    other = drawn(capsys, tmp_path, flow_run, "--guidance", "2", *ONLY_DOTTED[name])
+    if name == "jacobi":  # another way to the same samples, to float32's rounding
+        np.testing.assert_allclose(other, plain, rtol=1e-4, atol=1e-4 * np.abs(plain).max())
+    else:
+        assert np.abs(other - plain).max() > 1e-3 * np.abs(plain).max()
+
+
+def test_solvers_take_their_fields(capsys, tmp_path, points_run):
+    few = drawn(capsys, tmp_path, points_run, "--sampling.num_steps", "3", "--sampling.method", "euler")
+    np.testing.assert_array_equal(few, drawn(capsys, tmp_path, points_run, "--num-steps", "3", "--method", "euler"))
+    edm = drawn(capsys, tmp_path, points_run, "--sampling.times", "edm", "--sampling.method=euler")
+    assert np.abs(edm - few).max() > 1e-4
+
+
+REFUSED = {
+    "another group": (["--model.width", "8"], "--model.width is not an option of sample"),
+    "no option": (["more"], "more is not an option of sample"),
+    "an unknown field": (["--sampling.rules", "product"], "sampling.rules is not a field"),
+    "a window without a plan": (["--sampling.window", "4"], "--window, --tol and --init are for --plan jacobi"),
+    "a value out of range": (["--sampling.temperature", "0"], "temperature is 0.0"),
+    "a field of solvers": (["--sampling.num_steps", "4"], "sampling.num_steps is not a field"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_fields_that_do_not_fit_are_refused(capsys, tmp_path, flow_run, name):
+    words, sentence = REFUSED[name]
+    assert sentence in mistake_of(capsys, "sample --checkpoint", flow_run, "--out", tmp_path / "x.npz", *words)
+    assert not (tmp_path / "x.npz").exists()
+
+
+EVALUATE_REFUSED = {
+    "nothing is drawn": (["--sampling.guidance", "2"], "--sampling.guidance is given, and no samples are drawn"),
+    "another count": (["--samples", "4", "--sampling.num", "2"], "--sampling.num is not asked by evaluate"),
+    "another group": (["--optim.lr", "1"], "--optim.lr is not an option of evaluate"),
+}
+
+
+@pytest.mark.parametrize("name", EVALUATE_REFUSED)
+def test_evaluate_refuses_what_it_does_not_ask(capsys, flow_run, name):
+    words, sentence = EVALUATE_REFUSED[name]
+    assert sentence in mistake_of(capsys, "evaluate --checkpoint", flow_run, *words)
+
+
+@pytest.mark.usefixtures("quick_judge")
+def test_evaluate_draws_as_it_is_told(capsys, flow_run):
+    told = out_of(capsys, "evaluate --samples 20 --sampling.guidance 3 --checkpoint", flow_run)
+    assert "guidance 3" in told
+    plain = out_of(capsys, "evaluate --samples 20 --checkpoint", flow_run)
+    assert told.splitlines()[:2] == plain.splitlines()[:2]  # the likelihood is the same
+    assert told.splitlines()[-1] != plain.splitlines()[-1]
+
+
+# Folders, pipes, and other environments.
+
+
+@pytest.mark.parametrize("out", ["o/p/x.png", "o/p/x.npz"])
+def test_the_folder_of_out_is_made(capsys, tmp_path, flow_run, out):
+    out_of(capsys, "sample --num 2 --checkpoint", flow_run, "--out", tmp_path / out, "--single", tmp_path / "s" / "t")
+    assert (tmp_path / out).is_file()
+    assert len(list((tmp_path / "s" / "t").iterdir())) == 2
+
+
+@pytest.mark.parametrize("words", [["info", "--config", str(CLIPS)], ["train", "--help"], ["--help"]], ids=" ".join)
+def test_a_reader_that_has_left_is_no_mistake(words):
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        ended = subprocess.run(
+            [sys.executable, "-m", "flowgen", *words],
+            stdout=writing,
+            stderr=subprocess.PIPE,
+            env=environment,
+            text=True,
+        )
+    finally:
+        os.close(writing)
+    assert (ended.returncode, ended.stderr) == (EXIT_BROKEN_PIPE, "")
+
+
+@pytest.mark.parametrize("script", ["train.py --config configs/cfm_moons.py --workdir x", "sample.py --checkpoint x"])
+def test_outside_the_environment_the_missing_package_is_named(script):
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-S", *script.split()]  # without the packages that are installed
+    ended = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True)
+    assert ended.returncode == EXIT_MISTAKE
+    assert ended.stderr.startswith("flowgen: The package jax is missing in ")
+    assert 'pip install -e ".[train]"' in ended.stderr
+    assert ended.stderr.count("\n") == 1

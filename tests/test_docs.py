@@ -1,0 +1,113 @@
+"""README and docs do what they say: every block of Python runs when pasted alone, every command line is understood."""
+
+import ast
+import re
+import shlex
+import sys
+import textwrap
+from pathlib import Path
+
+import jax
+import pytest
+from published_files import publish
+
+from flowgen import checkpoint, cli, config
+from flowgen.attention import CAUSAL_KERNEL_NAMES
+from flowgen.models import build, init
+
+PROJECT = Path(__file__).parent.parent
+sys.path.insert(0, str(PROJECT / "tests" / "fixtures"))
+import video_weights  # noqa: E402
+
+PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md")), *sorted((PROJECT / "configs").glob("*.py"))]
+FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
+# What blocks find in the folder that they run in: runs of these configs in their debug form, and a small autoencoder
+# where the published one would take minutes and gigabytes.
+RUNS = {"runs/digits": "tarflow_digits", "runs/wcfm": "wcfm_digits"}
+AUTOENCODER = "Wan2.2-TI2V-5B-Diffusers"
+SMALLER = {"(1, 81, 480, 848, 3)": "(1, 5, 32, 32, 3)"}
+# Blocks that compile for longer than the others together.
+SLOW = ("starflow.md", "starflow_v.md")
+
+
+def blocks(page, language):
+    return [textwrap.dedent(text) for _, name, text in FENCE.findall(page.read_text()) if name == language]
+
+
+PYTHON = [(page, number, text) for page in PAGES for number, text in enumerate(blocks(page, "python"))]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with all that blocks of Python open."""
+    root = tmp_path_factory.mktemp("docs")
+    for run, name in RUNS.items():
+        experiment = config.shrink(config.load(PROJECT / "configs" / f"{name}.py"))
+        checkpoint.write_run(root / run, experiment, init(build(experiment.model), jax.random.key(0)))
+    weights = video_weights.state_dict("wan_2_2")
+    publish(root / AUTOENCODER, video_weights.CONFIGS["wan_2_2"], weights, "diffusion_pytorch_model.safetensors")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("page", "number", "text"),
+    [
+        pytest.param(*row, id=f"{row[0].name}-{row[1]}", marks=[pytest.mark.slow] * (row[0].name in SLOW))
+        for row in PYTHON
+    ],
+)
+@pytest.mark.usefixtures("untyped")
+def test_a_block_of_python_runs_when_pasted_alone(folder, monkeypatch, page, number, text):
+    monkeypatch.chdir(folder)
+    for large, small in SMALLER.items():
+        text = text.replace(large, small)
+    # As in a user's process, where ranks are promoted; blocks draw from a key twice to show that samples are the same.
+    with jax.numpy_rank_promotion("allow"), jax.debug_key_reuse(False):
+        exec(compile(text, f"{page.name}, block {number}", "exec"), {"__name__": "pasted"})
+
+
+def commands(page):
+    """The command lines of a page, comments taken off and continued lines joined."""
+    if page.suffix == ".py":  # indented in the docstring of a config
+        texts, begin = [ast.get_docstring(ast.parse(page.read_text())) or ""], "    python "
+    else:
+        texts, begin = blocks(page, ""), "python "
+    for text in texts:
+        for line in text.replace("\\\n", " ").splitlines():
+            if line.startswith(begin):
+                yield shlex.split(line, comments=True)[1:]
+
+
+COMMANDS = [(page, words) for page in PAGES for words in commands(page)]
+
+
+def test_pages_have_blocks_and_commands():
+    assert len(PYTHON) >= 15
+    assert {words[2] for _, words in COMMANDS if words[0] == "-m"} >= {"info", "evaluate", "encode", "convert"}
+    assert {words[0] for _, words in COMMANDS} >= {"train.py", "sample.py"}
+
+
+@pytest.mark.parametrize(
+    ("page", "words"), COMMANDS, ids=[f"{page.name}-{index}" for index, (page, _) in enumerate(COMMANDS)]
+)
+def test_a_command_line_is_understood(monkeypatch, page, words):
+    monkeypatch.chdir(PROJECT)
+    words = words[2:] if words[:2] == ["-m", "flowgen"] else [words[0].removesuffix(".py"), *words[1:]]
+    options, rest = cli.make_parser().parse_known_args(words)
+    if options.command in ("train", "encode", "info") and options.config is not None:
+        experiment = config.load(options.config)
+        config.override(config.shrink(experiment) if options.debug else experiment, rest)
+    else:
+        assert all(word.startswith(("--sampling.", "--data.")) for word in rest if word.startswith("--")), rest
+
+
+@pytest.mark.parametrize("page", PAGES[:1], ids=lambda page: page.name)
+def test_files_that_the_readme_names_are_there(page):
+    for name in re.findall(r"\]\(([^):#]+)\)", page.read_text()):
+        assert (PROJECT / name).exists(), name
+
+
+def test_the_readme_names_the_kernels_that_flows_take():
+    text = (PROJECT / "README.md").read_text()
+    sentence = re.search(r"Flows take [^:]*: ([^.]+)\.", text)
+    assert set(re.findall(r"`(\w+)`", sentence[1])) == set(CAUSAL_KERNEL_NAMES) - {"softmax"}
