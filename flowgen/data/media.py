@@ -154,6 +154,17 @@ def atomic_file(path: str | os.PathLike[str]) -> Generator[IO[bytes]]:
         temporary.unlink(missing_ok=True)
 
 
+def image_formats() -> tuple[str, ...]:
+    """Returns the formats of picture files that are read, in Pillow's words: those of IMAGE_SUFFIXES, whatever the
+    name of a file.
+
+    Example:
+        image = pillow().open("picture.png", formats=image_formats())
+    """
+    known = pillow().registered_extensions()
+    return tuple(sorted({known[suffix] for suffix in IMAGE_SUFFIXES if suffix in known}))
+
+
 def pillow() -> Any:
     """Returns the module `PIL.Image`, or raises ModuleNotFoundError naming the extra that brings it.
 
