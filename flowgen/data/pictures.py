@@ -30,13 +30,14 @@ _DECODE_ERRORS = (
     *(OSError, ValueError, SyntaxError, EOFError, TypeError, AttributeError, AssertionError, Warning),
     *(LookupError, ArithmeticError, RuntimeError, BufferError, MemoryError, struct.error, zlib.error),
 )
-# Pillow's own limit. One of them takes 0.7 GB while it is decoded.
+# Pillow's own limit. One of them takes 0.7 GB while it is decoded; the decoder of WebP takes four times as much.
 _MOST_PIXELS = 178_956_970
+_MOST_OF_WEBP = _MOST_PIXELS // 4
 # Pictures beyond this size are decoded one after the other, so that threads together take no more.
 _LARGE = 1 << 26
 _ONE_LARGE = threading.Lock()
 # Pixels that are laid on white and resized together.
-_BAND = 1 << 24
+_BAND = 1 << 22
 
 
 class UnreadablePicture(ValueError):
@@ -52,7 +53,7 @@ def read_picture(
     cannot be read are passed over.
 
     Raises:
-        UnreadablePicture: damaged or truncated pixels, over 178 million pixels, or no content of the formats that
+        UnreadablePicture: pixels are damaged or cut off, over 178 million (of WebP 44 million), or of no format that
             `image_formats` lists.
 
     Example:
@@ -106,9 +107,9 @@ def _opened(path: str | os.PathLike[str], file: str | os.PathLike[str] | io.Byte
     try:
         # With the formats named, no file can start a program that Pillow knows for its format, as PostScript does.
         with module.open(file, formats=image_formats()) as image:
-            count = image.width * image.height
-            if count > _MOST_PIXELS:
-                raise module.DecompressionBombError(f"{count:,} pixels, of {_MOST_PIXELS:,} at most")
+            count, most = image.width * image.height, _MOST_OF_WEBP if image.format == "WEBP" else _MOST_PIXELS
+            if count > most:
+                raise module.DecompressionBombError(f"{count:,} pixels, of {most:,} at most")
             with _ONE_LARGE if count > _LARGE else contextlib.nullcontext():
                 yield image
     except PIL.UnidentifiedImageError as error:
