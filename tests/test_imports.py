@@ -27,6 +27,7 @@ LEVELS = {
     "flowgen.matching.mean_flow": 1,
     "flowgen.matching": 2,
     "flowgen.data.media": 0,
+    "flowgen.data.inventory": 0,
     "flowgen.fields": 0,
     "flowgen.nn": 1,
     "flowgen.conditioning": 0,

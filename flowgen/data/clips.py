@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
 import math
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,14 +14,15 @@ import numpy as np
 from jaxtyping import Int, Int32, UInt8
 
 from flowgen.data.bouncing import bouncing_digits
+from flowgen.data.classes import check_names, with_classes
 from flowgen.data.crafter import record
-from flowgen.data.folder import find_files, read_captions
+from flowgen.data.folder import opened, read_captions
+from flowgen.data.inventory import name_list, tell
 from flowgen.data.named import package_folder
 from flowgen.data.pictures import Crop
-from flowgen.data.sources import NO_LABEL, Batch, DataConfig, Split, check_choice, hold_out
+from flowgen.data.sources import NO_LABEL, Batch, DataConfig, Split, check_choice, hold_out_files
 from flowgen.data.video import READABLE, UnreadableVideo, av, frame_times, read_clip
 
-_log = logging.getLogger(__name__)
 _REAL_VIDEOS = ("bikes.mp4", "bigbuckbunny.mp4", "carphone_pristine.mp4")
 
 
@@ -47,6 +47,7 @@ class ClipsConfig:
     in_memory_bytes: a folder whose clips need more than this is decoded batch by batch instead.
     images: pictures that are trained on beside the clips, in batches of their own, as clips of one frame.
     images_fraction: of all training batches, those of pictures; 0 takes every clip and picture equally often.
+    classes: as in `DataConfig`; of `images`, too.
 
     Example:
         config = ClipsConfig(source="folder", path="videos", fps=8)
@@ -65,8 +66,10 @@ class ClipsConfig:
     in_memory_bytes: int = 2 << 30
     images: DataConfig | None = None
     images_fraction: float = 0.0
+    classes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        check_names(self.classes)
         hints = get_type_hints(type(self))
         for name in ("source", "crop"):
             check_choice(f"data.{name}", getattr(self, name), get_args(hints[name]))
@@ -131,10 +134,11 @@ def load_clips(
 ) -> ClipSource:
     """Returns the clips of one split, of `frames` frames at (height, width) and channels, 1 (grey) or 3.
 
-    Videos that are too short for a clip are left out, which a warning tells.
+    Videos that are too short for a clip are left out, which a warning tells, as it does of what else is.
 
     Raises:
-        ValueError: the source cannot give this shape, the split is empty, all videos are too short, or one is damaged.
+        ValueError: the source cannot give this shape, the split is empty, all videos are too short, one is damaged, or
+            a class is not one of `config.classes`.
         FileNotFoundError, NotADirectoryError: `path` is missing or of the wrong kind.
         ModuleNotFoundError: an optional package is missing; the sentence names the command that installs it.
 
@@ -145,10 +149,11 @@ def load_clips(
         raise ValueError(f"clips have 1 channel (grey) or 3 (colour), not {channels}; change model.channels.")
     shape: dict[str, Any] = {"frames": frames, "image_size": image_size, "channels": channels}
     if config.source == "bouncing":
-        return bouncing_digits(config.num, config.eval_fraction, **shape, split=split)
+        digits = bouncing_digits(config.num, config.eval_fraction, **shape, split=split)
+        return with_classes(digits, config.classes, "data.source 'bouncing'")
     if config.source == "crafter":
         clips, labels, names = record(config.num, config.eval_fraction, **shape, split=split)
-        return ArrayClips(clips, labels, names)
+        return with_classes(ArrayClips(clips, labels, names), config.classes, "data.source 'crafter'")
     av()
     if config.source == "real":
         cuts, labels, names, captions = _real(config, frames, split)
@@ -265,16 +270,17 @@ def _real(config: ClipsConfig, frames: int, split: Split) -> Cuts:
 
 
 def _folder(config: ClipsConfig, frames: int, split: Split) -> Cuts:
-    files, labels, names = find_files(config.path, READABLE, "videos")
-    chosen = hold_out(len(files), config.eval_fraction, split)
-    texts = read_captions(files)
+    listing = opened(config.path, READABLE, "videos", config.classes)
+    files, labels, names = listing.files, listing.labels, listing.class_names
+    chosen = hold_out_files(listing.names, config.eval_fraction, split)
+    texts = read_captions(listing)
     cuts: list[tuple[Path, float]] = []
     owners: list[int] = []
     for number, of_file in zip(chosen.tolist(), _cuts([files[i] for i in chosen], frames, config), strict=True):
         cuts += of_file
         owners += [number] * len(of_file)
     if lost := sorted({names[label] for label in np.setdiff1d(labels[chosen], labels[owners])}):
-        _log.warning("No clip is left of %s, whose videos are all too short.", ", ".join(lost))
+        tell(f"No clip is left of {name_list(lost)}, whose videos are all too short.")
     return tuple(cuts), labels[owners], names, tuple(texts[owner] for owner in owners) if texts else ()
 
 
@@ -294,7 +300,7 @@ def _cuts(files: list[Path], frames: int, config: ClipsConfig) -> list[list[tupl
             f"{where} has no video of {_asked(frames, config)}; give longer ones, ask for fewer frames{faster}."
         )
     if short:
-        _log.warning("Left out %d of %d videos of %s, without %s.", short, len(cuts), where, _asked(frames, config))
+        tell(f"Left out {short} of {len(cuts)} videos of {where}, without {_asked(frames, config)}.")
     return cuts
 
 

@@ -12,7 +12,21 @@ from typing import IO, Any
 import numpy as np
 from jaxtyping import Array, Float, Shaped, UInt8
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")  # that are written
+# What is read, and Pillow's name of its format.
+IMAGE_FORMATS = {
+    **dict.fromkeys((".png", ".apng"), "PNG"),
+    **dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif"), "JPEG"),
+    ".webp": "WEBP",
+    **dict.fromkeys((".bmp", ".dib"), "BMP"),
+    ".gif": "GIF",
+    **dict.fromkeys((".tif", ".tiff"), "TIFF"),
+    **dict.fromkeys((".ppm", ".pgm", ".pbm", ".pnm"), "PPM"),
+    **dict.fromkeys((".jp2", ".j2k"), "JPEG2000"),
+    **dict.fromkeys((".tga",), "TGA"),
+    ".pcx": "PCX",
+    ".avif": "AVIF",
+}
 _GRID_COLOUR = 255
 
 

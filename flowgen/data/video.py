@@ -15,8 +15,11 @@ from jaxtyping import Float, UInt8
 from flowgen.data.media import atomic_file, check_writable, pillow
 from flowgen.data.pictures import Crop, fit_array
 
-VIDEO_SUFFIXES = (".mp4", ".gif")
-READABLE = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif")
+VIDEO_SUFFIXES = (".mp4", ".gif")  # that are written
+READABLE = (
+    *(".mp4", ".m4v", ".mov", ".3gp", ".mkv", ".webm", ".avi", ".gif"),
+    *(".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".wmv", ".asf", ".flv", ".ogv"),
+)
 # Constant quality of H.264, near what the eye can tell.
 _CRF = "16"
 # Seconds by which the time of a frame may be missed in arithmetic.

@@ -17,7 +17,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from flowgen.codecs import VideoAutoencoderConfig
-from flowgen.data import ClipsConfig, DataConfig, Source, check_classes, fixed_batches, from_uint8, load, load_clips
+from flowgen.data import (
+    ClipsConfig,
+    DataConfig,
+    Source,
+    check_classes,
+    fixed_batches,
+    from_uint8,
+    load,
+    load_clips,
+    take_inventory,
+)
 from flowgen.data.sources import Split
 from flowgen.models import init
 from flowgen.tasks.flow_options import SamplingConfig
@@ -163,6 +173,7 @@ def job(experiment: Any) -> Job:
         evaluate=None if held_out is None else lambda variables: _distortion(autoencoder, variables, held_out),
         sample=picture_of if experiment.model.channels in DRAWABLE_CHANNELS else None,
         best_metric=best_metric(experiment),
+        inventory=take_inventory(experiment.data, source, held_out),
     )
 
 
