@@ -169,14 +169,12 @@ def atomic_file(path: str | os.PathLike[str]) -> Generator[IO[bytes]]:
 
 
 def image_formats() -> tuple[str, ...]:
-    """Returns the formats of picture files that are read, in Pillow's words: those of IMAGE_SUFFIXES, whatever the
-    name of a file.
+    """Returns the formats of picture files that are read, in Pillow's words, whatever the name of a file.
 
     Example:
         image = pillow().open("picture.png", formats=image_formats())
     """
-    known = pillow().registered_extensions()
-    return tuple(sorted({known[suffix] for suffix in IMAGE_SUFFIXES if suffix in known}))
+    return tuple(sorted(set(IMAGE_FORMATS.values()) & set(pillow().registered_extensions().values())))
 
 
 def pillow() -> Any:
