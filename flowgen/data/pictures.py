@@ -206,10 +206,18 @@ def _flatten(image: Image, depth: int) -> Image:
     if image.has_transparency_data:
         if depth != 8 and image.mode in ("L", "RGB"):
             image.info["transparency"] = _eight_bit(image.info["transparency"], depth)
-        image = image.convert("RGBA")
-        paper = pillow().new("RGBA", image.size, "white")
-        return pillow().alpha_composite(paper, image)
+        return on_white(image)
     return image
+
+
+def on_white(image: Image) -> Image:
+    """Returns an image with transparency as it looks on white.
+
+    Example:
+        image = on_white(image)
+    """
+    image = image.convert("RGBA")
+    return pillow().alpha_composite(pillow().new("RGBA", image.size, "white"), image)
 
 
 def _eight_bit(clear: int | tuple[int, ...], depth: int) -> int | tuple[int, ...]:
