@@ -134,6 +134,13 @@ def test_odd_chunks_of_a_png_refuse_no_pixels(tmp_path, odd):
     np.testing.assert_array_equal(read(tmp_path / "a.png", content[:at] + odd + content[at:]), TURNS[6](PIXELS))
 
 
+def test_exif_may_stand_behind_the_pixels_of_a_png(tmp_path):
+    plain = saved("PNG", b"")
+    content = plain[:-12] + chunk(b"eXIf", exif_of()[6:]) + plain[-12:]
+    np.testing.assert_array_equal(read(tmp_path / "a.png", content), TURNS[6](PIXELS))
+    assert picture_size(tmp_path / "a.png") == (12, 8)
+
+
 @pytest.mark.parametrize(
     "content",
     [

@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from flowgen.data.media import image_formats, pillow
+from flowgen.data.unreadable import Unreadable
 from flowgen.data.upright import Turn, picture_turn, without_metadata
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ _ONE_LARGE = threading.Lock()
 _BAND = 1 << 22
 
 
-class UnreadablePicture(ValueError):
+class UnreadablePicture(Unreadable):
     """Raised for a file that cannot be decoded; its text names the file and the reason."""
 
 
@@ -113,7 +114,7 @@ def _opened(path: str | os.PathLike[str], file: str | os.PathLike[str] | io.Byte
             with _ONE_LARGE if count > _LARGE else contextlib.nullcontext():
                 yield image
     except PIL.UnidentifiedImageError as error:
-        raise UnreadablePicture(f"'{path}' (its content is none of {', '.join(image_formats())})") from error
+        raise UnreadablePicture(f"'{path}' (no picture of a kind that is read)") from error
     except MemoryError as error:
         raise UnreadablePicture(f"'{path}' (too large for the memory that is left)") from error
     except (*_DECODE_ERRORS, module.DecompressionBombError) as error:

@@ -91,6 +91,8 @@ def picture_turn(image: Image) -> Turn:
     """
     if image.format == "TIFF":
         return Turn()
+    if image.format == "PNG" and "exif" not in image.info:
+        image.load()  # EXIF may stand behind the pixels.
     exif = image.info.get("exif", b"")
     # As ImageMagick writes EXIF into PNG: a name, a length, then hexadecimal digits, on lines.
     profile = str(image.info.get("Raw profile type exif", "")).split("\n", 3)[-1]

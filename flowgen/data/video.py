@@ -63,7 +63,7 @@ def video_size(path: str | os.PathLike[str]) -> tuple[int, int]:
     for shown, stream in shown_frames(path):
         frame = shown.frame
         return frame_turn(frame).size(frame.height, max(1, round(frame.width * pixel_aspect(stream))))
-    raise UnreadableVideo(f"'{path}' has no pictures in it that can be decoded; give a video.")
+    raise UnreadableVideo(path, "has no pictures in it that can be decoded", "give a video")
 
 
 def frame_times(path: str | os.PathLike[str], *, fps: float | int | None = None) -> Float[np.ndarray, " n"]:
@@ -83,10 +83,8 @@ def frame_times(path: str | os.PathLike[str], *, fps: float | int | None = None)
     # A quarter of a frame may be missing at the end, of which files that count milliseconds round off some.
     count = math.floor(seconds * fps + 0.25)
     if count > os.path.getsize(path) + _TIMES:
-        raise UnreadableVideo(
-            f"'{path}' says that it lasts {seconds:.3g} seconds, which at {fps:g} frames per second is more than it "
-            "can hold; convert it again."
-        )
+        reason = f"says that it lasts {seconds:.3g} seconds, at {fps:g} frames per second more than it can hold"
+        raise UnreadableVideo(path, reason, "convert it again")
     return np.arange(count) / fps
 
 
@@ -121,7 +119,8 @@ def read_clip(
         if len(out) == frames:
             return np.stack(out)
     at_fps = "" if fps is None else f" at {fps:g} fps"
-    raise UnreadableVideo(f"'{path}' ends before {frames} frames{at_fps} from second {start:g}; give a longer video.")
+    reason = f"ends before {frames} frames{at_fps} from second {start:g}"
+    raise UnreadableVideo(path, reason, "give a longer video")
 
 
 def write_video(

@@ -15,6 +15,7 @@ from jaxtyping import UInt8
 
 from flowgen.data.media import pillow
 from flowgen.data.pictures import on_white
+from flowgen.data.unreadable import Unreadable
 from flowgen.data.upright import Turn
 
 # FFmpeg's names of the containers that are read, and of nothing that names other files, such as lists and patterns.
@@ -31,8 +32,20 @@ BT709, _BT601 = 1, 5
 LIMITED_RANGE, _FULL_RANGE = 1, 2
 
 
-class UnreadableVideo(ValueError):
-    """A file that cannot be decoded, with its name in the message."""
+class UnreadableVideo(Unreadable):
+    """A video that cannot be decoded: its path, why, and what to do about it.
+
+    Example:
+        raise UnreadableVideo("clip.mp4", "is damaged", "convert it again or remove it")
+    """
+
+    def __init__(self, path: str | os.PathLike[str], reason: str, remedy: str) -> None:
+        super().__init__(f"'{path}' {reason}; {remedy}.")
+        self._named = f"'{path}' {reason}"
+
+    @property
+    def named(self) -> str:
+        return self._named
 
 
 class Shown(NamedTuple):
@@ -75,18 +88,16 @@ def opened(path: str | os.PathLike[str]) -> Generator[tuple[Any, Any]]:
         try:
             container = av().open(file, options=options, metadata_errors="replace")
         except (av().FFmpegError, ValueError, OSError) as error:
-            raise UnreadableVideo(
-                f"'{path}' is no video that can be read ({_reason(error)}); convert it to mp4."
-            ) from error
+            reason = f"is no video that can be read ({_reason(error)})"
+            raise UnreadableVideo(path, reason, "convert it to mp4") from error
         with container:
             streams = [stream for stream in container.streams.video if stream.codec_context is not None]
             if not streams:
-                raise UnreadableVideo(f"'{path}' has no pictures in it that can be decoded; give a video.")
+                raise UnreadableVideo(path, "has no pictures in it that can be decoded", "give a video")
             context = streams[0].codec_context
             if context.width * context.height > _MOST_PIXELS:
-                raise UnreadableVideo(
-                    f"'{path}' has frames of {context.width} x {context.height} pixels; convert it to fewer."
-                )
+                size = f"{context.width} x {context.height} pixels"
+                raise UnreadableVideo(path, f"has frames of {size}, more than 8192 x 4096", "convert it to fewer")
             context.options = {"max_pixels": str(_MOST_PIXELS)}
             yield container, streams[0]
 
@@ -95,7 +106,7 @@ def rate_of(stream: Any, path: str | os.PathLike[str]) -> float:
     """Returns frames per second of a stream. Raises UnreadableVideo if the file does not say."""
     rate = float(stream.average_rate or stream.base_rate or 0)
     if not 0 < rate < math.inf:
-        raise UnreadableVideo(f"'{path}' does not say its frame rate; convert it to mp4.")
+        raise UnreadableVideo(path, "does not say its frame rate", "convert it to mp4")
     return rate
 
 
@@ -206,7 +217,7 @@ def _decoded(container: Any, stream: Any, lost: list[float]) -> Iterator[Any]:
 def _whole(shown: Shown, lost: list[float], start: float | int, path: str | os.PathLike[str]) -> Shown:
     damaged = [time for time in lost if shown.at - SAME_TIME <= time < shown.until - SAME_TIME]
     if damaged and shown.until > start + SAME_TIME:
-        raise UnreadableVideo(f"'{path}' is damaged at second {damaged[0]:.3g}; convert it again or remove it.")
+        raise UnreadableVideo(path, f"is damaged at second {damaged[0]:.3g}", "convert it again or remove it")
     return shown
 
 
