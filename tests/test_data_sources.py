@@ -374,7 +374,9 @@ def test_unreadable_files_are_refused_by_name(pictures, limit):
 def test_at_most_five_unreadable_files_are_named(tmp_path):
     for i in range(8):
         (tmp_path / f"{i}.png").write_text("no picture")
-    with pytest.raises(ValueError, match=r"8 pictures that cannot be read: .*4.png' \(no picture inside\) and 3 more;"):
+    with pytest.raises(
+        ValueError, match=r"8 pictures that cannot be read: .*4.png' \(no picture of a kind that is read\) and 3 more;"
+    ):
         load_all(DataConfig("folder", path=str(tmp_path)))
     with pytest.raises(ValueError, match="8 pictures that cannot be read"):
         load_all(DataConfig("folder", path=str(tmp_path), on_corrupt="skip"))

@@ -251,7 +251,7 @@ def _prompts(options: argparse.Namespace) -> tuple[str, ...]:
     if options.prompts is None:
         return tuple(options.prompt or ())
     try:
-        lines = Path(options.prompts).read_text(encoding="utf-8").splitlines()
+        lines = Path(options.prompts).read_text(encoding="utf-8-sig").splitlines()
     except OSError as error:
         raise FileNotFoundError(
             f"--prompts {options.prompts} cannot be read ({error.strerror}); give a text file with one prompt per line."

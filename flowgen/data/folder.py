@@ -6,7 +6,6 @@ import logging
 import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from jaxtyping import Int, Int32, UInt8
@@ -16,12 +15,13 @@ from flowgen.data.classes import with_classes
 from flowgen.data.inventory import name_list, tell
 from flowgen.data.listing import Listing, list_files
 from flowgen.data.media import IMAGE_FORMATS, pillow
-from flowgen.data.pictures import Crop, UnreadablePicture, picture_size, read_picture
+from flowgen.data.pictures import Crop, picture_size, read_picture
 from flowgen.data.sources import ArraySource, Batch, DataConfig, Source, Split, hold_out_files
+from flowgen.data.unreadable import FileReader, OnCorrupt
 from flowgen.prompts import ASPECTS, aspect_size, nearest_aspect
 
 _log = logging.getLogger(__name__)
-_NAMED_IN_ERRORS = 5
+_WHAT = ("picture", "pictures")
 
 
 def read_folder(
@@ -122,14 +122,14 @@ def read_captions(listing: Listing) -> tuple[str, ...]:
             f"data.path has captions of {len(listing) - len(missing)} of {len(listing)} pictures; add "
             f"'{first.with_suffix('.txt')}' and {len(missing) - 1} more, or remove the .txt files."
         )
+    return tuple(_caption(listing.root / caption) for caption in listing.captions if caption is not None)
+
+
+def _caption(path: Path) -> str:
     try:
-        return tuple(
-            " ".join((listing.root / caption).read_text(encoding="utf-8-sig").split())
-            for caption in listing.captions
-            if caption is not None
-        )
+        return " ".join(path.read_text(encoding="utf-8-sig").split())
     except UnicodeDecodeError as error:
-        raise ValueError(f"a caption in data.path is not UTF-8 text ({error}); correct that file.") from error
+        raise ValueError(f"a caption in data.path, '{path}', is not UTF-8 text ({error}); convert it.") from error
 
 
 class FolderSource:
@@ -152,7 +152,7 @@ class FolderSource:
         captions: tuple[str, ...] = (),
         image_shape: tuple[int, int, int],
         crop: Crop = "center",
-        on_corrupt: Literal["refuse", "skip"] = "refuse",
+        on_corrupt: OnCorrupt = "refuse",
     ) -> None:
         self.files = files
         self.labels = labels
@@ -161,15 +161,14 @@ class FolderSource:
         self.image_shape = image_shape
         self.crop: Crop = crop
         self.on_corrupt = on_corrupt
-        # Which files were warned about; it spares a second warning and changes no answer.
-        self._warned: set[Path] = set()
+        self._reader = FileReader(self._read, files, on_corrupt, what=_WHAT)
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, indices: Int[np.ndarray, " b"]) -> Batch:
         with ThreadPoolExecutor() as pool:
-            answers = list(pool.map(self._readable, indices.tolist()))
+            answers = list(pool.map(self._reader.next_readable, indices.tolist()))
         positions = np.array([position for position, _ in answers])
         return {"image": np.stack([image for _, image in answers]), "label": self.labels[positions]}
 
@@ -179,76 +178,18 @@ class FolderSource:
         may_be_empty: leave them out even where none is left.
         """
         images = np.empty((len(self.files), *self.image_shape), np.uint8)
-        unreadable: dict[int, UnreadablePicture] = {}
-
-        def decode(position: int) -> None:
-            try:
-                images[position] = self._read(position)
-            except UnreadablePicture as error:
-                unreadable[position] = error
-
-        with ThreadPoolExecutor() as pool:
-            list(pool.map(decode, range(len(self.files))))
-        bad = [unreadable[position] for position in sorted(unreadable)]
-        none_left = len(bad) == len(self.files) and not may_be_empty
-        if bad and (self.on_corrupt == "refuse" or none_left):
-            raise ValueError(_refusal(bad))
-        if bad:
-            tell(f"Left out {_pictures(bad)} that cannot be read: {_named(bad)}.")
-        kept = np.setdiff1d(np.arange(len(self.files)), sorted(unreadable)) if bad else slice(None)
-        return ArraySource(images[kept], self.labels[kept], class_names=self.class_names, captions=self.captions)
+        kept = self._reader.read_all(images.__setitem__, may_be_empty=may_be_empty)
+        images = images if len(kept) == len(images) else images[kept]
+        return ArraySource(images, self.labels[kept], class_names=self.class_names, captions=self.captions)
 
     def _read(self, position: int) -> UInt8[np.ndarray, "height width c"]:
         height, width, channels = self.image_shape
         return read_picture(self.files[position], size=(height, width), channels=channels, crop=self.crop)
 
-    def _readable(self, position: int) -> tuple[int, UInt8[np.ndarray, "height width c"]]:
-        failures = []
-        for step in range(len(self.files)):
-            candidate = (position + step) % len(self.files)
-            try:
-                return candidate, self._read(candidate)
-            except UnreadablePicture as error:
-                failures.append(error)
-                if self.on_corrupt == "refuse":
-                    break
-                if self.files[candidate] not in self._warned:
-                    self._warned.add(self.files[candidate])
-                    _warn_left_out(error)
-        raise ValueError(_refusal(failures))
 
-
-def _aspects(files: list[Path], on_corrupt: str) -> list[str | None]:
+def _aspects(files: list[Path], on_corrupt: OnCorrupt) -> list[str | None]:
     """The nearest aspect of each picture, by its header alone; None for one that is left out for having none."""
-
-    def aspect(file: Path) -> str | None:
-        try:
-            return nearest_aspect(*picture_size(file))
-        except UnreadablePicture as error:
-            if on_corrupt == "refuse":
-                raise ValueError(_refusal([error])) from error
-            _warn_left_out(error)
-            return None
-
-    with ThreadPoolExecutor() as pool:
-        return list(pool.map(aspect, files))
-
-
-def _warn_left_out(error: UnreadablePicture) -> None:
-    tell(f"Left out the unreadable picture {error}.")
-
-
-def _refusal(errors: list[UnreadablePicture]) -> str:
-    return (
-        f"data.path holds {_pictures(errors)} that cannot be read: {_named(errors)}; "
-        f"repair or remove them, or set data.on_corrupt to 'skip'."
-    )
-
-
-def _pictures(errors: list[UnreadablePicture]) -> str:
-    return "1 picture" if len(errors) == 1 else f"{len(errors):,} pictures"
-
-
-def _named(errors: list[UnreadablePicture]) -> str:
-    more = f" and {len(errors) - _NAMED_IN_ERRORS:,} more" if len(errors) > _NAMED_IN_ERRORS else ""
-    return ", ".join(str(error) for error in errors[:_NAMED_IN_ERRORS]) + more
+    found: list[str | None] = [None] * len(files)
+    reader = FileReader(lambda i: nearest_aspect(*picture_size(files[i])), files, on_corrupt, what=_WHAT)
+    reader.read_all(found.__setitem__, may_be_empty=True)
+    return found

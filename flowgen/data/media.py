@@ -173,6 +173,15 @@ def atomic_file(path: str | os.PathLike[str]) -> Generator[IO[bytes]]:
         temporary.unlink(missing_ok=True)
 
 
+def image_formats() -> tuple[str, ...]:
+    """Returns the formats of picture files that are read, in Pillow's words, whatever the name of a file.
+
+    Example:
+        image = pillow().open("picture.png", formats=image_formats())
+    """
+    return tuple(sorted(set(IMAGE_FORMATS.values()) & set(pillow().registered_extensions().values())))
+
+
 def pillow() -> Any:
     """Returns the module `PIL.Image`, or raises ModuleNotFoundError naming the package.
 
