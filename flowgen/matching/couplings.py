@@ -82,9 +82,9 @@ class MinibatchOT:
 
     method: Literal["exact", "sinkhorn"] = "exact"
     epsilon: float = 0.05
-    num_sweeps: int = 2000
+    num_sweeps: int = 5000
     class_aware: bool = False
-    tolerance: float = 1e-3
+    tolerance: float = 1e-2
     scope: Literal["global", "device"] = "global"
 
     def __post_init__(self):

@@ -21,9 +21,9 @@ OVER_RELAXATION = 1.8
 
 
 class EntropicPlan(NamedTuple):
-    """A plan over a batch, b times its probabilities: rows are exact, and columns off by `error` of the mass on average.
+    """A plan over a batch, times b: its rows are exact, its columns off by `error` of their mass on average.
 
-    sweeps: of the last stage.
+    log_plan: log of b times the plan, whose rows and columns are so to have mean 1. sweeps: of the last stage.
     """
 
     log_plan: Float[Array, "b b"]

@@ -211,9 +211,8 @@ def autoencoding_objective(autoencoder: Any, config: AutoencodingConfig) -> Call
         # The variance of all rows is the mean of the micro-batches' and the variance of their means, which are followed
         # at `rate`.
         between = followed["mean"].var(axis=0) / rate if rate else 0.0
-        return {
-            STATISTICS: {"mean": followed["mean"].mean(axis=0), "variance": followed["variance"].mean(axis=0) + between}
-        }
+        mean, variance = (followed[name].mean(axis=0) for name in ("mean", "variance"))
+        return {STATISTICS: {"mean": mean, "variance": variance + between}}
 
     return StatefulObjective(objective, combine)
 
