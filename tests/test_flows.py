@@ -128,9 +128,7 @@ def test_the_objective_is_bits_per_dim_of_the_noised_images(case):
     noised, _ = density.noisy_batch(flow, density.batch_condition(flow, 0.0, None), batch, jax.random.key(1))
     # Within five standard errors.
     spread = (noised - from_uint8(batch["image"])) / 0.1
-    np.testing.assert_allclose(
-        [spread.mean(), spread.std()], [0, 1], atol=5 / np.sqrt(spread.size)
-    )
+    np.testing.assert_allclose([spread.mean(), spread.std()], [0, 1], atol=5 / np.sqrt(spread.size))
     z, logdet = apply(flow, params, noised, cond)
     variance = params["prior"]["variance"] if "prior" in params else None
     log_prob = density.gaussian_log_prob(z, variance) + logdet

@@ -179,7 +179,9 @@ class GibbsWeights:
     def __call__(self, key, x0, x1, cond=None):
         check_batch(x0, x1)
         if self.epsilon is None:
-            raise ValueError("epsilon is None; choose it from data by fit_epsilon(coupling, x0, x1), or give it.")
+            raise ValueError(
+                "epsilon is None; choose it from data by coupling = fit_epsilon(coupling, x0, x1), or give it."
+            )
         if self.sinkhorn_sweeps:
             log_weight = corrected_log_weight(-pairwise_cost(x0, x1, self.cost) / self.epsilon, self.sinkhorn_sweeps)
         else:
