@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -169,6 +169,7 @@ def assignment(cost: Float[Array, "b b"]) -> Int[Array, " b"]:
     )
 
 
-def _solved(cost: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> Int[np.ndarray, " b"]:
-    cost, rows, columns = (np.asarray(x).astype(np.float64) for x in (cost, rows, columns))
+def _solved(*arrays: Any) -> Int[np.ndarray, " b"]:
+    """The assignment of costs whose potentials of rows and columns are taken off; arrays or buffers on the host."""
+    cost, rows, columns = (np.asarray(x).astype(np.float64) for x in arrays)
     return linear_sum_assignment(cost - rows[:, None] - columns[None, :])[1].astype(np.int32)
