@@ -181,9 +181,6 @@ def test_a_plan_of_each_device_is_asked_for_by_name():
     assert crossing("global", 4) == crossing("global", 1) == 0
     assert crossing("device", 1) == 0
     assert crossing("device", 2) == pytest.approx(18.0**2)
-    for make in (fm.MinibatchOT, fm.GibbsWeights):
-        with pytest.raises(ValueError, match="scope is 'host'"):
-            make(scope="host")
 
 
 def test_the_running_log_mean_is_the_log_of_a_mean_over_devices_and_micro_batches():

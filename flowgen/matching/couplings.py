@@ -21,7 +21,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Key
 
 from flowgen.matching.checks import check_batch, check_positive, check_share, check_whole
-from flowgen.matching.plans import assignment, corrected_log_weight, entropic_plan, mean_cost
+from flowgen.matching.plans import assignment, corrected_log_weight, entropic_plan, relative_cost
 
 SMALLEST_EPSILON = 1e-20
 
@@ -101,7 +101,7 @@ class MinibatchOT:
         allowed = self._allowed(cost, cond)
         # One NaN among the costs spoils the plan, which the sources drawn from it need not show: the weights do. Not by
         # selecting a constant NaN: XLA makes exp(where(p, nan, 0)) 1 on CPUs.
-        spoilt = 0 * (cost / mean_cost(cost)).mean()
+        spoilt = 0 * relative_cost(cost).mean()
         if self.method == "exact":
             # Above any sum of costs that an assignment within the classes can have.
             source = assignment(jnp.where(allowed, cost, (cost.max() + 1) * len(cost)))

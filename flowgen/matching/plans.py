@@ -21,9 +21,9 @@ OVER_RELAXATION = 1.8
 
 
 class EntropicPlan(NamedTuple):
-    """A plan over a batch, times b: its rows are exact, its columns off by `error` of their mass on average.
+    """A plan over a batch, whose rows are exact and whose columns are off by `error` of their mass on average.
 
-    log_plan: log of b times the plan, whose rows and columns are so to have mean 1. sweeps: of the last stage.
+    log_plan: log of b² times the plan, so that rows and columns have mean 1. sweeps: of the last stage.
     """
 
     log_plan: Float[Array, "b b"]
@@ -44,8 +44,7 @@ def entropic_plan(
     Example:
         plan = entropic_plan(cost, jnp.ones(cost.shape, bool), 0.05, tolerance=1e-3, max_sweeps=2000)
     """
-    relative = lax.stop_gradient(cost / mean_cost(cost))
-    reduced = jnp.where(allowed, -relative, -jnp.inf)
+    reduced = jnp.where(allowed, -lax.stop_gradient(relative_cost(cost)), -jnp.inf)
     stages = _falling(epsilon)
     rough = len(stages) - 1
     settings = (
@@ -67,15 +66,16 @@ def entropic_plan(
     return EntropicPlan(logits, jnp.abs(columns - 1).mean(), sweeps[-1])
 
 
-def mean_cost(cost: Float[Array, "b m"]) -> Float[Array, ""]:
-    """Returns the mean of costs however large, and 1 where all are 0.
+def relative_cost(cost: Float[Array, "b m"]) -> Float[Array, "b m"]:
+    """Returns costs in units of their mean, however large or small they are; zeros where all are 0.
 
     Example:
-        relative = cost / mean_cost(cost)
+        logits = -relative_cost(cost) / 0.05
     """
-    largest = jnp.abs(cost).max()
-    unit = jnp.where(largest == 0, 1, largest)
-    return jnp.where(largest == 0, 1, (cost / unit).mean() * unit)
+    # Within what float32 can divide by.
+    scaled = cost / jnp.clip(jnp.abs(cost).max(), 1e-30, 1e30)
+    mean = scaled.mean()
+    return scaled / jnp.where(mean == 0, 1, mean)
 
 
 def _falling(epsilon: float) -> list[float]:
@@ -145,16 +145,14 @@ def assignment(cost: Float[Array, "b b"]) -> Int[Array, " b"]:
     """Returns the column of each row in the assignment of least total cost, by scipy on the host.
 
     Sinkhorn's potentials are taken off the costs first: sums over rows and columns do not change the optimum, and what
-    is left is solved in about half the time. Costs of NaN count as 0. On CPUs scipy reads the costs where they are:
-    there an ordinary callback asks the program's own threads for a copy, and can wait for it forever.
+    is left is solved in about half the time. Costs that are not finite count as 0. On CPUs scipy reads the costs where
+    they are: there an ordinary callback asks the program's own threads for a copy, and can wait for it forever.
 
     Example:
         source = assignment(pairwise_cost(x1, x0, "sqeuclidean"))
     """
-    cost = lax.stop_gradient(jnp.where(jnp.isnan(cost), 0, cost))
-    scale = ASSIGNMENT_EPSILON * mean_cost(cost)
-    scale = jnp.where((scale > 0) & jnp.isfinite(scale), scale, 1)
-    f, g = sinkhorn_potentials(-cost / scale, ASSIGNMENT_SWEEPS)
+    cost = relative_cost(lax.stop_gradient(jnp.where(jnp.isfinite(cost), cost, 0)))
+    f, g = sinkhorn_potentials(-cost / ASSIGNMENT_EPSILON, ASSIGNMENT_SWEEPS)
     columns = jax.ShapeDtypeStruct((len(cost),), jnp.int32)
 
     def in_place(context, out, *arrays):
@@ -162,8 +160,8 @@ def assignment(cost: Float[Array, "b b"]) -> Int[Array, " b"]:
 
     return lax.platform_dependent(
         cost,
-        scale * f,
-        scale * g,
+        ASSIGNMENT_EPSILON * f,
+        ASSIGNMENT_EPSILON * g,
         cpu=buffer_callback(in_place, columns, vmap_method="sequential"),
         default=lambda *arrays: jax.pure_callback(_solved, columns, *arrays, vmap_method="sequential"),
     )
