@@ -196,7 +196,9 @@ def make_step(
 
         def micro(total, part):
             index, micro_batch, positions, micro_key = part
-            micro_batch = with_rows(micro_batch, rows.replace(positions=positions, part=index))
+            # All micro-batches share the key, and draw other rows with it.
+            own = rows.replace(key=jax.random.clone(rows.key), positions=positions, part=index)
+            micro_batch = with_rows(micro_batch, own)
             grads, aux = value_and_grad(state.params, state.collections, micro_batch, micro_key)
             return jax.tree.map(jnp.add, total, grads), aux
 
