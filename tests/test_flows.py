@@ -15,6 +15,7 @@ from tolerances import FORMULA, LAYER, NETWORK, assert_close
 
 import flowgen
 from flowgen.conditioning import drop_labels
+from flowgen.data import from_uint8
 from flowgen.decoding import Sequential, invert
 from flowgen.flows import AutoregressiveBlock, block_parameters, decoding_block, density
 
@@ -124,8 +125,10 @@ def test_the_objective_is_bits_per_dim_of_the_noised_images(case):
     flow = type(flow)(dataclasses.replace(flow.config, noise_std=0.1))
     batch = laws.batch_of(x, cond)
     loss, metrics, *state = jax.jit(density.nll_objective(flow))(params, batch, jax.random.key(1))
-    noise_key = jax.random.split(jax.random.key(1))[0]
-    noised = density.add_noise(noise_key, batch["image"], 0.1)
+    noised, _ = density.noisy_batch(flow, density.batch_condition(flow, 0.0, None), batch, jax.random.key(1))
+    # Within five standard errors.
+    spread = (noised - from_uint8(batch["image"])) / 0.1
+    np.testing.assert_allclose([spread.mean(), spread.std()], [0, 1], atol=5 / np.sqrt(spread.size))
     z, logdet = apply(flow, params, noised, cond)
     variance = params["prior"]["variance"] if "prior" in params else None
     log_prob = density.gaussian_log_prob(z, variance) + logdet

@@ -53,18 +53,15 @@ def test_exact_transport_of_images_is_scipys_and_uses_every_source_once():
     assert (source != np.arange(32)).any()
 
 
-def test_compiled_transport_is_exact_where_callbacks_could_wait_for_one_another(monkeypatch):
-    # With several CPU devices, as here, or one core: optax's solver; elsewhere scipy's, by a callback.
+def test_compiled_transport_is_exact_in_loops_and_on_every_device():
     random = np.random.default_rng(1)
     cost = random.standard_normal((2, 48, 48)).astype(np.float32) ** 2
     expected = [scipy.optimize.linear_sum_assignment(one)[1] for one in cost]
     inside = jax.jit(lambda cost: jax.lax.map(assignment, cost))
-    assert "pure_callback" not in inside.lower(cost).as_text()
     np.testing.assert_array_equal(inside(cost), expected)
-    monkeypatch.setattr("flowgen.matching.couplings._callbacks_can_wait_forever", lambda num: False)
-    outside = jax.jit(lambda cost: assignment(cost))
-    np.testing.assert_array_equal(outside(cost[0]), expected[0])
-    assert "callback" in outside.lower(cost[0]).as_text()
+    on_two = jax.pmap(assignment, devices=jax.devices()[:2])
+    np.testing.assert_array_equal(on_two(cost), expected)
+    np.testing.assert_array_equal(jax.vmap(assignment)(cost), expected)
 
 
 def test_sinkhorn_comes_near_exact_transport_and_classes_stay_apart(toys):
@@ -235,6 +232,15 @@ REFUSED = {
     "unknown cost": (lambda: fm.GibbsWeights(1.0, cost="l1"), "cost is 'l1'"),
     "unknown normalisation": (lambda: fm.GibbsWeights(1.0, normalize="mean"), "normalize is 'mean'"),
     "epsilon that float32 cannot divide by": (lambda: fm.GibbsWeights(1e-38), "epsilon is 1e-38; below 1e-20"),
+    "scope of a plan": (lambda: fm.MinibatchOT(scope="host"), "scope is 'host'"),
+    "scope of weights": (lambda: fm.GibbsWeights(scope="host"), "scope is 'host'"),
+    "no tolerance": (lambda: fm.MinibatchOT(tolerance=0.0), "tolerance is 0.0"),
+    "no pairs": (lambda: fm.MinibatchOT("sinkhorn")(jax.random.key(0), X0[:0], X1[:0]), "the batch is empty"),
+    "no weighted pairs": (lambda: fm.GibbsWeights(1.0)(None, X0[:0], X1[:0]), "the batch is empty"),
+    "too few sweeps": (
+        lambda: fm.MinibatchOT("sinkhorn", epsilon=1e-3, num_sweeps=2)(jax.random.key(0), X0, X1),
+        "num_sweeps is 2, after which",
+    ),
     "half a sweep": (lambda: fm.MinibatchOT(num_sweeps=1.5), "num_sweeps is 1.5; it must be a whole number"),
     "labels of classes": (
         lambda: fm.MinibatchOT(class_aware=True)(None, X0, X1, jnp.zeros((3, 2))),

@@ -71,8 +71,7 @@ def test_the_flow_is_trained_as_without_a_denoiser(params, frames):
 def test_the_denoiser_is_trained_on_the_score_alone(params):
     data = batch()
     (_, metrics), gradient = gradients(flow_score_objective(FLOW, loss_scale=SCALE), params, data)
-    noise_key, _ = jax.random.split(jax.random.key(1))
-    x, labels = density.batch_input(noise_key, data, CLIP.noise_std), jnp.asarray(data["label"])
+    x, labels = density.noisy_batch(FLOW, density.batch_condition(FLOW, 0.0, None), data, jax.random.key(1))
     target = score_target(FLOW, params, x, labels)
     assert_close(metrics["score_square"], jnp.square(target).mean(), LAYER)
 

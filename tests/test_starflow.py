@@ -310,7 +310,7 @@ def test_the_norm_penalty_is_of_the_tokens_that_enter_blocks(key):
     weighed, with_penalty = weigh(params, batch, jax.random.clone(key))
     # The latents that enter have variance 1 of the draw, 0.1² of the posterior, and σ² of the noise.
     entering = (float(weighed) - 2 * float(plain)) / 0.5 - float(metrics["mean_square/0"])
-    x = density.batch_input(jax.random.split(key)[0], batch, flow.config.noise_std)
+    x, _ = density.noisy_batch(flow, density.batch_condition(flow, 0.0, None), batch, key)
     assert_close(entering, float(jnp.square(x).mean()), NETWORK)
     assert entering == pytest.approx(np.square(batch["mean"]).mean() + 0.01 + 0.09, rel=0.1)
     assert_close(with_penalty["nats_per_dim"], metrics["nats_per_dim"], LAYER)

@@ -34,6 +34,7 @@ from flowgen.matching import (
 )
 from flowgen.matching.objective import REPORT_PAIRS
 from flowgen.models import init
+from flowgen.rows import batch_rows
 from flowgen.tasks.images import check_foreign, drawn_classes, image_batches, image_source, shrink_images, shrink_run
 from flowgen.tasks.pictures import DRAWABLE_CHANNELS, DRAWN_PATHS, grid_labels, path_plot, picture
 from flowgen.tasks.samples import sample_lines, sample_metrics, train_judge
@@ -172,7 +173,8 @@ def _points_job(experiment: Any) -> Job:
     matching = experiment.matching.fitted(*data.draw(jax.random.key(experiment.train.seed), REPORT_PAIRS))
 
     def pairs(key, batch):
-        x0, x1 = data.draw(key, len(batch["blank"]))
+        rows = batch_rows(batch, key, len(batch["blank"]))
+        x0, x1 = rows.draw(lambda key: data.draw(key, 1))
         return {"x0": x0, "x1": x1}
 
     @jax.jit
