@@ -5,7 +5,10 @@ BIN := $(VENV)/bin
 # Compiling takes most of the time and one core each. A file's tests share compiled programs, so they stay together.
 WORKERS := -n auto --maxprocesses 8 --dist loadfile
 
-.PHONY: demo test test-all lint types format clean
+# Another instruction set, without fused multiply-add, and one thread: sums in another order than on this processor.
+OTHERWISE := --xla_cpu_multi_thread_eigen=false $(if $(filter x86_64 amd64,$(shell uname -m)),--xla_cpu_max_isa=AVX)
+
+.PHONY: demo test test-slow test-numeric test-all soak lint types format clean
 
 demo: $(VENV)/.train ## train a TARFlow on the built-in digits, then draw samples
 	$(BIN)/python train.py --config configs/tarflow_digits.py --workdir runs/digits
@@ -14,8 +17,20 @@ demo: $(VENV)/.train ## train a TARFlow on the built-in digits, then draw sample
 test: $(VENV)/.dev ## the default test suite
 	$(BIN)/python -m pytest $(WORKERS) -m "not slow and not gpu"
 
-test-all: $(VENV)/.dev ## the slow tests as well
+# A fixed list, never cut by the clock: every test marked slow, law tables first. It takes about 35 minutes on two cores;
+# what would make it longer is not marked slow but belongs into `make soak`, or is left out with a reason.
+test-slow: $(VENV)/.dev ## the slow tests
+	$(BIN)/python -m pytest $(WORKERS) --no-loadscope-reorder -m "slow and not gpu"
+
+test-numeric: $(VENV)/.dev ## comparisons of float32 results as another processor would make them
+	XLA_FLAGS="$(OTHERWISE)" $(BIN)/python -m pytest $(WORKERS) -m "numeric and not slow and not gpu"
+
+test-all: $(VENV)/.dev ## the default suite and the slow tests in one
 	$(BIN)/python -m pytest $(WORKERS) -m "not gpu"
+
+soak: $(VENV)/.dev ## long trials: runs killed a hundred times, five hundred malformed files
+	$(BIN)/python -m tests.soak.kills --kills 100
+	$(BIN)/python -m tests.soak.malformed --inputs 500
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -29,7 +29,7 @@ BATCH = 256
 LEARNING_RATE = 2e-3  # decays to 0 by a half cosine
 POINTS, DISTANCE_POINTS, ESS_BATCHES = 1500, 3000, 64
 FEW_STEPS = (1, 4, 10)
-ENTROPIC_EPSILON, ENTROPIC_SWEEPS = 1.0, 10
+ENTROPIC_EPSILON = 1.0
 SWEEPS = {2.0: 5, 1.0: 10, 0.5: 20}  # of Sinkhorn's iteration, by epsilon
 RUNNING_EPSILON = 0.5
 # Column and figures behind the point.
@@ -126,7 +126,7 @@ def training(
 
 def methods(pair: Pair) -> list[Method]:
     """Returns what is compared on a pair."""
-    entropic = fm.MinibatchOT(method="sinkhorn", epsilon=ENTROPIC_EPSILON / pair.mean_cost, num_sweeps=ENTROPIC_SWEEPS)
+    entropic = fm.MinibatchOT(method="sinkhorn", epsilon=ENTROPIC_EPSILON / pair.mean_cost)
     running = fm.GibbsWeights(epsilon=RUNNING_EPSILON)
     return [
         Method("independent", "I-CFM", fm.Independent()),

@@ -9,19 +9,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flowgen import fields
-from flowgen.data import ClipsConfig, DataConfig, PointsConfig
+from flowgen.data import ClipsConfig, DataConfig, PointsConfig, told_once
+from flowgen.data.inventory import name_list
 from flowgen.matching import MatchingConfig
 from flowgen.models import ModelConfig, build
 from flowgen.tasks import AutoencodingConfig, LikelihoodConfig, SamplingConfig, SolverConfig, frozen, task_of
 from flowgen.tasks.frozen import PixelBlocks, TrainedCodec
+from flowgen.tasks.images import named
 from flowgen.tasks.texts import TextConfig
 from flowgen.training import Job, LogConfig, OptimConfig, TrainConfig
 from flowgen.training.options import check_warmups
 from flowgen.typed import typed
 
 # Fields that a resumed run may change: they do not touch what the checkpoint holds or the data it has seen. (Of the
-# frozen networks the digest counts, wherever they lie.)
-RESUMABLE = ("name", "train.steps", "log.", "sampling.", "reference", "codec.path", "text.encoder")
+# frozen networks the digest counts, wherever they lie. Names of classes are compared apart.)
+RESUMABLE = ("name", "train.steps", "log.", "sampling.", "reference", "codec.path", "text.encoder", "data.classes")
 
 
 @dataclass(frozen=True)
@@ -84,12 +86,14 @@ class Experiment:
         return task_of(self.model).pictures(self, split)
 
     def sealed(self) -> Experiment:
-        """Returns the experiment as it is kept with a run: with the digests of its frozen networks."""
-        return frozen.sealed(self)
+        """Returns the experiment as it is kept with a run: with the names of its classes, and the digests of its frozen
+        networks."""
+        return named(frozen.sealed(self))
 
     def job(self) -> Job:
         """Returns what the training loop needs, with the data opened."""
-        return task_of(self.model).job(self)
+        with told_once():
+            return task_of(self.model).job(self)
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain values for JSON; `from_json` gives the same experiment back."""
@@ -100,10 +104,26 @@ class Experiment:
         lines = fields.differences(to_json(from_json(saved)), to_json(from_json(to_json(self))))
         # A run that was begun without the digest of a frozen network does not know which it was.
         changed = [line for line in lines if not line.startswith(RESUMABLE) and ".digest: None -> " not in line]
+        changed += _renamed(from_json(saved).data, self.data)
         if changed:
             raise ValueError(
                 f"the run was begun with another config ({'; '.join(changed)}); undo that, or train in a new --workdir."
             )
+
+
+def _renamed(old: Any, new: Any) -> list[str]:
+    """Which classes a run began with and does not have now, and the other way round. A run that was begun without names
+    does not know what they were."""
+    before, now = getattr(old, "classes", ()), getattr(new, "classes", ())
+    if not before or not now or before == now:
+        return []
+    missing = name_list([name for name in before if name not in now])
+    unknown = name_list([name for name in now if name not in before])
+    if missing and not unknown:
+        fix = "; to go on without it, set --data.classes to the names that the run began with"
+        return [f"data.classes: {missing} missing{fix}"]
+    parts = [f"{missing} missing"] * bool(missing) + [f"{unknown} not known to the run"] * bool(unknown)
+    return [f"data.classes: {', '.join(parts) or f'{name_list(before)} in another order'}"]
 
 
 def load(path: str | Path) -> Experiment:

@@ -30,6 +30,18 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "numeric: compares float32 results; `make test-numeric` repeats it elsewhere")
+
+
+def pytest_collection_modifyitems(items):
+    """Files that compare by tests/tolerances.py are numeric; law tables come first, whose failures explain others."""
+    for item in items:
+        if not {"assert_close", "assert_trees_close"}.isdisjoint(vars(item.module)):
+            item.add_marker("numeric")
+    items.sort(key=lambda item: not ("laws" in item.path.stem or "laws" in vars(item.module)))
+
+
 @pytest.fixture
 def key():
     """A fresh root key."""

@@ -4,9 +4,6 @@ import jax.numpy as jnp
 
 from flowgen import matching as fm
 
-# Recorded numbers are float32, printed to six digits.
-PUBLISHED = 2e-6
-
 X0 = jnp.array([[0.0, 0.0], [1.0, -1.0], [2.0, 0.5]])
 X1 = jnp.array([[1.0, 2.0], [-1.0, 0.0], [0.5, -2.0]])
 T = jnp.array([0.25, 0.5, 0.8])

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import rows
+from tolerances import LAYER, assert_close
 
 from flowgen.attention import (
     KERNELS,
@@ -29,7 +30,6 @@ from flowgen.attention import (
 
 EPS = 1e-6  # of the kernels: added to the sum of the weights
 EXACT = 1e-9  # float64; norms have 1e-12 inside their square root
-ROUNDING = 1e-5  # float32, outputs of order 1
 
 BATCH, HEADS, KEY_HEADS, WIDTH, VALUES = 2, 4, 2, 4, 6
 LENGTH, KEYS = 10, 7  # tokens; keys of cross attention
@@ -206,8 +206,8 @@ def formula(name, q, k, v, keep):
 
 
 def close(name, out, expected, message=""):
-    tolerance = ROWS[name].tolerance if out.dtype == jnp.float64 else ROUNDING
-    np.testing.assert_allclose(out, expected, rtol=tolerance, atol=tolerance, err_msg=message)
+    tolerance = ROWS[name].tolerance if out.dtype == jnp.float64 else LAYER
+    assert_close(out, expected, tolerance, err_msg=message)
 
 
 @jax.jit(static_argnames=("name", "is_causal"))
@@ -308,7 +308,7 @@ def test_chunks_pieces_and_steps_are_one_pass(name):
     for label, out in outputs.items():
         close(name, out, expected, label)
     for x, y in zip(jax.tree.leaves(state), jax.tree.leaves(last), strict=True):
-        np.testing.assert_allclose(x, y, rtol=ROUNDING, atol=ROUNDING * float(jnp.abs(x).max()))
+        assert_close(x, y, LAYER)
 
 
 @each_kernel

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tolerances import LAYER, assert_close
 
 from flowgen.attention import (
     FEATURE_MAPS,
@@ -37,7 +38,7 @@ from flowgen.attention import (
 PRINTED = 6e-9  # the recorded values are printed with 8 digits after the point
 SUMS = 1e-9  # relative: their sums with 10
 ORACLE = 1e-10  # float64
-ROUNDING = 1e-5  # float32
+HALF = 2e-3  # float16: two roundings
 STATE = 5e-3  # bfloat16 inputs and outputs of a float32 state; a bfloat16 state is wrong by 0.3 to 14
 
 
@@ -190,7 +191,7 @@ def test_compiled_derivatives_of_features_in_both_modes_agree(name):
         return FEATURE_MAPS[name](x, x).q
 
     reverse, forward = (np.asarray(jax.jit(mode(phi))(x)) for mode in (jax.jacrev, jax.jacfwd))
-    np.testing.assert_allclose(reverse, forward, atol=ROUNDING * np.abs(forward).max())
+    assert_close(reverse, forward, LAYER)
     assert (reverse[0, :, :, :, 1] == 0).all()
 
 
@@ -284,7 +285,7 @@ def test_nala_in_float16(scale):
     assert out.dtype == jnp.float16
     assert all(jnp.isfinite(x).all() for x in (out, *gradients))
     exact = nala_attention(*(x.astype(jnp.float32) for x in half), is_causal=True)
-    np.testing.assert_allclose(out.astype(jnp.float32), exact, atol=2e-3)
+    assert_close(out.astype(jnp.float32), exact, HALF)
 
 
 def test_every_parameter_of_a_feature_map_receives_gradient():
@@ -445,4 +446,4 @@ def test_a_strong_decay_costs_other_tokens_no_digits(reset):
     for t in range(12):
         out, state = gated_linear_attention(*(x[:, t : t + 1] for x in (q, k, v, log_decay)), state=state)
         pieces.append(out)
-    np.testing.assert_allclose(whole, jnp.concatenate(pieces, axis=1), atol=1e-5)
+    assert_close(whole, jnp.concatenate(pieces, axis=1), LAYER)

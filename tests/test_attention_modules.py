@@ -10,13 +10,13 @@ import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
+from tolerances import LAYER, assert_close
 
 import flowgen.attention as attention
 import flowgen.attention.nnx as twins
 
 RNG = np.random.default_rng(0)
 PUBLISHED = 1e-10  # float64 on both sides
-CACHED = 1e-5  # parallel and recurrent forms of the same float32 network
 GRID = (4, 6)
 WIDTH, HEADS = 16, 2
 
@@ -165,7 +165,7 @@ def test_causal_modules_decode_what_they_compute_in_parallel(name):
         out, state = step(x[:, t], state)
         rest.append(out)
     recurrent = jnp.concatenate([first, jnp.stack(rest, axis=1)], axis=1)
-    np.testing.assert_allclose(recurrent, parallel, atol=CACHED, rtol=CACHED)
+    assert_close(recurrent, parallel, LAYER)
     # No output depends on later inputs, not even a little.
     gradient = jax.jit(jax.grad(lambda x: module.apply(variables, x)[:, 5].sum()))(x)
     assert not gradient[:, 6:].any()
@@ -224,7 +224,7 @@ def test_nnx_twins_train_and_decode(twin):
     if twin in fields:
         out, state = module.prefill(x[:, :7], module.init_state(len(x)))
         last, _ = module.step(x[:, 7], state)
-        np.testing.assert_allclose(jnp.concatenate([out, last[:, None]], 1), module(x)[:, :8], atol=CACHED)
+        assert_close(jnp.concatenate([out, last[:, None]], 1), module(x)[:, :8], LAYER)
 
 
 @pytest.mark.slow
@@ -232,7 +232,7 @@ def test_nnx_twins_decode_inside_the_scan_of_jax():
     x = inputs(n=6)
     module = twins.LinearAttention(WIDTH, width=WIDTH, num_heads=HEADS, kernel="nala", is_causal=True, rngs=nnx.Rngs(0))
     decode = jax.jit(lambda x: jax.lax.scan(lambda s, t: module.step(t, s)[::-1], module.init_state(2), x)[1])
-    np.testing.assert_allclose(decode(x.swapaxes(0, 1)).swapaxes(0, 1), module(x), atol=CACHED)
+    assert_close(decode(x.swapaxes(0, 1)).swapaxes(0, 1), module(x), LAYER)
 
 
 def test_inside_a_linen_model():

@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
+from tolerances import LAYER, NETWORK, assert_close
 
 from flowgen.attention import Causal, linear_attention, nala_features, rotary_line
 from flowgen.attention import pallas as kernels
 
 RNG = np.random.default_rng(0)
-FLOAT32 = 1e-5
 PALLAS = Causal(implementation="pallas")
 
 
@@ -33,8 +33,12 @@ def test_it_is_the_scan_over_chunks(n, groups, features):
         (_, out), gradient = jax.jit(jax.value_and_grad(value, argnums=(0, 1, 2), has_aux=True))(q, k, v)
         return out, *gradient
 
-    for ours, expected in zip(loss(PALLAS), loss(True), strict=True):
-        np.testing.assert_allclose(ours, expected, atol=FLOAT32, rtol=FLOAT32)
+    (out, *gradients), (expected, *slopes) = loss(PALLAS), loss(True)
+    assert_close(out, expected, LAYER)
+    # Of few tokens the weights hardly change with q and k, and terms as large as the gradient of v cancel.
+    scale = max(float(jnp.abs(slope).max()) for slope in slopes)
+    for ours, slope in zip(gradients, slopes, strict=True):
+        assert_close(ours, slope, NETWORK, scale=scale)
 
 
 def test_the_gpu_form_is_the_tpu_form():
@@ -42,7 +46,7 @@ def test_the_gpu_form_is_the_tpu_form():
     tpu = kernels._tpu(q, k, v, chunk_size=32, interpret=True)
     gpu = kernels._gpu(q, k, v, chunk_size=32, interpret=True)
     for ours, expected in zip(gpu, tpu, strict=True):
-        np.testing.assert_allclose(ours, expected, atol=FLOAT32, rtol=FLOAT32)
+        assert_close(ours, expected, LAYER)
 
 
 @pytest.mark.parametrize(("platform", "target"), [("tpu", "tpu_custom_call"), ("cuda", "xla.gpu.triton")])

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tolerances import LAYER, assert_close
 
 from flowgen.attention import FrameWindow, KVCache, attend_kv_window, softmax, softmax_attention
 
@@ -45,7 +46,7 @@ def test_parts_change_neither_numbers_nor_gradients(case, monkeypatch):
     whole = both()
     monkeypatch.setattr(softmax, "MAX_LOGITS", 2 * 4 * N * 7)  # seven queries at a time, which leaves a rest
     for part, expected in zip(both(), whole, strict=True):
-        np.testing.assert_allclose(part, expected, atol=1e-5)
+        assert_close(part, expected, LAYER)
 
 
 @pytest.mark.parametrize("case", ["causal, none", "frames", "cached"])

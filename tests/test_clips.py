@@ -8,6 +8,7 @@ import laws
 import numpy as np
 import pytest
 from conftest import rows
+from tolerances import LAYER, NETWORK, assert_close
 
 from flowgen.conditioning import TextCondition
 from flowgen.decoding import (
@@ -24,11 +25,11 @@ from flowgen.decoding import (
 from flowgen.decoding.clips import _sample_clips
 from flowgen.flows import AutoregressiveBlock, STARFlow, STARFlowConfig, STARFlowV, block_parameters
 
-ROUNDING = 5e-5  # float32 through all blocks and some clips, two orders of summation
 TEXT = dataclasses.replace(laws.FLOWS["starflow video"], frames=3)  # of 2 tokens each
 CLASSES = dataclasses.replace(TEXT, text_dim=0, text_length=0, num_classes=3)
 NALA = dataclasses.replace(TEXT, attention="nala")
 PER_FRAME = 2
+SIZE = 3  # of what is drawn
 KEY = jax.random.key(5)
 
 
@@ -80,8 +81,8 @@ def test_given_frames_come_back_and_the_rest_is_plain_inversion(config, count):
     r = sample_clips(flow, params, KEY, 2, cond, given=given, denoise=False, certify=True)
     np.testing.assert_array_equal(r.x[:, :count], given)
     expected = behind(flow, params, cond, given, noise(config, 3)[:, count * PER_FRAME :])
-    np.testing.assert_allclose(r.x, expected, atol=ROUNDING)
-    assert r.error.max() < ROUNDING
+    assert_close(r.x, expected, NETWORK)
+    assert r.error.max() < NETWORK * SIZE
     np.testing.assert_array_equal((r.sweeps > 0).sum(axis=1), [PER_FRAME, (3 - count) * PER_FRAME])
 
 
@@ -94,7 +95,7 @@ def test_guidance_behind_given_frames_is_its_definition(config):
     other = TextCondition(jnp.ones((2, 3, 5)), jnp.ones((2, 3), bool)) if config.text_dim else None
     guidance = Guidance(scale=1.5, rule="product")
     r = sample_clips(flow, params, KEY, 2, cond, given=given, guidance=guidance, null=null, denoise=False, certify=True)
-    assert r.error.max() < ROUNDING
+    assert r.error.max() < NETWORK * SIZE
     np.testing.assert_array_equal(r.x[:, :1], given)
 
     @jax.jit
@@ -106,7 +107,7 @@ def test_guidance_behind_given_frames_is_its_definition(config):
         shift, log_scale = product_rule(*branches, jnp.full((config.num_tokens, 1), 1.5))
         return (u - shift) * jnp.exp(-log_scale)
 
-    np.testing.assert_allclose(guided_noise(r.x)[:, PER_FRAME:], noise(config, 3)[:, PER_FRAME:], atol=2e-4)
+    assert_close(guided_noise(r.x)[:, PER_FRAME:], noise(config, 3)[:, PER_FRAME:], NETWORK)
 
 
 @pytest.mark.slow  # beside restarts with a condition of their own
@@ -118,8 +119,8 @@ def test_a_long_clip_is_clip_after_clip_behind_the_last_frames(total, context):
     first = invert(flow, params, z[:, : 3 * PER_FRAME], cond).x
     expected = restarted(flow, params, cond, first, z, context=context or 2)
     assert r.x.shape == (2, total, 4, 2, 2)
-    np.testing.assert_allclose(r.x, expected[:, :total], atol=ROUNDING)
-    assert context != 1 or r.error.max() < ROUNDING
+    assert_close(r.x, expected[:, :total], NETWORK)
+    assert context != 1 or r.error.max() < NETWORK * SIZE
     assert int(r.sweeps[1].sum()) == len(z[0])
 
 
@@ -127,12 +128,12 @@ def test_a_long_clip_is_clip_after_clip_behind_the_last_frames(total, context):
 def test_a_longer_clip_begins_with_the_shorter_one():
     flow, params, cond = flow_of(TEXT)
     longer = sample_clips(flow, params, KEY, 2, cond, frames=5, denoise=False).x
-    np.testing.assert_allclose(longer[:, :3], sample(flow, params, KEY, 2, cond, denoise=False).x, atol=ROUNDING)
+    assert_close(longer[:, :3], sample(flow, params, KEY, 2, cond, denoise=False).x, NETWORK)
     shorter = sample_clips(flow, params, KEY, 2, cond, frames=2, denoise=False)
-    np.testing.assert_allclose(shorter.x, longer[:, :2], atol=ROUNDING)
+    assert_close(shorter.x, longer[:, :2], NETWORK)
     swapped = jax.tree.map(lambda c: c[::-1], cond)  # the second clip beside a third one
     other = sample_clips(flow, params, KEY, 2, swapped, frames=5, denoise=False, first=1)
-    np.testing.assert_allclose(other.x[0], longer[1], atol=ROUNDING)
+    assert_close(other.x[0], longer[1], NETWORK)
 
 
 @pytest.mark.slow
@@ -141,8 +142,8 @@ def test_a_clip_is_continued_from_its_last_frames_alone():
     given = frames_of(TEXT, 4)
     r = sample_clips(flow, params, KEY, 2, cond, frames=6, given=given, context=2, denoise=False, certify=True)
     expected = restarted(flow, params, cond, given, noise(TEXT, 6), context=2)
-    np.testing.assert_allclose(r.x, expected, atol=ROUNDING)
-    assert r.error.max() < ROUNDING
+    assert_close(r.x, expected, NETWORK)
+    assert r.error.max() < NETWORK * SIZE
     before = _sample_clips._cache_size()
     other = given.at[:, :2].add(1.0)
     moved = sample_clips(flow, params, KEY, 2, cond, frames=6, given=other, context=2, denoise=False, certify=True)
@@ -163,7 +164,7 @@ def test_any_plan_gives_the_same_clip_and_one_program_serves_all_keys_and_scales
 
     plan = DecodePlan((Jacobi(tol=0.0), MovingJacobi(window=3, tol=0.0, init="frame")))
     moving = clip(plan)
-    np.testing.assert_allclose(moving.x, clip("sequential").x, atol=ROUNDING)
+    assert_close(moving.x, clip("sequential").x, NETWORK)
     before = _sample_clips._cache_size()
     clip(plan, jax.random.key(6), scale=2.0)
     assert _sample_clips._cache_size() == before
@@ -173,7 +174,7 @@ def test_any_plan_gives_the_same_clip_and_one_program_serves_all_keys_and_scales
 def test_a_score_step_follows_the_density_of_the_clip():
     flow, params, cond = flow_of(TEXT)
     fits = sample_clips(flow, params, KEY, 2, cond)
-    np.testing.assert_allclose(fits.x, sample(flow, params, KEY, 2, cond).x, atol=1e-4)
+    assert_close(fits.x, sample(flow, params, KEY, 2, cond).x, NETWORK)
     noisy = sample_clips(flow, params, KEY, 2, cond, frames=5, denoise=False).x
     clean = sample_clips(flow, params, KEY, 2, cond, frames=5, denoise=0.5).x
 
@@ -187,7 +188,7 @@ def test_a_score_step_follows_the_density_of_the_clip():
         added = (log_prob(x[:, begin : begin + 3]) - log_prob(x[:, begin : begin + 2]) for begin in (1, 2))
         return log_prob(x[:, :3]) + sum(added)
 
-    np.testing.assert_allclose(clean, noisy + 0.5 * TEXT.noise_std**2 * score(noisy), atol=1e-4)
+    assert_close(clean, noisy + 0.5 * TEXT.noise_std**2 * score(noisy), NETWORK)
 
 
 @pytest.mark.slow
@@ -196,7 +197,7 @@ def test_a_denoiser_gets_all_frames_still_noisy():
     noisy = sample_clips(flow, params, KEY, 2, cond, frames=5, denoise=False)
     half = Denoiser(lambda factor, x, cond: factor * x + cond.mask.sum(), 0.5)
     clean = sample_clips(flow, params, KEY, 2, cond, frames=5, denoise=half)
-    np.testing.assert_allclose(clean.x, 0.5 * noisy.x + cond.mask.sum(), atol=1e-5)
+    assert_close(clean.x, 0.5 * noisy.x + cond.mask.sum(), LAYER)
 
 
 REFUSED = {
@@ -230,9 +231,9 @@ def test_restarts_have_a_condition_of_their_own():
     told = sample_clips(flow, params, KEY, 2, cond, restart_cond=other, **options)
     plain = sample_clips(flow, params, KEY, 2, cond, **options)
     np.testing.assert_array_equal(told.x[:, :3], plain.x[:, :3])
-    assert told.error.max() < ROUNDING
+    assert told.error.max() < NETWORK * SIZE
     expected = restarted(flow, params, other, plain.x[:, :3], noise(CLASSES, 5), context=2)
-    np.testing.assert_allclose(told.x, expected, atol=ROUNDING)
+    assert_close(told.x, expected, NETWORK)
     assert jnp.abs(told.x - plain.x).max() > 1e-3
     with pytest.raises(ValueError, match="restart_cond is given, and cond is not"):
         sample_clips(flow, params, KEY, 2, restart_cond=other)

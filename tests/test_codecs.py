@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from published_files import publish, write_safetensors
+from tolerances import NETWORK, assert_close
 
 from flowgen import codecs, convert
 from flowgen.codecs.t5 import relative_buckets
@@ -18,7 +19,6 @@ sys.path.insert(0, str(Path(__file__).parent / "fixtures"))
 import codec_weights as cw
 
 # float32 sums in another order; features and pixels are of order 1.
-PARITY = {"rtol": 1e-5, "atol": 2e-5}
 RECORDED = cw.recorded()
 
 
@@ -30,10 +30,10 @@ def autoencoder():
 def test_the_autoencoder_is_that_of_diffusers(autoencoder):
     network, variables = autoencoder
     mean, log_variance = jax.jit(lambda x: network.apply(variables, x, method="encode"))(cw.images())
-    np.testing.assert_allclose(mean, RECORDED["mean"], **PARITY)
-    np.testing.assert_allclose(log_variance, RECORDED["log_variance"], **PARITY)
+    assert_close(mean, RECORDED["mean"], NETWORK)
+    assert_close(log_variance, RECORDED["log_variance"], NETWORK)
     decoded = jax.jit(lambda z: network.apply(variables, z, method="decode"))(RECORDED["mean"])
-    np.testing.assert_allclose(decoded, RECORDED["decoded"], **PARITY)
+    assert_close(decoded, RECORDED["decoded"], NETWORK)
 
 
 @pytest.mark.parametrize("kind", ["t5", "bert"])
@@ -43,7 +43,7 @@ def test_text_encoders_are_those_of_transformers(kind):
     network, variables = import_encoder(cw.state_dict(kind), config)
     mask = np.arange(16) < cw.LENGTHS[:, None]
     features = jax.jit(network.apply)(variables, cw.ids(config["vocab_size"]), mask)
-    np.testing.assert_allclose(features, RECORDED[f"{kind}_features"], **PARITY)
+    assert_close(features, RECORDED[f"{kind}_features"], NETWORK)
     assert (np.asarray(features)[~mask] == 0).all()
 
 
@@ -121,9 +121,9 @@ def test_an_autoencoder_codec_normalises_and_undoes_it(autoencoder):
     assert (codec.factor, codec.channels, codec.pixel_channels) == (4, 4, 3)
     mean, std = codec.moments(cw.images())
     shift = np.array([0.1, -0.2, 0.3, 0.0])
-    np.testing.assert_allclose(mean, (RECORDED["mean"] - shift) * 0.5, **PARITY)
-    np.testing.assert_allclose(std, np.exp(0.5 * RECORDED["log_variance"]) * 0.5, **PARITY)
-    np.testing.assert_allclose(codec.decode(mean), RECORDED["decoded"], rtol=1e-4, atol=1e-4)
+    assert_close(mean, (RECORDED["mean"] - shift) * 0.5, NETWORK)
+    assert_close(std, np.exp(0.5 * RECORDED["log_variance"]) * 0.5, NETWORK)
+    assert_close(codec.decode(mean), RECORDED["decoded"], NETWORK)
     assert isinstance(codec, codecs.Codec)
 
 
@@ -132,7 +132,7 @@ def test_a_codec_gives_the_same_in_any_parts(autoencoder, monkeypatch):
     images = np.tile(cw.images()[:, :8, :8], (3, 1, 1, 1))[:5]
     whole = codec.moments(images)[0]
     monkeypatch.setattr(codecs.codec, "IMAGES_AT_ONCE", 2)
-    np.testing.assert_allclose(codec.moments(images)[0], whole, **PARITY)
+    assert_close(codec.moments(images)[0], whole, NETWORK)
 
 
 def test_blocks_of_pixels_are_a_codec():
@@ -232,7 +232,7 @@ def test_an_autoencoder_loads_by_its_folder_and_by_its_pipeline(tmp_path, autoen
     publish(tmp_path / "pipeline" / "vae", cw.AUTOENCODER, cw.state_dict("autoencoder"), name)
     for path in (tmp_path / "pipeline", tmp_path / "pipeline" / "vae"):
         codec = convert.load_autoencoder(path)
-        np.testing.assert_allclose(codec.moments(cw.images())[0], 0.18215 * RECORDED["mean"], **PARITY)
+        assert_close(codec.moments(cw.images())[0], 0.18215 * RECORDED["mean"], NETWORK)
 
 
 def test_a_text_encoder_loads_by_its_folder(tmp_path):
@@ -249,7 +249,7 @@ def test_a_text_encoder_loads_by_its_folder(tmp_path):
     np.testing.assert_array_equal(mask.sum(axis=1), (RECORDED["spiece_ids"] != 0).sum(axis=1))
     assert not np.asarray(features)[~np.asarray(mask)].any()
     alone = encoder(cw.TEXTS[2:3])
-    np.testing.assert_allclose(alone.embeddings[0], features[2], **PARITY)
+    assert_close(alone.embeddings[0], features[2], NETWORK)
 
 
 def test_weights_in_parts_load_alike(tmp_path):
@@ -266,7 +266,7 @@ def test_weights_in_parts_load_alike(tmp_path):
     features = encoder.network.apply(
         encoder.variables, jnp.asarray(cw.ids(40)), jnp.asarray(np.arange(16) < cw.LENGTHS[:, None])
     )
-    np.testing.assert_allclose(features, RECORDED["bert_features"], **PARITY)
+    assert_close(features, RECORDED["bert_features"], NETWORK)
     with pytest.raises(ValueError, match=r"model.text_length is 21, but '.*' takes at most 20 tokens"):
         convert.load_text_encoder(tmp_path / "bert", length=21)
 

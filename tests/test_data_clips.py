@@ -279,7 +279,7 @@ def test_a_video_that_is_damaged_later_is_named_with_its_field(tmp_path):
     config = ClipsConfig("folder", path=str(tmp_path), eval_fraction=0.0, in_memory_bytes=0)
     source = load_clips(config, frames=8, image_size=(8, 8), channels=1, split="train")
     write_video(tmp_path / "a.mp4", gradient(4), fps=8)
-    with pytest.raises(ValueError, match=r"data.path: '.*a.mp4' ends before 8 frames at 8 fps from second 0"):
+    with pytest.raises(ValueError, match=r"data.path holds .*a.mp4' ends before 8 frames at 8 fps from second 0"):
         source[np.array([0])]
 
 
@@ -291,7 +291,9 @@ def test_a_video_that_is_damaged_later_is_named_with_its_field(tmp_path):
             "data.source is 'mnist'; it must be one of 'bouncing', 'crafter', 'real', 'folder', 'encoded'",
         ),
         ({"num": 1}, "data.num is 1; it must be at least 2"),
-        ({"fps": -1.0}, "data.fps is -1.0; it must be positive, or 0"),
+        ({"fps": -1.0}, "data.fps is -1.0; it must be from 0.01 to 1000, or 0"),
+        ({"fps": 1e9}, "data.fps is 1000000000.0; it must be from 0.01 to 1000"),
+        ({"on_corrupt": "ignore"}, "data.on_corrupt is 'ignore'"),
         ({"eval_fraction": 1.0}, "data.eval_fraction is 1.0"),
         ({"source": "folder"}, "data.path is '', and data.source 'folder' needs the path"),
         ({"path": "x"}, "data.path is 'x', and data.source 'bouncing' reads no path"),
@@ -314,7 +316,7 @@ def test_files_and_shapes_that_cannot_be_are_refused(videos, tmp_path):
     with pytest.raises(ValueError, match="has no video of 99 frames at 8 fps; give longer ones"):
         load_clips(long, frames=99, image_size=(8, 8), channels=3, split="train")
     (tmp_path / "broken.mp4").write_bytes(b"no video" * 99)
-    with pytest.raises(ValueError, match=r"broken.mp4' is no video that can be read .*; convert it to mp4"):
+    with pytest.raises(ValueError, match=r"1 video that cannot be read: .*broken.mp4' is no video"):
         load_clips(ClipsConfig("folder", path=str(tmp_path)), frames=2, image_size=(8, 8), channels=3, split="all")
     with pytest.raises(UnreadableVideo, match="ends before 30 frames at 8 fps from second 0"):
         read_clip(videos / "a.mp4", 30, (8, 8), 3, fps=8)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tolerances import LAYER, assert_close
 
 from flowgen.data import ArraySource, DataConfig, from_uint8, load
 from flowgen.data.buckets import BucketedSource
@@ -174,7 +175,7 @@ def test_data_encoded_into_the_same_place_are_read_anew(tmp_path):
     before = read(tmp_path / "set")[np.arange(10)]["mean"]
     shutil.rmtree(tmp_path / "set")
     write(tmp_path / "set", {"train": encode(pictures(), lambda images: (moments(images)[0] + 1, moments(images)[1]))})
-    np.testing.assert_allclose(read(tmp_path / "set")[np.arange(10)]["mean"], before + 1, atol=1e-6)
+    assert_close(read(tmp_path / "set")[np.arange(10)]["mean"], before + 1, LAYER)
 
 
 def test_many_shards_need_few_open_files(tmp_path):

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tolerances import FORMULA, assert_close
 
 from flowgen.data import media
 
@@ -18,7 +19,7 @@ def test_every_level_survives_the_round_trip_and_the_ends_are_exact():
 
 
 def test_from_uint8_is_the_same_inside_a_compiled_program():
-    np.testing.assert_allclose(jax.jit(media.from_uint8)(jnp.asarray(LEVELS)), media.from_uint8(LEVELS), atol=1e-7)
+    assert_close(jax.jit(media.from_uint8)(jnp.asarray(LEVELS)), media.from_uint8(LEVELS), FORMULA)
 
 
 def test_to_uint8_rounds_clips_and_shows_nan_as_grey():

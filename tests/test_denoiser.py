@@ -8,6 +8,7 @@ import laws
 import numpy as np
 import optax
 import pytest
+from tolerances import LAYER, NETWORK, assert_close
 
 from flowgen import models
 from flowgen.attention import FrameWindow, softmax_attention
@@ -59,7 +60,7 @@ def test_windows_are_attention_under_the_mask_of_their_definition(shape):
     mask[:prefix, prefix:] = frame[None] <= ahead
     out = jax.jit(FrameWindow(prefix, tokens, back, ahead).attend)(q, k, v)
     expected = jax.jit(softmax_attention)(q, k, v, jnp.asarray(mask)[None, None])
-    np.testing.assert_allclose(out, expected, atol=1e-5)
+    assert_close(out, expected, LAYER)
 
 
 def test_the_released_denoiser_has_its_parameters():
@@ -120,7 +121,7 @@ def test_it_learns_the_score_of_the_flow():
     target = score_target(flow, params, x, text)
     step = ClipDenoising(denoiser, noise_std=CLIP.noise_std)
     clean = density.denoise(flow, params, x, text)
-    np.testing.assert_allclose(x - CLIP.noise_std * target, clean, atol=1e-5)
+    assert_close(x - CLIP.noise_std * target, clean, NETWORK)
     assert jnp.square(step(variables, x, text) - clean).mean() < 0.3 * jnp.square(x - clean).mean()
 
 
@@ -130,14 +131,14 @@ def test_long_clips_are_denoised_in_chunks_of_noisy_frames():
     clip = laws.images(CLIP.of_frames(11), jax.random.key(3), batch=2)
     whole = ClipDenoising(denoiser, noise_std=0.5)(variables, clip, text)
     alone = ClipDenoiser(CLIP.of_frames(11))
-    np.testing.assert_allclose(whole, clip - 0.5 * alone.apply(variables, clip, text), atol=1e-6)
+    assert_close(whole, clip - 0.5 * alone.apply(variables, clip, text), NETWORK)
     chunked = ClipDenoising(denoiser, noise_std=0.5, chunk=6)(variables, clip, text)
     assert chunked.shape == clip.shape
     # One layer sees two frames back and one ahead, all of which chunks have; frames have other numbers in each.
     network = lambda x: ClipDenoiser(CLIP).apply(variables, x, text)  # noqa: E731
     first, second, third = (clip[:, i : i + 6] - 0.5 * network(clip[:, i : i + 6]) for i in (0, 3, 5))
     expected = jnp.concatenate([first[:, :5], second[:, 2:5], third[:, 3:]], axis=1)
-    np.testing.assert_allclose(chunked, expected, atol=1e-6)
+    assert_close(chunked, expected, NETWORK)
 
 
 @pytest.mark.slow
@@ -152,7 +153,7 @@ def test_chunks_shorter_than_the_window_answer_for_one_frame_each(back, ahead, s
     first, *rest = (chunk - 0.5 * network.apply(variables, chunk, text) for chunk in chunks)
     answering = size - 1 - min(ahead, size - 1)
     expected = [first[:, : answering + 1], *(chunk[:, answering, None] for chunk in rest[:-1]), rest[-1][:, answering:]]
-    np.testing.assert_allclose(chunked, jnp.concatenate(expected, axis=1), atol=1e-6)
+    assert_close(chunked, jnp.concatenate(expected, axis=1), NETWORK)
 
 
 def test_the_program_of_a_denoiser_does_not_grow_with_the_clip():
@@ -170,7 +171,7 @@ def test_a_learned_step_takes_the_place_of_the_score_in_sampling():
     noisy = sample(flow, params, jax.random.key(0), 2, text, denoise=False)
     step = ClipDenoising(denoiser, noise_std=CLIP.noise_std)
     clean = sample(flow, params, jax.random.key(0), 2, text, denoise=Denoiser(step, variables))
-    np.testing.assert_allclose(clean.x, step(variables, noisy.x, text), atol=1e-5)
+    assert_close(clean.x, step(variables, noisy.x, text), NETWORK)
 
 
 REFUSED = {

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from matching_cases import PUBLISHED, X0, X1
+from matching_cases import X0, X1
+from tolerances import FORMULA, LAYER, assert_close
 
 from flowgen import matching as fm
 
@@ -24,15 +25,15 @@ def toys():
 
 
 def test_distances_are_the_recorded_ones():
-    np.testing.assert_allclose(fm.wasserstein(X0, X1), 1.354006, atol=PUBLISHED)
-    np.testing.assert_allclose(fm.wasserstein(X0, X0 + jnp.array([[3.0, 4.0]])), 5, rtol=1e-5)
-    np.testing.assert_allclose(fm.wasserstein(X0, X0[::-1]), 0, atol=1e-6)
+    assert_close(fm.wasserstein(X0, X1), 1.354006, FORMULA)
+    assert_close(fm.wasserstein(X0, X0 + jnp.array([[3.0, 4.0]])), 5, FORMULA)
+    assert_close(fm.wasserstein(X0, X0[::-1]), 0, FORMULA, scale=2)
 
 
 def test_effective_sample_size_of_weights_known():
     for weights, share in (([1, 1, 1, 1], 1.0), ([1, 0, 0, 0], 0.25), ([2, 1, 1, 0], 16 / 24)):
         log_weight = jnp.log(jnp.array(weights, jnp.float32)) - 300
-        np.testing.assert_allclose(fm.effective_sample_size(log_weight), share, rtol=1e-5)
+        assert_close(fm.effective_sample_size(log_weight), share, LAYER)
 
 
 # Population values of the fact sheet, c = |x - y|: (source, data, epsilon, ESS, tilts of source and data, W2 of the
@@ -127,8 +128,8 @@ def test_path_energy_of_straight_lines_and_of_circles():
     straight = lambda t, x, cond: jnp.broadcast_to(jnp.array([[3.0, 4.0]]), x.shape)  # noqa: E731
     turn = lambda t, x, cond: jnp.pi * jnp.stack([-x[:, 1], x[:, 0]], axis=1)  # noqa: E731
     line, half_circle = jax.jit(lambda: [fm.path_report(field, X0[1:]) for field in (straight, turn)])()
-    np.testing.assert_allclose(line.energy, 25, rtol=1e-5)
-    np.testing.assert_allclose(line.curvature, 0, atol=1e-5)
+    assert_close(line.energy, 25, LAYER)
+    assert_close(line.curvature, 0, FORMULA, scale=25)
     # Half a circle of radius r: |v|² = π² r², and the chord of length 2r is taken off: π² r² - 4 r².
     square = float(jnp.square(X0[1:]).sum(1).mean())
     np.testing.assert_allclose(half_circle.energy, np.pi**2 * square, rtol=1e-4)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import rows
+from tolerances import NETWORK, assert_close
 
 from flowgen import matching as fm
 from flowgen.models import build, init
@@ -23,8 +24,6 @@ NETWORKS = {
     "unet": fm.UNetConfig(**SMALL_UNET, num_classes=3, dropout=0.0),
 }
 BATCH = 3
-# Sums in another order in float32.
-FLOAT32 = 1e-5
 # bfloat16 has 8 bits of mantissa: about 4e-3 per operation, over a few layers.
 BFLOAT16 = 0.05
 
@@ -78,11 +77,11 @@ def test_time_class_and_span_matter_and_missing_ones_have_their_meaning(name):
         assert jnp.abs(out[1] - other[1]).max() > 1e-3
         np.testing.assert_array_equal(out[::2], other[::2])
         nobody = run(variables, t, x, jnp.full(BATCH, -1))
-        np.testing.assert_allclose(run(variables, t, x, None), nobody, atol=FLOAT32)
+        assert_close(run(variables, t, x, None), nobody, NETWORK)
         for label in (3, -2):
             assert jnp.isnan(run(variables, t, x, jnp.full(BATCH, label))).all()
     if network.config.spans:
-        np.testing.assert_allclose(run(variables, t, x, labels, jnp.zeros(BATCH)), out, atol=FLOAT32)
+        assert_close(run(variables, t, x, labels, jnp.zeros(BATCH)), out, NETWORK)
         assert jnp.abs(run(variables, t, x, labels, jnp.full(BATCH, 0.5)) - out).max() > 1e-3
 
 
@@ -114,8 +113,8 @@ def test_a_fresh_dit_gives_zero_and_recomputing_changes_nothing():
     network, _, t, x, labels = case("dit")
     np.testing.assert_array_equal(network.apply(init(network, jax.random.key(1)), t, x, labels), 0)
     _, variables, *_ = case("dit")
-    np.testing.assert_allclose(
-        compiled("dit", remat=False)(variables, t, x, labels), compiled("dit")(variables, t, x, labels), atol=FLOAT32
+    assert_close(
+        compiled("dit", remat=False)(variables, t, x, labels), compiled("dit")(variables, t, x, labels), NETWORK
     )
 
 

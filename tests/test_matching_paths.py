@@ -8,7 +8,6 @@ from matching_cases import (
     MEAN,
     NOISE,
     PATHS,
-    PUBLISHED,
     STD,
     X0,
     X1,
@@ -16,6 +15,7 @@ from matching_cases import (
     gaussian_score,
     gaussian_velocity,
 )
+from tolerances import FORMULA, LAYER, NETWORK, assert_close
 
 from flowgen import matching as fm
 
@@ -46,15 +46,15 @@ RECORDED = [
 @pytest.mark.parametrize(("path", "x_t", "u_t"), RECORDED, ids=lambda value: type(value).__name__)
 def test_paths_are_the_published_ones(path, x_t, u_t, fixed_noise, key):
     point = path.sample(key, T, X0, X1)
-    np.testing.assert_allclose(point.x_t, x_t, atol=PUBLISHED)
-    np.testing.assert_allclose(point.u_t, u_t, atol=PUBLISHED)
+    assert_close(point.x_t, x_t, FORMULA)
+    assert_close(point.u_t, u_t, FORMULA)
 
 
 def test_the_target_path_is_the_published_one_with_the_noise_as_source(key):
     point = fm.Target(sigma_min=0.1).sample(key, T, NOISE, X1)
-    np.testing.assert_allclose(point.x_t, [[1.025, -0.275], [-0.225, 0], [0.12, -1.04]], atol=PUBLISHED)
-    np.testing.assert_allclose(point.u_t, [[0.1, 2.9], [-1.45, 0], [1.4, -3.8]], atol=PUBLISHED)
-    np.testing.assert_allclose(fm.SchroedingerBridge(0.5).score_scale(T), [1.732051, 2.0, 1.6], atol=PUBLISHED)
+    assert_close(point.x_t, [[1.025, -0.275], [-0.225, 0], [0.12, -1.04]], FORMULA)
+    assert_close(point.u_t, [[0.1, 2.9], [-1.45, 0], [1.4, -3.8]], FORMULA)
+    assert_close(fm.SchroedingerBridge(0.5).score_scale(T), [1.732051, 2.0, 1.6], FORMULA)
 
 
 # Recorded from Meta's flow_matching 1.0.10 at t = 0.1, 0.5, 0.9: alpha, beta and their derivatives.
@@ -78,7 +78,7 @@ SCHEDULES = {
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_schedules_are_the_recorded_ones(name):
     for ours, expected in zip(PATHS[name].schedule(jnp.array([0.1, 0.5, 0.9])), SCHEDULES[name], strict=True):
-        np.testing.assert_allclose(ours, expected, atol=5e-6)  # β' of the diffusion path divides by a small beta
+        assert_close(ours, expected, LAYER)  # β' of the diffusion path divides by a small beta
 
 
 # As torchcfm's tests: a path, and x_t and u_t by its closed formulas, on arrays of float64.
@@ -120,9 +120,8 @@ def test_samples_follow_the_closed_formulas_in_any_shape(shape, untyped):
         if make().sigma:
             np.testing.assert_array_equal(points[name].noise, noise, err_msg=name)
         x_t, u_t = formula(wide, np.float64(x0), np.float64(x1), np.float64(noise) * bool(make().sigma))
-        # A few roundings of float32, on values up to about 10.
-        np.testing.assert_allclose(points[name].x_t, x_t, atol=5e-6, err_msg=name)
-        np.testing.assert_allclose(points[name].u_t, u_t, atol=5e-6, err_msg=name)
+        assert_close(points[name].x_t, x_t, FORMULA, err_msg=name)
+        assert_close(points[name].u_t, u_t, FORMULA, err_msg=name)
 
 
 @each_path
@@ -133,12 +132,12 @@ def test_velocity_is_the_derivative_of_the_path_and_its_ends_are_the_pair(path, 
         return path.sample(key, t, X0, X1), jax.jvp(x_of, (t,), (jnp.ones(3),))[1]
 
     point, moved = sample(T)
-    np.testing.assert_allclose(point.u_t, moved, atol=1e-5)
+    assert_close(point.u_t, moved, LAYER)
     for t, end in ((0.0, X0), (1.0, X1)):
         at_end, _ = sample(np.full(3, t, np.float32))
         assert np.isfinite(at_end.u_t).all()
         # What these two paths leave of the source at t = 1 (0.1 of up to 2), and of the data at t = 0 (0.0066).
-        slack = 0.25 if isinstance(path, fm.Target) else 0.02 if isinstance(path, fm.VariancePreserving) else 1e-6
+        slack = {fm.Target: 0.25, fm.VariancePreserving: 0.02}.get(type(path), 2 * FORMULA)
         np.testing.assert_allclose(at_end.x_t, end, atol=slack)
 
 
@@ -197,14 +196,14 @@ def test_conversions_within_a_path_are_not_touched(key):
     point = path.sample(key, t, X0, X1)
     np.testing.assert_array_equal(fm.inner_times(path, t), t)
     np.testing.assert_allclose(fm.velocity_of(path, t, point.x_t, X0, "noise"), point.u_t, rtol=0.02, atol=0.02)
-    np.testing.assert_allclose(fm.velocity_of(path, t, point.x_t, X1, "x1"), point.u_t, rtol=1e-4, atol=1e-4)
+    assert_close(fm.velocity_of(path, t, point.x_t, X1, "x1"), point.u_t, NETWORK)
 
 
 def test_the_score_of_the_exact_velocity_is_the_exact_score():
     path, x = fm.CondOT(), X0[:, :1]
     run = jax.jit(lambda t, x: (gaussian_velocity(path, t, x), gaussian_score(path, t, x)))
     v, score = run(T, x)
-    np.testing.assert_allclose(jax.jit(lambda t, x, v: fm.score_of(path, t, x, v))(T, x, v), score, atol=1e-5)
+    assert_close(jax.jit(lambda t, x, v: fm.score_of(path, t, x, v))(T, x, v), score, LAYER)
 
 
 @each_path
@@ -216,7 +215,7 @@ def test_times_are_recovered_from_the_ratio_of_signal_to_noise(path):
         schedule = path.schedule(t)
         return fm.time_of_ratio(path, schedule.alpha, schedule.beta)
 
-    np.testing.assert_allclose(recovered(t), t, atol=1e-5)
+    assert_close(recovered(t), t, LAYER)
 
 
 @each_path

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import rows
+from tolerances import NETWORK, assert_close
 
 from flowgen.fields import from_plain, to_plain
 from flowgen.matching.unet import Embedding, UNet, UNetConfig
@@ -23,7 +24,6 @@ FIXTURES = Path(__file__).parent / "fixtures"
 sys.path.insert(0, str(FIXTURES))
 import record_unet  # noqa: E402
 
-ROUNDING = 1e-5  # float32 on both sides, values up to 2
 BFLOAT16 = 0.05  # relative, after a dozen layers of 8 bits each
 META = UNetConfig(
     image_size=32,
@@ -88,7 +88,7 @@ def test_the_velocity_is_the_published_one(case):
     cond = arrays.get("labels")
     v = apply(network, variables, arrays["t"], arrays["x"], None if cond is None else jnp.asarray(cond))
     assert v.dtype == jnp.float32
-    np.testing.assert_allclose(v, arrays["v"], rtol=ROUNDING, atol=ROUNDING * np.abs(arrays["v"]).max())
+    assert_close(v, arrays["v"], NETWORK)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_every_parameter_receives_gradient_and_recomputing_changes_no_value():
         rows = leaf[LABELS] if path[-1].key == "class_embed" else leaf[None]
         assert (jnp.abs(rows).reshape(len(rows), -1).max(axis=1) > 1e-6).all(), jax.tree_util.keystr(path)
     stored = UNet(dataclasses.replace(network.config, remat=False))
-    np.testing.assert_allclose(value, jnp.square(apply(stored, variables, *inputs)).mean(), rtol=ROUNDING)
+    assert_close(value, jnp.square(apply(stored, variables, *inputs)).mean(), NETWORK)
 
 
 def test_dropout_acts_in_training_alone(key):
@@ -174,16 +174,14 @@ def test_labels_of_no_class_give_nan_and_minus_one_is_none(untyped):
     network, variables, (t, x, _, span) = tiny()
     v = apply(network, variables, t, x, jnp.array([-2, 3, -1]), span)
     assert jnp.isnan(v[:2]).all()
-    np.testing.assert_allclose(v[2], apply(network, variables, t, x, None, span)[2], rtol=ROUNDING, atol=ROUNDING)
+    assert_close(v[2], apply(network, variables, t, x, None, span)[2], NETWORK)
 
 
 def test_times_are_stretched_before_the_sinusoids():
     raw, stretched = (Embedding(dataclasses.replace(TINY, time_scale=scale)) for scale in (1.0, 1000.0))
     variables = {"params": tiny()[1]["params"]["embedding"]}
     t = jnp.array([0.125, 0.5, 1.0])
-    np.testing.assert_allclose(
-        raw.apply(variables, 1000 * t, LABELS, None), stretched.apply(variables, t, LABELS, None), atol=ROUNDING
-    )
+    assert_close(raw.apply(variables, 1000 * t, LABELS, None), stretched.apply(variables, t, LABELS, None), NETWORK)
 
 
 @pytest.mark.parametrize(

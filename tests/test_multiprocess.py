@@ -5,16 +5,13 @@ import signal
 import socket
 
 import jax
-import numpy as np
 import pytest
 from scripts import toy
 from scripts.toy import PATIENCE, rows_of, wait_for
+from tolerances import NETWORK, assert_close
 
 from flowgen.training import CheckpointReader
 from flowgen.training.loop import AGREE_EVERY
-
-# The sums between processes may run in another order; a few ulp a step stay below this over the toy run.
-REORDERED = {"rtol": 1e-4, "atol": 1e-5}
 
 
 def free_address():
@@ -78,7 +75,7 @@ def test_two_processes_train_what_one_does(runs, tmp_path):
     two, one = (CheckpointReader(path / "checkpoints").arrays(toy.STEPS) for path in (workdir, tmp_path / "run"))
     assert two.keys() == one.keys()
     for name in two:
-        np.testing.assert_allclose(two[name], one[name], err_msg=name, **REORDERED)
+        assert_close(two[name], one[name], NETWORK, err_msg=name)
 
 
 def test_only_the_first_process_decides_and_writes(runs):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import laws
 import numpy as np
 import pytest
+from tolerances import NETWORK, assert_close
 
 from flowgen.conditioning import TextCondition
 from flowgen.flows import STARFLOW_V_480P, STARFlow, STARFlowConfig, STARFlowV, STARFlowVConfig, init
@@ -46,8 +47,8 @@ def test_a_clip_of_one_frame_is_an_image_to_the_same_parameters():
     clip, text = laws.images(flow.config, jax.random.key(1)), laws.labels(TEXT)
     z, logdet = laws.apply(flow, params, clip, text)
     expected, expected_logdet = laws.apply(STARFlow(STARFlowConfig(**plain)), params, clip[:, 0], text)
-    np.testing.assert_allclose(z, expected, atol=1e-6)
-    np.testing.assert_allclose(logdet, expected_logdet, atol=1e-5)
+    assert_close(z, expected, NETWORK)
+    assert_close(logdet, expected_logdet, NETWORK)
 
 
 def test_the_noise_of_a_clip_begins_with_that_of_its_beginning():
@@ -55,7 +56,7 @@ def test_the_noise_of_a_clip_begins_with_that_of_its_beginning():
     clip, text = laws.images(TEXT, jax.random.key(1)), laws.labels(TEXT)
     z, _ = laws.apply(flow, params, clip, text)
     beginning, _ = laws.apply(STARFlowV(TEXT.of_frames(2)), params, clip[:, :2], text)
-    np.testing.assert_allclose(z[:, : beginning.shape[1]], beginning, atol=1e-5)
+    assert_close(z[:, : beginning.shape[1]], beginning, NETWORK)
 
 
 def test_frames_and_the_text_are_told_apart_by_position():

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from test_cli import flowgen, succeed
+from tolerances import NETWORK, assert_close
 
 from flowgen import checkpoint, config
 from flowgen import matching as fm
@@ -128,7 +129,7 @@ def test_the_classes_of_pictures_and_guidance_reach_the_network(digits, tmp_path
     np.testing.assert_array_equal(three, images("--classes 3 --guidance 0 --batch 4"))
     assert np.abs(three - images("--classes 4 --guidance 0")).max() > 0
     assert np.abs(three - images("--classes 3 --guidance 5")).max() > 0
-    np.testing.assert_allclose(three[:2], images("--classes 3 --guidance 0 --batch 2")[:2], atol=1e-5)
+    assert_close(three[:2], images("--classes 3 --guidance 0 --batch 2")[:2], NETWORK)
     out = succeed("evaluate --samples 20 --batch 64 --checkpoint", path)
     first, bits, distance, accuracy = out.splitlines()
     assert first == "180 images (eval)"
@@ -195,5 +196,5 @@ def test_whatever_a_network_predicts_is_sampled_as_a_velocity():
         POINTS, matching=matching, model=network.config, sampling=SolverConfig(method="euler", num_steps=50)
     )
     samples, line = task.draw(experiment, network, variables, jax.random.key(0), 5, None)
-    np.testing.assert_allclose(samples, np.tile([1.0, -1.0], (5, 1)), atol=1e-4)
+    assert_close(samples, np.tile([1.0, -1.0], (5, 1)), NETWORK)
     assert line == "euler, 50 evaluations"

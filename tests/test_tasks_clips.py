@@ -7,6 +7,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from tolerances import FORMULA, assert_close
 
 from flowgen import checkpoint, config
 from flowgen.cli import main
@@ -120,7 +121,7 @@ def test_clips_begin_with_what_is_given_and_go_on_as_long_as_asked(run, tmp_path
     with np.load(out) as arrays:
         drawn = arrays["clips"]
     assert drawn.shape == (2, 5, 12, 12, 1)
-    np.testing.assert_allclose(drawn[:, 0], np.broadcast_to(from_uint8(picture), (2, 12, 12, 1)), atol=1e-6)
+    assert_close(drawn[:, 0], np.broadcast_to(from_uint8(picture), (2, 12, 12, 1)), FORMULA)
     assert np.abs(drawn[0, 1:] - drawn[1, 1:]).max() > 0.01
     write_video(tmp_path / "source.mp4", np.stack([picture] * 2), fps=8)
     assert main([*words, "--frames", "4", "--given", str(tmp_path / "source.mp4")]) == 0
@@ -171,7 +172,7 @@ def test_no_more_is_given_than_leaves_a_frame_to_draw(tmp_path):
     shown = [pillow().fromarray(frame[..., 0]) for frame in frames[:3]]
     shown[0].save(tmp_path / "slow.gif", save_all=True, append_images=shown[1:], duration=[250, 250, 1000])
     given = clips.read_given(experiment, flow, str(tmp_path / "slow.gif"), frames=99)
-    np.testing.assert_allclose(given, from_uint8(frames[[0] * 2 + [1] * 2 + [2] * 8]), atol=1e-6)
+    assert_close(given, from_uint8(frames[[0] * 2 + [1] * 2 + [2] * 8]), FORMULA)
     every = dataclasses.replace(experiment, data=ClipsConfig(num=60, fps=0))
     assert clips.read_given(every, flow, str(tmp_path / "slow.gif"), frames=99).shape == (3, 12, 12, 1)
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from published_files import publish
+from tolerances import NETWORK, assert_close
 
 from flowgen import checkpoint, config
 from flowgen.cli import main
@@ -212,7 +213,7 @@ def test_prompts_are_drawn(text_run, tmp_path):
     (tmp_path / "prompts.txt").write_text("3\n\n7\n")
     assert main([*words, "--prompts", str(tmp_path / "prompts.txt"), "--num", "4"]) == 0
     with np.load(out) as arrays:
-        np.testing.assert_allclose(arrays["images"][:2], two, atol=1e-5)
+        assert_close(arrays["images"][:2], two, NETWORK)
         assert arrays["prompts"].tolist() == ["3", "7", "3", "7"]
     assert (text_run / "samples" / "0000004.png").is_file()
 

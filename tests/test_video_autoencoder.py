@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from published_files import publish
+from tolerances import NETWORK, assert_close
 
 from flowgen import codecs, convert
 from flowgen.codecs import causal, video_codec
@@ -19,7 +20,6 @@ sys.path.insert(0, str(Path(__file__).parent / "fixtures"))
 import video_weights as vw
 
 # float32 sums in another order; latents and pixels are of order 1.
-PARITY = {"rtol": 1e-5, "atol": 2e-5}
 KINDS = tuple(vw.CONFIGS)
 STRIDES = {kind: config["scale_factor_temporal"] for kind, config in vw.CONFIGS.items()}
 
@@ -41,11 +41,11 @@ def method(kind, name):
 def test_video_autoencoders_are_those_of_diffusers(kind, frames):
     recorded, latents = vw.recorded(kind), 1 + (frames - 1) // STRIDES[kind]
     mean, log_variance = method(kind, "encode")(vw.clips(kind, frames))
-    np.testing.assert_allclose(mean, recorded["mean"][:, :latents], **PARITY)
-    np.testing.assert_allclose(log_variance, recorded["log_variance"][:, :latents], **PARITY)
+    assert_close(mean, recorded["mean"][:, :latents], NETWORK)
+    assert_close(log_variance, recorded["log_variance"][:, :latents], NETWORK)
     decoded = method(kind, "decode")(recorded["mean"][:, :latents])[:, :, :: vw.EVERY, :: vw.EVERY]
     # The published decoder clips.
-    np.testing.assert_allclose(np.clip(decoded, -1, 1), recorded["decoded"][:, :frames], **PARITY)
+    assert_close(np.clip(decoded, -1, 1), recorded["decoded"][:, :frames], NETWORK)
     assert (np.abs(recorded["decoded"]) < 1).mean() > 0.99
 
 
@@ -56,9 +56,9 @@ def test_chunks_give_what_the_whole_gives(kind):
     x = vw.clips(kind)
     whole, parts = method(kind, "encode")(x), jax.jit(codecs.encode_in_chunks, static_argnums=0)(network, variables, x)
     for one, other in zip(whole, parts, strict=True):
-        np.testing.assert_allclose(one, other, **PARITY)
+        assert_close(one, other, NETWORK)
     decoded = jax.jit(codecs.decode_in_chunks, static_argnums=0)(network, variables, whole[0])
-    np.testing.assert_allclose(decoded, method(kind, "decode")(whole[0]), **PARITY)
+    assert_close(decoded, method(kind, "decode")(whole[0]), NETWORK)
     assert decoded.shape == x.shape
 
 
@@ -223,7 +223,7 @@ def test_a_video_autoencoder_loads_by_its_folder_and_by_its_pipeline(tmp_path):
     for path in (tmp_path / "pipeline", tmp_path / "pipeline" / "vae"):
         codec = convert.load_video_autoencoder(path, temporal_scale=0.6)
         assert codec.temporal_scale == 0.6
-        np.testing.assert_allclose(codec.moments(vw.clips("wan_2_2", 1))[0], expected, **PARITY)
+        assert_close(codec.moments(vw.clips("wan_2_2", 1))[0], expected, NETWORK)
     file = tmp_path / "pipeline" / "vae" / "config.json"
     for change, message in (
         ({"latents_std": [1.0, 2.0]}, r"latents_std has shape \(2,\); it must be z_dim 3 finite numbers"),
@@ -258,10 +258,10 @@ def test_a_codec_of_clips_normalises_and_undoes_it():
     assert (codec.factor, codec.stride, codec.channels, codec.pixel_channels) == (2, 2, 2, 1)
     mean, std = codec.moments(vw.clips("wan_2_1"))
     temporal = np.array([1, 0.6, 0.6, 0.6, 0.6])[:, None, None, None]
-    np.testing.assert_allclose(mean, (recorded["mean"] - SHIFT) * SCALE * temporal, **PARITY)
-    np.testing.assert_allclose(std, np.exp(0.5 * recorded["log_variance"]) * SCALE * temporal, **PARITY)
+    assert_close(mean, (recorded["mean"] - SHIFT) * SCALE * temporal, NETWORK)
+    assert_close(std, np.exp(0.5 * recorded["log_variance"]) * SCALE * temporal, NETWORK)
     decoded = codec.decode(mean)
-    np.testing.assert_allclose(decoded[:, :, :: vw.EVERY, :: vw.EVERY], recorded["decoded"], **PARITY)
+    assert_close(decoded[:, :, :: vw.EVERY, :: vw.EVERY], recorded["decoded"], NETWORK)
 
 
 @pytest.mark.parametrize(("pixels", "whole"), [(9 * 48, True), pytest.param(2 * 48, False, marks=pytest.mark.slow)])
@@ -274,9 +274,9 @@ def test_a_codec_gives_the_same_in_any_parts(pixels, whole, monkeypatch):
     monkeypatch.setattr(video_codec, "_moments", lambda *inputs: ways.append(inputs[1]) or run(*inputs))
     again, std_again = codec.moments(x)
     assert set(ways) == {whole}
-    np.testing.assert_allclose(again, mean, **PARITY)
-    np.testing.assert_allclose(std_again, std, **PARITY)
-    np.testing.assert_allclose(codec.decode(mean), decoded, **PARITY)
+    assert_close(again, mean, NETWORK)
+    assert_close(std_again, std, NETWORK)
+    assert_close(codec.decode(mean), decoded, NETWORK)
 
 
 @pytest.mark.parametrize("make", [make_codec, frame_codec])

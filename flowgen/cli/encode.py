@@ -20,10 +20,10 @@ def declare(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, rest: list[str]) -> int:
     """Returns the exit code."""
     from flowgen import checkpoint
-    from flowgen.data.buckets import BucketedSource
+    from flowgen.data import told_once
     from flowgen.data.latents import LatentWriter
     from flowgen.models import FlowConfig
-    from flowgen.tasks.latents import encoded_shards, is_latent, made_by, null_features, picture_source
+    from flowgen.tasks.latents import is_latent, made_by
 
     checkpoint.check_new(options.out)
     experiment = load_experiment(options, rest)
@@ -36,20 +36,29 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     experiment = experiment.sealed()  # What is opened later is refused if it is not the same.
     splits = ("train", "eval") if experiment.data.eval_fraction > 0 else ("train",)
     writer, names = LatentWriter(options.out), ()
-    for split in splits:
-        source = picture_source(experiment, split)
-        names = source.class_names
-        for bucket in source.buckets if isinstance(source, BucketedSource) else (source,):
-            null = null_features(experiment, bucket)
-            began = time.perf_counter()
-            count = _write(
-                writer, split, encoded_shards(experiment, bucket, flip=experiment.data.flip and split == "train"), null
-            )
-            height, width, _ = bucket.image_shape
-            say(f"{split}: {count} of {height} x {width} pixels, {per_second(count / (time.perf_counter() - began))}")
+    with told_once():
+        for split in splits:
+            names = _encode(writer, experiment, split)
     writer.finish(class_names=names, made_by=made_by(experiment))
     say(f"Wrote {options.out}; train on it with --data.source encoded --data.path {options.out}")
     return 0
+
+
+def _encode(writer: Any, experiment: Any, split: Any) -> tuple[str, ...]:
+    """Writes the latents of a split; returns the names of its classes."""
+    from flowgen.data.buckets import BucketedSource
+    from flowgen.tasks.latents import encoded_shards, null_features, picture_source
+
+    source = picture_source(experiment, split)
+    for bucket in source.buckets if isinstance(source, BucketedSource) else (source,):
+        null = null_features(experiment, bucket)
+        began = time.perf_counter()
+        count = _write(
+            writer, split, encoded_shards(experiment, bucket, flip=experiment.data.flip and split == "train"), null
+        )
+        height, width, _ = bucket.image_shape
+        say(f"{split}: {count} of {height} x {width} pixels, {per_second(count / (time.perf_counter() - began))}")
+    return source.class_names
 
 
 def _write(writer: Any, split: Any, shards: Any, null: Any) -> int:

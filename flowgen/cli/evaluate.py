@@ -33,6 +33,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, rest: list[str]) -> int:
     """Returns the exit code."""
     from flowgen import checkpoint, config
+    from flowgen.data import told_once
     from flowgen.tasks import task_of
     from flowgen.tasks.frozen import with_codec
 
@@ -40,9 +41,11 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     flow, params, experiment = checkpoint.load(options.checkpoint, options.step)
     check_options(options, experiment.model, "evaluate")
     _check_sampling([name for name in names if name.startswith("sampling.")], experiment, options)
-    experiment = config.override(experiment, rest)
+    experiment = _on_other_data(experiment, config.override(experiment, rest))
     experiment = with_codec(experiment, autoencoder=options.autoencoder, text_encoder=options.text_encoder)
-    for line in task_of(experiment.model).evaluate(experiment, flow, params, options):
+    with told_once():
+        lines = task_of(experiment.model).evaluate(experiment, flow, params, options)
+    for line in lines:
         say(line)
     return 0
 
@@ -59,3 +62,18 @@ def _check_sampling(names: list[str], experiment: Any, options: argparse.Namespa
             raise ValueError(f"--{name} is not asked by evaluate, which compares solvers of its own on points.")
         if not options.samples and task_of(experiment.model) is not matching:
             raise ValueError(f"--{name} is given, and no samples are drawn; add --samples 100, or leave it out.")
+
+
+def _on_other_data(experiment: Any, changed: Any) -> Any:
+    """The experiment with the data that are asked for, whose classes are those of the run by name."""
+    from flowgen.data.inventory import name_list, tell
+    from flowgen.tasks.images import named
+
+    known, asked = (getattr(one.data, "classes", ()) for one in (experiment, changed))
+    if known and asked != known:
+        raise ValueError(
+            f"--data.classes is {asked}, and the numbers of the run are those of {name_list(known)}; leave it out."
+        )
+    if not known and changed.data != experiment.data and (found := getattr(named(changed).data, "classes", ())):
+        tell(f"The run kept no names of classes, so its numbers 0, 1, ... are taken for {name_list(found)}; see to it.")
+    return changed

@@ -19,6 +19,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, rest: list[str]) -> int:
     """Returns the exit code."""
     from flowgen import config
+    from flowgen.data.inventory import printable
     from flowgen.settings import settings
     from flowgen.training import CheckpointReader
     from flowgen.training.loop import CHECKPOINTS, read_config
@@ -33,6 +34,8 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     else:
         experiment = load_experiment(options, rest)
     say(f"parameters: {num_parameters(experiment.flow()):,}")
+    if options.checkpoint and (classes := getattr(experiment.data, "classes", ())):
+        say("classes: " + ", ".join(f"{number} {printable(name)}" for number, name in enumerate(classes)))
     for setting in settings(experiment):
         say(described(setting))
     return 0

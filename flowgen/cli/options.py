@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import csv
+import difflib
 import math
 import shlex
 import traceback
@@ -122,6 +124,41 @@ def check_options(options: argparse.Namespace, model: Any, command: str) -> None
                 f"--{name.replace('_', '-')} is not an option for a {type_name(model)}, which takes {shown}; "
                 "leave it out."
             )
+
+
+def class_words(text: str) -> list[str]:
+    """Returns the classes that an option names, apart from each other; a name with a comma stands in double quotes."""
+    return next(csv.reader([text], skipinitialspace=True), [])
+
+
+def class_numbers_of(text: str, names: tuple[str, ...], num_classes: int) -> list[int]:
+    """Returns the numbers of the classes that `--classes` names, by a name or, where no class has it, by a number.
+
+    Raises ValueError where one is neither, with the names that there are.
+    """
+    known = {name: number for number, name in enumerate(names)}
+    numbers = [known[word] if word in known else _class_number(word, names, num_classes) for word in class_words(text)]
+    if not numbers:
+        raise ValueError("--classes is empty; give classes by name or number, such as 0,1,2.")
+    return numbers
+
+
+def _class_number(word: str, names: tuple[str, ...], num_classes: int) -> int:
+    from flowgen.data.inventory import name_list
+
+    try:
+        number = int(word)
+    except ValueError:
+        number = num_classes
+    if not -1 <= number < num_classes:
+        close = difflib.get_close_matches(word, names, n=1)
+        meant = f" (did you mean {close[0]}?)" if close else ""
+        which = f"the names {name_list(names, 20)}, or " if names else ""
+        raise ValueError(
+            f"--classes has {word!r}, which is no class of this model{meant}; give {which}numbers from 0 to "
+            f"{num_classes - 1}, -1 for unconditional."
+        )
+    return number
 
 
 def num_parameters(flow: Any) -> int:

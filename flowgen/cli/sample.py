@@ -14,6 +14,8 @@ from typing import Any
 from flowgen.cli.options import (
     MAX_SEED,
     check_options,
+    class_numbers_of,
+    class_words,
     fields_of,
     finite_number,
     group_help,
@@ -35,7 +37,10 @@ def declare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", required=True, help="directory of a run")
     parser.add_argument("--step", type=step_or_best, help="checkpoint to take: a number, or best (default: the latest)")
     parser.add_argument("--num", type=whole_number(1), help="how many samples (default: as in the run's config)")
-    parser.add_argument("--classes", help="labels to draw in turn: 3, or 0,1,2; -1 is unconditional (--classes=-1,3)")
+    parser.add_argument(
+        "--classes",
+        help="classes to draw in turn, by name or number: cat,dog or 0,1,2; -1 is unconditional (--classes=-1,3)",
+    )
     parser.add_argument("--guidance", type=finite_number, help="guidance weight, 0 for none")
     texts = parser.add_argument_group("flows of texts and latents")
     texts.add_argument("--prompt", action="append", help="text to draw; again for more, drawn in turn")
@@ -98,6 +103,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     from flowgen.models import CodecConfig
     from flowgen.tasks import clips, task_of
     from flowgen.tasks.frozen import latent_grid, with_codec
+    from flowgen.tasks.images import drawn_classes
     from flowgen.tasks.matching import plot_points
     from flowgen.tasks.pictures import DRAWABLE_CHANNELS, matplotlib, picture
 
@@ -152,7 +158,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     elif task is clips:
         _write_clips(out, samples, _fps(experiment, options.fps))
     else:
-        classes = flow.config.num_classes if options.classes is None else options.classes.count(",") + 1
+        classes = drawn_classes(experiment) if options.classes is None else len(class_words(options.classes))
         save_image(out, picture(samples, classes))
     if single is not None:
         single.mkdir(parents=True, exist_ok=True)
@@ -245,7 +251,7 @@ def _prompts(options: argparse.Namespace) -> tuple[str, ...]:
     if options.prompts is None:
         return tuple(options.prompt or ())
     try:
-        lines = Path(options.prompts).read_text(encoding="utf-8").splitlines()
+        lines = Path(options.prompts).read_text(encoding="utf-8-sig").splitlines()
     except OSError as error:
         raise FileNotFoundError(
             f"--prompts {options.prompts} cannot be read ({error.strerror}); give a text file with one prompt per line."
@@ -267,7 +273,7 @@ def _conditions(experiment: Any, flow: Any, options: argparse.Namespace) -> tupl
 
     num = experiment.sampling.num
     if not getattr(flow.config, "text_dim", 0):
-        labels = _labels(options.classes, num, flow.config.num_classes)
+        labels = _labels(options.classes, num, experiment)
         known = np.full(num, -1) if labels is None else labels
         return lambda numbers: (None if labels is None else labels[numbers % num], {}), {"labels": known}
     if options.classes is not None:
@@ -352,19 +358,15 @@ def _overridden(experiment: Any, options: argparse.Namespace, prompts: tuple[str
     return dataclasses.replace(sampling, **given)
 
 
-def _labels(text: str | None, num: int, num_classes: int) -> Any:
+def _labels(text: str | None, num: int, experiment: Any) -> Any:
     import numpy as np
 
-    from flowgen.conditioning import check_labels
+    from flowgen.tasks.images import drawn_classes
     from flowgen.tasks.pictures import grid_labels
 
     if text is None:
-        return grid_labels(num, num_classes)
+        return grid_labels(num, drawn_classes(experiment))
+    num_classes = experiment.model.num_classes
     if num_classes == 0:
         raise ValueError(f"--classes is {text}, but this model has no classes; leave it out.")
-    try:
-        chosen = np.array([int(word) for word in text.split(",")], np.int32)
-    except (ValueError, OverflowError) as error:
-        raise ValueError(f"--classes is {text!r}; give labels such as 3 or 0,1,2.") from error
-    check_labels(chosen, num_classes=num_classes, batch=len(chosen))
-    return np.resize(chosen, num)
+    return np.resize(np.array(class_numbers_of(text, experiment.data.classes, num_classes), np.int32), num)

@@ -1,6 +1,9 @@
 """Pictures and points: sources by name, stateless batches, and media files."""
 
+from flowgen.data.classes import check_classes
 from flowgen.data.clips import ClipsConfig, load_clips
+from flowgen.data.found import found_classes, take_inventory
+from flowgen.data.inventory import Inventory, told_once
 from flowgen.data.loader import Loader, fixed_batches, prefetch
 from flowgen.data.media import (
     atomic_file,
@@ -13,13 +16,14 @@ from flowgen.data.media import (
 )
 from flowgen.data.points import PointsConfig, blank_batches
 from flowgen.data.registry import load
-from flowgen.data.sources import ArraySource, Batch, DataConfig, Source, check_classes, hold_out
+from flowgen.data.sources import ArraySource, Batch, DataConfig, Source, hold_out
 
 __all__ = [
     "ArraySource",
     "Batch",
     "ClipsConfig",
     "DataConfig",
+    "Inventory",
     "Loader",
     "PointsConfig",
     "Source",
@@ -29,6 +33,7 @@ __all__ = [
     "check_image_path",
     "check_writable",
     "fixed_batches",
+    "found_classes",
     "from_uint8",
     "hold_out",
     "image_grid",
@@ -36,5 +41,7 @@ __all__ = [
     "load_clips",
     "prefetch",
     "save_image",
+    "take_inventory",
     "to_uint8",
+    "told_once",
 ]

@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import logging
+import functools
 import math
-from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args, get_type_hints, runtime_checkable
 
 import numpy as np
-from jaxtyping import Int, Int32, UInt8
+from jaxtyping import Float, Int, Int32, UInt8
 
 from flowgen.arrays import check_count, shown
 from flowgen.data.bouncing import bouncing_digits
+from flowgen.data.classes import check_names, with_classes
 from flowgen.data.crafter import record
-from flowgen.data.folder import find_files, read_captions
+from flowgen.data.folder import opened, read_captions
+from flowgen.data.inventory import name_list, tell
 from flowgen.data.named import package_folder
 from flowgen.data.pictures import Crop
-from flowgen.data.sources import NO_LABEL, Batch, DataConfig, Split, check_choice, hold_out
-from flowgen.data.video import READABLE, UnreadableVideo, av, frame_times, read_clip
+from flowgen.data.sources import NO_LABEL, Batch, DataConfig, Split, check_choice, hold_out_files
+from flowgen.data.unreadable import FileReader, OnCorrupt
+from flowgen.data.video import READABLE, av, frame_times, read_clip
 from flowgen.nn.checks import image_sides
 from flowgen.packages import missing
 from flowgen.typed import typed
 
-_log = logging.getLogger(__name__)
+_LEAST_FPS, _MOST_FPS = 0.01, 1000
+_WHAT = ("video", "videos")
 _REAL_VIDEOS = ("bikes.mp4", "bigbuckbunny.mp4", "carphone_pristine.mp4")
 
 
@@ -43,17 +45,20 @@ class ClipsConfig:
     path: of a folder of videos or of encoded data; empty for the others.
     num: clips of `bouncing` and `crafter`, held-out ones included. Those of `crafter` are played when they are loaded,
         some hundred frames per second.
-    fps: frames per second of clips out of videos; 0 takes all of a video's frames.
+    fps: frames per second of clips out of videos, from 0.01 to 1000; 0 takes all of a video's frames.
     hop: frames from the beginning of one clip of a video to that of the next; 0 is its length, without overlap.
     flip: mirror each training clip left to right with probability one half.
     drop_first: fraction of the training batches of clips whose first frame of latents is left out, as restarts of
         long clips begin without; captions of these begin with "(extend) ", as published (with 0.25).
     crop: "center" covers the model's size and cuts the middle out; "none" stretches to it.
+    on_corrupt: a video that cannot be read stops the run ("refuse"), or clips of it are named in a warning and left out
+        ("skip").
     eval_fraction: the part held out, the same for everybody: of `bouncing` of the digits, of `crafter` of the worlds,
         of a folder of its videos, of `real` the end of each video; 0 holds nothing out.
     in_memory_bytes: a folder whose clips need more than this is decoded batch by batch instead.
     images: pictures that are trained on beside the clips, in batches of their own, as clips of one frame.
     images_fraction: of all training batches, those of pictures; 0 takes every clip and picture equally often.
+    classes: as in `DataConfig`; of `images`, too.
 
     Example:
         config = ClipsConfig(source="folder", path="videos", fps=8)
@@ -68,20 +73,25 @@ class ClipsConfig:
     flip: bool = False
     drop_first: float = 0.0
     crop: Crop = "center"
+    on_corrupt: OnCorrupt = "refuse"
     eval_fraction: float = 0.1
     in_memory_bytes: int = 2 << 30
     images: DataConfig | None = None
     images_fraction: float = 0.0
+    classes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        check_names(self.classes)
         hints = get_type_hints(type(self))
-        for name in ("source", "crop"):
+        for name in ("source", "crop", "on_corrupt"):
             check_choice(f"data.{name}", getattr(self, name), get_args(hints[name]))
         for name, least in (("num", 2), ("hop", 0), ("in_memory_bytes", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"data.{name} is {getattr(self, name)}; it must be at least {least}.")
-        if not 0 <= self.fps < math.inf:
-            raise ValueError(f"data.fps is {self.fps}; it must be positive, or 0 for all frames.")
+        if self.fps != 0 and not _LEAST_FPS <= self.fps <= _MOST_FPS:
+            raise ValueError(
+                f"data.fps is {self.fps}; it must be from {_LEAST_FPS} to {_MOST_FPS}, or 0 for all frames."
+            )
         for name in ("eval_fraction", "drop_first", "images_fraction"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"data.{name} is {getattr(self, name)}; it must be at least 0 and below 1.")
@@ -138,10 +148,11 @@ def load_clips(
 ) -> ClipSource:
     """Returns the clips of one split, of `frames` frames at a side, or (height, width), and channels, 1 (grey) or 3.
 
-    Videos that are too short for a clip are left out, which a warning tells.
+    Videos that are too short for a clip are left out, which a warning tells, as it does of what else is.
 
     Raises:
-        ValueError: the source cannot give this shape, the split is empty, all videos are too short, or one is damaged.
+        ValueError: the source cannot give this shape, the split is empty, all videos are too short, a class is not one
+            of `config.classes`, or videos cannot be read (all are looked at; the first five are named).
         FileNotFoundError, NotADirectoryError: `path` is missing or of the wrong kind.
         ModuleNotFoundError: an optional package is missing; the sentence names the command that installs it.
 
@@ -157,10 +168,11 @@ def load_clips(
         raise ValueError(f"clips have 1 channel (grey) or 3 (colour), not {channels}; change model.channels.")
     shape: dict[str, Any] = {"frames": frames, "image_size": image_size, "channels": channels}
     if config.source == "bouncing":
-        return bouncing_digits(config.num, config.eval_fraction, **shape, split=split)
+        digits = bouncing_digits(config.num, config.eval_fraction, **shape, split=split)
+        return with_classes(digits, config.classes, "data.source 'bouncing'")
     if config.source == "crafter":
         clips, labels, names = record(config.num, config.eval_fraction, **shape, split=split)
-        return ArrayClips(clips, labels, names)
+        return with_classes(ArrayClips(clips, labels, names), config.classes, "data.source 'crafter'")
     av()
     if config.source == "real":
         cuts, labels, names, captions = _real(config, frames, split)
@@ -175,6 +187,7 @@ def load_clips(
         image_shape=(*image_size, channels),
         fps=config.fps,
         crop=config.crop,
+        on_corrupt=config.on_corrupt,
     )
     small = len(cuts) * frames * math.prod(source.image_shape) <= config.in_memory_bytes
     return source.decoded() if small else source
@@ -213,6 +226,9 @@ class ArrayClips:
 class VideoClips:
     """Clips decoded from their files for every batch, by as many threads as there are cores. cuts: file and second.
 
+    With on_corrupt="skip" a clip that cannot be read is answered by the next one that can, with that one's label; its
+    file is named once in a warning. Clips with captions are refused instead, for the caption would be another's.
+
     Example:
         source = VideoClips(cuts, labels, frames=17, image_shape=(64, 64, 3), fps=8)
     """
@@ -226,27 +242,35 @@ class VideoClips:
     image_shape: tuple[int, int, int]
     fps: float | int
     crop: Crop = "center"
+    on_corrupt: OnCorrupt = "refuse"
 
     def __len__(self) -> int:
         return len(self.cuts)
 
     def __getitem__(self, indices: Int[np.ndarray, " b"]) -> Batch:
-        height, width, channels = self.image_shape
-
-        def decode(index: int) -> np.ndarray:
-            path, start = self.cuts[index]
-            fps = self.fps or None
-            with _naming_path():
-                return read_clip(path, self.frames, (height, width), channels, fps=fps, start=start, crop=self.crop)
-
         with ThreadPoolExecutor() as pool:
-            clips = list(pool.map(decode, indices.tolist()))
-        return {"image": np.stack(clips), "label": self.labels[indices]}
+            answers = list(pool.map(self._reader.next_readable, indices.tolist()))
+        positions = np.array([position for position, _ in answers])
+        return {"image": np.stack([clip for _, clip in answers]), "label": self.labels[positions]}
 
     def decoded(self) -> ArrayClips:
-        """Returns the same clips in memory."""
-        batch = self[np.arange(len(self))]
-        return ArrayClips(batch["image"], self.labels, self.class_names, self.captions)
+        """Returns the same clips in memory; what cannot be read is refused all at once, or left out."""
+        clips = np.empty((len(self), self.frames, *self.image_shape), np.uint8)
+        kept = self._reader.read_all(clips.__setitem__)
+        captions = tuple(self.captions[i] for i in kept) if self.captions else ()
+        clips = clips if len(kept) == len(clips) else clips[kept]
+        return ArrayClips(clips, self.labels[kept], self.class_names, captions)
+
+    @functools.cached_property
+    def _reader(self) -> FileReader[UInt8[np.ndarray, "frames height width c"]]:
+        files = [path for path, _ in self.cuts]
+        return FileReader(self._read, files, self.on_corrupt, what=_WHAT, replaces=not self.captions)
+
+    def _read(self, index: int) -> UInt8[np.ndarray, "frames height width c"]:
+        (path, start), (height, width, channels) = self.cuts[index], self.image_shape
+        return read_clip(
+            path, self.frames, (height, width), channels, fps=self.fps or None, start=start, crop=self.crop
+        )
 
 
 Cuts = tuple[tuple[tuple[Path, float], ...], Int32[np.ndarray, " n"], tuple[str, ...], tuple[str, ...]]
@@ -275,47 +299,41 @@ def _real(config: ClipsConfig, frames: int, split: Split) -> Cuts:
 
 
 def _folder(config: ClipsConfig, frames: int, split: Split) -> Cuts:
-    files, labels, names = find_files(config.path, READABLE, "videos")
-    chosen = hold_out(len(files), config.eval_fraction, split)
-    texts = read_captions(files)
+    listing = opened(config.path, READABLE, "videos", config.classes)
+    files, labels, names = listing.files, listing.labels, listing.class_names
+    chosen = hold_out_files(listing.names, config.eval_fraction, split)
+    texts = read_captions(listing)
     cuts: list[tuple[Path, float]] = []
     owners: list[int] = []
     for number, of_file in zip(chosen.tolist(), _cuts([files[i] for i in chosen], frames, config), strict=True):
         cuts += of_file
         owners += [number] * len(of_file)
     if lost := sorted({names[label] for label in np.setdiff1d(labels[chosen], labels[owners])}):
-        _log.warning("No clip is left of %s, whose videos are all too short.", ", ".join(lost))
+        tell(f"No clip is left of {name_list(lost)}, whose videos are all too short.")
     return tuple(cuts), labels[owners], names, tuple(texts[owner] for owner in owners) if texts else ()
 
 
 def _cuts(files: list[Path], frames: int, config: ClipsConfig) -> list[list[tuple[Path, float]]]:
-    """Where the clips of each video begin, in seconds; none where it is too short."""
-    cuts = []
-    for file in files:
-        with _naming_path():
-            times = frame_times(file, fps=config.fps or None)
+    """Where the clips of each video begin, in seconds; none where it is too short, or left out as unreadable."""
+    cuts: list[list[tuple[Path, float]]] = [[] for _ in files]
+
+    def keep(number: int, times: Float[np.ndarray, " n"]) -> None:
         starts = times[: max(0, len(times) - frames + 1) : config.hop or frames]
-        cuts.append([(file, start) for start in starts.tolist()])
+        cuts[number] = [(files[number], start) for start in starts.tolist()]
+
+    reader = FileReader(lambda i: frame_times(files[i], fps=config.fps or None), files, config.on_corrupt, what=_WHAT)
+    readable = reader.read_all(keep)
     where = f"data.path '{config.path}'" if config.path else f"data.source '{config.source}'"
-    short = cuts.count([])
-    if short == len(cuts):
+    short = sum(not cuts[number] for number in readable)
+    if short == len(readable):
         faster = ", or raise data.fps" if config.fps else ""
         raise ValueError(
             f"{where} has no video of {_asked(frames, config)}; give longer ones, ask for fewer frames{faster}."
         )
     if short:
-        _log.warning("Left out %d of %d videos of %s, without %s.", short, len(cuts), where, _asked(frames, config))
+        tell(f"Left out {short} of {len(cuts)} videos of {where}, without {_asked(frames, config)}.")
     return cuts
 
 
 def _asked(frames: int, config: ClipsConfig) -> str:
     return f"{frames} frames at {config.fps:g} fps" if config.fps else f"{frames} frames"
-
-
-@contextlib.contextmanager
-def _naming_path() -> Generator[None]:
-    """Names the field that brought a file that cannot be read."""
-    try:
-        yield
-    except UnreadableVideo as error:
-        raise ValueError(f"data.path: {error}") from error

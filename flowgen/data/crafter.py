@@ -14,6 +14,7 @@ from flowgen.packages import missing
 
 # The actions that show; placing and making things needs materials that a player at random has not got.
 ACTIONS = ("noop", "move_left", "move_right", "move_up", "move_down", "do")
+CLASS_NAMES = tuple(name.removeprefix("move_") for name in ACTIONS)
 # A new world takes about as long as 500 frames.
 CLIPS_PER_WORLD = 100
 VIEW = 9  # places of the world across the picture
@@ -55,7 +56,7 @@ def record(
                 if over:
                     seen, alive = game.reset(), False
                     break
-    return clips, labels.astype(np.int32), tuple(name.removeprefix("move_") for name in ACTIONS)
+    return clips, labels.astype(np.int32), CLASS_NAMES
 
 
 class _Game:

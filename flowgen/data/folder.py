@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from jaxtyping import Int, Int32, UInt8
 
 from flowgen.data.buckets import BucketedSource
-from flowgen.data.media import IMAGE_SUFFIXES, pillow
-from flowgen.data.pictures import Crop, UnreadablePicture, picture_size, read_picture
-from flowgen.data.sources import NO_LABEL, ArraySource, Batch, DataConfig, Source, Split, hold_out
+from flowgen.data.classes import with_classes
+from flowgen.data.inventory import name_list, tell
+from flowgen.data.listing import Listing, list_files
+from flowgen.data.media import IMAGE_FORMATS, pillow
+from flowgen.data.pictures import Crop, picture_size, read_picture
+from flowgen.data.sources import ArraySource, Batch, DataConfig, Source, Split, hold_out_files
+from flowgen.data.unreadable import FileReader, OnCorrupt
 from flowgen.prompts import ASPECTS, aspect_size, nearest_aspect
 
 _log = logging.getLogger(__name__)
-_NAMED_IN_ERRORS = 5
+_WHAT = ("picture", "pictures")
 
 
 def read_folder(
@@ -27,19 +29,21 @@ def read_folder(
 ) -> Source | BucketedSource:
     """Returns one split of the pictures under `config.path`, resized to `image_size` and 1 or 3 channels.
 
-    First-level sub-folders that hold pictures, at any depth, are the classes in alphabetical order; without
-    them the pictures have label -1. The split is drawn over the sorted file names before anything is decoded,
-    so an unreadable file never moves another from one split to the other. Pictures are decoded once, unless
-    they would need more than `config.in_memory_bytes`; then each batch is decoded when asked for.
-    A file `cat.txt` beside `cat.png` holds its caption; all pictures have one or none has.
+    First-level sub-folders that hold pictures, at any depth, are the classes; see `list_files` and `config.classes`.
+    Without them the pictures have label -1. The split is drawn over the file names before anything is decoded,
+    so an unreadable file never moves another from one split to the other; see `hold_out_files`. Pictures are decoded
+    once, unless they would need more than `config.in_memory_bytes`; then each batch is decoded when asked for.
+    A file `cat.txt` or `cat.png.txt` beside `cat.png` holds its caption; all pictures have one or none has.
+    A warning tells what was left out, and why.
     With `config.aspects` each picture goes to the bucket of the nearest aspect ratio, whose sides are multiples of
     `multiple`; the area is that of `image_size`.
 
     Raises:
         FileNotFoundError, NotADirectoryError: `config.path` is no folder.
-        ValueError: no pictures, pictures beside class folders, channels other than 1 or 3, captions of some
-            pictures alone, or unreadable files where `config.on_corrupt` is "refuse" (all are looked at; the first
-            five are named).
+        PermissionError: a folder in it cannot be read.
+        ValueError: no pictures, pictures beside class folders, a class that is not one of `config.classes`, channels
+            other than 1 or 3, captions of some pictures alone, or unreadable files where `config.on_corrupt` is
+            "refuse" (all are looked at; the first five are named).
 
     Example:
         config = DataConfig("folder", path="photos")
@@ -48,9 +52,12 @@ def read_folder(
     if channels not in (1, 3):
         raise ValueError(f"model.channels is {channels}; data.source 'folder' gives 1 (grey) or 3 (colour).")
     pillow()
-    files, labels, class_names = find_files(config.path)
-    chosen = hold_out(len(files), config.eval_fraction, split)
-    captions = read_captions(files)
+    listing = opened(config.path, tuple(IMAGE_FORMATS), "pictures", config.classes)
+    files, labels, class_names = listing.files, listing.labels, listing.class_names
+    chosen = hold_out_files(listing.names, config.eval_fraction, split)
+    captions = read_captions(listing)
+    if split == "train" and (lost := set(labels.tolist()) - set(labels[chosen].tolist())):
+        tell(f"All pictures of {name_list([class_names[label] for label in sorted(lost)])} are held out; add some.")
     if captions and config.on_corrupt == "skip":
         raise ValueError(
             "data.on_corrupt is 'skip', but pictures with captions cannot be left out; remove the unreadable ones."
@@ -86,62 +93,43 @@ def read_folder(
     return BucketedSource(readable)
 
 
-def read_captions(files: list[Path]) -> tuple[str, ...]:
-    """Returns the captions of pictures, `cat.txt` beside `cat.png`, on one line each; empty where no picture has one.
-
-    Raises ValueError where some pictures have captions and others none, or one is not UTF-8.
+def opened(path: str, suffixes: tuple[str, ...], what: str, classes: tuple[str, ...]) -> Listing:
+    """Returns the files of a folder with their labels as numbers of `classes`; warnings tell what is left out.
 
     Example:
-        captions = read_captions([Path("photos/cat.png")])
+        listing = opened("photos", (".png",), "pictures", ("cat", "dog"))
     """
-    beside = [file.with_suffix(".txt") for file in files]
-    missing = [path for path in beside if not path.is_file()]
-    if len(missing) == len(beside):
+    listing = list_files(path, suffixes, what)
+    if listing.left_out:
+        tell(f"Left out of data.path '{path}': {'; '.join(listing.left_out)}.")
+    return with_classes(listing, classes, f"data.path '{path}'")
+
+
+def read_captions(listing: Listing) -> tuple[str, ...]:
+    """Returns the captions of listed files, on one line each; empty where no file has one.
+
+    Raises ValueError where some files have captions and others none, or one is not UTF-8.
+
+    Example:
+        captions = read_captions(list_files("photos", (".png",), "pictures"))
+    """
+    missing = [name for name, caption in zip(listing.names, listing.captions, strict=True) if caption is None]
+    if len(missing) == len(listing):
         return ()
     if missing:
+        first = listing.root / missing[0]
         raise ValueError(
-            f"data.path has captions of {len(beside) - len(missing)} of {len(beside)} pictures; add '{missing[0]}' "
-            f"and {len(missing) - 1} more, or remove the .txt files."
+            f"data.path has captions of {len(listing) - len(missing)} of {len(listing)} pictures; add "
+            f"'{first.with_suffix('.txt')}' and {len(missing) - 1} more, or remove the .txt files."
         )
+    return tuple(_caption(listing.root / caption) for caption in listing.captions if caption is not None)
+
+
+def _caption(path: Path) -> str:
     try:
-        return tuple(" ".join(path.read_text(encoding="utf-8").split()) for path in beside)
+        return " ".join(path.read_text(encoding="utf-8-sig").split())
     except UnicodeDecodeError as error:
-        raise ValueError(f"a caption in data.path is not UTF-8 text ({error}); correct that file.") from error
-
-
-def find_files(
-    path: str | os.PathLike[str], suffixes: tuple[str, ...] = IMAGE_SUFFIXES, what: str = "pictures"
-) -> tuple[list[Path], Int32[np.ndarray, " n"], tuple[str, ...]]:
-    """Returns the files under a folder in sorted order, their labels and the class names. what: they are, in errors.
-
-    Hidden files and folders are passed over; links to folders are followed.
-
-    Example:
-        files, labels, class_names = find_files("photos")
-    """
-    root = Path(path)
-    if not root.exists():
-        raise FileNotFoundError(f"data.path '{root}' does not exist; give the folder that holds the {what}.")
-    if not root.is_dir():
-        raise NotADirectoryError(f"data.path '{root}' is a file; give the folder that holds the {what}.")
-    flat = sorted(entry for entry in root.iterdir() if entry.is_file() and _is_one(entry.name, suffixes))
-    folders = sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    classes = {folder.name: inside for folder in folders if (inside := _files_below(folder, suffixes))}
-    if flat and classes:
-        raise ValueError(
-            f"data.path '{root}' holds {what} both directly (such as '{flat[0].name}') and in sub-folders "
-            f"(such as '{next(iter(classes))}'); use one sub-folder per class, or one flat folder."
-        )
-    if not flat and not classes:
-        raise ValueError(
-            f"data.path '{root}' holds no {what}; put {', '.join(suffixes)} files in it, "
-            f"or in one sub-folder per class."
-        )
-    if flat:
-        return flat, np.full(len(flat), NO_LABEL, np.int32), ()
-    files = [file for inside in classes.values() for file in inside]
-    labels = np.repeat(np.arange(len(classes), dtype=np.int32), [len(inside) for inside in classes.values()])
-    return files, labels, tuple(classes)
+        raise ValueError(f"a caption in data.path, '{path}', is not UTF-8 text ({error}); convert it.") from error
 
 
 class FolderSource:
@@ -164,7 +152,7 @@ class FolderSource:
         captions: tuple[str, ...] = (),
         image_shape: tuple[int, int, int],
         crop: Crop = "center",
-        on_corrupt: Literal["refuse", "skip"] = "refuse",
+        on_corrupt: OnCorrupt = "refuse",
     ) -> None:
         self.files = files
         self.labels = labels
@@ -173,15 +161,14 @@ class FolderSource:
         self.image_shape = image_shape
         self.crop: Crop = crop
         self.on_corrupt = on_corrupt
-        # Which files were warned about; it spares a second warning and changes no answer.
-        self._warned: set[Path] = set()
+        self._reader = FileReader(self._read, files, on_corrupt, what=_WHAT)
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, indices: Int[np.ndarray, " b"]) -> Batch:
         with ThreadPoolExecutor() as pool:
-            answers = list(pool.map(self._readable, indices.tolist()))
+            answers = list(pool.map(self._reader.next_readable, indices.tolist()))
         positions = np.array([position for position, _ in answers])
         return {"image": np.stack([image for _, image in answers]), "label": self.labels[positions]}
 
@@ -191,82 +178,18 @@ class FolderSource:
         may_be_empty: leave them out even where none is left.
         """
         images = np.empty((len(self.files), *self.image_shape), np.uint8)
-        unreadable: dict[int, UnreadablePicture] = {}
-
-        def decode(position: int) -> None:
-            try:
-                images[position] = self._read(position)
-            except UnreadablePicture as error:
-                unreadable[position] = error
-
-        with ThreadPoolExecutor() as pool:
-            list(pool.map(decode, range(len(self.files))))
-        bad = [unreadable[position] for position in sorted(unreadable)]
-        none_left = len(bad) == len(self.files) and not may_be_empty
-        if bad and (self.on_corrupt == "refuse" or none_left):
-            raise ValueError(_refusal(bad))
-        for error in bad:
-            _warn_left_out(error)
-        kept = np.setdiff1d(np.arange(len(self.files)), sorted(unreadable)) if bad else slice(None)
-        return ArraySource(images[kept], self.labels[kept], class_names=self.class_names, captions=self.captions)
+        kept = self._reader.read_all(images.__setitem__, may_be_empty=may_be_empty)
+        images = images if len(kept) == len(images) else images[kept]
+        return ArraySource(images, self.labels[kept], class_names=self.class_names, captions=self.captions)
 
     def _read(self, position: int) -> UInt8[np.ndarray, "height width c"]:
         height, width, channels = self.image_shape
         return read_picture(self.files[position], size=(height, width), channels=channels, crop=self.crop)
 
-    def _readable(self, position: int) -> tuple[int, UInt8[np.ndarray, "height width c"]]:
-        failures = []
-        for step in range(len(self.files)):
-            candidate = (position + step) % len(self.files)
-            try:
-                return candidate, self._read(candidate)
-            except UnreadablePicture as error:
-                failures.append(error)
-                if self.on_corrupt == "refuse":
-                    break
-                if self.files[candidate] not in self._warned:
-                    self._warned.add(self.files[candidate])
-                    _warn_left_out(error)
-        raise ValueError(_refusal(failures))
 
-
-def _aspects(files: list[Path], on_corrupt: str) -> list[str | None]:
+def _aspects(files: list[Path], on_corrupt: OnCorrupt) -> list[str | None]:
     """The nearest aspect of each picture, by its header alone; None for one that is left out for having none."""
-
-    def aspect(file: Path) -> str | None:
-        try:
-            return nearest_aspect(*picture_size(file))
-        except UnreadablePicture as error:
-            if on_corrupt == "refuse":
-                raise ValueError(_refusal([error])) from error
-            _warn_left_out(error)
-            return None
-
-    with ThreadPoolExecutor() as pool:
-        return list(pool.map(aspect, files))
-
-
-def _files_below(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    found = []
-    for place, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(place, name) for name in names if _is_one(name, suffixes)]
-    return sorted(found)
-
-
-def _is_one(name: str, suffixes: tuple[str, ...]) -> bool:
-    return not name.startswith(".") and Path(name).suffix.lower() in suffixes
-
-
-def _warn_left_out(error: UnreadablePicture) -> None:
-    _log.warning("Left out the unreadable picture %s.", error)
-
-
-def _refusal(errors: list[UnreadablePicture]) -> str:
-    named = ", ".join(str(error) for error in errors[:_NAMED_IN_ERRORS])
-    more = f" and {len(errors) - _NAMED_IN_ERRORS} more" if len(errors) > _NAMED_IN_ERRORS else ""
-    files = "1 picture" if len(errors) == 1 else f"{len(errors)} pictures"
-    return (
-        f"data.path holds {files} that cannot be read: {named}{more}; "
-        f"repair or remove them, or set data.on_corrupt to 'skip'."
-    )
+    found: list[str | None] = [None] * len(files)
+    reader = FileReader(lambda i: nearest_aspect(*picture_size(files[i])), files, on_corrupt, what=_WHAT)
+    reader.read_all(found.__setitem__, may_be_empty=True)
+    return found

@@ -19,8 +19,9 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Int32
 
 from flowgen.data.buckets import BucketedSource
+from flowgen.data.classes import class_numbers, renumbered
 from flowgen.data.media import from_uint8
-from flowgen.data.sources import Batch, Source, Split
+from flowgen.data.sources import NO_LABEL, Batch, Source, Split
 
 INDEX_FILE = "dataset.json"
 NULL_FILE = "null.npz"
@@ -89,7 +90,11 @@ class ShardFile:
 class LatentSource:
     """A source of latents, of pictures or clips, whose posterior training draws from.
 
-    null: features and mask of the empty text, where there are texts.
+    null: features and mask of the empty text, where there are texts. numbers: in `class_names`, of the classes that the
+    labels of the shards are numbers of; empty where they are the same.
+
+    Raises ValueError in `[]` where latents are not finite, or their std is negative, naming the shard. Texts are not
+    looked at; a loss that is not finite tells of them.
 
     Example:
         source = LatentSource((shard,), class_names=("cat", "dog"))
@@ -101,6 +106,7 @@ class LatentSource:
 
     captions: tuple[str, ...] = ()
     null: tuple[np.ndarray, np.ndarray] | None = None
+    numbers: tuple[int, ...] = ()
 
     @property
     def event_shape(self) -> tuple[int, ...]:
@@ -126,9 +132,19 @@ class LatentSource:
                 if array is not None:
                     out = parts.setdefault(name, np.empty((len(indices), *array.shape[1:]), array.dtype))
                     out[chosen] = array[inside]
+            _check_moments(self.shards[holder], parts["mean"][chosen], parts["std"][chosen])
+        if self.numbers:
+            parts["label"] = renumbered(parts["label"], np.array(self.numbers))
         if "text" in parts:
             parts["text"] = (parts["text"], parts.pop("mask"))  # ty: ignore[invalid-assignment]
         return parts
+
+
+def _check_moments(shard: Shard | ShardFile, mean: np.ndarray, std: np.ndarray) -> None:
+    """Raises ValueError where latents that were read cannot be drawn from."""
+    if not (np.isfinite(mean).all() and np.isfinite(std).all() and (std >= 0).all()):
+        place = f" in '{shard.folder}'" if isinstance(shard, ShardFile) else ""
+        raise ValueError(f"latents{place} have a mean or std that is not finite, or a negative std; encode again.")
 
 
 def encode(
@@ -285,10 +301,15 @@ def _is_whole(index: dict[str, Any]) -> bool:
     return whole
 
 
-def read_latents(directory: str | os.PathLike[str], split: Split) -> LatentSource | BucketedSource:
+def read_latents(
+    directory: str | os.PathLike[str], split: Split, classes: tuple[str, ...] = ()
+) -> LatentSource | BucketedSource:
     """Returns a split of encoded data, mapped from its files; of several shapes, a bucket for each.
 
-    Raises FileNotFoundError or ValueError where files are missing, truncated or of another shape than the index says.
+    classes: that labels are numbers of, by name; empty for those of the data.
+
+    Raises FileNotFoundError or ValueError where files are missing, truncated or of another shape than the index says,
+    where labels are no numbers of its classes, or one of these is not among `classes`.
 
     Example:
         source = read_latents("data/latents", "train")
@@ -302,13 +323,16 @@ def read_latents(directory: str | os.PathLike[str], split: Split) -> LatentSourc
         )
     if len({entry["has_text"] for entry in entries}) > 1:
         raise ValueError(f"data.path '{directory}' has texts in some of its parts alone; encode the data again.")
+    found = tuple(index["class_names"])
+    numbers = class_numbers(found, classes, f"data.path '{directory}'")
     groups: dict[tuple[int, ...], list[dict[str, Any]]] = {}
     for entry in entries:
         groups.setdefault(tuple(entry["shape"]), []).append(entry)
     sources = tuple(
         LatentSource(
-            tuple(_checked(Path(directory), entry, index["class_names"]) for entry in group),
-            tuple(index["class_names"]),
+            tuple(_checked(Path(directory), entry, found) for entry in group),
+            found if numbers is None else classes,
+            numbers=() if numbers is None else tuple(numbers.tolist()),
             null=_read_null(Path(directory) / group[0]["folder"]) if group[0]["has_text"] else None,
         )
         for _, group in sorted(groups.items())
@@ -337,8 +361,12 @@ def _checked(directory: Path, entry: Mapping[str, Any], class_names: Sequence[st
     folder = directory / entry["folder"]
     shard = ShardFile(folder, entry["count"], tuple(entry["shape"]), entry["has_text"])
     label = _open_shard.__wrapped__(shard).label
-    if label.dtype.kind != "i" or (class_names and label.max(initial=-1) >= len(class_names)):
-        raise ValueError(f"'{folder / 'label.npy'}' holds no numbers of the {len(class_names)} classes; encode again.")
+    smallest, largest = (int(bound) for bound in (label.min(initial=NO_LABEL), label.max(initial=NO_LABEL)))
+    if label.dtype.kind != "i" or smallest < NO_LABEL or (class_names and largest >= len(class_names)):
+        raise ValueError(
+            f"'{folder / 'label.npy'}' holds no numbers of the {len(class_names)} classes, or -1 for none "
+            f"({label.dtype} from {smallest} to {largest}); encode again."
+        )
     return dataclasses.replace(shard, written=(folder / "mean.npy").stat().st_mtime_ns)
 
 

@@ -15,7 +15,21 @@ from jaxtyping import Array, Float, Shaped, UInt8
 from flowgen.arrays import check_bytes, check_floating
 from flowgen.packages import missing
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")  # that are written
+# What is read, and Pillow's name of its format.
+IMAGE_FORMATS = {
+    **dict.fromkeys((".png", ".apng"), "PNG"),
+    **dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif"), "JPEG"),
+    ".webp": "WEBP",
+    **dict.fromkeys((".bmp", ".dib"), "BMP"),
+    ".gif": "GIF",
+    **dict.fromkeys((".tif", ".tiff"), "TIFF"),
+    **dict.fromkeys((".ppm", ".pgm", ".pbm", ".pnm"), "PPM"),
+    **dict.fromkeys((".jp2", ".j2k"), "JPEG2000"),
+    **dict.fromkeys((".tga",), "TGA"),
+    ".pcx": "PCX",
+    ".avif": "AVIF",
+}
 _GRID_COLOUR = 255
 
 
@@ -157,6 +171,15 @@ def atomic_file(path: str | os.PathLike[str]) -> Generator[IO[bytes]]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def image_formats() -> tuple[str, ...]:
+    """Returns the formats of picture files that are read, in Pillow's words, whatever the name of a file.
+
+    Example:
+        image = pillow().open("picture.png", formats=image_formats())
+    """
+    return tuple(sorted(set(IMAGE_FORMATS.values()) & set(pillow().registered_extensions().values())))
 
 
 def pillow() -> Any:

@@ -16,7 +16,7 @@ from flowgen.data.pictures import fit_array
 from flowgen.data.sources import ArraySource, DataConfig
 from flowgen.packages import missing
 
-_DIGIT_NAMES = tuple("0123456789")
+DIGIT_NAMES = tuple("0123456789")
 
 
 def read_digits(config: DataConfig, size: tuple[int, int]) -> ArraySource:
@@ -77,7 +77,7 @@ def _digit_source(
     size: tuple[int, int],
 ) -> ArraySource:
     images = fit_array(images[..., None], size, config.crop)
-    return ArraySource(images, labels.astype(np.int32), class_names=_DIGIT_NAMES)
+    return ArraySource(images, labels.astype(np.int32), class_names=DIGIT_NAMES)
 
 
 def _read_csv_mnist(path: Path) -> tuple[UInt8[np.ndarray, "n 784"], Integer[np.ndarray, " n"]]:

@@ -9,49 +9,116 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Shaped
 
+from flowgen.data.classes import check_names, with_classes
+from flowgen.data.inventory import name_list, tell
 from flowgen.data.sources import NO_LABEL, ArraySource, DataConfig
+
+_ARRAYS = ("images", "labels", "class_names")
+# Labels from here on must not be larger than there are pictures: they would be numbers of something else.
+MOST_SPARSE = 1 << 16
 
 
 def read_npz(config: DataConfig, size: tuple[int, int]) -> ArraySource:
     """Returns the arrays `images` (uint8 `n h w` or `n h w c`) and, if present, `labels` (integers `n`).
 
-    Nothing is resized or converted, for arrays mean what they say. Class names are the numbers up to the
-    largest label, and -1 marks a picture without label.
+    Nothing is resized or converted, for arrays mean what they say, and other arrays are not read. -1 marks a picture
+    without label. An array `class_names` (texts) names the classes, which are then mapped by name; without it labels
+    are numbers of `config.classes`, or of classes that are called "0", "1" up to the largest label.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: no .npz file, a missing array, or one of another type or shape than stated.
+        ValueError: no .npz file, a missing array, or one of another type or shape than stated, or labels that are no
+            numbers of classes.
 
     Example:
-        np.savez("shapes.npz", images=images, labels=labels)
+        np.savez("shapes.npz", images=images, labels=labels, class_names=["circle", "square"])
         source = read_npz(DataConfig("npz", path="shapes.npz"), (32, 32))
     """
     path = Path(config.path)
-    if not path.is_file():
-        raise FileNotFoundError(f"data.path '{path}' is no file; give the path of an .npz file.")
-    arrays = _read_arrays(path)
+    arrays, names = _read_arrays(path, _ARRAYS)
     if "images" not in arrays:
         raise ValueError(
-            f"data.path '{path}' holds the arrays {sorted(arrays)} but no 'images'; "
+            f"data.path '{path}' holds the arrays {names} but no 'images'; "
             f"save it with np.savez(path, images=..., labels=...)."
         )
     images = arrays["images"]
     if images.ndim == 3:
         images = images[..., None]
     _check_images(path, images, size)
-    labels = arrays.get("labels")
-    if labels is None:
+    if "labels" not in arrays:
         return ArraySource(images, np.full(len(images), NO_LABEL, np.int32))
-    _check_labels(path, labels, len(images))
-    names = tuple(str(label) for label in range(labels.max() + 1))
-    return ArraySource(images, labels.astype(np.int32), class_names=names)
+    class_names = _named_classes(path, arrays, len(images))
+    if "class_names" not in arrays and config.classes and class_names:
+        class_names = _numbered(path, len(class_names), config.classes)
+    source = ArraySource(images, arrays["labels"].astype(np.int32), class_names=class_names)
+    return with_classes(source, config.classes, f"data.path '{path}'")
 
 
-def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+def npz_classes(path: str) -> tuple[str, ...]:
+    """Returns the names of the classes in an .npz file, without reading its pictures. Raises as `read_npz`.
+
+    Example:
+        npz_classes("shapes.npz")  # ("circle", "square")
+    """
+    arrays, _ = _read_arrays(Path(path), ("labels", "class_names"))
+    return _named_classes(Path(path), arrays, None) if "labels" in arrays else ()
+
+
+def npz_marks(path: str) -> dict[str, int]:
+    """Returns the checksum of each array that is read of an .npz file, as the file says it.
+
+    Example:
+        npz_marks("shapes.npz")  # {"images.npy": 2774512934, "labels.npy": 1037565863}
+    """
+    with zipfile.ZipFile(path) as file:
+        return {part.filename: part.CRC for part in file.infolist() if Path(part.filename).stem in _ARRAYS}
+
+
+def _named_classes(path: Path, arrays: dict[str, np.ndarray], count: int | None) -> tuple[str, ...]:
+    """The names of the classes that labels are numbers of. count: of pictures, where it is known."""
+    labels = arrays["labels"]
+    _check_labels(path, labels, labels.size if count is None else count)
+    largest = int(labels.max(initial=NO_LABEL))
+    names = arrays.get("class_names")
+    if names is None:
+        if largest >= max(MOST_SPARSE, labels.size):
+            raise ValueError(
+                f"'labels' in data.path '{path}' contains {largest} for {labels.size} pictures; number the classes "
+                "from 0 without gaps."
+            )
+        return tuple(map(str, range(largest + 1)))
+    if names.dtype.kind != "U" or names.ndim != 1 or largest >= len(names):
+        raise ValueError(
+            f"'class_names' in data.path '{path}' is {names.dtype} of shape {names.shape}, and labels go up to "
+            f"{largest}; save a name (text) for each class."
+        )
+    check_names(tuple(names.tolist()))
+    return tuple(names.tolist())
+
+
+def _numbered(path: Path, count: int, classes: tuple[str, ...]) -> tuple[str, ...]:
+    """The classes of a run, whose numbers labels without names are taken for."""
+    if count > len(classes):
+        raise ValueError(
+            f"'labels' in data.path '{path}' contains {count - 1}, and data.classes has {len(classes)} names "
+            f"({name_list(classes)}), numbered from 0; correct the labels."
+        )
+    if classes[:count] != tuple(map(str, range(count))):
+        tell(
+            f"data.path '{path}' has no array 'class_names', so its labels are taken for numbers of data.classes "
+            f"(0 is {classes[0]})."
+        )
+    return classes
+
+
+def _read_arrays(path: Path, names: tuple[str, ...]) -> tuple[dict[str, np.ndarray], list[str]]:
+    """The arrays of these names that a file has, and the names of all."""
+    if not path.is_file():
+        raise FileNotFoundError(f"data.path '{path}' is no file; give the path of an .npz file.")
     try:
         # Zip alone: given anything else, np.load would try to unpickle it. It also leaks files that it opens.
         with path.open("rb") as file, zipfile.ZipFile(file), np.load(file, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
+            return {name: arrays[name] for name in names if name in arrays.files}, sorted(arrays.files)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(
             f"data.path '{path}' is no readable .npz file of plain arrays ({error}); "
@@ -87,5 +154,5 @@ def _check_labels(path: Path, labels: Shaped[np.ndarray, "..."], count: int) -> 
             f"{where} is {labels.dtype} of shape {labels.shape}; save integers of shape ({count},), "
             f"one for each picture."
         )
-    if labels.min() < NO_LABEL:
-        raise ValueError(f"{where} contains {labels.min()}; labels start at 0, and -1 marks a picture without.")
+    if (smallest := int(labels.min(initial=0))) < NO_LABEL:
+        raise ValueError(f"{where} contains {smallest}; labels start at 0, and -1 marks a picture without.")

@@ -112,7 +112,7 @@ def _render(files: list[Path], side: int, resvg_py: Any) -> UInt8[np.ndarray, "n
         png = resvg_py.svg_to_bytes(
             svg_path=str(path), width=side, height=side, background="white", skip_system_fonts=True
         )
-        return np.asarray(image_module.open(io.BytesIO(png)).convert("RGB"))
+        return np.asarray(image_module.open(io.BytesIO(png), formats=("PNG",)).convert("RGB"))
 
     with ThreadPoolExecutor() as pool:
         return np.stack(list(pool.map(render, files)))

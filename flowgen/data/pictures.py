@@ -3,28 +3,45 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import math
 import os
 import struct
+import threading
 import zlib
-from collections.abc import Generator
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import numpy as np
 from jaxtyping import UInt8
 
-from flowgen.data.media import pillow
+from flowgen.data.media import image_formats, pillow
+from flowgen.data.unreadable import Unreadable
+from flowgen.data.upright import Turn, picture_turn, without_metadata
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 Crop = Literal["center", "none"]
-_EXIF_ORIENTATION = 0x0112
-_SIDEWAYS = (5, 6, 7, 8)
+Box = tuple[float, float, float, float]
+T = TypeVar("T")
 # What Pillow's decoders raise on damaged files, besides the OSError it documents.
-_DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, IndexError, struct.error, zlib.error)
+_DECODE_ERRORS = (
+    *(OSError, ValueError, SyntaxError, EOFError, TypeError, AttributeError, AssertionError, Warning),
+    *(LookupError, ArithmeticError, RuntimeError, BufferError, MemoryError, struct.error, zlib.error),
+)
+# Pillow's own limit. One of them takes 0.7 GB while it is decoded; the decoder of WebP takes four times as much.
+_MOST_PIXELS = 178_956_970
+_MOST_OF_WEBP = _MOST_PIXELS // 4
+# Pictures beyond this size are decoded one after the other, so that threads together take no more.
+_LARGE = 1 << 26
+_ONE_LARGE = threading.Lock()
+# Pixels that are laid on white and resized together.
+_BAND = 1 << 22
 
 
-class UnreadablePicture(ValueError):
+class UnreadablePicture(Unreadable):
     """Raised for a file that cannot be decoded; its text names the file and the reason."""
 
 
@@ -33,73 +50,90 @@ def read_picture(
 ) -> UInt8[np.ndarray, "height width c"]:
     """Returns the picture in a file as uint8 of shape (*size, channels), turned upright, on white.
 
-    Transparency is laid on white, 16-bit grey keeps its high byte, an animation gives its first frame.
+    Transparency is laid on white, 16 bits keep their high byte, an animation gives its first frame. Metadata that
+    cannot be read are passed over.
 
     Raises:
-        UnreadablePicture: damaged, truncated, absurdly large or foreign file.
+        UnreadablePicture: pixels are damaged or cut off, over 178 million (of WebP 44 million), or of no format that
+            `image_formats` lists.
 
     Example:
         image = read_picture("cat.jpg", size=(64, 64), channels=3, crop="center")
     """
-    with _opened(path) as file:
-        import PIL.ImageOps
 
+    def pixels(image: Image, turn: Turn) -> UInt8[np.ndarray, "height width c"]:
+        depth = _png_depth(path) if image.format == "PNG" else 8
         # Opening reads the header alone; a truncated file only fails here.
-        file.load()
-        image = PIL.ImageOps.exif_transpose(file)
-    image = fit(_flatten(image).convert("L" if channels == 1 else "RGB"), size, crop)
-    return np.asarray(image, dtype=np.uint8).reshape(*size, channels)
+        image.load()
+        asked = turn.size(*size)
+        box = _box(image.size, asked, crop, turn)
+        mode = "L" if channels == 1 else "RGB"
+        fitted = _resized(image, asked, box, lambda part: _flatten(part, depth).convert(mode))
+        return np.ascontiguousarray(turn.apply(fitted.reshape(*asked, channels)))
+
+    return _of_picture(path, pixels)
 
 
 def picture_size(path: str | os.PathLike[str]) -> tuple[int, int]:
     """Returns (height, width) of the picture in a file, turned upright; reads its header alone.
 
-    Raises UnreadablePicture: a foreign file, or a damaged header.
+    Raises UnreadablePicture: as `read_picture`, if the header shows it.
 
     Example:
         height, width = picture_size("cat.jpg")
     """
-    with _opened(path) as file:
-        sideways = file.getexif().get(_EXIF_ORIENTATION, 1) in _SIDEWAYS
-        return (file.width, file.height) if sideways else (file.height, file.width)
+    return _of_picture(path, lambda image, turn: turn.size(image.height, image.width))
+
+
+def _of_picture(path: str | os.PathLike[str], use: Callable[[Image, Turn], T]) -> T:
+    """What `use` makes of an open picture and its turn, at the second try without the metadata."""
+    try:
+        with _opened(path, path) as image:
+            return use(image, picture_turn(image))
+    except UnreadablePicture:
+        plain = without_metadata(Path(path).read_bytes()) if Path(path).is_file() else None
+        if plain is None:
+            raise
+    content, turn = plain
+    with _opened(path, io.BytesIO(content)) as image:
+        return use(image, turn)
 
 
 @contextlib.contextmanager
-def _opened(path: str | os.PathLike[str]) -> Generator[Image]:
-    """Yields an open picture; what Pillow raises meanwhile becomes UnreadablePicture."""
+def _opened(path: str | os.PathLike[str], file: str | os.PathLike[str] | io.BytesIO) -> Generator[Image]:
+    """Yields an open picture; what Pillow raises meanwhile becomes UnreadablePicture. path: for the message."""
     module = pillow()
     import PIL
 
     try:
-        with module.open(path) as file:
-            yield file
+        # With the formats named, no file can start a program that Pillow knows for its format, as PostScript does.
+        with module.open(file, formats=image_formats()) as image:
+            count, most = image.width * image.height, _MOST_OF_WEBP if image.format == "WEBP" else _MOST_PIXELS
+            if count > most:
+                raise module.DecompressionBombError(f"{count:,} pixels, of {most:,} at most")
+            with _ONE_LARGE if count > _LARGE else contextlib.nullcontext():
+                yield image
     except PIL.UnidentifiedImageError as error:
-        raise UnreadablePicture(f"'{path}' (no picture inside)") from error
+        raise UnreadablePicture(f"'{path}' (no picture of a kind that is read)") from error
+    except MemoryError as error:
+        raise UnreadablePicture(f"'{path}' (too large for the memory that is left)") from error
     except (*_DECODE_ERRORS, module.DecompressionBombError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UnreadablePicture(f"'{path}' ({reason})") from error
 
 
-def fit(image: Image, size: tuple[int, int], crop: Crop) -> Image:
+def fit(image: Image, size: tuple[int, int], crop: Crop, *, pixel_aspect: float = 1.0) -> Image:
     """Returns the image at `size` (height, width) with antialiased bilinear resampling.
 
     "center" scales until the image covers `size` and cuts the middle out (short side to S, then centre crop),
     as the published models were trained. "none" cuts nothing and stretches each side by itself.
+    pixel_aspect: width of a pixel over its height, as it is shown.
 
     Example:
         image = fit(image, (64, 64), "center")
     """
-    height, width = size
-    bilinear = pillow().Resampling.BILINEAR
-    if crop == "none":
-        return image.resize((width, height), bilinear)
-    if image.width * height <= image.height * width:
-        scaled = (width, image.height * width // image.width)
-    else:
-        scaled = (image.width * height // image.height, height)
-    image = image.resize(scaled, bilinear)
-    left, top = round((scaled[0] - width) / 2), round((scaled[1] - height) / 2)
-    return image.crop((left, top, left + width, top + height))
+    box = _box(image.size, size, crop, Turn(), pixel_aspect)
+    return image.resize(size[::-1], pillow().Resampling.BILINEAR, box=box)
 
 
 def fit_array(
@@ -118,12 +152,83 @@ def fit_array(
     return np.stack([np.asarray(image, dtype=np.uint8).reshape(*size, images.shape[-1]) for image in fitted])
 
 
-def _flatten(image: Image) -> Image:
+def _box(image_size: tuple[int, int], size: tuple[int, int], crop: Crop, turn: Turn, pixel_aspect: float = 1.0) -> Box:
+    """Left, top, right and bottom of what `fit` keeps of an image, in its own pixels, before the turn.
+
+    Only this part is resampled, which bounds the work whatever the proportions are.
+    """
+    (columns, rows), (height, width) = image_size, size
+    if crop == "none":
+        return 0.0, 0.0, float(columns), float(rows)
+    shown = max(1, round(columns * pixel_aspect))
+    wide = shown * height > rows * width
+    scaled = (shown * height // rows, height) if wide else (width, rows * width // shown)
+    # The middle is rounded as it is shown, which after a turn may be mirrored.
+    mirrored = (turn.mirror_y, turn.mirror_x) if turn.swap else (turn.mirror_x, turn.mirror_y)
+    spare = [scaled[0] - width, scaled[1] - height]
+    left, top = (
+        room - round(room / 2) if mirror else round(room / 2) for room, mirror in zip(spare, mirrored, strict=True)
+    )
+    across, down = columns / scaled[0], rows / scaled[1]
+    return (
+        left * across,
+        top * down,
+        min((left + width) * across, float(columns)),
+        min((top + height) * down, float(rows)),
+    )
+
+
+def _resized(image: Image, size: tuple[int, int], box: Box, flat: Callable[[Image], Image]) -> UInt8[np.ndarray, "..."]:
+    """The part of an image in a box at `size`, made flat before that, band by band where it is large."""
+    left, top, right, bottom = box
+    step = (bottom - top) / size[0]
+    # The filter reaches one pixel of the result to each side, or one of the image where it is enlarged.
+    reach = [math.ceil(max(1.0, scale)) + 1 for scale in ((right - left) / size[1], step)]
+    first, last = max(0, math.floor(left) - reach[0]), min(image.width, math.ceil(right) + reach[0])
+    rows = max(1, math.floor(_BAND / ((last - first) * step))) if image.width * image.height > _BAND else size[0]
+    bands = []
+    for row in range(0, size[0], rows):
+        begin, end = top + row * step, min(top + (row + rows) * step, bottom)
+        high, low = max(0, math.floor(begin) - reach[1]), min(image.height, math.ceil(end) + reach[1])
+        part = flat(image.crop((first, high, last, low)))
+        inside = (left - first, max(0.0, begin - high), min(right - first, part.width), min(end - high, part.height))
+        asked = (size[1], min(rows, size[0] - row))
+        bands.append(np.asarray(part.resize(asked, pillow().Resampling.BILINEAR, box=inside), dtype=np.uint8))
+    return np.concatenate(bands)
+
+
+def _flatten(image: Image, depth: int) -> Image:
+    """The image without transparency, laid on white, and of 16 bits the high byte. depth: bits of a PNG's samples."""
+    clear = image.info.get("transparency")
     if image.mode.startswith("I"):
         levels = np.asarray(image)
-        return pillow().fromarray((np.clip(levels, 0, 65535) >> 8).astype(np.uint8))
+        high = (np.clip(levels, 0, 65535) >> 8).astype(np.uint8)
+        return pillow().fromarray(high if clear is None else np.where(levels == clear, np.uint8(255), high))
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        paper = pillow().new("RGBA", image.size, "white")
-        return pillow().alpha_composite(paper, image)
+        if depth != 8 and image.mode in ("L", "RGB"):
+            image.info["transparency"] = _eight_bit(image.info["transparency"], depth)
+        return on_white(image)
     return image
+
+
+def on_white(image: Image) -> Image:
+    """Returns an image with transparency as it looks on white.
+
+    Example:
+        image = on_white(image)
+    """
+    image = image.convert("RGBA")
+    return pillow().alpha_composite(pillow().new("RGBA", image.size, "white"), image)
+
+
+def _eight_bit(clear: int | tuple[int, ...], depth: int) -> int | tuple[int, ...]:
+    """A transparent value of a PNG as its pixels come from Pillow, which leaves it in `depth` bits."""
+    if isinstance(clear, tuple):
+        return tuple(level >> 8 if depth == 16 else level for level in clear)
+    return clear * 255 // ((1 << depth) - 1)
+
+
+def _png_depth(path: str | os.PathLike[str]) -> int:
+    with open(path, "rb") as file:
+        header = file.read(25)
+    return header[24]

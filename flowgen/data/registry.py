@@ -11,6 +11,7 @@ from jaxtyping import UInt8
 
 from flowgen.arrays import check_count, shown
 from flowgen.data.buckets import BucketedSource
+from flowgen.data.classes import with_classes
 from flowgen.data.folder import read_folder
 from flowgen.data.latents import read_latents
 from flowgen.data.named import read_digits, read_mnist
@@ -35,7 +36,8 @@ def load(
     """Returns the pictures of one split at the model's side, or (height, width), and channels.
 
     Grey sources give 3 channels by repetition. Colour gives 1 channel only from a folder, where Pillow
-    converts; elsewhere it is refused. Labels are numbers into `class_names`, or -1 without one. multiple: of the sides
+    converts; elsewhere it is refused. Labels are numbers into `class_names`, which are `config.classes` where these are
+    given, or -1 without one. multiple: of the sides
     of the buckets, where `config.aspects` asks for them.
 
     Raises:
@@ -62,8 +64,9 @@ def load(
     if config.source == "folder":
         return read_folder(config, image_size=image_size, channels=channels, split=split, multiple=multiple)
     if config.source == "encoded":
-        return read_latents(config.path, split)
+        return read_latents(config.path, split, config.classes)
     source = _READERS[config.source](config, image_size)
+    source = with_classes(source, config.classes, f"data.source '{config.source}'")
     source = source.select(hold_out(len(source), config.eval_fraction, split))
     return dataclasses.replace(source, images=_match_channels(source.images, channels, config.source))
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import typing
+import unicodedata
+from collections.abc import Sequence
 from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int, Int32, UInt8
 
+from flowgen.data.classes import check_names
 from flowgen.data.pictures import Crop
 from flowgen.typed import typed
 
@@ -16,6 +20,7 @@ Batch = dict[str, np.ndarray]
 Split = Literal["train", "eval", "all"]
 NO_LABEL = -1
 _HOLD_OUT_SEED = 1797
+_HOLD_OUT_NAME = b"flowgen hold-out"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +39,10 @@ class DataConfig:
         ("skip").
     eval_fraction: the part held out for evaluation, the same pictures for everybody; 0 holds nothing out.
     in_memory_bytes: a folder whose resized pictures need more than this is decoded batch by batch instead.
+    classes: the names of the classes in the order of their numbers. Empty, they are as found, and are kept here with
+        the run when it begins; the labels of other data, or of the same later, are mapped by name. There may be classes
+        without pictures, which a warning tells; a class that is not among them is refused. Labels of an `npz` without
+        class names are numbers of them.
 
     Example:
         config = DataConfig(source="folder", path="photos", flip=True)
@@ -48,8 +57,10 @@ class DataConfig:
     on_corrupt: Literal["refuse", "skip"] = "refuse"
     eval_fraction: float = 0.1
     in_memory_bytes: int = 2 << 30
+    classes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        check_names(self.classes)
         hints = typing.get_type_hints(type(self))
         for name in ("source", "crop", "on_corrupt"):
             check_choice(f"data.{name}", getattr(self, name), typing.get_args(hints[name]))
@@ -139,6 +150,34 @@ def hold_out(size: int, fraction: float, split: Split) -> Int[np.ndarray, " m"]:
     Example:
         test = images[hold_out(len(images), 0.1, "eval")]
     """
+    order = permutation(np.random.Philox(np.random.SeedSequence(_HOLD_OUT_SEED)), size)
+    return _cut(order, fraction, split)
+
+
+def hold_out_files(names: Sequence[str], fraction: float, split: Split) -> Int[np.ndarray, " m"]:
+    """Returns the ascending positions of a split among files, by a digest of each file's name.
+
+    As many are held out as by `hold_out`. A file that is added or removed moves no other from one split to the other,
+    but at most the one at the border. names: relative to the data, so that they are the same wherever the data lie.
+
+    Example:
+        test = hold_out_files(("cat/1.png", "dog/2.png"), 0.5, "eval")
+    """
+    if split == "all":
+        return np.arange(len(names))
+    digests = [
+        hashlib.blake2b(
+            unicodedata.normalize("NFC", name).encode("utf-8", "surrogateescape"), digest_size=16, person=_HOLD_OUT_NAME
+        ).digest()
+        for name in names
+    ]
+    order = np.array(sorted(range(len(names)), key=digests.__getitem__), np.int64)
+    return _cut(order, fraction, split)
+
+
+def _cut(order: Int[np.ndarray, " size"], fraction: float, split: Split) -> Int[np.ndarray, " m"]:
+    """The ascending positions of a split, of which the first ones in an order are held out."""
+    size = len(order)
     if split == "all" or (fraction == 0 and split == "train"):
         return np.arange(size)
     if fraction == 0:
@@ -149,7 +188,6 @@ def hold_out(size: int, fraction: float, split: Split) -> Int[np.ndarray, " m"]:
             f"data.eval_fraction {fraction} of {size} pictures leaves none to train on; "
             f"add pictures or set data.eval_fraction to 0."
         )
-    order = permutation(np.random.Philox(np.random.SeedSequence(_HOLD_OUT_SEED)), size)
     return np.sort(order[:held] if split == "eval" else order[held:])
 
 
@@ -164,32 +202,11 @@ def permutation(bits: np.random.Philox, size: int) -> Int[np.ndarray, " size"]:
     return np.argsort(bits.random_raw(size), kind="stable")
 
 
-@runtime_checkable
-class HasClasses(Protocol):
-    """What has labels into `class_names`."""
-
-    @property
-    def class_names(self) -> tuple[str, ...]: ...
-
-
-def check_classes(source: HasClasses, num_classes: int) -> None:
-    """Raises ValueError where a model of `num_classes` (0 is unconditional) cannot take this source's labels.
+def check_choice(field: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raises ValueError where `value` is none of the choices.
 
     Example:
-        check_classes(source, num_classes=10)
+        check_choice("data.crop", "center", ("center", "none"))
     """
-    if num_classes and not source.class_names:
-        raise ValueError(
-            f"model.num_classes is {num_classes} but the data carries no labels; set model.num_classes to 0."
-        )
-    if 0 < num_classes < len(source.class_names):
-        raise ValueError(
-            f"model.num_classes is {num_classes} but the data has {len(source.class_names)} classes; "
-            f"set model.num_classes to {len(source.class_names)}, or to 0 to train without classes."
-        )
-
-
-def check_choice(field: str, value: object, choices: tuple[str, ...]) -> None:
-    """Raises ValueError where `value` is none of the choices."""
     if value not in choices:
         raise ValueError(f"{field} is {value!r}; it must be one of {', '.join(map(repr, choices))}.")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -13,48 +12,46 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from flowgen.data.media import atomic_file, check_writable, pillow
-from flowgen.data.pictures import Crop, fit_array
-from flowgen.packages import missing
+from flowgen.data.pictures import Crop, fit
+from flowgen.data.video_streams import (
+    BT709,
+    LIMITED_RANGE,
+    SAME_TIME,
+    UnreadableVideo,
+    av,
+    frame_pixels,
+    frame_turn,
+    last_end,
+    opened,
+    packets,
+    pixel_aspect,
+    rate_of,
+    shown_frames,
+    time_of,
+    to_bt709,
+)
 
-VIDEO_SUFFIXES = (".mp4", ".gif")
-READABLE = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif")
+VIDEO_SUFFIXES = (".mp4", ".gif")  # that are written
+READABLE = (
+    *(".mp4", ".m4v", ".mov", ".3gp", ".mkv", ".webm", ".avi", ".gif"),
+    *(".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".wmv", ".asf", ".flv", ".ogv"),
+)
 # Constant quality of H.264, near what the eye can tell.
 _CRF = "16"
-# Seconds by which the time of a frame may be missed in arithmetic.
-_SAME_TIME = 1e-6
-# Files are searched by when frames are decoded, which H.264 may do so many frames before they are shown.
-_REORDERED = 16
-
-
-class UnreadableVideo(ValueError):
-    """A file that cannot be decoded, with its name in the message."""
-
-
-def av() -> Any:
-    """Returns the module `av` (PyAV), or raises ModuleNotFoundError naming the package.
-
-    Example:
-        container = av().open("clip.mp4")
-    """
-    try:
-        import av as module
-    except ModuleNotFoundError as error:
-        raise missing("Reading and writing video", "av") from error
-    return module
+# A file of so many bytes may have so many times more than bytes, of frames that are shown again and again.
+_TIMES = 1 << 16
 
 
 def video_length(path: str | os.PathLike[str]) -> tuple[float, float]:
     """Returns seconds and frames per second of a video. Raises UnreadableVideo where the file is none.
 
+    It ends with its last whole frame, whatever the file claims.
+
     Example:
         seconds, fps = video_length("clip.mp4")
     """
-    with _opened(path) as container:
-        stream, rate = container.streams.video[0], _rate(container, path)
-        if stream.duration:
-            return _end(stream, None, rate), rate
-        ends = [_end(stream, packet, rate) for packet in _packets(container, path)]
-        return max(ends, default=0.0), rate
+    with opened(path) as (container, stream):
+        return last_end(container, stream, path), rate_of(stream, path)
 
 
 def video_size(path: str | os.PathLike[str]) -> tuple[int, int]:
@@ -63,27 +60,32 @@ def video_size(path: str | os.PathLike[str]) -> tuple[int, int]:
     Example:
         height, width = video_size("clip.mp4")
     """
-    with _opened(path) as container:
-        for frame, _, _ in _shown(container, path):
-            height, width, _ = _upright(frame, container.streams.video[0], channels=1).shape
-            return height, width
-    raise UnreadableVideo(f"'{path}' has no pictures in it; give a video.")
+    for shown, stream in shown_frames(path):
+        frame = shown.frame
+        return frame_turn(frame).size(frame.height, max(1, round(frame.width * pixel_aspect(stream))))
+    raise UnreadableVideo(path, "has no pictures in it that can be decoded", "give a video")
 
 
 def frame_times(path: str | os.PathLike[str], *, fps: float | int | None = None) -> Float[np.ndarray, " n"]:
     """Returns the seconds at which `read_clip` finds frames in a video: i / fps for as long as it lasts, or with fps
-    None those of its own frames, read without decoding them. Raises UnreadableVideo where the file is none.
+    None those of its own frames, read without decoding them.
+
+    Raises UnreadableVideo where the file is none, or says that it lasts longer than its bytes can tell.
 
     Example:
         starts = frame_times("clip.mp4", fps=8)[:-16]  # of clips of 17 frames
     """
     if fps is None:
-        with _opened(path) as container:
-            stream = container.streams.video[0]
-            return np.array(sorted(_at(stream, packet) for packet in _packets(container, path)))
+        with opened(path) as (container, stream):
+            times = [time_of(stream, packet) for packet, whole in packets(container, stream) if whole]
+        return np.array(sorted(time for time in times if time is not None))
     seconds, _ = video_length(path)
     # A quarter of a frame may be missing at the end, of which files that count milliseconds round off some.
-    return np.arange(math.floor(seconds * fps + 0.25)) / fps
+    count = math.floor(seconds * fps + 0.25)
+    if count > os.path.getsize(path) + _TIMES:
+        reason = f"says that it lasts {seconds:.3g} seconds, at {fps:g} frames per second more than it can hold"
+        raise UnreadableVideo(path, reason, "convert it again")
+    return np.arange(count) / fps
 
 
 def read_clip(
@@ -98,25 +100,27 @@ def read_clip(
 ) -> UInt8[np.ndarray, "frames height width c"]:
     """Returns frames of a video at times start + i / fps seconds, the nearest before each, resized and cropped.
 
-    fps: None takes every frame from `start` on, however long each is shown. Frames are turned upright, and their pixels
-    made square. Raises UnreadableVideo where the file is none, damaged, or ends before; see `frame_times`.
+    fps: None takes every frame from `start` on, however long each is shown. Frames are turned upright, mirrored as the
+    file says, and their pixels made square. Raises UnreadableVideo where the file is none, damaged where it is read,
+    or ends before; see `frame_times`.
 
     Example:
         clip = read_clip("clip.mp4", 17, (64, 64), 3, fps=8)
     """
     out: list[np.ndarray] = []
-    with _opened(path) as container:
-        stream, rate = container.streams.video[0], _rate(container, path)
-        # Asked for up to half a frame late, against rounding of the frames' times.
-        times = None if fps is None else start + np.arange(frames) / fps + 0.5 / max(rate, fps)
-        for frame, at, until in _shown(container, path, start):
-            count = int(at > start - _SAME_TIME if times is None else (times[len(out) :] < until).sum())
-            if count:
-                out += [fit_array(_upright(frame, stream, channels)[None], image_size, crop)[0]] * count
-            if len(out) == frames:
-                return np.stack(out)
+    times: np.ndarray | None = None
+    for (frame, at, until), stream in shown_frames(path, start):
+        if fps is not None and times is None:
+            # Asked for up to half a frame late, against rounding of the frames' times.
+            times = start + np.arange(frames) / fps + 0.5 / max(rate_of(stream, path), fps)
+        count = int(at > start - SAME_TIME if times is None else (times[len(out) :] < until).sum())
+        if count:
+            out += [_upright(frame, pixel_aspect(stream), image_size, channels, crop)] * count
+        if len(out) == frames:
+            return np.stack(out)
     at_fps = "" if fps is None else f" at {fps:g} fps"
-    raise UnreadableVideo(f"'{path}' ends before {frames} frames{at_fps} from second {start:g}; give a longer video.")
+    reason = f"ends before {frames} frames{at_fps} from second {start:g}"
+    raise UnreadableVideo(path, reason, "give a longer video")
 
 
 def write_video(
@@ -124,7 +128,8 @@ def write_video(
 ) -> None:
     """Writes frames as H.264 in mp4, or as a GIF that repeats, by the suffix. The file appears whole or not at all.
 
-    mp4 needs even sides; an odd one is filled up by repeating the last line. GIF counts time in hundredths of a second.
+    mp4 needs even sides; an odd one is filled up by repeating the last line. Its colours are BT.709, and it says so.
+    GIF counts time in hundredths of a second.
 
     Raises:
         ValueError: unknown suffix, no frames, or a frame rate that is not positive.
@@ -150,8 +155,11 @@ def write_video(
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": _CRF})
         stream.height, stream.width = colour.shape[1:3]
         stream.pix_fmt = "yuv420p"
-        for frame in colour:
-            container.mux(stream.encode(av().VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+        context = stream.codec_context
+        context.colorspace = context.color_primaries = context.color_trc = BT709
+        context.color_range = LIMITED_RANGE
+        for pixels in colour:
+            container.mux(stream.encode(to_bt709(np.ascontiguousarray(pixels))))
         container.mux(stream.encode())
 
 
@@ -168,75 +176,13 @@ def check_video_path(path: str | os.PathLike[str]) -> None:
     check_writable(path)
 
 
-def _rate(container: Any, path: str | os.PathLike[str]) -> float:
-    """Frames per second of an open video."""
-    stream = container.streams.video[0]
-    rate = float(stream.average_rate or stream.base_rate or 0)
-    if not rate:
-        raise UnreadableVideo(f"'{path}' does not say its frame rate; convert it to mp4.")
-    return rate
-
-
-def _at(stream: Any, part: Any) -> float:
-    """Seconds from the beginning of a video to a packet or a frame of it."""
-    return float(part.pts * part.time_base - (stream.start_time or 0) * stream.time_base)
-
-
-def _end(stream: Any, last: Any, rate: float) -> float:
-    """Seconds to the end of a video, as its file says, or else to that of its last packet or frame."""
-    if stream.duration:
-        return float(stream.duration * stream.time_base)
-    return _at(stream, last) + (float(last.duration * last.time_base) if last.duration else 1 / rate)
-
-
-def _packets(container: Any, path: str | os.PathLike[str]) -> Iterator[Any]:
-    """Yields what the frames of an open video are decoded from."""
-    try:
-        for packet in container.demux(container.streams.video[0]):
-            if packet.pts is not None and not packet.is_discard:
-                yield packet
-    except av().FFmpegError as error:
-        raise _damaged(path, error) from error
-
-
-def _shown(
-    container: Any, path: str | os.PathLike[str], start: float | int = 0.0
-) -> Iterator[tuple[Any, float, float]]:
-    """Yields frames of an open video from one before second `start` on, with from when until when each is shown."""
-    stream, rate, last = container.streams.video[0], _rate(container, path), None
-    try:
-        if (before := start - _REORDERED / rate) > 0:
-            container.seek((stream.start_time or 0) + int(before / stream.time_base), stream=stream)
-        for frame in container.decode(stream):
-            if last is not None:
-                yield last, _at(stream, last), _at(stream, frame)
-            last = frame
-    except av().FFmpegError as error:
-        raise _damaged(path, error) from error
-    if last is not None:
-        yield last, _at(stream, last), _end(stream, last, rate)
-
-
-def _upright(frame: Any, stream: Any, channels: int) -> UInt8[np.ndarray, "height width c"]:
-    """The pixels of a frame, made square and turned as the file says."""
-    width = round(frame.width * (stream.sample_aspect_ratio or 1))
-    pixels = frame.to_ndarray(format="gray" if channels == 1 else "rgb24", width=width)
-    # Both turn against the clock.
-    return np.rot90(pixels.reshape(*pixels.shape[:2], channels), round(frame.rotation / 90))
-
-
-def _damaged(path: str | os.PathLike[str], error: Exception) -> UnreadableVideo:
-    return UnreadableVideo(f"'{path}' is damaged ({error}); convert it again or remove it.")
-
-
-def _opened(path: str | os.PathLike[str]) -> Any:
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"There is no video '{path}'; give a file such as clip.mp4.")
-    try:
-        container = av().open(os.fspath(path))
-    except av().FFmpegError as error:
-        raise UnreadableVideo(f"'{path}' is no video that can be read ({error}); convert it to mp4.") from error
-    if not container.streams.video:
-        container.close()
-        raise UnreadableVideo(f"'{path}' has no pictures in it; give a video.")
-    return container
+def _upright(
+    frame: Any, aspect: float, size: tuple[int, int], channels: int, crop: Crop
+) -> UInt8[np.ndarray, "height width c"]:
+    """A frame at a size, upright, its pixels made square."""
+    turn = frame_turn(frame)
+    image = pillow().fromarray(np.ascontiguousarray(turn.apply(frame_pixels(frame))))
+    if channels == 1:
+        image = image.convert("L")
+    fitted = fit(image, size, crop, pixel_aspect=1 / aspect if turn.swap else aspect)
+    return np.asarray(fitted, dtype=np.uint8).reshape(*size, channels)

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Key, UInt8
 from flowgen.arrays import at_least_float32, check_bytes, shown
 from flowgen.conditioning import Condition, TextCondition, drop_labels, drop_texts
 from flowgen.data.media import from_uint8
+from flowgen.rows import Rows, batch_rows
 
 LEVELS = 256
 PRIOR_VARIANCE_RATE = 0.1
@@ -137,15 +138,13 @@ def nll_objective(
     condition = batch_condition(flow, label_dropout, null_text)
 
     def objective(variables, batch, key):
-        noise_key, label_key = jax.random.split(key)
-        x = batch_input(noise_key, batch, flow.config.noise_std)
-        cond = condition(label_key, batch, x.shape[1:-1])
+        x, cond = noisy_batch(flow, condition, batch, key)
         loss, metrics, z = nll(flow, variables, x, cond, norm_penalty=norm_penalty, loss_scale=loss_scale)
         metrics |= {"loss": loss, **density_metric(flow, metrics.pop("nats_per_dim"), batch)}
         if flow.config.transform != "volume_preserving":
             return loss, metrics
         variance = variables["prior"]["variance"]
-        batch_variance = jax.lax.stop_gradient(jnp.square(z).mean(axis=0))
+        batch_variance = jax.lax.stop_gradient(jnp.square(z).mean(axis=0))  # Linear: its mean over devices is right.
         tracked = variance + PRIOR_VARIANCE_RATE * (batch_variance - variance)
         return loss, metrics, {"prior": {"variance": tracked}}
 
@@ -155,23 +154,43 @@ def nll_objective(
 def batch_condition(
     flow: Flow, label_dropout: float, null_text: Callable[[tuple[int, ...]], TextCondition] | None
 ) -> Callable[..., Condition | None]:
-    """Returns (key, batch, ([frames,] height, width)) -> the condition of a batch in training, some of it dropped.
+    """Returns (rows, batch, ([frames,] height, width)) -> the condition of a batch in training, some of it dropped.
 
     Raises ValueError where texts are to be dropped and there is no null_text.
 
     Example:
-        cond = batch_condition(flow, 0.1, None)(key, batch, (4, 4))
+        cond = batch_condition(flow, 0.1, None)(batch_rows(batch, key, num=16), batch, (4, 4))
     """
     if label_dropout and flow.config.text_dim and null_text is None:
         raise ValueError(f"label_dropout is {label_dropout}, but no null_text is given for dropped texts; encode ''.")
 
-    def condition(key, batch, shape):
+    def condition(rows: Rows, batch: Any, shape: tuple[int, ...]):
         cond = condition_of(flow, batch)
+        if cond is None or not label_dropout:
+            return cond
         if isinstance(cond, TextCondition):
-            return cond if null_text is None else drop_texts(key, cond, null_text(shape), label_dropout)
-        return cond if cond is None else drop_labels(key, cond, label_dropout)
+            assert null_text is not None  # checked above
+            null = null_text(shape)
+            return rows.draw(lambda key, texts: drop_texts(key, texts, null, label_dropout), cond)
+        return rows.draw(lambda key, labels: drop_labels(key, labels, label_dropout), cond)
 
     return condition
+
+
+def noisy_batch(
+    flow: Flow, condition: Callable[..., Condition | None], batch: Any, key: Key[Array, ""]
+) -> tuple[Float[Array, "b *event"], Condition | None]:
+    """Returns what a flow is trained on: the noisy input and the condition of a batch, drawn row by row.
+
+    condition: of `batch_condition`.
+
+    Example:
+        x, cond = noisy_batch(flow, batch_condition(flow, 0.1, None), batch, key)
+    """
+    arrays = {name: batch[name] for name in ("image", "mean", "std") if name in batch}
+    noise_rows, label_rows = batch_rows(batch, key, len(next(iter(arrays.values())))).split(2)
+    x = noise_rows.draw(lambda key, one: batch_input(key, one, flow.config.noise_std), arrays)
+    return x, condition(label_rows, batch, x.shape[1:-1])
 
 
 def condition_of(flow: Flow, batch: Any) -> Condition | None:

@@ -21,9 +21,9 @@ from flowgen.flows.denoiser import ClipDenoiser, denoiser_variables
 from flowgen.flows.density import (
     Flow,
     batch_condition,
-    batch_input,
     density_metric,
     nll,
+    noisy_batch,
     on_samples_like,
     score,
 )
@@ -78,9 +78,7 @@ def flow_score_objective(
     condition = batch_condition(flow, label_dropout, null_text)
 
     def objective(variables, batch, key):
-        noise_key, label_key = jax.random.split(key)
-        x = batch_input(noise_key, batch, flow.config.noise_std)
-        cond = condition(label_key, batch, x.shape[1:-1])
+        x, cond = noisy_batch(flow, condition, batch, key)
         sized = on_samples_like(flow, x)
         blocks = {name: value for name, value in variables["params"].items() if name != "denoiser"}
         flow_loss, metrics, gradient = _loss_and_input_gradient(sized, blocks, x, cond, loss_scale)

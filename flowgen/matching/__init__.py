@@ -2,6 +2,7 @@
 
 paths          x_t and u_t between source (t = 0) and data (t = 1)
 conversions    between velocity, x1, noise and score; from path to path
+plans          transport over a batch: assignment, Sinkhorn
 couplings      independent, Gibbs-weighted (W-CFM), Sinkhorn-corrected, minibatch optimal transport
 semidiscrete   optimal transport from the source to a whole data set
 times          how training times are drawn
@@ -21,7 +22,6 @@ from flowgen.matching.couplings import (
     GibbsWeights,
     Independent,
     MinibatchOT,
-    sinkhorn_potentials,
     to_sphere,
 )
 from flowgen.matching.diagnostics import (
@@ -62,6 +62,7 @@ from flowgen.matching.paths import (
     Trigonometric,
     VariancePreserving,
 )
+from flowgen.matching.plans import sinkhorn_potentials
 from flowgen.matching.semidiscrete import SemidiscreteFit, SemidiscreteOT, fit_semidiscrete
 from flowgen.matching.solvers import edm_times, guided, integrate, integrate_sde, trajectory
 from flowgen.matching.times import LogitNormal, Shifted, Uniform

@@ -5,12 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import jax
 from jaxtyping import Array, Float, Key
 
 from flowgen.matching.checks import check_output
 from flowgen.matching.couplings import Coupling
-from flowgen.matching.loss import Loss, check_dropout, check_parts, check_step, draw_pairs, mean_square
+from flowgen.matching.loss import (
+    Loss,
+    check_dropout,
+    check_parts,
+    check_step,
+    draw_pairs,
+    draw_point,
+    mean_square,
+    rows_of,
+)
 from flowgen.matching.paths import SchroedingerBridge, over_event
 from flowgen.matching.times import Uniform
 
@@ -50,10 +58,10 @@ def score_and_flow_matching_loss(
         log_mean: Float[Array, ""] | None = None,
     ) -> tuple[Float[Array, ""], dict[str, Array], Float[Array, ""]]:
         check_step(network, batch, key)
-        pair_key, time_key, path_key = jax.random.split(key, 3)
-        pairs = draw_pairs(pair_key, batch, coupling, log_mean, label_dropout=label_dropout)
-        t = time(time_key, len(pairs.x1))
-        point = bridge.sample(path_key, t, pairs.x0, pairs.x1)
+        pair_rows, time_rows, path_rows = rows_of(batch, key).split(3)
+        pairs = draw_pairs(pair_rows, batch, coupling, log_mean, label_dropout=label_dropout)
+        t = time_rows.draw_whole(time)
+        point = draw_point(path_rows, bridge, t, pairs)
         velocity, score = (check_output(out, point.x_t) for out in network(t, point.x_t, pairs.cond))
         flow_error = mean_square(velocity - point.u_t)
         score_error = mean_square(over_event(bridge.score_scale(t), score) * score + point.noise)

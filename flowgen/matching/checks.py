@@ -50,7 +50,7 @@ def check_whole(name: str, value: int, *, least: int) -> None:
 
 
 def check_batch(x0: Array, x1: Array) -> None:
-    """Raises ValueError unless source and data are floating-point numbers of one shape.
+    """Raises ValueError unless source and data are floating-point numbers of one shape, with at least one sample.
 
     Example:
         check_batch(x0, x1)
@@ -59,6 +59,8 @@ def check_batch(x0: Array, x1: Array) -> None:
     check_floating("x1", x1)
     if x0.shape != x1.shape:
         raise ValueError(f"x0 has shape {x0.shape} and x1 {x1.shape}; source and data must have the same shape.")
+    if len(x0) == 0:
+        raise ValueError("the batch is empty; give at least one source and one datum.")
 
 
 def check_pair(t: Array, x0: Array, x1: Array) -> None:

@@ -1,33 +1,31 @@
 """Couplings: which source goes with which datum, and how much the pair counts. All return log-weights.
 
+A coupling sees a whole batch. Where devices share it, `flowgen.matching.loss.couple` brings its rows together, unless
+`scope` says "row" (each pair is made by itself) or "device" (only what one device has, so that the number of devices
+changes what is learned).
+
 Weights turn the loss of independent pairs into that of the coupling q ∝ w · (source x data): E[w |v - u|²]
 (W-CFM, arXiv 2507.22270). A plan over the batch instead moves the sources.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Float, Int, Key
-from scipy.optimize import linear_sum_assignment
+from jaxtyping import Array, Float, Key
 
 from flowgen.arrays import check_floating
 from flowgen.matching.checks import check_batch, check_positive, check_share, check_whole
+from flowgen.matching.plans import assignment, corrected_log_weight, entropic_plan, relative_cost
 from flowgen.typed import typed
 
-# Of the potentials that help the assignment along: in units of the mean cost, and how many sweeps make them.
-ASSIGNMENT_EPSILON, ASSIGNMENT_SWEEPS = 0.02, 5
-
 SMALLEST_EPSILON = 1e-20
-# Values of so many points reach a callback at once; jax 0.10 hands more of them over by the threads that wait for it.
-MOST_POINTS_ON_ONE_CORE = 256
 
 Cost = Literal["euclidean", "sqeuclidean"] | Callable[[Array, Array], Array]
 
@@ -43,7 +41,7 @@ class Coupled(NamedTuple):
 
 @runtime_checkable
 class Coupling(Protocol):
-    """What a loss asks of a coupling."""
+    """What a loss asks of a coupling; it may have a `scope`, "row", "device" or, as without, "global"."""
 
     def __call__(
         self, key: Key[Array, ""], x0: Float[Array, "b *event"], x1: Float[Array, "b *event"], cond: Any = None
@@ -60,6 +58,8 @@ class Independent:
         x0, x1, cond, log_weight = Independent()(key, x0, x1)
     """
 
+    scope: ClassVar[str] = "row"
+
     def __call__(self, key, x0, x1, cond=None):
         check_batch(x0, x1)
         return Coupled(x0, x1, cond, jnp.zeros(len(x0), x0.dtype))
@@ -73,9 +73,12 @@ class MinibatchOT:
     method: "exact" permutes the sources by the optimal assignment (scipy's, on the host), so that each is used once;
     "sinkhorn" draws a source for each datum from the entropic plan inside the compiled program.
     epsilon: of the entropic plan, in units of the mean cost; positive.
-    num_sweeps: of Sinkhorn's iteration; at least 1.
+    tolerance: share of the mass of the entropic plan's sources that may be misplaced on average; positive.
+    num_sweeps: most sweeps of Sinkhorn's iteration that may be spent to reach it; at least 1. If they do not suffice,
+    the coupling raises ValueError outside jit; inside, its weights are NaN, hence the loss is NaN.
     class_aware: pair i lends its label to its source, and sources move only within a class; otherwise the sources that
     a class sees are not those it is sampled from (C2OT, ICCV 2025). It needs integer labels `b` as cond.
+    scope: "global" plans over the rows of all devices, each of which solves the same problem; "device" over its own.
 
     Example:
         x0, x1, cond, log_weight = MinibatchOT(method="exact")(key, x0, x1)
@@ -83,38 +86,55 @@ class MinibatchOT:
 
     method: Literal["exact", "sinkhorn"] = "exact"
     epsilon: float = 0.05
-    num_sweeps: int = 50
+    num_sweeps: int = 5000
     class_aware: bool = False
+    tolerance: float = 1e-2
+    scope: Literal["global", "device"] = "global"
 
     def __post_init__(self):
         if self.method not in ("exact", "sinkhorn"):
             raise ValueError(f"method is {self.method!r}; choose 'exact' or 'sinkhorn'.")
         check_epsilon(self.epsilon)
         check_whole("num_sweeps", self.num_sweeps, least=1)
+        check_positive("tolerance", self.tolerance)
+        check_scope(self.scope)
 
     def __call__(self, key, x0, x1, cond=None):
         check_batch(x0, x1)
         cost = pairwise_cost(x1, x0, "sqeuclidean")
-        if self.class_aware:
-            if cond is None:
-                raise ValueError("class_aware transport needs labels as cond; give them, or switch it off.")
-            if cond.shape != (len(x1),):
-                raise ValueError(f"cond has shape {cond.shape}; class_aware transport needs one label for each datum.")
-            allowed = cond[:, None] == cond[None, :]
-        else:
-            allowed = jnp.ones(cost.shape, bool)
+        allowed = self._allowed(cost, cond)
+        # One NaN among the costs spoils the plan, which the sources drawn from it need not show: the weights do. Not by
+        # selecting a constant NaN: XLA makes exp(where(p, nan, 0)) 1 on CPUs.
+        spoilt = 0 * relative_cost(cost).mean()
         if self.method == "exact":
             # Above any sum of costs that an assignment within the classes can have.
             source = assignment(jnp.where(allowed, cost, (cost.max() + 1) * len(cost)))
         else:
-            # The diagonal is always allowed, so that potentials are finite.
-            logits = jnp.where(allowed, -cost / (self.epsilon * cost.mean()), -jnp.inf)
-            f, g = sinkhorn_potentials(logits, self.num_sweeps)
-            source = jax.random.categorical(key, logits + f[:, None] + g[None, :], axis=1)
-        # One NaN among the costs spoils the plan, which the sources drawn from it need not show: the weights do. Not by
-        # selecting a constant NaN: XLA makes exp(where(p, nan, 0)) 1 on CPUs.
-        log_weight = jnp.broadcast_to(0 * cost.mean(), (len(x0),)).astype(x0.dtype)
+            plan = entropic_plan(cost, allowed, self.epsilon, tolerance=self.tolerance, max_sweeps=self.num_sweeps)
+            self._check_error(plan.error)
+            source = jax.random.categorical(key, plan.log_plan, axis=1)
+            spoilt = spoilt + jnp.log(jnp.where(plan.error > self.tolerance, -1, 1))
+        log_weight = jnp.broadcast_to(spoilt, (len(x0),)).astype(x0.dtype)
         return Coupled(x0[source], x1, cond, log_weight)
+
+    def _allowed(self, cost: Array, cond: Any) -> Array:
+        """Which source may go to which datum."""
+        if not self.class_aware:
+            return jnp.ones(cost.shape, bool)
+        if cond is None:
+            raise ValueError("class_aware transport needs labels as cond; give them, or switch it off.")
+        if cond.shape != (len(cost),):
+            raise ValueError(f"cond has shape {cond.shape}; class_aware transport needs one label for each datum.")
+        return cond[:, None] == cond[None, :]
+
+    def _check_error(self, error: Array) -> None:
+        """Raises ValueError where a plan is too far off, if it has values, which is outside jit."""
+        if not isinstance(error, Tracer) and not float(error) <= self.tolerance:
+            raise ValueError(
+                f"num_sweeps is {self.num_sweeps}, after which the plan of epsilon {self.epsilon} is off by "
+                f"{float(error):.2g}, above tolerance {self.tolerance}; raise num_sweeps or epsilon, or take "
+                "method='exact'."
+            )
 
 
 @dataclass(frozen=True)
@@ -122,8 +142,9 @@ class MinibatchOT:
 class GibbsWeights:
     """Independent pairs weighted by w = exp(-cost / epsilon): weighted conditional flow matching (arXiv 2507.22270).
 
-    Called before it has an epsilon, it raises ValueError. A cost of NaN raises ValueError outside jit, and gives a
-    weight of NaN, hence a loss of NaN, inside.
+    Called before it has an epsilon, it raises ValueError, in Python as everywhere: a batch is not asked, since ε must
+    stay the same from step to step. A cost of NaN raises ValueError outside jit, and gives a weight of NaN, hence a
+    loss of NaN, inside.
 
     epsilon: positive; None to choose it from data, as training does by `flowgen.matching.fit_epsilon`: for the share
     `ess` of effective pairs or, if `tilt` is given, for that tilt.
@@ -131,9 +152,11 @@ class GibbsWeights:
     normalize: "running" divides by a running mean of w that the loss carries from step to step, "batch" by the mean
     of the batch, "none" by nothing: weights can then be 1e-13 for images, and optimizers do not see them.
     sinkhorn_sweeps: with more than 0, the weights are those of the entropic plan with the batch's own marginals,
-    exp(-cost_ii/epsilon + f_i + g_i), which undoes the tilt of source and data that plain weights bring; 0 for none.
+    exp(-cost_ii/epsilon + f_i + g_i), which undoes the tilt of source and data that plain weights bring; exactly so
+    many sweeps, whatever is left of the tilt; 0 for none.
     ess: effective share of the pairs that an epsilon is chosen for; between 0 and 1.
     tilt: largest relative variance of the marginals' re-weighting that an epsilon is chosen for; None for ess.
+    scope: "global" sweeps, and normalises by "batch", over the rows of all devices; "device" over its own.
 
     Example:
         x0, x1, cond, log_weight = GibbsWeights(epsilon=2.0)(key, x0, x1)
@@ -146,8 +169,10 @@ class GibbsWeights:
     sinkhorn_sweeps: int = 0
     ess: float = 0.5
     tilt: float | None = None
+    scope: Literal["global", "device"] = "global"
 
     def __post_init__(self):
+        check_scope(self.scope)
         if self.epsilon is not None:
             check_epsilon(self.epsilon)
         check_share(self.ess)
@@ -162,7 +187,9 @@ class GibbsWeights:
     def __call__(self, key, x0, x1, cond=None):
         check_batch(x0, x1)
         if self.epsilon is None:
-            raise ValueError("epsilon is None; choose it from data by fit_epsilon(coupling, x0, x1), or give it.")
+            raise ValueError(
+                "epsilon is None; choose it from data by coupling = fit_epsilon(coupling, x0, x1), or give it."
+            )
         if self.sinkhorn_sweeps:
             log_weight = corrected_log_weight(-pairwise_cost(x0, x1, self.cost) / self.epsilon, self.sinkhorn_sweeps)
         else:
@@ -171,65 +198,6 @@ class GibbsWeights:
         if self.normalize == "batch":
             log_weight = log_weight - log_mean_exp(log_weight)
         return Coupled(x0, x1, cond, log_weight)
-
-
-def sinkhorn_potentials(logits: Float[Array, "b b"], num_sweeps: int) -> tuple[Float[Array, " b"], Float[Array, " b"]]:
-    """Returns f, g such that exp(logits_ij + f_i + g_j) has rows and columns of mean 1, in the log domain.
-
-    After a sweep the columns are exact and the rows nearly. Any finite logits give finite potentials.
-
-    Example:
-        f, g = sinkhorn_potentials(-cost / epsilon, 50)
-    """
-    log_size = jnp.log(len(logits))
-
-    def sweep(_, potentials):
-        _, g = potentials
-        f = log_size - jax.nn.logsumexp(logits + g[None, :], axis=1)
-        return f, log_size - jax.nn.logsumexp(logits + f[:, None], axis=0)
-
-    zeros = jnp.zeros(len(logits), logits.dtype)
-    return jax.lax.fori_loop(0, num_sweeps, sweep, (zeros, zeros))
-
-
-def corrected_log_weight(logits: Float[Array, "b b"], num_sweeps: int) -> Float[Array, " b"]:
-    """Returns logits_ii + f_i + g_i: the log-weights of pairs (i, i) in the plan with the batch's own marginals.
-
-    Example:
-        log_weight = corrected_log_weight(-cost / epsilon, 10)
-    """
-    f, g = sinkhorn_potentials(logits, num_sweeps)
-    return jnp.diagonal(logits) + f + g
-
-
-def assignment(cost: Float[Array, "b b"]) -> Int[Array, " b"]:
-    """Returns the column of each row in the assignment of least total cost, by scipy on the host.
-
-    Sinkhorn's potentials are taken off the costs first: sums over rows and columns do not change the optimum, and what
-    is left is solved in about half the time. Compiled for several CPU devices, or for more than 256 points on a single
-    core, callbacks can wait forever for values of their own program: there optax's solver is taken, inside it and
-    slower. Costs of NaN count as 0.
-
-    Example:
-        source = assignment(pairwise_cost(x1, x0, "sqeuclidean"))
-    """
-    cost = jnp.where(jnp.isnan(cost), 0, cost)
-    scale = ASSIGNMENT_EPSILON * cost.mean()
-    scale = jnp.where((scale > 0) & jnp.isfinite(scale), scale, 1)
-    f, g = sinkhorn_potentials(-cost / scale, ASSIGNMENT_SWEEPS)
-
-    if isinstance(cost, Tracer) and _callbacks_can_wait_forever(len(cost)):
-        from optax.assignment import hungarian_algorithm
-
-        rows, columns = hungarian_algorithm(cost - scale * f[:, None] - scale * g[None, :])
-        return jnp.zeros(len(cost), jnp.int32).at[rows].set(columns.astype(jnp.int32))
-
-    def solve(matrix, rows, columns):
-        matrix, rows, columns = (np.asarray(x, np.float64) for x in (matrix, rows, columns))
-        return linear_sum_assignment(matrix - rows[:, None] - columns[None, :])[1].astype(np.int32)
-
-    shape = jax.ShapeDtypeStruct((len(cost),), jnp.int32)
-    return jax.pure_callback(solve, shape, cost, scale * f, scale * g, vmap_method="sequential")
 
 
 def pair_cost(x0: Float[Array, "b *event"], x1: Float[Array, "b *event"], cost: Cost) -> Float[Array, " b"]:
@@ -311,6 +279,16 @@ def check_cost(cost: Float[Array, "..."]) -> Float[Array, "..."]:
     return cost
 
 
+def check_scope(scope: str) -> None:
+    """Raises ValueError unless a plan is to be over all devices or over each.
+
+    Example:
+        check_scope("global")
+    """
+    if scope not in ("global", "device"):
+        raise ValueError(f"scope is {scope!r}; choose 'global' (the rows of all devices) or 'device'.")
+
+
 def check_epsilon(epsilon: float) -> None:
     """Raises ValueError unless costs can be divided by epsilon in float32.
 
@@ -320,14 +298,6 @@ def check_epsilon(epsilon: float) -> None:
     check_positive("epsilon", epsilon)
     if epsilon < SMALLEST_EPSILON:
         raise ValueError(f"epsilon is {epsilon}; below {SMALLEST_EPSILON} float32 has no cost/epsilon.")
-
-
-def _callbacks_can_wait_forever(num: int) -> bool:
-    """Whether all threads of a program may be waiting for the `num` x `num` values that a callback asks them for."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return jax.default_backend() == "cpu" and (
-        jax.local_device_count() > 1 or (cores == 1 and num > MOST_POINTS_ON_ONE_CORE)
-    )
 
 
 def _flat(x: Array) -> Array:

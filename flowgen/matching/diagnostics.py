@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from flowgen.matching.checks import check_batch, check_positive, check_share
-from flowgen.matching.couplings import Cost, GibbsWeights, assignment, corrected_log_weight, pair_cost, pairwise_cost
+from flowgen.matching.couplings import Cost, GibbsWeights, pair_cost, pairwise_cost
+from flowgen.matching.plans import assignment, corrected_log_weight
 from flowgen.matching.solvers import Velocity, time_grid, trajectory
 
 # Pairs of a block whose every source is compared with every datum.

@@ -11,17 +11,18 @@ from jaxtyping import Array, Float, Key
 
 from flowgen.arrays import check_floating, check_key, shown
 from flowgen.conditioning import drop_labels
-from flowgen.matching.checks import check_output, check_velocity
+from flowgen.matching.checks import check_output, check_pair, check_velocity
 from flowgen.matching.conversions import Prediction, check_prediction
-from flowgen.matching.couplings import Coupling, GibbsWeights, Independent, log_mean_exp
+from flowgen.matching.couplings import Coupled, Coupling, GibbsWeights, Independent, log_mean_exp
 from flowgen.matching.diagnostics import effective_sample_size
 from flowgen.matching.paths import CondOT, Path, PathSample, over_event
 from flowgen.matching.solvers import Velocity
 from flowgen.matching.times import Uniform
+from flowgen.rows import ROWS, Rows, batch_rows
 
 # How fast the running log-mean of Gibbs weights follows that of the batches.
 RUNNING_RATE = 0.01
-BATCH_NAMES = ("x1", "x0", "cond")
+BATCH_NAMES = ("x1", "x0", "cond", ROWS)
 
 Loss = Callable[..., tuple[Any, ...]]
 
@@ -30,6 +31,7 @@ class Pairs(NamedTuple):
     """Pairs as every loss here regresses them: coupled, some labels dropped, each with its weight.
 
     ess: effective sample size of the batch, a share. log_mean: of the weights, running; to be handed to the next step.
+    Both are of the whole batch, also where several devices share it.
     """
 
     x0: Float[Array, "b *event"]
@@ -52,7 +54,8 @@ def flow_matching_loss(
 
     velocity(t, x, cond): any callable; what it predicts is `prediction`. What is predicted is what is compared: x1
     with x1, noise with x0, and beta · score with -x0, which is ∇ log p_t where the coupling is independent.
-    batch: "x1" data, "x0" source (standard normal where missing), "cond" labels or None. The square is averaged over
+    batch: "x1" data, "x0" source (standard normal where missing), "cond" labels or None, and "rows", which a training
+    step adds (`flowgen.rows.Rows`): with them any number of devices draws the same. The square is averaged over
     dimensions. label_dropout: share of labels replaced by -1, per example. log_mean: the running log-mean of the
     weights, -inf or None before the first step; it is handed back, and not needed unless the coupling asks for
     "running". The square is float32 at least. Raises ValueError where settings or shapes do not fit.
@@ -70,10 +73,10 @@ def flow_matching_loss(
         velocity: Velocity, batch: dict[str, Any], key: Key[Array, ""], log_mean: Float[Array, ""] | None = None
     ) -> tuple[Float[Array, ""], dict[str, Array], Float[Array, ""]]:
         check_step(velocity, batch, key)
-        pair_key, time_key, path_key = jax.random.split(key, 3)
-        pairs = draw_pairs(pair_key, batch, coupling, log_mean, label_dropout=label_dropout)
-        t = time(time_key, len(pairs.x1))
-        point = path.sample(path_key, t, pairs.x0, pairs.x1)
+        pair_rows, time_rows, path_rows = rows_of(batch, key).split(3)
+        pairs = draw_pairs(pair_rows, batch, coupling, log_mean, label_dropout=label_dropout)
+        t = time_rows.draw_whole(time)
+        point = draw_point(path_rows, path, t, pairs)
         value = check_output(velocity(t, point.x_t, pairs.cond), point.x_t)
         error = mean_square(residual(path, t, pairs, point, value, prediction))
         loss = (pairs.weight * error).mean()
@@ -104,8 +107,18 @@ def residual(
     return value - point.u_t
 
 
+def rows_of(batch: dict[str, Any], key: Key[Array, ""]) -> Rows:
+    """Returns the rows of a batch for a loss, drawn with `key` where it brings none; ValueError for other names.
+
+    Example:
+        pair_rows, time_rows = rows_of(batch, key).split(2)
+    """
+    check_names(batch)
+    return batch_rows(batch, key, len(batch["x1"]))
+
+
 def draw_pairs(
-    key: Key[Array, ""],
+    rows: Rows,
     batch: dict[str, Any],
     coupling: Coupling | None = None,
     log_mean: Float[Array, ""] | None = None,
@@ -117,27 +130,77 @@ def draw_pairs(
     The source is drawn where the batch brings none, the coupling (independent by default) is applied, a share of the
     labels becomes -1. Weights are exp(log_weight); where the coupling is `GibbsWeights` with "running", they are
     divided by a running mean: log_mean ← log_mean + 0.01 (log mean w - log_mean), started at the batch's own where
-    log_mean is -inf or None. Nothing here is differentiated.
+    log_mean is -inf or None. The mean is over all devices that share the batch. Nothing here is differentiated.
 
     Example:
-        pairs = draw_pairs(key, {"x1": images, "cond": labels}, GibbsWeights(epsilon=5.0), label_dropout=0.1)
+        pairs = draw_pairs(rows_of(batch, key), batch, GibbsWeights(epsilon=5.0), label_dropout=0.1)
     """
-    source_key, pair_key, drop_key = jax.random.split(key, 3)
+    source_rows, pair_rows, drop_rows = rows.split(3)
     coupling = Independent() if coupling is None else coupling
     check_names(batch)
     x1, x0 = batch["x1"], batch.get("x0")
     check_data(x1 if x0 is None else x0, x1, batch.get("cond"), label_dropout)
-    x0 = jax.random.normal(source_key, x1.shape, x1.dtype) if x0 is None else x0
-    x0, x1, cond, log_weight = coupling(pair_key, x0, x1, batch.get("cond"))
+    x0 = source_rows.draw(lambda key, x: jax.random.normal(key, x.shape, x.dtype), x1) if x0 is None else x0
+    x0, x1, cond, log_weight = couple(pair_rows, coupling, x0, x1, batch.get("cond"))
     log_weight = jax.lax.stop_gradient(log_weight)
-    mean = log_mean_exp(log_weight)
-    start = mean if log_mean is None else jnp.where(jnp.isneginf(log_mean), mean, log_mean)
-    log_mean = start + RUNNING_RATE * (mean - start)
+    of_all = rows.gather(log_weight)
+    log_mean = followed_log_mean(log_mean, log_mean_exp(of_all))
     running = isinstance(coupling, GibbsWeights) and coupling.normalize == "running"
     weight = jnp.exp(log_weight - log_mean if running else log_weight)
     if cond is not None and label_dropout:
-        cond = drop_labels(drop_key, cond, label_dropout)
-    return Pairs(x0, x1, cond, weight, effective_sample_size(log_weight), log_mean)
+        cond = drop_rows.draw(lambda key, labels: drop_labels(key, labels, label_dropout), cond)
+    return Pairs(x0, x1, cond, weight, effective_sample_size(of_all), log_mean)
+
+
+def couple(
+    rows: Rows, coupling: Coupling, x0: Float[Array, "b *event"], x1: Float[Array, "b *event"], cond: Any
+) -> Coupled:
+    """Returns the coupled pairs of these rows, by a plan over the rows of all devices unless the coupling does without.
+
+    A coupling has a `scope`: "row", if each pair is made by itself; "device", if it is to see no other device's rows,
+    so that what is learned depends on the number of devices; otherwise "global".
+
+    Example:
+        x0, x1, cond, log_weight = couple(rows, MinibatchOT(), x0, x1, labels)
+    """
+    scope = getattr(coupling, "scope", "global")
+    if scope == "device":
+        return coupling(rows.device_key(), x0, x1, cond)
+    if scope == "row":
+        return coupling(rows.part_key(), x0, x1, cond)
+    return rows.own(coupling(rows.part_key(), *rows.gather((x0, x1, cond))))
+
+
+def followed_log_mean(log_mean: Float[Array, ""] | None, found: Float[Array, ""]) -> Float[Array, ""]:
+    """Returns the running log-mean after a batch of log-mean `found`, which is where it starts.
+
+    Example:
+        log_mean = followed_log_mean(log_mean, log_mean_exp(log_weight))
+    """
+    start = found if log_mean is None else jnp.where(jnp.isneginf(log_mean), found, log_mean)
+    return start + RUNNING_RATE * (found - start)
+
+
+def combined_log_mean(before: Float[Array, ""], followed: Float[Array, " parts"]) -> Float[Array, ""]:
+    """Returns the running log-mean after a batch, from those after each of its micro-batches alone.
+
+    Example:
+        log_mean = combined_log_mean(log_mean, jnp.stack([followed_log_mean(log_mean, found) for found in parts]))
+    """
+    started = ~jnp.isneginf(before)
+    start = jnp.where(started, before, 0)
+    found = jnp.where(started, start + (followed - start) / RUNNING_RATE, followed)
+    return followed_log_mean(before, log_mean_exp(found))
+
+
+def draw_point(rows: Rows, path: Path, t: Float[Array, " b"], pairs: Pairs) -> PathSample:
+    """Returns x_t and u_t of each pair, with the noise of its row.
+
+    Example:
+        point = draw_point(path_rows, CondOT(), t, pairs)
+    """
+    check_pair(t, pairs.x0, pairs.x1)
+    return rows.draw(path.sample, t, pairs.x0, pairs.x1)
 
 
 def mean_square(error: Float[Array, "b *event"]) -> Float[Array, " b"]:
@@ -203,7 +266,7 @@ def check_step(velocity: object, batch: object, key: object) -> None:
 
 
 def check_names(batch: dict[str, Any]) -> None:
-    """Raises ValueError unless a batch has "x1", and besides only "x0" and "cond".
+    """Raises ValueError unless a batch has "x1", and besides only "x0", "cond" and "rows".
 
     Example:
         check_names({"x1": images, "cond": labels})
@@ -211,8 +274,8 @@ def check_names(batch: dict[str, Any]) -> None:
     unknown = sorted(set(batch) - set(BATCH_NAMES))
     if unknown or "x1" not in batch:
         raise ValueError(
-            f"a batch has {', '.join(map(repr, batch)) or 'nothing'}; it takes 'x1' data, and may have 'x0' source and "
-            "'cond' labels."
+            f"a batch has {', '.join(map(repr, batch)) or 'nothing'}; it takes 'x1' data, and may have 'x0' source, "
+            "'cond' labels and 'rows' of a training step."
         )
 
 

@@ -21,7 +21,16 @@ from flowgen.arrays import check_floating
 from flowgen.conditioning import UNCONDITIONAL, no_labels
 from flowgen.matching.checks import check_output
 from flowgen.matching.couplings import Coupling
-from flowgen.matching.loss import Loss, check_dropout, check_parts, check_step, draw_pairs, mean_square
+from flowgen.matching.loss import (
+    Loss,
+    check_dropout,
+    check_parts,
+    check_step,
+    draw_pairs,
+    draw_point,
+    mean_square,
+    rows_of,
+)
 from flowgen.matching.paths import CondOT, Path, over_event
 from flowgen.matching.solvers import time_grid
 from flowgen.matching.times import LogitNormal
@@ -73,13 +82,13 @@ def mean_flow_loss(
         log_mean: Float[Array, ""] | None = None,
     ) -> tuple[Float[Array, ""], dict[str, Array], Float[Array, ""]]:
         check_step(average_velocity, batch, key)
-        pair_key, time_key, end_key, share_key, path_key = jax.random.split(key, 5)
-        pairs = draw_pairs(pair_key, batch, coupling, log_mean, label_dropout=label_dropout)
-        size = len(pairs.x1)
-        one, other = time(time_key, size), time(end_key, size)
+        pair_rows, time_rows, end_rows, share_rows, path_rows = rows_of(batch, key).split(5)
+        pairs = draw_pairs(pair_rows, batch, coupling, log_mean, label_dropout=label_dropout)
+        one, other = time_rows.draw_whole(time), end_rows.draw_whole(time)
         t = jnp.minimum(one, other)
-        span = jnp.where(jax.random.bernoulli(share_key, instantaneous, (size,)), 0, jnp.maximum(one, other) - t)
-        point = path.sample(path_key, t, pairs.x0, pairs.x1)
+        at_once = share_rows.draw_whole(lambda key, size: jax.random.bernoulli(key, instantaneous, (size,)))
+        span = jnp.where(at_once, 0, jnp.maximum(one, other) - t)
+        point = draw_point(path_rows, path, t, pairs)
         v = point.u_t
         if guidance_weight:
             v = guided_target(average_velocity, t, point.x_t, pairs.cond, v, guidance_weight)

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from flowgen.matching.conversions import NETWORK_SMALLEST, Prediction, check_prediction, inner_times, velocity_of
 from flowgen.matching.couplings import GibbsWeights, Independent, MinibatchOT
 from flowgen.matching.diagnostics import fit_epsilon, warn_if_tilted, weight_report
-from flowgen.matching.loss import Loss, flow_matching_loss
+from flowgen.matching.loss import Loss, combined_log_mean, flow_matching_loss
 from flowgen.matching.mean_flow import check_mean_flow, mean_flow_loss
 from flowgen.matching.paths import (
     CondOT,
@@ -27,6 +27,7 @@ from flowgen.matching.paths import (
 )
 from flowgen.matching.solvers import Velocity
 from flowgen.matching.times import LogitNormal, Shifted, Uniform
+from flowgen.rows import ROWS, StatefulObjective, batch_rows
 from flowgen.typed import typed
 
 # The collection of the train state in which a running log-mean of weights lives.
@@ -149,26 +150,46 @@ def matching_objective(
 ) -> Callable[..., tuple]:
     """Returns the objective (variables, batch, key) -> (loss, metrics[, carried state]) of a velocity network.
 
-    pairs(key, batch): what `loss_fn` takes, "x1", and "x0" and "cond" where there are any. The carried state is the
-    running log-mean of the weights, in the collection "matching", where `variables` have one. train: with dropout.
+    pairs(key, batch): what `loss_fn` takes, "x1", and "x0" and "cond" where there are any. Its key is the device's own;
+    what it draws with `batch_rows(batch, key, num)` is the same on any number of devices. The carried state is the
+    running log-mean of the weights, in the collection "matching", where `variables` have one. train: with dropout; a
+    network whose config has a `dropout` is then applied row by row, so that each row drops by its own key.
 
     Example:
         objective = matching_objective(network, flow_matching_loss(), lambda key, batch: {"x1": batch["x"]})
     """
+    drops = train and getattr(getattr(network, "config", None), "dropout", 0.0) > 0
 
     def objective(variables, batch, key):
-        pair_key, loss_key, dropout_key = jax.random.split(key, 3)
+        pair_key, network_key, key = jax.random.split(key, 3)
+        num = len(jax.tree.leaves({name: value for name, value in batch.items() if name != ROWS})[0])
+        pair_rows, loss_rows, dropout_rows = batch_rows(batch, key, num).split(3)
         carried = variables.get(STATE)
         weights = {name: value for name, value in variables.items() if name != STATE}
 
-        def field(t, x, cond, *span):
-            return network.apply(weights, t, x, cond, *span, train=train, rngs={"dropout": dropout_key})
+        def applied(key, t, x, cond, *span):
+            return network.apply(weights, t, x, cond, *span, train=train, rngs={"dropout": key})
+
+        def field(*inputs):
+            return dropout_rows.draw(applied, *inputs) if drops else applied(network_key, *inputs)
 
         log_mean = None if carried is None else carried["log_mean"]
-        loss, metrics, log_mean = loss_fn(field, pairs(pair_key, batch), loss_key, log_mean)
+        given = {**pairs(pair_key, {**batch, ROWS: pair_rows}), ROWS: loss_rows}
+        loss, metrics, log_mean = loss_fn(field, given, loss_rows.key, log_mean)
         return (loss, metrics) if carried is None else (loss, metrics, {STATE: {"log_mean": log_mean}})
 
-    return objective
+    return StatefulObjective(objective, combined_state)
+
+
+def combined_state(before: dict[str, Any], parts: dict[str, Any]) -> dict[str, Any]:
+    """Returns the carried state of a batch from those of its micro-batches.
+
+    Example:
+        state = combined_state({"matching": {"log_mean": before}}, {"matching": {"log_mean": stacked}})
+    """
+    if STATE not in before:
+        return {}
+    return {STATE: {"log_mean": combined_log_mean(before[STATE]["log_mean"], parts[STATE]["log_mean"])}}
 
 
 def velocity_field(network: Any, variables: Any, matching: MatchingConfig) -> Velocity:

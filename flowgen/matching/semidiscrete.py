@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,7 @@ class SemidiscreteOT:
     y: Float[Array, "n *event"]
     potentials: Float[Array, " n"]
     labels: Int[Array, " n"] | None = None
+    scope: ClassVar[str] = "row"
 
     def __post_init__(self):
         for name, array in (("potentials", self.potentials), ("labels", self.labels)):

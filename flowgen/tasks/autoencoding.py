@@ -15,11 +15,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from flowgen.codecs import VideoAutoencoderConfig
-from flowgen.data import ClipsConfig, DataConfig, Source, check_classes, fixed_batches, from_uint8, load, load_clips
+from flowgen.data import (
+    ClipsConfig,
+    DataConfig,
+    Source,
+    check_classes,
+    fixed_batches,
+    from_uint8,
+    load,
+    load_clips,
+    take_inventory,
+)
 from flowgen.data.sources import Split
 from flowgen.models import init
+from flowgen.rows import Rows, StatefulObjective, batch_rows
 from flowgen.tasks.flow_options import SamplingConfig
 from flowgen.tasks.frozen import STATISTICS, open_autoencoder
 from flowgen.tasks.images import check_foreign, image_batches, shrink_images, shrink_run
@@ -167,6 +179,7 @@ def job(experiment: Any) -> Job:
         evaluate=None if held_out is None else lambda variables: _distortion(autoencoder, variables, held_out),
         sample=picture_of if experiment.model.channels in DRAWABLE_CHANNELS else None,
         best_metric=best_metric(experiment),
+        inventory=take_inventory(experiment.data, source, held_out),
     )
 
 
@@ -175,28 +188,32 @@ def autoencoding_objective(autoencoder: Any, config: AutoencodingConfig) -> Call
 
     batch: `image` uint8 `b height width c`, or clips with frames before that.
     Carried state: collection "latents", the mean and variance of the latents per channel, followed at a rate of 0.02;
-    latents are normalised by them when a flow is trained on them.
+    latents are normalised by them when a flow is trained on them. They are those of the whole batch, on any number of
+    devices and with accumulation; noise has the size that each micro-batch finds.
 
     Example:
         loss, metrics, state = autoencoding_objective(autoencoder, AutoencodingConfig())(variables, batch, key)
     """
 
+    rate = 0.0 if config.decoder_of else STATISTICS_RATE
+
+    def normal(rows, like):
+        return rows.draw(lambda key, x: jax.random.normal(key, x.shape), like)
+
     def objective(variables, batch, key):
-        posterior_key, noise_key = jax.random.split(key)
+        rows = batch_rows(batch, key, len(batch["image"]))
+        posterior_rows, noise_rows = rows.split(2)
         weights = {"params": variables["params"]}
         x = from_uint8(batch["image"])
         mean, log_variance = autoencoder.apply(weights, x, method="encode")
         if config.decoder_of:
             mean, log_variance = jax.lax.stop_gradient((mean, log_variance))
-        latents = mean + jnp.exp(0.5 * log_variance) * jax.random.normal(posterior_key, mean.shape)
-        statistics = variables[STATISTICS]
-        others = tuple(range(latents.ndim - 1))
-        moments = {"mean": latents.mean(axis=others), "variance": latents.var(axis=others)}
-        rate = 0.0 if config.decoder_of else STATISTICS_RATE
-        followed = jax.tree.map(lambda old, new: old + rate * (jax.lax.stop_gradient(new) - old), statistics, moments)
+        latents = mean + jnp.exp(0.5 * log_variance) * normal(posterior_rows, mean)
+        moments = channel_moments(rows, jax.lax.stop_gradient(latents))
+        followed = jax.tree.map(lambda old, new: old + rate * (new - old), variables[STATISTICS], moments)
         if config.noise:
-            std = jnp.expand_dims(jnp.sqrt(followed["variance"]), others)
-            latents = latents + config.noise * std * jax.random.normal(noise_key, mean.shape)
+            std = jnp.expand_dims(jnp.sqrt(followed["variance"]), tuple(range(latents.ndim - 1)))
+            latents = latents + config.noise * std * normal(noise_rows, mean)
         error = autoencoder.apply(weights, latents, method="decode") - x
         divergence = 0.5 * (jnp.square(mean) + jnp.exp(log_variance) - 1 - log_variance).mean()
         square = jnp.square(error).mean()
@@ -204,7 +221,27 @@ def autoencoding_objective(autoencoder: Any, config: AutoencodingConfig) -> Call
         metrics = {"loss": loss, "mean_square_error": square, "divergence": divergence}
         return loss, metrics, {STATISTICS: followed}
 
-    return objective
+    def combine(before, parts):
+        followed = parts[STATISTICS]
+        # The variance of all rows is the mean of the micro-batches' and the variance of their means, which are followed
+        # at `rate`.
+        between = followed["mean"].var(axis=0) / rate if rate else 0.0
+        mean, variance = (followed[name].mean(axis=0) for name in ("mean", "variance"))
+        return {STATISTICS: {"mean": mean, "variance": variance + between}}
+
+    return StatefulObjective(objective, combine)
+
+
+def channel_moments(rows: Rows, latents: Float[Array, "b *event c"]) -> dict[str, Float[Array, " c"]]:
+    """Returns mean and variance of each channel over the whole batch, of which a device has these rows.
+
+    Example:
+        moments = channel_moments(rows, latents)
+    """
+    others = tuple(range(latents.ndim - 1))
+    mean = rows.mean(latents.mean(axis=others))
+    spread = jnp.square(latents - jnp.expand_dims(mean, others))
+    return {"mean": mean, "variance": rows.mean(spread.mean(axis=others))}
 
 
 def evaluate(experiment: Any, autoencoder: Any, variables: Any, options: Any) -> list[str]:

@@ -120,6 +120,7 @@ def job(experiment: Any) -> Job:
         experiment,
         source,
         flow_score_objective if has_denoiser else partial(nll_objective, norm_penalty=settings.norm_penalty),
+        held_out=held_out,
         evaluate=None if held_out is None else _evaluator(experiment, flow, held_out),
         sample=sampler(experiment, flow, held_out or clips_alone(source), draw, lambda drawn, classes: strips(drawn)),
         optims={"denoiser": settings.denoiser or experiment.optim} if has_denoiser else {},

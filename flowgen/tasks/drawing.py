@@ -16,7 +16,7 @@ from flowgen.data.buckets import BucketedSource
 from flowgen.data.latents import LatentSource, captions_of
 from flowgen.decoding import Inversion
 from flowgen.tasks.frozen import codec_of
-from flowgen.tasks.images import holds_latents
+from flowgen.tasks.images import drawn_classes, holds_latents
 from flowgen.tasks.latents import null_texts
 from flowgen.tasks.pictures import DRAWABLE_CHANNELS, grid_labels
 from flowgen.tasks.texts import empty_text, prompt_condition
@@ -41,7 +41,7 @@ def sampler(
     encoded_without_codec = experiment.data.source == "encoded" and experiment.codec is None
     if encoded_without_codec or codec_of(experiment).pixel_channels not in DRAWABLE_CHANNELS:
         return None
-    num, classes = experiment.sampling.num, flow.config.num_classes
+    num, classes = experiment.sampling.num, drawn_classes(experiment)
     bucket = source.buckets[0] if isinstance(source, BucketedSource) else source
     # The captions that are drawn, which may name the aspect, are of pictures of this shape.
     prompts, drawn_as = experiment.sampling.prompts, bucket.image_shape[:2]

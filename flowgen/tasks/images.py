@@ -8,7 +8,17 @@ from typing import Any
 
 import jax
 
-from flowgen.data import Batch, DataConfig, Loader, Source, check_classes, load, prefetch
+from flowgen.data import (
+    Batch,
+    DataConfig,
+    Loader,
+    PointsConfig,
+    Source,
+    check_classes,
+    found_classes,
+    load,
+    prefetch,
+)
 from flowgen.data.buckets import BucketedSource, BucketLoader
 from flowgen.data.latents import LatentSource
 from flowgen.data.sources import Split
@@ -40,6 +50,31 @@ def image_source(experiment: Any, split: Split) -> Source:
     if model.num_classes:
         check_classes(source, model.num_classes)
     return source
+
+
+def named(experiment: Any) -> Any:
+    """Returns the experiment with the names of the classes of its data, as it is kept with a run; itself where it has
+    names already, or its model has no use for them.
+
+    Example:
+        named(experiment).data.classes  # ("cat", "dog", "fox")
+    """
+    data = experiment.data
+    if not getattr(experiment.model, "num_classes", 0) or isinstance(data, PointsConfig) or data.classes:
+        return experiment
+    if data.source in ("folder", "npz", "encoded") and not data.path:  # as of published weights
+        return experiment
+    return dataclasses.replace(experiment, data=dataclasses.replace(data, classes=found_classes(data)))
+
+
+def drawn_classes(experiment: Any) -> int:
+    """Returns of how many classes a run draws samples in turn: those with a name where it knows names, else all.
+
+    Example:
+        labels = grid_labels(20, drawn_classes(experiment))
+    """
+    count, names = experiment.model.num_classes, getattr(experiment.data, "classes", ())
+    return min(count, len(names)) if names else count
 
 
 def image_batches(experiment: Any, source: Source | BucketedSource) -> Callable[[int, int], Iterator[Batch]]:

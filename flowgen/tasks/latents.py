@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -47,7 +48,7 @@ def flow_source(experiment: Any, split: Split) -> Source | BucketedSource:
     """
     model, data = experiment.model, experiment.data
     if isinstance(data, DataConfig | ClipsConfig) and data.source == "encoded":
-        source = read_latents(data.path, split)
+        source = read_latents(data.path, split, data.classes)
         if isinstance(data, ClipsConfig) and split != "eval":
             buckets = source.buckets if isinstance(source, BucketedSource) else (source,)
             source = _as_often(buckets, data, model.frames)
@@ -86,7 +87,7 @@ def picture_source(experiment: Any, split: Split) -> Source | BucketedSource:
         if experiment.data.drop_first:
             buckets.append(ContinuedClips(clips))
         if experiment.data.images is not None:
-            buckets.append(_stills(clips, load(experiment.data.images, **shape)))
+            buckets.append(_stills(clips, experiment.data.images, **shape))
         return _as_often(buckets, experiment.data, model.frames)
     return load(
         experiment.data,
@@ -97,14 +98,10 @@ def picture_source(experiment: Any, split: Split) -> Source | BucketedSource:
     )
 
 
-def _stills(clips: Source, pictures: Source | BucketedSource) -> StillClips:
-    """Pictures beside clips, as clips of one frame."""
+def _stills(clips: Source, data: DataConfig, **shape: Any) -> StillClips:
+    """Pictures beside clips, as clips of one frame, with the clips' numbers for their classes."""
+    pictures = load(dataclasses.replace(data, classes=data.classes or clips.class_names), **shape)
     assert isinstance(pictures, Source)  # the config refuses several shapes
-    if clips.class_names and pictures.class_names and clips.class_names != pictures.class_names:
-        raise ValueError(
-            f"data.images has the classes {', '.join(pictures.class_names)}, and the clips have "
-            f"{', '.join(clips.class_names)}; give pictures of the same classes, or without."
-        )
     return StillClips(pictures)
 
 

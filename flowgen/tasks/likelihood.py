@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from flowgen.conditioning import TextCondition
-from flowgen.data import DataConfig, Source
+from flowgen.data import DataConfig, Source, take_inventory
 from flowgen.data.buckets import BucketedSource
 from flowgen.data.latents import read_index
 from flowgen.data.sources import Split
@@ -138,6 +138,7 @@ def job(experiment: Any) -> Job:
         experiment,
         source,
         partial(nll_objective, norm_penalty=(experiment.likelihood or LikelihoodConfig()).norm_penalty),
+        held_out=held_out,
         evaluate=None if held_out is None else _evaluator(experiment, flow, source, held_out),
         sample=sampler(experiment, flow, held_out or source, draw, picture),
     )
@@ -148,16 +149,18 @@ def flow_job(
     source: Source | BucketedSource,
     objective: Callable[..., Any],
     *,
+    held_out: Source | BucketedSource | None,
     evaluate: Callable[[Any], dict[str, float]] | None,
     sample: Callable[[Any], np.ndarray] | None,
     optims: Mapping[str, OptimConfig] | None = None,
 ) -> Job:
     """Returns what the training loop needs for a flow on opened data, whose text encoder is not needed any more.
 
-    objective(flow, label_dropout=, loss_scale=, null_text=): as `nll_objective`. The rest: see `Job`.
+    objective(flow, label_dropout=, loss_scale=, null_text=): as `nll_objective`. held_out: opened too, if there are
+    such data. The rest: see `Job`.
 
     Example:
-        job = flow_job(experiment, source, nll_objective, evaluate=None, sample=None)
+        job = flow_job(experiment, source, nll_objective, held_out=None, evaluate=None, sample=None)
     """
     flow, settings = experiment.flow(), experiment.likelihood or LikelihoodConfig()
     made = Job(
@@ -173,6 +176,7 @@ def flow_job(
         sample=sample,
         best_metric=best_metric(experiment),
         optims=optims or {},
+        inventory=take_inventory(experiment.data, source, held_out),
     )
     release_text_encoders()
     return made

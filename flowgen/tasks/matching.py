@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array
 
 from flowgen.conditioning import UNCONDITIONAL
-from flowgen.data import PointsConfig, Source, blank_batches, fixed_batches, from_uint8
+from flowgen.data import PointsConfig, Source, blank_batches, fixed_batches, from_uint8, take_inventory
 from flowgen.data.sources import Split
 from flowgen.evaluation import point_metrics, point_samples, velocity_bits_per_dim
 from flowgen.fields import type_name
@@ -34,7 +34,8 @@ from flowgen.matching import (
 )
 from flowgen.matching.objective import REPORT_PAIRS
 from flowgen.models import init
-from flowgen.tasks.images import check_foreign, image_batches, image_source, shrink_images, shrink_run
+from flowgen.rows import batch_rows
+from flowgen.tasks.images import check_foreign, drawn_classes, image_batches, image_source, shrink_images, shrink_run
 from flowgen.tasks.pictures import DRAWABLE_CHANNELS, DRAWN_PATHS, grid_labels, path_plot, picture
 from flowgen.tasks.samples import sample_lines, sample_metrics, train_judge
 from flowgen.training import Job
@@ -172,7 +173,8 @@ def _points_job(experiment: Any) -> Job:
     matching = experiment.matching.fitted(*data.draw(jax.random.key(experiment.train.seed), REPORT_PAIRS))
 
     def pairs(key, batch):
-        x0, x1 = data.draw(key, len(batch["blank"]))
+        rows = batch_rows(batch, key, len(batch["blank"]))
+        x0, x1 = rows.draw(lambda key: data.draw(key, 1))
         return {"x0": x0, "x1": x1}
 
     @jax.jit
@@ -206,12 +208,13 @@ def _images_job(experiment: Any) -> Job:
     matching = experiment.matching.fitted(x0, jnp.asarray(x1))
     held_out = image_source(experiment, "eval") if experiment.data.eval_fraction > 0 else None
     pairs = partial(_image_pairs, conditional=experiment.model.num_classes > 0)
+    classes = drawn_classes(experiment)
 
     def picture_of(variables: Any) -> np.ndarray:
-        labels = grid_labels(experiment.sampling.num, experiment.model.num_classes)
+        labels = grid_labels(experiment.sampling.num, classes)
         key = jax.random.key(experiment.train.seed)
         images, _ = draw(experiment, network, variables, key, experiment.sampling.num, labels)
-        return picture(images, experiment.model.num_classes)
+        return picture(images, classes)
 
     return Job(
         init=lambda key: {**init(network, key), **matching.state()},
@@ -220,6 +223,7 @@ def _images_job(experiment: Any) -> Job:
         evaluate=None if held_out is None else _image_evaluator(experiment, matching, network, source, held_out),
         sample=picture_of if experiment.model.channels in DRAWABLE_CHANNELS else None,
         best_metric=best_metric(experiment),
+        inventory=take_inventory(experiment.data, source, held_out),
     )
 
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from flowgen.data.inventory import Inventory
 from flowgen.data.media import save_image
 from flowgen.training.metrics import MetricsLog, Silence, check_packages
 from flowgen.training.options import LogConfig, OptimConfig, TrainConfig
@@ -37,7 +38,7 @@ class Job:
     init(key) -> variables. objective: see `make_step`. batches(start, stop) -> this process's batches of steps
     start..stop-1. evaluate(variables) -> metrics, of which the checkpoint with the lowest `best_metric` is kept.
     sample(variables) -> uint8 picture `height width 3`. optims: of parts of the parameters that have an optimizer of
-    their own, by their names at the top.
+    their own, by their names at the top. inventory: what was found in the data, to be said and kept with the run.
     """
 
     init: Callable[[jax.Array], Any]
@@ -47,6 +48,7 @@ class Job:
     sample: Callable[[Any], np.ndarray] | None = None
     best_metric: str = "bits_per_dim"
     optims: Mapping[str, OptimConfig] = field(default_factory=dict)
+    inventory: Inventory | None = None
 
 
 class Result(NamedTuple):
@@ -109,6 +111,9 @@ def train(
             job, workdir, store, log, config, parallel, steps=train.steps, first=latest, max_skips=optim.max_skips
         )
         try:
+            if job.inventory is not None and is_primary():
+                for line in job.inventory.kept(workdir, resumed=latest is not None):
+                    run.log.say(line)
             return run.train(parallel.compile(step), state, step_key)
         finally:
             run.log.close()

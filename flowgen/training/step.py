@@ -15,6 +15,7 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Float, Int, Key
 
+from flowgen.rows import ROWS, Rows, StatefulObjective, micro_batches, share_of_batch
 from flowgen.training.options import OptimConfig, check_warmups
 
 Metrics = dict[str, Array]
@@ -160,12 +161,17 @@ def make_step(
     """Returns the update (state, batch, key) -> (state, metrics) of one device, to be mapped over `axis_name`.
 
     objective: (variables, batch, key) -> (loss, metrics) or (loss, metrics, collections).
-    batch: this device's share. key: the same for all steps and devices; step and device are folded in here.
+    batch: this device's share, consecutive rows in the order of the axis. key: the same for all steps and devices.
+    The objective is given a key that no other device, step and micro-batch has, and beside the arrays of a batch that
+    is a dict `rows`, a `flowgen.rows.Rows`. What is drawn with `rows` is the same on any number of devices and with
+    any accumulation; what is drawn with the key is not. Micro-batch j has the rows j, j + accumulation, ... of the
+    whole batch. Raises ValueError for a batch that has `rows` already.
     metrics: the objective's, `loss`, `grad_norm` (before clipping) and `lr`, means over devices, micro-batches; where
     spikes are skipped also `skipped`, 0 or 1, and `skipped_in_a_row`.
     others: as for `make_optimizer`; lr and skipping are reported of the main one.
-    Carried state: each micro-batch computes it from the state before the update, and their mean is the new one;
-    integers in it must not depend on the batch.
+    Carried state: each micro-batch computes it from the state before the update, and their mean over devices and
+    micro-batches is the new one; a `flowgen.rows.StatefulObjective` says how micro-batches are combined instead.
+    Integers in it must not depend on the batch.
 
     Example:
         update = jax.pmap(make_step(objective, OptimConfig(), steps=1_000), axis_name="data", donate_argnums=0)
@@ -178,24 +184,34 @@ def make_step(
 
     value_and_grad = jax.grad(loss_and_rest, has_aux=True)
 
-    def gradients(state, batch, key):
+    def gradients(state, batch, rows, key):
+        """The means over micro-batches of gradients and metrics, and the state that they carry together."""
         if accumulation == 1:
-            return value_and_grad(state.params, state.collections, batch, key)
+            grads, (metrics, collections) = value_and_grad(state.params, state.collections, with_rows(batch, rows), key)
+            return grads, metrics, collections
 
         def micro(total, part):
-            micro_batch, micro_key = part
+            index, micro_batch, positions, micro_key = part
+            # All micro-batches share the key, and draw other rows with it.
+            own = rows.replace(key=jax.random.clone(rows.key), positions=positions, part=index)
+            micro_batch = with_rows(micro_batch, own)
             grads, aux = value_and_grad(state.params, state.collections, micro_batch, micro_key)
             return jax.tree.map(jnp.add, total, grads), aux
 
-        parts = jax.tree.map(lambda x: x.reshape(accumulation, -1, *x.shape[1:]), batch)
+        parts, positions = micro_batches((batch, rows.positions), accumulation)
         zeros = jax.tree.map(jnp.zeros_like, state.params)
-        total, aux = lax.scan(micro, zeros, (parts, jax.random.split(key, accumulation)))
-        mean = jax.tree.map(_mean_of_parts, aux)
-        return jax.tree.map(lambda x: x / accumulation, total), mean
+        numbered = (jnp.arange(accumulation), parts, positions, jax.random.split(key, accumulation))
+        total, (metrics, collections) = lax.scan(micro, zeros, numbered)
+        combined = jax.tree.map(_mean_of_parts, collections)
+        if isinstance(objective, StatefulObjective):
+            combined |= objective.combine(state.collections, collections)
+        return jax.tree.map(lambda x: x / accumulation, total), jax.tree.map(_mean_of_parts, metrics), combined
 
     def update(state: TrainState, batch: Any, key: Key[Array, ""]) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(jax.random.fold_in(key, state.step), lax.axis_index(axis_name))
-        grads, (metrics, collections) = gradients(state, batch, key)
+        shared_key, own_key = jax.random.split(jax.random.fold_in(key, state.step))
+        rows = share_of_batch(shared_key, len(jax.tree.leaves(batch)[0]), axis_name)
+        own_key = jax.random.fold_in(own_key, lax.axis_index(axis_name))
+        grads, metrics, collections = gradients(state, batch, rows, own_key)
         grads, metrics, collections = jax.tree.map(
             lambda x: lax.pmean(x, axis_name) if _is_float(x) else x, (grads, metrics, collections)
         )
@@ -217,6 +233,19 @@ def make_step(
         ), jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), metrics)
 
     return update
+
+
+def with_rows(batch: Any, rows: Rows) -> Any:
+    """Returns a batch with its rows, where it is a dict; any other kind of batch as it is.
+
+    Example:
+        loss, metrics = objective(variables, with_rows(batch, rows), key)
+    """
+    if not isinstance(batch, Mapping):
+        return batch
+    if ROWS in batch:
+        raise ValueError(f"a batch has {ROWS!r}, which training adds itself; give the array another name.")
+    return {**batch, ROWS: rows}
 
 
 def _main_state(opt_state: Any) -> Any:

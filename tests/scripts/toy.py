@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flowgen.rows import batch_rows
 from flowgen.training import Job, LogConfig, OptimConfig, Result, TrainConfig, train
 
 ROOT = Path(__file__).parent.parent.parent
@@ -37,10 +38,11 @@ def init(key: jax.Array) -> dict:
 
 
 def make_objective(noise: float = 0.0):
-    """Squared error of the regression; `noise` perturbs the inputs by the step's own key."""
+    """Squared error of the regression; `noise` perturbs the inputs, each row by its own key."""
 
     def objective(variables, batch, key):
-        x = batch["x"] + noise * jax.random.normal(key, batch["x"].shape)
+        rows = batch_rows(batch, key, len(batch["x"]))
+        x = batch["x"] + noise * rows.draw(lambda key, x: jax.random.normal(key, x.shape), batch["x"])
         params = variables["params"]
         hidden = jnp.tanh(x @ params["first"]["kernel"])
         error = hidden @ params["second"]["kernel"] + params["second"]["bias"][None] - batch["y"]

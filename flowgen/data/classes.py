@@ -1,0 +1,109 @@
+"""Names of classes: labels of any data as the numbers that a run knows, by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import numpy as np
+from jaxtyping import Int, Int32
+
+from flowgen.data.inventory import name_list, tell
+
+T = TypeVar("T")
+
+
+@runtime_checkable
+class HasClasses(Protocol):
+    """What has labels into `class_names`."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]: ...
+
+
+def check_names(classes: object) -> None:
+    """Raises ValueError where `data.classes` is no tuple of different names.
+
+    Example:
+        check_names(("cat", "dog"))
+    """
+    if not isinstance(classes, tuple) or not all(isinstance(name, str) and name for name in classes):
+        raise ValueError(f"data.classes is {classes!r}; it must be a tuple of names, such as ('cat', 'dog').")
+    if len({*classes}) < len(classes):
+        twice = next(name for position, name in enumerate(classes) if name in classes[:position])
+        raise ValueError(f"data.classes has '{twice}' twice; give each name once.")
+
+
+def with_classes(found: T, classes: tuple[str, ...], where: str) -> T:
+    """Returns a dataclass of `labels` and `class_names` with its labels as numbers of `classes`, by name.
+
+    Itself, where `classes` is empty or it has no names. where: it is from, in sentences. A warning tells which classes
+    it does not have.
+
+    Raises ValueError where it has a class that is not among `classes`.
+
+    Example:
+        source = with_classes(source, ("cat", "dog", "fox"), "data.path 'photos'")
+    """
+    thing: Any = found
+    numbers = class_numbers(thing.class_names, classes, where)
+    if numbers is None:
+        return found
+    return dataclasses.replace(thing, labels=renumbered(thing.labels, numbers), class_names=classes)
+
+
+def renumbered(labels: Int[np.ndarray, " n"], numbers: Int[np.ndarray, " found"]) -> Int32[np.ndarray, " n"]:
+    """Returns numbers[labels], where -1 stays -1.
+
+    Example:
+        renumbered(np.array([0, -1, 1]), np.array([1, 2]))  # 1, -1, 2
+    """
+    return np.where(labels < 0, labels, numbers[labels]).astype(np.int32)
+
+
+def class_numbers(found: tuple[str, ...], classes: tuple[str, ...], where: str) -> Int32[np.ndarray, " found"] | None:
+    """Returns the number in `classes` of each class found, None where there is nothing to map; else as `with_classes`.
+
+    Example:
+        class_numbers(("dog", "fox"), ("cat", "dog", "fox"), "data.path 'photos'")  # 1, 2
+    """
+    if not classes or not found or found == classes:
+        return None
+    known = {name: number for number, name in enumerate(classes)}
+    if unknown := [name for name in found if name not in known]:
+        close = difflib.get_close_matches(unknown[0], classes, n=1)
+        meant = f" (is '{unknown[0]}' '{close[0]}'?)" if close else ""
+        raise ValueError(
+            f"{where} has the class{'es' * (len(unknown) > 1)} {name_list(unknown)}, and data.classes are "
+            f"{name_list(classes)}{meant}; rename, or leave out what the model does not know."
+        )
+    if missing := [name for name in classes if name not in {*found}]:
+        tell(f"{where} has nothing of the class{'es' * (len(missing) > 1)} {name_list(missing)} of data.classes.")
+    return np.array([known[name] for name in found], np.int32)
+
+
+def check_classes(source: HasClasses, num_classes: int) -> None:
+    """Raises ValueError where a model of `num_classes` (0 is unconditional) cannot take this source's labels.
+
+    A warning tells of classes of the model that the source does not have.
+
+    Example:
+        check_classes(source, num_classes=10)
+    """
+    count = len(source.class_names)
+    if num_classes and not count:
+        raise ValueError(
+            f"model.num_classes is {num_classes} but the data carries no labels; set model.num_classes to 0."
+        )
+    if 0 < num_classes < count:
+        raise ValueError(
+            f"model.num_classes is {num_classes} but the data has {count} classes; "
+            f"set model.num_classes to {count}, or to 0 to train without classes."
+        )
+    if num_classes > count:
+        unused = f"number {count} is" if num_classes == count + 1 else f"numbers {count} to {num_classes - 1} are"
+        tell(
+            f"model.num_classes is {num_classes}, and the data has {count} classes ({name_list(source.class_names)}): "
+            f"{unused} of no class; set model.num_classes to {count} to train without them."
+        )

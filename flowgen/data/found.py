@@ -1,0 +1,146 @@
+"""What is found in the data of a config: its classes before it is opened, and all the rest once it is."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flowgen.data.buckets import BucketedSource
+from flowgen.data.clips import ClipsConfig
+from flowgen.data.crafter import CLASS_NAMES
+from flowgen.data.inventory import Inventory
+from flowgen.data.latents import INDEX_FILE, LatentSource, read_index
+from flowgen.data.listing import Listing, list_files
+from flowgen.data.media import IMAGE_FORMATS
+from flowgen.data.named import DIGIT_NAMES
+from flowgen.data.npz import npz_classes, npz_marks
+from flowgen.data.openmoji import GROUPS
+from flowgen.data.pictures import UnreadablePicture, picture_size
+from flowgen.data.sources import DataConfig, Source, hold_out_files
+from flowgen.data.video import READABLE, UnreadableVideo, video_size
+
+_BUILT_IN = {
+    "digits": DIGIT_NAMES,
+    "mnist": DIGIT_NAMES,
+    "openmoji": GROUPS,
+    "bouncing": DIGIT_NAMES,
+    "crafter": CLASS_NAMES,
+    "real": (),
+}
+# Files whose sizes are looked at; of videos fewer, which takes longer.
+_PICTURES_SIZED, _VIDEOS_SIZED = 32, 4
+
+Marks = Mapping[str, int | str]
+
+
+def found_classes(config: DataConfig | ClipsConfig) -> tuple[str, ...]:
+    """Returns the names of the classes in data, in the order of their labels, without opening pictures.
+
+    Raises as `load` and `load_clips` where the data cannot be read.
+
+    Example:
+        found_classes(DataConfig("folder", path="photos"))  # ("cat", "dog", "fox")
+    """
+    if config.source == "folder":
+        return _listed(config).class_names
+    if config.source == "npz":
+        return npz_classes(config.path)
+    if config.source == "encoded":
+        return tuple(read_index(config.path)["class_names"])
+    return _BUILT_IN[config.source]
+
+
+def take_inventory(
+    config: DataConfig | ClipsConfig,
+    train: Source | BucketedSource,
+    held_out: Source | BucketedSource | None = None,
+) -> Inventory:
+    """Returns what was found in data that were opened with a config. Latents of mirror images are not counted.
+
+    Example:
+        print(take_inventory(config, train, held_out).line())
+    """
+    kind = "clips" if isinstance(config, ClipsConfig) else "images"
+    whole, beside = _apart(train)
+    mirrored = 2 if isinstance(whole[0], LatentSource) and config.flip else 1
+    listing = _listed(config) if config.source == "folder" else None
+    train_files, held_files = _marks(config, listing)
+    return Inventory(
+        f"latents of {kind}" if config.source == "encoded" else kind,
+        sum(map(len, whole)) // mirrored,
+        0 if held_out is None else len(held_out),
+        () if listing is None else _sizes(config, listing),
+        tuple(dict.fromkeys(b.event_shape if isinstance(b, LatentSource) else b.image_shape[:2] for b in whole)),
+        train.class_names,
+        train_files,
+        held_files,
+        () if listing is None else listing.left_out,
+        stills=sum(map(len, beside)) // mirrored,
+    )
+
+
+def _listed(config: DataConfig | ClipsConfig) -> Listing:
+    if isinstance(config, ClipsConfig):
+        return list_files(config.path, READABLE, "videos")
+    return list_files(config.path, tuple(IMAGE_FORMATS), "pictures")
+
+
+def _apart(source: Source | BucketedSource) -> tuple[list[Any], list[Any]]:
+    """The pictures or whole clips of a source, and the pictures that are beside clips."""
+    buckets: list[Any] = list(source.buckets) if isinstance(source, BucketedSource) else [source]
+    frames = [b.event_shape[0] if isinstance(b, LatentSource) else getattr(b, "frames", 1) for b in buckets]
+    if all(len(b.event_shape) == 3 if isinstance(b, LatentSource) else not hasattr(b, "frames") for b in buckets):
+        return buckets, []
+    numbered = list(zip(buckets, frames, strict=True))
+    most = max(frames)
+    return [b for b, count in numbered if count == most], [b for b, count in numbered if count == 1 < most]
+
+
+def _sizes(config: DataConfig | ClipsConfig, listing: Listing) -> tuple[tuple[int, int], ...]:
+    """(height, width) of some files, evenly spaced; those that cannot be read are passed over."""
+    is_video = isinstance(config, ClipsConfig)
+    most = min(_VIDEOS_SIZED if is_video else _PICTURES_SIZED, len(listing))
+    files = [listing.root / listing.names[i] for i in np.linspace(0, len(listing) - 1, most).astype(int)]
+
+    def size(file: Path) -> tuple[int, int] | None:
+        try:
+            return video_size(file) if is_video else picture_size(file)
+        except (UnreadablePicture, UnreadableVideo):
+            return None
+
+    with ThreadPoolExecutor() as pool:
+        return tuple(found for found in pool.map(size, files) if found is not None)
+
+
+def _marks(config: DataConfig | ClipsConfig, listing: Listing | None) -> tuple[Marks, Marks]:
+    """The files of both splits with marks of their content; a file that holds both is with the first."""
+    if config.source == "npz":
+        return npz_marks(config.path), {}
+    if config.source == "encoded":
+        folder = Path(config.path)
+        files = [folder / INDEX_FILE, *sorted(folder.glob("*/label.npy"))]
+        return {file.relative_to(folder).as_posix(): zlib.crc32(file.read_bytes()) for file in files}, {}
+    train: dict[str, int | str] = {}
+    held_out: dict[str, int | str] = {}
+    if listing is not None:
+        positions = hold_out_files(listing.names, config.eval_fraction, "eval") if config.eval_fraction else ()
+        held = {listing.names[position] for position in positions}
+        for name, mark in _file_sizes(listing).items():
+            (held_out if name in held else train)[name] = mark
+    if isinstance(config, ClipsConfig) and (images := config.images) is not None:
+        listing = _listed(images) if images.source == "folder" else None
+        for files, more in zip((train, held_out), _marks(images, listing), strict=True):
+            files.update({f"{images.path}/{name}": mark for name, mark in more.items()})
+    return train, held_out
+
+
+def _file_sizes(listing: Listing) -> dict[str, int]:
+    """The bytes of each file; asked for at once, since a file system on a network answers late."""
+    with ThreadPoolExecutor(max_workers=32) as pool:
+        return dict(zip(listing.names, pool.map(os.path.getsize, listing.files, chunksize=256), strict=True))

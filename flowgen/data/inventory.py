@@ -1,0 +1,207 @@
+"""What a run found in its data: one line for people, and a record beside the run that tells what changed since.
+
+Knows nothing of flowgen, so that the training loop can keep it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Generator, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+_log = logging.getLogger("flowgen.data")
+RECORD_FILE = "data.json"
+# Names of a longer file list are not kept with the run, only their digest.
+MOST_FILES = 100_000
+_NAMED, _CLASSES_NAMED = 3, 10
+_told: ContextVar[set[str] | None] = ContextVar("told", default=None)
+
+
+@contextlib.contextmanager
+def told_once() -> Generator[None]:
+    """Within it, `tell` says each sentence once, however many splits of the same data are opened.
+
+    Example:
+        with told_once():
+            train, held_out = (load(config, **shape, split=split) for split in ("train", "eval"))
+    """
+    token = _told.set(set())
+    try:
+        yield
+    finally:
+        _told.reset(token)
+
+
+def tell(sentence: str) -> None:
+    """Logs a warning about the data.
+
+    Example:
+        tell("Left out of data.path 'photos': 3 .xcf.")
+    """
+    told = _told.get()
+    if told is not None:
+        if sentence in told:
+            return
+        told.add(sentence)
+    _log.warning("%s", sentence)
+
+
+def quoted(name: str) -> str:
+    """Returns a name in quotes; see `printable`.
+
+    Example:
+        quoted("cat")  # "'cat'"
+    """
+    return f"'{printable(name)}'"
+
+
+def name_list(names: Sequence[str], most: int = _CLASSES_NAMED) -> str:
+    """Returns names in a row; of many, the first ones and how many more there are.
+
+    Example:
+        name_list(("cat", "dog", "fox"))  # "cat, dog, fox"
+    """
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(printable(name) for name in names[:most]) + more
+
+
+def printable(name: str) -> str:
+    """Returns a name with what a terminal would act on or cannot show escaped.
+
+    Example:
+        printable("a\\nb")  # a, backslash, n, b
+    """
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in name)
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """What was found in the data of a run.
+
+    what: images, clips or latents. train, held_out: how many of them. before: (height, width) of some of the files, in
+    pixels; empty if they are not resized. after: the shapes that the model is given. train_files, held_out_files: a
+    mark of each file's content, such as its size, by its name; empty for data that come with a package.
+    left_out: in words. stills: images that clips are trained with beside.
+
+    Example:
+        inventory = Inventory("images", 1080, 120, ((48, 48),), ((32, 32),), ("cat", "dog", "fox"))
+        inventory.line()  # "images: 1,080 train, 120 held out, 48 x 48 -> 32 x 32, classes: cat, dog, fox"
+    """
+
+    what: str
+    train: int
+    held_out: int
+    before: tuple[tuple[int, ...], ...] = ()
+    after: tuple[tuple[int, ...], ...] = ()
+    classes: tuple[str, ...] = ()
+    train_files: Mapping[str, int | str] = field(default_factory=dict)
+    held_out_files: Mapping[str, int | str] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
+    stills: int = 0
+
+    def line(self) -> str:
+        """Returns what was found, in one line."""
+        count = f"{len(self.classes):,} " if len(self.classes) > _CLASSES_NAMED else ""
+        classes = f"{count}classes: {name_list(self.classes)}" if self.classes else "no classes"
+        stills = f" and {self.stills:,} images" if self.stills else ""
+        parts = [f"{self.train:,} train{stills}", f"{self.held_out:,} held out", self._sizes(), classes]
+        return f"{self.what}: " + ", ".join(part for part in parts if part)
+
+    def _sizes(self) -> str:
+        after = _shown(self.after[0]) if len(self.after) == 1 else f"{len(self.after)} shapes"
+        before = sorted(set(self.before) - ({self.after[0]} if len(self.after) == 1 else set()), key=_area)
+        if not self.after or not before:
+            return after if self.after else ""
+        if len(set(self.before)) == 1:
+            return f"{_shown(before[0])} -> {after}"
+        ordered = sorted(self.before, key=_area)
+        return f"{_shown(ordered[0])} to {_shown(ordered[-1])} -> {after}"
+
+    def digest(self) -> str:
+        """Returns a digest of the names of the files, their marks, and which are held out."""
+        content = hashlib.sha256()
+        for files in (self.train_files, self.held_out_files):
+            content.update(json.dumps(sorted(files.items())).encode())
+        return content.hexdigest()
+
+    def kept(self, run_dir: str | os.PathLike[str], *, resumed: bool) -> list[str]:
+        """Writes itself into a run directory; returns lines to say: what was found and, if a resumed run has a record
+        of other files, what changed.
+
+        Example:
+            for line in inventory.kept("runs/photos", resumed=False): print(line)
+        """
+        path = Path(run_dir) / RECORD_FILE
+        lines = [self.line(), *(self._changes(path) if resumed else [])]
+        temporary = path.with_name(f"{RECORD_FILE}.tmp")
+        temporary.write_text(json.dumps(self._record(), indent=1) + "\n")
+        os.replace(temporary, path)
+        return lines
+
+    def _record(self) -> dict[str, Any]:
+        files = {"train": dict(self.train_files), "held_out": dict(self.held_out_files)}
+        return {
+            "found": self.line(),
+            "left_out": list(self.left_out),
+            "train": self.train,
+            "held_out": self.held_out,
+            "classes": list(self.classes),
+            "digest": self.digest(),
+            "files": files if sum(map(len, files.values())) <= MOST_FILES else None,
+        }
+
+    def _changes(self, path: Path) -> list[str]:
+        """What is different from the record of a run, in a line; nothing where all is the same."""
+        if not self.train_files and not self.held_out_files:
+            return []
+        try:
+            known = json.loads(path.read_text())
+            digest, files = known["digest"], known["files"]
+            parts = None if files is None else tuple({**files[split]} for split in ("train", "held_out"))
+        except FileNotFoundError:
+            return ["The run kept no list of its files, so what changed in its data since it began is not known."]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return [f"{path} cannot be read, so what changed in the data of the run since it began is not known."]
+        if digest == self.digest():
+            return []
+        if parts is None:
+            return ["The files of the data are not those that the run began with; there are too many to say which."]
+        return [f"The data changed since the run began: {_differences(*parts, self.train_files, self.held_out_files)}."]
+
+
+def _differences(
+    train: Mapping[str, Any], held: Mapping[str, Any], train_now: Mapping[str, Any], held_now: Mapping[str, Any]
+) -> str:
+    """What differs between two lists of files, in words."""
+    before, now = {**train, **held}, {**train_now, **held_now}
+    cases = {
+        "added": [name for name in now if name not in before],
+        "removed": [name for name in before if name not in now],
+        "with other content": [name for name in now if name in before and before[name] != now[name]],
+        "held out then and trained on now": [name for name in train_now if name in held],
+        "trained on then and held out now": [name for name in held_now if name in train],
+    }
+    return "; ".join(f"{len(names):,} {case} ({_examples(names)})" for case, names in cases.items() if names)
+
+
+def _examples(names: Sequence[str]) -> str:
+    more = ", ..." if len(names) > _NAMED else ""
+    return ", ".join(map(quoted, sorted(names)[:_NAMED])) + more
+
+
+def _shown(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _area(shape: Sequence[int]) -> tuple[int, ...]:
+    area = 1
+    for length in shape:
+        area *= length
+    return area, *shape

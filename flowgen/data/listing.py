@@ -1,0 +1,295 @@
+"""The files of a user's folder: each once, by class, with their captions, and what was left out and why."""
+
+from __future__ import annotations
+
+import collections
+import os
+import stat
+import unicodedata
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int32
+
+from flowgen.data.inventory import name_list, printable, quoted
+from flowgen.data.sources import NO_LABEL
+
+_TEXT = ".txt"
+_KINDS_NAMED = 8
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Files under a folder.
+
+    names: below `root`, with / between folders, in the order of classes and names. labels: into `class_names`, -1 for
+    files that lie in the folder itself. captions: the file with the caption of each, None where there is none.
+    left_out: in words, such as "3 .xcf".
+
+    Example:
+        listing = list_files("photos", (".png", ".jpg"), "pictures")
+    """
+
+    root: Path
+    names: tuple[str, ...]
+    labels: Int32[np.ndarray, " n"]
+    class_names: tuple[str, ...]
+    captions: tuple[str | None, ...]
+    left_out: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def files(self) -> list[Path]:
+        return [self.root / name for name in self.names]
+
+
+def list_files(path: str | os.PathLike[str], suffixes: Collection[str], what: str) -> Listing:
+    """Returns the files with these suffixes under a folder. what: they are, in sentences.
+
+    First-level sub-folders that hold such files, at any depth, are the classes in alphabetical order; without them the
+    files have label -1. Every folder and every file counts once: where links lead to it, too, it belongs to the place
+    where it lies. Hidden files and folders are passed over.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError: `path` is no folder.
+        PermissionError, OSError: a folder in it cannot be read.
+        ValueError: no such files, or some beside class folders.
+
+    Example:
+        listing = list_files("photos", (".png", ".jpg"), "pictures")
+    """
+    root = Path(path)
+    if not root.exists():
+        raise FileNotFoundError(f"data.path '{root}' does not exist; give the folder that holds the {what}.")
+    if not root.is_dir():
+        raise NotADirectoryError(f"data.path '{root}' is a file; give the folder that holds the {what}.")
+    walk = _Walk(os.path.join(root, ""), frozenset(suffixes))
+    walk.through()
+    flat = walk.taken.pop("", [])
+    filled = sorted(name for name, inside in walk.taken.items() if inside)
+    if flat and filled:
+        raise ValueError(
+            f"data.path '{root}' holds {what} both directly (such as {quoted(min(flat))}) and in sub-folders "
+            f"(such as {quoted(filled[0])}); use one sub-folder per class, or one flat folder."
+        )
+    if not flat and not filled:
+        left_out = "; ".join(walk.left_out(what, (), sorted(walk.taken)))
+        raise ValueError(
+            f"data.path '{root}' holds no {what}; put {', '.join(suffixes)} files in it, or in one sub-folder per "
+            f"class{f' (it has {left_out})' if left_out else ''}."
+        )
+    groups = [walk.taken[name] for name in filled] or [flat]
+    names = tuple(name for inside in groups for name in sorted(inside, key=_by_parts))
+    labels = np.repeat(np.arange(len(groups), dtype=np.int32), [len(inside) for inside in groups])
+    captions = walk.captions(names)
+    return Listing(
+        root,
+        names,
+        labels if filled else np.full(len(names), NO_LABEL, np.int32),
+        tuple(filled),
+        captions,
+        tuple(walk.left_out(what, captions, empty=() if flat else sorted(walk.taken.keys() - {*filled}))),
+    )
+
+
+def _by_parts(name: str) -> list[str]:
+    return name.split("/")  # as paths are ordered
+
+
+@dataclass
+class _Walk:
+    """What is met on the way through a folder. Links wait until all is known that lies there itself."""
+
+    root: str
+    suffixes: frozenset[str]
+    taken: dict[str, list[str]] = field(default_factory=dict)  # names by class
+    texts: dict[tuple[str, str], list[str]] = field(default_factory=dict)  # by folder and lower-case name
+    others: list[str] = field(default_factory=list)
+    hidden: int = 0
+    broken: list[str] = field(default_factory=list)
+    special: list[str] = field(default_factory=list)
+    twice: list[str] = field(default_factory=list)
+    folders_twice: list[str] = field(default_factory=list)
+    links: list[tuple[str, str]] = field(default_factory=list)  # path and class
+    folders: set[tuple[int, int]] = field(default_factory=set)
+    # The first file of an inode; its device is only looked up when another file says the same number.
+    inodes: dict[int, str | None] = field(default_factory=dict)
+    known: set[tuple[int, int]] = field(default_factory=set)
+
+    def through(self) -> None:
+        """Goes through the folder, its classes, and what links lead to."""
+        self._enters(self.root)
+        classes, linked = [], []
+        for entry in _entries(self.root):
+            if entry.name.startswith("."):
+                self.hidden += 1
+            elif _is_folder(entry):
+                (linked if entry.is_symlink() else classes).append(entry.path)
+            else:
+                self._meet(entry, "")
+        for folder in (*classes, *linked):
+            name = unicodedata.normalize("NFC", os.path.basename(folder))
+            if name in self.taken:
+                raise ValueError(f"data.path '{self.root}' has two folders named {quoted(name)}; rename one.")
+            self.taken[name] = []
+            self._below(folder, name)
+        while self.links:
+            waiting, self.links = sorted(self.links), []
+            for path, owner in waiting:
+                self._follow(path, owner)
+
+    def _below(self, folder: str, owner: str) -> None:
+        """Takes all that lies in a folder, however deep."""
+        waiting = [folder]
+        while waiting:
+            place = waiting.pop()
+            if not self._enters(place):
+                self.folders_twice.append(self._name(place))
+                continue
+            deeper = []
+            for entry in _entries(place):
+                if entry.name.startswith("."):
+                    self.hidden += 1
+                elif entry.is_dir(follow_symlinks=False):
+                    deeper.append(entry.path)
+                else:
+                    self._meet(entry, owner)
+            waiting += reversed(deeper)
+
+    def _enters(self, folder: str) -> bool:
+        """Whether a folder is met for the first time."""
+        about = _about(folder)
+        place = about.st_dev, about.st_ino
+        fresh = place not in self.folders
+        self.folders.add(place)
+        return fresh
+
+    def _meet(self, entry: os.DirEntry[str], owner: str) -> None:
+        if entry.is_symlink():
+            self.links.append((entry.path, owner))
+        elif entry.is_file(follow_symlinks=False):
+            self._take(entry.path, owner, entry.inode())
+        else:
+            self.special.append(self._name(entry.path))
+
+    def _follow(self, path: str, owner: str) -> None:
+        try:
+            about = os.stat(path)
+        except PermissionError as error:
+            raise _unreadable(path, error) from error
+        except OSError:  # It leads nowhere, or to itself.
+            self.broken.append(self._name(path))
+            return
+        if stat.S_ISDIR(about.st_mode):
+            self._below(path, owner)
+        elif stat.S_ISREG(about.st_mode):
+            self._take(path, owner, about.st_ino, linked=True)
+        else:
+            self.special.append(self._name(path))
+
+    def _take(self, path: str, owner: str, inode: int, *, linked: bool = False) -> None:
+        name = self._name(path)
+        suffix = os.path.splitext(name)[1].lower()
+        if suffix == _TEXT:
+            folder, base = os.path.split(name)
+            self.texts.setdefault((folder, base.lower()), []).append(name)
+        elif suffix not in self.suffixes:
+            self.others.append(name)
+        elif self._is_known(path, inode, linked):
+            self.twice.append(name)
+        else:
+            self.taken.setdefault(owner, []).append(name)
+
+    def _is_known(self, path: str, inode: int, linked: bool) -> bool:
+        """Whether a file was taken before by another name."""
+        if inode not in self.inodes:
+            self.inodes[inode] = path
+            return False
+        first = self.inodes[inode]
+        if first is not None:
+            about = _about(first)
+            self.known.add((about.st_dev, about.st_ino))
+            self.inodes[inode] = None
+        about = _about(path)
+        place = about.st_dev, about.st_ino
+        # Some file systems give all files one number; a file that has one name alone cannot be met twice.
+        if place in self.known and (linked or about.st_nlink > 1):
+            return True
+        self.known.add(place)
+        return False
+
+    def _name(self, path: str) -> str:
+        return path[len(self.root) :].replace(os.sep, "/")
+
+    def captions(self, names: tuple[str, ...]) -> tuple[str | None, ...]:
+        """The text file of each: cat.png.txt or cat.txt beside cat.png, in capital letters or small ones."""
+        return tuple(map(self._caption, names)) if self.texts else (None,) * len(names)
+
+    def _caption(self, name: str) -> str | None:
+        folder, base = os.path.split(name)
+        for wanted in (f"{base}{_TEXT}", f"{os.path.splitext(base)[0]}{_TEXT}"):
+            if found := self.texts.get((folder, wanted.lower())):
+                exact = f"{folder}/{wanted}" if folder else wanted
+                return exact if exact in found else min(found)
+        return None
+
+    def left_out(self, what: str, captions: Collection[str | None], empty: Sequence[str]) -> Iterator[str]:
+        """What was not taken, and why. captions: files that were. empty: classes without files."""
+        texts = [name for names in self.texts.values() for name in names]
+        kinds = collections.Counter(os.path.splitext(name)[1].lower() or "without suffix" for name in self.others)
+        if unused := len(texts) - len({*captions} - {None}):
+            kinds[_TEXT] = unused
+        named = [f"{count:,} {printable(kind)}" for kind, count in kinds.most_common(_KINDS_NAMED)]
+        if rest := sum(count for _, count in kinds.most_common()[_KINDS_NAMED:]):
+            named.append(f"{rest:,} of other kinds")
+        if named:
+            yield ", ".join(named)
+        for names, noun, why in (
+            (self.twice, "file", "met before by another name"),
+            (self.folders_twice, "link", "to a folder met before"),
+            (self.broken, "link", "to nothing"),
+            (self.special, "entry", "neither file nor folder"),
+        ):
+            if names:
+                yield f"{_count(len(names), noun)} {why} ({quoted(min(names))}{', ...' if names[1:] else ''})"
+        if self.hidden:
+            yield f"{self.hidden:,} hidden"
+        if empty:
+            yield f"{_count(len(empty), 'class folder')} without {what} ({name_list(empty)})"
+
+
+def _count(number: int, noun: str) -> str:
+    plural = noun if number == 1 else f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
+    return f"{number:,} {plural}"
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        raise _unreadable(entry.path, error) from error
+
+
+def _entries(folder: str) -> list[os.DirEntry[str]]:
+    """What is in a folder, by name."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+    except OSError as error:
+        raise _unreadable(folder, error) from error
+
+
+def _about(path: str) -> os.stat_result:
+    try:
+        return os.stat(path)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: str, error: OSError) -> OSError:
+    kind = PermissionError if isinstance(error, PermissionError) else OSError
+    return kind(f"data.path: {quoted(path)} cannot be read ({error.strerror}); allow it, or move it away.")

@@ -1,0 +1,104 @@
+"""Files that cannot be read: all of them refused by name at once, or left out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Generic, Literal, TypeVar
+
+import numpy as np
+from jaxtyping import Int
+
+from flowgen.data.inventory import tell
+
+T = TypeVar("T")
+OnCorrupt = Literal["refuse", "skip"]
+_NAMED_IN_ERRORS = 5
+
+
+class Unreadable(ValueError):
+    """A file that cannot be decoded. named: the file and the reason, as they stand in a list of several."""
+
+    @property
+    def named(self) -> str:
+        return str(self)
+
+
+class FileReader(Generic[T]):
+    """Reads what stands at a position of a list of files, and answers for those that raise Unreadable.
+
+    "refuse" raises a ValueError that names them; "skip" warns once of each file and leaves it out.
+    what: one and several of them, in sentences. replaces: another file may stand in for one that is left out.
+
+    Example:
+        reader = FileReader(read, files, "skip", what=("picture", "pictures"))
+        position, image = reader.next_readable(7)
+    """
+
+    def __init__(
+        self,
+        read: Callable[[int], T],
+        files: Sequence[Path],
+        on_corrupt: OnCorrupt,
+        *,
+        what: tuple[str, str],
+        replaces: bool = True,
+    ) -> None:
+        self._read, self._files, self._on_corrupt, self._what = read, files, on_corrupt, what
+        self._replaces = replaces
+        # Which files were warned about; it spares a second warning and changes no answer.
+        self._warned: set[Path] = set()
+
+    def next_readable(self, position: int) -> tuple[int, T]:
+        """Returns what stands at a position, or the next that can be read, and where it stands."""
+        failures: dict[Path, Unreadable] = {}
+        for step in range(len(self._files)):
+            candidate = (position + step) % len(self._files)
+            file = self._files[candidate]
+            try:
+                return candidate, self._read(candidate)
+            except Unreadable as error:
+                failures.setdefault(file, error)
+                if self._on_corrupt == "refuse" or not self._replaces:
+                    break
+                if file not in self._warned:
+                    self._warned.add(file)
+                    tell(f"Left out the unreadable {self._what[0]} {error.named}.")
+        raise self._refusal(failures)
+
+    def read_all(self, keep: Callable[[int, T], None], *, may_be_empty: bool = False) -> Int[np.ndarray, " kept"]:
+        """Calls `keep` with each position and what stands there, and returns the positions that can be read.
+
+        may_be_empty: leave files out even if none is left.
+        """
+        errors: dict[int, Unreadable] = {}
+
+        def read(position: int) -> None:
+            try:
+                keep(position, self._read(position))
+            except Unreadable as error:
+                errors[position] = error
+
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(read, range(len(self._files))))
+        failures: dict[Path, Unreadable] = {}
+        for position in sorted(errors):
+            failures.setdefault(self._files[position], errors[position])
+        none_left = len(errors) == len(self._files) and not may_be_empty
+        if failures and (self._on_corrupt == "refuse" or none_left):
+            raise self._refusal(failures)
+        if failures:
+            tell(f"Left out {self._listed(failures)}.")
+        return np.setdiff1d(np.arange(len(self._files)), sorted(errors))
+
+    def _refusal(self, failures: dict[Path, Unreadable]) -> ValueError:
+        skip = ", or set data.on_corrupt to 'skip'" if self._on_corrupt == "refuse" and self._replaces else ""
+        return ValueError(f"data.path holds {self._listed(failures)}; repair or remove them{skip}.")
+
+    def _listed(self, failures: dict[Path, Unreadable]) -> str:
+        errors, (one, several) = list(failures.values()), self._what
+        count = f"1 {one}" if len(errors) == 1 else f"{len(errors):,} {several}"
+        more = f" and {len(errors) - _NAMED_IN_ERRORS:,} more" if len(errors) > _NAMED_IN_ERRORS else ""
+        named = ", ".join(error.named for error in errors[:_NAMED_IN_ERRORS])
+        return f"{count} that cannot be read: {named}{more}"

@@ -1,0 +1,152 @@
+"""Which way up a picture is: turns by right angles and mirrors, and what EXIF says of them, however odd the rest is."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import struct
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import UInt8
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_ORIENTATION = 0x0112
+# Integers of one, two and four bytes, with and without a sign.
+_INTEGERS = {1: "B", 3: "H", 4: "I", 6: "b", 8: "h", 9: "i"}
+_JPEG, _PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
+_EXIF = b"Exif\0\0"
+# Chunks of a PNG that its pixels depend on.
+_PNG_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """One of the eight turns and mirrors of a rectangle: first swap rows and columns, then mirror x, y or both.
+
+    Example:
+        clockwise = Turn(swap=True, mirror_x=True)
+        upright = clockwise.apply(pixels)
+    """
+
+    swap: bool = False
+    mirror_x: bool = False
+    mirror_y: bool = False
+
+    def apply(self, pixels: UInt8[np.ndarray, "height width c"]) -> UInt8[np.ndarray, "new_height new_width c"]:
+        """Returns the turned pixels, without a copy."""
+        pixels = pixels.swapaxes(0, 1) if self.swap else pixels
+        return pixels[:: -1 if self.mirror_y else 1, :: -1 if self.mirror_x else 1]
+
+    def size(self, height: int, width: int) -> tuple[int, int]:
+        """Returns (height, width) after the turn."""
+        return (width, height) if self.swap else (height, width)
+
+
+# By the numbers of EXIF, 1 to 8.
+_TURNS = {
+    1: Turn(),
+    2: Turn(mirror_x=True),
+    3: Turn(mirror_x=True, mirror_y=True),
+    4: Turn(mirror_y=True),
+    5: Turn(swap=True),
+    6: Turn(swap=True, mirror_x=True),
+    7: Turn(swap=True, mirror_x=True, mirror_y=True),
+    8: Turn(swap=True, mirror_y=True),
+}
+
+
+def exif_turn(exif: bytes) -> Turn:
+    """Returns the turn that an EXIF block asks for, by its tag 0x112 alone; none where it is missing or damaged.
+
+    Example:
+        turn = exif_turn(image.info.get("exif", b""))
+    """
+    while exif.startswith(_EXIF):
+        exif = exif[len(_EXIF) :]
+    order = {b"II": "<", b"MM": ">"}.get(exif[:2])
+    if order is None or len(exif) < 10:
+        return Turn()
+    (at,) = struct.unpack_from(f"{order}I", exif, 4)
+    if at + 2 > len(exif):
+        return Turn()
+    (count,) = struct.unpack_from(f"{order}H", exif, at)
+    for entry in range(at + 2, min(at + 2 + 12 * count, len(exif) - 11), 12):
+        tag, kind = struct.unpack_from(f"{order}HH", exif, entry)
+        if tag == _ORIENTATION and kind in _INTEGERS:
+            (number,) = struct.unpack_from(order + _INTEGERS[kind], exif, entry + 8)
+            return _TURNS.get(number, Turn())
+    return Turn()
+
+
+def picture_turn(image: Image) -> Turn:
+    """Returns the turn that the metadata of an open picture ask for: EXIF, else what XMP says of the same tag.
+
+    Pillow turns TIFF files by itself.
+
+    Example:
+        turn = picture_turn(image)
+    """
+    if image.format == "TIFF":
+        return Turn()
+    if image.format == "PNG" and "exif" not in image.info:
+        image.load()  # EXIF may stand behind the pixels.
+    exif = image.info.get("exif", b"")
+    # As ImageMagick writes EXIF into PNG: a name, a length, then hexadecimal digits, on lines.
+    profile = str(image.info.get("Raw profile type exif", "")).split("\n", 3)[-1]
+    if not exif and re.fullmatch(r"(\s*[0-9a-fA-F]{2})+\s*", profile):
+        exif = bytes.fromhex(profile)
+    if exif:
+        return exif_turn(exif)
+    xmp = image.info.get("XML:com.adobe.xmp") or image.info.get("xmp") or b""
+    found = re.search(rb'tiff:Orientation(="|>)([1-8])', xmp.encode() if isinstance(xmp, str) else xmp)
+    return _TURNS[int(found[2])] if found else Turn()
+
+
+def without_metadata(content: bytes) -> tuple[bytes, Turn] | None:
+    """Returns a JPEG or PNG file without anything that its pixels do not need, and the turn that its EXIF asked for;
+    None for other files.
+
+    Example:
+        plain, turn = without_metadata(Path("cat.jpg").read_bytes())
+    """
+    if content.startswith(_JPEG):
+        kept, exif = _plain_jpeg(content)
+    elif content.startswith(_PNG):
+        kept, exif = _plain_png(content)
+    else:
+        return None
+    return kept, exif_turn(exif)
+
+
+def _plain_jpeg(content: bytes) -> tuple[bytes, bytes]:
+    kept, exif, at = [_JPEG], b"", len(_JPEG)
+    while content[at : at + 1] == b"\xff" and at + 4 <= len(content):
+        marker, length = content[at + 1], int.from_bytes(content[at + 2 : at + 4], "big")
+        if marker == 0xFF:  # Padding.
+            at += 1
+            continue
+        if marker == 0xDA:  # Pixels begin.
+            break
+        segment, at = content[at : at + 2 + length], at + 2 + length
+        if marker == 0xE1 and segment[4:].startswith(_EXIF):
+            exif = exif or segment[4:]
+        # JFIF (0xE0) and Adobe (0xEE) tell which colours the pixels are in; the rest of these are notes.
+        if not (0xE1 <= marker <= 0xEF or marker == 0xFE) or marker == 0xEE:
+            kept.append(segment)
+    return b"".join(kept) + content[at:], exif
+
+
+def _plain_png(content: bytes) -> tuple[bytes, bytes]:
+    kept, exif, at = [_PNG], b"", len(_PNG)
+    while at + 12 <= len(content):
+        end = at + 12 + int.from_bytes(content[at : at + 4], "big")
+        name = content[at + 4 : at + 8]
+        if name in _PNG_PIXELS:
+            kept.append(content[at:end])
+        elif name == b"eXIf":
+            exif = content[at + 8 : end - 4]
+        at = end
+    return b"".join(kept), exif

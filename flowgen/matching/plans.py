@@ -1,0 +1,173 @@
+"""Transport plans over a batch: exact assignment on the host, Sinkhorn's entropic plan inside the program."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental.buffer_callback import buffer_callback
+from jaxtyping import Array, Bool, Float, Int
+from scipy.optimize import linear_sum_assignment
+
+# Of the potentials that help the assignment along: in units of the mean cost, and how many sweeps make them.
+ASSIGNMENT_EPSILON, ASSIGNMENT_SWEEPS = 0.02, 5
+# Epsilon falls from the mean cost by this factor from stage to stage; all but the last are solved roughly.
+ANNEALING, ROUGHLY, ROUGH_SWEEPS = 4.0, 0.1, 50
+# By how much a sweep goes beyond the exact update while the error falls (Thibault et al., arXiv 1711.01851).
+OVER_RELAXATION = 1.8
+
+
+class EntropicPlan(NamedTuple):
+    """A plan over a batch, whose rows are exact and whose columns are off by `error` of their mass on average.
+
+    log_plan: log of b² times the plan, so that rows and columns have mean 1. sweeps: of the last stage.
+    """
+
+    log_plan: Float[Array, "b b"]
+    error: Float[Array, ""]
+    sweeps: Int[Array, ""]
+
+
+def entropic_plan(
+    cost: Float[Array, "b b"], allowed: Bool[Array, "b b"], epsilon: float, *, tolerance: float, max_sweeps: int
+) -> EntropicPlan:
+    """Returns the plan of least cost less epsilon times entropy, epsilon in units of the mean cost, within `allowed`.
+
+    Sinkhorn's iteration in the log domain with falling epsilon: in each stage the potentials found so far are taken
+    into the matrix once, so that those of the stage are small and marginals are exact to float32. Sweeps end when rows
+    and columns are within `tolerance`, or after max_sweeps of the last stage: look at `error`. The diagonal must be
+    allowed. Costs of 0 give the even plan.
+
+    Example:
+        plan = entropic_plan(cost, jnp.ones(cost.shape, bool), 0.05, tolerance=1e-3, max_sweeps=2000)
+    """
+    reduced = jnp.where(allowed, -lax.stop_gradient(relative_cost(cost)), -jnp.inf)
+    stages = _falling(epsilon)
+    rough = len(stages) - 1
+    settings = (
+        jnp.array(stages, cost.dtype),
+        jnp.array([ROUGHLY] * rough + [tolerance / 2], cost.dtype),
+        jnp.array([ROUGH_SWEEPS] * rough + [max_sweeps], jnp.int32),
+    )
+
+    def stage(reduced, setting):
+        epsilon, tolerance, most = setting
+        f, g, sweeps = _potentials(reduced / epsilon, tolerance, most)
+        return reduced + epsilon * (f[:, None] + g[None, :]), sweeps
+
+    reduced, sweeps = lax.scan(stage, reduced, settings)
+    logits = reduced / epsilon
+    log_size = jnp.log(jnp.asarray(len(cost), cost.dtype))
+    logits = logits - jax.nn.logsumexp(logits, axis=1, keepdims=True) + log_size
+    columns = jnp.exp(jax.nn.logsumexp(logits, axis=0) - log_size)
+    return EntropicPlan(logits, jnp.abs(columns - 1).mean(), sweeps[-1])
+
+
+def relative_cost(cost: Float[Array, "b m"]) -> Float[Array, "b m"]:
+    """Returns costs in units of their mean, however large or small they are; zeros where all are 0.
+
+    Example:
+        logits = -relative_cost(cost) / 0.05
+    """
+    # Within what float32 can divide by.
+    scaled = cost / jnp.clip(jnp.abs(cost).max(), 1e-30, 1e30)
+    mean = scaled.mean()
+    return scaled / jnp.where(mean == 0, 1, mean)
+
+
+def _falling(epsilon: float) -> list[float]:
+    """Epsilons from 1 down to the one asked for."""
+    stages, current = [], 1.0
+    while current > epsilon:
+        stages.append(current)
+        current /= ANNEALING
+    return [*stages, epsilon]
+
+
+def _potentials(
+    logits: Float[Array, "b b"], tolerance: Float[Array, ""], most: Int[Array, ""]
+) -> tuple[Float[Array, " b"], Float[Array, " b"], Int[Array, ""]]:
+    """Potentials f, g of exp(logits + f + g) with rows and columns of mean 1, to the tolerance, and sweeps needed."""
+    log_size = jnp.log(jnp.asarray(len(logits), logits.dtype))
+
+    def sweep(state):
+        f, g, last, relaxation, count = state
+        exact = log_size - jax.nn.logsumexp(logits + g[None, :], axis=1)
+        rows = jnp.abs(jnp.expm1(f - exact)).mean()
+        f = f + relaxation * (exact - f)
+        exact = log_size - jax.nn.logsumexp(logits + f[:, None], axis=0)
+        columns = jnp.abs(jnp.expm1(g - exact)).mean()
+        g = g + relaxation * (exact - g)
+        error = jnp.maximum(rows, columns)
+        return f, g, error, jnp.where(error < last, OVER_RELAXATION, 1.0).astype(f.dtype), count + 1
+
+    def unfinished(state):
+        return (state[2] > tolerance) & (state[4] < most)
+
+    zeros, one = jnp.zeros(len(logits), logits.dtype), jnp.ones((), logits.dtype)
+    f, g, _, _, count = lax.while_loop(unfinished, sweep, (zeros, zeros, jnp.inf * one, one, jnp.int32(0)))
+    return f, g, count
+
+
+def sinkhorn_potentials(logits: Float[Array, "b b"], num_sweeps: int) -> tuple[Float[Array, " b"], Float[Array, " b"]]:
+    """Returns f, g such that exp(logits_ij + f_i + g_j) has rows and columns of mean 1, in the log domain.
+
+    After a sweep the columns are exact and the rows nearly. Any finite logits give finite potentials.
+
+    Example:
+        f, g = sinkhorn_potentials(-cost / epsilon, 50)
+    """
+    log_size = jnp.log(len(logits))
+
+    def sweep(_, potentials):
+        _, g = potentials
+        f = log_size - jax.nn.logsumexp(logits + g[None, :], axis=1)
+        return f, log_size - jax.nn.logsumexp(logits + f[:, None], axis=0)
+
+    zeros = jnp.zeros(len(logits), logits.dtype)
+    return jax.lax.fori_loop(0, num_sweeps, sweep, (zeros, zeros))
+
+
+def corrected_log_weight(logits: Float[Array, "b b"], num_sweeps: int) -> Float[Array, " b"]:
+    """Returns logits_ii + f_i + g_i: the log-weights of pairs (i, i) in the plan with the batch's own marginals.
+
+    Example:
+        log_weight = corrected_log_weight(-cost / epsilon, 10)
+    """
+    f, g = sinkhorn_potentials(logits, num_sweeps)
+    return jnp.diagonal(logits) + f + g
+
+
+def assignment(cost: Float[Array, "b b"]) -> Int[Array, " b"]:
+    """Returns the column of each row in the assignment of least total cost, by scipy on the host.
+
+    Sinkhorn's potentials are taken off the costs first: sums over rows and columns do not change the optimum, and what
+    is left is solved in about half the time. Costs that are not finite count as 0. On CPUs scipy reads the costs where
+    they are: there an ordinary callback asks the program's own threads for a copy, and can wait for it forever.
+
+    Example:
+        source = assignment(pairwise_cost(x1, x0, "sqeuclidean"))
+    """
+    cost = relative_cost(lax.stop_gradient(jnp.where(jnp.isfinite(cost), cost, 0)))
+    f, g = sinkhorn_potentials(-cost / ASSIGNMENT_EPSILON, ASSIGNMENT_SWEEPS)
+    columns = jax.ShapeDtypeStruct((len(cost),), jnp.int32)
+
+    def in_place(context, out, *arrays):
+        np.asarray(out)[...] = _solved(*arrays)
+
+    return lax.platform_dependent(
+        cost,
+        ASSIGNMENT_EPSILON * f,
+        ASSIGNMENT_EPSILON * g,
+        cpu=buffer_callback(in_place, columns, vmap_method="sequential"),
+        default=lambda *arrays: jax.pure_callback(_solved, columns, *arrays, vmap_method="sequential"),
+    )
+
+
+def _solved(*arrays: Any) -> Int[np.ndarray, " b"]:
+    """The assignment of costs whose potentials of rows and columns are taken off; arrays or buffers on the host."""
+    cost, rows, columns = (np.asarray(x).astype(np.float64) for x in arrays)
+    return linear_sum_assignment(cost - rows[:, None] - columns[None, :])[1].astype(np.int32)

@@ -1,0 +1,142 @@
+"""Randomness by position in the whole batch: a step draws the same numbers on any number of devices.
+
+Each device has a share of the batch. Row i of the whole batch draws with fold_in(key, i), from a key that all devices
+share, so it does not matter which device has it or in which micro-batch it comes. What concerns the batch as a whole,
+a transport plan or stratified times, is drawn alike on every device, which then takes its own rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+from jaxtyping import Array, Key
+
+# The name under which a batch brings its rows.
+ROWS = "rows"
+
+
+class Rows(struct.PyTreeNode):
+    """Which rows of a whole batch these are, and the key that all devices share.
+
+    key: the same on every device and for every micro-batch. positions `b`: of these rows in the whole batch.
+    part: number of the micro-batch. size: of the whole batch, over devices and micro-batches. axis_name: of the
+    devices that share it, None where there is one.
+
+    Example:
+        rows = batch_rows(batch, key, num=len(x))
+        noise_rows, label_rows = rows.split(2)
+        noise = noise_rows.draw(lambda key, x: jax.random.normal(key, x.shape), x)
+    """
+
+    key: Any
+    positions: Any
+    part: Any = 0
+    size: int = struct.field(pytree_node=False, default=0)
+    axis_name: str | None = struct.field(pytree_node=False, default=None)
+
+    def split(self, num: int) -> tuple[Rows, ...]:
+        """Returns the same rows with `num` keys, one for each purpose."""
+        return tuple(self.replace(key=key) for key in jax.random.split(self.key, num))
+
+    def draw(self, fn: Callable[..., Any], *arrays: Any) -> Any:
+        """Returns fn(key of the row, arrays of this one row) for every row; arrays are pytrees, and so is the result.
+
+        fn sees batches of one, so that a function (key, batch) -> batch can be handed over as it is.
+        """
+
+        def one(position, parts):
+            drawn = fn(jax.random.fold_in(self.key, position), *jax.tree.map(lambda x: x[None], parts))
+            return jax.tree.map(lambda x: x[0], drawn)
+
+        return jax.vmap(one)(self.positions, arrays)
+
+    def draw_whole(self, fn: Callable[[Key[Array, ""], int], Any]) -> Any:
+        """Returns these rows of fn(key, size): one draw for the whole batch, the same on every device."""
+        return jax.tree.map(lambda x: x[self.positions], fn(self.key, self.size))
+
+    def part_key(self) -> Key[Array, ""]:
+        """Returns a key of the micro-batch, the same on every device."""
+        return jax.random.fold_in(self.key, self.part)
+
+    def device_key(self) -> Key[Array, ""]:
+        """Returns a key that no other device and no other micro-batch has."""
+        return jax.random.fold_in(self.key, self.positions[0])
+
+    def gather(self, tree: Any) -> Any:
+        """Returns the rows of all devices, in their order in the batch."""
+        if self.axis_name is None:
+            return tree
+        return jax.tree.map(lambda x: lax.all_gather(x, self.axis_name, tiled=True), tree)
+
+    def own(self, tree: Any) -> Any:
+        """Returns these rows of what `gather` has brought together."""
+        if self.axis_name is None:
+            return tree
+        num = len(self.positions)
+        start = lax.axis_index(self.axis_name) * num
+        return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, num), tree)
+
+    def mean(self, tree: Any) -> Any:
+        """Returns the mean over devices of a mean over these rows: that of the batch, of shares of one size."""
+        return tree if self.axis_name is None else lax.pmean(tree, self.axis_name)
+
+
+def batch_rows(batch: Any, key: Key[Array, ""], num: int) -> Rows:
+    """Returns the rows that a batch brings; `num` rows from 0 on, drawn with `key`, where it brings none.
+
+    Raises ValueError where it brings another number of rows.
+
+    Example:
+        rows = batch_rows({"x1": x1}, key, num=len(x1))
+    """
+    rows = batch.get(ROWS) if isinstance(batch, Mapping) else None
+    if rows is None:
+        return Rows(key, jnp.arange(num), size=num)
+    if len(rows.positions) != num:
+        raise ValueError(f"the batch has {num} rows and positions of {len(rows.positions)}; give each row its own.")
+    return rows
+
+
+def share_of_batch(key: Key[Array, ""], num: int, axis_name: str) -> Rows:
+    """Returns the rows of this device, of `num` on each along `axis_name`; consecutive ones, in the order of the axis.
+
+    Example:
+        rows = share_of_batch(key, num=16, axis_name="data")  # inside jax.pmap(..., axis_name="data")
+    """
+    positions = lax.axis_index(axis_name) * num + jnp.arange(num)
+    return Rows(key, positions, size=num * lax.axis_size(axis_name), axis_name=axis_name)
+
+
+def micro_batches(tree: Any, count: int) -> Any:
+    """Returns `count` micro-batches on a new first axis: number j has the rows j, j + count, j + 2 count, ...
+
+    A micro-batch so has the same rows of the whole batch however many devices share it.
+
+    Example:
+        parts = micro_batches(batch, 4)
+    """
+    return jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), tree)
+
+
+@dataclass(frozen=True)
+class StatefulObjective:
+    """An objective whose carried state is no mean over micro-batches.
+
+    combine(collections before the step, state of each micro-batch, stacked) -> state of the whole batch.
+
+    Example:
+        objective = StatefulObjective(objective, combine)
+        loss, metrics, state = objective(variables, batch, key)
+    """
+
+    objective: Callable[..., tuple]
+    combine: Callable[[Any, Any], Any]
+
+    def __call__(self, variables: Any, batch: Any, key: Key[Array, ""]) -> tuple:
+        return self.objective(variables, batch, key)
