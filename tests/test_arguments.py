@@ -176,6 +176,12 @@ WRONG = {
     "dequantise: floats": (lambda: density.dequantise(key(), X), "images is float32"),
     "from_uint8: floats": (lambda: from_uint8(X), "images is float32"),
     "nll_objective: an array": (lambda: density.nll_objective(FLOW)(PARAMS, X, key()), "batch is float32"),
+    "nll_objective: a number for the key": (
+        lambda: density.nll_objective(FLOW)(
+            PARAMS, {"image": jnp.zeros(IMAGE, jnp.uint8), "label": jnp.zeros(2, int)}, 0
+        ),
+        "key is 0",
+    ),
     "nll_objective: other names": (lambda: density.nll_objective(FLOW)(PARAMS, {"x": X}, key()), "batch is ['x']"),
     "nll_objective: no labels": (
         lambda: density.nll_objective(FLOW)(PARAMS, {"image": jnp.zeros(IMAGE, jnp.uint8)}, key()),

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, UInt8
 
-from flowgen.arrays import at_least_float32, check_bytes, shown
+from flowgen.arrays import at_least_float32, check_bytes, check_key, shown
 from flowgen.conditioning import Condition, TextCondition, drop_labels, drop_texts
 from flowgen.data.media import from_uint8
 from flowgen.rows import Rows, batch_rows
@@ -91,6 +91,17 @@ def add_noise(key: Key[Array, ""], images: UInt8[Array, "b *event"], noise_std: 
     return jnp.asarray(from_uint8(images)) + noise_std * jax.random.normal(key, images.shape)
 
 
+def check_batch(batch: Any) -> None:
+    """Raises ValueError unless a batch is a dict that has pictures, or moments of latents.
+
+    Example:
+        check_batch({"image": images})
+    """
+    if not isinstance(batch, Mapping) or not ("image" in batch or {"mean", "std"} <= batch.keys()):
+        given = list(batch) if isinstance(batch, Mapping) else shown(batch)
+        raise ValueError(f"batch is {given}; give a dict with 'image', or with 'mean' and 'std' of latents.")
+
+
 def batch_input(key: Key[Array, ""], batch: Any, noise_std: float) -> Float[Array, "b *event"]:
     """Returns the input of a flow in training, from pictures or from moments of latents.
 
@@ -100,9 +111,7 @@ def batch_input(key: Key[Array, ""], batch: Any, noise_std: float) -> Float[Arra
     Example:
         x = batch_input(key, {"mean": mean, "std": std}, flow.config.noise_std)
     """
-    if not isinstance(batch, Mapping) or not ("image" in batch or {"mean", "std"} <= batch.keys()):
-        given = list(batch) if isinstance(batch, Mapping) else shown(batch)
-        raise ValueError(f"batch is {given}; give a dict with 'image', or with 'mean' and 'std' of latents.")
+    check_batch(batch)
     if "image" in batch:
         return add_noise(key, batch["image"], noise_std)
     posterior_key, key = jax.random.split(key)
@@ -187,6 +196,8 @@ def noisy_batch(
     Example:
         x, cond = noisy_batch(flow, batch_condition(flow, 0.1, None), batch, key)
     """
+    check_batch(batch)
+    check_key(key)
     arrays = {name: batch[name] for name in ("image", "mean", "std") if name in batch}
     noise_rows, label_rows = batch_rows(batch, key, len(next(iter(arrays.values())))).split(2)
     x = noise_rows.draw(lambda key, one: batch_input(key, one, flow.config.noise_std), arrays)
