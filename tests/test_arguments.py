@@ -35,7 +35,7 @@ FLOW = flowgen.TARFlow(
         image_size=4, channels=1, patch_size=2, width=16, head_dim=8, num_blocks=2, layers_per_block=1, num_classes=3
     )
 )
-PARAMS = jax.tree.map(lambda leaf: leaf + 0.1, flowgen.init(FLOW, key()))
+PARAMS = jax.tree.map(lambda leaf: leaf + 0.01, flowgen.init(FLOW, key()))
 CLIP_FLOW = STARFlowV(
     STARFlowVConfig(image_size=4, channels=1, width=20, head_dim=20, layers=(1, 1), frames=2, denoiser_layers=1)
 )
@@ -97,6 +97,8 @@ TAKES_PIXELS = {
     "path": (IMAGE, lambda x: fm.CondOT().sample(key(), T, x, x).x_t),
     "to_uint8": (IMAGE, to_uint8),
 }
+# Of half precision they draw other noise.
+DRAW_IN_THE_TYPE_OF_X = ("flow_matching_loss", "mean_flow_loss", "integrate_sde")
 SLOW_TO_COMPILE = ("sample_clips", "VideoAutoencoder.encode", "VideoAutoencoderCodec.moments")
 
 
@@ -111,7 +113,7 @@ def test_pixels_that_are_no_floats_are_refused(name, dtype):
         jax.eval_shape(function, jax.ShapeDtypeStruct(shape, dtype))
 
 
-@pytest.mark.parametrize("name", [name for name in TAKES_PIXELS if name not in SLOW_TO_COMPILE])
+@pytest.mark.parametrize("name", [name for name in TAKES_PIXELS if name not in SLOW_TO_COMPILE + DRAW_IN_THE_TYPE_OF_X])
 def test_half_and_double_precision_are_taken_as_the_numbers_they_are(name):
     shape, function = TAKES_PIXELS[name]
     exact = np.linspace(-1, 1, int(np.prod(shape))).reshape(shape).astype(jnp.bfloat16)  # in all of the types

@@ -42,6 +42,7 @@ def log_prob(
     check_floating("x1", x1)
     if key is not None:
         check_key(key)
+    x1 = jnp.asarray(x1)
     dtype = jnp.promote_types(x1.dtype, jnp.float32)
     probe = None if key is None else jax.random.rademacher(key, x1.shape, x1.dtype)
 

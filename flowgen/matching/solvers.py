@@ -118,7 +118,7 @@ def trajectory(
 def _state_dtype(x0: Array) -> jnp.dtype:
     """The type that steps are added up in; ValueError where x0 holds no floating-point numbers."""
     check_floating("x0", x0)
-    return jnp.promote_types(x0.dtype, jnp.float32)
+    return jnp.promote_types(jnp.asarray(x0).dtype, jnp.float32)  # of float64 where jax has it
 
 
 def _dopri5(
@@ -271,7 +271,7 @@ def integrate_sde(
     check_velocity(velocity)
     check_key(key)
     grid = time_grid(num_steps, None)
-    dtype = _state_dtype(x0)
+    dtype, x0 = _state_dtype(x0), jnp.asarray(x0)
 
     def step(carry, inputs):
         x, key = carry
