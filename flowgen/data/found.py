@@ -94,12 +94,15 @@ def _listed(config: DataConfig | ClipsConfig) -> Listing:
 def _apart(source: Source | BucketedSource) -> tuple[list[Any], list[Any]]:
     """The pictures or whole clips of a source, and the pictures that are beside clips."""
     buckets: list[Any] = list(source.buckets) if isinstance(source, BucketedSource) else [source]
-    frames = [b.event_shape[0] if isinstance(b, LatentSource) else getattr(b, "frames", 1) for b in buckets]
-    if all(len(b.event_shape) == 3 if isinstance(b, LatentSource) else not hasattr(b, "frames") for b in buckets):
-        return buckets, []
-    numbered = list(zip(buckets, frames, strict=True))
-    most = max(frames)
-    return [b for b, count in numbered if count == most], [b for b, count in numbered if count == 1 < most]
+    most = max(map(_frames, buckets))
+    return [b for b in buckets if _frames(b) == most], [b for b in buckets if _frames(b) == 1 < most]
+
+
+def _frames(source: Any) -> int:
+    """The frames of clips; 0 of pictures."""
+    if isinstance(source, LatentSource):
+        return source.event_shape[0] if len(source.event_shape) > 3 else 0
+    return getattr(source, "frames", 0)
 
 
 def _sizes(config: DataConfig | ClipsConfig, listing: Listing) -> tuple[tuple[int, int], ...]:
