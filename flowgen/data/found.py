@@ -33,6 +33,7 @@ _BUILT_IN = {
     "crafter": CLASS_NAMES,
     "real": (),
 }
+_BUILT_IN_SIZES = {"digits": ((8, 8),), "mnist": ((28, 28),)}
 # Files whose sizes are looked at; of videos fewer, which takes longer.
 _PICTURES_SIZED, _VIDEOS_SIZED = 32, 4
 
@@ -75,7 +76,7 @@ def take_inventory(
         f"latents of {kind}" if config.source == "encoded" else kind,
         sum(map(len, whole)) // mirrored,
         0 if held_out is None else len(held_out),
-        () if listing is None else _sizes(config, listing),
+        _BUILT_IN_SIZES.get(config.source, ()) if listing is None else _sizes(config, listing),
         tuple(dict.fromkeys(b.event_shape if isinstance(b, LatentSource) else b.image_shape[:2] for b in whole)),
         train.class_names,
         train_files,

@@ -167,7 +167,10 @@ class Inventory:
             digest, files = known["digest"], known["files"]
             parts = None if files is None else tuple({**files[split]} for split in ("train", "held_out"))
         except FileNotFoundError:
-            return ["The run kept no list of its files, so what changed in its data since it began is not known."]
+            return [
+                "The run kept no list of its files, so it is not known what changed in its data since it began, nor "
+                "whether the same are held out."
+            ]
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return [f"{path} cannot be read, so what changed in the data of the run since it began is not known."]
         if digest == self.digest():
