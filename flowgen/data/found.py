@@ -146,5 +146,7 @@ def _marks(config: DataConfig | ClipsConfig, listing: Listing | None) -> tuple[M
 
 def _file_sizes(listing: Listing) -> dict[str, int]:
     """The bytes of each file; asked for at once, since a file system on a network answers late."""
+    root = os.fspath(listing.root)
     with ThreadPoolExecutor(max_workers=32) as pool:
-        return dict(zip(listing.names, pool.map(os.path.getsize, listing.files, chunksize=256), strict=True))
+        sizes = pool.map(lambda name: os.path.getsize(os.path.join(root, name)), listing.names)
+        return dict(zip(listing.names, sizes, strict=True))
