@@ -16,7 +16,8 @@ from flowgen.config import Experiment
 from flowgen.data import ArraySource, ClipsConfig, DataConfig, check_classes, found_classes, load, load_clips
 from flowgen.data.latents import LatentWriter, Shard, read_latents
 from flowgen.evaluation import flow_bits_per_dim
-from flowgen.flows import TARFlowConfig
+from flowgen.flows import STARFlowVConfig, TARFlowConfig
+from flowgen.tasks.latents import flow_source
 from flowgen.training import LogConfig, TrainConfig, fit, train
 
 KNOWN = ("cat", "dog", "fox")
@@ -192,6 +193,26 @@ def test_classes_that_the_data_do_not_have_are_told(caplog):
     assert "model.num_classes is 10" in caplog.text
     assert "cat, dog" in caplog.text
     assert "set model.num_classes to 2" in caplog.text
+
+
+def test_cached_latents_of_an_experiment_have_the_numbers_of_its_run(tmp_path):
+    model = TARFlowConfig(image_size=4, channels=1, patch_size=2, width=16, head_dim=8, num_blocks=2, num_classes=3)
+    data = DataConfig("encoded", path=str(encoded(tmp_path / "set", ("dog", "fox"))))
+    fresh = Experiment(name="latents", model=dataclasses.replace(model, noise_std=0.3), data=data)
+    assert fresh.sealed().data.classes == ("dog", "fox")
+    experiment = dataclasses.replace(fresh, data=dataclasses.replace(data, classes=KNOWN))
+    assert experiment.sealed() == experiment
+    assert flow_source(experiment, "train")[np.arange(2)]["label"].tolist() == [1, 2]
+
+
+def test_pictures_beside_clips_have_the_numbers_of_the_clips(tmp_path):
+    tiny = {"patch_size": 4, "width": 40, "head_dim": 20, "layers": (1, 1)}
+    names = ["7", "0"]
+    np.savez(tmp_path / "a.npz", images=np.zeros((2, 12, 12), np.uint8), labels=[0, 1], class_names=names)
+    data = ClipsConfig(num=60, images=DataConfig("npz", path=str(tmp_path / "a.npz"), eval_fraction=0.0))
+    model = STARFlowVConfig(image_size=12, channels=1, frames=3, num_classes=10, **tiny)
+    _, stills = flow_source(Experiment(name="clips", model=model, data=data), "train").buckets
+    assert stills[np.arange(2)]["label"].tolist() == [7, 0]
 
 
 # A run, by its commands.
