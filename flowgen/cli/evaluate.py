@@ -60,6 +60,7 @@ def _on_other_data(experiment: Any, changed: Any) -> Any:
         )
     if not known and changed.data != experiment.data and (found := getattr(named(changed).data, "classes", ())):
         tell(
-            f"The run kept no names of classes, so its numbers 0, 1, ... are taken for {name_list(found)}; check their order."
+            f"The run kept no names of classes, so its numbers 0, 1, ... are taken for {name_list(found)}; check "
+            "their order."
         )
     return changed
