@@ -17,6 +17,7 @@ from flowgen.data import ArraySource, ClipsConfig, DataConfig, check_classes, fo
 from flowgen.data.latents import LatentWriter, Shard, read_latents
 from flowgen.evaluation import flow_bits_per_dim
 from flowgen.flows import STARFlowVConfig, TARFlowConfig
+from flowgen.tasks.images import drawn_classes
 from flowgen.tasks.latents import flow_source
 from flowgen.training import LogConfig, TrainConfig, fit, train
 
@@ -230,6 +231,20 @@ def experiment_of(**changes):
         ),
         **changes,
     )
+
+
+def test_classes_of_the_model_without_data_are_told_once_and_not_drawn(tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    photos(tmp_path / "photos", *KNOWN)
+    (tmp_path / "photos" / "notes.xcf").write_text("no picture")
+    experiment = experiment_of()
+    experiment = dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, num_classes=10)).sealed()
+    assert experiment.job().inventory.classes == KNOWN
+    assert [record.getMessage().split(",")[0] for record in caplog.records] == [
+        "Left out of data.path 'photos': 1 .xcf.",
+        "model.num_classes is 10",
+    ]
+    assert drawn_classes(experiment) == 3
 
 
 @pytest.fixture(scope="module")
