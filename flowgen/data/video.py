@@ -23,11 +23,7 @@ from flowgen.data.video_streams import (
     frame_turn,
     last_end,
     opened,
-    packets,
-    pixel_aspect,
-    rate_of,
     shown_frames,
-    time_of,
     to_bt709,
 )
 
@@ -50,8 +46,8 @@ def video_length(path: str | os.PathLike[str]) -> tuple[float, float]:
     Example:
         seconds, fps = video_length("clip.mp4")
     """
-    with opened(path) as (container, stream):
-        return last_end(container, stream, path), rate_of(stream, path)
+    with opened(path) as video:
+        return last_end(path), video.rate
 
 
 def video_size(path: str | os.PathLike[str]) -> tuple[int, int]:
@@ -60,9 +56,8 @@ def video_size(path: str | os.PathLike[str]) -> tuple[int, int]:
     Example:
         height, width = video_size("clip.mp4")
     """
-    for shown, stream in shown_frames(path):
-        frame = shown.frame
-        return frame_turn(frame).size(frame.height, max(1, round(frame.width * pixel_aspect(stream))))
+    for (frame, _, _), video in shown_frames(path):
+        return frame_turn(frame).size(frame.height, max(1, round(frame.width * video.pixel_aspect)))
     raise UnreadableVideo(path, "has no pictures in it that can be decoded", "give a video")
 
 
@@ -76,10 +71,9 @@ def frame_times(path: str | os.PathLike[str], *, fps: float | int | None = None)
         starts = frame_times("clip.mp4", fps=8)[:-16]  # of clips of 17 frames
     """
     if fps is None:
-        with opened(path) as (container, stream):
-            times = [time_of(stream, packet) for packet, whole in packets(container, stream) if whole]
-        return np.array(sorted(time for time in times if time is not None))
-    seconds, _ = video_length(path)
+        with opened(path) as video:
+            return np.array([at for at, _ in video.whole_packets()])
+    seconds = last_end(path)
     # A quarter of a frame may be missing at the end, of which files that count milliseconds round off some.
     count = math.floor(seconds * fps + 0.25)
     if count > os.path.getsize(path) + _TIMES:
@@ -109,13 +103,13 @@ def read_clip(
     """
     out: list[np.ndarray] = []
     times: np.ndarray | None = None
-    for (frame, at, until), stream in shown_frames(path, start):
+    for (frame, at, until), video in shown_frames(path, start):
         if fps is not None and times is None:
             # Asked for up to half a frame late, against rounding of the frames' times.
-            times = start + np.arange(frames) / fps + 0.5 / max(rate_of(stream, path), fps)
+            times = start + np.arange(frames) / fps + 0.5 / max(video.rate, fps)
         count = int(at > start - SAME_TIME if times is None else (times[len(out) :] < until).sum())
         if count:
-            out += [_upright(frame, pixel_aspect(stream), image_size, channels, crop)] * count
+            out += [_upright(frame, video.pixel_aspect, image_size, channels, crop)] * count
         if len(out) == frames:
             return np.stack(out)
     at_fps = "" if fps is None else f" at {fps:g} fps"
