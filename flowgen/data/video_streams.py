@@ -92,11 +92,13 @@ class Video:
         return float(part.duration * (part.time_base or self.stream.time_base)) if known else 1 / self.rate
 
     def packets(self) -> Iterator[Any]:
-        """Yields the packets of frames from where the container stands. A file that is cut off, or that its container
-        loses track of, ends there."""
+        """Yields packets from where the container stands, also of frames that are decoded but not shown.
+
+        A file that is cut off, or that its container loses track of, ends there.
+        """
         try:
             for packet in self.container.demux(self.stream):
-                if packet.size and not packet.is_discard and _has_time(packet):
+                if packet.size and _has_time(packet):
                     yield packet
         except av().FFmpegError:
             return
@@ -113,12 +115,17 @@ class Video:
                 end = math.inf
             if packet.is_corrupt:
                 end = min(end, self.time_of(packet))
-            else:
+            elif not packet.is_discard:
                 found.append((self.time_of(packet), self.lasts(packet)))
         return sorted((at, min(at + lasts, end)) for at, lasts in found if at < end - SAME_TIME)
 
     def seek(self, second: float) -> bool:
-        """Goes to a key frame before a second, if the file can be searched."""
+        """Goes to a key frame before a second, if the file can be searched.
+
+        Without times of their own, frames that are reordered can only be counted from the beginning.
+        """
+        if self.counts_packets and self.stream.codec_context.has_b_frames:
+            return False
         try:
             self.container.seek(round((second + self.start) / self.stream.time_base), stream=self.stream)
         except av().FFmpegError:
@@ -274,7 +281,8 @@ def _decoded(video: Video, lost: list[float]) -> Iterator[tuple[Any, float]]:
         if packet.is_corrupt:
             lost.append(at)
             continue
-        heapq.heappush(waiting, at)
+        if video.counts_packets and not packet.is_discard:
+            heapq.heappush(waiting, at)
         try:
             yield from timed(packet.decode())
         except av().FFmpegError:
