@@ -173,11 +173,11 @@ def opened(path: str | os.PathLike[str]) -> Generator[Video]:
 def _container(path: str | os.PathLike[str]) -> Generator[Any]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no video '{path}'; give a file such as clip.mp4.")
-    options = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "none", "max_pixels": str(_MOST_PIXELS)}
+    options = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "none"}
     # FFmpeg gets no name, for it would guess protocols and patterns of files in it.
     with os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0)), "rb") as file:
         try:
-            container = av().open(file, options=options, metadata_errors="replace")
+            container = av().open(file, container_options=options, metadata_errors="replace")
         except (av().FFmpegError, ValueError, OSError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             raise UnreadableVideo(path, f"is no video that can be read ({reason})", "convert it to mp4") from error
