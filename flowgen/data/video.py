@@ -13,6 +13,7 @@ from jaxtyping import Float, UInt8
 
 from flowgen.data.media import atomic_file, check_writable, pillow
 from flowgen.data.pictures import Crop, fit
+from flowgen.data.upright import Turn
 from flowgen.data.video_streams import (
     BT709,
     LIMITED_RANGE,
@@ -103,13 +104,16 @@ def read_clip(
     """
     out: list[np.ndarray] = []
     times: np.ndarray | None = None
+    turn: Turn | None = None
     for (frame, at, until), video in shown_frames(path, start):
+        # As FFmpeg does, the first frame tells for all. One that was asked stays in memory until garbage is collected.
+        turn = frame_turn(frame) if turn is None else turn
         if fps is not None and times is None:
             # Asked for up to half a frame late, against rounding of the frames' times.
             times = start + np.arange(frames) / fps + 0.5 / max(video.rate, fps)
         count = int(at > start - SAME_TIME if times is None else (times[len(out) :] < until).sum())
         if count:
-            out += [_upright(frame, video.pixel_aspect, image_size, channels, crop)] * count
+            out += [_upright(frame, turn, video.pixel_aspect, image_size, channels, crop)] * count
         if len(out) == frames:
             return np.stack(out)
     at_fps = "" if fps is None else f" at {fps:g} fps"
@@ -171,11 +175,10 @@ def check_video_path(path: str | os.PathLike[str]) -> None:
 
 
 def _upright(
-    frame: Any, aspect: float, size: tuple[int, int], channels: int, crop: Crop
+    frame: Any, turn: Turn, aspect: float, size: tuple[int, int], channels: int, crop: Crop
 ) -> UInt8[np.ndarray, "height width c"]:
     """A frame at a size, upright, its pixels made square."""
-    turn = frame_turn(frame)
-    image = pillow().fromarray(np.ascontiguousarray(turn.apply(frame_pixels(frame))))
+    image = pillow().fromarray(np.ascontiguousarray(turn.apply(frame_pixels(frame, max(size)))))
     if channels == 1:
         image = image.convert("L")
     fitted = fit(image, size, crop, pixel_aspect=1 / aspect if turn.swap else aspect)

@@ -25,6 +25,7 @@ from flowgen.data.upright import Turn
 _CONTAINERS = "mov,matroska,avi,gif,mpeg,mpegts,mpegvideo,asf,flv,ogg"
 # Of one frame: 8192 x 4096.
 _MOST_PIXELS = 1 << 25
+_LARGE = 1 << 23
 # Files are searched by when frames are decoded, which H.264 may do so many frames before they are shown.
 _REORDERED = 16
 # Seconds by which the time of a frame may be missed in arithmetic.
@@ -312,20 +313,26 @@ def frame_turn(frame: Any) -> Turn:
     return Turn()
 
 
-def frame_pixels(frame: Any) -> UInt8[np.ndarray, "height width 3"]:
+def frame_pixels(frame: Any, least: int | None = None) -> UInt8[np.ndarray, "height width 3"]:
     """Returns the RGB pixels of a frame as they are stored, on white where they are transparent.
+
+    least: of both sides; a frame beyond 4096 x 2048 is shrunk by a whole number to no less than twice this, which saves
+    most of its memory.
 
     The matrix between YCbCr and RGB is the one that the frame names; without a name it is BT.709 for high definition
     (1280 x 577 and up) and BT.601 below, as players have it.
     """
     high = frame.width >= 1280 or frame.height > 576
     full = frame.color_range == _FULL_RANGE or frame.format.name.startswith("yuvj")
-    colours = {
+    colours: dict[str, Any] = {
         "src_colorspace": _SPACES.get(frame.colorspace, BT709 if high else _BT601),
         "dst_colorspace": _BT601,
         "src_color_range": _FULL_RANGE if full else LIMITED_RANGE,
         "dst_color_range": _FULL_RANGE,
     }
+    if least is not None and frame.width * frame.height > _LARGE:
+        shrink = max(1, min(frame.width, frame.height) // (2 * least))
+        colours |= {"width": frame.width // shrink, "height": frame.height // shrink, "interpolation": "AREA"}
     if not frame.format.has_palette and not any(part.is_alpha for part in frame.format.components):
         return frame.to_ndarray(format="rgb24", **colours)
     image = pillow().fromarray(frame.to_ndarray(format="rgba", **colours))
