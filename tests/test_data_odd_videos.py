@@ -395,13 +395,21 @@ def test_names_mean_nothing_to_the_decoder(tmp_path, name, monkeypatch):
     assert read_clip(name, 3, SIZE, 3).shape == (3, *SIZE, 3)
 
 
-def test_sound_alone_is_no_video(tmp_path):
+@pytest.mark.parametrize("cover", [False, True])
+def test_sound_is_no_video_even_with_a_picture_on_its_cover(tmp_path, cover):
     with av().open(tmp_path / "a.mp4", "w") as container:
         sound = container.add_stream("aac", rate=8000, layout="mono")
         silence = av().AudioFrame.from_ndarray(np.zeros((1, 8000), np.float32), format="fltp", layout="mono")
         silence.sample_rate = 8000
+        if cover:
+            stream = container.add_stream("png")
+            stream.height, stream.width, stream.pix_fmt = *SIZE, "rgb24"
+            stream.disposition = av().stream.Disposition.attached_pic.value
         container.mux(sound.encode(silence))
         container.mux(sound.encode())
+        if cover:
+            container.mux(stream.encode(av().VideoFrame.from_ndarray(ONE[0], format="rgb24")))
+            container.mux(stream.encode())
     with pytest.raises(UnreadableVideo, match=r"a\.mp4' has no pictures"):
         frame_times(tmp_path / "a.mp4")
 

@@ -87,6 +87,8 @@ def picture_size(path: str | os.PathLike[str]) -> tuple[int, int]:
 
 def _of_picture(path: str | os.PathLike[str], use: Callable[[Image, Turn], T]) -> T:
     """What `use` makes of an open picture and its turn, at the second try without the metadata."""
+    if Path(path).exists() and not Path(path).is_file():
+        raise UnreadablePicture(f"'{path}' (no file)")
     try:
         with _opened(path, path) as image:
             return use(image, picture_turn(image))

@@ -14,19 +14,8 @@ from jaxtyping import Float, UInt8
 from flowgen.data.media import atomic_file, check_writable, pillow
 from flowgen.data.pictures import Crop, fit
 from flowgen.data.upright import Turn
-from flowgen.data.video_streams import (
-    BT709,
-    LIMITED_RANGE,
-    SAME_TIME,
-    UnreadableVideo,
-    av,
-    frame_pixels,
-    frame_turn,
-    last_end,
-    opened,
-    shown_frames,
-    to_bt709,
-)
+from flowgen.data.video_frames import BT709, LIMITED_RANGE, frame_pixels, frame_turn, to_bt709
+from flowgen.data.video_streams import SAME_TIME, UnreadableVideo, av, last_end, opened, shown_frames
 
 VIDEO_SUFFIXES = (".mp4", ".gif")  # that are written
 READABLE = (

@@ -1,4 +1,4 @@
-"""Frames of video files as they are shown: whole packets, times, upright square pixels in the right colours."""
+"""Video files, opened so that they open no others; their whole packets, and frames with the times they are shown."""
 
 from __future__ import annotations
 
@@ -8,32 +8,20 @@ import heapq
 import itertools
 import math
 import os
-import struct
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-from jaxtyping import UInt8
-
-from flowgen.data.media import pillow
-from flowgen.data.pictures import on_white
 from flowgen.data.unreadable import Unreadable
-from flowgen.data.upright import Turn
 
 # FFmpeg's names of the containers that are read, and of nothing that names other files, such as lists and patterns.
 _CONTAINERS = "mov,matroska,avi,gif,mpeg,mpegts,mpegvideo,asf,flv,ogg"
 # Of one frame: 8192 x 4096.
 _MOST_PIXELS = 1 << 25
-_LARGE = 1 << 23
 # Files are searched by when frames are decoded, which H.264 may do so many frames before they are shown.
 _REORDERED = 16
 # Seconds by which the time of a frame may be missed in arithmetic.
 SAME_TIME = 1e-6
-# Numbers of colour spaces in FFmpeg's frames and, behind the colon, in its scaler.
-_SPACES = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9, 10: 9}
-BT709, _BT601 = 1, 5
-LIMITED_RANGE, _FULL_RANGE = 1, 2
 
 
 class UnreadableVideo(Unreadable):
@@ -187,8 +175,10 @@ def _container(path: str | os.PathLike[str]) -> Generator[Any]:
 
 
 def _stream(path: str | os.PathLike[str], container: Any) -> Any:
-    """The first video of a container that can be decoded."""
-    stream = next((stream for stream in container.streams.video if stream.codec_context is not None), None)
+    """The first video of a container that can be decoded, and is no cover of a piece of music."""
+    cover = av().stream.Disposition.attached_pic
+    shown = (stream for stream in container.streams.video if not stream.disposition & cover)
+    stream = next((stream for stream in shown if stream.codec_context is not None), None)
     if stream is None:
         raise UnreadableVideo(path, "has no pictures in it that can be decoded", "give a video")
     context = stream.codec_context
@@ -201,7 +191,7 @@ def _stream(path: str | os.PathLike[str], container: Any) -> Any:
 
 def _first_stamp(path: str | os.PathLike[str]) -> int:
     with _container(path) as container, contextlib.suppress(av().FFmpegError):
-        packets = itertools.islice(container.demux(container.streams.video[0]), _REORDERED)
+        packets = itertools.islice(container.demux(_stream(path, container)), _REORDERED)
         return min((packet.pts or packet.dts or 0 for packet in packets if packet.size), default=0)
     return 0
 
@@ -299,58 +289,3 @@ def _whole(shown: Shown, video: Video, lost: list[float], start: float | int) ->
         reason = f"is damaged at second {damaged[0]:.3g}"
         raise UnreadableVideo(video.path, reason, "convert it again or remove it")
     return shown
-
-
-def frame_turn(frame: Any) -> Turn:
-    """Returns the turn and mirror of a frame's display matrix, to the nearest right angle."""
-    for data in frame.side_data:
-        if data.type.name == "DISPLAYMATRIX":
-            # A point (x, y) is shown at (a x + c y, b x + d y).
-            a, b, _, c, d, *_ = struct.unpack("=9i", bytes(data))
-            if abs(a) + abs(d) >= abs(b) + abs(c):
-                return Turn(mirror_x=a < 0, mirror_y=d < 0)
-            return Turn(swap=True, mirror_x=c < 0, mirror_y=b < 0)
-    return Turn()
-
-
-def frame_pixels(frame: Any, least: int | None = None) -> UInt8[np.ndarray, "height width 3"]:
-    """Returns the RGB pixels of a frame as they are stored, on white where they are transparent.
-
-    least: of both sides; a frame beyond 4096 x 2048 is shrunk by a whole number to no less than twice this, which saves
-    most of its memory.
-
-    The matrix between YCbCr and RGB is the one that the frame names; without a name it is BT.709 for high definition
-    (1280 x 577 and up) and BT.601 below, as players have it.
-    """
-    high = frame.width >= 1280 or frame.height > 576
-    full = frame.color_range == _FULL_RANGE or frame.format.name.startswith("yuvj")
-    colours: dict[str, Any] = {
-        "src_colorspace": _SPACES.get(frame.colorspace, BT709 if high else _BT601),
-        "dst_colorspace": _BT601,
-        "src_color_range": _FULL_RANGE if full else LIMITED_RANGE,
-        "dst_color_range": _FULL_RANGE,
-    }
-    if least is not None and frame.width * frame.height > _LARGE:
-        shrink = max(1, min(frame.width, frame.height) // (2 * least))
-        colours |= {"width": frame.width // shrink, "height": frame.height // shrink, "interpolation": "AREA"}
-    if not frame.format.has_palette and not any(part.is_alpha for part in frame.format.components):
-        return frame.to_ndarray(format="rgb24", **colours)
-    image = pillow().fromarray(frame.to_ndarray(format="rgba", **colours))
-    return np.asarray(on_white(image).convert("RGB"))
-
-
-def to_bt709(pixels: UInt8[np.ndarray, "height width 3"]) -> Any:
-    """Returns a frame of RGB pixels in YCbCr, by the matrix of BT.709 in its limited range."""
-    frame = (
-        av()
-        .VideoFrame.from_ndarray(pixels, format="rgb24")
-        .reformat(
-            format="yuv420p",
-            src_colorspace=_BT601,
-            dst_colorspace=BT709,
-            src_color_range=_FULL_RANGE,
-            dst_color_range=LIMITED_RANGE,
-        )
-    )
-    frame.colorspace, frame.color_range = BT709, LIMITED_RANGE
-    return frame
