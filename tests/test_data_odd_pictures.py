@@ -115,20 +115,19 @@ def test_bytes_of_metadata_may_be_anything(tmp_path, name):
 @pytest.mark.parametrize(
     "odd",
     [
-        (0x8769, 4, 1, 0xFFFFFFF0),  # where EXIF is: beyond the file
-        (0x8769, 2, 4, 0x41414141),  # as text
-        (0x8769, 4, 1, 8),  # in this directory
-        (0x8825, 10, 2, 8),
-        (0x8649, 1, 0xFFFFFFF0, 8),  # Photoshop's notes, huge
-        (0x83BB, 77, 1, 0),
+        [(0x8769, 4, 1, 0xFFFFFFF0)],  # where EXIF is: beyond the file
+        [(0x8769, 2, 4, 0x41414141)],  # as text
+        [(0x8769, 4, 1, 8)],  # in this directory
+        [(0x8649, 1, 0xFFFFFFF0, 8)],  # Photoshop's notes, huge
+        [(0x011A, 2, 4, 0x303033), (0x011B, 2, 4, 0x303033), (0x0128, 3, 1, 3)],  # dots per centimetre as text
     ],
-    ids=str,
+    ids=["beyond", "text", "loop", "huge", "resolution"],
 )
 def test_odd_tags_of_a_tiff_refuse_no_pixels(tmp_path, odd):
     """A directory by hand: of pixels without compression, turned, and one odd tag."""
     tags = [(256, 3, 1, 12), (257, 3, 1, 8), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1), (273, 4, 1, 200)]
-    tags += [(274, 3, 1, 6), (277, 3, 1, 1), (278, 3, 1, 8), (279, 4, 1, 96), odd]
-    body = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags) + bytes(4)
+    tags += [(274, 3, 1, 6), (277, 3, 1, 1), (278, 3, 1, 8), (279, 4, 1, 96), *odd]
+    body = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in sorted(tags)) + bytes(4)
     content = (b"II*\0" + struct.pack("<I", 8) + body).ljust(200, b"\0") + PIXELS[..., 1].tobytes()
     np.testing.assert_array_equal(read(tmp_path / "a.tif", content, channels=1)[..., 0], TURNS[6](PIXELS[..., 1]))
     assert picture_size(tmp_path / "a.tif") == (12, 8)
