@@ -1,6 +1,7 @@
 """Picture files as cameras, old programs and strangers make them: right pixels, or a refusal by name, never more."""
 
 import io
+import os
 import struct
 import subprocess
 import sys
@@ -278,3 +279,11 @@ def test_hidden_pixels_are_white_at_every_depth(tmp_path, kind, channels):
     pixels = read(tmp_path / "a.png", content, (1, 2), channels)
     assert (pixels[0, 0] == 255).all()
     assert (pixels[0, 1] == level).all()
+
+
+def test_what_is_no_file_is_refused_without_waiting_for_it(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    for name in ("pipe.png", "", "nowhere.png"):
+        for call in (lambda p: read_picture(p, size=(8, 8), channels=1, crop="center"), picture_size):
+            with pytest.raises(UnreadablePicture, match=str(tmp_path / name)):
+                call(tmp_path / name)

@@ -93,7 +93,7 @@ def _of_picture(path: str | os.PathLike[str], use: Callable[[Image, Turn], T]) -
         with _opened(path) as image:
             return use(image, picture_turn(image))
     except UnreadablePicture:
-        plain = without_metadata(Path(path).read_bytes()) if Path(path).is_file() else None
+        plain = without_metadata(Path(path).read_bytes()) if os.access(path, os.R_OK) else None
         if plain is None:
             raise
     content, turn = plain
