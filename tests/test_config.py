@@ -62,6 +62,7 @@ UNUSUAL = Experiment(
         on_corrupt="skip",
         eval_fraction=1 / 3,
         in_memory_bytes=1,
+        classes=("ü", "0"),
     ),
     optim=OptimConfig(
         lr=1e-3,

@@ -205,6 +205,16 @@ def test_files_of_one_number_are_told_apart_by_their_device(tmp_path, monkeypatc
     assert len(list_files(tmp_path, (".png",), "pictures")) == 6
 
 
+def test_names_that_are_written_alike_are_one_class_name(tmp_path):
+    composed, apart = "caf\u00e9", "cafe\u0301"
+    classes(tmp_path / "one", **{apart: 1})
+    assert list_files(tmp_path / "one", (".png",), "pictures").class_names == (composed,)
+    classes(tmp_path / "two", **{apart: 1, composed: 1})
+    if len(list((tmp_path / "two").iterdir())) == 2:  # Some file systems make them one folder.
+        with pytest.raises(ValueError, match="two folders named 'café'"):
+            list_files(tmp_path / "two", (".png",), "pictures")
+
+
 def test_all_pictures_of_a_class_held_out_are_told(tmp_path, caplog):
     classes(tmp_path, cat=1, dog=1, fox=1)
     config = DataConfig("folder", path=str(tmp_path), eval_fraction=0.3)

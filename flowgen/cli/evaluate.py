@@ -59,5 +59,8 @@ def _on_other_data(experiment: Any, changed: Any) -> Any:
             f"--data.classes is {asked}, and the numbers of the run are those of {name_list(known)}; leave it out."
         )
     if not known and changed.data != experiment.data and (found := getattr(named(changed).data, "classes", ())):
-        tell(f"The run kept no names of classes, so its numbers 0, 1, ... are taken for {name_list(found)}; see to it.")
+        tell(
+            f"The run kept no names of classes, so its numbers 0, 1, ... are taken for {name_list(found)}; check "
+            "their order."
+        )
     return changed

@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import numpy as np
 from jaxtyping import Int, Int32
 
-from flowgen.data.inventory import name_list, tell
+from flowgen.data.inventory import name_list, quoted, tell
 
 T = TypeVar("T")
 
@@ -32,7 +32,7 @@ def check_names(classes: object) -> None:
         raise ValueError(f"data.classes is {classes!r}; it must be a tuple of names, such as ('cat', 'dog').")
     if len({*classes}) < len(classes):
         twice = next(name for position, name in enumerate(classes) if name in classes[:position])
-        raise ValueError(f"data.classes has '{twice}' twice; give each name once.")
+        raise ValueError(f"data.classes has {quoted(twice)} twice; give each name once.")
 
 
 def with_classes(found: T, classes: tuple[str, ...], where: str) -> T:
@@ -73,7 +73,7 @@ def class_numbers(found: tuple[str, ...], classes: tuple[str, ...], where: str) 
     known = {name: number for number, name in enumerate(classes)}
     if unknown := [name for name in found if name not in known]:
         close = difflib.get_close_matches(unknown[0], classes, n=1)
-        meant = f" (is '{unknown[0]}' '{close[0]}'?)" if close else ""
+        meant = f" (is {quoted(unknown[0])} {quoted(close[0])}?)" if close else ""
         raise ValueError(
             f"{where} has the class{'es' * (len(unknown) > 1)} {name_list(unknown)}, and data.classes are "
             f"{name_list(classes)}{meant}; rename, or leave out what the model does not know."

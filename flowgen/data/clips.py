@@ -51,7 +51,7 @@ class ClipsConfig:
     in_memory_bytes: a folder whose clips need more than this is decoded batch by batch instead.
     images: pictures that are trained on beside the clips, in batches of their own, as clips of one frame.
     images_fraction: of all training batches, those of pictures; 0 takes every clip and picture equally often.
-    classes: as in `DataConfig`; of `images`, too.
+    classes: the names of the classes in the order of their numbers, as in `DataConfig`; those of `images`, too.
 
     Example:
         config = ClipsConfig(source="folder", path="videos", fps=8)

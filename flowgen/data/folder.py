@@ -53,7 +53,7 @@ def read_folder(
         raise ValueError(f"model.channels is {channels}; data.source 'folder' gives 1 (grey) or 3 (colour).")
     pillow()
     listing = opened(config.path, tuple(IMAGE_FORMATS), "pictures", config.classes)
-    files, labels, class_names = listing.files, listing.labels, listing.class_names
+    labels, class_names = listing.labels, listing.class_names
     chosen = hold_out_files(listing.names, config.eval_fraction, split)
     captions = read_captions(listing)
     if split == "train" and (lost := set(labels.tolist()) - set(labels[chosen].tolist())):
@@ -68,7 +68,7 @@ def read_folder(
 
     def source(kept: list[int], size: tuple[int, int]) -> Source:
         found = FolderSource(
-            [files[i] for i in kept],
+            [listing.root / listing.names[i] for i in kept],
             labels[kept],
             class_names=class_names,
             captions=tuple(captions[i] for i in kept) if captions else (),
@@ -81,7 +81,7 @@ def read_folder(
     if not config.aspects:
         return source(chosen.tolist(), image_size)
     side = math.sqrt(math.prod(image_size))
-    aspects = _aspects([files[i] for i in chosen], config.on_corrupt)
+    aspects = _aspects([listing.root / listing.names[i] for i in chosen], config.on_corrupt)
     sizes = {name: aspect_size(name, round(side), multiple) for name in ASPECTS}
     members = {
         name: [i for i, aspect in zip(chosen.tolist(), aspects, strict=True) if aspect == name] for name in ASPECTS

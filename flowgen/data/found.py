@@ -33,6 +33,7 @@ _BUILT_IN = {
     "crafter": CLASS_NAMES,
     "real": (),
 }
+_BUILT_IN_SIZES = {"digits": ((8, 8),), "mnist": ((28, 28),)}
 # Files whose sizes are looked at; of videos fewer, which takes longer.
 _PICTURES_SIZED, _VIDEOS_SIZED = 32, 4
 
@@ -75,7 +76,7 @@ def take_inventory(
         f"latents of {kind}" if config.source == "encoded" else kind,
         sum(map(len, whole)) // mirrored,
         0 if held_out is None else len(held_out),
-        () if listing is None else _sizes(config, listing),
+        _BUILT_IN_SIZES.get(config.source, ()) if listing is None else _sizes(config, listing),
         tuple(dict.fromkeys(b.event_shape if isinstance(b, LatentSource) else b.image_shape[:2] for b in whole)),
         train.class_names,
         train_files,
@@ -94,12 +95,15 @@ def _listed(config: DataConfig | ClipsConfig) -> Listing:
 def _apart(source: Source | BucketedSource) -> tuple[list[Any], list[Any]]:
     """The pictures or whole clips of a source, and the pictures that are beside clips."""
     buckets: list[Any] = list(source.buckets) if isinstance(source, BucketedSource) else [source]
-    frames = [b.event_shape[0] if isinstance(b, LatentSource) else getattr(b, "frames", 1) for b in buckets]
-    if all(len(b.event_shape) == 3 if isinstance(b, LatentSource) else not hasattr(b, "frames") for b in buckets):
-        return buckets, []
-    numbered = list(zip(buckets, frames, strict=True))
-    most = max(frames)
-    return [b for b, count in numbered if count == most], [b for b, count in numbered if count == 1 < most]
+    most = max(map(_frames, buckets))
+    return [b for b in buckets if _frames(b) == most], [b for b in buckets if _frames(b) == 1 < most]
+
+
+def _frames(source: Any) -> int:
+    """The frames of clips; 0 of pictures."""
+    if isinstance(source, LatentSource):
+        return source.event_shape[0] if len(source.event_shape) > 3 else 0
+    return getattr(source, "frames", 0)
 
 
 def _sizes(config: DataConfig | ClipsConfig, listing: Listing) -> tuple[tuple[int, int], ...]:
@@ -142,5 +146,7 @@ def _marks(config: DataConfig | ClipsConfig, listing: Listing | None) -> tuple[M
 
 def _file_sizes(listing: Listing) -> dict[str, int]:
     """The bytes of each file; asked for at once, since a file system on a network answers late."""
+    root = os.fspath(listing.root)
     with ThreadPoolExecutor(max_workers=32) as pool:
-        return dict(zip(listing.names, pool.map(os.path.getsize, listing.files, chunksize=256), strict=True))
+        sizes = pool.map(lambda name: os.path.getsize(os.path.join(root, name)), listing.names)
+        return dict(zip(listing.names, sizes, strict=True))

@@ -1,6 +1,6 @@
 """What a run found in its data: one line for people, and a record beside the run that tells what changed since.
 
-Knows nothing of flowgen, so that the training loop can keep it.
+Knows nothing of where data come from, so that the training loop can keep it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from flowgen.data.media import atomic_file
 
 _log = logging.getLogger("flowgen.data")
 RECORD_FILE = "data.json"
@@ -140,9 +142,8 @@ class Inventory:
         """
         path = Path(run_dir) / RECORD_FILE
         lines = [self.line(), *(self._changes(path) if resumed else [])]
-        temporary = path.with_name(f"{RECORD_FILE}.tmp")
-        temporary.write_text(json.dumps(self._record(), indent=1) + "\n")
-        os.replace(temporary, path)
+        with atomic_file(path) as file:
+            file.write(json.dumps(self._record(), indent=1).encode() + b"\n")
         return lines
 
     def _record(self) -> dict[str, Any]:
@@ -166,7 +167,10 @@ class Inventory:
             digest, files = known["digest"], known["files"]
             parts = None if files is None else tuple({**files[split]} for split in ("train", "held_out"))
         except FileNotFoundError:
-            return ["The run kept no list of its files, so what changed in its data since it began is not known."]
+            return [
+                "The run kept no list of its files, so it is not known what changed in its data since it began, nor "
+                "whether the same are held out."
+            ]
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return [f"{path} cannot be read, so what changed in the data of the run since it began is not known."]
         if digest == self.digest():

@@ -78,7 +78,7 @@ def _named_classes(path: Path, arrays: dict[str, np.ndarray], count: int | None)
     """The names of the classes that labels are numbers of. count: of pictures, where it is known."""
     labels = arrays["labels"]
     _check_labels(path, labels, labels.size if count is None else count)
-    largest = int(labels.max(initial=NO_LABEL))
+    largest = int(labels.max()) if labels.size else NO_LABEL
     names = arrays.get("class_names")
     if names is None:
         if largest >= max(MOST_SPARSE, labels.size):
