@@ -1,6 +1,7 @@
 """Picture files as cameras, old programs and strangers make them: right pixels, or a refusal by name, never more."""
 
 import io
+import os
 import struct
 import subprocess
 import sys
@@ -34,6 +35,7 @@ FORMATS = {
     "JPEG": {"quality": 100, "subsampling": 0, "comment": b"a note"},
     "PNG": {"dpi": (72, 72)},
     "WEBP": {"lossless": True},
+    "TIFF": {},
 }
 
 
@@ -71,7 +73,7 @@ ODD_EXIF = {
 }
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("odd", ODD_EXIF)
 def test_odd_exif_turns_pictures_and_refuses_none(tmp_path, name, odd):
     content = saved(name, exif_of(**ODD_EXIF[odd]))
@@ -79,17 +81,20 @@ def test_odd_exif_turns_pictures_and_refuses_none(tmp_path, name, odd):
     assert picture_size(tmp_path / "a.png") == (12, 8)
 
 
+@pytest.mark.parametrize("name", ["PNG", "TIFF"])
 @pytest.mark.parametrize("orientation", TURNS)
-def test_every_orientation_is_turned_upright(tmp_path, orientation):
+def test_every_orientation_is_turned_upright(tmp_path, orientation, name):
     upright = TURNS[orientation](PIXELS)
-    content = saved("PNG", exif_of(orientation))
+    content = saved(name, exif_of(orientation))
+    (tmp_path / "a.png").write_bytes(content)
+    assert picture_size(tmp_path / "a.png") == upright.shape[:2]
     np.testing.assert_array_equal(read(tmp_path / "a.png", content, upright.shape[:2]), upright)
     # Of an uneven rest that is cut away, the middle is the one of the upright picture.
     expected = np.asarray(fit(Image.fromarray(np.ascontiguousarray(upright)), (5, 4), "center"))
     assert np.abs(read(tmp_path / "a.png", content, (5, 4), crop="center") - expected).max() <= 1
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", ["JPEG", "PNG", "WEBP"])
 def test_bytes_of_metadata_may_be_anything(tmp_path, name):
     rng = np.random.default_rng(0)
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -106,6 +111,27 @@ def test_bytes_of_metadata_may_be_anything(tmp_path, name):
         assert np.abs(read(tmp_path / "a.png", changed) - TURNS[6](PIXELS)).max() <= LOSSY
         changed[rng.integers(begin, tags)] = rng.integers(256)
         read(tmp_path / "a.png", changed)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        [(0x8769, 4, 1, 0xFFFFFFF0)],  # where EXIF is: beyond the file
+        [(0x8769, 2, 4, 0x41414141)],  # as text
+        [(0x8769, 4, 1, 8)],  # in this directory
+        [(0x8649, 1, 0xFFFFFFF0, 8)],  # Photoshop's notes, huge
+        [(0x011A, 2, 4, 0x303033), (0x011B, 2, 4, 0x303033), (0x0128, 3, 1, 3)],  # dots per centimetre as text
+    ],
+    ids=["beyond", "text", "loop", "huge", "resolution"],
+)
+def test_odd_tags_of_a_tiff_refuse_no_pixels(tmp_path, odd):
+    """A directory by hand: of pixels without compression, turned, and one odd tag."""
+    tags = [(256, 3, 1, 12), (257, 3, 1, 8), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1), (273, 4, 1, 200)]
+    tags += [(274, 3, 1, 6), (277, 3, 1, 1), (278, 3, 1, 8), (279, 4, 1, 96), *odd]
+    body = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in sorted(tags)) + bytes(4)
+    content = (b"II*\0" + struct.pack("<I", 8) + body).ljust(200, b"\0") + PIXELS[..., 1].tobytes()
+    np.testing.assert_array_equal(read(tmp_path / "a.tif", content, channels=1)[..., 0], TURNS[6](PIXELS[..., 1]))
+    assert picture_size(tmp_path / "a.tif") == (12, 8)
 
 
 def chunk(name, body, crc=None):
@@ -253,3 +279,11 @@ def test_hidden_pixels_are_white_at_every_depth(tmp_path, kind, channels):
     pixels = read(tmp_path / "a.png", content, (1, 2), channels)
     assert (pixels[0, 0] == 255).all()
     assert (pixels[0, 1] == level).all()
+
+
+def test_what_is_no_file_is_refused_without_waiting_for_it(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    for name in ("pipe.png", "", "nowhere.png"):
+        for call in (lambda p: read_picture(p, size=(8, 8), channels=1, crop="center"), picture_size):
+            with pytest.raises(UnreadablePicture, match=str(tmp_path / name)):
+                call(tmp_path / name)

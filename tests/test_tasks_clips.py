@@ -168,6 +168,10 @@ def test_no_more_is_given_than_leaves_a_frame_to_draw(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             clips.read_given(experiment, flow, str(tmp_path / name), frames=asked)
+    for name, content in (("b.mp4", b"no video"), ("b.mkv", b""), ("b.png", b"%!PS-Adobe-3.0\n"), ("b.jpg", b"")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=rf"--given cannot be read: .*{name}"):
+            clips.read_given(experiment, flow, str(tmp_path / name), frames=6)
     # Shown for longer than others, the last frame is given as often.
     shown = [pillow().fromarray(frame[..., 0]) for frame in frames[:3]]
     shown[0].save(tmp_path / "slow.gif", save_all=True, append_images=shown[1:], duration=[250, 250, 1000])

@@ -210,7 +210,7 @@ def test_prompts_are_drawn(text_run, tmp_path):
         two = arrays["images"]
         assert two.shape == (2, 8, 8, 1)
         assert arrays["prompts"].tolist() == ["3", "7"]
-    (tmp_path / "prompts.txt").write_text("3\n\n7\n")
+    (tmp_path / "prompts.txt").write_text("3\n\n7\n", encoding="utf-8-sig")  # with a byte order mark
     assert main([*words, "--prompts", str(tmp_path / "prompts.txt"), "--num", "4"]) == 0
     with np.load(out) as arrays:
         assert_close(arrays["images"][:2], two, NETWORK)

@@ -87,27 +87,33 @@ def picture_size(path: str | os.PathLike[str]) -> tuple[int, int]:
 
 def _of_picture(path: str | os.PathLike[str], use: Callable[[Image, Turn], T]) -> T:
     """What `use` makes of an open picture and its turn, at the second try without the metadata."""
+    if Path(path).exists() and not Path(path).is_file():
+        raise UnreadablePicture(f"'{path}' (no file)")
     try:
-        with _opened(path, path) as image:
+        with _opened(path) as image:
             return use(image, picture_turn(image))
     except UnreadablePicture:
-        plain = without_metadata(Path(path).read_bytes()) if Path(path).is_file() else None
+        plain = without_metadata(Path(path).read_bytes()) if os.access(path, os.R_OK) else None
         if plain is None:
             raise
     content, turn = plain
-    with _opened(path, io.BytesIO(content)) as image:
+    with _opened(path, content) as image:
         return use(image, turn)
 
 
 @contextlib.contextmanager
-def _opened(path: str | os.PathLike[str], file: str | os.PathLike[str] | io.BytesIO) -> Generator[Image]:
-    """Yields an open picture; what Pillow raises meanwhile becomes UnreadablePicture. path: for the message."""
+def _opened(path: str | os.PathLike[str], content: bytes | None = None) -> Generator[Image]:
+    """Yields an open picture; what Pillow raises meanwhile becomes UnreadablePicture. content: what is read instead."""
     module = pillow()
     import PIL
 
     try:
-        # With the formats named, no file can start a program that Pillow knows for its format, as PostScript does.
-        with module.open(file, formats=image_formats()) as image:
+        # Given a name, Pillow would map the file into memory, in which it forgets that a TIFF is turned. Given the
+        # formats, no file can start a program that Pillow knows for its format, as PostScript does.
+        with (
+            open(path, "rb") if content is None else io.BytesIO(content) as file,
+            module.open(file, formats=image_formats()) as image,
+        ):
             count, most = image.width * image.height, _MOST_OF_WEBP if image.format == "WEBP" else _MOST_PIXELS
             if count > most:
                 raise module.DecompressionBombError(f"{count:,} pixels, of {most:,} at most")

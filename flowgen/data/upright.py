@@ -18,6 +18,12 @@ _ORIENTATION = 0x0112
 _INTEGERS = {1: "B", 3: "H", 4: "I", 6: "b", 8: "h", 9: "i"}
 _JPEG, _PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
 _EXIF = b"Exif\0\0"
+_TIFF = {b"II*\0": "<", b"MM\0*": ">"}
+# Tags of a TIFF that its pixels depend on, among them the orientation.
+_TIFF_PIXELS = {
+    *(254, 255, 256, 257, 258, 259, 262, 263, 266, 273, _ORIENTATION, 277, 278, 279, 284, 292, 293, 317, 320),
+    *(322, 323, 324, 325, 330, 338, 339, 347, 512, 513, 514, 530, 531, 532),
+}
 # Chunks of a PNG that its pixels depend on.
 _PNG_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 
@@ -106,8 +112,8 @@ def picture_turn(image: Image) -> Turn:
 
 
 def without_metadata(content: bytes) -> tuple[bytes, Turn] | None:
-    """Returns a JPEG or PNG file without anything that its pixels do not need, and the turn that its EXIF asked for;
-    None for other files.
+    """Returns a JPEG, PNG or TIFF file without anything that its pixels do not need, and the turn that its EXIF asked
+    for; None for other files.
 
     Example:
         plain, turn = without_metadata(Path("cat.jpg").read_bytes())
@@ -116,6 +122,8 @@ def without_metadata(content: bytes) -> tuple[bytes, Turn] | None:
         kept, exif = _plain_jpeg(content)
     elif content.startswith(_PNG):
         kept, exif = _plain_png(content)
+    elif content[:4] in _TIFF:
+        kept, exif = _plain_tiff(content, _TIFF[content[:4]]), b""
     else:
         return None
     return kept, exif_turn(exif)
@@ -150,3 +158,15 @@ def _plain_png(content: bytes) -> tuple[bytes, bytes]:
             exif = content[at + 8 : end - 4]
         at = end
     return b"".join(kept), exif
+
+
+def _plain_tiff(content: bytes, order: str) -> bytes:
+    """The file with its first directory alone, and in it the tags of pixels alone."""
+    if len(content) < 8 or (at := struct.unpack_from(f"{order}I", content, 4)[0]) + 2 > len(content):
+        return content
+    (count,) = struct.unpack_from(f"{order}H", content, at)
+    end = min(at + 2 + 12 * count, len(content))
+    entries = [content[place : place + 12] for place in range(at + 2, end - 11, 12)]
+    kept = [entry for entry in entries if struct.unpack_from(f"{order}H", entry)[0] in _TIFF_PIXELS]
+    directory = struct.pack(f"{order}H", len(kept)) + b"".join(kept)
+    return content[:at] + directory.ljust(end + 4 - at, b"\0") + content[end + 4 :]

@@ -13,23 +13,9 @@ from jaxtyping import Float, UInt8
 
 from flowgen.data.media import atomic_file, check_writable, pillow
 from flowgen.data.pictures import Crop, fit
-from flowgen.data.video_streams import (
-    BT709,
-    LIMITED_RANGE,
-    SAME_TIME,
-    UnreadableVideo,
-    av,
-    frame_pixels,
-    frame_turn,
-    last_end,
-    opened,
-    packets,
-    pixel_aspect,
-    rate_of,
-    shown_frames,
-    time_of,
-    to_bt709,
-)
+from flowgen.data.upright import Turn
+from flowgen.data.video_frames import BT709, LIMITED_RANGE, frame_pixels, frame_turn, to_bt709
+from flowgen.data.video_streams import SAME_TIME, UnreadableVideo, av, last_end, opened, shown_frames
 
 VIDEO_SUFFIXES = (".mp4", ".gif")  # that are written
 READABLE = (
@@ -50,8 +36,8 @@ def video_length(path: str | os.PathLike[str]) -> tuple[float, float]:
     Example:
         seconds, fps = video_length("clip.mp4")
     """
-    with opened(path) as (container, stream):
-        return last_end(container, stream, path), rate_of(stream, path)
+    with opened(path) as video:
+        return last_end(path), video.rate
 
 
 def video_size(path: str | os.PathLike[str]) -> tuple[int, int]:
@@ -60,9 +46,8 @@ def video_size(path: str | os.PathLike[str]) -> tuple[int, int]:
     Example:
         height, width = video_size("clip.mp4")
     """
-    for shown, stream in shown_frames(path):
-        frame = shown.frame
-        return frame_turn(frame).size(frame.height, max(1, round(frame.width * pixel_aspect(stream))))
+    for (frame, _, _), video in shown_frames(path):
+        return frame_turn(frame).size(frame.height, max(1, round(frame.width * video.pixel_aspect)))
     raise UnreadableVideo(path, "has no pictures in it that can be decoded", "give a video")
 
 
@@ -76,10 +61,9 @@ def frame_times(path: str | os.PathLike[str], *, fps: float | int | None = None)
         starts = frame_times("clip.mp4", fps=8)[:-16]  # of clips of 17 frames
     """
     if fps is None:
-        with opened(path) as (container, stream):
-            times = [time_of(stream, packet) for packet, whole in packets(container, stream) if whole]
-        return np.array(sorted(time for time in times if time is not None))
-    seconds, _ = video_length(path)
+        with opened(path) as video:
+            return np.array([at for at, _ in video.whole_packets()])
+    seconds = last_end(path)
     # A quarter of a frame may be missing at the end, of which files that count milliseconds round off some.
     count = math.floor(seconds * fps + 0.25)
     if count > os.path.getsize(path) + _TIMES:
@@ -109,13 +93,16 @@ def read_clip(
     """
     out: list[np.ndarray] = []
     times: np.ndarray | None = None
-    for (frame, at, until), stream in shown_frames(path, start):
+    turn: Turn | None = None
+    for (frame, at, until), video in shown_frames(path, start):
+        # As FFmpeg does, the first frame tells for all. One that was asked stays in memory until garbage is collected.
+        turn = frame_turn(frame) if turn is None else turn
         if fps is not None and times is None:
             # Asked for up to half a frame late, against rounding of the frames' times.
-            times = start + np.arange(frames) / fps + 0.5 / max(rate_of(stream, path), fps)
+            times = start + np.arange(frames) / fps + 0.5 / max(video.rate, fps)
         count = int(at > start - SAME_TIME if times is None else (times[len(out) :] < until).sum())
         if count:
-            out += [_upright(frame, pixel_aspect(stream), image_size, channels, crop)] * count
+            out += [_upright(frame, turn, video.pixel_aspect, image_size, channels, crop)] * count
         if len(out) == frames:
             return np.stack(out)
     at_fps = "" if fps is None else f" at {fps:g} fps"
@@ -177,11 +164,10 @@ def check_video_path(path: str | os.PathLike[str]) -> None:
 
 
 def _upright(
-    frame: Any, aspect: float, size: tuple[int, int], channels: int, crop: Crop
+    frame: Any, turn: Turn, aspect: float, size: tuple[int, int], channels: int, crop: Crop
 ) -> UInt8[np.ndarray, "height width c"]:
     """A frame at a size, upright, its pixels made square."""
-    turn = frame_turn(frame)
-    image = pillow().fromarray(np.ascontiguousarray(turn.apply(frame_pixels(frame))))
+    image = pillow().fromarray(np.ascontiguousarray(turn.apply(frame_pixels(frame, max(size)))))
     if channels == 1:
         image = image.convert("L")
     fitted = fit(image, size, crop, pixel_aspect=1 / aspect if turn.swap else aspect)

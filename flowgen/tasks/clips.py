@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ from flowgen.data import ClipsConfig, from_uint8
 from flowgen.data.buckets import BucketedSource
 from flowgen.data.latents import LatentSource
 from flowgen.data.loader import fixed_batches
-from flowgen.data.pictures import UnreadablePicture, picture_size, read_picture
+from flowgen.data.pictures import picture_size, read_picture
 from flowgen.data.sources import Batch, Source, Split
+from flowgen.data.unreadable import Unreadable
 from flowgen.data.video import READABLE, frame_times, read_clip, video_size
 from flowgen.decoding import Denoiser, sample_clips
 from flowgen.evaluation import flow_bits_per_dim, flow_nats_per_dim
@@ -226,8 +228,11 @@ def read_given(
     """
     codec = clip_codec_of(experiment)
     height, width = (length * codec.factor for length in flow.config.grid_size)
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"There is no file '{path}'; give a picture or a video with --given.")
     is_video, fps = Path(path).suffix.lower() in READABLE, experiment.data.fps or None
-    known = max(1, len(frame_times(path, fps=fps))) if is_video else 1
+    with _naming_given():
+        known = max(1, len(frame_times(path, fps=fps))) if is_video else 1
     if frames is not None:
         known = min(known, max(1, frames - 1))
     known = 1 + (known - 1) // codec.stride * codec.stride
@@ -237,17 +242,13 @@ def read_given(
             f"--given {path} has {known} picture{'s' * (known > 1)}, and clips of --frames {total} begin with fewer; "
             f"ask for more with --frames {known + codec.stride}."
         )
-    if is_video:
-        size = video_size(path)
-        clip = read_clip(path, known, (height, width), codec.pixel_channels, fps=fps)
-    else:
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"There is no file '{path}'; give a picture or a video with --given.")
-        try:
+    with _naming_given():
+        if is_video:
+            size = video_size(path)
+            clip = read_clip(path, known, (height, width), codec.pixel_channels, fps=fps)
+        else:
             size = picture_size(path)
             clip = read_picture(path, size=(height, width), channels=codec.pixel_channels, crop="center")[None]
-        except UnreadablePicture as error:
-            raise ValueError(f"--given cannot be read: {error}; give a picture or a video.") from error
     kept = size[1] / size[0] / (width / height)
     if min(kept, 1 / kept) < LEAST_KEPT:
         raise ValueError(
@@ -255,6 +256,15 @@ def read_given(
             "for which much of it would be cut off; crop it, or give another --aspect."
         )
     return np.asarray(from_uint8(clip))
+
+
+@contextlib.contextmanager
+def _naming_given() -> Generator[None]:
+    """Names the option that brought a file that cannot be read."""
+    try:
+        yield
+    except Unreadable as error:
+        raise ValueError(f"--given cannot be read: {error.named}; give a picture or a video.") from error
 
 
 def _with_noise(flow: Any, clean: np.ndarray, key: jax.Array, first: int) -> jax.Array:

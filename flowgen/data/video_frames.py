@@ -1,0 +1,76 @@
+"""Pixels of decoded frames: upright, in the colours that a video names, and back for a video that is written."""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+
+from flowgen.data.media import pillow
+from flowgen.data.pictures import on_white
+from flowgen.data.upright import Turn
+from flowgen.data.video_streams import av
+
+# Numbers of colour spaces in FFmpeg's frames and, behind the colon, in its scaler.
+_SPACES = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9, 10: 9}
+BT709, _BT601 = 1, 5
+LIMITED_RANGE, _FULL_RANGE = 1, 2
+# Pixels of a frame beyond which it is shrunk before it is resized: more than 4096 x 2048.
+_LARGE = 1 << 23
+
+
+def frame_turn(frame: Any) -> Turn:
+    """Returns the turn and mirror of a frame's display matrix, to the nearest right angle."""
+    for data in frame.side_data:
+        if data.type.name == "DISPLAYMATRIX":
+            # A point (x, y) is shown at (a x + c y, b x + d y).
+            a, b, _, c, d, *_ = struct.unpack("=9i", bytes(data))
+            if abs(a) + abs(d) >= abs(b) + abs(c):
+                return Turn(mirror_x=a < 0, mirror_y=d < 0)
+            return Turn(swap=True, mirror_x=c < 0, mirror_y=b < 0)
+    return Turn()
+
+
+def frame_pixels(frame: Any, least: int | None = None) -> UInt8[np.ndarray, "height width 3"]:
+    """Returns the RGB pixels of a frame as they are stored, on white where they are transparent.
+
+    least: of both sides; a frame beyond 4096 x 2048 is shrunk by a whole number to no less than twice this, which saves
+    most of its memory.
+
+    The matrix between YCbCr and RGB is the one that the frame names; without a name it is BT.709 for high definition
+    (1280 x 577 and up) and BT.601 below, as players have it.
+    """
+    high = frame.width >= 1280 or frame.height > 576
+    full = frame.color_range == _FULL_RANGE or frame.format.name.startswith("yuvj")
+    colours: dict[str, Any] = {
+        "src_colorspace": _SPACES.get(frame.colorspace, BT709 if high else _BT601),
+        "dst_colorspace": _BT601,
+        "src_color_range": _FULL_RANGE if full else LIMITED_RANGE,
+        "dst_color_range": _FULL_RANGE,
+    }
+    if least is not None and frame.width * frame.height > _LARGE:
+        shrink = max(1, min(frame.width, frame.height) // (2 * least))
+        colours |= {"width": frame.width // shrink, "height": frame.height // shrink, "interpolation": "AREA"}
+    if not frame.format.has_palette and not any(part.is_alpha for part in frame.format.components):
+        return frame.to_ndarray(format="rgb24", **colours)
+    image = pillow().fromarray(frame.to_ndarray(format="rgba", **colours))
+    return np.asarray(on_white(image).convert("RGB"))
+
+
+def to_bt709(pixels: UInt8[np.ndarray, "height width 3"]) -> Any:
+    """Returns a frame of RGB pixels in YCbCr, by the matrix of BT.709 in its limited range."""
+    frame = (
+        av()
+        .VideoFrame.from_ndarray(pixels, format="rgb24")
+        .reformat(
+            format="yuv420p",
+            src_colorspace=_BT601,
+            dst_colorspace=BT709,
+            src_color_range=_FULL_RANGE,
+            dst_color_range=LIMITED_RANGE,
+        )
+    )
+    frame.colorspace, frame.color_range = BT709, LIMITED_RANGE
+    return frame

@@ -1,0 +1,459 @@
+"""Video files as telephones, old programs and full disks make them: the right frames, or a refusal by name."""
+
+import socket
+import struct
+import subprocess
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from flowgen.data import ClipsConfig, load_clips
+from flowgen.data.media import pillow
+from flowgen.data.video import UnreadableVideo, av, frame_times, read_clip, video_length, video_size, write_video
+
+# What H.264 at a high quality loses of blocks of 8 pixels in many colours, and of wide stripes, of 255.
+LOSSY, LOSSY_COLOUR = 40, 4
+SIZE = (32, 48)
+
+
+def blocks(count, seed=0):
+    """Frames of which none is like another, in blocks that compress well."""
+    colours = np.random.default_rng(seed).integers(0, 256, (count, SIZE[0] // 8, SIZE[1] // 8, 1))
+    return colours.repeat(8, axis=1).repeat(8, axis=2).repeat(3, axis=3).astype(np.uint8)
+
+
+def encode(path, frames, codec="libx264", pixels="yuv420p", *, rate=10, at=None, container=(), **options):
+    """Writes frames as others do, at times of their own in milliseconds if they are given."""
+    with av().open(path, "w", options=dict(container)) as file:
+        stream = file.add_stream(codec, rate=rate, options=options)
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], pixels
+        if at is not None:
+            stream.codec_context.time_base = Fraction(1, 1000)
+        for number, picture in enumerate(frames):
+            frame = av().VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+            if at is not None:
+                frame.pts, frame.time_base = at[number], Fraction(1, 1000)
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+    return path
+
+
+def is_close(clip, frames, atol=LOSSY):
+    return np.abs(clip.astype(int) - frames).max() <= atol
+
+
+ONE = blocks(1)
+FORTY = blocks(40)
+FINE = {"crf": "4", "g": "10"}
+# Name: how it is written, its frames, and the seconds that it lasts.
+ODD = {
+    "b frames.avi": (lambda p: encode(p, FORTY, **FINE), FORTY, 4.0),
+    "b frames of mpeg4.avi": (lambda p: encode(p, FORTY, "mpeg4", bf="2", qmax="2"), FORTY, 4.0),
+    "transport stream.ts": (lambda p: encode(p, FORTY, **FINE), FORTY, 4.0),
+    "programme stream.mpg": (lambda p: encode(p, FORTY, "mpeg2video", rate=25, qmax="2"), FORTY, 1.6),
+    "flash.flv": (lambda p: encode(p, FORTY, **FINE), FORTY, 4.0),
+    "fragments.mp4": (
+        lambda p: encode(p, FORTY, container={"movflags": "frag_keyframe+empty_moov"}, **FINE),
+        FORTY,
+        4.0,
+    ),
+    "vp9.webm": (lambda p: encode(p, FORTY, "libvpx-vp9", crf="4", b="0"), FORTY, 4.0),
+    "ten bits.mkv": (lambda p: encode(p, FORTY, "libx264", "yuv420p10le", **FINE), FORTY, 4.0),
+    "without loss.mkv": (lambda p: encode(p, FORTY, "ffv1", "bgr0"), FORTY, 4.0),
+    "one frame.mp4": (lambda p: encode(p, ONE, **FINE), ONE, 0.1),
+    "uneven.mkv": (lambda p: encode(p, FORTY[:5], at=[0, 40, 500, 1500, 1540], rate=30, **FINE), FORTY[:5], 1.573),
+    "odd sides.mkv": (lambda p: encode(p, FORTY[:, :31, :47], "ffv1", "bgr0"), FORTY[:, :31, :47], 4.0),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_videos_have_their_frames_and_last_as_long_as_they_should(tmp_path, name):
+    write, frames, seconds = ODD[name]
+    path, size = tmp_path / name, frames.shape[1:3]
+    write(path)
+    assert video_size(path) == size
+    assert video_length(path)[0] == pytest.approx(seconds, abs=0.03)
+    times = frame_times(path)
+    assert len(times) == len(frames)
+    assert is_close(read_clip(path, len(frames), size, 3), frames)
+    middle = len(frames) // 2
+    assert is_close(read_clip(path, len(frames) - middle, size, 3, start=times[middle]), frames[middle:])
+    assert is_close(read_clip(path, 1, size, 3, fps=10, start=times[-1]), frames[-1:])
+
+
+def test_a_mov_may_say_that_it_begins_later_than_its_first_packet(tmp_path):
+    """What an edit list cuts off is not shown."""
+    path = encode(tmp_path / "a.mp4", FORTY, **FINE)
+    content = bytearray(path.read_bytes())
+    entry = content.index(b"elst") + 12
+    duration, begin = struct.unpack_from(">Ii", content, entry)
+    scale = struct.unpack_from(">I", content, content.index(b"mdhd") + 16)[0]
+    struct.pack_into(">Ii", content, entry, duration // 2, begin + scale)  # From second 1 to 3.
+    path.write_bytes(content)
+    assert len(frame_times(path)) == 20
+    assert is_close(read_clip(path, 20, SIZE, 3), FORTY[10:30])
+
+
+CONTAINERS = {
+    "a.avi": {"codec": "mpeg4", "qmax": "2"},
+    "b.avi": FINE,
+    "a.mkv": FINE,
+    "a.ts": FINE,
+    "fragments.mp4": {"container": {"movflags": "frag_keyframe+empty_moov"}, **FINE},
+    "index in front.mp4": {"container": {"movflags": "faststart"}, **FINE},
+}
+
+
+@pytest.mark.parametrize("fps", [0, 5.0])
+@pytest.mark.parametrize("name", CONTAINERS)
+@pytest.mark.parametrize("kept", [0.65, 0.8])
+def test_a_video_that_was_cut_off_ends_with_its_last_whole_frame(tmp_path, name, kept, fps):
+    path = encode(tmp_path / name, FORTY, **CONTAINERS[name])
+    content = path.read_bytes()
+    path.write_bytes(content[: int(kept * len(content))])
+    times = frame_times(path, fps=fps or None)
+    assert 0 < len(times) < 52 * kept * (fps or 10) / 10
+    clip = read_clip(path, len(times), SIZE, 3, fps=fps or None)
+    # Where a frame is missing before the end, for it was to come later in the file, the one before is shown on.
+    whole = frame_times(path)
+    shown = whole[np.searchsorted(whole, times + 0.01) - 1]
+    assert is_close(clip, FORTY[np.rint(10 * shown).astype(int)])
+    assert np.diff(shown).max() < 0.25
+    source = load_clips(
+        ClipsConfig("folder", path=str(tmp_path), fps=fps, eval_fraction=0.0),
+        frames=2,
+        image_size=SIZE,
+        channels=3,
+        split="train",
+    )
+    assert len(source) == len(times) // 2
+
+
+def test_a_programme_stream_that_was_cut_off_is_read_up_to_its_last_frame(tmp_path):
+    """Its packets have no length, so that only their decoder notices."""
+    path = encode(tmp_path / "a.mpg", FORTY, "mpeg2video", rate=25, qmax="2")
+    path.write_bytes(path.read_bytes()[: int(0.65 * path.stat().st_size)])
+    times = frame_times(path)
+    assert 10 < len(times) < 30
+    assert is_close(read_clip(path, len(times) - 2, SIZE, 3), FORTY[: len(times) - 2])
+
+
+def damaged(path):
+    """Breaks some frames in the middle of a video of 40 that has a key frame every 10."""
+    encode(path, FORTY, **FINE)
+    with av().open(str(path)) as container:
+        broken = [
+            packet
+            for packet in container.demux(video=0)
+            if packet.size and 1.2 <= float(packet.pts * packet.time_base) < 1.4
+        ]
+        places = [(packet.pos, packet.size) for packet in broken]
+    content = bytearray(path.read_bytes())
+    for at, size in places:
+        content[at + 5 : at + size] = bytes(size - 5)
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_videos_that_cannot_be_read_are_named_together_or_left_out(tmp_path, caplog, in_memory):
+    for name in "ad":
+        encode(tmp_path / f"{name}.mp4", FORTY, **FINE)
+    damaged(tmp_path / "b.mp4")
+    (tmp_path / "c.mp4").write_bytes(b"nothing")
+    (tmp_path / "e.mp4").write_bytes(b"")
+    for name in "abcde":
+        (tmp_path / f"{name}.txt").write_text(f"video {name}", encoding="utf-8-sig")
+    config = {"source": "folder", "path": str(tmp_path), "fps": 10, "eval_fraction": 0.0}
+    shape = {"frames": 10, "image_size": SIZE, "channels": 3, "split": "train"}
+    with pytest.raises(ValueError, match=r"data\.path holds 2 videos .*c\.mp4.*e\.mp4.*data\.on_corrupt to 'skip'"):
+        load_clips(ClipsConfig(**config), **shape)
+    config |= {"on_corrupt": "skip", "in_memory_bytes": 2 << 30 if in_memory else 0}
+    source = load_clips(ClipsConfig(**config), **shape)
+    assert "c.mp4" in caplog.text
+    assert "e.mp4" in caplog.text
+    if in_memory:
+        assert "b.mp4" in caplog.text
+        # Of the damaged one, the second with the damage is left out alone.
+        assert source.captions == ("video a",) * 4 + ("video b",) * 3 + ("video d",) * 4
+        assert is_close(source[np.arange(len(source))]["image"][4], FORTY[:10])
+        return
+    assert len(source) == 12
+    with pytest.raises(ValueError, match=r"data\.path holds 1 video .*b\.mp4' is damaged at second 1\."):
+        source[np.arange(12)]  # with captions, none may stand in for it
+    for text in tmp_path.glob("*.txt"):
+        text.unlink()
+    source = load_clips(ClipsConfig(**config), **shape)
+    caplog.clear()
+    batch = source[np.array([4, 5, 6])]["image"]
+    assert is_close(batch[1], FORTY[20:30])
+    np.testing.assert_array_equal(batch[1], batch[2])
+    assert caplog.text.count("b.mp4") == 1
+    source[np.array([5])]
+    assert caplog.text.count("b.mp4") == 1
+
+
+def test_all_videos_unreadable_are_refused_even_if_they_may_be_left_out(tmp_path):
+    for name in "abcdefg":
+        (tmp_path / f"{name}.mp4").write_bytes(b"nothing")
+    config = ClipsConfig("folder", path=str(tmp_path), on_corrupt="skip", eval_fraction=0.0)
+    with pytest.raises(ValueError, match=r"data\.path holds 7 videos that cannot be read: .*e\.mp4.* and 2 more"):
+        load_clips(config, frames=2, image_size=SIZE, channels=3, split="train")
+
+
+SIGNS = [(1, 1), (1, -1), (-1, 1), (-1, -1)]
+MATRICES = [(a, 0, 0, d) for a, d in SIGNS] + [(0, b, c, 0) for b, c in SIGNS]
+
+
+@pytest.mark.parametrize("matrix", MATRICES, ids=str)
+def test_the_whole_display_matrix_is_applied(tmp_path, matrix):
+    """All eight turns and mirrors: pixel (x, y) is shown at (a x + c y, b x + d y), moved back into the picture."""
+    a, b, c, d = matrix
+    frames = np.zeros((2, 32, 64, 3), np.uint8)
+    frames[:, :8] = 255
+    frames[:, :, :24] //= 2
+    frames[:, 24:, 48:] = 200
+    path = tmp_path / "a.mp4"
+    write_video(path, frames)
+    content = bytearray(path.read_bytes())
+    begin = content.index(b"tkhd") + 44
+    values = (a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30)
+    content[begin : begin + 36] = struct.pack(">9i", *values)
+    path.write_bytes(content)
+    y, x = np.indices((32, 64))
+    right, down = a * x + c * y, b * x + d * y
+    right, down = right - right.min(), down - down.min()
+    upright = np.zeros((down.max() + 1, right.max() + 1, 3), np.uint8)
+    upright[down, right] = frames[0]
+    assert video_size(path) == upright.shape[:2]
+    assert is_close(read_clip(path, 2, upright.shape[:2], 3), upright, 20)
+
+
+# Stripes of 16 pixels, and how much red and blue count for in the luma of each standard.
+STRIPES = np.array(
+    [
+        [255, 0, 0],
+        [0, 255, 0],
+        [0, 0, 255],
+        [255, 255, 0],
+        [0, 255, 255],
+        [255, 0, 255],
+        [128, 128, 128],
+        [255, 255, 255],
+    ]
+)
+BT601, BT709, BT2020 = (0.299, 0.114), (0.2126, 0.0722), (0.2627, 0.0593)
+COLOURS = {
+    "BT.601": (BT601, 6, False, (64, 128)),
+    "BT.470": (BT601, 5, False, (64, 128)),
+    "BT.709": (BT709, 1, False, (64, 128)),
+    "BT.2020": (BT2020, 9, False, (64, 128)),
+    "BT.601, full range": (BT601, 6, True, (64, 128)),
+    "BT.709, full range": (BT709, 1, True, (64, 128)),
+    "small, unnamed": (BT601, None, False, (64, 128)),
+    "high definition, unnamed": (BT709, None, False, (720, 1280)),
+    "high definition, BT.601": (BT601, 6, False, (720, 1280)),
+}
+
+
+def striped(path, luma, space, full, size):
+    """Writes stripes in YCbCr that was calculated here, in float64."""
+    (red, blue), (height, width) = luma, size
+    to_y = np.array([red, 1 - red - blue, blue])
+    rgb = STRIPES.repeat(width // 8, axis=0) / 255
+    y = rgb @ to_y
+    cb, cr = (rgb[:, 2] - y) / (2 * (1 - blue)), (rgb[:, 0] - y) / (2 * (1 - red))
+    ranges = ((255, 0), (255, 128), (255, 128)) if full else ((219, 16), (224, 128), (224, 128))
+    frame = av().VideoFrame(width, height, "yuv420p")
+    for number, (plane, levels) in enumerate(zip(frame.planes, (y, cb, cr), strict=True)):
+        scale, offset = ranges[number]
+        row = np.clip(np.rint(levels * scale + offset), 0, 255).astype(np.uint8)[:: 2 if number else 1]
+        rows = np.zeros((plane.height, plane.line_size), np.uint8)
+        rows[:, : plane.width] = row
+        plane.update(rows)
+    with av().open(path, "w") as container:
+        stream = container.add_stream("libx264", rate=8, options={"crf": "4"})
+        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+        if space is not None:
+            frame.colorspace = stream.codec_context.colorspace = space
+            frame.color_range = stream.codec_context.color_range = 2 if full else 1
+        frame.pts = 0
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+@pytest.mark.parametrize("name", COLOURS)
+def test_colours_are_those_of_the_standard_that_a_video_names(tmp_path, name):
+    path, size = tmp_path / "a.mp4", COLOURS[name][-1]
+    striped(path, *COLOURS[name])
+    middles = read_clip(path, 1, size, 3)[0, size[0] // 2, size[1] // 16 :: size[1] // 8]
+    assert np.abs(middles.astype(int) - STRIPES).max() <= LOSSY_COLOUR
+    grey = read_clip(path, 1, size, 1)[0, size[0] // 2, size[1] // 16 :: size[1] // 8, 0]
+    assert np.abs(grey - STRIPES @ (0.299, 0.587, 0.114)).max() <= LOSSY_COLOUR  # as of pictures
+
+
+@pytest.mark.parametrize("size", [(64, 128), (720, 1280)])
+def test_what_is_written_names_its_colours_and_has_them(tmp_path, size):
+    path = tmp_path / "a.mp4"
+    frames = np.broadcast_to(STRIPES.repeat(size[1] // 8, axis=0), (2, *size, 3)).astype(np.uint8)
+    write_video(path, frames)
+    with av().open(str(path)) as container:
+        frame = next(container.decode(video=0))
+        assert (frame.colorspace, frame.color_range) == (1, 1)
+        luma = frame.to_ndarray()[size[0] // 2, size[1] // 16 : size[1] : size[1] // 8]
+    assert np.abs(luma - (16 + 219 / 255 * STRIPES @ (0.2126, 0.7152, 0.0722))).max() <= LOSSY_COLOUR
+    middles = read_clip(path, 1, size, 3)[0, size[0] // 2, size[1] // 16 :: size[1] // 8]
+    assert np.abs(middles.astype(int) - STRIPES).max() <= LOSSY_COLOUR
+
+
+def test_transparent_pixels_of_a_video_are_white(tmp_path):
+    pixels = np.full((1, *SIZE, 4), 80, np.uint8)
+    pixels[:, :, :24, 3], pixels[:, :, 24:, 3] = 0, 255
+    with av().open(tmp_path / "a.mov", "w") as container:
+        stream = container.add_stream("qtrle", rate=8)
+        stream.height, stream.width, stream.pix_fmt = *SIZE, "argb"
+        container.mux(stream.encode(av().VideoFrame.from_ndarray(pixels[0], format="rgba")))
+        container.mux(stream.encode())
+    clip = read_clip(tmp_path / "a.mov", 1, SIZE, 3)[0]
+    assert (clip[:, :24] == 255).all()
+    assert (clip[:, 24:] == 80).all()
+
+
+def test_pixels_of_any_aspect_are_made_square(tmp_path):
+    path = encode(tmp_path / "a.mp4", FORTY[:2], **FINE, **{"x264-params": "sar=16/1"})
+    assert video_size(path) == (32, 768)
+    assert read_clip(path, 2, (16, 16), 3).shape == (2, 16, 16, 3)
+
+
+def claiming(path, **changes):
+    """Writes a Matroska file that claims another length."""
+    encode(path, FORTY[:4], **FINE)
+    content = bytearray(path.read_bytes())
+    at = content.index(b"\x44\x89\x88") + 3  # The duration, a float of 8 bytes, in milliseconds.
+    struct.pack_into(">d", content, at, 8 * 365.25 * 86_400e3)
+    path.write_bytes(content)
+
+
+def test_a_claim_of_years_is_not_believed(tmp_path):
+    claiming(tmp_path / "a.mkv")
+    assert video_length(tmp_path / "a.mkv")[0] == pytest.approx(0.4, abs=0.01)
+    assert len(frame_times(tmp_path / "a.mkv", fps=10)) == 4
+
+
+def test_frames_that_are_years_apart_are_refused(tmp_path):
+    path = encode(tmp_path / "a.mkv", FORTY[:3], at=[0, 100, 250_000_000_000], **FINE)
+    with pytest.raises(UnreadableVideo, match=r"a\.mkv' says that it lasts 2\.5e\+08 seconds"):
+        frame_times(path, fps=8)
+    assert len(frame_times(path)) == 3
+
+
+DASH = (
+    "<?xml version='1.0'?><MPD xmlns='urn:mpeg:dash:schema:mpd:2011' type='static' "
+    "mediaPresentationDuration='PT9S'><Period><AdaptationSet mimeType='video/mp4'><Representation id='1' "
+    "bandwidth='1' codecs='avc1.42c01e' width='8' height='8'><BaseURL>{url}</BaseURL><SegmentList>"
+    "<SegmentURL media='{url}'/></SegmentList></Representation></AdaptationSet></Period></MPD>"
+)
+SESSION = (
+    "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 5004 RTP/AVP 96\na=rtpmap:96 H264/90000\n"
+)
+
+
+def lists_of(url):
+    """Files that name others, in formats that FFmpeg would follow."""
+    return {
+        "list.mp4": f"ffconcat version 1.0\nfile '{url}'\n",
+        "playlist.mp4": f"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n{url}\n#EXT-X-ENDLIST\n",
+        "session.avi": SESSION,
+        "dash.mkv": DASH.format(url=url),
+        "title.mp4": f"[DEFAULT]\n[InternetShortcut]\nURL={url}\n",
+        "script.mov": "[Script Info]\nScriptType: v4.00+\n",
+        "raw.gif": "YUV4MPEG2 W8 H8 F8:1 C420\nFRAME\n" + "x" * 96,
+        "nothing.mp4": "",
+    }
+
+
+def test_no_other_file_and_no_address_is_opened(tmp_path):
+    secret = encode(tmp_path / "secret.mp4", FORTY, **FINE)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0.3)
+        for url in (f"http://127.0.0.1:{server.getsockname()[1]}/a.mp4", str(secret), "secret.mp4"):
+            for name, text in lists_of(url).items():
+                (tmp_path / name).write_text(text)
+                for call in (video_length, video_size, frame_times, lambda p: read_clip(p, 1, SIZE, 3)):
+                    with pytest.raises(UnreadableVideo, match=name.split(".")[0]):
+                        call(tmp_path / name)
+        with pytest.raises(TimeoutError):
+            server.accept()
+
+
+@pytest.mark.parametrize("name", ["12:30.mp4", "concat:a.mp4", "frame%03d.gif", "http:x.mp4", "-.mp4"])
+def test_names_mean_nothing_to_the_decoder(tmp_path, name, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_video(name, FORTY[:3], fps=10)
+    assert read_clip(name, 3, SIZE, 3).shape == (3, *SIZE, 3)
+
+
+@pytest.mark.parametrize("cover", [False, True])
+def test_sound_is_no_video_even_with_a_picture_on_its_cover(tmp_path, cover):
+    with av().open(tmp_path / "a.mp4", "w") as container:
+        sound = container.add_stream("aac", rate=8000, layout="mono")
+        silence = av().AudioFrame.from_ndarray(np.zeros((1, 8000), np.float32), format="fltp", layout="mono")
+        silence.sample_rate = 8000
+        if cover:
+            stream = container.add_stream("png")
+            stream.height, stream.width, stream.pix_fmt = *SIZE, "rgb24"
+            stream.disposition = av().stream.Disposition.attached_pic.value
+        container.mux(sound.encode(silence))
+        container.mux(sound.encode())
+        if cover:
+            container.mux(stream.encode(av().VideoFrame.from_ndarray(ONE[0], format="rgb24")))
+            container.mux(stream.encode())
+    with pytest.raises(UnreadableVideo, match=r"a\.mp4' has no pictures"):
+        frame_times(tmp_path / "a.mp4")
+
+
+HUGE = """
+import re, sys, time
+from pathlib import Path
+from flowgen.data.video import *
+for path in sys.argv[1:]:
+    for call in (video_length, video_size, frame_times, lambda p: frame_times(p, fps=1000),
+                 lambda p: read_clip(p, 17, (64, 64), 3, fps=8), lambda p: read_clip(p, 2, (64, 64), 3)):
+        begin = time.time()
+        try:
+            call(path)
+        except UnreadableVideo:
+            pass
+        assert time.time() - begin < 20, path
+        # The most memory this process has held, in kB.
+        assert int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1]) < 1 << 20, path
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read as Linux tells it")
+def test_small_files_take_little_memory_and_time(tmp_path):
+    claiming(tmp_path / "years.mkv")
+    encode(tmp_path / "gap.mkv", FORTY[:3], at=[0, 100, 250_000_000_000], **FINE)
+    pillow().new("P", (8, 8)).save(tmp_path / "wide.gif", save_all=True, append_images=[pillow().new("P", (8, 8), 1)])
+    content = bytearray((tmp_path / "wide.gif").read_bytes())
+    for name, side in (("wide", 65_535), ("large", 16_000), ("fits", 5_000)):
+        struct.pack_into("<HH", content, 6, side, side)
+        (tmp_path / f"{name}.gif").write_bytes(content)
+    picture = encode(tmp_path / "header.avi", FORTY[:3], "mjpeg", "yuvj420p").read_bytes()
+    at = picture.index(b"strf") + 12
+    (tmp_path / "header.avi").write_bytes(picture[:at] + struct.pack("<ii", 60_000, 60_000) + picture[at + 8 :])
+    at = picture.index(b"\xff\xc0") + 5
+    (tmp_path / "frame.avi").write_bytes(picture[:at] + b"\xff\0\xff\0" + picture[at + 4 :])
+    encode(tmp_path / "cut.mp4", FORTY, **FINE)
+    (tmp_path / "cut.mp4").write_bytes((tmp_path / "cut.mp4").read_bytes()[:-2000])
+    files = sorted(str(path) for path in tmp_path.iterdir())
+    subprocess.run([sys.executable, "-c", HUGE, *files], check=True, timeout=120)
+
+
+@pytest.mark.slow
+def test_a_large_video_takes_memory_for_some_frames_alone(tmp_path):
+    still = np.broadcast_to(np.uint8(80), (18, 4096, 8192, 3))  # 50 MB each when it is decoded
+    encode(tmp_path / "still.mp4", still, preset="ultrafast", g="100")
+    subprocess.run([sys.executable, "-c", HUGE, str(tmp_path / "still.mp4")], check=True, timeout=120)
