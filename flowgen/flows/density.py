@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, UInt8
 
 from flowgen.conditioning import Condition, TextCondition, drop_labels, drop_texts
-from flowgen.data.media import from_uint8
 from flowgen.rows import Rows, batch_rows
 
 LEVELS = 256
@@ -73,7 +72,9 @@ def add_noise(key: Key[Array, ""], images: UInt8[Array, "b *event"], noise_std: 
     """
     if noise_std == 0:
         return dequantise(key, images)
-    return jnp.asarray(from_uint8(images)) + noise_std * jax.random.normal(key, images.shape)
+    noise = jax.random.normal(key, images.shape)
+    # As `from_uint8`, in the precision of the noise: float64 where that is switched on.
+    return images.astype(noise.dtype) / (LEVELS // 2 - 0.5) - 1 + noise_std * noise
 
 
 def batch_input(key: Key[Array, ""], batch: Any, noise_std: float) -> Float[Array, "b *event"]:
