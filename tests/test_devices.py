@@ -65,6 +65,13 @@ def test_one_step_in_float32(name, accumulation):
     assert difference_in_norm(moment(four), moment(one)) < ROUNDING
 
 
+@pytest.mark.parametrize(("devices", "accumulation"), [(1, 2), (4, 2)])
+def test_statistics_of_latents_are_of_the_whole_batch(devices, accumulation):
+    whole, _ = train(SINGLE["autoencoder"], 1, steps=1)
+    parts, _ = train(SINGLE["autoencoder"], devices, steps=1, accumulation=accumulation)
+    assert difference(parts.collections, whole.collections) < ROUNDING
+
+
 def has_moment(x):
     return hasattr(x, "mu")
 
