@@ -53,7 +53,7 @@ def test_accumulation_depends_on_no_device(name, x64):
 
 
 @pytest.mark.parametrize("name", rows({**CASES, **SINGLE}, set(CASES) - {"flow", "exact transport"}))
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("accumulation", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_one_step_in_float32(name, accumulation):
     case = {**CASES, **SINGLE}[name]
     one, of_one = train(case, 1, steps=1, accumulation=accumulation)
@@ -63,6 +63,13 @@ def test_one_step_in_float32(name, accumulation):
     # AdamW's first moment is a tenth of the gradient.
     moment = lambda state: [x.mu for x in jax.tree.leaves(state.opt_state, is_leaf=has_moment) if has_moment(x)]  # noqa: E731
     assert difference_in_norm(moment(four), moment(one)) < ROUNDING
+
+
+@pytest.mark.parametrize(("devices", "accumulation"), [pytest.param(1, 2, marks=pytest.mark.slow), (4, 2)])
+def test_statistics_of_latents_are_of_the_whole_batch(devices, accumulation):
+    whole, _ = train(SINGLE["autoencoder"], 1, steps=1)
+    parts, _ = train(SINGLE["autoencoder"], devices, steps=1, accumulation=accumulation)
+    assert difference(parts.collections, whole.collections) < ROUNDING
 
 
 def has_moment(x):
@@ -198,7 +205,7 @@ def test_the_running_log_mean_is_the_log_of_a_mean_over_devices_and_micro_batche
 
         class Field:
             def apply(self, variables, t, x, cond, *, train, rngs):
-                return x * variables["params"]["w"]
+                return x * variables["params"]["w"][0]
 
         case = Case(
             lambda: (variables, fm.matching_objective(Field(), loss, pairs)),  # noqa: B023

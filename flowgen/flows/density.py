@@ -15,7 +15,6 @@ from jaxtyping import Array, Float, Key, UInt8
 
 from flowgen.arrays import at_least_float32, check_bytes, check_key, shown
 from flowgen.conditioning import Condition, TextCondition, drop_labels, drop_texts
-from flowgen.data.media import from_uint8
 from flowgen.rows import Rows, batch_rows
 
 LEVELS = 256
@@ -88,7 +87,9 @@ def add_noise(key: Key[Array, ""], images: UInt8[Array, "b *event"], noise_std: 
     """
     if noise_std == 0:
         return dequantise(key, images)
-    return jnp.asarray(from_uint8(images)) + noise_std * jax.random.normal(key, images.shape)
+    noise = jax.random.normal(key, images.shape)
+    # As `from_uint8`, in the precision of the noise: float64 where that is switched on.
+    return images.astype(noise.dtype) / (LEVELS // 2 - 0.5) - 1 + noise_std * noise
 
 
 def check_batch(batch: Any) -> None:

@@ -1,8 +1,8 @@
 """Couplings: which source goes with which datum, and how much the pair counts. All return log-weights.
 
 A coupling sees a whole batch. Where devices share it, `flowgen.matching.loss.couple` brings its rows together, unless
-`scope` says "row" (each pair is made by itself) or "device" (only what one device has, so that the number of devices
-changes what is learned).
+the coupling `sees` a "row" (each pair is made by itself) or a "device" (only what one device has, so that the number of
+devices changes what is learned).
 
 Weights turn the loss of independent pairs into that of the coupling q ∝ w · (source x data): E[w |v - u|²]
 (W-CFM, arXiv 2507.22270). A plan over the batch instead moves the sources.
@@ -41,7 +41,7 @@ class Coupled(NamedTuple):
 
 @runtime_checkable
 class Coupling(Protocol):
-    """What a loss asks of a coupling; it may have a `scope`, "row", "device" or, as without, "global"."""
+    """What a loss asks of a coupling; `sees` may say "row" or "device", and without it is "global"."""
 
     def __call__(
         self, key: Key[Array, ""], x0: Float[Array, "b *event"], x1: Float[Array, "b *event"], cond: Any = None
@@ -58,7 +58,7 @@ class Independent:
         x0, x1, cond, log_weight = Independent()(key, x0, x1)
     """
 
-    scope: ClassVar[str] = "row"
+    sees: ClassVar[str] = "row"
 
     def __call__(self, key, x0, x1, cond=None):
         check_batch(x0, x1)
@@ -98,6 +98,11 @@ class MinibatchOT:
         check_whole("num_sweeps", self.num_sweeps, least=1)
         check_positive("tolerance", self.tolerance)
         check_scope(self.scope)
+
+    @property
+    def sees(self) -> str:
+        """The rows that a plan is made over."""
+        return self.scope
 
     def __call__(self, key, x0, x1, cond=None):
         check_batch(x0, x1)
@@ -183,6 +188,11 @@ class GibbsWeights:
         if isinstance(self.cost, str) and self.cost not in ("euclidean", "sqeuclidean"):
             raise ValueError(f"cost is {self.cost!r}; choose 'euclidean', 'sqeuclidean' or give a function.")
         check_whole("sinkhorn_sweeps", self.sinkhorn_sweeps, least=0)
+
+    @property
+    def sees(self) -> str:
+        """The rows that weights depend on: those of the pair itself, without sweeps and the mean of a batch."""
+        return self.scope if self.sinkhorn_sweeps or self.normalize == "batch" else "row"
 
     def __call__(self, key, x0, x1, cond=None):
         check_batch(x0, x1)

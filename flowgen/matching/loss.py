@@ -157,16 +157,16 @@ def couple(
 ) -> Coupled:
     """Returns the coupled pairs of these rows, by a plan over the rows of all devices unless the coupling does without.
 
-    A coupling has a `scope`: "row", if each pair is made by itself; "device", if it is to see no other device's rows,
-    so that what is learned depends on the number of devices; otherwise "global".
+    What a coupling `sees` is a "row", if each pair is made by itself; a "device", if it is to see no other device's
+    rows, so that what is learned depends on the number of devices; otherwise the "global" batch.
 
     Example:
         x0, x1, cond, log_weight = couple(rows, MinibatchOT(), x0, x1, labels)
     """
-    scope = getattr(coupling, "scope", "global")
-    if scope == "device":
+    sees = getattr(coupling, "sees", "global")
+    if sees == "device":
         return coupling(rows.device_key(), x0, x1, cond)
-    if scope == "row":
+    if sees == "row":
         return coupling(rows.part_key(), x0, x1, cond)
     return rows.own(coupling(rows.part_key(), *rows.gather((x0, x1, cond))))
 

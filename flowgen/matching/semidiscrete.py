@@ -42,7 +42,7 @@ class SemidiscreteOT:
     y: Float[Array, "n *event"]
     potentials: Float[Array, " n"]
     labels: Int[Array, " n"] | None = None
-    scope: ClassVar[str] = "row"
+    sees: ClassVar[str] = "row"
 
     def __post_init__(self):
         for name, array in (("potentials", self.potentials), ("labels", self.labels)):

@@ -174,7 +174,7 @@ def _points_job(experiment: Any) -> Job:
 
     def pairs(key, batch):
         rows = batch_rows(batch, key, len(batch["blank"]))
-        x0, x1 = rows.draw(lambda key: data.draw(key, 1))
+        x0, x1 = rows.draw_whole(data.draw)
         return {"x0": x0, "x1": x1}
 
     @jax.jit

@@ -201,7 +201,8 @@ def difference(a: Any, b: Any) -> float:
         x, y = np.asarray(x), np.asarray(y)
         return float(np.abs(x - y).max() / max(np.abs(y).max(), 1e-6)) if x.dtype.kind == "f" else float((x != y).any())
 
-    return max(one(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return max((one(x, y) for x, y in pairs), default=0.0)
 
 
 def main(out: str, names: str, *group: str) -> None:
