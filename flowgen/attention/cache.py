@@ -14,7 +14,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from flowgen.attention.checks import check_floats
 from flowgen.attention.kernels import KERNELS, Kernel
+from flowgen.attention.sharding import keep_axes
 from flowgen.attention.softmax import attend_in_parts, softmax_attention
 
 
@@ -72,11 +74,17 @@ def attend_kv_window(
     Example:
         out, cache = attend_kv_window(q, k, v, cache, start=12)
     """
-    corner = (0, 0, start, 0)
-    keys = jax.lax.dynamic_update_slice(cache.keys, k.swapaxes(1, 2).astype(cache.keys.dtype), corner)
-    values = jax.lax.dynamic_update_slice(cache.values, v.swapaxes(1, 2).astype(cache.values.dtype), corner)
-    out = attend_in_parts(q.swapaxes(1, 2), keys, values, first=start)
-    return out.swapaxes(1, 2), KVCache(keys, values)
+    check_floats(q=q, k=k, v=v)
+
+    def run(q, k, v, cache, start):
+        corner = (0, 0, start, 0)
+        keys = jax.lax.dynamic_update_slice(cache.keys, k.swapaxes(1, 2).astype(cache.keys.dtype), corner)
+        values = jax.lax.dynamic_update_slice(cache.values, v.swapaxes(1, 2).astype(cache.values.dtype), corner)
+        out = attend_in_parts(q.swapaxes(1, 2), keys, values, first=start)
+        return out.swapaxes(1, 2), KVCache(keys, values)
+
+    named = [(q, "b n h k"), (k, "b n g k"), (v, "b n g k"), (cache.keys, "b g m k")]
+    return keep_axes(run, q, k, v, cache, start, named=named, out=("b n h k", KVCache("b g m k", "b g m k")))
 
 
 SOFTMAX = CausalKernel(

@@ -18,7 +18,10 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
+from flowgen.attention.checks import check_floats
 from flowgen.attention.linalg import HIGHEST, inverse_cholesky, positive_inverse
+from flowgen.attention.masks import hide_queries, split_pairs
+from flowgen.attention.sharding import keep_axes
 
 Pair = tuple[int, int]
 Solver = Literal["newton", "cholesky", "newton_released"]
@@ -67,16 +70,22 @@ def _segment_means(
     x: Float[Array, "b n h k"], segment: Int[Array, "#b n"], num: int, mask: Bool[Array, "b n"] | None
 ) -> Landmarks:
     """Returns the mean of the unmasked tokens of each of `num` segments; one without any has 0 and is not live."""
-    master = jnp.promote_types(x.dtype, jnp.float32)
-    member = segment[..., None] == jnp.arange(num)[None, None]
-    if mask is not None:
-        member = member & mask[..., None]
-        x = jnp.where(mask[..., None, None], x, 0)
-    member = jnp.broadcast_to(member, (*x.shape[:2], num))
-    count = member.sum(axis=1)
-    total = jnp.einsum("bnl,bnhk->blhk", member.astype(master), x.astype(master), precision=HIGHEST)
-    points = total / jnp.maximum(count, 1).astype(master)[..., None, None]
-    return Landmarks(points, None if mask is None else count > 0)
+    every = mask is None and isinstance(x.shape[1], int)  # of an unknown number of tokens, some segments may be empty
+
+    def run(x, segment, mask):
+        master = jnp.promote_types(x.dtype, jnp.float32)
+        member = segment[..., None] == jnp.arange(num)[None, None]
+        if mask is not None:
+            member = member & mask[..., None]
+            x = jnp.where(mask[..., None, None], x, 0)
+        member = jnp.broadcast_to(member, (*x.shape[:2], num))
+        count = member.sum(axis=1)
+        total = jnp.einsum("bnl,bnhk->blhk", member.astype(master), x.astype(master), precision=HIGHEST)
+        points = total / jnp.maximum(count, 1).astype(master)[..., None, None]
+        return Landmarks(points, None if every else count > 0)
+
+    out = Landmarks("b l h k", None if every else "b l")
+    return keep_axes(run, x, segment, mask, named=[(x, "b n h k")], out=out)
 
 
 def pool_landmarks(x: Float[Array, "b n h k"], num_landmarks: int, mask: Bool[Array, "b n"] | None = None) -> Landmarks:
@@ -89,7 +98,7 @@ def pool_landmarks(x: Float[Array, "b n h k"], num_landmarks: int, mask: Bool[Ar
         points, live = pool_landmarks(to_kernel_space(k), 49, mask)
     """
     n = x.shape[1]
-    num = min(num_landmarks, n)
+    num = min(num_landmarks, n) if isinstance(n, int) else num_landmarks
     if mask is None:
         return _segment_means(x, (jnp.arange(n) * num // n)[None], num, None)
     rank = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
@@ -157,6 +166,7 @@ def _newton_jvp(iterations: int, primals: tuple[Array, Array], tangents: tuple[A
     return x, -matmul(x, matmul(tangents[0], x))
 
 
+@partial(jax.jit, static_argnames="iterations")
 def newton_inverse(
     a: Float[Array, "*heads l l"], *, ridge: Ridge = 0.0, iterations: int = NEWTON_ITERATIONS
 ) -> Float[Array, "*heads l l"]:
@@ -174,6 +184,7 @@ def newton_inverse(
     return _newton(_add_ridge(a, ridge), alpha, iterations)
 
 
+@partial(jax.jit, static_argnames="iterations")
 def released_softpp_inverse(
     a: Float[Array, "*heads l l"], iterations: int = NEWTON_ITERATIONS
 ) -> Float[Array, "*heads l l"]:
@@ -197,6 +208,7 @@ def released_softpp_inverse(
     return _newton_steps(a, alpha, iterations)
 
 
+@jax.jit
 def cholesky_solve(
     a: Float[Array, "*heads l l"], rhs: Float[Array, "*heads l d"], *, ridge: Ridge = 0.0
 ) -> Float[Array, "*heads l d"]:
@@ -248,6 +260,19 @@ def nystrom_attention(
         out = nystrom_attention(q_scaled, k_scaled, v, pool_landmarks(k_scaled, 49))
     """
     _check_options(ridge, solver, normalize)
+    if 0 in (*q.shape[:3], k.shape[1]):
+        return jnp.zeros((*q.shape[:3], v.shape[-1]), v.dtype)
+    return _nystrom(q, k, v, landmarks, mask, ridge, solver, normalize)
+
+
+@partial(jax.jit, static_argnames=("solver", "normalize"))
+def _nystrom(q, k, v, landmarks, mask, ridge, solver, normalize):
+    named = [(q, "b n h k"), (k, "b m h k"), (v, "b m h d")]
+    run = partial(_run_nystrom, solver=solver, normalize=normalize)
+    return keep_axes(run, q, k, v, landmarks, mask, ridge, named=named, out="b n h d")
+
+
+def _run_nystrom(q, k, v, landmarks, mask, ridge, solver, normalize):
     points, live = landmarks
     gram, p_q = gaussian_kernel(points, points), gaussian_kernel(q, points)
     if mask is not None:  # zeros, so that not even a NaN in the padding gets through
@@ -291,16 +316,25 @@ def gaussian_landmark_features(
         raise ValueError(
             f"x {x.shape} needs landmarks (heads, number, width) with its heads and width, got {landmarks.shape}."
         )
-    points = rearrange(to_kernel_space(landmarks), "h l k -> 1 l h k")
-    tokens = rearrange(to_kernel_space(x), "b n h k -> 1 (b n) h k")
-    features = gaussian_kernel(points, tokens)[0]  # h l (b n): one factor then serves all samples
-    if whiten:
-        whitening = inverse_cholesky(_add_ridge(gaussian_kernel(points, points)[0], ridge))
-        features = jnp.matmul(whitening, features, precision=HIGHEST)
-    return rearrange(features, "h l (b n) -> b n h l", b=x.shape[0])
+    check_floats(x=x, landmarks=landmarks)
+    return _landmark_features(x, landmarks, ridge, whiten)
+
+
+@partial(jax.jit, static_argnames="whiten")
+def _landmark_features(x, landmarks, ridge, whiten):
+    def run(x, landmarks, ridge):
+        points = rearrange(to_kernel_space(landmarks), "h l k -> 1 l h k")
+        features = gaussian_kernel(to_kernel_space(x), jnp.broadcast_to(points, (len(x), *points.shape[1:])))
+        if whiten:  # one factor serves all samples
+            whitening = inverse_cholesky(_add_ridge(gaussian_kernel(points, points)[0], ridge))
+            features = jnp.einsum("hlm,bhnm->bhnl", whitening, features, precision=HIGHEST)
+        return features.swapaxes(1, 2)
+
+    return keep_axes(run, x, landmarks, ridge, named=[(x, "b n h k"), (landmarks, "h l k")], out="b n h l")
 
 
 def _check_tokens(q: Array, k: Array, v: Array) -> None:
+    check_floats(q=q, k=k, v=v)
     shapes = f"q {q.shape}, k {k.shape}, v {v.shape}"
     if not q.ndim == k.ndim == v.ndim == 4:
         raise ValueError(f"soft_attention takes arrays (batch, tokens, heads, width), got {shapes}; reshape them.")
@@ -388,7 +422,17 @@ def soft_attention(
             "token, and no finite state can follow them; use gaussian_landmark_attention, whose landmarks are fixed."
         )
     _check_tokens(q, k, v)
+    _check_options(ridge, solver, normalize)
+    parts = None
+    if mask is not None and mask.ndim == 4 and mask.shape[2] == q.shape[1] > 1:
+        parts = split_pairs(mask, groups=1, block_size=None)
+    if parts is not None:
+        options = {"grid": grid, "landmarks": landmarks, "ridge": ridge, "solver": solver, "normalize": normalize}
+        out = soft_attention(q, k, v, num_landmarks=num_landmarks, mask=parts[1], **options)
+        return hide_queries(out, parts[0])
     mask = None if mask is None else _key_padding(mask, k)
+    if 0 in (*q.shape[:3], k.shape[1]):
+        return jnp.zeros((*q.shape[:3], v.shape[-1]), v.dtype)
     q, k = to_kernel_space(q), to_kernel_space(k)
     chosen = _choose_landmarks(k, mask, num_landmarks, grid, landmarks)
     return nystrom_attention(q, k, v, chosen, mask=mask, ridge=ridge, solver=solver, normalize=normalize)
