@@ -81,10 +81,12 @@ def attend_kv_window(
         keys = jax.lax.dynamic_update_slice(cache.keys, k.swapaxes(1, 2).astype(cache.keys.dtype), corner)
         values = jax.lax.dynamic_update_slice(cache.values, v.swapaxes(1, 2).astype(cache.values.dtype), corner)
         out = attend_in_parts(q.swapaxes(1, 2), keys, values, first=start)
-        return out.swapaxes(1, 2), KVCache(keys, values)
+        return out.swapaxes(1, 2), keys, values
 
     named = [(q, "b n h k"), (k, "b n g k"), (v, "b n g k"), (cache.keys, "b g m k")]
-    return keep_axes(run, q, k, v, cache, start, named=named, out=("b n h k", KVCache("b g m k", "b g m k")))
+    letters = ("b n h k", "b g m k", "b g m k")
+    out, keys, values = keep_axes(run, q, k, v, cache, start, named=named, out=letters)
+    return out, KVCache(keys, values)
 
 
 SOFTMAX = CausalKernel(

@@ -39,8 +39,9 @@ def gated_linear_attention(
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     features = Features(q.astype(dtype) * q.shape[-1] ** -0.5, k)
     mask = None if mask is None else check_key_mask(mask, q, k)
-    options = {"state": state, "mask": mask, "segment_ids": segment_ids, "chunk_size": chunk_size}
-    out, _, state = prefix_product(features, v, log_decay=log_decay, **options)
+    out, _, state = prefix_product(
+        features, v, state=state, log_decay=log_decay, mask=mask, segment_ids=segment_ids, chunk_size=chunk_size
+    )
     return out.astype(v.dtype), state
 
 

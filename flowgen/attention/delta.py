@@ -104,8 +104,9 @@ def delta_rule(
     Example:
         out, state = delta_rule(q, k, v, jax.nn.sigmoid(b))
     """
-    options = {"chunk_size": chunk_size, "use_qk_l2norm": use_qk_l2norm, "scale": scale}
-    return gated_delta_rule(q, k, v, beta, state=state, mask=mask, **options)
+    return gated_delta_rule(
+        q, k, v, beta, state=state, mask=mask, chunk_size=chunk_size, use_qk_l2norm=use_qk_l2norm, scale=scale
+    )
 
 
 def gated_delta_step(
@@ -152,11 +153,12 @@ def _in_chunks(q, k, v, beta, log_decay, state, scale, chunk_size, use_qk_l2norm
         body = jax.checkpoint(partial(_advance, precision=precision), prevent_cse=False)
         kv, out = jax.lax.scan(body, start, jax.tree.map(in_chunks, tokens))
         out = out.transpose(1, 0, 3, 2, 4).reshape(batch, count * size, heads, v.shape[-1])[:, :n]
-        return out.astype(v.dtype), DeltaState(kv)
+        return out.astype(v.dtype), kv
 
     named = [(q, "b n h k"), (k, "b n h k"), (v, "b n h d")]
-    out = ("b n h d", DeltaState("b h k d"))
-    return keep_axes(run, q, k, v, beta, log_decay, state, scale, named=named, out=out)
+    args = (q, k, v, beta, log_decay, state, scale)
+    out, kv = keep_axes(run, *args, named=named, out=("b n h d", "b h k d"))
+    return out, DeltaState(kv)
 
 
 @partial(jax.jit, static_argnames="use_qk_l2norm")
@@ -171,11 +173,12 @@ def _one_token(q, k, v, beta, log_decay, state, scale, use_qk_l2norm):
         written = token.beta[..., None] * (token.v - recalled)
         kv = kv + token.k[..., :, None] * written[..., None, :]
         out = jnp.einsum("bhk,bhkd->bhd", token.q, kv, precision=precision)
-        return out.astype(v.dtype), DeltaState(kv)
+        return out.astype(v.dtype), kv
 
     named = [(q, "b h k"), (k, "b h k"), (v, "b h d")]
-    out = ("b h d", DeltaState("b h k d"))
-    return keep_axes(run, q, k, v, beta, log_decay, state, scale, named=named, out=out)
+    args = (q, k, v, beta, log_decay, state, scale)
+    out, kv = keep_axes(run, *args, named=named, out=("b h d", "b h k d"))
+    return out, DeltaState(kv)
 
 
 class _Tokens(NamedTuple):

@@ -272,7 +272,7 @@ def _check_map(name: str, phi: Map) -> None:
 
 
 def _check_length(start: int | Array, num_tokens: int, limit: int) -> None:
-    starts = concrete(start)
+    starts = concrete(jnp.asarray(start))
     if starts is None or not isinstance(num_tokens, int):
         return
     end = int(starts.max(initial=0)) + num_tokens

@@ -47,7 +47,7 @@ def make_attention_fn(
     """
     if masks not in ("pairs", "keys"):
         raise ValueError(f"masks is {masks!r}; choose 'pairs' or 'keys'.")
-    if name in ("softmax", "soft"):
+    if isinstance(name, str) and name in ("softmax", "soft"):
         return _AttentionFn(name, is_causal, masks)
     if isinstance(name, str) and name not in KERNELS:
         raise ValueError(f"attention {name!r} is unknown; choose one of softmax, soft, {', '.join(KERNELS)}.")
@@ -56,7 +56,7 @@ def make_attention_fn(
 
 @dataclass(frozen=True, eq=False)
 class _AttentionFn(ByFields):
-    kernel: str | Kernel
+    kernel: Literal["softmax", "soft"] | Kernel
     always_causal: bool | Causal
     masks: str
 
@@ -99,10 +99,9 @@ class _AttentionFn(ByFields):
             raise ValueError(
                 f"bias has shape {bias.shape}; {_name(self.kernel)!r} attention takes none, so leave it out."
             )
-        if self.kernel == "softmax":
-            return softmax_attention(q, k, v, mask, is_causal=causal)
-        if self.kernel == "soft":
-            return soft_attention(q, k, v, mask=mask, is_causal=causal)
+        if isinstance(self.kernel, str):
+            attend = softmax_attention if self.kernel == "softmax" else soft_attention
+            return attend(q, k, v, mask=mask, is_causal=causal)
         return self.kernel.attend(q, k, v, mask=mask, is_causal=causal)
 
 

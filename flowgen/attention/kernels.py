@@ -193,13 +193,11 @@ class RetentionKernel:
                 f"is_causal is {is_causal}; retention weighs tokens by how long ago they came, so it is causal only, "
                 "token by token: set is_causal=True."
             )
-        options = {"segment_ids": segment_ids, "chunk_size": causal.chunk_size}
-        mask = check_mask(mask, q, k)
-        parts = None if mask is None or is_key_mask(mask, k) else split_pairs(mask, k.shape[2], block_size=1)
-        if parts is None:
-            return retention(q, k, v, mask=mask, **options)[0]
-        queries, keys = parts
-        return hide_queries(retention(q, k, v, mask=keys, **options)[0], queries)
+        mask, queries = check_mask(mask, q, k), None
+        if mask is not None and not is_key_mask(mask, k):
+            queries, mask = split_pairs(mask, k.shape[2], block_size=1) or (None, mask)
+        out = retention(q, k, v, mask=mask, segment_ids=segment_ids, chunk_size=causal.chunk_size)[0]
+        return out if queries is None else hide_queries(out, queries)
 
     def init_state(self, batch, num_heads, key_dim, value_dim, dtype=jnp.float32):
         token = _token(batch, num_heads, key_dim, dtype)

@@ -123,23 +123,23 @@ def prefix_product(
         raise ValueError(f"chunk_size is {chunk_size} and block_size {block_size}; both must be at least 1.")
     if segment_ids is not None:
         check_contiguous(segment_ids)
-    if state is not None and tuple(x.shape for x in state) != _state_shapes(features, v):
-        raise ValueError(
-            f"state has the shapes {tuple(x.shape for x in state)}; these features and values need "
-            f"{_state_shapes(features, v)}."
-        )
+    kv, norm, length = _state_shapes(features, v)
+    if state is not None and (state.kv.shape, state.norm.shape) != (kv, norm):
+        raise ValueError(f"state has kv {state.kv.shape}; these features and values need {kv}.")
+    if state is not None and state.length.shape not in ((), length):
+        raise ValueError(f"state.length has shape {state.length.shape}; it is one position per sample, {length}.")
     return _prefix_product(features, v, state, log_decay, mask, segment_ids, block_size, chunk_size)
 
 
 @partial(jax.jit, static_argnames=("block_size", "chunk_size"))
 def _prefix_product(features, v, state, log_decay, mask, segment_ids, block_size, chunk_size):
     named = [(features.q, "b n h f"), (features.k, "b n g f"), (v, "b n g d"), (features.normaliser[1], "b n g e")]
-    out = ("b n h d", "b n h", LinearState("b g f d", "b g e", "b"))
+    letters = ("b n h d", "b n h", "b g f d", "b g e", "b")
 
     def run(features, v, state, log_decay, mask, segment_ids):
         features, v = _at_least_float32(features, v)
         empty = empty_state(features, v)
-        state = empty if state is None else jax.tree.map(lambda x, y: x.astype(jnp.result_type(x, y)), state, empty)
+        state = empty if state is None else LinearState(*(x + y for x, y in zip(state, empty, strict=True)))
         state = varying(state, (features, v, log_decay, mask, segment_ids))
         n, ends = v.shape[1], v.shape[1]
         if mask is not None:
@@ -150,14 +150,16 @@ def _prefix_product(features, v, state, log_decay, mask, segment_ids, block_size
         length = state.length + ends
         if n == 0:
             heads = features.q.shape[:3]
-            return jnp.zeros((*heads, v.shape[-1]), v.dtype), jnp.zeros(heads, v.dtype), state
+            return jnp.zeros((*heads, v.shape[-1]), v.dtype), jnp.zeros(heads, v.dtype), *state
         if segment_ids is None:
             out, total, kv, norm = _in_chunks(features, v, state, log_decay, None, block_size, chunk_size)
         else:
             out, total, kv, norm = _in_segments(features, v, state, log_decay, segment_ids, block_size, chunk_size)
-        return out, total, LinearState(kv, norm, length)
+        return out, total, kv, norm, length
 
-    return keep_axes(run, features, v, state, log_decay, mask, segment_ids, named=named, out=out)
+    args = (features, v, state, log_decay, mask, segment_ids)
+    out, total, *after = keep_axes(run, *args, named=named, out=letters)
+    return out, total, LinearState(*after)
 
 
 def _in_segments(features, v, state, log_decay, segment_ids, block_size, chunk_size):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -33,9 +34,12 @@ def finite(tree: Any) -> tuple[Any, Bool[Array, "b n x"]]:
     Example:
         (k, v), bad = finite((k, v))
     """
-    leaves = jax.tree.leaves(tree)
-    bad = sum((~jnp.isfinite(x)).any(axis=tuple(range(3, x.ndim))) for x in leaves) > 0
+    bad = functools.reduce(jnp.logical_or, map(_not_finite, jax.tree.leaves(tree)))
     return jax.tree.map(lambda x: jnp.where(jnp.expand_dims(bad, range(3, x.ndim)), 0, x), tree), bad
+
+
+def _not_finite(x: Float[Array, "b n x *axes"]) -> Bool[Array, "b n x"]:
+    return (~jnp.isfinite(x)).any(axis=tuple(range(3, x.ndim)))
 
 
 def spoiled(

@@ -82,10 +82,10 @@ def _segment_means(
         count = member.sum(axis=1)
         total = jnp.einsum("bnl,bnhk->blhk", member.astype(master), x.astype(master), precision=HIGHEST)
         points = total / jnp.maximum(count, 1).astype(master)[..., None, None]
-        return Landmarks(points, None if every else count > 0)
+        return points, None if every else count > 0
 
-    out = Landmarks("b l h k", None if every else "b l")
-    return keep_axes(run, x, segment, mask, named=[(x, "b n h k")], out=out)
+    out = ("b l h k", None if every else "b l")
+    return Landmarks(*keep_axes(run, x, segment, mask, named=[(x, "b n h k")], out=out))
 
 
 def pool_landmarks(x: Float[Array, "b n h k"], num_landmarks: int, mask: Bool[Array, "b n"] | None = None) -> Landmarks:
@@ -423,16 +423,13 @@ def soft_attention(
         )
     _check_tokens(q, k, v)
     _check_options(ridge, solver, normalize)
-    parts = None
+    queries = None
     if mask is not None and mask.ndim == 4 and mask.shape[2] == q.shape[1] > 1:
-        parts = split_pairs(mask, groups=1, block_size=None)
-    if parts is not None:
-        options = {"grid": grid, "landmarks": landmarks, "ridge": ridge, "solver": solver, "normalize": normalize}
-        out = soft_attention(q, k, v, num_landmarks=num_landmarks, mask=parts[1], **options)
-        return hide_queries(out, parts[0])
+        queries, mask = split_pairs(mask, groups=1, block_size=None) or (None, mask)
     mask = None if mask is None else _key_padding(mask, k)
     if 0 in (*q.shape[:3], k.shape[1]):
         return jnp.zeros((*q.shape[:3], v.shape[-1]), v.dtype)
     q, k = to_kernel_space(q), to_kernel_space(k)
     chosen = _choose_landmarks(k, mask, num_landmarks, grid, landmarks)
-    return nystrom_attention(q, k, v, chosen, mask=mask, ridge=ridge, solver=solver, normalize=normalize)
+    out = nystrom_attention(q, k, v, chosen, mask=mask, ridge=ridge, solver=solver, normalize=normalize)
+    return out if queries is None else hide_queries(out, queries)
