@@ -8,6 +8,7 @@ window behind a cached prefix, and `rewind`, which says from which cache the sam
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -89,34 +90,57 @@ def attend_kv_window(
     return out, KVCache(keys, values)
 
 
-SOFTMAX = CausalKernel(
-    attend=lambda q, k, v: softmax_attention(q, k, v, is_causal=True),
-    init_cache=init_kv_cache,
-    attend_window=attend_kv_window,
-    rewind=lambda before, after: after,
-    has_slots=True,
-    has_temperature=True,
-)
-
-
 def recurrent(kernel: Kernel) -> CausalKernel:
     """Returns a kernel with a running state in the form that decoders use; its cache does not grow with the length.
 
     Example:
         kernel = recurrent(KERNELS["nala"])
     """
+    running = _Running(kernel)
     return CausalKernel(
-        attend=lambda q, k, v: kernel.attend(q, k, v, is_causal=True),
-        init_cache=lambda batch, length, num_heads, head_dim, dtype: kernel.init_state(
-            batch, num_heads, head_dim, head_dim, dtype
-        ),
-        attend_window=lambda q, k, v, cache, start: kernel.prefill(q, k, v, state=cache),
-        rewind=lambda before, after: before,
+        attend=running.attend,
+        init_cache=running.init_cache,
+        attend_window=running.attend_window,
+        rewind=_before,
         has_slots=False,
         has_temperature=False,
     )
 
 
+@dataclass(frozen=True)
+class _Running:
+    kernel: Kernel
+
+    def attend(self, q, k, v):
+        return self.kernel.attend(q, k, v, is_causal=True)
+
+    def init_cache(self, batch, length, num_heads, head_dim, dtype):
+        return self.kernel.init_state(batch, num_heads, head_dim, head_dim, dtype)
+
+    def attend_window(self, q, k, v, cache, start):
+        return self.kernel.prefill(q, k, v, state=cache)
+
+
+def _attend_causally(q, k, v):
+    return softmax_attention(q, k, v, is_causal=True)
+
+
+def _before(before, after):
+    return before
+
+
+def _after(before, after):
+    return after
+
+
+SOFTMAX = CausalKernel(
+    attend=_attend_causally,
+    init_cache=init_kv_cache,
+    attend_window=attend_kv_window,
+    rewind=_after,
+    has_slots=True,
+    has_temperature=True,
+)
 _CAUSAL_KERNELS = {"softmax": SOFTMAX} | {name: recurrent(kernel) for name, kernel in KERNELS.items()}
 CAUSAL_KERNEL_NAMES = tuple(_CAUSAL_KERNELS)
 

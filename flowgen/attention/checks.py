@@ -184,3 +184,13 @@ def check_quadratic(q: Array, k: Array) -> None:
             f"of at most {QUADRATIC_LIMIT}; use is_causal, segment_ids or a mask over keys alone, which "
             "flowgen.attention.own_keys makes of a mask of pairs, if that is one of tokens."
         )
+
+
+def check_pallas(block_size: int, segment_ids: Array | None) -> None:
+    """Raises ValueError for what the Pallas kernel does not have.
+
+    Example:
+        check_pallas(causal.block_size, segment_ids)
+    """
+    if block_size != 1 or segment_ids is not None:
+        raise ValueError("the Pallas kernel has no blocks and no segments; use implementation='xla'.")

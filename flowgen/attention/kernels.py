@@ -34,6 +34,7 @@ from flowgen.attention.linear import (
 )
 from flowgen.attention.masks import hide_queries, split_pairs
 from flowgen.attention.prefix import Features, LinearState, empty_state, keep_keys, prefix_product
+from flowgen.attention.segments import alike
 from flowgen.attention.sharding import keep_axes
 
 
@@ -155,7 +156,11 @@ class InlineKernel:
         check_heads(q, k, v)
         k, v = hide_keys(k, v, check_mask(mask, q, k))
         options = {"mask": mask, "is_causal": is_causal, "segment_ids": segment_ids}
+        if segment_ids is not None:
+            (q,), (k, v) = alike(q), alike(k, v)
         pairs, values = self._features(q, k)
+        if segment_ids is not None:  # so that what is not finite spoils the same outputs of both products
+            values = Features(*(jnp.where(jnp.isnan(x[..., :1]), jnp.nan, 1) for x in (pairs.q, pairs.k)))
         return _inline(*products(pairs, v, **options), *products(values, v, **options), v.dtype)
 
     def init_state(self, batch, num_heads, key_dim, value_dim, dtype=jnp.float32):
@@ -177,7 +182,7 @@ class InlineKernel:
     def _features(self, q, k) -> tuple[Features, Features]:
         dtype = jnp.promote_types(q.dtype, jnp.float32)
         scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
-        ones = Features(jnp.ones((*q.shape[:3], 1), dtype), jnp.ones((*k.shape[:3], 1), dtype))
+        ones = Features(jnp.ones_like(q[..., :1], dtype), jnp.ones_like(k[..., :1], dtype))
         return Features(q.astype(dtype) * scale, k.astype(dtype)), ones
 
 

@@ -9,6 +9,7 @@ output has v's dtype. A query whose keys are all masked gets 0. Key heads may be
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import jax
@@ -21,6 +22,7 @@ from flowgen.attention.checks import (
     check_heads,
     check_key_mask,
     check_mask,
+    check_pallas,
     check_quadratic,
     check_segments,
     hide_keys,
@@ -30,7 +32,7 @@ from flowgen.attention.features import FeatureMap, feature_map
 from flowgen.attention.linalg import HIGHEST
 from flowgen.attention.masks import hide_queries, split_pairs
 from flowgen.attention.prefix import CHUNK_SIZE, Features, LinearState, empty_state, keep_keys, prefix_product
-from flowgen.attention.segments import finite, spoil
+from flowgen.attention.segments import finite, spoil, spoiled
 from flowgen.attention.sharding import keep_axes
 
 EPS = 1e-6
@@ -96,6 +98,8 @@ def linear_attention(
     k, v = hide_keys(k, v, check_mask(mask, q, k))
     phi = feature_map(features)
     mapped = phi(q, k)
+    if segment_ids is not None:  # a map may hide what is not finite
+        mapped = mapped._replace(q=spoil(mapped.q, finite((q,))[1]), k=spoil(mapped.k, finite((k,))[1]))
     if phi.query_scale is None:
         return attend_features(mapped, v, mask=mask, is_causal=is_causal, segment_ids=segment_ids, eps=eps)
     scaled = eps * phi.query_scale(q)
@@ -139,18 +143,41 @@ def products(
     if causal is not None:
         check_causal(q, k)
     check_segments(segment_ids, q, k)
+    queries = None
     if mask is not None and not is_key_mask(mask, k):
-        parts = split_pairs(mask, k.shape[2], None if causal is None else causal.block_size)
-        if parts is None:
-            check_quadratic(q, k)
-            return quadratic_products(features, v, _pairs(mask, causal, segment_ids, q.shape[1], k.shape[1]))
-        queries, mask = parts
-        results = products(features, v, mask=mask, is_causal=is_causal, segment_ids=segment_ids)
-        return hide_queries(results, queries)
+        queries, mask = split_pairs(mask, k.shape[2], None if causal is None else causal.block_size) or (None, mask)
+    if mask is not None and not is_key_mask(mask, k):
+        check_quadratic(q, k)
+    if causal is not None and causal.implementation == "pallas":
+        check_pallas(causal.block_size, segment_ids)
+    results = _products(features, v, mask, segment_ids, causal)
+    return results if queries is None else hide_queries(results, queries)
+
+
+@partial(jax.jit, static_argnames="causal")
+def _products(features, v, mask, segment_ids, causal: Causal | None):
+    if segment_ids is None or segment_ids.shape[1] == 0:
+        return _finite_products(features, v, mask, None, causal)
+
+    def run(features, v, mask, segment_ids):
+        (q, norm_q), bad_q = finite((features.q, features.norm_q))
+        (k, norm_k, v), bad_k = finite((features.k, features.norm_k, v))
+        results = _finite_products(Features(q, k, norm_q, norm_k), v, mask, segment_ids, causal)
+        block_size = None if causal is None else causal.block_size
+        bad = spoiled(segment_ids, bad_q, bad_k, jnp.zeros_like(bad_k[:, 0]), block_size).out
+        return spoil(results[0], bad), spoil(results[1], bad)
+
+    return _with_axes(run, features, v, mask, segment_ids)
+
+
+def _finite_products(features: Features, v: Array, mask, segment_ids, causal: Causal | None) -> tuple[Array, Array]:
+    q, k = features.q, features.k
+    if mask is not None and not is_key_mask(mask, k):
+        return quadratic_products(features, v, _pairs(mask, causal, segment_ids, q.shape[1], k.shape[1]))
     if mask is not None:
         features, v = keep_keys(features, v, mask)
     if causal is not None and causal.implementation == "pallas":
-        return _pallas(features, v, causal, segment_ids)
+        return _pallas(features, v, causal)
     if causal is not None:
         return prefix_product(
             features, v, segment_ids=segment_ids, block_size=causal.block_size, chunk_size=causal.chunk_size
@@ -286,9 +313,7 @@ def _pairs(mask, causal: Causal | None, segment_ids, n: int, m: int) -> Array:
     return mask
 
 
-def _pallas(features: Features, v: Array, causal: Causal, segment_ids: Array | None) -> tuple[Array, Array]:
-    if causal.block_size != 1 or segment_ids is not None:
-        raise ValueError("the Pallas kernel has no blocks and no segments; use implementation='xla'.")
+def _pallas(features: Features, v: Array, causal: Causal) -> tuple[Array, Array]:
     from flowgen.attention.pallas import causal_product  # only here: its import loads the TPU and GPU dialects
 
     out, total = causal_product(features.q, features.k, v, causal.chunk_size)
@@ -297,7 +322,6 @@ def _pallas(features: Features, v: Array, causal: Causal, segment_ids: Array | N
     return out, total
 
 
-@jax.jit
 def _full(features: Features, v: Array) -> tuple[Array, Array]:
     """Every query sees every key: one state of all keys, one product per query."""
 
@@ -317,7 +341,6 @@ def _full(features: Features, v: Array) -> tuple[Array, Array]:
     return _with_axes(run, features, v)
 
 
-@jax.jit
 def _packed(features: Features, v: Array, segment_ids: Array) -> tuple[Array, Array]:
     """All tokens of a segment see each other: what came up to a token, what comes from it on, less itself."""
 

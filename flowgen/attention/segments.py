@@ -47,9 +47,11 @@ def spoiled(
     bad_q: Bool[Array, "b n h"],
     bad_k: Bool[Array, "b n g"],
     bad_state: Bool[Array, "b g"],
-    block_size: int,
+    block_size: int | None,
 ) -> Spoiled:
     """Returns which results of causal attention, in blocks of `block_size`, see a token that is not finite.
+
+    None for block_size: tokens see all of their segment.
 
     Outputs of samples whose ids come back count as spoiled, since no running state can serve them.
 
@@ -62,7 +64,7 @@ def spoiled(
     first = jax.lax.cummax(jnp.where(new, place, 0), axis=1)
     ends = jnp.pad(new[:, 1:], ((0, 0), (0, 1)), constant_values=True)
     last = jax.lax.cummin(jnp.where(ends, place, n - 1), axis=1, reverse=True)
-    seen = jnp.minimum(last, (place // block_size + 1) * block_size - 1)
+    seen = last if block_size is None else jnp.minimum(last, (place // block_size + 1) * block_size - 1)
     so_far = jnp.pad(jnp.cumsum(bad_k, axis=1), ((0, 0), (1, 0), (0, 0)))
     count = jnp.take_along_axis(so_far, seen[..., None] + 1, axis=1)
     count = count - jnp.take_along_axis(so_far, first[..., None], axis=1)
@@ -79,3 +81,13 @@ def spoil(x: Float[Array, "*axes"], bad: Bool[Array, "*fewer"]) -> Float[Array, 
         out = spoil(out, where.out)
     """
     return jnp.where(jnp.expand_dims(bad, range(bad.ndim, x.ndim)), jnp.nan, x)
+
+
+def alike(*arrays: Float[Array, "b n h _"]) -> tuple[Float[Array, "b n h _"], ...]:
+    """Returns arrays with NaN in all of them for tokens in which one of them is not finite.
+
+    Example:
+        k, v = alike(k, v)
+    """
+    bad = finite(arrays)[1]
+    return tuple(spoil(x, bad) for x in arrays)
