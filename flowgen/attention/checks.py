@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float
 
 # Weights (n x m) that the exact quadratic path may hold per batch element and head.
@@ -133,7 +133,7 @@ def concrete(x: Array) -> np.ndarray | None:
     Example:
         numbers = concrete(segment_ids)
     """
-    if isinstance(x, jax.core.Tracer) or not getattr(x, "is_fully_addressable", True):
+    if isinstance(x, Tracer) or not getattr(x, "is_fully_addressable", True):
         return None
     return np.asarray(x)
 

@@ -62,9 +62,9 @@ class FeatureMap(ByFields):
             return self._at(q, k, start)
         if not self.positional:
             return self._at(q, k, 0)
-        limit = self._limit
-        if limit is not None:
-            _check_length(start, max(q.shape[1], k.shape[1]), limit)
+        if self._limit is not None:
+            for x in (q, k):
+                _check_length(start, x.shape[1], self._limit)
         one = jax.vmap(lambda q, k, start: jax.tree.map(lambda x: x[0], self._at(q[None], k[None], start)))
         return one(q, k, start)
 
