@@ -423,3 +423,11 @@ def test_a_pickled_attention_function_computes_the_same_and_parameters_make_it_a
     close(copy(q, k, v), fn(q, k, v))
     assert fn != make_attention_fn(attention.nala_features(jnp.asarray([2.0, 3.0])), is_causal=True)
     assert attention.nala_features(2.0) != attention.nala_features(3.0)
+
+
+@pytest.mark.parametrize("ridge", [0.05, 0.3, 2.0])
+def test_newton_converges_for_any_ridge(ridge):
+    q, _, v = draw(n=6)
+    options = {"num_landmarks": 2, "ridge": ridge}
+    out, exact = (attention.soft_attention(3 * q, 3 * q, v, solver=s, **options) for s in ("newton", "cholesky"))
+    close(out, exact)

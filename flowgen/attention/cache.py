@@ -49,7 +49,7 @@ class CausalKernel(NamedTuple):
     has_temperature: bool
 
 
-def init_kv_cache(batch: int, length: int, num_heads: int, head_dim: int, dtype: jnp.dtype) -> KVCache:
+def init_kv_cache(batch: int, length: int, num_heads: int, head_dim: int, dtype: jnp.dtype | type) -> KVCache:
     """Returns one layer's empty key/value cache for `length` positions.
 
     Example:

@@ -182,7 +182,7 @@ class NaLaAttention(nn.Module):
     ) -> tuple[Float[Array, "b n width"], NaLaState]:
         """Returns the outputs of tokens after those of `state`, and the state; ValueError unless is_causal is True."""
         check_decodes(self.is_causal)
-        state = self.init_state(len(x)) if state is None else state
+        state = self.init_state(x.shape[0]) if state is None else state
         q, k, v, g = self._project(x, mask)
         attention = FeatureKernel(self._features(None, self.max_length), self.eps)
         out, sums = attention.prefill(q, k, v, state=state.attention, mask=mask)

@@ -51,7 +51,7 @@ def map_axes(fn: Callable[..., Any], args: tuple[Array, ...], letters: str, *, d
     mapped = jax.shard_map(
         fn, mesh=mesh, in_specs=spec, out_specs=specs, axis_names=set(_explicit_names(mesh)), check_vma=False
     )
-    return mapped(*(reshard(x, spec) for x in args))
+    return mapped(*(reshard(x, NamedSharding(mesh, spec)) for x in args))
 
 
 def varies(x: Array) -> bool:

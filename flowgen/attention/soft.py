@@ -103,9 +103,12 @@ def pool_landmarks(x: Float[Array, "b n h k"], num_landmarks: int, mask: Bool[Ar
     num = min(num_landmarks, n) if isinstance(n, int) else num_landmarks
     if mask is None:
         return _segment_means(x, (jnp.arange(n) * num // n)[None], num, None)
-    rank = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
-    count = jnp.maximum(mask.sum(axis=1, keepdims=True), 1)
-    return _segment_means(x, rank * num // count, num, mask)
+
+    def segments(mask):
+        rank = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+        return rank * num // jnp.maximum(mask.sum(axis=1, keepdims=True), 1)
+
+    return _segment_means(x, keep_axes(segments, mask, named=[(mask, "b n")], out="b n"), num, mask)
 
 
 def landmark_cells(grid: Pair, num_landmarks: int | Pair) -> Pair:
@@ -247,7 +250,7 @@ def gaussian_landmark_features(
 def _landmark_features(x, landmarks, ridge, whiten):
     def run(x, landmarks, ridge):
         points = rearrange(to_kernel_space(landmarks), "h l k -> 1 l h k")
-        features = gaussian_kernel(to_kernel_space(x), jnp.broadcast_to(points, (len(x), *points.shape[1:])))
+        features = gaussian_kernel(to_kernel_space(x), jnp.broadcast_to(points, (x.shape[0], *points.shape[1:])))
         if whiten:  # one factor serves all samples
             whitening = inverse_cholesky(add_ridge(gaussian_kernel(points, points)[0], ridge))
             features = jnp.einsum("hlm,bhnm->bhnl", whitening, features, precision=HIGHEST)
