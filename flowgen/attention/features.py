@@ -15,6 +15,7 @@ from flowgen.attention.checks import concrete
 from flowgen.attention.equality import ByFields
 from flowgen.attention.prefix import Features
 from flowgen.attention.rotary import Rotary, rotate
+from flowgen.attention.sharding import keep_axes
 
 DirectionMap = Literal["split", "cosine"]
 Map = Callable[[Array, Array], Array]
@@ -65,8 +66,13 @@ class FeatureMap(ByFields):
         if self._limit is not None:
             for x in (q, k):
                 _check_length(start, x.shape[1], self._limit)
-        one = jax.vmap(lambda q, k, start: jax.tree.map(lambda x: x[0], self._at(q[None], k[None], start)))
-        return one(q, k, start)
+
+        def one(q, k, start):
+            return jax.tree.map(lambda x: x[0], self._at(q[None], k[None], start))
+
+        # The batch of all three must be divided alike over a mesh.
+        named, letters = [(q, "b n h k"), (k, "b m g k")], ("b n h k", "b m g k", "b")
+        return jax.vmap(one)(*keep_axes(lambda *x: x, q, k, start, named=named, out=letters))
 
     @property
     def _limit(self) -> int | None:

@@ -131,10 +131,10 @@ def newton_inverse(
     """Returns SOFT's Newton-Raphson inverse of B = A + ridge I, for symmetric A with entries >= 0.
 
     X <- 2X - X B X from X = alpha B with alpha = 1.8 / (largest row sum of A)², one alpha per matrix, or less where the
-    ridge is so large that this would diverge. This is
-    a spectral filter: an eigenvalue w of B becomes (1 - (1 - alpha w²)^(2^iterations)) / w, which is 1/w only
-    for w above about a thousandth of the largest. The derivative is the closed form dX = -X dA X (forward and
-    reverse mode), so it is that of the value only where the iteration has converged.
+    ridge is so large that this would diverge. This is a spectral filter: an eigenvalue w of B becomes
+    (1 - (1 - alpha w²)^(2^iterations)) / w, which is 1/w only for w above about a thousandth of the largest. The
+    derivative is the closed form dX = -X dA X (forward and reverse mode), so it is that of the value only where the
+    iteration has converged.
 
     Example:
         x = newton_inverse(a, ridge=0.01)
