@@ -59,37 +59,30 @@ class FeatureMap(ByFields):
     ) -> Features:
         """Returns the features of tokens at positions start.., at least float32; one start, or one per sample."""
         q, k = _at_least_float32(q), _at_least_float32(k)
-        if jnp.ndim(start) == 0:
-            return self._at(q, k, start)
-        if not self.positional:
-            return self._at(q, k, 0)
-        if self._limit is not None:
-            for x in (q, k):
-                _check_length(start, x.shape[1], self._limit)
+        if not self.positional and jnp.ndim(start):
+            start = 0
+        if jnp.ndim(start):  # then divided over a mesh as the samples are
+            start = keep_axes(lambda x, q: x, start, q, named=[(q, "b n h k"), (k, "b m g k")], out="b")
+        mapped_q, turned_q = self._tokens(self.query, q, start)
+        mapped_k, turned_k = self._tokens(self.key, k, start)
+        return Features(turned_q, turned_k) if self.rotary is None else Features(turned_q, turned_k, mapped_q, mapped_k)
 
-        def one(q, k, start):
-            return jax.tree.map(lambda x: x[0], self._at(q[None], k[None], start))
-
-        # The batch of all three must be divided alike over a mesh.
-        named, letters = [(q, "b n h k"), (k, "b m g k")], ("b n h k", "b m g k", "b")
-        return jax.vmap(one)(*keep_axes(lambda *x: x, q, k, start, named=named, out=letters))
-
-    @property
-    def _limit(self) -> int | None:
-        return self.max_length if self.rotary is None else len(self.rotary.cos)
-
-    def _at(self, q, k, start) -> Features:
-        positions_q, positions_k = start + jnp.arange(q.shape[1]), start + jnp.arange(k.shape[1])
-        mapped_q, mapped_k = self.query(q, positions_q), self.key(k, positions_k)
-        limit = self._limit
+    def _tokens(self, phi: Map, x: Array, start: int | Array) -> tuple[Array, Array]:
+        """The features of queries or keys, and these turned by the table if there is one."""
+        limit = self.max_length if self.rotary is None else len(self.rotary.cos)
         if limit is not None:
-            for x in (q, k):
-                _check_length(start, x.shape[1], limit)
-            mapped_q, mapped_k = _until(limit, mapped_q, positions_q), _until(limit, mapped_k, positions_k)
-        if self.rotary is None:
-            return Features(mapped_q, mapped_k)
-        turned_q, turned_k = rotate(mapped_q, self.rotary, positions_q), rotate(mapped_k, self.rotary, positions_k)
-        return Features(turned_q, turned_k, mapped_q, mapped_k)
+            _check_length(start, x.shape[1], limit)
+        place = jnp.arange(x.shape[1])
+        if jnp.ndim(start):
+            positions = jnp.asarray(start)[:, None] + place[None]
+            mapped = jax.vmap(lambda x, positions: phi(x[None], positions)[0])(x, positions)
+        else:
+            positions = start + place
+            mapped = phi(x, positions)
+        if limit is not None:
+            exists = positions < limit if positions.ndim == 2 else (positions < limit)[None]
+            mapped = jnp.where(exists[..., None, None], mapped, jnp.nan)
+        return mapped, mapped if self.rotary is None else rotate(mapped, self.rotary, positions)
 
 
 def elu_plus_one() -> FeatureMap:
@@ -284,10 +277,6 @@ def _check_length(start: int | Array, num_tokens: int, limit: int) -> None:
     end = int(starts.max(initial=0)) + num_tokens
     if end > limit:
         raise ValueError(f"there are {end} tokens; the feature map has {limit} positions, so make it for more.")
-
-
-def _until(limit: int, features: Array, positions: Array) -> Array:
-    return jnp.where((positions < limit)[None, :, None, None], features, jnp.nan)
 
 
 def _same(phi: Map) -> FeatureMap:

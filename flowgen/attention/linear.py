@@ -31,7 +31,15 @@ from flowgen.attention.checks import (
 from flowgen.attention.features import FeatureMap, feature_map
 from flowgen.attention.linalg import HIGHEST
 from flowgen.attention.masks import hide_queries, split_pairs
-from flowgen.attention.prefix import CHUNK_SIZE, Features, LinearState, empty_state, keep_keys, prefix_product
+from flowgen.attention.prefix import (
+    CHUNK_SIZE,
+    Features,
+    LinearState,
+    empty_state,
+    finite_prefix_product,
+    keep_keys,
+    prefix_product,
+)
 from flowgen.attention.segments import finite, spoil, spoiled
 from flowgen.attention.sharding import keep_axes
 
@@ -179,9 +187,8 @@ def _finite_products(features: Features, v: Array, mask, segment_ids, causal: Ca
     if causal is not None and causal.implementation == "pallas":
         return _pallas(features, v, causal)
     if causal is not None:
-        return prefix_product(
-            features, v, segment_ids=segment_ids, block_size=causal.block_size, chunk_size=causal.chunk_size
-        )[:2]
+        cut = causal.block_size, causal.chunk_size
+        return finite_prefix_product(features, v, None, None, None, segment_ids, *cut)[:2]
     if segment_ids is not None:
         return _packed(features, v, segment_ids)
     return _full(features, v)
@@ -346,8 +353,8 @@ def _packed(features: Features, v: Array, segment_ids: Array) -> tuple[Array, Ar
 
     def run(features, v, segment_ids):
         back = jax.tree.map(lambda x: x[:, ::-1], (features, v, segment_ids))
-        ahead = prefix_product(features, v, segment_ids=segment_ids)
-        behind = prefix_product(*back[:2], segment_ids=back[2])
+        ahead = finite_prefix_product(features, v, None, None, None, segment_ids, 1, CHUNK_SIZE)
+        behind = finite_prefix_product(*back[:2], None, None, None, back[2], 1, CHUNK_SIZE)
         repeats = features.q.shape[2] // v.shape[2]
 
         def own(q, k):

@@ -186,7 +186,7 @@ class NaLaAttention(nn.Module):
         q, k, v, g = self._project(x, mask)
         attention = FeatureKernel(self._features(None, self.max_length), self.eps)
         out, sums = attention.prefill(q, k, v, state=state.attention, mask=mask)
-        values = jnp.concatenate([state.values.astype(v.dtype), rearrange(v, "b n h k -> b n (h k)")], axis=1)
+        values = _join(state.values, rearrange(v, "b n h k -> b n (h k)"))
         local = self.value_conv(values) if self.conv else None
         absorbed = sums.length - state.attention.length
         return self._finish(out, local, g), NaLaState(sums, _window(values, absorbed, NALA_CONV - 1))
@@ -312,6 +312,15 @@ class SOFTAttention(nn.Module):
         if self.landmarks == "conv_norm_gelu":
             points = jax.nn.gelu(self.landmark_norm(points), approximate=False)
         return Landmarks(points)
+
+
+def _join(before: Float[Array, "b m d"], values: Float[Array, "b n d"]) -> Float[Array, "b mn d"]:
+    """The values with those before them in front."""
+
+    def run(before, values):
+        return jnp.concatenate([before.astype(values.dtype), values], axis=1)
+
+    return keep_axes(run, before, values, named=[(values, "b n d")], out="b m d")
 
 
 def _window(values: Float[Array, "b m d"], start: Int[Array, " b"], size: int) -> Float[Array, "b size d"]:

@@ -128,11 +128,16 @@ def prefix_product(
         raise ValueError(f"state has kv {state.kv.shape}; these features and values need {kv}.")
     if state is not None and state.length.shape not in ((), length):
         raise ValueError(f"state.length has shape {state.length.shape}; it is one position per sample, {length}.")
-    return _prefix_product(features, v, state, log_decay, mask, segment_ids, block_size, chunk_size)
+    return finite_prefix_product(features, v, state, log_decay, mask, segment_ids, block_size, chunk_size, True)
 
 
-@partial(jax.jit, static_argnames=("block_size", "chunk_size"))
-def _prefix_product(features, v, state, log_decay, mask, segment_ids, block_size, chunk_size):
+@partial(jax.jit, static_argnames=("block_size", "chunk_size", "isolate"))
+def finite_prefix_product(features, v, state, log_decay, mask, segment_ids, block_size, chunk_size, isolate=False):
+    """Returns what `prefix_product` returns, of arguments that fit, and of finite numbers unless `isolate`.
+
+    Example:
+        out, total, state = finite_prefix_product(features, v, None, None, None, segment_ids, 1, 64)
+    """
     named = [(features.q, "b n h f"), (features.k, "b n g f"), (v, "b n g d"), (features.normaliser[1], "b n g e")]
     letters = ("b n h d", "b n h", "b g f d", "b g e", "b")
 
@@ -151,10 +156,8 @@ def _prefix_product(features, v, state, log_decay, mask, segment_ids, block_size
         if n == 0:
             heads = features.q.shape[:3]
             return jnp.zeros((*heads, v.shape[-1]), v.dtype), jnp.zeros(heads, v.dtype), *state
-        if segment_ids is None:
-            out, total, kv, norm = _in_chunks(features, v, state, log_decay, None, block_size, chunk_size)
-        else:
-            out, total, kv, norm = _in_segments(features, v, state, log_decay, segment_ids, block_size, chunk_size)
+        product = _in_segments if isolate and segment_ids is not None else _in_chunks
+        out, total, kv, norm = product(features, v, state, log_decay, segment_ids, block_size, chunk_size)
         return out, total, kv, norm, length
 
     args = (features, v, state, log_decay, mask, segment_ids)
