@@ -240,6 +240,21 @@ def test_results_stay_divided_as_the_inputs_are():
     assert jax.typeof(state.kv).sharding.spec[1] == "data"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("first", [AxisType.Explicit, AxisType.Auto])
+@pytest.mark.parametrize("second", [AxisType.Explicit, AxisType.Auto])
+@pytest.mark.parametrize("name", ["nala causal", "fewer key heads", "pallas", "soft", "gated delta", "softmax causal"])
+def test_meshes_of_two_axes_in_whole_and_partly_mapped_programs(name, first, second):
+    both = jax.make_mesh((2, 2), ("data", "model"), axis_types=(first, second))
+    heads = P("data", None, "model")
+    a = put(draw(), both, Inputs(heads, heads, heads, heads, P("data"), P("data"), P("data")))
+    expected = jax.tree.leaves(jax.jit(CALLS[name])(draw()))
+    mapped = jax.shard_map(CALLS[name], mesh=both, in_specs=P("data"), out_specs=P("data"), axis_names={"data"})
+    for program in (CALLS[name], mapped):
+        for x, y in zip(jax.tree.leaves(jax.jit(program)(a)), expected, strict=True):
+            np.testing.assert_allclose(x, y, rtol=SOLVED, atol=SOLVED * float(np.abs(y).max()))
+
+
 COMPILED = []
 jax.monitoring.register_event_duration_secs_listener(
     lambda event, seconds, **_: COMPILED.append(event) if "backend_compile" in event else None
