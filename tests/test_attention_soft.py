@@ -273,7 +273,7 @@ ERRORS = {
     "batch": ((Q[:1], Q, V), {}, "same batch size"),
     "heads": ((Q, Q[:, :, :1], V), {}, "same number of heads"),
     "widths": ((Q, Q[..., :3], V), {}, "same width"),
-    "mask per query": ((Q, Q, V), {"mask": np.ones((2, 1, 6, 6), bool)}, "whole keys"),
+    "mask per query": ((Q, Q, V), {"mask": np.tile(np.tri(6, dtype=bool), (2, 1, 1, 1))}, "whole keys"),
     "mask per head": ((Q, Q, V), {"mask": np.ones((2, 3, 1, 6), bool)}, "whole keys"),
     "mask length": ((Q, Q, V), {"mask": np.ones((2, 5), bool)}, "pass .2, 6. or .2, 1, 1, 6."),
     "grid": ((Q, Q, V), {"grid": (2, 4)}, "grid .2, 4. does not hold 6 keys"),

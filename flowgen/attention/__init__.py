@@ -4,9 +4,10 @@ softmax        softmax_attention; frames: that of the frames of a video to frame
 linear         linear_attention and its running state: init_state, prefill, step
 features       the feature maps of linear attention; rotary tables for their numerators
 kernels        nala, focused, cosformer, pola and inline attention; every kernel by name
-decay, delta   retention, gated linear attention; the (gated) delta rule
+decay, delta   retention, gated linear attention (simple GLA); the (gated) delta rule
 soft           SOFT and SOFT++; fixed Gaussian landmarks, its causal relative
 modules        Flax modules; flowgen.attention.nnx has their NNX twins
+masks          what of Flax's masks of pairs is a mask over keys
 hooks          make_attention_fn, for the attention modules of Flax
 cache          causal kernels as the decoders of flows use them
 """
@@ -42,13 +43,12 @@ from flowgen.attention.kernels import (
     RetentionKernel,
     cosformer_attention,
     focused_attention,
-    gaussian_landmark_attention,
-    gaussian_landmark_map,
     inline_attention,
     kernel,
     nala_attention,
     pola_attention,
 )
+from flowgen.attention.landmarks import gaussian_landmark_attention, gaussian_landmark_map
 from flowgen.attention.linear import (
     Causal,
     attend_features,
@@ -58,6 +58,7 @@ from flowgen.attention.linear import (
     quadratic_products,
     step,
 )
+from flowgen.attention.masks import own_keys
 from flowgen.attention.modules import LinearAttention, NaLaAttention, SOFTAttention
 from flowgen.attention.prefix import Features, LinearState, prefix_product
 from flowgen.attention.rotary import Rotary, rotary_grid, rotary_line, rotate
@@ -111,6 +112,7 @@ __all__ = [
     "make_attention_fn",
     "nala_attention",
     "nala_features",
+    "own_keys",
     "pola_attention",
     "prefill",
     "prefix_product",

@@ -8,13 +8,16 @@ window behind a cached prefix, and `rewind`, which says from which cache the sam
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from flowgen.attention.checks import check_floats
 from flowgen.attention.kernels import KERNELS, Kernel
+from flowgen.attention.sharding import keep_axes
 from flowgen.attention.softmax import attend_in_parts, softmax_attention
 
 
@@ -46,7 +49,7 @@ class CausalKernel(NamedTuple):
     has_temperature: bool
 
 
-def init_kv_cache(batch: int, length: int, num_heads: int, head_dim: int, dtype: jnp.dtype) -> KVCache:
+def init_kv_cache(batch: int, length: int, num_heads: int, head_dim: int, dtype: jnp.dtype | type) -> KVCache:
     """Returns one layer's empty key/value cache for `length` positions.
 
     Example:
@@ -72,21 +75,19 @@ def attend_kv_window(
     Example:
         out, cache = attend_kv_window(q, k, v, cache, start=12)
     """
-    corner = (0, 0, start, 0)
-    keys = jax.lax.dynamic_update_slice(cache.keys, k.swapaxes(1, 2).astype(cache.keys.dtype), corner)
-    values = jax.lax.dynamic_update_slice(cache.values, v.swapaxes(1, 2).astype(cache.values.dtype), corner)
-    out = attend_in_parts(q.swapaxes(1, 2), keys, values, first=start)
-    return out.swapaxes(1, 2), KVCache(keys, values)
+    check_floats(q=q, k=k, v=v)
 
+    def run(q, k, v, cache, start):
+        corner = (0, 0, start, 0)
+        keys = jax.lax.dynamic_update_slice(cache.keys, k.swapaxes(1, 2).astype(cache.keys.dtype), corner)
+        values = jax.lax.dynamic_update_slice(cache.values, v.swapaxes(1, 2).astype(cache.values.dtype), corner)
+        out = attend_in_parts(q.swapaxes(1, 2), keys, values, first=start)
+        return out.swapaxes(1, 2), keys, values
 
-SOFTMAX = CausalKernel(
-    attend=lambda q, k, v: softmax_attention(q, k, v, is_causal=True),
-    init_cache=init_kv_cache,
-    attend_window=attend_kv_window,
-    rewind=lambda before, after: after,
-    has_slots=True,
-    has_temperature=True,
-)
+    named = [(q, "b n h k"), (k, "b n g k"), (v, "b n g k"), (cache.keys, "b g m k")]
+    letters = ("b n h k", "b g m k", "b g m k")
+    out, keys, values = keep_axes(run, q, k, v, cache, start, named=named, out=letters)
+    return out, KVCache(keys, values)
 
 
 def recurrent(kernel: Kernel) -> CausalKernel:
@@ -95,18 +96,51 @@ def recurrent(kernel: Kernel) -> CausalKernel:
     Example:
         kernel = recurrent(KERNELS["nala"])
     """
+    running = _Running(kernel)
     return CausalKernel(
-        attend=lambda q, k, v: kernel.attend(q, k, v, is_causal=True),
-        init_cache=lambda batch, length, num_heads, head_dim, dtype: kernel.init_state(
-            batch, num_heads, head_dim, head_dim, dtype
-        ),
-        attend_window=lambda q, k, v, cache, start: kernel.prefill(q, k, v, state=cache),
-        rewind=lambda before, after: before,
+        attend=running.attend,
+        init_cache=running.init_cache,
+        attend_window=running.attend_window,
+        rewind=_before,
         has_slots=False,
         has_temperature=False,
     )
 
 
+@dataclass(frozen=True)
+class _Running:
+    kernel: Kernel
+
+    def attend(self, q, k, v):
+        return self.kernel.attend(q, k, v, is_causal=True)
+
+    def init_cache(self, batch, length, num_heads, head_dim, dtype):
+        return self.kernel.init_state(batch, num_heads, head_dim, head_dim, dtype)
+
+    def attend_window(self, q, k, v, cache, start):
+        return self.kernel.prefill(q, k, v, state=cache)
+
+
+def _attend_causally(q, k, v):
+    return softmax_attention(q, k, v, is_causal=True)
+
+
+def _before(before, after):
+    return before
+
+
+def _after(before, after):
+    return after
+
+
+SOFTMAX = CausalKernel(
+    attend=_attend_causally,
+    init_cache=init_kv_cache,
+    attend_window=attend_kv_window,
+    rewind=_after,
+    has_slots=True,
+    has_temperature=True,
+)
 _CAUSAL_KERNELS = {"softmax": SOFTMAX} | {name: recurrent(kernel) for name, kernel in KERNELS.items()}
 CAUSAL_KERNEL_NAMES = tuple(_CAUSAL_KERNELS)
 

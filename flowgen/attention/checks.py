@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float
 
 # Weights (n x m) that the exact quadratic path may hold per batch element and head.
@@ -16,6 +18,7 @@ def check_heads(q: Array, k: Array, v: Array) -> None:
     Example:
         check_heads(q, k, v)
     """
+    check_floats(q=q, k=k, v=v)
     for name, array in {"q": q, "k": k, "v": v}.items():
         if array.ndim != 4:
             raise ValueError(
@@ -32,6 +35,20 @@ def check_heads(q: Array, k: Array, v: Array) -> None:
             f"q has {q.shape[2]} heads and k has {k.shape[2]}; "
             "the number of query heads must be a multiple of the number of key heads."
         )
+
+
+def check_floats(**arrays: Array | None) -> None:
+    """Raises ValueError for arrays that are not of real floating-point numbers.
+
+    Example:
+        check_floats(q=q, k=k, v=v)
+    """
+    for name, array in arrays.items():
+        if array is not None and not jnp.issubdtype(jnp.result_type(array), jnp.floating):
+            raise ValueError(
+                f"{name} has dtype {jnp.result_type(array)}; attention takes floating-point numbers, so convert it: "
+                f"{name}.astype(jnp.float32)."
+            )
 
 
 def check_causal(q: Array, k: Array) -> None:
@@ -78,7 +95,8 @@ def check_key_mask(mask: Array, q: Array, k: Array) -> Bool[Array, "#b #g 1 m"]:
     checked = check_mask(mask, q, k)
     if checked is None or not is_key_mask(checked, k):
         raise ValueError(
-            f"mask has shape {mask.shape}; this form of attention takes a mask over keys alone, (batch, 1, 1, keys)."
+            f"mask has shape {mask.shape}; this form of attention takes a mask over keys alone, (batch, 1, 1, keys): "
+            "make one with flowgen.attention.own_keys, if the mask of pairs is one of tokens."
         )
     return checked
 
@@ -109,6 +127,33 @@ def hide_keys(
     return jnp.where(seen, k, 0), jnp.where(seen, v, 0)
 
 
+def concrete(x: Array) -> np.ndarray | None:
+    """Returns the numbers of an array, None where they cannot be seen: while tracing, or on other processes' devices.
+
+    Example:
+        numbers = concrete(segment_ids)
+    """
+    if isinstance(x, Tracer) or not getattr(x, "is_fully_addressable", True):
+        return None
+    return np.asarray(x)
+
+
+def check_contiguous(segment_ids: Array) -> None:
+    """Raises ValueError where an id comes back after another one, if the ids can be seen.
+
+    Example:
+        check_contiguous(jnp.asarray([[0, 0, 1, 1]]))
+    """
+    ids = concrete(segment_ids)
+    for row in () if ids is None else ids:
+        first = row[np.concatenate([[True], row[1:] != row[:-1]])] if row.size else row
+        if len(np.unique(first)) != len(first):
+            raise ValueError(
+                f"segment_ids come back: {first[:8].tolist()} are the ids of neighbouring runs of tokens; each segment "
+                "must be contiguous, so give every run an id of its own or sort the tokens by segment."
+            )
+
+
 def check_segments(segment_ids: Array | None, q: Array, k: Array) -> None:
     """Raises ValueError unless segment ids are one per token, of as many queries as keys.
 
@@ -123,6 +168,7 @@ def check_segments(segment_ids: Array | None, q: Array, k: Array) -> None:
         raise ValueError(
             f"segment_ids need as many queries as keys, got {q.shape} and {k.shape}; pass a mask for cross attention."
         )
+    check_contiguous(segment_ids)
 
 
 def check_quadratic(q: Array, k: Array) -> None:
@@ -135,5 +181,16 @@ def check_quadratic(q: Array, k: Array) -> None:
     if n * m > QUADRATIC_LIMIT:
         raise ValueError(
             f"mask distinguishes queries, which linear attention can only do by its quadratic form: {n} x {m} weights, "
-            f"of at most {QUADRATIC_LIMIT}; use is_causal, segment_ids or a mask over keys alone."
+            f"of at most {QUADRATIC_LIMIT}; use is_causal, segment_ids or a mask over keys alone, which "
+            "flowgen.attention.own_keys makes of a mask of pairs, if that is one of tokens."
         )
+
+
+def check_pallas(block_size: int, segment_ids: Array | None) -> None:
+    """Raises ValueError for what the Pallas kernel does not have.
+
+    Example:
+        check_pallas(causal.block_size, segment_ids)
+    """
+    if block_size != 1 or segment_ids is not None:
+        raise ValueError("the Pallas kernel has no blocks and no segments; use implementation='xla'.")

@@ -1,12 +1,11 @@
-"""Causal linear attention that forgets: a running state multiplied by a scalar per head before each token."""
+"""Causal linear attention that forgets (simple GLA, RetNet): its state shrinks by a scalar per head at each token."""
 
 from __future__ import annotations
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from flowgen.attention.checks import check_causal, check_heads, check_key_mask, check_segments
-from flowgen.attention.linear import keep_keys
+from flowgen.attention.checks import check_causal, check_floats, check_heads, check_key_mask, check_segments
 from flowgen.attention.prefix import CHUNK_SIZE, Features, LinearState, prefix_product
 
 
@@ -23,8 +22,9 @@ def gated_linear_attention(
 ) -> tuple[Float[Array, "b n h d"], LinearState]:
     """Returns out_t = k^-0.5 S_tᵀ q_t with S_t = exp(log_decay_t) S_(t-1) + k_t v_tᵀ, and the last state.
 
-    The scalar form of gated linear attention (arXiv 2312.06635), not normalised: a norm per head usually follows.
-    log_decay: at most 0. mask: over keys, True keeps; masked tokens add nothing but still count as time.
+    Simple GLA, as the field calls gated linear attention (arXiv 2312.06635) with one gate per head instead of one per
+    channel; not normalised: a norm per head usually follows. log_decay: at most 0. mask: over keys, True keeps; a
+    masked token changes nothing, whatever it holds, not even by its decay. segment_ids: see `prefix_product`.
     Raises ValueError where shapes or mask do not fit.
 
     Example:
@@ -35,12 +35,12 @@ def gated_linear_attention(
     if log_decay.shape != k.shape[:3]:
         raise ValueError(f"log_decay has shape {log_decay.shape}; (batch, tokens, key heads) are {k.shape[:3]}.")
     check_segments(segment_ids, q, k)
+    check_floats(log_decay=log_decay)
     dtype = jnp.promote_types(q.dtype, jnp.float32)
-    features, values = Features(q.astype(dtype) * q.shape[-1] ** -0.5, k), v
-    if mask is not None:
-        features, values = keep_keys(features, v, check_key_mask(mask, q, k))
+    features = Features(q.astype(dtype) * q.shape[-1] ** -0.5, k)
+    mask = None if mask is None else check_key_mask(mask, q, k)
     out, _, state = prefix_product(
-        features, values, state=state, log_decay=log_decay, segment_ids=segment_ids, chunk_size=chunk_size
+        features, v, state=state, log_decay=log_decay, mask=mask, segment_ids=segment_ids, chunk_size=chunk_size
     )
     return out.astype(v.dtype), state
 
@@ -57,7 +57,7 @@ def retention(
 ) -> tuple[Float[Array, "b n h d"], LinearState]:
     """Returns retention (RetNet, arXiv 2307.08621) and the last state: decay 1 - 2^(-5-i) for key head i.
 
-    Without the rotation of q and k and the group norm that its layer has around it.
+    Without the rotation of q and k and the group norm that its layer has around it. Masked tokens do not count as time.
 
     Example:
         out, state = retention(q, k, v)

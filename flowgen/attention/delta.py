@@ -12,11 +12,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange
 from jaxtyping import Array, Bool, Float
 
+from flowgen.attention.checks import check_floats
 from flowgen.attention.linalg import unit_lower_inverse
 from flowgen.attention.prefix import decay_weights
+from flowgen.attention.sharding import keep_axes, varying
 
 # Added to the squared norm of q and k, as in the published implementation; a zero vector stays zero.
 NORM_EPS = 1e-6
@@ -28,13 +29,15 @@ class DeltaState(NamedTuple):
     kv: Float[Array, "b h k d"]
 
 
-def init_delta_state(batch: int, num_heads: int, key_dim: int, value_dim: int) -> DeltaState:
-    """Returns the state before the first token, zeros in float32.
+def init_delta_state(
+    batch: int, num_heads: int, key_dim: int, value_dim: int, *, dtype: jnp.dtype | type = jnp.float32
+) -> DeltaState:
+    """Returns the state before the first token, zeros, at least float32. dtype: of the inputs that will follow.
 
     Example:
         state = init_delta_state(batch=4, num_heads=8, key_dim=64, value_dim=64)
     """
-    return DeltaState(jnp.zeros((batch, num_heads, key_dim, value_dim), jnp.float32))
+    return DeltaState(jnp.zeros((batch, num_heads, key_dim, value_dim), jnp.promote_types(dtype, jnp.float32)))
 
 
 def gated_delta_rule(
@@ -47,14 +50,20 @@ def gated_delta_rule(
     state: DeltaState | None = None,
     mask: Bool[Array, "#b n"] | Bool[Array, "#b 1 1 n"] | None = None,
     chunk_size: int = 64,
+    use_qk_l2norm: bool = True,
+    scale: float | None = None,
 ) -> tuple[Float[Array, "b n h d"], DeltaState]:
     """Returns the causal outputs o in v's type and the state behind the last token; per head and token
 
         S ← exp(g) S;   S ← S + β k (v − Sᵀk)ᵀ;   o = Sᵀq
 
-    (Yang, Kautz and Hatamizadeh, Gated Delta Networks, arXiv 2412.06464) with q and k of unit length,
-    q scaled by k_dim^-0.5. beta is β, the writing strength, meant to be in 0..1. log_decay is g ≤ 0, in nats per
-    token; -inf forgets everything before the token, None never forgets. Neither range is checked.
+    (Yang, Kautz and Hatamizadeh, Gated Delta Networks, arXiv 2412.06464).
+
+    use_qk_l2norm: q and k are divided by their lengths first, so their sizes do not matter; it is on by default, as in
+    the published layers. Without it they are used as they are, and keys should be no longer than 1: beyond
+    |k|² β = 2 the state grows without bound. scale: of q, after that; k_dim^-0.5 if None.
+    beta: β, the writing strength, meant to be in 0..1. log_decay: g ≤ 0, in nats per token; -inf forgets everything
+    before the token, None never forgets. Neither range is checked.
 
     Chunks of `chunk_size` tokens are solved in parallel (Yang et al., DeltaNet, arXiv 2406.06484) and passed
     through in order; the backward pass stores one state per chunk. Any n is allowed, and `state` continues an
@@ -68,27 +77,14 @@ def gated_delta_rule(
     Example:
         out, state = gated_delta_rule(q, k, v, jax.nn.sigmoid(b), -jax.nn.softplus(g))
     """
-    _check_shapes(4, q, k, v, beta, log_decay, state)
+    _check_arrays(4, q, k, v, beta, log_decay, state)
     if chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}; it is a number of tokens, at least 1, and 64 suits most widths.")
-    n = q.shape[1]
     if mask is not None:
-        keep = _key_mask(mask, q.shape[0], n)
+        keep = _key_mask(mask, q.shape[0], q.shape[1])
         k, v, beta, log_decay = jax.tree.map(partial(_silence, keep), (k, v, beta, log_decay))
-    size = max(1, min(chunk_size, n))
-    precision = _precision(q, k, v)
-    tokens, start = _prepare(q, k, v, beta, log_decay, state)
-
-    def in_chunks(x: Array) -> Array:
-        # Padding has β = 0 and g = 0: the state behind it is that of the last token.
-        x = jnp.pad(x, [(0, 0), (0, -n % size)] + [(0, 0)] * (x.ndim - 2))
-        return rearrange(x, "b (m c) h ... -> m b h c ...", c=size)
-
-    # Without the checkpoint, the backward pass would store every chunk's c × c matrices as well as its state.
-    body = jax.checkpoint(partial(_advance, precision=precision), prevent_cse=False)
-    kv, out = jax.lax.scan(body, start, jax.tree.map(in_chunks, tokens))
-    out = rearrange(out, "m b h c d -> b (m c) h d")[:, :n]
-    return out.astype(v.dtype), DeltaState(kv)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return _in_chunks(q, k, v, beta, log_decay, state, scale, chunk_size, use_qk_l2norm)
 
 
 def delta_rule(
@@ -100,13 +96,17 @@ def delta_rule(
     state: DeltaState | None = None,
     mask: Bool[Array, "#b n"] | Bool[Array, "#b 1 1 n"] | None = None,
     chunk_size: int = 64,
+    use_qk_l2norm: bool = True,
+    scale: float | None = None,
 ) -> tuple[Float[Array, "b n h d"], DeltaState]:
     """Returns `gated_delta_rule` without decay: S ← S + β k (v − Sᵀk)ᵀ, o = Sᵀq (arXiv 2406.06484).
 
     Example:
         out, state = delta_rule(q, k, v, jax.nn.sigmoid(b))
     """
-    return gated_delta_rule(q, k, v, beta, state=state, mask=mask, chunk_size=chunk_size)
+    return gated_delta_rule(
+        q, k, v, beta, state=state, mask=mask, chunk_size=chunk_size, use_qk_l2norm=use_qk_l2norm, scale=scale
+    )
 
 
 def gated_delta_step(
@@ -116,28 +116,73 @@ def gated_delta_step(
     v: Float[Array, "b h d"],
     beta: Float[Array, "b h"],
     log_decay: Float[Array, "b h"] | None = None,
+    *,
+    use_qk_l2norm: bool = True,
+    scale: float | None = None,
 ) -> tuple[Float[Array, "b h d"], DeltaState]:
     """Returns one token's outputs and the state with it absorbed: the recurrence of `gated_delta_rule` itself.
 
-    The cost does not depend on how many tokens came before. ValueError: shapes that do not fit together.
+    The cost does not depend on how many tokens came before. Options as there. ValueError: shapes that do not fit.
 
     Example:
         out, state = gated_delta_step(state, q[:, 0], k[:, 0], v[:, 0], beta[:, 0])
     """
-    _check_shapes(3, q, k, v, beta, log_decay, state)
+    _check_arrays(3, q, k, v, beta, log_decay, state)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return _one_token(q, k, v, beta, log_decay, state, scale, use_qk_l2norm)
+
+
+@partial(jax.jit, static_argnames=("chunk_size", "use_qk_l2norm"))
+def _in_chunks(q, k, v, beta, log_decay, state, scale, chunk_size, use_qk_l2norm):
     precision = _precision(q, k, v)
-    token, kv = _prepare(q, k, v, beta, log_decay, state)
-    if token.log_decay is not None:
-        kv = kv * jnp.exp(token.log_decay)[..., None, None]
-    recalled = jnp.einsum("bhk,bhkd->bhd", token.k, kv, precision=precision)
-    written = token.beta[..., None] * (token.v - recalled)
-    kv = kv + token.k[..., :, None] * written[..., None, :]
-    out = jnp.einsum("bhk,bhkd->bhd", token.q, kv, precision=precision)
-    return out.astype(v.dtype), DeltaState(kv)
+
+    def run(q, k, v, beta, log_decay, state, scale):
+        batch, n, heads = q.shape[:3]
+        size = max(1, min(chunk_size, n)) if isinstance(n, int) else chunk_size
+        count = -(-n // size)
+        tokens, start = _prepare(q, k, v, beta, log_decay, state, scale, use_qk_l2norm)
+        start = varying(start, tokens)
+
+        def in_chunks(x: Array) -> Array:
+            # Padding has β = 0 and g = 0: the state behind it is that of the last token.
+            x = jnp.pad(x, [(0, 0), (0, count * size - n)] + [(0, 0)] * (x.ndim - 2))
+            x = x.reshape(batch, count, size, *x.shape[2:])
+            return x.transpose(1, 0, 3, 2, *range(4, x.ndim))
+
+        # Without the checkpoint, the backward pass would store every chunk's c × c matrices as well as its state.
+        body = jax.checkpoint(partial(_advance, precision=precision), prevent_cse=False)
+        kv, out = jax.lax.scan(body, start, jax.tree.map(in_chunks, tokens))
+        out = out.transpose(1, 0, 3, 2, 4).reshape(batch, count * size, heads, v.shape[-1])[:, :n]
+        return out.astype(v.dtype), kv
+
+    named = [(q, "b n h k"), (k, "b n h k"), (v, "b n h d")]
+    args = (q, k, v, beta, log_decay, state, scale)
+    out, kv = keep_axes(run, *args, named=named, out=("b n h d", "b h k d"))
+    return out, DeltaState(kv)
+
+
+@partial(jax.jit, static_argnames="use_qk_l2norm")
+def _one_token(q, k, v, beta, log_decay, state, scale, use_qk_l2norm):
+    precision = _precision(q, k, v)
+
+    def run(q, k, v, beta, log_decay, state, scale):
+        token, kv = _prepare(q, k, v, beta, log_decay, state, scale, use_qk_l2norm)
+        if token.log_decay is not None:
+            kv = kv * jnp.exp(token.log_decay)[..., None, None]
+        recalled = jnp.einsum("bhk,bhkd->bhd", token.k, kv, precision=precision)
+        written = token.beta[..., None] * (token.v - recalled)
+        kv = kv + token.k[..., :, None] * written[..., None, :]
+        out = jnp.einsum("bhk,bhkd->bhd", token.q, kv, precision=precision)
+        return out.astype(v.dtype), kv
+
+    named = [(q, "b h k"), (k, "b h k"), (v, "b h d")]
+    args = (q, k, v, beta, log_decay, state, scale)
+    out, kv = keep_axes(run, *args, named=named, out=("b h d", "b h k d"))
+    return out, DeltaState(kv)
 
 
 class _Tokens(NamedTuple):
-    """Inputs in the precision of the state, q and k of unit length; the axes before the width vary."""
+    """Inputs in the precision of the state, q scaled; the axes before the width vary."""
 
     q: Float[Array, "*tokens k"]
     k: Float[Array, "*tokens k"]
@@ -146,14 +191,17 @@ class _Tokens(NamedTuple):
     log_decay: Float[Array, "*tokens"] | None
 
 
-def _prepare(q, k, v, beta, log_decay, state: DeltaState | None) -> tuple[_Tokens, Float[Array, "b h k d"]]:
+def _prepare(
+    q, k, v, beta, log_decay, state: DeltaState | None, scale, use_qk_l2norm: bool
+) -> tuple[_Tokens, Float[Array, "b h k d"]]:
     dtype = jnp.promote_types(jnp.result_type(q, k, v), jnp.float32)
     q, k, v, beta = (x.astype(dtype) for x in (q, k, v, beta))
     log_decay = None if log_decay is None else log_decay.astype(dtype)
     if state is None:
-        state = init_delta_state(q.shape[0], q.shape[-2], q.shape[-1], v.shape[-1])
-    tokens = _Tokens(_unit(q) * q.shape[-1] ** -0.5, _unit(k), v, beta, log_decay)
-    return tokens, state.kv.astype(dtype)
+        state = init_delta_state(q.shape[0], q.shape[-2], q.shape[-1], v.shape[-1], dtype=dtype)
+    if use_qk_l2norm:
+        q, k = _unit(q), _unit(k)
+    return _Tokens(q * jnp.asarray(scale, dtype), k, v, beta, log_decay), state.kv.astype(dtype)
 
 
 def _unit(x: Array) -> Array:
@@ -211,7 +259,8 @@ def _key_mask(mask: Array, batch: int, n: int) -> Bool[Array, "b n"]:
     return jnp.broadcast_to(keep, (batch, n))
 
 
-def _check_shapes(rank: int, q, k, v, beta, log_decay, state: DeltaState | None) -> None:
+def _check_arrays(rank: int, q, k, v, beta, log_decay, state: DeltaState | None) -> None:
+    check_floats(q=q, k=k, v=v, beta=beta, log_decay=log_decay)
     letters = "b n h" if rank == 4 else "b h"
     tokens = q.shape[:-1]
     if q.ndim != rank:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -10,8 +11,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from flowgen.attention.checks import concrete
+from flowgen.attention.equality import ByFields
 from flowgen.attention.prefix import Features
 from flowgen.attention.rotary import Rotary, rotate
+from flowgen.attention.sharding import keep_axes
 
 DirectionMap = Literal["split", "cosine"]
 Map = Callable[[Array, Array], Array]
@@ -21,14 +25,15 @@ MAX_SHIFT = 60.0  # e^60 is far inside float32, and so is 1e-6 times it
 FOCUSED_FLOOR = 1e-6  # of the released FLatten: keeps every relu feature positive
 
 
-@dataclass(frozen=True)
-class FeatureMap:
+@dataclass(frozen=True, eq=False)
+class FeatureMap(ByFields):
     """φ of a kernel: (x, positions) -> features, for queries and for keys, on arrays `b n h k` and `n`.
 
     Features must be nonnegative for the normaliser to be positive. query_scale: where queries are multiplied by a
     factor per token for the sake of precision, that factor `b n h`, by which eps is multiplied too, so that it
     cancels. rotary: turns the features in the numerator, not in the normaliser. max_length: how many positions there
-    are, where there is a limit; tokens beyond it raise ValueError, or become NaN where positions are traced.
+    are, where there is a limit; tokens beyond it raise ValueError, or become NaN where positions are traced. A map
+    that depends on positions must have one of the two. Maps pickle, and compare, as their functions do.
     """
 
     query: Map
@@ -37,26 +42,47 @@ class FeatureMap:
     rotary: Rotary | None = None
     max_length: int | None = None
 
+    def __post_init__(self):
+        _check_map("query", self.query)
+        _check_map("key", self.key)
+
     @property
     def positional(self) -> bool:
         """Whether features depend on where a token stands."""
         return self.rotary is not None or self.max_length is not None
 
     def __call__(
-        self, q: Float[Array, "b n h k"], k: Float[Array, "b m g k"], start: int | Int[Array, ""] = 0
+        self,
+        q: Float[Array, "b n h k"],
+        k: Float[Array, "b m g k"],
+        start: int | Int[Array, ""] | Int[Array, " b"] = 0,
     ) -> Features:
-        """Returns the features of tokens at positions start.., at least float32."""
-        positions_q, positions_k = start + jnp.arange(q.shape[1]), start + jnp.arange(k.shape[1])
-        mapped_q = self.query(_at_least_float32(q), positions_q)
-        mapped_k = self.key(_at_least_float32(k), positions_k)
+        """Returns the features of tokens at positions start.., at least float32; one start, or one per sample."""
+        q, k = _at_least_float32(q), _at_least_float32(k)
+        if not self.positional and jnp.ndim(start):
+            start = 0
+        if jnp.ndim(start):  # then divided over a mesh as the samples are
+            start = keep_axes(lambda x, q: x, start, q, named=[(q, "b n h k"), (k, "b m g k")], out="b")
+        mapped_q, turned_q = self._tokens(self.query, q, start)
+        mapped_k, turned_k = self._tokens(self.key, k, start)
+        return Features(turned_q, turned_k) if self.rotary is None else Features(turned_q, turned_k, mapped_q, mapped_k)
+
+    def _tokens(self, phi: Map, x: Array, start: int | Array) -> tuple[Array, Array]:
+        """The features of queries or keys, and these turned by the table if there is one."""
         limit = self.max_length if self.rotary is None else len(self.rotary.cos)
         if limit is not None:
-            _check_length(start, max(q.shape[1], k.shape[1]), limit)
-            mapped_q, mapped_k = _until(limit, mapped_q, positions_q), _until(limit, mapped_k, positions_k)
-        if self.rotary is None:
-            return Features(mapped_q, mapped_k)
-        turned_q, turned_k = rotate(mapped_q, self.rotary, positions_q), rotate(mapped_k, self.rotary, positions_k)
-        return Features(turned_q, turned_k, mapped_q, mapped_k)
+            _check_length(start, x.shape[1], limit)
+        place = jnp.arange(x.shape[1])
+        if jnp.ndim(start):
+            positions = jnp.asarray(start)[:, None] + place[None]
+            mapped = jax.vmap(lambda x, positions: phi(x[None], positions)[0])(x, positions)
+        else:
+            positions = start + place
+            mapped = phi(x, positions)
+        if limit is not None:
+            exists = positions < limit if positions.ndim == 2 else (positions < limit)[None]
+            mapped = jnp.where(exists[..., None, None], mapped, jnp.nan)
+        return mapped, mapped if self.rotary is None else rotate(mapped, self.rotary, positions)
 
 
 def elu_plus_one() -> FeatureMap:
@@ -65,7 +91,7 @@ def elu_plus_one() -> FeatureMap:
     Example:
         out = linear_attention(q, k, v, elu_plus_one())
     """
-    return _same(lambda x, positions: jax.nn.elu(x) + 1)
+    return _same(_elu_plus_one)
 
 
 def relu_features(power: int = 1) -> FeatureMap:
@@ -74,7 +100,7 @@ def relu_features(power: int = 1) -> FeatureMap:
     Example:
         out = linear_attention(q, k, v, relu_features(power=2))
     """
-    return _same(lambda x, positions: jax.nn.relu(x) ** power)
+    return _same(_Relu(power))
 
 
 def focused_features(power: float = 3.0, scale: float | Array = 1.0, *, joint_heads: bool = False) -> FeatureMap:
@@ -86,15 +112,7 @@ def focused_features(power: float = 3.0, scale: float | Array = 1.0, *, joint_he
     Example:
         out = linear_attention(q, k, v, focused_features(power=3.0))
     """
-    axes = (-2, -1) if joint_heads else (-1,)
-
-    def phi(x, positions):
-        y = (jax.nn.relu(x) + FOCUSED_FLOOR) / scale
-        # The largest entry cancels between the norms, also in gradients: divided by it, no power underflows as a whole.
-        sharp = (y / jax.lax.stop_gradient(y.max(axis=axes, keepdims=True))) ** power
-        return sharp * (_norm(y, axes) / _norm(sharp, axes))
-
-    return _same(phi)
+    return _same(_Focused(power, scale, joint_heads))
 
 
 def nala_features(
@@ -119,36 +137,8 @@ def nala_features(
     """
     if direction_map not in ("split", "cosine"):
         raise ValueError(f"direction_map is {direction_map!r}; choose 'split' or 'cosine'.")
-
-    def directed(magnitude, x):
-        if direction_map == "split":
-            return jnp.concatenate([jnp.where(x > 0, magnitude, 0), jnp.where(x < 0, magnitude, 0)], axis=-1)
-        angle = jnp.pi / 4 * jnp.tanh(temperature * x / _norm(x, (-1,)))
-        return jnp.concatenate([magnitude * jnp.cos(angle), magnitude * jnp.sin(angle)], axis=-1)
-
-    def exponent(q):
-        return per_head(power, q) * (per_head(offset, q) + jnp.tanh(_norm(q, (-1,))))
-
-    def logs(q):
-        """log |d(q)|, 0 where it is -inf; and a shift that lifts the token's largest log feature to 0, if it can."""
-        nonzero = q != 0
-        log = jnp.where(nonzero, jnp.log(jnp.where(nonzero, jnp.abs(q / _norm(q, (-1,))), 1)), 0)
-        top = jnp.where(nonzero, log, -jnp.inf).max(axis=-1, keepdims=True)
-        top = jnp.where(jnp.isfinite(top), top, 0)
-        # The factor exp(shift) cancels, so it takes no part in gradients.
-        return log, jax.lax.stop_gradient(jnp.minimum(-exponent(q) * top, MAX_SHIFT))
-
-    def query(q, positions):
-        log, shift = logs(q)
-        return directed(jnp.where(q != 0, jnp.exp(exponent(q) * log + shift), 0), q)
-
-    def query_scale(q):
-        return jnp.exp(logs(_at_least_float32(q))[1])[..., 0]
-
-    def key(k, positions):
-        return directed(signless_power(k, per_head(power, k)), k)
-
-    return FeatureMap(query, key, query_scale, rotary)
+    nala = _Nala(power, offset, direction_map, temperature)
+    return FeatureMap(nala.query, nala.key, nala.query_scale, rotary)
 
 
 def cosformer_features(max_length: int) -> FeatureMap:
@@ -161,13 +151,82 @@ def cosformer_features(max_length: int) -> FeatureMap:
     """
     if max_length < 1:
         raise ValueError(f"max_length is {max_length}; it must be the largest number of tokens, at least 1.")
+    phi = _Cosformer(max_length)
+    return FeatureMap(phi, phi, max_length=max_length)
 
-    def phi(x, positions):
-        angle = (jnp.pi / 2 * positions / max_length)[None, :, None, None].astype(x.dtype)
+
+def _elu_plus_one(x: Array, positions: Array) -> Array:
+    return jax.nn.elu(x) + 1
+
+
+@dataclass(frozen=True, eq=False)
+class _Relu(ByFields):
+    power: int
+
+    def __call__(self, x, positions):
+        return jax.nn.relu(x) ** self.power
+
+
+@dataclass(frozen=True, eq=False)
+class _Focused(ByFields):
+    power: float
+    scale: float | Array
+    joint_heads: bool
+
+    def __call__(self, x, positions):
+        axes = (-2, -1) if self.joint_heads else (-1,)
+        y = (jax.nn.relu(x) + FOCUSED_FLOOR) / self.scale
+        # The largest entry cancels between the norms, also in gradients: divided by it, no power underflows as a whole.
+        sharp = (y / jax.lax.stop_gradient(y.max(axis=axes, keepdims=True))) ** self.power
+        return sharp * (_norm(y, axes) / _norm(sharp, axes))
+
+
+@dataclass(frozen=True, eq=False)
+class _Cosformer(ByFields):
+    max_length: int
+
+    def __call__(self, x, positions):
+        angle = (jnp.pi / 2 * positions / self.max_length)[None, :, None, None].astype(x.dtype)
         positive = jax.nn.relu(x)
         return jnp.concatenate([positive * jnp.cos(angle), positive * jnp.sin(angle)], axis=-1)
 
-    return FeatureMap(phi, phi, max_length=max_length)
+
+@dataclass(frozen=True, eq=False)
+class _Nala(ByFields):
+    """The functions of `nala_features`."""
+
+    power: float | Array
+    offset: float | Array
+    direction_map: DirectionMap
+    temperature: float
+
+    def query(self, q, positions):
+        log, shift = self._logs(q)
+        return self._directed(jnp.where(q != 0, jnp.exp(self._exponent(q) * log + shift), 0), q)
+
+    def key(self, k, positions):
+        return self._directed(signless_power(k, per_head(self.power, k)), k)
+
+    def query_scale(self, q):
+        return jnp.exp(self._logs(_at_least_float32(q))[1])[..., 0]
+
+    def _directed(self, magnitude, x):
+        if self.direction_map == "split":
+            return jnp.concatenate([jnp.where(x > 0, magnitude, 0), jnp.where(x < 0, magnitude, 0)], axis=-1)
+        angle = jnp.pi / 4 * jnp.tanh(self.temperature * x / _norm(x, (-1,)))
+        return jnp.concatenate([magnitude * jnp.cos(angle), magnitude * jnp.sin(angle)], axis=-1)
+
+    def _exponent(self, q):
+        return per_head(self.power, q) * (per_head(self.offset, q) + jnp.tanh(_norm(q, (-1,))))
+
+    def _logs(self, q):
+        """log |d(q)|, 0 where it is -inf; and a shift that lifts the token's largest log feature to 0, if it can."""
+        nonzero = q != 0
+        log = jnp.where(nonzero, jnp.log(jnp.where(nonzero, jnp.abs(q / _norm(q, (-1,))), 1)), 0)
+        top = jnp.where(nonzero, log, -jnp.inf).max(axis=-1, keepdims=True)
+        top = jnp.where(jnp.isfinite(top), top, 0)
+        # The factor exp(shift) cancels, so it takes no part in gradients.
+        return log, jax.lax.stop_gradient(jnp.minimum(-self._exponent(q) * top, MAX_SHIFT))
 
 
 def signless_power(x: Array, power: float | Array) -> Array:
@@ -197,17 +256,27 @@ def per_head(value: float | Array, x: Float[Array, "b n h k"]) -> Array:
     return value[None, None, :, None] if value.ndim == 1 else value[None, None]
 
 
-def _check_length(start: int | Array, num_tokens: int, limit: int) -> None:
+def _check_map(name: str, phi: Map) -> None:
     try:
-        end = int(start) + num_tokens
-    except jax.errors.ConcretizationTypeError:
+        signature = inspect.signature(phi)
+    except (TypeError, ValueError):  # of a function that has none to show
         return
+    try:
+        signature.bind(None, None)
+    except TypeError:
+        raise ValueError(
+            f"{name} takes {signature}; a feature map is a function of (x, positions), so write "
+            f"`lambda x, positions: ...`."
+        ) from None
+
+
+def _check_length(start: int | Array, num_tokens: int, limit: int) -> None:
+    starts = concrete(jnp.asarray(start))
+    if starts is None or not isinstance(num_tokens, int):
+        return
+    end = int(starts.max(initial=0)) + num_tokens
     if end > limit:
         raise ValueError(f"there are {end} tokens; the feature map has {limit} positions, so make it for more.")
-
-
-def _until(limit: int, features: Array, positions: Array) -> Array:
-    return jnp.where((positions < limit)[None, :, None, None], features, jnp.nan)
 
 
 def _same(phi: Map) -> FeatureMap:
@@ -239,7 +308,7 @@ def feature_map(features: FeatureMap | str) -> FeatureMap:
     """
     if isinstance(features, FeatureMap):
         return features
-    if features not in FEATURE_MAPS:
+    if not isinstance(features, str) or features not in FEATURE_MAPS:
         raise ValueError(
             f"features {features!r} are unknown; choose one of {', '.join(FEATURE_MAPS)} or give a FeatureMap "
             "(pola, inline and retention are more than a feature map: flowgen.attention.kernel runs them)."

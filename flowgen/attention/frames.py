@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from flowgen.attention import softmax
+from flowgen.attention.checks import check_floats
+from flowgen.attention.sharding import keep_axes
 
 
 @dataclass(frozen=True)
@@ -44,27 +47,44 @@ class FrameWindow:
             raise ValueError(
                 f"q has {q.shape[1]} tokens; behind a prefix of {self.prefix} there must be frames of {self.tokens}."
             )
+        check_floats(q=q, k=k, v=v)
+        return _attend(q, k, v, self, softmax.MAX_LOGITS)
+
+
+@partial(jax.jit, static_argnames=("window", "max_logits"))
+def _attend(q, k, v, window: FrameWindow, max_logits: int):
+    def run(q, k, v):
         q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-        cut = self.prefix
-        seen = cut + min(1 + self.ahead, frames) * self.tokens
+        cut, tokens = window.prefix, window.tokens
+        frames = (q.shape[2] - cut) // tokens
+        seen = cut + min(1 + window.ahead, frames) * tokens
         front = softmax.attend_in_parts(q[:, :, :cut], k[:, :, :seen], v[:, :, :seen])
-        width = self.back + 1 + self.ahead
-        margins = ((0, 0), (0, 0), (self.back * self.tokens, self.ahead * self.tokens), (0, 0))
-        padded = [jnp.pad(x[:, :, cut:], margins) for x in (k, v)]
-        queries = q[:, :, cut:].reshape(*q.shape[:2], frames, self.tokens, q.shape[-1])
+        behind = _attend_by_frame(q, k, v, window, frames, max_logits)
+        return jnp.concatenate([front, behind], axis=2).swapaxes(1, 2)
 
-        def one_frame(frame_and_queries):
-            frame, queries = frame_and_queries
-            start, length = frame * self.tokens, width * self.tokens
-            near = [jax.lax.dynamic_slice_in_dim(x, start, length, axis=2) for x in padded]
-            keys, values = (jnp.concatenate([x[:, :, :cut], y], axis=2) for x, y in zip((k, v), near, strict=True))
-            neighbour = frame - self.back + jnp.arange(width)
-            real = jnp.repeat((neighbour >= 0) & (neighbour < frames), self.tokens, total_repeat_length=length)
-            mask = jnp.concatenate([jnp.ones(cut, bool), real])[None, None, None]
-            return softmax.attend_in_parts(queries, keys, values, mask)
+    named = [(q, "b n h k"), (k, "b n g k"), (v, "b n g d")]
+    return keep_axes(run, q, k, v, named=named, out="b n h d")
 
-        logits = q.shape[0] * q.shape[1] * q.shape[2] * width * self.tokens
-        body = one_frame if logits <= softmax.MAX_LOGITS else jax.checkpoint(one_frame)
-        out = jax.lax.map(body, (jnp.arange(frames), jnp.moveaxis(queries, 2, 0)))
-        out = jnp.moveaxis(out, 0, 2).reshape(*q.shape[:2], frames * self.tokens, v.shape[-1])
-        return jnp.concatenate([front, out], axis=2).swapaxes(1, 2)
+
+def _attend_by_frame(q, k, v, window: FrameWindow, frames: int, max_logits: int):
+    """The attention of what comes behind the prefix, heads before tokens."""
+    cut, tokens = window.prefix, window.tokens
+    width = window.back + 1 + window.ahead
+    margins = ((0, 0), (0, 0), (window.back * tokens, window.ahead * tokens), (0, 0))
+    padded = [jnp.pad(x[:, :, cut:], margins) for x in (k, v)]
+    queries = q[:, :, cut:].reshape(*q.shape[:2], frames, tokens, q.shape[-1])
+
+    def one_frame(frame_and_queries):
+        frame, queries = frame_and_queries
+        start, length = frame * tokens, width * tokens
+        near = [jax.lax.dynamic_slice_in_dim(x, start, length, axis=2) for x in padded]
+        keys, values = (jnp.concatenate([x[:, :, :cut], y], axis=2) for x, y in zip((k, v), near, strict=True))
+        neighbour = frame - window.back + jnp.arange(width)
+        real = jnp.repeat((neighbour >= 0) & (neighbour < frames), tokens, total_repeat_length=length)
+        mask = jnp.concatenate([jnp.ones(cut, bool), real])[None, None, None]
+        return softmax.attend_in_parts(queries, keys, values, mask)
+
+    logits = q.shape[0] * q.shape[1] * q.shape[2] * width * tokens
+    body = one_frame if logits <= max_logits else jax.checkpoint(one_frame)
+    out = jax.lax.map(body, (jnp.arange(frames), jnp.moveaxis(queries, 2, 0)))
+    return jnp.moveaxis(out, 0, 2).reshape(*q.shape[:2], frames * tokens, v.shape[-1])

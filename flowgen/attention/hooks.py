@@ -3,42 +3,65 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from flowgen.attention.checks import check_heads, check_mask, hide_keys
+from flowgen.attention.equality import ByFields
 from flowgen.attention.features import FeatureMap
-from flowgen.attention.kernels import KERNELS, FeatureKernel, Kernel, kernel
+from flowgen.attention.kernels import KERNELS, FeatureKernel, Kernel, RetentionKernel, kernel
 from flowgen.attention.linear import Causal, attend_features
+from flowgen.attention.masks import own_keys
 from flowgen.attention.prefix import Features
 from flowgen.attention.soft import soft_attention
 from flowgen.attention.softmax import softmax_attention
 
 
-def make_attention_fn(name: str | Kernel | FeatureMap, *, is_causal: bool | Causal = False) -> Callable[..., Array]:
+def make_attention_fn(
+    name: str | Kernel | FeatureMap, *, is_causal: bool | Causal = False, masks: Literal["pairs", "keys"] = "pairs"
+) -> Callable[..., Array]:
     """Returns an `attention_fn` for Flax's multi-head attention modules that computes the named kernel.
 
     name: a kernel of `flowgen.attention.KERNELS`, a feature map, "softmax" or "soft". is_causal: causal whatever the
     module asks. The function takes query `... t h k`, key and value `... s g k` and what the modules pass:
-    - mask `... h t s`, nonzero keeps: over keys alone at linear cost, else by the quadratic form. A causal mask
-      cannot be told from others while tracing; `is_causal` is the fast form of it.
+    - mask `... h t s`, nonzero keeps: over keys alone (query axis 1) at linear cost. A mask of pairs, as Flax's
+      `make_causal_mask` and `make_attention_mask` make them, is also run at linear cost where it is a mask of queries
+      times one of keys (times causal order, if the attention is causal) and its numbers can be seen, outside of jit.
+      Inside of jit they cannot: then it is run by the quadratic form, unless masks="keys".
+    - masks="keys" says that every mask of pairs is of that kind, with the tokens that are kept the same as queries and
+      as keys. Its diagonal then tells which, at linear cost, inside of jit too; outputs of the others mean nothing.
     - bias over keys alone (query axis 1) multiplies the keys' features by exp(bias); feature maps only. Where causal,
       keep it below 80, where exp overflows; otherwise only differences matter.
-    - one query with a mask, as when decoding from Flax's cache, is never causal: the mask says what it sees. Feature
-      maps with positions raise there, since the query does not say where it stands.
+    - one query and several keys with a mask, as when decoding from Flax's cache, is never causal: the mask says what
+      the query sees. Retention and feature maps with positions raise there, since nothing says where the query stands.
     - dtype: what query, key and value are promoted to. precision: ours is at least the one asked for.
-    Raises ValueError for what linear attention does not have: dropout of weights, other biases, sown weights.
+    Functions made alike are equal, and pickle. Raises ValueError for an unknown name, and the function for what linear
+    attention does not have: dropout of weights, other biases, sown weights.
 
     Example:
         nn.MultiHeadDotProductAttention(num_heads=8, attention_fn=make_attention_fn("nala"))
     """
-    attend = _attend_by_name(name)
-    always_causal = is_causal
+    if masks not in ("pairs", "keys"):
+        raise ValueError(f"masks is {masks!r}; choose 'pairs' or 'keys'.")
+    if isinstance(name, str) and name in ("softmax", "soft"):
+        return _AttentionFn(name, is_causal, masks)
+    if isinstance(name, str) and name not in KERNELS:
+        raise ValueError(f"attention {name!r} is unknown; choose one of softmax, soft, {', '.join(KERNELS)}.")
+    return _AttentionFn(kernel(name), is_causal, masks)
 
-    def attention_fn(
+
+@dataclass(frozen=True, eq=False)
+class _AttentionFn(ByFields):
+    kernel: Literal["softmax", "soft"] | Kernel
+    always_causal: bool | Causal
+    masks: str
+
+    def __call__(
+        self,
         query: Array,
         key: Array,
         value: Array,
@@ -53,64 +76,62 @@ def make_attention_fn(name: str | Kernel | FeatureMap, *, is_causal: bool | Caus
         module: Any = None,
         is_causal: bool = False,
     ) -> Array:
-        if dropout_rate > 0 and not deterministic:
-            raise ValueError(
-                f"dropout_rate is {dropout_rate}; this attention never forms the weights that dropout would thin, "
-                "so set it to 0 and drop its output instead."
-            )
-        if module is not None:
-            raise ValueError("sow_weights is on; this attention never forms weights, so turn it off.")
-        if min(query.ndim, key.ndim, value.ndim) < 3:
-            raise ValueError(f"query has shape {query.shape}; attention takes (..., tokens, heads, width).")
+        _check_call(query, key, value, 0.0 if deterministic else dropout_rate, module)
         dtype = jnp.result_type(query, key, value) if dtype is None else dtype
         leading = query.shape[:-3]
-        if not key.shape[:-3] == value.shape[:-3] == leading:
-            raise ValueError(f"query has shape {query.shape} and key {key.shape}; their leading axes must be equal.")
-        q, k, v = (x.astype(dtype).reshape(-1, *x.shape[-3:]) for x in (query, key, value))
+        q, k, v = (x if len(leading) == 1 else x.reshape(-1, *x.shape[-3:]) for x in (query, key, value))
+        q, k, v = (x.astype(dtype) for x in (q, k, v))
         check_heads(q, k, v)
         mask, bias = (_with_one_batch_axis(x, leading) for x in (mask, bias))
-        mask = None if mask is None else mask != 0  # Flax makes masks of floats
-        causal = False if q.shape[1] == 1 and mask is not None else always_causal or is_causal
-        out = attend(q, k, v, bias, check_mask(mask, q, k), causal)
-        return out.astype(dtype).reshape(*leading, *out.shape[1:])
+        mask = None if mask is None else check_mask(mask != 0, q, k)  # Flax makes masks of floats
+        out = self._attend(q, k, v, bias, mask, self.always_causal or is_causal).astype(dtype)
+        return out if len(leading) == 1 else out.reshape(*leading, *out.shape[1:])
 
-    return attention_fn
-
-
-def _attend_by_name(name: str | Kernel | FeatureMap) -> Callable[..., Array]:
-    if name == "softmax":
-        return _without_bias(lambda q, k, v, mask, causal: softmax_attention(q, k, v, mask, is_causal=causal), name)
-    if name == "soft":
-        return _without_bias(lambda q, k, v, mask, causal: soft_attention(q, k, v, mask=mask, is_causal=causal), name)
-    if isinstance(name, str) and name not in KERNELS:
-        raise ValueError(f"attention {name!r} is unknown; choose one of softmax, soft, {', '.join(KERNELS)}.")
-    chosen = kernel(name)
-    if isinstance(chosen, FeatureKernel) and chosen.features.positional:
-        chosen = _Positional(chosen.features, chosen.eps)
-    if isinstance(chosen, FeatureKernel):
-        return lambda q, k, v, bias, mask, causal: _attend_biased(chosen, q, k, v, bias, mask, causal)
-    return _without_bias(lambda q, k, v, mask, causal: chosen.attend(q, k, v, mask=mask, is_causal=causal), name)
-
-
-class _Positional(FeatureKernel):
-    """A feature kernel that knows where tokens stand, and so cannot serve a query apart from its keys."""
-
-    def attend(self, q, k, v, **options):
-        if q.shape[1] == 1 < k.shape[1]:
-            raise ValueError(
-                f"query has shape {q.shape} and key {k.shape}; a feature map with positions cannot decode from Flax's "
-                "cache, so use the modules of flowgen.attention, which keep a state."
-            )
-        return super().attend(q, k, v, **options)
-
-
-def _without_bias(attend: Callable[..., Array], name: Any) -> Callable[..., Array]:
-    def attend_or_raise(q, k, v, bias, mask, causal):
+    def _attend(self, q, k, v, bias, mask, causal) -> Array:
+        if mask is not None and q.shape[1] == 1 and k.shape[1] != 1:  # decoding: the mask says what the query sees
+            _check_decodes(self.kernel, q, k)
+            causal = False
+        if self.masks == "keys" and mask is not None and mask.shape[2] > 1:
+            mask = own_keys(mask)
+        if isinstance(self.kernel, FeatureKernel) and bias is not None:
+            return _attend_biased(self.kernel, q, k, v, bias, mask, causal)
         if bias is not None:
-            raise ValueError(f"bias has shape {bias.shape}; {name!r} attention takes none, so leave it out.")
-        return attend(q, k, v, mask, causal)
+            raise ValueError(
+                f"bias has shape {bias.shape}; {_name(self.kernel)!r} attention takes none, so leave it out."
+            )
+        if isinstance(self.kernel, str):
+            attend = softmax_attention if self.kernel == "softmax" else soft_attention
+            return attend(q, k, v, mask=mask, is_causal=causal)
+        return self.kernel.attend(q, k, v, mask=mask, is_causal=causal)
 
-    return attend_or_raise
+
+def _name(chosen: str | Kernel) -> str:
+    names = (name for name, known in KERNELS.items() if known == chosen)
+    return chosen if isinstance(chosen, str) else next(names, type(chosen).__name__)
+
+
+def _check_call(query, key, value, dropout_rate, module) -> None:
+    if dropout_rate > 0:
+        raise ValueError(
+            f"dropout_rate is {dropout_rate}; this attention never forms the weights that dropout would thin, "
+            "so set it to 0 and drop its output instead."
+        )
+    if module is not None:
+        raise ValueError("sow_weights is on; this attention never forms weights, so turn it off.")
+    if min(query.ndim, key.ndim, value.ndim) < 3:
+        raise ValueError(f"query has shape {query.shape}; attention takes (..., tokens, heads, width).")
+    if not key.shape[:-3] == value.shape[:-3] == query.shape[:-3]:
+        raise ValueError(f"query has shape {query.shape} and key {key.shape}; their leading axes must be equal.")
+
+
+def _check_decodes(chosen: str | Kernel, q: Array, k: Array) -> None:
+    positional = isinstance(chosen, FeatureKernel) and chosen.features.positional
+    if positional or isinstance(chosen, RetentionKernel):
+        what = "a feature map with positions" if positional else "retention"
+        raise ValueError(
+            f"query has shape {q.shape} and key {k.shape}; {what} cannot decode from Flax's cache, which does not say "
+            "where the query stands, so use the modules of flowgen.attention, which keep a state."
+        )
 
 
 def _attend_biased(chosen: FeatureKernel, q, k, v, bias, mask, causal) -> Array:

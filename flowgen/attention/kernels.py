@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from flowgen.attention.checks import check_causal, check_heads, check_key_mask, check_mask, hide_keys, is_key_mask
 from flowgen.attention.decay import retention
+from flowgen.attention.equality import ByFields
 from flowgen.attention.features import (
     FEATURE_MAPS,
     DirectionMap,
@@ -26,14 +27,15 @@ from flowgen.attention.linear import (
     Causal,
     as_causal,
     init_state,
-    keep_keys,
     linear_attention,
     normalised,
     prefill,
     products,
 )
-from flowgen.attention.prefix import Features, LinearState, empty_state, prefix_product
-from flowgen.attention.soft import gaussian_landmark_features
+from flowgen.attention.masks import hide_queries, split_pairs
+from flowgen.attention.prefix import Features, LinearState, empty_state, keep_keys, prefix_product
+from flowgen.attention.segments import alike
+from flowgen.attention.sharding import keep_axes
 
 
 @runtime_checkable
@@ -73,8 +75,8 @@ class Kernel(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class FeatureKernel:
+@dataclass(frozen=True, eq=False)
+class FeatureKernel(ByFields):
     """Linear attention with a feature map."""
 
     features: FeatureMap
@@ -91,8 +93,8 @@ class FeatureKernel:
         return prefill(q, k, v, self.features, state=state, mask=mask, eps=self.eps)
 
 
-@dataclass(frozen=True)
-class PolaKernel:
+@dataclass(frozen=True, eq=False)
+class PolaKernel(ByFields):
     """Polarity-aware attention; see `pola_attention`."""
 
     power: float | Array = 3.0
@@ -122,9 +124,7 @@ class PolaKernel:
         mask = None if mask is None else check_key_mask(mask, q, k)
         k, v = hide_keys(k, v, mask)
         features = self._features(q, k, v)
-        if mask is not None:
-            features, v = keep_keys(features, v, mask)
-        out, total, state = prefix_product(features, v, state=state)
+        out, total, state = prefix_product(features, v, state=state, mask=mask)
         return _halves(normalised(out, total, self.eps, v.dtype)), state
 
     def _features(self, q, k, v) -> Features:
@@ -134,7 +134,7 @@ class PolaKernel:
         dtype = jnp.promote_types(q.dtype, jnp.float32)
         positive, negative = (_signed_power(x.astype(dtype), self.power) for x in (q, -q))
         same, opposite = jnp.concatenate([positive, negative], -1), jnp.concatenate([negative, positive], -1)
-        pairs = rearrange(jnp.stack([same, opposite]), "two b n h f -> b n (h two) f")
+        pairs = keep_axes(_interleave, same, opposite, named=[(q, "b n h k")], out="b n h f")
         keys = jnp.concatenate([_signed_power(x.astype(dtype), self.power) for x in (k, -k)], axis=-1)
         return Features(pairs, keys)
 
@@ -156,7 +156,11 @@ class InlineKernel:
         check_heads(q, k, v)
         k, v = hide_keys(k, v, check_mask(mask, q, k))
         options = {"mask": mask, "is_causal": is_causal, "segment_ids": segment_ids}
+        if segment_ids is not None:
+            (q,), (k, v) = alike(q), alike(k, v)
         pairs, values = self._features(q, k)
+        if segment_ids is not None:  # so that what is not finite spoils the same outputs of both products
+            values = Features(*(jnp.where(jnp.isnan(x[..., :1]), jnp.nan, 1) for x in (pairs.q, pairs.k)))
         return _inline(*products(pairs, v, **options), *products(values, v, **options), v.dtype)
 
     def init_state(self, batch, num_heads, key_dim, value_dim, dtype=jnp.float32):
@@ -170,8 +174,7 @@ class InlineKernel:
         k, v = hide_keys(k, v, mask)
         sums, states = [], []
         for features, before in zip(self._features(q, k), state or (None, None), strict=True):
-            kept = (features, v) if mask is None else keep_keys(features, v, mask)
-            out, total, after = prefix_product(*kept, state=before)
+            out, total, after = prefix_product(features, v, state=before, mask=mask)
             sums += [out, total]
             states.append(after)
         return _inline(*sums, v.dtype), InlineState(*states)
@@ -179,7 +182,7 @@ class InlineKernel:
     def _features(self, q, k) -> tuple[Features, Features]:
         dtype = jnp.promote_types(q.dtype, jnp.float32)
         scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
-        ones = Features(jnp.ones((*q.shape[:3], 1), dtype), jnp.ones((*k.shape[:3], 1), dtype))
+        ones = Features(jnp.ones_like(q[..., :1], dtype), jnp.ones_like(k[..., :1], dtype))
         return Features(q.astype(dtype) * scale, k.astype(dtype)), ones
 
 
@@ -188,13 +191,18 @@ class RetentionKernel:
     """Retention; see `retention`. Causal only."""
 
     def attend(self, q, k, v, *, mask=None, is_causal=False, segment_ids=None):
+        check_heads(q, k, v)
         causal = as_causal(is_causal)
         if causal is None or causal.block_size != 1 or causal.implementation != "xla":
             raise ValueError(
                 f"is_causal is {is_causal}; retention weighs tokens by how long ago they came, so it is causal only, "
                 "token by token: set is_causal=True."
             )
-        return retention(q, k, v, mask=mask, segment_ids=segment_ids, chunk_size=causal.chunk_size)[0]
+        mask, queries = check_mask(mask, q, k), None
+        if mask is not None and not is_key_mask(mask, k):
+            queries, mask = split_pairs(mask, k.shape[2], block_size=1) or (None, mask)
+        out = retention(q, k, v, mask=mask, segment_ids=segment_ids, chunk_size=causal.chunk_size)[0]
+        return out if queries is None else hide_queries(out, queries)
 
     def init_state(self, batch, num_heads, key_dim, value_dim, dtype=jnp.float32):
         token = _token(batch, num_heads, key_dim, dtype)
@@ -220,10 +228,12 @@ def kernel(name: str | Kernel | FeatureMap) -> Kernel:
     """
     if isinstance(name, FeatureMap):
         return FeatureKernel(name)
-    if not isinstance(name, str):
+    if not isinstance(name, str) and isinstance(name, Kernel):
         return name
-    if name not in KERNELS:
-        raise ValueError(f"attention kernel {name!r} is unknown; choose one of {', '.join(KERNELS)}.")
+    if not isinstance(name, str) or name not in KERNELS:
+        raise ValueError(
+            f"attention kernel {name!r} is unknown; choose one of {', '.join(KERNELS)}, a FeatureMap or a Kernel."
+        )
     return KERNELS[name]
 
 
@@ -236,17 +246,20 @@ def nala_attention(
     power: float | Array = 3.0,
     offset: float | Array = 0.5,
     direction_map: DirectionMap = "split",
+    *,
+    eps: float = EPS,
 ) -> Float[Array, "b n h d"]:
     """Returns norm-aware linear attention (NaLaFormer, arXiv 2506.21137); see `nala_features` for its parameters.
 
-    For rotary features, a temperature of the cosine map, packed segments or another eps use
+    eps: added to the sum of the weights; the released layer adds 1e-6 to their mean over m keys, which is m * 1e-6.
+    For rotary features, a temperature of the cosine map or packed segments use
     `linear_attention(q, k, v, nala_features(...), ...)`. Raises ValueError where shapes or mask do not fit.
 
     Example:
         out = nala_attention(q, k, v, is_causal=True)
     """
     features = nala_features(power, offset, direction_map)
-    return linear_attention(q, k, v, features, mask=mask, is_causal=is_causal)
+    return linear_attention(q, k, v, features, mask=mask, is_causal=is_causal, eps=eps)
 
 
 def focused_attention(
@@ -256,13 +269,20 @@ def focused_attention(
     mask: Array | None = None,
     is_causal: bool | Causal = False,
     power: float = 3.0,
+    *,
+    joint_heads: bool = False,
+    eps: float = EPS,
 ) -> Float[Array, "b n h d"]:
     """Returns focused linear attention (FLatten, arXiv 2308.00442); see `focused_features`.
+
+    joint_heads: take the norms over all heads together, as the released layer does; per head is the default and
+    differs from it visibly. eps: added to the sum of the weights.
 
     Example:
         out = focused_attention(q, k, v, power=3.0)
     """
-    return linear_attention(q, k, v, focused_features(power), mask=mask, is_causal=is_causal)
+    features = focused_features(power, joint_heads=joint_heads)
+    return linear_attention(q, k, v, features, mask=mask, is_causal=is_causal, eps=eps)
 
 
 def cosformer_attention(
@@ -273,17 +293,21 @@ def cosformer_attention(
     is_causal: bool | Causal = False,
     *,
     max_length: int,
+    eps: float = EPS,
 ) -> Float[Array, "b n h d"]:
     """Returns cosFormer attention (arXiv 2202.08791), whose weights fall with distance; see `cosformer_features`.
 
+    eps: added to the sum of the weights; the released layer has a lower bound of 1e-6 on that sum instead, which is
+    eps=0 for all but nearly empty rows. Its M is the longer of both lengths.
     Raises ValueError where there are more tokens than max_length.
 
     Example:
         out = cosformer_attention(q, k, v, max_length=1024)
     """
-    if max(q.shape[1], k.shape[1]) > max_length:
+    check_heads(q, k, v)
+    if isinstance(q.shape[1], int) and max(q.shape[1], k.shape[1]) > max_length:
         raise ValueError(f"there are {max(q.shape[1], k.shape[1])} tokens; max_length is {max_length}, so raise it.")
-    return linear_attention(q, k, v, cosformer_features(max_length), mask=mask, is_causal=is_causal)
+    return linear_attention(q, k, v, cosformer_features(max_length), mask=mask, is_causal=is_causal, eps=eps)
 
 
 def pola_attention(
@@ -293,17 +317,20 @@ def pola_attention(
     mask: Array | None = None,
     is_causal: bool | Causal = False,
     power: float | Array = 3.0,
+    *,
+    eps: float = EPS,
 ) -> Float[Array, "b n h d"]:
     """Returns polarity-aware attention (PolaFormer, arXiv 2501.15061), without its gate.
 
     The first half of each value is averaged by the weights of equal signs, [q+; q-]·[k+; k-], the second half by those
     of opposite signs, [q-; q+]·[k+; k-], each with its own normaliser; q± = relu(±q)^power. power: positive, a
-    number or an array `h` or `h k`. Raises ValueError where v's width is odd.
+    number or an array `h` or `h k`. eps: added to the sum of the weights; the released layer adds 1e-6 to their mean
+    over m keys, which is m * 1e-6. Raises ValueError where v's width is odd.
 
     Example:
         out = pola_attention(q, k, v)
     """
-    return PolaKernel(power).attend(q, k, v, mask=mask, is_causal=is_causal)
+    return PolaKernel(power, eps).attend(q, k, v, mask=mask, is_causal=is_causal)
 
 
 def inline_attention(
@@ -325,48 +352,6 @@ def inline_attention(
     return InlineKernel(scale).attend(q, k, v, mask=mask, is_causal=is_causal)
 
 
-def gaussian_landmark_map(landmarks: Float[Array, "h l k"]) -> FeatureMap:
-    """Returns the positive features exp(-|x - l|² / 2√k) of fixed, usually learned, landmarks, one set per head.
-
-    Example:
-        out, state = prefill(q, k, v, gaussian_landmark_map(landmarks))
-    """
-
-    def phi(x, positions):
-        return gaussian_landmark_features(x, landmarks, whiten=False)
-
-    return FeatureMap(phi, phi)
-
-
-def gaussian_landmark_attention(
-    q: Float[Array, "b n h k"],
-    k: Float[Array, "b m h k"],
-    v: Float[Array, "b m h d"],
-    landmarks: Float[Array, "h l k"],
-    mask: Array | None = None,
-    is_causal: bool | Causal = False,
-    *,
-    whiten: bool = False,
-    ridge: float = 0.01,
-) -> Float[Array, "b n h d"]:
-    """Returns linear attention with the features of fixed landmarks: SOFT's kernel in a form that can be causal.
-
-    Without whiten, the positive features of `gaussian_landmark_map`, normalised as usual; a token far from every
-    landmark (√k-scaled distance beyond 13) has features 0 and gives 0. With whiten, the Nyström kernel itself,
-    K(q, L) (K(L, L) + ridge)⁻¹ K(L, k), not normalised since it may be negative: a norm per head usually follows.
-    Raises ValueError where shapes or mask do not fit.
-
-    Example:
-        out = gaussian_landmark_attention(q, k, v, landmarks, is_causal=True)
-    """
-    if not whiten:
-        return linear_attention(q, k, v, gaussian_landmark_map(landmarks), mask=mask, is_causal=is_causal)
-    check_heads(q, k, v)
-    k, v = hide_keys(k, v, check_mask(mask, q, k))
-    features = Features(*(gaussian_landmark_features(x, landmarks, ridge=ridge) for x in (q, k)))
-    return products(features, v, mask=mask, is_causal=is_causal)[0].astype(v.dtype)
-
-
 def _token(batch: int, num_heads: int, width: int, dtype: Any) -> Float[Array, "b 1 h k"]:
     return jnp.zeros((batch, 1, num_heads, width), dtype)
 
@@ -375,10 +360,18 @@ def _signed_power(x: Array, power: float | Array) -> Array:
     return jnp.where(x > 0, signless_power(x, per_head(power, x)), 0)
 
 
+def _interleave(same: Array, opposite: Array) -> Array:
+    return rearrange(jnp.stack([same, opposite]), "two b n h f -> b n (h two) f")
+
+
 def _halves(pairs: Float[Array, "b n hh d"]) -> Float[Array, "b n h d"]:
     """First half of the values of even rows (equal signs), second half of those of odd rows (opposite signs)."""
-    half = pairs.shape[-1] // 2
-    return jnp.concatenate([pairs[:, :, 0::2, :half], pairs[:, :, 1::2, half:]], axis=-1)
+
+    def run(pairs):
+        half = pairs.shape[-1] // 2
+        return jnp.concatenate([pairs[:, :, 0::2, :half], pairs[:, :, 1::2, half:]], axis=-1)
+
+    return keep_axes(run, pairs, named=[(pairs, "b n h d")], out="b n h d")
 
 
 def _inline(pairs: Array, dots: Array, values: Array, count: Array, dtype: jnp.dtype) -> Array:

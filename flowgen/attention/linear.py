@@ -9,6 +9,7 @@ output has v's dtype. A query whose keys are all masked gets 0. Key heads may be
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import jax
@@ -21,6 +22,7 @@ from flowgen.attention.checks import (
     check_heads,
     check_key_mask,
     check_mask,
+    check_pallas,
     check_quadratic,
     check_segments,
     hide_keys,
@@ -28,7 +30,18 @@ from flowgen.attention.checks import (
 )
 from flowgen.attention.features import FeatureMap, feature_map
 from flowgen.attention.linalg import HIGHEST
-from flowgen.attention.prefix import CHUNK_SIZE, Features, LinearState, empty_state, prefix_product
+from flowgen.attention.masks import hide_queries, split_pairs
+from flowgen.attention.prefix import (
+    CHUNK_SIZE,
+    Features,
+    LinearState,
+    empty_state,
+    finite_prefix_product,
+    keep_keys,
+    prefix_product,
+)
+from flowgen.attention.segments import finite, spoil, spoiled
+from flowgen.attention.sharding import keep_axes
 
 EPS = 1e-6
 
@@ -77,10 +90,12 @@ def linear_attention(
 ) -> Float[Array, "b n h d"]:
     """Returns linear attention with a feature map, given by name or as a `FeatureMap`.
 
-    mask: True keeps; shape broadcasting to `b h n m`. Over keys alone (query axis 1) it is exact at linear cost;
-    otherwise the quadratic form is used, up to 4096 x 4096 weights. is_causal: query i sees keys 0..i; a `Causal`
-    makes it block-causal. segment_ids: tokens see each other only where ids are equal; equal ids must be
-    contiguous. eps: added to the normaliser. Raises ValueError where shapes, mask or names do not fit.
+    mask: True keeps; shape broadcasting to `b h n m`. Over keys alone (query axis 1) it is exact at linear cost. So is,
+    outside of jit, a mask of queries times one of keys (times causal order, where is_causal); inside of jit `own_keys`
+    makes one over keys of it. For others the quadratic form is used, up to 4096 x 4096 weights. is_causal: query i sees
+    keys 0..i; a `Causal` makes it block-causal. segment_ids: tokens see each other only where ids are equal; equal ids
+    must be contiguous (see `prefix_product`). eps: added to the normaliser. Raises ValueError where shapes, types,
+    mask or names do not fit.
 
     Example:
         out = linear_attention(q, k, v, "focused", is_causal=True)
@@ -91,6 +106,8 @@ def linear_attention(
     k, v = hide_keys(k, v, check_mask(mask, q, k))
     phi = feature_map(features)
     mapped = phi(q, k)
+    if segment_ids is not None:  # a map may hide what is not finite
+        mapped = mapped._replace(q=spoil(mapped.q, finite((q,))[1]), k=spoil(mapped.k, finite((k,))[1]))
     if phi.query_scale is None:
         return attend_features(mapped, v, mask=mask, is_causal=is_causal, segment_ids=segment_ids, eps=eps)
     scaled = eps * phi.query_scale(q)
@@ -134,22 +151,50 @@ def products(
     if causal is not None:
         check_causal(q, k)
     check_segments(segment_ids, q, k)
+    queries = None
+    if mask is not None and not is_key_mask(mask, k):
+        queries, mask = split_pairs(mask, k.shape[2], None if causal is None else causal.block_size) or (None, mask)
     if mask is not None and not is_key_mask(mask, k):
         check_quadratic(q, k)
+    if causal is not None and causal.implementation == "pallas":
+        check_pallas(causal.block_size, segment_ids)
+    results = _products(features, v, mask, segment_ids, causal)
+    return results if queries is None else hide_queries(results, queries)
+
+
+@partial(jax.jit, static_argnames="causal")
+def _products(features, v, mask, segment_ids, causal: Causal | None):
+    if segment_ids is None or segment_ids.shape[1] == 0:
+        return _finite_products(features, v, mask, None, causal)
+
+    def run(features, v, mask, segment_ids):
+        (q, norm_q), bad_q = finite((features.q, features.norm_q))
+        (k, norm_k, v), bad_k = finite((features.k, features.norm_k, v))
+        results = _finite_products(Features(q, k, norm_q, norm_k), v, mask, segment_ids, causal)
+        block_size = None if causal is None else causal.block_size
+        bad = spoiled(segment_ids, bad_q, bad_k, jnp.zeros_like(bad_k[:, 0]), block_size).out
+        return spoil(results[0], bad), spoil(results[1], bad)
+
+    return _with_axes(run, features, v, mask, segment_ids)
+
+
+def _finite_products(features: Features, v: Array, mask, segment_ids, causal: Causal | None) -> tuple[Array, Array]:
+    q, k = features.q, features.k
+    if mask is not None and not is_key_mask(mask, k):
         return quadratic_products(features, v, _pairs(mask, causal, segment_ids, q.shape[1], k.shape[1]))
     if mask is not None:
         features, v = keep_keys(features, v, mask)
     if causal is not None and causal.implementation == "pallas":
-        return _pallas(features, v, causal, segment_ids)
+        return _pallas(features, v, causal)
     if causal is not None:
-        return prefix_product(
-            features, v, segment_ids=segment_ids, block_size=causal.block_size, chunk_size=causal.chunk_size
-        )[:2]
+        cut = causal.block_size, causal.chunk_size
+        return finite_prefix_product(features, v, None, None, None, segment_ids, *cut)[:2]
     if segment_ids is not None:
         return _packed(features, v, segment_ids)
     return _full(features, v)
 
 
+@jax.jit
 def quadratic_products(
     features: Features, v: Float[Array, "b m g d"], mask: Bool[Array, "#b #h #n #m"] | None
 ) -> tuple[Float[Array, "b n h d"], Float[Array, "b n h"]]:
@@ -158,18 +203,30 @@ def quadratic_products(
     Example:
         out, total = quadratic_products(Features(q, k), v, mask)
     """
-    dtype = jnp.promote_types(jnp.result_type(features.k, v), jnp.float32)
-    repeats = features.q.shape[2] // v.shape[2]
 
-    def weights(q, k):
-        pairs = jnp.einsum("bnhf,bmhf->bhnm", q, jnp.repeat(k, repeats, axis=2), precision=HIGHEST)
-        return pairs.astype(dtype) if mask is None else jnp.where(mask, pairs.astype(dtype), 0)
+    def run(features, v, mask):
+        dtype = jnp.promote_types(jnp.result_type(features.k, v), jnp.float32)
+        repeats = features.q.shape[2] // v.shape[2]
+        keys, bad = (features.k, features.norm_k, v), None
+        if mask is not None:  # A number that is not finite reaches the queries that see it, and no others.
+            keys, bad = finite(keys)
+        features = features._replace(k=keys[0], norm_k=keys[1])
 
-    numerator = weights(features.q, features.k)
-    norm = numerator if features.norm_q is None else weights(*features.normaliser)
-    values = jnp.repeat(v.astype(dtype), repeats, axis=2)
-    out = jnp.einsum("bhnm,bmhd->bnhd", numerator, values, precision=HIGHEST)
-    return out, norm.sum(axis=-1).swapaxes(1, 2)
+        def weights(q, k):
+            pairs = jnp.einsum("bnhf,bmhf->bhnm", q, jnp.repeat(k, repeats, axis=2), precision=HIGHEST)
+            return pairs.astype(dtype) if mask is None else jnp.where(mask, pairs.astype(dtype), 0)
+
+        numerator = weights(features.q, features.k)
+        norm = numerator if features.norm_q is None else weights(*features.normaliser)
+        values = jnp.repeat(keys[2].astype(dtype), repeats, axis=2)
+        out = jnp.einsum("bhnm,bmhd->bnhd", numerator, values, precision=HIGHEST)
+        total = norm.sum(axis=-1).swapaxes(1, 2)
+        if bad is None:
+            return out, total
+        reached = (mask & jnp.repeat(bad, repeats, axis=2).swapaxes(1, 2)[:, :, None]).any(axis=-1).swapaxes(1, 2)
+        return spoil(out, reached), spoil(total, reached)
+
+    return _with_axes(run, features, v, mask)
 
 
 def normalised(
@@ -182,21 +239,6 @@ def normalised(
     """
     total = total + eps
     return (out / jnp.where(total == 0, 1, total)[..., None]).astype(dtype)
-
-
-def keep_keys(
-    features: Features, v: Float[Array, "b m g d"], mask: Bool[Array, "#b #g 1 m"]
-) -> tuple[Features, Float[Array, "b m g d"]]:
-    """Returns features and values in which masked keys (False) count for nothing, whatever they hold.
-
-    Example:
-        features, v = keep_keys(features, v, valid[:, None, None, :])
-    """
-    keep = mask[:, :, 0, :].swapaxes(1, 2)[..., None]
-    zeroed = {"k": jnp.where(keep, features.k, 0)}
-    if features.norm_k is not None:
-        zeroed["norm_k"] = jnp.where(keep, features.norm_k, 0)
-    return features._replace(**zeroed), jnp.where(keep, v, 0)
 
 
 def init_state(
@@ -230,7 +272,8 @@ def prefill(
 ) -> tuple[Float[Array, "b n h d"], LinearState]:
     """Returns causal attention of tokens that follow those of `state`, and the state with them absorbed.
 
-    mask: over keys alone, `b 1 1 n`, True keeps (ValueError otherwise).
+    mask: over keys alone, `b 1 1 n`, True keeps (ValueError otherwise). Prompts may be padded on either side: each
+    sample goes on behind the last token of its own that was kept.
 
     Example:
         out, state = prefill(q, k, v, "nala")
@@ -241,9 +284,7 @@ def prefill(
     k, v = hide_keys(k, v, mask)
     phi = feature_map(features)
     mapped = phi(q, k, 0 if state is None else state.length)
-    if mask is not None:
-        mapped, v = keep_keys(mapped, v, mask)
-    out, total, state = prefix_product(mapped, v, state=state, chunk_size=chunk_size)
+    out, total, state = prefix_product(mapped, v, state=state, mask=mask, chunk_size=chunk_size)
     scale = 1 if phi.query_scale is None else phi.query_scale(q)
     return normalised(out, total, eps * scale, v.dtype), state
 
@@ -279,9 +320,7 @@ def _pairs(mask, causal: Causal | None, segment_ids, n: int, m: int) -> Array:
     return mask
 
 
-def _pallas(features: Features, v: Array, causal: Causal, segment_ids: Array | None) -> tuple[Array, Array]:
-    if causal.block_size != 1 or segment_ids is not None:
-        raise ValueError("the Pallas kernel has no blocks and no segments; use implementation='xla'.")
+def _pallas(features: Features, v: Array, causal: Causal) -> tuple[Array, Array]:
     from flowgen.attention.pallas import causal_product  # only here: its import loads the TPU and GPU dialects
 
     out, total = causal_product(features.q, features.k, v, causal.chunk_size)
@@ -292,31 +331,44 @@ def _pallas(features: Features, v: Array, causal: Causal, segment_ids: Array | N
 
 def _full(features: Features, v: Array) -> tuple[Array, Array]:
     """Every query sees every key: one state of all keys, one product per query."""
-    dtype = jnp.promote_types(jnp.result_type(features.k, v), jnp.float32)
-    groups = v.shape[2]
-    kv = jnp.einsum("bmgf,bmgd->bgfd", features.k, v.astype(dtype), precision=HIGHEST)
-    norm_q, norm_k = features.normaliser
 
-    def grouped(x):
-        return rearrange(x, "b n (g r) f -> b n g r f", g=groups)
+    def run(features, v):
+        dtype = jnp.promote_types(jnp.result_type(features.k, v), jnp.float32)
+        groups = v.shape[2]
+        kv = jnp.einsum("bmgf,bmgd->bgfd", features.k, v.astype(dtype), precision=HIGHEST)
+        norm_q, norm_k = features.normaliser
 
-    out = jnp.einsum("bngrf,bgfd->bngrd", grouped(features.q), kv, precision=HIGHEST)
-    total = jnp.einsum("bngrf,bgf->bngr", grouped(norm_q), norm_k.sum(axis=1), precision=HIGHEST)
-    return rearrange(out, "b n g r d -> b n (g r) d"), rearrange(total, "b n g r -> b n (g r)")
+        def grouped(x):
+            return rearrange(x, "b n (g r) f -> b n g r f", g=groups)
+
+        out = jnp.einsum("bngrf,bgfd->bngrd", grouped(features.q), kv, precision=HIGHEST)
+        total = jnp.einsum("bngrf,bgf->bngr", grouped(norm_q), norm_k.sum(axis=1), precision=HIGHEST)
+        return rearrange(out, "b n g r d -> b n (g r) d"), rearrange(total, "b n g r -> b n (g r)")
+
+    return _with_axes(run, features, v)
 
 
 def _packed(features: Features, v: Array, segment_ids: Array) -> tuple[Array, Array]:
     """All tokens of a segment see each other: what came up to a token, what comes from it on, less itself."""
 
-    ahead = prefix_product(features, v, segment_ids=segment_ids)
-    behind = prefix_product(jax.tree.map(lambda x: x[:, ::-1], features), v[:, ::-1], segment_ids=segment_ids[:, ::-1])
-    repeats = features.q.shape[2] // v.shape[2]
+    def run(features, v, segment_ids):
+        back = jax.tree.map(lambda x: x[:, ::-1], (features, v, segment_ids))
+        ahead = finite_prefix_product(features, v, None, None, None, segment_ids, 1, CHUNK_SIZE)
+        behind = finite_prefix_product(*back[:2], None, None, None, back[2], 1, CHUNK_SIZE)
+        repeats = features.q.shape[2] // v.shape[2]
 
-    def own(q, k):
-        return (q * jnp.repeat(k, repeats, axis=2)).sum(axis=-1)
+        def own(q, k):
+            return (q * jnp.repeat(k, repeats, axis=2)).sum(axis=-1)
 
-    weight = own(features.q, features.k)
-    norm = weight if features.norm_q is None else own(*features.normaliser)
-    values = jnp.repeat(v.astype(weight.dtype), repeats, axis=2)
-    out = ahead[0] + behind[0][:, ::-1] - weight[..., None] * values
-    return out, ahead[1] + behind[1][:, ::-1] - norm
+        weight = own(features.q, features.k)
+        norm = weight if features.norm_q is None else own(*features.normaliser)
+        values = jnp.repeat(v.astype(weight.dtype), repeats, axis=2)
+        out = ahead[0] + behind[0][:, ::-1] - weight[..., None] * values
+        return out, ahead[1] + behind[1][:, ::-1] - norm
+
+    return _with_axes(run, features, v, segment_ids)
+
+
+def _with_axes(run, features: Features, v: Array, *rest: Array | None) -> tuple[Array, Array]:
+    named = [(features.q, "b n h f"), (features.k, "b m g f"), (v, "b m g d")]
+    return keep_axes(run, features, v, *rest, named=named, out=("b n h d", "b n h"))

@@ -17,10 +17,12 @@ from jaxtyping import Array, Float, Int
 
 from flowgen.attention.checks import check_key_mask
 from flowgen.attention.features import DirectionMap, FeatureMap, nala_features
+from flowgen.attention.grids import as_image, as_tokens, check_grid, fold, unfold
 from flowgen.attention.kernels import FeatureKernel, Kernel, kernel
 from flowgen.attention.linear import EPS, Causal, as_causal
 from flowgen.attention.prefix import LinearState
 from flowgen.attention.rotary import rotary_grid, rotary_line
+from flowgen.attention.sharding import keep_axes
 from flowgen.attention.soft import (
     Landmarks,
     Normalization,
@@ -164,8 +166,7 @@ class NaLaAttention(nn.Module):
         local = None
         if self.conv:
             height, width = check_grid(grid, x.shape[1])
-            image = v.reshape(len(x), height, width, self.width)
-            local = self.value_conv(image).reshape(*x.shape[:2], self.width)
+            local = as_tokens(self.value_conv(as_image(rearrange(v, "b n h k -> b n (h k)"), height, width)))
         return self._finish(out, local, g)
 
     def init_state(self, batch: int) -> NaLaState:
@@ -181,13 +182,14 @@ class NaLaAttention(nn.Module):
     ) -> tuple[Float[Array, "b n width"], NaLaState]:
         """Returns the outputs of tokens after those of `state`, and the state; ValueError unless is_causal is True."""
         check_decodes(self.is_causal)
-        state = self.init_state(len(x)) if state is None else state
+        state = self.init_state(x.shape[0]) if state is None else state
         q, k, v, g = self._project(x, mask)
         attention = FeatureKernel(self._features(None, self.max_length), self.eps)
         out, sums = attention.prefill(q, k, v, state=state.attention, mask=mask)
-        values = jnp.concatenate([state.values.astype(v.dtype), rearrange(v, "b n h k -> b n (h k)")], axis=1)
+        values = _join(state.values, rearrange(v, "b n h k -> b n (h k)"))
         local = self.value_conv(values) if self.conv else None
-        return self._finish(out, local, g), NaLaState(sums, values[:, values.shape[1] - NALA_CONV + 1 :])
+        absorbed = sums.length - state.attention.length
+        return self._finish(out, local, g), NaLaState(sums, _window(values, absorbed, NALA_CONV - 1))
 
     def step(self, x: Float[Array, "b d"], state: NaLaState) -> tuple[Float[Array, "b width"], NaLaState]:
         """Returns the output of one more token and the state."""
@@ -290,8 +292,8 @@ class SOFTAttention(nn.Module):
         out = nystrom_attention(q, k, v, self._landmarks(k, grid, keep), mask=keep, **options)
         if self.value_conv:
             height, width = check_grid(grid, x.shape[1])
-            image = rearrange(v, "b (i j) h k -> (b k) i j h", i=height, j=width)
-            out = out + rearrange(self.local(image), "(b k) i j h -> b (i j) h k", b=len(x))
+            image = fold(v.swapaxes(2, 3), height, width)  # every channel is an image with a channel per head
+            out = out + unfold(self.local(image), v.swapaxes(2, 3)).swapaxes(2, 3)
         return self.proj(rearrange(out, "b n h k -> b n (h k)"))
 
     def _landmarks(self, k, grid, keep) -> Landmarks:
@@ -306,11 +308,29 @@ class SOFTAttention(nn.Module):
         height, width = check_grid(grid, k.shape[1])
         if self.stride > min(height, width):
             raise ValueError(f"stride is {self.stride}; it must not exceed the sides of the grid, {grid}.")
-        image = rearrange(k, "b (i j) h k -> (b h) i j k", i=height, j=width)
-        points = rearrange(self.landmark_conv(image), "(b h) i j k -> b (i j) h k", h=self.num_heads)
+        points = unfold(self.landmark_conv(fold(k, height, width)), k)
         if self.landmarks == "conv_norm_gelu":
             points = jax.nn.gelu(self.landmark_norm(points), approximate=False)
         return Landmarks(points)
+
+
+def _join(before: Float[Array, "b m d"], values: Float[Array, "b n d"]) -> Float[Array, "b mn d"]:
+    """The values with those before them in front."""
+
+    def run(before, values):
+        return jnp.concatenate([before.astype(values.dtype), values], axis=1)
+
+    return keep_axes(run, before, values, named=[(values, "b n d")], out="b m d")
+
+
+def _window(values: Float[Array, "b m d"], start: Int[Array, " b"], size: int) -> Float[Array, "b size d"]:
+    """The `size` values of each sample from `start` on."""
+
+    def run(values, start):
+        places = start[:, None] + jnp.arange(size)[None]
+        return jnp.take_along_axis(values, places[..., None], axis=1)
+
+    return keep_axes(run, values, start, named=[(values, "b n d")], out="b m d")
 
 
 def head_width(width: int, num_heads: int) -> int:
@@ -322,19 +342,6 @@ def head_width(width: int, num_heads: int) -> int:
     if num_heads < 1 or width % num_heads:
         raise ValueError(f"width {width} is not divisible by num_heads {num_heads}; change one of them.")
     return width // num_heads
-
-
-def check_grid(grid: tuple[int, int] | None, num_tokens: int) -> tuple[int, int]:
-    """Returns the grid; ValueError where it is missing or does not hold all tokens.
-
-    Example:
-        height, width = check_grid((14, 14), 196)
-    """
-    if grid is None:
-        raise ValueError(f"grid is None; this layer needs the (height, width) of its {num_tokens} tokens.")
-    if grid[0] * grid[1] != num_tokens:
-        raise ValueError(f"grid is {tuple(grid)}; it must hold all {num_tokens} tokens.")
-    return grid
 
 
 def check_decodes(is_causal: bool | Causal) -> None:

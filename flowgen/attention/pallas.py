@@ -18,6 +18,7 @@ from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Array, Float
 
 from flowgen.attention.prefix import Features, prefix_product
+from flowgen.attention.sharding import keep_axes, map_axes, varies, varying
 
 CHUNK_SIZE = 128  # the width of a TPU's matrix unit
 VALUE_SLICE = 64  # value channels of one GPU program
@@ -36,8 +37,19 @@ def causal_product(
     if chunk_size < 16 or chunk_size & (chunk_size - 1):
         raise ValueError(f"chunk_size is {chunk_size}; the Pallas kernel needs a power of two of at least 16.")
     q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
-    repeats = q.shape[2] // k.shape[2]
-    return _causal_product(q, jnp.repeat(k, repeats, axis=2), jnp.repeat(v, repeats, axis=2), chunk_size)
+    return _per_device(q, k, v, chunk_size)
+
+
+@partial(jax.jit, static_argnames="chunk_size")
+def _per_device(q, k, v, chunk_size):
+    """Where axes of a mesh are explicit, each device runs the kernel on its own samples and heads."""
+
+    def repeated(k, v):
+        return tuple(jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
+
+    k, v = keep_axes(repeated, k, v, named=[(q, "b n h f")], out=("b m h f", "b m h d"))
+    run = partial(_causal_product, chunk_size=chunk_size)
+    return map_axes(run, varying((q, k, v), (q, k, v)), "b n h f", divided="bh", out=("b n h d", "b n h"))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -45,7 +57,7 @@ def _causal_product(q, k, v, chunk_size):
     n = q.shape[1]
     padding = ((0, 0), (0, 0), (0, -n % chunk_size), (0, 0))
     heads = [jnp.pad(x.swapaxes(1, 2), padding) for x in (q, k, v)]
-    calls = {"cpu": partial(_tpu, interpret=True), "tpu": _tpu, "cuda": _gpu, "rocm": _gpu}
+    calls = {"cpu": _scan if varies(q) else partial(_tpu, interpret=True), "tpu": _tpu, "cuda": _gpu, "rocm": _gpu}
     out, total = jax.lax.platform_dependent(
         *heads, **{name: partial(call, chunk_size=chunk_size) for name, call in calls.items()}
     )
@@ -62,6 +74,13 @@ def _backward(chunk_size, inputs, cotangents):
 
 
 _causal_product.defvjp(_forward, _backward)
+
+
+def _scan(q, k, v, *, chunk_size: int):
+    """What stands in for interpret mode in mapped programs, in which jax cannot interpret a kernel."""
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+    out, total, _ = prefix_product(Features(q, k), v, chunk_size=chunk_size)
+    return out.swapaxes(1, 2), total.swapaxes(1, 2)[:, :, None]
 
 
 def _chunk(q, k, v, kv, norm):
@@ -96,7 +115,7 @@ def _tpu(q, k, v, *, chunk_size: int, interpret: bool = False):
         grid=(batch, num_heads, n // chunk_size),
         in_specs=[tokens(feature_dim), tokens(feature_dim), tokens(value_dim)],
         out_specs=[tokens(value_dim), pl.BlockSpec((1, 1, 1, chunk_size), lambda b, h, i: (b, h, 0, i))],
-        out_shape=_out_shapes(batch, num_heads, n, value_dim),
+        out_shape=_out_shapes(q, value_dim),
         scratch_shapes=[pltpu.VMEM((feature_dim, value_dim), jnp.float32), pltpu.VMEM((1, feature_dim), jnp.float32)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
         interpret=interpret,
@@ -132,13 +151,16 @@ def _gpu(q, k, v, *, chunk_size: int, interpret: bool = False):
         grid=(batch, num_heads, slices),
         in_specs=[tokens(features, False), tokens(features, False), tokens(width, True)],
         out_specs=[tokens(width, True), pl.BlockSpec((1, 1, 1, n), lambda b, h, s: (b, h, 0, 0))],
-        out_shape=_out_shapes(batch, num_heads, n, slices * width),
+        out_shape=_out_shapes(q, slices * width),
         compiler_params=pltriton.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
     )(q, k, v)
     return out[..., :value_dim], total
 
 
-def _out_shapes(batch: int, num_heads: int, n: int, value_dim: int) -> list[jax.ShapeDtypeStruct]:
+def _out_shapes(q: Array, value_dim: int) -> list[jax.ShapeDtypeStruct]:
+    """Of outputs and totals, which vary over the axes of a mapped program over which q varies."""
+    batch, num_heads, n, _ = q.shape
+    axes = jax.typeof(q).manual_axis_type
     shapes = (batch, num_heads, n, value_dim), (batch, num_heads, 1, n)
-    return [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    return [jax.ShapeDtypeStruct(shape, jnp.float32, manual_axis_type=axes) for shape in shapes]

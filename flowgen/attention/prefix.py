@@ -12,14 +12,17 @@ differentiation stores one state per chunk and recomputes the rest (the body is 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
+from flowgen.attention.checks import check_contiguous
 from flowgen.attention.linalg import HIGHEST
+from flowgen.attention.segments import finite, spoil, spoiled
+from flowgen.attention.sharding import keep_axes, varying
 
 CHUNK_SIZE = 64
 
@@ -27,12 +30,13 @@ CHUNK_SIZE = 64
 class LinearState(NamedTuple):
     """What linear attention remembers of the tokens so far; its size does not depend on how many they were.
 
-    kv: Σ_s k_s v_sᵀ. norm: Σ_s k'_s. length: how many tokens were absorbed, masked ones included.
+    kv: Σ_s k_s v_sᵀ. norm: Σ_s k'_s. length: the position of each sample's next token, which is behind the last token
+    that was kept: masked tokens count before it and not after it.
     """
 
     kv: Float[Array, "b g f d"]
     norm: Float[Array, "b g e"]
-    length: Int[Array, ""]
+    length: Int[Array, " b"]
 
 
 class Features(NamedTuple):
@@ -72,14 +76,24 @@ def empty_state(features: Features, v: Float[Array, "b n g d"]) -> LinearState:
     Example:
         state = empty_state(Features(q, k), v)
     """
-    norm_k = features.normaliser[1]
     dtype = jnp.promote_types(jnp.result_type(features.k, v), jnp.float32)
-    batch, _, groups, feature_dim = features.k.shape
-    return LinearState(
-        kv=jnp.zeros((batch, groups, feature_dim, v.shape[-1]), dtype),
-        norm=jnp.zeros((batch, groups, norm_k.shape[-1]), dtype),
-        length=jnp.zeros((), jnp.int32),
-    )
+    kv, norm, length = _state_shapes(features, v)
+    return LinearState(jnp.zeros(kv, dtype), jnp.zeros(norm, dtype), jnp.zeros(length, jnp.int32))
+
+
+def keep_keys(
+    features: Features, v: Float[Array, "b m g d"], mask: Bool[Array, "#b #g 1 m"]
+) -> tuple[Features, Float[Array, "b m g d"]]:
+    """Returns features and values in which masked keys (False) count for nothing, whatever they hold.
+
+    Example:
+        features, v = keep_keys(features, v, valid[:, None, None, :])
+    """
+    keep = _per_token(mask)[..., None]
+    zeroed = {"k": jnp.where(keep, features.k, 0)}
+    if features.norm_k is not None:
+        zeroed["norm_k"] = jnp.where(keep, features.norm_k, 0)
+    return features._replace(**zeroed), jnp.where(keep, v, 0)
 
 
 def prefix_product(
@@ -88,6 +102,7 @@ def prefix_product(
     *,
     state: LinearState | None = None,
     log_decay: Float[Array, "b n g"] | None = None,
+    mask: Bool[Array, "#b #g 1 n"] | None = None,
     segment_ids: Int[Array, "b n"] | None = None,
     block_size: int = 1,
     chunk_size: int = CHUNK_SIZE,
@@ -95,39 +110,105 @@ def prefix_product(
     """Returns out and total as defined above, and the state after the last token; at least float32.
 
     state: continues after earlier tokens (of the first token's segment). log_decay: ≤ 0, per key head.
-    segment_ids: equal for tokens that see each other; equal ids must be contiguous. block_size: tokens see all of
-    their own block; not with decay or a state in the middle of a block. chunk_size: rounded up to whole blocks.
+    mask: True for keys that are kept; the others change nothing, not even by their decay, and the state's length ends
+    behind the last one kept. segment_ids: equal for tokens that see each other; equal ids must be contiguous: ids that
+    come back raise ValueError, or make the sample NaN while tracing. A number that is not finite reaches its own
+    segment alone. block_size: tokens see all of their own block; not with decay or a state in the middle of a block.
+    chunk_size: rounded up to whole blocks.
 
     Example:
         out, total, state = prefix_product(Features(q, k), v)
     """
     if chunk_size < 1 or block_size < 1:
         raise ValueError(f"chunk_size is {chunk_size} and block_size {block_size}; both must be at least 1.")
-    features, v = _at_least_float32(features, v)
+    if segment_ids is not None:
+        check_contiguous(segment_ids)
+    kv, norm, length = _state_shapes(features, v)
+    if state is not None and (state.kv.shape, state.norm.shape) != (kv, norm):
+        raise ValueError(f"state has kv {state.kv.shape}; these features and values need {kv}.")
+    if state is not None and state.length.shape not in ((), length):
+        raise ValueError(f"state.length has shape {state.length.shape}; it is one position per sample, {length}.")
+    return finite_prefix_product(features, v, state, log_decay, mask, segment_ids, block_size, chunk_size, True)
+
+
+@partial(jax.jit, static_argnames=("block_size", "chunk_size", "isolate"))
+def finite_prefix_product(features, v, state, log_decay, mask, segment_ids, block_size, chunk_size, isolate=False):
+    """Returns what `prefix_product` returns, of arguments that fit, and of finite numbers unless `isolate`.
+
+    Example:
+        out, total, state = finite_prefix_product(features, v, None, None, None, segment_ids, 1, 64)
+    """
+    named = [(features.q, "b n h f"), (features.k, "b n g f"), (v, "b n g d"), (features.normaliser[1], "b n g e")]
+    letters = ("b n h d", "b n h", "b g f d", "b g e", "b")
+
+    def run(features, v, state, log_decay, mask, segment_ids):
+        features, v = _at_least_float32(features, v)
+        empty = empty_state(features, v)
+        state = empty if state is None else LinearState(*(x + y for x, y in zip(state, empty, strict=True)))
+        state = varying(state, (features, v, log_decay, mask, segment_ids))
+        n, ends = v.shape[1], v.shape[1]
+        if mask is not None:
+            features, v = keep_keys(features, v, mask)
+            kept = _per_token(mask)
+            log_decay = None if log_decay is None else jnp.where(kept, log_decay, 0)
+            ends = jnp.where(kept.any(axis=2), 1 + jnp.arange(n)[None], 0).max(axis=1, initial=0)
+        length = state.length + ends
+        if n == 0:
+            heads = features.q.shape[:3]
+            return jnp.zeros((*heads, v.shape[-1]), v.dtype), jnp.zeros(heads, v.dtype), *state
+        product = _in_segments if isolate and segment_ids is not None else _in_chunks
+        out, total, kv, norm = product(features, v, state, log_decay, segment_ids, block_size, chunk_size)
+        return out, total, kv, norm, length
+
+    args = (features, v, state, log_decay, mask, segment_ids)
+    out, total, *after = keep_axes(run, *args, named=named, out=letters)
+    return out, total, LinearState(*after)
+
+
+def _in_segments(features, v, state, log_decay, segment_ids, block_size, chunk_size):
+    """`_in_chunks` with nothing but finite numbers, and NaN afterwards where one that is not is seen."""
+    queries, keys = (features.q, features.norm_q), (features.k, features.norm_k, v)
+    queries, bad_q = finite(queries)
+    keys, bad_k = finite(keys)
+    (kv, norm), bad_state = finite((state.kv[:, None], state.norm[:, None]))
+    if log_decay is not None:
+        bad_decay = jnp.isnan(log_decay) | jnp.isposinf(log_decay)
+        log_decay, bad_k = jnp.where(bad_decay, 0, log_decay), bad_k | bad_decay
+    features = Features(queries[0], keys[0], queries[1], keys[1])
+    state = state._replace(kv=kv[:, 0], norm=norm[:, 0])
+    results = _in_chunks(features, keys[2], state, log_decay, segment_ids, block_size, chunk_size)
+    bad = spoiled(segment_ids, bad_q, bad_k, bad_state[:, 0], block_size)
+    return tuple(map(spoil, results, (bad.out, bad.out, bad.state, bad.state)))
+
+
+def _in_chunks(features, v, state, log_decay, segment_ids, block_size, chunk_size):
+    """out, total, kv and norm of at least one token."""
     batch, n = v.shape[:2]
-    empty = empty_state(features, v)
-    state = empty if state is None else state
-    if [x.shape for x in state] != [x.shape for x in empty]:
-        raise ValueError(f"state has kv {state.kv.shape}; these features and values need {empty.kv.shape}.")
-    if n == 0:
-        heads = features.q.shape[:3]
-        return jnp.zeros((*heads, v.shape[-1]), v.dtype), jnp.zeros(heads, v.dtype), state
-    size = min(-(-chunk_size // block_size), -(-n // block_size)) * block_size
+    size = -(-chunk_size // block_size) * block_size
+    if isinstance(n, int):  # and no symbol of an exported program
+        size = min(size, -(-n // block_size) * block_size)
     chunks = _split(features, v, log_decay, segment_ids, size)
-    past = jnp.zeros((batch,), jnp.int32) if segment_ids is None else segment_ids[:, 0]
+    past = None if segment_ids is None else segment_ids[:, 0]
 
     def body(carry, chunk):
         return _advance(carry, chunk, block_size)
 
-    carry = (state.kv.astype(v.dtype), state.norm.astype(v.dtype), past)
-    if size >= n:
+    carry = (state.kv, state.norm, past)
+    if isinstance(n, int) and size >= n:
         carry, (out, total) = body(carry, jax.tree.map(lambda x: x[0], chunks))
         out, total = out[None], total[None]
     else:
         carry, (out, total) = jax.lax.scan(jax.checkpoint(body, prevent_cse=False), carry, chunks)
-    out = rearrange(out, "m b g r c d -> b (m c) (g r) d")[:, :n]
-    total = rearrange(total, "m b g r c -> b (m c) (g r)")[:, :n]
-    return out, total, LinearState(carry[0], carry[1], state.length + n)
+    count = chunks.k.shape[0] * size
+    heads = features.q.shape[2]
+    out = out.transpose(1, 0, 4, 2, 3, 5).reshape(batch, count, heads, v.shape[-1])[:, :n]
+    total = total.transpose(1, 0, 4, 2, 3).reshape(batch, count, heads)[:, :n]
+    return out, total, carry[0], carry[1]
+
+
+def _state_shapes(features: Features, v: Array) -> tuple[tuple[int, ...], ...]:
+    batch, _, groups, feature_dim = features.k.shape
+    return (batch, groups, feature_dim, v.shape[-1]), (batch, groups, features.normaliser[1].shape[-1]), (batch,)
 
 
 def _at_least_float32(features: Features, v: Array) -> tuple[Features, Array]:
@@ -135,22 +216,30 @@ def _at_least_float32(features: Features, v: Array) -> tuple[Features, Array]:
     return jax.tree.map(lambda x: x.astype(dtype), features), v.astype(dtype)
 
 
+def _per_token(mask: Bool[Array, "#b #g 1 n"]) -> Bool[Array, "#b n #g"]:
+    return mask[:, :, 0, :].swapaxes(1, 2)
+
+
 def _split(features: Features, v: Array, log_decay: Array | None, segment_ids: Array | None, size: int) -> _Chunk:
     """Chunks of `size` tokens, first axis the chunk; padded with zeros, which add nothing to a state."""
-    groups = v.shape[2]
+    batch, n, groups = v.shape[:3]
+    count = -(-n // size)
 
-    def pad(x, mode="constant"):
-        amount = -x.shape[1] % size
-        return jnp.pad(x, [(0, 0), (0, amount)] + [(0, 0)] * (x.ndim - 2), mode=mode) if amount else x
+    def chunked(x, mode="constant"):
+        x = jnp.pad(x, [(0, 0), (0, count * size - n)] + [(0, 0)] * (x.ndim - 2), mode=mode)
+        return x.reshape(batch, count, size, *x.shape[2:])
 
     def queries(x):
-        return None if x is None else rearrange(pad(x), "b (m c) (g r) f -> m b g r c f", c=size, g=groups)
+        if x is None:
+            return None
+        x = chunked(x)
+        return x.reshape(*x.shape[:3], groups, x.shape[3] // groups, x.shape[-1]).transpose(1, 0, 3, 4, 2, 5)
 
     def keys(x):
-        return None if x is None else rearrange(pad(x), "b (m c) g f -> m b g c f", c=size)
+        return None if x is None else chunked(x).transpose(1, 0, 3, 2, 4)
 
-    decay = None if log_decay is None else rearrange(pad(log_decay.astype(v.dtype)), "b (m c) g -> m b g c", c=size)
-    segment = None if segment_ids is None else rearrange(pad(segment_ids, "edge"), "b (m c) -> m b c", c=size)
+    decay = None if log_decay is None else chunked(log_decay.astype(v.dtype)).transpose(1, 0, 3, 2)
+    segment = None if segment_ids is None else chunked(segment_ids, "edge").swapaxes(0, 1)
     q, k, norm_q, norm_k = features
     return _Chunk(queries(q), keys(k), keys(v), queries(norm_q), keys(norm_k), decay, segment)
 

@@ -9,6 +9,8 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float, Int
 
+from flowgen.attention.sharding import keep_axes
+
 
 class Rotary(NamedTuple):
     """cos and sin of the angles of every position, one per adjacent pair of channels: float64 NumPy arrays `n r`."""
@@ -65,7 +67,9 @@ def rotary_axes(positions: Float[np.ndarray, "n a"], pairs: tuple[int, ...], bas
     return _table(np.concatenate(list(axes), axis=1))
 
 
-def rotate(x: Float[Array, "b n h f"], rotary: Rotary, positions: Int[Array, " n"]) -> Float[Array, "b n h f"]:
+def rotate(
+    x: Float[Array, "b n h f"], rotary: Rotary, positions: Int[Array, " n"] | Int[Array, "b n"]
+) -> Float[Array, "b n h f"]:
     """Returns x with adjacent channels (x0, x1) turned to (x0 cos - x1 sin, x1 cos + x0 sin) at these positions.
 
     Where x has several times the channels of the table, each part is turned alike. Raises ValueError where it has
@@ -77,18 +81,27 @@ def rotate(x: Float[Array, "b n h f"], rotary: Rotary, positions: Int[Array, " n
     pairs = rotary.cos.shape[1]
     if x.shape[-1] % (2 * pairs):
         raise ValueError(f"features have {x.shape[-1]} channels; the rotary table turns parts of {2 * pairs}.")
-    cos, sin = (jnp.asarray(table, x.dtype)[positions] for table in rotary)
+
+    def look_up(positions):
+        return tuple(jnp.asarray(table, x.dtype)[positions] for table in rotary)
+
+    letters = "b n r" if positions.ndim == 2 else "n r"
+    cos, sin = keep_axes(look_up, positions, named=[(positions, letters[:-2])], out=(letters, letters))
     return turn(x, cos, sin)
 
 
-def turn(x: Float[Array, "b n h f"], cos: Float[Array, "n r"], sin: Float[Array, "n r"]) -> Float[Array, "b n h f"]:
+def turn(
+    x: Float[Array, "b n h f"],
+    cos: Float[Array, "n r"] | Float[Array, "b n r"],
+    sin: Float[Array, "n r"] | Float[Array, "b n r"],
+) -> Float[Array, "b n h f"]:
     """Returns x with its adjacent pairs of channels turned by these angles; computed in the wider of the dtypes.
 
     Example:
         y = turn(x, jnp.cos(angles), jnp.sin(angles))
     """
-    parts = rearrange(x, "b n h (p r two) -> b n h p r two", r=cos.shape[1], two=2)
-    cos, sin = (table[None, :, None, None, :] for table in (cos, sin))
+    parts = rearrange(x, "b n h (p r two) -> b n h p r two", r=cos.shape[-1], two=2)
+    cos, sin = (jnp.expand_dims(table, (2, 3) if table.ndim == 3 else (0, 2, 3)) for table in (cos, sin))
     even, odd = parts[..., 0], parts[..., 1]
     turned = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1)
     return turned.reshape(x.shape).astype(x.dtype)

@@ -18,17 +18,22 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
-from flowgen.attention.linalg import HIGHEST, inverse_cholesky, positive_inverse
+from flowgen.attention.checks import check_floats
+from flowgen.attention.linalg import (
+    HIGHEST,
+    Ridge,
+    add_ridge,
+    cholesky_solve,
+    inverse_cholesky,
+    newton_inverse,
+    released_softpp_inverse,
+)
+from flowgen.attention.masks import hide_queries, split_pairs
+from flowgen.attention.sharding import keep_axes
 
 Pair = tuple[int, int]
 Solver = Literal["newton", "cholesky", "newton_released"]
 Normalization = Literal["symmetric", "row"] | None
-Ridge = float | Float[Array, ""]
-
-NEWTON_ITERATIONS = 20
-# The line search of the released SOFT++: how often it may halve its step, and the residual it accepts.
-RELEASED_HALVINGS = 10
-RELEASED_RESIDUAL = 1.01
 
 
 class Landmarks(NamedTuple):
@@ -67,16 +72,22 @@ def _segment_means(
     x: Float[Array, "b n h k"], segment: Int[Array, "#b n"], num: int, mask: Bool[Array, "b n"] | None
 ) -> Landmarks:
     """Returns the mean of the unmasked tokens of each of `num` segments; one without any has 0 and is not live."""
-    master = jnp.promote_types(x.dtype, jnp.float32)
-    member = segment[..., None] == jnp.arange(num)[None, None]
-    if mask is not None:
-        member = member & mask[..., None]
-        x = jnp.where(mask[..., None, None], x, 0)
-    member = jnp.broadcast_to(member, (*x.shape[:2], num))
-    count = member.sum(axis=1)
-    total = jnp.einsum("bnl,bnhk->blhk", member.astype(master), x.astype(master), precision=HIGHEST)
-    points = total / jnp.maximum(count, 1).astype(master)[..., None, None]
-    return Landmarks(points, None if mask is None else count > 0)
+    every = mask is None and isinstance(x.shape[1], int)  # of an unknown number of tokens, some segments may be empty
+
+    def run(x, segment, mask):
+        master = jnp.promote_types(x.dtype, jnp.float32)
+        member = segment[..., None] == jnp.arange(num)[None, None]
+        if mask is not None:
+            member = member & mask[..., None]
+            x = jnp.where(mask[..., None, None], x, 0)
+        member = jnp.broadcast_to(member, (*x.shape[:2], num))
+        count = member.sum(axis=1)
+        total = jnp.einsum("bnl,bnhk->blhk", member.astype(master), x.astype(master), precision=HIGHEST)
+        points = total / jnp.maximum(count, 1).astype(master)[..., None, None]
+        return points, None if every else count > 0
+
+    out = ("b l h k", None if every else "b l")
+    return Landmarks(*keep_axes(run, x, segment, mask, named=[(x, "b n h k")], out=out))
 
 
 def pool_landmarks(x: Float[Array, "b n h k"], num_landmarks: int, mask: Bool[Array, "b n"] | None = None) -> Landmarks:
@@ -89,12 +100,15 @@ def pool_landmarks(x: Float[Array, "b n h k"], num_landmarks: int, mask: Bool[Ar
         points, live = pool_landmarks(to_kernel_space(k), 49, mask)
     """
     n = x.shape[1]
-    num = min(num_landmarks, n)
+    num = min(num_landmarks, n) if isinstance(n, int) else num_landmarks
     if mask is None:
         return _segment_means(x, (jnp.arange(n) * num // n)[None], num, None)
-    rank = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
-    count = jnp.maximum(mask.sum(axis=1, keepdims=True), 1)
-    return _segment_means(x, rank * num // count, num, mask)
+
+    def segments(mask):
+        rank = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+        return rank * num // jnp.maximum(mask.sum(axis=1, keepdims=True), 1)
+
+    return _segment_means(x, keep_axes(segments, mask, named=[(mask, "b n")], out="b n"), num, mask)
 
 
 def landmark_cells(grid: Pair, num_landmarks: int | Pair) -> Pair:
@@ -132,82 +146,6 @@ def pool_landmarks_2d(
     column = jnp.arange(width) * columns // width
     cell = (row[:, None] * columns + column[None, :]).reshape(1, -1)
     return _segment_means(x, cell, rows * columns, mask)
-
-
-def _add_ridge(a: Array, ridge: Ridge) -> Array:
-    return a + ridge * jnp.broadcast_to(jnp.eye(a.shape[-1], dtype=a.dtype), a.shape)
-
-
-def _newton_steps(b: Array, alpha: Array, iterations: int) -> Array:
-    """Returns X after `iterations` of X <- 2X - X B X from X = alpha B."""
-    matmul = partial(jnp.matmul, precision=HIGHEST)
-    return jax.lax.fori_loop(0, iterations, lambda _, x: 2 * x - matmul(x, matmul(b, x)), alpha * b)
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _newton(b: Array, alpha: Array, iterations: int) -> Array:
-    return _newton_steps(b, alpha, iterations)
-
-
-@_newton.defjvp
-def _newton_jvp(iterations: int, primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
-    # Linear in the tangent, so JAX transposes it: one rule serves both modes, and derivatives of any order.
-    x = _newton(*primals, iterations)
-    matmul = partial(jnp.matmul, precision=HIGHEST)
-    return x, -matmul(x, matmul(tangents[0], x))
-
-
-def newton_inverse(
-    a: Float[Array, "*heads l l"], *, ridge: Ridge = 0.0, iterations: int = NEWTON_ITERATIONS
-) -> Float[Array, "*heads l l"]:
-    """Returns SOFT's Newton-Raphson inverse of B = A + ridge I, for symmetric A with entries >= 0.
-
-    X <- 2X - X B X from X = alpha B with alpha = 1.8 / (largest row sum of A)², one alpha per matrix. This is
-    a spectral filter: an eigenvalue w of B becomes (1 - (1 - alpha w²)^(2^iterations)) / w, which is 1/w only
-    for w above about a thousandth of the largest. The derivative is the closed form dX = -X dA X (forward and
-    reverse mode), so it is that of the value only where the iteration has converged.
-
-    Example:
-        x = newton_inverse(a, ridge=0.01)
-    """
-    alpha = 1.8 / jax.lax.stop_gradient(a).sum(axis=-1, keepdims=True).max(axis=-2, keepdims=True) ** 2
-    return _newton(_add_ridge(a, ridge), alpha, iterations)
-
-
-def released_softpp_inverse(
-    a: Float[Array, "*heads l l"], iterations: int = NEWTON_ITERATIONS
-) -> Float[Array, "*heads l l"]:
-    """Returns the inverse as the published SOFT++ code computes it. It couples the samples of a batch.
-
-    One alpha = 2 / (largest row sum)² serves the *whole batch and all heads*, and is halved at most 10 times
-    while the largest column sum of |I - alpha A²| in the batch exceeds 1.01. So the result for one sample
-    depends on the others; use it for parity with published checkpoints only. Differentiable by plain autodiff.
-
-    Example:
-        x = released_softpp_inverse(a)
-    """
-    square = jnp.matmul(a, a, precision=HIGHEST)
-    eye = jnp.broadcast_to(jnp.eye(a.shape[-1], dtype=a.dtype), a.shape)
-
-    def halve_if_far(_, alpha):
-        residual = jnp.abs(eye - alpha * square).sum(axis=-2).max()
-        return jnp.where(residual > RELEASED_RESIDUAL, alpha / 2, alpha)
-
-    alpha = jax.lax.fori_loop(0, RELEASED_HALVINGS, halve_if_far, 2 / a.sum(axis=-1).max() ** 2)
-    return _newton_steps(a, alpha, iterations)
-
-
-def cholesky_solve(
-    a: Float[Array, "*heads l l"], rhs: Float[Array, "*heads l d"], *, ridge: Ridge = 0.0
-) -> Float[Array, "*heads l d"]:
-    """Returns (A + ridge I)⁻¹ rhs for symmetric positive definite A + ridge I, with exact derivatives.
-
-    Coinciding landmarks make A singular: ridge must then exceed the rounding error of A, about 1e-5 in float32.
-
-    Example:
-        summary = cholesky_solve(a, p_v, ridge=0.01)
-    """
-    return jnp.matmul(positive_inverse(_add_ridge(a, ridge)), rhs, precision=HIGHEST)
 
 
 def _solve(a: Array, rhs: Array, ridge: Ridge, solver: Solver) -> Array:
@@ -248,6 +186,19 @@ def nystrom_attention(
         out = nystrom_attention(q_scaled, k_scaled, v, pool_landmarks(k_scaled, 49))
     """
     _check_options(ridge, solver, normalize)
+    if 0 in (*q.shape[:3], k.shape[1]):
+        return jnp.zeros((*q.shape[:3], v.shape[-1]), v.dtype)
+    return _nystrom(q, k, v, landmarks, mask, ridge, solver, normalize)
+
+
+@partial(jax.jit, static_argnames=("solver", "normalize"))
+def _nystrom(q, k, v, landmarks, mask, ridge, solver, normalize):
+    named = [(q, "b n h k"), (k, "b m h k"), (v, "b m h d")]
+    run = partial(_run_nystrom, solver=solver, normalize=normalize)
+    return keep_axes(run, q, k, v, landmarks, mask, ridge, named=named, out="b n h d")
+
+
+def _run_nystrom(q, k, v, landmarks, mask, ridge, solver, normalize):
     points, live = landmarks
     gram, p_q = gaussian_kernel(points, points), gaussian_kernel(q, points)
     if mask is not None:  # zeros, so that not even a NaN in the padding gets through
@@ -291,16 +242,25 @@ def gaussian_landmark_features(
         raise ValueError(
             f"x {x.shape} needs landmarks (heads, number, width) with its heads and width, got {landmarks.shape}."
         )
-    points = rearrange(to_kernel_space(landmarks), "h l k -> 1 l h k")
-    tokens = rearrange(to_kernel_space(x), "b n h k -> 1 (b n) h k")
-    features = gaussian_kernel(points, tokens)[0]  # h l (b n): one factor then serves all samples
-    if whiten:
-        whitening = inverse_cholesky(_add_ridge(gaussian_kernel(points, points)[0], ridge))
-        features = jnp.matmul(whitening, features, precision=HIGHEST)
-    return rearrange(features, "h l (b n) -> b n h l", b=x.shape[0])
+    check_floats(x=x, landmarks=landmarks)
+    return _landmark_features(x, landmarks, ridge, whiten)
+
+
+@partial(jax.jit, static_argnames="whiten")
+def _landmark_features(x, landmarks, ridge, whiten):
+    def run(x, landmarks, ridge):
+        points = rearrange(to_kernel_space(landmarks), "h l k -> 1 l h k")
+        features = gaussian_kernel(to_kernel_space(x), jnp.broadcast_to(points, (x.shape[0], *points.shape[1:])))
+        if whiten:  # one factor serves all samples
+            whitening = inverse_cholesky(add_ridge(gaussian_kernel(points, points)[0], ridge))
+            features = jnp.einsum("hlm,bhnm->bhnl", whitening, features, precision=HIGHEST)
+        return features.swapaxes(1, 2)
+
+    return keep_axes(run, x, landmarks, ridge, named=[(x, "b n h k"), (landmarks, "h l k")], out="b n h l")
 
 
 def _check_tokens(q: Array, k: Array, v: Array) -> None:
+    check_floats(q=q, k=k, v=v)
     shapes = f"q {q.shape}, k {k.shape}, v {v.shape}"
     if not q.ndim == k.ndim == v.ndim == 4:
         raise ValueError(f"soft_attention takes arrays (batch, tokens, heads, width), got {shapes}; reshape them.")
@@ -388,7 +348,14 @@ def soft_attention(
             "token, and no finite state can follow them; use gaussian_landmark_attention, whose landmarks are fixed."
         )
     _check_tokens(q, k, v)
+    _check_options(ridge, solver, normalize)
+    queries = None
+    if mask is not None and mask.ndim == 4 and mask.shape[2] == q.shape[1] > 1:
+        queries, mask = split_pairs(mask, groups=1, block_size=None) or (None, mask)
     mask = None if mask is None else _key_padding(mask, k)
+    if 0 in (*q.shape[:3], k.shape[1]):
+        return jnp.zeros((*q.shape[:3], v.shape[-1]), v.dtype)
     q, k = to_kernel_space(q), to_kernel_space(k)
     chosen = _choose_landmarks(k, mask, num_landmarks, grid, landmarks)
-    return nystrom_attention(q, k, v, chosen, mask=mask, ridge=ridge, solver=solver, normalize=normalize)
+    out = nystrom_attention(q, k, v, chosen, mask=mask, ridge=ridge, solver=solver, normalize=normalize)
+    return out if queries is None else hide_queries(out, queries)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +12,7 @@ from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
 from flowgen.attention.checks import check_causal, check_heads, check_mask, hide_keys
+from flowgen.attention.sharding import keep_axes
 
 # Causal attention runs in this many slices of queries at most, each against only the keys it may see.
 MAX_CAUSAL_SLICES = 4
@@ -28,6 +32,10 @@ def attend_heads(
     Example:
         out = attend_heads(q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2), None)
     """
+    return _attend_in_parts(q, k, v, mask, None, None)
+
+
+def _attend_heads(q, k, v, mask):
     master = jnp.promote_types(q.dtype, jnp.float32)
     groups = k.shape[1]
     q = rearrange(q, "b (g r) n k -> b g r n k", g=groups)
@@ -61,16 +69,27 @@ def attend_in_parts(
     Example:
         out = attend_in_parts(q, keys, values, first=start)
     """
+    return _attend_in_parts(q, k, v, mask, first, MAX_LOGITS)
+
+
+@partial(jax.jit, static_argnames="max_logits")
+def _attend_in_parts(q, k, v, mask, first, max_logits):
+    named = [(q, "b h n k"), (k, "b g m k"), (v, "b g m d")]
+    run = partial(_run_in_parts, max_logits=max_logits)
+    return keep_axes(run, q, k, v, mask, first, named=named, out="b h n d")
+
+
+def _run_in_parts(q, k, v, mask, first, max_logits):
     batch, heads, n, _ = q.shape
-    rows = max(1, MAX_LOGITS // max(1, batch * heads * k.shape[2]))
+    rows = _rows_at_once(q, k, max_logits)
 
     def part(q, mask, begin):
         if first is not None:
             seen = jnp.arange(k.shape[2])[None] <= (first + begin + jnp.arange(q.shape[2]))[:, None]
             mask = seen[None, None] if mask is None else mask & seen[None, None]
-        return attend_heads(q, k, v, mask)
+        return _attend_heads(q, k, v, mask)
 
-    if n <= rows:
+    if rows is None or not isinstance(n, int) or n <= rows:
         return part(q, mask, 0)
     beyond, parts = -n % rows, -(-n // rows)
     padded = jnp.pad(q, ((0, 0), (0, 0), (0, beyond), (0, 0)))
@@ -83,6 +102,14 @@ def attend_in_parts(
 
     out = jax.lax.map(at, rows * jnp.arange(parts))
     return jnp.moveaxis(out, 0, 2).reshape(batch, heads, parts * rows, v.shape[-1])[:, :, :n]
+
+
+def _rows_at_once(q: Array, k: Array, max_logits: int | None) -> int | None:
+    """How many queries of a head have at most so many logits together; None where there is no limit to observe."""
+    sizes = q.shape[0], q.shape[1], k.shape[2]
+    if max_logits is None or not all(isinstance(size, int) for size in sizes):  # or symbols of an exported program
+        return None
+    return max(1, max_logits // max(1, math.prod(sizes)))
 
 
 def _of_queries(mask, first, count):
@@ -120,10 +147,22 @@ def softmax_attention(
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
     if not is_causal:
         return attend_in_parts(q, k, v, mask).swapaxes(1, 2)
-    size = max(MIN_CAUSAL_SLICE, -(-n // MAX_CAUSAL_SLICES))
-    out = []
-    for start in range(0, n, size):
-        end = min(start + size, n)
-        rows = None if mask is None else _of_queries(mask, start, end - start)[..., :end]
-        out.append(attend_in_parts(q[:, :, start:end], k[:, :, :end], v[:, :, :end], rows, start))
-    return jnp.concatenate(out, axis=2).swapaxes(1, 2)
+    if not isinstance(n, int):  # a symbol of an exported program
+        return attend_in_parts(q, k, v, mask, 0).swapaxes(1, 2)
+    return _attend_in_slices(q, k, v, mask, MAX_LOGITS).swapaxes(1, 2)
+
+
+@partial(jax.jit, static_argnames="max_logits")
+def _attend_in_slices(q, k, v, mask, max_logits):
+    def run(q, k, v, mask):
+        n = q.shape[2]
+        size = max(MIN_CAUSAL_SLICE, -(-n // MAX_CAUSAL_SLICES))
+        out = []
+        for start in range(0, n, size):
+            end = min(start + size, n)
+            some = None if mask is None else _of_queries(mask, start, end - start)[..., :end]
+            out.append(_run_in_parts(q[:, :, start:end], k[:, :, :end], v[:, :, :end], some, start, max_logits))
+        return jnp.concatenate(out, axis=2)
+
+    named = [(q, "b h n k"), (k, "b g m k"), (v, "b g m d")]
+    return keep_axes(run, q, k, v, mask, named=named, out="b h n d")

@@ -1,0 +1,74 @@
+"""Tokens in row-major order as images and back, for convolutions; they stay divided over a mesh as they are."""
+
+from __future__ import annotations
+
+from einops import rearrange
+from jaxtyping import Array, Float
+
+from flowgen.attention.sharding import keep_axes
+
+
+def check_grid(grid: tuple[int, int] | None, num_tokens: int) -> tuple[int, int]:
+    """Returns the grid; ValueError where it is missing or does not hold all tokens.
+
+    Example:
+        height, width = check_grid((14, 14), 196)
+    """
+    if grid is None:
+        raise ValueError(f"grid is None; this layer needs the (height, width) of its {num_tokens} tokens.")
+    if grid[0] * grid[1] != num_tokens:
+        raise ValueError(f"grid is {tuple(grid)}; it must hold all {num_tokens} tokens.")
+    return grid
+
+
+def as_image(x: Float[Array, "b n d"], height: int, width: int) -> Float[Array, "b height width d"]:
+    """Returns tokens in row-major order as images.
+
+    Example:
+        image = as_image(x, 14, 14)
+    """
+
+    def run(x):
+        return rearrange(x, "b (i j) d -> b i j d", i=height, j=width)
+
+    return keep_axes(run, x, named=[(x, "b n d")], out="b i j d")
+
+
+def as_tokens(image: Float[Array, "b height width d"]) -> Float[Array, "b n d"]:
+    """Returns the pixels of images in row-major order.
+
+    Example:
+        x = as_tokens(image)
+    """
+
+    def run(image):
+        return rearrange(image, "b i j d -> b (i j) d")
+
+    return keep_axes(run, image, named=[(image, "b i j d")], out="b n d")
+
+
+def fold(x: Float[Array, "b n h k"], height: int, width: int) -> Float[Array, "bh height width k"]:
+    """Returns one image per sample and head.
+
+    Example:
+        images = fold(k, 14, 14)
+    """
+
+    def run(x):
+        return rearrange(x, "b (i j) h k -> (b h) i j k", i=height, j=width)
+
+    return keep_axes(run, x, named=[(x, "b n h k")], out="b i j k")
+
+
+def unfold(images: Float[Array, "bh height width k"], like: Float[Array, "b n h k"]) -> Float[Array, "b m h k"]:
+    """Returns the images of `fold` as tokens of samples and heads, divided over a mesh as `like` is.
+
+    Example:
+        points = unfold(conv(fold(k, 14, 14)), k)
+    """
+    heads = like.shape[2]
+
+    def run(images):
+        return rearrange(images, "(b h) i j k -> b (i j) h k", h=heads)
+
+    return keep_axes(run, images, named=[(like, "b n h k")], out="b m h k")

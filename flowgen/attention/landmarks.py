@@ -1,0 +1,62 @@
+"""Fixed Gaussian landmarks: the causal relative of SOFT, as a feature map and as a function."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jaxtyping import Array, Float
+
+from flowgen.attention.checks import check_heads, check_mask, hide_keys
+from flowgen.attention.equality import ByFields
+from flowgen.attention.features import FeatureMap
+from flowgen.attention.linear import Causal, linear_attention, products
+from flowgen.attention.prefix import Features
+from flowgen.attention.soft import gaussian_landmark_features
+
+
+def gaussian_landmark_map(landmarks: Float[Array, "h l k"]) -> FeatureMap:
+    """Returns the positive features exp(-|x - l|² / 2√k) of fixed, usually learned, landmarks, one set per head.
+
+    Example:
+        out, state = prefill(q, k, v, gaussian_landmark_map(landmarks))
+    """
+
+    phi = _NearLandmarks(landmarks)
+    return FeatureMap(phi, phi)
+
+
+@dataclass(frozen=True, eq=False)
+class _NearLandmarks(ByFields):
+    landmarks: Array
+
+    def __call__(self, x, positions):
+        return gaussian_landmark_features(x, self.landmarks, whiten=False)
+
+
+def gaussian_landmark_attention(
+    q: Float[Array, "b n h k"],
+    k: Float[Array, "b m h k"],
+    v: Float[Array, "b m h d"],
+    landmarks: Float[Array, "h l k"],
+    mask: Array | None = None,
+    is_causal: bool | Causal = False,
+    *,
+    whiten: bool = False,
+    ridge: float = 0.01,
+) -> Float[Array, "b n h d"]:
+    """Returns linear attention with the features of fixed landmarks: SOFT's kernel in a form that can be causal.
+
+    Without whiten, the positive features of `gaussian_landmark_map`, normalised as usual; a token far from every
+    landmark (√k-scaled distance beyond 13) has features 0 and gives 0. With whiten, the Nyström kernel itself,
+    K(q, L) (K(L, L) + ridge)⁻¹ K(L, k), not normalised since it may be negative: a norm per head usually follows.
+    Raises ValueError where shapes or mask do not fit.
+
+    Example:
+        out = gaussian_landmark_attention(q, k, v, landmarks, is_causal=True)
+    """
+    if not whiten:
+        return linear_attention(q, k, v, gaussian_landmark_map(landmarks), mask=mask, is_causal=is_causal)
+    check_heads(q, k, v)
+    k, v = hide_keys(k, v, check_mask(mask, q, k))
+    features = Features(*(gaussian_landmark_features(x, landmarks, ridge=ridge) for x in (q, k)))
+    return products(features, v, mask=mask, is_causal=is_causal)[0].astype(v.dtype)

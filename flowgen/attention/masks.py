@@ -1,0 +1,67 @@
+"""Masks of pairs that are masks of tokens: what of them can be run at linear cost."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool
+
+from flowgen.attention.checks import concrete
+
+
+def own_keys(mask: Bool[Array, "#b #h n n"]) -> Bool[Array, "#b #h 1 n"]:
+    """Returns the mask over keys of a mask of pairs in which the same tokens are kept as queries and as keys.
+
+    That is Flax's `make_attention_mask(valid, valid)`, or with ones for the queries, and either of them combined with
+    `make_causal_mask`; its diagonal says which tokens are kept, and no more of it is read. Use it with `is_causal`
+    for a causal one. Raises ValueError unless there are as many queries as keys.
+
+    Example:
+        y = nala_attention(q, k, v, own_keys(mask != 0), is_causal=True)
+    """
+    if mask.shape[-2] != mask.shape[-1]:
+        raise ValueError(f"mask has shape {mask.shape}; only a mask of as many queries as keys has a diagonal to read.")
+    return jnp.diagonal(mask, axis1=-2, axis2=-1)[..., None, :]
+
+
+def split_pairs(
+    mask: Bool[Array, "#b #h n m"], groups: int, block_size: int | None
+) -> tuple[Bool[Array, "#b #h n 1"], Bool[Array, "#b #h 1 m"]] | None:
+    """Returns the masks of queries and of keys whose product a mask of pairs is, None if it is none or cannot be seen.
+
+    block_size: of causal order, which multiplies the mask; None if there is none. groups: of keys, which the mask may
+    distinguish. While tracing, nothing can be seen.
+
+    Example:
+        parts = split_pairs(mask, groups=8, block_size=1)
+    """
+    seen = concrete(mask)
+    if seen is None or seen.shape[1] not in (1, groups):
+        return None
+    n, m = seen.shape[2:]
+    order = np.ones((n, m), bool)
+    if block_size is not None:
+        order = np.arange(n)[:, None] // block_size >= np.arange(m)[None] // block_size
+    seen = seen & order
+    queries, keys = seen.any(axis=3, keepdims=True), seen.any(axis=2, keepdims=True)
+    if not np.array_equal(queries & keys & order, seen):
+        return None
+    return jnp.asarray(queries), jnp.asarray(keys)
+
+
+def hide_queries(tree: Any, mask: Bool[Array, "#b #g n 1"]) -> Any:
+    """Returns arrays `b n h ...` with 0 for queries that see no key; mask: one head, or one per group of query heads.
+
+    Example:
+        out = hide_queries(out, queries)
+    """
+
+    def hide(x):
+        keep = mask[..., 0].swapaxes(1, 2)
+        keep = jnp.repeat(keep, x.shape[2] // keep.shape[2], axis=2)
+        return jnp.where(jnp.expand_dims(keep, range(3, x.ndim)), x, 0)
+
+    return jax.tree.map(hide, tree)

@@ -1,0 +1,93 @@
+"""Packed segments: runs of tokens with equal ids that see each other alone, whatever the others hold."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+class Spoiled(NamedTuple):
+    """Which results a number that is not finite reaches: outputs per query head and token, states per key head."""
+
+    out: Bool[Array, "b n h"]
+    state: Bool[Array, "b g"]
+
+
+def returning_ids(segment_ids: Int[Array, "b n"]) -> Bool[Array, " b"]:
+    """Returns whether an id comes back after another one, so that its tokens are no contiguous segment.
+
+    Example:
+        returning_ids(jnp.asarray([[0, 0, 1, 0]]))  # [True]
+    """
+    runs = (segment_ids[:, 1:] != segment_ids[:, :-1]).sum(axis=1)
+    ordered = jnp.sort(segment_ids, axis=1)
+    return runs != (ordered[:, 1:] != ordered[:, :-1]).sum(axis=1)
+
+
+def finite(tree: Any) -> tuple[Any, Bool[Array, "b n x"]]:
+    """Returns arrays `b n x ...` with zeros for what is not finite in a token, and where (per x) something was not.
+
+    Example:
+        (k, v), bad = finite((k, v))
+    """
+    bad = functools.reduce(jnp.logical_or, map(_not_finite, jax.tree.leaves(tree)))
+    return jax.tree.map(lambda x: jnp.where(jnp.expand_dims(bad, range(3, x.ndim)), 0, x), tree), bad
+
+
+def _not_finite(x: Float[Array, "b n x *axes"]) -> Bool[Array, "b n x"]:
+    return (~jnp.isfinite(x)).any(axis=tuple(range(3, x.ndim)))
+
+
+def spoiled(
+    segment_ids: Int[Array, "b n"],
+    bad_q: Bool[Array, "b n h"],
+    bad_k: Bool[Array, "b n g"],
+    bad_state: Bool[Array, "b g"],
+    block_size: int | None,
+) -> Spoiled:
+    """Returns which results of causal attention, in blocks of `block_size`, see a token that is not finite.
+
+    None for block_size: tokens see all of their segment.
+
+    Outputs of samples whose ids come back count as spoiled, since no running state can serve them.
+
+    Example:
+        where = spoiled(segment_ids, bad_q, bad_k, jnp.zeros((2, 8), bool), block_size=1)
+    """
+    n = segment_ids.shape[1]
+    place = jnp.arange(n)[None]
+    new = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    first = jax.lax.cummax(jnp.where(new, place, 0), axis=1)
+    ends = jnp.pad(new[:, 1:], ((0, 0), (0, 1)), constant_values=True)
+    last = jax.lax.cummin(jnp.where(ends, place, n - 1), axis=1, reverse=True)
+    seen = last if block_size is None else jnp.minimum(last, (place // block_size + 1) * block_size - 1)
+    so_far = jnp.pad(jnp.cumsum(bad_k, axis=1), ((0, 0), (1, 0), (0, 0)))
+    count = jnp.take_along_axis(so_far, seen[..., None] + 1, axis=1)
+    count = count - jnp.take_along_axis(so_far, first[..., None], axis=1)
+    reached = (count > 0) | ((first == 0)[..., None] & bad_state[:, None])
+    returning = returning_ids(segment_ids)
+    per_query = jnp.repeat(reached, bad_q.shape[2] // bad_k.shape[2], axis=2) | bad_q
+    return Spoiled(per_query | returning[:, None, None], reached[:, -1] | returning[:, None])
+
+
+def spoil(x: Float[Array, "*axes"], bad: Bool[Array, "*fewer"]) -> Float[Array, "*axes"]:
+    """Returns x with NaN where `bad`, whose axes are the first ones of x.
+
+    Example:
+        out = spoil(out, where.out)
+    """
+    return jnp.where(jnp.expand_dims(bad, range(bad.ndim, x.ndim)), jnp.nan, x)
+
+
+def alike(*arrays: Float[Array, "b n h _"]) -> tuple[Float[Array, "b n h _"], ...]:
+    """Returns arrays with NaN in all of them for tokens in which one of them is not finite.
+
+    Example:
+        k, v = alike(k, v)
+    """
+    bad = finite(arrays)[1]
+    return tuple(spoil(x, bad) for x in arrays)

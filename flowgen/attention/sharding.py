@@ -1,0 +1,109 @@
+"""Meshes with explicit axes: attention runs as under automatic axes, and its results keep the axes of its inputs.
+
+Where the axes of a mesh are explicit, every array's type says how it is divided, and jax refuses to reshape, scan or
+contract over a divided axis without being told what comes out. Attention does all of these, but what comes out is
+plain: batch, queries and heads are divided as they came in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec, auto_axes, reshard
+from jaxtyping import Array
+
+
+def keep_axes(fn: Callable[..., Any], *args: Any, named: Iterable[tuple[Array, str]], out: Any) -> Any:
+    """Returns fn(*args), computed under automatic axes where the mesh of an argument has explicit ones.
+
+    named: arrays with a letter per axis, "b n h k". out: the letters of the results, in the tree that fn returns; an
+    axis of a result is divided like the first named array that has its letter and is divided there.
+
+    Example:
+        out = keep_axes(attend, q, k, v, named=[(q, "b n h k")], out="b n h d")
+    """
+    mesh = _explicit_mesh(args)
+    if mesh is None:
+        return fn(*args)
+    divided = _divided(named)
+    shardings = jax.tree.map(lambda letters: NamedSharding(mesh, _spec(letters, divided)), out)
+    return auto_axes(fn, axes=_explicit_names(mesh), out_sharding=shardings)(*args)
+
+
+def map_axes(fn: Callable[..., Any], args: tuple[Array, ...], letters: str, *, divided: str, out: Any) -> Any:
+    """Returns fn(*args), computed by each device on its own part where the mesh of an argument has explicit axes.
+
+    letters: of the axes of every argument; those in `divided` may be divided over devices, the others are gathered
+    first. out: the letters of the results. For what the compiler cannot divide by itself.
+
+    Example:
+        out = map_axes(kernel, (q, k, v), "b n h k", divided="bh", out="b n h k")
+    """
+    mesh = _explicit_mesh(args)
+    if mesh is None:
+        return fn(*args)
+    axes = {letter: axes for letter, axes in _divided((x, letters) for x in args).items() if letter in divided}
+    spec = _spec(letters, axes)
+    specs = jax.tree.map(lambda names: _spec(names, axes), out)
+    mapped = jax.shard_map(
+        fn, mesh=mesh, in_specs=spec, out_specs=specs, axis_names=set(_explicit_names(mesh)), check_vma=False
+    )
+    return mapped(*(reshard(x, NamedSharding(mesh, spec)) for x in args))
+
+
+def varies(x: Array) -> bool:
+    """Returns whether x varies over an axis of the mapped program that is being traced.
+
+    Example:
+        jax.shard_map(lambda x: x * varies(x), ...)
+    """
+    return bool(jax.typeof(x).manual_axis_type.varying)
+
+
+def varying(tree: Any, like: Any) -> Any:
+    """Returns the arrays of a tree, varying over every axis of a mapped program over which one of `like` varies.
+
+    The state that a loop begins with must vary over the axes over which the loop makes it vary.
+
+    Example:
+        carry, out = jax.lax.scan(body, varying(jnp.zeros(3), x), x)
+    """
+    nothing = sum(jnp.zeros_like(x, jnp.int32).sum() for x in jax.tree.leaves(like))
+    return jax.tree.map(lambda x: x + jnp.asarray(nothing, x.dtype), tree)
+
+
+def _divided(named: Iterable[tuple[Array, str]]) -> dict[str, Any]:
+    """The axes of the mesh that divide the axis of each letter: of the first array in which any do."""
+    divided = {}
+    for array, letters in named:
+        for letter, axes in zip(letters.split(), jax.typeof(array).sharding.spec, strict=True):
+            if axes is not None:
+                divided.setdefault(letter, axes)
+    return divided
+
+
+def _explicit_names(mesh: AbstractMesh) -> tuple[str, ...]:
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return tuple(name for name, kind in kinds if kind is AxisType.Explicit)
+
+
+def _explicit_mesh(args: Any) -> AbstractMesh | None:
+    for leaf in jax.tree.leaves(args):
+        mesh = jax.typeof(leaf).sharding.mesh
+        if AxisType.Explicit in mesh.axis_types:
+            return mesh
+    return None
+
+
+def _spec(letters: str, divided: dict[str, Any]) -> PartitionSpec:
+    """The axes of a result; one axis of a mesh divides one axis of an array."""
+    used, spec = set(), []
+    for letter in letters.split():
+        axes = divided.get(letter)
+        names = set(axes) if isinstance(axes, tuple) else {axes}
+        spec.append(None if names & used else axes)
+        used |= names - {None}
+    return PartitionSpec(*spec)
