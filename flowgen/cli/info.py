@@ -19,8 +19,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, rest: list[str]) -> int:
     """Returns the exit code."""
     from flowgen import config, fields
-    from flowgen.training import CheckpointReader
-    from flowgen.training.loop import CHECKPOINTS, read_config
+    from flowgen.runs import CHECKPOINTS, CheckpointReader, read_config
 
     if options.checkpoint:
         given = ["--debug"] * options.debug + rest

@@ -88,6 +88,7 @@ class LogConfig:
     """How often a run reports, in steps; 0 switches a report off. It always reports and saves at its end.
 
     keep: latest checkpoints to keep, beside the best one. tensorboard: write events next to metrics.jsonl.
+    progress: a moving bar where standard error is a terminal; otherwise, and without it, a line per report.
     """
 
     log_every: int = 50
