@@ -7,6 +7,8 @@ import os
 
 from flowgen.cli.options import load_experiment, num_parameters, say
 
+DEBUG = "--debug: a tiny model on data that ship with flowgen, to see that all runs; its numbers mean nothing."
+
 
 def declare(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the command."""
@@ -28,7 +30,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
                 parameters = num_parameters(experiment.flow())
             say(f"{experiment.name}: {parameters:,} parameters, {experiment.train.steps} steps")
             if options.debug:
-                say("--debug: a tiny model on data that ship with flowgen, to see that all runs; its numbers mean nothing.")
+                say(DEBUG)
             result = fit(experiment, options.workdir, signals=signals)
         except Interrupted as stop:
             say("Stopped before the first step; nothing was lost, and the same command starts again.")

@@ -102,12 +102,13 @@ def train(
         with _interruptible(signals):
             check_workdir(workdir, check_config, locks=is_primary())
             barrier("flowgen: workdir checked")  # The first file of one process would look foreign to another.
-        with _writer(workdir, log, job.best_metric) as record:
+            # All that may be refused is read before anything is written.
+            reader = CheckpointReader(workdir / CHECKPOINTS)
+            latest = _resumed_from(reader, train.steps, check_config)
+            state = initial() if latest is None else reader.restore(latest, jax.eval_shape(initial))
+            scores = None if latest is None else reader.evaluation(latest)
+        with _writer(workdir, latest, log, job.best_metric) as record:
             with _interruptible(signals):
-                reader = CheckpointReader(workdir / CHECKPOINTS)
-                latest = _resumed_from(reader, train.steps, check_config)
-                state = initial() if latest is None else reader.restore(latest, jax.eval_shape(initial))
-                scores = None if latest is None else reader.evaluation(latest)
                 record.begin(
                     config, first_step=latest, last_step=train.steps, tensorboard=log.tensorboard, bar=log.progress
                 )
@@ -134,13 +135,13 @@ def check_packages(log: LogConfig) -> None:
                 ) from error
 
 
-def _writer(workdir: Path, log: LogConfig, best_metric: str) -> RunWriter | NullWriter:
-    """What writes the run: of several processes the first. All end where it cannot."""
+def _writer(workdir: Path, latest: int | None, log: LogConfig, best_metric: str) -> RunWriter | NullWriter:
+    """What writes the run that `latest` was read of: of several processes the first. All end where it cannot."""
     record: RunWriter | NullWriter = NullWriter()
     error: OSError | None = None
     if is_primary():
         try:
-            record = RunWriter(workdir, keep=log.keep, best_metric=best_metric)
+            record = RunWriter(workdir, latest=latest, keep=log.keep, best_metric=best_metric)
         except OSError as caught:
             error = caught
     if largest(int(error is not None)):
