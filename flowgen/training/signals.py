@@ -45,6 +45,7 @@ class Signals:
         self.number = 0
         self.doing = "Stopping; nothing has been trained yet, so nothing is lost"
         self._on_second, self._ending, self._raises = on_second, False, False
+        self._noted = ""  # What was being done when the main thread came to know of it.
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
@@ -82,7 +83,7 @@ class Signals:
             self._restore()
             signal.raise_signal(number)
         elif not self.number:
-            self.number = number
+            self.number, self._noted = number, self.doing
             if self._raises:
                 raise Interrupted(number)
 
@@ -96,7 +97,7 @@ class Signals:
                     continue
                 if first is None:
                     first = time.monotonic()
-                    _say(f"{self.doing}; a second signal ends without saving.")
+                    _say(f"{self._noted or self.doing}; a second signal ends without saving.")
                 elif time.monotonic() - first > _TOGETHER:
                     self._ending = True
                     _say("Ending without saving; the last whole checkpoint stays.")
