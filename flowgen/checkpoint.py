@@ -33,7 +33,7 @@ def load(run_dir: str | Path, step: int | str | None = None, ema: bool = True) -
     experiment = from_json(read_config(run_dir))
     reader = CheckpointReader(Path(run_dir) / CHECKPOINTS)
     step = _choose(reader, run_dir, step, task_of(experiment.model).best_metric(experiment))
-    meta = reader.meta(step)
+    meta = reader.manifest(step)
     try:
         experiment.check_resumable(meta["config"])
     except ValueError as error:
@@ -92,6 +92,7 @@ def _widened(arrays: dict[str, Any]) -> dict[str, Any]:
 def _choose(reader: CheckpointReader, run_dir: str | Path, step: int | str | None, best_metric: str) -> int:
     steps = reader.steps()
     if not steps:
+        reader.check_not_broken()
         raise FileNotFoundError(f"{run_dir} has no checkpoint yet; train it, or give another run.")
     if step is None:
         return steps[-1]

@@ -116,7 +116,7 @@ def test_training_goes_on_where_it_stopped(trained):
         trained.first,
     )
     assert trained.second.code == 0
-    assert "Resuming from step 4." in trained.second.err
+    assert f"Resuming {trained.path} from step 4." in trained.second.err
     assert trained.second.out.splitlines()[-1] == f"Samples: {trained.path}/samples/0000008.png"
     assert CheckpointReader(trained.path / "checkpoints").steps() == [4, 8]
     rows = [json.loads(line) for line in (trained.path / "metrics.jsonl").read_text().splitlines()]

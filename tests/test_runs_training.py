@@ -59,7 +59,7 @@ def test_a_half_deleted_checkpoint_is_told_and_passed_over(whole, tmp_path, caps
     (workdir / CHECKPOINTS / "150").mkdir()
     toy.run(toy.make_job(), workdir, log=TEN)
     told = capsys.readouterr().err
-    assert "Resuming from step 30." in told
+    assert f"Resuming {workdir} from step 30." in told
     assert "'150': it is empty" in told
     assert "'40': it has no meta.json" in told
     assert_bitwise(arrays_of(workdir), arrays_of(whole))
@@ -78,6 +78,17 @@ def test_a_copied_checkpoint_is_refused(whole, tmp_path):
     shutil.copytree(workdir / CHECKPOINTS / "30", workdir / CHECKPOINTS / "50")
     with pytest.raises(ValueError, match=r"Checkpoint 50 .* holds step 30"):
         toy.run(toy.make_job(), workdir, log=TEN, steps=60)
+
+
+def test_a_run_without_a_whole_checkpoint_is_refused(whole, tmp_path):
+    workdir = shutil.copytree(whole, tmp_path / "run")
+    for folder in (workdir / CHECKPOINTS).iterdir():
+        shutil.rmtree(folder / "params")
+    before = sorted(workdir.rglob("*"))
+    with pytest.raises(ValueError, match=r"No checkpoint in .* is whole .40: it lacks params/") as error:
+        toy.run(toy.make_job(), workdir, log=TEN)
+    assert "\n" not in str(error.value)
+    assert sorted(workdir.rglob("*")) == before
 
 
 @pytest.mark.parametrize("lost", ["all", "none yet"])

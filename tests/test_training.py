@@ -96,7 +96,7 @@ def test_a_stopped_and_resumed_run_ends_bitwise_like_another(stopped, whole, nam
         assert report["step"] == latest == step + 1
     assert read_config(workdir) == {"toy": True}
     result = toy.run(toy.make_job(), workdir)
-    assert f"Resuming from step {latest}." in capsys.readouterr().err
+    assert f"Resuming {workdir} from step {latest}." in capsys.readouterr().err
     assert (result.signal, int(result.state.step)) == (0, toy.STEPS)
     a, b = saved(workdir), saved(whole[0])
     assert {name.split("/")[0] for name in a} == {"step", "params", "collections", "opt_state", "ema"}

@@ -191,8 +191,9 @@ def _open_autoencoder(
     reader = CheckpointReader(Path(path) / CHECKPOINTS)
     step = reader.latest_step()
     if step is None:
+        reader.check_not_broken()
         raise FileNotFoundError(f"codec.path '{path}' has no checkpoint yet; train the autoencoder first.")
-    group = "ema" if any(name.startswith("ema/") for name in reader.meta(step)["arrays"]) else "params"
+    group = "ema" if any(name.startswith("ema/") for name in reader.manifest(step)["arrays"]) else "params"
     arrays = reader.arrays(step, lambda name: name.startswith((f"{group}/", "collections/")))
     expected = jax.eval_shape(lambda: init_autoencoder(autoencoder, jax.random.key(0)))["params"]
     params = {name.removeprefix(f"{group}/"): x for name, x in arrays.items() if name.startswith(f"{group}/")}

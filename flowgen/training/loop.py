@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ import numpy as np
 
 from flowgen.runs import CHECKPOINTS, CheckpointReader, NullWriter, RunWriter, check_workdir, on_terminal
 from flowgen.training.options import LogConfig, OptimConfig, TrainConfig
+from flowgen.training.pace import Pace
 from flowgen.training.parallel import DataParallel, barrier, from_primary, is_primary, largest
 from flowgen.training.signals import Interrupted, Signals
 from flowgen.training.step import Objective, Step, TrainState, init_state, make_step
@@ -137,7 +137,7 @@ def check_packages(log: LogConfig) -> None:
 
 def _writer(workdir: Path, latest: int | None, log: LogConfig, best_metric: str) -> RunWriter | NullWriter:
     """What writes the run that `latest` was read of: of several processes the first. All end where it cannot."""
-    record: RunWriter | NullWriter = NullWriter()
+    record: RunWriter | NullWriter = NullWriter(workdir)
     error: OSError | None = None
     if is_primary():
         try:
@@ -151,14 +151,16 @@ def _writer(workdir: Path, latest: int | None, log: LogConfig, best_metric: str)
 
 def _resumed_from(reader: CheckpointReader, steps: int, check_config: Callable[[dict[str, Any]], None]) -> int | None:
     """The step to go on from, the same in all processes; ValueError where its config or number does not fit."""
-    latest = reader.latest_step() if is_primary() else None
-    latest = largest(-1 if latest is None else latest)
+    latest = reader.latest_step()
+    if latest is None:
+        reader.check_not_broken()
+    latest = largest(-1 if latest is None or not is_primary() else latest)
     if latest < 0:
         return None
     if latest > steps:
         raise ValueError(f"{reader.directory.parent} has {latest} steps already, above train.steps {steps}; raise it.")
     try:
-        check_config(reader.meta(latest)["config"])
+        check_config(reader.manifest(latest)["config"])
     except ValueError as error:
         raise ValueError(f"Checkpoint {latest} of {reader.directory.parent}: {error}") from error
     return latest
@@ -182,7 +184,7 @@ class _Run:
         self.job, self.record, self.config, self.parallel, self.signals = job, record, config, parallel, signals
         self.steps, self.first, self.saved, self.max_skips = steps, first or 0, first, max_skips
         self.pending: list[tuple[int, Any]] = []
-        self.pace = _Pace()
+        self.pace = Pace()
         self.metrics: dict[str, float] = {}
         self.samples: Path | None = None
         self.signal = 0
@@ -209,9 +211,11 @@ class _Run:
             self.metrics = scores
         missing = scores is None and self.job.evaluate is not None
         if finished and not missing:
-            self.record.say(f"The run has all of its {self.steps} steps already; raise train.steps to go on.")
+            self.record.say(
+                f"{self.record.workdir} has all of its {self.steps} steps already; raise train.steps to go on."
+            )
         else:
-            self.record.say(f"Resuming from step {self.first}.")
+            self.record.say(f"Resuming {self.record.workdir} from step {self.first}.")
         if missing and not finished and _due(self.first, self.config.eval_every):
             self.unless_stopped(lambda: self.evaluate(self.first, state))
 
@@ -376,37 +380,6 @@ class _Run:
         self.report(step)
         self.record.save_last(step, self.parallel.to_host(state))
         self.saved = step
-
-
-class _Pace:
-    """Steps per second, of the time that goes into steps: not of compilation, evaluation, drawing and saving."""
-
-    def __init__(self):
-        self.begun = False
-        self._steps, self._seconds = 0, 0.0
-
-    def begin(self, step: int) -> None:
-        """Starts counting, when the first step has ended."""
-        self.begun, self._at = True, step
-        self._since = time.perf_counter()
-
-    def go_on(self) -> None:
-        """Leaves out the time since the last measure."""
-        self._since = time.perf_counter()
-
-    def measure(self, step: int) -> dict[str, float]:
-        """Returns the speed since the last measure, or nothing where no step was made since."""
-        if not self.begun or step == self._at:
-            return {}
-        now = time.perf_counter()
-        steps, seconds = step - self._at, now - self._since
-        self._at, self._since = step, now
-        self._steps, self._seconds = self._steps + steps, self._seconds + seconds
-        return {"steps_per_second": steps / max(seconds, 1e-9)}
-
-    def seconds_for(self, steps: int) -> float | None:
-        """Returns how long so many steps take at the speed so far, or None where none is known."""
-        return steps * self._seconds / self._steps if self._steps else None
 
 
 def _due(step: int, every: int) -> bool:

@@ -43,7 +43,7 @@ class Signals:
 
     def __init__(self, on_second: Callable[[int], None] | None = None):
         self.number = 0
-        self.doing = "Stopping; nothing has been trained yet, so nothing is lost"
+        self.doing = "Stopping before the first step; nothing is lost"
         self._on_second, self._ending, self._raises = on_second, False, False
         self._noted = ""  # What was being done when the main thread came to know of it.
         self._previous: dict[int, Any] = {}
