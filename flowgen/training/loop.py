@@ -293,12 +293,11 @@ class _Run:
             else "Stopping after this evaluation, for the other processes; its step is saved"
         )
         try:
-            with self.signals.raising() if alone else nullcontext():
+            with self.pace.left_out(), self.signals.raising() if alone else nullcontext():
                 work()
         except Interrupted as stop:
             self.signal = stop.number
         self.signals.doing = doing
-        self.pace.go_on()
 
     def wait_for_all_but(self, ahead: int) -> None:
         """Waits until at most `ahead` steps are queued, so that the bar tells the truth and a stop is prompt."""
@@ -372,9 +371,9 @@ class _Run:
 
     def save(self, step: int, state: TrainState) -> None:
         self.report(step)  # A state whose metrics are not finite is never saved.
-        self.record.save(step, self.parallel.to_host(state))
+        with self.pace.left_out():
+            self.record.save(step, self.parallel.to_host(state))
         self.saved = step
-        self.pace.go_on()
 
     def save_last(self, step: int, state: TrainState) -> None:
         self.report(step)

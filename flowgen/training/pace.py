@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Generator
+from contextlib import contextmanager
 
 
 class Pace:
@@ -16,16 +18,21 @@ class Pace:
 
     def __init__(self):
         self.begun = False
+        self._at, self._since = 0, 0.0
         self._steps, self._seconds = 0, 0.0
 
     def begin(self, step: int) -> None:
         """Starts counting, when the first step has ended."""
-        self.begun, self._at = True, step
-        self._since = time.perf_counter()
+        self.begun, self._at, self._since = True, step, time.perf_counter()
 
-    def go_on(self) -> None:
-        """Leaves out the time since the last measure."""
-        self._since = time.perf_counter()
+    @contextmanager
+    def left_out(self) -> Generator[None]:
+        """Leaves out the time that is spent within it."""
+        before = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._since += time.perf_counter() - before
 
     def measure(self, step: int) -> dict[str, float]:
         """Returns the speed since the last measure, or nothing where no step was made since."""
