@@ -4,9 +4,9 @@
 <directory>/<step>/meta.json                       step, config, shape and dtype of each array, SHA-256 of each file
 <directory>/<step>/evaluation.json                 metrics of the step, once it has been evaluated
 
-meta.json is written last, so a folder with a file missing is no checkpoint (a deletion or a copy that was cut short) and
-is passed over. A folder with all of its files, one of them with other bytes, is a damaged checkpoint and is refused:
-going on from an older one without a word would hide that.
+meta.json is written last, so a folder with a file missing is no checkpoint (a deletion or a copy that was cut short)
+and is passed over. A folder with all of its files, one of them with other bytes, is a damaged checkpoint and is
+refused: going on from an older one without a word would hide that.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class CheckpointReader:
         return max(self.steps(), default=None)
 
     def passed_over(self) -> dict[str, str]:
-        """Returns why entries of the directory are no checkpoints, by name; what is being saved or deleted is left out."""
+        """Returns why entries of the directory are no checkpoints, by name, but not what is being saved or deleted."""
         return {name: why for name, why in self._entries().items() if why is not None}
 
     def check_not_broken(self) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -48,6 +49,8 @@ class CheckpointStore(CheckpointReader):
         self._scores = {step: self._score_of(step) for step in self.steps()}
         for step in self._scores:
             remove_temporaries(self.directory / str(step))
+        self._hook = sys.unraisablehook
+        sys.unraisablehook = self._unraisable
 
     def __enter__(self) -> CheckpointStore:
         return self
@@ -97,7 +100,16 @@ class CheckpointStore(CheckpointReader):
 
     def close(self) -> None:
         """Waits for the save under way."""
-        self.wait()
+        try:
+            self.wait()
+        finally:
+            if sys.unraisablehook == self._unraisable:
+                sys.unraisablehook = self._hook
+
+    def _unraisable(self, odd: Any) -> None:
+        """Leaves out what tensorstore says of writes that end after another has failed, which was raised."""
+        if not (isinstance(odd.exc_value, RuntimeError) and "Event loop is closed" in str(odd.exc_value)):
+            self._hook(odd)
 
     def _try(self, step: int, flat: Flat, meta: dict[str, Any], metrics: dict[str, float] | None) -> None:
         try:
@@ -110,7 +122,6 @@ class CheckpointStore(CheckpointReader):
             self._error.__cause__ = error
 
     def _write(self, step: int, flat: Flat, meta: dict[str, Any], metrics: dict[str, float] | None) -> None:
-        self.directory.mkdir(parents=True, exist_ok=True)
         unfinished = _free(self.directory / f"{step}.{SAVING}")
         unfinished.mkdir()
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,11 +11,10 @@ from typing import Any
 import numpy as np
 
 from flowgen.data.media import save_image
-from flowgen.runs.checkpoints import CheckpointReader
 from flowgen.runs.directory import CHECKPOINTS, CONFIG_FILE, SAMPLES, write_config
 from flowgen.runs.files import remove_temporaries
 from flowgen.runs.lock import LOCK_FILE, RunLock
-from flowgen.runs.metrics import METRICS_FILE, MetricsLog, last_step
+from flowgen.runs.metrics import MetricsLog, last_step
 from flowgen.runs.progress import Progress
 from flowgen.runs.store import CheckpointStore
 
@@ -54,6 +54,7 @@ class RunWriter:
                 self.store = CheckpointStore(
                     self.workdir / CHECKPOINTS, keep=keep, best_metric=best_metric, say=self.say
                 )
+                self._folder = os.stat(self.workdir / CHECKPOINTS)
                 if self.store.latest_step() != latest:
                     raise BlockingIOError(f"workdir {workdir} was trained by another process meanwhile; start again.")
             except BaseException:
@@ -140,7 +141,7 @@ class RunWriter:
         try:
             self.store.wait()
         except OSError:
-            if self._lock.holds():
+            if self._is_there():
                 raise
         with _named(self.workdir):
             self._make_again(step)
@@ -153,11 +154,13 @@ class RunWriter:
             try:
                 self.store.wait()
             except OSError:
-                if self._lock.holds():
+                if self._is_there():
                     raise
             if self.holds(step):
                 return
-        raise OSError(f"Checkpoint {step} was saved in {self.workdir} and is gone; somebody removes what is written there.")
+        raise OSError(
+            f"Checkpoint {step} was saved in {self.workdir} and is gone; somebody removes what is written there."
+        )
 
     def score(self, step: int, metrics: dict[str, float]) -> None:
         """Writes the metrics of an evaluation beside the checkpoint of a step, if that is still there."""
@@ -170,12 +173,21 @@ class RunWriter:
         """Returns whether the checkpoint of a step is where it should be, in the directory that was locked."""
         return self._lock.holds() and step in self.store.steps()
 
+    def _is_there(self) -> bool:
+        """Returns whether nobody took away what checkpoints are saved in; a save under way may make it again."""
+        try:
+            return self._lock.holds() and os.path.samestat(os.stat(self.workdir / CHECKPOINTS), self._folder)
+        except FileNotFoundError:
+            return False
+
     def _make_again(self, step: int) -> None:
         """Makes what somebody took away: the whole directory, or config, metrics or checkpoints in it."""
         assert self._log is not None
         if not self._lock.holds():
             try:
-                foreign = [path.name for path in self.workdir.iterdir() if path.name != LOCK_FILE]
+                # A save under way may have made its folder again.
+                ours = (LOCK_FILE, CHECKPOINTS)
+                foreign = [path.name for path in self.workdir.iterdir() if path.name not in ours]
             except FileNotFoundError:
                 foreign = []
             if foreign:
@@ -190,9 +202,10 @@ class RunWriter:
                 f"{self.workdir} was deleted or renamed while training into it; it is made again, without its "
                 "earlier checkpoints."
             )
-        elif not (self.workdir / CHECKPOINTS).is_dir():
+        elif not self._is_there():
             self.say(f"{self.workdir / CHECKPOINTS} was deleted or renamed while training; it is made again.")
         (self.workdir / CHECKPOINTS).mkdir(exist_ok=True)
+        self._folder = os.stat(self.workdir / CHECKPOINTS)
         if not (self.workdir / CONFIG_FILE).is_file():
             write_config(self.workdir, self._config)
         self._log.restore(step)
