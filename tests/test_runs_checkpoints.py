@@ -4,6 +4,9 @@ import json
 import os
 import shutil
 import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -15,6 +18,7 @@ from flowgen.flows import TARFlowConfig, init
 from flowgen.runs import CheckpointReader, CheckpointStore, check_workdir, read_config, write_config
 
 MODEL = TARFlowConfig(image_size=4, channels=1, patch_size=2, width=8, head_dim=8, num_blocks=2, layers_per_block=1)
+ROOT = Path(__file__).parent.parent
 EXPERIMENT = Experiment(name="tiny", model=MODEL)
 
 
@@ -143,6 +147,34 @@ def test_a_deletion_begins_with_a_name_that_is_no_checkpoint(tmp_path, monkeypat
         for step in (1, 2):
             store.save(step, state_of(step), config={})
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1.deleted", "2"]
+
+
+FULL = """
+import resource, sys
+import numpy as np
+from flowgen.runs import CheckpointStore
+with CheckpointStore(sys.argv[1]) as store:
+    store.save(1, {"params": {"w": np.ones(9)}}, config={})
+    store.wait()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    rng = np.random.default_rng(0)
+    try:
+        store.save(2, {"params": {str(i): rng.normal(size=(100, 100)) for i in range(20)}}, config={})
+        store.wait()
+    except OSError as error:
+        print(error)
+"""
+
+
+def test_a_disk_that_takes_no_more_is_one_sentence_whatever_orbax_says(tmp_path):
+    command = [sys.executable, "-c", FULL, str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout.count("\n") == 1
+    assert "Checkpoint 2 could not be saved" in ended.stdout
+    assert "(File too large)" in ended.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]
+    assert CheckpointReader(tmp_path).arrays(1)["params/w"].sum() == 9
 
 
 @pytest.mark.parametrize("make", [shutil.copytree, os.rename], ids=["copied", "renamed"])

@@ -26,8 +26,9 @@ def read_json(path: str | Path) -> dict[str, Any]:
     Example:
         config = read_json("runs/digits/config.json")
     """
+    content = read_bytes(path)
     try:
-        value = json.loads(read_bytes(path).decode(), parse_constant=_refuse_constant)
+        value = json.loads(content.decode(), parse_constant=_refuse_constant)
     except RecursionError as error:
         raise ValueError(f"{path} is nested too deep for JSON that flowgen wrote; restore it.") from error
     except ValueError as error:
@@ -153,7 +154,7 @@ def _open_regular(path: str | Path) -> Any:
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise ValueError("it is no regular file")
+        raise ValueError(f"{path} is no regular file; remove it.")
     return os.fdopen(descriptor, "rb")
 
 

@@ -206,5 +206,5 @@ def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = " ".join(str(error).split())
-    named = re.search(r"\[OS error [0-9]+: (?:E[A-Z0-9]+ )?([^\]]+)\]", text)
-    return named.group(1) if named else json.dumps(text[:200])[1:-1]
+    code = re.search(r"os_error_code='([0-9]+)'", text)
+    return os.strerror(int(code.group(1))) if code else json.dumps(text[:200])[1:-1]

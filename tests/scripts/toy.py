@@ -144,7 +144,8 @@ def limiting(batches: Callable, step: int):
     def limited(start, stop):
         for at, batch in zip(range(start, stop), batches(start, stop), strict=True):
             if at == step:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (8192, resource.RLIM_INFINITY))
+                time.sleep(1)  # A save may be under way.
+                resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
             yield batch
 
     return limited
