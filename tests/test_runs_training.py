@@ -159,6 +159,7 @@ LOSSES = {
     "checkpoints": lambda run: delete(run / CHECKPOINTS),
     "config": lambda run: (run / "config.json").unlink(),
     "metrics": lambda run: (run / "metrics.jsonl").unlink(),
+    "lock": lambda run: (run / "lock").unlink(),
 }
 
 
@@ -176,7 +177,7 @@ def test_what_is_taken_away_while_training_is_made_again_and_told(whole, tmp_pat
     assert ("deleted or renamed" in told) == (loss in ("deleted", "renamed", "checkpoints"))
     assert read_config(workdir) == {"toy": True}
     assert [row["step"] for row in rows_of(workdir)] == list(range(1, toy.STEPS + 1))
-    kept = [10, 20, 30, 40][-3:] if loss in ("config", "metrics") else [30, 40]
+    kept = [10, 20, 30, 40][-3:] if loss in ("config", "metrics", "lock") else [30, 40]
     assert CheckpointReader(workdir / CHECKPOINTS).steps() == kept
     assert_bitwise(arrays_of(workdir), arrays_of(whole))
     # The same command finds the run whole.

@@ -56,6 +56,32 @@ class RunLock:
         os.close(self._descriptor)
 
 
+class Place:
+    """Remembers which directory is at a path, so that another one there later is noticed.
+
+    Example:
+        place = Place("runs/digits")
+        place.is_same()
+        place.close()
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        # Held open: the number of a directory that was deleted may be given to the next.
+        self._descriptor = os.open(path, os.O_RDONLY)
+
+    def is_same(self) -> bool:
+        """Returns whether the directory is still at its path."""
+        try:
+            return os.path.samestat(os.stat(self.path), os.fstat(self._descriptor))
+        except OSError:
+            return False
+
+    def close(self) -> None:
+        """Lets go of the directory."""
+        os.close(self._descriptor)
+
+
 def check_unlocked(run_dir: str | Path) -> None:
     """Raises BlockingIOError where another process trains in a directory, naming it; makes nothing.
 

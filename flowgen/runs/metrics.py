@@ -58,8 +58,9 @@ class _Events:
     def __init__(self, run_dir: Path, first_step: int):
         from tensorboardX import summary
         from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto import event_pb2
+        from tensorboardX.proto import event_pb2 as untyped
 
+        event_pb2: Any = untyped  # Its names are made when it is imported.
         self._summary, self._event = summary, event_pb2.Event
         self._writer = EventsWriter(str(run_dir / "events"), filename_suffix=f".{os.getpid()}")
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 from flowgen.data.media import save_image
 from flowgen.runs.directory import CHECKPOINTS, CONFIG_FILE, SAMPLES, write_config
 from flowgen.runs.files import remove_temporaries
-from flowgen.runs.lock import LOCK_FILE, RunLock
+from flowgen.runs.lock import Place, RunLock
 from flowgen.runs.metrics import MetricsLog, last_step
 from flowgen.runs.progress import Progress
 from flowgen.runs.store import CheckpointStore
@@ -47,14 +46,14 @@ class RunWriter:
         with _named(self.workdir):
             self._had_checkpoints = (self.workdir / CHECKPOINTS).exists()
             self.workdir.mkdir(parents=True, exist_ok=True)
-            self._lock = RunLock(self.workdir)
+            self._lock, self._place = RunLock(self.workdir), Place(self.workdir)
             try:
                 for folder in (self.workdir, self.workdir / SAMPLES):
                     remove_temporaries(folder)
                 self.store = CheckpointStore(
                     self.workdir / CHECKPOINTS, keep=keep, best_metric=best_metric, say=self.say
                 )
-                self._folder = os.stat(self.workdir / CHECKPOINTS)
+                self._folder = Place(self.workdir / CHECKPOINTS)
                 if self.store.latest_step() != latest:
                     raise BlockingIOError(f"workdir {workdir} was trained by another process meanwhile; start again.")
             except BaseException:
@@ -76,6 +75,8 @@ class RunWriter:
                 self._log.close()
             if self._progress is not None:
                 self._progress.close()
+            self._folder.close()
+            self._place.close()
             self._lock.release()
 
     def begin(
@@ -164,51 +165,58 @@ class RunWriter:
 
     def score(self, step: int, metrics: dict[str, float]) -> None:
         """Writes the metrics of an evaluation beside the checkpoint of a step, if that is still there."""
-        self.store.wait()
+        try:
+            self.store.wait()
+        except OSError:
+            if self._is_there():
+                raise
         if self.holds(step):
             with _named(self.workdir):
                 self.store.score(step, metrics)
 
     def holds(self, step: int) -> bool:
-        """Returns whether the checkpoint of a step is where it should be, in the directory that was locked."""
-        return self._lock.holds() and step in self.store.steps()
+        """Returns whether the checkpoint of a step is where it should be, in the directory that was opened."""
+        return self._is_there() and step in self.store.steps()
 
     def _is_there(self) -> bool:
         """Returns whether nobody took away what checkpoints are saved in; a save under way may make it again."""
-        try:
-            return self._lock.holds() and os.path.samestat(os.stat(self.workdir / CHECKPOINTS), self._folder)
-        except FileNotFoundError:
-            return False
+        return self._place.is_same() and self._folder.is_same()
 
     def _make_again(self, step: int) -> None:
-        """Makes what somebody took away: the whole directory, or config, metrics or checkpoints in it."""
+        """Makes what somebody took away: the whole directory, or config, metrics, checkpoints or lock in it."""
         assert self._log is not None
-        if not self._lock.holds():
-            try:
-                # A save under way may have made its folder again.
-                ours = (LOCK_FILE, CHECKPOINTS)
-                foreign = [path.name for path in self.workdir.iterdir() if path.name not in ours]
-            except FileNotFoundError:
-                foreign = []
-            if foreign:
-                raise FileExistsError(
-                    f"workdir {self.workdir} was replaced while training into it, and holds other files now; step "
-                    f"{step} could not be written."
-                )
+        if not self._place.is_same():
+            self._check_empty(step)
             self.workdir.mkdir(parents=True, exist_ok=True)
-            lost, self._lock = self._lock, RunLock(self.workdir)
-            lost.release()
+            self._place.close()
+            self._place = Place(self.workdir)
             self.say(
                 f"{self.workdir} was deleted or renamed while training into it; it is made again, without its "
                 "earlier checkpoints."
             )
-        elif not self._is_there():
+        elif not self._folder.is_same():
             self.say(f"{self.workdir / CHECKPOINTS} was deleted or renamed while training; it is made again.")
-        (self.workdir / CHECKPOINTS).mkdir(exist_ok=True)
-        self._folder = os.stat(self.workdir / CHECKPOINTS)
+        if not self._lock.holds():
+            lost, self._lock = self._lock, RunLock(self.workdir)
+            lost.release()
+        if not self._folder.is_same():
+            (self.workdir / CHECKPOINTS).mkdir(exist_ok=True)
+            self._folder.close()
+            self._folder = Place(self.workdir / CHECKPOINTS)
         if not (self.workdir / CONFIG_FILE).is_file():
             write_config(self.workdir, self._config)
         self._log.restore(step)
+
+    def _check_empty(self, step: int) -> None:
+        """Raises FileExistsError where others have put something in the place of the directory."""
+        if not self.workdir.exists():
+            return
+        # A save under way may have made its folder again.
+        if not self.workdir.is_dir() or any(path.name != CHECKPOINTS for path in self.workdir.iterdir()):
+            raise FileExistsError(
+                f"workdir {self.workdir} was replaced while training into it, and holds other files now; step {step} "
+                "could not be written."
+            )
 
 
 class NullWriter:
