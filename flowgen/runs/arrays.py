@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +115,7 @@ def read_arrays(directory: Path, chosen: dict[str, Any]) -> Flat:
 
 
 @contextlib.contextmanager
-def _orbax() -> Iterator[ocp.Checkpointer]:
+def _orbax() -> Generator[ocp.Checkpointer]:
     """A checkpointer of this process alone, which waits for no other and leaves errors to be raised."""
     here = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(
