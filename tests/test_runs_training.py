@@ -249,6 +249,9 @@ def test_an_evaluation_that_was_cut_off_is_made_up_for(whole, tmp_path, capsys, 
 
     def broken(variables):
         if next(evaluations) == step:
+            # As if the process had been killed between the row and the file.
+            with (workdir / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps({"step": step, "eval/bits_per_dim": 1.0}) + "\n")
             raise RuntimeError("killed here")
         return {"bits_per_dim": 1.0}
 

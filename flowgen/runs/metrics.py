@@ -11,10 +11,13 @@ from typing import IO, Any
 from flowgen.runs.files import read_bytes, write_bytes
 
 METRICS_FILE = "metrics.jsonl"
+EVAL = "eval/"  # How the names of held-out metrics begin.
 
 
 class MetricsLog:
     """Writes metrics of one run; a resumed run drops the rows after the step that it resumes from.
+
+    evaluated: whether the evaluation of that step is whole; otherwise it will come again, and its row is dropped too.
 
     Example:
         log = MetricsLog("runs/digits", first_step=0, tensorboard=False)
@@ -22,9 +25,9 @@ class MetricsLog:
         log.close()
     """
 
-    def __init__(self, run_dir: str | Path, *, first_step: int, tensorboard: bool):
+    def __init__(self, run_dir: str | Path, *, first_step: int, evaluated: bool = True, tensorboard: bool):
         self._path, self._tensorboard = Path(run_dir) / METRICS_FILE, tensorboard
-        _truncate(self._path, first_step)
+        _truncate(self._path, first_step, evaluated)
         self._file: IO[bytes] = self._path.open("a+b")
         self._events = _Events(self._path.parent, first_step) if tensorboard else None
 
@@ -85,19 +88,23 @@ def last_step(run_dir: str | Path) -> int:
         last_step("runs/digits")
     """
     path = Path(run_dir) / METRICS_FILE
-    return max((step for _, step in _rows(path)), default=0) if path.exists() else 0
+    return max((row["step"] for _, row in _rows(path)), default=0) if path.exists() else 0
 
 
-def _truncate(path: Path, last: int) -> None:
+def _truncate(path: Path, last: int, evaluated: bool) -> None:
     """Keeps the rows up to and including the step `last`; a half-written last row goes, and what is no row."""
     if os.path.lexists(path):
-        kept = b"".join(line + b"\n" for line, step in _rows(path) if step <= last)
+        kept = b"".join(line + b"\n" for line, row in _rows(path) if _stays(row, last, evaluated))
         if kept != read_bytes(path):
             write_bytes(path, kept)
 
 
-def _rows(path: Path) -> list[tuple[bytes, int]]:
-    """The lines that are rows of metrics, with their steps."""
+def _stays(row: dict[str, Any], last: int, evaluated: bool) -> bool:
+    return row["step"] < last or (row["step"] == last and (evaluated or not any(n.startswith(EVAL) for n in row)))
+
+
+def _rows(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
+    """The lines that are rows of metrics, and what they hold."""
     found = []
     for line in read_bytes(path).splitlines():
         try:
@@ -105,5 +112,5 @@ def _rows(path: Path) -> list[tuple[bytes, int]]:
         except (ValueError, RecursionError):
             continue
         if isinstance(row, dict) and type(row.get("step")) is int:
-            found.append((line, row["step"]))
+            found.append((line, row))
     return found

@@ -88,7 +88,10 @@ class RunWriter:
             self._tell_of_oddities(first_step)
             self._config = config
             write_config(self.workdir, config)
-            self._log = MetricsLog(self.workdir, first_step=first_step or 0, tensorboard=tensorboard)
+            evaluated = first_step is not None and self.store.evaluation(first_step) is not None
+            self._log = MetricsLog(
+                self.workdir, first_step=first_step or 0, evaluated=evaluated, tensorboard=tensorboard
+            )
 
     def _tell_of_oddities(self, first_step: int | None) -> None:
         lines, self._waiting = self._waiting, []

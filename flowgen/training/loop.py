@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from flowgen.runs import CHECKPOINTS, CheckpointReader, NullWriter, RunWriter, check_workdir, on_terminal
+from flowgen.runs import CHECKPOINTS, EVAL, CheckpointReader, NullWriter, RunWriter, check_workdir, on_terminal
 from flowgen.training.options import LogConfig, OptimConfig, TrainConfig
 from flowgen.training.pace import Pace
 from flowgen.training.parallel import DataParallel, barrier, from_primary, is_primary, largest
@@ -360,7 +360,7 @@ class _Run:
         metrics = self.job.evaluate(self.parallel.to_host(state.averaged))
         # Which checkpoint is best, and so which are removed, must not differ between processes.
         self.metrics = {name: from_primary(value) for name, value in metrics.items()}
-        self.record.write(step, {f"eval/{name}": value for name, value in self.metrics.items()})
+        self.record.write(step, {f"{EVAL}{name}": value for name, value in self.metrics.items()})
         self.record.say(f"step {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in self.metrics.items()))
         self.record.score(step, self.metrics)
 
