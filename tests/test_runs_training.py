@@ -126,17 +126,21 @@ def test_a_second_training_is_refused_by_name_and_reading_is_not(whole, tmp_path
 
 def test_the_lock_goes_with_its_process(tmp_path):
     code = (
-        "import sys, time; from flowgen.runs import RunLock\n"
-        "lock = RunLock(sys.argv[1]); print(1, flush=True); time.sleep(99)"
+        "import os, sys, time; from flowgen.runs import RunLock\n"
+        "lock = RunLock(sys.argv[1]); child = os.fork()\n"  # The child lives longer.
+        "if child: print(1, flush=True)\n"
+        "time.sleep(99 if child else 5)"
     )
-    holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, cwd=toy.ROOT)
+    command = [sys.executable, "-W", "ignore", "-c", code, str(tmp_path)]
+    holder = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=toy.ROOT)
     assert holder.stdout is not None
     assert holder.stdout.readline() == b"1\n"
     with pytest.raises(BlockingIOError, match=f"process {holder.pid} "):
         RunLock(tmp_path)
     holder.kill()
-    holder.communicate()
+    holder.wait()
     RunLock(tmp_path).release()
+    holder.stdout.close()
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("elsewhere")], ids=["pipe", "link"])
@@ -350,6 +354,29 @@ def test_a_second_signal_ends_what_the_first_did_not():
     with pytest.raises(KeyboardInterrupt):
         signalled()
     assert answers == [signal.SIGINT]
+
+
+FORKING = """
+import os, signal, time
+from flowgen.training import Signals
+with Signals(on_second=lambda number: os._exit(9)) as signals:
+    for _ in range(2):
+        child = os.fork()
+        if child == 0:
+            time.sleep(30)
+            os._exit(0)
+        time.sleep(0.3)
+        os.kill(child, signal.SIGTERM)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+    time.sleep(0.3)
+    assert signals.number == 0
+"""
+
+
+def test_signals_to_processes_that_load_data_are_not_ours():
+    command = [sys.executable, "-W", "ignore", "-c", FORKING]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=toy.ROOT, timeout=PATIENCE, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
 
 
 def test_progress_without_a_terminal_is_a_line_for_each_report(tmp_path, capsys):

@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import stat
+import weakref
 from pathlib import Path
 
 try:
@@ -42,6 +43,9 @@ class RunLock:
         except BaseException:
             os.close(self._descriptor)
             raise
+        # A forked process, such as one that loads data, may live longer than this one and must not keep the lock.
+        self._held, release = True, weakref.WeakMethod(self.release)
+        os.register_at_fork(after_in_child=lambda: (method := release()) and method())
 
     def holds(self) -> bool:
         """Returns whether the directory, at its own name, is still the one that was locked."""
@@ -53,7 +57,9 @@ class RunLock:
 
     def release(self) -> None:
         """Lets another process train here."""
-        os.close(self._descriptor)
+        if self._held:
+            self._held = False
+            os.close(self._descriptor)
 
 
 class Place:

@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
@@ -57,14 +58,18 @@ class Signals:
         self._previous = {number: signal.signal(number, self._note) for number in NUMBERS}
         self._thread = threading.Thread(target=self._answer, args=(reading,), name="flowgen-signals", daemon=True)
         self._thread.start()
+        forget = weakref.WeakMethod(self._forget)
+        os.register_at_fork(after_in_child=lambda: (method := forget()) and method())
         return self
 
     def __exit__(self, *exception: object) -> None:
         if self._previous:
             self._restore()
             signal.set_wakeup_fd(self._previous_fd, warn_on_full_buffer=False)
+            os.write(self._writing, bytes(1))  # A program of ours that still runs may hold the pipe open.
             os.close(self._writing)
             self._thread.join()
+            self._previous = {}
 
     @contextmanager
     def raising(self) -> Generator[None]:
@@ -93,6 +98,8 @@ class Signals:
         with open(reading, "rb", buffering=0) as pipe:
             while byte := pipe.read(1):
                 number = byte[0]
+                if number == 0:
+                    return
                 if number not in NUMBERS or self._ending:
                     continue
                 if first is None:
@@ -104,6 +111,12 @@ class Signals:
                     if self._on_second is not None:
                         self._on_second(number)
                     signal.pthread_kill(threading.main_thread().ident or 0, number)
+
+    def _forget(self) -> None:
+        """In a process that was forked, such as one that loads data: its signals are not ours."""
+        if self._previous:
+            signal.set_wakeup_fd(-1)
+            self._restore()
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():
