@@ -16,6 +16,8 @@ _NAMES = {
     "STARFlow": "flowgen.flows",
     "STARFlowConfig": "flowgen.flows",
     "init": "flowgen.models",
+    "load": "flowgen.checkpoint",
+    "fit": "flowgen.training",
     "Experiment": "flowgen.config",
 }
 _PACKAGES = (
@@ -31,17 +33,20 @@ _PACKAGES = (
     "matching",
     "models",
     "nn",
+    "runs",
     "tasks",
     "training",
 )
 
 if TYPE_CHECKING:
+    from flowgen.checkpoint import load as load
     from flowgen.config import Experiment as Experiment
     from flowgen.flows import STARFlow as STARFlow
     from flowgen.flows import STARFlowConfig as STARFlowConfig
     from flowgen.flows import TARFlow as TARFlow
     from flowgen.flows import TARFlowConfig as TARFlowConfig
     from flowgen.models import init as init
+    from flowgen.training import fit as fit
 
 
 def __getattr__(name: str) -> Any:

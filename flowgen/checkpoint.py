@@ -14,9 +14,8 @@ from flax import traverse_util
 from flowgen.arrays import shown
 from flowgen.config import Experiment, from_json, to_json
 from flowgen.models import init
+from flowgen.runs import CHECKPOINTS, CheckpointReader, CheckpointStore, check_layout, layout, read_config, write_config
 from flowgen.tasks import task_of
-from flowgen.training.loop import CHECKPOINTS, read_config, write_config
-from flowgen.training.store import CheckpointReader, CheckpointStore, check_layout, layout
 
 
 def load(run_dir: str | Path, step: int | str | None = None, ema: bool = True) -> tuple[Any, Any, Experiment]:
@@ -37,14 +36,19 @@ def load(run_dir: str | Path, step: int | str | None = None, ema: bool = True) -
     experiment = from_json(read_config(run_dir))
     reader = CheckpointReader(Path(run_dir) / CHECKPOINTS)
     step = _choose(reader, run_dir, step, task_of(experiment.model).best_metric(experiment))
-    saved = reader.meta(step)["arrays"]
-    group = "ema" if ema and any(path.startswith("ema/") for path in saved) else "params"
+    meta = reader.manifest(step)
+    try:
+        experiment.check_resumable(meta["config"])
+    except ValueError as error:
+        raise ValueError(f"Checkpoint {step} of {run_dir} does not fit config.json: {error}") from error
+    group = "ema" if ema and any(path.startswith("ema/") for path in meta["arrays"]) else "params"
+    flow = experiment.flow()
+    expected = jax.eval_shape(lambda: init(flow, jax.random.key(0)))
+    given = {path.removeprefix(f"{group}/"): x for path, x in meta["arrays"].items() if path.startswith(f"{group}/")}
+    check_layout(step, _widened(given), layout(expected["params"]))
     arrays = reader.arrays(step, lambda path: path.startswith((f"{group}/", "collections/")))
     tree = traverse_util.unflatten_dict(arrays, sep="/")
     variables = {"params": tree[group], **tree.get("collections", {})}
-    flow = experiment.flow()
-    expected = jax.eval_shape(lambda: init(flow, jax.random.key(0)))
-    check_layout(step, _widened(layout(variables["params"])), layout(expected["params"]))
     return flow, jax.tree.map(jnp.asarray, variables), experiment
 
 
@@ -91,6 +95,7 @@ def _widened(arrays: dict[str, Any]) -> dict[str, Any]:
 def _choose(reader: CheckpointReader, run_dir: str | Path, step: int | str | None, best_metric: str) -> int:
     steps = reader.steps()
     if not steps:
+        reader.check_not_broken()
         raise FileNotFoundError(f"{run_dir} has no checkpoint yet; train it, or give another run.")
     if step is None:
         return steps[-1]

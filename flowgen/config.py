@@ -167,7 +167,8 @@ def from_json(data: dict[str, Any]) -> Experiment:
     Example:
         experiment = from_json(json.loads(text))
     """
-    return fields.from_plain(Experiment, data)
+    # A saved config.json carries its digest, which `flowgen.runs` checks.
+    return fields.from_plain(Experiment, {name: value for name, value in data.items() if name != "sha256"})
 
 
 def shrink(experiment: Experiment) -> Experiment:

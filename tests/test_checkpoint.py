@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from flowgen import checkpoint
-from flowgen.config import Experiment
+from flowgen.config import Experiment, from_json
 from flowgen.flows import TARFlowConfig, init
+from flowgen.runs import flatten
 from flowgen.training import CheckpointReader, CheckpointStore
-from flowgen.training.store import flatten
 
 MODEL = TARFlowConfig(
     image_size=4, channels=1, patch_size=2, width=8, head_dim=8, num_blocks=2, layers_per_block=1, num_classes=2
@@ -115,7 +115,7 @@ def _flip(path):
 
 
 def _truncate(path):
-    path.write_bytes(path.read_bytes()[:-1])
+    path.write_bytes(path.read_bytes()[:-2])
 
 
 def _largest(directory):
@@ -126,12 +126,12 @@ def _largest(directory):
 @pytest.mark.parametrize(
     "choose",
     [
-        lambda step: _largest(step / "state"),
-        lambda step: step / "state" / "_METADATA",
-        lambda step: step / "state" / "digests.json",
-        lambda step: step / "meta" / "metadata",
+        lambda step: _largest(step / "params"),
+        lambda step: step / "opt_state" / "_METADATA",
+        lambda step: _largest(step / "other"),
+        lambda step: step / "meta.json",
     ],
-    ids=["data", "tree", "digests", "meta"],
+    ids=["data", "tree", "rest", "meta"],
 )
 def test_a_damaged_file_is_refused(copied, damage, choose):
     path = choose(copied / "7")
@@ -147,9 +147,8 @@ def test_a_damaged_file_is_refused(copied, damage, choose):
 
 
 def test_every_file_of_a_checkpoint_is_covered(copied):
-    for path in sorted((copied / "7" / "state").rglob("*")):
-        # The marker of a commit, where the file system gets one, comes after the digests and holds nothing.
-        if path.is_file() and path.name != "commit_success.txt":
+    for path in sorted((copied / "7").rglob("*")):
+        if path.is_file() and path.name not in ("meta.json", "evaluation.json"):
             before = path.read_bytes()
             _flip(path)
             with pytest.raises(ValueError, match="is damaged"):
@@ -159,11 +158,15 @@ def test_every_file_of_a_checkpoint_is_covered(copied):
 
 
 def test_changed_values_in_the_meta_file_are_refused(copied):
-    path = copied / "7" / "meta" / "metadata"
-    path.write_text(path.read_text().replace("2.5", "2.4"))
-    with pytest.raises(ValueError, match="other content than was saved") as error:
-        CheckpointReader(copied).meta(7)
-    one_sentence(error)
+    for name in ("meta.json", "evaluation.json"):
+        path = copied / "7" / name
+        before = path.read_text()
+        assert "2.5" in before
+        path.write_text(before.replace("2.5", "2.4"))
+        with pytest.raises(ValueError, match=f"Checkpoint 7 .*{name}") as error:
+            CheckpointReader(copied).meta(7)
+        one_sentence(error)
+        path.write_text(before)
 
 
 @pytest.mark.parametrize(
@@ -226,7 +229,7 @@ def test_of_equal_scores_the_later_is_best(tmp_path):
 
 
 def test_an_unfinished_save_does_not_count_and_is_cleared(copied):
-    unfinished = copied / "9.orbax-checkpoint-tmp"
+    unfinished = copied / "9.saving"
     shutil.copytree(copied / "7", unfinished)
     assert CheckpointReader(copied).steps() == [3, 7]
     with CheckpointStore(copied) as store:
@@ -240,7 +243,9 @@ def test_weights_written_as_a_run_are_loaded(written, weights):
     assert experiment == EXPERIMENT
     assert flow.config == MODEL
     assert_same(jax.tree.map(np.asarray, variables), weights)
-    assert json.loads((written / "config.json").read_text()) == EXPERIMENT.to_json()
+    config = json.loads((written / "config.json").read_text())
+    assert from_json(config) == EXPERIMENT
+    assert {**EXPERIMENT.to_json(), "sha256": config["sha256"]} == config
     assert_same(checkpoint.load(written, 0, ema=False)[1], variables)
 
 
@@ -327,7 +332,7 @@ def test_weights_of_another_model_are_refused(weights, tmp_path):
 
 def test_a_damaged_run_is_refused(written, tmp_path):
     run = shutil.copytree(written, tmp_path / "run")
-    _flip(_largest(run / "checkpoints" / "0" / "state"))
+    _flip(_largest(run / "checkpoints" / "0" / "params"))
     with pytest.raises(ValueError, match="other bytes than were saved") as error:
         checkpoint.load(run)
     assert one_sentence(error).endswith("no other step is left.")

@@ -21,7 +21,8 @@ from PIL import Image
 from published_files import write_safetensors
 
 from flowgen.cli import EXIT_MISTAKE, EXIT_NOT_FINITE, main
-from flowgen.training.store import CheckpointReader
+from flowgen.runs import read_config, write_config
+from flowgen.training import CheckpointReader
 
 PROJECT = Path(__file__).parent.parent
 DIGITS = PROJECT / "configs" / "tarflow_digits.py"
@@ -283,7 +284,7 @@ def test_train_script_refuses_in_one_line(tmp_path):
 
 
 def test_numbers_that_are_not_finite_have_their_own_exit_code(monkeypatch, tmp_path):
-    def fit(experiment, workdir):
+    def fit(experiment, workdir, signals):
         raise FloatingPointError("Step 3 has loss nan.")
 
     monkeypatch.setattr("flowgen.training.fit", fit)
@@ -292,7 +293,7 @@ def test_numbers_that_are_not_finite_have_their_own_exit_code(monkeypatch, tmp_p
 
 
 def test_a_bug_of_ours_keeps_its_traceback(monkeypatch, tmp_path):
-    def fit(experiment, workdir):
+    def fit(experiment, workdir, signals):
         raise TypeError("unsupported operand")
 
     monkeypatch.setattr("flowgen.training.fit", fit)
@@ -326,9 +327,9 @@ def flip_byte(path):
 
 
 def change_config(run, group, **values):
-    config = json.loads((run / "config.json").read_text())
+    config = read_config(run)
     config[group] |= values
-    (run / "config.json").write_text(json.dumps(config))
+    write_config(run, config)
 
 
 @pytest.fixture(scope="module")
@@ -369,10 +370,10 @@ def make_runs(root, trained, imported):
     shutil.copytree(imported, root / "classless")
     for name in ("flipped", "flipped_meta", "truncated", "other_model", "begun", "not_json", "unknown_field", "alien"):
         shutil.copytree(trained, root / name)
-    data = max((root / "flipped" / "checkpoints" / "8" / "state").rglob("d/*"), key=lambda file: file.stat().st_size)
+    data = max((root / "flipped" / "checkpoints" / "8" / "ema").rglob("d/*"), key=lambda file: file.stat().st_size)
     flip_byte(data)
-    flip_byte(root / "flipped_meta" / "checkpoints" / "8" / "meta" / "metadata")
-    (root / "truncated" / "checkpoints" / "8" / "state" / "_METADATA").unlink()
+    flip_byte(root / "flipped_meta" / "checkpoints" / "8" / "meta.json")
+    (root / "truncated" / "checkpoints" / "8" / "ema" / "_METADATA").write_bytes(b"")
     change_config(root / "other_model", "model", width=64)
     change_config(root / "unknown_field", "model", depth=3)
     change_config(root / "alien", "model", type="GLOW")
@@ -513,8 +514,8 @@ MISTAKES = {
     ),
     f"train --debug --config {DIGITS} --workdir run --train.steps 4": r"run has 8 steps already, above .* 4; raise it",
     f"train --debug --config {DIGITS} --workdir classless": r"begun with another config \(.*num_classes: 0 -> 10",
-    f"train --debug --config {DIGITS} --workdir flipped": r"Checkpoint 8 .* is damaged \(state/\S+ has other bytes",
-    f"train --debug --config {DIGITS} --workdir flipped_meta": r"Checkpoint 8 .* is damaged \(meta/metadata",
+    f"train --debug --config {DIGITS} --workdir flipped": r"Checkpoint 8 .* is damaged \(ema/\S+ has other bytes",
+    f"train --debug --config {DIGITS} --workdir flipped_meta": r"Checkpoint 8 .* is damaged \(meta\.json",
     f"train --debug --config {DIGITS} --workdir not_json": r"not_json/config\.json is not valid JSON",
     f"{CONVERT} --to mine": r"mine exists already; give another directory",
     f"{CONVERT} --to file.txt": r"file\.txt exists already; give another directory",
@@ -524,13 +525,13 @@ MISTAKES = {
     f"{SAMPLE} file.txt": r"checkpoint file\.txt is not a directory",
     f"{SAMPLE} mine": r"checkpoint mine is not a flowgen run \(it has no config\.json\)",
     f"{SAMPLE} begun": r"begun has no checkpoint yet; train it, or give another run",
-    f"{SAMPLE} not_json": r"not_json/config\.json is not valid JSON .*; restore it or train again",
+    f"{SAMPLE} not_json": r"not_json/config\.json is not valid JSON .*; restore it",
     f"{SAMPLE} alien": r"model\.type is 'GLOW'; choose one of TARFlow, STARFlow, STARFlowV, MLP",
     f"{SAMPLE} unknown_field": r"model\.depth is not a field of this config",
-    f"{SAMPLE} other_model": r"Checkpoint 8 does not fit the model: blocks_0/\S+ is float32\(\S+, 32\) instead of",
-    f"{SAMPLE} flipped": r"Checkpoint 8 .* is damaged \(state/\S+ has other bytes .*\); remove that folder",
-    f"{SAMPLE} flipped_meta": r"Checkpoint 8 .* is damaged \(meta/metadata .*\); remove that folder",
-    f"{SAMPLE} truncated": r"Checkpoint 8 .* is damaged \(state/_METADATA is missing\); remove that folder",
+    f"{SAMPLE} other_model": r"Checkpoint 8 of other_model does not fit config\.json: .*\(model\.width: 32 -> 64\)",
+    f"{SAMPLE} flipped": r"Checkpoint 8 .* is damaged \(ema/\S+ has other bytes .*\); remove that folder",
+    f"{SAMPLE} flipped_meta": r"Checkpoint 8 .* is damaged \(meta\.json .*\); remove that folder",
+    f"{SAMPLE} truncated": r"Checkpoint 8 .* is damaged \(ema/_METADATA has other bytes .*\); remove that folder",
     f"{SAMPLE} run --step 5": r"run has no checkpoint 5; there are 4, 8",
     f"{SAMPLE} run --step last": r"--step: 'last' is neither a number nor best; see",
     f"{SAMPLE} run --step -1": r"--step: '-1' is neither a number nor best; see",

@@ -41,6 +41,7 @@ LEVELS = {
     "flowgen.flows": 2,
     "flowgen.codecs": 2,
     "flowgen.decoding": 3,
+    "flowgen.runs": 3,
     "flowgen.data": 4,
     "flowgen.training": 4,
     "flowgen.evaluation": 5,

@@ -64,7 +64,7 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(runs):
     assert [report["signal"] for report in reports] == [signal.SIGTERM] * 2
     step = -(-11 // AGREE_EVERY) * AGREE_EVERY  # The next at which they ask each other.
     assert [report["step"] for report in reports] == [step] * 2
-    assert f"checkpoints/{step}/meta/metadata" in files
+    assert f"checkpoints/{step}/meta.json" in files
 
 
 def test_two_processes_train_what_one_does(runs, tmp_path):
@@ -91,5 +91,5 @@ def test_only_the_first_process_decides_and_writes(runs):
         steps = [row["step"] for row in rows if kind in row]
         assert steps == sorted(set(steps))
     assert {row["eval/bits_per_dim"] for row in rows if "eval/bits_per_dim" in row} == {0.0}
-    names = ["checkpoints", "config.json", "metrics.jsonl", "samples"]
+    names = ["checkpoints", "config.json", "lock", "metrics.jsonl", "samples"]
     assert sorted(path.name for path in workdir.iterdir()) == names

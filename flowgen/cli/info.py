@@ -20,9 +20,8 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     """Returns the exit code."""
     from flowgen import config
     from flowgen.data.inventory import printable
+    from flowgen.runs import CHECKPOINTS, CheckpointReader, read_config
     from flowgen.settings import settings
-    from flowgen.training import CheckpointReader
-    from flowgen.training.loop import CHECKPOINTS, read_config
 
     if options.checkpoint:
         given = ["--debug"] * options.debug + rest

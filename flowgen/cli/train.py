@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 
 from flowgen.cli.options import group_help, load_experiment, num_parameters, say
+
+DEBUG = "--debug: a tiny model on data that ship with flowgen, to see that all runs; its numbers mean nothing."
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
@@ -26,13 +29,21 @@ def fields_help() -> str:
 
 def run(options: argparse.Namespace, rest: list[str]) -> int:
     """Returns the exit code."""
-    from flowgen.training import fit
+    from flowgen.training import Interrupted, Signals, fit
 
-    experiment = load_experiment(options, rest)
-    say(f"{experiment.name}: {num_parameters(experiment.flow()):,} parameters, {experiment.train.steps} steps")
-    if options.debug:
-        say("--debug: a tiny model on data that ship with flowgen, to see that all runs; its numbers mean nothing.")
-    result = fit(experiment, options.workdir)
+    # The second signal ends the program even where it compiles; whole checkpoints stay whole.
+    with Signals(on_second=lambda number: os._exit(128 + number)) as signals:
+        try:
+            with signals.raising():
+                experiment = load_experiment(options, rest)
+                parameters = num_parameters(experiment.flow())
+            say(f"{experiment.name}: {parameters:,} parameters, {experiment.train.steps} steps")
+            if options.debug:
+                say(DEBUG)
+            result = fit(experiment, options.workdir, signals=signals)
+        except Interrupted as stop:
+            say("Stopped before the first step; nothing was lost, and the same command starts again.")
+            return 128 + stop.number
     if result.signal:
         say(f"Stopped at step {result.state.step}, saved in {options.workdir}; the same command goes on from there.")
         return 128 + result.signal

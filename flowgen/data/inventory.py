@@ -9,17 +9,12 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Generator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from flowgen.data.media import atomic_file
-
 _log = logging.getLogger("flowgen.data")
-RECORD_FILE = "data.json"
 # Names of a longer file list are not kept with the run, only their digest.
 MOST_FILES = 100_000
 _NAMED, _CLASSES_NAMED = 3, 10
@@ -133,20 +128,12 @@ class Inventory:
             content.update(json.dumps(sorted(files.items())).encode())
         return content.hexdigest()
 
-    def kept(self, run_dir: str | os.PathLike[str], *, resumed: bool) -> list[str]:
-        """Writes itself into a run directory; returns lines to say: what was found and, if a resumed run has a record
-        of other files, what changed.
+    def record(self) -> dict[str, Any]:
+        """Returns what is kept with a run, as JSON: what was found, and the list of files unless it is very long.
 
         Example:
-            for line in inventory.kept("runs/photos", resumed=False): print(line)
+            json.dumps(inventory.record())
         """
-        path = Path(run_dir) / RECORD_FILE
-        lines = [self.line(), *(self._changes(path) if resumed else [])]
-        with atomic_file(path) as file:
-            file.write(json.dumps(self._record(), indent=1).encode() + b"\n")
-        return lines
-
-    def _record(self) -> dict[str, Any]:
         files = {"train": dict(self.train_files), "held_out": dict(self.held_out_files)}
         return {
             "found": self.line(),
@@ -158,26 +145,26 @@ class Inventory:
             "files": files if sum(map(len, files.values())) <= MOST_FILES else None,
         }
 
-    def _changes(self, path: Path) -> list[str]:
-        """What is different from the record of a run, in a line; nothing where all is the same."""
+    def changes(self, known: Mapping[str, Any]) -> str:
+        """Returns what is different from the record of a run, in a line; empty if its files are the same.
+
+        Raises ValueError if `known` is no such record.
+
+        Example:
+            inventory.changes(inventory.record())  # ""
+        """
         if not self.train_files and not self.held_out_files:
-            return []
+            return ""
         try:
-            known = json.loads(path.read_text())
             digest, files = known["digest"], known["files"]
             parts = None if files is None else tuple({**files[split]} for split in ("train", "held_out"))
-        except FileNotFoundError:
-            return [
-                "The run kept no list of its files, so it is not known what changed in its data since it began, nor "
-                "whether the same are held out."
-            ]
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            return [f"{path} cannot be read, so what changed in the data of the run since it began is not known."]
+        except (KeyError, TypeError) as error:
+            raise ValueError("holds no list of files") from error
         if digest == self.digest():
-            return []
+            return ""
         if parts is None:
-            return ["The files of the data are not those that the run began with; there are too many to say which."]
-        return [f"The data changed since the run began: {_differences(*parts, self.train_files, self.held_out_files)}."]
+            return "The files of the data are not those that the run began with; there are too many to say which."
+        return f"The data changed since the run began: {_differences(*parts, self.train_files, self.held_out_files)}."
 
 
 def _differences(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import secrets
 from collections.abc import Generator
 from pathlib import Path
 from typing import IO, Any
@@ -164,13 +165,17 @@ def atomic_file(path: str | os.PathLike[str]) -> Generator[IO[bytes]]:
     check_writable(path)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    # Made exclusively: a file or a link that somebody put there is never written to.
+    with temporary.open("xb") as file:
+        try:
             yield file
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def image_formats() -> tuple[str, ...]:

@@ -32,9 +32,8 @@ from flowgen.convert import is_video_autoencoder, load_autoencoder, load_video_a
 from flowgen.data.latents import read_index
 from flowgen.flows import STARFlowVConfig
 from flowgen.prompts import aspect_size
+from flowgen.runs import CHECKPOINTS, CheckpointReader, check_layout, is_run, layout, read_config
 from flowgen.tasks.texts import TextConfig, encoder_of, remembered, text_fingerprint, version_of
-from flowgen.training.loop import CHECKPOINTS, CONFIG_FILE, read_config
-from flowgen.training.store import CheckpointReader, check_layout, layout
 from flowgen.typed import typed
 
 # The collection of an autoencoder's state in which the mean and variance of its latents live.
@@ -183,10 +182,11 @@ def open_autoencoder(path: str, temporal_scale: float = 1.0) -> AutoencoderCodec
 def _open_autoencoder(
     path: str, temporal_scale: float, place: str, version: int
 ) -> AutoencoderCodec | VideoAutoencoderCodec:
-    if not (Path(path) / CONFIG_FILE).is_file() or not isinstance((saved := read_config(path)).get("model"), dict):
+    if not is_run(path):
         if is_video_autoencoder(path):
             return load_video_autoencoder(path, temporal_scale=temporal_scale)
         return load_autoencoder(path)
+    saved = read_config(path)
     kinds: dict[Any, Any] = {
         "Autoencoder": (Autoencoder, AutoencoderConfig),
         "VideoAutoencoder": (VideoAutoencoder, VideoAutoencoderConfig),
@@ -200,8 +200,9 @@ def _open_autoencoder(
     reader = CheckpointReader(Path(path) / CHECKPOINTS)
     step = reader.latest_step()
     if step is None:
+        reader.check_not_broken()
         raise FileNotFoundError(f"codec.path '{path}' has no checkpoint yet; train the autoencoder first.")
-    group = "ema" if any(name.startswith("ema/") for name in reader.meta(step)["arrays"]) else "params"
+    group = "ema" if any(name.startswith("ema/") for name in reader.manifest(step)["arrays"]) else "params"
     arrays = reader.arrays(step, lambda name: name.startswith((f"{group}/", "collections/")))
     expected = jax.eval_shape(lambda: init_autoencoder(autoencoder, jax.random.key(0)))["params"]
     params = {name.removeprefix(f"{group}/"): x for name, x in arrays.items() if name.startswith(f"{group}/")}

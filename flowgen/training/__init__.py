@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from flowgen.arrays import shown
-from flowgen.training.loop import Job, Result, check_workdir, train
+from flowgen.runs import CheckpointReader, CheckpointStore, check_workdir
+from flowgen.training.loop import Job, Result, train
 from flowgen.training.options import LogConfig, OptimConfig, TrainConfig
+from flowgen.training.parallel import is_primary
+from flowgen.training.signals import Interrupted, Signals
 from flowgen.training.step import TrainState, make_optimizer, make_schedule, make_step
-from flowgen.training.store import CheckpointReader, CheckpointStore
 
 __all__ = [
     "CheckpointReader",
     "CheckpointStore",
+    "Interrupted",
     "Job",
     "LogConfig",
     "OptimConfig",
     "Result",
+    "Signals",
     "TrainConfig",
     "TrainState",
     "fit",
@@ -28,9 +33,10 @@ __all__ = [
 ]
 
 
-def fit(experiment: Any, workdir: str | Path) -> Result:
+def fit(experiment: Any, workdir: str | Path, *, signals: Signals | None = None) -> Result:
     """Returns the result of training an `Experiment` in `workdir`; resumes where it holds a checkpoint.
 
+    signals: already watched ones; None, those of this process.
     Raises what `train` and the experiment's parts raise, before any compute.
 
     Example:
@@ -38,14 +44,19 @@ def fit(experiment: Any, workdir: str | Path) -> Result:
     """
     if not hasattr(experiment, "sealed"):
         raise ValueError(f"experiment is {shown(experiment)}; give a flowgen.Experiment, and then the workdir.")
-    experiment = experiment.sealed()
-    check_workdir(Path(workdir), experiment.check_resumable)  # Before data are encoded.
-    return train(
-        experiment.job(),
-        workdir,
-        optim=experiment.optim,
-        train=experiment.train,
-        log=experiment.log,
-        config=experiment.to_json(),
-        check_config=experiment.check_resumable,
-    )
+    with Signals() if signals is None else nullcontext(signals) as signals:
+        with signals.raising():
+            experiment = experiment.sealed()
+            # Before data are encoded.
+            check_workdir(Path(workdir), experiment.check_resumable, locks=is_primary())
+            job = experiment.job()
+        return train(
+            job,
+            workdir,
+            optim=experiment.optim,
+            train=experiment.train,
+            log=experiment.log,
+            config=experiment.to_json(),
+            check_config=experiment.check_resumable,
+            signals=signals,
+        )

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,16 +12,14 @@ import jax
 import numpy as np
 
 from flowgen.data.inventory import Inventory
-from flowgen.data.media import save_image
-from flowgen.training.metrics import MetricsLog, Silence, check_packages
+from flowgen.packages import missing
+from flowgen.runs import CHECKPOINTS, EVAL, CheckpointReader, NullWriter, RunWriter, check_workdir, on_terminal
 from flowgen.training.options import LogConfig, OptimConfig, TrainConfig
+from flowgen.training.pace import Pace
 from flowgen.training.parallel import DataParallel, barrier, from_primary, is_primary, largest
+from flowgen.training.signals import Interrupted, Signals
 from flowgen.training.step import Objective, Step, TrainState, init_state, make_step
-from flowgen.training.store import CheckpointReader, CheckpointStore
 
-CONFIG_FILE = "config.json"
-CHECKPOINTS = "checkpoints"
-SAMPLES = "samples"
 # Steps that may be queued on the device: enough to keep it busy while the host prepares the next.
 STEPS_AHEAD = 2
 # Steps after which several processes ask each other for a signal; asking waits for the step under way.
@@ -63,6 +58,11 @@ class Result(NamedTuple):
     samples: Path | None
     signal: int
 
+    def __repr__(self) -> str:
+        count = sum(leaf.size for leaf in jax.tree.leaves(self.state.params))
+        state = f"<TrainState of step {self.state.step}, {count:,} parameters>"
+        return f"Result(state={state}, metrics={self.metrics}, samples={self.samples}, signal={self.signal})"
+
 
 def train(
     job: Job,
@@ -73,18 +73,20 @@ def train(
     log: LogConfig,
     config: dict[str, Any],
     check_config: Callable[[dict[str, Any]], None],
+    signals: Signals | None = None,
 ) -> Result:
     """Returns the result of a run in `workdir`, resumed if there is a checkpoint.
 
     config: JSON saved with the run. check_config(saved config): raises ValueError where a run that was begun
-    with it cannot be resumed as it is asked for now.
+    with it cannot be resumed as it is asked for now. signals: already watched ones; None, those of this process.
     A run that is stopped (SIGINT, SIGTERM or killed) and resumed ends with bitwise the same state as one that
     was not, on the same number of devices.
 
     Raises:
         ValueError: a batch that cannot be shared, a config that does not fit, a damaged checkpoint.
-        FileExistsError, OSError: a workdir that holds something else or cannot be written.
+        FileExistsError, OSError: a workdir that holds something else, is in use, or cannot be written.
         FloatingPointError: loss or gradient is not finite; names the step, checkpoints stay good.
+        Interrupted: a signal came before the first step.
 
     Example:
         result = train(job, "runs/digits", optim=optim, train=train, log=log, config={}, check_config=print)
@@ -94,95 +96,77 @@ def train(
     check_packages(log)
     step = make_step(job.objective, optim, steps=train.steps, accumulation=train.accumulation, others=job.optims)
     workdir = Path(workdir)
-    reader = CheckpointReader(workdir / CHECKPOINTS)
-    latest = reader.latest_step()
-    if latest is not None and latest > train.steps:
-        raise ValueError(f"{workdir} has {latest} steps already, above train.steps {train.steps}; raise it.")
-    check_workdir(workdir, check_config)
     init_key, step_key = jax.random.split(jax.random.key(train.seed))
 
     def initial() -> TrainState:
         return init_state(job.init(init_key), optim, train.steps, job.optims)
 
-    state = initial() if latest is None else reader.restore(latest, jax.eval_shape(initial))
-    open_workdir(workdir, config)
-    with CheckpointStore(workdir / CHECKPOINTS, keep=log.keep, best_metric=job.best_metric) as store:
-        run = _Run(
-            job, workdir, store, log, config, parallel, steps=train.steps, first=latest, max_skips=optim.max_skips
-        )
+    with Signals() if signals is None else nullcontext(signals) as signals:
+        with _interruptible(signals):
+            check_workdir(workdir, check_config, locks=is_primary())
+            barrier("flowgen: workdir checked")  # The first file of one process would look foreign to another.
+            # All that may be refused is read before anything is written.
+            reader = CheckpointReader(workdir / CHECKPOINTS)
+            latest = _resumed_from(reader, train.steps, check_config)
+            state = initial() if latest is None else reader.restore(latest, jax.eval_shape(initial))
+            scores = None if latest is None else reader.evaluation(latest)
+        with _writer(workdir, latest, log, job.best_metric) as record:
+            with _interruptible(signals):
+                record.begin(
+                    config, first_step=latest, last_step=train.steps, tensorboard=log.tensorboard, bar=log.progress
+                )
+                if job.inventory is not None:
+                    record.describe_data(job.inventory, resumed=latest is not None)
+            run = _Run(job, record, log, parallel, signals, steps=train.steps, first=latest, max_skips=optim.max_skips)
+            return run.train(parallel.compile(step), state, step_key, scores)
+
+
+def check_packages(log: LogConfig) -> None:
+    """Raises ImportError, in one sentence, where a report that was asked for needs a package that is missing.
+
+    Example:
+        check_packages(LogConfig(tensorboard=True))
+    """
+    for wanted, module, name in (
+        (log.tensorboard, "tensorboardX", "log.tensorboard"),
+        (log.progress and on_terminal(), "tqdm", "log.progress"),
+    ):
+        if wanted:
+            try:
+                __import__(module)
+            except ImportError as error:
+                raise missing(name, module, otherwise=f"set --{name} false") from error
+
+
+def _writer(workdir: Path, latest: int | None, log: LogConfig, best_metric: str) -> RunWriter | NullWriter:
+    """What writes the run that `latest` was read of: of several processes the first. All end where it cannot."""
+    record: RunWriter | NullWriter = NullWriter(workdir)
+    error: OSError | None = None
+    if is_primary():
         try:
-            if job.inventory is not None and is_primary():
-                for line in job.inventory.kept(workdir, resumed=latest is not None):
-                    run.log.say(line)
-            return run.train(parallel.compile(step), state, step_key)
-        finally:
-            run.log.close()
+            record = RunWriter(workdir, latest=latest, keep=log.keep, best_metric=best_metric)
+        except OSError as caught:
+            error = caught
+    if largest(int(error is not None)):
+        raise error or OSError(f"The first process cannot write workdir {workdir}; its message says why.")
+    return record
 
 
-def check_workdir(workdir: Path, check_config: Callable[[dict[str, Any]], None]) -> None:
-    """Raises where a directory holds something else than a run with this config; writes nothing.
-
-    Example:
-        check_workdir(Path("runs/digits"), experiment.check_resumable)
-    """
-    if (workdir / CONFIG_FILE).exists():
-        try:
-            check_config(read_config(workdir))
-        except ValueError as error:
-            raise ValueError(f"workdir {workdir}: {error}") from error
-    elif workdir.exists() and (not workdir.is_dir() or any(path != _temporary(workdir) for path in workdir.iterdir())):
-        raise FileExistsError(f"workdir {workdir} holds files but no flowgen run; give a new or empty directory.")
-    barrier("flowgen: workdir checked")  # The first file of one process would look foreign to another.
-
-
-def open_workdir(workdir: Path, config: dict[str, Any]) -> None:
-    """Makes the run's directory and writes its config; OSError names a directory that cannot be written.
-
-    Example:
-        open_workdir(Path("runs/digits"), experiment.to_json())
-    """
+def _resumed_from(reader: CheckpointReader, steps: int, check_config: Callable[[dict[str, Any]], None]) -> int | None:
+    """The step to go on from, the same in all processes; ValueError where its config or number does not fit."""
+    latest = reader.latest_step()
+    if latest is None:
+        reader.check_not_broken()
+    latest = largest(-1 if latest is None or not is_primary() else latest)
+    if latest < 0:
+        return None
+    if latest > steps:
+        raise ValueError(f"{reader.directory.parent} has {latest} steps already, above train.steps {steps}; raise it.")
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        if is_primary():
-            write_config(workdir, config)
-    except OSError as error:
-        raise OSError(f"workdir {workdir} cannot be written ({error.strerror}); give another directory.") from error
-
-
-def read_config(run_dir: str | Path) -> dict[str, Any]:
-    """Returns the JSON of a run's config; FileNotFoundError or ValueError say what the directory is instead.
-
-    Example:
-        read_config("runs/digits")["model"]
-    """
-    path = Path(run_dir) / CONFIG_FILE
-    if not Path(run_dir).is_dir():
-        raise FileNotFoundError(f"checkpoint {run_dir} is not a directory; give the --workdir of a training run.")
-    if not path.is_file():
-        raise FileNotFoundError(f"checkpoint {run_dir} is not a flowgen run (it has no {CONFIG_FILE}).")
-    try:
-        config = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); restore it or train again.") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} holds no config; restore it or train again.")
-    return config
-
-
-def write_config(run_dir: str | Path, config: dict[str, Any]) -> None:
-    """Writes a run's config, atomically.
-
-    Example:
-        write_config("runs/digits", experiment.to_json())
-    """
-    temporary = _temporary(Path(run_dir))
-    temporary.write_text(json.dumps(config, indent=2) + "\n")
-    os.replace(temporary, Path(run_dir) / CONFIG_FILE)
-
-
-def _temporary(run_dir: Path) -> Path:
-    """Where a config is written before it is whole; a run killed there has nothing else."""
-    return run_dir / f"{CONFIG_FILE}.tmp"
+        check_config(reader.manifest(latest)["config"])
+    except ValueError as error:
+        raise ValueError(f"Checkpoint {latest} of {reader.directory.parent}: {error}") from error
+    return latest
 
 
 class _Run:
@@ -191,105 +175,158 @@ class _Run:
     def __init__(
         self,
         job: Job,
-        workdir: Path,
-        store: CheckpointStore,
+        record: RunWriter | NullWriter,
         config: LogConfig,
-        saved_config: dict[str, Any],
         parallel: DataParallel,
+        signals: Signals,
         *,
         steps: int,
         first: int | None,
         max_skips: int,
     ):
-        self.job, self.workdir, self.store = job, workdir, store
-        self.config, self.saved_config, self.parallel = config, saved_config, parallel
+        self.job, self.record, self.config, self.parallel, self.signals = job, record, config, parallel, signals
         self.steps, self.first, self.saved, self.max_skips = steps, first or 0, first, max_skips
-        self.log = MetricsLog(workdir, config, first_step=self.first, last_step=steps) if is_primary() else Silence()
         self.pending: list[tuple[int, Any]] = []
-        self.since = time.perf_counter()
+        self.pace = Pace()
         self.metrics: dict[str, float] = {}
         self.samples: Path | None = None
         self.signal = 0
-        self.told = False
 
-    def train(self, update: Step, state: TrainState, key: jax.Array) -> Result:
-        state = self.parallel.replicate(state)
-        key = self.parallel.replicate_key(key)
-        if self.first == self.steps:
-            self.metrics = self.store.meta(self.first)["metrics"]
-            self.log.say(f"{self.workdir} has all of its {self.steps} steps already; raise train.steps to go on.")
-        elif self.first:
-            self.log.say(f"Resuming {self.workdir} from step {self.first}.")
-        batches = self.job.batches(self.first, self.steps)
+    def train(self, update: Step, state: TrainState, key: jax.Array, scores: dict[str, float] | None) -> Result:
+        """Returns the result from `first` to the last step. scores: the evaluation of `first`, where it has one."""
+        with _interruptible(self.signals):
+            state = self.parallel.replicate(state)
+            key = self.parallel.replicate_key(key)
+        if self.saved is not None:
+            self.resume(state, scores)
         step = self.first
-        with _Signals() as signals:
-            for batch in batches:
-                state, metrics = update(state, self.parallel.shard(batch), key)
-                step += 1
-                self.pending.append((step, metrics))
+        if step < self.steps and not self.signal:
+            step, state = self.run(update, state, key)
+        if step == self.steps and not self.signal:
+            self.finish(step, state)
+        self.signal = self.signal or self.signals.number
+        return Result(self.parallel.to_host(state), self.metrics, self.samples, self.signal)
+
+    def resume(self, state: TrainState, scores: dict[str, float] | None) -> None:
+        """Says where the run goes on, and makes up for an evaluation that was cut off after its checkpoint."""
+        finished = self.first == self.steps
+        if scores is not None:
+            self.metrics = scores
+        missing = scores is None and self.job.evaluate is not None
+        if finished and not missing:
+            self.record.say(
+                f"{self.record.workdir} has all of its {self.steps} steps already; raise train.steps to go on."
+            )
+        else:
+            self.record.say(f"Resuming {self.record.workdir} from step {self.first}.")
+        if missing and not finished and _due(self.first, self.config.eval_every):
+            self.unless_stopped(lambda: self.evaluate(self.first, state))
+
+    def run(self, update: Step, state: TrainState, key: jax.Array) -> tuple[int, TrainState]:
+        """Returns the step it came to, and its state, which is saved."""
+        self.signals.doing = "Stopping after the step under way, and saving"
+        batches = iter(self.job.batches(self.first, self.steps))
+        step = self.first
+        while step < self.steps:
+            with self.keeping(step, state):
+                batch = next(batches, None)
+                if batch is None:
+                    break
+                batch = self.parallel.shard(batch)
+            state, metrics = update(state, batch, key)
+            step += 1
+            self.pending.append((step, metrics))
+            with self.keeping(step, state):
+                if not self.pace.begun:
+                    jax.block_until_ready(metrics)  # What comes before is compilation.
+                    self.pace.begin(step)
                 self.wait_for_all_but(0 if self.parallel.must_wait else STEPS_AHEAD)
-                self.log.advance(step)
-                if signals.number and not self.told:
-                    self.told = True
-                    self.log.say(f"Stopping after step {step} and saving; a second signal ends without saving.")
-                if self.told_to_stop(step, signals.number):
+                self.record.advance(step)
+                if self.told_to_stop(step):
                     break
                 if step < self.steps:
                     self.due(step, state)
+                    if self.signal:
+                        break
         close = getattr(batches, "close", None)
         if close is not None:
             close()
-        finished = step == self.steps
-        if finished:
-            self.report(step)
-        try:
-            if finished:
-                self.signal = self.finish(step, state)
-        finally:
-            # Whatever fails in the last evaluation or in drawing, what was trained is kept.
-            if self.saved != step:
-                self.save(step, state, self.metrics if finished else {})
-            self.store.wait()
-        return Result(self.parallel.to_host(state), self.metrics, self.samples, self.signal)
+        self.report(step)
+        self.save_last(step, state)
+        return step, state
 
-    def finish(self, step: int, state: TrainState) -> int:
-        """Evaluates and draws after the last step; returns the signal that cut this short, or 0."""
+    @contextmanager
+    def keeping(self, step: int, state: TrainState) -> Generator[None]:
+        """Saves what was trained before an error within it, such as one of the data, ends the run."""
+        try:
+            yield
+        except FloatingPointError:
+            raise
+        except Exception:
+            if step > (self.saved or 0):
+                try:
+                    self.save_last(step, state)
+                    self.record.say(f"Step {step} is saved.")
+                except (OSError, FloatingPointError) as error:
+                    self.record.say(f"Step {step} is not saved: {error}")
+            raise
+
+    def finish(self, step: int, state: TrainState) -> None:
+        """Evaluates and draws after the last step, which is saved."""
+
+        def evaluate_and_draw():
+            if self.job.evaluate is not None and (self.first < step or not self.metrics):
+                self.record.say(f"step {step}: evaluating")
+                self.evaluate(step, state)
+            self.draw(step, state)
+
+        self.unless_stopped(evaluate_and_draw)
+        if not self.record.holds(step):  # Somebody took the directory away meanwhile.
+            self.save_last(step, state)
+            self.record.score(step, self.metrics)
+
+    def unless_stopped(self, work: Callable[[], Any]) -> None:
+        """Does what may be left out, once its step is saved, when a signal comes."""
+        doing = self.signals.doing
         # Processes that evaluate together must not be parted.
-        with _Signals(interrupt=jax.process_count() == 1) as signals:
-            try:
-                if self.first < step or not self.metrics:
-                    if self.job.evaluate is not None:
-                        self.log.say(f"step {step}: evaluating")
-                    self.evaluate(step, state)
-                self.draw(step, state)
-            except _Interrupted:
-                self.log.say("Stopping without the last evaluation or its samples, and saving.")
-                return signals.number
-        return 0
+        alone = jax.process_count() == 1
+        self.signals.doing = (
+            "Stopping without the rest of this evaluation; its step is saved"
+            if alone
+            else "Stopping after this evaluation, for the other processes; its step is saved"
+        )
+        try:
+            with self.pace.left_out(), self.signals.raising() if alone else nullcontext():
+                work()
+        except Interrupted as stop:
+            self.signal = stop.number
+        self.signals.doing = doing
 
     def wait_for_all_but(self, ahead: int) -> None:
         """Waits until at most `ahead` steps are queued, so that the bar tells the truth and a stop is prompt."""
         if len(self.pending) > ahead:
             jax.block_until_ready(self.pending[-1 - ahead][1])
 
-    def told_to_stop(self, step: int, number: int) -> bool:
+    def told_to_stop(self, step: int) -> bool:
         """Whether a signal came; of several processes all stop at the same step, whichever of them it reached."""
+        number = self.signals.number
         if jax.process_count() > 1:
             number = largest(number) if _due(step, AGREE_EVERY) else 0
         self.signal = number
         return number > 0
 
     def due(self, step: int, state: TrainState) -> None:
-        """Reports, evaluation, samples and checkpoints that fall on this step."""
-        evaluated: dict[str, float] = {}
+        """Reports, checkpoints, evaluation and samples that fall on this step."""
+        evaluates = self.job.evaluate is not None and _due(step, self.config.eval_every)
+        draws = _due(step, self.config.sample_every)
         if _due(step, self.config.log_every):
             self.report(step)
-        if _due(step, self.config.eval_every):
-            evaluated = self.evaluate(step, state)
-        if _due(step, self.config.sample_every):
-            self.draw(step, state)
-        if _due(step, self.config.checkpoint_every) or evaluated:
-            self.save(step, state, evaluated)
+        if evaluates or _due(step, self.config.checkpoint_every):
+            self.save(step, state)
+        if evaluates:
+            self.unless_stopped(lambda: self.evaluate(step, state))
+        if draws and not self.signal:
+            self.unless_stopped(lambda: self.draw(step, state))
 
     def report(self, step: int) -> None:
         """Writes the mean of the metrics since the last report, over steps that were not skipped, and the share that
@@ -305,88 +342,52 @@ class _Run:
         if "skipped" in rows[0][1]:
             means.pop("skipped_in_a_row", None)
             means["skipped"] = 1 - len(taken) / len(rows)
-        now = time.perf_counter()
-        self.log.write(step, {**means, "steps_per_second": len(rows) / (now - self.since)})
-        self.since = now
+        means |= self.pace.measure(step)
+        self.record.write(step, means)
+        if _due(step, self.config.log_every) or step == self.steps:
+            self.record.show(step, means, self.pace.seconds_for(self.steps - step))
 
     def check(self, step: int, row: dict[str, float]) -> None:
         """Raises FloatingPointError where a step is not finite and was not skipped, or too many were in a row."""
         in_a_row, most = row.get("skipped_in_a_row", 0), self.max_skips
         if in_a_row <= most and (in_a_row or (np.isfinite(row["loss"]) and np.isfinite(row["grad_norm"]))):
             return
-        self.store.wait()
-        latest = self.store.latest_step()
         why = f"; it is number {in_a_row:.0f} of updates skipped in a row, above optim.max_skips" if in_a_row else ""
         raise FloatingPointError(
             f"Step {step} has loss {row['loss']} and gradient norm {row['grad_norm']}{why}, so the run was stopped "
-            f"(last good checkpoint: {latest}); lower optim.lr or optim.clip_norm in a new --workdir."
+            f"(last good checkpoint: {self.saved}); lower optim.lr or optim.clip_norm in a new --workdir."
         )
 
-    def evaluate(self, step: int, state: TrainState) -> dict[str, float]:
-        if self.job.evaluate is None:
-            return {}
-        self.report(step)
+    def evaluate(self, step: int, state: TrainState) -> None:
+        assert self.job.evaluate is not None
         metrics = self.job.evaluate(self.parallel.to_host(state.averaged))
         # Which checkpoint is best, and so which are removed, must not differ between processes.
         self.metrics = {name: from_primary(value) for name, value in metrics.items()}
-        self.log.write(step, {f"eval/{name}": value for name, value in self.metrics.items()})
-        self.log.say(f"step {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in self.metrics.items()))
-        self.since = time.perf_counter()
-        return self.metrics
+        self.record.write(step, {f"{EVAL}{name}": value for name, value in self.metrics.items()})
+        self.record.say(f"step {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in self.metrics.items()))
+        self.record.score(step, self.metrics)
 
     def draw(self, step: int, state: TrainState) -> None:
-        if self.job.sample is None or not is_primary():
+        if self.job.sample is None or isinstance(self.record, NullWriter):
             return
-        image = self.job.sample(self.parallel.to_host(state.averaged))
-        folder = self.workdir / SAMPLES
-        folder.mkdir(exist_ok=True)
-        self.samples = folder / f"{step:07d}.png"
-        save_image(self.samples, image)
-        self.since = time.perf_counter()
+        self.samples = self.record.draw(step, self.job.sample(self.parallel.to_host(state.averaged)))
 
-    def save(self, step: int, state: TrainState, metrics: dict[str, float]) -> None:
+    def save(self, step: int, state: TrainState) -> None:
         self.report(step)  # A state whose metrics are not finite is never saved.
-        self.store.save(step, self.parallel.to_host(state), config=self.saved_config, metrics=metrics)
+        with self.pace.left_out():
+            self.record.save(step, self.parallel.to_host(state))
         self.saved = step
-        self.since = time.perf_counter()
+
+    def save_last(self, step: int, state: TrainState) -> None:
+        self.report(step)
+        self.record.save_last(step, self.parallel.to_host(state))
+        self.saved = step
 
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-class _Interrupted(KeyboardInterrupt):
-    """What is under way is to end now, but not the program."""
-
-
-class _Signals:
-    """Notes the first SIGINT or SIGTERM, so that the loop can save and end; a second one is not caught.
-
-    interrupt: raise _Interrupted where it arrives.
-    """
-
-    def __init__(self, interrupt: bool = False):
-        self.number, self._interrupt = 0, interrupt
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self):
-        for number in (signal.SIGINT, signal.SIGTERM):
-            try:
-                self._previous[number] = signal.signal(number, self._note)
-            except ValueError:  # Not the main thread: the caller's own handlers stay in charge.
-                break
-        return self
-
-    def _note(self, number, frame):
-        self.number = number
-        self._restore()
-        if self._interrupt:
-            raise _Interrupted
-
-    def _restore(self):
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous = {}
-
-    def __exit__(self, *exception):
-        self._restore()
+def _interruptible(signals: Signals) -> Any:
+    """Where a signal may raise: nothing is lost yet, and no other process waits for this one."""
+    return signals.raising() if jax.process_count() == 1 else nullcontext()

@@ -130,7 +130,7 @@ class LogConfig:
     checkpoint_every: steps between checkpoints; 0 for the end alone.
     keep: latest checkpoints to keep, beside the best one; at least 1.
     tensorboard: write events next to metrics.jsonl.
-    progress: show a bar on standard error.
+    progress: show a moving bar if standard error is a terminal; otherwise, and without it, each report is a line.
     """
 
     log_every: int = 50

@@ -6,6 +6,7 @@ A two-layer regression with everything a resumed run must remember: step keys, c
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import subprocess
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flowgen.rows import batch_rows
-from flowgen.training import Job, LogConfig, OptimConfig, Result, TrainConfig, train
+from flowgen.training import Interrupted, Job, LogConfig, OptimConfig, Result, TrainConfig, train
 
 ROOT = Path(__file__).parent.parent.parent
 PATIENCE = 120  # seconds a program may take to show progress on a loaded machine
@@ -126,11 +127,39 @@ def note_written_files(directory: Path) -> list[str]:
     return names
 
 
+def slowly(function: Callable, workdir: str):
+    """The function, which first makes the file WORKDIR.slow and waits for the file WORKDIR.go."""
+
+    def slow(*arguments):
+        Path(f"{workdir}.slow").touch()
+        while not Path(f"{workdir}.go").exists():
+            time.sleep(0.01)
+        return function(*arguments)
+
+    return slow
+
+
+def limiting(batches: Callable, step: int):
+    """The batches, of which one forbids this process to write files of more than some kilobytes."""
+    import resource
+
+    def limited(start, stop):
+        for at, batch in zip(range(start, stop), batches(start, stop), strict=True):
+            if at == step:
+                time.sleep(1)  # A save may be under way.
+                resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+            yield batch
+
+    return limited
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("workdir")
     parser.add_argument("--pause-at", type=int, help="step after which to wait for the file WORKDIR.go")
     parser.add_argument("--evaluated", action="store_true", help="evaluate and draw, too")
+    parser.add_argument("--slow", choices=["init", "objective", "evaluate", "sample"], help="what waits for WORKDIR.go")
+    parser.add_argument("--limit-at", type=int, help="step from which no larger files can be written")
     parser.add_argument("--address", help="coordinator of several processes")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--process", type=int, default=0)
@@ -149,7 +178,16 @@ def main() -> None:
             log_every=2, eval_every=4, sample_every=4, checkpoint_every=5, progress=False, tensorboard=False
         )
     job = make_job(pause_at=options.pause_at, gate=Path(f"{options.workdir}.go"), **parts)
-    result = run(job, options.workdir, log=log)
+    if options.slow:
+        job = dataclasses.replace(job, **{options.slow: slowly(getattr(job, options.slow), options.workdir)})
+    if options.limit_at is not None:
+        job = dataclasses.replace(job, batches=limiting(job.batches, options.limit_at))
+    try:
+        result = run(job, options.workdir, log=log)
+    except Interrupted as stop:
+        sys.exit(128 + stop.number)
+    except OSError as error:
+        sys.exit(f"toy: {error}")
     report = {"step": int(result.state.step), "signal": result.signal, "metrics": result.metrics, "written": written}
     sys.stdout.write(json.dumps(report) + "\n")
 

@@ -1,0 +1,28 @@
+"""The run directory: config, checkpoints, metrics, samples and lock; no other code knows its files."""
+
+from flowgen.runs.arrays import check_layout, flatten, layout
+from flowgen.runs.checkpoints import CheckpointReader
+from flowgen.runs.directory import CHECKPOINTS, check_workdir, is_run, read_config, write_config
+from flowgen.runs.lock import RunLock
+from flowgen.runs.metrics import EVAL
+from flowgen.runs.progress import on_terminal
+from flowgen.runs.store import CheckpointStore
+from flowgen.runs.writer import NullWriter, RunWriter
+
+__all__ = [
+    "CHECKPOINTS",
+    "EVAL",
+    "CheckpointReader",
+    "CheckpointStore",
+    "NullWriter",
+    "RunLock",
+    "RunWriter",
+    "check_layout",
+    "check_workdir",
+    "flatten",
+    "is_run",
+    "layout",
+    "on_terminal",
+    "read_config",
+    "write_config",
+]

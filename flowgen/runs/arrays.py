@@ -1,0 +1,141 @@
+"""The arrays of a state by path, and orbax, which reads and writes them: numpy arrays, by one process alone."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+Flat = dict[str, np.ndarray]
+# Parts of a state that lie in folders of their own, so that a reader of one need not verify the others.
+GROUPS = ("params", "ema", "opt_state")
+REST = "other"
+
+
+def flatten(tree: Any) -> dict[str, Any]:
+    """Returns the leaves of a tree by path, such as "params/blocks_0/proj_in/kernel".
+
+    Example:
+        names = sorted(flatten(state))
+    """
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def layout(tree: Any) -> dict[str, Any]:
+    """Returns {path: [shape, dtype name]} of a tree of arrays or `jax.ShapeDtypeStruct`.
+
+    Example:
+        check_layout(step, manifest["arrays"], layout(abstract_state))
+    """
+    return {name: [list(leaf.shape), leaf.dtype.name] for name, leaf in flatten(tree).items()}
+
+
+def check_layout(step: int, given: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Raises ValueError naming the arrays of a checkpoint that are not those expected, by path and shape.
+
+    Example:
+        check_layout(step, manifest["arrays"], layout(abstract_state))
+    """
+    wrong = [f"{name} is missing" for name in expected if name not in given]
+    wrong += [f"{name} is not expected" for name in given if name not in expected]
+    wrong += [
+        f"{name} is {_shown(given[name])} instead of {_shown(expected[name])}"
+        for name in expected
+        if name in given and given[name] != expected[name]
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ValueError(f"Checkpoint {step} does not fit the model: {', '.join(wrong[:3])}{more}.")
+
+
+def check_finite(step: int, flat: Flat) -> None:
+    """Raises FloatingPointError naming the first array that a run cannot go on from.
+
+    Carried state may hold infinities, such as the logarithm of a weight not yet seen.
+
+    Example:
+        check_finite(step, flatten(state))
+    """
+    for name, array in flat.items():
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            continue
+        bad = np.isnan(array) if name.startswith("collections/") else ~np.isfinite(array)
+        if bad.any():
+            raise FloatingPointError(f"{name} is not finite after step {step}, so it was not saved.")
+
+
+def group_of(path: str) -> str:
+    """Returns the folder that holds the array of a path.
+
+    Example:
+        group_of("ema/blocks_0/proj_in/kernel") == "ema"
+    """
+    first = path.split("/", 1)[0]
+    return first if first in GROUPS else REST
+
+
+def write_arrays(directory: Path, flat: Flat) -> None:
+    """Writes arrays into a new directory for each group; ValueError or OSError say why that failed.
+
+    Example:
+        write_arrays(Path("300.saving"), flatten(state))
+    """
+    groups: dict[str, Flat] = {}
+    for path, array in flat.items():
+        if array.size:
+            groups.setdefault(group_of(path), {})[path] = array
+    for group, arrays in groups.items():
+        with _orbax() as checkpointer:
+            checkpointer.save(directory / group, args=ocp.args.PyTreeSave(arrays))
+
+
+def read_arrays(directory: Path, chosen: dict[str, Any]) -> Flat:
+    """Returns the arrays of a layout {path: [shape, dtype name]} from the directories of their groups.
+
+    Example:
+        arrays = read_arrays(Path("checkpoints/300"), {"params/w": [[3], "float32"]})
+    """
+    read = {path: np.empty(shape, jnp.dtype(dtype)) for path, (shape, dtype) in chosen.items()}
+    for group in {group_of(path) for path, array in read.items() if array.size}:
+        stored = {path: array for path, array in read.items() if array.size and group_of(path) == group}
+        restore = {path: ocp.RestoreArgs(restore_type=np.ndarray) for path in stored}
+        with _orbax() as checkpointer:
+            read |= checkpointer.restore(
+                directory / group, args=ocp.args.PyTreeRestore(stored, restore_args=restore, partial_restore=True)
+            )
+    return read
+
+
+@contextlib.contextmanager
+def _orbax() -> Generator[ocp.Checkpointer]:
+    """A checkpointer of this process alone, which waits for no other and leaves errors to be raised."""
+    here = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=here, active_processes={here}, barrier_sync_key_prefix=f"flowgen-{here}"
+    )
+    log = logging.getLogger("absl")
+    log.addFilter(_is_not_of_orbax)
+    try:
+        handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+        with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
+            yield checkpointer
+    finally:
+        log.removeFilter(_is_not_of_orbax)
+
+
+def _is_not_of_orbax(record: logging.LogRecord) -> bool:
+    """Drops what threads of orbax log, tracebacks above all, before the same error is raised here."""
+    return "orbax" not in record.pathname
+
+
+def _shown(entry: list[Any]) -> str:
+    shape, dtype = entry
+    return f"{dtype}{tuple(shape)}"

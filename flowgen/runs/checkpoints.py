@@ -1,0 +1,256 @@
+"""Checkpoints of one run as they are read: whole ones alone, verified byte by byte.
+
+<directory>/<step>/{params,ema,opt_state,other}/   orbax PyTrees of numpy arrays by path
+<directory>/<step>/meta.json                       step, config, shape and dtype of each array, SHA-256 of each file
+<directory>/<step>/evaluation.json                 metrics of the step, once it has been evaluated
+
+meta.json is written last, so a folder with a file missing is no checkpoint (a deletion or a copy that was cut short)
+and is passed over. A folder with all of its files, one of them with other bytes, is a damaged checkpoint and is
+refused: going on from an older one without a word would hide that.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import jax
+import numpy as np
+
+from flowgen.runs.arrays import Flat, check_layout, flatten, group_of, layout, read_arrays
+from flowgen.runs.files import DIGEST, digest_of_file, is_regular, is_temporary, read_json, verified
+
+META = "meta.json"
+EVALUATION = "evaluation.json"
+_STEP = re.compile(r"0|[1-9][0-9]{0,17}")
+# Folders that a save has begun and a deletion has not ended; both go when training next opens the run.
+SAVING, DELETED = "saving", "deleted"
+# How the reasons begin for which a folder that was a checkpoint is none any more.
+_BROKEN = ("it has no", "it lacks")
+_LEFTOVER = re.compile(rf"[0-9]+\.({SAVING}|{DELETED})(-[0-9]+)?")
+
+
+class CheckpointReader:
+    """The whole checkpoints of a directory; writes nothing, so a run may be training into it.
+
+    Example:
+        reader = CheckpointReader("runs/digits/checkpoints")
+        arrays = reader.arrays(reader.latest_step())
+    """
+
+    def __init__(self, directory: str | Path):
+        self.directory = Path(directory).absolute()
+
+    def steps(self) -> list[int]:
+        """Returns the steps of whole checkpoints, ascending; other entries do not count."""
+        return sorted(int(name) for name, why in self._entries().items() if why is None)
+
+    def latest_step(self) -> int | None:
+        """Returns the latest step, or None."""
+        return max(self.steps(), default=None)
+
+    def passed_over(self) -> dict[str, str]:
+        """Returns why entries of the directory are no checkpoints, by name, but not what is being saved or deleted."""
+        return {name: why for name, why in self._entries().items() if why is not None}
+
+    def check_not_broken(self) -> None:
+        """Raises ValueError where no checkpoint is whole, though folders are there that were some.
+
+        Example:
+            CheckpointReader("runs/digits/checkpoints").check_not_broken()
+        """
+        entries = self._entries()
+        broken = {name: why for name, why in entries.items() if why is not None and why.startswith(_BROKEN)}
+        if broken and None not in entries.values():
+            name, why = max(broken.items(), key=lambda item: int(item[0]))
+            raise ValueError(
+                f"No checkpoint in '{self.directory}' is whole ({name}: {why}); restore them from a copy, or remove "
+                "these folders to start again at step 0."
+            )
+
+    def meta(self, step: int) -> dict[str, Any]:
+        """Returns what was saved beside the arrays: `manifest`, and `metrics`, empty where it was not evaluated.
+
+        Raises:
+            ValueError: missing, damaged, or of another step; names the step.
+        """
+        return {**self.manifest(step), "metrics": self.evaluation(step) or {}}
+
+    def manifest(self, step: int) -> dict[str, Any]:
+        """Returns what was saved with the arrays: `config`, `arrays` (path: [shape, dtype]), `files` (path: digest).
+
+        Raises:
+            ValueError: missing, damaged, or of another step; names the step.
+        """
+        meta = self._read_meta(step)
+        if meta["step"] != step:
+            raise ValueError(
+                f"Checkpoint {step} in '{self.directory}' holds step {meta['step']}, so it was copied or renamed; "
+                f"remove that folder{self._alternative(step)}."
+            )
+        return meta
+
+    def evaluation(self, step: int) -> dict[str, float] | None:
+        """Returns the metrics of a step, None where it has not been evaluated.
+
+        Raises:
+            ValueError: damaged, or the evaluation of another checkpoint.
+        """
+        path = self.directory / str(step) / EVALUATION
+        if not os.path.lexists(path):
+            return None
+        what = f"; remove {EVALUATION}, and the command that trained the run evaluates again"
+        try:
+            saved = verified(read_json(path))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"Checkpoint {step} in '{self.directory}' has a damaged {EVALUATION}{what}.") from error
+        if saved.get("step") != step or saved.get("of") != self._read_meta(step)[DIGEST]:
+            raise ValueError(
+                f"Checkpoint {step} in '{self.directory}' has the {EVALUATION} of another checkpoint{what}."
+            )
+        return saved["metrics"]
+
+    def arrays(self, step: int, choose: Callable[[str], bool] = lambda path: True) -> Flat:
+        """Returns the saved arrays whose path is chosen, after comparing the files that hold them with their digests.
+
+        Raises:
+            ValueError: a file is missing, truncated or has other bytes than were written, naming file and step.
+        """
+        meta = self.manifest(step)
+        chosen = {path: entry for path, entry in meta["arrays"].items() if choose(path)}
+        for group in sorted({group_of(path) for path in chosen}):
+            self._verify(step, group, meta["files"])
+        return read_arrays(self.directory / str(step), chosen)
+
+    def restore(self, step: int, like: Any) -> Any:
+        """Returns the state of a step as numpy arrays, in the tree of `like` (arrays or abstract ones).
+
+        Raises:
+            ValueError: damaged, of another step, or other arrays, shapes or dtypes than `like`.
+
+        Example:
+            state = reader.restore(reader.latest_step(), jax.eval_shape(make_state))
+        """
+        check_layout(step, self.manifest(step)["arrays"], layout(like))
+        read = self.arrays(step)
+        if "step" in read and read["step"].ndim == 0 and int(read["step"]) != step:
+            raise self._damaged(step, f"its state is that of step {int(read['step'])}")
+        return jax.tree.unflatten(jax.tree.structure(like), [read[name] for name in flatten(like)])
+
+    def _entries(self) -> dict[str, str | None]:
+        """Why each entry of the directory is no whole checkpoint, by name; None for those that are."""
+        if not self.directory.is_dir():
+            return {}
+        entries = sorted(self.directory.iterdir())
+        ours = [entry for entry in entries if not _LEFTOVER.fullmatch(entry.name) and not is_temporary(entry.name)]
+        return {entry.name: self._why_not(entry) for entry in ours}
+
+    def _why_not(self, entry: Path) -> str | None:
+        try:
+            return self._unwhole(entry)
+        except OSError as error:
+            return f"it cannot be read ({error.strerror})"
+
+    def _unwhole(self, entry: Path) -> str | None:
+        if not _STEP.fullmatch(entry.name):
+            return "its name is no step"
+        if entry.is_symlink():
+            return "it is a link"
+        if not entry.is_dir():
+            return "it is no folder"
+        if not os.path.lexists(entry / META):
+            return f"{_BROKEN[0]} {META}" if any(entry.iterdir()) else "it is empty"
+        try:
+            files = self._read_meta(int(entry.name))["files"]
+        except ValueError:
+            return None  # Damaged, which is refused and not passed over.
+        gone = [name for name in files if not os.path.lexists(entry / name)]
+        return f"{_BROKEN[1]} {gone[0]}" if gone else None
+
+    def _read_meta(self, step: int) -> dict[str, Any]:
+        try:
+            saved = read_json(self.directory / str(step) / META)
+            meta = verified(saved)
+        except OSError as error:
+            raise self._damaged(step, f"{META} cannot be read") from error
+        except ValueError as error:
+            raise self._damaged(step, f"{META} has other content than was saved") from error
+        if not _is_meta(meta):
+            raise self._damaged(step, f"{META} is not one that flowgen wrote")
+        return {**meta, DIGEST: saved[DIGEST]}
+
+    def _verify(self, step: int, group: str, files: dict[str, str]) -> None:
+        directory = self.directory / str(step)
+        expected = {name: digest for name, digest in files.items() if name.startswith(f"{group}/")}
+        found = {path.relative_to(directory).as_posix() for path in (directory / group).rglob("*") if not path.is_dir()}
+        for name in sorted(expected.keys() | found):
+            if name not in found:
+                raise self._damaged(step, f"{name} is missing")
+            if name not in expected:
+                raise self._damaged(step, f"{name} is not among the files that were saved")
+            if not is_regular(directory / name):
+                raise self._damaged(step, f"{name} is no regular file")
+            try:
+                same = digest_of_file(directory / name) == expected[name]
+            except OSError as error:
+                raise self._damaged(step, f"{name} cannot be read") from error
+            if not same:
+                raise self._damaged(step, f"{name} has other bytes than were saved")
+
+    def _alternative(self, step: int) -> str:
+        others = [other for other in self.steps() if other != step]
+        return f" to go on from step {others[-1]}" if others else ""
+
+    def _damaged(self, step: int, what: str) -> ValueError:
+        # Found without reading other checkpoints, which may be damaged as well.
+        names = [path.name for path in self.directory.iterdir()] if self.directory.is_dir() else []
+        others = [int(name) for name in names if _STEP.fullmatch(name) and int(name) != step]
+        fix = f"remove that folder to go on from step {max(others)}" if others else "no other step is left"
+        return ValueError(f"Checkpoint {step} in '{self.directory}' is damaged ({what}); {fix}.")
+
+
+def leftovers(directory: Path) -> list[Path]:
+    """Returns what saves and deletions that were killed have left in a directory of checkpoints.
+
+    Example:
+        for path in leftovers(Path("runs/digits/checkpoints")): ...
+    """
+    return [path for path in directory.iterdir() if _LEFTOVER.fullmatch(path.name)] if directory.is_dir() else []
+
+
+def _is_meta(meta: dict[str, Any]) -> bool:
+    arrays, files = meta.get("arrays"), meta.get("files")
+    return (
+        type(meta.get("step")) is int
+        and isinstance(arrays, dict)
+        and all(_is_entry(entry) for entry in arrays.values())
+        and isinstance(files, dict)
+        and all(isinstance(digest, str) and _is_inside(name) for name, digest in files.items())
+    )
+
+
+def _is_entry(entry: Any) -> bool:
+    if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], list) and isinstance(entry[1], str)):
+        return False
+    try:
+        jax.numpy.dtype(entry[1])
+    except TypeError:
+        return False
+    return all(type(size) is int and size >= 0 for size in entry[0])
+
+
+def _is_inside(name: str) -> bool:
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts and "\0" not in name
+
+
+def finite(metrics: dict[str, float] | None) -> dict[str, float]:
+    """Returns the metrics that are finite, as plain numbers.
+
+    Example:
+        finite({"loss": 1.0, "bits_per_dim": float("nan")}) == {"loss": 1.0}
+    """
+    return {name: float(value) for name, value in (metrics or {}).items() if np.isfinite(value)}

@@ -1,0 +1,126 @@
+"""The directory of a run: its files by name, and what may be read of it while a run trains into it.
+
+<run>/config.json      the experiment, with the digest of its values
+<run>/data.json        what was found in the data, and its list of files
+<run>/checkpoints/     see `flowgen.runs.checkpoints`
+<run>/metrics.jsonl    means since the last report, and evaluations; events.* the same for TensorBoard
+<run>/samples/         a picture for each step that drew one
+<run>/lock             held by the process that trains here
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from flowgen import fields
+from flowgen.data.inventory import Inventory
+from flowgen.runs.checkpoints import CheckpointReader
+from flowgen.runs.files import DIGEST, is_regular, is_temporary, read_json, signed, verified, write_json
+from flowgen.runs.lock import LOCK_FILE, check_unlocked
+
+CONFIG_FILE = "config.json"
+DATA_FILE = "data.json"
+CHECKPOINTS = "checkpoints"
+SAMPLES = "samples"
+
+
+def is_run(run_dir: str | Path) -> bool:
+    """Returns whether a directory holds the config of a run, and not, say, that of a published model.
+
+    Raises ValueError where its config is not JSON.
+
+    Example:
+        is_run("runs/digits")
+    """
+    path = Path(run_dir) / CONFIG_FILE
+    return is_regular(path) and DIGEST in read_json(path)
+
+
+def read_config(run_dir: str | Path) -> dict[str, Any]:
+    """Returns the JSON of a run's config.
+
+    Raises:
+        FileNotFoundError: no such directory, or no run; says what it is instead.
+        ValueError: the config is not JSON, or has other values than were saved, naming those.
+
+    Example:
+        read_config("runs/digits")["model"]
+    """
+    path = Path(run_dir) / CONFIG_FILE
+    if not Path(run_dir).is_dir():
+        raise FileNotFoundError(f"checkpoint {run_dir} is not a directory; give the --workdir of a training run.")
+    if not is_regular(path):
+        raise FileNotFoundError(f"checkpoint {run_dir} is not a flowgen run (it has no {CONFIG_FILE}).")
+    config = read_json(path)
+    try:
+        return verified(config)
+    except ValueError as error:
+        changed = _changed(Path(run_dir), config)
+        raise ValueError(f"{path} {error}{changed}; restore it from a copy.") from error
+
+
+def write_config(run_dir: str | Path, config: dict[str, Any]) -> None:
+    """Writes a run's config, whole or not at all.
+
+    Example:
+        write_config("runs/digits", experiment.to_json())
+    """
+    write_json(Path(run_dir) / CONFIG_FILE, signed(config))
+
+
+def data_changes(run_dir: str | Path, inventory: Inventory) -> str:
+    """Returns in a line what is different in the data since a run began; empty if nothing is.
+
+    Example:
+        data_changes("runs/photos", inventory)
+    """
+    path = Path(run_dir) / DATA_FILE
+    try:
+        return inventory.changes(read_json(path))
+    except FileNotFoundError:
+        return "The run kept no list of its files, so what changed in its data since it began is not known."
+    except (OSError, ValueError):
+        return f"{path} cannot be read, so what changed in the data of the run since it began is not known."
+
+
+def check_workdir(workdir: Path, check_config: Callable[[dict[str, Any]], None], *, locks: bool = True) -> None:
+    """Raises where a directory holds something else than a run with this config; writes nothing.
+
+    locks: also where another process trains in it, which is a BlockingIOError.
+
+    Example:
+        check_workdir(Path("runs/digits"), experiment.check_resumable)
+    """
+    if (workdir / CONFIG_FILE).exists():
+        if locks:
+            check_unlocked(workdir)
+        try:
+            check_config(read_config(workdir))
+        except ValueError as error:
+            raise ValueError(f"workdir {workdir}: {error}") from error
+    elif workdir.exists() and (not workdir.is_dir() or any(_is_foreign(path) for path in workdir.iterdir())):
+        raise FileExistsError(f"workdir {workdir} holds files but no flowgen run; give a new or empty directory.")
+
+
+def _is_foreign(path: Path) -> bool:
+    """Whether a file is not among those that a run killed at its very start has left."""
+    if path.name == CHECKPOINTS and path.is_dir():
+        return any(path.iterdir())
+    return path.name != LOCK_FILE and not is_temporary(path.name)
+
+
+def _changed(run_dir: Path, config: dict[str, Any]) -> str:
+    """Which values differ from those in the latest checkpoint, in words."""
+    try:
+        reader = CheckpointReader(run_dir / CHECKPOINTS)
+        step = reader.latest_step()
+        if step is None:
+            return ""
+        saved = reader.meta(step)["config"]
+        lines = fields.differences(saved, {name: value for name, value in config.items() if name != DIGEST})
+    except (OSError, ValueError, RecursionError):
+        return ""
+    more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""
+    return f" (since checkpoint {step}: {'; '.join(lines[:3])}{more})" if lines else ""

@@ -1,0 +1,166 @@
+"""Files of a run, read and written so that they are whole or not there, and so that odd ones neither block nor fool."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import stat
+from pathlib import Path
+from typing import Any
+
+from flowgen.data.media import atomic_file
+
+DIGEST = "sha256"
+_TEMPORARY = re.compile(r"\..+\.[0-9]+-[0-9a-f]{8}\.tmp")  # as `atomic_file` names them
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Returns the object that a JSON file holds.
+
+    Raises:
+        OSError: the file is missing or cannot be read.
+        ValueError: no regular file, no JSON, nested too deep, or no object; says which, and names the file.
+
+    Example:
+        config = read_json("runs/digits/config.json")
+    """
+    content = read_bytes(path)
+    try:
+        value = json.loads(content.decode(), parse_constant=_refuse_constant)
+    except RecursionError as error:
+        raise ValueError(f"{path} is nested too deep for JSON that flowgen wrote; restore it.") from error
+    except ValueError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} is not valid JSON ({reason[:200]}); restore it.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds no JSON object; restore it.")
+    return value
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """Returns the bytes of a regular file; ValueError where it is something else, such as a pipe, which would block.
+
+    Example:
+        content = read_bytes("runs/digits/metrics.jsonl")
+    """
+    with _open_regular(path) as file:
+        return file.read()
+
+
+def digest_of_file(path: str | Path) -> str:
+    """Returns the SHA-256 of a regular file; ValueError where it is something else.
+
+    Example:
+        same = digest_of_file("a") == digest_of_file("b")
+    """
+    with _open_regular(path) as file:
+        return hashlib.file_digest(file, DIGEST).hexdigest()
+
+
+def is_regular(path: str | Path) -> bool:
+    """Returns whether there is a regular file at `path`, or a link to one.
+
+    Example:
+        is_regular("runs/digits/config.json")
+    """
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except (OSError, ValueError):
+        return False
+
+
+def signed(value: dict[str, Any]) -> dict[str, Any]:
+    """Returns the values with their own digest beside them, for `verified`.
+
+    Example:
+        write_json(path, signed({"step": 3}))
+    """
+    return {**value, DIGEST: _digest_of_json(value)}
+
+
+def verified(value: dict[str, Any]) -> dict[str, Any]:
+    """Returns the values without their digest; ValueError where it is missing or they are not those of `signed`.
+
+    Example:
+        verified(signed({"step": 3})) == {"step": 3}
+    """
+    rest = {name: item for name, item in value.items() if name != DIGEST}
+    try:
+        same = value.get(DIGEST) == _digest_of_json(rest)
+    except RecursionError:
+        same = False
+    if not same:
+        raise ValueError("has other content than was saved")
+    return rest
+
+
+def write_json(path: str | Path, value: dict[str, Any]) -> None:
+    """Writes an object as JSON, whole or not at all.
+
+    Example:
+        write_json("runs/digits/config.json", signed(config))
+    """
+    write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Writes a file, whole or not at all; what is at `path`, a link too, is replaced and not written to.
+
+    Example:
+        write_bytes("runs/digits/metrics.jsonl", b"")
+    """
+    with atomic_file(path) as file:
+        file.write(content)
+
+
+def is_temporary(name: str) -> bool:
+    """Returns whether a file has the name of one that `atomic_file` began.
+
+    Example:
+        is_temporary(".config.json.123-0a1b2c3d.tmp")
+    """
+    return _TEMPORARY.fullmatch(name) is not None
+
+
+def remove_temporaries(directory: str | Path) -> None:
+    """Removes what a killed process left of `atomic_file` in a directory.
+
+    Example:
+        remove_temporaries("runs/digits")
+    """
+    if Path(directory).is_dir():
+        for entry in Path(directory).iterdir():
+            if is_temporary(entry.name) and (entry.is_symlink() or entry.is_file()):
+                entry.unlink(missing_ok=True)
+
+
+def sync(path: str | Path) -> None:
+    """Returns when a file or directory is on the disk, as far as the system says so.
+
+    Example:
+        sync("runs/digits/config.json")
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _open_regular(path: str | Path) -> Any:
+    # Opening a pipe waits for a writer, unless it is told not to.
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ValueError(f"{path} is no regular file; remove it.")
+    return os.fdopen(descriptor, "rb")
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"it holds {name}")
+
+
+def _digest_of_json(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()

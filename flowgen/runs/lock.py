@@ -1,0 +1,124 @@
+"""One training at a time in a run directory: a lock that the system releases when its process ends, however it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import stat
+import weakref
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows has other locks; a run is then not protected.
+    fcntl = None
+
+LOCK_FILE = "lock"
+
+
+class RunLock:
+    """Holds the lock of a run directory until `release`; reading a run needs none.
+
+    Raises:
+        BlockingIOError: another process trains in the directory; names it.
+        OSError: the lock cannot be made.
+
+    Example:
+        lock = RunLock("runs/digits")
+        lock.release()
+    """
+
+    def __init__(self, run_dir: str | Path):
+        self.path = Path(run_dir) / LOCK_FILE
+        self._descriptor = os.open(
+            self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o666
+        )
+        try:
+            if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
+                raise OSError(f"{self.path} is no regular file; remove it.")
+            _take(self._descriptor, self.path)
+            os.truncate(self._descriptor, 0)
+            os.write(self._descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
+        except BaseException:
+            os.close(self._descriptor)
+            raise
+        # A forked process, such as one that loads data, may live longer than this one and must not keep the lock.
+        self._held, release = True, weakref.WeakMethod(self.release)
+        os.register_at_fork(after_in_child=lambda: (method := release()) and method())
+
+    def holds(self) -> bool:
+        """Returns whether the directory, at its own name, is still the one that was locked."""
+        try:
+            there = os.stat(self.path)
+        except OSError:
+            return False
+        return os.path.samestat(there, os.fstat(self._descriptor))
+
+    def release(self) -> None:
+        """Lets another process train here."""
+        if self._held:
+            self._held = False
+            os.close(self._descriptor)
+
+
+class Place:
+    """Remembers which directory is at a path, so that another one there later is noticed.
+
+    Example:
+        place = Place("runs/digits")
+        place.is_same()
+        place.close()
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        # Held open: the number of a directory that was deleted may be given to the next.
+        self._descriptor = os.open(path, os.O_RDONLY)
+
+    def is_same(self) -> bool:
+        """Returns whether the directory is still at its path."""
+        try:
+            return os.path.samestat(os.stat(self.path), os.fstat(self._descriptor))
+        except OSError:
+            return False
+
+    def close(self) -> None:
+        """Lets go of the directory."""
+        os.close(self._descriptor)
+
+
+def check_unlocked(run_dir: str | Path) -> None:
+    """Raises BlockingIOError where another process trains in a directory, naming it; makes nothing.
+
+    Example:
+        check_unlocked("runs/digits")
+    """
+    path = Path(run_dir) / LOCK_FILE
+    if path.is_file() and not path.is_symlink() and os.access(path, os.R_OK | os.W_OK):
+        descriptor = os.open(path, os.O_RDWR)
+        try:
+            _take(descriptor, path)
+        finally:
+            os.close(descriptor)
+
+
+def _take(descriptor: int, path: Path) -> None:
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise BlockingIOError(
+            f"workdir {path.parent} is being trained by {_holder(path)}; wait for it, or give another directory."
+        ) from error
+    except OSError:
+        return  # Some network file systems have no locks; training there is as it was without one.
+
+
+def _holder(path: Path) -> str:
+    try:
+        holder = json.loads(path.read_bytes()[:1000])
+        return f"process {int(holder['pid'])} on {str(holder['host'])[:100]!r}"
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return "another process"

@@ -1,0 +1,116 @@
+"""The numbers of a run: rows of `metrics.jsonl`, and the same as TensorBoard events."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import IO, Any
+
+from flowgen.runs.files import read_bytes, write_bytes
+
+METRICS_FILE = "metrics.jsonl"
+EVAL = "eval/"  # How the names of held-out metrics begin.
+
+
+class MetricsLog:
+    """Writes metrics of one run; a resumed run drops the rows after the step that it resumes from.
+
+    evaluated: whether the evaluation of that step is whole; otherwise it will come again, and its row is dropped too.
+
+    Example:
+        log = MetricsLog("runs/digits", first_step=0, tensorboard=False)
+        log.write(50, {"loss": 1.0})
+        log.close()
+    """
+
+    def __init__(self, run_dir: str | Path, *, first_step: int, evaluated: bool = True, tensorboard: bool):
+        self._path, self._tensorboard = Path(run_dir) / METRICS_FILE, tensorboard
+        _truncate(self._path, first_step, evaluated)
+        self._file: IO[bytes] = self._path.open("a+b")
+        self._events = _Events(self._path.parent, first_step) if tensorboard else None
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """Writes one row of metrics at a step."""
+        self._file.write((json.dumps({"step": step, **metrics}) + "\n").encode())
+        self._file.flush()
+        if self._events is not None:
+            self._events.write(step, metrics)
+
+    def restore(self, step: int) -> None:
+        """Writes the files anew where somebody took them away: the rows so far, and events from the next step on."""
+        if self._path.exists() and os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno())):
+            return
+        self._file.seek(0)
+        write_bytes(self._path, self._file.read())
+        self.close()
+        self._file = self._path.open("a+b")
+        self._events = _Events(self._path.parent, step) if self._tensorboard else None
+
+    def close(self) -> None:
+        """Closes the files."""
+        self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+
+class _Events:
+    """TensorBoard events, written when they come: tensorboardX's own writer is a thread, which dies of a full disk."""
+
+    def __init__(self, run_dir: Path, first_step: int):
+        from tensorboardX import summary
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto import event_pb2 as untyped
+
+        event_pb2: Any = untyped  # Its names are made when it is imported.
+        self._summary, self._event = summary, event_pb2.Event
+        self._writer = EventsWriter(str(run_dir / "events"), filename_suffix=f".{os.getpid()}")
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._write(first_step + 1, session_log=start)  # Events of these steps that are there already do not count.
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            self._write(step, summary=self._summary.scalar(name, value))
+        self._writer.flush()
+
+    def _write(self, step: int, **content: Any) -> None:
+        self._writer.write_event(self._event(wall_time=time.time(), step=step, **content))
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def last_step(run_dir: str | Path) -> int:
+    """Returns the last step that the metrics of a run tell of, 0 where they tell of none.
+
+    Example:
+        last_step("runs/digits")
+    """
+    path = Path(run_dir) / METRICS_FILE
+    return max((row["step"] for _, row in _rows(path)), default=0) if path.exists() else 0
+
+
+def _truncate(path: Path, last: int, evaluated: bool) -> None:
+    """Keeps the rows up to and including the step `last`; a half-written last row goes, and what is no row."""
+    if os.path.lexists(path):
+        kept = b"".join(line + b"\n" for line, row in _rows(path) if _stays(row, last, evaluated))
+        if kept != read_bytes(path):
+            write_bytes(path, kept)
+
+
+def _stays(row: dict[str, Any], last: int, evaluated: bool) -> bool:
+    return row["step"] < last or (row["step"] == last and (evaluated or not any(n.startswith(EVAL) for n in row)))
+
+
+def _rows(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
+    """The lines that are rows of metrics, and what they hold."""
+    found = []
+    for line in read_bytes(path).splitlines():
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict) and type(row.get("step")) is int:
+            found.append((line, row))
+    return found

@@ -1,0 +1,82 @@
+"""Progress as people read it: a bar on a terminal, otherwise a line per report."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+# Of the metrics of a report, those that are shown, in this order.
+SHOWN = ("loss", "bits_per_dim", "nats_per_dim", "grad_norm", "lr")
+
+
+class Progress:
+    """Shows loss, speed and time left on standard error.
+
+    bar: a moving bar where standard error is a terminal; without one, and in files, each report is a line.
+
+    Example:
+        progress = Progress(first_step=0, last_step=1000, bar=True)
+        progress.show(50, {"loss": 1.0, "steps_per_second": 12.5}, seconds_left=76.0)
+    """
+
+    def __init__(self, *, first_step: int, last_step: int, bar: bool):
+        self._last = last_step
+        self._bar: Any = None
+        if bar and on_terminal():
+            from tqdm import tqdm
+
+            # The bar's own speed and time left would count compilation; those shown are ours.
+            form = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
+            self._bar = tqdm(
+                total=last_step, initial=first_step, file=sys.stderr, dynamic_ncols=True, bar_format=form, leave=True
+            )
+
+    def advance(self, step: int) -> None:
+        """Moves the bar."""
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+
+    def show(self, step: int, metrics: dict[str, float], seconds_left: float | None) -> None:
+        """Shows the metrics of a report. seconds_left: None where no speed is known yet."""
+        words = [f"{name} {metrics[name]:.4g}" for name in SHOWN if name in metrics]
+        if "steps_per_second" in metrics:
+            words.append(f"{metrics['steps_per_second']:.3g} steps/s")
+        if seconds_left is not None:
+            words.append(f"{clock(seconds_left)} left")
+        if self._bar is not None:
+            self._bar.set_postfix_str(", ".join(words), refresh=True)
+        else:
+            self.say(f"step {step}/{self._last}: " + ", ".join(words))
+
+    def say(self, line: str) -> None:
+        """Shows one line, above the bar where there is one."""
+        if self._bar is not None:
+            self._bar.write(line, file=sys.stderr)
+        else:
+            sys.stderr.write(line + "\n")
+            sys.stderr.flush()
+
+    def close(self) -> None:
+        """Leaves the bar where it is."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def on_terminal() -> bool:
+    """Returns whether standard error is a terminal.
+
+    Example:
+        bar = on_terminal()
+    """
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
+def clock(seconds: float) -> str:
+    """Returns a time as people write it: "0:07", "12:30", "1:02:03".
+
+    Example:
+        clock(750) == "12:30"
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,210 @@
+"""Checkpoints of one run as they are written: in the background, committed by one rename, and deleted after another."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flowgen.runs.arrays import Flat, check_finite, flatten, layout, write_arrays
+from flowgen.runs.checkpoints import DELETED, EVALUATION, META, SAVING, CheckpointReader, finite, leftovers
+from flowgen.runs.files import DIGEST, digest_of_file, remove_temporaries, signed, sync, write_json
+
+
+class CheckpointStore(CheckpointReader):
+    """Saves in the background; keeps the latest `keep` steps and the one with the lowest `best_metric`.
+
+    Opening it clears what a killed process left unfinished. `close` waits for the save under way. say: is told in one
+    line what was passed over or moved aside.
+
+    Example:
+        with CheckpointStore("runs/digits/checkpoints", keep=3) as store:
+            store.save(100, state, config=plain)
+            store.score(100, {"bits_per_dim": 2.1})
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        keep: int = 3,
+        best_metric: str = "bits_per_dim",
+        say: Callable[[str], None] = lambda line: None,
+    ):
+        super().__init__(directory)
+        self._keep, self._best_metric, self._say = keep, best_metric, say
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for path in leftovers(self.directory):
+            _remove(path)
+        self._scores = {step: self._score_of(step) for step in self.steps()}
+        for step in self._scores:
+            remove_temporaries(self.directory / str(step))
+        self._hook = sys.unraisablehook
+        sys.unraisablehook = self._unraisable
+
+    def __enter__(self) -> CheckpointStore:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def save(self, step: int, state: Any, *, config: Any, metrics: dict[str, float] | None = None) -> None:
+        """Starts saving a tree of numpy arrays, which must not change until `wait`. Waits for the previous save.
+
+        metrics: those of an evaluation, as for `score`.
+
+        Raises:
+            FloatingPointError: an array holds nan, or params, ema or optimizer state infinity; nothing is saved.
+            OSError: the previous save failed.
+        """
+        self.wait()
+        flat = {name: np.asarray(leaf) for name, leaf in flatten(state).items()}
+        check_finite(step, flat)
+        meta = {"step": step, "config": config, "arrays": layout(flat)}
+        self._thread = threading.Thread(target=self._try, args=(step, flat, meta, metrics), name="flowgen-save")
+        self._thread.start()
+
+    def score(self, step: int, metrics: dict[str, float]) -> None:
+        """Writes the metrics of an evaluation beside a saved step, which may make it the best. Waits for its save.
+
+        metrics that are not finite are left out.
+        """
+        self.wait()
+        _write_evaluation(self.directory / str(step), step, self._read_meta(step)[DIGEST], metrics)
+        self._scores[step] = finite(metrics).get(self._best_metric)
+        self._retire()
+
+    def best(self) -> tuple[int, float] | None:
+        """Returns (step, value) of the lowest `best_metric` among the steps kept, or None."""
+        scored = [(value, -step) for step, value in self._scores.items() if value is not None]
+        return (-min(scored)[1], min(scored)[0]) if scored else None
+
+    def wait(self) -> None:
+        """Returns when the save under way is committed; OSError says why it failed."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def close(self) -> None:
+        """Waits for the save under way."""
+        try:
+            self.wait()
+        finally:
+            if sys.unraisablehook == self._unraisable:
+                sys.unraisablehook = self._hook
+
+    def _unraisable(self, odd: Any) -> None:
+        """Leaves out what tensorstore says of writes that end after another has failed, which was raised."""
+        if not (isinstance(odd.exc_value, RuntimeError) and "Event loop is closed" in str(odd.exc_value)):
+            self._hook(odd)
+
+    def _try(self, step: int, flat: Flat, meta: dict[str, Any], metrics: dict[str, float] | None) -> None:
+        try:
+            self._write(step, flat, meta, metrics)
+        except (OSError, ValueError, RuntimeError) as error:  # tensorstore raises the latter two for those of a disk.
+            self._error = OSError(
+                f"Checkpoint {step} could not be saved in '{self.directory}' ({_reason(error)}); earlier checkpoints "
+                "are as they were, and the same command goes on from there."
+            )
+            self._error.__cause__ = error
+
+    def _write(self, step: int, flat: Flat, meta: dict[str, Any], metrics: dict[str, float] | None) -> None:
+        unfinished = _free(self.directory / f"{step}.{SAVING}")
+        unfinished.mkdir()
+        try:
+            write_arrays(unfinished, flat)
+            files = [path for path in sorted(unfinished.rglob("*")) if path.is_file()]
+            for path in files:
+                sync(path)
+            digests = {path.relative_to(unfinished).as_posix(): digest_of_file(path) for path in files}
+            whole = signed({**meta, "files": digests})
+            write_json(unfinished / META, whole)
+            if metrics is not None:
+                _write_evaluation(unfinished, step, whole[DIGEST], metrics)
+            self._make_way(self.directory / str(step))
+            os.rename(unfinished, self.directory / str(step))
+        except BaseException:
+            _remove(unfinished)
+            raise
+        sync(self.directory)
+        self._scores[step] = finite(metrics).get(self._best_metric)
+        self._retire()
+
+    def _score_of(self, step: int) -> float | None:
+        try:
+            return self.meta(step)["metrics"].get(self._best_metric)
+        except ValueError as error:
+            self._say(str(error))
+            return None
+
+    def _make_way(self, path: Path) -> None:
+        """Moves what stands in the place of a checkpoint: an earlier one goes, anything else is kept aside."""
+        if not os.path.lexists(path):
+            return
+        if self._why_not(path) is None:
+            aside = _free(path.with_name(f"{path.name}.{DELETED}"))
+            os.rename(path, aside)
+            _remove(aside)
+        else:
+            aside = _free(path.with_name(f"{path.name}.aside"))
+            os.rename(path, aside)
+            self._say(f"{path} is no checkpoint; it is now {aside.name}.")
+
+    def _retire(self) -> None:
+        """Deletes what is neither among the latest nor the best."""
+        steps, best = self.steps(), self.best()
+        kept = {*steps[-self._keep :], *([] if best is None else [best[0]])}
+        for step in steps:
+            if step not in kept:
+                # Renamed first: a deletion that is cut short leaves nothing that looks like a checkpoint.
+                gone = _free(self.directory / f"{step}.{DELETED}")
+                try:
+                    os.rename(self.directory / str(step), gone)
+                except OSError as error:
+                    self._say(f"Checkpoint {step} could not be deleted ({error.strerror}); it is kept.")
+                    continue
+                self._scores.pop(step, None)
+                _remove(gone)
+
+
+def _write_evaluation(folder: Path, step: int, of: str, metrics: dict[str, float]) -> None:
+    write_json(folder / EVALUATION, signed({"step": step, "of": of, "metrics": finite(metrics)}))
+
+
+def _free(path: Path) -> Path:
+    """The path, or with a number behind it where something is there."""
+    number, free = 0, path
+    while os.path.lexists(free):
+        number += 1
+        free = path.with_name(f"{path.name}-{number}")
+    return free
+
+
+def _remove(path: Path) -> None:
+    """Removes a folder, or the link or file of its name; what cannot be removed stays for the next time."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _reason(error: Exception) -> str:
+    """Why a disk refused, in a few words, from an error of the system or of tensorstore."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = " ".join(str(error).split())
+    code = re.search(r"os_error_code='([0-9]+)'", text)
+    return os.strerror(int(code.group(1))) if code else json.dumps(text[:200])[1:-1]

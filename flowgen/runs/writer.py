@@ -1,0 +1,284 @@
+"""All that a training writes into its run directory, under the lock of it."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flowgen.data.inventory import Inventory
+from flowgen.data.media import save_image
+from flowgen.runs.directory import CHECKPOINTS, CONFIG_FILE, DATA_FILE, SAMPLES, data_changes, write_config
+from flowgen.runs.files import remove_temporaries, write_json
+from flowgen.runs.lock import Place, RunLock
+from flowgen.runs.metrics import MetricsLog, last_step
+from flowgen.runs.progress import Progress
+from flowgen.runs.store import CheckpointStore
+
+
+class RunWriter:
+    """Holds a run directory for one training, and writes its config, checkpoints, metrics and samples.
+
+    latest: the step that was read of it before, None for none.
+
+    Opening it makes the directory, takes its lock and clears what a killed process left unfinished; `begin` writes the
+    config and opens the metrics. If somebody takes the directory away, the next save makes it again and says so.
+
+    Raises:
+        BlockingIOError: another process trains here, or did after `latest` was read.
+        OSError: the directory cannot be written.
+
+    Example:
+        with RunWriter("runs/digits", keep=3, best_metric="bits_per_dim") as record:
+            record.begin(config, first_step=0, last_step=1000, tensorboard=False, bar=True)
+            record.save(1000, state)
+    """
+
+    def __init__(self, workdir: str | Path, *, latest: int | None = None, keep: int, best_metric: str):
+        self.workdir = Path(workdir)
+        self._keep, self._best_metric = keep, best_metric
+        self._progress: Progress | None = None
+        self._log: MetricsLog | None = None
+        self._config: dict[str, Any] = {}
+        self._data: dict[str, Any] = {}
+        self._waiting: list[str] = []
+        with _named(self.workdir):
+            self._had_checkpoints = (self.workdir / CHECKPOINTS).exists()
+            self.workdir.mkdir(parents=True, exist_ok=True)
+            self._lock, self._place = RunLock(self.workdir), Place(self.workdir)
+            try:
+                for folder in (self.workdir, self.workdir / SAMPLES):
+                    remove_temporaries(folder)
+                self.store = CheckpointStore(
+                    self.workdir / CHECKPOINTS, keep=keep, best_metric=best_metric, say=self.say
+                )
+                self._folder = Place(self.workdir / CHECKPOINTS)
+                if self.store.latest_step() != latest:
+                    raise BlockingIOError(f"workdir {workdir} was trained by another process meanwhile; start again.")
+            except BaseException:
+                self._lock.release()
+                raise
+
+    def __enter__(self) -> RunWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        try:
+            self.store.close()
+        except OSError as error:
+            if kind is None:
+                raise
+            self.say(str(error))  # What ended the run is raised already.
+        finally:
+            if self._log is not None:
+                self._log.close()
+            if self._progress is not None:
+                self._progress.close()
+            self._folder.close()
+            self._place.close()
+            self._lock.release()
+
+    def begin(
+        self, config: dict[str, Any], *, first_step: int | None, last_step: int, tensorboard: bool, bar: bool
+    ) -> None:
+        """Writes the config, drops metrics after `first_step` (None: nothing is trained yet), and tells what is odd."""
+        self._progress = Progress(first_step=first_step or 0, last_step=last_step, bar=bar)
+        with _named(self.workdir):
+            self._tell_of_oddities(first_step)
+            self._config = config
+            write_config(self.workdir, config)
+            evaluated = first_step is not None and self.store.evaluation(first_step) is not None
+            self._log = MetricsLog(
+                self.workdir, first_step=first_step or 0, evaluated=evaluated, tensorboard=tensorboard
+            )
+
+    def _tell_of_oddities(self, first_step: int | None) -> None:
+        lines, self._waiting = self._waiting, []
+        odd = self.store.passed_over()
+        if odd:
+            names = "; ".join(f"{name!r}: {why}" for name, why in list(odd.items())[:5])
+            more = f"; and {len(odd) - 5} more" if len(odd) > 5 else ""
+            lines.append(f"Passed over in {self.workdir / CHECKPOINTS}, being no checkpoints ({names}{more}).")
+        if first_step is None and (self.workdir / CONFIG_FILE).exists():
+            gone = "has no checkpoint" if self._had_checkpoints else f"has lost its folder {CHECKPOINTS}"
+            reached = last_step(self.workdir)
+            told = f", though its metrics reach step {reached}" if reached else ""
+            lines.append(f"{self.workdir} {gone}{told}; training starts again at step 0.")
+        for line in lines:
+            self.say(line)
+
+    def describe_data(self, inventory: Inventory, *, resumed: bool) -> None:
+        """Says what was found in the data and, if the run is resumed, what changed; keeps the record of it."""
+        self.say(inventory.line())
+        if resumed and (changes := data_changes(self.workdir, inventory)):
+            self.say(changes)
+        self._data = inventory.record()
+        with _named(self.workdir):
+            write_json(self.workdir / DATA_FILE, self._data)
+
+    def say(self, line: str) -> None:
+        """Shows one line, now or, before `begin`, then."""
+        if self._progress is None:
+            self._waiting.append(line)
+        else:
+            self._progress.say(line)
+
+    def advance(self, step: int) -> None:
+        """Moves the progress bar."""
+        assert self._progress is not None
+        self._progress.advance(step)
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """Writes one row of metrics at a step."""
+        assert self._log is not None
+        with _named(self.workdir):
+            self._log.write(step, metrics)
+
+    def show(self, step: int, metrics: dict[str, float], seconds_left: float | None) -> None:
+        """Shows a report to who watches."""
+        assert self._progress is not None
+        self._progress.show(step, metrics, seconds_left)
+
+    def draw(self, step: int, image: np.ndarray) -> Path:
+        """Returns the path of the sample picture of a step, which it writes."""
+        with _named(self.workdir):
+            self._make_again(step)
+            folder = self.workdir / SAMPLES
+            folder.mkdir(exist_ok=True)
+            save_image(folder / f"{step:07d}.png", image)
+        return folder / f"{step:07d}.png"
+
+    def save(self, step: int, state: Any) -> None:
+        """Starts saving the state of a step; waits for the previous save."""
+        try:
+            self.store.wait()
+        except OSError:
+            if self._is_there():
+                raise
+        with _named(self.workdir):
+            self._make_again(step)
+        self.store.save(step, state, config=self._config)
+
+    def save_last(self, step: int, state: Any) -> None:
+        """Returns when the state of a step is saved and there; OSError says why it is not."""
+        for _ in range(2):  # Somebody may take the directory away while it is saved.
+            self.save(step, state)
+            try:
+                self.store.wait()
+            except OSError:
+                if self._is_there():
+                    raise
+            if self.holds(step):
+                return
+        raise OSError(
+            f"Checkpoint {step} was saved in {self.workdir} and is gone; somebody removes what is written there."
+        )
+
+    def score(self, step: int, metrics: dict[str, float]) -> None:
+        """Writes the metrics of an evaluation beside the checkpoint of a step, if that is still there."""
+        try:
+            self.store.wait()
+        except OSError:
+            if self._is_there():
+                raise
+        if self.holds(step):
+            with _named(self.workdir):
+                self.store.score(step, metrics)
+
+    def holds(self, step: int) -> bool:
+        """Returns whether the checkpoint of a step is where it should be, in the directory that was opened."""
+        return self._is_there() and step in self.store.steps()
+
+    def _is_there(self) -> bool:
+        """Returns whether nobody took away what checkpoints are saved in; a save under way may make it again."""
+        return self._place.is_same() and self._folder.is_same()
+
+    def _make_again(self, step: int) -> None:
+        """Makes what somebody took away: the whole directory, or config, metrics, checkpoints or lock in it."""
+        assert self._log is not None
+        if not self._place.is_same():
+            self._check_empty(step)
+            self.workdir.mkdir(parents=True, exist_ok=True)
+            self._place.close()
+            self._place = Place(self.workdir)
+            self.say(
+                f"{self.workdir} was deleted or renamed while training into it; it is made again, without its "
+                "earlier checkpoints."
+            )
+        elif not self._folder.is_same():
+            self.say(f"{self.workdir / CHECKPOINTS} was deleted or renamed while training; it is made again.")
+        if not self._lock.holds():
+            lost, self._lock = self._lock, RunLock(self.workdir)
+            lost.release()
+        if not self._folder.is_same():
+            (self.workdir / CHECKPOINTS).mkdir(exist_ok=True)
+            self._folder.close()
+            self._folder = Place(self.workdir / CHECKPOINTS)
+        if not (self.workdir / CONFIG_FILE).is_file():
+            write_config(self.workdir, self._config)
+        if self._data and not (self.workdir / DATA_FILE).is_file():
+            write_json(self.workdir / DATA_FILE, self._data)
+        self._log.restore(step)
+
+    def _check_empty(self, step: int) -> None:
+        """Raises FileExistsError where others have put something in the place of the directory."""
+        if not self.workdir.exists():
+            return
+        # A save under way may have made its folder again.
+        if not self.workdir.is_dir() or any(path.name != CHECKPOINTS for path in self.workdir.iterdir()):
+            raise FileExistsError(
+                f"workdir {self.workdir} was replaced while training into it, and holds other files now; step {step} "
+                "could not be written."
+            )
+
+
+class NullWriter:
+    """Takes what `RunWriter` takes and writes nothing: for processes other than the first."""
+
+    def __init__(self, workdir: str | Path):
+        self.workdir = Path(workdir)
+
+    def __enter__(self) -> NullWriter:
+        return self
+
+    def __exit__(self, *exception: object) -> None: ...
+
+    def begin(
+        self, config: dict[str, Any], *, first_step: int | None, last_step: int, tensorboard: bool, bar: bool
+    ) -> None: ...
+
+    def describe_data(self, inventory: Inventory, *, resumed: bool) -> None: ...
+
+    def say(self, line: str) -> None: ...
+
+    def advance(self, step: int) -> None: ...
+
+    def write(self, step: int, metrics: dict[str, float]) -> None: ...
+
+    def show(self, step: int, metrics: dict[str, float], seconds_left: float | None) -> None: ...
+
+    def save(self, step: int, state: Any) -> None: ...
+
+    def save_last(self, step: int, state: Any) -> None: ...
+
+    def score(self, step: int, metrics: dict[str, float]) -> None: ...
+
+    def holds(self, step: int) -> bool:
+        return True
+
+
+@contextmanager
+def _named(workdir: Path) -> Generator[None]:
+    """Errors of the system in one sentence that names the run; those that are one already pass."""
+    try:
+        yield
+    except OSError as error:
+        if error.strerror is None:
+            raise
+        raise type(error)(
+            f"workdir {workdir} cannot be written ({error.strerror}); make room or give another directory (whole "
+            "checkpoints stay as they are)."
+        ) from error

@@ -1,0 +1,49 @@
+"""How fast a run trains, and how long it will take."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+
+
+class Pace:
+    """Steps per second, of the time that goes into steps: not of compilation, evaluation, drawing and saving.
+
+    Example:
+        pace = Pace()
+        pace.begin(step=1)    # the first step has ended, and with it compilation
+        pace.measure(step=51)["steps_per_second"]
+    """
+
+    def __init__(self):
+        self.begun = False
+        self._at, self._since = 0, 0.0
+        self._steps, self._seconds = 0, 0.0
+
+    def begin(self, step: int) -> None:
+        """Starts counting, when the first step has ended."""
+        self.begun, self._at, self._since = True, step, time.perf_counter()
+
+    @contextmanager
+    def left_out(self) -> Generator[None]:
+        """Leaves out the time that is spent within it."""
+        before = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._since += time.perf_counter() - before
+
+    def measure(self, step: int) -> dict[str, float]:
+        """Returns the speed since the last measure, or nothing where no step was made since."""
+        if not self.begun or step == self._at:
+            return {}
+        now = time.perf_counter()
+        steps, seconds = step - self._at, now - self._since
+        self._at, self._since = step, now
+        self._steps, self._seconds = self._steps + steps, self._seconds + seconds
+        return {"steps_per_second": steps / max(seconds, 1e-9)}
+
+    def seconds_for(self, steps: int) -> float | None:
+        """Returns how long so many steps take at the speed so far, or None where none is known."""
+        return steps * self._seconds / self._steps if self._steps else None
