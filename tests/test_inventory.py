@@ -21,6 +21,19 @@ from flowgen.data.buckets import BucketedSource
 from flowgen.data.clip_views import ContinuedClips, StillClips
 from flowgen.data.latents import LatentWriter, Shard, read_latents
 from flowgen.data.sources import hold_out_files
+from flowgen.runs import RunWriter
+
+
+def keep(inventory, run_dir, *, resumed=False):
+    """What a run that begins or goes on in a directory says of its data besides, and keeps the record."""
+    with RunWriter(run_dir, keep=1, best_metric="loss") as record:
+        said = []
+        record.say = said.append
+        record.describe_data(inventory, resumed=resumed)
+    first, *rest = said
+    assert first == inventory.line()
+    return "\n".join(rest)
+
 
 NAMES = tuple(f"{name}/{number:04d}.png" for name in ("cat", "dog") for number in range(500))
 IMAGES = Inventory("images", 1080, 120, ((48, 48),), ((32, 32),), ("cat", "dog", "fox"))
@@ -152,11 +165,11 @@ HELD = {"dog/1.png": 103}
 )
 def test_a_resumed_run_says_what_changed(tmp_path, train, held, said):
     before = Inventory("images", 3, 1, train_files=FILES, held_out_files=HELD)
-    assert before.kept(tmp_path, resumed=False) == [before.line()]
+    keep(before, tmp_path)
     now = Inventory("images", len(train), len(held), train_files=train, held_out_files=held)
-    assert now.kept(tmp_path, resumed=True)[1:] == ([f"The data changed since the run began: {said}."] if said else [])
+    assert keep(now, tmp_path, resumed=True) == (f"The data changed since the run began: {said}." if said else "")
     # What was told once is known.
-    assert now.kept(tmp_path, resumed=True)[1:] == []
+    assert keep(now, tmp_path, resumed=True) == ""
 
 
 @pytest.mark.parametrize(
@@ -166,17 +179,16 @@ def test_a_record_that_is_missing_or_damaged_is_said_and_written_anew(tmp_path, 
     if content is not None:
         (tmp_path / "data.json").write_text(content)
     inventory = Inventory("images", 3, 1, train_files=FILES, held_out_files=HELD)
-    [_, told] = inventory.kept(tmp_path, resumed=True)
-    assert "not known" in told
-    assert inventory.kept(tmp_path, resumed=True)[1:] == []
-    assert Inventory("images", 3, 1).kept(tmp_path, resumed=True)[1:] == []
+    assert "not known" in keep(inventory, tmp_path, resumed=True)
+    assert keep(inventory, tmp_path, resumed=True) == ""
+    assert keep(Inventory("images", 3, 1), tmp_path, resumed=True) == ""
 
 
 def test_of_very_many_files_the_digest_alone_is_kept(tmp_path):
     many = Inventory("images", 100_001, 0, train_files={f"{number}.png": 1 for number in range(100_001)})
-    many.kept(tmp_path, resumed=False)
+    keep(many, tmp_path)
     assert (tmp_path / "data.json").stat().st_size < 1000
     assert json.loads((tmp_path / "data.json").read_text())["files"] is None
-    assert many.kept(tmp_path, resumed=True)[1:] == []
-    [_, told] = dataclasses.replace(many, train_files=FILES).kept(tmp_path, resumed=True)
+    assert keep(many, tmp_path, resumed=True) == ""
+    told = keep(dataclasses.replace(many, train_files=FILES), tmp_path, resumed=True)
     assert "not those that the run began with" in told
