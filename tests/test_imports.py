@@ -26,6 +26,7 @@ LEVELS = {
     "flowgen.matching.bridge": 1,
     "flowgen.matching.mean_flow": 1,
     "flowgen.matching": 2,
+    "flowgen.documents": 0,
     "flowgen.data.media": 0,
     "flowgen.fields": 0,
     "flowgen.nn": 1,
