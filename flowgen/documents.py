@@ -12,6 +12,7 @@ import math
 import os
 import re
 import stat
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, TypeVar
@@ -79,7 +80,8 @@ def check_depth(content: bytes) -> None:
 def read_yaml(path: PathLike, *, fix: str = "get the file again") -> Any:
     """Returns what a YAML file says: texts, numbers, lists and tables.
 
-    Raises as `read_json`, and ValueError where there are aliases, tags of other types, a text of over 4,096 letters, or more than 64 KiB.
+    Raises as `read_json`, and ValueError where there are aliases, tags of other types, a text of over 4,096 letters,
+    or more than 64 KiB.
 
     Example:
         arguments = read_yaml("starflow_3B_t2i_256x256.yaml")["arguments"]
@@ -202,9 +204,8 @@ def _named(path: PathLike, fix: str, read: Callable[[], T]) -> T:
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) != len(pairs):
-        seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
-        raise ValueError(f"it names {twice[:80]!r} twice")
+        twice, count = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"it names {twice[:80]!r} {'twice' if count == 2 else f'{count} times'}")
     return table
 
 

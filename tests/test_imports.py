@@ -27,6 +27,7 @@ LEVELS = {
     "flowgen.matching.mean_flow": 1,
     "flowgen.matching": 2,
     "flowgen.documents": 0,
+    "flowgen.ranges": -1,
     "flowgen.data.media": 0,
     "flowgen.fields": 0,
     "flowgen.nn": 1,

@@ -266,7 +266,7 @@ def _natural(value: Any) -> int:
 
 
 def _shown(value: Any) -> str:
-    """A value of a foreign file as it may stand in a message: containers by their type, since they may hold anything."""
+    """A value of a foreign file as it may stand in a message: containers by their type, for they may hold anything."""
     if value is not None and type(value) not in (str, int, float, bool):
         return f"a {type(value).__name__}"
     text = repr(value[:80] if type(value) is str else value)

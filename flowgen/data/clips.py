@@ -9,7 +9,7 @@ import math
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args, get_type_hints, runtime_checkable
+from typing import Annotated, Any, Literal, Protocol, get_args, get_type_hints, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int, Int32, UInt8
@@ -21,6 +21,7 @@ from flowgen.data.named import package_folder
 from flowgen.data.pictures import Crop
 from flowgen.data.sources import NO_LABEL, Batch, DataConfig, Split, check_choice, hold_out
 from flowgen.data.video import READABLE, UnreadableVideo, av, frame_times, read_clip
+from flowgen.ranges import Bytes, Every, Within, check_ranges
 
 _log = logging.getLogger(__name__)
 _REAL_VIDEOS = ("bikes.mp4", "bigbuckbunny.mp4", "carphone_pristine.mp4")
@@ -55,14 +56,14 @@ class ClipsConfig:
 
     source: Literal["bouncing", "crafter", "real", "folder", "encoded"] = "bouncing"
     path: str = ""
-    num: int = 10_000
+    num: Annotated[int, Within(2, 1 << 24)] = 10_000
     fps: float | int = 8.0
-    hop: int = 0
+    hop: Every = 0
     flip: bool = False
     drop_first: float = 0.0
     crop: Crop = "center"
     eval_fraction: float = 0.1
-    in_memory_bytes: int = 2 << 30
+    in_memory_bytes: Bytes = 2 << 30
     images: DataConfig | None = None
     images_fraction: float = 0.0
 
@@ -70,9 +71,7 @@ class ClipsConfig:
         hints = get_type_hints(type(self))
         for name in ("source", "crop"):
             check_choice(f"data.{name}", getattr(self, name), get_args(hints[name]))
-        for name, least in (("num", 2), ("hop", 0), ("in_memory_bytes", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"data.{name} is {getattr(self, name)}; it must be at least {least}.")
+        check_ranges(self, "data")
         if not 0 <= self.fps < math.inf:
             raise ValueError(f"data.fps is {self.fps}; it must be positive, or 0 for all frames.")
         for name in ("eval_fraction", "drop_first", "images_fraction"):

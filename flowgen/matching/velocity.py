@@ -17,8 +17,9 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int, Key
 
 from flowgen.conditioning import UNCONDITIONAL, check_labels
-from flowgen.nn.checks import check_at_least_one, check_num_classes
+from flowgen.nn.checks import check_num_classes
 from flowgen.nn.layers import linear, master_dtype
+from flowgen.ranges import Channels, Classes, Loops, Width, check_ranges
 
 # Times in [0, 1] are stretched to the 1,000 steps that sinusoidal embeddings are made for: without it all angles are
 # below one radian.
@@ -30,14 +31,14 @@ EMBEDDING_STDDEV = 0.02
 class MLPConfig:
     """Shape of a velocity network for points: `dim` coordinates, `num_layers` hidden layers of `width`."""
 
-    dim: int = 2
-    width: int = 64
-    num_layers: int = 3
-    num_classes: int = 0
+    dim: Channels = 2
+    width: Width = 64
+    num_layers: Loops = 3
+    num_classes: Classes = 0
     spans: bool = False
 
     def __post_init__(self):
-        check_at_least_one(self, ("dim", "width", "num_layers"))
+        check_ranges(self, "model")
         check_num_classes(self.num_classes)
 
     @property

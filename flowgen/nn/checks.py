@@ -6,17 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 
-def check_at_least_one(config: Any, names: Sequence[str]) -> None:
-    """Raises ValueError where a field of a model's config is below 1.
-
-    Example:
-        check_at_least_one(config, ("width", "num_layers"))
-    """
-    for name in names:
-        if getattr(config, name) < 1:
-            raise ValueError(f"model.{name} is {getattr(config, name)}; it must be at least 1.")
-
-
 def check_num_classes(num_classes: int) -> None:
     """Raises ValueError where a model's number of classes is negative.
 

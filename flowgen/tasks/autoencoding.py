@@ -20,6 +20,7 @@ from flowgen.codecs import VideoAutoencoderConfig
 from flowgen.data import ClipsConfig, DataConfig, Source, check_classes, fixed_batches, from_uint8, load, load_clips
 from flowgen.data.sources import Split
 from flowgen.models import init
+from flowgen.ranges import OtherFrames, Side, check_ranges
 from flowgen.tasks.flow_options import SamplingConfig
 from flowgen.tasks.frozen import STATISTICS, open_autoencoder
 from flowgen.tasks.images import check_foreign, image_batches, shrink_images, shrink_run
@@ -41,8 +42,8 @@ class AutoencodingConfig:
     of an autoencoder, whose encoder stays as it is while the decoder is trained on. frames: of clips; 0 for pictures.
     """
 
-    image_size: int | tuple[int, int] = 8
-    frames: int = 0
+    image_size: Side | tuple[Side, Side] = 8
+    frames: OtherFrames = 0
     kl_weight: float = 1e-4
     noise: float = 0.0
     decoder_of: str = ""
@@ -52,6 +53,7 @@ class AutoencodingConfig:
             object.__setattr__(self, "image_size", tuple(self.image_size))
         if min(self.grid_size) < 1:
             raise ValueError(f"autoencoding.image_size is {self.image_size}; sides must be positive.")
+        check_ranges(self, "autoencoding")
         for name in ("kl_weight", "noise"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"autoencoding.{name} is {getattr(self, name)}; it must be 0 or positive.")

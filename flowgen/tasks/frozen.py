@@ -8,7 +8,7 @@ import hashlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,7 @@ from flowgen.convert import is_video_autoencoder, load_autoencoder, load_video_a
 from flowgen.data.latents import read_index
 from flowgen.flows import STARFlowVConfig
 from flowgen.prompts import aspect_size
+from flowgen.ranges import Within, check_ranges
 from flowgen.tasks.texts import TextConfig, encoder_of, remembered, text_fingerprint, version_of
 from flowgen.training.loop import CHECKPOINTS, CONFIG_FILE, read_config
 from flowgen.training.store import CheckpointReader, check_layout, layout
@@ -44,11 +45,10 @@ STATISTICS = "latents"
 class PixelBlocks:
     """A codec without a network: factor x factor pixels of c channels are one latent of factor² c channels."""
 
-    factor: int = 2
+    factor: Annotated[int, Within(1, 1 << 8)] = 2
 
     def __post_init__(self):
-        if self.factor < 1:
-            raise ValueError(f"codec.factor is {self.factor}; it must be at least 1.")
+        check_ranges(self, "codec")
 
 
 @dataclass(frozen=True)
