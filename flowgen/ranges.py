@@ -88,12 +88,17 @@ def check_ranges(config: Any, group: str = "") -> None:
             raise ValueError(f"{path} has {len(items)} entries; give at most {most.items}.")
         for item in items if bounds is not None else ():
             if item is not None:
-                _check(path, item, bounds)
+                check_within(path, item, bounds)
 
 
-def _check(path: str, value: Any, bounds: Within) -> None:
+def check_within(path: str, value: Any, bounds: Within) -> None:
+    """Raises ValueError where a value is no number, or outside a range, naming path, value and range.
+
+    Example:
+        check_within("arguments.blocks", blocks, Within(1, 128))
+    """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise ValueError(f"{path} is {value!r}; it must be a number.")
+        raise ValueError(f"{path} is {value!r:.80}; it must be a number.")
     if value < bounds.least:
         raise ValueError(f"{path} is {value}; it must be at least {bounds.least}.")
     if not value <= bounds.most:

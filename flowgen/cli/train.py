@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from flowgen.cli.options import load_experiment, num_parameters, say
+from flowgen.cli.options import check_memory, load_experiment, num_parameters, say
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
@@ -20,7 +20,10 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     from flowgen.training import fit
 
     experiment = load_experiment(options, rest)
-    say(f"{experiment.name}: {num_parameters(experiment.flow()):,} parameters, {experiment.train.steps} steps")
+    parameters = num_parameters(experiment.flow())
+    # Of the parameters, their gradient, two moments, and the average.
+    check_memory(parameters, copies=4 + (experiment.optim.ema_decay > 0))
+    say(f"{experiment.name}: {parameters:,} parameters, {experiment.train.steps} steps")
     if options.debug:
         say("--debug: a tiny model on data that ship with flowgen, to see that all runs; its numbers mean nothing.")
     result = fit(experiment, options.workdir)

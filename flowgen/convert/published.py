@@ -127,7 +127,7 @@ def _tarflow_config(
         num_blocks=_count(state_dict, "blocks.{index}.pos_embed"),
         layers_per_block=_count(state_dict, "blocks.0.attn_blocks.{index}.mlp.main.0.weight"),
         expansion=max(1, hidden // width),
-        num_classes=len(state_dict.get("blocks.0.class_embed", ())),
+        num_classes=_shape(state_dict, "blocks.0.class_embed", 3)[0] if "blocks.0.class_embed" in state_dict else 0,
         transform=transforms[outputs],
         noise_std=noise_std,
     )

@@ -84,7 +84,7 @@ class STARFlowConfig(ImageTokens):
         if (numbers := self.num_tokens * self.head_dim) > MAX_ROTATIONS:
             raise ValueError(
                 f"model.image_size is {self.image_size}, patch_size {self.patch_size} and head_dim {self.head_dim}, "
-                f"whose positions are a table of {numbers} numbers, of at most {MAX_ROTATIONS}; use a larger patch_size."
+                f"whose positions are a table of {numbers} numbers, of at most {MAX_ROTATIONS}; use larger patches."
             )
         check_noise_std(self.noise_std)
         if not self.layers or min(self.layers) < 0 or self.layers[-1] < 1:

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from flowgen.data.media import save_image
+from flowgen.documents import read_json
 from flowgen.training.metrics import MetricsLog, Silence, check_packages
 from flowgen.training.options import LogConfig, OptimConfig, TrainConfig
 from flowgen.training.parallel import DataParallel, barrier, from_primary, is_primary, largest
@@ -155,10 +156,7 @@ def read_config(run_dir: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f"checkpoint {run_dir} is not a directory; give the --workdir of a training run.")
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint {run_dir} is not a flowgen run (it has no {CONFIG_FILE}).")
-    try:
-        config = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); restore it or train again.") from error
+    config = read_json(path, fix="restore it or train again")
     if not isinstance(config, dict):
         raise ValueError(f"{path} holds no config; restore it or train again.")
     return config
