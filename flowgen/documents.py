@@ -117,9 +117,8 @@ def read_bytes(path: PathLike, *, most: int = MAX_BYTES) -> bytes:
     Example:
         content = read_bytes("tokenizer.json")
     """
-    # A FIFO is opened without waiting for who writes to it.
-    with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)), "rb") as file:
-        _check_mode(path, os.fstat(file.fileno()).st_mode)
+    check_regular(path)
+    with open(path, "rb") as file:
         content = file.read(most + 1)
     if len(content) > most:
         raise ValueError(f"it has more than {most:,} bytes")
@@ -127,12 +126,17 @@ def read_bytes(path: PathLike, *, most: int = MAX_BYTES) -> bytes:
 
 
 def check_regular(path: PathLike) -> None:
-    """Raises ValueError where a path leads to a FIFO, a socket or a device, reading from which may never end.
+    """Raises ValueError where a path leads to a FIFO, a socket or a device, opening or reading which may never end;
+    IsADirectoryError, or FileNotFoundError.
 
     Example:
         check_regular("model.safetensors")
     """
-    _check_mode(path, Path(path).stat().st_mode)
+    mode = Path(path).stat().st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(f"'{path}' is a folder; name the file inside it.")
+    if not stat.S_ISREG(mode):
+        raise ValueError(f"'{path}' is no regular file but a FIFO, a socket or a device; give the file itself.")
 
 
 def inside(folder: PathLike, name: Any, *, what: str) -> Path:
@@ -181,13 +185,6 @@ def _is_shown(letter: str) -> bool:
 def _escaped(letter: str) -> str:
     code = ord(letter)
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
-
-
-def _check_mode(path: PathLike, mode: int) -> None:
-    if stat.S_ISDIR(mode):
-        raise IsADirectoryError(f"'{path}' is a folder; name the file inside it.")
-    if not stat.S_ISREG(mode):
-        raise ValueError(f"'{path}' is no regular file but a FIFO, a socket or a device; give the file itself.")
 
 
 def _named(path: PathLike, fix: str, read: Callable[[], T]) -> T:

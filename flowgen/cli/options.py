@@ -118,13 +118,15 @@ def check_memory(parameters: int, *, copies: int) -> None:
     if jax.default_backend() != "cpu" or jax.process_count() > 1 or "SC_PHYS_PAGES" not in os.sysconf_names:
         return
     available, needed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), BYTES_OF_PARAMETER * parameters
-    told = (
-        f"the {parameters:,} parameters need {needed / 1e9:.1f} GB{{}}, and this machine has {available / 1e9:.1f} GB"
+    if copies * needed <= available:
+        return
+    message = (
+        f"the model has {parameters:,} parameters of {needed / 1e9:.1f} GB, which training keeps {copies} times, and "
+        f"this machine has {available / 1e9:.1f} GB; make the model narrower or give it fewer layers."
     )
     if needed > available:
-        raise ValueError(f"{told.format('')}; make the model narrower or give it fewer layers.")
-    if copies * needed > available:
-        warnings.warn(f"{told.format(f', {copies} times of it in training')}.", stacklevel=2)
+        raise ValueError(message)
+    warnings.warn(message, stacklevel=2)
 
 
 def per_second(rate: float) -> str:

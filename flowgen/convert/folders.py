@@ -103,8 +103,8 @@ def load_text_encoder(path: str | os.PathLike[str], *, length: int) -> FrozenTex
     config = _config(folder, "text encoder")
     kind = config.get("model_type")
     importers = {"t5": t5_encoder, "bert": bert_encoder}
-    if kind not in importers:
-        raise ValueError(f"'{folder}' holds a {kind!r}; text encoders of type {' and '.join(importers)} can be read.")
+    if not isinstance(kind, str) or kind not in importers:
+        raise ValueError(f"'{folder}' holds a {kind!r:.80}; text encoders of type {' and '.join(importers)} can be read.")
     tokenizer = _tokenizer(folder)
     network, variables = _named(folder, lambda: importers[kind](_weights(folder, "text encoder"), config))
     if kind == "bert" and length > network.config.max_length:

@@ -183,8 +183,8 @@ def _open_autoencoder(
         "VideoAutoencoder": (VideoAutoencoder, VideoAutoencoderConfig),
     }
     kind = saved["model"].get(fields.TYPE)
-    if kind not in kinds:
-        raise ValueError(f"codec.path '{path}' is the run of a {kind}; give that of an Autoencoder.")
+    if not isinstance(kind, str) or kind not in kinds:
+        raise ValueError(f"codec.path '{path}' is the run of a {kind!s:.80}; give that of an Autoencoder.")
     module, config = kinds[kind]
     plain = {name: value for name, value in saved["model"].items() if name != fields.TYPE}
     autoencoder = module(fields.from_plain(config, plain, path="model"))
