@@ -100,7 +100,8 @@ def check_within(path: str, value: Any, bounds: Within) -> None:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise ValueError(f"{path} is {value!r:.80}; it must be a number.")
     if value < bounds.least:
-        raise ValueError(f"{path} is {value}; it must be at least {bounds.least}.")
+        least = f"at least {bounds.least}" if bounds.least else "0 or more"
+        raise ValueError(f"{path} is {value}; it must be {least}.")
     if not value <= bounds.most:
         raise ValueError(f"{path} is {_short(value)}; it must be from {bounds.least} to {bounds.most}.")
 

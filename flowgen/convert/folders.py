@@ -104,7 +104,9 @@ def load_text_encoder(path: str | os.PathLike[str], *, length: int) -> FrozenTex
     kind = config.get("model_type")
     importers = {"t5": t5_encoder, "bert": bert_encoder}
     if not isinstance(kind, str) or kind not in importers:
-        raise ValueError(f"'{folder}' holds a {kind!r:.80}; text encoders of type {' and '.join(importers)} can be read.")
+        raise ValueError(
+            f"'{folder}' holds a {kind!r:.80}; text encoders of type {' and '.join(importers)} can be read."
+        )
     tokenizer = _tokenizer(folder)
     network, variables = _named(folder, lambda: importers[kind](_weights(folder, "text encoder"), config))
     if kind == "bert" and length > network.config.max_length:

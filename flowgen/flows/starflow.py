@@ -13,7 +13,7 @@ from flowgen.flows.affine import TokenOrder
 from flowgen.flows.block import BlockConfig, ClassPrefix, TextPrefix
 from flowgen.flows.flow import AutoregressiveFlow, ImageTokens
 from flowgen.flows.positions import GridPositions, rotary_pairs
-from flowgen.nn.checks import check_choices, check_noise_std, check_num_classes
+from flowgen.nn.checks import check_choices, check_noise_std
 from flowgen.nn.layers import ACTIVATION_NAMES, NORMS, Activation, Norm
 from flowgen.nn.transformer import TransformerConfig
 from flowgen.ranges import (
@@ -110,7 +110,6 @@ class STARFlowConfig(ImageTokens):
             )
         if not 0 <= self.soft_clip < float("inf"):
             raise ValueError(f"model.soft_clip is {self.soft_clip}; it must be 0 (off) or positive.")
-        check_num_classes(self.num_classes)
         if (self.text_dim > 0) != (self.text_length > 0) or min(self.text_dim, self.text_length) < 0:
             raise ValueError(
                 f"model.text_dim is {self.text_dim} and text_length {self.text_length}; give both, or neither (0)."

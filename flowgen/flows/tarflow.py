@@ -11,7 +11,7 @@ from flowgen.attention import CAUSAL_KERNEL_NAMES
 from flowgen.conditioning import check_labels
 from flowgen.flows.block import BlockConfig
 from flowgen.flows.flow import AutoregressiveFlow, ImageTokens
-from flowgen.nn.checks import check_choices, check_noise_std, check_num_classes
+from flowgen.nn.checks import check_choices, check_noise_std
 from flowgen.nn.layers import ACTIVATION_NAMES, Activation
 from flowgen.nn.transformer import TransformerConfig
 from flowgen.ranges import Blocks, Channels, Classes, Expansion, HeadDim, Layers, Side, Width
@@ -52,7 +52,6 @@ class TARFlowConfig(ImageTokens):
             raise ValueError(
                 f"model.width is {self.width}, not a multiple of head_dim {self.head_dim}; change one of the two."
             )
-        check_num_classes(self.num_classes)
         check_noise_std(self.noise_std)
         choices = {
             "transform": ("affine", "volume_preserving"),

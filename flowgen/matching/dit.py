@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 from flowgen.attention import KERNELS, make_attention_fn
 from flowgen.conditioning import check_labels
 from flowgen.matching.velocity import TIME_SCALE, ConditionEmbedding, check_inputs, check_time_scale
-from flowgen.nn.checks import check_choices, check_num_classes, check_patches, image_sides
+from flowgen.nn.checks import check_choices, check_patches, image_sides
 from flowgen.nn.layers import ACTIVATIONS, flat_dot, master_dtype, patchify, unpatchify
 from flowgen.ranges import Channels, Classes, Expansion, HeadDim, Layers, Side, Width, check_ranges
 
@@ -64,7 +64,6 @@ class DiTConfig:
             object.__setattr__(self, "image_size", tuple(self.image_size))
         image_sides(self.image_size)
         check_ranges(self, "model")
-        check_num_classes(self.num_classes)
         check_patches(self.image_size, self.patch_size)
         if (numbers := math.prod(self.token_grid) * self.width) > MAX_POSITIONS:
             raise ValueError(

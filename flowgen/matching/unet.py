@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int
 from flowgen.attention import softmax_attention
 from flowgen.conditioning import check_labels
 from flowgen.matching.velocity import TIME_SCALE, check_inputs, check_time_scale, class_or_none, time_features
-from flowgen.nn.checks import check_choices, check_num_classes, image_sides
+from flowgen.nn.checks import check_choices, image_sides
 from flowgen.nn.convolution import conv, group_norm
 from flowgen.nn.layers import flat_dot, linear, master_dtype
 from flowgen.ranges import (
@@ -90,7 +90,6 @@ class UNetConfig:
             raise ValueError(f"model.multipliers is {self.multipliers}; give a whole number of widths for each level.")
         image_sides(self.image_size)
         check_ranges(self, "model")
-        check_num_classes(self.num_classes)
         self._check_sizes()
         self._check_widths()
         if not 0 <= self.dropout < 1:

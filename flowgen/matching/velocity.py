@@ -17,7 +17,6 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int, Key
 
 from flowgen.conditioning import UNCONDITIONAL, check_labels
-from flowgen.nn.checks import check_num_classes
 from flowgen.nn.layers import linear, master_dtype
 from flowgen.ranges import Channels, Classes, Loops, Width, check_ranges
 
@@ -39,7 +38,6 @@ class MLPConfig:
 
     def __post_init__(self):
         check_ranges(self, "model")
-        check_num_classes(self.num_classes)
 
     @property
     def event_shape(self) -> tuple[int, ...]:

@@ -6,16 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 
-def check_num_classes(num_classes: int) -> None:
-    """Raises ValueError where a model's number of classes is negative.
-
-    Example:
-        check_num_classes(config.num_classes)
-    """
-    if num_classes < 0:
-        raise ValueError(f"model.num_classes is {num_classes}; it must be 0 (no classes) or more.")
-
-
 def check_noise_std(noise_std: float) -> None:
     """Raises ValueError where the noise a density is trained under cannot be.
 
