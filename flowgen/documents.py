@@ -8,10 +8,15 @@ no recursion of those who read it later minds either; YAML has no aliases, by wh
 from __future__ import annotations
 
 import json
+import lzma
 import math
 import os
 import re
 import stat
+import struct
+import tokenize
+import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -30,6 +35,11 @@ _MAX_YAML_TEXT = 1 << 12  # letters; a number of more takes the square of their 
 MAX_DEPTH = 64
 # More than the largest 64-bit integer, and than the "as long as you like" of published tokenizers, 10^30.
 _MAX_DIGITS = 40
+# What NumPy and zipfile raise, beside OSError, of a damaged .npy or .npz: the header of an array is a text of Python.
+ARRAY_DAMAGE = (
+    *(ValueError, EOFError, TypeError, SyntaxError, LookupError, AttributeError, OverflowError, MemoryError),
+    *(RuntimeError, tokenize.TokenError, struct.error, zipfile.BadZipFile, zlib.error, lzma.LZMAError),
+)
 _STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 # What each byte outside of texts adds to the depth.
 _STEPS = np.zeros(256, np.int8)
@@ -121,7 +131,7 @@ def read_bytes(path: PathLike, *, most: int = MAX_BYTES) -> bytes:
     with open(path, "rb") as file:
         content = file.read(most + 1)
     if len(content) > most:
-        raise ValueError(f"it has more than {most:,} bytes")
+        raise ValueError(f"'{path}' has more than {most:,} bytes; give a smaller file.")
     return content
 
 

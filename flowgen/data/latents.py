@@ -9,11 +9,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import lzma
 import math
 import os
 import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +22,7 @@ from jaxtyping import Bool, Float, Int, Int32
 from flowgen.data.buckets import BucketedSource
 from flowgen.data.media import from_uint8
 from flowgen.data.sources import Batch, Source, Split
-from flowgen.documents import check_regular, inside, read_json
+from flowgen.documents import ARRAY_DAMAGE, check_regular, inside, read_json
 
 INDEX_FILE = "dataset.json"
 NULL_FILE = "null.npz"
@@ -32,8 +30,6 @@ FORMAT = "flowgen latents 2"
 PICTURES_AT_ONCE = 512
 MAX_AXES = 8
 MAX_NULL_OVERHEAD = 1 << 16  # bytes
-# A header is a text of Python, of which NumPy says in many ways that it makes no sense.
-NPY_DAMAGE = (ValueError, EOFError, TypeError, SyntaxError, OverflowError, MemoryError, RecursionError)
 SHARD_BYTES = 256 << 20
 # Each open array holds a file descriptor, of which systems give a process a thousand as a rule.
 OPEN_SHARDS = 64
@@ -340,7 +336,7 @@ def _read_null(folder: Path) -> tuple[np.ndarray, np.ndarray]:
             null = arrays["text"], arrays["mask"]
     except FileNotFoundError as error:
         raise FileNotFoundError(f"'{path}' is missing; encode the data again.") from error
-    except (*NPY_DAMAGE, zipfile.BadZipFile, zlib.error, lzma.LZMAError, KeyError, OSError, RuntimeError) as error:
+    except (*ARRAY_DAMAGE, OSError) as error:
         raise ValueError(f"'{path}' is truncated or damaged ({str(error)[:200]}); encode the data again.") from error
     if [part.shape for part in null] != of_texts:
         raise ValueError(f"'{path}' is of another shape than the texts beside it; encode the data again.")
@@ -366,7 +362,7 @@ def _open_array(path: Path) -> np.ndarray:
         raise FileNotFoundError(f"'{path}' is missing; encode the data again.") from error
     except OSError as error:
         raise OSError(f"'{path}' cannot be read ({error}).") from error
-    except NPY_DAMAGE as error:
+    except ARRAY_DAMAGE as error:
         raise ValueError(f"'{path}' is truncated or damaged ({str(error)[:200]}); encode the data again.") from error
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "biuf":
         raise ValueError(f"'{path}' holds no array of numbers; encode the data again.")

@@ -425,6 +425,8 @@ def options(rng, base, folder):
         ["sample", *run, "--out", odd],
         ["sample", *run, "--plan", "jacobi", "--window", odd],
         ["sample", *run, "--prompt", odd],
+        ["sample", *run, "--prompts", odd],
+        ["sample", *run, "--given", odd],
         ["sample", "--checkpoint", odd, "--out", "x.png"],
         ["evaluate", *run, rng.choice(("--step", "--noise", "--samples", "--seed", "--split")), odd],
         ["evaluate", *run, "--data.source", "folder", "--data.path", odd],
