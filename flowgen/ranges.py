@@ -101,14 +101,16 @@ def check_within(path: str, value: Any, bounds: Within) -> None:
         raise ValueError(f"{path} is {value!r:.80}; it must be a number.")
     if value < bounds.least:
         least = f"at least {bounds.least}" if bounds.least else "0 or more"
-        raise ValueError(f"{path} is {value}; it must be {least}.")
+        raise ValueError(f"{path} is {_short(value)}; it must be {least}.")
     if not value <= bounds.most:
         raise ValueError(f"{path} is {_short(value)}; it must be from {bounds.least} to {bounds.most}.")
 
 
 def _short(value: Any) -> str:
     # Python writes no whole number of over 4,300 digits.
-    return f"over 10^{value.bit_length() * 3 // 10}" if isinstance(value, int) and value >> 256 else str(value)
+    if isinstance(value, int) and (digits := abs(value).bit_length() * 3 // 10) > 100:
+        return f"{'over ' if value > 0 else 'below -'}10^{digits}"
+    return str(value)
 
 
 @functools.cache

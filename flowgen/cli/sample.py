@@ -230,8 +230,8 @@ def _prompts(options: argparse.Namespace) -> tuple[str, ...]:
         lines = read_bytes(options.prompts).decode("utf-8-sig").splitlines()
     except OSError as error:
         raise FileNotFoundError(
-            f"--prompts {options.prompts} cannot be read ({error.strerror or error}); give a text file with one prompt per "
-            "line."
+            f"--prompts {options.prompts} cannot be read ({error.strerror or error}); give a text file with one "
+            "prompt per line."
         ) from error
     except UnicodeDecodeError as error:
         raise ValueError(f"--prompts {options.prompts} is not UTF-8 text ({error}); convert it.") from error

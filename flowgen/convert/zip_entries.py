@@ -18,6 +18,7 @@ MAX_ENTRIES = 1 << 17
 _LOCAL, _CENTRAL, _END, _END_64, _LOCATOR_64 = (b"PK" + tail for tail in (b"\3\4", b"\1\2", b"\5\6", b"\6\6", b"\6\7"))
 _LOCAL_SIZE, _CENTRAL_SIZE, _END_SIZE, _LOCATOR_SIZE, _END_64_SIZE = 30, 46, 22, 20, 56
 _MAX_COMMENT = 1 << 16
+_MAX_DIRECTORY = 1 << 26  # bytes
 _ALL_ONES = 0xFFFFFFFF
 _ZIP64_EXTRA = 1
 _ENCRYPTED = 1
@@ -83,7 +84,7 @@ def _directory(content: np.ndarray) -> tuple[int, int, int]:
         count, size, start = struct.unpack_from("<QQQ", record, 32)
     if count > MAX_ENTRIES:
         raise Refusal(f"its zip archive has {count:,} entries, and weights at most {MAX_ENTRIES:,}")
-    if start + size > end or count * _CENTRAL_SIZE > size:
+    if size > _MAX_DIRECTORY or start + size > end or count * _CENTRAL_SIZE > size:
         raise Damage("its zip archive has a directory that is not where it should be")
     return count, size, start
 

@@ -5,8 +5,6 @@ command that reads it. base: a folder of good files, which `write_base` makes.
 """
 
 import json
-import os
-import random
 import shutil
 import struct
 import sys
@@ -22,6 +20,7 @@ import reference_weights as rw
 import starflow_weights as sw
 from published_files import publish, write_safetensors
 from soak import torch_programs
+from soak.damage import ODD_TEXTS, ODD_VALUES, damage_file, damaged_tree
 
 TESTS = Path(__file__).parent.parent
 ROOT = TESTS.parent
@@ -78,67 +77,6 @@ def config():
     model = STARFlowVConfig(image_size=8, frames=3, channels=3, patch_size=4, width=32, head_dim=16, layers=(1, 1, 1))
     return Experiment(name="clips", model=model, data=ClipsConfig(source="folder", path="videos", eval_fraction=0.0))
 """
-ODD_TEXTS = [
-    *(
-        "",
-        " ",
-        "-1",
-        "0",
-        "1e999",
-        "nan",
-        "inf",
-        "-inf",
-        "1_0",
-        "0x10",
-        "None",
-        "true",
-        "[]",
-        "()",
-        "{}",
-        "'",
-        '"',
-        "\\",
-    ),
-    *("\x1b[2J", "\u202e", "\x00"[:0] + "\x7f", "é", "日本", "😀", "\udcff", "a" * 10_000, "9" * 5000, "(" * 3000),
-    *("../../x", "/etc/passwd", "/dev/zero", "/dev/null", ".", "..", "/", "~", "$HOME", "%s%n", "{0}", "x\ny"),
-    *(str(2**31), str(2**32), str(2**63), str(2**64), str(10**12), "1e308", "1" + "0" * 300, "[1, 2]", "(1,)", "1,2"),
-]
-ODD_VALUES = [
-    *(
-        None,
-        True,
-        False,
-        0,
-        -1,
-        1,
-        2**31,
-        2**40,
-        2**63,
-        10**30,
-        0.5,
-        -0.0,
-        1e308,
-        "",
-        "x",
-        "\x1b[31m",
-        "../x",
-        "a" * 5000,
-    ),
-    *([], {}, [[]], [None], {"a": 1}, [1] * 1000, list(range(5)), {"type": "x"}, [[[[[[1]]]]]], "9" * 5000),
-]
-ODD_TREES = [
-    b"[" * 100_000,
-    b'{"a":' * 100_000,
-    b"",
-    b"null",
-    b"5",
-    b"[]",
-    b'"x"',
-    b"\xff\xfe",
-    b"{",
-    b'{"a":1,"a":2}',
-    b"NaN",
-]
 
 
 def write_base(folder, main):
@@ -200,84 +138,6 @@ def write_data(folder):
     writer.finish(class_names=("a",), made_by={})
 
 
-# -- damage -----------------------------------------------------------------------------------------------------
-
-
-def damaged(rng: random.Random, content: bytes) -> bytes:
-    """Bytes with some changed, left out, repeated or put in, or cut."""
-    out = bytearray(content)
-    for _ in range(rng.choice((1, 1, 2, 4, 16, 200))):
-        if not out:
-            break
-        at, kind = rng.randrange(len(out)), rng.random()
-        if kind < 0.6:
-            out[at] = rng.choice((0, 1, 0x7F, 0x80, 0xFF, rng.randrange(256)))
-        elif kind < 0.7:
-            del out[at : at + rng.randrange(1, 64)]
-        elif kind < 0.8:
-            out[at:at] = out[at : at + rng.randrange(1, 64)] * rng.choice((1, 1, 2, 1000))
-        elif kind < 0.95:
-            size = rng.choice((2, 4, 8))
-            out[at : at + size] = rng.choice((b"\xff" * size, b"\0" * size, struct.pack("<Q", 1 << 31)[:size]))
-        else:
-            del out[at:]
-    return bytes(out)
-
-
-def damaged_tree(rng: random.Random, content: bytes) -> bytes:
-    """JSON with other values, names or branches in it; sometimes none."""
-    if rng.random() < 0.25:
-        return rng.choice(ODD_TREES)
-    if rng.random() < 0.2:
-        return damaged(rng, content)
-    tree = [json.loads(content)]
-    for _ in range(rng.choice((1, 1, 2, 3))):
-        holder, name = rng.choice(list(_places(tree)))
-        if rng.random() < 0.15 and isinstance(holder, dict):
-            del holder[name]
-        elif rng.random() < 0.15 and isinstance(holder, dict):
-            holder[rng.choice(ODD_TEXTS[:40]).encode("utf-8", "replace").decode()] = rng.choice(ODD_VALUES)
-        else:
-            holder[name] = rng.choice(ODD_VALUES)
-    return json.dumps(tree[0]).encode()
-
-
-def _places(tree):
-    names = tree if isinstance(tree, dict) else range(len(tree)) if isinstance(tree, list) else ()
-    for name in list(names):
-        yield tree, name
-        yield from _places(tree[name])
-
-
-def _hand_made(rng, path):
-    """A file under the name of a good one: empty, of another kind, a FIFO, a link or a folder."""
-    if path.exists():
-        path.unlink()
-    kind = rng.randrange(6)
-    if kind == 0:
-        path.write_bytes(b"")
-    elif kind == 1:
-        path.write_bytes(
-            rng.choice((b"<html>", b"%!PS-Adobe\n(x) run", b"version https://git-lfs", b"#!/bin/sh\ntouch x"))
-        )
-    elif kind == 2:
-        os.mkfifo(path)
-    elif kind == 3:
-        path.symlink_to(rng.choice(("/dev/zero", "/etc/passwd", path.name, "nowhere", "..")))
-    elif kind == 4:
-        path.mkdir()
-    else:
-        path.write_bytes(rng.randbytes(5000))
-
-
-def _damage_file(rng, path, tree=False):
-    if rng.random() < 0.15:
-        _hand_made(rng, path)
-    else:
-        content = path.read_bytes()
-        path.write_bytes(damaged_tree(rng, content) if tree else damaged(rng, content))
-
-
 # -- kinds ------------------------------------------------------------------------------------------------------
 
 TARFLOW = ["--image-size", "8", "--patch-size", "2", "--noise-std", "0.1", "--to", "out"]
@@ -295,7 +155,7 @@ def torch_file(rng, base, folder):
     else:
         fixture = rng.choice([*sorted((TESTS / "fixtures").glob("*.pth")), base / "tarflow.pth"])
         shutil.copy(fixture, path)
-        _damage_file(rng, path)
+        damage_file(rng, path)
     return ["convert", path.name, *TARFLOW]
 
 
@@ -309,7 +169,7 @@ def safetensors_file(rng, base, folder):
         path.write_bytes(struct.pack("<Q", length) + header + content[8 + length :])
     else:
         path.write_bytes(content)
-        _damage_file(rng, path)
+        damage_file(rng, path)
     return ["convert", path.name, *TARFLOW]
 
 
@@ -333,7 +193,7 @@ def published_folder(rng, base, folder):
         text = "\n".join(lines) if rng.random() < 0.7 else rng.choice(odd)
         path.write_text(text, encoding="utf-8")
     else:
-        _damage_file(rng, path, tree=name.endswith(".json"))
+        damage_file(rng, path, tree=name.endswith(".json"))
     places = ["--autoencoder", "published/vae", "--text-encoder", "published/t5"]
     return [
         "convert",
@@ -350,9 +210,9 @@ def latents(rng, base, folder):
     shutil.copytree(base / "latents", folder / "latents")
     (folder / "latents.py").write_text(LATENT_CONFIG)
     if rng.random() < 0.5:
-        _damage_file(rng, folder / "latents" / "dataset.json", tree=True)
+        damage_file(rng, folder / "latents" / "dataset.json", tree=True)
     else:
-        _damage_file(rng, folder / "latents" / "train-00000" / rng.choice(("mean.npy", "std.npy", "label.npy")))
+        damage_file(rng, folder / "latents" / "train-00000" / rng.choice(("mean.npy", "std.npy", "label.npy")))
     return ["train", "--config", "latents.py", "--workdir", "out", *DEBUG[1:]]
 
 
@@ -360,7 +220,7 @@ def arrays(rng, base, folder):
     path = folder / "images.npz"
     if rng.random() < 0.6:
         shutil.copy(base / "images.npz", path)
-        _damage_file(rng, path)
+        damage_file(rng, path)
     else:
         images, labels = np.zeros((6, 8, 8, 1), np.uint8), np.zeros(6, np.int64)
         odd = (2**62, -5, 3 * 10**7, 255)
@@ -376,7 +236,7 @@ def pictures(rng, base, folder):
     shutil.copytree(base / "pictures", folder / "pictures")
     for path in sorted((folder / "pictures").iterdir()):
         if rng.random() < 0.5:
-            _damage_file(rng, path)
+            damage_file(rng, path)
     skip = ["--data.on_corrupt", rng.choice(("skip", "refuse"))]
     where = ["--data.source", "folder", "--data.path", "pictures"]
     return ["train", "--config", DIGITS, "--workdir", "out", *TINY, *where, *skip]
@@ -386,7 +246,7 @@ def videos(rng, base, folder):
     shutil.copytree(base / "videos", folder / "videos")
     for path in sorted((folder / "videos").iterdir()):
         if rng.random() < 0.7:
-            _damage_file(rng, path)
+            damage_file(rng, path)
     (folder / "clips.py").write_text(CLIPS_CONFIG)
     fps = rng.choice(("0", "8", "1e9", "0.001"))
     return ["train", "--config", "clips.py", "--workdir", "out", *DEBUG[1:], "--data.fps", fps]
@@ -400,7 +260,7 @@ def run_directory(rng, base, folder):
     if rng.random() < 0.1:
         shutil.rmtree(path.parent) if rng.random() < 0.5 else path.unlink()
     else:
-        _damage_file(rng, path, tree=config)
+        damage_file(rng, path, tree=config)
     if config or rng.random() < 0.3:
         return ["info", "--checkpoint", "run"]
     return ["sample", "--checkpoint", "run", "--num", "2", "--out", "samples.png"]
