@@ -163,9 +163,9 @@ def fill(target: Any, state_dict: Mapping[str, np.ndarray], rules: Iterable[Rule
     for name in dropped:
         rule = next((rule for rule in rules if rule.target is None and match(rule.source, name) is not None), None)
         if rule is None:
-            failures.append(f"{name!r} is not expected")
+            failures.append(f"{name[:200]!r} is not expected")
         elif (problem := _violation(state_dict[name], rule)) is not None:
-            failures.append(f"{name!r} {problem}")
+            failures.append(f"{name[:200]!r} {problem}")
     if failures:
         raise MappingError(failures)
     return variables, dropped
