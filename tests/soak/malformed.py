@@ -192,8 +192,8 @@ def parse():
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--only", type=int, nargs="*", help="numbers of inputs to look at alone")
     parser.add_argument("--log", type=Path, help="file for a line of JSON per input")
-    for name in ("--base", "--report"):
-        parser.add_argument(name, type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--base", type=Path, help="folder of good files, made where there is none (default: for once)")
+    parser.add_argument("--report", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--indices", type=int, nargs="*", help=argparse.SUPPRESS)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--prepare", action="store_true", help=argparse.SUPPRESS)
@@ -215,9 +215,10 @@ def main():
         return 0
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     with tempfile.TemporaryDirectory(prefix="malformed-") as place:
-        options.base = Path(place) / "base"
-        words = [sys.executable, __file__, "--prepare", "--base", str(options.base)]
-        subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
+        options.base = (options.base or Path(place) / "base").absolute()
+        if not options.base.is_dir():
+            words = [sys.executable, __file__, "--prepare", "--base", str(options.base)]
+            subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
         indices = options.only if options.only else range(options.inputs)
         shares = [list(indices)[first :: options.workers] for first in range(options.workers)]
         from concurrent.futures import ThreadPoolExecutor
