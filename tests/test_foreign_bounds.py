@@ -356,6 +356,8 @@ def test_warnings_and_log_lines_show_names_as_errors_do(capsys, monkeypatch):
         return 0
 
     monkeypatch.setattr(info, "run", run)
+    shown_by_others = logging.StreamHandler(sys.stderr)
+    monkeypatch.setattr(logging.getLogger(), "handlers", [shown_by_others])
     assert main(["info", "--config", DIGITS]) == 0
     error = capsys.readouterr().err
     assert error.count("\\x1b[2J") == 2

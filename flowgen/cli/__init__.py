@@ -99,11 +99,14 @@ class _Sentences(logging.Handler):
 @contextlib.contextmanager
 def _log_as_sentences() -> Generator[None]:
     handler, logger = _Sentences(logging.WARNING), logging.getLogger("flowgen")
+    # Other packages give the root a handler of their own, which would show the same line as it is.
+    propagates, logger.propagate = logger.propagate, False
     logger.addHandler(handler)
     try:
         yield
     finally:
         logger.removeHandler(handler)
+        logger.propagate = propagates
 
 
 def _fail(error: BaseException | str, code: int) -> int:

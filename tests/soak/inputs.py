@@ -95,6 +95,8 @@ def write_base(folder, main):
     write_data(folder)
     if main(["train", "--config", DIGITS, "--workdir", str(folder / "run"), *TINY]) != 0:
         raise RuntimeError("the run that damage is done to was not trained")
+    # What is compiled for it is then known, where compiled programs are kept.
+    main(["sample", "--checkpoint", str(folder / "run"), "--num", "2", "--out", str(folder / "samples.png")])
 
 
 def write_torch(path, weights):

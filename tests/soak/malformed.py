@@ -27,7 +27,7 @@ from collections import Counter
 from pathlib import Path
 
 TESTS = Path(__file__).absolute().parent.parent
-SECONDS, KILL_SECONDS = 20, 60
+SECONDS, KILL_SECONDS = 20, 40
 BYTES = 1 << 30
 ALLOWED_CODES = (0, 2, 3)
 STARTS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "pty.spawn")
@@ -69,22 +69,22 @@ class Watch:
                 self.found.append(f"{event} {place!r:.200}")
 
 
-def check(index, seed, base, folder, watch, main):
+def check(index, options, folder, watch, main):
     """Returns what an input is, and what is wrong with the answer to it."""
     from soak import inputs
 
-    rng = random.Random(f"{seed}/{index}")
+    rng, seconds_allowed = random.Random(f"{options.seed}/{index}"), options.seconds
     kind = inputs.KINDS[index % len(inputs.KINDS)]
     folder.mkdir()
-    words = kind(rng, base, folder)
+    words = kind(rng, options.base, folder)
     os.chdir(folder)
     watch.places[0], watch.found = os.path.realpath(folder), []
     Path("/proc/self/clear_refs").write_text("5")
     before, began = _memory("VmRSS"), time.perf_counter()
     with _captured(folder.parent / "shown") as shown:
         watch.on = True
-        faulthandler.dump_traceback_later(KILL_SECONDS, exit=True, file=sys.__stderr__)
-        signal.alarm(SECONDS)
+        faulthandler.dump_traceback_later(seconds_allowed + KILL_SECONDS, exit=True, file=sys.__stderr__)
+        signal.alarm(seconds_allowed)
         try:
             code = main(words)
         except SystemExit as error:
@@ -99,7 +99,7 @@ def check(index, seed, base, folder, watch, main):
     faults = [f"{fault}" for fault in watch.found]
     if code not in ALLOWED_CODES:
         faults.append(f"exit code {code}")
-    if seconds > SECONDS:
+    if seconds > seconds_allowed:
         faults.append(f"{seconds:.0f} seconds")
     if peak > BYTES:
         faults.append(f"{peak >> 20} MB")
@@ -158,7 +158,7 @@ def work(options):
         for index in options.indices:
             report.write(json.dumps({"begun": index}) + "\n")
             with tempfile.TemporaryDirectory(dir=options.base.parent) as folder:
-                found = check(index, options.seed, options.base, Path(folder) / "in", watch, main)
+                found = check(index, options, Path(folder) / "in", watch, main)
                 os.chdir("/")
             report.write(json.dumps({"index": index, **found}) + "\n")
             gc.collect()
@@ -169,7 +169,7 @@ def supervise(options, indices, report):
     found, waiting = [], list(indices)
     while waiting:
         report.write_text("")
-        words = [sys.executable, __file__, "--worker", "--seed", str(options.seed)]
+        words = [sys.executable, __file__, "--worker", "--seed", str(options.seed), "--seconds", str(options.seconds)]
         words += ["--base", str(options.base), "--report", str(report), "--indices", *map(str, waiting)]
         ended = subprocess.run(words, capture_output=True, text=True)
         lines = [json.loads(line) for line in report.read_text().splitlines()]
@@ -190,6 +190,7 @@ def parse():
     parser.add_argument("--inputs", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--seconds", type=int, default=SECONDS, help="for one input; more if others use the machine")
     parser.add_argument("--only", type=int, nargs="*", help="numbers of inputs to look at alone")
     parser.add_argument("--log", type=Path, help="file for a line of JSON per input")
     parser.add_argument("--base", type=Path, help="folder of good files, made where there is none (default: for once)")
