@@ -20,6 +20,8 @@ from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
 TYPE = "type"
+MAX_WHOLE_FLOAT = 10**300
+MAX_SHOWN = 200  # letters of a value in a message
 
 
 @functools.cache
@@ -60,7 +62,7 @@ def from_plain(cls: type[T], data: Any, *, path: str = "") -> T:
         config = from_plain(TrainConfig, {"steps": 100, "batch_size": 8}, path="train")
     """
     if not isinstance(data, Mapping):
-        raise ValueError(f"{path or cls.__name__} is {data!r}; it must be a group of fields.")
+        raise ValueError(f"{path or cls.__name__} is {_shown(data)}; it must be a group of fields.")
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}  # ty: ignore[invalid-argument-type]
     for name in data:
@@ -110,7 +112,7 @@ def check(annotation: Any, value: Any, *, path: str) -> Any:
     try:
         return _convert(annotation, value, path)
     except _Mismatch:
-        raise ValueError(f"{path} is {value!r}; it must be {describe(annotation)}.") from None
+        raise ValueError(f"{path} is {_shown(value)}; it must be {describe(annotation)}.") from None
 
 
 def override(config: T, arguments: Sequence[str]) -> T:
@@ -262,7 +264,10 @@ def _convert(annotation: Any, value: Any, path: str) -> Any:
 def _convert_number(annotation: type, value: Any) -> int | float:
     if getattr(value, "shape", None) == ():
         value = value.item()  # of an array library
-    _require(isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value), value)
+    _require(isinstance(value, numbers.Real) and not isinstance(value, bool), value)
+    if isinstance(value, int):  # of any size
+        return value if annotation is int else float(_require(abs(value) < MAX_WHOLE_FLOAT, value))
+    _require(math.isfinite(value), value)
     _require(annotation is float or value == int(value), value)
     return annotation(value)
 
@@ -270,7 +275,7 @@ def _convert_number(annotation: type, value: Any) -> int | float:
 def _convert_choice(known: dict[str, type], value: dict[str, Any], path: str) -> Any:
     name = value.pop(TYPE, None)
     if not isinstance(name, str) or name not in known:
-        raise ValueError(f"{_join(path, TYPE)} is {name!r}; choose one of {', '.join(known)}.")
+        raise ValueError(f"{_join(path, TYPE)} is {_shown(name)}; choose one of {', '.join(known)}.")
     return from_plain(known[name], value, path=path)
 
 
@@ -284,6 +289,15 @@ def _convert_union(members: tuple[Any, ...], value: Any, path: str) -> Any:
         except _Mismatch:
             continue
     raise _Mismatch
+
+
+def _shown(value: Any) -> str:
+    """A value in a message, short whatever it is."""
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # Python writes nothing nested too deep, and no number of over 4,300 digits.
+        return f"a {type(value).__name__}"
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 def _require(fits: bool, value: Any) -> Any:
@@ -364,7 +378,7 @@ def _parse(annotation: Any, text: str, path: str) -> Any:
             return _convert(annotation, candidate, path)
         except _Mismatch:
             continue
-    raise ValueError(f"{path} is {text!r}; it must be {describe(annotation)}.")
+    raise ValueError(f"{path} is {_shown(text)}; it must be {describe(annotation)}.")
 
 
 def _literal(text: str) -> Any:

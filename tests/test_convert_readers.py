@@ -313,7 +313,7 @@ def spec(start, stop, shape, dtype="F32"):
         ({"a": {"dtype": "F32"}}, "data_offsets"),
         ({"a": 3}, "damaged"),
         (b'{"a": [1]', "damaged"),
-        (b'{"a": 1, "a": 2}', "names a tensor twice"),
+        (b'{"a": 1, "a": 2}', "names .a. twice"),
         (b"{" * 100_000, "damaged"),
     ],
 )

@@ -226,7 +226,7 @@ def test_mistakes_in_the_files_are_named(published, tmp_path, capsys):
             (weights, "--arguments", tmp_path / "fps.yaml"),
             "fps_cond is 1, but vid_size is missing; give both",
         ),
-        ((weights, "--arguments", tmp_path / "null.yaml"), "an argument has a value that cannot be"),
+        ((weights, "--arguments", tmp_path / "null.yaml"), "soft_clip is None; it must be a number"),
         (
             (weights, "--image-size", "256", "--dtype", "bfloat16"),
             "--dtype is for STARFlow, whose --arguments",

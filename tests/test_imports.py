@@ -32,6 +32,8 @@ LEVELS = {
     "flowgen.matching.bridge": 1,
     "flowgen.matching.mean_flow": 1,
     "flowgen.matching": 2,
+    "flowgen.documents": -1,
+    "flowgen.ranges": -1,
     "flowgen.data.media": 0,
     "flowgen.data.inventory": 0,
     "flowgen.nn": 1,

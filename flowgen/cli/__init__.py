@@ -7,20 +7,23 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from types import ModuleType
 from typing import NoReturn, TextIO
 
 from flowgen.cli import convert, encode, evaluate, info, sample, train
+from flowgen.cli.options import as_sentence
 
 EXIT_MISTAKE = 2
 EXIT_NOT_FINITE = 3
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
 MISTAKES = (ValueError, OSError, ImportError)
+OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # as the runtime says it
 
 # Commands after whose options any field of the config may be set.
 TAKES_FIELDS = ("train", "sample", "info", "evaluate", "encode")
@@ -93,7 +96,7 @@ def _run(words: list[str]) -> int:
             raise ValueError(
                 f"{rest[0]} is not an option of {options.command}; see {parser.prog} {options.command} --help."
             )
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _log_as_sentences():
             warnings.showwarning = _show_warning  # ty: ignore[invalid-assignment]
             return COMMANDS[options.command][0].run(options, rest)
     except BrokenPipeError:
@@ -106,6 +109,10 @@ def _run(words: list[str]) -> int:
         return _fail(_outside(error.name) if error.name else error, EXIT_MISTAKE)
     except MISTAKES as error:
         return _fail(error, EXIT_MISTAKE)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and OUT_OF_MEMORY not in str(error):
+            raise
+        return _fail(f"There is not enough memory ({error}); make the model, the batch or the images smaller.", 2)
 
 
 def _outside(module: str) -> str:
@@ -134,12 +141,30 @@ def _show_warning(
     line: str | None = None,
 ) -> None:
     """Shows a warning as one sentence; where in the code it arose is for those of other packages."""
-    sentence = " ".join(str(message).split())
     place = "" if category is UserWarning else f" ({category.__name__}, {filename}:{lineno})"
-    sys.stderr.write(f"flowgen: warning: {sentence}{place}\n")
+    sys.stderr.write(f"flowgen: warning: {as_sentence(message)}{place}\n")
 
 
-def _fail(error: Exception | str, code: int) -> int:
-    sentence = " ".join(str(error).split())
-    sys.stderr.write(f"flowgen: {sentence}\n")
+class _Sentences(logging.Handler):
+    """Shows what the library logs as warnings are shown."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        sys.stderr.write(f"flowgen: {record.levelname.lower()}: {as_sentence(record.getMessage())}\n")
+
+
+@contextlib.contextmanager
+def _log_as_sentences() -> Generator[None]:
+    handler, logger = _Sentences(logging.WARNING), logging.getLogger("flowgen")
+    # Other packages give the root a handler of their own, which would show the same line as it is.
+    propagates, logger.propagate = logger.propagate, False
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagates
+
+
+def _fail(error: BaseException | str, code: int) -> int:
+    sys.stderr.write(f"flowgen: {as_sentence(error)}\n")
     return code

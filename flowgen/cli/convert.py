@@ -75,6 +75,7 @@ def _starflow(options: argparse.Namespace) -> tuple[Any, Any, Any]:
     from flowgen import convert
     from flowgen.config import Experiment, SamplingConfig
     from flowgen.data import ClipsConfig, DataConfig
+    from flowgen.fields import check
 
     for name in ("image_size", "patch_size", "channels", "noise_std"):
         if getattr(options, name) is not None:
@@ -91,7 +92,7 @@ def _starflow(options: argparse.Namespace) -> tuple[Any, Any, Any]:
         data=DataConfig(source="folder") if size is None else ClipsConfig(fps=float(convert.clip_size(size)[1])),
         codec=codec,
         text=_text(options, arguments) if flow.config.text_dim else None,
-        sampling=SamplingConfig(num=8, guidance=float(arguments.get("cfg") or 0), rule="product"),
+        sampling=SamplingConfig(num=8, guidance=check(float, arguments.get("cfg") or 0, path="cfg"), rule="product"),
     )
     return flow, variables, experiment
 

@@ -19,7 +19,6 @@ def declare(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, rest: list[str]) -> int:
     """Returns the exit code."""
     from flowgen import config
-    from flowgen.data.inventory import printable
     from flowgen.runs import CHECKPOINTS, CheckpointReader, read_config
     from flowgen.settings import settings
 
@@ -34,7 +33,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
         experiment = load_experiment(options, rest)
     say(f"parameters: {num_parameters(experiment.flow()):,}")
     if options.checkpoint and (classes := getattr(experiment.data, "classes", ())):
-        say("classes: " + ", ".join(f"{number} {printable(name)}" for number, name in enumerate(classes)))
+        say("classes: " + ", ".join(f"{number} {name}" for number, name in enumerate(classes)))
     for setting in settings(experiment):
         say(described(setting))
     return 0

@@ -6,15 +6,21 @@ import argparse
 import csv
 import difflib
 import math
+import os
 import shlex
+import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from flowgen.documents import printable
 from flowgen.fields import check
 from flowgen.settings import Setting, settings
 
 HELP_COLUMN = 36  # from which on the help of a field is shown
+BYTES_OF_PARAMETER = 4
+MAX_MESSAGE = 4000  # letters
 MAX_SEED = 2**32 - 1  # Without 64-bit integers jax would cut what is above, and two seeds would give one image.
 
 
@@ -25,7 +31,7 @@ def finite_number(text: str) -> float:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} is not a finite number")
     return value
 
 
@@ -39,7 +45,7 @@ def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
             value = least - 1
         if value < least or (most is not None and value > most):
             bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number {bounds}")
+            raise argparse.ArgumentTypeError(f"{text[:80]!r} is not a whole number {bounds}")
         return value
 
     return parse
@@ -171,11 +177,43 @@ def num_parameters(flow: Any) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(abstract["params"]))
 
 
+def check_memory(parameters: int, *, copies: int) -> None:
+    """Raises ValueError where a model's parameters cannot be kept in this machine's memory, and warns where as many
+    copies of them cannot, as training keeps of parameters, moments and average.
+
+    Looks at CPUs alone: accelerators have memory of their own, of which several may share a model.
+    """
+    import jax
+
+    if jax.default_backend() != "cpu" or jax.process_count() > 1 or "SC_PHYS_PAGES" not in os.sysconf_names:
+        return
+    available, needed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), BYTES_OF_PARAMETER * parameters
+    if copies * needed <= available:
+        return
+    message = (
+        f"the model has {parameters:,} parameters of {needed / 1e9:.1f} GB, which training keeps {copies} times, and "
+        f"this machine has {available / 1e9:.1f} GB; make the model narrower or give it fewer layers."
+    )
+    if needed > available:
+        raise ValueError(message)
+    warnings.warn(message, stacklevel=2)
+
+
 def per_second(rate: float) -> str:
     """Returns a rate in words, such as "12.3 per second" or "0.042 per second"."""
     return f"{rate:.1f} per second" if rate >= 1 else f"{rate:.2g} per second"
 
 
 def say(line: str) -> None:
-    """Prints a line of the command's result."""
-    print(line, flush=True)
+    """Prints a line of the command's result, in which what controls a terminal is written out."""
+    text, encoding = printable(line), getattr(sys.stdout, "encoding", None) or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+
+
+def as_sentence(message: object) -> str:
+    """Returns a message on one line, in which what controls a terminal is written out, and the middle of one without
+    end is left out."""
+    text = str(message)
+    if len(text) > MAX_MESSAGE:
+        text = f"{text[: MAX_MESSAGE // 2]} ... {text[-MAX_MESSAGE // 2 :]}"
+    return printable(" ".join(text.split()))

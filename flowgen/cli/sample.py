@@ -24,6 +24,7 @@ from flowgen.cli.options import (
     step_or_best,
     whole_number,
 )
+from flowgen.documents import read_bytes
 from flowgen.packages import missing
 
 PICTURES_AT_ONCE = 64
@@ -251,10 +252,11 @@ def _prompts(options: argparse.Namespace) -> tuple[str, ...]:
     if options.prompts is None:
         return tuple(options.prompt or ())
     try:
-        lines = Path(options.prompts).read_text(encoding="utf-8-sig").splitlines()
+        lines = read_bytes(options.prompts).decode("utf-8-sig").splitlines()
     except OSError as error:
         raise FileNotFoundError(
-            f"--prompts {options.prompts} cannot be read ({error.strerror}); give a text file with one prompt per line."
+            f"--prompts {options.prompts} cannot be read ({error.strerror or error}); give a text file with one "
+            "prompt per line."
         ) from error
     except UnicodeDecodeError as error:
         raise ValueError(f"--prompts {options.prompts} is not UTF-8 text ({error}); convert it.") from error

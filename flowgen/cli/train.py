@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from flowgen.cli.options import group_help, load_experiment, num_parameters, say
+from flowgen.cli.options import check_memory, group_help, load_experiment, num_parameters, say
 
 DEBUG = "--debug: a tiny model on data that ship with flowgen, to see that all runs; its numbers mean nothing."
 
@@ -37,6 +37,8 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
             with signals.raising():
                 experiment = load_experiment(options, rest)
                 parameters = num_parameters(experiment.flow())
+            # Of the parameters, their gradient, two moments, and the average.
+            check_memory(parameters, copies=4 + (experiment.optim.ema_decay > 0))
             say(f"{experiment.name}: {parameters:,} parameters, {experiment.train.steps} steps")
             if options.debug:
                 say(DEBUG)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +19,10 @@ from jaxtyping import Array, Float, Key
 
 from flowgen.arrays import check_floating
 from flowgen.attention import softmax_attention
-from flowgen.nn.checks import check_at_least_one, check_choices
+from flowgen.nn.checks import check_choices
 from flowgen.nn.convolution import conv, group_norm
 from flowgen.nn.layers import linear, master_dtype
+from flowgen.ranges import MAX_LEVELS, AtMost, Channels, Groups, Loops, Width, check_ranges
 from flowgen.typed import typed
 
 GROUP_NORM_EPS = 1e-6
@@ -43,17 +44,16 @@ class AutoencoderConfig:
     remat: recompute blocks in the backward pass.
     """
 
-    channels: int = 3
-    latent_channels: int = 4
-    widths: tuple[int, ...] = (128, 256, 512, 512)
-    layers_per_block: int = 2
-    num_groups: int = 32
+    channels: Channels = 3
+    latent_channels: Channels = 4
+    widths: Annotated[tuple[Width, ...], AtMost(MAX_LEVELS)] = (128, 256, 512, 512)
+    layers_per_block: Loops = 2
+    num_groups: Groups = 32
     attention: bool = True
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: bool = False
 
     def __post_init__(self):
-        check_at_least_one(self, ("channels", "latent_channels", "layers_per_block", "num_groups"))
         if not self.widths:
             raise ValueError("model.widths is empty; give the channels of each level.")
         for width in self.widths:
@@ -62,6 +62,7 @@ class AutoencoderConfig:
                     f"model.widths has {width}, which is not a positive multiple of num_groups {self.num_groups}; "
                     "change one of the two."
                 )
+        check_ranges(self, "model")
         check_choices(self, {"dtype": ("float32", "bfloat16")})
 
     @property

@@ -16,8 +16,8 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from flowgen.attention import softmax_attention
-from flowgen.nn.checks import check_at_least_one
 from flowgen.nn.layers import ACTIVATIONS
+from flowgen.ranges import Heads, Hidden, Layers, Vocabulary, Width, check_ranges
 
 NORM_EPS = 1e-12
 
@@ -26,17 +26,17 @@ NORM_EPS = 1e-12
 class BertConfig:
     """Shape of a BERT encoder; the defaults are those of all-MiniLM-L6-v2. max_length: positions there are."""
 
-    vocab_size: int = 30522
-    width: int = 384
-    num_layers: int = 6
-    num_heads: int = 12
-    hidden: int = 1536
-    max_length: int = 512
-    num_segments: int = 2
+    vocab_size: Vocabulary = 30522
+    width: Width = 384
+    num_layers: Layers = 6
+    num_heads: Heads = 12
+    hidden: Hidden = 1536
+    max_length: Vocabulary = 512
+    num_segments: Vocabulary = 2
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self):
-        check_at_least_one(self, ("vocab_size", "width", "num_layers", "num_heads", "hidden", "max_length"))
+        check_ranges(self, "model")
         if self.width % self.num_heads:
             raise ValueError(f"num_heads is {self.num_heads}, which does not divide width {self.width}; change one.")
 

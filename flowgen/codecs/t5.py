@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from einops import rearrange
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from flowgen.nn.checks import check_at_least_one
+from flowgen.ranges import HeadDim, Heads, Hidden, Layers, Vocabulary, Width, Within, check_ranges
 
 NORM_EPS = 1e-6
 
@@ -31,18 +31,23 @@ class T5Config:
     num_buckets, max_distance: of relative positions; beyond max_distance all are in the last bucket.
     """
 
-    vocab_size: int = 32128
-    width: int = 2048
-    num_layers: int = 24
-    num_heads: int = 32
-    head_dim: int = 64
-    hidden: int = 5120
-    num_buckets: int = 32
-    max_distance: int = 128
+    vocab_size: Vocabulary = 32128
+    width: Width = 2048
+    num_layers: Layers = 24
+    num_heads: Heads = 32
+    head_dim: HeadDim = 64
+    hidden: Hidden = 5120
+    num_buckets: Annotated[int, Within(4, 1 << 12)] = 32
+    max_distance: Annotated[int, Within(2, 1 << 20)] = 128
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self):
-        check_at_least_one(self, ("vocab_size", "width", "num_layers", "num_heads", "head_dim", "hidden"))
+        check_ranges(self, "model")
+        if self.max_distance <= self.num_buckets // 4:
+            raise ValueError(
+                f"model.max_distance is {self.max_distance}; it must be above a quarter of num_buckets, "
+                f"{self.num_buckets // 4}."
+            )
 
 
 class T5Encoder(nn.Module):

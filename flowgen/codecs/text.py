@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,9 +15,12 @@ import numpy as np
 
 from flowgen.codecs.parts import in_parts
 from flowgen.conditioning import TextCondition
+from flowgen.documents import MAX_TOKENIZER_BYTES, check_depth, read_bytes
 from flowgen.packages import missing
 
 TEXTS_AT_ONCE = 64
+MAX_TOKEN = (1 << 31) - 1
+_PROBE = "a 1, \u00e9\u65e5"  # letters of one, two and three bytes
 
 
 @runtime_checkable
@@ -75,18 +79,27 @@ class JsonTokenizer:
             import tokenizers
         except ModuleNotFoundError as error:
             raise missing(f"Reading '{path}'", "tokenizers") from error
+        content = read_bytes(path, most=MAX_TOKENIZER_BYTES)
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # The package raises nothing narrower.
-            raise ValueError(f"'{path}' is no tokenizer.json ({error}); get the file again.") from error
-        # Length is ours to keep, so that a text that is too long can be told from one that fits.
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
+            check_depth(content)
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
+            # Length is ours to keep, so that a text that is too long can be told from one that fits.
+            self._tokenizer.no_truncation()
+            self._tokenizer.no_padding()
+            _check_template(self._tokenizer.post_processor)
+            self._tokenizer.encode(_PROBE)
+        except BaseException as error:
+            _check_of_package(error)
+            raise ValueError(f"'{path}' is no tokenizer.json ({str(error)[:200]}); get the file again.") from error
         ids = (self._tokenizer.token_to_id(token) for token in ("[PAD]", "<pad>"))
         self.pad = next((number for number in ids if number is not None), 0)
 
     def __call__(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text).ids
+        try:
+            return self._tokenizer.encode(text).ids
+        except BaseException as error:
+            _check_of_package(error)
+            raise ValueError(f"the tokenizer cannot take the text {_shortened(text)!r} ({error}).") from error
 
     def cut(self, ids: list[int], length: int) -> list[int]:
         """Returns the first tokens and the last, which ends a text in these vocabularies."""
@@ -111,10 +124,15 @@ class SentencePieceTokenizer:
             import sentencepiece
         except ModuleNotFoundError as error:
             raise missing(f"Reading '{path}'", "sentencepiece") from error
+        content = read_bytes(path, most=MAX_TOKENIZER_BYTES)
         try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=content)
+            self._processor.encode(_PROBE)
         except (RuntimeError, OSError) as error:
-            raise ValueError(f"'{path}' is no SentencePiece model ({error}); get the file again.") from error
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"'{path}' is no SentencePiece model ({reason}); get the file again.") from error
+        if self._processor.eos_id() < 0:
+            raise ValueError(f"'{path}' has no token for the end of a text; get the file again.")
         self.pad = 0
 
     def __call__(self, text: str) -> list[int]:
@@ -171,6 +189,8 @@ def tokenize(
     mask = np.zeros((len(texts), length), bool)
     for row, text in enumerate(texts):
         tokens = tokenizer(text)
+        if max(tokens, default=0) > MAX_TOKEN:
+            raise ValueError(f"the tokenizer gives token {max(tokens)}, which no text encoder knows; get it again.")
         if len(tokens) > length:
             if not truncate:
                 raise ValueError(
@@ -215,6 +235,23 @@ class HashedWords:
         seed = int.from_bytes(hashlib.sha256(word.encode()).digest()[:8], "little")
         # Bits of the generator are stable across NumPy versions; two levels are all that is needed.
         return np.where(np.random.Philox(seed).random_raw(self.dim) >> np.uint64(63), 1.0, -1.0)
+
+
+def _check_of_package(error: BaseException) -> None:
+    """Raises what is no error of the package tokenizers, which raises bare Exceptions, and panics that are none."""
+    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        raise error
+
+
+def _check_template(post_processor: Any) -> None:
+    """Raises ValueError where the template that puts special tokens around a text names one that it does not have, at
+    which the package would panic."""
+    known = {} if post_processor is None else json.loads(post_processor.__getstate__())
+    for step in known.get("processors", [known]):
+        parts = [*(step.get("single") or ()), *(step.get("pair") or ())] if "special_tokens" in step else ()
+        for name in (part["SpecialToken"]["id"] for part in parts if "SpecialToken" in part):
+            if name not in step["special_tokens"]:
+                raise ValueError(f"its template has a token {name[:80]!r} that is not among its special tokens")
 
 
 def _shortened(text: str) -> str:

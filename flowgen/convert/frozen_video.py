@@ -10,21 +10,22 @@ import numpy as np
 
 from flowgen.codecs import LatentNormalisation, VideoAutoencoder, VideoAutoencoderConfig
 from flowgen.codecs import init as init_autoencoder
-from flowgen.convert.frozen import StateDict, refuse
+from flowgen.convert.frozen import StateDict, refuse, told
 from flowgen.convert.mapping import Rule, fill
 from flowgen.convert.tables import conv, point
 
 # What the published class has where its config does not say.
-_DEFAULTS = {
-    "base_dim": 96,
-    "z_dim": 16,
-    "dim_mult": [1, 2, 4, 4],
-    "num_res_blocks": 2,
-    "temperal_downsample": [False, True, True],
-    "is_residual": False,
-    "in_channels": 3,
-    "out_channels": 3,
-    "patch_size": None,
+_DEFAULTS: dict[str, tuple[Any, Any]] = {
+    "base_dim": (int, 96),
+    "decoder_base_dim": (int | None, None),
+    "z_dim": (int, 16),
+    "dim_mult": (tuple[int, ...], [1, 2, 4, 4]),
+    "num_res_blocks": (int, 2),
+    "temperal_downsample": (tuple[bool, ...], [False, True, True]),
+    "is_residual": (bool, False),
+    "in_channels": (int, 3),
+    "out_channels": (int, 3),
+    "patch_size": (int | None, None),
 }
 
 
@@ -41,32 +42,32 @@ def video_autoencoder(state_dict: StateDict, config: Mapping[str, Any]) -> tuple
         autoencoder, params = video_autoencoder(read_state_dict("diffusion_pytorch_model.safetensors"), config)
     """
     refuse(config, "AutoencoderKLWan", {"attn_scales": []})
-    told = {name: config.get(name, default) for name, default in _DEFAULTS.items()}
-    multiples, patch_size = told["dim_mult"], told["patch_size"] or 1
+    known = {name: told(config, name, annotation, default) for name, (annotation, default) in _DEFAULTS.items()}
+    multiples, patch_size = known["dim_mult"], known["patch_size"] or 1
     if not multiples or multiples[0] != 1:
-        raise ValueError(f"dim_mult is {multiples}; only autoencoders whose first is 1 can be imported.")
-    if told["in_channels"] != told["out_channels"]:
+        raise ValueError(f"dim_mult is {list(multiples)}; only autoencoders whose first is 1 can be imported.")
+    if known["in_channels"] != known["out_channels"]:
         raise ValueError(
-            f"in_channels is {told['in_channels']} and out_channels {told['out_channels']}; only autoencoders with as "
-            "many of both can be imported."
+            f"in_channels is {known['in_channels']} and out_channels {known['out_channels']}; only autoencoders with "
+            "as many of both can be imported."
         )
-    channels, rest = divmod(told["in_channels"], patch_size**2)
+    channels, rest = divmod(known["in_channels"], patch_size**2)
     if rest:
         raise ValueError(
-            f"in_channels is {told['in_channels']} and patch_size {patch_size}; it must be a multiple of the "
+            f"in_channels is {known['in_channels']} and patch_size {patch_size}; it must be a multiple of the "
             f"{patch_size**2} pixels of a patch."
         )
-    decoder_dim = config.get("decoder_base_dim") or told["base_dim"]
+    decoder_dim = known["decoder_base_dim"] or known["base_dim"]
     autoencoder = VideoAutoencoder(
         VideoAutoencoderConfig(
             channels=channels,
-            latent_channels=told["z_dim"],
-            widths=tuple(told["base_dim"] * multiple for multiple in multiples),
+            latent_channels=known["z_dim"],
+            widths=tuple(known["base_dim"] * multiple for multiple in multiples),
             decoder_widths=tuple(decoder_dim * multiple for multiple in multiples),
-            halve_time=tuple(told["temperal_downsample"]),
-            layers_per_block=told["num_res_blocks"],
+            halve_time=tuple(known["temperal_downsample"]),
+            layers_per_block=known["num_res_blocks"],
             patch_size=patch_size,
-            shortcuts=told["is_residual"],
+            shortcuts=known["is_residual"],
         )
     )
     target = jax.eval_shape(lambda: init_autoencoder(autoencoder, jax.random.key(0)))
@@ -80,8 +81,9 @@ def wan_normalisation(config: Mapping[str, Any]) -> LatentNormalisation:
     Example:
         normalisation = wan_normalisation(config)
     """
-    count = config.get("z_dim", _DEFAULTS["z_dim"])
-    mean, std = (np.asarray(config[name], np.float32) for name in ("latents_mean", "latents_std"))
+    count = told(config, "z_dim", *_DEFAULTS["z_dim"])
+    names = ("latents_mean", "latents_std")
+    mean, std = (np.asarray(told(config, name, tuple[float, ...]), np.float32) for name in names)
     for name, values in (("latents_mean", mean), ("latents_std", std)):
         if values.shape != (count,) or not np.isfinite(values).all():
             raise ValueError(f"{name} has shape {values.shape}; it must be z_dim {count} finite numbers.")

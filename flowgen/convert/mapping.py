@@ -12,6 +12,7 @@ The target tree decides what is expected, so blocks of unequal depth or width ne
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -138,12 +139,14 @@ def fill(target: Any, state_dict: Mapping[str, np.ndarray], rules: Iterable[Rule
 
     def filled(path, leaf) -> np.ndarray:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        out = np.empty(leaf.shape, leaf.dtype)
         found = [(rule, sources) for rule in rules if (sources := rule.sources(name, leaf.shape)) is not None]
         if len(found) != 1:
             failures.append(f"{len(found)} rules fill '{name}'")
-            return out
+            return _nothing(leaf)
         ((rule, sources),) = found
+        numbers = sum(state_dict[source].size for source in sources if source in state_dict)
+        # What a config asks for may be far more than the file has; then it is only said what is wrong.
+        out = np.empty(leaf.shape, leaf.dtype) if numbers >= math.prod(leaf.shape) else _nothing(leaf)
         for index, source in enumerate(sources):
             part = out[index, ...] if rule.stacked else out
             if source not in state_dict:
@@ -160,12 +163,17 @@ def fill(target: Any, state_dict: Mapping[str, np.ndarray], rules: Iterable[Rule
     for name in dropped:
         rule = next((rule for rule in rules if rule.target is None and match(rule.source, name) is not None), None)
         if rule is None:
-            failures.append(f"{name!r} is not expected")
+            failures.append(f"{name[:200]!r} is not expected")
         elif (problem := _violation(state_dict[name], rule)) is not None:
-            failures.append(f"{name!r} {problem}")
+            failures.append(f"{name[:200]!r} {problem}")
     if failures:
         raise MappingError(failures)
     return variables, dropped
+
+
+def _nothing(leaf: Any) -> np.ndarray:
+    """An array of a leaf's shape and dtype that takes no memory and cannot be written to."""
+    return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
 
 
 def _violation(x: np.ndarray, rule: Rule) -> str | None:
@@ -184,6 +192,8 @@ def _place(out: np.ndarray, x: np.ndarray, rule: Rule) -> str | None:
         return f"has shape {x.shape}, which the rule for it does not take"
     if value.shape != out.shape:
         return f"has shape {x.shape}, which gives {value.shape} where the model has {out.shape}"
+    if not out.flags.writeable:
+        return None
     with np.errstate(over="ignore"):  # found below
         out[...] = value
     if not np.isfinite(out).all():

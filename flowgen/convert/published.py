@@ -21,6 +21,7 @@ from flowgen.flows import TARFlow, TARFlowConfig, init
 from flowgen.flows.tarflow import Transform
 
 _WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
+_MAX_WRAPPERS = 4  # around each other
 _STARFLOW_MARKS = ("blocks.0.sos_embed", "feat_rope.freqs_cos")
 _FILE_NAME = re.compile(r".*?_?model_(\d+)_(\d+)_(\d+)_(\d+)_(\d+\.\d+|uniform)\.\w+")
 
@@ -139,7 +140,7 @@ def _tarflow_config(
         num_blocks=_count(state_dict, "blocks.{index}.pos_embed"),
         layers_per_block=_count(state_dict, "blocks.0.attn_blocks.{index}.mlp.main.0.weight"),
         expansion=max(1, hidden // width),
-        num_classes=len(state_dict.get("blocks.0.class_embed", ())),
+        num_classes=_shape(state_dict, "blocks.0.class_embed", 3)[0] if "blocks.0.class_embed" in state_dict else 0,
         transform=transforms[outputs],
         noise_std=noise_std,
     )
@@ -159,7 +160,7 @@ def _check_family(state_dict: Mapping[str, np.ndarray]) -> None:
     if mark is not None:
         raise ValueError(f"These are STARFlow weights (they have '{mark}'), which tarflow cannot import.")
     if "blocks.0.pos_embed" not in state_dict:
-        names = ", ".join(repr(name) for name in list(state_dict)[:4]) or "nothing"
+        names = ", ".join(repr(name[:80]) for name in list(state_dict)[:4]) or "nothing"
         raise ValueError(
             f"These are not TARFlow weights: 'blocks.0.pos_embed' is missing among {len(state_dict)} tensors "
             f"({names}, ...); give a published TARFlow state dict."
@@ -186,7 +187,8 @@ def unwrapped(state_dict: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
     Example:
         state_dict = unwrapped(read_state_dict("model.pth"))
     """
-    for prefix in _WRAPPERS:
-        if state_dict and all(name.startswith(prefix) for name in state_dict):
-            return unwrapped({name.removeprefix(prefix): x for name, x in state_dict.items()})
+    for _ in range(_MAX_WRAPPERS):
+        for prefix in _WRAPPERS:
+            if state_dict and all(name.startswith(prefix) for name in state_dict):
+                state_dict = {name.removeprefix(prefix): x for name, x in state_dict.items()}
     return state_dict

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -17,8 +16,10 @@ from flowgen.convert.mapping import Rule, fill
 from flowgen.convert.published import check_state_dict, unwrapped
 from flowgen.convert.tables import starflow as starflow_rules
 from flowgen.convert.tables import starflow_v as starflow_v_rules
+from flowgen.documents import read_yaml
 from flowgen.flows import STARFlow, STARFlowConfig, STARFlowV, STARFlowVConfig
 from flowgen.models import build, init
+from flowgen.ranges import MAX_BLOCKS, Within, check_within
 
 # The published defaults of the arguments that shape the model.
 _DEFAULTS: dict[str, Any] = {
@@ -74,6 +75,18 @@ _OTHER = """
     secondary_img_size secondary_ratio secondary_vid_size train_seed use_8bit_adam use_mm_attn
     vae_decoder_factor video_to_video wandb_name warmup_steps wds
 """
+# Ranges of the arguments that are numbers; published: 512 pixels, 4,096 channels, 6 blocks, a window of 9 frames.
+_RANGES = {
+    **dict.fromkeys(("img_size", "channels", "top_block_channels", "txt_size"), Within(0, 1 << 16)),
+    **dict.fromkeys(("channel_size", "patch_size", "head_dim", "num_heads", "num_kv_heads"), Within(1, 1 << 12)),
+    "blocks": Within(1, MAX_BLOCKS),
+    "pt_seq_len": Within(0, 1 << 20),
+    **dict.fromkeys(("temporal_causal", "denoiser_window"), Within(0, 1 << 10)),
+    **dict.fromkeys(("soft_clip", "noise_std"), Within(0.0, 1e6)),
+}
+_TEXTS = ("vae", "text", "seq_order", "norm_type")
+_MAX_DIGITS = 6  # of frames, and of frames per second
+_MAX_LETTERS = 1000  # of layers_per_block
 # Pixels per latent along a side, and frames per latent.
 _VAE_FACTORS = {"sd-vae": (8, 1), "Wan2.2": (16, 4), "Wan2.1": (8, 4)}
 # Fixed in the published code: the layers of its denoiser, and the step x - 0.3 s that sampling takes with its answer s.
@@ -89,21 +102,19 @@ def read_arguments(path: str | os.PathLike[str]) -> dict[str, Any]:
     Example:
         arguments = read_arguments("starflow_3B_t2i_256x256.yaml")
     """
-    import yaml
-
     try:
-        listed = yaml.safe_load(Path(path).read_text(encoding="utf-8"))["arguments"]
-        arguments = {name: value for row in listed for name, value in row.items()}
+        document = read_yaml(path, fix="give the file that came with the weights")
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"There is no file '{path}'; give the YAML that the weights were published with."
         ) from error
-    except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError, AttributeError) as error:
+    rows = document.get("arguments") if isinstance(document, dict) else None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError(
-            f"'{path}' is not a published YAML, a list of 'name: value' under 'arguments' "
-            f"({type(error).__name__}: {error}); give the file that came with the weights."
-        ) from error
-    return arguments
+            f"'{path}' is not a published YAML, a list of 'name: value' under 'arguments'; give the file that came "
+            "with the weights."
+        )
+    return {name: value for row in rows for name, value in row.items()}
 
 
 def starflow(
@@ -169,10 +180,11 @@ def _known(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments that shape the model, with the published defaults; ValueError where one is not understood."""
     for name, value in arguments.items():
         if name in _REFUSED and value not in (0, None):
-            raise ValueError(f"{name} is {value}; only models without can be imported.")
+            raise ValueError(f"{name} is {value!r:.80}; only models without can be imported.")
         if name not in _DEFAULTS and name not in _OTHER.split() and name not in _REFUSED:
-            raise ValueError(f"{name!r} is not an argument of the published STARFlow; remove it.")
+            raise ValueError(f"{name!r:.80} is not an argument of the published STARFlow; remove it.")
     known = _DEFAULTS | {name: value for name, value in arguments.items() if name in _DEFAULTS}
+    _check_values(known)
     clips = known["vid_size"] is not None
     for kind, names in (
         ("models", _REQUIRED),
@@ -190,13 +202,30 @@ def _known(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return known
 
 
+def _check_values(known: Mapping[str, Any]) -> None:
+    """Raises ValueError where an argument is of another type than its default, or of a size that cannot be."""
+    for name, default in _DEFAULTS.items():
+        value = known[name]
+        if value is None and default is None:
+            continue
+        if name in _TEXTS and not isinstance(value, str):
+            raise ValueError(f"{name} is {value!r:.80}; it must be text.")
+        if name in _RANGES:
+            check_within(name, value, _RANGES[name])
+        elif isinstance(default, int) and type(value) not in (int, bool):
+            raise ValueError(f"{name} is {value!r:.80}; it must be 0 or 1.")
+    layers = known["layers_per_block"]
+    if not isinstance(layers, str | int) or len(f"{layers!s:.{_MAX_LETTERS + 1}}") > _MAX_LETTERS:
+        raise ValueError(f"layers_per_block is {layers!r:.80}; give numbers with spaces, '2 2 24'.")
+
+
 def _config(state_dict: Mapping[str, np.ndarray], known: Mapping[str, Any]) -> STARFlowConfig:
     if not str(known["layers_per_block"]).replace(" ", "").isdecimal():
         raise ValueError(f"layers_per_block is {known['layers_per_block']!r}; give numbers with spaces, '2 2 24'.")
     layers = tuple(int(count) for count in str(known["layers_per_block"]).split())
     layers = layers * known["blocks"] if len(layers) == 1 else layers
     projection = state_dict.get(f"blocks.{len(layers) - 1}.proj_txt.weight")
-    text_dim = 0 if projection is None else projection.shape[-1]
+    text_dim = 0 if projection is None or not projection.ndim else projection.shape[-1]
     is_class = str(known["text"] or "").endswith(".vocab")
     if (text_dim > 0) != (known["txt_size"] > 0):
         raise ValueError(
@@ -260,8 +289,10 @@ def clip_size(vid_size: str) -> tuple[int, int]:
         clip_size("81:16")  # (81, 16)
     """
     numbers = str(vid_size).split(":")
-    if len(numbers) < 2 or not all(number.isdecimal() and int(number) > 0 for number in numbers):
-        raise ValueError(f"vid_size is {vid_size!r}; give frames and frames per second, '81:16'.")
+    if len(numbers) < 2 or not all(
+        number.isdecimal() and len(number) <= _MAX_DIGITS and int(number) > 0 for number in numbers
+    ):
+        raise ValueError(f"vid_size is {vid_size!r:.80}; give frames and frames per second, '81:16'.")
     return int(numbers[0]), int(numbers[1])
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import itertools
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,14 @@ import numpy as np
 
 from flowgen.convert.torch_files import PICKLE_MAGIC, ZIP_MAGIC, open_torch
 from flowgen.convert.torch_pickle import StoredTensor
+from flowgen.documents import MAX_BYTES, check_regular, parse_json
 
-_MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors format
+# Bytes of the header; the format allows six times as many, and the largest models have a hundredth.
+_MAX_HEADER = MAX_BYTES
+# How often a file's tensors may hold its bytes: those of a few tied weights, and no more.
+_MAX_VIEWS = 4
+_MAX_LOOKED_AT = 100_000  # dictionaries, again where they are met again
+_MAX_NAMED = 8  # in messages
 _MAX_DEPTH = 4  # dictionaries inside dictionaries in which a state dict is looked for
 _LFS_POINTER = b"version https://git-lfs"
 _DTYPES = {
@@ -48,7 +54,7 @@ def read_state_dict(path: str | os.PathLike[str], *, entry: str | None = None) -
     Raises:
         FileNotFoundError, IsADirectoryError: there is no file at `path`.
         ValueError: truncated, damaged, foreign or refused; or no dictionary of tensors, or several, or none
-            named `entry`.
+            named `entry`; or tensors that repeat the bytes of the file more than four times.
 
     Example:
         state_dict = read_state_dict("afhq_model_8_768_8_8_0.07.pth")
@@ -57,13 +63,16 @@ def read_state_dict(path: str | os.PathLike[str], *, entry: str | None = None) -
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"'{path}' is a folder; name the weight file inside it.")
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"There is no file '{path}'; check the path.")
+    check_regular(path)
     with path.open("rb") as file:
         start = file.read(64)
     if start.startswith((ZIP_MAGIC, PICKLE_MAGIC)):
         opened = open_torch(path)
-        return {name: opened.read(tensor) for name, tensor in _select(opened.saved, path, entry).items()}
+        tensors = {name: opened.read(tensor) for name, tensor in _select(opened.saved, path, entry).items()}
+        _check_size(path, tensors)
+        return tensors
     if start[8:9] == b"{":
         if entry is not None:
             raise ValueError(f"'{path}' is a flat safetensors file, so it has no entry '{entry}'; leave entry out.")
@@ -77,36 +86,77 @@ def read_state_dict(path: str | os.PathLike[str], *, entry: str | None = None) -
 
 
 def _select(saved: Any, path: Path, entry: str | None) -> dict[str, StoredTensor]:
-    choices = dict(_state_dicts(saved, (), ()))
+    choices = _state_dicts(saved, path)
     if entry is not None and entry in choices:
         return choices[entry]
     if entry is None and len(choices) == 1:
         return next(iter(choices.values()))
-    names = ", ".join(repr(name) for name in choices)
+    names = _listed(choices)
     if entry is not None:
         raise ValueError(f"'{path}' has no state dict '{entry}'; choose one of: {names or 'none'}.")
     if choices:
         raise ValueError(f"'{path}' holds {len(choices)} state dicts; choose one with entry: {names}.")
-    found = type(saved).__name__
+    found = type(saved).__name__.lstrip("_")
     if isinstance(saved, Mapping):
-        found = "dictionary with " + (", ".join(repr(name) for name in list(saved)[:8]) or "nothing in it")
+        found = "dictionary with " + (_listed(saved) or "nothing in it")
     raise ValueError(
         f"'{path}' holds no dictionary of tensors but a {found}; save the weights alone, "
         "with torch.save(model.state_dict(), file)."
     )
 
 
-def _state_dicts(
-    saved: Any, trail: tuple[str, ...], ancestors: tuple[int, ...]
-) -> Iterator[tuple[str, dict[str, StoredTensor]]]:
-    """Yields the dotted name and content of every dictionary that maps names to tensors and nothing else."""
-    if not isinstance(saved, Mapping) or not saved or not all(isinstance(name, str) for name in saved):
-        return
-    if all(isinstance(value, StoredTensor) for value in saved.values()):
-        yield ".".join(trail), dict(saved)
-    elif len(trail) < _MAX_DEPTH and id(saved) not in ancestors:
-        for name, value in saved.items():
-            yield from _state_dicts(value, (*trail, name), (*ancestors, id(saved)))
+def _listed(names: Iterable[Any]) -> str:
+    first = itertools.islice(names, _MAX_NAMED)
+    return ", ".join(repr(name if not isinstance(name, str) else name[:80]) for name in first)
+
+
+def _state_dicts(saved: Any, path: Path) -> dict[str, dict[str, StoredTensor]]:
+    """Every dictionary that maps names to tensors and nothing else, by its dotted name.
+
+    One dictionary may be met under many names, so that what a small file unfolds to has to be bounded.
+    """
+    found: dict[str, dict[str, StoredTensor]] = {}
+    inner: dict[int, list[tuple[str, Any]] | None] = {}  # what is to be looked at in each; None where all are tensors
+    looked_at = 0
+
+    def look(value: Any, trail: tuple[str, ...], ancestors: tuple[int, ...]) -> None:
+        nonlocal looked_at
+        looked_at += 1
+        if looked_at > _MAX_LOOKED_AT:
+            raise ValueError(
+                f"'{path}' has more than {_MAX_LOOKED_AT:,} dictionaries inside each other; save the weights alone."
+            )
+        if id(value) not in inner:
+            inner[id(value)] = _dictionaries(value)
+        dictionaries = inner[id(value)]
+        if dictionaries is None:
+            found[".".join(trail)] = value
+        elif len(trail) < _MAX_DEPTH and id(value) not in ancestors:
+            for name, part in dictionaries:
+                look(part, (*trail, name), (*ancestors, id(value)))
+
+    if isinstance(saved, dict):
+        look(saved, (), ())
+    return found
+
+
+def _dictionaries(value: dict[Any, Any]) -> list[tuple[str, Any]] | None:
+    """The dictionaries in one, None where it holds tensors and nothing else; none where not all names are texts."""
+    if not value or not all(isinstance(name, str) for name in value):
+        return []
+    if all(isinstance(part, StoredTensor) for part in value.values()):
+        return None
+    return [(name, part) for name, part in value.items() if isinstance(part, dict)]
+
+
+def _check_size(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Raises ValueError where a small file stands for much: many tensors of one storage, or strides of 0."""
+    described, size = sum(tensor.nbytes for tensor in tensors.values()), path.stat().st_size
+    if described > _MAX_VIEWS * size:
+        raise ValueError(
+            f"'{path}' has {size:,} bytes, but describes tensors of {described:,}, more than {_MAX_VIEWS} times as "
+            "many; save it after .clone() of every tensor."
+        )
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
@@ -114,9 +164,12 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     content = np.memmap(path, np.uint8, mode="r")
     length = int.from_bytes(content[:8].tobytes(), "little")
     if length > min(_MAX_HEADER, content.size - 8):
-        raise ValueError(f"'{path}' is truncated or not safetensors: its header would be {length} bytes long.")
+        raise ValueError(
+            f"'{path}' is truncated or not safetensors: its header would be {length} bytes long, of at most "
+            f"{min(_MAX_HEADER, content.size - 8)}."
+        )
     try:
-        header = json.loads(content[8 : 8 + length].tobytes(), object_pairs_hook=_without_repeats)
+        header = parse_json(content[8 : 8 + length].tobytes())
         spans = [
             (
                 *_naturals(spec["data_offsets"]),
@@ -134,23 +187,17 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
             raise ValueError(f"it has {body.size} bytes of tensors where its header describes {described}")
         for start, stop, name, dtype, shape in spans:
             if start != position or stop - start != math.prod(shape) * dtype.itemsize:
-                raise ValueError(f"tensor {name!r} is not where the tensors before it end, or not of its size")
+                raise ValueError(f"tensor {name[:80]!r} is not where the tensors before it end, or not of its size")
             tensors[name] = body[start:stop].view(np.ndarray).view(dtype).reshape(shape)
             position = stop
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(
-            f"'{path}' is damaged or not safetensors ({type(error).__name__}: {error}); get the file again."
+            f"'{path}' is damaged or not safetensors ({type(error).__name__}: {str(error)[:200]}); get the file again."
         ) from error
     return {name: tensors[name] for name in header if name in tensors}
 
 
 def _naturals(values: Any) -> tuple[int, ...]:
-    if not isinstance(values, list) or not all(type(value) is int and value >= 0 for value in values):
-        raise ValueError(f"{values!r} is not a list of sizes")
+    if not isinstance(values, list) or not all(type(value) is int and 0 <= value < 1 << 63 for value in values):
+        raise ValueError(f"{values!r:.80} is not a list of sizes")
     return tuple(values)
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(dict(pairs)) != len(pairs):
-        raise ValueError("its header names a tensor twice")
-    return dict(pairs)

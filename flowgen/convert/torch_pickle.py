@@ -1,17 +1,25 @@
-"""The pickles inside files of `torch.save`, loaded without torch and without executing anything.
+"""The pickles inside files of `torch.save`, read without torch, without pickle and without executing anything.
 
-A pickle is a program that may call whatever it names. The names allowed here are those that a dictionary of
-dense tensors needs, and each resolves to an inert stand-in of this file. Stand-ins are strings, named tuples
-and instances without attributes, because the BUILD instruction may set attributes of whatever it is given.
+A pickle is a program for a small stack machine. The machine here knows the instructions that `torch.save` writes, and
+the names that a dictionary of dense tensors needs; each name stands for a function of this file. What a program can
+cost is bounded: a number of instructions, keys that are quickly compared, and no table that is larger than what was
+put into it.
 """
 
 from __future__ import annotations
 
-import pickle
-from collections import OrderedDict
+import struct
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+
+# The pickle of the largest published models, of a thousand tensors, has thirty thousand.
+MAX_INSTRUCTIONS = 1 << 21
+# NumPy's arrays have at most as many axes.
+MAX_AXES = 64
+MAX_ARGUMENTS = 8
+_MAX_KEY_PARTS = 8
 
 DTYPES = {
     name: jnp.dtype(name)
@@ -42,6 +50,10 @@ class Refusal(Exception):
     """One clause that says why a file is not read."""
 
 
+class Damage(Exception):
+    """One clause that says what in a file cannot be."""
+
+
 class Storage(NamedTuple):
     """Bytes that tensors share: `count` elements of a dtype, under a key of the file."""
 
@@ -65,96 +77,300 @@ class StoredTensor(NamedTuple):
     strides: tuple[int, ...]
 
 
-class TensorUnpickler(pickle.Unpickler):
-    """Unpickler of plain Python values and `StoredTensor`s; `storages` collects the storages they refer to.
+class _Mapping(dict):
+    """A dictionary whose class may have had attributes, such as an OrderedDict; they are left out."""
+
+
+class _Name(NamedTuple):
+    """A name that the program may call; without a function it stands for itself."""
+
+    text: str
+    call: Callable[..., Any] | None = None
+
+
+class TensorUnpickler:
+    """Reader of the pickles that begin at a position, as plain Python values with a `StoredTensor` for every tensor.
+
+    storages: those that the tensors refer to, by key. position: where the last pickle ended.
+
+    Raises Refusal where a program asks for more than tensors need, Damage where it is none.
 
     Example:
-        saved = TensorUnpickler(file).load()
+        saved = TensorUnpickler(content).load()
     """
 
-    def __init__(self, file: Any):
-        super().__init__(file, encoding="utf-8")
+    def __init__(self, content: Any, position: int = 0):
+        self.content = memoryview(content)
+        self.position = position
         self.storages: dict[str, Storage] = {}
+        self._instructions = 0
 
-    def find_class(self, module_name: str, global_name: str, /) -> Any:
-        name = f"{module_name}.{global_name}"
-        if name in _CALLABLES:
-            return _CALLABLES[name]
-        if module_name in ("torch", "torch.storage") and global_name in _STORAGES:
-            return global_name
-        if module_name == "torch" and global_name in DTYPES:
-            return global_name
-        raise Refusal(
-            f"its pickle asks for {name!r}, which a dictionary of dense tensors does not need; "
-            "save the weights alone, with torch.save(model.state_dict(), file)"
-        )
+    def load(self) -> Any:
+        """Returns the object of the next pickle."""
+        self.stack: list[Any] = []
+        self.marks: list[int] = []
+        self.memo: dict[int, Any] = {}
+        try:
+            while (code := self.take(1)[0]) != _STOP:
+                self._instructions += 1
+                if self._instructions > MAX_INSTRUCTIONS:
+                    raise Refusal(
+                        f"its pickle has more than {MAX_INSTRUCTIONS:,} instructions, far more than weights need; "
+                        "save the weights alone, with torch.save(model.state_dict(), file)"
+                    )
+                if code not in _INSTRUCTIONS:
+                    raise Damage(f"its pickle has an instruction {bytes([code])!r} that torch.save does not write")
+                _INSTRUCTIONS[code](self)
+            (value,) = self.stack
+        except (IndexError, KeyError, TypeError, ValueError, struct.error) as error:
+            raise Damage(f"its pickle makes no sense at byte {self.position} ({type(error).__name__})") from error
+        return value
 
-    def persistent_load(self, pid: Any, /) -> Storage:
-        tag, kind, key, _, count, *view = pid
-        if tag != "storage" or not isinstance(key, str) or any(part is not None for part in view):
-            raise Refusal(f"its pickle refers to {tag!r} in a way that torch.save no longer writes")
-        storage = Storage(key, _STORAGES[kind], _natural(count))
-        if self.storages.setdefault(key, storage) != storage:
-            raise Refusal(f"its storage {key!r} is described twice, differently")
-        return storage
+    def take(self, count: int) -> memoryview:
+        """Returns the next bytes."""
+        start, self.position = self.position, self.position + count
+        if self.position > len(self.content):
+            raise Damage("its pickle ends in the middle")
+        return self.content[start : self.position]
+
+    def number(self, form: str) -> Any:
+        """Returns the next number, in a form of `struct`."""
+        (value,) = struct.unpack(form, self.take(struct.calcsize(form)))
+        return value
+
+    def text(self, count: int) -> str:
+        """Returns the next bytes as text."""
+        return bytes(self.take(count)).decode("utf-8")
+
+    def line(self) -> str:
+        """Returns the text to the next end of a line, which names are kept in."""
+        window = bytes(self.content[self.position : self.position + 1024])
+        end = window.find(b"\n")
+        if end < 0:
+            raise Damage("its pickle has a name that does not end")
+        return self.text(end + 1)[:-1]
+
+    def since_mark(self) -> list[Any]:
+        """Returns and removes what was pushed since the last mark."""
+        start = self.marks.pop()
+        values = self.stack[start:]
+        del self.stack[start:]
+        return values
 
 
-def _natural(value: Any) -> int:
-    if type(value) is not int or value < 0:
-        raise Refusal(f"a tensor's size, stride or offset is {value!r}")
+def _push(make: Callable[[TensorUnpickler], Any]) -> Callable[[TensorUnpickler], None]:
+    return lambda machine: machine.stack.append(make(machine))
+
+
+def _memorise(index: Callable[[TensorUnpickler], int]) -> Callable[[TensorUnpickler], None]:
+    def run(machine: TensorUnpickler) -> None:
+        machine.memo[index(machine)] = machine.stack[-1]
+
+    return run
+
+
+def _last(count: int) -> Callable[[TensorUnpickler], None]:
+    def run(machine: TensorUnpickler) -> None:
+        values = tuple(machine.stack[-count:])
+        if len(values) != count:
+            raise Damage("its pickle takes more than it has")
+        machine.stack[-count:] = [values]
+
+    return run
+
+
+def _add(machine: TensorUnpickler, values: list[Any]) -> None:
+    holder = machine.stack[-1]
+    if type(holder) is set:
+        holder.update(map(_key, values))
+    elif type(holder) is list:
+        holder.extend(values)
+    else:
+        raise Damage("its pickle adds values to what is no list")
+
+
+def _set(machine: TensorUnpickler, values: list[Any]) -> None:
+    holder = machine.stack[-1]
+    if type(holder) not in (dict, _Mapping) or len(values) % 2:
+        raise Damage("its pickle sets values of what is no dictionary")
+    for name, value in zip(values[::2], values[1::2], strict=True):
+        holder[_key(name)] = value
+
+
+def _key(value: Any) -> Any:
+    """A key of a dictionary, whose comparison takes no time to speak of."""
+    parts = value if type(value) is tuple else (value,)
+    if len(parts) > _MAX_KEY_PARTS or not all(
+        part is None or type(part) in (str, bytes, float, bool) or (type(part) is int and abs(part) < 1 << 63)
+        for part in parts
+    ):
+        raise Refusal("its pickle has a dictionary whose keys are neither texts nor numbers; save the weights alone")
     return value
 
 
-def _stored_tensor(storage, dtype, offset, shape, strides, metadata) -> StoredTensor:
-    if not isinstance(storage, Storage) or dtype not in DTYPES or len(shape) != len(strides):
-        raise Refusal("its pickle describes a tensor whose storage, dtype or strides make no sense")
+def _global(machine: TensorUnpickler) -> _Name:
+    return _named(machine.line(), machine.line())
+
+
+def _stack_global(machine: TensorUnpickler) -> _Name:
+    name, module = machine.stack.pop(), machine.stack.pop()
+    if type(name) is not str or type(module) is not str:
+        raise Damage("its pickle asks for a name that is no text")
+    return _named(module, name)
+
+
+def _named(module: str, name: str) -> _Name:
+    full = f"{module}.{name}"
+    if full in _CALLABLES:
+        return _Name(full, _CALLABLES[full])
+    if (module in ("torch", "torch.storage") and name in _STORAGES) or (module == "torch" and name in DTYPES):
+        return _Name(name)
+    raise Refusal(
+        f"its pickle asks for {_shown(full)}, which a dictionary of dense tensors does not need; "
+        "save the weights alone, with torch.save(model.state_dict(), file)"
+    )
+
+
+def _reduce(machine: TensorUnpickler) -> Any:
+    arguments, name = machine.stack.pop(), machine.stack.pop()
+    if type(name) is not _Name or name.call is None or type(arguments) is not tuple or len(arguments) > MAX_ARGUMENTS:
+        raise Damage("its pickle calls what cannot be called")
+    return name.call(*arguments)
+
+
+def _build(machine: TensorUnpickler) -> None:
+    machine.stack.pop()
+    if type(machine.stack[-1]) is not _Mapping:
+        raise Damage("its pickle changes what cannot be changed")
+
+
+def _persistent(machine: TensorUnpickler) -> Storage:
+    reference = machine.stack.pop()
+    if type(reference) is not tuple or len(reference) > MAX_ARGUMENTS:
+        raise Damage("its pickle refers to what is no storage")
+    tag, kind, key, _, count, *view = reference
+    if type(tag) is not str or tag != "storage" or type(key) is not str or any(part is not None for part in view):
+        raise Refusal(f"its pickle refers to {_shown(tag)} in a way that torch.save no longer writes")
+    if type(kind) is not _Name or kind.text not in _STORAGES:
+        raise Damage("its pickle has a storage of no known kind")
+    storage = Storage(key, _STORAGES[kind.text], _natural(count))
+    if machine.storages.setdefault(key, storage) != storage:
+        raise Refusal(f"its storage {_shown(key)} is described twice, differently")
+    return storage
+
+
+def _natural(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 1 << 63:
+        raise Refusal(f"a tensor's size, stride or offset is {_shown(value)}")
+    return value
+
+
+def _shown(value: Any) -> str:
+    """A value of a foreign file as it may stand in a message: containers by their type, for they may hold anything."""
+    if value is not None and type(value) not in (str, int, float, bool):
+        return f"a {type(value).__name__}"
+    text = repr(value[:80] if type(value) is str else value)
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+def _stored_tensor(storage: Any, dtype: Any, offset: Any, shape: Any, strides: Any, metadata: Any) -> StoredTensor:
+    layout = type(shape) is type(strides) is tuple and len(shape) == len(strides) <= MAX_AXES
+    if not isinstance(storage, Storage) or dtype not in DTYPES or not layout:
+        raise Damage("its pickle describes a tensor whose storage, dtype or strides make no sense")
     if metadata:
-        raise Refusal(f"a tensor is stored as a lazy view ({metadata}); save it after .clone()")
+        raise Refusal("a tensor is stored as a lazy view, conjugate or negative; save it after .clone()")
     sizes, steps = tuple(map(_natural, shape)), tuple(map(_natural, strides))
     return StoredTensor(storage, dtype, _natural(offset), sizes, steps)
 
 
-class _RebuildTensor:
+def _rebuild_tensor(storage, offset, shape, strides, _grad=False, _hooks=None, metadata=None) -> StoredTensor:
     """torch._utils._rebuild_tensor and _v2: (storage, offset, shape, strides[, grad, hooks[, metadata]])."""
-
-    __slots__ = ()
-
-    def __call__(self, storage, offset, shape, strides, _grad=False, _hooks=None, metadata=None):
-        return _stored_tensor(storage, storage.dtype, offset, shape, strides, metadata)
+    return _stored_tensor(storage, getattr(storage, "dtype", None), offset, shape, strides, metadata)
 
 
-class _RebuildUntyped:
+def _rebuild_untyped(storage, offset, shape, strides, _grad, _hooks, dtype, metadata=None) -> StoredTensor:
     """torch._utils._rebuild_tensor_v3, whose storage is bytes: as above with a dtype before the metadata."""
-
-    __slots__ = ()
-
-    def __call__(self, storage, offset, shape, strides, _grad, _hooks, dtype, metadata=None):
-        return _stored_tensor(storage, dtype, offset, shape, strides, metadata)
+    name = dtype.text if type(dtype) is _Name else None
+    return _stored_tensor(storage, name, offset, shape, strides, metadata)
 
 
-class _RebuildParameter:
+def _rebuild_parameter(tensor, *_):
     """torch._utils._rebuild_parameter: (tensor, grad, hooks) -> tensor."""
-
-    __slots__ = ()
-
-    def __call__(self, tensor, *_):
-        return tensor
+    return tensor
 
 
-class _Size:
+def _ordered_dict(pairs=()) -> _Mapping:
+    """collections.OrderedDict: empty, or of pairs, as Python 2 wrote it."""
+    if pairs == ():
+        return _Mapping()
+    if type(pairs) is not list:
+        raise Damage("its pickle makes a dictionary of what are no pairs")
+    made = _Mapping({_key(name): value for name, value in pairs})
+    pairs.clear()  # A list is written for one dictionary, and many made of one would take no end.
+    return made
+
+
+def _size(values=()):
     """torch.Size: a tuple."""
-
-    __slots__ = ()
-
-    def __call__(self, values=()):
-        return tuple(values)
+    if type(values) is not tuple or len(values) > MAX_AXES:
+        raise Damage("its pickle has a size of no tensor")
+    return values
 
 
-_CALLABLES = {
-    "collections.OrderedDict": OrderedDict,
-    "torch._utils._rebuild_tensor": _RebuildTensor(),
-    "torch._utils._rebuild_tensor_v2": _RebuildTensor(),
-    "torch._utils._rebuild_tensor_v3": _RebuildUntyped(),
-    "torch._utils._rebuild_parameter": _RebuildParameter(),
-    "torch.Size": _Size(),
+_CALLABLES: dict[str, Callable[..., Any]] = {
+    "collections.OrderedDict": _ordered_dict,
+    "torch._utils._rebuild_tensor": _rebuild_tensor,
+    "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
+    "torch._utils._rebuild_tensor_v3": _rebuild_untyped,
+    "torch._utils._rebuild_parameter": _rebuild_parameter,
+    "torch.Size": _size,
+}
+
+_STOP = ord(".")
+# By code: what protocols 2 to 5 of pickle write for plain values, tuples, lists, sets, dictionaries and tensors.
+_INSTRUCTIONS: dict[int, Callable[[TensorUnpickler], Any]] = {
+    0x80: lambda machine: machine.take(1),  # the protocol
+    0x95: lambda machine: machine.take(8),  # the length of a frame
+    ord("("): lambda machine: machine.marks.append(len(machine.stack)),
+    ord("0"): lambda machine: machine.stack.pop(),
+    ord("1"): lambda machine: machine.since_mark(),
+    ord("N"): _push(lambda machine: None),
+    0x88: _push(lambda machine: True),
+    0x89: _push(lambda machine: False),
+    ord("J"): _push(lambda machine: machine.number("<i")),
+    ord("K"): _push(lambda machine: machine.number("<B")),
+    ord("M"): _push(lambda machine: machine.number("<H")),
+    0x8A: _push(lambda machine: int.from_bytes(machine.take(machine.number("<B")), "little", signed=True)),
+    ord("G"): _push(lambda machine: machine.number(">d")),
+    ord("X"): _push(lambda machine: machine.text(machine.number("<I"))),
+    0x8C: _push(lambda machine: machine.text(machine.number("<B"))),
+    0x8D: _push(lambda machine: machine.text(machine.number("<Q"))),
+    ord("T"): _push(lambda machine: machine.text(machine.number("<I"))),
+    ord("U"): _push(lambda machine: machine.text(machine.number("<B"))),
+    ord("B"): _push(lambda machine: bytes(machine.take(machine.number("<I")))),
+    ord("C"): _push(lambda machine: bytes(machine.take(machine.number("<B")))),
+    0x8E: _push(lambda machine: bytes(machine.take(machine.number("<Q")))),
+    ord("}"): _push(lambda machine: {}),
+    ord("]"): _push(lambda machine: []),
+    ord(")"): _push(lambda machine: ()),
+    0x8F: _push(lambda machine: set()),
+    ord("t"): _push(lambda machine: tuple(machine.since_mark())),
+    0x85: _last(1),
+    0x86: _last(2),
+    0x87: _last(3),
+    ord("a"): lambda machine: _add(machine, [machine.stack.pop()]),
+    ord("e"): lambda machine: _add(machine, machine.since_mark()),
+    0x90: lambda machine: _add(machine, machine.since_mark()),
+    ord("s"): lambda machine: _set(machine, [machine.stack.pop(), machine.stack.pop()][::-1]),
+    ord("u"): lambda machine: _set(machine, machine.since_mark()),
+    ord("h"): _push(lambda machine: machine.memo[machine.number("<B")]),
+    ord("j"): _push(lambda machine: machine.memo[machine.number("<I")]),
+    ord("q"): _memorise(lambda machine: machine.number("<B")),
+    ord("r"): _memorise(lambda machine: machine.number("<I")),
+    0x94: _memorise(lambda machine: len(machine.memo)),
+    ord("c"): _push(_global),
+    0x93: _push(_stack_global),
+    ord("R"): _push(_reduce),
+    ord("b"): _build,
+    ord("Q"): _push(_persistent),
 }

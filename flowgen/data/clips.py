@@ -7,7 +7,7 @@ import functools
 import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args, get_type_hints, runtime_checkable
+from typing import Annotated, Any, Literal, Protocol, get_args, get_type_hints, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int, Int32, UInt8
@@ -25,6 +25,7 @@ from flowgen.data.unreadable import FileReader, OnCorrupt
 from flowgen.data.video import READABLE, av, frame_times, read_clip
 from flowgen.nn.checks import image_sides
 from flowgen.packages import missing
+from flowgen.ranges import Bytes, Every, Within, check_ranges
 from flowgen.typed import typed
 
 _LEAST_FPS, _MOST_FPS = 0.01, 1000
@@ -67,15 +68,15 @@ class ClipsConfig:
 
     source: Literal["bouncing", "crafter", "real", "folder", "encoded"] = "bouncing"
     path: str = ""
-    num: int = 10_000
+    num: Annotated[int, Within(2, 1 << 24)] = 10_000
     fps: float | int = 8.0
-    hop: int = 0
+    hop: Every = 0
     flip: bool = False
     drop_first: float = 0.0
     crop: Crop = "center"
     on_corrupt: OnCorrupt = "refuse"
     eval_fraction: float = 0.1
-    in_memory_bytes: int = 2 << 30
+    in_memory_bytes: Bytes = 2 << 30
     images: DataConfig | None = None
     images_fraction: float = 0.0
     classes: tuple[str, ...] = ()
@@ -85,9 +86,7 @@ class ClipsConfig:
         hints = get_type_hints(type(self))
         for name in ("source", "crop", "on_corrupt"):
             check_choice(f"data.{name}", getattr(self, name), get_args(hints[name]))
-        for name, least in (("num", 2), ("hop", 0), ("in_memory_bytes", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"data.{name} is {getattr(self, name)}; it must be at least {least}.")
+        check_ranges(self, "data")
         if self.fps != 0 and not _LEAST_FPS <= self.fps <= _MOST_FPS:
             raise ValueError(
                 f"data.fps is {self.fps}; it must be from {_LEAST_FPS} to {_MOST_FPS}, or 0 for all frames."

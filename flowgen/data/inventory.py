@@ -14,6 +14,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
+from flowgen.documents import printable
+
 _log = logging.getLogger("flowgen.data")
 # Names of a longer file list are not kept with the run, only their digest.
 MOST_FILES = 100_000
@@ -67,15 +69,6 @@ def name_list(names: Sequence[str], most: int = _CLASSES_NAMED) -> str:
     """
     more = f" and {len(names) - most:,} more" if len(names) > most else ""
     return ", ".join(printable(name) for name in names[:most]) + more
-
-
-def printable(name: str) -> str:
-    """Returns a name with what a terminal would act on or cannot show escaped.
-
-    Example:
-        printable("a\\nb")  # a, backslash, n, b
-    """
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in name)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import os
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,11 +23,14 @@ from flowgen.data.buckets import BucketedSource
 from flowgen.data.classes import class_numbers, renumbered
 from flowgen.data.media import from_uint8
 from flowgen.data.sources import NO_LABEL, Batch, Source, Split
+from flowgen.documents import ARRAY_DAMAGE, check_regular, inside, read_json
 
 INDEX_FILE = "dataset.json"
 NULL_FILE = "null.npz"
 FORMAT = "flowgen latents 2"
 PICTURES_AT_ONCE = 512
+MAX_AXES = 8
+MAX_NULL_OVERHEAD = 1 << 16  # bytes
 SHARD_BYTES = 256 << 20
 # Each open array holds a file descriptor, of which systems give a process a thousand as a rule.
 OPEN_SHARDS = 64
@@ -274,10 +278,7 @@ def read_index(directory: str | os.PathLike[str]) -> dict[str, Any]:
             f"data.path '{directory}' holds no encoded data ({INDEX_FILE} is missing, which is written last); "
             "make them with: python -m flowgen encode."
         )
-    try:
-        index = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"'{path}' is not valid JSON ({error}); encode the data again.") from error
+    index = read_json(path, fix="encode the data again")
     if not isinstance(index, dict) or index.get("format") != FORMAT:
         raise ValueError(f"'{path}' is not an index of '{FORMAT}'; encode the data again.")
     if not _is_whole(index):
@@ -290,12 +291,14 @@ def _is_whole(index: dict[str, Any]) -> bool:
     try:
         made_by = index["made_by"]
         codec, text = made_by.get("codec"), made_by.get("text")
-        whole = codec is None or "path" in codec or "factor" in codec
+        whole = codec is None or (isinstance(codec, dict) and ("path" in codec or "factor" in codec))
         whole &= text is None or (isinstance(text["encoder"], str) and "digest" in text)
+        whole &= isinstance(index["class_names"], list) and isinstance(index["shards"], list)
         whole &= all(isinstance(name, str) for name in index["class_names"])
         for entry in index["shards"]:
-            whole &= isinstance(entry["folder"], str) and entry["split"] in ("train", "eval") and entry["count"] > 0
-            whole &= isinstance(entry["has_text"], bool) and len(entry["shape"]) >= 3 and min(entry["shape"]) > 0
+            whole &= isinstance(entry["folder"], str) and entry["split"] in ("train", "eval")
+            whole &= isinstance(entry["has_text"], bool) and 3 <= len(entry["shape"]) <= MAX_AXES
+            whole &= all(type(size) is int and 0 < size < 1 << 40 for size in (entry["count"], *entry["shape"]))
     except (KeyError, TypeError, AttributeError, ValueError):
         return False
     return whole
@@ -328,6 +331,8 @@ def read_latents(
     groups: dict[tuple[int, ...], list[dict[str, Any]]] = {}
     for entry in entries:
         groups.setdefault(tuple(entry["shape"]), []).append(entry)
+    for entry in entries:
+        inside(directory, entry["folder"], what=f"a folder in '{Path(directory) / INDEX_FILE}'")
     sources = tuple(
         LatentSource(
             tuple(_checked(Path(directory), entry, found) for entry in group),
@@ -343,14 +348,20 @@ def read_latents(
 def _read_null(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     """The features and mask of the empty text beside a shard that has texts."""
     path = folder / NULL_FILE
+    of_texts = [_open_array(folder / f"{part}.npy").shape[1:] for part in ("text", "mask")]
     try:
+        check_regular(path)
+        with zipfile.ZipFile(path) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+        # Beside numbers of at most eight bytes, headers.
+        if size > 8 * sum(map(math.prod, of_texts)) + MAX_NULL_OVERHEAD:
+            raise ValueError(f"it unpacks to {size:,} bytes")
         with np.load(path, allow_pickle=False) as arrays:
             null = arrays["text"], arrays["mask"]
     except FileNotFoundError as error:
         raise FileNotFoundError(f"'{path}' is missing; encode the data again.") from error
-    except (zipfile.BadZipFile, ValueError, KeyError, EOFError, OSError, TypeError) as error:
-        raise ValueError(f"'{path}' is truncated or damaged ({error}); encode the data again.") from error
-    of_texts = [np.load(folder / f"{part}.npy", mmap_mode="r").shape[1:] for part in ("text", "mask")]
+    except (*ARRAY_DAMAGE, OSError) as error:
+        raise ValueError(f"'{path}' is truncated or damaged ({str(error)[:200]}); encode the data again.") from error
     if [part.shape for part in null] != of_texts:
         raise ValueError(f"'{path}' is of another shape than the texts beside it; encode the data again.")
     return null
@@ -370,6 +381,22 @@ def _checked(directory: Path, entry: Mapping[str, Any], class_names: Sequence[st
     return dataclasses.replace(shard, written=(folder / "mean.npy").stat().st_mtime_ns)
 
 
+def _open_array(path: Path) -> np.ndarray:
+    """An array of numbers, mapped from its file."""
+    try:
+        check_regular(path)
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"'{path}' is missing; encode the data again.") from error
+    except OSError as error:
+        raise OSError(f"'{path}' cannot be read ({error}).") from error
+    except ARRAY_DAMAGE as error:
+        raise ValueError(f"'{path}' is truncated or damaged ({str(error)[:200]}); encode the data again.") from error
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "biuf":
+        raise ValueError(f"'{path}' holds no array of numbers; encode the data again.")
+    return array
+
+
 @functools.lru_cache(maxsize=OPEN_SHARDS)
 def _open_shard(shard: ShardFile) -> Shard:
     arrays = {}
@@ -377,14 +404,7 @@ def _open_shard(shard: ShardFile) -> Shard:
         if part in ("text", "mask") and not shard.has_text:
             continue
         path = shard.folder / f"{part}.npy"
-        try:
-            arrays[part] = np.load(path, mmap_mode="r", allow_pickle=False)
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"'{path}' is missing; encode the data again.") from error
-        except OSError as error:
-            raise OSError(f"'{path}' cannot be read ({error}).") from error
-        except (ValueError, EOFError) as error:
-            raise ValueError(f"'{path}' is truncated or damaged ({error}); encode the data again.") from error
+        arrays[part] = _open_array(path)
         if arrays[part].shape[:1] != (shard.size,):
             raise ValueError(
                 f"'{path}' has shape {arrays[part].shape} instead of {shard.size} entries; encode the data again."

@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int32
 
-from flowgen.data.inventory import name_list, printable, quoted
+from flowgen.data.inventory import name_list, quoted
 from flowgen.data.sources import NO_LABEL
+from flowgen.documents import printable
 
 _TEXT = ".txt"
 _KINDS_NAMED = 8

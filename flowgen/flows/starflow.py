@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from flowgen.attention import CAUSAL_KERNEL_NAMES
 from flowgen.conditioning import Condition, TextCondition, check_labels, check_text
@@ -13,11 +13,25 @@ from flowgen.flows.affine import TokenOrder
 from flowgen.flows.block import BlockConfig, ClassPrefix, TextPrefix
 from flowgen.flows.flow import AutoregressiveFlow, ImageTokens
 from flowgen.flows.positions import GridPositions, rotary_pairs
-from flowgen.nn.checks import check_at_least_one, check_choices, check_noise_std, check_num_classes
+from flowgen.nn.checks import check_choices, check_noise_std
 from flowgen.nn.layers import ACTIVATION_NAMES, NORMS, Activation, Norm
 from flowgen.nn.transformer import TransformerConfig
+from flowgen.ranges import (
+    MAX_BLOCKS,
+    AtMost,
+    Channels,
+    Classes,
+    Expansion,
+    HeadDim,
+    MaybeLayers,
+    Side,
+    TextDim,
+    TextLength,
+    Width,
+)
 from flowgen.typed import typed
 
+MAX_ROTATIONS = 1 << 25  # numbers in the table of positions, which every trace holds
 # The order of block 0 and of block 1; later blocks alternate.
 ORDERS: dict[str, tuple[TokenOrder, TokenOrder]] = {"L2R": ("reversed", "raster"), "R2L": ("raster", "reversed")}
 
@@ -58,26 +72,26 @@ class STARFlowConfig(ImageTokens):
     remat: recompute layers in the backward pass instead of storing them; less memory, and on CPUs less time.
     """
 
-    image_size: int | tuple[int, int]
-    channels: int = 4
-    patch_size: int = 1
-    width: int = 512
-    layers: tuple[int, ...] = (2, 2, 2, 2, 2, 24)
-    deep_width: int | None = None
+    image_size: Side | tuple[Side, Side]
+    channels: Channels = 4
+    patch_size: Side = 1
+    width: Width = 512
+    layers: Annotated[tuple[MaybeLayers, ...], AtMost(MAX_BLOCKS)] = (2, 2, 2, 2, 2, 24)
+    deep_width: Width | None = None
     order: Literal["L2R", "R2L"] = "L2R"
-    head_dim: int = 64
+    head_dim: HeadDim = 64
     num_kv_heads: int | None = None
-    expansion: int = 4
+    expansion: Expansion = 4
     norm: Norm = "layer_norm"
     qk_norm: bool = False
     post_norm: bool = False
     activation: Activation = "gelu"
     use_bias: bool = True
     soft_clip: float = 4.0
-    num_classes: int = 0
+    num_classes: Classes = 0
     class_conditioning: Literal["prefix", "add"] = "prefix"
-    text_dim: int = 0
-    text_length: int = 0
+    text_dim: TextDim = 0
+    text_length: TextLength = 0
     condition: Literal["deep", "all"] = "deep"
     reference_side: float | None = None
     attention: str = "softmax"
@@ -86,8 +100,12 @@ class STARFlowConfig(ImageTokens):
     remat: bool = True
 
     def __post_init__(self):
-        check_at_least_one(self, ("width", "head_dim", "expansion"))
         self.check_images()
+        if (numbers := self.num_tokens * self.head_dim) > MAX_ROTATIONS:
+            raise ValueError(
+                f"model.image_size is {self.image_size}, patch_size {self.patch_size} and head_dim {self.head_dim}, "
+                f"whose positions are a table of {numbers} numbers, of at most {MAX_ROTATIONS}; use larger patches."
+            )
         check_noise_std(self.noise_std)
         if not self.layers or min(self.layers) < 0 or self.layers[-1] < 1:
             raise ValueError(
@@ -112,7 +130,6 @@ class STARFlowConfig(ImageTokens):
             )
         if not 0 <= self.soft_clip < float("inf"):
             raise ValueError(f"model.soft_clip is {self.soft_clip}; it must be 0 (off) or positive.")
-        check_num_classes(self.num_classes)
         if (self.text_dim > 0) != (self.text_length > 0) or min(self.text_dim, self.text_length) < 0:
             raise ValueError(
                 f"model.text_dim is {self.text_dim} and text_length {self.text_length}; give both, or neither (0)."

@@ -10,6 +10,7 @@ from flax import linen as nn
 from flowgen.flows.block import BlockConfig
 from flowgen.flows.flow import AutoregressiveFlow
 from flowgen.flows.starflow import ORDERS, STARFlowConfig
+from flowgen.ranges import Frames, MaybeLayers, OtherFrames, check_ranges
 from flowgen.typed import typed
 
 
@@ -28,15 +29,13 @@ class STARFlowVConfig(STARFlowConfig):
     denoiser_ahead: frames after its own that a token sees in each layer of the denoiser.
     """
 
-    frames: int = 21
-    denoiser_layers: int = 0
-    denoiser_back: int = 9
-    denoiser_ahead: int = 1
+    frames: Frames = 21
+    denoiser_layers: MaybeLayers = 0
+    denoiser_back: OtherFrames = 9
+    denoiser_ahead: OtherFrames = 1
 
     def __post_init__(self):
-        for name, least in (("frames", 1), ("denoiser_layers", 0), ("denoiser_back", 0), ("denoiser_ahead", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"model.{name} is {getattr(self, name)}; it must be at least {least}.")
+        check_ranges(self, "model")
         if self.denoiser_layers and self.num_classes and self.class_conditioning == "add":
             raise ValueError("model.class_conditioning is 'add', which a denoiser has no part for; use 'prefix'.")
         super().__post_init__()

@@ -11,9 +11,10 @@ from flowgen.attention import CAUSAL_KERNEL_NAMES
 from flowgen.conditioning import check_labels
 from flowgen.flows.block import BlockConfig
 from flowgen.flows.flow import AutoregressiveFlow, ImageTokens
-from flowgen.nn.checks import check_at_least_one, check_choices, check_noise_std, check_num_classes
+from flowgen.nn.checks import check_choices, check_noise_std
 from flowgen.nn.layers import ACTIVATION_NAMES, Activation
 from flowgen.nn.transformer import TransformerConfig
+from flowgen.ranges import Blocks, Channels, Classes, Expansion, HeadDim, Layers, Side, Width
 from flowgen.typed import typed
 
 Transform = Literal["affine", "volume_preserving"]
@@ -42,15 +43,15 @@ class TARFlowConfig(ImageTokens):
     remat: recompute layers in the backward pass instead of storing them; less memory, and on CPUs less time.
     """
 
-    image_size: int | tuple[int, int]
-    channels: int = 3
-    patch_size: int = 4
-    width: int = 256
-    num_blocks: int = 4
-    layers_per_block: int = 4
-    head_dim: int = 64
-    expansion: int = 4
-    num_classes: int = 0
+    image_size: Side | tuple[Side, Side]
+    channels: Channels = 3
+    patch_size: Side = 4
+    width: Width = 256
+    num_blocks: Blocks = 4
+    layers_per_block: Layers = 4
+    head_dim: HeadDim = 64
+    expansion: Expansion = 4
+    num_classes: Classes = 0
     transform: Transform = "affine"
     attention: str = "softmax"
     activation: Activation = "gelu"
@@ -59,20 +60,11 @@ class TARFlowConfig(ImageTokens):
     remat: bool = True
 
     def __post_init__(self):
-        counts = (
-            "width",
-            "num_blocks",
-            "layers_per_block",
-            "head_dim",
-            "expansion",
-        )
-        check_at_least_one(self, counts)
         self.check_images()
         if self.width > self.head_dim and self.width % self.head_dim:
             raise ValueError(
                 f"model.width is {self.width}, not a multiple of head_dim {self.head_dim}; change one of the two."
             )
-        check_num_classes(self.num_classes)
         check_noise_std(self.noise_std)
         choices = {
             "transform": ("affine", "volume_preserving"),

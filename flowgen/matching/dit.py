@@ -9,6 +9,7 @@ With c the embedding of (t, span, class), a layer computes
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,13 +22,15 @@ from jaxtyping import Array, Float, Int
 from flowgen.attention import KERNELS, make_attention_fn
 from flowgen.conditioning import check_labels
 from flowgen.matching.velocity import TIME_SCALE, ConditionEmbedding, check_inputs, check_time_scale
-from flowgen.nn.checks import check_at_least_one, check_choices, check_num_classes, check_patches, image_sides
+from flowgen.nn.checks import check_choices, check_patches, image_sides
 from flowgen.nn.layers import ACTIVATIONS, flat_dot, master_dtype, patchify, unpatchify
+from flowgen.ranges import Channels, Classes, Expansion, HeadDim, Layers, Side, Width, check_ranges
 from flowgen.typed import typed
 
 ATTENTIONS = ("softmax", "soft", *KERNELS)
 PATCH_ORDER = "channel_last"
 DIT_LAYER_NORM_EPS = 1e-6
+MAX_POSITIONS = 1 << 28  # numbers in the table of positions, which every trace holds
 
 
 @dataclass(frozen=True)
@@ -53,14 +56,14 @@ class DiTConfig:
     remat: recompute layers in the backward pass instead of storing them.
     """
 
-    image_size: int | tuple[int, int]
-    channels: int = 3
-    patch_size: int = 2
-    width: int = 384
-    num_layers: int = 12
-    head_dim: int = 64
-    expansion: int = 4
-    num_classes: int = 0
+    image_size: Side | tuple[Side, Side]
+    channels: Channels = 3
+    patch_size: Side = 2
+    width: Width = 384
+    num_layers: Layers = 12
+    head_dim: HeadDim = 64
+    expansion: Expansion = 4
+    num_classes: Classes = 0
     attention: str = "softmax"
     spans: bool = False
     time_scale: float = TIME_SCALE
@@ -68,9 +71,14 @@ class DiTConfig:
     remat: bool = True
 
     def __post_init__(self):
-        check_at_least_one(self, ("channels", "patch_size", "width", "num_layers", "head_dim", "expansion"))
-        check_num_classes(self.num_classes)
+        image_sides(self.image_size)
+        check_ranges(self, "model")
         check_patches(self.image_size, self.patch_size)
+        if (numbers := math.prod(self.token_grid) * self.width) > MAX_POSITIONS:
+            raise ValueError(
+                f"model.image_size is {self.image_size}, patch_size {self.patch_size} and width {self.width}, which "
+                f"makes a table of positions of {numbers} numbers, of at most {MAX_POSITIONS}; use a larger patch_size."
+            )
         if self.width % self.head_dim:
             raise ValueError(
                 f"model.width is {self.width}, not a multiple of head_dim {self.head_dim}; change one of the two."

@@ -27,6 +27,7 @@ from flowgen.matching.paths import (
 )
 from flowgen.matching.solvers import Velocity
 from flowgen.matching.times import LogitNormal, Shifted, Uniform
+from flowgen.ranges import Within, check_within
 from flowgen.rows import ROWS, StatefulObjective, batch_rows
 from flowgen.typed import typed
 
@@ -34,6 +35,7 @@ from flowgen.typed import typed
 STATE = "matching"
 # Pairs that epsilon is chosen by, and that are looked at for tilt: enough for the mean, and their square fits memory.
 REPORT_PAIRS = 1024
+SWEEPS = Within(0, 1 << 16)  # of Sinkhorn; a step runs all of them
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,8 @@ class MatchingConfig:
     time: Uniform | LogitNormal | Shifted = Uniform()
 
     def __post_init__(self):
+        for name in ("sinkhorn_sweeps", "num_sweeps"):
+            check_within(f"coupling.{name}", getattr(self.coupling, name, 0), SWEEPS)
         try:
             check_prediction(self.prediction, self.path)
         except ValueError as error:

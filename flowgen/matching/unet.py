@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +25,22 @@ from jaxtyping import Array, Float, Int
 from flowgen.attention import softmax_attention
 from flowgen.conditioning import check_labels
 from flowgen.matching.velocity import TIME_SCALE, check_inputs, check_time_scale, class_or_none, time_features
-from flowgen.nn.checks import check_at_least_one, check_choices, check_num_classes, image_sides
+from flowgen.nn.checks import check_choices, image_sides
 from flowgen.nn.convolution import conv, group_norm
 from flowgen.nn.layers import flat_dot, linear, master_dtype
+from flowgen.ranges import (
+    MAX_LEVELS,
+    AtMost,
+    Channels,
+    Classes,
+    Expansion,
+    Groups,
+    HeadDim,
+    Loops,
+    Side,
+    Width,
+    check_ranges,
+)
 from flowgen.typed import typed
 
 TORCH_GROUP_NORM_EPS = 1e-5
@@ -62,17 +75,17 @@ class UNetConfig:
     remat: recompute blocks in the backward pass instead of storing them; less memory, more time.
     """
 
-    image_size: int | tuple[int, int]
-    channels: int = 3
-    width: int = 128
-    multipliers: tuple[int, ...] = (1, 2, 2, 2)
-    blocks_per_level: int = 2
+    image_size: Side | tuple[Side, Side]
+    channels: Channels = 3
+    width: Width = 128
+    multipliers: Annotated[tuple[Expansion, ...], AtMost(MAX_LEVELS)] = (1, 2, 2, 2)
+    blocks_per_level: Loops = 2
     resample: Literal["conv", "pool"] = "conv"
-    attention_factors: tuple[int, ...] = (2,)
-    head_dim: int = 64
-    num_groups: int = 32
+    attention_factors: Annotated[tuple[int, ...], AtMost(MAX_LEVELS)] = (2,)
+    head_dim: HeadDim = 64
+    num_groups: Groups = 32
     dropout: float = 0.1
-    num_classes: int = 0
+    num_classes: Classes = 0
     scale_shift_norm: bool = False
     time_scale: float = TIME_SCALE
     spans: bool = False
@@ -80,10 +93,10 @@ class UNetConfig:
     remat: bool = False
 
     def __post_init__(self):
-        check_at_least_one(self, ("channels", "width", "blocks_per_level", "head_dim", "num_groups"))
-        check_num_classes(self.num_classes)
         if not self.multipliers or not all(type(factor) is int and factor >= 1 for factor in self.multipliers):
             raise ValueError(f"model.multipliers is {self.multipliers}; give a whole number of widths for each level.")
+        image_sides(self.image_size)
+        check_ranges(self, "model")
         self._check_sizes()
         self._check_widths()
         if not 0 <= self.dropout < 1:

@@ -18,8 +18,8 @@ from jaxtyping import Array, Float, Int, Key
 
 from flowgen.arrays import check_floating, check_key, shown
 from flowgen.conditioning import UNCONDITIONAL, check_labels
-from flowgen.nn.checks import check_at_least_one, check_num_classes
 from flowgen.nn.layers import linear, master_dtype
+from flowgen.ranges import Channels, Classes, Loops, Width, check_ranges
 from flowgen.typed import typed
 
 # Times in [0, 1] are stretched to the 1,000 steps that sinusoidal embeddings are made for: without it all angles are
@@ -40,15 +40,14 @@ class MLPConfig:
     spans: also predict average velocities over a span (MeanFlow).
     """
 
-    dim: int = 2
-    width: int = 64
-    num_layers: int = 3
-    num_classes: int = 0
+    dim: Channels = 2
+    width: Width = 64
+    num_layers: Loops = 3
+    num_classes: Classes = 0
     spans: bool = False
 
     def __post_init__(self):
-        check_at_least_one(self, ("dim", "width", "num_layers"))
-        check_num_classes(self.num_classes)
+        check_ranges(self, "model")
 
     @property
     def event_shape(self) -> tuple[int, ...]:

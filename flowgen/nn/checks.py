@@ -6,28 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 
-def check_at_least_one(config: Any, names: Sequence[str]) -> None:
-    """Raises ValueError where a field of a model's config is below 1.
-
-    Example:
-        check_at_least_one(config, ("width", "num_layers"))
-    """
-    low = [name for name in names if getattr(config, name) < 1]
-    if low:
-        told = " and ".join(f"model.{name} is {getattr(config, name)}" for name in low)
-        raise ValueError(f"{told}; {'it' if len(low) == 1 else 'they'} must be at least 1.")
-
-
-def check_num_classes(num_classes: int) -> None:
-    """Raises ValueError where a model's number of classes is negative.
-
-    Example:
-        check_num_classes(config.num_classes)
-    """
-    if num_classes < 0:
-        raise ValueError(f"model.num_classes is {num_classes}; it must be 0 (no classes) or more.")
-
-
 def check_noise_std(noise_std: float) -> None:
     """Raises ValueError where the noise a density is trained under cannot be.
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from flowgen.data.media import atomic_file
+from flowgen.documents import parse_json
 
 DIGEST = "sha256"
 _TEMPORARY = re.compile(r"\..+\.[0-9]+-[0-9a-f]{8}\.tmp")  # as `atomic_file` names them
@@ -28,9 +29,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
     """
     content = read_bytes(path)
     try:
-        value = json.loads(content.decode(), parse_constant=_refuse_constant)
-    except RecursionError as error:
-        raise ValueError(f"{path} is nested too deep for JSON that flowgen wrote; restore it.") from error
+        value = parse_json(content)
     except ValueError as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} is not valid JSON ({reason[:200]}); restore it.") from error
@@ -156,10 +155,6 @@ def _open_regular(path: str | Path) -> Any:
         os.close(descriptor)
         raise ValueError(f"{path} is no regular file; remove it.")
     return os.fdopen(descriptor, "rb")
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"it holds {name}")
 
 
 def _digest_of_json(value: Any) -> str:

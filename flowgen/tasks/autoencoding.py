@@ -31,6 +31,7 @@ from flowgen.data import (
 )
 from flowgen.data.sources import Split
 from flowgen.models import init
+from flowgen.ranges import OtherFrames, Side, check_ranges
 from flowgen.rows import Rows, StatefulObjective, batch_rows
 from flowgen.tasks.flow_options import SamplingConfig
 from flowgen.tasks.frozen import STATISTICS, open_autoencoder
@@ -59,8 +60,8 @@ class AutoencodingConfig:
     decoder_of: run or published folder of an autoencoder, whose encoder stays as it is while the decoder is trained on.
     """
 
-    image_size: int | tuple[int, int] = 8
-    frames: int = 0
+    image_size: Side | tuple[Side, Side] = 8
+    frames: OtherFrames = 0
     kl_weight: float = 1e-4
     noise: float = 0.0
     decoder_of: str = ""
@@ -68,6 +69,7 @@ class AutoencodingConfig:
     def __post_init__(self):
         if min(self.grid_size) < 1:
             raise ValueError(f"autoencoding.image_size is {self.image_size}; sides must be positive.")
+        check_ranges(self, "autoencoding")
         for name in ("kl_weight", "noise"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"autoencoding.{name} is {getattr(self, name)}; it must be 0 or positive.")

@@ -8,6 +8,7 @@ from typing import Literal
 from flowgen.decoding import Guidance, Jacobi, MovingJacobi
 from flowgen.decoding.guidance import Parts, Rule
 from flowgen.decoding.plan import Plan, Start
+from flowgen.ranges import Samples, Tokens, check_ranges
 from flowgen.training import OptimConfig
 from flowgen.typed import typed
 
@@ -66,9 +67,9 @@ class SamplingConfig:
     prompts: that a model of texts draws in turn.
     """
 
-    num: int = 64
+    num: Samples = 64
     plan: Literal["sequential", "jacobi", "moving", "auto"] = "auto"
-    window: int | None = None
+    window: Tokens | None = None
     tol: float = 1e-4
     init: Start = "z"
     guidance: float = 0.0
@@ -81,8 +82,7 @@ class SamplingConfig:
     prompts: tuple[str, ...] = ()
 
     def __post_init__(self):
-        if self.num < 1:
-            raise ValueError(f"sampling.num is {self.num}; it must be at least 1.")
+        check_ranges(self, "sampling")
         if self.denoise < 0:
             raise ValueError(f"sampling.denoise is {self.denoise}; it must be 0 (off) or positive.")
         try:

@@ -8,7 +8,7 @@ import hashlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,7 @@ from flowgen.convert import is_video_autoencoder, load_autoencoder, load_video_a
 from flowgen.data.latents import read_index
 from flowgen.flows import STARFlowVConfig
 from flowgen.prompts import aspect_size
+from flowgen.ranges import Within, check_ranges
 from flowgen.runs import CHECKPOINTS, CheckpointReader, check_layout, is_run, layout, read_config
 from flowgen.tasks.texts import TextConfig, encoder_of, remembered, text_fingerprint, version_of
 from flowgen.typed import typed
@@ -48,11 +49,10 @@ class PixelBlocks:
     factor: side of the squares of pixels; at least 1.
     """
 
-    factor: int = 2
+    factor: Annotated[int, Within(1, 1 << 8)] = 2
 
     def __post_init__(self):
-        if self.factor < 1:
-            raise ValueError(f"codec.factor is {self.factor}; it must be at least 1.")
+        check_ranges(self, "codec")
 
 
 @dataclass(frozen=True)
@@ -192,8 +192,8 @@ def _open_autoencoder(
         "VideoAutoencoder": (VideoAutoencoder, VideoAutoencoderConfig),
     }
     kind = saved["model"].get(fields.TYPE)
-    if kind not in kinds:
-        raise ValueError(f"codec.path '{path}' is the run of a {kind}; give that of an Autoencoder.")
+    if not isinstance(kind, str) or kind not in kinds:
+        raise ValueError(f"codec.path '{path}' is the run of a {kind!s:.80}; give that of an Autoencoder.")
     module, config = kinds[kind]
     plain = {name: value for name, value in saved["model"].items() if name != fields.TYPE}
     autoencoder = module(fields.from_plain(config, plain, path="model"))

@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,7 @@ from flowgen.matching import (
 )
 from flowgen.matching.objective import REPORT_PAIRS
 from flowgen.models import init
+from flowgen.ranges import Samples, Within, check_ranges
 from flowgen.rows import batch_rows
 from flowgen.tasks.images import check_foreign, drawn_classes, image_batches, image_source, shrink_images, shrink_run
 from flowgen.tasks.pictures import DRAWABLE_CHANNELS, DRAWN_PATHS, grid_labels, path_plot, picture
@@ -64,21 +65,22 @@ class SolverConfig:
     frechet_samples: pictures that each evaluation draws and compares with held-out ones; 0 for none.
     """
 
-    num: int = 64
+    num: Samples = 64
     method: Solver = "heun"
-    num_steps: int = 25
+    num_steps: Annotated[int, Within(1, 1 << 20)] = 25
     times: Literal["uniform", "edm"] = "uniform"
     rtol: float = 1e-5
     atol: float = 1e-5
     guidance: float = 0.0
     guidance_interval: tuple[float, float] = (0.0, 1.0)
-    frechet_samples: int = 0
+    frechet_samples: Annotated[int, Within(0, 1 << 24)] = 0
 
     def __post_init__(self):
         for name, least in (("num", 1), ("num_steps", 1), ("frechet_samples", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"sampling.{name} is {value}; it must be a whole number of at least {least}.")
+        check_ranges(self, "sampling")
         if self.method not in get_args(Solver):
             raise ValueError(f"sampling.method is {self.method!r}; choose one of {', '.join(get_args(Solver))}.")
         for name in ("rtol", "atol"):

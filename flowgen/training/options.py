@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Literal
 
+from flowgen.ranges import Batch, Every, Steps, check_ranges
 from flowgen.typed import typed
 
 SEEDS = 1 << 32  # Larger seeds would be cut to 32 bits.
@@ -65,21 +66,22 @@ class OptimConfig:
     lr: float = 1e-4
     min_lr: float = 1e-6
     schedule: Literal["cosine", "constant"] = "cosine"
-    warmup_steps: int = 0
+    warmup_steps: Every = 0
     weight_decay: float = 1e-4
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
     clip_norm: float = 1.0
     skip_norm: float = 0.0
-    skip_after: int = 100
-    max_skips: int = 50
+    skip_after: Every = 100
+    max_skips: Every = 50
     ema_decay: float = 0.9999
     ema_warmup: bool = True
 
     def __post_init__(self):
         numbers = [field.name for field in fields(self) if field.name not in ("ema_warmup", "schedule")]
         check_at_least("", self, dict.fromkeys(numbers, 0))
+        check_ranges(self)
         if self.schedule not in ("cosine", "constant"):
             raise ValueError(f"schedule is {self.schedule!r}; choose 'cosine' or 'constant'.")
         for name in ("b1", "b2", "ema_decay"):
@@ -105,14 +107,15 @@ class TrainConfig:
     accumulation: parts that each device's share of a batch is cut into, to save memory.
     """
 
-    steps: int = 1000
-    batch_size: int = 64
+    steps: Steps = 1000
+    batch_size: Batch = 64
     seed: int = 0
     label_dropout: float = 0.0
-    accumulation: int = 1
+    accumulation: Batch = 1
 
     def __post_init__(self):
-        check_at_least("train", self, {"steps": 1, "batch_size": 1, "seed": 0, "label_dropout": 0, "accumulation": 1})
+        check_ranges(self, "train")
+        check_at_least("train", self, {"seed": 0, "label_dropout": 0})
         if self.seed >= SEEDS:
             raise ValueError(f"train.seed is {self.seed}; it must be below {SEEDS}.")
         if self.label_dropout > 1:
@@ -133,14 +136,13 @@ class LogConfig:
     progress: show a moving bar if standard error is a terminal; otherwise, and without it, each report is a line.
     """
 
-    log_every: int = 50
-    eval_every: int = 0
-    sample_every: int = 0
-    checkpoint_every: int = 500
-    keep: int = 3
+    log_every: Steps = 50
+    eval_every: Every = 0
+    sample_every: Every = 0
+    checkpoint_every: Every = 500
+    keep: Steps = 3
     tensorboard: bool = True
     progress: bool = True
 
     def __post_init__(self):
-        bounds = {"log_every": 1, "eval_every": 0, "sample_every": 0, "checkpoint_every": 0, "keep": 1}
-        check_at_least("log", self, bounds)
+        check_ranges(self, "log")

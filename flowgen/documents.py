@@ -1,0 +1,233 @@
+"""Text documents that somebody else wrote: JSON and YAML whose size and depth are bounded, files that are files, and
+names that stay inside their folder.
+
+What a document can cost is bounded by its size, whatever is in it: nothing is nested deeper than `MAX_DEPTH`, which
+no recursion of those who read it later minds either; YAML has no aliases, by which a few bytes stand for gigabytes.
+"""
+
+from __future__ import annotations
+
+import json
+import lzma
+import math
+import os
+import re
+import stat
+import struct
+import tokenize
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any, TypeVar
+
+import numpy as np
+
+T = TypeVar("T")
+PathLike = str | os.PathLike[str]
+
+# The largest tokenizer.json in use has 33 MB; Python needs up to forty bytes for one of JSON.
+MAX_BYTES = 1 << 24
+MAX_TOKENIZER_BYTES = 1 << 26
+MAX_YAML_BYTES = 1 << 16
+_MAX_YAML_TEXT = 1 << 12  # letters; a number of more takes the square of their count
+MAX_DEPTH = 64
+# More than the largest 64-bit integer, and than the "as long as you like" of published tokenizers, 10^30.
+_MAX_DIGITS = 40
+# What NumPy and zipfile raise, beside OSError, of a damaged .npy or .npz: the header of an array is a text of Python.
+ARRAY_DAMAGE = (
+    *(ValueError, EOFError, TypeError, SyntaxError, LookupError, AttributeError, OverflowError, MemoryError),
+    *(RuntimeError, tokenize.TokenError, struct.error, zipfile.BadZipFile, zlib.error, lzma.LZMAError),
+)
+_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+# What each byte outside of texts adds to the depth.
+_STEPS = np.zeros(256, np.int8)
+_STEPS[list(b"{[")], _STEPS[list(b"}]")] = 1, -1
+
+
+def read_json(path: PathLike, *, most: int = MAX_BYTES, fix: str = "get the file again") -> Any:
+    """Returns what a JSON file says. fix: what to do about one that says nothing.
+
+    Raises:
+        FileNotFoundError, IsADirectoryError: no such file.
+        ValueError: no regular file, more than `most` bytes, no JSON, nested deeper than 64, a name twice in one
+            object, or a number that is not finite or has more than 40 digits. The message names the file.
+
+    Example:
+        config = read_json("vae/config.json")
+    """
+    return _named(path, fix, lambda: parse_json(read_bytes(path, most=most)))
+
+
+def parse_json(content: bytes) -> Any:
+    """Returns what JSON says, as UTF-8 bytes. Raises ValueError as `read_json`, without a name.
+
+    Example:
+        header = parse_json(content[8 : 8 + length])
+    """
+    check_depth(content)
+    return json.loads(
+        content.decode("utf-8-sig"),
+        object_pairs_hook=_once,
+        parse_constant=_constant,
+        parse_float=_float,
+        parse_int=_integer,
+    )
+
+
+def check_depth(content: bytes) -> None:
+    """Raises ValueError where JSON is nested deeper than 64.
+
+    Example:
+        check_depth(Path("tokenizer.json").read_bytes())
+    """
+    steps = _STEPS[np.frombuffer(_STRING.sub(b"", content), np.uint8)]
+    if (depth := np.cumsum(steps, dtype=np.int32).max(initial=0)) > MAX_DEPTH:
+        raise ValueError(f"it is nested {depth} deep, and at most {MAX_DEPTH} are read")
+
+
+def read_yaml(path: PathLike, *, fix: str = "get the file again") -> Any:
+    """Returns what a YAML file says: texts, numbers, lists and tables.
+
+    Raises as `read_json`, and ValueError where there are aliases, tags of other types, a text of over 4,096 letters,
+    or more than 64 KiB.
+
+    Example:
+        arguments = read_yaml("starflow_3B_t2i_256x256.yaml")["arguments"]
+    """
+    return _named(path, fix, lambda: _parse_yaml(read_bytes(path, most=MAX_YAML_BYTES)))
+
+
+def _parse_yaml(content: bytes) -> Any:
+    import yaml
+
+    depth = 0
+    try:
+        text = content.decode("utf-8-sig")
+        # Events come one by one from a parser without recursion; what makes values of them has it.
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            if isinstance(event, yaml.AliasEvent):
+                raise ValueError("it has aliases (*), which are not read; write the values out")
+            if isinstance(event, yaml.ScalarEvent) and len(event.value) > _MAX_YAML_TEXT:
+                raise ValueError(f"it has a text of {len(event.value):,} letters")
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_DEPTH:
+                raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(" ".join(str(error).split())[:300]) from error
+
+
+def read_bytes(path: PathLike, *, most: int = MAX_BYTES) -> bytes:
+    """Returns the content of a regular file of at most `most` bytes.
+
+    Raises FileNotFoundError, IsADirectoryError, or ValueError where it is another kind of file or too large.
+
+    Example:
+        content = read_bytes("tokenizer.json")
+    """
+    check_regular(path)
+    with open(path, "rb") as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise ValueError(f"'{path}' has more than {most:,} bytes; give a smaller file.")
+    return content
+
+
+def check_regular(path: PathLike) -> None:
+    """Raises ValueError where a path leads to a FIFO, a socket or a device, opening or reading which may never end;
+    IsADirectoryError, or FileNotFoundError.
+
+    Example:
+        check_regular("model.safetensors")
+    """
+    mode = Path(path).stat().st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(f"'{path}' is a folder; name the file inside it.")
+    if not stat.S_ISREG(mode):
+        raise ValueError(f"'{path}' is no regular file but a FIFO, a socket or a device; give the file itself.")
+
+
+def inside(folder: PathLike, name: Any, *, what: str) -> Path:
+    """Returns the path of a name that a foreign file gives for something in its folder.
+
+    what: which name it is, for the message. Links may lead to another place in the folder, or to the `blobs` in which
+    a cache of the Hugging Face hub keeps the files of its `snapshots`.
+
+    Raises ValueError where the name is no text, is absolute, or leads out of the folder.
+
+    Example:
+        part = inside(folder, "model-00001-of-00002.safetensors", what="a part in model.safetensors.index.json")
+    """
+    plain = isinstance(name, str) and name not in ("", ".") and "\0" not in name
+    if not plain or any(
+        path.is_absolute() or path.drive or path.root or ".." in path.parts
+        for path in (PurePosixPath(name), PureWindowsPath(name))
+    ):
+        raise ValueError(f"{what} is {name!r:.100}; it must be a name inside '{folder}'.")
+    path, home = Path(folder) / name, Path(folder).resolve()
+    places = [home, *(parent.parent / "blobs" for parent in home.parents if parent.name == "snapshots")]
+    try:
+        target = path.resolve()
+    except RuntimeError as error:  # links in a circle
+        raise ValueError(f"{what} is {name!r:.100}, a link to itself; put the file itself there.") from error
+    if not any(target.is_relative_to(place) for place in places):
+        raise ValueError(f"{what} is {name!r:.100}, a link that leads out of '{folder}'; put the file itself there.")
+    return path
+
+
+def printable(text: str) -> str:
+    """Returns a text as it can be shown: characters that control a terminal, or the direction or width of what
+    follows, are written as Python writes them, \\x1b or \\u202e.
+
+    Example:
+        print(printable(f"'{path}' is not read."))
+    """
+    return "".join(letter if _is_shown(letter) else _escaped(letter) for letter in text)
+
+
+def _is_shown(letter: str) -> bool:
+    # Of the separators Python counts the space alone as printable; lines and paragraphs are not spaces.
+    return letter.isprintable() or (letter.isspace() and letter >= "\xa0" and letter not in "\u2028\u2029")
+
+
+def _escaped(letter: str) -> str:
+    code = ord(letter)
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def _named(path: PathLike, fix: str, read: Callable[[], T]) -> T:
+    kind = "YAML" if Path(path).suffix in (".yaml", ".yml") else "JSON"
+    try:
+        return read()
+    except (ValueError, RecursionError) as error:
+        if str(error).startswith(f"'{path}'"):
+            raise
+        reason = "nested too deep" if isinstance(error, RecursionError) else str(error)[:300]
+        raise ValueError(f"'{path}' is not valid {kind} ({reason}); {fix}.") from error
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        twice, count = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"it names {twice[:80]!r} {'twice' if count == 2 else f'{count} times'}")
+    return table
+
+
+def _constant(text: str) -> float:
+    raise ValueError(f"it has {text}, which is no number of JSON")
+
+
+def _float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"it has {text[:40]}, which is too large")
+    return value
+
+
+def _integer(text: str) -> int:
+    if len(text) > _MAX_DIGITS:
+        raise ValueError(f"it has a number of {len(text)} digits")
+    return int(text)
