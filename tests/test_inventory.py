@@ -58,7 +58,7 @@ IMAGES = Inventory("images", 1080, 120, ((48, 48),), ((32, 32),), ("cat", "dog",
             "clips: 1,080 train and 1,200 images, 120 held out, 48 x 48 -> 32 x 32, "
             "1,000 classes: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 990 more",
         ),
-        ({"classes": ("a\x1b[31m", "b\n")}, "classes: a\\x1b[31m, b\\n"),
+        ({"classes": ("a\x1b[31m", "b\n")}, "classes: a\\x1b[31m, b\\x0a"),
     ],
 )
 def test_one_line_says_what_was_found(changes, line):
