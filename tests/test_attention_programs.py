@@ -142,8 +142,8 @@ CALLS = {
 MODULES = [name for name in CALLS if "layer" in name]
 # Those that show little beside the others are slow.
 SHOWN = (
-    *("nala causal", "pola", "inline causal", "packed", "prefill and step", "fewer key heads", "landmarks, whitened"),
-    *("pallas", "simple GLA", "gated delta", "soft", "softmax causal", "frames", "nala layer on a grid"),
+    *("nala causal", "pola", "packed", "prefill and step", "pallas", "simple GLA", "gated delta", "soft", "frames"),
+    "nala layer on a grid",
 )
 each_call = pytest.mark.parametrize("name", rows(CALLS, [name for name in CALLS if name not in SHOWN]))
 
