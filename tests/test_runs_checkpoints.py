@@ -190,7 +190,7 @@ def test_a_folder_that_holds_another_step_is_refused(copied, make):
 def test_a_state_of_another_step_is_refused(tmp_path):
     with CheckpointStore(tmp_path) as store:
         store.save(3, state_of(4), config={})
-    with pytest.raises(ValueError, match=r"Checkpoint 3 .* its state is that of step 4") as error:
+    with pytest.raises(ValueError, match=r"Checkpoint 3 .*its state is that of step 4") as error:
         restored(CheckpointReader(tmp_path), 3)
     one_sentence(error)
 

@@ -101,7 +101,7 @@ def test_a_run_that_has_lost_its_checkpoints_says_so(whole, tmp_path, capsys, lo
     told = capsys.readouterr().err
     assert "starts again at step 0" in told
     assert "metrics reach step 40" in told
-    assert ("lost" in told) == (lost == "all")
+    assert ("has lost its folder" in told) == (lost == "all")
 
 
 def test_a_second_training_is_refused_by_name_and_reading_is_not(whole, tmp_path):
@@ -150,6 +150,12 @@ def test_a_lock_that_is_no_file_is_refused(tmp_path, make):
         toy.run(toy.make_job(), tmp_path, log=TEN)
 
 
+def saved(workdir, step):
+    """Waits for the checkpoint of a step, whose save could make a directory again that was taken away."""
+    while not (workdir / CHECKPOINTS / str(step)).exists():
+        time.sleep(0.01)
+
+
 def delete(path):
     """Removes a folder, into which a save may be writing."""
     path.rename(path.with_name("moved"))
@@ -172,8 +178,7 @@ def test_what_is_taken_away_while_training_is_made_again_and_told(whole, tmp_pat
     workdir = tmp_path / "run"
 
     def lose():
-        while not (workdir / CHECKPOINTS / "20").exists():  # Otherwise its save may make the directory again.
-            time.sleep(0.01)
+        saved(workdir, 20)
         LOSSES[loss](workdir)
 
     toy.run(with_event(25, lose), workdir, log=dataclasses.replace(TEN, log_every=1))
@@ -205,6 +210,7 @@ def test_a_directory_that_was_replaced_is_not_written_into(tmp_path):
     workdir = tmp_path / "run"
 
     def replace():
+        saved(workdir, 20)
         workdir.rename(tmp_path / "moved")
         workdir.mkdir()
         (workdir / "letter.txt").write_text("mine")
