@@ -153,11 +153,10 @@ def _class_number(word: str, names: tuple[str, ...], num_classes: int) -> int:
     from flowgen.data.inventory import name_list
 
     try:
-        number = int(word)
+        number, close = int(word), []
     except ValueError:
-        number = num_classes
+        number, close = num_classes, difflib.get_close_matches(word, names, n=1)
     if not -1 <= number < num_classes:
-        close = difflib.get_close_matches(word, names, n=1)
         meant = f" (did you mean {close[0]}?)" if close else ""
         which = f"the names {name_list(names, 20)}, or " if names else ""
         raise ValueError(
