@@ -205,7 +205,7 @@ def _named(path: PathLike, fix: str, read: Callable[[], T]) -> T:
         if str(error).startswith(f"'{path}'"):
             raise
         reason = "nested too deep" if isinstance(error, RecursionError) else str(error)[:300]
-        raise ValueError(f"'{path}' is not valid {kind} ({reason}); {fix}.") from error
+        raise ValueError(f"{path} is not valid {kind} ({reason}); {fix}.") from error
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -102,15 +102,13 @@ def _check_range(path: str, value: Any, annotation: Any) -> None:
 
 
 def check_within(path: str, value: Any, bounds: Within) -> None:
-    """Raises ValueError where a value is no number, or outside a range, naming path, value and range. A range of whole
-    numbers takes no others.
+    """Raises ValueError where a value is no number, or outside a range, naming path, value and range.
 
     Example:
         check_within("arguments.blocks", blocks, Within(1, 128))
     """
-    whole = isinstance(bounds.most, int)
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral if whole else numbers.Real):
-        raise ValueError(f"{path} is {value!r:.80}; it must be a {'whole ' if whole else ''}number.")
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise ValueError(f"{path} is {value!r:.80}; it must be a number.")
     if value < bounds.least:
         least = f"at least {bounds.least}" if bounds.least else "0 or more"
         raise ValueError(f"{path} is {_short(value)}; it must be {least}.")

@@ -212,6 +212,8 @@ def _check_values(known: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} is {value!r:.80}; it must be text.")
         if name in _RANGES:
             check_within(name, value, _RANGES[name])
+            if isinstance(_RANGES[name].most, int) and not isinstance(value, int):
+                raise ValueError(f"{name} is {value}; it must be a whole number.")
         elif isinstance(default, int) and type(value) not in (int, bool):
             raise ValueError(f"{name} is {value!r:.80}; it must be 0 or 1.")
     layers = known["layers_per_block"]

@@ -152,6 +152,8 @@ def work(options):
     signal.signal(signal.SIGALRM, on_alarm)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (4 << 30, 4 << 30))
+    # Above what is a fault, for what the runtime maps; so that a fault does not take the machine.
+    resource.setrlimit(resource.RLIMIT_DATA, (6 << 30, 6 << 30))
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", options.base)
     watch = Watch("", tempfile.gettempdir() + "/none", cache)
     with open(options.report, "a", buffering=1) as report:
