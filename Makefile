@@ -17,8 +17,8 @@ demo: $(VENV)/.train ## train a TARFlow on the built-in digits, then draw sample
 test: $(VENV)/.dev ## the default test suite
 	$(BIN)/python -m pytest $(WORKERS) -m "not slow and not gpu"
 
-# A fixed list, never cut by the clock: every test marked slow, law tables first. It takes about 35 minutes on two cores;
-# what would make it longer is not marked slow but belongs into `make soak`, or is left out with a reason.
+# A fixed list, never cut by the clock: every test marked slow, law tables first. It may take 35 minutes on two cores (its
+# law tables take four minutes of one core). Trials that would make it longer are shortened there and whole in `make soak`.
 test-slow: $(VENV)/.dev ## the slow tests
 	$(BIN)/python -m pytest $(WORKERS) --no-loadscope-reorder -m "slow and not gpu"
 
