@@ -29,8 +29,8 @@ test-all: $(VENV)/.dev ## the default suite and the slow tests in one
 	$(BIN)/python -m pytest $(WORKERS) -m "not gpu"
 
 soak: $(VENV)/.dev ## long trials: runs killed a hundred times, five hundred malformed files
-	$(BIN)/python -m tests.soak.kills --kills 100
-	$(BIN)/python -m tests.soak.malformed --inputs 500
+	$(BIN)/python tests/soak/kills.py --kills 100
+	$(BIN)/python tests/soak/malformed.py --inputs 500
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
