@@ -1,6 +1,6 @@
 """Kills training runs at random, goes on by the same command, and compares with runs that nobody killed.
 
-python -m tests.soak.kills --kills 100 --seed 0 [--jobs 2] [--kinds flow matching clips]
+python tests/soak/kills.py --kills 100 --seed 0 [--jobs 2] [--kinds flow matching clips]
 
 Each run is a program of its own, killed by SIGKILL, SIGTERM, SIGINT or two SIGINT: half of the times at any moment,
 half at one of interest, which is while a checkpoint is saved, while one is deleted, or in the last evaluation. After
