@@ -6,6 +6,7 @@ A mistake of the user ends in one sentence on standard error and exit code 2, be
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -66,6 +67,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail("Interrupted without saving; checkpoints are as they were.", EXIT_INTERRUPTED)
     except MISTAKES as error:
         return _fail(error, EXIT_MISTAKE)
+
+
+def program(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code of `main`, for a process that ends with it: Ctrl-C has nothing left to stop.
+
+    Example:
+        sys.exit(program())
+    """
+    code = main(arguments)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Python would answer it with a traceback while it shuts down.
+    return code
 
 
 def _show_warning(
