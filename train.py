@@ -2,7 +2,7 @@
 
 import sys
 
-from flowgen.cli import main
+from flowgen.cli import program
 
 if __name__ == "__main__":
-    sys.exit(main(["train", *sys.argv[1:]]))
+    sys.exit(program(["train", *sys.argv[1:]]))

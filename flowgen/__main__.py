@@ -2,6 +2,6 @@
 
 import sys
 
-from flowgen.cli import main
+from flowgen.cli import program
 
-sys.exit(main())
+sys.exit(program())

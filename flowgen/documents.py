@@ -177,26 +177,6 @@ def inside(folder: PathLike, name: Any, *, what: str) -> Path:
     return path
 
 
-def printable(text: str) -> str:
-    """Returns a text as it can be shown: characters that control a terminal, or the direction or width of what
-    follows, are written as Python writes them, \\x1b or \\u202e.
-
-    Example:
-        print(printable(f"'{path}' is not read."))
-    """
-    return "".join(letter if _is_shown(letter) else _escaped(letter) for letter in text)
-
-
-def _is_shown(letter: str) -> bool:
-    # Of the separators Python counts the space alone as printable; lines and paragraphs are not spaces.
-    return letter.isprintable() or (letter.isspace() and letter >= "\xa0" and letter not in "\u2028\u2029")
-
-
-def _escaped(letter: str) -> str:
-    code = ord(letter)
-    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
-
-
 def _named(path: PathLike, fix: str, read: Callable[[], T]) -> T:
     kind = "YAML" if Path(path).suffix in (".yaml", ".yml") else "JSON"
     try:

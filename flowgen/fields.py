@@ -78,7 +78,7 @@ def from_plain(cls: type[T], data: Any, *, path: str = "") -> T:
         if choices(hints[name]) and isinstance(value, Mapping) and TYPE not in value:
             value = {**value, TYPE: type_name(default) if dataclasses.is_dataclass(default) else None}
         values[name] = check(hints[name], value, path=_join(path, name))
-    return _built(lambda: cls(**values), path)
+    return built(lambda: cls(**values), path)
 
 
 def choices(annotation: Any) -> dict[str, type]:
@@ -342,10 +342,10 @@ def _replaced(config: T, changes: dict[str, Any], path: str = "") -> T:
         name: _replaced(getattr(config, name), change, _join(path, name)) if isinstance(change, _Changes) else change
         for name, change in changes.items()
     }
-    return _built(lambda: dataclasses.replace(config, **values), path)  # ty: ignore[invalid-argument-type]
+    return built(lambda: dataclasses.replace(config, **values), path)  # ty: ignore[invalid-argument-type]
 
 
-def _built(make: Callable[[], T], path: str) -> T:
+def built(make: Callable[[], T], path: str) -> T:
     """What `make` makes; an error of a group that does not know where it stands gets its path in front."""
     try:
         return make()

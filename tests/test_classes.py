@@ -109,7 +109,7 @@ def test_built_in_pictures_and_clips_are_mapped_by_name():
 @pytest.mark.parametrize("kind", [DataConfig, ClipsConfig])
 @pytest.mark.usefixtures("untyped")
 def test_names_that_are_none_are_refused(kind, classes):
-    with pytest.raises(ValueError, match=r"data\.classes"):
+    with pytest.raises(ValueError, match="classes"):
         kind(classes=classes)
 
 
@@ -271,18 +271,18 @@ def test_a_run_keeps_the_names_of_its_classes(run, capsys):
     assert "0 cat, 1 dog, 2 fox" in capsys.readouterr().out
 
 
-def test_other_data_are_evaluated_with_the_numbers_of_the_run(run, tmp_path, capsys, caplog):
+def test_other_data_are_evaluated_with_the_numbers_of_the_run(run, tmp_path, capsys):
     photos(tmp_path / "photos", "dog", "fox")
     words = ("evaluate", "--checkpoint", run, "--split", "all", "--data.path", tmp_path / "photos")
     assert command(*words) == 0
-    printed = capsys.readouterr().out
+    printed, said = capsys.readouterr()
     flow, params, experiment = checkpoint.load(run)
     data = dataclasses.replace(experiment.data, path=str(tmp_path / "photos"), classes=())
     found = load(data, image_size=(8, 8), channels=1, split="all")
     by_hand = dataclasses.replace(found, labels=found.labels + 1, class_names=KNOWN)
     bits = flow_bits_per_dim(flow, params, by_hand, jax.random.key(0), noise_std=0.1)
     assert f"bits/dim {bits:.4f}" in printed
-    assert caplog.text.count("has nothing of the class cat") == 1
+    assert said.count("has nothing of the class cat") == 1
     photos(tmp_path / "photos", "zebra")
     assert command(*words) == cli.EXIT_MISTAKE
     assert "the class zebra, and data.classes are cat, dog, fox" in capsys.readouterr().err

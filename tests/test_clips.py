@@ -220,7 +220,7 @@ def test_what_does_not_fit_is_refused(what, untyped):
     config, num = arguments.get("config", TEXT), arguments.get("num", 2)
     options = {name: value for name, value in arguments.items() if name not in ("config", "num")}
     with pytest.raises(ValueError, match=r"\w") as error:
-        sample_clips(STARFlowV(config), None, KEY, num, laws.labels(TEXT, batch=2), **options)
+        sample_clips(STARFlowV(config), {"params": {}}, KEY, num, laws.labels(TEXT, batch=2), **options)
     assert part in str(error.value)
 
 
@@ -261,4 +261,4 @@ def test_progress_counts_every_token_of_the_deep_block_once(deep):
 def test_a_flow_of_images_is_refused(untyped):
     plain = STARFlow(STARFlowConfig(image_size=4, width=64, layers=(1, 1)))
     with pytest.raises(ValueError, match="flow is a STARFlow, no flow of clips; give a STARFlowV, or use sample"):
-        sample_clips(plain, None, KEY, 2)
+        sample_clips(plain, {"params": {}}, KEY, 2)

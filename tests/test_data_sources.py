@@ -157,9 +157,9 @@ def test_hold_out_refuses_an_empty_split(size, fraction, split):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"source": "cifar"}, "data.source is 'cifar'; it must be one of 'digits', 'mnist'"),
-        ({"crop": "left"}, "data.crop is 'left'"),
-        ({"on_corrupt": "ignore"}, "data.on_corrupt is 'ignore'"),
+        ({"source": "cifar"}, "source is 'cifar'; it must be 'digits' or 'mnist'"),
+        ({"crop": "left"}, "crop is 'left'"),
+        ({"on_corrupt": "ignore"}, "on_corrupt is 'ignore'"),
         ({"eval_fraction": 1.0}, "data.eval_fraction is 1.0"),
         ({"eval_fraction": -0.1}, "data.eval_fraction is -0.1"),
         ({"in_memory_bytes": -1}, "data.in_memory_bytes is -1"),

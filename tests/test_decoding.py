@@ -121,7 +121,13 @@ def test_on_accelerators_a_pass_of_any_block_has_rows_that_cost_nothing(monkeypa
     monkeypatch.setattr(sampler, "_invert", lambda *args, plan, **more: plans.append(plan))
     config = laws.FLOWS["starflow video"]
     flow = STARFlowV(config.of_frames(20))
-    invert(flow, None, jnp.zeros((1, flow.config.num_tokens, config.token_dim)), laws.labels(config, 1), plan="auto")
+    invert(
+        flow,
+        {"params": {}},
+        jnp.zeros((1, flow.config.num_tokens, config.token_dim)),
+        laws.labels(config, 1),
+        plan="auto",
+    )
     *shallow, deep = plans[0].blocks
     assert deep.window == 256
     assert {plan.window for plan in shallow} == {256 // 20}
@@ -235,7 +241,7 @@ def test_product_rule_is_the_product_of_gaussians():
     ("arguments", "message"),
     [
         ({"scale": -1.0}, "guidance scale is -1.0"),
-        ({"scale": float("nan")}, "guidance scale is nan"),
+        ({"scale": float("nan")}, "scale is nan"),
         ({"temperature": 0.0}, "guidance temperature is 0.0"),
         ({"rule": "product", "parts": "shift"}, "the product rule always guides both"),
     ],

@@ -7,7 +7,8 @@ import tracemalloc
 
 import pytest
 
-from flowgen.documents import inside, parse_json, printable, read_bytes, read_json, read_yaml
+from flowgen.documents import inside, parse_json, read_bytes, read_json, read_yaml
+from flowgen.printable import printable
 
 
 def written(folder, name, content):

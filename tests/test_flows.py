@@ -272,7 +272,7 @@ def test_label_dropout_drops_that_share(key):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"image_size": 7}, r"image_size has height 7, which patch_size 2 does not divide"),
+        ({"image_size": 7}, r"image_size has height 7 and width 7, which patch_size 2 does not divide"),
         ({"width": 40}, r"width is 40, not a multiple of head_dim 16"),
         ({"num_blocks": 0}, r"num_blocks is 0; it must be at least 1"),
         ({"patch_size": 6}, r"makes the image one token"),

@@ -217,7 +217,7 @@ def test_without_ott_the_package_is_named(monkeypatch):
 
 
 REFUSED = {
-    "sweeps as a float": (lambda: fm.GibbsWeights(1.0, sinkhorn_sweeps=2.0), "sinkhorn_sweeps is 2.0"),
+    "half a Sinkhorn sweep": (lambda: fm.GibbsWeights(1.0, sinkhorn_sweeps=2.5), "sinkhorn_sweeps is 2.5"),
     "endless sweeps": (lambda: fm.MinibatchOT(num_sweeps=float("inf")), "num_sweeps is inf"),
     "small epsilon of a plan": (lambda: fm.MinibatchOT("sinkhorn", epsilon=1e-38), "epsilon is 1e-38; below 1e-20"),
     "cost of a column": (
@@ -226,7 +226,7 @@ REFUSED = {
     ),
     "nothing to choose from": (lambda: fm.choose_epsilon(X0, X0), "the mean cost is 0.0"),
     "negative epsilon": (lambda: fm.GibbsWeights(-1.0), "epsilon is -1.0; it must be positive"),
-    "epsilon of infinity": (lambda: fm.GibbsWeights(float("inf")), "epsilon is inf; it must be positive and finite"),
+    "epsilon of infinity": (lambda: fm.GibbsWeights(float("inf")), "epsilon is inf"),
     "share of one": (lambda: fm.GibbsWeights(ess=1.0), "ess is 1.0; it is a share"),
     "tilt": (lambda: fm.GibbsWeights(tilt=0.0), "tilt is 0.0; it must be positive"),
     "unknown cost": (lambda: fm.GibbsWeights(1.0, cost="l1"), "cost is 'l1'"),
@@ -237,7 +237,7 @@ REFUSED = {
     "no tolerance": (lambda: fm.MinibatchOT(tolerance=0.0), "tolerance is 0.0"),
     "no pairs": (lambda: fm.MinibatchOT("sinkhorn")(jax.random.key(0), X0[:0], X1[:0]), "the batch is empty"),
     "no weighted pairs": (lambda: fm.GibbsWeights(1.0)(None, X0[:0], X1[:0]), "the batch is empty"),
-    "half a sweep": (lambda: fm.MinibatchOT(num_sweeps=1.5), "num_sweeps is 1.5; it must be a whole number"),
+    "half a sweep": (lambda: fm.MinibatchOT(num_sweeps=1.5), "num_sweeps is 1.5"),
     "labels of classes": (
         lambda: fm.MinibatchOT(class_aware=True)(None, X0, X1, jnp.zeros((3, 2))),
         "needs one label for each datum",

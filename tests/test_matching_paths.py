@@ -284,7 +284,7 @@ REFUSED = {
         "set sigma to 0.",
     ),
     "bridge without noise": (lambda: fm.SchroedingerBridge(0.0), "sigma is 0.0"),
-    "bridge of int 0": (lambda: fm.SchroedingerBridge(0), "sigma is 0;"),
+    "bridge of int 0": (lambda: fm.SchroedingerBridge(0), "sigma is 0"),
     "degree": (lambda: fm.Polynomial(0.5), "degree is 0.5"),
     "batches that differ": (lambda: fm.CondOT().sample(None, T, X0, X1[:2]), "must have the same shape"),
     "one time for all": (lambda: fm.CondOT().sample(None, T[:1], X0, X1), "one time per sample"),

@@ -187,21 +187,21 @@ def test_times_are_stretched_before_the_sinusoids():
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("image_size", "32", r"model.image_size is '32'; give a side in pixels, or \(height, width\)."),
-        ("image_size", (32,), r"model.image_size is \(32,\); give a side"),
+        ("image_size", "32", "image_size is '32'; it must be an integer or a tuple"),
+        ("image_size", (32,), r"image_size is \(32,\); it must be an integer or a tuple"),
         ("image_size", (32, 12), "model.image_size has width 12, which cannot be halved 3 times; use a multiple of 8"),
         ("channels", 0, "model.channels is 0; it must be at least 1."),
         ("width", 0, "model.width is 0; it must be at least 1."),
         ("width", 48, "model.num_groups is 32, which does not divide the 48 channels of level 0; change width"),
         ("multipliers", (), r"model.multipliers is \(\); give a whole number of widths for each level."),
-        ("multipliers", (1, 0.5), r"model.multipliers is \(1, 0.5\); give a whole number"),
+        ("multipliers", (1, 0.5), r"multipliers is \(1, 0.5\); it must be a tuple of integers"),
         ("attention_factors", (16,), "model.attention_factors has 16; the levels of this network are 1, 2, 4, 8."),
         ("head_dim", 96, "model.head_dim is 96, which does not divide the 256 channels of level 1; change"),
         ("dropout", 1.0, r"model.dropout is 1.0; it must be 0 \(none\) or more, and below 1."),
         ("num_classes", -1, "model.num_classes is -1"),
         ("time_scale", 0.0, "model.time_scale is 0.0; use 1000.0, or 1.0 as in the published code."),
-        ("resample", "mean", "model.resample is 'mean'; choose one of conv, pool."),
-        ("dtype", "float16", "model.dtype is 'float16'; choose one of float32, bfloat16."),
+        ("resample", "mean", "resample is 'mean'; it must be 'conv' or 'pool'"),
+        ("dtype", "float16", "dtype is 'float16'; it must be 'float32' or 'bfloat16'"),
     ],
 )
 def test_a_config_that_cannot_be_is_refused(field, value, message, untyped):
@@ -243,7 +243,7 @@ def test_inputs_that_do_not_fit_are_refused(untyped):
     network, variables, (t, x, labels, _) = tiny()
     with pytest.raises(ValueError, match=r"x has shape \(3, 6, 4, 2\); this network takes \(batch, 4, 6, 2\)."):
         network.apply(variables, t, x.swapaxes(1, 2))
-    with pytest.raises(ValueError, match=r"t has shape \(1,\)"):
+    with pytest.raises(ValueError, match=r"t is float32 of shape \(1,\)"):
         network.apply(variables, t[:1], x)
     with pytest.raises(ValueError, match="class 3 is out of range"):
         network.apply(variables, t, x, labels + 1)

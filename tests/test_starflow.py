@@ -211,7 +211,7 @@ def test_dropped_texts_are_the_null_text(key):
         ({"text_dim": 5}, "text_dim is 5 and text_length 0; give both, or neither"),
         ({"text_dim": 5, "text_length": 2, "num_classes": 3}, "choose one"),
         ({"head_dim": 8, "num_classes": 3}, "head_dim is 8; rotary positions need a multiple of 4, at least 20"),
-        ({"order": "R2D"}, "order is 'R2D'; choose one of L2R, R2L"),
+        ({"order": "R2D"}, "order is 'R2D'; it must be 'L2R' or 'R2L'"),
         ({"reference_side": 0.0}, "reference_side is 0.0"),
         ({"noise_std": -0.3}, "noise_std is -0.3"),
     ],

@@ -163,7 +163,7 @@ MISTAKES = {
     "sample --out a.png --single some --checkpoint POINTS": "--single writes pictures, and this model draws points",
     "sample --out a.png --classes 1 --checkpoint POINTS": "--classes is 1, but this model has no classes",
     "sample --out a.png --guidance 1 --checkpoint POINTS": "but the model has no classes to guide to (num_classes 0)",
-    "sample --out a.png --method rk5 --checkpoint POINTS": "sampling.method is 'rk5'; choose one of euler, midpoint",
+    "sample --out a.png --method rk5 --checkpoint POINTS": "sampling.method is 'rk5'; it must be 'euler' or 'midpoint'",
     "sample --out a.png --method mean_flow --checkpoint POINTS": "sampling.method is 'mean_flow', which needs matching",
     "sample --out a.png --num-steps 0 --checkpoint POINTS": "--num-steps: '0' is not a whole number of at least 1",
     "evaluate --noise uniform --checkpoint POINTS": "--noise is not an option for a MLP, which takes --samples",

@@ -475,7 +475,7 @@ def test_the_schedule_begins_peaks_and_ends_where_it_says(warmup):
     assert (np.diff(lrs[: warmup + 1]) > 0).all()
     assert (np.diff(lrs[warmup:]) < 0).all()
     with pytest.raises(
-        ValueError, match=r"optim\.warmup_steps is 50; it must be below train\.steps, which is 50, so lower"
+        ValueError, match=r"optim\.warmup_steps is 50; it must be below train\.steps, which is 50, so add"
     ):
         make_schedule(dataclasses.replace(optim, warmup_steps=50), steps=50)
 
@@ -496,7 +496,7 @@ def test_the_digits_experiment_trains_end_to_end(tmp_path, capsys):
     assert set(result.metrics) == {"bits_per_dim", "gaussian_bits_per_dim"}
     assert np.isfinite(list(result.metrics.values())).all()
     run = tmp_path / "run"
-    assert config.from_json(json.loads((run / "config.json").read_text())) == experiment
+    assert config.from_json(json.loads((run / "config.json").read_text())) == experiment.sealed()
     assert CheckpointReader(run / "checkpoints").steps() == [4, 8]
     assert [row["step"] for row in rows_of(run) if "loss" in row] == [2, 4, 6, 8]
     assert [row["step"] for row in rows_of(run) if "eval/bits_per_dim" in row] == [4, 8]

@@ -167,7 +167,7 @@ def test_a_running_state_cannot_be_moved_in():
 def test_plans_that_cannot_be_are_refused(untyped):
     with pytest.raises(ValueError, match="window is 0"):
         MovingJacobi(window=0)
-    with pytest.raises(ValueError, match="init is 'frames'; choose 'z', 'zeros' or 'frame'"):
+    with pytest.raises(ValueError, match="init is 'frames'; it must be 'z' or 'zeros' or 'frame'"):
         Jacobi(init="frames")
 
 

@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Generator, Sequence
@@ -130,6 +131,17 @@ def _silence() -> None:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # One that is no file, or closed already.
             os.dup2(nowhere, stream.fileno())
+
+
+def program(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code of `main`, for a process that ends with it: Ctrl-C has nothing left to stop.
+
+    Example:
+        sys.exit(program())
+    """
+    code = main(arguments)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Python would answer it with a traceback while it shuts down.
+    return code
 
 
 def _show_warning(

@@ -14,8 +14,8 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from flowgen.documents import printable
 from flowgen.fields import check
+from flowgen.printable import printable
 from flowgen.settings import Setting, settings
 
 HELP_COLUMN = 36  # from which on the help of a field is shown

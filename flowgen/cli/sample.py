@@ -25,6 +25,7 @@ from flowgen.cli.options import (
     whole_number,
 )
 from flowgen.documents import read_bytes
+from flowgen.fields import built
 from flowgen.packages import missing
 
 PICTURES_AT_ONCE = 64
@@ -357,7 +358,7 @@ def _overridden(experiment: Any, options: argparse.Namespace, prompts: tuple[str
     plan = given.get("plan", getattr(sampling, "plan", None))
     if {"window", "tol", "init"} & (given.keys() | names) and plan not in ("jacobi", "moving"):
         raise ValueError("--window, --tol and --init are for --plan jacobi or moving; add it, or leave them out.")
-    return dataclasses.replace(sampling, **given)
+    return built(lambda: dataclasses.replace(sampling, **given), "sampling")
 
 
 def _labels(text: str | None, num: int, experiment: Any) -> Any:

@@ -14,7 +14,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
-from flowgen.documents import printable
+from flowgen.printable import printable
 
 _log = logging.getLogger("flowgen.data")
 # Names of a longer file list are not kept with the run, only their digest.

@@ -15,7 +15,7 @@ from jaxtyping import Int32
 
 from flowgen.data.inventory import name_list, quoted
 from flowgen.data.sources import NO_LABEL
-from flowgen.documents import printable
+from flowgen.printable import printable
 
 _TEXT = ".txt"
 _KINDS_NAMED = 8
