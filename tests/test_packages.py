@@ -42,6 +42,7 @@ def test_one_function_words_what_is_missing(path):
 def test_reports_name_all_that_they_miss(monkeypatch):
     for module in ("tensorboardX", "tqdm"):
         monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     with pytest.raises(ModuleNotFoundError, match="pip install tensorboardX tqdm"):
         check_packages(LogConfig())
     check_packages(LogConfig(tensorboard=False, progress=False))

@@ -503,7 +503,7 @@ def test_the_digits_experiment_trains_end_to_end(tmp_path, capsys):
     for name in ("0000004.png", "0000008.png"):
         assert (run / "samples" / name).read_bytes().startswith(b"\x89PNG")
     flow, variables, loaded = checkpoint.load(run, "best")
-    assert loaded == experiment
+    assert loaded == experiment.sealed()
     assert flow.config == experiment.model
     assert jax.tree.structure(variables["params"]) == jax.tree.structure(result.state.params)
     assert "step 8: bits_per_dim" in capsys.readouterr().err

@@ -24,7 +24,6 @@ from flowgen.cli.options import (
     step_or_best,
     whole_number,
 )
-from flowgen.documents import read_bytes
 from flowgen.fields import built
 from flowgen.packages import missing
 
@@ -252,6 +251,8 @@ def _prompts(options: argparse.Namespace) -> tuple[str, ...]:
         )
     if options.prompts is None:
         return tuple(options.prompt or ())
+    from flowgen.documents import read_bytes
+
     try:
         lines = read_bytes(options.prompts).decode("utf-8-sig").splitlines()
     except OSError as error:

@@ -127,15 +127,22 @@ def check_packages(log: LogConfig) -> None:
     Example:
         check_packages(LogConfig(tensorboard=True))
     """
-    for wanted, module, name in (
-        (log.tensorboard, "tensorboardX", "log.tensorboard"),
-        (log.progress and on_terminal(), "tqdm", "log.progress"),
-    ):
-        if wanted:
-            try:
-                __import__(module)
-            except ImportError as error:
-                raise missing(name, module, otherwise=f"set --{name} false") from error
+    asked = {
+        "tensorboardX": (log.tensorboard, "log.tensorboard"),
+        "tqdm": (log.progress and on_terminal(), "log.progress"),
+    }
+    absent = {module: name for module, (wanted, name) in asked.items() if wanted and not _has(module)}
+    if absent:
+        otherwise = "set " + " ".join(f"--{name} false" for name in absent.values())
+        raise missing(f"A run with {' and '.join(absent.values())}", *absent, otherwise=otherwise)
+
+
+def _has(module: str) -> bool:
+    try:
+        __import__(module)
+    except ImportError:
+        return False
+    return True
 
 
 def _writer(workdir: Path, latest: int | None, log: LogConfig, best_metric: str) -> RunWriter | NullWriter:
