@@ -18,6 +18,7 @@ from flowgen.data.media import IMAGE_FORMATS, pillow
 from flowgen.data.pictures import Crop, picture_size, read_picture
 from flowgen.data.sources import ArraySource, Batch, DataConfig, Source, Split, hold_out_files
 from flowgen.data.unreadable import FileReader, OnCorrupt
+from flowgen.documents import read_bytes
 from flowgen.prompts import ASPECTS, aspect_size, nearest_aspect
 
 _log = logging.getLogger(__name__)
@@ -127,7 +128,7 @@ def read_captions(listing: Listing) -> tuple[str, ...]:
 
 def _caption(path: Path) -> str:
     try:
-        return " ".join(path.read_text(encoding="utf-8-sig").split())
+        return " ".join(read_bytes(path).decode("utf-8-sig").split())
     except UnicodeDecodeError as error:
         raise ValueError(f"a caption in data.path, '{path}', is not UTF-8 text ({error}); convert it.") from error
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ from jaxtyping import Shaped
 from flowgen.data.classes import check_names, with_classes
 from flowgen.data.inventory import name_list, tell
 from flowgen.data.sources import NO_LABEL, ArraySource, DataConfig
+from flowgen.documents import ARRAY_DAMAGE
 
 _ARRAYS = ("images", "labels", "class_names")
 # Labels from here on must not be larger than there are pictures: they would be numbers of something else.
@@ -119,7 +119,7 @@ def _read_arrays(path: Path, names: tuple[str, ...]) -> tuple[dict[str, np.ndarr
         # Zip alone: given anything else, np.load would try to unpickle it. It also leaks files that it opens.
         with path.open("rb") as file, zipfile.ZipFile(file), np.load(file, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in names if name in arrays.files}, sorted(arrays.files)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (*ARRAY_DAMAGE, OSError) as error:
         raise ValueError(
             f"data.path '{path}' is no readable .npz file of plain arrays ({error}); "
             f"save it with np.savez(path, images=..., labels=...)."
