@@ -190,7 +190,12 @@ class CheckpointReader:
             if name not in found:
                 raise self._damaged(step, f"{name} is missing")
             if name not in expected:
-                raise self._damaged(step, f"{name} is not among the files that were saved")
+                if _is_of_the_system(name):
+                    continue
+                raise ValueError(
+                    f"Checkpoint {step} in '{self.directory}' has a file that was not saved with it, {name}; remove "
+                    "that file."
+                )
             if not is_regular(directory / name):
                 raise self._damaged(step, f"{name} is no regular file")
             try:
@@ -219,6 +224,11 @@ def leftovers(directory: Path) -> list[Path]:
         for path in leftovers(Path("runs/digits/checkpoints")): ...
     """
     return [path for path in directory.iterdir() if _LEFTOVER.fullmatch(path.name)] if directory.is_dir() else []
+
+
+def _is_of_the_system(name: str) -> bool:
+    """Whether a file is one that systems leave in folders that people look at, such as .DS_Store."""
+    return PurePosixPath(name).name.startswith(".") or PurePosixPath(name).name in ("Thumbs.db", "desktop.ini")
 
 
 def _is_meta(meta: dict[str, Any]) -> bool:

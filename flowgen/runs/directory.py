@@ -52,6 +52,10 @@ def read_config(run_dir: str | Path) -> dict[str, Any]:
     if not Path(run_dir).is_dir():
         raise FileNotFoundError(f"checkpoint {run_dir} is not a directory; give the --workdir of a training run.")
     if not is_regular(path):
+        if CheckpointReader(Path(run_dir) / CHECKPOINTS).latest_step() is not None:
+            raise FileNotFoundError(
+                f"checkpoint {run_dir} has lost its {CONFIG_FILE}; the command that trained it writes it again."
+            )
         raise FileNotFoundError(f"checkpoint {run_dir} is not a flowgen run (it has no {CONFIG_FILE}).")
     config = read_json(path)
     try:
@@ -93,9 +97,11 @@ def check_workdir(workdir: Path, check_config: Callable[[dict[str, Any]], None],
     Example:
         check_workdir(Path("runs/digits"), experiment.check_resumable)
     """
+    if locks:
+        check_unlocked(workdir)
+    if CheckpointReader(workdir / CHECKPOINTS).latest_step() is not None and not (workdir / CONFIG_FILE).exists():
+        return  # Every checkpoint holds the config, with which it is compared.
     if (workdir / CONFIG_FILE).exists():
-        if locks:
-            check_unlocked(workdir)
         try:
             check_config(read_config(workdir))
         except ValueError as error:

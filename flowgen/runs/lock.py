@@ -20,6 +20,8 @@ LOCK_FILE = "lock"
 class RunLock:
     """Holds the lock of a run directory until `release`; reading a run needs none.
 
+    protects: whether the file system has locks; if it has none, another process is not kept out.
+
     Raises:
         BlockingIOError: another process trains in the directory; names it.
         OSError: the lock cannot be made.
@@ -37,7 +39,7 @@ class RunLock:
         try:
             if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
                 raise OSError(f"{self.path} is no regular file; remove it.")
-            _take(self._descriptor, self.path)
+            self.protects = _take(self._descriptor, self.path)
             os.truncate(self._descriptor, 0)
             os.write(self._descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
         except BaseException:
@@ -103,9 +105,10 @@ def check_unlocked(run_dir: str | Path) -> None:
             os.close(descriptor)
 
 
-def _take(descriptor: int, path: Path) -> None:
+def _take(descriptor: int, path: Path) -> bool:
+    """Returns whether the lock was taken; False if there are no locks here."""
     if fcntl is None:
-        return
+        return False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -113,7 +116,8 @@ def _take(descriptor: int, path: Path) -> None:
             f"workdir {path.parent} is being trained by {_holder(path)}; wait for it, or give another directory."
         ) from error
     except OSError:
-        return  # Some network file systems have no locks; training there is as it was without one.
+        return False  # Some network file systems have no locks.
+    return True
 
 
 def _holder(path: Path) -> str:

@@ -33,7 +33,7 @@ class MetricsLog:
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Writes one row of metrics at a step."""
-        self._file.write((json.dumps({"step": step, **metrics}) + "\n").encode())
+        self._file.write((json.dumps({**metrics, "step": step}) + "\n").encode())
         self._file.flush()
         if self._events is not None:
             self._events.write(step, metrics)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from typing import Any
 
@@ -34,7 +35,8 @@ class Progress:
     def advance(self, step: int) -> None:
         """Moves the bar."""
         if self._bar is not None:
-            self._bar.update(step - self._bar.n)
+            with _unseen():
+                self._bar.update(step - self._bar.n)
 
     def show(self, step: int, metrics: dict[str, float], seconds_left: float | None) -> None:
         """Shows the metrics of a report. seconds_left: None where no speed is known yet."""
@@ -44,22 +46,30 @@ class Progress:
         if seconds_left is not None:
             words.append(f"{clock(seconds_left)} left")
         if self._bar is not None:
-            self._bar.set_postfix_str(", ".join(words), refresh=True)
+            with _unseen():
+                self._bar.set_postfix_str(", ".join(words), refresh=True)
         else:
             self.say(f"step {step}/{self._last}: " + ", ".join(words))
 
     def say(self, line: str) -> None:
         """Shows one line, above the bar where there is one."""
-        if self._bar is not None:
-            self._bar.write(line, file=sys.stderr)
-        else:
-            sys.stderr.write(line + "\n")
-            sys.stderr.flush()
+        with _unseen():
+            if self._bar is not None:
+                self._bar.write(line, file=sys.stderr)
+            elif sys.stderr is not None:
+                sys.stderr.write(line + "\n")
+                sys.stderr.flush()
 
     def close(self) -> None:
         """Leaves the bar where it is."""
         if self._bar is not None:
-            self._bar.close()
+            with _unseen():
+                self._bar.close()
+
+
+def _unseen() -> contextlib.suppress:
+    """What cannot be shown, on a full disk or in a pipe that nobody reads, does not end the training."""
+    return contextlib.suppress(OSError, ValueError)
 
 
 def on_terminal() -> bool:

@@ -82,7 +82,7 @@ class CheckpointStore(CheckpointReader):
         self.wait()
         _write_evaluation(self.directory / str(step), step, self._read_meta(step)[DIGEST], metrics)
         self._scores[step] = finite(metrics).get(self._best_metric)
-        self._retire()
+        self._retire(step)
 
     def best(self) -> tuple[int, float] | None:
         """Returns (step, value) of the lowest `best_metric` among the steps kept, or None."""
@@ -141,7 +141,7 @@ class CheckpointStore(CheckpointReader):
             raise
         sync(self.directory)
         self._scores[step] = finite(metrics).get(self._best_metric)
-        self._retire()
+        self._retire(step)
 
     def _score_of(self, step: int) -> float | None:
         try:
@@ -163,10 +163,15 @@ class CheckpointStore(CheckpointReader):
             os.rename(path, aside)
             self._say(f"{path} is no checkpoint; it is now {aside.name}.")
 
-    def _retire(self) -> None:
-        """Deletes what is neither among the latest nor the best."""
-        steps, best = self.steps(), self.best()
-        kept = {*steps[-self._keep :], *([] if best is None else [best[0]])}
+    def _retire(self, current: int) -> None:
+        """Deletes the checkpoints of this run that are neither among the latest, nor the best, nor the current one.
+
+        What somebody else puts into the directory meanwhile does not count.
+        """
+        steps = [step for step in self.steps() if step in self._scores]
+        self._scores = {step: self._scores[step] for step in steps}
+        best = self.best()
+        kept = {current, *steps[-self._keep :], *([] if best is None else [best[0]])}
         for step in steps:
             if step not in kept:
                 # Renamed first: a deletion that is cut short leaves nothing that looks like a checkpoint.

@@ -1,4 +1,4 @@
-"""All that a training writes into its run directory, under the lock of it."""
+"""Everything that a training writes into its run directory, while it holds the lock."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class RunWriter:
     """
 
     def __init__(self, workdir: str | Path, *, latest: int | None = None, keep: int, best_metric: str):
-        self.workdir = Path(workdir)
+        self.workdir = Path(workdir).absolute()  # It stays the same if the process goes to another directory.
         self._keep, self._best_metric = keep, best_metric
         self._progress: Progress | None = None
         self._log: MetricsLog | None = None
@@ -97,11 +97,15 @@ class RunWriter:
 
     def _tell_of_oddities(self, first_step: int | None) -> None:
         lines, self._waiting = self._waiting, []
+        if not self._lock.protects:
+            lines.append(f"{self.workdir} is on a file system without locks; start no other training in it.")
+        if first_step is not None and not (self.workdir / CONFIG_FILE).is_file():
+            lines.append(f"{self.workdir} had lost its {CONFIG_FILE}; it is written again.")
         odd = self.store.passed_over()
         if odd:
             names = "; ".join(f"{name!r}: {why}" for name, why in list(odd.items())[:5])
             more = f"; and {len(odd) - 5} more" if len(odd) > 5 else ""
-            lines.append(f"Passed over in {self.workdir / CHECKPOINTS}, being no checkpoints ({names}{more}).")
+            lines.append(f"Ignored in {self.workdir / CHECKPOINTS}: these are no checkpoints ({names}{more}).")
         if first_step is None and (self.workdir / CONFIG_FILE).exists():
             gone = "has no checkpoint" if self._had_checkpoints else f"has lost its folder {CHECKPOINTS}"
             reached = last_step(self.workdir)
@@ -138,7 +142,7 @@ class RunWriter:
             self._log.write(step, metrics)
 
     def show(self, step: int, metrics: dict[str, float], seconds_left: float | None) -> None:
-        """Shows a report to who watches."""
+        """Shows a report on the terminal or in the log."""
         assert self._progress is not None
         self._progress.show(step, metrics, seconds_left)
 

@@ -167,10 +167,11 @@ def _resumed_from(reader: CheckpointReader, steps: int, check_config: Callable[[
     latest = largest(-1 if latest is None or not is_primary() else latest)
     if latest < 0:
         return None
+    saved = reader.manifest(latest)
     if latest > steps:
         raise ValueError(f"{reader.directory.parent} has {latest} steps already, above train.steps {steps}; raise it.")
     try:
-        check_config(reader.manifest(latest)["config"])
+        check_config(saved["config"])
     except ValueError as error:
         raise ValueError(f"Checkpoint {latest} of {reader.directory.parent}: {error}") from error
     return latest
@@ -196,6 +197,7 @@ class _Run:
         self.pending: list[tuple[int, Any]] = []
         self.pace = Pace()
         self.metrics: dict[str, float] = {}
+        self.evaluated: int | None = None  # the step that metrics are of
         self.samples: Path | None = None
         self.signal = 0
 
@@ -218,7 +220,7 @@ class _Run:
         """Says where the run goes on, and makes up for an evaluation that was cut off after its checkpoint."""
         finished = self.first == self.steps
         if scores is not None:
-            self.metrics = scores
+            self.metrics, self.evaluated = scores, self.first
         missing = scores is None and self.job.evaluate is not None
         if finished and not missing:
             self.record.say(
@@ -238,7 +240,7 @@ class _Run:
             with self.keeping(step, state):
                 batch = next(batches, None)
                 if batch is None:
-                    break
+                    raise ValueError(f"the batches end after step {step} of train.steps {self.steps}; give as many.")
                 batch = self.parallel.shard(batch)
             state, metrics = update(state, batch, key)
             step += 1
@@ -290,7 +292,8 @@ class _Run:
         self.unless_stopped(evaluate_and_draw)
         if not self.record.holds(step):  # Somebody took the directory away meanwhile.
             self.save_last(step, state)
-            self.record.score(step, self.metrics)
+            if self.evaluated == step:
+                self.record.score(step, self.metrics)
 
     def unless_stopped(self, work: Callable[[], Any]) -> None:
         """Does what may be left out, once its step is saved, when a signal comes."""
@@ -369,7 +372,8 @@ class _Run:
         assert self.job.evaluate is not None
         metrics = self.job.evaluate(self.parallel.to_host(state.averaged))
         # Which checkpoint is best, and so which are removed, must not differ between processes.
-        self.metrics = {name: from_primary(value) for name, value in metrics.items()}
+        self.metrics = {name: from_primary(float(value)) for name, value in metrics.items()}
+        self.evaluated = step
         self.record.write(step, {f"{EVAL}{name}": value for name, value in self.metrics.items()})
         self.record.say(f"step {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in self.metrics.items()))
         self.record.score(step, self.metrics)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -12,7 +13,8 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
-NUMBERS = (signal.SIGINT, signal.SIGTERM)
+# SIGHUP, where there is one, comes of a terminal that is closed.
+NUMBERS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 # Programs such as `timeout` signal a process and then its group, which it belongs to: that is one wish, not two.
 _TOGETHER = 0.2
 
@@ -55,7 +57,9 @@ class Signals:
         reading, self._writing = os.pipe()
         os.set_blocking(self._writing, False)
         self._previous_fd = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
-        self._previous = {number: signal.signal(number, self._note) for number in NUMBERS}
+        # What a shell or `nohup` had the program ignore stays ignored.
+        numbers = [number for number in NUMBERS if signal.getsignal(number) is not signal.SIG_IGN]
+        self._previous = {number: signal.signal(number, self._note) for number in numbers}
         self._thread = threading.Thread(target=self._answer, args=(reading,), name="flowgen-signals", daemon=True)
         self._thread.start()
         forget = weakref.WeakMethod(self._forget)
@@ -100,7 +104,7 @@ class Signals:
                 number = byte[0]
                 if number == 0:
                     return
-                if number not in NUMBERS or self._ending:
+                if number not in self._previous or self._ending:
                     continue
                 if first is None:
                     first = time.monotonic()
@@ -124,7 +128,8 @@ class Signals:
 
 
 def _say(line: str) -> None:
-    if sys.stderr is not None:
+    # A terminal that was closed takes no answer.
+    with contextlib.suppress(OSError, ValueError, AttributeError):
         # Under a bar, or a terminal's ^C, the line starts anew.
         sys.stderr.write(("\n" if sys.stderr.isatty() else "") + line + "\n")
         sys.stderr.flush()
