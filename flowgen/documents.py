@@ -40,7 +40,8 @@ ARRAY_DAMAGE = (
     *(ValueError, EOFError, TypeError, SyntaxError, LookupError, AttributeError, OverflowError, MemoryError),
     *(RuntimeError, tokenize.TokenError, struct.error, zipfile.BadZipFile, zlib.error, lzma.LZMAError),
 )
-_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+# Possessive, and to the end if it has none: every byte is looked at once.
+_STRING = re.compile(rb'"(?:[^"\\]|\\.)*+\\?(?:"|\Z)', re.DOTALL)
 # What each byte outside of texts adds to the depth.
 _STEPS = np.zeros(256, np.int8)
 _STEPS[list(b"{[")], _STEPS[list(b"}]")] = 1, -1
@@ -114,9 +115,24 @@ def _parse_yaml(content: bytes) -> Any:
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > MAX_DEPTH:
                 raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError(" ".join(str(error).split())[:300]) from error
+            if getattr(event, "tag", None) is not None:
+                raise ValueError(f"it has a tag ({str(event.tag)[:40]}), and none are read; leave it out")
+        return yaml.load(text, Loader=_once_loader())
+    # PyYAML raises what Python does of values that look like numbers or dates and are none.
+    except (yaml.YAMLError, RecursionError, LookupError, AttributeError, ArithmeticError, TypeError) as error:
+        raise ValueError(" ".join(str(error).split())[:300] or type(error).__name__) from error
+
+
+def _once_loader() -> Any:
+    """PyYAML's loader of plain values, which takes each name of a table once."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node, deep=False):
+            _once([(self.construct_object(name, deep=True), None) for name, _ in node.value])
+            return super().construct_mapping(node, deep=deep)
+
+    return Loader
 
 
 def read_bytes(path: PathLike, *, most: int = MAX_BYTES) -> bytes:
@@ -188,11 +204,11 @@ def _named(path: PathLike, fix: str, read: Callable[[], T]) -> T:
         raise ValueError(f"{path} is not valid {kind} ({reason}); {fix}.") from error
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _once(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
     table = dict(pairs)
     if len(table) != len(pairs):
         twice, count = Counter(name for name, _ in pairs).most_common(1)[0]
-        raise ValueError(f"it names {twice[:80]!r} {'twice' if count == 2 else f'{count} times'}")
+        raise ValueError(f"it names {str(twice)[:80]!r} {'twice' if count == 2 else f'{count} times'}")
     return table
 
 

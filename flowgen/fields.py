@@ -8,6 +8,7 @@ carries its choice as "type": the name of the class without "Config".
 from __future__ import annotations
 
 import ast
+import csv
 import dataclasses
 import difflib
 import functools
@@ -373,12 +374,25 @@ def _parse(annotation: Any, text: str, path: str) -> Any:
     literal = _literal(text)
     if literal is None and type(None) in typing.get_args(annotation):
         return None
-    for candidate in (text, literal):
+    listed = words_of(text, path) if annotation == tuple[str, ...] and isinstance(literal, str) else text
+    for candidate in (text, literal, listed):
         try:
             return _convert(annotation, candidate, path)
         except _Mismatch:
             continue
     raise ValueError(f"{path} is {_shown(text)}; it must be {describe(annotation)}.")
+
+
+def words_of(text: str, path: str) -> list[str]:
+    """Returns texts that commas part; one with a comma in it stands in double quotes. path: of the option, in errors.
+
+    Example:
+        words_of('cat,"dog, small"', "--classes")  # ["cat", "dog, small"]
+    """
+    try:
+        return next(csv.reader([text], skipinitialspace=True), [])
+    except csv.Error as error:
+        raise ValueError(f"{path} is {_shown(text)}; give texts with commas between them ({error}).") from error
 
 
 def _literal(text: str) -> Any:

@@ -214,7 +214,7 @@ def test_short_and_dotted_names_mean_the_same(capsys, tmp_path, flow_run, name):
     np.testing.assert_array_equal(short, dotted)
     assert mistake_of(
         capsys, "sample --checkpoint", flow_run, f"--{name}", *value, f"--sampling.{name}", *value
-    ).startswith(f"flowgen: --{name} and --sampling.{name} are both given")
+    ).startswith(f"flowgen: --{name} and --sampling.{name} set the same field")
 
 
 ONLY_DOTTED = {
@@ -320,6 +320,6 @@ def test_outside_the_environment_the_missing_package_is_named(script):
     command = [sys.executable, "-S", *script.split()]  # without the packages that are installed
     ended = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True)
     assert ended.returncode == EXIT_MISTAKE
-    assert ended.stderr.startswith("flowgen: The package jax is missing in ")
+    assert re.match(r"flowgen: The package (jax|numpy) is missing in ", ended.stderr)
     assert 'pip install -e ".[train]"' in ended.stderr
     assert ended.stderr.count("\n") == 1

@@ -56,6 +56,26 @@ def test_json_that_is_nothing_to_read_is_refused_by_name(content, why, tmp_path)
     refused(lambda: read_json(path, fix="encode again"), path, why, "encode again")
 
 
+@pytest.mark.parametrize("part", [b'"\\', b'"', b"\\"], ids=["both", "quotes", "slashes"])
+def test_every_byte_is_looked_at_once(part):
+    began = time.process_time()
+    with pytest.raises(ValueError, match=r"\w"):
+        parse_json(part * 200_000)
+    assert time.process_time() - began < 2
+
+
+ODD_YAML = [
+    *("!!bool abc", "!!int ''", "!!timestamp abc", "a: !!set {b}", "a: " + "9:" * 1500 + "9.5", 'a: "\\UFFFFFFFF"'),
+    *("a: 1\nb: 2\na: 3", "2001-99-99", "? [1, 2]\n: 3", "a: {<<: 5}"),
+]
+
+
+@pytest.mark.parametrize("content", ODD_YAML)
+def test_yaml_that_looks_like_a_value_and_is_none_is_refused_by_name(content, tmp_path):
+    path = written(tmp_path, "a.yaml", content)
+    refused(lambda: read_yaml(path), path)
+
+
 def test_brackets_in_texts_are_no_depth():
     assert parse_json(json.dumps(["[" * 1000, '\\"[' * 1000]).encode())[0] == "[" * 1000
 

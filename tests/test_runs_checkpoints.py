@@ -223,7 +223,7 @@ def test_files_of_another_kind_in_a_checkpoint_are_refused_without_waiting(copie
     path = copied / "200" / "params" / ("_METADATA" if "extra" not in kind else "extra")
     path.unlink(missing_ok=True)
     {"pipe": os.mkfifo, "socket": listening, "extra": lambda p: p.write_text(""), "extra pipe": os.mkfifo}[kind](path)
-    with pytest.raises(ValueError, match=f"Checkpoint 200 .* is damaged .params/{path.name} is") as error:
+    with pytest.raises(ValueError, match=rf"Checkpoint 200 .* (is damaged|has a file) .*params/{path.name}\b") as error:
         CheckpointReader(copied).arrays(200)
     one_sentence(error)
 
@@ -331,3 +331,39 @@ def test_files_beside_a_config_are_not_written_to(written, tmp_path):
     write_config(run, EXPERIMENT.to_json())
     assert mine.read_text() == "mine"
     assert read_config(run) == EXPERIMENT.to_json()
+
+
+@pytest.mark.parametrize("junk", ["copy", "damaged"])
+def test_what_somebody_puts_there_while_training_deletes_no_checkpoint_of_the_run(tmp_path, junk):
+    with CheckpointStore(tmp_path, keep=1) as store:
+        store.save(4, state_of(4), config={})
+        store.wait()
+        if junk == "copy":
+            shutil.copytree(tmp_path / "4", tmp_path / "400")
+        else:
+            (tmp_path / "400").mkdir()
+            (tmp_path / "400" / "meta.json").write_text("{}")
+        store.save(8, state_of(8), config={})
+        store.wait()
+        assert (tmp_path / "8" / "meta.json").exists()
+        assert (tmp_path / "400").exists()
+
+
+def test_a_best_checkpoint_that_is_gone_is_best_no_more(tmp_path):
+    with CheckpointStore(tmp_path, keep=1, best_metric="loss") as store:
+        for step, loss in ((2, 1.0), (4, 5.0), (6, 4.0), (8, 6.0)):
+            store.save(step, state_of(step), config={}, metrics={"loss": loss})
+            store.wait()
+            if step == 2:
+                shutil.rmtree(tmp_path / "2")
+        assert store.steps() == [6, 8]
+
+
+def test_files_that_systems_leave_in_folders_harm_nothing(tmp_path):
+    with CheckpointStore(tmp_path) as store:
+        store.save(4, state_of(4), config={})
+    (tmp_path / "4" / "params" / ".DS_Store").write_bytes(b"x")
+    assert CheckpointReader(tmp_path).arrays(4)
+    (tmp_path / "4" / "params" / "more").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"params/more; remove that file"):
+        CheckpointReader(tmp_path).arrays(4)

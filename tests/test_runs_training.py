@@ -1,6 +1,8 @@
 """A run directory neither blocks nor lies: whatever happens to it while a run trains is noticed and said."""
 
+import contextlib
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -17,7 +19,7 @@ from scripts import toy
 from scripts.toy import PATIENCE, rows_of, start, wait_for
 
 from flowgen.runs import CheckpointReader, RunLock, check_workdir, read_config
-from flowgen.training import Signals
+from flowgen.training import Interrupted, Signals
 
 TEN = dataclasses.replace(toy.QUIET, checkpoint_every=10, log_every=10)
 CHECKPOINTS = "checkpoints"
@@ -364,7 +366,7 @@ def test_a_second_signal_ends_what_the_first_did_not():
 
 FORKING = """
 import os, signal, time
-from flowgen.training import Signals
+from flowgen.training import Interrupted, Signals
 with Signals(on_second=lambda number: os._exit(9)) as signals:
     for _ in range(2):
         child = os.fork()
@@ -434,3 +436,64 @@ def test_a_result_is_shown_in_a_line(tmp_path):
     result = toy.run(toy.make_job(), tmp_path / "run", steps=4)
     assert len(repr(result)) < 300
     assert "step 4" in repr(result)
+
+
+def test_a_lost_config_is_written_again(whole, tmp_path, capsys):
+    shutil.copytree(whole, tmp_path / "run")
+    (tmp_path / "run" / "config.json").unlink()
+    toy.run(toy.make_job(), tmp_path / "run", log=TEN)
+    assert (tmp_path / "run" / "config.json").read_bytes() == (whole / "config.json").read_bytes()
+    assert "lost its config.json" in capsys.readouterr().err
+
+
+class Full:
+    """A standard error that takes nothing."""
+
+    def write(self, text):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def flush(self):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def isatty(self):
+        return False
+
+
+@pytest.mark.parametrize("stream", [None, Full()], ids=["closed", "full"])
+def test_messages_that_cannot_be_shown_end_no_training(whole, tmp_path, monkeypatch, stream):
+    monkeypatch.setattr(sys, "stderr", stream)
+    toy.run(toy.make_job(), tmp_path / "run", log=TEN)
+    assert_bitwise(arrays_of(tmp_path / "run"), arrays_of(whole))
+
+
+def test_batches_that_end_early_are_refused_and_what_was_trained_is_saved(tmp_path):
+    job = toy.make_job(batches=lambda start, stop: toy.batches(start, 5))
+    with pytest.raises(ValueError, match=r"the batches end after step 5 of train\.steps"):
+        toy.run(job, tmp_path / "run", log=TEN)
+    assert CheckpointReader(tmp_path / "run" / "checkpoints").latest_step() == 5
+
+
+def test_a_signal_whose_exception_is_lost_stops_all_the_same():
+    def lose():
+        with signals.raising(), contextlib.suppress(Interrupted):  # as a callback of another package loses it
+            signal.raise_signal(signal.SIGINT)
+            time.sleep(1)
+
+    with Signals() as signals, pytest.raises(Interrupted):
+        lose()
+
+
+def test_a_closed_terminal_ends_a_run_as_other_signals_do():
+    with Signals() as signals:
+        signal.raise_signal(signal.SIGHUP)
+        assert signals.number == signal.SIGHUP
+
+
+def test_an_ignored_signal_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Signals() as signals:
+            signal.raise_signal(signal.SIGHUP)
+            assert signals.number == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)

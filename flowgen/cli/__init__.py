@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Generator, Sequence
 from types import ModuleType
@@ -22,6 +23,7 @@ from flowgen.cli.options import as_sentence
 EXIT_MISTAKE = 2
 EXIT_NOT_FINITE = 3
 EXIT_INTERRUPTED = 130
+INTERRUPTED = "Interrupted without saving; checkpoints are as they were."
 EXIT_BROKEN_PIPE = 141
 MISTAKES = (ValueError, OSError, ImportError)
 OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # as the runtime says it
@@ -67,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     try:
         code = _run(list(sys.argv[1:] if arguments is None else arguments))
-        sys.stdout.flush()
+        _flush()
         return code
     except BrokenPipeError:  # As of `info | head`: who reads has seen enough.
         _silence()
@@ -92,11 +94,16 @@ def make_parser() -> Parser:
 def _run(words: list[str]) -> int:
     parser = make_parser()
     try:
+        for word in words:
+            if word.endswith("=--"):  # argparse would take it for no value at all.
+                raise ValueError(f"{word[:-3]} has the value '--'; give another.")
         options, rest = parser.parse_known_args(words)
         if rest and options.command not in TAKES_FIELDS:
             raise ValueError(
                 f"{rest[0]} is not an option of {options.command}; see {parser.prog} {options.command} --help."
             )
+        with _ending_at_once():
+            import flowgen.config  # noqa: F401
         with warnings.catch_warnings(), _log_as_sentences():
             warnings.showwarning = _show_warning  # ty: ignore[invalid-assignment]
             return COMMANDS[options.command][0].run(options, rest)
@@ -105,7 +112,7 @@ def _run(words: list[str]) -> int:
     except FloatingPointError as error:
         return _fail(error, EXIT_NOT_FINITE)
     except KeyboardInterrupt:
-        return _fail("Interrupted without saving; checkpoints are as they were.", EXIT_INTERRUPTED)
+        return _fail(INTERRUPTED, EXIT_INTERRUPTED)
     except ModuleNotFoundError as error:
         return _fail(_outside(error.name) if error.name else error, EXIT_MISTAKE)
     except MISTAKES as error:
@@ -141,7 +148,35 @@ def program(arguments: Sequence[str] | None = None) -> int:
     """
     code = main(arguments)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Python would answer it with a traceback while it shuts down.
+    if code > 128:  # What was interrupted may still compile, and crashes if Python shuts down around it.
+        _flush()
+        os._exit(code)
     return code
+
+
+@contextlib.contextmanager
+def _ending_at_once() -> Generator[None]:
+    """While packages are imported, Ctrl-C ends the program itself: an exception may be lost in a callback of theirs."""
+
+    def end(number, frame):
+        _fail(INTERRUPTED, EXIT_INTERRUPTED)
+        os._exit(EXIT_INTERRUPTED)
+
+    watched = threading.current_thread() is threading.main_thread()
+    if not watched or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # Closed when the program began.
+            stream.flush()
 
 
 def _show_warning(
@@ -178,5 +213,6 @@ def _log_as_sentences() -> Generator[None]:
 
 
 def _fail(error: BaseException | str, code: int) -> int:
-    sys.stderr.write(f"flowgen: {as_sentence(error)}\n")
+    if sys.stderr is not None:
+        sys.stderr.write(f"flowgen: {as_sentence(error)}\n")
     return code

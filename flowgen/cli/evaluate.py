@@ -12,7 +12,11 @@ def declare(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the command."""
     parser.add_argument("--checkpoint", required=True, help="directory of a run")
     parser.add_argument("--step", type=step_or_best, help="checkpoint to take: a number, or best (default: the latest)")
-    parser.add_argument("--split", choices=("train", "eval", "all"), default="eval")
+    parser.add_argument(
+        "--split",
+        choices=("train", "eval", "all"),
+        help="of the data (default: eval; of other data than the run's, all)",
+    )
     parser.add_argument(
         "--noise",
         choices=("model", "uniform"),
@@ -26,8 +30,8 @@ def declare(parser: argparse.ArgumentParser) -> None:
         "Other data than the run's: --data.source folder --data.path DIR. Samples may be drawn otherwise than the run "
         "says: --sampling.guidance 2 --sampling.plan jacobi; info --checkpoint lists the fields."
     )
-    parser.add_argument("--batch", type=whole_number(1), default=256)
-    parser.add_argument("--seed", type=whole_number(0, MAX_SEED), default=0)
+    parser.add_argument("--batch", type=whole_number(1), default=256, help="samples per compiled call (default: 256)")
+    parser.add_argument("--seed", type=whole_number(0, MAX_SEED), default=0, help="of noise and samples (default: 0)")
 
 
 def run(options: argparse.Namespace, rest: list[str]) -> int:
@@ -38,6 +42,8 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     from flowgen.tasks.frozen import with_codec
 
     names = fields_of(rest, groups=("data", "sampling"), command="evaluate")
+    if options.split is None:
+        options.split = "all" if {"data.path", "data.source"} & {*names} else "eval"
     flow, params, experiment = checkpoint.load(options.checkpoint, options.step)
     check_options(options, experiment.model, "evaluate")
     _check_sampling([name for name in names if name.startswith("sampling.")], experiment, options)

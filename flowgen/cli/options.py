@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import difflib
 import math
 import os
 import shlex
 import sys
 import traceback
+import unicodedata
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from flowgen.fields import check
+from flowgen.fields import check, words_of
 from flowgen.printable import printable
 from flowgen.settings import Setting, settings
 
@@ -79,8 +79,8 @@ def load_experiment(options: argparse.Namespace, rest: list[str]) -> Any:
 
 def _line_of(path: str, error: Exception) -> int | None:
     """The line of a config file at which an error arose; None where the file is not to blame."""
-    if isinstance(error, SyntaxError) and error.filename == path:
-        return error.lineno
+    if isinstance(error, SyntaxError) and (error.filename in (path, None) or error.lineno is None):
+        return error.lineno or 1  # A NUL byte has no place.
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
     return lines[-1] if lines else None
 
@@ -134,7 +134,7 @@ def check_options(options: argparse.Namespace, model: Any, command: str) -> None
 
 def class_words(text: str) -> list[str]:
     """Returns the classes that an option names, apart from each other; a name with a comma stands in double quotes."""
-    return next(csv.reader([text], skipinitialspace=True), [])
+    return [unicodedata.normalize("NFC", word.strip()) for word in words_of(text, "--classes")]
 
 
 def class_numbers_of(text: str, names: tuple[str, ...], num_classes: int) -> list[int]:

@@ -335,12 +335,15 @@ def _draw(
 
 def _sampling_fields(options: argparse.Namespace, rest: list[str]) -> set[str]:
     """The fields of sampling that are set by their dotted names. ValueError where one has its short name beside it."""
+    from flowgen.tasks import SamplingConfig, SolverConfig
+
     names = {name.partition(".")[2] for name in fields_of(rest, groups=("sampling",), command="sample")}
-    for name in sorted(names):
+    known = {field.name for kind in (SamplingConfig, SolverConfig) for field in dataclasses.fields(kind)}
+    for name in sorted(names & known):
         for option in ("prompt", "prompts") if name == "prompts" else (name,):
             if getattr(options, option, None) is not None:
                 short = f"--{option.replace('_', '-')}"
-                raise ValueError(f"{short} and --sampling.{name} are both given, and set the same; leave one out.")
+                raise ValueError(f"{short} and --sampling.{name} set the same field; leave one out.")
     return names
 
 

@@ -7,7 +7,7 @@ import os
 
 from flowgen.cli.options import check_memory, group_help, load_experiment, num_parameters, say
 
-DEBUG = "--debug: a tiny model on data that ship with flowgen, to see that all runs; its numbers mean nothing."
+DEBUG = "--debug: a tiny model, to check that everything runs; its numbers mean nothing."
 
 
 def declare(parser: argparse.ArgumentParser) -> None:

@@ -83,6 +83,8 @@ class Signals:
             if self.number:
                 raise Interrupted(self.number)
             yield
+            if self.number:  # An exception that a callback of another package was interrupted by is lost.
+                raise Interrupted(self.number)
         finally:
             self._raises = False
 
