@@ -1,6 +1,8 @@
-"""Text of unknown origin as it can be shown on a terminal."""
+"""Text of unknown origin as it can be shown on a terminal, and as it is compared."""
 
 from __future__ import annotations
+
+import unicodedata
 
 
 def printable(text: str) -> str:
@@ -11,6 +13,15 @@ def printable(text: str) -> str:
         print(printable(f"'{path}' is not read."))
     """
     return "".join(letter if _is_shown(letter) else _escaped(letter) for letter in text)
+
+
+def composed(text: str) -> str:
+    """Returns a text in Unicode's composed form (NFC), in which texts that are written alike are equal.
+
+    Example:
+        composed("e\\u0301") == "\\xe9"
+    """
+    return unicodedata.normalize("NFC", text)
 
 
 def _is_shown(letter: str) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from flowgen.arrays import check_count
+
 # width : height, in the order in which they are published (arXiv 2506.06276).
 ASPECTS: dict[str, tuple[int, int]] = {
     "1:1": (1, 1),
@@ -24,13 +26,15 @@ def aspect_size(aspect: str, side: int, multiple: int = 1) -> tuple[int, int]:
 
     height = round(side / √r), width = round(side √r) with r the ratio of width to height, halves to even.
 
-    Raises ValueError where the aspect is none of the nine, or no multiple fits.
+    Raises ValueError if the aspect is none of the nine, side or multiple is below 1, or no multiple fits.
 
     Example:
         aspect_size("16:9", 256, 8)  # (192, 344)
     """
     if aspect not in ASPECTS:
         raise ValueError(f"aspect is {aspect!r}; choose one of {', '.join(ASPECTS)}.")
+    check_count("side", side)
+    check_count("multiple", multiple)
     wide, high = ASPECTS[aspect]
     stretch = math.sqrt(wide / high)
     height, width = (round(length / multiple) * multiple for length in (side / stretch, side * stretch))

@@ -170,7 +170,7 @@ def test_other_arrays_of_an_npz_are_not_read(tmp_path):
 @pytest.mark.parametrize("label", [-9, 3, 2**31 - 1])
 def test_latents_with_labels_of_no_class_are_refused(tmp_path, label):
     path = encoded(tmp_path / "set", KNOWN, np.array([0, 1, label], np.int32))
-    with pytest.raises(ValueError, match=r"label\.npy' holds no numbers of the 3 classes"):
+    with pytest.raises(ValueError, match=r"label\.npy' holds labels that are not numbers of the 3 classes"):
         read_latents(path, "train")
 
 
@@ -282,7 +282,7 @@ def test_other_data_are_evaluated_with_the_numbers_of_the_run(run, tmp_path, cap
     by_hand = dataclasses.replace(found, labels=found.labels + 1, class_names=KNOWN)
     bits = flow_bits_per_dim(flow, params, by_hand, jax.random.key(0), noise_std=0.1)
     assert f"bits/dim {bits:.4f}" in printed
-    assert said.count("has nothing of the class cat") == 1
+    assert said.count("has no example of cat") == 1
     photos(tmp_path / "photos", "zebra")
     assert command(*words) == cli.EXIT_MISTAKE
     assert "the class zebra, and data.classes are cat, dog, fox" in capsys.readouterr().err
@@ -334,7 +334,7 @@ def test_a_class_without_pictures_goes_on_where_its_name_is_kept(again, caplog):
         resumed(workdir)
     data = dataclasses.replace(experiment_of().data, classes=KNOWN)
     assert resumed(workdir, data=data).state.step == 6
-    assert "has nothing of the class dog" in caplog.text
+    assert "has no example of dog" in caplog.text
 
 
 def test_a_run_that_kept_no_names_goes_on(run, tmp_path, monkeypatch, capsys):

@@ -124,7 +124,7 @@ def test_half_a_data_set_and_damage_are_refused(tmp_path):
     np.save(directory / "train-00000" / "label.npy", np.full(10, 7, np.int32))
     whole = json.loads((directory / "dataset.json").read_text())
     (directory / "dataset.json").write_text(json.dumps({**whole, "class_names": ["a"]}))
-    with pytest.raises(ValueError, match=r"label.npy' holds no numbers of the 1 classes"):
+    with pytest.raises(ValueError, match=r"label.npy' holds labels that are not numbers of the 1 classes"):
         read(directory)
     (directory / "dataset.json").write_text(json.dumps({"format": "something else"}))
     with pytest.raises(ValueError, match="is not an index of 'flowgen latents 2'"):

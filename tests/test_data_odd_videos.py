@@ -84,6 +84,17 @@ def test_odd_videos_have_their_frames_and_last_as_long_as_they_should(tmp_path, 
     assert is_close(read_clip(path, 1, size, 3, fps=10, start=times[-1]), frames[-1:])
 
 
+@pytest.mark.parametrize("count", [22, 23, 24, 40])
+@pytest.mark.parametrize("codec", ["libx264", "mpeg2video"])
+def test_a_transport_stream_lasts_until_the_end_of_the_frame_that_is_shown_last(tmp_path, codec, count):
+    # The last frame is predicted from, so that its packet comes before those of the frames that are shown before it.
+    options = {"x264-params": "b-adapt=0:bframes=3:scenecut=0"} if codec == "libx264" else {"g": "12", "bf": "2"}
+    path = encode(tmp_path / "a.ts", FORTY[:count], codec, rate=25, **options)
+    assert len(frame_times(path)) == len(frame_times(path, fps=25)) == count
+    assert video_length(path)[0] == pytest.approx(count / 25)
+    assert len(read_clip(path, count, (8, 8), 3, fps=25)) == count
+
+
 def test_a_mov_may_say_that_it_begins_later_than_its_first_packet(tmp_path):
     """What an edit list cuts off is not shown."""
     path = encode(tmp_path / "a.mp4", FORTY, **FINE)

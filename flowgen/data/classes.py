@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Int, Int32
 
 from flowgen.data.inventory import name_list, quoted, tell
+from flowgen.printable import composed
 
 T = TypeVar("T")
 
@@ -22,17 +23,33 @@ class HasClasses(Protocol):
     def class_names(self) -> tuple[str, ...]: ...
 
 
-def check_names(classes: object) -> None:
-    """Raises ValueError where `data.classes` is no tuple of different names.
+def checked_names(classes: object, field: str = "data.classes") -> tuple[str, ...]:
+    """Returns the names of classes as `composed` has them.
+
+    Raises ValueError, which names the field, unless they are a tuple of different names.
 
     Example:
-        check_names(("cat", "dog"))
+        checked_names(("cat", "dog"))  # ("cat", "dog")
     """
     if not isinstance(classes, tuple) or not all(isinstance(name, str) and name for name in classes):
-        raise ValueError(f"data.classes is {classes!r}; it must be a tuple of names, such as ('cat', 'dog').")
-    if len({*classes}) < len(classes):
-        twice = next(name for position, name in enumerate(classes) if name in classes[:position])
-        raise ValueError(f"data.classes has {quoted(twice)} twice; give each name once.")
+        raise ValueError(f"{field} is {classes!r}; it must be a tuple of names, such as ('cat', 'dog').")
+    names = tuple(map(composed, classes))
+    if len({*names}) < len(names):
+        twice = next(name for position, name in enumerate(names) if name in names[:position])
+        raise ValueError(f"{field} has {quoted(twice)} twice; give each name once.")
+    return names
+
+
+def tell_held_out(
+    labels: Int[np.ndarray, " n"], kept: Int[np.ndarray, " m"], names: tuple[str, ...], what: str
+) -> None:
+    """Warns of classes that are held out whole. kept: positions of the training split. what: they are, in sentences.
+
+    Example:
+        tell_held_out(np.array([0, 1, 1]), np.array([1, 2]), ("cat", "dog"), "pictures")  # all pictures of cat
+    """
+    if lost := sorted({*labels.tolist()} - {*labels[kept].tolist()} - {-1}):
+        tell(f"All {what} of {name_list([names[label] for label in lost])} are held out; add some.")
 
 
 def with_classes(found: T, classes: tuple[str, ...], where: str) -> T:
@@ -79,7 +96,7 @@ def class_numbers(found: tuple[str, ...], classes: tuple[str, ...], where: str) 
             f"{name_list(classes)}{meant}; rename, or leave out what the model does not know."
         )
     if missing := [name for name in classes if name not in {*found}]:
-        tell(f"{where} has nothing of the class{'es' * (len(missing) > 1)} {name_list(missing)} of data.classes.")
+        tell(f"{where} has no example of {name_list(missing)}, which data.classes names.")
     return np.array([known[name] for name in found], np.int32)
 
 

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int, Int32, UInt8
 
 from flowgen.arrays import check_count, shown
 from flowgen.data.bouncing import bouncing_digits
-from flowgen.data.classes import check_names, with_classes
+from flowgen.data.classes import checked_names, tell_held_out, with_classes
 from flowgen.data.crafter import record
 from flowgen.data.folder import opened, read_captions
 from flowgen.data.inventory import name_list, tell
@@ -23,7 +23,7 @@ from flowgen.data.pictures import Crop
 from flowgen.data.sources import NO_LABEL, Batch, DataConfig, Split, check_choice, hold_out_files
 from flowgen.data.unreadable import FileReader, OnCorrupt
 from flowgen.data.video import READABLE, av, frame_times, read_clip
-from flowgen.nn.checks import image_sides
+from flowgen.nn.checks import ImageSize, image_sides
 from flowgen.packages import missing
 from flowgen.ranges import Bytes, Every, Within, check_ranges
 from flowgen.typed import typed
@@ -82,7 +82,7 @@ class ClipsConfig:
     classes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        check_names(self.classes)
+        object.__setattr__(self, "classes", checked_names(self.classes))
         hints = get_type_hints(type(self))
         for name in ("source", "crop", "on_corrupt"):
             check_choice(f"data.{name}", getattr(self, name), get_args(hints[name]))
@@ -142,9 +142,7 @@ class ClipSource(Protocol):
     def __getitem__(self, indices: Int[np.ndarray, " b"]) -> Batch: ...
 
 
-def load_clips(
-    config: ClipsConfig, *, frames: int, image_size: int | tuple[int, int], channels: int, split: Split
-) -> ClipSource:
+def load_clips(config: ClipsConfig, *, frames: int, image_size: ImageSize, channels: int, split: Split) -> ClipSource:
     """Returns the clips of one split, of `frames` frames at a side, or (height, width), and channels, 1 (grey) or 3.
 
     Videos that are too short for a clip are left out, which a warning tells, as it does of what else is.
@@ -162,10 +160,10 @@ def load_clips(
         raise ValueError(f"config is {shown(config)}; give a ClipsConfig.")
     check_choice("split", split, get_args(Split))
     check_count("frames", frames)
-    image_size = image_sides(image_size, "image_size")
+    sides = image_sides(image_size, "image_size")
     if channels not in (1, 3):
         raise ValueError(f"clips have 1 channel (grey) or 3 (colour), not {channels}; change model.channels.")
-    shape: dict[str, Any] = {"frames": frames, "image_size": image_size, "channels": channels}
+    shape: dict[str, Any] = {"frames": frames, "image_size": sides, "channels": channels}
     if config.source == "bouncing":
         digits = bouncing_digits(config.num, config.eval_fraction, **shape, split=split)
         return with_classes(digits, config.classes, "data.source 'bouncing'")
@@ -183,7 +181,7 @@ def load_clips(
         names,
         captions,
         frames=frames,
-        image_shape=(*image_size, channels),
+        image_shape=(*sides, channels),
         fps=config.fps,
         crop=config.crop,
         on_corrupt=config.on_corrupt,
@@ -301,6 +299,8 @@ def _folder(config: ClipsConfig, frames: int, split: Split) -> Cuts:
     listing = opened(config.path, READABLE, "videos", config.classes)
     files, labels, names = listing.files, listing.labels, listing.class_names
     chosen = hold_out_files(listing.names, config.eval_fraction, split)
+    if split == "train":
+        tell_held_out(labels, chosen, names, "videos")
     texts = read_captions(listing)
     cuts: list[tuple[Path, float]] = []
     owners: list[int] = []

@@ -11,8 +11,8 @@ import numpy as np
 from jaxtyping import Int, Int32, UInt8
 
 from flowgen.data.buckets import BucketedSource
-from flowgen.data.classes import with_classes
-from flowgen.data.inventory import name_list, tell
+from flowgen.data.classes import tell_held_out, with_classes
+from flowgen.data.inventory import tell
 from flowgen.data.listing import Listing, list_files
 from flowgen.data.media import IMAGE_FORMATS, pillow
 from flowgen.data.pictures import Crop, picture_size, read_picture
@@ -57,8 +57,8 @@ def read_folder(
     labels, class_names = listing.labels, listing.class_names
     chosen = hold_out_files(listing.names, config.eval_fraction, split)
     captions = read_captions(listing)
-    if split == "train" and (lost := set(labels.tolist()) - set(labels[chosen].tolist())):
-        tell(f"All pictures of {name_list([class_names[label] for label in sorted(lost)])} are held out; add some.")
+    if split == "train":
+        tell_held_out(labels, chosen, class_names, "pictures")
     if captions and config.on_corrupt == "skip":
         raise ValueError(
             "data.on_corrupt is 'skip', but pictures with captions cannot be left out; remove the unreadable ones."

@@ -72,6 +72,11 @@ def take_inventory(
     mirrored = 2 if isinstance(whole[0], LatentSource) and config.flip else 1
     listing = _listed(config) if config.source == "folder" else None
     train_files, held_files = _marks(config, listing)
+    left_out = () if listing is None else listing.left_out
+    if kind == "images" and listing is not None:
+        read = sum(map(len, whole)) + (len(held_files) if held_out is None else len(held_out))
+        if unreadable := len(train_files) + len(held_files) - read:
+            left_out = (*left_out, f"{unreadable:,} that cannot be read, which the files below name, too")
     return Inventory(
         f"latents of {kind}" if config.source == "encoded" else kind,
         sum(map(len, whole)) // mirrored,
@@ -81,7 +86,7 @@ def take_inventory(
         train.class_names,
         train_files,
         held_files,
-        () if listing is None else listing.left_out,
+        left_out,
         stills=sum(map(len, beside)) // mirrored,
     )
 

@@ -9,12 +9,13 @@ import contextlib
 import hashlib
 import json
 import logging
+from collections import Counter
 from collections.abc import Generator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
-from flowgen.printable import printable
+from flowgen.printable import composed, printable
 
 _log = logging.getLogger("flowgen.data")
 # Names of a longer file list are not kept with the run, only their digest.
@@ -150,14 +151,22 @@ class Inventory:
             return ""
         try:
             digest, files = known["digest"], known["files"]
-            parts = None if files is None else tuple({**files[split]} for split in ("train", "held_out"))
-        except (KeyError, TypeError) as error:
+            parts = None if files is None else tuple(_in_one_form(files[split]) for split in ("train", "held_out"))
+        except (KeyError, TypeError, AttributeError) as error:
             raise ValueError("holds no list of files") from error
         if digest == self.digest():
             return ""
         if parts is None:
             return "The files of the data are not those that the run began with; there are too many to say which."
-        return f"The data changed since the run began: {_differences(*parts, self.train_files, self.held_out_files)}."
+        now = (_in_one_form(files) for files in (self.train_files, self.held_out_files))
+        differences = _differences(*parts, *now)
+        return f"The data changed since the run began: {differences}." if differences else ""
+
+
+def _in_one_form(files: Mapping[str, Any]) -> dict[str, Any]:
+    """Files by their names in composed form, except names that differ by their form alone."""
+    forms = Counter(map(composed, files))
+    return {composed(name) if forms[composed(name)] == 1 else name: mark for name, mark in files.items()}
 
 
 def _differences(

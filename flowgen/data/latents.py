@@ -24,6 +24,7 @@ from flowgen.data.classes import class_numbers, renumbered
 from flowgen.data.media import from_uint8
 from flowgen.data.sources import NO_LABEL, Batch, Source, Split
 from flowgen.documents import ARRAY_DAMAGE, check_regular, inside, read_json
+from flowgen.printable import composed
 
 INDEX_FILE = "dataset.json"
 NULL_FILE = "null.npz"
@@ -283,7 +284,7 @@ def read_index(directory: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"'{path}' is not an index of '{FORMAT}'; encode the data again.")
     if not _is_whole(index):
         raise ValueError(f"'{path}' is damaged, or was written by hand; encode the data again.")
-    return index
+    return {**index, "class_names": [composed(name) for name in index["class_names"]]}
 
 
 def _is_whole(index: dict[str, Any]) -> bool:
@@ -312,7 +313,7 @@ def read_latents(
     classes: that labels are numbers of, by name; empty for those of the data.
 
     Raises FileNotFoundError or ValueError where files are missing, truncated or of another shape than the index says,
-    where labels are no numbers of its classes, or one of these is not among `classes`.
+    if a label is not the number of one of its classes, or a class is not among `classes`.
 
     Example:
         source = read_latents("data/latents", "train")
@@ -375,8 +376,8 @@ def _checked(directory: Path, entry: Mapping[str, Any], class_names: Sequence[st
     smallest, largest = (int(bound) for bound in (label.min(initial=NO_LABEL), label.max(initial=NO_LABEL)))
     if label.dtype.kind != "i" or smallest < NO_LABEL or (class_names and largest >= len(class_names)):
         raise ValueError(
-            f"'{folder / 'label.npy'}' holds no numbers of the {len(class_names)} classes, or -1 for none "
-            f"({label.dtype} from {smallest} to {largest}); encode again."
+            f"'{folder / 'label.npy'}' holds labels that are not numbers of the {len(class_names)} classes, or -1 for "
+            f"none ({label.dtype} from {smallest} to {largest}); encode again."
         )
     return dataclasses.replace(shard, written=(folder / "mean.npy").stat().st_mtime_ns)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import os
 import stat
-import unicodedata
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,7 @@ from jaxtyping import Int32
 
 from flowgen.data.inventory import name_list, quoted
 from flowgen.data.sources import NO_LABEL
-from flowgen.printable import printable
+from flowgen.printable import composed, printable
 
 _TEXT = ".txt"
 _KINDS_NAMED = 8
@@ -97,8 +96,14 @@ def list_files(path: str | os.PathLike[str], suffixes: Collection[str], what: st
     )
 
 
-def _by_parts(name: str) -> list[str]:
-    return name.split("/")  # as paths are ordered
+def _by_parts(name: str) -> tuple[list[str], str]:
+    # As paths are ordered, the same on file systems that keep the letter é apart as e and an accent.
+    return composed(name).split("/"), name
+
+
+def _alike(folder: str, base: str) -> tuple[str, str]:
+    """What names of text files have in common that go with the same pictures."""
+    return composed(folder), composed(base).lower()
 
 
 @dataclass
@@ -133,7 +138,7 @@ class _Walk:
             else:
                 self._meet(entry, "")
         for folder in (*classes, *linked):
-            name = unicodedata.normalize("NFC", os.path.basename(folder))
+            name = composed(os.path.basename(folder))
             if name in self.taken:
                 raise ValueError(f"data.path '{self.root}' has two folders named {quoted(name)}; rename one.")
             self.taken[name] = []
@@ -197,7 +202,7 @@ class _Walk:
         suffix = os.path.splitext(name)[1].lower()
         if suffix == _TEXT:
             folder, base = os.path.split(name)
-            self.texts.setdefault((folder, base.lower()), []).append(name)
+            self.texts.setdefault(_alike(folder, base), []).append(name)
         elif suffix not in self.suffixes:
             self.others.append(name)
         elif self._is_known(path, inode, linked):
@@ -233,7 +238,7 @@ class _Walk:
     def _caption(self, name: str) -> str | None:
         folder, base = os.path.split(name)
         for wanted in (f"{base}{_TEXT}", f"{os.path.splitext(base)[0]}{_TEXT}"):
-            if found := self.texts.get((folder, wanted.lower())):
+            if found := self.texts.get(_alike(folder, wanted)):
                 exact = f"{folder}/{wanted}" if folder else wanted
                 return exact if exact in found else min(found)
         return None

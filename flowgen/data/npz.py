@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Shaped
 
-from flowgen.data.classes import check_names, with_classes
+from flowgen.data.classes import checked_names, with_classes
 from flowgen.data.inventory import name_list, tell
 from flowgen.data.sources import NO_LABEL, ArraySource, DataConfig
 from flowgen.documents import ARRAY_DAMAGE
@@ -27,8 +27,8 @@ def read_npz(config: DataConfig, size: tuple[int, int]) -> ArraySource:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: no .npz file, a missing array, or one of another type or shape than stated, or labels that are no
-            numbers of classes.
+        ValueError: no .npz file, a missing array, or one of another type or shape than stated, or a label
+            that is not the number of a class.
 
     Example:
         np.savez("shapes.npz", images=images, labels=labels, class_names=["circle", "square"])
@@ -92,8 +92,7 @@ def _named_classes(path: Path, arrays: dict[str, np.ndarray], count: int | None)
             f"'class_names' in data.path '{path}' is {names.dtype} of shape {names.shape}, and labels go up to "
             f"{largest}; save a name (text) for each class."
         )
-    check_names(tuple(names.tolist()))
-    return tuple(names.tolist())
+    return checked_names(tuple(names.tolist()), f"'class_names' in data.path '{path}'")
 
 
 def _numbered(path: Path, count: int, classes: tuple[str, ...]) -> tuple[str, ...]:
@@ -149,7 +148,7 @@ def _check_images(path: Path, images: Shaped[np.ndarray, "..."], size: tuple[int
 
 def _check_labels(path: Path, labels: Shaped[np.ndarray, "..."], count: int) -> None:
     where = f"'labels' in data.path '{path}'"
-    if not np.issubdtype(labels.dtype, np.integer) or labels.shape != (count,):
+    if labels.dtype.kind not in "iu" or labels.shape != (count,):
         raise ValueError(
             f"{where} is {labels.dtype} of shape {labels.shape}; save integers of shape ({count},), "
             f"one for each picture."

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 import numpy as np
 from jaxtyping import UInt8
 
+from flowgen.data.depths import Samples, grey_bytes, samples_of, without_range
 from flowgen.data.media import image_formats, pillow
 from flowgen.data.unreadable import Unreadable
 from flowgen.data.upright import Turn, picture_turn, without_metadata
@@ -50,25 +51,25 @@ def read_picture(
 ) -> UInt8[np.ndarray, "height width c"]:
     """Returns the picture in a file as uint8 of shape (*size, channels), turned upright, on white.
 
-    Transparency is laid on white, 16 bits keep their high byte, an animation gives its first frame. Metadata that
-    cannot be read are passed over.
+    Transparency is laid on white, samples of more than 8 bits keep their highest 8, an animation gives its first
+    frame. Metadata that cannot be read are passed over.
 
     Raises:
-        UnreadablePicture: pixels are damaged or cut off, over 178 million (of WebP 44 million), or of no format that
-            `image_formats` lists.
+        UnreadablePicture: pixels are damaged or cut off, over 178 million (of WebP 44 million), of no format that
+            `image_formats` lists, or of samples whose range no file states: see `without_range`.
 
     Example:
         image = read_picture("cat.jpg", size=(64, 64), channels=3, crop="center")
     """
 
     def pixels(image: Image, turn: Turn) -> UInt8[np.ndarray, "height width c"]:
-        depth = _png_depth(path) if image.format == "PNG" else 8
+        samples = samples_of(image, path)
         # Opening reads the header alone; a truncated file only fails here.
         image.load()
         asked = turn.size(*size)
         box = _box(image.size, asked, crop, turn)
         mode = "L" if channels == 1 else "RGB"
-        fitted = _resized(image, asked, box, lambda part: _flatten(part, depth).convert(mode))
+        fitted = _resized(image, asked, box, lambda part: _flatten(part, samples).convert(mode))
         return np.ascontiguousarray(turn.apply(fitted.reshape(*asked, channels)))
 
     return _of_picture(path, pixels)
@@ -117,8 +118,12 @@ def _opened(path: str | os.PathLike[str], content: bytes | None = None) -> Gener
             count, most = image.width * image.height, _MOST_OF_WEBP if image.format == "WEBP" else _MOST_PIXELS
             if count > most:
                 raise module.DecompressionBombError(f"{count:,} pixels, of {most:,} at most")
+            if reason := without_range(image):
+                raise UnreadablePicture(f"'{path}' ({reason})")
             with _ONE_LARGE if count > _LARGE else contextlib.nullcontext():
                 yield image
+    except UnreadablePicture:
+        raise
     except PIL.UnidentifiedImageError as error:
         raise UnreadablePicture(f"'{path}' (no picture of a kind that is read)") from error
     except MemoryError as error:
@@ -203,16 +208,16 @@ def _resized(image: Image, size: tuple[int, int], box: Box, flat: Callable[[Imag
     return np.concatenate(bands)
 
 
-def _flatten(image: Image, depth: int) -> Image:
-    """The image without transparency, laid on white, and of 16 bits the high byte. depth: bits of a PNG's samples."""
+def _flatten(image: Image, samples: Samples) -> Image:
+    """The image without transparency, laid on white, and of deeper samples the highest 8 bits."""
     clear = image.info.get("transparency")
     if image.mode.startswith("I"):
         levels = np.asarray(image)
-        high = (np.clip(levels, 0, 65535) >> 8).astype(np.uint8)
-        return pillow().fromarray(high if clear is None else np.where(levels == clear, np.uint8(255), high))
+        grey = grey_bytes(levels, samples)
+        return pillow().fromarray(grey if clear is None else np.where(levels == clear, np.uint8(255), grey))
     if image.has_transparency_data:
-        if depth != 8 and image.mode in ("L", "RGB"):
-            image.info["transparency"] = _eight_bit(image.info["transparency"], depth)
+        if samples.bits != 8 and image.mode in ("L", "RGB"):
+            image.info["transparency"] = _eight_bit(image.info["transparency"], samples.bits)
         return on_white(image)
     return image
 
@@ -232,9 +237,3 @@ def _eight_bit(clear: int | tuple[int, ...], depth: int) -> int | tuple[int, ...
     if isinstance(clear, tuple):
         return tuple(level >> 8 if depth == 16 else level for level in clear)
     return clear * 255 // ((1 << depth) - 1)
-
-
-def _png_depth(path: str | os.PathLike[str]) -> int:
-    with open(path, "rb") as file:
-        header = file.read(25)
-    return header[24]

@@ -11,14 +11,14 @@ from jaxtyping import UInt8
 
 from flowgen.arrays import check_count, shown
 from flowgen.data.buckets import BucketedSource
-from flowgen.data.classes import with_classes
+from flowgen.data.classes import tell_held_out, with_classes
 from flowgen.data.folder import read_folder
 from flowgen.data.latents import read_latents
 from flowgen.data.named import read_digits, read_mnist
 from flowgen.data.npz import read_npz
 from flowgen.data.openmoji import read_openmoji
 from flowgen.data.sources import ArraySource, DataConfig, Source, Split, check_choice, hold_out
-from flowgen.nn.checks import image_sides
+from flowgen.nn.checks import ImageSize, image_sides
 
 # A new source that fits in memory is one function (config, image_size) -> ArraySource and one row here.
 _READERS: dict[str, Callable[[DataConfig, tuple[int, int]], ArraySource]] = {
@@ -31,7 +31,7 @@ _WITH_PATH = ("folder", "npz", "encoded")
 
 
 def load(
-    config: DataConfig, *, image_size: int | tuple[int, int], channels: int, split: Split, multiple: int = 1
+    config: DataConfig, *, image_size: ImageSize, channels: int, split: Split, multiple: int = 1
 ) -> Source | BucketedSource:
     """Returns the pictures of one split at the model's side, or (height, width), and channels.
 
@@ -52,8 +52,9 @@ def load(
     if not isinstance(config, DataConfig):
         raise ValueError(f"config is {shown(config)}; give a DataConfig.")
     check_choice("split", split, typing.get_args(Split))
-    image_size = image_sides(image_size, "image_size")
+    sides = image_sides(image_size, "image_size")
     check_count("channels", channels)
+    check_count("multiple", multiple)
     if config.source in _WITH_PATH and not config.path:
         raise ValueError(f"data.path is empty; data.source '{config.source}' needs the path to read from.")
     if config.source not in _WITH_PATH and config.path:
@@ -62,12 +63,15 @@ def load(
             f"set data.source to 'folder', 'npz' or 'encoded', or leave data.path empty."
         )
     if config.source == "folder":
-        return read_folder(config, image_size=image_size, channels=channels, split=split, multiple=multiple)
+        return read_folder(config, image_size=sides, channels=channels, split=split, multiple=multiple)
     if config.source == "encoded":
         return read_latents(config.path, split, config.classes)
-    source = _READERS[config.source](config, image_size)
+    source = _READERS[config.source](config, sides)
     source = with_classes(source, config.classes, f"data.source '{config.source}'")
-    source = source.select(hold_out(len(source), config.eval_fraction, split))
+    chosen = hold_out(len(source), config.eval_fraction, split)
+    if split == "train":
+        tell_held_out(source.labels, chosen, source.class_names, "pictures")
+    source = source.select(chosen)
     return dataclasses.replace(source, images=_match_channels(source.images, channels, config.source))
 
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import typing
-import unicodedata
 from collections.abc import Sequence
 from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int, Int32, UInt8
 
-from flowgen.data.classes import check_names
+from flowgen.data.classes import checked_names
 from flowgen.data.pictures import Crop
+from flowgen.printable import composed
 from flowgen.typed import typed
 
 Batch = dict[str, np.ndarray]
@@ -60,7 +60,7 @@ class DataConfig:
     classes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        check_names(self.classes)
+        object.__setattr__(self, "classes", checked_names(self.classes))
         hints = typing.get_type_hints(type(self))
         for name in ("source", "crop", "on_corrupt"):
             check_choice(f"data.{name}", getattr(self, name), typing.get_args(hints[name]))
@@ -157,8 +157,8 @@ def hold_out(size: int, fraction: float, split: Split) -> Int[np.ndarray, " m"]:
 def hold_out_files(names: Sequence[str], fraction: float, split: Split) -> Int[np.ndarray, " m"]:
     """Returns the ascending positions of a split among files, by a digest of each file's name.
 
-    As many are held out as by `hold_out`. A file that is added or removed moves no other from one split to the other,
-    but at most the one at the border. names: relative to the data, so that they are the same wherever the data lie.
+    As many are held out as by `hold_out`. If a file is added or removed, at most one other file moves between the
+    splits. names: relative to the data, so that they are the same wherever the data lie.
 
     Example:
         test = hold_out_files(("cat/1.png", "dog/2.png"), 0.5, "eval")
@@ -167,7 +167,7 @@ def hold_out_files(names: Sequence[str], fraction: float, split: Split) -> Int[n
         return np.arange(len(names))
     digests = [
         hashlib.blake2b(
-            unicodedata.normalize("NFC", name).encode("utf-8", "surrogateescape"), digest_size=16, person=_HOLD_OUT_NAME
+            composed(name).encode("utf-8", "surrogateescape"), digest_size=16, person=_HOLD_OUT_NAME
         ).digest()
         for name in names
     ]

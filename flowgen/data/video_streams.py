@@ -201,12 +201,13 @@ def _has_time(part: Any) -> bool:
 
 def last_end(path: str | os.PathLike[str]) -> float:
     """Returns the second at which the last whole frame of a video ends, by its packets, whatever the file claims."""
-    # What stands behind the last key frame tells it, and a search for the end leads there.
+    # What stands behind the last key frame tells it, and a search for the end leads there. MPEG-TS is searched to any
+    # packet: in the order of packets, the frame that is shown last may stand before others.
     for searched in (True, False):
         with opened(path) as video:
             if searched:
                 claimed = video.container.duration
-                if not claimed or claimed < 0 or not video.seek(claimed / 1e6):
+                if not claimed or claimed < 0 or not video.seek(max(0.0, claimed / 1e6 - _REORDERED / video.rate)):
                     continue
             ends = [until for _, until in video.whole_packets()]
             if ends and max(ends) > 0:

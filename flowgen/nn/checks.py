@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, SupportsIndex
+
+# A side in pixels, or (height, width).
+ImageSize = SupportsIndex | Sequence[SupportsIndex]
 
 
 def check_noise_std(noise_std: float) -> None:
@@ -28,15 +32,26 @@ def check_choices(config: Any, choices: Mapping[str, Sequence[str]]) -> None:
 
 
 def image_sides(image_size: object, name: str = "model.image_size") -> tuple[int, int]:
-    """Returns (height, width) of an image size: a side, or both. ValueError where it is neither, by its name.
+    """Returns (height, width) of an image size: a side, or both, as integers of any kind.
+
+    Raises ValueError, which names the field, unless both are at least 1.
 
     Example:
         height, width = image_sides(config.image_size)
     """
-    sides = (image_size, image_size) if type(image_size) is int else image_size
-    if isinstance(sides, tuple) and len(sides) == 2 and type(sides[0]) is type(sides[1]) is int:
-        return sides[0], sides[1]
-    raise ValueError(f"{name} is {image_size!r}; give a side in pixels, or (height, width).")
+    sides = image_size if isinstance(image_size, tuple | list) else (image_size, image_size)
+    whole = [_whole(side) for side in sides]
+    if len(whole) == 2 and min(whole) >= 1:
+        return whole[0], whole[1]
+    raise ValueError(f"{name} is {image_size!r}; give a side of at least 1 pixel, or (height, width).")
+
+
+def _whole(value: Any) -> int:
+    """A whole number as Python's own; 0 of anything else."""
+    try:
+        return 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return 0
 
 
 def check_patches(image_size: object, patch_size: int) -> None:

@@ -1,0 +1,86 @@
+"""How deep the samples of a picture are: grey levels of more than 8 bits as bytes, and what no file states a range of.
+
+A file states a range by the bits of its samples, all zeros to all ones, or as PGM does by its largest value, to which
+Pillow scales. Floating-point samples, those with a sign, and those of 32 bits may be of any unit: there is no telling
+which of their values is black, and which is white.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from jaxtyping import Integer, UInt8
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+# Tags of a TIFF, and two of their values.
+_BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
+_WHITE_IS_ZERO, _SIGNED = 0, 2
+_PNG_BITS_AT = 24
+_CONVERT = "; convert it to 8 or 16 bits without a sign"
+
+
+class Samples(NamedTuple):
+    """Bits of each sample as Pillow gives it or, of PNG, as the file has it; and whether zero is white.
+
+    Example:
+        samples = Samples(bits=12)
+    """
+
+    bits: int = 8
+    white_is_zero: bool = False
+
+
+def samples_of(image: Image, path: str | os.PathLike[str]) -> Samples:
+    """Returns the samples of an open picture. path: of its file, whose header Pillow does not tell whole.
+
+    Example:
+        samples = samples_of(image, "cat.tif")
+    """
+    if image.format == "PNG":
+        with open(path, "rb") as file:
+            return Samples(file.read(_PNG_BITS_AT + 1)[_PNG_BITS_AT])
+    if not image.mode.startswith("I"):
+        return Samples()
+    if image.format == "TIFF":
+        # Of 8 bits and fewer Pillow turns white and black around itself.
+        return Samples(_tag(image, _BITS, 1), _tag(image, _PHOTOMETRIC, 1) == _WHITE_IS_ZERO)
+    # Pillow scales the levels of JPEG 2000 and of PGM to 16 bits.
+    return Samples(16)
+
+
+def without_range(image: Image) -> str:
+    """Returns what samples a picture has of which no file states the range, and what to do; empty of all others.
+
+    Example:
+        without_range(image)  # "has floating-point samples, ...; convert it to 8 or 16 bits without a sign"
+    """
+    if image.mode == "F":
+        return f"has floating-point samples, whose range no file states{_CONVERT}"
+    if image.format != "TIFF":
+        return ""
+    bits = _tag(image, _BITS, 1)
+    if _tag(image, _SAMPLE_FORMAT, 1) == _SIGNED:
+        return f"has samples of {bits} bits with a sign, whose range no file states{_CONVERT}"
+    if image.mode.startswith("I") and bits > 16:
+        return f"has samples of {bits} bits, whose range no file states{_CONVERT}"
+    return ""
+
+
+def grey_bytes(levels: Integer[np.ndarray, "height width"], samples: Samples) -> UInt8[np.ndarray, "height width"]:
+    """Returns the highest 8 bits of grey levels, from black to white.
+
+    Example:
+        grey_bytes(np.array([[0x9C4]]), Samples(bits=12))  # 0x9C
+    """
+    high = (np.clip(levels, 0, (1 << samples.bits) - 1) >> (samples.bits - 8)).astype(np.uint8)
+    return np.invert(high) if samples.white_is_zero else high
+
+
+def _tag(image: Image, number: int, default: int) -> int:
+    """The first value of a tag of a TIFF."""
+    value = getattr(image, "tag_v2", {}).get(number, default)
+    return int(value[0] if isinstance(value, tuple) else value)
