@@ -1,8 +1,8 @@
-"""Meshes with explicit axes: attention runs as under automatic axes, and its results keep the axes of its inputs.
+"""Meshes with explicit axes: functions run as under automatic axes, and their results keep the axes of their inputs.
 
-Where the axes of a mesh are explicit, every array's type says how it is divided, and jax refuses to reshape, scan or
-contract over a divided axis without being told what comes out. Attention does all of these, but what comes out is
-plain: batch, queries and heads are divided as they came in.
+If the axes of a mesh are explicit, every array's type says how it is divided, and jax refuses to reshape, scan or
+contract over a divided axis without being told what comes out. Attention and couplings do all of these, but what comes
+out is plain: batch, queries and heads are divided as they came in.
 """
 
 from __future__ import annotations
