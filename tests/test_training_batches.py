@@ -25,7 +25,7 @@ BATCHES = {
     "no multiple": ({"x": X[:6]}, ["batch['x'] has 6 rows", "multiple of 4"]),
     "no rows": (X[:0], ["batch has 0 rows", "multiple of 4"]),
     "no arrays": ({}, ["the batch holds no array"]),
-    "a generator": (iter([X]), ["batch is a list_iterator"]),
+    "an object": ({"x": X, "y": object()}, ["batch['y'] is an object"]),
 }
 
 
