@@ -59,7 +59,45 @@ def test_masks_of_flax_are_masks_over_keys(name, case):
         close(by_promise[b, :length], expected[b, :length])
 
 
-@pytest.mark.parametrize("name", ["nala", "pola", "inline"])
+@pytest.mark.parametrize("name", ["nala", "pola", "inline", "retention"])
+@pytest.mark.parametrize("case", ["causal", "padding and causal"])
+def test_masks_of_flax_are_the_same_inside_of_jit(name, case):
+    n = 8
+    mask, _ = flax_masks(n)[case]
+    qkv = draw(n=n)
+    attend = make_attention_fn(name, is_causal=True)
+    expected = attend(*qkv, mask=mask)
+    close(jax.jit(lambda q, k, v, mask: attend(q, k, v, mask=mask))(*qkv, mask), expected)
+    close(jax.jit(lambda q, k, v: attend(q, k, v, mask=mask))(*qkv), expected)
+
+
+@pytest.mark.parametrize("name", ["nala", "retention"])
+def test_flaxs_layer_with_a_causal_mask_is_the_same_inside_of_jit(name):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 10, 8)), jnp.float32)
+    module = nn.MultiHeadDotProductAttention(HEADS, attention_fn=make_attention_fn(name, is_causal=True))
+    variables = module.init(jax.random.key(0), x)
+
+    def apply(x):
+        return module.apply(variables, x, mask=nn.make_causal_mask(x[..., 0]))
+
+    close(jax.jit(apply)(x), apply(x))
+
+
+@pytest.mark.parametrize("name", ["nala", "pola", "inline", "retention", "softmax"])
+def test_a_mask_of_pairs_is_exported_with_a_symbolic_length(name, untyped):
+    b, n = jax.export.symbolic_shape("b, n", constraints=["n >= 4"])
+    shape = jax.ShapeDtypeStruct((b, n, HEADS, 4), jnp.float32)
+    attend = make_attention_fn(name, is_causal=name == "retention")
+
+    def call(q, k, v, mask):
+        return attend(q, k, v, mask=mask)
+
+    exported = jax.export.export(jax.jit(call))(shape, shape, shape, jax.ShapeDtypeStruct((b, 1, n, n), jnp.bool_))
+    mask = jnp.asarray(np.random.default_rng(0).random((2, 1, 6, 6)) < 0.7)
+    close(exported.call(*draw(n=6), mask), jax.jit(call)(*draw(n=6), mask))
+
+
+@pytest.mark.parametrize("name", ["nala", "pola", "inline", "retention"])
 def test_masks_of_flax_run_at_linear_cost(name):
     n = 5000  # whose square is more than the quadratic form may have
     q, k, v = draw(n=n, batch=1, heads=1)
@@ -68,7 +106,7 @@ def test_masks_of_flax_run_at_linear_cost(name):
     promised = make_attention_fn(name, is_causal=True, masks="keys")
     jitted = jax.jit(lambda q, k, v: promised(q, k, v, mask=nn.make_causal_mask(jnp.ones((1, n)))))
     close(jitted(q, k, v), out)
-    with pytest.raises(ValueError, match="own_keys"):
+    with pytest.raises(ValueError, match=r"own_keys.*masks='keys'"):
         jax.jit(make_attention_fn(name, is_causal=True))(q, k, v, mask=mask)
     jaxpr = jax.make_jaxpr(lambda q, k, v, mask: promised(q, k, v, mask=mask))(q, k, v, mask[..., :n, :n])
     bools = [eqn.outvars[0].aval for eqn in jaxpr.eqns if eqn.outvars[0].aval.shape[-2:] == (n, n)]

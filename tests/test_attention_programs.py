@@ -97,6 +97,11 @@ def soft(**options):
     return lambda a: attention.soft_attention(a.q, a.q, a.v, mask=a.valid if "grid" not in options else None, **options)
 
 
+def near_pairs(a):
+    ago = jnp.arange(a.q.shape[1])[:, None] - jnp.arange(a.q.shape[1])[None, :]
+    return KERNELS["retention"].attend(a.q, a.k, a.v, mask=(ago < 4)[None, None], is_causal=True)
+
+
 def cached(a):
     cache = attention.init_kv_cache(a.q.shape[0], LENGTH, HEADS, WIDTH, jnp.float32)
     return attention.attend_kv_window(a.q[:, :5], a.k[:, :5], a.v[:, :5], cache, 3)
@@ -108,6 +113,7 @@ CALLS = {
     "prefill and step": causal_steps,
     "packed": of_kernel("nala", segment_ids=None),
     "packed causal": of_kernel("retention", segment_ids=None, is_causal=CHUNKS),
+    "retention of pairs": near_pairs,
     "fewer key heads": grouped,
     "cosformer": of_features(attention.cosformer_features(99)),
     "rotary": of_features(attention.nala_features(rotary=attention.rotary_line(99, WIDTH))),

@@ -17,6 +17,7 @@ LEVELS = {
     "flowgen.fields": -2,
     "flowgen.typed": -1,
     "flowgen.settings": -1,
+    "flowgen.sharding": -1,
     "flowgen.attention": 0,
     "flowgen.matching.checks": 0,
     "flowgen.matching.paths": 0,

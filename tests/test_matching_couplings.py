@@ -262,3 +262,12 @@ def test_what_does_not_fit_is_refused(what, untyped):
     with pytest.raises(ValueError) as error:  # noqa: PT011
         call()
     assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "cond", [{"y": jnp.arange(3)}, jnp.arange(4), jnp.arange(3.0), jnp.zeros((3, 1), jnp.int32), [0, 1, 2]]
+)
+def test_classes_that_are_no_labels_are_refused_in_one_sentence(cond):
+    for method in ("exact", "sinkhorn"):
+        with pytest.raises(ValueError, match=r"cond is .*; class_aware transport needs one label for each"):
+            fm.MinibatchOT(method=method, class_aware=True)(jax.random.key(0), X0, X1, cond)

@@ -172,17 +172,18 @@ def check_segments(segment_ids: Array | None, q: Array, k: Array) -> None:
 
 
 def check_quadratic(q: Array, k: Array) -> None:
-    """Raises ValueError where a mask over pairs would need too many weights.
+    """Raises ValueError if a mask over pairs would need too many weights; lengths that are symbols are not looked at.
 
     Example:
         check_quadratic(q, k)
     """
     n, m = q.shape[1], k.shape[1]
-    if n * m > QUADRATIC_LIMIT:
+    if isinstance(n * m, int) and n * m > QUADRATIC_LIMIT:
         raise ValueError(
             f"mask distinguishes queries, which linear attention can only do by its quadratic form: {n} x {m} weights, "
             f"of at most {QUADRATIC_LIMIT}; use is_causal, segment_ids or a mask over keys alone, which "
-            "flowgen.attention.own_keys makes of a mask of pairs, if that is one of tokens."
+            "flowgen.attention.own_keys makes of a mask of pairs, if that is one of tokens, as does "
+            "make_attention_fn(..., masks='keys') in Flax's modules."
         )
 
 

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from flowgen.attention.checks import check_causal, check_floats, check_heads, check_key_mask, check_segments
+from flowgen.attention.checks import (
+    check_causal,
+    check_floats,
+    check_heads,
+    check_key_mask,
+    check_quadratic,
+    check_segments,
+    hide_keys,
+)
+from flowgen.attention.linear import Causal, quadratic_products, seen_pairs
 from flowgen.attention.prefix import CHUNK_SIZE, Features, LinearState, prefix_product
+from flowgen.sharding import keep_axes
 
 
 def gated_linear_attention(
@@ -67,6 +78,42 @@ def retention(
     return gated_linear_attention(
         q, k, v, decay, state=state, mask=mask, segment_ids=segment_ids, chunk_size=chunk_size
     )
+
+
+def retention_of_pairs(
+    q: Float[Array, "b n h k"],
+    k: Float[Array, "b n g k"],
+    v: Float[Array, "b n g d"],
+    mask: Bool[Array, "#b #h #n #n"],
+    segment_ids: Int[Array, "b n"] | None = None,
+) -> Float[Array, "b n h d"]:
+    """Returns causal retention under a mask of pairs, from all n x n weights, of at most 4096 x 4096.
+
+    A key that no query sees does not count as time. Raises ValueError where shapes do not fit.
+
+    Example:
+        out = retention_of_pairs(q, k, v, near[None, None])
+    """
+    check_heads(q, k, v)
+    check_causal(q, k)
+    check_segments(segment_ids, q, k)
+    check_quadratic(q, k)
+    return _retention_of_pairs(q, k, v, mask, segment_ids)
+
+
+@jax.jit
+def _retention_of_pairs(q, k, v, mask, segment_ids):
+    def run(q, k, v, mask, segment_ids):
+        pairs = seen_pairs(mask, Causal(), segment_ids, q.shape[1], k.shape[1])
+        time = jnp.cumsum(pairs.any(axis=2), axis=-1)
+        ago = jnp.maximum(time[..., :, None] - time[..., None, :], 0)
+        log_decay = jnp.repeat(retention_log_decay(k.shape[2]), q.shape[2] // k.shape[2])
+        k, v = hide_keys(k, v, pairs)
+        features = Features(q.astype(jnp.promote_types(q.dtype, jnp.float32)) * q.shape[-1] ** -0.5, k)
+        return quadratic_products(features, v, pairs, jnp.exp(log_decay[None, :, None, None] * ago))[0].astype(v.dtype)
+
+    named = [(q, "b n h k"), (k, "b m g k"), (v, "b m g d")]
+    return keep_axes(run, q, k, v, mask, segment_ids, named=named, out="b n h d")
 
 
 def retention_log_decay(num_heads: int) -> Float[Array, " g"]:

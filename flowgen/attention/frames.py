@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from flowgen.attention import softmax
 from flowgen.attention.checks import check_floats
-from flowgen.attention.sharding import keep_axes
+from flowgen.sharding import keep_axes
 
 
 @dataclass(frozen=True)

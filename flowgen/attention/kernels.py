@@ -10,7 +10,7 @@ from einops import rearrange
 from jaxtyping import Array, Float, Int
 
 from flowgen.attention.checks import check_causal, check_heads, check_key_mask, check_mask, hide_keys, is_key_mask
-from flowgen.attention.decay import retention
+from flowgen.attention.decay import retention, retention_of_pairs
 from flowgen.attention.equality import ByFields
 from flowgen.attention.features import (
     FEATURE_MAPS,
@@ -35,7 +35,7 @@ from flowgen.attention.linear import (
 from flowgen.attention.masks import hide_queries, split_pairs
 from flowgen.attention.prefix import Features, LinearState, empty_state, keep_keys, prefix_product
 from flowgen.attention.segments import alike
-from flowgen.attention.sharding import keep_axes
+from flowgen.sharding import keep_axes
 
 
 @runtime_checkable
@@ -201,6 +201,8 @@ class RetentionKernel:
         mask, queries = check_mask(mask, q, k), None
         if mask is not None and not is_key_mask(mask, k):
             queries, mask = split_pairs(mask, k.shape[2], block_size=1) or (None, mask)
+        if mask is not None and not is_key_mask(mask, k):
+            return retention_of_pairs(q, k, v, mask, segment_ids)
         out = retention(q, k, v, mask=mask, segment_ids=segment_ids, chunk_size=causal.chunk_size)[0]
         return out if queries is None else hide_queries(out, queries)
 

@@ -41,7 +41,7 @@ from flowgen.attention.prefix import (
     prefix_product,
 )
 from flowgen.attention.segments import finite, spoil, spoiled
-from flowgen.attention.sharding import keep_axes
+from flowgen.sharding import keep_axes
 
 EPS = 1e-6
 
@@ -181,7 +181,7 @@ def _products(features, v, mask, segment_ids, causal: Causal | None):
 def _finite_products(features: Features, v: Array, mask, segment_ids, causal: Causal | None) -> tuple[Array, Array]:
     q, k = features.q, features.k
     if mask is not None and not is_key_mask(mask, k):
-        return quadratic_products(features, v, _pairs(mask, causal, segment_ids, q.shape[1], k.shape[1]))
+        return quadratic_products(features, v, seen_pairs(mask, causal, segment_ids, q.shape[1], k.shape[1]))
     if mask is not None:
         features, v = keep_keys(features, v, mask)
     if causal is not None and causal.implementation == "pallas":
@@ -196,15 +196,20 @@ def _finite_products(features: Features, v: Array, mask, segment_ids, causal: Ca
 
 @jax.jit
 def quadratic_products(
-    features: Features, v: Float[Array, "b m g d"], mask: Bool[Array, "#b #h #n #m"] | None
+    features: Features,
+    v: Float[Array, "b m g d"],
+    mask: Bool[Array, "#b #h #n #m"] | None,
+    factors: Float[Array, "#b #h #n #m"] | None = None,
 ) -> tuple[Float[Array, "b n h d"], Float[Array, "b n h"]]:
     """Returns the numerators and normalisers of `products` from all n x m weights, for any mask.
+
+    factors: finite numbers that multiply the weights.
 
     Example:
         out, total = quadratic_products(Features(q, k), v, mask)
     """
 
-    def run(features, v, mask):
+    def run(features, v, mask, factors):
         dtype = jnp.promote_types(jnp.result_type(features.k, v), jnp.float32)
         repeats = features.q.shape[2] // v.shape[2]
         keys, bad = (features.k, features.norm_k, v), None
@@ -214,7 +219,8 @@ def quadratic_products(
 
         def weights(q, k):
             pairs = jnp.einsum("bnhf,bmhf->bhnm", q, jnp.repeat(k, repeats, axis=2), precision=HIGHEST)
-            return pairs.astype(dtype) if mask is None else jnp.where(mask, pairs.astype(dtype), 0)
+            pairs = pairs.astype(dtype) if factors is None else pairs.astype(dtype) * factors
+            return pairs if mask is None else jnp.where(mask, pairs, 0)
 
         numerator = weights(features.q, features.k)
         norm = numerator if features.norm_q is None else weights(*features.normaliser)
@@ -226,7 +232,23 @@ def quadratic_products(
         reached = (mask & jnp.repeat(bad, repeats, axis=2).swapaxes(1, 2)[:, :, None]).any(axis=-1).swapaxes(1, 2)
         return spoil(out, reached), spoil(total, reached)
 
-    return _with_axes(run, features, v, mask)
+    return _with_axes(run, features, v, mask, factors)
+
+
+def seen_pairs(
+    mask: Bool[Array, "#b #h #n #m"], causal: Causal | None, segment_ids: Int[Array, "b n"] | None, n: int, m: int
+) -> Bool[Array, "#b #h #n #m"]:
+    """Returns which of n queries see which of m keys: the mask, causal order and segments together.
+
+    Example:
+        pairs = seen_pairs(mask, Causal(), None, n=8, m=8)
+    """
+    if causal is not None:
+        block_q, block_k = jnp.arange(n) // causal.block_size, jnp.arange(m) // causal.block_size
+        mask = mask & (block_q[:, None] >= block_k[None, :])[None, None]
+    if segment_ids is not None:
+        mask = mask & (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
+    return mask
 
 
 def normalised(
@@ -309,15 +331,6 @@ def step(
         raise ValueError(f"q has shape {q.shape} and k {k.shape}; one token is (batch, heads, width).")
     out, state = prefill(q[:, None], k[:, None], v[:, None], features, state=state, eps=eps)
     return out[:, 0], state
-
-
-def _pairs(mask, causal: Causal | None, segment_ids, n: int, m: int) -> Array:
-    if causal is not None:
-        block_q, block_k = jnp.arange(n) // causal.block_size, jnp.arange(m) // causal.block_size
-        mask = mask & (block_q[:, None] >= block_k[None, :])[None, None]
-    if segment_ids is not None:
-        mask = mask & (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
-    return mask
 
 
 def _pallas(features: Features, v: Array, causal: Causal) -> tuple[Array, Array]:

@@ -22,7 +22,6 @@ from flowgen.attention.kernels import FeatureKernel, Kernel, kernel
 from flowgen.attention.linear import EPS, Causal, as_causal
 from flowgen.attention.prefix import LinearState
 from flowgen.attention.rotary import rotary_grid, rotary_line
-from flowgen.attention.sharding import keep_axes
 from flowgen.attention.soft import (
     Landmarks,
     Normalization,
@@ -32,6 +31,7 @@ from flowgen.attention.soft import (
     pool_landmarks_2d,
     to_kernel_space,
 )
+from flowgen.sharding import keep_axes
 
 LandmarkKind = Literal["pool", "conv", "conv_norm_gelu"]
 NALA_CONV = 5  # tokens, or rows and columns, of the depthwise convolution of values

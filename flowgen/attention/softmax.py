@@ -12,7 +12,7 @@ from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
 from flowgen.attention.checks import check_causal, check_heads, check_mask, hide_keys
-from flowgen.attention.sharding import keep_axes
+from flowgen.sharding import keep_axes
 
 # Causal attention runs in this many slices of queries at most, each against only the keys it may see.
 MAX_CAUSAL_SLICES = 4

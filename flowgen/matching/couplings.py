@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -20,9 +21,10 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Key
 
-from flowgen.arrays import check_floating
+from flowgen.arrays import check_floating, shown
 from flowgen.matching.checks import check_batch, check_positive, check_share, check_whole
 from flowgen.matching.plans import assignment, corrected_log_weight, entropic_plan, relative_cost
+from flowgen.sharding import keep_axes, of_rows, take_rows
 from flowgen.typed import typed
 
 SMALLEST_EPSILON = 1e-20
@@ -117,10 +119,11 @@ class MinibatchOT:
         else:
             plan = entropic_plan(cost, allowed, self.epsilon, tolerance=self.tolerance, max_sweeps=self.num_sweeps)
             self._check_error(plan.error)
-            source = jax.random.categorical(key, plan.log_plan, axis=1)
+            draw = lambda key, logits: jax.random.categorical(key, logits, axis=1)  # noqa: E731
+            source = keep_axes(draw, key, plan.log_plan, named=[(plan.log_plan, "b m")], out="b")
             spoilt = spoilt + jnp.log(jnp.where(plan.error > self.tolerance, -1, 1))
         log_weight = jnp.broadcast_to(spoilt, (len(x0),)).astype(x0.dtype)
-        return Coupled(x0[source], x1, cond, log_weight)
+        return Coupled(take_rows(x0, source), x1, cond, log_weight)
 
     def _allowed(self, cost: Array, cond: Any) -> Array:
         """Which source may go to which datum."""
@@ -128,9 +131,12 @@ class MinibatchOT:
             return jnp.ones(cost.shape, bool)
         if cond is None:
             raise ValueError("class_aware transport needs labels as cond; give them, or switch it off.")
-        if cond.shape != (len(cost),):
-            raise ValueError(f"cond has shape {cond.shape}; class_aware transport needs one label for each datum.")
-        return cond[:, None] == cond[None, :]
+        if getattr(cond, "shape", None) != (len(cost),) or not jnp.issubdtype(cond.dtype, jnp.integer):
+            raise ValueError(
+                f"cond is {shown(cond)}; class_aware transport needs one label for each datum, an array of integers "
+                f"of shape {(len(cost),)}."
+            )
+        return keep_axes(lambda y: y[:, None] == y[None, :], cond, named=[(cost, "b m")], out="b m")
 
     def _check_error(self, error: Array) -> None:
         """Raises ValueError where a plan is too far off, if it has values, which is outside jit."""
@@ -223,8 +229,12 @@ def pair_cost(x0: Float[Array, "b *event"], x1: Float[Array, "b *event"], cost: 
         if value.shape != x0.shape[:1]:
             raise ValueError(f"cost gave shape {value.shape}; it must give one number per pair, {x0.shape[:1]}.")
         return check_cost(value)
-    square = jnp.square(_flat(x0) - _flat(x1)).sum(axis=1)
-    return check_cost(square if cost == "sqeuclidean" else jnp.sqrt(square))
+
+    def distance(x0, x1):
+        square = jnp.square(_flat(x0) - _flat(x1)).sum(axis=1)
+        return square if cost == "sqeuclidean" else jnp.sqrt(square)
+
+    return check_cost(keep_axes(distance, x0, x1, named=[(x0, of_rows(x0)), (x1, of_rows(x1))], out="b"))
 
 
 def pairwise_cost(x0: Float[Array, "b *event"], x1: Float[Array, "m *event"], cost: Cost) -> Float[Array, "b m"]:
@@ -239,15 +249,20 @@ def pairwise_cost(x0: Float[Array, "b *event"], x1: Float[Array, "m *event"], co
     check_floating("x1", x1)
     if x0.shape[1:] != x1.shape[1:]:
         raise ValueError(f"x0 has events of shape {x0.shape[1:]} and x1 {x1.shape[1:]}; they must have the same.")
+    named = [(x0, of_rows(x0)), (x1, of_rows(x1, "m"))]
+    return check_cost(keep_axes(partial(_pairwise_cost, cost=cost), x0, x1, named=named, out="b m"))
+
+
+def _pairwise_cost(x0: Array, x1: Array, cost: Cost) -> Array:
     if callable(cost):
-        return check_cost(jax.vmap(lambda x: pair_cost(jnp.broadcast_to(x[None], x1.shape), x1, cost))(x0))
+        return jax.vmap(lambda x: pair_cost(jnp.broadcast_to(x[None], x1.shape), x1, cost))(x0)
     a, b = _flat(x0), _flat(x1)
     # Shifted to their common mean, so that little cancels in the expanded square.
     centre = b.mean(axis=0)
     a, b = a - centre[None], b - centre[None]
     cross = jnp.matmul(a, b.T, precision=jax.lax.Precision.HIGHEST)
     square = jnp.maximum(jnp.square(a).sum(1)[:, None] + jnp.square(b).sum(1)[None, :] - 2 * cross, 0)
-    return check_cost(square if cost == "sqeuclidean" else jnp.sqrt(square))
+    return square if cost == "sqeuclidean" else jnp.sqrt(square)
 
 
 def log_mean_exp(x: Float[Array, " b"]) -> Float[Array, ""]:

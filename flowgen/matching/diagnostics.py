@@ -14,6 +14,7 @@ from flowgen.matching.checks import check_batch, check_positive, check_share
 from flowgen.matching.couplings import Cost, GibbsWeights, pair_cost, pairwise_cost
 from flowgen.matching.plans import assignment, corrected_log_weight
 from flowgen.matching.solvers import Velocity, time_grid, trajectory
+from flowgen.sharding import keep_axes, take_rows
 
 # Pairs of a block whose every source is compared with every datum.
 BLOCK = 1024
@@ -136,9 +137,13 @@ def resample(x: Float[Array, "b *event"], log_weight: Float[Array, " b"]) -> Flo
     Example:
         tilted = resample(x, log_weight)
     """
-    ends = jnp.cumsum(jax.nn.softmax(log_weight))
-    middles = (jnp.arange(len(x)) + 0.5) / len(x)
-    return x[jnp.searchsorted(ends / ends[-1], middles)]
+
+    def chosen(log_weight):
+        ends = jnp.cumsum(jax.nn.softmax(log_weight))
+        middles = (jnp.arange(len(x)) + 0.5) / len(x)
+        return jnp.searchsorted(ends / ends[-1], middles)
+
+    return take_rows(x, keep_axes(chosen, log_weight, named=[(log_weight, "b")], out="b"))
 
 
 def choose_epsilon(
@@ -265,7 +270,7 @@ def wasserstein(x: Float[Array, "b *event"], y: Float[Array, "b *event"]) -> Flo
     """
     check_batch(x, y)
     partner = assignment(pairwise_cost(x, y, "sqeuclidean"))
-    return jnp.sqrt(pair_cost(x, y[partner], "sqeuclidean").mean())
+    return jnp.sqrt(pair_cost(x, take_rows(y, partner), "sqeuclidean").mean())
 
 
 def _relative_variance(log_factor: Float[Array, " b"]) -> Float[Array, ""]:
@@ -276,4 +281,4 @@ def _relative_variance(log_factor: Float[Array, " b"]) -> Float[Array, ""]:
 def _floor(x: Array) -> Float[Array, ""]:
     half = len(x) // 2
     # Every other sample, for samples that come in an order.
-    return wasserstein(x[0 : 2 * half : 2], x[1 : 2 * half : 2])
+    return wasserstein(*(take_rows(x, jnp.arange(first, 2 * half, 2)) for first in (0, 1)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +12,8 @@ from jax import lax
 from jax.experimental.buffer_callback import buffer_callback
 from jaxtyping import Array, Bool, Float, Int
 from scipy.optimize import linear_sum_assignment
+
+from flowgen.sharding import keep_axes
 
 # Of the potentials that help the assignment along: in units of the mean cost, and how many sweeps make them.
 ASSIGNMENT_EPSILON, ASSIGNMENT_SWEEPS = 0.02, 5
@@ -44,6 +47,13 @@ def entropic_plan(
     Example:
         plan = entropic_plan(cost, jnp.ones(cost.shape, bool), 0.05, tolerance=1e-3, max_sweeps=2000)
     """
+    solve = partial(_entropic_plan, epsilon=epsilon, tolerance=tolerance, max_sweeps=max_sweeps)
+    return EntropicPlan(*keep_axes(solve, cost, allowed, named=[(cost, "b m")], out=("b m", "", "")))
+
+
+def _entropic_plan(
+    cost: Array, allowed: Array, epsilon: float, tolerance: float, max_sweeps: int
+) -> tuple[Array, Array, Array]:
     reduced = jnp.where(allowed, -lax.stop_gradient(relative_cost(cost)), -jnp.inf)
     stages = _falling(epsilon)
     rough = len(stages) - 1
@@ -63,7 +73,7 @@ def entropic_plan(
     log_size = jnp.log(jnp.asarray(len(cost), cost.dtype))
     logits = logits - jax.nn.logsumexp(logits, axis=1, keepdims=True) + log_size
     columns = jnp.exp(jax.nn.logsumexp(logits, axis=0) - log_size)
-    return EntropicPlan(logits, jnp.abs(columns - 1).mean(), sweeps[-1])
+    return logits, jnp.abs(columns - 1).mean(), sweeps[-1]
 
 
 def relative_cost(cost: Float[Array, "b m"]) -> Float[Array, "b m"]:
@@ -122,13 +132,16 @@ def sinkhorn_potentials(logits: Float[Array, "b b"], num_sweeps: int) -> tuple[F
     """
     log_size = jnp.log(len(logits))
 
-    def sweep(_, potentials):
-        _, g = potentials
-        f = log_size - jax.nn.logsumexp(logits + g[None, :], axis=1)
-        return f, log_size - jax.nn.logsumexp(logits + f[:, None], axis=0)
+    def solve(logits):
+        def sweep(_, potentials):
+            _, g = potentials
+            f = log_size - jax.nn.logsumexp(logits + g[None, :], axis=1)
+            return f, log_size - jax.nn.logsumexp(logits + f[:, None], axis=0)
 
-    zeros = jnp.zeros(len(logits), logits.dtype)
-    return jax.lax.fori_loop(0, num_sweeps, sweep, (zeros, zeros))
+        zeros = jnp.zeros(len(logits), logits.dtype)
+        return jax.lax.fori_loop(0, num_sweeps, sweep, (zeros, zeros))
+
+    return keep_axes(solve, logits, named=[(logits, "b m")], out=("b", "m"))
 
 
 def corrected_log_weight(logits: Float[Array, "b b"], num_sweeps: int) -> Float[Array, " b"]:
@@ -137,8 +150,12 @@ def corrected_log_weight(logits: Float[Array, "b b"], num_sweeps: int) -> Float[
     Example:
         log_weight = corrected_log_weight(-cost / epsilon, 10)
     """
-    f, g = sinkhorn_potentials(logits, num_sweeps)
-    return jnp.diagonal(logits) + f + g
+
+    def solve(logits):
+        f, g = sinkhorn_potentials(logits, num_sweeps)
+        return jnp.diagonal(logits) + f + g
+
+    return keep_axes(solve, logits, named=[(logits, "b m")], out="b")
 
 
 def assignment(cost: Float[Array, "b b"]) -> Int[Array, " b"]:
@@ -151,6 +168,10 @@ def assignment(cost: Float[Array, "b b"]) -> Int[Array, " b"]:
     Example:
         source = assignment(pairwise_cost(x1, x0, "sqeuclidean"))
     """
+    return keep_axes(_assignment, cost, named=[(cost, "b m")], out="b")
+
+
+def _assignment(cost: Array) -> Array:
     cost = relative_cost(lax.stop_gradient(jnp.where(jnp.isfinite(cost), cost, 0)))
     f, g = sinkhorn_potentials(-cost / ASSIGNMENT_EPSILON, ASSIGNMENT_SWEEPS)
     columns = jax.ShapeDtypeStruct((len(cost),), jnp.int32)

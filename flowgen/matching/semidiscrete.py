@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int, Key
 from flowgen.matching.checks import check_positive
 from flowgen.matching.couplings import Coupled, pairwise_cost
 from flowgen.packages import missing
+from flowgen.sharding import take_rows
 
 # Step size of Adam at the start of its cosine decay, in units of the spread of a source's costs over the data.
 LEARNING_RATE = 0.05
@@ -53,8 +54,8 @@ class SemidiscreteOT:
         if cond is not None and self.labels is None:
             raise ValueError("the batch has a condition and the semidiscrete data no labels; give both or neither.")
         partner = self.partner(x0)
-        cond = None if self.labels is None else self.labels[partner]
-        return Coupled(x0, self.y[partner], cond, jnp.zeros(len(x0), x0.dtype))
+        cond = None if self.labels is None else take_rows(self.labels, partner)
+        return Coupled(x0, take_rows(self.y, partner), cond, jnp.zeros(len(x0), x0.dtype))
 
     def partner(self, x0: Float[Array, "b *event"]) -> Int[Array, " b"]:
         """Returns the index of each source's datum."""

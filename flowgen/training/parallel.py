@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from flowgen.arrays import shown
 from flowgen.training.options import TrainConfig
 from flowgen.training.step import AXIS, Step
 
@@ -68,9 +70,14 @@ class DataParallel:
         """Returns the same key on every device."""
         return jax.random.wrap_key_data(self.replicate(jax.random.key_data(key)))
 
-    def shard(self, batch: Any) -> Any:
-        """Returns this process's batch with equal consecutive shares on its devices; does not wait."""
+    def shard(self, batch: Any, rows: int | None = None) -> Any:
+        """Returns this process's batch with equal consecutive shares on its devices; does not wait.
+
+        rows: of every array, this process's share of train.batch_size; None for any number that devices can share.
+        Raises ValueError unless all leaves are arrays of numbers with so many rows.
+        """
         count = len(self.local_devices)
+        check_rows(batch, count, rows)
         return jax.tree.map(
             lambda x: jax.device_put(np.reshape(x, (count, len(x) // count, *x.shape[1:])), self._sharding),
             batch,
@@ -81,6 +88,33 @@ class DataParallel:
         # np.asarray of a CPU array is a view, and the next step overwrites the state it is given.
         shards = jax.device_get(jax.tree.map(lambda x: x.addressable_shards[0].data, tree))
         return jax.tree.map(lambda x: np.array(x[0]), shards)
+
+
+def check_rows(batch: Any, devices: int, rows: int | None = None) -> None:
+    """Raises ValueError unless a batch is of arrays of numbers, all with the same rows, shared equally by the devices.
+
+    Example:
+        check_rows({"x": np.zeros((16, 3))}, devices=4, rows=16)
+    """
+    counts = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
+        name = f"batch{jax.tree_util.keystr(path)}"
+        shape, dtype = getattr(leaf, "shape", ()), getattr(leaf, "dtype", object)
+        if not shape or not any(jnp.issubdtype(dtype, kind) for kind in (jnp.number, jnp.bool_)):
+            raise ValueError(f"{name} is {shown(leaf)}; a batch holds arrays of numbers with a row for each datum.")
+        counts[name] = shape[0]
+    if not counts:
+        raise ValueError("the batch holds no array; give arrays of numbers with a row for each datum.")
+    first, found = next(iter(counts.items()))
+    for name, count in counts.items():
+        if count != found:
+            raise ValueError(
+                f"{first} has {found} rows and {name} {count}; all arrays of a batch must have the same rows."
+            )
+    if rows is not None and found != rows:
+        raise ValueError(f"{first} has {found} rows; it must have {rows}, this process's share of train.batch_size.")
+    if found == 0 or found % devices:
+        raise ValueError(f"{first} has {found} rows; devices share them equally, so give a multiple of {devices}.")
 
 
 def is_primary() -> bool:

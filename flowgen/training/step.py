@@ -15,6 +15,7 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Float, Int, Key
 
+from flowgen.arrays import shown
 from flowgen.rows import ROWS, Rows, StatefulObjective, micro_batches, share_of_batch
 from flowgen.training.options import OptimConfig, check_warmups
 
@@ -165,7 +166,8 @@ def make_step(
     The objective is given a key that no other device, step and micro-batch has, and beside the arrays of a batch that
     is a dict `rows`, a `flowgen.rows.Rows`. What is drawn with `rows` is the same on any number of devices and with
     any accumulation; what is drawn with the key is not. Micro-batch j has the rows j, j + accumulation, ... of the
-    whole batch. Raises ValueError for a batch that has `rows` already.
+    whole batch. Raises ValueError, while it is traced, for a batch that has `rows` already or that micro-batches cannot
+    share, and for an objective that returns something else.
     metrics: the objective's, `loss`, `grad_norm` (before clipping) and `lr`, means over devices, micro-batches; where
     spikes are skipped also `skipped`, 0 or 1, and `skipped_in_a_row`.
     others: as for `make_optimizer`; lr and skipping are reported of the main one.
@@ -179,7 +181,7 @@ def make_step(
     schedule, tx = make_schedule(config, steps), make_optimizer(config, steps, others)
 
     def loss_and_rest(params, collections, batch, key):
-        loss, metrics, *carried = objective({"params": params, **collections}, batch, key)
+        loss, metrics, *carried = check_outcome(objective({"params": params, **collections}, batch, key))
         return loss, ({**metrics, "loss": loss}, {**collections, **(carried[0] if carried else {})})
 
     value_and_grad = jax.grad(loss_and_rest, has_aux=True)
@@ -209,7 +211,7 @@ def make_step(
 
     def update(state: TrainState, batch: Any, key: Key[Array, ""]) -> tuple[TrainState, Metrics]:
         shared_key, own_key = jax.random.split(jax.random.fold_in(key, state.step))
-        rows = share_of_batch(shared_key, len(jax.tree.leaves(batch)[0]), axis_name)
+        rows = share_of_batch(shared_key, check_share(batch, accumulation), axis_name)
         own_key = jax.random.fold_in(own_key, lax.axis_index(axis_name))
         grads, metrics, collections = gradients(state, batch, rows, own_key)
         grads, metrics, collections = jax.tree.map(
@@ -248,6 +250,52 @@ def with_rows(batch: Any, rows: Rows) -> Any:
     return {**batch, ROWS: rows}
 
 
+def check_share(batch: Any, accumulation: int) -> int:
+    """Returns the number of rows of a device's share of a batch; ValueError if micro-batches cannot share them equally.
+
+    Example:
+        num = check_share({"x": jnp.zeros((8, 3))}, accumulation=2)
+    """
+    shapes = [jnp.shape(x) for x in jax.tree.leaves(batch)]
+    if not shapes or any(shape[:1] != shapes[0][:1] or not shape for shape in shapes):
+        raise ValueError(f"the batch has arrays of shapes {shapes}; all must have the same rows, one for each datum.")
+    num = shapes[0][0]
+    if num == 0 or num % accumulation:
+        raise ValueError(
+            f"each device has {num} rows of the batch; train.accumulation is {accumulation}, so give a multiple of it."
+        )
+    return num
+
+
+def check_outcome(outcome: Any) -> tuple:
+    """Returns what an objective returned; ValueError unless it is a loss, metrics and collections, if any.
+
+    Example:
+        loss, metrics, *carried = check_outcome(objective(variables, batch, key))
+    """
+    if not isinstance(outcome, tuple | list) or len(outcome) not in (2, 3):
+        size = f" of {len(outcome)}" if isinstance(outcome, tuple | list) else ""
+        raise ValueError(
+            f"the objective returned {shown(outcome)}{size}; it must return (loss, metrics) or "
+            "(loss, metrics, collections), metrics a dict of numbers."
+        )
+    loss, metrics, *carried = outcome
+    if not _is_number(loss) or not _is_float(loss):
+        raise ValueError(f"the objective's loss is {shown(loss)}; it must be one floating-point number.")
+    for name, value in (("metrics", metrics), *(("collections", x) for x in carried)):
+        if not isinstance(value, Mapping):
+            raise ValueError(f"the objective's {name} are {shown(value)}; they must be a dict by name.")
+    for name, value in metrics.items():
+        if not _is_number(value):
+            raise ValueError(f"metric {name!r} is {shown(value)}; each must be one number, such as a mean.")
+    return tuple(outcome)
+
+
+def _is_number(x: Any) -> bool:
+    shape = () if isinstance(x, bool | int | float) else getattr(x, "shape", None)
+    return shape == () and any(jnp.issubdtype(jnp.result_type(x), kind) for kind in (jnp.number, jnp.bool_))
+
+
 def _main_state(opt_state: Any) -> Any:
     """The state of the optimizer of all parameters that have none of their own."""
     return opt_state.inner_states[MAIN].inner_state if isinstance(opt_state, optax.PartitionState) else opt_state
@@ -275,5 +323,5 @@ def _mean_of_parts(x: Array) -> Array:
     return x.mean(axis=0) if _is_float(x) else x[0]
 
 
-def _is_float(x: Array) -> bool:
+def _is_float(x: Any) -> bool:
     return jnp.issubdtype(jnp.result_type(x), jnp.floating)

@@ -1,8 +1,8 @@
-"""Meshes with explicit axes: attention runs as under automatic axes, and its results keep the axes of its inputs.
+"""Meshes with explicit axes: functions run as under automatic axes, and their results keep the axes of their inputs.
 
-Where the axes of a mesh are explicit, every array's type says how it is divided, and jax refuses to reshape, scan or
-contract over a divided axis without being told what comes out. Attention does all of these, but what comes out is
-plain: batch, queries and heads are divided as they came in.
+If the axes of a mesh are explicit, every array's type says how it is divided, and jax refuses to reshape, scan or
+contract over a divided axis without being told what comes out. Attention and couplings do all of these, but what comes
+out is plain: batch, queries and heads are divided as they came in.
 """
 
 from __future__ import annotations
@@ -52,6 +52,42 @@ def map_axes(fn: Callable[..., Any], args: tuple[Array, ...], letters: str, *, d
         fn, mesh=mesh, in_specs=spec, out_specs=specs, axis_names=set(_explicit_names(mesh)), check_vma=False
     )
     return mapped(*(reshard(x, NamedSharding(mesh, spec)) for x in args))
+
+
+def of_rows(x: Array, row: str = "b") -> str:
+    """Returns a letter per axis of an array of rows, for `keep_axes`.
+
+    Example:
+        of_rows(jnp.zeros((8, 32, 32, 3)))  # "b e1 e2 e3"
+    """
+    return " ".join([row, *(f"e{axis}" for axis in range(1, x.ndim))])
+
+
+def take_rows(x: Array, index: Array) -> Array:
+    """Returns x[index] for whole numbers `b`, divided as they are.
+
+    Example:
+        sources = take_rows(x0, permutation)
+    """
+    return keep_axes(lambda x, index: x[index], x, index, named=[(index, "b"), (x, of_rows(x, "rows"))], out=of_rows(x))
+
+
+def alike_rows(tree: Any) -> Any:
+    """Returns numbers in a tree, the rows of all divided like those of the first whose rows explicit axes divide.
+
+    Example:
+        positions, x = alike_rows((positions, x))
+    """
+    divided = [x for x in jax.tree.leaves(tree) if _explicit_mesh(x) is not None and "b" in _divided([(x, of_rows(x))])]
+    if not divided:
+        return tree
+    # Outside of jit an array of one device comes to a mesh by being added to one that is there.
+    nothing = jnp.zeros_like(divided[0], jnp.int32).sum(axis=tuple(range(1, divided[0].ndim)))
+
+    def divide(x):
+        return x + jnp.expand_dims(nothing, range(1, x.ndim)).astype(x.dtype)
+
+    return jax.tree.map(lambda x: x if any(x is y for y in divided) else divide(x), tree)
 
 
 def varies(x: Array) -> bool:
