@@ -497,3 +497,9 @@ def test_an_ignored_signal_stays_ignored():
             assert signals.number == 0
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_a_batch_of_other_rows_than_the_config_says_is_refused(tmp_path):
+    half = {"x": np.zeros((toy.BATCH // 2, 3), np.float32), "y": np.zeros((toy.BATCH // 2, 1), np.float32)}
+    with pytest.raises(ValueError, match=rf"{toy.BATCH // 2} .*{toy.BATCH}|{toy.BATCH}.* {toy.BATCH // 2}"):
+        toy.run(toy.make_job(batches=lambda start, stop: iter([half])), tmp_path / "run", log=TEN)

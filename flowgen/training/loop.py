@@ -117,7 +117,7 @@ def train(
                 )
                 if job.inventory is not None:
                     record.describe_data(job.inventory, resumed=latest is not None)
-            run = _Run(job, record, log, parallel, signals, steps=train.steps, first=latest, max_skips=optim.max_skips)
+            run = _Run(job, record, log, parallel, signals, length=train, first=latest, max_skips=optim.max_skips)
             return run.train(parallel.compile(step), state, step_key, scores)
 
 
@@ -188,12 +188,13 @@ class _Run:
         parallel: DataParallel,
         signals: Signals,
         *,
-        steps: int,
+        length: TrainConfig,
         first: int | None,
         max_skips: int,
     ):
         self.job, self.record, self.config, self.parallel, self.signals = job, record, config, parallel, signals
-        self.steps, self.first, self.saved, self.max_skips = steps, first or 0, first, max_skips
+        self.steps, self.rows = length.steps, length.batch_size // jax.process_count()
+        self.first, self.saved, self.max_skips = first or 0, first, max_skips
         self.pending: list[tuple[int, Any]] = []
         self.pace = Pace()
         self.metrics: dict[str, float] = {}
@@ -241,7 +242,7 @@ class _Run:
                 batch = next(batches, None)
                 if batch is None:
                     raise ValueError(f"the batches end after step {step} of train.steps {self.steps}; give as many.")
-                batch = self.parallel.shard(batch)
+                batch = self.parallel.shard(batch, self.rows)
             state, metrics = update(state, batch, key)
             step += 1
             self.pending.append((step, metrics))

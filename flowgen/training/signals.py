@@ -57,8 +57,8 @@ class Signals:
         reading, self._writing = os.pipe()
         os.set_blocking(self._writing, False)
         self._previous_fd = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
-        # What a shell or `nohup` had the program ignore stays ignored.
-        numbers = [number for number in NUMBERS if signal.getsignal(number) is not signal.SIG_IGN]
+        # `nohup` has a program ignore that its terminal is closed.
+        numbers = [n for n in NUMBERS if n in (signal.SIGINT, signal.SIGTERM) or signal.getsignal(n) != signal.SIG_IGN]
         self._previous = {number: signal.signal(number, self._note) for number in numbers}
         self._thread = threading.Thread(target=self._answer, args=(reading,), name="flowgen-signals", daemon=True)
         self._thread.start()
