@@ -39,13 +39,14 @@ class RunWriter:
 
     def __init__(self, workdir: str | Path, *, latest: int | None = None, keep: int, best_metric: str):
         self.workdir = Path(workdir).absolute()  # It stays the same if the process goes to another directory.
+        self._shown = Path(workdir)
         self._keep, self._best_metric = keep, best_metric
         self._progress: Progress | None = None
         self._log: MetricsLog | None = None
         self._config: dict[str, Any] = {}
         self._data: dict[str, Any] = {}
         self._waiting: list[str] = []
-        with _named(self.workdir):
+        with _named(self._shown):
             self._had_checkpoints = (self.workdir / CHECKPOINTS).exists()
             self.workdir.mkdir(parents=True, exist_ok=True)
             self._lock, self._place = RunLock(self.workdir), Place(self.workdir)
@@ -86,7 +87,7 @@ class RunWriter:
     ) -> None:
         """Writes the config, drops metrics after `first_step` (None: nothing is trained yet), and tells what is odd."""
         self._progress = Progress(first_step=first_step or 0, last_step=last_step, bar=bar)
-        with _named(self.workdir):
+        with _named(self._shown):
             self._tell_of_oddities(first_step)
             self._config = config
             write_config(self.workdir, config)
@@ -98,19 +99,19 @@ class RunWriter:
     def _tell_of_oddities(self, first_step: int | None) -> None:
         lines, self._waiting = self._waiting, []
         if not self._lock.protects:
-            lines.append(f"{self.workdir} is on a file system without locks; start no other training in it.")
+            lines.append(f"{self._shown} is on a file system without locks; start no other training in it.")
         if first_step is not None and not (self.workdir / CONFIG_FILE).is_file():
-            lines.append(f"{self.workdir} had lost its {CONFIG_FILE}; it is written again.")
+            lines.append(f"{self._shown} had lost its {CONFIG_FILE}; it is written again.")
         odd = self.store.passed_over()
         if odd:
             names = "; ".join(f"{name!r}: {why}" for name, why in list(odd.items())[:5])
             more = f"; and {len(odd) - 5} more" if len(odd) > 5 else ""
-            lines.append(f"Ignored in {self.workdir / CHECKPOINTS}: these are no checkpoints ({names}{more}).")
+            lines.append(f"Ignored in {self._shown / CHECKPOINTS}: these are no checkpoints ({names}{more}).")
         if first_step is None and (self.workdir / CONFIG_FILE).exists():
             gone = "has no checkpoint" if self._had_checkpoints else f"has lost its folder {CHECKPOINTS}"
             reached = last_step(self.workdir)
             told = f", though its metrics reach step {reached}" if reached else ""
-            lines.append(f"{self.workdir} {gone}{told}; training starts again at step 0.")
+            lines.append(f"{self._shown} {gone}{told}; training starts again at step 0.")
         for line in lines:
             self.say(line)
 
@@ -120,7 +121,7 @@ class RunWriter:
         if resumed and (changes := data_changes(self.workdir, inventory)):
             self.say(changes)
         self._data = inventory.record()
-        with _named(self.workdir):
+        with _named(self._shown):
             write_json(self.workdir / DATA_FILE, self._data)
 
     def say(self, line: str) -> None:
@@ -138,7 +139,7 @@ class RunWriter:
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Writes one row of metrics at a step."""
         assert self._log is not None
-        with _named(self.workdir):
+        with _named(self._shown):
             self._log.write(step, metrics)
 
     def show(self, step: int, metrics: dict[str, float], seconds_left: float | None) -> None:
@@ -148,7 +149,7 @@ class RunWriter:
 
     def draw(self, step: int, image: np.ndarray) -> Path:
         """Returns the path of the sample picture of a step, which it writes."""
-        with _named(self.workdir):
+        with _named(self._shown):
             self._make_again(step)
             folder = self.workdir / SAMPLES
             folder.mkdir(exist_ok=True)
@@ -162,7 +163,7 @@ class RunWriter:
         except OSError:
             if self._is_there():
                 raise
-        with _named(self.workdir):
+        with _named(self._shown):
             self._make_again(step)
         self.store.save(step, state, config=self._config)
 
@@ -178,7 +179,7 @@ class RunWriter:
             if self.holds(step):
                 return
         raise OSError(
-            f"Checkpoint {step} was saved in {self.workdir} and is gone; somebody removes what is written there."
+            f"Checkpoint {step} was saved in {self._shown} and is gone; somebody removes what is written there."
         )
 
     def score(self, step: int, metrics: dict[str, float]) -> None:
@@ -189,7 +190,7 @@ class RunWriter:
             if self._is_there():
                 raise
         if self.holds(step):
-            with _named(self.workdir):
+            with _named(self._shown):
                 self.store.score(step, metrics)
 
     def holds(self, step: int) -> bool:
@@ -209,11 +210,11 @@ class RunWriter:
             self._place.close()
             self._place = Place(self.workdir)
             self.say(
-                f"{self.workdir} was deleted or renamed while training into it; it is made again, without its "
+                f"{self._shown} was deleted or renamed while training into it; it is made again, without its "
                 "earlier checkpoints."
             )
         elif not self._folder.is_same():
-            self.say(f"{self.workdir / CHECKPOINTS} was deleted or renamed while training; it is made again.")
+            self.say(f"{self._shown / CHECKPOINTS} was deleted or renamed while training; it is made again.")
         if not self._lock.holds():
             lost, self._lock = self._lock, RunLock(self.workdir)
             lost.release()
@@ -234,7 +235,7 @@ class RunWriter:
         # A save under way may have made its folder again.
         if not self.workdir.is_dir() or any(path.name != CHECKPOINTS for path in self.workdir.iterdir()):
             raise FileExistsError(
-                f"workdir {self.workdir} was replaced while training into it, and holds other files now; step {step} "
+                f"workdir {self._shown} was replaced while training into it, and holds other files now; step {step} "
                 "could not be written."
             )
 
