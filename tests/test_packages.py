@@ -10,7 +10,7 @@ import pytest
 
 from flowgen.packages import missing
 from flowgen.training import LogConfig
-from flowgen.training.loop import check_packages
+from flowgen.training.options import check_packages
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

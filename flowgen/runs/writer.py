@@ -158,11 +158,7 @@ class RunWriter:
 
     def save(self, step: int, state: Any) -> None:
         """Starts saving the state of a step; waits for the previous save."""
-        try:
-            self.store.wait()
-        except OSError:
-            if self._is_there():
-                raise
+        self._wait()
         with _named(self._shown):
             self._make_again(step)
         self.store.save(step, state, config=self._config)
@@ -171,11 +167,7 @@ class RunWriter:
         """Returns when the state of a step is saved and there; OSError says why it is not."""
         for _ in range(2):  # Somebody may take the directory away while it is saved.
             self.save(step, state)
-            try:
-                self.store.wait()
-            except OSError:
-                if self._is_there():
-                    raise
+            self._wait()
             if self.holds(step):
                 return
         raise OSError(
@@ -184,14 +176,18 @@ class RunWriter:
 
     def score(self, step: int, metrics: dict[str, float]) -> None:
         """Writes the metrics of an evaluation beside the checkpoint of a step, if that is still there."""
+        self._wait()
+        if self.holds(step):
+            with _named(self._shown):
+                self.store.score(step, metrics)
+
+    def _wait(self) -> None:
+        """Waits for the save under way; one that failed counts only if the directory is still there."""
         try:
             self.store.wait()
         except OSError:
             if self._is_there():
                 raise
-        if self.holds(step):
-            with _named(self._shown):
-                self.store.score(step, metrics)
 
     def holds(self, step: int) -> bool:
         """Returns whether the checkpoint of a step is where it should be, in the directory that was opened."""

@@ -12,9 +12,8 @@ import jax
 import numpy as np
 
 from flowgen.data.inventory import Inventory
-from flowgen.packages import missing
-from flowgen.runs import CHECKPOINTS, EVAL, CheckpointReader, NullWriter, RunWriter, check_workdir, on_terminal
-from flowgen.training.options import LogConfig, OptimConfig, TrainConfig
+from flowgen.runs import CHECKPOINTS, EVAL, CheckpointReader, NullWriter, RunWriter, check_workdir
+from flowgen.training.options import LogConfig, OptimConfig, TrainConfig, check_packages
 from flowgen.training.pace import Pace
 from flowgen.training.parallel import DataParallel, barrier, from_primary, is_primary, largest
 from flowgen.training.signals import Interrupted, Signals
@@ -119,30 +118,6 @@ def train(
                     record.describe_data(job.inventory, resumed=latest is not None)
             run = _Run(job, record, log, parallel, signals, length=train, first=latest, max_skips=optim.max_skips)
             return run.train(parallel.compile(step), state, step_key, scores)
-
-
-def check_packages(log: LogConfig) -> None:
-    """Raises ImportError, in one sentence, where a report that was asked for needs a package that is missing.
-
-    Example:
-        check_packages(LogConfig(tensorboard=True))
-    """
-    asked = {
-        "tensorboardX": (log.tensorboard, "log.tensorboard"),
-        "tqdm": (log.progress and on_terminal(), "log.progress"),
-    }
-    absent = {module: name for module, (wanted, name) in asked.items() if wanted and not _has(module)}
-    if absent:
-        otherwise = "set " + " ".join(f"--{name} false" for name in absent.values())
-        raise missing(f"A run with {' and '.join(absent.values())}", *absent, otherwise=otherwise)
-
-
-def _has(module: str) -> bool:
-    try:
-        __import__(module)
-    except ImportError:
-        return False
-    return True
 
 
 def _writer(workdir: Path, latest: int | None, log: LogConfig, best_metric: str) -> RunWriter | NullWriter:

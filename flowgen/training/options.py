@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Literal
 
+from flowgen.packages import missing
 from flowgen.ranges import Batch, Every, Steps, check_ranges
+from flowgen.runs import on_terminal
 from flowgen.typed import typed
 
 SEEDS = 1 << 32  # Larger seeds would be cut to 32 bits.
@@ -146,3 +148,27 @@ class LogConfig:
 
     def __post_init__(self):
         check_ranges(self, "log")
+
+
+def check_packages(log: LogConfig) -> None:
+    """Raises ImportError, in one sentence, where a report that was asked for needs a package that is missing.
+
+    Example:
+        check_packages(LogConfig(tensorboard=True))
+    """
+    asked = {
+        "tensorboardX": (log.tensorboard, "log.tensorboard"),
+        "tqdm": (log.progress and on_terminal(), "log.progress"),
+    }
+    absent = {module: name for module, (wanted, name) in asked.items() if wanted and not _has(module)}
+    if absent:
+        otherwise = "set " + " ".join(f"--{name} false" for name in absent.values())
+        raise missing(f"A run with {' and '.join(absent.values())}", *absent, otherwise=otherwise)
+
+
+def _has(module: str) -> bool:
+    try:
+        __import__(module)
+    except ImportError:
+        return False
+    return True
