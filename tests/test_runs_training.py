@@ -129,8 +129,8 @@ def test_a_second_training_is_refused_by_name_and_reading_is_not(whole, tmp_path
 def test_the_lock_goes_with_its_process(tmp_path):
     code = (
         "import os, sys, time; from flowgen.runs import RunLock\n"
-        "lock = RunLock(sys.argv[1]); child = os.fork()\n"  # The child lives longer.
-        "if child: print(1, flush=True)\n"
+        "lock = RunLock(sys.argv[1]); child = os.fork()\n"
+        "if not child: print(1, flush=True)\n"  # The child lives longer; it has let go of the lock by now.
         "time.sleep(99 if child else 5)"
     )
     command = [sys.executable, "-W", "ignore", "-c", code, str(tmp_path)]
