@@ -4,13 +4,13 @@ python train.py --config configs/autoencoder_bouncing.py --workdir runs/autoenco
 """
 
 from flowgen.codecs import VideoAutoencoderConfig
-from flowgen.config import AutoencodingConfig, Experiment, SamplingConfig
 from flowgen.data import ClipsConfig
+from flowgen.experiments import AutoencoderExperiment, AutoencodingConfig
 from flowgen.training import LogConfig, OptimConfig, TrainConfig
 
 
-def config() -> Experiment:
-    return Experiment(
+def config() -> AutoencoderExperiment:
+    return AutoencoderExperiment(
         name="autoencoder_bouncing",
         model=VideoAutoencoderConfig(
             channels=1,
@@ -22,9 +22,8 @@ def config() -> Experiment:
             patch_size=1,
         ),
         data=ClipsConfig(source="bouncing"),
-        autoencoding=AutoencodingConfig(image_size=16, frames=5, kl_weight=1e-3),
+        autoencoding=AutoencodingConfig(shown=8, image_size=16, frames=5, kl_weight=1e-3),
         optim=OptimConfig(lr=2e-3, min_lr=1e-5, warmup_steps=50, weight_decay=0.0, ema_decay=0.99),
         train=TrainConfig(steps=1000, batch_size=32),
         log=LogConfig(log_every=100, eval_every=500, sample_every=500, checkpoint_every=500),
-        sampling=SamplingConfig(num=8),
     )

@@ -6,21 +6,20 @@ Needs pip install -e ".[train,datasets]". Not measured yet: no expected metric.
 """
 
 from flowgen.codecs import AutoencoderConfig
-from flowgen.config import AutoencodingConfig, Experiment, SamplingConfig
 from flowgen.data import DataConfig
+from flowgen.experiments import AutoencoderExperiment, AutoencodingConfig
 from flowgen.training import LogConfig, OptimConfig, TrainConfig
 
 
-def config() -> Experiment:
-    return Experiment(
+def config() -> AutoencoderExperiment:
+    return AutoencoderExperiment(
         name="autoencoder_openmoji",
         model=AutoencoderConfig(
             channels=3, latent_channels=4, widths=(64, 128, 128), layers_per_block=2, num_groups=16, dtype="bfloat16"
         ),
         data=DataConfig(source="openmoji"),
-        autoencoding=AutoencodingConfig(image_size=64, kl_weight=1e-3),
+        autoencoding=AutoencodingConfig(shown=32, image_size=64, kl_weight=1e-3),
         optim=OptimConfig(lr=5e-4, min_lr=1e-6, warmup_steps=200, weight_decay=0.0, ema_decay=0.999),
         train=TrainConfig(steps=10000, batch_size=64),
         log=LogConfig(log_every=50, eval_every=1000, sample_every=1000, checkpoint_every=1000),
-        sampling=SamplingConfig(num=32),
     )

@@ -9,14 +9,14 @@ Inception network. W-CFM as published, FID 7.33 in a budget that is not: --match
 --matching.coupling.epsilon 5. OT-CFM: --matching.coupling MinibatchOT.
 """
 
-from flowgen.config import Experiment, SolverConfig
 from flowgen.data import DataConfig
+from flowgen.experiments import MatchingExperiment, SolverConfig
 from flowgen.matching import MatchingConfig, UNetConfig
 from flowgen.training import LogConfig, OptimConfig, TrainConfig
 
 
-def config() -> Experiment:
-    return Experiment(
+def config() -> MatchingExperiment:
+    return MatchingExperiment(
         name="cfm_cifar10",
         model=UNetConfig(
             image_size=32,

@@ -3,14 +3,14 @@
 python train.py --config configs/cfm_digits.py --workdir runs/cfm
 """
 
-from flowgen.config import Experiment, SolverConfig
 from flowgen.data import DataConfig
+from flowgen.experiments import MatchingExperiment, SolverConfig
 from flowgen.matching import DiTConfig, MatchingConfig
 from flowgen.training import LogConfig, OptimConfig, TrainConfig
 
 
-def config() -> Experiment:
-    return Experiment(
+def config() -> MatchingExperiment:
+    return MatchingExperiment(
         name="cfm_digits",
         model=DiTConfig(
             image_size=8,

@@ -9,14 +9,14 @@ The toy data have quirks that comparisons must share: see flowgen/matching/toy.p
 of three seeds of benchmarks/matching.py at a floor of 0.24 (docs/matching.md).
 """
 
-from flowgen.config import Experiment, SolverConfig
 from flowgen.data import PointsConfig
+from flowgen.experiments import MatchingExperiment, SolverConfig
 from flowgen.matching import GibbsWeights, MatchingConfig, MLPConfig
 from flowgen.training import LogConfig, OptimConfig, TrainConfig
 
 
-def config() -> Experiment:
-    return Experiment(
+def config() -> MatchingExperiment:
+    return MatchingExperiment(
         name="cfm_moons",
         model=MLPConfig(dim=2, width=64, num_layers=3),
         data=PointsConfig(source="eight_gaussians", target="moons"),

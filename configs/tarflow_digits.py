@@ -3,14 +3,14 @@
 python train.py --config configs/tarflow_digits.py --workdir runs/digits
 """
 
-from flowgen.config import Experiment, SamplingConfig
 from flowgen.data import DataConfig
+from flowgen.experiments import FlowExperiment, SamplingConfig
 from flowgen.flows import TARFlowConfig
 from flowgen.training import LogConfig, OptimConfig, TrainConfig
 
 
-def config() -> Experiment:
-    return Experiment(
+def config() -> FlowExperiment:
+    return FlowExperiment(
         name="tarflow_digits",
         model=TARFlowConfig(
             image_size=8,

@@ -11,14 +11,14 @@ to 1e-6, no clipping. The average of the parameters is ours; `--no-ema` samples 
 under data/imagenet, one folder per class where there are classes, or set --data.path.
 """
 
-from flowgen.config import Experiment, SamplingConfig
 from flowgen.data import DataConfig
+from flowgen.experiments import FlowExperiment, SamplingConfig
 from flowgen.flows import TARFlowConfig
 from flowgen.training import LogConfig, OptimConfig, TrainConfig
 
 
-def config() -> Experiment:
-    return Experiment(
+def config() -> FlowExperiment:
+    return FlowExperiment(
         name="tarflow_imagenet128_classes",
         model=TARFlowConfig(
             image_size=128,

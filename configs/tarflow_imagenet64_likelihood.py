@@ -10,14 +10,14 @@ to 1e-6, no clipping. The average of the parameters is ours; `--no-ema` samples 
 under data/imagenet64, one folder per class where there are classes, or set --data.path.
 """
 
-from flowgen.config import Experiment, SamplingConfig
 from flowgen.data import DataConfig
+from flowgen.experiments import FlowExperiment, SamplingConfig
 from flowgen.flows import TARFlowConfig
 from flowgen.training import LogConfig, OptimConfig, TrainConfig
 
 
-def config() -> Experiment:
-    return Experiment(
+def config() -> FlowExperiment:
+    return FlowExperiment(
         name="tarflow_imagenet64_likelihood",
         model=TARFlowConfig(
             image_size=64,

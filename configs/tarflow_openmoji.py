@@ -6,14 +6,14 @@ Needs pip install -e ".[train,datasets]". Not measured yet: no expected metric. 
 several skin tones, so the held-out part has near duplicates in the training part and its bits/dim flatters.
 """
 
-from flowgen.config import Experiment, SamplingConfig
 from flowgen.data import DataConfig
+from flowgen.experiments import FlowExperiment, SamplingConfig
 from flowgen.flows import TARFlowConfig
 from flowgen.training import LogConfig, OptimConfig, TrainConfig
 
 
-def config() -> Experiment:
-    return Experiment(
+def config() -> FlowExperiment:
+    return FlowExperiment(
         name="tarflow_openmoji",
         model=TARFlowConfig(
             image_size=64,

@@ -6,14 +6,14 @@ These are the weights as published, and training warns that they tilt the data m
 python train.py --config configs/wcfm_digits.py --workdir runs/wcfm
 """
 
-from flowgen.config import Experiment, SolverConfig
 from flowgen.data import DataConfig
+from flowgen.experiments import MatchingExperiment, SolverConfig
 from flowgen.matching import DiTConfig, GibbsWeights, MatchingConfig
 from flowgen.training import LogConfig, OptimConfig, TrainConfig
 
 
-def config() -> Experiment:
-    return Experiment(
+def config() -> MatchingExperiment:
+    return MatchingExperiment(
         name="wcfm_digits",
         model=DiTConfig(
             image_size=8,

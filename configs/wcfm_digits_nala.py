@@ -3,14 +3,14 @@
 python train.py --config configs/wcfm_digits_nala.py --workdir runs/nala
 """
 
-from flowgen.config import Experiment, SolverConfig
 from flowgen.data import DataConfig
+from flowgen.experiments import MatchingExperiment, SolverConfig
 from flowgen.matching import DiTConfig, GibbsWeights, MatchingConfig
 from flowgen.training import LogConfig, OptimConfig, TrainConfig
 
 
-def config() -> Experiment:
-    return Experiment(
+def config() -> MatchingExperiment:
+    return MatchingExperiment(
         name="wcfm_digits_nala",
         model=DiTConfig(
             image_size=8,

@@ -15,34 +15,48 @@ _NAMES = {
     "TARFlowConfig": "flowgen.flows",
     "STARFlow": "flowgen.flows",
     "STARFlowConfig": "flowgen.flows",
+    "STARFlowV": "flowgen.flows",
+    "STARFlowVConfig": "flowgen.flows",
     "init": "flowgen.models",
     "load": "flowgen.checkpoint",
     "fit": "flowgen.training",
-    "Experiment": "flowgen.config",
+    "load_config": "flowgen.experiments",
+    "Experiment": "flowgen.experiments",
+    "FlowExperiment": "flowgen.experiments",
+    "VideoFlowExperiment": "flowgen.experiments",
+    "MatchingExperiment": "flowgen.experiments",
+    "AutoencoderExperiment": "flowgen.experiments",
 }
 _PACKAGES = (
     "attention",
     "checkpoint",
+    "codecs",
     "conditioning",
-    "config",
     "convert",
     "data",
     "decoding",
     "evaluation",
+    "experiments",
     "flows",
     "matching",
     "models",
     "nn",
     "runs",
-    "tasks",
     "training",
 )
 
 if TYPE_CHECKING:
     from flowgen.checkpoint import load as load
-    from flowgen.config import Experiment as Experiment
+    from flowgen.experiments import AutoencoderExperiment as AutoencoderExperiment
+    from flowgen.experiments import Experiment as Experiment
+    from flowgen.experiments import FlowExperiment as FlowExperiment
+    from flowgen.experiments import MatchingExperiment as MatchingExperiment
+    from flowgen.experiments import VideoFlowExperiment as VideoFlowExperiment
+    from flowgen.experiments import load_config as load_config
     from flowgen.flows import STARFlow as STARFlow
     from flowgen.flows import STARFlowConfig as STARFlowConfig
+    from flowgen.flows import STARFlowV as STARFlowV
+    from flowgen.flows import STARFlowVConfig as STARFlowVConfig
     from flowgen.flows import TARFlow as TARFlow
     from flowgen.flows import TARFlowConfig as TARFlowConfig
     from flowgen.models import init as init

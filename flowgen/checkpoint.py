@@ -12,10 +12,9 @@ import numpy as np
 from flax import traverse_util
 
 from flowgen.arrays import shown
-from flowgen.config import Experiment, from_json, to_json
+from flowgen.experiments import Experiment, from_json
 from flowgen.models import init
 from flowgen.runs import CHECKPOINTS, CheckpointReader, CheckpointStore, check_layout, layout, read_config, write_config
-from flowgen.tasks import task_of
 
 
 def load(run_dir: str | Path, step: int | str | None = None, ema: bool = True) -> tuple[Any, Any, Experiment]:
@@ -35,14 +34,14 @@ def load(run_dir: str | Path, step: int | str | None = None, ema: bool = True) -
         raise ValueError(f"run_dir is {shown(run_dir)}; give the directory of a run.")
     experiment = from_json(read_config(run_dir))
     reader = CheckpointReader(Path(run_dir) / CHECKPOINTS)
-    step = _choose(reader, run_dir, step, task_of(experiment.model).best_metric(experiment))
+    step = _choose(reader, run_dir, step, experiment.best_metric)
     meta = reader.manifest(step)
     try:
         experiment.check_resumable(meta["config"])
     except ValueError as error:
         raise ValueError(f"Checkpoint {step} of {run_dir} does not fit config.json: {error}") from error
     group = "ema" if ema and any(path.startswith("ema/") for path in meta["arrays"]) else "params"
-    flow = experiment.flow()
+    flow = experiment.build()
     expected = jax.eval_shape(lambda: init(flow, jax.random.key(0)))
     given = {path.removeprefix(f"{group}/"): x for path, x in meta["arrays"].items() if path.startswith(f"{group}/")}
     check_layout(step, _widened(given), layout(expected["params"]))
@@ -63,7 +62,7 @@ def write_run(run_dir: str | Path, experiment: Experiment, variables: Any) -> No
     run_dir = Path(run_dir)
     check_new(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    config = to_json(experiment)
+    config = experiment.to_json()
     write_config(run_dir, config)
     params, collections = variables["params"], {k: v for k, v in variables.items() if k != "params"}
     state = jax.tree.map(np.asarray, {"params": params, "collections": collections})

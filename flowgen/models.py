@@ -5,24 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-from flax import linen as nn
 from jaxtyping import Array, Key
 
 from flowgen.arrays import check_key, shown
-from flowgen.codecs import Autoencoder, AutoencoderConfig, VideoAutoencoder, VideoAutoencoderConfig
+from flowgen.codecs import AutoencoderConfig, VideoAutoencoderConfig
 from flowgen.codecs import init as init_autoencoder
 from flowgen.flows import (
     ClipDenoiser,
-    STARFlow,
     STARFlowConfig,
-    STARFlowV,
     STARFlowVConfig,
-    TARFlow,
     TARFlowConfig,
     init_denoiser,
 )
 from flowgen.flows import init as init_flow
-from flowgen.matching import DiT, DiTConfig, MLPConfig, UNet, UNetConfig, VelocityMLP
+from flowgen.matching import DiTConfig, MLPConfig, UNetConfig
 from flowgen.matching import init as init_velocity
 
 FlowConfig = TARFlowConfig | STARFlowConfig
@@ -38,26 +34,6 @@ ModelConfig = (
     | AutoencoderConfig
     | VideoAutoencoderConfig
 )
-
-MODELS: dict[type, type[nn.Module]] = {
-    TARFlowConfig: TARFlow,
-    STARFlowConfig: STARFlow,
-    STARFlowVConfig: STARFlowV,
-    MLPConfig: VelocityMLP,
-    DiTConfig: DiT,
-    UNetConfig: UNet,
-    AutoencoderConfig: Autoencoder,
-    VideoAutoencoderConfig: VideoAutoencoder,
-}
-
-
-def build(config: ModelConfig) -> Any:
-    """Returns the model of a config: an autoregressive flow, the velocity network of a continuous one, an autoencoder.
-
-    Example:
-        flow = build(TARFlowConfig(image_size=8))
-    """
-    return MODELS[type(config)](config)
 
 
 def init(model: Any, key: Key[Array, ""]) -> Any:

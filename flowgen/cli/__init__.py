@@ -103,7 +103,7 @@ def _run(words: list[str]) -> int:
                 f"{rest[0]} is not an option of {options.command}; see {parser.prog} {options.command} --help."
             )
         with _ending_at_once():
-            import flowgen.config  # noqa: F401
+            import flowgen.experiments  # noqa: F401
         with warnings.catch_warnings(), _log_as_sentences():
             warnings.showwarning = _show_warning  # ty: ignore[invalid-assignment]
             return COMMANDS[options.command][0].run(options, rest)

@@ -34,15 +34,15 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
 
     checkpoint.check_new(options.to)
     flow, variables, experiment = (_tarflow if options.arguments is None else _starflow)(options)
-    checkpoint.write_run(options.to, experiment.sealed(), variables)
+    checkpoint.write_run(options.to, experiment.with_provenance(), variables)
     say(f"Wrote {options.to}: {num_parameters(flow):,} parameters; sample with --checkpoint {options.to}")
     return 0
 
 
 def _tarflow(options: argparse.Namespace) -> tuple[Any, Any, Any]:
     from flowgen import convert
-    from flowgen.config import Experiment, SamplingConfig
     from flowgen.data import DataConfig
+    from flowgen.experiments import FlowExperiment, SamplingConfig
 
     for name in ("dtype", "autoencoder", "text_encoder"):
         if getattr(options, name) is not None:
@@ -62,7 +62,7 @@ def _tarflow(options: argparse.Namespace) -> tuple[Any, Any, Any]:
         channels=3 if options.channels is None else options.channels,
         noise_std=noise_std,
     )
-    experiment = Experiment(
+    experiment = FlowExperiment(
         name=Path(options.file).stem,
         model=flow.config,
         data=DataConfig(source="folder"),  # The weights do not say what they were trained on.
@@ -73,8 +73,8 @@ def _tarflow(options: argparse.Namespace) -> tuple[Any, Any, Any]:
 
 def _starflow(options: argparse.Namespace) -> tuple[Any, Any, Any]:
     from flowgen import convert
-    from flowgen.config import Experiment, SamplingConfig
     from flowgen.data import ClipsConfig, DataConfig
+    from flowgen.experiments import FlowExperiment, SamplingConfig, VideoFlowExperiment
     from flowgen.fields import check
 
     for name in ("image_size", "patch_size", "channels", "noise_std"):
@@ -85,10 +85,11 @@ def _starflow(options: argparse.Namespace) -> tuple[Any, Any, Any]:
     state_dict = convert.read_state_dict(options.file, entry=options.entry)
     flow, variables = convert.starflow(state_dict, arguments, dtype=options.dtype or "float32")
     size = arguments.get("vid_size")
-    experiment = Experiment(
+    # The weights do not say what they were trained on.
+    kind: Any = FlowExperiment if size is None else VideoFlowExperiment
+    experiment = kind(
         name=Path(options.file).stem,
         model=flow.config,
-        # The weights do not say what they were trained on.
         data=DataConfig(source="folder") if size is None else ClipsConfig(fps=float(convert.clip_size(size)[1])),
         codec=codec,
         text=_text(options, arguments) if flow.config.text_dim else None,
@@ -98,7 +99,7 @@ def _starflow(options: argparse.Namespace) -> tuple[Any, Any, Any]:
 
 
 def _codec(options: argparse.Namespace, arguments: Any) -> Any:
-    from flowgen.tasks.frozen import TrainedCodec
+    from flowgen.experiments import PretrainedAutoencoder
 
     # The published name of an autoencoder of clips may end with what its latents are multiplied by.
     name, _, scale = str(arguments["vae"]).partition(":")
@@ -109,12 +110,12 @@ def _codec(options: argparse.Namespace, arguments: Any) -> Any:
             f"vae in --arguments {options.arguments} is '{name}:{scale}', whose '{scale}' is no number to multiply "
             f"latents by; make it '{name}:0.6', or leave it out."
         ) from error
-    return TrainedCodec(_place(options.autoencoder), temporal_scale=temporal_scale)
+    return PretrainedAutoencoder(_place(options.autoencoder), temporal_scale=temporal_scale)
 
 
 def _text(options: argparse.Namespace, arguments: Any) -> Any:
     from flowgen import convert
-    from flowgen.tasks.texts import TextConfig
+    from flowgen.experiments import TextConfig
 
     return TextConfig(
         _place(options.text_encoder),

@@ -6,7 +6,8 @@ import argparse
 import time
 from typing import Any
 
-from flowgen.cli.options import load_experiment, per_second, say
+from flowgen.cli.options import say
+from flowgen.experiments.drawing import per_second
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
@@ -20,26 +21,27 @@ def declare(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, rest: list[str]) -> int:
     """Returns the exit code."""
     from flowgen import checkpoint
+    from flowgen.cli.grammar import load_experiment
     from flowgen.data import told_once
     from flowgen.data.latents import LatentWriter
-    from flowgen.models import FlowConfig
-    from flowgen.tasks.latents import is_latent, made_by
+    from flowgen.experiments.autoregressive import AutoregressiveExperiment
+    from flowgen.experiments.latents import made_by
 
     checkpoint.check_new(options.out)
     experiment = load_experiment(options, rest)
-    if not isinstance(experiment.model, FlowConfig) or not is_latent(experiment):
+    if not isinstance(experiment, AutoregressiveExperiment) or not experiment.is_latent:
         raise ValueError(
             f"{experiment.name} has neither codec nor text, so there is nothing to encode; set --codec.path."
         )
     if experiment.data.source == "encoded":
         raise ValueError("data.source is 'encoded', which is encoded already; give the pictures.")
-    experiment = experiment.sealed()  # What is opened later is refused if it is not the same.
+    experiment = experiment.with_provenance()  # What is opened later is refused if it is not the same.
     splits = ("train", "eval") if experiment.data.eval_fraction > 0 else ("train",)
     writer, names = LatentWriter(options.out), ()
     with told_once():
         for split in splits:
             names = _encode(writer, experiment, split)
-    writer.finish(class_names=names, made_by=made_by(experiment))
+    writer.finish(class_names=names, made_by=made_by(experiment.data, experiment.encoding))
     say(f"Wrote {options.out}; train on it with --data.source encoded --data.path {options.out}")
     return 0
 
@@ -47,14 +49,17 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
 def _encode(writer: Any, experiment: Any, split: Any) -> tuple[str, ...]:
     """Writes the latents of a split; returns the names of its classes."""
     from flowgen.data.buckets import BucketedSource
-    from flowgen.tasks.latents import encoded_shards, null_features, picture_source
+    from flowgen.experiments.latents import encoded_shards, null_features, pixel_source
 
-    source = picture_source(experiment, split)
+    source = pixel_source(experiment.data, experiment.encoding, split)
     for bucket in source.buckets if isinstance(source, BucketedSource) else (source,):
-        null = null_features(experiment, bucket)
+        null = null_features(experiment.encoding, bucket)
         began = time.perf_counter()
         count = _write(
-            writer, split, encoded_shards(experiment, bucket, flip=experiment.data.flip and split == "train"), null
+            writer,
+            split,
+            encoded_shards(experiment.encoding, bucket, flip=experiment.data.flip and split == "train"),
+            null,
         )
         height, width, _ = bucket.image_shape
         say(f"{split}: {count} of {height} x {width} pixels, {per_second(count / (time.perf_counter() - began))}")

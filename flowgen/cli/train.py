@@ -5,30 +5,35 @@ from __future__ import annotations
 import argparse
 import os
 
-from flowgen.cli.options import check_memory, group_help, load_experiment, num_parameters, say
+from flowgen.cli.options import check_memory, num_parameters, say
 
 DEBUG = "--debug: a tiny model, to check that everything runs; its numbers mean nothing."
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the command."""
-    parser.add_argument("--config", required=True, help="Python file with config()")
+    parser.add_argument(
+        "--config", required=True, help="Python file with config(), or the name of one, such as tarflow_digits"
+    )
     parser.add_argument("--workdir", required=True, help="directory of the run; resumed if it holds a checkpoint")
     parser.add_argument("--debug", action="store_true", help="shrink the experiment to seconds on a CPU")
-    parser.epilog = "Any field of the config can be set: --optim.lr 3e-4 --train.steps 1000; info lists them."
+    parser.epilog = (
+        "Any field of the config can be set: --optim.lr 3e-4 --train.steps 1000, or --lr and --steps; info lists them."
+    )
 
 
 def fields_help() -> str:
     """Returns the fields that every experiment has."""
+    from flowgen.cli.grammar import options_help
     from flowgen.training import LogConfig, OptimConfig, TrainConfig
 
     groups = {"train": TrainConfig(), "optim": OptimConfig(), "log": LogConfig()}
-    lines = "\n".join(group_help(name, group) for name, group in groups.items())
-    return f"fields of every config, with their defaults:\n{lines}"
+    return "\n\n".join(options_help(f"fields of every config (--{name}.*)", group) for name, group in groups.items())
 
 
 def run(options: argparse.Namespace, rest: list[str]) -> int:
     """Returns the exit code."""
+    from flowgen.cli.grammar import load_experiment
     from flowgen.training import Interrupted, Signals, fit
 
     # The second signal ends the program even where it compiles; whole checkpoints stay whole.
@@ -36,7 +41,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
         try:
             with signals.raising():
                 experiment = load_experiment(options, rest)
-                parameters = num_parameters(experiment.flow())
+                parameters = num_parameters(experiment.build())
             # Of the parameters, their gradient, two moments, and the average.
             check_memory(parameters, copies=4 + (experiment.optim.ema_decay > 0))
             say(f"{experiment.name}: {parameters:,} parameters, {experiment.train.steps} steps")

@@ -18,7 +18,7 @@ from flowgen.convert.tables import starflow as starflow_rules
 from flowgen.convert.tables import starflow_v as starflow_v_rules
 from flowgen.documents import read_yaml
 from flowgen.flows import STARFlow, STARFlowConfig, STARFlowV, STARFlowVConfig
-from flowgen.models import build, init
+from flowgen.models import init
 from flowgen.ranges import MAX_BLOCKS, Within, check_within
 
 # The published defaults of the arguments that shape the model.
@@ -154,7 +154,7 @@ def starflow(
         raise ValueError(
             f"an argument has a value that cannot be ({error}); give those of the published YAML."
         ) from error
-    flow = build(config)
+    flow = STARFlowV(config) if isinstance(config, STARFlowVConfig) else STARFlow(config)
     shapes = jax.eval_shape(lambda key: init(flow, key), jax.random.key(0))
     target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), shapes)
     rules = _rules(config)

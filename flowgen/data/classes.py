@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Int, Int32
 
 from flowgen.data.inventory import name_list, quoted, tell
+from flowgen.fields import words_of
 from flowgen.printable import composed
 
 T = TypeVar("T")
@@ -124,3 +125,35 @@ def check_classes(source: HasClasses, num_classes: int) -> None:
             f"model.num_classes is {num_classes}, and the data has {count} classes ({name_list(source.class_names)}): "
             f"{unused} of no class; set model.num_classes to {count} to train without them."
         )
+
+
+def parse_classes(text: str, names: tuple[str, ...], num_classes: int) -> list[int]:
+    """Returns the numbers of the classes that `--classes` names, each by its name or, if no class has it, by a number.
+
+    text: names or numbers with commas between them; a name with a comma stands in double quotes.
+
+    Raises ValueError if one is neither, with the names that there are.
+
+    Example:
+        parse_classes("dog,0", ("cat", "dog"), 2)  # [1, 0]
+    """
+    known = {name: number for number, name in enumerate(names)}
+    words = [composed(word.strip()) for word in words_of(text, "--classes")]
+    if not words:
+        raise ValueError("--classes is empty; give classes by name or number, such as 0,1,2.")
+    return [known[word] if word in known else _class_number(word, names, num_classes) for word in words]
+
+
+def _class_number(word: str, names: tuple[str, ...], num_classes: int) -> int:
+    try:
+        number, close = int(word), []
+    except ValueError:
+        number, close = num_classes, difflib.get_close_matches(word, names, n=1)
+    if not -1 <= number < num_classes:
+        meant = f" (did you mean {close[0]}?)" if close else ""
+        which = f"the names {name_list(names, 20)}, or " if names else ""
+        raise ValueError(
+            f"--classes has {word!r}, which is no class of this model{meant}; give {which}numbers from 0 to "
+            f"{num_classes - 1}, -1 for unconditional."
+        )
+    return number

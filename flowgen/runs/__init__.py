@@ -3,6 +3,7 @@
 from flowgen.runs.arrays import check_layout, flatten, layout
 from flowgen.runs.checkpoints import CheckpointReader
 from flowgen.runs.directory import CHECKPOINTS, check_workdir, is_run, read_config, write_config
+from flowgen.runs.files import DIGEST
 from flowgen.runs.lock import RunLock
 from flowgen.runs.metrics import EVAL
 from flowgen.runs.progress import on_terminal
@@ -11,6 +12,7 @@ from flowgen.runs.writer import NullWriter, RunWriter
 
 __all__ = [
     "CHECKPOINTS",
+    "DIGEST",
     "EVAL",
     "CheckpointReader",
     "CheckpointStore",

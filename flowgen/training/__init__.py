@@ -40,13 +40,13 @@ def fit(experiment: Any, workdir: str | Path, *, signals: Signals | None = None)
     Raises what `train` and the experiment's parts raise, before any compute.
 
     Example:
-        result = fit(flowgen.config.load("configs/tarflow_digits.py"), "runs/digits")
+        result = fit(flowgen.load_config("tarflow_digits"), "runs/digits")
     """
-    if not hasattr(experiment, "sealed"):
+    if not hasattr(experiment, "with_provenance"):
         raise ValueError(f"experiment is {shown(experiment)}; give a flowgen.Experiment, and then the workdir.")
     with Signals() if signals is None else nullcontext(signals) as signals:
         with signals.raising():
-            experiment = experiment.sealed()
+            experiment = experiment.with_provenance()
             # Before data are encoded.
             check_workdir(Path(workdir), experiment.check_resumable, locks=is_primary())
             job = experiment.job()

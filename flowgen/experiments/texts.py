@@ -1,4 +1,4 @@
-"""The text encoder of an experiment: its config, opened and told apart, and texts as conditions of a flow."""
+"""The text encoder of a flow of texts: its config, opened, and identified by a digest."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import functools
 import hashlib
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -53,22 +53,22 @@ class TextConfig:
         return PromptTemplate(noise_std=told, frames_per_second=fps, aspect=self.aspect)
 
 
-def remembered(function: Callable[..., T]) -> Callable[..., T]:
+def weakly_cached(function: Callable[..., T]) -> Callable[..., T]:
     """Returns the function with its results kept for as long as its first argument lives.
 
     Example:
-        fingerprint = remembered(fingerprint)
+        digest = weakly_cached(digest)
     """
     known: weakref.WeakKeyDictionary[Any, dict[Any, T]] = weakref.WeakKeyDictionary()
 
     @functools.wraps(function)
-    def recalled(owner, *arguments):
+    def cached(owner, *arguments):
         results = known.setdefault(owner, {})
         if arguments not in results:
             results[arguments] = function(owner, *arguments)
         return results[arguments]
 
-    return recalled
+    return cached
 
 
 def version_of(path: str) -> tuple[str, int]:
@@ -86,15 +86,15 @@ def version_of(path: str) -> tuple[str, int]:
     return str(folder.absolute()), hash(tuple(sorted(files)))
 
 
-@remembered
-def text_fingerprint(encoder: TextEncoder) -> str:
+@weakly_cached
+def text_digest(encoder: TextEncoder) -> str:
     """Returns a digest of what the features of texts depend on, wherever the encoder lies.
 
     The network's shape and the tokenizer count whole; of every tensor 1,024 values, evenly spaced, which is fast for
     billions of them.
 
     Example:
-        same = text_fingerprint(encoder) == experiment.text.digest
+        same = text_digest(encoder) == experiment.text.digest
     """
     digest = hashlib.sha256(type(encoder).__name__.encode())
     if isinstance(encoder, FrozenTextEncoder):
@@ -106,34 +106,31 @@ def text_fingerprint(encoder: TextEncoder) -> str:
     return digest.hexdigest()
 
 
-def encoder_of(experiment: Any) -> TextEncoder:
-    """Returns the text encoder of an experiment, opened once.
+def open_text_encoder(config: TextConfig | None, *, length: int, dim: int) -> TextEncoder:
+    """Returns the text encoder of a config, opened once, for a model that takes `length` tokens of `dim` features.
 
-    Raises ValueError where its features are not those of the model, FileNotFoundError where it is missing.
+    Raises ValueError if its features are not those of the model, FileNotFoundError if it is missing.
 
     Example:
-        cond = encoder_of(experiment)(["a cat"])
+        cond = open_text_encoder(TextConfig("words"), length=16, dim=32)(["a cat"])
     """
-    model, text = experiment.model, experiment.text
-    if text is None:
-        raise ValueError(f"text is missing, and the model takes texts of {model.text_dim} features; give a TextConfig.")
-    if not text.encoder:
-        raise ValueError(
-            "where the text encoder is is not known; give its folder with --text.encoder or, to sample, --text-encoder."
-        )
-    if text.encoder == "words":
-        encoder: TextEncoder = HashedWords(length=model.text_length, dim=model.text_dim)
+    if config is None:
+        raise ValueError(f"text is missing, and the model takes texts of {dim} features; give a TextConfig.")
+    if not config.encoder:
+        raise ValueError("text.encoder is not set; give the folder of the text encoder with --text.encoder.")
+    if config.encoder == "words":
+        encoder: TextEncoder = HashedWords(length=length, dim=dim)
     else:
-        encoder = _open_encoder(text.encoder, model.text_length, *version_of(text.encoder))
-    if encoder.dim != model.text_dim:
+        encoder = _open_encoder(config.encoder, length, *version_of(config.encoder))
+    if encoder.dim != dim:
         raise ValueError(
-            f"model.text_dim is {model.text_dim}, but text.encoder '{text.encoder}' has {encoder.dim} features; "
+            f"model.text_dim is {dim}, but text.encoder '{config.encoder}' has {encoder.dim} features; "
             f"set model.text_dim to {encoder.dim}."
         )
-    if text.digest not in (None, text_fingerprint(encoder)):
+    if config.digest not in (None, text_digest(encoder)):
         raise ValueError(
-            f"text.encoder '{text.encoder}' is not the one that the flow was trained with; put that one back, or say "
-            "where it is (--text.encoder to train, else --text-encoder)."
+            f"text.encoder '{config.encoder}' is not the one that the flow was trained with; put that one back, or "
+            "give its place with --text.encoder."
         )
     return encoder
 
@@ -152,41 +149,11 @@ def release_text_encoders() -> None:
     _open_encoder.cache_clear()
 
 
-def prompt_condition(
-    experiment: Any,
-    prompts: Sequence[str],
-    grid: tuple[int, int] | None = None,
-    *,
-    truncate: bool = False,
-    still: bool = False,
-) -> TextCondition:
-    """Returns prompts as conditions of the model, wrapped as captions were in training.
-
-    grid: (height, width) of the pictures; None is the model's. truncate: cut prompts that are too long, as captions.
-    still: of pictures among clips, which texts say where they say the frame rate.
+@weakly_cached
+def encoded_text(encoder: TextEncoder, text: str) -> TextCondition:
+    """Returns one text, cut if it is too long, as a condition; encoded once.
 
     Example:
-        cond = prompt_condition(experiment, ["a cat", "a dog"])
+        null = encoded_text(encoder, "")
     """
-    encoder = encoder_of(experiment)
-    template = experiment.text.template(experiment.model.noise_std, still=still)
-    grid = experiment.model.grid_size if grid is None else grid
-    wrapped = [template(prompt, grid) for prompt in prompts]
-    return TextCondition(*map(jnp.asarray, encoder(wrapped, truncate=truncate)))
-
-
-def empty_text(experiment: Any, grid: tuple[int, int] | None = None, *, still: bool = False) -> TextCondition:
-    """Returns the wrapped empty text, of which guidance leads away and which replaces captions in training; encoded
-    once. grid, still: as for `prompt_condition`.
-
-    Example:
-        null = empty_text(experiment)
-    """
-    grid = experiment.model.grid_size if grid is None else grid
-    wrapped = experiment.text.template(experiment.model.noise_std, still=still)("", grid)
-    return _encoded_text(encoder_of(experiment), wrapped)
-
-
-@remembered
-def _encoded_text(encoder: TextEncoder, text: str) -> TextCondition:
     return TextCondition(*map(jnp.asarray, encoder([text], truncate=True)))

@@ -52,8 +52,8 @@ def sample_metrics(
     """Returns the Fréchet distance of `num` samples to all of the data, and for conditions that are labels the share
     of samples that show their class.
 
-    draw(key, size, cond, first=...): see the tasks. conditions(positions in the data): labels or texts of these
-    pictures, in turn, so that samples come in the proportions of the data; None draws without.
+    draw(key, cond, num=, first=) -> samples, line. conditions(positions in the data): labels or texts of these
+    images, in turn, so that samples come in the proportions of the data; None draws without.
 
     Example:
         metrics = sample_metrics(partial(draw, experiment, network, variables), judge, held_out, 1000)
@@ -64,7 +64,7 @@ def sample_metrics(
     parts = []
     for first in range(0, num, size):
         cond = None if conditions is None else conditions(np.resize(positions[first:], size))
-        parts.append(draw(jax.random.key(seed), size, cond, first=first)[0])
+        parts.append(draw(jax.random.key(seed), cond, num=size, first=first)[0])
     samples = np.clip(np.concatenate(parts)[:num], -1, 1)
     everything = data[np.arange(len(data))]
     real = np.asarray(from_uint8(everything["image"]))

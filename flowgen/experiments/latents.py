@@ -1,4 +1,4 @@
-"""What a flow models beside pixels: the data of an experiment as its codec and its text encoder make them."""
+"""The data of a flow: pixels, or what its codec and its text encoder make of them."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from flowgen.data.clip_views import CONTINUED, ContinuedClips, StillClips
 from flowgen.data.clips import ClipsConfig, ClipSource, load_clips
 from flowgen.data.latents import LatentSource, Moments, Shard, encode, read_index, read_latents
 from flowgen.data.sources import Split
-from flowgen.tasks.frozen import codec_of, fingerprint, sealed
-from flowgen.tasks.texts import empty_text, prompt_condition
+from flowgen.experiments.codecs import codec_digest
+from flowgen.experiments.encoding import Encoding
+from flowgen.flows import STARFlowConfig, STARFlowVConfig
 
 # What texts are encoded with, where it is not a field of `text`.
 _TEXT_FIELDS = {"length": "model.text_length", "dim": "model.text_dim"}
 
 
-def is_latent(experiment: Any) -> bool:
+def is_latent(data: DataConfig | ClipsConfig, encoding: Encoding) -> bool:
     """Returns whether the flow of an experiment is trained on encoded data: latents, or pictures with texts.
 
     Example:
-        metric = "nats_per_dim" if is_latent(experiment) else "bits_per_dim"
+        metric = "nats_per_dim" if is_latent(data, encoding) else "bits_per_dim"
     """
-    encoded = isinstance(experiment.data, DataConfig | ClipsConfig) and experiment.data.source == "encoded"
-    return encoded or experiment.codec is not None or experiment.text is not None
+    return data.source == "encoded" or encoding.codec is not None or encoding.text is not None
 
 
-def flow_source(experiment: Any, split: Split) -> Source | BucketedSource:
+def flow_source(data: DataConfig | ClipsConfig, encoding: Encoding, split: Split) -> Source | BucketedSource:
     """Returns what a flow is trained on: pictures, or what its codec and text encoder make of them.
 
     Data that were not encoded before are encoded here, once and into memory.
@@ -44,53 +44,55 @@ def flow_source(experiment: Any, split: Split) -> Source | BucketedSource:
     Raises ValueError where encoded data were made by another codec or text encoder, or do not fit the model.
 
     Example:
-        source = flow_source(experiment, "train")
+        source = flow_source(data, encoding, "train")
     """
-    model, data = experiment.model, experiment.data
-    if isinstance(data, DataConfig | ClipsConfig) and data.source == "encoded":
+    model = encoding.model
+    if data.source == "encoded":
         source = read_latents(data.path, split, data.classes)
-        if isinstance(data, ClipsConfig) and split != "eval":
+        if isinstance(data, ClipsConfig) and isinstance(model, STARFlowVConfig) and split != "eval":
             buckets = source.buckets if isinstance(source, BucketedSource) else (source,)
             source = _as_often(buckets, data, model.frames)
-        _check_encoded(experiment, source)
+        _check_encoded(data, encoding, source)
         check_classes(source, model.num_classes)
         return source
-    pictures = picture_source(experiment, split)
+    pictures = pixel_source(data, encoding, split)
     check_classes(pictures, model.num_classes)
-    if not is_latent(experiment):
+    if not is_latent(data, encoding):
         return pictures
     flip = data.flip and split == "train"
-    _check_memory(experiment, pictures, flip=flip)
+    _check_memory(data, encoding, pictures, flip=flip)
     if isinstance(pictures, BucketedSource):
-        buckets = tuple(_encoded(experiment, bucket, flip=flip) for bucket in pictures.buckets)
+        buckets = tuple(_encoded(encoding, bucket, flip=flip) for bucket in pictures.buckets)
         return BucketedSource(buckets, pictures.shares)
-    return _encoded(experiment, pictures, flip=flip)
+    return _encoded(encoding, pictures, flip=flip)
 
 
-def picture_source(experiment: Any, split: Split) -> Source | BucketedSource:
+def pixel_source(data: DataConfig | ClipsConfig, encoding: Encoding, split: Split) -> Source | BucketedSource:
     """Returns the pictures of a split at the size that the codec turns into the model's.
 
     Example:
-        source = picture_source(experiment, "eval")
+        source = pixel_source(data, encoding, "eval")
     """
-    model, codec = experiment.model, codec_of(experiment)
-    if experiment.data.source == "encoded":
+    model, codec = encoding.model, encoding.open_codec()
+    if data.source == "encoded":
         raise ValueError("data.source is 'encoded', which holds no pictures; give the data it was made of.")
     height, width = (length * codec.factor for length in model.grid_size)
-    if isinstance(codec, ClipCodec):
+    if isinstance(data, ClipsConfig):
+        assert isinstance(codec, ClipCodec)
+        assert isinstance(model, STARFlowVConfig)
         frames = 1 + (model.frames - 1) * codec.stride
         shape: dict[str, Any] = {"image_size": (height, width), "channels": codec.pixel_channels, "split": split}
-        clips = load_clips(experiment.data, frames=frames, **shape)
+        clips = load_clips(data, frames=frames, **shape)
         if split == "eval":
             return clips
         buckets: list[Source] = [clips]
-        if experiment.data.drop_first:
+        if data.drop_first:
             buckets.append(ContinuedClips(clips))
-        if experiment.data.images is not None:
-            buckets.append(_stills(clips, experiment.data.images, **shape))
-        return _as_often(buckets, experiment.data, model.frames)
+        if data.images is not None:
+            buckets.append(_stills(clips, data.images, **shape))
+        return _as_often(buckets, data, model.frames)
     return load(
-        experiment.data,
+        data,
         image_size=(height, width),
         channels=codec.pixel_channels,
         split=split,
@@ -142,23 +144,24 @@ def _as_often(buckets: Sequence[Source], data: ClipsConfig, frames: int) -> Sour
     return BucketedSource(tuple(buckets), tuple(shares) if asked else None)
 
 
-def encoded_shards(experiment: Any, source: Source, *, flip: bool) -> Iterator[Shard]:
+def encoded_shards(encoding: Encoding, source: Source, *, flip: bool) -> Iterator[Shard]:
     """Yields the latents of a source, and the features of its captions where the model takes texts.
 
     Example:
-        for shard in encoded_shards(experiment, source, flip=False): ...
+        for shard in encoded_shards(encoding, source, flip=False): ...
     """
-    texts, moments = None, codec_of(experiment).moments
+    texts, moments = None, encoding.open_codec().moments
     mark = ""
     if isinstance(source, ContinuedClips):
         source, moments, mark = source.source, _without_first(moments), CONTINUED
-    if experiment.model.text_dim:
-        truncate, grid = experiment.text.truncate, source.image_shape[:2]
+    if encoding.model.text_dim:
+        assert encoding.text is not None
+        truncate, grid = encoding.text.truncate, source.image_shape[:2]
         still = isinstance(source, StillClips)
 
         def texts(captions):
             marked = [f"{mark}{caption}" for caption in captions]
-            return prompt_condition(experiment, marked, grid, truncate=truncate, still=still)
+            return encoding.condition(marked, grid, truncate=truncate, still=still)
 
     return encode(source, moments, texts, flip=flip)
 
@@ -173,15 +176,15 @@ def _without_first(moments: Moments) -> Moments:
     return rest
 
 
-def null_features(experiment: Any, source: Source) -> tuple[np.ndarray, np.ndarray] | None:
+def null_features(encoding: Encoding, source: Source) -> tuple[np.ndarray, np.ndarray] | None:
     """Returns the features `l e` and mask `l` of the empty text beside the pictures of a source, if texts there are.
 
     Example:
-        null = null_features(experiment, picture_source(experiment, "train"))
+        null = null_features(encoding, pixel_source(data, encoding, "train"))
     """
-    if not experiment.model.text_dim:
+    if not encoding.model.text_dim:
         return None
-    features, mask = empty_text(experiment, source.image_shape[:2], still=isinstance(source, StillClips))
+    features, mask = encoding.empty_text(source.image_shape[:2], still=isinstance(source, StillClips))
     return np.asarray(features[0], np.float16), np.asarray(mask[0])
 
 
@@ -203,45 +206,48 @@ def null_texts(source: Source | BucketedSource) -> Callable[[tuple[int, ...]], T
     return null_text
 
 
-def _encoded(experiment: Any, source: Source, *, flip: bool) -> LatentSource:
-    shards = tuple(encoded_shards(experiment, source, flip=flip))
-    return LatentSource(shards, source.class_names, null=null_features(experiment, source))
+def _encoded(encoding: Encoding, source: Source, *, flip: bool) -> LatentSource:
+    shards = tuple(encoded_shards(encoding, source, flip=flip))
+    return LatentSource(shards, source.class_names, null=null_features(encoding, source))
 
 
-def _check_memory(experiment: Any, source: Source | BucketedSource, *, flip: bool) -> None:
+def _check_memory(
+    data: DataConfig | ClipsConfig, encoding: Encoding, source: Source | BucketedSource, *, flip: bool
+) -> None:
     """Raises ValueError where encoding a source into memory would take more than the config allows."""
-    model, codec, needed = experiment.model, codec_of(experiment), 0
+    model, codec, needed = encoding.model, encoding.open_codec(), 0
+    texts = model.text_length * model.text_dim if isinstance(model, STARFlowConfig) else 0
     for bucket in source.buckets if isinstance(source, BucketedSource) else (source,):
         floats = 2 * math.prod(bucket.image_shape[:2]) // codec.factor**2 * model.channels
         if isinstance(codec, ClipCodec) and isinstance(bucket, ClipSource):
             floats *= -(-bucket.frames // codec.stride)
-        needed += len(bucket) * (1 + flip) * (4 * floats + 2 * model.text_length * model.text_dim)
-    if needed > experiment.data.in_memory_bytes:
+        needed += len(bucket) * (1 + flip) * (4 * floats + 2 * texts)
+    if needed > data.in_memory_bytes:
         raise ValueError(
             f"the latents of {len(source)} pictures would take {needed:,} bytes, more than data.in_memory_bytes; write "
             "them to files first, with python -m flowgen encode, or raise it."
         )
 
 
-def made_by(experiment: Any) -> dict[str, Any]:
+def made_by(data: DataConfig | ClipsConfig, encoding: Encoding) -> dict[str, Any]:
     """Returns, as JSON, the codec, text encoder and data of an experiment, to be kept with what they made.
 
     Example:
-        writer.finish(class_names=source.class_names, made_by=made_by(experiment))
+        writer.finish(class_names=source.class_names, made_by=made_by(data, encoding))
     """
     return {
-        "codec": None if experiment.codec is None else fields.to_plain(experiment.codec),
-        "fingerprint": fingerprint(codec_of(experiment)),
-        "text": _text_plain(experiment),
-        "noise_std": experiment.model.noise_std,
-        "data": fields.to_plain(experiment.data),
+        "codec": None if encoding.codec is None else fields.to_plain(encoding.codec),
+        "fingerprint": codec_digest(encoding.open_codec()),
+        "text": _text_plain(encoding),
+        "noise_std": encoding.model.noise_std,
+        "data": fields.to_plain(data),
     }
 
 
-def _text_plain(experiment: Any) -> dict[str, Any] | None:
+def _text_plain(encoding: Encoding) -> dict[str, Any] | None:
     """What the features of captions depend on, and the name of the encoder, which nothing depends on."""
-    text, model = sealed(experiment).text, experiment.model
-    if text is None:
+    text, model = encoding.with_digests(None).text, encoding.model
+    if text is None or not isinstance(model, STARFlowConfig):
         return None
     return {
         "encoder": text.encoder,
@@ -254,22 +260,22 @@ def _text_plain(experiment: Any) -> dict[str, Any] | None:
     }
 
 
-def _check_encoded(experiment: Any, source: Source | BucketedSource) -> None:
-    model, path = experiment.model, experiment.data.path
+def _check_encoded(data: DataConfig | ClipsConfig, encoding: Encoding, source: Source | BucketedSource) -> None:
+    model, path = encoding.model, data.path
     made = read_index(path)["made_by"]
-    if experiment.codec is None and made.get("codec") is not None:
+    if encoding.codec is None and made.get("codec") is not None:
         raise ValueError(
             f"codec is missing, and data.path '{path}' was encoded by {_codec_words(made['codec'])}; give it (--codec)."
         )
-    if experiment.codec is not None and made.get("fingerprint") != fingerprint(codec_of(experiment)):
+    if encoding.codec is not None and made.get("fingerprint") != codec_digest(encoding.open_codec()):
         raise ValueError(
             f"data.path '{path}' was encoded by {_codec_words(made.get('codec'))}, and codec is another one, "
-            f"{_codec_words(fields.to_plain(experiment.codec))}; give that one (--codec), or encode again."
+            f"{_codec_words(fields.to_plain(encoding.codec))}; give that one (--codec), or encode again."
         )
     by = made.get("text")
     if model.text_dim and by is None:
         raise ValueError(f"data.path '{path}' has no texts, and model.text_dim is {model.text_dim}; encode again.")
-    text = _text_plain(experiment) or {}
+    text = _text_plain(encoding) or {}
     for name in text.keys() - {"encoder"}:
         if by.get(name) != text[name]:
             if name == "digest":
@@ -281,14 +287,14 @@ def _check_encoded(experiment: Any, source: Source | BucketedSource) -> None:
                 f"data.path '{path}' has texts encoded with {_TEXT_FIELDS.get(name, f'text.{name}')} {by.get(name)!r}, "
                 f"and this experiment has another, {text[name]!r}; set it, or encode again."
             )
-    if experiment.text is not None and experiment.text.noise_level and made.get("noise_std") != model.noise_std:
+    if encoding.text is not None and encoding.text.noise_level and made.get("noise_std") != model.noise_std:
         raise ValueError(
             f"model.noise_std is {model.noise_std}, but the texts at data.path '{path}' say {made.get('noise_std')}; "
             "encode again."
         )
     buckets = source.buckets if isinstance(source, BucketedSource) else (source,)
     shapes = [bucket.event_shape for bucket in buckets if isinstance(bucket, LatentSource)]
-    continued = getattr(experiment.data, "drop_first", 0) > 0 and len(shapes) > 1
+    continued = getattr(data, "drop_first", 0) > 0 and len(shapes) > 1
     taken = [
         shape == model.event_shape or (hasattr(model, "at") and _is_size_of(model, shape, continued=continued))
         for shape in shapes

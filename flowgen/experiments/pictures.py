@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, UInt8
 
 from flowgen.data import image_grid, to_uint8
 from flowgen.packages import missing
@@ -14,15 +14,6 @@ GRID_SIDE = 64
 DRAWABLE_CHANNELS = (1, 3)
 MAX_COLUMNS = 20
 DRAWN_PATHS = 128
-
-
-def grid_labels(num: int, num_classes: int) -> Int[np.ndarray, " num"] | None:
-    """Returns labels 0, 1, ..., 0, 1, ... for a grid with one class per column, None without classes.
-
-    Example:
-        labels = grid_labels(20, 10)
-    """
-    return np.arange(num, dtype=np.int32) % num_classes if num_classes else None
 
 
 def picture(images: Float[np.ndarray, "n height width c"], classes: int) -> UInt8[np.ndarray, "rows columns c"]:

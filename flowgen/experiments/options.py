@@ -1,4 +1,4 @@
-"""What an autoregressive flow is asked for, in training and in sampling. Defaults live here alone."""
+"""How an autoregressive flow is trained and sampled: groups of its experiments."""
 
 from __future__ import annotations
 

@@ -1,0 +1,154 @@
+"""The one grammar of all commands: `--group.field value` sets a field of the experiment, `--option value` an option.
+
+Common fields have a short name, the same in every command. A hyphen and an underscore mean the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import traceback
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from flowgen import fields
+from flowgen.cli.options import described
+from flowgen.experiments.experiment import Experiment
+from flowgen.experiments.files import config_path, load_config
+from flowgen.fields import hints_of, leaf_names
+from flowgen.settings import settings
+
+# Short names of common fields.
+ALIASES = {
+    **{
+        name: f"sampling.{name}"
+        for name in ("num", "guidance", "plan", "window", "tol", "init", "denoise", "method", "num_steps")
+    },
+    "autoencoder": "codec.path",
+    "text_encoder": "text.encoder",
+    "steps": "train.steps",
+    "batch_size": "train.batch_size",
+    "lr": "optim.lr",
+}
+PARALLEL_PLANS = ("jacobi", "moving")
+OF_PARALLEL_PLANS = {"sampling.window", "sampling.tol", "sampling.init"}
+
+E = TypeVar("E", bound=Experiment)
+
+
+def apply_words(
+    words: Sequence[str], experiment: E, options: Any = None, *, groups: tuple[str, ...] | None = None
+) -> tuple[E, Any, set[str]]:
+    """Returns the experiment and the options with what words of a command line set, and the names that were set.
+
+    options: a dataclass, whose fields are the command's own options for this kind of experiment. groups: of the
+    experiment that the command takes; None for all.
+
+    Raises ValueError naming a word that is no field, a field that is set twice, or a value that does not fit.
+
+    Example:
+        experiment, options, given = apply_words(["--num", "4", "--seed=1"], experiment, DrawOptions())
+    """
+    own = () if options is None else tuple(hints_of(type(options)))
+    spelled: dict[str, str] = {}
+    values: dict[str, str] = {}
+    for word, text in _pairs(words):
+        name = word.replace("-", "_")
+        target = name if name in own else ALIASES.get(name, name)
+        if target in spelled and spelled[target] != word:
+            raise ValueError(f"--{spelled[target]} and --{word} set the same field; leave one out.")
+        group = target.partition(".")[0]
+        if target not in own and ("." not in target or (groups is not None and group not in groups)):
+            raise ValueError(_unknown(word, experiment, own, groups))
+        spelled[target], values[target] = word, _value(target, text, experiment, options, own)
+    of_options = [f"--{name}={values[name]}" for name in values if name in own]
+    of_experiment = [f"--{name}={value}" for name, value in values.items() if name not in own]
+    if of_options:
+        options = fields.override(options, of_options)
+    if of_experiment:
+        experiment = fields.override(experiment, of_experiment)
+    _check_parallel(experiment, values.keys())
+    return experiment, options, set(values)
+
+
+def load_experiment(options: argparse.Namespace, words: list[str]) -> Experiment:
+    """Returns the experiment of `--config`, made small by `--debug`, with the fields that words set."""
+    path = config_path(options.config)
+    try:
+        experiment = load_config(path)
+    except Exception as error:  # The file is the user's program, which can raise anything.
+        line = _line_of(str(path), error)
+        if line is None:
+            raise
+        reason = str(error).rstrip(".") if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise ValueError(f"config {path} fails in line {line} ({reason}); correct it there.") from error
+    return apply_words(words, experiment.debug() if options.debug else experiment)[0]
+
+
+def _line_of(path: str, error: Exception) -> int | None:
+    """The line of a config file at which an error arose; None where the file is not to blame."""
+    if isinstance(error, SyntaxError) and (error.filename in (path, None) or error.lineno is None):
+        return error.lineno or 1  # A NUL byte has no place.
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    return lines[-1] if lines else None
+
+
+def options_help(title: str, options: Any) -> str:
+    """Returns a line for each field of a command's options or of a group of fields, under a title."""
+    lines = [f"  {described(setting)}" for setting in settings(options)]
+    return "\n".join([f"{title}:", *lines])
+
+
+def _pairs(words: Sequence[str]) -> list[tuple[str, str | None]]:
+    """Names and values of words such as "--a 1" and "--a=1"; no value before another name or at the end."""
+    rest, pairs = list(words), []
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--") or word == "--":
+            raise ValueError(f"'{word}' is not understood; set fields as in --sampling.num 4.")
+        name, equals, text = word[2:].partition("=")
+        if not equals and rest and not rest[0].startswith("--"):
+            pairs.append((name, rest.pop(0)))
+        else:
+            pairs.append((name, text if equals else None))
+    return pairs
+
+
+def _value(name: str, text: str | None, experiment: Any, options: Any, own: tuple[str, ...]) -> str:
+    """The text of a field's value; a switch without one is turned on."""
+    if text is not None:
+        return text
+    if name in own:
+        owner, field = options, name
+    else:
+        *groups, field = name.split(".")
+        owner = experiment
+        for group in groups:
+            owner = getattr(owner, group, None)
+    if dataclasses.is_dataclass(owner) and hints_of(type(owner)).get(field) is bool:
+        return "true"
+    raise ValueError(f"--{name} has no value; write --{name} VALUE.")
+
+
+def _unknown(word: str, experiment: Any, own: tuple[str, ...], groups: tuple[str, ...] | None) -> str:
+    known = [name for name in leaf_names(experiment) if groups is None or name.partition(".")[0] in groups]
+    present = {ALIASES[alias]: alias for alias in ALIASES if ALIASES[alias] in known}
+    names = [name.replace("_", "-") for name in (*own, *present.values())]
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.6) or difflib.get_close_matches(word, known, n=1)
+    kind = type(experiment).__name__.removesuffix("Experiment")
+    what = f"--{word} is not an option here for a {fields.type_name(experiment.model)} ({kind} experiment)"
+    if close:
+        return f"{what}; did you mean --{close[0]}?"
+    options = f"options {', '.join(f'--{name}' for name in names)}" if names else ""
+    ours = "every field, such as --train.steps" if groups is None else " and ".join(f"--{g}.*" for g in groups)
+    return f"{what}; it takes {' and '.join(filter(None, (options, ours)))}."
+
+
+def _check_parallel(experiment: Any, given: Any) -> None:
+    """Raises ValueError if fields of parallel plans are set, and another plan decodes."""
+    plan = getattr(getattr(experiment, "sampling", None), "plan", None)
+    if OF_PARALLEL_PLANS & set(given) and plan not in PARALLEL_PLANS:
+        raise ValueError(
+            f"--window, --tol and --init are for --plan {' or '.join(PARALLEL_PLANS)}; add it, or leave them out."
+        )

@@ -1,0 +1,103 @@
+"""The file that samples are written to: a picture, a video or arrays; and one file per sample beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from flowgen.checkpoint import check_new
+from flowgen.data import atomic_file, check_image_path, check_writable, save_image, to_uint8
+from flowgen.data.media import pillow
+from flowgen.data.video import VIDEO_SUFFIXES, check_video_path, write_video
+from flowgen.experiments import MatchingExperiment, Samples, VideoFlowExperiment
+from flowgen.experiments.drawing import DrawOptions, drawn_classes
+from flowgen.experiments.experiment import Experiment
+from flowgen.experiments.pictures import DRAWABLE_CHANNELS, matplotlib, picture, side_by_side, strips
+from flowgen.fields import words_of
+
+KINDS = {2: "points", 4: "images", 5: "clips"}  # by the number of axes
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where samples go.
+
+    path: a picture, for clips also .gif or .mp4, or .npz. single: a new directory for one file per sample, or None.
+
+    Example:
+        output = Output(Path("samples.png"))
+        output.check()
+        output.write(experiment, model, params, samples, options)
+    """
+
+    path: Path
+    single: Path | None = None
+
+    @property
+    def is_arrays(self) -> bool:
+        return self.path.suffix == ".npz"
+
+    @property
+    def is_video(self) -> bool:
+        return self.path.suffix.lower() in VIDEO_SUFFIXES
+
+    def check(self) -> None:
+        """Raises if the files cannot be written, or the suffix says nothing."""
+        check: Callable[[Path], Any] = check_image_path
+        if self.is_arrays or self.is_video:
+            check = check_writable if self.is_arrays else check_video_path
+        check(self.path)
+        if self.single is not None:
+            if self.single == self.path:
+                raise ValueError(
+                    f"--single and --out are both {self.path}; give the single files a directory of their own."
+                )
+            check_new(self.single)
+            pillow()
+
+    def check_fits(self, experiment: Experiment, options: DrawOptions) -> None:
+        """Raises ValueError if the samples of an experiment cannot be written as this."""
+        is_clips = isinstance(experiment, VideoFlowExperiment)
+        if self.is_video and not is_clips:
+            raise ValueError(f"--out is {self.path}, a video, and this model draws none; use .png or .npz.")
+        if (fps := getattr(options, "fps", None)) is not None and not self.is_video and self.single is None:
+            raise ValueError(f"--fps is {fps:g}, and --out {self.path} is no video; use .gif or .mp4, or leave it out.")
+        if experiment.drawn_channels is None:  # points
+            matplotlib()
+            if self.single is not None:
+                raise ValueError("--single writes images, and this model draws points; leave it out.")
+        elif (not self.is_arrays or self.single) and experiment.drawn_channels not in DRAWABLE_CHANNELS:
+            raise ValueError(
+                f"The model has {experiment.drawn_channels} channels, pictures 1 or 3; use only --out samples.npz."
+            )
+
+    def write(self, experiment: Experiment, model: Any, variables: Any, samples: Samples, options: Any) -> None:
+        """Writes the samples."""
+        arrays = samples.arrays
+        fps = experiment.fps(options.fps) if isinstance(experiment, VideoFlowExperiment) else 0.0
+        if self.is_arrays:
+            with atomic_file(self.path) as file:
+                np.savez(file, allow_pickle=False, **{KINDS[arrays.ndim]: arrays}, **samples.conditions)
+        elif self.is_video:
+            write_video(self.path, side_by_side(arrays), fps=fps)
+        elif arrays.ndim == 5:
+            save_image(self.path, strips(arrays))
+        elif arrays.ndim == 4:
+            asked = options.classes
+            classes = drawn_classes(experiment.model, experiment.data) if asked is None else len(words_of(asked, ""))
+            save_image(self.path, picture(arrays, classes))
+        else:
+            assert isinstance(experiment, MatchingExperiment)
+            save_image(self.path, experiment.plot(model, variables, arrays, jax.random.key(options.seed)))
+        if self.single is not None:
+            self.single.mkdir(parents=True, exist_ok=True)
+            for index, sample in enumerate(arrays):
+                if arrays.ndim == 5:
+                    write_video(self.single / f"{index:06d}.gif", to_uint8(sample), fps=fps)
+                else:
+                    save_image(self.single / f"{index:06d}.png", to_uint8(sample))

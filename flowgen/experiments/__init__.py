@@ -1,0 +1,31 @@
+"""What is trained, sampled and evaluated: one kind of experiment for flows of images, flows of clips, velocity networks
+and autoencoders."""
+
+from flowgen.experiments.autoencoder import AutoencoderExperiment, AutoencodingConfig
+from flowgen.experiments.codecs import PretrainedAutoencoder, SpaceToDepth
+from flowgen.experiments.experiment import Experiment, Samples
+from flowgen.experiments.files import from_json, load_config, override
+from flowgen.experiments.flow import FlowExperiment
+from flowgen.experiments.matching import MatchingExperiment, SolverConfig
+from flowgen.experiments.options import LikelihoodConfig, SamplingConfig
+from flowgen.experiments.texts import TextConfig
+from flowgen.experiments.video_flow import VideoFlowExperiment
+
+__all__ = [
+    "AutoencoderExperiment",
+    "AutoencodingConfig",
+    "Experiment",
+    "FlowExperiment",
+    "LikelihoodConfig",
+    "MatchingExperiment",
+    "PretrainedAutoencoder",
+    "Samples",
+    "SamplingConfig",
+    "SolverConfig",
+    "SpaceToDepth",
+    "TextConfig",
+    "VideoFlowExperiment",
+    "from_json",
+    "load_config",
+    "override",
+]

@@ -1,0 +1,321 @@
+"""Autoencoders whose latents flows are trained on: reconstruction, and a little divergence.
+
+loss = mean |x - x̂| + mean (x - x̂)² + kl_weight · mean over latents of KL(N(mean, std²) || N(0, 1))
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from flowgen.codecs import Autoencoder, AutoencoderConfig, VideoAutoencoder, VideoAutoencoderConfig
+from flowgen.data import (
+    ClipsConfig,
+    DataConfig,
+    Source,
+    check_classes,
+    fixed_batches,
+    from_uint8,
+    load,
+    load_clips,
+    take_inventory,
+)
+from flowgen.data.sources import Split
+from flowgen.experiments.codecs import STATISTICS, open_autoencoder
+from flowgen.experiments.debug import SAMPLES, debug_clips, debug_images, debug_run
+from flowgen.experiments.drawing import EvaluateOptions
+from flowgen.experiments.experiment import Experiment
+from flowgen.experiments.images import image_batches
+from flowgen.experiments.pictures import DRAWABLE_CHANNELS, picture, strips
+from flowgen.models import init
+from flowgen.ranges import OtherFrames, Side, check_ranges
+from flowgen.ranges import Samples as NumSamples
+from flowgen.rows import Rows, StatefulObjective, batch_rows
+from flowgen.training import Job
+from flowgen.typed import typed
+
+# How fast the mean and variance of latents follow the batches.
+STATISTICS_RATE = 0.02
+PEAK = 2.0  # of images in [-1, 1], for the signal-to-noise ratio
+
+
+@dataclass(frozen=True)
+@typed
+class AutoencodingConfig:
+    """How an autoencoder is trained.
+
+    image_size: side of its images, or (height, width), multiples of the model's factor.
+    frames: of clips; 0 for images.
+    kl_weight: of the divergence of the posterior from N(0, 1), in nats per latent; 0 or more.
+    noise: std of the noise added to normalised latents before they are decoded, so that the decoder takes those of a
+    flow as they are; 0 for none.
+    decoder_of: run or published folder of an autoencoder, whose encoder stays as it is while the decoder is trained on.
+    shown: images beside their reconstructions in the picture of a run; at least 1.
+    """
+
+    image_size: Side | tuple[Side, Side] = 8
+    frames: OtherFrames = 0
+    kl_weight: float = 1e-4
+    noise: float = 0.0
+    decoder_of: str = ""
+    shown: NumSamples = 64
+
+    def __post_init__(self):
+        if min(self.grid_size) < 1:
+            raise ValueError(f"autoencoding.image_size is {self.image_size}; sides must be positive.")
+        check_ranges(self, "autoencoding")
+        for name in ("kl_weight", "noise"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"autoencoding.{name} is {getattr(self, name)}; it must be 0 or positive.")
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        return self.image_size if isinstance(self.image_size, tuple) else (self.image_size, self.image_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+@typed
+class AutoencoderExperiment(Experiment):
+    """An autoencoder of images or clips.
+
+    model: the autoencoder.
+    data: the images or clips that it is trained on.
+    autoencoding: how it is trained.
+
+    Raises ValueError if the parts do not belong together.
+
+    Example:
+        experiment = AutoencoderExperiment(name="digits", model=AutoencoderConfig())
+    """
+
+    model: AutoencoderConfig | VideoAutoencoderConfig
+    data: DataConfig | ClipsConfig = DataConfig()
+    autoencoding: AutoencodingConfig = AutoencodingConfig()
+
+    def __post_init__(self):
+        if isinstance(self.model, VideoAutoencoderConfig):
+            self._check_clips(self.model)
+        else:
+            self._check_images()
+        autoencoding, factor = self.autoencoding, self.model.factor
+        if autoencoding.decoder_of and self.optim.weight_decay:
+            raise ValueError(
+                f"optim.weight_decay is {self.optim.weight_decay}, which would change the encoder of "
+                "autoencoding.decoder_of; set it to 0."
+            )
+        if any(length % factor for length in autoencoding.grid_size):
+            raise ValueError(
+                f"autoencoding.image_size is {autoencoding.image_size}, but the model makes one latent of "
+                f"{factor} x {factor} pixels; use a multiple of {factor}."
+            )
+        self.check_warmups()
+
+    def _check_images(self) -> None:
+        data = self.data
+        if not isinstance(data, DataConfig) or data.source == "encoded" or data.aspects:
+            raise ValueError(f"data is {data}; an Autoencoder is trained on images of one size.")
+        if self.autoencoding.frames:
+            raise ValueError(
+                f"autoencoding.frames is {self.autoencoding.frames}, and an Autoencoder is of images; set it to 0."
+            )
+
+    def _check_clips(self, model: VideoAutoencoderConfig) -> None:
+        data, frames, stride = self.data, self.autoencoding.frames, model.stride
+        if not isinstance(data, ClipsConfig) or data.source == "encoded":
+            raise ValueError(f"data is {data}; a VideoAutoencoder is trained on clips, so give a ClipsConfig.")
+        for name in ("images", "drop_first"):
+            if getattr(data, name):
+                raise ValueError(
+                    f"data.{name} is given, and a VideoAutoencoder is trained on whole clips; leave it out."
+                )
+        if frames < 1 or (frames - 1) % stride:
+            raise ValueError(
+                f"autoencoding.frames is {frames}, but the model makes one latent of a first frame and of {stride} "
+                f"more each; use 1 + a multiple of {stride}."
+            )
+
+    @property
+    def best_metric(self) -> str:
+        """The evaluated metric by which checkpoints are compared; lower is better."""
+        return "mean_square_error"
+
+    def build(self) -> Autoencoder | VideoAutoencoder:
+        """Returns the autoencoder, without parameters."""
+        if isinstance(self.model, VideoAutoencoderConfig):
+            return VideoAutoencoder(self.model)
+        return Autoencoder(self.model)
+
+    def dataset(self, split: Split) -> Source:
+        """Returns the images or clips of a split at the size that the autoencoder is trained on."""
+        shape: dict[str, Any] = {"image_size": self.autoencoding.grid_size, "channels": self.model.channels}
+        if isinstance(self.data, ClipsConfig):
+            return load_clips(self.data, frames=self.autoencoding.frames, split=split, **shape)
+        source = load(self.data, split=split, **shape)
+        assert isinstance(source, Source)  # several sizes were refused
+        check_classes(source, 0)
+        return source
+
+    def job(self) -> Job:
+        """Returns what the training loop needs, with the data opened."""
+        autoencoder, source = self.build(), self.dataset("train")
+        held_out = self.dataset("eval") if self.data.eval_fraction > 0 else None
+        shown = held_out or source
+
+        def picture_of(variables: Any) -> np.ndarray:
+            images = np.asarray(from_uint8(shown[np.arange(min(self.autoencoding.shown, len(shown)))]["image"]))
+            pairs = np.stack([images, _reconstruct(autoencoder, variables, images)], axis=1)
+            if self.autoencoding.frames:
+                return strips(pairs.reshape(-1, *images.shape[1:]))
+            return picture(pairs.reshape(-1, *images.shape[1:]), 2 * max(1, round(math.sqrt(len(images) / 2))))
+
+        return Job(
+            init=lambda key: _initial(self.model, self.autoencoding.decoder_of, autoencoder, key),
+            objective=autoencoding_objective(autoencoder, self.autoencoding),
+            batches=image_batches(source, self.data, self.train),
+            evaluate=None if held_out is None else lambda variables: _distortion(autoencoder, variables, held_out),
+            sample=picture_of if self.model.channels in DRAWABLE_CHANNELS else None,
+            best_metric=self.best_metric,
+            inventory=take_inventory(self.data, source, held_out),
+        )
+
+    def evaluate(self, model: Any, variables: Any, options: EvaluateOptions) -> list[str]:
+        """Returns lines with the error of reconstructions on a split, and the statistics of the latents."""
+        source = self.dataset(options.split)
+        metrics = _distortion(model, variables, source)
+        statistics, factor = variables[STATISTICS], self.model.factor
+        what = "clips" if self.autoencoding.frames else "images"
+        return [
+            f"{len(source)} {what} ({options.split}), one latent per {factor} x {factor} pixels",
+            f"PSNR {metrics['psnr']:.2f} dB, mean square error {metrics['mean_square_error']:.5f}",
+            f"latents: mean {_shown(statistics['mean'])}, variance {_shown(statistics['variance'])}",
+        ]
+
+    def debug(self) -> Self:
+        """Returns the experiment with a tiny autoencoder of the same factor, on the built-in or bouncing digits."""
+        model, few = self.model, {"shown": SAMPLES}
+        widths = (8,) * len(model.widths)
+        if not isinstance(model, VideoAutoencoderConfig):
+            model = dataclasses.replace(model, widths=widths, num_groups=4, layers_per_block=1)
+            autoencoding = dataclasses.replace(self.autoencoding, image_size=max(8, 2 * model.factor), **few)
+            assert isinstance(self.data, DataConfig)
+            return debug_run(self, model=model, autoencoding=autoencoding, data=debug_images(self.data))
+        model = dataclasses.replace(model, widths=widths, decoder_widths=widths, layers_per_block=1)
+        side = model.factor * -(-10 // model.factor)  # Bouncing digits have 8 pixels.
+        frames = 1 + model.stride
+        autoencoding = dataclasses.replace(self.autoencoding, image_size=side, frames=frames, **few)
+        assert isinstance(self.data, ClipsConfig)
+        return debug_run(self, model=model, autoencoding=autoencoding, data=debug_clips(self.data))
+
+
+def autoencoding_objective(autoencoder: Any, config: AutoencodingConfig) -> Callable[..., tuple]:
+    """Returns the objective (variables, batch, key) -> (loss, metrics, carried state) of an autoencoder.
+
+    batch: `image` uint8 `b height width c`, or clips with frames before that.
+    Carried state: collection "latents", the mean and variance of the latents per channel, followed at a rate of 0.02;
+    latents are normalised by them when a flow is trained on them. They are those of the whole batch, on any number of
+    devices and with accumulation; noise has the size that each micro-batch finds.
+
+    Example:
+        loss, metrics, state = autoencoding_objective(autoencoder, AutoencodingConfig())(variables, batch, key)
+    """
+
+    rate = 0.0 if config.decoder_of else STATISTICS_RATE
+
+    def normal(rows, like):
+        return rows.draw(lambda key, x: jax.random.normal(key, x.shape), like)
+
+    def objective(variables, batch, key):
+        rows = batch_rows(batch, key, len(batch["image"]))
+        posterior_rows, noise_rows = rows.split(2)
+        weights = {"params": variables["params"]}
+        x = from_uint8(batch["image"])
+        mean, log_variance = autoencoder.apply(weights, x, method="encode")
+        if config.decoder_of:
+            mean, log_variance = jax.lax.stop_gradient((mean, log_variance))
+        latents = mean + jnp.exp(0.5 * log_variance) * normal(posterior_rows, mean)
+        moments = channel_moments(rows, jax.lax.stop_gradient(latents))
+        followed = jax.tree.map(lambda old, new: old + rate * (new - old), variables[STATISTICS], moments)
+        if config.noise:
+            std = jnp.expand_dims(jnp.sqrt(followed["variance"]), tuple(range(latents.ndim - 1)))
+            latents = latents + config.noise * std * normal(noise_rows, mean)
+        error = autoencoder.apply(weights, latents, method="decode") - x
+        divergence = 0.5 * (jnp.square(mean) + jnp.exp(log_variance) - 1 - log_variance).mean()
+        square = jnp.square(error).mean()
+        loss = jnp.abs(error).mean() + square + config.kl_weight * divergence
+        metrics = {"loss": loss, "mean_square_error": square, "divergence": divergence}
+        return loss, metrics, {STATISTICS: followed}
+
+    def combine(before, parts):
+        followed = parts[STATISTICS]
+        # The variance of all rows is the mean of the micro-batches' and the variance of their means, which are followed
+        # at `rate`.
+        between = followed["mean"].var(axis=0) / rate if rate else 0.0
+        mean, variance = (followed[name].mean(axis=0) for name in ("mean", "variance"))
+        return {STATISTICS: {"mean": mean, "variance": variance + between}}
+
+    return StatefulObjective(objective, combine)
+
+
+def channel_moments(rows: Rows, latents: Float[Array, "b *event c"]) -> dict[str, Float[Array, " c"]]:
+    """Returns mean and variance of each channel over the whole batch, of which a device has these rows.
+
+    Example:
+        moments = channel_moments(rows, latents)
+    """
+    others = tuple(range(latents.ndim - 1))
+    mean = rows.mean(latents.mean(axis=others))
+    spread = jnp.square(latents - jnp.expand_dims(mean, others))
+    return {"mean": mean, "variance": rows.mean(spread.mean(axis=others))}
+
+
+def _shown(values: Any) -> str:
+    return " ".join(f"{value:.3f}" for value in np.asarray(values).tolist())
+
+
+def _initial(model: Any, path: str, autoencoder: Any, key: jax.Array) -> Any:
+    """Fresh variables with statistics of nothing, or those of the autoencoder whose decoder is trained on."""
+    channels = model.latent_channels
+    if not path:
+        return {**init(autoencoder, key), STATISTICS: {"mean": jnp.zeros(channels), "variance": jnp.ones(channels)}}
+    codec = open_autoencoder(path)
+    found = codec.autoencoder.config
+    if found != dataclasses.replace(model, dtype=found.dtype, remat=found.remat):
+        raise ValueError(f"autoencoding.decoder_of '{path}' has the shape {found}, not that of the model; set it.")
+    scale = np.asarray(codec.normalisation.scale, np.float64)
+    statistics = {"mean": codec.normalisation.shift, "variance": 1 / np.square(scale)}
+    return {
+        "params": codec.variables["params"],
+        STATISTICS: {name: jnp.full(channels, value, jnp.float32) for name, value in statistics.items()},
+    }
+
+
+@partial(jax.jit, static_argnums=0)
+def _decoded_mean(autoencoder, params, images):
+    mean, _ = autoencoder.apply({"params": params}, images, method="encode")
+    return autoencoder.apply({"params": params}, mean, method="decode")
+
+
+def _reconstruct(autoencoder: Any, variables: Any, images: np.ndarray) -> np.ndarray:
+    return np.asarray(_decoded_mean(autoencoder, variables["params"], images))
+
+
+def _distortion(autoencoder: Any, variables: Any, source: Source) -> dict[str, float]:
+    """Mean square error of decoded posterior means, and the ratio of peak to error in decibels."""
+    total = 0.0
+    for batch in fixed_batches(source, min(256, len(source))):
+        images = np.asarray(from_uint8(batch["image"]))
+        squares = np.square(_reconstruct(autoencoder, variables, images) - images)
+        error = squares.reshape(len(squares), -1).mean(axis=1)
+        total += float(error[batch["mask"]].sum())
+    mean = total / len(source)
+    return {"mean_square_error": mean, "psnr": 10 * math.log10(PEAK**2 / max(mean, 1e-12))}

@@ -1,0 +1,343 @@
+"""What flows of images and of clips have in common: their parts, their data, their conditions and their training."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int
+
+from flowgen.conditioning import TextCondition
+from flowgen.data import ClipsConfig, DataConfig, Source, take_inventory
+from flowgen.data.buckets import BucketedSource
+from flowgen.data.classes import parse_classes
+from flowgen.data.clip_views import CONTINUED
+from flowgen.data.latents import LatentSource, captions_of, read_index
+from flowgen.data.sources import Split
+from flowgen.decoding import Inversion
+from flowgen.evaluation import flow_bits_per_dim, flow_nats_per_dim
+from flowgen.experiments.codecs import CodecConfig
+from flowgen.experiments.drawing import DrawOptions, EvaluateOptions, cycled_labels, drawn_classes
+from flowgen.experiments.encoding import Encoding
+from flowgen.experiments.experiment import Experiment
+from flowgen.experiments.images import holds_latents, image_batches, with_class_names
+from flowgen.experiments.latents import flow_source, is_latent, null_texts, pixel_source
+from flowgen.experiments.options import LikelihoodConfig, SamplingConfig
+from flowgen.experiments.pictures import DRAWABLE_CHANNELS
+from flowgen.experiments.texts import TextConfig, release_text_encoders
+from flowgen.flows import STARFlowConfig, TARFlowConfig
+from flowgen.models import init
+from flowgen.ranges import Within
+from flowgen.training import Job, OptimConfig
+from flowgen.typed import typed
+
+Conditions = Callable[[Int[np.ndarray, " b"]], Any]
+NumSamples = Annotated[int, Within(0, 1 << 24)]
+# Flows of texts draw this many held-out captions in training, unless sampling.prompts names others.
+DRAWN_CAPTIONS = 16
+
+
+@dataclass(frozen=True)
+@typed
+class FlowDrawOptions(DrawOptions):
+    """What is asked of one drawing of images, beside the fields of `sampling`.
+
+    classes: classes to draw in turn, by name or number: cat,dog or 0,1,2; -1 is unconditional (--classes=-1,3).
+    aspect: ratio of the sides, such as 16:9, at about the area of the model's images.
+    certify: check the decoding by a forward pass.
+    """
+
+    classes: str | None = None
+    aspect: str | None = None
+    certify: bool = False
+
+
+@dataclass(frozen=True)
+@typed
+class FlowEvaluateOptions(EvaluateOptions):
+    """What is asked of one evaluation of a flow.
+
+    noise: on the images: what the model was trained under, or uniform dequantisation.
+    samples: to draw and compare with the data; 0 for none.
+    unconditional: give no labels to a class model.
+    """
+
+    noise: Literal["model", "uniform"] = "model"
+    samples: NumSamples = 0
+    unconditional: bool = False
+
+    def noise_std(self, flow: Any) -> float:
+        """Returns the standard deviation of the noise on images; 0 is uniform dequantisation."""
+        return 0.0 if self.noise == "uniform" else flow.config.noise_std
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoregressiveExperiment(Experiment):
+    """An autoregressive flow, trained by maximum likelihood and sampled by decoding; the base of two kinds.
+
+    codec: what makes the latents of a flow on latents; None for a flow of pixels.
+    text: the encoder of a flow of texts; None for others.
+    likelihood: how the flow is trained.
+    sampling: how samples are drawn.
+    """
+
+    model: TARFlowConfig | STARFlowConfig
+    data: DataConfig | ClipsConfig
+    codec: CodecConfig | None = None
+    text: TextConfig | None = None
+    likelihood: LikelihoodConfig = LikelihoodConfig()
+    sampling: SamplingConfig = SamplingConfig()
+
+    @property
+    def encoding(self) -> Encoding:
+        """The codec and the text encoder."""
+        return Encoding(self.model, self.codec, self.text)
+
+    @property
+    def is_latent(self) -> bool:
+        """Whether the flow is trained on encoded data: latents, or images with texts."""
+        return is_latent(self.data, self.encoding)
+
+    @property
+    def best_metric(self) -> str:
+        """The evaluated metric by which checkpoints are compared; lower is better."""
+        return "nats_per_dim" if self.is_latent else "bits_per_dim"
+
+    @property
+    def drawn_channels(self) -> int:
+        """The channels of the images or clips that samples are."""
+        return self.encoding.open_codec().pixel_channels
+
+    @property
+    def has_held_out(self) -> bool:
+        """Whether there are data to evaluate on."""
+        if self.data.source == "encoded":
+            return any(shard["split"] == "eval" for shard in read_index(self.data.path)["shards"])
+        return self.data.eval_fraction > 0
+
+    def check_parts(self) -> None:
+        """Raises ValueError if the parts do not belong together."""
+        if bool(self.model.text_dim) != (self.text is not None):
+            has = "missing" if self.text is None else "given"
+            raise ValueError(
+                f"text is {has} and model.text_dim is {self.model.text_dim}; give both for texts, or neither."
+            )
+        if not self.model.text_dim and self.sampling.prompts:
+            raise ValueError(f"sampling.prompts is {self.sampling.prompts}, but the model takes no texts; leave it.")
+        if self.is_latent and self.model.noise_std == 0:
+            raise ValueError("model.noise_std is 0, which dequantises images; latents need noise, such as 0.3.")
+
+    def dataset(self, split: Split) -> Source | BucketedSource:
+        """Returns the images or clips of a split, at the size from which the codec makes the model's latents."""
+        return pixel_source(self.data, self.encoding, split)
+
+    def flow_dataset(self, split: Split) -> Source | BucketedSource:
+        """Returns what the flow is trained on: pixels, or what codec and text encoder make of them."""
+        return flow_source(self.data, self.encoding, split)
+
+    def with_provenance(self) -> Self:
+        """Returns the experiment with the names of its classes and the digests of its frozen networks."""
+        encoded = self.data.source == "encoded"
+        needs = self.text is not None and self.text.digest is None and self.text.encoder
+        made = read_index(self.data.path)["made_by"] if encoded and needs else {} if encoded else None
+        encoding = self.encoding.with_digests(made)
+        changed = dataclasses.replace(self, codec=encoding.codec, text=encoding.text)
+        return with_class_names(changed)
+
+    def flow_job(
+        self,
+        source: Source | BucketedSource,
+        objective: Callable[..., Any],
+        *,
+        held_out: Source | BucketedSource | None,
+        evaluate: Callable[[Any], dict[str, float]] | None,
+        sample: Callable[[Any], np.ndarray] | None,
+        optims: dict[str, OptimConfig] | None = None,
+    ) -> Job:
+        """Returns what the training loop needs on opened data, after which the text encoder is released.
+
+        objective(flow, label_dropout=, loss_scale=, null_text=): as `nll_objective`. held_out: opened too, if there are
+        such data. The rest: see `Job`.
+        """
+        flow = self.build()
+        made = Job(
+            init=lambda key: init(flow, key),
+            objective=objective(
+                flow,
+                label_dropout=self.train.label_dropout,
+                loss_scale=self.likelihood.loss_scale(self.model.noise_std),
+                null_text=null_texts(source),
+            ),
+            batches=image_batches(source, self.data, self.train),
+            evaluate=evaluate,
+            sample=sample,
+            best_metric=self.best_metric,
+            optims=optims or {},
+            inventory=take_inventory(self.data, source, held_out),
+        )
+        release_text_encoders()
+        return made
+
+    def sampler(
+        self,
+        flow: Any,
+        source: Source | BucketedSource,
+        draw: Callable[..., tuple[np.ndarray, str]],
+        show: Callable[[np.ndarray, int], np.ndarray],
+    ) -> Callable[[Any], np.ndarray] | None:
+        """Returns what draws the pictures of a run: of the classes in turn, or of prompts; None if samples have other
+        channels than pictures.
+
+        draw(flow, variables, key, cond, num=, null=) -> samples, line. show(samples, classes): their picture.
+        """
+        encoded_without_codec = self.data.source == "encoded" and self.codec is None
+        if encoded_without_codec or self.encoding.open_codec().pixel_channels not in DRAWABLE_CHANNELS:
+            return None
+        num, classes = self.sampling.num, drawn_classes(self.model, self.data)
+        bucket = source.buckets[0] if isinstance(source, BucketedSource) else source
+        # The captions that are drawn, which may name the aspect, are of images of this shape.
+        prompts, drawn_as = self.sampling.prompts, bucket.image_shape[:2]
+        sized = flow if prompts or not holds_latents(source) else flow.at(*drawn_as)
+        texts = null = None
+        if self.model.text_dim:
+            # Prompts are encoded before the first step, so that one that cannot be is told then.
+            texts = (
+                self.encoding.condition(prompts)
+                if prompts
+                else captions_condition(bucket, np.arange(min(num, DRAWN_CAPTIONS, len(bucket))))
+            )
+            null_text = null_texts(source)
+            if not prompts and null_text is not None and isinstance(bucket, LatentSource):
+                null = null_text(bucket.event_shape[:-1])
+            null = self.encoding.empty_text() if null is None and self.sampling.guidance else null
+
+        def picture_of(variables: Any) -> np.ndarray:
+            numbers = np.arange(num)
+            cond = cycled_labels(num, classes) if texts is None else chosen_texts(texts, numbers)
+            key = jax.random.key(self.train.seed)
+            samples, _ = draw(sized, variables, key, cond, num=num, null=null)
+            return show(samples, classes)
+
+        return picture_of
+
+    def steering(self, flow: Any, cond: Any, null: TextCondition | None) -> dict[str, Any]:
+        """Returns what `flowgen.decoding.sample` is given of the experiment: cond, plan, guidance and null.
+
+        null: the empty text, encoded here if it is needed and not given.
+        """
+        sampling = self.sampling
+        if null is None and sampling.guidance and isinstance(cond, TextCondition):
+            null = self.encoding.empty_text(flow.config.grid_size)
+        return {
+            "cond": jnp.asarray(cond) if isinstance(cond, np.ndarray) else cond,
+            "plan": sampling.to_plan(),
+            "guidance": sampling.to_guidance(),
+            "null": null if sampling.guidance else None,
+        }
+
+    def asked(self, flow: Any, classes: str | None) -> tuple[Callable[[np.ndarray], dict[str, Any]], dict[str, Any]]:
+        """Returns what gives the conditions of samples by their numbers, as options of `draw_batch`, and what an .npz
+        file says of the samples.
+
+        classes: as the option, see `parse_classes`; None draws all in turn.
+
+        Raises ValueError if the model takes other conditions.
+        """
+        num = self.sampling.num
+        if not self.model.text_dim:
+            labels = self._labels(classes)
+            known = np.full(num, -1) if labels is None else labels
+            return lambda numbers: {"cond": None if labels is None else labels[numbers]}, {"labels": known}
+        if classes is not None:
+            raise ValueError(f"--classes is {classes}, but this model takes texts; give --prompt.")
+        prompts = self.sampling.prompts
+        if not prompts:
+            raise ValueError("this model takes texts; give --prompt.")
+        encoded = {"cond": self.encoding.condition(prompts, flow.config.grid_size)}
+        if getattr(self.data, "drop_first", 0):
+            # Restarts of long clips are told as in training.
+            marked = [CONTINUED + prompt for prompt in prompts]
+            encoded["restart_cond"] = self.encoding.condition(marked, flow.config.grid_size)
+
+        def conditions(numbers: np.ndarray) -> dict[str, Any]:
+            return {name: chosen_texts(texts, numbers) for name, texts in encoded.items()}
+
+        return conditions, {"prompts": np.resize(np.array(prompts), num)}
+
+    def _labels(self, classes: str | None) -> np.ndarray | None:
+        num, num_classes = self.sampling.num, self.model.num_classes
+        if classes is None:
+            return cycled_labels(num, drawn_classes(self.model, self.data))
+        if num_classes == 0:
+            raise ValueError(f"--classes is {classes}, but this model has no classes; leave it out.")
+        return np.resize(np.array(parse_classes(classes, self.data.classes, num_classes), np.int32), num)
+
+    def conditions_of(self, data: Source, *, unconditional: bool = False) -> Conditions | None:
+        """Returns what gives the conditions of images or latents by their positions: their labels, or the texts of
+        their captions; None if samples are drawn without."""
+
+        def labels(positions):
+            return data[positions]["label"]
+
+        def texts(positions):
+            if isinstance(data, LatentSource):
+                return captions_condition(data, positions)
+            assert self.text is not None
+            captions = captions_of(data, positions, labels(positions))
+            return self.encoding.condition(captions, truncate=self.text.truncate)
+
+        if self.model.text_dim:
+            return texts
+        return labels if self.model.num_classes and not unconditional else None
+
+    def likelihood_lines(self, flow: Any, variables: Any, source: Any, options: FlowEvaluateOptions) -> list[str]:
+        """Returns lines with the likelihood of a flow on data as it takes them."""
+        key, conditional = jax.random.key(options.seed), not options.unconditional
+        if self.is_latent:
+            if options.noise == "uniform":
+                raise ValueError("--noise is uniform, which dequantises images; this flow is on latents: leave it out.")
+            nats = flow_nats_per_dim(flow, variables, source, key, batch_size=options.batch, conditional=conditional)
+            noise = f"Gaussian noise of std {flow.config.noise_std:g}"
+            return [f"{len(source)} latents ({options.split}), {noise}", f"nats/dim {nats:.4f}"]
+        sigma = options.noise_std(flow)
+        bits = flow_bits_per_dim(
+            flow, variables, source, key, noise_std=sigma, batch_size=options.batch, conditional=conditional
+        )
+        noise = f"Gaussian noise of std {sigma:g}" if sigma else "uniform dequantisation"
+        what = "clips" if flow.config.event_shape[:-3] else "images"
+        return [f"{len(source)} {what} ({options.split}), {noise}", f"bits/dim {bits:.4f}"]
+
+
+def chosen_texts(texts: TextCondition, numbers: Int[np.ndarray, " b"]) -> TextCondition:
+    """Returns the texts of samples by their numbers, in turn.
+
+    Example:
+        chosen_texts(texts, np.arange(3))
+    """
+    return TextCondition(*(part[numbers % len(texts.mask)] for part in texts))
+
+
+def captions_condition(source: Source, positions: Int[np.ndarray, " b"]) -> TextCondition:
+    """Returns the encoded texts of latents.
+
+    Example:
+        cond = captions_condition(latents, np.arange(4))
+    """
+    features, mask = source[positions]["text"]
+    return TextCondition(jnp.asarray(features, jnp.float32), jnp.asarray(mask))
+
+
+def decoding_line(result: Inversion) -> str:
+    """Returns a line on how samples were decoded.
+
+    Example:
+        print(decoding_line(sample(flow, params, key, 4)))
+    """
+    passes = ", ".join(str(int(block.sum())) for block in result.sweeps)
+    line = f"passes per block (data side first) {passes}; residual {float(result.residual.max()):.1e}"
+    return line if result.error is None else f"{line}; certified to {float(result.error.max()):.1e}"

@@ -1,0 +1,211 @@
+"""Clips beside the flow that draws them: their lengths, what they begin with, and what they are worth."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Generator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from flowgen.codecs import ClipCodec
+from flowgen.data import from_uint8
+from flowgen.data.buckets import BucketedSource
+from flowgen.data.latents import LatentSource
+from flowgen.data.loader import fixed_batches
+from flowgen.data.pictures import picture_size, read_picture
+from flowgen.data.sources import Batch, Source
+from flowgen.data.unreadable import Unreadable
+from flowgen.data.video import READABLE, frame_times, read_clip, video_size
+from flowgen.flows import ClipDenoiser, ClipDenoising, denoiser_variables
+from flowgen.flows.density import batch_input, condition_of
+from flowgen.flows.density import denoise as score_step
+
+LEAST_KEPT = 0.75  # of an image that is given, by cropping it to the shape of clips
+GIVEN = 2**32 - 1  # The stream of the noise on given frames, beside those of samples by their numbers.
+PEAK = 2.0  # of images in [-1, 1]
+
+
+def latent_frames(codec: ClipCodec, frames: int) -> int:
+    """Returns the frames of latents of clips of so many frames. Raises ValueError where the codec makes none.
+
+    Example:
+        latent_frames(codec, 81)  # 21, of the codec of the released model
+    """
+    count, rest = divmod(frames - 1, codec.stride)
+    if rest or frames < 1:
+        near = 1 + max(0, count) * codec.stride
+        raise ValueError(
+            f"--frames is {frames}; the codec makes clips of 1 + a multiple of {codec.stride} frames: use {near} or "
+            f"{near + codec.stride}."
+        )
+    return 1 + count
+
+
+def check_length(codec: ClipCodec, most: int, frames: int | None, context: int | None) -> None:
+    """Raises ValueError if the codec makes no clips of so many frames, or they are not continued from a context.
+
+    most: frames of latents that are decoded at once.
+
+    Example:
+        check_length(codec, 21, frames=81, context=None)
+    """
+    if (most if frames is None else latent_frames(codec, frames)) <= most and context is not None:
+        raise ValueError(
+            f"--context is {context}, and clips of up to {1 + (most - 1) * codec.stride} frames are not continued; "
+            "give more --frames, or leave it out."
+        )
+
+
+def read_given(
+    codec: ClipCodec, flow: Any, path: str, *, frames: int | None = None, fps: float | None = None
+) -> Float[np.ndarray, "given height width c"]:
+    """Returns the pictures of a file in [-1, 1] that clips of a flow can begin with: one of a picture, of a video as
+    many as the codec makes latents of, at this frame rate.
+
+    frames: of the clips; of a longer video no more is read than can be given. None takes all of a video,
+    which must be shorter than in training.
+
+    Raises FileNotFoundError or ValueError where the file cannot be read, is of quite another shape, or leaves no frame
+    to draw.
+
+    Example:
+        given = read_given(codec, flow, "first.png", frames=17)
+    """
+    height, width = (length * codec.factor for length in flow.config.grid_size)
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"There is no file '{path}'; give a picture or a video with --given.")
+    is_video = Path(path).suffix.lower() in READABLE
+    with _naming_given():
+        known = max(1, len(frame_times(path, fps=fps))) if is_video else 1
+    if frames is not None:
+        known = min(known, max(1, frames - 1))
+    known = 1 + (known - 1) // codec.stride * codec.stride
+    total = 1 + (flow.config.frames - 1) * codec.stride if frames is None else frames
+    if known >= total:
+        raise ValueError(
+            f"--given {path} has {known} picture{'s' * (known > 1)}, and clips of --frames {total} begin with fewer; "
+            f"ask for more with --frames {known + codec.stride}."
+        )
+    with _naming_given():
+        if is_video:
+            size = video_size(path)
+            clip = read_clip(path, known, (height, width), codec.pixel_channels, fps=fps)
+        else:
+            size = picture_size(path)
+            clip = read_picture(path, size=(height, width), channels=codec.pixel_channels, crop="center")[None]
+    kept = size[1] / size[0] / (width / height)
+    if min(kept, 1 / kept) < LEAST_KEPT:
+        raise ValueError(
+            f"--given {path} is {size[0]} x {size[1]} pixels (height x width), and clips are {height} x {width}, "
+            "for which much of it would be cut off; crop it, or give another --aspect."
+        )
+    return np.asarray(from_uint8(clip))
+
+
+@contextlib.contextmanager
+def _naming_given() -> Generator[None]:
+    """Names the option that brought a file that cannot be read."""
+    try:
+        yield
+    except Unreadable as error:
+        raise ValueError(f"--given cannot be read: {error.named}; give a picture or a video.") from error
+
+
+def with_noise(flow: Any, clean: np.ndarray, key: jax.Array, first: int) -> jax.Array:
+    """Returns clean latents with the noise that the flow was trained under, of its own for every clip.
+
+    Example:
+        given = with_noise(flow, latents, jax.random.key(0), first=0)
+    """
+    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(key, GIVEN), i))(first + jnp.arange(len(clean)))
+    noise = jax.vmap(lambda key: jax.random.normal(key, clean.shape[1:]))(keys)
+    return jnp.asarray(clean) + flow.config.noise_std * noise
+
+
+def clips_alone(source: Source | BucketedSource) -> Source:
+    """Returns the clips of a source, without the pictures and the clips without their first frame that it may have
+    beside them. Raises ValueError where there are clips of several shapes.
+
+    Example:
+        clips = clips_alone(experiment.flow_dataset("train"))
+    """
+    if not isinstance(source, BucketedSource):
+        return source
+    buckets: tuple[Any, ...] = source.buckets
+    frames = [bucket.event_shape[0] if isinstance(bucket, LatentSource) else bucket.frames for bucket in buckets]
+    whole = [bucket for bucket, count in zip(buckets, frames, strict=True) if count == max(frames)]
+    if len(whole) != 1:
+        raise ValueError(f"data.path holds clips of shapes {source.image_shapes}; encode those of one shape.")
+    return whole[0]
+
+
+def frame_distances(clips: Float[np.ndarray, "n frames height width c"]) -> tuple[float, float]:
+    """Returns the root mean square distance of consecutive frames, and of all pairs of frames of a clip.
+
+    Where time means something the first is smaller; of frames in random order the two are equal.
+
+    Example:
+        near, far = frame_distances(clips)
+    """
+    flat = clips.reshape(*clips.shape[:2], -1)
+    pairs = np.square(flat[:, :, None] - flat[:, None]).mean(axis=(0, 3))
+    frames = len(pairs)
+    near = np.diagonal(pairs, 1).mean()
+    return math.sqrt(near), math.sqrt(pairs.sum() / (frames * (frames - 1)))
+
+
+def denoised_psnr(
+    codec: ClipCodec, flow: Any, variables: Any, source: Source, key: jax.Array, *, most: int
+) -> dict[str, float]:
+    """Returns the ratio of peak to error in dB of up to `most` clips with noise, and with it removed by one score step
+    and, if there is one, by the denoiser; latents are decoded first.
+
+    Example:
+        denoised_psnr(codec, flow, params, source, key, most=64)  # {"as they are": 14.1, "by the score": 20.3, ...}
+    """
+    batch = next(fixed_batches(source, min(most, len(source))))
+    data = {name: jnp.asarray(batch[name]) for name in ("image", "mean", "std") if name in batch}
+    noisy, cond = batch_input(key, data, flow.config.noise_std), condition_of(flow, batch)
+    cleaned: dict[str, Any] = {"as they are": noisy, "by the score": _score_step(flow, variables, noisy, cond)}
+    if flow.config.denoiser_layers:
+        cleaned["by the denoiser"] = _denoised(denoising_step(flow), denoiser_variables(variables), noisy, cond)
+    expected = np.clip(codec.decode(of_batch(batch)), -1, 1)
+
+    def ratio(x):
+        return 10 * math.log10(PEAK**2 / np.square(np.clip(codec.decode(np.asarray(x)), -1, 1) - expected).mean())
+
+    return {how: ratio(x) for how, x in cleaned.items()}
+
+
+def of_batch(batch: Batch) -> np.ndarray:
+    """Returns what a flow models of a batch, without the noise.
+
+    Example:
+        latents = of_batch(source[np.arange(4)])
+    """
+    return batch["mean"] if "mean" in batch else np.asarray(from_uint8(batch["image"]))
+
+
+# Compiled once for all evaluations of a run.
+_score_step = jax.jit(score_step, static_argnums=0)
+
+
+@partial(jax.jit, static_argnums=0)
+def _denoised(step, variables, noisy, cond):
+    return step(variables, noisy, cond)
+
+
+def denoising_step(flow: Any) -> ClipDenoising:
+    """Returns the step of the flow's own denoiser, in chunks of the clips it was trained on.
+
+    Example:
+        denoise = Denoiser(denoising_step(flow), denoiser_variables(params))
+    """
+    return ClipDenoising(ClipDenoiser(flow.config), flow.config.noise_std, flow.config.frames)

@@ -1,0 +1,187 @@
+"""The codec of a flow on latents: its config, opened, and identified by a digest."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flowgen import fields
+from flowgen.codecs import (
+    Autoencoder,
+    AutoencoderCodec,
+    AutoencoderConfig,
+    Codec,
+    LatentNormalisation,
+    PixelCodec,
+    VideoAutoencoder,
+    VideoAutoencoderCodec,
+    VideoAutoencoderConfig,
+)
+from flowgen.codecs import init as init_autoencoder
+from flowgen.codecs.video_codec import ClipCodec, FrameCodec
+from flowgen.convert import is_video_autoencoder, load_autoencoder, load_video_autoencoder
+from flowgen.experiments.texts import version_of, weakly_cached
+from flowgen.ranges import Within, check_ranges
+from flowgen.runs import CHECKPOINTS, CheckpointReader, check_layout, is_run, layout, read_config
+from flowgen.typed import typed
+
+# The collection of an autoencoder's state in which the mean and variance of its latents live.
+STATISTICS = "latents"
+
+
+@dataclass(frozen=True)
+@typed
+class SpaceToDepth:
+    """A codec without a network: each factor x factor pixels of c channels become one latent of factor² c channels.
+
+    factor: side of the squares of pixels; at least 1.
+    """
+
+    factor: Annotated[int, Within(1, 1 << 8)] = 2
+
+    def __post_init__(self):
+        check_ranges(self, "codec")
+
+
+@dataclass(frozen=True)
+@typed
+class PretrainedAutoencoder:
+    """A frozen autoencoder.
+
+    path: run directory of one trained by flowgen, or folder of a published AutoencoderKL or, for video,
+    AutoencoderKLWan.
+    digest: of all that its latents depend on; set when a flow is trained on them, so that no other is mistaken for it.
+    temporal_scale: factor on the latents of a clip after its first frame; published: 0.6; 1 for none.
+    """
+
+    path: str
+    digest: str | None = None
+    temporal_scale: float = 1.0
+
+    def __post_init__(self):
+        if not 0 < self.temporal_scale < float("inf"):
+            raise ValueError(f"codec.temporal_scale is {self.temporal_scale}; it must be positive, 1 for none.")
+
+
+CodecConfig = SpaceToDepth | PretrainedAutoencoder
+
+
+def open_codec(config: CodecConfig | None, channels: int) -> Codec | ClipCodec:
+    """Returns the codec of a config, opened once, for a model of latents with so many channels; of None the identity.
+
+    Raises FileNotFoundError or ValueError if it is missing, damaged, not the one of the digest, or has other latents.
+
+    Example:
+        images = open_codec(SpaceToDepth(2), channels=12).decode(latents)
+    """
+    if config is None:
+        return PixelCodec(pixel_channels=channels)
+    if isinstance(config, SpaceToDepth):
+        factor = config.factor
+        if channels % factor**2:
+            raise ValueError(
+                f"model.channels is {channels}; blocks of {factor} x {factor} pixels make {factor**2} channels "
+                f"of grey images and {3 * factor**2} of colour images: change it or codec.factor."
+            )
+        return PixelCodec(pixel_channels=channels // factor**2, factor=factor)
+    codec = open_autoencoder(config.path, config.temporal_scale)
+    if config.digest not in (None, codec_digest(codec)):
+        raise ValueError(
+            f"the autoencoder at codec.path '{config.path}' is not the one that the flow was trained on; put that one "
+            "back, or give its place with --codec.path."
+        )
+    if codec.channels != channels:
+        raise ValueError(
+            f"model.channels is {channels}, but the autoencoder at codec.path '{config.path}' has latents of "
+            f"{codec.channels} channels; set model.channels to {codec.channels}."
+        )
+    return codec
+
+
+def open_autoencoder(path: str, temporal_scale: float = 1.0) -> AutoencoderCodec | VideoAutoencoderCodec:
+    """Returns the autoencoder of a run directory or of a published folder, with the normalisation of its latents.
+
+    temporal_scale: of an autoencoder of clips, see `VideoAutoencoderCodec`.
+
+    Raises FileNotFoundError or ValueError where there is none, or it is damaged.
+
+    Example:
+        codec = open_autoencoder("runs/autoencoder")
+    """
+    if not path:
+        raise ValueError(
+            "codec.path is empty; give the autoencoder, a run directory or a published folder, with --codec.path."
+        )
+    if not Path(path).is_dir():
+        raise FileNotFoundError(
+            f"There is no autoencoder at codec.path '{path}'; train it first, or give its place with --codec.path."
+        )
+    return _open_autoencoder(path, temporal_scale, *version_of(path))
+
+
+@functools.lru_cache(maxsize=2)
+def _open_autoencoder(
+    path: str, temporal_scale: float, place: str, version: int
+) -> AutoencoderCodec | VideoAutoencoderCodec:
+    if not is_run(path):
+        if is_video_autoencoder(path):
+            return load_video_autoencoder(path, temporal_scale=temporal_scale)
+        return load_autoencoder(path)
+    plain = read_config(path)["model"]
+    kind = plain.get(fields.TYPE)
+    if kind not in ("Autoencoder", "VideoAutoencoder"):
+        raise ValueError(f"codec.path '{path}' is the run of a {kind!s:.80}; give that of an autoencoder.")
+    config = fields.check(AutoencoderConfig | VideoAutoencoderConfig, plain, path="model")
+    autoencoder = (VideoAutoencoder if kind == "VideoAutoencoder" else Autoencoder)(config)
+    reader = CheckpointReader(Path(path) / CHECKPOINTS)
+    step = reader.latest_step()
+    if step is None:
+        reader.check_not_broken()
+        raise FileNotFoundError(f"codec.path '{path}' has no checkpoint yet; train the autoencoder first.")
+    group = "ema" if any(name.startswith("ema/") for name in reader.manifest(step)["arrays"]) else "params"
+    arrays = reader.arrays(step, lambda name: name.startswith((f"{group}/", "collections/")))
+    expected = jax.eval_shape(lambda: init_autoencoder(autoencoder, jax.random.key(0)))["params"]
+    params = {name.removeprefix(f"{group}/"): x for name, x in arrays.items() if name.startswith(f"{group}/")}
+    check_layout(step, layout(params), layout(expected))
+    tree = jax.tree.unflatten(jax.tree.structure(expected), [jnp.asarray(params[name]) for name in layout(expected)])
+    mean, variance = (arrays[f"collections/{STATISTICS}/{name}"] for name in ("mean", "variance"))
+    normalisation = LatentNormalisation(shift=mean, scale=1 / np.sqrt(np.asarray(variance, np.float64)))
+    if isinstance(autoencoder, VideoAutoencoder):
+        return VideoAutoencoderCodec(autoencoder, {"params": tree}, normalisation, temporal_scale)
+    return AutoencoderCodec(autoencoder, {"params": tree}, normalisation)
+
+
+def codec_digest(codec: Codec | ClipCodec) -> str:
+    """Returns a digest of all that the latents of a codec depend on; the decoder is not part of it.
+
+    Example:
+        same = codec_digest(codec) == index["made_by"]["fingerprint"]
+    """
+    # The network lives longer than what applies it to single frames.
+    return _codec_digest(codec.codec if isinstance(codec, FrameCodec) else codec)
+
+
+@weakly_cached
+def _codec_digest(codec: Codec | ClipCodec) -> str:
+    digest = hashlib.sha256(repr((type(codec).__name__, codec.factor, codec.channels)).encode())
+    if isinstance(codec, VideoAutoencoderCodec):
+        digest.update(repr(codec.temporal_scale).encode())
+    if isinstance(codec, AutoencoderCodec | VideoAutoencoderCodec):
+        shape = dataclasses.replace(codec.autoencoder.config, dtype="float32", remat=False)
+        digest.update(repr(shape).encode())
+        params = codec.variables["params"]
+        for leaf in jax.tree.leaves((params["encoder"], params["quant_conv"])):
+            digest.update(np.ascontiguousarray(np.asarray(leaf)).tobytes())
+        # As mean and variance in float32, which is how training keeps them.
+        variance = 1 / np.square(np.asarray(codec.normalisation.scale, np.float64))
+        for value in (codec.normalisation.shift, variance):
+            digest.update(np.full(codec.channels, value, np.float32).tobytes())
+    return digest.hexdigest()

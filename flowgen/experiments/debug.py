@@ -1,0 +1,87 @@
+"""Experiments made small: a tiny model of the same kind, few steps, data that ship with flowgen."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, TypeVar
+
+from flowgen.data import ClipsConfig, DataConfig
+from flowgen.experiments.autoregressive import AutoregressiveExperiment
+from flowgen.experiments.codecs import SpaceToDepth
+from flowgen.experiments.experiment import Experiment
+from flowgen.experiments.pictures import DRAWABLE_CHANNELS
+from flowgen.flows import STARFlowConfig, TARFlowConfig
+
+E = TypeVar("E", bound=Experiment)
+SAMPLES = 4
+
+
+def debug_run(experiment: E, **changes: Any) -> E:
+    """Returns the experiment with other parts, a few steps, small batches and reports of all kinds.
+
+    Example:
+        small = debug_run(experiment, model=dataclasses.replace(experiment.model, width=16))
+    """
+    small = {
+        "optim": dataclasses.replace(experiment.optim, warmup_steps=min(experiment.optim.warmup_steps, 2)),
+        "train": dataclasses.replace(experiment.train, steps=8, batch_size=16, accumulation=1),
+        "log": dataclasses.replace(experiment.log, log_every=2, eval_every=4, sample_every=4, checkpoint_every=4),
+    }
+    return dataclasses.replace(experiment, **small, **changes)
+
+
+def debug_images(data: DataConfig) -> DataConfig:
+    """Returns the built-in digits, mirrored and held out as other images are.
+
+    Example:
+        data = debug_images(experiment.data)
+    """
+    return DataConfig(flip=data.flip, eval_fraction=data.eval_fraction)
+
+
+def debug_clips(data: ClipsConfig) -> ClipsConfig:
+    """Returns a few bouncing digits, mirrored, continued and held out as other clips are.
+
+    Example:
+        data = debug_clips(experiment.data)
+    """
+    return ClipsConfig(num=200, flip=data.flip, drop_first=data.drop_first, eval_fraction=data.eval_fraction)
+
+
+def debug_flow(experiment: AutoregressiveExperiment) -> dict[str, Any]:
+    """Returns the parts of an experiment with a tiny flow of the same kind: model, codec, text and sampling.
+
+    Example:
+        small = debug_run(experiment, **debug_flow(experiment))
+    """
+    model, codec, text = experiment.model, experiment.codec, experiment.text
+    sampling = dataclasses.replace(experiment.sampling, num=SAMPLES)
+    patch = min(model.patch_size, 4)
+    height, width = model.grid_size
+    side, other = 4 * patch, max(patch, 4 * patch * width // height // patch * patch)
+    if codec is not None:
+        factors = (factor for factor in (8, 4, 2) if model.channels // factor**2 in DRAWABLE_CHANNELS)
+        codec = SpaceToDepth(next(factors, 2))
+        model = dataclasses.replace(model, channels=max(model.channels, codec.factor**2))
+    if text is not None:
+        text = dataclasses.replace(text, encoder="words", digest=None)
+        sampling = dataclasses.replace(sampling, prompts=())
+        assert isinstance(model, STARFlowConfig)  # no other flow takes texts
+        model = dataclasses.replace(model, text_dim=16, text_length=min(model.text_length, 16))
+    model = dataclasses.replace(
+        model,
+        image_size=side if height == width else (side, other),
+        patch_size=patch,
+        num_classes=10 if model.num_classes else 0,
+        **_tiny(model),
+    )
+    return {"model": model, "codec": codec, "text": text, "sampling": sampling}
+
+
+def _tiny(model: TARFlowConfig | STARFlowConfig) -> dict[str, Any]:
+    """What makes the network of a flow tiny."""
+    blocks = min(model.num_blocks, 2)
+    if isinstance(model, TARFlowConfig):
+        return {"width": 32, "head_dim": 16, "num_blocks": blocks, "layers_per_block": 1}
+    heads = None if model.num_kv_heads is None else 1
+    return {"width": 40, "deep_width": None, "head_dim": 20, "num_kv_heads": heads, "layers": (1,) * blocks}

@@ -1,0 +1,110 @@
+"""What is asked of drawing and evaluation, and drawing in batches of one compiled program."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import jax
+import numpy as np
+from jaxtyping import Float, Int
+
+from flowgen.data.sources import Split
+from flowgen.ranges import Within, check_ranges
+from flowgen.typed import typed
+
+MAX_SEED = 2**32 - 1  # Without 64-bit integers jax would cut what is above, and two seeds would give one image.
+Seed = Annotated[int, Within(0, MAX_SEED)]
+BatchSize = Annotated[int, Within(1, 1 << 20)]
+
+# draw(key, numbers of the samples) -> samples, a line on how they were drawn. The first number is that of the first
+# sample, and samples count on from it; a batch that is too long has numbers twice, for the conditions.
+Draw = Callable[[jax.Array, np.ndarray], tuple[np.ndarray, str]]
+
+
+@dataclass(frozen=True)
+@typed
+class DrawOptions:
+    """What is asked of one drawing of samples, beside the fields of `sampling`.
+
+    seed: of the samples; sample i depends on it and on i alone.
+    batch: samples per compiled call; None is 64 images, or all points.
+    """
+
+    seed: Seed = 0
+    batch: BatchSize | None = None
+
+    def __post_init__(self):
+        check_ranges(self)
+
+
+@dataclass(frozen=True)
+@typed
+class EvaluateOptions:
+    """What is asked of one evaluation, of any kind of model.
+
+    split: of the data; of data that are not the run's the default is all.
+    batch: samples per compiled call.
+    seed: of noise and samples.
+    """
+
+    split: Split = "eval"
+    batch: BatchSize = 256
+    seed: Seed = 0
+
+    def __post_init__(self):
+        check_ranges(self)
+
+
+def draw_in_batches(
+    draw: Draw, num: int, options: DrawOptions, say: Callable[[str], None], *, batch: int
+) -> Float[np.ndarray, "num ..."]:
+    """Returns samples 0..num-1; `say` is told what each batch cost.
+
+    draw: is called with whole batches alone, the last of which is cut: one program is compiled. batch: used if the
+    options name none.
+
+    Example:
+        samples = draw_in_batches(draw, 100, DrawOptions(), print, batch=64)
+    """
+    size, parts = min(options.batch or batch, num), []
+    for first in range(0, num, size):
+        count = min(size, num - first)
+        began = time.perf_counter()
+        # The numbers beyond the last begin again at the first of the batch; these samples are cut off.
+        samples, line = draw(jax.random.key(options.seed), np.resize(np.arange(first, first + count), size))
+        seconds = time.perf_counter() - began
+        compiled = " (with compilation)" if first == 0 else ""
+        say(f"samples {first}..{first + count - 1}: {per_second(count / seconds)}{compiled}; {line}")
+        parts.append(samples[:count])
+    return np.concatenate(parts)
+
+
+def per_second(rate: float) -> str:
+    """Returns a rate in words, such as "12.3 per second" or "0.042 per second".
+
+    Example:
+        print(per_second(count / seconds))
+    """
+    return f"{rate:.1f} per second" if rate >= 1 else f"{rate:.2g} per second"
+
+
+def drawn_classes(model: Any, data: Any) -> int:
+    """Returns of how many classes a run draws samples in turn: those with a name if it knows names, else all.
+
+    Example:
+        labels = cycled_labels(20, drawn_classes(experiment.model, experiment.data))
+    """
+    count, names = model.num_classes, getattr(data, "classes", ())
+    return min(count, len(names)) if names else count
+
+
+def cycled_labels(num: int, num_classes: int) -> Int[np.ndarray, " num"] | None:
+    """Returns labels 0, 1, ..., 0, 1, ... for a grid with one class per column, None without classes.
+
+    Example:
+        labels = cycled_labels(20, 10)
+    """
+    return np.arange(num, dtype=np.int32) % num_classes if num_classes else None

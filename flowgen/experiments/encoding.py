@@ -1,0 +1,116 @@
+"""What data pass through before a flow models them, and its samples after: the codec and the text encoder."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from flowgen.codecs import Codec, TextEncoder
+from flowgen.codecs.video_codec import ClipCodec, FrameCodec
+from flowgen.conditioning import TextCondition
+from flowgen.experiments.codecs import CodecConfig, PretrainedAutoencoder, codec_digest, open_codec
+from flowgen.experiments.texts import TextConfig, encoded_text, open_text_encoder, text_digest
+from flowgen.flows import STARFlowConfig, STARFlowVConfig, TARFlowConfig
+from flowgen.prompts import aspect_size
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """The codec and the text encoder of a flow, opened when they are first asked for, and once.
+
+    model: of the flow, whose latents and texts they give.
+    codec: None models pixels.
+    text: None for a flow that takes no texts.
+
+    Example:
+        images = Encoding(flow.config, SpaceToDepth(2)).open_codec().decode(latents)
+    """
+
+    model: TARFlowConfig | STARFlowConfig
+    codec: CodecConfig | None = None
+    text: TextConfig | None = None
+
+    def open_codec(self) -> Codec | ClipCodec:
+        """Returns the codec; that of a flow of clips takes clips. Raises as `open_codec`."""
+        codec, of_clips = open_codec(self.codec, self.model.channels), isinstance(self.model, STARFlowVConfig)
+        if of_clips:
+            return codec if isinstance(codec, ClipCodec) else FrameCodec(codec)
+        if isinstance(codec, ClipCodec):
+            assert isinstance(self.codec, PretrainedAutoencoder)
+            raise ValueError(
+                f"codec.path '{self.codec.path}' is an autoencoder of clips, and the model is a flow of images; give "
+                "one of images."
+            )
+        return codec
+
+    def open_clip_codec(self) -> ClipCodec:
+        """Returns the codec of a flow of clips. Raises as `open_codec`."""
+        codec = self.open_codec()
+        assert isinstance(codec, ClipCodec)
+        return codec
+
+    def open_text_encoder(self) -> TextEncoder:
+        """Returns the text encoder. Raises as `open_text_encoder`."""
+        assert isinstance(self.model, STARFlowConfig)  # no other flow takes texts
+        return open_text_encoder(self.text, length=self.model.text_length, dim=self.model.text_dim)
+
+    def condition(
+        self,
+        prompts: Sequence[str],
+        grid: tuple[int, int] | None = None,
+        *,
+        truncate: bool = False,
+        still: bool = False,
+    ) -> TextCondition:
+        """Returns prompts as conditions of the model, wrapped as captions were in training.
+
+        grid: (height, width) of the images; None is the model's. truncate: cut prompts that are too long, as captions.
+        still: for images among clips, whose texts name no frame rate.
+        """
+        encoder = self.open_text_encoder()
+        wrapped = [self._wrapped(prompt, grid, still) for prompt in prompts]
+        return TextCondition(*map(jnp.asarray, encoder(wrapped, truncate=truncate)))
+
+    def empty_text(self, grid: tuple[int, int] | None = None, *, still: bool = False) -> TextCondition:
+        """Returns the wrapped empty text, which guidance leads away from and which replaces captions in training;
+        encoded once. grid, still: as for `condition`."""
+        return encoded_text(self.open_text_encoder(), self._wrapped("", grid, still))
+
+    def _wrapped(self, prompt: str, grid: tuple[int, int] | None, still: bool) -> str:
+        assert self.text is not None
+        template = self.text.template(self.model.noise_std, still=still)
+        return template(prompt, self.model.grid_size if grid is None else grid)
+
+    def latent_size(self, aspect: str) -> tuple[int, int]:
+        """Returns (height, width) of the latents of images in an aspect ratio, of about the model's area.
+
+        Raises ValueError if the aspect is not one of the nine, or the model has one size.
+        """
+        factor = self.open_codec().factor
+        side = round(math.sqrt(math.prod(self.model.grid_size)) * factor)
+        height, width = aspect_size(aspect, side, factor * self.model.patch_size)
+        return height // factor, width // factor
+
+    def with_digests(self, made: dict[str, Any] | None) -> Encoding:
+        """Returns the encoding with the digests of its autoencoder and text encoder, as they are kept with a run.
+
+        made: what cached latents say of the text encoder they were made with; one of the same name takes its digest and
+        is not opened. A network whose place is not known gets no digest.
+        """
+        codec, text = self.codec, self.text
+        if isinstance(codec, PretrainedAutoencoder) and codec.digest is None and codec.path:
+            codec = dataclasses.replace(codec, digest=codec_digest(self.open_codec()))
+        if text is not None and text.digest is None and text.encoder:
+            if made is None:
+                text = dataclasses.replace(text, digest=text_digest(self.open_text_encoder()))
+            elif (by := made.get("text")) is not None:
+                same = Path(by["encoder"]).name == Path(text.encoder).name
+                digest = by["digest"] if same else text_digest(self.open_text_encoder())
+                text = dataclasses.replace(text, digest=digest)
+        return dataclasses.replace(self, codec=codec, text=text)

@@ -1,0 +1,146 @@
+"""An experiment as plain data: what to train, on what, how, and what it is expected to reach.
+
+`Experiment` is what all kinds have in common. A kind is one file: a frozen dataclass with the groups of fields that it
+needs, and its methods. A config file gives one; JSON round-trips exactly and is saved with every run.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, ClassVar, NamedTuple, Self
+
+import numpy as np
+from flax import linen as nn
+
+from flowgen import fields
+from flowgen.data.inventory import name_list
+from flowgen.experiments.drawing import DrawOptions, EvaluateOptions
+from flowgen.training import Job, LogConfig, OptimConfig, TrainConfig
+from flowgen.training.options import check_warmups
+
+# Fields that a resumed run may change: they do not touch what the checkpoint holds or the data it has seen. (Of the
+# frozen networks the digest counts, wherever they lie. Names of classes are compared apart.)
+RESUMABLE = ("name", "train.steps", "log.", "sampling.", "reference", "codec.path", "text.encoder", "data.classes")
+
+
+class Samples(NamedTuple):
+    """What an experiment draws.
+
+    arrays: images `num height width c` or clips `num frames height width c` in [-1, 1], or points `num 2`.
+    conditions: what each was drawn for, by name: labels or prompts, `num`.
+    """
+
+    arrays: np.ndarray
+    conditions: dict[str, np.ndarray]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment(abc.ABC):
+    """A model, its data and its training. Each kind is a dataclass of its own, with the groups that it needs.
+
+    name: of the experiment, as a title.
+    model: what is trained.
+    data: what it is trained on.
+    optim: the optimizer.
+    train: length and batch.
+    log: reports and checkpoints.
+    reference: expected metrics by name, published or measured, as the config's docstring explains.
+
+    Example:
+        experiment = flowgen.load_config("configs/tarflow_digits.py")
+        result = flowgen.fit(experiment, "runs/digits")
+    """
+
+    # The options of drawing and of evaluation beside the fields of the experiment; None draws nothing.
+    draw_options: ClassVar[type[DrawOptions] | None] = None
+    evaluate_options: ClassVar[type[EvaluateOptions]] = EvaluateOptions
+
+    name: str
+    model: Any  # Each kind says which configs it takes.
+    data: Any
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    log: LogConfig = LogConfig()
+    reference: dict[str, float] = field(default_factory=dict)
+
+    @abc.abstractmethod
+    def build(self) -> nn.Module:
+        """Returns the model, without parameters."""
+
+    @property
+    @abc.abstractmethod
+    def best_metric(self) -> str:
+        """The evaluated metric by which checkpoints are compared; lower is better."""
+
+    @property
+    def drawn_channels(self) -> int | None:
+        """The channels of the images or clips that samples are; None of points."""
+        return None
+
+    @abc.abstractmethod
+    def job(self) -> Job:
+        """Returns what the training loop needs, with the data opened."""
+
+    def draw(self, model: Any, variables: Any, options: Any, say: Callable[[str], None] = lambda line: None) -> Samples:
+        """Returns `sampling.num` samples, as `options`, of the type `draw_options`, ask; `say` is told what each batch
+        cost."""
+        raise ValueError(f"a {type(self).__name__} draws no samples.")
+
+    @abc.abstractmethod
+    def evaluate(self, model: Any, variables: Any, options: Any) -> list[str]:
+        """Returns lines with what a trained model is worth, as `options`, of the type `evaluate_options`, ask."""
+
+    @abc.abstractmethod
+    def debug(self) -> Self:
+        """Returns the experiment made small enough to train and sample in seconds on a CPU, on data that ship with
+        flowgen. The kind of model and of training stays."""
+
+    def with_provenance(self) -> Self:
+        """Returns the experiment as it is kept with a run: with what its data and frozen networks are."""
+        return self
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain values for JSON; `flowgen.experiments.from_json` gives the same experiment back."""
+        return {fields.TYPE: type(self).__name__, **fields.to_plain(self)}
+
+    @classmethod
+    def from_json(cls, plain: Mapping[str, Any]) -> Self:
+        """Returns the experiment of this kind of `to_json`; ValueError names an unknown field or a wrong value."""
+        kind = plain.get(fields.TYPE)
+        if kind != cls.__name__:
+            raise ValueError(f"type is {kind!r:.80}; this is a {cls.__name__}.")
+        return fields.from_plain(cls, {name: value for name, value in plain.items() if name != fields.TYPE})
+
+    def check_resumable(self, saved: dict[str, Any]) -> None:
+        """Raises ValueError naming the fields in which a run begun with `saved` does not fit this experiment."""
+        begun = self.from_json(saved)
+        lines = fields.differences(begun.to_json(), self.from_json(self.to_json()).to_json())
+        # A run that was begun without the digest of a frozen network does not know which it was.
+        changed = [line for line in lines if not line.startswith(RESUMABLE) and ".digest: None -> " not in line]
+        changed += _renamed(begun.data, self.data)
+        if changed:
+            raise ValueError(
+                f"the run was begun with another config ({'; '.join(changed)}); undo that, or train in a new --workdir."
+            )
+
+    def check_warmups(self, others: Mapping[str, int] = MappingProxyType({})) -> None:
+        """Raises ValueError if a warm-up is longer than the training. others: warm-ups by field, beside `optim`'s."""
+        check_warmups({"optim.warmup_steps": self.optim.warmup_steps, **others}, self.train.steps)
+
+
+def _renamed(old: Any, new: Any) -> list[str]:
+    """Which classes a run began with and does not have now, and the other way round. A run that was begun without names
+    does not know what they were."""
+    before, now = getattr(old, "classes", ()), getattr(new, "classes", ())
+    if not before or not now or before == now:
+        return []
+    missing = name_list([name for name in before if name not in now])
+    unknown = name_list([name for name in now if name not in before])
+    if missing and not unknown:
+        fix = "; to go on without it, set --data.classes to the names that the run began with"
+        return [f"data.classes: {missing} missing{fix}"]
+    parts = [f"{missing} missing"] * bool(missing) + [f"{unknown} not known to the run"] * bool(unknown)
+    return [f"data.classes: {', '.join(parts) or f'{name_list(before)} in another order'}"]

@@ -1,0 +1,82 @@
+"""Experiments as files: Python files that define one, and the JSON that a run keeps."""
+
+from __future__ import annotations
+
+import difflib
+import runpy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from flowgen import fields
+from flowgen.experiments.autoencoder import AutoencoderExperiment
+from flowgen.experiments.experiment import Experiment
+from flowgen.experiments.flow import FlowExperiment
+from flowgen.experiments.matching import MatchingExperiment
+from flowgen.experiments.video_flow import VideoFlowExperiment
+from flowgen.runs import DIGEST
+
+KINDS: tuple[type[Experiment], ...] = (FlowExperiment, VideoFlowExperiment, MatchingExperiment, AutoencoderExperiment)
+# In a checkout they stand beside the package, in an installed flowgen within it.
+_PLACES = tuple(Path(__file__).parents[up] / "configs" for up in (2, 1))
+
+E = TypeVar("E", bound=Experiment)
+
+
+def load_config(path: str | Path) -> Experiment:
+    """Returns the experiment of a Python file that defines `config()`.
+
+    path: of the file, or the name of one that comes with flowgen, such as "tarflow_digits".
+
+    Raises FileNotFoundError if there is no such file, ValueError if it does not give an experiment.
+
+    Example:
+        experiment = load_config("configs/tarflow_digits.py")
+    """
+    make = runpy.run_path(str(config_path(path))).get("config")
+    experiment = make() if callable(make) else None
+    if not isinstance(experiment, Experiment):
+        kinds = ", ".join(kind.__name__ for kind in KINDS)
+        raise ValueError(f"config {path} must define config() that returns an experiment: {kinds}.")
+    return experiment
+
+
+def config_path(path: str | Path) -> Path:
+    """Returns where a config is, given by its path or by the name of one that comes with flowgen.
+
+    Raises FileNotFoundError if there is none, with the names that there are.
+
+    Example:
+        config_path("tarflow_digits")
+    """
+    if Path(path).is_file():
+        return Path(path)
+    known = {file.stem: file for place in _PLACES if place.is_dir() for file in sorted(place.glob("[!_]*.py"))}
+    if str(path) in known:
+        return known[str(path)]
+    close = difflib.get_close_matches(Path(path).stem, known, n=1)
+    meant = f"; did you mean {known[close[0]]}?" if close else "."
+    raise FileNotFoundError(f"config {path} does not exist{meant} flowgen comes with {', '.join(known)}.")
+
+
+def override(experiment: E, arguments: Sequence[str]) -> E:
+    """Returns the experiment with `--group.field value` arguments applied; ValueError names what does not fit.
+
+    Example:
+        experiment = override(experiment, ["--optim.lr", "3e-4"])
+    """
+    return fields.override(experiment, arguments)
+
+
+def from_json(plain: Mapping[str, Any]) -> Experiment:
+    """Returns the experiment of `Experiment.to_json`; ValueError names an unknown field or a wrong value.
+
+    Example:
+        experiment = from_json(json.loads(text))
+    """
+    kinds = {kind.__name__: kind for kind in KINDS}
+    name = plain.get(fields.TYPE)
+    if not isinstance(name, str) or name not in kinds:
+        raise ValueError(f"type is {name!r:.80}; it must be one of {', '.join(kinds)}.")
+    # A saved config.json carries its digest, which `flowgen.runs` checks.
+    return kinds[name].from_json({field: value for field, value in plain.items() if field != DIGEST})

@@ -1,0 +1,176 @@
+"""Flows of images: a TARFlow or STARFlow trained by maximum likelihood on pixels or latents, sampled by decoding."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Self
+
+import jax
+import numpy as np
+
+from flowgen.conditioning import TextCondition
+from flowgen.data import DataConfig, Source
+from flowgen.data.buckets import BucketedSource
+from flowgen.data.sources import Split
+from flowgen.decoding import sample
+from flowgen.evaluation import flow_bits_per_dim, flow_nats_per_dim, gaussian_bits_per_dim
+from flowgen.experiments.autoregressive import (
+    AutoregressiveExperiment,
+    FlowDrawOptions,
+    FlowEvaluateOptions,
+    decoding_line,
+)
+from flowgen.experiments.debug import debug_flow, debug_images, debug_run
+from flowgen.experiments.distances import sample_lines, sample_metrics, train_judge
+from flowgen.experiments.drawing import draw_in_batches
+from flowgen.experiments.experiment import Samples
+from flowgen.experiments.pictures import picture
+from flowgen.fields import type_name
+from flowgen.flows import STARFlow, STARFlowConfig, TARFlow, TARFlowConfig
+from flowgen.flows.density import nll_objective
+from flowgen.training import Job
+from flowgen.typed import typed
+
+IMAGES_AT_ONCE = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+@typed
+class FlowExperiment(AutoregressiveExperiment):
+    """A flow of images.
+
+    model: the flow.
+    data: the images that it is trained on.
+
+    Raises ValueError if the parts do not belong together.
+
+    Example:
+        experiment = FlowExperiment(name="digits", model=TARFlowConfig(image_size=8))
+    """
+
+    draw_options = FlowDrawOptions
+    evaluate_options = FlowEvaluateOptions
+
+    model: TARFlowConfig | STARFlowConfig
+    data: DataConfig = DataConfig()
+
+    def __post_init__(self):
+        if self.data.aspects and isinstance(self.model, TARFlowConfig):
+            raise ValueError("data.aspects is set, but a TARFlow has one size, as its parameters do; use a STARFlow.")
+        if self.likelihood.denoiser is not None:
+            kind = type_name(self.model)
+            raise ValueError(f"likelihood.denoiser is given, but a {kind} has no denoiser; leave it out.")
+        self.check_parts()
+        self.check_warmups()
+
+    def build(self) -> TARFlow | STARFlow:
+        """Returns the flow, without parameters."""
+        return TARFlow(self.model) if isinstance(self.model, TARFlowConfig) else STARFlow(self.model)
+
+    def job(self) -> Job:
+        """Returns what the training loop needs, with the data opened, and encoded if they were not."""
+        flow, source = self.build(), self.flow_dataset("train")
+        held_out = self.flow_dataset("eval") if self.has_held_out else None
+        return self.flow_job(
+            source,
+            partial(nll_objective, norm_penalty=self.likelihood.norm_penalty),
+            held_out=held_out,
+            evaluate=None if held_out is None else self._evaluator(flow, source, held_out),
+            sample=self.sampler(flow, held_out or source, self.draw_batch, picture),
+        )
+
+    def draw_batch(
+        self,
+        flow: Any,
+        variables: Any,
+        key: jax.Array,
+        cond: Any,
+        *,
+        num: int,
+        null: TextCondition | None = None,
+        first: int = 0,
+        certify: bool = False,
+    ) -> tuple[np.ndarray, str]:
+        """Returns images `num height width c` and a line on how they were decoded; image i depends on (key, i) alone.
+
+        cond: labels, a `TextCondition`, or None. null: the empty text of guidance, encoded here if not given.
+        Latents are decoded to images by the codec.
+        """
+        how, denoise = self.steering(flow, cond, null), self.sampling.denoise
+        result = sample(flow, variables, key, num, **how, denoise=denoise, first=first, certify=certify)
+        return np.asarray(self.encoding.open_codec().decode(result.x)), decoding_line(result)
+
+    def draw(
+        self, model: Any, variables: Any, options: FlowDrawOptions, say: Callable[[str], None] = lambda line: None
+    ) -> Samples:
+        """Returns `sampling.num` images; `say` is told what each batch cost."""
+        flow = model if options.aspect is None else model.at(*self.encoding.latent_size(options.aspect))
+        conditions, about = self.asked(flow, options.classes)
+
+        def batch(key: jax.Array, numbers: np.ndarray) -> tuple[np.ndarray, str]:
+            where = {"num": len(numbers), "first": int(numbers[0]), "certify": options.certify}
+            return self.draw_batch(flow, variables, key, **conditions(numbers), **where)
+
+        images = draw_in_batches(batch, self.sampling.num, options, say, batch=IMAGES_AT_ONCE)
+        return Samples(images, about)
+
+    def evaluate(self, model: Any, variables: Any, options: FlowEvaluateOptions) -> list[str]:
+        """Returns lines with the likelihood of the flow and of a Gaussian on a split, and the distance of samples."""
+        compared = self._compared(options.split) if options.samples else None
+        source = self.flow_dataset(options.split)
+        lines = self.likelihood_lines(model, variables, source, options)
+        if not self.is_latent:
+            lines += self._baseline_lines(model, source, options)
+        return lines if compared is None else lines + self._sample_lines(model, variables, options, *compared)
+
+    def debug(self) -> Self:
+        """Returns the experiment with a tiny flow of the same kind on the built-in digits, whose blocks of pixels stand
+        for latents and random features of words for texts."""
+        return debug_run(self, **debug_flow(self), data=debug_images(self.data))
+
+    def _compared(self, split: Split) -> tuple[Source, Source]:
+        """The images that samples are compared with, and those that the feature extractor is trained on."""
+        data = self.dataset(split)
+        train = self.dataset("train" if split == "eval" else split)
+        if isinstance(data, BucketedSource) or isinstance(train, BucketedSource):
+            raise ValueError("--samples compares images of one size, and data.aspects gives several; leave one out.")
+        return data, train
+
+    def _sample_lines(
+        self, flow: Any, variables: Any, options: FlowEvaluateOptions, data: Source, train: Source
+    ) -> list[str]:
+        conditions = self.conditions_of(data, unconditional=options.unconditional)
+        judge, num = train_judge(train), options.samples
+        of_samples = partial(self.draw_batch, flow, variables)
+        metrics = sample_metrics(of_samples, judge, data, num, seed=options.seed, conditions=conditions)
+        return sample_lines(metrics, judge, num, f"guidance {self.sampling.guidance:g}")
+
+    def _baseline_lines(self, flow: Any, source: Any, options: FlowEvaluateOptions) -> list[str]:
+        """The likelihood of a Gaussian under the same noise, if images have one size."""
+        fitted = self.flow_dataset("train" if options.split == "eval" else options.split)
+        if isinstance(source, BucketedSource) or isinstance(fitted, BucketedSource):
+            return []
+        bits = gaussian_bits_per_dim(fitted, source, noise_std=options.noise_std(flow))
+        return [f"bits/dim of a Gaussian fit {bits:.4f}"]
+
+    def _evaluator(self, flow: Any, train_source: Any, eval_source: Any) -> Callable[[Any], dict[str, float]]:
+        if self.is_latent:
+            return lambda variables: {
+                "nats_per_dim": flow_nats_per_dim(flow, variables, eval_source, jax.random.key(0))
+            }
+
+        @functools.cache  # The data do not change, and a run that never evaluates need not read them all.
+        def baseline() -> dict[str, float]:
+            if isinstance(eval_source, BucketedSource):
+                return {}
+            bits = gaussian_bits_per_dim(train_source, eval_source, noise_std=flow.config.noise_std)
+            return {"gaussian_bits_per_dim": bits}
+
+        def evaluated(variables: Any) -> dict[str, float]:
+            bits = flow_bits_per_dim(flow, variables, eval_source, jax.random.key(0))
+            return {"bits_per_dim": bits, **baseline()}
+
+        return evaluated

@@ -1,0 +1,86 @@
+"""The images or clips of an experiment: opened, in batches, and with the names of their classes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import jax
+
+from flowgen.data import (
+    Batch,
+    ClipsConfig,
+    DataConfig,
+    Loader,
+    PointsConfig,
+    Source,
+    check_classes,
+    found_classes,
+    load,
+    prefetch,
+)
+from flowgen.data.buckets import BucketedSource, BucketLoader
+from flowgen.data.latents import LatentSource
+from flowgen.data.sources import Split
+from flowgen.experiments.experiment import Experiment
+from flowgen.training import TrainConfig
+
+E = TypeVar("E", bound=Experiment)
+
+
+def image_source(data: DataConfig, model: Any, split: Split) -> Source:
+    """Returns the images of a split at the size of a model's config. Raises ValueError if they do not fit each other.
+
+    Example:
+        source = image_source(experiment.data, experiment.model, "train")
+    """
+    source = load(data, image_size=model.grid_size, channels=model.channels, split=split)
+    if not isinstance(source, Source):
+        raise ValueError("data.aspects is set, but this model has one size; leave it out.")
+    if model.num_classes:
+        check_classes(source, model.num_classes)
+    return source
+
+
+def with_class_names(experiment: E) -> E:
+    """Returns the experiment with the names of the classes of its data, as it is kept with a run; itself if it has
+    names already, or its model has no use for them.
+
+    Example:
+        with_class_names(experiment).data.classes  # ("cat", "dog", "fox")
+    """
+    data = experiment.data
+    if not getattr(experiment.model, "num_classes", 0) or isinstance(data, PointsConfig) or data.classes:
+        return experiment
+    if data.source in ("folder", "npz", "encoded") and not data.path:  # as of published weights
+        return experiment
+    return dataclasses.replace(experiment, data=dataclasses.replace(data, classes=found_classes(data)))
+
+
+def image_batches(
+    source: Source | BucketedSource, data: DataConfig | ClipsConfig, train: TrainConfig
+) -> Callable[[int, int], Iterator[Batch]]:
+    """Returns this process's batches of steps start..stop-1, a function for `Job`; latents were mirrored before.
+
+    Example:
+        batches = image_batches(source, experiment.data, experiment.train)(0, 1000)
+    """
+    options: dict[str, Any] = {
+        "batch_size": train.batch_size,
+        "seed": train.seed,
+        "flip": data.flip and not holds_latents(source),
+        "process_index": jax.process_index(),
+        "process_count": jax.process_count(),
+    }
+    loader = BucketLoader(source, **options) if isinstance(source, BucketedSource) else Loader(source, **options)
+    return lambda start, stop: prefetch(loader, start, stop)
+
+
+def holds_latents(source: Source | BucketedSource) -> bool:
+    """Returns whether a source gives latents instead of pictures.
+
+    Example:
+        holds_latents(LatentSource((shard,)))  # True
+    """
+    return isinstance(source.buckets[0] if isinstance(source, BucketedSource) else source, LatentSource)

@@ -1,0 +1,449 @@
+"""Velocity networks: flow matching on images or points, sampling by solvers, distances to the data."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, Any, Literal, Self, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from flowgen.conditioning import UNCONDITIONAL
+from flowgen.data import DataConfig, PointsConfig, Source, blank_batches, fixed_batches, from_uint8, take_inventory
+from flowgen.data.classes import parse_classes
+from flowgen.data.sources import Split
+from flowgen.evaluation import point_metrics, point_samples, velocity_bits_per_dim
+from flowgen.experiments.debug import SAMPLES, debug_images, debug_run
+from flowgen.experiments.distances import sample_lines, sample_metrics, train_judge
+from flowgen.experiments.drawing import DrawOptions, EvaluateOptions, cycled_labels, draw_in_batches, drawn_classes
+from flowgen.experiments.experiment import Experiment, Samples
+from flowgen.experiments.images import image_batches, image_source, with_class_names
+from flowgen.experiments.pictures import DRAWABLE_CHANNELS, DRAWN_PATHS, path_plot, picture
+from flowgen.fields import type_name
+from flowgen.matching import (
+    DiT,
+    DiTConfig,
+    MatchingConfig,
+    MeanFlow,
+    MLPConfig,
+    UNet,
+    UNetConfig,
+    VelocityMLP,
+    edm_times,
+    guided,
+    integrate,
+    integrate_mean,
+    log_prob,
+    matching_objective,
+    trajectory,
+    velocity_field,
+)
+from flowgen.matching.objective import REPORT_PAIRS
+from flowgen.models import init
+from flowgen.ranges import Samples as NumSamples
+from flowgen.ranges import Within, check_ranges
+from flowgen.rows import batch_rows
+from flowgen.training import Job
+from flowgen.typed import typed
+
+IMAGES_AT_ONCE = 64
+POINTS = 1000  # that an evaluation draws unless it is told how many
+Solver = Literal["euler", "midpoint", "heun", "rk4", "dopri5", "mean_flow"]
+PLOT_STEPS = 60
+
+
+@dataclass(frozen=True)
+@typed
+class SolverConfig:
+    """How samples are drawn, in training and by default in `sample.py`.
+
+    num: samples of a picture; at least 1.
+    method: a solver of `flowgen.matching.integrate`, or "mean_flow" for networks of average velocities.
+    num_steps: of all methods but "dopri5"; at least 1.
+    times: "uniform", or "edm", steps that grow finer towards the data.
+    rtol: relative error that "dopri5" allows; positive.
+    atol: absolute error that "dopri5" allows; positive.
+    guidance: weight w of (1 + w) v_c - w v_u; 0 for none.
+    guidance_interval: times in [0, 1] between which guidance acts.
+    frechet_samples: pictures that each evaluation draws and compares with held-out ones; 0 for none.
+    """
+
+    num: NumSamples = 64
+    method: Solver = "heun"
+    num_steps: Annotated[int, Within(1, 1 << 20)] = 25
+    times: Literal["uniform", "edm"] = "uniform"
+    rtol: float = 1e-5
+    atol: float = 1e-5
+    guidance: float = 0.0
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    frechet_samples: Annotated[int, Within(0, 1 << 24)] = 0
+
+    def __post_init__(self):
+        for name, least in (("num", 1), ("num_steps", 1), ("frechet_samples", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"sampling.{name} is {value}; it must be a whole number of at least {least}.")
+        check_ranges(self, "sampling")
+        if self.method not in get_args(Solver):
+            raise ValueError(f"sampling.method is {self.method!r}; choose one of {', '.join(get_args(Solver))}.")
+        for name in ("rtol", "atol"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"sampling.{name} is {getattr(self, name)}; it must be positive and finite.")
+        if not 0 <= self.guidance < float("inf"):
+            raise ValueError(f"sampling.guidance is {self.guidance}; it must be 0 (none) or positive.")
+        low, high = self.guidance_interval
+        if not 0 <= low < high <= 1:
+            raise ValueError(
+                f"sampling.guidance_interval is {self.guidance_interval}; give increasing times in [0, 1]."
+            )
+        if self.frechet_samples == 1:
+            raise ValueError("sampling.frechet_samples is 1; a distance needs at least 2, or 0 for none.")
+        if self.times == "edm" and self.num_steps < 2:
+            raise ValueError(f"sampling.num_steps is {self.num_steps}; the grid 'edm' needs at least 2.")
+        if self.times == "edm" and self.method in ("dopri5", "mean_flow"):
+            raise ValueError(f"sampling.times is 'edm', but {self.method} takes no grid; set it to 'uniform'.")
+
+
+@dataclass(frozen=True)
+@typed
+class VelocityDrawOptions(DrawOptions):
+    """What is asked of one drawing from a velocity network, beside the fields of `sampling`.
+
+    classes: classes to draw in turn, by name or number: cat,dog or 0,1,2; -1 is unconditional (--classes=-1,3).
+    """
+
+    classes: str | None = None
+
+
+@dataclass(frozen=True)
+@typed
+class VelocityEvaluateOptions(EvaluateOptions):
+    """What is asked of one evaluation of a velocity network.
+
+    samples: to draw and compare with the data; 0 is as many as there are images, or 1,000 points.
+    unconditional: give no labels to a class model.
+    """
+
+    samples: Annotated[int, Within(0, 1 << 24)] = 0
+    unconditional: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+@typed
+class MatchingExperiment(Experiment):
+    """A velocity network, trained by flow matching.
+
+    model: the network.
+    data: the images, or points, that it is trained on.
+    matching: how it is trained: path, coupling and loss.
+    sampling: how samples are drawn.
+
+    Raises ValueError if the parts do not belong together.
+
+    Example:
+        experiment = MatchingExperiment(name="moons", model=MLPConfig(dim=2), data=PointsConfig())
+    """
+
+    draw_options = VelocityDrawOptions
+    evaluate_options = VelocityEvaluateOptions
+
+    model: MLPConfig | DiTConfig | UNetConfig
+    data: DataConfig | PointsConfig = DataConfig()
+    matching: MatchingConfig = MatchingConfig()
+    sampling: SolverConfig = SolverConfig()
+
+    def __post_init__(self):
+        self._check_data()
+        self._check_loss()
+        self.check_warmups()
+
+    def _check_data(self) -> None:
+        model, kind, points = self.model, type_name(self.model), isinstance(self.data, PointsConfig)
+        if points != isinstance(model, MLPConfig):
+            wanted = "images, so give a DataConfig" if points else "points in the plane, so give a PointsConfig"
+            raise ValueError(f"data is {self.data}; a {kind} is trained on {wanted}.")
+        if isinstance(model, MLPConfig) and (model.dim != 2 or model.num_classes):
+            raise ValueError(
+                f"model has dim {model.dim} and num_classes {model.num_classes}; these points have 2 and none."
+            )
+        if getattr(self.matching.coupling, "class_aware", False) and not model.num_classes:
+            raise ValueError("matching.coupling.class_aware is true, but the model has no classes; set it to false.")
+        if self.train.label_dropout >= 1:
+            raise ValueError("train.label_dropout is 1.0; some labels must be left to learn from, so set it below 1.")
+
+    def _check_loss(self) -> None:
+        loss, sampling = self.matching.loss, self.sampling
+        mean = isinstance(loss, MeanFlow)
+        if mean and not getattr(self.model, "spans", False):
+            kind = type_name(self.model)
+            raise ValueError(f"matching.loss is MeanFlow, which needs model.spans true; this {kind} has no spans.")
+        if sampling.method == "mean_flow" and not mean:
+            raise ValueError(
+                "sampling.method is 'mean_flow', which needs matching.loss MeanFlow; choose another method."
+            )
+        if sampling.guidance and sampling.method == "mean_flow":
+            raise ValueError(
+                f"sampling.guidance is {sampling.guidance}, but mean_flow draws with the guidance that was learned; "
+                "set matching.loss.guidance_weight, and sampling.guidance to 0."
+            )
+        self._check_guidance("sampling.guidance", sampling.guidance)
+        if isinstance(loss, MeanFlow):
+            self._check_guidance("matching.loss.guidance_weight", loss.guidance_weight)
+
+    def _check_guidance(self, name: str, weight: float) -> None:
+        """Raises ValueError if there is no class to guide to, or no field to guide away from is learned."""
+        if weight and not self.model.num_classes:
+            raise ValueError(
+                f"{name} is {weight}, but the model has no classes to guide to (num_classes 0); set it to 0."
+            )
+        if weight and not self.train.label_dropout:
+            raise ValueError(
+                f"{name} is {weight}, but with train.label_dropout 0 the field without class, which it needs, is not "
+                f"learned; train with 0.1, or set {name} to 0."
+            )
+
+    @property
+    def best_metric(self) -> str:
+        """The evaluated metric by which checkpoints are compared; lower is better."""
+        if isinstance(self.data, PointsConfig):
+            return "w2"
+        return "frechet" if self.sampling.frechet_samples else "loss"
+
+    @property
+    def drawn_channels(self) -> int | None:
+        """The channels of the images that samples are; None of points."""
+        return None if isinstance(self.model, MLPConfig) else self.model.channels
+
+    def build(self) -> VelocityMLP | DiT | UNet:
+        """Returns the network, without parameters."""
+        if isinstance(self.model, MLPConfig):
+            return VelocityMLP(self.model)
+        return DiT(self.model) if isinstance(self.model, DiTConfig) else UNet(self.model)
+
+    def with_provenance(self) -> Self:
+        """Returns the experiment with the names of its classes."""
+        return with_class_names(self)
+
+    def dataset(self, split: Split) -> Source:
+        """Returns the images of a split at the model's size."""
+        if isinstance(self.data, PointsConfig):
+            raise ValueError("data are points, which are drawn and not opened; use data.draw(key, num).")
+        return image_source(self.data, self.model, split)
+
+    def job(self) -> Job:
+        """Returns what the training loop needs, with the data opened and an epsilon that was left open chosen."""
+        return self._images_job(self.data) if isinstance(self.data, DataConfig) else self._points_job(self.data)
+
+    def _points_job(self, data: PointsConfig) -> Job:
+        network = self.build()
+        matching = self.matching.fitted(*data.draw(jax.random.key(self.train.seed), REPORT_PAIRS))
+
+        def pairs(key, batch):
+            rows = batch_rows(batch, key, len(batch["blank"]))
+            x0, x1 = rows.draw_whole(data.draw)
+            return {"x0": x0, "x1": x1}
+
+        @jax.jit
+        def samples(variables, key):
+            return point_samples(velocity_field(network, variables, matching), data.draw, key)
+
+        def plot(variables: Any) -> np.ndarray:
+            key = jax.random.key(self.train.seed)
+            points, _ = self.draw_batch(network, variables, key, None, num=self.sampling.num)
+            return self.plot(network, variables, points, key)
+
+        return Job(
+            init=lambda key: {**init(network, key), **matching.state()},
+            objective=matching_objective(network, matching.loss_fn(), pairs),
+            batches=partial(blank_batches, self.train.batch_size // jax.process_count()),
+            evaluate=lambda variables: point_metrics(samples(_weights(variables), jax.random.key(1))),
+            sample=plot,
+            best_metric=self.best_metric,
+        )
+
+    def _images_job(self, data: DataConfig) -> Job:
+        network, source = self.build(), self.dataset("train")
+        order = np.random.default_rng(self.train.seed).permutation(len(source))
+        x1 = from_uint8(source[np.sort(order[:REPORT_PAIRS])]["image"])
+        x0 = jax.random.normal(jax.random.key(self.train.seed), x1.shape)
+        matching = self.matching.fitted(x0, jnp.asarray(x1))
+        held_out = self.dataset("eval") if data.eval_fraction > 0 else None
+        pairs = partial(_image_pairs, conditional=self.model.num_classes > 0)
+        classes = drawn_classes(self.model, self.data)
+
+        def picture_of(variables: Any) -> np.ndarray:
+            labels, key = cycled_labels(self.sampling.num, classes), jax.random.key(self.train.seed)
+            images, _ = self.draw_batch(network, variables, key, labels, num=self.sampling.num)
+            return picture(images, classes)
+
+        loss = matching.loss_fn(label_dropout=self.train.label_dropout)
+        return Job(
+            init=lambda key: {**init(network, key), **matching.state()},
+            objective=matching_objective(network, loss, pairs),
+            batches=image_batches(source, data, self.train),
+            evaluate=None if held_out is None else self._evaluator(matching, network, source, held_out),
+            sample=picture_of if self.drawn_channels in DRAWABLE_CHANNELS else None,
+            best_metric=self.best_metric,
+            inventory=take_inventory(data, source, held_out),
+        )
+
+    def _evaluator(
+        self, matching: MatchingConfig, network: Any, source: Source, held_out: Source
+    ) -> Callable[[Any], dict[str, float]]:
+        """Held-out loss and, if samples are asked for, their Fréchet distance to held-out images."""
+        pairs = partial(_image_pairs, conditional=self.model.num_classes > 0)
+        loss = jax.jit(matching_objective(network, matching.loss_fn(), pairs, train=False))
+        judge = functools.cache(lambda: train_judge(source))
+
+        def evaluated(variables: Any) -> dict[str, float]:
+            size = min(self.train.batch_size, len(held_out))
+            rows = [
+                loss(variables, {name: batch[name] for name in ("image", "label")}, jax.random.key(index))[1]
+                for index, batch in enumerate(fixed_batches(held_out, size))
+                if batch["mask"].all()
+            ]
+            metrics = {name: float(np.mean([row[name] for row in rows])) for name in ("loss", "unweighted_loss")}
+            num = self.sampling.frechet_samples
+            if num:
+                of_samples = partial(self.draw_batch, network, variables)
+                conditions = _labels_of(held_out) if self.model.num_classes else None
+                metrics = {**sample_metrics(of_samples, judge(), held_out, num, conditions=conditions), **metrics}
+            return metrics
+
+        return evaluated
+
+    def draw_batch(
+        self, network: Any, variables: Any, key: jax.Array, cond: np.ndarray | None, *, num: int, first: int = 0
+    ) -> tuple[np.ndarray, str]:
+        """Returns samples `num *event` and a line on how they were drawn.
+
+        cond: labels, or None. Sample i depends on (key, i) alone; drawn by dopri5, whose steps suit the batch, it does
+        to its tolerance.
+        """
+        sampling = self.sampling
+        if sampling.guidance and cond is None:
+            raise ValueError(f"guidance is {sampling.guidance}, but no classes are given to guide to; set it to 0.")
+        x, evaluations = _draw(
+            network,
+            _weights(variables),
+            key,
+            first + jnp.arange(num),
+            None if cond is None else jnp.asarray(cond),
+            source=self.data.source if isinstance(self.data, PointsConfig) else None,
+            matching=dataclasses.replace(self.matching, coupling=MatchingConfig().coupling),
+            sampling=sampling,
+        )
+        return np.asarray(x), f"{sampling.method}, {int(evaluations)} evaluations"
+
+    def draw(
+        self, model: Any, variables: Any, options: VelocityDrawOptions, say: Callable[[str], None] = lambda line: None
+    ) -> Samples:
+        """Returns `sampling.num` samples; `say` is told what each batch cost."""
+        labels, num = self._labels(options.classes), self.sampling.num
+
+        def batch(key: jax.Array, numbers: np.ndarray) -> tuple[np.ndarray, str]:
+            cond = None if labels is None else labels[numbers]
+            return self.draw_batch(model, variables, key, cond, num=len(numbers), first=int(numbers[0]))
+
+        points = isinstance(self.data, PointsConfig)
+        samples = draw_in_batches(batch, num, options, say, batch=num if points else IMAGES_AT_ONCE)
+        return Samples(samples, {} if points else {"labels": np.full(num, -1) if labels is None else labels})
+
+    def _labels(self, classes: str | None) -> np.ndarray | None:
+        if classes is None:
+            return cycled_labels(self.sampling.num, drawn_classes(self.model, self.data))
+        if self.model.num_classes == 0:
+            raise ValueError(f"--classes is {classes}, but this model has no classes; leave it out.")
+        names = getattr(self.data, "classes", ())
+        return np.resize(np.array(parse_classes(classes, names, self.model.num_classes), np.int32), self.sampling.num)
+
+    def plot(self, network: Any, variables: Any, points: np.ndarray, key: jax.Array) -> np.ndarray:
+        """Returns a picture of the paths of the field (rk4) and of points that were drawn over data."""
+        assert isinstance(self.data, PointsConfig)
+        x0, data = self.data.draw(key, max(DRAWN_PATHS, len(points)))
+        velocity = velocity_field(network, _weights(variables), self.matching)
+        paths, _ = trajectory(velocity, x0[:DRAWN_PATHS], method="rk4", num_steps=PLOT_STEPS)
+        return path_plot(np.asarray(paths), points, np.asarray(data))
+
+    def evaluate(self, model: Any, variables: Any, options: VelocityEvaluateOptions) -> list[str]:
+        """Returns lines with the distances of fresh samples to data, and bits/dim of images."""
+        field = velocity_field(model, _weights(variables), self.matching)
+        if isinstance(self.data, PointsConfig):
+            num, draw = options.samples or POINTS, self.data.draw
+            samples = jax.jit(partial(point_samples, field, draw, num=num))(jax.random.key(options.seed))
+            return [f"{num} points"] + [f"{name} {value:.4f}" for name, value in point_metrics(samples).items()]
+        source = self.dataset(options.split)
+        conditional = self.model.num_classes > 0 and not options.unconditional
+
+        def log_density(x, labels, key):
+            return log_prob(field, x, labels if conditional else None, key=key)
+
+        bits = velocity_bits_per_dim(log_density, source, jax.random.key(options.seed), batch_size=options.batch)
+        num = options.samples or len(source)
+        judge = train_judge(self.dataset("train" if options.split == "eval" else options.split))
+        conditions = _labels_of(source) if conditional else None
+        guidance = self.sampling.guidance if conditional else 0.0
+        drawn = dataclasses.replace(self, sampling=dataclasses.replace(self.sampling, guidance=guidance))
+        of_samples = partial(drawn.draw_batch, model, variables)
+        metrics = sample_metrics(of_samples, judge, source, num, seed=options.seed, conditions=conditions)
+        return [
+            f"{len(source)} images ({options.split})",
+            f"bits/dim {bits:.4f} (uniform dequantisation, Hutchinson's estimate, rk4 with 50 steps)",
+            *sample_lines(metrics, judge, num, self.sampling.method),
+        ]
+
+    def debug(self) -> Self:
+        """Returns the experiment with a tiny network of the same kind, on points or the built-in digits."""
+        few = min(self.sampling.num_steps, 2)
+        sampling = dataclasses.replace(self.sampling, num=SAMPLES, num_steps=few, frechet_samples=0)
+        if isinstance(self.model, MLPConfig):
+            return debug_run(self, sampling=sampling, model=dataclasses.replace(self.model, width=16, num_layers=1))
+        assert isinstance(self.data, DataConfig)
+        return debug_run(self, sampling=sampling, model=self.model.shrunk(), data=debug_images(self.data))
+
+
+@partial(jax.jit, static_argnames=("network", "source", "matching", "sampling"))
+def _draw(network, variables, key, indices, labels, *, source, matching, sampling):
+    keys = jax.vmap(partial(jax.random.fold_in, key))(indices)
+    if source is None:
+        x0 = jax.vmap(lambda key: jax.random.normal(key, network.config.event_shape))(keys)
+    else:
+        x0 = jax.vmap(lambda key: PointsConfig(source=source).draw(key, 1)[0][0])(keys)
+    if sampling.method == "mean_flow":
+
+        def average(t, x, cond, span):
+            return network.apply(variables, t, x, cond, span)
+
+        return integrate_mean(average, x0, labels, num_steps=sampling.num_steps)
+    velocity = velocity_field(network, variables, matching)
+    if sampling.guidance:
+        velocity = guided(velocity, UNCONDITIONAL, weight=sampling.guidance, interval=sampling.guidance_interval)
+    return integrate(
+        velocity,
+        x0,
+        labels,
+        method=sampling.method,
+        num_steps=sampling.num_steps,
+        times=edm_times(sampling.num_steps) if sampling.times == "edm" else None,
+        rtol=sampling.rtol,
+        atol=sampling.atol,
+    )
+
+
+def _image_pairs(key: Array, batch: dict[str, Any], *, conditional: bool) -> dict[str, Any]:
+    return {"x1": from_uint8(batch["image"]), "cond": batch["label"] if conditional else None}
+
+
+def _labels_of(source: Source) -> Callable[[np.ndarray], np.ndarray]:
+    labels = source[np.arange(len(source))]["label"]
+    return lambda positions: labels[positions]
+
+
+def _weights(variables: Any) -> Any:
+    return {"params": variables["params"]}

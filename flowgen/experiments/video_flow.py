@@ -1,0 +1,294 @@
+"""Flows of clips: a STARFlowV and its denoiser trained at once, drawn as strips of frames and as video."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, Any, Self
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from flowgen.conditioning import TextCondition
+from flowgen.data import ClipsConfig
+from flowgen.data.sources import Source, Split
+from flowgen.decoding import Denoiser, sample_clips
+from flowgen.evaluation import flow_bits_per_dim, flow_nats_per_dim
+from flowgen.experiments.autoregressive import (
+    AutoregressiveExperiment,
+    FlowDrawOptions,
+    FlowEvaluateOptions,
+    decoding_line,
+)
+from flowgen.experiments.clips import (
+    check_length,
+    clips_alone,
+    denoised_psnr,
+    denoising_step,
+    frame_distances,
+    latent_frames,
+    of_batch,
+    read_given,
+    with_noise,
+)
+from flowgen.experiments.debug import debug_clips, debug_flow, debug_run
+from flowgen.experiments.drawing import draw_in_batches
+from flowgen.experiments.experiment import Samples
+from flowgen.experiments.pictures import strips
+from flowgen.flows import STARFlowV, STARFlowVConfig, denoiser_variables, flow_score_objective
+from flowgen.flows.density import nll_objective
+from flowgen.ranges import Within
+from flowgen.training import Job
+from flowgen.typed import typed
+
+CLIPS_AT_ONCE = 64
+DENOISED = 64  # held-out clips whose noise is removed, for the ratio of peak to error
+SMALL_SIDE = 10  # of bouncing digits of 8 pixels
+DEFAULT_FPS = 8.0
+# What both mp4 and GIF, which counts in hundredths of a second, can hold.
+LEAST_FPS, MOST_FPS = 0.1, 100.0
+NumFrames = Annotated[int, Within(1, 1 << 16)]
+
+
+@dataclass(frozen=True)
+@typed
+class ClipDrawOptions(FlowDrawOptions):
+    """What is asked of one drawing of clips, beside the fields of `sampling`.
+
+    frames: of a clip, any number; None is as in training.
+    given: image that clips begin with, or video, cut to fewer than the frames.
+    context: frames of latents that longer clips are continued from.
+    fps: frames per second of what is written; None is as in training.
+    progress: show a bar of the tokens that are decoded.
+    """
+
+    frames: NumFrames | None = None
+    given: str | None = None
+    context: NumFrames | None = None
+    fps: Annotated[float, Within(LEAST_FPS, MOST_FPS)] | None = None
+    progress: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+@typed
+class VideoFlowExperiment(AutoregressiveExperiment):
+    """A flow of clips and its denoiser.
+
+    model: the flow, and its denoiser if it has one.
+    data: the clips that it is trained on.
+
+    Raises ValueError if the parts do not belong together.
+
+    Example:
+        experiment = VideoFlowExperiment(name="digits", model=STARFlowVConfig(image_size=16, frames=6))
+    """
+
+    draw_options = ClipDrawOptions
+    evaluate_options = FlowEvaluateOptions
+
+    model: STARFlowVConfig
+    data: ClipsConfig = ClipsConfig()
+
+    def __post_init__(self):
+        self.check_parts()
+        self._check_denoiser()
+        if self.data.drop_first and self.model.frames < 3:
+            raise ValueError(
+                f"data.drop_first is {self.data.drop_first}, and clips of model.frames {self.model.frames} without "
+                "their first frame are images; set it to 0, or model.frames to 3 or more."
+            )
+        told = None if self.text is None else self.text.frames_per_second
+        fps = self.data.fps if self.data.source in ("real", "folder") else 0
+        if told and fps and told != fps:
+            raise ValueError(
+                f"text.frames_per_second is {told}, which texts would say of clips of data.fps {fps:g}; set them alike."
+            )
+        denoiser = self.likelihood.denoiser
+        self.check_warmups({} if denoiser is None else {"likelihood.denoiser.warmup_steps": denoiser.warmup_steps})
+
+    def _check_denoiser(self) -> None:
+        model, likelihood = self.model, self.likelihood
+        if not model.denoiser_layers:
+            if likelihood.denoiser is not None:
+                raise ValueError(
+                    "likelihood.denoiser is given, and model.denoiser_layers is 0; give the denoiser layers."
+                )
+            return
+        if likelihood.norm_penalty:
+            raise ValueError(
+                f"likelihood.norm_penalty is {likelihood.norm_penalty}, which would mix with the score that the "
+                "denoiser learns; set it to 0, or model.denoiser_layers."
+            )
+        if model.noise_std == 0:
+            raise ValueError(
+                "model.noise_std is 0, so a denoiser has nothing to remove; set it, or model.denoiser_layers."
+            )
+        if self.sampling.denoise not in (0, 1):
+            raise ValueError(
+                f"sampling.denoise is {self.sampling.denoise}; a learned denoiser takes the whole step: use 0 or 1."
+            )
+
+    def build(self) -> STARFlowV:
+        """Returns the flow, without parameters."""
+        return STARFlowV(self.model)
+
+    def dataset(self, split: Split) -> Source:
+        """Returns the clips of a split, at the size from which the codec makes the model's latents."""
+        return clips_alone(super().dataset(split))
+
+    def job(self) -> Job:
+        """Returns what the training loop needs, with the data opened, and encoded if they were not."""
+        flow, source = self.build(), self.flow_dataset("train")
+        held_out = clips_alone(self.flow_dataset("eval")) if self.has_held_out else None
+        likelihood, has_denoiser = self.likelihood, self.model.denoiser_layers > 0
+        return self.flow_job(
+            source,
+            flow_score_objective if has_denoiser else partial(nll_objective, norm_penalty=likelihood.norm_penalty),
+            held_out=held_out,
+            evaluate=None if held_out is None else self._evaluator(flow, held_out),
+            sample=self.sampler(
+                flow, held_out or clips_alone(source), self.draw_batch, lambda drawn, classes: strips(drawn)
+            ),
+            optims={"denoiser": likelihood.denoiser or self.optim} if has_denoiser else {},
+        )
+
+    def draw_batch(
+        self,
+        flow: Any,
+        variables: Any,
+        key: jax.Array,
+        cond: Any,
+        *,
+        num: int,
+        null: TextCondition | None = None,
+        first: int = 0,
+        given: Float[np.ndarray, "given height width c"] | None = None,
+        **how: Any,
+    ) -> tuple[np.ndarray, str]:
+        """Returns clips `num frames height width c` and a line on how they were decoded; clip i depends on (key, i)
+        alone.
+
+        cond: labels, a `TextCondition`, or None. null: the empty text of guidance, encoded here if not given.
+        given: images in [-1, 1] that all clips begin with, which come back as the codec keeps them.
+        how: frames (of latents), context, restart_cond, progress and certify of `sample_clips`.
+        Latents are decoded to clips by the codec.
+        """
+        codec, clean = self.encoding.open_clip_codec(), None
+        if given is not None:
+            mean, _ = codec.moments(given[None])
+            clean = np.broadcast_to(mean, (num, *mean.shape[1:]))
+        result = sample_clips(
+            flow,
+            variables,
+            key,
+            num,
+            **self.steering(flow, cond, null),
+            given=None if clean is None else with_noise(flow, clean, key, first),
+            denoise=self._denoiser(flow, variables),
+            first=first,
+            **how,
+        )
+        latents = np.asarray(result.x)
+        if clean is not None:
+            latents = np.concatenate([clean, latents[:, clean.shape[1] :]], axis=1)
+        return np.asarray(codec.decode(latents)), decoding_line(result)
+
+    def draw(
+        self,
+        model: Any,
+        variables: Any,
+        options: ClipDrawOptions,
+        say: Callable[[str], None] = lambda line: None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Samples:
+        """Returns `sampling.num` clips; `say` is told what each batch cost, `progress` as `sample_clips` tells it.
+
+        Raises ValueError if the codec makes no clips of so many frames, or what is given does not fit.
+        """
+        flow = model if options.aspect is None else model.at(*self.encoding.latent_size(options.aspect))
+        codec, given = self.encoding.open_clip_codec(), None
+        check_length(codec, self.model.frames, options.frames, options.context)
+        if options.given is not None:
+            given = read_given(codec, flow, options.given, frames=options.frames, fps=self.data.fps or None)
+        conditions, about = self.asked(flow, options.classes)
+        how = {
+            "frames": None if options.frames is None else latent_frames(codec, options.frames),
+            "context": options.context,
+            "given": given,
+            "certify": options.certify,
+            "progress": progress,
+        }
+
+        def batch(key: jax.Array, numbers: np.ndarray) -> tuple[np.ndarray, str]:
+            where = {"num": len(numbers), "first": int(numbers[0])}
+            return self.draw_batch(flow, variables, key, **conditions(numbers), **where, **how)
+
+        return Samples(draw_in_batches(batch, self.sampling.num, options, say, batch=CLIPS_AT_ONCE), about)
+
+    def fps(self, asked: float | None) -> float:
+        """Returns frames per second of videos: as asked for, else those of the clips that the flow was trained on."""
+        if asked is not None:
+            return asked
+        # Of cached latents the texts know it, if they say it.
+        told = None if self.text is None else self.text.frames_per_second
+        fps = float(told or self.data.fps)
+        return fps if LEAST_FPS <= fps <= MOST_FPS else DEFAULT_FPS
+
+    def evaluate(self, model: Any, variables: Any, options: FlowEvaluateOptions) -> list[str]:
+        """Returns lines with the likelihood of the flow on a split, what its noise looks like once removed, and how far
+        frames of samples and of data move; latents are decoded first."""
+        source = clips_alone(self.flow_dataset(options.split))
+        lines = self.likelihood_lines(model, variables, source, options)
+        key, codec = jax.random.key(options.seed), self.encoding.open_clip_codec()
+        ratios = denoised_psnr(codec, model, variables, source, key, most=DENOISED)
+        lines.append("PSNR of noisy clips " + ", ".join(f"{how} {ratio:.2f} dB" for how, ratio in ratios.items()))
+        if not options.samples or model.config.frames == 1:  # One frame has none to move to.
+            return lines
+        conditions = self.conditions_of(source, unconditional=options.unconditional)
+        cond = None if conditions is None else conditions(np.arange(options.samples) % len(source))
+        clips, _ = self.draw_batch(model, variables, key, cond, num=options.samples)
+        real = codec.decode(of_batch(source[np.arange(min(len(source), options.samples))]))
+        for name, frames in (("samples", clips), ("data", real)):
+            near, far = frame_distances(np.clip(frames, -1, 1))
+            lines.append(f"frames of {len(frames)} {name}: distance to the next {near:.4f}, to any other {far:.4f}")
+        return lines
+
+    def debug(self) -> Self:
+        """Returns the experiment with a tiny flow of the same kind on bouncing digits."""
+        changes = debug_flow(self)
+        changes["model"] = dataclasses.replace(
+            changes["model"],
+            image_size=-(-SMALL_SIDE // changes["model"].patch_size) * changes["model"].patch_size,
+            frames=min(self.model.frames, 3),
+            # The deep block keeps its order if one block is above it.
+            layers=(1, 1) if self.model.order == "L2R" else (0, 1, 1),
+            denoiser_layers=min(self.model.denoiser_layers, 1),
+        )
+        likelihood = self.likelihood
+        if (optim := likelihood.denoiser) is not None:
+            optim = dataclasses.replace(optim, warmup_steps=min(optim.warmup_steps, 2))
+            likelihood = dataclasses.replace(likelihood, denoiser=optim)
+        return debug_run(self, **changes, likelihood=likelihood, data=debug_clips(self.data))
+
+    def _denoiser(self, flow: Any, variables: Any) -> float | Denoiser:
+        """What samples are denoised with: the learned denoiser if the flow has one, else the score step."""
+        strength = self.sampling.denoise
+        if not flow.config.denoiser_layers or strength == 0:
+            return strength
+        return Denoiser(denoising_step(flow), denoiser_variables(variables))
+
+    def _evaluator(self, flow: Any, held_out: Any) -> Callable[[Any], dict[str, float]]:
+        codec = self.encoding.open_clip_codec()
+
+        def evaluated(variables):
+            key = jax.random.key(0)
+            density = flow_nats_per_dim if self.is_latent else flow_bits_per_dim
+            metrics = {self.best_metric: density(flow, variables, held_out, key, batch_size=DENOISED)}
+            ratios = denoised_psnr(codec, flow, variables, held_out, key, most=DENOISED)
+            names = {"by the score": "psnr_score", "by the denoiser": "psnr_denoiser"}
+            return metrics | {names[how]: ratio for how, ratio in ratios.items() if how in names}
+
+        return evaluated
