@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from flowgen import checkpoint
-from flowgen.config import Experiment, from_json
+from flowgen.experiments import Experiment, from_json
 from flowgen.flows import TARFlowConfig, init
 from flowgen.runs import flatten
 from flowgen.training import CheckpointReader, CheckpointStore
@@ -20,7 +20,7 @@ from flowgen.training import CheckpointReader, CheckpointStore
 MODEL = TARFlowConfig(
     image_size=4, channels=1, patch_size=2, width=8, head_dim=8, num_blocks=2, layers_per_block=1, num_classes=2
 )
-EXPERIMENT = Experiment(name="tiny", model=MODEL)
+EXPERIMENT = FlowExperiment(name="tiny", model=MODEL)
 CONFIG = {"toy": [1, 2.5, "ü", None]}
 
 
@@ -75,7 +75,7 @@ def copied(saved, tmp_path):
 @pytest.fixture(scope="module")
 def weights():
     """Perturbed, so that an array in another's place is seen."""
-    leaves, tree = jax.tree.flatten(jax.tree.map(np.asarray, init(EXPERIMENT.flow(), jax.random.key(0))))
+    leaves, tree = jax.tree.flatten(jax.tree.map(np.asarray, init(EXPERIMENT.build(), jax.random.key(0))))
     rng = np.random.default_rng(0)
     noisy = [leaf + rng.normal(size=leaf.shape).astype(leaf.dtype) for leaf in leaves]
     return jax.tree.unflatten(tree, noisy)

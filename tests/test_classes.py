@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flowgen import checkpoint, cli, config
-from flowgen.config import Experiment
+from flowgen import checkpoint, cli, experiments
+from flowgen.experiments import Experiment
 from flowgen.data import ArraySource, ClipsConfig, DataConfig, check_classes, found_classes, load, load_clips
 from flowgen.data.latents import LatentWriter, Shard, read_latents
 from flowgen.evaluation import flow_bits_per_dim
@@ -199,10 +199,10 @@ def test_classes_that_the_data_do_not_have_are_told(caplog):
 def test_cached_latents_of_an_experiment_have_the_numbers_of_its_run(tmp_path):
     model = TARFlowConfig(image_size=4, channels=1, patch_size=2, width=16, head_dim=8, num_blocks=2, num_classes=3)
     data = DataConfig("encoded", path=str(encoded(tmp_path / "set", ("dog", "fox"))))
-    fresh = Experiment(name="latents", model=dataclasses.replace(model, noise_std=0.3), data=data)
-    assert fresh.sealed().data.classes == ("dog", "fox")
+    fresh = FlowExperiment(name="latents", model=dataclasses.replace(model, noise_std=0.3), data=data)
+    assert fresh.with_provenance().data.classes == ("dog", "fox")
     experiment = dataclasses.replace(fresh, data=dataclasses.replace(data, classes=KNOWN))
-    assert experiment.sealed() == experiment
+    assert experiment.with_provenance() == experiment
     assert flow_source(experiment, "train")[np.arange(2)]["label"].tolist() == [1, 2]
 
 
@@ -212,7 +212,7 @@ def test_pictures_beside_clips_have_the_numbers_of_the_clips(tmp_path):
     np.savez(tmp_path / "a.npz", images=np.zeros((2, 12, 12), np.uint8), labels=[0, 1], class_names=names)
     data = ClipsConfig(num=60, images=DataConfig("npz", path=str(tmp_path / "a.npz"), eval_fraction=0.0))
     model = STARFlowVConfig(image_size=12, channels=1, frames=3, num_classes=10, **tiny)
-    _, stills = flow_source(Experiment(name="clips", model=model, data=data), "train").buckets
+    _, stills = VideoFlowExperiment(name="clips", model=model, data=data).flow_dataset("train").buckets
     assert stills[np.arange(2)]["label"].tolist() == [7, 0]
 
 
@@ -222,7 +222,7 @@ def test_pictures_beside_clips_have_the_numbers_of_the_clips(tmp_path):
 def experiment_of(**changes):
     tiny = {"width": 16, "head_dim": 8, "num_blocks": 2, "layers_per_block": 1, "patch_size": 4}
     return dataclasses.replace(
-        Experiment(
+        FlowExperiment(
             name="photos",
             model=TARFlowConfig(image_size=8, channels=1, num_classes=3, noise_std=0.1, **tiny),
             data=DataConfig("folder", path="photos", eval_fraction=0.2),
@@ -238,7 +238,7 @@ def test_classes_of_the_model_without_data_are_told_once_and_not_drawn(tmp_path,
     photos(tmp_path / "photos", *KNOWN)
     (tmp_path / "photos" / "notes.xcf").write_text("no picture")
     experiment = experiment_of()
-    experiment = dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, num_classes=10)).sealed()
+    experiment = dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, num_classes=10)).with_provenance()
     assert experiment.job().inventory.classes == KNOWN
     assert [record.getMessage().split(",")[0] for record in caplog.records] == [
         "Left out of data.path 'photos': 1 .xcf.",
@@ -266,7 +266,7 @@ def test_a_run_keeps_the_names_of_its_classes(run, capsys):
     assert saved["data"]["classes"] == list(KNOWN)
     _, _, experiment = checkpoint.load(run)
     assert experiment.data.classes == KNOWN
-    assert config.from_json(config.to_json(experiment)) == experiment
+    assert experiments.from_json(experiment.to_json()) == experiment
     assert command("info", "--checkpoint", run) == 0
     assert "0 cat, 1 dog, 2 fox" in capsys.readouterr().out
 

@@ -303,13 +303,13 @@ def test_a_bug_of_ours_keeps_its_traceback(monkeypatch, tmp_path):
 
 # Mistakes. All are made in one folder, of which nothing may change.
 
-TINY = """from flowgen.config import Experiment
+TINY = """from flowgen.experiments import Experiment
 from flowgen.flows import TARFlowConfig
 from flowgen.training import TrainConfig
 
 def config():
     model = TARFlowConfig(image_size=8, channels=1, patch_size=2, num_classes=10, {model})
-    return Experiment(name="mine", model=model, train=TrainConfig({train}))
+    return FlowExperiment(name="mine", model=model, train=TrainConfig({train}))
 """
 
 
@@ -356,7 +356,7 @@ def make_configs(root):
         "text": "def config():\n    return 'digits'\n",
         "raises": "def config():\n    raise RuntimeError('no cluster')\n",
         "syntax": "def config(:\n",
-        "name": "def config():\n    return Experiment(name='mine')\n",
+        "name": "def config():\n    return FlowExperiment(name='mine')\n",
         "import": "import not_installed_anywhere\n",
         "argument": TINY.format(model="widht=64", train=""),
         "value": TINY.format(model="width=0", train=""),

@@ -13,10 +13,10 @@ import jax
 import numpy as np
 import pytest
 
-from flowgen import checkpoint, config, fields
+from flowgen import checkpoint, experiments, fields
 from flowgen.attention import CAUSAL_KERNEL_NAMES, KERNELS
 from flowgen.cli import EXIT_BROKEN_PIPE, EXIT_MISTAKE, main
-from flowgen.config import Experiment, SamplingConfig, SolverConfig
+from flowgen.experiments import Experiment, SamplingConfig, SolverConfig
 from flowgen.data import PointsConfig
 from flowgen.flows import STARFlowConfig, TARFlowConfig
 from flowgen.matching import DiTConfig, MatchingConfig, MLPConfig
@@ -91,11 +91,11 @@ def test_info_prints_options_that_give_the_experiment_again(path, capsys):
     lines = [line for line in out_of(capsys, "info --config", path).splitlines() if line.startswith("--")]
     words = [shlex.split(line, comments=True) for line in lines]
     assert all(len(option) == 2 for option in words)
-    experiment = config.load(path)
+    experiment = experiments.load_config(path)
     # The type of a group stands for its defaults, and is what it is already.
     leaves = {f"--{name}" for name in fields.leaf_names(experiment)}
     given = [word for option in words if option[0] in leaves for word in option]
-    assert config.override(experiment, given) == experiment
+    assert experiments.override(experiment, given) == experiment
     for line in lines:
         assert line.partition("  # ")[2].strip(), line  # a help
         assert line.endswith("]"), line  # and what the field may be
@@ -125,7 +125,7 @@ def test_help_lists_fields(capsys, command, names):
 
 TOGETHER = {
     "warm-ups": (
-        lambda: config.override(config.load(CLIPS), ["--train.steps", "60"]),
+        lambda: experiments.override(experiments.load_config(CLIPS), ["--train.steps", "60"]),
         ["optim.warmup_steps is 100", "likelihood.denoiser.warmup_steps is 100", "train.steps, which is 60"],
     ),
     "sides": (lambda: TARFlowConfig(image_size=(9, 10), patch_size=4), ["height 9", "width 10"]),
@@ -137,7 +137,7 @@ TOGETHER = {
     "rates": (lambda: OptimConfig(lr=-1.0, eps=-1.0), ["lr is -1.0", "eps is -1.0"]),
     "groups": (
         lambda: dataclasses.replace(
-            config.load(CLIPS), matching=MatchingConfig(), autoencoding=config.AutoencodingConfig()
+            experiments.load_config(CLIPS), matching=MatchingConfig(), autoencoding=config.AutoencodingConfig()
         ),
         ["matching", "autoencoding"],
     ),
@@ -155,9 +155,9 @@ def test_what_is_wrong_together_is_told_at_once(name):
 
 def test_the_sentence_of_a_warm_up_gives_options_that_fit():
     with pytest.raises(ValueError, match=r"warmup") as error:
-        config.override(config.load(CLIPS), ["--train.steps", "60"])
+        experiments.override(experiments.load_config(CLIPS), ["--train.steps", "60"])
     options = str(error.value).partition("so add ")[2].rstrip(".").split()
-    assert config.override(config.load(CLIPS), ["--train.steps", "60", *options]).train.steps == 60
+    assert experiments.override(experiments.load_config(CLIPS), ["--train.steps", "60", *options]).train.steps == 60
 
 
 # Sampling fields in `sample` and `evaluate`.
@@ -169,14 +169,14 @@ def flow_run(tmp_path_factory):
     model = TARFlowConfig(
         image_size=8, channels=1, patch_size=4, width=16, head_dim=8, num_blocks=2, layers_per_block=1, num_classes=10
     )
-    return written(tmp_path_factory, Experiment("flow", model, sampling=SamplingConfig(num=4)))
+    return written(tmp_path_factory, FlowExperiment(name="flow", model=model, sampling=SamplingConfig(num=4)))
 
 
 @pytest.fixture(scope="module")
 def points_run(tmp_path_factory):
     """A run of a tiny velocity network that was never trained."""
     model = MLPConfig(width=8, num_layers=1)
-    experiment = Experiment(
+    experiment = FlowExperiment(
         "points", model, data=PointsConfig(), matching=MatchingConfig(), sampling=SolverConfig(num=8, num_steps=3)
     )
     return written(tmp_path_factory, experiment)

@@ -8,16 +8,16 @@ from typing import Any, Literal
 
 import pytest
 
-from flowgen import config, fields
+from flowgen import experiments, fields
 from flowgen.codecs import VideoAutoencoderConfig
-from flowgen.config import (
+from flowgen.experiments import (
     AutoencodingConfig,
     Experiment,
     LikelihoodConfig,
     SamplingConfig,
     SolverConfig,
     TextConfig,
-    TrainedCodec,
+    PretrainedAutoencoder,
 )
 from flowgen.data import ClipsConfig, DataConfig, PointsConfig
 from flowgen.flows import STARFlowConfig, STARFlowVConfig, TARFlowConfig
@@ -36,7 +36,7 @@ from flowgen.training import LogConfig, OptimConfig, TrainConfig
 MODELS = "TARFlow, STARFlow, STARFlowV, MLP, DiT, UNet, Autoencoder, VideoAutoencoder"
 DIGITS = Path(__file__).parent.parent / "configs/tarflow_digits.py"
 # No field keeps its default, so that a field which JSON loses is seen.
-UNUSUAL = Experiment(
+UNUSUAL = FlowExperiment(
     name="unusual",
     model=TARFlowConfig(
         image_size=(12, 20),
@@ -100,7 +100,7 @@ UNUSUAL = Experiment(
     ),
     reference={"bits_per_dim": 2.0000000000000004},
 )
-VELOCITY = Experiment(
+VELOCITY = MatchingExperiment(
     name="velocity",
     model=MLPConfig(dim=2, width=7, num_layers=5, spans=True),
     data=PointsConfig(source="moons", target="five_gaussians"),
@@ -114,39 +114,39 @@ VELOCITY = Experiment(
         num=5, method="rk4", num_steps=7, times="edm", rtol=1e-3, atol=1e-4, guidance_interval=(0.1, 0.9)
     ),
 )
-LATENT = Experiment(
+LATENT = FlowExperiment(
     name="latent",
     model=STARFlowConfig(image_size=(4, 6), layers=(1, 0, 2), text_dim=5, text_length=7, reference_side=3.5),
     data=DataConfig(source="folder", path="pictures", aspects=True),
     likelihood=LikelihoodConfig(norm_penalty=1e-4, noise_weight=True),
-    codec=TrainedCodec("runs/ä"),
+    codec=PretrainedAutoencoder("runs/ä"),
     text=TextConfig(encoder="words", truncate=False, noise_level=True, aspect=True),
     sampling=SamplingConfig(prompts=("ein Hündchen", "")),
 )
-CLIPS = Experiment(
+CLIPS = VideoFlowExperiment(
     name="clips",
     model=STARFlowVConfig(image_size=(4, 6), layers=(1, 2), num_classes=10, frames=3, denoiser_layers=2),
     data=ClipsConfig(source="folder", path="videos", fps=12.5, hop=3, flip=True),
     likelihood=LikelihoodConfig(denoiser=OptimConfig(lr=1e-3)),
-    codec=TrainedCodec("runs/ä", temporal_scale=0.6),
+    codec=PretrainedAutoencoder("runs/ä", temporal_scale=0.6),
 )
-VIDEO_AUTOENCODER = Experiment(
+VIDEO_AUTOENCODER = AutoencoderExperiment(
     name="video autoencoder",
     model=VideoAutoencoderConfig(channels=1, widths=(8, 8), decoder_widths=(8, 8), halve_time=(True,)),
     data=ClipsConfig(),
     autoencoding=AutoencodingConfig(image_size=(16, 20), frames=5),
 )
-BASE = Experiment(
+BASE = FlowExperiment(
     name="base",
     model=TARFlowConfig(image_size=8, channels=1, patch_size=2, width=64, head_dim=32),
     optim=OptimConfig(lr=2e-3),
     train=TrainConfig(steps=2000, batch_size=64),
 )
 EXPERIMENTS = {
-    "defaults": Experiment(name="defaults", model=TARFlowConfig(image_size=8)),
+    "defaults": FlowExperiment(name="defaults", model=TARFlowConfig(image_size=8)),
     "unusual": UNUSUAL,
-    "digits": config.load(DIGITS),
-    "shrunk": config.shrink(config.load(DIGITS)),
+    "digits": experiments.load_config(DIGITS),
+    "shrunk": experiments.load_config(DIGITS).debug(),
     "velocity": VELOCITY,
     "latent": LATENT,
     "clips": CLIPS,
@@ -178,7 +178,7 @@ def one_sentence(error: pytest.ExceptionInfo) -> str:
 def test_json_gives_the_same_experiment(name):
     given = EXPERIMENTS[name]
     text = json.dumps(given.to_json(), allow_nan=False)
-    back = config.from_json(json.loads(text))
+    back = experiments.from_json(json.loads(text))
     assert back == given
     assert types_of(dataclasses.asdict(back)) == types_of(dataclasses.asdict(given))
     assert json.dumps(back.to_json(), allow_nan=False) == text
@@ -200,7 +200,7 @@ def _leaf(value, name):
 
 def test_fields_left_out_take_defaults():
     plain = {"name": "short", "model": {"type": "TARFlow", "image_size": 8}}
-    assert config.from_json(plain) == Experiment(name="short", model=TARFlowConfig(image_size=8))
+    assert experiments.from_json(plain) == FlowExperiment(name="short", model=TARFlowConfig(image_size=8))
 
 
 @pytest.mark.parametrize(
@@ -235,7 +235,7 @@ def test_fields_left_out_take_defaults():
 )
 def test_json_that_does_not_fit_is_named(experiment, change, message):
     with pytest.raises(ValueError, match=r"\w") as error:
-        config.from_json({**experiment.to_json(), **change})
+        experiments.from_json({**experiment.to_json(), **change})
     assert one_sentence(error) == message
 
 
@@ -265,19 +265,19 @@ def test_json_that_does_not_fit_is_named(experiment, change, message):
     ],
 )
 def test_overrides_take_the_type_of_the_field(experiment, arguments, name, value):
-    changed = config.override(experiment, arguments)
+    changed = experiments.override(experiment, arguments)
     assert _leaf(changed, name) == value
     assert type(_leaf(changed, name)) is type(value)
-    assert _leaf(config.override(changed, [f"--{name}={_leaf(experiment, name)}"]), name) == _leaf(experiment, name)
+    assert _leaf(experiments.override(changed, [f"--{name}={_leaf(experiment, name)}"]), name) == _leaf(experiment, name)
 
 
 def test_overrides_change_nothing_else(experiment):
-    changed = config.override(experiment, ["--train.steps", "9", "--optim.lr=1e-3"])
+    changed = experiments.override(experiment, ["--train.steps", "9", "--optim.lr=1e-3"])
     assert fields.differences(experiment.to_json(), changed.to_json()) == [
         "optim.lr: 0.002 -> 0.001",
         "train.steps: 2000 -> 9",
     ]
-    assert config.override(experiment, []) == experiment
+    assert experiments.override(experiment, []) == experiment
 
 
 @pytest.mark.parametrize(
@@ -314,13 +314,13 @@ def test_overrides_change_nothing_else(experiment):
 )
 def test_overrides_that_do_not_fit_are_named(experiment, arguments, message):
     with pytest.raises(ValueError, match=r"\w") as error:
-        config.override(experiment, arguments)
+        experiments.override(experiment, arguments)
     assert one_sentence(error) == message
 
 
 def test_a_group_lists_its_fields(experiment):
     with pytest.raises(ValueError, match="is a group") as error:
-        config.override(experiment, ["--train", "1"])
+        experiments.override(experiment, ["--train", "1"])
     for name in dataclasses.fields(TrainConfig):
         assert f"--train.{name.name}" in one_sentence(error)
 
@@ -336,7 +336,7 @@ def test_a_group_lists_its_fields(experiment):
     ],
 )
 def test_a_resumed_run_may_change_what_its_state_does_not_hold(experiment, arguments):
-    config.override(experiment, arguments).check_resumable(experiment.to_json())
+    experiments.override(experiment, arguments).check_resumable(experiment.to_json())
 
 
 @pytest.mark.parametrize(
@@ -351,17 +351,17 @@ def test_a_resumed_run_may_change_what_its_state_does_not_hold(experiment, argum
 )
 def test_a_resumed_run_may_not_change_anything_else(experiment, arguments, changes):
     with pytest.raises(ValueError, match="begun with another config") as error:
-        config.override(experiment, arguments).check_resumable(experiment.to_json())
+        experiments.override(experiment, arguments).check_resumable(experiment.to_json())
     assert f"({'; '.join(changes)})" in one_sentence(error)
 
 
 def test_a_config_file_must_give_an_experiment(tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist") as error:
-        config.load(tmp_path / "absent.py")
+        experiments.load_config(tmp_path / "absent.py")
     one_sentence(error)
     (tmp_path / "empty.py").write_text("x = 1\n")
     with pytest.raises(ValueError, match=r"must define config\(\)") as error:
-        config.load(tmp_path / "empty.py")
+        experiments.load_config(tmp_path / "empty.py")
     one_sentence(error)
 
 
@@ -411,7 +411,7 @@ def test_fields_name_what_does_not_fit(plain, message):
 
 def test_values_that_depend_on_each_other_are_checked_together(experiment):
     # Neither value fits the other's default: 8 pixels in patches of 2.
-    changed = config.override(experiment, ["--model.patch_size", "3", "--model.image_size", "9"])
+    changed = experiments.override(experiment, ["--model.patch_size", "3", "--model.image_size", "9"])
     assert (changed.model.patch_size, changed.model.image_size) == (3, 9)
 
 
@@ -430,7 +430,7 @@ def test_values_that_depend_on_each_other_are_checked_together(experiment):
     ],
 )
 def test_a_group_of_several_types_takes_the_name_of_one(arguments, name, value):
-    assert _leaf(config.override(VELOCITY, arguments), name) == value
+    assert _leaf(experiments.override(VELOCITY, arguments), name) == value
 
 
 @pytest.mark.parametrize(
@@ -477,7 +477,7 @@ def test_a_group_of_several_types_takes_the_name_of_one(arguments, name, value):
 )
 def test_parts_that_do_not_belong_together_are_named(arguments, message, untyped):
     with pytest.raises(ValueError, match=r"\w") as error:
-        config.override(VELOCITY, arguments)
+        experiments.override(VELOCITY, arguments)
     assert message in one_sentence(error)
 
 

@@ -7,7 +7,7 @@ import jax
 import pytest
 
 import flowgen
-from flowgen.config import from_json, load, shrink, to_json
+from flowgen.experiments import from_json, load_config
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
 
@@ -29,21 +29,21 @@ PUBLISHED_SIZES = {
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_config(path):
-    experiment = load(path)
+    experiment = load_config(path)
     assert experiment.name == path.stem
-    assert from_json(json.loads(json.dumps(to_json(experiment)))) == experiment
+    assert from_json(json.loads(json.dumps(experiment.to_json()))) == experiment
     assert f"configs/{path.name}" in path.read_text()
-    variables = jax.eval_shape(lambda: flowgen.init(experiment.flow(), jax.random.key(0)))
+    variables = jax.eval_shape(lambda: flowgen.init(experiment.build(), jax.random.key(0)))
     size = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
     assert size == PUBLISHED_SIZES.get(path.stem, size)
-    small = shrink(experiment)
+    small = experiment.debug()
     assert type(small.model) is type(experiment.model)
     for name in {"num_classes", "text_dim"} & set(vars(experiment.model)):
         assert bool(getattr(small.model, name)) == bool(getattr(experiment.model, name))
     kept = {"transform", "attention", "dtype", "spans", "scale_shift_norm"} & set(vars(experiment.model))
     assert all(getattr(small.model, name) == getattr(experiment.model, name) for name in kept)
     assert small.matching == experiment.matching
-    variables = jax.eval_shape(lambda: flowgen.init(small.flow(), jax.random.key(0)))
+    variables = jax.eval_shape(lambda: flowgen.init(small.build(), jax.random.key(0)))
     assert sum(leaf.size for leaf in jax.tree.leaves(variables)) < 200_000
     assert small.job().objective is not None
 

@@ -11,7 +11,7 @@ import jax
 import pytest
 from published_files import publish
 
-from flowgen import checkpoint, cli, config
+from flowgen import checkpoint, cli, experiments
 from flowgen.attention import CAUSAL_KERNEL_NAMES
 from flowgen.models import build, init
 
@@ -42,7 +42,7 @@ def folder(tmp_path_factory):
     """A folder with all that blocks of Python open."""
     root = tmp_path_factory.mktemp("docs")
     for run, name in RUNS.items():
-        experiment = config.shrink(config.load(PROJECT / "configs" / f"{name}.py"))
+        experiment = experiments.load_config(PROJECT / "configs" / f"{name}.py").debug()
         checkpoint.write_run(root / run, experiment, init(build(experiment.model), jax.random.key(0)))
     weights = video_weights.state_dict("wan_2_2")
     publish(root / AUTOENCODER, video_weights.CONFIGS["wan_2_2"], weights, "diffusion_pytorch_model.safetensors")
@@ -95,8 +95,8 @@ def test_a_command_line_is_understood(monkeypatch, page, words):
     words = words[2:] if words[:2] == ["-m", "flowgen"] else [words[0].removesuffix(".py"), *words[1:]]
     options, rest = cli.make_parser().parse_known_args(words)
     if options.command in ("train", "encode", "info") and options.config is not None:
-        experiment = config.load(options.config)
-        config.override(config.shrink(experiment) if options.debug else experiment, rest)
+        experiment = experiments.load_config(options.config)
+        experiments.override(experiment.debug() if options.debug else experiment, rest)
     else:
         assert all(word.startswith(("--sampling.", "--data.")) for word in rest if word.startswith("--")), rest
 

@@ -15,7 +15,7 @@ from published_files import publish, write_safetensors
 from soak.torch_programs import ARCHIVES, LAYOUTS, PROGRAMS, dictionary, tensor, zip_layout
 
 import flowgen
-from flowgen import config, convert
+from flowgen import experiments, convert
 from flowgen.cli import main
 from flowgen.codecs import AutoencoderConfig, JsonTokenizer, T5Config
 from flowgen.convert import load_autoencoder, load_text_encoder, read_state_dict
@@ -155,10 +155,10 @@ def test_numbers_on_the_command_line_have_the_same_ranges(flags, capsys):
 
 
 def test_numbers_in_the_config_of_a_run_have_the_same_ranges():
-    plain = config.to_json(config.load(DIGITS))
+    plain = experiments.load_config(DIGITS).to_json()
     for group, name, value in (("model", "num_blocks", 10**6), ("model", "width", 10**9), ("train", "steps", 2**40)):
         damaged = {**plain, group: {**plain[group], name: value}}
-        refused(lambda damaged=damaged: config.from_json(damaged), f"{group}.{name} is {value}")
+        refused(lambda damaged=damaged: experiments.from_json(damaged), f"{group}.{name} is {value}")
 
 
 def test_a_model_larger_than_the_memory_is_told_before_it_is_made(tmp_path, capsys):

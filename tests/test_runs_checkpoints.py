@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 
 from flowgen import checkpoint
-from flowgen.config import Experiment
+from flowgen.experiments import Experiment
 from flowgen.flows import TARFlowConfig, init
 from flowgen.runs import CheckpointReader, CheckpointStore, check_workdir, read_config, write_config
 
 MODEL = TARFlowConfig(image_size=4, channels=1, patch_size=2, width=8, head_dim=8, num_blocks=2, layers_per_block=1)
 ROOT = Path(__file__).parent.parent
-EXPERIMENT = Experiment(name="tiny", model=MODEL)
+EXPERIMENT = FlowExperiment(name="tiny", model=MODEL)
 
 
 def state_of(step):
@@ -291,7 +291,7 @@ def test_a_meta_file_that_flowgen_would_not_write_is_refused(copied, change):
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("written") / "run"
-    checkpoint.write_run(run_dir, EXPERIMENT, init(EXPERIMENT.flow(), jax.random.key(0)))
+    checkpoint.write_run(run_dir, EXPERIMENT, init(EXPERIMENT.build(), jax.random.key(0)))
     return run_dir
 
 

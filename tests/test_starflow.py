@@ -13,7 +13,7 @@ from laws import FLOWS, STAR, apply, images, perturbed
 from tolerances import FORMULA, LAYER, NETWORK, assert_close
 
 import flowgen
-from flowgen import config as experiments
+from flowgen import experiments
 from flowgen.attention.rotary import rotary_axes, turn
 from flowgen.conditioning import TextCondition, drop_texts
 from flowgen.decoding import Denoiser, Guidance, Sequential, invert, sample
@@ -57,8 +57,8 @@ def test_the_released_shape_runs_abstractly_from_latents_to_log_prob():
 
 
 def test_a_config_survives_json():
-    experiment = experiments.Experiment(name="star", model=FLOWS["starflow rectangular"])
-    assert experiments.from_json(experiments.to_json(experiment)).model == experiment.model
+    experiment = experiments.FlowExperiment(name="star", model=FLOWS["starflow rectangular"])
+    assert experiments.from_json(experiment.to_json()).model == experiment.model
 
 
 def test_blocks_of_equal_shape_share_one_compiled_initialiser():
@@ -237,7 +237,7 @@ def test_texts_that_do_not_fit_are_refused(cond, message, untyped):
 
 
 def test_an_experiment_shrinks():
-    small = experiments.shrink(experiments.Experiment(name="star", model=FLOWS["starflow options"]))
+    small = experiments.FlowExperiment(name="star", model=FLOWS["starflow options"]).debug()
     assert small.model.layers == (1, 1)
     assert small.model.num_kv_heads == 1
 

@@ -12,10 +12,10 @@ from PIL import Image
 from test_cli import flowgen, succeed
 from tolerances import NETWORK, assert_close
 
-from flowgen import checkpoint, config
+from flowgen import checkpoint, experiments
 from flowgen import matching as fm
 from flowgen.cli import EXIT_MISTAKE
-from flowgen.config import Experiment, SolverConfig
+from flowgen.experiments import Experiment, SolverConfig
 from flowgen.data import PointsConfig
 from flowgen.matching import GibbsWeights, Independent, MatchingConfig, MinibatchOT, MLPConfig
 from flowgen.tasks import matching as task
@@ -24,7 +24,7 @@ from flowgen.training import LogConfig, TrainConfig, fit
 SHRUNK = ("meanflow_digits", "otcfm_digits", "wcfm_digits_nala")
 CONFIGS = Path(__file__).parent.parent / "configs"
 pytestmark = pytest.mark.usefixtures("quick_judge")
-POINTS = Experiment(
+POINTS = MatchingExperiment(
     name="points",
     model=MLPConfig(dim=2, width=16, num_layers=1),
     data=PointsConfig(source="eight_gaussians", target="moons"),
@@ -150,7 +150,7 @@ def test_evaluating_points_prints_every_metric(points):
 @pytest.mark.parametrize("name", SHRUNK)
 @pytest.mark.slow
 def test_shrunk_configs_train(name, tmp_path):
-    experiment = config.shrink(config.load(CONFIGS / f"{name}.py"))
+    experiment = experiments.load_config(CONFIGS / f"{name}.py").debug()
     log = dataclasses.replace(experiment.log, progress=False, tensorboard=False, eval_every=0)
     result = fit(dataclasses.replace(experiment, log=log), tmp_path / "run")
     assert result.samples is not None

@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 from tolerances import FORMULA, assert_close
 
-from flowgen import checkpoint, config
+from flowgen import checkpoint, experiments
 from flowgen.cli import main
 from flowgen.codecs import VideoAutoencoderConfig
-from flowgen.config import (
+from flowgen.experiments import (
     AutoencodingConfig,
     Experiment,
     LikelihoodConfig,
-    PixelBlocks,
+    SpaceToDepth,
     SamplingConfig,
     TextConfig,
-    TrainedCodec,
+    PretrainedAutoencoder,
 )
 from flowgen.data import ClipsConfig, DataConfig, from_uint8, save_image
 from flowgen.data.media import pillow
@@ -55,7 +55,7 @@ def experiment_of(**changes):
         "sampling": SamplingConfig(num=3),
         **changes,
     }
-    return Experiment(**parts)
+    return VideoFlowExperiment(**parts)
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +154,7 @@ def test_clips_begin_with_what_is_given_and_go_on_as_long_as_asked(run, tmp_path
 
 def test_no_more_is_given_than_leaves_a_frame_to_draw(tmp_path):
     experiment = experiment_of()
-    flow, video = experiment.flow(), tmp_path / "long.mp4"
+    flow, video = experiment.build(), tmp_path / "long.mp4"
     frames = np.arange(8, dtype=np.uint8)[:, None, None, None] * 30 + np.zeros((1, 12, 12, 1), np.uint8)
     write_video(video, frames, fps=8)
     given = clips.read_given(experiment, flow, str(video), frames=6)
@@ -202,7 +202,7 @@ def test_evaluation_says_how_frames_move(run, capsys):
 @pytest.mark.slow
 def test_evaluation_of_single_frames_says_nothing_of_how_they_move():
     experiment = experiment_of(model=TINY.of_frames(1))
-    flow, options = experiment.flow(), argparse.Namespace(split="eval", samples=4, noise=None, unconditional=False)
+    flow, options = experiment.build(), argparse.Namespace(split="eval", samples=4, noise=None, unconditional=False)
     options.batch, options.seed = 8, 0
     lines = clips.evaluate(experiment, flow, init(flow, jax.random.key(0)), options)
     assert "by the denoiser" in lines[-1]
@@ -234,7 +234,7 @@ def test_a_stopped_run_ends_where_one_that_was_not_does(tmp_path):
 def autoencoder(tmp_path_factory):
     """The run of a small video autoencoder of bouncing digits, one latent frame per two frames."""
     workdir = tmp_path_factory.mktemp("autoencoder") / "run"
-    experiment = Experiment(
+    experiment = VideoFlowExperiment(
         name="video autoencoder",
         model=VideoAutoencoderConfig(
             channels=1,
@@ -262,19 +262,19 @@ def test_a_video_autoencoder_is_trained_and_its_latents_are_those_of_a_flow(auto
     errors = [row["eval/mean_square_error"] for row in rows if "eval/mean_square_error" in row]
     assert errors[-1] < errors[0]
     assert (autoencoder / "samples" / "0000020.png").is_file()
-    experiment = experiment_of(model=LATENTS, codec=TrainedCodec(str(autoencoder), temporal_scale=0.5))
-    assert experiment.source("train")[np.arange(2)]["image"].shape == (2, 5, 12, 12, 1)
+    experiment = experiment_of(model=LATENTS, codec=PretrainedAutoencoder(str(autoencoder), temporal_scale=0.5))
+    assert experiment.dataset("train")[np.arange(2)]["image"].shape == (2, 5, 12, 12, 1)
     direct = fit(experiment, tmp_path / "direct")
     assert np.isfinite(direct.metrics["nats_per_dim"])
     path = tmp_path / "clips.py"
     path.write_text(
-        f"from flowgen.config import from_json\nconfig = lambda: from_json({config.to_json(experiment)!r})\n"
+        f"from flowgen.experiments import from_json\nconfig = lambda: from_json({experiment.to_json()!r})\n"
     )
     assert main(["encode", "--config", str(path), "--out", str(tmp_path / "encoded")]) == 0
     encoded = dataclasses.replace(experiment, data=ClipsConfig(source="encoded", path=str(tmp_path / "encoded")))
     again = fit(encoded, tmp_path / "again")
     jax.tree.map(np.testing.assert_array_equal, direct.state.params, again.state.params)
-    other = dataclasses.replace(encoded, codec=TrainedCodec(str(autoencoder)))
+    other = dataclasses.replace(encoded, codec=PretrainedAutoencoder(str(autoencoder)))
     with pytest.raises(ValueError, match="was encoded by the autoencoder at"):
         fit(other, tmp_path / "other")
     capsys.readouterr()
@@ -312,7 +312,7 @@ def test_a_video_autoencoder_is_trained_and_its_latents_are_those_of_a_flow(auto
         (
             {
                 "model": dataclasses.replace(LATENTS, num_classes=0, text_dim=16, text_length=12),
-                "codec": PixelBlocks(2),
+                "codec": SpaceToDepth(2),
                 "text": TextConfig("words", frames_per_second=16),
                 "data": ClipsConfig("folder", path="videos"),
             },
@@ -366,14 +366,14 @@ def test_what_the_optimizer_of_a_denoiser_cannot_have_is_refused_by_its_name(cha
     experiment = experiment_of(likelihood=LikelihoodConfig(denoiser=OptimConfig()))
     words = [f"--likelihood.denoiser.{name}={value}" for name, value in change.items()]
     with pytest.raises(ValueError, match=f"^{message}"):
-        config.override(experiment, words)
+        experiments.override(experiment, words)
 
 
 def test_the_debug_run_warms_the_denoiser_up_as_fast_as_the_flow():
     experiment = experiment_of(
         train=TrainConfig(steps=500), likelihood=LikelihoodConfig(denoiser=OptimConfig(warmup_steps=100))
     )
-    assert config.shrink(experiment).likelihood.denoiser.warmup_steps == 2
+    assert experiment.debug().likelihood.denoiser.warmup_steps == 2
 
 
 @pytest.mark.slow
@@ -382,6 +382,6 @@ def test_autoencoders_of_clips_are_not_for_pictures_and_videos_not_for_models_of
 
     model = STARFlowConfig(image_size=6, width=40, head_dim=20, layers=(1, 1))
     with pytest.raises(ValueError, match="is an autoencoder of clips, and the model is a STARFlow"):
-        experiment_of(model=model, data=DataConfig(), codec=TrainedCodec(str(autoencoder))).job()
+        experiment_of(model=model, data=DataConfig(), codec=PretrainedAutoencoder(str(autoencoder))).job()
     assert main(["sample", "--checkpoint", str(autoencoder), "--out", str(tmp_path / "x.png")]) == 2
     assert "draws no samples; train a flow on its latents" in capsys.readouterr().err

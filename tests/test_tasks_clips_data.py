@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from test_tasks_clips import LATENTS, experiment_of
 
-from flowgen import config
+from flowgen import experiments
 from flowgen.cli import main
-from flowgen.config import PixelBlocks, SamplingConfig, TextConfig
+from flowgen.experiments import SpaceToDepth, SamplingConfig, TextConfig
 from flowgen.data import ClipsConfig, DataConfig
 from flowgen.decoding import sample_clips
 from flowgen.prompts import PromptTemplate
@@ -64,7 +64,7 @@ def test_clips_without_their_first_frame_are_trained_on_as_often_as_asked():
 
 def test_the_memory_of_latents_is_that_of_their_own_frames():
     data = ClipsConfig(num=60, drop_first=0.25, images=DataConfig(), in_memory_bytes=1)
-    experiment = experiment_of(model=LATENTS, codec=PixelBlocks(2), data=data)
+    experiment = experiment_of(model=LATENTS, codec=SpaceToDepth(2), data=data)
     # Mean and deviation of 6 x 6 x 4 numbers a frame: 54 clips of 3 frames and of the last 2, and 1,617 pictures.
     needed = 4 * 2 * 6 * 6 * 4 * (54 * 3 + 54 * 2 + 1617)
     with pytest.raises(ValueError, match=f"the latents of 1725 pictures would take {needed:,} bytes"):
@@ -77,7 +77,7 @@ def continued():
     model = dataclasses.replace(LATENTS, num_classes=0, text_dim=16, text_length=12, denoiser_layers=0)
     return experiment_of(
         model=model,
-        codec=PixelBlocks(2),
+        codec=SpaceToDepth(2),
         text=TextConfig("words", frames_per_second=8),
         data=ClipsConfig(num=60, drop_first=0.5),
         train=TrainConfig(steps=1, batch_size=8),
@@ -98,7 +98,7 @@ def test_texts_of_clips_without_their_first_frame_say_so(continued, tmp_path):
 
     path, folder = tmp_path / "clips.py", tmp_path / "encoded"
     path.write_text(
-        f"from flowgen.config import from_json\nconfig = lambda: from_json({config.to_json(experiment)!r})\n"
+        f"from flowgen.experiments import from_json\nconfig = lambda: from_json({experiment.to_json()!r})\n"
     )
     assert main(["encode", "--config", str(path), "--out", str(folder)]) == 0
     of_files = ClipsConfig(source="encoded", path=str(folder))
@@ -156,7 +156,7 @@ def test_clips_of_texts_are_drawn_from_prompts(tmp_path):
     model = dataclasses.replace(LATENTS, num_classes=0, text_dim=16, text_length=12, denoiser_layers=0)
     experiment = experiment_of(
         model=model,
-        codec=PixelBlocks(2),
+        codec=SpaceToDepth(2),
         text=TextConfig("words", frames_per_second=8),
         train=TrainConfig(steps=2, batch_size=8, label_dropout=0.5),
         sampling=SamplingConfig(num=2, guidance=1.0),

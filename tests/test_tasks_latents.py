@@ -14,18 +14,18 @@ import pytest
 from published_files import publish
 from tolerances import NETWORK, assert_close
 
-from flowgen import checkpoint, config
+from flowgen import checkpoint, experiments
 from flowgen.cli import main
 from flowgen.codecs import AutoencoderConfig
 from flowgen.conditioning import TextCondition
-from flowgen.config import (
+from flowgen.experiments import (
     AutoencodingConfig,
     Experiment,
     LikelihoodConfig,
-    PixelBlocks,
+    SpaceToDepth,
     SamplingConfig,
     TextConfig,
-    TrainedCodec,
+    PretrainedAutoencoder,
 )
 from flowgen.data import DataConfig
 from flowgen.flows import STARFlowConfig, TARFlowConfig
@@ -45,7 +45,7 @@ TINY = STARFlowConfig(image_size=4, channels=4, width=40, head_dim=20, layers=(1
 def autoencoder(tmp_path_factory):
     """The run of a small autoencoder of digits, trained for a few steps."""
     workdir = tmp_path_factory.mktemp("autoencoder") / "run"
-    experiment = Experiment(
+    experiment = FlowExperiment(
         name="autoencoder",
         model=AutoencoderConfig(channels=1, widths=(8, 8), layers_per_block=1, num_groups=4, attention=False),
         autoencoding=AutoencodingConfig(image_size=8, kl_weight=1e-3),
@@ -62,14 +62,14 @@ def experiment_of(**changes):
     parts = {
         "name": "latent",
         "model": TINY,
-        "codec": PixelBlocks(2),
+        "codec": SpaceToDepth(2),
         "optim": OptimConfig(ema_decay=0.9),
         "train": FEW,
         "log": QUIET,
         "sampling": SamplingConfig(num=10),
         **changes,
     }
-    return Experiment(**parts)
+    return FlowExperiment(**parts)
 
 
 def test_the_autoencoder_learns_and_says_so(autoencoder, capsys):
@@ -89,7 +89,7 @@ def test_latents_of_a_trained_autoencoder_are_normalised_and_decoded(autoencoder
     from flowgen.tasks.frozen import codec_of
     from flowgen.tasks.latents import flow_source
 
-    experiment = experiment_of(codec=TrainedCodec(str(autoencoder)))
+    experiment = experiment_of(codec=PretrainedAutoencoder(str(autoencoder)))
     source = flow_source(experiment, "train")
     assert source.image_shape == (4, 4, 4)
     batch = source[np.arange(500)]
@@ -97,7 +97,7 @@ def test_latents_of_a_trained_autoencoder_are_normalised_and_decoded(autoencoder
     # The statistics follow the batches, so they are near, not at, those of the final weights.
     np.testing.assert_allclose(drawn.mean(axis=(0, 1, 2)), 0, atol=0.3)
     np.testing.assert_allclose(drawn.std(axis=(0, 1, 2)), 1, atol=0.3)
-    pictures = experiment.source("train")[np.arange(500)]["image"] / 127.5 - 1
+    pictures = experiment.dataset("train")[np.arange(500)]["image"] / 127.5 - 1
     error = np.square(codec_of(experiment).decode(batch["mean"]) - pictures).mean()
     rows = [json.loads(line) for line in (autoencoder / "metrics.jsonl").read_text().splitlines()]
     assert error == pytest.approx(rows[-1]["eval/mean_square_error"], rel=0.2)
@@ -107,12 +107,12 @@ def test_latents_of_a_trained_autoencoder_are_normalised_and_decoded(autoencoder
 def test_another_autoencoder_in_its_place_is_noticed(autoencoder, tmp_path, capsys):
     place = tmp_path / "codec"
     shutil.copytree(autoencoder, place)
-    experiment = experiment_of(codec=TrainedCodec(str(place)))
+    experiment = experiment_of(codec=PretrainedAutoencoder(str(place)))
     fit(experiment, tmp_path / "run")
     _, _, saved = checkpoint.load(tmp_path / "run")
     assert saved.codec.digest
     longer = [dataclasses.replace(experiment, train=dataclasses.replace(FEW, steps=steps)) for steps in (5, 6)]
-    moved = dataclasses.replace(longer[0], codec=TrainedCodec(str(autoencoder)))
+    moved = dataclasses.replace(longer[0], codec=PretrainedAutoencoder(str(autoencoder)))
     fit(moved, tmp_path / "run")
     shutil.rmtree(place)
     other = experiment_of(
@@ -135,10 +135,10 @@ def test_another_autoencoder_in_its_place_is_noticed(autoencoder, tmp_path, caps
 
 @pytest.mark.slow
 def test_encoding_first_or_on_the_way_trains_the_same(autoencoder, tmp_path, capsys, monkeypatch):
-    experiment = experiment_of(codec=TrainedCodec(str(autoencoder)), data=DataConfig(flip=True))
+    experiment = experiment_of(codec=PretrainedAutoencoder(str(autoencoder)), data=DataConfig(flip=True))
     path = tmp_path / "latent.py"
     path.write_text(
-        f"from flowgen.config import from_json\nconfig = lambda: from_json({config.to_json(experiment)!r})\n"
+        f"from flowgen.experiments import from_json\nconfig = lambda: from_json({experiment.to_json()!r})\n"
     )
     out = tmp_path / "encoded"
     assert main(["encode", "--config", str(path), "--out", str(out)]) == 0
@@ -159,7 +159,7 @@ def test_encoding_first_or_on_the_way_trains_the_same(autoencoder, tmp_path, cap
     assert "exists already" in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"codec is missing, and data.path .* was encoded by the autoencoder at"):
         fit(dataclasses.replace(encoded, codec=None), tmp_path / "other")
-    other = dataclasses.replace(encoded, codec=PixelBlocks(2))
+    other = dataclasses.replace(encoded, codec=SpaceToDepth(2))
     with pytest.raises(ValueError, match=r"was encoded by the autoencoder at .*, and codec is another one, blocks"):
         fit(other, tmp_path / "other")
     assert not (tmp_path / "other").exists()
@@ -168,7 +168,7 @@ def test_encoding_first_or_on_the_way_trains_the_same(autoencoder, tmp_path, cap
 @pytest.mark.slow
 def test_samples_of_latents_are_pictures(autoencoder, tmp_path, capsys):
     run = tmp_path / "run"
-    fit(experiment_of(codec=TrainedCodec(str(autoencoder)), likelihood=LikelihoodConfig(1e-4)), run)
+    fit(experiment_of(codec=PretrainedAutoencoder(str(autoencoder)), likelihood=LikelihoodConfig(1e-4)), run)
     out = tmp_path / "samples.npz"
     words = ["sample", "--checkpoint", str(run), "--num", "4", "--guidance", "1", "--out", str(out)]
     assert main(words) == 0
@@ -263,7 +263,7 @@ def test_texts_can_be_encoded_first(tmp_path, monkeypatch):
     )
     path = tmp_path / "latent.py"
     path.write_text(
-        f"from flowgen.config import from_json\nconfig = lambda: from_json({config.to_json(experiment)!r})\n"
+        f"from flowgen.experiments import from_json\nconfig = lambda: from_json({experiment.to_json()!r})\n"
     )
     assert main(["encode", "--config", str(path), "--out", str(tmp_path / "encoded")]) == 0
     encoded = dataclasses.replace(experiment, data=DataConfig(source="encoded", path=str(tmp_path / "encoded")))
@@ -295,7 +295,7 @@ def test_several_aspects_train_together(tmp_path):
         data=DataConfig(source="folder", path=str(tmp_path), aspects=True, eval_fraction=0.2),
         train=TrainConfig(steps=6, batch_size=8),
     )
-    source = experiment.source("train")
+    source = experiment.dataset("train")
     assert {bucket.image_shape for bucket in source.buckets} == {(8, 8, 1), (6, 10, 1)}
     result = fit(experiment, tmp_path / "run")
     assert np.isfinite(result.metrics["nats_per_dim"])
@@ -347,11 +347,11 @@ def test_a_decoder_is_trained_on_beside_its_encoder(autoencoder, tmp_path):
     ("changes", "message"),
     [
         (
-            {"codec": PixelBlocks(3)},
+            {"codec": SpaceToDepth(3)},
             "model.channels is 4; blocks of 3 x 3 pixels make 9 channels of grey",
         ),
-        ({"codec": TrainedCodec("")}, "codec.path is empty; give the autoencoder"),
-        ({"codec": TrainedCodec("nowhere")}, "There is no autoencoder at codec.path 'nowhere'; train it first"),
+        ({"codec": PretrainedAutoencoder("")}, "codec.path is empty; give the autoencoder"),
+        ({"codec": PretrainedAutoencoder("nowhere")}, "There is no autoencoder at codec.path 'nowhere'; train it first"),
         ({"model": TEXT}, "text is missing and model.text_dim is 16"),
         ({"text": TextConfig("words")}, "text is given and model.text_dim is 0"),
         ({"model": dataclasses.replace(TINY, noise_std=0.0)}, "model.noise_std is 0, which dequantises pictures"),
@@ -430,4 +430,4 @@ def test_autoencoders_of_no_pixels_are_refused(size):
 def test_an_autoencoder_of_other_channels_is_refused(autoencoder):
     model = dataclasses.replace(TINY, channels=8)
     with pytest.raises(ValueError, match=r"has latents of 4 channels; set model.channels to 4"):
-        experiment_of(model=model, codec=TrainedCodec(str(autoencoder))).job()
+        experiment_of(model=model, codec=PretrainedAutoencoder(str(autoencoder))).job()

@@ -16,7 +16,7 @@ from scripts import toy
 from scripts.toy import PATIENCE, rows_of, start, wait_for
 from tolerances import FORMULA, LAYER, NETWORK, assert_close, assert_trees_close
 
-from flowgen import checkpoint, config
+from flowgen import checkpoint, experiments
 from flowgen.runs import read_config
 from flowgen.training import CheckpointReader, LogConfig, OptimConfig, TrainConfig, fit, make_schedule, make_step
 from flowgen.training.parallel import DataParallel
@@ -489,23 +489,23 @@ def test_a_batch_that_cannot_be_shared_is_refused(batch_size, accumulation):
 
 
 def test_the_digits_experiment_trains_end_to_end(tmp_path, capsys):
-    experiment = config.shrink(config.load(ROOT / "configs" / "tarflow_digits.py"))
+    experiment = experiments.load_config(ROOT / "configs" / "tarflow_digits.py").debug()
     result = fit(experiment, tmp_path / "run")
     assert result.signal == 0
     assert int(result.state.step) == experiment.train.steps
     assert set(result.metrics) == {"bits_per_dim", "gaussian_bits_per_dim"}
     assert np.isfinite(list(result.metrics.values())).all()
     run = tmp_path / "run"
-    assert config.from_json(json.loads((run / "config.json").read_text())) == experiment.sealed()
+    assert experiments.from_json(json.loads((run / "config.json").read_text())) == experiment.with_provenance()
     assert CheckpointReader(run / "checkpoints").steps() == [4, 8]
     assert [row["step"] for row in rows_of(run) if "loss" in row] == [2, 4, 6, 8]
     assert [row["step"] for row in rows_of(run) if "eval/bits_per_dim" in row] == [4, 8]
     for name in ("0000004.png", "0000008.png"):
         assert (run / "samples" / name).read_bytes().startswith(b"\x89PNG")
     flow, variables, loaded = checkpoint.load(run, "best")
-    assert loaded == experiment.sealed()
+    assert loaded == experiment.with_provenance()
     assert flow.config == experiment.model
     assert jax.tree.structure(variables["params"]) == jax.tree.structure(result.state.params)
     assert "step 8: bits_per_dim" in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"begun with another config \(optim\.lr: .* -> 0\.5\)"):
-        fit(config.override(experiment, ["--optim.lr=0.5"]), run)
+        fit(experiments.override(experiment, ["--optim.lr=0.5"]), run)

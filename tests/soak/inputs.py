@@ -60,22 +60,22 @@ YAML = """arguments:
 - noise_std: 0.3
 """
 LATENT_CONFIG = """
-from flowgen.config import Experiment
+from flowgen.experiments import Experiment
 from flowgen.data import DataConfig
 from flowgen.flows import STARFlowConfig
-from flowgen.tasks.frozen import PixelBlocks
+from flowgen.tasks.frozen import SpaceToDepth
 def config():
     model = STARFlowConfig(image_size=4, channels=4, width=32, head_dim=16, layers=(1, 1))
     data = DataConfig(source="encoded", path="latents")
-    return Experiment(name="latents", model=model, data=data, codec=PixelBlocks(2))
+    return FlowExperiment(name="latents", model=model, data=data, codec=SpaceToDepth(2))
 """
 CLIPS_CONFIG = """
-from flowgen.config import Experiment
+from flowgen.experiments import Experiment
 from flowgen.data import ClipsConfig
 from flowgen.flows import STARFlowVConfig
 def config():
     model = STARFlowVConfig(image_size=8, frames=3, channels=3, patch_size=4, width=32, head_dim=16, layers=(1, 1, 1))
-    return Experiment(name="clips", model=model, data=ClipsConfig(source="folder", path="videos", eval_fraction=0.0))
+    return VideoFlowExperiment(name="clips", model=model, data=ClipsConfig(source="folder", path="videos", eval_fraction=0.0))
 """
 
 
@@ -269,9 +269,9 @@ def run_directory(rng, base, folder):
 
 
 def flags(rng, base, folder):
-    from flowgen import config, fields
+    from flowgen import experiments, fields
 
-    names = fields.leaf_names(config.load(DIGITS))
+    names = fields.leaf_names(experiments.load_config(DIGITS))
     words = []
     for _ in range(rng.choice((1, 1, 2, 3))):
         name = rng.choice(names) if rng.random() < 0.8 else rng.choice(ODD_TEXTS)
