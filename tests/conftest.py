@@ -77,7 +77,7 @@ def forget_programs():
 def quick_judge():
     """Distances of samples are measured by a classifier that has hardly been trained, which takes no time."""
     with pytest.MonkeyPatch.context() as patch:
-        from flowgen.tasks import samples
+        from flowgen.experiments import distances
 
-        patch.setattr(samples, "train_classifier", functools.partial(samples.train_classifier, steps=2))
+        patch.setattr(distances, "train_classifier", functools.partial(distances.train_classifier, steps=2))
         yield

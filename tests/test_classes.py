@@ -9,16 +9,15 @@ import zipfile
 import jax
 import numpy as np
 import pytest
+from flowgen.tasks.images import drawn_classes
+from flowgen.tasks.latents import flow_source
 from PIL import Image
 
 from flowgen import checkpoint, cli, experiments
-from flowgen.experiments import Experiment
 from flowgen.data import ArraySource, ClipsConfig, DataConfig, check_classes, found_classes, load, load_clips
 from flowgen.data.latents import LatentWriter, Shard, read_latents
 from flowgen.evaluation import flow_bits_per_dim
 from flowgen.flows import STARFlowVConfig, TARFlowConfig
-from flowgen.tasks.images import drawn_classes
-from flowgen.tasks.latents import flow_source
 from flowgen.training import LogConfig, TrainConfig, fit, train
 
 KNOWN = ("cat", "dog", "fox")
@@ -238,7 +237,9 @@ def test_classes_of_the_model_without_data_are_told_once_and_not_drawn(tmp_path,
     photos(tmp_path / "photos", *KNOWN)
     (tmp_path / "photos" / "notes.xcf").write_text("no picture")
     experiment = experiment_of()
-    experiment = dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, num_classes=10)).with_provenance()
+    experiment = dataclasses.replace(
+        experiment, model=dataclasses.replace(experiment.model, num_classes=10)
+    ).with_provenance()
     assert experiment.job().inventory.classes == KNOWN
     assert [record.getMessage().split(",")[0] for record in caplog.records] == [
         "Left out of data.path 'photos': 1 .xcf.",

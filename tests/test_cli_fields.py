@@ -16,8 +16,8 @@ import pytest
 from flowgen import checkpoint, experiments, fields
 from flowgen.attention import CAUSAL_KERNEL_NAMES, KERNELS
 from flowgen.cli import EXIT_BROKEN_PIPE, EXIT_MISTAKE, main
-from flowgen.experiments import Experiment, SamplingConfig, SolverConfig
 from flowgen.data import PointsConfig
+from flowgen.experiments import Experiment, SamplingConfig, SolverConfig
 from flowgen.flows import STARFlowConfig, TARFlowConfig
 from flowgen.matching import DiTConfig, MatchingConfig, MLPConfig
 from flowgen.models import build, init

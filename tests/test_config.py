@@ -10,16 +10,15 @@ import pytest
 
 from flowgen import experiments, fields
 from flowgen.codecs import VideoAutoencoderConfig
+from flowgen.data import ClipsConfig, DataConfig, PointsConfig
 from flowgen.experiments import (
     AutoencodingConfig,
-    Experiment,
     LikelihoodConfig,
+    PretrainedAutoencoder,
     SamplingConfig,
     SolverConfig,
     TextConfig,
-    PretrainedAutoencoder,
 )
-from flowgen.data import ClipsConfig, DataConfig, PointsConfig
 from flowgen.flows import STARFlowConfig, STARFlowVConfig, TARFlowConfig
 from flowgen.matching import (
     CondOT,
@@ -268,7 +267,9 @@ def test_overrides_take_the_type_of_the_field(experiment, arguments, name, value
     changed = experiments.override(experiment, arguments)
     assert _leaf(changed, name) == value
     assert type(_leaf(changed, name)) is type(value)
-    assert _leaf(experiments.override(changed, [f"--{name}={_leaf(experiment, name)}"]), name) == _leaf(experiment, name)
+    assert _leaf(experiments.override(changed, [f"--{name}={_leaf(experiment, name)}"]), name) == _leaf(
+        experiment, name
+    )
 
 
 def test_overrides_change_nothing_else(experiment):

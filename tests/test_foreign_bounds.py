@@ -15,7 +15,7 @@ from published_files import publish, write_safetensors
 from soak.torch_programs import ARCHIVES, LAYOUTS, PROGRAMS, dictionary, tensor, zip_layout
 
 import flowgen
-from flowgen import experiments, convert
+from flowgen import convert, experiments
 from flowgen.cli import main
 from flowgen.codecs import AutoencoderConfig, JsonTokenizer, T5Config
 from flowgen.convert import load_autoencoder, load_text_encoder, read_state_dict

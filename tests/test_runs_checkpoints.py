@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from flowgen import checkpoint
-from flowgen.experiments import Experiment
 from flowgen.flows import TARFlowConfig, init
 from flowgen.runs import CheckpointReader, CheckpointStore, check_workdir, read_config, write_config
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -200,7 +200,7 @@ class AutoencoderExperiment(Experiment):
             f"latents: mean {_shown(statistics['mean'])}, variance {_shown(statistics['variance'])}",
         ]
 
-    def debug(self) -> Self:
+    def debug(self) -> AutoencoderExperiment:
         """Returns the experiment with a tiny autoencoder of the same factor, on the built-in or bouncing digits."""
         model, few = self.model, {"shown": SAMPLES}
         widths = (8,) * len(model.widths)

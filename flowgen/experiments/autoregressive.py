@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -140,7 +140,7 @@ class AutoregressiveExperiment(Experiment):
         """Returns what the flow is trained on: pixels, or what codec and text encoder make of them."""
         return flow_source(self.data, self.encoding, split)
 
-    def with_provenance(self) -> Self:
+    def with_provenance(self) -> AutoregressiveExperiment:
         """Returns the experiment with the names of its classes and the digests of its frozen networks."""
         encoded = self.data.source == "encoded"
         needs = self.text is not None and self.text.digest is None and self.text.encoder

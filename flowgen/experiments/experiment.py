@@ -10,7 +10,7 @@ import abc
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from flax import linen as nn
@@ -94,11 +94,11 @@ class Experiment(abc.ABC):
         """Returns lines with what a trained model is worth, as `options`, of the type `evaluate_options`, ask."""
 
     @abc.abstractmethod
-    def debug(self) -> Self:
+    def debug(self) -> Experiment:
         """Returns the experiment made small enough to train and sample in seconds on a CPU, on data that ship with
         flowgen. The kind of model and of training stays."""
 
-    def with_provenance(self) -> Self:
+    def with_provenance(self) -> Experiment:
         """Returns the experiment as it is kept with a run: with what its data and frozen networks are."""
         return self
 
@@ -107,7 +107,7 @@ class Experiment(abc.ABC):
         return {fields.TYPE: type(self).__name__, **fields.to_plain(self)}
 
     @classmethod
-    def from_json(cls, plain: Mapping[str, Any]) -> Self:
+    def from_json(cls, plain: Mapping[str, Any]) -> Experiment:
         """Returns the experiment of this kind of `to_json`; ValueError names an unknown field or a wrong value."""
         kind = plain.get(fields.TYPE)
         if kind != cls.__name__:

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Self
+from typing import Any
 
 import jax
 import numpy as np
@@ -126,7 +126,7 @@ class FlowExperiment(AutoregressiveExperiment):
             lines += self._baseline_lines(model, source, options)
         return lines if compared is None else lines + self._sample_lines(model, variables, options, *compared)
 
-    def debug(self) -> Self:
+    def debug(self) -> FlowExperiment:
         """Returns the experiment with a tiny flow of the same kind on the built-in digits, whose blocks of pixels stand
         for latents and random features of words for texts."""
         return debug_run(self, **debug_flow(self), data=debug_images(self.data))

@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -226,7 +226,7 @@ class MatchingExperiment(Experiment):
             return VelocityMLP(self.model)
         return DiT(self.model) if isinstance(self.model, DiTConfig) else UNet(self.model)
 
-    def with_provenance(self) -> Self:
+    def with_provenance(self) -> MatchingExperiment:
         """Returns the experiment with the names of its classes."""
         return with_class_names(self)
 
@@ -398,7 +398,7 @@ class MatchingExperiment(Experiment):
             *sample_lines(metrics, judge, num, self.sampling.method),
         ]
 
-    def debug(self) -> Self:
+    def debug(self) -> MatchingExperiment:
         """Returns the experiment with a tiny network of the same kind, on points or the built-in digits."""
         few = min(self.sampling.num_steps, 2)
         sampling = dataclasses.replace(self.sampling, num=SAMPLES, num_steps=few, frechet_samples=0)

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any, Self
+from typing import Annotated, Any
 
 import jax
 import numpy as np
@@ -256,7 +256,7 @@ class VideoFlowExperiment(AutoregressiveExperiment):
             lines.append(f"frames of {len(frames)} {name}: distance to the next {near:.4f}, to any other {far:.4f}")
         return lines
 
-    def debug(self) -> Self:
+    def debug(self) -> VideoFlowExperiment:
         """Returns the experiment with a tiny flow of the same kind on bouncing digits."""
         changes = debug_flow(self)
         changes["model"] = dataclasses.replace(

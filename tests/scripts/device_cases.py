@@ -18,10 +18,10 @@ import flowgen
 from flowgen import matching as fm
 from flowgen.codecs import AutoencoderConfig
 from flowgen.conditioning import TextCondition
+from flowgen.experiments.autoencoder import AutoencodingConfig, autoencoding_objective
+from flowgen.experiments.codecs import STATISTICS
 from flowgen.flows import STARFlowVConfig, density, flow_score_objective
 from flowgen.models import build, init
-from flowgen.tasks.autoencoding import AutoencodingConfig, autoencoding_objective
-from flowgen.tasks.frozen import STATISTICS
 from flowgen.training import OptimConfig, make_step
 from flowgen.training.parallel import DataParallel
 from flowgen.training.step import init_state

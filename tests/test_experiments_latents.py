@@ -14,22 +14,26 @@ import pytest
 from published_files import publish
 from tolerances import NETWORK, assert_close
 
-from flowgen import checkpoint, experiments
+from flowgen import checkpoint
 from flowgen.cli import main
 from flowgen.codecs import AutoencoderConfig
 from flowgen.conditioning import TextCondition
-from flowgen.experiments import (
-    AutoencodingConfig,
-    Experiment,
-    LikelihoodConfig,
-    SpaceToDepth,
-    SamplingConfig,
-    TextConfig,
-    PretrainedAutoencoder,
-)
 from flowgen.data import DataConfig
+from flowgen.experiments import (
+    AutoencoderExperiment,
+    AutoencodingConfig,
+    FlowExperiment,
+    LikelihoodConfig,
+    PretrainedAutoencoder,
+    SamplingConfig,
+    SpaceToDepth,
+    TextConfig,
+    encoding,
+    flow,
+    texts,
+)
+from flowgen.experiments.codecs import codec_digest, open_autoencoder
 from flowgen.flows import STARFlowConfig, TARFlowConfig
-from flowgen.tasks import frozen, likelihood, texts
 from flowgen.training import LogConfig, OptimConfig, TrainConfig, fit
 
 sys.path.insert(0, str(Path(__file__).parent / "fixtures"))
@@ -45,14 +49,13 @@ TINY = STARFlowConfig(image_size=4, channels=4, width=40, head_dim=20, layers=(1
 def autoencoder(tmp_path_factory):
     """The run of a small autoencoder of digits, trained for a few steps."""
     workdir = tmp_path_factory.mktemp("autoencoder") / "run"
-    experiment = FlowExperiment(
+    experiment = AutoencoderExperiment(
         name="autoencoder",
         model=AutoencoderConfig(channels=1, widths=(8, 8), layers_per_block=1, num_groups=4, attention=False),
-        autoencoding=AutoencodingConfig(image_size=8, kl_weight=1e-3),
+        autoencoding=AutoencodingConfig(image_size=8, kl_weight=1e-3, shown=8),
         optim=OptimConfig(lr=3e-3, weight_decay=0.0, ema_decay=0.9),
         train=TrainConfig(steps=40, batch_size=64),
         log=dataclasses.replace(QUIET, eval_every=20),
-        sampling=SamplingConfig(num=8),
     )
     fit(experiment, workdir)
     return workdir
@@ -86,11 +89,8 @@ def test_the_autoencoder_learns_and_says_so(autoencoder, capsys):
 
 
 def test_latents_of_a_trained_autoencoder_are_normalised_and_decoded(autoencoder):
-    from flowgen.tasks.frozen import codec_of
-    from flowgen.tasks.latents import flow_source
-
     experiment = experiment_of(codec=PretrainedAutoencoder(str(autoencoder)))
-    source = flow_source(experiment, "train")
+    source = experiment.flow_dataset("train")
     assert source.image_shape == (4, 4, 4)
     batch = source[np.arange(500)]
     drawn = batch["mean"] + batch["std"] * np.random.default_rng(0).normal(size=batch["mean"].shape)
@@ -98,7 +98,7 @@ def test_latents_of_a_trained_autoencoder_are_normalised_and_decoded(autoencoder
     np.testing.assert_allclose(drawn.mean(axis=(0, 1, 2)), 0, atol=0.3)
     np.testing.assert_allclose(drawn.std(axis=(0, 1, 2)), 1, atol=0.3)
     pictures = experiment.dataset("train")[np.arange(500)]["image"] / 127.5 - 1
-    error = np.square(codec_of(experiment).decode(batch["mean"]) - pictures).mean()
+    error = np.square(experiment.encoding.open_codec().decode(batch["mean"]) - pictures).mean()
     rows = [json.loads(line) for line in (autoencoder / "metrics.jsonl").read_text().splitlines()]
     assert error == pytest.approx(rows[-1]["eval/mean_square_error"], rel=0.2)
 
@@ -115,11 +115,13 @@ def test_another_autoencoder_in_its_place_is_noticed(autoencoder, tmp_path, caps
     moved = dataclasses.replace(longer[0], codec=PretrainedAutoencoder(str(autoencoder)))
     fit(moved, tmp_path / "run")
     shutil.rmtree(place)
-    other = experiment_of(
+    other = AutoencoderExperiment(
         name="other",
         model=AutoencoderConfig(channels=1, widths=(8, 8), layers_per_block=1, num_groups=4, attention=False),
-        codec=None,
         autoencoding=AutoencodingConfig(image_size=8),
+        optim=OptimConfig(ema_decay=0.9),
+        train=FEW,
+        log=QUIET,
     )
     fit(other, place)
     with pytest.raises(ValueError, match=r"codec.digest"):
@@ -152,7 +154,7 @@ def test_encoding_first_or_on_the_way_trains_the_same(autoencoder, tmp_path, cap
     assert direct.metrics == again.metrics
     assert set(direct.metrics) == {"nats_per_dim"}
     with monkeypatch.context() as patch:
-        patch.setattr(likelihood, "likelihood_lines", None)  # which comes later
+        patch.setattr(flow.FlowExperiment, "likelihood_lines", None)  # which comes later
         assert main(["evaluate", "--checkpoint", str(tmp_path / "again"), "--samples", "20"]) == 2
     assert "holds no pictures; give the data it was made of" in capsys.readouterr().err
     assert main(["encode", "--config", str(path), "--out", str(out)]) == 2
@@ -182,7 +184,7 @@ def test_samples_of_latents_are_pictures(autoencoder, tmp_path, capsys):
     assert "Fréchet distance of 20 samples" in printed
     assert "samples that show their class" in printed
     assert main(["evaluate", "--checkpoint", str(run), "--noise", "uniform"]) == 2
-    assert "which dequantises pictures; this flow is on latents" in capsys.readouterr().err
+    assert "which dequantises images; this flow is on latents" in capsys.readouterr().err
 
 
 TEXT = dataclasses.replace(TINY, num_classes=0, text_dim=16, text_length=6)
@@ -219,20 +221,18 @@ def test_prompts_are_drawn(text_run, tmp_path):
 
 
 def test_guidance_of_texts_is_towards_the_wrapped_empty_text(text_run):
-    from flowgen.tasks import likelihood
-    from flowgen.tasks.texts import encoder_of, prompt_condition
-
     flow, params, experiment = checkpoint.load(text_run)
-    cond = prompt_condition(experiment, ["3", "7"])
-    plain = encoder_of(experiment)(["Noise Level 300:\n3", "Noise Level 300:\n7"])
+    encode = experiment.encoding.open_text_encoder()
+    cond = experiment.encoding.condition(["3", "7"])
+    plain = encode(["Noise Level 300:\n3", "Noise Level 300:\n7"])
     np.testing.assert_array_equal(cond.embeddings, plain.embeddings)
     (latents, _), given = (
-        likelihood.draw(experiment, flow, params, jax.random.key(0), 2, cond, null=null)
-        for null in (None, TextCondition(*map(jnp.asarray, encoder_of(experiment)(["Noise Level 300:\n"]))))
+        experiment.draw_batch(flow, params, jax.random.key(0), cond, num=2, null=null)
+        for null in (None, TextCondition(*map(jnp.asarray, encode(["Noise Level 300:\n"]))))
     )
     np.testing.assert_array_equal(latents, given[0])
-    other = TextCondition(*map(jnp.asarray, encoder_of(experiment)([""])))
-    bare, _ = likelihood.draw(experiment, flow, params, jax.random.key(0), 2, cond, null=other)
+    other = TextCondition(*map(jnp.asarray, encode([""])))
+    bare, _ = experiment.draw_batch(flow, params, jax.random.key(0), cond, num=2, null=other)
     # After a few steps texts change little.
     assert np.abs(latents - bare).max() > 1e-6
 
@@ -246,7 +246,7 @@ def test_guidance_of_texts_is_towards_the_wrapped_empty_text(text_run):
         (["--prompt", "3", "--prompts", "x"], "--prompt and --prompts are both given"),
         (["--prompts", "nowhere.txt"], "nowhere.txt"),
         (["--prompt", "3", "--aspect", "4:3"], "aspect is '4:3'; choose one of 1:1, 2:3"),
-        (["--prompt", "3", "--autoencoder", "vae"], "--autoencoder is vae, but this model works on pixels"),
+        (["--prompt", "3", "--autoencoder", "vae"], "--autoencoder"),
         (["--prompt", "3", "--text-encoder", "nowhere"], "There is no folder 'nowhere' with the text encoder"),
     ],
 )
@@ -276,8 +276,7 @@ def test_texts_can_be_encoded_first(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"has 7 tokens and the model takes 6"):
         fit(prompted, tmp_path / "other")
     assert not (tmp_path / "other").exists()
-    for module in (frozen, texts):
-        monkeypatch.setattr(module, "encoder_of", lambda experiment: pytest.fail("the text encoder was opened"))
+    monkeypatch.setattr(encoding, "open_text_encoder", lambda *_, **__: pytest.fail("the text encoder was opened"))
     guided = dataclasses.replace(encoded, sampling=SamplingConfig(num=2, guidance=1.0))
     assert fit(guided, tmp_path / "guided").samples.is_file()
 
@@ -303,14 +302,13 @@ def test_several_aspects_train_together(tmp_path):
 
 def test_a_digest_is_of_what_latents_depend_on(autoencoder):
     from flowgen.codecs import Autoencoder, AutoencoderCodec, LatentNormalisation
-    from flowgen.tasks.frozen import fingerprint, open_autoencoder
 
     codec = open_autoencoder(str(autoencoder))
     shape, variables = codec.autoencoder.config, codec.variables
 
     def digest(scale, **changes):
         network = Autoencoder(dataclasses.replace(shape, **changes))
-        return fingerprint(AutoencoderCodec(network, variables, LatentNormalisation(scale=scale)))
+        return codec_digest(AutoencoderCodec(network, variables, LatentNormalisation(scale=scale)))
 
     assert digest(0.18215) == digest(np.full(4, 0.18215)) == digest(0.18215, remat=True)
     # Training keeps variances in float32, of which scales are made again.
@@ -322,7 +320,6 @@ def test_a_digest_is_of_what_latents_depend_on(autoencoder):
 
 @pytest.mark.slow
 def test_a_decoder_is_trained_on_beside_its_encoder(autoencoder, tmp_path):
-    from flowgen.tasks.frozen import fingerprint, open_autoencoder
 
     _, _, experiment = checkpoint.load(autoencoder)
     noisy = dataclasses.replace(
@@ -337,7 +334,7 @@ def test_a_decoder_is_trained_on_beside_its_encoder(autoencoder, tmp_path):
         pair = [jax.tree.leaves(codec.variables["params"][part]) for codec in (before, after)]
         same[part] = all(np.array_equal(a, b) for a, b in zip(*pair, strict=True))
     assert same == {"encoder": True, "quant_conv": True, "decoder": False, "post_quant_conv": False}
-    assert fingerprint(before) == fingerprint(after)
+    assert codec_digest(before) == codec_digest(after)
     np.testing.assert_array_equal(before.normalisation.shift, after.normalisation.shift)
     with pytest.raises(ValueError, match=r"optim.weight_decay is 0.1, which would change the encoder"):
         dataclasses.replace(noisy, optim=OptimConfig(weight_decay=0.1))
@@ -351,13 +348,15 @@ def test_a_decoder_is_trained_on_beside_its_encoder(autoencoder, tmp_path):
             "model.channels is 4; blocks of 3 x 3 pixels make 9 channels of grey",
         ),
         ({"codec": PretrainedAutoencoder("")}, "codec.path is empty; give the autoencoder"),
-        ({"codec": PretrainedAutoencoder("nowhere")}, "There is no autoencoder at codec.path 'nowhere'; train it first"),
+        (
+            {"codec": PretrainedAutoencoder("nowhere")},
+            "There is no autoencoder at codec.path 'nowhere'; train it first",
+        ),
         ({"model": TEXT}, "text is missing and model.text_dim is 16"),
         ({"text": TextConfig("words")}, "text is given and model.text_dim is 0"),
-        ({"model": dataclasses.replace(TINY, noise_std=0.0)}, "model.noise_std is 0, which dequantises pictures"),
+        ({"model": dataclasses.replace(TINY, noise_std=0.0)}, "model.noise_std is 0, which dequantises images"),
         ({"sampling": SamplingConfig(prompts=("a cat",))}, "sampling.prompts is .*, but the model takes no texts"),
         ({"text": TextConfig("words", digest="other"), "model": TEXT}, "text.encoder 'words' is not the one that"),
-        ({"autoencoding": AutoencodingConfig()}, "autoencoding is given, but a STARFlow is trained by maximum"),
         ({"data": DataConfig(source="encoded", path="nowhere")}, "holds no encoded data"),
         (
             {"model": TARFlowConfig(image_size=4, patch_size=1), "data": DataConfig("folder", path="x", aspects=True)},
@@ -383,8 +382,8 @@ def test_a_digest_of_a_text_encoder_is_of_all_that_its_features_depend_on(tmp_pa
     folder = publish(tmp_path / "t5", cw.T5, cw.state_dict("t5"), "model.safetensors")
     (folder / "spiece.model").write_bytes((cw.HERE / "spiece.model").read_bytes())
     encoder = load_text_encoder(folder, length=8)
-    digest = texts.text_fingerprint(encoder)
-    assert digest == texts.text_fingerprint(load_text_encoder(folder, length=9))
+    digest = texts.text_digest(encoder)
+    assert digest == texts.text_digest(load_text_encoder(folder, length=9))
 
     class OtherWords(type(encoder.tokenizer)):
         def content(self):
@@ -398,16 +397,16 @@ def test_a_digest_of_a_text_encoder_is_of_all_that_its_features_depend_on(tmp_pa
     )
     parts = {field.name: getattr(encoder, field.name) for field in dataclasses.fields(encoder)}
     for change in changes:
-        assert texts.text_fingerprint(FrozenTextEncoder(**{**parts, **change})) != digest
+        assert texts.text_digest(FrozenTextEncoder(**{**parts, **change})) != digest
 
 
-def test_what_is_remembered_of_a_network_goes_with_it():
+def test_what_is_cached_of_a_network_goes_with_it():
     calls = []
 
     class Network:
         pass
 
-    @texts.remembered
+    @texts.weakly_cached
     def measure(network, of):
         calls.append(of)
         return [of]

@@ -15,10 +15,9 @@ from tolerances import NETWORK, assert_close
 from flowgen import checkpoint, experiments
 from flowgen import matching as fm
 from flowgen.cli import EXIT_MISTAKE
-from flowgen.experiments import Experiment, SolverConfig
 from flowgen.data import PointsConfig
+from flowgen.experiments import MatchingExperiment, SolverConfig
 from flowgen.matching import GibbsWeights, Independent, MatchingConfig, MinibatchOT, MLPConfig
-from flowgen.tasks import matching as task
 from flowgen.training import LogConfig, TrainConfig, fit
 
 SHRUNK = ("meanflow_digits", "otcfm_digits", "wcfm_digits_nala")
@@ -158,16 +157,16 @@ def test_shrunk_configs_train(name, tmp_path):
 
 
 MISTAKES = {
-    "sample --out a.png --plan jacobi --checkpoint POINTS": "--plan is not an option for a MLP, which takes --method, ",
-    "sample --out a.png --certify --checkpoint POINTS": "--certify is not an option for a MLP",
-    "sample --out a.png --single some --checkpoint POINTS": "--single writes pictures, and this model draws points",
+    "sample --out a.png --plan jacobi --checkpoint POINTS": "--plan is not an option here for a MLP",
+    "sample --out a.png --certify --checkpoint POINTS": "--certify is not an option here for a MLP",
+    "sample --out a.png --single some --checkpoint POINTS": "--single writes images, and this model draws points",
     "sample --out a.png --classes 1 --checkpoint POINTS": "--classes is 1, but this model has no classes",
     "sample --out a.png --guidance 1 --checkpoint POINTS": "but the model has no classes to guide to (num_classes 0)",
     "sample --out a.png --method rk5 --checkpoint POINTS": "sampling.method is 'rk5'; it must be 'euler' or 'midpoint'",
     "sample --out a.png --method mean_flow --checkpoint POINTS": "sampling.method is 'mean_flow', which needs matching",
-    "sample --out a.png --num-steps 0 --checkpoint POINTS": "--num-steps: '0' is not a whole number of at least 1",
-    "evaluate --noise uniform --checkpoint POINTS": "--noise is not an option for a MLP, which takes --samples",
-    "evaluate --samples 1 --checkpoint POINTS": "--samples: '1' is not a whole number of at least 2",
+    "sample --out a.png --num-steps 0 --checkpoint POINTS": "sampling.num_steps is 0; it must be at least 1",
+    "evaluate --noise uniform --checkpoint POINTS": "--noise is not an option here for a MLP",
+    "evaluate --samples 1 --checkpoint POINTS": "samples is 1; ",
     "evaluate --checkpoint POINTS --data.target circles": "data.target is 'circles'; it must be 'normal' or",
     "sample --out a.png --guidance -1 --checkpoint DIGITS": "guidance is -1.0",
     "train --workdir POINTS --config CONFIG --matching.coupling.ess 0.3": "begun with another config",
@@ -195,6 +194,6 @@ def test_whatever_a_network_predicts_is_sampled_as_a_velocity():
     experiment = dataclasses.replace(
         POINTS, matching=matching, model=network.config, sampling=SolverConfig(method="euler", num_steps=50)
     )
-    samples, line = task.draw(experiment, network, variables, jax.random.key(0), 5, None)
+    samples, line = experiment.draw_batch(network, variables, jax.random.key(0), None, num=5)
     assert_close(samples, np.tile([1.0, -1.0], (5, 1)), NETWORK)
     assert line == "euler, 50 evaluations"

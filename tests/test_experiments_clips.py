@@ -1,6 +1,5 @@
 """Flows of clips end to end: training with a denoiser, codecs of clips, sampling to files, and what is refused."""
 
-import argparse
 import dataclasses
 import json
 
@@ -8,54 +7,29 @@ import jax
 import numpy as np
 import pytest
 from tolerances import FORMULA, assert_close
+from toy_clips import LATENTS, QUIET, TINY, experiment_of
 
 from flowgen import checkpoint, experiments
 from flowgen.cli import main
 from flowgen.codecs import VideoAutoencoderConfig
-from flowgen.experiments import (
-    AutoencodingConfig,
-    Experiment,
-    LikelihoodConfig,
-    SpaceToDepth,
-    SamplingConfig,
-    TextConfig,
-    PretrainedAutoencoder,
-)
 from flowgen.data import ClipsConfig, DataConfig, from_uint8, save_image
 from flowgen.data.media import pillow
 from flowgen.data.video import video_length, video_size, write_video
-from flowgen.flows import STARFlowVConfig
-from flowgen.models import init
-from flowgen.tasks import clips, frozen
-from flowgen.training import LogConfig, OptimConfig, TrainConfig, fit
-
-QUIET = LogConfig(log_every=4, checkpoint_every=0, progress=False, tensorboard=False)
-TINY = STARFlowVConfig(
-    image_size=12,
-    channels=1,
-    patch_size=4,
-    frames=3,
-    width=40,
-    head_dim=20,
-    layers=(1, 1),
-    num_classes=10,
-    denoiser_layers=1,
+from flowgen.experiments import (
+    AutoencoderExperiment,
+    AutoencodingConfig,
+    FlowExperiment,
+    LikelihoodConfig,
+    PretrainedAutoencoder,
+    SamplingConfig,
+    SpaceToDepth,
+    TextConfig,
+    clips,
 )
-LATENTS = dataclasses.replace(TINY, image_size=6, channels=4, patch_size=2)
-
-
-def experiment_of(**changes):
-    parts = {
-        "name": "clips",
-        "model": TINY,
-        "data": ClipsConfig(num=60),
-        "optim": OptimConfig(ema_decay=0.9),
-        "train": TrainConfig(steps=4, batch_size=8),
-        "log": QUIET,
-        "sampling": SamplingConfig(num=3),
-        **changes,
-    }
-    return VideoFlowExperiment(**parts)
+from flowgen.experiments.autoregressive import FlowEvaluateOptions
+from flowgen.experiments.codecs import open_autoencoder
+from flowgen.models import init
+from flowgen.training import OptimConfig, TrainConfig, fit
 
 
 @pytest.fixture(scope="module")
@@ -154,12 +128,12 @@ def test_clips_begin_with_what_is_given_and_go_on_as_long_as_asked(run, tmp_path
 
 def test_no_more_is_given_than_leaves_a_frame_to_draw(tmp_path):
     experiment = experiment_of()
-    flow, video = experiment.build(), tmp_path / "long.mp4"
+    flow, video, codec = experiment.build(), tmp_path / "long.mp4", experiment.encoding.open_clip_codec()
     frames = np.arange(8, dtype=np.uint8)[:, None, None, None] * 30 + np.zeros((1, 12, 12, 1), np.uint8)
     write_video(video, frames, fps=8)
-    given = clips.read_given(experiment, flow, str(video), frames=6)
+    given = clips.read_given(codec, flow, str(video), frames=6, fps=8)
     np.testing.assert_allclose(given, from_uint8(frames[:5]), atol=0.1)
-    assert clips.read_given(experiment, flow, str(video), frames=99).shape == (8, 12, 12, 1)
+    assert clips.read_given(codec, flow, str(video), frames=99, fps=8).shape == (8, 12, 12, 1)
     save_image(tmp_path / "first.png", frames[0])
     for name, asked, message in (
         ("long.mp4", None, "long.mp4 has 8 pictures, and clips of --frames 3 begin with fewer; .* with --frames 9"),
@@ -167,23 +141,22 @@ def test_no_more_is_given_than_leaves_a_frame_to_draw(tmp_path):
         ("first.png", 1, "first.png has 1 picture, and clips of --frames 1 begin with fewer"),
     ):
         with pytest.raises(ValueError, match=message):
-            clips.read_given(experiment, flow, str(tmp_path / name), frames=asked)
+            clips.read_given(codec, flow, str(tmp_path / name), frames=asked, fps=8)
     for name, content in (("b.mp4", b"no video"), ("b.mkv", b""), ("b.png", b"%!PS-Adobe-3.0\n"), ("b.jpg", b"")):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=rf"--given cannot be read: .*{name}"):
-            clips.read_given(experiment, flow, str(tmp_path / name), frames=6)
+            clips.read_given(codec, flow, str(tmp_path / name), frames=6, fps=8)
     # Shown for longer than others, the last frame is given as often.
     shown = [pillow().fromarray(frame[..., 0]) for frame in frames[:3]]
     shown[0].save(tmp_path / "slow.gif", save_all=True, append_images=shown[1:], duration=[250, 250, 1000])
-    given = clips.read_given(experiment, flow, str(tmp_path / "slow.gif"), frames=99)
+    given = clips.read_given(codec, flow, str(tmp_path / "slow.gif"), frames=99, fps=8)
     assert_close(given, from_uint8(frames[[0] * 2 + [1] * 2 + [2] * 8]), FORMULA)
-    every = dataclasses.replace(experiment, data=ClipsConfig(num=60, fps=0))
-    assert clips.read_given(every, flow, str(tmp_path / "slow.gif"), frames=99).shape == (3, 12, 12, 1)
+    assert clips.read_given(codec, flow, str(tmp_path / "slow.gif"), frames=99).shape == (3, 12, 12, 1)
 
 
 @pytest.mark.slow
 def test_frames_that_a_codec_cannot_make_are_refused(autoencoder):
-    codec = frozen.open_autoencoder(str(autoencoder))
+    codec = open_autoencoder(str(autoencoder))
     assert clips.latent_frames(codec, 5) == 3
     with pytest.raises(ValueError, match=r"--frames is 4; the codec makes clips of 1 .*: use 3 or 5"):
         clips.latent_frames(codec, 4)
@@ -202,9 +175,8 @@ def test_evaluation_says_how_frames_move(run, capsys):
 @pytest.mark.slow
 def test_evaluation_of_single_frames_says_nothing_of_how_they_move():
     experiment = experiment_of(model=TINY.of_frames(1))
-    flow, options = experiment.build(), argparse.Namespace(split="eval", samples=4, noise=None, unconditional=False)
-    options.batch, options.seed = 8, 0
-    lines = clips.evaluate(experiment, flow, init(flow, jax.random.key(0)), options)
+    flow, options = experiment.build(), FlowEvaluateOptions(samples=4, batch=8)
+    lines = experiment.evaluate(flow, init(flow, jax.random.key(0)), options)
     assert "by the denoiser" in lines[-1]
     assert not any("distance" in line for line in lines)
 
@@ -234,7 +206,7 @@ def test_a_stopped_run_ends_where_one_that_was_not_does(tmp_path):
 def autoencoder(tmp_path_factory):
     """The run of a small video autoencoder of bouncing digits, one latent frame per two frames."""
     workdir = tmp_path_factory.mktemp("autoencoder") / "run"
-    experiment = VideoFlowExperiment(
+    experiment = AutoencoderExperiment(
         name="video autoencoder",
         model=VideoAutoencoderConfig(
             channels=1,
@@ -246,11 +218,10 @@ def autoencoder(tmp_path_factory):
             patch_size=1,
         ),
         data=ClipsConfig(num=60),
-        autoencoding=AutoencodingConfig(image_size=12, frames=5, kl_weight=1e-3),
+        autoencoding=AutoencodingConfig(image_size=12, frames=5, kl_weight=1e-3, shown=2),
         optim=OptimConfig(lr=3e-3, weight_decay=0.0, ema_decay=0.9),
         train=TrainConfig(steps=20, batch_size=8),
         log=dataclasses.replace(QUIET, eval_every=10),
-        sampling=SamplingConfig(num=2),
     )
     fit(experiment, workdir)
     return workdir
@@ -294,19 +265,11 @@ def test_a_video_autoencoder_is_trained_and_its_latents_are_those_of_a_flow(auto
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data": DataConfig()}, "a STARFlowV is trained on clips, so give a ClipsConfig"),
+        ({"data": DataConfig()}, "data is .*; it must be a ClipsConfig"),
         ({"likelihood": LikelihoodConfig(norm_penalty=1e-4)}, "likelihood.norm_penalty is 0.0001, which would mix"),
         (
             {"data": ClipsConfig(drop_first=0.25), "model": TINY.of_frames(2)},
-            "data.drop_first is 0.25, and clips of model.frames 2 without their first frame are pictures",
-        ),
-        (
-            {
-                "model": VideoAutoencoderConfig(channels=1),
-                "autoencoding": AutoencodingConfig(16, frames=5),
-                "data": ClipsConfig(drop_first=0.25),
-            },
-            "data.drop_first is given, and a VideoAutoencoder is trained on whole clips",
+            "data.drop_first is 0.25, and clips of model.frames 2 without their first frame are images",
         ),
         ({"model": dataclasses.replace(TINY, noise_std=0.0)}, "model.noise_std is 0, so a denoiser has nothing"),
         (
@@ -330,23 +293,36 @@ def test_a_video_autoencoder_is_trained_and_its_latents_are_those_of_a_flow(auto
             {"likelihood": LikelihoodConfig(denoiser=OptimConfig(warmup_steps=4))},
             "likelihood.denoiser.warmup_steps is 4; it must be below train.steps, which is 4",
         ),
-        (
-            {"model": VideoAutoencoderConfig(channels=1), "autoencoding": AutoencodingConfig(16, frames=4)},
-            "autoencoding.frames is 4, but the model makes one latent of a first frame and of 4 more",
-        ),
-        (
-            {
-                "model": VideoAutoencoderConfig(channels=1),
-                "autoencoding": AutoencodingConfig(16, frames=5),
-                "data": DataConfig(),
-            },
-            "a VideoAutoencoder is trained on clips, so give a ClipsConfig",
-        ),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         experiment_of(**changes)
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "message"),
+    [
+        (
+            VideoAutoencoderConfig(channels=1),
+            {"autoencoding": AutoencodingConfig(16, frames=5), "data": ClipsConfig(drop_first=0.25)},
+            "data.drop_first is given, and a VideoAutoencoder is trained on whole clips",
+        ),
+        (
+            VideoAutoencoderConfig(channels=1),
+            {"autoencoding": AutoencodingConfig(16, frames=4), "data": ClipsConfig()},
+            "autoencoding.frames is 4, but the model makes one latent of a first frame and of 4 more",
+        ),
+        (
+            VideoAutoencoderConfig(channels=1),
+            {"autoencoding": AutoencodingConfig(16, frames=5), "data": DataConfig()},
+            "a VideoAutoencoder is trained on clips, so give a ClipsConfig",
+        ),
+    ],
+)
+def test_parts_that_do_not_fit_an_autoencoder_are_refused(model, changes, message):
+    with pytest.raises(ValueError, match=message):
+        AutoencoderExperiment(name="autoencoder", model=model, **changes)
 
 
 @pytest.mark.parametrize(
@@ -381,7 +357,7 @@ def test_autoencoders_of_clips_are_not_for_pictures_and_videos_not_for_models_of
     from flowgen.flows import STARFlowConfig
 
     model = STARFlowConfig(image_size=6, width=40, head_dim=20, layers=(1, 1))
-    with pytest.raises(ValueError, match="is an autoencoder of clips, and the model is a STARFlow"):
-        experiment_of(model=model, data=DataConfig(), codec=PretrainedAutoencoder(str(autoencoder))).job()
+    with pytest.raises(ValueError, match="is an autoencoder of clips, and the model is a flow of images"):
+        FlowExperiment(name="images", model=model, codec=PretrainedAutoencoder(str(autoencoder))).job()
     assert main(["sample", "--checkpoint", str(autoencoder), "--out", str(tmp_path / "x.png")]) == 2
     assert "draws no samples; train a flow on its latents" in capsys.readouterr().err

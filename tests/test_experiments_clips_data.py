@@ -5,17 +5,13 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from test_tasks_clips import LATENTS, experiment_of
+from toy_clips import LATENTS, experiment_of
 
-from flowgen import experiments
 from flowgen.cli import main
-from flowgen.experiments import SpaceToDepth, SamplingConfig, TextConfig
 from flowgen.data import ClipsConfig, DataConfig
 from flowgen.decoding import sample_clips
+from flowgen.experiments import SamplingConfig, SpaceToDepth, TextConfig, clips, video_flow
 from flowgen.prompts import PromptTemplate
-from flowgen.tasks import clips, texts
-from flowgen.tasks.drawing import conditions_of
-from flowgen.tasks.latents import flow_source
 from flowgen.training import TrainConfig, fit
 
 
@@ -27,7 +23,7 @@ def test_pictures_are_trained_on_beside_clips(tmp_path):
     assert set(shapes) == {(8, 3, 12, 12, 1), (8, 1, 12, 12, 1)}
     # As often as there are of them: 54 clips and 1,617 digits.
     assert shapes.count((8, 1, 12, 12, 1)) > 30
-    assert clips.clips_alone(flow_source(experiment, "eval")).frames == 3
+    assert clips.clips_alone(experiment.flow_dataset("eval")).frames == 3
     params = job.init(jax.random.key(0))
     losses = {}
     for batch in job.batches(0, 40):
@@ -40,7 +36,7 @@ def test_pictures_are_trained_on_beside_clips(tmp_path):
 
 def test_pictures_come_in_the_fraction_of_batches_that_is_asked_for():
     data = ClipsConfig(num=500, drop_first=0.25, images=DataConfig(), images_fraction=0.2)
-    source = flow_source(experiment_of(data=data), "train")
+    source = experiment_of(data=data).flow_dataset("train")
     assert [bucket.frames for bucket in source.buckets] == [3, 2, 1]
     whole, continued, pictures = source.shares
     assert continued / (whole + continued) == pytest.approx(0.25)
@@ -51,7 +47,7 @@ def test_pictures_come_in_the_fraction_of_batches_that_is_asked_for():
 
 def test_clips_without_their_first_frame_are_trained_on_as_often_as_asked():
     experiment = experiment_of(data=ClipsConfig(num=500, drop_first=0.25), train=TrainConfig(steps=3, batch_size=9))
-    source = flow_source(experiment, "train")
+    source = experiment.flow_dataset("train")
     whole, continued = source.buckets
     some = np.array([3, 40])
     np.testing.assert_array_equal(continued[some]["image"], whole[some]["image"][:, 1:])
@@ -59,7 +55,7 @@ def test_clips_without_their_first_frame_are_trained_on_as_often_as_asked():
     assert shapes.count((9, 2, 12, 12, 1)) == 50
     assert shapes.count((9, 3, 12, 12, 1)) == 150
     assert clips.clips_alone(source).frames == 3
-    assert flow_source(experiment, "eval").frames == 3
+    assert experiment.flow_dataset("eval").frames == 3
 
 
 def test_the_memory_of_latents_is_that_of_their_own_frames():
@@ -68,7 +64,7 @@ def test_the_memory_of_latents_is_that_of_their_own_frames():
     # Mean and deviation of 6 x 6 x 4 numbers a frame: 54 clips of 3 frames and of the last 2, and 1,617 pictures.
     needed = 4 * 2 * 6 * 6 * 4 * (54 * 3 + 54 * 2 + 1617)
     with pytest.raises(ValueError, match=f"the latents of 1725 pictures would take {needed:,} bytes"):
-        flow_source(experiment, "train")
+        experiment.flow_dataset("train")
 
 
 @pytest.fixture
@@ -86,9 +82,9 @@ def continued():
 
 def test_texts_of_clips_without_their_first_frame_say_so(continued, tmp_path):
     experiment, model = continued, continued.model
-    encode = texts.encoder_of(experiment)
+    encode = experiment.encoding.open_text_encoder()
     template = PromptTemplate(frames_per_second=8)
-    whole, rest = flow_source(experiment, "train").buckets
+    whole, rest = experiment.flow_dataset("train").buckets
     assert rest.event_shape == (2, 6, 6, 4)
     some = np.arange(4)
     np.testing.assert_array_equal(rest[some]["mean"], whole[some]["mean"][:, 1:])
@@ -103,14 +99,14 @@ def test_texts_of_clips_without_their_first_frame_say_so(continued, tmp_path):
     assert main(["encode", "--config", str(path), "--out", str(folder)]) == 0
     of_files = ClipsConfig(source="encoded", path=str(folder))
     read = {
-        share: flow_source(
-            dataclasses.replace(experiment, data=dataclasses.replace(of_files, drop_first=share)), "train"
+        share: dataclasses.replace(experiment, data=dataclasses.replace(of_files, drop_first=share)).flow_dataset(
+            "train"
         )
         for share in (0.0, 0.5)
     }
     assert read[0.0].event_shape == (3, 6, 6, 4)
     features, _ = whole[some]["text"]
-    np.testing.assert_array_equal(conditions_of(experiment, read[0.0])(some).embeddings, features)
+    np.testing.assert_array_equal(experiment.conditions_of(read[0.0])(some).embeddings, features)
     assert {b.event_shape[0]: share for b, share in zip(read[0.5].buckets, read[0.5].shares, strict=True)} == {
         2: 54,
         3: 54,
@@ -120,16 +116,16 @@ def test_texts_of_clips_without_their_first_frame_say_so(continued, tmp_path):
         data = dataclasses.replace(of_files, drop_first=drop_first)
         longer = dataclasses.replace(experiment, model=model.of_frames(4), data=data)
         with pytest.raises(ValueError, match=r"holds latents of shape|has no clips without their first frame"):
-            flow_source(longer, "train")
+            longer.flow_dataset("train")
 
 
 @pytest.mark.slow  # a run and a command for one argument
 def test_texts_of_restarts_say_so_too(continued, tmp_path, monkeypatch):
-    encode, template = texts.encoder_of(continued), PromptTemplate(frames_per_second=8)
+    encode, template = continued.encoding.open_text_encoder(), PromptTemplate(frames_per_second=8)
     fit(continued, tmp_path / "run")
     drawn = {}
     monkeypatch.setattr(
-        clips, "sample_clips", lambda *args, **options: drawn.update(options) or sample_clips(*args, **options)
+        video_flow, "sample_clips", lambda *args, **options: drawn.update(options) or sample_clips(*args, **options)
     )
     words = ["sample", "--checkpoint", str(tmp_path / "run"), "--prompt", "7", "--frames", "4", "--progress"]
     assert main([*words, "--out", str(tmp_path / "x.gif")]) == 0
@@ -162,12 +158,14 @@ def test_clips_of_texts_are_drawn_from_prompts(tmp_path):
         sampling=SamplingConfig(num=2, guidance=1.0),
         data=ClipsConfig(num=60, images=DataConfig()),
     )
-    source = flow_source(experiment, "train")
+    source = experiment.flow_dataset("train")
     of_clips, of_pictures = (bucket.null[0] for bucket in source.buckets)
     said = {8: of_clips, 0: of_pictures}  # frames per second, of which pictures have none
     for fps, null in said.items():
         wrapped = PromptTemplate(frames_per_second=fps)("", (6, 6))
-        np.testing.assert_array_equal(null, texts.encoder_of(experiment)([wrapped]).embeddings[0].astype(np.float16))
+        np.testing.assert_array_equal(
+            null, experiment.encoding.open_text_encoder()([wrapped]).embeddings[0].astype(np.float16)
+        )
     fit(experiment, tmp_path / "run")
     words = ["sample", "--checkpoint", str(tmp_path / "run"), "--prompt", "7", "--out", str(tmp_path / "x.gif")]
     assert main(words) == 0
