@@ -473,6 +473,28 @@ def test_batches_that_end_early_are_refused_and_what_was_trained_is_saved(tmp_pa
     assert CheckpointReader(tmp_path / "run" / "checkpoints").latest_step() == 5
 
 
+class Callback:
+    """A signal comes while Python calls its `__del__`, in which exceptions are lost."""
+
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+        time.sleep(0)
+
+
+def test_a_signal_whose_exception_a_callback_loses_interrupts_once_it_has_ended(capfd):
+    answers = []
+    with Signals(on_second=answers.append) as signals:
+        with pytest.raises(Interrupted), signals.raising():
+            Callback()
+            time.sleep(10)
+        assert signals.number == signal.SIGINT
+        time.sleep(0.3)
+    assert not answers
+    told = capfd.readouterr().err
+    assert "ignored" not in told
+    assert told.count("a second signal ends") == 1
+
+
 def test_a_signal_whose_exception_is_lost_stops_all_the_same():
     def lose():
         with signals.raising(), contextlib.suppress(Interrupted):  # as a callback of another package loses it

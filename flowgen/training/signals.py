@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import os
 import signal
@@ -17,6 +18,8 @@ from typing import Any
 NUMBERS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 # Programs such as `timeout` signal a process and then its group, which it belongs to: that is one wish, not two.
 _TOGETHER = 0.2
+# Seconds after which what a callback lost is raised again: the callback has then ended.
+_AGAIN = 0.01
 
 
 class Interrupted(KeyboardInterrupt):
@@ -48,6 +51,8 @@ class Signals:
         self.number = 0
         self.doing = "Stopping before the first step; nothing is lost"
         self._on_second, self._ending, self._raises = on_second, False, False
+        self._lost = False  # whether what the first signal raised was lost, and is to be raised again
+        self._repeats = 0  # signals still to be read that nobody sent: the first one again
         self._noted = ""  # What was being done when the main thread came to know of it.
         self._previous: dict[int, Any] = {}
 
@@ -77,26 +82,50 @@ class Signals:
 
     @contextmanager
     def raising(self) -> Generator[None]:
-        """Within it a signal raises Interrupted where it arrives, and at the start where it came before."""
-        self._raises = True
+        """Within it a signal raises Interrupted where it arrives, and at the start where it came before.
+
+        Python loses an exception that arises in a callback, such as one of garbage collection; it is then raised again.
+        """
+        self._raises, hook = True, sys.unraisablehook
+        timers: list[threading.Timer] = []
+
+        def again(lost: Any) -> None:
+            if not isinstance(lost.exc_value, Interrupted):
+                hook(lost)
+                return
+            timers.append(threading.Timer(_AGAIN, self._repeat, (lost.exc_value.number,)))
+            timers[-1].start()
+
+        sys.unraisablehook = again
         try:
             if self.number:
                 raise Interrupted(self.number)
             yield
-            if self.number:  # An exception that a callback of another package was interrupted by is lost.
+            if self.number:
                 raise Interrupted(self.number)
         finally:
             self._raises = False
+            sys.unraisablehook = hook
+            for timer in timers:
+                timer.cancel()
 
     def _note(self, number: int, frame: Any) -> None:
         """In the main thread, when it next runs Python."""
         if self._ending:
             self._restore()
             signal.raise_signal(number)
-        elif not self.number:
-            self.number, self._noted = number, self.doing
+        elif not self.number or self._lost:
+            if not self.number:
+                self.number, self._noted = number, self.doing
+            self._lost = False
             if self._raises:
                 raise Interrupted(number)
+
+    def _repeat(self, number: int) -> None:
+        """In a thread: has the main one raise again what was lost."""
+        self._lost = True
+        self._repeats += 1
+        _thread.interrupt_main(number)
 
     def _answer(self, reading: int) -> None:
         """In a thread, which reads the number of each signal as it comes, until the pipe is closed."""
@@ -107,6 +136,9 @@ class Signals:
                 if number == 0:
                     return
                 if number not in self._previous or self._ending:
+                    continue
+                if self._repeats:
+                    self._repeats -= 1
                     continue
                 if first is None:
                     first = time.monotonic()
