@@ -361,7 +361,7 @@ def test_a_run_says_what_changed_in_its_files(again, capsys):
     shutil.copy(path / next(iter(record["files"]["train"])), path / "cat" / "new.png")
     resumed(workdir)
     said = capsys.readouterr().err
-    assert said.count("The data changed since the run began") == 1
+    assert said.count("The data changed since the run was last started") == 1
     assert "1 added ('cat/new.png')" in said
     assert f"1 removed ('{held[0]}')" in said
     assert "images: 14 train, 4 held out, 8 x 8, classes: cat, dog, fox" in said

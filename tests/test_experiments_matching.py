@@ -164,7 +164,7 @@ MISTAKES = {
     "sample --out a.png --guidance 1 --checkpoint POINTS": "but the model has no classes to guide to (num_classes 0)",
     "sample --out a.png --method rk5 --checkpoint POINTS": "sampling.method is 'rk5'; it must be 'euler' or 'midpoint'",
     "sample --out a.png --method mean_flow --checkpoint POINTS": "sampling.method is 'mean_flow', which needs matching",
-    "sample --out a.png --num-steps 0 --checkpoint POINTS": "sampling.num_steps is 0; it must be at least 1",
+    "sample --out a.png --num-steps 0 --checkpoint POINTS": "sampling.num_steps is 0; it must be ",
     "evaluate --noise uniform --checkpoint POINTS": "--noise is not an option here for a MLP",
     "evaluate --samples 1 --checkpoint POINTS": "samples is 1; ",
     "evaluate --checkpoint POINTS --data.target circles": "data.target is 'circles'; it must be 'normal' or",

@@ -167,7 +167,9 @@ def test_a_resumed_run_says_what_changed(tmp_path, train, held, said):
     before = Inventory("images", 3, 1, train_files=FILES, held_out_files=HELD)
     keep(before, tmp_path)
     now = Inventory("images", len(train), len(held), train_files=train, held_out_files=held)
-    assert keep(now, tmp_path, resumed=True) == (f"The data changed since the run began: {said}." if said else "")
+    assert keep(now, tmp_path, resumed=True) == (
+        f"The data changed since the run was last started: {said}." if said else ""
+    )
     # What was told once is known.
     assert keep(now, tmp_path, resumed=True) == ""
 

@@ -59,17 +59,28 @@ def apply_words(
         if target in spelled and spelled[target] != word:
             raise ValueError(f"--{spelled[target]} and --{word} set the same field; leave one out.")
         group = target.partition(".")[0]
-        if target not in own and ("." not in target or (groups is not None and group not in groups)):
+        foreign = target not in own and ("." not in target or (groups is not None and group not in groups))
+        if foreign or (word not in own and target != name and target not in leaf_names(experiment)):
             raise ValueError(_unknown(word, experiment, own, groups))
         spelled[target], values[target] = word, _value(target, text, experiment, options, own)
     of_options = [f"--{name}={values[name]}" for name in values if name in own]
     of_experiment = [f"--{name}={value}" for name, value in values.items() if name not in own]
     if of_options:
-        options = fields.override(options, of_options)
+        options = _overridden(options, of_options)
     if of_experiment:
         experiment = fields.override(experiment, of_experiment)
     _check_parallel(experiment, values.keys())
     return experiment, options, set(values)
+
+
+def _overridden(options: Any, words: list[str]) -> Any:
+    """The options with what words set; errors name them as they are written."""
+    try:
+        return fields.override(options, words)
+    except ValueError as error:
+        name, space, rest = str(error).partition(" ")
+        known = hints_of(type(options))
+        raise ValueError(f"--{name.replace('_', '-')}{space}{rest}" if name in known else str(error)) from error
 
 
 def load_experiment(options: argparse.Namespace, words: list[str]) -> Experiment:

@@ -73,7 +73,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     more: dict[str, Any] = {"progress": _progress_bar()} if getattr(asked, "progress", False) else {}
     samples = experiment.draw(model, params, asked, say, **more)
     output.write(experiment, model, params, samples, asked)
-    say(f"Wrote {output.path}")
+    say(f"Wrote {output.path}" + (f" and {len(samples.arrays)} files in {output.single}" if output.single else ""))
     finite = np.isfinite(samples.arrays.reshape(len(samples.arrays), -1)).all(axis=1)
     if not finite.all():
         raise FloatingPointError(f"{(~finite).sum()} of {len(finite)} samples are not finite; lower --guidance.")

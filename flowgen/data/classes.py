@@ -112,7 +112,8 @@ def check_classes(source: HasClasses, num_classes: int) -> None:
     count = len(source.class_names)
     if num_classes and not count:
         raise ValueError(
-            f"model.num_classes is {num_classes} but the data carries no labels; set model.num_classes to 0."
+            f"model.num_classes is {num_classes} but the data carries no labels; put images into a folder per class, "
+            "set model.num_classes to 0 to train without classes, or evaluate with --unconditional."
         )
     if 0 < num_classes < count:
         raise ValueError(

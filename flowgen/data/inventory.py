@@ -113,7 +113,8 @@ class Inventory:
         if len(set(self.before)) == 1:
             return f"{_shown(before[0])} -> {after}"
         ordered = sorted(self.before, key=_area)
-        return f"{_shown(ordered[0])} to {_shown(ordered[-1])} -> {after}"
+        some = " or so" if len(self.before) < self.train + self.held_out else ""
+        return f"{_shown(ordered[0])} to {_shown(ordered[-1])}{some} -> {after}"
 
     def digest(self) -> str:
         """Returns a digest of the names of the files, their marks, and which are held out."""
@@ -157,10 +158,10 @@ class Inventory:
         if digest == self.digest():
             return ""
         if parts is None:
-            return "The files of the data are not those that the run began with; there are too many to say which."
+            return "The files of the data are not those of the last time; there are too many to say which."
         now = (_in_one_form(files) for files in (self.train_files, self.held_out_files))
         differences = _differences(*parts, *now)
-        return f"The data changed since the run began: {differences}." if differences else ""
+        return f"The data changed since the run was last started: {differences}." if differences else ""
 
 
 def _in_one_form(files: Mapping[str, Any]) -> dict[str, Any]:

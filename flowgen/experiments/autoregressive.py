@@ -22,10 +22,10 @@ from flowgen.data.sources import Split
 from flowgen.decoding import Inversion
 from flowgen.evaluation import flow_bits_per_dim, flow_nats_per_dim
 from flowgen.experiments.codecs import CodecConfig
-from flowgen.experiments.drawing import DrawOptions, EvaluateOptions, cycled_labels, drawn_classes
+from flowgen.experiments.drawing import DrawOptions, EvaluateOptions, check_compared, cycled_labels, drawn_classes
 from flowgen.experiments.encoding import Encoding
 from flowgen.experiments.experiment import Experiment
-from flowgen.experiments.images import holds_latents, image_batches, with_class_names
+from flowgen.experiments.images import holds_latents, image_batches, tell_unused_classes, with_class_names
 from flowgen.experiments.latents import flow_source, is_latent, null_texts, pixel_source
 from flowgen.experiments.options import LikelihoodConfig, SamplingConfig
 from flowgen.experiments.pictures import DRAWABLE_CHANNELS
@@ -70,6 +70,10 @@ class FlowEvaluateOptions(EvaluateOptions):
     noise: Literal["model", "uniform"] = "model"
     samples: NumSamples = 0
     unconditional: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_compared(self.samples)
 
     def noise_std(self, flow: Any) -> float:
         """Returns the standard deviation of the noise on images; 0 is uniform dequantisation."""
@@ -136,9 +140,12 @@ class AutoregressiveExperiment(Experiment):
         """Returns the images or clips of a split, at the size from which the codec makes the model's latents."""
         return pixel_source(self.data, self.encoding, split)
 
-    def flow_dataset(self, split: Split) -> Source | BucketedSource:
-        """Returns what the flow is trained on: pixels, or what codec and text encoder make of them."""
-        return flow_source(self.data, self.encoding, split)
+    def flow_dataset(self, split: Split, *, labelled: bool = True) -> Source | BucketedSource:
+        """Returns what the flow is trained on: pixels, or what codec and text encoder make of them.
+
+        labelled: whether a class model needs the labels.
+        """
+        return flow_source(self.data, self.encoding, split, labelled=labelled)
 
     def with_provenance(self) -> AutoregressiveExperiment:
         """Returns the experiment with the names of its classes and the digests of its frozen networks."""
@@ -164,6 +171,7 @@ class AutoregressiveExperiment(Experiment):
         objective(flow, label_dropout=, loss_scale=, null_text=): as `nll_objective`. held_out: opened too, if there are
         such data. The rest: see `Job`.
         """
+        tell_unused_classes(source, self.data, self.model.num_classes)
         flow = self.build()
         made = Job(
             init=lambda key: init(flow, key),

@@ -58,6 +58,16 @@ class EvaluateOptions:
         check_ranges(self)
 
 
+def check_compared(samples: int) -> None:
+    """Raises ValueError if so many samples cannot be compared with data.
+
+    Example:
+        check_compared(options.samples)
+    """
+    if samples == 1:
+        raise ValueError("samples is 1; a distance needs at least 2, or 0 for none.")
+
+
 def draw_in_batches(
     draw: Draw, num: int, options: DrawOptions, say: Callable[[str], None], *, batch: int
 ) -> Float[np.ndarray, "num ..."]:

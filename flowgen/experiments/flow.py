@@ -120,7 +120,7 @@ class FlowExperiment(AutoregressiveExperiment):
     def evaluate(self, model: Any, variables: Any, options: FlowEvaluateOptions) -> list[str]:
         """Returns lines with the likelihood of the flow and of a Gaussian on a split, and the distance of samples."""
         compared = self._compared(options.split) if options.samples else None
-        source = self.flow_dataset(options.split)
+        source = self.flow_dataset(options.split, labelled=not options.unconditional)
         lines = self.likelihood_lines(model, variables, source, options)
         if not self.is_latent:
             lines += self._baseline_lines(model, source, options)
@@ -150,7 +150,8 @@ class FlowExperiment(AutoregressiveExperiment):
 
     def _baseline_lines(self, flow: Any, source: Any, options: FlowEvaluateOptions) -> list[str]:
         """The likelihood of a Gaussian under the same noise, if images have one size."""
-        fitted = self.flow_dataset("train" if options.split == "eval" else options.split)
+        split = "train" if options.split == "eval" else options.split
+        fitted = self.flow_dataset(split, labelled=False)
         if isinstance(source, BucketedSource) or isinstance(fitted, BucketedSource):
             return []
         bits = gaussian_bits_per_dim(fitted, source, noise_std=options.noise_std(flow))

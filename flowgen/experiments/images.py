@@ -21,6 +21,7 @@ from flowgen.data import (
     prefetch,
 )
 from flowgen.data.buckets import BucketedSource, BucketLoader
+from flowgen.data.inventory import name_list, tell
 from flowgen.data.latents import LatentSource
 from flowgen.data.sources import Split
 from flowgen.experiments.experiment import Experiment
@@ -29,8 +30,10 @@ from flowgen.training import TrainConfig
 E = TypeVar("E", bound=Experiment)
 
 
-def image_source(data: DataConfig, model: Any, split: Split) -> Source:
+def image_source(data: DataConfig, model: Any, split: Split, *, labelled: bool = True) -> Source:
     """Returns the images of a split at the size of a model's config. Raises ValueError if they do not fit each other.
+
+    labelled: whether their labels are needed.
 
     Example:
         source = image_source(experiment.data, experiment.model, "train")
@@ -38,7 +41,7 @@ def image_source(data: DataConfig, model: Any, split: Split) -> Source:
     source = load(data, image_size=model.grid_size, channels=model.channels, split=split)
     if not isinstance(source, Source):
         raise ValueError("data.aspects is set, but this model has one size; leave it out.")
-    if model.num_classes:
+    if model.num_classes and labelled:
         check_classes(source, model.num_classes)
     return source
 
@@ -58,6 +61,33 @@ def with_class_names(experiment: E) -> E:
     return dataclasses.replace(experiment, data=dataclasses.replace(data, classes=found_classes(data)))
 
 
+def tell_unused_classes(source: Source | BucketedSource, data: DataConfig | ClipsConfig, num_classes: int) -> None:
+    """Warns of classes in the user's own data that a model without classes does not use.
+
+    Example:
+        tell_unused_classes(source, experiment.data, experiment.model.num_classes)
+    """
+    if data.path and source.class_names and not num_classes:
+        count = len(source.class_names)
+        tell(
+            f"The data has {count} classes ({name_list(source.class_names)}), which are not used, since "
+            f"model.num_classes is 0; set it to {count} to train with them."
+        )
+
+
+def tell_repeats(source: Source | BucketedSource, train: TrainConfig) -> None:
+    """Warns of batches that hold some images more than once.
+
+    Example:
+        tell_repeats(source, experiment.train)
+    """
+    if len(source) < train.batch_size:
+        tell(
+            f"train.batch_size is {train.batch_size}, and there are {len(source)} to train on, so each batch holds "
+            "some more than once; lower it."
+        )
+
+
 def image_batches(
     source: Source | BucketedSource, data: DataConfig | ClipsConfig, train: TrainConfig
 ) -> Callable[[int, int], Iterator[Batch]]:
@@ -66,6 +96,7 @@ def image_batches(
     Example:
         batches = image_batches(source, experiment.data, experiment.train)(0, 1000)
     """
+    tell_repeats(source, train)
     options: dict[str, Any] = {
         "batch_size": train.batch_size,
         "seed": train.seed,

@@ -36,10 +36,13 @@ def is_latent(data: DataConfig | ClipsConfig, encoding: Encoding) -> bool:
     return data.source == "encoded" or encoding.codec is not None or encoding.text is not None
 
 
-def flow_source(data: DataConfig | ClipsConfig, encoding: Encoding, split: Split) -> Source | BucketedSource:
+def flow_source(
+    data: DataConfig | ClipsConfig, encoding: Encoding, split: Split, *, labelled: bool = True
+) -> Source | BucketedSource:
     """Returns what a flow is trained on: pictures, or what its codec and text encoder make of them.
 
-    Data that were not encoded before are encoded here, once and into memory.
+    Data that were not encoded before are encoded here, once and into memory. labelled: whether a class model needs the
+    labels.
 
     Raises ValueError where encoded data were made by another codec or text encoder, or do not fit the model.
 
@@ -47,16 +50,17 @@ def flow_source(data: DataConfig | ClipsConfig, encoding: Encoding, split: Split
         source = flow_source(data, encoding, "train")
     """
     model = encoding.model
+    num_classes = model.num_classes if labelled else 0
     if data.source == "encoded":
         source = read_latents(data.path, split, data.classes)
         if isinstance(data, ClipsConfig) and isinstance(model, STARFlowVConfig) and split != "eval":
             buckets = source.buckets if isinstance(source, BucketedSource) else (source,)
             source = _as_often(buckets, data, model.frames)
         _check_encoded(data, encoding, source)
-        check_classes(source, model.num_classes)
+        check_classes(source, num_classes)
         return source
     pictures = pixel_source(data, encoding, split)
-    check_classes(pictures, model.num_classes)
+    check_classes(pictures, num_classes)
     if not is_latent(data, encoding):
         return pictures
     flip = data.flip and split == "train"

@@ -21,9 +21,16 @@ from flowgen.data.sources import Split
 from flowgen.evaluation import point_metrics, point_samples, velocity_bits_per_dim
 from flowgen.experiments.debug import SAMPLES, debug_images, debug_run
 from flowgen.experiments.distances import sample_lines, sample_metrics, train_judge
-from flowgen.experiments.drawing import DrawOptions, EvaluateOptions, cycled_labels, draw_in_batches, drawn_classes
+from flowgen.experiments.drawing import (
+    DrawOptions,
+    EvaluateOptions,
+    check_compared,
+    cycled_labels,
+    draw_in_batches,
+    drawn_classes,
+)
 from flowgen.experiments.experiment import Experiment, Samples
-from flowgen.experiments.images import image_batches, image_source, with_class_names
+from flowgen.experiments.images import image_batches, image_source, tell_unused_classes, with_class_names
 from flowgen.experiments.pictures import DRAWABLE_CHANNELS, DRAWN_PATHS, path_plot, picture
 from flowgen.fields import type_name
 from flowgen.matching import (
@@ -133,6 +140,10 @@ class VelocityEvaluateOptions(EvaluateOptions):
     samples: Annotated[int, Within(0, 1 << 24)] = 0
     unconditional: bool = False
 
+    def __post_init__(self):
+        super().__post_init__()
+        check_compared(self.samples)
+
 
 @dataclass(frozen=True, kw_only=True)
 @typed
@@ -230,11 +241,11 @@ class MatchingExperiment(Experiment):
         """Returns the experiment with the names of its classes."""
         return with_class_names(self)
 
-    def dataset(self, split: Split) -> Source:
-        """Returns the images of a split at the model's size."""
+    def dataset(self, split: Split, *, labelled: bool = True) -> Source:
+        """Returns the images of a split at the model's size. labelled: whether a class model needs the labels."""
         if isinstance(self.data, PointsConfig):
             raise ValueError("data are points, which are drawn and not opened; use data.draw(key, num).")
-        return image_source(self.data, self.model, split)
+        return image_source(self.data, self.model, split, labelled=labelled)
 
     def job(self) -> Job:
         """Returns what the training loop needs, with the data opened and an epsilon that was left open chosen."""
@@ -269,6 +280,7 @@ class MatchingExperiment(Experiment):
 
     def _images_job(self, data: DataConfig) -> Job:
         network, source = self.build(), self.dataset("train")
+        tell_unused_classes(source, data, self.model.num_classes)
         order = np.random.default_rng(self.train.seed).permutation(len(source))
         x1 = from_uint8(source[np.sort(order[:REPORT_PAIRS])]["image"])
         x0 = jax.random.normal(jax.random.key(self.train.seed), x1.shape)
@@ -378,7 +390,7 @@ class MatchingExperiment(Experiment):
             num, draw = options.samples or POINTS, self.data.draw
             samples = jax.jit(partial(point_samples, field, draw, num=num))(jax.random.key(options.seed))
             return [f"{num} points"] + [f"{name} {value:.4f}" for name, value in point_metrics(samples).items()]
-        source = self.dataset(options.split)
+        source = self.dataset(options.split, labelled=not options.unconditional)
         conditional = self.model.num_classes > 0 and not options.unconditional
 
         def log_density(x, labels, key):
@@ -386,7 +398,7 @@ class MatchingExperiment(Experiment):
 
         bits = velocity_bits_per_dim(log_density, source, jax.random.key(options.seed), batch_size=options.batch)
         num = options.samples or len(source)
-        judge = train_judge(self.dataset("train" if options.split == "eval" else options.split))
+        judge = train_judge(self.dataset("train" if options.split == "eval" else options.split, labelled=False))
         conditions = _labels_of(source) if conditional else None
         guidance = self.sampling.guidance if conditional else 0.0
         drawn = dataclasses.replace(self, sampling=dataclasses.replace(self.sampling, guidance=guidance))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -17,12 +18,15 @@ DRAWN_PATHS = 128
 
 
 def picture(images: Float[np.ndarray, "n height width c"], classes: int) -> UInt8[np.ndarray, "rows columns c"]:
-    """Returns a grid of images in [-1, 1], small ones enlarged; up to 20 classes in turn get one column each.
+    """Returns a grid of images in [-1, 1], small ones enlarged. Up to 20 classes in turn get columns of their own: one
+    each, or several of few classes, so that the grid is about as high as wide.
 
     Example:
         save_image("samples.png", picture(images, classes=10))
     """
-    columns = classes if 1 < classes <= MAX_COLUMNS and len(images) >= classes else None
+    columns = None
+    if 1 < classes <= MAX_COLUMNS and len(images) >= classes:
+        columns = classes * max(1, round(math.sqrt(len(images)) / classes))
     return image_grid(to_uint8(images), columns=columns, scale=max(1, GRID_SIDE // max(images.shape[1:3])))
 
 

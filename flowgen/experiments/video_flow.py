@@ -240,7 +240,7 @@ class VideoFlowExperiment(AutoregressiveExperiment):
     def evaluate(self, model: Any, variables: Any, options: FlowEvaluateOptions) -> list[str]:
         """Returns lines with the likelihood of the flow on a split, what its noise looks like once removed, and how far
         frames of samples and of data move; latents are decoded first."""
-        source = clips_alone(self.flow_dataset(options.split))
+        source = clips_alone(self.flow_dataset(options.split, labelled=not options.unconditional))
         lines = self.likelihood_lines(model, variables, source, options)
         key, codec = jax.random.key(options.seed), self.encoding.open_clip_codec()
         ratios = denoised_psnr(codec, model, variables, source, key, most=DENOISED)

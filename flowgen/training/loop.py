@@ -210,6 +210,7 @@ class _Run:
     def run(self, update: Step, state: TrainState, key: jax.Array) -> tuple[int, TrainState]:
         """Returns the step it came to, and its state, which is saved."""
         self.signals.doing = "Stopping after the step under way, and saving"
+        self.record.say("Compiling the training step.")
         batches = iter(self.job.batches(self.first, self.steps))
         step = self.first
         while step < self.steps:

@@ -145,7 +145,7 @@ class Signals:
                     _say(f"{self._noted or self.doing}; a second signal ends without saving.")
                 elif time.monotonic() - first > _TOGETHER:
                     self._ending = True
-                    _say("Ending without saving; the last whole checkpoint stays.")
+                    _say("Ending without saving; checkpoints stay as they are.")
                     if self._on_second is not None:
                         self._on_second(number)
                     signal.pthread_kill(threading.main_thread().ident or 0, number)
