@@ -19,8 +19,7 @@ import numpy as np
 from flowgen import checkpoint
 from flowgen.data import Source, from_uint8, image_grid, save_image, to_uint8
 from flowgen.evaluation import frechet_distance
-from flowgen.tasks import matching
-from flowgen.tasks.samples import sample_metrics, train_judge
+from flowgen.experiments.distances import sample_metrics, train_judge
 
 EVALUATIONS = (4, 10, 50)
 SAMPLES = 1797  # as many as there are digits
@@ -34,9 +33,9 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, required=True, help="PNG to write: a run per three rows")
     arguments = parser.parse_args()
     runs = [checkpoint.load(path) for path in arguments.runs]
-    train, data = runs[0][2].source("train"), runs[0][2].source("all")
+    train, data = runs[0][2].dataset("train"), runs[0][2].dataset("all")
     judge = train_judge(train)
-    floor = frechet_distance(*(judge.features(images_of(runs[0][2].source(split))) for split in ("train", "eval")))
+    floor = frechet_distance(*(judge.features(images_of(runs[0][2].dataset(split))) for split in ("train", "eval")))
     where = measure.environment(len(os.sched_getaffinity(0)), None)
     rows, pictures = [], []
     for path, (network, variables, experiment) in zip(arguments.runs, runs, strict=True):
@@ -49,12 +48,12 @@ def main() -> None:
             )
             drawn = dataclasses.replace(experiment, sampling=sampling)
             began = time.perf_counter()
-            draw = partial(matching.draw, drawn, network, variables)
+            draw = partial(drawn.draw_batch, network, variables)
             digits = data[np.arange(len(data))]["label"]
             metrics = sample_metrics(draw, judge, data, SAMPLES, conditions=lambda positions, y=digits: y[positions])
             seconds = time.perf_counter() - began
             labels = np.arange(2 * CLASSES) % CLASSES
-            images, _ = draw(jax.random.key(0), len(labels), labels)
+            images, _ = draw(jax.random.key(0), labels, num=len(labels))
             pictures.append(images)
             rows.append(
                 {

@@ -19,7 +19,7 @@ _NAMES = {
     "STARFlowVConfig": "flowgen.flows",
     "init": "flowgen.models",
     "load": "flowgen.checkpoint",
-    "fit": "flowgen.training",
+    "fit": "flowgen.experiments",
     "load_config": "flowgen.experiments",
     "Experiment": "flowgen.experiments",
     "FlowExperiment": "flowgen.experiments",
@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from flowgen.experiments import FlowExperiment as FlowExperiment
     from flowgen.experiments import MatchingExperiment as MatchingExperiment
     from flowgen.experiments import VideoFlowExperiment as VideoFlowExperiment
+    from flowgen.experiments import fit as fit
     from flowgen.experiments import load_config as load_config
     from flowgen.flows import STARFlow as STARFlow
     from flowgen.flows import STARFlowConfig as STARFlowConfig
@@ -60,7 +61,6 @@ if TYPE_CHECKING:
     from flowgen.flows import TARFlow as TARFlow
     from flowgen.flows import TARFlowConfig as TARFlowConfig
     from flowgen.models import init as init
-    from flowgen.training import fit as fit
 
 
 def __getattr__(name: str) -> Any:

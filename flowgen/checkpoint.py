@@ -17,11 +17,14 @@ from flowgen.models import init
 from flowgen.runs import CHECKPOINTS, CheckpointReader, CheckpointStore, check_layout, layout, read_config, write_config
 
 
-def load(run_dir: str | Path, step: int | str | None = None, ema: bool = True) -> tuple[Any, Any, Experiment]:
+def load(
+    run_dir: str | Path, step: int | str | None = None, ema: bool = True, *, model: Any = None
+) -> tuple[Any, Any, Experiment]:
     """Returns (model, variables, experiment) of a run.
 
     step: a number, "best" (lowest evaluated bits/dim, or distance of samples), or None for the latest.
-    ema: take the averaged parameters where the run has them.
+    ema: take the averaged parameters if the run has them.
+    model: that `fit` was given; None is the experiment's own.
 
     Raises:
         FileNotFoundError: no such directory, no flowgen run, no checkpoint, or not that step.
@@ -41,7 +44,7 @@ def load(run_dir: str | Path, step: int | str | None = None, ema: bool = True) -
     except ValueError as error:
         raise ValueError(f"Checkpoint {step} of {run_dir} does not fit config.json: {error}") from error
     group = "ema" if ema and any(path.startswith("ema/") for path in meta["arrays"]) else "params"
-    flow = experiment.build()
+    flow = experiment.build() if model is None else model
     expected = jax.eval_shape(lambda: init(flow, jax.random.key(0)))
     given = {path.removeprefix(f"{group}/"): x for path, x in meta["arrays"].items() if path.startswith(f"{group}/")}
     check_layout(step, _widened(given), layout(expected["params"]))

@@ -17,8 +17,9 @@ from flowgen import checkpoint, cli, experiments
 from flowgen.data import ArraySource, ClipsConfig, DataConfig, check_classes, found_classes, load, load_clips
 from flowgen.data.latents import LatentWriter, Shard, read_latents
 from flowgen.evaluation import flow_bits_per_dim
+from flowgen.experiments import fit
 from flowgen.flows import STARFlowVConfig, TARFlowConfig
-from flowgen.training import LogConfig, TrainConfig, fit, train
+from flowgen.training import LogConfig, TrainConfig, train
 
 KNOWN = ("cat", "dog", "fox")
 LEVELS = {"cat": 20, "dog": 120, "fox": 220, "zebra": 70}

@@ -25,11 +25,12 @@ from flowgen.experiments import (
     SpaceToDepth,
     TextConfig,
     clips,
+    fit,
 )
 from flowgen.experiments.autoregressive import FlowEvaluateOptions
 from flowgen.experiments.codecs import open_autoencoder
 from flowgen.models import init
-from flowgen.training import OptimConfig, TrainConfig, fit
+from flowgen.training import OptimConfig, TrainConfig
 
 
 @pytest.fixture(scope="module")

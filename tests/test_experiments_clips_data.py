@@ -10,9 +10,9 @@ from toy_clips import LATENTS, experiment_of
 from flowgen.cli import main
 from flowgen.data import ClipsConfig, DataConfig
 from flowgen.decoding import sample_clips
-from flowgen.experiments import SamplingConfig, SpaceToDepth, TextConfig, clips, video_flow
+from flowgen.experiments import SamplingConfig, SpaceToDepth, TextConfig, clips, fit, video_flow
 from flowgen.prompts import PromptTemplate
-from flowgen.training import TrainConfig, fit
+from flowgen.training import TrainConfig
 
 
 @pytest.mark.slow  # beside clips without their first frame

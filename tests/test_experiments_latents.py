@@ -29,12 +29,13 @@ from flowgen.experiments import (
     SpaceToDepth,
     TextConfig,
     encoding,
+    fit,
     flow,
     texts,
 )
 from flowgen.experiments.codecs import codec_digest, open_autoencoder
 from flowgen.flows import STARFlowConfig, TARFlowConfig
-from flowgen.training import LogConfig, OptimConfig, TrainConfig, fit
+from flowgen.training import LogConfig, OptimConfig, TrainConfig
 
 sys.path.insert(0, str(Path(__file__).parent / "fixtures"))
 import codec_weights as cw

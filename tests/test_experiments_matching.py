@@ -16,9 +16,9 @@ from flowgen import checkpoint, experiments
 from flowgen import matching as fm
 from flowgen.cli import EXIT_MISTAKE
 from flowgen.data import PointsConfig
-from flowgen.experiments import MatchingExperiment, SolverConfig
+from flowgen.experiments import MatchingExperiment, SolverConfig, fit
 from flowgen.matching import GibbsWeights, Independent, MatchingConfig, MinibatchOT, MLPConfig
-from flowgen.training import LogConfig, TrainConfig, fit
+from flowgen.training import LogConfig, TrainConfig
 
 SHRUNK = ("meanflow_digits", "otcfm_digits", "wcfm_digits_nala")
 CONFIGS = Path(__file__).parent.parent / "configs"

@@ -17,8 +17,9 @@ from scripts.toy import PATIENCE, rows_of, start, wait_for
 from tolerances import FORMULA, LAYER, NETWORK, assert_close, assert_trees_close
 
 from flowgen import checkpoint, experiments
+from flowgen.experiments import fit
 from flowgen.runs import read_config
-from flowgen.training import CheckpointReader, LogConfig, OptimConfig, TrainConfig, fit, make_schedule, make_step
+from flowgen.training import CheckpointReader, LogConfig, OptimConfig, TrainConfig, make_schedule, make_step
 from flowgen.training.parallel import DataParallel
 from flowgen.training.step import init_state
 

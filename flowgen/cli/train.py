@@ -34,7 +34,8 @@ def fields_help() -> str:
 def run(options: argparse.Namespace, rest: list[str]) -> int:
     """Returns the exit code."""
     from flowgen.cli.grammar import load_experiment
-    from flowgen.training import Interrupted, Signals, fit
+    from flowgen.experiments import fit
+    from flowgen.training import Interrupted, Signals
 
     # The second signal ends the program even where it compiles; whole checkpoints stay whole.
     with Signals(on_second=lambda number: os._exit(128 + number)) as signals:

@@ -5,6 +5,7 @@ from flowgen.experiments.autoencoder import AutoencoderExperiment, AutoencodingC
 from flowgen.experiments.codecs import PretrainedAutoencoder, SpaceToDepth
 from flowgen.experiments.experiment import Experiment, Samples
 from flowgen.experiments.files import from_json, load_config, override
+from flowgen.experiments.fitting import fit
 from flowgen.experiments.flow import FlowExperiment
 from flowgen.experiments.matching import MatchingExperiment, SolverConfig
 from flowgen.experiments.options import LikelihoodConfig, SamplingConfig
@@ -25,6 +26,7 @@ __all__ = [
     "SpaceToDepth",
     "TextConfig",
     "VideoFlowExperiment",
+    "fit",
     "from_json",
     "load_config",
     "override",

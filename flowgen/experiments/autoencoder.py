@@ -165,10 +165,15 @@ class AutoencoderExperiment(Experiment):
         check_classes(source, 0)
         return source
 
-    def job(self) -> Job:
-        """Returns what the training loop needs, with the data opened."""
-        autoencoder, source = self.build(), self.dataset("train")
-        held_out = self.dataset("eval") if self.data.eval_fraction > 0 else None
+    def job(self, *, dataset: Source | None = None, held_out: Source | None = None, model: Any = None) -> Job:
+        """Returns what the training loop needs, with the data opened.
+
+        dataset, held_out, model: see `fit`.
+        """
+        autoencoder, source = self.build() if model is None else model, dataset
+        if source is None:
+            source = self.dataset("train")
+            held_out = self.dataset("eval") if self.data.eval_fraction > 0 else None
         shown = held_out or source
 
         def picture_of(variables: Any) -> np.ndarray:

@@ -156,8 +156,17 @@ class AutoregressiveExperiment(Experiment):
         changed = dataclasses.replace(self, codec=encoding.codec, text=encoding.text)
         return with_class_names(changed)
 
+    def opened(
+        self, dataset: Source | None, held_out: Source | None
+    ) -> tuple[Source | BucketedSource, Source | BucketedSource | None]:
+        """Returns what the flow is trained and evaluated on: what is given, or the experiment's own data."""
+        if dataset is not None:
+            return dataset, held_out
+        return self.flow_dataset("train"), self.flow_dataset("eval") if self.has_held_out else None
+
     def flow_job(
         self,
+        flow: Any,
         source: Source | BucketedSource,
         objective: Callable[..., Any],
         *,
@@ -172,7 +181,6 @@ class AutoregressiveExperiment(Experiment):
         such data. The rest: see `Job`.
         """
         tell_unused_classes(source, self.data, self.model.num_classes)
-        flow = self.build()
         made = Job(
             init=lambda key: init(flow, key),
             objective=objective(

@@ -16,6 +16,7 @@ import numpy as np
 from flax import linen as nn
 
 from flowgen import fields
+from flowgen.data import Source
 from flowgen.data.inventory import name_list
 from flowgen.experiments.drawing import DrawOptions, EvaluateOptions
 from flowgen.training import Job, LogConfig, OptimConfig, TrainConfig
@@ -81,8 +82,11 @@ class Experiment(abc.ABC):
         return None
 
     @abc.abstractmethod
-    def job(self) -> Job:
-        """Returns what the training loop needs, with the data opened."""
+    def job(self, *, dataset: Source | None = None, held_out: Source | None = None, model: Any = None) -> Job:
+        """Returns what the training loop needs, with the data opened unless they are given.
+
+        dataset, held_out: trained and evaluated on instead of `data`. model: trained instead of `build()`.
+        """
 
     def draw(self, model: Any, variables: Any, options: Any, say: Callable[[str], None] = lambda line: None) -> Samples:
         """Returns `sampling.num` samples, as `options`, of the type `draw_options`, ask; `say` is told what each batch

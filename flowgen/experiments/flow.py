@@ -70,16 +70,20 @@ class FlowExperiment(AutoregressiveExperiment):
         """Returns the flow, without parameters."""
         return TARFlow(self.model) if isinstance(self.model, TARFlowConfig) else STARFlow(self.model)
 
-    def job(self) -> Job:
-        """Returns what the training loop needs, with the data opened, and encoded if they were not."""
-        flow, source = self.build(), self.flow_dataset("train")
-        held_out = self.flow_dataset("eval") if self.has_held_out else None
+    def job(self, *, dataset: Source | None = None, held_out: Source | None = None, model: Any = None) -> Job:
+        """Returns what the training loop needs, with the data opened, and encoded if they were not.
+
+        dataset, held_out, model: see `fit`.
+        """
+        flow = self.build() if model is None else model
+        source, evaluated = self.opened(dataset, held_out)
         return self.flow_job(
+            flow,
             source,
             partial(nll_objective, norm_penalty=self.likelihood.norm_penalty),
-            held_out=held_out,
-            evaluate=None if held_out is None else self._evaluator(flow, source, held_out),
-            sample=self.sampler(flow, held_out or source, self.draw_batch, picture),
+            held_out=evaluated,
+            evaluate=None if evaluated is None else self._evaluator(flow, source, evaluated),
+            sample=self.sampler(flow, evaluated or source, self.draw_batch, picture),
         )
 
     def draw_batch(

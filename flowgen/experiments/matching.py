@@ -247,12 +247,22 @@ class MatchingExperiment(Experiment):
             raise ValueError("data are points, which are drawn and not opened; use data.draw(key, num).")
         return image_source(self.data, self.model, split, labelled=labelled)
 
-    def job(self) -> Job:
-        """Returns what the training loop needs, with the data opened and an epsilon that was left open chosen."""
-        return self._images_job(self.data) if isinstance(self.data, DataConfig) else self._points_job(self.data)
+    def job(self, *, dataset: Source | None = None, held_out: Source | None = None, model: Any = None) -> Job:
+        """Returns what the training loop needs, with the data opened and an epsilon that was left open chosen.
 
-    def _points_job(self, data: PointsConfig) -> Job:
-        network = self.build()
+        dataset, held_out, model: see `fit`.
+        """
+        network = self.build() if model is None else model
+        if isinstance(self.data, PointsConfig):
+            if dataset is not None:
+                raise ValueError("dataset is given, and points are drawn from data.source; give a DataConfig.")
+            return self._points_job(network, self.data)
+        if dataset is None:
+            dataset = self.dataset("train")
+            held_out = self.dataset("eval") if self.data.eval_fraction > 0 else None
+        return self._images_job(network, self.data, dataset, held_out)
+
+    def _points_job(self, network: Any, data: PointsConfig) -> Job:
         matching = self.matching.fitted(*data.draw(jax.random.key(self.train.seed), REPORT_PAIRS))
 
         def pairs(key, batch):
@@ -278,14 +288,12 @@ class MatchingExperiment(Experiment):
             best_metric=self.best_metric,
         )
 
-    def _images_job(self, data: DataConfig) -> Job:
-        network, source = self.build(), self.dataset("train")
+    def _images_job(self, network: Any, data: DataConfig, source: Source, held_out: Source | None) -> Job:
         tell_unused_classes(source, data, self.model.num_classes)
         order = np.random.default_rng(self.train.seed).permutation(len(source))
         x1 = from_uint8(source[np.sort(order[:REPORT_PAIRS])]["image"])
         x0 = jax.random.normal(jax.random.key(self.train.seed), x1.shape)
         matching = self.matching.fitted(x0, jnp.asarray(x1))
-        held_out = self.dataset("eval") if data.eval_fraction > 0 else None
         pairs = partial(_image_pairs, conditional=self.model.num_classes > 0)
         classes = drawn_classes(self.model, self.data)
 

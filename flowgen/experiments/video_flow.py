@@ -139,18 +139,23 @@ class VideoFlowExperiment(AutoregressiveExperiment):
         """Returns the clips of a split, at the size from which the codec makes the model's latents."""
         return clips_alone(super().dataset(split))
 
-    def job(self) -> Job:
-        """Returns what the training loop needs, with the data opened, and encoded if they were not."""
-        flow, source = self.build(), self.flow_dataset("train")
-        held_out = clips_alone(self.flow_dataset("eval")) if self.has_held_out else None
+    def job(self, *, dataset: Source | None = None, held_out: Source | None = None, model: Any = None) -> Job:
+        """Returns what the training loop needs, with the data opened, and encoded if they were not.
+
+        dataset, held_out, model: see `fit`.
+        """
+        flow = self.build() if model is None else model
+        source, evaluated = self.opened(dataset, held_out)
+        evaluated = None if evaluated is None else clips_alone(evaluated)
         likelihood, has_denoiser = self.likelihood, self.model.denoiser_layers > 0
         return self.flow_job(
+            flow,
             source,
             flow_score_objective if has_denoiser else partial(nll_objective, norm_penalty=likelihood.norm_penalty),
-            held_out=held_out,
-            evaluate=None if held_out is None else self._evaluator(flow, held_out),
+            held_out=evaluated,
+            evaluate=None if evaluated is None else self._evaluator(flow, evaluated),
             sample=self.sampler(
-                flow, held_out or clips_alone(source), self.draw_batch, lambda drawn, classes: strips(drawn)
+                flow, evaluated or clips_alone(source), self.draw_batch, lambda drawn, classes: strips(drawn)
             ),
             optims={"denoiser": likelihood.denoiser or self.optim} if has_denoiser else {},
         )

@@ -165,17 +165,17 @@ def matching_objective(
     drops = train and getattr(getattr(network, "config", None), "dropout", 0.0) > 0
 
     def objective(variables, batch, key):
-        pair_key, network_key, key = jax.random.split(key, 3)
+        pair_key, _, key = jax.random.split(key, 3)
         num = len(jax.tree.leaves({name: value for name, value in batch.items() if name != ROWS})[0])
         pair_rows, loss_rows, dropout_rows = batch_rows(batch, key, num).split(3)
         carried = variables.get(STATE)
         weights = {name: value for name, value in variables.items() if name != STATE}
 
-        def applied(key, t, x, cond, *span):
-            return network.apply(weights, t, x, cond, *span, train=train, rngs={"dropout": key})
+        def dropping(key, t, x, cond, *span):
+            return network.apply(weights, t, x, cond, *span, train=True, rngs={"dropout": key})
 
         def field(*inputs):
-            return dropout_rows.draw(applied, *inputs) if drops else applied(network_key, *inputs)
+            return dropout_rows.draw(dropping, *inputs) if drops else network.apply(weights, *inputs)
 
         log_mean = None if carried is None else carried["log_mean"]
         given = {**pairs(pair_key, {**batch, ROWS: pair_rows}), ROWS: loss_rows}

@@ -125,7 +125,7 @@ class Signals:
         """In a thread: has the main one raise again what was lost."""
         self._lost = True
         self._repeats += 1
-        _thread.interrupt_main(number)
+        _thread.interrupt_main(signal.Signals(number))
 
     def _answer(self, reading: int) -> None:
         """In a thread, which reads the number of each signal as it comes, until the pipe is closed."""

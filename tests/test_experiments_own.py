@@ -1,0 +1,90 @@
+"""Data and models of a user's own: given to `fit` as values, without a name in any config."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from flax import linen as nn
+
+import flowgen
+from flowgen.experiments import FlowExperiment, MatchingExperiment
+from flowgen.flows import TARFlowConfig
+from flowgen.matching import DiTConfig
+from flowgen.training import LogConfig, TrainConfig
+
+QUIET = LogConfig(log_every=2, checkpoint_every=0, progress=False, tensorboard=False)
+FLOW = TARFlowConfig(image_size=8, channels=1, patch_size=4, width=16, head_dim=8, num_blocks=2, layers_per_block=1)
+
+
+class Stripes:
+    """Images of a user's own, which no file holds: upright and level stripes."""
+
+    image_shape = (8, 8, 1)
+    class_names = ("upright", "level")
+    captions = ()
+
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, indices):
+        stripes = np.broadcast_to(np.arange(8) % 2 * 255, (8, 8)).astype(np.uint8)
+        images = np.stack([stripes.T if index % 2 else stripes for index in indices])[..., None]
+        return {"image": images, "label": (indices % 2).astype(np.int32)}
+
+
+class OwnNetwork(nn.Module):
+    """A velocity network that flowgen does not know, for images of its config."""
+
+    config: DiTConfig
+
+    @nn.compact
+    def __call__(self, t, x, cond=None):
+        scale = self.param("scale", nn.initializers.ones, ())
+        return scale * nn.Conv(x.shape[-1], (3, 3))(x) + t[:, None, None, None]
+
+
+@pytest.mark.parametrize(
+    "experiment",
+    [
+        FlowExperiment(name="own", model=dataclasses.replace(FLOW, num_classes=2)),
+        MatchingExperiment(
+            name="own",
+            model=DiTConfig(image_size=8, channels=1, patch_size=4, width=16, head_dim=8, num_layers=1, num_classes=2),
+        ),
+    ],
+    ids=["flow", "velocity"],
+)
+def test_data_of_ones_own_are_trained_on_and_resumed(experiment, tmp_path):
+    experiment = dataclasses.replace(experiment, train=TrainConfig(steps=4, batch_size=8), log=QUIET)
+    whole = flowgen.fit(experiment, tmp_path / "whole", dataset=Stripes(), held_out=Stripes())
+    assert np.isfinite(list(whole.metrics.values())).all()
+    assert whole.samples.is_file()
+    constant = dataclasses.replace(experiment.optim, schedule="constant")
+    experiment = dataclasses.replace(experiment, optim=constant)
+    half = dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, steps=2))
+    flowgen.fit(half, tmp_path / "halves", dataset=Stripes())
+    resumed = flowgen.fit(experiment, tmp_path / "halves", dataset=Stripes())
+    once = flowgen.fit(experiment, tmp_path / "once", dataset=Stripes())
+    jax.tree.map(np.testing.assert_array_equal, resumed.state.params, once.state.params)
+
+
+def test_a_model_of_ones_own_is_trained_and_loaded(tmp_path):
+    experiment = MatchingExperiment(
+        name="own",
+        model=DiTConfig(image_size=8, channels=1, patch_size=4, width=16, head_dim=8),
+        train=TrainConfig(steps=2, batch_size=8),
+        log=QUIET,
+    )
+    network = OwnNetwork(experiment.model)
+    flowgen.fit(experiment, tmp_path, dataset=Stripes(), model=network)
+    loaded, params, _ = flowgen.load(tmp_path, model=network)
+    assert loaded is network
+    assert params["params"].keys() == {"scale", "Conv_0"}
+    with pytest.raises(ValueError, match="does not fit the model"):
+        flowgen.load(tmp_path)
+
+
+def test_what_is_given_in_part_or_wrong_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="held_out is given without dataset"):
+        flowgen.fit(FlowExperiment(name="own", model=FLOW), tmp_path, held_out=Stripes())
