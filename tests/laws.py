@@ -9,11 +9,11 @@ from functools import cache, partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from builders import build
 
 import flowgen
 import flowgen.flows
 from flowgen.conditioning import TextCondition
-from flowgen.models import build
 
 SMALL = {"channels": 2, "patch_size": 2, "width": 32, "num_blocks": 2, "layers_per_block": 2, "head_dim": 16}
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from builders import build
 
 from flowgen import checkpoint, experiments, fields
 from flowgen.attention import CAUSAL_KERNEL_NAMES, KERNELS
@@ -20,7 +21,7 @@ from flowgen.data import PointsConfig
 from flowgen.experiments import Experiment, SamplingConfig, SolverConfig
 from flowgen.flows import STARFlowConfig, TARFlowConfig
 from flowgen.matching import DiTConfig, MatchingConfig, MLPConfig
-from flowgen.models import build, init
+from flowgen.models import init
 from flowgen.settings import help_of
 from flowgen.training import OptimConfig, TrainConfig
 

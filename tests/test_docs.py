@@ -9,11 +9,12 @@ from pathlib import Path
 
 import jax
 import pytest
+from builders import build
 from published_files import publish
 
 from flowgen import checkpoint, cli, experiments
 from flowgen.attention import CAUSAL_KERNEL_NAMES
-from flowgen.models import build, init
+from flowgen.models import init
 
 PROJECT = Path(__file__).parent.parent
 sys.path.insert(0, str(PROJECT / "tests" / "fixtures"))

@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from builders import build
 from conftest import rows
 from tolerances import NETWORK, assert_close
 
 from flowgen import matching as fm
-from flowgen.models import build, init
+from flowgen.models import init
 
 SMALL_DIT = {"image_size": 4, "channels": 2, "width": 32, "num_layers": 2, "head_dim": 16, "num_classes": 3}
 SMALL_UNET = {"image_size": 4, "channels": 2, "width": 8, "multipliers": (1, 2), "num_groups": 4, "head_dim": 8}

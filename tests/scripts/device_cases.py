@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from builders import build
 
 import flowgen
 from flowgen import matching as fm
@@ -21,7 +22,7 @@ from flowgen.conditioning import TextCondition
 from flowgen.experiments.autoencoder import AutoencodingConfig, autoencoding_objective
 from flowgen.experiments.codecs import STATISTICS
 from flowgen.flows import STARFlowVConfig, density, flow_score_objective
-from flowgen.models import build, init
+from flowgen.models import init
 from flowgen.training import OptimConfig, make_step
 from flowgen.training.parallel import DataParallel
 from flowgen.training.step import init_state
