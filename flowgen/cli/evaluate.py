@@ -22,12 +22,15 @@ def declare(parser: argparse.ArgumentParser) -> None:
 def fields_help() -> str:
     """Returns what can be set for each kind of model."""
     from flowgen.cli.grammar import options_help
-    from flowgen.experiments import AutoencoderExperiment, FlowExperiment, MatchingExperiment
+    from flowgen.experiments.autoregressive import FlowEvaluateOptions
+    from flowgen.experiments.drawing import EvaluateOptions
+    from flowgen.experiments.matching import VelocityEvaluateOptions
 
+    every = EvaluateOptions()
     parts = [
-        options_help("flows", FlowExperiment.evaluate_options()),
-        options_help("velocity networks", MatchingExperiment.evaluate_options()),
-        options_help("autoencoders", AutoencoderExperiment.evaluate_options()),
+        options_help("all models", every),
+        options_help("flows", FlowEvaluateOptions(), without=(every,)),
+        options_help("velocity networks", VelocityEvaluateOptions(), without=(every,)),
     ]
     return "\n\n".join(parts)
 

@@ -1,6 +1,6 @@
 """The one grammar of all commands: `--group.field value` sets a field of the experiment, `--option value` an option.
 
-Common fields have a short name, the same in every command. A hyphen and an underscore mean the same.
+Fields of `sampling` and some common ones need no group, in any command. A hyphen and an underscore mean the same.
 """
 
 from __future__ import annotations
@@ -19,12 +19,8 @@ from flowgen.experiments.files import config_path, load_config
 from flowgen.fields import hints_of, leaf_names
 from flowgen.settings import settings
 
-# Short names of common fields.
+# Short names of common fields, beside those of `sampling`, which need no group.
 ALIASES = {
-    **{
-        name: f"sampling.{name}"
-        for name in ("num", "guidance", "plan", "window", "tol", "init", "denoise", "method", "num_steps")
-    },
     "autoencoder": "codec.path",
     "text_encoder": "text.encoder",
     "steps": "train.steps",
@@ -51,16 +47,17 @@ def apply_words(
         experiment, options, given = apply_words(["--num", "4", "--seed=1"], experiment, DrawOptions())
     """
     own = () if options is None else tuple(hints_of(type(options)))
+    short = short_names(experiment)
     spelled: dict[str, str] = {}
     values: dict[str, str] = {}
     for word, text in _pairs(words):
         name = word.replace("-", "_")
-        target = name if name in own else ALIASES.get(name, name)
+        target = name if name in own else short.get(name, name)
         if target in spelled and spelled[target] != word:
             raise ValueError(f"--{spelled[target]} and --{word} set the same field; leave one out.")
         group = target.partition(".")[0]
         foreign = target not in own and ("." not in target or (groups is not None and group not in groups))
-        if foreign or (word not in own and target != name and target not in leaf_names(experiment)):
+        if foreign:
             raise ValueError(_unknown(word, experiment, own, groups))
         spelled[target], values[target] = word, _value(target, text, experiment, options, own)
     of_options = [f"--{name}={values[name]}" for name in values if name in own]
@@ -105,9 +102,24 @@ def _line_of(path: str, error: Exception) -> int | None:
     return lines[-1] if lines else None
 
 
-def options_help(title: str, options: Any) -> str:
-    """Returns a line for each field of a command's options or of a group of fields, under a title."""
-    lines = [f"  {described(setting)}" for setting in settings(options)]
+def short_names(experiment: Any) -> dict[str, str]:
+    """Returns the fields of an experiment that need no group on a command line, by their short names.
+
+    Example:
+        short_names(experiment)["guidance"]  # "sampling.guidance"
+    """
+    known = leaf_names(experiment)
+    aliases = {name: field for name, field in ALIASES.items() if field in known}
+    return {name.removeprefix("sampling."): name for name in known if name.startswith("sampling.")} | aliases
+
+
+def options_help(title: str, options: Any, *, without: tuple[Any, ...] = ()) -> str:
+    """Returns a line for each field of a command's options or of a group of fields, under a title.
+
+    without: options whose fields stand elsewhere.
+    """
+    elsewhere = {setting.name for other in without for setting in settings(other)}
+    lines = [f"  {described(setting)}" for setting in settings(options) if setting.name not in elsewhere]
     return "\n".join([f"{title}:", *lines])
 
 
@@ -144,8 +156,8 @@ def _value(name: str, text: str | None, experiment: Any, options: Any, own: tupl
 
 def _unknown(word: str, experiment: Any, own: tuple[str, ...], groups: tuple[str, ...] | None) -> str:
     known = [name for name in leaf_names(experiment) if groups is None or name.partition(".")[0] in groups]
-    present = {ALIASES[alias]: alias for alias in ALIASES if ALIASES[alias] in known}
-    names = [name.replace("_", "-") for name in (*own, *present.values())]
+    short = [name for name, field in short_names(experiment).items() if field in known]
+    names = [name.replace("_", "-") for name in (*own, *short)]
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.6) or difflib.get_close_matches(word, known, n=1)
     kind = type(experiment).__name__.removesuffix("Experiment")
     what = f"--{word} is not an option here for a {fields.type_name(experiment.model)} ({kind} experiment)"

@@ -25,9 +25,8 @@ def declare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", action="append", help="text to draw; again for more, drawn in turn")
     parser.add_argument("--prompts", metavar="FILE", help="text file with one prompt per line")
     parser.epilog = (
-        "Fields of sampling can be set, as in training, by their names (--sampling.rule product) or, if they are "
-        "common, by short ones: --num, --guidance, --plan, --window, --tol, --init, --denoise, --method, --num-steps; "
-        "--autoencoder and --text-encoder say where these are. info --checkpoint lists all with their values."
+        "--autoencoder and --text-encoder say where these are, if not where the run says. info --checkpoint lists the "
+        "fields of a run with their values."
     )
 
 
@@ -36,15 +35,18 @@ def fields_help() -> str:
     from flowgen.cli.grammar import options_help
     from flowgen.experiments import SamplingConfig, SolverConfig
     from flowgen.experiments.autoregressive import FlowDrawOptions
+    from flowgen.experiments.drawing import DrawOptions
     from flowgen.experiments.matching import VelocityDrawOptions
     from flowgen.experiments.video_flow import ClipDrawOptions
 
+    every, flows = DrawOptions(), FlowDrawOptions()
     parts = [
-        options_help("flows of images", FlowDrawOptions()),
-        options_help("flows of clips", ClipDrawOptions()),
-        options_help("velocity networks", VelocityDrawOptions()),
-        options_help("sampling of flows (--sampling.*)", SamplingConfig()),
-        options_help("sampling of velocity networks (--sampling.*)", SolverConfig()),
+        options_help("all models", every),
+        options_help("flows", flows, without=(every,)),
+        options_help("flows of clips", ClipDrawOptions(), without=(flows,)),
+        options_help("velocity networks", VelocityDrawOptions(), without=(every,)),
+        options_help("sampling of flows, also as --sampling.num", SamplingConfig()),
+        options_help("sampling of velocity networks, also as --sampling.num", SolverConfig()),
     ]
     return "\n\n".join(parts)
 
