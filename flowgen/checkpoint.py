@@ -9,12 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
 
 from flowgen.arrays import shown
 from flowgen.experiments import Experiment, from_json
 from flowgen.models import init
-from flowgen.runs import CHECKPOINTS, CheckpointReader, CheckpointStore, check_layout, layout, read_config, write_config
+from flowgen.runs import CHECKPOINTS, CheckpointReader, CheckpointStore, read_config, write_config
 
 
 def load(
@@ -38,19 +37,13 @@ def load(
     experiment = from_json(read_config(run_dir))
     reader = CheckpointReader(Path(run_dir) / CHECKPOINTS)
     step = _choose(reader, run_dir, step, experiment.best_metric)
-    meta = reader.manifest(step)
     try:
-        experiment.check_resumable(meta["config"])
+        experiment.check_resumable(reader.manifest(step)["config"])
     except ValueError as error:
         raise ValueError(f"Checkpoint {step} of {run_dir} does not fit config.json: {error}") from error
-    group = "ema" if ema and any(path.startswith("ema/") for path in meta["arrays"]) else "params"
     flow = experiment.build() if model is None else model
     expected = jax.eval_shape(lambda: init(flow, jax.random.key(0)))
-    given = {path.removeprefix(f"{group}/"): x for path, x in meta["arrays"].items() if path.startswith(f"{group}/")}
-    check_layout(step, _widened(given), layout(expected["params"]))
-    arrays = reader.arrays(step, lambda path: path.startswith((f"{group}/", "collections/")))
-    tree = traverse_util.unflatten_dict(arrays, sep="/")
-    variables = {"params": tree[group], **tree.get("collections", {})}
+    variables = reader.variables(step, expected["params"], ema=ema)
     return flow, jax.tree.map(jnp.asarray, variables), experiment
 
 
@@ -87,11 +80,6 @@ def check_new(run_dir: str | Path) -> None:
         raise NotADirectoryError(f"{run_dir} cannot be made, because {nearest} is a file; give another directory.")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise PermissionError(f"{run_dir} cannot be written: permission denied; give another directory.")
-
-
-def _widened(arrays: dict[str, Any]) -> dict[str, Any]:
-    """The layout of parameters as if those kept in bfloat16, as imported ones may be, were float32."""
-    return {path: [shape, "float32" if dtype == "bfloat16" else dtype] for path, (shape, dtype) in arrays.items()}
 
 
 def _choose(reader: CheckpointReader, run_dir: str | Path, step: int | str | None, best_metric: str) -> int:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from flowgen import checkpoint
-from flowgen.experiments import from_json
+from flowgen.experiments import FlowExperiment, from_json
 from flowgen.flows import TARFlowConfig, init
 from flowgen.runs import flatten
 from flowgen.training import CheckpointReader, CheckpointStore

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from flowgen import checkpoint
+from flowgen.experiments import FlowExperiment
 from flowgen.flows import TARFlowConfig, init
 from flowgen.runs import CheckpointReader, CheckpointStore, check_workdir, read_config, write_config
 

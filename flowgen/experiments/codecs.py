@@ -30,7 +30,7 @@ from flowgen.codecs.video_codec import ClipCodec, FrameCodec
 from flowgen.convert import is_video_autoencoder, load_autoencoder, load_video_autoencoder
 from flowgen.experiments.texts import version_of, weakly_cached
 from flowgen.ranges import Within, check_ranges
-from flowgen.runs import CHECKPOINTS, CheckpointReader, check_layout, is_run, layout, read_config
+from flowgen.runs import CHECKPOINTS, CheckpointReader, is_run, read_config
 from flowgen.typed import typed
 
 # The collection of an autoencoder's state in which the mean and variance of its latents live.
@@ -146,17 +146,14 @@ def _open_autoencoder(
     if step is None:
         reader.check_not_broken()
         raise FileNotFoundError(f"codec.path '{path}' has no checkpoint yet; train the autoencoder first.")
-    group = "ema" if any(name.startswith("ema/") for name in reader.manifest(step)["arrays"]) else "params"
-    arrays = reader.arrays(step, lambda name: name.startswith((f"{group}/", "collections/")))
-    expected = jax.eval_shape(lambda: init_autoencoder(autoencoder, jax.random.key(0)))["params"]
-    params = {name.removeprefix(f"{group}/"): x for name, x in arrays.items() if name.startswith(f"{group}/")}
-    check_layout(step, layout(params), layout(expected))
-    tree = jax.tree.unflatten(jax.tree.structure(expected), [jnp.asarray(params[name]) for name in layout(expected)])
-    mean, variance = (arrays[f"collections/{STATISTICS}/{name}"] for name in ("mean", "variance"))
+    expected = jax.eval_shape(lambda: init_autoencoder(autoencoder, jax.random.key(0)))
+    saved = reader.variables(step, expected["params"])
+    variables = {"params": jax.tree.map(jnp.asarray, saved["params"])}
+    mean, variance = (saved[STATISTICS][name] for name in ("mean", "variance"))
     normalisation = LatentNormalisation(shift=mean, scale=1 / np.sqrt(np.asarray(variance, np.float64)))
     if isinstance(autoencoder, VideoAutoencoder):
-        return VideoAutoencoderCodec(autoencoder, {"params": tree}, normalisation, temporal_scale)
-    return AutoencoderCodec(autoencoder, {"params": tree}, normalisation)
+        return VideoAutoencoderCodec(autoencoder, variables, normalisation, temporal_scale)
+    return AutoencoderCodec(autoencoder, variables, normalisation)
 
 
 def codec_digest(codec: Codec | ClipCodec) -> str:

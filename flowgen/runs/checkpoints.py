@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import traverse_util
 
 from flowgen.runs.arrays import Flat, check_layout, flatten, group_of, layout, read_arrays
 from flowgen.runs.files import DIGEST, digest_of_file, is_regular, is_temporary, read_json, verified
@@ -140,6 +141,25 @@ class CheckpointReader:
             raise self._damaged(step, f"its state is that of step {int(read['step'])}")
         return jax.tree.unflatten(jax.tree.structure(like), [read[name] for name in flatten(like)])
 
+    def variables(self, step: int, params: Any, *, ema: bool = True) -> dict[str, Any]:
+        """Returns the weights of a step, averaged if they were and `ema` asks for it, beside its carried collections.
+
+        params: arrays or abstract ones, in whose tree the weights are. Optimizer moments are not read.
+
+        Raises:
+            ValueError: damaged, of another step, or other arrays, shapes or dtypes than `params`.
+
+        Example:
+            variables = reader.variables(step, jax.eval_shape(lambda: flowgen.init(flow, key))["params"])
+        """
+        saved = self.manifest(step)["arrays"]
+        group = "ema" if ema and any(path.startswith("ema/") for path in saved) else "params"
+        given = {path.removeprefix(f"{group}/"): x for path, x in saved.items() if path.startswith(f"{group}/")}
+        check_layout(step, _widened(given), layout(params))
+        arrays = self.arrays(step, lambda path: path.startswith((f"{group}/", "collections/")))
+        tree = traverse_util.unflatten_dict(arrays, sep="/")
+        return {"params": tree[group], **tree.get("collections", {})}
+
     def _entries(self) -> dict[str, str | None]:
         """Why each entry of the directory is no whole checkpoint, by name; None for those that are."""
         if not self.directory.is_dir():
@@ -224,6 +244,11 @@ def leftovers(directory: Path) -> list[Path]:
         for path in leftovers(Path("runs/digits/checkpoints")): ...
     """
     return [path for path in directory.iterdir() if _LEFTOVER.fullmatch(path.name)] if directory.is_dir() else []
+
+
+def _widened(arrays: dict[str, Any]) -> dict[str, Any]:
+    """The layout of weights as if those kept in bfloat16, as imported ones may be, were float32."""
+    return {path: [shape, "float32" if dtype == "bfloat16" else dtype] for path, (shape, dtype) in arrays.items()}
 
 
 def _is_of_the_system(name: str) -> bool:
