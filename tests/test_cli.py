@@ -303,7 +303,7 @@ def test_a_bug_of_ours_keeps_its_traceback(monkeypatch, tmp_path):
 
 # Mistakes. All are made in one folder, of which nothing may change.
 
-TINY = """from flowgen.experiments import Experiment
+TINY = """from flowgen.experiments import FlowExperiment
 from flowgen.flows import TARFlowConfig
 from flowgen.training import TrainConfig
 
@@ -477,7 +477,7 @@ MISTAKES = {
     "train --workdir new --config text.py": r"config text\.py must define config\(\) that returns a flowgen\.Exp",
     "train --workdir new --config raises.py": r"config raises\.py fails in line 2 \(RuntimeError: no cluster\); corr",
     "train --workdir new --config syntax.py": r"config syntax\.py fails in line 1 \(SyntaxError: invalid syntax",
-    "train --workdir new --config name.py": r"config name\.py fails in line 2 \(NameError: name 'Experiment' is not",
+    "train --workdir new --config name.py": r"config name\.py fails in line 2 \(NameError: name 'FlowExperiment' is",
     "train --workdir new --config import.py": r"config import\.py fails in line 1 \(ModuleNotFoundError: .*'not_inst",
     "train --workdir new --config argument.py": r"config argument\.py fails in line 6 \(TypeError: .*'widht'\); corr",
     "train --workdir new --config value.py": r"config value\.py fails in line 6 \(model\.width is 0; it must be at lea",

@@ -12,12 +12,16 @@ from flowgen import experiments, fields
 from flowgen.codecs import VideoAutoencoderConfig
 from flowgen.data import ClipsConfig, DataConfig, PointsConfig
 from flowgen.experiments import (
+    AutoencoderExperiment,
     AutoencodingConfig,
+    FlowExperiment,
     LikelihoodConfig,
+    MatchingExperiment,
     PretrainedAutoencoder,
     SamplingConfig,
     SolverConfig,
     TextConfig,
+    VideoFlowExperiment,
 )
 from flowgen.flows import STARFlowConfig, STARFlowVConfig, TARFlowConfig
 from flowgen.matching import (

@@ -44,7 +44,7 @@ def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("docs")
     for run, name in RUNS.items():
         experiment = experiments.load_config(PROJECT / "configs" / f"{name}.py").debug()
-        checkpoint.write_run(root / run, experiment, init(build(experiment.model), jax.random.key(0)))
+        checkpoint.write_run(root / run, experiment, init(experiment.build(), jax.random.key(0)))
     weights = video_weights.state_dict("wan_2_2")
     publish(root / AUTOENCODER, video_weights.CONFIGS["wan_2_2"], weights, "diffusion_pytorch_model.safetensors")
     return root
