@@ -9,8 +9,6 @@ import zipfile
 import jax
 import numpy as np
 import pytest
-from flowgen.tasks.images import drawn_classes
-from flowgen.tasks.latents import flow_source
 from PIL import Image
 
 from flowgen import checkpoint, cli, experiments
