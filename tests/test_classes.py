@@ -9,15 +9,14 @@ import zipfile
 import jax
 import numpy as np
 import pytest
-from flowgen.tasks.images import drawn_classes
-from flowgen.tasks.latents import flow_source
 from PIL import Image
 
 from flowgen import checkpoint, cli, experiments
 from flowgen.data import ArraySource, ClipsConfig, DataConfig, check_classes, found_classes, load, load_clips
 from flowgen.data.latents import LatentWriter, Shard, read_latents
 from flowgen.evaluation import flow_bits_per_dim
-from flowgen.experiments import fit
+from flowgen.experiments import FlowExperiment, VideoFlowExperiment, fit
+from flowgen.experiments.drawing import drawn_classes
 from flowgen.flows import STARFlowVConfig, TARFlowConfig
 from flowgen.training import LogConfig, TrainConfig, train
 
@@ -203,7 +202,7 @@ def test_cached_latents_of_an_experiment_have_the_numbers_of_its_run(tmp_path):
     assert fresh.with_provenance().data.classes == ("dog", "fox")
     experiment = dataclasses.replace(fresh, data=dataclasses.replace(data, classes=KNOWN))
     assert experiment.with_provenance() == experiment
-    assert flow_source(experiment, "train")[np.arange(2)]["label"].tolist() == [1, 2]
+    assert experiment.flow_dataset("train")[np.arange(2)]["label"].tolist() == [1, 2]
 
 
 def test_pictures_beside_clips_have_the_numbers_of_the_clips(tmp_path):
@@ -246,7 +245,7 @@ def test_classes_of_the_model_without_data_are_told_once_and_not_drawn(tmp_path,
         "Left out of data.path 'photos': 1 .xcf.",
         "model.num_classes is 10",
     ]
-    assert drawn_classes(experiment) == 3
+    assert drawn_classes(experiment.model, experiment.data) == 3
 
 
 @pytest.fixture(scope="module")

@@ -326,7 +326,7 @@ ESCAPES = "a\x1b[2J\x1b]0;title\x07\u202egnp"
         ["info", "--config", DIGITS, "--name", ESCAPES],
         ["info", "--config", DIGITS, f"--{ESCAPES}", "1"],
         ["sample", "--checkpoint", ESCAPES, "--out", f"{ESCAPES}.png"],
-        ["sample", "--checkpoint", "x", "--num", ESCAPES],
+        ["info", "--config", DIGITS, "--num", ESCAPES],
         ["convert", ESCAPES, "--to", ESCAPES, "--image-size", "8", "--patch-size", "2", "--noise-std", "0"],
         ["train", "--config", DIGITS, "--workdir", "w", "--data.source", "folder", "--data.path", ESCAPES],
         [ESCAPES],

@@ -51,11 +51,10 @@ LEVELS = {
     "flowgen.evaluation": 5,
     "flowgen.convert": 5,
     "flowgen.models": 4,
-    "flowgen.tasks": 6,
-    "flowgen.config": 7,
-    "flowgen.checkpoint": 8,
-    "flowgen.cli": 9,
-    "flowgen.__main__": 10,
+    "flowgen.experiments": 6,
+    "flowgen.checkpoint": 7,
+    "flowgen.cli": 8,
+    "flowgen.__main__": 9,
 }
 # The lazy front door names packages without importing them.
 FRONT_DOOR = "flowgen"

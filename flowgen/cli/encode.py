@@ -7,7 +7,6 @@ import time
 from typing import Any
 
 from flowgen.cli.options import say
-from flowgen.experiments.drawing import per_second
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
@@ -30,9 +29,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     checkpoint.check_new(options.out)
     experiment = load_experiment(options, rest)
     if not isinstance(experiment, AutoregressiveExperiment) or not experiment.is_latent:
-        raise ValueError(
-            f"{experiment.name} has neither codec nor text, so there is nothing to encode; set --codec.path."
-        )
+        raise ValueError(f"{experiment.name} has neither codec nor text, so there is nothing to encode; set --codec.")
     if experiment.data.source == "encoded":
         raise ValueError("data.source is 'encoded', which is encoded already; give the pictures.")
     experiment = experiment.with_provenance()  # What is opened later is refused if it is not the same.
@@ -49,6 +46,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
 def _encode(writer: Any, experiment: Any, split: Any) -> tuple[str, ...]:
     """Writes the latents of a split; returns the names of its classes."""
     from flowgen.data.buckets import BucketedSource
+    from flowgen.experiments.drawing import per_second
     from flowgen.experiments.latents import encoded_shards, null_features, pixel_source
 
     source = pixel_source(experiment.data, experiment.encoding, split)

@@ -28,7 +28,7 @@ ALIASES = {
     "lr": "optim.lr",
 }
 PARALLEL_PLANS = ("jacobi", "moving")
-OF_PARALLEL_PLANS = {"sampling.window", "sampling.tol", "sampling.init"}
+OF_PARALLEL_PLANS = ("window", "tol", "init")
 
 E = TypeVar("E", bound=Experiment)
 
@@ -47,7 +47,8 @@ def apply_words(
         experiment, options, given = apply_words(["--num", "4", "--seed=1"], experiment, DrawOptions())
     """
     own = () if options is None else tuple(hints_of(type(options)))
-    short = short_names(experiment)
+    whole = tuple(hints_of(type(experiment))) if groups is None else ()
+    short, began = short_names(experiment), experiment
     spelled: dict[str, str] = {}
     values: dict[str, str] = {}
     for word, text in _pairs(words):
@@ -55,9 +56,9 @@ def apply_words(
         target = name if name in own else short.get(name, name)
         if target in spelled and spelled[target] != word:
             raise ValueError(f"--{spelled[target]} and --{word} set the same field; leave one out.")
-        group = target.partition(".")[0]
-        foreign = target not in own and ("." not in target or (groups is not None and group not in groups))
-        if foreign:
+        group, dot, _ = target.partition(".")
+        fits = target in (*own, *whole) or (dot and (groups is None or group in groups))
+        if not fits:
             raise ValueError(_unknown(word, experiment, own, groups))
         spelled[target], values[target] = word, _value(target, text, experiment, options, own)
     of_options = [f"--{name}={values[name]}" for name in values if name in own]
@@ -66,7 +67,7 @@ def apply_words(
         options = _overridden(options, of_options)
     if of_experiment:
         experiment = fields.override(experiment, of_experiment)
-    _check_parallel(experiment, values.keys())
+    _check_parallel(began, experiment)
     return experiment, options, set(values)
 
 
@@ -113,13 +114,15 @@ def short_names(experiment: Any) -> dict[str, str]:
     return {name.removeprefix("sampling."): name for name in known if name.startswith("sampling.")} | aliases
 
 
-def options_help(title: str, options: Any, *, without: tuple[Any, ...] = ()) -> str:
+def options_help(title: str, options: Any, *, without: tuple[Any, ...] = (), group: str = "") -> str:
     """Returns a line for each field of a command's options or of a group of fields, under a title.
 
-    without: options whose fields stand elsewhere.
+    without: options whose fields stand elsewhere. group: that fields are named with.
     """
     elsewhere = {setting.name for other in without for setting in settings(other)}
-    lines = [f"  {described(setting)}" for setting in settings(options) if setting.name not in elsewhere]
+    chosen = [setting for setting in settings(options) if setting.name not in elsewhere]
+    named = [setting._replace(name=f"{group}.{setting.name}") for setting in chosen] if group else chosen
+    lines = [f"  {described(setting)}" for setting in named]
     return "\n".join([f"{title}:", *lines])
 
 
@@ -164,14 +167,16 @@ def _unknown(word: str, experiment: Any, own: tuple[str, ...], groups: tuple[str
     if close:
         return f"{what}; did you mean --{close[0]}?"
     options = f"options {', '.join(f'--{name}' for name in names)}" if names else ""
-    ours = "every field, such as --train.steps" if groups is None else " and ".join(f"--{g}.*" for g in groups)
+    present = dict.fromkeys(name.partition(".")[0] for name in known)
+    ours = "every field, such as --train.steps" if groups is None else " and ".join(f"--{g}.*" for g in present)
     return f"{what}; it takes {' and '.join(filter(None, (options, ours)))}."
 
 
-def _check_parallel(experiment: Any, given: Any) -> None:
-    """Raises ValueError if fields of parallel plans are set, and another plan decodes."""
-    plan = getattr(getattr(experiment, "sampling", None), "plan", None)
-    if OF_PARALLEL_PLANS & set(given) and plan not in PARALLEL_PLANS:
+def _check_parallel(began: Any, experiment: Any) -> None:
+    """Raises ValueError if fields of parallel plans were changed, and another plan decodes."""
+    before, now = (getattr(one, "sampling", None) for one in (began, experiment))
+    changed = any(getattr(before, name, None) != getattr(now, name, None) for name in OF_PARALLEL_PLANS)
+    if changed and getattr(now, "plan", None) not in PARALLEL_PLANS:
         raise ValueError(
             f"--window, --tol and --init are for --plan {' or '.join(PARALLEL_PLANS)}; add it, or leave them out."
         )

@@ -28,7 +28,7 @@ def fields_help() -> str:
     from flowgen.training import LogConfig, OptimConfig, TrainConfig
 
     groups = {"train": TrainConfig(), "optim": OptimConfig(), "log": LogConfig()}
-    return "\n\n".join(options_help(f"fields of every config (--{name}.*)", group) for name, group in groups.items())
+    return "\n\n".join(options_help(f"{name}, of every config", group, group=name) for name, group in groups.items())
 
 
 def run(options: argparse.Namespace, rest: list[str]) -> int:
