@@ -4,30 +4,29 @@ from __future__ import annotations
 
 import runpy
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any, Literal
 
-from flowgen import fields
+from flowgen import settings
 from flowgen.data import ClipsConfig, DataConfig, PointsConfig, told_once
 from flowgen.data.inventory import name_list
 from flowgen.matching import MatchingConfig
 from flowgen.models import ModelConfig, build
+from flowgen.settings import config
 from flowgen.tasks import AutoencodingConfig, LikelihoodConfig, SamplingConfig, SolverConfig, frozen, task_of
 from flowgen.tasks.frozen import PixelBlocks, TrainedCodec
 from flowgen.tasks.images import named
 from flowgen.tasks.texts import TextConfig
 from flowgen.training import Job, LogConfig, OptimConfig, TrainConfig
 from flowgen.training.options import check_warmups
-from flowgen.typed import typed
 
 # Fields that a resumed run may change: they do not touch what the checkpoint holds or the data it has seen. (Of the
 # frozen networks the digest counts, wherever they lie. Names of classes are compared apart.)
 RESUMABLE = ("name", "train.steps", "log.", "sampling.", "reference", "codec.path", "text.encoder", "data.classes")
 
 
-@dataclass(frozen=True)
-@typed
+@config
 class Experiment:
     """A model, its data and its training; JSON round-trips exactly and is saved with every run.
 
@@ -101,7 +100,7 @@ class Experiment:
 
     def check_resumable(self, saved: dict[str, Any]) -> None:
         """Raises ValueError naming the fields in which a run begun with `saved` does not fit this experiment."""
-        lines = fields.differences(to_json(from_json(saved)), to_json(from_json(to_json(self))))
+        lines = settings.differences(to_json(from_json(saved)), to_json(from_json(to_json(self))))
         # A run that was begun without the digest of a frozen network does not know which it was.
         changed = [line for line in lines if not line.startswith(RESUMABLE) and ".digest: None -> " not in line]
         changed += _renamed(from_json(saved).data, self.data)
@@ -149,7 +148,7 @@ def override(experiment: Experiment, arguments: Sequence[str]) -> Experiment:
     Example:
         experiment = override(experiment, ["--optim.lr", "3e-4"])
     """
-    return fields.override(experiment, arguments)
+    return settings.override(experiment, arguments)
 
 
 def to_json(experiment: Experiment) -> dict[str, Any]:
@@ -158,7 +157,7 @@ def to_json(experiment: Experiment) -> dict[str, Any]:
     Example:
         json.dumps(to_json(experiment))
     """
-    return fields.to_plain(experiment)
+    return settings.to_plain(experiment)
 
 
 def from_json(data: dict[str, Any]) -> Experiment:
@@ -168,7 +167,7 @@ def from_json(data: dict[str, Any]) -> Experiment:
         experiment = from_json(json.loads(text))
     """
     # A saved config.json carries its digest, which `flowgen.runs` checks.
-    return fields.from_plain(Experiment, {name: value for name, value in data.items() if name != "sha256"})
+    return settings.from_plain(Experiment, {name: value for name, value in data.items() if name != "sha256"})
 
 
 def shrink(experiment: Experiment) -> Experiment:

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from flowgen import checkpoint, config, fields
+from flowgen import checkpoint, config, settings
 from flowgen.attention import CAUSAL_KERNEL_NAMES, KERNELS
 from flowgen.cli import EXIT_BROKEN_PIPE, EXIT_MISTAKE, main
 from flowgen.config import Experiment, SamplingConfig, SolverConfig
@@ -93,7 +93,7 @@ def test_info_prints_options_that_give_the_experiment_again(path, capsys):
     assert all(len(option) == 2 for option in words)
     experiment = config.load(path)
     # The type of a group stands for its defaults, and is what it is already.
-    leaves = {f"--{name}" for name in fields.leaf_names(experiment)}
+    leaves = {f"--{name}" for name in settings.leaf_names(experiment)}
     given = [word for option in words if option[0] in leaves for word in option]
     assert config.override(experiment, given) == experiment
     for line in lines:

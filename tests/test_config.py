@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import pytest
 
-from flowgen import config, fields
+from flowgen import config, settings
 from flowgen.codecs import VideoAutoencoderConfig
 from flowgen.config import (
     AutoencodingConfig,
@@ -186,7 +186,7 @@ def test_json_gives_the_same_experiment(name):
 
 def test_the_unusual_experiment_covers_every_field():
     defaults = EXPERIMENTS["defaults"]
-    unchanged = {name for name in fields.leaf_names(UNUSUAL) if _leaf(UNUSUAL, name) == _leaf(defaults, name)}
+    unchanged = {name for name in settings.leaf_names(UNUSUAL) if _leaf(UNUSUAL, name) == _leaf(defaults, name)}
     # The first has one value so far; "both" is the only parts that the product rule takes; a TARFlow has one size, and
     # no texts.
     assert unchanged <= {"model.attention", "sampling.parts", "data.aspects", "sampling.prompts"}
@@ -273,7 +273,7 @@ def test_overrides_take_the_type_of_the_field(experiment, arguments, name, value
 
 def test_overrides_change_nothing_else(experiment):
     changed = config.override(experiment, ["--train.steps", "9", "--optim.lr=1e-3"])
-    assert fields.differences(experiment.to_json(), changed.to_json()) == [
+    assert settings.differences(experiment.to_json(), changed.to_json()) == [
         "optim.lr: 0.002 -> 0.001",
         "train.steps: 2000 -> 9",
     ]
@@ -388,7 +388,7 @@ class _Outer:
     ],
 )
 def test_fields_round_trip_without_knowing_flowgen(value):
-    back = fields.from_plain(_Outer, json.loads(json.dumps(fields.to_plain(value))))
+    back = settings.from_plain(_Outer, json.loads(json.dumps(settings.to_plain(value))))
     assert back == value
     assert types_of(dataclasses.asdict(back)) == types_of(dataclasses.asdict(value))
 
@@ -405,7 +405,7 @@ def test_fields_round_trip_without_knowing_flowgen(value):
 )
 def test_fields_name_what_does_not_fit(plain, message):
     with pytest.raises(ValueError, match="must be") as error:
-        fields.from_plain(_Outer, plain)
+        settings.from_plain(_Outer, plain)
     assert one_sentence(error) == message
 
 

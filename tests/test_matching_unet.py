@@ -16,9 +16,9 @@ import pytest
 from conftest import rows
 from tolerances import NETWORK, assert_close
 
-from flowgen.fields import from_plain, to_plain
 from flowgen.matching.unet import Embedding, UNet, UNetConfig
 from flowgen.matching.velocity import init
+from flowgen.settings import from_plain, to_plain
 
 FIXTURES = Path(__file__).parent / "fixtures"
 sys.path.insert(0, str(FIXTURES))

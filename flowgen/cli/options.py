@@ -14,9 +14,8 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from flowgen.fields import check, words_of
 from flowgen.printable import printable
-from flowgen.settings import Setting, settings
+from flowgen.settings import Setting, check, settings, words_of
 
 HELP_COLUMN = 36  # from which on the help of a field is shown
 BYTES_OF_PARAMETER = 4
@@ -117,7 +116,7 @@ def fields_of(words: Sequence[str], *, groups: tuple[str, ...], command: str) ->
 def check_options(options: argparse.Namespace, model: Any, command: str) -> None:
     """Raises ValueError where an option was given that means nothing for a model of this kind."""
     from flowgen import tasks
-    from flowgen.fields import type_name
+    from flowgen.settings import type_name
 
     def names(task: Any) -> tuple[str, ...]:
         return task.SAMPLE_OPTIONS if command == "sample" else task.EVALUATE_OPTIONS

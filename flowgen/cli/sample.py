@@ -24,8 +24,8 @@ from flowgen.cli.options import (
     step_or_best,
     whole_number,
 )
-from flowgen.fields import built
 from flowgen.packages import missing
+from flowgen.settings import inside
 
 PICTURES_AT_ONCE = 64
 DEFAULT_FPS = 8.0
@@ -362,7 +362,8 @@ def _overridden(experiment: Any, options: argparse.Namespace, prompts: tuple[str
     plan = given.get("plan", getattr(sampling, "plan", None))
     if {"window", "tol", "init"} & (given.keys() | names) and plan not in ("jacobi", "moving"):
         raise ValueError("--window, --tol and --init are for --plan jacobi or moving; add it, or leave them out.")
-    return built(lambda: dataclasses.replace(sampling, **given), "sampling")
+    with inside("sampling"):
+        return dataclasses.replace(sampling, **given)
 
 
 def _labels(text: str | None, num: int, experiment: Any) -> Any:

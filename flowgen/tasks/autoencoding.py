@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -31,14 +30,14 @@ from flowgen.data import (
 )
 from flowgen.data.sources import Split
 from flowgen.models import init
-from flowgen.ranges import OtherFrames, Side, check_ranges
 from flowgen.rows import Rows, StatefulObjective, batch_rows
+from flowgen.settings import config
+from flowgen.settings.ranges import NonNegative, OtherFrames, Side
 from flowgen.tasks.flow_options import SamplingConfig
 from flowgen.tasks.frozen import STATISTICS, open_autoencoder
 from flowgen.tasks.images import check_foreign, image_batches, shrink_images, shrink_run
 from flowgen.tasks.pictures import DRAWABLE_CHANNELS, picture, strips
 from flowgen.training import Job
-from flowgen.typed import typed
 
 SAMPLE_OPTIONS: tuple[str, ...] = ()
 EVALUATE_OPTIONS: tuple[str, ...] = ()
@@ -47,8 +46,7 @@ STATISTICS_RATE = 0.02
 PEAK = 2.0  # of pictures in [-1, 1], for the signal-to-noise ratio
 
 
-@dataclass(frozen=True)
-@typed
+@config
 class AutoencodingConfig:
     """How an autoencoder is trained.
 
@@ -62,17 +60,9 @@ class AutoencodingConfig:
 
     image_size: Side | tuple[Side, Side] = 8
     frames: OtherFrames = 0
-    kl_weight: float = 1e-4
-    noise: float = 0.0
+    kl_weight: NonNegative = 1e-4
+    noise: NonNegative = 0.0
     decoder_of: str = ""
-
-    def __post_init__(self):
-        if min(self.grid_size) < 1:
-            raise ValueError(f"autoencoding.image_size is {self.image_size}; sides must be positive.")
-        check_ranges(self, "autoencoding")
-        for name in ("kl_weight", "noise"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"autoencoding.{name} is {getattr(self, name)}; it must be 0 or positive.")
 
     @property
     def grid_size(self) -> tuple[int, int]:

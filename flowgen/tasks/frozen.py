@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import hashlib
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flowgen import fields
+from flowgen import settings
 from flowgen.codecs import (
     Autoencoder,
     AutoencoderCodec,
@@ -32,17 +31,16 @@ from flowgen.convert import is_video_autoencoder, load_autoencoder, load_video_a
 from flowgen.data.latents import read_index
 from flowgen.flows import STARFlowVConfig
 from flowgen.prompts import aspect_size
-from flowgen.ranges import Within, check_ranges
 from flowgen.runs import CHECKPOINTS, CheckpointReader, check_layout, is_run, layout, read_config
+from flowgen.settings import config
+from flowgen.settings.ranges import Positive, Within
 from flowgen.tasks.texts import TextConfig, encoder_of, remembered, text_fingerprint, version_of
-from flowgen.typed import typed
 
 # The collection of an autoencoder's state in which the mean and variance of its latents live.
 STATISTICS = "latents"
 
 
-@dataclass(frozen=True)
-@typed
+@config
 class PixelBlocks:
     """A codec without a network: factor x factor pixels of c channels are one latent of factor² c channels.
 
@@ -51,12 +49,8 @@ class PixelBlocks:
 
     factor: Annotated[int, Within(1, 1 << 8)] = 2
 
-    def __post_init__(self):
-        check_ranges(self, "codec")
 
-
-@dataclass(frozen=True)
-@typed
+@config
 class TrainedCodec:
     """A frozen autoencoder.
 
@@ -68,11 +62,7 @@ class TrainedCodec:
 
     path: str
     digest: str | None = None
-    temporal_scale: float = 1.0
-
-    def __post_init__(self):
-        if not 0 < self.temporal_scale < float("inf"):
-            raise ValueError(f"codec.temporal_scale is {self.temporal_scale}; it must be positive, 1 for none.")
+    temporal_scale: Positive = 1.0
 
 
 CodecConfig = PixelBlocks | TrainedCodec
@@ -119,7 +109,7 @@ def _codec_of(experiment: Any) -> Codec | ClipCodec:
     if isinstance(codec, ClipCodec) and not isinstance(model, STARFlowVConfig):
         raise ValueError(
             f"codec.path '{experiment.codec.path}' is an autoencoder of clips, and the model is a "
-            f"{fields.type_name(model)}; give one of pictures."
+            f"{settings.type_name(model)}; give one of pictures."
         )
     if experiment.codec.digest not in (None, fingerprint(codec)):
         raise ValueError(
@@ -191,12 +181,13 @@ def _open_autoencoder(
         "Autoencoder": (Autoencoder, AutoencoderConfig),
         "VideoAutoencoder": (VideoAutoencoder, VideoAutoencoderConfig),
     }
-    kind = saved["model"].get(fields.TYPE)
+    kind = saved["model"].get(settings.TYPE)
     if not isinstance(kind, str) or kind not in kinds:
         raise ValueError(f"codec.path '{path}' is the run of a {kind!s:.80}; give that of an Autoencoder.")
     module, config = kinds[kind]
-    plain = {name: value for name, value in saved["model"].items() if name != fields.TYPE}
-    autoencoder = module(fields.from_plain(config, plain, path="model"))
+    plain = {name: value for name, value in saved["model"].items() if name != settings.TYPE}
+    with settings.inside("model"):
+        autoencoder = module(settings.from_plain(config, plain))
     reader = CheckpointReader(Path(path) / CHECKPOINTS)
     step = reader.latest_step()
     if step is None:

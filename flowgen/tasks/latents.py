@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from flowgen import fields
+from flowgen import settings
 from flowgen.codecs.video_codec import ClipCodec
 from flowgen.conditioning import TextCondition
 from flowgen.data import DataConfig, Source, check_classes, load
@@ -230,11 +230,11 @@ def made_by(experiment: Any) -> dict[str, Any]:
         writer.finish(class_names=source.class_names, made_by=made_by(experiment))
     """
     return {
-        "codec": None if experiment.codec is None else fields.to_plain(experiment.codec),
+        "codec": None if experiment.codec is None else settings.to_plain(experiment.codec),
         "fingerprint": fingerprint(codec_of(experiment)),
         "text": _text_plain(experiment),
         "noise_std": experiment.model.noise_std,
-        "data": fields.to_plain(experiment.data),
+        "data": settings.to_plain(experiment.data),
     }
 
 
@@ -264,7 +264,7 @@ def _check_encoded(experiment: Any, source: Source | BucketedSource) -> None:
     if experiment.codec is not None and made.get("fingerprint") != fingerprint(codec_of(experiment)):
         raise ValueError(
             f"data.path '{path}' was encoded by {_codec_words(made.get('codec'))}, and codec is another one, "
-            f"{_codec_words(fields.to_plain(experiment.codec))}; give that one (--codec), or encode again."
+            f"{_codec_words(settings.to_plain(experiment.codec))}; give that one (--codec), or encode again."
         )
     by = made.get("text")
     if model.text_dim and by is None:
