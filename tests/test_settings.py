@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import pytest
 
+from flowgen.codecs.bert import BertConfig
+from flowgen.codecs.t5 import T5Config
 from flowgen.settings import (
     FieldError,
     config,
@@ -339,6 +341,11 @@ def test_settings_are_fields_with_value_help_and_choices():
     assert known["kernel"].choices == "'dense' or 'sparse'"
     assert set(leaf_names(SCENES["all else"])) == {name for name in known if not known[name].is_type}
     assert help_of(Rates)["min_lr"] == "at the end; at most lr."
+
+
+@pytest.mark.parametrize("cls", [BertConfig, T5Config])
+def test_encoders_have_help_for_every_field(cls):
+    assert all(help_of(cls).get(field.name, "").endswith(".") for field in dataclasses.fields(cls))
 
 
 def test_objects_are_resolved_by_name():

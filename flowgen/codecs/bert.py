@@ -24,7 +24,17 @@ NORM_EPS = 1e-12
 
 @config
 class BertConfig:
-    """Shape of a BERT encoder; the defaults are those of all-MiniLM-L6-v2. max_length: positions there are."""
+    """Shape of a BERT encoder; the defaults are those of all-MiniLM-L6-v2.
+
+    vocab_size: tokens that there are.
+    width: features of a token, a multiple of num_heads.
+    num_layers: transformer layers.
+    num_heads: attention heads of a layer.
+    hidden: width of the feed-forward layers.
+    max_length: most tokens of a text.
+    num_segments: kinds of segments, of which texts are the first.
+    dtype: of matrix products and activations.
+    """
 
     vocab_size: Vocabulary = 30522
     width: Width = 384

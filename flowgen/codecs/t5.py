@@ -28,7 +28,15 @@ NORM_EPS = 1e-6
 class T5Config:
     """Shape of a T5 encoder with gated MLPs; the defaults are those of google/flan-t5-xl.
 
-    num_buckets, max_distance: of relative positions; beyond max_distance all are in the last bucket.
+    vocab_size: tokens that there are.
+    width: features of a token.
+    num_layers: transformer layers.
+    num_heads: attention heads of a layer.
+    head_dim: channels of an attention head.
+    hidden: width of the feed-forward layers.
+    num_buckets: of relative positions.
+    max_distance: beyond which all relative positions are in the last bucket.
+    dtype: of matrix products and activations.
     """
 
     vocab_size: Vocabulary = 32128

@@ -206,12 +206,12 @@ class _Refusal(Exception):
 
 
 def _convert(annotation: Any, value: Any) -> Any:
-    origin, arguments, kinds = typing.get_origin(annotation), typing.get_args(annotation), choices(annotation)
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if annotation is Any:
         return value
     if origin is Annotated:
         return _bounded(value, *arguments)
-    if kinds and isinstance(value, Mapping):
+    if isinstance(value, Mapping) and (kinds := choices(annotation)):
         return _chosen(kinds, value)
     if len(members(annotation)) > 1:
         return _convert_union(arguments, value)
@@ -237,12 +237,14 @@ def _convert(annotation: Any, value: Any) -> Any:
 
 
 def _bounded(value: Any, annotation: Any, *bounds: Any) -> Any:
-    converted = _convert(annotation, value)
+    # Entries are counted before any of them is looked at.
+    counted = typing.get_origin(annotation) is tuple and isinstance(value, list | tuple)
+    converted = value if counted else _convert(annotation, value)
     given = value if type(value) is int else converted  # as a message shows it
     for bound in bounds:
         if isinstance(bound, Bound) and (problem := bound.problem(given)):
             raise _Refusal(problem)
-    return converted
+    return _convert(annotation, value) if counted else converted
 
 
 def _convert_entry(annotation: Any, value: Any) -> Any:
