@@ -249,7 +249,7 @@ REFUSED = {
     "no option": (["more"], "more is not an option of sample"),
     "an unknown field": (["--sampling.rules", "product"], "sampling.rules is not a field"),
     "a window without a plan": (["--sampling.window", "4"], "--window, --tol and --init are for --plan jacobi"),
-    "a value out of range": (["--sampling.temperature", "0"], "temperature is 0.0"),
+    "a value out of range": (["--sampling.temperature", "0"], "temperature is 0"),
     "a field of solvers": (["--sampling.num_steps", "4"], "sampling.num_steps is not a field"),
 }
 

@@ -17,7 +17,7 @@ from flowgen.settings import (
     differences,
     from_plain,
     help_of,
-    inside,
+    in_group,
     leaf_names,
     override,
     resolve,
@@ -208,12 +208,12 @@ def test_values_are_converted():
 
 
 def test_who_holds_a_config_puts_its_name_in_front():
-    with pytest.raises(FieldError, match=r"^run\.rates\.lr is -1; .* and run\.rates\.steps is 0"), inside("run"):
+    with pytest.raises(FieldError, match=r"^run\.rates\.lr is -1; .* and run\.rates\.steps is 0"), in_group("run"):
         dataclasses.replace(SCENES["defaults"], rates=from_held({"lr": -1, "steps": 0}))
 
 
 def from_held(plain):
-    with inside("rates"):
+    with in_group("rates"):
         return from_plain(Rates, plain)
 
 

@@ -25,7 +25,7 @@ from flowgen.cli.options import (
     whole_number,
 )
 from flowgen.packages import missing
-from flowgen.settings import inside
+from flowgen.settings import in_group
 
 PICTURES_AT_ONCE = 64
 DEFAULT_FPS = 8.0
@@ -362,7 +362,7 @@ def _overridden(experiment: Any, options: argparse.Namespace, prompts: tuple[str
     plan = given.get("plan", getattr(sampling, "plan", None))
     if {"window", "tol", "init"} & (given.keys() | names) and plan not in ("jacobi", "moving"):
         raise ValueError("--window, --tol and --init are for --plan jacobi or moving; add it, or leave them out.")
-    with inside("sampling"):
+    with in_group("sampling"):
         return dataclasses.replace(sampling, **given)
 
 

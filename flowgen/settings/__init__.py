@@ -15,7 +15,7 @@ from flowgen.settings.plain import (
     config,
     differences,
     from_plain,
-    inside,
+    in_group,
     to_plain,
 )
 
@@ -28,7 +28,7 @@ __all__ = [
     "differences",
     "from_plain",
     "help_of",
-    "inside",
+    "in_group",
     "leaf_names",
     "override",
     "resolve",

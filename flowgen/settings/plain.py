@@ -28,7 +28,7 @@ MAX_WHOLE_FLOAT = 10**300
 class FieldError(ValueError):
     """What is wrong in a config: sentences that each begin with the name of a field.
 
-    A config names its own fields; whoever holds it under a name puts that in front, by `within` or `inside`.
+    A config names its own fields; whoever holds it under a name puts that in front, by `within` or `in_group`.
 
     Example:
         raise FieldError("min_lr is 0.1, above lr 0.01; lower it.")
@@ -43,11 +43,11 @@ class FieldError(ValueError):
 
 
 @contextlib.contextmanager
-def inside(group: str) -> Generator[None]:
+def in_group(group: str) -> Generator[None]:
     """Puts the name of a group before the fields that a `FieldError` raised in this context names.
 
     Example:
-        with inside("sampling"):
+        with in_group("sampling"):
             sampling = dataclasses.replace(sampling, num=0)  # "sampling.num is 0; it must be at least 1."
     """
     try:

@@ -186,7 +186,7 @@ def _open_autoencoder(
         raise ValueError(f"codec.path '{path}' is the run of a {kind!s:.80}; give that of an Autoencoder.")
     module, config = kinds[kind]
     plain = {name: value for name, value in saved["model"].items() if name != settings.TYPE}
-    with settings.inside("model"):
+    with settings.in_group("model"):
         autoencoder = module(settings.from_plain(config, plain))
     reader = CheckpointReader(Path(path) / CHECKPOINTS)
     step = reader.latest_step()
