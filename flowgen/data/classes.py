@@ -23,7 +23,7 @@ class HasClasses(Protocol):
     def class_names(self) -> tuple[str, ...]: ...
 
 
-def checked_names(classes: object, field: str = "data.classes") -> tuple[str, ...]:
+def checked_names(classes: object, field: str = "classes") -> tuple[str, ...]:
     """Returns the names of classes as `composed` has them.
 
     Raises ValueError, which names the field, unless they are a tuple of different names.
