@@ -12,9 +12,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from builders import build
 
-from flowgen import checkpoint, experiments, fields
+from flowgen import checkpoint, experiments, settings
 from flowgen.attention import CAUSAL_KERNEL_NAMES, KERNELS
 from flowgen.cli import EXIT_BROKEN_PIPE, EXIT_MISTAKE, main
 from flowgen.data import PointsConfig
@@ -102,7 +101,7 @@ def test_info_prints_options_that_give_the_experiment_again(path, capsys):
     assert all(len(option) == 2 for option in words)
     experiment = experiments.load_config(path)
     # The type of a group stands for its defaults, and is what it is already.
-    leaves = {f"--{name}" for name in fields.leaf_names(experiment)}
+    leaves = {f"--{name}" for name in settings.leaf_names(experiment)}
     given = [word for option in words if option[0] in leaves for word in option]
     assert experiments.override(experiment, given) == experiment
     for line in lines:
@@ -252,7 +251,7 @@ REFUSED = {
     "no option": (["more"], "'more' is not understood"),
     "an unknown field": (["--sampling.rules", "product"], "sampling.rules is not a field"),
     "a window without a plan": (["--sampling.window", "4"], "--window, --tol and --init are for --plan jacobi"),
-    "a value out of range": (["--sampling.temperature", "0"], "temperature is 0.0"),
+    "a value out of range": (["--sampling.temperature", "0"], "temperature is 0"),
     "a field of solvers": (["--sampling.num_steps", "4"], "sampling.num_steps is not a field"),
 }
 

@@ -155,9 +155,9 @@ def test_pictures_and_latents_that_do_not_fit_are_refused(autoencoder):
 
 
 def test_a_config_that_cannot_be_is_refused():
-    with pytest.raises(ValueError, match=r"model.widths has 30, which is not a positive multiple of num_groups 32"):
+    with pytest.raises(ValueError, match=r"widths has 30, not a multiple of num_groups 32"):
         codecs.AutoencoderConfig(widths=(30,))
-    with pytest.raises(ValueError, match=r"model.widths is empty"):
+    with pytest.raises(ValueError, match=r"widths has 0 entries"):
         codecs.AutoencoderConfig(widths=())
 
 

@@ -262,10 +262,10 @@ def test_long_lists_of_problems_are_cut_in_the_sentence_and_whole_in_the_error()
         (dict, {"patch_size": 1}, r"makes tokens of 3 numbers, but the weights take 12; use patch_size=2\."),
         (dict, {"channels": 4}, r"the patch_size and channels the model was trained with\."),
         (dict, {"channels": 0}, "weights take 12"),
-        (dict, {"patch_size": -2, "image_size": 8}, "model.patch_size is -2"),
+        (dict, {"patch_size": -2, "image_size": 8}, "patch_size is -2"),
         (dict, {"image_size": (4, 8)}, "4x8 with patch_size 2 makes 8 tokens, but the weights have 6"),
         (dict, {"image_size": 5}, "patch_size 2 does not divide"),
-        (dict, {"noise_std": -0.1}, "model.noise_std is -0.1"),
+        (dict, {"noise_std": -0.1}, "noise_std is -0.1"),
         (
             changed(blocks__0__sos_embed=np.ones((1, 1, 4))),
             {},

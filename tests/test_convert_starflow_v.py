@@ -152,7 +152,7 @@ def test_a_model_without_a_denoiser():
         ({"conditional_denoiser": 0}, "conditional_denoiser is 0; only denoisers"),
         ({"denoiser_window": None}, "denoiser_window is None; only denoisers"),
         ({"cond_noise_level": 0}, "cond_noise_level is 0; only denoisers"),
-        ({"noise_std": 0}, "noise_std is 0; only denoisers"),
+        ({"noise_std": 0}, "noise_std is 0.0; only denoisers"),
         ({"temporal_causal": 12}, "denoiser_window is 10 and temporal_causal 12, with which no frame sees itself"),
         ({"local_attn_window": 21}, "local_attn_window is 21; only models without can be imported"),
         ({"vae": "some/vae"}, "vae is 'some/vae', whose factor is not known"),

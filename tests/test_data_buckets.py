@@ -100,7 +100,7 @@ def test_unreadable_pictures_are_left_out_of_buckets_too(tmp_path):
 
 
 def test_aspects_are_for_folders():
-    with pytest.raises(ValueError, match=r"data.aspects is set, but data.source 'digits' has one shape"):
+    with pytest.raises(ValueError, match=r"aspects is set, but source 'digits' has one shape"):
         DataConfig(aspects=True)
 
 

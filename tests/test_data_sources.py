@@ -160,9 +160,9 @@ def test_hold_out_refuses_an_empty_split(size, fraction, split):
         ({"source": "cifar"}, "source is 'cifar'; it must be 'digits' or 'mnist'"),
         ({"crop": "left"}, "crop is 'left'"),
         ({"on_corrupt": "ignore"}, "on_corrupt is 'ignore'"),
-        ({"eval_fraction": 1.0}, "data.eval_fraction is 1.0"),
-        ({"eval_fraction": -0.1}, "data.eval_fraction is -0.1"),
-        ({"in_memory_bytes": -1}, "data.in_memory_bytes is -1"),
+        ({"eval_fraction": 1.0}, "eval_fraction is 1.0"),
+        ({"eval_fraction": -0.1}, "eval_fraction is -0.1"),
+        ({"in_memory_bytes": -1}, "in_memory_bytes is -1"),
     ],
 )
 @pytest.mark.usefixtures("untyped")

@@ -240,9 +240,9 @@ def test_product_rule_is_the_product_of_gaussians():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"scale": -1.0}, "guidance scale is -1.0"),
+        ({"scale": -1.0}, "scale is -1.0"),
         ({"scale": float("nan")}, "scale is nan"),
-        ({"temperature": 0.0}, "guidance temperature is 0.0"),
+        ({"temperature": 0.0}, "temperature is 0.0"),
         ({"rule": "product", "parts": "shift"}, "the product rule always guides both"),
     ],
 )

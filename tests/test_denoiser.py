@@ -179,7 +179,7 @@ REFUSED = {
         lambda: init_denoiser(ClipDenoiser(dataclasses.replace(CLIP, denoiser_layers=0)), jax.random.key(0)),
         "model.denoiser_layers is 0, so there is no denoiser",
     ),
-    "negative window": (lambda: dataclasses.replace(CLIP, denoiser_back=-1), "model.denoiser_back is -1"),
+    "negative window": (lambda: dataclasses.replace(CLIP, denoiser_back=-1), "denoiser_back is -1"),
     "added classes": (
         lambda: dataclasses.replace(CLIP, text_dim=0, text_length=0, num_classes=3, class_conditioning="add"),
         "use 'prefix'",

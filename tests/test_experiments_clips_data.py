@@ -41,7 +41,7 @@ def test_pictures_come_in_the_fraction_of_batches_that_is_asked_for():
     whole, continued, pictures = source.shares
     assert continued / (whole + continued) == pytest.approx(0.25)
     assert pictures / sum(source.shares) == pytest.approx(0.2)
-    with pytest.raises(ValueError, match=r"data.images_fraction is 0.2, and there are no data.images"):
+    with pytest.raises(ValueError, match=r"images_fraction is 0.2, and there are no images"):
         ClipsConfig(images_fraction=0.2)
 
 
@@ -137,9 +137,9 @@ def test_texts_of_restarts_say_so_too(continued, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"source": "encoded", "path": "x"}, "data.images is given, but encoded data have their pictures among them"),
-        ({"images": DataConfig("folder", path="x", aspects=True)}, "data.images is encoded or of several aspects"),
-        ({"flip": True}, "data.images.flip is False and data.flip is True, and pictures and clips are mirrored alike"),
+        ({"source": "encoded", "path": "x"}, "images is given, but encoded data have their pictures among them"),
+        ({"images": DataConfig("folder", path="x", aspects=True)}, "images is encoded or of several aspects"),
+        ({"flip": True}, "images.flip is False and flip is True, and pictures and clips are mirrored alike"),
     ],
 )
 def test_pictures_that_cannot_be_beside_clips_are_refused(changes, message):

@@ -423,7 +423,7 @@ def test_what_is_cached_of_a_network_goes_with_it():
 
 @pytest.mark.parametrize("size", [0, (8, -8)])
 def test_autoencoders_of_no_pixels_are_refused(size):
-    with pytest.raises(ValueError, match=r"autoencoding.image_size is .*; sides must be positive"):
+    with pytest.raises(ValueError, match=r"image_size (is|has) .*; it must be at least 1"):
         AutoencodingConfig(image_size=size)
 
 

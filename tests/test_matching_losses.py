@@ -493,7 +493,7 @@ REFUSED = {
     "power": (lambda: fm.mean_flow_loss(power=-1.0), "power is -1.0"),
     "guidance": (lambda: fm.mean_flow_loss(guidance_weight=-0.5), "guidance_weight -0.5"),
     "no steps": (lambda: fm.integrate_mean(average_velocity, X0, num_steps=0), "num_steps is 0"),
-    "std of times": (lambda: fm.LogitNormal(std=0.0), "std 0.0; a logit-normal needs"),
+    "std of times": (lambda: fm.LogitNormal(std=0.0), "std is 0.0; it must be positive"),
     "shift": (lambda: fm.Shifted(0.0), "shift is 0.0"),
 }
 

@@ -293,10 +293,10 @@ REFUSED = {
     "time of NaN": (lambda: fm.Trigonometric().sample(None, T * jnp.nan, X0, X1), "within [0, 1]"),
     "prediction": (lambda: fm.velocity_of(fm.CondOT(), T, X0, X1, "eps"), "prediction is 'eps'"),
     "conversion after the data": (lambda: fm.velocity_of(fm.CondOT(), T + 0.5, X0, X1, "x1"), "within [0, 1]"),
-    "spread": (lambda: fm.CondOT(-0.1), "sigma is -0.1; it must be finite and at least 0"),
+    "spread": (lambda: fm.CondOT(-0.1), "sigma is -0.1; it must be 0 or more"),
     "spread of NaN": (lambda: fm.Trigonometric(float("nan")), "sigma is nan"),
     "wide end": (lambda: fm.Target(1.0), "sigma_min is 1.0"),
-    "noise of the diffusion": (lambda: fm.VariancePreserving(beta_min=20.0, beta_max=1.0), "beta_max the larger"),
+    "noise of the diffusion": (lambda: fm.VariancePreserving(beta_min=20.0, beta_max=1.0), "above beta_max"),
 }
 
 

@@ -16,9 +16,9 @@ import pytest
 from conftest import rows
 from tolerances import NETWORK, assert_close
 
-from flowgen.fields import from_plain, to_plain
 from flowgen.matching.unet import Embedding, UNet, UNetConfig
 from flowgen.matching.velocity import init
+from flowgen.settings import from_plain, to_plain
 
 FIXTURES = Path(__file__).parent / "fixtures"
 sys.path.insert(0, str(FIXTURES))
@@ -189,17 +189,17 @@ def test_times_are_stretched_before_the_sinusoids():
     [
         ("image_size", "32", "image_size is '32'; it must be an integer or a tuple"),
         ("image_size", (32,), r"image_size is \(32,\); it must be an integer or a tuple"),
-        ("image_size", (32, 12), "model.image_size has width 12, which cannot be halved 3 times; use a multiple of 8"),
-        ("channels", 0, "model.channels is 0; it must be at least 1."),
-        ("width", 0, "model.width is 0; it must be at least 1."),
-        ("width", 48, "model.num_groups is 32, which does not divide the 48 channels of level 0; change width"),
-        ("multipliers", (), r"model.multipliers is \(\); give a whole number of widths for each level."),
+        ("image_size", (32, 12), "image_size has width 12, which cannot be halved 3 times; use a multiple of 8"),
+        ("channels", 0, "channels is 0; it must be at least 1."),
+        ("width", 0, "width is 0; it must be at least 1."),
+        ("width", 48, "num_groups is 32, which does not divide the 48 channels of level 0; change width"),
+        ("multipliers", (), r"multipliers has 0 entries; give 1 to 8."),
         ("multipliers", (1, 0.5), r"multipliers is \(1, 0.5\); it must be a tuple of integers"),
-        ("attention_factors", (16,), "model.attention_factors has 16; the levels of this network are 1, 2, 4, 8."),
-        ("head_dim", 96, "model.head_dim is 96, which does not divide the 256 channels of level 1; change"),
-        ("dropout", 1.0, r"model.dropout is 1.0; it must be 0 \(none\) or more, and below 1."),
-        ("num_classes", -1, "model.num_classes is -1"),
-        ("time_scale", 0.0, "model.time_scale is 0.0; use 1000.0, or 1.0 as in the published code."),
+        ("attention_factors", (16,), "attention_factors has 16; the levels of this network are 1, 2, 4, 8."),
+        ("head_dim", 96, "head_dim is 96, which does not divide the 256 channels of level 1; change"),
+        ("dropout", 1.0, "dropout is 1.0; it must be below 1."),
+        ("num_classes", -1, "num_classes is -1"),
+        ("time_scale", 0.0, "time_scale is 0.0; it must be positive."),
         ("resample", "mean", "resample is 'mean'; it must be 'conv' or 'pool'"),
         ("dtype", "float16", "dtype is 'float16'; it must be 'float32' or 'bfloat16'"),
     ],
@@ -210,7 +210,7 @@ def test_a_config_that_cannot_be_is_refused(field, value, message, untyped):
 
 
 def test_an_odd_width_is_refused():
-    with pytest.raises(ValueError, match=r"model.width is 9; half of its features of time are sines"):
+    with pytest.raises(ValueError, match=r"width is 9; half of its features of time are sines"):
         UNetConfig(image_size=8, width=9, num_groups=3)
 
 

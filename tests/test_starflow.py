@@ -202,9 +202,9 @@ def test_dropped_texts_are_the_null_text(key):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"layers": (2, 0)}, r"layers is \(2, 0\); give 0 \(no block\) or more layers per block, the last at least 1"),
-        ({"width": 30}, "width is 30, not a positive multiple of head_dim 20"),
-        ({"deep_width": 50}, "deep_width is 50, not a positive multiple of head_dim 20"),
+        ({"layers": (2, 0)}, r"layers is \(2, 0\); the last block must have at least 1"),
+        ({"width": 30}, "width is 30, not a multiple of head_dim 20"),
+        ({"deep_width": 50}, "deep_width is 50, not a multiple of head_dim 20"),
         ({"width": 60, "deep_width": 60, "num_kv_heads": 2}, "num_kv_heads is 2, which does not divide the 3 heads"),
         ({"num_kv_heads": 1, "attention": "nala"}, "num_kv_heads is 1; 'nala' attention needs as many as heads"),
         ({"soft_clip": -1.0}, "soft_clip is -1.0"),

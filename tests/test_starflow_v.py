@@ -73,11 +73,11 @@ def test_frames_and_the_text_are_told_apart_by_position():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"frames": 0}, "model.frames is 0; it must be at least 1"),
-        ({"condition": "all"}, "model.condition is 'all'; single frames see no condition"),
+        ({"frames": 0}, "frames is 0; it must be at least 1"),
+        ({"condition": "all"}, "condition is 'all'; single frames see no condition"),
         ({"layers": (1, 1, 2)}, "reverses the deep block and with it time"),
         ({"order": "R2L"}, "in order R2L reverses the deep block"),
-        ({"head_dim": 16, "width": 32}, "model.head_dim is 16; rotary positions need"),
+        ({"head_dim": 16, "width": 32}, "head_dim is 16; rotary positions need"),
     ],
 )
 def test_what_is_no_video_model_is_refused(changes, message):

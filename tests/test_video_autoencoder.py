@@ -165,14 +165,14 @@ def test_the_norm_of_nothing_has_a_gradient(key):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"widths": ()}, "model.widths is empty"),
-        ({"widths": (4, 0, 8)}, "model.widths has 0; channels must be positive"),
-        ({"decoder_widths": (4, 4)}, r"model.decoder_widths is \(4, 4\); beside 3 widths it must have 3"),
-        ({"halve_time": (True,)}, r"model.halve_time is \(True,\); beside 3 widths it must have 2"),
-        ({"widths": (4, 8, 16)}, "model.widths has 16 after 8, whose shortcut has 8 numbers in a place"),
-        ({"decoder_widths": (4, 5, 7)}, "model.decoder_widths has 7 before 7|model.decoder_widths has 5 before 7"),
+        ({"widths": ()}, "widths has 0 entries"),
+        ({"widths": (4, 0, 8)}, "widths has 0; it must be at least 1"),
+        ({"decoder_widths": (4, 4)}, r"decoder_widths is \(4, 4\); beside 3 widths it must have 3"),
+        ({"halve_time": (True,)}, r"halve_time is \(True,\); beside 3 widths it must have 2"),
+        ({"widths": (4, 8, 16)}, "widths has 16 after 8, whose shortcut has 8 numbers in a place"),
+        ({"decoder_widths": (4, 5, 7)}, "decoder_widths has 7 before 7|decoder_widths has 5 before 7"),
         ({"decoder_widths": (4, 4, 7), "shortcuts": False}, "without shortcuts all but the first must be even"),
-        ({"patch_size": 0}, "model.patch_size is 0; it must be at least 1"),
+        ({"patch_size": 0}, "patch_size is 0; it must be at least 1"),
     ],
 )
 def test_a_config_that_cannot_be_is_refused(change, message, untyped):
@@ -207,7 +207,7 @@ def test_every_tensor_is_accounted_for(kind):
         ({"patch_size": 5}, "in_channels is 12 and patch_size 5; it must be a multiple of the 25 pixels"),
         ({"z_dim": 4}, "The weights do not fit the model"),
         ({"is_residual": False}, "The weights do not fit the model"),
-        ({"temperal_downsample": [False, True]}, r"model.halve_time is \(False, True\)"),
+        ({"temperal_downsample": [False, True]}, r"halve_time is \(False, True\)"),
     ],
 )
 def test_networks_that_are_not_ours_are_refused(change, message):

@@ -75,7 +75,7 @@ def _starflow(options: argparse.Namespace) -> tuple[Any, Any, Any]:
     from flowgen import convert
     from flowgen.data import ClipsConfig, DataConfig
     from flowgen.experiments import FlowExperiment, SamplingConfig, VideoFlowExperiment
-    from flowgen.fields import check
+    from flowgen.settings import check
 
     for name in ("image_size", "patch_size", "channels", "noise_std"):
         if getattr(options, name) is not None:

@@ -12,12 +12,11 @@ import traceback
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from flowgen import fields
 from flowgen.cli.options import described
 from flowgen.experiments.experiment import Experiment
 from flowgen.experiments.files import config_path, load_config
-from flowgen.fields import hints_of, leaf_names
-from flowgen.settings import settings
+from flowgen.settings import FieldError, leaf_names, override, settings, type_name
+from flowgen.settings.annotations import hints_of
 
 # Short names of common fields, beside those of `sampling`, which need no group.
 ALIASES = {
@@ -66,7 +65,7 @@ def apply_words(
     if of_options:
         options = _overridden(options, of_options)
     if of_experiment:
-        experiment = fields.override(experiment, of_experiment)
+        experiment = override(experiment, of_experiment)
     _check_parallel(began, experiment)
     return experiment, options, set(values)
 
@@ -74,11 +73,10 @@ def apply_words(
 def _overridden(options: Any, words: list[str]) -> Any:
     """The options with what words set; errors name them as they are written."""
     try:
-        return fields.override(options, words)
-    except ValueError as error:
-        name, space, rest = str(error).partition(" ")
-        known = hints_of(type(options))
-        raise ValueError(f"--{name.replace('_', '-')}{space}{rest}" if name in known else str(error)) from error
+        return override(options, words)
+    except FieldError as error:
+        named = (problem.partition(" ") for problem in error.args)
+        raise FieldError(*(f"--{name.replace('_', '-')}{space}{rest}" for name, space, rest in named)) from error
 
 
 def load_experiment(options: argparse.Namespace, words: list[str]) -> Experiment:
@@ -163,7 +161,7 @@ def _unknown(word: str, experiment: Any, own: tuple[str, ...], groups: tuple[str
     names = [name.replace("_", "-") for name in (*own, *short)]
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.6) or difflib.get_close_matches(word, known, n=1)
     kind = type(experiment).__name__.removesuffix("Experiment")
-    what = f"--{word} is not an option here for a {fields.type_name(experiment.model)} ({kind} experiment)"
+    what = f"--{word} is not an option here for a {type_name(experiment.model)} ({kind} experiment)"
     if close:
         return f"{what}; did you mean --{close[0]}?"
     options = f"options {', '.join(f'--{name}' for name in names)}" if names else ""

@@ -11,9 +11,8 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from flowgen.fields import check
 from flowgen.printable import printable
-from flowgen.settings import Setting
+from flowgen.settings import Setting, check
 
 HELP_COLUMN = 36  # from which on the help of a field is shown
 BYTES_OF_PARAMETER = 4

@@ -18,7 +18,7 @@ from flowgen.experiments import MatchingExperiment, Samples, VideoFlowExperiment
 from flowgen.experiments.drawing import DrawOptions, drawn_classes
 from flowgen.experiments.experiment import Experiment
 from flowgen.experiments.pictures import DRAWABLE_CHANNELS, matplotlib, picture, side_by_side, strips
-from flowgen.fields import words_of
+from flowgen.settings import words_of
 
 KINDS = {2: "points", 4: "images", 5: "clips"}  # by the number of axes
 

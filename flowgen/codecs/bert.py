@@ -7,7 +7,6 @@ after word, position and segment embeddings, and a norm. Of segments only the fi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import jax.numpy as jnp
@@ -17,14 +16,25 @@ from jaxtyping import Array, Bool, Float, Int
 
 from flowgen.attention import softmax_attention
 from flowgen.nn.layers import ACTIVATIONS
-from flowgen.ranges import Heads, Hidden, Layers, Vocabulary, Width, check_ranges
+from flowgen.settings import config
+from flowgen.settings.ranges import Heads, Hidden, Layers, Vocabulary, Width
 
 NORM_EPS = 1e-12
 
 
-@dataclass(frozen=True)
+@config
 class BertConfig:
-    """Shape of a BERT encoder; the defaults are those of all-MiniLM-L6-v2. max_length: positions there are."""
+    """Shape of a BERT encoder; the defaults are those of all-MiniLM-L6-v2.
+
+    vocab_size: tokens that there are.
+    width: features of a token, a multiple of num_heads.
+    num_layers: transformer layers.
+    num_heads: attention heads of a layer.
+    hidden: width of the feed-forward layers.
+    max_length: most tokens of a text.
+    num_segments: kinds of segments, of which texts are the first.
+    dtype: of matrix products and activations.
+    """
 
     vocab_size: Vocabulary = 30522
     width: Width = 384
@@ -36,7 +46,6 @@ class BertConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self):
-        check_ranges(self, "model")
         if self.width % self.num_heads:
             raise ValueError(f"num_heads is {self.num_heads}, which does not divide width {self.width}; change one.")
 

@@ -8,7 +8,6 @@ Scores q · k are not scaled; a learned number per head and bucket of distances,
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -19,16 +18,25 @@ from einops import rearrange
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from flowgen.ranges import HeadDim, Heads, Hidden, Layers, Vocabulary, Width, Within, check_ranges
+from flowgen.settings import config
+from flowgen.settings.ranges import HeadDim, Heads, Hidden, Layers, Vocabulary, Width, Within
 
 NORM_EPS = 1e-6
 
 
-@dataclass(frozen=True)
+@config
 class T5Config:
     """Shape of a T5 encoder with gated MLPs; the defaults are those of google/flan-t5-xl.
 
-    num_buckets, max_distance: of relative positions; beyond max_distance all are in the last bucket.
+    vocab_size: tokens that there are.
+    width: features of a token.
+    num_layers: transformer layers.
+    num_heads: attention heads of a layer.
+    head_dim: channels of an attention head.
+    hidden: width of the feed-forward layers.
+    num_buckets: of relative positions.
+    max_distance: beyond which all relative positions are in the last bucket.
+    dtype: of matrix products and activations.
     """
 
     vocab_size: Vocabulary = 32128
@@ -42,10 +50,9 @@ class T5Config:
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self):
-        check_ranges(self, "model")
         if self.max_distance <= self.num_buckets // 4:
             raise ValueError(
-                f"model.max_distance is {self.max_distance}; it must be above a quarter of num_buckets, "
+                f"max_distance is {self.max_distance}; it must be above a quarter of num_buckets, "
                 f"{self.num_buckets // 4}."
             )
 

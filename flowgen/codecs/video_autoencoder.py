@@ -9,7 +9,6 @@ Layers take and return what they keep of earlier frames (`causal`), so a clip ma
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -37,17 +36,15 @@ from flowgen.codecs.causal import (
     chain,
     copy_up,
 )
-from flowgen.nn.checks import check_choices
 from flowgen.nn.layers import linear, master_dtype
-from flowgen.ranges import MAX_LEVELS, AtMost, Channels, Loops, Side, Width, check_ranges
-from flowgen.typed import typed
+from flowgen.settings import config
+from flowgen.settings.ranges import MAX_LEVELS, Channels, Entries, Loops, Side, Width
 
 Clips = Float[Array, "b frames height width c"]
 Moments = tuple[Float[Array, "b f h w z"], Float[Array, "b f h w z"]]
 
 
-@dataclass(frozen=True)
-@typed
+@config
 class VideoAutoencoderConfig:
     """Shape of a video autoencoder; the defaults are those of the published autoencoder of Wan 2.2 (5B).
 
@@ -65,9 +62,9 @@ class VideoAutoencoderConfig:
 
     channels: Channels = 3
     latent_channels: Channels = 48
-    widths: Annotated[tuple[Width, ...], AtMost(MAX_LEVELS)] = (160, 320, 640, 640)
-    decoder_widths: Annotated[tuple[Width, ...], AtMost(MAX_LEVELS)] = (256, 512, 1024, 1024)
-    halve_time: Annotated[tuple[bool, ...], AtMost(MAX_LEVELS)] = (False, True, True)
+    widths: Annotated[tuple[Width, ...], Entries(1, MAX_LEVELS)] = (160, 320, 640, 640)
+    decoder_widths: Annotated[tuple[Width, ...], Entries(1, MAX_LEVELS)] = (256, 512, 1024, 1024)
+    halve_time: Annotated[tuple[bool, ...], Entries(0, MAX_LEVELS)] = (False, True, True)
     layers_per_block: Loops = 2
     patch_size: Side = 2
     shortcuts: bool = True
@@ -75,24 +72,16 @@ class VideoAutoencoderConfig:
     remat: bool = False
 
     def __post_init__(self):
-        check_choices(self, {"dtype": ("float32", "bfloat16")})
-        if not self.widths:
-            raise ValueError("model.widths is empty; give the channels of each level.")
         for name, count in (("decoder_widths", len(self.widths)), ("halve_time", len(self.widths) - 1)):
             if len(getattr(self, name)) != count:
                 raise ValueError(
-                    f"model.{name} is {getattr(self, name)}; beside {len(self.widths)} widths it must have {count}."
+                    f"{name} is {getattr(self, name)}; beside {len(self.widths)} widths it must have {count}."
                 )
-        for name in ("widths", "decoder_widths"):
-            for width in getattr(self, name):
-                if type(width) is not int or width < 1:
-                    raise ValueError(f"model.{name} has {width}; channels must be positive integers.")
-        check_ranges(self, "model")
         if self.shortcuts:
             _check_shortcuts(self)
         elif any(width % 2 for width in self.decoder_widths[1:]):
             raise ValueError(
-                f"model.decoder_widths is {self.decoder_widths}; without shortcuts all but the first must be even."
+                f"decoder_widths is {self.decoder_widths}; without shortcuts all but the first must be even."
             )
 
     @property
@@ -122,7 +111,7 @@ def _check_shortcuts(config: VideoAutoencoderConfig) -> None:
         numbers = below * time * space**2
         if numbers % width:
             raise ValueError(
-                f"model.widths has {width} after {below}, whose shortcut has {numbers} numbers in a place, not a "
+                f"widths has {width} after {below}, whose shortcut has {numbers} numbers in a place, not a "
                 f"multiple of {width}; change one of the two, or set shortcuts to False."
             )
         below = width
@@ -132,7 +121,7 @@ def _check_shortcuts(config: VideoAutoencoderConfig) -> None:
         numbers = width * time * space**2
         if numbers % above:
             raise ValueError(
-                f"model.decoder_widths has {width} before {above}, whose shortcut has {numbers} numbers in a place, "
+                f"decoder_widths has {width} before {above}, whose shortcut has {numbers} numbers in a place, "
                 f"not a multiple of {above}; change one of the two, or set shortcuts to False."
             )
         above = width

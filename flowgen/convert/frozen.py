@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from flowgen import fields
+from flowgen import settings
 from flowgen.codecs import Autoencoder, AutoencoderConfig, BertConfig, BertEncoder, T5Config, T5Encoder
 from flowgen.codecs import init as init_autoencoder
 from flowgen.codecs.t5 import init as init_encoder
@@ -173,7 +173,7 @@ def told(config: Mapping[str, Any], name: str, annotation: Any, *default: Any) -
     Example:
         width = told(config, "d_model", int)
     """
-    return fields.check(annotation, config.get(name, *default) if default else config[name], path=name)
+    return settings.check(annotation, config.get(name, *default) if default else config[name], path=name)
 
 
 def refuse(config: Mapping[str, Any], kind: str | None, fixed: Mapping[str, Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,8 @@ from flowgen.convert.tables import starflow_v as starflow_v_rules
 from flowgen.documents import read_yaml
 from flowgen.flows import STARFlow, STARFlowConfig, STARFlowV, STARFlowVConfig
 from flowgen.models import init
-from flowgen.ranges import MAX_BLOCKS, Within, check_within
+from flowgen.settings import check
+from flowgen.settings.ranges import MAX_BLOCKS, Within
 
 # The published defaults of the arguments that shape the model.
 _DEFAULTS: dict[str, Any] = {
@@ -75,14 +76,16 @@ _OTHER = """
     secondary_img_size secondary_ratio secondary_vid_size train_seed use_8bit_adam use_mm_attn
     vae_decoder_factor video_to_video wandb_name warmup_steps wds
 """
-# Ranges of the arguments that are numbers; published: 512 pixels, 4,096 channels, 6 blocks, a window of 9 frames.
-_RANGES = {
-    **dict.fromkeys(("img_size", "channels", "top_block_channels", "txt_size"), Within(0, 1 << 16)),
-    **dict.fromkeys(("channel_size", "patch_size", "head_dim", "num_heads", "num_kv_heads"), Within(1, 1 << 12)),
-    "blocks": Within(1, MAX_BLOCKS),
-    "pt_seq_len": Within(0, 1 << 20),
-    **dict.fromkeys(("temporal_causal", "denoiser_window"), Within(0, 1 << 10)),
-    **dict.fromkeys(("soft_clip", "noise_std"), Within(0.0, 1e6)),
+# The types of the arguments that are numbers; published: 512 pixels, 4,096 channels, 6 blocks, a window of 9 frames.
+_NUMBERS = {
+    **dict.fromkeys(("img_size", "channels", "top_block_channels", "txt_size"), Annotated[int, Within(0, 1 << 16)]),
+    **dict.fromkeys(
+        ("channel_size", "patch_size", "head_dim", "num_heads", "num_kv_heads"), Annotated[int, Within(1, 1 << 12)]
+    ),
+    "blocks": Annotated[int, Within(1, MAX_BLOCKS)],
+    "pt_seq_len": Annotated[int, Within(0, 1 << 20)],
+    **dict.fromkeys(("temporal_causal", "denoiser_window"), Annotated[int, Within(0, 1 << 10)]),
+    **dict.fromkeys(("soft_clip", "noise_std"), Annotated[float, Within(0, 1e6)]),
 }
 _TEXTS = ("vae", "text", "seq_order", "norm_type")
 _MAX_DIGITS = 6  # of frames, and of frames per second
@@ -202,7 +205,7 @@ def _known(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return known
 
 
-def _check_values(known: Mapping[str, Any]) -> None:
+def _check_values(known: dict[str, Any]) -> None:
     """Raises ValueError where an argument is of another type than its default, or of a size that cannot be."""
     for name, default in _DEFAULTS.items():
         value = known[name]
@@ -210,10 +213,8 @@ def _check_values(known: Mapping[str, Any]) -> None:
             continue
         if name in _TEXTS and not isinstance(value, str):
             raise ValueError(f"{name} is {value!r:.80}; it must be text.")
-        if name in _RANGES:
-            check_within(name, value, _RANGES[name])
-            if isinstance(_RANGES[name].most, int) and not isinstance(value, int):
-                raise ValueError(f"{name} is {value}; it must be a whole number.")
+        if name in _NUMBERS:
+            known[name] = check(_NUMBERS[name], value, path=name)
         elif isinstance(default, int) and type(value) not in (int, bool):
             raise ValueError(f"{name} is {value!r:.80}; it must be 0 or 1.")
     layers = known["layers_per_block"]

@@ -10,8 +10,8 @@ import numpy as np
 from jaxtyping import Int, Int32
 
 from flowgen.data.inventory import name_list, quoted, tell
-from flowgen.fields import words_of
 from flowgen.printable import composed
+from flowgen.settings import words_of
 
 T = TypeVar("T")
 
@@ -24,7 +24,7 @@ class HasClasses(Protocol):
     def class_names(self) -> tuple[str, ...]: ...
 
 
-def checked_names(classes: object, field: str = "data.classes") -> tuple[str, ...]:
+def checked_names(classes: object, field: str = "classes") -> tuple[str, ...]:
     """Returns the names of classes as `composed` has them.
 
     Raises ValueError, which names the field, unless they are a tuple of different names.

@@ -7,7 +7,7 @@ import functools
 import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol, get_args, get_type_hints, runtime_checkable
+from typing import Annotated, Any, Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int, Int32, UInt8
@@ -25,16 +25,15 @@ from flowgen.data.unreadable import FileReader, OnCorrupt
 from flowgen.data.video import READABLE, av, frame_times, read_clip
 from flowgen.nn.checks import ImageSize, image_sides
 from flowgen.packages import missing
-from flowgen.ranges import Bytes, Every, Within, check_ranges
-from flowgen.typed import typed
+from flowgen.settings import config
+from flowgen.settings.ranges import Bytes, CountOrZero, ProperFraction, Within
 
 _LEAST_FPS, _MOST_FPS = 0.01, 1000
 _WHAT = ("video", "videos")
 _REAL_VIDEOS = ("bikes.mp4", "bigbuckbunny.mp4", "carphone_pristine.mp4")
 
 
-@dataclasses.dataclass(frozen=True)
-@typed
+@config
 class ClipsConfig:
     """Which clips to train on; frames, image size and channels come from the model and its codec.
 
@@ -70,48 +69,37 @@ class ClipsConfig:
     path: str = ""
     num: Annotated[int, Within(2, 1 << 24)] = 10_000
     fps: float | int = 8.0
-    hop: Every = 0
+    hop: CountOrZero = 0
     flip: bool = False
-    drop_first: float = 0.0
+    drop_first: ProperFraction = 0.0
     crop: Crop = "center"
     on_corrupt: OnCorrupt = "refuse"
-    eval_fraction: float = 0.1
+    eval_fraction: ProperFraction = 0.1
     in_memory_bytes: Bytes = 2 << 30
     images: DataConfig | None = None
-    images_fraction: float = 0.0
+    images_fraction: ProperFraction = 0.0
     classes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "classes", checked_names(self.classes))
-        hints = get_type_hints(type(self))
-        for name in ("source", "crop", "on_corrupt"):
-            check_choice(f"data.{name}", getattr(self, name), get_args(hints[name]))
-        check_ranges(self, "data")
         if self.fps != 0 and not _LEAST_FPS <= self.fps <= _MOST_FPS:
-            raise ValueError(
-                f"data.fps is {self.fps}; it must be from {_LEAST_FPS} to {_MOST_FPS}, or 0 for all frames."
-            )
-        for name in ("eval_fraction", "drop_first", "images_fraction"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"data.{name} is {getattr(self, name)}; it must be at least 0 and below 1.")
+            raise ValueError(f"fps is {self.fps}; it must be from {_LEAST_FPS} to {_MOST_FPS}, or 0 for all frames.")
         if bool(self.path) != (self.source in ("folder", "encoded")):
             needed = "needs the path to read from" if self.source in ("folder", "encoded") else "reads no path"
-            raise ValueError(f"data.path is '{self.path}', and data.source '{self.source}' {needed}; change one.")
+            raise ValueError(f"path is '{self.path}', and source '{self.source}' {needed}; change one.")
         if self.flip and self.source == "encoded":
             raise ValueError(
-                "data.flip is set, but latents cannot be mirrored; encode with --data.flip true, and leave it out here."
+                "flip is set, but latents cannot be mirrored; encode with --data.flip true, and leave it out here."
             )
         if self.images_fraction and self.images is None and self.source != "encoded":
-            raise ValueError(
-                f"data.images_fraction is {self.images_fraction}, and there are no data.images; give them."
-            )
+            raise ValueError(f"images_fraction is {self.images_fraction}, and there are no images; give them.")
         if self.images is not None and self.source == "encoded":
-            raise ValueError("data.images is given, but encoded data have their pictures among them; leave it out.")
+            raise ValueError("images is given, but encoded data have their pictures among them; leave it out.")
         if self.images is not None and (self.images.source == "encoded" or self.images.aspects):
-            raise ValueError("data.images is encoded or of several aspects; give pictures of one shape.")
+            raise ValueError("images is encoded or of several aspects; give pictures of one shape.")
         if self.images is not None and self.images.flip != self.flip:
             raise ValueError(
-                f"data.images.flip is {self.images.flip} and data.flip is {self.flip}, and pictures and clips are "
+                f"images.flip is {self.images.flip} and flip is {self.flip}, and pictures and clips are "
                 "mirrored alike; set both to the same."
             )
 

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import jax
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from flowgen.data.sources import Batch, check_choice
+from flowgen.data.sources import Batch
 from flowgen.matching import toy
-from flowgen.typed import typed
+from flowgen.settings import config
 
 Distribution = Literal["normal", "eight_gaussians", "five_gaussians", "moons"]
 
 
-@dataclass(frozen=True)
-@typed
+@config
 class PointsConfig:
     """Which points to transport; see `flowgen.matching.toy`.
 
@@ -32,10 +30,6 @@ class PointsConfig:
 
     source: Distribution = "normal"
     target: Distribution = "eight_gaussians"
-
-    def __post_init__(self) -> None:
-        for name in ("source", "target"):
-            check_choice(f"data.{name}", getattr(self, name), get_args(Distribution))
 
     def draw(self, key: Key[Array, ""], num: int) -> tuple[Float[Array, "num 2"], Float[Array, "num 2"]]:
         """Returns independent points of source and target; pure, for use inside compiled programs."""

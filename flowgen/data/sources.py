@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import typing
 from collections.abc import Sequence
 from typing import Literal, Protocol, runtime_checkable
 
@@ -14,7 +13,8 @@ from jaxtyping import Int, Int32, UInt8
 from flowgen.data.classes import checked_names
 from flowgen.data.pictures import Crop
 from flowgen.printable import composed
-from flowgen.typed import typed
+from flowgen.settings import config
+from flowgen.settings.ranges import Bytes, ProperFraction
 
 Batch = dict[str, np.ndarray]
 Split = Literal["train", "eval", "all"]
@@ -23,8 +23,7 @@ _HOLD_OUT_SEED = 1797
 _HOLD_OUT_NAME = b"flowgen hold-out"
 
 
-@dataclasses.dataclass(frozen=True)
-@typed
+@config
 class DataConfig:
     """Which pictures to train on; image size and channels come from the model.
 
@@ -55,30 +54,17 @@ class DataConfig:
     aspects: bool = False
     crop: Crop = "center"
     on_corrupt: Literal["refuse", "skip"] = "refuse"
-    eval_fraction: float = 0.1
-    in_memory_bytes: int = 2 << 30
+    eval_fraction: ProperFraction = 0.1
+    in_memory_bytes: Bytes = 2 << 30
     classes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "classes", checked_names(self.classes))
-        hints = typing.get_type_hints(type(self))
-        for name in ("source", "crop", "on_corrupt"):
-            check_choice(f"data.{name}", getattr(self, name), typing.get_args(hints[name]))
-        if not 0 <= self.eval_fraction < 1:
-            raise ValueError(
-                f"data.eval_fraction is {self.eval_fraction}; it must be at least 0 and below 1, such as 0.1."
-            )
         if self.aspects and self.source != "folder":
-            raise ValueError(
-                f"data.aspects is set, but data.source '{self.source}' has one shape; set it for a 'folder'."
-            )
+            raise ValueError(f"aspects is set, but source '{self.source}' has one shape; set it for a 'folder'.")
         if self.flip and self.source == "encoded":
             raise ValueError(
-                "data.flip is set, but latents cannot be mirrored; encode with --data.flip true, and leave it out here."
-            )
-        if self.in_memory_bytes < 0:
-            raise ValueError(
-                f"data.in_memory_bytes is {self.in_memory_bytes}; it must be 0 (decode per batch) or more."
+                "flip is set, but latents cannot be mirrored; encode with --data.flip true, and leave it out here."
             )
 
 

@@ -9,20 +9,19 @@ With (a, m) = (log_scale, shift), c conditional, u unconditional, and weight w:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from flowgen.typed import typed
+from flowgen.settings import config
+from flowgen.settings.ranges import NonNegative, Positive
 
 Rule = Literal["linear", "product"]
 Parts = Literal["both", "log_scale", "shift"]
 
 
-@dataclass(frozen=True)
-@typed
+@config
 class Guidance:
     """What is guided, where and how strongly; scale 0 is no guidance and costs nothing.
 
@@ -36,24 +35,16 @@ class Guidance:
         r = sample(flow, params, key, 16, labels, guidance=Guidance(scale=2.0))
     """
 
-    scale: float = 0.0
+    scale: NonNegative = 0.0
     rule: Rule = "linear"
     parts: Parts = "both"
     blocks: tuple[int, ...] | None = None
     anneal: bool = False
-    temperature: float = 1.0
+    temperature: Positive = 1.0
 
     def __post_init__(self):
-        if not 0 <= self.scale < float("inf"):
-            raise ValueError(f"guidance scale is {self.scale}; it must be 0 (off) or positive.")
-        if not 0 < self.temperature < float("inf"):
-            raise ValueError(f"guidance temperature is {self.temperature}; it must be positive.")
-        if self.rule not in ("linear", "product"):
-            raise ValueError(f"guidance rule is {self.rule!r}; choose 'linear' or 'product'.")
-        if self.parts not in ("both", "log_scale", "shift"):
-            raise ValueError(f"guidance parts is {self.parts!r}; choose 'both', 'log_scale' or 'shift'.")
         if self.rule == "product" and self.parts != "both":
-            raise ValueError(f"guidance parts is {self.parts!r}; the product rule always guides both.")
+            raise ValueError(f"parts is {self.parts!r}; the product rule always guides both.")
 
 
 def linear_rule(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 
-from flowgen.typed import typed
+from flowgen.settings import config
+from flowgen.settings.ranges import Count, NonNegative
 
 Start = Literal["z", "zeros", "frame"]
 
@@ -19,7 +19,7 @@ MIN_PARALLEL_WINDOW = 8
 AUTO_TOLERANCE = 1e-4
 
 
-@dataclass(frozen=True)
+@config
 class Sequential:
     """One token after another behind a cache: exact, one network pass per token.
 
@@ -28,8 +28,7 @@ class Sequential:
     """
 
 
-@dataclass(frozen=True)
-@typed
+@config
 class Jacobi:
     """Fixed-point sweeps over windows of tokens, in order, each behind the cache of those before it.
 
@@ -45,17 +44,13 @@ class Jacobi:
         r = invert(flow, params, z, cond, plan=Jacobi(window=32, tol=1e-4))
     """
 
-    window: int | None = None
-    tol: float = 1e-4
-    max_sweeps: int | None = None
+    window: Count | None = None
+    tol: NonNegative = 1e-4
+    max_sweeps: Count | None = None
     init: Start = "z"
 
-    def __post_init__(self):
-        _check_fields(self, ("window", "max_sweeps"))
 
-
-@dataclass(frozen=True)
-@typed
+@config
 class MovingJacobi:
     """Sweeps over a window that moves on by the tokens that are solved, and by one at least, after every sweep.
 
@@ -70,30 +65,15 @@ class MovingJacobi:
         r = invert(flow, params, z, cond, plan=MovingJacobi(window=32, tol=1e-4))
     """
 
-    window: int | None = 32
-    tol: float = 1e-4
+    window: Count | None = 32
+    tol: NonNegative = 1e-4
     init: Start = "z"
-
-    def __post_init__(self):
-        _check_fields(self, ("window",))
-
-
-def _check_fields(plan: Jacobi | MovingJacobi, counts: tuple[str, ...]) -> None:
-    for name in counts:
-        value = getattr(plan, name)
-        if value is not None and value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1, or None for all tokens.")
-    if not 0 <= plan.tol < float("inf"):
-        raise ValueError(f"tol is {plan.tol}; it must be 0 (exact) or positive and finite.")
-    if plan.init not in get_args(Start):
-        raise ValueError(f"init is {plan.init!r}; choose 'z', 'zeros' or 'frame'.")
 
 
 BlockPlan = Sequential | Jacobi | MovingJacobi
 
 
-@dataclass(frozen=True)
-@typed
+@config
 class DecodePlan:
     """One plan per block, data side first, for flows whose blocks converge differently.
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -37,19 +36,18 @@ from flowgen.experiments.experiment import Experiment
 from flowgen.experiments.images import image_batches
 from flowgen.experiments.pictures import DRAWABLE_CHANNELS, picture, strips
 from flowgen.models import init
-from flowgen.ranges import OtherFrames, Side, check_ranges
-from flowgen.ranges import Samples as NumSamples
 from flowgen.rows import Rows, StatefulObjective, batch_rows
+from flowgen.settings import config
+from flowgen.settings.ranges import NonNegative, OtherFrames, Side
+from flowgen.settings.ranges import Samples as NumSamples
 from flowgen.training import Job
-from flowgen.typed import typed
 
 # How fast the mean and variance of latents follow the batches.
 STATISTICS_RATE = 0.02
 PEAK = 2.0  # of images in [-1, 1], for the signal-to-noise ratio
 
 
-@dataclass(frozen=True)
-@typed
+@config
 class AutoencodingConfig:
     """How an autoencoder is trained.
 
@@ -64,18 +62,10 @@ class AutoencodingConfig:
 
     image_size: Side | tuple[Side, Side] = 8
     frames: OtherFrames = 0
-    kl_weight: float = 1e-4
-    noise: float = 0.0
+    kl_weight: NonNegative = 1e-4
+    noise: NonNegative = 0.0
     decoder_of: str = ""
     shown: NumSamples = 64
-
-    def __post_init__(self):
-        if min(self.grid_size) < 1:
-            raise ValueError(f"autoencoding.image_size is {self.image_size}; sides must be positive.")
-        check_ranges(self, "autoencoding")
-        for name in ("kl_weight", "noise"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"autoencoding.{name} is {getattr(self, name)}; it must be 0 or positive.")
 
     @property
     def grid_size(self) -> tuple[int, int]:
@@ -83,8 +73,7 @@ class AutoencodingConfig:
         return self.image_size if isinstance(self.image_size, tuple) else (self.image_size, self.image_size)
 
 
-@dataclass(frozen=True, kw_only=True)
-@typed
+@config(kw_only=True)
 class AutoencoderExperiment(Experiment):
     """An autoencoder of images or clips.
 

@@ -32,9 +32,9 @@ from flowgen.experiments.pictures import DRAWABLE_CHANNELS
 from flowgen.experiments.texts import TextConfig, release_text_encoders
 from flowgen.flows import STARFlowConfig, TARFlowConfig
 from flowgen.models import init
-from flowgen.ranges import Within
+from flowgen.settings import config
+from flowgen.settings.ranges import Within
 from flowgen.training import Job, OptimConfig
-from flowgen.typed import typed
 
 Conditions = Callable[[Int[np.ndarray, " b"]], Any]
 NumSamples = Annotated[int, Within(0, 1 << 24)]
@@ -42,8 +42,7 @@ NumSamples = Annotated[int, Within(0, 1 << 24)]
 DRAWN_CAPTIONS = 16
 
 
-@dataclass(frozen=True)
-@typed
+@config
 class FlowDrawOptions(DrawOptions):
     """What is asked of one drawing of images, beside the fields of `sampling`.
 
@@ -57,8 +56,7 @@ class FlowDrawOptions(DrawOptions):
     certify: bool = False
 
 
-@dataclass(frozen=True)
-@typed
+@config
 class FlowEvaluateOptions(EvaluateOptions):
     """What is asked of one evaluation of a flow.
 
@@ -72,7 +70,6 @@ class FlowEvaluateOptions(EvaluateOptions):
     unconditional: bool = False
 
     def __post_init__(self):
-        super().__post_init__()
         check_compared(self.samples)
 
     def noise_std(self, flow: Any) -> float:

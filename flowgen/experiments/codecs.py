@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flowgen import fields
+from flowgen import settings
 from flowgen.codecs import (
     Autoencoder,
     AutoencoderCodec,
@@ -29,16 +28,15 @@ from flowgen.codecs import init as init_autoencoder
 from flowgen.codecs.video_codec import ClipCodec, FrameCodec
 from flowgen.convert import is_video_autoencoder, load_autoencoder, load_video_autoencoder
 from flowgen.experiments.texts import version_of, weakly_cached
-from flowgen.ranges import Within, check_ranges
 from flowgen.runs import CHECKPOINTS, CheckpointReader, is_run, read_config
-from flowgen.typed import typed
+from flowgen.settings import config
+from flowgen.settings.ranges import Positive, Within
 
 # The collection of an autoencoder's state in which the mean and variance of its latents live.
 STATISTICS = "latents"
 
 
-@dataclass(frozen=True)
-@typed
+@config
 class SpaceToDepth:
     """A codec without a network: each factor x factor pixels of c channels become one latent of factor² c channels.
 
@@ -47,12 +45,8 @@ class SpaceToDepth:
 
     factor: Annotated[int, Within(1, 1 << 8)] = 2
 
-    def __post_init__(self):
-        check_ranges(self, "codec")
 
-
-@dataclass(frozen=True)
-@typed
+@config
 class PretrainedAutoencoder:
     """A frozen autoencoder.
 
@@ -64,11 +58,7 @@ class PretrainedAutoencoder:
 
     path: str
     digest: str | None = None
-    temporal_scale: float = 1.0
-
-    def __post_init__(self):
-        if not 0 < self.temporal_scale < float("inf"):
-            raise ValueError(f"codec.temporal_scale is {self.temporal_scale}; it must be positive, 1 for none.")
+    temporal_scale: Positive = 1.0
 
 
 CodecConfig = SpaceToDepth | PretrainedAutoencoder
@@ -136,11 +126,11 @@ def _open_autoencoder(
             return load_video_autoencoder(path, temporal_scale=temporal_scale)
         return load_autoencoder(path)
     plain = read_config(path)["model"]
-    kind = plain.get(fields.TYPE)
+    kind = plain.get(settings.TYPE)
     if kind not in ("Autoencoder", "VideoAutoencoder"):
         raise ValueError(f"codec.path '{path}' is the run of a {kind!s:.80}; give that of an autoencoder.")
-    config = fields.check(AutoencoderConfig | VideoAutoencoderConfig, plain, path="model")
-    autoencoder = (VideoAutoencoder if kind == "VideoAutoencoder" else Autoencoder)(config)
+    model = settings.check(AutoencoderConfig | VideoAutoencoderConfig, plain, path="model")
+    autoencoder = (VideoAutoencoder if kind == "VideoAutoencoder" else Autoencoder)(model)
     reader = CheckpointReader(Path(path) / CHECKPOINTS)
     step = reader.latest_step()
     if step is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Annotated, Any
 
 import jax
@@ -12,8 +11,8 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from flowgen.data.sources import Split
-from flowgen.ranges import Within, check_ranges
-from flowgen.typed import typed
+from flowgen.settings import config
+from flowgen.settings.ranges import Within
 
 MAX_SEED = 2**32 - 1  # Without 64-bit integers jax would cut what is above, and two seeds would give one image.
 Seed = Annotated[int, Within(0, MAX_SEED)]
@@ -24,8 +23,7 @@ BatchSize = Annotated[int, Within(1, 1 << 20)]
 Draw = Callable[[jax.Array, np.ndarray], tuple[np.ndarray, str]]
 
 
-@dataclass(frozen=True)
-@typed
+@config
 class DrawOptions:
     """What is asked of one drawing of samples, beside the fields of `sampling`.
 
@@ -36,12 +34,8 @@ class DrawOptions:
     seed: Seed = 0
     batch: BatchSize | None = None
 
-    def __post_init__(self):
-        check_ranges(self)
 
-
-@dataclass(frozen=True)
-@typed
+@config
 class EvaluateOptions:
     """What is asked of one evaluation, of any kind of model.
 
@@ -53,9 +47,6 @@ class EvaluateOptions:
     split: Split = "eval"
     batch: BatchSize = 256
     seed: Seed = 0
-
-    def __post_init__(self):
-        check_ranges(self)
 
 
 def check_compared(samples: int) -> None:

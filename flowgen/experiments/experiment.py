@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 from flax import linen as nn
 
-from flowgen import fields
+from flowgen import settings
 from flowgen.data import Source
 from flowgen.data.inventory import name_list
 from flowgen.experiments.drawing import DrawOptions, EvaluateOptions
@@ -108,20 +108,20 @@ class Experiment(abc.ABC):
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain values for JSON; `flowgen.experiments.from_json` gives the same experiment back."""
-        return {fields.TYPE: type(self).__name__, **fields.to_plain(self)}
+        return {settings.TYPE: type(self).__name__, **settings.to_plain(self)}
 
     @classmethod
     def from_json(cls, plain: Mapping[str, Any]) -> Experiment:
         """Returns the experiment of this kind of `to_json`; ValueError names an unknown field or a wrong value."""
-        kind = plain.get(fields.TYPE)
+        kind = plain.get(settings.TYPE)
         if kind != cls.__name__:
             raise ValueError(f"type is {kind!r:.80}; this is a {cls.__name__}.")
-        return fields.from_plain(cls, {name: value for name, value in plain.items() if name != fields.TYPE})
+        return settings.from_plain(cls, {name: value for name, value in plain.items() if name != settings.TYPE})
 
     def check_resumable(self, saved: dict[str, Any]) -> None:
         """Raises ValueError naming the fields in which a run begun with `saved` does not fit this experiment."""
         begun = self.from_json(saved)
-        lines = fields.differences(begun.to_json(), self.from_json(self.to_json()).to_json())
+        lines = settings.differences(begun.to_json(), self.from_json(self.to_json()).to_json())
         # A run that was begun without the digest of a frozen network does not know which it was.
         changed = [line for line in lines if not line.startswith(RESUMABLE) and ".digest: None -> " not in line]
         changed += _renamed(begun.data, self.data)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from flowgen import fields
+from flowgen import settings
 from flowgen.experiments.autoencoder import AutoencoderExperiment
 from flowgen.experiments.experiment import Experiment
 from flowgen.experiments.flow import FlowExperiment
@@ -65,7 +65,7 @@ def override(experiment: E, arguments: Sequence[str]) -> E:
     Example:
         experiment = override(experiment, ["--optim.lr", "3e-4"])
     """
-    return fields.override(experiment, arguments)
+    return settings.override(experiment, arguments)
 
 
 def from_json(plain: Mapping[str, Any]) -> Experiment:
@@ -75,7 +75,7 @@ def from_json(plain: Mapping[str, Any]) -> Experiment:
         experiment = from_json(json.loads(text))
     """
     kinds = {kind.__name__: kind for kind in KINDS}
-    name = plain.get(fields.TYPE)
+    name = plain.get(settings.TYPE)
     if not isinstance(name, str) or name not in kinds:
         raise ValueError(f"type is {name!r:.80}; it must be one of {', '.join(kinds)}.")
     # A saved config.json carries its digest, which `flowgen.runs` checks.

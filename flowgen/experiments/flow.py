@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -28,17 +27,15 @@ from flowgen.experiments.distances import sample_lines, sample_metrics, train_ju
 from flowgen.experiments.drawing import draw_in_batches
 from flowgen.experiments.experiment import Samples
 from flowgen.experiments.pictures import picture
-from flowgen.fields import type_name
 from flowgen.flows import STARFlow, STARFlowConfig, TARFlow, TARFlowConfig
 from flowgen.flows.density import nll_objective
+from flowgen.settings import config, type_name
 from flowgen.training import Job
-from flowgen.typed import typed
 
 IMAGES_AT_ONCE = 64
 
 
-@dataclass(frozen=True, kw_only=True)
-@typed
+@config(kw_only=True)
 class FlowExperiment(AutoregressiveExperiment):
     """A flow of images.
 

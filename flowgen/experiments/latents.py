@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from flowgen import fields
+from flowgen import settings
 from flowgen.codecs.video_codec import ClipCodec
 from flowgen.conditioning import TextCondition
 from flowgen.data import DataConfig, Source, check_classes, load
@@ -240,11 +240,11 @@ def made_by(data: DataConfig | ClipsConfig, encoding: Encoding) -> dict[str, Any
         writer.finish(class_names=source.class_names, made_by=made_by(data, encoding))
     """
     return {
-        "codec": None if encoding.codec is None else fields.to_plain(encoding.codec),
+        "codec": None if encoding.codec is None else settings.to_plain(encoding.codec),
         "fingerprint": codec_digest(encoding.open_codec()),
         "text": _text_plain(encoding),
         "noise_std": encoding.model.noise_std,
-        "data": fields.to_plain(data),
+        "data": settings.to_plain(data),
     }
 
 
@@ -274,7 +274,7 @@ def _check_encoded(data: DataConfig | ClipsConfig, encoding: Encoding, source: S
     if encoding.codec is not None and made.get("fingerprint") != codec_digest(encoding.open_codec()):
         raise ValueError(
             f"data.path '{path}' was encoded by {_codec_words(made.get('codec'))}, and codec is another one, "
-            f"{_codec_words(fields.to_plain(encoding.codec))}; give that one (--codec), or encode again."
+            f"{_codec_words(settings.to_plain(encoding.codec))}; give that one (--codec), or encode again."
         )
     by = made.get("text")
     if model.text_dim and by is None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +31,6 @@ from flowgen.experiments.drawing import (
 from flowgen.experiments.experiment import Experiment, Samples
 from flowgen.experiments.images import image_batches, image_source, tell_unused_classes, with_class_names
 from flowgen.experiments.pictures import DRAWABLE_CHANNELS, DRAWN_PATHS, path_plot, picture
-from flowgen.fields import type_name
 from flowgen.matching import (
     DiT,
     DiTConfig,
@@ -53,11 +51,11 @@ from flowgen.matching import (
 )
 from flowgen.matching.objective import REPORT_PAIRS
 from flowgen.models import init
-from flowgen.ranges import Samples as NumSamples
-from flowgen.ranges import Within, check_ranges
 from flowgen.rows import batch_rows
+from flowgen.settings import config, type_name
+from flowgen.settings.ranges import NonNegative, Positive, Within
+from flowgen.settings.ranges import Samples as NumSamples
 from flowgen.training import Job
-from flowgen.typed import typed
 
 IMAGES_AT_ONCE = 64
 POINTS = 1000  # that an evaluation draws unless it is told how many
@@ -65,8 +63,7 @@ Solver = Literal["euler", "midpoint", "heun", "rk4", "dopri5", "mean_flow"]
 PLOT_STEPS = 60
 
 
-@dataclass(frozen=True)
-@typed
+@config
 class SolverConfig:
     """How samples are drawn, in training and by default in `sample.py`.
 
@@ -85,40 +82,25 @@ class SolverConfig:
     method: Solver = "heun"
     num_steps: Annotated[int, Within(1, 1 << 20)] = 25
     times: Literal["uniform", "edm"] = "uniform"
-    rtol: float = 1e-5
-    atol: float = 1e-5
-    guidance: float = 0.0
+    rtol: Positive = 1e-5
+    atol: Positive = 1e-5
+    guidance: NonNegative = 0.0
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     frechet_samples: Annotated[int, Within(0, 1 << 24)] = 0
 
     def __post_init__(self):
-        for name, least in (("num", 1), ("num_steps", 1), ("frechet_samples", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"sampling.{name} is {value}; it must be a whole number of at least {least}.")
-        check_ranges(self, "sampling")
-        if self.method not in get_args(Solver):
-            raise ValueError(f"sampling.method is {self.method!r}; choose one of {', '.join(get_args(Solver))}.")
-        for name in ("rtol", "atol"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"sampling.{name} is {getattr(self, name)}; it must be positive and finite.")
-        if not 0 <= self.guidance < float("inf"):
-            raise ValueError(f"sampling.guidance is {self.guidance}; it must be 0 (none) or positive.")
         low, high = self.guidance_interval
         if not 0 <= low < high <= 1:
-            raise ValueError(
-                f"sampling.guidance_interval is {self.guidance_interval}; give increasing times in [0, 1]."
-            )
+            raise ValueError(f"guidance_interval is {self.guidance_interval}; give increasing times in [0, 1].")
         if self.frechet_samples == 1:
-            raise ValueError("sampling.frechet_samples is 1; a distance needs at least 2, or 0 for none.")
+            raise ValueError("frechet_samples is 1; a distance needs at least 2, or 0 for none.")
         if self.times == "edm" and self.num_steps < 2:
-            raise ValueError(f"sampling.num_steps is {self.num_steps}; the grid 'edm' needs at least 2.")
+            raise ValueError(f"num_steps is {self.num_steps}; the grid 'edm' needs at least 2.")
         if self.times == "edm" and self.method in ("dopri5", "mean_flow"):
-            raise ValueError(f"sampling.times is 'edm', but {self.method} takes no grid; set it to 'uniform'.")
+            raise ValueError(f"times is 'edm', but {self.method} takes no grid; set it to 'uniform'.")
 
 
-@dataclass(frozen=True)
-@typed
+@config
 class VelocityDrawOptions(DrawOptions):
     """What is asked of one drawing from a velocity network, beside the fields of `sampling`.
 
@@ -128,8 +110,7 @@ class VelocityDrawOptions(DrawOptions):
     classes: str | None = None
 
 
-@dataclass(frozen=True)
-@typed
+@config
 class VelocityEvaluateOptions(EvaluateOptions):
     """What is asked of one evaluation of a velocity network.
 
@@ -141,12 +122,10 @@ class VelocityEvaluateOptions(EvaluateOptions):
     unconditional: bool = False
 
     def __post_init__(self):
-        super().__post_init__()
         check_compared(self.samples)
 
 
-@dataclass(frozen=True, kw_only=True)
-@typed
+@config(kw_only=True)
 class MatchingExperiment(Experiment):
     """A velocity network, trained by flow matching.
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 from flowgen.decoding import Guidance, Jacobi, MovingJacobi
 from flowgen.decoding.guidance import Parts, Rule
 from flowgen.decoding.plan import Plan, Start
-from flowgen.ranges import Samples, Tokens, check_ranges
+from flowgen.settings import config
+from flowgen.settings.ranges import NonNegative, Positive, Samples, Tokens
 from flowgen.training import OptimConfig
-from flowgen.typed import typed
 
 # σ of the published model, by which the loss of noisier models weighs more where it is weighted.
 REFERENCE_NOISE = 0.3
@@ -18,8 +17,7 @@ REFERENCE_NOISE = 0.3
 _OF_ALL_PARAMETERS = ("ema_decay", "ema_warmup", "max_skips")
 
 
-@dataclass(frozen=True)
-@typed
+@config
 class LikelihoodConfig:
     """How a flow is trained beyond maximum likelihood.
 
@@ -29,17 +27,15 @@ class LikelihoodConfig:
     those of `optim` for all parameters; None is one of its own with the numbers of `optim`.
     """
 
-    norm_penalty: float = 0.0
+    norm_penalty: NonNegative = 0.0
     noise_weight: bool = False
     denoiser: OptimConfig | None = None
 
     def __post_init__(self):
-        if not 0 <= self.norm_penalty < float("inf"):
-            raise ValueError(f"likelihood.norm_penalty is {self.norm_penalty}; it must be 0 (none) or positive.")
         for name in _OF_ALL_PARAMETERS if self.denoiser is not None else ():
             if (value := getattr(self.denoiser, name)) != getattr(OptimConfig, name):
                 raise ValueError(
-                    f"likelihood.denoiser.{name} is {value}, and optim.{name} is that of all parameters; leave it out."
+                    f"denoiser.{name} is {value}, and optim.{name} is that of all parameters; leave it out."
                 )
 
     def loss_scale(self, noise_std: float) -> float:
@@ -47,8 +43,7 @@ class LikelihoodConfig:
         return noise_std / REFERENCE_NOISE if self.noise_weight else 1.0
 
 
-@dataclass(frozen=True)
-@typed
+@config
 class SamplingConfig:
     """How samples are drawn, in training and by default in `sample.py`.
 
@@ -70,25 +65,19 @@ class SamplingConfig:
     num: Samples = 64
     plan: Literal["sequential", "jacobi", "moving", "auto"] = "auto"
     window: Tokens | None = None
-    tol: float = 1e-4
+    tol: NonNegative = 1e-4
     init: Start = "z"
-    guidance: float = 0.0
+    guidance: NonNegative = 0.0
     rule: Rule = "linear"
     parts: Parts = "both"
     anneal: bool = False
-    temperature: float = 1.0
+    temperature: Positive = 1.0
     blocks: tuple[int, ...] | None = None
-    denoise: float = 1.0
+    denoise: NonNegative = 1.0
     prompts: tuple[str, ...] = ()
 
     def __post_init__(self):
-        check_ranges(self, "sampling")
-        if self.denoise < 0:
-            raise ValueError(f"sampling.denoise is {self.denoise}; it must be 0 (off) or positive.")
-        try:
-            self.to_guidance(), self.to_plan()
-        except ValueError as error:
-            raise ValueError(f"sampling: {error}") from error
+        self.to_guidance()
 
     def to_guidance(self) -> Guidance:
         """Returns the guidance these fields describe."""

@@ -7,7 +7,6 @@ import functools
 import hashlib
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,14 +18,13 @@ from flowgen.codecs import FrozenTextEncoder, HashedWords, TextEncoder
 from flowgen.conditioning import TextCondition
 from flowgen.convert import load_text_encoder
 from flowgen.prompts import PromptTemplate
-from flowgen.typed import typed
+from flowgen.settings import config
 
 T = TypeVar("T")
 DIGEST_VALUES = 1024
 
 
-@dataclass(frozen=True)
-@typed
+@config
 class TextConfig:
     """How captions become conditions of a flow, whose model.text_length tokens they fill.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any
 
@@ -40,9 +39,9 @@ from flowgen.experiments.experiment import Samples
 from flowgen.experiments.pictures import strips
 from flowgen.flows import STARFlowV, STARFlowVConfig, denoiser_variables, flow_score_objective
 from flowgen.flows.density import nll_objective
-from flowgen.ranges import Within
+from flowgen.settings import config
+from flowgen.settings.ranges import Within
 from flowgen.training import Job
-from flowgen.typed import typed
 
 CLIPS_AT_ONCE = 64
 DENOISED = 64  # held-out clips whose noise is removed, for the ratio of peak to error
@@ -53,8 +52,7 @@ LEAST_FPS, MOST_FPS = 0.1, 100.0
 NumFrames = Annotated[int, Within(1, 1 << 16)]
 
 
-@dataclass(frozen=True)
-@typed
+@config
 class ClipDrawOptions(FlowDrawOptions):
     """What is asked of one drawing of clips, beside the fields of `sampling`.
 
@@ -72,8 +70,7 @@ class ClipDrawOptions(FlowDrawOptions):
     progress: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
-@typed
+@config(kw_only=True)
 class VideoFlowExperiment(AutoregressiveExperiment):
     """A flow of clips and its denoiser.
 

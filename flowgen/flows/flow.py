@@ -19,7 +19,7 @@ from flowgen.flows.block import AutoregressiveBlock, BlockConfig
 from flowgen.flows.density import bits_per_dim, gaussian_log_prob
 from flowgen.nn.checks import check_patches, image_sides
 from flowgen.nn.layers import PatchOrder, master_dtype, patchify, unpatchify
-from flowgen.ranges import MAX_TOKENS, check_ranges
+from flowgen.settings.ranges import MAX_TOKENS
 
 
 @dataclass(frozen=True)
@@ -31,18 +31,16 @@ class ImageTokens:
     patch_size: int
 
     def check_images(self) -> None:
-        """Raises ValueError if image_size or patch_size is invalid, or any field is outside its range."""
-        image_sides(self.image_size)
-        check_ranges(self, "model")
+        """Raises ValueError if patches do not tile the images, or make too few or too many tokens."""
         check_patches(self.image_size, self.patch_size)
         if self.num_tokens > MAX_TOKENS:
             raise ValueError(
-                f"model.image_size is {self.image_size} and patch_size {self.patch_size}, which makes "
+                f"image_size is {self.image_size} and patch_size {self.patch_size}, which makes "
                 f"{self.num_tokens} tokens, of at most {MAX_TOKENS}; use a larger patch_size."
             )
         if self.num_tokens < 2:
             raise ValueError(
-                f"model.patch_size is {self.patch_size}, which makes the image one token; use a smaller patch_size."
+                f"patch_size is {self.patch_size}, which makes the image one token; use a smaller patch_size."
             )
 
     @property

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from flowgen.attention import CAUSAL_KERNEL_NAMES
@@ -13,31 +12,33 @@ from flowgen.flows.affine import TokenOrder
 from flowgen.flows.block import BlockConfig, ClassPrefix, TextPrefix
 from flowgen.flows.flow import AutoregressiveFlow, ImageTokens
 from flowgen.flows.positions import GridPositions, rotary_pairs
-from flowgen.nn.checks import check_choices, check_noise_std
-from flowgen.nn.layers import ACTIVATION_NAMES, NORMS, Activation, Norm
+from flowgen.nn.layers import Activation, Norm
 from flowgen.nn.transformer import TransformerConfig
-from flowgen.ranges import (
+from flowgen.settings import config
+from flowgen.settings.ranges import (
     MAX_BLOCKS,
-    AtMost,
     Channels,
     Classes,
+    Entries,
     Expansion,
     HeadDim,
+    Heads,
     MaybeLayers,
+    NonNegative,
+    OneOf,
+    Positive,
     Side,
     TextDim,
     TextLength,
     Width,
 )
-from flowgen.typed import typed
 
 MAX_ROTATIONS = 1 << 25  # numbers in the table of positions, which every trace holds
 # The order of block 0 and of block 1; later blocks alternate.
 ORDERS: dict[str, tuple[TokenOrder, TokenOrder]] = {"L2R": ("reversed", "raster"), "R2L": ("raster", "reversed")}
 
 
-@dataclass(frozen=True)
-@typed
+@config
 class STARFlowConfig(ImageTokens):
     """Shape of a STARFlow; the defaults are those of the released text-to-image model where it has one.
 
@@ -76,26 +77,26 @@ class STARFlowConfig(ImageTokens):
     channels: Channels = 4
     patch_size: Side = 1
     width: Width = 512
-    layers: Annotated[tuple[MaybeLayers, ...], AtMost(MAX_BLOCKS)] = (2, 2, 2, 2, 2, 24)
+    layers: Annotated[tuple[MaybeLayers, ...], Entries(1, MAX_BLOCKS)] = (2, 2, 2, 2, 2, 24)
     deep_width: Width | None = None
     order: Literal["L2R", "R2L"] = "L2R"
     head_dim: HeadDim = 64
-    num_kv_heads: int | None = None
+    num_kv_heads: Heads | None = None
     expansion: Expansion = 4
     norm: Norm = "layer_norm"
     qk_norm: bool = False
     post_norm: bool = False
     activation: Activation = "gelu"
     use_bias: bool = True
-    soft_clip: float = 4.0
+    soft_clip: NonNegative = 4.0
     num_classes: Classes = 0
     class_conditioning: Literal["prefix", "add"] = "prefix"
     text_dim: TextDim = 0
     text_length: TextLength = 0
     condition: Literal["deep", "all"] = "deep"
-    reference_side: float | None = None
-    attention: str = "softmax"
-    noise_std: float = 0.3
+    reference_side: Positive | None = None
+    attention: Annotated[str, OneOf(CAUSAL_KERNEL_NAMES)] = "softmax"
+    noise_std: NonNegative = 0.3
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     remat: bool = True
 
@@ -103,51 +104,33 @@ class STARFlowConfig(ImageTokens):
         self.check_images()
         if (numbers := self.num_tokens * self.head_dim) > MAX_ROTATIONS:
             raise ValueError(
-                f"model.image_size is {self.image_size}, patch_size {self.patch_size} and head_dim {self.head_dim}, "
+                f"image_size is {self.image_size}, patch_size {self.patch_size} and head_dim {self.head_dim}, "
                 f"whose positions are a table of {numbers} numbers, of at most {MAX_ROTATIONS}; use larger patches."
             )
-        check_noise_std(self.noise_std)
-        if not self.layers or min(self.layers) < 0 or self.layers[-1] < 1:
-            raise ValueError(
-                f"model.layers is {self.layers}; give 0 (no block) or more layers per block, the last at least 1."
-            )
+        if self.layers[-1] < 1:
+            raise ValueError(f"layers is {self.layers}; the last block must have at least 1.")
         for name, width in (("width", self.width), ("deep_width", self._deep_width)):
-            if width < 1 or width % self.head_dim:
+            if width % self.head_dim:
                 raise ValueError(
-                    f"model.{name} is {width}, not a positive multiple of head_dim {self.head_dim}; "
-                    "change one of the two."
+                    f"{name} is {width}, not a multiple of head_dim {self.head_dim}; change one of the two."
                 )
-            if self.num_kv_heads is not None and not 1 <= self.num_kv_heads <= (heads := width // self.head_dim):
-                raise ValueError(f"model.num_kv_heads is {self.num_kv_heads}; {name} {width} makes {heads} heads.")
+            if self.num_kv_heads is not None and self.num_kv_heads > (heads := width // self.head_dim):
+                raise ValueError(f"num_kv_heads is {self.num_kv_heads}; {name} {width} makes {heads} heads.")
             if self.num_kv_heads is not None and width // self.head_dim % self.num_kv_heads:
                 raise ValueError(
-                    f"model.num_kv_heads is {self.num_kv_heads}, which does not divide the {width // self.head_dim} "
+                    f"num_kv_heads is {self.num_kv_heads}, which does not divide the {width // self.head_dim} "
                     f"heads of {name} {width}; use a divisor."
                 )
         if self.num_kv_heads is not None and self.attention != "softmax":
             raise ValueError(
-                f"model.num_kv_heads is {self.num_kv_heads}; {self.attention!r} attention needs as many as heads, None."
+                f"num_kv_heads is {self.num_kv_heads}; {self.attention!r} attention needs as many as heads, None."
             )
-        if not 0 <= self.soft_clip < float("inf"):
-            raise ValueError(f"model.soft_clip is {self.soft_clip}; it must be 0 (off) or positive.")
-        if (self.text_dim > 0) != (self.text_length > 0) or min(self.text_dim, self.text_length) < 0:
+        if (self.text_dim > 0) != (self.text_length > 0):
             raise ValueError(
-                f"model.text_dim is {self.text_dim} and text_length {self.text_length}; give both, or neither (0)."
+                f"text_dim is {self.text_dim} and text_length {self.text_length}; give both, or neither (0)."
             )
         if self.num_classes and self.text_dim:
-            raise ValueError(f"model.num_classes is {self.num_classes} and text_dim {self.text_dim}; choose one.")
-        if self.reference_side is not None and not 0 < self.reference_side < float("inf"):
-            raise ValueError(f"model.reference_side is {self.reference_side}; it must be positive, or None.")
-        choices = {
-            "order": tuple(ORDERS),
-            "norm": tuple(NORMS),
-            "activation": ACTIVATION_NAMES,
-            "class_conditioning": ("prefix", "add"),
-            "condition": ("deep", "all"),
-            "attention": CAUSAL_KERNEL_NAMES,
-            "dtype": ("float32", "bfloat16", "float64"),
-        }
-        check_choices(self, choices)
+            raise ValueError(f"num_classes is {self.num_classes} and text_dim {self.text_dim}; choose one.")
         rotary_pairs(self.head_dim, third_axis=self._third_axis)
 
     @property

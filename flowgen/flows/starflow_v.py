@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
 
 from flax import linen as nn
 
 from flowgen.flows.block import BlockConfig
 from flowgen.flows.flow import AutoregressiveFlow
 from flowgen.flows.starflow import ORDERS, STARFlowConfig
-from flowgen.ranges import Frames, MaybeLayers, OtherFrames, check_ranges
-from flowgen.typed import typed
+from flowgen.settings import config
+from flowgen.settings.ranges import Frames, MaybeLayers, OtherFrames
 
 
-@dataclass(frozen=True)
-@typed
+@config
 class STARFlowVConfig(STARFlowConfig):
     """Shape of a STARFlow over clips `frames height width c`; fields that are not named here are `STARFlowConfig`'s.
 
@@ -35,15 +33,14 @@ class STARFlowVConfig(STARFlowConfig):
     denoiser_ahead: OtherFrames = 1
 
     def __post_init__(self):
-        check_ranges(self, "model")
         if self.denoiser_layers and self.num_classes and self.class_conditioning == "add":
-            raise ValueError("model.class_conditioning is 'add', which a denoiser has no part for; use 'prefix'.")
+            raise ValueError("class_conditioning is 'add', which a denoiser has no part for; use 'prefix'.")
         super().__post_init__()
         if self.condition != "deep":
-            raise ValueError(f"model.condition is {self.condition!r}; single frames see no condition: set 'deep'.")
+            raise ValueError(f"condition is {self.condition!r}; single frames see no condition: set 'deep'.")
         if ORDERS[self.order][(len(self.layers) - 1) % 2] != "raster":
             raise ValueError(
-                f"model.layers has {len(self.layers)} entries, which in order {self.order} reverses the deep block and "
+                f"layers has {len(self.layers)} entries, which in order {self.order} reverses the deep block and "
                 "with it time; give one more or less, or 0 layers to one."
             )
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from jaxtyping import Array, Int
 
@@ -11,17 +10,26 @@ from flowgen.attention import CAUSAL_KERNEL_NAMES
 from flowgen.conditioning import check_labels
 from flowgen.flows.block import BlockConfig
 from flowgen.flows.flow import AutoregressiveFlow, ImageTokens
-from flowgen.nn.checks import check_choices, check_noise_std
-from flowgen.nn.layers import ACTIVATION_NAMES, Activation
+from flowgen.nn.layers import Activation
 from flowgen.nn.transformer import TransformerConfig
-from flowgen.ranges import Blocks, Channels, Classes, Expansion, HeadDim, Layers, Side, Width
-from flowgen.typed import typed
+from flowgen.settings import config
+from flowgen.settings.ranges import (
+    Blocks,
+    Channels,
+    Classes,
+    Expansion,
+    HeadDim,
+    Layers,
+    NonNegative,
+    OneOf,
+    Side,
+    Width,
+)
 
 Transform = Literal["affine", "volume_preserving"]
 
 
-@dataclass(frozen=True)
-@typed
+@config
 class TARFlowConfig(ImageTokens):
     """Shape of a TARFlow, in the paper's p-C-K-L-σ notation: patch_size-width-num_blocks-layers_per_block-noise_std.
 
@@ -53,9 +61,9 @@ class TARFlowConfig(ImageTokens):
     expansion: Expansion = 4
     num_classes: Classes = 0
     transform: Transform = "affine"
-    attention: str = "softmax"
+    attention: Annotated[str, OneOf(CAUSAL_KERNEL_NAMES)] = "softmax"
     activation: Activation = "gelu"
-    noise_std: float = 0.0
+    noise_std: NonNegative = 0.0
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     remat: bool = True
 
@@ -63,16 +71,8 @@ class TARFlowConfig(ImageTokens):
         self.check_images()
         if self.width > self.head_dim and self.width % self.head_dim:
             raise ValueError(
-                f"model.width is {self.width}, not a multiple of head_dim {self.head_dim}; change one of the two."
+                f"width is {self.width}, not a multiple of head_dim {self.head_dim}; change one of the two."
             )
-        check_noise_std(self.noise_std)
-        choices = {
-            "transform": ("affine", "volume_preserving"),
-            "attention": CAUSAL_KERNEL_NAMES,
-            "activation": ACTIVATION_NAMES,
-            "dtype": ("float32", "bfloat16", "float64"),
-        }
-        check_choices(self, choices)
 
     @property
     def text_dim(self) -> int:

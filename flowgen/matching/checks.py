@@ -19,16 +19,6 @@ def check_positive(name: str, value: float | int) -> None:
         raise ValueError(f"{name} is {value}; it must be positive and finite.")
 
 
-def check_spread(name: str, value: float) -> None:
-    """Raises ValueError unless a standard deviation is finite and not negative.
-
-    Example:
-        check_spread("sigma", 0.1)
-    """
-    if not 0 <= value < float("inf"):
-        raise ValueError(f"{name} is {value}; it must be finite and at least 0.")
-
-
 def check_share(ess: float) -> None:
     """Raises ValueError unless an effective sample size is a share between 0 and 1.
 
@@ -37,16 +27,6 @@ def check_share(ess: float) -> None:
     """
     if not 0 < ess < 1:
         raise ValueError(f"ess is {ess}; it is a share, between 0 and 1.")
-
-
-def check_whole(name: str, value: int, *, least: int) -> None:
-    """Raises ValueError unless a number is whole and at least `least`.
-
-    Example:
-        check_whole("num_sweeps", 50, least=1)
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} is {value}; it must be a whole number of at least {least}.")
 
 
 def check_batch(x0: Array, x1: Array) -> None:

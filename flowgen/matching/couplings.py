@@ -11,9 +11,8 @@ Weights turn the loss of independent pairs into that of the coupling q ∝ w · 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +21,15 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Key
 
 from flowgen.arrays import check_floating, shown
-from flowgen.matching.checks import check_batch, check_positive, check_share, check_whole
+from flowgen.matching.checks import check_batch
 from flowgen.matching.plans import assignment, corrected_log_weight, entropic_plan, relative_cost
+from flowgen.settings import config
+from flowgen.settings.ranges import OpenFraction, Positive, Within
 from flowgen.sharding import keep_axes, of_rows, take_rows
-from flowgen.typed import typed
 
 SMALLEST_EPSILON = 1e-20
+Epsilon = Annotated[float, Within(SMALLEST_EPSILON)]
+MAX_SWEEPS = 1 << 16  # of Sinkhorn; a step runs all of them
 
 Cost = Literal["euclidean", "sqeuclidean"] | Callable[[Array, Array], Array]
 
@@ -52,7 +54,7 @@ class Coupling(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@config
 class Independent:
     """Pairs as they come, all of weight 1: I-CFM.
 
@@ -67,8 +69,7 @@ class Independent:
         return Coupled(x0, x1, cond, jnp.zeros(len(x0), x0.dtype))
 
 
-@dataclass(frozen=True)
-@typed
+@config
 class MinibatchOT:
     """Optimal transport within the batch, on the squared Euclidean cost: OT-CFM (Tong et al., arXiv 2302.00482).
 
@@ -87,19 +88,11 @@ class MinibatchOT:
     """
 
     method: Literal["exact", "sinkhorn"] = "exact"
-    epsilon: float = 0.05
-    num_sweeps: int = 5000
+    epsilon: Epsilon = 0.05
+    num_sweeps: Annotated[int, Within(1, MAX_SWEEPS)] = 5000
     class_aware: bool = False
-    tolerance: float = 1e-2
+    tolerance: Positive = 1e-2
     scope: Literal["global", "device"] = "global"
-
-    def __post_init__(self):
-        if self.method not in ("exact", "sinkhorn"):
-            raise ValueError(f"method is {self.method!r}; choose 'exact' or 'sinkhorn'.")
-        check_epsilon(self.epsilon)
-        check_whole("num_sweeps", self.num_sweeps, least=1)
-        check_positive("tolerance", self.tolerance)
-        check_scope(self.scope)
 
     @property
     def sees(self) -> str:
@@ -148,8 +141,7 @@ class MinibatchOT:
             )
 
 
-@dataclass(frozen=True)
-@typed
+@config
 class GibbsWeights:
     """Independent pairs weighted by w = exp(-cost / epsilon): weighted conditional flow matching (arXiv 2507.22270).
 
@@ -174,26 +166,13 @@ class GibbsWeights:
         coupling = fit_epsilon(GibbsWeights(ess=0.3, sinkhorn_sweeps=10), x0, x1)
     """
 
-    epsilon: float | None = None
+    epsilon: Epsilon | None = None
     cost: Cost = "euclidean"
     normalize: Literal["running", "batch", "none"] = "running"
-    sinkhorn_sweeps: int = 0
-    ess: float = 0.5
-    tilt: float | None = None
+    sinkhorn_sweeps: Annotated[int, Within(0, MAX_SWEEPS)] = 0
+    ess: OpenFraction = 0.5
+    tilt: Positive | None = None
     scope: Literal["global", "device"] = "global"
-
-    def __post_init__(self):
-        check_scope(self.scope)
-        if self.epsilon is not None:
-            check_epsilon(self.epsilon)
-        check_share(self.ess)
-        if self.tilt is not None:
-            check_positive("tilt", self.tilt)
-        if self.normalize not in ("running", "batch", "none"):
-            raise ValueError(f"normalize is {self.normalize!r}; choose 'running', 'batch' or 'none'.")
-        if isinstance(self.cost, str) and self.cost not in ("euclidean", "sqeuclidean"):
-            raise ValueError(f"cost is {self.cost!r}; choose 'euclidean', 'sqeuclidean' or give a function.")
-        check_whole("sinkhorn_sweeps", self.sinkhorn_sweeps, least=0)
 
     @property
     def sees(self) -> str:
@@ -302,27 +281,6 @@ def check_cost(cost: Float[Array, "..."]) -> Float[Array, "..."]:
         if bad:
             raise ValueError(f"{bad} of {cost.size} costs are NaN; look at the cost function and for NaN in the batch.")
     return cost
-
-
-def check_scope(scope: str) -> None:
-    """Raises ValueError unless a plan is to be over all devices or over each.
-
-    Example:
-        check_scope("global")
-    """
-    if scope not in ("global", "device"):
-        raise ValueError(f"scope is {scope!r}; choose 'global' (the rows of all devices) or 'device'.")
-
-
-def check_epsilon(epsilon: float) -> None:
-    """Raises ValueError unless costs can be divided by epsilon in float32.
-
-    Example:
-        check_epsilon(2.0)
-    """
-    check_positive("epsilon", epsilon)
-    if epsilon < SMALLEST_EPSILON:
-        raise ValueError(f"epsilon is {epsilon}; below {SMALLEST_EPSILON} float32 has no cost/epsilon.")
 
 
 def _flat(x: Array) -> Array:

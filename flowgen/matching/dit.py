@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +20,11 @@ from jaxtyping import Array, Float, Int
 
 from flowgen.attention import KERNELS, make_attention_fn
 from flowgen.conditioning import check_labels
-from flowgen.matching.velocity import TIME_SCALE, ConditionEmbedding, check_inputs, check_time_scale
-from flowgen.nn.checks import check_choices, check_patches, image_sides
+from flowgen.matching.velocity import TIME_SCALE, ConditionEmbedding, check_inputs
+from flowgen.nn.checks import check_patches, image_sides
 from flowgen.nn.layers import ACTIVATIONS, flat_dot, master_dtype, patchify, unpatchify
-from flowgen.ranges import Channels, Classes, Expansion, HeadDim, Layers, Side, Width, check_ranges
-from flowgen.typed import typed
+from flowgen.settings import config
+from flowgen.settings.ranges import Channels, Classes, Expansion, HeadDim, Layers, OneOf, Positive, Side, Width
 
 ATTENTIONS = ("softmax", "soft", *KERNELS)
 PATCH_ORDER = "channel_last"
@@ -33,8 +32,7 @@ DIT_LAYER_NORM_EPS = 1e-6
 MAX_POSITIONS = 1 << 28  # numbers in the table of positions, which every trace holds
 
 
-@dataclass(frozen=True)
-@typed
+@config
 class DiTConfig:
     """Shape of a DiT. The paper's S, B, L, XL are (width, num_layers, head_dim) = (384, 12, 64), (768, 12, 64),
     (1024, 24, 64), (1152, 28, 72).
@@ -64,29 +62,25 @@ class DiTConfig:
     head_dim: HeadDim = 64
     expansion: Expansion = 4
     num_classes: Classes = 0
-    attention: str = "softmax"
+    attention: Annotated[str, OneOf(ATTENTIONS)] = "softmax"
     spans: bool = False
-    time_scale: float = TIME_SCALE
+    time_scale: Positive = TIME_SCALE
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     remat: bool = True
 
     def __post_init__(self):
-        image_sides(self.image_size)
-        check_ranges(self, "model")
         check_patches(self.image_size, self.patch_size)
         if (numbers := math.prod(self.token_grid) * self.width) > MAX_POSITIONS:
             raise ValueError(
-                f"model.image_size is {self.image_size}, patch_size {self.patch_size} and width {self.width}, which "
+                f"image_size is {self.image_size}, patch_size {self.patch_size} and width {self.width}, which "
                 f"makes a table of positions of {numbers} numbers, of at most {MAX_POSITIONS}; use a larger patch_size."
             )
         if self.width % self.head_dim:
             raise ValueError(
-                f"model.width is {self.width}, not a multiple of head_dim {self.head_dim}; change one of the two."
+                f"width is {self.width}, not a multiple of head_dim {self.head_dim}; change one of the two."
             )
         if self.width % 4:
-            raise ValueError(f"model.width is {self.width}; its position table needs a multiple of 4.")
-        check_time_scale(self.time_scale)
-        check_choices(self, {"attention": ATTENTIONS, "dtype": ("float32", "bfloat16", "float64")})
+            raise ValueError(f"width is {self.width}; its position table needs a multiple of 4.")
 
     @property
     def grid_size(self) -> tuple[int, int]:

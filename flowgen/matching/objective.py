@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -15,7 +14,7 @@ from flowgen.matching.conversions import NETWORK_SMALLEST, Prediction, check_pre
 from flowgen.matching.couplings import GibbsWeights, Independent, MinibatchOT
 from flowgen.matching.diagnostics import fit_epsilon, warn_if_tilted, weight_report
 from flowgen.matching.loss import Loss, combined_log_mean, flow_matching_loss
-from flowgen.matching.mean_flow import check_mean_flow, mean_flow_loss
+from flowgen.matching.mean_flow import mean_flow_loss
 from flowgen.matching.paths import (
     CondOT,
     LinearVariancePreserving,
@@ -27,19 +26,17 @@ from flowgen.matching.paths import (
 )
 from flowgen.matching.solvers import Velocity
 from flowgen.matching.times import LogitNormal, Shifted, Uniform
-from flowgen.ranges import Within, check_within
 from flowgen.rows import ROWS, StatefulObjective, batch_rows
-from flowgen.typed import typed
+from flowgen.settings import config
+from flowgen.settings.ranges import Fraction, NonNegative
 
 # The collection of the train state in which a running log-mean of weights lives.
 STATE = "matching"
 # Pairs that epsilon is chosen by, and that are looked at for tilt: enough for the mean, and their square fits memory.
 REPORT_PAIRS = 1024
-SWEEPS = Within(0, 1 << 16)  # of Sinkhorn; a step runs all of them
 
 
-@dataclass(frozen=True)
-@typed
+@config
 class FlowMatching:
     """Regression of the velocity.
 
@@ -48,12 +45,8 @@ class FlowMatching:
 
     prediction: Prediction = "velocity"
 
-    def __post_init__(self):
-        check_prediction(self.prediction)
 
-
-@dataclass(frozen=True)
-@typed
+@config
 class MeanFlow:
     """Regression of average velocities, for sampling in one step (arXiv 2505.13447); see `mean_flow_loss`.
 
@@ -62,15 +55,12 @@ class MeanFlow:
     guidance_weight: guidance learned into the field; 0 for none.
     """
 
-    instantaneous: float = 0.75
-    power: float = 1.0
-    guidance_weight: float = 0.0
-
-    def __post_init__(self):
-        check_mean_flow(self.instantaneous, self.power, self.guidance_weight)
+    instantaneous: Fraction = 0.75
+    power: NonNegative = 1.0
+    guidance_weight: NonNegative = 0.0
 
 
-@dataclass(frozen=True)
+@config
 class MatchingConfig:
     """Loss, path, coupling and times: four independent choices.
 
@@ -94,8 +84,6 @@ class MatchingConfig:
     time: Uniform | LogitNormal | Shifted = Uniform()
 
     def __post_init__(self):
-        for name in ("sinkhorn_sweeps", "num_sweeps"):
-            check_within(f"coupling.{name}", getattr(self.coupling, name, 0), SWEEPS)
         try:
             check_prediction(self.prediction, self.path)
         except ValueError as error:

@@ -6,15 +6,15 @@ u_t = alpha'_t x1 + beta'_t x0 (+ spread'_t/spread_t (x_t - mean)). With Gaussia
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Annotated, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from flowgen.matching.checks import check_pair, check_spread
-from flowgen.typed import typed
+from flowgen.matching.checks import check_pair
+from flowgen.settings import config
+from flowgen.settings.ranges import NonNegative, Positive, ProperFraction, Within
 
 # How near to an end of a path conversions go, in time and in alpha/beta: there they are singular, not the path.
 SMALLEST = 1e-5
@@ -56,18 +56,14 @@ class Path(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-@typed
+@config
 class CondOT:
     """The straight line x_t = (1 - t) x0 + t x1 (Lipman 2210.02747, Tong 2302.00482).
 
     sigma: Gaussian spread around the line; 0 for none.
     """
 
-    sigma: float = 0.0
-
-    def __post_init__(self):
-        check_spread("sigma", self.sigma)
+    sigma: NonNegative = 0.0
 
     def schedule(self, t):
         return Schedule(t, 1 - t, jnp.ones_like(t), -jnp.ones_like(t))
@@ -76,8 +72,7 @@ class CondOT:
         return _affine_sample(self, self.sigma, key, t, x0, x1)
 
 
-@dataclass(frozen=True)
-@typed
+@config
 class Target:
     """Lipman's path with a narrow end: x_t = t x1 + (1 - (1 - sigma_min) t) x0, where x0 is standard normal.
 
@@ -86,12 +81,7 @@ class Target:
     sigma_min: width of the end; at least 0 and below 1.
     """
 
-    sigma_min: float = 0.0
-
-    def __post_init__(self):
-        check_spread("sigma_min", self.sigma_min)
-        if self.sigma_min >= 1:
-            raise ValueError(f"sigma_min is {self.sigma_min}; the end of the path must be narrower than the source, 1.")
+    sigma_min: ProperFraction = 0.0
 
     def schedule(self, t):
         return Schedule(t, 1 - (1 - self.sigma_min) * t, jnp.ones_like(t), -(1 - self.sigma_min) * jnp.ones_like(t))
@@ -100,18 +90,14 @@ class Target:
         return _affine_sample(self, 0.0, key, t, x0, x1)
 
 
-@dataclass(frozen=True)
-@typed
+@config
 class Trigonometric:
     """The cosine path x_t = sin(πt/2) x1 + cos(πt/2) x0, variance preserving (Albergo 2209.15571).
 
     sigma: Gaussian spread around the path; 0 for none.
     """
 
-    sigma: float = 0.0
-
-    def __post_init__(self):
-        check_spread("sigma", self.sigma)
+    sigma: NonNegative = 0.0
 
     def schedule(self, t):
         angle = jnp.pi / 2 * t
@@ -122,19 +108,14 @@ class Trigonometric:
         return _affine_sample(self, self.sigma, key, t, x0, x1)
 
 
-@dataclass(frozen=True)
-@typed
+@config
 class Polynomial:
     """x_t = tⁿ x1 + (1 - tⁿ) x0.
 
     degree: n, at least 1.
     """
 
-    degree: float = 2.0
-
-    def __post_init__(self):
-        if not 1 <= self.degree < float("inf"):
-            raise ValueError(f"degree is {self.degree}; a polynomial path needs at least 1.")
+    degree: Annotated[float, Within(1)] = 2.0
 
     def schedule(self, t):
         power, slope = t**self.degree, self.degree * t ** (self.degree - 1)
@@ -144,8 +125,7 @@ class Polynomial:
         return _affine_sample(self, 0.0, key, t, x0, x1)
 
 
-@dataclass(frozen=True)
-@typed
+@config
 class VariancePreserving:
     """The diffusion path alpha = e^(-T/2), beta = √(1 - e^(-T)), T = (1-t)²(B-b)/2 + (1-t)b (Song 2011.13456).
 
@@ -153,14 +133,12 @@ class VariancePreserving:
     beta_max: B, at least b.
     """
 
-    beta_min: float = 0.1
-    beta_max: float = 20.0
+    beta_min: Positive = 0.1
+    beta_max: Positive = 20.0
 
     def __post_init__(self):
-        if not 0 < self.beta_min <= self.beta_max < float("inf"):
-            raise ValueError(
-                f"beta_min is {self.beta_min} and beta_max {self.beta_max}; both must be positive, beta_max the larger."
-            )
+        if self.beta_min > self.beta_max:
+            raise ValueError(f"beta_min is {self.beta_min}, above beta_max {self.beta_max}; lower it.")
 
     def schedule(self, t):
         s, gap = 1 - t, self.beta_max - self.beta_min
@@ -174,7 +152,7 @@ class VariancePreserving:
         return _affine_sample(self, 0.0, key, t, x0, x1)
 
 
-@dataclass(frozen=True)
+@config
 class LinearVariancePreserving:
     """The path x_t = t x1 + √(1 - t²) x0: variance preserving, with a straight alpha.
 
@@ -192,8 +170,7 @@ class LinearVariancePreserving:
         return _affine_sample(self, 0.0, key, t, x0, x1)
 
 
-@dataclass(frozen=True)
-@typed
+@config
 class SchroedingerBridge:
     """The Brownian bridge x_t = (1-t) x0 + t x1 + sigma √(t(1-t)) noise, for entropic couplings (Tong 2307.03672).
 
@@ -203,11 +180,7 @@ class SchroedingerBridge:
     sigma: of the bridge's noise; positive.
     """
 
-    sigma: float = 1.0
-
-    def __post_init__(self):
-        if not 0 < self.sigma < float("inf"):
-            raise ValueError(f"sigma is {self.sigma}; a Schroedinger bridge needs a positive one.")
+    sigma: Positive = 1.0
 
     def schedule(self, t):
         return CondOT().schedule(t)

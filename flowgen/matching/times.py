@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from flowgen.typed import typed
+from flowgen.settings import config
+from flowgen.settings.ranges import Positive
 
 
-@dataclass(frozen=True)
-@typed
+@config
 class Uniform:
     """Uniform times.
 
@@ -27,8 +25,7 @@ class Uniform:
         return jax.random.permutation(order, (jnp.arange(batch) + t) / batch) if self.stratified else t
 
 
-@dataclass(frozen=True)
-@typed
+@config
 class LogitNormal:
     """t = sigmoid(mean + std z), z normal (Esser 2403.03206). EDM's choice is mean 1.2, std 1.2 with data at t = 1.
 
@@ -37,29 +34,20 @@ class LogitNormal:
     """
 
     mean: float = 0.0
-    std: float = 1.0
-
-    def __post_init__(self):
-        if not 0 < self.std < float("inf") or not abs(self.mean) < float("inf"):
-            raise ValueError(f"mean is {self.mean} and std {self.std}; a logit-normal needs finite ones, std positive.")
+    std: Positive = 1.0
 
     def __call__(self, key: Key[Array, ""], batch: int) -> Float[Array, " b"]:
         return jax.nn.sigmoid(self.mean + self.std * jax.random.normal(key, (batch,)))
 
 
-@dataclass(frozen=True)
-@typed
+@config
 class Shifted:
     """Uniform times moved towards the noise: with s = 1 - t and k = shift, s' = k s / (1 + (k - 1) s).
 
     shift: k, positive; 1 for none.
     """
 
-    shift: float = 3.0
-
-    def __post_init__(self):
-        if not 0 < self.shift < float("inf"):
-            raise ValueError(f"shift is {self.shift}; it must be positive and finite, 1 for none.")
+    shift: Positive = 3.0
 
     def __call__(self, key: Key[Array, ""], batch: int) -> Float[Array, " b"]:
         s = jax.random.uniform(key, (batch,))

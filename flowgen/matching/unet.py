@@ -12,7 +12,6 @@ sees what the block (or the halving) on the way down left at its place. Attentio
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Literal
 
@@ -24,32 +23,32 @@ from jaxtyping import Array, Float, Int
 
 from flowgen.attention import softmax_attention
 from flowgen.conditioning import check_labels
-from flowgen.matching.velocity import TIME_SCALE, check_inputs, check_time_scale, class_or_none, time_features
-from flowgen.nn.checks import check_choices, image_sides
+from flowgen.matching.velocity import TIME_SCALE, check_inputs, class_or_none, time_features
+from flowgen.nn.checks import image_sides
 from flowgen.nn.convolution import conv, group_norm
 from flowgen.nn.layers import flat_dot, linear, master_dtype
-from flowgen.ranges import (
+from flowgen.settings import config
+from flowgen.settings.ranges import (
     MAX_LEVELS,
-    AtMost,
     Channels,
     Classes,
+    Entries,
     Expansion,
     Groups,
     HeadDim,
     Loops,
+    Positive,
+    ProperFraction,
     Side,
     Width,
-    check_ranges,
 )
-from flowgen.typed import typed
 
 TORCH_GROUP_NORM_EPS = 1e-5
 # Width of the embedding of time and class, in widths of the network.
 EMBEDDING_EXPANSION = 4
 
 
-@dataclass(frozen=True)
-@typed
+@config
 class UNetConfig:
     """Shape of a U-Net; `UNetConfig(image_size=32)` is torchcfm's for CIFAR-10.
 
@@ -78,58 +77,50 @@ class UNetConfig:
     image_size: Side | tuple[Side, Side]
     channels: Channels = 3
     width: Width = 128
-    multipliers: Annotated[tuple[Expansion, ...], AtMost(MAX_LEVELS)] = (1, 2, 2, 2)
+    multipliers: Annotated[tuple[Expansion, ...], Entries(1, MAX_LEVELS)] = (1, 2, 2, 2)
     blocks_per_level: Loops = 2
     resample: Literal["conv", "pool"] = "conv"
-    attention_factors: Annotated[tuple[int, ...], AtMost(MAX_LEVELS)] = (2,)
+    attention_factors: Annotated[tuple[int, ...], Entries(0, MAX_LEVELS)] = (2,)
     head_dim: HeadDim = 64
     num_groups: Groups = 32
-    dropout: float = 0.1
+    dropout: ProperFraction = 0.1
     num_classes: Classes = 0
     scale_shift_norm: bool = False
-    time_scale: float = TIME_SCALE
+    time_scale: Positive = TIME_SCALE
     spans: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: bool = False
 
     def __post_init__(self):
-        if not self.multipliers or not all(type(factor) is int and factor >= 1 for factor in self.multipliers):
-            raise ValueError(f"model.multipliers is {self.multipliers}; give a whole number of widths for each level.")
-        image_sides(self.image_size)
-        check_ranges(self, "model")
         self._check_sizes()
         self._check_widths()
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"model.dropout is {self.dropout}; it must be 0 (none) or more, and below 1.")
-        check_time_scale(self.time_scale)
-        check_choices(self, {"resample": ("conv", "pool"), "dtype": ("float32", "bfloat16")})
 
     def _check_sizes(self):
         factors = tuple(2**level for level in range(len(self.multipliers)))
         for side, length in zip(("height", "width"), image_sides(self.image_size), strict=True):
-            if length < 1 or length % factors[-1]:
+            if length % factors[-1]:
                 raise ValueError(
-                    f"model.image_size has {side} {length}, which cannot be halved {len(factors) - 1} times; "
+                    f"image_size has {side} {length}, which cannot be halved {len(factors) - 1} times; "
                     f"use a multiple of {factors[-1]} or fewer multipliers."
                 )
         for factor in self.attention_factors:
             if factor not in factors:
                 known = ", ".join(map(str, factors))
-                raise ValueError(f"model.attention_factors has {factor}; the levels of this network are {known}.")
+                raise ValueError(f"attention_factors has {factor}; the levels of this network are {known}.")
 
     def _check_widths(self):
         if self.width % 2:
-            raise ValueError(f"model.width is {self.width}; half of its features of time are sines: use an even one.")
+            raise ValueError(f"width is {self.width}; half of its features of time are sines: use an even one.")
         for level, width in enumerate(self.level_widths):
             if width % self.num_groups:
                 raise ValueError(
-                    f"model.num_groups is {self.num_groups}, which does not divide the {width} channels of level "
+                    f"num_groups is {self.num_groups}, which does not divide the {width} channels of level "
                     f"{level}; change width or num_groups."
                 )
             attends = self.attends(level) or level == len(self.multipliers) - 1
             if attends and width > self.head_dim and width % self.head_dim:
                 raise ValueError(
-                    f"model.head_dim is {self.head_dim}, which does not divide the {width} channels of level {level}; "
+                    f"head_dim is {self.head_dim}, which does not divide the {width} channels of level {level}; "
                     "change width or head_dim."
                 )
 

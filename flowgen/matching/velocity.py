@@ -8,7 +8,6 @@ span `b` is for networks whose config says `spans`: they then answer with the av
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -19,8 +18,8 @@ from jaxtyping import Array, Float, Int, Key
 from flowgen.arrays import check_floating, check_key, shown
 from flowgen.conditioning import UNCONDITIONAL, check_labels
 from flowgen.nn.layers import linear, master_dtype
-from flowgen.ranges import Channels, Classes, Loops, Width, check_ranges
-from flowgen.typed import typed
+from flowgen.settings import config
+from flowgen.settings.ranges import Channels, Classes, Loops, Width
 
 # Times in [0, 1] are stretched to the 1,000 steps that sinusoidal embeddings are made for: without it all angles are
 # below one radian.
@@ -28,8 +27,7 @@ TIME_SCALE = 1000.0
 EMBEDDING_STDDEV = 0.02
 
 
-@dataclass(frozen=True)
-@typed
+@config
 class MLPConfig:
     """Shape of a velocity network for points.
 
@@ -45,9 +43,6 @@ class MLPConfig:
     num_layers: Loops = 3
     num_classes: Classes = 0
     spans: bool = False
-
-    def __post_init__(self):
-        check_ranges(self, "model")
 
     @property
     def event_shape(self) -> tuple[int, ...]:
@@ -123,16 +118,6 @@ class ConditionEmbedding(nn.Module):
             table = self.param("class_embed", init, (self.num_classes + 1, self.width), jnp.float32)
             c = c + class_or_none(jnp.asarray(table), cond, len(t))
         return c
-
-
-def check_time_scale(time_scale: float) -> None:
-    """Raises ValueError where times cannot be stretched so.
-
-    Example:
-        check_time_scale(1000.0)
-    """
-    if not 0 < time_scale < float("inf"):
-        raise ValueError(f"model.time_scale is {time_scale}; use 1000.0, or 1.0 as in the published code.")
 
 
 def class_or_none(

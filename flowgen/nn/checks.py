@@ -1,37 +1,16 @@
-"""Checks that the configs of models share; each message names `model.<field>`, its value and what to do."""
+"""Checks of image sizes that the configs of models share; each message names the field, its value and what to do."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, SupportsIndex
 
 # A side in pixels, or (height, width).
 ImageSize = SupportsIndex | Sequence[SupportsIndex]
 
 
-def check_noise_std(noise_std: float) -> None:
-    """Raises ValueError where the noise a density is trained under cannot be.
-
-    Example:
-        check_noise_std(config.noise_std)
-    """
-    if not 0 <= noise_std < float("inf"):
-        raise ValueError(f"model.noise_std is {noise_std}; it must be 0 (dequantisation) or positive.")
-
-
-def check_choices(config: Any, choices: Mapping[str, Sequence[str]]) -> None:
-    """Raises ValueError where a field of a model's config is none of its choices.
-
-    Example:
-        check_choices(config, {"dtype": ("float32", "bfloat16")})
-    """
-    for name, allowed in choices.items():
-        if getattr(config, name) not in allowed:
-            raise ValueError(f"model.{name} is {getattr(config, name)!r}; choose one of {', '.join(allowed)}.")
-
-
-def image_sides(image_size: object, name: str = "model.image_size") -> tuple[int, int]:
+def image_sides(image_size: object, name: str = "image_size") -> tuple[int, int]:
     """Returns (height, width) of an image size: a side, or both, as integers of any kind.
 
     Raises ValueError, which names the field, unless both are at least 1.
@@ -64,6 +43,6 @@ def check_patches(image_size: object, patch_size: int) -> None:
     odd = [f"{side} {length}" for side, length in sides.items() if length < patch_size or length % patch_size]
     if odd:
         raise ValueError(
-            f"model.image_size has {' and '.join(odd)}, which patch_size {patch_size} does not divide; "
+            f"image_size has {' and '.join(odd)}, which patch_size {patch_size} does not divide; "
             f"use a multiple of {patch_size} or another patch_size."
         )

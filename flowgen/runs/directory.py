@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from flowgen import fields
+from flowgen import settings
 from flowgen.data.inventory import Inventory
 from flowgen.runs.checkpoints import CheckpointReader
 from flowgen.runs.files import DIGEST, is_regular, is_temporary, read_json, signed, verified, write_json
@@ -125,7 +125,7 @@ def _changed(run_dir: Path, config: dict[str, Any]) -> str:
         if step is None:
             return ""
         saved = reader.meta(step)["config"]
-        lines = fields.differences(saved, {name: value for name, value in config.items() if name != DIGEST})
+        lines = settings.differences(saved, {name: value for name, value in config.items() if name != DIGEST})
     except (OSError, ValueError, RecursionError):
         return ""
     more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""

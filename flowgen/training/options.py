@@ -3,30 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Annotated, Literal
 
 from flowgen.packages import missing
-from flowgen.ranges import Batch, Every, Steps, check_ranges
 from flowgen.runs import on_terminal
-from flowgen.typed import typed
+from flowgen.settings import config
+from flowgen.settings.ranges import Batch, Count, CountOrZero, Fraction, NonNegative, Positive, ProperFraction, Within
 
 SEEDS = 1 << 32  # Larger seeds would be cut to 32 bits.
-
-
-def check_at_least(group: str, config: object, bounds: Mapping[str, float | int]) -> None:
-    """Raises ValueError where a field is below its bound, naming field, value and bound.
-
-    group: where the config stands; empty where it may stand in several places, and `fields` names the one.
-
-    Example:
-        check_at_least("train", config, {"steps": 1})
-    """
-    low = {name: value for name in bounds if not bounds[name] <= (value := getattr(config, name)) < float("inf")}
-    if low:
-        told = " and ".join(f"{group}{'.' * bool(group)}{name} is {value}" for name, value in low.items())
-        least = " and ".join(map(str, dict.fromkeys(bounds[name] for name in low)))
-        raise ValueError(f"{told}; {'it' if len(low) == 1 else 'they'} must be at least {least}.")
 
 
 def check_warmups(warmups: Mapping[str, int], steps: int) -> None:
@@ -43,8 +27,7 @@ def check_warmups(warmups: Mapping[str, int], steps: int) -> None:
         raise ValueError(f"{told}; {must} be below train.steps, which is {steps}, so add {fitting}.")
 
 
-@dataclass(frozen=True)
-@typed
+@config
 class OptimConfig:
     """AdamW with warm-up and decay, clipping and an exponential moving average of the parameters.
 
@@ -65,40 +48,27 @@ class OptimConfig:
     ema_warmup: let the average follow closely at first, decay min(ema_decay, (1 + step) / (10 + step)).
     """
 
-    lr: float = 1e-4
-    min_lr: float = 1e-6
+    lr: Positive = 1e-4
+    min_lr: NonNegative = 1e-6
     schedule: Literal["cosine", "constant"] = "cosine"
-    warmup_steps: Every = 0
-    weight_decay: float = 1e-4
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
-    clip_norm: float = 1.0
-    skip_norm: float = 0.0
-    skip_after: Every = 100
-    max_skips: Every = 50
-    ema_decay: float = 0.9999
+    warmup_steps: CountOrZero = 0
+    weight_decay: NonNegative = 1e-4
+    b1: ProperFraction = 0.9
+    b2: ProperFraction = 0.95
+    eps: NonNegative = 1e-8
+    clip_norm: NonNegative = 1.0
+    skip_norm: NonNegative = 0.0
+    skip_after: CountOrZero = 100
+    max_skips: Count = 50
+    ema_decay: ProperFraction = 0.9999
     ema_warmup: bool = True
 
     def __post_init__(self):
-        numbers = [field.name for field in fields(self) if field.name not in ("ema_warmup", "schedule")]
-        check_at_least("", self, dict.fromkeys(numbers, 0))
-        check_ranges(self)
-        if self.schedule not in ("cosine", "constant"):
-            raise ValueError(f"schedule is {self.schedule!r}; choose 'cosine' or 'constant'.")
-        for name in ("b1", "b2", "ema_decay"):
-            if getattr(self, name) >= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be below 1.")
-        if self.max_skips < 1:
-            raise ValueError(f"max_skips is {self.max_skips}; it must be at least 1.")
-        if not self.lr > 0:
-            raise ValueError(f"lr is {self.lr}; it must be positive.")
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr is {self.min_lr}, above lr {self.lr}; lower it.")
 
 
-@dataclass(frozen=True)
-@typed
+@config
 class TrainConfig:
     """Length and batch of a run.
 
@@ -109,23 +79,14 @@ class TrainConfig:
     accumulation: parts that each device's share of a batch is cut into, to save memory.
     """
 
-    steps: Steps = 1000
+    steps: Count = 1000
     batch_size: Batch = 64
-    seed: int = 0
-    label_dropout: float = 0.0
+    seed: Annotated[int, Within(0, SEEDS - 1)] = 0
+    label_dropout: Fraction = 0.0
     accumulation: Batch = 1
 
-    def __post_init__(self):
-        check_ranges(self, "train")
-        check_at_least("train", self, {"seed": 0, "label_dropout": 0})
-        if self.seed >= SEEDS:
-            raise ValueError(f"train.seed is {self.seed}; it must be below {SEEDS}.")
-        if self.label_dropout > 1:
-            raise ValueError(f"train.label_dropout is {self.label_dropout}; it is a probability, at most 1.")
 
-
-@dataclass(frozen=True)
-@typed
+@config
 class LogConfig:
     """How often a run reports, in steps; it always reports and saves at its end.
 
@@ -138,16 +99,13 @@ class LogConfig:
     progress: show a moving bar if standard error is a terminal; otherwise, and without it, each report is a line.
     """
 
-    log_every: Steps = 50
-    eval_every: Every = 0
-    sample_every: Every = 0
-    checkpoint_every: Every = 500
-    keep: Steps = 3
+    log_every: Count = 50
+    eval_every: CountOrZero = 0
+    sample_every: CountOrZero = 0
+    checkpoint_every: CountOrZero = 500
+    keep: Count = 3
     tensorboard: bool = True
     progress: bool = True
-
-    def __post_init__(self):
-        check_ranges(self, "log")
 
 
 def check_packages(log: LogConfig) -> None:

@@ -269,9 +269,9 @@ def run_directory(rng, base, folder):
 
 
 def flags(rng, base, folder):
-    from flowgen import experiments, fields
+    from flowgen import experiments, settings
 
-    names = fields.leaf_names(experiments.load_config(DIGITS))
+    names = settings.leaf_names(experiments.load_config(DIGITS))
     words = []
     for _ in range(rng.choice((1, 1, 2, 3))):
         name = rng.choice(names) if rng.random() < 0.8 else rng.choice(ODD_TEXTS)

@@ -1,0 +1,81 @@
+"""What the annotation of a config's field says: configs among its members, and its description in words."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import is_dataclass
+from typing import Annotated, Any, Literal
+
+from flowgen.settings.ranges import OneOf
+
+SIMPLE = {int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "none"}
+
+
+@functools.cache
+def hints_of(cls: type) -> dict[str, Any]:
+    """Returns the annotations of the fields of a dataclass, in order."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}  # ty: ignore[invalid-argument-type]
+
+
+def members(annotation: Any) -> tuple[Any, ...]:
+    """Returns the members of a union; of another annotation itself alone."""
+    union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    return typing.get_args(annotation) if union else (annotation,)
+
+
+def unannotated(annotation: Any) -> Any:
+    """Returns an annotation without its bounds."""
+    return typing.get_args(annotation)[0] if typing.get_origin(annotation) is Annotated else annotation
+
+
+def configs_of(annotation: Any) -> dict[str, type]:
+    """Returns the configs by name that a field may be."""
+    return {type_name(member): member for member in members(annotation) if is_dataclass(member)}
+
+
+def choices(annotation: Any) -> dict[str, type]:
+    """Returns the configs by name that a field may be one of; empty unless there are several."""
+    found = configs_of(annotation)
+    return found if len(found) > 1 else {}
+
+
+def type_name(value: Any) -> str:
+    """Returns the name of a config or of its class, without "Config"; "none" for None.
+
+    Example:
+        type_name(TARFlowConfig(image_size=8))  # "TARFlow"
+    """
+    cls = value if isinstance(value, type) else type(value)
+    return "none" if value is None else cls.__name__.removesuffix("Config")
+
+
+def describe(annotation: Any) -> str:
+    """Returns an annotation in words: "an integer", "'a' or 'b'", "a tuple of 2 integers"."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if annotation in SIMPLE:
+        return SIMPLE[annotation]
+    if origin is Annotated:
+        names = [repr(name) for bound in arguments[1:] if isinstance(bound, OneOf) for name in bound.names]
+        return " or ".join(names) or describe(arguments[0])
+    if origin is Literal:
+        return " or ".join(map(repr, arguments))
+    if len(members(annotation)) > 1:
+        return " or ".join(dict.fromkeys(map(describe, arguments)))
+    if origin is Callable:
+        return "a function"
+    if arguments == (str, Ellipsis):
+        return "a tuple of texts, such as ('one', 'two')"
+    if origin is tuple:
+        return f"a tuple of {_plural(arguments[0], '' if arguments[-1] is Ellipsis else len(arguments))}"
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return f"a table of names to {_plural(arguments[1])}"
+    return "a group of fields" if is_dataclass(annotation) else f"a {getattr(annotation, '__name__', annotation)}"
+
+
+def _plural(annotation: Any, count: int | str = "") -> str:
+    return f"{count} {describe(annotation).removeprefix('an ').removeprefix('a ')}s".lstrip()

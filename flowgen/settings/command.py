@@ -1,0 +1,178 @@
+"""Fields of a config on a command line, `--group.field value`, and objects by name, `module:object`."""
+
+from __future__ import annotations
+
+import ast
+import csv
+import difflib
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import is_dataclass
+from typing import Any, TypeVar
+
+from flowgen.settings.annotations import choices, configs_of, describe, hints_of, type_name, unannotated
+from flowgen.settings.help import leaf_names
+from flowgen.settings.plain import TYPE, fits, from_plain, meant
+from flowgen.settings.ranges import shown
+
+T = TypeVar("T")
+WORDS = {"true": True, "false": False, "none": None, "null": None}
+
+
+def override(config: T, arguments: Sequence[str]) -> T:
+    """Returns `config` with fields replaced by `--group.field value` or `--group.field=value` arguments.
+
+    Values: numbers, true or false, none, (8, 12) or [8, 12], and text as it stands. A group that may be of several
+    types takes the name of one, which stands for its defaults; the fields of the group are set after it. Fields of a
+    group that is None are set in one of its defaults.
+
+    Raises:
+        ValueError: an unknown field (with the closest known one), a group, a missing or an unfitting value.
+
+    Example:
+        experiment = override(experiment, ["--optim.lr", "3e-4", "--model.image_size=(32, 48)"])
+    """
+    given, fields, known = _pairs(arguments), _opened(None, config), leaf_names(config)
+    for path in sorted(given, key=lambda path: path.count(".")):  # the type of a group before its fields
+        if path.split(".")[0] not in fields:
+            raise ValueError(_unknown(path, known))
+        _set(fields, type(config), path.split("."), given[path], path, known)
+    return from_plain(type(config), fields)
+
+
+def resolve(name: str) -> Any:
+    """Returns the object that "package.module:object" names; the module is imported, so the name must be the user's.
+
+    Raises ValueError if it is not of this form, or there is no such module or object.
+
+    Example:
+        coupling = resolve("my_couplings:SlicedOT")
+    """
+    module, _, attributes = name.partition(":")
+    if not all(part.isidentifier() for part in [*module.split("."), *attributes.split(".")]):
+        raise ValueError(f"{name!r} names no object; write package.module:object.")
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if not f"{module}.".startswith(f"{error.name}."):
+            raise  # The module is there and misses another.
+        raise ValueError(
+            f"{name!r} needs the module {error.name}, which is not found; add its folder to PYTHONPATH."
+        ) from error
+    for part in attributes.split("."):
+        if not hasattr(found, part):
+            raise ValueError(f"{name!r} names {part}, which is not there{meant(part, dir(found))}")
+        found = getattr(found, part)
+    return found
+
+
+def words_of(text: str, path: str) -> list[str]:
+    """Returns texts that commas part; one with a comma in it stands in double quotes. path: of the option, in errors.
+
+    Example:
+        words_of('cat,"dog, small"', "--classes")  # ["cat", "dog, small"]
+    """
+    try:
+        return next(csv.reader([text], skipinitialspace=True), [])
+    except csv.Error as error:
+        raise ValueError(f"{path} is {shown(text)}; give texts with commas between them ({error}).") from error
+
+
+def _pairs(arguments: Sequence[str]) -> dict[str, str]:
+    words, given = list(arguments), {}
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--") or word == "--":
+            raise ValueError(f"'{word}' is not understood; overrides look like --optim.lr 3e-4.")
+        path, equals, text = word[2:].partition("=")
+        if not equals:
+            if not words or words[0].startswith("--"):
+                raise ValueError(f"--{path} has no value; write --{path} VALUE.")
+            text = words.pop(0)
+        given[path] = text
+    return given
+
+
+def _set(fields: dict[str, Any], cls: type, names: list[str], text: str, path: str, known: list[str]) -> None:
+    """Sets the field that `names` lead to, in the opened fields of a config of type `cls`."""
+    name, *rest = names
+    annotation, value = hints_of(cls)[name], fields.get(name, getattr(cls, name, None))
+    kinds, group = choices(annotation), _group_type(annotation, value)
+    if not rest:
+        fields[name] = {TYPE: text} if text in kinds else _parse(annotation, text, path, group)
+    elif group is not None and rest[0] in hints_of(group):
+        fields[name] = dict(value) if isinstance(value, Mapping) else _opened(annotation, value)
+        _set(fields[name], group, rest, text, path, known)
+    else:
+        raise ValueError(_no_such_field(path, rest[0], group, kinds, known))
+
+
+def _opened(annotation: Any, value: Any) -> dict[str, Any]:
+    """The fields of a config, of which `from_plain` makes it again; none of None, which stands for defaults."""
+    kind = {TYPE: type_name(value)} if choices(annotation) else {}
+    return {} if value is None else kind | {name: getattr(value, name) for name in hints_of(type(value))}
+
+
+def _group_type(annotation: Any, value: Any) -> type | None:
+    """The type of the config that a field holds, or would hold if one of its fields were set."""
+    kinds = configs_of(annotation)
+    if isinstance(value, Mapping) and TYPE in value:
+        return kinds[value[TYPE]]
+    if value is None or isinstance(value, Mapping):
+        return next(iter(kinds.values())) if len(kinds) == 1 else None
+    return type(value) if is_dataclass(value) else None
+
+
+def _parse(annotation: Any, text: str, path: str, group: type | None) -> Any:
+    """The value of a command-line text: none if the field may be none, text itself if it may be text, or a literal."""
+    literal = _literal(text)
+    if literal is None and fits(annotation, None):
+        return None
+    listed = words_of(text, path) if unannotated(annotation) == tuple[str, ...] and isinstance(literal, str) else text
+    groups = configs_of(annotation)
+    for candidate in (text, literal, listed):
+        if fits(annotation, candidate) and not (groups and isinstance(candidate, Mapping)):
+            return candidate
+    if groups:
+        raise ValueError(_no_value(path, group, choices(annotation), text))
+    raise ValueError(f"{path} is {shown(text)}; it must be {describe(annotation)}.")
+
+
+def _literal(text: str) -> Any:
+    word = text.strip()
+    if word.lower() in WORDS:
+        return WORDS[word.lower()]
+    try:
+        return ast.literal_eval(word)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
+
+
+def _no_value(path: str, group: type | None, types: dict[str, type], text: str) -> str:
+    """Why a group cannot be set to a text."""
+    inside = [name for name in types if text and text.lower() in name.lower()]
+    close = (inside or difflib.get_close_matches(text, types, n=1, cutoff=0.6))[:1]
+    what = f"a group, and {text!r} is no type of it" if types else "a group"
+    what += f" (did you mean {close[0]}?)" if close else ""
+    fields = ", ".join(f"--{path}.{field}" for field in hints_of(group)) if group else ""
+    ways = [f"name its type, {', '.join(types)}"] * bool(types) + [f"set one of {fields}"] * bool(fields)
+    return f"--{path} is {what}; {', or '.join(ways)}."
+
+
+def _no_such_field(path: str, field: str, group: type | None, types: dict[str, type], known: list[str]) -> str:
+    """Why a group has no field of a name: another of its possible types may have it."""
+    owners = [name for name, cls in types.items() if field in hints_of(cls)]
+    if not owners:
+        return _unknown(path, known)
+    place = path.rpartition(".")[0]
+    return (
+        f"{path} is not a field of {type_name(group)}, which {place} is; {' and '.join(owners)} "
+        f"{'has' if len(owners) == 1 else 'have'} it, so give --{place} {owners[0]} too."
+    )
+
+
+def _unknown(path: str, known: list[str]) -> str:
+    groups = {name[:end] for name in known for end, letter in enumerate(name) if letter == "."}
+    same_end = [name for name in known if name.rsplit(".", 1)[-1] == path.rsplit(".", 1)[-1]]
+    end = f"; did you mean {same_end[0]}?" if same_end else meant(path, [*known, *sorted(groups)])
+    return f"{path} is not a field of this config{end}"

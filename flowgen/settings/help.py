@@ -1,0 +1,74 @@
+"""Fields of a config as a user reads them: by dotted name, with value, help and what they may be."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from dataclasses import is_dataclass
+from typing import Any, NamedTuple
+
+from flowgen.settings.annotations import choices, configs_of, describe, hints_of, members, type_name
+
+
+class Setting(NamedTuple):
+    """A field by its dotted name: its value, what its docstring says of it, and what it may be.
+
+    The value of a group of several possible types is the name of its type; its fields follow.
+    """
+
+    name: str
+    value: Any
+    about: str
+    choices: str
+    is_type: bool
+
+
+def settings(config: Any, path: str = "") -> list[Setting]:
+    """Returns all fields with their help, but for those of groups that are None.
+
+    Example:
+        print("\\n".join(f"--{field.name} {field.value}  # {field.about}" for field in settings(experiment)))
+    """
+    found, about = [], help_of(type(config))
+    for field, annotation in hints_of(type(config)).items():
+        value, name, line = getattr(config, field), f"{path}.{field}" if path else field, about.get(field, "")
+        if kinds := choices(annotation):
+            allowed = [*kinds, *["none"] * (type(None) in members(annotation))]
+            found.append(Setting(name, type_name(value), line, " or ".join(allowed), True))
+        if is_dataclass(value):
+            found += settings(value, name)
+        elif value is not None or not configs_of(annotation):
+            found.append(Setting(name, value, line, describe(annotation), False))
+    return found
+
+
+def leaf_names(config: Any) -> list[str]:
+    """Returns the dotted names of all fields that hold a value and no group; a group that is absent has none.
+
+    Example:
+        print("\\n".join(leaf_names(experiment)))
+    """
+    return [setting.name for setting in settings(config) if not setting.is_type]
+
+
+@functools.cache
+def help_of(cls: type) -> dict[str, str]:
+    """Returns what the docstring of a dataclass and those of its bases say of each field.
+
+    In lines that begin with `name: `, each up to the next such line or an empty one.
+
+    Example:
+        help_of(OptimConfig)["lr"]  # "learning rate after the warm-up; positive."
+    """
+    known, found = set(hints_of(cls)), {}
+    for base in reversed(cls.__mro__):
+        label = None
+        for line in inspect.cleandoc(base.__dict__.get("__doc__") or "").splitlines():
+            name, colon, text = line.partition(": ")
+            if colon and name in known:
+                label, found[name] = name, text.strip()
+            elif not line.strip():
+                label = None
+            elif label is not None:
+                found[label] += " " + line.strip()
+    return found

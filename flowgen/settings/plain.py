@@ -1,0 +1,301 @@
+"""Configs that check themselves, and configs as plain values for JSON.
+
+A value is checked against the annotation of its field: bool, int, float, str, None, Literal, Callable, tuple, dict with
+str keys, unions of these, `Annotated` with bounds such as those of `flowgen.settings.ranges`, and configs. A field that
+may be one of several configs carries its choice as "type": the name of the class without "Config".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import functools
+import math
+import numbers
+import typing
+from collections.abc import Callable, Generator, Iterable, Mapping
+from dataclasses import is_dataclass
+from typing import Annotated, Any, Literal, TypeVar
+
+from flowgen.settings.annotations import choices, describe, hints_of, members, type_name, unannotated
+from flowgen.settings.ranges import Bound, shown
+
+T = TypeVar("T")
+TYPE = "type"
+MAX_WHOLE_FLOAT = 10**300
+
+
+class FieldError(ValueError):
+    """What is wrong in a config: sentences that each begin with the name of a field.
+
+    A config names its own fields; whoever holds it under a name puts that in front, by `within` or `in_group`.
+
+    Example:
+        raise FieldError("min_lr is 0.1, above lr 0.01; lower it.")
+    """
+
+    def __str__(self) -> str:
+        return ", and ".join([*(problem.removesuffix(".") for problem in self.args[:-1]), *self.args[-1:]])
+
+    def within(self, group: str) -> FieldError:
+        """Returns the error of the config that holds this one as its field `group`."""
+        return FieldError(*(f"{group}.{problem}" for problem in self.args))
+
+
+@contextlib.contextmanager
+def in_group(group: str) -> Generator[None]:
+    """Puts the name of a group before the fields that a `FieldError` raised in this context names.
+
+    Example:
+        with in_group("sampling"):
+            sampling = dataclasses.replace(sampling, num=0)  # "sampling.num is 0; it must be at least 1."
+    """
+    try:
+        yield
+    except FieldError as error:
+        raise error.within(group) from error
+
+
+@typing.overload
+def config(cls: type[T]) -> type[T]: ...
+
+
+@typing.overload
+def config(*, kw_only: bool) -> Callable[[type[T]], type[T]]: ...
+
+
+@typing.dataclass_transform(frozen_default=True)
+def config(cls: type[T] | None = None, *, kw_only: bool = False) -> type[T] | Callable[[type[T]], type[T]]:
+    """Returns the class as a frozen dataclass that checks and converts its fields by their types when it is made.
+
+    Its own `__post_init__` runs afterwards; it raises ValueError if fields do not fit each other, in a sentence that
+    begins with the name of one of them.
+
+    Raises FieldError naming every field that is of the wrong type or out of range.
+
+    Example:
+        @config
+        class TrainConfig:
+            steps: Annotated[int, Within(1, 10**6)] = 1000
+    """
+    if cls is None:
+        return functools.partial(_config, kw_only=kw_only)
+    return _config(cls, kw_only=kw_only)
+
+
+def _config(cls: type[T], *, kw_only: bool) -> type[T]:
+    own: Any = getattr(cls, "__post_init__", None)
+
+    def __post_init__(self: Any) -> None:
+        for name, value in _fitting(type(self), vars(self)).items():
+            object.__setattr__(self, name, value)
+        try:
+            if own is not None:
+                own(self)
+        except FieldError:
+            raise
+        except ValueError as error:
+            raise FieldError(str(error)) from error
+
+    cls.__post_init__ = __post_init__  # ty: ignore[missing-attribute]
+    return dataclasses.dataclass(frozen=True, kw_only=kw_only)(cls)
+
+
+def to_plain(value: Any, annotation: Any = None) -> Any:
+    """Returns configs and mappings as dicts and tuples as lists, ready for JSON.
+
+    annotation: of the field that holds the value; a config that is one of several possible ones names its type.
+
+    Example:
+        text = json.dumps(to_plain(config), allow_nan=False)
+    """
+    if is_dataclass(value):
+        kind = {TYPE: type_name(value)} if choices(annotation) else {}
+        return kind | {name: to_plain(getattr(value, name), hint) for name, hint in hints_of(type(value)).items()}
+    if isinstance(value, Mapping):
+        return {name: to_plain(item) for name, item in value.items()}
+    return [to_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def from_plain(cls: type[T], data: Any) -> T:
+    """Returns the config `cls` from what `to_plain` gave. A field left out takes its default.
+
+    Raises:
+        FieldError: an unknown field, a missing one without default, or a value of the wrong type, by name.
+
+    Example:
+        config = from_plain(TrainConfig, {"steps": 100, "batch_size": 8})
+    """
+    if not isinstance(data, Mapping):
+        raise FieldError(f"{cls.__name__} is {shown(data)}; it must be {describe(cls)}.")
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # ty: ignore[invalid-argument-type]
+    values = dict(data)
+    for name in data:
+        if name not in fields:
+            raise FieldError(f"{name} is not a field of this config{meant(name, fields)}")
+    for name, field in fields.items():
+        if name not in data and field.default is field.default_factory is dataclasses.MISSING:
+            raise FieldError(f"{name} is missing; give it a value.")
+        if isinstance(data.get(name), Mapping) and choices(hints_of(cls)[name]):
+            values[name] = {TYPE: type_name(field.default) if is_dataclass(field.default) else None, **data[name]}
+    return cls(**_fitting(cls, values))
+
+
+def _fitting(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of fields as their annotations say; FieldError names all that do not fit."""
+    fitting, problems = {}, []
+    for name, annotation in hints_of(cls).items():
+        if name in values:
+            try:
+                fitting[name] = check(annotation, values[name], path=name)
+            except FieldError as error:
+                problems += error.args
+    if problems:
+        raise FieldError(*problems)
+    return fitting
+
+
+def check(annotation: Any, value: Any, *, path: str) -> Any:
+    """Returns `value` as its annotation says: a whole number as int or float, a list as tuple; never a bool as int.
+
+    Raises:
+        FieldError: naming path, value and what is expected; a float must be finite.
+
+    Example:
+        size = check(int | tuple[int, int], [32, 48], path="image_size")  # (32, 48)
+    """
+    try:
+        return _convert(annotation, value)
+    except _Mismatch:
+        raise FieldError(f"{path} is {shown(value)}; it must be {describe(annotation)}.") from None
+    except _Refusal as refusal:
+        raise FieldError(f"{path} {refusal}") from None
+    except FieldError as error:
+        raise error.within(path) from error
+
+
+def fits(annotation: Any, value: Any) -> bool:
+    """Returns whether a value is of the type an annotation says; it may be out of its range."""
+    try:
+        _convert(annotation, value)
+    except _Mismatch:
+        return False
+    except (_Refusal, FieldError):
+        return True
+    return True
+
+
+def meant(word: str, known: Iterable[str]) -> str:
+    """Returns the end of a sentence about an unknown word, with the known one that is like it."""
+    close = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.75)
+    return f"; did you mean {close[0]}?" if close else "."
+
+
+def differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """Returns lines such as "train.batch_size: 64 -> 32" between two plain values, in order of the first.
+
+    Example:
+        changed = differences(to_plain(old), to_plain(new))
+    """
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        absent = _Absent()
+        pairs = [(name, old.get(name, absent), new.get(name, absent)) for name in {**old, **new}]
+        return [line for name, a, b in pairs for line in differences(a, b, f"{path}.{name}" if path else name)]
+    return [] if type(old) is type(new) and old == new else [f"{path}: {old!r} -> {new!r}"]
+
+
+class _Absent:
+    """Stands in a difference for a field that one side does not have."""
+
+    def __repr__(self) -> str:
+        return "(absent)"
+
+
+class _Mismatch(Exception):
+    """The value is of another type than the annotation; the caller says which."""
+
+
+class _Refusal(Exception):
+    """The value is of the right type and still refused; the message stands behind the field's name."""
+
+
+def _convert(annotation: Any, value: Any) -> Any:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if annotation is Any:
+        return value
+    if origin is Annotated:
+        return _bounded(value, *arguments)
+    if isinstance(value, Mapping) and (kinds := choices(annotation)):
+        return _chosen(kinds, value)
+    if len(members(annotation)) > 1:
+        return _convert_union(arguments, value)
+    if origin is Literal:
+        return _require(any(type(value) is type(choice) and value == choice for choice in arguments), value)
+    if origin is tuple:
+        _require(isinstance(value, list | tuple), value)
+        items = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
+        _require(len(items) == len(value), value)
+        return tuple(_convert_entry(item, part) for item, part in zip(items, value, strict=True))
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        _require(isinstance(value, Mapping) and all(isinstance(name, str) for name in value), value)
+        return {name: _convert(arguments[1], item) for name, item in value.items()}
+    if origin is Callable:
+        return _require(callable(value), value)
+    if is_dataclass(annotation):
+        if isinstance(value, Mapping):
+            return from_plain(annotation, value)
+        return _require(isinstance(value, annotation), value)
+    if annotation in (int, float):
+        return _convert_number(annotation, value)
+    return _require(value is None if annotation is type(None) else type(value) is annotation, value)
+
+
+def _bounded(value: Any, annotation: Any, *bounds: Any) -> Any:
+    # Entries are counted before any of them is looked at.
+    counted = typing.get_origin(annotation) is tuple and isinstance(value, list | tuple)
+    converted = value if counted else _convert(annotation, value)
+    given = value if type(value) is int else converted  # as a message shows it
+    for bound in bounds:
+        if isinstance(bound, Bound) and (problem := bound.problem(given)):
+            raise _Refusal(problem)
+    return _convert(annotation, value) if counted else converted
+
+
+def _convert_entry(annotation: Any, value: Any) -> Any:
+    try:
+        return _convert(annotation, value)
+    except _Refusal as refusal:
+        raise _Refusal(f"has {str(refusal).removeprefix('is ')}") from None
+
+
+def _convert_number(annotation: type, value: Any) -> int | float:
+    if getattr(value, "shape", None) == ():
+        value = value.item()  # of an array library
+    _require(isinstance(value, numbers.Real) and not isinstance(value, bool), value)
+    if isinstance(value, int):  # of any size
+        return value if annotation is int else float(_require(abs(value) < MAX_WHOLE_FLOAT, value))
+    _require(math.isfinite(value), value)
+    _require(annotation is float or value == int(value), value)
+    return annotation(value)
+
+
+def _chosen(kinds: dict[str, type], data: Mapping[str, Any]) -> Any:
+    name = data.get(TYPE)
+    if not isinstance(name, str) or name not in kinds:
+        raise FieldError(f"{TYPE} is {shown(name)}; choose one of {', '.join(kinds)}.")
+    return from_plain(kinds[name], {field: value for field, value in data.items() if field != TYPE})
+
+
+def _convert_union(kinds: tuple[Any, ...], value: Any) -> Any:
+    # An exact type wins over a conversion: 3 stays an int in `float | int`.
+    for kind in sorted(kinds, key=lambda kind: unannotated(kind) is not type(value)):
+        with contextlib.suppress(_Mismatch):
+            return _convert(kind, value)
+    raise _Mismatch
+
+
+def _require(fits: bool, value: Any) -> Any:
+    if not fits:
+        raise _Mismatch
+    return value

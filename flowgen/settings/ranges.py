@@ -1,0 +1,134 @@
+"""What the value of a field may be, declared in its type: ranges of numbers, counts of entries, names.
+
+A range holds whatever can be meant, far beyond what anybody has trained, so that a wrong number is refused before a
+model of that size is built. To everything else `int` with a range is an `int`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Protocol, runtime_checkable
+
+MAX_SHOWN = 200  # letters of a value in a message
+
+
+@runtime_checkable
+class Bound(Protocol):
+    """Metadata of an annotated type that limits its values."""
+
+    def problem(self, value: Any) -> str:
+        """Returns what is wrong with a value, to stand behind the field's name; empty if nothing is."""
+        ...
+
+
+@dataclass(frozen=True)
+class Within:
+    """Numbers of at least `least` or above `above`, and of at most `most` or below `below`.
+
+    Example:
+        Width = Annotated[int, Within(1, 65_536)]
+        Probability = Annotated[float, Within(0, below=1)]
+    """
+
+    least: float | int | None = None
+    most: float | int | None = None
+    above: float | int | None = None
+    below: float | int | None = None
+
+    def problem(self, value: Any) -> str:
+        if (self.least is not None and value < self.least) or (self.above is not None and value <= self.above):
+            return f"is {shown(value)}; it must be {self._lower()}."
+        if self.most is not None and value > self.most:
+            fitting = f"at most {self.most}" if self.least is None else f"from {self.least} to {self.most}"
+            return f"is {shown(value)}; it must be {fitting}."
+        if self.below is not None and value >= self.below:
+            return f"is {shown(value)}; it must be below {self.below}."
+        return ""
+
+    def _lower(self) -> str:
+        if self.above is not None:
+            return f"above {self.above}" if self.above else "positive"
+        return f"at least {self.least}" if self.least else "0 or more"
+
+
+@dataclass(frozen=True)
+class Entries:
+    """Tuples of so many entries.
+
+    Example:
+        layers: Annotated[tuple[Layers, ...], Entries(1, 128)]
+    """
+
+    least: int
+    most: int
+
+    def problem(self, value: Any) -> str:
+        if self.least <= len(value) <= self.most:
+            return ""
+        return f"has {len(value)} entries; give {f'{self.least} to' if self.least else 'at most'} {self.most}."
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """Names out of a table, where a Literal would repeat the table.
+
+    Example:
+        attention: Annotated[str, OneOf(CAUSAL_KERNEL_NAMES)] = "softmax"
+    """
+
+    names: tuple[str, ...]
+
+    def problem(self, value: Any) -> str:
+        return "" if value in self.names else f"is {shown(value)}; choose one of {', '.join(self.names)}."
+
+
+def shown(value: Any) -> str:
+    """Returns a value as a message shows it, short whatever it is."""
+    if isinstance(value, int) and (digits := abs(value).bit_length() * 3 // 10) > 100:
+        return f"{'over ' if value > 0 else 'below -'}10^{digits}"
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # Python writes nothing nested too deep, and no number of over 4,300 digits.
+        return f"a {type(value).__name__}"
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+
+
+Positive = Annotated[float, Within(above=0)]
+NonNegative = Annotated[float, Within(0)]
+Fraction = Annotated[float, Within(0, 1)]
+ProperFraction = Annotated[float, Within(0, below=1)]
+OpenFraction = Annotated[float, Within(above=0, below=1)]
+INT32 = (1 << 31) - 1
+# Steps of a run, which are counted in 32 bits, and other counts.
+Count = Annotated[int, Within(1, INT32)]
+CountOrZero = Annotated[int, Within(0, INT32)]
+
+# Of one sample. Published: images of 1,024 pixels a side, clips of 33,390 tokens.
+Side = Annotated[int, Within(1, 1 << 14)]
+Frames = Annotated[int, Within(1, 1 << 16)]
+OtherFrames = Annotated[int, Within(0, 1 << 16)]
+Channels = Annotated[int, Within(1, 1 << 16)]
+Classes = Annotated[int, Within(0, 1 << 24)]
+TextLength = Annotated[int, Within(0, 1 << 16)]
+TextDim = Annotated[int, Within(0, 1 << 16)]
+MAX_TOKENS = 1 << 19
+Tokens = Annotated[int, Within(1, MAX_TOKENS)]
+# Of a network. Published: 8 blocks, 28 layers of width 4,096, heads of 256.
+Width = Annotated[int, Within(1, 1 << 16)]
+Hidden = Annotated[int, Within(1, 1 << 18)]
+HeadDim = Annotated[int, Within(1, 1 << 9)]
+Heads = Annotated[int, Within(1, 1 << 12)]
+Expansion = Annotated[int, Within(1, 1 << 8)]
+Groups = Annotated[int, Within(1, 1 << 16)]
+Vocabulary = Annotated[int, Within(1, 1 << 24)]
+# A scanned layer is compiled once; a looped one as often as there are layers.
+Layers = Annotated[int, Within(1, 1 << 10)]
+MaybeLayers = Annotated[int, Within(0, 1 << 10)]
+Loops = Annotated[int, Within(1, 1 << 5)]
+Blocks = Annotated[int, Within(1, 1 << 7)]
+MAX_BLOCKS = 1 << 7
+MAX_LEVELS = 1 << 3
+# Of a run.
+Batch = Annotated[int, Within(1, 1 << 20)]
+Samples = Annotated[int, Within(1, 1 << 24)]
+Bytes = Annotated[int, Within(0, 1 << 60)]
