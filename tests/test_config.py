@@ -306,7 +306,7 @@ def test_parts_that_do_not_belong_together_are_named(arguments, message, untyped
         ({"data": DataConfig()}, "a MLP is trained on points in the plane, so give a PointsConfig."),
         ({"data": ClipsConfig()}, "data is ClipsConfig("),
         ({"model": TARFlowConfig(image_size=8)}, "model is TARFlowConfig("),
-        ({"matching": None}, "matching is None; it must be a MatchingConfig."),
+        ({"matching": None}, "matching is None; it must be a group of fields."),
     ],
 )
 @pytest.mark.usefixtures("untyped")

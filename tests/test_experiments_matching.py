@@ -168,7 +168,7 @@ MISTAKES = {
     "evaluate --noise uniform --checkpoint POINTS": "--noise is not an option here for a MLP",
     "evaluate --samples 1 --checkpoint POINTS": "samples is 1; ",
     "evaluate --checkpoint POINTS --data.target circles": "data.target is 'circles'; it must be 'normal' or",
-    "sample --out a.png --guidance -1 --checkpoint DIGITS": "guidance is -1.0",
+    "sample --out a.png --guidance -1 --checkpoint DIGITS": "sampling.guidance is -1",
     "train --workdir POINTS --config CONFIG --matching.coupling.ess 0.3": "begun with another config",
 }
 
