@@ -22,7 +22,9 @@ _NAMES = {
 }
 _PACKAGES = (
     "attention",
+    "backend",
     "checkpoint",
+    "codecs",
     "conditioning",
     "config",
     "convert",
@@ -35,6 +37,7 @@ _PACKAGES = (
     "nn",
     "runs",
     "tasks",
+    "text",
     "training",
 )
 

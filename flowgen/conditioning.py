@@ -1,4 +1,4 @@
-"""Conditions: labels and texts, what a model makes of them, what stands for no condition, dropout, and checks."""
+"""Conditions: labels and texts, what stands for no condition, dropout, and checks."""
 
 from __future__ import annotations
 
@@ -25,41 +25,6 @@ class TextCondition(NamedTuple):
 
 
 Condition = Int[Array, " b"] | TextCondition
-
-
-def class_embedding(
-    table: Float[Array, "classes d"], labels: Int[Array, " b"] | None, batch: int
-) -> Float[Array, "b d"]:
-    """Returns the row of each label, and the mean of the table where the label is -1 or `labels` is None.
-
-    TARFlow has no learned null class: "unconditional" is the mean class. A label outside -1..classes-1
-    cannot raise inside a compiled program; it gives NaN rather than some other class.
-
-    Example:
-        e = class_embedding(table, jnp.array([3, -1]), batch=2)
-    """
-    null = jnp.broadcast_to(table.mean(axis=0), (batch, table.shape[1]))
-    if labels is None:
-        return null
-    rows = jnp.take(table, jnp.maximum(labels, 0), axis=0, mode="fill", fill_value=jnp.nan)
-    rows = jnp.where((labels < UNCONDITIONAL)[:, None], jnp.nan, rows)
-    return jnp.where((labels == UNCONDITIONAL)[:, None], null, rows)
-
-
-def class_one_hot(
-    labels: Int[Array, " b"] | None, num_classes: int, batch: int, dtype: jnp.dtype
-) -> Float[Array, "b classes_and_null"]:
-    """Returns one-hot rows of num_classes + 1 columns, the last for -1 and for no labels at all; else NaN if unknown.
-
-    STARFlow feeds classes as a text of one token with these features (arXiv 2506.06276).
-
-    Example:
-        rows = class_one_hot(jnp.array([3, -1]), 10, batch=2, dtype=jnp.float32)
-    """
-    labels = no_labels((batch,)) if labels is None else labels
-    rows = jax.nn.one_hot(jnp.where(labels == UNCONDITIONAL, num_classes, labels), num_classes + 1, dtype=dtype)
-    known = (labels >= UNCONDITIONAL) & (labels < num_classes)
-    return jnp.where(known[:, None], rows, jnp.nan)
 
 
 def masked_text(text: TextCondition) -> Float[Array, "b l e"]:
@@ -149,7 +114,7 @@ def check_text(text: Any, *, length: int, dim: int, batch: int) -> TextCondition
 def check_labels(labels: Any, *, num_classes: int, batch: int) -> Int[Array, " b"] | None:
     """Returns labels as int32, or None; ValueError where they cannot be meant for this model and batch.
 
-    Values that are traced pass unchecked; `class_embedding` turns wrong ones into NaN.
+    Values that are traced pass unchecked; `flowgen.nn.class_rows` turns wrong ones into NaN.
 
     Example:
         labels = check_labels([3, -1], num_classes=10, batch=2)

@@ -17,8 +17,8 @@ from conftest import rows
 from tolerances import NETWORK, assert_close
 
 from flowgen.fields import from_plain, to_plain
-from flowgen.matching.unet import Embedding, UNet, UNetConfig
-from flowgen.matching.velocity import init
+from flowgen.matching.unet import UNet, UNetConfig
+from flowgen.nn import init
 
 FIXTURES = Path(__file__).parent / "fixtures"
 sys.path.insert(0, str(FIXTURES))
@@ -178,10 +178,10 @@ def test_labels_of_no_class_give_nan_and_minus_one_is_none(untyped):
 
 
 def test_times_are_stretched_before_the_sinusoids():
-    raw, stretched = (Embedding(dataclasses.replace(TINY, time_scale=scale)) for scale in (1.0, 1000.0))
-    variables = {"params": tiny()[1]["params"]["embedding"]}
+    _, variables, (_, x, _, _) = tiny()
+    raw, stretched = (UNet(dataclasses.replace(TINY, time_scale=scale)) for scale in (1.0, 1000.0))
     t = jnp.array([0.125, 0.5, 1.0])
-    assert_close(raw.apply(variables, 1000 * t, LABELS, None), stretched.apply(variables, t, LABELS, None), NETWORK)
+    assert_close(apply(raw, variables, 1000 * t, x, LABELS), apply(stretched, variables, t, x, LABELS), NETWORK)
 
 
 @pytest.mark.parametrize(

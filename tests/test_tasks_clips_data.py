@@ -12,10 +12,10 @@ from flowgen.cli import main
 from flowgen.config import PixelBlocks, SamplingConfig, TextConfig
 from flowgen.data import ClipsConfig, DataConfig
 from flowgen.decoding import sample_clips
-from flowgen.prompts import PromptTemplate
 from flowgen.tasks import clips, texts
 from flowgen.tasks.drawing import conditions_of
 from flowgen.tasks.latents import flow_source
+from flowgen.text import PromptTemplate
 from flowgen.training import TrainConfig, fit
 
 

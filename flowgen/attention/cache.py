@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from flowgen.attention.checks import check_floats
 from flowgen.attention.kernels import KERNELS, Kernel
 from flowgen.attention.softmax import attend_in_parts, softmax_attention
-from flowgen.sharding import keep_axes
+from flowgen.backend import keep_axes
 
 
 class KVCache(NamedTuple):

@@ -17,7 +17,7 @@ from flowgen.attention.checks import (
 )
 from flowgen.attention.linear import Causal, quadratic_products, seen_pairs
 from flowgen.attention.prefix import CHUNK_SIZE, Features, LinearState, prefix_product
-from flowgen.sharding import keep_axes
+from flowgen.backend import keep_axes
 
 
 def gated_linear_attention(

@@ -15,7 +15,7 @@ from flowgen.attention.checks import concrete
 from flowgen.attention.equality import ByFields
 from flowgen.attention.prefix import Features
 from flowgen.attention.rotary import Rotary, rotate
-from flowgen.sharding import keep_axes
+from flowgen.backend import keep_axes
 
 DirectionMap = Literal["split", "cosine"]
 Map = Callable[[Array, Array], Array]

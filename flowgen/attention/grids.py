@@ -5,7 +5,7 @@ from __future__ import annotations
 from einops import rearrange
 from jaxtyping import Array, Float
 
-from flowgen.sharding import keep_axes
+from flowgen.backend import keep_axes
 
 
 def check_grid(grid: tuple[int, int] | None, num_tokens: int) -> tuple[int, int]:

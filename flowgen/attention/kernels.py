@@ -35,7 +35,7 @@ from flowgen.attention.linear import (
 from flowgen.attention.masks import hide_queries, split_pairs
 from flowgen.attention.prefix import Features, LinearState, empty_state, keep_keys, prefix_product
 from flowgen.attention.segments import alike
-from flowgen.sharding import keep_axes
+from flowgen.backend import keep_axes
 
 
 @runtime_checkable

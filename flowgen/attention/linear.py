@@ -41,7 +41,7 @@ from flowgen.attention.prefix import (
     prefix_product,
 )
 from flowgen.attention.segments import finite, spoil, spoiled
-from flowgen.sharding import keep_axes
+from flowgen.backend import keep_axes
 
 EPS = 1e-6
 

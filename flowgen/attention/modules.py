@@ -31,7 +31,7 @@ from flowgen.attention.soft import (
     pool_landmarks_2d,
     to_kernel_space,
 )
-from flowgen.sharding import keep_axes
+from flowgen.backend import keep_axes
 
 LandmarkKind = Literal["pool", "conv", "conv_norm_gelu"]
 NALA_CONV = 5  # tokens, or rows and columns, of the depthwise convolution of values

@@ -18,7 +18,7 @@ from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Array, Float
 
 from flowgen.attention.prefix import Features, prefix_product
-from flowgen.sharding import keep_axes, map_axes, varies, varying
+from flowgen.backend import keep_axes, map_axes, varies, varying
 
 CHUNK_SIZE = 128  # the width of a TPU's matrix unit
 VALUE_SLICE = 64  # value channels of one GPU program

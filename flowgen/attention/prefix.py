@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 from flowgen.attention.checks import check_contiguous
 from flowgen.attention.linalg import HIGHEST
 from flowgen.attention.segments import finite, spoil, spoiled
-from flowgen.sharding import keep_axes, varying
+from flowgen.backend import keep_axes, varying
 
 CHUNK_SIZE = 64
 

@@ -9,7 +9,7 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float, Int
 
-from flowgen.sharding import keep_axes
+from flowgen.backend import keep_axes
 
 
 class Rotary(NamedTuple):

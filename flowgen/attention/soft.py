@@ -29,7 +29,7 @@ from flowgen.attention.linalg import (
     released_softpp_inverse,
 )
 from flowgen.attention.masks import hide_queries, split_pairs
-from flowgen.sharding import keep_axes
+from flowgen.backend import keep_axes
 
 Pair = tuple[int, int]
 Solver = Literal["newton", "cholesky", "newton_released"]

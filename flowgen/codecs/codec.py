@@ -12,13 +12,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from flowgen.arrays import at_least_float32, check_floating
+from flowgen.backend import in_parts, samples_at_once
 from flowgen.codecs.autoencoder import Autoencoder
-from flowgen.codecs.parts import in_parts
 from flowgen.nn.layers import patchify, unpatchify
-
-# Of 256 x 256 pixels 32 pictures at once: 3 GiB to encode and 7 GiB to decode in the widths of the published networks.
-PIXELS_AT_ONCE = 32 * 256**2
-IMAGES_AT_ONCE = 256
 
 Images = Float[Array | np.ndarray, "b height width c"]
 Latents = Float[Array | np.ndarray, "b h w z"]
@@ -190,15 +186,6 @@ def check_latents(codec: Codec, latents: Any) -> tuple[int, int]:
     if 0 in latents.shape:
         raise ValueError(f"latents have shape {tuple(latents.shape)}, which is empty; give at least one of each.")
     return latents.shape[1:3]
-
-
-def samples_at_once(pixels: int) -> int:
-    """Returns how many samples of so many pixels are run at a time.
-
-    Example:
-        most = samples_at_once(height * width)
-    """
-    return max(1, min(IMAGES_AT_ONCE, PIXELS_AT_ONCE // pixels))
 
 
 @partial(jax.jit, static_argnums=0)

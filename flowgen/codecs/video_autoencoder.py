@@ -20,24 +20,24 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from flowgen.arrays import check_floating
-from flowgen.codecs.autoencoder import LOG_VARIANCE_BOUNDS
+from flowgen.codecs.autoencoder import LOG_VARIANCE_BOUNDS, Middle
 from flowgen.codecs.causal import (
-    Block,
-    Cache,
     Convolution,
     DoubleSpace,
     DoubleTime,
     Features,
-    FrameAttention,
     HalveSpace,
     HalveTime,
     Head,
     NewFeatures,
     average_down,
     chain,
+    channel_norm,
+    convolve_clip,
     copy_up,
 )
 from flowgen.nn.checks import check_choices
+from flowgen.nn.convolution import Cache, ResidualBlock, SpatialAttention
 from flowgen.nn.layers import linear, master_dtype
 from flowgen.ranges import MAX_LEVELS, AtMost, Channels, Loops, Side, Width, check_ranges
 from flowgen.typed import typed
@@ -111,9 +111,10 @@ class VideoAutoencoderConfig:
         return 2 ** sum(self.halve_time)
 
     @property
-    def smallest(self) -> tuple[int, ...]:
-        """Shape of a batch of one clip that passes through every layer."""
-        return (1, 1 + self.stride, self.factor, self.factor, self.channels)
+    def inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """The smallest batch of one clip that passes through every layer."""
+        shape = (1, 1 + self.stride, self.factor, self.factor, self.channels)
+        return (jax.ShapeDtypeStruct(shape, jnp.float32),)
 
 
 def _check_shortcuts(config: VideoAutoencoderConfig) -> None:
@@ -231,13 +232,11 @@ class Encoder(nn.Module):
     @nn.compact
     def __call__(self, x: Features, cache: Cache) -> tuple[NewFeatures, Cache]:
         config = self.config
-        widths = (config.widths[0], *config.widths)
-        pixels = config.channels * config.patch_size**2
         layers = [
-            Convolution(config.dtype, pixels, widths[0], name="conv_in"),
-            *(Down(config, level, widths[level], widths[level + 1], name=f"down_{level}") for level in _levels(config)),
-            Middle(config, widths[-1], name="middle"),
-            Head(config.dtype, widths[-1], 2 * config.latent_channels, name="head"),
+            Convolution(config.dtype, config.widths[0], name="conv_in"),
+            *(Down(config, level, name=f"down_{level}") for level in range(len(config.widths))),
+            _middle(config),
+            Head(config.dtype, 2 * config.latent_channels, name="head"),
         ]
         return chain(layers, x, cache)
 
@@ -250,28 +249,13 @@ class Decoder(nn.Module):
     @nn.compact
     def __call__(self, latents: Features, cache: Cache) -> tuple[NewFeatures, Cache]:
         config = self.config
-        widths = (*config.decoder_widths, config.decoder_widths[-1])
-        pixels = config.channels * config.patch_size**2
         layers = [
-            Convolution(config.dtype, config.latent_channels, widths[-1], name="conv_in"),
-            Middle(config, widths[-1], name="middle"),
-            *(
-                Up(config, level, _width_up(config, widths[level + 1], level + 1), widths[level], name=f"up_{level}")
-                for level in reversed(_levels(config))
-            ),
-            Head(config.dtype, widths[0], pixels, name="head"),
+            Convolution(config.dtype, config.decoder_widths[-1], name="conv_in"),
+            _middle(config),
+            *(Up(config, level, name=f"up_{level}") for level in reversed(range(len(config.widths)))),
+            Head(config.dtype, config.channels * config.patch_size**2, name="head"),
         ]
         return chain(layers, latents, cache)
-
-
-def _levels(config: VideoAutoencoderConfig) -> range:
-    return range(len(config.widths))
-
-
-def _width_up(config: VideoAutoencoderConfig, width: int, level: int) -> int:
-    """Channels that leave a level of the decoder, `len(widths)` standing for its middle."""
-    doubles = 0 < level < len(config.decoder_widths)
-    return width if config.shortcuts or not doubles else width // 2
 
 
 class Down(nn.Module):
@@ -279,23 +263,19 @@ class Down(nn.Module):
 
     config: VideoAutoencoderConfig
     level: int
-    in_width: int
-    width: int
 
     @nn.compact
     def __call__(self, x: Features, cache: Cache) -> tuple[NewFeatures, Cache]:
         config, (time, space) = self.config, self.config.strides[self.level]
-        layers: list[nn.Module] = [
-            _block(config)(self.width if i else self.in_width, self.width, name=f"block_{i}")
-            for i in range(config.layers_per_block)
-        ]
+        width, block = config.widths[self.level], _block(config)
+        layers: list[nn.Module] = [block(width, name=f"block_{i}") for i in range(config.layers_per_block)]
         if space == 2:
-            layers.append(HalveSpace(config.dtype, self.width, name="halve"))
+            layers.append(HalveSpace(config.dtype, name="halve"))
         if time == 2:
-            layers.append(HalveTime(config.dtype, self.width, name="halve_time"))
+            layers.append(HalveTime(config.dtype, name="halve_time"))
         h, after = chain(layers, x, cache)
         if config.shortcuts:
-            h = h + average_down(x, self.width, time=time, space=space, begins=cache is None)
+            h = h + average_down(x, width, time=time, space=space, begins=cache is None)
         return h, after
 
 
@@ -304,42 +284,30 @@ class Up(nn.Module):
 
     config: VideoAutoencoderConfig
     level: int
-    in_width: int
-    width: int
 
     @nn.compact
     def __call__(self, x: Features, cache: Cache) -> tuple[NewFeatures, Cache]:
         config, (time, space) = self.config, _strides_up(self.config)[self.level]
-        layers: list[nn.Module] = [
-            _block(config)(self.width if i else self.in_width, self.width, name=f"block_{i}")
-            for i in range(config.layers_per_block + 1)
-        ]
+        width, block = config.decoder_widths[self.level], _block(config)
+        layers: list[nn.Module] = [block(width, name=f"block_{i}") for i in range(config.layers_per_block + 1)]
         if time == 2:
-            layers.append(DoubleTime(config.dtype, self.width, name="double_time"))
+            layers.append(DoubleTime(config.dtype, name="double_time"))
         if space == 2:
-            out_width = _width_up(config, self.width, self.level)
-            layers.append(DoubleSpace(config.dtype, self.width, out_width, name="double"))
+            # Without a shortcut, doubling the sides also halves the channels.
+            layers.append(DoubleSpace(config.dtype, width if config.shortcuts else width // 2, name="double"))
         h, after = chain(layers, x, cache)
         if config.shortcuts and space == 2:
-            h = h + copy_up(x, self.width, time=time, space=space, begins=cache is None)
+            h = h + copy_up(x, width, time=time, space=space, begins=cache is None)
         return h, after
 
 
-class Middle(nn.Module):
-    """Block, attention inside each frame, block, at the lowest resolution."""
-
-    config: VideoAutoencoderConfig
-    width: int
-
-    @nn.compact
-    def __call__(self, h: Features, cache: Cache) -> tuple[Features, Cache]:
-        block = partial(_block(self.config), self.width, self.width)
-        attention = FrameAttention(self.config.dtype, self.width, name="attention")
-        return chain([block(name="block_0"), attention, block(name="block_1")], h, cache)
+def _block(config: VideoAutoencoderConfig) -> Callable[..., ResidualBlock]:
+    block = nn.remat(ResidualBlock) if config.remat else ResidualBlock
+    return partial(block, dtype=config.dtype, norm=channel_norm, convolve=convolve_clip)
 
 
-def _block(config: VideoAutoencoderConfig) -> Any:
-    return partial(nn.remat(Block) if config.remat else Block, config.dtype)
+def _middle(config: VideoAutoencoderConfig) -> Middle:
+    return Middle(_block(config), partial(SpatialAttention, config.dtype, channel_norm), name="middle")
 
 
 def encode_in_chunks(autoencoder: VideoAutoencoder, variables: Any, x: Clips) -> Moments:

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from flowgen import backend
 from flowgen.arrays import check_floating
-from flowgen.codecs import codec as images
-from flowgen.codecs.codec import Codec, LatentNormalisation, samples_at_once
-from flowgen.codecs.parts import in_parts
+from flowgen.backend import in_parts, samples_at_once
+from flowgen.codecs.codec import Codec, LatentNormalisation
 from flowgen.codecs.video_autoencoder import VideoAutoencoder, check_clips, decode_in_chunks, encode_in_chunks
 
 Clips = Float[Array | np.ndarray, "b frames height width c"]
@@ -170,7 +170,7 @@ class VideoAutoencoderCodec:
 
     def _plan(self, run: Callable[..., Any], frames: int, pixels: int) -> tuple[Callable[..., Any], int]:
         """A function of parts of a batch of clips of so many frames of so many pixels, and how many it takes."""
-        whole = frames * pixels <= images.PIXELS_AT_ONCE
+        whole = frames * pixels <= backend.PIXELS_AT_ONCE
         together = frames if whole else min(frames, self.stride)
         return partial(run, self.autoencoder, whole, self.variables), samples_at_once(together * pixels)
 

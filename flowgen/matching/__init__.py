@@ -67,7 +67,7 @@ from flowgen.matching.semidiscrete import SemidiscreteFit, SemidiscreteOT, fit_s
 from flowgen.matching.solvers import edm_times, guided, integrate, integrate_sde, trajectory
 from flowgen.matching.times import LogitNormal, Shifted, Uniform
 from flowgen.matching.unet import UNet, UNetConfig
-from flowgen.matching.velocity import MLPConfig, VelocityMLP, init, time_features
+from flowgen.matching.velocity import MLPConfig, VelocityMLP
 
 __all__ = [
     "CondOT",
@@ -112,7 +112,6 @@ __all__ = [
     "fit_semidiscrete",
     "flow_matching_loss",
     "guided",
-    "init",
     "inner_times",
     "integrate",
     "integrate_mean",
@@ -129,7 +128,6 @@ __all__ = [
     "signed_path_energy",
     "sinkhorn_potentials",
     "tilted_wasserstein",
-    "time_features",
     "time_of_ratio",
     "to_sphere",
     "toy",

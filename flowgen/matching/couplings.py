@@ -22,9 +22,9 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Key
 
 from flowgen.arrays import check_floating, shown
+from flowgen.backend import keep_axes, nan_if, of_rows, take_rows
 from flowgen.matching.checks import check_batch, check_positive, check_share, check_whole
 from flowgen.matching.plans import assignment, corrected_log_weight, entropic_plan, relative_cost
-from flowgen.sharding import keep_axes, of_rows, take_rows
 from flowgen.typed import typed
 
 SMALLEST_EPSILON = 1e-20
@@ -110,8 +110,7 @@ class MinibatchOT:
         check_batch(x0, x1)
         cost = pairwise_cost(x1, x0, "sqeuclidean")
         allowed = self._allowed(cost, cond)
-        # One NaN among the costs spoils the plan, which the sources drawn from it need not show: the weights do. Not by
-        # selecting a constant NaN: XLA makes exp(where(p, nan, 0)) 1 on CPUs.
+        # One NaN among the costs spoils the plan, which the noise drawn from it need not show: the weights do.
         spoilt = 0 * relative_cost(cost).mean()
         if self.method == "exact":
             # Above any sum of costs that an assignment within the classes can have.
@@ -121,7 +120,7 @@ class MinibatchOT:
             self._check_error(plan.error)
             draw = lambda key, logits: jax.random.categorical(key, logits, axis=1)  # noqa: E731
             source = keep_axes(draw, key, plan.log_plan, named=[(plan.log_plan, "b m")], out="b")
-            spoilt = spoilt + jnp.log(jnp.where(plan.error > self.tolerance, -1, 1))
+            spoilt = spoilt + nan_if(plan.error > self.tolerance, spoilt.dtype)
         log_weight = jnp.broadcast_to(spoilt, (len(x0),)).astype(x0.dtype)
         return Coupled(take_rows(x0, source), x1, cond, log_weight)
 

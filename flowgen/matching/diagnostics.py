@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from flowgen.backend import keep_axes, take_rows
 from flowgen.matching.checks import check_batch, check_positive, check_share
 from flowgen.matching.couplings import Cost, GibbsWeights, pair_cost, pairwise_cost
 from flowgen.matching.plans import assignment, corrected_log_weight
 from flowgen.matching.solvers import Velocity, time_grid, trajectory
-from flowgen.sharding import keep_axes, take_rows
 
 # Pairs of a block whose every source is compared with every datum.
 BLOCK = 1024

@@ -15,15 +15,16 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from flowgen.attention import KERNELS, make_attention_fn
+from flowgen.backend import flat_dot
 from flowgen.conditioning import check_labels
-from flowgen.matching.velocity import TIME_SCALE, ConditionEmbedding, check_inputs, check_time_scale
-from flowgen.nn.checks import check_choices, check_patches, image_sides
-from flowgen.nn.layers import ACTIVATIONS, flat_dot, master_dtype, patchify, unpatchify
+from flowgen.matching.velocity import check_inputs
+from flowgen.nn.checks import check_choices, check_patches, check_time_scale, image_sides
+from flowgen.nn.embeddings import TIME_SCALE, ConditionEmbedding, grid_positions
+from flowgen.nn.layers import ACTIVATIONS, master_dtype, patchify, unpatchify
 from flowgen.ranges import Channels, Classes, Expansion, HeadDim, Layers, Side, Width, check_ranges
 from flowgen.typed import typed
 
@@ -151,7 +152,7 @@ class DiT(nn.Module):
         c = jax.nn.silu(c)
         tokens = patchify(x, config.patch_size, PATCH_ORDER)
         h = _dense(config.width, config.dtype, name="proj_in")(tokens)
-        h = h + jnp.asarray(position_table(config.token_grid, config.width), h.dtype)[None]
+        h = h + jnp.asarray(grid_positions(config.token_grid, config.width), h.dtype)[None]
         layer = nn.remat(DiTLayer, prevent_cse=False) if config.remat else DiTLayer
         h, _ = nn.scan(
             layer,
@@ -183,18 +184,6 @@ class DiTLayer(nn.Module):
         y = _modulated(h, mlp_shift, mlp_scale).astype(config.dtype)
         y = ACTIVATIONS["gelu_tanh"](_dense(config.expansion * config.width, config.dtype, name="up")(y))
         return h + mlp_gate[:, None].astype(h.dtype) * _dense(config.width, config.dtype, name="down")(y), None
-
-
-def position_table(grid: tuple[int, int], width: int) -> Float[np.ndarray, "n width"]:
-    """Returns fixed positions of a grid, row by row: half of the sinusoids turn with the column, half with the row.
-
-    Example:
-        table = position_table((4, 4), 64)
-    """
-    frequencies = 10_000.0 ** (-np.arange(width // 4) / (width // 4))
-    rows, columns = np.meshgrid(np.arange(grid[0]), np.arange(grid[1]), indexing="ij")
-    angles = [axis.reshape(-1, 1) * frequencies[None] for axis in (columns, rows)]
-    return np.concatenate([wave(angle) for angle in angles for wave in (np.sin, np.cos)], axis=1).astype(np.float32)
 
 
 def _modulated(h: Array, shift: Array, scale: Array) -> Array:

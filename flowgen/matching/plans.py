@@ -9,11 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental.buffer_callback import buffer_callback
 from jaxtyping import Array, Bool, Float, Int
 from scipy.optimize import linear_sum_assignment
 
-from flowgen.sharding import keep_axes
+from flowgen.backend import call_host, keep_axes
 
 # Of the potentials that help the assignment along: in units of the mean cost, and how many sweeps make them.
 ASSIGNMENT_EPSILON, ASSIGNMENT_SWEEPS = 0.02, 5
@@ -162,8 +161,7 @@ def assignment(cost: Float[Array, "b b"]) -> Int[Array, " b"]:
     """Returns the column of each row in the assignment of least total cost, by scipy on the host.
 
     Sinkhorn's potentials are taken off the costs first: sums over rows and columns do not change the optimum, and what
-    is left is solved in about half the time. Costs that are not finite count as 0. On CPUs scipy reads the costs where
-    they are: there an ordinary callback asks the program's own threads for a copy, and can wait for it forever.
+    is left is solved in about half the time. Costs that are not finite count as 0.
 
     Example:
         source = assignment(pairwise_cost(x1, x0, "sqeuclidean"))
@@ -175,17 +173,7 @@ def _assignment(cost: Array) -> Array:
     cost = relative_cost(lax.stop_gradient(jnp.where(jnp.isfinite(cost), cost, 0)))
     f, g = sinkhorn_potentials(-cost / ASSIGNMENT_EPSILON, ASSIGNMENT_SWEEPS)
     columns = jax.ShapeDtypeStruct((len(cost),), jnp.int32)
-
-    def in_place(context, out, *arrays):
-        np.asarray(out)[...] = _solved(*arrays)
-
-    return lax.platform_dependent(
-        cost,
-        ASSIGNMENT_EPSILON * f,
-        ASSIGNMENT_EPSILON * g,
-        cpu=buffer_callback(in_place, columns, vmap_method="sequential"),
-        default=lambda *arrays: jax.pure_callback(_solved, columns, *arrays, vmap_method="sequential"),
-    )
+    return call_host(_solved, columns, cost, ASSIGNMENT_EPSILON * f, ASSIGNMENT_EPSILON * g)
 
 
 def _solved(*arrays: Any) -> Int[np.ndarray, " b"]:

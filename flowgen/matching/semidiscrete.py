@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
+from flowgen.backend import take_rows
 from flowgen.matching.checks import check_positive
 from flowgen.matching.couplings import Coupled, pairwise_cost
 from flowgen.packages import missing
-from flowgen.sharding import take_rows
 
 # Step size of Adam at the start of its cosine decay, in units of the spread of a source's costs over the data.
 LEARNING_RATE = 0.05

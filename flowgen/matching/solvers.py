@@ -12,6 +12,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Key
 
 from flowgen.arrays import check_floating, check_key
+from flowgen.backend import nan_if
 from flowgen.matching.checks import check_output, check_velocity
 from flowgen.packages import missing
 
@@ -153,8 +154,7 @@ def _dopri5(
         )
     # A step, accepted or not, has seven stages, of which the first is the last of the accepted one before.
     evaluations = 6 * solution.stats["num_steps"] + 1
-    # NaN is added, not selected: XLA takes exp(where(p, x, nan)) for any number on CPUs.
-    x1 = solution.ys[0] + jnp.where(arrived, 0.0, jnp.nan).astype(dtype)
+    x1 = solution.ys[0] + nan_if(jnp.logical_not(arrived), dtype)
     return x1.astype(x0.dtype), jnp.asarray(evaluations, jnp.int32)
 
 

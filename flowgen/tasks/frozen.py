@@ -26,15 +26,15 @@ from flowgen.codecs import (
     VideoAutoencoderCodec,
     VideoAutoencoderConfig,
 )
-from flowgen.codecs import init as init_autoencoder
 from flowgen.codecs.video_codec import ClipCodec, FrameCodec
 from flowgen.convert import is_video_autoencoder, load_autoencoder, load_video_autoencoder
 from flowgen.data.latents import read_index
 from flowgen.flows import STARFlowVConfig
-from flowgen.prompts import aspect_size
+from flowgen.nn import init as init_autoencoder
 from flowgen.ranges import Within, check_ranges
 from flowgen.runs import CHECKPOINTS, CheckpointReader, check_layout, is_run, layout, read_config
 from flowgen.tasks.texts import TextConfig, encoder_of, remembered, text_fingerprint, version_of
+from flowgen.text import aspect_size
 from flowgen.typed import typed
 
 # The collection of an autoencoder's state in which the mean and variance of its latents live.

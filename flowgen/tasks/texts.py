@@ -15,10 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flowgen.codecs import FrozenTextEncoder, HashedWords, TextEncoder
 from flowgen.conditioning import TextCondition
 from flowgen.convert import load_text_encoder
-from flowgen.prompts import PromptTemplate
+from flowgen.text import FrozenTextEncoder, HashedWords, PromptTemplate, TextEncoder
 from flowgen.typed import typed
 
 T = TypeVar("T")

@@ -134,7 +134,7 @@ def unet_case():
     def make():
         network = fm.UNet(config)
         loss = fm.flow_matching_loss(coupling=fm.MinibatchOT(class_aware=True))
-        return perturbed(fm.init(network, jax.random.key(0))), fm.matching_objective(network, loss, pairs)
+        return perturbed(init(network, jax.random.key(0))), fm.matching_objective(network, loss, pairs)
 
     return make
 

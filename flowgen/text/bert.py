@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
@@ -39,6 +40,11 @@ class BertConfig:
         check_ranges(self, "model")
         if self.width % self.num_heads:
             raise ValueError(f"num_heads is {self.num_heads}, which does not divide width {self.width}; change one.")
+
+    @property
+    def inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Token numbers and mask of one short text."""
+        return tuple(jax.ShapeDtypeStruct((1, 2), dtype) for dtype in (jnp.int32, bool))
 
 
 class BertEncoder(nn.Module):
