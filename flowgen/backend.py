@@ -16,7 +16,8 @@ import numpy as np
 from jax import lax
 from jax.experimental.buffer_callback import buffer_callback
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec, auto_axes, reshard
-from jaxtyping import Array, Float, Num
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Array, Float, Num, PyTree
 
 # Products that feed a state or one another, in which errors add up; accelerators would round their factors.
 HIGHEST = lax.Precision.HIGHEST
@@ -42,7 +43,9 @@ def gelu(x: Float[Array, "*d"]) -> Float[Array, "*d"]:
     return 0.5 * x * (1 + lax.erf(x * math.sqrt(0.5)))
 
 
-def flat_dot(x: Array, kernel: Array, dimension_numbers: Any, precision: Any = None, **options: Any) -> Array:
+def flat_dot(
+    x: Array, kernel: Array, dimension_numbers: object, precision: lax.PrecisionLike = None, **options: Any
+) -> Array:
     """Returns x @ kernel with all leading axes of x as one; a `dot_general` for Flax's Dense.
 
     The gradient of the kernel is then one plain matrix product, for which XLA on CPUs copies nothing.
@@ -52,7 +55,7 @@ def flat_dot(x: Array, kernel: Array, dimension_numbers: Any, precision: Any = N
     return out.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
-def nan_if(condition: Array, dtype: Any) -> Array:
+def nan_if(condition: Array, dtype: DTypeLike) -> Array:
     """Returns what to add to numbers that must be NaN under a condition: NaN or 0.
 
     XLA on CPUs compiles exp(where(condition, nan, x)) to a finite number; a sum with this it leaves alone.
@@ -116,7 +119,7 @@ def _unit_lower_inverse_by_blocks(lower: Array) -> Array:
 # Memory
 
 
-def queries_at_once(batch: Any, heads: Any, keys: Any, max_logits: int | None) -> int | None:
+def queries_at_once(batch: object, heads: object, keys: object, max_logits: int | None) -> int | None:
     """Returns how many queries of a head have at most `max_logits` logits over all samples and heads; None for all.
 
     Sizes may be symbols of an exported program, of which nothing is known.
@@ -138,7 +141,7 @@ def samples_at_once(pixels: int) -> int:
 
 
 def in_parts(
-    run: Callable[..., tuple[Any, ...]], most: int, *inputs: Num[np.ndarray, "b ..."]
+    run: Callable[..., tuple[ArrayLike, ...]], most: int, *inputs: Num[np.ndarray, "b ..."]
 ) -> tuple[Num[np.ndarray, "b ..."], ...]:
     """Returns what a compiled function gives on parts of the inputs, joined along their first axis.
 
@@ -241,7 +244,7 @@ def take_rows(x: Array, index: Array) -> Array:
     return keep_axes(lambda x, index: x[index], x, index, named=[(index, "b"), (x, of_rows(x, "rows"))], out=of_rows(x))
 
 
-def alike_rows(tree: Any) -> Any:
+def alike_rows(tree: PyTree) -> PyTree:
     """Returns numbers in a tree, the rows of all divided like those of the first whose rows explicit axes divide.
 
     Example:
@@ -268,7 +271,7 @@ def varies(x: Array) -> bool:
     return bool(jax.typeof(x).manual_axis_type.varying)
 
 
-def varying(tree: Any, like: Any) -> Any:
+def varying(tree: PyTree, like: PyTree) -> PyTree:
     """Returns the arrays of a tree, varying over every axis of a mapped program over which one of `like` varies.
 
     The state that a loop begins with must vary over the axes over which the loop makes it vary.
@@ -295,7 +298,7 @@ def _explicit_names(mesh: AbstractMesh) -> tuple[str, ...]:
     return tuple(name for name, kind in kinds if kind is AxisType.Explicit)
 
 
-def _explicit_mesh(args: Any) -> AbstractMesh | None:
+def _explicit_mesh(args: PyTree) -> AbstractMesh | None:
     for leaf in jax.tree.leaves(args):
         mesh = jax.typeof(leaf).sharding.mesh
         if AxisType.Explicit in mesh.axis_types:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import fields
 from types import MethodType
 from typing import Any
@@ -39,7 +40,7 @@ def _same(x: Any, y: Any) -> bool:
     return x == y
 
 
-def _key(x: Any) -> Any:
+def _key(x: object) -> Hashable:
     if isinstance(x, jax.Array):
         return id(x)
     if isinstance(x, tuple):

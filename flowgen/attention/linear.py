@@ -15,6 +15,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from flowgen.attention.checks import (
@@ -270,7 +271,7 @@ def init_state(
     value_dim: int,
     features: FeatureMap | str = "elu_plus_one",
     *,
-    dtype: jnp.dtype | type = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
 ) -> LinearState:
     """Returns the state before the first token, at least float32. num_heads: of keys.
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, PyTree
 
 from flowgen.attention.checks import concrete
 
@@ -52,7 +50,7 @@ def split_pairs(
     return jnp.asarray(queries), jnp.asarray(keys)
 
 
-def hide_queries(tree: Any, mask: Bool[Array, "#b #g n 1"]) -> Any:
+def hide_queries(tree: PyTree, mask: Bool[Array, "#b #g n 1"]) -> PyTree:
     """Returns arrays `b n h ...` with 0 for queries that see no key; mask: one head, or one per group of query heads.
 
     Example:

@@ -7,18 +7,19 @@ All map `b n d` to `b n d`. Those that can be causal also have an explicit decod
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from flowgen.attention.checks import check_key_mask
 from flowgen.attention.features import DirectionMap, FeatureMap, nala_features
 from flowgen.attention.grids import as_image, as_tokens, check_grid, fold, unfold
-from flowgen.attention.kernels import FeatureKernel, Kernel, kernel
+from flowgen.attention.kernels import FeatureKernel, Kernel, State, kernel
 from flowgen.attention.linear import EPS, Causal, as_causal
 from flowgen.attention.prefix import LinearState
 from flowgen.attention.rotary import rotary_grid, rotary_line
@@ -54,7 +55,7 @@ class LinearAttention(nn.Module):
     num_kv_heads: int | None = None
     is_causal: bool | Causal = False
     use_bias: bool = True
-    dtype: Any = None
+    dtype: DTypeLike | None = None
 
     def setup(self):
         groups, head_dim = self.num_kv_heads or self.num_heads, head_width(self.width, self.num_heads)
@@ -78,7 +79,7 @@ class LinearAttention(nn.Module):
         options = {"mask": mask, "is_causal": self.is_causal, "segment_ids": segment_ids}
         return self.proj(kernel(self.kernel).attend(q, k, v, **options))
 
-    def init_state(self, batch: int) -> Any:
+    def init_state(self, batch: int) -> State:
         """Returns the decoding state before the first token; ValueError unless is_causal is True."""
         check_decodes(self.is_causal)
         head_dim = head_width(self.width, self.num_heads)
@@ -86,14 +87,14 @@ class LinearAttention(nn.Module):
         return kernel(self.kernel).init_state(batch, self.num_kv_heads or self.num_heads, head_dim, head_dim, dtype)
 
     def prefill(
-        self, x: Float[Array, "b n d"], state: Any = None, *, mask: Array | None = None
-    ) -> tuple[Float[Array, "b n width"], Any]:
+        self, x: Float[Array, "b n d"], state: State = None, *, mask: Array | None = None
+    ) -> tuple[Float[Array, "b n width"], State]:
         """Returns the outputs of tokens after those of `state`, and the state; ValueError unless is_causal is True."""
         check_decodes(self.is_causal)
         out, state = kernel(self.kernel).prefill(self.query(x), self.key(x), self.value(x), state=state, mask=mask)
         return self.proj(out), state
 
-    def step(self, x: Float[Array, "b d"], state: Any) -> tuple[Float[Array, "b width"], Any]:
+    def step(self, x: Float[Array, "b d"], state: State) -> tuple[Float[Array, "b width"], State]:
         """Returns the output of one more token and the state."""
         check_token(x)
         out, state = self.prefill(x[:, None], state)
@@ -132,7 +133,7 @@ class NaLaAttention(nn.Module):
     rotary: bool = True
     max_length: int = 4096
     eps: float = EPS
-    dtype: Any = None
+    dtype: DTypeLike | None = None
 
     def setup(self):
         head_width(self.width, self.num_heads)
@@ -245,7 +246,7 @@ class SOFTAttention(nn.Module):
     ridge: float = 0.01
     solver: Solver = "newton"
     normalize: Normalization = None
-    dtype: Any = None
+    dtype: DTypeLike | None = None
 
     def setup(self):
         head_dim = head_width(self.width, self.num_heads)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 
 class Spoiled(NamedTuple):
@@ -28,7 +28,7 @@ def returning_ids(segment_ids: Int[Array, "b n"]) -> Bool[Array, " b"]:
     return runs != (ordered[:, 1:] != ordered[:, :-1]).sum(axis=1)
 
 
-def finite(tree: Any) -> tuple[Any, Bool[Array, "b n x"]]:
+def finite(tree: PyTree) -> tuple[PyTree, Bool[Array, "b n x"]]:
     """Returns arrays `b n x ...` with zeros for what is not finite in a token, and where (per x) something was not.
 
     Example:

@@ -110,7 +110,7 @@ def _run_in_parts(
     return jnp.moveaxis(out, 0, 2).reshape(batch, heads, parts * rows, v.shape[-1])[:, :, :n]
 
 
-def _of_queries(mask: Mask, first: Int[Array, ""] | int, count: int) -> Mask:
+def _of_queries(mask: Bool[Array, "..."] | None, first: Int[Array, ""] | int, count: int) -> Bool[Array, "..."] | None:
     """The rows of a mask for some queries; one without, or the same for all, stays."""
     if mask is None or mask.shape[2] == 1:
         return mask

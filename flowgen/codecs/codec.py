@@ -9,7 +9,8 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, PyTree
 
 from flowgen.arrays import at_least_float32, check_floating
 from flowgen.backend import in_parts, samples_at_once
@@ -106,7 +107,7 @@ class LatentNormalisation:
         return normalised / _per_channel(self.scale, normalised) + _per_channel(self.shift, normalised)
 
 
-def _per_channel(values: Any, latents: AnyLatents) -> np.ndarray:
+def _per_channel(values: ArrayLike, latents: AnyLatents) -> np.ndarray:
     return np.asarray(values, np.float32).reshape(*(1,) * (latents.ndim - 1), -1)
 
 
@@ -120,7 +121,7 @@ class AutoencoderCodec:
     """
 
     autoencoder: Autoencoder
-    variables: Any
+    variables: PyTree
     normalisation: LatentNormalisation = LatentNormalisation()
 
     @property

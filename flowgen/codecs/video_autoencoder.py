@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from flowgen.arrays import check_floating
 from flowgen.codecs.autoencoder import LOG_VARIANCE_BOUNDS, Middle
@@ -310,7 +310,7 @@ def _middle(config: VideoAutoencoderConfig) -> Middle:
     return Middle(_block(config), partial(SpatialAttention, config.dtype, channel_norm), name="middle")
 
 
-def encode_in_chunks(autoencoder: VideoAutoencoder, variables: Any, x: Clips) -> Moments:
+def encode_in_chunks(autoencoder: VideoAutoencoder, variables: PyTree, x: Clips) -> Moments:
     """Returns `encode` of clips, by one frame and then `stride` frames at a time: the memory is that of one chunk.
 
     Example:
@@ -321,7 +321,7 @@ def encode_in_chunks(autoencoder: VideoAutoencoder, variables: Any, x: Clips) ->
     return _in_chunks(part, x, autoencoder.config.stride)
 
 
-def decode_in_chunks(autoencoder: VideoAutoencoder, variables: Any, latents: Float[Array, "b f h w z"]) -> Clips:
+def decode_in_chunks(autoencoder: VideoAutoencoder, variables: PyTree, latents: Float[Array, "b f h w z"]) -> Clips:
     """Returns `decode` of latents, by one at a time: the memory is that of one chunk.
 
     Example:
@@ -330,7 +330,7 @@ def decode_in_chunks(autoencoder: VideoAutoencoder, variables: Any, latents: Flo
     return _in_chunks(partial(autoencoder.apply, variables, method="decode_part"), latents, 1)
 
 
-def _in_chunks(part: Callable[..., Any], x: Array, size: int) -> Any:
+def _in_chunks(part: Callable[..., tuple[PyTree, Cache]], x: Array, size: int) -> PyTree:
     first, cache = part(x[:, :1], None)
     chunks = x[:, 1:].reshape(x.shape[0], -1, size, *x.shape[2:]).swapaxes(0, 1)
 

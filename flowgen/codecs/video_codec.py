@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from flowgen import backend
 from flowgen.arrays import check_floating
@@ -96,7 +96,7 @@ class FrameCodec:
         return _clips(self.codec.decode(_frames(latents)), len(latents))
 
 
-def _frames(x: Any) -> np.ndarray:
+def _frames(x: Clips) -> np.ndarray:
     x = np.asarray(x)
     return x.reshape(-1, *x.shape[2:])
 
@@ -118,7 +118,7 @@ class VideoAutoencoderCodec:
     """
 
     autoencoder: VideoAutoencoder
-    variables: Any
+    variables: PyTree
     normalisation: LatentNormalisation = LatentNormalisation()
     temporal_scale: float = 1.0
 

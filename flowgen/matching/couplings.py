@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Bool, Float, Key
 
 from flowgen.arrays import check_floating, shown
 from flowgen.backend import keep_axes, nan_if, of_rows, take_rows
@@ -29,6 +29,8 @@ from flowgen.typed import typed
 
 SMALLEST_EPSILON = 1e-20
 
+# What a batch is conditioned on, such as labels `b`; couplings pass it on, and need its rows alone.
+Cond = Any
 Cost = Literal["euclidean", "sqeuclidean"] | Callable[[Array, Array], Array]
 
 
@@ -37,7 +39,7 @@ class Coupled(NamedTuple):
 
     x0: Float[Array, "b *event"]
     x1: Float[Array, "b *event"]
-    cond: Any
+    cond: Cond
     log_weight: Float[Array, " b"]
 
 
@@ -46,7 +48,7 @@ class Coupling(Protocol):
     """What a loss asks of a coupling; `sees` may say "row" or "device", and without it is "global"."""
 
     def __call__(
-        self, key: Key[Array, ""], x0: Float[Array, "b *event"], x1: Float[Array, "b *event"], cond: Any = None
+        self, key: Key[Array, ""], x0: Float[Array, "b *event"], x1: Float[Array, "b *event"], cond: Cond = None
     ) -> Coupled:
         """Returns pairs and their log-weights."""
         ...
@@ -62,7 +64,9 @@ class Independent:
 
     sees: ClassVar[str] = "row"
 
-    def __call__(self, key, x0, x1, cond=None):
+    def __call__(
+        self, key: Key[Array, ""], x0: Float[Array, "b *event"], x1: Float[Array, "b *event"], cond: Cond = None
+    ) -> Coupled:
         check_batch(x0, x1)
         return Coupled(x0, x1, cond, jnp.zeros(len(x0), x0.dtype))
 
@@ -106,7 +110,9 @@ class MinibatchOT:
         """The rows that a plan is made over."""
         return self.scope
 
-    def __call__(self, key, x0, x1, cond=None):
+    def __call__(
+        self, key: Key[Array, ""], x0: Float[Array, "b *event"], x1: Float[Array, "b *event"], cond: Cond = None
+    ) -> Coupled:
         check_batch(x0, x1)
         cost = pairwise_cost(x1, x0, "sqeuclidean")
         allowed = self._allowed(cost, cond)
@@ -124,7 +130,7 @@ class MinibatchOT:
         log_weight = jnp.broadcast_to(spoilt, (len(x0),)).astype(x0.dtype)
         return Coupled(take_rows(x0, source), x1, cond, log_weight)
 
-    def _allowed(self, cost: Array, cond: Any) -> Array:
+    def _allowed(self, cost: Float[Array, "b b"], cond: Cond) -> Bool[Array, "b b"]:
         """Which source may go to which datum."""
         if not self.class_aware:
             return jnp.ones(cost.shape, bool)
@@ -137,7 +143,7 @@ class MinibatchOT:
             )
         return keep_axes(lambda y: y[:, None] == y[None, :], cond, named=[(cost, "b m")], out="b m")
 
-    def _check_error(self, error: Array) -> None:
+    def _check_error(self, error: Float[Array, ""]) -> None:
         """Raises ValueError where a plan is too far off, if it has values, which is outside jit."""
         if not isinstance(error, Tracer) and not float(error) <= self.tolerance:
             raise ValueError(
@@ -199,7 +205,9 @@ class GibbsWeights:
         """The rows that weights depend on: those of the pair itself, without sweeps and the mean of a batch."""
         return self.scope if self.sinkhorn_sweeps or self.normalize == "batch" else "row"
 
-    def __call__(self, key, x0, x1, cond=None):
+    def __call__(
+        self, key: Key[Array, ""], x0: Float[Array, "b *event"], x1: Float[Array, "b *event"], cond: Cond = None
+    ) -> Coupled:
         check_batch(x0, x1)
         if self.epsilon is None:
             raise ValueError(
@@ -252,7 +260,7 @@ def pairwise_cost(x0: Float[Array, "b *event"], x1: Float[Array, "m *event"], co
     return check_cost(keep_axes(partial(_pairwise_cost, cost=cost), x0, x1, named=named, out="b m"))
 
 
-def _pairwise_cost(x0: Array, x1: Array, cost: Cost) -> Array:
+def _pairwise_cost(x0: Float[Array, "b *event"], x1: Float[Array, "m *event"], cost: Cost) -> Float[Array, "b m"]:
     if callable(cost):
         return jax.vmap(lambda x: pair_cost(jnp.broadcast_to(x[None], x1.shape), x1, cost))(x0)
     a, b = _flat(x0), _flat(x1)
@@ -324,5 +332,5 @@ def check_epsilon(epsilon: float) -> None:
         raise ValueError(f"epsilon is {epsilon}; below {SMALLEST_EPSILON} float32 has no cost/epsilon.")
 
 
-def _flat(x: Array) -> Array:
+def _flat(x: Float[Array, "b *event"]) -> Float[Array, "b d"]:
     return x.reshape(len(x), -1).astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -69,10 +69,12 @@ class CondOT:
     def __post_init__(self):
         check_spread("sigma", self.sigma)
 
-    def schedule(self, t):
+    def schedule(self, t: Float[Array, "*t"]) -> Schedule:
         return Schedule(t, 1 - t, jnp.ones_like(t), -jnp.ones_like(t))
 
-    def sample(self, key, t, x0, x1):
+    def sample(
+        self, key: Key[Array, ""], t: Float[Array, " b"], x0: Float[Array, "b *event"], x1: Float[Array, "b *event"]
+    ) -> PathSample:
         return _affine_sample(self, self.sigma, key, t, x0, x1)
 
 
@@ -93,10 +95,12 @@ class Target:
         if self.sigma_min >= 1:
             raise ValueError(f"sigma_min is {self.sigma_min}; the end of the path must be narrower than the source, 1.")
 
-    def schedule(self, t):
+    def schedule(self, t: Float[Array, "*t"]) -> Schedule:
         return Schedule(t, 1 - (1 - self.sigma_min) * t, jnp.ones_like(t), -(1 - self.sigma_min) * jnp.ones_like(t))
 
-    def sample(self, key, t, x0, x1):
+    def sample(
+        self, key: Key[Array, ""], t: Float[Array, " b"], x0: Float[Array, "b *event"], x1: Float[Array, "b *event"]
+    ) -> PathSample:
         return _affine_sample(self, 0.0, key, t, x0, x1)
 
 
@@ -113,12 +117,14 @@ class Trigonometric:
     def __post_init__(self):
         check_spread("sigma", self.sigma)
 
-    def schedule(self, t):
+    def schedule(self, t: Float[Array, "*t"]) -> Schedule:
         angle = jnp.pi / 2 * t
         sin, cos = jnp.sin(angle), jnp.cos(angle)
         return Schedule(sin, cos, jnp.pi / 2 * cos, -jnp.pi / 2 * sin)
 
-    def sample(self, key, t, x0, x1):
+    def sample(
+        self, key: Key[Array, ""], t: Float[Array, " b"], x0: Float[Array, "b *event"], x1: Float[Array, "b *event"]
+    ) -> PathSample:
         return _affine_sample(self, self.sigma, key, t, x0, x1)
 
 
@@ -136,11 +142,13 @@ class Polynomial:
         if not 1 <= self.degree < float("inf"):
             raise ValueError(f"degree is {self.degree}; a polynomial path needs at least 1.")
 
-    def schedule(self, t):
+    def schedule(self, t: Float[Array, "*t"]) -> Schedule:
         power, slope = t**self.degree, self.degree * t ** (self.degree - 1)
         return Schedule(power, 1 - power, slope, -slope)
 
-    def sample(self, key, t, x0, x1):
+    def sample(
+        self, key: Key[Array, ""], t: Float[Array, " b"], x0: Float[Array, "b *event"], x1: Float[Array, "b *event"]
+    ) -> PathSample:
         return _affine_sample(self, 0.0, key, t, x0, x1)
 
 
@@ -162,7 +170,7 @@ class VariancePreserving:
                 f"beta_min is {self.beta_min} and beta_max {self.beta_max}; both must be positive, beta_max the larger."
             )
 
-    def schedule(self, t):
+    def schedule(self, t: Float[Array, "*t"]) -> Schedule:
         s, gap = 1 - t, self.beta_max - self.beta_min
         total = 0.5 * s**2 * gap + s * self.beta_min
         rate = s * gap + self.beta_min  # -dT/dt
@@ -170,7 +178,9 @@ class VariancePreserving:
         beta = jnp.sqrt(-jnp.expm1(-total))
         return Schedule(alpha, beta, alpha * rate / 2, -(alpha**2) * rate / (2 * jnp.maximum(beta, SMALLEST)))
 
-    def sample(self, key, t, x0, x1):
+    def sample(
+        self, key: Key[Array, ""], t: Float[Array, " b"], x0: Float[Array, "b *event"], x1: Float[Array, "b *event"]
+    ) -> PathSample:
         return _affine_sample(self, 0.0, key, t, x0, x1)
 
 
@@ -184,11 +194,13 @@ class LinearVariancePreserving:
         point = LinearVariancePreserving().sample(key, t, x0, x1)
     """
 
-    def schedule(self, t):
+    def schedule(self, t: Float[Array, "*t"]) -> Schedule:
         beta = jnp.sqrt((1 - t) * (1 + t))
         return Schedule(t, beta, jnp.ones_like(t), -t / jnp.maximum(beta, SMALLEST**0.5))
 
-    def sample(self, key, t, x0, x1):
+    def sample(
+        self, key: Key[Array, ""], t: Float[Array, " b"], x0: Float[Array, "b *event"], x1: Float[Array, "b *event"]
+    ) -> PathSample:
         return _affine_sample(self, 0.0, key, t, x0, x1)
 
 
@@ -209,10 +221,12 @@ class SchroedingerBridge:
         if not 0 < self.sigma < float("inf"):
             raise ValueError(f"sigma is {self.sigma}; a Schroedinger bridge needs a positive one.")
 
-    def schedule(self, t):
+    def schedule(self, t: Float[Array, "*t"]) -> Schedule:
         return CondOT().schedule(t)
 
-    def sample(self, key, t, x0, x1):
+    def sample(
+        self, key: Key[Array, ""], t: Float[Array, " b"], x0: Float[Array, "b *event"], x1: Float[Array, "b *event"]
+    ) -> PathSample:
         check_pair(t, x0, x1)
         t = jnp.clip(t, SMALLEST, 1 - SMALLEST)
         noise = jax.random.normal(key, x0.shape, x0.dtype)
@@ -236,7 +250,7 @@ def schedule_over(path: Path, t: Float[Array, " b"], x: Float[Array, "b *event"]
     return Schedule(*(over_event(number, x) for number in path.schedule(t)))
 
 
-def over_event(t: Float[Array, "..."], x: Float[Array, "b *event"]) -> Array:
+def over_event(t: Float[Array, "..."], x: Float[Array, "b *event"]) -> Float[Array, "..."]:
     """Returns one number per sample in the shape that multiplies x.
 
     Example:
@@ -245,7 +259,14 @@ def over_event(t: Float[Array, "..."], x: Float[Array, "b *event"]) -> Array:
     return t.reshape(t.shape + (1,) * (x.ndim - t.ndim)).astype(x.dtype)
 
 
-def _affine_sample(path: Path, spread: float, key: Array, t: Array, x0: Array, x1: Array) -> PathSample:
+def _affine_sample(
+    path: Path,
+    spread: float,
+    key: Key[Array, ""],
+    t: Float[Array, " b"],
+    x0: Float[Array, "b *event"],
+    x1: Float[Array, "b *event"],
+) -> PathSample:
     """A point of an affine path with constant Gaussian spread around it, which the velocity does not see."""
     check_pair(t, x0, x1)
     schedule = schedule_over(path, t, x0)

@@ -51,8 +51,8 @@ def entropic_plan(
 
 
 def _entropic_plan(
-    cost: Array, allowed: Array, epsilon: float, tolerance: float, max_sweeps: int
-) -> tuple[Array, Array, Array]:
+    cost: Float[Array, "b b"], allowed: Bool[Array, "b b"], epsilon: float, tolerance: float, max_sweeps: int
+) -> tuple[Float[Array, "b b"], Float[Array, ""], Int[Array, ""]]:
     reduced = jnp.where(allowed, -lax.stop_gradient(relative_cost(cost)), -jnp.inf)
     stages = _falling(epsilon)
     rough = len(stages) - 1
@@ -169,7 +169,7 @@ def assignment(cost: Float[Array, "b b"]) -> Int[Array, " b"]:
     return keep_axes(_assignment, cost, named=[(cost, "b m")], out="b")
 
 
-def _assignment(cost: Array) -> Array:
+def _assignment(cost: Float[Array, "b b"]) -> Int[Array, " b"]:
     cost = relative_cost(lax.stop_gradient(jnp.where(jnp.isfinite(cost), cost, 0)))
     f, g = sinkhorn_potentials(-cost / ASSIGNMENT_EPSILON, ASSIGNMENT_SWEEPS)
     columns = jax.ShapeDtypeStruct((len(cost),), jnp.int32)

@@ -17,9 +17,15 @@ from jaxtyping import Array, Float, Int, Key
 
 from flowgen.backend import take_rows
 from flowgen.matching.checks import check_positive
-from flowgen.matching.couplings import Coupled, pairwise_cost
-from flowgen.packages import missing
+from flowgen.matching.couplings import Cond, Coupled, pairwise_cost
+from flowgen.packages import need
 
+_OTT = (
+    "optax",
+    "ott.geometry.semidiscrete_pointcloud",
+    "ott.problems.linear.semidiscrete_linear_problem",
+    "ott.solvers.linear.semidiscrete",
+)
 # Step size of Adam at the start of its cosine decay, in units of the spread of a source's costs over the data.
 LEARNING_RATE = 0.05
 # Share of the newest potentials in their running mean, which is what is returned.
@@ -50,7 +56,9 @@ class SemidiscreteOT:
             if array is not None and array.shape != self.y.shape[:1]:
                 raise ValueError(f"{name} have shape {array.shape}; there must be one per datum, {self.y.shape[:1]}.")
 
-    def __call__(self, key, x0, x1, cond=None):
+    def __call__(
+        self, key: Key[Array, ""], x0: Float[Array, "b *event"], x1: Float[Array, "b *event"], cond: Cond = None
+    ) -> Coupled:
         if cond is not None and self.labels is None:
             raise ValueError("the batch has a condition and the semidiscrete data no labels; give both or neither.")
         partner = self.partner(x0)
@@ -93,7 +101,7 @@ def fit_semidiscrete(
     """
     check_positive("num_steps", num_steps)
     check_positive("batch_size", batch_size)
-    solvers, geometry, problems, optax = _ott()
+    optax, geometry, problems, solvers = (need(name, "Semidiscrete transport", "ott-jax") for name in _OTT)
     flat = y.reshape(len(y), -1)
     scale_key, fit_key = jax.random.split(key)
     draw = lambda key, shape, dtype: source(key, (shape[0], *y.shape[1:]), dtype).reshape(shape)  # noqa: E731
@@ -111,15 +119,3 @@ def fit_semidiscrete(
     with jax.numpy_rank_promotion("allow"):  # OTT-JAX broadcasts over missing axes
         fitted = jax.jit(solver)(fit_key, problem)
     return SemidiscreteFit(SemidiscreteOT(y, fitted.g, labels), float(fitted.errors[-1]))
-
-
-def _ott() -> tuple[Any, Any, Any, Any]:
-    """OTT-JAX's modules and optax, or ModuleNotFoundError naming the package."""
-    try:
-        import optax
-        from ott.geometry import semidiscrete_pointcloud
-        from ott.problems.linear import semidiscrete_linear_problem
-        from ott.solvers.linear import semidiscrete
-    except ModuleNotFoundError as error:
-        raise missing("Semidiscrete transport", "ott-jax") from error
-    return semidiscrete, semidiscrete_pointcloud, semidiscrete_linear_problem, optax

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, Key
 from flowgen.arrays import check_floating, check_key
 from flowgen.backend import nan_if
 from flowgen.matching.checks import check_output, check_velocity
-from flowgen.packages import missing
+from flowgen.packages import need
 
 Velocity = Callable[[Array, Array, Any], Array]
 FixedMethod = Literal["euler", "midpoint", "heun", "rk4"]
@@ -129,7 +129,7 @@ def _dopri5(
         raise ValueError(f"rtol is {rtol} and atol {atol}; neither may be negative, and one must be positive.")
     if max_steps < 1:
         raise ValueError(f"max_steps is {max_steps}; integration needs at least one step.")
-    diffrax = _diffrax()
+    diffrax: Any = need("diffrax", "The adaptive solver dopri5")
     dtype = _state_dtype(x0)
 
     def field(t, x, _):
@@ -156,15 +156,6 @@ def _dopri5(
     evaluations = 6 * solution.stats["num_steps"] + 1
     x1 = solution.ys[0] + nan_if(jnp.logical_not(arrived), dtype)
     return x1.astype(x0.dtype), jnp.asarray(evaluations, jnp.int32)
-
-
-def _diffrax() -> Any:
-    """The module diffrax, or ModuleNotFoundError naming the package."""
-    try:
-        import diffrax
-    except ModuleNotFoundError as error:
-        raise missing("The adaptive solver dopri5", "diffrax") from error
-    return diffrax
 
 
 def time_grid(num_steps: int, times: Sequence[float] | np.ndarray | None) -> Float[Array, " n"]:

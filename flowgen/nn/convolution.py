@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from flowgen.attention import softmax_attention
 from flowgen.nn.layers import linear, master_dtype, uniform_bias
 
 # What a layer keeps of the frames before its input; None at the beginning of a clip, and for images.
-Cache = Any
+Cache = PyTree
 Padding = int | tuple[tuple[int, int], ...]
 
 

@@ -7,13 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Key
+from jaxtyping import Array, Key, PyTree
 
 from flowgen.arrays import check_key, shown
 from flowgen.nn.layers import master_dtype
 
 
-def init(network: nn.Module, key: Key[Array, ""]) -> Any:
+def init(network: nn.Module, key: Key[Array, ""]) -> PyTree:
     """Returns freshly initialised variables of a network, by one compiled program; shapes come from its config.
 
     The config says by `inputs`, shapes and dtypes, what the network is called with. One without is that of a velocity

@@ -30,6 +30,7 @@ from flowgen.data import (
     take_inventory,
 )
 from flowgen.data.sources import Split
+from flowgen.evaluation import psnr
 from flowgen.models import init
 from flowgen.ranges import OtherFrames, Side, check_ranges
 from flowgen.rows import Rows, StatefulObjective, batch_rows
@@ -44,7 +45,6 @@ SAMPLE_OPTIONS: tuple[str, ...] = ()
 EVALUATE_OPTIONS: tuple[str, ...] = ()
 # How fast the mean and variance of latents follow the batches.
 STATISTICS_RATE = 0.02
-PEAK = 2.0  # of pictures in [-1, 1], for the signal-to-noise ratio
 
 
 @dataclass(frozen=True)
@@ -304,4 +304,4 @@ def _distortion(autoencoder: Any, variables: Any, source: Source) -> dict[str, f
         error = squares.reshape(len(squares), -1).mean(axis=1)
         total += float(error[batch["mask"]].sum())
     mean = total / len(source)
-    return {"mean_square_error": mean, "psnr": 10 * math.log10(PEAK**2 / max(mean, 1e-12))}
+    return {"mean_square_error": mean, "psnr": psnr(mean)}

@@ -26,7 +26,7 @@ from flowgen.data.sources import Batch, Source, Split
 from flowgen.data.unreadable import Unreadable
 from flowgen.data.video import READABLE, frame_times, read_clip, video_size
 from flowgen.decoding import Denoiser, sample_clips
-from flowgen.evaluation import flow_bits_per_dim, flow_nats_per_dim
+from flowgen.evaluation import flow_bits_per_dim, flow_nats_per_dim, psnr
 from flowgen.fields import type_name
 from flowgen.flows import ClipDenoiser, ClipDenoising, denoiser_variables, flow_score_objective
 from flowgen.flows.density import batch_input, condition_of, nll_objective
@@ -58,7 +58,6 @@ DENOISED = 64
 LEAST_KEPT = 0.75  # of a picture that is given, by cropping it to the shape of clips
 GIVEN = 2**32 - 1  # The stream of the noise on given frames, beside those of samples by their numbers.
 SMALL_SIDE = 10  # of bouncing digits of 8 pixels
-PEAK = 2.0  # of pictures in [-1, 1]
 
 
 def check(experiment: Any) -> None:
@@ -326,7 +325,7 @@ def denoised_psnr(experiment: Any, flow: Any, variables: Any, source: Source, ke
     expected = np.clip(codec.decode(_clean(batch)), -1, 1)
 
     def ratio(x):
-        return 10 * math.log10(PEAK**2 / np.square(np.clip(codec.decode(np.asarray(x)), -1, 1) - expected).mean())
+        return psnr(float(np.square(np.clip(codec.decode(np.asarray(x)), -1, 1) - expected).mean()))
 
     return {how: ratio(x) for how, x in cleaned.items()}
 

@@ -6,11 +6,12 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import jax
 import numpy as np
-from jaxtyping import Float
+from flax import linen as nn
+from jaxtyping import Float, PyTree
 
 from flowgen.backend import TEXTS_AT_ONCE, in_parts
 from flowgen.conditioning import TextCondition
@@ -47,8 +48,8 @@ class FrozenTextEncoder:
     """
 
     tokenizer: Tokenizer
-    network: Any
-    variables: Any
+    network: nn.Module
+    variables: PyTree
     length: int
     dim: int
 

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from flowgen.documents import MAX_TOKENIZER_BYTES, check_depth, read_bytes
-from flowgen.packages import missing
+from flowgen.packages import need
 
 MAX_TOKEN = (1 << 31) - 1
 _PROBE = "a 1, \u00e9\u65e5"  # letters of one, two and three bytes
@@ -48,10 +48,7 @@ class JsonTokenizer:
     """
 
     def __init__(self, path: str | os.PathLike[str]):
-        try:
-            import tokenizers
-        except ModuleNotFoundError as error:
-            raise missing(f"Reading '{path}'", "tokenizers") from error
+        tokenizers = need("tokenizers", f"Reading '{path}'")
         content = read_bytes(path, most=MAX_TOKENIZER_BYTES)
         try:
             check_depth(content)
@@ -93,10 +90,7 @@ class SentencePieceTokenizer:
     """
 
     def __init__(self, path: str | os.PathLike[str]):
-        try:
-            import sentencepiece
-        except ModuleNotFoundError as error:
-            raise missing(f"Reading '{path}'", "sentencepiece") from error
+        sentencepiece = need("sentencepiece", f"Reading '{path}'")
         content = read_bytes(path, most=MAX_TOKENIZER_BYTES)
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=content)
