@@ -124,10 +124,10 @@ def queries_at_once(batch: object, heads: object, keys: object, max_logits: int 
 
     Sizes may be symbols of an exported program, of which nothing is known.
     """
-    sizes = batch, heads, keys
-    if max_logits is None or not all(isinstance(size, int) for size in sizes):
+    known = [size for size in (batch, heads, keys) if isinstance(size, int)]
+    if max_logits is None or len(known) < 3:
         return None
-    return max(1, max_logits // max(1, math.prod(sizes)))
+    return max(1, max_logits // max(1, math.prod(known)))
 
 
 def causal_slice(n: int) -> int:
