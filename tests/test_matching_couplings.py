@@ -11,7 +11,7 @@ from matching_cases import X0, X1
 from tolerances import FORMULA, LAYER, assert_close
 
 from flowgen import matching as fm
-from flowgen.matching.couplings import assignment, pairwise_cost
+from flowgen.matching.couplings import assignment, cost_matrix
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def toys():
 
 
 def test_assignment_and_sinkhorn_are_the_recorded_ones():
-    cost = pairwise_cost(X0, X1, "sqeuclidean")
+    cost = cost_matrix(X0, X1, "sqeuclidean")
     assert_close(cost, [[5, 1, 4.25], [9, 5, 1.25], [3.25, 9.25, 8.5]], FORMULA)
     np.testing.assert_array_equal(assignment(cost), [1, 2, 0])
     plan = jax.jit(lambda logits, f, g: jnp.exp(logits + f[:, None] + g[None]) / 3)
@@ -247,7 +247,7 @@ REFUSED = {
     "unknown method": (lambda: fm.MinibatchOT(method="partial"), "method is 'partial'"),
     "batches that differ": (lambda: fm.Independent()(None, X0, X1[:2]), "must have the same shape"),
     "weighted batches that differ": (lambda: fm.GibbsWeights(1.0)(None, X0, X1[:2]), "must have the same shape"),
-    "events that differ": (lambda: pairwise_cost(X0, X1[:, :1], "euclidean"), "events of shape (2,) and x1 (1,)"),
+    "events that differ": (lambda: cost_matrix(X0, X1[:, :1], "euclidean"), "events of shape (2,) and x1 (1,)"),
     "no labels": (lambda: fm.MinibatchOT(class_aware=True)(None, X0, X1), "needs labels as cond"),
     "potentials": (lambda: fm.SemidiscreteOT(X1, jnp.zeros(2)), "potentials have shape (2,)"),
     "labels without labels": (lambda: fm.SemidiscreteOT(X1, jnp.zeros(3))(None, X0, X1, T3), "data no labels"),

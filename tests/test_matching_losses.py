@@ -82,8 +82,8 @@ def exact_predictions(path):
     velocity = partial(gaussian_velocity, path)
     return {
         "velocity": velocity,
-        "x1": lambda t, x: fm.x1_of(path, t, x, velocity(t, x)),
-        "noise": lambda t, x: fm.noise_of(path, t, x, velocity(t, x)),
+        "x1": lambda t, x: fm.velocity_to_x1(path, t, x, velocity(t, x)),
+        "noise": lambda t, x: fm.velocity_to_noise(path, t, x, velocity(t, x)),
         "score": lambda t, x: gaussian_score(path, t, x),
     }
 

@@ -114,7 +114,7 @@ class MinibatchOT:
         self, key: Key[Array, ""], x0: Float[Array, "b *event"], x1: Float[Array, "b *event"], cond: Cond = None
     ) -> Coupled:
         check_batch(x0, x1)
-        cost = pairwise_cost(x1, x0, "sqeuclidean")
+        cost = cost_matrix(x1, x0, "sqeuclidean")
         allowed = self._allowed(cost, cond)
         # One NaN among the costs spoils the plan, which the noise drawn from it need not show: the weights do.
         spoilt = 0 * relative_cost(cost).mean()
@@ -214,22 +214,22 @@ class GibbsWeights:
                 "epsilon is None; choose it from data by coupling = fit_epsilon(coupling, x0, x1), or give it."
             )
         if self.sinkhorn_sweeps:
-            log_weight = corrected_log_weight(-pairwise_cost(x0, x1, self.cost) / self.epsilon, self.sinkhorn_sweeps)
+            log_weight = corrected_log_weight(-cost_matrix(x0, x1, self.cost) / self.epsilon, self.sinkhorn_sweeps)
         else:
-            log_weight = -pair_cost(x0, x1, self.cost) / self.epsilon
+            log_weight = -paired_cost(x0, x1, self.cost) / self.epsilon
         log_weight = jax.lax.stop_gradient(log_weight)
         if self.normalize == "batch":
             log_weight = log_weight - log_mean_exp(log_weight)
         return Coupled(x0, x1, cond, log_weight)
 
 
-def pair_cost(x0: Float[Array, "b *event"], x1: Float[Array, "b *event"], cost: Cost) -> Float[Array, " b"]:
+def paired_cost(x0: Float[Array, "b *event"], x1: Float[Array, "b *event"], cost: Cost) -> Float[Array, " b"]:
     """Returns the cost of each pair, float32 at least.
 
     Raises ValueError where a user's function gives another shape and, outside jit, where a cost is NaN.
 
     Example:
-        c = pair_cost(x0, x1, "euclidean")
+        c = paired_cost(x0, x1, "euclidean")
     """
     if callable(cost):
         value = cost(x0, x1)
@@ -244,25 +244,25 @@ def pair_cost(x0: Float[Array, "b *event"], x1: Float[Array, "b *event"], cost: 
     return check_cost(keep_axes(distance, x0, x1, named=[(x0, of_rows(x0)), (x1, of_rows(x1))], out="b"))
 
 
-def pairwise_cost(x0: Float[Array, "b *event"], x1: Float[Array, "m *event"], cost: Cost) -> Float[Array, "b m"]:
+def cost_matrix(x0: Float[Array, "b *event"], x1: Float[Array, "m *event"], cost: Cost) -> Float[Array, "b m"]:
     """Returns the cost of every x0 with every x1.
 
     Raises ValueError where their events differ in shape and, outside jit, where a cost is NaN.
 
     Example:
-        c = pairwise_cost(x0, x1, "sqeuclidean")
+        c = cost_matrix(x0, x1, "sqeuclidean")
     """
     check_floating("x0", x0)
     check_floating("x1", x1)
     if x0.shape[1:] != x1.shape[1:]:
         raise ValueError(f"x0 has events of shape {x0.shape[1:]} and x1 {x1.shape[1:]}; they must have the same.")
     named = [(x0, of_rows(x0)), (x1, of_rows(x1, "m"))]
-    return check_cost(keep_axes(partial(_pairwise_cost, cost=cost), x0, x1, named=named, out="b m"))
+    return check_cost(keep_axes(partial(_cost_matrix, cost=cost), x0, x1, named=named, out="b m"))
 
 
-def _pairwise_cost(x0: Float[Array, "b *event"], x1: Float[Array, "m *event"], cost: Cost) -> Float[Array, "b m"]:
+def _cost_matrix(x0: Float[Array, "b *event"], x1: Float[Array, "m *event"], cost: Cost) -> Float[Array, "b m"]:
     if callable(cost):
-        return jax.vmap(lambda x: pair_cost(jnp.broadcast_to(x[None], x1.shape), x1, cost))(x0)
+        return jax.vmap(lambda x: paired_cost(jnp.broadcast_to(x[None], x1.shape), x1, cost))(x0)
     a, b = _flat(x0), _flat(x1)
     # Shifted to their common mean, so that little cancels in the expanded square.
     centre = b.mean(axis=0)

@@ -11,7 +11,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from flowgen.matching.conversions import NETWORK_SMALLEST, Prediction, check_prediction, inner_times, velocity_of
+from flowgen.matching.conversions import (
+    NETWORK_SMALLEST,
+    Prediction,
+    check_prediction,
+    clip_times,
+    prediction_to_velocity,
+)
 from flowgen.matching.couplings import GibbsWeights, Independent, MinibatchOT
 from flowgen.matching.diagnostics import fit_epsilon, warn_if_tilted, weight_report
 from flowgen.matching.loss import Loss, combined_log_mean, flow_matching_loss
@@ -209,7 +215,9 @@ def velocity_field(network: Any, variables: Any, matching: MatchingConfig) -> Ve
     path, kind = matching.path, matching.prediction
 
     def field(t, x, cond):
-        asked = t if kind == "velocity" else inner_times(path, t, NETWORK_SMALLEST)
-        return velocity_of(path, t, x, network.apply(variables, asked, x, cond), kind, smallest=NETWORK_SMALLEST)
+        asked = t if kind == "velocity" else clip_times(path, t, NETWORK_SMALLEST)
+        return prediction_to_velocity(
+            path, t, x, network.apply(variables, asked, x, cond), kind, smallest=NETWORK_SMALLEST
+        )
 
     return field

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from flowgen.backend import take_rows
 from flowgen.matching.checks import check_positive
-from flowgen.matching.couplings import Cond, Coupled, pairwise_cost
+from flowgen.matching.couplings import Cond, Coupled, cost_matrix
 from flowgen.packages import need
 
 _OTT = (
@@ -67,7 +67,7 @@ class SemidiscreteOT:
 
     def partner(self, x0: Float[Array, "b *event"]) -> Int[Array, " b"]:
         """Returns the index of each source's datum."""
-        return jnp.argmax(self.potentials[None] - pairwise_cost(x0, self.y, "sqeuclidean"), axis=1)
+        return jnp.argmax(self.potentials[None] - cost_matrix(x0, self.y, "sqeuclidean"), axis=1)
 
 
 class SemidiscreteFit(NamedTuple):
@@ -105,7 +105,7 @@ def fit_semidiscrete(
     flat = y.reshape(len(y), -1)
     scale_key, fit_key = jax.random.split(key)
     draw = lambda key, shape, dtype: source(key, (shape[0], *y.shape[1:]), dtype).reshape(shape)  # noqa: E731
-    costs = pairwise_cost(draw(scale_key, (256, flat.shape[1]), flat.dtype), flat, "sqeuclidean")
+    costs = cost_matrix(draw(scale_key, (256, flat.shape[1]), flat.dtype), flat, "sqeuclidean")
     scale = float(costs.std(axis=1).mean())
     solver = solvers.SemidiscreteSolver(
         num_iterations=num_steps,

@@ -254,7 +254,7 @@ def integrate_sde(
     """Returns samples of dX = (v + g²/2 · score) dt + g dW, which has the marginals of the ODE for any g(t) ≥ 0.
 
     Euler-Maruyama; the last step is taken without noise. diffusion: g as a function of t. score(t, x, cond): see
-    `flowgen.matching.score_of`. The count is of calls to velocity and score together.
+    `flowgen.matching.velocity_to_score`. The count is of calls to velocity and score together.
 
     Example:
         x1, nfe = integrate_sde(velocity, score, x0, key, num_steps=200)
