@@ -102,7 +102,7 @@ UNUSUAL = Experiment(
 )
 VELOCITY = Experiment(
     name="velocity",
-    model=MLPConfig(dim=2, width=7, num_layers=5, spans=True),
+    model=MLPConfig(dim=2, width=7, num_layers=5, intervals=True),
     data=PointsConfig(source="moons", target="five_gaussians"),
     matching=MatchingConfig(
         loss=MeanFlow(instantaneous=0.5, power=0.5),
@@ -467,7 +467,10 @@ def test_a_group_of_several_types_takes_the_name_of_one(arguments, name, value):
         (["--matching.path.degree", "0.5"], "matching.path.degree is 0.5; a polynomial path needs at least 1."),
         (["--data.source", "circles"], "data.source is 'circles'; it must be 'normal' or 'eight_gaussians' or "),
         (["--model.num_classes", "2"], "model has dim 2 and num_classes 2; these points have 2 and none."),
-        (["--model.spans", "false"], "matching.loss is MeanFlow, which needs model.spans true; this MLP has no spans."),
+        (
+            ["--model.intervals", "false"],
+            "matching.loss is MeanFlow, which needs model.intervals true; this MLP has no intervals.",
+        ),
         (["--matching.loss=FlowMatching", "--sampling.method=mean_flow", "--sampling.times=uniform"], "needs matching"),
         (["--sampling.method", "dopri5"], "sampling.times is 'edm', but dopri5 takes no grid; set it to 'uniform'."),
         (["--sampling.num_steps", "0"], "sampling.num_steps is 0; it must be a whole number of at least 1."),

@@ -1,6 +1,6 @@
 """DiT: a transformer on patches whose layers are modulated by time and class (Peebles and Xie, arXiv 2212.09748).
 
-With c the embedding of (t, span, class), a layer computes
+With c the embedding of (t, interval, class), a layer computes
 
     (a, b, g, a', b', g') = W silu(c)                       (W starts at zero, so each layer starts as the identity)
     h <- h + g · Attention(norm(h) (1 + b) + a),   h <- h + g' · MLP(norm(h) (1 + b') + a')
@@ -50,7 +50,7 @@ class DiTConfig:
     num_classes: of the labels the field is conditioned on; 0 for none.
     attention: "softmax", "soft", or a linear one: elu_plus_one, relu, squared_relu, focused, nala, pola, inline,
     retention.
-    spans: also predict average velocities over a span (MeanFlow).
+    intervals: also predict average velocities over an interval (MeanFlow).
     time_scale: times are stretched by it before the sinusoids, which are made for 0 to 1,000; MeanFlow, whose loss has
     a derivative in t in it, needs a small one, such as 1.0.
     dtype: of matrix products and activations; parameters, norms and the modulation stay float32.
@@ -66,7 +66,7 @@ class DiTConfig:
     expansion: Expansion = 4
     num_classes: Classes = 0
     attention: str = "softmax"
-    spans: bool = False
+    intervals: bool = False
     time_scale: float = TIME_SCALE
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     remat: bool = True
@@ -137,18 +137,18 @@ class DiT(nn.Module):
         t: Float[Array, " b"],
         x: Float[Array, "b height width c"],
         cond: Int[Array, " b"] | None = None,
-        span: Float[Array, " b"] | None = None,
+        interval: Float[Array, " b"] | None = None,
         *,
         train: bool = False,
     ) -> Float[Array, "b height width c"]:
-        """Returns the velocity at x and time t, averaged over `span` where given. train: nothing differs here."""
+        """Returns the velocity at x and time t, averaged over `interval` where given. train: nothing differs here."""
         config = self.config
         check_inputs(config, t, x)
         cond = check_labels(cond, num_classes=config.num_classes, batch=len(x))
         embed = ConditionEmbedding(
-            config.width, config.num_classes, config.spans, time_scale=config.time_scale, name="condition"
+            config.width, config.num_classes, config.intervals, time_scale=config.time_scale, name="condition"
         )
-        c = embed(t, cond, span)
+        c = embed(t, cond, interval)
         c = jax.nn.silu(c)
         tokens = patchify(x, config.patch_size, PATCH_ORDER)
         h = _dense(config.width, config.dtype, name="proj_in")(tokens)

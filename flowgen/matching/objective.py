@@ -63,7 +63,7 @@ class FlowMatching:
 class MeanFlow:
     """Regression of average velocities, for sampling in one step (arXiv 2505.13447); see `mean_flow_loss`.
 
-    instantaneous: share of pairs of span 0, between 0 and 1.
+    instantaneous: share of pairs of interval 0, between 0 and 1.
     power: of the adaptive weight; 0 for none.
     guidance_weight: guidance learned into the field; 0 for none.
     """
@@ -177,8 +177,8 @@ def matching_objective(
         carried = variables.get(STATE)
         weights = {name: value for name, value in variables.items() if name != STATE}
 
-        def applied(key, t, x, cond, *span):
-            return network.apply(weights, t, x, cond, *span, train=train, rngs={"dropout": key})
+        def applied(key, t, x, cond, *interval):
+            return network.apply(weights, t, x, cond, *interval, train=train, rngs={"dropout": key})
 
         def field(*inputs):
             return dropout_rows.draw(applied, *inputs) if drops else applied(network_key, *inputs)

@@ -1,6 +1,6 @@
 """U-Net in the shape of ADM (Dhariwal and Nichol, arXiv 2105.05233), the network of the CIFAR-10 recipes.
 
-With e the embedding of (t, span, class), a residual block computes
+With e the embedding of (t, interval, class), a residual block computes
 
     h = conv(silu(norm(x))),    y = skip(x) + conv(dropout(silu(norm(h + W silu(e)))))
 
@@ -70,7 +70,7 @@ class UNetConfig:
     num_classes: of the labels the field is conditioned on; 0 for none.
     scale_shift_norm: the time scales and shifts the normalised activations, instead of being added.
     time_scale: times are stretched by it before the sinusoids, which are made for 0 to 1,000.
-    spans: also predict average velocities over a span (MeanFlow).
+    intervals: also predict average velocities over an interval (MeanFlow).
     dtype: of convolutions and activations; parameters, norms, the embedding and the velocity stay float32.
     remat: recompute blocks in the backward pass instead of storing them; less memory, more time.
     """
@@ -88,7 +88,7 @@ class UNetConfig:
     num_classes: Classes = 0
     scale_shift_norm: bool = False
     time_scale: float = TIME_SCALE
-    spans: bool = False
+    intervals: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: bool = False
 
@@ -161,7 +161,7 @@ class UNetConfig:
 
     @property
     def embedding_dim(self) -> int:
-        """Width of the embedding of time, span and class."""
+        """Width of the embedding of time, interval and class."""
         return EMBEDDING_EXPANSION * self.width
 
     def attends(self, level: int) -> bool:
@@ -202,11 +202,11 @@ class UNet(nn.Module):
         t: Float[Array, " b"],
         x: Float[Array, "b height width c"],
         cond: Int[Array, " b"] | None = None,
-        span: Float[Array, " b"] | None = None,
+        interval: Float[Array, " b"] | None = None,
         *,
         train: bool = False,
     ) -> Float[Array, "b height width c"]:
-        """Returns the velocity at x and time t, averaged over `span` where given. train: drop activations.
+        """Returns the velocity at x and time t, averaged over `interval` where given. train: drop activations.
 
         cond: labels, -1 for none; a traced label of no class gives NaN. Raises ValueError where x, t or cond do not
         fit the config.
@@ -218,7 +218,7 @@ class UNet(nn.Module):
         embed = ConditionEmbedding(
             config.embedding_dim,
             config.num_classes,
-            config.spans,
+            config.intervals,
             frequencies=config.width,
             time_scale=config.time_scale,
             dense=partial(linear, dtype=str(master)),
@@ -226,7 +226,7 @@ class UNet(nn.Module):
             name="embedding",
         )
         # Every block begins with the SiLU of the embedding.
-        e = jax.nn.silu(embed(t, cond, span))
+        e = jax.nn.silu(embed(t, cond, interval))
         widths, last = config.level_widths, len(config.level_widths) - 1
 
         h = conv(widths[0], x.shape[-1], config.dtype, name="conv_in")(x)

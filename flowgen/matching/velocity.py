@@ -1,9 +1,9 @@
 """Velocity networks for points, and what all velocity networks share.
 
-A velocity network is a Flax module called as `network.apply(variables, t, x, cond, span, train=False)`:
+A velocity network is a Flax module called as `network.apply(variables, t, x, cond, interval, train=False)`:
 t `b` in [0, 1], 0 at the source and 1 at the data; x `b *event`; cond integer labels `b`, -1 for none, or None.
-span `b` is for networks whose config says `spans`: they then answer with the average velocity from t to t + span
-(MeanFlow), and with the velocity itself where span is 0 or None. The config has `event_shape` and `num_classes`.
+interval `b` is for networks whose config says `intervals`: they answer with the average velocity from t to t + interval
+(MeanFlow), and with the velocity itself if the interval is 0 or None. The config has `event_shape` and `num_classes`.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ class MLPConfig:
     width: of the hidden layers.
     num_layers: hidden layers.
     num_classes: of the labels the field is conditioned on; 0 for none.
-    spans: also predict average velocities over a span (MeanFlow).
+    intervals: also predict average velocities over an interval (MeanFlow).
     """
 
     dim: Channels = 2
     width: Width = 64
     num_layers: Loops = 3
     num_classes: Classes = 0
-    spans: bool = False
+    intervals: bool = False
 
     def __post_init__(self):
         check_ranges(self, "model")
@@ -66,17 +66,17 @@ class VelocityMLP(nn.Module):
         t: Float[Array, " b"],
         x: Float[Array, "b c"],
         cond: Int[Array, " b"] | None = None,
-        span: Float[Array, " b"] | None = None,
+        interval: Float[Array, " b"] | None = None,
         *,
         train: bool = False,
     ) -> Float[Array, "b c"]:
-        """Returns the velocity at x and time t, averaged over `span` where given. train: nothing differs here."""
+        """Returns the velocity at x and time t, averaged over `interval` where given. train: nothing differs here."""
         config = self.config
         check_inputs(config, t, x)
         cond = check_labels(cond, num_classes=config.num_classes, batch=len(x))
         parts = [x, t[:, None].astype(x.dtype)]
-        if config.spans:
-            parts.append(_span(span, t)[:, None].astype(x.dtype))
+        if config.intervals:
+            parts.append((jnp.zeros_like(t) if interval is None else interval)[:, None].astype(x.dtype))
         if config.num_classes:
             # No class is all zeros.
             parts.append(class_rows(jnp.eye(config.num_classes + 1, config.num_classes, dtype=x.dtype), cond, len(x)))
@@ -98,7 +98,3 @@ def check_inputs(config: Any, t: Array, x: Array) -> None:
         raise ValueError(f"x has shape {tuple(x.shape)}; this network takes (batch, {shape}).")
     if getattr(t, "shape", None) != x.shape[:1]:
         raise ValueError(f"t is {shown(t)}; there must be one time per sample, of shape {tuple(x.shape[:1])}.")
-
-
-def _span(span: Array | None, t: Array) -> Array:
-    return jnp.zeros_like(t) if span is None else span

@@ -91,12 +91,12 @@ class ConditionEmbedding(nn.Module):
     table whose last row means none. dense: (features, fan_in, name) -> layer. table_std: of the table at first.
 
     Example:
-        c = ConditionEmbedding(width=256, num_classes=10, spans=False).apply(params, t, cond, None)
+        c = ConditionEmbedding(width=256, num_classes=10, intervals=False).apply(params, t, cond, None)
     """
 
     width: int
     num_classes: int
-    spans: bool
+    intervals: bool
     frequencies: int = 256
     time_scale: float = TIME_SCALE
     dense: Callable[..., nn.Module] = normal_dense
@@ -104,11 +104,11 @@ class ConditionEmbedding(nn.Module):
 
     @nn.compact
     def __call__(
-        self, t: Float[Array, " b"], cond: Int[Array, " b"] | None, span: Float[Array, " b"] | None
+        self, t: Float[Array, " b"], cond: Int[Array, " b"] | None, interval: Float[Array, " b"] | None
     ) -> Float[Array, "b width"]:
         c = self._embed(t, "time")
-        if self.spans:
-            c = c + self._embed(jnp.zeros_like(t) if span is None else span, "span")
+        if self.intervals:
+            c = c + self._embed(jnp.zeros_like(t) if interval is None else interval, "interval")
         if self.num_classes:
             init = nn.initializers.normal(self.table_std)
             table = self.param("class_embed", init, (self.num_classes + 1, self.width), jnp.float32)

@@ -118,8 +118,8 @@ def check(experiment: Any) -> None:
             f"model has dim {model.dim} and num_classes {model.num_classes}; these points have 2 and none."
         )
     mean = isinstance(experiment.matching.loss, MeanFlow)
-    if mean and not getattr(model, "spans", False):
-        raise ValueError(f"matching.loss is MeanFlow, which needs model.spans true; this {kind} has no spans.")
+    if mean and not getattr(model, "intervals", False):
+        raise ValueError(f"matching.loss is MeanFlow, which needs model.intervals true; this {kind} has no intervals.")
     if experiment.sampling.method == "mean_flow" and not mean:
         raise ValueError("sampling.method is 'mean_flow', which needs matching.loss MeanFlow; choose another method.")
     if experiment.train.label_dropout >= 1:
@@ -299,8 +299,8 @@ def _draw(network, variables, key, indices, labels, *, source, matching, samplin
         x0 = jax.vmap(lambda key: PointsConfig(source=source).draw(key, 1)[0][0])(keys)
     if sampling.method == "mean_flow":
 
-        def average(t, x, cond, span):
-            return network.apply(variables, t, x, cond, span)
+        def average(t, x, cond, interval):
+            return network.apply(variables, t, x, cond, interval)
 
         return integrate_mean(average, x0, labels, num_steps=sampling.num_steps)
     velocity = velocity_field(network, variables, matching)

@@ -94,10 +94,10 @@ class Network:
 
     config = None
 
-    def apply(self, variables, t, x, cond, span=None, *, train, rngs):
+    def apply(self, variables, t, x, cond, interval=None, *, train, rngs):
         del train, rngs
         params = variables["params"]
-        t = t if span is None else t + 0.3 * span
+        t = t if interval is None else t + 0.3 * interval
         features = [x, t[:, None].astype(x.dtype), (0 if cond is None else cond[:, None]) * jnp.ones_like(x[:, :1])]
         return jnp.tanh(jnp.concatenate(features, axis=1) @ params["up"]) @ params["down"]
 
