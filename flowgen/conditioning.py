@@ -20,14 +20,14 @@ class TextCondition(NamedTuple):
         cond = TextCondition(encoder(ids), mask=ids != 0)
     """
 
-    embeddings: Float[Array, "b l e"]
-    mask: Bool[Array, "b l"]
+    embeddings: Float[Array, "b n e"]
+    mask: Bool[Array, "b n"]
 
 
 Condition = Int[Array, " b"] | TextCondition
 
 
-def masked_text(text: TextCondition) -> Float[Array, "b l e"]:
+def masked_text(text: TextCondition) -> Float[Array, "b n e"]:
     """Returns the features of the texts with exact zeros in the place of padding.
 
     Example:

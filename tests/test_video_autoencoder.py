@@ -294,7 +294,7 @@ def test_codecs_of_clips_are_codecs_of_clips(make):
     assert {type(array) for array in (mean, std, decoded)} == {np.ndarray}
 
 
-def test_a_codec_of_pictures_takes_every_frame():
+def test_a_codec_of_images_takes_every_frame():
     codec, x = frame_codec(), vw.clips("wan_2_1")
     mean, std = codec.moments(x)
     assert not std.any()

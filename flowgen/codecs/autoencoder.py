@@ -1,4 +1,4 @@
-"""AutoencoderKL: pictures to a Gaussian over latents and back (Rombach et al., arXiv 2112.10752).
+"""AutoencoderKL: images to a Gaussian over latents and back (Rombach et al., arXiv 2112.10752).
 
 With residual blocks r(x) = skip(x) + conv(silu(norm(conv(silu(norm(x)))))), the encoder is a convolution, at each level
 some blocks and, but for the last, a halving, then block, attention, block, and a convolution to mean and log variance.
@@ -78,7 +78,7 @@ class AutoencoderConfig:
 
 
 class Autoencoder(nn.Module):
-    """Encoder and decoder between pictures `b height width c` in [-1, 1] and latents `b h w z`.
+    """Encoder and decoder between images `b height width c` in [-1, 1] and latents `b rows columns z`.
 
     Example:
         mean, log_variance = Autoencoder(config).apply(params, x, method="encode")
@@ -97,14 +97,16 @@ class Autoencoder(nn.Module):
     def __call__(self, x: Float[Array, "b height width c"]) -> Float[Array, "b height width c"]:
         return self.decode(self.encode(x)[0])
 
-    def encode(self, x: Float[Array, "b height width c"]) -> tuple[Float[Array, "b h w z"], Float[Array, "b h w z"]]:
+    def encode(
+        self, x: Float[Array, "b height width c"]
+    ) -> tuple[Float[Array, "b rows columns z"], Float[Array, "b rows columns z"]]:
         """Returns mean and log variance of the latents, the latter within [-30, 20]; neither is normalised."""
         check_floating("x", x)
         mean, log_variance = jnp.split(self.quant_conv(self.encoder(x)), 2, axis=-1)
         return mean, jnp.clip(log_variance, *LOG_VARIANCE_BOUNDS)
 
-    def decode(self, latents: Float[Array, "b h w z"]) -> Float[Array, "b height width c"]:
-        """Returns the pictures of latents that are not normalised."""
+    def decode(self, latents: Float[Array, "b rows columns z"]) -> Float[Array, "b height width c"]:
+        """Returns the images of latents that are not normalised."""
         check_floating("latents", latents)
         return self.decoder(self.post_quant_conv(latents))
 
@@ -115,7 +117,7 @@ class Encoder(nn.Module):
     config: AutoencoderConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b height width c"]) -> Float[Array, "b h w two_z"]:
+    def __call__(self, x: Float[Array, "b height width c"]) -> Float[Array, "b rows columns two_z"]:
         config, widths = self.config, self.config.widths
         block = _block(config)
         h = conv(widths[0], config.channels, config.dtype, name="conv_in")(x)
@@ -131,12 +133,12 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents after their first 1 × 1 convolution to pictures."""
+    """Latents after their first 1 × 1 convolution to images."""
 
     config: AutoencoderConfig
 
     @nn.compact
-    def __call__(self, latents: Float[Array, "b h w z"]) -> Float[Array, "b height width c"]:
+    def __call__(self, latents: Float[Array, "b rows columns z"]) -> Float[Array, "b height width c"]:
         config, widths = self.config, self.config.widths
         block = _block(config)
         h = conv(widths[-1], config.latent_channels, config.dtype, name="conv_in")(latents)

@@ -1,7 +1,7 @@
-"""Layers of clips `b f h w c` that are causal in time, for clips run whole or in chunks in the order of time.
+"""Layers of clips `b f rows columns c` that are causal in time, for clips run whole or in chunks in the order of time.
 
 A layer maps (x, cache) to (y, next cache). `cache` is what the layer keeps of the frames before x, None where x begins
-the clip. A convolution of frame t sees frames t-2, t-1 and t, with zeros before the clip. The first frame is a picture:
+the clip. A convolution of frame t sees frames t-2, t-1 and t, with zeros before the clip. The first frame is an image:
 halving and doubling of time leave it alone.
 """
 
@@ -18,9 +18,9 @@ from jaxtyping import Array, Float
 from flowgen.nn.convolution import Cache, clip_conv, conv
 from flowgen.nn.layers import RMSNorm, master_dtype
 
-Features = Float[Array, "b f h w c"]
+Features = Float[Array, "b f rows columns c"]
 # What layers make of them, of as many frames, places and channels or of others.
-NewFeatures = Float[Array, "b g i j d"]
+NewFeatures = Float[Array, "b g new_rows new_columns d"]
 
 CHANNEL_NORM_EPS = 1e-12
 
@@ -41,7 +41,7 @@ def chain(layers: Sequence[Callable[..., tuple[Array, Cache]]], h: Array, cache:
 
 def convolve_clip(
     x: Features, cache: Cache, features: int, dtype: str, *, name: str, side: int = 3, zero: bool = False
-) -> tuple[NewFeatures, Float[Array, "b 2 h w c"]]:
+) -> tuple[NewFeatures, Float[Array, "b 2 rows columns c"]]:
     """Returns a convolution over the 3 frames ending at each frame of x, and the last two frames for what comes after.
 
     It is made in the compact method that calls this. cache: the two frames before x; None where the clip begins, and

@@ -43,7 +43,7 @@ from flowgen.ranges import MAX_LEVELS, AtMost, Channels, Loops, Side, Width, che
 from flowgen.typed import typed
 
 Clips = Float[Array, "b frames height width c"]
-Moments = tuple[Float[Array, "b f h w z"], Float[Array, "b f h w z"]]
+Moments = tuple[Float[Array, "b f rows columns z"], Float[Array, "b f rows columns z"]]
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ def _check(config: VideoAutoencoderConfig, x: Any) -> None:
 
 
 class VideoAutoencoder(nn.Module):
-    """Encoder and decoder between clips `b frames height width c` in [-1, 1] and latents `b f h w z`.
+    """Encoder and decoder between clips `b frames height width c` in [-1, 1] and latents `b f rows columns z`.
 
     Of 1 + k · stride frames come 1 + k latents; those of frame t depend on frames 0..t alone.
 
@@ -199,7 +199,7 @@ class VideoAutoencoder(nn.Module):
         """
         return self.encode_part(x, None)[0]
 
-    def decode(self, latents: Float[Array, "b f h w z"]) -> Clips:
+    def decode(self, latents: Float[Array, "b f rows columns z"]) -> Clips:
         """Returns the clips of latents that are not normalised; not clipped."""
         return self.decode_part(latents, None)[0]
 
@@ -216,7 +216,7 @@ class VideoAutoencoder(nn.Module):
         mean, log_variance = jnp.split(self.quant_conv(h), 2, axis=-1)
         return (mean, jnp.clip(log_variance, *LOG_VARIANCE_BOUNDS)), cache
 
-    def decode_part(self, latents: Float[Array, "b f h w z"], cache: Cache) -> tuple[Clips, Cache]:
+    def decode_part(self, latents: Float[Array, "b f rows columns z"], cache: Cache) -> tuple[Clips, Cache]:
         """Returns `decode` of the next latents of clips, and the cache for those after them."""
         check_floating("latents", latents)
         side = self.config.patch_size
@@ -321,7 +321,9 @@ def encode_in_chunks(autoencoder: VideoAutoencoder, variables: PyTree, x: Clips)
     return _in_chunks(part, x, autoencoder.config.stride)
 
 
-def decode_in_chunks(autoencoder: VideoAutoencoder, variables: PyTree, latents: Float[Array, "b f h w z"]) -> Clips:
+def decode_in_chunks(
+    autoencoder: VideoAutoencoder, variables: PyTree, latents: Float[Array, "b f rows columns z"]
+) -> Clips:
     """Returns `decode` of latents, by one at a time: the memory is that of one chunk.
 
     Example:

@@ -19,7 +19,7 @@ from flowgen.codecs.codec import Codec, LatentNormalisation
 from flowgen.codecs.video_autoencoder import VideoAutoencoder, check_clips, decode_in_chunks, encode_in_chunks
 
 Clips = Float[Array | np.ndarray, "b frames height width c"]
-ClipLatents = Float[Array | np.ndarray, "b f h w z"]
+ClipLatents = Float[Array | np.ndarray, "b f rows columns z"]
 
 
 @runtime_checkable
@@ -59,11 +59,11 @@ class ClipCodec(Protocol):
 
 @dataclass(frozen=True)
 class FrameCodec:
-    """A codec of pictures for every frame of a clip on its own; stride 1.
+    """A codec of images for every frame of a clip on its own; stride 1.
 
     Example:
         codec = FrameCodec(PixelCodec(pixel_channels=1, factor=2))
-        mean, std = codec.moments(clips)  # `b frames h/2 w/2 4`
+        mean, std = codec.moments(clips)  # `b frames height/2 width/2 4`
     """
 
     codec: Codec
@@ -91,7 +91,7 @@ class FrameCodec:
         return _clips(mean, len(x)), _clips(std, len(x))
 
     def decode(self, latents: ClipLatents) -> Clips:
-        """Returns the clips of latents, as a numpy array; clipped no more than the pictures of the codec are."""
+        """Returns the clips of latents, as a numpy array; clipped no more than the images of the codec are."""
         check_clip_latents(self, latents)
         return _clips(self.codec.decode(_frames(latents)), len(latents))
 

@@ -1,4 +1,4 @@
-"""Distances between sets of pictures, in any features."""
+"""Distances between sets of images, in any features."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ class BertConfig:
 
 
 class BertEncoder(nn.Module):
-    """Features `b l d` of token numbers `b l`, zero where the mask is False.
+    """Features `b n d` of token numbers `b n`, zero where the mask is False.
 
     Raises ValueError where there are more tokens than positions.
 
@@ -59,7 +59,7 @@ class BertEncoder(nn.Module):
     config: BertConfig
 
     @nn.compact
-    def __call__(self, ids: Int[Array, "b l"], mask: Bool[Array, "b l"]) -> Float[Array, "b l d"]:
+    def __call__(self, ids: Int[Array, "b n"], mask: Bool[Array, "b n"]) -> Float[Array, "b n d"]:
         config, length = self.config, ids.shape[1]
         if length > config.max_length:
             raise ValueError(f"texts have {length} tokens; this encoder takes at most {config.max_length}.")
@@ -84,18 +84,18 @@ class _Layer(nn.Module):
     config: BertConfig
 
     @nn.compact
-    def __call__(self, h: Float[Array, "b l d"], mask: Bool[Array, "b l"]) -> tuple[Float[Array, "b l d"], None]:
+    def __call__(self, h: Float[Array, "b n d"], mask: Bool[Array, "b n"]) -> tuple[Float[Array, "b n d"], None]:
         config = self.config
 
         def dense(features, name):
             return nn.Dense(features, dtype=jnp.dtype(config.dtype), name=name)
 
         q, k, v = (
-            rearrange(dense(config.width, name)(h), "b l (h k) -> b l h k", h=config.num_heads)
+            rearrange(dense(config.width, name)(h), "b n (h k) -> b n h k", h=config.num_heads)
             for name in ("query", "key", "value")
         )
         y = softmax_attention(q, k, v, mask=mask[:, None, None, :])
-        y = rearrange(y, "b l h k -> b l (h k)")
+        y = rearrange(y, "b n h k -> b n (h k)")
         h = _norm(config, "attention_norm")(h + dense(config.width, "proj")(y))
         y = ACTIVATIONS["gelu"](dense(config.hidden, "up")(h))
         return _norm(config, "mlp_norm")(h + dense(config.width, "down")(y)), None

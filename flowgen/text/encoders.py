@@ -54,7 +54,7 @@ class FrozenTextEncoder:
     dim: int
 
     def __call__(self, texts: Sequence[str], *, truncate: bool = False) -> TextCondition:
-        """Returns features `b l e` float32 and mask `b l` of texts, as numpy arrays."""
+        """Returns features `b n e` float32 and mask `b n` of texts, as numpy arrays."""
         ids, mask = tokenize(self.tokenizer, texts, self.length, truncate=truncate)
         if ids.max(initial=0) >= self.network.config.vocab_size:
             raise ValueError(
@@ -80,7 +80,7 @@ class HashedWords:
     dim: int
 
     def __call__(self, texts: Sequence[str], *, truncate: bool = False) -> TextCondition:
-        """Returns features `b l e` float32 and mask `b l` of texts, as numpy arrays."""
+        """Returns features `b n e` float32 and mask `b n` of texts, as numpy arrays."""
         features = np.zeros((len(texts), self.length, self.dim), np.float32)
         mask = np.zeros((len(texts), self.length), bool)
         for row, text in enumerate(texts):

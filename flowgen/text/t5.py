@@ -55,7 +55,7 @@ class T5Config:
 
 
 class T5Encoder(nn.Module):
-    """Features `b l d` of token numbers `b l`, zero where the mask is False.
+    """Features `b n d` of token numbers `b n`, zero where the mask is False.
 
     Example:
         features = T5Encoder(T5Config()).apply(params, ids, mask)
@@ -64,7 +64,7 @@ class T5Encoder(nn.Module):
     config: T5Config
 
     @nn.compact
-    def __call__(self, ids: Int[Array, "b l"], mask: Bool[Array, "b l"]) -> Float[Array, "b l d"]:
+    def __call__(self, ids: Int[Array, "b n"], mask: Bool[Array, "b n"]) -> Float[Array, "b n d"]:
         config = self.config
         h = nn.Embed(config.vocab_size, config.width, name="embed")(ids)
         table = self.param("position_bias", nn.initializers.normal(0.1), (config.num_buckets, config.num_heads))
@@ -88,13 +88,13 @@ class _Layer(nn.Module):
     config: T5Config
 
     @nn.compact
-    def __call__(self, h: Float[Array, "b l d"], bias: Float[Array, "b h l m"]) -> tuple[Float[Array, "b l d"], None]:
+    def __call__(self, h: Float[Array, "b n d"], bias: Float[Array, "b h n m"]) -> tuple[Float[Array, "b n d"], None]:
         config = self.config
         dense = partial(nn.Dense, use_bias=False, dtype=jnp.dtype(config.dtype))
         inner = config.num_heads * config.head_dim
         x = _norm("attention_norm")(h)
         q, k, v = (
-            rearrange(dense(inner, name=name)(x), "b l (h k) -> b l h k", h=config.num_heads)
+            rearrange(dense(inner, name=name)(x), "b n (h k) -> b n h k", h=config.num_heads)
             for name in ("query", "key", "value")
         )
         scores = jnp.einsum("bnhk,bmhk->bhnm", q, k, preferred_element_type=jnp.float32) + bias

@@ -116,8 +116,8 @@ class SentencePieceTokenizer:
 
 def tokenize(
     tokenizer: Tokenizer, texts: Sequence[str], length: int, *, truncate: bool
-) -> tuple[Int[np.ndarray, "b l"], Bool[np.ndarray, "b l"]]:
-    """Returns token numbers int32 `b l`, padded, and the mask of those that are not padding.
+) -> tuple[Int[np.ndarray, "b n"], Bool[np.ndarray, "b n"]]:
+    """Returns token numbers int32 `b n`, padded, and the mask of those that are not padding.
 
     Raises ValueError where a text is too long and truncate is False.
 
