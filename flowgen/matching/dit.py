@@ -75,7 +75,7 @@ class DiTConfig:
         image_sides(self.image_size)
         check_ranges(self, "model")
         check_patches(self.image_size, self.patch_size)
-        if (numbers := math.prod(self.token_grid) * self.width) > MAX_POSITIONS:
+        if (numbers := math.prod(self.token_hw) * self.width) > MAX_POSITIONS:
             raise ValueError(
                 f"model.image_size is {self.image_size}, patch_size {self.patch_size} and width {self.width}, which "
                 f"makes a table of positions of {numbers} numbers, of at most {MAX_POSITIONS}; use a larger patch_size."
@@ -116,7 +116,7 @@ class DiTConfig:
         )
 
     @property
-    def token_grid(self) -> tuple[int, int]:
+    def token_hw(self) -> tuple[int, int]:
         """(rows, columns) of patches."""
         height, width = self.grid_size
         return height // self.patch_size, width // self.patch_size
@@ -152,7 +152,7 @@ class DiT(nn.Module):
         c = jax.nn.silu(c)
         tokens = patchify(x, config.patch_size, PATCH_ORDER)
         h = _dense(config.width, config.dtype, name="proj_in")(tokens)
-        h = h + jnp.asarray(grid_positions(config.token_grid, config.width), h.dtype)[None]
+        h = h + jnp.asarray(grid_positions(config.token_hw, config.width), h.dtype)[None]
         layer = nn.remat(DiTLayer, prevent_cse=False) if config.remat else DiTLayer
         h, _ = nn.scan(
             layer,
