@@ -1,11 +1,11 @@
-"""Couplings: which source goes with which datum, and how much the pair counts. All return log-weights.
+"""Couplings: how noise and data are paired, and the log-weight of each pair.
 
 A coupling sees a whole batch. Where devices share it, `flowgen.matching.loss.couple` brings its rows together, unless
-the coupling `sees` a "row" (each pair is made by itself) or a "device" (only what one device has, so that the number of
-devices changes what is learned).
+the coupling `sees` a "row" (each pair is made by itself) or a "device" (only the rows of one device, so that the number
+of devices changes what is learned).
 
-Weights turn the loss of independent pairs into that of the coupling q ∝ w · (source x data): E[w |v - u|²]
-(W-CFM, arXiv 2507.22270). A plan over the batch instead moves the sources.
+Weights turn the loss of independent pairs into that of the coupling q ∝ w · p(x0) p(x1): E[w |v - u|²]
+(W-CFM, arXiv 2507.22270). A plan over the batch moves the noise x0 instead.
 """
 
 from __future__ import annotations
@@ -76,14 +76,14 @@ class Independent:
 class MinibatchOT:
     """Optimal transport within the batch, on the squared Euclidean cost: OT-CFM (Tong et al., arXiv 2302.00482).
 
-    method: "exact" permutes the sources by the optimal assignment (scipy's, on the host), so that each is used once;
-    "sinkhorn" draws a source for each datum from the entropic plan inside the compiled program.
+    method: "exact" permutes the noise by the optimal assignment (scipy's, on the host), so that each x0 is used once;
+    "sinkhorn" draws an x0 for each x1 from the entropic plan inside the compiled program.
     epsilon: of the entropic plan, in units of the mean cost; positive.
-    tolerance: share of the mass of the entropic plan's sources that may be misplaced on average; positive.
+    tolerance: share of the mass of x0 that the entropic plan may misplace on average; positive.
     num_sweeps: most sweeps of Sinkhorn's iteration that may be spent to reach it; at least 1. If they do not suffice,
     the coupling raises ValueError outside jit; inside, its weights are NaN, hence the loss is NaN.
-    class_aware: pair i lends its label to its source, and sources move only within a class; otherwise the sources that
-    a class sees are not those it is sampled from (C2OT, ICCV 2025). It needs integer labels `b` as cond.
+    class_aware: pair i lends its label to its x0, and noise moves only within a class; otherwise a class is trained on
+    other noise than it is sampled from (C2OT, ICCV 2025). It needs integer labels `b` as cond.
     scope: "global" plans over the rows of all devices, each of which solves the same problem; "device" over its own.
 
     Example:
@@ -120,18 +120,18 @@ class MinibatchOT:
         spoilt = 0 * relative_cost(cost).mean()
         if self.method == "exact":
             # Above any sum of costs that an assignment within the classes can have.
-            source = assignment(jnp.where(allowed, cost, (cost.max() + 1) * len(cost)))
+            chosen = assignment(jnp.where(allowed, cost, (cost.max() + 1) * len(cost)))
         else:
             plan = entropic_plan(cost, allowed, self.epsilon, tolerance=self.tolerance, max_sweeps=self.num_sweeps)
             self._check_error(plan.error)
             draw = lambda key, logits: jax.random.categorical(key, logits, axis=1)  # noqa: E731
-            source = keep_axes(draw, key, plan.log_plan, named=[(plan.log_plan, "b m")], out="b")
+            chosen = keep_axes(draw, key, plan.log_plan, named=[(plan.log_plan, "b m")], out="b")
             spoilt = spoilt + nan_if(plan.error > self.tolerance, spoilt.dtype)
         log_weight = jnp.broadcast_to(spoilt, (len(x0),)).astype(x0.dtype)
-        return Coupled(take_rows(x0, source), x1, cond, log_weight)
+        return Coupled(take_rows(x0, chosen), x1, cond, log_weight)
 
     def _allowed(self, cost: Float[Array, "b b"], cond: Cond) -> Bool[Array, "b b"]:
-        """Which source may go to which datum."""
+        """Which x0 may go to which x1."""
         if not self.class_aware:
             return jnp.ones(cost.shape, bool)
         if cond is None:
@@ -158,8 +158,8 @@ class MinibatchOT:
 class GibbsWeights:
     """Independent pairs weighted by w = exp(-cost / epsilon): weighted conditional flow matching (arXiv 2507.22270).
 
-    Called before it has an epsilon, it raises ValueError, in Python as everywhere: a batch is not asked, since ε must
-    stay the same from step to step. A cost of NaN raises ValueError outside jit, and gives a weight of NaN, hence a
+    Called without an epsilon it raises ValueError: none is chosen from the batch, since ε must stay the same from step
+    to step. A cost of NaN raises ValueError outside jit, and gives a weight of NaN, hence a
     loss of NaN, inside.
 
     epsilon: positive; None to choose it from data, as training does by `flowgen.matching.fit_epsilon`: for the share
@@ -168,7 +168,7 @@ class GibbsWeights:
     normalize: "running" divides by a running mean of w that the loss carries from step to step, "batch" by the mean
     of the batch, "none" by nothing: weights can then be 1e-13 for images, and optimizers do not see them.
     sinkhorn_sweeps: with more than 0, the weights are those of the entropic plan with the batch's own marginals,
-    exp(-cost_ii/epsilon + f_i + g_i), which undoes the tilt of source and data that plain weights bring; exactly so
+    exp(-cost_ii/epsilon + f_i + g_i), which undoes the tilt of noise and data that plain weights bring; exactly so
     many sweeps, whatever is left of the tilt; 0 for none.
     ess: effective share of the pairs that an epsilon is chosen for; between 0 and 1.
     tilt: largest relative variance of the marginals' re-weighting that an epsilon is chosen for; None for ess.
@@ -284,7 +284,7 @@ def log_mean_exp(x: Float[Array, " b"]) -> Float[Array, ""]:
 def to_sphere(x: Float[Array, "b *event"]) -> Float[Array, "b *event"]:
     """Returns x with every sample scaled to the norm √d that normal noise has; zeros stay zeros.
 
-    On a sphere no datum is nearer than another to a round source, so that plain Gibbs weights do not tilt the data.
+    On a sphere all data are equally near to normal noise, so that plain Gibbs weights do not tilt the data.
 
     Example:
         x1 = to_sphere(x1)

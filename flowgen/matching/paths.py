@@ -1,4 +1,4 @@
-"""Probability paths from source x0 (t = 0) to data x1 (t = 1).
+"""Probability paths from noise x0 (t = 0) to data x1 (t = 1).
 
 An affine path is x_t = alpha_t x1 + beta_t x0 (+ spread_t · noise), with target velocity
 u_t = alpha'_t x1 + beta'_t x0 (+ spread'_t/spread_t (x_t - mean)). With Gaussian x0, beta_t is often called sigma_t.
@@ -93,7 +93,7 @@ class Target:
     def __post_init__(self):
         check_spread("sigma_min", self.sigma_min)
         if self.sigma_min >= 1:
-            raise ValueError(f"sigma_min is {self.sigma_min}; the end of the path must be narrower than the source, 1.")
+            raise ValueError(f"sigma_min is {self.sigma_min}; the end of the path must be narrower than the noise, 1.")
 
     def schedule(self, t: Float[Array, "*t"]) -> Schedule:
         return Schedule(t, 1 - (1 - self.sigma_min) * t, jnp.ones_like(t), -(1 - self.sigma_min) * jnp.ones_like(t))
@@ -131,7 +131,7 @@ class Trigonometric:
 @dataclass(frozen=True)
 @typed
 class Polynomial:
-    """x_t = tⁿ x1 + (1 - tⁿ) x0.
+    """x_t = tⁿ x1 + (1 - tⁿ) x0, the polynomial schedule of the Flow Matching Guide (arXiv 2412.06264).
 
     degree: n, at least 1.
     """

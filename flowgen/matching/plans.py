@@ -164,7 +164,7 @@ def assignment(cost: Float[Array, "b b"]) -> Int[Array, " b"]:
     is left is solved in about half the time. Costs that are not finite count as 0.
 
     Example:
-        source = assignment(cost_matrix(x1, x0, "sqeuclidean"))
+        chosen = assignment(cost_matrix(x1, x0, "sqeuclidean"))
     """
     return keep_axes(_assignment, cost, named=[(cost, "b m")], out="b")
 

@@ -1,4 +1,4 @@
-"""Semidiscrete optimal transport: every fresh source goes to one datum of a whole data set, not of a batch.
+"""Semidiscrete optimal transport: every fresh x0 goes to one sample of a whole dataset, not of a batch.
 
 The plan is a partition of space: x0 goes to argmax_j (g_j - |x0 - y_j|²), and the potentials g, one number per datum,
 give each datum a cell of equal probability. They are learned once, before training (Mousavi-Hosseini et al., arXiv
@@ -34,10 +34,10 @@ AVERAGING = 0.02
 
 @dataclass(frozen=True, eq=False)
 class SemidiscreteOT:
-    """Each source with the datum whose cell it lies in; data and labels of the batch are replaced, weights are 1.
+    """Each x0 with the sample whose cell it lies in; data and labels of the batch are replaced, weights are 1.
 
     y: the data. potentials: of `fit_semidiscrete`, or of any other solver for the squared Euclidean cost. labels: of
-    the data, handed out as cond. A class then sees only the sources of its cells, while sampling gives it all: that
+    the data, handed out as cond. A class then sees only the noise of its cells, while sampling gives it all: that
     is for unconditional models, or for guidance that is aware of it. Takes b x n memory.
 
     Raises ValueError where shapes do not fit, or the batch has a condition and the data have no labels.
@@ -66,7 +66,7 @@ class SemidiscreteOT:
         return Coupled(x0, take_rows(self.y, partner), cond, jnp.zeros(len(x0), x0.dtype))
 
     def partner(self, x0: Float[Array, "b *event"]) -> Int[Array, " b"]:
-        """Returns the index of each source's datum."""
+        """Returns the index of the sample that each x0 goes to."""
         return jnp.argmax(self.potentials[None] - cost_matrix(x0, self.y, "sqeuclidean"), axis=1)
 
 

@@ -1,7 +1,7 @@
 """Velocity networks for points, and what all velocity networks share.
 
 A velocity network is a Flax module called as `network.apply(variables, t, x, cond, interval, train=False)`:
-t `b` in [0, 1], 0 at the source and 1 at the data; x `b *event`; cond integer labels `b`, -1 for none, or None.
+t `b` in [0, 1], 0 at the noise and 1 at the data; x `b *event`; cond integer labels `b`, -1 for none, or None.
 interval `b` is for networks whose config says `intervals`: they answer with the average velocity from t to t + interval
 (MeanFlow), and with the velocity itself if the interval is 0 or None. The config has `event_shape` and `num_classes`.
 """
