@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental.buffer_callback import buffer_callback
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec, auto_axes, reshard
 from jax.typing import ArrayLike, DTypeLike
-from jaxtyping import Array, Float, Num, PyTree
+from jaxtyping import Array, Float, PyTree, Shaped
 
 # Products that feed a state or one another, in which errors add up; accelerators would round their factors.
 HIGHEST = lax.Precision.HIGHEST
@@ -141,8 +141,8 @@ def samples_at_once(pixels: int) -> int:
 
 
 def in_parts(
-    run: Callable[..., tuple[ArrayLike, ...]], most: int, *inputs: Num[np.ndarray, "b ..."]
-) -> tuple[Num[np.ndarray, "b ..."], ...]:
+    run: Callable[..., tuple[ArrayLike, ...]], most: int, *inputs: Shaped[np.ndarray, "b ..."]
+) -> tuple[Shaped[np.ndarray, "b ..."], ...]:
     """Returns what a compiled function gives on parts of the inputs, joined along their first axis.
 
     All parts have one size, a power of two up to `most`, which the last one is filled up to: so that few sizes are

@@ -157,7 +157,7 @@ def test_a_small_one_can_be_trained(key):
 
 
 def test_the_norm_of_nothing_has_a_gradient(key):
-    norm = causal.ChannelNorm("float32")
+    norm = causal.channel_norm("norm")
     x = jnp.zeros((1, 1, 1, 1, 4))
     variables = norm.init(key, x)
     assert np.isfinite(jax.grad(lambda x: norm.apply(variables, x).sum())(x)).all()
