@@ -6,7 +6,7 @@ Formulas elsewhere are the same for every device. What is here changes speed and
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -116,7 +116,17 @@ def _unit_lower_inverse_by_blocks(lower: Array) -> Array:
     return inverse
 
 
-# Memory
+# Attention and memory
+
+
+def attention_implementation(asked: str) -> str:
+    """Returns the form of softmax attention that runs: "xla", sliced and in parts, on every device so far.
+
+    asked: "auto" or "xla"; ValueError for others. Fused kernels are chosen here once they are measured.
+    """
+    if asked not in ("auto", "xla"):
+        raise ValueError(f"implementation is {asked!r}; choose 'auto' or 'xla'.")
+    return "xla"
 
 
 def queries_at_once(batch: object, heads: object, keys: object, max_logits: int | None) -> int | None:
@@ -163,7 +173,12 @@ def in_parts(
     return tuple(np.concatenate(outs) for outs in zip(*parts, strict=True))
 
 
-# The host
+# Devices and the host
+
+
+def must_wait(devices: Sequence[jax.Device]) -> bool:
+    """Returns whether steps over devices must run one by one: queued on several CPU devices they can deadlock."""
+    return len(devices) > 1 and devices[0].platform == "cpu"
 
 
 def call_host(fn: Callable[..., np.ndarray], out: jax.ShapeDtypeStruct, *arrays: Array) -> Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -123,15 +124,18 @@ def softmax_attention(
     v: Float[Array, "b m g d"],
     mask: Mask = None,
     is_causal: bool = False,
+    implementation: Literal["auto", "xla"] = "auto",
 ) -> Float[Array, "b n h d"]:
     """Returns softmax(q kᵀ / √k) v per head; key heads may be fewer than query heads, each serving h/g of them.
 
     mask: True where a query may attend to a key. is_causal: query i attends to those of keys 0..i that `mask`
-    allows; n and m must then be equal. A row with no allowed key gives 0. Raises ValueError where shapes do not fit.
+    allows; n and m must then be equal. A row with no allowed key gives 0. implementation: "auto" takes the one that
+    `flowgen.backend` chooses for the device. Raises ValueError if shapes do not fit.
 
     Example:
         out = softmax_attention(q, k, v, is_causal=True)
     """
+    backend.attention_implementation(implementation)
     check_heads(q, k, v)
     if not isinstance(is_causal, bool | np.bool_):
         raise ValueError(f"is_causal is {is_causal}; softmax_attention takes True or False, and masks for the rest.")
