@@ -28,38 +28,22 @@ Condition = Int[Array, " b"] | TextCondition
 
 
 def masked_text(text: TextCondition) -> Float[Array, "b n e"]:
-    """Returns the features of the texts with exact zeros in the place of padding.
-
-    Example:
-        features = masked_text(cond)
-    """
+    """Returns the features of the texts with exact zeros in the place of padding."""
     return jnp.where(text.mask[:, :, None], text.embeddings, 0)
 
 
 def no_labels(shape: tuple[int, ...]) -> Int[Array, "..."]:
-    """Returns labels -1, of a type that has -1.
-
-    Example:
-        nobody = no_labels(labels.shape)
-    """
+    """Returns labels -1, of a type that has -1."""
     return jnp.full(shape, UNCONDITIONAL, jnp.int32)
 
 
 def drop_labels(key: Key[Array, ""], labels: Integer[Array, " b"], rate: float) -> Int[Array, " b"]:
-    """Returns int32 labels, each one replaced by -1 with probability `rate`.
-
-    Example:
-        labels = drop_labels(key, labels, rate=0.1)
-    """
+    """Returns int32 labels, each one replaced by -1 with probability `rate`."""
     return jnp.where(jax.random.bernoulli(key, rate, labels.shape), UNCONDITIONAL, labels.astype(jnp.int32))
 
 
 def drop_texts(key: Key[Array, ""], texts: TextCondition, null: TextCondition, rate: float) -> TextCondition:
-    """Returns texts with each one replaced by the null text, the encoded "" as a rule, with probability `rate`.
-
-    Example:
-        texts = drop_texts(key, texts, null, rate=0.1)
-    """
+    """Returns texts with each one replaced by the null text, the encoded "" as a rule, with probability `rate`."""
     dropped = jax.random.bernoulli(key, rate, texts.mask.shape[:1])
     null = broadcast_text(null, len(dropped))
     return TextCondition(
@@ -69,20 +53,12 @@ def drop_texts(key: Key[Array, ""], texts: TextCondition, null: TextCondition, r
 
 
 def broadcast_text(text: TextCondition, batch: int) -> TextCondition:
-    """Returns one text for every sample of a batch.
-
-    Example:
-        null = broadcast_text(null, batch=16)
-    """
+    """Returns one text for every sample of a batch."""
     return TextCondition(*(jnp.broadcast_to(part, (batch, *part.shape[1:])) for part in text))
 
 
 def unconditional(cond: Condition, null: TextCondition | None) -> Condition:
-    """Returns what stands beside a condition in the unconditional branch of guidance: label -1, or the null text.
-
-    Example:
-        both = jax.tree.map(lambda *parts: jnp.concatenate(parts), cond, unconditional(cond, null))
-    """
+    """Returns what stands beside a condition in the unconditional branch of guidance: label -1, or the null text."""
     if isinstance(cond, TextCondition):
         assert null is not None  # a flow of texts asks for it
         return broadcast_text(null, len(cond.mask))
@@ -90,11 +66,7 @@ def unconditional(cond: Condition, null: TextCondition | None) -> Condition:
 
 
 def check_text(text: Any, *, length: int, dim: int, batch: int) -> TextCondition:
-    """Returns a text condition as arrays; ValueError where it cannot be meant for this model and batch.
-
-    Example:
-        text = check_text(text, length=128, dim=2048, batch=4)
-    """
+    """Returns a text condition as arrays; ValueError where it cannot be meant for this model and batch."""
     if not isinstance(text, TextCondition):
         raise ValueError(f"cond is {type(text).__name__}; this model takes a flowgen.conditioning.TextCondition.")
     embeddings, mask = (part if isinstance(part, jax.Array) else np.asarray(part) for part in text)
@@ -115,9 +87,6 @@ def check_labels(labels: Any, *, num_classes: int, batch: int) -> Int[Array, " b
     """Returns labels as int32, or None; ValueError where they cannot be meant for this model and batch.
 
     Values that are traced pass unchecked; `flowgen.nn.class_rows` turns wrong ones into NaN.
-
-    Example:
-        labels = check_labels([3, -1], num_classes=10, batch=2)
     """
     if labels is None:
         return None

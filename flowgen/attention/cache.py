@@ -92,11 +92,7 @@ def attend_kv_window(
 
 
 def recurrent(kernel: Kernel) -> CausalKernel:
-    """Returns a kernel with a running state in the form that decoders use; its cache does not grow with the length.
-
-    Example:
-        kernel = recurrent(KERNELS["nala"])
-    """
+    """Returns a kernel with a running state in the form that decoders use; its cache does not grow with the length."""
     running = _Running(kernel)
     return CausalKernel(
         attend=running.attend,

@@ -90,9 +90,6 @@ def retention_of_pairs(
     """Returns causal retention under a mask of pairs, from all n x n weights, of at most 4096 x 4096.
 
     A key that no query sees does not count as time. Raises ValueError where shapes do not fit.
-
-    Example:
-        out = retention_of_pairs(q, k, v, near[None, None])
     """
     check_heads(q, k, v)
     check_causal(q, k)

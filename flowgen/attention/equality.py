@@ -12,12 +12,7 @@ import numpy as np
 
 
 class ByFields:
-    """Equal if the fields are: NumPy arrays by what they hold, arrays of jax by being the same object.
-
-    Example:
-        @dataclass(frozen=True, eq=False)
-        class Power(ByFields): ...
-    """
+    """Equal if the fields are: NumPy arrays by what they hold, arrays of jax by being the same object."""
 
     def __eq__(self, other: object) -> bool:
         if type(self) is not type(other):

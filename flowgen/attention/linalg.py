@@ -21,11 +21,7 @@ Ridge = float | Float[Array, ""]
 
 @jax.custom_jvp
 def unit_lower_inverse(lower: Float[Array, "*stack c c"]) -> Float[Array, "*stack c c"]:
-    """Returns (I + L)⁻¹ for a strictly lower triangular L; its derivative is -(I + L)⁻¹ dL (I + L)⁻¹ in both modes.
-
-    Example:
-        inverse = unit_lower_inverse(jnp.tril(a, -1))
-    """
+    """Returns (I + L)⁻¹ for a strictly lower triangular L; its derivative is -(I + L)⁻¹ dL (I + L)⁻¹ in both modes."""
     return backend.unit_lower_inverse(lower)
 
 
@@ -36,11 +32,7 @@ def _unit_lower_inverse_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tu
 
 
 def inverse_cholesky(a: Float[Array, "*stack l l"]) -> Float[Array, "*stack l l"]:
-    """Returns C⁻¹ with C Cᵀ = a, for symmetric positive definite a.
-
-    Example:
-        whitened = inverse_cholesky(covariance) @ x
-    """
+    """Returns C⁻¹ with C Cᵀ = a, for symmetric positive definite a."""
     factor = backend.cholesky(a)
     scale = jnp.diagonal(factor, axis1=-2, axis2=-1)
     return unit_lower_inverse(jnp.tril(factor / scale[..., None, :], -1)) / scale[..., :, None]
@@ -48,11 +40,7 @@ def inverse_cholesky(a: Float[Array, "*stack l l"]) -> Float[Array, "*stack l l"
 
 @jax.custom_jvp
 def positive_inverse(a: Float[Array, "*stack l l"]) -> Float[Array, "*stack l l"]:
-    """Returns a⁻¹ = C⁻ᵀ C⁻¹ for symmetric positive definite a; its derivative is -a⁻¹ da a⁻¹ in both modes.
-
-    Example:
-        inverse = positive_inverse(a)
-    """
+    """Returns a⁻¹ = C⁻ᵀ C⁻¹ for symmetric positive definite a; its derivative is -a⁻¹ da a⁻¹ in both modes."""
     factor = inverse_cholesky(a)
     return jnp.matmul(factor.swapaxes(-1, -2), factor, precision=HIGHEST)
 
@@ -64,11 +52,7 @@ def _positive_inverse_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tupl
 
 
 def add_ridge(a: Float[Array, "*stack l l"], ridge: Ridge) -> Float[Array, "*stack l l"]:
-    """Returns a + ridge I.
-
-    Example:
-        a = add_ridge(a, 0.01)
-    """
+    """Returns a + ridge I."""
     return a + ridge * jnp.broadcast_to(jnp.eye(a.shape[-1], dtype=a.dtype), a.shape)
 
 
@@ -102,9 +86,6 @@ def newton_inverse(
     (1 - (1 - alpha w²)^(2^iterations)) / w, which is 1/w only for w above about a thousandth of the largest. The
     derivative is the closed form dX = -X dA X (forward and reverse mode), so it is that of the value only where the
     iteration has converged.
-
-    Example:
-        x = newton_inverse(a, ridge=0.01)
     """
     largest = jax.lax.stop_gradient(a).sum(axis=-1, keepdims=True).max(axis=-2, keepdims=True)
     # The iteration diverges from 2 / |B|² on, which a ridge above 0.05 would exceed where A is close to I.
@@ -121,9 +102,6 @@ def released_softpp_inverse(
     One alpha = 2 / (largest row sum)² serves the *whole batch and all heads*, and is halved at most 10 times
     while the largest column sum of |I - alpha A²| in the batch exceeds 1.01. So the result for one sample
     depends on the others; use it for parity with published checkpoints only. Differentiable by plain autodiff.
-
-    Example:
-        x = released_softpp_inverse(a)
     """
     square = jnp.matmul(a, a, precision=HIGHEST)
     eye = jnp.broadcast_to(jnp.eye(a.shape[-1], dtype=a.dtype), a.shape)
@@ -143,9 +121,6 @@ def cholesky_solve(
     """Returns (A + ridge I)⁻¹ rhs for symmetric positive definite A + ridge I, with exact derivatives.
 
     Coinciding landmarks make A singular: ridge must then exceed the rounding error of A, about 1e-5 in float32.
-
-    Example:
-        summary = cholesky_solve(a, p_v, ridge=0.01)
     """
     return jnp.matmul(positive_inverse(add_ridge(a, ridge)), rhs, precision=HIGHEST)
 

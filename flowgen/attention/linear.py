@@ -68,11 +68,7 @@ class Causal:
 
 
 def as_causal(is_causal: bool | Causal) -> Causal | None:
-    """Returns how causal attention is cut, None where it is not causal.
-
-    Example:
-        causal = as_causal(True)  # Causal()
-    """
+    """Returns how causal attention is cut, None where it is not causal."""
     if isinstance(is_causal, Causal):
         return is_causal
     return Causal() if is_causal else None
@@ -140,11 +136,7 @@ def products(
     is_causal: bool | Causal = False,
     segment_ids: Int[Array, "b n"] | None = None,
 ) -> tuple[Float[Array, "b n h d"], Float[Array, "b n h"]]:
-    """Returns the numerators Σ_j φ(q_i)·φ(k_j) v_j and the normalisers Σ_j φ'(q_i)·φ'(k_j) of `attend_features`.
-
-    Example:
-        out, total = products(Features(q, k), v, is_causal=True)
-    """
+    """Returns the numerators Σ_j φ(q_i)·φ(k_j) v_j and the normalisers Σ_j φ'(q_i)·φ'(k_j) of `attend_features`."""
     check_heads(features.q, features.k, v)
     q, k = features.q, features.k
     mask = check_mask(mask, q, k)
@@ -239,11 +231,7 @@ def quadratic_products(
 def seen_pairs(
     mask: Bool[Array, "#b #h #n #m"], causal: Causal | None, segment_ids: Int[Array, "b n"] | None, n: int, m: int
 ) -> Bool[Array, "#b #h #n #m"]:
-    """Returns which of n queries see which of m keys: the mask, causal order and segments together.
-
-    Example:
-        pairs = seen_pairs(mask, Causal(), None, n=8, m=8)
-    """
+    """Returns which of n queries see which of m keys: the mask, causal order and segments together."""
     if causal is not None:
         block_q, block_k = jnp.arange(n) // causal.block_size, jnp.arange(m) // causal.block_size
         mask = mask & (block_q[:, None] >= block_k[None, :])[None, None]
@@ -255,11 +243,7 @@ def seen_pairs(
 def normalised(
     out: Float[Array, "b n h d"], total: Float[Array, "b n h"], eps: float | Float[Array, "b n h"], dtype: jnp.dtype
 ) -> Float[Array, "b n h d"]:
-    """Returns out / (total + eps), and 0 with zero gradients where that divisor is 0.
-
-    Example:
-        y = normalised(*products(features, v), 1e-6, v.dtype)
-    """
+    """Returns out / (total + eps), and 0 with zero gradients where that divisor is 0."""
     total = total + eps
     return (out / jnp.where(total == 0, 1, total)[..., None]).astype(dtype)
 

@@ -335,32 +335,20 @@ def _window(values: Float[Array, "b m d"], start: Int[Array, " b"], size: int) -
 
 
 def head_width(width: int, num_heads: int) -> int:
-    """Returns the width of one head; ValueError unless width divides evenly.
-
-    Example:
-        head_width(256, 8)  # 32
-    """
+    """Returns the width of one head; ValueError unless width divides evenly."""
     if num_heads < 1 or width % num_heads:
         raise ValueError(f"width {width} is not divisible by num_heads {num_heads}; change one of them.")
     return width // num_heads
 
 
 def check_decodes(is_causal: bool | Causal) -> None:
-    """Raises ValueError unless attention is causal token by token, without which there is no running state.
-
-    Example:
-        check_decodes(self.is_causal)
-    """
+    """Raises ValueError unless attention is causal token by token, without which there is no running state."""
     causal = as_causal(is_causal)
     if causal is None or causal.block_size != 1:
         raise ValueError(f"is_causal is {is_causal}; decoding with a running state needs is_causal=True.")
 
 
 def check_token(x: Array) -> None:
-    """Raises ValueError unless x is one token per sample.
-
-    Example:
-        check_token(x[:, t])
-    """
+    """Raises ValueError unless x is one token per sample."""
     if x.ndim != 2:
         raise ValueError(f"x has shape {x.shape}; step takes one token, (batch, width), and prefill several.")

@@ -71,11 +71,7 @@ class _Chunk(NamedTuple):
 
 
 def empty_state(features: Features, v: Float[Array, "b n g d"]) -> LinearState:
-    """Returns the state before the first token, in the shapes and at least the precision of these arrays.
-
-    Example:
-        state = empty_state(Features(q, k), v)
-    """
+    """Returns the state before the first token, in the shapes and at least the precision of these arrays."""
     dtype = jnp.promote_types(jnp.result_type(features.k, v), jnp.float32)
     kv, norm, length = _state_shapes(features, v)
     return LinearState(jnp.zeros(kv, dtype), jnp.zeros(norm, dtype), jnp.zeros(length, jnp.int32))
@@ -84,11 +80,7 @@ def empty_state(features: Features, v: Float[Array, "b n g d"]) -> LinearState:
 def keep_keys(
     features: Features, v: Float[Array, "b m g d"], mask: Bool[Array, "#b #g 1 m"]
 ) -> tuple[Features, Float[Array, "b m g d"]]:
-    """Returns features and values in which masked keys (False) count for nothing, whatever they hold.
-
-    Example:
-        features, v = keep_keys(features, v, valid[:, None, None, :])
-    """
+    """Returns features and values in which masked keys (False) count for nothing, whatever they hold."""
     keep = _per_token(mask)[..., None]
     zeroed = {"k": jnp.where(keep, features.k, 0)}
     if features.norm_k is not None:
@@ -133,11 +125,7 @@ def prefix_product(
 
 @partial(jax.jit, static_argnames=("block_size", "chunk_size", "isolate"))
 def finite_prefix_product(features, v, state, log_decay, mask, segment_ids, block_size, chunk_size, isolate=False):
-    """Returns what `prefix_product` returns, of arguments that fit, and of finite numbers unless `isolate`.
-
-    Example:
-        out, total, state = finite_prefix_product(features, v, None, None, None, segment_ids, 1, 64)
-    """
+    """Returns what `prefix_product` returns, of arguments that fit, and of finite numbers unless `isolate`."""
     named = [(features.q, "b n h f"), (features.k, "b n g f"), (v, "b n g d"), (features.normaliser[1], "b n g e")]
     letters = ("b n h d", "b n h", "b g f d", "b g e", "b")
 
@@ -301,9 +289,6 @@ def decay_weights(
 
     Sums run over the tokens between s and t instead of being differences of running sums. Nothing cancels, so a
     single strong decay costs the others no digits and -inf is allowed; entries s > t are exp(0) before the mask.
-
-    Example:
-        pair, past = decay_weights(jnp.log(jnp.full((1, 1, 64), 0.9)))
     """
     size = log_decay.shape[-1]
     causal = jnp.tril(jnp.ones((size, size), bool))[None, None]

@@ -55,9 +55,6 @@ def rotary_axes(positions: Float[np.ndarray, "n a"], pairs: tuple[int, ...], bas
 
     Angle of pair k of an axis with p pairs: coordinate · base^(-k/p). Raises ValueError where the number of axes
     does not match.
-
-    Example:
-        rotary = rotary_axes(np.array([[0.0, 0.0, 0.0], [0.0, 1.0, 0.0]]), (12, 12, 8))
     """
     if positions.shape[1] != len(pairs):
         raise ValueError(
@@ -95,11 +92,7 @@ def turn(
     cos: Float[Array, "n r"] | Float[Array, "b n r"],
     sin: Float[Array, "n r"] | Float[Array, "b n r"],
 ) -> Float[Array, "b n h f"]:
-    """Returns x with its adjacent pairs of channels turned by these angles; computed in the wider of the dtypes.
-
-    Example:
-        y = turn(x, jnp.cos(angles), jnp.sin(angles))
-    """
+    """Returns x with its adjacent pairs of channels turned by these angles; computed in the wider of the dtypes."""
     parts = rearrange(x, "b n h (p r two) -> b n h p r two", r=cos.shape[-1], two=2)
     cos, sin = (jnp.expand_dims(table, (2, 3) if table.ndim == 3 else (0, 2, 3)) for table in (cos, sin))
     even, odd = parts[..., 0], parts[..., 1]

@@ -65,9 +65,6 @@ def attend_in_parts(
 
     first: the key at the place of the first query, in causal attention: query i attends to keys 0..first+i that `mask`
     allows; no mask of all pairs is made. Gradients compute the logits of a part again.
-
-    Example:
-        out = attend_in_parts(q, keys, values, first=start)
     """
     return _attend_in_parts(q, k, v, mask, first, backend.MAX_LOGITS)
 

@@ -26,11 +26,7 @@ CHANNEL_NORM_EPS = 1e-12
 
 
 def chain(layers: Sequence[Callable[..., tuple[Array, Cache]]], h: Array, cache: Cache) -> tuple[Array, Cache]:
-    """Returns what layers make of h one after another, and their caches for the frames after it.
-
-    Example:
-        h, cache = chain([block, attention, block], h, None)
-    """
+    """Returns what layers make of h one after another, and their caches for the frames after it."""
     caches = [None] * len(layers) if cache is None else cache
     after = []
     for layer, mine in zip(layers, caches, strict=True):
@@ -46,9 +42,6 @@ def convolve_clip(
 
     It is made in the compact method that calls this. cache: the two frames before x; None where the clip begins, and
     they are zeros.
-
-    Example:
-        h, cache = convolve_clip(x, None, 8, "float32", name="conv_in")
     """
     before = jnp.zeros_like(x, shape=(x.shape[0], 2, *x.shape[2:])) if cache is None else cache
     x = jnp.concatenate([before, x], axis=1)
@@ -56,11 +49,7 @@ def convolve_clip(
 
 
 def channel_norm(name: str) -> RMSNorm:
-    """Returns scale · √c x / |x| over the c channels of each place, in float32; |x| is at least 1e-12, as published.
-
-    Example:
-        norm = channel_norm("norm_in")
-    """
+    """Returns scale · √c x / |x| over the c channels of each place, in float32; |x| is at least 1e-12, as published."""
     return RMSNorm("float32", epsilon=CHANNEL_NORM_EPS**2, offset=0.0, name=name)
 
 
@@ -69,9 +58,6 @@ def average_down(x: Features, width: int, *, time: int, space: int, begins: bool
 
     The numbers of a block are in the order channel, frame, row, column. Where x begins the clip, zeros before it fill
     the first block up.
-
-    Example:
-        h = average_down(x, 64, time=2, space=2, begins=True)
     """
     if begins:
         x = jnp.pad(x, ((0, 0), (time - 1, 0), (0, 0), (0, 0), (0, 0)))
@@ -83,9 +69,6 @@ def copy_up(x: Features, width: int, *, time: int, space: int, begins: bool) -> 
     """Returns blocks of `time` frames and space × space places that hold copies of the channels of x, `width` channels.
 
     The order in a block is that of `average_down`. Where x begins the clip, the first block is its last frame alone.
-
-    Example:
-        h = copy_up(x, 32, time=2, space=2, begins=True)
     """
     x = repeat(x, "b f i j c -> b f i j (c g)", g=width * time * space**2 // x.shape[-1])
     x = rearrange(x, "b f i j (c r p q) -> b (f r) (i p) (j q) c", r=time, p=space, q=space)

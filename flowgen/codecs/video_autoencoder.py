@@ -147,9 +147,6 @@ def _strides_up(config: VideoAutoencoderConfig) -> tuple[tuple[int, int], ...]:
 def check_clips(x: Any, *, channels: int, factor: int, stride: int) -> None:
     """Raises ValueError where clips cannot be encoded to one latent per factor x factor pixels and, after the first
     frame, per stride frames.
-
-    Example:
-        check_clips(x, channels=3, factor=16, stride=4)
     """
     check_floating("clips", x)
     if x.ndim != 5 or x.shape[-1] != channels:

@@ -227,9 +227,6 @@ def paired_cost(x0: Float[Array, "b *event"], x1: Float[Array, "b *event"], cost
     """Returns the cost of each pair, float32 at least.
 
     Raises ValueError where a user's function gives another shape and, outside jit, where a cost is NaN.
-
-    Example:
-        c = paired_cost(x0, x1, "euclidean")
     """
     if callable(cost):
         value = cost(x0, x1)
@@ -248,9 +245,6 @@ def cost_matrix(x0: Float[Array, "b *event"], x1: Float[Array, "m *event"], cost
     """Returns the cost of every x0 with every x1.
 
     Raises ValueError where their events differ in shape and, outside jit, where a cost is NaN.
-
-    Example:
-        c = cost_matrix(x0, x1, "sqeuclidean")
     """
     check_floating("x0", x0)
     check_floating("x1", x1)
@@ -273,11 +267,7 @@ def _cost_matrix(x0: Float[Array, "b *event"], x1: Float[Array, "m *event"], cos
 
 
 def log_mean_exp(x: Float[Array, " b"]) -> Float[Array, ""]:
-    """Returns log of the mean of exp(x).
-
-    Example:
-        centred = log_weight - log_mean_exp(log_weight)
-    """
+    """Returns log of the mean of exp(x)."""
     return jax.nn.logsumexp(x) - jnp.log(len(x))
 
 
@@ -299,11 +289,7 @@ def to_sphere(x: Float[Array, "b *event"]) -> Float[Array, "b *event"]:
 
 
 def check_cost(cost: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Returns the costs; ValueError where one of them is NaN, if they have values, which is outside jit.
-
-    Example:
-        cost = check_cost(cost)
-    """
+    """Returns the costs; ValueError where one of them is NaN, if they have values, which is outside jit."""
     if not isinstance(cost, Tracer):
         bad = int(np.isnan(np.asarray(cost)).sum())
         if bad:
@@ -312,21 +298,13 @@ def check_cost(cost: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 def check_scope(scope: str) -> None:
-    """Raises ValueError unless a plan is to be over all devices or over each.
-
-    Example:
-        check_scope("global")
-    """
+    """Raises ValueError unless a plan is to be over all devices or over each."""
     if scope not in ("global", "device"):
         raise ValueError(f"scope is {scope!r}; choose 'global' (the rows of all devices) or 'device'.")
 
 
 def check_epsilon(epsilon: float) -> None:
-    """Raises ValueError unless costs can be divided by epsilon in float32.
-
-    Example:
-        check_epsilon(2.0)
-    """
+    """Raises ValueError unless costs can be divided by epsilon in float32."""
     check_positive("epsilon", epsilon)
     if epsilon < SMALLEST_EPSILON:
         raise ValueError(f"epsilon is {epsilon}; below {SMALLEST_EPSILON} float32 has no cost/epsilon.")

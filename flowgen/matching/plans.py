@@ -42,9 +42,6 @@ def entropic_plan(
     into the matrix once, so that those of the stage are small and marginals are exact to float32. Sweeps end when rows
     and columns are within `tolerance`, or after max_sweeps of the last stage: look at `error`. The diagonal must be
     allowed. Costs of 0 give the even plan.
-
-    Example:
-        plan = entropic_plan(cost, jnp.ones(cost.shape, bool), 0.05, tolerance=1e-3, max_sweeps=2000)
     """
     solve = partial(_entropic_plan, epsilon=epsilon, tolerance=tolerance, max_sweeps=max_sweeps)
     return EntropicPlan(*keep_axes(solve, cost, allowed, named=[(cost, "b m")], out=("b m", "", "")))
@@ -76,11 +73,7 @@ def _entropic_plan(
 
 
 def relative_cost(cost: Float[Array, "b m"]) -> Float[Array, "b m"]:
-    """Returns costs in units of their mean, however large or small they are; zeros where all are 0.
-
-    Example:
-        logits = -relative_cost(cost) / 0.05
-    """
+    """Returns costs in units of their mean, however large or small they are; zeros where all are 0."""
     # Within what float32 can divide by.
     scaled = cost / jnp.clip(jnp.abs(cost).max(), 1e-30, 1e30)
     mean = scaled.mean()
@@ -144,11 +137,7 @@ def sinkhorn_potentials(logits: Float[Array, "b b"], num_sweeps: int) -> tuple[F
 
 
 def corrected_log_weight(logits: Float[Array, "b b"], num_sweeps: int) -> Float[Array, " b"]:
-    """Returns logits_ii + f_i + g_i: the log-weights of pairs (i, i) in the plan with the batch's own marginals.
-
-    Example:
-        log_weight = corrected_log_weight(-cost / epsilon, 10)
-    """
+    """Returns logits_ii + f_i + g_i: the log-weights of pairs (i, i) in the plan with the batch's own marginals."""
 
     def solve(logits):
         f, g = sinkhorn_potentials(logits, num_sweeps)
@@ -162,9 +151,6 @@ def assignment(cost: Float[Array, "b b"]) -> Int[Array, " b"]:
 
     Sinkhorn's potentials are taken off the costs first: sums over rows and columns do not change the optimum, and what
     is left is solved in about half the time. Costs that are not finite count as 0.
-
-    Example:
-        chosen = assignment(cost_matrix(x1, x0, "sqeuclidean"))
     """
     return keep_axes(_assignment, cost, named=[(cost, "b m")], out="b")
 

@@ -87,11 +87,7 @@ class VelocityMLP(nn.Module):
 
 
 def check_inputs(config: Any, t: Array, x: Array) -> None:
-    """Raises ValueError unless x is a batch of the config's samples and t has one time for each.
-
-    Example:
-        check_inputs(config, t, x)
-    """
+    """Raises ValueError unless x is a batch of the config's samples and t has one time for each."""
     check_floating("x", x)
     if x.shape[1:] != config.event_shape:
         shape = ", ".join(map(str, config.event_shape))

@@ -11,21 +11,13 @@ ImageSize = SupportsIndex | Sequence[SupportsIndex]
 
 
 def check_noise_std(noise_std: float) -> None:
-    """Raises ValueError where the noise a density is trained under cannot be.
-
-    Example:
-        check_noise_std(config.noise_std)
-    """
+    """Raises ValueError where the noise a density is trained under cannot be."""
     if not 0 <= noise_std < float("inf"):
         raise ValueError(f"model.noise_std is {noise_std}; it must be 0 (dequantisation) or positive.")
 
 
 def check_choices(config: Any, choices: Mapping[str, Sequence[str]]) -> None:
-    """Raises ValueError where a field of a model's config is none of its choices.
-
-    Example:
-        check_choices(config, {"dtype": ("float32", "bfloat16")})
-    """
+    """Raises ValueError where a field of a model's config is none of its choices."""
     for name, allowed in choices.items():
         if getattr(config, name) not in allowed:
             raise ValueError(f"model.{name} is {getattr(config, name)!r}; choose one of {', '.join(allowed)}.")
@@ -35,9 +27,6 @@ def image_sides(image_size: object, name: str = "model.image_size") -> tuple[int
     """Returns (height, width) of an image size: a side, or both, as integers of any kind.
 
     Raises ValueError, which names the field, unless both are at least 1.
-
-    Example:
-        height, width = image_sides(config.image_size)
     """
     sides = image_size if isinstance(image_size, tuple | list) else (image_size, image_size)
     whole = [_whole(side) for side in sides]
@@ -55,11 +44,7 @@ def _whole(value: Any) -> int:
 
 
 def check_patches(image_size: object, patch_size: int) -> None:
-    """Raises ValueError unless patches of this size tile a model's images.
-
-    Example:
-        check_patches(config.image_size, config.patch_size)
-    """
+    """Raises ValueError unless patches of this size tile a model's images."""
     sides = dict(zip(("height", "width"), image_sides(image_size), strict=True))
     odd = [f"{side} {length}" for side, length in sides.items() if length < patch_size or length % patch_size]
     if odd:
@@ -70,10 +55,6 @@ def check_patches(image_size: object, patch_size: int) -> None:
 
 
 def check_time_scale(time_scale: float) -> None:
-    """Raises ValueError where times cannot be stretched so.
-
-    Example:
-        check_time_scale(1000.0)
-    """
+    """Raises ValueError where times cannot be stretched so."""
     if not 0 < time_scale < float("inf"):
         raise ValueError(f"model.time_scale is {time_scale}; use 1000.0, or 1.0 as in the published code.")

@@ -37,9 +37,6 @@ def conv(
     """Returns a side × side convolution of `channels`, initialised as PyTorch's or at zero.
 
     padding: as flax takes it; None keeps the size at stride 1.
-
-    Example:
-        layer = conv(64, channels=3, dtype="float32")
     """
     padding = side // 2 if padding is None else padding
     return _conv(features, (side, side), (stride, stride), padding, channels, dtype, zero, name)
@@ -58,9 +55,6 @@ def clip_conv(
     """Returns a convolution over 3 frames of side × side places, initialised as PyTorch's, for clips.
 
     Places are padded, frames are not: of n frames come n - 2, every `stride`-th of them.
-
-    Example:
-        layer = clip_conv(64, channels=3, dtype="float32")
     """
     around = (side // 2, side // 2)
     return _conv(features, (3, side, side), (stride, 1, 1), ((0, 0), around, around), channels, dtype, zero, name)
@@ -90,11 +84,7 @@ def _conv(
 
 
 def group_norm(num_groups: int, dtype: str, *, epsilon: float, name: str | None = None) -> nn.GroupNorm:
-    """Returns group norm in float32 with two-pass variance.
-
-    Example:
-        norm = group_norm(32, "bfloat16", epsilon=1e-6)
-    """
+    """Returns group norm in float32 with two-pass variance."""
     return nn.GroupNorm(
         num_groups,
         epsilon=epsilon,
@@ -108,11 +98,7 @@ def group_norm(num_groups: int, dtype: str, *, epsilon: float, name: str | None 
 def convolve_image(
     x: Float[Array, "b height width c"], cache: Cache, features: int, dtype: str, *, name: str, zero: bool = False
 ) -> tuple[Float[Array, "b height width d"], Cache]:
-    """Returns a 3 × 3 convolution of images, made in the compact method that calls this, and the cache as it is.
-
-    Example:
-        h, cache = convolve_image(x, None, 64, "float32", name="conv_in")
-    """
+    """Returns a 3 × 3 convolution of images, made in the compact method that calls this, and the cache as it is."""
     return conv(features, x.shape[-1], dtype, zero=zero, name=name)(x), cache
 
 

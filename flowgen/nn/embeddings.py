@@ -39,11 +39,7 @@ def class_rows(
 def class_embedding(
     table: Float[Array, "classes d"], labels: Int[Array, " b"] | None, batch: int
 ) -> Float[Array, "b d"]:
-    """Returns `class_rows` of a table without a row for no class, which TARFlow takes for the mean of all classes.
-
-    Example:
-        e = class_embedding(table, jnp.array([3, -1]), batch=2)
-    """
+    """Returns `class_rows` of a table without a row for no class, which TARFlow takes for the mean of all classes."""
     return class_rows(jnp.concatenate([table, table.mean(axis=0, keepdims=True)]), labels, batch)
 
 
@@ -53,9 +49,6 @@ def class_one_hot(
     """Returns one-hot rows of num_classes + 1 columns, the last for no class.
 
     STARFlow feeds classes as a text of one token with these features (arXiv 2506.06276).
-
-    Example:
-        rows = class_one_hot(jnp.array([3, -1]), 10, batch=2, dtype=jnp.float32)
     """
     return class_rows(jnp.eye(num_classes + 1, dtype=dtype), labels, batch)
 
@@ -76,11 +69,7 @@ def time_features(
 
 
 def normal_dense(features: int, fan_in: int, name: str) -> nn.Dense:
-    """Returns a Dense layer that starts at N(0, 0.02²), as in DiT.
-
-    Example:
-        layer = normal_dense(256, 256, name="time_up")
-    """
+    """Returns a Dense layer that starts at N(0, 0.02²), as in DiT."""
     return nn.Dense(features, kernel_init=nn.initializers.normal(EMBEDDING_STDDEV), name=name)
 
 

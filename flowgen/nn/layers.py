@@ -41,11 +41,7 @@ def master_dtype(dtype: str) -> jnp.dtype:
 
 
 def uniform_bias(fan_in: int) -> nn.initializers.Initializer:
-    """Returns PyTorch's default initialiser of a linear bias, U(-1/√fan_in, 1/√fan_in).
-
-    Example:
-        nn.Dense(8, bias_init=uniform_bias(16))
-    """
+    """Returns PyTorch's default initialiser of a linear bias, U(-1/√fan_in, 1/√fan_in)."""
     bound = 1 / math.sqrt(fan_in)
 
     def init(key, shape, dtype=jnp.float32):

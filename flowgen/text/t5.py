@@ -113,9 +113,6 @@ def _norm(name: str) -> RMSNorm:
 def relative_buckets(length: int, num_buckets: int, max_distance: int) -> Int[np.ndarray, "n m"]:
     """Returns the bucket of every (query, key): half of them for keys behind, half for keys ahead; in each half one for
     every small distance, then logarithmically wider ones.
-
-    Example:
-        relative_buckets(128, 32, 128)[0, 5]  # 16 + 5
     """
     distance = np.arange(length)[None, :] - np.arange(length)[:, None]
     half = num_buckets // 2

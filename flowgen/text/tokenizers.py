@@ -120,9 +120,6 @@ def tokenize(
     """Returns token numbers int32 `b n`, padded, and the mask of those that are not padding.
 
     Raises ValueError where a text is too long and truncate is False.
-
-    Example:
-        ids, mask = tokenize(tokenizer, ["a cat"], 128, truncate=False)
     """
     ids = np.full((len(texts), length), tokenizer.pad, np.int32)
     mask = np.zeros((len(texts), length), bool)
