@@ -66,7 +66,7 @@ def unconditional(cond: Condition, null: TextCondition | None) -> Condition:
 
 
 def check_text(text: Any, *, length: int, dim: int, batch: int) -> TextCondition:
-    """Returns a text condition as arrays; ValueError where it cannot be meant for this model and batch."""
+    """Returns a text condition as arrays; ValueError unless it fits this model and batch."""
     if not isinstance(text, TextCondition):
         raise ValueError(f"cond is {type(text).__name__}; this model takes a flowgen.conditioning.TextCondition.")
     embeddings, mask = (part if isinstance(part, jax.Array) else np.asarray(part) for part in text)
@@ -84,7 +84,7 @@ def check_text(text: Any, *, length: int, dim: int, batch: int) -> TextCondition
 
 
 def check_labels(labels: Any, *, num_classes: int, batch: int) -> Int[Array, " b"] | None:
-    """Returns labels as int32, or None; ValueError where they cannot be meant for this model and batch.
+    """Returns labels as int32, or None; ValueError unless they fit this model and batch.
 
     Values that are traced pass unchecked; `flowgen.nn.class_rows` turns wrong ones into NaN.
     """

@@ -71,7 +71,7 @@ def check_mask(mask: Array | None, q: Array, k: Array) -> Bool[Array, "#b #h #n 
 
 
 def check_key_mask(mask: Array, q: Array, k: Array) -> Bool[Array, "#b #g 1 m"]:
-    """Returns a mask over keys alone as booleans; ValueError where it also distinguishes queries or query heads."""
+    """Returns a mask over keys alone as booleans; ValueError if it also distinguishes queries or query heads."""
     checked = check_mask(mask, q, k)
     if checked is None or not is_key_mask(checked, k):
         raise ValueError(
@@ -107,7 +107,7 @@ def concrete(x: Array) -> np.ndarray | None:
 
 
 def check_contiguous(segment_ids: Array) -> None:
-    """Raises ValueError where an id comes back after another one, if the ids can be seen."""
+    """Raises ValueError if an id comes back after another one, if the ids can be seen."""
     ids = concrete(segment_ids)
     for row in () if ids is None else ids:
         first = row[np.concatenate([[True], row[1:] != row[:-1]])] if row.size else row

@@ -9,7 +9,7 @@ from flowgen.backend import keep_axes
 
 
 def check_grid(grid: tuple[int, int] | None, num_tokens: int) -> tuple[int, int]:
-    """Returns the grid; ValueError where it is missing or does not hold all tokens."""
+    """Returns the grid; ValueError if it is missing or does not hold all tokens."""
     if grid is None:
         raise ValueError(f"grid is None; this layer needs the (height, width) of its {num_tokens} tokens.")
     if grid[0] * grid[1] != num_tokens:

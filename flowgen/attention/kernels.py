@@ -340,7 +340,7 @@ def nala_attention(
 
     eps: added to the sum of the weights; the released layer adds 1e-6 to their mean over m keys, which is m * 1e-6.
     For rotary features, a temperature of the cosine map or packed segments use
-    `linear_attention(q, k, v, nala_features(...), ...)`. Raises ValueError where shapes or mask do not fit.
+    `linear_attention(q, k, v, nala_features(...), ...)`. Raises ValueError if shapes or mask do not fit.
 
     Example:
         out = nala_attention(q, k, v, is_causal=True)
@@ -386,7 +386,7 @@ def cosformer_attention(
 
     eps: added to the sum of the weights; the released layer has a lower bound of 1e-6 on that sum instead, which is
     eps=0 for all but nearly empty rows. Its M is the longer of both lengths.
-    Raises ValueError where there are more tokens than max_length.
+    Raises ValueError if there are more tokens than max_length.
 
     Example:
         out = cosformer_attention(q, k, v, max_length=1024)
@@ -412,7 +412,7 @@ def pola_attention(
     The first half of each value is averaged by the weights of equal signs, [q+; q-]·[k+; k-], the second half by those
     of opposite signs, [q-; q+]·[k+; k-], each with its own normaliser; q± = relu(±q)^power. power: positive, a
     number or an array `h` or `h k`. eps: added to the sum of the weights; the released layer adds 1e-6 to their mean
-    over m keys, which is m * 1e-6. Raises ValueError where v's width is odd.
+    over m keys, which is m * 1e-6. Raises ValueError if v's width is odd.
 
     Example:
         out = pola_attention(q, k, v)

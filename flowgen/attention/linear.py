@@ -68,7 +68,7 @@ class Causal:
 
 
 def as_causal(is_causal: bool | Causal) -> Causal | None:
-    """Returns how causal attention is cut, None where it is not causal."""
+    """Returns how causal attention is cut, None if it is not causal."""
     if isinstance(is_causal, Causal):
         return is_causal
     return Causal() if is_causal else None
@@ -91,7 +91,7 @@ def linear_attention(
     outside of jit, a mask of queries times one of keys (times causal order, where is_causal); inside of jit `own_keys`
     makes one over keys of it. For others the quadratic form is used, up to 4096 x 4096 weights. is_causal: query i sees
     keys 0..i; a `Causal` makes it block-causal. segment_ids: tokens see each other only where ids are equal; equal ids
-    must be contiguous (see `prefix_product`). eps: added to the normaliser. Raises ValueError where shapes, types,
+    must be contiguous (see `prefix_product`). eps: added to the normaliser. Raises ValueError if shapes, types,
     mask or names do not fit.
 
     Example:

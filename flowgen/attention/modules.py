@@ -156,7 +156,7 @@ class NaLaAttention(nn.Module):
     ) -> Float[Array, "b n width"]:
         """Returns the layer's output. grid: (height, width) of the tokens in row-major order, where not causal.
 
-        mask: over keys alone, `b 1 1 n`. Raises ValueError where the grid is missing or does not fit.
+        mask: over keys alone, `b 1 1 n`. Raises ValueError if the grid is missing or does not fit.
         """
         if self.is_causal:
             if grid is not None:
@@ -273,7 +273,7 @@ class SOFTAttention(nn.Module):
     ) -> Float[Array, "b n width"]:
         """Returns the layer's output. grid: (height, width) of the tokens in row-major order; convolutions need it.
 
-        mask: over keys alone, `b 1 1 n`; with convolved landmarks it must be None. Raises ValueError where the grid
+        mask: over keys alone, `b 1 1 n`; with convolved landmarks it must be None. Raises ValueError if the grid
         is missing or does not fit.
         """
 

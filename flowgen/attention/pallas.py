@@ -29,7 +29,7 @@ def causal_product(
 ) -> tuple[Float[Array, "b n h d"], Float[Array, "b n h"]]:
     """Returns Σ_{s≤t} (q_t·k_s) v_s and Σ_{s≤t} q_t·k_s in float32, as `prefix_product` without decay or segments.
 
-    chunk_size: a power of two of at least 16. Raises ValueError where it is not.
+    chunk_size: a power of two of at least 16. Raises ValueError if it is not.
     """
     if chunk_size < 16 or chunk_size & (chunk_size - 1):
         raise ValueError(f"chunk_size is {chunk_size}; the Pallas kernel needs a power of two of at least 16.")

@@ -53,7 +53,7 @@ def rotary_grid(height: int, width: int, dim: int, base: float = 10_000.0) -> Ro
 def rotary_axes(positions: Float[np.ndarray, "n a"], pairs: tuple[int, ...], base: float = 10_000.0) -> Rotary:
     """Returns the table of points with several coordinates: pairs[i] adjacent pairs of channels turn with axis i.
 
-    Angle of pair k of an axis with p pairs: coordinate · base^(-k/p). Raises ValueError where the number of axes
+    Angle of pair k of an axis with p pairs: coordinate · base^(-k/p). Raises ValueError if the number of axes
     does not match.
     """
     if positions.shape[1] != len(pairs):
@@ -69,7 +69,7 @@ def rotate(
 ) -> Float[Array, "b n h f"]:
     """Returns x with adjacent channels (x0, x1) turned to (x0 cos - x1 sin, x1 cos + x0 sin) at these positions.
 
-    Where x has several times the channels of the table, each part is turned alike. Raises ValueError where it has
+    Where x has several times the channels of the table, each part is turned alike. Raises ValueError if it has
     no whole number of parts.
 
     Example:

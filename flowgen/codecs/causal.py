@@ -1,6 +1,6 @@
 """Layers of clips `b f rows columns c` that are causal in time, for clips run whole or in chunks in the order of time.
 
-A layer maps (x, cache) to (y, next cache). `cache` is what the layer keeps of the frames before x, None where x begins
+A layer maps (x, cache) to (y, next cache). `cache` is what the layer keeps of the frames before x, None if x begins
 the clip. A convolution of frame t sees frames t-2, t-1 and t, with zeros before the clip. The first frame is an image:
 halving and doubling of time leave it alone.
 """
@@ -40,8 +40,8 @@ def convolve_clip(
 ) -> tuple[NewFeatures, Float[Array, "b 2 rows columns c"]]:
     """Returns a convolution over the 3 frames ending at each frame of x, and the last two frames for what comes after.
 
-    It is made in the compact method that calls this. cache: the two frames before x; None where the clip begins, and
-    they are zeros.
+    It is made in the compact method that calls this. cache: the two frames before x; None at the
+    beginning of a clip, for zeros.
     """
     before = jnp.zeros_like(x, shape=(x.shape[0], 2, *x.shape[2:])) if cache is None else cache
     x = jnp.concatenate([before, x], axis=1)

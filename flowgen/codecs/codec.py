@@ -153,7 +153,7 @@ class AutoencoderCodec:
 
 
 def check_images(codec: Codec, x: Any) -> tuple[int, int]:
-    """Returns height and width of images; ValueError where the codec cannot take them."""
+    """Returns height and width of images; ValueError if the codec cannot take them."""
     check_floating("images", x)
     if x.ndim != 4 or x.shape[-1] != codec.pixel_channels:
         raise ValueError(
@@ -168,7 +168,7 @@ def check_images(codec: Codec, x: Any) -> tuple[int, int]:
 
 
 def check_latents(codec: Codec, latents: Any) -> tuple[int, int]:
-    """Returns height and width of latents; ValueError where the codec cannot take them."""
+    """Returns height and width of latents; ValueError if the codec cannot take them."""
     check_floating("latents", latents)
     if latents.ndim != 4 or latents.shape[-1] != codec.channels:
         raise ValueError(

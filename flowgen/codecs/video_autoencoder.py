@@ -145,7 +145,7 @@ def _strides_up(config: VideoAutoencoderConfig) -> tuple[tuple[int, int], ...]:
 
 
 def check_clips(x: Any, *, channels: int, factor: int, stride: int) -> None:
-    """Raises ValueError where clips cannot be encoded to one latent per factor x factor pixels and, after the first
+    """Raises ValueError if clips cannot be encoded to one latent per factor x factor pixels and, after the first
     frame, per stride frames.
     """
     check_floating("clips", x)

@@ -176,7 +176,7 @@ class VideoAutoencoderCodec:
 
 
 def check_clip_latents(codec: ClipCodec, latents: Any) -> tuple[int, int, int]:
-    """Returns frames, height and width of latents; ValueError where the codec cannot take them."""
+    """Returns frames, height and width of latents; ValueError if the codec cannot take them."""
     check_floating("latents", latents)
     if latents.ndim != 5 or latents.shape[-1] != codec.channels or not all(latents.shape[1:]):
         raise ValueError(

@@ -177,7 +177,7 @@ def check_prediction(kind: str, path: Path | None = None) -> None:
 
 
 def check_no_spread(path: Path) -> None:
-    """Raises ValueError where a path has noise on top of source and data, which no velocity tells apart from them.
+    """Raises ValueError if a path has noise on top of source and data, which no velocity tells apart from them.
 
     Example:
         check_no_spread(CondOT())

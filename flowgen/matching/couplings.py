@@ -144,7 +144,7 @@ class MinibatchOT:
         return keep_axes(lambda y: y[:, None] == y[None, :], cond, named=[(cost, "b m")], out="b m")
 
     def _check_error(self, error: Float[Array, ""]) -> None:
-        """Raises ValueError where a plan is too far off, if it has values, which is outside jit."""
+        """Raises ValueError outside jit if a plan is too far off."""
         if not isinstance(error, Tracer) and not float(error) <= self.tolerance:
             raise ValueError(
                 f"num_sweeps is {self.num_sweeps}, after which the plan of epsilon {self.epsilon} is off by "
@@ -226,7 +226,7 @@ class GibbsWeights:
 def paired_cost(x0: Float[Array, "b *event"], x1: Float[Array, "b *event"], cost: Cost) -> Float[Array, " b"]:
     """Returns the cost of each pair, float32 at least.
 
-    Raises ValueError where a user's function gives another shape and, outside jit, where a cost is NaN.
+    Raises ValueError if a user's function gives another shape and, outside jit, if a cost is NaN.
     """
     if callable(cost):
         value = cost(x0, x1)
@@ -244,7 +244,7 @@ def paired_cost(x0: Float[Array, "b *event"], x1: Float[Array, "b *event"], cost
 def cost_matrix(x0: Float[Array, "b *event"], x1: Float[Array, "m *event"], cost: Cost) -> Float[Array, "b m"]:
     """Returns the cost of every x0 with every x1.
 
-    Raises ValueError where their events differ in shape and, outside jit, where a cost is NaN.
+    Raises ValueError if their events differ in shape and, outside jit, if a cost is NaN.
     """
     check_floating("x0", x0)
     check_floating("x1", x1)
@@ -289,7 +289,7 @@ def to_sphere(x: Float[Array, "b *event"]) -> Float[Array, "b *event"]:
 
 
 def check_cost(cost: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Returns the costs; ValueError where one of them is NaN, if they have values, which is outside jit."""
+    """Returns the costs; outside jit, ValueError if one of them is NaN."""
     if not isinstance(cost, Tracer):
         bad = int(np.isnan(np.asarray(cost)).sum())
         if bad:

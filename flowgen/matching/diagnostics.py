@@ -263,7 +263,7 @@ def signed_path_energy(energy: Float[Array, ""] | float, squared_distance: Float
 def wasserstein(x: Float[Array, "b *event"], y: Float[Array, "b *event"]) -> Float[Array, ""]:
     """Returns the 2-Wasserstein distance of two equally large samples, exactly; its floor is that of two fresh samples.
 
-    Raises ValueError where they differ in size.
+    Raises ValueError if they differ in size.
 
     Example:
         distance, floor = wasserstein(generated, data), wasserstein(data, more_data)

@@ -65,7 +65,7 @@ def mean_flow_loss(
     interval 0.
     guidance_weight: w of (1 + w) v - w u(t, x, -1, 0), which takes the place of v wherever the label is not -1: one
     step then draws guided samples. It needs integer labels, and the field of -1 is learned from label_dropout.
-    batch, label_dropout and log_mean are those of `flow_matching_loss`. Raises ValueError where settings do not fit.
+    batch, label_dropout and log_mean are those of `flow_matching_loss`. Raises ValueError if settings do not fit.
 
     Example:
         loss_fn = mean_flow_loss(coupling=MinibatchOT())
@@ -105,7 +105,7 @@ def mean_flow_loss(
 
 
 def check_mean_flow(instantaneous: float, power: float, guidance_weight: float) -> None:
-    """Raises ValueError where a setting of `mean_flow_loss` is out of its range.
+    """Raises ValueError if a setting of `mean_flow_loss` is out of its range.
 
     Example:
         check_mean_flow(0.75, 1.0, 0.0)

@@ -40,7 +40,7 @@ class SemidiscreteOT:
     the data, handed out as cond. A class then sees only the noise of its cells, while sampling gives it all: that
     is for unconditional models, or for guidance that is aware of it. Takes b x n memory.
 
-    Raises ValueError where shapes do not fit, or the batch has a condition and the data have no labels.
+    Raises ValueError if shapes do not fit, or the batch has a condition and the data have no labels.
 
     Example:
         x0, x1, cond, log_weight = SemidiscreteOT(y, potentials)(key, x0, x1)
@@ -93,7 +93,7 @@ def fit_semidiscrete(
 
     Potentials are learned by Adam on the dual of the transport problem, by OTT-JAX on num_steps batches of the source,
     a function (key, shape, dtype) -> samples. More data need more steps and larger batches: each datum ought to be hit
-    dozens of times in all. Raises ModuleNotFoundError without OTT-JAX, ValueError where settings do not fit.
+    dozens of times in all. Raises ModuleNotFoundError without OTT-JAX, ValueError if settings do not fit.
 
     Example:
         coupling, error = fit_semidiscrete(jax.random.key(0), images, labels)

@@ -117,7 +117,7 @@ def trajectory(
 
 
 def _state_dtype(x0: Array) -> jnp.dtype:
-    """The type that steps are added up in; ValueError where x0 holds no floating-point numbers."""
+    """The type that steps are added up in; ValueError if x0 holds no floating-point numbers."""
     check_floating("x0", x0)
     return jnp.promote_types(jnp.asarray(x0).dtype, jnp.float32)  # of float64 where jax has it
 
@@ -159,7 +159,7 @@ def _dopri5(
 
 
 def time_grid(num_steps: int, times: Sequence[float] | np.ndarray | None) -> Float[Array, " n"]:
-    """Returns the grid of `integrate`; ValueError where it has no step or is not increasing within [0, 1].
+    """Returns the grid of `integrate`; ValueError if it has no step or is not increasing within [0, 1].
 
     Example:
         grid = time_grid(50, None)

@@ -208,7 +208,7 @@ class UNet(nn.Module):
     ) -> Float[Array, "b height width c"]:
         """Returns the velocity at x and time t, averaged over `interval` where given. train: drop activations.
 
-        cond: labels, -1 for none; a traced label of no class gives NaN. Raises ValueError where x, t or cond do not
+        cond: labels, -1 for none; a traced label of no class gives NaN. Raises ValueError if x, t or cond do not
         fit the config.
         """
         config = self.config

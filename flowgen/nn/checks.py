@@ -11,13 +11,13 @@ ImageSize = SupportsIndex | Sequence[SupportsIndex]
 
 
 def check_noise_std(noise_std: float) -> None:
-    """Raises ValueError where the noise a density is trained under cannot be."""
+    """Raises ValueError unless noise_std is 0 or positive, and finite."""
     if not 0 <= noise_std < float("inf"):
         raise ValueError(f"model.noise_std is {noise_std}; it must be 0 (dequantisation) or positive.")
 
 
 def check_choices(config: Any, choices: Mapping[str, Sequence[str]]) -> None:
-    """Raises ValueError where a field of a model's config is none of its choices."""
+    """Raises ValueError if a field of a model's config is not among its choices."""
     for name, allowed in choices.items():
         if getattr(config, name) not in allowed:
             raise ValueError(f"model.{name} is {getattr(config, name)!r}; choose one of {', '.join(allowed)}.")
@@ -55,6 +55,6 @@ def check_patches(image_size: object, patch_size: int) -> None:
 
 
 def check_time_scale(time_scale: float) -> None:
-    """Raises ValueError where times cannot be stretched so."""
+    """Raises ValueError unless time_scale is positive and finite."""
     if not 0 < time_scale < float("inf"):
         raise ValueError(f"model.time_scale is {time_scale}; use 1000.0, or 1.0 as in the published code.")

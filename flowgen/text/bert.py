@@ -50,7 +50,7 @@ class BertConfig:
 class BertEncoder(nn.Module):
     """Features `b n d` of token numbers `b n`, zero where the mask is False.
 
-    Raises ValueError where there are more tokens than positions.
+    Raises ValueError if there are more tokens than positions.
 
     Example:
         features = BertEncoder(BertConfig()).apply(params, ids, mask)

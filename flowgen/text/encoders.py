@@ -22,7 +22,7 @@ from flowgen.text.tokenizers import Tokenizer, shortened, tokenize
 class TextEncoder(Protocol):
     """Texts to conditions of `length` tokens of `dim` features, zero where padded.
 
-    Raises ValueError where a text has more tokens than that, unless it may be cut.
+    Raises ValueError if a text has more tokens than that, unless it may be cut.
 
     Example:
         cond = encoder(["a cat", ""])

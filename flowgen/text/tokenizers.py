@@ -41,7 +41,7 @@ class Tokenizer(Protocol):
 class JsonTokenizer:
     """A tokenizer of a `tokenizer.json`, by the package tokenizers.
 
-    Raises ModuleNotFoundError naming the package, ValueError where the file is none.
+    Raises ModuleNotFoundError naming the package, ValueError if the file is none.
 
     Example:
         tokenizer = JsonTokenizer("all-MiniLM-L6-v2/tokenizer.json")
@@ -83,7 +83,7 @@ class JsonTokenizer:
 class SentencePieceTokenizer:
     """A tokenizer of a `spiece.model`, as T5 uses it: the end token </s> is appended, padding is 0.
 
-    Raises ModuleNotFoundError naming the package, ValueError where the file is none.
+    Raises ModuleNotFoundError naming the package, ValueError if the file is none.
 
     Example:
         tokenizer = SentencePieceTokenizer("flan-t5-xl/spiece.model")
@@ -119,7 +119,7 @@ def tokenize(
 ) -> tuple[Int[np.ndarray, "b n"], Bool[np.ndarray, "b n"]]:
     """Returns token numbers int32 `b n`, padded, and the mask of those that are not padding.
 
-    Raises ValueError where a text is too long and truncate is False.
+    Raises ValueError if a text is too long and truncate is False.
     """
     ids = np.full((len(texts), length), tokenizer.pad, np.int32)
     mask = np.zeros((len(texts), length), bool)
@@ -150,7 +150,7 @@ def _check_of_package(error: BaseException) -> None:
 
 
 def _check_template(post_processor: Any) -> None:
-    """Raises ValueError where the template that puts special tokens around a text names one that it does not have, at
+    """Raises ValueError if the template that puts special tokens around a text names one that it does not have, at
     which the package would panic."""
     known = {} if post_processor is None else json.loads(post_processor.__getstate__())
     for step in known.get("processors", [known]):
