@@ -181,7 +181,7 @@ class PolaKernel(ByFields):
         dtype = jnp.promote_types(q.dtype, jnp.float32)
         positive, negative = (_signed_power(x.astype(dtype), self.power) for x in (q, -q))
         same, opposite = jnp.concatenate([positive, negative], -1), jnp.concatenate([negative, positive], -1)
-        pairs = keep_axes(_interleave, same, opposite, named=[(q, "b n h k")], out="b n h f")
+        pairs = keep_axes(_interleave, same, opposite, named=[(q, "b n h k")], out="b n h p")
         keys = jnp.concatenate([_signed_power(x.astype(dtype), self.power) for x in (k, -k)], axis=-1)
         return Features(pairs, keys)
 
@@ -448,7 +448,7 @@ def _signed_power(x: Array, power: float | Array) -> Array:
 
 
 def _interleave(same: Array, opposite: Array) -> Array:
-    return rearrange(jnp.stack([same, opposite]), "two b n h f -> b n (h two) f")
+    return rearrange(jnp.stack([same, opposite]), "two b n h p -> b n (h two) p")
 
 
 def _halves(pairs: Float[Array, "b n two_h d"]) -> Float[Array, "b n h d"]:

@@ -211,7 +211,7 @@ def quadratic_products(
         features = features._replace(k=keys[0], norm_k=keys[1])
 
         def weights(q, k):
-            pairs = jnp.einsum("bnhf,bmhf->bhnm", q, jnp.repeat(k, repeats, axis=2), precision=HIGHEST)
+            pairs = jnp.einsum("bnhp,bmhp->bhnm", q, jnp.repeat(k, repeats, axis=2), precision=HIGHEST)
             pairs = pairs.astype(dtype) if factors is None else pairs.astype(dtype) * factors
             return pairs if mask is None else jnp.where(mask, pairs, 0)
 
@@ -333,14 +333,14 @@ def _full(features: Features, v: Array) -> tuple[Array, Array]:
     def run(features, v):
         dtype = jnp.promote_types(jnp.result_type(features.k, v), jnp.float32)
         groups = v.shape[2]
-        kv = jnp.einsum("bmgf,bmgd->bgfd", features.k, v.astype(dtype), precision=HIGHEST)
+        kv = jnp.einsum("bmgp,bmgd->bgpd", features.k, v.astype(dtype), precision=HIGHEST)
         norm_q, norm_k = features.normaliser
 
         def grouped(x):
-            return rearrange(x, "b n (g r) f -> b n g r f", g=groups)
+            return rearrange(x, "b n (g r) p -> b n g r p", g=groups)
 
-        out = jnp.einsum("bngrf,bgfd->bngrd", grouped(features.q), kv, precision=HIGHEST)
-        total = jnp.einsum("bngrf,bgf->bngr", grouped(norm_q), norm_k.sum(axis=1), precision=HIGHEST)
+        out = jnp.einsum("bngrp,bgpd->bngrd", grouped(features.q), kv, precision=HIGHEST)
+        total = jnp.einsum("bngrp,bgp->bngr", grouped(norm_q), norm_k.sum(axis=1), precision=HIGHEST)
         return rearrange(out, "b n g r d -> b n (g r) d"), rearrange(total, "b n g r -> b n (g r)")
 
     return _with_axes(run, features, v)
@@ -368,5 +368,5 @@ def _packed(features: Features, v: Array, segment_ids: Array) -> tuple[Array, Ar
 
 
 def _with_axes(run, features: Features, v: Array, *rest: Array | None) -> tuple[Array, Array]:
-    named = [(features.q, "b n h f"), (features.k, "b m g f"), (v, "b m g d")]
+    named = [(features.q, "b n h p"), (features.k, "b m g p"), (v, "b m g d")]
     return keep_axes(run, features, v, *rest, named=named, out=("b n h d", "b n h"))

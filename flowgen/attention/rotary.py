@@ -65,8 +65,8 @@ def rotary_axes(positions: Float[np.ndarray, "n a"], pairs: tuple[int, ...], bas
 
 
 def rotate(
-    x: Float[Array, "b n h f"], rotary: Rotary, positions: Int[Array, " n"] | Int[Array, "b n"]
-) -> Float[Array, "b n h f"]:
+    x: Float[Array, "b n h p"], rotary: Rotary, positions: Int[Array, " n"] | Int[Array, "b n"]
+) -> Float[Array, "b n h p"]:
     """Returns x with adjacent channels (x0, x1) turned to (x0 cos - x1 sin, x1 cos + x0 sin) at these positions.
 
     Where x has several times the channels of the table, each part is turned alike. Raises ValueError if it has
@@ -88,10 +88,10 @@ def rotate(
 
 
 def turn(
-    x: Float[Array, "b n h f"],
+    x: Float[Array, "b n h p"],
     cos: Float[Array, "n r"] | Float[Array, "b n r"],
     sin: Float[Array, "n r"] | Float[Array, "b n r"],
-) -> Float[Array, "b n h f"]:
+) -> Float[Array, "b n h p"]:
     """Returns x with its adjacent pairs of channels turned by these angles; computed in the wider of the dtypes."""
     parts = rearrange(x, "b n h (p r two) -> b n h p r two", r=cos.shape[-1], two=2)
     cos, sin = (jnp.expand_dims(table, (2, 3) if table.ndim == 3 else (0, 2, 3)) for table in (cos, sin))
