@@ -112,7 +112,7 @@ class Autoencoder(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Pictures to the mean and log variance before their last 1 × 1 convolution."""
+    """Images to the mean and log variance before their last 1 × 1 convolution."""
 
     config: AutoencoderConfig
 
