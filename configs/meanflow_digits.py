@@ -20,7 +20,7 @@ def config() -> MatchingExperiment:
             num_layers=4,
             head_dim=32,
             num_classes=10,
-            spans=True,
+            intervals=True,
             time_scale=1.0,
         ),
         data=DataConfig(source="digits"),

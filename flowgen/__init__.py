@@ -29,6 +29,7 @@ _NAMES = {
 }
 _PACKAGES = (
     "attention",
+    "backend",
     "checkpoint",
     "codecs",
     "conditioning",
@@ -42,6 +43,7 @@ _PACKAGES = (
     "models",
     "nn",
     "runs",
+    "text",
     "training",
 )
 

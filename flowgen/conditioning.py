@@ -1,4 +1,4 @@
-"""Conditions: labels and texts, what a model makes of them, what stands for no condition, dropout, and checks."""
+"""Conditions: labels and texts, what stands for no condition, dropout, and checks."""
 
 from __future__ import annotations
 
@@ -20,81 +20,30 @@ class TextCondition(NamedTuple):
         cond = TextCondition(encoder(ids), mask=ids != 0)
     """
 
-    embeddings: Float[Array, "b l e"]
-    mask: Bool[Array, "b l"]
+    embeddings: Float[Array, "b n e"]
+    mask: Bool[Array, "b n"]
 
 
 Condition = Int[Array, " b"] | TextCondition
 
 
-def class_embedding(
-    table: Float[Array, "classes d"], labels: Int[Array, " b"] | None, batch: int
-) -> Float[Array, "b d"]:
-    """Returns the row of each label, and the mean of the table where the label is -1 or `labels` is None.
-
-    TARFlow has no learned null class: "unconditional" is the mean class. A label outside -1..classes-1
-    cannot raise inside a compiled program; it gives NaN rather than some other class.
-
-    Example:
-        e = class_embedding(table, jnp.array([3, -1]), batch=2)
-    """
-    null = jnp.broadcast_to(table.mean(axis=0), (batch, table.shape[1]))
-    if labels is None:
-        return null
-    rows = jnp.take(table, jnp.maximum(labels, 0), axis=0, mode="fill", fill_value=jnp.nan)
-    rows = jnp.where((labels < UNCONDITIONAL)[:, None], jnp.nan, rows)
-    return jnp.where((labels == UNCONDITIONAL)[:, None], null, rows)
-
-
-def class_one_hot(
-    labels: Int[Array, " b"] | None, num_classes: int, batch: int, dtype: jnp.dtype
-) -> Float[Array, "b classes_and_null"]:
-    """Returns one-hot rows of num_classes + 1 columns, the last for -1 and for no labels at all; else NaN if unknown.
-
-    STARFlow feeds classes as a text of one token with these features (arXiv 2506.06276).
-
-    Example:
-        rows = class_one_hot(jnp.array([3, -1]), 10, batch=2, dtype=jnp.float32)
-    """
-    labels = no_labels((batch,)) if labels is None else labels
-    rows = jax.nn.one_hot(jnp.where(labels == UNCONDITIONAL, num_classes, labels), num_classes + 1, dtype=dtype)
-    known = (labels >= UNCONDITIONAL) & (labels < num_classes)
-    return jnp.where(known[:, None], rows, jnp.nan)
-
-
-def masked_text(text: TextCondition) -> Float[Array, "b l e"]:
-    """Returns the features of the texts with exact zeros in the place of padding.
-
-    Example:
-        features = masked_text(cond)
-    """
+def masked_text(text: TextCondition) -> Float[Array, "b n e"]:
+    """Returns the features of the texts with exact zeros in the place of padding."""
     return jnp.where(text.mask[:, :, None], text.embeddings, 0)
 
 
 def no_labels(shape: tuple[int, ...]) -> Int[Array, "..."]:
-    """Returns labels -1, of a type that has -1.
-
-    Example:
-        nobody = no_labels(labels.shape)
-    """
+    """Returns labels -1, of a type that has -1."""
     return jnp.full(shape, UNCONDITIONAL, jnp.int32)
 
 
 def drop_labels(key: Key[Array, ""], labels: Integer[Array, " b"], rate: float) -> Int[Array, " b"]:
-    """Returns int32 labels, each one replaced by -1 with probability `rate`.
-
-    Example:
-        labels = drop_labels(key, labels, rate=0.1)
-    """
+    """Returns int32 labels, each one replaced by -1 with probability `rate`."""
     return jnp.where(jax.random.bernoulli(key, rate, labels.shape), UNCONDITIONAL, labels.astype(jnp.int32))
 
 
 def drop_texts(key: Key[Array, ""], texts: TextCondition, null: TextCondition, rate: float) -> TextCondition:
-    """Returns texts with each one replaced by the null text, the encoded "" as a rule, with probability `rate`.
-
-    Example:
-        texts = drop_texts(key, texts, null, rate=0.1)
-    """
+    """Returns texts with each one replaced by the null text, the encoded "" as a rule, with probability `rate`."""
     dropped = jax.random.bernoulli(key, rate, texts.mask.shape[:1])
     null = broadcast_text(null, len(dropped))
     return TextCondition(
@@ -104,20 +53,12 @@ def drop_texts(key: Key[Array, ""], texts: TextCondition, null: TextCondition, r
 
 
 def broadcast_text(text: TextCondition, batch: int) -> TextCondition:
-    """Returns one text for every sample of a batch.
-
-    Example:
-        null = broadcast_text(null, batch=16)
-    """
+    """Returns one text for every sample of a batch."""
     return TextCondition(*(jnp.broadcast_to(part, (batch, *part.shape[1:])) for part in text))
 
 
 def unconditional(cond: Condition, null: TextCondition | None) -> Condition:
-    """Returns what stands beside a condition in the unconditional branch of guidance: label -1, or the null text.
-
-    Example:
-        both = jax.tree.map(lambda *parts: jnp.concatenate(parts), cond, unconditional(cond, null))
-    """
+    """Returns what stands beside a condition in the unconditional branch of guidance: label -1, or the null text."""
     if isinstance(cond, TextCondition):
         assert null is not None  # a flow of texts asks for it
         return broadcast_text(null, len(cond.mask))
@@ -125,11 +66,7 @@ def unconditional(cond: Condition, null: TextCondition | None) -> Condition:
 
 
 def check_text(text: Any, *, length: int, dim: int, batch: int) -> TextCondition:
-    """Returns a text condition as arrays; ValueError where it cannot be meant for this model and batch.
-
-    Example:
-        text = check_text(text, length=128, dim=2048, batch=4)
-    """
+    """Returns a text condition as arrays; ValueError unless it fits this model and batch."""
     if not isinstance(text, TextCondition):
         raise ValueError(f"cond is {type(text).__name__}; this model takes a flowgen.conditioning.TextCondition.")
     embeddings, mask = (part if isinstance(part, jax.Array) else np.asarray(part) for part in text)
@@ -147,12 +84,9 @@ def check_text(text: Any, *, length: int, dim: int, batch: int) -> TextCondition
 
 
 def check_labels(labels: Any, *, num_classes: int, batch: int) -> Int[Array, " b"] | None:
-    """Returns labels as int32, or None; ValueError where they cannot be meant for this model and batch.
+    """Returns labels as int32, or None; ValueError unless they fit this model and batch.
 
-    Values that are traced pass unchecked; `class_embedding` turns wrong ones into NaN.
-
-    Example:
-        labels = check_labels([3, -1], num_classes=10, batch=2)
+    Values that are traced pass unchecked; `flowgen.nn.class_rows` turns wrong ones into NaN.
     """
     if labels is None:
         return None

@@ -7,9 +7,7 @@ from typing import Any
 import jax
 from jaxtyping import Array, Key
 
-from flowgen.arrays import check_key, shown
 from flowgen.codecs import AutoencoderConfig, VideoAutoencoderConfig
-from flowgen.codecs import init as init_autoencoder
 from flowgen.flows import (
     ClipDenoiser,
     STARFlowConfig,
@@ -19,7 +17,7 @@ from flowgen.flows import (
 )
 from flowgen.flows import init as init_flow
 from flowgen.matching import DiTConfig, MLPConfig, UNetConfig
-from flowgen.matching import init as init_velocity
+from flowgen.nn import init as init_network
 
 FlowConfig = TARFlowConfig | STARFlowConfig
 CodecConfig = AutoencoderConfig | VideoAutoencoderConfig
@@ -42,13 +40,8 @@ def init(model: Any, key: Key[Array, ""]) -> Any:
     Example:
         params = init(flow, jax.random.key(0))
     """
-    if not hasattr(model, "config"):
-        raise ValueError(f"model is {shown(model)}; give a model such as TARFlow(config), and then the key.")
-    check_key(key)
-    if isinstance(model.config, CodecConfig):
-        return init_autoencoder(model, key)
-    if not isinstance(model.config, FlowConfig):
-        return init_velocity(model, key)
+    if not isinstance(getattr(model, "config", None), FlowConfig):
+        return init_network(model, key)
     variables = init_flow(model, key)
     if getattr(model.config, "denoiser_layers", 0):
         denoiser = init_denoiser(ClipDenoiser(model.config), jax.random.fold_in(key, model.config.num_blocks))

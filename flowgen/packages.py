@@ -2,6 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
+from types import ModuleType
+
+
+def need(module: str, purpose: str, package: str = "") -> ModuleType:
+    """Returns a module, or raises the error of `missing`. package: its name on the package index, if it is another.
+
+    Example:
+        av = need("av", "Reading and writing video")
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise missing(purpose, package or module) from error
+
 
 def missing(purpose: str, *packages: str, options: str = "", otherwise: str = "") -> ModuleNotFoundError:
     """Returns the error of missing packages, which names them and the command that installs them.

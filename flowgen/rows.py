@@ -17,7 +17,7 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Key
 
-from flowgen.sharding import alike_rows
+from flowgen.backend import alike_rows
 
 # The name under which a batch brings its rows.
 ROWS = "rows"

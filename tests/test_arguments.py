@@ -16,7 +16,6 @@ from flowgen.codecs import (
     VideoAutoencoderCodec,
     VideoAutoencoderConfig,
 )
-from flowgen.codecs import init as init_autoencoder
 from flowgen.codecs.video_codec import FrameCodec
 from flowgen.data import ClipsConfig, DataConfig, from_uint8, load, load_clips, to_uint8
 from flowgen.decoding import Guidance, Jacobi, invert, sample, sample_clips
@@ -41,11 +40,11 @@ CLIP_FLOW = STARFlowV(
 )
 CLIP_PARAMS = flowgen.init(CLIP_FLOW, key())
 ENCODER = Autoencoder(AutoencoderConfig(channels=1, latent_channels=1, widths=(8,), layers_per_block=1, num_groups=4))
-ENCODER_PARAMS = init_autoencoder(ENCODER, key())
+ENCODER_PARAMS = flowgen.init(ENCODER, key())
 VIDEO = VideoAutoencoder(VideoAutoencoderConfig(channels=1, widths=(8, 8), decoder_widths=(8, 8), halve_time=(True,)))
-VIDEO_PARAMS = init_autoencoder(VIDEO, key())
+VIDEO_PARAMS = flowgen.init(VIDEO, key())
 NETWORK = fm.DiT(fm.DiTConfig(image_size=4, channels=1, patch_size=2, width=16, num_layers=1, head_dim=8))
-NETWORK_PARAMS = fm.init(NETWORK, key())
+NETWORK_PARAMS = flowgen.init(NETWORK, key())
 LOSS = fm.flow_matching_loss()
 T = jnp.full(2, 0.5)
 
@@ -164,7 +163,7 @@ WRONG = {
     "Guidance: a text": (lambda: Guidance(scale="strong"), "scale is 'strong'"),
     "Jacobi: a text": (lambda: Jacobi(window="8"), "window is '8'"),
     "init: a number for the key": (lambda: flowgen.init(FLOW, 0), "key is 0"),
-    "init of a network": (lambda: fm.init(NETWORK, 0), "key is 0"),
+    "init of a network": (lambda: flowgen.init(NETWORK, 0), "key is 0"),
     "forward: one image": (lambda: FLOW.apply(PARAMS, X[0], method="forward"), "x has shape (4, 4, 1)"),
     "forward: channels first": (lambda: FLOW.apply(PARAMS, X.swapaxes(1, 3), method="forward"), "x has shape"),
     "forward: a list": (lambda: FLOW.apply(PARAMS, [[0.0]], method="forward"), "x is a list"),

@@ -11,9 +11,10 @@ import pytest
 from published_files import publish, write_safetensors
 from tolerances import NETWORK, assert_close
 
-from flowgen import codecs, convert
-from flowgen.codecs.t5 import relative_buckets
-from flowgen.codecs.text import tokenize
+from flowgen import backend, codecs, convert, text
+from flowgen.nn import init
+from flowgen.text.t5 import relative_buckets
+from flowgen.text.tokenizers import tokenize
 
 sys.path.insert(0, str(Path(__file__).parent / "fixtures"))
 import codec_weights as cw
@@ -88,14 +89,14 @@ def test_networks_that_are_not_ours_are_refused(importer, kind, config, change, 
 
 
 def test_published_sizes():
-    def size(network, init):
+    def size(network):
         return sum(x.size for x in jax.tree.leaves(jax.eval_shape(lambda: init(network, jax.random.key(0)))))
 
     published = codecs.AUTOENCODER_PRESETS["sd_vae"]
-    assert size(codecs.Autoencoder(published), codecs.init) == 83_653_863
-    assert size(codecs.T5Encoder(codecs.T5Config()), codecs.t5.init) == 1_223_527_424
+    assert size(codecs.Autoencoder(published)) == 83_653_863
+    assert size(text.T5Encoder(text.T5Config())) == 1_223_527_424
     # 22,713,216 with the pooler of 384 · 385.
-    assert size(codecs.BertEncoder(codecs.BertConfig()), codecs.t5.init) == 22_713_216 - 384 * 385
+    assert size(text.BertEncoder(text.BertConfig())) == 22_713_216 - 384 * 385
 
 
 def test_relative_buckets_are_told_apart_where_published():
@@ -131,7 +132,7 @@ def test_a_codec_gives_the_same_in_any_parts(autoencoder, monkeypatch):
     codec = make_codec(autoencoder)
     images = np.tile(cw.images()[:, :8, :8], (3, 1, 1, 1))[:5]
     whole = codec.moments(images)[0]
-    monkeypatch.setattr(codecs.codec, "IMAGES_AT_ONCE", 2)
+    monkeypatch.setattr(backend, "IMAGES_AT_ONCE", 2)
     assert_close(codec.moments(images)[0], whole, NETWORK)
 
 
@@ -144,11 +145,11 @@ def test_blocks_of_pixels_are_a_codec():
     assert isinstance(codec, codecs.Codec)
 
 
-def test_pictures_and_latents_that_do_not_fit_are_refused(autoencoder):
+def test_images_and_latents_that_do_not_fit_are_refused(autoencoder):
     codec = make_codec(autoencoder)
-    with pytest.raises(ValueError, match=r"pictures have shape \(2, 8, 8, 1\); this codec takes .*, 3\)"):
+    with pytest.raises(ValueError, match=r"images have shape \(2, 8, 8, 1\); this codec takes .*, 3\)"):
         codec.moments(np.zeros((2, 8, 8, 1)))
-    with pytest.raises(ValueError, match="pictures are 10 x 8; this codec takes sides that are multiples of 4"):
+    with pytest.raises(ValueError, match="images are 10 x 8; this codec takes sides that are multiples of 4"):
         codec.moments(np.zeros((2, 10, 8, 3)))
     with pytest.raises(ValueError, match=r"latents have shape \(2, 8, 8, 16\); this codec takes .*, 4\)"):
         codec.decode(np.zeros((2, 8, 8, 16)))
@@ -181,7 +182,7 @@ def word_piece(path):
 
 
 def test_the_sentence_piece_tokenizer_is_that_of_t5():
-    tokenizer = codecs.SentencePieceTokenizer(cw.HERE / "spiece.model")
+    tokenizer = text.SentencePieceTokenizer(cw.HERE / "spiece.model")
     rows = [tokenizer(text) for text in cw.TEXTS]
     assert [row + [0] * (RECORDED["spiece_ids"].shape[1] - len(row)) for row in rows] == RECORDED["spiece_ids"].tolist()
     assert rows[1] == [1]
@@ -189,7 +190,7 @@ def test_the_sentence_piece_tokenizer_is_that_of_t5():
 
 def test_the_json_tokenizer_ignores_the_lengths_in_its_file(tmp_path):
     word_piece(tmp_path / "tokenizer.json")
-    tokenizer = codecs.JsonTokenizer(tmp_path / "tokenizer.json")
+    tokenizer = text.JsonTokenizer(tmp_path / "tokenizer.json")
     assert tokenizer("A photo of a cat") == [2, 4, 5, 6, 4, 7, 3]
     assert tokenizer("") == [2, 3]
     ids, mask = tokenize(tokenizer, ["a photo of a cat", ""], 7, truncate=False)
@@ -199,7 +200,7 @@ def test_the_json_tokenizer_ignores_the_lengths_in_its_file(tmp_path):
 
 def test_a_text_that_is_too_long_is_refused_or_cut(tmp_path):
     word_piece(tmp_path / "tokenizer.json")
-    tokenizer = codecs.JsonTokenizer(tmp_path / "tokenizer.json")
+    tokenizer = text.JsonTokenizer(tmp_path / "tokenizer.json")
     with pytest.raises(ValueError, match="the text 'a photo of a cat' has 7 tokens and the model takes 5; shorten it"):
         tokenize(tokenizer, ["a cat", "a photo of a cat"], 5, truncate=False)
     ids, _ = tokenize(tokenizer, ["a photo of a cat"], 5, truncate=True)
@@ -211,7 +212,7 @@ RED = [1.0, 1.0, 1.0, 1.0, -1.0, -1.0, -1.0, 1.0]
 
 
 def test_hashed_words_are_the_same_everywhere():
-    encoder = codecs.HashedWords(length=4, dim=8)
+    encoder = text.HashedWords(length=4, dim=8)
     features, mask = encoder(["red apple", "", "Apple red"])
     assert mask.tolist() == [[True, True, True, False], [True, False, False, False], [True, True, True, False]]
     np.testing.assert_array_equal(features[0, 0], features[2, 1])
@@ -221,7 +222,7 @@ def test_hashed_words_are_the_same_everywhere():
     with pytest.raises(ValueError, match="has 5 tokens and the model takes 4"):
         encoder(["one two three four"])
     assert encoder(["one two three four"], truncate=True).mask.all()
-    assert isinstance(encoder, codecs.TextEncoder)
+    assert isinstance(encoder, text.TextEncoder)
 
 
 # Published folders

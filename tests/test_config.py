@@ -103,7 +103,7 @@ UNUSUAL = FlowExperiment(
 )
 VELOCITY = MatchingExperiment(
     name="velocity",
-    model=MLPConfig(dim=2, width=7, num_layers=5, spans=True),
+    model=MLPConfig(dim=2, width=7, num_layers=5, intervals=True),
     data=PointsConfig(source="moons", target="five_gaussians"),
     matching=MatchingConfig(
         loss=MeanFlow(instantaneous=0.5, power=0.5),
@@ -287,7 +287,10 @@ def test_values_that_depend_on_each_other_are_checked_together(experiment):
         (["--sampling.guidance=1"], "sampling.guidance is 1.0, but the model has no classes to guide to"),
         (["--sampling.num_steps=1"], "sampling.num_steps is 1; the grid 'edm' needs at least 2"),
         (["--model.num_classes", "2"], "model has dim 2 and num_classes 2; these points have 2 and none."),
-        (["--model.spans", "false"], "matching.loss is MeanFlow, which needs model.spans true; this MLP has no spans."),
+        (
+            ["--model.intervals", "false"],
+            "matching.loss is MeanFlow, and this MLP has no intervals; set model.intervals to true.",
+        ),
         (["--matching.loss=FlowMatching", "--sampling.method=mean_flow", "--sampling.times=uniform"], "needs matching"),
         (["--sampling.method", "dopri5"], "sampling.times is 'edm', but dopri5 takes no grid; set it to 'uniform'."),
         (["--sampling.guidance_interval", "(0.9, 0.1)"], "sampling.guidance_interval is (0.9, 0.1); give increasing"),

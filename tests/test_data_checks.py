@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from flowgen.data import ClipsConfig, DataConfig, Inventory, found_classes, load, load_clips, take_inventory
-from flowgen.prompts import aspect_size
+from flowgen.text import aspect_size
 
 COMPOSED, APART = "caf\xe9", "cafe\u0301"
 SIDES = {"image_size": 8, "channels": 3, "split": "train"}

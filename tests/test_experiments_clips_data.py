@@ -11,7 +11,7 @@ from flowgen.cli import main
 from flowgen.data import ClipsConfig, DataConfig
 from flowgen.decoding import sample_clips
 from flowgen.experiments import SamplingConfig, SpaceToDepth, TextConfig, clips, fit, video_flow
-from flowgen.prompts import PromptTemplate
+from flowgen.text import PromptTemplate
 from flowgen.training import TrainConfig
 
 

@@ -377,8 +377,8 @@ def test_more_latents_than_fit_are_to_be_encoded_first():
 
 
 def test_a_digest_of_a_text_encoder_is_of_all_that_its_features_depend_on(tmp_path):
-    from flowgen.codecs import FrozenTextEncoder
     from flowgen.convert import load_text_encoder
+    from flowgen.text import FrozenTextEncoder
 
     folder = publish(tmp_path / "t5", cw.T5, cw.state_dict("t5"), "model.safetensors")
     (folder / "spiece.model").write_bytes((cw.HERE / "spiece.model").read_bytes())

@@ -18,6 +18,7 @@ from flowgen.cli import EXIT_MISTAKE
 from flowgen.data import PointsConfig
 from flowgen.experiments import MatchingExperiment, SolverConfig, fit
 from flowgen.matching import GibbsWeights, Independent, MatchingConfig, MinibatchOT, MLPConfig
+from flowgen.nn import init
 from flowgen.training import LogConfig, TrainConfig
 
 SHRUNK = ("meanflow_digits", "otcfm_digits", "wcfm_digits_nala")
@@ -188,7 +189,7 @@ def test_mistakes_are_one_sentence(command, part, points, digits, tmp_path, monk
 def test_whatever_a_network_predicts_is_sampled_as_a_velocity():
     # A network that always predicts the datum (1, -1): every sample must arrive there.
     network = fm.VelocityMLP(fm.MLPConfig(dim=2, width=4, num_layers=1))
-    variables = jax.tree.map(jnp.zeros_like, fm.init(network, jax.random.key(0)))
+    variables = jax.tree.map(jnp.zeros_like, init(network, jax.random.key(0)))
     variables["params"]["Dense_1"]["bias"] = jnp.array([1.0, -1.0])
     matching = MatchingConfig(loss=fm.FlowMatching(prediction="x1"))
     experiment = dataclasses.replace(

@@ -17,11 +17,12 @@ from soak.torch_programs import ARCHIVES, LAYOUTS, PROGRAMS, dictionary, tensor,
 import flowgen
 from flowgen import convert, experiments
 from flowgen.cli import main
-from flowgen.codecs import AutoencoderConfig, JsonTokenizer, T5Config
+from flowgen.codecs import AutoencoderConfig
 from flowgen.convert import load_autoencoder, load_text_encoder, read_state_dict
 from flowgen.data.latents import read_latents
 from flowgen.flows import STARFlowConfig, STARFlowVConfig
 from flowgen.matching import DiTConfig, MLPConfig, UNetConfig
+from flowgen.text import JsonTokenizer, T5Config
 
 sys.path.insert(0, str(Path(__file__).parent / "fixtures"))
 import codec_weights as cw

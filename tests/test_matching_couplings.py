@@ -11,7 +11,9 @@ from matching_cases import X0, X1
 from tolerances import FORMULA, LAYER, assert_close
 
 from flowgen import matching as fm
-from flowgen.matching.couplings import assignment, pairwise_cost
+from flowgen.matching.couplings import assignment, cost_matrix
+
+KEY = jax.random.key(0)
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +24,7 @@ def toys():
 
 
 def test_assignment_and_sinkhorn_are_the_recorded_ones():
-    cost = pairwise_cost(X0, X1, "sqeuclidean")
+    cost = cost_matrix(X0, X1, "sqeuclidean")
     assert_close(cost, [[5, 1, 4.25], [9, 5, 1.25], [3.25, 9.25, 8.5]], FORMULA)
     np.testing.assert_array_equal(assignment(cost), [1, 2, 0])
     plan = jax.jit(lambda logits, f, g: jnp.exp(logits + f[:, None] + g[None]) / 3)
@@ -78,7 +80,7 @@ def test_sinkhorn_comes_near_exact_transport_and_classes_stay_apart(toys):
             for method, k in (("exact", k2), ("sinkhorn", k3))
         ]
         exact = fm.MinibatchOT()(k4, x0, x1)
-        return cost(exact), cost(entropic), cost(fm.Independent()(None, x0, x1)), aware
+        return cost(exact), cost(entropic), cost(fm.Independent()(KEY, x0, x1)), aware
 
     exact, entropic, independent, aware = run(jax.random.key(0))
     # Entropy of 1 % of the mean cost, and draws with replacement: a third more than the optimum at most.
@@ -107,7 +109,7 @@ def test_weighted_matching_has_the_minimiser_of_the_closed_form(epsilon, slope, 
 
     @jax.jit
     def run(x0, x1):
-        log_weight = weights(None, x0, x1).log_weight
+        log_weight = weights(KEY, x0, x1).log_weight
         return log_weight, fm.effective_sample_size(log_weight)
 
     log_weight, found = run(x0, x1)
@@ -131,7 +133,7 @@ def test_gibbs_weights_in_their_limits(toys):
         "corrected": fm.GibbsWeights(2.0, normalize="none", sinkhorn_sweeps=50),
         "corrected shifted": fm.GibbsWeights(2.0, cost=shifted_cost, normalize="none", sinkhorn_sweeps=50),
     }
-    got = jax.jit(lambda a, b: {name: c(None, a, b).log_weight for name, c in couplings.items()})(x0, x1)
+    got = jax.jit(lambda a, b: {name: c(KEY, a, b).log_weight for name, c in couplings.items()})(x0, x1)
     assert_close(got["flat"], 0, FORMULA, scale=1)  # 20 / 1e9, and rounding
     # Rounding of costs near 110 in float32.
     assert_close(got["shifted"], got["plain"], FORMULA, scale=110)
@@ -151,7 +153,7 @@ def test_samples_on_a_sphere_have_the_norm_of_noise():
 
 def test_an_epsilon_of_none_is_to_be_chosen_first():
     with pytest.raises(ValueError, match=r"fit_epsilon\(coupling, x0, x1\)"):
-        fm.GibbsWeights()(None, X0, X1)
+        fm.GibbsWeights()(KEY, X0, X1)
 
 
 def test_a_cost_of_nan_is_refused_outside_jit_and_spoils_the_loss_inside(untyped):
@@ -186,7 +188,7 @@ def test_each_source_goes_to_the_cell_it_lies_in():
         labelled = fm.SemidiscreteOT(y, jnp.zeros(2), labels=jnp.array([7, 8]))
         # (x + 1)² - (x - 1)² = 4x: a potential of 1 moves the border from 0 to 1/4.
         moved = fm.SemidiscreteOT(y, jnp.array([1.0, 0.0]))
-        return labelled(None, x0, jnp.zeros((3, 1)), jnp.zeros(3, jnp.int32)), moved(None, x0, jnp.zeros((3, 1)))
+        return labelled(KEY, x0, jnp.zeros((3, 1)), jnp.zeros(3, jnp.int32)), moved(KEY, x0, jnp.zeros((3, 1)))
 
     pairs, moved = run(x0)
     np.testing.assert_array_equal(pairs.x0, x0)
@@ -247,7 +249,7 @@ REFUSED = {
     "unknown method": (lambda: fm.MinibatchOT(method="partial"), "method is 'partial'"),
     "batches that differ": (lambda: fm.Independent()(None, X0, X1[:2]), "must have the same shape"),
     "weighted batches that differ": (lambda: fm.GibbsWeights(1.0)(None, X0, X1[:2]), "must have the same shape"),
-    "events that differ": (lambda: pairwise_cost(X0, X1[:, :1], "euclidean"), "events of shape (2,) and x1 (1,)"),
+    "events that differ": (lambda: cost_matrix(X0, X1[:, :1], "euclidean"), "events of shape (2,) and x1 (1,)"),
     "no labels": (lambda: fm.MinibatchOT(class_aware=True)(None, X0, X1), "needs labels as cond"),
     "potentials": (lambda: fm.SemidiscreteOT(X1, jnp.zeros(2)), "potentials have shape (2,)"),
     "labels without labels": (lambda: fm.SemidiscreteOT(X1, jnp.zeros(3))(None, X0, X1, T3), "data no labels"),

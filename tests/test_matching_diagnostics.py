@@ -104,7 +104,7 @@ def test_epsilon_is_fitted_to_the_couplings_own_target_weights_and_cost(toys):
 
     @jax.jit
     def reached():
-        shares = [fm.effective_sample_size(coupling(None, x0, x1).log_weight) for coupling in fitted[:2]]
+        shares = [fm.effective_sample_size(coupling(jax.random.key(0), x0, x1).log_weight) for coupling in fitted[:2]]
         report = fm.weight_report(x0, x1, fitted[2].epsilon)
         return shares, jnp.maximum(report.source_tilt, report.data_tilt)
 

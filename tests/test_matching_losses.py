@@ -82,8 +82,8 @@ def exact_predictions(path):
     velocity = partial(gaussian_velocity, path)
     return {
         "velocity": velocity,
-        "x1": lambda t, x: fm.x1_of(path, t, x, velocity(t, x)),
-        "noise": lambda t, x: fm.noise_of(path, t, x, velocity(t, x)),
+        "x1": lambda t, x: fm.velocity_to_x1(path, t, x, velocity(t, x)),
+        "noise": lambda t, x: fm.velocity_to_noise(path, t, x, velocity(t, x)),
         "score": lambda t, x: gaussian_score(path, t, x),
     }
 
@@ -139,7 +139,7 @@ def test_labels_are_dropped_at_the_rate_asked_and_reach_the_network(batch):
     def labels_seen(loss_fn, key):
         seen = []
 
-        def velocity(t, x, cond, span=None):
+        def velocity(t, x, cond, interval=None):
             seen.append(cond)
             return x
 
@@ -247,33 +247,33 @@ def test_the_process_of_the_bridge_ends_in_the_data():
     np.testing.assert_allclose(run(jax.random.key(0)), [MEAN, STD], atol=0.02)
 
 
-def average_velocity(t, x, cond, span):
+def average_velocity(t, x, cond, interval):
     """The exact average velocity of the straight path between N(0, 1) and N(MEAN, STD²): its flow is affine.
 
     With s(t)² the variance at t, X(t + h) = (t + h) m + s(t + h)/s(t) (x - t m), and s(t + h)² - s(t)² is a polynomial:
     nothing is divided by h.
     """
     s = lambda t: jnp.sqrt((1 - t) ** 2 + t**2 * STD**2)  # noqa: E731
-    slope = (-2 + (1 + STD**2) * (2 * t + span)) / ((s(t + span) + s(t)) * s(t))
+    slope = (-2 + (1 + STD**2) * (2 * t + interval)) / ((s(t + interval) + s(t)) * s(t))
     return MEAN + slope[:, None] * (x - t[:, None] * MEAN)
 
 
 def test_the_exact_average_velocity_satisfies_the_identity_and_samples_in_one_step(x64):
     random = np.random.default_rng(0)
     t = jnp.asarray(random.uniform(0, 0.8, 64))
-    span = jnp.asarray(random.uniform(0, 1, 64)) * (1 - t)
+    interval = jnp.asarray(random.uniform(0, 1, 64)) * (1 - t)
     x = jnp.asarray(random.standard_normal((64, 1)))
 
     @jax.jit
-    def run(t, x, span):
+    def run(t, x, interval):
         v = gaussian_velocity(fm.CondOT(), t, x)
         now = average_velocity(t, x, None, jnp.zeros_like(t))
         field = lambda t, x, cond: gaussian_velocity(fm.CondOT(), t, x)  # noqa: E731
         flow, _ = fm.integrate(field, x, method="rk4", num_steps=100)
         steps = [fm.integrate_mean(average_velocity, x, num_steps=num) for num in (1, 3)]
-        return v, now, average_and_target(average_velocity, t, x, None, span, v), flow, steps
+        return v, now, average_and_target(average_velocity, t, x, None, interval, v), flow, steps
 
-    v, now, (u, target), flow, steps = run(t, x, span)
+    v, now, (u, target), flow, steps = run(t, x, interval)
     np.testing.assert_allclose(now, v, rtol=1e-12)
     np.testing.assert_allclose(target, u, rtol=1e-9, atol=1e-9)  # roundings of float64
     assert jnp.abs(u - v).max() > 0.1
@@ -289,10 +289,14 @@ def test_the_mean_flow_loss_is_stationary_at_the_exact_average_velocity():
     @jax.jit
     def run(key, params):
         def loss(params, key, x0, x1):
-            def field(t, x, cond, span):
-                h = span[:, None]
+            def field(t, x, cond, interval):
+                h = interval[:, None]
                 return (
-                    average_velocity(t, x, cond, span) + params[0] + params[1] * x + params[2] * h + params[3] * h * x
+                    average_velocity(t, x, cond, interval)
+                    + params[0]
+                    + params[1] * x
+                    + params[2] * h
+                    + params[3] * h * x
                 )
 
             return loss_fn(field, {"x0": x0, "x1": x1}, key)[0]
@@ -307,12 +311,12 @@ def test_the_mean_flow_loss_is_stationary_at_the_exact_average_velocity():
 
 def test_the_mean_flow_loss_is_adaptive_weighted_and_partly_instantaneous(batch):
     # Zero has no derivatives: the target is u_t, and the losses are of the same x1 - x0.
-    zero = lambda t, x, cond, span: 0 * x  # noqa: E731
+    zero = lambda t, x, cond, interval: 0 * x  # noqa: E731
     plain = {power: fm.mean_flow_loss(power=power) for power in (0.5, 1.0)}
     weighted = fm.mean_flow_loss(coupling=fm.GibbsWeights(1.0))
-    # Of this field the identity makes u_t + span, since span falls along the path: where u_t is 0 the squared error is
-    # (1 + 2 span)².
-    twice = lambda t, x, cond, span: -1 - span[:, None] + 0 * x  # noqa: E731
+    # Of this field the identity makes u_t + interval, since the interval falls along the path: where u_t is 0 the
+    # squared error is (1 + 2 interval)².
+    twice = lambda t, x, cond, interval: -1 - interval[:, None] + 0 * x  # noqa: E731
     still = {"x0": batch["x0"], "x1": batch["x0"]}
 
     @jax.jit
@@ -336,18 +340,18 @@ def test_the_mean_flow_loss_is_adaptive_weighted_and_partly_instantaneous(batch)
 
 
 def test_only_the_average_velocity_itself_is_differentiated(batch):
-    # u = p x has du/dt = p v: the target v + span p v and the adaptive weight are constants to the gradient.
-    p, t, span = 0.7, 0.25, 0.5
+    # u = p x has du/dt = p v: the target v + interval p v and the adaptive weight are constants to the gradient.
+    p, t, interval = 0.7, 0.25, 0.5
 
     def loss(p):
-        times = iter((t + span, t))
+        times = iter((t + interval, t))
         fixed = fm.mean_flow_loss(instantaneous=0.0, time=lambda key, num: jnp.full(num, next(times)))
-        return fixed(lambda t, x, cond, span: p * x, batch, jax.random.key(0))[0]
+        return fixed(lambda t, x, cond, interval: p * x, batch, jax.random.key(0))[0]
 
     value, slope = jax.jit(jax.value_and_grad(loss))(p)
     x0, x1 = np.float64(batch["x0"]), np.float64(batch["x1"])
     x, v = (1 - t) * x0 + t * x1, x1 - x0
-    error = p * x - (v + span * p * v)
+    error = p * x - (v + interval * p * v)
     assert_close(value, (error**2 / (error**2 + 0.01)).mean(), LAYER)
     assert_close(slope, (2 * error * x / (error**2 + 0.01)).mean(), NETWORK)  # terms of both signs
 
@@ -355,8 +359,8 @@ def test_only_the_average_velocity_itself_is_differentiated(batch):
 def test_guidance_of_mean_flow_extrapolates_labelled_rows_only():
     seen = []
 
-    def field(t, x, cond, span):
-        seen.append((cond, span))
+    def field(t, x, cond, interval):
+        seen.append((cond, interval))
         return jnp.full_like(x, 0.5)
 
     cond = jnp.array([0, -1, 2])
@@ -369,7 +373,7 @@ def test_guidance_of_mean_flow_extrapolates_labelled_rows_only():
 
 
 def test_guidance_of_unsigned_labels_knows_no_class():
-    field = lambda t, x, cond, span: x * 0 + cond[:, None].astype(x.dtype)  # noqa: E731
+    field = lambda t, x, cond, interval: x * 0 + cond[:, None].astype(x.dtype)  # noqa: E731
     v = guided_target(field, T, X0, jnp.array([0, 1, 2], jnp.uint8), X1, 1.0)
     assert_close(v, 2 * X1 + 1, FORMULA)
 
@@ -406,7 +410,7 @@ def test_a_small_network_learns_to_sample_in_one_step():
         params, apply = small_network(k0, 4)
 
         def field(params):
-            return lambda t, x, cond, span: apply(params, x, t[:, None], span[:, None], jnp.ones_like(x))
+            return lambda t, x, cond, interval: apply(params, x, t[:, None], interval[:, None], jnp.ones_like(x))
 
         optimizer = optax.adam(optax.cosine_decay_schedule(1e-2, 400))
 
@@ -455,7 +459,7 @@ REFUSED = {
         "it must have the shape of x",
     ),
     "average of one channel": (
-        lambda: fm.mean_flow_loss()(lambda t, x, cond, span: x[:, :1], {"x1": X1}, jax.random.key(0)),
+        lambda: fm.mean_flow_loss()(lambda t, x, cond, interval: x[:, :1], {"x1": X1}, jax.random.key(0)),
         "it must have the shape of x",
     ),
     "bridge of one channel": (

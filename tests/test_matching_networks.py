@@ -17,9 +17,11 @@ from flowgen.models import init
 SMALL_DIT = {"image_size": 4, "channels": 2, "width": 32, "num_layers": 2, "head_dim": 16, "num_classes": 3}
 SMALL_UNET = {"image_size": 4, "channels": 2, "width": 8, "multipliers": (1, 2), "num_groups": 4, "head_dim": 8}
 NETWORKS = {
-    "mlp": fm.MLPConfig(dim=3, width=16, num_classes=3, spans=True),
+    "mlp": fm.MLPConfig(dim=3, width=16, num_classes=3, intervals=True),
     "dit": fm.DiTConfig(**SMALL_DIT),
-    "dit rectangular, spans": fm.DiTConfig(**{**SMALL_DIT, "image_size": (4, 8), "spans": True, "num_classes": 0}),
+    "dit rectangular, intervals": fm.DiTConfig(
+        **{**SMALL_DIT, "image_size": (4, 8), "intervals": True, "num_classes": 0}
+    ),
     "dit nala": fm.DiTConfig(**SMALL_DIT, attention="nala"),
     "dit soft": fm.DiTConfig(**SMALL_DIT, attention="soft", remat=False),
     "unet": fm.UNetConfig(**SMALL_UNET, num_classes=3, dropout=0.0),
@@ -68,7 +70,7 @@ def test_samples_do_not_see_each_other(name):
 
 
 @each_but_unet
-def test_time_class_and_span_matter_and_missing_ones_have_their_meaning(name):
+def test_time_class_and_interval_matter_and_missing_ones_have_their_meaning(name):
     network, variables, t, x, labels = case(name)
     run = compiled(name)
     out = run(variables, t, x, labels)
@@ -81,7 +83,7 @@ def test_time_class_and_span_matter_and_missing_ones_have_their_meaning(name):
         assert_close(run(variables, t, x, None), nobody, NETWORK)
         for label in (3, -2):
             assert jnp.isnan(run(variables, t, x, jnp.full(BATCH, label))).all()
-    if network.config.spans:
+    if network.config.intervals:
         assert_close(run(variables, t, x, labels, jnp.zeros(BATCH)), out, NETWORK)
         assert jnp.abs(run(variables, t, x, labels, jnp.full(BATCH, 0.5)) - out).max() > 1e-3
 
@@ -89,12 +91,12 @@ def test_time_class_and_span_matter_and_missing_ones_have_their_meaning(name):
 @each_but_unet
 def test_every_parameter_gets_a_gradient(name):
     network, variables, t, x, labels = case(name)
-    span = (jnp.full(BATCH, 0.3),) if network.config.spans else ()
+    interval = (jnp.full(BATCH, 0.3),) if network.config.intervals else ()
 
     @jax.jit
     @jax.grad
     def gradient(variables):
-        return jnp.square(network.apply(variables, t, x, labels, *span) - 1).sum()
+        return jnp.square(network.apply(variables, t, x, labels, *interval) - 1).sum()
 
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradient(variables)):
         assert jnp.abs(leaf).max() > 0, jax.tree_util.keystr(path)

@@ -151,8 +151,13 @@ def test_predictions_convert_into_each_other_and_are_finite_at_the_ends(path, x6
         point = path.sample(jax.random.key(0), t, jnp.asarray(x0), jnp.asarray(x1))
         score = -x0 / path.schedule(t).beta[:, None]
         predictions = {"velocity": point.u_t, "x1": jnp.asarray(x1), "noise": jnp.asarray(x0), "score": score}
-        velocities = {kind: fm.velocity_of(path, t, point.x_t, value, kind) for kind, value in predictions.items()}
-        back = [convert(path, t, point.x_t, point.u_t) for convert in (fm.x1_of, fm.noise_of, fm.score_of)]
+        velocities = {
+            kind: fm.prediction_to_velocity(path, t, point.x_t, value, kind) for kind, value in predictions.items()
+        }
+        back = [
+            convert(path, t, point.x_t, point.u_t)
+            for convert in (fm.velocity_to_x1, fm.velocity_to_noise, fm.velocity_to_score)
+        ]
         return point.u_t, velocities, back, score
 
     velocity, velocities, back, score = round_trips(random.uniform(0.05, 0.95, 16))
@@ -174,14 +179,14 @@ def test_at_the_ends_conversions_are_those_of_a_time_close_by(path, x64):
 
     @jax.jit
     def run():
-        inner = fm.inner_times(path, t)
+        inner = fm.clip_times(path, t)
         v = gaussian_velocity(path, inner, x)
         exact = {
-            "x1": fm.x1_of(path, t, x, v),
-            "noise": fm.noise_of(path, t, x, v),
-            "score": fm.score_of(path, t, x, v),
+            "x1": fm.velocity_to_x1(path, t, x, v),
+            "noise": fm.velocity_to_noise(path, t, x, v),
+            "score": fm.velocity_to_score(path, t, x, v),
         }
-        return inner, v, {kind: fm.velocity_of(path, t, x, value, kind) for kind, value in exact.items()}
+        return inner, v, {kind: fm.prediction_to_velocity(path, t, x, value, kind) for kind, value in exact.items()}
 
     inner, v, velocities = run()
     # The polynomial path of degree 3 has alpha/beta = 1e-5 at t = 0.0215.
@@ -194,16 +199,18 @@ def test_conversions_within_a_path_are_not_touched(key):
     # alpha = t^10 is 1e-5 at 0.32: from there on conversions are exact, with what float32 leaves of x_t - x0.
     path, t = fm.Polynomial(10.0), jnp.array([0.4, 0.7, 0.9])
     point = path.sample(key, t, X0, X1)
-    np.testing.assert_array_equal(fm.inner_times(path, t), t)
-    np.testing.assert_allclose(fm.velocity_of(path, t, point.x_t, X0, "noise"), point.u_t, rtol=0.02, atol=0.02)
-    assert_close(fm.velocity_of(path, t, point.x_t, X1, "x1"), point.u_t, NETWORK)
+    np.testing.assert_array_equal(fm.clip_times(path, t), t)
+    np.testing.assert_allclose(
+        fm.prediction_to_velocity(path, t, point.x_t, X0, "noise"), point.u_t, rtol=0.02, atol=0.02
+    )
+    assert_close(fm.prediction_to_velocity(path, t, point.x_t, X1, "x1"), point.u_t, NETWORK)
 
 
 def test_the_score_of_the_exact_velocity_is_the_exact_score():
     path, x = fm.CondOT(), X0[:, :1]
     run = jax.jit(lambda t, x: (gaussian_velocity(path, t, x), gaussian_score(path, t, x)))
     v, score = run(T, x)
-    assert_close(jax.jit(lambda t, x, v: fm.score_of(path, t, x, v))(T, x, v), score, LAYER)
+    assert_close(jax.jit(lambda t, x, v: fm.velocity_to_score(path, t, x, v))(T, x, v), score, LAYER)
 
 
 @each_path
@@ -219,7 +226,7 @@ def test_times_are_recovered_from_the_ratio_of_signal_to_noise(path):
 
 
 @each_path
-def test_retimed_fields_are_those_of_the_new_path(path, x64):
+def test_fields_on_another_path_are_those_of_the_new_path(path, x64):
     # The exact velocity of a Gaussian pair along either path, turned into that of the other.
     directions = ((fm.CondOT(), path), (path, fm.CondOT()))
     x = np.linspace(-1.0, 2.0, 5)[:, None]
@@ -228,9 +235,9 @@ def test_retimed_fields_are_those_of_the_new_path(path, x64):
     def run(t):
         exact = lambda path: lambda t, x, cond: gaussian_velocity(path, t, x)  # noqa: E731
         ones = lambda t, x, cond: jnp.ones_like(x)  # noqa: E731
-        retimed = lambda field, a, b: fm.retimed(field, a, b)(t, jnp.asarray(x), None)  # noqa: E731
-        fields = [(retimed(exact(a), a, b), gaussian_velocity(b, t, x)) for a, b in directions]
-        return fields, [retimed(ones, a, b) for a, b in directions]
+        changed = lambda field, a, b: fm.change_path(field, a, b)(t, jnp.asarray(x), None)  # noqa: E731
+        fields = [(changed(exact(a), a, b), gaussian_velocity(b, t, x)) for a, b in directions]
+        return fields, [changed(ones, a, b) for a, b in directions]
 
     fields, _ = run(np.linspace(0.1, 0.9, 5))
     for field, expected in fields:
@@ -243,9 +250,9 @@ def test_retimed_fields_are_those_of_the_new_path(path, x64):
     assert np.abs(errors).max() < 1e3
 
 
-def test_a_retimed_field_ends_where_the_field_ends():
+def test_a_field_on_another_path_ends_where_the_field_ends():
     velocity = lambda t, x, cond: x * t[:, None] ** 2  # noqa: E731
-    cosine = fm.retimed(velocity, fm.CondOT(), fm.Trigonometric())
+    cosine = fm.change_path(velocity, fm.CondOT(), fm.Trigonometric())
     x0 = jnp.array([[1.0, 2.0]])
 
     @jax.jit
@@ -275,12 +282,15 @@ def test_closed_forms_of_the_cases_are_right():
 
 REFUSED = {
     "conversion through a spread": (
-        lambda: fm.velocity_of(fm.CondOT(0.5), T, X0, X1, "x1"),
+        lambda: fm.prediction_to_velocity(fm.CondOT(0.5), T, X0, X1, "x1"),
         "prediction is 'x1', but the path has noise of its own, sigma 0.5",
     ),
-    "score of a bridge": (lambda: fm.score_of(fm.SchroedingerBridge(), T, X0, X1), "the path has noise of its own"),
-    "retimed bridge": (
-        lambda: fm.retimed(lambda t, x, cond: x, fm.SchroedingerBridge(), fm.CondOT()),
+    "score of a bridge": (
+        lambda: fm.velocity_to_score(fm.SchroedingerBridge(), T, X0, X1),
+        "the path has noise of its own",
+    ),
+    "changing the path of a bridge": (
+        lambda: fm.change_path(lambda t, x, cond: x, fm.SchroedingerBridge(), fm.CondOT()),
         "set sigma to 0.",
     ),
     "bridge without noise": (lambda: fm.SchroedingerBridge(0.0), "sigma is 0.0"),
@@ -291,8 +301,11 @@ REFUSED = {
     "time after the data": (lambda: fm.CondOT().sample(None, T + 0.5, X0, X1), "t runs from 0.75 to 1.29"),
     "time before the source": (lambda: fm.SchroedingerBridge().sample(None, T - 1, X0, X1), "within [0, 1]"),
     "time of NaN": (lambda: fm.Trigonometric().sample(None, T * jnp.nan, X0, X1), "within [0, 1]"),
-    "prediction": (lambda: fm.velocity_of(fm.CondOT(), T, X0, X1, "eps"), "prediction is 'eps'"),
-    "conversion after the data": (lambda: fm.velocity_of(fm.CondOT(), T + 0.5, X0, X1, "x1"), "within [0, 1]"),
+    "prediction": (lambda: fm.prediction_to_velocity(fm.CondOT(), T, X0, X1, "eps"), "prediction is 'eps'"),
+    "conversion after the data": (
+        lambda: fm.prediction_to_velocity(fm.CondOT(), T + 0.5, X0, X1, "x1"),
+        "within [0, 1]",
+    ),
     "spread": (lambda: fm.CondOT(-0.1), "sigma is -0.1; it must be 0 or more"),
     "spread of NaN": (lambda: fm.Trigonometric(float("nan")), "sigma is nan"),
     "wide end": (lambda: fm.Target(1.0), "sigma_min is 1.0"),

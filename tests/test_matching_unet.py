@@ -16,8 +16,8 @@ import pytest
 from conftest import rows
 from tolerances import NETWORK, assert_close
 
-from flowgen.matching.unet import Embedding, UNet, UNetConfig
-from flowgen.matching.velocity import init
+from flowgen.matching.unet import UNet, UNetConfig
+from flowgen.nn import init
 from flowgen.settings import from_plain, to_plain
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -44,16 +44,16 @@ TINY = UNetConfig(
     num_groups=4,
     dropout=0.5,
     num_classes=3,
-    spans=True,
+    intervals=True,
 )
 LABELS = jnp.array([0, 2, -1], jnp.int32)
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="train")
-def apply(network, variables, t, x, cond=None, span=None, *, train=False, key=None):
+def apply(network, variables, t, x, cond=None, interval=None, *, train=False, key=None):
     """Runs a network compiled, once per config and shape over all tests."""
     rngs = {} if key is None else {"dropout": key}
-    return network.apply(variables, t, x, cond, span, train=train, rngs=rngs)
+    return network.apply(variables, t, x, cond, interval, train=train, rngs=rngs)
 
 
 def parameters(network, shape_of=record_unet.parameter):
@@ -76,7 +76,7 @@ def published(case):
 
 @functools.cache
 def tiny():
-    """Returns (network, variables, (t, x, labels, span))."""
+    """Returns (network, variables, (t, x, labels, interval))."""
     network = UNet(TINY)
     x = jax.random.normal(jax.random.key(1), (3, *TINY.event_shape))
     return network, parameters(network), (jnp.array([0.0, 0.4, 0.9]), x, LABELS, jnp.array([0.0, 0.1, 0.5]))
@@ -107,7 +107,7 @@ def test_parameter_counts_are_the_published_ones(config, count):
 
 
 def test_a_fresh_network_is_zero_and_its_layers_start_as_published(key):
-    config = dataclasses.replace(TINY, multipliers=(1,), attention_factors=(), num_classes=0, spans=False)
+    config = dataclasses.replace(TINY, multipliers=(1,), attention_factors=(), num_classes=0, intervals=False)
     network, variables = UNet(config), init(UNet(config), key)
     leaves = {"/".join(part.key for part in path[1:]): leaf for path, leaf in jax.tree.leaves_with_path(variables)}
     zeros = {name.rpartition("/")[0] for name, leaf in leaves.items() if not leaf.any() and "norm" not in name}
@@ -123,19 +123,21 @@ def test_a_fresh_network_is_zero_and_its_layers_start_as_published(key):
 
 
 def test_samples_do_not_see_each_other():
-    network, variables, (t, x, labels, span) = tiny()
-    v = apply(network, variables, t, x, labels, span)
-    changed = apply(network, variables, t.at[1].set(0.7), x.at[1].add(1.0), labels.at[1].set(1), span.at[1].set(0.3))
+    network, variables, (t, x, labels, interval) = tiny()
+    v = apply(network, variables, t, x, labels, interval)
+    changed = apply(
+        network, variables, t.at[1].set(0.7), x.at[1].add(1.0), labels.at[1].set(1), interval.at[1].set(0.3)
+    )
     np.testing.assert_array_equal(v[jnp.array([0, 2])], changed[jnp.array([0, 2])])
     assert jnp.abs(v[1] - changed[1]).max() > 0.1
 
 
-@pytest.mark.parametrize("name", ["t", "labels", "span"])
+@pytest.mark.parametrize("name", ["t", "labels", "interval"])
 def test_every_condition_matters(name):
-    network, variables, (t, x, labels, span) = tiny()
-    inputs = {"t": t, "labels": labels, "span": span}
+    network, variables, (t, x, labels, interval) = tiny()
+    inputs = {"t": t, "labels": labels, "interval": interval}
     changed = inputs | {name: jnp.array([1, -1, 0]) if name == "labels" else inputs[name] + 0.05}
-    v, moved = (apply(network, variables, i["t"], x, i["labels"], i["span"]) for i in (inputs, changed))
+    v, moved = (apply(network, variables, i["t"], x, i["labels"], i["interval"]) for i in (inputs, changed))
     assert (jnp.abs(v - moved).max(axis=(1, 2, 3)) > 1e-3).all()
 
 
@@ -171,17 +173,17 @@ def test_bfloat16_is_close_to_float32():
 
 
 def test_labels_of_no_class_give_nan_and_minus_one_is_none(untyped):
-    network, variables, (t, x, _, span) = tiny()
-    v = apply(network, variables, t, x, jnp.array([-2, 3, -1]), span)
+    network, variables, (t, x, _, interval) = tiny()
+    v = apply(network, variables, t, x, jnp.array([-2, 3, -1]), interval)
     assert jnp.isnan(v[:2]).all()
-    assert_close(v[2], apply(network, variables, t, x, None, span)[2], NETWORK)
+    assert_close(v[2], apply(network, variables, t, x, None, interval)[2], NETWORK)
 
 
 def test_times_are_stretched_before_the_sinusoids():
-    raw, stretched = (Embedding(dataclasses.replace(TINY, time_scale=scale)) for scale in (1.0, 1000.0))
-    variables = {"params": tiny()[1]["params"]["embedding"]}
+    _, variables, (_, x, _, _) = tiny()
+    raw, stretched = (UNet(dataclasses.replace(TINY, time_scale=scale)) for scale in (1.0, 1000.0))
     t = jnp.array([0.125, 0.5, 1.0])
-    assert_close(raw.apply(variables, 1000 * t, LABELS, None), stretched.apply(variables, t, LABELS, None), NETWORK)
+    assert_close(apply(raw, variables, 1000 * t, x, LABELS), apply(stretched, variables, t, x, LABELS), NETWORK)
 
 
 @pytest.mark.parametrize(
@@ -224,7 +226,7 @@ def test_configs_survive_json_and_lists(untyped):
 @pytest.mark.parametrize(
     "config",
     [
-        UNetConfig(image_size=(32, 48), num_classes=1000, spans=True),
+        UNetConfig(image_size=(32, 48), num_classes=1000, intervals=True),
         META,
         UNetConfig(image_size=1, multipliers=(3,), attention_factors=(1,)),
     ],
@@ -235,7 +237,7 @@ def test_a_shrunk_config_is_tiny_and_of_the_same_kind(config):
     assert max(tiny.image_shape) <= 8
     assert len(tiny.level_widths) == min(2, len(config.level_widths))
     assert bool(tiny.num_classes) == bool(config.num_classes)
-    same = ("channels", "resample", "attention_factors", "scale_shift_norm", "spans", "dropout", "time_scale")
+    same = ("channels", "resample", "attention_factors", "scale_shift_norm", "intervals", "dropout", "time_scale")
     assert all(getattr(tiny, name) == getattr(config, name) for name in same)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from flowgen.prompts import ASPECTS, PromptTemplate, aspect_size, nearest_aspect
+from flowgen.text import ASPECTS, PromptTemplate, aspect_size, nearest_aspect
 
 # (side, multiple): height x width of the ratios at least as wide as high, as published; others are transposed.
 PUBLISHED = {

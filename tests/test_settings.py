@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import pytest
 
-from flowgen.codecs.bert import BertConfig
-from flowgen.codecs.t5 import T5Config
+from flowgen.text.bert import BertConfig
+from flowgen.text.t5 import T5Config
 from flowgen.settings import (
     FieldError,
     config,

@@ -13,8 +13,9 @@ import pytest
 from published_files import publish
 from tolerances import NETWORK, assert_close
 
-from flowgen import codecs, convert
+from flowgen import backend, codecs, convert
 from flowgen.codecs import causal, video_codec
+from flowgen.nn import init
 
 sys.path.insert(0, str(Path(__file__).parent / "fixtures"))
 import video_weights as vw
@@ -94,7 +95,7 @@ def test_decoded_frames_depend_on_no_later_latent(kind):
 def test_published_sizes():
     def size(config):
         network = codecs.VideoAutoencoder(config)
-        return sum(x.size for x in jax.tree.leaves(jax.eval_shape(lambda: codecs.init(network, jax.random.key(0)))))
+        return sum(x.size for x in jax.tree.leaves(jax.eval_shape(lambda: init(network, jax.random.key(0)))))
 
     presets = codecs.VIDEO_AUTOENCODER_PRESETS
     assert {name: size(config) for name, config in presets.items()} == {"wan_2_2": 704_688_668, "wan_2_1": 126_892_531}
@@ -125,7 +126,7 @@ TINY = dataclasses.replace(SMALL, widths=(4, 4), decoder_widths=(4, 6), halve_ti
 )
 def test_clips_that_have_no_latents_are_refused(shape, message, key):
     network, x = codecs.VideoAutoencoder(SMALL), jnp.zeros(shape)
-    variables = jax.eval_shape(lambda: codecs.init(network, key))
+    variables = jax.eval_shape(lambda: init(network, key))
     for encode in (lambda v: network.apply(v, x, method="encode"), lambda v: codecs.encode_in_chunks(network, v, x)):
         with pytest.raises(ValueError, match=message):
             jax.eval_shape(encode, variables)
@@ -135,7 +136,7 @@ def test_clips_that_have_no_latents_are_refused(shape, message, key):
 def test_a_small_one_can_be_trained(key):
     config = dataclasses.replace(TINY, dtype="bfloat16", remat=True)
     network = codecs.VideoAutoencoder(config)
-    shapes = jax.eval_shape(lambda: codecs.init(network, key))
+    shapes = jax.eval_shape(lambda: init(network, key))
     assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
     # To compile the generators of all weights takes longer than the test.
     draw = np.random.default_rng(0).normal
@@ -156,7 +157,7 @@ def test_a_small_one_can_be_trained(key):
 
 
 def test_the_norm_of_nothing_has_a_gradient(key):
-    norm = causal.ChannelNorm("float32")
+    norm = causal.channel_norm("norm")
     x = jnp.zeros((1, 1, 1, 1, 4))
     variables = norm.init(key, x)
     assert np.isfinite(jax.grad(lambda x: norm.apply(variables, x).sum())(x)).all()
@@ -269,7 +270,7 @@ def test_a_codec_gives_the_same_in_any_parts(pixels, whole, monkeypatch):
     codec, x = make_codec(), np.concatenate([vw.clips("wan_2_1")] * 2)[:3]
     mean, std = codec.moments(x)
     decoded = codec.decode(mean)
-    monkeypatch.setattr(codecs.codec, "PIXELS_AT_ONCE", pixels)
+    monkeypatch.setattr(backend, "PIXELS_AT_ONCE", pixels)
     ways, run = [], video_codec._moments
     monkeypatch.setattr(video_codec, "_moments", lambda *inputs: ways.append(inputs[1]) or run(*inputs))
     again, std_again = codec.moments(x)
@@ -293,7 +294,7 @@ def test_codecs_of_clips_are_codecs_of_clips(make):
     assert {type(array) for array in (mean, std, decoded)} == {np.ndarray}
 
 
-def test_a_codec_of_pictures_takes_every_frame():
+def test_a_codec_of_images_takes_every_frame():
     codec, x = frame_codec(), vw.clips("wan_2_1")
     mean, std = codec.moments(x)
     assert not std.any()

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from flowgen.attention.checks import check_floats
-from flowgen.attention.kernels import KERNELS, Kernel
+from flowgen.attention.kernels import KERNELS, Kernel, State
 from flowgen.attention.softmax import attend_in_parts, softmax_attention
-from flowgen.sharding import keep_axes
+from flowgen.backend import keep_axes
 
 
 class KVCache(NamedTuple):
@@ -42,14 +43,14 @@ class CausalKernel(NamedTuple):
     """
 
     attend: Callable[..., Array]
-    init_cache: Callable[..., Any]
-    attend_window: Callable[..., tuple[Array, Any]]
-    rewind: Callable[[Any, Any], Any]
+    init_cache: Callable[..., State]
+    attend_window: Callable[..., tuple[Array, State]]
+    rewind: Callable[[State, State], State]
     has_slots: bool
     has_temperature: bool
 
 
-def init_kv_cache(batch: int, length: int, num_heads: int, head_dim: int, dtype: jnp.dtype | type) -> KVCache:
+def init_kv_cache(batch: int, length: int, num_heads: int, head_dim: int, dtype: DTypeLike) -> KVCache:
     """Returns one layer's empty key/value cache for `length` positions.
 
     Example:
@@ -91,11 +92,7 @@ def attend_kv_window(
 
 
 def recurrent(kernel: Kernel) -> CausalKernel:
-    """Returns a kernel with a running state in the form that decoders use; its cache does not grow with the length.
-
-    Example:
-        kernel = recurrent(KERNELS["nala"])
-    """
+    """Returns a kernel with a running state in the form that decoders use; its cache does not grow with the length."""
     running = _Running(kernel)
     return CausalKernel(
         attend=running.attend,
@@ -111,25 +108,36 @@ def recurrent(kernel: Kernel) -> CausalKernel:
 class _Running:
     kernel: Kernel
 
-    def attend(self, q, k, v):
+    def attend(
+        self, q: Float[Array, "b n h k"], k: Float[Array, "b n g k"], v: Float[Array, "b n g d"]
+    ) -> Float[Array, "b n h d"]:
         return self.kernel.attend(q, k, v, is_causal=True)
 
-    def init_cache(self, batch, length, num_heads, head_dim, dtype):
+    def init_cache(self, batch: int, length: int, num_heads: int, head_dim: int, dtype: DTypeLike) -> State:
         return self.kernel.init_state(batch, num_heads, head_dim, head_dim, dtype)
 
-    def attend_window(self, q, k, v, cache, start):
+    def attend_window(
+        self,
+        q: Float[Array, "b n h k"],
+        k: Float[Array, "b n g k"],
+        v: Float[Array, "b n g d"],
+        cache: State,
+        start: Int[Array, ""] | int,
+    ) -> tuple[Float[Array, "b n h d"], State]:
         return self.kernel.prefill(q, k, v, state=cache)
 
 
-def _attend_causally(q, k, v):
+def _attend_causally(
+    q: Float[Array, "b n h k"], k: Float[Array, "b n g k"], v: Float[Array, "b n g d"]
+) -> Float[Array, "b n h d"]:
     return softmax_attention(q, k, v, is_causal=True)
 
 
-def _before(before, after):
+def _before(before: State, after: State) -> State:
     return before
 
 
-def _after(before, after):
+def _after(before: State, after: State) -> State:
     return after
 
 

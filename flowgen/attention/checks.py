@@ -13,11 +13,7 @@ QUADRATIC_LIMIT = 4096 * 4096
 
 
 def check_heads(q: Array, k: Array, v: Array) -> None:
-    """Raises ValueError unless q `b n h k`, k `b m g k` and v `b m g d` fit, h a multiple of g.
-
-    Example:
-        check_heads(q, k, v)
-    """
+    """Raises ValueError unless q `b n h k`, k `b m g k` and v `b m g d` fit, h a multiple of g."""
     check_floats(q=q, k=k, v=v)
     for name, array in {"q": q, "k": k, "v": v}.items():
         if array.ndim != 4:
@@ -38,11 +34,7 @@ def check_heads(q: Array, k: Array, v: Array) -> None:
 
 
 def check_floats(**arrays: Array | None) -> None:
-    """Raises ValueError for arrays that are not of real floating-point numbers.
-
-    Example:
-        check_floats(q=q, k=k, v=v)
-    """
+    """Raises ValueError for arrays that are not of real floating-point numbers."""
     for name, array in arrays.items():
         if array is not None and not jnp.issubdtype(jnp.result_type(array), jnp.floating):
             raise ValueError(
@@ -52,11 +44,7 @@ def check_floats(**arrays: Array | None) -> None:
 
 
 def check_causal(q: Array, k: Array) -> None:
-    """Raises ValueError unless there are as many queries as keys, without which causal order has no meaning.
-
-    Example:
-        check_causal(q, k)
-    """
+    """Raises ValueError unless there are as many queries as keys, without which causal order has no meaning."""
     if q.shape[1] != k.shape[1]:
         raise ValueError(
             f"is_causal needs as many queries as keys, got q {q.shape} and k {k.shape}; pass a mask, or continue "
@@ -65,11 +53,7 @@ def check_causal(q: Array, k: Array) -> None:
 
 
 def check_mask(mask: Array | None, q: Array, k: Array) -> Bool[Array, "#b #h #n #m"] | None:
-    """Returns the mask; ValueError unless it is of booleans (True keeps) and broadcasts to `b h n m`.
-
-    Example:
-        mask = check_mask(valid[:, None, None, :], q, k)
-    """
+    """Returns the mask; ValueError unless it is of booleans (True keeps) and broadcasts to `b h n m`."""
     if mask is None:
         return None
     full = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
@@ -87,11 +71,7 @@ def check_mask(mask: Array | None, q: Array, k: Array) -> Bool[Array, "#b #h #n 
 
 
 def check_key_mask(mask: Array, q: Array, k: Array) -> Bool[Array, "#b #g 1 m"]:
-    """Returns a mask over keys alone as booleans; ValueError where it also distinguishes queries or query heads.
-
-    Example:
-        mask = check_key_mask(valid[:, None, None, :], q, k)
-    """
+    """Returns a mask over keys alone as booleans; ValueError if it also distinguishes queries or query heads."""
     checked = check_mask(mask, q, k)
     if checked is None or not is_key_mask(checked, k):
         raise ValueError(
@@ -102,22 +82,14 @@ def check_key_mask(mask: Array, q: Array, k: Array) -> Bool[Array, "#b #g 1 m"]:
 
 
 def is_key_mask(mask: Array, k: Array) -> bool:
-    """Returns whether a mask treats all queries, and all query heads of one key head, alike.
-
-    Example:
-        is_key_mask(valid[:, None, None, :], k)  # True
-    """
+    """Returns whether a mask treats all queries, and all query heads of one key head, alike."""
     return mask.shape[2] == 1 and mask.shape[1] in (1, k.shape[2])
 
 
 def hide_keys(
     k: Float[Array, "b m g k"], v: Float[Array, "b m g d"], mask: Bool[Array, "#b #h #n #m"] | None
 ) -> tuple[Float[Array, "b m g k"], Float[Array, "b m g d"]]:
-    """Returns k and v with zeros for keys that no query may see, so that not even NaN or a gradient gets through.
-
-    Example:
-        k, v = hide_keys(k, v, mask)
-    """
+    """Returns k and v with zeros for keys that no query may see, so that not even NaN or a gradient gets through."""
     if mask is None:
         return k, v
     seen = mask.any(axis=2)
@@ -128,22 +100,14 @@ def hide_keys(
 
 
 def concrete(x: Array) -> np.ndarray | None:
-    """Returns the numbers of an array, None where they cannot be seen: while tracing, or on other processes' devices.
-
-    Example:
-        numbers = concrete(segment_ids)
-    """
+    """Returns the numbers of an array, None if they cannot be seen: while tracing, or on other processes' devices."""
     if isinstance(x, Tracer) or not getattr(x, "is_fully_addressable", True):
         return None
     return np.asarray(x)
 
 
 def check_contiguous(segment_ids: Array) -> None:
-    """Raises ValueError where an id comes back after another one, if the ids can be seen.
-
-    Example:
-        check_contiguous(jnp.asarray([[0, 0, 1, 1]]))
-    """
+    """Raises ValueError if an id comes back after another one, if the ids can be seen."""
     ids = concrete(segment_ids)
     for row in () if ids is None else ids:
         first = row[np.concatenate([[True], row[1:] != row[:-1]])] if row.size else row
@@ -155,11 +119,7 @@ def check_contiguous(segment_ids: Array) -> None:
 
 
 def check_segments(segment_ids: Array | None, q: Array, k: Array) -> None:
-    """Raises ValueError unless segment ids are one per token, of as many queries as keys.
-
-    Example:
-        check_segments(segment_ids, q, k)
-    """
+    """Raises ValueError unless segment ids are one per token, of as many queries as keys."""
     if segment_ids is None:
         return
     if segment_ids.shape != q.shape[:2]:
@@ -172,11 +132,7 @@ def check_segments(segment_ids: Array | None, q: Array, k: Array) -> None:
 
 
 def check_quadratic(q: Array, k: Array) -> None:
-    """Raises ValueError if a mask over pairs would need too many weights; lengths that are symbols are not looked at.
-
-    Example:
-        check_quadratic(q, k)
-    """
+    """Raises ValueError if a mask over pairs would need too many weights; symbolic lengths are not looked at."""
     n, m = q.shape[1], k.shape[1]
     if isinstance(n * m, int) and n * m > QUADRATIC_LIMIT:
         raise ValueError(
@@ -188,10 +144,6 @@ def check_quadratic(q: Array, k: Array) -> None:
 
 
 def check_pallas(block_size: int, segment_ids: Array | None) -> None:
-    """Raises ValueError for what the Pallas kernel does not have.
-
-    Example:
-        check_pallas(causal.block_size, segment_ids)
-    """
+    """Raises ValueError for what the Pallas kernel does not have."""
     if block_size != 1 or segment_ids is not None:
         raise ValueError("the Pallas kernel has no blocks and no segments; use implementation='xla'.")

@@ -17,7 +17,7 @@ from flowgen.attention.checks import (
 )
 from flowgen.attention.linear import Causal, quadratic_products, seen_pairs
 from flowgen.attention.prefix import CHUNK_SIZE, Features, LinearState, prefix_product
-from flowgen.sharding import keep_axes
+from flowgen.backend import keep_axes
 
 
 def gated_linear_attention(
@@ -36,7 +36,7 @@ def gated_linear_attention(
     Simple GLA, as the field calls gated linear attention (arXiv 2312.06635) with one gate per head instead of one per
     channel; not normalised: a norm per head usually follows. log_decay: at most 0. mask: over keys, True keeps; a
     masked token changes nothing, whatever it holds, not even by its decay. segment_ids: see `prefix_product`.
-    Raises ValueError where shapes or mask do not fit.
+    Raises ValueError if shapes or mask do not fit.
 
     Example:
         out, state = gated_linear_attention(q, k, v, jax.nn.log_sigmoid(gate))
@@ -89,10 +89,7 @@ def retention_of_pairs(
 ) -> Float[Array, "b n h d"]:
     """Returns causal retention under a mask of pairs, from all n x n weights, of at most 4096 x 4096.
 
-    A key that no query sees does not count as time. Raises ValueError where shapes do not fit.
-
-    Example:
-        out = retention_of_pairs(q, k, v, near[None, None])
+    A key that no query sees does not count as time. Raises ValueError if shapes do not fit.
     """
     check_heads(q, k, v)
     check_causal(q, k)

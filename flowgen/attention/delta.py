@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float
 from flowgen.attention.checks import check_floats
 from flowgen.attention.linalg import unit_lower_inverse
 from flowgen.attention.prefix import decay_weights
-from flowgen.sharding import keep_axes, varying
+from flowgen.backend import keep_axes, varying
 
 # Added to the squared norm of q and k, as in the published implementation; a zero vector stays zero.
 NORM_EPS = 1e-6

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import fields
 from types import MethodType
 from typing import Any
@@ -11,12 +12,7 @@ import numpy as np
 
 
 class ByFields:
-    """Equal if the fields are: NumPy arrays by what they hold, arrays of jax by being the same object.
-
-    Example:
-        @dataclass(frozen=True, eq=False)
-        class Power(ByFields): ...
-    """
+    """Equal if the fields are: NumPy arrays by what they hold, arrays of jax by being the same object."""
 
     def __eq__(self, other: object) -> bool:
         if type(self) is not type(other):
@@ -39,7 +35,7 @@ def _same(x: Any, y: Any) -> bool:
     return x == y
 
 
-def _key(x: Any) -> Any:
+def _key(x: object) -> Hashable:
     if isinstance(x, jax.Array):
         return id(x)
     if isinstance(x, tuple):

@@ -15,7 +15,7 @@ from flowgen.attention.checks import concrete
 from flowgen.attention.equality import ByFields
 from flowgen.attention.prefix import Features
 from flowgen.attention.rotary import Rotary, rotate
-from flowgen.sharding import keep_axes
+from flowgen.backend import keep_axes
 
 DirectionMap = Literal["split", "cosine"]
 Map = Callable[[Array, Array], Array]
@@ -230,11 +230,7 @@ class _Nala(ByFields):
 
 
 def signless_power(x: Array, power: float | Array) -> Array:
-    """Returns |x|^power, 0 with finite gradients where x is 0, for any positive power.
-
-    Example:
-        y = signless_power(k, 3.0)
-    """
+    """Returns |x|^power, 0 with finite gradients where x is 0, for any positive power."""
     nonzero = x != 0
     return jnp.where(nonzero, jnp.where(nonzero, jnp.abs(x), 1) ** power, 0)
 
@@ -243,9 +239,6 @@ def per_head(value: float | Array, x: Float[Array, "b n h k"]) -> Array:
     """Returns a number, one per head (`h`) or per head and channel (`h k`), in the shape that multiplies `b n h k`.
 
     Raises ValueError for other shapes.
-
-    Example:
-        y = per_head(jnp.ones(8), x) * x
     """
     value = jnp.asarray(value, x.dtype)
     if value.ndim == 0:

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from flowgen.attention import softmax
+from flowgen import backend
 from flowgen.attention.checks import check_floats
-from flowgen.sharding import keep_axes
+from flowgen.attention.softmax import attend_in_parts
+from flowgen.backend import keep_axes
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class FrameWindow:
                 f"q has {q.shape[1]} tokens; behind a prefix of {self.prefix} there must be frames of {self.tokens}."
             )
         check_floats(q=q, k=k, v=v)
-        return _attend(q, k, v, self, softmax.MAX_LOGITS)
+        return _attend(q, k, v, self, backend.MAX_LOGITS)
 
 
 @partial(jax.jit, static_argnames=("window", "max_logits"))
@@ -58,7 +59,7 @@ def _attend(q, k, v, window: FrameWindow, max_logits: int):
         cut, tokens = window.prefix, window.tokens
         frames = (q.shape[2] - cut) // tokens
         seen = cut + min(1 + window.ahead, frames) * tokens
-        front = softmax.attend_in_parts(q[:, :, :cut], k[:, :, :seen], v[:, :, :seen])
+        front = attend_in_parts(q[:, :, :cut], k[:, :, :seen], v[:, :, :seen])
         behind = _attend_by_frame(q, k, v, window, frames, max_logits)
         return jnp.concatenate([front, behind], axis=2).swapaxes(1, 2)
 
@@ -82,7 +83,7 @@ def _attend_by_frame(q, k, v, window: FrameWindow, frames: int, max_logits: int)
         neighbour = frame - window.back + jnp.arange(width)
         real = jnp.repeat((neighbour >= 0) & (neighbour < frames), tokens, total_repeat_length=length)
         mask = jnp.concatenate([jnp.ones(cut, bool), real])[None, None, None]
-        return softmax.attend_in_parts(queries, keys, values, mask)
+        return attend_in_parts(queries, keys, values, mask)
 
     logits = q.shape[0] * q.shape[1] * q.shape[2] * width * tokens
     body = one_frame if logits <= max_logits else jax.checkpoint(one_frame)

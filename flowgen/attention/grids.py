@@ -5,15 +5,11 @@ from __future__ import annotations
 from einops import rearrange
 from jaxtyping import Array, Float
 
-from flowgen.sharding import keep_axes
+from flowgen.backend import keep_axes
 
 
 def check_grid(grid: tuple[int, int] | None, num_tokens: int) -> tuple[int, int]:
-    """Returns the grid; ValueError where it is missing or does not hold all tokens.
-
-    Example:
-        height, width = check_grid((14, 14), 196)
-    """
+    """Returns the grid; ValueError if it is missing or does not hold all tokens."""
     if grid is None:
         raise ValueError(f"grid is None; this layer needs the (height, width) of its {num_tokens} tokens.")
     if grid[0] * grid[1] != num_tokens:
@@ -22,11 +18,7 @@ def check_grid(grid: tuple[int, int] | None, num_tokens: int) -> tuple[int, int]
 
 
 def as_image(x: Float[Array, "b n d"], height: int, width: int) -> Float[Array, "b height width d"]:
-    """Returns tokens in row-major order as images.
-
-    Example:
-        image = as_image(x, 14, 14)
-    """
+    """Returns tokens in row-major order as images."""
 
     def run(x):
         return rearrange(x, "b (i j) d -> b i j d", i=height, j=width)
@@ -35,11 +27,7 @@ def as_image(x: Float[Array, "b n d"], height: int, width: int) -> Float[Array, 
 
 
 def as_tokens(image: Float[Array, "b height width d"]) -> Float[Array, "b n d"]:
-    """Returns the pixels of images in row-major order.
-
-    Example:
-        x = as_tokens(image)
-    """
+    """Returns the pixels of images in row-major order."""
 
     def run(image):
         return rearrange(image, "b i j d -> b (i j) d")
@@ -48,11 +36,7 @@ def as_tokens(image: Float[Array, "b height width d"]) -> Float[Array, "b n d"]:
 
 
 def fold(x: Float[Array, "b n h k"], height: int, width: int) -> Float[Array, "bh height width k"]:
-    """Returns one image per sample and head.
-
-    Example:
-        images = fold(k, 14, 14)
-    """
+    """Returns one image per sample and head."""
 
     def run(x):
         return rearrange(x, "b (i j) h k -> (b h) i j k", i=height, j=width)
@@ -61,11 +45,7 @@ def fold(x: Float[Array, "b n h k"], height: int, width: int) -> Float[Array, "b
 
 
 def unfold(images: Float[Array, "bh height width k"], like: Float[Array, "b n h k"]) -> Float[Array, "b m h k"]:
-    """Returns the images of `fold` as tokens of samples and heads, divided over a mesh as `like` is.
-
-    Example:
-        points = unfold(conv(fold(k, 14, 14)), k)
-    """
+    """Returns the images of `fold` as tokens of samples and heads, divided over a mesh as `like` is."""
     heads = like.shape[2]
 
     def run(images):

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Num
 
 from flowgen.attention.checks import check_heads, check_mask, hide_keys
 from flowgen.attention.equality import ByFields
 from flowgen.attention.features import FeatureMap
-from flowgen.attention.kernels import KERNELS, FeatureKernel, Kernel, RetentionKernel, kernel
+from flowgen.attention.kernels import KERNELS, FeatureKernel, Kernel, Keys, Queries, RetentionKernel, Values, kernel
 from flowgen.attention.linear import Causal, attend_features
 from flowgen.attention.masks import own_keys
 from flowgen.attention.prefix import Features
 from flowgen.attention.soft import soft_attention
 from flowgen.attention.softmax import softmax_attention
+
+# Masks of pairs and of keys alone, broadcast over the axes of length 1.
+Pairs = Bool[Array, "#b #h #n #m"] | None
 
 
 def make_attention_fn(
@@ -68,12 +73,12 @@ class _AttentionFn(ByFields):
         bias: Array | None = None,
         mask: Array | None = None,
         broadcast_dropout: bool = True,
-        dropout_rng: Any = None,
+        dropout_rng: Array | None = None,
         dropout_rate: float = 0.0,
         deterministic: bool = False,
-        dtype: Any = None,
-        precision: Any = None,
-        module: Any = None,
+        dtype: DTypeLike | None = None,
+        precision: lax.PrecisionLike = None,
+        module: object = None,
         is_causal: bool = False,
     ) -> Array:
         _check_call(query, key, value, 0.0 if deterministic else dropout_rate, module)
@@ -87,7 +92,9 @@ class _AttentionFn(ByFields):
         out = self._attend(q, k, v, bias, mask, self.always_causal or is_causal).astype(dtype)
         return out if len(leading) == 1 else out.reshape(*leading, *out.shape[1:])
 
-    def _attend(self, q, k, v, bias, mask, causal) -> Array:
+    def _attend(
+        self, q: Queries, k: Keys, v: Values, bias: Num[Array, "..."] | None, mask: Pairs, causal: bool | Causal
+    ) -> Float[Array, "b n h d"]:
         if mask is not None and q.shape[1] == 1 and k.shape[1] != 1:  # decoding: the mask says what the query sees
             _check_decodes(self.kernel, q, k)
             causal = False
@@ -101,7 +108,8 @@ class _AttentionFn(ByFields):
             )
         if isinstance(self.kernel, str):
             attend = softmax_attention if self.kernel == "softmax" else soft_attention
-            return attend(q, k, v, mask=mask, is_causal=causal)
+            # Both refuse a `Causal` themselves.
+            return attend(q, k, v, mask=mask, is_causal=causal)  # ty: ignore[invalid-argument-type]
         return self.kernel.attend(q, k, v, mask=mask, is_causal=causal)
 
 
@@ -110,7 +118,7 @@ def _name(chosen: str | Kernel) -> str:
     return chosen if isinstance(chosen, str) else next(names, type(chosen).__name__)
 
 
-def _check_call(query, key, value, dropout_rate, module) -> None:
+def _check_call(query: Array, key: Array, value: Array, dropout_rate: float, module: object) -> None:
     if dropout_rate > 0:
         raise ValueError(
             f"dropout_rate is {dropout_rate}; this attention never forms the weights that dropout would thin, "
@@ -134,9 +142,9 @@ def _check_decodes(chosen: str | Kernel, q: Array, k: Array) -> None:
         )
 
 
-def _attend_biased(chosen: FeatureKernel, q, k, v, bias, mask, causal) -> Array:
-    if bias is None:
-        return chosen.attend(q, k, v, mask=mask, is_causal=causal)
+def _attend_biased(
+    chosen: FeatureKernel, q: Queries, k: Keys, v: Values, bias: Num[Array, "..."], mask: Pairs, causal: bool | Causal
+) -> Float[Array, "b n h d"]:
     if bias.ndim != 4 or bias.shape[2] != 1 or bias.shape[1] not in (1, k.shape[2]):
         raise ValueError(
             f"bias has shape {bias.shape}; linear attention can only weigh keys, (batch, heads, 1, keys), "

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from einops import rearrange
-from jaxtyping import Array, Float, Int
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from flowgen.attention.checks import check_causal, check_heads, check_key_mask, check_mask, hide_keys, is_key_mask
 from flowgen.attention.decay import retention, retention_of_pairs
@@ -35,7 +36,13 @@ from flowgen.attention.linear import (
 from flowgen.attention.masks import hide_queries, split_pairs
 from flowgen.attention.prefix import Features, LinearState, empty_state, keep_keys, prefix_product
 from flowgen.attention.segments import alike
-from flowgen.sharding import keep_axes
+from flowgen.backend import keep_axes
+
+Queries = Float[Array, "b n h k"]
+Keys = Float[Array, "b m g k"]
+Values = Float[Array, "b m g d"]
+# Whatever pytree a kernel makes of the tokens so far; None before the first.
+State = PyTree
 
 
 @runtime_checkable
@@ -47,30 +54,32 @@ class Kernel(Protocol):
 
     def attend(
         self,
-        q: Float[Array, "b n h k"],
-        k: Float[Array, "b m g k"],
-        v: Float[Array, "b m g d"],
+        q: Queries,
+        k: Keys,
+        v: Values,
         *,
-        mask: Array | None = None,
+        mask: Bool[Array, "..."] | None = None,
         is_causal: bool | Causal = False,
         segment_ids: Int[Array, "b n"] | None = None,
     ) -> Float[Array, "b n h d"]:
         """Returns attention over whole sequences."""
         ...
 
-    def init_state(self, batch: int, num_heads: int, key_dim: int, value_dim: int, dtype: Any = jnp.float32) -> Any:
+    def init_state(
+        self, batch: int, num_heads: int, key_dim: int, value_dim: int, dtype: DTypeLike = jnp.float32
+    ) -> State:
         """Returns the state before the first token, at least float32."""
         ...
 
     def prefill(
         self,
-        q: Float[Array, "b n h k"],
+        q: Queries,
         k: Float[Array, "b n g k"],
         v: Float[Array, "b n g d"],
         *,
-        state: Any = None,
-        mask: Array | None = None,
-    ) -> tuple[Float[Array, "b n h d"], Any]:
+        state: State = None,
+        mask: Bool[Array, "..."] | None = None,
+    ) -> tuple[Float[Array, "b n h d"], State]:
         """Returns causal attention of tokens that follow those of `state`, and the state with them absorbed."""
         ...
 
@@ -82,14 +91,33 @@ class FeatureKernel(ByFields):
     features: FeatureMap
     eps: float = EPS
 
-    def attend(self, q, k, v, *, mask=None, is_causal=False, segment_ids=None):
+    def attend(
+        self,
+        q: Queries,
+        k: Keys,
+        v: Values,
+        *,
+        mask: Bool[Array, "..."] | None = None,
+        is_causal: bool | Causal = False,
+        segment_ids: Int[Array, "b n"] | None = None,
+    ) -> Float[Array, "b n h d"]:
         options = {"mask": mask, "is_causal": is_causal, "segment_ids": segment_ids}
         return linear_attention(q, k, v, self.features, eps=self.eps, **options)
 
-    def init_state(self, batch, num_heads, key_dim, value_dim, dtype=jnp.float32):
+    def init_state(
+        self, batch: int, num_heads: int, key_dim: int, value_dim: int, dtype: DTypeLike = jnp.float32
+    ) -> LinearState:
         return init_state(batch, num_heads, key_dim, value_dim, self.features, dtype=dtype)
 
-    def prefill(self, q, k, v, *, state=None, mask=None):
+    def prefill(
+        self,
+        q: Queries,
+        k: Float[Array, "b n g k"],
+        v: Float[Array, "b n g d"],
+        *,
+        state: LinearState | None = None,
+        mask: Bool[Array, "..."] | None = None,
+    ) -> tuple[Float[Array, "b n h d"], LinearState]:
         return prefill(q, k, v, self.features, state=state, mask=mask, eps=self.eps)
 
 
@@ -100,7 +128,16 @@ class PolaKernel(ByFields):
     power: float | Array = 3.0
     eps: float = EPS
 
-    def attend(self, q, k, v, *, mask=None, is_causal=False, segment_ids=None):
+    def attend(
+        self,
+        q: Queries,
+        k: Keys,
+        v: Values,
+        *,
+        mask: Bool[Array, "..."] | None = None,
+        is_causal: bool | Causal = False,
+        segment_ids: Int[Array, "b n"] | None = None,
+    ) -> Float[Array, "b n h d"]:
         check_heads(q, k, v)
         if as_causal(is_causal):
             check_causal(q, k)
@@ -114,11 +151,21 @@ class PolaKernel(ByFields):
         out, total = products(features, v, mask=mask, is_causal=is_causal, segment_ids=segment_ids)
         return _halves(normalised(out, total, self.eps, v.dtype))
 
-    def init_state(self, batch, num_heads, key_dim, value_dim, dtype=jnp.float32):
+    def init_state(
+        self, batch: int, num_heads: int, key_dim: int, value_dim: int, dtype: DTypeLike = jnp.float32
+    ) -> LinearState:
         token, value = _token(batch, num_heads, key_dim, dtype), _token(batch, num_heads, value_dim, dtype)
         return empty_state(self._features(token, token, value), value)
 
-    def prefill(self, q, k, v, *, state=None, mask=None):
+    def prefill(
+        self,
+        q: Queries,
+        k: Float[Array, "b n g k"],
+        v: Float[Array, "b n g d"],
+        *,
+        state: LinearState | None = None,
+        mask: Bool[Array, "..."] | None = None,
+    ) -> tuple[Float[Array, "b n h d"], LinearState]:
         check_heads(q, k, v)
         check_causal(q, k)
         mask = None if mask is None else check_key_mask(mask, q, k)
@@ -127,14 +174,14 @@ class PolaKernel(ByFields):
         out, total, state = prefix_product(features, v, state=state, mask=mask)
         return _halves(normalised(out, total, self.eps, v.dtype)), state
 
-    def _features(self, q, k, v) -> Features:
+    def _features(self, q: Queries, k: Keys, v: Values) -> Features:
         """Two queries per head, for equal and for opposite signs: they read the same keys, so one state serves both."""
         if v.shape[-1] % 2:
             raise ValueError(f"v has width {v.shape[-1]}; each sign takes half of it, so it must be even.")
         dtype = jnp.promote_types(q.dtype, jnp.float32)
         positive, negative = (_signed_power(x.astype(dtype), self.power) for x in (q, -q))
         same, opposite = jnp.concatenate([positive, negative], -1), jnp.concatenate([negative, positive], -1)
-        pairs = keep_axes(_interleave, same, opposite, named=[(q, "b n h k")], out="b n h f")
+        pairs = keep_axes(_interleave, same, opposite, named=[(q, "b n h k")], out="b n h p")
         keys = jnp.concatenate([_signed_power(x.astype(dtype), self.power) for x in (k, -k)], axis=-1)
         return Features(pairs, keys)
 
@@ -152,7 +199,16 @@ class InlineKernel:
 
     scale: float | None = None
 
-    def attend(self, q, k, v, *, mask=None, is_causal=False, segment_ids=None):
+    def attend(
+        self,
+        q: Queries,
+        k: Keys,
+        v: Values,
+        *,
+        mask: Bool[Array, "..."] | None = None,
+        is_causal: bool | Causal = False,
+        segment_ids: Int[Array, "b n"] | None = None,
+    ) -> Float[Array, "b n h d"]:
         check_heads(q, k, v)
         k, v = hide_keys(k, v, check_mask(mask, q, k))
         options = {"mask": mask, "is_causal": is_causal, "segment_ids": segment_ids}
@@ -163,11 +219,21 @@ class InlineKernel:
             values = Features(*(jnp.where(jnp.isnan(x[..., :1]), jnp.nan, 1) for x in (pairs.q, pairs.k)))
         return _inline(*products(pairs, v, **options), *products(values, v, **options), v.dtype)
 
-    def init_state(self, batch, num_heads, key_dim, value_dim, dtype=jnp.float32):
+    def init_state(
+        self, batch: int, num_heads: int, key_dim: int, value_dim: int, dtype: DTypeLike = jnp.float32
+    ) -> InlineState:
         token, value = _token(batch, num_heads, key_dim, dtype), _token(batch, num_heads, value_dim, dtype)
         return InlineState(*(empty_state(features, value) for features in self._features(token, token)))
 
-    def prefill(self, q, k, v, *, state=None, mask=None):
+    def prefill(
+        self,
+        q: Queries,
+        k: Float[Array, "b n g k"],
+        v: Float[Array, "b n g d"],
+        *,
+        state: InlineState | None = None,
+        mask: Bool[Array, "..."] | None = None,
+    ) -> tuple[Float[Array, "b n h d"], InlineState]:
         check_heads(q, k, v)
         check_causal(q, k)
         mask = None if mask is None else check_key_mask(mask, q, k)
@@ -179,7 +245,7 @@ class InlineKernel:
             states.append(after)
         return _inline(*sums, v.dtype), InlineState(*states)
 
-    def _features(self, q, k) -> tuple[Features, Features]:
+    def _features(self, q: Queries, k: Keys) -> tuple[Features, Features]:
         dtype = jnp.promote_types(q.dtype, jnp.float32)
         scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
         ones = Features(jnp.ones_like(q[..., :1], dtype), jnp.ones_like(k[..., :1], dtype))
@@ -190,7 +256,16 @@ class InlineKernel:
 class RetentionKernel:
     """Retention; see `retention`. Causal only."""
 
-    def attend(self, q, k, v, *, mask=None, is_causal=False, segment_ids=None):
+    def attend(
+        self,
+        q: Queries,
+        k: Keys,
+        v: Values,
+        *,
+        mask: Bool[Array, "..."] | None = None,
+        is_causal: bool | Causal = False,
+        segment_ids: Int[Array, "b n"] | None = None,
+    ) -> Float[Array, "b n h d"]:
         check_heads(q, k, v)
         causal = as_causal(is_causal)
         if causal is None or causal.block_size != 1 or causal.implementation != "xla":
@@ -206,11 +281,21 @@ class RetentionKernel:
         out = retention(q, k, v, mask=mask, segment_ids=segment_ids, chunk_size=causal.chunk_size)[0]
         return out if queries is None else hide_queries(out, queries)
 
-    def init_state(self, batch, num_heads, key_dim, value_dim, dtype=jnp.float32):
+    def init_state(
+        self, batch: int, num_heads: int, key_dim: int, value_dim: int, dtype: DTypeLike = jnp.float32
+    ) -> LinearState:
         token = _token(batch, num_heads, key_dim, dtype)
         return empty_state(Features(token, token), _token(batch, num_heads, value_dim, dtype))
 
-    def prefill(self, q, k, v, *, state=None, mask=None):
+    def prefill(
+        self,
+        q: Queries,
+        k: Float[Array, "b n g k"],
+        v: Float[Array, "b n g d"],
+        *,
+        state: LinearState | None = None,
+        mask: Bool[Array, "..."] | None = None,
+    ) -> tuple[Float[Array, "b n h d"], LinearState]:
         return retention(q, k, v, state=state, mask=mask)
 
 
@@ -255,7 +340,7 @@ def nala_attention(
 
     eps: added to the sum of the weights; the released layer adds 1e-6 to their mean over m keys, which is m * 1e-6.
     For rotary features, a temperature of the cosine map or packed segments use
-    `linear_attention(q, k, v, nala_features(...), ...)`. Raises ValueError where shapes or mask do not fit.
+    `linear_attention(q, k, v, nala_features(...), ...)`. Raises ValueError if shapes or mask do not fit.
 
     Example:
         out = nala_attention(q, k, v, is_causal=True)
@@ -301,7 +386,7 @@ def cosformer_attention(
 
     eps: added to the sum of the weights; the released layer has a lower bound of 1e-6 on that sum instead, which is
     eps=0 for all but nearly empty rows. Its M is the longer of both lengths.
-    Raises ValueError where there are more tokens than max_length.
+    Raises ValueError if there are more tokens than max_length.
 
     Example:
         out = cosformer_attention(q, k, v, max_length=1024)
@@ -327,7 +412,7 @@ def pola_attention(
     The first half of each value is averaged by the weights of equal signs, [q+; q-]·[k+; k-], the second half by those
     of opposite signs, [q-; q+]·[k+; k-], each with its own normaliser; q± = relu(±q)^power. power: positive, a
     number or an array `h` or `h k`. eps: added to the sum of the weights; the released layer adds 1e-6 to their mean
-    over m keys, which is m * 1e-6. Raises ValueError where v's width is odd.
+    over m keys, which is m * 1e-6. Raises ValueError if v's width is odd.
 
     Example:
         out = pola_attention(q, k, v)
@@ -354,7 +439,7 @@ def inline_attention(
     return InlineKernel(scale).attend(q, k, v, mask=mask, is_causal=is_causal)
 
 
-def _token(batch: int, num_heads: int, width: int, dtype: Any) -> Float[Array, "b 1 h k"]:
+def _token(batch: int, num_heads: int, width: int, dtype: DTypeLike) -> Float[Array, "b 1 h k"]:
     return jnp.zeros((batch, 1, num_heads, width), dtype)
 
 
@@ -363,10 +448,10 @@ def _signed_power(x: Array, power: float | Array) -> Array:
 
 
 def _interleave(same: Array, opposite: Array) -> Array:
-    return rearrange(jnp.stack([same, opposite]), "two b n h f -> b n (h two) f")
+    return rearrange(jnp.stack([same, opposite]), "two b n h p -> b n (h two) p")
 
 
-def _halves(pairs: Float[Array, "b n hh d"]) -> Float[Array, "b n h d"]:
+def _halves(pairs: Float[Array, "b n two_h d"]) -> Float[Array, "b n h d"]:
     """First half of the values of even rows (equal signs), second half of those of odd rows (opposite signs)."""
 
     def run(pairs):

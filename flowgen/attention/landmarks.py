@@ -49,7 +49,7 @@ def gaussian_landmark_attention(
     Without whiten, the positive features of `gaussian_landmark_map`, normalised as usual; a token far from every
     landmark (√k-scaled distance beyond 13) has features 0 and gives 0. With whiten, the Nyström kernel itself,
     K(q, L) (K(L, L) + ridge)⁻¹ K(L, k), not normalised since it may be negative: a norm per head usually follows.
-    Raises ValueError where shapes or mask do not fit.
+    Raises ValueError if shapes or mask do not fit.
 
     Example:
         out = gaussian_landmark_attention(q, k, v, landmarks, is_causal=True)

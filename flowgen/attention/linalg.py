@@ -1,9 +1,4 @@
-"""Factors and inverses of small matrices by products alone, for stacks of landmarks and for chunks of the delta rule.
-
-LAPACK calls that run at the same time can wait for each other's threads forever on CPUs with few cores (jaxlib 0.10:
-two independent `jnp.linalg.cholesky` in one program, or triangular solves in a gradient). Products cannot, and they
-are what accelerators are good at.
-"""
+"""Factors and inverses of small matrices, for stacks of landmarks and for chunks of the delta rule."""
 
 from __future__ import annotations
 
@@ -13,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-# Of products that feed a state or one another, where errors add up; accelerators would round their factors.
-HIGHEST = jax.lax.Precision.HIGHEST
+from flowgen import backend
+from flowgen.backend import HIGHEST
+
 NEWTON_ITERATIONS = 20
 # The line search of the released SOFT++: how often it may halve its step, and the residual it accepts.
 RELEASED_HALVINGS = 10
@@ -25,22 +21,8 @@ Ridge = float | Float[Array, ""]
 
 @jax.custom_jvp
 def unit_lower_inverse(lower: Float[Array, "*stack c c"]) -> Float[Array, "*stack c c"]:
-    """Returns (I + L)⁻¹ for a strictly lower triangular L, from the inverses of ever larger blocks on its diagonal.
-
-    Two neighbours A, D with B below A give the next: [[A⁻¹, 0], [-D⁻¹ B A⁻¹, D⁻¹]].
-
-    Example:
-        inverse = unit_lower_inverse(jnp.tril(a, -1))
-    """
-    size = lower.shape[-1]
-    token = jnp.arange(size)
-    inverse = _eye_like(lower)
-    for width in (2**level for level in range((size - 1).bit_length())):
-        block = token // width
-        joined = (block[:, None] // 2 == block[None, :] // 2) & (block[:, None] != block[None, :])
-        below = jnp.where(jnp.broadcast_to(joined, lower.shape), lower, 0)
-        inverse = inverse - _sandwich(inverse, below) if width > 1 else inverse - below
-    return inverse
+    """Returns (I + L)⁻¹ for a strictly lower triangular L; its derivative is -(I + L)⁻¹ dL (I + L)⁻¹ in both modes."""
+    return backend.unit_lower_inverse(lower)
 
 
 @unit_lower_inverse.defjvp
@@ -49,43 +31,16 @@ def _unit_lower_inverse_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tu
     return inverse, -_sandwich(inverse, tangents[0])
 
 
-def cholesky(a: Float[Array, "*stack l l"]) -> Float[Array, "*stack l l"]:
-    """Returns the lower triangular C with C Cᵀ = a, for symmetric positive definite a; column by column.
-
-    Example:
-        factor = cholesky(a + 1e-3 * jnp.eye(64))
-    """
-    rows = jnp.arange(a.shape[-1])[:, None]
-
-    def column(k, carry):
-        rest, factor = carry
-        below = jax.lax.dynamic_slice_in_dim(rest, k, 1, axis=-1)
-        pivot = jax.lax.dynamic_slice_in_dim(below, k, 1, axis=-2)
-        below = jnp.where(jnp.broadcast_to(rows >= k, below.shape), below, 0) * jax.lax.rsqrt(pivot)
-        factor = jax.lax.dynamic_update_slice_in_dim(factor, below, k, axis=-1)
-        return rest - below * below.swapaxes(-1, -2), factor
-
-    return jax.lax.fori_loop(0, a.shape[-1], column, (a, jnp.zeros_like(a)))[1]
-
-
 def inverse_cholesky(a: Float[Array, "*stack l l"]) -> Float[Array, "*stack l l"]:
-    """Returns C⁻¹ with C Cᵀ = a, for symmetric positive definite a.
-
-    Example:
-        whitened = inverse_cholesky(covariance) @ x
-    """
-    factor = cholesky(a)
+    """Returns C⁻¹ with C Cᵀ = a, for symmetric positive definite a."""
+    factor = backend.cholesky(a)
     scale = jnp.diagonal(factor, axis1=-2, axis2=-1)
     return unit_lower_inverse(jnp.tril(factor / scale[..., None, :], -1)) / scale[..., :, None]
 
 
 @jax.custom_jvp
 def positive_inverse(a: Float[Array, "*stack l l"]) -> Float[Array, "*stack l l"]:
-    """Returns a⁻¹ = C⁻ᵀ C⁻¹ for symmetric positive definite a; its derivative is -a⁻¹ da a⁻¹ in both modes.
-
-    Example:
-        inverse = positive_inverse(a)
-    """
+    """Returns a⁻¹ = C⁻ᵀ C⁻¹ for symmetric positive definite a; its derivative is -a⁻¹ da a⁻¹ in both modes."""
     factor = inverse_cholesky(a)
     return jnp.matmul(factor.swapaxes(-1, -2), factor, precision=HIGHEST)
 
@@ -97,11 +52,7 @@ def _positive_inverse_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tupl
 
 
 def add_ridge(a: Float[Array, "*stack l l"], ridge: Ridge) -> Float[Array, "*stack l l"]:
-    """Returns a + ridge I.
-
-    Example:
-        a = add_ridge(a, 0.01)
-    """
+    """Returns a + ridge I."""
     return a + ridge * jnp.broadcast_to(jnp.eye(a.shape[-1], dtype=a.dtype), a.shape)
 
 
@@ -135,9 +86,6 @@ def newton_inverse(
     (1 - (1 - alpha w²)^(2^iterations)) / w, which is 1/w only for w above about a thousandth of the largest. The
     derivative is the closed form dX = -X dA X (forward and reverse mode), so it is that of the value only where the
     iteration has converged.
-
-    Example:
-        x = newton_inverse(a, ridge=0.01)
     """
     largest = jax.lax.stop_gradient(a).sum(axis=-1, keepdims=True).max(axis=-2, keepdims=True)
     # The iteration diverges from 2 / |B|² on, which a ridge above 0.05 would exceed where A is close to I.
@@ -154,9 +102,6 @@ def released_softpp_inverse(
     One alpha = 2 / (largest row sum)² serves the *whole batch and all heads*, and is halved at most 10 times
     while the largest column sum of |I - alpha A²| in the batch exceeds 1.01. So the result for one sample
     depends on the others; use it for parity with published checkpoints only. Differentiable by plain autodiff.
-
-    Example:
-        x = released_softpp_inverse(a)
     """
     square = jnp.matmul(a, a, precision=HIGHEST)
     eye = jnp.broadcast_to(jnp.eye(a.shape[-1], dtype=a.dtype), a.shape)
@@ -176,15 +121,8 @@ def cholesky_solve(
     """Returns (A + ridge I)⁻¹ rhs for symmetric positive definite A + ridge I, with exact derivatives.
 
     Coinciding landmarks make A singular: ridge must then exceed the rounding error of A, about 1e-5 in float32.
-
-    Example:
-        summary = cholesky_solve(a, p_v, ridge=0.01)
     """
     return jnp.matmul(positive_inverse(add_ridge(a, ridge)), rhs, precision=HIGHEST)
-
-
-def _eye_like(a: Array) -> Array:
-    return jnp.broadcast_to(jnp.eye(a.shape[-1], dtype=a.dtype), a.shape)
 
 
 def _sandwich(outer: Array, inner: Array) -> Array:

@@ -15,6 +15,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from flowgen.attention.checks import (
@@ -41,7 +42,7 @@ from flowgen.attention.prefix import (
     prefix_product,
 )
 from flowgen.attention.segments import finite, spoil, spoiled
-from flowgen.sharding import keep_axes
+from flowgen.backend import keep_axes
 
 EPS = 1e-6
 
@@ -67,11 +68,7 @@ class Causal:
 
 
 def as_causal(is_causal: bool | Causal) -> Causal | None:
-    """Returns how causal attention is cut, None where it is not causal.
-
-    Example:
-        causal = as_causal(True)  # Causal()
-    """
+    """Returns how causal attention is cut, None if it is not causal."""
     if isinstance(is_causal, Causal):
         return is_causal
     return Causal() if is_causal else None
@@ -94,7 +91,7 @@ def linear_attention(
     outside of jit, a mask of queries times one of keys (times causal order, where is_causal); inside of jit `own_keys`
     makes one over keys of it. For others the quadratic form is used, up to 4096 x 4096 weights. is_causal: query i sees
     keys 0..i; a `Causal` makes it block-causal. segment_ids: tokens see each other only where ids are equal; equal ids
-    must be contiguous (see `prefix_product`). eps: added to the normaliser. Raises ValueError where shapes, types,
+    must be contiguous (see `prefix_product`). eps: added to the normaliser. Raises ValueError if shapes, types,
     mask or names do not fit.
 
     Example:
@@ -139,11 +136,7 @@ def products(
     is_causal: bool | Causal = False,
     segment_ids: Int[Array, "b n"] | None = None,
 ) -> tuple[Float[Array, "b n h d"], Float[Array, "b n h"]]:
-    """Returns the numerators Σ_j φ(q_i)·φ(k_j) v_j and the normalisers Σ_j φ'(q_i)·φ'(k_j) of `attend_features`.
-
-    Example:
-        out, total = products(Features(q, k), v, is_causal=True)
-    """
+    """Returns the numerators Σ_j φ(q_i)·φ(k_j) v_j and the normalisers Σ_j φ'(q_i)·φ'(k_j) of `attend_features`."""
     check_heads(features.q, features.k, v)
     q, k = features.q, features.k
     mask = check_mask(mask, q, k)
@@ -218,7 +211,7 @@ def quadratic_products(
         features = features._replace(k=keys[0], norm_k=keys[1])
 
         def weights(q, k):
-            pairs = jnp.einsum("bnhf,bmhf->bhnm", q, jnp.repeat(k, repeats, axis=2), precision=HIGHEST)
+            pairs = jnp.einsum("bnhp,bmhp->bhnm", q, jnp.repeat(k, repeats, axis=2), precision=HIGHEST)
             pairs = pairs.astype(dtype) if factors is None else pairs.astype(dtype) * factors
             return pairs if mask is None else jnp.where(mask, pairs, 0)
 
@@ -238,11 +231,7 @@ def quadratic_products(
 def seen_pairs(
     mask: Bool[Array, "#b #h #n #m"], causal: Causal | None, segment_ids: Int[Array, "b n"] | None, n: int, m: int
 ) -> Bool[Array, "#b #h #n #m"]:
-    """Returns which of n queries see which of m keys: the mask, causal order and segments together.
-
-    Example:
-        pairs = seen_pairs(mask, Causal(), None, n=8, m=8)
-    """
+    """Returns which of n queries see which of m keys: the mask, causal order and segments together."""
     if causal is not None:
         block_q, block_k = jnp.arange(n) // causal.block_size, jnp.arange(m) // causal.block_size
         mask = mask & (block_q[:, None] >= block_k[None, :])[None, None]
@@ -254,11 +243,7 @@ def seen_pairs(
 def normalised(
     out: Float[Array, "b n h d"], total: Float[Array, "b n h"], eps: float | Float[Array, "b n h"], dtype: jnp.dtype
 ) -> Float[Array, "b n h d"]:
-    """Returns out / (total + eps), and 0 with zero gradients where that divisor is 0.
-
-    Example:
-        y = normalised(*products(features, v), 1e-6, v.dtype)
-    """
+    """Returns out / (total + eps), and 0 with zero gradients where that divisor is 0."""
     total = total + eps
     return (out / jnp.where(total == 0, 1, total)[..., None]).astype(dtype)
 
@@ -270,7 +255,7 @@ def init_state(
     value_dim: int,
     features: FeatureMap | str = "elu_plus_one",
     *,
-    dtype: jnp.dtype | type = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
 ) -> LinearState:
     """Returns the state before the first token, at least float32. num_heads: of keys.
 
@@ -348,14 +333,14 @@ def _full(features: Features, v: Array) -> tuple[Array, Array]:
     def run(features, v):
         dtype = jnp.promote_types(jnp.result_type(features.k, v), jnp.float32)
         groups = v.shape[2]
-        kv = jnp.einsum("bmgf,bmgd->bgfd", features.k, v.astype(dtype), precision=HIGHEST)
+        kv = jnp.einsum("bmgp,bmgd->bgpd", features.k, v.astype(dtype), precision=HIGHEST)
         norm_q, norm_k = features.normaliser
 
         def grouped(x):
-            return rearrange(x, "b n (g r) f -> b n g r f", g=groups)
+            return rearrange(x, "b n (g r) p -> b n g r p", g=groups)
 
-        out = jnp.einsum("bngrf,bgfd->bngrd", grouped(features.q), kv, precision=HIGHEST)
-        total = jnp.einsum("bngrf,bgf->bngr", grouped(norm_q), norm_k.sum(axis=1), precision=HIGHEST)
+        out = jnp.einsum("bngrp,bgpd->bngrd", grouped(features.q), kv, precision=HIGHEST)
+        total = jnp.einsum("bngrp,bgp->bngr", grouped(norm_q), norm_k.sum(axis=1), precision=HIGHEST)
         return rearrange(out, "b n g r d -> b n (g r) d"), rearrange(total, "b n g r -> b n (g r)")
 
     return _with_axes(run, features, v)
@@ -383,5 +368,5 @@ def _packed(features: Features, v: Array, segment_ids: Array) -> tuple[Array, Ar
 
 
 def _with_axes(run, features: Features, v: Array, *rest: Array | None) -> tuple[Array, Array]:
-    named = [(features.q, "b n h f"), (features.k, "b m g f"), (v, "b m g d")]
+    named = [(features.q, "b n h p"), (features.k, "b m g p"), (v, "b m g d")]
     return keep_axes(run, features, v, *rest, named=named, out=("b n h d", "b n h"))

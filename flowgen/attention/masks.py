@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, PyTree
 
 from flowgen.attention.checks import concrete
 
@@ -34,9 +32,6 @@ def split_pairs(
 
     block_size: of causal order, which multiplies the mask; None if there is none. groups: of keys, which the mask may
     distinguish. While tracing, nothing can be seen.
-
-    Example:
-        parts = split_pairs(mask, groups=8, block_size=1)
     """
     seen = concrete(mask)
     if seen is None or seen.shape[1] not in (1, groups):
@@ -52,12 +47,8 @@ def split_pairs(
     return jnp.asarray(queries), jnp.asarray(keys)
 
 
-def hide_queries(tree: Any, mask: Bool[Array, "#b #g n 1"]) -> Any:
-    """Returns arrays `b n h ...` with 0 for queries that see no key; mask: one head, or one per group of query heads.
-
-    Example:
-        out = hide_queries(out, queries)
-    """
+def hide_queries(tree: PyTree, mask: Bool[Array, "#b #g n 1"]) -> PyTree:
+    """Returns arrays `b n h ...` with 0 for queries that see no key; mask: one head, or one per group."""
 
     def hide(x):
         keep = mask[..., 0].swapaxes(1, 2)

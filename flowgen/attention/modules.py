@@ -7,18 +7,19 @@ All map `b n d` to `b n d`. Those that can be causal also have an explicit decod
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from flowgen.attention.checks import check_key_mask
 from flowgen.attention.features import DirectionMap, FeatureMap, nala_features
 from flowgen.attention.grids import as_image, as_tokens, check_grid, fold, unfold
-from flowgen.attention.kernels import FeatureKernel, Kernel, kernel
+from flowgen.attention.kernels import FeatureKernel, Kernel, State, kernel
 from flowgen.attention.linear import EPS, Causal, as_causal
 from flowgen.attention.prefix import LinearState
 from flowgen.attention.rotary import rotary_grid, rotary_line
@@ -31,7 +32,7 @@ from flowgen.attention.soft import (
     pool_landmarks_2d,
     to_kernel_space,
 )
-from flowgen.sharding import keep_axes
+from flowgen.backend import keep_axes
 
 LandmarkKind = Literal["pool", "conv", "conv_norm_gelu"]
 NALA_CONV = 5  # tokens, or rows and columns, of the depthwise convolution of values
@@ -54,7 +55,7 @@ class LinearAttention(nn.Module):
     num_kv_heads: int | None = None
     is_causal: bool | Causal = False
     use_bias: bool = True
-    dtype: Any = None
+    dtype: DTypeLike | None = None
 
     def setup(self):
         groups, head_dim = self.num_kv_heads or self.num_heads, head_width(self.width, self.num_heads)
@@ -78,7 +79,7 @@ class LinearAttention(nn.Module):
         options = {"mask": mask, "is_causal": self.is_causal, "segment_ids": segment_ids}
         return self.proj(kernel(self.kernel).attend(q, k, v, **options))
 
-    def init_state(self, batch: int) -> Any:
+    def init_state(self, batch: int) -> State:
         """Returns the decoding state before the first token; ValueError unless is_causal is True."""
         check_decodes(self.is_causal)
         head_dim = head_width(self.width, self.num_heads)
@@ -86,14 +87,14 @@ class LinearAttention(nn.Module):
         return kernel(self.kernel).init_state(batch, self.num_kv_heads or self.num_heads, head_dim, head_dim, dtype)
 
     def prefill(
-        self, x: Float[Array, "b n d"], state: Any = None, *, mask: Array | None = None
-    ) -> tuple[Float[Array, "b n width"], Any]:
+        self, x: Float[Array, "b n d"], state: State = None, *, mask: Array | None = None
+    ) -> tuple[Float[Array, "b n width"], State]:
         """Returns the outputs of tokens after those of `state`, and the state; ValueError unless is_causal is True."""
         check_decodes(self.is_causal)
         out, state = kernel(self.kernel).prefill(self.query(x), self.key(x), self.value(x), state=state, mask=mask)
         return self.proj(out), state
 
-    def step(self, x: Float[Array, "b d"], state: Any) -> tuple[Float[Array, "b width"], Any]:
+    def step(self, x: Float[Array, "b d"], state: State) -> tuple[Float[Array, "b width"], State]:
         """Returns the output of one more token and the state."""
         check_token(x)
         out, state = self.prefill(x[:, None], state)
@@ -132,7 +133,7 @@ class NaLaAttention(nn.Module):
     rotary: bool = True
     max_length: int = 4096
     eps: float = EPS
-    dtype: Any = None
+    dtype: DTypeLike | None = None
 
     def setup(self):
         head_width(self.width, self.num_heads)
@@ -155,7 +156,7 @@ class NaLaAttention(nn.Module):
     ) -> Float[Array, "b n width"]:
         """Returns the layer's output. grid: (height, width) of the tokens in row-major order, where not causal.
 
-        mask: over keys alone, `b 1 1 n`. Raises ValueError where the grid is missing or does not fit.
+        mask: over keys alone, `b 1 1 n`. Raises ValueError if the grid is missing or does not fit.
         """
         if self.is_causal:
             if grid is not None:
@@ -245,7 +246,7 @@ class SOFTAttention(nn.Module):
     ridge: float = 0.01
     solver: Solver = "newton"
     normalize: Normalization = None
-    dtype: Any = None
+    dtype: DTypeLike | None = None
 
     def setup(self):
         head_dim = head_width(self.width, self.num_heads)
@@ -272,7 +273,7 @@ class SOFTAttention(nn.Module):
     ) -> Float[Array, "b n width"]:
         """Returns the layer's output. grid: (height, width) of the tokens in row-major order; convolutions need it.
 
-        mask: over keys alone, `b 1 1 n`; with convolved landmarks it must be None. Raises ValueError where the grid
+        mask: over keys alone, `b 1 1 n`; with convolved landmarks it must be None. Raises ValueError if the grid
         is missing or does not fit.
         """
 
@@ -334,32 +335,20 @@ def _window(values: Float[Array, "b m d"], start: Int[Array, " b"], size: int) -
 
 
 def head_width(width: int, num_heads: int) -> int:
-    """Returns the width of one head; ValueError unless width divides evenly.
-
-    Example:
-        head_width(256, 8)  # 32
-    """
+    """Returns the width of one head; ValueError unless width divides evenly."""
     if num_heads < 1 or width % num_heads:
         raise ValueError(f"width {width} is not divisible by num_heads {num_heads}; change one of them.")
     return width // num_heads
 
 
 def check_decodes(is_causal: bool | Causal) -> None:
-    """Raises ValueError unless attention is causal token by token, without which there is no running state.
-
-    Example:
-        check_decodes(self.is_causal)
-    """
+    """Raises ValueError unless attention is causal token by token, without which there is no running state."""
     causal = as_causal(is_causal)
     if causal is None or causal.block_size != 1:
         raise ValueError(f"is_causal is {is_causal}; decoding with a running state needs is_causal=True.")
 
 
 def check_token(x: Array) -> None:
-    """Raises ValueError unless x is one token per sample.
-
-    Example:
-        check_token(x[:, t])
-    """
+    """Raises ValueError unless x is one token per sample."""
     if x.ndim != 2:
         raise ValueError(f"x has shape {x.shape}; step takes one token, (batch, width), and prefill several.")

@@ -17,6 +17,7 @@ from flax.nnx import bridge
 from jaxtyping import Array, Float
 
 from flowgen.attention import modules
+from flowgen.attention.kernels import State
 
 
 class _Twin(bridge.ToNNX):
@@ -30,15 +31,17 @@ class _Twin(bridge.ToNNX):
 
 
 class _Decoding(_Twin):
-    def init_state(self, batch: int) -> Any:
+    def init_state(self, batch: int) -> State:
         """Returns the decoding state before the first token."""
         return self.to_nnx__module.init_state(batch)
 
-    def prefill(self, x: Float[Array, "b n d"], state: Any = None, *, mask: Array | None = None) -> tuple[Array, Any]:
+    def prefill(
+        self, x: Float[Array, "b n d"], state: State = None, *, mask: Array | None = None
+    ) -> tuple[Array, State]:
         """Returns the outputs of tokens after those of `state`, and the state."""
         return self(x, state, mask=mask, method="prefill")
 
-    def step(self, x: Float[Array, "b d"], state: Any) -> tuple[Array, Any]:
+    def step(self, x: Float[Array, "b d"], state: State) -> tuple[Array, State]:
         """Returns the output of one more token and the state."""
         return self(x, state, method="step")
 

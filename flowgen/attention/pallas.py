@@ -18,21 +18,18 @@ from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Array, Float
 
 from flowgen.attention.prefix import Features, prefix_product
-from flowgen.sharding import keep_axes, map_axes, varies, varying
+from flowgen.backend import keep_axes, map_axes, varies, varying
 
 CHUNK_SIZE = 128  # the width of a TPU's matrix unit
 VALUE_SLICE = 64  # value channels of one GPU program
 
 
 def causal_product(
-    q: Float[Array, "b n h f"], k: Float[Array, "b n g f"], v: Float[Array, "b n g d"], chunk_size: int = CHUNK_SIZE
+    q: Float[Array, "b n h p"], k: Float[Array, "b n g p"], v: Float[Array, "b n g d"], chunk_size: int = CHUNK_SIZE
 ) -> tuple[Float[Array, "b n h d"], Float[Array, "b n h"]]:
     """Returns Σ_{s≤t} (q_t·k_s) v_s and Σ_{s≤t} q_t·k_s in float32, as `prefix_product` without decay or segments.
 
-    chunk_size: a power of two of at least 16. Raises ValueError where it is not.
-
-    Example:
-        out, total = causal_product(q, k, v)
+    chunk_size: a power of two of at least 16. Raises ValueError if it is not.
     """
     if chunk_size < 16 or chunk_size & (chunk_size - 1):
         raise ValueError(f"chunk_size is {chunk_size}; the Pallas kernel needs a power of two of at least 16.")
@@ -47,9 +44,9 @@ def _per_device(q, k, v, chunk_size):
     def repeated(k, v):
         return tuple(jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
 
-    k, v = keep_axes(repeated, k, v, named=[(q, "b n h f")], out=("b m h f", "b m h d"))
+    k, v = keep_axes(repeated, k, v, named=[(q, "b n h p")], out=("b m h p", "b m h d"))
     run = partial(_causal_product, chunk_size=chunk_size)
-    return map_axes(run, varying((q, k, v), (q, k, v)), "b n h f", divided="bh", out=("b n h d", "b n h"))
+    return map_axes(run, varying((q, k, v), (q, k, v)), "b n h p", divided="bh", out=("b n h d", "b n h"))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -84,7 +81,7 @@ def _scan(q, k, v, *, chunk_size: int):
 
 
 def _chunk(q, k, v, kv, norm):
-    """Outputs `c d`, totals `1 c` and the next state of one chunk, from the state before it: kv `f d`, norm `1 f`."""
+    """Outputs `c d`, totals `1 c` and the next state of one chunk, from the state before it: kv `p d`, norm `1 p`."""
     dot = partial(jnp.dot, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
     size = q.shape[0]
     rows = jax.lax.broadcasted_iota(jnp.int32, (size, size), 0)

@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 from flowgen.attention.checks import check_contiguous
 from flowgen.attention.linalg import HIGHEST
 from flowgen.attention.segments import finite, spoil, spoiled
-from flowgen.sharding import keep_axes, varying
+from flowgen.backend import keep_axes, varying
 
 CHUNK_SIZE = 64
 
@@ -34,19 +34,19 @@ class LinearState(NamedTuple):
     that was kept: masked tokens count before it and not after it.
     """
 
-    kv: Float[Array, "b g f d"]
+    kv: Float[Array, "b g p d"]
     norm: Float[Array, "b g e"]
     length: Int[Array, " b"]
 
 
 class Features(NamedTuple):
-    """Queries and keys of a prefix product; `b n h f` and `b n g f` with h a multiple of g key heads.
+    """Queries and keys of a prefix product; `b n h p` and `b n g p` with h a multiple of g key heads.
 
     norm_q, norm_k: the normaliser's features where they differ from the numerator's.
     """
 
-    q: Float[Array, "b n h f"]
-    k: Float[Array, "b m g f"]
+    q: Float[Array, "b n h p"]
+    k: Float[Array, "b m g p"]
     norm_q: Float[Array, "b n h e"] | None = None
     norm_k: Float[Array, "b m g e"] | None = None
 
@@ -61,8 +61,8 @@ class Features(NamedTuple):
 
 
 class _Chunk(NamedTuple):
-    q: Float[Array, "b g r c f"]
-    k: Float[Array, "b g c f"]
+    q: Float[Array, "b g r c p"]
+    k: Float[Array, "b g c p"]
     v: Float[Array, "b g c d"]
     norm_q: Float[Array, "b g r c e"] | None
     norm_k: Float[Array, "b g c e"] | None
@@ -71,11 +71,7 @@ class _Chunk(NamedTuple):
 
 
 def empty_state(features: Features, v: Float[Array, "b n g d"]) -> LinearState:
-    """Returns the state before the first token, in the shapes and at least the precision of these arrays.
-
-    Example:
-        state = empty_state(Features(q, k), v)
-    """
+    """Returns the state before the first token, in the shapes and at least the precision of these arrays."""
     dtype = jnp.promote_types(jnp.result_type(features.k, v), jnp.float32)
     kv, norm, length = _state_shapes(features, v)
     return LinearState(jnp.zeros(kv, dtype), jnp.zeros(norm, dtype), jnp.zeros(length, jnp.int32))
@@ -84,11 +80,7 @@ def empty_state(features: Features, v: Float[Array, "b n g d"]) -> LinearState:
 def keep_keys(
     features: Features, v: Float[Array, "b m g d"], mask: Bool[Array, "#b #g 1 m"]
 ) -> tuple[Features, Float[Array, "b m g d"]]:
-    """Returns features and values in which masked keys (False) count for nothing, whatever they hold.
-
-    Example:
-        features, v = keep_keys(features, v, valid[:, None, None, :])
-    """
+    """Returns features and values in which masked keys (False) count for nothing, whatever they hold."""
     keep = _per_token(mask)[..., None]
     zeroed = {"k": jnp.where(keep, features.k, 0)}
     if features.norm_k is not None:
@@ -133,13 +125,9 @@ def prefix_product(
 
 @partial(jax.jit, static_argnames=("block_size", "chunk_size", "isolate"))
 def finite_prefix_product(features, v, state, log_decay, mask, segment_ids, block_size, chunk_size, isolate=False):
-    """Returns what `prefix_product` returns, of arguments that fit, and of finite numbers unless `isolate`.
-
-    Example:
-        out, total, state = finite_prefix_product(features, v, None, None, None, segment_ids, 1, 64)
-    """
-    named = [(features.q, "b n h f"), (features.k, "b n g f"), (v, "b n g d"), (features.normaliser[1], "b n g e")]
-    letters = ("b n h d", "b n h", "b g f d", "b g e", "b")
+    """Returns what `prefix_product` returns, of arguments that fit, and of finite numbers unless `isolate`."""
+    named = [(features.q, "b n h p"), (features.k, "b n g p"), (v, "b n g d"), (features.normaliser[1], "b n g e")]
+    letters = ("b n h d", "b n h", "b g p d", "b g e", "b")
 
     def run(features, v, state, log_decay, mask, segment_ids):
         features, v = _at_least_float32(features, v)
@@ -262,15 +250,15 @@ def _advance(carry, chunk: _Chunk, block_size: int):
     def product(pattern, *arrays):
         return jnp.einsum(pattern, *arrays, precision=HIGHEST)
 
-    scores = product("bgrcf,bgsf->bgrcs", chunk.q, chunk.k) * within.pair[:, :, None]
+    scores = product("bgrcp,bgsp->bgrcs", chunk.q, chunk.k) * within.pair[:, :, None]
     query, key = within.query[:, :, None, :, None], within.key[..., None]
-    out = product("bgrcs,bgsd->bgrcd", scores, chunk.v) + product("bgrcf,bgfd->bgrcd", chunk.q * query, kv)
+    out = product("bgrcs,bgsd->bgrcd", scores, chunk.v) + product("bgrcp,bgpd->bgrcd", chunk.q * query, kv)
     norm_q, norm_k = chunk.q, chunk.k
     if chunk.norm_q is not None and chunk.norm_k is not None:
         norm_q, norm_k = chunk.norm_q, chunk.norm_k
-        scores = product("bgrcf,bgsf->bgrcs", norm_q, norm_k) * within.pair[:, :, None]
-    total = scores.sum(axis=-1) + product("bgrcf,bgf->bgrc", norm_q * query, norm)
-    kv = kv * within.state[..., None, None] + product("bgsf,bgsd->bgfd", chunk.k * key, chunk.v)
+        scores = product("bgrcp,bgsp->bgrcs", norm_q, norm_k) * within.pair[:, :, None]
+    total = scores.sum(axis=-1) + product("bgrcp,bgp->bgrc", norm_q * query, norm)
+    kv = kv * within.state[..., None, None] + product("bgsp,bgsd->bgpd", chunk.k * key, chunk.v)
     norm = norm * within.state[..., None] + (norm_k * key).sum(axis=2)
     return (kv, norm, past), (out, total)
 
@@ -301,9 +289,6 @@ def decay_weights(
 
     Sums run over the tokens between s and t instead of being differences of running sums. Nothing cancels, so a
     single strong decay costs the others no digits and -inf is allowed; entries s > t are exp(0) before the mask.
-
-    Example:
-        pair, past = decay_weights(jnp.log(jnp.full((1, 1, 64), 0.9)))
     """
     size = log_decay.shape[-1]
     causal = jnp.tril(jnp.ones((size, size), bool))[None, None]

@@ -9,7 +9,7 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float, Int
 
-from flowgen.sharding import keep_axes
+from flowgen.backend import keep_axes
 
 
 class Rotary(NamedTuple):
@@ -53,11 +53,8 @@ def rotary_grid(height: int, width: int, dim: int, base: float = 10_000.0) -> Ro
 def rotary_axes(positions: Float[np.ndarray, "n a"], pairs: tuple[int, ...], base: float = 10_000.0) -> Rotary:
     """Returns the table of points with several coordinates: pairs[i] adjacent pairs of channels turn with axis i.
 
-    Angle of pair k of an axis with p pairs: coordinate · base^(-k/p). Raises ValueError where the number of axes
+    Angle of pair k of an axis with p pairs: coordinate · base^(-k/p). Raises ValueError if the number of axes
     does not match.
-
-    Example:
-        rotary = rotary_axes(np.array([[0.0, 0.0, 0.0], [0.0, 1.0, 0.0]]), (12, 12, 8))
     """
     if positions.shape[1] != len(pairs):
         raise ValueError(
@@ -68,11 +65,11 @@ def rotary_axes(positions: Float[np.ndarray, "n a"], pairs: tuple[int, ...], bas
 
 
 def rotate(
-    x: Float[Array, "b n h f"], rotary: Rotary, positions: Int[Array, " n"] | Int[Array, "b n"]
-) -> Float[Array, "b n h f"]:
+    x: Float[Array, "b n h p"], rotary: Rotary, positions: Int[Array, " n"] | Int[Array, "b n"]
+) -> Float[Array, "b n h p"]:
     """Returns x with adjacent channels (x0, x1) turned to (x0 cos - x1 sin, x1 cos + x0 sin) at these positions.
 
-    Where x has several times the channels of the table, each part is turned alike. Raises ValueError where it has
+    Where x has several times the channels of the table, each part is turned alike. Raises ValueError if it has
     no whole number of parts.
 
     Example:
@@ -91,15 +88,11 @@ def rotate(
 
 
 def turn(
-    x: Float[Array, "b n h f"],
+    x: Float[Array, "b n h p"],
     cos: Float[Array, "n r"] | Float[Array, "b n r"],
     sin: Float[Array, "n r"] | Float[Array, "b n r"],
-) -> Float[Array, "b n h f"]:
-    """Returns x with its adjacent pairs of channels turned by these angles; computed in the wider of the dtypes.
-
-    Example:
-        y = turn(x, jnp.cos(angles), jnp.sin(angles))
-    """
+) -> Float[Array, "b n h p"]:
+    """Returns x with its adjacent pairs of channels turned by these angles; computed in the wider of the dtypes."""
     parts = rearrange(x, "b n h (p r two) -> b n h p r two", r=cos.shape[-1], two=2)
     cos, sin = (jnp.expand_dims(table, (2, 3) if table.ndim == 3 else (0, 2, 3)) for table in (cos, sin))
     even, odd = parts[..., 0], parts[..., 1]

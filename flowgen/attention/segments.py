@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 
 class Spoiled(NamedTuple):
@@ -18,22 +18,14 @@ class Spoiled(NamedTuple):
 
 
 def returning_ids(segment_ids: Int[Array, "b n"]) -> Bool[Array, " b"]:
-    """Returns whether an id comes back after another one, so that its tokens are no contiguous segment.
-
-    Example:
-        returning_ids(jnp.asarray([[0, 0, 1, 0]]))  # [True]
-    """
+    """Returns whether an id comes back after another one, so that its tokens are no contiguous segment."""
     runs = (segment_ids[:, 1:] != segment_ids[:, :-1]).sum(axis=1)
     ordered = jnp.sort(segment_ids, axis=1)
     return runs != (ordered[:, 1:] != ordered[:, :-1]).sum(axis=1)
 
 
-def finite(tree: Any) -> tuple[Any, Bool[Array, "b n x"]]:
-    """Returns arrays `b n x ...` with zeros for what is not finite in a token, and where (per x) something was not.
-
-    Example:
-        (k, v), bad = finite((k, v))
-    """
+def finite(tree: PyTree) -> tuple[PyTree, Bool[Array, "b n x"]]:
+    """Returns arrays `b n x ...` with zeros for what is not finite in a token, and where (per x) something was not."""
     bad = functools.reduce(jnp.logical_or, map(_not_finite, jax.tree.leaves(tree)))
     return jax.tree.map(lambda x: jnp.where(jnp.expand_dims(bad, range(3, x.ndim)), 0, x), tree), bad
 
@@ -54,9 +46,6 @@ def spoiled(
     None for block_size: tokens see all of their segment.
 
     Outputs of samples whose ids come back count as spoiled, since no running state can serve them.
-
-    Example:
-        where = spoiled(segment_ids, bad_q, bad_k, jnp.zeros((2, 8), bool), block_size=1)
     """
     n = segment_ids.shape[1]
     place = jnp.arange(n)[None]
@@ -75,19 +64,11 @@ def spoiled(
 
 
 def spoil(x: Float[Array, "*axes"], bad: Bool[Array, "*fewer"]) -> Float[Array, "*axes"]:
-    """Returns x with NaN where `bad`, whose axes are the first ones of x.
-
-    Example:
-        out = spoil(out, where.out)
-    """
+    """Returns x with NaN where `bad`, whose axes are the first ones of x."""
     return jnp.where(jnp.expand_dims(bad, range(bad.ndim, x.ndim)), jnp.nan, x)
 
 
 def alike(*arrays: Float[Array, "b n h _"]) -> tuple[Float[Array, "b n h _"], ...]:
-    """Returns arrays with NaN in all of them for tokens in which one of them is not finite.
-
-    Example:
-        k, v = alike(k, v)
-    """
+    """Returns arrays with NaN in all of them for tokens in which one of them is not finite."""
     bad = finite(arrays)[1]
     return tuple(spoil(x, bad) for x in arrays)

@@ -29,7 +29,7 @@ from flowgen.attention.linalg import (
     released_softpp_inverse,
 )
 from flowgen.attention.masks import hide_queries, split_pairs
-from flowgen.sharding import keep_axes
+from flowgen.backend import keep_axes
 
 Pair = tuple[int, int]
 Solver = Literal["newton", "cholesky", "newton_released"]
@@ -44,20 +44,12 @@ class Landmarks(NamedTuple):
 
 
 def to_kernel_space(x: Float[Array, "*tokens k"]) -> Float[Array, "*tokens k"]:
-    """Returns x / k^¼ in float32 (float64 if x is), where exp(-|x - y|²/2) is SOFT's exp(-|q - k|²/(2√k)).
-
-    Example:
-        similarity = gaussian_kernel(to_kernel_space(q), to_kernel_space(k))
-    """
+    """Returns x / k^¼ in float32 (float64 if x is), where exp(-|x - y|²/2) is SOFT's exp(-|q - k|²/(2√k))."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32)) * x.shape[-1] ** -0.25
 
 
 def gaussian_kernel(x: Float[Array, "b n h k"], y: Float[Array, "b m h k"]) -> Float[Array, "b h n m"]:
-    """Returns exp(-|x - y|²/2) per head, in [0, 1], for arrays already in kernel space; float32 or wider.
-
-    Example:
-        similarity = gaussian_kernel(to_kernel_space(q), to_kernel_space(k))
-    """
+    """Returns exp(-|x - y|²/2) per head, in [0, 1], for arrays already in kernel space; float32 or wider."""
     master = jnp.promote_types(jnp.promote_types(x.dtype, y.dtype), jnp.float32)
     x, y = (rearrange(tokens.astype(master), "b n h k -> b h n k") for tokens in (x, y))
     cross = jnp.einsum("bhnk,bhmk->bhnm", x, y, precision=HIGHEST)
@@ -95,9 +87,6 @@ def pool_landmarks(x: Float[Array, "b n h k"], num_landmarks: int, mask: Bool[Ar
 
     Segment sizes differ by at most one token, for any n. They divide the tokens that `mask` keeps, not the
     positions, so a padded sample has the landmarks it has alone; landmarks it cannot fill are not live.
-
-    Example:
-        points, live = pool_landmarks(to_kernel_space(k), 49, mask)
     """
     n = x.shape[1]
     num = min(num_landmarks, n) if isinstance(n, int) else num_landmarks
@@ -116,9 +105,6 @@ def landmark_cells(grid: Pair, num_landmarks: int | Pair) -> Pair:
 
     A number gives at most that many cells, as square as they come: rows = round(√(num height / width)) and
     columns = num // rows, within the grid. A pair is taken as it is, within the grid.
-
-    Example:
-        rows, columns = landmark_cells((56, 56), 49)  # 7, 7
     """
     height, width = grid
     if isinstance(num_landmarks, tuple):
@@ -136,9 +122,6 @@ def pool_landmarks_2d(
 
     `cells` is (rows, columns) or a number for `landmark_cells`. Cells tile the grid; where the grid does not
     divide, their heights (and widths) differ by at most one token. A cell without unmasked token is not live.
-
-    Example:
-        points, live = pool_landmarks_2d(to_kernel_space(k), (14, 14), 49)
     """
     height, width = grid
     rows, columns = landmark_cells(grid, cells)
@@ -181,9 +164,6 @@ def nystrom_attention(
 
     mask: True where a key may be seen. Landmarks that are not live have no effect. The other options are
     those of `soft_attention`. Kernel and solve are in float32 or wider; the result has v's dtype.
-
-    Example:
-        out = nystrom_attention(q_scaled, k_scaled, v, pool_landmarks(k_scaled, 49))
     """
     _check_options(ridge, solver, normalize)
     if 0 in (*q.shape[:3], k.shape[1]):

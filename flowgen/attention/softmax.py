@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,21 +11,19 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
+from flowgen import backend
 from flowgen.attention.checks import check_causal, check_heads, check_mask, hide_keys
-from flowgen.sharding import keep_axes
+from flowgen.backend import keep_axes
 
-# Causal attention runs in this many slices of queries at most, each against only the keys it may see.
-MAX_CAUSAL_SLICES = 4
-MIN_CAUSAL_SLICE = 64
-# Logits that are in memory at once, a gibibyte in float32; more queries than that come one part after another.
-MAX_LOGITS = 1 << 28
+# Whether a query may attend to a key, broadcast over the axes of length 1.
+Mask = Bool[Array, "#b #h #n #m"] | None
 
 
 def attend_heads(
     q: Float[Array, "b h n k"],
     k: Float[Array, "b g m k"],
     v: Float[Array, "b g m d"],
-    mask: Bool[Array, "#b #h #n #m"] | None,
+    mask: Mask,
 ) -> Float[Array, "b h n d"]:
     """Returns softmax(q kᵀ / √k) v with heads before tokens; see `softmax_attention` for the mask.
 
@@ -35,7 +33,9 @@ def attend_heads(
     return _attend_in_parts(q, k, v, mask, None, None)
 
 
-def _attend_heads(q, k, v, mask):
+def _attend_heads(
+    q: Float[Array, "b h n k"], k: Float[Array, "b g m k"], v: Float[Array, "b g m d"], mask: Mask
+) -> Float[Array, "b h n d"]:
     master = jnp.promote_types(q.dtype, jnp.float32)
     groups = k.shape[1]
     q = rearrange(q, "b (g r) n k -> b g r n k", g=groups)
@@ -58,18 +58,15 @@ def attend_in_parts(
     q: Float[Array, "b h n k"],
     k: Float[Array, "b g m k"],
     v: Float[Array, "b g m d"],
-    mask: Bool[Array, "#b #h #n #m"] | None = None,
+    mask: Mask = None,
     first: Int[Array, ""] | int | None = None,
 ) -> Float[Array, "b h n d"]:
-    """Returns what `attend_heads` returns, in parts of the queries of at most `MAX_LOGITS` logits each.
+    """Returns what `attend_heads` returns, in parts of the queries of at most `backend.MAX_LOGITS` logits each.
 
     first: the key at the place of the first query, in causal attention: query i attends to keys 0..first+i that `mask`
     allows; no mask of all pairs is made. Gradients compute the logits of a part again.
-
-    Example:
-        out = attend_in_parts(q, keys, values, first=start)
     """
-    return _attend_in_parts(q, k, v, mask, first, MAX_LOGITS)
+    return _attend_in_parts(q, k, v, mask, first, backend.MAX_LOGITS)
 
 
 @partial(jax.jit, static_argnames="max_logits")
@@ -79,9 +76,16 @@ def _attend_in_parts(q, k, v, mask, first, max_logits):
     return keep_axes(run, q, k, v, mask, first, named=named, out="b h n d")
 
 
-def _run_in_parts(q, k, v, mask, first, max_logits):
+def _run_in_parts(
+    q: Float[Array, "b h n k"],
+    k: Float[Array, "b g m k"],
+    v: Float[Array, "b g m d"],
+    mask: Mask,
+    first: Int[Array, ""] | int | None,
+    max_logits: int | None,
+) -> Float[Array, "b h n d"]:
     batch, heads, n, _ = q.shape
-    rows = _rows_at_once(q, k, max_logits)
+    rows = backend.queries_at_once(batch, heads, k.shape[2], max_logits)
 
     def part(q, mask, begin):
         if first is not None:
@@ -104,15 +108,7 @@ def _run_in_parts(q, k, v, mask, first, max_logits):
     return jnp.moveaxis(out, 0, 2).reshape(batch, heads, parts * rows, v.shape[-1])[:, :, :n]
 
 
-def _rows_at_once(q: Array, k: Array, max_logits: int | None) -> int | None:
-    """How many queries of a head have at most so many logits together; None where there is no limit to observe."""
-    sizes = q.shape[0], q.shape[1], k.shape[2]
-    if max_logits is None or not all(isinstance(size, int) for size in sizes):  # or symbols of an exported program
-        return None
-    return max(1, max_logits // max(1, math.prod(sizes)))
-
-
-def _of_queries(mask, first, count):
+def _of_queries(mask: Bool[Array, "..."] | None, first: Int[Array, ""] | int, count: int) -> Bool[Array, "..."] | None:
     """The rows of a mask for some queries; one without, or the same for all, stays."""
     if mask is None or mask.shape[2] == 1:
         return mask
@@ -123,17 +119,20 @@ def softmax_attention(
     q: Float[Array, "b n h k"],
     k: Float[Array, "b m g k"],
     v: Float[Array, "b m g d"],
-    mask: Bool[Array, "#b #h #n #m"] | None = None,
+    mask: Mask = None,
     is_causal: bool = False,
+    implementation: Literal["auto", "xla"] = "auto",
 ) -> Float[Array, "b n h d"]:
     """Returns softmax(q kᵀ / √k) v per head; key heads may be fewer than query heads, each serving h/g of them.
 
     mask: True where a query may attend to a key. is_causal: query i attends to those of keys 0..i that `mask`
-    allows; n and m must then be equal. A row with no allowed key gives 0. Raises ValueError where shapes do not fit.
+    allows; n and m must then be equal. A row with no allowed key gives 0. implementation: "auto" takes the one that
+    `flowgen.backend` chooses for the device. Raises ValueError if shapes do not fit.
 
     Example:
         out = softmax_attention(q, k, v, is_causal=True)
     """
+    backend.attention_implementation(implementation)
     check_heads(q, k, v)
     if not isinstance(is_causal, bool | np.bool_):
         raise ValueError(f"is_causal is {is_causal}; softmax_attention takes True or False, and masks for the rest.")
@@ -149,18 +148,19 @@ def softmax_attention(
         return attend_in_parts(q, k, v, mask).swapaxes(1, 2)
     if not isinstance(n, int):  # a symbol of an exported program
         return attend_in_parts(q, k, v, mask, 0).swapaxes(1, 2)
-    return _attend_in_slices(q, k, v, mask, MAX_LOGITS).swapaxes(1, 2)
+    return _attend_in_slices(q, k, v, mask, backend.MAX_LOGITS).swapaxes(1, 2)
 
 
 @partial(jax.jit, static_argnames="max_logits")
 def _attend_in_slices(q, k, v, mask, max_logits):
     def run(q, k, v, mask):
         n = q.shape[2]
-        size = max(MIN_CAUSAL_SLICE, -(-n // MAX_CAUSAL_SLICES))
+        size = backend.causal_slice(n)
         out = []
         for start in range(0, n, size):
             end = min(start + size, n)
-            some = None if mask is None else _of_queries(mask, start, end - start)[..., :end]
+            some = _of_queries(mask, start, end - start)
+            some = None if some is None else some[..., :end]
             out.append(_run_in_parts(q[:, :, start:end], k[:, :, :end], v[:, :, :end], some, start, max_logits))
         return jnp.concatenate(out, axis=2)
 

@@ -1,17 +1,7 @@
-"""Frozen networks beside a flow: autoencoders between pictures or clips and latents, and text encoders."""
+"""Autoencoders between images or clips and latents, and codecs: what is frozen beside a flow of latents."""
 
-from flowgen.codecs.autoencoder import AUTOENCODER_PRESETS, Autoencoder, AutoencoderConfig, init
-from flowgen.codecs.bert import BertConfig, BertEncoder
+from flowgen.codecs.autoencoder import AUTOENCODER_PRESETS, Autoencoder, AutoencoderConfig
 from flowgen.codecs.codec import AutoencoderCodec, Codec, LatentNormalisation, PixelCodec
-from flowgen.codecs.t5 import T5Config, T5Encoder
-from flowgen.codecs.text import (
-    FrozenTextEncoder,
-    HashedWords,
-    JsonTokenizer,
-    SentencePieceTokenizer,
-    TextEncoder,
-    Tokenizer,
-)
 from flowgen.codecs.video_autoencoder import (
     VIDEO_AUTOENCODER_PRESETS,
     VideoAutoencoder,
@@ -27,25 +17,14 @@ __all__ = [
     "Autoencoder",
     "AutoencoderCodec",
     "AutoencoderConfig",
-    "BertConfig",
-    "BertEncoder",
     "ClipCodec",
     "Codec",
     "FrameCodec",
-    "FrozenTextEncoder",
-    "HashedWords",
-    "JsonTokenizer",
     "LatentNormalisation",
     "PixelCodec",
-    "SentencePieceTokenizer",
-    "T5Config",
-    "T5Encoder",
-    "TextEncoder",
-    "Tokenizer",
     "VideoAutoencoder",
     "VideoAutoencoderCodec",
     "VideoAutoencoderConfig",
     "decode_in_chunks",
     "encode_in_chunks",
-    "init",
 ]

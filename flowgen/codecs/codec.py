@@ -1,4 +1,4 @@
-"""Codecs: what makes latents of pictures and pictures of latents, frozen while a flow is trained on the latents."""
+"""Codecs: what makes latents of images and images of latents, frozen while a flow is trained on the latents."""
 
 from __future__ import annotations
 
@@ -9,20 +9,17 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, PyTree
 
 from flowgen.arrays import at_least_float32, check_floating
+from flowgen.backend import in_parts, samples_at_once
 from flowgen.codecs.autoencoder import Autoencoder
-from flowgen.codecs.parts import in_parts
 from flowgen.nn.layers import patchify, unpatchify
 
-# Of 256 x 256 pixels 32 pictures at once: 3 GiB to encode and 7 GiB to decode in the widths of the published networks.
-PIXELS_AT_ONCE = 32 * 256**2
-IMAGES_AT_ONCE = 256
-
 Images = Float[Array | np.ndarray, "b height width c"]
-Latents = Float[Array | np.ndarray, "b h w z"]
-# Of pictures or of clips.
+Latents = Float[Array | np.ndarray, "b rows columns z"]
+# Of images or of clips.
 AnyLatents = Float[Array | np.ndarray, "*b z"]
 
 
@@ -30,7 +27,7 @@ AnyLatents = Float[Array | np.ndarray, "*b z"]
 class Codec(Protocol):
     """Pictures in [-1, 1] to normalised latents, and back.
 
-    factor: pixels per latent along a side. channels: of latents. pixel_channels: of pictures.
+    factor: pixels per latent along a side. channels: of latents. pixel_channels: of images.
 
     Example:
         mean, std = codec.moments(images)
@@ -47,11 +44,11 @@ class Codec(Protocol):
     def pixel_channels(self) -> int: ...
 
     def moments(self, x: Images) -> tuple[Latents, Latents]:
-        """Returns mean and standard deviation of the latents of pictures."""
+        """Returns mean and standard deviation of the latents of images."""
         ...
 
     def decode(self, latents: Latents) -> Images:
-        """Returns the pictures of latents."""
+        """Returns the images of latents."""
         ...
 
     def __hash__(self) -> int: ...
@@ -59,10 +56,10 @@ class Codec(Protocol):
 
 @dataclass(frozen=True)
 class PixelCodec:
-    """A codec without a network: blocks of factor × factor pixels of `pixel_channels` are the latents; std is 0.
+    """Space-to-depth, a codec without a network: factor × factor pixels are the channels of a latent; std is 0.
 
     Example:
-        mean, std = PixelCodec(pixel_channels=1, factor=2).moments(images)  # `b h/2 w/2 4`
+        mean, std = PixelCodec(pixel_channels=1, factor=2).moments(images)  # `b height/2 width/2 4`
     """
 
     pixel_channels: int
@@ -73,14 +70,14 @@ class PixelCodec:
         return self.pixel_channels * self.factor**2
 
     def moments(self, x: Images) -> tuple[Latents, Latents]:
-        """Returns the blocks of pixels, laid out row, column, channel, and zeros."""
-        height, width = check_pictures(self, x)
-        tokens = patchify(at_least_float32("pictures", x), self.factor, "channel_last")
+        """Returns the pixels of each block, in the order row, column, channel, and zeros."""
+        height, width = check_images(self, x)
+        tokens = patchify(at_least_float32("images", x), self.factor, "channel_last")
         mean = tokens.reshape(len(x), height // self.factor, width // self.factor, self.channels)
         return mean, jnp.zeros_like(mean)
 
     def decode(self, latents: Latents) -> Images:
-        """Returns the pictures of blocks of pixels."""
+        """Returns the images of latents."""
         height, width = check_latents(self, latents)
         tokens = jnp.asarray(latents).reshape(len(latents), height * width, self.channels)
         return unpatchify(tokens, self.factor, (height * self.factor, width * self.factor), "channel_last")
@@ -110,13 +107,13 @@ class LatentNormalisation:
         return normalised / _per_channel(self.scale, normalised) + _per_channel(self.shift, normalised)
 
 
-def _per_channel(values: Any, latents: AnyLatents) -> np.ndarray:
+def _per_channel(values: ArrayLike, latents: AnyLatents) -> np.ndarray:
     return np.asarray(values, np.float32).reshape(*(1,) * (latents.ndim - 1), -1)
 
 
 @dataclass(frozen=True, eq=False)
 class AutoencoderCodec:
-    """A frozen autoencoder with its variables, a codec of normalised latents; runs as many pictures at a time as memory
+    """A frozen autoencoder with its variables, a codec of normalised latents; runs as many images at a time as memory
     takes, in few compiled programs.
 
     Example:
@@ -124,7 +121,7 @@ class AutoencoderCodec:
     """
 
     autoencoder: Autoencoder
-    variables: Any
+    variables: PyTree
     normalisation: LatentNormalisation = LatentNormalisation()
 
     @property
@@ -141,13 +138,13 @@ class AutoencoderCodec:
 
     def moments(self, x: Images) -> tuple[Latents, Latents]:
         """Returns mean and standard deviation of normalised latents, as numpy arrays."""
-        height, width = check_pictures(self, x)
+        height, width = check_images(self, x)
         run = partial(_moments, self.autoencoder, self.variables)
         mean, std = in_parts(run, samples_at_once(height * width), np.asarray(x, np.float32))
         return self.normalisation.apply(mean), self.normalisation.apply_to_std(std)
 
     def decode(self, latents: Latents) -> Images:
-        """Returns the pictures of normalised latents, as a numpy array; not clipped."""
+        """Returns the images of normalised latents, as a numpy array; not clipped."""
         height, width = check_latents(self, latents)
         plain = np.asarray(self.normalisation.undo(np.asarray(latents, np.float32)))
         run = partial(_decode, self.autoencoder, self.variables)
@@ -155,33 +152,23 @@ class AutoencoderCodec:
         return x
 
 
-def check_pictures(codec: Codec, x: Any) -> tuple[int, int]:
-    """Returns height and width of pictures; ValueError where the codec cannot take them.
-
-    Example:
-        height, width = check_pictures(codec, x)
-    """
-    check_floating("pictures", x)
+def check_images(codec: Codec, x: Any) -> tuple[int, int]:
+    """Returns height and width of images; ValueError if the codec cannot take them."""
+    check_floating("images", x)
     if x.ndim != 4 or x.shape[-1] != codec.pixel_channels:
         raise ValueError(
-            f"pictures have shape {tuple(x.shape)}; this codec takes (batch, height, width, {codec.pixel_channels})."
+            f"images have shape {tuple(x.shape)}; this codec takes (batch, height, width, {codec.pixel_channels})."
         )
     height, width = x.shape[1:3]
     if 0 in x.shape:
-        raise ValueError(f"pictures have shape {tuple(x.shape)}, which is empty; give at least one of each.")
+        raise ValueError(f"images have shape {tuple(x.shape)}, which is empty; give at least one of each.")
     if height % codec.factor or width % codec.factor:
-        raise ValueError(
-            f"pictures are {height} x {width}; this codec takes sides that are multiples of {codec.factor}."
-        )
+        raise ValueError(f"images are {height} x {width}; this codec takes sides that are multiples of {codec.factor}.")
     return height, width
 
 
 def check_latents(codec: Codec, latents: Any) -> tuple[int, int]:
-    """Returns height and width of latents; ValueError where the codec cannot take them.
-
-    Example:
-        height, width = check_latents(codec, latents)
-    """
+    """Returns height and width of latents; ValueError if the codec cannot take them."""
     check_floating("latents", latents)
     if latents.ndim != 4 or latents.shape[-1] != codec.channels:
         raise ValueError(
@@ -190,15 +177,6 @@ def check_latents(codec: Codec, latents: Any) -> tuple[int, int]:
     if 0 in latents.shape:
         raise ValueError(f"latents have shape {tuple(latents.shape)}, which is empty; give at least one of each.")
     return latents.shape[1:3]
-
-
-def samples_at_once(pixels: int) -> int:
-    """Returns how many samples of so many pixels are run at a time.
-
-    Example:
-        most = samples_at_once(height * width)
-    """
-    return max(1, min(IMAGES_AT_ONCE, PIXELS_AT_ONCE // pixels))
 
 
 @partial(jax.jit, static_argnums=0)

@@ -16,32 +16,32 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from flowgen.arrays import check_floating
-from flowgen.codecs.autoencoder import LOG_VARIANCE_BOUNDS
+from flowgen.codecs.autoencoder import LOG_VARIANCE_BOUNDS, Middle
 from flowgen.codecs.causal import (
-    Block,
-    Cache,
     Convolution,
     DoubleSpace,
     DoubleTime,
     Features,
-    FrameAttention,
     HalveSpace,
     HalveTime,
     Head,
     NewFeatures,
     average_down,
     chain,
+    channel_norm,
+    convolve_clip,
     copy_up,
 )
+from flowgen.nn.convolution import Cache, ResidualBlock, SpatialAttention
 from flowgen.nn.layers import linear, master_dtype
 from flowgen.settings import config
 from flowgen.settings.ranges import MAX_LEVELS, Channels, Entries, Loops, Side, Width
 
 Clips = Float[Array, "b frames height width c"]
-Moments = tuple[Float[Array, "b f h w z"], Float[Array, "b f h w z"]]
+Moments = tuple[Float[Array, "b f rows columns z"], Float[Array, "b f rows columns z"]]
 
 
 @config
@@ -100,9 +100,10 @@ class VideoAutoencoderConfig:
         return 2 ** sum(self.halve_time)
 
     @property
-    def smallest(self) -> tuple[int, ...]:
-        """Shape of a batch of one clip that passes through every layer."""
-        return (1, 1 + self.stride, self.factor, self.factor, self.channels)
+    def inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """The smallest batch of one clip that passes through every layer."""
+        shape = (1, 1 + self.stride, self.factor, self.factor, self.channels)
+        return (jax.ShapeDtypeStruct(shape, jnp.float32),)
 
 
 def _check_shortcuts(config: VideoAutoencoderConfig) -> None:
@@ -133,11 +134,8 @@ def _strides_up(config: VideoAutoencoderConfig) -> tuple[tuple[int, int], ...]:
 
 
 def check_clips(x: Any, *, channels: int, factor: int, stride: int) -> None:
-    """Raises ValueError where clips cannot be encoded to one latent per factor x factor pixels and, after the first
+    """Raises ValueError if clips cannot be encoded to one latent per factor x factor pixels and, after the first
     frame, per stride frames.
-
-    Example:
-        check_clips(x, channels=3, factor=16, stride=4)
     """
     check_floating("clips", x)
     if x.ndim != 5 or x.shape[-1] != channels:
@@ -159,7 +157,7 @@ def _check(config: VideoAutoencoderConfig, x: Any) -> None:
 
 
 class VideoAutoencoder(nn.Module):
-    """Encoder and decoder between clips `b frames height width c` in [-1, 1] and latents `b f h w z`.
+    """Encoder and decoder between clips `b frames height width c` in [-1, 1] and latents `b f rows columns z`.
 
     Of 1 + k · stride frames come 1 + k latents; those of frame t depend on frames 0..t alone.
 
@@ -187,7 +185,7 @@ class VideoAutoencoder(nn.Module):
         """
         return self.encode_part(x, None)[0]
 
-    def decode(self, latents: Float[Array, "b f h w z"]) -> Clips:
+    def decode(self, latents: Float[Array, "b f rows columns z"]) -> Clips:
         """Returns the clips of latents that are not normalised; not clipped."""
         return self.decode_part(latents, None)[0]
 
@@ -204,7 +202,7 @@ class VideoAutoencoder(nn.Module):
         mean, log_variance = jnp.split(self.quant_conv(h), 2, axis=-1)
         return (mean, jnp.clip(log_variance, *LOG_VARIANCE_BOUNDS)), cache
 
-    def decode_part(self, latents: Float[Array, "b f h w z"], cache: Cache) -> tuple[Clips, Cache]:
+    def decode_part(self, latents: Float[Array, "b f rows columns z"], cache: Cache) -> tuple[Clips, Cache]:
         """Returns `decode` of the next latents of clips, and the cache for those after them."""
         check_floating("latents", latents)
         side = self.config.patch_size
@@ -220,13 +218,11 @@ class Encoder(nn.Module):
     @nn.compact
     def __call__(self, x: Features, cache: Cache) -> tuple[NewFeatures, Cache]:
         config = self.config
-        widths = (config.widths[0], *config.widths)
-        pixels = config.channels * config.patch_size**2
         layers = [
-            Convolution(config.dtype, pixels, widths[0], name="conv_in"),
-            *(Down(config, level, widths[level], widths[level + 1], name=f"down_{level}") for level in _levels(config)),
-            Middle(config, widths[-1], name="middle"),
-            Head(config.dtype, widths[-1], 2 * config.latent_channels, name="head"),
+            Convolution(config.dtype, config.widths[0], name="conv_in"),
+            *(Down(config, level, name=f"down_{level}") for level in range(len(config.widths))),
+            _middle(config),
+            Head(config.dtype, 2 * config.latent_channels, name="head"),
         ]
         return chain(layers, x, cache)
 
@@ -239,28 +235,13 @@ class Decoder(nn.Module):
     @nn.compact
     def __call__(self, latents: Features, cache: Cache) -> tuple[NewFeatures, Cache]:
         config = self.config
-        widths = (*config.decoder_widths, config.decoder_widths[-1])
-        pixels = config.channels * config.patch_size**2
         layers = [
-            Convolution(config.dtype, config.latent_channels, widths[-1], name="conv_in"),
-            Middle(config, widths[-1], name="middle"),
-            *(
-                Up(config, level, _width_up(config, widths[level + 1], level + 1), widths[level], name=f"up_{level}")
-                for level in reversed(_levels(config))
-            ),
-            Head(config.dtype, widths[0], pixels, name="head"),
+            Convolution(config.dtype, config.decoder_widths[-1], name="conv_in"),
+            _middle(config),
+            *(Up(config, level, name=f"up_{level}") for level in reversed(range(len(config.widths)))),
+            Head(config.dtype, config.channels * config.patch_size**2, name="head"),
         ]
         return chain(layers, latents, cache)
-
-
-def _levels(config: VideoAutoencoderConfig) -> range:
-    return range(len(config.widths))
-
-
-def _width_up(config: VideoAutoencoderConfig, width: int, level: int) -> int:
-    """Channels that leave a level of the decoder, `len(widths)` standing for its middle."""
-    doubles = 0 < level < len(config.decoder_widths)
-    return width if config.shortcuts or not doubles else width // 2
 
 
 class Down(nn.Module):
@@ -268,23 +249,19 @@ class Down(nn.Module):
 
     config: VideoAutoencoderConfig
     level: int
-    in_width: int
-    width: int
 
     @nn.compact
     def __call__(self, x: Features, cache: Cache) -> tuple[NewFeatures, Cache]:
         config, (time, space) = self.config, self.config.strides[self.level]
-        layers: list[nn.Module] = [
-            _block(config)(self.width if i else self.in_width, self.width, name=f"block_{i}")
-            for i in range(config.layers_per_block)
-        ]
+        width, block = config.widths[self.level], _block(config)
+        layers: list[nn.Module] = [block(width, name=f"block_{i}") for i in range(config.layers_per_block)]
         if space == 2:
-            layers.append(HalveSpace(config.dtype, self.width, name="halve"))
+            layers.append(HalveSpace(config.dtype, name="halve"))
         if time == 2:
-            layers.append(HalveTime(config.dtype, self.width, name="halve_time"))
+            layers.append(HalveTime(config.dtype, name="halve_time"))
         h, after = chain(layers, x, cache)
         if config.shortcuts:
-            h = h + average_down(x, self.width, time=time, space=space, begins=cache is None)
+            h = h + average_down(x, width, time=time, space=space, begins=cache is None)
         return h, after
 
 
@@ -293,45 +270,33 @@ class Up(nn.Module):
 
     config: VideoAutoencoderConfig
     level: int
-    in_width: int
-    width: int
 
     @nn.compact
     def __call__(self, x: Features, cache: Cache) -> tuple[NewFeatures, Cache]:
         config, (time, space) = self.config, _strides_up(self.config)[self.level]
-        layers: list[nn.Module] = [
-            _block(config)(self.width if i else self.in_width, self.width, name=f"block_{i}")
-            for i in range(config.layers_per_block + 1)
-        ]
+        width, block = config.decoder_widths[self.level], _block(config)
+        layers: list[nn.Module] = [block(width, name=f"block_{i}") for i in range(config.layers_per_block + 1)]
         if time == 2:
-            layers.append(DoubleTime(config.dtype, self.width, name="double_time"))
+            layers.append(DoubleTime(config.dtype, name="double_time"))
         if space == 2:
-            out_width = _width_up(config, self.width, self.level)
-            layers.append(DoubleSpace(config.dtype, self.width, out_width, name="double"))
+            # Without a shortcut, doubling the sides also halves the channels.
+            layers.append(DoubleSpace(config.dtype, width if config.shortcuts else width // 2, name="double"))
         h, after = chain(layers, x, cache)
         if config.shortcuts and space == 2:
-            h = h + copy_up(x, self.width, time=time, space=space, begins=cache is None)
+            h = h + copy_up(x, width, time=time, space=space, begins=cache is None)
         return h, after
 
 
-class Middle(nn.Module):
-    """Block, attention inside each frame, block, at the lowest resolution."""
-
-    config: VideoAutoencoderConfig
-    width: int
-
-    @nn.compact
-    def __call__(self, h: Features, cache: Cache) -> tuple[Features, Cache]:
-        block = partial(_block(self.config), self.width, self.width)
-        attention = FrameAttention(self.config.dtype, self.width, name="attention")
-        return chain([block(name="block_0"), attention, block(name="block_1")], h, cache)
+def _block(config: VideoAutoencoderConfig) -> Callable[..., ResidualBlock]:
+    block = nn.remat(ResidualBlock) if config.remat else ResidualBlock
+    return partial(block, dtype=config.dtype, norm=channel_norm, convolve=convolve_clip)
 
 
-def _block(config: VideoAutoencoderConfig) -> Any:
-    return partial(nn.remat(Block) if config.remat else Block, config.dtype)
+def _middle(config: VideoAutoencoderConfig) -> Middle:
+    return Middle(_block(config), partial(SpatialAttention, config.dtype, channel_norm), name="middle")
 
 
-def encode_in_chunks(autoencoder: VideoAutoencoder, variables: Any, x: Clips) -> Moments:
+def encode_in_chunks(autoencoder: VideoAutoencoder, variables: PyTree, x: Clips) -> Moments:
     """Returns `encode` of clips, by one frame and then `stride` frames at a time: the memory is that of one chunk.
 
     Example:
@@ -342,7 +307,9 @@ def encode_in_chunks(autoencoder: VideoAutoencoder, variables: Any, x: Clips) ->
     return _in_chunks(part, x, autoencoder.config.stride)
 
 
-def decode_in_chunks(autoencoder: VideoAutoencoder, variables: Any, latents: Float[Array, "b f h w z"]) -> Clips:
+def decode_in_chunks(
+    autoencoder: VideoAutoencoder, variables: PyTree, latents: Float[Array, "b f rows columns z"]
+) -> Clips:
     """Returns `decode` of latents, by one at a time: the memory is that of one chunk.
 
     Example:
@@ -351,7 +318,7 @@ def decode_in_chunks(autoencoder: VideoAutoencoder, variables: Any, latents: Flo
     return _in_chunks(partial(autoencoder.apply, variables, method="decode_part"), latents, 1)
 
 
-def _in_chunks(part: Callable[..., Any], x: Array, size: int) -> Any:
+def _in_chunks(part: Callable[..., tuple[PyTree, Cache]], x: Array, size: int) -> PyTree:
     first, cache = part(x[:, :1], None)
     chunks = x[:, 1:].reshape(x.shape[0], -1, size, *x.shape[2:]).swapaxes(0, 1)
 

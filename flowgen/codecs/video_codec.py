@@ -10,16 +10,16 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
+from flowgen import backend
 from flowgen.arrays import check_floating
-from flowgen.codecs import codec as images
-from flowgen.codecs.codec import Codec, LatentNormalisation, samples_at_once
-from flowgen.codecs.parts import in_parts
+from flowgen.backend import in_parts, samples_at_once
+from flowgen.codecs.codec import Codec, LatentNormalisation
 from flowgen.codecs.video_autoencoder import VideoAutoencoder, check_clips, decode_in_chunks, encode_in_chunks
 
 Clips = Float[Array | np.ndarray, "b frames height width c"]
-ClipLatents = Float[Array | np.ndarray, "b f h w z"]
+ClipLatents = Float[Array | np.ndarray, "b f rows columns z"]
 
 
 @runtime_checkable
@@ -59,11 +59,11 @@ class ClipCodec(Protocol):
 
 @dataclass(frozen=True)
 class FrameCodec:
-    """A codec of pictures for every frame of a clip on its own; stride 1.
+    """A codec of images for every frame of a clip on its own; stride 1.
 
     Example:
         codec = FrameCodec(PixelCodec(pixel_channels=1, factor=2))
-        mean, std = codec.moments(clips)  # `b frames h/2 w/2 4`
+        mean, std = codec.moments(clips)  # `b frames height/2 width/2 4`
     """
 
     codec: Codec
@@ -91,12 +91,12 @@ class FrameCodec:
         return _clips(mean, len(x)), _clips(std, len(x))
 
     def decode(self, latents: ClipLatents) -> Clips:
-        """Returns the clips of latents, as a numpy array; clipped no more than the pictures of the codec are."""
+        """Returns the clips of latents, as a numpy array; clipped no more than the images of the codec are."""
         check_clip_latents(self, latents)
         return _clips(self.codec.decode(_frames(latents)), len(latents))
 
 
-def _frames(x: Any) -> np.ndarray:
+def _frames(x: Clips) -> np.ndarray:
     x = np.asarray(x)
     return x.reshape(-1, *x.shape[2:])
 
@@ -118,7 +118,7 @@ class VideoAutoencoderCodec:
     """
 
     autoencoder: VideoAutoencoder
-    variables: Any
+    variables: PyTree
     normalisation: LatentNormalisation = LatentNormalisation()
     temporal_scale: float = 1.0
 
@@ -170,17 +170,13 @@ class VideoAutoencoderCodec:
 
     def _plan(self, run: Callable[..., Any], frames: int, pixels: int) -> tuple[Callable[..., Any], int]:
         """A function of parts of a batch of clips of so many frames of so many pixels, and how many it takes."""
-        whole = frames * pixels <= images.PIXELS_AT_ONCE
+        whole = frames * pixels <= backend.PIXELS_AT_ONCE
         together = frames if whole else min(frames, self.stride)
         return partial(run, self.autoencoder, whole, self.variables), samples_at_once(together * pixels)
 
 
 def check_clip_latents(codec: ClipCodec, latents: Any) -> tuple[int, int, int]:
-    """Returns frames, height and width of latents; ValueError where the codec cannot take them.
-
-    Example:
-        frames, height, width = check_clip_latents(codec, latents)
-    """
+    """Returns frames, height and width of latents; ValueError if the codec cannot take them."""
     check_floating("latents", latents)
     if latents.ndim != 5 or latents.shape[-1] != codec.channels or not all(latents.shape[1:]):
         raise ValueError(

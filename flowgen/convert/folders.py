@@ -10,21 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flowgen.codecs import (
-    AutoencoderCodec,
-    FrozenTextEncoder,
-    JsonTokenizer,
-    LatentNormalisation,
-    SentencePieceTokenizer,
-    Tokenizer,
-    VideoAutoencoderCodec,
-)
+from flowgen.codecs import AutoencoderCodec, LatentNormalisation, VideoAutoencoderCodec
 from flowgen.convert.frozen import SCALING_FACTOR, autoencoder_kl, bert_encoder, t5_encoder
 from flowgen.convert.frozen_video import video_autoencoder, wan_normalisation
 from flowgen.convert.readers import read_state_dict
 from flowgen.data.named import package_folder
 from flowgen.documents import inside, read_json
 from flowgen.packages import missing
+from flowgen.text import FrozenTextEncoder, JsonTokenizer, SentencePieceTokenizer, Tokenizer
 
 # Names of weight files, in the order in which they are looked for; with ".index.json" they are lists of parts.
 _WEIGHTS = (

@@ -8,13 +8,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import linen as nn
 
 from flowgen import settings
-from flowgen.codecs import Autoencoder, AutoencoderConfig, BertConfig, BertEncoder, T5Config, T5Encoder
-from flowgen.codecs import init as init_autoencoder
-from flowgen.codecs.t5 import init as init_encoder
+from flowgen.codecs import Autoencoder, AutoencoderConfig
 from flowgen.convert.mapping import Rule, fill, transpose
 from flowgen.convert.tables import conv, layer_norm, linear, point
+from flowgen.nn import init
+from flowgen.text import BertConfig, BertEncoder, T5Config, T5Encoder
 
 StateDict = Mapping[str, np.ndarray]
 # What Stable Diffusion's latents are multiplied by where the config does not say.
@@ -54,10 +55,27 @@ def autoencoder_kl(state_dict: StateDict, config: Mapping[str, Any]) -> tuple[Au
             attention=told(config, "mid_block_add_attention", bool, True),
         )
     )
-    target = jax.eval_shape(lambda: init_autoencoder(autoencoder, jax.random.key(0)))
+    target = abstract(autoencoder)
     old = "encoder.mid_block.attentions.0.query.weight" in state_dict
-    variables, _ = fill(target, state_dict, _autoencoder_rules(len(autoencoder.config.widths), old))
+    names = ("query", "key", "value") if old else ("to_q", "to_k", "to_v")
+    rules = _autoencoder_rules(len(autoencoder.config.widths), old)
+    variables, _ = fill(target, _with_joined(state_dict, names), rules)
     return autoencoder, variables
+
+
+def _with_joined(state_dict: StateDict, names: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """The tensors with the three projections of each attention as one, where all are there and alike."""
+    joined = dict(state_dict)
+    for side in ("encoder", "decoder"):
+        for kind in ("weight", "bias"):
+            source = f"{side}.mid_block.attentions.0"
+            tensors = [f"{source}.{name}.{kind}" for name in names]
+            parts = [state_dict[tensor] for tensor in tensors if tensor in state_dict]
+            if len(parts) == len(names) and len({part.shape for part in parts}) == 1 and parts[0].ndim:
+                joined[f"{source}.qkv.{kind}"] = np.concatenate(parts)
+                for tensor in tensors:
+                    del joined[tensor]
+    return joined
 
 
 def t5_encoder(state_dict: StateDict, config: Mapping[str, Any]) -> tuple[T5Encoder, dict[str, Any]]:
@@ -101,15 +119,15 @@ def t5_encoder(state_dict: StateDict, config: Mapping[str, Any]) -> tuple[T5Enco
             Rule(f"{layer}.0.SelfAttention.{theirs}.weight", f"{layers}/{ours}/kernel", transpose)
             for theirs, ours in attention.items()
         ),
-        Rule(f"{layer}.0.layer_norm.weight", f"{layers}/attention_norm/scale"),
+        Rule(f"{layer}.0.layer_norm.weight", f"{layers}/attention_norm/weight"),
         *(
             Rule(f"{layer}.1.DenseReluDense.{theirs}.weight", f"{layers}/{ours}/kernel", transpose)
             for theirs, ours in mlp.items()
         ),
-        Rule(f"{layer}.1.layer_norm.weight", f"{layers}/mlp_norm/scale"),
-        Rule("encoder.final_layer_norm.weight", "params/norm_out/scale"),
+        Rule(f"{layer}.1.layer_norm.weight", f"{layers}/mlp_norm/weight"),
+        Rule("encoder.final_layer_norm.weight", "params/norm_out/weight"),
     )
-    variables, _ = fill(_abstract(encoder), kept, rules)
+    variables, _ = fill(abstract(encoder), kept, rules)
     return encoder, variables
 
 
@@ -158,12 +176,17 @@ def bert_encoder(state_dict: StateDict, config: Mapping[str, Any]) -> tuple[Bert
         *layer_norm(f"{layer}.attention.output.LayerNorm", f"{layers}/attention_norm"),
         *layer_norm(f"{layer}.output.LayerNorm", f"{layers}/mlp_norm"),
     )
-    variables, _ = fill(_abstract(encoder), kept, rules)
+    variables, _ = fill(abstract(encoder), kept, rules)
     return encoder, variables
 
 
-def _abstract(encoder: Any) -> Any:
-    return jax.eval_shape(lambda: init_encoder(encoder, jax.random.key(0)))
+def abstract(network: nn.Module) -> Any:
+    """Returns shapes and dtypes of the variables of a network.
+
+    Example:
+        target = abstract(autoencoder)
+    """
+    return jax.eval_shape(lambda: init(network, jax.random.key(0)))
 
 
 def told(config: Mapping[str, Any], name: str, annotation: Any, *default: Any) -> Any:
@@ -195,20 +218,19 @@ def _block_rules(source: str, target: str) -> tuple[Rule, ...]:
         *conv(f"{source}.conv1", f"{target}/conv_in"),
         *layer_norm(f"{source}.norm2", f"{target}/norm_out"),
         *conv(f"{source}.conv2", f"{target}/conv_out"),
-        *conv(f"{source}.conv_shortcut", f"{target}/skip"),
+        *point(f"{source}.conv_shortcut", f"{target}/skip"),
     )
 
 
 def _autoencoder_rules(levels: int, old: bool) -> tuple[Rule, ...]:
-    new_names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj"}
-    old_names = {"query": "query", "key": "key", "value": "value", "proj_attn": "proj"}
+    names = {"qkv": "qkv", "proj_attn" if old else "to_out.0": "proj"}
     rules: list[Rule] = [*conv("quant_conv", "params/quant_conv"), *conv("post_quant_conv", "params/post_quant_conv")]
     for side in ("encoder", "decoder"):
         target = f"params/{side}"
         rules += conv(f"{side}.conv_in", f"{target}/conv_in")
         rules += _block_rules(f"{side}.mid_block.resnets.{{i}}", f"{target}/middle/block_{{i}}")
         rules += layer_norm(f"{side}.mid_block.attentions.0.group_norm", f"{target}/middle/attention/norm")
-        for theirs, ours in (old_names if old else new_names).items():
+        for theirs, ours in names.items():
             source, leaf = f"{side}.mid_block.attentions.0.{theirs}", f"{target}/middle/attention/{ours}"
             rules += point(source, leaf)
         rules += layer_norm(f"{side}.conv_norm_out", f"{target}/norm_out")

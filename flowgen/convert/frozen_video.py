@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
 from flowgen.codecs import LatentNormalisation, VideoAutoencoder, VideoAutoencoderConfig
-from flowgen.codecs import init as init_autoencoder
-from flowgen.convert.frozen import StateDict, refuse, told
+from flowgen.convert.frozen import StateDict, abstract, refuse, told
 from flowgen.convert.mapping import Rule, fill
 from flowgen.convert.tables import conv, point
 
@@ -70,8 +68,7 @@ def video_autoencoder(state_dict: StateDict, config: Mapping[str, Any]) -> tuple
             shortcuts=known["is_residual"],
         )
     )
-    target = jax.eval_shape(lambda: init_autoencoder(autoencoder, jax.random.key(0)))
-    variables, _ = fill(target, state_dict, _rules(autoencoder.config))
+    variables, _ = fill(abstract(autoencoder), state_dict, _rules(autoencoder.config))
     return autoencoder, variables
 
 
@@ -94,7 +91,7 @@ def wan_normalisation(config: Mapping[str, Any]) -> LatentNormalisation:
 
 def _norm(source: str, target: str) -> Rule:
     # (c, 1, 1) or (c, 1, 1, 1); another shape fails as one that does not fit.
-    return Rule(f"{source}.gamma", f"{target}/scale", lambda x: x.reshape(x.shape[:1]))
+    return Rule(f"{source}.gamma", f"{target}/weight", lambda x: x.reshape(x.shape[:1]))
 
 
 def _block_rules(source: str, target: str) -> tuple[Rule, ...]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import collections
-import importlib
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int32, UInt8
 
 from flowgen.data.sources import Split, hold_out
-from flowgen.packages import missing
+from flowgen.packages import need
 
 # The actions that show; placing and making things needs materials that a player at random has not got.
 ACTIONS = ("noop", "move_left", "move_right", "move_up", "move_down", "do")
@@ -95,7 +94,4 @@ class _InOrder(dict[Any, None]):
 
 
 def _crafter() -> Any:
-    try:
-        return importlib.import_module("crafter")
-    except ModuleNotFoundError as error:
-        raise missing("data.source 'crafter'", "crafter") from error
+    return need("crafter", "data.source 'crafter'")

@@ -19,7 +19,7 @@ from flowgen.data.pictures import Crop, picture_size, read_picture
 from flowgen.data.sources import ArraySource, Batch, DataConfig, Source, Split, hold_out_files
 from flowgen.data.unreadable import FileReader, OnCorrupt
 from flowgen.documents import read_bytes
-from flowgen.prompts import ASPECTS, aspect_size, nearest_aspect
+from flowgen.text import ASPECTS, aspect_size, nearest_aspect
 
 _log = logging.getLogger(__name__)
 _WHAT = ("picture", "pictures")

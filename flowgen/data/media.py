@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Shaped, UInt8
 
 from flowgen.arrays import check_bytes, check_floating
-from flowgen.packages import missing
+from flowgen.packages import need
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")  # that are written
 # What is read, and Pillow's name of its format.
@@ -193,8 +193,4 @@ def pillow() -> Any:
     Example:
         image = pillow().open("picture.png")
     """
-    try:
-        import PIL.Image
-    except ModuleNotFoundError as error:
-        raise missing("Reading and writing pictures", "pillow") from error
-    return PIL.Image
+    return need("PIL.Image", "Reading and writing pictures", "pillow")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flowgen.data.unreadable import Unreadable
-from flowgen.packages import missing
+from flowgen.packages import need
 
 # FFmpeg's names of the containers that are read, and of nothing that names other files, such as lists and patterns.
 _CONTAINERS = "mov,matroska,avi,gif,mpeg,mpegts,mpegvideo,asf,flv,ogg"
@@ -129,11 +129,7 @@ def av() -> Any:
     Example:
         container = av().open("clip.mp4")
     """
-    try:
-        import av as module
-    except ModuleNotFoundError as error:
-        raise missing("Reading and writing video", "av") from error
-    return module
+    return need("av", "Reading and writing video")
 
 
 @contextlib.contextmanager

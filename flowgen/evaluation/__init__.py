@@ -7,7 +7,7 @@ from flowgen.evaluation.likelihood import (
     gaussian_bits_per_dim,
     velocity_bits_per_dim,
 )
-from flowgen.evaluation.metrics import frechet_distance
+from flowgen.evaluation.metrics import frechet_distance, psnr
 from flowgen.evaluation.points import PointSamples, point_metrics, point_samples
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "gaussian_bits_per_dim",
     "point_metrics",
     "point_samples",
+    "psnr",
     "train_classifier",
     "velocity_bits_per_dim",
 ]

@@ -1,9 +1,22 @@
-"""Distances between sets of pictures, in any features."""
+"""Distances between sets of images, in any features."""
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from jaxtyping import Float
+
+PEAK = 2.0  # of images in [-1, 1]
+
+
+def psnr(mean_square_error: float) -> float:
+    """Returns the peak signal-to-noise ratio of images in [-1, 1] in dB, 10 log10(2² / error), at most 126.
+
+    Example:
+        decibels = psnr(0.01)  # 26.0
+    """
+    return 10 * math.log10(PEAK**2 / max(mean_square_error, 1e-12))
 
 
 def frechet_distance(x: Float[np.ndarray, "n f"], y: Float[np.ndarray, "m f"]) -> float:

@@ -29,6 +29,7 @@ from flowgen.data import (
     take_inventory,
 )
 from flowgen.data.sources import Split
+from flowgen.evaluation import psnr
 from flowgen.experiments.codecs import STATISTICS, open_autoencoder
 from flowgen.experiments.debug import SAMPLES, debug_clips, debug_images, debug_run
 from flowgen.experiments.drawing import EvaluateOptions
@@ -44,7 +45,6 @@ from flowgen.training import Job
 
 # How fast the mean and variance of latents follow the batches.
 STATISTICS_RATE = 0.02
-PEAK = 2.0  # of images in [-1, 1], for the signal-to-noise ratio
 
 
 @config
@@ -312,4 +312,4 @@ def _distortion(autoencoder: Any, variables: Any, source: Source) -> dict[str, f
         error = squares.reshape(len(squares), -1).mean(axis=1)
         total += float(error[batch["mask"]].sum())
     mean = total / len(source)
-    return {"mean_square_error": mean, "psnr": 10 * math.log10(PEAK**2 / max(mean, 1e-12))}
+    return {"mean_square_error": mean, "psnr": psnr(mean)}

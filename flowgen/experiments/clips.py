@@ -23,13 +23,13 @@ from flowgen.data.pictures import picture_size, read_picture
 from flowgen.data.sources import Batch, Source
 from flowgen.data.unreadable import Unreadable
 from flowgen.data.video import READABLE, frame_times, read_clip, video_size
+from flowgen.evaluation import psnr
 from flowgen.flows import ClipDenoiser, ClipDenoising, denoiser_variables
 from flowgen.flows.density import batch_input, condition_of
 from flowgen.flows.density import denoise as score_step
 
 LEAST_KEPT = 0.75  # of an image that is given, by cropping it to the shape of clips
 GIVEN = 2**32 - 1  # The stream of the noise on given frames, beside those of samples by their numbers.
-PEAK = 2.0  # of images in [-1, 1]
 
 
 def latent_frames(codec: ClipCodec, frames: int) -> int:
@@ -179,7 +179,7 @@ def denoised_psnr(
     expected = np.clip(codec.decode(of_batch(batch)), -1, 1)
 
     def ratio(x):
-        return 10 * math.log10(PEAK**2 / np.square(np.clip(codec.decode(np.asarray(x)), -1, 1) - expected).mean())
+        return psnr(float(np.square(np.clip(codec.decode(np.asarray(x)), -1, 1) - expected).mean()))
 
     return {how: ratio(x) for how, x in cleaned.items()}
 

@@ -24,10 +24,10 @@ from flowgen.codecs import (
     VideoAutoencoderCodec,
     VideoAutoencoderConfig,
 )
-from flowgen.codecs import init as init_autoencoder
 from flowgen.codecs.video_codec import ClipCodec, FrameCodec
 from flowgen.convert import is_video_autoencoder, load_autoencoder, load_video_autoencoder
 from flowgen.experiments.texts import version_of, weakly_cached
+from flowgen.nn import init as init_autoencoder
 from flowgen.runs import CHECKPOINTS, CheckpointReader, is_run, read_config
 from flowgen.settings import config
 from flowgen.settings.ranges import Positive, Within

@@ -11,13 +11,13 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from flowgen.codecs import Codec, TextEncoder
+from flowgen.codecs import Codec
 from flowgen.codecs.video_codec import ClipCodec, FrameCodec
 from flowgen.conditioning import TextCondition
 from flowgen.experiments.codecs import CodecConfig, PretrainedAutoencoder, codec_digest, open_codec
 from flowgen.experiments.texts import TextConfig, encoded_text, open_text_encoder, text_digest
 from flowgen.flows import STARFlowConfig, STARFlowVConfig, TARFlowConfig
-from flowgen.prompts import aspect_size
+from flowgen.text import TextEncoder, aspect_size
 
 
 @dataclass(frozen=True)

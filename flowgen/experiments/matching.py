@@ -170,9 +170,11 @@ class MatchingExperiment(Experiment):
     def _check_loss(self) -> None:
         loss, sampling = self.matching.loss, self.sampling
         mean = isinstance(loss, MeanFlow)
-        if mean and not getattr(self.model, "spans", False):
+        if mean and not getattr(self.model, "intervals", False):
             kind = type_name(self.model)
-            raise ValueError(f"matching.loss is MeanFlow, which needs model.spans true; this {kind} has no spans.")
+            raise ValueError(
+                f"matching.loss is MeanFlow, and this {kind} has no intervals; set model.intervals to true."
+            )
         if sampling.method == "mean_flow" and not mean:
             raise ValueError(
                 "sampling.method is 'mean_flow', which needs matching.loss MeanFlow; choose another method."
@@ -416,8 +418,8 @@ def _draw(network, variables, key, indices, labels, *, source, matching, samplin
         x0 = jax.vmap(lambda key: PointsConfig(source=source).draw(key, 1)[0][0])(keys)
     if sampling.method == "mean_flow":
 
-        def average(t, x, cond, span):
-            return network.apply(variables, t, x, cond, span)
+        def average(t, x, cond, interval):
+            return network.apply(variables, t, x, cond, interval)
 
         return integrate_mean(average, x0, labels, num_steps=sampling.num_steps)
     velocity = velocity_field(network, variables, matching)

@@ -14,11 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flowgen.codecs import FrozenTextEncoder, HashedWords, TextEncoder
 from flowgen.conditioning import TextCondition
 from flowgen.convert import load_text_encoder
-from flowgen.prompts import PromptTemplate
 from flowgen.settings import config
+from flowgen.text import FrozenTextEncoder, HashedWords, PromptTemplate, TextEncoder
 
 T = TypeVar("T")
 DIGEST_VALUES = 1024

@@ -24,9 +24,10 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from flowgen.attention import causal_kernel
-from flowgen.conditioning import Condition, TextCondition, class_embedding, class_one_hot, masked_text
+from flowgen.conditioning import Condition, TextCondition, masked_text
 from flowgen.flows.affine import AFFINE_HEADS, AffineForm, TokenOrder, reorder, soft_clip, to_noise
 from flowgen.flows.positions import GridPositions
+from flowgen.nn.embeddings import class_embedding, class_one_hot
 from flowgen.nn.layers import RMSNorm, linear, master_dtype
 from flowgen.nn.transformer import TransformerConfig, transformer_stack, unstack_layers
 

@@ -15,7 +15,15 @@ velocity       networks; toy: two-dimensional distributions
 
 from flowgen.matching import toy
 from flowgen.matching.bridge import score_and_flow_matching_loss
-from flowgen.matching.conversions import inner_times, noise_of, retimed, score_of, time_of_ratio, velocity_of, x1_of
+from flowgen.matching.conversions import (
+    change_path,
+    clip_times,
+    prediction_to_velocity,
+    time_of_ratio,
+    velocity_to_noise,
+    velocity_to_score,
+    velocity_to_x1,
+)
 from flowgen.matching.couplings import (
     Coupled,
     Coupling,
@@ -67,7 +75,7 @@ from flowgen.matching.semidiscrete import SemidiscreteFit, SemidiscreteOT, fit_s
 from flowgen.matching.solvers import edm_times, guided, integrate, integrate_sde, trajectory
 from flowgen.matching.times import LogitNormal, Shifted, Uniform
 from flowgen.matching.unet import UNet, UNetConfig
-from flowgen.matching.velocity import MLPConfig, VelocityMLP, init, time_features
+from flowgen.matching.velocity import MLPConfig, VelocityMLP
 
 __all__ = [
     "CondOT",
@@ -103,7 +111,9 @@ __all__ = [
     "VariancePreserving",
     "VelocityMLP",
     "WeightReport",
+    "change_path",
     "choose_epsilon",
+    "clip_times",
     "divergence",
     "draw_pairs",
     "edm_times",
@@ -112,32 +122,28 @@ __all__ = [
     "fit_semidiscrete",
     "flow_matching_loss",
     "guided",
-    "init",
-    "inner_times",
     "integrate",
     "integrate_mean",
     "integrate_sde",
     "log_prob",
     "matching_objective",
     "mean_flow_loss",
-    "noise_of",
     "path_report",
+    "prediction_to_velocity",
     "resample",
-    "retimed",
     "score_and_flow_matching_loss",
-    "score_of",
     "signed_path_energy",
     "sinkhorn_potentials",
     "tilted_wasserstein",
-    "time_features",
     "time_of_ratio",
     "to_sphere",
     "toy",
     "trajectory",
     "velocity_field",
-    "velocity_of",
+    "velocity_to_noise",
+    "velocity_to_score",
+    "velocity_to_x1",
     "warn_if_tilted",
     "wasserstein",
     "weight_report",
-    "x1_of",
 ]

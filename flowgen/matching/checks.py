@@ -10,31 +10,19 @@ from flowgen.arrays import check_floating, shown
 
 
 def check_positive(name: str, value: float | int) -> None:
-    """Raises ValueError unless a number is positive and finite.
-
-    Example:
-        check_positive("epsilon", 2.0)
-    """
+    """Raises ValueError unless a number is positive and finite."""
     if not 0 < value < float("inf"):
         raise ValueError(f"{name} is {value}; it must be positive and finite.")
 
 
 def check_share(ess: float) -> None:
-    """Raises ValueError unless an effective sample size is a share between 0 and 1.
-
-    Example:
-        check_share(0.5)
-    """
+    """Raises ValueError unless an effective sample size is a share between 0 and 1."""
     if not 0 < ess < 1:
         raise ValueError(f"ess is {ess}; it is a share, between 0 and 1.")
 
 
 def check_batch(x0: Array, x1: Array) -> None:
-    """Raises ValueError unless source and data are floating-point numbers of one shape, with at least one sample.
-
-    Example:
-        check_batch(x0, x1)
-    """
+    """Raises ValueError unless source and data are floating-point numbers of one shape, with at least one sample."""
     check_floating("x0", x0)
     check_floating("x1", x1)
     if x0.shape != x1.shape:
@@ -47,20 +35,13 @@ def check_pair(t: Array, x0: Array, x1: Array) -> None:
     """Raises ValueError unless x0 and x1 have one shape and t has one time in [0, 1] per sample.
 
     Times have values outside jit alone; there they are looked at.
-
-    Example:
-        check_pair(t, x0, x1)
     """
     check_batch(x0, x1)
     check_times(t, x0)
 
 
 def check_times(t: Array, x0: Array) -> None:
-    """Raises ValueError unless there is one time in [0, 1] per sample; values are looked at outside jit.
-
-    Example:
-        check_times(t, x_t)
-    """
+    """Raises ValueError unless there is one time in [0, 1] per sample; values are looked at outside jit."""
     if getattr(t, "shape", None) != x0.shape[:1]:
         raise ValueError(f"t is {shown(t)}; there must be one time per sample, of shape {x0.shape[:1]}.")
     if not isinstance(t, Tracer) and not ((np.asarray(t) >= 0) & (np.asarray(t) <= 1)).all():
@@ -68,21 +49,13 @@ def check_times(t: Array, x0: Array) -> None:
 
 
 def check_velocity(velocity: object) -> None:
-    """Raises ValueError unless a velocity can be called.
-
-    Example:
-        check_velocity(lambda t, x, cond: -x)
-    """
+    """Raises ValueError unless a velocity can be called."""
     if not callable(velocity):
         raise ValueError(f"velocity is {shown(velocity)}; give a function (t, x, cond) -> v, such as velocity_field's.")
 
 
 def check_output(output: Array, x: Array, name: str = "the velocity") -> Array:
-    """Returns what a network answered; ValueError unless it has the shape of x, which broadcasting would hide.
-
-    Example:
-        v = check_output(velocity(t, x, cond), x)
-    """
+    """Returns what a network answered; ValueError unless it has the shape of x, which broadcasting would hide."""
     if output.shape != x.shape:
         raise ValueError(f"{name} has shape {output.shape} at x of shape {x.shape}; it must have the shape of x.")
     return output

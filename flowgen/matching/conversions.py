@@ -21,7 +21,7 @@ NETWORK_SMALLEST = 0.02
 _NO_SPREAD = "the path has noise of its own, sigma {}, through which nothing can be converted; set sigma to 0"
 
 
-def velocity_of(
+def prediction_to_velocity(
     path: Path,
     t: Float[Array, " b"],
     x_t: Float[Array, "b *event"],
@@ -34,11 +34,11 @@ def velocity_of(
 
     v = alpha' x1 + beta' x0, where what is not predicted follows from x_t = alpha x1 + beta x0, and x0 is -beta times
     the score. What follows is singular where the path is all source or all data: it is taken at the nearest time that
-    `inner_times(path, t, smallest)` allows, and so should the prediction be; derivatives are no larger than there.
+    `clip_times(path, t, smallest)` allows, and so should the prediction be; derivatives are no larger than there.
     Raises ValueError for another kind, for a path with a spread, and for times outside [0, 1].
 
     Example:
-        v = velocity_of(CondOT(), t, x_t, network(t, x_t), "x1")
+        v = prediction_to_velocity(CondOT(), t, x_t, network(t, x_t), "x1")
     """
     check_prediction(kind, path)
     if kind == "velocity":
@@ -53,60 +53,60 @@ def velocity_of(
     return d_alpha * (x_t - inner.beta * noise) / inner.alpha + d_beta * noise
 
 
-def x1_of(
+def velocity_to_x1(
     path: Path, t: Float[Array, " b"], x_t: Float[Array, "b *event"], velocity: Float[Array, "b *event"]
 ) -> Float[Array, "b *event"]:
     """Returns the data x1 = (beta v - beta' x_t) / D that a velocity implies, E[x1 | x_t] for the learned one.
 
-    D = alpha' beta - beta' alpha. At the ends, and with a spread, as `velocity_of`.
+    D = alpha' beta - beta' alpha. At the ends, and with a spread, as `prediction_to_velocity`.
 
     Example:
-        x1 = x1_of(CondOT(), t, x_t, v)
+        x1 = velocity_to_x1(CondOT(), t, x_t, v)
     """
     schedule, determinant = _inner(path, t, x_t, SMALLEST)
     return (schedule.beta * velocity - schedule.d_beta * x_t) / determinant
 
 
-def noise_of(
+def velocity_to_noise(
     path: Path, t: Float[Array, " b"], x_t: Float[Array, "b *event"], velocity: Float[Array, "b *event"]
 ) -> Float[Array, "b *event"]:
     """Returns the source x0 = (alpha' x_t - alpha v) / D that a velocity implies, E[x0 | x_t] for the learned one.
 
-    D = alpha' beta - beta' alpha. At the ends, and with a spread, as `velocity_of`.
+    D = alpha' beta - beta' alpha. At the ends, and with a spread, as `prediction_to_velocity`.
 
     Example:
-        x0 = noise_of(CondOT(), t, x_t, v)
+        x0 = velocity_to_noise(CondOT(), t, x_t, v)
     """
     schedule, determinant = _inner(path, t, x_t, SMALLEST)
     return (schedule.d_alpha * x_t - schedule.alpha * velocity) / determinant
 
 
-def score_of(
+def velocity_to_score(
     path: Path, t: Float[Array, " b"], x_t: Float[Array, "b *event"], velocity: Float[Array, "b *event"]
 ) -> Float[Array, "b *event"]:
     """Returns ∇ log p_t(x_t) = -E[x0 | x_t] / beta_t, for the velocity learned from *independent* normal sources.
 
     Couplings other than `Independent` make sources and data dependent: the field then has no such score. At the ends,
-    and with a spread, as `velocity_of`.
+    and with a spread, as `prediction_to_velocity`.
 
     Example:
-        score = score_of(CondOT(), t, x_t, v)
+        score = velocity_to_score(CondOT(), t, x_t, v)
     """
     schedule, _ = _inner(path, t, x_t, SMALLEST)
-    return -noise_of(path, t, x_t, velocity) / schedule.beta
+    return -velocity_to_noise(path, t, x_t, velocity) / schedule.beta
 
 
-def inner_times(path: Path, t: Float[Array, " b"], smallest: float = SMALLEST) -> Float[Array, " b"]:
+def clip_times(path: Path, t: Float[Array, " b"], smallest: float = SMALLEST) -> Float[Array, " b"]:
     """Returns times kept at least 1e-5 from both ends, and where alpha/beta is within [smallest, 1/smallest].
 
     Example:
-        t = inner_times(Polynomial(10.0), t)  # 0.316 and later: before, x_t is x0 to five digits
+        t = clip_times(Polynomial(10.0), t)  # 0.316 and later: before, x_t is x0 to five digits
     """
     first, last = _inner_ends(path, smallest)
     return jnp.clip(t, first, last)
 
 
-def retimed(
+def change_path(
     velocity: Callable[[Array, Array, Any], Array], path: Path, new_path: Path
 ) -> Callable[[Array, Array, Any], Array]:
     """Returns the field along new_path of a velocity that was trained along path; it ends in the same points.
@@ -119,7 +119,7 @@ def retimed(
     to be differentiated with respect to time. Raises ValueError for paths with a spread.
 
     Example:
-        x1, nfe = integrate(retimed(velocity, CondOT(), Trigonometric()), x0, num_steps=25)
+        x1, nfe = integrate(change_path(velocity, CondOT(), Trigonometric()), x0, num_steps=25)
     """
 
     check_no_spread(path)
@@ -177,7 +177,7 @@ def check_prediction(kind: str, path: Path | None = None) -> None:
 
 
 def check_no_spread(path: Path) -> None:
-    """Raises ValueError where a path has noise on top of source and data, which no velocity tells apart from them.
+    """Raises ValueError if a path has noise on top of source and data, which no velocity tells apart from them.
 
     Example:
         check_no_spread(CondOT())
@@ -199,7 +199,7 @@ def _inner(path: Path, t: Array, x: Array, smallest: float) -> tuple[Schedule, A
     """The schedule in the shape of x at the time next to t at which conversions are regular, and its determinant."""
     check_times(t, x)
     check_no_spread(path)
-    schedule = schedule_over(path, inner_times(path, t, smallest), x)
+    schedule = schedule_over(path, clip_times(path, t, smallest), x)
     return schedule, _determinant(schedule)
 
 

@@ -1,11 +1,11 @@
-"""Couplings: which source goes with which datum, and how much the pair counts. All return log-weights.
+"""Couplings: how noise and data are paired, and the log-weight of each pair.
 
 A coupling sees a whole batch. Where devices share it, `flowgen.matching.loss.couple` brings its rows together, unless
-the coupling `sees` a "row" (each pair is made by itself) or a "device" (only what one device has, so that the number of
-devices changes what is learned).
+the coupling `sees` a "row" (each pair is made by itself) or a "device" (only the rows of one device, so that the number
+of devices changes what is learned).
 
-Weights turn the loss of independent pairs into that of the coupling q ∝ w · (source x data): E[w |v - u|²]
-(W-CFM, arXiv 2507.22270). A plan over the batch instead moves the sources.
+Weights turn the loss of independent pairs into that of the coupling q ∝ w · p(x0) p(x1): E[w |v - u|²]
+(W-CFM, arXiv 2507.22270). A plan over the batch moves the noise x0 instead.
 """
 
 from __future__ import annotations
@@ -18,19 +18,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Bool, Float, Key
 
 from flowgen.arrays import check_floating, shown
+from flowgen.backend import keep_axes, nan_if, of_rows, take_rows
 from flowgen.matching.checks import check_batch
 from flowgen.matching.plans import assignment, corrected_log_weight, entropic_plan, relative_cost
 from flowgen.settings import config
 from flowgen.settings.ranges import OpenFraction, Positive, Within
-from flowgen.sharding import keep_axes, of_rows, take_rows
 
 SMALLEST_EPSILON = 1e-20
 Epsilon = Annotated[float, Within(SMALLEST_EPSILON)]
 MAX_SWEEPS = 1 << 16  # of Sinkhorn; a step runs all of them
 
+# What a batch is conditioned on, such as labels `b`; couplings pass it on, and need its rows alone.
+Cond = Any
 Cost = Literal["euclidean", "sqeuclidean"] | Callable[[Array, Array], Array]
 
 
@@ -39,7 +41,7 @@ class Coupled(NamedTuple):
 
     x0: Float[Array, "b *event"]
     x1: Float[Array, "b *event"]
-    cond: Any
+    cond: Cond
     log_weight: Float[Array, " b"]
 
 
@@ -48,7 +50,7 @@ class Coupling(Protocol):
     """What a loss asks of a coupling; `sees` may say "row" or "device", and without it is "global"."""
 
     def __call__(
-        self, key: Key[Array, ""], x0: Float[Array, "b *event"], x1: Float[Array, "b *event"], cond: Any = None
+        self, key: Key[Array, ""], x0: Float[Array, "b *event"], x1: Float[Array, "b *event"], cond: Cond = None
     ) -> Coupled:
         """Returns pairs and their log-weights."""
         ...
@@ -64,7 +66,9 @@ class Independent:
 
     sees: ClassVar[str] = "row"
 
-    def __call__(self, key, x0, x1, cond=None):
+    def __call__(
+        self, key: Key[Array, ""], x0: Float[Array, "b *event"], x1: Float[Array, "b *event"], cond: Cond = None
+    ) -> Coupled:
         check_batch(x0, x1)
         return Coupled(x0, x1, cond, jnp.zeros(len(x0), x0.dtype))
 
@@ -73,14 +77,14 @@ class Independent:
 class MinibatchOT:
     """Optimal transport within the batch, on the squared Euclidean cost: OT-CFM (Tong et al., arXiv 2302.00482).
 
-    method: "exact" permutes the sources by the optimal assignment (scipy's, on the host), so that each is used once;
-    "sinkhorn" draws a source for each datum from the entropic plan inside the compiled program.
+    method: "exact" permutes the noise by the optimal assignment (scipy's, on the host), so that each x0 is used once;
+    "sinkhorn" draws an x0 for each x1 from the entropic plan inside the compiled program.
     epsilon: of the entropic plan, in units of the mean cost; positive.
-    tolerance: share of the mass of the entropic plan's sources that may be misplaced on average; positive.
+    tolerance: share of the mass of x0 that the entropic plan may misplace on average; positive.
     num_sweeps: most sweeps of Sinkhorn's iteration that may be spent to reach it; at least 1. If they do not suffice,
     the coupling raises ValueError outside jit; inside, its weights are NaN, hence the loss is NaN.
-    class_aware: pair i lends its label to its source, and sources move only within a class; otherwise the sources that
-    a class sees are not those it is sampled from (C2OT, ICCV 2025). It needs integer labels `b` as cond.
+    class_aware: pair i lends its label to its x0, and noise moves only within a class; otherwise a class is trained on
+    other noise than it is sampled from (C2OT, ICCV 2025). It needs integer labels `b` as cond.
     scope: "global" plans over the rows of all devices, each of which solves the same problem; "device" over its own.
 
     Example:
@@ -99,27 +103,28 @@ class MinibatchOT:
         """The rows that a plan is made over."""
         return self.scope
 
-    def __call__(self, key, x0, x1, cond=None):
+    def __call__(
+        self, key: Key[Array, ""], x0: Float[Array, "b *event"], x1: Float[Array, "b *event"], cond: Cond = None
+    ) -> Coupled:
         check_batch(x0, x1)
-        cost = pairwise_cost(x1, x0, "sqeuclidean")
+        cost = cost_matrix(x1, x0, "sqeuclidean")
         allowed = self._allowed(cost, cond)
-        # One NaN among the costs spoils the plan, which the sources drawn from it need not show: the weights do. Not by
-        # selecting a constant NaN: XLA makes exp(where(p, nan, 0)) 1 on CPUs.
+        # One NaN among the costs spoils the plan, which the noise drawn from it need not show: the weights do.
         spoilt = 0 * relative_cost(cost).mean()
         if self.method == "exact":
             # Above any sum of costs that an assignment within the classes can have.
-            source = assignment(jnp.where(allowed, cost, (cost.max() + 1) * len(cost)))
+            chosen = assignment(jnp.where(allowed, cost, (cost.max() + 1) * len(cost)))
         else:
             plan = entropic_plan(cost, allowed, self.epsilon, tolerance=self.tolerance, max_sweeps=self.num_sweeps)
             self._check_error(plan.error)
             draw = lambda key, logits: jax.random.categorical(key, logits, axis=1)  # noqa: E731
-            source = keep_axes(draw, key, plan.log_plan, named=[(plan.log_plan, "b m")], out="b")
-            spoilt = spoilt + jnp.log(jnp.where(plan.error > self.tolerance, -1, 1))
+            chosen = keep_axes(draw, key, plan.log_plan, named=[(plan.log_plan, "b m")], out="b")
+            spoilt = spoilt + nan_if(plan.error > self.tolerance, spoilt.dtype)
         log_weight = jnp.broadcast_to(spoilt, (len(x0),)).astype(x0.dtype)
-        return Coupled(take_rows(x0, source), x1, cond, log_weight)
+        return Coupled(take_rows(x0, chosen), x1, cond, log_weight)
 
-    def _allowed(self, cost: Array, cond: Any) -> Array:
-        """Which source may go to which datum."""
+    def _allowed(self, cost: Float[Array, "b b"], cond: Cond) -> Bool[Array, "b b"]:
+        """Which x0 may go to which x1."""
         if not self.class_aware:
             return jnp.ones(cost.shape, bool)
         if cond is None:
@@ -131,8 +136,8 @@ class MinibatchOT:
             )
         return keep_axes(lambda y: y[:, None] == y[None, :], cond, named=[(cost, "b m")], out="b m")
 
-    def _check_error(self, error: Array) -> None:
-        """Raises ValueError where a plan is too far off, if it has values, which is outside jit."""
+    def _check_error(self, error: Float[Array, ""]) -> None:
+        """Raises ValueError outside jit if a plan is too far off."""
         if not isinstance(error, Tracer) and not float(error) <= self.tolerance:
             raise ValueError(
                 f"num_sweeps is {self.num_sweeps}, after which the plan of epsilon {self.epsilon} is off by "
@@ -145,8 +150,8 @@ class MinibatchOT:
 class GibbsWeights:
     """Independent pairs weighted by w = exp(-cost / epsilon): weighted conditional flow matching (arXiv 2507.22270).
 
-    Called before it has an epsilon, it raises ValueError, in Python as everywhere: a batch is not asked, since ε must
-    stay the same from step to step. A cost of NaN raises ValueError outside jit, and gives a weight of NaN, hence a
+    Called without an epsilon it raises ValueError: none is chosen from the batch, since ε must stay the same from step
+    to step. A cost of NaN raises ValueError outside jit, and gives a weight of NaN, hence a
     loss of NaN, inside.
 
     epsilon: positive; None to choose it from data, as training does by `flowgen.matching.fit_epsilon`: for the share
@@ -155,7 +160,7 @@ class GibbsWeights:
     normalize: "running" divides by a running mean of w that the loss carries from step to step, "batch" by the mean
     of the batch, "none" by nothing: weights can then be 1e-13 for images, and optimizers do not see them.
     sinkhorn_sweeps: with more than 0, the weights are those of the entropic plan with the batch's own marginals,
-    exp(-cost_ii/epsilon + f_i + g_i), which undoes the tilt of source and data that plain weights bring; exactly so
+    exp(-cost_ii/epsilon + f_i + g_i), which undoes the tilt of noise and data that plain weights bring; exactly so
     many sweeps, whatever is left of the tilt; 0 for none.
     ess: effective share of the pairs that an epsilon is chosen for; between 0 and 1.
     tilt: largest relative variance of the marginals' re-weighting that an epsilon is chosen for; None for ess.
@@ -179,29 +184,28 @@ class GibbsWeights:
         """The rows that weights depend on: those of the pair itself, without sweeps and the mean of a batch."""
         return self.scope if self.sinkhorn_sweeps or self.normalize == "batch" else "row"
 
-    def __call__(self, key, x0, x1, cond=None):
+    def __call__(
+        self, key: Key[Array, ""], x0: Float[Array, "b *event"], x1: Float[Array, "b *event"], cond: Cond = None
+    ) -> Coupled:
         check_batch(x0, x1)
         if self.epsilon is None:
             raise ValueError(
                 "epsilon is None; choose it from data by coupling = fit_epsilon(coupling, x0, x1), or give it."
             )
         if self.sinkhorn_sweeps:
-            log_weight = corrected_log_weight(-pairwise_cost(x0, x1, self.cost) / self.epsilon, self.sinkhorn_sweeps)
+            log_weight = corrected_log_weight(-cost_matrix(x0, x1, self.cost) / self.epsilon, self.sinkhorn_sweeps)
         else:
-            log_weight = -pair_cost(x0, x1, self.cost) / self.epsilon
+            log_weight = -paired_cost(x0, x1, self.cost) / self.epsilon
         log_weight = jax.lax.stop_gradient(log_weight)
         if self.normalize == "batch":
             log_weight = log_weight - log_mean_exp(log_weight)
         return Coupled(x0, x1, cond, log_weight)
 
 
-def pair_cost(x0: Float[Array, "b *event"], x1: Float[Array, "b *event"], cost: Cost) -> Float[Array, " b"]:
+def paired_cost(x0: Float[Array, "b *event"], x1: Float[Array, "b *event"], cost: Cost) -> Float[Array, " b"]:
     """Returns the cost of each pair, float32 at least.
 
-    Raises ValueError where a user's function gives another shape and, outside jit, where a cost is NaN.
-
-    Example:
-        c = pair_cost(x0, x1, "euclidean")
+    Raises ValueError if a user's function gives another shape and, outside jit, if a cost is NaN.
     """
     if callable(cost):
         value = cost(x0, x1)
@@ -216,25 +220,22 @@ def pair_cost(x0: Float[Array, "b *event"], x1: Float[Array, "b *event"], cost: 
     return check_cost(keep_axes(distance, x0, x1, named=[(x0, of_rows(x0)), (x1, of_rows(x1))], out="b"))
 
 
-def pairwise_cost(x0: Float[Array, "b *event"], x1: Float[Array, "m *event"], cost: Cost) -> Float[Array, "b m"]:
+def cost_matrix(x0: Float[Array, "b *event"], x1: Float[Array, "m *event"], cost: Cost) -> Float[Array, "b m"]:
     """Returns the cost of every x0 with every x1.
 
-    Raises ValueError where their events differ in shape and, outside jit, where a cost is NaN.
-
-    Example:
-        c = pairwise_cost(x0, x1, "sqeuclidean")
+    Raises ValueError if their events differ in shape and, outside jit, if a cost is NaN.
     """
     check_floating("x0", x0)
     check_floating("x1", x1)
     if x0.shape[1:] != x1.shape[1:]:
         raise ValueError(f"x0 has events of shape {x0.shape[1:]} and x1 {x1.shape[1:]}; they must have the same.")
     named = [(x0, of_rows(x0)), (x1, of_rows(x1, "m"))]
-    return check_cost(keep_axes(partial(_pairwise_cost, cost=cost), x0, x1, named=named, out="b m"))
+    return check_cost(keep_axes(partial(_cost_matrix, cost=cost), x0, x1, named=named, out="b m"))
 
 
-def _pairwise_cost(x0: Array, x1: Array, cost: Cost) -> Array:
+def _cost_matrix(x0: Float[Array, "b *event"], x1: Float[Array, "m *event"], cost: Cost) -> Float[Array, "b m"]:
     if callable(cost):
-        return jax.vmap(lambda x: pair_cost(jnp.broadcast_to(x[None], x1.shape), x1, cost))(x0)
+        return jax.vmap(lambda x: paired_cost(jnp.broadcast_to(x[None], x1.shape), x1, cost))(x0)
     a, b = _flat(x0), _flat(x1)
     # Shifted to their common mean, so that little cancels in the expanded square.
     centre = b.mean(axis=0)
@@ -245,18 +246,14 @@ def _pairwise_cost(x0: Array, x1: Array, cost: Cost) -> Array:
 
 
 def log_mean_exp(x: Float[Array, " b"]) -> Float[Array, ""]:
-    """Returns log of the mean of exp(x).
-
-    Example:
-        centred = log_weight - log_mean_exp(log_weight)
-    """
+    """Returns log of the mean of exp(x)."""
     return jax.nn.logsumexp(x) - jnp.log(len(x))
 
 
 def to_sphere(x: Float[Array, "b *event"]) -> Float[Array, "b *event"]:
     """Returns x with every sample scaled to the norm √d that normal noise has; zeros stay zeros.
 
-    On a sphere no datum is nearer than another to a round source, so that plain Gibbs weights do not tilt the data.
+    On a sphere all data are equally near to normal noise, so that plain Gibbs weights do not tilt the data.
 
     Example:
         x1 = to_sphere(x1)
@@ -271,11 +268,7 @@ def to_sphere(x: Float[Array, "b *event"]) -> Float[Array, "b *event"]:
 
 
 def check_cost(cost: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Returns the costs; ValueError where one of them is NaN, if they have values, which is outside jit.
-
-    Example:
-        cost = check_cost(cost)
-    """
+    """Returns the costs; outside jit, ValueError if one of them is NaN."""
     if not isinstance(cost, Tracer):
         bad = int(np.isnan(np.asarray(cost)).sum())
         if bad:
@@ -283,5 +276,5 @@ def check_cost(cost: Float[Array, "..."]) -> Float[Array, "..."]:
     return cost
 
 
-def _flat(x: Array) -> Array:
+def _flat(x: Float[Array, "b *event"]) -> Float[Array, "b d"]:
     return x.reshape(len(x), -1).astype(jnp.promote_types(x.dtype, jnp.float32))

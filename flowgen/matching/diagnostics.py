@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from flowgen.backend import keep_axes, take_rows
 from flowgen.matching.checks import check_batch, check_positive, check_share
-from flowgen.matching.couplings import Cost, GibbsWeights, pair_cost, pairwise_cost
+from flowgen.matching.couplings import Cost, GibbsWeights, cost_matrix, paired_cost
 from flowgen.matching.plans import assignment, corrected_log_weight
 from flowgen.matching.solvers import Velocity, time_grid, trajectory
-from flowgen.sharding import keep_axes, take_rows
 
 # Pairs of a block whose every source is compared with every datum.
 BLOCK = 1024
@@ -60,7 +60,7 @@ def weight_report(
         report = weight_report(x0, x1, epsilon=2.0)
     """
     check_positive("epsilon", epsilon)
-    logits = -pairwise_cost(x0, x1, cost) / epsilon
+    logits = -cost_matrix(x0, x1, cost) / epsilon
     row = logits.mean(axis=1, keepdims=True)
     column = logits.mean(axis=0, keepdims=True)
     interaction = logits - row - column + logits.mean()
@@ -122,7 +122,7 @@ def tilted_wasserstein(
     check_positive("epsilon", epsilon)
     if min(len(x0), len(x1)) < 2:
         raise ValueError(f"there are {len(x0)} sources and {len(x1)} data; a floor needs at least two of each.")
-    logits = -pairwise_cost(x0, x1, cost) / epsilon
+    logits = -cost_matrix(x0, x1, cost) / epsilon
     source, data = (jax.nn.logsumexp(logits, axis=axis) for axis in (1, 0))
     return TiltedDistances(
         wasserstein(x0, resample(x0, source)), wasserstein(x1, resample(x1, data)), _floor(x0), _floor(x1)
@@ -172,7 +172,7 @@ def choose_epsilon(
         check_share(ess)
     if tilt is not None:
         check_positive("tilt", tilt)
-    costs = pairwise_cost(x0, x1, cost) if tilt is not None or sinkhorn_sweeps else pair_cost(x0, x1, cost)
+    costs = cost_matrix(x0, x1, cost) if tilt is not None or sinkhorn_sweeps else paired_cost(x0, x1, cost)
     scale = float(jnp.abs(costs).mean())
     if not 0 < scale < float("inf"):
         raise ValueError(
@@ -263,14 +263,14 @@ def signed_path_energy(energy: Float[Array, ""] | float, squared_distance: Float
 def wasserstein(x: Float[Array, "b *event"], y: Float[Array, "b *event"]) -> Float[Array, ""]:
     """Returns the 2-Wasserstein distance of two equally large samples, exactly; its floor is that of two fresh samples.
 
-    Raises ValueError where they differ in size.
+    Raises ValueError if they differ in size.
 
     Example:
         distance, floor = wasserstein(generated, data), wasserstein(data, more_data)
     """
     check_batch(x, y)
-    partner = assignment(pairwise_cost(x, y, "sqeuclidean"))
-    return jnp.sqrt(pair_cost(x, take_rows(y, partner), "sqeuclidean").mean())
+    partner = assignment(cost_matrix(x, y, "sqeuclidean"))
+    return jnp.sqrt(paired_cost(x, take_rows(y, partner), "sqeuclidean").mean())
 
 
 def _relative_variance(log_factor: Float[Array, " b"]) -> Float[Array, ""]:

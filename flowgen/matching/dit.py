@@ -1,6 +1,6 @@
 """DiT: a transformer on patches whose layers are modulated by time and class (Peebles and Xie, arXiv 2212.09748).
 
-With c the embedding of (t, span, class), a layer computes
+With c the embedding of (t, interval, class), a layer computes
 
     (a, b, g, a', b', g') = W silu(c)                       (W starts at zero, so each layer starts as the identity)
     h <- h + g · Attention(norm(h) (1 + b) + a),   h <- h + g' · MLP(norm(h) (1 + b') + a')
@@ -14,15 +14,16 @@ from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from flowgen.attention import KERNELS, make_attention_fn
+from flowgen.backend import flat_dot
 from flowgen.conditioning import check_labels
-from flowgen.matching.velocity import TIME_SCALE, ConditionEmbedding, check_inputs
+from flowgen.matching.velocity import check_inputs
 from flowgen.nn.checks import check_patches, image_sides
-from flowgen.nn.layers import ACTIVATIONS, flat_dot, master_dtype, patchify, unpatchify
+from flowgen.nn.embeddings import TIME_SCALE, ConditionEmbedding, grid_positions
+from flowgen.nn.layers import ACTIVATIONS, master_dtype, patchify, unpatchify
 from flowgen.settings import config
 from flowgen.settings.ranges import Channels, Classes, Expansion, HeadDim, Layers, OneOf, Positive, Side, Width
 
@@ -47,7 +48,7 @@ class DiTConfig:
     num_classes: of the labels the field is conditioned on; 0 for none.
     attention: "softmax", "soft", or a linear one: elu_plus_one, relu, squared_relu, focused, nala, pola, inline,
     retention.
-    spans: also predict average velocities over a span (MeanFlow).
+    intervals: also predict average velocities over an interval (MeanFlow).
     time_scale: times are stretched by it before the sinusoids, which are made for 0 to 1,000; MeanFlow, whose loss has
     a derivative in t in it, needs a small one, such as 1.0.
     dtype: of matrix products and activations; parameters, norms and the modulation stay float32.
@@ -63,14 +64,14 @@ class DiTConfig:
     expansion: Expansion = 4
     num_classes: Classes = 0
     attention: Annotated[str, OneOf(ATTENTIONS)] = "softmax"
-    spans: bool = False
+    intervals: bool = False
     time_scale: Positive = TIME_SCALE
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     remat: bool = True
 
     def __post_init__(self):
         check_patches(self.image_size, self.patch_size)
-        if (numbers := math.prod(self.token_grid) * self.width) > MAX_POSITIONS:
+        if (numbers := math.prod(self.token_hw) * self.width) > MAX_POSITIONS:
             raise ValueError(
                 f"image_size is {self.image_size}, patch_size {self.patch_size} and width {self.width}, which "
                 f"makes a table of positions of {numbers} numbers, of at most {MAX_POSITIONS}; use a larger patch_size."
@@ -109,7 +110,7 @@ class DiTConfig:
         )
 
     @property
-    def token_grid(self) -> tuple[int, int]:
+    def token_hw(self) -> tuple[int, int]:
         """(rows, columns) of patches."""
         height, width = self.grid_size
         return height // self.patch_size, width // self.patch_size
@@ -130,22 +131,22 @@ class DiT(nn.Module):
         t: Float[Array, " b"],
         x: Float[Array, "b height width c"],
         cond: Int[Array, " b"] | None = None,
-        span: Float[Array, " b"] | None = None,
+        interval: Float[Array, " b"] | None = None,
         *,
         train: bool = False,
     ) -> Float[Array, "b height width c"]:
-        """Returns the velocity at x and time t, averaged over `span` where given. train: nothing differs here."""
+        """Returns the velocity at x and time t, averaged over `interval` where given. train: nothing differs here."""
         config = self.config
         check_inputs(config, t, x)
         cond = check_labels(cond, num_classes=config.num_classes, batch=len(x))
         embed = ConditionEmbedding(
-            config.width, config.num_classes, config.spans, time_scale=config.time_scale, name="condition"
+            config.width, config.num_classes, config.intervals, time_scale=config.time_scale, name="condition"
         )
-        c = embed(t, cond, span)
+        c = embed(t, cond, interval)
         c = jax.nn.silu(c)
         tokens = patchify(x, config.patch_size, PATCH_ORDER)
         h = _dense(config.width, config.dtype, name="proj_in")(tokens)
-        h = h + jnp.asarray(position_table(config.token_grid, config.width), h.dtype)[None]
+        h = h + jnp.asarray(grid_positions(config.token_hw, config.width), h.dtype)[None]
         layer = nn.remat(DiTLayer, prevent_cse=False) if config.remat else DiTLayer
         h, _ = nn.scan(
             layer,
@@ -177,18 +178,6 @@ class DiTLayer(nn.Module):
         y = _modulated(h, mlp_shift, mlp_scale).astype(config.dtype)
         y = ACTIVATIONS["gelu_tanh"](_dense(config.expansion * config.width, config.dtype, name="up")(y))
         return h + mlp_gate[:, None].astype(h.dtype) * _dense(config.width, config.dtype, name="down")(y), None
-
-
-def position_table(grid: tuple[int, int], width: int) -> Float[np.ndarray, "n width"]:
-    """Returns fixed positions of a grid, row by row: half of the sinusoids turn with the column, half with the row.
-
-    Example:
-        table = position_table((4, 4), 64)
-    """
-    frequencies = 10_000.0 ** (-np.arange(width // 4) / (width // 4))
-    rows, columns = np.meshgrid(np.arange(grid[0]), np.arange(grid[1]), indexing="ij")
-    angles = [axis.reshape(-1, 1) * frequencies[None] for axis in (columns, rows)]
-    return np.concatenate([wave(angle) for angle in angles for wave in (np.sin, np.cos)], axis=1).astype(np.float32)
 
 
 def _modulated(h: Array, shift: Array, scale: Array) -> Array:

@@ -58,7 +58,7 @@ def flow_matching_loss(
     step adds (`flowgen.rows.Rows`): with them any number of devices draws the same. The square is averaged over
     dimensions. label_dropout: share of labels replaced by -1, per example. log_mean: the running log-mean of the
     weights, -inf or None before the first step; it is handed back, and not needed unless the coupling asks for
-    "running". The square is float32 at least. Raises ValueError where settings or shapes do not fit.
+    "running". The square is float32 at least. Raises ValueError if settings or shapes do not fit.
 
     Example:
         loss_fn = flow_matching_loss(path=CondOT(), coupling=GibbsWeights(epsilon=2.0), time=Uniform())

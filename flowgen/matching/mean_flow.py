@@ -1,11 +1,12 @@
 """MeanFlow: the average velocity over a stretch of the path, which samples in one step (Geng et al., arXiv 2505.13447).
 
-u(t, x, cond, span) = 1/span ∫ v(τ, x_τ) dτ over [t, t + span] along the trajectory through x at t; span 0 is v itself.
-Multiply by span and differentiate along the trajectory with the end t + span held fixed, so that span falls as t grows:
+u(t, x, cond, interval) = 1/interval ∫ v(τ, x_τ) dτ over [t, t + interval] along the trajectory through x at t; for
+interval 0 it is v itself. Multiply by interval and differentiate along the trajectory with the end t + interval held
+fixed, so that interval falls as t grows:
 
-    u = v + span · du/dt,    du/dt = ∂u/∂t + (∂u/∂x) v - ∂u/∂span                                   (identity)
+    u = v + interval · du/dt,    du/dt = ∂u/∂t + (∂u/∂x) v - ∂u/∂interval                               (identity)
 
-The paper has noise at t = 1 and regresses u = v - (t - r) du/dt; here data are at t = 1 and span = t - r.
+The paper has noise at t = 1 and regresses u = v - (t - r) du/dt; here data are at t = 1 and interval = t - r.
 """
 
 from __future__ import annotations
@@ -55,15 +56,16 @@ def mean_flow_loss(
 ) -> Loss:
     """Returns loss_fn(average_velocity, batch, key, log_mean=None) -> (loss, metrics, log_mean); published defaults.
 
-    E[w a |u(t, x_t, span) - target|²] with target = v + span · du/dt of the identity above, held constant, v the
-    path's u_t, and du/dt by one forward-mode product. The square is *summed* over dimensions, as in the published
+    E[w a |u(t, x_t, interval) - target|²] with target = v + interval · du/dt of the identity above, held constant, v
+    the path's u_t, and du/dt by one forward-mode product. The square is *summed* over dimensions, as in the published
     code, and a = 1 / (square + 0.01)^power, held constant too, is its adaptive weight. With power 1 a pair's part stays
     below 1: watch "unweighted_loss", the square averaged over dimensions. Squares of many dimensions are alike; in a
     few, where they are not, the weight moves the minimum towards the likeliest target, and power 0 is right.
-    t and t + span are the smaller and larger of two draws of `time`; a share `instantaneous` of the pairs has span 0.
+    t and t + interval are the smaller and larger of two draws of `time`; a share `instantaneous` of the pairs has
+    interval 0.
     guidance_weight: w of (1 + w) v - w u(t, x, -1, 0), which takes the place of v wherever the label is not -1: one
     step then draws guided samples. It needs integer labels, and the field of -1 is learned from label_dropout.
-    batch, label_dropout and log_mean are those of `flow_matching_loss`. Raises ValueError where settings do not fit.
+    batch, label_dropout and log_mean are those of `flow_matching_loss`. Raises ValueError if settings do not fit.
 
     Example:
         loss_fn = mean_flow_loss(coupling=MinibatchOT())
@@ -87,12 +89,12 @@ def mean_flow_loss(
         one, other = time_rows.draw_whole(time), end_rows.draw_whole(time)
         t = jnp.minimum(one, other)
         at_once = share_rows.draw_whole(lambda key, size: jax.random.bernoulli(key, instantaneous, (size,)))
-        span = jnp.where(at_once, 0, jnp.maximum(one, other) - t)
+        interval = jnp.where(at_once, 0, jnp.maximum(one, other) - t)
         point = draw_point(path_rows, path, t, pairs)
         v = point.u_t
         if guidance_weight:
             v = guided_target(average_velocity, t, point.x_t, pairs.cond, v, guidance_weight)
-        u, target = average_and_target(average_velocity, t, point.x_t, pairs.cond, span, v)
+        u, target = average_and_target(average_velocity, t, point.x_t, pairs.cond, interval, v)
         square = mean_square(u - target) * pairs.x1[0].size
         adaptive = jax.lax.stop_gradient((square + ADAPTIVE_OFFSET) ** -power)
         loss = (pairs.weight * adaptive * square).mean()
@@ -103,7 +105,7 @@ def mean_flow_loss(
 
 
 def check_mean_flow(instantaneous: float, power: float, guidance_weight: float) -> None:
-    """Raises ValueError where a setting of `mean_flow_loss` is out of its range.
+    """Raises ValueError if a setting of `mean_flow_loss` is out of its range.
 
     Example:
         check_mean_flow(0.75, 1.0, 0.0)
@@ -121,21 +123,21 @@ def average_and_target(
     t: Float[Array, " b"],
     x_t: Float[Array, "b *event"],
     cond: Any,
-    span: Float[Array, " b"],
+    interval: Float[Array, " b"],
     v: Float[Array, "b *event"],
 ) -> tuple[Float[Array, "b *event"], Float[Array, "b *event"]]:
-    """Returns u(t, x_t, cond, span) and what the identity makes of it, v + span · du/dt without gradient.
+    """Returns u(t, x_t, cond, interval) and what the identity makes of it, v + interval · du/dt without gradient.
 
     Both agree for the average velocity of the field v. With the velocities of single pairs for v they agree in
     expectation, since the target is affine in v.
 
     Example:
-        u, target = average_and_target(average_velocity, t, x_t, None, span, v)
+        u, target = average_and_target(average_velocity, t, x_t, None, interval, v)
     """
     v = jax.lax.stop_gradient(v)
-    field = lambda t, x, span: check_output(average_velocity(t, x, cond, span), x)  # noqa: E731
-    u, change = jax.jvp(field, (t, x_t, span), (jnp.ones_like(t), v, -jnp.ones_like(span)))
-    return u, jax.lax.stop_gradient(v + over_event(span, v) * change)
+    field = lambda t, x, interval: check_output(average_velocity(t, x, cond, interval), x)  # noqa: E731
+    u, change = jax.jvp(field, (t, x_t, interval), (jnp.ones_like(t), v, -jnp.ones_like(interval)))
+    return u, jax.lax.stop_gradient(v + over_event(interval, v) * change)
 
 
 def guided_target(
@@ -163,7 +165,7 @@ def guided_target(
 def integrate_mean(
     average_velocity: AverageVelocity, x0: Float[Array, "b *event"], cond: Any = None, *, num_steps: int = 1
 ) -> tuple[Float[Array, "b *event"], int]:
-    """Returns samples x ← x + span · u(t, x, cond, span) over equal spans, and the number of evaluations.
+    """Returns samples x ← x + interval · u(t, x, cond, interval) over equal intervals, and the number of evaluations.
 
     Raises ValueError for fewer than one step.
 

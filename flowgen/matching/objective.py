@@ -10,7 +10,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from flowgen.matching.conversions import NETWORK_SMALLEST, Prediction, check_prediction, inner_times, velocity_of
+from flowgen.matching.conversions import (
+    NETWORK_SMALLEST,
+    Prediction,
+    check_prediction,
+    clip_times,
+    prediction_to_velocity,
+)
 from flowgen.matching.couplings import GibbsWeights, Independent, MinibatchOT
 from flowgen.matching.diagnostics import fit_epsilon, warn_if_tilted, weight_report
 from flowgen.matching.loss import Loss, combined_log_mean, flow_matching_loss
@@ -50,7 +56,7 @@ class FlowMatching:
 class MeanFlow:
     """Regression of average velocities, for sampling in one step (arXiv 2505.13447); see `mean_flow_loss`.
 
-    instantaneous: share of pairs of span 0, between 0 and 1.
+    instantaneous: share of pairs of interval 0, between 0 and 1.
     power: of the adaptive weight; 0 for none.
     guidance_weight: guidance learned into the field; 0 for none.
     """
@@ -159,8 +165,8 @@ def matching_objective(
         carried = variables.get(STATE)
         weights = {name: value for name, value in variables.items() if name != STATE}
 
-        def dropping(key, t, x, cond, *span):
-            return network.apply(weights, t, x, cond, *span, train=True, rngs={"dropout": key})
+        def dropping(key, t, x, cond, *interval):
+            return network.apply(weights, t, x, cond, *interval, train=True, rngs={"dropout": key})
 
         def field(*inputs):
             return dropout_rows.draw(dropping, *inputs) if drops else network.apply(weights, *inputs)
@@ -197,7 +203,9 @@ def velocity_field(network: Any, variables: Any, matching: MatchingConfig) -> Ve
     path, kind = matching.path, matching.prediction
 
     def field(t, x, cond):
-        asked = t if kind == "velocity" else inner_times(path, t, NETWORK_SMALLEST)
-        return velocity_of(path, t, x, network.apply(variables, asked, x, cond), kind, smallest=NETWORK_SMALLEST)
+        asked = t if kind == "velocity" else clip_times(path, t, NETWORK_SMALLEST)
+        return prediction_to_velocity(
+            path, t, x, network.apply(variables, asked, x, cond), kind, smallest=NETWORK_SMALLEST
+        )
 
     return field

@@ -1,4 +1,4 @@
-"""Probability paths from source x0 (t = 0) to data x1 (t = 1).
+"""Probability paths from noise x0 (t = 0) to data x1 (t = 1).
 
 An affine path is x_t = alpha_t x1 + beta_t x0 (+ spread_t · noise), with target velocity
 u_t = alpha'_t x1 + beta'_t x0 (+ spread'_t/spread_t (x_t - mean)). With Gaussian x0, beta_t is often called sigma_t.
@@ -56,8 +56,31 @@ class Path(Protocol):
         ...
 
 
+class AffinePath:
+    """A path that is its schedule, with a constant Gaussian spread around it if any."""
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation of the noise on top."""
+        return 0.0
+
+    def schedule(self, t: Float[Array, "*t"]) -> Schedule:
+        """Returns alpha, beta and their derivatives."""
+        raise NotImplementedError
+
+    def sample(
+        self, key: Key[Array, ""], t: Float[Array, " b"], x0: Float[Array, "b *event"], x1: Float[Array, "b *event"]
+    ) -> PathSample:
+        """Returns x_t and u_t of pairs (x0, x1) at times t; the velocity does not see the spread."""
+        check_pair(t, x0, x1)
+        schedule = schedule_over(self, t, x0)
+        noise = jax.random.normal(key, x0.shape, x0.dtype) if self.spread else jnp.zeros_like(x0)
+        x_t = schedule.alpha * x1 + schedule.beta * x0 + self.spread * noise
+        return PathSample(x_t, schedule.d_alpha * x1 + schedule.d_beta * x0, noise)
+
+
 @config
-class CondOT:
+class CondOT(AffinePath):
     """The straight line x_t = (1 - t) x0 + t x1 (Lipman 2210.02747, Tong 2302.00482).
 
     sigma: Gaussian spread around the line; 0 for none.
@@ -65,15 +88,16 @@ class CondOT:
 
     sigma: NonNegative = 0.0
 
-    def schedule(self, t):
-        return Schedule(t, 1 - t, jnp.ones_like(t), -jnp.ones_like(t))
+    @property
+    def spread(self) -> float:
+        return self.sigma
 
-    def sample(self, key, t, x0, x1):
-        return _affine_sample(self, self.sigma, key, t, x0, x1)
+    def schedule(self, t: Float[Array, "*t"]) -> Schedule:
+        return Schedule(t, 1 - t, jnp.ones_like(t), -jnp.ones_like(t))
 
 
 @config
-class Target:
+class Target(AffinePath):
     """Lipman's path with a narrow end: x_t = t x1 + (1 - (1 - sigma_min) t) x0, where x0 is standard normal.
 
     The target is written with x0, x1 - (1 - sigma_min) x0, which is the published one without its 0/0 at t = 1.
@@ -83,15 +107,12 @@ class Target:
 
     sigma_min: ProperFraction = 0.0
 
-    def schedule(self, t):
+    def schedule(self, t: Float[Array, "*t"]) -> Schedule:
         return Schedule(t, 1 - (1 - self.sigma_min) * t, jnp.ones_like(t), -(1 - self.sigma_min) * jnp.ones_like(t))
-
-    def sample(self, key, t, x0, x1):
-        return _affine_sample(self, 0.0, key, t, x0, x1)
 
 
 @config
-class Trigonometric:
+class Trigonometric(AffinePath):
     """The cosine path x_t = sin(πt/2) x1 + cos(πt/2) x0, variance preserving (Albergo 2209.15571).
 
     sigma: Gaussian spread around the path; 0 for none.
@@ -99,34 +120,32 @@ class Trigonometric:
 
     sigma: NonNegative = 0.0
 
-    def schedule(self, t):
+    @property
+    def spread(self) -> float:
+        return self.sigma
+
+    def schedule(self, t: Float[Array, "*t"]) -> Schedule:
         angle = jnp.pi / 2 * t
         sin, cos = jnp.sin(angle), jnp.cos(angle)
         return Schedule(sin, cos, jnp.pi / 2 * cos, -jnp.pi / 2 * sin)
 
-    def sample(self, key, t, x0, x1):
-        return _affine_sample(self, self.sigma, key, t, x0, x1)
-
 
 @config
-class Polynomial:
-    """x_t = tⁿ x1 + (1 - tⁿ) x0.
+class Polynomial(AffinePath):
+    """x_t = tⁿ x1 + (1 - tⁿ) x0, the polynomial schedule of the Flow Matching Guide (arXiv 2412.06264).
 
     degree: n, at least 1.
     """
 
     degree: Annotated[float, Within(1)] = 2.0
 
-    def schedule(self, t):
+    def schedule(self, t: Float[Array, "*t"]) -> Schedule:
         power, slope = t**self.degree, self.degree * t ** (self.degree - 1)
         return Schedule(power, 1 - power, slope, -slope)
 
-    def sample(self, key, t, x0, x1):
-        return _affine_sample(self, 0.0, key, t, x0, x1)
-
 
 @config
-class VariancePreserving:
+class VariancePreserving(AffinePath):
     """The diffusion path alpha = e^(-T/2), beta = √(1 - e^(-T)), T = (1-t)²(B-b)/2 + (1-t)b (Song 2011.13456).
 
     beta_min: b, positive.
@@ -140,7 +159,7 @@ class VariancePreserving:
         if self.beta_min > self.beta_max:
             raise ValueError(f"beta_min is {self.beta_min}, above beta_max {self.beta_max}; lower it.")
 
-    def schedule(self, t):
+    def schedule(self, t: Float[Array, "*t"]) -> Schedule:
         s, gap = 1 - t, self.beta_max - self.beta_min
         total = 0.5 * s**2 * gap + s * self.beta_min
         rate = s * gap + self.beta_min  # -dT/dt
@@ -148,12 +167,9 @@ class VariancePreserving:
         beta = jnp.sqrt(-jnp.expm1(-total))
         return Schedule(alpha, beta, alpha * rate / 2, -(alpha**2) * rate / (2 * jnp.maximum(beta, SMALLEST)))
 
-    def sample(self, key, t, x0, x1):
-        return _affine_sample(self, 0.0, key, t, x0, x1)
-
 
 @config
-class LinearVariancePreserving:
+class LinearVariancePreserving(AffinePath):
     """The path x_t = t x1 + √(1 - t²) x0: variance preserving, with a straight alpha.
 
     beta' = -t/beta is infinite at t = 1: as a divisor beta is kept above √1e-5, the value 5e-6 before the end.
@@ -162,12 +178,9 @@ class LinearVariancePreserving:
         point = LinearVariancePreserving().sample(key, t, x0, x1)
     """
 
-    def schedule(self, t):
+    def schedule(self, t: Float[Array, "*t"]) -> Schedule:
         beta = jnp.sqrt((1 - t) * (1 + t))
         return Schedule(t, beta, jnp.ones_like(t), -t / jnp.maximum(beta, SMALLEST**0.5))
-
-    def sample(self, key, t, x0, x1):
-        return _affine_sample(self, 0.0, key, t, x0, x1)
 
 
 @config
@@ -182,10 +195,12 @@ class SchroedingerBridge:
 
     sigma: Positive = 1.0
 
-    def schedule(self, t):
+    def schedule(self, t: Float[Array, "*t"]) -> Schedule:
         return CondOT().schedule(t)
 
-    def sample(self, key, t, x0, x1):
+    def sample(
+        self, key: Key[Array, ""], t: Float[Array, " b"], x0: Float[Array, "b *event"], x1: Float[Array, "b *event"]
+    ) -> PathSample:
         check_pair(t, x0, x1)
         t = jnp.clip(t, SMALLEST, 1 - SMALLEST)
         noise = jax.random.normal(key, x0.shape, x0.dtype)
@@ -201,27 +216,10 @@ class SchroedingerBridge:
 
 
 def schedule_over(path: Path, t: Float[Array, " b"], x: Float[Array, "b *event"]) -> Schedule:
-    """Returns the schedule of a path at one time per sample, in the shape that multiplies x.
-
-    Example:
-        x_t = schedule_over(path, t, x1).alpha * x1
-    """
+    """Returns the schedule of a path at one time per sample, in the shape that multiplies x."""
     return Schedule(*(over_event(number, x) for number in path.schedule(t)))
 
 
-def over_event(t: Float[Array, "..."], x: Float[Array, "b *event"]) -> Array:
-    """Returns one number per sample in the shape that multiplies x.
-
-    Example:
-        x_t = over_event(t, x) * x
-    """
+def over_event(t: Float[Array, "..."], x: Float[Array, "b *event"]) -> Float[Array, "..."]:
+    """Returns one number per sample in the shape that multiplies x."""
     return t.reshape(t.shape + (1,) * (x.ndim - t.ndim)).astype(x.dtype)
-
-
-def _affine_sample(path: Path, spread: float, key: Array, t: Array, x0: Array, x1: Array) -> PathSample:
-    """A point of an affine path with constant Gaussian spread around it, which the velocity does not see."""
-    check_pair(t, x0, x1)
-    schedule = schedule_over(path, t, x0)
-    noise = jax.random.normal(key, x0.shape, x0.dtype) if spread else jnp.zeros_like(x0)
-    x_t = schedule.alpha * x1 + schedule.beta * x0 + spread * noise
-    return PathSample(x_t, schedule.d_alpha * x1 + schedule.d_beta * x0, noise)

@@ -9,11 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental.buffer_callback import buffer_callback
 from jaxtyping import Array, Bool, Float, Int
 from scipy.optimize import linear_sum_assignment
 
-from flowgen.sharding import keep_axes
+from flowgen.backend import call_host, keep_axes
 
 # Of the potentials that help the assignment along: in units of the mean cost, and how many sweeps make them.
 ASSIGNMENT_EPSILON, ASSIGNMENT_SWEEPS = 0.02, 5
@@ -43,17 +42,14 @@ def entropic_plan(
     into the matrix once, so that those of the stage are small and marginals are exact to float32. Sweeps end when rows
     and columns are within `tolerance`, or after max_sweeps of the last stage: look at `error`. The diagonal must be
     allowed. Costs of 0 give the even plan.
-
-    Example:
-        plan = entropic_plan(cost, jnp.ones(cost.shape, bool), 0.05, tolerance=1e-3, max_sweeps=2000)
     """
     solve = partial(_entropic_plan, epsilon=epsilon, tolerance=tolerance, max_sweeps=max_sweeps)
     return EntropicPlan(*keep_axes(solve, cost, allowed, named=[(cost, "b m")], out=("b m", "", "")))
 
 
 def _entropic_plan(
-    cost: Array, allowed: Array, epsilon: float, tolerance: float, max_sweeps: int
-) -> tuple[Array, Array, Array]:
+    cost: Float[Array, "b b"], allowed: Bool[Array, "b b"], epsilon: float, tolerance: float, max_sweeps: int
+) -> tuple[Float[Array, "b b"], Float[Array, ""], Int[Array, ""]]:
     reduced = jnp.where(allowed, -lax.stop_gradient(relative_cost(cost)), -jnp.inf)
     stages = _falling(epsilon)
     rough = len(stages) - 1
@@ -77,11 +73,7 @@ def _entropic_plan(
 
 
 def relative_cost(cost: Float[Array, "b m"]) -> Float[Array, "b m"]:
-    """Returns costs in units of their mean, however large or small they are; zeros where all are 0.
-
-    Example:
-        logits = -relative_cost(cost) / 0.05
-    """
+    """Returns costs in units of their mean, however large or small they are; zeros where all are 0."""
     # Within what float32 can divide by.
     scaled = cost / jnp.clip(jnp.abs(cost).max(), 1e-30, 1e30)
     mean = scaled.mean()
@@ -145,11 +137,7 @@ def sinkhorn_potentials(logits: Float[Array, "b b"], num_sweeps: int) -> tuple[F
 
 
 def corrected_log_weight(logits: Float[Array, "b b"], num_sweeps: int) -> Float[Array, " b"]:
-    """Returns logits_ii + f_i + g_i: the log-weights of pairs (i, i) in the plan with the batch's own marginals.
-
-    Example:
-        log_weight = corrected_log_weight(-cost / epsilon, 10)
-    """
+    """Returns logits_ii + f_i + g_i: the log-weights of pairs (i, i) in the plan with the batch's own marginals."""
 
     def solve(logits):
         f, g = sinkhorn_potentials(logits, num_sweeps)
@@ -162,30 +150,16 @@ def assignment(cost: Float[Array, "b b"]) -> Int[Array, " b"]:
     """Returns the column of each row in the assignment of least total cost, by scipy on the host.
 
     Sinkhorn's potentials are taken off the costs first: sums over rows and columns do not change the optimum, and what
-    is left is solved in about half the time. Costs that are not finite count as 0. On CPUs scipy reads the costs where
-    they are: there an ordinary callback asks the program's own threads for a copy, and can wait for it forever.
-
-    Example:
-        source = assignment(pairwise_cost(x1, x0, "sqeuclidean"))
+    is left is solved in about half the time. Costs that are not finite count as 0.
     """
     return keep_axes(_assignment, cost, named=[(cost, "b m")], out="b")
 
 
-def _assignment(cost: Array) -> Array:
+def _assignment(cost: Float[Array, "b b"]) -> Int[Array, " b"]:
     cost = relative_cost(lax.stop_gradient(jnp.where(jnp.isfinite(cost), cost, 0)))
     f, g = sinkhorn_potentials(-cost / ASSIGNMENT_EPSILON, ASSIGNMENT_SWEEPS)
     columns = jax.ShapeDtypeStruct((len(cost),), jnp.int32)
-
-    def in_place(context, out, *arrays):
-        np.asarray(out)[...] = _solved(*arrays)
-
-    return lax.platform_dependent(
-        cost,
-        ASSIGNMENT_EPSILON * f,
-        ASSIGNMENT_EPSILON * g,
-        cpu=buffer_callback(in_place, columns, vmap_method="sequential"),
-        default=lambda *arrays: jax.pure_callback(_solved, columns, *arrays, vmap_method="sequential"),
-    )
+    return call_host(_solved, columns, cost, ASSIGNMENT_EPSILON * f, ASSIGNMENT_EPSILON * g)
 
 
 def _solved(*arrays: Any) -> Int[np.ndarray, " b"]:

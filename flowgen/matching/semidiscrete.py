@@ -1,4 +1,4 @@
-"""Semidiscrete optimal transport: every fresh source goes to one datum of a whole data set, not of a batch.
+"""Semidiscrete optimal transport: every fresh x0 goes to one sample of a whole dataset, not of a batch.
 
 The plan is a partition of space: x0 goes to argmax_j (g_j - |x0 - y_j|²), and the potentials g, one number per datum,
 give each datum a cell of equal probability. They are learned once, before training (Mousavi-Hosseini et al., arXiv
@@ -15,11 +15,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
+from flowgen.backend import take_rows
 from flowgen.matching.checks import check_positive
-from flowgen.matching.couplings import Coupled, pairwise_cost
-from flowgen.packages import missing
-from flowgen.sharding import take_rows
+from flowgen.matching.couplings import Cond, Coupled, cost_matrix
+from flowgen.packages import need
 
+_OTT = (
+    "optax",
+    "ott.geometry.semidiscrete_pointcloud",
+    "ott.problems.linear.semidiscrete_linear_problem",
+    "ott.solvers.linear.semidiscrete",
+)
 # Step size of Adam at the start of its cosine decay, in units of the spread of a source's costs over the data.
 LEARNING_RATE = 0.05
 # Share of the newest potentials in their running mean, which is what is returned.
@@ -28,13 +34,13 @@ AVERAGING = 0.02
 
 @dataclass(frozen=True, eq=False)
 class SemidiscreteOT:
-    """Each source with the datum whose cell it lies in; data and labels of the batch are replaced, weights are 1.
+    """Each x0 with the sample whose cell it lies in; data and labels of the batch are replaced, weights are 1.
 
     y: the data. potentials: of `fit_semidiscrete`, or of any other solver for the squared Euclidean cost. labels: of
-    the data, handed out as cond. A class then sees only the sources of its cells, while sampling gives it all: that
+    the data, handed out as cond. A class then sees only the noise of its cells, while sampling gives it all: that
     is for unconditional models, or for guidance that is aware of it. Takes b x n memory.
 
-    Raises ValueError where shapes do not fit, or the batch has a condition and the data have no labels.
+    Raises ValueError if shapes do not fit, or the batch has a condition and the data have no labels.
 
     Example:
         x0, x1, cond, log_weight = SemidiscreteOT(y, potentials)(key, x0, x1)
@@ -50,7 +56,9 @@ class SemidiscreteOT:
             if array is not None and array.shape != self.y.shape[:1]:
                 raise ValueError(f"{name} have shape {array.shape}; there must be one per datum, {self.y.shape[:1]}.")
 
-    def __call__(self, key, x0, x1, cond=None):
+    def __call__(
+        self, key: Key[Array, ""], x0: Float[Array, "b *event"], x1: Float[Array, "b *event"], cond: Cond = None
+    ) -> Coupled:
         if cond is not None and self.labels is None:
             raise ValueError("the batch has a condition and the semidiscrete data no labels; give both or neither.")
         partner = self.partner(x0)
@@ -58,8 +66,8 @@ class SemidiscreteOT:
         return Coupled(x0, take_rows(self.y, partner), cond, jnp.zeros(len(x0), x0.dtype))
 
     def partner(self, x0: Float[Array, "b *event"]) -> Int[Array, " b"]:
-        """Returns the index of each source's datum."""
-        return jnp.argmax(self.potentials[None] - pairwise_cost(x0, self.y, "sqeuclidean"), axis=1)
+        """Returns the index of the sample that each x0 goes to."""
+        return jnp.argmax(self.potentials[None] - cost_matrix(x0, self.y, "sqeuclidean"), axis=1)
 
 
 class SemidiscreteFit(NamedTuple):
@@ -85,7 +93,7 @@ def fit_semidiscrete(
 
     Potentials are learned by Adam on the dual of the transport problem, by OTT-JAX on num_steps batches of the source,
     a function (key, shape, dtype) -> samples. More data need more steps and larger batches: each datum ought to be hit
-    dozens of times in all. Raises ModuleNotFoundError without OTT-JAX, ValueError where settings do not fit.
+    dozens of times in all. Raises ModuleNotFoundError without OTT-JAX, ValueError if settings do not fit.
 
     Example:
         coupling, error = fit_semidiscrete(jax.random.key(0), images, labels)
@@ -93,11 +101,11 @@ def fit_semidiscrete(
     """
     check_positive("num_steps", num_steps)
     check_positive("batch_size", batch_size)
-    solvers, geometry, problems, optax = _ott()
+    optax, geometry, problems, solvers = (need(name, "Semidiscrete transport", "ott-jax") for name in _OTT)
     flat = y.reshape(len(y), -1)
     scale_key, fit_key = jax.random.split(key)
     draw = lambda key, shape, dtype: source(key, (shape[0], *y.shape[1:]), dtype).reshape(shape)  # noqa: E731
-    costs = pairwise_cost(draw(scale_key, (256, flat.shape[1]), flat.dtype), flat, "sqeuclidean")
+    costs = cost_matrix(draw(scale_key, (256, flat.shape[1]), flat.dtype), flat, "sqeuclidean")
     scale = float(costs.std(axis=1).mean())
     solver = solvers.SemidiscreteSolver(
         num_iterations=num_steps,
@@ -111,15 +119,3 @@ def fit_semidiscrete(
     with jax.numpy_rank_promotion("allow"):  # OTT-JAX broadcasts over missing axes
         fitted = jax.jit(solver)(fit_key, problem)
     return SemidiscreteFit(SemidiscreteOT(y, fitted.g, labels), float(fitted.errors[-1]))
-
-
-def _ott() -> tuple[Any, Any, Any, Any]:
-    """OTT-JAX's modules and optax, or ModuleNotFoundError naming the package."""
-    try:
-        import optax
-        from ott.geometry import semidiscrete_pointcloud
-        from ott.problems.linear import semidiscrete_linear_problem
-        from ott.solvers.linear import semidiscrete
-    except ModuleNotFoundError as error:
-        raise missing("Semidiscrete transport", "ott-jax") from error
-    return semidiscrete, semidiscrete_pointcloud, semidiscrete_linear_problem, optax

@@ -12,8 +12,9 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Key
 
 from flowgen.arrays import check_floating, check_key
+from flowgen.backend import nan_if
 from flowgen.matching.checks import check_output, check_velocity
-from flowgen.packages import missing
+from flowgen.packages import need
 
 Velocity = Callable[[Array, Array, Any], Array]
 FixedMethod = Literal["euler", "midpoint", "heun", "rk4"]
@@ -116,7 +117,7 @@ def trajectory(
 
 
 def _state_dtype(x0: Array) -> jnp.dtype:
-    """The type that steps are added up in; ValueError where x0 holds no floating-point numbers."""
+    """The type that steps are added up in; ValueError if x0 holds no floating-point numbers."""
     check_floating("x0", x0)
     return jnp.promote_types(jnp.asarray(x0).dtype, jnp.float32)  # of float64 where jax has it
 
@@ -128,7 +129,7 @@ def _dopri5(
         raise ValueError(f"rtol is {rtol} and atol {atol}; neither may be negative, and one must be positive.")
     if max_steps < 1:
         raise ValueError(f"max_steps is {max_steps}; integration needs at least one step.")
-    diffrax = _diffrax()
+    diffrax: Any = need("diffrax", "The adaptive solver dopri5")
     dtype = _state_dtype(x0)
 
     def field(t, x, _):
@@ -153,22 +154,12 @@ def _dopri5(
         )
     # A step, accepted or not, has seven stages, of which the first is the last of the accepted one before.
     evaluations = 6 * solution.stats["num_steps"] + 1
-    # NaN is added, not selected: XLA takes exp(where(p, x, nan)) for any number on CPUs.
-    x1 = solution.ys[0] + jnp.where(arrived, 0.0, jnp.nan).astype(dtype)
+    x1 = solution.ys[0] + nan_if(jnp.logical_not(arrived), dtype)
     return x1.astype(x0.dtype), jnp.asarray(evaluations, jnp.int32)
 
 
-def _diffrax() -> Any:
-    """The module diffrax, or ModuleNotFoundError naming the package."""
-    try:
-        import diffrax
-    except ModuleNotFoundError as error:
-        raise missing("The adaptive solver dopri5", "diffrax") from error
-    return diffrax
-
-
 def time_grid(num_steps: int, times: Sequence[float] | np.ndarray | None) -> Float[Array, " n"]:
-    """Returns the grid of `integrate`; ValueError where it has no step or is not increasing within [0, 1].
+    """Returns the grid of `integrate`; ValueError if it has no step or is not increasing within [0, 1].
 
     Example:
         grid = time_grid(50, None)
@@ -263,7 +254,7 @@ def integrate_sde(
     """Returns samples of dX = (v + g²/2 · score) dt + g dW, which has the marginals of the ODE for any g(t) ≥ 0.
 
     Euler-Maruyama; the last step is taken without noise. diffusion: g as a function of t. score(t, x, cond): see
-    `flowgen.matching.score_of`. The count is of calls to velocity and score together.
+    `flowgen.matching.velocity_to_score`. The count is of calls to velocity and score together.
 
     Example:
         x1, nfe = integrate_sde(velocity, score, x0, key, num_steps=200)

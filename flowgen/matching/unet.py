@@ -1,6 +1,6 @@
 """U-Net in the shape of ADM (Dhariwal and Nichol, arXiv 2105.05233), the network of the CIFAR-10 recipes.
 
-With e the embedding of (t, span, class), a residual block computes
+With e the embedding of (t, interval, class), a residual block computes
 
     h = conv(silu(norm(x))),    y = skip(x) + conv(dropout(silu(norm(h + W silu(e)))))
 
@@ -17,16 +17,16 @@ from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange, reduce, repeat
+from einops import reduce, repeat
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from flowgen.attention import softmax_attention
 from flowgen.conditioning import check_labels
-from flowgen.matching.velocity import TIME_SCALE, check_inputs, class_or_none, time_features
+from flowgen.matching.velocity import check_inputs
 from flowgen.nn.checks import image_sides
-from flowgen.nn.convolution import conv, group_norm
-from flowgen.nn.layers import flat_dot, linear, master_dtype
+from flowgen.nn.convolution import Cache, ResidualBlock, SpatialAttention, conv, group_norm
+from flowgen.nn.embeddings import TIME_SCALE, ConditionEmbedding
+from flowgen.nn.layers import linear, master_dtype
 from flowgen.settings import config
 from flowgen.settings.ranges import (
     MAX_LEVELS,
@@ -69,7 +69,7 @@ class UNetConfig:
     num_classes: of the labels the field is conditioned on; 0 for none.
     scale_shift_norm: the time scales and shifts the normalised activations, instead of being added.
     time_scale: times are stretched by it before the sinusoids, which are made for 0 to 1,000.
-    spans: also predict average velocities over a span (MeanFlow).
+    intervals: also predict average velocities over an interval (MeanFlow).
     dtype: of convolutions and activations; parameters, norms, the embedding and the velocity stay float32.
     remat: recompute blocks in the backward pass instead of storing them; less memory, more time.
     """
@@ -87,7 +87,7 @@ class UNetConfig:
     num_classes: Classes = 0
     scale_shift_norm: bool = False
     time_scale: Positive = TIME_SCALE
-    spans: bool = False
+    intervals: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: bool = False
 
@@ -152,7 +152,7 @@ class UNetConfig:
 
     @property
     def embedding_dim(self) -> int:
-        """Width of the embedding of time, span and class."""
+        """Width of the embedding of time, interval and class."""
         return EMBEDDING_EXPANSION * self.width
 
     def attends(self, level: int) -> bool:
@@ -193,147 +193,86 @@ class UNet(nn.Module):
         t: Float[Array, " b"],
         x: Float[Array, "b height width c"],
         cond: Int[Array, " b"] | None = None,
-        span: Float[Array, " b"] | None = None,
+        interval: Float[Array, " b"] | None = None,
         *,
         train: bool = False,
     ) -> Float[Array, "b height width c"]:
-        """Returns the velocity at x and time t, averaged over `span` where given. train: drop activations.
+        """Returns the velocity at x and time t, averaged over `interval` where given. train: drop activations.
 
-        cond: labels, -1 for none; a traced label of no class gives NaN. Raises ValueError where x, t or cond do not
+        cond: labels, -1 for none; a traced label of no class gives NaN. Raises ValueError if x, t or cond do not
         fit the config.
         """
         config = self.config
         check_inputs(config, t, x)
         cond = check_labels(cond, num_classes=config.num_classes, batch=len(x))
         master = master_dtype(config.dtype)
+        embed = ConditionEmbedding(
+            config.embedding_dim,
+            config.num_classes,
+            config.intervals,
+            frequencies=config.width,
+            time_scale=config.time_scale,
+            dense=partial(linear, dtype=str(master)),
+            table_std=1.0,
+            name="embedding",
+        )
         # Every block begins with the SiLU of the embedding.
-        e = jax.nn.silu(Embedding(config, name="embedding")(t, cond, span))
-        block = partial(nn.remat(Block, static_argnums=(3,)) if config.remat else Block, config)
-        widths = config.level_widths
+        e = jax.nn.silu(embed(t, cond, interval))
+        widths, last = config.level_widths, len(config.level_widths) - 1
 
         h = conv(widths[0], x.shape[-1], config.dtype, name="conv_in")(x)
         skips = [h]
-        for level, width in enumerate(widths):
+        for level in range(len(widths)):
             if level:
                 h = _halved(config, h, name=f"halve_{level}")
                 skips.append(h)
             for i in range(config.blocks_per_level):
-                h = block(h.shape[-1], width, config.attends(level), name=f"down_{level}_{i}")(h, e, train)
+                h, _ = _block(config, level, f"down_{level}_{i}")(h, None, e, train)
                 skips.append(h)
-        h = block(widths[-1], widths[-1], True, name="middle_0")(h, e, train)
-        h = block(widths[-1], widths[-1], False, name="middle_1")(h, e, train)
-        for level, width in reversed(list(enumerate(widths))):
+        h, _ = _block(config, last, "middle_0", attends=True)(h, None, e, train)
+        h, _ = _block(config, last, "middle_1", attends=False)(h, None, e, train)
+        for level in reversed(range(len(widths))):
             for i in range(config.blocks_per_level + 1):
                 h = jnp.concatenate([h, skips.pop()], axis=-1)
-                h = block(h.shape[-1], width, config.attends(level), name=f"up_{level}_{i}")(h, e, train)
+                h, _ = _block(config, level, f"up_{level}_{i}")(h, None, e, train)
             if level:
                 h = _doubled(config, h, name=f"double_{level}")
-        h = jax.nn.silu(_group_norm(config, name="norm_out")(h))
+        h = jax.nn.silu(group_norm(config.num_groups, config.dtype, epsilon=TORCH_GROUP_NORM_EPS, name="norm_out")(h))
         return conv(x.shape[-1], widths[0], str(master), zero=True, name="conv_out")(h)
 
 
-class Embedding(nn.Module):
-    """The sum of embeddings of time, span and class, `b embedding_dim`, in float32 as in the published code.
+class Block(ResidualBlock):
+    """A residual block under the embedding e, then attention in `num_heads` heads if there are any."""
 
-    Example:
-        e = Embedding(config).apply(params, t, cond, None)
-    """
+    num_heads: int = 0
 
-    config: UNetConfig
-
-    def setup(self):
-        config, dim = self.config, self.config.embedding_dim
-        dtype = str(master_dtype(config.dtype))
-        self.time_up, self.time_down = linear(dim, config.width, dtype), linear(dim, dim, dtype)
-        if config.spans:
-            self.span_up, self.span_down = linear(dim, config.width, dtype), linear(dim, dim, dtype)
-        if config.num_classes:
-            self.class_embed = self.param(
-                "class_embed", nn.initializers.normal(1.0), (config.num_classes + 1, dim), jnp.float32
-            )
-
+    @nn.compact
     def __call__(
-        self, t: Float[Array, " b"], cond: Int[Array, " b"] | None, span: Float[Array, " b"] | None
-    ) -> Float[Array, "b d"]:
-        config = self.config
-        e = self.time_down(jax.nn.silu(self.time_up(time_features(t, config.width, scale=config.time_scale))))
-        if config.spans:
-            span = jnp.zeros_like(t) if span is None else span
-            features = time_features(span, config.width, scale=config.time_scale)
-            e = e + self.span_down(jax.nn.silu(self.span_up(features)))
-        if config.num_classes:
-            e = e + class_or_none(jnp.asarray(self.class_embed), cond, len(t))
-        return e
+        self,
+        x: Float[Array, "b *places c"],
+        cache: Cache = None,
+        e: Float[Array, "b e"] | None = None,
+        train: bool = False,
+    ) -> tuple[Float[Array, "b *places d"], Cache]:
+        h, cache = super().__call__(x, cache, e, train)
+        if self.num_heads:
+            h, _ = SpatialAttention(self.dtype, self.norm, self.num_heads, zero=True, name="attention")(h)
+        return h, cache
 
 
-class Block(nn.Module):
-    """A residual block from `in_width` to `width` channels under the embedding e, and attention where asked.
-
-    Example:
-        h = Block(config, 128, 256, attends=True).apply(params, h, e, train=False)
-    """
-
-    config: UNetConfig
-    in_width: int
-    width: int
-    attends: bool
-
-    def setup(self):
-        config = self.config
-        features = 2 * self.width if config.scale_shift_norm else self.width
-        self.norm_in = _group_norm(config)
-        self.conv_in = conv(self.width, self.in_width, config.dtype)
-        self.condition = linear(features, config.embedding_dim, str(master_dtype(config.dtype)))
-        self.norm_out = _group_norm(config)
-        self.dropout = nn.Dropout(config.dropout)
-        self.conv_out = conv(self.width, self.width, config.dtype, zero=True)
-        if self.in_width != self.width:
-            self.skip = linear(self.width, self.in_width, config.dtype)
-        if self.attends:
-            self.attention = Attention(config, self.width)
-
-    def __call__(
-        self, x: Float[Array, "b height width c"], e: Float[Array, "b d"], train: bool
-    ) -> Float[Array, "b height width features"]:
-        dtype = self.config.dtype
-        h = self.conv_in(jax.nn.silu(self.norm_in(x).astype(dtype)))
-        condition = self.condition(e)[:, None, None]
-        if self.config.scale_shift_norm:
-            scale, shift = jnp.split(condition, 2, axis=-1)
-            h = self.norm_out(h) * (1 + scale) + shift
-        else:
-            h = self.norm_out(h + condition)
-        h = self.conv_out(self.dropout(jax.nn.silu(h.astype(dtype)), deterministic=not train))
-        h = h + (x if self.in_width == self.width else self.skip(x))
-        return self.attention(h) if self.attends else h
-
-
-class Attention(nn.Module):
-    """x + W attention(norm(x)) over all places of the image; W starts at zero.
-
-    Example:
-        h = Attention(config, width=256).apply(params, h)
-    """
-
-    config: UNetConfig
-    width: int
-
-    def setup(self):
-        dtype = self.config.dtype
-        self.norm = _group_norm(self.config)
-        self.qkv = linear(3 * self.width, self.width, dtype)
-        self.proj = nn.Dense(
-            self.width,
-            dtype=jnp.dtype(dtype),
-            param_dtype=master_dtype(dtype),
-            kernel_init=nn.initializers.zeros,
-            dot_general=flat_dot,
-        )
-
-    def __call__(self, x: Float[Array, "b height width c"]) -> Float[Array, "b height width c"]:
-        heads = max(1, self.width // self.config.head_dim)
-        q, k, v = rearrange(self.qkv(self.norm(x)), "b i j (s h k) -> s b (i j) h k", s=3, h=heads)
-        return x + self.proj(softmax_attention(q, k, v).reshape(x.shape))
+def _block(config: UNetConfig, level: int, name: str, *, attends: bool | None = None) -> Block:
+    width = config.level_widths[level]
+    attends = config.attends(level) if attends is None else attends
+    return (nn.remat(Block, static_argnums=(4,)) if config.remat else Block)(
+        width,
+        config.dtype,
+        partial(group_norm, config.num_groups, config.dtype, epsilon=TORCH_GROUP_NORM_EPS),
+        scale_shift=config.scale_shift_norm,
+        dropout=config.dropout,
+        zero=True,
+        num_heads=max(1, width // config.head_dim) if attends else 0,
+        name=name,
+    )
 
 
 def _halved(config: UNetConfig, h: Array, name: str) -> Array:
@@ -345,7 +284,3 @@ def _halved(config: UNetConfig, h: Array, name: str) -> Array:
 def _doubled(config: UNetConfig, h: Array, name: str) -> Array:
     h = repeat(h, "b i j c -> b (i p) (j q) c", p=2, q=2)
     return h if config.resample == "pool" else conv(h.shape[-1], h.shape[-1], config.dtype, name=name)(h)
-
-
-def _group_norm(config: UNetConfig, name: str | None = None) -> nn.GroupNorm:
-    return group_norm(config.num_groups, config.dtype, epsilon=TORCH_GROUP_NORM_EPS, name=name)

@@ -14,9 +14,6 @@ def image_sides(image_size: object, name: str = "image_size") -> tuple[int, int]
     """Returns (height, width) of an image size: a side, or both, as integers of any kind.
 
     Raises ValueError, which names the field, unless both are at least 1.
-
-    Example:
-        height, width = image_sides(config.image_size)
     """
     sides = image_size if isinstance(image_size, tuple | list) else (image_size, image_size)
     whole = [_whole(side) for side in sides]
@@ -34,11 +31,7 @@ def _whole(value: Any) -> int:
 
 
 def check_patches(image_size: object, patch_size: int) -> None:
-    """Raises ValueError unless patches of this size tile a model's images.
-
-    Example:
-        check_patches(config.image_size, config.patch_size)
-    """
+    """Raises ValueError unless patches of this size tile a model's images."""
     sides = dict(zip(("height", "width"), image_sides(image_size), strict=True))
     odd = [f"{side} {length}" for side, length in sides.items() if length < patch_size or length % patch_size]
     if odd:
@@ -46,3 +39,9 @@ def check_patches(image_size: object, patch_size: int) -> None:
             f"image_size has {' and '.join(odd)}, which patch_size {patch_size} does not divide; "
             f"use a multiple of {patch_size} or another patch_size."
         )
+
+
+def check_time_scale(time_scale: float) -> None:
+    """Raises ValueError unless time_scale is positive and finite."""
+    if not 0 < time_scale < float("inf"):
+        raise ValueError(f"model.time_scale is {time_scale}; use 1000.0, or 1.0 as in the published code.")

@@ -1,13 +1,26 @@
-"""Convolutions and group norm with published initialisation, for images `b height width c` and clips."""
+"""Convolutions, group norm, residual blocks and spatial attention, for images `b height width c` and for clips.
+
+A layer that may look at earlier frames maps (x, cache) to (y, next cache), see `flowgen.codecs.causal`; layers of
+images pass the cache on as it is.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import linen as nn
+from jaxtyping import Array, Float, PyTree
 
-from flowgen.nn.layers import master_dtype, uniform_bias
+from flowgen.attention import softmax_attention
+from flowgen.nn.layers import linear, master_dtype, uniform_bias
+
+# What a layer keeps of the frames before its input; None at the beginning of a clip, and for images.
+Cache = PyTree
+Padding = int | tuple[tuple[int, int], ...]
 
 
 def conv(
@@ -17,60 +30,61 @@ def conv(
     *,
     side: int = 3,
     stride: int = 1,
-    padding: Any = None,
+    padding: Padding | None = None,
     zero: bool = False,
     name: str | None = None,
 ) -> nn.Conv:
     """Returns a side × side convolution of `channels`, initialised as PyTorch's or at zero.
 
     padding: as flax takes it; None keeps the size at stride 1.
-
-    Example:
-        layer = conv(64, channels=3, dtype="float32")
     """
-    return nn.Conv(
-        features,
-        (side, side),
-        strides=stride,
-        padding=side // 2 if padding is None else padding,
-        dtype=jnp.dtype(dtype),
-        param_dtype=master_dtype(dtype),
-        kernel_init=nn.initializers.zeros if zero else nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
-        bias_init=nn.initializers.zeros if zero else uniform_bias(side**2 * channels),
-        name=name,
-    )
+    padding = side // 2 if padding is None else padding
+    return _conv(features, (side, side), (stride, stride), padding, channels, dtype, zero, name)
 
 
 def clip_conv(
-    features: int, channels: int, dtype: str, *, side: int = 3, stride: int = 1, name: str | None = None
+    features: int,
+    channels: int,
+    dtype: str,
+    *,
+    side: int = 3,
+    stride: int = 1,
+    zero: bool = False,
+    name: str | None = None,
 ) -> nn.Conv:
-    """Returns a convolution over 3 frames of side × side places, initialised as PyTorch's, for clips `b f h w c`.
+    """Returns a convolution over 3 frames of side × side places, initialised as PyTorch's, for clips.
 
     Places are padded, frames are not: of n frames come n - 2, every `stride`-th of them.
-
-    Example:
-        layer = clip_conv(64, channels=3, dtype="float32")
     """
     around = (side // 2, side // 2)
+    return _conv(features, (3, side, side), (stride, 1, 1), ((0, 0), around, around), channels, dtype, zero, name)
+
+
+def _conv(
+    features: int,
+    kernel: tuple[int, ...],
+    strides: tuple[int, ...],
+    padding: Padding,
+    channels: int,
+    dtype: str,
+    zero: bool,
+    name: str | None,
+) -> nn.Conv:
     return nn.Conv(
         features,
-        (3, side, side),
-        strides=(stride, 1, 1),
-        padding=((0, 0), around, around),
+        kernel,
+        strides=strides,
+        padding=padding,
         dtype=jnp.dtype(dtype),
         param_dtype=master_dtype(dtype),
-        kernel_init=nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
-        bias_init=uniform_bias(3 * side**2 * channels),
+        kernel_init=nn.initializers.zeros if zero else nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
+        bias_init=nn.initializers.zeros if zero else uniform_bias(math.prod(kernel) * channels),
         name=name,
     )
 
 
 def group_norm(num_groups: int, dtype: str, *, epsilon: float, name: str | None = None) -> nn.GroupNorm:
-    """Returns group norm in float32 with two-pass variance.
-
-    Example:
-        norm = group_norm(32, "bfloat16", epsilon=1e-6)
-    """
+    """Returns group norm in float32 with two-pass variance."""
     return nn.GroupNorm(
         num_groups,
         epsilon=epsilon,
@@ -79,3 +93,89 @@ def group_norm(num_groups: int, dtype: str, *, epsilon: float, name: str | None 
         use_fast_variance=False,
         name=name,
     )
+
+
+def convolve_image(
+    x: Float[Array, "b height width c"], cache: Cache, features: int, dtype: str, *, name: str, zero: bool = False
+) -> tuple[Float[Array, "b height width d"], Cache]:
+    """Returns a 3 × 3 convolution of images, made in the compact method that calls this, and the cache as it is."""
+    return conv(features, x.shape[-1], dtype, zero=zero, name=name)(x), cache
+
+
+class ResidualBlock(nn.Module):
+    """skip(x) + conv(dropout(silu(norm(conv(silu(norm(x))))))), where skip is linear if the width changes.
+
+    With an embedding e the second norm is norm(h + W e), or norm(h) (1 + a) + b with (a, b) = W e if `scale_shift`.
+
+    norm: name -> layer. convolve: `convolve_image`, or its like for clips. zero: the last convolution starts at zero.
+
+    Example:
+        block = ResidualBlock(64, "float32", functools.partial(group_norm, 32, "float32", epsilon=1e-6))
+        y, _ = block.apply(params, x)
+    """
+
+    width: int
+    dtype: str
+    norm: Callable[..., nn.Module]
+    convolve: Callable[..., tuple[Array, Cache]] = convolve_image
+    scale_shift: bool = False
+    dropout: float = 0.0
+    zero: bool = False
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b *places c"],
+        cache: Cache = None,
+        e: Float[Array, "b e"] | None = None,
+        train: bool = False,
+    ) -> tuple[Float[Array, "b *places d"], Cache]:
+        before_in, before_out = (None, None) if cache is None else cache
+        h = jax.nn.silu(self.norm(name="norm_in")(x).astype(self.dtype))
+        h, after_in = self.convolve(h, before_in, self.width, self.dtype, name="conv_in")
+        h = jax.nn.silu(self._conditioned(h, e).astype(self.dtype))
+        h = nn.Dropout(self.dropout, name="dropout")(h, deterministic=not train)
+        h, after_out = self.convolve(h, before_out, self.width, self.dtype, zero=self.zero, name="conv_out")
+        skip = x if x.shape[-1] == self.width else linear(self.width, x.shape[-1], self.dtype, name="skip")(x)
+        return h + skip, (after_in, after_out)
+
+    def _conditioned(
+        self, h: Float[Array, "b *places d"], e: Float[Array, "b e"] | None
+    ) -> Float[Array, "b *places d"]:
+        norm = self.norm(name="norm_out")
+        if e is None:
+            return norm(h)
+        features = (2 if self.scale_shift else 1) * self.width
+        condition = linear(features, e.shape[-1], str(master_dtype(self.dtype)), name="condition")(e)
+        condition = jnp.expand_dims(condition, range(1, h.ndim - 1))
+        if not self.scale_shift:
+            return norm(h + condition)
+        scale, shift = jnp.split(condition, 2, axis=-1)
+        return norm(h) * (1 + scale) + shift
+
+
+class SpatialAttention(nn.Module):
+    """x + W attention(norm(x)) over the places of each image, or of each frame of a clip; the cache stays as it is.
+
+    norm: name -> layer. zero: W starts at zero, so that the layer starts as the identity.
+
+    Example:
+        attention = SpatialAttention("float32", functools.partial(group_norm, 32, "float32", epsilon=1e-6))
+        y, _ = attention.apply(params, x)
+    """
+
+    dtype: str
+    norm: Callable[..., nn.Module]
+    num_heads: int = 1
+    zero: bool = False
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b *frames height width c"], cache: Cache = None
+    ) -> tuple[Float[Array, "b *frames height width c"], Cache]:
+        width = x.shape[-1]
+        qkv = linear(3 * width, width, self.dtype, name="qkv")(self.norm(name="norm")(x).astype(self.dtype))
+        images = qkv.reshape(-1, *qkv.shape[-3:])
+        q, k, v = rearrange(images, "b i j (s h k) -> s b (i j) h k", s=3, h=self.num_heads)
+        proj = linear(width, width, self.dtype, zero_kernel=self.zero, zero_bias=self.zero, name="proj")
+        return x + proj(softmax_attention(q, k, v).reshape(x.shape)), cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +12,14 @@ from einops import rearrange
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from flowgen.backend import flat_dot, gelu
+
 Activation = Literal["gelu", "gelu_tanh", "silu", "relu_squared", "geglu"]
 Norm = Literal["layer_norm", "rms_norm"]
 PatchOrder = Literal["channel_first", "channel_last"]
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    # jax.nn.gelu computes the same by erfc, which takes twice the time.
-    "gelu": lambda x: 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5))),
+    "gelu": gelu,
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "silu": jax.nn.silu,
     "relu_squared": lambda x: jnp.square(jax.nn.relu(x)),
@@ -40,11 +41,7 @@ def master_dtype(dtype: str) -> jnp.dtype:
 
 
 def uniform_bias(fan_in: int) -> nn.initializers.Initializer:
-    """Returns PyTorch's default initialiser of a linear bias, U(-1/√fan_in, 1/√fan_in).
-
-    Example:
-        nn.Dense(8, bias_init=uniform_bias(16))
-    """
+    """Returns PyTorch's default initialiser of a linear bias, U(-1/√fan_in, 1/√fan_in)."""
     bound = 1 / math.sqrt(fan_in)
 
     def init(key, shape, dtype=jnp.float32):
@@ -53,23 +50,19 @@ def uniform_bias(fan_in: int) -> nn.initializers.Initializer:
     return init
 
 
-def flat_dot(x: Array, kernel: Array, dimension_numbers: Any, precision: Any = None, **options: Any) -> Array:
-    """Returns x @ kernel with all leading axes of x as one; a `dot_general` for Dense.
-
-    The gradient of the kernel is then one plain matrix product, for which XLA on CPUs copies nothing.
-
-    Example:
-        nn.Dense(8, dot_general=flat_dot)
-    """
-    rows = x.reshape(-1, x.shape[-1])
-    out = jax.lax.dot_general(rows, kernel, (((1,), (0,)), ((), ())), precision=precision, **options)
-    return out.reshape(*x.shape[:-1], kernel.shape[-1])
-
-
-def linear(features: int, fan_in: int, dtype: str, *, zero_kernel: bool = False, use_bias: bool = True) -> nn.Dense:
+def linear(
+    features: int,
+    fan_in: int,
+    dtype: str,
+    *,
+    zero_kernel: bool = False,
+    zero_bias: bool = False,
+    use_bias: bool = True,
+    name: str | None = None,
+) -> nn.Dense:
     """Returns a Dense layer initialised as PyTorch's Linear: kernel and bias U(-1/√fan_in, 1/√fan_in).
 
-    With `zero_kernel` the kernel starts at zero and the bias still does not, as in the published heads.
+    With `zero_kernel` the kernel starts at zero; in the published heads the bias still does not.
 
     Example:
         proj = linear(256, fan_in=128, dtype="float32")
@@ -81,8 +74,9 @@ def linear(features: int, fan_in: int, dtype: str, *, zero_kernel: bool = False,
         dtype=jnp.dtype(dtype),
         param_dtype=master_dtype(dtype),
         kernel_init=nn.initializers.zeros if zero_kernel else kernel_init,
-        bias_init=uniform_bias(fan_in),
+        bias_init=nn.initializers.zeros if zero_bias else uniform_bias(fan_in),
         dot_general=flat_dot,
+        name=name,
     )
 
 
@@ -101,22 +95,26 @@ def layer_norm(dtype: str) -> nn.LayerNorm:
 
 
 class RMSNorm(nn.Module):
-    """x / √(mean x² + 1e-6) · (1 + weight), statistics in float32, weight 0 at first, as in Gemma and STARFlow.
+    """x / √(mean x² + epsilon) · (offset + weight), which starts at 1; statistics in float32, the result in `dtype`.
+
+    offset: 1 as in Gemma and STARFlow, where weights are kept near 0, or 0 as in T5.
 
     Example:
         y = RMSNorm("float32").apply(params, x)
     """
 
     dtype: str
+    epsilon: float = RMS_NORM_EPS
+    offset: float = 1.0
 
     @nn.compact
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
         master = master_dtype(self.dtype)
-        weight = self.param("weight", nn.initializers.zeros, (x.shape[-1],), master)
+        weight = self.param("weight", nn.initializers.constant(1 - self.offset), (x.shape[-1],), master)
         x = x.astype(master)
-        x = x * jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + RMS_NORM_EPS)
+        x = x * jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + self.epsilon)
         # Weights kept in bfloat16 are near 0; next to 1 they would lose their digits.
-        weight = 1 + jnp.asarray(weight, master)
+        weight = self.offset + jnp.asarray(weight, master)
         return jnp.multiply(x, weight.reshape((1,) * (x.ndim - 1) + (-1,))).astype(self.dtype)
 
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int, PyTree
 
 from flowgen.attention import FrameWindow, causal_kernel
+from flowgen.attention.kernels import State
 from flowgen.attention.rotary import turn
 from flowgen.nn.layers import MLP, NORMS, RMSNorm, linear
+
+Slot = Int[Array, ""] | int
+Scale = Float[Array, " b"] | None
+Rotation = tuple[Float[Array, "n r"], Float[Array, "n r"]] | None
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,9 @@ class SelfAttention(nn.Module):
             self.query_norm = RMSNorm(config.dtype)
             self.key_norm = RMSNorm(config.dtype)
 
-    def __call__(self, x: Float[Array, "b n d"], cache: Any, start, inverse_temperature, rotation):
+    def __call__(
+        self, x: Float[Array, "b n d"], cache: State, start: Slot, inverse_temperature: Scale, rotation: Rotation
+    ) -> tuple[Float[Array, "b n d"], State]:
         config, kernel = self.config, causal_kernel(self.config.attention)
         heads, key_heads = config.num_heads, config.key_heads
         qkv = self.qkv(x).reshape(*x.shape[:2], heads + 2 * key_heads, config.head_dim)
@@ -102,7 +108,9 @@ class TransformerLayer(nn.Module):
             self.attention_post_norm = RMSNorm(config.dtype)
             self.mlp_post_norm = RMSNorm(config.dtype)
 
-    def __call__(self, h: Float[Array, "b n d"], cache: Any, start, inverse_temperature, rotation):
+    def __call__(
+        self, h: Float[Array, "b n d"], cache: State, start: Slot, inverse_temperature: Scale, rotation: Rotation
+    ) -> tuple[Float[Array, "b n d"], State]:
         update, cache = self.attention(self.attention_norm(h), cache, start, inverse_temperature, rotation)
         h = h + (self.attention_post_norm(update) if self.config.post_norm else update)
         update = self.mlp(self.mlp_norm(h))
@@ -117,7 +125,14 @@ class LayerLoop(nn.Module):
     def setup(self):
         self.layer = [TransformerLayer(self.config) for _ in range(self.config.num_layers)]
 
-    def __call__(self, h: Float[Array, "b n d"], caches: tuple | None, start, inverse_temperature, rotation):
+    def __call__(
+        self,
+        h: Float[Array, "b n d"],
+        caches: tuple | None,
+        start: Slot,
+        inverse_temperature: Scale,
+        rotation: Rotation,
+    ) -> tuple[Float[Array, "b n d"], tuple]:
         updated = []
         for layer, cache in zip(self.layer, caches or (None,) * len(self.layer), strict=True):
             h, cache = layer(h, cache, start, inverse_temperature, rotation)
@@ -148,7 +163,7 @@ def transformer_stack(config: TransformerConfig) -> nn.Module:
     return scanned(config)
 
 
-def unstack_layers(stacked: Any, num_layers: int) -> Any:
+def unstack_layers(stacked: PyTree, num_layers: int) -> PyTree:
     """Returns the parameters of a scanned stack as those of the same stack with `scan` off.
 
     Example:

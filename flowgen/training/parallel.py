@@ -12,6 +12,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from flowgen import backend
 from flowgen.arrays import shown
 from flowgen.training.options import TrainConfig
 from flowgen.training.step import AXIS, Step
@@ -40,8 +41,8 @@ class DataParallel:
 
     @property
     def must_wait(self) -> bool:
-        """Whether each step must end before the next: steps queued on several CPU devices can deadlock."""
-        return len(self.local_devices) > 1 and self.local_devices[0].platform == "cpu"
+        """Whether each step must end before the next."""
+        return backend.must_wait(self.local_devices)
 
     def check_batch(self, config: TrainConfig) -> None:
         """Raises ValueError where the batch cannot be shared out equally."""

@@ -95,10 +95,10 @@ class Network:
 
     config = None
 
-    def apply(self, variables, t, x, cond, span=None, *, train, rngs):
+    def apply(self, variables, t, x, cond, interval=None, *, train, rngs):
         del train, rngs
         params = variables["params"]
-        t = t if span is None else t + 0.3 * span
+        t = t if interval is None else t + 0.3 * interval
         features = [x, t[:, None].astype(x.dtype), (0 if cond is None else cond[:, None]) * jnp.ones_like(x[:, :1])]
         return jnp.tanh(jnp.concatenate(features, axis=1) @ params["up"]) @ params["down"]
 
@@ -135,7 +135,7 @@ def unet_case():
     def make():
         network = fm.UNet(config)
         loss = fm.flow_matching_loss(coupling=fm.MinibatchOT(class_aware=True))
-        return perturbed(fm.init(network, jax.random.key(0))), fm.matching_objective(network, loss, pairs)
+        return perturbed(init(network, jax.random.key(0))), fm.matching_objective(network, loss, pairs)
 
     return make
 

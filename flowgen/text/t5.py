@@ -9,19 +9,18 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import linen as nn
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int
 
+from flowgen.nn.layers import RMSNorm
 from flowgen.settings import config
 from flowgen.settings.ranges import HeadDim, Heads, Hidden, Layers, Vocabulary, Width, Within
-
-NORM_EPS = 1e-6
 
 
 @config
@@ -56,9 +55,14 @@ class T5Config:
                 f"{self.num_buckets // 4}."
             )
 
+    @property
+    def inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Token numbers and mask of one short text."""
+        return tuple(jax.ShapeDtypeStruct((1, 2), dtype) for dtype in (jnp.int32, bool))
+
 
 class T5Encoder(nn.Module):
-    """Features `b l d` of token numbers `b l`, zero where the mask is False.
+    """Features `b n d` of token numbers `b n`, zero where the mask is False.
 
     Example:
         features = T5Encoder(T5Config()).apply(params, ids, mask)
@@ -67,7 +71,7 @@ class T5Encoder(nn.Module):
     config: T5Config
 
     @nn.compact
-    def __call__(self, ids: Int[Array, "b l"], mask: Bool[Array, "b l"]) -> Float[Array, "b l d"]:
+    def __call__(self, ids: Int[Array, "b n"], mask: Bool[Array, "b n"]) -> Float[Array, "b n d"]:
         config = self.config
         h = nn.Embed(config.vocab_size, config.width, name="embed")(ids)
         table = self.param("position_bias", nn.initializers.normal(0.1), (config.num_buckets, config.num_heads))
@@ -82,7 +86,7 @@ class T5Encoder(nn.Module):
             in_axes=nn.broadcast,
         )
         h, _ = layers(config, name="layers")(h, bias)
-        return jnp.where(mask[:, :, None], _Scale(name="norm_out")(h), 0)
+        return jnp.where(mask[:, :, None], _norm("norm_out")(h), 0)
 
 
 class _Layer(nn.Module):
@@ -91,40 +95,31 @@ class _Layer(nn.Module):
     config: T5Config
 
     @nn.compact
-    def __call__(self, h: Float[Array, "b l d"], bias: Float[Array, "b h l m"]) -> tuple[Float[Array, "b l d"], None]:
+    def __call__(self, h: Float[Array, "b n d"], bias: Float[Array, "b h n m"]) -> tuple[Float[Array, "b n d"], None]:
         config = self.config
         dense = partial(nn.Dense, use_bias=False, dtype=jnp.dtype(config.dtype))
         inner = config.num_heads * config.head_dim
-        x = _Scale(name="attention_norm")(h)
+        x = _norm("attention_norm")(h)
         q, k, v = (
-            rearrange(dense(inner, name=name)(x), "b l (h k) -> b l h k", h=config.num_heads)
+            rearrange(dense(inner, name=name)(x), "b n (h k) -> b n h k", h=config.num_heads)
             for name in ("query", "key", "value")
         )
         scores = jnp.einsum("bnhk,bmhk->bhnm", q, k, preferred_element_type=jnp.float32) + bias
         weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
         y = jnp.einsum("bhnm,bmhk->bnhk", weights, v)
         h = h + dense(config.width, name="proj")(rearrange(y, "b n h k -> b n (h k)"))
-        x = _Scale(name="mlp_norm")(h)
+        x = _norm("mlp_norm")(h)
         gate = jax.nn.gelu(dense(config.hidden, name="gate")(x), approximate=True)
         return h + dense(config.width, name="down")(gate * dense(config.hidden, name="up")(x)), None
 
 
-class _Scale(nn.Module):
-    """w x / √(mean x² + 1e-6) in float32."""
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-        x = x.astype(jnp.float32)
-        return x * jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + NORM_EPS) * scale[None, None]
+def _norm(name: str) -> RMSNorm:
+    return RMSNorm("float32", offset=0.0, name=name)
 
 
 def relative_buckets(length: int, num_buckets: int, max_distance: int) -> Int[np.ndarray, "n m"]:
     """Returns the bucket of every (query, key): half of them for keys behind, half for keys ahead; in each half one for
     every small distance, then logarithmically wider ones.
-
-    Example:
-        relative_buckets(128, 32, 128)[0, 5]  # 16 + 5
     """
     distance = np.arange(length)[None, :] - np.arange(length)[:, None]
     half = num_buckets // 2
@@ -136,12 +131,3 @@ def relative_buckets(length: int, num_buckets: int, max_distance: int) -> Int[np
     )
     wide = exact + (ratio * np.float32(half - exact)).astype(np.int64)
     return half * (distance > 0) + np.where(away < exact, away, np.minimum(wide, half - 1))
-
-
-def init(encoder: Any, key: Key[Array, ""]) -> Any:
-    """Returns freshly initialised variables of a text encoder.
-
-    Example:
-        params = init(T5Encoder(T5Config(num_layers=2)), jax.random.key(0))
-    """
-    return jax.jit(encoder.init)(key, jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool))

@@ -1,24 +1,18 @@
-"""Texts to conditions of a flow: a tokenizer, a frozen encoder, and padding to one length."""
+"""Tokenizers: texts to lists of token numbers, and to padded arrays of them."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
-import jax
 import numpy as np
+from jaxtyping import Bool, Int
 
-from flowgen.codecs.parts import in_parts
-from flowgen.conditioning import TextCondition
 from flowgen.documents import MAX_TOKENIZER_BYTES, check_depth, read_bytes
-from flowgen.packages import missing
+from flowgen.packages import need
 
-TEXTS_AT_ONCE = 64
 MAX_TOKEN = (1 << 31) - 1
 _PROBE = "a 1, \u00e9\u65e5"  # letters of one, two and three bytes
 
@@ -44,41 +38,17 @@ class Tokenizer(Protocol):
         ...
 
 
-@runtime_checkable
-class TextEncoder(Protocol):
-    """Texts to conditions of `length` tokens of `dim` features, zero where padded.
-
-    Raises ValueError where a text has more tokens than that, unless it may be cut.
-
-    Example:
-        cond = encoder(["a cat", ""])
-    """
-
-    @property
-    def length(self) -> int: ...
-
-    @property
-    def dim(self) -> int: ...
-
-    def __call__(self, texts: Sequence[str], *, truncate: bool = False) -> TextCondition: ...
-
-    def __hash__(self) -> int: ...
-
-
 class JsonTokenizer:
     """A tokenizer of a `tokenizer.json`, by the package tokenizers.
 
-    Raises ModuleNotFoundError naming the package, ValueError where the file is none.
+    Raises ModuleNotFoundError naming the package, ValueError if the file is none.
 
     Example:
         tokenizer = JsonTokenizer("all-MiniLM-L6-v2/tokenizer.json")
     """
 
     def __init__(self, path: str | os.PathLike[str]):
-        try:
-            import tokenizers
-        except ModuleNotFoundError as error:
-            raise missing(f"Reading '{path}'", "tokenizers") from error
+        tokenizers = need("tokenizers", f"Reading '{path}'")
         content = read_bytes(path, most=MAX_TOKENIZER_BYTES)
         try:
             check_depth(content)
@@ -99,7 +69,7 @@ class JsonTokenizer:
             return self._tokenizer.encode(text).ids
         except BaseException as error:
             _check_of_package(error)
-            raise ValueError(f"the tokenizer cannot take the text {_shortened(text)!r} ({error}).") from error
+            raise ValueError(f"the tokenizer cannot take the text {shortened(text)!r} ({error}).") from error
 
     def cut(self, ids: list[int], length: int) -> list[int]:
         """Returns the first tokens and the last, which ends a text in these vocabularies."""
@@ -113,17 +83,14 @@ class JsonTokenizer:
 class SentencePieceTokenizer:
     """A tokenizer of a `spiece.model`, as T5 uses it: the end token </s> is appended, padding is 0.
 
-    Raises ModuleNotFoundError naming the package, ValueError where the file is none.
+    Raises ModuleNotFoundError naming the package, ValueError if the file is none.
 
     Example:
         tokenizer = SentencePieceTokenizer("flan-t5-xl/spiece.model")
     """
 
     def __init__(self, path: str | os.PathLike[str]):
-        try:
-            import sentencepiece
-        except ModuleNotFoundError as error:
-            raise missing(f"Reading '{path}'", "sentencepiece") from error
+        sentencepiece = need("sentencepiece", f"Reading '{path}'")
         content = read_bytes(path, most=MAX_TOKENIZER_BYTES)
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=content)
@@ -147,43 +114,12 @@ class SentencePieceTokenizer:
         return self._processor.serialized_model_proto()
 
 
-@dataclass(frozen=True, eq=False)
-class FrozenTextEncoder:
-    """A tokenizer and a network with its variables; at most 64 texts at a time, in few compiled programs.
-
-    Example:
-        encoder = FrozenTextEncoder(tokenizer, T5Encoder(config), params, length=128, dim=2048)
-    """
-
-    tokenizer: Tokenizer
-    network: Any
-    variables: Any
-    length: int
-    dim: int
-
-    def __call__(self, texts: Sequence[str], *, truncate: bool = False) -> TextCondition:
-        """Returns features `b l e` float32 and mask `b l` of texts, as numpy arrays."""
-        ids, mask = tokenize(self.tokenizer, texts, self.length, truncate=truncate)
-        if ids.max(initial=0) >= self.network.config.vocab_size:
-            raise ValueError(
-                f"the tokenizer gives token {ids.max()}, but the text encoder knows {self.network.config.vocab_size}; "
-                "put the tokenizer of these weights beside them."
-            )
-        if not len(texts):
-            return TextCondition(np.zeros((0, self.length, self.dim), np.float32), mask)  # ty: ignore
-        (features,) = in_parts(lambda *part: (_run(self.network, self.variables, *part),), TEXTS_AT_ONCE, ids, mask)
-        return TextCondition(features, mask)  # ty: ignore[invalid-argument-type]
-
-
 def tokenize(
     tokenizer: Tokenizer, texts: Sequence[str], length: int, *, truncate: bool
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns token numbers int32 `b l`, padded, and the mask of those that are not padding.
+) -> tuple[Int[np.ndarray, "b n"], Bool[np.ndarray, "b n"]]:
+    """Returns token numbers int32 `b n`, padded, and the mask of those that are not padding.
 
-    Raises ValueError where a text is too long and truncate is False.
-
-    Example:
-        ids, mask = tokenize(tokenizer, ["a cat"], 128, truncate=False)
+    Raises ValueError if a text is too long and truncate is False.
     """
     ids = np.full((len(texts), length), tokenizer.pad, np.int32)
     mask = np.zeros((len(texts), length), bool)
@@ -194,7 +130,7 @@ def tokenize(
         if len(tokens) > length:
             if not truncate:
                 raise ValueError(
-                    f"the text {_shortened(text)!r} has {len(tokens)} tokens and the model takes {length}; shorten it."
+                    f"the text {shortened(text)!r} has {len(tokens)} tokens and the model takes {length}; shorten it."
                 )
             tokens = tokenizer.cut(tokens, length)
         ids[row, : len(tokens)] = tokens
@@ -202,39 +138,9 @@ def tokenize(
     return ids, mask
 
 
-@dataclass(frozen=True)
-class HashedWords:
-    """Fixed random features of every word, by its SHA-256; an end token after the last. Needs nothing, knows nothing
-    of meaning: for tests and for closed vocabularies.
-
-    Example:
-        cond = HashedWords(length=8, dim=16)(["red apple"])
-    """
-
-    length: int
-    dim: int
-
-    def __call__(self, texts: Sequence[str], *, truncate: bool = False) -> TextCondition:
-        """Returns features `b l e` float32 and mask `b l` of texts, as numpy arrays."""
-        features = np.zeros((len(texts), self.length, self.dim), np.float32)
-        mask = np.zeros((len(texts), self.length), bool)
-        for row, text in enumerate(texts):
-            words = [*text.lower().split(), "</s>"]
-            if len(words) > self.length:
-                if not truncate:
-                    raise ValueError(
-                        f"the text {_shortened(text)!r} has {len(words)} tokens and the model takes {self.length}; "
-                        "shorten it."
-                    )
-                words = [*words[: self.length - 1], words[-1]]
-            features[row, : len(words)] = [self._feature(word) for word in words]
-            mask[row, : len(words)] = True
-        return TextCondition(features, mask)  # ty: ignore[invalid-argument-type]
-
-    def _feature(self, word: str) -> np.ndarray:
-        seed = int.from_bytes(hashlib.sha256(word.encode()).digest()[:8], "little")
-        # Bits of the generator are stable across NumPy versions; two levels are all that is needed.
-        return np.where(np.random.Philox(seed).random_raw(self.dim) >> np.uint64(63), 1.0, -1.0)
+def shortened(text: str) -> str:
+    """Returns the beginning of a text, for messages."""
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _check_of_package(error: BaseException) -> None:
@@ -244,7 +150,7 @@ def _check_of_package(error: BaseException) -> None:
 
 
 def _check_template(post_processor: Any) -> None:
-    """Raises ValueError where the template that puts special tokens around a text names one that it does not have, at
+    """Raises ValueError if the template that puts special tokens around a text names one that it does not have, at
     which the package would panic."""
     known = {} if post_processor is None else json.loads(post_processor.__getstate__())
     for step in known.get("processors", [known]):
@@ -252,12 +158,3 @@ def _check_template(post_processor: Any) -> None:
         for name in (part["SpecialToken"]["id"] for part in parts if "SpecialToken" in part):
             if name not in step["special_tokens"]:
                 raise ValueError(f"its template has a token {name[:80]!r} that is not among its special tokens")
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-@partial(jax.jit, static_argnums=0)
-def _run(network, variables, ids, mask):
-    return network.apply(variables, ids, mask)

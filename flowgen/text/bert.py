@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
@@ -49,11 +50,16 @@ class BertConfig:
         if self.width % self.num_heads:
             raise ValueError(f"num_heads is {self.num_heads}, which does not divide width {self.width}; change one.")
 
+    @property
+    def inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Token numbers and mask of one short text."""
+        return tuple(jax.ShapeDtypeStruct((1, 2), dtype) for dtype in (jnp.int32, bool))
+
 
 class BertEncoder(nn.Module):
-    """Features `b l d` of token numbers `b l`, zero where the mask is False.
+    """Features `b n d` of token numbers `b n`, zero where the mask is False.
 
-    Raises ValueError where there are more tokens than positions.
+    Raises ValueError if there are more tokens than positions.
 
     Example:
         features = BertEncoder(BertConfig()).apply(params, ids, mask)
@@ -62,7 +68,7 @@ class BertEncoder(nn.Module):
     config: BertConfig
 
     @nn.compact
-    def __call__(self, ids: Int[Array, "b l"], mask: Bool[Array, "b l"]) -> Float[Array, "b l d"]:
+    def __call__(self, ids: Int[Array, "b n"], mask: Bool[Array, "b n"]) -> Float[Array, "b n d"]:
         config, length = self.config, ids.shape[1]
         if length > config.max_length:
             raise ValueError(f"texts have {length} tokens; this encoder takes at most {config.max_length}.")
@@ -87,18 +93,18 @@ class _Layer(nn.Module):
     config: BertConfig
 
     @nn.compact
-    def __call__(self, h: Float[Array, "b l d"], mask: Bool[Array, "b l"]) -> tuple[Float[Array, "b l d"], None]:
+    def __call__(self, h: Float[Array, "b n d"], mask: Bool[Array, "b n"]) -> tuple[Float[Array, "b n d"], None]:
         config = self.config
 
         def dense(features, name):
             return nn.Dense(features, dtype=jnp.dtype(config.dtype), name=name)
 
         q, k, v = (
-            rearrange(dense(config.width, name)(h), "b l (h k) -> b l h k", h=config.num_heads)
+            rearrange(dense(config.width, name)(h), "b n (h k) -> b n h k", h=config.num_heads)
             for name in ("query", "key", "value")
         )
         y = softmax_attention(q, k, v, mask=mask[:, None, None, :])
-        y = rearrange(y, "b l h k -> b l (h k)")
+        y = rearrange(y, "b n h k -> b n (h k)")
         h = _norm(config, "attention_norm")(h + dense(config.width, "proj")(y))
         y = ACTIVATIONS["gelu"](dense(config.hidden, "up")(h))
         return _norm(config, "mlp_norm")(h + dense(config.width, "down")(y)), None

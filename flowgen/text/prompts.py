@@ -1,4 +1,4 @@
-"""Texts as models were trained to read them, and the aspect ratios that texts and pictures come in."""
+"""Texts as models were trained to read them, and the aspect ratios that texts and images come in."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def aspect_size(aspect: str, side: int, multiple: int = 1) -> tuple[int, int]:
 
 
 def nearest_aspect(height: int, width: int) -> str:
-    """Returns the aspect whose logarithm is nearest, so that a picture and its transpose are treated alike.
+    """Returns the aspect whose logarithm is nearest, so that an image and its transpose are treated alike.
 
     Example:
         nearest_aspect(1080, 1920)  # "16:9"
@@ -70,7 +70,7 @@ class PromptTemplate:
     aspect: bool = False
 
     def __call__(self, text: str, grid: tuple[int, int]) -> str:
-        """Returns the wrapped text of a picture of `grid` (height, width), in any unit."""
+        """Returns the wrapped text of an image of `grid` (height, width), in any unit."""
         if self.frames_per_second is not None:
             kind = f"A video with {self.frames_per_second} fps" if self.frames_per_second else "An image"
             text = f"{kind}:\n{text}\n"

@@ -1,0 +1,332 @@
+"""What depends on the device or works around a compiler: each in one function that says why. Imports nothing of ours.
+
+Formulas elsewhere are the same for every device. What is here changes speed and memory, and numbers by rounding alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental.buffer_callback import buffer_callback
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec, auto_axes, reshard
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Array, Float, PyTree, Shaped
+
+# Products that feed a state or one another, in which errors add up; accelerators would round their factors.
+HIGHEST = lax.Precision.HIGHEST
+
+# Attention logits in memory at once, a gibibyte in float32; more queries than that come one part after another.
+MAX_LOGITS = 1 << 28
+# Causal attention runs in this many slices of queries at most, each against only the keys it may see: more slices
+# would save little more, and take longer to compile.
+MAX_CAUSAL_SLICES = 4
+MIN_CAUSAL_SLICE = 64
+
+# Of 256 x 256 pixels 32 images at once, 3 GiB to encode and 7 GiB to decode for the published autoencoders.
+PIXELS_AT_ONCE = 32 * 256**2
+IMAGES_AT_ONCE = 256
+TEXTS_AT_ONCE = 64
+
+
+# Products and activations
+
+
+def gelu(x: Float[Array, "*d"]) -> Float[Array, "*d"]:
+    """Returns x Φ(x) by erf. `jax.nn.gelu` computes the same by erfc, which takes CPUs twice the time."""
+    return 0.5 * x * (1 + lax.erf(x * math.sqrt(0.5)))
+
+
+def flat_dot(
+    x: Array, kernel: Array, dimension_numbers: object, precision: lax.PrecisionLike = None, **options: Any
+) -> Array:
+    """Returns x @ kernel with all leading axes of x as one; a `dot_general` for Flax's Dense.
+
+    The gradient of the kernel is then one plain matrix product, for which XLA on CPUs copies nothing.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    out = lax.dot_general(rows, kernel, (((1,), (0,)), ((), ())), precision=precision, **options)
+    return out.reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+def nan_if(condition: Array, dtype: DTypeLike) -> Array:
+    """Returns what to add to numbers that must be NaN under a condition: NaN or 0.
+
+    XLA on CPUs compiles exp(where(condition, nan, x)) to a finite number; a sum with this it leaves alone.
+    """
+    return jnp.log(jnp.where(condition, -1, 1).astype(dtype))
+
+
+# Linear algebra
+
+
+def cholesky(a: Float[Array, "*stack l l"]) -> Float[Array, "*stack l l"]:
+    """Returns the lower triangular C with C Cᵀ = a, for symmetric positive definite a.
+
+    On CPUs column by column: two calls of LAPACK that run at the same time can wait for each other's threads forever if
+    there are few cores (jaxlib 0.10). Elsewhere by the library.
+    """
+    return lax.platform_dependent(a, cpu=_cholesky_by_columns, default=jnp.linalg.cholesky)
+
+
+def _cholesky_by_columns(a: Array) -> Array:
+    rows = jnp.arange(a.shape[-1])[:, None]
+
+    def column(k, carry):
+        rest, factor = carry
+        below = lax.dynamic_slice_in_dim(rest, k, 1, axis=-1)
+        pivot = lax.dynamic_slice_in_dim(below, k, 1, axis=-2)
+        below = jnp.where(jnp.broadcast_to(rows >= k, below.shape), below, 0) * lax.rsqrt(pivot)
+        factor = lax.dynamic_update_slice_in_dim(factor, below, k, axis=-1)
+        return rest - below * below.swapaxes(-1, -2), factor
+
+    return lax.fori_loop(0, a.shape[-1], column, (a, jnp.zeros_like(a)))[1]
+
+
+def unit_lower_inverse(lower: Float[Array, "*stack c c"]) -> Float[Array, "*stack c c"]:
+    """Returns (I + L)⁻¹ for a strictly lower triangular L.
+
+    On CPUs by products, since triangular solves call LAPACK (see `cholesky`). Elsewhere by the library.
+    """
+    return lax.platform_dependent(lower, cpu=_unit_lower_inverse_by_blocks, default=_unit_lower_inverse_by_solve)
+
+
+def _unit_lower_inverse_by_solve(lower: Array) -> Array:
+    eye = jnp.broadcast_to(jnp.eye(lower.shape[-1], dtype=lower.dtype), lower.shape)
+    return lax.linalg.triangular_solve(lower + eye, eye, left_side=True, lower=True, unit_diagonal=True)
+
+
+def _unit_lower_inverse_by_blocks(lower: Array) -> Array:
+    """From the inverses of ever larger blocks on the diagonal: two neighbours A, D with B below A give the next,
+    [[A⁻¹, 0], [-D⁻¹ B A⁻¹, D⁻¹]]."""
+    matmul, size = partial(jnp.matmul, precision=HIGHEST), lower.shape[-1]
+    token = jnp.arange(size)
+    inverse = jnp.broadcast_to(jnp.eye(size, dtype=lower.dtype), lower.shape)
+    for width in (2**level for level in range((size - 1).bit_length())):
+        block = token // width
+        joined = (block[:, None] // 2 == block[None, :] // 2) & (block[:, None] != block[None, :])
+        below = jnp.where(jnp.broadcast_to(joined, lower.shape), lower, 0)
+        inverse = inverse - (matmul(matmul(inverse, below), inverse) if width > 1 else below)
+    return inverse
+
+
+# Attention and memory
+
+
+def attention_implementation(asked: str) -> str:
+    """Returns the form of softmax attention that runs: "xla", sliced and in parts, on every device so far.
+
+    asked: "auto" or "xla"; ValueError for others. Fused kernels are chosen here once they are measured.
+    """
+    if asked not in ("auto", "xla"):
+        raise ValueError(f"implementation is {asked!r}; choose 'auto' or 'xla'.")
+    return "xla"
+
+
+def queries_at_once(batch: object, heads: object, keys: object, max_logits: int | None) -> int | None:
+    """Returns how many queries of a head have at most `max_logits` logits over all samples and heads; None for all.
+
+    Sizes may be symbols of an exported program, of which nothing is known.
+    """
+    known = [size for size in (batch, heads, keys) if isinstance(size, int)]
+    if max_logits is None or len(known) < 3:
+        return None
+    return max(1, max_logits // max(1, math.prod(known)))
+
+
+def causal_slice(n: int) -> int:
+    """Returns how many of n queries make one slice of causal attention."""
+    return max(MIN_CAUSAL_SLICE, -(-n // MAX_CAUSAL_SLICES))
+
+
+def samples_at_once(pixels: int) -> int:
+    """Returns how many samples of so many pixels an autoencoder takes at a time."""
+    return max(1, min(IMAGES_AT_ONCE, PIXELS_AT_ONCE // pixels))
+
+
+def in_parts(
+    run: Callable[..., tuple[ArrayLike, ...]], most: int, *inputs: Shaped[np.ndarray, "b ..."]
+) -> tuple[Shaped[np.ndarray, "b ..."], ...]:
+    """Returns what a compiled function gives on parts of the inputs, joined along their first axis.
+
+    All parts have one size, a power of two up to `most`, which the last one is filled up to: so that few sizes are
+    ever compiled.
+
+    Raises ValueError if the inputs are empty.
+    """
+    count = len(inputs[0])
+    if not count:
+        raise ValueError("the batch is empty; give at least one sample.")
+    size = 1
+    while size < count and 2 * size <= most:
+        size *= 2
+    parts = []
+    for start in range(0, count, size):
+        chosen = np.minimum(np.arange(start, start + size), count - 1)
+        parts.append([np.asarray(out)[: count - start] for out in run(*(x[chosen] for x in inputs))])
+    return tuple(np.concatenate(outs) for outs in zip(*parts, strict=True))
+
+
+# Devices and the host
+
+
+def must_wait(devices: Sequence[jax.Device]) -> bool:
+    """Returns whether steps over devices must run one by one: queued on several CPU devices they can deadlock."""
+    return len(devices) > 1 and devices[0].platform == "cpu"
+
+
+def call_host(fn: Callable[..., np.ndarray], out: jax.ShapeDtypeStruct, *arrays: Array) -> Array:
+    """Returns fn(*arrays), computed by numpy on the host inside a compiled program, sample after sample under vmap.
+
+    fn may be given buffers in place of arrays. On CPUs it reads them where they are: an ordinary callback asks the
+    program's own threads for a copy, and on one core can wait for it forever.
+    """
+
+    def in_place(context, result, *buffers):
+        np.asarray(result)[...] = fn(*buffers)
+
+    return lax.platform_dependent(
+        *arrays,
+        cpu=buffer_callback(in_place, out, vmap_method="sequential"),
+        default=lambda *arrays: jax.pure_callback(fn, out, *arrays, vmap_method="sequential"),
+    )
+
+
+# Meshes with explicit axes: the type of every array says how it is divided, and jax refuses to reshape, scan or
+# contract over a divided axis without being told what comes out. Attention and couplings do all of these, but what
+# comes out is plain: batch, queries and heads are divided as they came in.
+
+
+def keep_axes(fn: Callable[..., Any], *args: Any, named: Iterable[tuple[Array, str]], out: Any) -> Any:
+    """Returns fn(*args), computed under automatic axes where the mesh of an argument has explicit ones.
+
+    named: arrays with a letter per axis, "b n h k". out: the letters of the results, in the tree that fn returns; an
+    axis of a result is divided like the first named array that has its letter and is divided there.
+
+    Example:
+        out = keep_axes(attend, q, k, v, named=[(q, "b n h k")], out="b n h d")
+    """
+    mesh = _explicit_mesh(args)
+    if mesh is None:
+        return fn(*args)
+    divided = _divided(named)
+    shardings = jax.tree.map(lambda letters: NamedSharding(mesh, _spec(letters, divided)), out)
+    return auto_axes(fn, axes=_explicit_names(mesh), out_sharding=shardings)(*args)
+
+
+def map_axes(fn: Callable[..., Any], args: tuple[Array, ...], letters: str, *, divided: str, out: Any) -> Any:
+    """Returns fn(*args), computed by each device on its own part where the mesh of an argument has explicit axes.
+
+    letters: of the axes of every argument; those in `divided` may be divided over devices, the others are gathered
+    first. out: the letters of the results. For what the compiler cannot divide by itself.
+
+    Example:
+        out = map_axes(kernel, (q, k, v), "b n h k", divided="bh", out="b n h k")
+    """
+    mesh = _explicit_mesh(args)
+    if mesh is None:
+        return fn(*args)
+    axes = {letter: axes for letter, axes in _divided((x, letters) for x in args).items() if letter in divided}
+    spec = _spec(letters, axes)
+    specs = jax.tree.map(lambda names: _spec(names, axes), out)
+    mapped = jax.shard_map(
+        fn, mesh=mesh, in_specs=spec, out_specs=specs, axis_names=set(_explicit_names(mesh)), check_vma=False
+    )
+    return mapped(*(reshard(x, NamedSharding(mesh, spec)) for x in args))
+
+
+def of_rows(x: Array, row: str = "b") -> str:
+    """Returns a letter per axis of an array of rows, for `keep_axes`.
+
+    Example:
+        of_rows(jnp.zeros((8, 32, 32, 3)))  # "b e1 e2 e3"
+    """
+    return " ".join([row, *(f"e{axis}" for axis in range(1, x.ndim))])
+
+
+def take_rows(x: Array, index: Array) -> Array:
+    """Returns x[index] for whole numbers `b`, divided as they are.
+
+    Example:
+        sources = take_rows(x0, permutation)
+    """
+    return keep_axes(lambda x, index: x[index], x, index, named=[(index, "b"), (x, of_rows(x, "rows"))], out=of_rows(x))
+
+
+def alike_rows(tree: PyTree) -> PyTree:
+    """Returns numbers in a tree, the rows of all divided like those of the first whose rows explicit axes divide.
+
+    Example:
+        positions, x = alike_rows((positions, x))
+    """
+    divided = [x for x in jax.tree.leaves(tree) if _explicit_mesh(x) is not None and "b" in _divided([(x, of_rows(x))])]
+    if not divided:
+        return tree
+    # Outside of jit an array of one device comes to a mesh by being added to one that is there.
+    nothing = jnp.zeros_like(divided[0], jnp.int32).sum(axis=tuple(range(1, divided[0].ndim)))
+
+    def divide(x):
+        return x + jnp.expand_dims(nothing, range(1, x.ndim)).astype(x.dtype)
+
+    return jax.tree.map(lambda x: x if any(x is y for y in divided) else divide(x), tree)
+
+
+def varies(x: Array) -> bool:
+    """Returns whether x varies over an axis of the mapped program that is being traced.
+
+    Example:
+        jax.shard_map(lambda x: x * varies(x), ...)
+    """
+    return bool(jax.typeof(x).manual_axis_type.varying)
+
+
+def varying(tree: PyTree, like: PyTree) -> PyTree:
+    """Returns the arrays of a tree, varying over every axis of a mapped program over which one of `like` varies.
+
+    The state that a loop begins with must vary over the axes over which the loop makes it vary.
+
+    Example:
+        carry, out = jax.lax.scan(body, varying(jnp.zeros(3), x), x)
+    """
+    nothing = sum(jnp.zeros_like(x, jnp.int32).sum() for x in jax.tree.leaves(like))
+    return jax.tree.map(lambda x: x + jnp.asarray(nothing, x.dtype), tree)
+
+
+def _divided(named: Iterable[tuple[Array, str]]) -> dict[str, Any]:
+    """The axes of the mesh that divide the axis of each letter: of the first array in which any do."""
+    divided = {}
+    for array, letters in named:
+        for letter, axes in zip(letters.split(), jax.typeof(array).sharding.spec, strict=True):
+            if axes is not None:
+                divided.setdefault(letter, axes)
+    return divided
+
+
+def _explicit_names(mesh: AbstractMesh) -> tuple[str, ...]:
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return tuple(name for name, kind in kinds if kind is AxisType.Explicit)
+
+
+def _explicit_mesh(args: PyTree) -> AbstractMesh | None:
+    for leaf in jax.tree.leaves(args):
+        mesh = jax.typeof(leaf).sharding.mesh
+        if AxisType.Explicit in mesh.axis_types:
+            return mesh
+    return None
+
+
+def _spec(letters: str, divided: dict[str, Any]) -> PartitionSpec:
+    """The axes of a result; one axis of a mesh divides one axis of an array."""
+    used, spec = set(), []
+    for letter in letters.split():
+        axes = divided.get(letter)
+        names = set(axes) if isinstance(axes, tuple) else {axes}
+        spec.append(None if names & used else axes)
+        used |= names - {None}
+    return PartitionSpec(*spec)

@@ -1,0 +1,123 @@
+"""Embeddings of class, time and position."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from flowgen.conditioning import UNCONDITIONAL
+
+# Times in [0, 1] are stretched to the 1,000 steps that sinusoidal embeddings are made for: without it all angles are
+# below one radian.
+TIME_SCALE = 1000.0
+EMBEDDING_STDDEV = 0.02
+
+
+def class_rows(
+    table: Float[Array, "classes_and_none d"], labels: Int[Array, " b"] | None, batch: int
+) -> Float[Array, "b d"]:
+    """Returns the row of each label; the last row for label -1 and if `labels` is None, NaN for labels of no class.
+
+    A label outside -1..classes-1 cannot raise inside a compiled program; NaN is better than some other class.
+
+    Example:
+        e = class_rows(table, jnp.array([3, -1]), batch=2)
+    """
+    none = table.shape[0] - 1
+    if labels is None:
+        return jnp.broadcast_to(table[none][None], (batch, table.shape[1]))
+    known = (labels >= UNCONDITIONAL) & (labels < none)
+    rows = jnp.take(table, jnp.where(labels == UNCONDITIONAL, none, labels), axis=0, mode="clip")
+    return jnp.where(known[:, None], rows, jnp.nan)
+
+
+def class_embedding(
+    table: Float[Array, "classes d"], labels: Int[Array, " b"] | None, batch: int
+) -> Float[Array, "b d"]:
+    """Returns `class_rows` of a table without a row for no class, which TARFlow takes for the mean of all classes."""
+    return class_rows(jnp.concatenate([table, table.mean(axis=0, keepdims=True)]), labels, batch)
+
+
+def class_one_hot(
+    labels: Int[Array, " b"] | None, num_classes: int, batch: int, dtype: jnp.dtype
+) -> Float[Array, "b classes_and_none"]:
+    """Returns one-hot rows of num_classes + 1 columns, the last for no class.
+
+    STARFlow feeds classes as a text of one token with these features (arXiv 2506.06276).
+    """
+    return class_rows(jnp.eye(num_classes + 1, dtype=dtype), labels, batch)
+
+
+def time_features(
+    t: Float[Array, " b"], dim: int, max_period: float = 10_000.0, scale: float = TIME_SCALE
+) -> Float[Array, "b dim"]:
+    """Returns [cos; sin] of scale · t at dim/2 frequencies from 1 to 1/max_period; ValueError unless dim is even.
+
+    Example:
+        features = time_features(t, 256)
+    """
+    if dim % 2:
+        raise ValueError(f"dim is {dim}; half of the features are cosines and half sines, so it must be even.")
+    frequencies = jnp.exp(-jnp.log(max_period) * jnp.arange(dim // 2) / (dim // 2))
+    angles = scale * t[:, None] * frequencies[None, :]
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=1)
+
+
+def normal_dense(features: int, fan_in: int, name: str) -> nn.Dense:
+    """Returns a Dense layer that starts at N(0, 0.02²), as in DiT."""
+    return nn.Dense(features, kernel_init=nn.initializers.normal(EMBEDDING_STDDEV), name=name)
+
+
+class ConditionEmbedding(nn.Module):
+    """A vector `b width` of time, interval and class for the layers of a network: the sum of their embeddings.
+
+    Times pass through `frequencies` sinusoids, stretched by time_scale, and two layers with SiLU; classes through a
+    table whose last row means none. dense: (features, fan_in, name) -> layer. table_std: of the table at first.
+
+    Example:
+        c = ConditionEmbedding(width=256, num_classes=10, intervals=False).apply(params, t, cond, None)
+    """
+
+    width: int
+    num_classes: int
+    intervals: bool
+    frequencies: int = 256
+    time_scale: float = TIME_SCALE
+    dense: Callable[..., nn.Module] = normal_dense
+    table_std: float = EMBEDDING_STDDEV
+
+    @nn.compact
+    def __call__(
+        self, t: Float[Array, " b"], cond: Int[Array, " b"] | None, interval: Float[Array, " b"] | None
+    ) -> Float[Array, "b width"]:
+        c = self._embed(t, "time")
+        if self.intervals:
+            c = c + self._embed(jnp.zeros_like(t) if interval is None else interval, "interval")
+        if self.num_classes:
+            init = nn.initializers.normal(self.table_std)
+            table = self.param("class_embed", init, (self.num_classes + 1, self.width), jnp.float32)
+            c = c + class_rows(jnp.asarray(table), cond, len(t))
+        return c
+
+    def _embed(self, t: Float[Array, " b"], name: str) -> Float[Array, "b width"]:
+        h = self.dense(self.width, self.frequencies, name=f"{name}_up")(
+            time_features(t, self.frequencies, scale=self.time_scale)
+        )
+        return self.dense(self.width, self.width, name=f"{name}_down")(jax.nn.silu(h))
+
+
+def grid_positions(grid: tuple[int, int], width: int) -> Float[np.ndarray, "n width"]:
+    """Returns fixed positions of a grid, row by row: half of the sinusoids turn with the column, half with the row.
+
+    Example:
+        table = grid_positions((4, 4), 64)
+    """
+    frequencies = 10_000.0 ** (-np.arange(width // 4) / (width // 4))
+    rows, columns = np.meshgrid(np.arange(grid[0]), np.arange(grid[1]), indexing="ij")
+    angles = [axis.reshape(-1, 1) * frequencies[None] for axis in (columns, rows)]
+    return np.concatenate([wave(angle) for angle in angles for wave in (np.sin, np.cos)], axis=1).astype(np.float32)

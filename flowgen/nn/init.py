@@ -1,0 +1,36 @@
+"""Fresh variables of any network."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Key, PyTree
+
+from flowgen.arrays import check_key, shown
+from flowgen.nn.layers import master_dtype
+
+
+def init(network: nn.Module, key: Key[Array, ""]) -> PyTree:
+    """Returns freshly initialised variables of a network, by one compiled program; shapes come from its config.
+
+    The config says by `inputs`, shapes and dtypes, what the network is called with. One without is that of a velocity
+    network, called with times and samples of its `event_shape`.
+
+    Raises ValueError if the network has no config or the key is none.
+
+    Example:
+        variables = init(VelocityMLP(MLPConfig(dim=2)), jax.random.key(0))
+    """
+    config: Any = getattr(network, "config", None)
+    if config is None:
+        raise ValueError(f"model is {shown(network)}; give a model such as TARFlow(config), and then the key.")
+    check_key(key)
+    if hasattr(config, "inputs"):
+        inputs = config.inputs
+    else:
+        x = jax.ShapeDtypeStruct((1, *config.event_shape), master_dtype(getattr(config, "dtype", "float32")))
+        inputs = (jax.ShapeDtypeStruct((1,), jnp.float32), x)
+    return jax.jit(network.init)(key, *(jnp.zeros(x.shape, x.dtype) for x in inputs))

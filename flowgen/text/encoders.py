@@ -1,0 +1,107 @@
+"""Text encoders: texts to conditions of one length, by a tokenizer and a frozen network, or by hashed words."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol, runtime_checkable
+
+import jax
+import numpy as np
+from flax import linen as nn
+from jaxtyping import Float, PyTree
+
+from flowgen.backend import TEXTS_AT_ONCE, in_parts
+from flowgen.conditioning import TextCondition
+from flowgen.text.tokenizers import Tokenizer, shortened, tokenize
+
+
+@runtime_checkable
+class TextEncoder(Protocol):
+    """Texts to conditions of `length` tokens of `dim` features, zero where padded.
+
+    Raises ValueError if a text has more tokens than that, unless it may be cut.
+
+    Example:
+        cond = encoder(["a cat", ""])
+    """
+
+    @property
+    def length(self) -> int: ...
+
+    @property
+    def dim(self) -> int: ...
+
+    def __call__(self, texts: Sequence[str], *, truncate: bool = False) -> TextCondition: ...
+
+    def __hash__(self) -> int: ...
+
+
+@dataclass(frozen=True, eq=False)
+class FrozenTextEncoder:
+    """A tokenizer and a network with its variables; at most 64 texts at a time, in few compiled programs.
+
+    Example:
+        encoder = FrozenTextEncoder(tokenizer, T5Encoder(config), params, length=128, dim=2048)
+    """
+
+    tokenizer: Tokenizer
+    network: nn.Module
+    variables: PyTree
+    length: int
+    dim: int
+
+    def __call__(self, texts: Sequence[str], *, truncate: bool = False) -> TextCondition:
+        """Returns features `b n e` float32 and mask `b n` of texts, as numpy arrays."""
+        ids, mask = tokenize(self.tokenizer, texts, self.length, truncate=truncate)
+        if ids.max(initial=0) >= self.network.config.vocab_size:
+            raise ValueError(
+                f"the tokenizer gives token {ids.max()}, but the text encoder knows {self.network.config.vocab_size}; "
+                "put the tokenizer of these weights beside them."
+            )
+        if not len(texts):
+            return TextCondition(np.zeros((0, self.length, self.dim), np.float32), mask)  # ty: ignore
+        (features,) = in_parts(lambda *part: (_run(self.network, self.variables, *part),), TEXTS_AT_ONCE, ids, mask)
+        return TextCondition(features, mask)  # ty: ignore[invalid-argument-type]
+
+
+@dataclass(frozen=True)
+class HashedWords:
+    """Fixed random features of every word, by its SHA-256; an end token after the last. Needs nothing, knows nothing
+    of meaning: for tests and for closed vocabularies.
+
+    Example:
+        cond = HashedWords(length=8, dim=16)(["red apple"])
+    """
+
+    length: int
+    dim: int
+
+    def __call__(self, texts: Sequence[str], *, truncate: bool = False) -> TextCondition:
+        """Returns features `b n e` float32 and mask `b n` of texts, as numpy arrays."""
+        features = np.zeros((len(texts), self.length, self.dim), np.float32)
+        mask = np.zeros((len(texts), self.length), bool)
+        for row, text in enumerate(texts):
+            words = [*text.lower().split(), "</s>"]
+            if len(words) > self.length:
+                if not truncate:
+                    raise ValueError(
+                        f"the text {shortened(text)!r} has {len(words)} tokens and the model takes {self.length}; "
+                        "shorten it."
+                    )
+                words = [*words[: self.length - 1], words[-1]]
+            features[row, : len(words)] = [self._feature(word) for word in words]
+            mask[row, : len(words)] = True
+        return TextCondition(features, mask)  # ty: ignore[invalid-argument-type]
+
+    def _feature(self, word: str) -> Float[np.ndarray, " e"]:
+        seed = int.from_bytes(hashlib.sha256(word.encode()).digest()[:8], "little")
+        # Bits of the generator are stable across NumPy versions; two levels are all that is needed.
+        return np.where(np.random.Philox(seed).random_raw(self.dim) >> np.uint64(63), 1.0, -1.0)
+
+
+@partial(jax.jit, static_argnums=0)
+def _run(network, variables, ids, mask):
+    return network.apply(variables, ids, mask)
