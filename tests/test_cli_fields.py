@@ -12,7 +12,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from builders import build
 
 from flowgen import checkpoint, experiments, fields
 from flowgen.attention import CAUSAL_KERNEL_NAMES, KERNELS

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import jax
 import pytest
-from builders import build
 from published_files import publish
 
 from flowgen import checkpoint, cli, experiments
