@@ -12,7 +12,16 @@ import pytest
 from PIL import Image
 
 from flowgen import checkpoint, cli, experiments
-from flowgen.data import ArraySource, ClipsConfig, DataConfig, check_classes, found_classes, load, load_clips
+from flowgen.data import (
+    ArraySource,
+    ClipsConfig,
+    DataConfig,
+    check_classes,
+    found_classes,
+    load,
+    load_clips,
+    told_once,
+)
 from flowgen.data.latents import LatentWriter, Shard, read_latents
 from flowgen.evaluation import flow_bits_per_dim
 from flowgen.experiments import FlowExperiment, VideoFlowExperiment, fit
@@ -240,7 +249,8 @@ def test_classes_of_the_model_without_data_are_told_once_and_not_drawn(tmp_path,
     experiment = dataclasses.replace(
         experiment, model=dataclasses.replace(experiment.model, num_classes=10)
     ).with_provenance()
-    assert experiment.job().inventory.classes == KNOWN
+    with told_once():  # as in `fit`
+        assert experiment.job().inventory.classes == KNOWN
     assert [record.getMessage().split(",")[0] for record in caplog.records] == [
         "Left out of data.path 'photos': 1 .xcf.",
         "model.num_classes is 10",

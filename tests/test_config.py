@@ -322,7 +322,7 @@ def test_experiments_take_only_their_own_parts(changes, message):
 def test_groups_of_another_kind_are_no_fields():
     with pytest.raises(TypeError, match="matching"):
         dataclasses.replace(BASE, matching=MatchingConfig())
-    with pytest.raises(ValueError, match=r"matching.loss is not a field"):
+    with pytest.raises(ValueError, match=r"matching\.loss is not a field"):
         experiments.override(BASE, ["--matching.loss", "MeanFlow"])
 
 

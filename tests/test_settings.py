@@ -9,8 +9,6 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import pytest
 
-from flowgen.text.bert import BertConfig
-from flowgen.text.t5 import T5Config
 from flowgen.settings import (
     FieldError,
     config,
@@ -35,6 +33,8 @@ from flowgen.settings.ranges import (
     ProperFraction,
     Within,
 )
+from flowgen.text.bert import BertConfig
+from flowgen.text.t5 import T5Config
 
 
 @config
