@@ -21,6 +21,8 @@ from flowgen.codecs.video_codec import FrameCodec
 from flowgen.data import ClipsConfig, DataConfig, from_uint8, load, load_clips, to_uint8
 from flowgen.decoding import Guidance, Jacobi, invert, sample, sample_clips
 from flowgen.flows import ClipDenoiser, STARFlowV, STARFlowVConfig, density
+from flowgen.flows.batches import dequantise
+from flowgen.flows.objective import nll_objective
 from flowgen.flows.score_matching import flow_score_objective
 
 pytestmark = pytest.mark.usefixtures("untyped")
@@ -175,22 +177,20 @@ WRONG = {
     "score: swapped": (lambda: density.score(PARAMS, FLOW, X), "flow is a dict"),
     "class_posterior: swapped": (lambda: density.class_posterior(PARAMS, FLOW, X), "flow is a dict"),
     "class_posterior: prior": (lambda: density.class_posterior(FLOW, PARAMS, X, jnp.zeros(2)), "log_prior is"),
-    "dequantise: floats": (lambda: density.dequantise(key(), X), "images is float32"),
+    "dequantise: floats": (lambda: dequantise(key(), X), "images is float32"),
     "from_uint8: floats": (lambda: from_uint8(X), "images is float32"),
-    "nll_objective: an array": (lambda: density.nll_objective(FLOW)(PARAMS, X, key()), "batch is float32"),
+    "nll_objective: an array": (lambda: nll_objective(FLOW)(PARAMS, X, key()), "batch is float32"),
     "nll_objective: a number for the key": (
-        lambda: density.nll_objective(FLOW)(
-            PARAMS, {"image": jnp.zeros(IMAGE, jnp.uint8), "label": jnp.zeros(2, int)}, 0
-        ),
+        lambda: nll_objective(FLOW)(PARAMS, {"image": jnp.zeros(IMAGE, jnp.uint8), "label": jnp.zeros(2, int)}, 0),
         "key is 0",
     ),
-    "nll_objective: other names": (lambda: density.nll_objective(FLOW)(PARAMS, {"x": X}, key()), "batch is ['x']"),
+    "nll_objective: other names": (lambda: nll_objective(FLOW)(PARAMS, {"x": X}, key()), "batch is ['x']"),
     "nll_objective: no labels": (
-        lambda: density.nll_objective(FLOW)(PARAMS, {"image": jnp.zeros(IMAGE, jnp.uint8)}, key()),
+        lambda: nll_objective(FLOW)(PARAMS, {"image": jnp.zeros(IMAGE, jnp.uint8)}, key()),
         "batch has 'image' and no 'label'",
     ),
     "nll_objective: floats": (
-        lambda: density.nll_objective(FLOW)(PARAMS, {"image": X, "label": jnp.zeros(2, int)}, key()),
+        lambda: nll_objective(FLOW)(PARAMS, {"image": X, "label": jnp.zeros(2, int)}, key()),
         "images is float32",
     ),
     "flow_score_objective: an array": (

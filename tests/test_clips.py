@@ -22,7 +22,7 @@ from flowgen.decoding import (
     sample,
     sample_clips,
 )
-from flowgen.decoding.clips import _sample_clips
+from flowgen.decoding.core import decode
 from flowgen.flows import AutoregressiveBlock, STARFlow, STARFlowConfig, STARFlowV, block_parameters
 
 TEXT = dataclasses.replace(laws.FLOWS["starflow video"], frames=3)  # of 2 tokens each
@@ -103,8 +103,8 @@ def test_guidance_behind_given_frames_is_its_definition(config):
         u = flow.apply(params, x, cond, method="trajectory")[0][-2]
         block, variables = AutoregressiveBlock(config.blocks[-1]), block_parameters(params, 1)
         previous = block.apply(variables, u, method="previous")
-        branches = [block.apply(variables, previous, 0, c, None, None, method="conditioner")[:2] for c in (cond, other)]
-        shift, log_scale = product_rule(*branches, jnp.full((config.num_tokens, 1), 1.5))
+        branches = [block.apply(variables, previous, c, method="conditioner")[:2] for c in (cond, other)]
+        shift, log_scale = product_rule(*branches, 1.5)
         return (u - shift) * jnp.exp(-log_scale)
 
     assert_close(guided_noise(r.x)[:, PER_FRAME:], noise(config, 3)[:, PER_FRAME:], NETWORK)
@@ -144,11 +144,11 @@ def test_a_clip_is_continued_from_its_last_frames_alone():
     expected = restarted(flow, params, cond, given, noise(TEXT, 6), context=2)
     assert_close(r.x, expected, NETWORK)
     assert r.error.max() < NETWORK * SIZE
-    before = _sample_clips._cache_size()
+    before = decode._cache_size()
     other = given.at[:, :2].add(1.0)
     moved = sample_clips(flow, params, KEY, 2, cond, frames=6, given=other, context=2, denoise=False, certify=True)
     np.testing.assert_array_equal(moved.x[:, 4:], r.x[:, 4:])
-    assert _sample_clips._cache_size() == before
+    assert decode._cache_size() == before
 
 
 @pytest.mark.slow
@@ -165,9 +165,9 @@ def test_any_plan_gives_the_same_clip_and_one_program_serves_all_keys_and_scales
     plan = DecodePlan((Jacobi(tol=0.0), MovingJacobi(window=3, tol=0.0, init="frame")))
     moving = clip(plan)
     assert_close(moving.x, clip("sequential").x, NETWORK)
-    before = _sample_clips._cache_size()
+    before = decode._cache_size()
     clip(plan, jax.random.key(6), scale=2.0)
-    assert _sample_clips._cache_size() == before
+    assert decode._cache_size() == before
 
 
 @pytest.mark.slow

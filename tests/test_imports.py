@@ -16,6 +16,8 @@ LEVELS = {
     "flowgen.arrays": -1,
     "flowgen.fields": -2,
     "flowgen.typed": -1,
+    "flowgen.gaussian": -1,
+    "flowgen.guidance": -1,
     "flowgen.settings": -1,
     "flowgen.sharding": -1,
     "flowgen.attention": 0,

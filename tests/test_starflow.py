@@ -19,6 +19,8 @@ from flowgen.conditioning import TextCondition, drop_texts
 from flowgen.decoding import Denoiser, Guidance, Sequential, invert, sample
 from flowgen.flows import STARFLOW_PRESETS, density
 from flowgen.flows.affine import SOFTPLUS_OFFSET, log_softplus, soft_clip
+from flowgen.flows.batches import batch_condition, noisy_batch
+from flowgen.flows.objective import nll_objective
 from flowgen.flows.positions import GridPositions, rotary_pairs
 from flowgen.nn.layers import RMSNorm
 
@@ -305,12 +307,12 @@ def test_the_norm_penalty_is_of_the_tokens_that_enter_blocks(key):
         "std": np.full((4, *flow.config.image_shape), 0.1, np.float32),
         "label": np.array([0, 1, 2, -1], np.int32),
     }
-    plain, metrics = jax.jit(density.nll_objective(flow))(params, batch, jax.random.clone(key))
-    weigh = jax.jit(density.nll_objective(flow, norm_penalty=0.5, loss_scale=2.0))
+    plain, metrics = jax.jit(nll_objective(flow))(params, batch, jax.random.clone(key))
+    weigh = jax.jit(nll_objective(flow, norm_penalty=0.5, loss_scale=2.0))
     weighed, with_penalty = weigh(params, batch, jax.random.clone(key))
     # The latents that enter have variance 1 of the draw, 0.1² of the posterior, and σ² of the noise.
     entering = (float(weighed) - 2 * float(plain)) / 0.5 - float(metrics["mean_square/0"])
-    x, _ = density.noisy_batch(flow, density.batch_condition(flow, 0.0, None), batch, key)
+    x, _ = noisy_batch(flow, batch_condition(flow, 0.0, None), batch, key)
     assert_close(entering, float(jnp.square(x).mean()), NETWORK)
     assert entering == pytest.approx(np.square(batch["mean"]).mean() + 0.01 + 0.09, rel=0.1)
     assert_close(with_penalty["nats_per_dim"], metrics["nats_per_dim"], LAYER)
@@ -320,7 +322,7 @@ def test_the_norm_penalty_is_of_the_tokens_that_enter_blocks(key):
 def test_dropping_texts_needs_the_empty_one():
     flow, _, _, _ = laws.case("starflow text")
     with pytest.raises(ValueError, match=r"label_dropout is 0.1, but no null_text is given"):
-        density.nll_objective(flow, label_dropout=0.1)
+        nll_objective(flow, label_dropout=0.1)
 
 
 @pytest.mark.slow

@@ -19,8 +19,7 @@ from tolerances import NETWORK, assert_close
 from flowgen import convert
 from flowgen.attention import FrameWindow
 from flowgen.conditioning import TextCondition
-from flowgen.decoding import Guidance, Jacobi, Sequential, invert
-from flowgen.decoding.guidance import product_rule
+from flowgen.decoding import Guidance, Jacobi, Sequential, invert, product_rule
 from flowgen.flows import (
     AutoregressiveBlock,
     ClipDenoiser,
@@ -170,7 +169,7 @@ def guided_noise(config, variables, tokens, cond, null):
         previous = block.apply(params, tokens, method="previous")
         return block.apply(params, previous, 0, text, None, None, method="conditioner")[:2]
 
-    shift, log_scale = product_rule(branch(cond), branch(null), jnp.full((tokens.shape[1], 1), GUIDANCE.scale))
+    shift, log_scale = product_rule(branch(cond), branch(null), GUIDANCE.scale)
     return (tokens - shift) * jnp.exp(-log_scale)
 
 

@@ -10,7 +10,7 @@ from tolerances import LAYER, NETWORK, assert_close
 
 from flowgen.conditioning import TextCondition
 from flowgen.decoding import Guidance, Jacobi, MovingJacobi, Sequential, invert
-from flowgen.decoding.jacobi import Conditioner, Recent, solve
+from flowgen.decoding.jacobi import Conditioner, PreviousFrame, solve
 from flowgen.decoding.moving import solve_moving
 from flowgen.flows import AutoregressiveBlock, STARFlowVConfig
 
@@ -27,7 +27,7 @@ def case(request):
 
 
 def free_tokens(flow):
-    return AutoregressiveBlock(flow.config.blocks[0]).num_free
+    return AutoregressiveBlock(flow.config.blocks[0]).num_passthrough
 
 
 def mixture(n, channels=2, seed=0):
@@ -48,7 +48,7 @@ def mixture(n, channels=2, seed=0):
 
 def test_a_guess_is_the_token_whole_frames_earlier():
     noise = -jnp.ones((1, 7, 1))
-    recent = Recent(jnp.zeros((1, 3, 1)), jnp.zeros((), jnp.int32))
+    recent = PreviousFrame(jnp.zeros((1, 3, 1)), jnp.zeros((), jnp.int32))
     np.testing.assert_array_equal(recent.guess(noise), noise)
     recent = recent.then(jnp.array([10.0, 11.0])[None, :, None])
     # Tokens 2 to 8, in frames of 3 of which 0 and 1 are solved: token 2 is in frame 0.

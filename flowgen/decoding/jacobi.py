@@ -35,11 +35,11 @@ class Conditioner(NamedTuple):
     solved: Callable[[Array], None] = lambda count: None
 
 
-class Recent(NamedTuple):
+class PreviousFrame(NamedTuple):
     """The last tokens before those to be solved, as many as a frame has, and how many of them there are.
 
     Example:
-        recent = Recent(jnp.zeros((batch, tokens_per_frame, channels)), jnp.zeros((), int))
+        recent = PreviousFrame(jnp.zeros((batch, tokens_per_frame, channels)), jnp.zeros((), int))
     """
 
     tokens: Float[Array, "b p c"]
@@ -51,15 +51,15 @@ class Recent(NamedTuple):
         place = jnp.arange(noise.shape[1]) % period
         return jnp.where((place >= period - self.known)[None, :, None], self.tokens[:, place], noise)
 
-    def then(self, tokens: Float[Array, "b w c"]) -> Recent:
+    def then(self, tokens: Float[Array, "b w c"]) -> PreviousFrame:
         """Returns what is recent after `tokens` as well."""
         period = self.tokens.shape[1]
         last = jnp.concatenate([self.tokens, tokens], axis=1)[:, -period:]
-        return Recent(last, jnp.minimum(self.known + tokens.shape[1], period))
+        return PreviousFrame(last, jnp.minimum(self.known + tokens.shape[1], period))
 
 
 class Solution(NamedTuple):
-    """Solved tokens and how they were reached; see `Inversion` for the meaning of the reports."""
+    """Solved tokens and how they were reached; see `DecodeResult` for the meaning of the reports."""
 
     x: Float[Array, "b n c"]
     sweeps: Int[Array, " windows"]
@@ -82,7 +82,7 @@ def solve(
     z: Float[Array, "b n c"],
     empty_cache: Callable[[int], Any],
     plan: Jacobi,
-    recent: Recent | None = None,
+    recent: PreviousFrame | None = None,
 ) -> Solution:
     """Returns x with x_t = shift_t(x_<t) + exp(log_scale_t(x_<t)) · z_t for all n tokens.
 
@@ -145,7 +145,7 @@ def solve(
     return Solution(x, sweeps, residual.max(axis=0), overflows.sum(axis=0))
 
 
-def first_guess(init: Start, noise: Float[Array, "b w c"], recent: Recent | None) -> Float[Array, "b w c"]:
+def first_guess(init: Start, noise: Float[Array, "b w c"], recent: PreviousFrame | None) -> Float[Array, "b w c"]:
     """Returns what the first sweep over tokens of that noise starts from.
 
     Example:

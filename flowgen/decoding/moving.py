@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from flowgen.decoding.jacobi import Conditioner, Recent, Solution, bounded, first_guess, overflown
+from flowgen.decoding.jacobi import Conditioner, PreviousFrame, Solution, bounded, first_guess, overflown
 from flowgen.decoding.plan import MovingJacobi
 from flowgen.flows.affine import to_data
 
@@ -37,7 +37,7 @@ def solve_moving(
     z: Float[Array, "b n c"],
     empty_cache: Callable[[int], Any],
     plan: MovingJacobi,
-    recent: Recent | None = None,
+    recent: PreviousFrame | None = None,
 ) -> Solution:
     """Returns x as `flowgen.decoding.jacobi.solve` does; `sweeps` is one number, all passes, at most n.
 
@@ -80,11 +80,11 @@ def solve_moving(
         guess = first_guess(plan.init, ahead, None if recent is None else frame_before(recent, tokens, end))
         return jax.lax.dynamic_update_slice_in_dim(tokens, guess, end + 1, axis=1)
 
-    def frame_before(recent: Recent, tokens: Array, end: Array) -> Recent:
+    def frame_before(recent: PreviousFrame, tokens: Array, end: Array) -> PreviousFrame:
         period = recent.tokens.shape[1]
         all_tokens = jnp.concatenate([recent.tokens, tokens[:, 1:]], axis=1)
         last = jax.lax.dynamic_slice_in_dim(all_tokens, end, period, axis=1)
-        return Recent(last, jnp.minimum(recent.known + end, period))
+        return PreviousFrame(last, jnp.minimum(recent.known + end, period))
 
     def unsolved(state: _Pass) -> Bool[Array, ""]:
         return state.start < n

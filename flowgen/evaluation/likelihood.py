@@ -16,7 +16,8 @@ from flowgen.data.buckets import BucketedSource
 from flowgen.data.loader import fixed_batches
 from flowgen.data.media import from_uint8
 from flowgen.data.sources import Source
-from flowgen.flows.density import LEVELS, add_noise, batch_input, bits_per_dim, condition_of
+from flowgen.flows.batches import add_noise, batch_input, condition_of
+from flowgen.flows.density import LEVELS, bits_per_dim
 
 # The baseline Gaussian has independent pixels where its covariance would be too large, or fit to too few images.
 FULL_COVARIANCE_DIMS = 4096

@@ -17,7 +17,7 @@ A condition enters as a class embedding added to every token, or as a prefix of 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -94,6 +94,24 @@ class BlockConfig:
         return self.num_classes > 0 or self.prefix is not None
 
 
+class BlockState(NamedTuple):
+    """What a block knows when it is given a window of tokens.
+
+    start: rows before the window. caches: of all layers, with the prefix and those rows in them; None if start is 0
+    and nothing follows. inverse_temperature: factors on the attention logits of every sample, None for 1.
+
+    Example:
+        shift, log_scale, caches = block.apply(params, rows, labels, BlockState(start, caches), method="conditioner")
+    """
+
+    start: Int[Array, ""] | int = 0
+    caches: tuple | None = None
+    inverse_temperature: Float[Array, " b"] | None = None
+
+
+NOTHING_BEFORE = BlockState()
+
+
 class AutoregressiveBlock(nn.Module):
     """An invertible map of tokens `b n c`, raster order in and out.
 
@@ -103,8 +121,12 @@ class AutoregressiveBlock(nn.Module):
 
     config: BlockConfig
 
+    if TYPE_CHECKING:  # Flax's own also speaks of variables, which no method here changes.
+
+        def apply(self, variables: Any, *args: Any, method: str = "__call__") -> Any: ...
+
     @property
-    def num_free(self) -> int:
+    def num_passthrough(self) -> int:
         """Leading tokens, in the block's order, that the map leaves unchanged."""
         return 1 if self.config.shift == "output" else 0
 
@@ -132,38 +154,33 @@ class AutoregressiveBlock(nn.Module):
         self, x: Float[Array, "b n c"], cond: Condition | None = None
     ) -> tuple[Float[Array, "b n c"], Float[Array, " b"]]:
         """Returns z in raster order and logdet `b` (summed, nats)."""
-        cond = cond if self.config.is_conditional else None
-        if self.config.frames > 1:
-            z, logdet = self.of_one_frame(each_frame(x, self.config.frames), None)  # Single frames see no condition.
-            return z.reshape(x.shape), logdet.reshape(len(x), self.config.frames).sum(axis=1)
-        return self.of_one_frame(x, cond)
+        shift, log_scale = self.parameters(x, cond)
+        return to_noise(x, shift, log_scale)
 
-    def of_one_frame(
-        self, x: Float[Array, "b n c"], cond: Condition | None
-    ) -> tuple[Float[Array, "b n c"], Float[Array, " b"]]:
-        """Returns what the block itself makes of tokens, frames being a matter of the batch."""
-        u = reorder(x, self.config.order)
-        shift, log_scale, _ = self.conditioner(self.previous(u), 0, cond, None, None)
-        free = ((0, 0), (self.num_free, 0), (0, 0))
-        z, logdet = to_noise(u, jnp.pad(shift, free), jnp.pad(log_scale, free))
-        return reorder(z, self.config.order), logdet
+    def parameters(
+        self, x: Float[Array, "b n c"], cond: Condition | None = None
+    ) -> tuple[Float[Array, "b n c"], Float[Array, "b n c"]]:
+        """Returns (shift, log_scale) of all tokens in raster order; both are 0 for passthrough tokens."""
+        config = self.config
+        cond = cond if config.is_conditional else None  # Nor do single frames see one.
+        u = reorder(each_frame(x, config.frames), config.order)
+        shift, log_scale, _ = self.conditioner(self.previous(u), cond)
+        passthrough = ((0, 0), (self.num_passthrough, 0), (0, 0))
+        shift, log_scale = (jnp.pad(part, passthrough) for part in (shift, log_scale))
+        return reorder(shift, config.order).reshape(x.shape), reorder(log_scale, config.order).reshape(x.shape)
 
     def conditioner(
-        self,
-        previous: Float[Array, "b w c"],
-        start: Int[Array, ""] | int,
-        cond: Condition | None,
-        caches: tuple | None,
-        inverse_temperature: Float[Array, " b"] | None,
+        self, previous: Float[Array, "b w c"], cond: Condition | None, state: BlockState = NOTHING_BEFORE
     ) -> tuple[Float[Array, "b w c"], Float[Array, "b w c"], tuple | None]:
         """Returns (shift, log_scale) of a window of tokens from the tokens just before them, and the caches.
 
-        previous: rows start..start+w-1 of `previous(tokens)`; the answer is for tokens start+f..start+f+w-1, with
-        f = num_free. caches: from `prefill`, with what rows 0..start-1 left behind; None when start is 0 and
-        nothing follows.
+        previous: rows start..start+w-1 of `previous(tokens)`; the answer is for tokens start+p..start+p+w-1, with
+        p = num_passthrough. state: its caches are from
+        `prefill` or from the window before; the default is for a whole sequence.
         """
         config, transformer = self.config, self.config.transformer
         batch, window = previous.shape[:2]
+        start, caches, inverse_temperature = state
         h = self.proj_in(previous)
         if config.positions is None:
             rows = jnp.minimum(start + jnp.arange(window), config.num_tokens - 1)
@@ -182,11 +199,11 @@ class AutoregressiveBlock(nn.Module):
         return shift, log_scale, caches
 
     def previous(self, tokens: Float[Array, "b n c"]) -> Float[Array, "b w c"]:
-        """Returns what the network sees, row t for token t + num_free, given all tokens in the block's order."""
-        return jnp.concatenate([self.first_previous(tokens), tokens[:, self.num_free : -1]], axis=1)
+        """Returns what the network sees, row t for token t + num_passthrough, given all tokens in the block's order."""
+        return jnp.concatenate([self.first_previous(tokens), tokens[:, self.num_passthrough : -1]], axis=1)
 
     def first_previous(self, z: Float[Array, "b n c"]) -> Float[Array, "b 1 c"]:
-        """Returns what stands before the first token that the block transforms: its free token or the start token."""
+        """Returns what stands before the first token that is transformed: the passthrough or the start token."""
         if self.config.shift == "output":
             return z[:, :1]
         return jnp.broadcast_to(self.start_token[None, None].astype(z.dtype), (len(z), 1, z.shape[2]))

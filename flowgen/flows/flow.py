@@ -16,7 +16,8 @@ from jaxtyping import Array, Float, Key
 from flowgen.arrays import check_floating, check_key
 from flowgen.conditioning import Condition
 from flowgen.flows.block import AutoregressiveBlock, BlockConfig
-from flowgen.flows.density import bits_per_dim, gaussian_log_prob
+from flowgen.flows.density import bits_per_dim
+from flowgen.gaussian import gaussian_log_density
 from flowgen.nn.checks import check_patches, image_sides
 from flowgen.nn.layers import PatchOrder, master_dtype, patchify, unpatchify
 from flowgen.ranges import MAX_TOKENS, check_ranges
@@ -134,15 +135,26 @@ class AutoregressiveFlow(nn.Module):
         self, x: Float[Array, "b *event"], cond: Condition | None = None
     ) -> tuple[list[Float[Array, "b n token"]], Float[Array, " b"]]:
         """Returns the tokens after each block, the last being z, and the total logdet."""
+        states, logdet = self._through(self.blocks, x, cond)
+        return states[1:], logdet
+
+    def enter_last_block(
+        self, x: Float[Array, "b *event"], cond: Condition | None = None
+    ) -> tuple[Float[Array, "b n token"], Float[Array, " b"]]:
+        """Returns the tokens that the last block takes, and the logdet of the blocks before it."""
+        states, logdet = self._through(self.blocks[:-1], x, cond)
+        return states[-1], logdet
+
+    def _through(self, blocks, x, cond):
+        """Tokens before the first of these blocks and after each, and their logdet."""
         config = self.config
         config.check_samples(x)
         cond = config.check_cond(cond, x.shape[0])
         master = master_dtype(config.dtype)
-        tokens = config.to_tokens(x).astype(master)
+        states = [config.to_tokens(x).astype(master)]
         logdet = jnp.zeros(x.shape[0], master)
-        states = []
-        for block in self.blocks:
-            tokens, block_logdet = block(tokens, cond)
+        for block in blocks:
+            tokens, block_logdet = block(states[-1], cond)
             logdet = logdet + block_logdet
             states.append(tokens)
         return states, logdet
@@ -161,6 +173,18 @@ class AutoregressiveFlow(nn.Module):
             )
         return type(self)(self.config.at(height, width), parent=None)
 
+    @nn.nowrap
+    def of_frames(self, frames: int) -> AutoregressiveFlow:
+        """Returns the flow of the same parameters on clips of another number of frames.
+
+        Raises ValueError if the flow models images, which are one frame.
+        """
+        if frames == self.config.num_tokens // self.config.tokens_per_image:
+            return self
+        if not hasattr(self.config, "of_frames"):
+            raise ValueError(f"frames is {frames}; this model takes images, which are one frame.")
+        return type(self)(self.config.of_frames(frames), parent=None)
+
     def prior_variance(self) -> Float[Array, "n token"]:
         """Returns the variance of the Gaussian that samples are drawn from: 1, unless tracked or imported."""
         shape = (self.config.num_tokens, self.config.token_dim)
@@ -169,12 +193,12 @@ class AutoregressiveFlow(nn.Module):
     def log_prob(self, x: Float[Array, "b *event"], cond: Condition | None = None) -> Float[Array, " b"]:
         """Returns log p(x | cond) in nats, exact: log N(z; 0, prior variance) + logdet."""
         z, logdet = self.forward(x, cond)
-        return gaussian_log_prob(z, self.prior_variance()) + logdet
+        return gaussian_log_density(z, self.prior_variance()[None]).sum(axis=(1, 2)) + logdet
 
     def bits_per_dim(self, x: Float[Array, "b *event"], cond: Condition | None = None) -> Float[Array, " b"]:
         """Returns -log2 p(x | cond) per dimension on the scale of 256 levels over [-1, 1).
 
-        It is the model's bits/dim where x is dequantised (`flowgen.flows.density.dequantise`).
+        It is the model's bits/dim where x is dequantised (`flowgen.flows.batches.dequantise`).
         """
         return bits_per_dim(self.log_prob(x, cond), self.config.num_dims)
 

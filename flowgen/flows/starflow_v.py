@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from flax import linen as nn
-
 from flowgen.flows.block import BlockConfig
 from flowgen.flows.flow import AutoregressiveFlow
 from flowgen.flows.starflow import ORDERS, STARFlowConfig
@@ -80,11 +78,6 @@ class STARFlowV(AutoregressiveFlow):
     """
 
     config: STARFlowVConfig
-
-    @nn.nowrap
-    def of_frames(self, frames: int) -> STARFlowV:
-        """Returns the flow of the same parameters on clips of another length."""
-        return self if frames == self.config.frames else STARFlowV(self.config.of_frames(frames), parent=None)
 
 
 # The released text-to-video model on clips of 81 frames of 480 x 848 pixels: 21 x 30 x 53 latents of 48 channels.

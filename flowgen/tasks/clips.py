@@ -29,8 +29,9 @@ from flowgen.decoding import Denoiser, sample_clips
 from flowgen.evaluation import flow_bits_per_dim, flow_nats_per_dim
 from flowgen.fields import type_name
 from flowgen.flows import ClipDenoiser, ClipDenoising, denoiser_variables, flow_score_objective
-from flowgen.flows.density import batch_input, condition_of, nll_objective
+from flowgen.flows.batches import batch_input, condition_of
 from flowgen.flows.density import denoise as score_step
+from flowgen.flows.objective import nll_objective
 from flowgen.tasks import likelihood
 from flowgen.tasks.drawing import conditions_of, decoding_line, sampler, steering
 from flowgen.tasks.flow_options import LikelihoodConfig

@@ -14,7 +14,7 @@ from flowgen.conditioning import TextCondition
 from flowgen.data import Source
 from flowgen.data.buckets import BucketedSource
 from flowgen.data.latents import LatentSource, captions_of
-from flowgen.decoding import Inversion
+from flowgen.decoding import DecodeResult
 from flowgen.tasks.frozen import codec_of
 from flowgen.tasks.images import drawn_classes, holds_latents
 from flowgen.tasks.latents import null_texts
@@ -95,7 +95,7 @@ def steering(experiment: Any, flow: Any, cond: Any, null: TextCondition | None) 
     }
 
 
-def decoding_line(result: Inversion) -> str:
+def decoding_line(result: DecodeResult) -> str:
     """Returns a line on how samples were decoded.
 
     Example:

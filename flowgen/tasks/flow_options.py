@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from flowgen.decoding import Guidance, Jacobi, MovingJacobi
-from flowgen.decoding.guidance import Parts, Rule
 from flowgen.decoding.plan import Plan, Start
+from flowgen.guidance import Parts, Rule
 from flowgen.ranges import Samples, Tokens, check_ranges
 from flowgen.training import OptimConfig
 from flowgen.typed import typed

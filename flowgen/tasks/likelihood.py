@@ -20,7 +20,7 @@ from flowgen.decoding import sample
 from flowgen.evaluation import flow_bits_per_dim, flow_nats_per_dim, gaussian_bits_per_dim
 from flowgen.fields import type_name
 from flowgen.flows import STARFlowConfig, TARFlowConfig
-from flowgen.flows.density import nll_objective
+from flowgen.flows.objective import nll_objective
 from flowgen.models import init
 from flowgen.tasks.drawing import conditions_of, decoding_line, sampler, steering
 from flowgen.tasks.flow_options import LikelihoodConfig, SamplingConfig

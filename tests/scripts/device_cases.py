@@ -18,7 +18,8 @@ import flowgen
 from flowgen import matching as fm
 from flowgen.codecs import AutoencoderConfig
 from flowgen.conditioning import TextCondition
-from flowgen.flows import STARFlowVConfig, density, flow_score_objective
+from flowgen.flows import STARFlowVConfig, flow_score_objective
+from flowgen.flows.objective import nll_objective
 from flowgen.models import build, init
 from flowgen.tasks.autoencoding import AutoencodingConfig, autoencoding_objective
 from flowgen.tasks.frozen import STATISTICS
@@ -55,7 +56,7 @@ def pictures(random, shape=(4, 4, 1)):
     return {"image": random.integers(0, 256, (BATCH, *shape)).astype(np.uint8), "label": labels(random)}
 
 
-def flow_case(make_objective=density.nll_objective, config=flowgen.TARFlowConfig, **options):
+def flow_case(make_objective=nll_objective, config=flowgen.TARFlowConfig, **options):
     small = {"image_size": 4, "channels": 1, "patch_size": 2, "width": 16, "num_blocks": 2, "layers_per_block": 1}
     settings = {**small, "head_dim": 8, "num_classes": CLASSES, **options}
 
@@ -72,7 +73,7 @@ STAR = {"image_size": 4, "channels": 2, "patch_size": 2, "width": 20, "head_dim"
 def text_case():
     def objective(flow, **options):
         null = TextCondition(jnp.ones((1, 3, 5)), jnp.ones((1, 3), bool))
-        return density.nll_objective(flow, null_text=lambda shape: null, **options)
+        return nll_objective(flow, null_text=lambda shape: null, **options)
 
     config = flowgen.STARFlowConfig(**STAR, text_dim=5, text_length=3)
     return flow_case(objective, lambda dtype, **_: dataclasses.replace(config, dtype=dtype))
