@@ -556,7 +556,7 @@ MISTAKES = {
     f"{SAMPLE} run --plan jacobi --tol -1": r"tol is -1\.0; it must be 0 \(exact\) or positive",
     f"{SAMPLE} run --plan jacobi --tol inf": r"--tol: 'inf' is not a finite number; see",
     f"{SAMPLE} run --plan jacobi --window 0": r"--window: '0' is not a whole number of at least 1; see",
-    f"{SAMPLE} run --window 4": r"--window, --tol and --init are for --plan jacobi or moving; add it",
+    f"{SAMPLE} run --window 4": r"--window, --tol and --init are for --plan jacobi or sliding; add it",
     f"{SAMPLE} run --tol 0.1 --plan sequential": r"--window, --tol and --init are for --plan jacobi",
     f"{SAMPLE} run --plan fast": r"--plan: invalid choice: 'fast'",
     f"{SAMPLE} run --num 0": r"--num: '0' is not a whole number of at least 1; see",

@@ -16,7 +16,7 @@ from flowgen.decoding import (
     Denoiser,
     Guidance,
     Jacobi,
-    MovingJacobi,
+    SlidingWindow,
     invert,
     product_rule,
     sample,
@@ -162,9 +162,9 @@ def test_any_plan_gives_the_same_clip_and_one_program_serves_all_keys_and_scales
         options = {"guidance": guidance, "null": null, "frames": 4, "given": given, "denoise": False}
         return sample_clips(flow, params, key, 2, cond, plan=plan, **options)
 
-    plan = DecodePlan((Jacobi(tol=0.0), MovingJacobi(window=3, tol=0.0, init="frame")))
-    moving = clip(plan)
-    assert_close(moving.x, clip("sequential").x, NETWORK)
+    plan = DecodePlan((Jacobi(tol=0.0), SlidingWindow(window=3, tol=0.0, init="previous_frame")))
+    sliding = clip(plan)
+    assert_close(sliding.x, clip("sequential").x, NETWORK)
     before = decode._cache_size()
     clip(plan, jax.random.key(6), scale=2.0)
     assert decode._cache_size() == before
@@ -241,8 +241,8 @@ def test_restarts_have_a_condition_of_their_own():
 
 @pytest.mark.parametrize(
     "deep",
-    [Jacobi(window=3), pytest.param(MovingJacobi(window=3, tol=0.0), marks=pytest.mark.slow)],
-    ids=["fixed", "moving"],
+    [Jacobi(window=3), pytest.param(SlidingWindow(window=3, tol=0.0), marks=pytest.mark.slow)],
+    ids=["fixed", "sliding"],
 )
 def test_progress_counts_every_token_of_the_deep_block_once(deep):
     flow, params, cond = flow_of(CLASSES)

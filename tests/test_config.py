@@ -217,7 +217,7 @@ def test_fields_left_out_take_defaults():
         ({"optim": {"ema_warmup": 1}}, "optim.ema_warmup is 1; it must be true or false."),
         (
             {"sampling": {"plan": "fast"}},
-            "sampling.plan is 'fast'; it must be 'sequential' or 'jacobi' or 'moving' or 'auto'.",
+            "sampling.plan is 'fast'; it must be 'sequential' or 'jacobi' or 'sliding' or 'auto'.",
         ),
         ({"model": {"type": "TARFlow"}}, "model.image_size is missing; give it a value."),
         (
@@ -301,7 +301,7 @@ def test_overrides_change_nothing_else(experiment):
         ),
         (
             ["--sampling.plan", "fast"],
-            "sampling.plan is 'fast'; it must be 'sequential' or 'jacobi' or 'moving' or 'auto'.",
+            "sampling.plan is 'fast'; it must be 'sequential' or 'jacobi' or 'sliding' or 'auto'.",
         ),
         (["--train.steps"], "--train.steps has no value; write --train.steps VALUE."),
         (["--train.steps", "--optim.lr", "1"], "--train.steps has no value; write --train.steps VALUE."),

@@ -41,7 +41,7 @@ def case(request):
 
 
 @pytest.mark.parametrize("window", [1, 3, 4, None], ids=str)
-@pytest.mark.parametrize("init", rows(["z", "zeros"], ("zeros",)))
+@pytest.mark.parametrize("init", rows(["noise", "zeros"], ("zeros",)))
 def test_every_window_at_tolerance_0_is_the_inverse(window, init):
     flow, params, x, cond = laws.case("rectangular")
     z, _ = apply(flow, params, x, cond)

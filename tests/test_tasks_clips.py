@@ -116,7 +116,8 @@ def test_clips_begin_with_what_is_given_and_go_on_as_long_as_asked(run, tmp_path
     picture[3:9, 4:7] = 255
     save_image(tmp_path / "first.png", picture)
     out = tmp_path / "clips.npz"
-    words = ["sample", "--checkpoint", str(run), "--num", "2", "--out", str(out), "--plan", "moving", "--init", "frame"]
+    words = ["sample", "--checkpoint", str(run), "--num", "2", "--out", str(out)]
+    words += ["--plan", "sliding", "--init", "previous_frame"]
     assert main([*words, "--frames", "5", "--context", "2", "--given", str(tmp_path / "first.png")]) == 0
     with np.load(out) as arrays:
         drawn = arrays["clips"]

@@ -50,10 +50,10 @@ def declare(parser: argparse.ArgumentParser) -> None:
     texts.add_argument("--autoencoder", metavar="DIR", help="where the autoencoder is, if not where the run says")
     texts.add_argument("--text-encoder", metavar="DIR", help="where the text encoder is, if not where the run says")
     flows = parser.add_argument_group("autoregressive flows")
-    flows.add_argument("--plan", choices=("sequential", "jacobi", "moving", "auto"), help="how tokens are decoded")
+    flows.add_argument("--plan", choices=("sequential", "jacobi", "sliding", "auto"), help="how tokens are decoded")
     flows.add_argument("--window", type=whole_number(1), help="tokens solved together in parallel (default: all)")
-    flows.add_argument("--tol", type=finite_number, help="largest change at which --plan jacobi or moving stops")
-    flows.add_argument("--init", choices=("z", "zeros", "frame"), help="what sweeps start from; frame: the last one")
+    flows.add_argument("--tol", type=finite_number, help="largest change at which --plan jacobi or sliding stops")
+    flows.add_argument("--init", choices=("noise", "zeros", "previous_frame"), help="what sweeps start from")
     flows.add_argument("--denoise", type=finite_number, help="strength of the score step, 0 for none")
     flows.add_argument("--certify", action="store_true", help="check the decoding by a forward pass")
     velocities = parser.add_argument_group("velocity networks")
@@ -360,8 +360,8 @@ def _overridden(experiment: Any, options: argparse.Namespace, prompts: tuple[str
     if drawn and "num" not in names:
         given = {"num": len(drawn), **given}
     plan = given.get("plan", getattr(sampling, "plan", None))
-    if {"window", "tol", "init"} & (given.keys() | names) and plan not in ("jacobi", "moving"):
-        raise ValueError("--window, --tol and --init are for --plan jacobi or moving; add it, or leave them out.")
+    if {"window", "tol", "init"} & (given.keys() | names) and plan not in ("jacobi", "sliding"):
+        raise ValueError("--window, --tol and --init are for --plan jacobi or sliding; add it, or leave them out.")
     return built(lambda: dataclasses.replace(sampling, **given), "sampling")
 
 

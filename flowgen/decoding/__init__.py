@@ -1,7 +1,7 @@
 """Inversion of autoregressive flows: sequential and parallel decoding, guidance, sampling."""
 
 from flowgen.decoding.clips import sample_clips
-from flowgen.decoding.plan import DecodePlan, Jacobi, MovingJacobi, Sequential, resolve_plan
+from flowgen.decoding.plan import DecodePlan, Jacobi, Sequential, SlidingWindow, resolve_plan
 from flowgen.decoding.request import DecodeResult, Denoiser
 from flowgen.decoding.sampler import invert, sample
 from flowgen.guidance import Guidance, linear_rule, product_rule
@@ -12,8 +12,8 @@ __all__ = [
     "Denoiser",
     "Guidance",
     "Jacobi",
-    "MovingJacobi",
     "Sequential",
+    "SlidingWindow",
     "invert",
     "linear_rule",
     "product_rule",

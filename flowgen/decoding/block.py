@@ -12,8 +12,8 @@ from jaxtyping import Array, Float
 
 from flowgen.conditioning import Condition, TextCondition, unconditional
 from flowgen.decoding.jacobi import Conditioner, PreviousFrame, Solution, solve
-from flowgen.decoding.moving import solve_moving
-from flowgen.decoding.plan import BlockPlan, Jacobi, MovingJacobi, Sequential
+from flowgen.decoding.plan import BlockPlan, Jacobi, Sequential, SlidingWindow
+from flowgen.decoding.sliding import solve_sliding
 from flowgen.flows.affine import reorder, to_noise
 from flowgen.flows.block import (
     AutoregressiveBlock,
@@ -74,7 +74,7 @@ class BlockDecoder:
         z, _ = to_noise(u[:, passthrough:], shift, log_scale)
         return reorder(jnp.concatenate([u[:, :passthrough], z], axis=1), self.config.order).reshape(x.shape)
 
-    def _solve(self, known: Float[Array, "b m c"], z: Float[Array, "b n c"], plan: Jacobi | MovingJacobi) -> Solution:
+    def _solve(self, known: Float[Array, "b m c"], z: Float[Array, "b n c"], plan: Jacobi | SlidingWindow) -> Solution:
         """The solution for the noise z of the tokens after those known, all in the block's order."""
         block, variables = decoding_block(self.config, self.variables)
         batch, rows = len(known), known.shape[1] - block.num_passthrough  # Row t tells of the token after it.
@@ -94,8 +94,8 @@ class BlockDecoder:
 
         conditioner = Conditioner(window, block.rewind, self.solved)
         first = known[:, -1:] if rows else block.apply(variables, known, method="first_previous")
-        if isinstance(plan, MovingJacobi):
-            return solve_moving(conditioner, first, z, empty_caches, plan, self._previous_frame(known))
+        if isinstance(plan, SlidingWindow):
+            return solve_sliding(conditioner, first, z, empty_caches, plan, self._previous_frame(known))
         return solve(conditioner, first, z, empty_caches, plan, self._previous_frame(known))
 
     def _parameters(

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from flowgen.decoding.plan import Jacobi, Start
+from flowgen.decoding.plan import InitialGuess, Jacobi
 from flowgen.flows.affine import to_data
 
 # Iterates beyond this are treated as overflown: fed to the network as the limit (or 0 where NaN), so that what
@@ -39,7 +39,7 @@ class PreviousFrame(NamedTuple):
     """The last tokens before those to be solved, as many as a frame has, and how many of them there are.
 
     Example:
-        recent = PreviousFrame(jnp.zeros((batch, tokens_per_frame, channels)), jnp.zeros((), int))
+        previous_frame = PreviousFrame(jnp.zeros((batch, tokens_per_frame, channels)), jnp.zeros((), int))
     """
 
     tokens: Float[Array, "b p c"]
@@ -52,7 +52,7 @@ class PreviousFrame(NamedTuple):
         return jnp.where((place >= period - self.known)[None, :, None], self.tokens[:, place], noise)
 
     def then(self, tokens: Float[Array, "b w c"]) -> PreviousFrame:
-        """Returns what is recent after `tokens` as well."""
+        """Returns the last tokens once `tokens` are solved as well."""
         period = self.tokens.shape[1]
         last = jnp.concatenate([self.tokens, tokens], axis=1)[:, -period:]
         return PreviousFrame(last, jnp.minimum(self.known + tokens.shape[1], period))
@@ -82,12 +82,12 @@ def solve(
     z: Float[Array, "b n c"],
     empty_cache: Callable[[int], Any],
     plan: Jacobi,
-    recent: PreviousFrame | None = None,
+    previous_frame: PreviousFrame | None = None,
 ) -> Solution:
     """Returns x with x_t = shift_t(x_<t) + exp(log_scale_t(x_<t)) · z_t for all n tokens.
 
-    first: what the network sees before the first token. empty_cache: length -> cache. recent: the frame before the
-    first token, from which windows start if the plan says so.
+    first: what the network sees before the first token. empty_cache: length -> cache. previous_frame: the frame before
+    the first token, from which windows start if the plan says so.
 
     Example:
         solution = solve(conditioner, z[:, :1], z[:, 1:], empty_cache, Jacobi(window=16))
@@ -101,7 +101,7 @@ def solve(
     starts = jnp.arange(num_windows) * window
 
     def solve_window(carry, inputs):
-        first, committed, recent = carry
+        first, committed, previous_frame = carry
         noise, start = inputs
         real = (start + jnp.arange(window) < n)[None, :, None]
 
@@ -120,7 +120,7 @@ def solve(
         def unsolved(state: _Sweep) -> Bool[Array, ""]:
             return (state.count < max_sweeps) & jnp.any(state.residual > plan.tol)
 
-        guess = first_guess(plan.init, noise, recent)
+        guess = first_guess(plan.init, noise, previous_frame)
         state = _Sweep(
             guess=guess,
             out=guess,
@@ -135,25 +135,27 @@ def solve(
         broken = (overflown(state.out) & real).any(axis=(1, 2))
         residual = jnp.where(broken, jnp.inf, jnp.where(exact, 0, state.residual))
         report = (state.out, state.count, residual, state.overflows)
-        recent = None if recent is None else recent.then(state.out)
+        previous_frame = None if previous_frame is None else previous_frame.then(state.out)
         conditioner.solved(jnp.minimum(window, n - start))
-        return (state.out[:, -1:], state.cache, recent), report
+        return (state.out[:, -1:], state.cache, previous_frame), report
 
-    carry = (first, empty_cache(num_windows * window), recent if plan.init == "frame" else None)
+    carry = (first, empty_cache(num_windows * window), previous_frame if plan.init == "previous_frame" else None)
     _, (out, sweeps, residual, overflows) = jax.lax.scan(solve_window, carry, (windows, starts))
     x = out.swapaxes(0, 1).reshape(batch, num_windows * window, channels)[:, :n]
     return Solution(x, sweeps, residual.max(axis=0), overflows.sum(axis=0))
 
 
-def first_guess(init: Start, noise: Float[Array, "b w c"], recent: PreviousFrame | None) -> Float[Array, "b w c"]:
+def first_guess(
+    init: InitialGuess, noise: Float[Array, "b w c"], previous_frame: PreviousFrame | None
+) -> Float[Array, "b w c"]:
     """Returns what the first sweep over tokens of that noise starts from.
 
     Example:
-        guess = first_guess("frame", noise, recent)
+        guess = first_guess("previous_frame", noise, previous_frame)
     """
     if init == "zeros":
         return jnp.zeros_like(noise)
-    return noise if init == "z" or recent is None else recent.guess(noise)
+    return noise if init == "noise" or previous_frame is None else previous_frame.guess(noise)
 
 
 def overflown(x: Array) -> Array:

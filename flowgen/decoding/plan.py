@@ -10,7 +10,7 @@ import jax
 
 from flowgen.typed import typed
 
-Start = Literal["z", "zeros", "frame"]
+InitialGuess = Literal["noise", "zeros", "previous_frame"]
 
 # Rows (batch x branches x window) up to which one pass over an accelerator costs about as much as one row:
 # peak FLOP/s over memory bandwidth, 206 (H200) to 295 (H100), 166 to 560 (TPU v5p to v6e), in bf16.
@@ -38,8 +38,8 @@ class Jacobi:
     exact, so `max_sweeps=None` (the window's length) always ends at the exact solution.
 
     window: tokens solved together; None is one window over all tokens, 1 equals `Sequential`.
-    init: what the first sweep starts from: the noise itself ("z"), "zeros", or in a block over several frames the
-    tokens one frame earlier ("frame"), which in frame 0 and in blocks of one frame is the noise.
+    init: what the first sweep starts from: the "noise" itself, "zeros", or in a block over several frames the tokens
+    of the "previous_frame", which in frame 0 and in blocks of one frame is the noise.
 
     Example:
         r = invert(flow, params, z, cond, plan=Jacobi(window=32, tol=1e-4))
@@ -48,7 +48,7 @@ class Jacobi:
     window: int | None = None
     tol: float = 1e-4
     max_sweeps: int | None = None
-    init: Start = "z"
+    init: InitialGuess = "noise"
 
     def __post_init__(self):
         _check_fields(self, ("window", "max_sweeps"))
@@ -56,40 +56,41 @@ class Jacobi:
 
 @dataclass(frozen=True)
 @typed
-class MovingJacobi:
-    """Sweeps over a window that moves on by the tokens that are solved, and by one at least, after every sweep.
+class SlidingWindow:
+    """Sweeps over a window that slides on after every sweep by the tokens that are solved, at least one.
 
-    Solved are the leading tokens that no sample of the batch changed by more than `tol`, and the one behind them. With
-    tolerance 0 this is the exact solution; else every token differs by at most `tol` from what its predecessors, as
-    they are returned, make of it. There are as many sweeps as tokens at most. It needs attention whose cache has a slot
-    per token, as that of softmax. Within its tolerance a sample depends on the others in its batch.
+    Each sweep accepts the longest prefix of the window that no sample of the batch changed by more than `tol`, plus the
+    next token (Song et al. 2021, arXiv 2002.03629). With tolerance 0 the solution is exact; otherwise each returned
+    token is within `tol` of the value implied by the tokens before it. There are at most as many sweeps as tokens. It
+    needs attention with a cache slot per token, such as softmax. Within its tolerance a sample depends on the others in
+    its batch.
 
     window, tol, init: as for `Jacobi`.
 
     Example:
-        r = invert(flow, params, z, cond, plan=MovingJacobi(window=32, tol=1e-4))
+        r = invert(flow, params, z, cond, plan=SlidingWindow(window=32, tol=1e-4))
     """
 
     window: int | None = 32
     tol: float = 1e-4
-    init: Start = "z"
+    init: InitialGuess = "noise"
 
     def __post_init__(self):
         _check_fields(self, ("window",))
 
 
-def _check_fields(plan: Jacobi | MovingJacobi, counts: tuple[str, ...]) -> None:
+def _check_fields(plan: Jacobi | SlidingWindow, counts: tuple[str, ...]) -> None:
     for name in counts:
         value = getattr(plan, name)
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1, or None for all tokens.")
     if not 0 <= plan.tol < float("inf"):
         raise ValueError(f"tol is {plan.tol}; it must be 0 (exact) or positive and finite.")
-    if plan.init not in get_args(Start):
-        raise ValueError(f"init is {plan.init!r}; choose 'z', 'zeros' or 'frame'.")
+    if plan.init not in get_args(InitialGuess):
+        raise ValueError(f"init is {plan.init!r}; choose 'noise', 'zeros' or 'previous_frame'.")
 
 
-BlockPlan = Sequential | Jacobi | MovingJacobi
+BlockPlan = Sequential | Jacobi | SlidingWindow
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def resolve_plan(plan: Plan | str, *, rows: Sequence[int]) -> DecodePlan:
         return plan
     if not isinstance(plan, BlockPlan):
         raise ValueError(
-            f"plan is {plan!r}; give Sequential(), Jacobi(...), MovingJacobi(...), DecodePlan(...) or a name."
+            f"plan is {plan!r}; give Sequential(), Jacobi(...), SlidingWindow(...), DecodePlan(...) or a name."
         )
     return DecodePlan((plan,) * num_blocks)
 

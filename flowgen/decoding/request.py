@@ -14,7 +14,7 @@ from flowgen.arrays import shown
 from flowgen.attention import causal_kernel
 from flowgen.conditioning import Condition, TextCondition
 from flowgen.decoding.layout import ClipLayout
-from flowgen.decoding.plan import DecodePlan, MovingJacobi, Plan, resolve_plan
+from flowgen.decoding.plan import DecodePlan, Plan, SlidingWindow, resolve_plan
 from flowgen.flows.density import Flow
 from flowgen.guidance import Guidance
 
@@ -180,9 +180,9 @@ def _resolve(plan: Plan | str, guidance: Guidance | None, config: Any, batch: in
     rows = [batch * block.frames * (2 if index in guided else 1) for index, block in enumerate(config.blocks)]
     resolved = resolve_plan(plan, rows=rows)
     attention = config.blocks[0].transformer.attention
-    if any(isinstance(block, MovingJacobi) for block in resolved.blocks) and not causal_kernel(attention).has_slots:
+    if any(isinstance(block, SlidingWindow) for block in resolved.blocks) and not causal_kernel(attention).has_slots:
         raise ValueError(
-            f"plan has a MovingJacobi; the running state of {attention!r} attention cannot be taken up at any token, "
+            f"plan has a SlidingWindow; the running state of {attention!r} attention cannot be taken up at any token, "
             "unlike the cache of softmax; use Jacobi or Sequential."
         )
     return resolved
