@@ -171,7 +171,7 @@ def test_any_plan_gives_the_same_clip_and_one_program_serves_all_keys_and_scales
 
 
 @pytest.mark.slow
-def test_a_score_step_follows_the_density_of_the_clip():
+def test_a_tweedie_step_follows_the_density_of_the_clip():
     flow, params, cond = flow_of(TEXT)
     fits = sample_clips(flow, params, KEY, 2, cond)
     assert_close(fits.x, sample(flow, params, KEY, 2, cond).x, NETWORK)

@@ -301,13 +301,13 @@ def test_samples_are_drawn_from_the_tracked_prior():
 
 
 @pytest.mark.slow
-def test_denoising_is_one_score_step_of_the_given_strength():
+def test_denoising_is_one_tweedie_step_of_the_given_strength():
     config = dataclasses.replace(FLOWS["affine"], noise_std=0.2)
     flow, params = perturbed(config, jax.random.key(0))
     noisy = sample(flow, params, jax.random.key(1), 3, denoise=False)
     for denoise, strength in ((True, 1.0), (0.5, 0.5)):
         clean = sample(flow, params, jax.random.key(1), 3, denoise=denoise)
-        expected = jax.jit(lambda p, x: density.denoise(flow, p, x))(params, noisy.x)
+        expected = jax.jit(lambda p, x: density.tweedie_step(flow, p, x))(params, noisy.x)
         assert_close(clean.x, noisy.x + strength * (expected - noisy.x), NETWORK)
     plain = flowgen.TARFlow(FLOWS["affine"])
     np.testing.assert_array_equal(

@@ -255,7 +255,7 @@ def test_score_denoising_and_bayes(key):
     score = jax.jit(partial(density.score, flow))(params, x, cond)
     np.testing.assert_allclose((score * direction).sum(axis=tuple(range(1, x.ndim))), slope, rtol=2e-2, atol=1e-2)
     assert_close(
-        jax.jit(partial(density.denoise, flow, strength=0.5))(params, x, cond),
+        jax.jit(partial(density.tweedie_step, flow, strength=0.5))(params, x, cond),
         x + 0.5 * 0.09 * score,
         NETWORK,
     )

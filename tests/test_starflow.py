@@ -326,15 +326,15 @@ def test_dropping_texts_needs_the_empty_one():
 
 
 @pytest.mark.slow
-def test_a_learned_denoiser_takes_the_place_of_the_score_step():
+def test_a_learned_denoiser_takes_the_place_of_the_tweedie_step():
     flow, params, _, text = laws.case("starflow text")
     key, num = jax.random.key(5), len(text.mask)
     expected = sample(flow, params, key, num, text, plan=Sequential(), denoise=0.5)
 
-    def half_a_score_step(variables, x, cond):
-        return density.denoise(flow, variables, x, cond, strength=0.5)
+    def half_a_tweedie_step(variables, x, cond):
+        return density.tweedie_step(flow, variables, x, cond, strength=0.5)
 
-    learned = sample(flow, params, key, num, text, plan=Sequential(), denoise=Denoiser(half_a_score_step, params))
+    learned = sample(flow, params, key, num, text, plan=Sequential(), denoise=Denoiser(half_a_tweedie_step, params))
     assert_close(learned.x, expected.x, NETWORK)
     raw = sample(flow, params, key, num, text, plan=Sequential(), denoise=False)
     assert float(jnp.abs(raw.x - expected.x).max()) > 1e-3

@@ -23,7 +23,7 @@ from flowgen.decoding import Guidance, Jacobi, Sequential, invert, product_rule
 from flowgen.flows import (
     AutoregressiveBlock,
     ClipDenoiser,
-    ClipDenoising,
+    DenoiserStep,
     STARFlowV,
     block_parameters,
     denoiser_variables,
@@ -179,7 +179,7 @@ DENOISED = [(case, frames) for case in sv.CASES for frames in sv.CASES[case].den
 @pytest.mark.parametrize(("case", "frames"), DENOISED)
 def test_the_denoisers_step(case, frames, dtype):
     flow, variables, cond, _ = ours(case, dtype)
-    step = ClipDenoising(ClipDenoiser(flow.config), noise_std=flow.config.noise_std)
+    step = DenoiserStep(ClipDenoiser(flow.config), noise_std=flow.config.noise_std)
     noisy = clips(sv.latents(sv.CASES[case], frames), dtype)
     clean = jax.jit(step)(denoiser_variables(variables), noisy, cond)
     check(case, f"denoised/{frames}", clean, dtype)

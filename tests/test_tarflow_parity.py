@@ -233,6 +233,6 @@ def test_gradient_of_the_loss_along_directions_in_parameter_space(case, float64)
 def test_score_denoising(case, float64):
     """The published step descends the loss at rate batch · dims · σ²; the tracked variance is not in it."""
     published, (flow, variables, _) = Published(case), ours(case, float64)
-    denoise = jax.jit(functools.partial(density.denoise, flow, noise_std=NOISE_STD))
+    denoise = jax.jit(functools.partial(density.tweedie_step, flow, noise_std=NOISE_STD))
     clean = denoise(unit_prior(variables), *inputs(published, float64))
     check(published, "denoised", np.moveaxis(clean, -1, 1), float64)

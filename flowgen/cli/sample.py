@@ -54,7 +54,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
     flows.add_argument("--window", type=whole_number(1), help="tokens solved together in parallel (default: all)")
     flows.add_argument("--tol", type=finite_number, help="largest change at which --plan jacobi or sliding stops")
     flows.add_argument("--init", choices=("noise", "zeros", "previous_frame"), help="what sweeps start from")
-    flows.add_argument("--denoise", type=finite_number, help="strength of the score step, 0 for none")
+    flows.add_argument("--denoise", type=finite_number, help="strength of the Tweedie step, 0 for none")
     flows.add_argument("--certify", action="store_true", help="check the decoding by a forward pass")
     velocities = parser.add_argument_group("velocity networks")
     velocities.add_argument("--method", help="solver: euler, midpoint, heun, rk4, dopri5, mean_flow")

@@ -15,7 +15,7 @@ from flowgen.conditioning import TextCondition
 from flowgen.decoding.core import decode
 from flowgen.decoding.layout import ClipLayout
 from flowgen.decoding.plan import Plan
-from flowgen.decoding.request import DecodeResult, Denoiser, SampleKeys, decode_request, denoising_step
+from flowgen.decoding.request import DecodeResult, Denoiser, SampleKeys, decode_request, resolve_denoise
 from flowgen.flows.density import check_flow
 from flowgen.flows.starflow_v import STARFlowVConfig
 from flowgen.guidance import Guidance
@@ -79,7 +79,7 @@ def sample_clips(
             layout=layout,
             restart_cond=request.cond if restart_cond is None else config.check_cond(restart_cond, num),
             given=None if given is None else jnp.asarray(given, master_dtype(config.dtype)),
-            denoise=denoising_step(denoise, config.noise_std),
+            denoise=resolve_denoise(denoise, config.noise_std),
             certify=certify,
             progress=progress,
         )

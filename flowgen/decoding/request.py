@@ -136,11 +136,11 @@ def decode_request(
     )
 
 
-def denoising_step(denoise: bool | float | Denoiser, noise_std: float) -> TweedieStep | Denoiser | None:
+def resolve_denoise(denoise: bool | float | Denoiser, noise_std: float) -> TweedieStep | Denoiser | None:
     """Returns what removes noise of that standard deviation: None for strength 0, or if there is no noise.
 
     Example:
-        request = replace(request, denoise=denoising_step(True, flow.config.noise_std))
+        request = replace(request, denoise=resolve_denoise(True, flow.config.noise_std))
     """
     if isinstance(denoise, Denoiser):
         return denoise

@@ -13,7 +13,7 @@ from flowgen.arrays import check_count, check_floating, check_key
 from flowgen.conditioning import TextCondition
 from flowgen.decoding.core import decode
 from flowgen.decoding.plan import Plan
-from flowgen.decoding.request import DecodeResult, Denoiser, SampleKeys, decode_request, denoising_step
+from flowgen.decoding.request import DecodeResult, Denoiser, SampleKeys, decode_request, resolve_denoise
 from flowgen.flows.density import check_flow
 from flowgen.guidance import Guidance
 from flowgen.nn.layers import master_dtype
@@ -79,4 +79,4 @@ def sample(
     check_count("num", num)
     noise = SampleKeys(key, first + jnp.arange(num))
     request = decode_request(flow, params, noise, cond, plan, guidance, null)
-    return decode(replace(request, denoise=denoising_step(denoise, flow.config.noise_std), certify=certify))
+    return decode(replace(request, denoise=resolve_denoise(denoise, flow.config.noise_std), certify=certify))

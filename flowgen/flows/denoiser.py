@@ -108,7 +108,7 @@ def denoiser_variables(variables: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class ClipDenoising:
+class DenoiserStep:
     """x - σ s(x, cond) for clips of any number of frames: the function of a `flowgen.decoding.Denoiser`.
 
     noise_std: σ. chunk: frames that go through the network together, None for all. Each further chunk begins with the
@@ -117,7 +117,7 @@ class ClipDenoising:
     further one answers for one frame. Raises ValueError where chunk is below 1.
 
     Example:
-        step = ClipDenoising(denoiser, noise_std=0.5, chunk=21)
+        step = DenoiserStep(denoiser, noise_std=0.5, chunk=21)
         r = sample(flow, params, key, 4, texts, denoise=Denoiser(step, denoiser_variables))
     """
 

@@ -69,7 +69,7 @@ def score(
     return jax.grad(lambda x: flow.apply(variables, x, cond, method="log_prob").sum())(x)
 
 
-def denoise(
+def tweedie_step(
     flow: Flow,
     variables: Any,
     x: Float[Array, "b *event"],
@@ -83,7 +83,7 @@ def denoise(
     noise_std: σ; None takes the one in the flow's config. With σ = 0 there is nothing to remove.
 
     Example:
-        clean = denoise(flow, params, sample.x, cond)
+        clean = tweedie_step(flow, params, sample.x, cond)
     """
     check_flow(flow, variables)
     x = at_least_float32("x", x)

@@ -28,9 +28,9 @@ from flowgen.data.video import READABLE, frame_times, read_clip, video_size
 from flowgen.decoding import Denoiser, sample_clips
 from flowgen.evaluation import flow_bits_per_dim, flow_nats_per_dim
 from flowgen.fields import type_name
-from flowgen.flows import ClipDenoiser, ClipDenoising, denoiser_variables, flow_score_objective
+from flowgen.flows import ClipDenoiser, DenoiserStep, denoiser_variables, flow_score_objective
 from flowgen.flows.batches import batch_input, condition_of
-from flowgen.flows.density import denoise as score_step
+from flowgen.flows.density import tweedie_step
 from flowgen.flows.objective import nll_objective
 from flowgen.tasks import likelihood
 from flowgen.tasks.drawing import conditions_of, decoding_line, sampler, steering
@@ -311,7 +311,7 @@ def frame_distances(clips: Float[np.ndarray, "n frames height width c"]) -> tupl
 
 
 def denoised_psnr(experiment: Any, flow: Any, variables: Any, source: Source, key: jax.Array) -> dict[str, float]:
-    """Returns the ratio of peak to error in dB of held-out clips with noise, and with it removed by one score step and,
+    """Returns the ratio of peak to error in dB of held-out clips with noise, and with it removed by a Tweedie step and,
     where there is one, by the denoiser; latents are decoded first.
 
     Example:
@@ -321,7 +321,7 @@ def denoised_psnr(experiment: Any, flow: Any, variables: Any, source: Source, ke
     batch = next(fixed_batches(source, min(DENOISED, len(source))))
     data = {name: jnp.asarray(batch[name]) for name in ("image", "mean", "std") if name in batch}
     noisy, cond = batch_input(key, data, flow.config.noise_std), condition_of(flow, batch)
-    cleaned: dict[str, Any] = {"as they are": noisy, "by the score": _score_step(flow, variables, noisy, cond)}
+    cleaned: dict[str, Any] = {"as they are": noisy, "by the score": _tweedie_step(flow, variables, noisy, cond)}
     if flow.config.denoiser_layers:
         cleaned["by the denoiser"] = _denoised(_denoising(flow), denoiser_variables(variables), noisy, cond)
     expected = np.clip(codec.decode(_clean(batch)), -1, 1)
@@ -360,7 +360,7 @@ def clips_alone(source: Source | BucketedSource) -> Source:
 
 
 # Compiled once for all evaluations of a run.
-_score_step = jax.jit(score_step, static_argnums=0)
+_tweedie_step = jax.jit(tweedie_step, static_argnums=0)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -368,13 +368,13 @@ def _denoised(step, variables, noisy, cond):
     return step(variables, noisy, cond)
 
 
-def _denoising(flow: Any) -> ClipDenoising:
+def _denoising(flow: Any) -> DenoiserStep:
     """The step of the flow's own denoiser, in chunks of the clips it was trained on."""
-    return ClipDenoising(ClipDenoiser(flow.config), flow.config.noise_std, flow.config.frames)
+    return DenoiserStep(ClipDenoiser(flow.config), flow.config.noise_std, flow.config.frames)
 
 
 def _denoiser(flow: Any, variables: Any, strength: float) -> float | Denoiser:
-    """What `sample` denoises with: the learned denoiser where the flow has one, else the score step."""
+    """What `sample` denoises with: the learned denoiser where the flow has one, else the Tweedie step."""
     if not flow.config.denoiser_layers or strength == 0:
         return strength
     return Denoiser(_denoising(flow), denoiser_variables(variables))
