@@ -23,7 +23,9 @@ STAR = {"channels": 2, "patch_size": 2, "width": 40, "layers": (1, 2), "head_dim
 FLOWS = {
     "affine": flowgen.TARFlowConfig(image_size=6, **SMALL),
     "classes": flowgen.TARFlowConfig(image_size=6, num_classes=3, **SMALL),
-    "volume preserving": flowgen.TARFlowConfig(image_size=6, transform="volume_preserving", num_classes=3, **SMALL),
+    "volume preserving": flowgen.TARFlowConfig(
+        image_size=6, scale_parameterisation="volume_preserving", num_classes=3, **SMALL
+    ),
     "rectangular": flowgen.TARFlowConfig(image_size=(4, 10), num_classes=3, **SMALL),
     "no remat": flowgen.TARFlowConfig(image_size=6, remat=False, activation="silu", **SMALL),
     "nala": flowgen.TARFlowConfig(image_size=6, attention="nala", num_classes=3, **SMALL),

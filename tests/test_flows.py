@@ -139,7 +139,7 @@ def test_the_objective_is_bits_per_dim_of_the_noised_images(case):
     assert_close(loss, 0.5 * jnp.square(z).mean() - logdet.mean() / flow.config.num_dims, NETWORK)
     if variance is None:  # the published formula, with its standard normal prior
         assert_close(metrics["bits_per_dim"], loss / math.log(2) + 8.32575, LAYER)
-    if flow.config.transform == "volume_preserving":
+    if flow.config.scale_parameterisation == "volume_preserving":
         tracked = 0.9 * params["prior"]["variance"] + 0.1 * jnp.square(z).mean(axis=0)
         assert_close(state[0]["prior"]["variance"], tracked, NETWORK)
     else:

@@ -198,7 +198,7 @@ def test_objective_and_tracked_variance(case):
     batch = {"image": jnp.asarray(channels_last(rw.pixels(rw.CASES[case]))), "label": labels}
     loss, _, *state = jax.jit(nll_objective(flow))(variables, batch, jax.random.key(0))
     assert_close(loss, published.output("loss"), LAYER)
-    assert bool(state) == (flow.config.transform == "volume_preserving")
+    assert bool(state) == (flow.config.scale_parameterisation == "volume_preserving")
     for tracked in state:
         assert_close(tracked["prior"]["variance"], published.output("updated_var"), LAYER)
 

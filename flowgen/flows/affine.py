@@ -1,19 +1,18 @@
-"""The affine token map, its parameterisations, and the token orders that every autoregressive flow is made of.
+"""The affine map of tokens, the parameterisations of its scale, and the token orders of autoregressive flows.
 
 x = shift + exp(log_scale) · z,      z = (x - shift) · exp(-log_scale),      log|det dz/dx| = -Σ log_scale
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 TokenOrder = Literal["raster", "reversed"]
-AffineForm = Literal["affine", "volume_preserving", "softplus"]
+ScaleParameterisation = Literal["exponential", "volume_preserving", "softplus"]
 SOFTPLUS_OFFSET = 0.541324854612918  # softplus of this is 1
 SOFTPLUS_UNDERFLOW = -40.0  # below, softplus(x) is exp(x) to float64's last digit
 
@@ -68,26 +67,26 @@ def log_softplus(x: Float[Array, "*b"]) -> Float[Array, "*b"]:
     return jnp.where(small, x, jnp.log(jax.nn.softplus(jnp.where(small, 0, x))))
 
 
-class AffineHead(NamedTuple):
-    """How a network's outputs become parameters: outputs per channel, and outputs -> (shift, log_scale)."""
+def num_outputs(scale: ScaleParameterisation) -> int:
+    """Returns how many numbers per channel a network gives for shift and scale.
 
-    outputs: int
-    parameters: Callable[[Array], tuple[Array, Array]]
-
-
-def _affine(out: Array) -> tuple[Array, Array]:
-    log_scale, shift = jnp.split(out, 2, axis=-1)
-    return shift, log_scale
+    Example:
+        proj_out = linear(num_outputs("softplus") * channels, width, dtype)
+    """
+    return 1 if scale == "volume_preserving" else 2
 
 
-def _softplus(out: Array) -> tuple[Array, Array]:
+def shift_and_log_scale(
+    out: Float[Array, "b n outputs"], scale: ScaleParameterisation
+) -> tuple[Float[Array, "b n c"], Float[Array, "b n c"]]:
+    """Returns (shift, log_scale) of tokens from what the network gives, the raw scale a first.
+
+    σ = exp(a) "exponential" (TARFlow), softplus(a + 0.5413) "softplus" (STARFlow), 1 "volume_preserving".
+
+    Example:
+        shift, log_scale = shift_and_log_scale(out, "exponential")
+    """
+    if scale == "volume_preserving":
+        return out, jnp.zeros_like(out)
     raw, shift = jnp.split(out, 2, axis=-1)
-    return shift, log_softplus(raw + SOFTPLUS_OFFSET)
-
-
-# affine (TARFlow): σ = exp(a). softplus (STARFlow): σ = softplus(a + 0.5413). volume preserving: σ = 1.
-AFFINE_HEADS: dict[str, AffineHead] = {
-    "affine": AffineHead(2, _affine),
-    "volume_preserving": AffineHead(1, lambda out: (out, jnp.zeros_like(out))),
-    "softplus": AffineHead(2, _softplus),
-}
+    return shift, raw if scale == "exponential" else log_softplus(raw + SOFTPLUS_OFFSET)

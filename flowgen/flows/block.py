@@ -25,7 +25,15 @@ from jaxtyping import Array, Float, Int
 
 from flowgen.attention import causal_kernel
 from flowgen.conditioning import Condition, TextCondition, class_embedding, class_one_hot, masked_text
-from flowgen.flows.affine import AFFINE_HEADS, AffineForm, TokenOrder, reorder, soft_clip, to_noise
+from flowgen.flows.affine import (
+    ScaleParameterisation,
+    TokenOrder,
+    num_outputs,
+    reorder,
+    shift_and_log_scale,
+    soft_clip,
+    to_noise,
+)
 from flowgen.flows.positions import GridPositions
 from flowgen.nn.layers import RMSNorm, linear, master_dtype
 from flowgen.nn.transformer import TransformerConfig, transformer_stack, unstack_layers
@@ -64,7 +72,7 @@ class TextPrefix:
 
 @dataclass(frozen=True)
 class BlockConfig:
-    """Shape of one block: its tokens, their order, the affine form, its conditions, and the transformer inside.
+    """Shape of one block: its tokens, their order, scale parameterisation and conditions, and the transformer inside.
 
     num_classes: of labels that are added to the tokens. prefix: of what stands before them. positions: rotary; None
     is a learned table. soft_clip: bound of raw outputs, 0 for none. final_norm: RMSNorm before the last linear map.
@@ -74,7 +82,7 @@ class BlockConfig:
     num_tokens: int
     token_dim: int
     order: TokenOrder
-    transform: AffineForm
+    scale_parameterisation: ScaleParameterisation
     num_classes: int
     transformer: TransformerConfig
     shift: Shift = "output"
@@ -135,7 +143,7 @@ class AutoregressiveBlock(nn.Module):
         width, dtype = transformer.width, transformer.dtype
         embedding = nn.initializers.normal(EMBEDDING_STDDEV)
         master = master_dtype(dtype)
-        outputs = AFFINE_HEADS[config.transform].outputs
+        outputs = num_outputs(config.scale_parameterisation)
         self.proj_in = linear(width, config.token_dim, dtype)
         if config.shift == "input":
             self.start_token = self.param("start_token", nn.initializers.normal(1.0), (config.token_dim,), master)
@@ -195,7 +203,7 @@ class AutoregressiveBlock(nn.Module):
         h, caches = self.layers(h, caches, slot, inverse_temperature, rotation)
         h = h[:, h.shape[1] - window :]
         out = self.proj_out(self.final_norm(h) if config.final_norm else h).astype(master_dtype(transformer.dtype))
-        shift, log_scale = AFFINE_HEADS[config.transform].parameters(soft_clip(out, config.soft_clip))
+        shift, log_scale = shift_and_log_scale(soft_clip(out, config.soft_clip), config.scale_parameterisation)
         return shift, log_scale, caches
 
     def previous(self, tokens: Float[Array, "b n c"]) -> Float[Array, "b w c"]:

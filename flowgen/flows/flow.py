@@ -223,7 +223,7 @@ def init(flow: Any, key: Key[Array, ""]) -> Any:
     for index, block in enumerate(config.blocks):
         shape = dataclasses.replace(block, order="raster", frames=1)  # Order and frames have no parameters.
         params[f"blocks_{index}"] = _init_block(shape, jax.random.fold_in(key, index))
-    if config.transform != "volume_preserving":
+    if config.scale_parameterisation != "volume_preserving":
         return {"params": params}
     variance = jnp.ones((config.num_tokens, config.token_dim), master_dtype(config.dtype))
     return {"params": params, "prior": {"variance": variance}}

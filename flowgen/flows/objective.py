@@ -47,7 +47,7 @@ def nll_objective(
         x, cond = noisy_batch(flow, condition, batch, key)
         loss, metrics, z = nll(flow, variables, x, cond, norm_penalty=norm_penalty, loss_scale=loss_scale)
         metrics |= {"loss": loss, **density_metric(flow, metrics.pop("nats_per_dim"), batch)}
-        if flow.config.transform != "volume_preserving":
+        if flow.config.scale_parameterisation != "volume_preserving":
             return loss, metrics
         variance = variables["prior"]["variance"]
         batch_variance = jax.lax.stop_gradient(jnp.square(z).mean(axis=0))  # Linear: its mean over devices is right.

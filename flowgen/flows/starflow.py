@@ -156,7 +156,7 @@ class STARFlowConfig(ImageTokens):
         return "channel_last"
 
     @property
-    def transform(self) -> Literal["softplus"]:
+    def scale_parameterisation(self) -> Literal["softplus"]:
         """How a block's outputs become scales: σ = softplus(a + 0.5413)."""
         return "softplus"
 
@@ -208,7 +208,7 @@ class STARFlowConfig(ImageTokens):
             num_tokens=self.num_tokens,
             token_dim=self.token_dim,
             order=ORDERS[self.order][index % 2],
-            transform=self.transform,
+            scale_parameterisation=self.scale_parameterisation,
             num_classes=self.num_classes if conditional and self.class_conditioning == "add" else 0,
             transformer=TransformerConfig(
                 width=width,

@@ -17,8 +17,6 @@ from flowgen.nn.transformer import TransformerConfig
 from flowgen.ranges import Blocks, Channels, Classes, Expansion, HeadDim, Layers, Side, Width
 from flowgen.typed import typed
 
-Transform = Literal["affine", "volume_preserving"]
-
 
 @dataclass(frozen=True)
 @typed
@@ -34,7 +32,8 @@ class TARFlowConfig(ImageTokens):
     head_dim: channels of an attention head; a width below it is one head.
     expansion: width of the feed-forward layers, in widths of the block.
     num_classes: of the labels the density is conditioned on; 0 for none.
-    transform: "affine" (the paper's nvp), or "volume_preserving" with log-determinant 0 and a tracked prior variance.
+    scale_parameterisation: "exponential" (the paper's nvp), or "volume_preserving" with log-determinant 0 and a tracked
+    prior variance.
     attention: "softmax", or a linear one that can be causal: elu_plus_one, relu, squared_relu, focused, nala, pola,
     inline, retention.
     activation: of the feed-forward layers.
@@ -52,7 +51,7 @@ class TARFlowConfig(ImageTokens):
     head_dim: HeadDim = 64
     expansion: Expansion = 4
     num_classes: Classes = 0
-    transform: Transform = "affine"
+    scale_parameterisation: Literal["exponential", "volume_preserving"] = "exponential"
     attention: str = "softmax"
     activation: Activation = "gelu"
     noise_std: float = 0.0
@@ -67,7 +66,7 @@ class TARFlowConfig(ImageTokens):
             )
         check_noise_std(self.noise_std)
         choices = {
-            "transform": ("affine", "volume_preserving"),
+            "scale_parameterisation": ("exponential", "volume_preserving"),
             "attention": CAUSAL_KERNEL_NAMES,
             "activation": ACTIVATION_NAMES,
             "dtype": ("float32", "bfloat16", "float64"),
@@ -102,7 +101,7 @@ class TARFlowConfig(ImageTokens):
                 num_tokens=self.num_tokens,
                 token_dim=self.token_dim,
                 order="raster" if index % 2 == 0 else "reversed",
-                transform=self.transform,
+                scale_parameterisation=self.scale_parameterisation,
                 num_classes=self.num_classes,
                 transformer=transformer,
             )

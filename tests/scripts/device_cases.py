@@ -155,7 +155,7 @@ ring = partial(matching_case, conditional=False)
 CASES = {
     "flow": Case(flow_case(noise_std=0.1), pictures),
     "flow of levels": Case(flow_case(noise_std=0.0), pictures),
-    "volume preserving": Case(flow_case(transform="volume_preserving"), pictures),
+    "volume preserving": Case(flow_case(scale_parameterisation="volume_preserving"), pictures),
     "texts": Case(text_case(), latents_of_texts),
     "clips": Case(clips_case(), partial(pictures, shape=(3, 4, 4, 2))),
     "independent": Case(matching_case(time=fm.Uniform(stratified=True), path=fm.CondOT(0.1)), points),
