@@ -250,7 +250,7 @@ def test_an_experiment_shrinks():
 def test_one_set_of_parameters_serves_grids_of_other_sizes():
     flow, params, _, text = laws.case("starflow text")
     wide = flow.at(4, 10)
-    assert wide.config.grid_size == (4, 10)
+    assert wide.config.image_hw == (4, 10)
     assert flow.at(6, 6) is flow
     assert wide.at(6, 6).config == dataclasses.replace(flow.config, image_size=(6, 6))
     x = np.random.default_rng(0).normal(size=(len(text.mask), 4, 10, 2)).astype(np.float32)

@@ -285,11 +285,11 @@ def _conditions(experiment: Any, flow: Any, options: argparse.Namespace) -> tupl
     prompts = experiment.sampling.prompts
     if not prompts:
         raise ValueError("this model takes texts; give --prompt.")
-    encoded = {"cond": prompt_condition(experiment, prompts, flow.config.grid_size)}
+    encoded = {"cond": prompt_condition(experiment, prompts, flow.config.image_hw)}
     if getattr(experiment.data, "drop_first", 0):
         # Restarts of long clips are told as in training.
         marked = [CONTINUED + prompt for prompt in prompts]
-        encoded["restart_cond"] = prompt_condition(experiment, marked, flow.config.grid_size)
+        encoded["restart_cond"] = prompt_condition(experiment, marked, flow.config.image_hw)
     asked = np.resize(np.array(prompts), num)
 
     def conditions(numbers):

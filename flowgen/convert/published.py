@@ -18,7 +18,7 @@ from flowgen.arrays import shown
 from flowgen.convert.mapping import fill
 from flowgen.convert.tables import ALL_ONES, TARFLOW
 from flowgen.flows import TARFlow, TARFlowConfig, init
-from flowgen.flows.affine import ScaleParameterisation
+from flowgen.flows.tarflow import Scale
 
 _WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
 _MAX_WRAPPERS = 4  # around each other
@@ -118,7 +118,7 @@ def _tarflow_config(
     _, token_dim = _shape(state_dict, "blocks.0.proj_in.weight", 2)
     outputs, _ = _shape(state_dict, "blocks.0.proj_out.weight", 2)
     hidden, _ = _shape(state_dict, "blocks.0.attn_blocks.0.mlp.main.0.weight", 2)
-    scales: dict[int, ScaleParameterisation] = {2 * token_dim: "exponential", token_dim: "volume_preserving"}
+    scales: dict[int, Scale] = {2 * token_dim: "exponential", token_dim: "volume_preserving"}
     if outputs not in scales:
         raise ValueError(
             f"'blocks.0.proj_out.weight' has {outputs} rows, neither one nor two for each of the {token_dim} "
@@ -145,7 +145,7 @@ def _tarflow_config(
         noise_std=noise_std,
     )
     if config.num_tokens != num_tokens:
-        height, length = config.grid_size
+        height, length = config.image_hw
         side = math.isqrt(num_tokens)
         raise ValueError(
             f"image_size {height}x{length} with patch_size {patch_size} makes {config.num_tokens} tokens, "

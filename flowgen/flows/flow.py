@@ -52,14 +52,14 @@ class ImageTokens:
         raise NotImplementedError
 
     @property
-    def grid_size(self) -> tuple[int, int]:
+    def image_hw(self) -> tuple[int, int]:
         """(height, width) in pixels."""
         return image_sides(self.image_size)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(height, width, channels)."""
-        return (*self.grid_size, self.channels)
+        return (*self.image_hw, self.channels)
 
     @property
     def event_shape(self) -> tuple[int, ...]:
@@ -67,10 +67,15 @@ class ImageTokens:
         return self.image_shape
 
     @property
+    def token_hw(self) -> tuple[int, int]:
+        """Rows and columns of tokens of one image."""
+        height, width = self.image_hw
+        return height // self.patch_size, width // self.patch_size
+
+    @property
     def tokens_per_image(self) -> int:
         """Patches of one image."""
-        height, width = self.grid_size
-        return (height // self.patch_size) * (width // self.patch_size)
+        return math.prod(self.token_hw)
 
     @property
     def num_tokens(self) -> int:
@@ -101,7 +106,7 @@ class ImageTokens:
     def to_images(self, tokens: Float[Array, "b n token"]) -> Float[Array, "b *event"]:
         """Returns the samples of tokens in raster order."""
         patches = tokens.reshape(-1, self.tokens_per_image, self.token_dim)
-        images = unpatchify(patches, self.patch_size, self.grid_size, self.patch_order)
+        images = unpatchify(patches, self.patch_size, self.image_hw, self.patch_order)
         return images.reshape(len(tokens), *self.event_shape)
 
 
@@ -165,11 +170,11 @@ class AutoregressiveFlow(nn.Module):
 
         Raises ValueError where the parameters belong to one size, as position tables do.
         """
-        if (height, width) == self.config.grid_size:
+        if (height, width) == self.config.image_hw:
             return self
         if not hasattr(self.config, "at"):
             raise ValueError(
-                f"images are {height} x {width}; this model takes {self.config.grid_size} alone, as its parameters do."
+                f"images are {height} x {width}; this model takes {self.config.image_hw} alone, as its parameters do."
             )
         return type(self)(self.config.at(height, width), parent=None)
 

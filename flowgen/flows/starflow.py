@@ -181,13 +181,13 @@ class STARFlowConfig(ImageTokens):
 
     @property
     def _side(self) -> float:
-        height, width = self.grid_size
+        height, width = self.image_hw
         side = math.sqrt(height * width) / self.patch_size
         return side if self.reference_side is None else self.reference_side
 
     @property
     def _positions(self) -> GridPositions:
-        rows, columns = (length // self.patch_size for length in self.grid_size)
+        rows, columns = self.token_hw
         return GridPositions(rows, columns, self._side, rotary_pairs(self.head_dim, third_axis=self._third_axis))
 
     @property

@@ -17,6 +17,8 @@ from flowgen.nn.transformer import TransformerConfig
 from flowgen.ranges import Blocks, Channels, Classes, Expansion, HeadDim, Layers, Side, Width
 from flowgen.typed import typed
 
+Scale = Literal["exponential", "volume_preserving"]
+
 
 @dataclass(frozen=True)
 @typed
@@ -51,7 +53,7 @@ class TARFlowConfig(ImageTokens):
     head_dim: HeadDim = 64
     expansion: Expansion = 4
     num_classes: Classes = 0
-    scale_parameterisation: Literal["exponential", "volume_preserving"] = "exponential"
+    scale_parameterisation: Scale = "exponential"
     attention: str = "softmax"
     activation: Activation = "gelu"
     noise_std: float = 0.0

@@ -228,7 +228,7 @@ def read_given(
         given = read_given(experiment, flow, "first.png", frames=17)
     """
     codec = clip_codec_of(experiment)
-    height, width = (length * codec.factor for length in flow.config.grid_size)
+    height, width = (length * codec.factor for length in flow.config.image_hw)
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no file '{path}'; give a picture or a video with --given.")
     is_video, fps = Path(path).suffix.lower() in READABLE, experiment.data.fps or None

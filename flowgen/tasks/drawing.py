@@ -86,7 +86,7 @@ def steering(experiment: Any, flow: Any, cond: Any, null: TextCondition | None) 
     """
     sampling = experiment.sampling
     if null is None and sampling.guidance and isinstance(cond, TextCondition):
-        null = empty_text(experiment, flow.config.grid_size)
+        null = empty_text(experiment, flow.config.image_hw)
     return {
         "cond": jnp.asarray(cond) if isinstance(cond, np.ndarray) else cond,
         "plan": sampling.to_plan(),

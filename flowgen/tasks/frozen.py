@@ -252,7 +252,7 @@ def latent_grid(experiment: Any, aspect: str) -> tuple[int, int]:
         flow = flow.at(*latent_grid(experiment, "16:9"))
     """
     model, factor = experiment.model, codec_of(experiment).factor
-    side = round(math.sqrt(math.prod(model.grid_size)) * factor)
+    side = round(math.sqrt(math.prod(model.image_hw)) * factor)
     height, width = aspect_size(aspect, side, factor * model.patch_size)
     return height // factor, width // factor
 

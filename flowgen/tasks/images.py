@@ -44,7 +44,7 @@ def image_source(experiment: Any, split: Split) -> Source:
         source = image_source(experiment, "train")
     """
     model = experiment.model
-    source = load(experiment.data, image_size=model.grid_size, channels=model.channels, split=split)
+    source = load(experiment.data, image_size=model.image_hw, channels=model.channels, split=split)
     if not isinstance(source, Source):
         raise ValueError("data.aspects is set, but this model has one size; leave it out.")
     if model.num_classes:

@@ -76,7 +76,7 @@ def picture_source(experiment: Any, split: Split) -> Source | BucketedSource:
     model, codec = experiment.model, codec_of(experiment)
     if experiment.data.source == "encoded":
         raise ValueError("data.source is 'encoded', which holds no pictures; give the data it was made of.")
-    height, width = (length * codec.factor for length in model.grid_size)
+    height, width = (length * codec.factor for length in model.image_hw)
     if isinstance(codec, ClipCodec):
         frames = 1 + (model.frames - 1) * codec.stride
         shape: dict[str, Any] = {"image_size": (height, width), "channels": codec.pixel_channels, "split": split}

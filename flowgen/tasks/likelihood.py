@@ -108,7 +108,7 @@ def shrink_flow(experiment: Any) -> tuple[Any, dict[str, Any]]:
     """
     model = experiment.model
     patch = min(model.patch_size, 4)
-    height, width = model.grid_size
+    height, width = model.image_hw
     side, other = 4 * patch, max(patch, 4 * patch * width // height // patch * patch)
     changes: dict[str, Any] = {"codec": None}
     if experiment.codec is not None:

@@ -170,7 +170,7 @@ def prompt_condition(
     """
     encoder = encoder_of(experiment)
     template = experiment.text.template(experiment.model.noise_std, still=still)
-    grid = experiment.model.grid_size if grid is None else grid
+    grid = experiment.model.image_hw if grid is None else grid
     wrapped = [template(prompt, grid) for prompt in prompts]
     return TextCondition(*map(jnp.asarray, encoder(wrapped, truncate=truncate)))
 
@@ -182,7 +182,7 @@ def empty_text(experiment: Any, grid: tuple[int, int] | None = None, *, still: b
     Example:
         null = empty_text(experiment)
     """
-    grid = experiment.model.grid_size if grid is None else grid
+    grid = experiment.model.image_hw if grid is None else grid
     wrapped = experiment.text.template(experiment.model.noise_std, still=still)("", grid)
     return _encoded_text(encoder_of(experiment), wrapped)
 
