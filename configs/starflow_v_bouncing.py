@@ -21,7 +21,7 @@ def config() -> Experiment:
             patch_size=4,
             frames=6,
             width=64,
-            layers=(1, 1, 1, 3),
+            layers_per_block=(1, 1, 1, 3),
             deep_width=96,
             head_dim=32,
             num_classes=10,

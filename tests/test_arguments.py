@@ -39,7 +39,9 @@ FLOW = flowgen.TARFlow(
 )
 PARAMS = jax.tree.map(lambda leaf: leaf + 0.01, flowgen.init(FLOW, key()))
 CLIP_FLOW = STARFlowV(
-    STARFlowVConfig(image_size=4, channels=1, width=20, head_dim=20, layers=(1, 1), frames=2, denoiser_layers=1)
+    STARFlowVConfig(
+        image_size=4, channels=1, width=20, head_dim=20, layers_per_block=(1, 1), frames=2, denoiser_layers=1
+    )
 )
 CLIP_PARAMS = flowgen.init(CLIP_FLOW, key())
 ENCODER = Autoencoder(AutoencoderConfig(channels=1, latent_channels=1, widths=(8,), layers_per_block=1, num_groups=4))

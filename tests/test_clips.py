@@ -259,6 +259,6 @@ def test_progress_counts_every_token_of_the_deep_block_once(deep):
 
 
 def test_a_flow_of_images_is_refused(untyped):
-    plain = STARFlow(STARFlowConfig(image_size=4, width=64, layers=(1, 1)))
+    plain = STARFlow(STARFlowConfig(image_size=4, width=64, layers_per_block=(1, 1)))
     with pytest.raises(ValueError, match="flow is a STARFlow, no flow of clips; give a STARFlowV, or use sample"):
         sample_clips(plain, {"params": {}}, KEY, 2)

@@ -28,7 +28,7 @@ CLIP = STARFlowVConfig(
     channels=2,
     width=40,
     head_dim=20,
-    layers=(1, 1),
+    layers_per_block=(1, 1),
     num_classes=3,
     denoiser_layers=1,
     denoiser_back=2,
@@ -111,4 +111,4 @@ def test_each_part_has_its_optimizer(params):
 
 def test_a_flow_without_a_denoiser_is_refused():
     with pytest.raises(ValueError, match=r"model.denoiser_layers is 0, so there is no denoiser to train"):
-        flow_score_objective(STARFlowV(STARFlowVConfig(image_size=2, width=40, head_dim=20, layers=(1, 1))))
+        flow_score_objective(STARFlowV(STARFlowVConfig(image_size=2, width=40, head_dim=20, layers_per_block=(1, 1))))

@@ -67,7 +67,7 @@ def test_blocks_of_equal_shape_share_one_compiled_initialiser():
     from flowgen.flows.flow import _init_block
 
     flow = flowgen.STARFlow(
-        flowgen.STARFlowConfig(image_size=4, width=24, head_dim=24, layers=(1, 1, 1, 2), channels=1)
+        flowgen.STARFlowConfig(image_size=4, width=24, head_dim=24, layers_per_block=(1, 1, 1, 2), channels=1)
     )
     before = _init_block._cache_size()
     flowgen.init(flow, jax.random.key(0))
@@ -204,7 +204,10 @@ def test_dropped_texts_are_the_null_text(key):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"layers": (2, 0)}, r"layers is \(2, 0\); give 0 \(no block\) or more layers per block, the last at least 1"),
+        (
+            {"layers_per_block": (2, 0)},
+            r"layers_per_block is \(2, 0\); give 0",
+        ),
         ({"width": 30}, "width is 30, not a positive multiple of head_dim 20"),
         ({"deep_width": 50}, "deep_width is 50, not a positive multiple of head_dim 20"),
         ({"width": 60, "deep_width": 60, "num_kv_heads": 2}, "num_kv_heads is 2, which does not divide the 3 heads"),
@@ -213,8 +216,8 @@ def test_dropped_texts_are_the_null_text(key):
         ({"text_dim": 5}, "text_dim is 5 and text_length 0; give both, or neither"),
         ({"text_dim": 5, "text_length": 2, "num_classes": 3}, "choose one"),
         ({"head_dim": 8, "num_classes": 3}, "head_dim is 8; rotary positions need a multiple of 4, at least 20"),
-        ({"order": "R2D"}, "order is 'R2D'; it must be 'L2R' or 'R2L'"),
-        ({"reference_side": 0.0}, "reference_side is 0.0"),
+        ({"order": "L2R"}, "order is 'L2R'; it must be 'raster' or 'reversed'"),
+        ({"rope_base_grid": 0.0}, "rope_base_grid is 0.0"),
         ({"noise_std": -0.3}, "noise_std is -0.3"),
     ],
 )
@@ -240,7 +243,7 @@ def test_texts_that_do_not_fit_are_refused(cond, message, untyped):
 
 def test_an_experiment_shrinks():
     small = experiments.shrink(experiments.Experiment(name="star", model=FLOWS["starflow options"]))
-    assert small.model.layers == (1, 1)
+    assert small.model.layers_per_block == (1, 1)
     assert small.model.num_kv_heads == 1
 
 
@@ -262,10 +265,10 @@ def test_one_set_of_parameters_serves_grids_of_other_sizes():
         tar.at(4, 10)
 
 
-def test_a_grid_without_a_reference_side_keeps_the_one_it_was_made_on():
+def test_a_grid_without_a_base_grid_keeps_the_one_it_was_made_on():
     config = flowgen.STARFlowConfig(image_size=8, **{**STAR, "patch_size": 1})
-    assert config.at(4, 16).reference_side == 8.0
-    assert config.at(16, 16).at(8, 8).reference_side == 8.0
+    assert config.at(4, 16).rope_base_grid == 8.0
+    assert config.at(16, 16).at(8, 8).rope_base_grid == 8.0
 
 
 # Eight bits of mantissa in matrix products of width 40, whose sums are float32, and densities in float32 throughout:

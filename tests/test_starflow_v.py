@@ -13,7 +13,14 @@ from flowgen.conditioning import TextCondition
 from flowgen.flows import STARFLOW_V_480P, STARFlow, STARFlowConfig, STARFlowV, STARFlowVConfig, init
 
 TEXT = STARFlowVConfig(
-    image_size=(2, 3), frames=3, channels=2, width=40, head_dim=20, layers=(1, 1, 1, 2), text_dim=5, text_length=3
+    image_size=(2, 3),
+    frames=3,
+    channels=2,
+    width=40,
+    head_dim=20,
+    layers_per_block=(1, 1, 1, 2),
+    text_dim=5,
+    text_length=3,
 )
 
 
@@ -74,9 +81,9 @@ def test_frames_and_the_text_are_told_apart_by_position():
     ("changes", "message"),
     [
         ({"frames": 0}, "model.frames is 0; it must be at least 1"),
-        ({"condition": "all"}, "model.condition is 'all'; single frames see no condition"),
-        ({"layers": (1, 1, 2)}, "reverses the deep block and with it time"),
-        ({"order": "R2L"}, "in order R2L reverses the deep block"),
+        ({"conditioned_blocks": "all"}, "model.conditioned_blocks is 'all'; single frames see no condition"),
+        ({"layers_per_block": (1, 1, 2)}, "reverses the deep block and with it time"),
+        ({"order": "raster"}, "order 'raster' reverses the deep block"),
         ({"head_dim": 16, "width": 32}, "model.head_dim is 16; rotary positions need"),
     ],
 )

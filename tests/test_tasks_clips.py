@@ -37,7 +37,7 @@ TINY = STARFlowVConfig(
     frames=3,
     width=40,
     head_dim=20,
-    layers=(1, 1),
+    layers_per_block=(1, 1),
     num_classes=10,
     denoiser_layers=1,
 )
@@ -381,7 +381,7 @@ def test_the_debug_run_warms_the_denoiser_up_as_fast_as_the_flow():
 def test_autoencoders_of_clips_are_not_for_pictures_and_videos_not_for_models_of_them(autoencoder, tmp_path, capsys):
     from flowgen.flows import STARFlowConfig
 
-    model = STARFlowConfig(image_size=6, width=40, head_dim=20, layers=(1, 1))
+    model = STARFlowConfig(image_size=6, width=40, head_dim=20, layers_per_block=(1, 1))
     with pytest.raises(ValueError, match="is an autoencoder of clips, and the model is a STARFlow"):
         experiment_of(model=model, data=DataConfig(), codec=TrainedCodec(str(autoencoder))).job()
     assert main(["sample", "--checkpoint", str(autoencoder), "--out", str(tmp_path / "x.png")]) == 2

@@ -16,7 +16,7 @@ from flowgen.flows import AutoregressiveBlock, STARFlowVConfig
 
 NAMES = ("classes", "rectangular", "starflow text", "starflow options", "starflow video")
 CLIP = STARFlowVConfig(
-    image_size=(2, 3), frames=4, channels=2, width=40, head_dim=20, layers=(1, 2), text_dim=5, text_length=3
+    image_size=(2, 3), frames=4, channels=2, width=40, head_dim=20, layers_per_block=(1, 2), text_dim=5, text_length=3
 )
 
 

@@ -23,7 +23,7 @@ class GridPositions:
 
     rows: int
     columns: int
-    reference_side: float
+    rope_base_grid: float
     pairs: tuple[int, ...]
     frames: int = 1
 
@@ -34,13 +34,13 @@ class GridPositions:
             rotary = GridPositions(32, 32, 32, rotary_pairs(64, third_axis=True)).rotary(128)
         """
         grid = np.stack(np.divmod(np.arange(self.rows * self.columns), self.columns), axis=1)
-        grid = grid / math.sqrt(self.rows * self.columns) * self.reference_side
+        grid = grid / math.sqrt(self.rows * self.columns) * self.rope_base_grid
         positions = np.zeros((prefix_length + self.frames * len(grid), len(self.pairs)))
         positions[prefix_length:, :2] = np.tile(grid, (self.frames, 1))
         if self.frames > 1:
             positions[prefix_length:, 2] = np.repeat(np.arange(self.frames), len(grid))
         if prefix_length:
-            positions[:prefix_length, 2] = np.arange(prefix_length) / prefix_length * self.reference_side
+            positions[:prefix_length, 2] = np.arange(prefix_length) / prefix_length * self.rope_base_grid
         return rotary_axes(positions, self.pairs)
 
 

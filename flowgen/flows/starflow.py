@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from flowgen.attention import CAUSAL_KERNEL_NAMES
 from flowgen.conditioning import Condition, TextCondition, check_labels, check_text
@@ -32,8 +32,15 @@ from flowgen.ranges import (
 from flowgen.typed import typed
 
 MAX_ROTATIONS = 1 << 25  # numbers in the table of positions, which every trace holds
-# The order of block 0 and of block 1; later blocks alternate.
-ORDERS: dict[str, tuple[TokenOrder, TokenOrder]] = {"L2R": ("reversed", "raster"), "R2L": ("raster", "reversed")}
+
+
+def block_order(first: TokenOrder, index: int) -> TokenOrder:
+    """Returns the token order of a block: that of block 0 for even blocks, and the other for odd ones.
+
+    Example:
+        order = block_order("raster", 1)  # "reversed"
+    """
+    return first if index % 2 == 0 else "reversed" if first == "raster" else "raster"
 
 
 @dataclass(frozen=True)
@@ -45,9 +52,9 @@ class STARFlowConfig(ImageTokens):
     channels: of the latents.
     patch_size: side of the squares of latents that become one token; it divides the sides of the latents.
     width: channels of the tokens inside the shallow blocks, a multiple of head_dim.
-    layers: transformer layers per block, data side first, the last being the deep one; 0 leaves a block out.
+    layers_per_block: transformer layers per block, data side first, the last being the deep one; 0 leaves a block out.
     deep_width: width of the last block; None for that of the others.
-    order: of the tokens; "L2R" reverses block 0, "R2L" block 1, and later blocks alternate.
+    order: of the tokens in block 0, "raster" or "reversed"; later blocks alternate. The published "L2R" is "reversed".
     head_dim: channels of an attention head.
     num_kv_heads: heads of keys and values, which several heads of queries share; None is one per head.
     expansion: width of the feed-forward layers, in widths of the block.
@@ -62,9 +69,9 @@ class STARFlowConfig(ImageTokens):
     mean stands for no class.
     text_dim: features per text token; 0 for a model without texts.
     text_length: tokens per text, padding included; 0 for a model without texts.
-    condition: which blocks see the class or the text.
-    reference_side: tokens along a side that positions are measured by; None gives the tokens of this grid the distance
-    1.
+    conditioned_blocks: which blocks see the class or the text.
+    rope_base_grid: tokens along a side of the grid that positions are measured on; None puts the tokens of this grid 1
+    apart.
     attention: "softmax", or a linear one that can be causal: elu_plus_one, relu, squared_relu, focused, nala, pola,
     inline, retention.
     noise_std: σ of the Gaussian noise that the density is trained under; above 0 for latents.
@@ -76,9 +83,9 @@ class STARFlowConfig(ImageTokens):
     channels: Channels = 4
     patch_size: Side = 1
     width: Width = 512
-    layers: Annotated[tuple[MaybeLayers, ...], AtMost(MAX_BLOCKS)] = (2, 2, 2, 2, 2, 24)
+    layers_per_block: Annotated[tuple[MaybeLayers, ...], AtMost(MAX_BLOCKS)] = (2, 2, 2, 2, 2, 24)
     deep_width: Width | None = None
-    order: Literal["L2R", "R2L"] = "L2R"
+    order: TokenOrder = "reversed"
     head_dim: HeadDim = 64
     num_kv_heads: int | None = None
     expansion: Expansion = 4
@@ -92,8 +99,8 @@ class STARFlowConfig(ImageTokens):
     class_conditioning: Literal["prefix", "add"] = "prefix"
     text_dim: TextDim = 0
     text_length: TextLength = 0
-    condition: Literal["deep", "all"] = "deep"
-    reference_side: float | None = None
+    conditioned_blocks: Literal["deep", "all"] = "deep"
+    rope_base_grid: float | None = None
     attention: str = "softmax"
     noise_std: float = 0.3
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
@@ -107,9 +114,10 @@ class STARFlowConfig(ImageTokens):
                 f"whose positions are a table of {numbers} numbers, of at most {MAX_ROTATIONS}; use larger patches."
             )
         check_noise_std(self.noise_std)
-        if not self.layers or min(self.layers) < 0 or self.layers[-1] < 1:
+        if not self.layers_per_block or min(self.layers_per_block) < 0 or self.layers_per_block[-1] < 1:
             raise ValueError(
-                f"model.layers is {self.layers}; give 0 (no block) or more layers per block, the last at least 1."
+                f"model.layers_per_block is {self.layers_per_block}; give 0 (no block) "
+                "or more layers per block, the last at least 1."
             )
         for name, width in (("width", self.width), ("deep_width", self._deep_width)):
             if width < 1 or width % self.head_dim:
@@ -136,14 +144,14 @@ class STARFlowConfig(ImageTokens):
             )
         if self.num_classes and self.text_dim:
             raise ValueError(f"model.num_classes is {self.num_classes} and text_dim {self.text_dim}; choose one.")
-        if self.reference_side is not None and not 0 < self.reference_side < float("inf"):
-            raise ValueError(f"model.reference_side is {self.reference_side}; it must be positive, or None.")
+        if self.rope_base_grid is not None and not 0 < self.rope_base_grid < float("inf"):
+            raise ValueError(f"model.rope_base_grid is {self.rope_base_grid}; it must be positive, or None.")
         choices = {
-            "order": tuple(ORDERS),
+            "order": get_args(TokenOrder),
             "norm": tuple(NORMS),
             "activation": ACTIVATION_NAMES,
             "class_conditioning": ("prefix", "add"),
-            "condition": ("deep", "all"),
+            "conditioned_blocks": ("deep", "all"),
             "attention": CAUSAL_KERNEL_NAMES,
             "dtype": ("float32", "bfloat16", "float64"),
         }
@@ -163,7 +171,7 @@ class STARFlowConfig(ImageTokens):
     @property
     def num_blocks(self) -> int:
         """Blocks that are not the identity."""
-        return sum(count > 0 for count in self.layers)
+        return sum(count > 0 for count in self.layers_per_block)
 
     @property
     def _deep_width(self) -> int:
@@ -177,13 +185,13 @@ class STARFlowConfig(ImageTokens):
 
     def at(self, height: int, width: int) -> STARFlowConfig:
         """Returns the config of the same parameters on images of another size, whose area keeps its reference."""
-        return dataclasses.replace(self, image_size=(height, width), reference_side=self._side)
+        return dataclasses.replace(self, image_size=(height, width), rope_base_grid=self._side)
 
     @property
     def _side(self) -> float:
         height, width = self.image_hw
         side = math.sqrt(height * width) / self.patch_size
-        return side if self.reference_side is None else self.reference_side
+        return side if self.rope_base_grid is None else self.rope_base_grid
 
     @property
     def _positions(self) -> GridPositions:
@@ -197,22 +205,22 @@ class STARFlowConfig(ImageTokens):
 
     @property
     def blocks(self) -> tuple[BlockConfig, ...]:
-        """The blocks from data to noise, those of 0 layers left out; the orders alternate over all of `layers`."""
-        last = len(self.layers) - 1
-        return tuple(self._block(index, index == last) for index, count in enumerate(self.layers) if count)
+        """The blocks from data to noise, those of 0 layers left out; the orders alternate over all."""
+        last = len(self.layers_per_block) - 1
+        return tuple(self._block(index, index == last) for index, count in enumerate(self.layers_per_block) if count)
 
     def _block(self, index: int, deep: bool) -> BlockConfig:
-        conditional = deep or self.condition == "all"
+        conditional = deep or self.conditioned_blocks == "all"
         width = self._deep_width if deep else self.width
         return BlockConfig(
             num_tokens=self.num_tokens,
             token_dim=self.token_dim,
-            order=ORDERS[self.order][index % 2],
+            order=block_order(self.order, index),
             scale_parameterisation=self.scale_parameterisation,
             num_classes=self.num_classes if conditional and self.class_conditioning == "add" else 0,
             transformer=TransformerConfig(
                 width=width,
-                num_layers=self.layers[index],
+                num_layers=self.layers_per_block[index],
                 num_heads=width // self.head_dim,
                 expansion=self.expansion,
                 activation=self.activation,
@@ -257,28 +265,28 @@ class STARFlow(AutoregressiveFlow):
     unconditional: the last row of a class prefix, or the mean of added classes.
 
     Example:
-        flow = STARFlow(STARFlowConfig(image_size=8, width=128, layers=(2, 2, 6), num_classes=10))
+        flow = STARFlow(STARFlowConfig(image_size=8, width=128, layers_per_block=(2, 2, 6), num_classes=10))
         z, logdet = flow.apply(params, x, cond, method="forward")
     """
 
     config: STARFlowConfig
 
 
-def _imagenet(width: int, layers: tuple[int, ...], patch_size: int = 1) -> STARFlowConfig:
+def _imagenet(width: int, layers_per_block: tuple[int, ...], patch_size: int = 1) -> STARFlowConfig:
     return STARFlowConfig(
         image_size=32,
         patch_size=patch_size,
         width=width,
-        layers=layers,
+        layers_per_block=layers_per_block,
         num_classes=1000,
-        reference_side=32 / patch_size,
+        rope_base_grid=32 / patch_size,
     )
 
 
 # Published shapes on 256 x 256 pictures, 32 x 32 x 4 latents. "t2i_3b" is the released text-to-image model. The others
 # are the published class-conditional presets by their names; the paper's model of 1.4 B is "xlv2_1".
 STARFLOW_PRESETS: dict[str, STARFlowConfig] = {
-    "t2i_3b": STARFlowConfig(image_size=32, width=3072, text_dim=2048, text_length=128, reference_side=32.0),
+    "t2i_3b": STARFlowConfig(image_size=32, width=3072, text_dim=2048, text_length=128, rope_base_grid=32.0),
     "xl_1": _imagenet(2048, (2, 2, 2, 2, 10, 10)),
     "xlv2_1": _imagenet(2048, (2, 2, 2, 2, 2, 18)),
     "xl_2": _imagenet(2048, (2, 2, 2, 2, 10, 10), patch_size=2),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from flowgen.flows.block import BlockConfig
 from flowgen.flows.flow import AutoregressiveFlow
-from flowgen.flows.starflow import ORDERS, STARFlowConfig
+from flowgen.flows.starflow import STARFlowConfig, block_order
 from flowgen.ranges import Frames, MaybeLayers, OtherFrames, check_ranges
 from flowgen.typed import typed
 
@@ -37,12 +37,14 @@ class STARFlowVConfig(STARFlowConfig):
         if self.denoiser_layers and self.num_classes and self.class_conditioning == "add":
             raise ValueError("model.class_conditioning is 'add', which a denoiser has no part for; use 'prefix'.")
         super().__post_init__()
-        if self.condition != "deep":
-            raise ValueError(f"model.condition is {self.condition!r}; single frames see no condition: set 'deep'.")
-        if ORDERS[self.order][(len(self.layers) - 1) % 2] != "raster":
+        if self.conditioned_blocks != "deep":
             raise ValueError(
-                f"model.layers has {len(self.layers)} entries, which in order {self.order} reverses the deep block and "
-                "with it time; give one more or less, or 0 layers to one."
+                f"model.conditioned_blocks is {self.conditioned_blocks!r}; single frames see no condition: set 'deep'."
+            )
+        if block_order(self.order, len(self.layers_per_block) - 1) != "raster":
+            raise ValueError(
+                f"model.layers_per_block has {len(self.layers_per_block)} entries, with which order {self.order!r} "
+                "reverses the deep block and with it time; give one more or less, or 0 layers to one."
             )
 
     @property
@@ -73,8 +75,8 @@ class STARFlowV(AutoregressiveFlow):
     `cond` is that of a `STARFlow`.
 
     Example:
-        flow = STARFlowV(STARFlowVConfig(image_size=8, frames=5, width=128, layers=(2, 2, 2, 6), num_classes=10))
-        z, logdet = flow.apply(params, clips, labels, method="forward")
+        flow = STARFlowV(STARFlowVConfig(image_size=8, frames=5, width=128, layers_per_block=(2, 2, 2, 6)))
+        z, logdet = flow.apply(params, clips, method="forward")
     """
 
     config: STARFlowVConfig
@@ -85,11 +87,11 @@ STARFLOW_V_480P = STARFlowVConfig(
     image_size=(30, 53),
     channels=48,
     width=3072,
-    layers=(2, 2, 2, 2, 2, 24),
+    layers_per_block=(2, 2, 2, 2, 2, 24),
     deep_width=4096,
     text_dim=2048,
     text_length=256,
-    reference_side=32.0,
+    rope_base_grid=32.0,
     noise_std=0.5,
     frames=21,
     denoiser_layers=8,

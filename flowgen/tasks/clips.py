@@ -103,7 +103,7 @@ def shrink(experiment: Any) -> Any:
         image_size=-(-SMALL_SIDE // model.patch_size) * model.patch_size,
         frames=min(model.frames, 3),
         # The deep block keeps its order where one block is above it.
-        layers=(1, 1) if model.order == "L2R" else (0, 1, 1),
+        layers_per_block=(1, 1) if model.order == "reversed" else (0, 1, 1),
         denoiser_layers=min(model.denoiser_layers, 1),
     )
     if experiment.likelihood is not None and (optim := experiment.likelihood.denoiser) is not None:

@@ -50,7 +50,7 @@ _TINY: dict[type, Callable[[Any], dict[str, Any]]] = {
         "deep_width": None,
         "head_dim": 20,
         "num_kv_heads": None if model.num_kv_heads is None else 1,
-        "layers": (1,) * min(model.num_blocks, 2),
+        "layers_per_block": (1,) * min(model.num_blocks, 2),
     },
 }
 

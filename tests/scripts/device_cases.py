@@ -67,7 +67,7 @@ def flow_case(make_objective=nll_objective, config=flowgen.TARFlowConfig, **opti
     return make
 
 
-STAR = {"image_size": 4, "channels": 2, "patch_size": 2, "width": 20, "head_dim": 20, "layers": (1, 1)}
+STAR = {"image_size": 4, "channels": 2, "patch_size": 2, "width": 20, "head_dim": 20, "layers_per_block": (1, 1)}
 
 
 def text_case():

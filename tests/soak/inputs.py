@@ -65,7 +65,7 @@ from flowgen.data import DataConfig
 from flowgen.flows import STARFlowConfig
 from flowgen.tasks.frozen import PixelBlocks
 def config():
-    model = STARFlowConfig(image_size=4, channels=4, width=32, head_dim=16, layers=(1, 1))
+    model = STARFlowConfig(image_size=4, channels=4, width=32, head_dim=16, layers_per_block=(1, 1))
     data = DataConfig(source="encoded", path="latents")
     return Experiment(name="latents", model=model, data=data, codec=PixelBlocks(2))
 """
@@ -74,7 +74,9 @@ from flowgen.config import Experiment
 from flowgen.data import ClipsConfig
 from flowgen.flows import STARFlowVConfig
 def config():
-    model = STARFlowVConfig(image_size=8, frames=3, channels=3, patch_size=4, width=32, head_dim=16, layers=(1, 1, 1))
+    model = STARFlowVConfig(
+        image_size=8, frames=3, channels=3, patch_size=4, width=32, head_dim=16, layers_per_block=(1, 1, 1)
+    )
     return Experiment(name="clips", model=model, data=ClipsConfig(source="folder", path="videos", eval_fraction=0.0))
 """
 
