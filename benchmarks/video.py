@@ -90,7 +90,7 @@ def beside_the_published(other: measure.Process, version: str, rounds: int) -> l
 
     shape = theirs.SHAPE
     flow, params = convert.starflow(theirs.sv.state_dict(shape), shape.arguments())
-    flow = flow.at(*shape.grid)
+    flow = flow.with_image_size(*shape.grid)
     noise = np.moveaxis(theirs.sv.noise(shape), 2, -1)
     z = jnp.asarray(noise.reshape(len(noise), flow.config.num_tokens, -1))
     text, null = (

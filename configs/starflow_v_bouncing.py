@@ -27,7 +27,7 @@ def config() -> Experiment:
             num_classes=10,
             noise_std=0.2,
             denoiser_layers=4,
-            denoiser_back=5,
+            denoiser_past_frames=5,
             remat=False,
         ),
         data=ClipsConfig(source="bouncing"),

@@ -40,7 +40,7 @@ def flow_of(config):
 
 def frames_of(config, count, batch=2):
     """Frames as a caller gives them."""
-    return laws.images(config.of_frames(count), jax.random.key(1), batch)
+    return laws.images(config.with_num_frames(count), jax.random.key(1), batch)
 
 
 def noise(config, count, indices=(0, 1)):
@@ -57,9 +57,9 @@ def noise(config, count, indices=(0, 1)):
 
 def behind(flow, params, cond, known, z):
     """The clip that begins with known frames: their own noise, then z, through plain inversion."""
-    beginning = STARFlowV(flow.config.of_frames(known.shape[1]))
+    beginning = STARFlowV(flow.config.with_num_frames(known.shape[1]))
     own, _ = laws.apply(beginning, params, known, cond)
-    whole = STARFlowV(flow.config.of_frames(known.shape[1] + z.shape[1] // PER_FRAME))
+    whole = STARFlowV(flow.config.with_num_frames(known.shape[1] + z.shape[1] // PER_FRAME))
     return invert(whole, params, jnp.concatenate([own, z], axis=1), cond).x
 
 
@@ -182,7 +182,7 @@ def test_a_tweedie_step_follows_the_density_of_the_clip():
     @jax.grad
     def score(x):
         def log_prob(x):
-            return STARFlowV(TEXT.of_frames(x.shape[1])).apply(params, x, cond, method="log_prob").sum()
+            return STARFlowV(TEXT.with_num_frames(x.shape[1])).apply(params, x, cond, method="log_prob").sum()
 
         # Of a restart, the clip less what it began with.
         added = (log_prob(x[:, begin : begin + 3]) - log_prob(x[:, begin : begin + 2]) for begin in (1, 2))
@@ -210,7 +210,7 @@ REFUSED = {
     "none given": ({"given": jnp.zeros((2, 0, 4, 2, 2))}, "given has 0 frames"),
     "no context": ({"frames": 9, "context": 0}, "context is 0; it must be from 1 to 2"),
     "all context": ({"frames": 9, "context": 3}, "context is 3; it must be from 1 to 2"),
-    "one frame": ({"config": TEXT.of_frames(1), "frames": 2}, "a flow of 1 frame has no room for a context"),
+    "one frame": ({"config": TEXT.with_num_frames(1), "frames": 2}, "a flow of 1 frame has no room for a context"),
 }
 
 

@@ -130,7 +130,7 @@ def test_a_plan_per_block_and_plans_by_name(case):
 def test_on_accelerators_a_pass_of_any_block_has_rows_that_cost_nothing(monkeypatch, untyped):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     config = laws.FLOWS["starflow video"]
-    flow = STARFlowV(config.of_frames(20))
+    flow = STARFlowV(config.with_num_frames(20))
     noise = jnp.zeros((1, flow.config.num_tokens, config.token_dim))
     *shallow, deep = decode_request(flow, {"params": {}}, noise, laws.labels(config, 1), "auto").plan.blocks
     assert deep.window == 256

@@ -36,7 +36,7 @@ CLIP = STARFlowVConfig(
     text_dim=5,
     text_length=3,
     denoiser_layers=1,
-    denoiser_back=2,
+    denoiser_past_frames=2,
 )
 
 
@@ -93,7 +93,7 @@ def test_frames_and_texts_matter():
 @pytest.mark.slow
 def test_it_learns_the_score_of_the_flow():
     flow, params = laws.perturbed(CLIP, jax.random.key(0))
-    denoiser = ClipDenoiser(dataclasses.replace(CLIP, denoiser_back=9))
+    denoiser = ClipDenoiser(dataclasses.replace(CLIP, denoiser_past_frames=9))
     text = laws.labels(CLIP, batch=8)
     optimizer = optax.adam(5e-3)
 
@@ -128,9 +128,9 @@ def test_it_learns_the_score_of_the_flow():
 @pytest.mark.slow
 def test_long_clips_are_denoised_in_chunks_of_noisy_frames():
     denoiser, variables, _, text = perturbed(CLIP)
-    clip = laws.images(CLIP.of_frames(11), jax.random.key(3), batch=2)
+    clip = laws.images(CLIP.with_num_frames(11), jax.random.key(3), batch=2)
     whole = DenoiserStep(denoiser, noise_std=0.5)(variables, clip, text)
-    alone = ClipDenoiser(CLIP.of_frames(11))
+    alone = ClipDenoiser(CLIP.with_num_frames(11))
     assert_close(whole, clip - 0.5 * alone.apply(variables, clip, text), NETWORK)
     chunked = DenoiserStep(denoiser, noise_std=0.5, chunk=6)(variables, clip, text)
     assert chunked.shape == clip.shape
@@ -144,11 +144,11 @@ def test_long_clips_are_denoised_in_chunks_of_noisy_frames():
 @pytest.mark.slow
 @pytest.mark.parametrize(("back", "ahead", "size"), [(9, 1, 4), (2, 5, 3)])
 def test_chunks_shorter_than_the_window_answer_for_one_frame_each(back, ahead, size):
-    config = dataclasses.replace(CLIP, denoiser_back=back, denoiser_ahead=ahead)
+    config = dataclasses.replace(CLIP, denoiser_past_frames=back, denoiser_lookahead_frames=ahead)
     denoiser, variables, _, text = perturbed(config)
-    clip = laws.images(CLIP.of_frames(6), jax.random.key(3), batch=2)
+    clip = laws.images(CLIP.with_num_frames(6), jax.random.key(3), batch=2)
     chunked = DenoiserStep(denoiser, noise_std=0.5, chunk=size)(variables, clip, text)
-    network = ClipDenoiser(config.of_frames(size))
+    network = ClipDenoiser(config.with_num_frames(size))
     chunks = [clip[:, i : i + size] for i in range(7 - size)]
     first, *rest = (chunk - 0.5 * network.apply(variables, chunk, text) for chunk in chunks)
     answering = size - 1 - min(ahead, size - 1)
@@ -159,7 +159,7 @@ def test_chunks_shorter_than_the_window_answer_for_one_frame_each(back, ahead, s
 def test_the_program_of_a_denoiser_does_not_grow_with_the_clip():
     denoiser, variables, _, text = perturbed(CLIP)
     step = DenoiserStep(denoiser, noise_std=0.5, chunk=6)
-    lengths = (jax.ShapeDtypeStruct((2, *CLIP.of_frames(frames).event_shape), jnp.float32) for frames in (7, 30))
+    lengths = (jax.ShapeDtypeStruct((2, *CLIP.with_num_frames(frames).event_shape), jnp.float32) for frames in (7, 30))
     short, long = (jax.make_jaxpr(lambda x: step(variables, x, text))(x).pretty_print() for x in lengths)
     assert short.count("dot_general") == long.count("dot_general")
 
@@ -179,7 +179,7 @@ REFUSED = {
         lambda: init_denoiser(ClipDenoiser(dataclasses.replace(CLIP, denoiser_layers=0)), jax.random.key(0)),
         "model.denoiser_layers is 0, so there is no denoiser",
     ),
-    "negative window": (lambda: dataclasses.replace(CLIP, denoiser_back=-1), "model.denoiser_back is -1"),
+    "negative window": (lambda: dataclasses.replace(CLIP, denoiser_past_frames=-1), "model.denoiser_past_frames is -1"),
     "added classes": (
         lambda: dataclasses.replace(CLIP, text_dim=0, text_length=0, num_classes=3, class_conditioning="add"),
         "use 'prefix'",

@@ -31,7 +31,7 @@ CLIP = STARFlowVConfig(
     layers_per_block=(1, 1),
     num_classes=3,
     denoiser_layers=1,
-    denoiser_back=2,
+    denoiser_past_frames=2,
 )
 FLOW = STARFlowV(CLIP)
 SCALE = 1.7

@@ -252,23 +252,23 @@ def test_an_experiment_shrinks():
 
 def test_one_set_of_parameters_serves_grids_of_other_sizes():
     flow, params, _, text = laws.case("starflow text")
-    wide = flow.at(4, 10)
+    wide = flow.with_image_size(4, 10)
     assert wide.config.image_hw == (4, 10)
-    assert flow.at(6, 6) is flow
-    assert wide.at(6, 6).config == dataclasses.replace(flow.config, image_size=(6, 6))
+    assert flow.with_image_size(6, 6) is flow
+    assert wide.with_image_size(6, 6).config == dataclasses.replace(flow.config, image_size=(6, 6))
     x = np.random.default_rng(0).normal(size=(len(text.mask), 4, 10, 2)).astype(np.float32)
     z, _ = apply(wide, params, x, text, method="forward")
     back = invert(wide, params, z, text, plan=Sequential())
     assert_close(back.x, x, NETWORK)
     tar, _, _, _ = laws.case("affine")
     with pytest.raises(ValueError, match=r"images are 4 x 10; this model takes \(6, 6\) alone"):
-        tar.at(4, 10)
+        tar.with_image_size(4, 10)
 
 
 def test_a_grid_without_a_base_grid_keeps_the_one_it_was_made_on():
     config = flowgen.STARFlowConfig(image_size=8, **{**STAR, "patch_size": 1})
-    assert config.at(4, 16).rope_base_grid == 8.0
-    assert config.at(16, 16).at(8, 8).rope_base_grid == 8.0
+    assert config.with_image_size(4, 16).rope_base_grid == 8.0
+    assert config.with_image_size(16, 16).with_image_size(8, 8).rope_base_grid == 8.0
 
 
 # Eight bits of mantissa in matrix products of width 40, whose sums are float32, and densities in float32 throughout:

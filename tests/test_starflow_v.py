@@ -50,7 +50,7 @@ def test_nothing_sees_later_frames_and_shallow_blocks_no_other_frame():
 
 def test_a_clip_of_one_frame_is_an_image_to_the_same_parameters():
     plain = {field.name: getattr(TEXT, field.name) for field in dataclasses.fields(STARFlowConfig)}
-    flow, params = laws.perturbed(TEXT.of_frames(1), jax.random.key(0))
+    flow, params = laws.perturbed(TEXT.with_num_frames(1), jax.random.key(0))
     clip, text = laws.images(flow.config, jax.random.key(1)), laws.labels(TEXT)
     z, logdet = laws.apply(flow, params, clip, text)
     expected, expected_logdet = laws.apply(STARFlow(STARFlowConfig(**plain)), params, clip[:, 0], text)
@@ -62,7 +62,7 @@ def test_the_noise_of_a_clip_begins_with_that_of_its_beginning():
     flow, params = laws.perturbed(TEXT, jax.random.key(0))
     clip, text = laws.images(TEXT, jax.random.key(1)), laws.labels(TEXT)
     z, _ = laws.apply(flow, params, clip, text)
-    beginning, _ = laws.apply(STARFlowV(TEXT.of_frames(2)), params, clip[:, :2], text)
+    beginning, _ = laws.apply(STARFlowV(TEXT.with_num_frames(2)), params, clip[:, :2], text)
     assert_close(z[:, : beginning.shape[1]], beginning, NETWORK)
 
 

@@ -202,7 +202,7 @@ def test_evaluation_says_how_frames_move(run, capsys):
 
 @pytest.mark.slow
 def test_evaluation_of_single_frames_says_nothing_of_how_they_move():
-    experiment = experiment_of(model=TINY.of_frames(1))
+    experiment = experiment_of(model=TINY.with_num_frames(1))
     flow, options = experiment.flow(), argparse.Namespace(split="eval", samples=4, noise=None, unconditional=False)
     options.batch, options.seed = 8, 0
     lines = clips.evaluate(experiment, flow, init(flow, jax.random.key(0)), options)
@@ -281,7 +281,7 @@ def test_a_video_autoencoder_is_trained_and_its_latents_are_those_of_a_flow(auto
     capsys.readouterr()
     assert main(["evaluate", "--checkpoint", str(tmp_path / "again"), "--samples", "4"]) == 0
     assert "frames of 4 data: distance to the next" in capsys.readouterr().out  # decoded, which no encoded data hold
-    longer = dataclasses.replace(encoded, model=LATENTS.of_frames(5))
+    longer = dataclasses.replace(encoded, model=LATENTS.with_num_frames(5))
     with pytest.raises(ValueError, match=r"holds latents of shape .*; set model.image_size, model.frames and"):
         fit(longer, tmp_path / "other")
     out = tmp_path / "samples.npz"
@@ -298,7 +298,7 @@ def test_a_video_autoencoder_is_trained_and_its_latents_are_those_of_a_flow(auto
         ({"data": DataConfig()}, "a STARFlowV is trained on clips, so give a ClipsConfig"),
         ({"likelihood": LikelihoodConfig(norm_penalty=1e-4)}, "likelihood.norm_penalty is 0.0001, which would mix"),
         (
-            {"data": ClipsConfig(drop_first=0.25), "model": TINY.of_frames(2)},
+            {"data": ClipsConfig(drop_first=0.25), "model": TINY.with_num_frames(2)},
             "data.drop_first is 0.25, and clips of model.frames 2 without their first frame are pictures",
         ),
         (

@@ -138,7 +138,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     experiment = config.override(experiment, rest)
     experiment = dataclasses.replace(experiment, sampling=_overridden(experiment, options, prompts, names))
     if options.aspect is not None:
-        flow = flow.at(*latent_grid(experiment, options.aspect))
+        flow = flow.with_image_size(*latent_grid(experiment, options.aspect))
     more: dict[str, Any] = {"certify": options.certify} if "certify" in task.SAMPLE_OPTIONS else {}
     if task is clips:
         clips.check_length(experiment, options.frames, options.context)

@@ -276,14 +276,18 @@ def _of_clips(known: Mapping[str, Any]) -> dict[str, int]:
     if not known["learnable_self_denoiser"]:
         return shape
     # A query of frame q sees frames q + A - 1 - G .. q + A - 1, where A is temporal_causal and G denoiser_window.
-    ahead = int(known["temporal_causal"]) - 1
-    back = int(known["denoiser_window"]) - ahead
-    if back < 0:
+    lookahead = int(known["temporal_causal"]) - 1
+    past = int(known["denoiser_window"]) - lookahead
+    if past < 0:
         raise ValueError(
             f"denoiser_window is {known['denoiser_window']} and temporal_causal {known['temporal_causal']}, with which "
             "no frame sees itself; give those that the weights were made with."
         )
-    return shape | {"denoiser_layers": _DENOISER_LAYERS, "denoiser_back": back, "denoiser_ahead": ahead}
+    return shape | {
+        "denoiser_layers": _DENOISER_LAYERS,
+        "denoiser_past_frames": past,
+        "denoiser_lookahead_frames": lookahead,
+    }
 
 
 def clip_size(vid_size: str) -> tuple[int, int]:

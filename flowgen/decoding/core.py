@@ -38,7 +38,7 @@ def decode(request: DecodeRequest) -> DecodeResult:
     noise = _noise(request)
     known = None if given is None else _enter_last_block(request, given)[0]
     u, last = _decode_last_block(request, noise, known)
-    later = request.flow.of_frames(layout.total - layout.given)
+    later = request.flow.with_num_frames(layout.total - layout.given)
     tokens, solutions, errors = _decode_other_blocks(request, later, layout.frames(u, layout.given, layout.total))
     x = later.to_images(tokens)
     x = x if given is None else jnp.concatenate([given, x], axis=1)
@@ -88,7 +88,7 @@ def _enter_last_block(
 ) -> tuple[Float[Array, "b n c"], Float[Array, " b"]]:
     """u of images or frames, and log|det du/dx|."""
     frames = x.shape[1] if x.ndim == 5 else 1
-    return request.flow.of_frames(frames).apply(request.params, x, request.cond, method="enter_last_block")
+    return request.flow.with_num_frames(frames).apply(request.params, x, request.cond, method="enter_last_block")
 
 
 def _decoder(request: DecodeRequest, flow: Any, index: int, cond: Condition | None, **options: Any) -> BlockDecoder:
@@ -113,7 +113,9 @@ def _last_decoder(request: DecodeRequest, part: Segments) -> BlockDecoder:
             jax.debug.callback(lambda count: progress(int(count), total), count)
 
     cond = request.restart_cond if part.is_restart else request.cond
-    return _decoder(request, request.flow.of_frames(layout.clip), len(request.plan.blocks) - 1, cond, solved=solved)
+    return _decoder(
+        request, request.flow.with_num_frames(layout.clip), len(request.plan.blocks) - 1, cond, solved=solved
+    )
 
 
 def _decode_last_block(
@@ -182,7 +184,7 @@ def _denoised(request: DecodeRequest, x: Float[Array, "b *event"]) -> Float[Arra
 
 def _log_prob(request: DecodeRequest, x: Float[Array, "b *event"]) -> Float[Array, " b"]:
     """log p(x | cond) in nats of images or clips that are decoded by this layout with no frames given."""
-    layout, flow = request.layout._replace(given=0), request.flow.of_frames(request.layout.clip)
+    layout, flow = request.layout._replace(given=0), request.flow.with_num_frames(request.layout.clip)
     index = len(request.plan.blocks) - 1
     block, variables = AutoregressiveBlock(flow.config.blocks[index]), block_parameters(request.params, index)
     variance = layout.frames(request.flow.apply(request.params, method="prior_variance")[None], 0, layout.clip)

@@ -74,7 +74,7 @@ def _mean_nats(flow, variables, source, key, *, noise_std, batch_size, condition
     variables = jax.device_put(variables)
     total = 0.0
     for bucket in source.buckets if isinstance(source, BucketedSource) else (source,):
-        sized = flow.at(*bucket.image_shape[:2])
+        sized = flow.with_image_size(*bucket.image_shape[:2])
 
         def nats(batch, keys, sized=sized):
             return _flow_nats(sized, variables, batch, keys, sigma=sigma, conditional=conditional)

@@ -165,30 +165,30 @@ class AutoregressiveFlow(nn.Module):
         return states, logdet
 
     @nn.nowrap
-    def at(self, height: int, width: int) -> AutoregressiveFlow:
+    def with_image_size(self, height: int, width: int) -> AutoregressiveFlow:
         """Returns the flow of the same parameters on images of another size.
 
         Raises ValueError where the parameters belong to one size, as position tables do.
         """
         if (height, width) == self.config.image_hw:
             return self
-        if not hasattr(self.config, "at"):
+        if not hasattr(self.config, "with_image_size"):
             raise ValueError(
                 f"images are {height} x {width}; this model takes {self.config.image_hw} alone, as its parameters do."
             )
-        return type(self)(self.config.at(height, width), parent=None)
+        return type(self)(self.config.with_image_size(height, width), parent=None)
 
     @nn.nowrap
-    def of_frames(self, frames: int) -> AutoregressiveFlow:
+    def with_num_frames(self, frames: int) -> AutoregressiveFlow:
         """Returns the flow of the same parameters on clips of another number of frames.
 
         Raises ValueError if the flow models images, which are one frame.
         """
         if frames == self.config.num_tokens // self.config.tokens_per_image:
             return self
-        if not hasattr(self.config, "of_frames"):
+        if not hasattr(self.config, "with_num_frames"):
             raise ValueError(f"frames is {frames}; this model takes images, which are one frame.")
-        return type(self)(self.config.of_frames(frames), parent=None)
+        return type(self)(self.config.with_num_frames(frames), parent=None)
 
     def prior_variance(self) -> Float[Array, "n token"]:
         """Returns the variance of the Gaussian that samples are drawn from: 1, unless tracked or imported."""

@@ -29,8 +29,8 @@ def nll_objective(
 
     loss = loss_scale (½ mean z² - mean logdet / num_dims) + norm_penalty Σ_k mean x_k², in nats per dimension, without
     constants (TARFlow, eq. of the loss; the penalty, on the tokens that enter each block, is STARFlow's).
-    batch: what `batch_input` takes, of any size that `flow.at` takes; and `label` int32 `b` where the flow has classes,
-    `text`, the features `b l e` and mask `b l` of a `TextCondition`, where it has texts. With probability
+    batch: what `batch_input` takes, of any size that `flow.with_image_size` takes; and `label` int32 `b` if the flow
+    has classes, `text`, the features `b l e` and mask `b l` of a `TextCondition`, if it has texts. With probability
     `label_dropout` labels become -1, and texts null_text(([frames,] height, width)) of the batch, the encoded "".
     metrics: loss, bits_per_dim (of the noised pictures; of latents nats_per_dim), mean_square_z, logdet_per_dim, and
     mean_square/<block> of the tokens after each block.
@@ -106,5 +106,5 @@ def on_samples_like(flow: Any, x: Float[Array, "b *event"]) -> Any:
     Example:
         sized = on_samples_like(flow, x)
     """
-    sized = flow.at(*x.shape[-3:-1])
-    return sized.of_frames(x.shape[1]) if x.ndim == 5 else sized
+    sized = flow.with_image_size(*x.shape[-3:-1])
+    return sized.with_num_frames(x.shape[1]) if x.ndim == 5 else sized

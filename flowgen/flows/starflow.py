@@ -183,7 +183,7 @@ class STARFlowConfig(ImageTokens):
             return TextPrefix(self.text_length, self.text_dim)
         return ClassPrefix(self.num_classes) if self.num_classes and self.class_conditioning == "prefix" else None
 
-    def at(self, height: int, width: int) -> STARFlowConfig:
+    def with_image_size(self, height: int, width: int) -> STARFlowConfig:
         """Returns the config of the same parameters on images of another size, whose area keeps its reference."""
         return dataclasses.replace(self, image_size=(height, width), rope_base_grid=self._side)
 

@@ -23,14 +23,14 @@ class STARFlowVConfig(STARFlowConfig):
 
     frames: of a clip, in latents.
     denoiser_layers: of the causal denoiser that learns the flow's score; 0 for none.
-    denoiser_back: frames before its own that a token sees in each layer of the denoiser.
-    denoiser_ahead: frames after its own that a token sees in each layer of the denoiser.
+    denoiser_past_frames: frames before its own that a token sees in each layer of the denoiser.
+    denoiser_lookahead_frames: frames after its own that a token sees in each layer of the denoiser.
     """
 
     frames: Frames = 21
     denoiser_layers: MaybeLayers = 0
-    denoiser_back: OtherFrames = 9
-    denoiser_ahead: OtherFrames = 1
+    denoiser_past_frames: OtherFrames = 9
+    denoiser_lookahead_frames: OtherFrames = 1
 
     def __post_init__(self):
         check_ranges(self, "model")
@@ -52,7 +52,7 @@ class STARFlowVConfig(STARFlowConfig):
         """Shape of a clip: (frames, height, width, channels)."""
         return (self.frames, *self.image_shape)
 
-    def of_frames(self, frames: int) -> STARFlowVConfig:
+    def with_num_frames(self, frames: int) -> STARFlowVConfig:
         """Returns the config of the same parameters on clips of another length."""
         return dataclasses.replace(self, frames=frames)
 

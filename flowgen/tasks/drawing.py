@@ -45,7 +45,7 @@ def sampler(
     bucket = source.buckets[0] if isinstance(source, BucketedSource) else source
     # The captions that are drawn, which may name the aspect, are of pictures of this shape.
     prompts, drawn_as = experiment.sampling.prompts, bucket.image_shape[:2]
-    sized = flow if prompts or not holds_latents(source) else flow.at(*drawn_as)
+    sized = flow if prompts or not holds_latents(source) else flow.with_image_size(*drawn_as)
     null_text = null_texts(source)
     texts = null = None
     if flow.config.text_dim:

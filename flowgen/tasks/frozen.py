@@ -249,7 +249,7 @@ def latent_grid(experiment: Any, aspect: str) -> tuple[int, int]:
     Raises ValueError where the aspect is not one of the nine, or the model has one size.
 
     Example:
-        flow = flow.at(*latent_grid(experiment, "16:9"))
+        flow = flow.with_image_size(*latent_grid(experiment, "16:9"))
     """
     model, factor = experiment.model, codec_of(experiment).factor
     side = round(math.sqrt(math.prod(model.image_hw)) * factor)

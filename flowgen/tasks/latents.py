@@ -290,7 +290,8 @@ def _check_encoded(experiment: Any, source: Source | BucketedSource) -> None:
     shapes = [bucket.event_shape for bucket in buckets if isinstance(bucket, LatentSource)]
     continued = getattr(experiment.data, "drop_first", 0) > 0 and len(shapes) > 1
     taken = [
-        shape == model.event_shape or (hasattr(model, "at") and _is_size_of(model, shape, continued=continued))
+        shape == model.event_shape
+        or (hasattr(model, "with_image_size") and _is_size_of(model, shape, continued=continued))
         for shape in shapes
     ]
     if not all(taken):

@@ -60,7 +60,7 @@ def check(experiment: Any) -> None:
     kind = type_name(experiment.model)
     if not isinstance(experiment.data, DataConfig):
         raise ValueError(f"data is {experiment.data}; a {kind} is trained on pictures, so give a DataConfig.")
-    if experiment.data.aspects and not hasattr(experiment.model, "at"):
+    if experiment.data.aspects and not hasattr(experiment.model, "with_image_size"):
         raise ValueError(f"data.aspects is set, but a {kind} has one size, as its parameters do; use a STARFlow.")
     if experiment.likelihood is not None and experiment.likelihood.denoiser is not None:
         raise ValueError(f"likelihood.denoiser is given, but a {kind} has no denoiser; leave it out.")
