@@ -15,6 +15,7 @@ import flowgen
 from flowgen.conditioning import TextCondition
 from flowgen.decoding import (
     DecodePlan,
+    Denoiser,
     Guidance,
     Jacobi,
     Sequential,
@@ -24,7 +25,6 @@ from flowgen.decoding import (
     resolve_plan,
     sample,
 )
-from flowgen.decoding.core import decode
 from flowgen.decoding.jacobi import Conditioner, solve
 from flowgen.decoding.request import decode_request
 from flowgen.flows import AutoregressiveBlock, STARFlowV, block_parameters, density
@@ -316,15 +316,23 @@ def test_denoising_is_one_tweedie_step_of_the_given_strength():
 
 
 def test_one_compiled_program_per_call_signature():
-    flow, params, x, cond = laws.case("classes")
-    z, _ = apply(flow, params, x, cond)
-    invert(flow, params, z, cond, guidance=Guidance(scale=0.7, rule="product"))
-    before = decode._cache_size()
-    for scale, temperature in ((1.0, 1.0), (2.5, 0.7), (3.0, 2.0)):
-        invert(flow, params, z + scale, cond, guidance=Guidance(scale=scale, rule="product", temperature=temperature))
-    same_flow = flowgen.TARFlow(dataclasses.replace(flow.config))
-    invert(same_flow, params, z, cond, guidance=Guidance(scale=0.7, rule="product"))
-    assert decode._cache_size() == before
+    flow, params, _, cond = laws.case("classes")
+    traces = []
+
+    def count(variables, x, cond):
+        traces.append(x.shape)
+        return x
+
+    def draw(flow, scale, temperature):
+        guidance = Guidance(scale=scale, rule="product", temperature=temperature)
+        sample(flow, params, jax.random.key(0), 4, cond, guidance=guidance, denoise=Denoiser(count, None))
+
+    for scale, temperature in ((0.7, 1.0), (2.5, 1.0), (3.0, 1.0)):
+        draw(flow, scale, temperature)
+    draw(flowgen.TARFlow(dataclasses.replace(flow.config)), 0.7, 1.0)
+    assert len(traces) == 1
+    draw(flow, 1.0, 0.7)
+    assert len(traces) == 1
 
 
 @pytest.mark.parametrize(
