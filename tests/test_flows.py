@@ -19,6 +19,7 @@ from flowgen.data import from_uint8
 from flowgen.decoding import Sequential, invert
 from flowgen.flows import AutoregressiveBlock, block_parameters, decoding_block, density
 from flowgen.flows.batches import batch_condition, dequantise, noisy_batch
+from flowgen.flows.block import BlockState
 from flowgen.flows.objective import nll_objective
 from flowgen.gaussian import gaussian_log_density
 
@@ -133,7 +134,7 @@ def test_the_objective_is_bits_per_dim_of_the_noised_images(case):
     spread = (noised - from_uint8(batch["image"])) / 0.1
     np.testing.assert_allclose([spread.mean(), spread.std()], [0, 1], atol=5 / np.sqrt(spread.size))
     z, logdet = apply(flow, params, noised, cond)
-    variance = params["prior"]["variance"] if "prior" in params else None
+    variance = params["prior"]["variance"] if "prior" in params else jnp.ones(z.shape[1:])
     log_prob = gaussian_log_density(z, variance[None]).sum(axis=(1, 2)) + logdet
     assert_close(metrics["bits_per_dim"], density.bits_per_dim(log_prob, flow.config.num_dims).mean(), LAYER)
     assert_close(loss, 0.5 * jnp.square(z).mean() - logdet.mean() / flow.config.num_dims, NETWORK)
@@ -204,7 +205,7 @@ def test_parallel_and_cached_forms_agree(case):
 
     @jax.jit
     def conditioner(window, start, caches):
-        return block.apply(variables, window, start, cond, caches, None, method="conditioner")
+        return block.apply(variables, window, cond, BlockState(start, caches), method="conditioner")
 
     previous = block.apply(variables, tokens, method="previous")
     shift, log_scale, _ = conditioner(previous, 0, None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +18,7 @@ from flowgen.flows.block import (
     AutoregressiveBlock,
     BlockConfig,
     BlockState,
+    Variables,
     decoding_block,
     each_frame,
 )
@@ -38,7 +38,7 @@ class BlockDecoder:
     """
 
     config: BlockConfig
-    variables: Any
+    variables: Variables
     cond: Condition | None
     guidance: Guidance | None
     solved: Callable[[Array], None]
@@ -99,7 +99,7 @@ class BlockDecoder:
         return solve(conditioner, first, z, empty_caches, plan, self._previous_frame(known))
 
     def _parameters(
-        self, block: AutoregressiveBlock, variables: Any, rows: Float[Array, "b w c"], state: BlockState
+        self, block: AutoregressiveBlock, variables: Variables, rows: Float[Array, "b w c"], state: BlockState
     ) -> tuple[Float[Array, "b w c"], Float[Array, "b w c"], tuple | None]:
         """(shift, log_scale, caches) of the tokens after `rows`; both branches of guidance are one batch."""
         if self.guidance is None:
@@ -136,7 +136,7 @@ class BlockDecoder:
 
 def block_decoder(
     config: BlockConfig,
-    variables: Any,
+    variables: Variables,
     cond: Condition | None,
     *,
     guidance: Guidance | None = None,

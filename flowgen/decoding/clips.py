@@ -16,7 +16,8 @@ from flowgen.decoding.core import decode
 from flowgen.decoding.layout import ClipLayout
 from flowgen.decoding.plan import Plan
 from flowgen.decoding.request import DecodeResult, Denoiser, SampleKeys, decode_request, resolve_denoise
-from flowgen.flows.density import check_flow
+from flowgen.flows.block import Variables
+from flowgen.flows.density import Flow, check_flow
 from flowgen.flows.starflow_v import STARFlowVConfig
 from flowgen.guidance import Guidance
 from flowgen.nn.layers import master_dtype
@@ -25,8 +26,8 @@ CONTEXT = 0.75  # of the frames of a clip: 16 of 21, as published
 
 
 def sample_clips(
-    flow: Any,
-    params: Any,
+    flow: Flow,
+    params: Variables,
     key: Key[Array, ""],
     num: int,
     cond: Integer[Array | np.ndarray, " b"] | list[int] | TextCondition | None = None,

@@ -23,6 +23,7 @@ from flowgen.decoding.layout import Segments, scan_segments
 from flowgen.decoding.request import DecodeRequest, DecodeResult, SampleKeys, TweedieStep
 from flowgen.flows.affine import to_noise
 from flowgen.flows.block import AutoregressiveBlock, block_parameters
+from flowgen.flows.density import Flow
 from flowgen.gaussian import gaussian_log_density
 from flowgen.nn.layers import master_dtype
 
@@ -91,7 +92,7 @@ def _enter_last_block(
     return request.flow.with_num_frames(frames).apply(request.params, x, request.cond, method="enter_last_block")
 
 
-def _decoder(request: DecodeRequest, flow: Any, index: int, cond: Condition | None, **options: Any) -> BlockDecoder:
+def _decoder(request: DecodeRequest, flow: Flow, index: int, cond: Condition | None, **options: Any) -> BlockDecoder:
     guidance = request.guidance
     return block_decoder(
         flow.config.blocks[index],
@@ -143,7 +144,7 @@ def _decode_last_block(
 
 
 def _decode_other_blocks(
-    request: DecodeRequest, flow: Any, u: Float[Array, "b n c"]
+    request: DecodeRequest, flow: Flow, u: Float[Array, "b n c"]
 ) -> tuple[Float[Array, "b n c"], list[Solution], list[Float[Array, " b"]]]:
     """Tokens of images or frames, the report of each block, and its certificate if it may be guided."""
     solutions, errors = [], []

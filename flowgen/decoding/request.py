@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -15,7 +15,8 @@ from flowgen.attention import causal_kernel
 from flowgen.conditioning import Condition, TextCondition
 from flowgen.decoding.layout import ClipLayout
 from flowgen.decoding.plan import DecodePlan, Plan, SlidingWindow, resolve_plan
-from flowgen.flows.density import Flow
+from flowgen.flows.block import Variables
+from flowgen.flows.density import Flow, FlowConfig
 from flowgen.guidance import Guidance
 
 
@@ -67,7 +68,7 @@ class Denoiser:
     """
 
     function: Callable[..., Float[Array, "b *event"]] = field(metadata={"static": True})
-    variables: Any
+    variables: Variables
 
 
 @jax.tree_util.register_dataclass
@@ -87,7 +88,7 @@ class DecodeRequest:
     """
 
     flow: Flow = field(metadata={"static": True})
-    params: Any
+    params: Variables
     noise: Float[Array, "b n c"] | SampleKeys
     cond: Condition | None
     plan: DecodePlan = field(metadata={"static": True})
@@ -103,7 +104,7 @@ class DecodeRequest:
 
 def decode_request(
     flow: Flow,
-    params: Any,
+    params: Variables,
     noise: Float[Array, "b n c"] | SampleKeys,
     cond: Integer[Array | np.ndarray, " b"] | list[int] | TextCondition | None,
     plan: Plan | str,
@@ -152,7 +153,7 @@ def resolve_denoise(denoise: bool | float | Denoiser, noise_std: float) -> Tweed
     return TweedieStep(strength) if strength > 0 and noise_std > 0 else None
 
 
-def _active(guidance: Guidance | None, cond: Condition | None, config: Any) -> Guidance | None:
+def _active(guidance: Guidance | None, cond: Condition | None, config: FlowConfig) -> Guidance | None:
     """Guidance with the blocks that it changes; None if it changes none."""
     if guidance is not None and not isinstance(guidance, Guidance):
         raise ValueError(f"guidance is {shown(guidance)}; give Guidance(scale=...), or None.")
@@ -175,7 +176,7 @@ def _active(guidance: Guidance | None, cond: Condition | None, config: Any) -> G
     return replace(guidance, blocks=blocks, scale=float(guidance.scale), temperature=float(guidance.temperature))
 
 
-def _resolve(plan: Plan | str, guidance: Guidance | None, config: Any, batch: int) -> DecodePlan:
+def _resolve(plan: Plan | str, guidance: Guidance | None, config: FlowConfig, batch: int) -> DecodePlan:
     guided = () if guidance is None or guidance.blocks is None else guidance.blocks
     rows = [batch * block.frames * (2 if index in guided else 1) for index, block in enumerate(config.blocks)]
     resolved = resolve_plan(plan, rows=rows)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,14 +13,15 @@ from flowgen.conditioning import TextCondition
 from flowgen.decoding.core import decode
 from flowgen.decoding.plan import Plan
 from flowgen.decoding.request import DecodeResult, Denoiser, SampleKeys, decode_request, resolve_denoise
-from flowgen.flows.density import check_flow
+from flowgen.flows.block import Variables
+from flowgen.flows.density import Flow, check_flow
 from flowgen.guidance import Guidance
 from flowgen.nn.layers import master_dtype
 
 
 def invert(
-    flow: Any,
-    params: Any,
+    flow: Flow,
+    params: Variables,
     z: Float[Array | np.ndarray, "b n c"],
     cond: Integer[Array | np.ndarray, " b"] | list[int] | TextCondition | None = None,
     *,
@@ -51,8 +51,8 @@ def invert(
 
 
 def sample(
-    flow: Any,
-    params: Any,
+    flow: Flow,
+    params: Variables,
     key: Key[Array, ""],
     num: int,
     cond: Integer[Array | np.ndarray, " b"] | list[int] | TextCondition | None = None,

@@ -16,6 +16,7 @@ A condition enters as a class embedding added to every token, or as a prefix of 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -40,6 +41,8 @@ from flowgen.nn.transformer import TransformerConfig, transformer_stack, unstack
 
 Shift = Literal["output", "input"]
 EMBEDDING_STDDEV = 0.01
+# The dict of a Flax module, with "params" and what else it keeps.
+Variables = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,9 @@ class ClassPrefix:
     def dim(self) -> int:
         return self.num_classes + 1
 
-    def features(self, cond: Any, batch: int, dtype: jnp.dtype) -> Float[Array, "b l e"]:
+    def features(self, cond: Condition | None, batch: int, dtype: jnp.dtype) -> Float[Array, "b l e"]:
         """Returns one-hot rows as a text of one token."""
+        assert not isinstance(cond, TextCondition)  # a flow checks its condition
         return class_one_hot(cond, self.num_classes, batch, dtype)[:, None]
 
 
@@ -65,9 +69,12 @@ class TextPrefix:
     length: int
     dim: int
 
-    def features(self, cond: Any, batch: int, dtype: jnp.dtype) -> Float[Array, "b l e"]:
+    def features(self, cond: Condition | None, batch: int, dtype: jnp.dtype) -> Float[Array, "b l e"]:
         """Returns the features of the texts, zeros without a condition."""
-        return jnp.zeros((batch, self.length, self.dim), dtype) if cond is None else masked_text(cond).astype(dtype)
+        if cond is None:
+            return jnp.zeros((batch, self.length, self.dim), dtype)
+        assert isinstance(cond, TextCondition)  # a flow checks its condition
+        return masked_text(cond).astype(dtype)
 
 
 @dataclass(frozen=True)
@@ -131,7 +138,7 @@ class AutoregressiveBlock(nn.Module):
 
     if TYPE_CHECKING:  # Flax's own also speaks of variables, which no method here changes.
 
-        def apply(self, variables: Any, *args: Any, method: str = "__call__") -> Any: ...
+        def apply(self, variables: Variables, *args: Any, method: str = "__call__") -> Any: ...
 
     @property
     def num_passthrough(self) -> int:
@@ -265,7 +272,7 @@ def each_frame(x: Float[Array, "b n c"], frames: int) -> Float[Array, "b_and_fra
     return x.reshape(len(x) * frames, -1, x.shape[2])
 
 
-def block_parameters(variables: Any, index: int) -> Any:
+def block_parameters(variables: Variables, index: int) -> Variables:
     """Returns the variables of block `index` alone, for `AutoregressiveBlock(config).apply`.
 
     Example:
@@ -274,7 +281,7 @@ def block_parameters(variables: Any, index: int) -> Any:
     return {"params": variables["params"][f"blocks_{index}"]}
 
 
-def decoding_block(config: BlockConfig, variables: Any) -> tuple[AutoregressiveBlock, Any]:
+def decoding_block(config: BlockConfig, variables: Variables) -> tuple[AutoregressiveBlock, Variables]:
     """Returns a block in the form that takes caches, its layers one by one, and its variables in that form.
 
     Example:

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Key
 
 from flowgen.attention import FrameWindow
 from flowgen.conditioning import Condition, TextCondition
+from flowgen.flows.block import Variables
 from flowgen.flows.starflow_v import STARFlowVConfig
 from flowgen.nn.layers import RMSNorm, linear, master_dtype
 from flowgen.nn.transformer import TransformerConfig, transformer_stack
@@ -82,7 +83,7 @@ class ClipDenoiser(nn.Module):
         return clip.to_images(out.astype(master))
 
 
-def init_denoiser(denoiser: ClipDenoiser, key: Key[Array, ""]) -> Any:
+def init_denoiser(denoiser: ClipDenoiser, key: Key[Array, ""]) -> Variables:
     """Returns freshly initialised variables of a denoiser; shapes come from its config.
 
     Example:
@@ -100,7 +101,7 @@ def _some_condition(config: STARFlowVConfig) -> Condition | None:
     return TextCondition(features, jnp.zeros(features.shape[:2], bool))
 
 
-def denoiser_variables(variables: Any) -> Any:
+def denoiser_variables(variables: Variables) -> Variables:
     """Returns the variables of the denoiser among those of a flow that has one.
 
     Example:
@@ -132,7 +133,7 @@ class DenoiserStep:
             raise ValueError(f"chunk is {self.chunk}; it must be at least 1, or None for all frames.")
 
     def __call__(
-        self, variables: Any, x: Float[Array, "b frames height width c"], cond: Condition | None = None
+        self, variables: Variables, x: Float[Array, "b frames height width c"], cond: Condition | None = None
     ) -> Float[Array, "b frames height width c"]:
         config, frames = self.denoiser.config, x.shape[1]
         size = frames if self.chunk is None else min(self.chunk, frames)

@@ -14,27 +14,63 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from flowgen.arrays import at_least_float32, shown
-from flowgen.conditioning import Condition
+from flowgen.conditioning import Condition, TextCondition
+from flowgen.flows.block import BlockConfig, Variables
 
 LEVELS = 256
 
 
 @runtime_checkable
+class FlowConfig(Protocol):
+    """What training, density and decoding read of a flow's config."""
+
+    @property
+    def event_shape(self) -> tuple[int, ...]: ...
+    @property
+    def tokens_per_image(self) -> int: ...
+    @property
+    def num_tokens(self) -> int: ...
+    @property
+    def token_dim(self) -> int: ...
+    @property
+    def num_dims(self) -> int: ...
+    @property
+    def num_blocks(self) -> int: ...
+    @property
+    def blocks(self) -> tuple[BlockConfig, ...]: ...
+    @property
+    def scale_parameterisation(self) -> str: ...
+    @property
+    def num_classes(self) -> int: ...
+    @property
+    def text_dim(self) -> int: ...
+    @property
+    def noise_std(self) -> float: ...
+    @property
+    def dtype(self) -> str: ...
+
+    def check_samples(self, x: Any) -> None: ...
+    def check_cond(self, cond: Any, batch: int) -> Condition | None: ...
+    def check_null(self, null: Any, batch: int) -> TextCondition | None: ...
+
+
+@runtime_checkable
 class Flow(Protocol):
-    """What density and decoding ask of a flow: a Flax module with these methods and a config."""
+    """What training, density and decoding ask of a flow: a Flax module with these methods and a config."""
 
-    config: Any
+    @property
+    def config(self) -> FlowConfig: ...
 
-    def apply(self, variables: Any, *args: Any, method: str) -> Any: ...
+    def apply(self, variables: Variables, *args: Any, method: str) -> Any: ...
 
-    def with_image_size(self, height: int, width: int) -> Any: ...
+    def with_image_size(self, height: int, width: int) -> Flow: ...
 
-    def with_num_frames(self, frames: int) -> Any: ...
+    def with_num_frames(self, frames: int) -> Flow: ...
 
-    def to_images(self, tokens: Any) -> Any: ...
+    def to_images(self, tokens: Array) -> Array: ...
 
 
-def check_flow(flow: Any, variables: Any) -> None:
+def check_flow(flow: Flow, variables: Variables) -> None:
     """Raises ValueError unless these are a flow and its variables, in this order.
 
     Example:
@@ -57,7 +93,7 @@ def bits_per_dim(log_prob: Float[Array, "*b"], num_dims: int) -> Float[Array, "*
 
 
 def score(
-    flow: Flow, variables: Any, x: Float[Array, "b *event"], cond: Condition | None = None
+    flow: Flow, variables: Variables, x: Float[Array, "b *event"], cond: Condition | None = None
 ) -> Float[Array, "b *event"]:
     """Returns ∇_x log p(x | cond).
 
@@ -71,7 +107,7 @@ def score(
 
 def tweedie_step(
     flow: Flow,
-    variables: Any,
+    variables: Variables,
     x: Float[Array, "b *event"],
     cond: Condition | None = None,
     *,
@@ -95,7 +131,7 @@ def tweedie_step(
 
 def class_posterior(
     flow: Flow,
-    variables: Any,
+    variables: Variables,
     x: Float[Array, "b *event"],
     log_prior: Float[Array, " classes"] | None = None,
 ) -> Float[Array, "b classes"]:

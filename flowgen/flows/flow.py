@@ -15,8 +15,8 @@ from jaxtyping import Array, Float, Key
 
 from flowgen.arrays import check_floating, check_key
 from flowgen.conditioning import Condition
-from flowgen.flows.block import AutoregressiveBlock, BlockConfig
-from flowgen.flows.density import bits_per_dim
+from flowgen.flows.block import AutoregressiveBlock, BlockConfig, Variables
+from flowgen.flows.density import Flow, bits_per_dim
 from flowgen.gaussian import gaussian_log_density
 from flowgen.nn.checks import check_patches, image_sides
 from flowgen.nn.layers import PatchOrder, master_dtype, patchify, unpatchify
@@ -212,7 +212,7 @@ class AutoregressiveFlow(nn.Module):
         return self.config.to_images(tokens)
 
 
-def init(flow: Any, key: Key[Array, ""]) -> Any:
+def init(flow: Flow, key: Key[Array, ""]) -> Variables:
     """Returns freshly initialised variables of a flow; shapes come from its config.
 
     Blocks of equal shape share one compiled program, whose random numbers are what takes time to compile.

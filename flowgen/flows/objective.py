@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from flowgen.conditioning import Condition, TextCondition
 from flowgen.flows.batches import batch_condition, noisy_batch
+from flowgen.flows.block import Variables
 from flowgen.flows.density import Flow, bits_per_dim
 from flowgen.gaussian import gaussian_log_density
 
@@ -59,7 +60,7 @@ def nll_objective(
 
 def nll(
     flow: Flow,
-    variables: Any,
+    variables: Variables,
     x: Float[Array, "b *event"],
     cond: Condition | None,
     *,
@@ -100,7 +101,7 @@ def density_metric(flow: Flow, nats_per_dim: Float[Array, ""], batch: Any) -> di
     return {"nats_per_dim": nats_per_dim}
 
 
-def on_samples_like(flow: Any, x: Float[Array, "b *event"]) -> Any:
+def on_samples_like(flow: Flow, x: Float[Array, "b *event"]) -> Flow:
     """Returns the flow of the same parameters on samples of the size of x, and with its frames where x is clips.
 
     Example:

@@ -18,13 +18,15 @@ from jaxtyping import Array, Float
 
 from flowgen.conditioning import Condition, TextCondition
 from flowgen.flows.batches import batch_condition, noisy_batch
+from flowgen.flows.block import Variables
 from flowgen.flows.denoiser import ClipDenoiser, denoiser_variables
 from flowgen.flows.density import Flow, score
 from flowgen.flows.objective import density_metric, nll, on_samples_like
+from flowgen.flows.starflow_v import STARFlowV
 
 
 def score_target(
-    flow: Flow, variables: Any, x: Float[Array, "b *event"], cond: Condition | None = None
+    flow: Flow, variables: Variables, x: Float[Array, "b *event"], cond: Condition | None = None
 ) -> Float[Array, "b *event"]:
     """Returns t = -σ ∇ log p(x | cond), what a denoiser of noisy samples x is to answer; σ from the flow's config.
 
@@ -36,7 +38,7 @@ def score_target(
 
 def score_matching_loss(
     denoiser: nn.Module,
-    variables: Any,
+    variables: Variables,
     x: Float[Array, "b *event"],
     target: Float[Array, "b *event"],
     cond: Condition | None = None,
@@ -51,7 +53,7 @@ def score_matching_loss(
 
 
 def flow_score_objective(
-    flow: Any,
+    flow: STARFlowV,
     *,
     label_dropout: float = 0.0,
     loss_scale: float = 1.0,
@@ -74,6 +76,7 @@ def flow_score_objective(
     def objective(variables, batch, key):
         x, cond = noisy_batch(flow, condition, batch, key)
         sized = on_samples_like(flow, x)
+        assert isinstance(sized, STARFlowV)
         blocks = {name: value for name, value in variables["params"].items() if name != "denoiser"}
 
         def flow_loss_of(blocks, x):
@@ -96,7 +99,7 @@ def flow_score_objective(
 
 
 @jax.custom_vjp
-def with_gradient(value: Float[Array, ""], variables: Any, gradient: Any) -> Float[Array, ""]:
+def with_gradient(value: Float[Array, ""], variables: Variables, gradient: Any) -> Float[Array, ""]:
     """Returns value as a function of variables whose gradient is the one given, which is known already.
 
     Example:
