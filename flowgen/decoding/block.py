@@ -32,9 +32,6 @@ class BlockDecoder:
 
     cond: of both branches, the conditional one first, if guided; None for a block without a condition.
     solved: called on the device with the number of tokens that a window has solved.
-
-    Example:
-        tokens, solution = block_decoder(flow.config.blocks[0], block_parameters(params, 0), cond).decode(z, plan)
     """
 
     config: BlockConfig
@@ -143,11 +140,7 @@ def block_decoder(
     null: TextCondition | None = None,
     solved: Callable[[Array], None] = lambda count: None,
 ) -> BlockDecoder:
-    """Returns the decoder of a block. null: the text of the unconditional branch of guidance, for a flow of texts.
-
-    Example:
-        decoder = block_decoder(flow.config.blocks[0], block_parameters(params, 0), labels)
-    """
+    """Returns the decoder of a block. null: the text of the unconditional branch of guidance, for a flow of texts."""
     cond = cond if config.is_conditional else None
     if guidance is not None and cond is not None:
         cond = jax.tree.map(lambda *parts: jnp.concatenate(parts), cond, unconditional(cond, null))

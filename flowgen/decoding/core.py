@@ -30,11 +30,7 @@ from flowgen.nn.layers import master_dtype
 
 @jax.jit
 def decode(request: DecodeRequest) -> DecodeResult:
-    """Returns the images or clips of a request, and how they were decoded.
-
-    Example:
-        result = decode(decode_request(flow, params, z, labels, Sequential()))
-    """
+    """Returns the images or clips of a request, and how they were decoded."""
     layout, given = request.layout, request.given
     noise = _noise(request)
     known = None if given is None else _enter_last_block(request, given)[0]

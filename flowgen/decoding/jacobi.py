@@ -36,11 +36,7 @@ class Conditioner(NamedTuple):
 
 
 class PreviousFrame(NamedTuple):
-    """The last tokens before those to be solved, as many as a frame has, and how many of them there are.
-
-    Example:
-        previous_frame = PreviousFrame(jnp.zeros((batch, tokens_per_frame, channels)), jnp.zeros((), int))
-    """
+    """The last tokens before those to be solved, as many as a frame has, and how many of them there are."""
 
     tokens: Float[Array, "b p c"]
     known: Int[Array, ""]
@@ -88,9 +84,6 @@ def solve(
 
     first: what the network sees before the first token. empty_cache: length -> cache. previous_frame: the frame before
     the first token, from which windows start if the plan says so.
-
-    Example:
-        solution = solve(conditioner, z[:, :1], z[:, 1:], empty_cache, Jacobi(window=16))
     """
     batch, n, channels = z.shape
     window = min(plan.window or n, n)
@@ -148,31 +141,19 @@ def solve(
 def first_guess(
     init: InitialGuess, noise: Float[Array, "b w c"], previous_frame: PreviousFrame | None
 ) -> Float[Array, "b w c"]:
-    """Returns what the first sweep over tokens of that noise starts from.
-
-    Example:
-        guess = first_guess("previous_frame", noise, previous_frame)
-    """
+    """Returns what the first sweep over tokens of that noise starts from."""
     if init == "zeros":
         return jnp.zeros_like(noise)
     return noise if init == "noise" or previous_frame is None else previous_frame.guess(noise)
 
 
 def overflown(x: Array) -> Array:
-    """Returns where an iterate is not finite or beyond OVERFLOW.
-
-    Example:
-        broken = overflown(out).any(axis=(1, 2))
-    """
+    """Returns where an iterate is not finite or beyond OVERFLOW."""
     return ~(jnp.abs(x) <= OVERFLOW)
 
 
 def bounded(x: Array) -> Array:
-    """Returns iterates as the network may see them.
-
-    Example:
-        shift, log_scale, cache = conditioner.window(bounded(previous), start, cache)
-    """
+    """Returns iterates as the network may see them."""
     return jnp.clip(jnp.nan_to_num(x, nan=0.0), -OVERFLOW, OVERFLOW)
 
 

@@ -35,9 +35,6 @@ class ClipLayout(NamedTuple):
 
     given: frames known from the start. context: frames that a restart begins with; 0 if there are none.
     tokens_per_frame: of each frame.
-
-    Example:
-        layout = ClipLayout(total=41, clip=21, given=1, context=16, tokens_per_frame=1590)
     """
 
     total: int
@@ -95,11 +92,7 @@ class ClipLayout(NamedTuple):
 
 
 def scan_segments(step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, segments: Any) -> Any:
-    """Returns the results of `step` over segments as `lax.scan` does; a single segment takes no loop.
-
-    Example:
-        results = scan_segments(lambda carry, z: (carry, decode(z)), None, layout.new_tokens(noise, part))
-    """
+    """Returns the results of `step` over segments as `lax.scan` does; a single segment takes no loop."""
     if len(jax.tree.leaves(segments)[0]) == 1:
         _, result = step(carry, jax.tree.map(lambda leaf: leaf[0], segments))
         return jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], result)

@@ -49,11 +49,7 @@ class SampleKeys(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TweedieStep:
-    """x + strength · σ² ∇ log p(x | cond), by the flow's own score.
-
-    Example:
-        request = replace(request, denoise=TweedieStep(strength=1.0))
-    """
+    """x + strength · σ² ∇ log p(x | cond), by the flow's own score."""
 
     strength: Float[Array, ""] | float
 
@@ -82,9 +78,6 @@ class DecodeRequest:
     branch. certify: whether the error is measured. denoise: what removes the noise of training from the result.
     progress: called on the host as progress(solved, total) after every window of the
     last block.
-
-    Example:
-        result = decode(decode_request(flow, params, z, labels, len(z), Sequential()))
     """
 
     flow: Flow = field(metadata={"static": True})
@@ -114,9 +107,6 @@ def decode_request(
     """Returns the request to decode noise to samples of the flow's own size, without certificate or denoising.
 
     Raises ValueError if cond, plan, guidance or null does not fit the flow.
-
-    Example:
-        request = decode_request(flow, params, z, labels, Jacobi(window=32), Guidance(scale=1.5))
     """
     config = flow.config
     batch = len(noise.indices if isinstance(noise, SampleKeys) else noise)
@@ -138,11 +128,7 @@ def decode_request(
 
 
 def resolve_denoise(denoise: bool | float | Denoiser, noise_std: float) -> TweedieStep | Denoiser | None:
-    """Returns what removes noise of that standard deviation: None for strength 0, or if there is no noise.
-
-    Example:
-        request = replace(request, denoise=resolve_denoise(True, flow.config.noise_std))
-    """
+    """Returns what removes noise of that standard deviation: None for strength 0, or if there is no noise."""
     if isinstance(denoise, Denoiser):
         return denoise
     strength = float(denoise) if isinstance(denoise, bool | int | float | np.number) else -1.0

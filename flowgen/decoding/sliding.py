@@ -42,9 +42,6 @@ def solve_sliding(
     """Returns x as `flowgen.decoding.jacobi.solve` does; `sweeps` is one number, all passes, at most n.
 
     The cache must be one whose slots are overwritten, so that a window may begin at any of them.
-
-    Example:
-        solution = solve_sliding(conditioner, z[:, :1], z[:, 1:], empty_cache, SlidingWindow(window=16))
     """
     batch, n, _ = z.shape
     window = min(plan.window or n, n)

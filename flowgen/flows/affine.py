@@ -20,59 +20,35 @@ SOFTPLUS_UNDERFLOW = -40.0  # below, softplus(x) is exp(x) to float64's last dig
 def to_noise(
     x: Float[Array, "b n c"], shift: Float[Array, "b n c"], log_scale: Float[Array, "b n c"]
 ) -> tuple[Float[Array, "b n c"], Float[Array, " b"]]:
-    """Returns z = (x - shift)·exp(-log_scale) and its logdet, -Σ log_scale over tokens and channels in nats.
-
-    Example:
-        z, logdet = to_noise(x, shift, log_scale)
-    """
+    """Returns z = (x - shift)·exp(-log_scale) and its logdet, -Σ log_scale over tokens and channels in nats."""
     return (x - shift) * jnp.exp(-log_scale), -log_scale.sum(axis=(1, 2))
 
 
 def to_data(
     z: Float[Array, "b n c"], shift: Float[Array, "b n c"], log_scale: Float[Array, "b n c"]
 ) -> Float[Array, "b n c"]:
-    """Returns x = shift + exp(log_scale)·z, the inverse of `to_noise`.
-
-    Example:
-        x = to_data(z, shift, log_scale)
-    """
+    """Returns x = shift + exp(log_scale)·z, the inverse of `to_noise`."""
     return shift + jnp.exp(log_scale) * z
 
 
 def reorder(tokens: Float[Array, "*b n c"], order: TokenOrder) -> Float[Array, "*b n c"]:
-    """Returns tokens in a block's order; both orders are their own inverse.
-
-    Example:
-        tokens = reorder(reorder(tokens, "reversed"), "reversed")
-    """
+    """Returns tokens in a block's order; both orders are their own inverse."""
     return tokens if order == "raster" else jnp.flip(tokens, axis=-2)
 
 
 def soft_clip(raw: Float[Array, "*b c"], bound: float) -> Float[Array, "*b c"]:
-    """Returns bound · tanh(raw / bound), within ±bound and the identity near 0; a bound of 0 leaves raw as it is.
-
-    Example:
-        raw = soft_clip(raw, 4.0)
-    """
+    """Returns bound · tanh(raw / bound), within ±bound and the identity near 0; a bound of 0 leaves raw as it is."""
     return bound * jnp.tanh(raw / bound) if bound else raw
 
 
 def log_softplus(x: Float[Array, "*b"]) -> Float[Array, "*b"]:
-    """Returns log(log(1 + exp(x))), finite for every x.
-
-    Example:
-        log_scale = log_softplus(raw + SOFTPLUS_OFFSET)
-    """
+    """Returns log(log(1 + exp(x))), finite for every x."""
     small = x < SOFTPLUS_UNDERFLOW
     return jnp.where(small, x, jnp.log(jax.nn.softplus(jnp.where(small, 0, x))))
 
 
 def num_outputs(scale: ScaleParameterisation) -> int:
-    """Returns how many numbers per channel a network gives for shift and scale.
-
-    Example:
-        proj_out = linear(num_outputs("softplus") * channels, width, dtype)
-    """
+    """Returns how many numbers per channel a network gives for shift and scale."""
     return 1 if scale == "volume_preserving" else 2
 
 
@@ -82,9 +58,6 @@ def shift_and_log_scale(
     """Returns (shift, log_scale) of tokens from what the network gives, the raw scale a first.
 
     σ = exp(a) "exponential" (TARFlow), softplus(a + 0.5413) "softplus" (STARFlow), 1 "volume_preserving".
-
-    Example:
-        shift, log_scale = shift_and_log_scale(out, "exponential")
     """
     if scale == "volume_preserving":
         return out, jnp.zeros_like(out)

@@ -21,9 +21,6 @@ def noisy_batch(
     """Returns what a flow is trained on: the noisy input and the condition of a batch, drawn row by row.
 
     condition: of `batch_condition`.
-
-    Example:
-        x, cond = noisy_batch(flow, batch_condition(flow, 0.1, None), batch, key)
     """
     check_batch(batch)
     check_key(key)
@@ -34,11 +31,7 @@ def noisy_batch(
 
 
 def check_batch(batch: Any) -> None:
-    """Raises ValueError unless a batch is a dict that has pictures, or moments of latents.
-
-    Example:
-        check_batch({"image": images})
-    """
+    """Raises ValueError unless a batch is a dict that has pictures, or moments of latents."""
     if not isinstance(batch, Mapping) or not ("image" in batch or {"mean", "std"} <= batch.keys()):
         given = list(batch) if isinstance(batch, Mapping) else shown(batch)
         raise ValueError(f"batch is {given}; give a dict with 'image', or with 'mean' and 'std' of latents.")
@@ -49,9 +42,6 @@ def batch_input(key: Key[Array, ""], batch: Any, noise_std: float) -> Float[Arra
 
     `image` uint8: see `add_noise`. `mean` and `std` `b height width c`, an autoencoder's posterior: a draw from it, and
     σ N(0, I) on top.
-
-    Example:
-        x = batch_input(key, {"mean": mean, "std": std}, flow.config.noise_std)
     """
     check_batch(batch)
     if "image" in batch:
@@ -94,9 +84,6 @@ def batch_condition(
     """Returns (rows, batch, ([frames,] height, width)) -> the condition of a batch in training, some of it dropped.
 
     Raises ValueError where texts are to be dropped and there is no null_text.
-
-    Example:
-        cond = batch_condition(flow, 0.1, None)(batch_rows(batch, key, num=16), batch, (4, 4))
     """
     if label_dropout and flow.config.text_dim and null_text is None:
         raise ValueError(f"label_dropout is {label_dropout}, but no null_text is given for dropped texts; encode ''.")
@@ -115,11 +102,7 @@ def batch_condition(
 
 
 def condition_of(flow: Flow, batch: Any) -> Condition | None:
-    """Returns the labels or texts of a batch where the flow takes them, none of them dropped.
-
-    Example:
-        nats = -flow.apply(params, x, condition_of(flow, batch), method="log_prob")
-    """
+    """Returns the labels or texts of a batch where the flow takes them, none of them dropped."""
     needed = "text" if flow.config.text_dim else "label" if flow.config.num_classes else None
     if needed is not None and needed not in batch:
         raise ValueError(f"batch has {', '.join(map(repr, batch))} and no {needed!r}, which this flow takes; give it.")

@@ -114,9 +114,6 @@ class BlockState(NamedTuple):
 
     start: rows before the window. caches: of all layers, with the prefix and those rows in them; None if start is 0
     and nothing follows. inverse_temperature: factors on the attention logits of every sample, None for 1.
-
-    Example:
-        shift, log_scale, caches = block.apply(params, rows, labels, BlockState(start, caches), method="conditioner")
     """
 
     start: Int[Array, ""] | int = 0
@@ -264,29 +261,17 @@ class AutoregressiveBlock(nn.Module):
 
 
 def each_frame(x: Float[Array, "b n c"], frames: int) -> Float[Array, "b_and_frames tokens c"]:
-    """Returns the tokens of every frame as samples of their own.
-
-    Example:
-        tokens = each_frame(tokens, 21)
-    """
+    """Returns the tokens of every frame as samples of their own."""
     return x.reshape(len(x) * frames, -1, x.shape[2])
 
 
 def block_parameters(variables: Variables, index: int) -> Variables:
-    """Returns the variables of block `index` alone, for `AutoregressiveBlock(config).apply`.
-
-    Example:
-        z, logdet = AutoregressiveBlock(flow.config.blocks[0]).apply(block_parameters(params, 0), tokens)
-    """
+    """Returns the variables of block `index` alone, for `AutoregressiveBlock(config).apply`."""
     return {"params": variables["params"][f"blocks_{index}"]}
 
 
 def decoding_block(config: BlockConfig, variables: Variables) -> tuple[AutoregressiveBlock, Variables]:
-    """Returns a block in the form that takes caches, its layers one by one, and its variables in that form.
-
-    Example:
-        block, variables = decoding_block(flow.config.blocks[0], block_parameters(params, 0))
-    """
+    """Returns a block in the form that takes caches, its layers one by one, and its variables in that form."""
     transformer = replace(config.transformer, scan=False)
     params = variables["params"]
     layers = unstack_layers(params["layers"], transformer.num_layers)

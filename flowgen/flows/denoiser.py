@@ -102,11 +102,7 @@ def _some_condition(config: STARFlowVConfig) -> Condition | None:
 
 
 def denoiser_variables(variables: Variables) -> Variables:
-    """Returns the variables of the denoiser among those of a flow that has one.
-
-    Example:
-        answer = ClipDenoiser(flow.config).apply(denoiser_variables(params), noisy, cond)
-    """
+    """Returns the variables of the denoiser among those of a flow that has one."""
     return {"params": variables["params"]["denoiser"]}
 
 

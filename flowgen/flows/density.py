@@ -71,11 +71,7 @@ class Flow(Protocol):
 
 
 def check_flow(flow: Flow, variables: Variables) -> None:
-    """Raises ValueError unless these are a flow and its variables, in this order.
-
-    Example:
-        check_flow(flow, params)
-    """
+    """Raises ValueError unless these are a flow and its variables, in this order."""
     if not isinstance(flow, Flow):
         raise ValueError(f"flow is {shown(flow)}; give a flow, such as TARFlow(config), and then its params.")
     if not (isinstance(variables, Mapping) and "params" in variables):

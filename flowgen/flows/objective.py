@@ -67,11 +67,7 @@ def nll(
     norm_penalty: float = 0.0,
     loss_scale: float = 1.0,
 ) -> tuple[Float[Array, ""], dict[str, Array], Float[Array, "b n token"]]:
-    """Returns the loss of `nll_objective` on noisy x of any size that the flow takes, its metrics, and z.
-
-    Example:
-        loss, metrics, z = nll(flow, params, x, labels)
-    """
+    """Returns the loss of `nll_objective` on noisy x of any size that the flow takes, its metrics, and z."""
     sized = on_samples_like(flow, x)
     num_dims = sized.config.num_dims
     states, logdet = sized.apply(variables, x, cond, method="trajectory")
@@ -91,21 +87,13 @@ def nll(
 
 
 def density_metric(flow: Flow, nats_per_dim: Float[Array, ""], batch: Any) -> dict[str, Array]:
-    """Returns the metric of the density by its name: bits/dim of pictures, nats/dim of latents.
-
-    Example:
-        metrics |= density_metric(flow, nats_per_dim, batch)
-    """
+    """Returns the metric of the density by its name: bits/dim of pictures, nats/dim of latents."""
     if "image" in batch:
         return {"bits_per_dim": bits_per_dim(-nats_per_dim, 1)}
     return {"nats_per_dim": nats_per_dim}
 
 
 def on_samples_like(flow: Flow, x: Float[Array, "b *event"]) -> Flow:
-    """Returns the flow of the same parameters on samples of the size of x, and with its frames where x is clips.
-
-    Example:
-        sized = on_samples_like(flow, x)
-    """
+    """Returns the flow of the same parameters on samples of the size of x, and with its frames where x is clips."""
     sized = flow.with_image_size(*x.shape[-3:-1])
     return sized.with_num_frames(x.shape[1]) if x.ndim == 5 else sized

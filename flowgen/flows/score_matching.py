@@ -100,11 +100,7 @@ def flow_score_objective(
 
 @jax.custom_vjp
 def with_gradient(value: Float[Array, ""], variables: Variables, gradient: Any) -> Float[Array, ""]:
-    """Returns value as a function of variables whose gradient is the one given, which is known already.
-
-    Example:
-        loss = with_gradient(loss, params, gradient)
-    """
+    """Returns value as a function of variables whose gradient is the one given, which is known already."""
     return value
 
 

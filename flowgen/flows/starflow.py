@@ -35,11 +35,7 @@ MAX_ROTATIONS = 1 << 25  # numbers in the table of positions, which every trace 
 
 
 def block_order(first: TokenOrder, index: int) -> TokenOrder:
-    """Returns the token order of a block: that of block 0 for even blocks, and the other for odd ones.
-
-    Example:
-        order = block_order("raster", 1)  # "reversed"
-    """
+    """Returns the token order of a block: that of block 0 for even blocks, and the other for odd ones."""
     return first if index % 2 == 0 else "reversed" if first == "raster" else "raster"
 
 
