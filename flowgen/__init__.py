@@ -15,6 +15,8 @@ _NAMES = {
     "TARFlowConfig": "flowgen.flows",
     "STARFlow": "flowgen.flows",
     "STARFlowConfig": "flowgen.flows",
+    "STARFlowV": "flowgen.flows",
+    "STARFlowVConfig": "flowgen.flows",
     "init": "flowgen.models",
     "load": "flowgen.checkpoint",
     "fit": "flowgen.training",
@@ -43,6 +45,8 @@ if TYPE_CHECKING:
     from flowgen.config import Experiment as Experiment
     from flowgen.flows import STARFlow as STARFlow
     from flowgen.flows import STARFlowConfig as STARFlowConfig
+    from flowgen.flows import STARFlowV as STARFlowV
+    from flowgen.flows import STARFlowVConfig as STARFlowVConfig
     from flowgen.flows import TARFlow as TARFlow
     from flowgen.flows import TARFlowConfig as TARFlowConfig
     from flowgen.models import init as init
