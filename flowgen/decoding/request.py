@@ -64,7 +64,7 @@ class Denoiser:
     """
 
     function: Callable[..., Float[Array, "b *event"]] = field(metadata={"static": True})
-    variables: Variables
+    variables: Any
 
 
 @jax.tree_util.register_dataclass
