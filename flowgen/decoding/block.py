@@ -136,9 +136,9 @@ def block_decoder(
     variables: Variables,
     cond: Condition | None,
     *,
-    guidance: Guidance | None = None,
-    null: TextCondition | None = None,
-    solved: Callable[[Array], None] = lambda count: None,
+    guidance: Guidance | None,
+    null: TextCondition | None,
+    solved: Callable[[Array], None],
 ) -> BlockDecoder:
     """Returns the decoder of a block. null: the text of the unconditional branch of guidance, for a flow of texts."""
     cond = cond if config.is_conditional else None

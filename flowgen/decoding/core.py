@@ -9,8 +9,8 @@ decoding goes on behind them. With segments r of new frames behind their context
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -88,7 +88,13 @@ def _enter_last_block(
     return request.flow.with_num_frames(frames).apply(request.params, x, request.cond, method="enter_last_block")
 
 
-def _decoder(request: DecodeRequest, flow: Flow, index: int, cond: Condition | None, **options: Any) -> BlockDecoder:
+def _decoder(
+    request: DecodeRequest,
+    flow: Flow,
+    index: int,
+    cond: Condition | None,
+    solved: Callable[[Array], None] = lambda count: None,
+) -> BlockDecoder:
     guidance = request.guidance
     return block_decoder(
         flow.config.blocks[index],
@@ -96,7 +102,7 @@ def _decoder(request: DecodeRequest, flow: Flow, index: int, cond: Condition | N
         cond,
         guidance=guidance if guidance is not None and index in (guidance.blocks or ()) else None,
         null=request.null,
-        **options,
+        solved=solved,
     )
 
 
