@@ -48,7 +48,7 @@ def our_runs(shape: str) -> tuple[float, dict[str, measure.Run]]:
     import optax
 
     from flowgen import convert
-    from flowgen.flows.density import nll_objective
+    from flowgen.flows.objective import nll_objective
     from flowgen.training import OptimConfig, make_step
     from flowgen.training.parallel import DataParallel
     from flowgen.training.step import init_state

@@ -1,4 +1,4 @@
-"""Times sampling of clips from a trained STARFlow-V: sequential, by windows and moving windows, from noise or frames.
+"""Times sampling of clips from a trained STARFlow-V: sequential, by windows and sliding windows, from noise or frames.
 
 python train.py --config configs/starflow_v_bouncing.py --workdir runs/bouncing
 python benchmarks/video.py --checkpoint runs/bouncing --out benchmarks/results/video.json \\
@@ -19,14 +19,14 @@ CLIPS = 4
 
 def plans(tokens: int) -> dict:
     """Returns plans of the deep block by name; a window is half a frame, a frame, or the whole clip."""
-    from flowgen.decoding import Jacobi, MovingJacobi, Sequential
+    from flowgen.decoding import Jacobi, Sequential, SlidingWindow
 
     made = {"sequential": Sequential()}
     for name, window in (("half a frame", tokens // 2), ("a frame", tokens)):
-        for init in ("z", "frame"):
-            start = "frame before" if init == "frame" else "noise"
+        for init in ("noise", "previous_frame"):
+            start = "frame before" if init == "previous_frame" else "noise"
             made[f"fixed, {name}, from {start}"] = Jacobi(window=window, tol=TOLERANCE, init=init)
-            made[f"moving, {name}, from {start}"] = MovingJacobi(window=window, tol=TOLERANCE, init=init)
+            made[f"sliding, {name}, from {start}"] = SlidingWindow(window=window, tol=TOLERANCE, init=init)
     made["all frames, from noise"] = Jacobi(window=None, tol=TOLERANCE)
     return made
 
@@ -86,11 +86,11 @@ def beside_the_published(other: measure.Process, version: str, rounds: int) -> l
 
     from flowgen import convert
     from flowgen.conditioning import TextCondition
-    from flowgen.decoding import DecodePlan, Guidance, Jacobi, MovingJacobi, Sequential, invert
+    from flowgen.decoding import DecodePlan, Guidance, Jacobi, Sequential, SlidingWindow, invert
 
     shape = theirs.SHAPE
     flow, params = convert.starflow(theirs.sv.state_dict(shape), shape.arguments())
-    flow = flow.at(*shape.grid)
+    flow = flow.with_image_size(*shape.grid)
     noise = np.moveaxis(theirs.sv.noise(shape), 2, -1)
     z = jnp.asarray(noise.reshape(len(noise), flow.config.num_tokens, -1))
     text, null = (
@@ -99,10 +99,11 @@ def beside_the_published(other: measure.Process, version: str, rounds: int) -> l
     guidance = Guidance(scale=theirs.GUIDANCE, rule="product")
     frame, shallow = flow.config.tokens_per_image, flow.config.num_blocks - 1
     fixed = Jacobi(window=theirs.BLOCK, tol=TOLERANCE)
+    window = {"window": frame, "tol": TOLERANCE, "init": "previous_frame"}
     ours = {
         "sequential": Sequential(),
-        "fixed, a frame": DecodePlan((fixed,) * shallow + (Jacobi(window=frame, tol=TOLERANCE, init="frame"),)),
-        "moving, a frame": DecodePlan((fixed,) * shallow + (MovingJacobi(window=frame, tol=TOLERANCE, init="frame"),)),
+        "fixed, a frame": DecodePlan((fixed,) * shallow + (Jacobi(**window),)),
+        "sliding, a frame": DecodePlan((fixed,) * shallow + (SlidingWindow(**window),)),
     }
     decode = {
         name: jax.jit(lambda z, plan=plan: invert(flow, params, z, text, null=null, guidance=guidance, plan=plan))

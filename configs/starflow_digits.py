@@ -20,7 +20,7 @@ def config() -> FlowExperiment:
             image_size=4,
             channels=4,
             width=64,
-            layers=(1, 1, 1, 4),
+            layers_per_block=(1, 1, 1, 4),
             deep_width=96,
             head_dim=32,
             num_classes=10,

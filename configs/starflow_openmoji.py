@@ -21,7 +21,7 @@ def config() -> FlowExperiment:
             image_size=16,
             channels=4,
             width=384,
-            layers=(2, 2, 2, 12),
+            layers_per_block=(2, 2, 2, 12),
             deep_width=512,
             text_dim=384,
             text_length=24,

@@ -26,6 +26,8 @@ def config() -> VideoFlowExperiment:
         optim=OptimConfig(lr=5e-5, min_lr=1e-6, warmup_steps=1000, skip_norm=1.0),
         train=TrainConfig(steps=500_000, batch_size=192, label_dropout=0.1),
         log=LogConfig(eval_every=5000, sample_every=0, checkpoint_every=1000),
-        sampling=SamplingConfig(num=1, plan="moving", window=64, tol=1e-3, init="frame", guidance=2.5, rule="product"),
+        sampling=SamplingConfig(
+            num=1, plan="sliding", window=64, tol=1e-3, init="previous_frame", guidance=2.5, rule="product"
+        ),
         reference={"vbench_total": 78.67},
     )

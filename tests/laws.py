@@ -18,25 +18,27 @@ from flowgen.conditioning import TextCondition
 SMALL = {"channels": 2, "patch_size": 2, "width": 32, "num_blocks": 2, "layers_per_block": 2, "head_dim": 16}
 
 # Heads need 20 channels at least for positions on three axes.
-STAR = {"channels": 2, "patch_size": 2, "width": 40, "layers": (1, 2), "head_dim": 20}
+STAR = {"channels": 2, "patch_size": 2, "width": 40, "layers_per_block": (1, 2), "head_dim": 20}
 
 FLOWS = {
     "affine": flowgen.TARFlowConfig(image_size=6, **SMALL),
     "classes": flowgen.TARFlowConfig(image_size=6, num_classes=3, **SMALL),
-    "volume preserving": flowgen.TARFlowConfig(image_size=6, transform="volume_preserving", num_classes=3, **SMALL),
+    "volume preserving": flowgen.TARFlowConfig(
+        image_size=6, scale_parameterisation="volume_preserving", num_classes=3, **SMALL
+    ),
     "rectangular": flowgen.TARFlowConfig(image_size=(4, 10), num_classes=3, **SMALL),
     "no remat": flowgen.TARFlowConfig(image_size=6, remat=False, activation="silu", **SMALL),
     "nala": flowgen.TARFlowConfig(image_size=6, attention="nala", num_classes=3, **SMALL),
     "one block": flowgen.TARFlowConfig(image_size=6, **{**SMALL, "num_blocks": 1, "layers_per_block": 1}),
     "starflow class prefix": flowgen.STARFlowConfig(image_size=6, num_classes=3, **STAR),
     "starflow added class": flowgen.STARFlowConfig(
-        image_size=6, num_classes=3, class_conditioning="add", condition="all", order="R2L", **STAR
+        image_size=6, num_classes=3, class_conditioning="add", conditioned_blocks="all", order="raster", **STAR
     ),
-    "starflow text": flowgen.STARFlowConfig(image_size=6, text_dim=5, text_length=3, reference_side=4.0, **STAR),
+    "starflow text": flowgen.STARFlowConfig(image_size=6, text_dim=5, text_length=3, rope_base_grid=4.0, **STAR),
     "starflow options": flowgen.STARFlowConfig(
         image_size=6,
         num_classes=3,
-        condition="all",
+        conditioned_blocks="all",
         num_kv_heads=1,
         qk_norm=True,
         post_norm=True,
@@ -46,7 +48,7 @@ FLOWS = {
         **STAR,
     ),
     "starflow rectangular": flowgen.STARFlowConfig(
-        image_size=(4, 10), deep_width=80, soft_clip=0.0, **{**STAR, "layers": (1, 0, 2)}
+        image_size=(4, 10), deep_width=80, soft_clip=0.0, **{**STAR, "layers_per_block": (1, 0, 2)}
     ),
     "starflow video": flowgen.flows.STARFlowVConfig(image_size=(4, 2), frames=4, text_dim=5, text_length=3, **STAR),
     "starflow nala": flowgen.STARFlowConfig(image_size=6, attention="nala", text_dim=5, text_length=3, **STAR),

@@ -20,6 +20,8 @@ from flowgen.codecs.video_codec import FrameCodec
 from flowgen.data import ClipsConfig, DataConfig, from_uint8, load, load_clips, to_uint8
 from flowgen.decoding import Guidance, Jacobi, invert, sample, sample_clips
 from flowgen.flows import ClipDenoiser, STARFlowV, STARFlowVConfig, density
+from flowgen.flows.batches import dequantise
+from flowgen.flows.objective import nll_objective
 from flowgen.flows.score_matching import flow_score_objective
 
 pytestmark = pytest.mark.usefixtures("untyped")
@@ -36,7 +38,9 @@ FLOW = flowgen.TARFlow(
 )
 PARAMS = jax.tree.map(lambda leaf: leaf + 0.01, flowgen.init(FLOW, key()))
 CLIP_FLOW = STARFlowV(
-    STARFlowVConfig(image_size=4, channels=1, width=20, head_dim=20, layers=(1, 1), frames=2, denoiser_layers=1)
+    STARFlowVConfig(
+        image_size=4, channels=1, width=20, head_dim=20, layers_per_block=(1, 1), frames=2, denoiser_layers=1
+    )
 )
 CLIP_PARAMS = flowgen.init(CLIP_FLOW, key())
 ENCODER = Autoencoder(AutoencoderConfig(channels=1, latent_channels=1, widths=(8,), layers_per_block=1, num_groups=4))
@@ -62,8 +66,8 @@ TAKES_PIXELS = {
     "trajectory": (IMAGE, lambda x: FLOW.apply(PARAMS, x, method="trajectory")[1]),
     "class_posterior": (IMAGE, lambda x: density.class_posterior(FLOW, PARAMS, x)),
     "score": (IMAGE, lambda x: density.score(FLOW, PARAMS, x)),
-    "denoise": (IMAGE, lambda x: density.denoise(FLOW, PARAMS, x, noise_std=0.1)),
-    "denoise nothing": (IMAGE, lambda x: density.denoise(FLOW, PARAMS, x, noise_std=0.0)),
+    "denoise": (IMAGE, lambda x: density.tweedie_step(FLOW, PARAMS, x, noise_std=0.1)),
+    "denoise nothing": (IMAGE, lambda x: density.tweedie_step(FLOW, PARAMS, x, noise_std=0.0)),
     "invert": ((2, 4, 4), lambda z: invert(FLOW, PARAMS, z).x),
     "log_prob of clips": ((2, 2, 4, 4, 1), lambda x: CLIP_FLOW.apply(CLIP_PARAMS, x, method="log_prob")),
     "sample_clips": ((2, 1, 4, 4, 1), lambda x: sample_clips(CLIP_FLOW, CLIP_PARAMS, key(), 2, given=x).x),
@@ -174,22 +178,20 @@ WRONG = {
     "score: swapped": (lambda: density.score(PARAMS, FLOW, X), "flow is a dict"),
     "class_posterior: swapped": (lambda: density.class_posterior(PARAMS, FLOW, X), "flow is a dict"),
     "class_posterior: prior": (lambda: density.class_posterior(FLOW, PARAMS, X, jnp.zeros(2)), "log_prior is"),
-    "dequantise: floats": (lambda: density.dequantise(key(), X), "images is float32"),
+    "dequantise: floats": (lambda: dequantise(key(), X), "images is float32"),
     "from_uint8: floats": (lambda: from_uint8(X), "images is float32"),
-    "nll_objective: an array": (lambda: density.nll_objective(FLOW)(PARAMS, X, key()), "batch is float32"),
+    "nll_objective: an array": (lambda: nll_objective(FLOW)(PARAMS, X, key()), "batch is float32"),
     "nll_objective: a number for the key": (
-        lambda: density.nll_objective(FLOW)(
-            PARAMS, {"image": jnp.zeros(IMAGE, jnp.uint8), "label": jnp.zeros(2, int)}, 0
-        ),
+        lambda: nll_objective(FLOW)(PARAMS, {"image": jnp.zeros(IMAGE, jnp.uint8), "label": jnp.zeros(2, int)}, 0),
         "key is 0",
     ),
-    "nll_objective: other names": (lambda: density.nll_objective(FLOW)(PARAMS, {"x": X}, key()), "batch is ['x']"),
+    "nll_objective: other names": (lambda: nll_objective(FLOW)(PARAMS, {"x": X}, key()), "batch is ['x']"),
     "nll_objective: no labels": (
-        lambda: density.nll_objective(FLOW)(PARAMS, {"image": jnp.zeros(IMAGE, jnp.uint8)}, key()),
+        lambda: nll_objective(FLOW)(PARAMS, {"image": jnp.zeros(IMAGE, jnp.uint8)}, key()),
         "batch has 'image' and no 'label'",
     ),
     "nll_objective: floats": (
-        lambda: density.nll_objective(FLOW)(PARAMS, {"image": X, "label": jnp.zeros(2, int)}, key()),
+        lambda: nll_objective(FLOW)(PARAMS, {"image": X, "label": jnp.zeros(2, int)}, key()),
         "images is float32",
     ),
     "flow_score_objective: an array": (

@@ -215,7 +215,7 @@ def test_cached_latents_of_an_experiment_have_the_numbers_of_its_run(tmp_path):
 
 
 def test_pictures_beside_clips_have_the_numbers_of_the_clips(tmp_path):
-    tiny = {"patch_size": 4, "width": 40, "head_dim": 20, "layers": (1, 1)}
+    tiny = {"patch_size": 4, "width": 40, "head_dim": 20, "layers_per_block": (1, 1)}
     names = ["7", "0"]
     np.savez(tmp_path / "a.npz", images=np.zeros((2, 12, 12), np.uint8), labels=[0, 1], class_names=names)
     data = ClipsConfig(num=60, images=DataConfig("npz", path=str(tmp_path / "a.npz"), eval_fraction=0.0))

@@ -563,7 +563,7 @@ MISTAKES = {
     f"{SAMPLE} run --plan jacobi --tol -1": r"sampling\.tol is -1; it must be 0 or more",
     f"{SAMPLE} run --plan jacobi --tol inf": r"sampling\.tol is 'inf'; it must be a number",
     f"{SAMPLE} run --plan jacobi --window 0": r"sampling\.window is 0; it must be at least 1",
-    f"{SAMPLE} run --window 4": r"--window, --tol and --init are for --plan jacobi or moving; add it",
+    f"{SAMPLE} run --window 4": r"--window, --tol and --init are for --plan jacobi or sliding; add it",
     f"{SAMPLE} run --tol 0.1 --plan sequential": r"--window, --tol and --init are for --plan jacobi",
     f"{SAMPLE} run --plan fast": r"sampling\.plan is 'fast'; it must be 'sequential' or",
     f"{SAMPLE} run --num 0": r"sampling\.num is 0; it must be at least 1",

@@ -48,7 +48,7 @@ UNUSUAL = FlowExperiment(
         head_dim=12,
         expansion=2,
         num_classes=7,
-        transform="volume_preserving",
+        scale_parameterisation="volume_preserving",
         activation="silu",
         noise_std=0.1 + 0.2,
         dtype="bfloat16",
@@ -117,7 +117,7 @@ VELOCITY = MatchingExperiment(
 )
 LATENT = FlowExperiment(
     name="latent",
-    model=STARFlowConfig(image_size=(4, 6), layers=(1, 0, 2), text_dim=5, text_length=7, reference_side=3.5),
+    model=STARFlowConfig(image_size=(4, 6), layers_per_block=(1, 0, 2), text_dim=5, text_length=7, rope_base_grid=3.5),
     data=DataConfig(source="folder", path="pictures", aspects=True),
     likelihood=LikelihoodConfig(norm_penalty=1e-4, noise_weight=True),
     codec=PretrainedAutoencoder("runs/ä"),
@@ -126,7 +126,7 @@ LATENT = FlowExperiment(
 )
 CLIPS = VideoFlowExperiment(
     name="clips",
-    model=STARFlowVConfig(image_size=(4, 6), layers=(1, 2), num_classes=10, frames=3, denoiser_layers=2),
+    model=STARFlowVConfig(image_size=(4, 6), layers_per_block=(1, 2), num_classes=10, frames=3, denoiser_layers=2),
     data=ClipsConfig(source="folder", path="videos", fps=12.5, hop=3, flip=True),
     likelihood=LikelihoodConfig(denoiser=OptimConfig(lr=1e-3)),
     codec=PretrainedAutoencoder("runs/ä", temporal_scale=0.6),

@@ -40,7 +40,9 @@ def test_config(path):
     assert type(small.model) is type(experiment.model)
     for name in {"num_classes", "text_dim"} & set(vars(experiment.model)):
         assert bool(getattr(small.model, name)) == bool(getattr(experiment.model, name))
-    kept = {"transform", "attention", "dtype", "intervals", "scale_shift_norm"} & set(vars(experiment.model))
+    kept = {"scale_parameterisation", "attention", "dtype", "intervals", "scale_shift_norm"} & set(
+        vars(experiment.model)
+    )
     assert all(getattr(small.model, name) == getattr(experiment.model, name) for name in kept)
     assert getattr(small, "matching", None) == getattr(experiment, "matching", None)
     variables = jax.eval_shape(lambda: flowgen.init(small.build(), jax.random.key(0)))

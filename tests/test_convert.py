@@ -130,7 +130,7 @@ def test_sizes_are_inferred_and_the_tree_is_that_of_the_model(sizes):
         num_blocks=2,
         layers_per_block=3,
         num_classes=sizes.classes,
-        transform="affine" if affine else "volume_preserving",
+        scale_parameterisation="exponential" if affine else "volume_preserving",
         noise_std=0.07,
     )
     abstract = jax.eval_shape(lambda key: flowgen.init(flow, key), jax.random.key(0))

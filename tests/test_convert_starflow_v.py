@@ -90,8 +90,8 @@ def test_the_published_yaml_gives_the_released_shape(tmp_path):
     weights = {"blocks.5.proj_txt.weight": np.zeros((4096, 2048), np.float32)}
     config = _config(weights, _known(convert.read_arguments(tmp_path / "arguments.yaml")))
     assert config == dataclasses.replace(STARFLOW_V_480P, image_size=40)
-    assert STARFlowV(config).at(30, 53).config == STARFLOW_V_480P
-    assert (config.denoiser_back, config.denoiser_ahead) == (9, 1)
+    assert STARFlowV(config).with_image_size(30, 53).config == STARFLOW_V_480P
+    assert (config.denoiser_past_frames, config.denoiser_lookahead_frames) == (9, 1)
     assert convert.clip_size("81:16") == (81, 16)
 
 
@@ -104,7 +104,7 @@ def test_every_tensor_of_a_small_model_lands_where_it_belongs(case):
     assert total == sum(x.size for name, x in weights.items() if not sw.is_buffer(name))
     assert flow.config.frames == shape.frames
     reach = shape.denoiser_window - shape.temporal_causal + 1, shape.temporal_causal - 1
-    assert (flow.config.denoiser_back, flow.config.denoiser_ahead) == reach
+    assert (flow.config.denoiser_past_frames, flow.config.denoiser_lookahead_frames) == reach
     deep = len(shape.layers_per_block) - 1
     params = variables["params"][f"blocks_{deep}"]
     np.testing.assert_array_equal(params["start_token"], weights[f"blocks.{deep}.sos_embed"][0, 0])

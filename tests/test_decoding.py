@@ -13,10 +13,22 @@ from tolerances import FORMULA, LAYER, NETWORK, assert_close
 
 import flowgen
 from flowgen.conditioning import TextCondition
-from flowgen.decoding import DecodePlan, Guidance, Jacobi, Sequential, invert, resolve_plan, sample, sampler
-from flowgen.decoding.guidance import linear_rule, product_rule
+from flowgen.decoding import (
+    DecodePlan,
+    Denoiser,
+    Guidance,
+    Jacobi,
+    Sequential,
+    invert,
+    linear_rule,
+    product_rule,
+    resolve_plan,
+    sample,
+)
 from flowgen.decoding.jacobi import Conditioner, solve
-from flowgen.flows import AutoregressiveBlock, STARFlowV, density
+from flowgen.decoding.request import decode_request
+from flowgen.flows import AutoregressiveBlock, STARFlowV, block_parameters, density
+from flowgen.flows.block import BlockState
 
 NAMES = ("classes", "volume preserving", "rectangular", "starflow text", "starflow options")
 
@@ -29,7 +41,7 @@ def case(request):
 
 
 @pytest.mark.parametrize("window", [1, 3, 4, None], ids=str)
-@pytest.mark.parametrize("init", rows(["z", "zeros"], ("zeros",)))
+@pytest.mark.parametrize("init", rows(["noise", "zeros"], ("zeros",)))
 def test_every_window_at_tolerance_0_is_the_inverse(window, init):
     flow, params, x, cond = laws.case("rectangular")
     z, _ = apply(flow, params, x, cond)
@@ -43,7 +55,7 @@ def test_window_1_equals_sequential(case):
     flow, params, _, cond, z = case
     sequential = invert(flow, params, z, cond, plan=Sequential())
     assert_close(invert(flow, params, z, cond, plan=Jacobi(window=1)).x, sequential.x, NETWORK)
-    free = AutoregressiveBlock(flow.config.blocks[0]).num_free
+    free = AutoregressiveBlock(flow.config.blocks[0]).num_passthrough
     assert sequential.sweeps.shape == (flow.config.num_blocks, flow.config.num_tokens - free)
     assert jnp.all(sequential.sweeps == 1)
 
@@ -104,7 +116,7 @@ def test_a_plan_per_block_and_plans_by_name(case):
     plan = DecodePlan((Jacobi(window=3, tol=0.0), Sequential()))
     r = invert(flow, params, z, cond, plan=plan)
     assert_close(r.x, x, NETWORK)
-    free = AutoregressiveBlock(flow.config.blocks[0]).num_free
+    free = AutoregressiveBlock(flow.config.blocks[0]).num_passthrough
     windows = -(-(flow.config.num_tokens - free) // 3)
     assert jnp.all(r.sweeps[0, :windows] > 0)
     assert jnp.all(r.sweeps[0, windows:] == 0)
@@ -117,18 +129,10 @@ def test_a_plan_per_block_and_plans_by_name(case):
 
 def test_on_accelerators_a_pass_of_any_block_has_rows_that_cost_nothing(monkeypatch, untyped):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    plans = []
-    monkeypatch.setattr(sampler, "_invert", lambda *args, plan, **more: plans.append(plan))
     config = laws.FLOWS["starflow video"]
-    flow = STARFlowV(config.of_frames(20))
-    invert(
-        flow,
-        {"params": {}},
-        jnp.zeros((1, flow.config.num_tokens, config.token_dim)),
-        laws.labels(config, 1),
-        plan="auto",
-    )
-    *shallow, deep = plans[0].blocks
+    flow = STARFlowV(config.with_num_frames(20))
+    noise = jnp.zeros((1, flow.config.num_tokens, config.token_dim))
+    *shallow, deep = decode_request(flow, {"params": {}}, noise, laws.labels(config, 1), "auto").plan.blocks
     assert deep.window == 256
     assert {plan.window for plan in shallow} == {256 // 20}
 
@@ -138,8 +142,6 @@ def test_on_accelerators_a_pass_of_any_block_has_rows_that_cost_nothing(monkeypa
 
 def reference_reverse(flow, params, z, cond, weight, parts, anneal, temperature=1.0):
     """Guided sampling by its definition: full prefix recomputed for every token, two separate passes."""
-    from flowgen.flows import AutoregressiveBlock, block_parameters
-
     config = flow.config
     tokens = z
     for index in reversed(range(config.num_blocks)):
@@ -150,7 +152,8 @@ def reference_reverse(flow, params, z, cond, weight, parts, anneal, temperature=
         @jax.jit
         def parameters(u, cond, inverse_temperature, block=block, index=index):
             variables = block_parameters(params, index)
-            return block.apply(variables, u[:, :-1], 0, cond, None, inverse_temperature, method="conditioner")[:2]
+            state = BlockState(inverse_temperature=inverse_temperature)
+            return block.apply(variables, u[:, :-1], cond, state, method="conditioner")[:2]
 
         for t in range(1, config.num_tokens):
             cold = jnp.full(len(z), 1 / temperature)
@@ -194,10 +197,8 @@ def test_guidance_that_changes_nothing_costs_nothing():
     plain = invert(flow, params, z, cond)
     for guidance in (Guidance(scale=0.0, temperature=0.5), Guidance(scale=2.0, blocks=())):
         np.testing.assert_array_equal(invert(flow, params, z, cond, guidance=guidance).x, plain.x)
-    from flowgen.decoding.sampler import _active
-
-    assert _active(Guidance(scale=0.0), cond, flow.config) == (None, None)
-    assert _active(Guidance(scale=1.0), None, flow.config) == (None, None)
+    assert decode_request(flow, params, z, cond, "auto", Guidance(scale=0.0)).guidance is None
+    assert decode_request(flow, params, z, None, "auto", Guidance(scale=1.0)).guidance is None
 
 
 def test_blocks_that_are_not_guided_are_not(key):
@@ -214,27 +215,19 @@ def test_blocks_that_are_not_guided_are_not(key):
 
 def test_product_rule_is_the_product_of_gaussians():
     random = np.random.default_rng(0)
-    m_c, m_u = random.standard_normal((2, 5, 4, 3))
-    a_u = random.standard_normal((5, 4, 3))
-    a_c = a_u - np.abs(random.standard_normal((5, 4, 3)))  # σ_c < σ_u, where the ratio is not clipped
+    m_c, m_u, a_u = random.standard_normal((3, 5, 4, 3)).astype(np.float32)
+    a_c = a_u - np.abs(random.standard_normal((5, 4, 3))).astype(np.float32)  # σ_c < σ_u: the ratio is not clipped
     w = 1.7
-    shift, log_scale = product_rule(
-        (jnp.asarray(m_c), jnp.asarray(a_c)), (jnp.asarray(m_u), jnp.asarray(a_u)), jnp.full((4, 1), w)
-    )
+    shift, log_scale = product_rule((jnp.asarray(m_c), jnp.asarray(a_c)), (jnp.asarray(m_u), jnp.asarray(a_u)), w)
     # p_c^(1+w) / p_u^w: precisions and precision-weighted means add up with exponents (1 + w) and -w.
     precision = (1 + w) * np.exp(-2 * a_c) - w * np.exp(-2 * a_u)
     mean = ((1 + w) * m_c * np.exp(-2 * a_c) - w * m_u * np.exp(-2 * a_u)) / precision
     assert_close(log_scale, -0.5 * np.log(precision), LAYER)
     assert_close(shift, mean, LAYER)
     # Equal scales: ordinary linear guidance of the mean.
-    linear = linear_rule(
-        (jnp.asarray(m_c), jnp.asarray(a_u)), (jnp.asarray(m_u), jnp.asarray(a_u)), jnp.full((4, 1), w), "shift"
-    )
-    equal = product_rule(
-        (jnp.asarray(m_c), jnp.asarray(a_u)), (jnp.asarray(m_u), jnp.asarray(a_u)), jnp.full((4, 1), w)
-    )
-    assert_close(equal[0], linear[0], LAYER)
-    assert_close(equal[1], linear[1], LAYER)
+    equal = product_rule((jnp.asarray(m_c), jnp.asarray(a_u)), (jnp.asarray(m_u), jnp.asarray(a_u)), w)
+    assert_close(equal[0], linear_rule(jnp.asarray(m_c), jnp.asarray(m_u), w), LAYER)
+    assert_close(equal[1], a_u, LAYER)
 
 
 @pytest.mark.parametrize(
@@ -308,13 +301,13 @@ def test_samples_are_drawn_from_the_tracked_prior():
 
 
 @pytest.mark.slow
-def test_denoising_is_one_score_step_of_the_given_strength():
+def test_denoising_is_one_tweedie_step_of_the_given_strength():
     config = dataclasses.replace(FLOWS["affine"], noise_std=0.2)
     flow, params = perturbed(config, jax.random.key(0))
     noisy = sample(flow, params, jax.random.key(1), 3, denoise=False)
     for denoise, strength in ((True, 1.0), (0.5, 0.5)):
         clean = sample(flow, params, jax.random.key(1), 3, denoise=denoise)
-        expected = jax.jit(lambda p, x: density.denoise(flow, p, x))(params, noisy.x)
+        expected = jax.jit(lambda p, x: density.tweedie_step(flow, p, x))(params, noisy.x)
         assert_close(clean.x, noisy.x + strength * (expected - noisy.x), NETWORK)
     plain = flowgen.TARFlow(FLOWS["affine"])
     np.testing.assert_array_equal(
@@ -323,17 +316,23 @@ def test_denoising_is_one_score_step_of_the_given_strength():
 
 
 def test_one_compiled_program_per_call_signature():
-    from flowgen.decoding.sampler import _invert
+    flow, params, _, cond = laws.case("classes")
+    traces = []
 
-    flow, params, x, cond = laws.case("classes")
-    z, _ = apply(flow, params, x, cond)
-    invert(flow, params, z, cond, guidance=Guidance(scale=0.7, rule="product"))
-    before = _invert._cache_size()
-    for scale, temperature in ((1.0, 1.0), (2.5, 0.7), (3.0, 2.0)):
-        invert(flow, params, z + scale, cond, guidance=Guidance(scale=scale, rule="product", temperature=temperature))
-    same_flow = flowgen.TARFlow(dataclasses.replace(flow.config))
-    invert(same_flow, params, z, cond, guidance=Guidance(scale=0.7, rule="product"))
-    assert _invert._cache_size() == before
+    def count(variables, x, cond):
+        traces.append(x.shape)
+        return x
+
+    def draw(flow, scale, temperature):
+        guidance = Guidance(scale=scale, rule="product", temperature=temperature)
+        sample(flow, params, jax.random.key(0), 4, cond, guidance=guidance, denoise=Denoiser(count, None))
+
+    for scale, temperature in ((0.7, 1.0), (2.5, 1.0), (3.0, 1.0)):
+        draw(flow, scale, temperature)
+    draw(flowgen.TARFlow(dataclasses.replace(flow.config)), 0.7, 1.0)
+    assert len(traces) == 1
+    draw(flow, 1.0, 0.7)
+    assert len(traces) == 1
 
 
 @pytest.mark.parametrize(
@@ -389,7 +388,7 @@ def test_labels_and_noise_of_any_integer_and_float_type():
 
 def test_product_rule_does_not_cancel():
     one = jnp.ones((1, 1, 1))
-    _, log_scale = product_rule((one, -1e-6 * one), (one, 0 * one), jnp.full((1, 1), 1e4))
+    _, log_scale = product_rule((one, -1e-6 * one), (one, 0 * one), 1e4)
     np.testing.assert_allclose(log_scale[0, 0, 0], -1e-6 - 0.5 * np.log1p(1e4 * -np.expm1(-2e-6)), rtol=1e-4)
 
 

@@ -16,7 +16,7 @@ from flowgen.decoding import Denoiser, sample
 from flowgen.flows import (
     STARFLOW_V_480P,
     ClipDenoiser,
-    ClipDenoising,
+    DenoiserStep,
     STARFlowV,
     STARFlowVConfig,
     denoiser_variables,
@@ -32,11 +32,11 @@ CLIP = STARFlowVConfig(
     channels=2,
     width=40,
     head_dim=20,
-    layers=(1, 1),
+    layers_per_block=(1, 1),
     text_dim=5,
     text_length=3,
     denoiser_layers=1,
-    denoiser_back=2,
+    denoiser_past_frames=2,
 )
 
 
@@ -93,7 +93,7 @@ def test_frames_and_texts_matter():
 @pytest.mark.slow
 def test_it_learns_the_score_of_the_flow():
     flow, params = laws.perturbed(CLIP, jax.random.key(0))
-    denoiser = ClipDenoiser(dataclasses.replace(CLIP, denoiser_back=9))
+    denoiser = ClipDenoiser(dataclasses.replace(CLIP, denoiser_past_frames=9))
     text = laws.labels(CLIP, batch=8)
     optimizer = optax.adam(5e-3)
 
@@ -119,8 +119,8 @@ def test_it_learns_the_score_of_the_flow():
     assert losses[-20:].mean() < 0.3 * squares[-20:].mean()
     x = draw(jax.random.key(4))
     target = score_target(flow, params, x, text)
-    step = ClipDenoising(denoiser, noise_std=CLIP.noise_std)
-    clean = density.denoise(flow, params, x, text)
+    step = DenoiserStep(denoiser, noise_std=CLIP.noise_std)
+    clean = density.tweedie_step(flow, params, x, text)
     assert_close(x - CLIP.noise_std * target, clean, NETWORK)
     assert jnp.square(step(variables, x, text) - clean).mean() < 0.3 * jnp.square(x - clean).mean()
 
@@ -128,11 +128,11 @@ def test_it_learns_the_score_of_the_flow():
 @pytest.mark.slow
 def test_long_clips_are_denoised_in_chunks_of_noisy_frames():
     denoiser, variables, _, text = perturbed(CLIP)
-    clip = laws.images(CLIP.of_frames(11), jax.random.key(3), batch=2)
-    whole = ClipDenoising(denoiser, noise_std=0.5)(variables, clip, text)
-    alone = ClipDenoiser(CLIP.of_frames(11))
+    clip = laws.images(CLIP.with_num_frames(11), jax.random.key(3), batch=2)
+    whole = DenoiserStep(denoiser, noise_std=0.5)(variables, clip, text)
+    alone = ClipDenoiser(CLIP.with_num_frames(11))
     assert_close(whole, clip - 0.5 * alone.apply(variables, clip, text), NETWORK)
-    chunked = ClipDenoising(denoiser, noise_std=0.5, chunk=6)(variables, clip, text)
+    chunked = DenoiserStep(denoiser, noise_std=0.5, chunk=6)(variables, clip, text)
     assert chunked.shape == clip.shape
     # One layer sees two frames back and one ahead, all of which chunks have; frames have other numbers in each.
     network = lambda x: ClipDenoiser(CLIP).apply(variables, x, text)  # noqa: E731
@@ -144,11 +144,11 @@ def test_long_clips_are_denoised_in_chunks_of_noisy_frames():
 @pytest.mark.slow
 @pytest.mark.parametrize(("back", "ahead", "size"), [(9, 1, 4), (2, 5, 3)])
 def test_chunks_shorter_than_the_window_answer_for_one_frame_each(back, ahead, size):
-    config = dataclasses.replace(CLIP, denoiser_back=back, denoiser_ahead=ahead)
+    config = dataclasses.replace(CLIP, denoiser_past_frames=back, denoiser_lookahead_frames=ahead)
     denoiser, variables, _, text = perturbed(config)
-    clip = laws.images(CLIP.of_frames(6), jax.random.key(3), batch=2)
-    chunked = ClipDenoising(denoiser, noise_std=0.5, chunk=size)(variables, clip, text)
-    network = ClipDenoiser(config.of_frames(size))
+    clip = laws.images(CLIP.with_num_frames(6), jax.random.key(3), batch=2)
+    chunked = DenoiserStep(denoiser, noise_std=0.5, chunk=size)(variables, clip, text)
+    network = ClipDenoiser(config.with_num_frames(size))
     chunks = [clip[:, i : i + size] for i in range(7 - size)]
     first, *rest = (chunk - 0.5 * network.apply(variables, chunk, text) for chunk in chunks)
     answering = size - 1 - min(ahead, size - 1)
@@ -158,8 +158,8 @@ def test_chunks_shorter_than_the_window_answer_for_one_frame_each(back, ahead, s
 
 def test_the_program_of_a_denoiser_does_not_grow_with_the_clip():
     denoiser, variables, _, text = perturbed(CLIP)
-    step = ClipDenoising(denoiser, noise_std=0.5, chunk=6)
-    lengths = (jax.ShapeDtypeStruct((2, *CLIP.of_frames(frames).event_shape), jnp.float32) for frames in (7, 30))
+    step = DenoiserStep(denoiser, noise_std=0.5, chunk=6)
+    lengths = (jax.ShapeDtypeStruct((2, *CLIP.with_num_frames(frames).event_shape), jnp.float32) for frames in (7, 30))
     short, long = (jax.make_jaxpr(lambda x: step(variables, x, text))(x).pretty_print() for x in lengths)
     assert short.count("dot_general") == long.count("dot_general")
 
@@ -169,7 +169,7 @@ def test_a_learned_step_takes_the_place_of_the_score_in_sampling():
     flow, params = laws.perturbed(CLIP, jax.random.key(0))
     denoiser, variables, _, text = perturbed(CLIP)
     noisy = sample(flow, params, jax.random.key(0), 2, text, denoise=False)
-    step = ClipDenoising(denoiser, noise_std=CLIP.noise_std)
+    step = DenoiserStep(denoiser, noise_std=CLIP.noise_std)
     clean = sample(flow, params, jax.random.key(0), 2, text, denoise=Denoiser(step, variables))
     assert_close(clean.x, step(variables, noisy.x, text), NETWORK)
 
@@ -179,12 +179,12 @@ REFUSED = {
         lambda: init_denoiser(ClipDenoiser(dataclasses.replace(CLIP, denoiser_layers=0)), jax.random.key(0)),
         "model.denoiser_layers is 0, so there is no denoiser",
     ),
-    "negative window": (lambda: dataclasses.replace(CLIP, denoiser_back=-1), "denoiser_back is -1"),
+    "negative window": (lambda: dataclasses.replace(CLIP, denoiser_past_frames=-1), "denoiser_past_frames is -1"),
     "added classes": (
         lambda: dataclasses.replace(CLIP, text_dim=0, text_length=0, num_classes=3, class_conditioning="add"),
         "use 'prefix'",
     ),
-    "no chunk": (lambda: ClipDenoising(ClipDenoiser(CLIP), 0.5, chunk=0), "chunk is 0; it must be at least 1"),
+    "no chunk": (lambda: DenoiserStep(ClipDenoiser(CLIP), 0.5, chunk=0), "chunk is 0; it must be at least 1"),
     "half a frame": (
         lambda: FrameWindow(1, 4, 1, 1).attend(*jnp.zeros((3, 1, 7, 1, 2))),
         "behind a prefix of 1 there must be frames of 4",

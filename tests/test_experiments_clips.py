@@ -91,7 +91,8 @@ def test_clips_begin_with_what_is_given_and_go_on_as_long_as_asked(run, tmp_path
     picture[3:9, 4:7] = 255
     save_image(tmp_path / "first.png", picture)
     out = tmp_path / "clips.npz"
-    words = ["sample", "--checkpoint", str(run), "--num", "2", "--out", str(out), "--plan", "moving", "--init", "frame"]
+    words = ["sample", "--checkpoint", str(run), "--num", "2", "--out", str(out)]
+    words += ["--plan", "sliding", "--init", "previous_frame"]
     assert main([*words, "--frames", "5", "--context", "2", "--given", str(tmp_path / "first.png")]) == 0
     with np.load(out) as arrays:
         drawn = arrays["clips"]
@@ -175,7 +176,7 @@ def test_evaluation_says_how_frames_move(run, capsys):
 
 @pytest.mark.slow
 def test_evaluation_of_single_frames_says_nothing_of_how_they_move():
-    experiment = experiment_of(model=TINY.of_frames(1))
+    experiment = experiment_of(model=TINY.with_num_frames(1))
     flow, options = experiment.build(), FlowEvaluateOptions(samples=4, batch=8)
     lines = experiment.evaluate(flow, init(flow, jax.random.key(0)), options)
     assert "by the denoiser" in lines[-1]
@@ -252,7 +253,7 @@ def test_a_video_autoencoder_is_trained_and_its_latents_are_those_of_a_flow(auto
     capsys.readouterr()
     assert main(["evaluate", "--checkpoint", str(tmp_path / "again"), "--samples", "4"]) == 0
     assert "frames of 4 data: distance to the next" in capsys.readouterr().out  # decoded, which no encoded data hold
-    longer = dataclasses.replace(encoded, model=LATENTS.of_frames(5))
+    longer = dataclasses.replace(encoded, model=LATENTS.with_num_frames(5))
     with pytest.raises(ValueError, match=r"holds latents of shape .*; set model.image_size, model.frames and"):
         fit(longer, tmp_path / "other")
     out = tmp_path / "samples.npz"
@@ -268,7 +269,7 @@ def test_a_video_autoencoder_is_trained_and_its_latents_are_those_of_a_flow(auto
     [
         ({"likelihood": LikelihoodConfig(norm_penalty=1e-4)}, "likelihood.norm_penalty is 0.0001, which would mix"),
         (
-            {"data": ClipsConfig(drop_first=0.25), "model": TINY.of_frames(2)},
+            {"data": ClipsConfig(drop_first=0.25), "model": TINY.with_num_frames(2)},
             "data.drop_first is 0.25, and clips of model.frames 2 without their first frame are images",
         ),
         ({"model": dataclasses.replace(TINY, noise_std=0.0)}, "model.noise_std is 0, so a denoiser has nothing"),
@@ -356,7 +357,7 @@ def test_the_debug_run_warms_the_denoiser_up_as_fast_as_the_flow():
 def test_autoencoders_of_clips_are_not_for_pictures_and_videos_not_for_models_of_them(autoencoder, tmp_path, capsys):
     from flowgen.flows import STARFlowConfig
 
-    model = STARFlowConfig(image_size=6, width=40, head_dim=20, layers=(1, 1))
+    model = STARFlowConfig(image_size=6, width=40, head_dim=20, layers_per_block=(1, 1))
     with pytest.raises(ValueError, match="is an autoencoder of clips, and the model is a flow of images"):
         FlowExperiment(name="images", model=model, codec=PretrainedAutoencoder(str(autoencoder))).job()
     assert main(["sample", "--checkpoint", str(autoencoder), "--out", str(tmp_path / "x.png")]) == 2

@@ -43,7 +43,7 @@ import codec_weights as cw
 pytestmark = pytest.mark.usefixtures("quick_judge")
 QUIET = LogConfig(log_every=4, checkpoint_every=0, progress=False, tensorboard=False)
 FEW = TrainConfig(steps=4, batch_size=16)
-TINY = STARFlowConfig(image_size=4, channels=4, width=40, head_dim=20, layers=(1, 1), num_classes=10)
+TINY = STARFlowConfig(image_size=4, channels=4, width=40, head_dim=20, layers_per_block=(1, 1), num_classes=10)
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,10 @@ from flowgen.conditioning import drop_labels
 from flowgen.data import from_uint8
 from flowgen.decoding import Sequential, invert
 from flowgen.flows import AutoregressiveBlock, block_parameters, decoding_block, density
+from flowgen.flows.batches import batch_condition, dequantise, noisy_batch
+from flowgen.flows.block import BlockState
+from flowgen.flows.objective import nll_objective
+from flowgen.gaussian import gaussian_log_density
 
 EXACT = 1e-10  # float64
 BFLOAT16 = 0.05  # 8 bits of mantissa
@@ -83,13 +87,13 @@ def test_a_block_is_strictly_causal_in_its_own_order(case):
 
     def parameters(tokens):
         previous = block.apply(variables, tokens, method="previous")
-        shift, log_scale, _ = block.apply(variables, previous, 0, cond, None, None, method="conditioner")
+        shift, log_scale, _ = block.apply(variables, previous, cond, method="conditioner")
         return shift + log_scale
 
     jacobian = jnp.abs(jax.jit(jax.jacrev(lambda t: parameters(t).sum(axis=(0, 2))))(tokens)).sum(axis=(1, 3))
-    # Row t holds the parameters of token t + num_free, which see the tokens before it.
-    assert jacobian.shape == (flow.config.num_tokens - block.num_free, flow.config.num_tokens)
-    future = np.triu(np.ones(jacobian.shape), k=block.num_free).astype(bool)
+    # Row t holds the parameters of token t + num_passthrough, which see the tokens before it.
+    assert jacobian.shape == (flow.config.num_tokens - block.num_passthrough, flow.config.num_tokens)
+    future = np.triu(np.ones(jacobian.shape), k=block.num_passthrough).astype(bool)
     assert np.all(np.asarray(jacobian)[future] == 0)
     assert np.all(np.asarray(jacobian)[~future] > 0)
 
@@ -108,7 +112,7 @@ def test_samples_of_a_batch_do_not_see_each_other(case):
 
 def test_every_parameter_receives_gradient(case):
     flow, params, x, cond = case
-    objective = density.nll_objective(flow)
+    objective = nll_objective(flow)
     batch = laws.batch_of(x, cond)
     loss = jax.jit(jax.grad(lambda p, key: objective({**params, "params": p}, batch, key)[0]))
     gradient = loss(params["params"], jax.random.key(1))
@@ -124,19 +128,19 @@ def test_the_objective_is_bits_per_dim_of_the_noised_images(case):
     flow, params, x, cond = case
     flow = type(flow)(dataclasses.replace(flow.config, noise_std=0.1))
     batch = laws.batch_of(x, cond)
-    loss, metrics, *state = jax.jit(density.nll_objective(flow))(params, batch, jax.random.key(1))
-    noised, _ = density.noisy_batch(flow, density.batch_condition(flow, 0.0, None), batch, jax.random.key(1))
+    loss, metrics, *state = jax.jit(nll_objective(flow))(params, batch, jax.random.key(1))
+    noised, _ = noisy_batch(flow, batch_condition(flow, 0.0, None), batch, jax.random.key(1))
     # Within five standard errors.
     spread = (noised - from_uint8(batch["image"])) / 0.1
     np.testing.assert_allclose([spread.mean(), spread.std()], [0, 1], atol=5 / np.sqrt(spread.size))
     z, logdet = apply(flow, params, noised, cond)
-    variance = params["prior"]["variance"] if "prior" in params else None
-    log_prob = density.gaussian_log_prob(z, variance) + logdet
+    variance = params["prior"]["variance"] if "prior" in params else jnp.ones(z.shape[1:])
+    log_prob = gaussian_log_density(z, variance[None]).sum(axis=(1, 2)) + logdet
     assert_close(metrics["bits_per_dim"], density.bits_per_dim(log_prob, flow.config.num_dims).mean(), LAYER)
     assert_close(loss, 0.5 * jnp.square(z).mean() - logdet.mean() / flow.config.num_dims, NETWORK)
     if variance is None:  # the published formula, with its standard normal prior
         assert_close(metrics["bits_per_dim"], loss / math.log(2) + 8.32575, LAYER)
-    if flow.config.transform == "volume_preserving":
+    if flow.config.scale_parameterisation == "volume_preserving":
         tracked = 0.9 * params["prior"]["variance"] + 0.1 * jnp.square(z).mean(axis=0)
         assert_close(state[0]["prior"]["variance"], tracked, NETWORK)
     else:
@@ -201,7 +205,7 @@ def test_parallel_and_cached_forms_agree(case):
 
     @jax.jit
     def conditioner(window, start, caches):
-        return block.apply(variables, window, start, cond, caches, None, method="conditioner")
+        return block.apply(variables, window, cond, BlockState(start, caches), method="conditioner")
 
     previous = block.apply(variables, tokens, method="previous")
     shift, log_scale, _ = conditioner(previous, 0, None)
@@ -229,7 +233,7 @@ def test_compile_time_shape_of_the_program_does_not_depend_on_depth():
 
 def test_dequantisation_covers_each_level_once_and_density_constants():
     levels = jnp.arange(256, dtype=jnp.uint8).reshape(1, 16, 16, 1)
-    x = density.dequantise(jax.random.key(0), levels)
+    x = dequantise(jax.random.key(0), levels)
     assert x.min() >= -1
     assert x.max() < 1
     np.testing.assert_array_equal(jnp.floor((x + 1) * 128).astype(jnp.uint8), levels)
@@ -252,7 +256,7 @@ def test_score_denoising_and_bayes(key):
     score = jax.jit(partial(density.score, flow))(params, x, cond)
     np.testing.assert_allclose((score * direction).sum(axis=tuple(range(1, x.ndim))), slope, rtol=2e-2, atol=1e-2)
     assert_close(
-        jax.jit(partial(density.denoise, flow, strength=0.5))(params, x, cond),
+        jax.jit(partial(density.tweedie_step, flow, strength=0.5))(params, x, cond),
         x + 0.5 * 0.09 * score,
         NETWORK,
     )

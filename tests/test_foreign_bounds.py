@@ -115,7 +115,7 @@ OUT_OF_RANGE = {
     "text as width": (lambda: flowgen.TARFlowConfig(image_size=8, width="wide"), "width is 'wide'"),
     "no number": (lambda: flowgen.TARFlowConfig(image_size=8, width=float("nan")), "width is nan"),
     "a long number": (lambda: flowgen.TARFlowConfig(image_size=8, width=10**5000), "width is over 10^"),
-    "entries": (lambda: STARFlowConfig(image_size=8, layers=(1,) * 10**6), "layers has 1000000 entries"),
+    "entries": (lambda: STARFlowConfig(image_size=8, layers_per_block=(1,) * 10**6), "has 1000000 entries"),
     "frames": (lambda: STARFlowVConfig(image_size=8, frames=10**12), "frames"),
     "layers of a DiT": (lambda: DiTConfig(image_size=8, num_layers=10**7), "num_layers is 10000000"),
     "positions of a DiT": (lambda: DiTConfig(image_size=1 << 14, patch_size=2, width=64), "positions"),

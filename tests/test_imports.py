@@ -15,6 +15,8 @@ LEVELS = {
     "flowgen.printable": -1,
     "flowgen.arrays": -1,
     "flowgen.settings": -2,
+    "flowgen.gaussian": -1,
+    "flowgen.guidance": -1,
     "flowgen.backend": -2,
     "flowgen.attention": -1,
     "flowgen.matching.checks": 0,

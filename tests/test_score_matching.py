@@ -13,11 +13,12 @@ from flowgen.flows import (
     STARFlowV,
     STARFlowVConfig,
     denoiser_variables,
-    density,
     flow_score_objective,
     score_matching_loss,
     score_target,
 )
+from flowgen.flows.batches import batch_condition, noisy_batch
+from flowgen.flows.objective import nll_objective
 from flowgen.training import OptimConfig
 from flowgen.training.step import init_state, make_step
 
@@ -27,10 +28,10 @@ CLIP = STARFlowVConfig(
     channels=2,
     width=40,
     head_dim=20,
-    layers=(1, 1),
+    layers_per_block=(1, 1),
     num_classes=3,
     denoiser_layers=1,
-    denoiser_back=2,
+    denoiser_past_frames=2,
 )
 FLOW = STARFlowV(CLIP)
 SCALE = 1.7
@@ -58,7 +59,7 @@ def gradients(objective, params, data):
 def test_the_flow_is_trained_as_without_a_denoiser(params, frames):
     data = batch(frames)
     (loss, metrics), gradient = gradients(flow_score_objective(FLOW, loss_scale=SCALE), params, data)
-    plain = density.nll_objective(FLOW, loss_scale=SCALE)
+    plain = nll_objective(FLOW, loss_scale=SCALE)
     (alone, metrics_alone), expected = gradients(plain, params, data)
     assert_close(metrics["flow_loss"], alone, LAYER)
     assert_close(loss, alone + metrics["denoiser_loss"], LAYER)
@@ -71,7 +72,7 @@ def test_the_flow_is_trained_as_without_a_denoiser(params, frames):
 def test_the_denoiser_is_trained_on_the_score_alone(params):
     data = batch()
     (_, metrics), gradient = gradients(flow_score_objective(FLOW, loss_scale=SCALE), params, data)
-    x, labels = density.noisy_batch(FLOW, density.batch_condition(FLOW, 0.0, None), data, jax.random.key(1))
+    x, labels = noisy_batch(FLOW, batch_condition(FLOW, 0.0, None), data, jax.random.key(1))
     target = score_target(FLOW, params, x, labels)
     assert_close(metrics["score_square"], jnp.square(target).mean(), LAYER)
 
@@ -110,4 +111,4 @@ def test_each_part_has_its_optimizer(params):
 
 def test_a_flow_without_a_denoiser_is_refused():
     with pytest.raises(ValueError, match=r"model.denoiser_layers is 0, so there is no denoiser to train"):
-        flow_score_objective(STARFlowV(STARFlowVConfig(image_size=2, width=40, head_dim=20, layers=(1, 1))))
+        flow_score_objective(STARFlowV(STARFlowVConfig(image_size=2, width=40, head_dim=20, layers_per_block=(1, 1))))

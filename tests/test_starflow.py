@@ -19,6 +19,8 @@ from flowgen.conditioning import TextCondition, drop_texts
 from flowgen.decoding import Denoiser, Guidance, Sequential, invert, sample
 from flowgen.flows import STARFLOW_PRESETS, density
 from flowgen.flows.affine import SOFTPLUS_OFFSET, log_softplus, soft_clip
+from flowgen.flows.batches import batch_condition, noisy_batch
+from flowgen.flows.objective import nll_objective
 from flowgen.flows.positions import GridPositions, rotary_pairs
 from flowgen.nn.layers import RMSNorm
 
@@ -65,7 +67,7 @@ def test_blocks_of_equal_shape_share_one_compiled_initialiser():
     from flowgen.flows.flow import _init_block
 
     flow = flowgen.STARFlow(
-        flowgen.STARFlowConfig(image_size=4, width=24, head_dim=24, layers=(1, 1, 1, 2), channels=1)
+        flowgen.STARFlowConfig(image_size=4, width=24, head_dim=24, layers_per_block=(1, 1, 1, 2), channels=1)
     )
     before = _init_block._cache_size()
     flowgen.init(flow, jax.random.key(0))
@@ -202,7 +204,7 @@ def test_dropped_texts_are_the_null_text(key):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"layers": (2, 0)}, r"layers is \(2, 0\); the last block must have at least 1"),
+        ({"layers_per_block": (2, 0)}, r"layers_per_block is \(2, 0\)"),
         ({"width": 30}, "width is 30, not a multiple of head_dim 20"),
         ({"deep_width": 50}, "deep_width is 50, not a multiple of head_dim 20"),
         ({"width": 60, "deep_width": 60, "num_kv_heads": 2}, "num_kv_heads is 2, which does not divide the 3 heads"),
@@ -211,8 +213,8 @@ def test_dropped_texts_are_the_null_text(key):
         ({"text_dim": 5}, "text_dim is 5 and text_length 0; give both, or neither"),
         ({"text_dim": 5, "text_length": 2, "num_classes": 3}, "choose one"),
         ({"head_dim": 8, "num_classes": 3}, "head_dim is 8; rotary positions need a multiple of 4, at least 20"),
-        ({"order": "R2D"}, "order is 'R2D'; it must be 'L2R' or 'R2L'"),
-        ({"reference_side": 0.0}, "reference_side is 0.0"),
+        ({"order": "L2R"}, "order is 'L2R'; it must be 'raster' or 'reversed'"),
+        ({"rope_base_grid": 0.0}, "rope_base_grid is 0.0"),
         ({"noise_std": -0.3}, "noise_std is -0.3"),
     ],
 )
@@ -238,7 +240,7 @@ def test_texts_that_do_not_fit_are_refused(cond, message, untyped):
 
 def test_an_experiment_shrinks():
     small = experiments.FlowExperiment(name="star", model=FLOWS["starflow options"]).debug()
-    assert small.model.layers == (1, 1)
+    assert small.model.layers_per_block == (1, 1)
     assert small.model.num_kv_heads == 1
 
 
@@ -247,23 +249,23 @@ def test_an_experiment_shrinks():
 
 def test_one_set_of_parameters_serves_grids_of_other_sizes():
     flow, params, _, text = laws.case("starflow text")
-    wide = flow.at(4, 10)
-    assert wide.config.grid_size == (4, 10)
-    assert flow.at(6, 6) is flow
-    assert wide.at(6, 6).config == dataclasses.replace(flow.config, image_size=(6, 6))
+    wide = flow.with_image_size(4, 10)
+    assert wide.config.image_hw == (4, 10)
+    assert flow.with_image_size(6, 6) is flow
+    assert wide.with_image_size(6, 6).config == dataclasses.replace(flow.config, image_size=(6, 6))
     x = np.random.default_rng(0).normal(size=(len(text.mask), 4, 10, 2)).astype(np.float32)
     z, _ = apply(wide, params, x, text, method="forward")
     back = invert(wide, params, z, text, plan=Sequential())
     assert_close(back.x, x, NETWORK)
     tar, _, _, _ = laws.case("affine")
     with pytest.raises(ValueError, match=r"images are 4 x 10; this model takes \(6, 6\) alone"):
-        tar.at(4, 10)
+        tar.with_image_size(4, 10)
 
 
-def test_a_grid_without_a_reference_side_keeps_the_one_it_was_made_on():
+def test_a_grid_without_a_base_grid_keeps_the_one_it_was_made_on():
     config = flowgen.STARFlowConfig(image_size=8, **{**STAR, "patch_size": 1})
-    assert config.at(4, 16).reference_side == 8.0
-    assert config.at(16, 16).at(8, 8).reference_side == 8.0
+    assert config.with_image_size(4, 16).rope_base_grid == 8.0
+    assert config.with_image_size(16, 16).with_image_size(8, 8).rope_base_grid == 8.0
 
 
 # Eight bits of mantissa in matrix products of width 40, whose sums are float32, and densities in float32 throughout:
@@ -305,12 +307,12 @@ def test_the_norm_penalty_is_of_the_tokens_that_enter_blocks(key):
         "std": np.full((4, *flow.config.image_shape), 0.1, np.float32),
         "label": np.array([0, 1, 2, -1], np.int32),
     }
-    plain, metrics = jax.jit(density.nll_objective(flow))(params, batch, jax.random.clone(key))
-    weigh = jax.jit(density.nll_objective(flow, norm_penalty=0.5, loss_scale=2.0))
+    plain, metrics = jax.jit(nll_objective(flow))(params, batch, jax.random.clone(key))
+    weigh = jax.jit(nll_objective(flow, norm_penalty=0.5, loss_scale=2.0))
     weighed, with_penalty = weigh(params, batch, jax.random.clone(key))
     # The latents that enter have variance 1 of the draw, 0.1² of the posterior, and σ² of the noise.
     entering = (float(weighed) - 2 * float(plain)) / 0.5 - float(metrics["mean_square/0"])
-    x, _ = density.noisy_batch(flow, density.batch_condition(flow, 0.0, None), batch, key)
+    x, _ = noisy_batch(flow, batch_condition(flow, 0.0, None), batch, key)
     assert_close(entering, float(jnp.square(x).mean()), NETWORK)
     assert entering == pytest.approx(np.square(batch["mean"]).mean() + 0.01 + 0.09, rel=0.1)
     assert_close(with_penalty["nats_per_dim"], metrics["nats_per_dim"], LAYER)
@@ -320,19 +322,19 @@ def test_the_norm_penalty_is_of_the_tokens_that_enter_blocks(key):
 def test_dropping_texts_needs_the_empty_one():
     flow, _, _, _ = laws.case("starflow text")
     with pytest.raises(ValueError, match=r"label_dropout is 0.1, but no null_text is given"):
-        density.nll_objective(flow, label_dropout=0.1)
+        nll_objective(flow, label_dropout=0.1)
 
 
 @pytest.mark.slow
-def test_a_learned_denoiser_takes_the_place_of_the_score_step():
+def test_a_learned_denoiser_takes_the_place_of_the_tweedie_step():
     flow, params, _, text = laws.case("starflow text")
     key, num = jax.random.key(5), len(text.mask)
     expected = sample(flow, params, key, num, text, plan=Sequential(), denoise=0.5)
 
-    def half_a_score_step(variables, x, cond):
-        return density.denoise(flow, variables, x, cond, strength=0.5)
+    def half_a_tweedie_step(variables, x, cond):
+        return density.tweedie_step(flow, variables, x, cond, strength=0.5)
 
-    learned = sample(flow, params, key, num, text, plan=Sequential(), denoise=Denoiser(half_a_score_step, params))
+    learned = sample(flow, params, key, num, text, plan=Sequential(), denoise=Denoiser(half_a_tweedie_step, params))
     assert_close(learned.x, expected.x, NETWORK)
     raw = sample(flow, params, key, num, text, plan=Sequential(), denoise=False)
     assert float(jnp.abs(raw.x - expected.x).max()) > 1e-3

@@ -119,10 +119,10 @@ def test_sampling_from_given_noise(case, name, plan, dtype):
 
 
 @pytest.mark.parametrize("case", sw.CASES)
-def test_score_step(case, dtype):
+def test_tweedie_step(case, dtype):
     """The published step descends the loss at rate σ² times the number of dimensions of the whole batch."""
     flow, variables, _ = ours(case, dtype)
     latents, cond, _ = inputs(case, dtype)
     assert flow.config.noise_std == 0.3
-    clean = jax.jit(functools.partial(density.denoise, flow))(variables, latents, cond)
+    clean = jax.jit(functools.partial(density.tweedie_step, flow))(variables, latents, cond)
     check(case, "denoised", np.moveaxis(clean, -1, 1), dtype)

@@ -13,7 +13,14 @@ from flowgen.conditioning import TextCondition
 from flowgen.flows import STARFLOW_V_480P, STARFlow, STARFlowConfig, STARFlowV, STARFlowVConfig, init
 
 TEXT = STARFlowVConfig(
-    image_size=(2, 3), frames=3, channels=2, width=40, head_dim=20, layers=(1, 1, 1, 2), text_dim=5, text_length=3
+    image_size=(2, 3),
+    frames=3,
+    channels=2,
+    width=40,
+    head_dim=20,
+    layers_per_block=(1, 1, 1, 2),
+    text_dim=5,
+    text_length=3,
 )
 
 
@@ -43,7 +50,7 @@ def test_nothing_sees_later_frames_and_shallow_blocks_no_other_frame():
 
 def test_a_clip_of_one_frame_is_an_image_to_the_same_parameters():
     plain = {field.name: getattr(TEXT, field.name) for field in dataclasses.fields(STARFlowConfig)}
-    flow, params = laws.perturbed(TEXT.of_frames(1), jax.random.key(0))
+    flow, params = laws.perturbed(TEXT.with_num_frames(1), jax.random.key(0))
     clip, text = laws.images(flow.config, jax.random.key(1)), laws.labels(TEXT)
     z, logdet = laws.apply(flow, params, clip, text)
     expected, expected_logdet = laws.apply(STARFlow(STARFlowConfig(**plain)), params, clip[:, 0], text)
@@ -55,7 +62,7 @@ def test_the_noise_of_a_clip_begins_with_that_of_its_beginning():
     flow, params = laws.perturbed(TEXT, jax.random.key(0))
     clip, text = laws.images(TEXT, jax.random.key(1)), laws.labels(TEXT)
     z, _ = laws.apply(flow, params, clip, text)
-    beginning, _ = laws.apply(STARFlowV(TEXT.of_frames(2)), params, clip[:, :2], text)
+    beginning, _ = laws.apply(STARFlowV(TEXT.with_num_frames(2)), params, clip[:, :2], text)
     assert_close(z[:, : beginning.shape[1]], beginning, NETWORK)
 
 
@@ -74,9 +81,9 @@ def test_frames_and_the_text_are_told_apart_by_position():
     ("changes", "message"),
     [
         ({"frames": 0}, "frames is 0; it must be at least 1"),
-        ({"condition": "all"}, "condition is 'all'; single frames see no condition"),
-        ({"layers": (1, 1, 2)}, "reverses the deep block and with it time"),
-        ({"order": "R2L"}, "in order R2L reverses the deep block"),
+        ({"conditioned_blocks": "all"}, "conditioned_blocks is 'all'; single frames see no condition"),
+        ({"layers_per_block": (1, 1, 2)}, "reverses the deep block and with it time"),
+        ({"order": "raster"}, "order 'raster' reverses the deep block"),
         ({"head_dim": 16, "width": 32}, "head_dim is 16; rotary positions need"),
     ],
 )

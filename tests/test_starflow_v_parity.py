@@ -19,12 +19,11 @@ from tolerances import NETWORK, assert_close
 from flowgen import convert
 from flowgen.attention import FrameWindow
 from flowgen.conditioning import TextCondition
-from flowgen.decoding import Guidance, Jacobi, Sequential, invert
-from flowgen.decoding.guidance import product_rule
+from flowgen.decoding import Guidance, Jacobi, Sequential, invert, product_rule
 from flowgen.flows import (
     AutoregressiveBlock,
     ClipDenoiser,
-    ClipDenoising,
+    DenoiserStep,
     STARFlowV,
     block_parameters,
     denoiser_variables,
@@ -69,7 +68,7 @@ def trajectory(case, dtype, frames):
     """Returns the latents of so many frames, tokens after each block, and logdet."""
     flow, variables, cond, _ = ours(case, dtype)
     latents = clips(sv.latents(sv.CASES[case], frames), dtype)
-    apply = jax.jit(functools.partial(STARFlowV(flow.config.of_frames(frames)).apply, method="trajectory"))
+    apply = jax.jit(functools.partial(STARFlowV(flow.config.with_num_frames(frames)).apply, method="trajectory"))
     return latents, *apply(variables, latents, cond)
 
 
@@ -124,7 +123,7 @@ def test_the_logdet_of_each_block(case, dtype):
 def test_a_picture_is_a_clip_of_one_frame(case, dtype):
     flow, _, _, _ = ours(case, dtype)
     _, states, _ = trajectory(case, dtype, 1)
-    check(case, "image/z", flow.config.of_frames(1).to_images(states[-1])[:, 0], dtype)
+    check(case, "image/z", flow.config.with_num_frames(1).to_images(states[-1])[:, 0], dtype)
 
 
 SAMPLED = [
@@ -155,7 +154,7 @@ def test_a_clip_continued_from_its_first_frame_is_one_whose_noise_begins_with_th
         # Guidance has no forward pass of its own: the noise under which the guided deep block makes this frame.
         guided = {"guidance": GUIDANCE, "null": null}
         null = TextCondition(*(jnp.repeat(part, len(local), axis=0) for part in null))
-        z_first = guided_noise(flow.config.of_frames(1).blocks[-1], variables, local, cond, null)
+        z_first = guided_noise(flow.config.with_num_frames(1).blocks[-1], variables, local, cond, null)
     noise = flow.config.to_tokens(clips(sv.noise(sv.CASES["text"]), dtype))
     z = jnp.concatenate([z_first, noise[:, z_first.shape[1] :]], axis=1)
     check("text", f"continued/{name}", invert(flow, variables, z, cond, **guided).x, dtype)
@@ -168,9 +167,9 @@ def guided_noise(config, variables, tokens, cond, null):
     @jax.jit
     def branch(text):
         previous = block.apply(params, tokens, method="previous")
-        return block.apply(params, previous, 0, text, None, None, method="conditioner")[:2]
+        return block.apply(params, previous, text, method="conditioner")[:2]
 
-    shift, log_scale = product_rule(branch(cond), branch(null), jnp.full((tokens.shape[1], 1), GUIDANCE.scale))
+    shift, log_scale = product_rule(branch(cond), branch(null), GUIDANCE.scale)
     return (tokens - shift) * jnp.exp(-log_scale)
 
 
@@ -180,7 +179,7 @@ DENOISED = [(case, frames) for case in sv.CASES for frames in sv.CASES[case].den
 @pytest.mark.parametrize(("case", "frames"), DENOISED)
 def test_the_denoisers_step(case, frames, dtype):
     flow, variables, cond, _ = ours(case, dtype)
-    step = ClipDenoising(ClipDenoiser(flow.config), noise_std=flow.config.noise_std)
+    step = DenoiserStep(ClipDenoiser(flow.config), noise_std=flow.config.noise_std)
     noisy = clips(sv.latents(sv.CASES[case], frames), dtype)
     clean = jax.jit(step)(denoiser_variables(variables), noisy, cond)
     check(case, f"denoised/{frames}", clean, dtype)
@@ -192,7 +191,9 @@ def test_the_denoisers_step(case, frames, dtype):
 def test_the_frames_that_a_denoisers_query_sees(case, frames):
     shape = sv.CASES[case]
     config = ours(case, "float32")[0].config
-    window = FrameWindow(shape.txt_size, config.tokens_per_image, config.denoiser_back, config.denoiser_ahead)
+    window = FrameWindow(
+        shape.txt_size, config.tokens_per_image, config.denoiser_past_frames, config.denoiser_lookahead_frames
+    )
     length = shape.txt_size + frames * config.tokens_per_image
     # With equal logits every key that is seen has an equal share of what comes out, and its value names it.
     equal, names = jnp.zeros((1, length, 1, 4)), jnp.eye(length)[None, :, None]

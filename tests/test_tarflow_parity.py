@@ -21,6 +21,7 @@ from tolerances import LAYER, NETWORK, assert_close
 from flowgen import convert
 from flowgen.decoding import Guidance, Sequential, invert
 from flowgen.flows import density
+from flowgen.flows.objective import nll_objective
 
 FIXTURES = Path(__file__).parent / "fixtures"
 sys.path.insert(0, str(FIXTURES))
@@ -195,9 +196,9 @@ def test_objective_and_tracked_variance(case):
     published, (flow, variables, _) = Published(case), ours(case, "float32")
     _, labels = inputs(published, "float32")
     batch = {"image": jnp.asarray(channels_last(rw.pixels(rw.CASES[case]))), "label": labels}
-    loss, _, *state = jax.jit(density.nll_objective(flow))(variables, batch, jax.random.key(0))
+    loss, _, *state = jax.jit(nll_objective(flow))(variables, batch, jax.random.key(0))
     assert_close(loss, published.output("loss"), LAYER)
-    assert bool(state) == (flow.config.transform == "volume_preserving")
+    assert bool(state) == (flow.config.scale_parameterisation == "volume_preserving")
     for tracked in state:
         assert_close(tracked["prior"]["variance"], published.output("updated_var"), LAYER)
 
@@ -232,6 +233,6 @@ def test_gradient_of_the_loss_along_directions_in_parameter_space(case, float64)
 def test_score_denoising(case, float64):
     """The published step descends the loss at rate batch · dims · σ²; the tracked variance is not in it."""
     published, (flow, variables, _) = Published(case), ours(case, float64)
-    denoise = jax.jit(functools.partial(density.denoise, flow, noise_std=NOISE_STD))
+    denoise = jax.jit(functools.partial(density.tweedie_step, flow, noise_std=NOISE_STD))
     clean = denoise(unit_prior(variables), *inputs(published, float64))
     check(published, "denoised", np.moveaxis(clean, -1, 1), float64)

@@ -1,4 +1,4 @@
-"""Windows that start from the frame before them, and a window that moves on by what is solved."""
+"""Windows that start from the frame before them, and a window that slides on by what is solved."""
 
 import jax
 import jax.numpy as jnp
@@ -9,14 +9,14 @@ from conftest import rows
 from tolerances import LAYER, NETWORK, assert_close
 
 from flowgen.conditioning import TextCondition
-from flowgen.decoding import Guidance, Jacobi, MovingJacobi, Sequential, invert
-from flowgen.decoding.jacobi import Conditioner, Recent, solve
-from flowgen.decoding.moving import solve_moving
+from flowgen.decoding import Guidance, Jacobi, Sequential, SlidingWindow, invert
+from flowgen.decoding.jacobi import Conditioner, PreviousFrame, solve
+from flowgen.decoding.sliding import solve_sliding
 from flowgen.flows import AutoregressiveBlock, STARFlowVConfig
 
 NAMES = ("classes", "rectangular", "starflow text", "starflow options", "starflow video")
 CLIP = STARFlowVConfig(
-    image_size=(2, 3), frames=4, channels=2, width=40, head_dim=20, layers=(1, 2), text_dim=5, text_length=3
+    image_size=(2, 3), frames=4, channels=2, width=40, head_dim=20, layers_per_block=(1, 2), text_dim=5, text_length=3
 )
 
 
@@ -27,7 +27,7 @@ def case(request):
 
 
 def free_tokens(flow):
-    return AutoregressiveBlock(flow.config.blocks[0]).num_free
+    return AutoregressiveBlock(flow.config.blocks[0]).num_passthrough
 
 
 def mixture(n, channels=2, seed=0):
@@ -48,22 +48,22 @@ def mixture(n, channels=2, seed=0):
 
 def test_a_guess_is_the_token_whole_frames_earlier():
     noise = -jnp.ones((1, 7, 1))
-    recent = Recent(jnp.zeros((1, 3, 1)), jnp.zeros((), jnp.int32))
-    np.testing.assert_array_equal(recent.guess(noise), noise)
-    recent = recent.then(jnp.array([10.0, 11.0])[None, :, None])
+    previous_frame = PreviousFrame(jnp.zeros((1, 3, 1)), jnp.zeros((), jnp.int32))
+    np.testing.assert_array_equal(previous_frame.guess(noise), noise)
+    previous_frame = previous_frame.then(jnp.array([10.0, 11.0])[None, :, None])
     # Tokens 2 to 8, in frames of 3 of which 0 and 1 are solved: token 2 is in frame 0.
-    np.testing.assert_array_equal(recent.guess(noise)[0, :, 0], [-1, 10, 11, -1, 10, 11, -1])
-    recent = recent.then(jnp.array([12.0, 13.0])[None, :, None])
-    np.testing.assert_array_equal(recent.guess(noise)[0, :, 0], [11, 12, 13, 11, 12, 13, 11])
+    np.testing.assert_array_equal(previous_frame.guess(noise)[0, :, 0], [-1, 10, 11, -1, 10, 11, -1])
+    previous_frame = previous_frame.then(jnp.array([12.0, 13.0])[None, :, None])
+    np.testing.assert_array_equal(previous_frame.guess(noise)[0, :, 0], [11, 12, 13, 11, 12, 13, 11])
 
 
 @pytest.mark.parametrize("window", rows([5, None], (None,)), ids=str)
-@pytest.mark.parametrize("plan", [Jacobi, MovingJacobi])
+@pytest.mark.parametrize("plan", [Jacobi, SlidingWindow])
 def test_from_the_frame_before_the_solution_is_the_same(plan, window):
     flow, params = laws.perturbed(CLIP, jax.random.key(0))
     clip, text = laws.images(CLIP, jax.random.key(1)), laws.labels(CLIP)
     z, _ = laws.apply(flow, params, clip, text)
-    r = invert(flow, params, z, text, plan=plan(window=window, tol=0.0, init="frame"))
+    r = invert(flow, params, z, text, plan=plan(window=window, tol=0.0, init="previous_frame"))
     assert_close(r.x, clip, NETWORK)
 
 
@@ -80,20 +80,20 @@ def test_a_clip_that_hardly_changes_takes_fewer_sweeps_from_the_frame_before():
         np.testing.assert_allclose(r.x, clip, atol=0.02)
         return r.sweeps
 
-    frame, noise = sweeps(Jacobi, "frame"), sweeps(Jacobi, "z")
+    frame, noise = sweeps(Jacobi, "previous_frame"), sweeps(Jacobi, "noise")
     np.testing.assert_array_equal(frame[0], noise[0])  # the frames of a shallow block have none before them
     assert frame[1, 0] == noise[1, 0]  # and frame 0 has none
     assert jnp.all(2 * frame[1, 1:] <= noise[1, 1:])
-    assert 2 * sweeps(MovingJacobi, "frame")[1].sum() < sweeps(MovingJacobi, "z")[1].sum() + 6
+    assert 2 * sweeps(SlidingWindow, "previous_frame")[1].sum() < sweeps(SlidingWindow, "noise")[1].sum() + 6
 
 
-# -- the moving window -------------------------------------------------------------------------------------
+# -- the sliding window -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("window", rows([1, 4, None], (1, None)), ids=str)
-def test_at_tolerance_0_the_moving_window_is_exact_in_as_many_passes_as_tokens_at_most(case, window):
+def test_at_tolerance_0_the_sliding_window_is_exact_in_as_many_passes_as_tokens_at_most(case, window):
     flow, params, x, cond, z = case
-    r = invert(flow, params, z, cond, plan=MovingJacobi(window=window, tol=0.0), certify=True)
+    r = invert(flow, params, z, cond, plan=SlidingWindow(window=window, tol=0.0), certify=True)
     assert_close(r.x, x, NETWORK)
     assert_close(r.x, invert(flow, params, z, cond, plan=Sequential()).x, NETWORK)
     assert r.sweeps.shape == (flow.config.num_blocks, 1)
@@ -105,7 +105,7 @@ def test_at_tolerance_0_the_moving_window_is_exact_in_as_many_passes_as_tokens_a
 @pytest.mark.slow
 def test_every_token_is_within_tolerance_of_what_those_before_it_make_of_it(case):
     flow, params, x, cond, z = case
-    together = invert(flow, params, z, cond, plan=MovingJacobi(window=4, tol=1e-3))
+    together = invert(flow, params, z, cond, plan=SlidingWindow(window=4, tol=1e-3))
     fixed = invert(flow, params, z, cond, plan=Jacobi(window=4, tol=1e-3))
     saved = 0 if flow.config.num_tokens == 8 else 1  # the 8 tokens of the clip take 8 sweeps in either way
     assert together.sweeps.sum() <= fixed.sweeps.sum() - saved
@@ -113,7 +113,7 @@ def test_every_token_is_within_tolerance_of_what_those_before_it_make_of_it(case
     np.testing.assert_allclose(together.x, x, atol=2e-2)  # a tolerance's growth through two blocks
     for index in (0, 3):
         one = jax.tree.map(lambda part, index=index: part[index : index + 1], cond)
-        alone = invert(flow, params, z[index : index + 1], one, plan=MovingJacobi(window=4, tol=1e-3))
+        alone = invert(flow, params, z[index : index + 1], one, plan=SlidingWindow(window=4, tol=1e-3))
         assert alone.sweeps.sum() <= together.sweeps.sum()
         np.testing.assert_allclose(alone.x[0], x[index], atol=2e-2)
 
@@ -123,7 +123,7 @@ def test_the_cache_is_that_of_the_tokens_that_are_returned(tol):
     n, z = 11, jnp.asarray(np.random.default_rng(1).standard_normal((3, 11, 2)), jnp.float32)
     first = jnp.ones((3, 1, 2))
     conditioner, empty = mixture(n)
-    solution = solve_moving(conditioner, first, z, empty, MovingJacobi(window=4, tol=tol))
+    solution = solve_sliding(conditioner, first, z, empty, SlidingWindow(window=4, tol=tol))
     previous = jnp.concatenate([first, solution.x[:, :-1]], axis=1)
     shift, log_scale, _ = conditioner.window(previous, 0, empty(n))
     change = jnp.abs(shift + jnp.exp(log_scale) * z - solution.x).max(axis=(1, 2))
@@ -135,13 +135,13 @@ def test_the_cache_is_that_of_the_tokens_that_are_returned(tol):
 
 
 @pytest.mark.slow
-def test_guidance_through_a_moving_window():
+def test_guidance_through_a_sliding_window():
     flow, params, x, cond = laws.case("starflow video")
     z, _ = laws.apply(flow, params, x, cond)
     null = TextCondition(jnp.ones((1, 3, 5)), jnp.ones((1, 3), bool))
     options = {"guidance": Guidance(scale=1.5, rule="product"), "null": null}
     expected = invert(flow, params, z, cond, plan=Sequential(), **options)
-    r = invert(flow, params, z, cond, plan=MovingJacobi(window=4, tol=0.0), certify=True, **options)
+    r = invert(flow, params, z, cond, plan=SlidingWindow(window=4, tol=0.0), certify=True, **options)
     assert_close(r.x, expected.x, NETWORK)
     assert r.error.max() < NETWORK
 
@@ -150,7 +150,7 @@ def test_guidance_through_a_moving_window():
 def test_what_is_not_finite_is_reported_for_its_sample_alone():
     flow, params, x, cond = laws.case("starflow video")
     z = laws.apply(flow, params, x, cond)[0].at[1, 3, 0].set(jnp.inf)
-    r = invert(flow, params, z, cond, plan=MovingJacobi(window=3))
+    r = invert(flow, params, z, cond, plan=SlidingWindow(window=3))
     np.testing.assert_array_equal(r.finite, [True, False, True, True])
     np.testing.assert_array_equal(jnp.isinf(r.residual), [False, True, False, False])
     np.testing.assert_array_equal(r.overflows > 0, [False, True, False, False])
@@ -161,13 +161,13 @@ def test_a_running_state_cannot_be_moved_in():
     flow, params, x, cond = laws.case("starflow nala")
     z, _ = laws.apply(flow, params, x, cond)
     with pytest.raises(ValueError, match=r"running state of 'nala' attention .* use Jacobi or Sequential"):
-        invert(flow, params, z, cond, plan=MovingJacobi())
+        invert(flow, params, z, cond, plan=SlidingWindow())
 
 
 def test_plans_that_cannot_be_are_refused(untyped):
     with pytest.raises(ValueError, match="window is 0"):
-        MovingJacobi(window=0)
-    with pytest.raises(ValueError, match="init is 'frames'; it must be 'z' or 'zeros' or 'frame'"):
+        SlidingWindow(window=0)
+    with pytest.raises(ValueError, match="init is 'frames'; it must be 'noise' or 'zeros' or 'previous_frame'"):
         Jacobi(init="frames")
 
 
@@ -176,5 +176,5 @@ def test_under_x64():
     flow, params, x, cond = laws.case("starflow video")
     with jax.enable_x64(True):
         z, _ = laws.apply(flow, params, x, cond)
-        r = invert(flow, params, z, cond, plan=MovingJacobi(window=4, tol=0.0, init="frame"))
+        r = invert(flow, params, z, cond, plan=SlidingWindow(window=4, tol=0.0, init="previous_frame"))
         assert_close(r.x, x, NETWORK)

@@ -15,7 +15,7 @@ TINY = STARFlowVConfig(
     frames=3,
     width=40,
     head_dim=20,
-    layers=(1, 1),
+    layers_per_block=(1, 1),
     num_classes=10,
     denoiser_layers=1,
 )

@@ -26,7 +26,7 @@ ALIASES = {
     "batch_size": "train.batch_size",
     "lr": "optim.lr",
 }
-PARALLEL_PLANS = ("jacobi", "moving")
+PARALLEL_PLANS = ("jacobi", "sliding")
 OF_PARALLEL_PLANS = ("window", "tol", "init")
 
 E = TypeVar("E", bound=Experiment)

@@ -18,7 +18,7 @@ from flowgen.arrays import shown
 from flowgen.convert.mapping import fill
 from flowgen.convert.tables import ALL_ONES, TARFLOW
 from flowgen.flows import TARFlow, TARFlowConfig, init
-from flowgen.flows.tarflow import Transform
+from flowgen.flows.tarflow import Scale
 
 _WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
 _MAX_WRAPPERS = 4  # around each other
@@ -118,8 +118,8 @@ def _tarflow_config(
     _, token_dim = _shape(state_dict, "blocks.0.proj_in.weight", 2)
     outputs, _ = _shape(state_dict, "blocks.0.proj_out.weight", 2)
     hidden, _ = _shape(state_dict, "blocks.0.attn_blocks.0.mlp.main.0.weight", 2)
-    transforms: dict[int, Transform] = {2 * token_dim: "affine", token_dim: "volume_preserving"}
-    if outputs not in transforms:
+    scales: dict[int, Scale] = {2 * token_dim: "exponential", token_dim: "volume_preserving"}
+    if outputs not in scales:
         raise ValueError(
             f"'blocks.0.proj_out.weight' has {outputs} rows, neither one nor two for each of the {token_dim} "
             "channels of a token; these are not TARFlow weights."
@@ -141,11 +141,11 @@ def _tarflow_config(
         layers_per_block=_count(state_dict, "blocks.0.attn_blocks.{index}.mlp.main.0.weight"),
         expansion=max(1, hidden // width),
         num_classes=_shape(state_dict, "blocks.0.class_embed", 3)[0] if "blocks.0.class_embed" in state_dict else 0,
-        transform=transforms[outputs],
+        scale_parameterisation=scales[outputs],
         noise_std=noise_std,
     )
     if config.num_tokens != num_tokens:
-        height, length = config.grid_size
+        height, length = config.image_hw
         side = math.isqrt(num_tokens)
         raise ValueError(
             f"image_size {height}x{length} with patch_size {patch_size} makes {config.num_tokens} tokens, "

@@ -92,6 +92,8 @@ _MAX_DIGITS = 6  # of frames, and of frames per second
 _MAX_LETTERS = 1000  # of layers_per_block
 # Pixels per latent along a side, and frames per latent.
 _VAE_FACTORS = {"sd-vae": (8, 1), "Wan2.2": (16, 4), "Wan2.1": (8, 4)}
+# The order of block 0 by the published name, which is the order of the last of an even number of blocks.
+_ORDERS = {"L2R": "reversed", "R2L": "raster"}
 # Fixed in the published code: the layers of its denoiser, and the step x - 0.3 s that sampling takes with its answer s.
 _DENOISER_LAYERS = 8
 _DENOISER_STEP = 0.3
@@ -161,7 +163,7 @@ def starflow(
     shapes = jax.eval_shape(lambda key: init(flow, key), jax.random.key(0))
     target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), shapes)
     rules = _rules(config)
-    variables, dropped = fill(target, _without_identities(state_dict, config.layers), rules)
+    variables, dropped = fill(target, _without_identities(state_dict, config.layers_per_block), rules)
     logging.getLogger(__name__).info(
         "%d tensors imported, %d dropped: %s",
         len(state_dict) - len(dropped),
@@ -197,6 +199,8 @@ def _known(arguments: Mapping[str, Any]) -> dict[str, Any]:
         for name in names:
             if not known[name]:
                 raise ValueError(f"{name} is {known[name]}; only {kind} that have it, as published, can be imported.")
+    if known["seq_order"] not in _ORDERS:
+        raise ValueError(f"seq_order is {known['seq_order']!r:.80}; it must be 'L2R' or 'R2L'.")
     if clips and known["seq_order"] != "L2R":
         raise ValueError(f"seq_order is {known['seq_order']!r}; clips, whose frames come in time, have 'L2R'.")
     for name in () if clips else _ONLY_OF_CLIPS:
@@ -245,9 +249,9 @@ def _config(state_dict: Mapping[str, np.ndarray], known: Mapping[str, Any]) -> S
         "channels": known["channel_size"],
         "patch_size": known["patch_size"],
         "width": known["channels"],
-        "layers": layers,
+        "layers_per_block": layers,
         "deep_width": known["top_block_channels"],
-        "order": known["seq_order"],
+        "order": _ORDERS[known["seq_order"]],
         "head_dim": known["head_dim"],
         "num_kv_heads": known["num_kv_heads"],
         "norm": known["norm_type"],
@@ -259,8 +263,8 @@ def _config(state_dict: Mapping[str, np.ndarray], known: Mapping[str, Any]) -> S
         "num_classes": text_dim - 1 if is_class else 0,
         "text_dim": 0 if is_class else text_dim,
         "text_length": 0 if is_class else known["txt_size"],
-        "condition": "deep" if known["cond_top_only"] else "all",
-        "reference_side": float(known["pt_seq_len"] or side // known["patch_size"]),
+        "conditioned_blocks": "deep" if known["cond_top_only"] else "all",
+        "rope_base_grid": float(known["pt_seq_len"] or side // known["patch_size"]),
         "noise_std": float(known["noise_std"]),
     }
     return STARFlowConfig(**shape) if known["vid_size"] is None else STARFlowVConfig(**shape, **_of_clips(known))
@@ -273,14 +277,18 @@ def _of_clips(known: Mapping[str, Any]) -> dict[str, int]:
     if not known["learnable_self_denoiser"]:
         return shape
     # A query of frame q sees frames q + A - 1 - G .. q + A - 1, where A is temporal_causal and G denoiser_window.
-    ahead = int(known["temporal_causal"]) - 1
-    back = int(known["denoiser_window"]) - ahead
-    if back < 0:
+    lookahead = int(known["temporal_causal"]) - 1
+    past = int(known["denoiser_window"]) - lookahead
+    if past < 0:
         raise ValueError(
             f"denoiser_window is {known['denoiser_window']} and temporal_causal {known['temporal_causal']}, with which "
             "no frame sees itself; give those that the weights were made with."
         )
-    return shape | {"denoiser_layers": _DENOISER_LAYERS, "denoiser_back": back, "denoiser_ahead": ahead}
+    return shape | {
+        "denoiser_layers": _DENOISER_LAYERS,
+        "denoiser_past_frames": past,
+        "denoiser_lookahead_frames": lookahead,
+    }
 
 
 def clip_size(vid_size: str) -> tuple[int, int]:

@@ -1,18 +1,19 @@
 """Inversion of autoregressive flows: sequential and parallel decoding, guidance, sampling."""
 
 from flowgen.decoding.clips import sample_clips
-from flowgen.decoding.guidance import Guidance, linear_rule, product_rule
-from flowgen.decoding.plan import DecodePlan, Jacobi, MovingJacobi, Sequential, resolve_plan
-from flowgen.decoding.sampler import Denoiser, Inversion, invert, sample
+from flowgen.decoding.plan import DecodePlan, Jacobi, Sequential, SlidingWindow, resolve_plan
+from flowgen.decoding.request import DecodeResult, Denoiser
+from flowgen.decoding.sampler import invert, sample
+from flowgen.guidance import Guidance, linear_rule, product_rule
 
 __all__ = [
     "DecodePlan",
+    "DecodeResult",
     "Denoiser",
     "Guidance",
-    "Inversion",
     "Jacobi",
-    "MovingJacobi",
     "Sequential",
+    "SlidingWindow",
     "invert",
     "linear_rule",
     "product_rule",

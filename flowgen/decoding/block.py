@@ -1,128 +1,147 @@
-"""One block of a flow as a decoder sees it: its condition and guidance filled in, its caches behind two functions."""
+"""One block of a flow as a decoder sees it: noise to tokens and back, under a condition and guidance."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
-from flowgen.conditioning import unconditional
-from flowgen.decoding.guidance import linear_rule, product_rule
-from flowgen.decoding.jacobi import Conditioner, Recent, solve
-from flowgen.decoding.moving import solve_moving
-from flowgen.decoding.plan import Jacobi, MovingJacobi, Sequential
+from flowgen.conditioning import Condition, TextCondition, unconditional
+from flowgen.decoding.jacobi import Conditioner, PreviousFrame, Solution, solve
+from flowgen.decoding.plan import BlockPlan, Jacobi, Sequential, SlidingWindow
+from flowgen.decoding.sliding import solve_sliding
 from flowgen.flows.affine import reorder, to_noise
-from flowgen.flows.block import block_parameters, decoding_block, each_frame
+from flowgen.flows.block import (
+    AutoregressiveBlock,
+    BlockConfig,
+    BlockState,
+    Variables,
+    decoding_block,
+    each_frame,
+)
+from flowgen.guidance import AffineParameters, Guidance
 from flowgen.nn.layers import master_dtype
 
 
-class DecodingBlock:
-    """One block of a flow with its condition and guidance filled in. progress: called with the tokens solved, on the
-    host, after every window."""
+@dataclass(frozen=True)
+class BlockDecoder:
+    """One block with its variables, its condition and its guidance filled in.
 
-    def __init__(self, flow, params, index, conds, guidance, weights, progress=None):
-        self.progress = progress
-        self.config = flow.config.blocks[index]
-        self.module, self.params = decoding_block(self.config, block_parameters(params, index))
-        guidance = guidance if guidance is not None and index in guidance.blocks else None
-        self.guidance, self.weights = guidance, weights
-        cond, null = conds
-        self.cond = cond if self.config.is_conditional else None
-        if guidance is not None and self.cond is not None:
-            both = self.cond, unconditional(self.cond, null)
-            self.cond = jax.tree.map(lambda *parts: jnp.concatenate(parts), *both)
+    cond: of both branches, the conditional one first, if guided; None for a block without a condition.
+    solved: called on the device with the number of tokens that a window has solved.
+    """
 
-    def call(self, method, *args):
-        return self.module.apply(self.params, *args, method=method)
+    config: BlockConfig
+    variables: Variables
+    cond: Condition | None
+    guidance: Guidance | None
+    solved: Callable[[Array], None]
 
-    def decode(self, z, plan, known=None):
-        """Raster-order tokens of the noise z and the report of the solver.
+    def decode(
+        self, z: Float[Array, "b n c"], plan: BlockPlan, context: Float[Array, "b m c"] | None = None
+    ) -> tuple[Float[Array, "b n c"], Solution]:
+        """Returns the tokens of the noise z in raster order, and the report of the solver.
 
-        known: tokens that stand before those of z, for a block in raster order over one run of tokens.
+        context: tokens that stand before those of z, for a block in raster order without passthrough tokens.
         """
-        frames = self.config.frames
-        tokens, solution = self._decode(each_frame(z, frames), plan, known)
-        residual = solution.residual.reshape(len(z), frames).max(axis=1)
-        overflows = solution.overflows.reshape(len(z), frames).sum(axis=1)
-        return tokens.reshape(z.shape), solution._replace(residual=residual, overflows=overflows)
-
-    def _decode(self, z, plan, known):
+        config = self.config
         plan = Jacobi(window=1, tol=0.0) if isinstance(plan, Sequential) else plan
-        order, free = self.config.order, self.module.num_free
-        if known is not None:
-            assert order == "raster"
-            assert self.config.frames == 1
-            solution = self.solve(known, z, plan)
-            return solution.x, solution
-        v = reorder(z, order)
-        solution = self.solve(v[:, :free], v[:, free:], plan)
-        return reorder(jnp.concatenate([v[:, :free], solution.x], axis=1), order), solution
+        u = reorder(each_frame(z, config.frames), config.order)
+        passthrough = AutoregressiveBlock(config).num_passthrough
+        known = u[:, :passthrough] if context is None else context
+        solution = self._solve(known, u[:, passthrough:], plan)
+        tokens = reorder(jnp.concatenate([u[:, :passthrough], solution.x], axis=1), config.order).reshape(z.shape)
+        residual = solution.residual.reshape(len(z), config.frames).max(axis=1)
+        overflows = solution.overflows.reshape(len(z), config.frames).sum(axis=1)
+        return tokens, Solution(tokens, solution.sweeps, residual, overflows)
 
-    def solve(self, known, z, plan):
-        """The solution for the noise z of the tokens after `known`, in the block's order."""
-        rows = known.shape[1] - self.module.num_free  # of what the network sees, each for the token after it
-        conditioner = Conditioner(
-            lambda previous, start, cache: self.window(previous, start + rows, cache), self.module.rewind, self.solved
+    def encode(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
+        """Returns the noise of tokens, both in raster order, by one parallel pass: the inverse of `decode`."""
+        block = AutoregressiveBlock(self.config)
+        if self.guidance is None:
+            return block.apply(self.variables, x, self.cond)[0]
+        frames = each_frame(x, self.config.frames)
+        u = reorder(frames, self.config.order)
+        passthrough = block.num_passthrough
+        rows = block.apply(self.variables, u, method="previous")
+        shift, log_scale, _ = self._parameters(block, self.variables, rows, BlockState())
+        z, _ = to_noise(u[:, passthrough:], shift, log_scale)
+        return reorder(jnp.concatenate([u[:, :passthrough], z], axis=1), self.config.order).reshape(x.shape)
+
+    def _solve(self, known: Float[Array, "b m c"], z: Float[Array, "b n c"], plan: Jacobi | SlidingWindow) -> Solution:
+        """The solution for the noise z of the tokens after those known, all in the block's order."""
+        block, variables = decoding_block(self.config, self.variables)
+        batch, rows = len(known), known.shape[1] - block.num_passthrough  # Row t tells of the token after it.
+        cold = self._inverse_temperature(batch)
+
+        def empty_caches(length: int) -> tuple | None:
+            """Caches for `length` tokens more, with the prefix and the known tokens in them."""
+            branches = batch if cold is None else 2 * batch
+            caches = block.apply(variables, branches, rows + length, self.cond, cold, method="prefill")
+            if not rows:
+                return caches
+            seen = block.apply(variables, known, method="previous")
+            return self._parameters(block, variables, seen, BlockState(0, caches, cold))[2]
+
+        def window(previous: Array, start: Array, caches: tuple | None) -> tuple[Array, Array, tuple | None]:
+            return self._parameters(block, variables, previous, BlockState(start + rows, caches, cold))
+
+        conditioner = Conditioner(window, block.rewind, self.solved)
+        first = known[:, -1:] if rows else block.apply(variables, known, method="first_previous")
+        if isinstance(plan, SlidingWindow):
+            return solve_sliding(conditioner, first, z, empty_caches, plan, self._previous_frame(known))
+        return solve(conditioner, first, z, empty_caches, plan, self._previous_frame(known))
+
+    def _parameters(
+        self, block: AutoregressiveBlock, variables: Variables, rows: Float[Array, "b w c"], state: BlockState
+    ) -> tuple[Float[Array, "b w c"], Float[Array, "b w c"], tuple | None]:
+        """(shift, log_scale, caches) of the tokens after `rows`; both branches of guidance are one batch."""
+        if self.guidance is None:
+            return block.apply(variables, rows, self.cond, state, method="conditioner")
+        batch, width = rows.shape[:2]
+        state = state._replace(inverse_temperature=self._inverse_temperature(batch))
+        both = jnp.concatenate([rows, rows])
+        shift, log_scale, caches = block.apply(variables, both, self.cond, state, method="conditioner")
+        tokens = state.start + jnp.arange(width) + block.num_passthrough
+        progress = tokens / max(self.config.num_tokens - 1, 1)
+        conditional: AffineParameters = (shift[:batch], log_scale[:batch])
+        shift, log_scale = self.guidance.combine(
+            conditional, (shift[batch:], log_scale[batch:]), progress[None, :, None]
         )
-        first = known[:, -1:] if rows else self.call("first_previous", known)
-        solver: Any = solve_moving if isinstance(plan, MovingJacobi) else solve
-        return solver(conditioner, first, z, lambda length: self.filled(known, length), plan, self.recent(known))
+        return shift, log_scale, caches
 
-    def solved(self, count):
-        """Tells of solved tokens without waiting for the host."""
-        if self.progress is not None:
-            jax.debug.callback(self.progress, count)
-
-    def recent(self, known):
-        """The last frame of the known tokens, in blocks over several frames; else None."""
-        positions = self.config.positions
-        if positions is None or positions.frames == 1:
-            return None
-        period = self.config.num_tokens // positions.frames
-        last = known[:, -period:]
-        missing = period - last.shape[1]
-        return Recent(jnp.pad(last, ((0, 0), (missing, 0), (0, 0))), jnp.asarray(period - missing, jnp.int32))
-
-    def filled(self, known, length):
-        """Caches for `length` more tokens behind the condition's prefix and `known`, all of it seen in one pass."""
-        rows = known.shape[1] - self.module.num_free
-        caches = self.prefill(len(known), rows + length)
-        return self.window(self.call("previous", known), 0, caches)[2] if rows else caches
-
-    def encode(self, x):
-        """Raster-order noise of tokens by one parallel pass, guidance included: the certificate of `decode`."""
-        u = reorder(each_frame(x, self.config.frames), self.config.order)
-        free = self.module.num_free
-        shift, log_scale, _ = self.window(self.call("previous", u), 0, None)
-        z, _ = to_noise(u[:, free:], shift, log_scale)
-        return reorder(jnp.concatenate([u[:, :free], z], axis=1), self.config.order).reshape(x.shape)
-
-    def prefill(self, batch, length):
-        """Caches for `length` tokens behind the condition's prefix, both branches where guided."""
-        branches = 1 if self.guidance is None else 2
-        return self.call("prefill", branches * batch, length, self.cond, self.inverse_temperature(batch))
-
-    def inverse_temperature(self, batch):
+    def _inverse_temperature(self, batch: int) -> Float[Array, " branches"] | None:
+        """What attention logits are multiplied by in both branches; None without guidance."""
         if self.guidance is None:
             return None
         dtype = master_dtype(self.config.transformer.dtype)
-        return jnp.where(jnp.arange(2 * batch) < batch, 1.0, 1.0 / self.weights[1]).astype(dtype)
+        return jnp.where(jnp.arange(2 * batch) < batch, 1.0, 1.0 / self.guidance.temperature).astype(dtype)
 
-    def window(self, previous, start, cache):
-        """(shift, log_scale, caches) of the tokens after `previous`, both branches in one pass where guided."""
-        if self.guidance is None:
-            return self.call("conditioner", previous, start, self.cond, cache, None)
-        batch, width = previous.shape[:2]
-        scale, _ = self.weights
-        both = jnp.concatenate([previous, previous])
-        cold = self.inverse_temperature(batch)
-        shift, log_scale, cache = self.call("conditioner", both, start, self.cond, cache, cold)
-        conditional = shift[:batch], log_scale[:batch]
-        unconditional = shift[batch:], log_scale[batch:]
-        tokens = start + jnp.arange(width) + self.module.num_free
-        ramp = tokens / max(self.config.num_tokens - 1, 1) if self.guidance.anneal else jnp.ones(width)
-        weight = (scale * ramp)[:, None].astype(both.dtype)
-        if self.guidance.rule == "product":
-            return *product_rule(conditional, unconditional, weight), cache
-        return *linear_rule(conditional, unconditional, weight, self.guidance.parts), cache
+    def _previous_frame(self, known: Float[Array, "b m c"]) -> PreviousFrame | None:
+        """The last frame of the known tokens, in blocks over several frames."""
+        positions = self.config.positions
+        if positions is None or positions.frames == 1:
+            return None
+        tokens = self.config.num_tokens // positions.frames
+        last = known[:, -tokens:]
+        missing = tokens - last.shape[1]
+        return PreviousFrame(jnp.pad(last, ((0, 0), (missing, 0), (0, 0))), jnp.asarray(tokens - missing, jnp.int32))
+
+
+def block_decoder(
+    config: BlockConfig,
+    variables: Variables,
+    cond: Condition | None,
+    *,
+    guidance: Guidance | None,
+    null: TextCondition | None,
+    solved: Callable[[Array], None],
+) -> BlockDecoder:
+    """Returns the decoder of a block. null: the text of the unconditional branch of guidance, for a flow of texts."""
+    cond = cond if config.is_conditional else None
+    if guidance is not None and cond is not None:
+        cond = jax.tree.map(lambda *parts: jnp.concatenate(parts), cond, unconditional(cond, null))
+    return BlockDecoder(config, variables, cond, guidance, solved)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from flowgen.decoding.plan import Jacobi, Start
+from flowgen.decoding.plan import InitialGuess, Jacobi
 from flowgen.flows.affine import to_data
 
 # Iterates beyond this are treated as overflown: fed to the network as the limit (or 0 where NaN), so that what
@@ -35,12 +35,8 @@ class Conditioner(NamedTuple):
     solved: Callable[[Array], None] = lambda count: None
 
 
-class Recent(NamedTuple):
-    """The last tokens before those to be solved, as many as a frame has, and how many of them there are.
-
-    Example:
-        recent = Recent(jnp.zeros((batch, tokens_per_frame, channels)), jnp.zeros((), int))
-    """
+class PreviousFrame(NamedTuple):
+    """The last tokens before those to be solved, as many as a frame has, and how many of them there are."""
 
     tokens: Float[Array, "b p c"]
     known: Int[Array, ""]
@@ -51,15 +47,15 @@ class Recent(NamedTuple):
         place = jnp.arange(noise.shape[1]) % period
         return jnp.where((place >= period - self.known)[None, :, None], self.tokens[:, place], noise)
 
-    def then(self, tokens: Float[Array, "b w c"]) -> Recent:
-        """Returns what is recent after `tokens` as well."""
+    def then(self, tokens: Float[Array, "b w c"]) -> PreviousFrame:
+        """Returns the last tokens once `tokens` are solved as well."""
         period = self.tokens.shape[1]
         last = jnp.concatenate([self.tokens, tokens], axis=1)[:, -period:]
-        return Recent(last, jnp.minimum(self.known + tokens.shape[1], period))
+        return PreviousFrame(last, jnp.minimum(self.known + tokens.shape[1], period))
 
 
 class Solution(NamedTuple):
-    """Solved tokens and how they were reached; see `Inversion` for the meaning of the reports."""
+    """Solved tokens and how they were reached; see `DecodeResult` for the meaning of the reports."""
 
     x: Float[Array, "b n c"]
     sweeps: Int[Array, " windows"]
@@ -82,15 +78,12 @@ def solve(
     z: Float[Array, "b n c"],
     empty_cache: Callable[[int], Any],
     plan: Jacobi,
-    recent: Recent | None = None,
+    previous_frame: PreviousFrame | None = None,
 ) -> Solution:
     """Returns x with x_t = shift_t(x_<t) + exp(log_scale_t(x_<t)) · z_t for all n tokens.
 
-    first: what the network sees before the first token. empty_cache: length -> cache. recent: the frame before the
-    first token, from which windows start if the plan says so.
-
-    Example:
-        solution = solve(conditioner, z[:, :1], z[:, 1:], empty_cache, Jacobi(window=16))
+    first: what the network sees before the first token. empty_cache: length -> cache. previous_frame: the frame before
+    the first token, from which windows start if the plan says so.
     """
     batch, n, channels = z.shape
     window = min(plan.window or n, n)
@@ -101,7 +94,7 @@ def solve(
     starts = jnp.arange(num_windows) * window
 
     def solve_window(carry, inputs):
-        first, committed, recent = carry
+        first, committed, previous_frame = carry
         noise, start = inputs
         real = (start + jnp.arange(window) < n)[None, :, None]
 
@@ -120,7 +113,7 @@ def solve(
         def unsolved(state: _Sweep) -> Bool[Array, ""]:
             return (state.count < max_sweeps) & jnp.any(state.residual > plan.tol)
 
-        guess = first_guess(plan.init, noise, recent)
+        guess = first_guess(plan.init, noise, previous_frame)
         state = _Sweep(
             guess=guess,
             out=guess,
@@ -135,42 +128,32 @@ def solve(
         broken = (overflown(state.out) & real).any(axis=(1, 2))
         residual = jnp.where(broken, jnp.inf, jnp.where(exact, 0, state.residual))
         report = (state.out, state.count, residual, state.overflows)
-        recent = None if recent is None else recent.then(state.out)
+        previous_frame = None if previous_frame is None else previous_frame.then(state.out)
         conditioner.solved(jnp.minimum(window, n - start))
-        return (state.out[:, -1:], state.cache, recent), report
+        return (state.out[:, -1:], state.cache, previous_frame), report
 
-    carry = (first, empty_cache(num_windows * window), recent if plan.init == "frame" else None)
+    carry = (first, empty_cache(num_windows * window), previous_frame if plan.init == "previous_frame" else None)
     _, (out, sweeps, residual, overflows) = jax.lax.scan(solve_window, carry, (windows, starts))
     x = out.swapaxes(0, 1).reshape(batch, num_windows * window, channels)[:, :n]
     return Solution(x, sweeps, residual.max(axis=0), overflows.sum(axis=0))
 
 
-def first_guess(init: Start, noise: Float[Array, "b w c"], recent: Recent | None) -> Float[Array, "b w c"]:
-    """Returns what the first sweep over tokens of that noise starts from.
-
-    Example:
-        guess = first_guess("frame", noise, recent)
-    """
+def first_guess(
+    init: InitialGuess, noise: Float[Array, "b w c"], previous_frame: PreviousFrame | None
+) -> Float[Array, "b w c"]:
+    """Returns what the first sweep over tokens of that noise starts from."""
     if init == "zeros":
         return jnp.zeros_like(noise)
-    return noise if init == "z" or recent is None else recent.guess(noise)
+    return noise if init == "noise" or previous_frame is None else previous_frame.guess(noise)
 
 
 def overflown(x: Array) -> Array:
-    """Returns where an iterate is not finite or beyond OVERFLOW.
-
-    Example:
-        broken = overflown(out).any(axis=(1, 2))
-    """
+    """Returns where an iterate is not finite or beyond OVERFLOW."""
     return ~(jnp.abs(x) <= OVERFLOW)
 
 
 def bounded(x: Array) -> Array:
-    """Returns iterates as the network may see them.
-
-    Example:
-        shift, log_scale, cache = conditioner.window(bounded(previous), start, cache)
-    """
+    """Returns iterates as the network may see them."""
     return jnp.clip(jnp.nan_to_num(x, nan=0.0), -OVERFLOW, OVERFLOW)
 
 

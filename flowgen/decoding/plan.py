@@ -10,7 +10,7 @@ import jax
 from flowgen.settings import config
 from flowgen.settings.ranges import Count, NonNegative
 
-Start = Literal["z", "zeros", "frame"]
+InitialGuess = Literal["noise", "zeros", "previous_frame"]
 
 # Rows (batch x branches x window) up to which one pass over an accelerator costs about as much as one row:
 # peak FLOP/s over memory bandwidth, 206 (H200) to 295 (H100), 166 to 560 (TPU v5p to v6e), in bf16.
@@ -37,8 +37,8 @@ class Jacobi:
     exact, so `max_sweeps=None` (the window's length) always ends at the exact solution.
 
     window: tokens solved together; None is one window over all tokens, 1 equals `Sequential`.
-    init: what the first sweep starts from: the noise itself ("z"), "zeros", or in a block over several frames the
-    tokens one frame earlier ("frame"), which in frame 0 and in blocks of one frame is the noise.
+    init: what the first sweep starts from: the "noise" itself, "zeros", or in a block over several frames the tokens
+    of the "previous_frame", which in frame 0 and in blocks of one frame is the noise.
 
     Example:
         r = invert(flow, params, z, cond, plan=Jacobi(window=32, tol=1e-4))
@@ -47,30 +47,31 @@ class Jacobi:
     window: Count | None = None
     tol: NonNegative = 1e-4
     max_sweeps: Count | None = None
-    init: Start = "z"
+    init: InitialGuess = "noise"
 
 
 @config
-class MovingJacobi:
-    """Sweeps over a window that moves on by the tokens that are solved, and by one at least, after every sweep.
+class SlidingWindow:
+    """Sweeps over a window that slides on after every sweep by the tokens that are solved, at least one.
 
-    Solved are the leading tokens that no sample of the batch changed by more than `tol`, and the one behind them. With
-    tolerance 0 this is the exact solution; else every token differs by at most `tol` from what its predecessors, as
-    they are returned, make of it. There are as many sweeps as tokens at most. It needs attention whose cache has a slot
-    per token, as that of softmax. Within its tolerance a sample depends on the others in its batch.
+    Each sweep accepts the longest prefix of the window that no sample of the batch changed by more than `tol`, plus the
+    next token (Song et al. 2021, arXiv 2002.03629). With tolerance 0 the solution is exact; otherwise each returned
+    token is within `tol` of the value implied by the tokens before it. There are at most as many sweeps as tokens. It
+    needs attention with a cache slot per token, such as softmax. Within its tolerance a sample depends on the others in
+    its batch.
 
     window, tol, init: as for `Jacobi`.
 
     Example:
-        r = invert(flow, params, z, cond, plan=MovingJacobi(window=32, tol=1e-4))
+        r = invert(flow, params, z, cond, plan=SlidingWindow(window=32, tol=1e-4))
     """
 
     window: Count | None = 32
     tol: NonNegative = 1e-4
-    init: Start = "z"
+    init: InitialGuess = "noise"
 
 
-BlockPlan = Sequential | Jacobi | MovingJacobi
+BlockPlan = Sequential | Jacobi | SlidingWindow
 
 
 @config
@@ -108,7 +109,7 @@ def resolve_plan(plan: Plan | str, *, rows: Sequence[int]) -> DecodePlan:
         return plan
     if not isinstance(plan, BlockPlan):
         raise ValueError(
-            f"plan is {plan!r}; give Sequential(), Jacobi(...), MovingJacobi(...), DecodePlan(...) or a name."
+            f"plan is {plan!r}; give Sequential(), Jacobi(...), SlidingWindow(...), DecodePlan(...) or a name."
         )
     return DecodePlan((plan,) * num_blocks)
 

@@ -16,7 +16,8 @@ from flowgen.data.buckets import BucketedSource
 from flowgen.data.loader import fixed_batches
 from flowgen.data.media import from_uint8
 from flowgen.data.sources import Source
-from flowgen.flows.density import LEVELS, add_noise, batch_input, bits_per_dim, condition_of
+from flowgen.flows.batches import add_noise, batch_input, condition_of
+from flowgen.flows.density import LEVELS, bits_per_dim
 
 # The baseline Gaussian has independent pixels where its covariance would be too large, or fit to too few images.
 FULL_COVARIANCE_DIMS = 4096
@@ -73,7 +74,7 @@ def _mean_nats(flow, variables, source, key, *, noise_std, batch_size, condition
     variables = jax.device_put(variables)
     total = 0.0
     for bucket in source.buckets if isinstance(source, BucketedSource) else (source,):
-        sized = flow.at(*bucket.image_shape[:2])
+        sized = flow.with_image_size(*bucket.image_shape[:2])
 
         def nats(batch, keys, sized=sized):
             return _flow_nats(sized, variables, batch, keys, sigma=sigma, conditional=conditional)

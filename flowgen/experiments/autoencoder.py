@@ -68,7 +68,7 @@ class AutoencodingConfig:
     shown: NumSamples = 64
 
     @property
-    def grid_size(self) -> tuple[int, int]:
+    def image_hw(self) -> tuple[int, int]:
         """(height, width) in pixels."""
         return self.image_size if isinstance(self.image_size, tuple) else (self.image_size, self.image_size)
 
@@ -102,7 +102,7 @@ class AutoencoderExperiment(Experiment):
                 f"optim.weight_decay is {self.optim.weight_decay}, which would change the encoder of "
                 "autoencoding.decoder_of; set it to 0."
             )
-        if any(length % factor for length in autoencoding.grid_size):
+        if any(length % factor for length in autoencoding.image_hw):
             raise ValueError(
                 f"autoencoding.image_size is {autoencoding.image_size}, but the model makes one latent of "
                 f"{factor} x {factor} pixels; use a multiple of {factor}."
@@ -146,7 +146,7 @@ class AutoencoderExperiment(Experiment):
 
     def dataset(self, split: Split) -> Source:
         """Returns the images or clips of a split at the size that the autoencoder is trained on."""
-        shape: dict[str, Any] = {"image_size": self.autoencoding.grid_size, "channels": self.model.channels}
+        shape: dict[str, Any] = {"image_size": self.autoencoding.image_hw, "channels": self.model.channels}
         if isinstance(self.data, ClipsConfig):
             return load_clips(self.data, frames=self.autoencoding.frames, split=split, **shape)
         source = load(self.data, split=split, **shape)

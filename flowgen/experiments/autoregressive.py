@@ -19,7 +19,7 @@ from flowgen.data.classes import parse_classes
 from flowgen.data.clip_views import CONTINUED
 from flowgen.data.latents import LatentSource, captions_of, read_index
 from flowgen.data.sources import Split
-from flowgen.decoding import Inversion
+from flowgen.decoding import DecodeResult
 from flowgen.evaluation import flow_bits_per_dim, flow_nats_per_dim
 from flowgen.experiments.codecs import CodecConfig
 from flowgen.experiments.drawing import DrawOptions, EvaluateOptions, check_compared, cycled_labels, drawn_classes
@@ -215,7 +215,7 @@ class AutoregressiveExperiment(Experiment):
         bucket = source.buckets[0] if isinstance(source, BucketedSource) else source
         # The captions that are drawn, which may name the aspect, are of images of this shape.
         prompts, drawn_as = self.sampling.prompts, bucket.image_shape[:2]
-        sized = flow if prompts or not holds_latents(source) else flow.at(*drawn_as)
+        sized = flow if prompts or not holds_latents(source) else flow.with_image_size(*drawn_as)
         texts = null = None
         if self.model.text_dim:
             # Prompts are encoded before the first step, so that one that cannot be is told then.
@@ -245,7 +245,7 @@ class AutoregressiveExperiment(Experiment):
         """
         sampling = self.sampling
         if null is None and sampling.guidance and isinstance(cond, TextCondition):
-            null = self.encoding.empty_text(flow.config.grid_size)
+            null = self.encoding.empty_text(flow.config.image_hw)
         return {
             "cond": jnp.asarray(cond) if isinstance(cond, np.ndarray) else cond,
             "plan": sampling.to_plan(),
@@ -271,11 +271,11 @@ class AutoregressiveExperiment(Experiment):
         prompts = self.sampling.prompts
         if not prompts:
             raise ValueError("this model takes texts; give --prompt.")
-        encoded = {"cond": self.encoding.condition(prompts, flow.config.grid_size)}
+        encoded = {"cond": self.encoding.condition(prompts, flow.config.image_hw)}
         if getattr(self.data, "drop_first", 0):
             # Restarts of long clips are told as in training.
             marked = [CONTINUED + prompt for prompt in prompts]
-            encoded["restart_cond"] = self.encoding.condition(marked, flow.config.grid_size)
+            encoded["restart_cond"] = self.encoding.condition(marked, flow.config.image_hw)
 
         def conditions(numbers: np.ndarray) -> dict[str, Any]:
             return {name: chosen_texts(texts, numbers) for name, texts in encoded.items()}
@@ -345,7 +345,7 @@ def captions_condition(source: Source, positions: Int[np.ndarray, " b"]) -> Text
     return TextCondition(jnp.asarray(features, jnp.float32), jnp.asarray(mask))
 
 
-def decoding_line(result: Inversion) -> str:
+def decoding_line(result: DecodeResult) -> str:
     """Returns a line on how samples were decoded.
 
     Example:

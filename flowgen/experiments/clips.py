@@ -24,9 +24,9 @@ from flowgen.data.sources import Batch, Source
 from flowgen.data.unreadable import Unreadable
 from flowgen.data.video import READABLE, frame_times, read_clip, video_size
 from flowgen.evaluation import psnr
-from flowgen.flows import ClipDenoiser, ClipDenoising, denoiser_variables
-from flowgen.flows.density import batch_input, condition_of
-from flowgen.flows.density import denoise as score_step
+from flowgen.flows import ClipDenoiser, DenoiserStep, denoiser_variables
+from flowgen.flows.batches import batch_input, condition_of
+from flowgen.flows.density import tweedie_step
 
 LEAST_KEPT = 0.75  # of an image that is given, by cropping it to the shape of clips
 GIVEN = 2**32 - 1  # The stream of the noise on given frames, beside those of samples by their numbers.
@@ -78,7 +78,7 @@ def read_given(
     Example:
         given = read_given(codec, flow, "first.png", frames=17)
     """
-    height, width = (length * codec.factor for length in flow.config.grid_size)
+    height, width = (length * codec.factor for length in flow.config.image_hw)
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no file '{path}'; give a picture or a video with --given.")
     is_video = Path(path).suffix.lower() in READABLE
@@ -164,7 +164,7 @@ def frame_distances(clips: Float[np.ndarray, "n frames height width c"]) -> tupl
 def denoised_psnr(
     codec: ClipCodec, flow: Any, variables: Any, source: Source, key: jax.Array, *, most: int
 ) -> dict[str, float]:
-    """Returns the ratio of peak to error in dB of up to `most` clips with noise, and with it removed by one score step
+    """Returns the ratio of peak to error in dB of up to `most` clips with noise, and with it removed by a Tweedie step
     and, if there is one, by the denoiser; latents are decoded first.
 
     Example:
@@ -173,7 +173,7 @@ def denoised_psnr(
     batch = next(fixed_batches(source, min(most, len(source))))
     data = {name: jnp.asarray(batch[name]) for name in ("image", "mean", "std") if name in batch}
     noisy, cond = batch_input(key, data, flow.config.noise_std), condition_of(flow, batch)
-    cleaned: dict[str, Any] = {"as they are": noisy, "by the score": _score_step(flow, variables, noisy, cond)}
+    cleaned: dict[str, Any] = {"as they are": noisy, "by the score": _tweedie_step(flow, variables, noisy, cond)}
     if flow.config.denoiser_layers:
         cleaned["by the denoiser"] = _denoised(denoising_step(flow), denoiser_variables(variables), noisy, cond)
     expected = np.clip(codec.decode(of_batch(batch)), -1, 1)
@@ -194,7 +194,7 @@ def of_batch(batch: Batch) -> np.ndarray:
 
 
 # Compiled once for all evaluations of a run.
-_score_step = jax.jit(score_step, static_argnums=0)
+_tweedie_step = jax.jit(tweedie_step, static_argnums=0)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -202,10 +202,10 @@ def _denoised(step, variables, noisy, cond):
     return step(variables, noisy, cond)
 
 
-def denoising_step(flow: Any) -> ClipDenoising:
+def denoising_step(flow: Any) -> DenoiserStep:
     """Returns the step of the flow's own denoiser, in chunks of the clips it was trained on.
 
     Example:
         denoise = Denoiser(denoising_step(flow), denoiser_variables(params))
     """
-    return ClipDenoising(ClipDenoiser(flow.config), flow.config.noise_std, flow.config.frames)
+    return DenoiserStep(ClipDenoiser(flow.config), flow.config.noise_std, flow.config.frames)

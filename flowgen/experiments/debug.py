@@ -57,7 +57,7 @@ def debug_flow(experiment: AutoregressiveExperiment) -> dict[str, Any]:
     model, codec, text = experiment.model, experiment.codec, experiment.text
     sampling = dataclasses.replace(experiment.sampling, num=SAMPLES)
     patch = min(model.patch_size, 4)
-    height, width = model.grid_size
+    height, width = model.image_hw
     side, other = 4 * patch, max(patch, 4 * patch * width // height // patch * patch)
     if codec is not None:
         factors = (factor for factor in (8, 4, 2) if model.channels // factor**2 in DRAWABLE_CHANNELS)
@@ -84,4 +84,4 @@ def _tiny(model: TARFlowConfig | STARFlowConfig) -> dict[str, Any]:
     if isinstance(model, TARFlowConfig):
         return {"width": 32, "head_dim": 16, "num_blocks": blocks, "layers_per_block": 1}
     heads = None if model.num_kv_heads is None else 1
-    return {"width": 40, "deep_width": None, "head_dim": 20, "num_kv_heads": heads, "layers": (1,) * blocks}
+    return {"width": 40, "deep_width": None, "head_dim": 20, "num_kv_heads": heads, "layers_per_block": (1,) * blocks}

@@ -85,7 +85,7 @@ class Encoding:
     def _wrapped(self, prompt: str, grid: tuple[int, int] | None, still: bool) -> str:
         assert self.text is not None
         template = self.text.template(self.model.noise_std, still=still)
-        return template(prompt, self.model.grid_size if grid is None else grid)
+        return template(prompt, self.model.image_hw if grid is None else grid)
 
     def latent_size(self, aspect: str) -> tuple[int, int]:
         """Returns (height, width) of the latents of images in an aspect ratio, of about the model's area.
@@ -93,7 +93,7 @@ class Encoding:
         Raises ValueError if the aspect is not one of the nine, or the model has one size.
         """
         factor = self.open_codec().factor
-        side = round(math.sqrt(math.prod(self.model.grid_size)) * factor)
+        side = round(math.sqrt(math.prod(self.model.image_hw)) * factor)
         height, width = aspect_size(aspect, side, factor * self.model.patch_size)
         return height // factor, width // factor
 

@@ -28,7 +28,7 @@ from flowgen.experiments.drawing import draw_in_batches
 from flowgen.experiments.experiment import Samples
 from flowgen.experiments.pictures import picture
 from flowgen.flows import STARFlow, STARFlowConfig, TARFlow, TARFlowConfig
-from flowgen.flows.density import nll_objective
+from flowgen.flows.objective import nll_objective
 from flowgen.settings import config, type_name
 from flowgen.training import Job
 
@@ -108,7 +108,7 @@ class FlowExperiment(AutoregressiveExperiment):
         self, model: Any, variables: Any, options: FlowDrawOptions, say: Callable[[str], None] = lambda line: None
     ) -> Samples:
         """Returns `sampling.num` images; `say` is told what each batch cost."""
-        flow = model if options.aspect is None else model.at(*self.encoding.latent_size(options.aspect))
+        flow = model if options.aspect is None else model.with_image_size(*self.encoding.latent_size(options.aspect))
         conditions, about = self.asked(flow, options.classes)
 
         def batch(key: jax.Array, numbers: np.ndarray) -> tuple[np.ndarray, str]:

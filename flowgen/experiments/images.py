@@ -38,7 +38,7 @@ def image_source(data: DataConfig, model: Any, split: Split, *, labelled: bool =
     Example:
         source = image_source(experiment.data, experiment.model, "train")
     """
-    source = load(data, image_size=model.grid_size, channels=model.channels, split=split)
+    source = load(data, image_size=model.image_hw, channels=model.channels, split=split)
     if not isinstance(source, Source):
         raise ValueError("data.aspects is set, but this model has one size; leave it out.")
     if model.num_classes and labelled:

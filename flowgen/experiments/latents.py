@@ -80,7 +80,7 @@ def pixel_source(data: DataConfig | ClipsConfig, encoding: Encoding, split: Spli
     model, codec = encoding.model, encoding.open_codec()
     if data.source == "encoded":
         raise ValueError("data.source is 'encoded', which holds no pictures; give the data it was made of.")
-    height, width = (length * codec.factor for length in model.grid_size)
+    height, width = (length * codec.factor for length in model.image_hw)
     if isinstance(data, ClipsConfig):
         assert isinstance(codec, ClipCodec)
         assert isinstance(model, STARFlowVConfig)
@@ -300,7 +300,8 @@ def _check_encoded(data: DataConfig | ClipsConfig, encoding: Encoding, source: S
     shapes = [bucket.event_shape for bucket in buckets if isinstance(bucket, LatentSource)]
     continued = getattr(data, "drop_first", 0) > 0 and len(shapes) > 1
     taken = [
-        shape == model.event_shape or (hasattr(model, "at") and _is_size_of(model, shape, continued=continued))
+        shape == model.event_shape
+        or (hasattr(model, "with_image_size") and _is_size_of(model, shape, continued=continued))
         for shape in shapes
     ]
     if not all(taken):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from flowgen.decoding import Guidance, Jacobi, MovingJacobi
-from flowgen.decoding.guidance import Parts, Rule
-from flowgen.decoding.plan import Plan, Start
+from flowgen.decoding import Guidance, Jacobi, SlidingWindow
+from flowgen.decoding.plan import InitialGuess, Plan
+from flowgen.guidance import Parts, Rule
 from flowgen.settings import config
 from flowgen.settings.ranges import NonNegative, Positive, Samples, Tokens
 from flowgen.training import OptimConfig
@@ -49,8 +49,8 @@ class SamplingConfig:
 
     num: samples of a picture; at least 1.
     plan: how tokens are decoded; "auto" is sequential on CPUs and parallel where that is faster.
-    window: tokens that "jacobi" and "moving" solve together, at least 1; None for all.
-    tol: largest change at which "jacobi" and "moving" stop; 0 is exact.
+    window: tokens that "jacobi" and "sliding" solve together, at least 1; None for all.
+    tol: largest change at which "jacobi" and "sliding" stop; 0 is exact.
     init: what their sweeps start from: the noise, zeros, or the frame before.
     guidance: weight w towards the class or text; 0 for none.
     rule: how both branches are combined, TARFlow's linear or STARFlow's product.
@@ -63,10 +63,10 @@ class SamplingConfig:
     """
 
     num: Samples = 64
-    plan: Literal["sequential", "jacobi", "moving", "auto"] = "auto"
+    plan: Literal["sequential", "jacobi", "sliding", "auto"] = "auto"
     window: Tokens | None = None
     tol: NonNegative = 1e-4
-    init: Start = "z"
+    init: InitialGuess = "noise"
     guidance: NonNegative = 0.0
     rule: Rule = "linear"
     parts: Parts = "both"
@@ -94,4 +94,4 @@ class SamplingConfig:
         """Returns the plan these fields describe."""
         if self.plan == "jacobi":
             return Jacobi(window=self.window, tol=self.tol, init=self.init)
-        return MovingJacobi(window=self.window, tol=self.tol, init=self.init) if self.plan == "moving" else self.plan
+        return SlidingWindow(window=self.window, tol=self.tol, init=self.init) if self.plan == "sliding" else self.plan

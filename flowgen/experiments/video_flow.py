@@ -38,7 +38,7 @@ from flowgen.experiments.drawing import draw_in_batches
 from flowgen.experiments.experiment import Samples
 from flowgen.experiments.pictures import strips
 from flowgen.flows import STARFlowV, STARFlowVConfig, denoiser_variables, flow_score_objective
-from flowgen.flows.density import nll_objective
+from flowgen.flows.objective import nll_objective
 from flowgen.settings import config
 from flowgen.settings.ranges import Within
 from flowgen.training import Job
@@ -210,7 +210,7 @@ class VideoFlowExperiment(AutoregressiveExperiment):
 
         Raises ValueError if the codec makes no clips of so many frames, or what is given does not fit.
         """
-        flow = model if options.aspect is None else model.at(*self.encoding.latent_size(options.aspect))
+        flow = model if options.aspect is None else model.with_image_size(*self.encoding.latent_size(options.aspect))
         codec, given = self.encoding.open_clip_codec(), None
         check_length(codec, self.model.frames, options.frames, options.context)
         if options.given is not None:
@@ -266,7 +266,7 @@ class VideoFlowExperiment(AutoregressiveExperiment):
             image_size=-(-SMALL_SIDE // changes["model"].patch_size) * changes["model"].patch_size,
             frames=min(self.model.frames, 3),
             # The deep block keeps its order if one block is above it.
-            layers=(1, 1) if self.model.order == "L2R" else (0, 1, 1),
+            layers_per_block=(1, 1) if self.model.order == "reversed" else (0, 1, 1),
             denoiser_layers=min(self.model.denoiser_layers, 1),
         )
         likelihood = self.likelihood
@@ -276,7 +276,7 @@ class VideoFlowExperiment(AutoregressiveExperiment):
         return debug_run(self, **changes, likelihood=likelihood, data=debug_clips(self.data))
 
     def _denoiser(self, flow: Any, variables: Any) -> float | Denoiser:
-        """What samples are denoised with: the learned denoiser if the flow has one, else the score step."""
+        """What samples are denoised with: the learned denoiser if the flow has one, else the Tweedie step."""
         strength = self.sampling.denoise
         if not flow.config.denoiser_layers or strength == 0:
             return strength

@@ -1,7 +1,7 @@
 """Autoregressive transformer flows and their densities."""
 
 from flowgen.flows.block import AutoregressiveBlock, BlockConfig, block_parameters, decoding_block
-from flowgen.flows.denoiser import ClipDenoiser, ClipDenoising, denoiser_variables, init_denoiser
+from flowgen.flows.denoiser import ClipDenoiser, DenoiserStep, denoiser_variables, init_denoiser
 from flowgen.flows.flow import AutoregressiveFlow, init
 from flowgen.flows.score_matching import flow_score_objective, score_matching_loss, score_target
 from flowgen.flows.starflow import STARFLOW_PRESETS, STARFlow, STARFlowConfig
@@ -15,7 +15,7 @@ __all__ = [
     "AutoregressiveFlow",
     "BlockConfig",
     "ClipDenoiser",
-    "ClipDenoising",
+    "DenoiserStep",
     "STARFlow",
     "STARFlowConfig",
     "STARFlowV",

@@ -16,8 +16,9 @@ A condition enters as a class embedding added to every token, or as a prefix of 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -25,7 +26,15 @@ from jaxtyping import Array, Float, Int
 
 from flowgen.attention import causal_kernel
 from flowgen.conditioning import Condition, TextCondition, masked_text
-from flowgen.flows.affine import AFFINE_HEADS, AffineForm, TokenOrder, reorder, soft_clip, to_noise
+from flowgen.flows.affine import (
+    ScaleParameterisation,
+    TokenOrder,
+    num_outputs,
+    reorder,
+    shift_and_log_scale,
+    soft_clip,
+    to_noise,
+)
 from flowgen.flows.positions import GridPositions
 from flowgen.nn.embeddings import class_embedding, class_one_hot
 from flowgen.nn.layers import RMSNorm, linear, master_dtype
@@ -33,6 +42,8 @@ from flowgen.nn.transformer import TransformerConfig, transformer_stack, unstack
 
 Shift = Literal["output", "input"]
 EMBEDDING_STDDEV = 0.01
+# The dict of a Flax module, with "params" and what else it keeps.
+Variables = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -46,8 +57,9 @@ class ClassPrefix:
     def dim(self) -> int:
         return self.num_classes + 1
 
-    def features(self, cond: Any, batch: int, dtype: jnp.dtype) -> Float[Array, "b l e"]:
+    def features(self, cond: Condition | None, batch: int, dtype: jnp.dtype) -> Float[Array, "b l e"]:
         """Returns one-hot rows as a text of one token."""
+        assert not isinstance(cond, TextCondition)  # a flow checks its condition
         return class_one_hot(cond, self.num_classes, batch, dtype)[:, None]
 
 
@@ -58,14 +70,17 @@ class TextPrefix:
     length: int
     dim: int
 
-    def features(self, cond: Any, batch: int, dtype: jnp.dtype) -> Float[Array, "b l e"]:
+    def features(self, cond: Condition | None, batch: int, dtype: jnp.dtype) -> Float[Array, "b l e"]:
         """Returns the features of the texts, zeros without a condition."""
-        return jnp.zeros((batch, self.length, self.dim), dtype) if cond is None else masked_text(cond).astype(dtype)
+        if cond is None:
+            return jnp.zeros((batch, self.length, self.dim), dtype)
+        assert isinstance(cond, TextCondition)  # a flow checks its condition
+        return masked_text(cond).astype(dtype)
 
 
 @dataclass(frozen=True)
 class BlockConfig:
-    """Shape of one block: its tokens, their order, the affine form, its conditions, and the transformer inside.
+    """Shape of one block: its tokens, their order, scale parameterisation and conditions, and the transformer inside.
 
     num_classes: of labels that are added to the tokens. prefix: of what stands before them. positions: rotary; None
     is a learned table. soft_clip: bound of raw outputs, 0 for none. final_norm: RMSNorm before the last linear map.
@@ -75,7 +90,7 @@ class BlockConfig:
     num_tokens: int
     token_dim: int
     order: TokenOrder
-    transform: AffineForm
+    scale_parameterisation: ScaleParameterisation
     num_classes: int
     transformer: TransformerConfig
     shift: Shift = "output"
@@ -95,6 +110,21 @@ class BlockConfig:
         return self.num_classes > 0 or self.prefix is not None
 
 
+class BlockState(NamedTuple):
+    """What a block knows when it is given a window of tokens.
+
+    start: rows before the window. caches: of all layers, with the prefix and those rows in them; None if start is 0
+    and nothing follows. inverse_temperature: factors on the attention logits of every sample, None for 1.
+    """
+
+    start: Int[Array, ""] | int = 0
+    caches: tuple | None = None
+    inverse_temperature: Float[Array, " b"] | None = None
+
+
+NOTHING_BEFORE = BlockState()
+
+
 class AutoregressiveBlock(nn.Module):
     """An invertible map of tokens `b n c`, raster order in and out.
 
@@ -104,8 +134,12 @@ class AutoregressiveBlock(nn.Module):
 
     config: BlockConfig
 
+    if TYPE_CHECKING:  # Flax's own also speaks of variables, which no method here changes.
+
+        def apply(self, variables: Variables, *args: Any, method: str = "__call__") -> Any: ...
+
     @property
-    def num_free(self) -> int:
+    def num_passthrough(self) -> int:
         """Leading tokens, in the block's order, that the map leaves unchanged."""
         return 1 if self.config.shift == "output" else 0
 
@@ -114,7 +148,7 @@ class AutoregressiveBlock(nn.Module):
         width, dtype = transformer.width, transformer.dtype
         embedding = nn.initializers.normal(EMBEDDING_STDDEV)
         master = master_dtype(dtype)
-        outputs = AFFINE_HEADS[config.transform].outputs
+        outputs = num_outputs(config.scale_parameterisation)
         self.proj_in = linear(width, config.token_dim, dtype)
         if config.shift == "input":
             self.start_token = self.param("start_token", nn.initializers.normal(1.0), (config.token_dim,), master)
@@ -133,38 +167,33 @@ class AutoregressiveBlock(nn.Module):
         self, x: Float[Array, "b n c"], cond: Condition | None = None
     ) -> tuple[Float[Array, "b n c"], Float[Array, " b"]]:
         """Returns z in raster order and logdet `b` (summed, nats)."""
-        cond = cond if self.config.is_conditional else None
-        if self.config.frames > 1:
-            z, logdet = self.of_one_frame(each_frame(x, self.config.frames), None)  # Single frames see no condition.
-            return z.reshape(x.shape), logdet.reshape(len(x), self.config.frames).sum(axis=1)
-        return self.of_one_frame(x, cond)
+        shift, log_scale = self.parameters(x, cond)
+        return to_noise(x, shift, log_scale)
 
-    def of_one_frame(
-        self, x: Float[Array, "b n c"], cond: Condition | None
-    ) -> tuple[Float[Array, "b n c"], Float[Array, " b"]]:
-        """Returns what the block itself makes of tokens, frames being a matter of the batch."""
-        u = reorder(x, self.config.order)
-        shift, log_scale, _ = self.conditioner(self.previous(u), 0, cond, None, None)
-        free = ((0, 0), (self.num_free, 0), (0, 0))
-        z, logdet = to_noise(u, jnp.pad(shift, free), jnp.pad(log_scale, free))
-        return reorder(z, self.config.order), logdet
+    def parameters(
+        self, x: Float[Array, "b n c"], cond: Condition | None = None
+    ) -> tuple[Float[Array, "b n c"], Float[Array, "b n c"]]:
+        """Returns (shift, log_scale) of all tokens in raster order; both are 0 for passthrough tokens."""
+        config = self.config
+        cond = cond if config.is_conditional else None  # Nor do single frames see one.
+        u = reorder(each_frame(x, config.frames), config.order)
+        shift, log_scale, _ = self.conditioner(self.previous(u), cond)
+        passthrough = ((0, 0), (self.num_passthrough, 0), (0, 0))
+        shift, log_scale = (jnp.pad(part, passthrough) for part in (shift, log_scale))
+        return reorder(shift, config.order).reshape(x.shape), reorder(log_scale, config.order).reshape(x.shape)
 
     def conditioner(
-        self,
-        previous: Float[Array, "b w c"],
-        start: Int[Array, ""] | int,
-        cond: Condition | None,
-        caches: tuple | None,
-        inverse_temperature: Float[Array, " b"] | None,
+        self, previous: Float[Array, "b w c"], cond: Condition | None, state: BlockState = NOTHING_BEFORE
     ) -> tuple[Float[Array, "b w c"], Float[Array, "b w c"], tuple | None]:
         """Returns (shift, log_scale) of a window of tokens from the tokens just before them, and the caches.
 
-        previous: rows start..start+w-1 of `previous(tokens)`; the answer is for tokens start+f..start+f+w-1, with
-        f = num_free. caches: from `prefill`, with what rows 0..start-1 left behind; None when start is 0 and
-        nothing follows.
+        previous: rows start..start+w-1 of `previous(tokens)`; the answer is for tokens start+p..start+p+w-1, with
+        p = num_passthrough. state: its caches are from
+        `prefill` or from the window before; the default is for a whole sequence.
         """
         config, transformer = self.config, self.config.transformer
         batch, window = previous.shape[:2]
+        start, caches, inverse_temperature = state
         h = self.proj_in(previous)
         if config.positions is None:
             rows = jnp.minimum(start + jnp.arange(window), config.num_tokens - 1)
@@ -179,15 +208,15 @@ class AutoregressiveBlock(nn.Module):
         h, caches = self.layers(h, caches, slot, inverse_temperature, rotation)
         h = h[:, h.shape[1] - window :]
         out = self.proj_out(self.final_norm(h) if config.final_norm else h).astype(master_dtype(transformer.dtype))
-        shift, log_scale = AFFINE_HEADS[config.transform].parameters(soft_clip(out, config.soft_clip))
+        shift, log_scale = shift_and_log_scale(soft_clip(out, config.soft_clip), config.scale_parameterisation)
         return shift, log_scale, caches
 
     def previous(self, tokens: Float[Array, "b n c"]) -> Float[Array, "b w c"]:
-        """Returns what the network sees, row t for token t + num_free, given all tokens in the block's order."""
-        return jnp.concatenate([self.first_previous(tokens), tokens[:, self.num_free : -1]], axis=1)
+        """Returns what the network sees, row t for token t + num_passthrough, given all tokens in the block's order."""
+        return jnp.concatenate([self.first_previous(tokens), tokens[:, self.num_passthrough : -1]], axis=1)
 
     def first_previous(self, z: Float[Array, "b n c"]) -> Float[Array, "b 1 c"]:
-        """Returns what stands before the first token that the block transforms: its free token or the start token."""
+        """Returns what stands before the first token that is transformed: the passthrough or the start token."""
         if self.config.shift == "output":
             return z[:, :1]
         return jnp.broadcast_to(self.start_token[None, None].astype(z.dtype), (len(z), 1, z.shape[2]))
@@ -233,29 +262,17 @@ class AutoregressiveBlock(nn.Module):
 
 
 def each_frame(x: Float[Array, "b n c"], frames: int) -> Float[Array, "b_and_frames tokens c"]:
-    """Returns the tokens of every frame as samples of their own.
-
-    Example:
-        tokens = each_frame(tokens, 21)
-    """
+    """Returns the tokens of every frame as samples of their own."""
     return x.reshape(len(x) * frames, -1, x.shape[2])
 
 
-def block_parameters(variables: Any, index: int) -> Any:
-    """Returns the variables of block `index` alone, for `AutoregressiveBlock(config).apply`.
-
-    Example:
-        z, logdet = AutoregressiveBlock(flow.config.blocks[0]).apply(block_parameters(params, 0), tokens)
-    """
+def block_parameters(variables: Variables, index: int) -> Variables:
+    """Returns the variables of block `index` alone, for `AutoregressiveBlock(config).apply`."""
     return {"params": variables["params"][f"blocks_{index}"]}
 
 
-def decoding_block(config: BlockConfig, variables: Any) -> tuple[AutoregressiveBlock, Any]:
-    """Returns a block in the form that takes caches, its layers one by one, and its variables in that form.
-
-    Example:
-        block, variables = decoding_block(flow.config.blocks[0], block_parameters(params, 0))
-    """
+def decoding_block(config: BlockConfig, variables: Variables) -> tuple[AutoregressiveBlock, Variables]:
+    """Returns a block in the form that takes caches, its layers one by one, and its variables in that form."""
     transformer = replace(config.transformer, scan=False)
     params = variables["params"]
     layers = unstack_layers(params["layers"], transformer.num_layers)

@@ -2,8 +2,8 @@
 
 A flow of noisy clips x̃ = x + σ ε has the score ∇ log p(x̃), and one step x̃ + σ² ∇ log p(x̃) removes the noise. That
 score is rough, and the score of a frame depends on all later frames. A network s(x̃) that sees a window of frames
-learns t = -σ ∇ log p(x̃), of order one, and x̃ - σ s(x̃) takes the step. In each layer a frame sees the `ahead` next ones,
-without which the direction of time, and with it that of the noise, cannot be told.
+learns t = -σ ∇ log p(x̃), of order one, and x̃ - σ s(x̃) takes the step. In each layer a frame sees the next
+`denoiser_lookahead_frames` frames; without this lookahead the network cannot infer the direction of time.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Key
 
 from flowgen.attention import FrameWindow
 from flowgen.conditioning import Condition, TextCondition
+from flowgen.flows.block import Variables
 from flowgen.flows.starflow_v import STARFlowVConfig
 from flowgen.nn.layers import RMSNorm, linear, master_dtype
 from flowgen.nn.transformer import TransformerConfig, transformer_stack
@@ -47,7 +48,9 @@ class ClipDenoiser(nn.Module):
             width=clip.width,
             num_heads=clip.width // clip.head_dim,
             num_layers=clip.denoiser_layers,
-            window=FrameWindow(deep.prefix_length, clip.tokens_per_image, clip.denoiser_back, clip.denoiser_ahead),
+            window=FrameWindow(
+                deep.prefix_length, clip.tokens_per_image, clip.denoiser_past_frames, clip.denoiser_lookahead_frames
+            ),
         )
 
     def setup(self):
@@ -80,13 +83,13 @@ class ClipDenoiser(nn.Module):
         return clip.to_images(out.astype(master))
 
 
-def init_denoiser(denoiser: ClipDenoiser, key: Key[Array, ""]) -> Any:
+def init_denoiser(denoiser: ClipDenoiser, key: Key[Array, ""]) -> Variables:
     """Returns freshly initialised variables of a denoiser; shapes come from its config.
 
     Example:
         variables = init_denoiser(ClipDenoiser(flow.config), jax.random.key(0))
     """
-    one = ClipDenoiser(denoiser.config.of_frames(1), parent=None)  # Parameters do not depend on the frames.
+    one = ClipDenoiser(denoiser.config.with_num_frames(1), parent=None)  # Parameters do not depend on the frames.
     clip = jnp.zeros((1, *one.config.event_shape), master_dtype(one.config.dtype))
     return jax.jit(lambda key: one.init(key, clip, _some_condition(one.config)))(key)
 
@@ -98,26 +101,22 @@ def _some_condition(config: STARFlowVConfig) -> Condition | None:
     return TextCondition(features, jnp.zeros(features.shape[:2], bool))
 
 
-def denoiser_variables(variables: Any) -> Any:
-    """Returns the variables of the denoiser among those of a flow that has one.
-
-    Example:
-        answer = ClipDenoiser(flow.config).apply(denoiser_variables(params), noisy, cond)
-    """
+def denoiser_variables(variables: Variables) -> Variables:
+    """Returns the variables of the denoiser among those of a flow that has one."""
     return {"params": variables["params"]["denoiser"]}
 
 
 @dataclass(frozen=True)
-class ClipDenoising:
+class DenoiserStep:
     """x - σ s(x, cond) for clips of any number of frames: the function of a `flowgen.decoding.Denoiser`.
 
     noise_std: σ. chunk: frames that go through the network together, None for all. Each further chunk begins with the
-    `back` frames before those it answers for, still noisy, as in training; the last `ahead` frames of a chunk are
-    answered for by the next, which has what comes after them. Where the window is longer than a chunk, each
-    further one answers for one frame. Raises ValueError where chunk is below 1.
+    `denoiser_past_frames` frames before those it answers for, still noisy, as in training; the last
+    `denoiser_lookahead_frames` frames of a chunk are answered for by the next, which has what comes after them. If the
+    window is longer than a chunk, each further one answers for one frame. Raises ValueError if chunk is below 1.
 
     Example:
-        step = ClipDenoising(denoiser, noise_std=0.5, chunk=21)
+        step = DenoiserStep(denoiser, noise_std=0.5, chunk=21)
         r = sample(flow, params, key, 4, texts, denoise=Denoiser(step, denoiser_variables))
     """
 
@@ -130,17 +129,17 @@ class ClipDenoising:
             raise ValueError(f"chunk is {self.chunk}; it must be at least 1, or None for all frames.")
 
     def __call__(
-        self, variables: Any, x: Float[Array, "b frames height width c"], cond: Condition | None = None
+        self, variables: Variables, x: Float[Array, "b frames height width c"], cond: Condition | None = None
     ) -> Float[Array, "b frames height width c"]:
         config, frames = self.denoiser.config, x.shape[1]
         size = frames if self.chunk is None else min(self.chunk, frames)
-        network = ClipDenoiser(config.of_frames(size), parent=None)
-        ahead = min(config.denoiser_ahead, size - 1)
-        step = size - ahead - min(config.denoiser_back, size - 1 - ahead)
-        # Chunks of one size, the last at the end; each answers up to its last `ahead` frames, and the last for all.
+        network = ClipDenoiser(config.with_num_frames(size), parent=None)
+        lookahead = min(config.denoiser_lookahead_frames, size - 1)
+        step = size - lookahead - min(config.denoiser_past_frames, size - 1 - lookahead)
+        # Chunks of one size, the last at the end; each answers up to its last `lookahead` frames, and the last for all.
         count = -(-(frames - size) // step) + 1
         begins = np.minimum(np.arange(count) * step, frames - size)
-        answering = np.searchsorted(begins[:-1] + size - ahead, np.arange(frames), side="right")
+        answering = np.searchsorted(begins[:-1] + size - lookahead, np.arange(frames), side="right")
 
         def clean(begin):
             noisy = jax.lax.dynamic_slice_in_dim(x, begin, size, axis=1)

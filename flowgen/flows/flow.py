@@ -15,8 +15,9 @@ from jaxtyping import Array, Float, Key
 
 from flowgen.arrays import check_floating, check_key
 from flowgen.conditioning import Condition
-from flowgen.flows.block import AutoregressiveBlock, BlockConfig
-from flowgen.flows.density import bits_per_dim, gaussian_log_prob
+from flowgen.flows.block import AutoregressiveBlock, BlockConfig, Variables
+from flowgen.flows.density import Flow, bits_per_dim
+from flowgen.gaussian import gaussian_log_density
 from flowgen.nn.checks import check_patches, image_sides
 from flowgen.nn.layers import PatchOrder, master_dtype, patchify, unpatchify
 from flowgen.settings.ranges import MAX_TOKENS
@@ -49,14 +50,14 @@ class ImageTokens:
         raise NotImplementedError
 
     @property
-    def grid_size(self) -> tuple[int, int]:
+    def image_hw(self) -> tuple[int, int]:
         """(height, width) in pixels."""
         return image_sides(self.image_size)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(height, width, channels)."""
-        return (*self.grid_size, self.channels)
+        return (*self.image_hw, self.channels)
 
     @property
     def event_shape(self) -> tuple[int, ...]:
@@ -64,10 +65,15 @@ class ImageTokens:
         return self.image_shape
 
     @property
+    def token_hw(self) -> tuple[int, int]:
+        """Rows and columns of tokens of one image."""
+        height, width = self.image_hw
+        return height // self.patch_size, width // self.patch_size
+
+    @property
     def tokens_per_image(self) -> int:
         """Patches of one image."""
-        height, width = self.grid_size
-        return (height // self.patch_size) * (width // self.patch_size)
+        return math.prod(self.token_hw)
 
     @property
     def num_tokens(self) -> int:
@@ -98,7 +104,7 @@ class ImageTokens:
     def to_images(self, tokens: Float[Array, "b n token"]) -> Float[Array, "b *event"]:
         """Returns the samples of tokens in raster order."""
         patches = tokens.reshape(-1, self.tokens_per_image, self.token_dim)
-        images = unpatchify(patches, self.patch_size, self.grid_size, self.patch_order)
+        images = unpatchify(patches, self.patch_size, self.image_hw, self.patch_order)
         return images.reshape(len(tokens), *self.event_shape)
 
 
@@ -132,32 +138,55 @@ class AutoregressiveFlow(nn.Module):
         self, x: Float[Array, "b *event"], cond: Condition | None = None
     ) -> tuple[list[Float[Array, "b n token"]], Float[Array, " b"]]:
         """Returns the tokens after each block, the last being z, and the total logdet."""
+        states, logdet = self._through(self.blocks, x, cond)
+        return states[1:], logdet
+
+    def enter_last_block(
+        self, x: Float[Array, "b *event"], cond: Condition | None = None
+    ) -> tuple[Float[Array, "b n token"], Float[Array, " b"]]:
+        """Returns the tokens that the last block takes, and the logdet of the blocks before it."""
+        states, logdet = self._through(self.blocks[:-1], x, cond)
+        return states[-1], logdet
+
+    def _through(self, blocks, x, cond):
+        """Tokens before the first of these blocks and after each, and their logdet."""
         config = self.config
         config.check_samples(x)
         cond = config.check_cond(cond, x.shape[0])
         master = master_dtype(config.dtype)
-        tokens = config.to_tokens(x).astype(master)
+        states = [config.to_tokens(x).astype(master)]
         logdet = jnp.zeros(x.shape[0], master)
-        states = []
-        for block in self.blocks:
-            tokens, block_logdet = block(tokens, cond)
+        for block in blocks:
+            tokens, block_logdet = block(states[-1], cond)
             logdet = logdet + block_logdet
             states.append(tokens)
         return states, logdet
 
     @nn.nowrap
-    def at(self, height: int, width: int) -> AutoregressiveFlow:
+    def with_image_size(self, height: int, width: int) -> AutoregressiveFlow:
         """Returns the flow of the same parameters on images of another size.
 
         Raises ValueError where the parameters belong to one size, as position tables do.
         """
-        if (height, width) == self.config.grid_size:
+        if (height, width) == self.config.image_hw:
             return self
-        if not hasattr(self.config, "at"):
+        if not hasattr(self.config, "with_image_size"):
             raise ValueError(
-                f"images are {height} x {width}; this model takes {self.config.grid_size} alone, as its parameters do."
+                f"images are {height} x {width}; this model takes {self.config.image_hw} alone, as its parameters do."
             )
-        return type(self)(self.config.at(height, width), parent=None)
+        return type(self)(self.config.with_image_size(height, width), parent=None)
+
+    @nn.nowrap
+    def with_num_frames(self, frames: int) -> AutoregressiveFlow:
+        """Returns the flow of the same parameters on clips of another number of frames.
+
+        Raises ValueError if the flow models images, which are one frame.
+        """
+        if frames == self.config.num_tokens // self.config.tokens_per_image:
+            return self
+        if not hasattr(self.config, "with_num_frames"):
+            raise ValueError(f"frames is {frames}; this model takes images, which are one frame.")
+        return type(self)(self.config.with_num_frames(frames), parent=None)
 
     def prior_variance(self) -> Float[Array, "n token"]:
         """Returns the variance of the Gaussian that samples are drawn from: 1, unless tracked or imported."""
@@ -167,12 +196,12 @@ class AutoregressiveFlow(nn.Module):
     def log_prob(self, x: Float[Array, "b *event"], cond: Condition | None = None) -> Float[Array, " b"]:
         """Returns log p(x | cond) in nats, exact: log N(z; 0, prior variance) + logdet."""
         z, logdet = self.forward(x, cond)
-        return gaussian_log_prob(z, self.prior_variance()) + logdet
+        return gaussian_log_density(z, self.prior_variance()[None]).sum(axis=(1, 2)) + logdet
 
     def bits_per_dim(self, x: Float[Array, "b *event"], cond: Condition | None = None) -> Float[Array, " b"]:
         """Returns -log2 p(x | cond) per dimension on the scale of 256 levels over [-1, 1).
 
-        It is the model's bits/dim where x is dequantised (`flowgen.flows.density.dequantise`).
+        It is the model's bits/dim where x is dequantised (`flowgen.flows.batches.dequantise`).
         """
         return bits_per_dim(self.log_prob(x, cond), self.config.num_dims)
 
@@ -181,7 +210,7 @@ class AutoregressiveFlow(nn.Module):
         return self.config.to_images(tokens)
 
 
-def init(flow: Any, key: Key[Array, ""]) -> Any:
+def init(flow: Flow, key: Key[Array, ""]) -> Variables:
     """Returns freshly initialised variables of a flow; shapes come from its config.
 
     Blocks of equal shape share one compiled program, whose random numbers are what takes time to compile.
@@ -197,7 +226,7 @@ def init(flow: Any, key: Key[Array, ""]) -> Any:
     for index, block in enumerate(config.blocks):
         shape = dataclasses.replace(block, order="raster", frames=1)  # Order and frames have no parameters.
         params[f"blocks_{index}"] = _init_block(shape, jax.random.fold_in(key, index))
-    if config.transform != "volume_preserving":
+    if config.scale_parameterisation != "volume_preserving":
         return {"params": params}
     variance = jnp.ones((config.num_tokens, config.token_dim), master_dtype(config.dtype))
     return {"params": params, "prior": {"variance": variance}}

@@ -23,24 +23,20 @@ class GridPositions:
 
     rows: int
     columns: int
-    reference_side: float
+    rope_base_grid: float
     pairs: tuple[int, ...]
     frames: int = 1
 
     def rotary(self, prefix_length: int) -> Rotary:
-        """Returns the angles of `prefix_length` text slots followed by those of the grid, row by row, frame by frame.
-
-        Example:
-            rotary = GridPositions(32, 32, 32, rotary_pairs(64, third_axis=True)).rotary(128)
-        """
+        """Returns the angles of `prefix_length` text slots, then those of the grid, row by row, frame by frame."""
         grid = np.stack(np.divmod(np.arange(self.rows * self.columns), self.columns), axis=1)
-        grid = grid / math.sqrt(self.rows * self.columns) * self.reference_side
+        grid = grid / math.sqrt(self.rows * self.columns) * self.rope_base_grid
         positions = np.zeros((prefix_length + self.frames * len(grid), len(self.pairs)))
         positions[prefix_length:, :2] = np.tile(grid, (self.frames, 1))
         if self.frames > 1:
             positions[prefix_length:, 2] = np.repeat(np.arange(self.frames), len(grid))
         if prefix_length:
-            positions[:prefix_length, 2] = np.arange(prefix_length) / prefix_length * self.reference_side
+            positions[:prefix_length, 2] = np.arange(prefix_length) / prefix_length * self.rope_base_grid
         return rotary_axes(positions, self.pairs)
 
 
@@ -48,9 +44,6 @@ def rotary_pairs(head_dim: int, *, third_axis: bool) -> tuple[int, ...]:
     """Returns pairs of channels per axis: halves for (row, column), or 8 for text and frames and halves of the rest.
 
     Raises ValueError where the channels of a head cannot be split so.
-
-    Example:
-        rotary_pairs(64, third_axis=True)  # (12, 12, 8)
     """
     spatial = head_dim // 2 - (THIRD_AXIS_PAIRS if third_axis else 0)
     least = 2 * THIRD_AXIS_PAIRS + 4 if third_axis else 4

@@ -17,20 +17,16 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from flowgen.conditioning import Condition, TextCondition
+from flowgen.flows.batches import batch_condition, noisy_batch
+from flowgen.flows.block import Variables
 from flowgen.flows.denoiser import ClipDenoiser, denoiser_variables
-from flowgen.flows.density import (
-    Flow,
-    batch_condition,
-    density_metric,
-    nll,
-    noisy_batch,
-    on_samples_like,
-    score,
-)
+from flowgen.flows.density import Flow, score
+from flowgen.flows.objective import density_metric, nll, on_samples_like
+from flowgen.flows.starflow_v import STARFlowV
 
 
 def score_target(
-    flow: Flow, variables: Any, x: Float[Array, "b *event"], cond: Condition | None = None
+    flow: Flow, variables: Variables, x: Float[Array, "b *event"], cond: Condition | None = None
 ) -> Float[Array, "b *event"]:
     """Returns t = -σ ∇ log p(x | cond), what a denoiser of noisy samples x is to answer; σ from the flow's config.
 
@@ -42,7 +38,7 @@ def score_target(
 
 def score_matching_loss(
     denoiser: nn.Module,
-    variables: Any,
+    variables: Variables,
     x: Float[Array, "b *event"],
     target: Float[Array, "b *event"],
     cond: Condition | None = None,
@@ -57,7 +53,7 @@ def score_matching_loss(
 
 
 def flow_score_objective(
-    flow: Any,
+    flow: STARFlowV,
     *,
     label_dropout: float = 0.0,
     loss_scale: float = 1.0,
@@ -80,10 +76,18 @@ def flow_score_objective(
     def objective(variables, batch, key):
         x, cond = noisy_batch(flow, condition, batch, key)
         sized = on_samples_like(flow, x)
+        assert isinstance(sized, STARFlowV)
         blocks = {name: value for name, value in variables["params"].items() if name != "denoiser"}
-        flow_loss, metrics, gradient = _loss_and_input_gradient(sized, blocks, x, cond, loss_scale)
-        # The loss is a mean over batch and dimensions.
-        target = gradient * (flow.config.noise_std * len(x) * sized.config.num_dims / loss_scale)
+
+        def flow_loss_of(blocks, x):
+            loss, metrics, _ = nll(flow, {"params": blocks}, x, cond, loss_scale=loss_scale)
+            return loss, metrics
+
+        both = jax.value_and_grad(flow_loss_of, argnums=(0, 1), has_aux=True)
+        (flow_loss, metrics), (of_blocks, of_x) = both(*jax.lax.stop_gradient((blocks, x)))
+        flow_loss = with_gradient(flow_loss, blocks, of_blocks)
+        # This loss is loss_scale times a mean of -log p over batch and dimensions, but for a constant.
+        target = of_x * (flow.config.noise_std * len(x) * sized.config.num_dims / loss_scale)
         denoiser_loss = score_matching_loss(
             ClipDenoiser(sized.config, parent=None), denoiser_variables(variables), x, target, cond
         )
@@ -94,23 +98,13 @@ def flow_score_objective(
     return objective
 
 
-def _loss_and_input_gradient(
-    flow: Any, blocks: Any, x: Float[Array, "b *event"], cond: Condition | None, loss_scale: float
-) -> tuple[Float[Array, ""], dict[str, Array], Float[Array, "b *event"]]:
-    """The loss of a flow, differentiable in its parameters, its metrics, and its gradient in x: one backward pass."""
+@jax.custom_vjp
+def with_gradient(value: Float[Array, ""], variables: Variables, gradient: Any) -> Float[Array, ""]:
+    """Returns value as a function of variables whose gradient is the one given, which is known already."""
+    return value
 
-    def loss_of(blocks, x):
-        loss, metrics, _ = nll(flow, {"params": blocks}, x, cond, loss_scale=loss_scale)
-        return loss, metrics
 
-    def forward(blocks, x):
-        (loss, metrics), (of_blocks, of_x) = jax.value_and_grad(loss_of, argnums=(0, 1), has_aux=True)(blocks, x)
-        return (loss, metrics, of_x), of_blocks
-
-    def backward(of_blocks, cotangents):
-        return jax.tree.map(lambda gradient: cotangents[0] * gradient, of_blocks), jnp.zeros_like(x)
-
-    run = jax.custom_vjp(lambda blocks, x: forward(blocks, x)[0])
-    run.defvjp(forward, backward)
-    loss, metrics, gradient = run(blocks, x)
-    return loss, metrics, jax.lax.stop_gradient(gradient)
+with_gradient.defvjp(
+    lambda value, variables, gradient: (value, gradient),
+    lambda gradient, cotangent: (None, jax.tree.map(lambda leaf: cotangent * leaf, gradient), None),
+)

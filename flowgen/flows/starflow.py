@@ -34,8 +34,11 @@ from flowgen.settings.ranges import (
 )
 
 MAX_ROTATIONS = 1 << 25  # numbers in the table of positions, which every trace holds
-# The order of block 0 and of block 1; later blocks alternate.
-ORDERS: dict[str, tuple[TokenOrder, TokenOrder]] = {"L2R": ("reversed", "raster"), "R2L": ("raster", "reversed")}
+
+
+def block_order(first: TokenOrder, index: int) -> TokenOrder:
+    """Returns the token order of a block: that of block 0 for even blocks, and the other for odd ones."""
+    return first if index % 2 == 0 else "reversed" if first == "raster" else "raster"
 
 
 @config
@@ -46,9 +49,9 @@ class STARFlowConfig(ImageTokens):
     channels: of the latents.
     patch_size: side of the squares of latents that become one token; it divides the sides of the latents.
     width: channels of the tokens inside the shallow blocks, a multiple of head_dim.
-    layers: transformer layers per block, data side first, the last being the deep one; 0 leaves a block out.
+    layers_per_block: transformer layers per block, data side first, the last being the deep one; 0 leaves a block out.
     deep_width: width of the last block; None for that of the others.
-    order: of the tokens; "L2R" reverses block 0, "R2L" block 1, and later blocks alternate.
+    order: of the tokens in block 0, "raster" or "reversed"; later blocks alternate. The published "L2R" is "reversed".
     head_dim: channels of an attention head.
     num_kv_heads: heads of keys and values, which several heads of queries share; None is one per head.
     expansion: width of the feed-forward layers, in widths of the block.
@@ -63,9 +66,9 @@ class STARFlowConfig(ImageTokens):
     mean stands for no class.
     text_dim: features per text token; 0 for a model without texts.
     text_length: tokens per text, padding included; 0 for a model without texts.
-    condition: which blocks see the class or the text.
-    reference_side: tokens along a side that positions are measured by; None gives the tokens of this grid the distance
-    1.
+    conditioned_blocks: which blocks see the class or the text.
+    rope_base_grid: tokens along a side of the grid that positions are measured on; None puts the tokens of this grid 1
+    apart.
     attention: "softmax", or a linear one that can be causal: elu_plus_one, relu, squared_relu, focused, nala, pola,
     inline, retention.
     noise_std: σ of the Gaussian noise that the density is trained under; above 0 for latents.
@@ -77,9 +80,9 @@ class STARFlowConfig(ImageTokens):
     channels: Channels = 4
     patch_size: Side = 1
     width: Width = 512
-    layers: Annotated[tuple[MaybeLayers, ...], Entries(1, MAX_BLOCKS)] = (2, 2, 2, 2, 2, 24)
+    layers_per_block: Annotated[tuple[MaybeLayers, ...], Entries(1, MAX_BLOCKS)] = (2, 2, 2, 2, 2, 24)
     deep_width: Width | None = None
-    order: Literal["L2R", "R2L"] = "L2R"
+    order: TokenOrder = "reversed"
     head_dim: HeadDim = 64
     num_kv_heads: Heads | None = None
     expansion: Expansion = 4
@@ -93,8 +96,8 @@ class STARFlowConfig(ImageTokens):
     class_conditioning: Literal["prefix", "add"] = "prefix"
     text_dim: TextDim = 0
     text_length: TextLength = 0
-    condition: Literal["deep", "all"] = "deep"
-    reference_side: Positive | None = None
+    conditioned_blocks: Literal["deep", "all"] = "deep"
+    rope_base_grid: Positive | None = None
     attention: Annotated[str, OneOf(CAUSAL_KERNEL_NAMES)] = "softmax"
     noise_std: NonNegative = 0.3
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
@@ -107,8 +110,8 @@ class STARFlowConfig(ImageTokens):
                 f"image_size is {self.image_size}, patch_size {self.patch_size} and head_dim {self.head_dim}, "
                 f"whose positions are a table of {numbers} numbers, of at most {MAX_ROTATIONS}; use larger patches."
             )
-        if self.layers[-1] < 1:
-            raise ValueError(f"layers is {self.layers}; the last block must have at least 1.")
+        if self.layers_per_block[-1] < 1:
+            raise ValueError(f"layers_per_block is {self.layers_per_block}; the last block must have at least 1.")
         for name, width in (("width", self.width), ("deep_width", self._deep_width)):
             if width % self.head_dim:
                 raise ValueError(
@@ -139,14 +142,14 @@ class STARFlowConfig(ImageTokens):
         return "channel_last"
 
     @property
-    def transform(self) -> Literal["softplus"]:
+    def scale_parameterisation(self) -> Literal["softplus"]:
         """How a block's outputs become scales: σ = softplus(a + 0.5413)."""
         return "softplus"
 
     @property
     def num_blocks(self) -> int:
         """Blocks that are not the identity."""
-        return sum(count > 0 for count in self.layers)
+        return sum(count > 0 for count in self.layers_per_block)
 
     @property
     def _deep_width(self) -> int:
@@ -158,19 +161,19 @@ class STARFlowConfig(ImageTokens):
             return TextPrefix(self.text_length, self.text_dim)
         return ClassPrefix(self.num_classes) if self.num_classes and self.class_conditioning == "prefix" else None
 
-    def at(self, height: int, width: int) -> STARFlowConfig:
+    def with_image_size(self, height: int, width: int) -> STARFlowConfig:
         """Returns the config of the same parameters on images of another size, whose area keeps its reference."""
-        return dataclasses.replace(self, image_size=(height, width), reference_side=self._side)
+        return dataclasses.replace(self, image_size=(height, width), rope_base_grid=self._side)
 
     @property
     def _side(self) -> float:
-        height, width = self.grid_size
+        height, width = self.image_hw
         side = math.sqrt(height * width) / self.patch_size
-        return side if self.reference_side is None else self.reference_side
+        return side if self.rope_base_grid is None else self.rope_base_grid
 
     @property
     def _positions(self) -> GridPositions:
-        rows, columns = (length // self.patch_size for length in self.grid_size)
+        rows, columns = self.token_hw
         return GridPositions(rows, columns, self._side, rotary_pairs(self.head_dim, third_axis=self._third_axis))
 
     @property
@@ -180,22 +183,22 @@ class STARFlowConfig(ImageTokens):
 
     @property
     def blocks(self) -> tuple[BlockConfig, ...]:
-        """The blocks from data to noise, those of 0 layers left out; the orders alternate over all of `layers`."""
-        last = len(self.layers) - 1
-        return tuple(self._block(index, index == last) for index, count in enumerate(self.layers) if count)
+        """The blocks from data to noise, those of 0 layers left out; the orders alternate over all."""
+        last = len(self.layers_per_block) - 1
+        return tuple(self._block(index, index == last) for index, count in enumerate(self.layers_per_block) if count)
 
     def _block(self, index: int, deep: bool) -> BlockConfig:
-        conditional = deep or self.condition == "all"
+        conditional = deep or self.conditioned_blocks == "all"
         width = self._deep_width if deep else self.width
         return BlockConfig(
             num_tokens=self.num_tokens,
             token_dim=self.token_dim,
-            order=ORDERS[self.order][index % 2],
-            transform=self.transform,
+            order=block_order(self.order, index),
+            scale_parameterisation=self.scale_parameterisation,
             num_classes=self.num_classes if conditional and self.class_conditioning == "add" else 0,
             transformer=TransformerConfig(
                 width=width,
-                num_layers=self.layers[index],
+                num_layers=self.layers_per_block[index],
                 num_heads=width // self.head_dim,
                 expansion=self.expansion,
                 activation=self.activation,
@@ -240,28 +243,28 @@ class STARFlow(AutoregressiveFlow):
     unconditional: the last row of a class prefix, or the mean of added classes.
 
     Example:
-        flow = STARFlow(STARFlowConfig(image_size=8, width=128, layers=(2, 2, 6), num_classes=10))
+        flow = STARFlow(STARFlowConfig(image_size=8, width=128, layers_per_block=(2, 2, 6), num_classes=10))
         z, logdet = flow.apply(params, x, cond, method="forward")
     """
 
     config: STARFlowConfig
 
 
-def _imagenet(width: int, layers: tuple[int, ...], patch_size: int = 1) -> STARFlowConfig:
+def _imagenet(width: int, layers_per_block: tuple[int, ...], patch_size: int = 1) -> STARFlowConfig:
     return STARFlowConfig(
         image_size=32,
         patch_size=patch_size,
         width=width,
-        layers=layers,
+        layers_per_block=layers_per_block,
         num_classes=1000,
-        reference_side=32 / patch_size,
+        rope_base_grid=32 / patch_size,
     )
 
 
 # Published shapes on 256 x 256 pictures, 32 x 32 x 4 latents. "t2i_3b" is the released text-to-image model. The others
 # are the published class-conditional presets by their names; the paper's model of 1.4 B is "xlv2_1".
 STARFLOW_PRESETS: dict[str, STARFlowConfig] = {
-    "t2i_3b": STARFlowConfig(image_size=32, width=3072, text_dim=2048, text_length=128, reference_side=32.0),
+    "t2i_3b": STARFlowConfig(image_size=32, width=3072, text_dim=2048, text_length=128, rope_base_grid=32.0),
     "xl_1": _imagenet(2048, (2, 2, 2, 2, 10, 10)),
     "xlv2_1": _imagenet(2048, (2, 2, 2, 2, 2, 18)),
     "xl_2": _imagenet(2048, (2, 2, 2, 2, 10, 10), patch_size=2),

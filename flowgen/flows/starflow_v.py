@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from flax import linen as nn
-
 from flowgen.flows.block import BlockConfig
 from flowgen.flows.flow import AutoregressiveFlow
-from flowgen.flows.starflow import ORDERS, STARFlowConfig
+from flowgen.flows.starflow import STARFlowConfig, block_order
 from flowgen.settings import config
 from flowgen.settings.ranges import Frames, MaybeLayers, OtherFrames
 
@@ -23,25 +21,27 @@ class STARFlowVConfig(STARFlowConfig):
 
     frames: of a clip, in latents.
     denoiser_layers: of the causal denoiser that learns the flow's score; 0 for none.
-    denoiser_back: frames before its own that a token sees in each layer of the denoiser.
-    denoiser_ahead: frames after its own that a token sees in each layer of the denoiser.
+    denoiser_past_frames: frames before its own that a token sees in each layer of the denoiser.
+    denoiser_lookahead_frames: frames after its own that a token sees in each layer of the denoiser.
     """
 
     frames: Frames = 21
     denoiser_layers: MaybeLayers = 0
-    denoiser_back: OtherFrames = 9
-    denoiser_ahead: OtherFrames = 1
+    denoiser_past_frames: OtherFrames = 9
+    denoiser_lookahead_frames: OtherFrames = 1
 
     def __post_init__(self):
         if self.denoiser_layers and self.num_classes and self.class_conditioning == "add":
             raise ValueError("class_conditioning is 'add', which a denoiser has no part for; use 'prefix'.")
         super().__post_init__()
-        if self.condition != "deep":
-            raise ValueError(f"condition is {self.condition!r}; single frames see no condition: set 'deep'.")
-        if ORDERS[self.order][(len(self.layers) - 1) % 2] != "raster":
+        if self.conditioned_blocks != "deep":
             raise ValueError(
-                f"layers has {len(self.layers)} entries, which in order {self.order} reverses the deep block and "
-                "with it time; give one more or less, or 0 layers to one."
+                f"conditioned_blocks is {self.conditioned_blocks!r}; single frames see no condition: set 'deep'."
+            )
+        if block_order(self.order, len(self.layers_per_block) - 1) != "raster":
+            raise ValueError(
+                f"layers_per_block has {len(self.layers_per_block)} entries, with which order {self.order!r} "
+                "reverses the deep block and with it time; give one more or less, or 0 layers to one."
             )
 
     @property
@@ -49,7 +49,7 @@ class STARFlowVConfig(STARFlowConfig):
         """Shape of a clip: (frames, height, width, channels)."""
         return (self.frames, *self.image_shape)
 
-    def of_frames(self, frames: int) -> STARFlowVConfig:
+    def with_num_frames(self, frames: int) -> STARFlowVConfig:
         """Returns the config of the same parameters on clips of another length."""
         return dataclasses.replace(self, frames=frames)
 
@@ -72,16 +72,11 @@ class STARFlowV(AutoregressiveFlow):
     `cond` is that of a `STARFlow`.
 
     Example:
-        flow = STARFlowV(STARFlowVConfig(image_size=8, frames=5, width=128, layers=(2, 2, 2, 6), num_classes=10))
-        z, logdet = flow.apply(params, clips, labels, method="forward")
+        flow = STARFlowV(STARFlowVConfig(image_size=8, frames=5, width=128, layers_per_block=(2, 2, 2, 6)))
+        z, logdet = flow.apply(params, clips, method="forward")
     """
 
     config: STARFlowVConfig
-
-    @nn.nowrap
-    def of_frames(self, frames: int) -> STARFlowV:
-        """Returns the flow of the same parameters on clips of another length."""
-        return self if frames == self.config.frames else STARFlowV(self.config.of_frames(frames), parent=None)
 
 
 # The released text-to-video model on clips of 81 frames of 480 x 848 pixels: 21 x 30 x 53 latents of 48 channels.
@@ -89,11 +84,11 @@ STARFLOW_V_480P = STARFlowVConfig(
     image_size=(30, 53),
     channels=48,
     width=3072,
-    layers=(2, 2, 2, 2, 2, 24),
+    layers_per_block=(2, 2, 2, 2, 2, 24),
     deep_width=4096,
     text_dim=2048,
     text_length=256,
-    reference_side=32.0,
+    rope_base_grid=32.0,
     noise_std=0.5,
     frames=21,
     denoiser_layers=8,

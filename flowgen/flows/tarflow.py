@@ -26,7 +26,7 @@ from flowgen.settings.ranges import (
     Width,
 )
 
-Transform = Literal["affine", "volume_preserving"]
+Scale = Literal["exponential", "volume_preserving"]
 
 
 @config
@@ -42,7 +42,8 @@ class TARFlowConfig(ImageTokens):
     head_dim: channels of an attention head; a width below it is one head.
     expansion: width of the feed-forward layers, in widths of the block.
     num_classes: of the labels the density is conditioned on; 0 for none.
-    transform: "affine" (the paper's nvp), or "volume_preserving" with log-determinant 0 and a tracked prior variance.
+    scale_parameterisation: "exponential" (the paper's nvp), or "volume_preserving" with log-determinant 0 and a tracked
+    prior variance.
     attention: "softmax", or a linear one that can be causal: elu_plus_one, relu, squared_relu, focused, nala, pola,
     inline, retention.
     activation: of the feed-forward layers.
@@ -60,7 +61,7 @@ class TARFlowConfig(ImageTokens):
     head_dim: HeadDim = 64
     expansion: Expansion = 4
     num_classes: Classes = 0
-    transform: Transform = "affine"
+    scale_parameterisation: Scale = "exponential"
     attention: Annotated[str, OneOf(CAUSAL_KERNEL_NAMES)] = "softmax"
     activation: Activation = "gelu"
     noise_std: NonNegative = 0.0
@@ -102,7 +103,7 @@ class TARFlowConfig(ImageTokens):
                 num_tokens=self.num_tokens,
                 token_dim=self.token_dim,
                 order="raster" if index % 2 == 0 else "reversed",
-                transform=self.transform,
+                scale_parameterisation=self.scale_parameterisation,
                 num_classes=self.num_classes,
                 transformer=transformer,
             )

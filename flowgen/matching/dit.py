@@ -84,18 +84,18 @@ class DiTConfig:
             raise ValueError(f"width is {self.width}; its position table needs a multiple of 4.")
 
     @property
-    def grid_size(self) -> tuple[int, int]:
+    def image_hw(self) -> tuple[int, int]:
         """(height, width) in pixels."""
         return image_sides(self.image_size)
 
     @property
     def event_shape(self) -> tuple[int, int, int]:
         """Shape of one sample: (height, width, channels)."""
-        return (*self.grid_size, self.channels)
+        return (*self.image_hw, self.channels)
 
     def shrunk(self) -> DiTConfig:
         """Returns a tiny config of the same kind, at most 8 pixels high and wide, for tests and `--debug`."""
-        height, width = self.grid_size
+        height, width = self.image_hw
         patch = min(self.patch_size, 2)
         side = patch * max(1, min(4, height // self.patch_size))
         other = patch * max(1, min(4, width // self.patch_size))
@@ -112,7 +112,7 @@ class DiTConfig:
     @property
     def token_hw(self) -> tuple[int, int]:
         """(rows, columns) of patches."""
-        height, width = self.grid_size
+        height, width = self.image_hw
         return height // self.patch_size, width // self.patch_size
 
 
@@ -158,7 +158,7 @@ class DiT(nn.Module):
         shift, scale = jnp.split(_modulation(2 * config.width)(c), 2, axis=1)
         h = _modulated(h, shift, scale).astype(config.dtype)
         out = _dense(tokens.shape[-1], config.dtype, zero=True, name="proj_out")(h).astype(master_dtype(config.dtype))
-        return unpatchify(out, config.patch_size, config.grid_size, PATCH_ORDER)
+        return unpatchify(out, config.patch_size, config.image_hw, PATCH_ORDER)
 
 
 class DiTLayer(nn.Module):

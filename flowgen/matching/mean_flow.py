@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Key
 
 from flowgen.arrays import check_floating
 from flowgen.conditioning import UNCONDITIONAL, no_labels
+from flowgen.guidance import linear_rule
 from flowgen.matching.checks import check_output
 from flowgen.matching.couplings import Coupling
 from flowgen.matching.loss import (
@@ -159,7 +160,7 @@ def guided_target(
         raise ValueError("guidance_weight needs integer labels as cond, which the batch has not; or set it to 0.")
     free = average_velocity(t, x_t, no_labels(cond.shape), jnp.zeros_like(t))
     labelled = over_event((cond != UNCONDITIONAL).astype(v.dtype), v)
-    return v + weight * labelled * (v - free.astype(v.dtype))
+    return linear_rule(v, free.astype(v.dtype), weight * labelled)
 
 
 def integrate_mean(

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from flowgen.arrays import check_floating, check_key
 from flowgen.backend import nan_if
+from flowgen.guidance import linear_rule
 from flowgen.matching.checks import check_output, check_velocity
 from flowgen.packages import need
 
@@ -216,11 +217,10 @@ def guided(
     low, high = interval
     if not 0 <= low < high <= 1:
         raise ValueError(f"guidance interval is {interval}; it must be two increasing times within [0, 1].")
-    factors = [number for number in (scale, None if weight is None else 1 + weight) if number is not None]
-    if len(factors) != 1:
+    weights = [number for number in (weight, None if scale is None else scale - 1) if number is not None]
+    if len(weights) != 1:
         raise ValueError(f"scale is {scale} and weight is {weight}; give exactly one, scale = 1 + weight.")
-    factor = factors[0]
-    if not isinstance(factor, Tracer) and not np.isfinite(factor):
+    if not isinstance(weights[0], Tracer) and not np.isfinite(weights[0]):
         raise ValueError(f"scale is {scale} and weight is {weight}; guidance needs a finite number.")
 
     def stacked(cond, free):
@@ -236,7 +236,7 @@ def guided(
         v = velocity(jnp.concatenate([t, t]), jnp.concatenate([x, x]), both)
         conditional, free = jnp.split(v, 2)
         inside = ((t >= low) & (t <= high)).reshape((-1,) + (1,) * (x.ndim - 1))
-        return jnp.where(inside, free + factor * (conditional - free), conditional)
+        return jnp.where(inside, linear_rule(conditional, free, weights[0]), conditional)
 
     return field
 

@@ -125,14 +125,14 @@ class UNetConfig:
                 )
 
     @property
-    def grid_size(self) -> tuple[int, int]:
+    def image_hw(self) -> tuple[int, int]:
         """(height, width) in pixels."""
         return image_sides(self.image_size)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(height, width, channels)."""
-        return (*self.grid_size, self.channels)
+        return (*self.image_hw, self.channels)
 
     @property
     def event_shape(self) -> tuple[int, int, int]:
@@ -142,7 +142,7 @@ class UNetConfig:
     @property
     def num_dims(self) -> int:
         """Dimensions of one image, by which nats become nats or bits per dimension."""
-        height, width = self.grid_size
+        height, width = self.image_hw
         return height * width * self.channels
 
     @property
@@ -163,7 +163,7 @@ class UNetConfig:
         """Returns a tiny config of the same kind, at most 8 pixels high and wide, for tests and `--debug`."""
         multipliers = tuple(min(multiplier, 2) for multiplier in self.multipliers[:2])
         deepest = len(multipliers)  # 1 or 2: also how many times smaller the last level is
-        height, width = (deepest * max(1, min(8 // deepest, length // deepest)) for length in self.grid_size)
+        height, width = (deepest * max(1, min(8 // deepest, length // deepest)) for length in self.image_hw)
         return dataclasses.replace(
             self,
             image_size=(height, width),

@@ -21,7 +21,8 @@ from flowgen.codecs import AutoencoderConfig
 from flowgen.conditioning import TextCondition
 from flowgen.experiments.autoencoder import AutoencodingConfig, autoencoding_objective
 from flowgen.experiments.codecs import STATISTICS
-from flowgen.flows import STARFlowVConfig, density, flow_score_objective
+from flowgen.flows import STARFlowVConfig, flow_score_objective
+from flowgen.flows.objective import nll_objective
 from flowgen.models import init
 from flowgen.training import OptimConfig, make_step
 from flowgen.training.parallel import DataParallel
@@ -56,7 +57,7 @@ def pictures(random, shape=(4, 4, 1)):
     return {"image": random.integers(0, 256, (BATCH, *shape)).astype(np.uint8), "label": labels(random)}
 
 
-def flow_case(make_objective=density.nll_objective, config=flowgen.TARFlowConfig, **options):
+def flow_case(make_objective=nll_objective, config=flowgen.TARFlowConfig, **options):
     small = {"image_size": 4, "channels": 1, "patch_size": 2, "width": 16, "num_blocks": 2, "layers_per_block": 1}
     settings = {**small, "head_dim": 8, "num_classes": CLASSES, **options}
 
@@ -67,13 +68,13 @@ def flow_case(make_objective=density.nll_objective, config=flowgen.TARFlowConfig
     return make
 
 
-STAR = {"image_size": 4, "channels": 2, "patch_size": 2, "width": 20, "head_dim": 20, "layers": (1, 1)}
+STAR = {"image_size": 4, "channels": 2, "patch_size": 2, "width": 20, "head_dim": 20, "layers_per_block": (1, 1)}
 
 
 def text_case():
     def objective(flow, **options):
         null = TextCondition(jnp.ones((1, 3, 5)), jnp.ones((1, 3), bool))
-        return density.nll_objective(flow, null_text=lambda shape: null, **options)
+        return nll_objective(flow, null_text=lambda shape: null, **options)
 
     config = flowgen.STARFlowConfig(**STAR, text_dim=5, text_length=3)
     return flow_case(objective, lambda dtype, **_: dataclasses.replace(config, dtype=dtype))
@@ -155,7 +156,7 @@ ring = partial(matching_case, conditional=False)
 CASES = {
     "flow": Case(flow_case(noise_std=0.1), pictures),
     "flow of levels": Case(flow_case(noise_std=0.0), pictures),
-    "volume preserving": Case(flow_case(transform="volume_preserving"), pictures),
+    "volume preserving": Case(flow_case(scale_parameterisation="volume_preserving"), pictures),
     "texts": Case(text_case(), latents_of_texts),
     "clips": Case(clips_case(), partial(pictures, shape=(3, 4, 4, 2))),
     "independent": Case(matching_case(time=fm.Uniform(stratified=True), path=fm.CondOT(0.1)), points),

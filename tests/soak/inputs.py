@@ -64,7 +64,7 @@ from flowgen.data import DataConfig
 from flowgen.experiments import FlowExperiment, SpaceToDepth
 from flowgen.flows import STARFlowConfig
 def config():
-    model = STARFlowConfig(image_size=4, channels=4, width=32, head_dim=16, layers=(1, 1))
+    model = STARFlowConfig(image_size=4, channels=4, width=32, head_dim=16, layers_per_block=(1, 1))
     data = DataConfig(source="encoded", path="latents")
     return FlowExperiment(name="latents", model=model, data=data, codec=SpaceToDepth(2))
 """
@@ -73,7 +73,9 @@ from flowgen.data import ClipsConfig
 from flowgen.experiments import VideoFlowExperiment
 from flowgen.flows import STARFlowVConfig
 def config():
-    model = STARFlowVConfig(image_size=8, frames=3, channels=3, patch_size=4, width=32, head_dim=16, layers=(1, 1, 1))
+    model = STARFlowVConfig(
+        image_size=8, frames=3, channels=3, patch_size=4, width=32, head_dim=16, layers_per_block=(1, 1, 1)
+    )
     data = ClipsConfig(source="folder", path="videos", eval_fraction=0.0)
     return VideoFlowExperiment(name="clips", model=model, data=data)
 """

@@ -1,4 +1,4 @@
-"""A window that moves on by as many tokens as are solved, whatever its length (Song et al. 2021, arXiv 2002.03629).
+"""A window that slides on by as many tokens as are solved (Song et al. 2021, arXiv 2002.03629).
 
 A pass over the tokens t .. t+w-1 gives out from guess. With k the number of leading tokens that no sample changed by
 more than `tol`, these keep their guess, from which the cached keys behind them were computed; token t+k, all of whose
@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from flowgen.decoding.jacobi import Conditioner, Recent, Solution, bounded, first_guess, overflown
-from flowgen.decoding.plan import MovingJacobi
+from flowgen.decoding.jacobi import Conditioner, PreviousFrame, Solution, bounded, first_guess, overflown
+from flowgen.decoding.plan import SlidingWindow
 from flowgen.flows.affine import to_data
 
 
@@ -31,20 +31,17 @@ class _Pass(NamedTuple):
     overflows: Int[Array, " b"]
 
 
-def solve_moving(
+def solve_sliding(
     conditioner: Conditioner,
     first: Float[Array, "b 1 c"],
     z: Float[Array, "b n c"],
     empty_cache: Callable[[int], Any],
-    plan: MovingJacobi,
-    recent: Recent | None = None,
+    plan: SlidingWindow,
+    previous_frame: PreviousFrame | None = None,
 ) -> Solution:
     """Returns x as `flowgen.decoding.jacobi.solve` does; `sweeps` is one number, all passes, at most n.
 
     The cache must be one whose slots are overwritten, so that a window may begin at any of them.
-
-    Example:
-        solution = solve_moving(conditioner, z[:, :1], z[:, 1:], empty_cache, MovingJacobi(window=16))
     """
     batch, n, _ = z.shape
     window = min(plan.window or n, n)
@@ -77,19 +74,20 @@ def solve_moving(
         """The tokens with first guesses behind the window, of which the next one takes as many as it needs."""
         end = start + window
         ahead = jax.lax.dynamic_slice_in_dim(noise, end, window, axis=1)
-        guess = first_guess(plan.init, ahead, None if recent is None else frame_before(recent, tokens, end))
+        before = None if previous_frame is None else frame_before_end(previous_frame, tokens, end)
+        guess = first_guess(plan.init, ahead, before)
         return jax.lax.dynamic_update_slice_in_dim(tokens, guess, end + 1, axis=1)
 
-    def frame_before(recent: Recent, tokens: Array, end: Array) -> Recent:
-        period = recent.tokens.shape[1]
-        all_tokens = jnp.concatenate([recent.tokens, tokens[:, 1:]], axis=1)
+    def frame_before_end(previous_frame: PreviousFrame, tokens: Array, end: Array) -> PreviousFrame:
+        period = previous_frame.tokens.shape[1]
+        all_tokens = jnp.concatenate([previous_frame.tokens, tokens[:, 1:]], axis=1)
         last = jax.lax.dynamic_slice_in_dim(all_tokens, end, period, axis=1)
-        return Recent(last, jnp.minimum(recent.known + end, period))
+        return PreviousFrame(last, jnp.minimum(previous_frame.known + end, period))
 
     def unsolved(state: _Pass) -> Bool[Array, ""]:
         return state.start < n
 
-    guess = first_guess(plan.init, z[:, :window], recent)
+    guess = first_guess(plan.init, z[:, :window], previous_frame)
     room = jnp.zeros((batch, n + 2 * window - guess.shape[1], z.shape[2]), z.dtype)
     state = _Pass(
         tokens=jnp.concatenate([first, guess, room], axis=1),

@@ -1,0 +1,99 @@
+"""`ClipLayout`: which frames of a clip are decoded behind which, as static numbers of frames.
+
+The last block of a flow of clips sees F frames together. A longer clip is decoded by restarts: the last C frames begin
+a new clip of F frames, whose positions start at 0 again, and F - C more frames are decoded behind them, until there are
+enough. An image is a clip of one frame.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+
+class Segments(NamedTuple):
+    """`count` equal stretches of frames that are decoded one after another, each new one behind its context.
+
+    begin: the first frame of the first one, context included. context, new: frames of each. is_restart: whether they
+    are under the condition of restarts.
+    """
+
+    begin: int
+    context: int
+    new: int
+    count: int
+    is_restart: bool
+
+
+class ClipLayout(NamedTuple):
+    """How a clip of `total` frames is decoded by a flow whose last block sees `clip` of them together.
+
+    given: frames known from the start. context: frames that a restart begins with; 0 if there are none.
+    tokens_per_frame: of each frame.
+    """
+
+    total: int
+    clip: int
+    given: int
+    context: int
+    tokens_per_frame: int
+
+    @property
+    def reached(self) -> int:
+        """Frames that there are after the last restart, `total` or more."""
+        last = self.segments[-1]
+        return last.begin + last.context + last.count * last.new
+
+    @property
+    def segments(self) -> tuple[Segments, ...]:
+        """What is decoded in turn: the first clip unless it is given whole, then the restarts if any."""
+        first = [Segments(0, self.given, self.clip - self.given, 1, False)] if self.given < self.clip else []
+        begun, step = max(self.clip, self.given), self.clip - self.context
+        if self.total <= begun:
+            return tuple(first)
+        restarts = -(-(self.total - begun) // step)
+        return (*first, Segments(begun - self.context, self.context, step, restarts, True))
+
+    @property
+    def places(self) -> Int[np.ndarray, " frames"]:
+        """The place of every frame in the clip that it is decoded in; 0 for given frames beyond the first clip."""
+        places = np.arange(self.reached) * (np.arange(self.reached) < self.clip)
+        for part in self.segments:
+            begin = part.begin + part.context
+            places[begin : begin + part.count * part.new] = part.context + np.tile(np.arange(part.new), part.count)
+        return places
+
+    def frames(self, tokens: Float[Array, "b n c"], begin: int, end: int) -> Float[Array, "b m c"]:
+        """Returns the tokens of frames begin..end-1."""
+        return tokens[:, begin * self.tokens_per_frame : end * self.tokens_per_frame]
+
+    def new_tokens(self, tokens: Float[Array, "b n c"], part: Segments) -> Float[Array, "count b m c"]:
+        """Returns the tokens that each segment adds."""
+        begin = part.begin + part.context
+        new = self.frames(tokens, begin, begin + part.count * part.new)
+        return new.reshape(len(new), part.count, -1, new.shape[2]).swapaxes(0, 1)
+
+    def whole_segments(self, tokens: Float[Array, "b n c"], part: Segments) -> Float[Array, "count b m c"]:
+        """Returns the tokens of each segment, context included."""
+        if part.count == 1:
+            return self.frames(tokens, part.begin, part.begin + part.context + part.new)[None]
+        begins = (part.begin + part.new * np.arange(part.count)) * self.tokens_per_frame
+        rows = begins[:, None] + np.arange((part.context + part.new) * self.tokens_per_frame)
+        return tokens[:, rows].swapaxes(0, 1)
+
+    def in_a_row(self, new: Float[Array, "count b m c"]) -> Float[Array, "b n c"]:
+        """Returns what segments added as tokens one after another; the inverse of `new_tokens`."""
+        return new.swapaxes(0, 1).reshape(new.shape[1], -1, new.shape[3])
+
+
+def scan_segments(step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, segments: Any) -> Any:
+    """Returns the results of `step` over segments as `lax.scan` does; a single segment takes no loop."""
+    if len(jax.tree.leaves(segments)[0]) == 1:
+        _, result = step(carry, jax.tree.map(lambda leaf: leaf[0], segments))
+        return jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], result)
+    return jax.lax.scan(step, carry, segments)[1]

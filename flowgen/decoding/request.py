@@ -1,0 +1,175 @@
+"""`DecodeRequest`: what is decoded and how, as one checked value that a compiled program takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Integer, Key
+
+from flowgen.arrays import shown
+from flowgen.attention import causal_kernel
+from flowgen.conditioning import Condition, TextCondition
+from flowgen.decoding.layout import ClipLayout
+from flowgen.decoding.plan import DecodePlan, Plan, SlidingWindow, resolve_plan
+from flowgen.flows.block import Variables
+from flowgen.flows.density import Flow, FlowConfig
+from flowgen.guidance import Guidance
+
+
+class DecodeResult(NamedTuple):
+    """Images or clips, and how they were decoded.
+
+    x: images `b height width c` or clips `b frames height width c`, not clipped.
+    sweeps: network passes per block (data side first) and window; 0 where a block has fewer windows.
+    residual: largest change in the last sweep over all blocks and windows, max norm; 0 where exact by count.
+    overflows: iterates that were not finite or beyond 1e6 on the way. finite: whether x is finite.
+    error: None, or with `certify` the largest |forward(x) - z| over tokens, before denoising. Under guidance, which
+    has no forward pass, the largest such difference of any one guided block.
+    """
+
+    x: Float[Array, "b *event"]
+    sweeps: Int[Array, "blocks windows"]
+    residual: Float[Array, " b"]
+    overflows: Int[Array, " b"]
+    finite: Bool[Array, " b"]
+    error: Float[Array, " b"] | None
+
+
+class SampleKeys(NamedTuple):
+    """Noise that is drawn inside the program: sample i from fold_in(key, i), for every index i."""
+
+    key: Key[Array, ""]
+    indices: Int[Array, " b"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TweedieStep:
+    """x + strength · σ² ∇ log p(x | cond), by the flow's own score."""
+
+    strength: Float[Array, ""] | float
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Denoiser:
+    """A learned denoiser in place of the Tweedie step: clean = function(variables, noisy, cond), of the whole batch.
+
+    Example:
+        r = sample(flow, params, key, 16, labels, denoise=Denoiser(network.apply, network_variables))
+    """
+
+    function: Callable[..., Float[Array, "b *event"]] = field(metadata={"static": True})
+    variables: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class DecodeRequest:
+    """What is decoded and how. Its static fields are compiled in; the others may change from call to call.
+
+    noise: tokens in raster order, or the keys that they are drawn from. cond: of all samples. plan: one per block.
+    layout: which frames are decoded behind which; an image is one frame. restart_cond: what restarts are under instead
+    of cond. given: the first frames. guidance, with the blocks that it guides, and null, the text of its unconditional
+    branch. certify: whether the error is measured. denoise: what removes the noise of training from the result.
+    progress: called on the host as progress(solved, total) after every window of the
+    last block.
+    """
+
+    flow: Flow = field(metadata={"static": True})
+    params: Variables
+    noise: Float[Array, "b n c"] | SampleKeys
+    cond: Condition | None
+    plan: DecodePlan = field(metadata={"static": True})
+    layout: ClipLayout = field(metadata={"static": True})
+    guidance: Guidance | None = None
+    null: TextCondition | None = None
+    restart_cond: Condition | None = None
+    given: Float[Array, "b given height width c"] | None = None
+    denoise: TweedieStep | Denoiser | None = None
+    certify: bool = field(default=False, metadata={"static": True})
+    progress: Callable[[int, int], None] | None = field(default=None, metadata={"static": True})
+
+
+def decode_request(
+    flow: Flow,
+    params: Variables,
+    noise: Float[Array, "b n c"] | SampleKeys,
+    cond: Integer[Array | np.ndarray, " b"] | list[int] | TextCondition | None,
+    plan: Plan | str,
+    guidance: Guidance | None = None,
+    null: TextCondition | None = None,
+) -> DecodeRequest:
+    """Returns the request to decode noise to samples of the flow's own size, without certificate or denoising.
+
+    Raises ValueError if cond, plan, guidance or null does not fit the flow.
+    """
+    config = flow.config
+    batch = len(noise.indices if isinstance(noise, SampleKeys) else noise)
+    cond = config.check_cond(cond, batch)
+    guidance = _active(guidance, cond, config)
+    per_frame = config.tokens_per_image
+    frames = config.num_tokens // per_frame
+    return DecodeRequest(
+        flow=flow,
+        params=params,
+        noise=noise,
+        cond=cond,
+        plan=_resolve(plan, guidance, config, batch),
+        layout=ClipLayout(total=frames, clip=frames, given=0, context=0, tokens_per_frame=per_frame),
+        guidance=guidance,
+        null=None if guidance is None else config.check_null(null, batch),
+        restart_cond=cond,
+    )
+
+
+def resolve_denoise(denoise: bool | float | Denoiser, noise_std: float) -> TweedieStep | Denoiser | None:
+    """Returns what removes noise of that standard deviation: None for strength 0, or if there is no noise."""
+    if isinstance(denoise, Denoiser):
+        return denoise
+    strength = float(denoise) if isinstance(denoise, bool | int | float | np.number) else -1.0
+    if not 0 <= strength < float("inf"):
+        raise ValueError(
+            f"denoise is {shown(denoise)}; it must be True, False, a strength of at least 0, or a Denoiser."
+        )
+    return TweedieStep(strength) if strength > 0 and noise_std > 0 else None
+
+
+def _active(guidance: Guidance | None, cond: Condition | None, config: FlowConfig) -> Guidance | None:
+    """Guidance with the blocks that it changes; None if it changes none."""
+    if guidance is not None and not isinstance(guidance, Guidance):
+        raise ValueError(f"guidance is {shown(guidance)}; give Guidance(scale=...), or None.")
+    if guidance is None or guidance.scale == 0 or (guidance.temperature == 1 and cond is None):
+        return None
+    blocks = tuple(range(config.num_blocks)) if guidance.blocks is None else guidance.blocks
+    outside = [index for index in blocks if not 0 <= index < config.num_blocks]
+    if outside:
+        raise ValueError(f"guidance blocks name {outside[0]}; this flow has blocks 0..{config.num_blocks - 1}.")
+    if guidance.temperature == 1:  # then the two branches of a block without condition are the same
+        blocks = tuple(index for index in blocks if config.blocks[index].is_conditional)
+    if not blocks:
+        return None
+    attention = config.blocks[0].transformer.attention
+    if guidance.temperature != 1 and not causal_kernel(attention).has_temperature:
+        raise ValueError(
+            f"guidance temperature is {guidance.temperature}; {attention!r} attention has none, unlike softmax; "
+            "set it to 1."
+        )
+    return replace(guidance, blocks=blocks, scale=float(guidance.scale), temperature=float(guidance.temperature))
+
+
+def _resolve(plan: Plan | str, guidance: Guidance | None, config: FlowConfig, batch: int) -> DecodePlan:
+    guided = () if guidance is None or guidance.blocks is None else guidance.blocks
+    rows = [batch * block.frames * (2 if index in guided else 1) for index, block in enumerate(config.blocks)]
+    resolved = resolve_plan(plan, rows=rows)
+    attention = config.blocks[0].transformer.attention
+    if any(isinstance(block, SlidingWindow) for block in resolved.blocks) and not causal_kernel(attention).has_slots:
+        raise ValueError(
+            f"plan has a SlidingWindow; the running state of {attention!r} attention cannot be taken up at any token, "
+            "unlike the cache of softmax; use Jacobi or Sequential."
+        )
+    return resolved

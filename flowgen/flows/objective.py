@@ -1,0 +1,99 @@
+"""The maximum-likelihood objective of flows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from flowgen.conditioning import Condition, TextCondition
+from flowgen.flows.batches import batch_condition, noisy_batch
+from flowgen.flows.block import Variables
+from flowgen.flows.density import Flow, bits_per_dim
+from flowgen.gaussian import gaussian_log_density
+
+PRIOR_VARIANCE_RATE = 0.1
+
+
+def nll_objective(
+    flow: Flow,
+    *,
+    label_dropout: float = 0.0,
+    norm_penalty: float = 0.0,
+    loss_scale: float = 1.0,
+    null_text: Callable[[tuple[int, ...]], TextCondition] | None = None,
+) -> Callable[..., tuple]:
+    """Returns the maximum-likelihood objective (variables, batch, key) -> (loss, metrics[, carried state]).
+
+    loss = loss_scale (½ mean z² - mean logdet / num_dims) + norm_penalty Σ_k mean x_k², in nats per dimension, without
+    constants (TARFlow, eq. of the loss; the penalty, on the tokens that enter each block, is STARFlow's).
+    batch: what `batch_input` takes, of any size that `flow.with_image_size` takes; and `label` int32 `b` if the flow
+    has classes, `text`, the features `b l e` and mask `b l` of a `TextCondition`, if it has texts. With probability
+    `label_dropout` labels become -1, and texts null_text(([frames,] height, width)) of the batch, the encoded "".
+    metrics: loss, bits_per_dim (of the noised pictures; of latents nats_per_dim), mean_square_z, logdet_per_dim, and
+    mean_square/<block> of the tokens after each block.
+    Volume-preserving flows return their tracked prior variance, v + 0.1 (mean_b z² - v), as carried state.
+
+    Raises ValueError where texts are to be dropped and there is no null_text.
+
+    Example:
+        loss, metrics, *state = nll_objective(flow, label_dropout=0.1)(params, batch, key)
+    """
+    condition = batch_condition(flow, label_dropout, null_text)
+
+    def objective(variables, batch, key):
+        x, cond = noisy_batch(flow, condition, batch, key)
+        loss, metrics, z = nll(flow, variables, x, cond, norm_penalty=norm_penalty, loss_scale=loss_scale)
+        metrics |= {"loss": loss, **density_metric(flow, metrics.pop("nats_per_dim"), batch)}
+        if flow.config.scale_parameterisation != "volume_preserving":
+            return loss, metrics
+        variance = variables["prior"]["variance"]
+        batch_variance = jax.lax.stop_gradient(jnp.square(z).mean(axis=0))  # Linear: its mean over devices is right.
+        tracked = variance + PRIOR_VARIANCE_RATE * (batch_variance - variance)
+        return loss, metrics, {"prior": {"variance": tracked}}
+
+    return objective
+
+
+def nll(
+    flow: Flow,
+    variables: Variables,
+    x: Float[Array, "b *event"],
+    cond: Condition | None,
+    *,
+    norm_penalty: float = 0.0,
+    loss_scale: float = 1.0,
+) -> tuple[Float[Array, ""], dict[str, Array], Float[Array, "b n token"]]:
+    """Returns the loss of `nll_objective` on noisy x of any size that the flow takes, its metrics, and z."""
+    sized = on_samples_like(flow, x)
+    num_dims = sized.config.num_dims
+    states, logdet = sized.apply(variables, x, cond, method="trajectory")
+    z = states[-1]
+    mean_square_z = jnp.square(z).mean()
+    logdet_per_dim = logdet.mean() / num_dims
+    loss = loss_scale * (0.5 * mean_square_z - logdet_per_dim)
+    metrics = {"mean_square_z": mean_square_z, "logdet_per_dim": logdet_per_dim}
+    for index, state in enumerate(states):
+        metrics[f"mean_square/{index}"] = jnp.square(state).mean()
+    if norm_penalty:
+        entering = jnp.square(x).mean() + sum(metrics[f"mean_square/{index}"] for index in range(len(states) - 1))
+        loss = loss + norm_penalty * entering
+    variance = sized.apply(variables, method="prior_variance")
+    log_prob = (gaussian_log_density(z, variance[None]).sum(axis=(1, 2)) + logdet).mean()
+    return loss, metrics | {"nats_per_dim": -log_prob / num_dims}, z
+
+
+def density_metric(flow: Flow, nats_per_dim: Float[Array, ""], batch: Any) -> dict[str, Array]:
+    """Returns the metric of the density by its name: bits/dim of pictures, nats/dim of latents."""
+    if "image" in batch:
+        return {"bits_per_dim": bits_per_dim(-nats_per_dim, 1)}
+    return {"nats_per_dim": nats_per_dim}
+
+
+def on_samples_like(flow: Flow, x: Float[Array, "b *event"]) -> Flow:
+    """Returns the flow of the same parameters on samples of the size of x, and with its frames where x is clips."""
+    sized = flow.with_image_size(*x.shape[-3:-1])
+    return sized.with_num_frames(x.shape[1]) if x.ndim == 5 else sized

@@ -1,0 +1,117 @@
+"""Guidance: how what a network answers with and without a condition is combined.
+
+With c the conditional and u the unconditional answer, and weight w:
+
+    linear (Ho and Salimans, arXiv 2207.12598)   c + w (c - u), of velocities, and in TARFlow of shift and log_scale
+    product (STARFlow, arXiv 2506.06276, Prop. 2), the Gaussian p_c^(1+w) / p_u^w with its precision kept positive:
+        s = min(σ_c / σ_u, 1)²,   d = 1 + w - w s,   σ = σ_c / √d,   m = ((1+w) m_c - w s m_u) / d
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from flowgen.settings import config
+from flowgen.settings.ranges import NonNegative, Positive
+
+Rule = Literal["linear", "product"]
+Parts = Literal["both", "log_scale", "shift"]
+# (shift, log_scale) of tokens.
+AffineParameters = tuple[Float[Array, "b n c"], Float[Array, "b n c"]]
+
+
+def linear_rule(
+    conditional: Float[Array, "..."], unconditional: Float[Array, "..."], weight: Float[Array, "..."] | float
+) -> Float[Array, "..."]:
+    """Returns c + weight · (c - u): 0 is the conditional answer, and more goes further away from the unconditional one.
+
+    Example:
+        v = linear_rule(v_conditional, v_unconditional, 1.5)
+    """
+    return conditional + weight * (conditional - unconditional)
+
+
+def product_rule(
+    conditional: AffineParameters, unconditional: AffineParameters, weight: Float[Array, "..."] | float
+) -> AffineParameters:
+    """Returns (shift, log_scale) of the Gaussian p_c^(1+w) / p_u^w, with σ_c / σ_u clipped at 1.
+
+    Example:
+        shift, log_scale = product_rule((m_c, a_c), (m_u, a_u), 2.0)
+    """
+    (shift, log_scale), (shift_u, log_scale_u) = conditional, unconditional
+    log_ratio = 2 * jnp.minimum(log_scale - log_scale_u, 0)
+    # 1 + w - w s and the shift, written so that nothing cancels where s is close to 1 or w is large.
+    precision = 1 - weight * jnp.expm1(log_ratio)
+    guided_shift = shift + weight * jnp.exp(log_ratio) * (shift - shift_u) / precision
+    return guided_shift, log_scale - 0.5 * jnp.log(precision)
+
+
+@config
+class Guidance:
+    """What of a flow is guided, where and how strongly; scale 0 is no guidance and costs nothing.
+
+    A pytree of scale and temperature, which therefore change without recompiling.
+
+    scale: w, at least 0. rule: "linear" or "product". parts: what the linear rule changes.
+    blocks: indices of guided blocks, data side = 0; None means all.
+    anneal: w grows along each block's tokens, from 0 at the first to `scale` at the last.
+    temperature: attention temperature of the unconditional branch, above 0. Logits are divided by it: above 1 attention
+    is flatter, and guidance leads away from that. With a model without classes (or -1 labels) it alone tells the two
+    branches apart, so values other than 1 guide an unconditional model.
+
+    Example:
+        r = sample(flow, params, key, 16, labels, guidance=Guidance(scale=2.0))
+    """
+
+    scale: NonNegative = 0.0
+    rule: Rule = "linear"
+    parts: Parts = "both"
+    blocks: tuple[int, ...] | None = None
+    anneal: bool = False
+    temperature: Positive = 1.0
+
+    def __post_init__(self):
+        if self.rule == "product" and self.parts != "both":
+            raise ValueError(f"parts is {self.parts!r}; the product rule always guides both.")
+
+    def combine(
+        self,
+        conditional: AffineParameters,
+        unconditional: AffineParameters,
+        progress: Float[Array, "1 n 1"],
+    ) -> AffineParameters:
+        """Returns guided (shift, log_scale); the parts that are not guided stay conditional.
+
+        progress: how far along the block the tokens are, from 0 at the first to 1 at the last.
+        """
+        weight = (self.scale * (progress if self.anneal else jnp.ones_like(progress))).astype(conditional[0].dtype)
+        if self.rule == "product":
+            return product_rule(conditional, unconditional, weight)
+        return (
+            linear_rule(conditional[0], unconditional[0], weight) if self.parts != "log_scale" else conditional[0],
+            linear_rule(conditional[1], unconditional[1], weight) if self.parts != "shift" else conditional[1],
+        )
+
+
+_NUMBERS = ("scale", "temperature")
+_CHOICES = tuple(field.name for field in fields(Guidance) if field.name not in _NUMBERS)
+
+
+def _flatten(guidance: Guidance) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    return tuple(getattr(guidance, n) for n in _NUMBERS), tuple(getattr(guidance, n) for n in _CHOICES)
+
+
+def _unflatten(choices: tuple[Any, ...], numbers: tuple[Any, ...]) -> Guidance:
+    guidance = object.__new__(Guidance)  # Inside a program the numbers are traced, and cannot be checked.
+    for name, value in zip((*_NUMBERS, *_CHOICES), (*numbers, *choices), strict=True):
+        object.__setattr__(guidance, name, value)
+    return guidance
+
+
+jax.tree_util.register_pytree_node(Guidance, _flatten, _unflatten)
