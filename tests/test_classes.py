@@ -22,6 +22,7 @@ from flowgen.data import (
     load_clips,
     told_once,
 )
+from flowgen.data.classes import parse_classes
 from flowgen.data.latents import LatentWriter, Shard, read_latents
 from flowgen.evaluation import flow_bits_per_dim
 from flowgen.experiments import FlowExperiment, VideoFlowExperiment, fit
@@ -222,6 +223,14 @@ def test_pictures_beside_clips_have_the_numbers_of_the_clips(tmp_path):
     model = STARFlowVConfig(image_size=12, channels=1, frames=3, num_classes=10, **tiny)
     _, stills = VideoFlowExperiment(name="clips", model=model, data=data).flow_dataset("train").buckets
     assert stills[np.arange(2)]["label"].tolist() == [7, 0]
+
+
+def test_classes_named_by_numbers_are_asked_for_by_name_alone():
+    names = ("1", "10", "2")  # as folders are listed
+    assert parse_classes("1,2,10,-1", names, 3) == [0, 2, 1, -1]
+    with pytest.raises(ValueError, match="'0', which is no class"):
+        parse_classes("0,1,2", names, 3)
+    assert parse_classes("0,cat", ("cat", "dog"), 2) == [0, 0]
 
 
 # A run, by its commands.

@@ -131,7 +131,8 @@ def check_classes(source: HasClasses, num_classes: int) -> None:
 def parse_classes(text: str, names: tuple[str, ...], num_classes: int) -> list[int]:
     """Returns the numbers of the classes that `--classes` names, each by its name or, if no class has it, by a number.
 
-    text: names or numbers with commas between them; a name with a comma stands in double quotes.
+    text: names or numbers with commas between them; a name with a comma stands in double quotes. If names are numbers
+    themselves, such as "10", there are names alone, and -1 for unconditional.
 
     Raises ValueError if one is neither, with the names that there are.
 
@@ -146,10 +147,16 @@ def parse_classes(text: str, names: tuple[str, ...], num_classes: int) -> list[i
 
 
 def _class_number(word: str, names: tuple[str, ...], num_classes: int) -> int:
+    numbered = any(name.isdecimal() for name in names)
     try:
         number, close = int(word), []
     except ValueError:
         number, close = num_classes, difflib.get_close_matches(word, names, n=1)
+    if numbered and number != -1:
+        raise ValueError(
+            f"--classes has {word!r}, which is no class of this model; its classes are named by numbers, so give the "
+            f"names {name_list(names, 20)}, or -1 for unconditional."
+        )
     if not -1 <= number < num_classes:
         meant = f" (did you mean {close[0]}?)" if close else ""
         which = f"the names {name_list(names, 20)}, or " if names else ""
