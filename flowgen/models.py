@@ -1,4 +1,4 @@
-"""Every model by the type of its config."""
+"""Fresh variables of any model: of a flow with its denoiser, or of another network."""
 
 from __future__ import annotations
 
@@ -7,31 +7,9 @@ from typing import Any
 import jax
 from jaxtyping import Array, Key
 
-from flowgen.codecs import AutoencoderConfig, VideoAutoencoderConfig
-from flowgen.flows import (
-    ClipDenoiser,
-    STARFlowConfig,
-    STARFlowVConfig,
-    TARFlowConfig,
-    init_denoiser,
-)
+from flowgen.flows import ClipDenoiser, STARFlowConfig, TARFlowConfig, init_denoiser
 from flowgen.flows import init as init_flow
-from flowgen.matching import DiTConfig, MLPConfig, UNetConfig
 from flowgen.nn import init as init_network
-
-FlowConfig = TARFlowConfig | STARFlowConfig
-CodecConfig = AutoencoderConfig | VideoAutoencoderConfig
-VelocityConfig = MLPConfig | DiTConfig | UNetConfig
-ModelConfig = (
-    TARFlowConfig
-    | STARFlowConfig
-    | STARFlowVConfig
-    | MLPConfig
-    | DiTConfig
-    | UNetConfig
-    | AutoencoderConfig
-    | VideoAutoencoderConfig
-)
 
 
 def init(model: Any, key: Key[Array, ""]) -> Any:
@@ -40,7 +18,7 @@ def init(model: Any, key: Key[Array, ""]) -> Any:
     Example:
         params = init(flow, jax.random.key(0))
     """
-    if not isinstance(getattr(model, "config", None), FlowConfig):
+    if not isinstance(getattr(model, "config", None), TARFlowConfig | STARFlowConfig):
         return init_network(model, key)
     variables = init_flow(model, key)
     if getattr(model.config, "denoiser_layers", 0):
