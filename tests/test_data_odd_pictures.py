@@ -266,6 +266,7 @@ HIDDEN = {
     "grey of 16 bits": (png(0, 16, b"\x12\x34\x12\x35", 2, struct.pack(">H", 0x1234)), 0x12),
     "colour of 8 bits": (png(2, 8, b"\1\2\3\4\4\4", 2, struct.pack(">3H", 1, 2, 3)), 4),
     "colour of 16 bits": (png(2, 16, bytes([9, 1, 8, 2, 7, 3, 4, 4, 4, 4, 4, 4]), 2, bytes([9, 1, 8, 2, 7, 3])), 4),
+    "colour of 16 bits, alike in the high bytes": (png(2, 16, b"\4\1\4\1\4\1\4\1\4\1\4\2", 2, b"\4\1" * 3), 4),
     "palette": (png(3, 8, b"\0\1", 2, b"\0", bytes([9, 9, 9, 30, 30, 30])), 30),
     "grey and alpha of 16 bits": (png(4, 16, b"\x20\0\0\0\x20\0\xff\xff", 2, b""), 0x20),
     "colour and alpha of 16 bits": (png(6, 16, b"\x20\0\x20\0\x20\0\0\0\x20\0\x20\0\x20\0\xff\xff", 2, b""), 0x20),

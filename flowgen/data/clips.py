@@ -17,11 +17,11 @@ from flowgen.data.bouncing import bouncing_digits
 from flowgen.data.classes import checked_names, tell_held_out, with_classes
 from flowgen.data.crafter import record
 from flowgen.data.folder import opened, read_captions
-from flowgen.data.inventory import name_list, tell
+from flowgen.data.inventory import tell
 from flowgen.data.named import package_folder
 from flowgen.data.pictures import Crop
 from flowgen.data.sources import NO_LABEL, Batch, DataConfig, Split, check_choice, hold_out_files
-from flowgen.data.unreadable import FileReader, OnCorrupt
+from flowgen.data.unreadable import FileReader, OnCorrupt, tell_lost_classes
 from flowgen.data.video import READABLE, av, frame_times, read_clip
 from flowgen.nn.checks import ImageSize, image_sides
 from flowgen.packages import missing
@@ -30,6 +30,7 @@ from flowgen.settings.ranges import Bytes, CountOrZero, ProperFraction, Within
 
 _LEAST_FPS, _MOST_FPS = 0.01, 1000
 _WHAT = ("video", "videos")
+_UNREADABLE = "No clip is left of {}, whose videos cannot be read."
 _REAL_VIDEOS = ("bikes.mp4", "bigbuckbunny.mp4", "carphone_pristine.mp4")
 
 
@@ -173,9 +174,13 @@ def load_clips(config: ClipsConfig, *, frames: int, image_size: ImageSize, chann
         fps=config.fps,
         crop=config.crop,
         on_corrupt=config.on_corrupt,
+        split=split,
     )
-    small = len(cuts) * frames * math.prod(source.image_shape) <= config.in_memory_bytes
-    return source.decoded() if small else source
+    if len(cuts) * frames * math.prod(source.image_shape) > config.in_memory_bytes:
+        return source.checked()
+    decoded = source.decoded()
+    tell_lost_classes(labels, decoded.labels, names, _UNREADABLE)
+    return decoded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,6 +233,7 @@ class VideoClips:
     fps: float | int
     crop: Crop = "center"
     on_corrupt: OnCorrupt = "refuse"
+    split: Split = "all"
 
     def __len__(self) -> int:
         return len(self.cuts)
@@ -237,6 +243,11 @@ class VideoClips:
             answers = list(pool.map(self._reader.next_readable, indices.tolist()))
         positions = np.array([position for position, _ in answers])
         return {"image": np.stack([clip for _, clip in answers]), "label": self.labels[positions]}
+
+    def checked(self) -> VideoClips:
+        """Returns itself, unless files may be left out and none can be read, which raises ValueError."""
+        self._reader.check_any()
+        return self
 
     def decoded(self) -> ArrayClips:
         """Returns the same clips in memory; what cannot be read is refused all at once, or left out."""
@@ -249,7 +260,8 @@ class VideoClips:
     @functools.cached_property
     def _reader(self) -> FileReader[UInt8[np.ndarray, "frames height width c"]]:
         files = [path for path, _ in self.cuts]
-        return FileReader(self._read, files, self.on_corrupt, what=_WHAT, replaces=not self.captions)
+        replaces = not self.captions
+        return FileReader(self._read, files, self.on_corrupt, what=_WHAT, split=self.split, replaces=replaces)
 
     def _read(self, index: int) -> UInt8[np.ndarray, "frames height width c"]:
         (path, start), (height, width, channels) = self.cuts[index], self.image_shape
@@ -269,7 +281,7 @@ def _real(config: ClipsConfig, frames: int, split: Split) -> Cuts:
     if split == "eval" and config.eval_fraction == 0:
         raise ValueError("data.eval_fraction is 0, so the split 'eval' is empty; set data.eval_fraction to 0.1.")
     cuts: list[tuple[Path, float]] = []
-    for of_file in _cuts(files, frames, config):
+    for of_file in _cuts(files, frames, config, split)[0]:
         held = max(1, round(config.eval_fraction * len(of_file))) if config.eval_fraction and of_file else 0
         # Clips that reach into the held-out ones are in neither split.
         reach = -(-frames // config.hop) - 1 if held and config.hop else 0
@@ -292,23 +304,36 @@ def _folder(config: ClipsConfig, frames: int, split: Split) -> Cuts:
     texts = read_captions(listing)
     cuts: list[tuple[Path, float]] = []
     owners: list[int] = []
-    for number, of_file in zip(chosen.tolist(), _cuts([files[i] for i in chosen], frames, config), strict=True):
+    by_file, readable = _cuts([files[i] for i in chosen], frames, config, split)
+    for number, of_file in zip(chosen.tolist(), by_file, strict=True):
         cuts += of_file
         owners += [number] * len(of_file)
-    if lost := sorted({names[label] for label in np.setdiff1d(labels[chosen], labels[owners])}):
-        tell(f"No clip is left of {name_list(lost)}, whose videos are all too short.")
+    read, unread = labels[chosen[readable]], labels[np.delete(chosen, readable)]
+    for before, after, sentence in (
+        (unread, read, _UNREADABLE),
+        (np.setdiff1d(read, unread), labels[owners], "No clip is left of {}, whose videos are all too short."),
+        (np.intersect1d(read, unread), labels[owners], _UNREADABLE.replace("cannot", "are too short or cannot")),
+    ):
+        tell_lost_classes(before, after, names, sentence)
     return tuple(cuts), labels[owners], names, tuple(texts[owner] for owner in owners) if texts else ()
 
 
-def _cuts(files: list[Path], frames: int, config: ClipsConfig) -> list[list[tuple[Path, float]]]:
-    """Where the clips of each video begin, in seconds; none where it is too short, or left out as unreadable."""
+def _cuts(
+    files: list[Path], frames: int, config: ClipsConfig, split: Split
+) -> tuple[list[list[tuple[Path, float]]], Int[np.ndarray, " readable"]]:
+    """Where the clips of each video begin, in seconds; none where it is too short, or left out as unreadable.
+
+    With the positions of the videos that can be read.
+    """
     cuts: list[list[tuple[Path, float]]] = [[] for _ in files]
 
     def keep(number: int, times: Float[np.ndarray, " n"]) -> None:
         starts = times[: max(0, len(times) - frames + 1) : config.hop or frames]
         cuts[number] = [(files[number], start) for start in starts.tolist()]
 
-    reader = FileReader(lambda i: frame_times(files[i], fps=config.fps or None), files, config.on_corrupt, what=_WHAT)
+    reader = FileReader(
+        lambda i: frame_times(files[i], fps=config.fps or None), files, config.on_corrupt, what=_WHAT, split=split
+    )
     readable = reader.read_all(keep)
     where = f"data.path '{config.path}'" if config.path else f"data.source '{config.source}'"
     short = sum(not cuts[number] for number in readable)
@@ -319,7 +344,7 @@ def _cuts(files: list[Path], frames: int, config: ClipsConfig) -> list[list[tupl
         )
     if short:
         tell(f"Left out {short} of {len(cuts)} videos of {where}, without {_asked(frames, config)}.")
-    return cuts
+    return cuts, readable
 
 
 def _asked(frames: int, config: ClipsConfig) -> str:

@@ -8,10 +8,13 @@ which of their values is black, and which is white.
 from __future__ import annotations
 
 import os
+from io import BufferedIOBase
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from jaxtyping import Integer, UInt8
+
+from flowgen.data.media import pillow
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -78,6 +81,28 @@ def grey_bytes(levels: Integer[np.ndarray, "height width"], samples: Samples) ->
     """
     high = (np.clip(levels, 0, (1 << samples.bits) - 1) >> (samples.bits - 8)).astype(np.uint8)
     return np.invert(high) if samples.white_is_zero else high
+
+
+def hide_by_value(image: Image, file: BufferedIOBase) -> None:
+    """Makes the pixels of a PNG in colour of 16 bits transparent that have its transparent value, in all their bits.
+
+    image: of the high bytes, as Pillow gives it. file: that it was read from.
+
+    Example:
+        hide_by_value(image, file)
+    """
+    clear = image.info.pop("transparency")
+    file.seek(0)
+    with pillow().open(file, formats=("PNG",)) as low:
+        # Taken for little-endian, the low bytes come as the high ones.
+        low.tile = [(*tile[:3], "RGB;16L") for tile in low.tile]
+        low.load()
+        alpha = pillow().new("L", image.size, 0)
+        for band, level in enumerate(clear):
+            for part, byte in ((image, level >> 8), (low, level & 0xFF)):
+                other = part.getchannel(band).point([0 if value == byte else 255 for value in range(256)])
+                alpha.paste(255, mask=other)
+    image.putalpha(alpha)
 
 
 def _tag(image: Image, number: int, default: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from flowgen.data.listing import Listing, list_files
 from flowgen.data.media import IMAGE_FORMATS, pillow
 from flowgen.data.pictures import Crop, picture_size, read_picture
 from flowgen.data.sources import ArraySource, Batch, DataConfig, Source, Split, hold_out_files
-from flowgen.data.unreadable import FileReader, OnCorrupt
+from flowgen.data.unreadable import FileReader, OnCorrupt, tell_lost_classes
 from flowgen.documents import read_bytes
 from flowgen.text import ASPECTS, aspect_size, nearest_aspect
 
@@ -67,7 +68,7 @@ def read_folder(
     if not in_memory:
         _log.info("Decoding '%s' batch by batch: it needs more than data.in_memory_bytes.", config.path)
 
-    def source(kept: list[int], size: tuple[int, int]) -> Source:
+    def source(kept: list[int], size: tuple[int, int]) -> ArraySource | FolderSource:
         found = FolderSource(
             [listing.root / listing.names[i] for i in kept],
             labels[kept],
@@ -76,13 +77,21 @@ def read_folder(
             image_shape=(*size, channels),
             crop=config.crop,
             on_corrupt=config.on_corrupt,
+            split=split,
         )
-        return found.decoded(may_be_empty=config.aspects) if in_memory else found
+        return found.decoded(may_be_empty=config.aspects) if in_memory else found.checked(may_be_empty=config.aspects)
+
+    def told(sources: Sequence[ArraySource | FolderSource]) -> None:
+        kept = np.concatenate([source.labels for source in sources])
+        lost = f"No picture of the split '{split}' is left of {{}}, whose pictures cannot be read."
+        tell_lost_classes(labels[chosen], kept, class_names, lost)
 
     if not config.aspects:
-        return source(chosen.tolist(), image_size)
+        whole = source(chosen.tolist(), image_size)
+        told([whole])
+        return whole
     side = math.sqrt(math.prod(image_size))
-    aspects = _aspects([listing.root / listing.names[i] for i in chosen], config.on_corrupt)
+    aspects = _aspects([listing.root / listing.names[i] for i in chosen], config.on_corrupt, split)
     sizes = {name: aspect_size(name, round(side), multiple) for name in ASPECTS}
     members = {
         name: [i for i, aspect in zip(chosen.tolist(), aspects, strict=True) if aspect == name] for name in ASPECTS
@@ -90,7 +99,10 @@ def read_folder(
     buckets = [source(kept, sizes[name]) for name, kept in members.items() if kept]
     readable = tuple(bucket for bucket in buckets if len(bucket))
     if not readable:
-        raise ValueError(f"data.path '{config.path}' holds no picture that can be read; add some.")
+        raise ValueError(
+            f"data.path '{config.path}' holds no picture that can be read in the split '{split}'; add some."
+        )
+    told(readable)
     return BucketedSource(readable)
 
 
@@ -154,6 +166,7 @@ class FolderSource:
         image_shape: tuple[int, int, int],
         crop: Crop = "center",
         on_corrupt: OnCorrupt = "refuse",
+        split: Split = "all",
     ) -> None:
         self.files = files
         self.labels = labels
@@ -162,7 +175,7 @@ class FolderSource:
         self.image_shape = image_shape
         self.crop: Crop = crop
         self.on_corrupt = on_corrupt
-        self._reader = FileReader(self._read, files, on_corrupt, what=_WHAT)
+        self._reader = FileReader(self._read, files, on_corrupt, what=_WHAT, split=split)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -172,6 +185,12 @@ class FolderSource:
             answers = list(pool.map(self._reader.next_readable, indices.tolist()))
         positions = np.array([position for position, _ in answers])
         return {"image": np.stack([image for _, image in answers]), "label": self.labels[positions]}
+
+    def checked(self, *, may_be_empty: bool = False) -> FolderSource:
+        """Returns itself, unless files may be left out and none can be read, which raises ValueError."""
+        if not may_be_empty:
+            self._reader.check_any()
+        return self
 
     def decoded(self, *, may_be_empty: bool = False) -> ArraySource:
         """Returns the same pictures in memory; unreadable files are refused all at once, or left out.
@@ -188,9 +207,9 @@ class FolderSource:
         return read_picture(self.files[position], size=(height, width), channels=channels, crop=self.crop)
 
 
-def _aspects(files: list[Path], on_corrupt: OnCorrupt) -> list[str | None]:
+def _aspects(files: list[Path], on_corrupt: OnCorrupt, split: Split) -> list[str | None]:
     """The nearest aspect of each picture, by its header alone; None for one that is left out for having none."""
     found: list[str | None] = [None] * len(files)
-    reader = FileReader(lambda i: nearest_aspect(*picture_size(files[i])), files, on_corrupt, what=_WHAT)
+    reader = FileReader(lambda i: nearest_aspect(*picture_size(files[i])), files, on_corrupt, what=_WHAT, split=split)
     reader.read_all(found.__setitem__, may_be_empty=True)
     return found

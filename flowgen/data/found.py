@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from flowgen.data.buckets import BucketedSource
-from flowgen.data.clips import ClipsConfig
+from flowgen.data.clips import ClipsConfig, VideoClips
 from flowgen.data.crafter import CLASS_NAMES
+from flowgen.data.folder import FolderSource
 from flowgen.data.inventory import Inventory
 from flowgen.data.latents import INDEX_FILE, LatentSource, read_index
 from flowgen.data.listing import Listing, list_files
@@ -88,6 +89,7 @@ def take_inventory(
         held_files,
         left_out,
         stills=sum(map(len, beside)) // mirrored,
+        at_most=(_at_most(train), held_out is not None and _at_most(held_out)),
     )
 
 
@@ -102,6 +104,12 @@ def _apart(source: Source | BucketedSource) -> tuple[list[Any], list[Any]]:
     buckets: list[Any] = list(source.buckets) if isinstance(source, BucketedSource) else [source]
     most = max(map(_frames, buckets))
     return [b for b in buckets if _frames(b) == most], [b for b in buckets if _frames(b) == 1 < most]
+
+
+def _at_most(source: Source | BucketedSource) -> bool:
+    """Whether files that cannot be read are counted, for they are only met later."""
+    buckets = source.buckets if isinstance(source, BucketedSource) else (source,)
+    return any(isinstance(b, FolderSource | VideoClips) and b.on_corrupt == "skip" for b in buckets)
 
 
 def _frames(source: Any) -> int:

@@ -79,7 +79,8 @@ class Inventory:
     what: images, clips or latents. train, held_out: how many of them. before: (height, width) of some of the files, in
     pixels; empty if they are not resized. after: the shapes that the model is given. train_files, held_out_files: a
     mark of each file's content, such as its size, by its name; empty for data that come with a package.
-    left_out: in words. stills: images that clips are trained with beside.
+    left_out: in words. stills: images that clips are trained with beside. at_most: of both, whether some may turn out
+    to be unreadable.
 
     Example:
         inventory = Inventory("images", 1080, 120, ((48, 48),), ((32, 32),), ("cat", "dog", "fox"))
@@ -96,13 +97,16 @@ class Inventory:
     held_out_files: Mapping[str, int | str] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
     stills: int = 0
+    at_most: tuple[bool, bool] = (False, False)
 
     def line(self) -> str:
         """Returns what was found, in one line."""
         count = f"{len(self.classes):,} " if len(self.classes) > _CLASSES_NAMED else ""
         classes = f"{count}classes: {name_list(self.classes)}" if self.classes else "no classes"
         stills = f" and {self.stills:,} images" if self.stills else ""
-        parts = [f"{self.train:,} train{stills}", f"{self.held_out:,} held out", self._sizes(), classes]
+        most, most_held = ("up to " if at_most else "" for at_most in self.at_most)
+        counts = (f"{most}{self.train:,} train{stills}", f"{most_held}{self.held_out:,} held out")
+        parts = [*counts, self._sizes(), classes]
         return f"{self.what}: " + ", ".join(part for part in parts if part)
 
     def _sizes(self) -> str:

@@ -11,12 +11,12 @@ import threading
 import zlib
 from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 from jaxtyping import UInt8
 
-from flowgen.data.depths import Samples, grey_bytes, samples_of, without_range
+from flowgen.data.depths import Samples, grey_bytes, hide_by_value, samples_of, without_range
 from flowgen.data.media import image_formats, pillow
 from flowgen.data.unreadable import Unreadable
 from flowgen.data.upright import Turn, picture_turn, without_metadata
@@ -52,7 +52,7 @@ def read_picture(
     """Returns the picture in a file as uint8 of shape (*size, channels), turned upright, on white.
 
     Transparency is laid on white, samples of more than 8 bits keep their highest 8, an animation gives its first
-    frame. Metadata that cannot be read are passed over.
+    frame. Metadata that cannot be read are passed over. Of a damaged TIFF, libtiff may print a line of its own.
 
     Raises:
         UnreadablePicture: pixels are damaged or cut off, over 178 million (of WebP 44 million), of no format that
@@ -64,8 +64,11 @@ def read_picture(
 
     def pixels(image: Image, turn: Turn) -> UInt8[np.ndarray, "height width c"]:
         samples = samples_of(image, path)
+        file: Any = getattr(image, "fp", None)
         # Opening reads the header alone; a truncated file only fails here.
         image.load()
+        if samples.bits == 16 and image.mode == "RGB" and "transparency" in image.info:
+            hide_by_value(image, file)
         asked = turn.size(*size)
         box = _box(image.size, asked, crop, turn)
         mode = "L" if channels == 1 else "RGB"
@@ -216,7 +219,7 @@ def _flatten(image: Image, samples: Samples) -> Image:
         grey = grey_bytes(levels, samples)
         return pillow().fromarray(grey if clear is None else np.where(levels == clear, np.uint8(255), grey))
     if image.has_transparency_data:
-        if samples.bits != 8 and image.mode in ("L", "RGB"):
+        if samples.bits != 8 and image.mode == "L":
             image.info["transparency"] = _eight_bit(image.info["transparency"], samples.bits)
         return on_white(image)
     return image
@@ -232,8 +235,6 @@ def on_white(image: Image) -> Image:
     return pillow().alpha_composite(pillow().new("RGBA", image.size, "white"), image)
 
 
-def _eight_bit(clear: int | tuple[int, ...], depth: int) -> int | tuple[int, ...]:
-    """A transparent value of a PNG as its pixels come from Pillow, which leaves it in `depth` bits."""
-    if isinstance(clear, tuple):
-        return tuple(level >> 8 if depth == 16 else level for level in clear)
+def _eight_bit(clear: int, depth: int) -> int:
+    """A transparent grey of a PNG as its pixels come from Pillow, which leaves it in `depth` bits."""
     return clear * 255 // ((1 << depth) - 1)

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, Int32
 
-from flowgen.data.inventory import tell
+from flowgen.data.inventory import name_list, tell
 
 T = TypeVar("T")
 OnCorrupt = Literal["refuse", "skip"]
@@ -25,14 +25,27 @@ class Unreadable(ValueError):
         return str(self)
 
 
+def tell_lost_classes(
+    before: Int32[np.ndarray, " n"], after: Int32[np.ndarray, " m"], class_names: Sequence[str], sentence: str
+) -> None:
+    """Warns of classes of which nothing is left. sentence: with {} for their names.
+
+    Example:
+        tell_lost_classes(labels, labels[kept], names, "No picture is left of {}.")
+    """
+    if lost := [class_names[label] for label in np.setdiff1d(before, after) if label >= 0]:
+        tell(sentence.format(name_list(lost)))
+
+
 class FileReader(Generic[T]):
     """Reads what stands at a position of a list of files, and answers for those that raise Unreadable.
 
     "refuse" raises a ValueError that names them; "skip" warns once of each file and leaves it out.
-    what: one and several of them, in sentences. replaces: another file may stand in for one that is left out.
+    what: one and several of them, in sentences. split: that they belong to. replaces: another file may stand in for one
+    that is left out.
 
     Example:
-        reader = FileReader(read, files, "skip", what=("picture", "pictures"))
+        reader = FileReader(read, files, "skip", what=("picture", "pictures"), split="train")
         position, image = reader.next_readable(7)
     """
 
@@ -43,9 +56,11 @@ class FileReader(Generic[T]):
         on_corrupt: OnCorrupt,
         *,
         what: tuple[str, str],
+        split: str,
         replaces: bool = True,
     ) -> None:
         self._read, self._files, self._on_corrupt, self._what = read, files, on_corrupt, what
+        self._split = split
         self._replaces = replaces
         # Which files were warned about; it spares a second warning and changes no answer.
         self._warned: set[Path] = set()
@@ -66,6 +81,11 @@ class FileReader(Generic[T]):
                     self._warned.add(file)
                     tell(f"Left out the unreadable {self._what[0]} {error.named}.")
         raise self._refusal(failures)
+
+    def check_any(self) -> None:
+        """Raises, if files may be left out, the sentence for none that can be read; reads the first that can."""
+        if self._on_corrupt == "skip" and self._replaces:
+            self.next_readable(0)
 
     def read_all(self, keep: Callable[[int, T], None], *, may_be_empty: bool = False) -> Int[np.ndarray, " kept"]:
         """Calls `keep` with each position and what stands there, and returns the positions that can be read.
@@ -93,8 +113,11 @@ class FileReader(Generic[T]):
         return np.setdiff1d(np.arange(len(self._files)), sorted(errors))
 
     def _refusal(self, failures: dict[Path, Unreadable]) -> ValueError:
-        skip = ", or set data.on_corrupt to 'skip'" if self._on_corrupt == "refuse" and self._replaces else ""
-        return ValueError(f"data.path holds {self._listed(failures)}; repair or remove them{skip}.")
+        refuse = self._on_corrupt == "refuse"
+        skip = ", or set data.on_corrupt to 'skip'" if refuse and self._replaces else ""
+        none = f"data.on_corrupt is 'skip', but nothing is left of the split '{self._split}': "
+        none = "" if refuse or not self._replaces else none
+        return ValueError(f"{none}data.path holds {self._listed(failures)}; repair or remove them{skip}.")
 
     def _listed(self, failures: dict[Path, Unreadable]) -> str:
         errors, (one, several) = list(failures.values()), self._what

@@ -31,7 +31,7 @@ _TIMES = 1 << 16
 def video_length(path: str | os.PathLike[str]) -> tuple[float, float]:
     """Returns seconds and frames per second of a video. Raises UnreadableVideo where the file is none.
 
-    It ends with its last whole frame, whatever the file claims.
+    It begins with its first key frame and ends with its last whole frame, whatever the file claims.
 
     Example:
         seconds, fps = video_length("clip.mp4")
@@ -46,16 +46,17 @@ def video_size(path: str | os.PathLike[str]) -> tuple[int, int]:
     Example:
         height, width = video_size("clip.mp4")
     """
-    for (frame, _, _), video in shown_frames(path):
-        return frame_turn(frame).size(frame.height, max(1, round(frame.width * video.pixel_aspect)))
-    raise UnreadableVideo(path, "has no pictures in it that can be decoded", "give a video")
+    frames = shown_frames(path)  # The file is open as long as this lives.
+    (frame, _, _), video = next(frames)
+    return frame_turn(frame).size(frame.height, max(1, round(frame.width * video.pixel_aspect)))
 
 
 def frame_times(path: str | os.PathLike[str], *, fps: float | int | None = None) -> Float[np.ndarray, " n"]:
     """Returns the seconds at which `read_clip` finds frames in a video: i / fps for as long as it lasts, or with fps
-    None those of its own frames, read without decoding them.
+    None those of its own frames, read without decoding them. Second 0 is that of the first key frame.
 
-    Raises UnreadableVideo where the file is none, or says that it lasts longer than its bytes can tell.
+    Raises UnreadableVideo where the file is none, has lost its end, or says that it lasts longer than its bytes can
+    tell.
 
     Example:
         starts = frame_times("clip.mp4", fps=8)[:-16]  # of clips of 17 frames

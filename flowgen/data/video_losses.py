@@ -1,0 +1,103 @@
+"""What is missing from the bytes of a video, where its container and its decoder go on without a word."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, BinaryIO
+
+import numpy as np
+
+# Containers whose packets stand one after the other, without an index that says where.
+_IN_ORDER = ("matroska,webm", "flv")
+# A container and its codecs that have a frame at every tick of their rate.
+_PROGRAMME, _STEADY = "mpeg", ("mpeg1video", "mpeg2video")
+# Bytes between two packets, such as their headers.
+_BETWEEN = 128
+# Frames from one packet to the next, above which something is missing; time may be one frame off in programme streams.
+_JUMP, _JUMP_OF_PROGRAMME = 1.75, 2.75
+# Of a transport stream: the mark that its packets begin with, bytes of their heads, and those from one packet to the
+# next, with those that stand before the mark.
+_TS, _SYNC, _TS_HEAD, _TS_STEPS = "mpegts", 0x47, 6, ((188, 0), (192, 4), (204, 0))
+_TS_MOST = 10  # From the beginning of a packet to the end of its head.
+
+
+class Losses:
+    """Watches the packets of a file, in their order in it, for what is missing between those of a video.
+
+    Matroska and FLV: bytes that belong to no packet where time jumps. MPEG-TS: packets of 188 bytes that lack their
+    number or their mark. MPEG-PS: a jump in time, which it cannot have.
+
+    Example:
+        losses = Losses(file, container, stream, rate)
+        for packet in container.demux(*losses.watched):
+            missing = losses.before(packet)
+    """
+
+    def __init__(self, file: BinaryIO, container: Any, stream: Any, rate: float) -> None:
+        self._file, self._stream, self._rate = file, stream, rate
+        self._kind: str = container.format.name
+        self._claimed = (container.duration or 0) / 1e6
+        self.watched = () if self._kind in _IN_ORDER else (stream,)
+        self._largest = 0
+        self.forget()
+
+    def forget(self) -> None:
+        """Begins anew, as after a search."""
+        self._end, self._passed = 0, 0  # Of the last packet, and the most bytes since the last one of the video.
+        self._at: int | None = None
+        self._before: Any = None
+
+    def before(self, packet: Any) -> bool:
+        """Returns whether something is missing between the last packet of the video and this."""
+        at = packet.pos
+        if at is not None:
+            if self._at is not None and at > self._at:
+                self._passed = max(self._passed, at - self._end)
+            self._end = packet.size + (self._end if at == self._at else at)
+            self._at = at
+        self._largest = max(self._largest, packet.size)
+        if packet.stream_index != self._stream.index:
+            return False
+        before, passed = self._before, self._passed
+        self._before, self._passed = packet, 0
+        if before is None:
+            return False
+        if self._kind == _TS and not self._is_continuous(before.pos, at):
+            return True
+        if self._kind == _PROGRAMME and self._stream.codec_context.name in _STEADY:
+            return self._frames_between(before, packet) > _JUMP_OF_PROGRAMME
+        return self._kind in _IN_ORDER and passed > _BETWEEN and self._frames_between(before, packet) > _JUMP
+
+    def behind(self, end: float) -> bool:
+        """Returns whether something is missing behind the last packet. end: of its frames, as packets count seconds."""
+        if self._kind not in _IN_ORDER or self._at is None or (self._claimed - end) * self._rate < _JUMP:
+            return False
+        # A file that was cut off ends within the next packet.
+        return os.fstat(self._file.fileno()).st_size - self._end > 2 * self._largest + _BETWEEN
+
+    def _frames_between(self, before: Any, packet: Any) -> float:
+        """By how many frames of its rate a packet is later than another."""
+        stamps = (before.dts, packet.dts) if None not in (before.dts, packet.dts) else (before.pts, packet.pts)
+        return 0.0 if None in stamps else float((stamps[1] - stamps[0]) * self._stream.time_base) * self._rate
+
+    def _is_continuous(self, begin: int | None, end: int | None) -> bool:
+        """Whether the packets of a transport stream from one place to another follow each other."""
+        if begin is None or end is None or end <= begin:
+            return True
+        stands = self._file.tell()
+        self._file.seek(begin)
+        content = np.frombuffer(self._file.read(end - begin + _TS_MOST), np.uint8)
+        self._file.seek(stands)
+        fitting = [step for step in _TS_STEPS if sum(step) < len(content) and content[sum(step)] == _SYNC]
+        if not fitting or (end - begin) % fitting[0][0] or len(content) != end - begin + _TS_MOST:
+            return False
+        step, mark = fitting[0]
+        heads = content[np.arange(mark, end - begin + mark + 1, step)[:, None] + np.arange(_TS_HEAD)].astype(int)
+        if (heads[:, 0] != _SYNC).any():
+            return False
+        mine = heads[((heads[:, 1] & 0x1F) << 8 | heads[:, 2]) == self._stream.id]
+        # A field in which a packet may say that its number does not go on.
+        if ((mine[:, 3] & 0x20 > 0) & (mine[:, 4] > 0) & (mine[:, 5] & 0x80 > 0)).any():
+            return True
+        numbers = mine[mine[:, 3] & 0x10 > 0, 3] & 0x0F
+        return bool((np.diff(numbers) % 16 <= 1).all())

@@ -1,0 +1,95 @@
+"""Files that cannot be read and may be left out: what is told of classes and splits that are left without any."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from flowgen.data import ClipsConfig, DataConfig, load, load_clips
+from flowgen.data.clips import VideoClips
+from flowgen.data.folder import FolderSource
+from flowgen.data.found import take_inventory
+from flowgen.data.sources import hold_out_files
+from flowgen.data.video import write_video
+
+SHAPE = {"image_size": (8, 8), "channels": 3}
+CLASSES = ("cat", "dog", "fox")
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    for name in CLASSES:
+        (tmp_path / name).mkdir()
+        for number in range(4):
+            Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / name / f"{number}.png")
+    return tmp_path
+
+
+def held_out(folder, kind):
+    names = tuple(sorted(path.relative_to(folder).as_posix() for path in folder.rglob(f"*{kind}")))
+    return {names[position] for position in hold_out_files(names, 0.1, "eval")}
+
+
+@pytest.mark.parametrize("aspects", [False, True])
+def test_a_class_without_a_picture_that_can_be_read_is_told(pictures, caplog, aspects):
+    for path in (pictures / "dog").iterdir():
+        path.write_bytes(b"nothing")
+    config = DataConfig("folder", path=str(pictures), on_corrupt="skip", eval_fraction=0.0, aspects=aspects)
+    source = load(config, **SHAPE, split="train")
+    assert source.class_names == CLASSES
+    assert "No picture of the split 'train' is left of dog, whose pictures cannot be read." in caplog.messages
+
+
+@pytest.mark.parametrize("in_memory_bytes", [0, 1 << 20])
+def test_a_split_without_a_picture_that_can_be_read_is_named_when_it_is_opened(pictures, in_memory_bytes):
+    for name in held_out(pictures, ".png"):
+        (pictures / name).write_bytes(b"nothing")
+    config = DataConfig("folder", path=str(pictures), on_corrupt="skip", in_memory_bytes=in_memory_bytes)
+    assert len(load(config, **SHAPE, split="train")) == 11
+    with pytest.raises(ValueError, match=r"nothing is left of the split 'eval'.*1 picture that cannot be read"):
+        load(config, **SHAPE, split="eval")
+
+
+def test_the_line_of_what_was_found_says_what_is_not_read_yet(pictures):
+    (pictures / "cat" / "0.png").write_bytes(b"nothing")
+    known = DataConfig("folder", path=str(pictures), on_corrupt="skip", eval_fraction=0.0)
+    later = DataConfig("folder", path=str(pictures), on_corrupt="skip", eval_fraction=0.0, in_memory_bytes=0)
+    sources = [load(config, **SHAPE, split="train") for config in (known, later)]
+    assert isinstance(sources[1], FolderSource)
+    assert take_inventory(known, sources[0]).line().startswith("images: 11 train, 0 held out")
+    assert take_inventory(later, sources[1]).line().startswith("images: up to 12 train, 0 held out")
+
+
+@pytest.fixture
+def videos(tmp_path):
+    for name in CLASSES:
+        (tmp_path / name).mkdir()
+        for number in range(3):
+            write_video(tmp_path / name / f"{number}.mp4", np.full((6, 8, 8, 3), 20 * number, np.uint8), fps=8)
+    return tmp_path
+
+
+def test_a_class_without_a_video_that_can_be_read_is_told_apart_from_short_ones(videos, caplog):
+    for path in (videos / "dog").iterdir():
+        path.write_bytes(b"nothing")
+    for path in (videos / "fox").iterdir():
+        write_video(path, np.zeros((2, 8, 8, 3), np.uint8), fps=8)
+    (videos / "elk").mkdir()
+    (videos / "elk" / "0.mp4").write_bytes(b"nothing")
+    (videos / "elk" / "1.mp4").write_bytes((videos / "fox" / "0.mp4").read_bytes())
+    config = ClipsConfig("folder", path=str(videos), on_corrupt="skip", eval_fraction=0.0)
+    load_clips(config, frames=4, **SHAPE, split="train")
+    assert "No clip is left of dog, whose videos cannot be read." in caplog.messages
+    assert "No clip is left of fox, whose videos are all too short." in caplog.messages
+    assert "No clip is left of elk, whose videos are too short or cannot be read." in caplog.messages
+
+
+@pytest.mark.parametrize("in_memory_bytes", [0, 1 << 20])
+def test_a_split_without_a_clip_that_can_be_read_is_named_when_it_is_opened(videos, in_memory_bytes):
+    for name in held_out(videos, ".mp4"):
+        (videos / name).write_bytes(b"nothing")
+    config = ClipsConfig("folder", path=str(videos), on_corrupt="skip", in_memory_bytes=in_memory_bytes)
+    train = load_clips(config, frames=4, **SHAPE, split="train")
+    assert len(train) == 8
+    assert isinstance(train, VideoClips) == (in_memory_bytes == 0)
+    with pytest.raises(ValueError, match=r"nothing is left of the split 'eval'.*1 video that cannot be read"):
+        load_clips(config, frames=4, **SHAPE, split="eval")
