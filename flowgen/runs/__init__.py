@@ -2,7 +2,7 @@
 
 from flowgen.runs.arrays import check_layout, flatten, layout
 from flowgen.runs.checkpoints import CheckpointReader
-from flowgen.runs.directory import CHECKPOINTS, check_workdir, is_run, read_config, write_config
+from flowgen.runs.directory import CHECKPOINTS, check_workdir, is_run, read_config, was_trained_in, write_config
 from flowgen.runs.lock import RunLock
 from flowgen.runs.metrics import EVAL
 from flowgen.runs.progress import on_terminal
@@ -24,5 +24,6 @@ __all__ = [
     "layout",
     "on_terminal",
     "read_config",
+    "was_trained_in",
     "write_config",
 ]
