@@ -7,12 +7,24 @@ out is plain: batch, queries and heads are divided as they came in.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec, auto_axes, reshard
+from jax.core import Tracer
+from jax.sharding import (
+    AbstractMesh,
+    AxisType,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+    auto_axes,
+    get_abstract_mesh,
+    reshard,
+    use_abstract_mesh,
+)
 from jaxtyping import Array
 
 
@@ -54,6 +66,74 @@ def map_axes(fn: Callable[..., Any], args: tuple[Array, ...], letters: str, *, d
     return mapped(*(reshard(x, NamedSharding(mesh, spec)) for x in args))
 
 
+def keep_rows(fn: Callable[..., Any], variables: Any, *args: Any, **options: Any) -> Any:
+    """Returns fn(variables, *args, **options), under automatic axes where the mesh of an array has explicit ones.
+
+    Rows of the results, on the first axis, are divided like those of the first array in args or options whose rows are.
+
+    Example:
+        logdet = keep_rows(run, variables, x, labels)
+    """
+    leaves = jax.tree.leaves((variables, args, options))
+    explicit = [x for x in leaves if _explicit_mesh(x) is not None]
+    if not explicit:
+        return fn(variables, *args, **options)
+    divided = [x for x in jax.tree.leaves((args, options)) if _explicit_mesh(x) is not None and "b" in _rows_of(x)]
+    rows = _rows_of(divided[0]) if divided else {}
+    count = len(divided[0]) if divided else None
+    # Outside of jit arrays lie on devices, and are put on a mesh; inside it only their types change.
+    traced = any(isinstance(x, Tracer) for x in leaves)
+    mesh: Any = _explicit_mesh(explicit) if traced else explicit[0].sharding.mesh
+    automatic, context = _automatic(mesh), get_abstract_mesh()
+
+    def to_automatic(x):
+        if _explicit_mesh(x) is None:
+            return x
+        if traced:
+            return reshard(x, PartitionSpec(*[None] * jnp.ndim(x)))
+        return jax.device_put(x, NamedSharding(automatic, x.sharding.spec))
+
+    def to_explicit(x):
+        letters = of_rows(x) if jnp.shape(x)[:1] == (count,) else ""
+        return (reshard if traced else jax.device_put)(x, NamedSharding(mesh, _spec(letters, rows)))
+
+    with use_abstract_mesh(automatic.abstract_mesh) if traced or not context.empty else nullcontext():
+        variables, args, options = jax.tree.map(to_automatic, (variables, args, options))
+        out = fn(variables, *args, **options)
+    # Within another call of this function everything stays under automatic axes.
+    return out if traced and context == automatic else jax.tree.map(to_explicit, out)
+
+
+@contextmanager
+def on_mesh_of(tree: Any) -> Generator[None]:
+    """Within it, outside of jit, vmap takes the arrays of a tree although explicit axes divide them.
+
+    Example:
+        with on_mesh_of(x):
+            y = jax.vmap(draw)(x)
+    """
+    leaves = jax.tree.leaves(tree)
+    meshes = [x.sharding.mesh for x in leaves if not isinstance(x, Tracer) and _explicit_mesh(x) is not None]
+    if meshes and get_abstract_mesh().empty and not any(isinstance(x, Tracer) for x in leaves):
+        with jax.set_mesh(meshes[0]):
+            yield
+    else:
+        yield
+
+
+class OnMeshes:
+    """A Flax module whose `apply` takes arrays whose rows are divided over explicit axes of a mesh; for inheritance.
+
+    Example:
+        class Network(OnMeshes, nn.Module): ...
+    """
+
+    def apply(self, variables: Any, *args: Any, **options: Any) -> Any:
+        """Returns what `flax.linen.Module.apply` does, its rows divided as those of the inputs are."""
+        apply: Any = getattr(super(), "apply")  # noqa: B009  (the module's, which comes next)
+        return keep_rows(apply, variables, *args, **options)
+
+
 def of_rows(x: Array, row: str = "b") -> str:
     """Returns a letter per axis of an array of rows, for `keep_axes`.
 
@@ -78,7 +158,7 @@ def alike_rows(tree: Any) -> Any:
     Example:
         positions, x = alike_rows((positions, x))
     """
-    divided = [x for x in jax.tree.leaves(tree) if _explicit_mesh(x) is not None and "b" in _divided([(x, of_rows(x))])]
+    divided = [x for x in jax.tree.leaves(tree) if _explicit_mesh(x) is not None and "b" in _rows_of(x)]
     if not divided:
         return tree
     # Outside of jit an array of one device comes to a mesh by being added to one that is there.
@@ -97,6 +177,19 @@ def varies(x: Array) -> bool:
         jax.shard_map(lambda x: x * varies(x), ...)
     """
     return bool(jax.typeof(x).manual_axis_type.varying)
+
+
+def check_unmapped(what: str, tree: Any) -> None:
+    """Raises ValueError where an array of a tree varies over an axis of a mapped program.
+
+    Example:
+        check_unmapped("dopri5", x0)
+    """
+    if any(varies(x) for x in jax.tree.leaves(tree)):
+        raise ValueError(
+            f"{what} does not pass the checks of jax.shard_map; call shard_map(..., check_vma=False), in which each "
+            "device works on its own part, or jax.jit with divided arrays."
+        )
 
 
 def varying(tree: Any, like: Any) -> Any:
@@ -121,6 +214,19 @@ def _divided(named: Iterable[tuple[Array, str]]) -> dict[str, Any]:
     return divided
 
 
+def _automatic(mesh: Any) -> Any:
+    """The same mesh, on devices or abstract, with automatic axes in place of explicit ones."""
+    types = tuple(AxisType.Auto if kind is AxisType.Explicit else kind for kind in mesh.axis_types)
+    if isinstance(mesh, AbstractMesh):
+        return mesh.update_axis_types(dict(zip(mesh.axis_names, types, strict=True)))
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=types)
+
+
+def _rows_of(x: Array) -> dict[str, Any]:
+    """The axes of the mesh that divide the rows of an array, by their letter."""
+    return _divided([(x, of_rows(x))]) if jnp.ndim(x) else {}
+
+
 def _explicit_names(mesh: AbstractMesh) -> tuple[str, ...]:
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
     return tuple(name for name, kind in kinds if kind is AxisType.Explicit)
@@ -128,6 +234,8 @@ def _explicit_names(mesh: AbstractMesh) -> tuple[str, ...]:
 
 def _explicit_mesh(args: Any) -> AbstractMesh | None:
     for leaf in jax.tree.leaves(args):
+        if not isinstance(leaf, jax.Array):
+            continue
         mesh = jax.typeof(leaf).sharding.mesh
         if AxisType.Explicit in mesh.axis_types:
             return mesh

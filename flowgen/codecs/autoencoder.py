@@ -23,6 +23,7 @@ from flowgen.nn.checks import check_choices
 from flowgen.nn.convolution import conv, group_norm
 from flowgen.nn.layers import linear, master_dtype
 from flowgen.ranges import MAX_LEVELS, AtMost, Channels, Groups, Loops, Width, check_ranges
+from flowgen.sharding import OnMeshes
 from flowgen.typed import typed
 
 GROUP_NORM_EPS = 1e-6
@@ -76,7 +77,7 @@ class AutoencoderConfig:
         return (1, self.factor, self.factor, self.channels)
 
 
-class Autoencoder(nn.Module):
+class Autoencoder(OnMeshes, nn.Module):
     """Encoder and decoder between pictures `b height width c` in [-1, 1] and latents `b h w z`.
 
     Example:

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from flowgen.attention import softmax_attention
 from flowgen.nn.layers import ACTIVATIONS
 from flowgen.ranges import Heads, Hidden, Layers, Vocabulary, Width, check_ranges
+from flowgen.sharding import OnMeshes
 
 NORM_EPS = 1e-12
 
@@ -41,7 +42,7 @@ class BertConfig:
             raise ValueError(f"num_heads is {self.num_heads}, which does not divide width {self.width}; change one.")
 
 
-class BertEncoder(nn.Module):
+class BertEncoder(OnMeshes, nn.Module):
     """Features `b l d` of token numbers `b l`, zero where the mask is False.
 
     Raises ValueError where there are more tokens than positions.

@@ -20,6 +20,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from flowgen.ranges import HeadDim, Heads, Hidden, Layers, Vocabulary, Width, Within, check_ranges
+from flowgen.sharding import OnMeshes
 
 NORM_EPS = 1e-6
 
@@ -50,7 +51,7 @@ class T5Config:
             )
 
 
-class T5Encoder(nn.Module):
+class T5Encoder(OnMeshes, nn.Module):
     """Features `b l d` of token numbers `b l`, zero where the mask is False.
 
     Example:

@@ -40,6 +40,7 @@ from flowgen.codecs.causal import (
 from flowgen.nn.checks import check_choices
 from flowgen.nn.layers import linear, master_dtype
 from flowgen.ranges import MAX_LEVELS, AtMost, Channels, Loops, Side, Width, check_ranges
+from flowgen.sharding import OnMeshes
 from flowgen.typed import typed
 
 Clips = Float[Array, "b frames height width c"]
@@ -169,7 +170,7 @@ def _check(config: VideoAutoencoderConfig, x: Any) -> None:
     check_clips(x, channels=config.channels, factor=config.factor, stride=config.stride)
 
 
-class VideoAutoencoder(nn.Module):
+class VideoAutoencoder(OnMeshes, nn.Module):
     """Encoder and decoder between clips `b frames height width c` in [-1, 1] and latents `b f h w z`.
 
     Of 1 + k · stride frames come 1 + k latents; those of frame t depend on frames 0..t alone.

@@ -21,6 +21,7 @@ from flowgen.decoding.plan import DecodePlan, MovingJacobi, Plan, resolve_plan
 from flowgen.flows.density import check_flow
 from flowgen.flows.density import denoise as tweedie
 from flowgen.nn.layers import master_dtype
+from flowgen.sharding import check_unmapped, keep_rows
 
 
 class Denoiser(NamedTuple):
@@ -82,7 +83,9 @@ def invert(
         raise ValueError(f"z has shape {tuple(z.shape)}; this flow takes (batch, {expected[0]}, {expected[1]}).")
     z = jnp.asarray(z, master_dtype(config.dtype))
     plan, guidance, conds, weights = steering(config, z.shape[0], cond, plan, guidance, null)
-    return _invert(flow, params, z, conds, weights, plan=plan, guidance=guidance, certify=certify)
+    check_unmapped("decoding", (params, z, conds))
+    decode = partial(_invert, flow, plan=plan, guidance=guidance, certify=certify)
+    return keep_rows(decode, params, z, conds, weights)
 
 
 def sample(
@@ -116,9 +119,9 @@ def sample(
     plan, guidance, conds, weights = steering(config, num, cond, plan, guidance, null)
     how, numbers = denoising(denoise, config)
     indices = first + jnp.arange(num)
-    return _sample(
-        flow, params, key, indices, conds, weights, numbers, plan=plan, guidance=guidance, how=how, certify=certify
-    )
+    check_unmapped("sampling", (params, key, conds))
+    draw = partial(_sample, flow, plan=plan, guidance=guidance, how=how, certify=certify)
+    return keep_rows(draw, params, key, indices, conds, weights, numbers)
 
 
 def steering(

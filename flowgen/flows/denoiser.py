@@ -23,9 +23,10 @@ from flowgen.conditioning import Condition, TextCondition
 from flowgen.flows.starflow_v import STARFlowVConfig
 from flowgen.nn.layers import RMSNorm, linear, master_dtype
 from flowgen.nn.transformer import TransformerConfig, transformer_stack
+from flowgen.sharding import OnMeshes
 
 
-class ClipDenoiser(nn.Module):
+class ClipDenoiser(OnMeshes, nn.Module):
     """s(x̃, cond) of clips `b frames height width c`; the kernel of its head starts at 0.
 
     config: of the flow, whose width, heads, condition, positions and precision it takes, with denoiser_layers of its

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Key, UInt8
 from flowgen.arrays import at_least_float32, check_bytes, check_key, shown
 from flowgen.conditioning import Condition, TextCondition, drop_labels, drop_texts
 from flowgen.rows import Rows, batch_rows
+from flowgen.sharding import keep_rows
 
 LEVELS = 256
 PRIOR_VARIANCE_RATE = 0.1
@@ -282,7 +283,11 @@ def score(
     """
     check_flow(flow, variables)
     x = at_least_float32("x", x)
-    return jax.grad(lambda x: flow.apply(variables, x, cond, method="log_prob").sum())(x)
+
+    def slope(variables, x, cond):
+        return jax.grad(lambda x: flow.apply(variables, x, cond, method="log_prob").sum())(x)
+
+    return keep_rows(slope, variables, x, cond)
 
 
 def denoise(

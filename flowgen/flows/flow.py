@@ -20,6 +20,7 @@ from flowgen.flows.density import bits_per_dim, gaussian_log_prob
 from flowgen.nn.checks import check_patches, image_sides
 from flowgen.nn.layers import PatchOrder, master_dtype, patchify, unpatchify
 from flowgen.ranges import MAX_TOKENS, check_ranges
+from flowgen.sharding import OnMeshes
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ class ImageTokens:
         return images.reshape(len(tokens), *self.event_shape)
 
 
-class AutoregressiveFlow(nn.Module):
+class AutoregressiveFlow(OnMeshes, nn.Module):
     """Exact-likelihood flow between images `b height width c` and noise tokens `b n c`: the blocks of its config.
 
     Example:

@@ -25,6 +25,7 @@ from flowgen.matching.velocity import TIME_SCALE, ConditionEmbedding, check_inpu
 from flowgen.nn.checks import check_choices, check_patches, image_sides
 from flowgen.nn.layers import ACTIVATIONS, flat_dot, master_dtype, patchify, unpatchify
 from flowgen.ranges import Channels, Classes, Expansion, HeadDim, Layers, Side, Width, check_ranges
+from flowgen.sharding import OnMeshes
 from flowgen.typed import typed
 
 ATTENTIONS = ("softmax", "soft", *KERNELS)
@@ -121,7 +122,7 @@ class DiTConfig:
         return height // self.patch_size, width // self.patch_size
 
 
-class DiT(nn.Module):
+class DiT(OnMeshes, nn.Module):
     """A velocity network on images or latents `b height width c`.
 
     Example:

@@ -41,6 +41,7 @@ from flowgen.ranges import (
     Width,
     check_ranges,
 )
+from flowgen.sharding import OnMeshes
 from flowgen.typed import typed
 
 TORCH_GROUP_NORM_EPS = 1e-5
@@ -186,7 +187,7 @@ class UNetConfig:
         )
 
 
-class UNet(nn.Module):
+class UNet(OnMeshes, nn.Module):
     """A velocity network on images `b height width c`: convolutions at several resolutions, with dropout.
 
     Example:

@@ -20,6 +20,7 @@ from flowgen.arrays import check_floating, check_key, shown
 from flowgen.conditioning import UNCONDITIONAL, check_labels
 from flowgen.nn.layers import linear, master_dtype
 from flowgen.ranges import Channels, Classes, Loops, Width, check_ranges
+from flowgen.sharding import OnMeshes
 from flowgen.typed import typed
 
 # Times in [0, 1] are stretched to the 1,000 steps that sinusoidal embeddings are made for: without it all angles are
@@ -55,7 +56,7 @@ class MLPConfig:
         return (self.dim,)
 
 
-class VelocityMLP(nn.Module):
+class VelocityMLP(OnMeshes, nn.Module):
     """A multi-layer perceptron of [x, t, label]: SELU layers initialised as PyTorch's, as in 2-D experiments.
 
     Example:
