@@ -17,7 +17,7 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Key
 
-from flowgen.backend import alike_rows
+from flowgen.backend import alike_rows, on_mesh_of
 
 # The name under which a batch brings its rows.
 ROWS = "rows"
@@ -56,7 +56,8 @@ class Rows(struct.PyTreeNode):
             drawn = fn(jax.random.fold_in(self.key, position), *jax.tree.map(lambda x: x[None], parts))
             return jax.tree.map(lambda x: x[0], drawn)
 
-        return jax.vmap(one)(*alike_rows((self.positions, arrays)))
+        with on_mesh_of(arrays):
+            return jax.vmap(one)(*alike_rows((self.positions, arrays)))
 
     def draw_whole(self, fn: Callable[[Key[Array, ""], int], Any]) -> Any:
         """Returns these rows of fn(key, size): one draw for the whole batch, the same on every device."""

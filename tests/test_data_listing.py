@@ -11,6 +11,7 @@ from flowgen.data import ClipsConfig, DataConfig, load, load_clips
 from flowgen.data.listing import list_files
 from flowgen.data.media import IMAGE_FORMATS
 from flowgen.data.video import READABLE
+from flowgen.runs import RunWriter
 
 COLOURS = {"cat": (250, 10, 10), "dog": (10, 250, 10), "fox": (10, 10, 250)}
 
@@ -223,6 +224,22 @@ def test_all_pictures_of_a_class_held_out_are_told(tmp_path, caplog):
     load(config, image_size=(8, 8), channels=3, split="train")
     [lost] = {held_out.class_names[label] for label in held_out.labels.tolist()}
     assert f"All pictures of {lost} are held out" in caplog.text
+
+
+@pytest.mark.parametrize("lost", [None, "config.json", "checkpoints"])
+@pytest.mark.parametrize("place", ["run", "cat/run", "cat/deep/run"])
+def test_a_run_inside_the_data_is_none_of_them(tmp_path, place, lost):
+    classes(tmp_path, cat=2, dog=1)
+    with RunWriter(tmp_path / place, keep=1, best_metric="loss") as record:
+        record.begin({"seed": 1}, first_step=None, last_step=3, tensorboard=False, bar=False)
+        record.save_last(3, {"w": np.zeros(2, np.float32)})
+        record.draw(3, np.zeros((8, 8, 3), np.uint8))
+    if lost:
+        (tmp_path / place / lost).rename(tmp_path.with_name(f"{tmp_path.name}-{lost}"))
+    listing = list_files(tmp_path, (".png",), "pictures")
+    assert listing.class_names == ("cat", "dog")
+    assert len(listing) == 3
+    assert listing.left_out == (f"1 folder written by a flowgen run ('{place}')",)
 
 
 def video(path, level):

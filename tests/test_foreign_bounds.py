@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from published_files import publish, write_safetensors
-from soak.torch_programs import ARCHIVES, LAYOUTS, PROGRAMS, dictionary, tensor, zip_layout
+from soak.torch_programs import ARCHIVES, LAYOUTS, PROGRAMS, SLOW_KEYS, dictionary, push, tensor, zip_layout
 
 import flowgen
 from flowgen import convert, experiments
@@ -58,6 +58,20 @@ def test_pickles_cost_no_more_than_their_size(layout, name, tmp_path, monkeypatc
     path = LAYOUTS[layout](tmp_path / "weights.pth", PROGRAMS[name])
     refused(lambda: read_state_dict(path), path)
     assert [file.name for file in tmp_path.iterdir()] == ["weights.pth"]
+
+
+@pytest.mark.parametrize("name", SLOW_KEYS)
+def test_keys_that_take_long_to_find_are_refused(name, tmp_path):
+    path = zip_layout(tmp_path / "weights.pth", SLOW_KEYS[name])
+    refused(
+        lambda: read_state_dict(path), path, "keys that are numbers" if name == "many numbers" else "neither a text"
+    )
+
+
+def test_numbers_of_parameters_are_keys_of_an_optimizer(tmp_path):
+    ids = b"}" + b"".join(push(number) + b"}s" for number in (0, 1, -1, 140_737_488_355_328))
+    program = b"}" + push("state") + ids + b"s" + push("model") + dictionary({"w": tensor((2, 2), (2, 1))}) + b"s"
+    assert read_state_dict(zip_layout(tmp_path / "w.pth", program), entry="model")["w"].shape == (2, 2)
 
 
 def test_tensors_that_share_a_storage_hold_no_more_than_some_copies_of_the_file(tmp_path):

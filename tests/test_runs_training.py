@@ -446,6 +446,71 @@ def test_a_lost_config_is_written_again(whole, tmp_path, capsys):
     assert "lost its config.json" in capsys.readouterr().err
 
 
+ODD_FILES = {
+    "empty": lambda path: path.write_bytes(b""),
+    "half": lambda path: path.write_bytes(b'{"step": 4'),
+    "folder": lambda path: (path / "notes").mkdir(parents=True),
+    "pipe": os.mkfifo,
+}
+
+
+@pytest.mark.parametrize("kind", ODD_FILES)
+def test_a_damaged_config_is_refused_and_written_again_once_it_is_deleted(whole, tmp_path, kind):
+    workdir = shutil.copytree(whole, tmp_path / "run")
+    config = workdir / "config.json"
+    config.unlink()
+    ODD_FILES[kind](config)
+    for read in (read_config, lambda path: check_workdir(path, lambda saved: None)):
+        with pytest.raises(ValueError, match=r"config\.json .* delete it, and the command that trained .* writes it"):
+            read(workdir)
+    with pytest.raises(ValueError, match="delete it"):
+        toy.run(toy.make_job(), workdir, log=TEN)
+    config.rename(tmp_path / "elsewhere")
+    toy.run(toy.make_job(), workdir, log=TEN)
+    assert config.read_bytes() == (whole / "config.json").read_bytes()
+
+
+@pytest.mark.parametrize("kind", ODD_FILES)
+def test_a_damaged_evaluation_counts_as_none_and_is_made_again(whole, tmp_path, capsys, kind):
+    workdir = tmp_path / "run"
+    job = toy.make_job(evaluate=lambda variables: {"bits_per_dim": 1.0})
+    log = dataclasses.replace(TEN, eval_every=20, keep=5)
+    toy.run(job, workdir, log=log)
+    for step in (20, 40):
+        path = workdir / CHECKPOINTS / str(step) / "evaluation.json"
+        path.unlink()
+        ODD_FILES[kind](path)
+    toy.run(job, workdir, log=log)
+    told = capsys.readouterr().err
+    assert all(f"step {step} counts as not evaluated" in told for step in (20, 40))
+    reader = CheckpointReader(workdir / CHECKPOINTS)
+    assert [reader.evaluation(at) for at in (20, 40)] == [None, {"bits_per_dim": 1.0}]
+    assert_bitwise(arrays_of(workdir), arrays_of(whole))
+    toy.run(job, workdir, log=log, steps=41)
+    assert "counts as" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["samples", "checkpoints", "lock", "data.json", "metrics.jsonl"])
+def test_entries_of_the_wrong_kind_are_refused_by_name_before_training(whole, tmp_path, name):
+    workdir = shutil.copytree(whole, tmp_path / "run")
+    path = workdir / name
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    path.write_text("") if name in ("samples", "checkpoints") else path.mkdir()
+    untrained = toy.make_job(batches=lambda start, stop: iter(()))
+    with pytest.raises((OSError, ValueError), match=rf"{name} is no (folder|regular file); remove it"):
+        toy.run(untrained, workdir, log=TEN, steps=41)
+
+
+def test_lines_show_names_without_what_controls_a_terminal(whole, tmp_path, capsys):
+    workdir = shutil.copytree(whole, tmp_path / "run\x1b[31m")
+    (workdir / CHECKPOINTS / "\x1b[2J").mkdir()
+    toy.run(toy.make_job(), workdir, log=TEN, steps=41)
+    told = capsys.readouterr().err
+    assert "\x1b" not in told
+    assert "Resuming" in told
+    assert "run\\x1b[31m" in told
+
+
 class Full:
     """A standard error that takes nothing."""
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
+
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
@@ -147,3 +150,24 @@ def check_pallas(block_size: int, segment_ids: Array | None) -> None:
     """Raises ValueError for what the Pallas kernel does not have."""
     if block_size != 1 or segment_ids is not None:
         raise ValueError("the Pallas kernel has no blocks and no segments; use implementation='xla'.")
+
+
+@contextmanager
+def errors_of_pallas() -> Generator[None]:
+    """Says in one sentence what jax cannot do with the Pallas kernel.
+
+    Example:
+        with errors_of_pallas():
+            out, total = causal_product(q, k, v)
+    """
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        if "custom_vjp" in str(error):
+            raise TypeError("the Pallas kernel has no forward-mode derivatives; use implementation='xla'.") from error
+        if "axis_names" in str(error):
+            raise ValueError(
+                "vmap cannot take the Pallas kernel over an explicit axis of a mesh; use implementation='xla', or make "
+                "that axis the batch."
+            ) from error
+        raise

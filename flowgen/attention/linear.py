@@ -26,6 +26,7 @@ from flowgen.attention.checks import (
     check_pallas,
     check_quadratic,
     check_segments,
+    errors_of_pallas,
     hide_keys,
     is_key_mask,
 )
@@ -151,7 +152,10 @@ def products(
         check_quadratic(q, k)
     if causal is not None and causal.implementation == "pallas":
         check_pallas(causal.block_size, segment_ids)
-    results = _products(features, v, mask, segment_ids, causal)
+        with errors_of_pallas():
+            results = _products(features, v, mask, segment_ids, causal)
+    else:
+        results = _products(features, v, mask, segment_ids, causal)
     return results if queries is None else hide_queries(results, queries)
 
 

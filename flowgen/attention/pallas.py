@@ -34,6 +34,8 @@ def causal_product(
     if chunk_size < 16 or chunk_size & (chunk_size - 1):
         raise ValueError(f"chunk_size is {chunk_size}; the Pallas kernel needs a power of two of at least 16.")
     q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+    if 0 in q.shape[:2]:  # A kernel has no empty blocks.
+        return jnp.zeros((*q.shape[:3], v.shape[3])), jnp.zeros(q.shape[:3])
     return _per_device(q, k, v, chunk_size)
 
 

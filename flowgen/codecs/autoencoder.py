@@ -18,6 +18,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from flowgen.arrays import check_floating
+from flowgen.backend import OnMeshes
 from flowgen.codecs.causal import chain
 from flowgen.nn.convolution import Cache, ResidualBlock, SpatialAttention, conv, group_norm
 from flowgen.nn.layers import master_dtype
@@ -67,7 +68,7 @@ class AutoencoderConfig:
         return (jax.ShapeDtypeStruct((1, self.factor, self.factor, self.channels), jnp.float32),)
 
 
-class Autoencoder(nn.Module):
+class Autoencoder(OnMeshes, nn.Module):
     """Encoder and decoder between images `b height width c` in [-1, 1] and latents `b rows columns z`.
 
     Example:

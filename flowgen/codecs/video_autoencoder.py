@@ -19,6 +19,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, PyTree
 
 from flowgen.arrays import check_floating
+from flowgen.backend import OnMeshes
 from flowgen.codecs.autoencoder import LOG_VARIANCE_BOUNDS, Middle
 from flowgen.codecs.causal import (
     Convolution,
@@ -156,7 +157,7 @@ def _check(config: VideoAutoencoderConfig, x: Any) -> None:
     check_clips(x, channels=config.channels, factor=config.factor, stride=config.stride)
 
 
-class VideoAutoencoder(nn.Module):
+class VideoAutoencoder(OnMeshes, nn.Module):
     """Encoder and decoder between clips `b frames height width c` in [-1, 1] and latents `b f rows columns z`.
 
     Of 1 + k · stride frames come 1 + k latents; those of frame t depend on frames 0..t alone.

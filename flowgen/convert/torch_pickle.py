@@ -2,13 +2,14 @@
 
 A pickle is a program for a small stack machine. The machine here knows the instructions that `torch.save` writes, and
 the names that a dictionary of dense tensors needs; each name stands for a function of this file. What a program can
-cost is bounded: a number of instructions, keys that are quickly compared, and no table that is larger than what was
-put into it.
+cost is bounded: a number of instructions, keys that are quickly found, and no table that is larger than what was put
+into it.
 """
 
 from __future__ import annotations
 
 import struct
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,7 +20,9 @@ MAX_INSTRUCTIONS = 1 << 21
 # NumPy's arrays have at most as many axes.
 MAX_AXES = 64
 MAX_ARGUMENTS = 8
-_MAX_KEY_PARTS = 8
+# Whole numbers as keys are of optimizers, one for each parameter. Python finds texts by a hash that nobody foresees;
+# numbers can be chosen so that each is compared with all before it.
+MAX_NUMBER_KEYS = 1 << 14
 
 DTYPES = {
     name: jnp.dtype(name)
@@ -103,7 +106,7 @@ class TensorUnpickler:
         self.content = memoryview(content)
         self.position = position
         self.storages: dict[str, Storage] = {}
-        self._instructions = 0
+        self._instructions = self._number_keys = 0
 
     def load(self) -> Any:
         """Returns the object of the next pickle."""
@@ -150,6 +153,23 @@ class TensorUnpickler:
             raise Damage("its pickle has a name that does not end")
         return self.text(end + 1)[:-1]
 
+    def key(self, value: Any) -> Any:
+        """Returns a key of a dictionary or set, which is a text or a whole number."""
+        if type(value) is str:
+            return value
+        if type(value) is not int or abs(value) >= sys.hash_info.modulus:
+            raise Refusal(
+                f"its pickle has a dictionary or set with the key {_shown(value)}, neither a text nor a whole number "
+                "below 2^61; save the weights alone"
+            )
+        self._number_keys += 1
+        if self._number_keys > MAX_NUMBER_KEYS:
+            raise Refusal(
+                f"its pickle has more than {MAX_NUMBER_KEYS:,} keys that are numbers; save the weights alone, without "
+                "the optimizer"
+            )
+        return value
+
     def since_mark(self) -> list[Any]:
         """Returns and removes what was pushed since the last mark."""
         start = self.marks.pop()
@@ -182,7 +202,7 @@ def _last(count: int) -> Callable[[TensorUnpickler], None]:
 def _add(machine: TensorUnpickler, values: list[Any]) -> None:
     holder = machine.stack[-1]
     if type(holder) is set:
-        holder.update(map(_key, values))
+        holder.update(map(machine.key, values))
     elif type(holder) is list:
         holder.extend(values)
     else:
@@ -194,18 +214,7 @@ def _set(machine: TensorUnpickler, values: list[Any]) -> None:
     if type(holder) not in (dict, _Mapping) or len(values) % 2:
         raise Damage("its pickle sets values of what is no dictionary")
     for name, value in zip(values[::2], values[1::2], strict=True):
-        holder[_key(name)] = value
-
-
-def _key(value: Any) -> Any:
-    """A key of a dictionary, whose comparison takes no time to speak of."""
-    parts = value if type(value) is tuple else (value,)
-    if len(parts) > _MAX_KEY_PARTS or not all(
-        part is None or type(part) in (str, bytes, float, bool) or (type(part) is int and abs(part) < 1 << 63)
-        for part in parts
-    ):
-        raise Refusal("its pickle has a dictionary whose keys are neither texts nor numbers; save the weights alone")
-    return value
+        holder[machine.key(name)] = value
 
 
 def _global(machine: TensorUnpickler) -> _Name:
@@ -300,12 +309,14 @@ def _rebuild_parameter(tensor, *_):
 
 
 def _ordered_dict(pairs=()) -> _Mapping:
-    """collections.OrderedDict: empty, or of pairs, as Python 2 wrote it."""
+    """collections.OrderedDict: empty, or of pairs with names, as Python 2 wrote it."""
     if pairs == ():
         return _Mapping()
     if type(pairs) is not list:
         raise Damage("its pickle makes a dictionary of what are no pairs")
-    made = _Mapping({_key(name): value for name, value in pairs})
+    made = _Mapping({name: value for name, value in pairs if type(name) is str})
+    if len(made) != len(pairs):
+        raise Damage("its pickle makes a dictionary of names that are no texts, or there twice")
     pairs.clear()  # A list is written for one dictionary, and many made of one would take no end.
     return made
 

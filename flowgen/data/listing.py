@@ -52,7 +52,7 @@ def list_files(path: str | os.PathLike[str], suffixes: Collection[str], what: st
 
     First-level sub-folders that hold such files, at any depth, are the classes in alphabetical order; without them the
     files have label -1. Every folder and every file counts once: where links lead to it, too, it belongs to the place
-    where it lies. Hidden files and folders are passed over.
+    where it lies. Hidden files and folders are passed over, and the directories of flowgen's runs, which hold samples.
 
     Raises:
         FileNotFoundError, NotADirectoryError: `path` is no folder.
@@ -120,6 +120,7 @@ class _Walk:
     special: list[str] = field(default_factory=list)
     twice: list[str] = field(default_factory=list)
     folders_twice: list[str] = field(default_factory=list)
+    runs: list[str] = field(default_factory=list)
     links: list[tuple[str, str]] = field(default_factory=list)  # path and class
     folders: set[tuple[int, int]] = field(default_factory=set)
     # The first file of an inode; its device is only looked up when another file says the same number.
@@ -138,6 +139,8 @@ class _Walk:
             else:
                 self._meet(entry, "")
         for folder in (*classes, *linked):
+            if self._is_run(folder):
+                continue
             name = composed(os.path.basename(folder))
             if name in self.taken:
                 raise ValueError(f"data.path '{self.root}' has two folders named {quoted(name)}; rename one.")
@@ -153,6 +156,8 @@ class _Walk:
         waiting = [folder]
         while waiting:
             place = waiting.pop()
+            if self._is_run(place):
+                continue
             if not self._enters(place):
                 self.folders_twice.append(self._name(place))
                 continue
@@ -165,6 +170,15 @@ class _Walk:
                 else:
                     self._meet(entry, owner)
             waiting += reversed(deeper)
+
+    def _is_run(self, folder: str) -> bool:
+        """Whether a training wrote a folder."""
+        from flowgen.runs import was_trained_in  # Runs keep what data were found, so each needs the other.
+
+        trained = was_trained_in(folder)
+        if trained:
+            self.runs.append(self._name(folder))
+        return trained
 
     def _enters(self, folder: str) -> bool:
         """Whether a folder is met for the first time."""
@@ -257,6 +271,7 @@ class _Walk:
         for names, noun, why in (
             (self.twice, "file", "met before by another name"),
             (self.folders_twice, "link", "to a folder met before"),
+            (self.runs, "folder", "written by a flowgen run"),
             (self.broken, "link", "to nothing"),
             (self.special, "entry", "neither file nor folder"),
         ):

@@ -10,27 +10,41 @@ decoding goes on behind them. With segments r of new frames behind their context
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from flowgen.backend import check_unmapped, keep_rows
 from flowgen.conditioning import Condition
 from flowgen.decoding.block import BlockDecoder, block_decoder
 from flowgen.decoding.jacobi import Solution
 from flowgen.decoding.layout import Segments, scan_segments
 from flowgen.decoding.request import DecodeRequest, DecodeResult, SampleKeys, TweedieStep
 from flowgen.flows.affine import to_noise
-from flowgen.flows.block import AutoregressiveBlock, block_parameters
+from flowgen.flows.block import AutoregressiveBlock, Variables, block_parameters
 from flowgen.flows.density import Flow
 from flowgen.gaussian import gaussian_log_density
 from flowgen.nn.layers import master_dtype
 
 
-@jax.jit
 def decode(request: DecodeRequest) -> DecodeResult:
-    """Returns the images or clips of a request, and how they were decoded."""
+    """Returns the images or clips of a request, and how they were decoded, divided over a mesh as their noise is.
+
+    Raises ValueError inside `jax.shard_map` with its checks.
+    """
+    check_unmapped("decoding", request)
+    return keep_rows(_with_params, request.params, replace(request, params={}))
+
+
+def _with_params(params: Variables, request: DecodeRequest) -> DecodeResult:
+    return _decode(replace(request, params=params))
+
+
+@jax.jit
+def _decode(request: DecodeRequest) -> DecodeResult:
     layout, given = request.layout, request.given
     noise = _noise(request)
     known = None if given is None else _enter_last_block(request, given)[0]

@@ -19,6 +19,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Key
 
 from flowgen.attention import FrameWindow
+from flowgen.backend import OnMeshes
 from flowgen.conditioning import Condition, TextCondition
 from flowgen.flows.block import Variables
 from flowgen.flows.starflow_v import STARFlowVConfig
@@ -26,7 +27,7 @@ from flowgen.nn.layers import RMSNorm, linear, master_dtype
 from flowgen.nn.transformer import TransformerConfig, transformer_stack
 
 
-class ClipDenoiser(nn.Module):
+class ClipDenoiser(OnMeshes, nn.Module):
     """s(x̃, cond) of clips `b frames height width c`; the kernel of its head starts at 0.
 
     config: of the flow, whose width, heads, condition, positions and precision it takes, with denoiser_layers of its

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from flowgen.arrays import at_least_float32, shown
+from flowgen.backend import keep_rows
 from flowgen.conditioning import Condition, TextCondition
 from flowgen.flows.block import BlockConfig, Variables
 
@@ -98,7 +99,11 @@ def score(
     """
     check_flow(flow, variables)
     x = at_least_float32("x", x)
-    return jax.grad(lambda x: flow.apply(variables, x, cond, method="log_prob").sum())(x)
+
+    def slope(variables, x, cond):
+        return jax.grad(lambda x: flow.apply(variables, x, cond, method="log_prob").sum())(x)
+
+    return keep_rows(slope, variables, x, cond)
 
 
 def tweedie_step(

@@ -14,6 +14,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Key
 
 from flowgen.arrays import check_floating, check_key
+from flowgen.backend import OnMeshes
 from flowgen.conditioning import Condition
 from flowgen.flows.block import AutoregressiveBlock, BlockConfig, Variables
 from flowgen.flows.density import Flow, bits_per_dim
@@ -108,7 +109,7 @@ class ImageTokens:
         return images.reshape(len(tokens), *self.event_shape)
 
 
-class AutoregressiveFlow(nn.Module):
+class AutoregressiveFlow(OnMeshes, nn.Module):
     """Exact-likelihood flow between images `b height width c` and noise tokens `b n c`: the blocks of its config.
 
     Example:

@@ -18,7 +18,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from flowgen.attention import KERNELS, make_attention_fn
-from flowgen.backend import flat_dot
+from flowgen.backend import OnMeshes, flat_dot
 from flowgen.conditioning import check_labels
 from flowgen.matching.velocity import check_inputs
 from flowgen.nn.checks import check_patches, image_sides
@@ -116,7 +116,7 @@ class DiTConfig:
         return height // self.patch_size, width // self.patch_size
 
 
-class DiT(nn.Module):
+class DiT(OnMeshes, nn.Module):
     """A velocity network on images or latents `b height width c`.
 
     Example:

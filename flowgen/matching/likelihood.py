@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -45,14 +46,15 @@ def log_prob(
         check_key(key)
     x1 = jnp.asarray(x1)
     dtype = jnp.promote_types(x1.dtype, jnp.float32)
-    probe = None if key is None else jax.random.rademacher(key, x1.shape, x1.dtype)
+    probe = None if key is None else jnp.zeros_like(x1) + jax.random.rademacher(key, x1.shape, x1.dtype)
 
     def joint(t, state, cond):
-        x, _ = jnp.split(state, [x1[0].size], axis=1)
+        x, _ = jnp.split(state, [math.prod(x1.shape[1:])], axis=1)
         v, change = divergence(velocity, t, x.reshape(x1.shape).astype(x1.dtype), cond, probe=probe)
         return jnp.concatenate([v.reshape(len(v), -1).astype(dtype), change[:, None].astype(dtype)], axis=1)
 
-    state = jnp.concatenate([x1.reshape(len(x1), -1).astype(dtype), jnp.zeros((len(x1), 1), dtype)], axis=1)
+    flat = x1.reshape(len(x1), -1).astype(dtype)
+    state = jnp.concatenate([flat, jnp.zeros_like(flat[:, :1])], axis=1)
     state, _ = integrate(
         joint,
         state,
@@ -91,12 +93,15 @@ def divergence(
     if probe is not None:
         v, moved = jax.jvp(field, (x,), (probe,))
         return v, (moved * probe).reshape(len(x), -1).astype(dtype).sum(axis=1)
-    size = x[0].size
+    size = math.prod(x.shape[1:])
 
     def along(total, index):
         direction = jnp.zeros((size,), x.dtype).at[index].set(1).reshape(x.shape[1:])
-        _, moved = jax.jvp(field, (x,), (jnp.broadcast_to(direction[None], x.shape),))
+        _, moved = jax.jvp(field, (x,), (jnp.zeros_like(x) + direction[None],))
         return total + moved.reshape(len(x), -1)[:, index].astype(dtype), None
 
-    total, _ = jax.lax.scan(along, jnp.zeros(len(x), dtype), jnp.arange(size))
-    return field(x), total
+    v = field(x)
+    # Zeros like v are divided over devices, or vary over them, as the sum will.
+    zeros = jnp.zeros_like(v, dtype).reshape(len(x), -1).sum(axis=1)
+    total, _ = jax.lax.scan(along, zeros, jnp.arange(size))
+    return v, total

@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 from scipy.optimize import linear_sum_assignment
 
-from flowgen.backend import call_host, keep_axes
+from flowgen.backend import call_host, keep_axes, varying
 
 # Of the potentials that help the assignment along: in units of the mean cost, and how many sweeps make them.
 ASSIGNMENT_EPSILON, ASSIGNMENT_SWEEPS = 0.02, 5
@@ -110,7 +110,8 @@ def _potentials(
         return (state[2] > tolerance) & (state[4] < most)
 
     zeros, one = jnp.zeros(len(logits), logits.dtype), jnp.ones((), logits.dtype)
-    f, g, _, _, count = lax.while_loop(unfinished, sweep, (zeros, zeros, jnp.inf * one, one, jnp.int32(0)))
+    start = varying((zeros, zeros, jnp.inf * one, one, jnp.int32(0)), logits)
+    f, g, _, _, count = lax.while_loop(unfinished, sweep, start)
     return f, g, count
 
 
@@ -131,7 +132,7 @@ def sinkhorn_potentials(logits: Float[Array, "b b"], num_sweeps: int) -> tuple[F
             return f, log_size - jax.nn.logsumexp(logits + f[:, None], axis=0)
 
         zeros = jnp.zeros(len(logits), logits.dtype)
-        return jax.lax.fori_loop(0, num_sweeps, sweep, (zeros, zeros))
+        return jax.lax.fori_loop(0, num_sweeps, sweep, varying((zeros, zeros), logits))
 
     return keep_axes(solve, logits, named=[(logits, "b m")], out=("b", "m"))
 

@@ -12,7 +12,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Key
 
 from flowgen.arrays import check_floating, check_key
-from flowgen.backend import nan_if
+from flowgen.backend import check_unmapped, keep_rows, nan_if
 from flowgen.guidance import linear_rule
 from flowgen.matching.checks import check_output, check_velocity
 from flowgen.packages import need
@@ -130,8 +130,19 @@ def _dopri5(
         raise ValueError(f"rtol is {rtol} and atol {atol}; neither may be negative, and one must be positive.")
     if max_steps < 1:
         raise ValueError(f"max_steps is {max_steps}; integration needs at least one step.")
+    dtype, x0 = _state_dtype(x0), jnp.asarray(x0)
+    check_unmapped("dopri5", (x0, cond))
+
+    def solve(velocity, x0, cond):
+        return _adaptive(velocity, x0, cond, dtype, reverse=reverse, rtol=rtol, atol=atol, max_steps=max_steps)
+
+    return keep_rows(solve, velocity, x0, cond)
+
+
+def _adaptive(
+    velocity: Velocity, x0: Array, cond: Any, dtype: Any, *, reverse: bool, rtol: float, atol: float, max_steps: int
+) -> tuple[Array, Array]:
     diffrax: Any = need("diffrax", "The adaptive solver dopri5")
-    dtype = _state_dtype(x0)
 
     def field(t, x, _):
         return check_output(velocity(jnp.full(len(x), t, dtype), x.astype(x0.dtype), cond), x).astype(dtype)

@@ -21,6 +21,7 @@ from einops import reduce, repeat
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
+from flowgen.backend import OnMeshes
 from flowgen.conditioning import check_labels
 from flowgen.matching.velocity import check_inputs
 from flowgen.nn.checks import image_sides
@@ -177,7 +178,7 @@ class UNetConfig:
         )
 
 
-class UNet(nn.Module):
+class UNet(OnMeshes, nn.Module):
     """A velocity network on images `b height width c`: convolutions at several resolutions, with dropout.
 
     Example:

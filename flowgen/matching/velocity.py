@@ -16,6 +16,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from flowgen.arrays import check_floating, shown
+from flowgen.backend import OnMeshes
 from flowgen.conditioning import check_labels
 from flowgen.nn.embeddings import class_rows
 from flowgen.nn.layers import linear
@@ -46,7 +47,7 @@ class MLPConfig:
         return (self.dim,)
 
 
-class VelocityMLP(nn.Module):
+class VelocityMLP(OnMeshes, nn.Module):
     """A multi-layer perceptron of [x, t, label]: SELU layers initialised as PyTorch's, as in 2-D experiments.
 
     Example:

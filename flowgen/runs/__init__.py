@@ -2,7 +2,7 @@
 
 from flowgen.runs.arrays import check_layout, flatten, layout
 from flowgen.runs.checkpoints import CheckpointReader
-from flowgen.runs.directory import CHECKPOINTS, check_workdir, is_run, read_config, write_config
+from flowgen.runs.directory import CHECKPOINTS, check_workdir, is_run, read_config, was_trained_in, write_config
 from flowgen.runs.files import DIGEST
 from flowgen.runs.lock import RunLock
 from flowgen.runs.metrics import EVAL
@@ -26,5 +26,6 @@ __all__ = [
     "layout",
     "on_terminal",
     "read_config",
+    "was_trained_in",
     "write_config",
 ]

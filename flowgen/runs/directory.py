@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,12 +39,29 @@ def is_run(run_dir: str | Path) -> bool:
     return is_regular(path) and DIGEST in read_json(path)
 
 
+def was_trained_in(directory: str | Path) -> bool:
+    """Returns whether a training has written into a directory: the config of a run, or a whole checkpoint.
+
+    Example:
+        was_trained_in("photos/run")
+    """
+    try:
+        if is_run(directory):
+            return True
+    except (OSError, ValueError):
+        pass  # A damaged config may be that of a run.
+    try:
+        return CheckpointReader(Path(directory) / CHECKPOINTS).latest_step() is not None
+    except OSError:
+        return False
+
+
 def read_config(run_dir: str | Path) -> dict[str, Any]:
     """Returns the JSON of a run's config.
 
     Raises:
         FileNotFoundError: no such directory, or no run; says what it is instead.
-        ValueError: the config is not JSON, or has other values than were saved, naming those.
+        ValueError: the config is no file, not JSON, or has other values than were saved, naming those.
 
     Example:
         read_config("runs/digits")["model"]
@@ -51,18 +69,24 @@ def read_config(run_dir: str | Path) -> dict[str, Any]:
     path = Path(run_dir) / CONFIG_FILE
     if not Path(run_dir).is_dir():
         raise FileNotFoundError(f"checkpoint {run_dir} is not a directory; give the --workdir of a training run.")
-    if not is_regular(path):
-        if CheckpointReader(Path(run_dir) / CHECKPOINTS).latest_step() is not None:
+    kept = CheckpointReader(Path(run_dir) / CHECKPOINTS).latest_step() is not None
+    if not path.exists():
+        if kept:
             raise FileNotFoundError(
                 f"checkpoint {run_dir} has lost its {CONFIG_FILE}; the command that trained it writes it again."
             )
         raise FileNotFoundError(f"checkpoint {run_dir} is not a flowgen run (it has no {CONFIG_FILE}).")
-    config = read_json(path)
+    # Checkpoints hold the config, too.
+    instead = ", or delete it, and the command that trained the run writes it again" if kept else ""
+    try:
+        config = read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{path} is no file that holds a JSON object; restore it from a copy{instead}.") from error
     try:
         return verified(config)
     except ValueError as error:
         changed = _changed(Path(run_dir), config)
-        raise ValueError(f"{path} {error}{changed}; restore it from a copy.") from error
+        raise ValueError(f"{path} {error}{changed}; restore it from a copy{instead}.") from error
 
 
 def write_config(run_dir: str | Path, config: dict[str, Any]) -> None:
@@ -99,6 +123,7 @@ def check_workdir(workdir: Path, check_config: Callable[[dict[str, Any]], None],
     """
     if locks:
         check_unlocked(workdir)
+    _check_kinds(workdir)
     if CheckpointReader(workdir / CHECKPOINTS).latest_step() is not None and not (workdir / CONFIG_FILE).exists():
         return  # Every checkpoint holds the config, with which it is compared.
     if (workdir / CONFIG_FILE).exists():
@@ -108,6 +133,18 @@ def check_workdir(workdir: Path, check_config: Callable[[dict[str, Any]], None],
             raise ValueError(f"workdir {workdir}: {error}") from error
     elif workdir.exists() and (not workdir.is_dir() or any(_is_foreign(path) for path in workdir.iterdir())):
         raise FileExistsError(f"workdir {workdir} holds files but no flowgen run; give a new or empty directory.")
+
+
+def _check_kinds(workdir: Path) -> None:
+    """Raises OSError where a name that a run writes to is taken by something else."""
+    for name in (CHECKPOINTS, SAMPLES):
+        if os.path.lexists(workdir / name) and not (workdir / name).is_dir():
+            raise NotADirectoryError(f"{workdir / name} is no folder; remove it.")
+    for name in (DATA_FILE, LOCK_FILE):
+        path = workdir / name
+        is_elsewhere = name == LOCK_FILE and path.is_symlink()  # It would lock another directory.
+        if os.path.lexists(path) and (is_elsewhere or not is_regular(path)):
+            raise FileExistsError(f"{path} is no regular file; remove it.")
 
 
 def _is_foreign(path: Path) -> bool:

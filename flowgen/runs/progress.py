@@ -6,6 +6,8 @@ import contextlib
 import sys
 from typing import Any
 
+from flowgen.printable import printable
+
 # Of the metrics of a report, those that are shown, in this order.
 SHOWN = ("loss", "bits_per_dim", "nats_per_dim", "grad_norm", "lr")
 
@@ -53,6 +55,7 @@ class Progress:
 
     def say(self, line: str) -> None:
         """Shows one line, above the bar where there is one."""
+        line = printable(line)  # It may name a folder, whose name may hold anything.
         with _unseen():
             if self._bar is not None:
                 self._bar.write(line, file=sys.stderr)

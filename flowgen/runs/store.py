@@ -145,9 +145,20 @@ class CheckpointStore(CheckpointReader):
 
     def _score_of(self, step: int) -> float | None:
         try:
-            return self.meta(step)["metrics"].get(self._best_metric)
+            self.manifest(step)
         except ValueError as error:
             self._say(str(error))
+            return None
+        path = self.directory / str(step) / EVALUATION
+        try:
+            return (self.evaluation(step) or {}).get(self._best_metric)
+        except ValueError:
+            aside = _free(path.with_name(f"{EVALUATION}.aside"))
+            os.rename(path, aside)
+            self._say(
+                f"{path} is damaged or of another checkpoint; it is now {aside.name}, and step {step} counts as not "
+                "evaluated."
+            )
             return None
 
     def _make_way(self, path: Path) -> None:

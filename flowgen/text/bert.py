@@ -16,6 +16,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from flowgen.attention import softmax_attention
+from flowgen.backend import OnMeshes
 from flowgen.nn.layers import ACTIVATIONS
 from flowgen.settings import config
 from flowgen.settings.ranges import Heads, Hidden, Layers, Vocabulary, Width
@@ -56,7 +57,7 @@ class BertConfig:
         return tuple(jax.ShapeDtypeStruct((1, 2), dtype) for dtype in (jnp.int32, bool))
 
 
-class BertEncoder(nn.Module):
+class BertEncoder(OnMeshes, nn.Module):
     """Features `b n d` of token numbers `b n`, zero where the mask is False.
 
     Raises ValueError if there are more tokens than positions.

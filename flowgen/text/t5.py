@@ -18,6 +18,7 @@ from einops import rearrange
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
+from flowgen.backend import OnMeshes
 from flowgen.nn.layers import RMSNorm
 from flowgen.settings import config
 from flowgen.settings.ranges import HeadDim, Heads, Hidden, Layers, Vocabulary, Width, Within
@@ -61,7 +62,7 @@ class T5Config:
         return tuple(jax.ShapeDtypeStruct((1, 2), dtype) for dtype in (jnp.int32, bool))
 
 
-class T5Encoder(nn.Module):
+class T5Encoder(OnMeshes, nn.Module):
     """Features `b n d` of token numbers `b n`, zero where the mask is False.
 
     Example:

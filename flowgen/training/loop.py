@@ -108,7 +108,7 @@ def train(
             reader = CheckpointReader(workdir / CHECKPOINTS)
             latest = _resumed_from(reader, train.steps, check_config)
             state = initial() if latest is None else reader.restore(latest, jax.eval_shape(initial))
-            scores = None if latest is None else reader.evaluation(latest)
+            scores = None if latest is None else _evaluation(reader, latest)
         with _writer(workdir, latest, log, job.best_metric) as record:
             with _interruptible(signals):
                 record.begin(
@@ -150,6 +150,14 @@ def _resumed_from(reader: CheckpointReader, steps: int, check_config: Callable[[
     except ValueError as error:
         raise ValueError(f"Checkpoint {latest} of {reader.directory.parent}: {error}") from error
     return latest
+
+
+def _evaluation(reader: CheckpointReader, step: int) -> dict[str, float] | None:
+    """The metrics of a step; None where they are missing, or are damaged, which the writer of the run says."""
+    try:
+        return reader.evaluation(step)
+    except ValueError:
+        return None
 
 
 class _Run:

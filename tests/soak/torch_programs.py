@@ -1,5 +1,6 @@
 """Files of `torch.save` made by hand, of instructions that torch would never write."""
 
+import itertools
 import pickle
 import struct
 import zipfile
@@ -39,6 +40,21 @@ def tuples(parts):
     return b"(" + b"".join(parts) + b"t"
 
 
+def keys(values, close=b"u"):
+    """Instructions for a dictionary with these keys; with another close, a set."""
+    if close == b"u":
+        return b"}(" + b"".join(push(value) + b"N" for value in values) + close
+    return b"\x8f(" + b"".join(map(push, values)) + close
+
+
+ALIKE = [2.0 ** (61 * power) for power in range(-16, 17)]  # Their hash is 1.
+# Keys that Python compares each with all before it, and numbers of which so many can be found.
+SLOW_KEYS = {
+    "tuples": keys(itertools.product(ALIKE[:8], repeat=3)),
+    "tuples in a set": keys(itertools.product(ALIKE[:8], repeat=3), b"\x90"),
+    "numbers of one hash": keys(index * (2**61 - 1) for index in range(1, 4)),
+    "many numbers": keys(index << 20 for index in range(17_000)),
+}
 TUPLES = tower(60, 2, tuples, b")")
 # What each program costs a reader that does what it says: gigabytes, or no end. All have a few kilobytes.
 PROGRAMS = {

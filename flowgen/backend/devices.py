@@ -1,12 +1,9 @@
-"""What depends on the device or works around a compiler: each in one function that says why. Imports nothing of ours.
-
-Formulas elsewhere are the same for every device. What is here changes speed and memory, and numbers by rounding alone.
-"""
+"""Products, linear algebra, memory and callbacks as a device does them best."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,9 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental.buffer_callback import buffer_callback
-from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec, auto_axes, reshard
 from jax.typing import ArrayLike, DTypeLike
-from jaxtyping import Array, Float, PyTree, Shaped
+from jaxtyping import Array, Float, Shaped
 
 # Products that feed a state or one another, in which errors add up; accelerators would round their factors.
 HIGHEST = lax.Precision.HIGHEST
@@ -196,137 +192,3 @@ def call_host(fn: Callable[..., np.ndarray], out: jax.ShapeDtypeStruct, *arrays:
         cpu=buffer_callback(in_place, out, vmap_method="sequential"),
         default=lambda *arrays: jax.pure_callback(fn, out, *arrays, vmap_method="sequential"),
     )
-
-
-# Meshes with explicit axes: the type of every array says how it is divided, and jax refuses to reshape, scan or
-# contract over a divided axis without being told what comes out. Attention and couplings do all of these, but what
-# comes out is plain: batch, queries and heads are divided as they came in.
-
-
-def keep_axes(fn: Callable[..., Any], *args: Any, named: Iterable[tuple[Array, str]], out: Any) -> Any:
-    """Returns fn(*args), computed under automatic axes where the mesh of an argument has explicit ones.
-
-    named: arrays with a letter per axis, "b n h k". out: the letters of the results, in the tree that fn returns; an
-    axis of a result is divided like the first named array that has its letter and is divided there.
-
-    Example:
-        out = keep_axes(attend, q, k, v, named=[(q, "b n h k")], out="b n h d")
-    """
-    mesh = _explicit_mesh(args)
-    if mesh is None:
-        return fn(*args)
-    divided = _divided(named)
-    shardings = jax.tree.map(lambda letters: NamedSharding(mesh, _spec(letters, divided)), out)
-    return auto_axes(fn, axes=_explicit_names(mesh), out_sharding=shardings)(*args)
-
-
-def map_axes(fn: Callable[..., Any], args: tuple[Array, ...], letters: str, *, divided: str, out: Any) -> Any:
-    """Returns fn(*args), computed by each device on its own part where the mesh of an argument has explicit axes.
-
-    letters: of the axes of every argument; those in `divided` may be divided over devices, the others are gathered
-    first. out: the letters of the results. For what the compiler cannot divide by itself.
-
-    Example:
-        out = map_axes(kernel, (q, k, v), "b n h k", divided="bh", out="b n h k")
-    """
-    mesh = _explicit_mesh(args)
-    if mesh is None:
-        return fn(*args)
-    axes = {letter: axes for letter, axes in _divided((x, letters) for x in args).items() if letter in divided}
-    spec = _spec(letters, axes)
-    specs = jax.tree.map(lambda names: _spec(names, axes), out)
-    mapped = jax.shard_map(
-        fn, mesh=mesh, in_specs=spec, out_specs=specs, axis_names=set(_explicit_names(mesh)), check_vma=False
-    )
-    return mapped(*(reshard(x, NamedSharding(mesh, spec)) for x in args))
-
-
-def of_rows(x: Array, row: str = "b") -> str:
-    """Returns a letter per axis of an array of rows, for `keep_axes`.
-
-    Example:
-        of_rows(jnp.zeros((8, 32, 32, 3)))  # "b e1 e2 e3"
-    """
-    return " ".join([row, *(f"e{axis}" for axis in range(1, x.ndim))])
-
-
-def take_rows(x: Array, index: Array) -> Array:
-    """Returns x[index] for whole numbers `b`, divided as they are.
-
-    Example:
-        sources = take_rows(x0, permutation)
-    """
-    return keep_axes(lambda x, index: x[index], x, index, named=[(index, "b"), (x, of_rows(x, "rows"))], out=of_rows(x))
-
-
-def alike_rows(tree: PyTree) -> PyTree:
-    """Returns numbers in a tree, the rows of all divided like those of the first whose rows explicit axes divide.
-
-    Example:
-        positions, x = alike_rows((positions, x))
-    """
-    divided = [x for x in jax.tree.leaves(tree) if _explicit_mesh(x) is not None and "b" in _divided([(x, of_rows(x))])]
-    if not divided:
-        return tree
-    # Outside of jit an array of one device comes to a mesh by being added to one that is there.
-    nothing = jnp.zeros_like(divided[0], jnp.int32).sum(axis=tuple(range(1, divided[0].ndim)))
-
-    def divide(x):
-        return x + jnp.expand_dims(nothing, range(1, x.ndim)).astype(x.dtype)
-
-    return jax.tree.map(lambda x: x if any(x is y for y in divided) else divide(x), tree)
-
-
-def varies(x: Array) -> bool:
-    """Returns whether x varies over an axis of the mapped program that is being traced.
-
-    Example:
-        jax.shard_map(lambda x: x * varies(x), ...)
-    """
-    return bool(jax.typeof(x).manual_axis_type.varying)
-
-
-def varying(tree: PyTree, like: PyTree) -> PyTree:
-    """Returns the arrays of a tree, varying over every axis of a mapped program over which one of `like` varies.
-
-    The state that a loop begins with must vary over the axes over which the loop makes it vary.
-
-    Example:
-        carry, out = jax.lax.scan(body, varying(jnp.zeros(3), x), x)
-    """
-    nothing = sum(jnp.zeros_like(x, jnp.int32).sum() for x in jax.tree.leaves(like))
-    return jax.tree.map(lambda x: x + jnp.asarray(nothing, x.dtype), tree)
-
-
-def _divided(named: Iterable[tuple[Array, str]]) -> dict[str, Any]:
-    """The axes of the mesh that divide the axis of each letter: of the first array in which any do."""
-    divided = {}
-    for array, letters in named:
-        for letter, axes in zip(letters.split(), jax.typeof(array).sharding.spec, strict=True):
-            if axes is not None:
-                divided.setdefault(letter, axes)
-    return divided
-
-
-def _explicit_names(mesh: AbstractMesh) -> tuple[str, ...]:
-    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    return tuple(name for name, kind in kinds if kind is AxisType.Explicit)
-
-
-def _explicit_mesh(args: PyTree) -> AbstractMesh | None:
-    for leaf in jax.tree.leaves(args):
-        mesh = jax.typeof(leaf).sharding.mesh
-        if AxisType.Explicit in mesh.axis_types:
-            return mesh
-    return None
-
-
-def _spec(letters: str, divided: dict[str, Any]) -> PartitionSpec:
-    """The axes of a result; one axis of a mesh divides one axis of an array."""
-    used, spec = set(), []
-    for letter in letters.split():
-        axes = divided.get(letter)
-        names = set(axes) if isinstance(axes, tuple) else {axes}
-        spec.append(None if names & used else axes)
-        used |= names - {None}
-    return PartitionSpec(*spec)

@@ -1,0 +1,251 @@
+"""Meshes with explicit axes: the type of every array says how it is divided, and jax refuses to reshape, scan or
+contract over a divided axis without being told what comes out. Attention, couplings and models do all of these, but what
+comes out is plain: batch, queries and heads are divided as they came in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+from jax.sharding import (
+    AbstractMesh,
+    AxisType,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+    auto_axes,
+    get_abstract_mesh,
+    reshard,
+    use_abstract_mesh,
+)
+from jaxtyping import Array, PyTree
+
+
+def keep_axes(fn: Callable[..., Any], *args: Any, named: Iterable[tuple[Array, str]], out: Any) -> Any:
+    """Returns fn(*args), computed under automatic axes where the mesh of an argument has explicit ones.
+
+    named: arrays with a letter per axis, "b n h k". out: the letters of the results, in the tree that fn returns; an
+    axis of a result is divided like the first named array that has its letter and is divided there.
+
+    Example:
+        out = keep_axes(attend, q, k, v, named=[(q, "b n h k")], out="b n h d")
+    """
+    mesh = _explicit_mesh(args)
+    if mesh is None:
+        return fn(*args)
+    divided = _divided(named)
+    shardings = jax.tree.map(lambda letters: NamedSharding(mesh, _spec(letters, divided)), out)
+    return auto_axes(fn, axes=_explicit_names(mesh), out_sharding=shardings)(*args)
+
+
+def map_axes(fn: Callable[..., Any], args: tuple[Array, ...], letters: str, *, divided: str, out: Any) -> Any:
+    """Returns fn(*args), computed by each device on its own part where the mesh of an argument has explicit axes.
+
+    letters: of the axes of every argument; those in `divided` may be divided over devices, the others are gathered
+    first. out: the letters of the results. For what the compiler cannot divide by itself.
+
+    Example:
+        out = map_axes(kernel, (q, k, v), "b n h k", divided="bh", out="b n h k")
+    """
+    mesh = _explicit_mesh(args)
+    if mesh is None:
+        return fn(*args)
+    axes = {letter: axes for letter, axes in _divided((x, letters) for x in args).items() if letter in divided}
+    spec = _spec(letters, axes)
+    specs = jax.tree.map(lambda names: _spec(names, axes), out)
+    mapped = jax.shard_map(
+        fn, mesh=mesh, in_specs=spec, out_specs=specs, axis_names=set(_explicit_names(mesh)), check_vma=False
+    )
+    return mapped(*(reshard(x, NamedSharding(mesh, spec)) for x in args))
+
+
+def keep_rows(fn: Callable[..., Any], variables: Any, *args: Any, **options: Any) -> Any:
+    """Returns fn(variables, *args, **options), under automatic axes where the mesh of an array has explicit ones.
+
+    Rows of the results, on the first axis, are divided like those of the first array in args or options whose rows are.
+
+    Example:
+        logdet = keep_rows(run, variables, x, labels)
+    """
+    leaves = jax.tree.leaves((variables, args, options))
+    explicit = [x for x in leaves if _explicit_mesh(x) is not None]
+    if not explicit:
+        return fn(variables, *args, **options)
+    divided = [x for x in jax.tree.leaves((args, options)) if _explicit_mesh(x) is not None and "b" in _rows_of(x)]
+    rows = _rows_of(divided[0]) if divided else {}
+    count = len(divided[0]) if divided else None
+    # Outside of jit arrays lie on devices, and are put on a mesh; inside it only their types change.
+    traced = any(isinstance(x, Tracer) for x in leaves)
+    mesh: Any = _explicit_mesh(explicit) if traced else explicit[0].sharding.mesh
+    automatic, context = _automatic(mesh), get_abstract_mesh()
+
+    def to_automatic(x):
+        if _explicit_mesh(x) is None:
+            return x
+        if traced:
+            return reshard(x, PartitionSpec(*[None] * jnp.ndim(x)))
+        return jax.device_put(x, NamedSharding(automatic, x.sharding.spec))
+
+    def to_explicit(x):
+        letters = of_rows(x) if jnp.shape(x)[:1] == (count,) else ""
+        return (reshard if traced else jax.device_put)(x, NamedSharding(mesh, _spec(letters, rows)))
+
+    with use_abstract_mesh(automatic.abstract_mesh) if traced or not context.empty else nullcontext():
+        variables, args, options = jax.tree.map(to_automatic, (variables, args, options))
+        out = fn(variables, *args, **options)
+    # Within another call of this function everything stays under automatic axes.
+    return out if traced and context == automatic else jax.tree.map(to_explicit, out)
+
+
+@contextmanager
+def on_mesh_of(tree: Any) -> Generator[None]:
+    """Within it, outside of jit, vmap takes the arrays of a tree although explicit axes divide them.
+
+    Example:
+        with on_mesh_of(x):
+            y = jax.vmap(draw)(x)
+    """
+    leaves = jax.tree.leaves(tree)
+    meshes = [x.sharding.mesh for x in leaves if not isinstance(x, Tracer) and _explicit_mesh(x) is not None]
+    if meshes and get_abstract_mesh().empty and not any(isinstance(x, Tracer) for x in leaves):
+        with jax.set_mesh(meshes[0]):
+            yield
+    else:
+        yield
+
+
+class OnMeshes:
+    """A Flax module whose `apply` takes arrays whose rows are divided over explicit axes of a mesh; for inheritance.
+
+    Example:
+        class Network(OnMeshes, nn.Module): ...
+    """
+
+    def apply(self, variables: Any, *args: Any, **options: Any) -> Any:
+        """Returns what `flax.linen.Module.apply` does, its rows divided as those of the inputs are."""
+        apply: Any = getattr(super(), "apply")  # noqa: B009  (the module's, which comes next)
+        return keep_rows(apply, variables, *args, **options)
+
+
+def of_rows(x: Array, row: str = "b") -> str:
+    """Returns a letter per axis of an array of rows, for `keep_axes`.
+
+    Example:
+        of_rows(jnp.zeros((8, 32, 32, 3)))  # "b e1 e2 e3"
+    """
+    return " ".join([row, *(f"e{axis}" for axis in range(1, x.ndim))])
+
+
+def take_rows(x: Array, index: Array) -> Array:
+    """Returns x[index] for whole numbers `b`, divided as they are.
+
+    Example:
+        sources = take_rows(x0, permutation)
+    """
+    return keep_axes(lambda x, index: x[index], x, index, named=[(index, "b"), (x, of_rows(x, "rows"))], out=of_rows(x))
+
+
+def alike_rows(tree: PyTree) -> PyTree:
+    """Returns numbers in a tree, the rows of all divided like those of the first whose rows explicit axes divide.
+
+    Example:
+        positions, x = alike_rows((positions, x))
+    """
+    divided = [x for x in jax.tree.leaves(tree) if _explicit_mesh(x) is not None and "b" in _rows_of(x)]
+    if not divided:
+        return tree
+    # Outside of jit an array of one device comes to a mesh by being added to one that is there.
+    nothing = jnp.zeros_like(divided[0], jnp.int32).sum(axis=tuple(range(1, divided[0].ndim)))
+
+    def divide(x):
+        return x + jnp.expand_dims(nothing, range(1, x.ndim)).astype(x.dtype)
+
+    return jax.tree.map(lambda x: x if any(x is y for y in divided) else divide(x), tree)
+
+
+def varies(x: Array) -> bool:
+    """Returns whether x varies over an axis of the mapped program that is being traced.
+
+    Example:
+        jax.shard_map(lambda x: x * varies(x), ...)
+    """
+    return bool(jax.typeof(x).manual_axis_type.varying)
+
+
+def check_unmapped(what: str, tree: PyTree) -> None:
+    """Raises ValueError if an array of a tree varies over an axis of a mapped program.
+
+    Example:
+        check_unmapped("dopri5", x0)
+    """
+    if any(varies(x) for x in jax.tree.leaves(tree)):
+        raise ValueError(
+            f"{what} does not pass the checks of jax.shard_map; call shard_map(..., check_vma=False), in which each "
+            "device works on its own part, or jax.jit with divided arrays."
+        )
+
+
+def varying(tree: PyTree, like: PyTree) -> PyTree:
+    """Returns the arrays of a tree, varying over every axis of a mapped program over which one of `like` varies.
+
+    The state that a loop begins with must vary over the axes over which the loop makes it vary.
+
+    Example:
+        carry, out = jax.lax.scan(body, varying(jnp.zeros(3), x), x)
+    """
+    nothing = sum(jnp.zeros_like(x, jnp.int32).sum() for x in jax.tree.leaves(like))
+    return jax.tree.map(lambda x: x + jnp.asarray(nothing, x.dtype), tree)
+
+
+def _divided(named: Iterable[tuple[Array, str]]) -> dict[str, Any]:
+    """The axes of the mesh that divide the axis of each letter: of the first array in which any do."""
+    divided = {}
+    for array, letters in named:
+        for letter, axes in zip(letters.split(), jax.typeof(array).sharding.spec, strict=True):
+            if axes is not None:
+                divided.setdefault(letter, axes)
+    return divided
+
+
+def _automatic(mesh: Any) -> Any:
+    """The same mesh, on devices or abstract, with automatic axes in place of explicit ones."""
+    types = tuple(AxisType.Auto if kind is AxisType.Explicit else kind for kind in mesh.axis_types)
+    if isinstance(mesh, AbstractMesh):
+        return mesh.update_axis_types(dict(zip(mesh.axis_names, types, strict=True)))
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=types)
+
+
+def _rows_of(x: Array) -> dict[str, Any]:
+    """The axes of the mesh that divide the rows of an array, by their letter."""
+    return _divided([(x, of_rows(x))]) if jnp.ndim(x) else {}
+
+
+def _explicit_names(mesh: AbstractMesh) -> tuple[str, ...]:
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return tuple(name for name, kind in kinds if kind is AxisType.Explicit)
+
+
+def _explicit_mesh(args: PyTree) -> AbstractMesh | None:
+    for leaf in jax.tree.leaves(args):
+        if not isinstance(leaf, jax.Array):
+            continue
+        mesh = jax.typeof(leaf).sharding.mesh
+        if AxisType.Explicit in mesh.axis_types:
+            return mesh
+    return None
+
+
+def _spec(letters: str, divided: dict[str, Any]) -> PartitionSpec:
+    """The axes of a result; one axis of a mesh divides one axis of an array."""
+    used, spec = set(), []
+    for letter in letters.split():
+        axes = divided.get(letter)
+        names = set(axes) if isinstance(axes, tuple) else {axes}
+        spec.append(None if names & used else axes)
+        used |= names - {None}
+    return PartitionSpec(*spec)

@@ -1,0 +1,206 @@
+"""Models, solvers, couplings and losses of arrays that a mesh divides: the numbers of one device.
+
+One table of calls, each with the arrays that are divided along their first axis, and one of programs. Each call works
+in every program, as the same call on whole arrays does, unless a table below says why it cannot.
+"""
+
+from collections.abc import Callable
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import laws
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from tolerances import NETWORK, assert_trees_close
+
+from flowgen import matching as fm
+from flowgen.attention import Causal, linear_attention
+from flowgen.decoding import sample
+from flowgen.flows import density
+from flowgen.models import build
+
+BATCH, DEVICES = 8, 4
+X0, X1 = np.random.default_rng(0).normal(size=(2, BATCH, 2)).astype(np.float32)
+T = np.linspace(0.1, 0.9, BATCH, dtype=np.float32)
+LABELS = np.arange(BATCH) % 3
+IMAGES = np.random.default_rng(1).normal(size=(BATCH, 8, 8, 1)).astype(np.float32)
+
+
+def key():
+    return jax.random.key(3)
+
+
+def mesh(kind):
+    return jax.make_mesh((DEVICES,), ("data",), axis_types=(kind,), devices=jax.devices()[:DEVICES])
+
+
+def divided(arrays, kind):
+    return jax.device_put(arrays, NamedSharding(mesh(kind), P("data")))
+
+
+# How a program comes to divided arrays: (call, arrays) -> results.
+PROGRAMS: dict[str, Callable] = {
+    "explicit": lambda call, arrays: jax.jit(call)(*divided(arrays, AxisType.Explicit)),
+    "explicit, eager": lambda call, arrays: call(*divided(arrays, AxisType.Explicit)),
+    "automatic": lambda call, arrays: jax.jit(call)(*divided(arrays, AxisType.Auto)),
+    "shard_map": lambda call, arrays: jax.jit(
+        jax.shard_map(call, mesh=mesh(AxisType.Auto), in_specs=P("data"), out_specs=P("data"))
+    )(*arrays),
+}
+
+
+def of_flow(name, method="log_prob"):
+    """A method of a flow, and its pictures and conditions."""
+    flow, variables = laws.perturbed(laws.FLOWS[name], jax.random.key(0))
+    images = np.asarray(laws.images(flow.config, jax.random.key(1), BATCH))
+    cond = jax.tree.map(np.asarray, laws.labels(flow.config, BATCH))
+    methods = {
+        "posterior": (lambda x: density.class_posterior(flow, variables, x), (images,)),
+        "score": (partial(density.score, flow, variables), (images, cond)),
+        "sample": (lambda cond: sample(flow, variables, key(), len(cond), cond).x, (cond,)),
+    }
+    return methods.get(method, (lambda x, cond: flow.apply(variables, x, cond, method=method), (images, cond)))
+
+
+def of_network(config, use=None, replicated=False):
+    """A velocity network, or what `use` makes of it, and times, samples and labels."""
+    network = build(config)
+    random = np.random.default_rng(0)
+    shapes = jax.eval_shape(partial(fm.init, network), key())
+    variables = jax.tree.map(lambda leaf: jnp.asarray(random.normal(size=leaf.shape) / 4, leaf.dtype), shapes)
+    if replicated:
+        variables = jax.device_put(variables, NamedSharding(mesh(AxisType.Explicit), P()))
+    field = partial(network.apply, variables)
+    samples = X0 if config.event_shape == (2,) else IMAGES
+    if use is None:
+        return field, (T, samples, LABELS)
+    return lambda x, cond: use(field, x, cond), (samples, LABELS)
+
+
+def of_coupling(coupling):
+    return lambda x0, x1: coupling(key(), x0, x1)[:2], (X0, X1)
+
+
+def loss(coupling):
+    def call(x0, x1):
+        return fm.flow_matching_loss(coupling=coupling)(lambda t, x, cond: -x, {"x0": x0, "x1": x1}, key())[0][None]
+
+    return call, (X0, X1)
+
+
+def adaptive(velocity, x, cond):
+    return fm.integrate(velocity, x, cond, method="dopri5")[0]
+
+
+POINTS = fm.MLPConfig(width=8, num_layers=2, num_classes=3)
+DIT = fm.DiTConfig(image_size=8, channels=1, patch_size=2, width=16, num_layers=1, head_dim=8, num_classes=3)
+UNET = fm.UNetConfig(
+    image_size=8,
+    channels=1,
+    width=8,
+    multipliers=(1, 2),
+    blocks_per_level=1,
+    attention_factors=(2,),
+    head_dim=8,
+    num_groups=4,
+    num_classes=3,
+)
+CALLS = {
+    **{name: partial(of_flow, name) for name in ("classes", "starflow text", "starflow added class", "starflow video")},
+    **{f"{method} of a flow": partial(of_flow, "classes", method) for method in ("forward", "posterior", "score")},
+    "samples of a flow": partial(of_flow, "classes", "sample"),
+    "MLP": partial(of_network, POINTS),
+    "DiT": partial(of_network, DIT),
+    "UNet": partial(of_network, UNET),
+    "Heun": partial(of_network, POINTS, lambda v, x, c: fm.integrate(v, x, c, num_steps=3)[0]),
+    "dopri5": partial(of_network, POINTS, adaptive),
+    "likelihood": partial(of_network, POINTS, lambda v, x, c: fm.log_prob(v, x, c, num_steps=3)),
+    "likelihood of pictures": partial(of_network, UNET, lambda v, x, c: fm.log_prob(v, x, c, key=key(), num_steps=1)),
+    "likelihood by dopri5": partial(of_network, POINTS, lambda v, x, c: fm.log_prob(v, x, c, method="dopri5")),
+    "exact transport": partial(of_coupling, fm.MinibatchOT()),
+    "entropic transport": partial(of_coupling, fm.MinibatchOT("sinkhorn")),
+    "weights": lambda: (
+        lambda x0, x1: fm.GibbsWeights(epsilon=2.0, sinkhorn_sweeps=3)(key(), x0, x1).log_weight,
+        (X0, X1),
+    ),
+    "loss": partial(loss, fm.Independent()),
+    "loss with exact transport": partial(loss, fm.MinibatchOT()),
+    "loss with weights": partial(loss, fm.GibbsWeights(epsilon=2.0, sinkhorn_sweeps=3)),
+}
+# Here each device of a mapped program sees its own rows alone, and does with them, or draws, as with a batch.
+OF_A_BATCH = ("transport", "weights", "loss", "pictures")
+REFUSED = {(name, "shard_map"): "check_vma=False" for name in ("dopri5", "likelihood by dopri5", "samples of a flow")}
+
+
+@cache
+def case(name):
+    """Returns (call, arrays, results for whole arrays)."""
+    call, arrays = CALLS[name]()
+    return call, arrays, jax.jit(call)(*arrays)
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("name", CALLS)
+def test_divided_arrays_give_the_numbers_of_one_device(name, program):
+    call, arrays, expected = case(name)
+    if (name, program) in REFUSED:
+        with pytest.raises(ValueError, match=REFUSED[name, program]):
+            PROGRAMS[program](call, arrays)
+        return
+    if program == "shard_map" and any(word in name for word in OF_A_BATCH):
+        parts = zip(*(np.split(array, DEVICES) for array in arrays), strict=True)
+        parts = [jax.jit(call)(*part) for part in parts]
+        expected = jax.tree.map(lambda *x: np.concatenate(x), *parts)
+    results = PROGRAMS[program](call, arrays)
+    assert_trees_close(jax.tree.map(np.asarray, results), jax.tree.map(np.asarray, expected), NETWORK)
+
+
+@pytest.mark.parametrize("name", ["classes", "DiT", "dopri5", "samples of a flow"])
+def test_results_stay_divided_as_the_inputs_are(name):
+    call, arrays, _ = case(name)
+    for x in jax.tree.leaves(jax.jit(call)(*divided(arrays, AxisType.Explicit))):
+        assert jax.typeof(x).sharding.spec[0] == "data"
+
+
+@pytest.mark.parametrize("use", [None, adaptive], ids=["MLP", "dopri5"])
+def test_parameters_may_lie_on_the_same_mesh(use):
+    call, arrays = of_network(POINTS, use, replicated=True)
+    plain, _ = of_network(POINTS, use)
+    results = jax.jit(call)(*divided(arrays, AxisType.Explicit))
+    assert_trees_close(np.asarray(results), np.asarray(jax.jit(plain)(*arrays)), NETWORK)
+
+
+def test_gradients_of_parameters_are_those_of_one_device():
+    network = build(POINTS)
+    variables = fm.init(network, key())
+
+    def loss(variables, t, x, cond):
+        return jnp.square(network.apply(variables, t, x, cond)).mean()
+
+    gradient = jax.jit(jax.grad(loss))
+    expected = gradient(variables, T, X0, LABELS)
+    assert_trees_close(gradient(variables, *divided((T, X0, LABELS), AxisType.Explicit)), expected, NETWORK)
+
+
+PALLAS = Causal(chunk_size=16, implementation="pallas")
+
+
+def attend(x):
+    return linear_attention(x, x, x, is_causal=PALLAS)
+
+
+@pytest.mark.parametrize("shape", [(2, 0, 4, 4), (0, 5, 4, 4)])
+def test_the_pallas_kernel_of_nothing_is_nothing(shape):
+    assert attend(jnp.ones(shape)).shape == shape
+    assert jax.grad(lambda x: attend(x).sum())(jnp.ones(shape)).shape == shape
+
+
+def test_what_jax_cannot_do_with_the_pallas_kernel_is_one_sentence():
+    x = jnp.ones((4, 2, 5, 4, 4))
+    with pytest.raises(TypeError, match="implementation='xla'"):
+        jax.jvp(attend, (x[0],), (x[0],))
+    with pytest.raises(ValueError, match="implementation='xla'"):
+        jax.vmap(attend)(divided(x, AxisType.Explicit))
