@@ -225,7 +225,7 @@ WRONG = {
         lambda: load_clips(ClipsConfig(), frames=0, image_size=16, channels=1, split="train"),
         "frames is 0",
     ),
-    "fit: swapped": (lambda: flowgen.training.fit("runs/x", "configs/tarflow_digits.py"), "experiment is 'runs/x'"),
+    "fit: swapped": (lambda: flowgen.fit("runs/x", "configs/tarflow_digits.py"), "experiment is 'runs/x'"),
     "load of a run: a number": (lambda: flowgen.checkpoint.load(3), "run_dir is 3"),
     "init: swapped": (lambda: flowgen.init(key(), FLOW), "model is key<fry>"),
     "init: a config": (lambda: flowgen.init(FLOW.config, key()), "model is a TARFlowConfig"),

@@ -443,7 +443,7 @@ MISTAKES = {
     "info --checkpoint run --debug": r"--debug is not an option of info --checkpoint",
     "info --checkpoint run --optim.lr 1": r"--optim\.lr is not an option of info --checkpoint",
     f"{SAMPLE} run --number 3": r"--number is not an option .* did you mean --num\?",
-    "evaluate --checkpoint run --split test": r"--split is 'test'; it must be 'train' or 'eval' or 'all'",
+    "evaluate --checkpoint run --split test": r"split is 'test'; it must be 'train' or 'eval' or 'all'",
     # Overrides.
     f"{TRAIN} --optim.learning_rate 1": r"optim\.learning_rate is not a field of this config",
     f"{TRAIN} --optim.warmup_step 1": r"optim\.warmup_step is not a field .* did you mean optim\.warmup_steps\?",

@@ -194,7 +194,7 @@ def test_places_can_be_given_when_samples_are_drawn(published, tmp_path, capsys)
     assert "codec.path is empty" in error
     code, error = run(capsys, *prompt, "--autoencoder", published / "vae")
     assert code == 2
-    assert "where the text encoder is is not known; give its folder" in error
+    assert "text.encoder is not set; give the folder" in error
     code, error = run(capsys, *prompt, "--autoencoder", published / "vae", "--text-encoder", tmp_path)
     assert code == 2
     assert "has no config.json, so it is no text encoder" in error

@@ -204,7 +204,7 @@ def test_the_running_log_mean_is_the_log_of_a_mean_over_devices_and_micro_batche
         variables = {"params": {"w": jnp.ones(1)}, **fm.MatchingConfig(coupling=coupling).state()}
 
         class Field:
-            def apply(self, variables, t, x, cond, *, train, rngs):
+            def apply(self, variables, t, x, cond, **_):
                 return x * variables["params"]["w"][0]
 
         case = Case(

@@ -70,9 +70,9 @@ def test_samples_are_strips_videos_and_arrays(run, tmp_path):
 @pytest.mark.parametrize(
     ("fps", "out", "message"),
     [
-        ("0", "x.gif", "--fps is 0.0; it must be at least 0.1"),
+        ("0", "x.gif", "--fps is 0; it must be at least 0.1"),
         ("0.0001", "x.mp4", "--fps is 0.0001; it must be at least 0.1"),
-        ("101", "x.gif", "--fps is 101.0; it must be from 0.1 to 100"),
+        ("101", "x.gif", "--fps is 101; it must be from 0.1 to 100"),
         ("5", "x.png", "x.png is no video; use .gif or .mp4, or leave it out"),
         ("5", "x.npz", "x.npz is no video; use .gif or .mp4, or leave it out"),
     ],

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import laws
 import numpy as np
 import pytest
+from builders import build
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tolerances import NETWORK, assert_trees_close
@@ -20,7 +21,7 @@ from flowgen import matching as fm
 from flowgen.attention import Causal, linear_attention
 from flowgen.decoding import sample
 from flowgen.flows import density
-from flowgen.models import build
+from flowgen.nn import init
 
 BATCH, DEVICES = 8, 4
 X0, X1 = np.random.default_rng(0).normal(size=(2, BATCH, 2)).astype(np.float32)
@@ -69,7 +70,7 @@ def of_network(config, use=None, replicated=False):
     """A velocity network, or what `use` makes of it, and times, samples and labels."""
     network = build(config)
     random = np.random.default_rng(0)
-    shapes = jax.eval_shape(partial(fm.init, network), key())
+    shapes = jax.eval_shape(partial(init, network), key())
     variables = jax.tree.map(lambda leaf: jnp.asarray(random.normal(size=leaf.shape) / 4, leaf.dtype), shapes)
     if replicated:
         variables = jax.device_put(variables, NamedSharding(mesh(AxisType.Explicit), P()))
@@ -175,7 +176,7 @@ def test_parameters_may_lie_on_the_same_mesh(use):
 
 def test_gradients_of_parameters_are_those_of_one_device():
     network = build(POINTS)
-    variables = fm.init(network, key())
+    variables = init(network, key())
 
     def loss(variables, t, x, cond):
         return jnp.square(network.apply(variables, t, x, cond)).mean()

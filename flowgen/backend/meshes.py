@@ -1,6 +1,6 @@
 """Meshes with explicit axes: the type of every array says how it is divided, and jax refuses to reshape, scan or
-contract over a divided axis without being told what comes out. Attention, couplings and models do all of these, but what
-comes out is plain: batch, queries and heads are divided as they came in.
+contract over a divided axis without being told what comes out. Attention, couplings and models do all of these, but
+what comes out is plain: batch, queries and heads are divided as they came in.
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ def check_unmapped(what: str, tree: PyTree) -> None:
     Example:
         check_unmapped("dopri5", x0)
     """
-    if any(varies(x) for x in jax.tree.leaves(tree)):
+    if any(varies(x) for x in jax.tree.leaves(tree) if isinstance(x, jax.Array)):
         raise ValueError(
             f"{what} does not pass the checks of jax.shard_map; call shard_map(..., check_vma=False), in which each "
             "device works on its own part, or jax.jit with divided arrays."

@@ -96,8 +96,7 @@ class Network:
 
     config = None
 
-    def apply(self, variables, t, x, cond, interval=None, *, train, rngs):
-        del train, rngs
+    def apply(self, variables, t, x, cond, interval=None):
         params = variables["params"]
         t = t if interval is None else t + 0.3 * interval
         features = [x, t[:, None].astype(x.dtype), (0 if cond is None else cond[:, None]) * jnp.ones_like(x[:, :1])]
