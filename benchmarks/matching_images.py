@@ -17,7 +17,7 @@ import measure
 import numpy as np
 
 from flowgen import checkpoint
-from flowgen.data import Source, from_uint8, image_grid, save_image, to_uint8
+from flowgen.data import Dataset, from_uint8, image_grid, save_image, to_uint8
 from flowgen.evaluation import frechet_distance
 from flowgen.experiments.distances import sample_metrics, train_judge
 
@@ -77,7 +77,7 @@ def main() -> None:
     save_image(arguments.picture, image_grid(to_uint8(np.concatenate(pictures)), columns=2 * CLASSES, scale=4))
 
 
-def images_of(source: Source) -> np.ndarray:
+def images_of(source: Dataset) -> np.ndarray:
     return np.asarray(from_uint8(source[np.arange(len(source))]["image"]))
 
 

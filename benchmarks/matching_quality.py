@@ -47,7 +47,7 @@ Sampler = Callable[[jax.Array, int], jax.Array]
 
 
 class Pair(NamedTuple):
-    """Source, data, the mean of |x1 - x0|² over independent pairs, and the epsilons at which W-CFM is tried.
+    """Dataset, data, the mean of |x1 - x0|² over independent pairs, and the epsilons at which W-CFM is tried.
 
     evaluated: the data that generated points are compared with.
     """

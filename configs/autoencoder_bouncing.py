@@ -21,7 +21,7 @@ def config() -> AutoencoderExperiment:
             layers_per_block=1,
             patch_size=1,
         ),
-        data=ClipsConfig(source="bouncing"),
+        data=ClipsConfig(name="bouncing"),
         autoencoding=AutoencodingConfig(shown=8, image_size=16, frames=5, kl_weight=1e-3),
         optim=OptimConfig(lr=2e-3, min_lr=1e-5, warmup_steps=50, weight_decay=0.0, ema_decay=0.99),
         train=TrainConfig(steps=1000, batch_size=32),

@@ -15,7 +15,7 @@ def config() -> AutoencoderExperiment:
         model=AutoencoderConfig(
             channels=1, latent_channels=4, widths=(32, 64), layers_per_block=1, num_groups=8, attention=False
         ),
-        data=DataConfig(source="digits"),
+        data=DataConfig(name="digits"),
         autoencoding=AutoencodingConfig(shown=50, image_size=8, kl_weight=1e-3),
         optim=OptimConfig(lr=2e-3, min_lr=1e-5, warmup_steps=50, weight_decay=0.0, ema_decay=0.99),
         train=TrainConfig(steps=1000, batch_size=64),

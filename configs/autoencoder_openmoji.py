@@ -17,7 +17,7 @@ def config() -> AutoencoderExperiment:
         model=AutoencoderConfig(
             channels=3, latent_channels=4, widths=(64, 128, 128), layers_per_block=2, num_groups=16, dtype="bfloat16"
         ),
-        data=DataConfig(source="openmoji"),
+        data=DataConfig(name="openmoji"),
         autoencoding=AutoencodingConfig(shown=32, image_size=64, kl_weight=1e-3),
         optim=OptimConfig(lr=5e-4, min_lr=1e-6, warmup_steps=200, weight_decay=0.0, ema_decay=0.999),
         train=TrainConfig(steps=10000, batch_size=64),

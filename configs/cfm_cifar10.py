@@ -27,7 +27,7 @@ def config() -> MatchingExperiment:
             dropout=0.1,
             time_scale=1.0,
         ),
-        data=DataConfig(source="npz", path="cifar10.npz", flip=True, eval_fraction=0.0),
+        data=DataConfig(name="npz", path="cifar10.npz", flip=True, eval_fraction=0.0),
         matching=MatchingConfig(),
         optim=OptimConfig(
             lr=2e-4,

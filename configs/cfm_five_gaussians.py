@@ -20,7 +20,7 @@ def config() -> MatchingExperiment:
     return MatchingExperiment(
         name="cfm_five_gaussians",
         model=MLPConfig(dim=2, width=64, num_layers=3),
-        data=PointsConfig(source="eight_gaussians", target="five_gaussians"),
+        data=PointsConfig(x0="eight_gaussians", x1="five_gaussians"),
         matching=MatchingConfig(coupling=GibbsWeights(epsilon=0.5, sinkhorn_sweeps=20)),
         optim=OptimConfig(lr=2e-3, min_lr=0.0, weight_decay=0.0, b2=0.999, clip_norm=0.0, ema_decay=0.0),
         train=TrainConfig(steps=20_000, batch_size=256),

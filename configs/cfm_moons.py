@@ -19,7 +19,7 @@ def config() -> MatchingExperiment:
     return MatchingExperiment(
         name="cfm_moons",
         model=MLPConfig(dim=2, width=64, num_layers=3),
-        data=PointsConfig(source="eight_gaussians", target="moons"),
+        data=PointsConfig(x0="eight_gaussians", x1="moons"),
         matching=MatchingConfig(coupling=GibbsWeights(epsilon=0.5, sinkhorn_sweeps=20)),
         optim=OptimConfig(lr=2e-3, min_lr=0.0, weight_decay=0.0, b2=0.999, clip_norm=0.0, ema_decay=0.0),
         train=TrainConfig(steps=20_000, batch_size=256),

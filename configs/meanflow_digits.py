@@ -23,7 +23,7 @@ def config() -> MatchingExperiment:
             intervals=True,
             time_scale=1.0,
         ),
-        data=DataConfig(source="digits"),
+        data=DataConfig(name="digits"),
         matching=MatchingConfig(loss=MeanFlow(guidance_weight=0.5), time=LogitNormal(mean=0.4, std=1.0)),
         optim=OptimConfig(lr=1e-3, min_lr=1e-5, warmup_steps=100, weight_decay=0.01, ema_decay=0.995),
         train=TrainConfig(steps=3000, batch_size=64, label_dropout=0.1),

@@ -21,7 +21,7 @@ def config() -> MatchingExperiment:
             head_dim=32,
             num_classes=10,
         ),
-        data=DataConfig(source="digits"),
+        data=DataConfig(name="digits"),
         matching=MatchingConfig(coupling=MinibatchOT(class_aware=True)),
         optim=OptimConfig(lr=2e-3, min_lr=1e-5, warmup_steps=100, weight_decay=0.01, ema_decay=0.995),
         train=TrainConfig(steps=3000, batch_size=64, label_dropout=0.1),

@@ -26,7 +26,7 @@ def config() -> FlowExperiment:
             num_classes=10,
             noise_std=0.3,
         ),
-        data=DataConfig(source="digits"),
+        data=DataConfig(name="digits"),
         likelihood=LikelihoodConfig(norm_penalty=1e-4),
         codec=PretrainedAutoencoder("runs/autoencoder_digits"),
         optim=OptimConfig(lr=1e-3, min_lr=1e-5, warmup_steps=100, ema_decay=0.995),

@@ -2,7 +2,7 @@
 
     python -m flowgen encode --config configs/starflow_imagenet256.py --out latents --data.path train --data.flip true
     python train.py --config configs/starflow_imagenet256.py --workdir runs/imagenet256 \\
-        --data.source encoded --data.path latents --data.flip false
+        --data.name encoded --data.path latents --data.flip false
 
 codec.path is a folder as published. Expected: `reference`, the published FID of 50,000 samples, decoded by a decoder
 finetuned on noisy latents; not measured here.
@@ -20,7 +20,7 @@ def config() -> FlowExperiment:
     return FlowExperiment(
         name="starflow_imagenet256",
         model=dataclasses.replace(STARFLOW_PRESETS["xlv2_1"], image_size=32, dtype="bfloat16"),
-        data=DataConfig(source="folder"),
+        data=DataConfig(name="folder"),
         likelihood=LikelihoodConfig(norm_penalty=1e-4),
         codec=PretrainedAutoencoder("sd-vae-ft-ema"),
         optim=OptimConfig(lr=1e-4, min_lr=1e-6, warmup_steps=10000),

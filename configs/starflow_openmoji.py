@@ -28,7 +28,7 @@ def config() -> FlowExperiment:
             noise_std=0.3,
             dtype="bfloat16",
         ),
-        data=DataConfig(source="openmoji"),
+        data=DataConfig(name="openmoji"),
         likelihood=LikelihoodConfig(norm_penalty=1e-4),
         codec=PretrainedAutoencoder("runs/autoencoder_openmoji"),
         text=TextConfig(encoder="minilm"),

@@ -22,7 +22,7 @@ def config() -> FlowExperiment:
     return FlowExperiment(
         name="starflow_t2i_256",
         model=dataclasses.replace(STARFLOW_PRESETS["t2i_3b"], dtype="bfloat16"),
-        data=DataConfig(source="folder"),
+        data=DataConfig(name="folder"),
         likelihood=LikelihoodConfig(norm_penalty=1e-4),
         codec=PretrainedAutoencoder("sd-vae-ft-ema"),
         text=TextConfig(encoder="flan-t5-xl"),

@@ -19,7 +19,7 @@ def config() -> VideoFlowExperiment:
     return VideoFlowExperiment(
         name="starflow_v_480p",
         model=dataclasses.replace(STARFLOW_V_480P, dtype="bfloat16"),
-        data=ClipsConfig(source="folder", path="videos", fps=16.0, drop_first=0.25),
+        data=ClipsConfig(name="folder", path="videos", fps=16.0, drop_first=0.25),
         likelihood=LikelihoodConfig(noise_weight=True, denoiser=OptimConfig(b2=0.999)),
         codec=PretrainedAutoencoder("Wan2.2-TI2V-5B-Diffusers", temporal_scale=0.6),
         text=TextConfig("flan-t5-xl", noise_level=True, aspect=True, frames_per_second=16),

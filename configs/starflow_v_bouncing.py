@@ -30,7 +30,7 @@ def config() -> VideoFlowExperiment:
             denoiser_past_frames=5,
             remat=False,
         ),
-        data=ClipsConfig(source="bouncing"),
+        data=ClipsConfig(name="bouncing"),
         likelihood=LikelihoodConfig(denoiser=OptimConfig(lr=3e-3, warmup_steps=100, b2=0.999)),
         optim=OptimConfig(lr=1e-3, min_lr=1e-5, warmup_steps=100, ema_decay=0.995),
         train=TrainConfig(steps=1200, batch_size=32, label_dropout=0.1),

@@ -31,7 +31,7 @@ def config() -> FlowExperiment:
             noise_std=0.07,
             dtype="bfloat16",
         ),
-        data=DataConfig(source="folder", path="data/afhq", flip=True, eval_fraction=0.02),
+        data=DataConfig(name="folder", path="data/afhq", flip=True, eval_fraction=0.02),
         optim=OptimConfig(lr=0.0001, min_lr=1e-06, warmup_steps=57, clip_norm=0.0),
         train=TrainConfig(steps=228000, batch_size=256, label_dropout=0.1),
         log=LogConfig(log_every=100, eval_every=20000, sample_every=5000, checkpoint_every=5000),

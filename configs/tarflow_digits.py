@@ -24,7 +24,7 @@ def config() -> FlowExperiment:
             activation="silu",
             noise_std=0.1,
         ),
-        data=DataConfig(source="digits"),
+        data=DataConfig(name="digits"),
         optim=OptimConfig(lr=2e-3, min_lr=1e-5, warmup_steps=100, ema_decay=0.995),
         train=TrainConfig(steps=1800, batch_size=64, label_dropout=0.1),
         log=LogConfig(log_every=100, eval_every=300, sample_every=300, checkpoint_every=500),

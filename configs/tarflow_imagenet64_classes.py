@@ -32,7 +32,7 @@ def config() -> FlowExperiment:
             noise_std=0.05,
             dtype="bfloat16",
         ),
-        data=DataConfig(source="folder", path="data/imagenet", flip=True, eval_fraction=0.01),
+        data=DataConfig(name="folder", path="data/imagenet", flip=True, eval_fraction=0.01),
         optim=OptimConfig(lr=0.0001, min_lr=1e-06, warmup_steps=5004, clip_norm=0.0),
         train=TrainConfig(steps=1000800, batch_size=256, label_dropout=0.1),
         log=LogConfig(log_every=100, eval_every=20000, sample_every=5000, checkpoint_every=5000),

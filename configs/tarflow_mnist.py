@@ -26,7 +26,7 @@ def config() -> FlowExperiment:
             num_classes=10,
             noise_std=0.1,
         ),
-        data=DataConfig(source="mnist"),
+        data=DataConfig(name="mnist"),
         optim=OptimConfig(lr=0.002, min_lr=1e-06, warmup_steps=234, clip_norm=0.0),
         train=TrainConfig(steps=23400, batch_size=256),
         log=LogConfig(log_every=50, eval_every=2000, sample_every=1000, checkpoint_every=1000),

@@ -26,7 +26,7 @@ def config() -> FlowExperiment:
             noise_std=0.05,
             dtype="bfloat16",
         ),
-        data=DataConfig(source="openmoji"),
+        data=DataConfig(name="openmoji"),
         optim=OptimConfig(lr=0.0003, min_lr=1e-06, warmup_steps=500, ema_decay=0.999),
         train=TrainConfig(steps=30000, batch_size=128, label_dropout=0.1),
         log=LogConfig(log_every=50, eval_every=2000, sample_every=1000, checkpoint_every=1000),

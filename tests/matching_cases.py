@@ -18,7 +18,7 @@ PATHS = {
     "linear variance preserving": fm.LinearVariancePreserving(),
 }
 
-# Source N(0, 1), data N(MEAN, STD²), paired independently.
+# Dataset N(0, 1), data N(MEAN, STD²), paired independently.
 MEAN, STD = 1.0, 0.5
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from flowgen import checkpoint, cli, experiments
 from flowgen.data import (
-    ArraySource,
+    ArrayDataset,
     ClipsConfig,
     DataConfig,
     check_classes,
@@ -45,8 +45,8 @@ def photos(root, *names, count=6):
     return root
 
 
-def everything(source):
-    return source[np.arange(len(source))]
+def everything(dataset):
+    return dataset[np.arange(len(dataset))]
 
 
 def of_folder(path, names, classes):
@@ -88,10 +88,10 @@ MAKERS = [of_folder, of_npz, of_latents]
     ids=["as found", "some", "another order", "one"],
 )
 def test_labels_are_mapped_by_name(make, names, classes, expected, tmp_path, caplog):
-    source = make(tmp_path / "data", names, classes)
-    assert everything(source)["label"].tolist() == expected
-    assert everything(source)["label"].dtype == np.int32
-    assert source.class_names == (classes or names)
+    dataset = make(tmp_path / "data", names, classes)
+    assert everything(dataset)["label"].tolist() == expected
+    assert everything(dataset)["label"].dtype == np.int32
+    assert dataset.class_names == (classes or names)
     missing = [name for name in classes if name not in names]
     assert [name for name in KNOWN if name in caplog.text.replace(str(tmp_path), "")] == missing
 
@@ -110,7 +110,7 @@ def test_built_in_pictures_and_clips_are_mapped_by_name():
     shape = {"frames": 2, "image_size": (10, 10), "channels": 1, "split": "all"}
     clips, mapped = (load_clips(ClipsConfig(num=40, classes=classes), **shape) for classes in ((), names))
     np.testing.assert_array_equal(everything(mapped)["label"], 9 - everything(clips)["label"])
-    with pytest.raises(ValueError, match=r"data\.source 'bouncing' has the class 9"):
+    with pytest.raises(ValueError, match=r"data\.dataset 'bouncing' has the class 9"):
         load_clips(ClipsConfig(num=40, classes=tuple("012345678")), **shape)
 
 
@@ -135,9 +135,9 @@ def test_names_that_are_none_are_refused(kind, classes):
 def test_the_largest_label_of_a_type_counts(tmp_path, labels, classes):
     path = tmp_path / "a.npz"
     np.savez(path, images=np.zeros((len(labels), 8, 8), np.uint8), labels=labels)
-    source = load(DataConfig("npz", path=str(path)), image_size=(8, 8), channels=1, split="all")
-    assert len(source.class_names) == len(found_classes(DataConfig("npz", path=str(path)))) == classes
-    np.testing.assert_array_equal(source.labels, labels)
+    dataset = load(DataConfig("npz", path=str(path)), image_size=(8, 8), channels=1, split="all")
+    assert len(dataset.class_names) == len(found_classes(DataConfig("npz", path=str(path)))) == classes
+    np.testing.assert_array_equal(dataset.labels, labels)
 
 
 @pytest.mark.parametrize("largest", [30_000_000, 2**62, 2**64 - 1])
@@ -189,17 +189,17 @@ def test_latents_that_are_no_numbers_are_refused_when_they_are_read(tmp_path, pa
     array = np.load(path / "train-00000" / f"{part}.npy")
     array[1, 2, 2] = value
     np.save(path / "train-00000" / f"{part}.npy", array)
-    source = read_latents(path, "train")
-    assert source[np.array([0, 2])][part].shape == (2, 4, 4, 1)
+    dataset = read_latents(path, "train")
+    assert dataset[np.array([0, 2])][part].shape == (2, 4, 4, 1)
     with pytest.raises(ValueError, match="train-00000' have a mean or std"):
-        source[np.array([1])]
+        dataset[np.array([1])]
 
 
 def test_classes_that_the_data_do_not_have_are_told(caplog):
-    source = ArraySource(np.zeros((2, 2, 2, 1), np.uint8), np.arange(2, dtype=np.int32), class_names=("cat", "dog"))
-    check_classes(source, 2)
+    dataset = ArrayDataset(np.zeros((2, 2, 2, 1), np.uint8), np.arange(2, dtype=np.int32), class_names=("cat", "dog"))
+    check_classes(dataset, 2)
     assert not caplog.records
-    check_classes(source, 10)
+    check_classes(dataset, 10)
     assert "model.num_classes is 10" in caplog.text
     assert "cat, dog" in caplog.text
     assert "set model.num_classes to 2" in caplog.text

@@ -55,7 +55,7 @@ UNUSUAL = FlowExperiment(
         remat=False,
     ),
     data=DataConfig(
-        source="npz",
+        name="npz",
         path="pictures/set ü.npz",
         flip=True,
         crop="none",
@@ -104,7 +104,7 @@ UNUSUAL = FlowExperiment(
 VELOCITY = MatchingExperiment(
     name="velocity",
     model=MLPConfig(dim=2, width=7, num_layers=5, intervals=True),
-    data=PointsConfig(source="moons", target="five_gaussians"),
+    data=PointsConfig(x0="moons", x1="five_gaussians"),
     matching=MatchingConfig(
         loss=MeanFlow(instantaneous=0.5, power=0.5),
         path=Polynomial(degree=3.5),
@@ -118,7 +118,7 @@ VELOCITY = MatchingExperiment(
 LATENT = FlowExperiment(
     name="latent",
     model=STARFlowConfig(image_size=(4, 6), layers_per_block=(1, 0, 2), text_dim=5, text_length=7, rope_base_grid=3.5),
-    data=DataConfig(source="folder", path="pictures", aspects=True),
+    data=DataConfig(name="folder", path="pictures", aspects=True),
     likelihood=LikelihoodConfig(norm_penalty=1e-4, noise_weight=True),
     codec=PretrainedAutoencoder("runs/ä"),
     text=TextConfig(encoder="words", truncate=False, noise_level=True, aspect=True),
@@ -127,7 +127,7 @@ LATENT = FlowExperiment(
 CLIPS = VideoFlowExperiment(
     name="clips",
     model=STARFlowVConfig(image_size=(4, 6), layers_per_block=(1, 2), num_classes=10, frames=3, denoiser_layers=2),
-    data=ClipsConfig(source="folder", path="videos", fps=12.5, hop=3, flip=True),
+    data=ClipsConfig(name="folder", path="videos", fps=12.5, hop=3, flip=True),
     likelihood=LikelihoodConfig(denoiser=OptimConfig(lr=1e-3)),
     codec=PretrainedAutoencoder("runs/ä", temporal_scale=0.6),
 )

@@ -6,17 +6,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flowgen.data import ArraySource, DataConfig, Loader, load
-from flowgen.data.buckets import BucketedSource, BucketLoader
+from flowgen.data import ArrayDataset, DataConfig, Loader, load
+from flowgen.data.buckets import BucketedDataset, BucketLoader
 
 
 def bucket(count, height, width, first=0):
     """Pictures that hold their own number."""
     images = np.broadcast_to(np.arange(first, first + count)[:, None, None, None], (count, height, width, 1))
-    return ArraySource(images.astype(np.uint8), np.zeros(count, np.int32))
+    return ArrayDataset(images.astype(np.uint8), np.zeros(count, np.int32))
 
 
-SOURCE = BucketedSource((bucket(37, 2, 2), bucket(11, 2, 4, first=37), bucket(3, 4, 2, first=48)))
+SOURCE = BucketedDataset((bucket(37, 2, 2), bucket(11, 2, 4, first=37), bucket(3, 4, 2, first=48)))
 
 
 def test_every_sample_comes_equally_often():
@@ -27,7 +27,7 @@ def test_every_sample_comes_equally_often():
 
 
 def test_a_share_of_a_bucket_comes_instead_of_all_of_it():
-    loader = BucketLoader(BucketedSource(SOURCE.buckets, (37, 4, 6)), batch_size=8, seed=3)
+    loader = BucketLoader(BucketedDataset(SOURCE.buckets, (37, 4, 6)), batch_size=8, seed=3)
     # 88 passes take the shares 88 times, of which the samples of each bucket have equal parts.
     seen = Counter(int(x) for step in range(37 * 11 + 4 * 11 + 6 * 11) for x in loader.batch(step)["image"][:, 0, 0, 0])
     assert {number: seen[number] for number in (0, 37, 48)} == {0: 88, 37: 32, 48: 176}
@@ -37,7 +37,7 @@ def test_a_share_of_a_bucket_comes_instead_of_all_of_it():
 @pytest.mark.parametrize("shares", [(1, 2), (37, 0, 3)])
 def test_shares_that_are_none_are_refused(shares):
     with pytest.raises(ValueError, match="give each at least 1"):
-        BucketedSource(SOURCE.buckets, shares)
+        BucketedDataset(SOURCE.buckets, shares)
 
 
 def test_a_bucket_gives_what_a_loader_of_it_gives():
@@ -79,9 +79,9 @@ def test_a_folder_is_sorted_into_aspect_ratios(tmp_path):
     exif = turned.getexif()
     exif[0x0112] = 6
     turned.save(tmp_path / "6.png", exif=exif)
-    config = DataConfig(source="folder", path=str(tmp_path), aspects=True, eval_fraction=0.0)
-    source = load(config, image_size=(64, 64), channels=3, split="train", multiple=8)
-    found = {b.image_shape[:2]: sorted(b[np.arange(len(b))]["image"][:, 0, 0, 0].tolist()) for b in source.buckets}
+    config = DataConfig(name="folder", path=str(tmp_path), aspects=True, eval_fraction=0.0)
+    dataset = load(config, image_size=(64, 64), channels=3, split="train", multiple=8)
+    found = {b.image_shape[:2]: sorted(b[np.arange(len(b))]["image"][:, 0, 0, 0].tolist()) for b in dataset.buckets}
     assert found == {(64, 64): [0, 1, 4], (48, 88): [2, 5], (96, 40): [3], (88, 48): [6]}
 
 
@@ -92,22 +92,22 @@ def test_unreadable_pictures_are_left_out_of_buckets_too(tmp_path):
     Image.new("RGB", (96, 40)).save(tmp_path / "y.png")
     whole = (tmp_path / "y.png").read_bytes()
     (tmp_path / "y.png").write_bytes(whole[:-30])
-    folder = {"source": "folder", "path": str(tmp_path), "aspects": True, "eval_fraction": 0.0}
-    source = load(DataConfig(**folder, on_corrupt="skip"), image_size=(32, 32), channels=3, split="train")
-    assert [len(bucket) for bucket in source.buckets] == [6]
+    folder = {"dataset": "folder", "path": str(tmp_path), "aspects": True, "eval_fraction": 0.0}
+    dataset = load(DataConfig(**folder, on_corrupt="skip"), image_size=(32, 32), channels=3, split="train")
+    assert [len(bucket) for bucket in dataset.buckets] == [6]
     with pytest.raises(ValueError, match=r"1 picture that cannot be read: .*z.png"):
         load(DataConfig(**folder), image_size=(32, 32), channels=3, split="train")
 
 
 def test_aspects_are_for_folders():
-    with pytest.raises(ValueError, match=r"aspects is set, but source 'digits' has one shape"):
+    with pytest.raises(ValueError, match=r"aspects is set, but dataset 'digits' has one shape"):
         DataConfig(aspects=True)
 
 
 def test_captions_stand_beside_pictures(tmp_path):
     for name in "ab":
         Image.new("L", (8, 8)).save(tmp_path / f"{name}.png")
-    config = DataConfig(source="folder", path=str(tmp_path), eval_fraction=0.0)
+    config = DataConfig(name="folder", path=str(tmp_path), eval_fraction=0.0)
     (tmp_path / "a.txt").write_text("a  cat\n")
     with pytest.raises(ValueError, match=r"captions of 1 of 2 pictures; add '.*b.txt' and 0 more"):
         load(config, image_size=(8, 8), channels=1, split="train")

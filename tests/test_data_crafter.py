@@ -14,15 +14,15 @@ from flowgen.data.crafter import CLIPS_PER_WORLD
 
 
 def clips_of(num=20, frames=4, size=(27, 36), channels=3, split="eval", **changes):
-    config = ClipsConfig(source="crafter", num=num, **changes)
+    config = ClipsConfig(name="crafter", num=num, **changes)
     return load_clips(config, frames=frames, image_size=size, channels=channels, split=split)
 
 
 def test_clips_are_what_playing_their_actions_shows():
-    source = clips_of(num=80)
-    batch = source[np.arange(8)]
+    dataset = clips_of(num=80)
+    batch = dataset[np.arange(8)]
     assert batch["image"].shape == (8, 4, 27, 36, 3)
-    assert source.class_names == ("noop", "left", "right", "up", "down", "do")
+    assert dataset.class_names == ("noop", "left", "right", "up", "down", "do")
     assert len(set(batch["label"].tolist())) > 2
     game = crafter.Env(size=(36, 27), seed=1)
     seen = game.reset()
@@ -30,7 +30,7 @@ def test_clips_are_what_playing_their_actions_shows():
     # The game itself decides by the order of a set in every tenth step: the first clips are before that.
     for clip, label in zip(batch["image"][:3], batch["label"][:3], strict=True):
         np.testing.assert_array_equal(clip[0], seen)
-        action = game.action_names.index(names.get(source.class_names[label], source.class_names[label]))
+        action = game.action_names.index(names.get(dataset.class_names[label], dataset.class_names[label]))
         for frame in clip[1:]:
             seen, *_ = game.step(action)
             np.testing.assert_array_equal(frame, seen)
@@ -41,7 +41,7 @@ def test_clips_are_the_same_in_every_process():
     program = """
 import hashlib, numpy
 from flowgen.data import ClipsConfig, load_clips
-config = ClipsConfig(source="crafter", num=600)
+config = ClipsConfig(name="crafter", num=600)
 clips = load_clips(config, frames=12, image_size=(27, 27), channels=3, split="eval")
 print(hashlib.sha256(clips[numpy.arange(60)]["image"].tobytes()).hexdigest())
 """
@@ -93,8 +93,8 @@ def test_a_clip_in_which_the_player_dies_is_played_again_in_the_next_world(monke
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"channels": 1}, "clips of data.source 'crafter' are in colour; set model.channels to 3"),
-        ({"size": (8, 16)}, "clips are 8 x 16, and data.source 'crafter' shows 9 x 9 places"),
+        ({"channels": 1}, "clips of data.name 'crafter' are in colour; set model.channels to 3"),
+        ({"size": (8, 16)}, "clips are 8 x 16, and data.name 'crafter' shows 9 x 9 places"),
         ({"eval_fraction": 0.0}, "data.eval_fraction is 0, so the split 'eval' is empty"),
         (
             {"num": 2, "eval_fraction": 0.9, "split": "train"},

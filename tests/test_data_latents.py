@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 from tolerances import LAYER, assert_close
 
-from flowgen.data import ArraySource, DataConfig, from_uint8, load
-from flowgen.data.buckets import BucketedSource
-from flowgen.data.latents import LatentSource, LatentWriter, Shard, encode, merged, read_latents
+from flowgen.data import ArrayDataset, DataConfig, from_uint8, load
+from flowgen.data.buckets import BucketedDataset
+from flowgen.data.latents import LatentDataset, LatentWriter, Shard, encode, merged, read_latents
 
 
 def pictures(count=10, height=4, width=4, captions=True):
     rng = np.random.default_rng(count)
     images = rng.integers(0, 256, (count, height, width, 1), np.uint8)
     texts = tuple(f"picture {index}" for index in range(count)) if captions else ()
-    return ArraySource(images, np.arange(count, dtype=np.int32) % 3, class_names=("a", "b", "c"), captions=texts)
+    return ArrayDataset(images, np.arange(count, dtype=np.int32) % 3, class_names=("a", "b", "c"), captions=texts)
 
 
 def moments(images):
@@ -42,19 +42,19 @@ def write(directory, splits, made_by=None, null=None):
 
 
 def read(directory, split="train"):
-    config = DataConfig(source="encoded", path=str(directory))
+    config = DataConfig(name="encoded", path=str(directory))
     return load(config, image_size=(2, 2), channels=1, split=split)
 
 
 def test_what_is_written_is_read(tmp_path):
     data, null = pictures(), texts([""])
     write(tmp_path / "set", {"train": encode(data, moments, texts, size=4)}, null=(null[0][0], null[1][0]))
-    source = read(tmp_path / "set")
-    assert len(source) == 10
-    assert source.image_shape == (2, 2, 1)
-    assert source.class_names == ("a", "b", "c")
+    dataset = read(tmp_path / "set")
+    assert len(dataset) == 10
+    assert dataset.image_shape == (2, 2, 1)
+    assert dataset.class_names == ("a", "b", "c")
     indices = np.array([7, 0, 9, 3, 4])
-    batch = source[indices]
+    batch = dataset[indices]
     mean, std = moments(np.asarray(from_uint8(data.images)))
     np.testing.assert_array_equal(batch["mean"], mean.astype(np.float32)[indices])
     np.testing.assert_array_equal(batch["std"], std.astype(np.float32)[indices])
@@ -62,14 +62,14 @@ def test_what_is_written_is_read(tmp_path):
     features, mask = batch["text"]
     np.testing.assert_array_equal(features[:, 0, 0], 9)
     assert mask.tolist() == [[True, False]] * 5
-    np.testing.assert_array_equal(source.null[0], null[0][0])
+    np.testing.assert_array_equal(dataset.null[0], null[0][0])
 
 
 def test_mirrored_pictures_are_encoded_too():
     data = pictures()
     shards = list(encode(data, moments, flip=True, size=4))
-    source = LatentSource(tuple(shards))
-    assert len(source) == 20
+    dataset = LatentDataset(tuple(shards))
+    assert len(dataset) == 20
     mirrored, _ = moments(np.asarray(from_uint8(data.images[:, :, ::-1])))
     np.testing.assert_array_equal(shards[1].mean, mirrored[:4].astype(np.float32))
     assert shards[0].text is None
@@ -78,7 +78,7 @@ def test_mirrored_pictures_are_encoded_too():
 def test_class_names_stand_in_for_captions_and_nothing_is_refused():
     (shard,) = encode(pictures(4, captions=False), moments, texts)
     np.testing.assert_array_equal(shard.text[:, 0, 0], 1)
-    nameless = ArraySource(pictures(2).images, np.full(2, -1, np.int32))
+    nameless = ArrayDataset(pictures(2).images, np.full(2, -1, np.int32))
     with pytest.raises(ValueError, match=r"neither captions nor classes to make texts of; put a .txt"):
         list(encode(nameless, moments, texts))
 
@@ -87,9 +87,9 @@ def test_shapes_become_buckets_and_splits_stay_apart(tmp_path):
     square, wide = pictures(6), pictures(5, width=8)
     train = [*encode(square, moments), *encode(wide, moments)]
     write(tmp_path / "set", {"train": train, "eval": encode(pictures(3), moments)})
-    source = read_latents(tmp_path / "set", "train")
-    assert isinstance(source, BucketedSource)
-    assert {bucket.image_shape: len(bucket) for bucket in source.buckets} == {(2, 2, 1): 6, (2, 4, 1): 5}
+    dataset = read_latents(tmp_path / "set", "train")
+    assert isinstance(dataset, BucketedDataset)
+    assert {bucket.image_shape: len(bucket) for bucket in dataset.buckets} == {(2, 2, 1): 6, (2, 4, 1): 5}
     assert len(read_latents(tmp_path / "set", "eval")) == 3
     assert len(read_latents(tmp_path / "set", "all")) == 14
 
@@ -187,8 +187,8 @@ def test_many_shards_need_few_open_files(tmp_path):
     in_use = len(list(Path("/proc/self/fd").iterdir()))
     resource.setrlimit(resource.RLIMIT_NOFILE, (in_use + 250, limits[1]))
     try:
-        source = read(tmp_path / "set")
-        batch = source[np.arange(200)[::-1]]
+        dataset = read(tmp_path / "set")
+        batch = dataset[np.arange(200)[::-1]]
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert len(batch["mean"]) == 200
@@ -215,6 +215,6 @@ def test_shards_of_one_array_are_gathered_in_order():
         Shard(np.full((n, 1, 1, 1), n, np.float32), np.zeros((n, 1, 1, 1), np.float32), np.arange(n, dtype=np.int32))
         for n in (3, 1, 2)
     )
-    batch = LatentSource(shards)[np.array([5, 0, 3, 2, 4])]
+    batch = LatentDataset(shards)[np.array([5, 0, 3, 2, 4])]
     assert batch["mean"].ravel().tolist() == [2, 3, 1, 3, 2]
     assert batch["label"].tolist() == [1, 0, 0, 2, 0]

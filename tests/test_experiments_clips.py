@@ -99,8 +99,8 @@ def test_clips_begin_with_what_is_given_and_go_on_as_long_as_asked(run, tmp_path
     assert drawn.shape == (2, 5, 12, 12, 1)
     assert_close(drawn[:, 0], np.broadcast_to(from_uint8(picture), (2, 12, 12, 1)), FORMULA)
     assert np.abs(drawn[0, 1:] - drawn[1, 1:]).max() > 0.01
-    write_video(tmp_path / "source.mp4", np.stack([picture] * 2), fps=8.0)
-    assert main([*words, "--frames", "4", "--given", str(tmp_path / "source.mp4")]) == 0
+    write_video(tmp_path / "dataset.mp4", np.stack([picture] * 2), fps=8.0)
+    assert main([*words, "--frames", "4", "--given", str(tmp_path / "dataset.mp4")]) == 0
     with np.load(out) as arrays:
         np.testing.assert_allclose(
             arrays["clips"][0, :2, ..., 0], from_uint8(picture)[None, ..., 0] + np.zeros((2, 1, 1)), atol=0.1
@@ -244,7 +244,7 @@ def test_a_video_autoencoder_is_trained_and_its_latents_are_those_of_a_flow(auto
         f"from flowgen.experiments import from_json\nconfig = lambda: from_json({experiment.to_json()!r})\n"
     )
     assert main(["encode", "--config", str(path), "--out", str(tmp_path / "encoded")]) == 0
-    encoded = dataclasses.replace(experiment, data=ClipsConfig(source="encoded", path=str(tmp_path / "encoded")))
+    encoded = dataclasses.replace(experiment, data=ClipsConfig(name="encoded", path=str(tmp_path / "encoded")))
     again = fit(encoded, tmp_path / "again")
     jax.tree.map(np.testing.assert_array_equal, direct.state.params, again.state.params)
     other = dataclasses.replace(encoded, codec=PretrainedAutoencoder(str(autoencoder)))

@@ -36,25 +36,25 @@ def test_pictures_are_trained_on_beside_clips(tmp_path):
 
 def test_pictures_come_in_the_fraction_of_batches_that_is_asked_for():
     data = ClipsConfig(num=500, drop_first=0.25, images=DataConfig(), images_fraction=0.2)
-    source = experiment_of(data=data).flow_dataset("train")
-    assert [bucket.frames for bucket in source.buckets] == [3, 2, 1]
-    whole, continued, pictures = source.shares
+    dataset = experiment_of(data=data).flow_dataset("train")
+    assert [bucket.frames for bucket in dataset.buckets] == [3, 2, 1]
+    whole, continued, pictures = dataset.shares
     assert continued / (whole + continued) == pytest.approx(0.25)
-    assert pictures / sum(source.shares) == pytest.approx(0.2)
+    assert pictures / sum(dataset.shares) == pytest.approx(0.2)
     with pytest.raises(ValueError, match=r"images_fraction is 0.2, and there are no images"):
         ClipsConfig(images_fraction=0.2)
 
 
 def test_clips_without_their_first_frame_are_trained_on_as_often_as_asked():
     experiment = experiment_of(data=ClipsConfig(num=500, drop_first=0.25), train=TrainConfig(steps=3, batch_size=9))
-    source = experiment.flow_dataset("train")
-    whole, continued = source.buckets
+    dataset = experiment.flow_dataset("train")
+    whole, continued = dataset.buckets
     some = np.array([3, 40])
     np.testing.assert_array_equal(continued[some]["image"], whole[some]["image"][:, 1:])
     shapes = [batch["image"].shape for batch in experiment.job().batches(0, 200)]  # three times all clips
     assert shapes.count((9, 2, 12, 12, 1)) == 50
     assert shapes.count((9, 3, 12, 12, 1)) == 150
-    assert clips.clips_alone(source).frames == 3
+    assert clips.clips_alone(dataset).frames == 3
     assert experiment.flow_dataset("eval").frames == 3
 
 
@@ -97,7 +97,7 @@ def test_texts_of_clips_without_their_first_frame_say_so(continued, tmp_path):
         f"from flowgen.experiments import from_json\nconfig = lambda: from_json({experiment.to_json()!r})\n"
     )
     assert main(["encode", "--config", str(path), "--out", str(folder)]) == 0
-    of_files = ClipsConfig(source="encoded", path=str(folder))
+    of_files = ClipsConfig(name="encoded", path=str(folder))
     read = {
         share: dataclasses.replace(experiment, data=dataclasses.replace(of_files, drop_first=share)).flow_dataset(
             "train"
@@ -137,7 +137,7 @@ def test_texts_of_restarts_say_so_too(continued, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"source": "encoded", "path": "x"}, "images is given, but encoded data have their pictures among them"),
+        ({"dataset": "encoded", "path": "x"}, "images is given, but encoded data have their pictures among them"),
         ({"images": DataConfig("folder", path="x", aspects=True)}, "images is encoded or of several aspects"),
         ({"flip": True}, "images.flip is False and flip is True, and pictures and clips are mirrored alike"),
     ],
@@ -158,8 +158,8 @@ def test_clips_of_texts_are_drawn_from_prompts(tmp_path):
         sampling=SamplingConfig(num=2, guidance=1.0),
         data=ClipsConfig(num=60, images=DataConfig()),
     )
-    source = experiment.flow_dataset("train")
-    of_clips, of_pictures = (bucket.null[0] for bucket in source.buckets)
+    dataset = experiment.flow_dataset("train")
+    of_clips, of_pictures = (bucket.null[0] for bucket in dataset.buckets)
     said = {8: of_clips, 0: of_pictures}  # frames per second, of which pictures have none
     for fps, null in said.items():
         wrapped = PromptTemplate(frames_per_second=fps)("", (6, 6))

@@ -91,9 +91,9 @@ def test_the_autoencoder_learns_and_says_so(autoencoder, capsys):
 
 def test_latents_of_a_trained_autoencoder_are_normalised_and_decoded(autoencoder):
     experiment = experiment_of(codec=PretrainedAutoencoder(str(autoencoder)))
-    source = experiment.flow_dataset("train")
-    assert source.image_shape == (4, 4, 4)
-    batch = source[np.arange(500)]
+    dataset = experiment.flow_dataset("train")
+    assert dataset.image_shape == (4, 4, 4)
+    batch = dataset[np.arange(500)]
     drawn = batch["mean"] + batch["std"] * np.random.default_rng(0).normal(size=batch["mean"].shape)
     # The statistics follow the batches, so they are near, not at, those of the final weights.
     np.testing.assert_allclose(drawn.mean(axis=(0, 1, 2)), 0, atol=0.3)
@@ -149,7 +149,7 @@ def test_encoding_first_or_on_the_way_trains_the_same(autoencoder, tmp_path, cap
     assert "train: 3234 of 8 x 8 pixels" in printed
     assert "eval: 180 of 8 x 8 pixels" in printed
     direct = fit(experiment, tmp_path / "direct")
-    encoded = dataclasses.replace(experiment, data=DataConfig(source="encoded", path=str(out)))
+    encoded = dataclasses.replace(experiment, data=DataConfig(name="encoded", path=str(out)))
     again = fit(encoded, tmp_path / "again")
     jax.tree.map(np.testing.assert_array_equal, direct.state.params, again.state.params)
     assert direct.metrics == again.metrics
@@ -267,7 +267,7 @@ def test_texts_can_be_encoded_first(tmp_path, monkeypatch):
         f"from flowgen.experiments import from_json\nconfig = lambda: from_json({experiment.to_json()!r})\n"
     )
     assert main(["encode", "--config", str(path), "--out", str(tmp_path / "encoded")]) == 0
-    encoded = dataclasses.replace(experiment, data=DataConfig(source="encoded", path=str(tmp_path / "encoded")))
+    encoded = dataclasses.replace(experiment, data=DataConfig(name="encoded", path=str(tmp_path / "encoded")))
     direct, again = fit(experiment, tmp_path / "direct"), fit(encoded, tmp_path / "again")
     jax.tree.map(np.testing.assert_array_equal, direct.state.params, again.state.params)
     other = dataclasses.replace(encoded, text=TextConfig(encoder="words", noise_level=True))
@@ -292,11 +292,11 @@ def test_several_aspects_train_together(tmp_path):
         Image.fromarray(rng.integers(0, 256, (side, other), np.uint8)).save(tmp_path / f"{index}.png")
     experiment = experiment_of(
         model=dataclasses.replace(TINY, num_classes=0),
-        data=DataConfig(source="folder", path=str(tmp_path), aspects=True, eval_fraction=0.2),
+        data=DataConfig(name="folder", path=str(tmp_path), aspects=True, eval_fraction=0.2),
         train=TrainConfig(steps=6, batch_size=8),
     )
-    source = experiment.dataset("train")
-    assert {bucket.image_shape for bucket in source.buckets} == {(8, 8, 1), (6, 10, 1)}
+    dataset = experiment.dataset("train")
+    assert {bucket.image_shape for bucket in dataset.buckets} == {(8, 8, 1), (6, 10, 1)}
     result = fit(experiment, tmp_path / "run")
     assert np.isfinite(result.metrics["nats_per_dim"])
 
@@ -358,7 +358,7 @@ def test_a_decoder_is_trained_on_beside_its_encoder(autoencoder, tmp_path):
         ({"model": dataclasses.replace(TINY, noise_std=0.0)}, "model.noise_std is 0, which dequantises images"),
         ({"sampling": SamplingConfig(prompts=("a cat",))}, "sampling.prompts is .*, but the model takes no texts"),
         ({"text": TextConfig("words", digest="other"), "model": TEXT}, "text.encoder 'words' is not the one that"),
-        ({"data": DataConfig(source="encoded", path="nowhere")}, "holds no encoded data"),
+        ({"data": DataConfig(name="encoded", path="nowhere")}, "holds no encoded data"),
         (
             {"model": TARFlowConfig(image_size=4, patch_size=1), "data": DataConfig("folder", path="x", aspects=True)},
             "data.aspects is set, but a TARFlow has one size",

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("quick_judge")
 POINTS = MatchingExperiment(
     name="points",
     model=MLPConfig(dim=2, width=16, num_layers=1),
-    data=PointsConfig(source="eight_gaussians", target="moons"),
+    data=PointsConfig(x0="eight_gaussians", x1="moons"),
     matching=MatchingConfig(coupling=GibbsWeights(ess=0.5)),
     train=TrainConfig(steps=8, batch_size=16),
     log=LogConfig(log_every=2, eval_every=4, checkpoint_every=4, tensorboard=False, progress=False),
@@ -92,7 +92,7 @@ def test_an_open_epsilon_is_chosen_from_the_data_and_only_then():
 
 def test_weights_that_tilt_more_than_they_couple_are_warned_of():
     # N -> moons: the moons' distances from the origin differ most.
-    x0, x1 = PointsConfig(source="normal", target="moons").draw(jax.random.key(0), 512)
+    x0, x1 = PointsConfig(x0="normal", x1="moons").draw(jax.random.key(0), 512)
     with pytest.warns(UserWarning, match="sinkhorn_sweeps"):
         MatchingConfig(coupling=GibbsWeights(epsilon=1.0)).fitted(x0 * 0.1, x1)
 
@@ -168,7 +168,7 @@ MISTAKES = {
     "sample --out a.png --num-steps 0 --checkpoint POINTS": "sampling.num_steps is 0; it must be ",
     "evaluate --noise uniform --checkpoint POINTS": "--noise is not an option here for a MLP",
     "evaluate --samples 1 --checkpoint POINTS": "samples is 1; ",
-    "evaluate --checkpoint POINTS --data.target circles": "data.target is 'circles'; it must be 'normal' or",
+    "evaluate --checkpoint POINTS --data.x1 circles": "data.x1 is 'circles'; it must be 'normal' or",
     "sample --out a.png --guidance -1 --checkpoint DIGITS": "sampling.guidance is -1",
     "train --workdir POINTS --config CONFIG --matching.coupling.ess 0.3": "begun with another config",
 }

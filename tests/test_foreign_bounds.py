@@ -343,7 +343,7 @@ ESCAPES = "a\x1b[2J\x1b]0;title\x07\u202egnp"
         ["sample", "--checkpoint", ESCAPES, "--out", f"{ESCAPES}.png"],
         ["info", "--config", DIGITS, "--num", ESCAPES],
         ["convert", ESCAPES, "--to", ESCAPES, "--image-size", "8", "--patch-size", "2", "--noise-std", "0"],
-        ["train", "--config", DIGITS, "--workdir", "w", "--data.source", "folder", "--data.path", ESCAPES],
+        ["train", "--config", DIGITS, "--workdir", "w", "--data.name", "folder", "--data.path", ESCAPES],
         [ESCAPES],
     ],
 )

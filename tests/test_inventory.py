@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from flowgen.data import (
-    ArraySource,
+    ArrayDataset,
     ClipsConfig,
     DataConfig,
     Inventory,
@@ -17,10 +17,10 @@ from flowgen.data import (
     load_clips,
     take_inventory,
 )
-from flowgen.data.buckets import BucketedSource
+from flowgen.data.buckets import BucketedDataset
 from flowgen.data.clip_views import ContinuedClips, StillClips
+from flowgen.data.dataset import hold_out_files
 from flowgen.data.latents import LatentWriter, Shard, read_latents
-from flowgen.data.sources import hold_out_files
 from flowgen.runs import RunWriter
 
 
@@ -80,7 +80,7 @@ def test_a_folder_is_counted(tmp_path, aspects):
     train, held_out = (load(config, image_size=(8, 8), channels=1, split=split) for split in ("train", "eval"))
     inventory = take_inventory(config, train, held_out)
     # 24 x 20 is nearest to 5:4 of the nine aspects, of about the area of 8 x 8.
-    size = " x ".join(map(str, train.image_shapes[0][:2])) if isinstance(train, BucketedSource) else "8 x 8"
+    size = " x ".join(map(str, train.image_shapes[0][:2])) if isinstance(train, BucketedDataset) else "8 x 8"
     assert inventory.line() == f"images: 18 train, 2 held out, 24 x 20 -> {size}, classes: cat, dog"
     assert inventory.left_out == ("1 .xcf",)
     assert (len(inventory.train_files), len(inventory.held_out_files)) == (18, 2)
@@ -112,9 +112,9 @@ def test_clips_are_counted_apart_from_pictures_and_from_their_own_parts():
     config = ClipsConfig(num=100)
     shape = {"image_size": (10, 10), "channels": 1, "split": "train"}
     clips = load_clips(config, frames=4, **shape)
-    stills = StillClips(ArraySource(np.zeros((7, 10, 10, 1), np.uint8), np.zeros(7, np.int32)))
-    source = BucketedSource((clips, ContinuedClips(clips), stills))
-    line = take_inventory(config, source).line()
+    stills = StillClips(ArrayDataset(np.zeros((7, 10, 10, 1), np.uint8), np.zeros(7, np.int32)))
+    dataset = BucketedDataset((clips, ContinuedClips(clips), stills))
+    line = take_inventory(config, dataset).line()
     assert line.startswith("clips: 90 train and 7 images, 0 held out, 10 x 10, classes: 0, 1, 2")
 
 

@@ -65,7 +65,7 @@ def _tarflow(options: argparse.Namespace) -> tuple[Any, Any, Any]:
     experiment = FlowExperiment(
         name=Path(options.file).stem,
         model=flow.config,
-        data=DataConfig(source="folder"),  # The weights do not say what they were trained on.
+        data=DataConfig(name="folder"),  # The weights do not say what they were trained on.
         sampling=SamplingConfig(num=16),
     )
     return flow, variables, experiment
@@ -90,7 +90,7 @@ def _starflow(options: argparse.Namespace) -> tuple[Any, Any, Any]:
     experiment = kind(
         name=Path(options.file).stem,
         model=flow.config,
-        data=DataConfig(source="folder") if size is None else ClipsConfig(fps=float(convert.clip_size(size)[1])),
+        data=DataConfig(name="folder") if size is None else ClipsConfig(fps=float(convert.clip_size(size)[1])),
         codec=codec,
         text=_text(options, arguments) if flow.config.text_dim else None,
         sampling=SamplingConfig(num=8, guidance=check(float, arguments.get("cfg") or 0, path="cfg"), rule="product"),

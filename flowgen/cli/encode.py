@@ -14,7 +14,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, help="Python file with config() of a flow on latents")
     parser.add_argument("--out", required=True, help="new directory for the latents and the features of captions")
     parser.add_argument("--debug", action="store_true", help="of the experiment that --debug trains")
-    parser.epilog = "Any field of the config can be set: --codec.path DIR --data.source folder --data.path DIR."
+    parser.epilog = "Any field of the config can be set: --codec.path DIR --data.name folder --data.path DIR."
 
 
 def run(options: argparse.Namespace, rest: list[str]) -> int:
@@ -30,8 +30,8 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     experiment = load_experiment(options, rest)
     if not isinstance(experiment, AutoregressiveExperiment) or not experiment.is_latent:
         raise ValueError(f"{experiment.name} has neither codec nor text, so there is nothing to encode; set --codec.")
-    if experiment.data.source == "encoded":
-        raise ValueError("data.source is 'encoded', which is encoded already; give the pictures.")
+    if experiment.data.name == "encoded":
+        raise ValueError("data.name is 'encoded', which is encoded already; give the pictures.")
     experiment = experiment.with_provenance()  # What is opened later is refused if it is not the same.
     splits = ("train", "eval") if experiment.data.eval_fraction > 0 else ("train",)
     writer, names = LatentWriter(options.out), ()
@@ -39,18 +39,18 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
         for split in splits:
             names = _encode(writer, experiment, split)
     writer.finish(class_names=names, made_by=made_by(experiment.data, experiment.encoding))
-    say(f"Wrote {options.out}; train on it with --data.source encoded --data.path {options.out}")
+    say(f"Wrote {options.out}; train on it with --data.name encoded --data.path {options.out}")
     return 0
 
 
 def _encode(writer: Any, experiment: Any, split: Any) -> tuple[str, ...]:
     """Writes the latents of a split; returns the names of its classes."""
-    from flowgen.data.buckets import BucketedSource
+    from flowgen.data.buckets import BucketedDataset
     from flowgen.experiments.drawing import per_second
-    from flowgen.experiments.latents import encoded_shards, null_features, pixel_source
+    from flowgen.experiments.latents import encoded_shards, null_features, pixel_dataset
 
-    source = pixel_source(experiment.data, experiment.encoding, split)
-    for bucket in source.buckets if isinstance(source, BucketedSource) else (source,):
+    dataset = pixel_dataset(experiment.data, experiment.encoding, split)
+    for bucket in dataset.buckets if isinstance(dataset, BucketedDataset) else (dataset,):
         null = null_features(experiment.encoding, bucket)
         began = time.perf_counter()
         count = _write(
@@ -61,7 +61,7 @@ def _encode(writer: Any, experiment: Any, split: Any) -> tuple[str, ...]:
         )
         height, width, _ = bucket.image_shape
         say(f"{split}: {count} of {height} x {width} pixels, {per_second(count / (time.perf_counter() - began))}")
-    return source.class_names
+    return dataset.class_names
 
 
 def _write(writer: Any, split: Any, shards: Any, null: Any) -> int:

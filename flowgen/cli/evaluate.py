@@ -14,7 +14,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", required=True, help="directory of a run")
     parser.add_argument("--step", type=step_or_best, help="checkpoint to take: a number, or best (default: the latest)")
     parser.epilog = (
-        "Other data than the run's: --data.source folder --data.path DIR. Samples may be drawn otherwise than the run "
+        "Other data than the run's: --data.name folder --data.path DIR. Samples may be drawn otherwise than the run "
         "says: --guidance 2 --plan jacobi; info --checkpoint lists the fields."
     )
 
@@ -44,7 +44,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     model, params, trained = checkpoint.load(options.checkpoint, options.step)
     groups = ("data", "sampling", "codec", "text")
     experiment, asked, given = apply_words(rest, trained, trained.evaluate_options(), groups=groups)
-    if "split" not in given and given & {"data.path", "data.source"}:
+    if "split" not in given and given & {"data.path", "data.name"}:
         asked = dataclasses.replace(asked, split="all")
     _check_sampling(given, experiment, asked)
     experiment = _on_other_data(trained, experiment)

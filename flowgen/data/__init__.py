@@ -1,7 +1,8 @@
-"""Pictures and points: sources by name, stateless batches, and media files."""
+"""Pictures and points: datasets by name, stateless batches, and media files."""
 
 from flowgen.data.classes import check_classes
 from flowgen.data.clips import ClipsConfig, load_clips
+from flowgen.data.dataset import ArrayDataset, Batch, DataConfig, Dataset, hold_out
 from flowgen.data.found import found_classes, take_inventory
 from flowgen.data.inventory import Inventory, told_once
 from flowgen.data.loader import Loader, fixed_batches, prefetch
@@ -16,17 +17,16 @@ from flowgen.data.media import (
 )
 from flowgen.data.points import PointsConfig, blank_batches
 from flowgen.data.registry import load
-from flowgen.data.sources import ArraySource, Batch, DataConfig, Source, hold_out
 
 __all__ = [
-    "ArraySource",
+    "ArrayDataset",
     "Batch",
     "ClipsConfig",
     "DataConfig",
+    "Dataset",
     "Inventory",
     "Loader",
     "PointsConfig",
-    "Source",
     "atomic_file",
     "blank_batches",
     "check_classes",

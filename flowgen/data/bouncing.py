@@ -7,8 +7,8 @@ import dataclasses
 import numpy as np
 from jaxtyping import Float, Int, Int32, UInt8
 
+from flowgen.data.dataset import Batch, DataConfig, Split, hold_out
 from flowgen.data.named import read_digits
-from flowgen.data.sources import Batch, DataConfig, Split, hold_out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +19,7 @@ class BouncingDigits:
     borders; digits between pixels are drawn by bilinear weights. Clips are the same in every NumPy version.
 
     Example:
-        source = BouncingDigits(digits, labels, num=1000, frames=8, image_shape=(16, 16, 1), seed=0)
+        dataset = BouncingDigits(digits, labels, num=1000, frames=8, image_shape=(16, 16, 1), seed=0)
     """
 
     digits: UInt8[np.ndarray, "n side side"]
@@ -77,17 +77,17 @@ def bouncing_digits(
     num: of all splits. Held out are eval_fraction of the digits, and as many of the clips.
 
     Example:
-        source = bouncing_digits(1000, 0.1, frames=8, image_size=(16, 16), channels=1, split="train")
+        dataset = bouncing_digits(1000, 0.1, frames=8, image_size=(16, 16), channels=1, split="train")
     """
     side = max(8, min(image_size) // 2)
     if min(image_size) <= side:
         raise ValueError(f"clips are {image_size[0]} x {image_size[1]}, with no room for digits of 8; use 10 or more.")
-    source = read_digits(DataConfig(), (side, side))
-    source = source.select(hold_out(len(source), eval_fraction, split))
+    dataset = read_digits(DataConfig(), (side, side))
+    dataset = dataset.select(hold_out(len(dataset), eval_fraction, split))
     return BouncingDigits(
-        source.images[..., 0],
-        source.labels,
-        source.class_names,
+        dataset.images[..., 0],
+        dataset.labels,
+        dataset.class_names,
         num=len(hold_out(num, eval_fraction, split)),
         frames=frames,
         image_shape=(*image_size, channels),

@@ -1,4 +1,4 @@
-"""Pictures of several shapes: a source for each, and batches of one shape at a time."""
+"""Pictures of several shapes: a dataset for each, and batches of one shape at a time."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int
 
+from flowgen.data.dataset import Batch, Dataset, permutation
 from flowgen.data.loader import Loader
-from flowgen.data.sources import Batch, Source, permutation
 
 _SCHEDULE = 2  # The purpose of the random stream, beside those of the loader.
 
 
 @dataclasses.dataclass(frozen=True)
-class BucketedSource:
+class BucketedDataset:
     """Sources of different shapes and the same classes, one per bucket; shapes are not mixed in a batch.
 
     shares: samples of each bucket in a pass over the data; None is all of them, so that every sample comes equally
     often.
 
     Example:
-        source = BucketedSource((square, wide))
-        loader = BucketLoader(source, batch_size=64, seed=0)
+        dataset = BucketedDataset((square, wide))
+        loader = BucketLoader(dataset, batch_size=64, seed=0)
     """
 
-    buckets: tuple[Source, ...]
+    buckets: tuple[Dataset, ...]
     shares: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if not self.buckets:
-            raise ValueError("A bucketed source needs at least one bucket that is not empty.")
+            raise ValueError("A bucketed dataset needs at least one bucket that is not empty.")
         if self.shares is not None and (len(self.shares) != len(self.buckets) or min(self.shares) < 1):
             raise ValueError(f"shares are {self.shares}, of {len(self.buckets)} buckets; give each at least 1.")
 
@@ -57,10 +57,10 @@ class BucketLoader:
     processes take the same bucket at the same step.
 
     Example:
-        batch = BucketLoader(source, batch_size=64, seed=0).batch(step=100)
+        batch = BucketLoader(dataset, batch_size=64, seed=0).batch(step=100)
     """
 
-    source: BucketedSource
+    dataset: BucketedDataset
     _: dataclasses.KW_ONLY
     batch_size: int
     seed: int
@@ -75,7 +75,7 @@ class BucketLoader:
 
     def place(self, step: int) -> tuple[int, int]:
         """Returns the bucket of a step and how many batches of that bucket came before."""
-        sizes = self.source.shares or tuple(len(bucket) for bucket in self.source.buckets)
+        sizes = self.dataset.shares or tuple(len(bucket) for bucket in self.dataset.buckets)
         passed = _pass_of(step, sizes, self.batch_size)
         schedule = _schedule(self.seed, passed, sizes, self.batch_size)
         position = step - sum(_before(passed, sizes, self.batch_size))
@@ -93,7 +93,7 @@ class BucketLoader:
                 process_index=self.process_index,
                 process_count=self.process_count,
             )
-            for bucket in self.source.buckets
+            for bucket in self.dataset.buckets
         ]
 
 

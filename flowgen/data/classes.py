@@ -62,7 +62,7 @@ def with_classes(found: T, classes: tuple[str, ...], where: str) -> T:
     Raises ValueError where it has a class that is not among `classes`.
 
     Example:
-        source = with_classes(source, ("cat", "dog", "fox"), "data.path 'photos'")
+        dataset = with_classes(dataset, ("cat", "dog", "fox"), "data.path 'photos'")
     """
     thing: Any = found
     numbers = class_numbers(thing.class_names, classes, where)
@@ -101,15 +101,15 @@ def class_numbers(found: tuple[str, ...], classes: tuple[str, ...], where: str) 
     return np.array([known[name] for name in found], np.int32)
 
 
-def check_classes(source: HasClasses, num_classes: int) -> None:
-    """Raises ValueError where a model of `num_classes` (0 is unconditional) cannot take this source's labels.
+def check_classes(dataset: HasClasses, num_classes: int) -> None:
+    """Raises ValueError where a model of `num_classes` (0 is unconditional) cannot take this dataset's labels.
 
-    A warning tells of classes of the model that the source does not have.
+    A warning tells of classes of the model that the dataset does not have.
 
     Example:
-        check_classes(source, num_classes=10)
+        check_classes(dataset, num_classes=10)
     """
-    count = len(source.class_names)
+    count = len(dataset.class_names)
     if num_classes and not count:
         raise ValueError(
             f"model.num_classes is {num_classes} but the data carries no labels; put images into a folder per class, "
@@ -123,7 +123,7 @@ def check_classes(source: HasClasses, num_classes: int) -> None:
     if num_classes > count:
         unused = f"number {count} is" if num_classes == count + 1 else f"numbers {count} to {num_classes - 1} are"
         tell(
-            f"model.num_classes is {num_classes}, and the data has {count} classes ({name_list(source.class_names)}): "
+            f"model.num_classes is {num_classes}, and the data has {count} classes ({name_list(dataset.class_names)}): "
             f"{unused} of no class; set model.num_classes to {count} to train without them."
         )
 

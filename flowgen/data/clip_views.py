@@ -7,8 +7,8 @@ import dataclasses
 import numpy as np
 from jaxtyping import Int
 
-from flowgen.data.clips import ClipSource
-from flowgen.data.sources import Batch, Source
+from flowgen.data.clips import ClipDataset
+from flowgen.data.dataset import Batch, Dataset
 
 # What captions of clips without their beginning are told apart by, as published (arXiv 2511.20462).
 CONTINUED = "(extend) "
@@ -16,24 +16,24 @@ CONTINUED = "(extend) "
 
 @dataclasses.dataclass(frozen=True)
 class _View:
-    """Another source's samples, in the same order, with other frames."""
+    """Another dataset's samples, in the same order, with other frames."""
 
-    source: Source
+    dataset: Dataset
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        return self.source.image_shape
+        return self.dataset.image_shape
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        return self.source.class_names
+        return self.dataset.class_names
 
     @property
     def captions(self) -> tuple[str, ...]:
-        return self.source.captions
+        return self.dataset.captions
 
     def __len__(self) -> int:
-        return len(self.source)
+        return len(self.dataset)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,13 +41,13 @@ class StillClips(_View):
     """Pictures as clips of one frame.
 
     Example:
-        source = StillClips(load(DataConfig(), image_size=(16, 16), channels=1, split="train"))
+        dataset = StillClips(load(DataConfig(), image_size=(16, 16), channels=1, split="train"))
     """
 
     frames = 1
 
     def __getitem__(self, indices: Int[np.ndarray, " b"]) -> Batch:
-        batch = self.source[indices]
+        batch = self.dataset[indices]
         return {**batch, "image": batch["image"][:, None]}
 
 
@@ -55,22 +55,22 @@ class StillClips(_View):
 class ContinuedClips(_View):
     """Clips without their first frame, as the restarts of a long clip see them; captions say so.
 
-    Latents of such clips are those of the whole `source` without the first, which codecs treat unlike the others.
+    Latents of such clips are those of the whole `dataset` without the first, which codecs treat unlike the others.
 
     Example:
-        source = ContinuedClips(load_clips(config, frames=8, image_size=(16, 16), channels=1, split="train"))
+        dataset = ContinuedClips(load_clips(config, frames=8, image_size=(16, 16), channels=1, split="train"))
     """
 
-    source: ClipSource
+    dataset: ClipDataset
 
     @property
     def frames(self) -> int:
-        return self.source.frames - 1
+        return self.dataset.frames - 1
 
     @property
     def captions(self) -> tuple[str, ...]:
-        return tuple(CONTINUED + caption for caption in self.source.captions)
+        return tuple(CONTINUED + caption for caption in self.dataset.captions)
 
     def __getitem__(self, indices: Int[np.ndarray, " b"]) -> Batch:
-        batch = self.source[indices]
+        batch = self.dataset[indices]
         return {**batch, "image": batch["image"][:, 1:]}

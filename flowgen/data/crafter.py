@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32, UInt8
 
-from flowgen.data.sources import Split, hold_out
+from flowgen.data.dataset import Split, hold_out
 from flowgen.packages import need
 
 # The actions that show; placing and making things needs materials that a player at random has not got.
@@ -33,10 +33,10 @@ def record(
         clips, labels, names = record(1000, 0.1, frames=8, image_size=(64, 64), channels=3, split="train")
     """
     if channels != 3:
-        raise ValueError("clips of data.source 'crafter' are in colour; set model.channels to 3.")
+        raise ValueError("clips of data.name 'crafter' are in colour; set model.channels to 3.")
     if min(image_size) < VIEW:
         raise ValueError(
-            f"clips are {image_size[0]} x {image_size[1]}, and data.source 'crafter' shows {VIEW} x {VIEW} places; "
+            f"clips are {image_size[0]} x {image_size[1]}, and data.name 'crafter' shows {VIEW} x {VIEW} places; "
             "use 27 pixels or more."
         )
     seed, count = ("train", "eval", "all").index(split), len(hold_out(num, eval_fraction, split))
@@ -94,4 +94,4 @@ class _InOrder(dict[Any, None]):
 
 
 def _crafter() -> Any:
-    return need("crafter", "data.source 'crafter'")
+    return need("crafter", "data.name 'crafter'")

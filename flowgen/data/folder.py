@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int, Int32, UInt8
 
-from flowgen.data.buckets import BucketedSource
+from flowgen.data.buckets import BucketedDataset
 from flowgen.data.classes import tell_held_out, with_classes
+from flowgen.data.dataset import ArrayDataset, Batch, DataConfig, Dataset, Split, hold_out_files
 from flowgen.data.inventory import tell
 from flowgen.data.listing import Listing, list_files
 from flowgen.data.media import IMAGE_FORMATS, pillow
 from flowgen.data.pictures import Crop, picture_size, read_picture
-from flowgen.data.sources import ArraySource, Batch, DataConfig, Source, Split, hold_out_files
 from flowgen.data.unreadable import FileReader, OnCorrupt, tell_lost_classes
 from flowgen.documents import read_bytes
 from flowgen.text import ASPECTS, aspect_size, nearest_aspect
@@ -28,7 +28,7 @@ _WHAT = ("picture", "pictures")
 
 def read_folder(
     config: DataConfig, *, image_size: tuple[int, int], channels: int, split: Split, multiple: int = 1
-) -> Source | BucketedSource:
+) -> Dataset | BucketedDataset:
     """Returns one split of the pictures under `config.path`, resized to `image_size` and 1 or 3 channels.
 
     First-level sub-folders that hold pictures, at any depth, are the classes; see `list_files` and `config.classes`.
@@ -49,10 +49,10 @@ def read_folder(
 
     Example:
         config = DataConfig("folder", path="photos")
-        source = read_folder(config, image_size=(64, 64), channels=3, split="train")
+        dataset = read_folder(config, image_size=(64, 64), channels=3, split="train")
     """
     if channels not in (1, 3):
-        raise ValueError(f"model.channels is {channels}; data.source 'folder' gives 1 (grey) or 3 (colour).")
+        raise ValueError(f"model.channels is {channels}; data.name 'folder' gives 1 (grey) or 3 (colour).")
     pillow()
     listing = opened(config.path, tuple(IMAGE_FORMATS), "pictures", config.classes)
     labels, class_names = listing.labels, listing.class_names
@@ -68,8 +68,8 @@ def read_folder(
     if not in_memory:
         _log.info("Decoding '%s' batch by batch: it needs more than data.in_memory_bytes.", config.path)
 
-    def source(kept: list[int], size: tuple[int, int]) -> ArraySource | FolderSource:
-        found = FolderSource(
+    def dataset(kept: list[int], size: tuple[int, int]) -> ArrayDataset | FolderDataset:
+        found = FolderDataset(
             [listing.root / listing.names[i] for i in kept],
             labels[kept],
             class_names=class_names,
@@ -81,13 +81,13 @@ def read_folder(
         )
         return found.decoded(may_be_empty=config.aspects) if in_memory else found.checked(may_be_empty=config.aspects)
 
-    def told(sources: Sequence[ArraySource | FolderSource]) -> None:
-        kept = np.concatenate([source.labels for source in sources])
+    def told(datasets: Sequence[ArrayDataset | FolderDataset]) -> None:
+        kept = np.concatenate([dataset.labels for dataset in datasets])
         lost = f"No picture of the split '{split}' is left of {{}}, whose pictures cannot be read."
         tell_lost_classes(labels[chosen], kept, class_names, lost)
 
     if not config.aspects:
-        whole = source(chosen.tolist(), image_size)
+        whole = dataset(chosen.tolist(), image_size)
         told([whole])
         return whole
     side = math.sqrt(math.prod(image_size))
@@ -96,14 +96,14 @@ def read_folder(
     members = {
         name: [i for i, aspect in zip(chosen.tolist(), aspects, strict=True) if aspect == name] for name in ASPECTS
     }
-    buckets = [source(kept, sizes[name]) for name, kept in members.items() if kept]
+    buckets = [dataset(kept, sizes[name]) for name, kept in members.items() if kept]
     readable = tuple(bucket for bucket in buckets if len(bucket))
     if not readable:
         raise ValueError(
             f"data.path '{config.path}' holds no picture that can be read in the split '{split}'; add some."
         )
     told(readable)
-    return BucketedSource(readable)
+    return BucketedDataset(readable)
 
 
 def opened(path: str, suffixes: tuple[str, ...], what: str, classes: tuple[str, ...]) -> Listing:
@@ -145,15 +145,15 @@ def _caption(path: Path) -> str:
         raise ValueError(f"a caption in data.path, '{path}', is not UTF-8 text ({error}); convert it.") from error
 
 
-class FolderSource:
+class FolderDataset:
     """Picture files decoded anew for every batch, by as many threads as there are cores.
 
     With on_corrupt="skip" an unreadable file is named once in a warning and answered by the next readable one
     of the same split, with that one's label: the answer depends on the position alone.
 
     Example:
-        source = FolderSource(files, labels, class_names=("cat", "dog"), image_shape=(64, 64, 3))
-        batch = source[np.arange(32)]
+        dataset = FolderDataset(files, labels, class_names=("cat", "dog"), image_shape=(64, 64, 3))
+        batch = dataset[np.arange(32)]
     """
 
     def __init__(
@@ -186,13 +186,13 @@ class FolderSource:
         positions = np.array([position for position, _ in answers])
         return {"image": np.stack([image for _, image in answers]), "label": self.labels[positions]}
 
-    def checked(self, *, may_be_empty: bool = False) -> FolderSource:
+    def checked(self, *, may_be_empty: bool = False) -> FolderDataset:
         """Returns itself, unless files may be left out and none can be read, which raises ValueError."""
         if not may_be_empty:
             self._reader.check_any()
         return self
 
-    def decoded(self, *, may_be_empty: bool = False) -> ArraySource:
+    def decoded(self, *, may_be_empty: bool = False) -> ArrayDataset:
         """Returns the same pictures in memory; unreadable files are refused all at once, or left out.
 
         may_be_empty: leave them out even where none is left.
@@ -200,7 +200,7 @@ class FolderSource:
         images = np.empty((len(self.files), *self.image_shape), np.uint8)
         kept = self._reader.read_all(images.__setitem__, may_be_empty=may_be_empty)
         images = images if len(kept) == len(images) else images[kept]
-        return ArraySource(images, self.labels[kept], class_names=self.class_names, captions=self.captions)
+        return ArrayDataset(images, self.labels[kept], class_names=self.class_names, captions=self.captions)
 
     def _read(self, position: int) -> UInt8[np.ndarray, "height width c"]:
         height, width, channels = self.image_shape

@@ -11,19 +11,19 @@ from typing import Any
 
 import numpy as np
 
-from flowgen.data.buckets import BucketedSource
+from flowgen.data.buckets import BucketedDataset
 from flowgen.data.clips import ClipsConfig, VideoClips
 from flowgen.data.crafter import CLASS_NAMES
-from flowgen.data.folder import FolderSource
+from flowgen.data.dataset import DataConfig, Dataset, hold_out_files
+from flowgen.data.folder import FolderDataset
 from flowgen.data.inventory import Inventory
-from flowgen.data.latents import INDEX_FILE, LatentSource, read_index
+from flowgen.data.latents import INDEX_FILE, LatentDataset, read_index
 from flowgen.data.listing import Listing, list_files
 from flowgen.data.media import IMAGE_FORMATS
 from flowgen.data.named import DIGIT_NAMES
 from flowgen.data.npz import npz_classes, npz_marks
 from flowgen.data.openmoji import GROUPS
 from flowgen.data.pictures import UnreadablePicture, picture_size
-from flowgen.data.sources import DataConfig, Source, hold_out_files
 from flowgen.data.video import READABLE, UnreadableVideo, video_size
 
 _BUILT_IN = {
@@ -49,19 +49,19 @@ def found_classes(config: DataConfig | ClipsConfig) -> tuple[str, ...]:
     Example:
         found_classes(DataConfig("folder", path="photos"))  # ("cat", "dog", "fox")
     """
-    if config.source == "folder":
+    if config.name == "folder":
         return _listed(config).class_names
-    if config.source == "npz":
+    if config.name == "npz":
         return npz_classes(config.path)
-    if config.source == "encoded":
+    if config.name == "encoded":
         return tuple(read_index(config.path)["class_names"])
-    return _BUILT_IN[config.source]
+    return _BUILT_IN[config.name]
 
 
 def take_inventory(
     config: DataConfig | ClipsConfig,
-    train: Source | BucketedSource,
-    held_out: Source | BucketedSource | None = None,
+    train: Dataset | BucketedDataset,
+    held_out: Dataset | BucketedDataset | None = None,
 ) -> Inventory:
     """Returns what was found in data that were opened with a config. Latents of mirror images are not counted.
 
@@ -70,8 +70,8 @@ def take_inventory(
     """
     kind = "clips" if isinstance(config, ClipsConfig) else "images"
     whole, beside = _apart(train)
-    mirrored = 2 if isinstance(whole[0], LatentSource) and config.flip else 1
-    listing = _listed(config) if config.source == "folder" else None
+    mirrored = 2 if isinstance(whole[0], LatentDataset) and config.flip else 1
+    listing = _listed(config) if config.name == "folder" else None
     train_files, held_files = _marks(config, listing)
     left_out = () if listing is None else listing.left_out
     if kind == "images" and listing is not None:
@@ -79,11 +79,11 @@ def take_inventory(
         if unreadable := len(train_files) + len(held_files) - read:
             left_out = (*left_out, f"{unreadable:,} that cannot be read, which the files below name, too")
     return Inventory(
-        f"latents of {kind}" if config.source == "encoded" else kind,
+        f"latents of {kind}" if config.name == "encoded" else kind,
         sum(map(len, whole)) // mirrored,
         0 if held_out is None else len(held_out),
-        _BUILT_IN_SIZES.get(config.source, ()) if listing is None else _sizes(config, listing),
-        tuple(dict.fromkeys(b.event_shape if isinstance(b, LatentSource) else b.image_shape[:2] for b in whole)),
+        _BUILT_IN_SIZES.get(config.name, ()) if listing is None else _sizes(config, listing),
+        tuple(dict.fromkeys(b.event_shape if isinstance(b, LatentDataset) else b.image_shape[:2] for b in whole)),
         train.class_names,
         train_files,
         held_files,
@@ -99,24 +99,24 @@ def _listed(config: DataConfig | ClipsConfig) -> Listing:
     return list_files(config.path, tuple(IMAGE_FORMATS), "pictures")
 
 
-def _apart(source: Source | BucketedSource) -> tuple[list[Any], list[Any]]:
-    """The pictures or whole clips of a source, and the pictures that are beside clips."""
-    buckets: list[Any] = list(source.buckets) if isinstance(source, BucketedSource) else [source]
+def _apart(dataset: Dataset | BucketedDataset) -> tuple[list[Any], list[Any]]:
+    """The pictures or whole clips of a dataset, and the pictures that are beside clips."""
+    buckets: list[Any] = list(dataset.buckets) if isinstance(dataset, BucketedDataset) else [dataset]
     most = max(map(_frames, buckets))
     return [b for b in buckets if _frames(b) == most], [b for b in buckets if _frames(b) == 1 < most]
 
 
-def _at_most(source: Source | BucketedSource) -> bool:
+def _at_most(dataset: Dataset | BucketedDataset) -> bool:
     """Whether files that cannot be read are counted, for they are only met later."""
-    buckets = source.buckets if isinstance(source, BucketedSource) else (source,)
-    return any(isinstance(b, FolderSource | VideoClips) and b.on_corrupt == "skip" for b in buckets)
+    buckets = dataset.buckets if isinstance(dataset, BucketedDataset) else (dataset,)
+    return any(isinstance(b, FolderDataset | VideoClips) and b.on_corrupt == "skip" for b in buckets)
 
 
-def _frames(source: Any) -> int:
+def _frames(dataset: Any) -> int:
     """The frames of clips; 0 of pictures."""
-    if isinstance(source, LatentSource):
-        return source.event_shape[0] if len(source.event_shape) > 3 else 0
-    return getattr(source, "frames", 0)
+    if isinstance(dataset, LatentDataset):
+        return dataset.event_shape[0] if len(dataset.event_shape) > 3 else 0
+    return getattr(dataset, "frames", 0)
 
 
 def _sizes(config: DataConfig | ClipsConfig, listing: Listing) -> tuple[tuple[int, int], ...]:
@@ -137,9 +137,9 @@ def _sizes(config: DataConfig | ClipsConfig, listing: Listing) -> tuple[tuple[in
 
 def _marks(config: DataConfig | ClipsConfig, listing: Listing | None) -> tuple[Marks, Marks]:
     """The files of both splits with marks of their content; a file that holds both is with the first."""
-    if config.source == "npz":
+    if config.name == "npz":
         return npz_marks(config.path), {}
-    if config.source == "encoded":
+    if config.name == "encoded":
         folder = Path(config.path)
         files = [folder / INDEX_FILE, *sorted(folder.glob("*/label.npy"))]
         return {file.relative_to(folder).as_posix(): zlib.crc32(file.read_bytes()) for file in files}, {}
@@ -151,7 +151,7 @@ def _marks(config: DataConfig | ClipsConfig, listing: Listing | None) -> tuple[M
         for name, mark in _file_sizes(listing).items():
             (held_out if name in held else train)[name] = mark
     if isinstance(config, ClipsConfig) and (images := config.images) is not None:
-        listing = _listed(images) if images.source == "folder" else None
+        listing = _listed(images) if images.name == "folder" else None
         for files, more in zip((train, held_out), _marks(images, listing), strict=True):
             files.update({f"{images.path}/{name}": mark for name, mark in more.items()})
     return train, held_out

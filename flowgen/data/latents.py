@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int, Int32
 
-from flowgen.data.buckets import BucketedSource
+from flowgen.data.buckets import BucketedDataset
 from flowgen.data.classes import class_numbers, renumbered
+from flowgen.data.dataset import NO_LABEL, Batch, Dataset, Split
 from flowgen.data.media import from_uint8
-from flowgen.data.sources import NO_LABEL, Batch, Source, Split
 from flowgen.documents import ARRAY_DAMAGE, check_regular, inside, read_json
 from flowgen.printable import composed
 
@@ -92,8 +92,8 @@ class ShardFile:
 
 
 @dataclasses.dataclass(frozen=True)
-class LatentSource:
-    """A source of latents, of pictures or clips, whose posterior training draws from.
+class LatentDataset:
+    """A dataset of latents, of pictures or clips, whose posterior training draws from.
 
     null: features and mask of the empty text, where there are texts. numbers: in `class_names`, of the classes that the
     labels of the shards are numbers of; empty where they are the same.
@@ -102,8 +102,8 @@ class LatentSource:
     looked at; a loss that is not finite tells of them.
 
     Example:
-        source = LatentSource((shard,), class_names=("cat", "dog"))
-        batch = source[np.arange(16)]  # mean, std, label, and text = (features, mask) where there are captions
+        dataset = LatentDataset((shard,), class_names=("cat", "dog"))
+        batch = dataset[np.arange(16)]  # mean, std, label, and text = (features, mask) where there are captions
     """
 
     shards: tuple[Shard | ShardFile, ...]
@@ -153,25 +153,25 @@ def _check_moments(shard: Shard | ShardFile, mean: np.ndarray, std: np.ndarray) 
 
 
 def encode(
-    source: Source, moments: Moments, texts: Texts | None = None, *, flip: bool = False, size: int = PICTURES_AT_ONCE
+    dataset: Dataset, moments: Moments, texts: Texts | None = None, *, flip: bool = False, size: int = PICTURES_AT_ONCE
 ) -> Iterator[Shard]:
-    """Yields the latents of a source, `size` pictures at a time.
+    """Yields the latents of a dataset, `size` pictures at a time.
 
     moments: pictures in [-1, 1] -> (mean, std) of their latents, such as `Codec.moments`. texts: captions -> (features,
     mask). flip: encode every picture's mirror image too, since latents cannot be mirrored afterwards.
 
-    Raises ValueError where there are texts to encode and the source has neither captions nor class names, and where
+    Raises ValueError where there are texts to encode and the dataset has neither captions nor class names, and where
     latents or features are not finite.
 
     Example:
-        shards = encode(source, codec.moments, flip=True)
+        shards = encode(dataset, codec.moments, flip=True)
     """
-    for start in range(0, len(source), size):
-        indices = np.arange(start, min(start + size, len(source)))
-        batch = source[indices]
+    for start in range(0, len(dataset), size):
+        indices = np.arange(start, min(start + size, len(dataset)))
+        batch = dataset[indices]
         features = ()
         if texts is not None:
-            text, mask = texts(captions_of(source, indices, batch["label"]))
+            text, mask = texts(captions_of(dataset, indices, batch["label"]))
             features = (np.asarray(text, np.float16), np.asarray(mask))
         for mirrored in (False, True) if flip else (False,):
             images = batch["image"][..., ::-1, :] if mirrored else batch["image"]
@@ -189,7 +189,7 @@ def merged(blocks: Iterable[Shard], size: int = SHARD_BYTES) -> Iterator[Shard]:
     """Yields blocks joined to shards of at least `size` bytes, the last one aside.
 
     Example:
-        for shard in merged(encode(source, codec.moments)): writer.add("train", shard)
+        for shard in merged(encode(dataset, codec.moments)): writer.add("train", shard)
     """
     waiting: list[Shard] = []
     for block in blocks:
@@ -206,18 +206,18 @@ def _joined(blocks: list[Shard]) -> Shard:
     return Shard(**{name: np.concatenate(arrays) for name, arrays in parts.items() if arrays[0] is not None})
 
 
-def captions_of(source: Source, indices: Int[np.ndarray, " b"], labels: Int[np.ndarray, " b"]) -> list[str]:
+def captions_of(dataset: Dataset, indices: Int[np.ndarray, " b"], labels: Int[np.ndarray, " b"]) -> list[str]:
     """Returns what stands for pictures in words: their captions, or else the names of their classes.
 
     Raises ValueError where the data have neither.
 
     Example:
-        texts = captions_of(source, np.arange(4), source[np.arange(4)]["label"])
+        texts = captions_of(dataset, np.arange(4), dataset[np.arange(4)]["label"])
     """
-    if source.captions:
-        return [source.captions[index] for index in indices]
-    if source.class_names:
-        return [source.class_names[label] if label >= 0 else "" for label in labels]
+    if dataset.captions:
+        return [dataset.captions[index] for index in indices]
+    if dataset.class_names:
+        return [dataset.class_names[label] if label >= 0 else "" for label in labels]
     raise ValueError(
         "the data have neither captions nor classes to make texts of; put a .txt beside every picture, or "
         "the pictures into one folder per class."
@@ -307,7 +307,7 @@ def _is_whole(index: dict[str, Any]) -> bool:
 
 def read_latents(
     directory: str | os.PathLike[str], split: Split, classes: tuple[str, ...] = ()
-) -> LatentSource | BucketedSource:
+) -> LatentDataset | BucketedDataset:
     """Returns a split of encoded data, mapped from its files; of several shapes, a bucket for each.
 
     classes: that labels are numbers of, by name; empty for those of the data.
@@ -316,7 +316,7 @@ def read_latents(
     if a label is not the number of one of its classes, or a class is not among `classes`.
 
     Example:
-        source = read_latents("data/latents", "train")
+        dataset = read_latents("data/latents", "train")
     """
     index = read_index(directory)
     entries = [entry for entry in index["shards"] if split in ("all", entry["split"])]
@@ -334,8 +334,8 @@ def read_latents(
         groups.setdefault(tuple(entry["shape"]), []).append(entry)
     for entry in entries:
         inside(directory, entry["folder"], what=f"a folder in '{Path(directory) / INDEX_FILE}'")
-    sources = tuple(
-        LatentSource(
+    datasets = tuple(
+        LatentDataset(
             tuple(_checked(Path(directory), entry, found) for entry in group),
             found if numbers is None else classes,
             numbers=() if numbers is None else tuple(numbers.tolist()),
@@ -343,7 +343,7 @@ def read_latents(
         )
         for _, group in sorted(groups.items())
     )
-    return sources[0] if len(sources) == 1 else BucketedSource(sources)
+    return datasets[0] if len(datasets) == 1 else BucketedDataset(datasets)
 
 
 def _read_null(folder: Path) -> tuple[np.ndarray, np.ndarray]:

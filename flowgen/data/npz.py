@@ -9,8 +9,8 @@ import numpy as np
 from jaxtyping import Shaped
 
 from flowgen.data.classes import checked_names, with_classes
+from flowgen.data.dataset import NO_LABEL, ArrayDataset, DataConfig
 from flowgen.data.inventory import name_list, tell
-from flowgen.data.sources import NO_LABEL, ArraySource, DataConfig
 from flowgen.documents import ARRAY_DAMAGE
 
 _ARRAYS = ("images", "labels", "class_names")
@@ -18,7 +18,7 @@ _ARRAYS = ("images", "labels", "class_names")
 MOST_SPARSE = 1 << 16
 
 
-def read_npz(config: DataConfig, size: tuple[int, int]) -> ArraySource:
+def read_npz(config: DataConfig, size: tuple[int, int]) -> ArrayDataset:
     """Returns the arrays `images` (uint8 `n h w` or `n h w c`) and, if present, `labels` (integers `n`).
 
     Nothing is resized or converted, for arrays mean what they say, and other arrays are not read. -1 marks a picture
@@ -32,7 +32,7 @@ def read_npz(config: DataConfig, size: tuple[int, int]) -> ArraySource:
 
     Example:
         np.savez("shapes.npz", images=images, labels=labels, class_names=["circle", "square"])
-        source = read_npz(DataConfig("npz", path="shapes.npz"), (32, 32))
+        dataset = read_npz(DataConfig("npz", path="shapes.npz"), (32, 32))
     """
     path = Path(config.path)
     arrays, names = _read_arrays(path, _ARRAYS)
@@ -46,12 +46,12 @@ def read_npz(config: DataConfig, size: tuple[int, int]) -> ArraySource:
         images = images[..., None]
     _check_images(path, images, size)
     if "labels" not in arrays:
-        return ArraySource(images, np.full(len(images), NO_LABEL, np.int32))
+        return ArrayDataset(images, np.full(len(images), NO_LABEL, np.int32))
     class_names = _named_classes(path, arrays, len(images))
     if "class_names" not in arrays and config.classes and class_names:
         class_names = _numbered(path, len(class_names), config.classes)
-    source = ArraySource(images, arrays["labels"].astype(np.int32), class_names=class_names)
-    return with_classes(source, config.classes, f"data.path '{path}'")
+    dataset = ArrayDataset(images, arrays["labels"].astype(np.int32), class_names=class_names)
+    return with_classes(dataset, config.classes, f"data.path '{path}'")
 
 
 def npz_classes(path: str) -> tuple[str, ...]:

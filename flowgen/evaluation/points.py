@@ -15,7 +15,7 @@ Draw = Callable[[Key[Array, ""], int], tuple[Float[Array, "n 2"], Float[Array, "
 
 
 class PointSamples(NamedTuple):
-    """Source, data, more data, and what a field makes of the source: by rk4 with 100 steps and by few Euler steps."""
+    """Noise, data, more data, and what a field makes of the noise: by rk4 with 100 steps and by few Euler steps."""
 
     x0: Float[Array, "n 2"]
     x1: Float[Array, "n 2"]
@@ -42,11 +42,11 @@ def point_samples(velocity: Velocity, draw: Draw, key: Key[Array, ""], *, num: i
 
 
 def point_metrics(samples: PointSamples) -> dict[str, float]:
-    """Returns how well a field transports source to data, by exact distances that are solved on the host.
+    """Returns how well a field transports noise to data, by exact distances that are solved on the host.
 
     w2: 2-Wasserstein distance of generated points to data; w2_floor: of two samples of the data, below which nothing
     can be told. euler_k: w2 after k Euler steps. path_energy: E ∫|v|² dt. signed_npe: (path_energy - W2²) / W2²
-    with W2 of source and data; below 0 the paths are too short for these marginals. curvature: of `path_report`.
+    with W2 of noise and data; below 0 the paths are too short for these marginals. curvature: of `path_report`.
 
     Example:
         metrics = point_metrics(samples)

@@ -20,7 +20,7 @@ from flowgen.codecs import Autoencoder, AutoencoderConfig, VideoAutoencoder, Vid
 from flowgen.data import (
     ClipsConfig,
     DataConfig,
-    Source,
+    Dataset,
     check_classes,
     fixed_batches,
     from_uint8,
@@ -28,7 +28,7 @@ from flowgen.data import (
     load_clips,
     take_inventory,
 )
-from flowgen.data.sources import Split
+from flowgen.data.dataset import Split
 from flowgen.evaluation import psnr
 from flowgen.experiments.codecs import STATISTICS, open_autoencoder
 from flowgen.experiments.debug import SAMPLES, debug_clips, debug_images, debug_run
@@ -111,7 +111,7 @@ class AutoencoderExperiment(Experiment):
 
     def _check_images(self) -> None:
         data = self.data
-        if not isinstance(data, DataConfig) or data.source == "encoded" or data.aspects:
+        if not isinstance(data, DataConfig) or data.name == "encoded" or data.aspects:
             raise ValueError(f"data is {data}; an Autoencoder is trained on images of one size.")
         if self.autoencoding.frames:
             raise ValueError(
@@ -120,7 +120,7 @@ class AutoencoderExperiment(Experiment):
 
     def _check_clips(self, model: VideoAutoencoderConfig) -> None:
         data, frames, stride = self.data, self.autoencoding.frames, model.stride
-        if not isinstance(data, ClipsConfig) or data.source == "encoded":
+        if not isinstance(data, ClipsConfig) or data.name == "encoded":
             raise ValueError(f"data is {data}; a VideoAutoencoder is trained on clips, so give a ClipsConfig.")
         for name in ("images", "drop_first"):
             if getattr(data, name):
@@ -144,26 +144,26 @@ class AutoencoderExperiment(Experiment):
             return VideoAutoencoder(self.model)
         return Autoencoder(self.model)
 
-    def dataset(self, split: Split) -> Source:
+    def dataset(self, split: Split) -> Dataset:
         """Returns the images or clips of a split at the size that the autoencoder is trained on."""
         shape: dict[str, Any] = {"image_size": self.autoencoding.image_hw, "channels": self.model.channels}
         if isinstance(self.data, ClipsConfig):
             return load_clips(self.data, frames=self.autoencoding.frames, split=split, **shape)
-        source = load(self.data, split=split, **shape)
-        assert isinstance(source, Source)  # several sizes were refused
-        check_classes(source, 0)
-        return source
+        dataset = load(self.data, split=split, **shape)
+        assert isinstance(dataset, Dataset)  # several sizes were refused
+        check_classes(dataset, 0)
+        return dataset
 
-    def job(self, *, dataset: Source | None = None, held_out: Source | None = None, model: Any = None) -> Job:
+    def job(self, *, dataset: Dataset | None = None, held_out: Dataset | None = None, model: Any = None) -> Job:
         """Returns what the training loop needs, with the data opened.
 
         dataset, held_out, model: see `fit`.
         """
-        autoencoder, source = self.build() if model is None else model, dataset
-        if source is None:
-            source = self.dataset("train")
+        autoencoder, dataset = self.build() if model is None else model, dataset
+        if dataset is None:
+            dataset = self.dataset("train")
             held_out = self.dataset("eval") if self.data.eval_fraction > 0 else None
-        shown = held_out or source
+        shown = held_out or dataset
 
         def picture_of(variables: Any) -> np.ndarray:
             images = np.asarray(from_uint8(shown[np.arange(min(self.autoencoding.shown, len(shown)))]["image"]))
@@ -175,21 +175,21 @@ class AutoencoderExperiment(Experiment):
         return Job(
             init=lambda key: _initial(self.model, self.autoencoding.decoder_of, autoencoder, key),
             objective=autoencoding_objective(autoencoder, self.autoencoding),
-            batches=image_batches(source, self.data, self.train),
+            batches=image_batches(dataset, self.data, self.train),
             evaluate=None if held_out is None else lambda variables: _distortion(autoencoder, variables, held_out),
             sample=picture_of if self.model.channels in DRAWABLE_CHANNELS else None,
             best_metric=self.best_metric,
-            inventory=take_inventory(self.data, source, held_out),
+            inventory=take_inventory(self.data, dataset, held_out),
         )
 
     def evaluate(self, model: Any, variables: Any, options: EvaluateOptions) -> list[str]:
         """Returns lines with the error of reconstructions on a split, and the statistics of the latents."""
-        source = self.dataset(options.split)
-        metrics = _distortion(model, variables, source)
+        dataset = self.dataset(options.split)
+        metrics = _distortion(model, variables, dataset)
         statistics, factor = variables[STATISTICS], self.model.factor
         what = "clips" if self.autoencoding.frames else "images"
         return [
-            f"{len(source)} {what} ({options.split}), one latent per {factor} x {factor} pixels",
+            f"{len(dataset)} {what} ({options.split}), one latent per {factor} x {factor} pixels",
             f"PSNR {metrics['psnr']:.2f} dB, mean square error {metrics['mean_square_error']:.5f}",
             f"latents: mean {_shown(statistics['mean'])}, variance {_shown(statistics['variance'])}",
         ]
@@ -303,13 +303,13 @@ def _reconstruct(autoencoder: Any, variables: Any, images: np.ndarray) -> np.nda
     return np.asarray(_decoded_mean(autoencoder, variables["params"], images))
 
 
-def _distortion(autoencoder: Any, variables: Any, source: Source) -> dict[str, float]:
+def _distortion(autoencoder: Any, variables: Any, dataset: Dataset) -> dict[str, float]:
     """Mean square error of decoded posterior means, and the ratio of peak to error in decibels."""
     total = 0.0
-    for batch in fixed_batches(source, min(256, len(source))):
+    for batch in fixed_batches(dataset, min(256, len(dataset))):
         images = np.asarray(from_uint8(batch["image"]))
         squares = np.square(_reconstruct(autoencoder, variables, images) - images)
         error = squares.reshape(len(squares), -1).mean(axis=1)
         total += float(error[batch["mask"]].sum())
-    mean = total / len(source)
+    mean = total / len(dataset)
     return {"mean_square_error": mean, "psnr": psnr(mean)}

@@ -13,12 +13,12 @@ import numpy as np
 from jaxtyping import Int
 
 from flowgen.conditioning import TextCondition
-from flowgen.data import ClipsConfig, DataConfig, Source, take_inventory
-from flowgen.data.buckets import BucketedSource
+from flowgen.data import ClipsConfig, DataConfig, Dataset, take_inventory
+from flowgen.data.buckets import BucketedDataset
 from flowgen.data.classes import parse_classes
 from flowgen.data.clip_views import CONTINUED
-from flowgen.data.latents import LatentSource, captions_of, read_index
-from flowgen.data.sources import Split
+from flowgen.data.dataset import Split
+from flowgen.data.latents import LatentDataset, captions_of, read_index
 from flowgen.decoding import DecodeResult
 from flowgen.evaluation import flow_bits_per_dim, flow_nats_per_dim
 from flowgen.experiments.codecs import CodecConfig
@@ -26,7 +26,7 @@ from flowgen.experiments.drawing import DrawOptions, EvaluateOptions, check_comp
 from flowgen.experiments.encoding import Encoding
 from flowgen.experiments.experiment import Experiment
 from flowgen.experiments.images import holds_latents, image_batches, tell_unused_classes, with_class_names
-from flowgen.experiments.latents import flow_source, is_latent, null_texts, pixel_source
+from flowgen.experiments.latents import flow_dataset, is_latent, null_texts, pixel_dataset
 from flowgen.experiments.options import LikelihoodConfig, SamplingConfig
 from flowgen.experiments.pictures import DRAWABLE_CHANNELS
 from flowgen.experiments.texts import TextConfig, release_text_encoders
@@ -117,7 +117,7 @@ class AutoregressiveExperiment(Experiment):
     @property
     def has_held_out(self) -> bool:
         """Whether there are data to evaluate on."""
-        if self.data.source == "encoded":
+        if self.data.name == "encoded":
             return any(shard["split"] == "eval" for shard in read_index(self.data.path)["shards"])
         return self.data.eval_fraction > 0
 
@@ -133,20 +133,20 @@ class AutoregressiveExperiment(Experiment):
         if self.is_latent and self.model.noise_std == 0:
             raise ValueError("model.noise_std is 0, which dequantises images; latents need noise, such as 0.3.")
 
-    def dataset(self, split: Split) -> Source | BucketedSource:
+    def dataset(self, split: Split) -> Dataset | BucketedDataset:
         """Returns the images or clips of a split, at the size from which the codec makes the model's latents."""
-        return pixel_source(self.data, self.encoding, split)
+        return pixel_dataset(self.data, self.encoding, split)
 
-    def flow_dataset(self, split: Split, *, labelled: bool = True) -> Source | BucketedSource:
+    def flow_dataset(self, split: Split, *, labelled: bool = True) -> Dataset | BucketedDataset:
         """Returns what the flow is trained on: pixels, or what codec and text encoder make of them.
 
         labelled: whether a class model needs the labels.
         """
-        return flow_source(self.data, self.encoding, split, labelled=labelled)
+        return flow_dataset(self.data, self.encoding, split, labelled=labelled)
 
     def with_provenance(self) -> AutoregressiveExperiment:
         """Returns the experiment with the names of its classes and the digests of its frozen networks."""
-        encoded = self.data.source == "encoded"
+        encoded = self.data.name == "encoded"
         needs = self.text is not None and self.text.digest is None and self.text.encoder
         made = read_index(self.data.path)["made_by"] if encoded and needs else {} if encoded else None
         encoding = self.encoding.with_digests(made)
@@ -154,8 +154,8 @@ class AutoregressiveExperiment(Experiment):
         return with_class_names(changed)
 
     def opened(
-        self, dataset: Source | None, held_out: Source | None
-    ) -> tuple[Source | BucketedSource, Source | BucketedSource | None]:
+        self, dataset: Dataset | None, held_out: Dataset | None
+    ) -> tuple[Dataset | BucketedDataset, Dataset | BucketedDataset | None]:
         """Returns what the flow is trained and evaluated on: what is given, or the experiment's own data."""
         if dataset is not None:
             return dataset, held_out
@@ -164,10 +164,10 @@ class AutoregressiveExperiment(Experiment):
     def flow_job(
         self,
         flow: Any,
-        source: Source | BucketedSource,
+        dataset: Dataset | BucketedDataset,
         objective: Callable[..., Any],
         *,
-        held_out: Source | BucketedSource | None,
+        held_out: Dataset | BucketedDataset | None,
         evaluate: Callable[[Any], dict[str, float]] | None,
         sample: Callable[[Any], np.ndarray] | None,
         optims: dict[str, OptimConfig] | None = None,
@@ -177,21 +177,21 @@ class AutoregressiveExperiment(Experiment):
         objective(flow, label_dropout=, loss_scale=, null_text=): as `nll_objective`. held_out: opened too, if there are
         such data. The rest: see `Job`.
         """
-        tell_unused_classes(source, self.data, self.model.num_classes)
+        tell_unused_classes(dataset, self.data, self.model.num_classes)
         made = Job(
             init=lambda key: init(flow, key),
             objective=objective(
                 flow,
                 label_dropout=self.train.label_dropout,
                 loss_scale=self.likelihood.loss_scale(self.model.noise_std),
-                null_text=null_texts(source),
+                null_text=null_texts(dataset),
             ),
-            batches=image_batches(source, self.data, self.train),
+            batches=image_batches(dataset, self.data, self.train),
             evaluate=evaluate,
             sample=sample,
             best_metric=self.best_metric,
             optims=optims or {},
-            inventory=take_inventory(self.data, source, held_out),
+            inventory=take_inventory(self.data, dataset, held_out),
         )
         release_text_encoders()
         return made
@@ -199,7 +199,7 @@ class AutoregressiveExperiment(Experiment):
     def sampler(
         self,
         flow: Any,
-        source: Source | BucketedSource,
+        dataset: Dataset | BucketedDataset,
         draw: Callable[..., tuple[np.ndarray, str]],
         show: Callable[[np.ndarray, int], np.ndarray],
     ) -> Callable[[Any], np.ndarray] | None:
@@ -208,14 +208,14 @@ class AutoregressiveExperiment(Experiment):
 
         draw(flow, variables, key, cond, num=, null=) -> samples, line. show(samples, classes): their picture.
         """
-        encoded_without_codec = self.data.source == "encoded" and self.codec is None
+        encoded_without_codec = self.data.name == "encoded" and self.codec is None
         if encoded_without_codec or self.encoding.open_codec().pixel_channels not in DRAWABLE_CHANNELS:
             return None
         num, classes = self.sampling.num, drawn_classes(self.model, self.data)
-        bucket = source.buckets[0] if isinstance(source, BucketedSource) else source
+        bucket = dataset.buckets[0] if isinstance(dataset, BucketedDataset) else dataset
         # The captions that are drawn, which may name the aspect, are of images of this shape.
         prompts, drawn_as = self.sampling.prompts, bucket.image_shape[:2]
-        sized = flow if prompts or not holds_latents(source) else flow.with_image_size(*drawn_as)
+        sized = flow if prompts or not holds_latents(dataset) else flow.with_image_size(*drawn_as)
         texts = null = None
         if self.model.text_dim:
             # Prompts are encoded before the first step, so that one that cannot be is told then.
@@ -224,8 +224,8 @@ class AutoregressiveExperiment(Experiment):
                 if prompts
                 else captions_condition(bucket, np.arange(min(num, DRAWN_CAPTIONS, len(bucket))))
             )
-            null_text = null_texts(source)
-            if not prompts and null_text is not None and isinstance(bucket, LatentSource):
+            null_text = null_texts(dataset)
+            if not prompts and null_text is not None and isinstance(bucket, LatentDataset):
                 null = null_text(bucket.event_shape[:-1])
             null = self.encoding.empty_text() if null is None and self.sampling.guidance else null
 
@@ -290,7 +290,7 @@ class AutoregressiveExperiment(Experiment):
             raise ValueError(f"--classes is {classes}, but this model has no classes; leave it out.")
         return np.resize(np.array(parse_classes(classes, self.data.classes, num_classes), np.int32), num)
 
-    def conditions_of(self, data: Source, *, unconditional: bool = False) -> Conditions | None:
+    def conditions_of(self, data: Dataset, *, unconditional: bool = False) -> Conditions | None:
         """Returns what gives the conditions of images or latents by their positions: their labels, or the texts of
         their captions; None if samples are drawn without."""
 
@@ -298,7 +298,7 @@ class AutoregressiveExperiment(Experiment):
             return data[positions]["label"]
 
         def texts(positions):
-            if isinstance(data, LatentSource):
+            if isinstance(data, LatentDataset):
                 return captions_condition(data, positions)
             assert self.text is not None
             captions = captions_of(data, positions, labels(positions))
@@ -308,22 +308,22 @@ class AutoregressiveExperiment(Experiment):
             return texts
         return labels if self.model.num_classes and not unconditional else None
 
-    def likelihood_lines(self, flow: Any, variables: Any, source: Any, options: FlowEvaluateOptions) -> list[str]:
+    def likelihood_lines(self, flow: Any, variables: Any, dataset: Any, options: FlowEvaluateOptions) -> list[str]:
         """Returns lines with the likelihood of a flow on data as it takes them."""
         key, conditional = jax.random.key(options.seed), not options.unconditional
         if self.is_latent:
             if options.noise == "uniform":
                 raise ValueError("--noise is uniform, which dequantises images; this flow is on latents: leave it out.")
-            nats = flow_nats_per_dim(flow, variables, source, key, batch_size=options.batch, conditional=conditional)
+            nats = flow_nats_per_dim(flow, variables, dataset, key, batch_size=options.batch, conditional=conditional)
             noise = f"Gaussian noise of std {flow.config.noise_std:g}"
-            return [f"{len(source)} latents ({options.split}), {noise}", f"nats/dim {nats:.4f}"]
+            return [f"{len(dataset)} latents ({options.split}), {noise}", f"nats/dim {nats:.4f}"]
         sigma = options.noise_std(flow)
         bits = flow_bits_per_dim(
-            flow, variables, source, key, noise_std=sigma, batch_size=options.batch, conditional=conditional
+            flow, variables, dataset, key, noise_std=sigma, batch_size=options.batch, conditional=conditional
         )
         noise = f"Gaussian noise of std {sigma:g}" if sigma else "uniform dequantisation"
         what = "clips" if flow.config.event_shape[:-3] else "images"
-        return [f"{len(source)} {what} ({options.split}), {noise}", f"bits/dim {bits:.4f}"]
+        return [f"{len(dataset)} {what} ({options.split}), {noise}", f"bits/dim {bits:.4f}"]
 
 
 def chosen_texts(texts: TextCondition, numbers: Int[np.ndarray, " b"]) -> TextCondition:
@@ -335,13 +335,13 @@ def chosen_texts(texts: TextCondition, numbers: Int[np.ndarray, " b"]) -> TextCo
     return TextCondition(*(part[numbers % len(texts.mask)] for part in texts))
 
 
-def captions_condition(source: Source, positions: Int[np.ndarray, " b"]) -> TextCondition:
+def captions_condition(dataset: Dataset, positions: Int[np.ndarray, " b"]) -> TextCondition:
     """Returns the encoded texts of latents.
 
     Example:
         cond = captions_condition(latents, np.arange(4))
     """
-    features, mask = source[positions]["text"]
+    features, mask = dataset[positions]["text"]
     return TextCondition(jnp.asarray(features, jnp.float32), jnp.asarray(mask))
 
 

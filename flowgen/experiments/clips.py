@@ -16,11 +16,11 @@ from jaxtyping import Float
 
 from flowgen.codecs import ClipCodec
 from flowgen.data import from_uint8
-from flowgen.data.buckets import BucketedSource
-from flowgen.data.latents import LatentSource
+from flowgen.data.buckets import BucketedDataset
+from flowgen.data.dataset import Batch, Dataset
+from flowgen.data.latents import LatentDataset
 from flowgen.data.loader import fixed_batches
 from flowgen.data.pictures import picture_size, read_picture
-from flowgen.data.sources import Batch, Source
 from flowgen.data.unreadable import Unreadable
 from flowgen.data.video import READABLE, frame_times, read_clip, video_size
 from flowgen.evaluation import psnr
@@ -129,20 +129,20 @@ def with_noise(flow: Any, clean: np.ndarray, key: jax.Array, first: int) -> jax.
     return jnp.asarray(clean) + flow.config.noise_std * noise
 
 
-def clips_alone(source: Source | BucketedSource) -> Source:
-    """Returns the clips of a source, without the pictures and the clips without their first frame that it may have
+def clips_alone(dataset: Dataset | BucketedDataset) -> Dataset:
+    """Returns the clips of a dataset, without the pictures and the clips without their first frame that it may have
     beside them. Raises ValueError where there are clips of several shapes.
 
     Example:
         clips = clips_alone(experiment.flow_dataset("train"))
     """
-    if not isinstance(source, BucketedSource):
-        return source
-    buckets: tuple[Any, ...] = source.buckets
-    frames = [bucket.event_shape[0] if isinstance(bucket, LatentSource) else bucket.frames for bucket in buckets]
+    if not isinstance(dataset, BucketedDataset):
+        return dataset
+    buckets: tuple[Any, ...] = dataset.buckets
+    frames = [bucket.event_shape[0] if isinstance(bucket, LatentDataset) else bucket.frames for bucket in buckets]
     whole = [bucket for bucket, count in zip(buckets, frames, strict=True) if count == max(frames)]
     if len(whole) != 1:
-        raise ValueError(f"data.path holds clips of shapes {source.image_shapes}; encode those of one shape.")
+        raise ValueError(f"data.path holds clips of shapes {dataset.image_shapes}; encode those of one shape.")
     return whole[0]
 
 
@@ -162,15 +162,15 @@ def frame_distances(clips: Float[np.ndarray, "n frames height width c"]) -> tupl
 
 
 def denoised_psnr(
-    codec: ClipCodec, flow: Any, variables: Any, source: Source, key: jax.Array, *, most: int
+    codec: ClipCodec, flow: Any, variables: Any, dataset: Dataset, key: jax.Array, *, most: int
 ) -> dict[str, float]:
     """Returns the ratio of peak to error in dB of up to `most` clips with noise, and with it removed by a Tweedie step
     and, if there is one, by the denoiser; latents are decoded first.
 
     Example:
-        denoised_psnr(codec, flow, params, source, key, most=64)  # {"as they are": 14.1, "by the score": 20.3, ...}
+        denoised_psnr(codec, flow, params, dataset, key, most=64)  # {"as they are": 14.1, "by the score": 20.3, ...}
     """
-    batch = next(fixed_batches(source, min(most, len(source))))
+    batch = next(fixed_batches(dataset, min(most, len(dataset))))
     data = {name: jnp.asarray(batch[name]) for name in ("image", "mean", "std") if name in batch}
     noisy, cond = batch_input(key, data, flow.config.noise_std), condition_of(flow, batch)
     cleaned: dict[str, Any] = {"as they are": noisy, "by the score": _tweedie_step(flow, variables, noisy, cond)}
@@ -188,7 +188,7 @@ def of_batch(batch: Batch) -> np.ndarray:
     """Returns what a flow models of a batch, without the noise.
 
     Example:
-        latents = of_batch(source[np.arange(4)])
+        latents = of_batch(dataset[np.arange(4)])
     """
     return batch["mean"] if "mean" in batch else np.asarray(from_uint8(batch["image"]))
 

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
-from flowgen.data import Source, from_uint8
+from flowgen.data import Dataset, from_uint8
 from flowgen.evaluation import frechet_distance, train_classifier
 
 SAMPLES_AT_ONCE = 256
@@ -28,22 +28,22 @@ class Judge:
     classes: Callable[[Images], Int[np.ndarray, " n"]] | None = None
 
 
-def train_judge(source: Source) -> Judge:
-    """Returns a judge of pictures like those of a source: a classifier trained on its labels, else the pixels.
+def train_judge(dataset: Dataset) -> Judge:
+    """Returns a judge of pictures like those of a dataset: a classifier trained on its labels, else the pixels.
 
     Example:
-        judge = train_judge(experiment.source("train"))
+        judge = train_judge(experiment.dataset("train"))
     """
-    if not source.class_names:
+    if not dataset.class_names:
         return Judge("pixels", lambda images: images.reshape(len(images), -1))
-    classifier = train_classifier(source, jax.random.key(0))
+    classifier = train_classifier(dataset, jax.random.key(0))
     return Judge("a classifier of the training data", classifier.features, classifier.classes)
 
 
 def sample_metrics(
     draw: Draw,
     judge: Judge,
-    data: Source,
+    data: Dataset,
     num: int,
     *,
     seed: int = 0,

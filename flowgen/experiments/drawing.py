@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
-from flowgen.data.sources import Split
+from flowgen.data.dataset import Split
 from flowgen.settings import config
 from flowgen.settings.ranges import Within
 

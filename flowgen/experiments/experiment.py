@@ -16,7 +16,7 @@ import numpy as np
 from flax import linen as nn
 
 from flowgen import settings
-from flowgen.data import Source
+from flowgen.data import Dataset
 from flowgen.data.inventory import name_list
 from flowgen.experiments.drawing import DrawOptions, EvaluateOptions
 from flowgen.training import Job, LogConfig, OptimConfig, TrainConfig
@@ -82,7 +82,7 @@ class Experiment(abc.ABC):
         return None
 
     @abc.abstractmethod
-    def job(self, *, dataset: Source | None = None, held_out: Source | None = None, model: Any = None) -> Job:
+    def job(self, *, dataset: Dataset | None = None, held_out: Dataset | None = None, model: Any = None) -> Job:
         """Returns what the training loop needs, with the data opened unless they are given.
 
         dataset, held_out: trained and evaluated on instead of `data`. model: trained instead of `build()`.

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flowgen.arrays import shown
-from flowgen.data import Source, told_once
+from flowgen.data import Dataset, told_once
 from flowgen.experiments.experiment import Experiment
 from flowgen.runs import check_workdir
 from flowgen.training import Result, Signals, is_primary, train
@@ -17,14 +17,14 @@ def fit(
     experiment: Experiment,
     workdir: str | Path,
     *,
-    dataset: Source | None = None,
-    held_out: Source | None = None,
+    dataset: Dataset | None = None,
+    held_out: Dataset | None = None,
     model: Any = None,
     signals: Signals | None = None,
 ) -> Result:
     """Returns the result of training an experiment in `workdir`; resumes if it holds a checkpoint.
 
-    dataset: trained on instead of `experiment.data`; see `flowgen.data.Source`. held_out: evaluated on beside it; None
+    dataset: trained on instead of `experiment.data`; see `flowgen.data.Dataset`. held_out: evaluated on beside it; None
     evaluates nothing. model: trained instead of `experiment.build()`, with the same methods; `flowgen.load` takes it,
     too. signals: already watched ones; None, those of this process.
 

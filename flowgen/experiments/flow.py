@@ -11,9 +11,9 @@ import jax
 import numpy as np
 
 from flowgen.conditioning import TextCondition
-from flowgen.data import DataConfig, Source
-from flowgen.data.buckets import BucketedSource
-from flowgen.data.sources import Split
+from flowgen.data import DataConfig, Dataset
+from flowgen.data.buckets import BucketedDataset
+from flowgen.data.dataset import Split
 from flowgen.decoding import sample
 from flowgen.evaluation import flow_bits_per_dim, flow_nats_per_dim, gaussian_bits_per_dim
 from flowgen.experiments.autoregressive import (
@@ -67,20 +67,20 @@ class FlowExperiment(AutoregressiveExperiment):
         """Returns the flow, without parameters."""
         return TARFlow(self.model) if isinstance(self.model, TARFlowConfig) else STARFlow(self.model)
 
-    def job(self, *, dataset: Source | None = None, held_out: Source | None = None, model: Any = None) -> Job:
+    def job(self, *, dataset: Dataset | None = None, held_out: Dataset | None = None, model: Any = None) -> Job:
         """Returns what the training loop needs, with the data opened, and encoded if they were not.
 
         dataset, held_out, model: see `fit`.
         """
         flow = self.build() if model is None else model
-        source, evaluated = self.opened(dataset, held_out)
+        trained_on, evaluated = self.opened(dataset, held_out)
         return self.flow_job(
             flow,
-            source,
+            trained_on,
             partial(nll_objective, norm_penalty=self.likelihood.norm_penalty),
             held_out=evaluated,
-            evaluate=None if evaluated is None else self._evaluator(flow, source, evaluated),
-            sample=self.sampler(flow, evaluated or source, self.draw_batch, picture),
+            evaluate=None if evaluated is None else self._evaluator(flow, trained_on, evaluated),
+            sample=self.sampler(flow, evaluated or trained_on, self.draw_batch, picture),
         )
 
     def draw_batch(
@@ -121,10 +121,10 @@ class FlowExperiment(AutoregressiveExperiment):
     def evaluate(self, model: Any, variables: Any, options: FlowEvaluateOptions) -> list[str]:
         """Returns lines with the likelihood of the flow and of a Gaussian on a split, and the distance of samples."""
         compared = self._compared(options.split) if options.samples else None
-        source = self.flow_dataset(options.split, labelled=not options.unconditional)
-        lines = self.likelihood_lines(model, variables, source, options)
+        dataset = self.flow_dataset(options.split, labelled=not options.unconditional)
+        lines = self.likelihood_lines(model, variables, dataset, options)
         if not self.is_latent:
-            lines += self._baseline_lines(model, source, options)
+            lines += self._baseline_lines(model, dataset, options)
         return lines if compared is None else lines + self._sample_lines(model, variables, options, *compared)
 
     def debug(self) -> FlowExperiment:
@@ -132,16 +132,16 @@ class FlowExperiment(AutoregressiveExperiment):
         for latents and random features of words for texts."""
         return debug_run(self, **debug_flow(self), data=debug_images(self.data))
 
-    def _compared(self, split: Split) -> tuple[Source, Source]:
+    def _compared(self, split: Split) -> tuple[Dataset, Dataset]:
         """The images that samples are compared with, and those that the feature extractor is trained on."""
         data = self.dataset(split)
         train = self.dataset("train" if split == "eval" else split)
-        if isinstance(data, BucketedSource) or isinstance(train, BucketedSource):
+        if isinstance(data, BucketedDataset) or isinstance(train, BucketedDataset):
             raise ValueError("--samples compares images of one size, and data.aspects gives several; leave one out.")
         return data, train
 
     def _sample_lines(
-        self, flow: Any, variables: Any, options: FlowEvaluateOptions, data: Source, train: Source
+        self, flow: Any, variables: Any, options: FlowEvaluateOptions, data: Dataset, train: Dataset
     ) -> list[str]:
         conditions = self.conditions_of(data, unconditional=options.unconditional)
         judge, num = train_judge(train), options.samples
@@ -149,30 +149,28 @@ class FlowExperiment(AutoregressiveExperiment):
         metrics = sample_metrics(of_samples, judge, data, num, seed=options.seed, conditions=conditions)
         return sample_lines(metrics, judge, num, f"guidance {self.sampling.guidance:g}")
 
-    def _baseline_lines(self, flow: Any, source: Any, options: FlowEvaluateOptions) -> list[str]:
+    def _baseline_lines(self, flow: Any, dataset: Any, options: FlowEvaluateOptions) -> list[str]:
         """The likelihood of a Gaussian under the same noise, if images have one size."""
         split = "train" if options.split == "eval" else options.split
         fitted = self.flow_dataset(split, labelled=False)
-        if isinstance(source, BucketedSource) or isinstance(fitted, BucketedSource):
+        if isinstance(dataset, BucketedDataset) or isinstance(fitted, BucketedDataset):
             return []
-        bits = gaussian_bits_per_dim(fitted, source, noise_std=options.noise_std(flow))
+        bits = gaussian_bits_per_dim(fitted, dataset, noise_std=options.noise_std(flow))
         return [f"bits/dim of a Gaussian fit {bits:.4f}"]
 
-    def _evaluator(self, flow: Any, train_source: Any, eval_source: Any) -> Callable[[Any], dict[str, float]]:
+    def _evaluator(self, flow: Any, trained_on: Any, held_out: Any) -> Callable[[Any], dict[str, float]]:
         if self.is_latent:
-            return lambda variables: {
-                "nats_per_dim": flow_nats_per_dim(flow, variables, eval_source, jax.random.key(0))
-            }
+            return lambda variables: {"nats_per_dim": flow_nats_per_dim(flow, variables, held_out, jax.random.key(0))}
 
         @functools.cache  # The data do not change, and a run that never evaluates need not read them all.
         def baseline() -> dict[str, float]:
-            if isinstance(eval_source, BucketedSource):
+            if isinstance(held_out, BucketedDataset):
                 return {}
-            bits = gaussian_bits_per_dim(train_source, eval_source, noise_std=flow.config.noise_std)
+            bits = gaussian_bits_per_dim(trained_on, held_out, noise_std=flow.config.noise_std)
             return {"gaussian_bits_per_dim": bits}
 
         def evaluated(variables: Any) -> dict[str, float]:
-            bits = flow_bits_per_dim(flow, variables, eval_source, jax.random.key(0))
+            bits = flow_bits_per_dim(flow, variables, held_out, jax.random.key(0))
             return {"bits_per_dim": bits, **baseline()}
 
         return evaluated

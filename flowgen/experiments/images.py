@@ -12,38 +12,38 @@ from flowgen.data import (
     Batch,
     ClipsConfig,
     DataConfig,
+    Dataset,
     Loader,
     PointsConfig,
-    Source,
     check_classes,
     found_classes,
     load,
     prefetch,
 )
-from flowgen.data.buckets import BucketedSource, BucketLoader
+from flowgen.data.buckets import BucketedDataset, BucketLoader
+from flowgen.data.dataset import Split
 from flowgen.data.inventory import name_list, tell
-from flowgen.data.latents import LatentSource
-from flowgen.data.sources import Split
+from flowgen.data.latents import LatentDataset
 from flowgen.experiments.experiment import Experiment
 from flowgen.training import TrainConfig
 
 E = TypeVar("E", bound=Experiment)
 
 
-def image_source(data: DataConfig, model: Any, split: Split, *, labelled: bool = True) -> Source:
+def image_dataset(data: DataConfig, model: Any, split: Split, *, labelled: bool = True) -> Dataset:
     """Returns the images of a split at the size of a model's config. Raises ValueError if they do not fit each other.
 
     labelled: whether their labels are needed.
 
     Example:
-        source = image_source(experiment.data, experiment.model, "train")
+        dataset = image_dataset(experiment.data, experiment.model, "train")
     """
-    source = load(data, image_size=model.image_hw, channels=model.channels, split=split)
-    if not isinstance(source, Source):
+    dataset = load(data, image_size=model.image_hw, channels=model.channels, split=split)
+    if not isinstance(dataset, Dataset):
         raise ValueError("data.aspects is set, but this model has one size; leave it out.")
     if model.num_classes and labelled:
-        check_classes(source, model.num_classes)
-    return source
+        check_classes(dataset, model.num_classes)
+    return dataset
 
 
 def with_class_names(experiment: E) -> E:
@@ -56,62 +56,62 @@ def with_class_names(experiment: E) -> E:
     data = experiment.data
     if not getattr(experiment.model, "num_classes", 0) or isinstance(data, PointsConfig) or data.classes:
         return experiment
-    if data.source in ("folder", "npz", "encoded") and not data.path:  # as of published weights
+    if data.name in ("folder", "npz", "encoded") and not data.path:  # as of published weights
         return experiment
     return dataclasses.replace(experiment, data=dataclasses.replace(data, classes=found_classes(data)))
 
 
-def tell_unused_classes(source: Source | BucketedSource, data: DataConfig | ClipsConfig, num_classes: int) -> None:
+def tell_unused_classes(dataset: Dataset | BucketedDataset, data: DataConfig | ClipsConfig, num_classes: int) -> None:
     """Warns of classes in the user's own data that a model without classes does not use.
 
     Example:
-        tell_unused_classes(source, experiment.data, experiment.model.num_classes)
+        tell_unused_classes(dataset, experiment.data, experiment.model.num_classes)
     """
-    if data.path and source.class_names and not num_classes:
-        count = len(source.class_names)
+    if data.path and dataset.class_names and not num_classes:
+        count = len(dataset.class_names)
         tell(
-            f"The data has {count} classes ({name_list(source.class_names)}), which are not used, since "
+            f"The data has {count} classes ({name_list(dataset.class_names)}), which are not used, since "
             f"model.num_classes is 0; set it to {count} to train with them."
         )
 
 
-def tell_repeats(source: Source | BucketedSource, train: TrainConfig) -> None:
+def tell_repeats(dataset: Dataset | BucketedDataset, train: TrainConfig) -> None:
     """Warns of batches that hold some images more than once.
 
     Example:
-        tell_repeats(source, experiment.train)
+        tell_repeats(dataset, experiment.train)
     """
-    if len(source) < train.batch_size:
+    if len(dataset) < train.batch_size:
         tell(
-            f"train.batch_size is {train.batch_size}, and there are {len(source)} to train on, so each batch holds "
+            f"train.batch_size is {train.batch_size}, and there are {len(dataset)} to train on, so each batch holds "
             "some more than once; lower it."
         )
 
 
 def image_batches(
-    source: Source | BucketedSource, data: DataConfig | ClipsConfig, train: TrainConfig
+    dataset: Dataset | BucketedDataset, data: DataConfig | ClipsConfig, train: TrainConfig
 ) -> Callable[[int, int], Iterator[Batch]]:
     """Returns this process's batches of steps start..stop-1, a function for `Job`; latents were mirrored before.
 
     Example:
-        batches = image_batches(source, experiment.data, experiment.train)(0, 1000)
+        batches = image_batches(dataset, experiment.data, experiment.train)(0, 1000)
     """
-    tell_repeats(source, train)
+    tell_repeats(dataset, train)
     options: dict[str, Any] = {
         "batch_size": train.batch_size,
         "seed": train.seed,
-        "flip": data.flip and not holds_latents(source),
+        "flip": data.flip and not holds_latents(dataset),
         "process_index": jax.process_index(),
         "process_count": jax.process_count(),
     }
-    loader = BucketLoader(source, **options) if isinstance(source, BucketedSource) else Loader(source, **options)
+    loader = BucketLoader(dataset, **options) if isinstance(dataset, BucketedDataset) else Loader(dataset, **options)
     return lambda start, stop: prefetch(loader, start, stop)
 
 
-def holds_latents(source: Source | BucketedSource) -> bool:
-    """Returns whether a source gives latents instead of pictures.
+def holds_latents(dataset: Dataset | BucketedDataset) -> bool:
+    """Returns whether a dataset gives latents instead of pictures.
 
     Example:
-        holds_latents(LatentSource((shard,)))  # True
+        holds_latents(LatentDataset((shard,)))  # True
     """
-    return isinstance(source.buckets[0] if isinstance(source, BucketedSource) else source, LatentSource)
+    return isinstance(dataset.buckets[0] if isinstance(dataset, BucketedDataset) else dataset, LatentDataset)

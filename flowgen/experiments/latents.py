@@ -13,12 +13,12 @@ import numpy as np
 from flowgen import settings
 from flowgen.codecs.video_codec import ClipCodec
 from flowgen.conditioning import TextCondition
-from flowgen.data import DataConfig, Source, check_classes, load
-from flowgen.data.buckets import BucketedSource
+from flowgen.data import DataConfig, Dataset, check_classes, load
+from flowgen.data.buckets import BucketedDataset
 from flowgen.data.clip_views import CONTINUED, ContinuedClips, StillClips
-from flowgen.data.clips import ClipsConfig, ClipSource, load_clips
-from flowgen.data.latents import LatentSource, Moments, Shard, encode, read_index, read_latents
-from flowgen.data.sources import Split
+from flowgen.data.clips import ClipDataset, ClipsConfig, load_clips
+from flowgen.data.dataset import Split
+from flowgen.data.latents import LatentDataset, Moments, Shard, encode, read_index, read_latents
 from flowgen.experiments.codecs import codec_digest
 from flowgen.experiments.encoding import Encoding
 from flowgen.flows import STARFlowConfig, STARFlowVConfig
@@ -33,12 +33,12 @@ def is_latent(data: DataConfig | ClipsConfig, encoding: Encoding) -> bool:
     Example:
         metric = "nats_per_dim" if is_latent(data, encoding) else "bits_per_dim"
     """
-    return data.source == "encoded" or encoding.codec is not None or encoding.text is not None
+    return data.name == "encoded" or encoding.codec is not None or encoding.text is not None
 
 
-def flow_source(
+def flow_dataset(
     data: DataConfig | ClipsConfig, encoding: Encoding, split: Split, *, labelled: bool = True
-) -> Source | BucketedSource:
+) -> Dataset | BucketedDataset:
     """Returns what a flow is trained on: pictures, or what its codec and text encoder make of them.
 
     Data that were not encoded before are encoded here, once and into memory. labelled: whether a class model needs the
@@ -47,39 +47,39 @@ def flow_source(
     Raises ValueError where encoded data were made by another codec or text encoder, or do not fit the model.
 
     Example:
-        source = flow_source(data, encoding, "train")
+        dataset = flow_dataset(data, encoding, "train")
     """
     model = encoding.model
     num_classes = model.num_classes if labelled else 0
-    if data.source == "encoded":
-        source = read_latents(data.path, split, data.classes)
+    if data.name == "encoded":
+        dataset = read_latents(data.path, split, data.classes)
         if isinstance(data, ClipsConfig) and isinstance(model, STARFlowVConfig) and split != "eval":
-            buckets = source.buckets if isinstance(source, BucketedSource) else (source,)
-            source = _as_often(buckets, data, model.frames)
-        _check_encoded(data, encoding, source)
-        check_classes(source, num_classes)
-        return source
-    pictures = pixel_source(data, encoding, split)
+            buckets = dataset.buckets if isinstance(dataset, BucketedDataset) else (dataset,)
+            dataset = _as_often(buckets, data, model.frames)
+        _check_encoded(data, encoding, dataset)
+        check_classes(dataset, num_classes)
+        return dataset
+    pictures = pixel_dataset(data, encoding, split)
     check_classes(pictures, num_classes)
     if not is_latent(data, encoding):
         return pictures
     flip = data.flip and split == "train"
     _check_memory(data, encoding, pictures, flip=flip)
-    if isinstance(pictures, BucketedSource):
+    if isinstance(pictures, BucketedDataset):
         buckets = tuple(_encoded(encoding, bucket, flip=flip) for bucket in pictures.buckets)
-        return BucketedSource(buckets, pictures.shares)
+        return BucketedDataset(buckets, pictures.shares)
     return _encoded(encoding, pictures, flip=flip)
 
 
-def pixel_source(data: DataConfig | ClipsConfig, encoding: Encoding, split: Split) -> Source | BucketedSource:
+def pixel_dataset(data: DataConfig | ClipsConfig, encoding: Encoding, split: Split) -> Dataset | BucketedDataset:
     """Returns the pictures of a split at the size that the codec turns into the model's.
 
     Example:
-        source = pixel_source(data, encoding, "eval")
+        dataset = pixel_dataset(data, encoding, "eval")
     """
     model, codec = encoding.model, encoding.open_codec()
-    if data.source == "encoded":
-        raise ValueError("data.source is 'encoded', which holds no pictures; give the data it was made of.")
+    if data.name == "encoded":
+        raise ValueError("data.name is 'encoded', which holds no pictures; give the data it was made of.")
     height, width = (length * codec.factor for length in model.image_hw)
     if isinstance(data, ClipsConfig):
         assert isinstance(codec, ClipCodec)
@@ -89,7 +89,7 @@ def pixel_source(data: DataConfig | ClipsConfig, encoding: Encoding, split: Spli
         clips = load_clips(data, frames=frames, **shape)
         if split == "eval":
             return clips
-        buckets: list[Source] = [clips]
+        buckets: list[Dataset] = [clips]
         if data.drop_first:
             buckets.append(ContinuedClips(clips))
         if data.images is not None:
@@ -104,25 +104,25 @@ def pixel_source(data: DataConfig | ClipsConfig, encoding: Encoding, split: Spli
     )
 
 
-def _stills(clips: Source, data: DataConfig, **shape: Any) -> StillClips:
+def _stills(clips: Dataset, data: DataConfig, **shape: Any) -> StillClips:
     """Pictures beside clips, as clips of one frame, with the clips' numbers for their classes."""
     pictures = load(dataclasses.replace(data, classes=data.classes or clips.class_names), **shape)
-    assert isinstance(pictures, Source)  # the config refuses several shapes
+    assert isinstance(pictures, Dataset)  # the config refuses several shapes
     return StillClips(pictures)
 
 
-def _as_often(buckets: Sequence[Source], data: ClipsConfig, frames: int) -> Source | BucketedSource:
+def _as_often(buckets: Sequence[Dataset], data: ClipsConfig, frames: int) -> Dataset | BucketedDataset:
     """Clips, clips without their first frame, and pictures, each as often as the config asks for."""
-    of_latents = [bucket.event_shape[0] for bucket in buckets if isinstance(bucket, LatentSource)]
+    of_latents = [bucket.event_shape[0] for bucket in buckets if isinstance(bucket, LatentDataset)]
 
-    def is_continued(bucket: Source) -> bool:
-        if isinstance(bucket, LatentSource):  # of encoded data by their shape
+    def is_continued(bucket: Dataset) -> bool:
+        if isinstance(bucket, LatentDataset):  # of encoded data by their shape
             return bucket.event_shape[0] == frames - 1 > 1 and frames in of_latents
         return isinstance(bucket, ContinuedClips)
 
-    def is_still(bucket: Source) -> bool:
+    def is_still(bucket: Dataset) -> bool:
         return (
-            bucket.event_shape[0] == 1 < frames if isinstance(bucket, LatentSource) else isinstance(bucket, StillClips)
+            bucket.event_shape[0] == 1 < frames if isinstance(bucket, LatentDataset) else isinstance(bucket, StillClips)
         )
 
     if not data.drop_first:
@@ -145,29 +145,29 @@ def _as_often(buckets: Sequence[Source], data: ClipsConfig, frames: int) -> Sour
     if len(buckets) == 1:
         return buckets[0]
     asked = data.drop_first or data.images_fraction
-    return BucketedSource(tuple(buckets), tuple(shares) if asked else None)
+    return BucketedDataset(tuple(buckets), tuple(shares) if asked else None)
 
 
-def encoded_shards(encoding: Encoding, source: Source, *, flip: bool) -> Iterator[Shard]:
-    """Yields the latents of a source, and the features of its captions where the model takes texts.
+def encoded_shards(encoding: Encoding, dataset: Dataset, *, flip: bool) -> Iterator[Shard]:
+    """Yields the latents of a dataset, and the features of its captions where the model takes texts.
 
     Example:
-        for shard in encoded_shards(encoding, source, flip=False): ...
+        for shard in encoded_shards(encoding, dataset, flip=False): ...
     """
     texts, moments = None, encoding.open_codec().moments
     mark = ""
-    if isinstance(source, ContinuedClips):
-        source, moments, mark = source.source, _without_first(moments), CONTINUED
+    if isinstance(dataset, ContinuedClips):
+        dataset, moments, mark = dataset.dataset, _without_first(moments), CONTINUED
     if encoding.model.text_dim:
         assert encoding.text is not None
-        truncate, grid = encoding.text.truncate, source.image_shape[:2]
-        still = isinstance(source, StillClips)
+        truncate, grid = encoding.text.truncate, dataset.image_shape[:2]
+        still = isinstance(dataset, StillClips)
 
         def texts(captions):
             marked = [f"{mark}{caption}" for caption in captions]
             return encoding.condition(marked, grid, truncate=truncate, still=still)
 
-    return encode(source, moments, texts, flip=flip)
+    return encode(dataset, moments, texts, flip=flip)
 
 
 def _without_first(moments: Moments) -> Moments:
@@ -180,26 +180,26 @@ def _without_first(moments: Moments) -> Moments:
     return rest
 
 
-def null_features(encoding: Encoding, source: Source) -> tuple[np.ndarray, np.ndarray] | None:
-    """Returns the features `l e` and mask `l` of the empty text beside the pictures of a source, if texts there are.
+def null_features(encoding: Encoding, dataset: Dataset) -> tuple[np.ndarray, np.ndarray] | None:
+    """Returns the features `l e` and mask `l` of the empty text beside the pictures of a dataset, if texts there are.
 
     Example:
-        null = null_features(encoding, pixel_source(data, encoding, "train"))
+        null = null_features(encoding, pixel_dataset(data, encoding, "train"))
     """
     if not encoding.model.text_dim:
         return None
-    features, mask = encoding.empty_text(source.image_shape[:2], still=isinstance(source, StillClips))
+    features, mask = encoding.empty_text(dataset.image_shape[:2], still=isinstance(dataset, StillClips))
     return np.asarray(features[0], np.float16), np.asarray(mask[0])
 
 
-def null_texts(source: Source | BucketedSource) -> Callable[[tuple[int, ...]], TextCondition] | None:
+def null_texts(dataset: Dataset | BucketedDataset) -> Callable[[tuple[int, ...]], TextCondition] | None:
     """Returns the empty text for latents of ([frames,] height, width), out of encoded data; None if they have no texts.
 
     Example:
-        objective = nll_objective(flow, null_text=null_texts(source))
+        objective = nll_objective(flow, null_text=null_texts(dataset))
     """
-    buckets = source.buckets if isinstance(source, BucketedSource) else (source,)
-    known = {b.event_shape[:-1]: b.null for b in buckets if isinstance(b, LatentSource) and b.null is not None}
+    buckets = dataset.buckets if isinstance(dataset, BucketedDataset) else (dataset,)
+    known = {b.event_shape[:-1]: b.null for b in buckets if isinstance(b, LatentDataset) and b.null is not None}
     if not known:
         return None
 
@@ -210,26 +210,26 @@ def null_texts(source: Source | BucketedSource) -> Callable[[tuple[int, ...]], T
     return null_text
 
 
-def _encoded(encoding: Encoding, source: Source, *, flip: bool) -> LatentSource:
-    shards = tuple(encoded_shards(encoding, source, flip=flip))
-    return LatentSource(shards, source.class_names, null=null_features(encoding, source))
+def _encoded(encoding: Encoding, dataset: Dataset, *, flip: bool) -> LatentDataset:
+    shards = tuple(encoded_shards(encoding, dataset, flip=flip))
+    return LatentDataset(shards, dataset.class_names, null=null_features(encoding, dataset))
 
 
 def _check_memory(
-    data: DataConfig | ClipsConfig, encoding: Encoding, source: Source | BucketedSource, *, flip: bool
+    data: DataConfig | ClipsConfig, encoding: Encoding, dataset: Dataset | BucketedDataset, *, flip: bool
 ) -> None:
-    """Raises ValueError where encoding a source into memory would take more than the config allows."""
+    """Raises ValueError where encoding a dataset into memory would take more than the config allows."""
     model, codec, needed = encoding.model, encoding.open_codec(), 0
     texts = model.text_length * model.text_dim if isinstance(model, STARFlowConfig) else 0
-    for bucket in source.buckets if isinstance(source, BucketedSource) else (source,):
+    for bucket in dataset.buckets if isinstance(dataset, BucketedDataset) else (dataset,):
         floats = 2 * math.prod(bucket.image_shape[:2]) // codec.factor**2 * model.channels
-        if isinstance(codec, ClipCodec) and isinstance(bucket, ClipSource):
+        if isinstance(codec, ClipCodec) and isinstance(bucket, ClipDataset):
             floats *= -(-bucket.frames // codec.stride)
         needed += len(bucket) * (1 + flip) * (4 * floats + 2 * texts)
     if needed > data.in_memory_bytes:
         raise ValueError(
-            f"the latents of {len(source)} pictures would take {needed:,} bytes, more than data.in_memory_bytes; write "
-            "them to files first, with python -m flowgen encode, or raise it."
+            f"the latents of {len(dataset)} pictures would take {needed:,} bytes, more than data.in_memory_bytes; "
+            "write them to files first, with python -m flowgen encode, or raise it."
         )
 
 
@@ -237,7 +237,7 @@ def made_by(data: DataConfig | ClipsConfig, encoding: Encoding) -> dict[str, Any
     """Returns, as JSON, the codec, text encoder and data of an experiment, to be kept with what they made.
 
     Example:
-        writer.finish(class_names=source.class_names, made_by=made_by(data, encoding))
+        writer.finish(class_names=dataset.class_names, made_by=made_by(data, encoding))
     """
     return {
         "codec": None if encoding.codec is None else settings.to_plain(encoding.codec),
@@ -264,7 +264,7 @@ def _text_plain(encoding: Encoding) -> dict[str, Any] | None:
     }
 
 
-def _check_encoded(data: DataConfig | ClipsConfig, encoding: Encoding, source: Source | BucketedSource) -> None:
+def _check_encoded(data: DataConfig | ClipsConfig, encoding: Encoding, dataset: Dataset | BucketedDataset) -> None:
     model, path = encoding.model, data.path
     made = read_index(path)["made_by"]
     if encoding.codec is None and made.get("codec") is not None:
@@ -296,8 +296,8 @@ def _check_encoded(data: DataConfig | ClipsConfig, encoding: Encoding, source: S
             f"model.noise_std is {model.noise_std}, but the texts at data.path '{path}' say {made.get('noise_std')}; "
             "encode again."
         )
-    buckets = source.buckets if isinstance(source, BucketedSource) else (source,)
-    shapes = [bucket.event_shape for bucket in buckets if isinstance(bucket, LatentSource)]
+    buckets = dataset.buckets if isinstance(dataset, BucketedDataset) else (dataset,)
+    shapes = [bucket.event_shape for bucket in buckets if isinstance(bucket, LatentDataset)]
     continued = getattr(data, "drop_first", 0) > 0 and len(shapes) > 1
     taken = [
         shape == model.event_shape

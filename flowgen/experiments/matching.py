@@ -14,9 +14,9 @@ import numpy as np
 from jaxtyping import Array
 
 from flowgen.conditioning import UNCONDITIONAL
-from flowgen.data import DataConfig, PointsConfig, Source, blank_batches, fixed_batches, from_uint8, take_inventory
+from flowgen.data import DataConfig, Dataset, PointsConfig, blank_batches, fixed_batches, from_uint8, take_inventory
 from flowgen.data.classes import parse_classes
-from flowgen.data.sources import Split
+from flowgen.data.dataset import Split
 from flowgen.evaluation import point_metrics, point_samples, velocity_bits_per_dim
 from flowgen.experiments.debug import SAMPLES, debug_images, debug_run
 from flowgen.experiments.distances import sample_lines, sample_metrics, train_judge
@@ -29,7 +29,7 @@ from flowgen.experiments.drawing import (
     drawn_classes,
 )
 from flowgen.experiments.experiment import Experiment, Samples
-from flowgen.experiments.images import image_batches, image_source, tell_unused_classes, with_class_names
+from flowgen.experiments.images import image_batches, image_dataset, tell_unused_classes, with_class_names
 from flowgen.experiments.pictures import DRAWABLE_CHANNELS, DRAWN_PATHS, path_plot, picture
 from flowgen.matching import (
     DiT,
@@ -222,13 +222,13 @@ class MatchingExperiment(Experiment):
         """Returns the experiment with the names of its classes."""
         return with_class_names(self)
 
-    def dataset(self, split: Split, *, labelled: bool = True) -> Source:
+    def dataset(self, split: Split, *, labelled: bool = True) -> Dataset:
         """Returns the images of a split at the model's size. labelled: whether a class model needs the labels."""
         if isinstance(self.data, PointsConfig):
             raise ValueError("data are points, which are drawn and not opened; use data.draw(key, num).")
-        return image_source(self.data, self.model, split, labelled=labelled)
+        return image_dataset(self.data, self.model, split, labelled=labelled)
 
-    def job(self, *, dataset: Source | None = None, held_out: Source | None = None, model: Any = None) -> Job:
+    def job(self, *, dataset: Dataset | None = None, held_out: Dataset | None = None, model: Any = None) -> Job:
         """Returns what the training loop needs, with the data opened and an epsilon that was left open chosen.
 
         dataset, held_out, model: see `fit`.
@@ -236,7 +236,7 @@ class MatchingExperiment(Experiment):
         network = self.build() if model is None else model
         if isinstance(self.data, PointsConfig):
             if dataset is not None:
-                raise ValueError("dataset is given, and points are drawn from data.source; give a DataConfig.")
+                raise ValueError("dataset is given, and points are drawn from data.x0 and data.x1; give a DataConfig.")
             return self._points_job(network, self.data)
         if dataset is None:
             dataset = self.dataset("train")
@@ -269,10 +269,10 @@ class MatchingExperiment(Experiment):
             best_metric=self.best_metric,
         )
 
-    def _images_job(self, network: Any, data: DataConfig, source: Source, held_out: Source | None) -> Job:
-        tell_unused_classes(source, data, self.model.num_classes)
-        order = np.random.default_rng(self.train.seed).permutation(len(source))
-        x1 = from_uint8(source[np.sort(order[:REPORT_PAIRS])]["image"])
+    def _images_job(self, network: Any, data: DataConfig, dataset: Dataset, held_out: Dataset | None) -> Job:
+        tell_unused_classes(dataset, data, self.model.num_classes)
+        order = np.random.default_rng(self.train.seed).permutation(len(dataset))
+        x1 = from_uint8(dataset[np.sort(order[:REPORT_PAIRS])]["image"])
         x0 = jax.random.normal(jax.random.key(self.train.seed), x1.shape)
         matching = self.matching.fitted(x0, jnp.asarray(x1))
         pairs = partial(_image_pairs, conditional=self.model.num_classes > 0)
@@ -287,20 +287,20 @@ class MatchingExperiment(Experiment):
         return Job(
             init=lambda key: {**init(network, key), **matching.state()},
             objective=matching_objective(network, loss, pairs),
-            batches=image_batches(source, data, self.train),
-            evaluate=None if held_out is None else self._evaluator(matching, network, source, held_out),
+            batches=image_batches(dataset, data, self.train),
+            evaluate=None if held_out is None else self._evaluator(matching, network, dataset, held_out),
             sample=picture_of if self.drawn_channels in DRAWABLE_CHANNELS else None,
             best_metric=self.best_metric,
-            inventory=take_inventory(data, source, held_out),
+            inventory=take_inventory(data, dataset, held_out),
         )
 
     def _evaluator(
-        self, matching: MatchingConfig, network: Any, source: Source, held_out: Source
+        self, matching: MatchingConfig, network: Any, dataset: Dataset, held_out: Dataset
     ) -> Callable[[Any], dict[str, float]]:
         """Held-out loss and, if samples are asked for, their Fréchet distance to held-out images."""
         pairs = partial(_image_pairs, conditional=self.model.num_classes > 0)
         loss = jax.jit(matching_objective(network, matching.loss_fn(), pairs, train=False))
-        judge = functools.cache(lambda: train_judge(source))
+        judge = functools.cache(lambda: train_judge(dataset))
 
         def evaluated(variables: Any) -> dict[str, float]:
             size = min(self.train.batch_size, len(held_out))
@@ -336,7 +336,7 @@ class MatchingExperiment(Experiment):
             key,
             first + jnp.arange(num),
             None if cond is None else jnp.asarray(cond),
-            source=self.data.source if isinstance(self.data, PointsConfig) else None,
+            distribution=self.data.x0 if isinstance(self.data, PointsConfig) else None,
             matching=dataclasses.replace(self.matching, coupling=MatchingConfig().coupling),
             sampling=sampling,
         )
@@ -379,22 +379,22 @@ class MatchingExperiment(Experiment):
             num, draw = options.samples or POINTS, self.data.draw
             samples = jax.jit(partial(point_samples, field, draw, num=num))(jax.random.key(options.seed))
             return [f"{num} points"] + [f"{name} {value:.4f}" for name, value in point_metrics(samples).items()]
-        source = self.dataset(options.split, labelled=not options.unconditional)
+        dataset = self.dataset(options.split, labelled=not options.unconditional)
         conditional = self.model.num_classes > 0 and not options.unconditional
 
         def log_density(x, labels, key):
             return log_prob(field, x, labels if conditional else None, key=key)
 
-        bits = velocity_bits_per_dim(log_density, source, jax.random.key(options.seed), batch_size=options.batch)
-        num = options.samples or len(source)
+        bits = velocity_bits_per_dim(log_density, dataset, jax.random.key(options.seed), batch_size=options.batch)
+        num = options.samples or len(dataset)
         judge = train_judge(self.dataset("train" if options.split == "eval" else options.split, labelled=False))
-        conditions = _labels_of(source) if conditional else None
+        conditions = _labels_of(dataset) if conditional else None
         guidance = self.sampling.guidance if conditional else 0.0
         drawn = dataclasses.replace(self, sampling=dataclasses.replace(self.sampling, guidance=guidance))
         of_samples = partial(drawn.draw_batch, model, variables)
-        metrics = sample_metrics(of_samples, judge, source, num, seed=options.seed, conditions=conditions)
+        metrics = sample_metrics(of_samples, judge, dataset, num, seed=options.seed, conditions=conditions)
         return [
-            f"{len(source)} images ({options.split})",
+            f"{len(dataset)} images ({options.split})",
             f"bits/dim {bits:.4f} (uniform dequantisation, Hutchinson's estimate, rk4 with 50 steps)",
             *sample_lines(metrics, judge, num, self.sampling.method),
         ]
@@ -409,13 +409,13 @@ class MatchingExperiment(Experiment):
         return debug_run(self, sampling=sampling, model=self.model.shrunk(), data=debug_images(self.data))
 
 
-@partial(jax.jit, static_argnames=("network", "source", "matching", "sampling"))
-def _draw(network, variables, key, indices, labels, *, source, matching, sampling):
+@partial(jax.jit, static_argnames=("network", "distribution", "matching", "sampling"))
+def _draw(network, variables, key, indices, labels, *, distribution, matching, sampling):
     keys = jax.vmap(partial(jax.random.fold_in, key))(indices)
-    if source is None:
+    if distribution is None:
         x0 = jax.vmap(lambda key: jax.random.normal(key, network.config.event_shape))(keys)
     else:
-        x0 = jax.vmap(lambda key: PointsConfig(source=source).draw(key, 1)[0][0])(keys)
+        x0 = jax.vmap(lambda key: PointsConfig(x0=distribution).draw(key, 1)[0][0])(keys)
     if sampling.method == "mean_flow":
 
         def average(t, x, cond, interval):
@@ -441,8 +441,8 @@ def _image_pairs(key: Array, batch: dict[str, Any], *, conditional: bool) -> dic
     return {"x1": from_uint8(batch["image"]), "cond": batch["label"] if conditional else None}
 
 
-def _labels_of(source: Source) -> Callable[[np.ndarray], np.ndarray]:
-    labels = source[np.arange(len(source))]["label"]
+def _labels_of(dataset: Dataset) -> Callable[[np.ndarray], np.ndarray]:
+    labels = dataset[np.arange(len(dataset))]["label"]
     return lambda positions: labels[positions]
 
 

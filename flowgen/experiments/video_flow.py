@@ -13,7 +13,7 @@ from jaxtyping import Float
 
 from flowgen.conditioning import TextCondition
 from flowgen.data import ClipsConfig
-from flowgen.data.sources import Source, Split
+from flowgen.data.dataset import Dataset, Split
 from flowgen.decoding import Denoiser, sample_clips
 from flowgen.evaluation import flow_bits_per_dim, flow_nats_per_dim
 from flowgen.experiments.autoregressive import (
@@ -98,7 +98,7 @@ class VideoFlowExperiment(AutoregressiveExperiment):
                 "their first frame are images; set it to 0, or model.frames to 3 or more."
             )
         told = None if self.text is None else self.text.frames_per_second
-        fps = self.data.fps if self.data.source in ("real", "folder") else 0
+        fps = self.data.fps if self.data.name in ("real", "folder") else 0
         if told and fps and told != fps:
             raise ValueError(
                 f"text.frames_per_second is {told}, which texts would say of clips of data.fps {fps:g}; set them alike."
@@ -132,27 +132,27 @@ class VideoFlowExperiment(AutoregressiveExperiment):
         """Returns the flow, without parameters."""
         return STARFlowV(self.model)
 
-    def dataset(self, split: Split) -> Source:
+    def dataset(self, split: Split) -> Dataset:
         """Returns the clips of a split, at the size from which the codec makes the model's latents."""
         return clips_alone(super().dataset(split))
 
-    def job(self, *, dataset: Source | None = None, held_out: Source | None = None, model: Any = None) -> Job:
+    def job(self, *, dataset: Dataset | None = None, held_out: Dataset | None = None, model: Any = None) -> Job:
         """Returns what the training loop needs, with the data opened, and encoded if they were not.
 
         dataset, held_out, model: see `fit`.
         """
         flow = self.build() if model is None else model
-        source, evaluated = self.opened(dataset, held_out)
+        trained_on, evaluated = self.opened(dataset, held_out)
         evaluated = None if evaluated is None else clips_alone(evaluated)
         likelihood, has_denoiser = self.likelihood, self.model.denoiser_layers > 0
         return self.flow_job(
             flow,
-            source,
+            trained_on,
             flow_score_objective if has_denoiser else partial(nll_objective, norm_penalty=likelihood.norm_penalty),
             held_out=evaluated,
             evaluate=None if evaluated is None else self._evaluator(flow, evaluated),
             sample=self.sampler(
-                flow, evaluated or clips_alone(source), self.draw_batch, lambda drawn, classes: strips(drawn)
+                flow, evaluated or clips_alone(trained_on), self.draw_batch, lambda drawn, classes: strips(drawn)
             ),
             optims={"denoiser": likelihood.denoiser or self.optim} if has_denoiser else {},
         )
@@ -242,17 +242,17 @@ class VideoFlowExperiment(AutoregressiveExperiment):
     def evaluate(self, model: Any, variables: Any, options: FlowEvaluateOptions) -> list[str]:
         """Returns lines with the likelihood of the flow on a split, what its noise looks like once removed, and how far
         frames of samples and of data move; latents are decoded first."""
-        source = clips_alone(self.flow_dataset(options.split, labelled=not options.unconditional))
-        lines = self.likelihood_lines(model, variables, source, options)
+        dataset = clips_alone(self.flow_dataset(options.split, labelled=not options.unconditional))
+        lines = self.likelihood_lines(model, variables, dataset, options)
         key, codec = jax.random.key(options.seed), self.encoding.open_clip_codec()
-        ratios = denoised_psnr(codec, model, variables, source, key, most=DENOISED)
+        ratios = denoised_psnr(codec, model, variables, dataset, key, most=DENOISED)
         lines.append("PSNR of noisy clips " + ", ".join(f"{how} {ratio:.2f} dB" for how, ratio in ratios.items()))
         if not options.samples or model.config.frames == 1:  # One frame has none to move to.
             return lines
-        conditions = self.conditions_of(source, unconditional=options.unconditional)
-        cond = None if conditions is None else conditions(np.arange(options.samples) % len(source))
+        conditions = self.conditions_of(dataset, unconditional=options.unconditional)
+        cond = None if conditions is None else conditions(np.arange(options.samples) % len(dataset))
         clips, _ = self.draw_batch(model, variables, key, cond, num=options.samples)
-        real = codec.decode(of_batch(source[np.arange(min(len(source), options.samples))]))
+        real = codec.decode(of_batch(dataset[np.arange(min(len(dataset), options.samples))]))
         for name, frames in (("samples", clips), ("data", real)):
             near, far = frame_distances(np.clip(frames, -1, 1))
             lines.append(f"frames of {len(frames)} {name}: distance to the next {near:.4f}, to any other {far:.4f}")

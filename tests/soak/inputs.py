@@ -65,7 +65,7 @@ from flowgen.experiments import FlowExperiment, SpaceToDepth
 from flowgen.flows import STARFlowConfig
 def config():
     model = STARFlowConfig(image_size=4, channels=4, width=32, head_dim=16, layers_per_block=(1, 1))
-    data = DataConfig(source="encoded", path="latents")
+    data = DataConfig(name="encoded", path="latents")
     return FlowExperiment(name="latents", model=model, data=data, codec=SpaceToDepth(2))
 """
 CLIPS_CONFIG = """
@@ -76,7 +76,7 @@ def config():
     model = STARFlowVConfig(
         image_size=8, frames=3, channels=3, patch_size=4, width=32, head_dim=16, layers_per_block=(1, 1, 1)
     )
-    data = ClipsConfig(source="folder", path="videos", eval_fraction=0.0)
+    data = ClipsConfig(name="folder", path="videos", eval_fraction=0.0)
     return VideoFlowExperiment(name="clips", model=model, data=data)
 """
 
@@ -233,7 +233,7 @@ def arrays(rng, base, folder):
         np.savez_compressed(
             path, images=images if rng.random() < 0.5 else np.zeros(rng.choice(shapes), np.uint8), labels=labels
         )
-    return ["train", "--config", DIGITS, "--workdir", "out", *TINY, "--data.source", "npz", "--data.path", path.name]
+    return ["train", "--config", DIGITS, "--workdir", "out", *TINY, "--data.name", "npz", "--data.path", path.name]
 
 
 def pictures(rng, base, folder):
@@ -242,7 +242,7 @@ def pictures(rng, base, folder):
         if rng.random() < 0.5:
             damage_file(rng, path)
     skip = ["--data.on_corrupt", rng.choice(("skip", "refuse"))]
-    where = ["--data.source", "folder", "--data.path", "pictures"]
+    where = ["--data.name", "folder", "--data.path", "pictures"]
     return ["train", "--config", DIGITS, "--workdir", "out", *TINY, *where, *skip]
 
 
@@ -293,7 +293,7 @@ def options(rng, base, folder):
         ["sample", *run, "--given", odd],
         ["sample", "--checkpoint", odd, "--out", "x.png"],
         ["evaluate", *run, rng.choice(("--step", "--noise", "--samples", "--seed", "--split")), odd],
-        ["evaluate", *run, "--data.source", "folder", "--data.path", odd],
+        ["evaluate", *run, "--data.name", "folder", "--data.path", odd],
         ["convert", odd, *TARFLOW],
         ["convert", str(base / "tarflow.pth"), *TARFLOW[:-1], odd],
         [

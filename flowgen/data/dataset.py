@@ -1,4 +1,4 @@
-"""What a data source is, how it is chosen, and the hold-out that everybody shares."""
+"""What a dataset is, how it is chosen, and the hold-out that everybody shares."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _HOLD_OUT_NAME = b"flowgen hold-out"
 class DataConfig:
     """Which pictures to train on; image size and channels come from the model.
 
-    source: a built-in set, or the user's own `folder` or `npz` at `path`; or `encoded`, latents that
+    name: a built-in set, or the user's own `folder` or `npz` at `path`; or `encoded`, latents that
         `python -m flowgen encode` wrote there.
     path: of a folder, an npz file, or encoded data; empty for the others.
     flip: mirror each training picture left to right with probability one half.
@@ -44,11 +44,11 @@ class DataConfig:
         class names are numbers of them.
 
     Example:
-        config = DataConfig(source="folder", path="photos", flip=True)
-        source = load(config, image_size=(64, 64), channels=3, split="train")
+        config = DataConfig(name="folder", path="photos", flip=True)
+        dataset = load(config, image_size=(64, 64), channels=3, split="train")
     """
 
-    source: Literal["digits", "mnist", "openmoji", "folder", "npz", "encoded"] = "digits"
+    name: Literal["digits", "mnist", "openmoji", "folder", "npz", "encoded"] = "digits"
     path: str = ""
     flip: bool = False
     aspects: bool = False
@@ -60,23 +60,23 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "classes", checked_names(self.classes))
-        if self.aspects and self.source != "folder":
-            raise ValueError(f"aspects is set, but source '{self.source}' has one shape; set it for a 'folder'.")
-        if self.flip and self.source == "encoded":
+        if self.aspects and self.name != "folder":
+            raise ValueError(f"aspects is set, but name '{self.name}' has one shape; set it for a 'folder'.")
+        if self.flip and self.name == "encoded":
             raise ValueError(
                 "flip is set, but latents cannot be mirrored; encode with --data.flip true, and leave it out here."
             )
 
 
 @runtime_checkable
-class Source(Protocol):
+class Dataset(Protocol):
     """Pictures of one shape, addressed by number. `__getitem__` may be called from several threads.
 
     captions: empty, or one line of text per picture.
 
     Example:
-        source = load(DataConfig(), image_size=(8, 8), channels=1, split="train")
-        batch = source[np.array([0, 5])]    # {"image": uint8 `b h w c`, "label": int32 `b`, -1 for none}
+        dataset = load(DataConfig(), image_size=(8, 8), channels=1, split="train")
+        batch = dataset[np.array([0, 5])]    # {"image": uint8 `b h w c`, "label": int32 `b`, -1 for none}
     """
 
     @property
@@ -94,12 +94,12 @@ class Source(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class ArraySource:
-    """A source held in memory. `captions` is empty, or one line of text per picture.
+class ArrayDataset:
+    """A dataset held in memory. `captions` is empty, or one line of text per picture.
 
     Example:
-        source = ArraySource(images, labels, class_names=("cat", "dog"))
-        batch = source[np.arange(16)]
+        dataset = ArrayDataset(images, labels, class_names=("cat", "dog"))
+        batch = dataset[np.arange(16)]
     """
 
     images: UInt8[np.ndarray, "n height width c"]
@@ -118,8 +118,8 @@ class ArraySource:
     def __getitem__(self, indices: Int[np.ndarray, " b"]) -> Batch:
         return {"image": self.images[indices], "label": self.labels[indices]}
 
-    def select(self, indices: Int[np.ndarray, " m"]) -> ArraySource:
-        """Returns a source of these pictures alone, in this order."""
+    def select(self, indices: Int[np.ndarray, " m"]) -> ArrayDataset:
+        """Returns a dataset of these pictures alone, in this order."""
         captions = tuple(self.captions[i] for i in indices) if self.captions else ()
         return dataclasses.replace(self, images=self.images[indices], labels=self.labels[indices], captions=captions)
 
@@ -183,7 +183,7 @@ def permutation(bits: np.random.Philox, size: int) -> Int[np.ndarray, " size"]:
     NumPy freezes its bit generators but not `Generator.permutation`, so we sort the raw 64-bit draws.
 
     Example:
-        order = permutation(np.random.Philox(np.random.SeedSequence(0)), len(source))
+        order = permutation(np.random.Philox(np.random.SeedSequence(0)), len(dataset))
     """
     return np.argsort(bits.random_raw(size), kind="stable")
 
