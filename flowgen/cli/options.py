@@ -17,7 +17,6 @@ from flowgen.settings import Setting, check
 HELP_COLUMN = 36  # from which on the help of a field is shown
 BYTES_OF_PARAMETER = 4
 MAX_MESSAGE = 4000  # letters
-MAX_SEED = 2**32 - 1  # Without 64-bit integers jax would cut what is above, and two seeds would give one image.
 
 
 def finite_number(text: str) -> float:

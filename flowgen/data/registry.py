@@ -20,7 +20,8 @@ from flowgen.data.npz import read_npz
 from flowgen.data.openmoji import read_openmoji
 from flowgen.nn.checks import ImageSize, image_sides
 
-# A new dataset that fits in memory is one function (config, image_size) -> ArrayDataset and one row here.
+# A dataset that fits in memory is one function (config, image_size) -> ArrayDataset, one row here, its name in
+# `DataConfig.name` and, if it ships with its classes, a row of `flowgen.data.found`.
 _READERS: dict[str, Callable[[DataConfig, tuple[int, int]], ArrayDataset]] = {
     "digits": read_digits,
     "mnist": read_mnist,

@@ -120,6 +120,7 @@ def _named_plan(name: str, rows: int) -> BlockPlan:
     plans: dict[str, Any] = {
         "sequential": Sequential(),
         "jacobi": Jacobi(),
+        "sliding": SlidingWindow(),
         "auto": Jacobi(window=window, tol=AUTO_TOLERANCE) if parallel else Sequential(),
     }
     if name not in plans:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,11 +12,7 @@ from jaxtyping import Float, Int
 
 from flowgen.data.dataset import Split
 from flowgen.settings import config
-from flowgen.settings.ranges import Within
-
-MAX_SEED = 2**32 - 1  # Without 64-bit integers jax would cut what is above, and two seeds would give one image.
-Seed = Annotated[int, Within(0, MAX_SEED)]
-BatchSize = Annotated[int, Within(1, 1 << 20)]
+from flowgen.settings.ranges import Batch, Seed
 
 # draw(key, numbers of the samples) -> samples, a line on how they were drawn. The first number is that of the first
 # sample, and samples count on from it; a batch that is too long has numbers twice, for the conditions.
@@ -32,7 +28,7 @@ class DrawOptions:
     """
 
     seed: Seed = 0
-    batch: BatchSize | None = None
+    batch: Batch | None = None
 
 
 @config
@@ -45,7 +41,7 @@ class EvaluateOptions:
     """
 
     split: Split = "eval"
-    batch: BatchSize = 256
+    batch: Batch = 256
     seed: Seed = 0
 
 

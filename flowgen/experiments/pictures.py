@@ -52,9 +52,9 @@ def side_by_side(clips: Float[np.ndarray, "n frames height width c"]) -> UInt8[n
 def path_plot(
     paths: Float[np.ndarray, "times n 2"], samples: Float[np.ndarray, "m 2"], data: Float[np.ndarray, "k 2"]
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """Returns a picture of two panels: paths from dataset to sample, and samples over data.
+    """Returns a picture of two panels: paths from x0 to sample, and samples over data.
 
-    Raises ModuleNotFoundError where matplotlib is missing.
+    Raises ModuleNotFoundError if matplotlib is missing.
 
     Example:
         save_image("samples.png", path_plot(paths, samples, data))
@@ -65,7 +65,7 @@ def path_plot(
     left, right = figure.subplots(1, 2, sharex=True, sharey=True)
     lines = paths[:, :DRAWN_PATHS]
     left.plot(lines[:, :, 0], lines[:, :, 1], color="tab:gray", alpha=0.4, linewidth=0.7)
-    left.scatter(*lines[0].T, s=6, color="black", label="dataset", zorder=2)
+    left.scatter(*lines[0].T, s=6, color="black", label="x0", zorder=2)
     left.scatter(*lines[-1].T, s=6, color="tab:blue", label="sample", zorder=2)
     right.scatter(*data.T, s=3, color="tab:orange", alpha=0.6, label="data")
     right.scatter(*samples.T, s=3, color="tab:blue", alpha=0.6, label="sample")

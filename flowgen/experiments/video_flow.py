@@ -40,7 +40,7 @@ from flowgen.experiments.pictures import strips
 from flowgen.flows import STARFlowV, STARFlowVConfig, denoiser_variables, flow_score_objective
 from flowgen.flows.objective import nll_objective
 from flowgen.settings import config
-from flowgen.settings.ranges import Within
+from flowgen.settings.ranges import Frames, Within
 from flowgen.training import Job
 
 CLIPS_AT_ONCE = 64
@@ -49,7 +49,6 @@ SMALL_SIDE = 10  # of bouncing digits of 8 pixels
 DEFAULT_FPS = 8.0
 # What both mp4 and GIF, which counts in hundredths of a second, can hold.
 LEAST_FPS, MOST_FPS = 0.1, 100.0
-NumFrames = Annotated[int, Within(1, 1 << 16)]
 
 
 @config
@@ -63,9 +62,9 @@ class ClipDrawOptions(FlowDrawOptions):
     progress: show a bar of the tokens that are decoded.
     """
 
-    frames: NumFrames | None = None
+    frames: Frames | None = None
     given: str | None = None
-    context: NumFrames | None = None
+    context: Frames | None = None
     fps: Annotated[float, Within(LEAST_FPS, MOST_FPS)] | None = None
     progress: bool = False
 

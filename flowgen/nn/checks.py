@@ -39,9 +39,3 @@ def check_patches(image_size: object, patch_size: int) -> None:
             f"image_size has {' and '.join(odd)}, which patch_size {patch_size} does not divide; "
             f"use a multiple of {patch_size} or another patch_size."
         )
-
-
-def check_time_scale(time_scale: float) -> None:
-    """Raises ValueError unless time_scale is positive and finite."""
-    if not 0 < time_scale < float("inf"):
-        raise ValueError(f"model.time_scale is {time_scale}; use 1000.0, or 1.0 as in the published code.")

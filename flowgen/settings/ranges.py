@@ -132,3 +132,5 @@ MAX_LEVELS = 1 << 3
 Batch = Annotated[int, Within(1, 1 << 20)]
 Samples = Annotated[int, Within(1, 1 << 24)]
 Bytes = Annotated[int, Within(0, 1 << 60)]
+# Without 64-bit integers jax would cut what is above, and two seeds would give one image.
+Seed = Annotated[int, Within(0, (1 << 32) - 1)]

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Literal
 
 from flowgen.packages import missing
 from flowgen.runs import on_terminal
 from flowgen.settings import config
-from flowgen.settings.ranges import Batch, Count, CountOrZero, Fraction, NonNegative, Positive, ProperFraction, Within
-
-SEEDS = 1 << 32  # Larger seeds would be cut to 32 bits.
+from flowgen.settings.ranges import Batch, Count, CountOrZero, Fraction, NonNegative, Positive, ProperFraction, Seed
 
 
 def check_warmups(warmups: Mapping[str, int], steps: int) -> None:
@@ -81,7 +79,7 @@ class TrainConfig:
 
     steps: Count = 1000
     batch_size: Batch = 64
-    seed: Annotated[int, Within(0, SEEDS - 1)] = 0
+    seed: Seed = 0
     label_dropout: Fraction = 0.0
     accumulation: Batch = 1
 

@@ -184,12 +184,12 @@ def make_step(
         loss, metrics, *carried = check_outcome(objective({"params": params, **collections}, batch, key))
         return loss, ({**metrics, "loss": loss}, {**collections, **(carried[0] if carried else {})})
 
-    value_and_grad = jax.grad(loss_and_rest, has_aux=True)
+    differentiate = jax.grad(loss_and_rest, has_aux=True)
 
     def gradients(state, batch, rows, key):
         """The means over micro-batches of gradients and metrics, and the state that they carry together."""
         if accumulation == 1:
-            grads, (metrics, collections) = value_and_grad(state.params, state.collections, with_rows(batch, rows), key)
+            grads, (metrics, collections) = differentiate(state.params, state.collections, with_rows(batch, rows), key)
             return grads, metrics, collections
 
         def micro(total, part):
@@ -197,7 +197,7 @@ def make_step(
             # All micro-batches share the key, and draw other rows with it.
             own = rows.replace(key=jax.random.clone(rows.key), positions=positions, part=index)
             micro_batch = with_rows(micro_batch, own)
-            grads, aux = value_and_grad(state.params, state.collections, micro_batch, micro_key)
+            grads, aux = differentiate(state.params, state.collections, micro_batch, micro_key)
             return jax.tree.map(jnp.add, total, grads), aux
 
         parts, positions = micro_batches((batch, rows.positions), accumulation)
