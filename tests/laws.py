@@ -9,7 +9,6 @@ from functools import cache, partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from builders import build
 
 import flowgen
 import flowgen.flows
@@ -59,7 +58,7 @@ PERTURBATION = 0.05
 
 def perturbed(config, key, scale=PERTURBATION):
     """Returns (flow, variables) with noise on every leaf, the prior variance kept positive."""
-    flow = build(config)
+    flow = config.build()
     variables = flowgen.init(flow, key)
     random = np.random.default_rng(0)  # compiles nothing, unlike one jax.random call per shape
     variables = jax.tree.map(

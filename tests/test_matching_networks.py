@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from builders import build
 from conftest import rows
 from tolerances import NETWORK, assert_close
 
@@ -35,7 +34,7 @@ BFLOAT16 = 0.05
 def case(name, **changes):
     """Returns (network, perturbed variables, t, x, labels) of a row."""
     config = dataclasses.replace(NETWORKS[name], **changes)
-    network = build(config)
+    network = config.build()
     rng = np.random.default_rng(0)
     variables = jax.tree.map(
         lambda leaf: leaf + 0.1 * rng.standard_normal(leaf.shape).astype(leaf.dtype), init(network, jax.random.key(0))
@@ -124,7 +123,7 @@ def test_a_fresh_dit_gives_zero_and_recomputing_changes_nothing():
 def test_a_dit_has_the_size_of_the_papers_table():
     # DiT-XL/2 on 32x32x4 latents, 675,129,632 parameters, predicts a variance beside the mean and counts its fixed
     # table of 256 positions; ours has neither.
-    network = build(fm.DiTConfig(image_size=32, channels=4, width=1152, num_layers=28, head_dim=72, num_classes=1000))
+    network = fm.DiTConfig(image_size=32, channels=4, width=1152, num_layers=28, head_dim=72, num_classes=1000).build()
     sizes = jax.tree.leaves(jax.eval_shape(lambda: init(network, jax.random.key(0))))
     assert sum(leaf.size for leaf in sizes) == 675_129_632 - (1152 + 1) * 16 - 256 * 1152
 

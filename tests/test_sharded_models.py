@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import laws
 import numpy as np
 import pytest
-from builders import build
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tolerances import NETWORK, assert_trees_close
@@ -68,7 +67,7 @@ def of_flow(name, method="log_prob"):
 
 def of_network(config, use=None, replicated=False):
     """A velocity network, or what `use` makes of it, and times, samples and labels."""
-    network = build(config)
+    network = config.build()
     random = np.random.default_rng(0)
     shapes = jax.eval_shape(partial(init, network), key())
     variables = jax.tree.map(lambda leaf: jnp.asarray(random.normal(size=leaf.shape) / 4, leaf.dtype), shapes)
@@ -175,7 +174,7 @@ def test_parameters_may_lie_on_the_same_mesh(use):
 
 
 def test_gradients_of_parameters_are_those_of_one_device():
-    network = build(POINTS)
+    network = POINTS.build()
     variables = init(network, key())
 
     def loss(variables, t, x, cond):

@@ -57,6 +57,10 @@ class AutoencoderConfig:
             if width % self.num_groups:
                 raise ValueError(f"widths has {width}, not a multiple of num_groups {self.num_groups}; change one.")
 
+    def build(self) -> Autoencoder:
+        """Returns the autoencoder of this config, without parameters."""
+        return Autoencoder(self)
+
     @property
     def factor(self) -> int:
         """Pixels per latent along a side."""

@@ -85,6 +85,10 @@ class VideoAutoencoderConfig:
                 f"decoder_widths is {self.decoder_widths}; without shortcuts all but the first must be even."
             )
 
+    def build(self) -> VideoAutoencoder:
+        """Returns the autoencoder of this config, without parameters."""
+        return VideoAutoencoder(self)
+
     @property
     def strides(self) -> tuple[tuple[int, int], ...]:
         """What each level divides the frames and the sides by."""

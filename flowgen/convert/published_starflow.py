@@ -159,7 +159,7 @@ def starflow(
         raise ValueError(
             f"an argument has a value that cannot be ({error}); give those of the published YAML."
         ) from error
-    flow = STARFlowV(config) if isinstance(config, STARFlowVConfig) else STARFlow(config)
+    flow = config.build()
     shapes = jax.eval_shape(lambda key: init(flow, key), jax.random.key(0))
     target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), shapes)
     rules = _rules(config)

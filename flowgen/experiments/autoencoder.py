@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from flowgen.codecs import Autoencoder, AutoencoderConfig, VideoAutoencoder, VideoAutoencoderConfig
+from flowgen.codecs import AutoencoderConfig, VideoAutoencoderConfig
 from flowgen.data import (
     ClipsConfig,
     DataConfig,
@@ -137,12 +137,6 @@ class AutoencoderExperiment(Experiment):
     def best_metric(self) -> str:
         """The evaluated metric by which checkpoints are compared; lower is better."""
         return "mean_square_error"
-
-    def build(self) -> Autoencoder | VideoAutoencoder:
-        """Returns the autoencoder, without parameters."""
-        if isinstance(self.model, VideoAutoencoderConfig):
-            return VideoAutoencoder(self.model)
-        return Autoencoder(self.model)
 
     def dataset(self, split: Split) -> Dataset:
         """Returns the images or clips of a split at the size that the autoencoder is trained on."""

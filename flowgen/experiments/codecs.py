@@ -14,7 +14,6 @@ import numpy as np
 
 from flowgen import settings
 from flowgen.codecs import (
-    Autoencoder,
     AutoencoderCodec,
     AutoencoderConfig,
     Codec,
@@ -129,8 +128,7 @@ def _open_autoencoder(
     kind = plain.get(settings.TYPE)
     if kind not in ("Autoencoder", "VideoAutoencoder"):
         raise ValueError(f"codec.path '{path}' is the run of a {kind!s:.80}; give that of an autoencoder.")
-    model = settings.check(AutoencoderConfig | VideoAutoencoderConfig, plain, path="model")
-    autoencoder = (VideoAutoencoder if kind == "VideoAutoencoder" else Autoencoder)(model)
+    autoencoder = settings.check(AutoencoderConfig | VideoAutoencoderConfig, plain, path="model").build()
     reader = CheckpointReader(Path(path) / CHECKPOINTS)
     step = reader.latest_step()
     if step is None:

@@ -13,7 +13,6 @@ from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
-from flax import linen as nn
 
 from flowgen import settings
 from flowgen.data import Dataset
@@ -67,9 +66,9 @@ class Experiment(abc.ABC):
     log: LogConfig = LogConfig()
     reference: dict[str, float] = field(default_factory=dict)
 
-    @abc.abstractmethod
-    def build(self) -> nn.Module:
+    def build(self) -> Any:
         """Returns the model, without parameters."""
+        return self.model.build()
 
     @property
     @abc.abstractmethod

@@ -27,7 +27,7 @@ from flowgen.experiments.distances import sample_lines, sample_metrics, train_ju
 from flowgen.experiments.drawing import draw_in_batches
 from flowgen.experiments.experiment import Samples
 from flowgen.experiments.pictures import picture
-from flowgen.flows import STARFlow, STARFlowConfig, TARFlow, TARFlowConfig
+from flowgen.flows import STARFlowConfig, TARFlowConfig
 from flowgen.flows.objective import nll_objective
 from flowgen.settings import config, type_name
 from flowgen.training import Job
@@ -62,10 +62,6 @@ class FlowExperiment(AutoregressiveExperiment):
             raise ValueError(f"likelihood.denoiser is given, but a {kind} has no denoiser; leave it out.")
         self.check_parts()
         self.check_warmups()
-
-    def build(self) -> TARFlow | STARFlow:
-        """Returns the flow, without parameters."""
-        return TARFlow(self.model) if isinstance(self.model, TARFlowConfig) else STARFlow(self.model)
 
     def job(self, *, dataset: Dataset | None = None, held_out: Dataset | None = None, model: Any = None) -> Job:
         """Returns what the training loop needs, with the data opened, and encoded if they were not.

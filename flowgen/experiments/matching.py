@@ -32,14 +32,11 @@ from flowgen.experiments.experiment import Experiment, Samples
 from flowgen.experiments.images import image_batches, image_dataset, tell_unused_classes, with_class_names
 from flowgen.experiments.pictures import DRAWABLE_CHANNELS, DRAWN_PATHS, path_plot, picture
 from flowgen.matching import (
-    DiT,
     DiTConfig,
     MatchingConfig,
     MeanFlow,
     MLPConfig,
-    UNet,
     UNetConfig,
-    VelocityMLP,
     edm_times,
     guided,
     integrate,
@@ -211,12 +208,6 @@ class MatchingExperiment(Experiment):
     def drawn_channels(self) -> int | None:
         """The channels of the images that samples are; None of points."""
         return None if isinstance(self.model, MLPConfig) else self.model.channels
-
-    def build(self) -> VelocityMLP | DiT | UNet:
-        """Returns the network, without parameters."""
-        if isinstance(self.model, MLPConfig):
-            return VelocityMLP(self.model)
-        return DiT(self.model) if isinstance(self.model, DiTConfig) else UNet(self.model)
 
     def with_provenance(self) -> MatchingExperiment:
         """Returns the experiment with the names of its classes."""

@@ -37,7 +37,7 @@ from flowgen.experiments.debug import debug_clips, debug_flow, debug_run
 from flowgen.experiments.drawing import draw_in_batches
 from flowgen.experiments.experiment import Samples
 from flowgen.experiments.pictures import strips
-from flowgen.flows import STARFlowV, STARFlowVConfig, denoiser_variables, flow_score_objective
+from flowgen.flows import STARFlowVConfig, denoiser_variables, flow_score_objective
 from flowgen.flows.objective import nll_objective
 from flowgen.settings import config
 from flowgen.settings.ranges import Frames, Within
@@ -126,10 +126,6 @@ class VideoFlowExperiment(AutoregressiveExperiment):
             raise ValueError(
                 f"sampling.denoise is {self.sampling.denoise}; a learned denoiser takes the whole step: use 0 or 1."
             )
-
-    def build(self) -> STARFlowV:
-        """Returns the flow, without parameters."""
-        return STARFlowV(self.model)
 
     def dataset(self, split: Split) -> Dataset:
         """Returns the clips of a split, at the size from which the codec makes the model's latents."""

@@ -136,6 +136,10 @@ class STARFlowConfig(ImageTokens):
             raise ValueError(f"num_classes is {self.num_classes} and text_dim {self.text_dim}; choose one.")
         rotary_pairs(self.head_dim, third_axis=self._third_axis)
 
+    def build(self) -> AutoregressiveFlow:
+        """Returns the flow of this config, without parameters."""
+        return STARFlow(self)
+
     @property
     def patch_order(self) -> Literal["channel_last"]:
         """How a patch is laid out in a token."""

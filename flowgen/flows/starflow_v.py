@@ -44,6 +44,10 @@ class STARFlowVConfig(STARFlowConfig):
                 "reverses the deep block and with it time; give one more or less, or 0 layers to one."
             )
 
+    def build(self) -> AutoregressiveFlow:
+        """Returns the flow of this config, without parameters."""
+        return STARFlowV(self)
+
     @property
     def event_shape(self) -> tuple[int, int, int, int]:
         """Shape of a clip: (frames, height, width, channels)."""

@@ -75,6 +75,10 @@ class TARFlowConfig(ImageTokens):
                 f"width is {self.width}, not a multiple of head_dim {self.head_dim}; change one of the two."
             )
 
+    def build(self) -> TARFlow:
+        """Returns the flow of this config, without parameters."""
+        return TARFlow(self)
+
     @property
     def text_dim(self) -> int:
         """Features of text tokens; this model takes no texts."""

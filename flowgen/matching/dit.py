@@ -83,6 +83,10 @@ class DiTConfig:
         if self.width % 4:
             raise ValueError(f"width is {self.width}; its position table needs a multiple of 4.")
 
+    def build(self) -> DiT:
+        """Returns the network of this config, without parameters."""
+        return DiT(self)
+
     @property
     def image_hw(self) -> tuple[int, int]:
         """(height, width) in pixels."""

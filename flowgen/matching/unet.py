@@ -96,6 +96,10 @@ class UNetConfig:
         self._check_sizes()
         self._check_widths()
 
+    def build(self) -> UNet:
+        """Returns the network of this config, without parameters."""
+        return UNet(self)
+
     def _check_sizes(self):
         factors = tuple(2**level for level in range(len(self.multipliers)))
         for side, length in zip(("height", "width"), image_sides(self.image_size), strict=True):

@@ -41,6 +41,10 @@ class MLPConfig:
     num_classes: Classes = 0
     intervals: bool = False
 
+    def build(self) -> VelocityMLP:
+        """Returns the network of this config, without parameters."""
+        return VelocityMLP(self)
+
     @property
     def event_shape(self) -> tuple[int, ...]:
         """Shape of one sample."""

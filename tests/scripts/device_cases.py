@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from builders import build
 
 import flowgen
 from flowgen import matching as fm
@@ -62,7 +61,7 @@ def flow_case(make_objective=nll_objective, config=flowgen.TARFlowConfig, **opti
     settings = {**small, "head_dim": 8, "num_classes": CLASSES, **options}
 
     def make():
-        flow = build(config(**settings, dtype="float64" if jax.config.jax_enable_x64 else "float32"))
+        flow = config(**settings, dtype="float64" if jax.config.jax_enable_x64 else "float32").build()
         return perturbed(init(flow, jax.random.key(0))), make_objective(flow, label_dropout=0.3)
 
     return make
@@ -142,7 +141,7 @@ def unet_case():
 
 def autoencoder_case():
     def make():
-        model = build(AutoencoderConfig(channels=1, latent_channels=2, widths=(8,), num_groups=4, layers_per_block=1))
+        model = AutoencoderConfig(channels=1, latent_channels=2, widths=(8,), num_groups=4, layers_per_block=1).build()
         variables = perturbed(init(model, jax.random.key(0)))
         statistics = {"mean": jnp.zeros(2), "variance": jnp.ones(2)}
         settings = AutoencodingConfig(image_size=4, noise=0.2, kl_weight=0.1)
