@@ -17,7 +17,8 @@ from flowgen.convert.published import check_state_dict, unwrapped
 from flowgen.convert.tables import starflow as starflow_rules
 from flowgen.convert.tables import starflow_v as starflow_v_rules
 from flowgen.documents import read_yaml
-from flowgen.flows import STARFlow, STARFlowConfig, STARFlowV, STARFlowVConfig
+from flowgen.flows import STARFlowConfig, STARFlowVConfig
+from flowgen.flows.flow import AutoregressiveFlow
 from flowgen.models import init
 from flowgen.settings import check
 from flowgen.settings.ranges import MAX_BLOCKS, Within
@@ -127,7 +128,7 @@ def starflow(
     arguments: Mapping[str, Any],
     *,
     dtype: Literal["float32", "bfloat16"] = "float32",
-) -> tuple[STARFlow | STARFlowV, dict[str, Any]]:
+) -> tuple[AutoregressiveFlow, dict[str, Any]]:
     """Returns the flow of a published STARFlow state dict and its variables, numpy arrays of `dtype`.
 
     Tensors are copied one by one from where the state dict has them, so `read_state_dict`'s views of a file need no
