@@ -110,7 +110,7 @@ def test_built_in_pictures_and_clips_are_mapped_by_name():
     shape = {"frames": 2, "image_size": (10, 10), "channels": 1, "split": "all"}
     clips, mapped = (load_clips(ClipsConfig(num=40, classes=classes), **shape) for classes in ((), names))
     np.testing.assert_array_equal(everything(mapped)["label"], 9 - everything(clips)["label"])
-    with pytest.raises(ValueError, match=r"data\.dataset 'bouncing' has the class 9"):
+    with pytest.raises(ValueError, match=r"data\.name 'bouncing' has the class 9"):
         load_clips(ClipsConfig(num=40, classes=tuple("012345678")), **shape)
 
 

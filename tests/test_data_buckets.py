@@ -92,7 +92,7 @@ def test_unreadable_pictures_are_left_out_of_buckets_too(tmp_path):
     Image.new("RGB", (96, 40)).save(tmp_path / "y.png")
     whole = (tmp_path / "y.png").read_bytes()
     (tmp_path / "y.png").write_bytes(whole[:-30])
-    folder = {"dataset": "folder", "path": str(tmp_path), "aspects": True, "eval_fraction": 0.0}
+    folder = {"name": "folder", "path": str(tmp_path), "aspects": True, "eval_fraction": 0.0}
     dataset = load(DataConfig(**folder, on_corrupt="skip"), image_size=(32, 32), channels=3, split="train")
     assert [len(bucket) for bucket in dataset.buckets] == [6]
     with pytest.raises(ValueError, match=r"1 picture that cannot be read: .*z.png"):
@@ -100,7 +100,7 @@ def test_unreadable_pictures_are_left_out_of_buckets_too(tmp_path):
 
 
 def test_aspects_are_for_folders():
-    with pytest.raises(ValueError, match=r"aspects is set, but dataset 'digits' has one shape"):
+    with pytest.raises(ValueError, match=r"aspects is set, but name 'digits' has one shape"):
         DataConfig(aspects=True)
 
 

@@ -287,17 +287,17 @@ def test_a_video_that_is_damaged_later_is_named_with_its_field(tmp_path):
     ("change", "message"),
     [
         (
-            {"dataset": "mnist"},
-            "dataset is 'mnist'; it must be 'bouncing' or 'crafter' or",
+            {"name": "mnist"},
+            "name is 'mnist'; it must be 'bouncing' or 'crafter' or",
         ),
         ({"num": 1}, "num is 1; it must be at least 2"),
         ({"fps": -1.0}, "fps is -1.0; it must be from 0.01 to 1000, or 0"),
         ({"fps": 1e9}, "fps is 1000000000.0; it must be from 0.01 to 1000"),
         ({"on_corrupt": "ignore"}, "on_corrupt is 'ignore'"),
         ({"eval_fraction": 1.0}, "eval_fraction is 1.0"),
-        ({"dataset": "folder"}, "path is '', and dataset 'folder' needs the path"),
-        ({"path": "x"}, "path is 'x', and dataset 'bouncing' reads no path"),
-        ({"dataset": "encoded", "path": "x", "flip": True}, "flip is set, but latents cannot be mirrored"),
+        ({"name": "folder"}, "path is '', and name 'folder' needs the path"),
+        ({"path": "x"}, "path is 'x', and name 'bouncing' reads no path"),
+        ({"name": "encoded", "path": "x", "flip": True}, "flip is set, but latents cannot be mirrored"),
     ],
 )
 def test_configs_that_cannot_be_are_refused(change, message, untyped):

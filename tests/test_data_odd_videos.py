@@ -147,7 +147,7 @@ def test_videos_that_cannot_be_read_are_named_together_or_left_out(tmp_path, cap
     (tmp_path / "e.mp4").write_bytes(b"")
     for name in "abcde":
         (tmp_path / f"{name}.txt").write_text(f"video {name}", encoding="utf-8-sig")
-    config = {"dataset": "folder", "path": str(tmp_path), "fps": 10, "eval_fraction": 0.0}
+    config = {"name": "folder", "path": str(tmp_path), "fps": 10, "eval_fraction": 0.0}
     shape = {"frames": 10, "image_size": SIZE, "channels": 3, "split": "train"}
     with pytest.raises(ValueError, match=r"data\.path holds 2 videos .*c\.mp4.*e\.mp4.*data\.on_corrupt to 'skip'"):
         load_clips(ClipsConfig(**config), **shape)

@@ -137,7 +137,7 @@ def test_texts_of_restarts_say_so_too(continued, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"dataset": "encoded", "path": "x"}, "images is given, but encoded data have their pictures among them"),
+        ({"name": "encoded", "path": "x"}, "images is given, but encoded data have their pictures among them"),
         ({"images": DataConfig("folder", path="x", aspects=True)}, "images is encoded or of several aspects"),
         ({"flip": True}, "images.flip is False and flip is True, and pictures and clips are mirrored alike"),
     ],
