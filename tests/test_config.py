@@ -309,7 +309,7 @@ def test_parts_that_do_not_belong_together_are_named(arguments, message, untyped
         ({"data": DataConfig()}, "a MLP is trained on points in the plane, so give a PointsConfig."),
         ({"data": ClipsConfig()}, "data is ClipsConfig("),
         ({"model": TARFlowConfig(image_size=8)}, "model is TARFlowConfig("),
-        ({"matching": None}, "matching is None; it must be a group of fields."),
+        ({"matching": None}, "matching is None; it must be a MatchingConfig."),
     ],
 )
 @pytest.mark.usefixtures("untyped")

@@ -8,8 +8,9 @@ import pytest
 from flax import linen as nn
 
 import flowgen
-from flowgen.experiments import FlowExperiment, MatchingExperiment
-from flowgen.flows import TARFlowConfig
+from flowgen.cli import main
+from flowgen.experiments import FlowExperiment, MatchingExperiment, SpaceToDepth
+from flowgen.flows import STARFlowConfig, STARFlowVConfig, TARFlowConfig
 from flowgen.matching import DiTConfig
 from flowgen.training import LogConfig, TrainConfig
 
@@ -88,3 +89,66 @@ def test_a_model_of_ones_own_is_trained_and_loaded(tmp_path):
 def test_what_is_given_in_part_or_wrong_is_refused(tmp_path):
     with pytest.raises(ValueError, match="held_out is given without dataset"):
         flowgen.fit(FlowExperiment(name="own", model=FLOW), tmp_path, held_out=Stripes())
+
+
+def test_a_run_of_ones_own_data_passes_for_no_other(tmp_path, capsys):
+    experiment = FlowExperiment(
+        name="own",
+        model=dataclasses.replace(FLOW, num_classes=2),
+        train=TrainConfig(steps=2, batch_size=8),
+        log=dataclasses.replace(QUIET, checkpoint_every=2),
+    )
+    flowgen.fit(experiment, tmp_path, dataset=Stripes())
+    longer = dataclasses.replace(experiment, train=TrainConfig(steps=4, batch_size=8))
+    with pytest.raises(ValueError, match=r"data\.name: 'own' -> 'digits'"):
+        flowgen.fit(longer, tmp_path)
+    assert main(["evaluate", "--checkpoint", str(tmp_path)]) == 2
+    assert "a dataset that was given to `fit`" in capsys.readouterr().err
+    assert flowgen.load(tmp_path)[2].data.classes == ("upright", "level")
+    assert (
+        main(
+            [
+                "sample",
+                "--checkpoint",
+                str(tmp_path),
+                "--classes",
+                "level",
+                "--num",
+                "1",
+                "--out",
+                str(tmp_path / "x.npz"),
+            ]
+        )
+        == 0
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "dataset", "message"),
+    [
+        ({}, [1, 2], r"dataset is .*image_shape"),
+        ({"image_size": 16}, Stripes(), r"dataset has images of shape \(8, 8, 1\); this model takes \(16, 16, 1\)"),
+        ({"num_classes": 1}, Stripes(), r"model.num_classes is 1 but the data has 2 classes"),
+    ],
+)
+@pytest.mark.usefixtures("untyped")
+def test_data_of_ones_own_that_do_not_fit_are_refused(changes, dataset, message, tmp_path):
+    experiment = FlowExperiment(name="own", model=dataclasses.replace(FLOW, **changes))
+    with pytest.raises(ValueError, match=message):
+        flowgen.fit(experiment, tmp_path / "run", dataset=dataset)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_flow_of_clips_is_no_flow_of_images():
+    with pytest.raises(ValueError, match="VideoFlowExperiment"):
+        FlowExperiment(name="clips", model=STARFlowVConfig(image_size=8, frames=3, channels=1))
+
+
+def test_images_of_ones_own_are_encoded_for_a_flow_of_latents(tmp_path):
+    model = STARFlowConfig(image_size=4, channels=4, width=40, head_dim=20, layers_per_block=(1, 1))
+    experiment = FlowExperiment(
+        name="own", model=model, codec=SpaceToDepth(2), train=TrainConfig(steps=1, batch_size=8), log=QUIET
+    )
+    experiment = dataclasses.replace(experiment, optim=dataclasses.replace(experiment.optim, warmup_steps=0))
+    result = flowgen.fit(experiment, tmp_path, dataset=Stripes(), held_out=Stripes())
+    assert np.isfinite(result.metrics["nats_per_dim"])

@@ -42,7 +42,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     from flowgen.data import told_once
 
     model, params, trained = checkpoint.load(options.checkpoint, options.step)
-    groups = ("data", "sampling", "codec", "text")
+    groups = ("data", "sampling", "codec.path", "text.encoder")
     experiment, asked, given = apply_words(rest, trained, trained.evaluate_options(), groups=groups)
     if "split" not in given and given & {"data.path", "data.name"}:
         asked = dataclasses.replace(asked, split="all")

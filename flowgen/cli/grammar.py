@@ -38,7 +38,7 @@ def apply_words(
     """Returns the experiment and the options with what words of a command line set, and the names that were set.
 
     options: a dataclass, whose fields are the command's own options for this kind of experiment. groups: of the
-    experiment that the command takes; None for all.
+    experiment that the command takes, or single fields, such as "codec.path"; None for all.
 
     Raises ValueError naming a word that is no field, a field that is set twice, or a value that does not fit.
 
@@ -47,7 +47,7 @@ def apply_words(
     """
     own = () if options is None else tuple(hints_of(type(options)))
     whole = tuple(hints_of(type(experiment))) if groups is None else ()
-    short, began = short_names(experiment), experiment
+    short, began, known = short_names(experiment), experiment, leaf_names(experiment)
     spelled: dict[str, str] = {}
     values: dict[str, str] = {}
     for word, text in _pairs(words):
@@ -56,7 +56,8 @@ def apply_words(
         if target in spelled and spelled[target] != word:
             raise ValueError(f"--{spelled[target]} and --{word} set the same field; leave one out.")
         group, dot, _ = target.partition(".")
-        fits = target in (*own, *whole) or (dot and (groups is None or group in groups))
+        named = groups is not None and target in groups and target in known
+        fits = target in (*own, *whole) or named or (dot and (groups is None or group in groups))
         if not fits:
             raise ValueError(_unknown(word, experiment, own, groups))
         spelled[target], values[target] = word, _value(target, text, experiment, options, own)
@@ -74,8 +75,9 @@ def _overridden(options: Any, words: list[str]) -> Any:
     """The options with what words set; errors name them as they are written."""
     try:
         return override(options, words)
-    except FieldError as error:
-        named = (problem.partition(" ") for problem in error.args)
+    except ValueError as error:
+        problems = error.args if isinstance(error, FieldError) else (str(error),)
+        named = (problem.partition(" ") for problem in problems)
         raise FieldError(*(f"--{name.replace('_', '-')}{space}{rest}" for name, space, rest in named)) from error
 
 
@@ -108,8 +110,11 @@ def short_names(experiment: Any) -> dict[str, str]:
         short_names(experiment)["guidance"]  # "sampling.guidance"
     """
     known = leaf_names(experiment)
-    aliases = {name: field for name, field in ALIASES.items() if field in known}
-    return {name.removeprefix("sampling."): name for name in known if name.startswith("sampling.")} | aliases
+    groups = hints_of(type(experiment))
+    aliases = {name: field for name, field in ALIASES.items() if field.partition(".")[0] in groups}
+    # `sample` reads --prompts from a file.
+    sampling = [name for name in known if name.startswith("sampling.") and name != "sampling.prompts"]
+    return {name.removeprefix("sampling."): name for name in sampling} | aliases
 
 
 def options_help(title: str, options: Any, *, without: tuple[Any, ...] = (), group: str = "") -> str:
@@ -141,7 +146,9 @@ def _pairs(words: Sequence[str]) -> list[tuple[str, str | None]]:
 
 def _value(name: str, text: str | None, experiment: Any, options: Any, own: tuple[str, ...]) -> str:
     """The text of a field's value; a switch without one is turned on."""
-    if text is not None:
+    if text:
+        return text
+    if text is not None and name not in own:
         return text
     if name in own:
         owner, field = options, name
@@ -156,7 +163,9 @@ def _value(name: str, text: str | None, experiment: Any, options: Any, own: tupl
 
 
 def _unknown(word: str, experiment: Any, own: tuple[str, ...], groups: tuple[str, ...] | None) -> str:
-    known = [name for name in leaf_names(experiment) if groups is None or name.partition(".")[0] in groups]
+    known = [
+        name for name in leaf_names(experiment) if groups is None or name in groups or name.partition(".")[0] in groups
+    ]
     short = [name for name, field in short_names(experiment).items() if field in known]
     names = [name.replace("_", "-") for name in (*own, *short)]
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.6) or difflib.get_close_matches(word, known, n=1)
@@ -165,8 +174,8 @@ def _unknown(word: str, experiment: Any, own: tuple[str, ...], groups: tuple[str
     if close:
         return f"{what}; did you mean --{close[0]}?"
     options = f"options {', '.join(f'--{name}' for name in names)}" if names else ""
-    present = dict.fromkeys(name.partition(".")[0] for name in known)
-    ours = "every field, such as --train.steps" if groups is None else " and ".join(f"--{g}.*" for g in present)
+    present = dict.fromkeys(name if name in (groups or ()) else f"{name.partition('.')[0]}.*" for name in known)
+    ours = "every field, such as --train.steps" if groups is None else " and ".join(f"--{g}" for g in present)
     return f"{what}; it takes {' and '.join(filter(None, (options, ours)))}."
 
 

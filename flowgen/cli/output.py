@@ -89,7 +89,7 @@ class Output:
             save_image(self.path, strips(arrays))
         elif arrays.ndim == 4:
             asked = options.classes
-            classes = drawn_classes(experiment.model, experiment.data) if asked is None else len(words_of(asked, ""))
+            classes = drawn_classes(experiment.model, experiment.data) if not asked else len(words_of(asked, ""))
             save_image(self.path, picture(arrays, classes))
         else:
             assert isinstance(experiment, MatchingExperiment)

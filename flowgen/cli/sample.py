@@ -68,7 +68,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
         raise ValueError(
             f"{options.checkpoint} is the run of an autoencoder, which draws no samples; train a flow on its latents."
         )
-    groups = ("sampling", "codec", "text")
+    groups = ("sampling", "codec.path", "text.encoder")
     experiment, asked, given = apply_words(rest, experiment, make_options(), groups=groups)
     experiment = _with_prompts(experiment, prompts, given)
     output.check_fits(experiment, asked)

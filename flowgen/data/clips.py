@@ -16,7 +16,7 @@ from flowgen.arrays import check_count, shown
 from flowgen.data.bouncing import bouncing_digits
 from flowgen.data.classes import checked_names, tell_held_out, with_classes
 from flowgen.data.crafter import record
-from flowgen.data.dataset import NO_LABEL, Batch, DataConfig, Split, check_choice, hold_out_files
+from flowgen.data.dataset import NO_LABEL, Batch, DataConfig, Split, check_choice, check_opens, hold_out_files
 from flowgen.data.folder import opened, read_captions
 from flowgen.data.inventory import tell
 from flowgen.data.named import package_folder
@@ -66,7 +66,7 @@ class ClipsConfig:
         dataset = load_clips(config, frames=17, image_size=(64, 64), channels=3, split="train")
     """
 
-    name: Literal["bouncing", "crafter", "real", "folder", "encoded"] = "bouncing"
+    name: Literal["bouncing", "crafter", "real", "folder", "encoded", "own"] = "bouncing"
     path: str = ""
     num: Annotated[int, Within(2, 1 << 24)] = 10_000
     fps: float | int = 8.0
@@ -153,6 +153,7 @@ def load_clips(config: ClipsConfig, *, frames: int, image_size: ImageSize, chann
     if channels not in (1, 3):
         raise ValueError(f"clips have 1 channel (grey) or 3 (colour), not {channels}; change model.channels.")
     shape: dict[str, Any] = {"frames": frames, "image_size": sides, "channels": channels}
+    check_opens(config.name)
     if config.name == "bouncing":
         digits = bouncing_digits(config.num, config.eval_fraction, **shape, split=split)
         return with_classes(digits, config.classes, "data.name 'bouncing'")

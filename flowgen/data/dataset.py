@@ -19,6 +19,7 @@ from flowgen.settings.ranges import Bytes, ProperFraction
 Batch = dict[str, np.ndarray]
 Split = Literal["train", "eval", "all"]
 NO_LABEL = -1
+OWN = "own"
 _HOLD_OUT_SEED = 1797
 _HOLD_OUT_NAME = b"flowgen hold-out"
 
@@ -28,7 +29,8 @@ class DataConfig:
     """Which pictures to train on; image size and channels come from the model.
 
     name: a built-in set, or the user's own `folder` or `npz` at `path`; or `encoded`, latents that
-        `python -m flowgen encode` wrote there.
+        `python -m flowgen encode` wrote there; "own" is a dataset that was
+        given to `fit`.
     path: of a folder, an npz file, or encoded data; empty for the others.
     flip: mirror each training picture left to right with probability one half.
     aspects: sort a folder's pictures into nine aspect ratios of about the model's area instead of cropping all to
@@ -48,7 +50,7 @@ class DataConfig:
         dataset = load(config, image_size=(64, 64), channels=3, split="train")
     """
 
-    name: Literal["digits", "mnist", "openmoji", "folder", "npz", "encoded"] = "digits"
+    name: Literal["digits", "mnist", "openmoji", "folder", "npz", "encoded", "own"] = "digits"
     path: str = ""
     flip: bool = False
     aspects: bool = False
@@ -122,6 +124,19 @@ class ArrayDataset:
         """Returns a dataset of these pictures alone, in this order."""
         captions = tuple(self.captions[i] for i in indices) if self.captions else ()
         return dataclasses.replace(self, images=self.images[indices], labels=self.labels[indices], captions=captions)
+
+
+def check_opens(name: str) -> None:
+    """Raises ValueError if data are those of a user's own program, which only it has.
+
+    Example:
+        check_opens(config.name)
+    """
+    if name == OWN:
+        raise ValueError(
+            "data.name is 'own', a dataset that was given to `fit` in Python; give it again, or other data with "
+            "--data.name and --data.path."
+        )
 
 
 def hold_out(size: int, fraction: float, split: Split) -> Int[np.ndarray, " m"]:

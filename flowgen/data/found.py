@@ -14,7 +14,7 @@ import numpy as np
 from flowgen.data.buckets import BucketedDataset
 from flowgen.data.clips import ClipsConfig, VideoClips
 from flowgen.data.crafter import CLASS_NAMES
-from flowgen.data.dataset import DataConfig, Dataset, hold_out_files
+from flowgen.data.dataset import DataConfig, Dataset, check_opens, hold_out_files
 from flowgen.data.folder import FolderDataset
 from flowgen.data.inventory import Inventory
 from flowgen.data.latents import INDEX_FILE, LatentDataset, read_index
@@ -55,6 +55,7 @@ def found_classes(config: DataConfig | ClipsConfig) -> tuple[str, ...]:
         return npz_classes(config.path)
     if config.name == "encoded":
         return tuple(read_index(config.path)["class_names"])
+    check_opens(config.name)
     return _BUILT_IN[config.name]
 
 

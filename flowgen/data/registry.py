@@ -12,7 +12,7 @@ from jaxtyping import UInt8
 from flowgen.arrays import check_count, shown
 from flowgen.data.buckets import BucketedDataset
 from flowgen.data.classes import tell_held_out, with_classes
-from flowgen.data.dataset import ArrayDataset, DataConfig, Dataset, Split, check_choice, hold_out
+from flowgen.data.dataset import ArrayDataset, DataConfig, Dataset, Split, check_choice, check_opens, hold_out
 from flowgen.data.folder import read_folder
 from flowgen.data.latents import read_latents
 from flowgen.data.named import read_digits, read_mnist
@@ -53,6 +53,7 @@ def load(
     if not isinstance(config, DataConfig):
         raise ValueError(f"config is {shown(config)}; give a DataConfig.")
     check_choice("split", split, typing.get_args(Split))
+    check_opens(config.name)
     sides = image_sides(image_size, "image_size")
     check_count("channels", channels)
     check_count("multiple", multiple)

@@ -34,7 +34,7 @@ from flowgen.experiments.codecs import STATISTICS, open_autoencoder
 from flowgen.experiments.debug import SAMPLES, debug_clips, debug_images, debug_run
 from flowgen.experiments.drawing import EvaluateOptions
 from flowgen.experiments.experiment import Experiment
-from flowgen.experiments.images import image_batches
+from flowgen.experiments.images import check_own, image_batches
 from flowgen.experiments.pictures import DRAWABLE_CHANNELS, picture, strips
 from flowgen.models import init
 from flowgen.rows import Rows, StatefulObjective, batch_rows
@@ -157,6 +157,9 @@ class AutoencoderExperiment(Experiment):
         if dataset is None:
             dataset = self.dataset("train")
             held_out = self.dataset("eval") if self.data.eval_fraction > 0 else None
+        else:
+            for given in (dataset, *([] if held_out is None else [held_out])):
+                check_own(given, self.autoencoding.image_hw, self.model.channels, 0)
         shown = held_out or dataset
 
         def picture_of(variables: Any) -> np.ndarray:

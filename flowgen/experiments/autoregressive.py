@@ -25,8 +25,8 @@ from flowgen.experiments.codecs import CodecConfig
 from flowgen.experiments.drawing import DrawOptions, EvaluateOptions, check_compared, cycled_labels, drawn_classes
 from flowgen.experiments.encoding import Encoding
 from flowgen.experiments.experiment import Experiment
-from flowgen.experiments.images import holds_latents, image_batches, tell_unused_classes, with_class_names
-from flowgen.experiments.latents import flow_dataset, is_latent, null_texts, pixel_dataset
+from flowgen.experiments.images import check_own, holds_latents, image_batches, tell_unused_classes, with_class_names
+from flowgen.experiments.latents import as_taken, flow_dataset, is_latent, null_texts, pixel_dataset
 from flowgen.experiments.options import LikelihoodConfig, SamplingConfig
 from flowgen.experiments.pictures import DRAWABLE_CHANNELS
 from flowgen.experiments.texts import TextConfig, release_text_encoders
@@ -51,8 +51,8 @@ class FlowDrawOptions(DrawOptions):
     certify: check the decoding by a forward pass.
     """
 
-    classes: str | None = None
-    aspect: str | None = None
+    classes: str = ""
+    aspect: str = ""
     certify: bool = False
 
 
@@ -158,7 +158,12 @@ class AutoregressiveExperiment(Experiment):
     ) -> tuple[Dataset | BucketedDataset, Dataset | BucketedDataset | None]:
         """Returns what the flow is trained and evaluated on: what is given, or the experiment's own data."""
         if dataset is not None:
-            return dataset, held_out
+            codec, model = self.encoding.open_codec(), self.model
+            sides = (model.image_hw[0] * codec.factor, model.image_hw[1] * codec.factor)
+            for given in (dataset, *([] if held_out is None else [held_out])):
+                check_own(given, sides, codec.pixel_channels, model.num_classes)
+            evaluated = None if held_out is None else as_taken(held_out, self.data, self.encoding, flip=False)
+            return as_taken(dataset, self.data, self.encoding, flip=self.data.flip), evaluated
         return self.flow_dataset("train"), self.flow_dataset("eval") if self.has_held_out else None
 
     def flow_job(
@@ -253,11 +258,11 @@ class AutoregressiveExperiment(Experiment):
             "null": null if sampling.guidance else None,
         }
 
-    def asked(self, flow: Any, classes: str | None) -> tuple[Callable[[np.ndarray], dict[str, Any]], dict[str, Any]]:
+    def asked(self, flow: Any, classes: str) -> tuple[Callable[[np.ndarray], dict[str, Any]], dict[str, Any]]:
         """Returns what gives the conditions of samples by their numbers, as options of `draw_batch`, and what an .npz
         file says of the samples.
 
-        classes: as the option, see `parse_classes`; None draws all in turn.
+        classes: as the option, see `parse_classes`; empty draws all in turn.
 
         Raises ValueError if the model takes other conditions.
         """
@@ -266,7 +271,7 @@ class AutoregressiveExperiment(Experiment):
             labels = self._labels(classes)
             known = np.full(num, -1) if labels is None else labels
             return lambda numbers: {"cond": None if labels is None else labels[numbers]}, {"labels": known}
-        if classes is not None:
+        if classes:
             raise ValueError(f"--classes is {classes}, but this model takes texts; give --prompt.")
         prompts = self.sampling.prompts
         if not prompts:
@@ -282,9 +287,9 @@ class AutoregressiveExperiment(Experiment):
 
         return conditions, {"prompts": np.resize(np.array(prompts), num)}
 
-    def _labels(self, classes: str | None) -> np.ndarray | None:
+    def _labels(self, classes: str) -> np.ndarray | None:
         num, num_classes = self.sampling.num, self.model.num_classes
-        if classes is None:
+        if not classes:
             return cycled_labels(num, drawn_classes(self.model, self.data))
         if num_classes == 0:
             raise ValueError(f"--classes is {classes}, but this model has no classes; leave it out.")

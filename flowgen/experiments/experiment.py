@@ -119,6 +119,10 @@ class Experiment(abc.ABC):
 
     def check_resumable(self, saved: dict[str, Any]) -> None:
         """Raises ValueError naming the fields in which a run begun with `saved` does not fit this experiment."""
+        if (kind := saved.get(settings.TYPE)) != type(self).__name__:
+            raise ValueError(
+                f"the run was begun as a {kind!s:.80}, and this is a {type(self).__name__}; train in a new --workdir."
+            )
         begun = self.from_json(saved)
         lines = settings.differences(begun.to_json(), self.from_json(self.to_json()).to_json())
         # A run that was begun without the digest of a frozen network does not know which it was.

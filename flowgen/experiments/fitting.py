@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from flowgen.arrays import shown
-from flowgen.data import Dataset, told_once
+from flowgen.data import ClipsConfig, DataConfig, Dataset, told_once
+from flowgen.data.dataset import OWN
 from flowgen.experiments.experiment import Experiment
 from flowgen.runs import check_workdir
 from flowgen.training import Result, Signals, is_primary, train
+
+
+def _of_own(experiment: Experiment, dataset: Any, held_out: Any) -> Experiment:
+    """The experiment as it is kept with a run on a dataset of the user's own, after a look at it."""
+    for name, given in (("dataset", dataset), ("held_out", held_out)):
+        if given is not None and not isinstance(given, Dataset):
+            raise ValueError(
+                f"{name} is {shown(given)}; give an object with len(), [positions], image_shape, class_names and "
+                "captions: see flowgen.data.Dataset."
+            )
+    data = experiment.data
+    if not isinstance(data, DataConfig | ClipsConfig):
+        raise ValueError("dataset is given, and points are drawn from data.x0 and data.x1; give a DataConfig.")
+    own = dataclasses.replace(data, name=OWN, path="", classes=data.classes or dataset.class_names)
+    return dataclasses.replace(experiment, data=own).with_provenance()
 
 
 def fit(
@@ -39,8 +56,7 @@ def fit(
         raise ValueError("held_out is given without dataset; give both.")
     with Signals() if signals is None else nullcontext(signals) as signals:
         with signals.raising():
-            if dataset is None:
-                experiment = experiment.with_provenance()
+            experiment = experiment.with_provenance() if dataset is None else _of_own(experiment, dataset, held_out)
             # Before data are encoded.
             check_workdir(Path(workdir), experiment.check_resumable, locks=is_primary())
             with told_once():

@@ -27,7 +27,7 @@ from flowgen.experiments.distances import sample_lines, sample_metrics, train_ju
 from flowgen.experiments.drawing import draw_in_batches
 from flowgen.experiments.experiment import Samples
 from flowgen.experiments.pictures import picture
-from flowgen.flows import STARFlowConfig, TARFlowConfig
+from flowgen.flows import STARFlowConfig, STARFlowVConfig, TARFlowConfig
 from flowgen.flows.objective import nll_objective
 from flowgen.settings import config, type_name
 from flowgen.training import Job
@@ -60,6 +60,8 @@ class FlowExperiment(AutoregressiveExperiment):
         if self.likelihood.denoiser is not None:
             kind = type_name(self.model)
             raise ValueError(f"likelihood.denoiser is given, but a {kind} has no denoiser; leave it out.")
+        if isinstance(self.model, STARFlowVConfig):
+            raise ValueError("model is a STARFlowV, a flow of clips; use a VideoFlowExperiment.")
         self.check_parts()
         self.check_warmups()
 
@@ -104,7 +106,7 @@ class FlowExperiment(AutoregressiveExperiment):
         self, model: Any, variables: Any, options: FlowDrawOptions, say: Callable[[str], None] = lambda line: None
     ) -> Samples:
         """Returns `sampling.num` images; `say` is told what each batch cost."""
-        flow = model if options.aspect is None else model.with_image_size(*self.encoding.latent_size(options.aspect))
+        flow = model if not options.aspect else model.with_image_size(*self.encoding.latent_size(options.aspect))
         conditions, about = self.asked(flow, options.classes)
 
         def batch(key: jax.Array, numbers: np.ndarray) -> tuple[np.ndarray, str]:

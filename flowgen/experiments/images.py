@@ -21,7 +21,7 @@ from flowgen.data import (
     prefetch,
 )
 from flowgen.data.buckets import BucketedDataset, BucketLoader
-from flowgen.data.dataset import Split
+from flowgen.data.dataset import OWN, Split
 from flowgen.data.inventory import name_list, tell
 from flowgen.data.latents import LatentDataset
 from flowgen.experiments.experiment import Experiment
@@ -56,9 +56,23 @@ def with_class_names(experiment: E) -> E:
     data = experiment.data
     if not getattr(experiment.model, "num_classes", 0) or isinstance(data, PointsConfig) or data.classes:
         return experiment
-    if data.name in ("folder", "npz", "encoded") and not data.path:  # as of published weights
+    if data.name in ("folder", "npz", "encoded", OWN) and not data.path:  # as of published weights
         return experiment
     return dataclasses.replace(experiment, data=dataclasses.replace(data, classes=found_classes(data)))
+
+
+def check_own(dataset: Any, image_hw: tuple[int, int], channels: int, num_classes: int) -> None:
+    """Raises ValueError if images of a user's own are not those that a model takes, or have other classes.
+
+    image_hw, channels: of the images that the model takes.
+
+    Example:
+        check_own(dataset, (32, 32), channels=3, num_classes=10)
+    """
+    expected = (*image_hw, channels)
+    if tuple(dataset.image_shape) != expected:
+        raise ValueError(f"dataset has images of shape {tuple(dataset.image_shape)}; this model takes {expected}.")
+    check_classes(dataset, num_classes)
 
 
 def tell_unused_classes(dataset: Dataset | BucketedDataset, data: DataConfig | ClipsConfig, num_classes: int) -> None:

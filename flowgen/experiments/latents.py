@@ -61,9 +61,21 @@ def flow_dataset(
         return dataset
     pictures = pixel_dataset(data, encoding, split)
     check_classes(pictures, num_classes)
+    return as_taken(pictures, data, encoding, flip=data.flip and split == "train")
+
+
+def as_taken(
+    pictures: Dataset | BucketedDataset, data: DataConfig | ClipsConfig, encoding: Encoding, *, flip: bool
+) -> Dataset | BucketedDataset:
+    """Returns images as a flow takes them: themselves, or encoded into memory.
+
+    flip: encode them mirrored, too.
+
+    Example:
+        dataset = as_taken(images, data, encoding, flip=False)
+    """
     if not is_latent(data, encoding):
         return pictures
-    flip = data.flip and split == "train"
     _check_memory(data, encoding, pictures, flip=flip)
     if isinstance(pictures, BucketedDataset):
         buckets = tuple(_encoded(encoding, bucket, flip=flip) for bucket in pictures.buckets)

@@ -29,7 +29,7 @@ from flowgen.experiments.drawing import (
     drawn_classes,
 )
 from flowgen.experiments.experiment import Experiment, Samples
-from flowgen.experiments.images import image_batches, image_dataset, tell_unused_classes, with_class_names
+from flowgen.experiments.images import check_own, image_batches, image_dataset, tell_unused_classes, with_class_names
 from flowgen.experiments.pictures import DRAWABLE_CHANNELS, DRAWN_PATHS, path_plot, picture
 from flowgen.matching import (
     DiTConfig,
@@ -104,7 +104,7 @@ class VelocityDrawOptions(DrawOptions):
     classes: classes to draw in turn, by name or number: cat,dog or 0,1,2; -1 is unconditional (--classes=-1,3).
     """
 
-    classes: str | None = None
+    classes: str = ""
 
 
 @config
@@ -232,6 +232,10 @@ class MatchingExperiment(Experiment):
         if dataset is None:
             dataset = self.dataset("train")
             held_out = self.dataset("eval") if self.data.eval_fraction > 0 else None
+        else:
+            assert not isinstance(self.model, MLPConfig)  # which is of points
+            for given in (dataset, *([] if held_out is None else [held_out])):
+                check_own(given, self.model.image_hw, self.model.channels, self.model.num_classes)
         return self._images_job(network, self.data, dataset, held_out)
 
     def _points_job(self, network: Any, data: PointsConfig) -> Job:
@@ -347,8 +351,8 @@ class MatchingExperiment(Experiment):
         samples = draw_in_batches(batch, num, options, say, batch=num if points else IMAGES_AT_ONCE)
         return Samples(samples, {} if points else {"labels": np.full(num, -1) if labels is None else labels})
 
-    def _labels(self, classes: str | None) -> np.ndarray | None:
-        if classes is None:
+    def _labels(self, classes: str) -> np.ndarray | None:
+        if not classes:
             return cycled_labels(self.sampling.num, drawn_classes(self.model, self.data))
         if self.model.num_classes == 0:
             raise ValueError(f"--classes is {classes}, but this model has no classes; leave it out.")

@@ -63,7 +63,7 @@ class ClipDrawOptions(FlowDrawOptions):
     """
 
     frames: Frames | None = None
-    given: str | None = None
+    given: str = ""
     context: Frames | None = None
     fps: Annotated[float, Within(LEAST_FPS, MOST_FPS)] | None = None
     progress: bool = False
@@ -205,10 +205,10 @@ class VideoFlowExperiment(AutoregressiveExperiment):
 
         Raises ValueError if the codec makes no clips of so many frames, or what is given does not fit.
         """
-        flow = model if options.aspect is None else model.with_image_size(*self.encoding.latent_size(options.aspect))
+        flow = model if not options.aspect else model.with_image_size(*self.encoding.latent_size(options.aspect))
         codec, given = self.encoding.open_clip_codec(), None
         check_length(codec, self.model.frames, options.frames, options.context)
-        if options.given is not None:
+        if options.given:
             given = read_given(codec, flow, options.given, frames=options.frames, fps=self.data.fps or None)
         conditions, about = self.asked(flow, options.classes)
         how = {

@@ -74,7 +74,8 @@ def describe(annotation: Any) -> str:
         return f"a tuple of {_plural(arguments[0], '' if arguments[-1] is Ellipsis else len(arguments))}"
     if isinstance(origin, type) and issubclass(origin, Mapping):
         return f"a table of names to {_plural(arguments[1])}"
-    return "a group of fields" if is_dataclass(annotation) else f"a {getattr(annotation, '__name__', annotation)}"
+    name = str(getattr(annotation, "__name__", annotation))
+    return f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
 
 
 def _plural(annotation: Any, count: int | str = "") -> str:
