@@ -248,6 +248,8 @@ def test_guidance_of_texts_is_towards_the_wrapped_empty_text(text_run):
         (["--prompts", "nowhere.txt"], "nowhere.txt"),
         (["--prompt", "3", "--aspect", "4:3"], "aspect is '4:3'; choose one of 1:1, 2:3"),
         (["--prompt", "3", "--autoencoder", "vae"], "--autoencoder"),
+        (["--prompt", "3", "--text.noise_level", "true"], "--text.noise_level is not an option here"),
+        (["--prompt", "3", "--text.digest", "none"], "--text.digest is not an option here"),
         (["--prompt", "3", "--text-encoder", "nowhere"], "There is no folder 'nowhere' with the text encoder"),
     ],
 )
