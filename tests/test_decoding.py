@@ -122,7 +122,7 @@ def test_a_plan_per_block_and_plans_by_name(case):
     assert jnp.all(r.sweeps[0, windows:] == 0)
     with pytest.raises(ValueError, match="plan has 3 blocks and the flow has 2"):
         invert(flow, params, z, cond, plan=DecodePlan((Sequential(),) * 3))
-    with pytest.raises(ValueError, match="plan is 'jacobbi'; choose one of sequential, jacobi, auto"):
+    with pytest.raises(ValueError, match="plan is 'jacobbi'; choose one of sequential, jacobi, sliding, auto"):
         invert(flow, params, z, cond, plan="jacobbi")
     assert resolve_plan("auto", rows=(8, 16)) == DecodePlan((Sequential(),) * 2)  # this is a CPU
 
