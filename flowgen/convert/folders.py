@@ -196,6 +196,6 @@ def _named(folder: Path, make: Any) -> Any:
     except KeyError as error:
         raise ValueError(f"'{folder}/config.json' has no {error}; get the file again.") from error
     except TypeError as error:
-        raise ValueError(f"'{folder}/config.json' has a value that cannot be ({error}); get the file again.") from error
+        raise ValueError(f"'{folder}/config.json' has an invalid value ({error}); get the file again.") from error
     except ValueError as error:
         raise ValueError(f"'{folder}': {error}") from error

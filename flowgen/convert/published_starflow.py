@@ -156,9 +156,7 @@ def starflow(
     try:
         config = _config(state_dict, known)
     except TypeError as error:
-        raise ValueError(
-            f"an argument has a value that cannot be ({error}); give those of the published YAML."
-        ) from error
+        raise ValueError(f"an argument has an invalid value ({error}); give those of the published YAML.") from error
     flow = STARFlowV(config) if isinstance(config, STARFlowVConfig) else STARFlow(config)
     shapes = jax.eval_shape(lambda key: init(flow, key), jax.random.key(0))
     target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), shapes)

@@ -205,13 +205,13 @@ def _add(machine: TensorUnpickler, values: list[Any]) -> None:
     elif type(holder) is list:
         holder.extend(values)
     else:
-        raise Damage("its pickle adds values to what is no list")
+        raise Damage("its pickle adds values to something that is not a list")
 
 
 def _set(machine: TensorUnpickler, values: list[Any]) -> None:
     holder = machine.stack[-1]
     if type(holder) not in (dict, _Mapping) or len(values) % 2:
-        raise Damage("its pickle sets values of what is no dictionary")
+        raise Damage("its pickle sets items of something that is not a dictionary")
     for name, value in zip(values[::2], values[1::2], strict=True):
         holder[machine.key(name)] = value
 
@@ -255,12 +255,12 @@ def _build(machine: TensorUnpickler) -> None:
 def _persistent(machine: TensorUnpickler) -> Storage:
     reference = machine.stack.pop()
     if type(reference) is not tuple or len(reference) > MAX_ARGUMENTS:
-        raise Damage("its pickle refers to what is no storage")
+        raise Damage("its pickle refers to something that is not a storage")
     tag, kind, key, _, count, *view = reference
     if type(tag) is not str or tag != "storage" or type(key) is not str or any(part is not None for part in view):
         raise Refusal(f"its pickle refers to {_shown(tag)} in a way that torch.save no longer writes")
     if type(kind) is not _Name or kind.text not in _STORAGES:
-        raise Damage("its pickle has a storage of no known kind")
+        raise Damage("its pickle has a storage of an unknown kind")
     storage = Storage(key, _STORAGES[kind.text], _natural(count))
     if machine.storages.setdefault(key, storage) != storage:
         raise Refusal(f"its storage {_shown(key)} is described twice, differently")
