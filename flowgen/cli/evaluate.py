@@ -80,8 +80,5 @@ def _on_other_data(trained: Any, changed: Any) -> Any:
             f"--data.classes is {asked}, and the numbers of the run are those of {name_list(known)}; leave it out."
         )
     if not known and changed.data != trained.data and (found := getattr(with_class_names(changed).data, "classes", ())):
-        tell(
-            f"The run kept no names of classes, so its numbers 0, 1, ... are taken for {name_list(found)}; check "
-            "their order."
-        )
+        tell(f"The run has no class names, so its labels 0, 1, ... are read as {name_list(found)}; check their order.")
     return changed

@@ -82,7 +82,7 @@ class FileReader(Generic[T]):
         raise self._refusal(failures)
 
     def check_any(self) -> None:
-        """If files may be left out, raises ValueError if none is readable; reads up to the first readable one."""
+        """Raises ValueError if files may be left out and none is readable; reads up to the first readable one."""
         if self._on_corrupt == "skip" and self._replaces:
             self.next_readable(0)
 

@@ -81,7 +81,7 @@ def read_config(run_dir: str | Path) -> dict[str, Any]:
     try:
         config = read_json(path)
     except ValueError as error:
-        raise ValueError(f"{path} is no file that holds a JSON object; restore it from a copy{instead}.") from error
+        raise ValueError(f"{path} is not a file with a JSON object; restore it from a copy{instead}.") from error
     try:
         return verified(config)
     except ValueError as error:
