@@ -1,4 +1,4 @@
-"""What public functions ask of arrays, keys and counts: looked at when a program is traced, at no cost when it runs."""
+"""Checks of public functions' arrays, keys and counts: run when a program is traced, free when it executes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 
 def check_floating(name: str, x: Any) -> None:
-    """Raises ValueError unless x is an array of real floating-point numbers; bytes are told of `from_uint8`.
+    """Raises ValueError unless x is an array of real floating-point numbers; for bytes it suggests `from_uint8`.
 
     Example:
         check_floating("x", x)
@@ -35,7 +35,7 @@ def check_bytes(name: str, x: Any) -> None:
 
 
 def check_key(key: Any) -> None:
-    """Raises ValueError unless key is one key of jax.random, typed or of the old kind, and no number.
+    """Raises ValueError unless key is a single jax.random key, typed or old-style, and not a number.
 
     Example:
         check_key(jax.random.key(0))
@@ -47,7 +47,7 @@ def check_key(key: Any) -> None:
 
 
 def check_count(name: str, value: Any) -> None:
-    """Raises ValueError unless a number of things is whole and at least 1.
+    """Raises ValueError unless a count is a whole number of at least 1.
 
     Example:
         check_count("num", num)
@@ -57,7 +57,7 @@ def check_count(name: str, value: Any) -> None:
 
 
 def shown(value: Any) -> str:
-    """Returns what a value is, for a sentence: an array by its type and shape, a number as it stands, else its class.
+    """Returns a description of a value for messages: an array's type and shape, a number itself, else the class.
 
     Example:
         shown(jnp.zeros((2, 3)))  # "float32 of shape (2, 3)"
@@ -71,7 +71,7 @@ def shown(value: Any) -> str:
 
 
 def at_least_float32(name: str, x: Any) -> jax.Array:
-    """Returns a floating-point array in its own precision or, where that is half, in float32; ValueError as above.
+    """Returns a floating-point array in its own precision or, if that is half, in float32; ValueError as above.
 
     Example:
         x = at_least_float32("x", x)

@@ -1,4 +1,4 @@
-"""Run directories from outside: `load` gives the model of a run, `write_run` makes a run of given weights."""
+"""Run directories from outside: `load` returns the model of a run, `write_run` makes a run from given weights."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def load(
 ) -> tuple[Any, Any, Experiment]:
     """Returns (model, variables, experiment) of a run.
 
-    step: a number, "best" (lowest evaluated bits/dim, or distance of samples), or None for the latest.
-    ema: take the averaged parameters if the run has them.
-    model: that `fit` was given; None is the experiment's own.
+    step: a number, "best" (lowest evaluated bits/dim or sample distance), or None for the latest.
+    ema: use the averaged parameters if the run has them.
+    model: the one given to `fit`; None is the experiment's own.
 
     Raises:
         FileNotFoundError: no such directory, no flowgen run, no checkpoint, or not that step.
@@ -50,7 +50,7 @@ def load(
 def write_run(run_dir: str | Path, experiment: Experiment, variables: Any) -> None:
     """Writes a run directory that holds given weights as step 0, for `load` and `sample.py`.
 
-    Raises FileExistsError where the directory exists and is not empty; nothing is overwritten.
+    Raises FileExistsError if the directory exists and is not empty; nothing is overwritten.
 
     Example:
         write_run("runs/imported", experiment, variables)
@@ -67,7 +67,7 @@ def write_run(run_dir: str | Path, experiment: Experiment, variables: Any) -> No
 
 
 def check_new(run_dir: str | Path) -> None:
-    """Raises FileExistsError where something is at `run_dir` already, OSError where it cannot be made; makes nothing.
+    """Raises FileExistsError if `run_dir` already exists, OSError if it cannot be created; creates nothing.
 
     Example:
         check_new("runs/imported")

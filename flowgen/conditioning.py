@@ -1,4 +1,4 @@
-"""Conditions: labels and texts, what stands for no condition, dropout, and checks."""
+"""Conditions: labels and texts, the unconditional label and text, dropout, and checks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ UNCONDITIONAL = -1
 
 
 class TextCondition(NamedTuple):
-    """Texts as a frozen encoder gives them: features of every token, and which tokens are not padding.
+    """Texts encoded by a frozen encoder: features of every token, and a mask of tokens that are not padding.
 
     Example:
         cond = TextCondition(encoder(ids), mask=ids != 0)
@@ -28,12 +28,12 @@ Condition = Int[Array, " b"] | TextCondition
 
 
 def masked_text(text: TextCondition) -> Float[Array, "b n e"]:
-    """Returns the features of the texts with exact zeros in the place of padding."""
+    """Returns the features of the texts with exact zeros for padding."""
     return jnp.where(text.mask[:, :, None], text.embeddings, 0)
 
 
 def no_labels(shape: tuple[int, ...]) -> Int[Array, "..."]:
-    """Returns labels -1, of a type that has -1."""
+    """Returns labels of -1, of a signed type."""
     return jnp.full(shape, UNCONDITIONAL, jnp.int32)
 
 
@@ -43,7 +43,7 @@ def drop_labels(key: Key[Array, ""], labels: Integer[Array, " b"], rate: float) 
 
 
 def drop_texts(key: Key[Array, ""], texts: TextCondition, null: TextCondition, rate: float) -> TextCondition:
-    """Returns texts with each one replaced by the null text, the encoded "" as a rule, with probability `rate`."""
+    """Returns texts, each replaced by the null text, usually the encoded "", with probability `rate`."""
     dropped = jax.random.bernoulli(key, rate, texts.mask.shape[:1])
     null = broadcast_text(null, len(dropped))
     return TextCondition(
@@ -58,9 +58,9 @@ def broadcast_text(text: TextCondition, batch: int) -> TextCondition:
 
 
 def unconditional(cond: Condition, null: TextCondition | None) -> Condition:
-    """Returns what stands beside a condition in the unconditional branch of guidance: label -1, or the null text."""
+    """Returns the condition of guidance's unconditional branch: label -1, or the null text."""
     if isinstance(cond, TextCondition):
-        assert null is not None  # a flow of texts asks for it
+        assert null is not None  # text flows require it
         return broadcast_text(null, len(cond.mask))
     return no_labels(cond.shape)
 
@@ -86,7 +86,7 @@ def check_text(text: Any, *, length: int, dim: int, batch: int) -> TextCondition
 def check_labels(labels: Any, *, num_classes: int, batch: int) -> Int[Array, " b"] | None:
     """Returns labels as int32, or None; ValueError unless they fit this model and batch.
 
-    Values that are traced pass unchecked; `flowgen.nn.class_rows` turns wrong ones into NaN.
+    Traced values are not checked; `flowgen.nn.class_rows` turns wrong ones into NaN.
     """
     if labels is None:
         return None

@@ -1,8 +1,8 @@
-"""Text documents that somebody else wrote: JSON and YAML whose size and depth are bounded, files that are files, and
-names that stay inside their folder.
+"""Untrusted text documents: JSON and YAML of bounded size and depth, regular files, and names that stay inside their
+folder.
 
-What a document can cost is bounded by its size, whatever is in it: nothing is nested deeper than `MAX_DEPTH`, which
-no recursion of those who read it later minds either; YAML has no aliases, by which a few bytes stand for gigabytes.
+A document's cost is bounded by its size, whatever is in it: nothing is nested deeper than `MAX_DEPTH`, so that later
+recursion is safe too, and YAML has no aliases, with which a few bytes could expand to gigabytes.
 """
 
 from __future__ import annotations
@@ -31,29 +31,29 @@ PathLike = str | os.PathLike[str]
 MAX_BYTES = 1 << 24
 MAX_TOKENIZER_BYTES = 1 << 26
 MAX_YAML_BYTES = 1 << 16
-_MAX_YAML_TEXT = 1 << 12  # letters; a number of more takes the square of their count
+_MAX_YAML_TEXT = 1 << 12  # letters; parsing a longer number takes quadratic time
 MAX_DEPTH = 64
-# More than the largest 64-bit integer, and than the "as long as you like" of published tokenizers, 10^30.
+# More digits than the largest 64-bit integer, and than the "no limit" of published tokenizers, 10^30.
 _MAX_DIGITS = 40
-# What NumPy and zipfile raise, beside OSError, of a damaged .npy or .npz: the header of an array is a text of Python.
+# What NumPy and zipfile raise, beside OSError, for a damaged .npy or .npz: an array's header is Python source.
 ARRAY_DAMAGE = (
     *(ValueError, EOFError, TypeError, SyntaxError, LookupError, AttributeError, OverflowError, MemoryError),
     *(RuntimeError, tokenize.TokenError, struct.error, zipfile.BadZipFile, zlib.error, lzma.LZMAError),
 )
-# Possessive, and to the end if it has none: every byte is looked at once.
+# Possessive, and to the end if unterminated: every byte is read once.
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*+\\?(?:"|\Z)', re.DOTALL)
-# What each byte outside of texts adds to the depth.
+# What each byte outside strings adds to the depth.
 _STEPS = np.zeros(256, np.int8)
 _STEPS[list(b"{[")], _STEPS[list(b"}]")] = 1, -1
 
 
 def read_json(path: PathLike, *, most: int = MAX_BYTES, fix: str = "get the file again") -> Any:
-    """Returns what a JSON file says. fix: what to do about one that says nothing.
+    """Returns the content of a JSON file. fix: advice for an invalid one.
 
     Raises:
         FileNotFoundError, IsADirectoryError: no such file.
-        ValueError: no regular file, more than `most` bytes, no JSON, nested deeper than 64, a name twice in one
-            object, or a number that is not finite or has more than 40 digits. The message names the file.
+        ValueError: not a regular file, more than `most` bytes, not JSON, nested deeper than 64, a name twice in one
+        object, or a number that is not finite or has more than 40 digits. The message names the file.
 
     Example:
         config = read_json("vae/config.json")
@@ -62,7 +62,7 @@ def read_json(path: PathLike, *, most: int = MAX_BYTES, fix: str = "get the file
 
 
 def parse_json(content: bytes) -> Any:
-    """Returns what JSON says, as UTF-8 bytes. Raises ValueError as `read_json`, without a name.
+    """Returns the content of JSON in UTF-8 bytes. Raises ValueError as `read_json`, without a name.
 
     Example:
         header = parse_json(content[8 : 8 + length])
@@ -78,7 +78,7 @@ def parse_json(content: bytes) -> Any:
 
 
 def check_depth(content: bytes) -> None:
-    """Raises ValueError where JSON is nested deeper than 64.
+    """Raises ValueError if JSON is nested deeper than 64.
 
     Example:
         check_depth(Path("tokenizer.json").read_bytes())
@@ -89,9 +89,9 @@ def check_depth(content: bytes) -> None:
 
 
 def read_yaml(path: PathLike, *, fix: str = "get the file again") -> Any:
-    """Returns what a YAML file says: texts, numbers, lists and tables.
+    """Returns the content of a YAML file: texts, numbers, lists and tables.
 
-    Raises as `read_json`, and ValueError where there are aliases, tags of other types, a text of over 4,096 letters,
+    Raises as `read_json`, and ValueError if there are aliases, tags of other types, a text of over 4,096 letters,
     or more than 64 KiB.
 
     Example:
@@ -106,7 +106,7 @@ def _parse_yaml(content: bytes) -> Any:
     depth = 0
     try:
         text = content.decode("utf-8-sig")
-        # Events come one by one from a parser without recursion; what makes values of them has it.
+        # The event parser does not recurse; the constructor that makes values from events does.
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
             if isinstance(event, yaml.AliasEvent):
                 raise ValueError("it has aliases (*), which are not read; write the values out")
@@ -118,13 +118,13 @@ def _parse_yaml(content: bytes) -> Any:
             if getattr(event, "tag", None) is not None:
                 raise ValueError(f"it has a tag ({str(event.tag)[:40]}), and none are read; leave it out")
         return yaml.load(text, Loader=_once_loader())
-    # PyYAML raises what Python does of values that look like numbers or dates and are none.
+    # PyYAML raises Python's errors for values that look like numbers or dates but are not.
     except (yaml.YAMLError, RecursionError, LookupError, AttributeError, ArithmeticError, TypeError) as error:
         raise ValueError(" ".join(str(error).split())[:300] or type(error).__name__) from error
 
 
 def _once_loader() -> Any:
-    """PyYAML's loader of plain values, which takes each name of a table once."""
+    """PyYAML's loader of plain values, which refuses repeated names in a table."""
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -138,7 +138,7 @@ def _once_loader() -> Any:
 def read_bytes(path: PathLike, *, most: int = MAX_BYTES) -> bytes:
     """Returns the content of a regular file of at most `most` bytes.
 
-    Raises FileNotFoundError, IsADirectoryError, or ValueError where it is another kind of file or too large.
+    Raises FileNotFoundError, IsADirectoryError, or ValueError if it is another kind of file or too large.
 
     Example:
         content = read_bytes("tokenizer.json")
@@ -152,7 +152,7 @@ def read_bytes(path: PathLike, *, most: int = MAX_BYTES) -> bytes:
 
 
 def check_regular(path: PathLike) -> None:
-    """Raises ValueError where a path leads to a FIFO, a socket or a device, opening or reading which may never end;
+    """Raises ValueError if a path leads to a FIFO, a socket or a device, opening or reading which may never end;
     IsADirectoryError, or FileNotFoundError.
 
     Example:
@@ -166,12 +166,12 @@ def check_regular(path: PathLike) -> None:
 
 
 def inside(folder: PathLike, name: Any, *, what: str) -> Path:
-    """Returns the path of a name that a foreign file gives for something in its folder.
+    """Returns the path for a name that an untrusted file gives for something in its folder.
 
-    what: which name it is, for the message. Links may lead to another place in the folder, or to the `blobs` in which
-    a cache of the Hugging Face hub keeps the files of its `snapshots`.
+    what: a description of the name, for the message. Links may lead elsewhere in the folder, or to the `blobs` in which
+    a Hugging Face cache keeps the files of its `snapshots`.
 
-    Raises ValueError where the name is no text, is absolute, or leads out of the folder.
+    Raises ValueError if the name is not a string, is absolute, or leads out of the folder.
 
     Example:
         part = inside(folder, "model-00001-of-00002.safetensors", what="a part in model.safetensors.index.json")

@@ -1,4 +1,4 @@
-"""The Gaussian log-density, by which flows and velocity fields judge their noise."""
+"""The Gaussian log-density that flows and velocity fields use for their noise."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Guidance: how what a network answers with and without a condition is combined.
+"""Guidance: combining a network's conditional and unconditional predictions.
 
-With c the conditional and u the unconditional answer, and weight w:
+With c the conditional and u the unconditional prediction, and weight w:
 
     linear (Ho and Salimans, arXiv 2207.12598)   c + w (c - u), of velocities, and in TARFlow of shift and log_scale
     product (STARFlow, arXiv 2506.06276, Prop. 2), the Gaussian p_c^(1+w) / p_u^w with its precision kept positive:
@@ -28,7 +28,7 @@ AffineParameters = tuple[Float[Array, "b n c"], Float[Array, "b n c"]]
 def linear_rule(
     conditional: Float[Array, "..."], unconditional: Float[Array, "..."], weight: Float[Array, "..."] | float
 ) -> Float[Array, "..."]:
-    """Returns c + weight · (c - u): 0 is the conditional answer, and more goes further away from the unconditional one.
+    """Returns c + weight · (c - u): 0 is the conditional prediction, larger moves further from the unconditional one.
 
     Example:
         v = linear_rule(v_conditional, v_unconditional, 1.5)
@@ -46,7 +46,7 @@ def product_rule(
     """
     (shift, log_scale), (shift_u, log_scale_u) = conditional, unconditional
     log_ratio = 2 * jnp.minimum(log_scale - log_scale_u, 0)
-    # 1 + w - w s and the shift, written so that nothing cancels where s is close to 1 or w is large.
+    # 1 + w - w s and the shift, written so that nothing cancels if s is close to 1 or w is large.
     precision = 1 - weight * jnp.expm1(log_ratio)
     guided_shift = shift + weight * jnp.exp(log_ratio) * (shift - shift_u) / precision
     return guided_shift, log_scale - 0.5 * jnp.log(precision)
@@ -54,16 +54,16 @@ def product_rule(
 
 @config
 class Guidance:
-    """What of a flow is guided, where and how strongly; scale 0 is no guidance and costs nothing.
+    """What is guided in a flow, in which blocks and how strongly; scale 0 is no guidance and costs nothing.
 
-    A pytree of scale and temperature, which therefore change without recompiling.
+    A pytree of scale and temperature, which can therefore change without recompiling.
 
     scale: w, at least 0. rule: "linear" or "product". parts: what the linear rule changes.
     blocks: indices of guided blocks, data side = 0; None means all.
     anneal: w grows along each block's tokens, from 0 at the first to `scale` at the last.
     temperature: attention temperature of the unconditional branch, above 0. Logits are divided by it: above 1 attention
-    is flatter, and guidance leads away from that. With a model without classes (or -1 labels) it alone tells the two
-    branches apart, so values other than 1 guide an unconditional model.
+    is flatter, and guidance moves away from that. Without classes (or with -1 labels) only the temperature
+    distinguishes the two branches, so values other than 1 guide an unconditional model.
 
     Example:
         r = sample(flow, params, key, 16, labels, guidance=Guidance(scale=2.0))
@@ -86,7 +86,7 @@ class Guidance:
         unconditional: AffineParameters,
         progress: Float[Array, "1 n 1"],
     ) -> AffineParameters:
-        """Returns guided (shift, log_scale); the parts that are not guided stay conditional.
+        """Returns guided (shift, log_scale); unguided parts stay conditional.
 
         progress: how far along the block the tokens are, from 0 at the first to 1 at the last.
         """

@@ -1,4 +1,4 @@
-"""Fresh variables of any model: of a flow with its denoiser, or of another network."""
+"""Fresh variables of any model: a flow with its denoiser, or another network."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flowgen.nn import init as init_network
 
 
 def init(model: Any, key: Key[Array, ""]) -> Any:
-    """Returns freshly initialised variables of a model, its denoiser's among them; shapes come from its config.
+    """Returns freshly initialised variables of a model, including its denoiser's; shapes come from its config.
 
     Example:
         params = init(flow, jax.random.key(0))

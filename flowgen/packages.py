@@ -1,4 +1,4 @@
-"""What is said of a package that flowgen can do without and that somebody asked for."""
+"""Errors for missing optional packages."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from types import ModuleType
 
 
 def need(module: str, purpose: str, package: str = "") -> ModuleType:
-    """Returns a module, or raises the error of `missing`. package: its name on the package index, if it is another.
+    """Returns a module, or raises the error of `missing`. package: its name on the package index, if different.
 
     Example:
         av = need("av", "Reading and writing video")
@@ -22,7 +22,7 @@ def missing(purpose: str, *packages: str, options: str = "", otherwise: str = ""
     """Returns the error of missing packages, which names them and the command that installs them.
 
     purpose: what needs them, the subject of the sentence. packages: their names on the package index, which may differ
-    from those of the modules. options: of pip. otherwise: what can be done without them.
+    from those of the modules. options: options of pip. otherwise: the alternative to installing them.
 
     Example:
         raise missing("Reading and writing video", "av") from error

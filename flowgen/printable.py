@@ -1,4 +1,4 @@
-"""Text of unknown origin as it can be shown on a terminal, and as it is compared."""
+"""Untrusted text made safe for terminals, and normalised for comparison."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import unicodedata
 
 
 def printable(text: str) -> str:
-    """Returns a text as it can be shown: characters that control a terminal, or the direction or width of what
-    follows, are written as Python writes them, \\x1b or \\u202e.
+    """Returns a text that is safe to show: characters that control a terminal, or the direction or width of what
+    follows, are escaped as in Python, \\x1b or \\u202e.
 
     Example:
         print(printable(f"'{path}' is not read."))
@@ -16,7 +16,7 @@ def printable(text: str) -> str:
 
 
 def composed(text: str) -> str:
-    """Returns a text in Unicode's composed form (NFC), in which texts that are written alike are equal.
+    """Returns a text in Unicode's composed form (NFC), in which equivalent texts are equal.
 
     Example:
         composed("e\\u0301") == "\\xe9"

@@ -1,8 +1,8 @@
 """Randomness by position in the whole batch: a step draws the same numbers on any number of devices.
 
 Each device has a share of the batch. Row i of the whole batch draws with fold_in(key, i), from a key that all devices
-share, so it does not matter which device has it or in which micro-batch it comes. What concerns the batch as a whole,
-a transport plan or stratified times, is drawn alike on every device, which then takes its own rows.
+share, so its device and micro-batch do not matter. Batch-wide draws, such as a transport plan or stratified times, are
+the same on every device, which then takes its own rows.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from jaxtyping import Array, Key
 
 from flowgen.backend import alike_rows, on_mesh_of
 
-# The name under which a batch brings its rows.
+# The batch entry that holds its rows.
 ROWS = "rows"
 
 
 class Rows(struct.PyTreeNode):
     """Which rows of a whole batch these are, and the key that all devices share.
 
-    key: the same on every device and for every micro-batch. positions `b`: of these rows in the whole batch.
-    part: number of the micro-batch. size: of the whole batch, over devices and micro-batches. axis_name: of the
-    devices that share it, None where there is one.
+    key: the same on every device and for every micro-batch. positions `b`: positions of these rows in the whole batch.
+    part: number of the micro-batch. size: size of the whole batch, over devices and micro-batches. axis_name: axis of
+    the devices that share it, None for one device.
 
     Example:
         rows = batch_rows(batch, key, num=len(x))
@@ -49,7 +49,7 @@ class Rows(struct.PyTreeNode):
     def draw(self, fn: Callable[..., Any], *arrays: Any) -> Any:
         """Returns fn(key of the row, arrays of this one row) for every row; arrays are pytrees, and so is the result.
 
-        fn sees batches of one, so that a function (key, batch) -> batch can be handed over as it is.
+        fn sees batches of one, so that a function (key, batch) -> batch can be passed directly.
         """
 
         def one(position, parts):
@@ -78,7 +78,7 @@ class Rows(struct.PyTreeNode):
         return jax.tree.map(lambda x: lax.all_gather(x, self.axis_name, tiled=True), tree)
 
     def own(self, tree: Any) -> Any:
-        """Returns these rows of what `gather` has brought together."""
+        """Returns these rows of a gathered batch."""
         if self.axis_name is None:
             return tree
         num = len(self.positions)
@@ -86,14 +86,14 @@ class Rows(struct.PyTreeNode):
         return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, num), tree)
 
     def mean(self, tree: Any) -> Any:
-        """Returns the mean over devices of a mean over these rows: that of the batch, of shares of one size."""
+        """Returns the mean over devices of a mean over these rows: the batch mean, if shares are equal."""
         return tree if self.axis_name is None else lax.pmean(tree, self.axis_name)
 
 
 def batch_rows(batch: Any, key: Key[Array, ""], num: int) -> Rows:
-    """Returns the rows that a batch brings; `num` rows from 0 on, drawn with `key`, where it brings none.
+    """Returns the rows in a batch or, if it has none, `num` rows from 0 on that draw with `key`.
 
-    Raises ValueError where it brings another number of rows.
+    Raises ValueError if the batch's rows are not `num`.
 
     Example:
         rows = batch_rows({"x1": x1}, key, num=len(x1))
@@ -119,7 +119,7 @@ def share_of_batch(key: Key[Array, ""], num: int, axis_name: str) -> Rows:
 def micro_batches(tree: Any, count: int) -> Any:
     """Returns `count` micro-batches on a new first axis: number j has the rows j, j + count, j + 2 count, ...
 
-    A micro-batch so has the same rows of the whole batch however many devices share it.
+    A micro-batch thus has the same rows of the whole batch on any number of devices.
 
     Example:
         parts = micro_batches(batch, 4)
@@ -129,7 +129,7 @@ def micro_batches(tree: Any, count: int) -> Any:
 
 @dataclass(frozen=True)
 class StatefulObjective:
-    """An objective whose carried state is no mean over micro-batches.
+    """An objective whose carried state is not a mean over micro-batches.
 
     combine(collections before the step, state of each micro-batch, stacked) -> state of the whole batch.
 

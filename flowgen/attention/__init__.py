@@ -1,15 +1,15 @@
 """Attention on arrays `b n h k`; imports nothing else of flowgen.
 
-softmax        softmax_attention; frames: that of the frames of a video to frames near them
+softmax        softmax_attention; frames: attention of video frames to nearby frames
 linear         linear_attention and its running state: init_state, prefill, step
 features       the feature maps of linear attention; rotary tables for their numerators
 kernels        nala, focused, cosformer, pola and inline attention; every kernel by name
 decay, delta   retention, gated linear attention (simple GLA); the (gated) delta rule
-soft           SOFT and SOFT++; fixed Gaussian landmarks, its causal relative
+soft           SOFT and SOFT++; fixed Gaussian landmarks, a causal variant
 modules        Flax modules; flowgen.attention.nnx has their NNX twins
-masks          what of Flax's masks of pairs is a mask over keys
+masks          key masks from Flax's masks of pairs
 hooks          make_attention_fn, for the attention modules of Flax
-cache          causal kernels as the decoders of flows use them
+cache          causal kernels for the decoders of flows
 """
 
 from flowgen.attention.cache import (

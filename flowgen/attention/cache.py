@@ -1,8 +1,8 @@
-"""Cached attention: what a causal kernel must offer so that a decoder can use it.
+"""Cached attention: the interface of a causal kernel for decoders.
 
 A decoder asks for a *window* of tokens, possibly several times with different guesses, and then moves on.
-A kernel serves it with three functions (`CausalKernel`): `attend` for whole sequences, `attend_window` for a
-window behind a cached prefix, and `rewind`, which says from which cache the same window can be run again.
+A kernel provides three functions (`CausalKernel`): `attend` for whole sequences, `attend_window` for a window after a
+cached prefix, and `rewind`, which returns a cache from which the same window can run again.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ class CausalKernel(NamedTuple):
     """The functions through which blocks and decoders use one attention kernel.
 
     attend(q, k, v) -> out: causal attention over a whole sequence, arrays `b n h k`.
-    init_cache(batch, length, num_heads, head_dim, dtype) -> cache: of one layer, empty, for `length` positions.
+    init_cache(batch, length, num_heads, head_dim, dtype) -> cache: an empty cache of one layer, for `length` positions.
     attend_window(q, k, v, cache, start) -> (out, cache): exact causal attention of tokens at positions
         start..start+n-1 to the cached prefix and to themselves, and the cache with these tokens included.
-    rewind(before, after) -> cache: given the caches before and after a window was run, one from which the
-        window can be run again. Where slots are overwritten that is `after`; a running sum needs `before`.
-    has_slots: whether the cache keeps tokens apart, so that a window may begin at any of them that has been run.
-    has_temperature: whether scaling the queries sharpens or flattens the weights, as it does in a softmax.
+    rewind(before, after) -> cache: given the caches before and after a window ran, one from which the window can run
+    again. If slots are overwritten that is `after`; a running sum needs `before`.
+    has_slots: whether the cache has a slot per token, so that a window may begin at any token already run.
+    has_temperature: whether scaling the queries sharpens or flattens the weights, as in a softmax.
     """
 
     attend: Callable[..., Array]
@@ -67,7 +67,7 @@ def attend_kv_window(
     cache: KVCache,
     start: Int[Array, ""] | int,
 ) -> tuple[Float[Array, "b n h k"], KVCache]:
-    """Returns softmax attention of n tokens at positions start.. behind the cached prefix, and the cache.
+    """Returns softmax attention of n tokens at positions start.. after the cached prefix, and the cache.
 
     Key heads may be fewer than query heads, each serving h/g of them.
     Keys and values overwrite their slots, so running a window again needs no bookkeeping. Query i attends to
@@ -92,7 +92,7 @@ def attend_kv_window(
 
 
 def recurrent(kernel: Kernel) -> CausalKernel:
-    """Returns a kernel with a running state in the form that decoders use; its cache does not grow with the length."""
+    """Returns a kernel with a running state in the form for decoders; its cache does not grow with the length."""
     running = _Running(kernel)
     return CausalKernel(
         attend=running.attend,
@@ -154,7 +154,7 @@ CAUSAL_KERNEL_NAMES = tuple(_CAUSAL_KERNELS)
 
 
 def causal_kernel(name: str) -> CausalKernel:
-    """Returns the causal kernel of that name; ValueError lists the names there are.
+    """Returns the causal kernel of that name; ValueError lists the known names.
 
     Example:
         kernel = causal_kernel("softmax")

@@ -1,4 +1,4 @@
-"""What attention functions accept: checks of shapes and masks at trace time, each error one sentence with a remedy."""
+"""Checks of shapes and masks at trace time; each error is one sentence with a remedy."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def check_floats(**arrays: Array | None) -> None:
 
 
 def check_causal(q: Array, k: Array) -> None:
-    """Raises ValueError unless there are as many queries as keys, without which causal order has no meaning."""
+    """Raises ValueError unless there are as many queries as keys, as causal order requires."""
     if q.shape[1] != k.shape[1]:
         raise ValueError(
             f"is_causal needs as many queries as keys, got q {q.shape} and k {k.shape}; pass a mask, or continue "
@@ -74,7 +74,7 @@ def check_mask(mask: Array | None, q: Array, k: Array) -> Bool[Array, "#b #h #n 
 
 
 def check_key_mask(mask: Array, q: Array, k: Array) -> Bool[Array, "#b #g 1 m"]:
-    """Returns a mask over keys alone as booleans; ValueError if it also distinguishes queries or query heads."""
+    """Returns a boolean mask over keys; ValueError if it also distinguishes queries or query heads."""
     checked = check_mask(mask, q, k)
     if checked is None or not is_key_mask(checked, k):
         raise ValueError(
@@ -85,7 +85,7 @@ def check_key_mask(mask: Array, q: Array, k: Array) -> Bool[Array, "#b #g 1 m"]:
 
 
 def is_key_mask(mask: Array, k: Array) -> bool:
-    """Returns whether a mask treats all queries, and all query heads of one key head, alike."""
+    """Returns whether a mask is the same for all queries and all query heads of a key head."""
     return mask.shape[2] == 1 and mask.shape[1] in (1, k.shape[2])
 
 
@@ -103,14 +103,14 @@ def hide_keys(
 
 
 def concrete(x: Array) -> np.ndarray | None:
-    """Returns the numbers of an array, None if they cannot be seen: while tracing, or on other processes' devices."""
+    """Returns the values of an array, None if they are not available: while tracing, or on other processes' devices."""
     if isinstance(x, Tracer) or not getattr(x, "is_fully_addressable", True):
         return None
     return np.asarray(x)
 
 
 def check_contiguous(segment_ids: Array) -> None:
-    """Raises ValueError if an id comes back after another one, if the ids can be seen."""
+    """Raises ValueError if an id recurs after another one, if the ids are available."""
     ids = concrete(segment_ids)
     for row in () if ids is None else ids:
         first = row[np.concatenate([[True], row[1:] != row[:-1]])] if row.size else row
@@ -135,7 +135,7 @@ def check_segments(segment_ids: Array | None, q: Array, k: Array) -> None:
 
 
 def check_quadratic(q: Array, k: Array) -> None:
-    """Raises ValueError if a mask over pairs would need too many weights; symbolic lengths are not looked at."""
+    """Raises ValueError if a mask of pairs would need too many weights; symbolic lengths are not checked."""
     n, m = q.shape[1], k.shape[1]
     if isinstance(n * m, int) and n * m > QUADRATIC_LIMIT:
         raise ValueError(
@@ -147,7 +147,7 @@ def check_quadratic(q: Array, k: Array) -> None:
 
 
 def check_pallas(block_size: int, segment_ids: Array | None) -> None:
-    """Raises ValueError for what the Pallas kernel does not have."""
+    """Raises ValueError for options that the Pallas kernel lacks."""
     if block_size != 1 or segment_ids is not None:
         raise ValueError("the Pallas kernel has no blocks and no segments; use implementation='xla'.")
 

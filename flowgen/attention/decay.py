@@ -1,4 +1,4 @@
-"""Causal linear attention that forgets (simple GLA, RetNet): its state shrinks by a scalar per head at each token."""
+"""Causal linear attention with decay (simple GLA, RetNet): its state shrinks by a scalar per head at each token."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def retention(
 ) -> tuple[Float[Array, "b n h d"], LinearState]:
     """Returns retention (RetNet, arXiv 2307.08621) and the last state: decay 1 - 2^(-5-i) for key head i.
 
-    Without the rotation of q and k and the group norm that its layer has around it. Masked tokens do not count as time.
+    It leaves out its layer's rotation of q and k and group norm. Masked tokens do not count as time.
 
     Example:
         out, state = retention(q, k, v)

@@ -24,7 +24,7 @@ NORM_EPS = 1e-6
 
 
 class DeltaState(NamedTuple):
-    """What a head remembers: S, `b h k d`, in float32 (in float64 where the inputs are)."""
+    """The state of a head: S, `b h k d`, in float32 (float64 if the inputs are)."""
 
     kv: Float[Array, "b h k d"]
 
@@ -32,7 +32,7 @@ class DeltaState(NamedTuple):
 def init_delta_state(
     batch: int, num_heads: int, key_dim: int, value_dim: int, *, dtype: jnp.dtype | type = jnp.float32
 ) -> DeltaState:
-    """Returns the state before the first token, zeros, at least float32. dtype: of the inputs that will follow.
+    """Returns the state before the first token, zeros, at least float32. dtype: dtype of later inputs.
 
     Example:
         state = init_delta_state(batch=4, num_heads=8, key_dim=64, value_dim=64)
@@ -53,7 +53,7 @@ def gated_delta_rule(
     use_qk_l2norm: bool = True,
     scale: float | None = None,
 ) -> tuple[Float[Array, "b n h d"], DeltaState]:
-    """Returns the causal outputs o in v's type and the state behind the last token; per head and token
+    """Returns the causal outputs o in v's type and the state after the last token; per head and token
 
         S ← exp(g) S;   S ← S + β k (v − Sᵀk)ᵀ;   o = Sᵀq
 
@@ -70,7 +70,7 @@ def gated_delta_rule(
     earlier call or step exactly.
 
     mask: True where a token is kept. A token left out changes nothing, whatever it holds, not even by its decay;
-    its own output is what its q reads from the state left by the tokens before it.
+    its own output is its q's read of the state before it.
 
     ValueError: shapes that do not fit together, or chunk_size < 1.
 
@@ -144,7 +144,7 @@ def _in_chunks(q, k, v, beta, log_decay, state, scale, chunk_size, use_qk_l2norm
         start = varying(start, tokens)
 
         def in_chunks(x: Array) -> Array:
-            # Padding has β = 0 and g = 0: the state behind it is that of the last token.
+            # Padding has β = 0 and g = 0: the state after it is that of the last token.
             x = jnp.pad(x, [(0, 0), (0, count * size - n)] + [(0, 0)] * (x.ndim - 2))
             x = x.reshape(batch, count, size, *x.shape[2:])
             return x.transpose(1, 0, 3, 2, *range(4, x.ndim))
@@ -209,7 +209,7 @@ def _unit(x: Array) -> Array:
 
 
 def _precision(*inputs: Array) -> jax.lax.Precision:
-    """Full where the inputs have 32 bits or more, also on devices that round the factors of products by default."""
+    """Full precision if the inputs have 32 bits or more, even on devices that round factors of products by default."""
     narrow = jnp.finfo(jnp.result_type(*inputs)).bits < 32
     return jax.lax.Precision.DEFAULT if narrow else jax.lax.Precision.HIGHEST
 
@@ -245,7 +245,7 @@ def _advance(
 
 
 def _silence(keep: Bool[Array, "b n"], x: Float[Array, "b n h *width"]) -> Float[Array, "b n h *width"]:
-    """Zeros where a token is left out: no write, no decay, and nothing of what it held, not even NaN."""
+    """Zeros for masked tokens: no write, no decay, and none of their values, not even NaN."""
     return jnp.where(jnp.expand_dims(keep, range(2, x.ndim)), x, 0)
 
 

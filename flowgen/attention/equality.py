@@ -12,7 +12,7 @@ import numpy as np
 
 
 class ByFields:
-    """Equal if the fields are: NumPy arrays by what they hold, arrays of jax by being the same object."""
+    """Equal if the fields are: NumPy arrays by their values, jax arrays by identity."""
 
     def __eq__(self, other: object) -> bool:
         if type(self) is not type(other):

@@ -22,18 +22,18 @@ Map = Callable[[Array, Array], Array]
 
 NORM_EPS = 1e-12  # inside square roots, so that a zero vector has a norm with a gradient
 MAX_SHIFT = 60.0  # e^60 is far inside float32, and so is 1e-6 times it
-FOCUSED_FLOOR = 1e-6  # of the released FLatten: keeps every relu feature positive
+FOCUSED_FLOOR = 1e-6  # as in the released FLatten: keeps every relu feature positive
 
 
 @dataclass(frozen=True, eq=False)
 class FeatureMap(ByFields):
     """φ of a kernel: (x, positions) -> features, for queries and for keys, on arrays `b n h k` and `n`.
 
-    Features must be nonnegative for the normaliser to be positive. query_scale: where queries are multiplied by a
-    factor per token for the sake of precision, that factor `b n h`, by which eps is multiplied too, so that it
-    cancels. rotary: turns the features in the numerator, not in the normaliser. max_length: how many positions there
-    are, where there is a limit; tokens beyond it raise ValueError, or become NaN where positions are traced. A map
-    that depends on positions must have one of the two. Maps pickle, and compare, as their functions do.
+    Features must be nonnegative for the normaliser to be positive. query_scale: if queries are multiplied by a factor
+    per token for precision, that factor `b n h`; eps is multiplied by it too, so that it cancels. rotary: rotates the
+    features in the numerator, not in the normaliser. max_length: how many positions there are, where there is a limit;
+    tokens beyond it raise ValueError, or become NaN where positions are traced. A map that depends on positions must
+    have one of the two. Maps pickle, and compare, as their functions do.
     """
 
     query: Map
@@ -48,7 +48,7 @@ class FeatureMap(ByFields):
 
     @property
     def positional(self) -> bool:
-        """Whether features depend on where a token stands."""
+        """Whether features depend on a token's position."""
         return self.rotary is not None or self.max_length is not None
 
     def __call__(
@@ -176,7 +176,8 @@ class _Focused(ByFields):
     def __call__(self, x, positions):
         axes = (-2, -1) if self.joint_heads else (-1,)
         y = (jax.nn.relu(x) + FOCUSED_FLOOR) / self.scale
-        # The largest entry cancels between the norms, also in gradients: divided by it, no power underflows as a whole.
+        # The largest entry cancels between the norms, also in gradients: after dividing by it, no power underflows
+        # entirely.
         sharp = (y / jax.lax.stop_gradient(y.max(axis=axes, keepdims=True))) ** self.power
         return sharp * (_norm(y, axes) / _norm(sharp, axes))
 
@@ -230,7 +231,7 @@ class _Nala(ByFields):
 
 
 def signless_power(x: Array, power: float | Array) -> Array:
-    """Returns |x|^power, 0 with finite gradients where x is 0, for any positive power."""
+    """Returns |x|^power for any positive power, with value 0 and finite gradients at x = 0."""
     nonzero = x != 0
     return jnp.where(nonzero, jnp.where(nonzero, jnp.abs(x), 1) ** power, 0)
 
@@ -294,7 +295,7 @@ FEATURE_MAPS: dict[str, FeatureMap] = {
 
 
 def feature_map(features: FeatureMap | str) -> FeatureMap:
-    """Returns the feature map itself, or the one of that name; ValueError lists the names there are.
+    """Returns the feature map itself, or the one of that name; ValueError lists the known names.
 
     Example:
         phi = feature_map("nala")

@@ -1,4 +1,4 @@
-"""Tokens in row-major order as images and back, for convolutions; they stay divided over a mesh as they are."""
+"""Tokens in row-major order as images and back, for convolutions; their sharding over a mesh stays."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def fold(x: Float[Array, "b n h k"], height: int, width: int) -> Float[Array, "b
 
 
 def unfold(images: Float[Array, "bh height width k"], like: Float[Array, "b n h k"]) -> Float[Array, "b m h k"]:
-    """Returns the images of `fold` as tokens of samples and heads, divided over a mesh as `like` is."""
+    """Returns the images of `fold` as tokens of samples and heads, sharded like `like`."""
     heads = like.shape[2]
 
     def run(images):

@@ -22,7 +22,7 @@ from flowgen.attention.prefix import Features
 from flowgen.attention.soft import soft_attention
 from flowgen.attention.softmax import softmax_attention
 
-# Masks of pairs and of keys alone, broadcast over the axes of length 1.
+# Masks of pairs or of keys, broadcast over the axes of length 1.
 Pairs = Bool[Array, "#b #h #n #m"] | None
 
 
@@ -32,20 +32,22 @@ def make_attention_fn(
     """Returns an `attention_fn` for Flax's multi-head attention modules that computes the named kernel.
 
     name: a kernel of `flowgen.attention.KERNELS`, a feature map, "softmax" or "soft". is_causal: causal whatever the
-    module asks. The function takes query `... t h k`, key and value `... s g k` and what the modules pass:
+    module requests. The function takes query `... t h k`, key and value `... s g k` and the modules' arguments:
+
     - mask `... h t s`, nonzero keeps: over keys alone (query axis 1) at linear cost. A mask of pairs, as Flax's
-      `make_causal_mask` and `make_attention_mask` make them, is also run at linear cost where it is a mask of queries
-      times one of keys (times causal order, if the attention is causal) and its numbers can be seen, outside of jit.
-      Inside of jit they cannot: then it is run by the quadratic form, unless masks="keys".
-    - masks="keys" says that every mask of pairs is of that kind, with the tokens that are kept the same as queries and
-      as keys. Its diagonal then tells which, at linear cost, inside of jit too; outputs of the others mean nothing.
-    - bias over keys alone (query axis 1) multiplies the keys' features by exp(bias); feature maps only. Where causal,
-      keep it below 80, where exp overflows; otherwise only differences matter.
+      `make_causal_mask` and `make_attention_mask` make them, also runs at linear cost if it is a mask of queries times
+      one of keys (times causal order, if the attention is causal) and its values are known, outside jit. Inside jit it
+      runs by the quadratic form, unless masks="keys".
+    - masks="keys" declares that every mask of pairs is of that kind, with the same tokens kept as queries and as keys.
+      Its diagonal then says which, at linear cost, also inside jit; outputs of the others mean nothing.
+    - bias over keys alone (query axis 1) multiplies the keys' features by exp(bias); feature maps only. In causal
+      attention keep it below 80, where exp overflows; otherwise only differences matter.
     - one query and several keys with a mask, as when decoding from Flax's cache, is never causal: the mask says what
       the query sees. Retention and feature maps with positions raise there, since nothing says where the query stands.
-    - dtype: what query, key and value are promoted to. precision: ours is at least the one asked for.
-    Functions made alike are equal, and pickle. Raises ValueError for an unknown name, and the function for what linear
-    attention does not have: dropout of weights, other biases, sown weights.
+    - dtype: type that query, key and value are promoted to. precision: ours is at least the requested one.
+
+    Functions made with equal arguments are equal, and pickle. Raises ValueError for an unknown name; the function
+    raises it for what linear attention lacks: dropout of weights, other biases, sown weights.
 
     Example:
         nn.MultiHeadDotProductAttention(num_heads=8, attention_fn=make_attention_fn("nala"))
@@ -153,7 +155,7 @@ def _attend_biased(
     phi = chosen.features
     k, v = hide_keys(k, v, mask)
     mapped = phi(q, k)
-    if not causal:  # where causal, a largest bias would tell of the future
+    if not causal:  # in causal attention, a largest bias would leak the future
         seen = bias if mask is None else jnp.where(mask.any(axis=2, keepdims=True), bias, -jnp.inf)
         top = seen.max(axis=-1, keepdims=True)
         bias = bias - jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0))
@@ -165,7 +167,7 @@ def _attend_biased(
 
 
 def _with_one_batch_axis(x: Array | None, leading: tuple[int, ...]) -> Array | None:
-    """A mask or bias `... h t s` as `b h t s`, broadcast over the leading axes only where it must be."""
+    """A mask or bias `... h t s` as `b h t s`, broadcast over the leading axes only if necessary."""
     if x is None:
         return None
     x = x.reshape((1,) * (len(leading) + 3 - x.ndim) + x.shape)

@@ -41,7 +41,7 @@ from flowgen.backend import keep_axes
 Queries = Float[Array, "b n h k"]
 Keys = Float[Array, "b m g k"]
 Values = Float[Array, "b m g d"]
-# Whatever pytree a kernel makes of the tokens so far; None before the first.
+# A kernel's pytree for the tokens so far; None before the first.
 State = PyTree
 
 
@@ -49,7 +49,7 @@ State = PyTree
 class Kernel(Protocol):
     """An attention kernel with a running state of constant size.
 
-    Masks and arguments are those of `linear_attention`; a state is whatever pytree the kernel makes.
+    Masks and arguments are those of `linear_attention`; a state is any pytree of the kernel.
     """
 
     def attend(
@@ -187,7 +187,7 @@ class PolaKernel(ByFields):
 
 
 class InlineState(NamedTuple):
-    """Running sums of `inline_attention`: of keys and values, and of values and tokens alone."""
+    """Running sums of `inline_attention`: keys times values, values, and tokens."""
 
     pairs: LinearState
     values: LinearState
@@ -215,7 +215,7 @@ class InlineKernel:
         if segment_ids is not None:
             (q,), (k, v) = alike(q), alike(k, v)
         pairs, values = self._features(q, k)
-        if segment_ids is not None:  # so that what is not finite spoils the same outputs of both products
+        if segment_ids is not None:  # so that non-finite values spoil the same outputs of both products
             values = Features(*(jnp.where(jnp.isnan(x[..., :1]), jnp.nan, 1) for x in (pairs.q, pairs.k)))
         return _inline(*products(pairs, v, **options), *products(values, v, **options), v.dtype)
 
@@ -308,7 +308,7 @@ KERNELS: dict[str, Kernel] = {
 
 
 def kernel(name: str | Kernel | FeatureMap) -> Kernel:
-    """Returns the kernel of that name, or of that feature map; ValueError lists the names there are.
+    """Returns the kernel of that name, or of that feature map; ValueError lists the known names.
 
     Example:
         out = kernel("nala").attend(q, k, v, is_causal=True)
@@ -462,7 +462,7 @@ def _halves(pairs: Float[Array, "b n two_h d"]) -> Float[Array, "b n h d"]:
 
 
 def _inline(pairs: Array, dots: Array, values: Array, count: Array, dtype: jnp.dtype) -> Array:
-    """s q·(Σkv/N - k̄ v̄) + v̄ from the sums Σ(q·k)v, Σ q·k, Σ v and N; 0 where N is 0."""
+    """s q·(Σkv/N - k̄ v̄) + v̄ from the sums Σ(q·k)v, Σ q·k, Σ v and N; 0 if N is 0."""
     n = jnp.where(count == 0, 1, count)[..., None]
     mean = values / n
     return (pairs / n - dots[..., None] / n * mean + mean).astype(dtype)

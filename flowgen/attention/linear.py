@@ -50,10 +50,10 @@ EPS = 1e-6
 
 @dataclass(frozen=True)
 class Causal:
-    """How causal attention is cut. block_size: tokens see all of their own block and every earlier block.
+    """Options of causal attention. block_size: tokens see all of their own block and every earlier block.
 
-    chunk_size: tokens that are computed together; it changes speed and memory, not the result. implementation:
-    "xla", or "pallas" for the kernel of `flowgen.attention.pallas`, which has no blocks and no segments.
+    chunk_size: tokens computed together; it changes speed and memory, not the result. implementation: "xla", or
+    "pallas" for the kernel of `flowgen.attention.pallas`, which has no blocks and no segments.
     """
 
     block_size: int = 1
@@ -69,7 +69,7 @@ class Causal:
 
 
 def as_causal(is_causal: bool | Causal) -> Causal | None:
-    """Returns how causal attention is cut, None if it is not causal."""
+    """Returns the options of causal attention, None if it is not causal."""
     if isinstance(is_causal, Causal):
         return is_causal
     return Causal() if is_causal else None
@@ -88,12 +88,12 @@ def linear_attention(
 ) -> Float[Array, "b n h d"]:
     """Returns linear attention with a feature map, given by name or as a `FeatureMap`.
 
-    mask: True keeps; shape broadcasting to `b h n m`. Over keys alone (query axis 1) it is exact at linear cost. So is,
-    outside of jit, a mask of queries times one of keys (times causal order, where is_causal); inside of jit `own_keys`
-    makes one over keys of it. For others the quadratic form is used, up to 4096 x 4096 weights. is_causal: query i sees
-    keys 0..i; a `Causal` makes it block-causal. segment_ids: tokens see each other only where ids are equal; equal ids
-    must be contiguous (see `prefix_product`). eps: added to the normaliser. Raises ValueError if shapes, types,
-    mask or names do not fit.
+    mask: True keeps; shape broadcasting to `b h n m`. Over keys only (query axis 1) it is exact at linear cost. So is,
+    outside jit, a mask of queries times one of keys (times causal order, if is_causal); inside jit `own_keys` reduces
+    it to a key mask. Other masks use the quadratic form, up to 4096 x 4096 weights. is_causal: query i sees keys 0..i;
+    a `Causal` makes it block-causal. segment_ids: tokens see each other only if their ids are equal; equal ids must be
+    contiguous (see `prefix_product`). eps: added to the normaliser. Raises ValueError if shapes, types, mask or names
+    do not fit.
 
     Example:
         out = linear_attention(q, k, v, "focused", is_causal=True)
@@ -104,7 +104,7 @@ def linear_attention(
     k, v = hide_keys(k, v, check_mask(mask, q, k))
     phi = feature_map(features)
     mapped = phi(q, k)
-    if segment_ids is not None:  # a map may hide what is not finite
+    if segment_ids is not None:  # a map may hide non-finite values
         mapped = mapped._replace(q=spoil(mapped.q, finite((q,))[1]), k=spoil(mapped.k, finite((k,))[1]))
     if phi.query_scale is None:
         return attend_features(mapped, v, mask=mask, is_causal=is_causal, segment_ids=segment_ids, eps=eps)
@@ -247,7 +247,7 @@ def seen_pairs(
 def normalised(
     out: Float[Array, "b n h d"], total: Float[Array, "b n h"], eps: float | Float[Array, "b n h"], dtype: jnp.dtype
 ) -> Float[Array, "b n h d"]:
-    """Returns out / (total + eps), and 0 with zero gradients where that divisor is 0."""
+    """Returns out / (total + eps), and 0 with zero gradients if that divisor is 0."""
     total = total + eps
     return (out / jnp.where(total == 0, 1, total)[..., None]).astype(dtype)
 
@@ -261,7 +261,7 @@ def init_state(
     *,
     dtype: DTypeLike = jnp.float32,
 ) -> LinearState:
-    """Returns the state before the first token, at least float32. num_heads: of keys.
+    """Returns the state before the first token, at least float32. num_heads: key heads.
 
     Example:
         state = init_state(batch=1, num_heads=8, key_dim=64, value_dim=64, features="nala")
@@ -283,8 +283,8 @@ def prefill(
 ) -> tuple[Float[Array, "b n h d"], LinearState]:
     """Returns causal attention of tokens that follow those of `state`, and the state with them absorbed.
 
-    mask: over keys alone, `b 1 1 n`, True keeps (ValueError otherwise). Prompts may be padded on either side: each
-    sample goes on behind the last token of its own that was kept.
+    mask: over keys, `b 1 1 n`, True keeps (ValueError otherwise). Prompts may be padded on either side: each sample
+    continues after its own last kept token.
 
     Example:
         out, state = prefill(q, k, v, "nala")
@@ -351,7 +351,7 @@ def _full(features: Features, v: Array) -> tuple[Array, Array]:
 
 
 def _packed(features: Features, v: Array, segment_ids: Array) -> tuple[Array, Array]:
-    """All tokens of a segment see each other: what came up to a token, what comes from it on, less itself."""
+    """All tokens of a segment see each other: the sum up to a token, plus the sum from it on, minus itself."""
 
     def run(features, v, segment_ids):
         back = jax.tree.map(lambda x: x[:, ::-1], (features, v, segment_ids))

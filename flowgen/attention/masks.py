@@ -1,4 +1,4 @@
-"""Masks of pairs that are masks of tokens: what of them can be run at linear cost."""
+"""Masks of pairs that are masks of tokens, to run them at linear cost."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def own_keys(mask: Bool[Array, "#b #h n n"]) -> Bool[Array, "#b #h 1 n"]:
     """Returns the mask over keys of a mask of pairs in which the same tokens are kept as queries and as keys.
 
     That is Flax's `make_attention_mask(valid, valid)`, or with ones for the queries, and either of them combined with
-    `make_causal_mask`; its diagonal says which tokens are kept, and no more of it is read. Use it with `is_causal`
-    for a causal one. Raises ValueError unless there are as many queries as keys.
+    `make_causal_mask`; its diagonal says which tokens are kept, and only that is read. Use it with `is_causal` for a
+    causal one. Raises ValueError unless there are as many queries as keys.
 
     Example:
         y = nala_attention(q, k, v, own_keys(mask != 0), is_causal=True)
@@ -28,10 +28,10 @@ def own_keys(mask: Bool[Array, "#b #h n n"]) -> Bool[Array, "#b #h 1 n"]:
 def split_pairs(
     mask: Bool[Array, "#b #h n m"], groups: int, block_size: int | None
 ) -> tuple[Bool[Array, "#b #h n 1"], Bool[Array, "#b #h 1 m"]] | None:
-    """Returns the masks of queries and of keys whose product a mask of pairs is, None if it is none or cannot be seen.
+    """Returns the query and key masks whose product is a mask of pairs, None if there are none or it is traced.
 
-    block_size: of causal order, which multiplies the mask; None if there is none. groups: of keys, which the mask may
-    distinguish. While tracing, nothing can be seen.
+    block_size: block size of the causal order that multiplies the mask; None without one. groups: key heads, which the
+    mask may distinguish.
     """
     seen = concrete(mask)
     if seen is None or seen.shape[1] not in (1, groups):

@@ -1,7 +1,7 @@
 """Flax modules around the attention functions: projections, gates, norms and the convolutions of the papers.
 
 All map `b n d` to `b n d`. Those that can be causal also have an explicit decoding state: `init_state(batch)`,
-`prefill(x, state)` for many tokens and `step(x, state)` for one; nothing is remembered inside the module.
+`prefill(x, state)` for many tokens and `step(x, state)` for one; the module itself keeps no state.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ TORCH_LAYER_NORM_EPS = 1e-5
 class LinearAttention(nn.Module):
     """Multi-head attention with any kernel of `flowgen.attention.KERNELS`, or a feature map.
 
-    width: of the output, divisible by num_heads. num_kv_heads: fewer key heads than query heads, each serving
+    width: width of the output, divisible by num_heads. num_kv_heads: fewer key heads than query heads, each serving
     several. is_causal: True or a `Causal`; decoding needs it.
 
     Example:
@@ -111,9 +111,9 @@ class NaLaState(NamedTuple):
 class NaLaAttention(nn.Module):
     """The attention layer of NaLaFormer (arXiv 2506.21137): proj(silu(g) · LayerNorm(NaLa(q, k, v) + conv(v))).
 
-    One projection gives q, k, v and the gate g. conv is the depthwise 5 x 5 convolution of values on a grid or, where
-    causal, over the last 5 tokens. rotary turns the features in the numerator, on the grid or along the sequence
-    up to `max_length`. learnable: power and offset become parameters, one each per head. eps is added to the sum of
+    One projection gives q, k, v and the gate g. conv is the depthwise 5 x 5 convolution of values on a grid or, if
+    causal, over the last 5 tokens. rotary rotates the features in the numerator, on the grid or along the sequence up
+    to `max_length`. learnable: power and offset become parameters, one each per head. eps is added to the sum of
     weights; the released code adds n · 1e-6.
 
     Example:
@@ -316,7 +316,7 @@ class SOFTAttention(nn.Module):
 
 
 def _join(before: Float[Array, "b m d"], values: Float[Array, "b n d"]) -> Float[Array, "b mn d"]:
-    """The values with those before them in front."""
+    """The values, preceded by earlier ones."""
 
     def run(before, values):
         return jnp.concatenate([before.astype(values.dtype), values], axis=1)
@@ -342,7 +342,7 @@ def head_width(width: int, num_heads: int) -> int:
 
 
 def check_decodes(is_causal: bool | Causal) -> None:
-    """Raises ValueError unless attention is causal token by token, without which there is no running state."""
+    """Raises ValueError unless attention is causal token by token, as a running state requires."""
     causal = as_causal(is_causal)
     if causal is None or causal.block_size != 1:
         raise ValueError(f"is_causal is {is_causal}; decoding with a running state needs is_causal=True.")

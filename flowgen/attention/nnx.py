@@ -26,7 +26,7 @@ class _Twin(bridge.ToNNX):
     def __init__(self, module: linen.Module, in_features: int, rngs: nnx.Rngs, num_tokens: int = 1, **example: Any):
         super().__init__(module, rngs=rngs)
         self.lazy_init(jnp.zeros((1, num_tokens, in_features)), **example)
-        # Nothing is random after initialisation, and a stream of keys could not be used inside jax's own transforms.
+        # Nothing is random after initialisation, and a key stream cannot be used inside jax's own transforms.
         self.to_nnx__rngs = None
 
 
@@ -47,7 +47,7 @@ class _Decoding(_Twin):
 
 
 class LinearAttention(_Decoding):
-    """`flowgen.attention.LinearAttention` as an NNX module; context_features: of the context of cross attention.
+    """`flowgen.attention.LinearAttention` as an NNX module; context_features: width of the context in cross attention.
 
     Example:
         attention = LinearAttention(64, width=64, num_heads=4, rngs=nnx.Rngs(0))

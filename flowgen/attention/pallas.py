@@ -41,7 +41,7 @@ def causal_product(
 
 @partial(jax.jit, static_argnames="chunk_size")
 def _per_device(q, k, v, chunk_size):
-    """Where axes of a mesh are explicit, each device runs the kernel on its own samples and heads."""
+    """On a mesh with explicit axes, each device runs the kernel on its own samples and heads."""
 
     def repeated(k, v):
         return tuple(jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
@@ -76,7 +76,7 @@ _causal_product.defvjp(_forward, _backward)
 
 
 def _scan(q, k, v, *, chunk_size: int):
-    """What stands in for interpret mode in mapped programs, in which jax cannot interpret a kernel."""
+    """The replacement for interpret mode in mapped programs, where jax cannot interpret a kernel."""
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
     out, total, _ = prefix_product(Features(q, k), v, chunk_size=chunk_size)
     return out.swapaxes(1, 2), total.swapaxes(1, 2)[:, :, None]

@@ -4,10 +4,10 @@ For queries q_t, keys k_s, values v_s and the weights w_ts below
 
     out_t = Σ_s w_ts (q_t·k_s) v_s,      total_t = Σ_s w_ts (q'_t·k'_s),      s ≤ t (or block(s) ≤ block(t)),
 
-where q', k' are the normaliser's features, equal to q, k unless they are given apart (a rotation that acts on the
-numerator only). w_ts = exp(b_t - b_s) with b the running sum of the log-decay, 1 without decay, 0 across segments.
-A chunk of C tokens costs one C x C product; what came before it is summed up in the state Σ_s k_s v_sᵀ. Reverse-mode
-differentiation stores one state per chunk and recomputes the rest (the body is checkpointed); forward mode works too.
+where q', k' are the normaliser's features, equal to q, k unless given separately (for a rotation of only the
+numerator). w_ts = exp(b_t - b_s) with b the running sum of the log-decay, 1 without decay, 0 across segments. A chunk
+of C tokens costs one C x C product; earlier tokens are summed in the state Σ_s k_s v_sᵀ. Reverse-mode differentiation
+stores one state per chunk and recomputes the rest (the body is checkpointed); forward mode works too.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ CHUNK_SIZE = 64
 
 
 class LinearState(NamedTuple):
-    """What linear attention remembers of the tokens so far; its size does not depend on how many they were.
+    """Linear attention's state for the tokens so far; its size does not depend on their number.
 
-    kv: Σ_s k_s v_sᵀ. norm: Σ_s k'_s. length: the position of each sample's next token, which is behind the last token
-    that was kept: masked tokens count before it and not after it.
+    kv: Σ_s k_s v_sᵀ. norm: Σ_s k'_s. length: the position of each sample's next token, right after the last kept token:
+    masked tokens count before it but not after it.
     """
 
     kv: Float[Array, "b g p d"]
@@ -42,7 +42,7 @@ class LinearState(NamedTuple):
 class Features(NamedTuple):
     """Queries and keys of a prefix product; `b n h p` and `b n g p` with h a multiple of g key heads.
 
-    norm_q, norm_k: the normaliser's features where they differ from the numerator's.
+    norm_q, norm_k: the normaliser's features if they differ from the numerator's.
     """
 
     q: Float[Array, "b n h p"]
@@ -80,7 +80,7 @@ def empty_state(features: Features, v: Float[Array, "b n g d"]) -> LinearState:
 def keep_keys(
     features: Features, v: Float[Array, "b m g d"], mask: Bool[Array, "#b #g 1 m"]
 ) -> tuple[Features, Float[Array, "b m g d"]]:
-    """Returns features and values in which masked keys (False) count for nothing, whatever they hold."""
+    """Returns features and values in which masked keys (False) have no effect, whatever they hold."""
     keep = _per_token(mask)[..., None]
     zeroed = {"k": jnp.where(keep, features.k, 0)}
     if features.norm_k is not None:
@@ -125,7 +125,7 @@ def prefix_product(
 
 @partial(jax.jit, static_argnames=("block_size", "chunk_size", "isolate"))
 def finite_prefix_product(features, v, state, log_decay, mask, segment_ids, block_size, chunk_size, isolate=False):
-    """Returns what `prefix_product` returns, of arguments that fit, and of finite numbers unless `isolate`."""
+    """Returns the result of `prefix_product` for checked arguments, which must be finite unless `isolate`."""
     named = [(features.q, "b n h p"), (features.k, "b n g p"), (v, "b n g d"), (features.normaliser[1], "b n g e")]
     letters = ("b n h d", "b n h", "b g p d", "b g e", "b")
 
@@ -154,7 +154,7 @@ def finite_prefix_product(features, v, state, log_decay, mask, segment_ids, bloc
 
 
 def _in_segments(features, v, state, log_decay, segment_ids, block_size, chunk_size):
-    """`_in_chunks` with nothing but finite numbers, and NaN afterwards where one that is not is seen."""
+    """`_in_chunks` on finite numbers only, with NaN put back into results that depend on a non-finite one."""
     queries, keys = (features.q, features.norm_q), (features.k, features.norm_k, v)
     queries, bad_q = finite(queries)
     keys, bad_k = finite(keys)
@@ -173,7 +173,7 @@ def _in_chunks(features, v, state, log_decay, segment_ids, block_size, chunk_siz
     """out, total, kv and norm of at least one token."""
     batch, n = v.shape[:2]
     size = -(-chunk_size // block_size) * block_size
-    if isinstance(n, int):  # and no symbol of an exported program
+    if isinstance(n, int):  # not a symbol of an exported program
         size = min(size, -(-n // block_size) * block_size)
     chunks = _split(features, v, log_decay, segment_ids, size)
     past = None if segment_ids is None else segment_ids[:, 0]
@@ -264,7 +264,7 @@ def _advance(carry, chunk: _Chunk, block_size: int):
 
 
 class _Weights(NamedTuple):
-    """w within a chunk: of pairs, of a query to the state before, of a key and the state before in the next state."""
+    """Weights w in a chunk: of pairs, of a query to the earlier state, and of keys and that state in the next state."""
 
     pair: Bool[Array, "#b #g c c"] | Float[Array, "#b #g c c"]
     query: Float[Array, "#b #g c"]
@@ -285,7 +285,7 @@ def _cut_segments(within: _Weights, segment: Int[Array, "b c"], past: Int[Array,
 def decay_weights(
     log_decay: Float[Array, "b h c"],
 ) -> tuple[Float[Array, "b h c c"], Float[Array, "b h c"]]:
-    """Returns what is left at token t of what token s ≤ t wrote (0 for s > t), and of the state before the chunk.
+    """Returns how much of token s's write remains at token t ≥ s (0 for s > t), and of the state before the chunk.
 
     Sums run over the tokens between s and t instead of being differences of running sums. Nothing cancels, so a
     single strong decay costs the others no digits and -inf is allowed; entries s > t are exp(0) before the mask.

@@ -34,7 +34,7 @@ def rotary_line(num_positions: int, dim: int, base: float = 10_000.0) -> Rotary:
 
 
 def rotary_grid(height: int, width: int, dim: int, base: float = 10_000.0) -> Rotary:
-    """Returns the table of a row-major grid: half of the channels turn with the row, then half with the column.
+    """Returns the table of a row-major grid: half of the channels rotate with the row, then half with the column.
 
     Frequencies base^(-t) with t from 0 to 1 inclusive over dim/4 pairs, as in the released NaLaFormer. Raises
     ValueError unless dim is a multiple of 4.
@@ -51,7 +51,7 @@ def rotary_grid(height: int, width: int, dim: int, base: float = 10_000.0) -> Ro
 
 
 def rotary_axes(positions: Float[np.ndarray, "n a"], pairs: tuple[int, ...], base: float = 10_000.0) -> Rotary:
-    """Returns the table of points with several coordinates: pairs[i] adjacent pairs of channels turn with axis i.
+    """Returns the table of points with several coordinates: pairs[i] adjacent pairs of channels rotate with axis i.
 
     Angle of pair k of an axis with p pairs: coordinate · base^(-k/p). Raises ValueError if the number of axes
     does not match.
@@ -67,10 +67,10 @@ def rotary_axes(positions: Float[np.ndarray, "n a"], pairs: tuple[int, ...], bas
 def rotate(
     x: Float[Array, "b n h p"], rotary: Rotary, positions: Int[Array, " n"] | Int[Array, "b n"]
 ) -> Float[Array, "b n h p"]:
-    """Returns x with adjacent channels (x0, x1) turned to (x0 cos - x1 sin, x1 cos + x0 sin) at these positions.
+    """Returns x with adjacent channels (x0, x1) rotated to (x0 cos - x1 sin, x1 cos + x0 sin) at these positions.
 
-    Where x has several times the channels of the table, each part is turned alike. Raises ValueError if it has
-    no whole number of parts.
+    If x has a multiple of the table's channels, each part is rotated the same way. Raises ValueError if it is not a
+    multiple.
 
     Example:
         y = rotate(x, rotary_line(256, 64), jnp.arange(x.shape[1]))
@@ -92,7 +92,7 @@ def turn(
     cos: Float[Array, "n r"] | Float[Array, "b n r"],
     sin: Float[Array, "n r"] | Float[Array, "b n r"],
 ) -> Float[Array, "b n h p"]:
-    """Returns x with its adjacent pairs of channels turned by these angles; computed in the wider of the dtypes."""
+    """Returns x with its adjacent pairs of channels rotated by these angles, computed in the wider dtype."""
     parts = rearrange(x, "b n h (p r two) -> b n h p r two", r=cos.shape[-1], two=2)
     cos, sin = (jnp.expand_dims(table, (2, 3) if table.ndim == 3 else (0, 2, 3)) for table in (cos, sin))
     even, odd = parts[..., 0], parts[..., 1]

@@ -1,4 +1,4 @@
-"""Packed segments: runs of tokens with equal ids that see each other alone, whatever the others hold."""
+"""Packed segments: runs of tokens with equal ids that see only each other, whatever other tokens hold."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 
 class Spoiled(NamedTuple):
-    """Which results a number that is not finite reaches: outputs per query head and token, states per key head."""
+    """The results that a non-finite number reaches: outputs per query head and token, states per key head."""
 
     out: Bool[Array, "b n h"]
     state: Bool[Array, "b g"]
 
 
 def returning_ids(segment_ids: Int[Array, "b n"]) -> Bool[Array, " b"]:
-    """Returns whether an id comes back after another one, so that its tokens are no contiguous segment."""
+    """Returns whether an id recurs after another one, so that its tokens are not contiguous."""
     runs = (segment_ids[:, 1:] != segment_ids[:, :-1]).sum(axis=1)
     ordered = jnp.sort(segment_ids, axis=1)
     return runs != (ordered[:, 1:] != ordered[:, :-1]).sum(axis=1)
 
 
 def finite(tree: PyTree) -> tuple[PyTree, Bool[Array, "b n x"]]:
-    """Returns arrays `b n x ...` with zeros for what is not finite in a token, and where (per x) something was not."""
+    """Returns arrays `b n x ...` with zeros for non-finite values, and a mask (per x) of tokens that had any."""
     bad = functools.reduce(jnp.logical_or, map(_not_finite, jax.tree.leaves(tree)))
     return jax.tree.map(lambda x: jnp.where(jnp.expand_dims(bad, range(3, x.ndim)), 0, x), tree), bad
 
@@ -45,7 +45,7 @@ def spoiled(
 
     None for block_size: tokens see all of their segment.
 
-    Outputs of samples whose ids come back count as spoiled, since no running state can serve them.
+    Outputs of samples with recurring ids count as spoiled, since no running state can serve them.
     """
     n = segment_ids.shape[1]
     place = jnp.arange(n)[None]
@@ -69,6 +69,6 @@ def spoil(x: Float[Array, "*axes"], bad: Bool[Array, "*fewer"]) -> Float[Array, 
 
 
 def alike(*arrays: Float[Array, "b n h _"]) -> tuple[Float[Array, "b n h _"], ...]:
-    """Returns arrays with NaN in all of them for tokens in which one of them is not finite."""
+    """Returns arrays with NaN in all of them for tokens with a non-finite value in one of them."""
     bad = finite(arrays)[1]
     return tuple(spoil(x, bad) for x in arrays)

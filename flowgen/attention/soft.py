@@ -5,7 +5,7 @@ With A = K(L, L) between l landmarks L and P = K(·, L), K(x, y) = exp(-|x - y|�
     Ŝ v = P_q (A + ridge I)⁻¹ P_kᵀ v                                                     (SOFT)
     Ŝ v = P_q D^-½ (A + ridge I)⁻¹ D^-½ P_kᵀ v,   D = diag(row sums of A)                (SOFT++, "symmetric")
 
-at cost O(n l (k + d) + l³). Samples and heads never meet in one reduction, but for `released_softpp_inverse`.
+at cost O(n l (k + d) + l³). No reduction mixes samples or heads, except in `released_softpp_inverse`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Normalization = Literal["symmetric", "row"] | None
 
 
 class Landmarks(NamedTuple):
-    """Landmarks in kernel space, and which of them stand for at least one token (None: all)."""
+    """Landmarks in kernel space, and which of them represent at least one token (None: all)."""
 
     points: Float[Array, "b l h k"]
     live: Bool[Array, "b l"] | None = None
@@ -85,8 +85,8 @@ def _segment_means(
 def pool_landmarks(x: Float[Array, "b n h k"], num_landmarks: int, mask: Bool[Array, "b n"] | None = None) -> Landmarks:
     """Returns the means of min(num_landmarks, n) contiguous segments of the unmasked tokens.
 
-    Segment sizes differ by at most one token, for any n. They divide the tokens that `mask` keeps, not the
-    positions, so a padded sample has the landmarks it has alone; landmarks it cannot fill are not live.
+    Segment sizes differ by at most one token, for any n. They divide the tokens that `mask` keeps, not the positions,
+    so padding does not change a sample's landmarks; landmarks it cannot fill are not live.
     """
     n = x.shape[1]
     num = min(num_landmarks, n) if isinstance(n, int) else num_landmarks
@@ -103,8 +103,8 @@ def pool_landmarks(x: Float[Array, "b n h k"], num_landmarks: int, mask: Bool[Ar
 def landmark_cells(grid: Pair, num_landmarks: int | Pair) -> Pair:
     """Returns (rows, columns) of landmark cells on a grid (height, width) of tokens.
 
-    A number gives at most that many cells, as square as they come: rows = round(√(num height / width)) and
-    columns = num // rows, within the grid. A pair is taken as it is, within the grid.
+    A number gives at most that many cells, as square as possible: rows = round(√(num height / width)) and columns = num
+    // rows, within the grid. A pair is used as given, within the grid.
     """
     height, width = grid
     if isinstance(num_landmarks, tuple):
@@ -120,8 +120,8 @@ def pool_landmarks_2d(
 ) -> Landmarks:
     """Returns the means over the cells of a (height, width) grid of tokens in row-major order, row-major.
 
-    `cells` is (rows, columns) or a number for `landmark_cells`. Cells tile the grid; where the grid does not
-    divide, their heights (and widths) differ by at most one token. A cell without unmasked token is not live.
+    `cells` is (rows, columns) or a number for `landmark_cells`. Cells tile the grid; if the grid does not divide
+    evenly, their heights (and widths) differ by at most one token. A cell without unmasked token is not live.
     """
     height, width = grid
     rows, columns = landmark_cells(grid, cells)
@@ -162,7 +162,7 @@ def nystrom_attention(
 ) -> Float[Array, "b n h d"]:
     """Returns Ŝ v (see the top of this file) for q, k and landmarks already in kernel space.
 
-    mask: True where a key may be seen. Landmarks that are not live have no effect. The other options are
+    mask: True for visible keys. Landmarks that are not live have no effect. The other options are
     those of `soft_attention`. Kernel and solve are in float32 or wider; the result has v's dtype.
     """
     _check_options(ridge, solver, normalize)
@@ -191,7 +191,7 @@ def _run_nystrom(q, k, v, landmarks, mask, ridge, solver, normalize):
         gram = jnp.where((live[:, :, None] & live[:, None, :])[:, None], gram, 0)
     gram = jnp.where(jnp.eye(gram.shape[-1], dtype=bool)[None, None], 1, gram)
 
-    # The two products with all tokens may use the fast units where the values are half precision anyway.
+    # The two products with all tokens may use the fast units if the values are half precision anyway.
     precision = HIGHEST if jnp.finfo(v.dtype).bits >= 32 else None
     values = v.astype(jnp.promote_types(v.dtype, p_k.dtype))
     if normalize == "row":
@@ -209,7 +209,7 @@ def _run_nystrom(q, k, v, landmarks, mask, ridge, solver, normalize):
 def gaussian_landmark_features(
     x: Float[Array, "b n h k"], landmarks: Float[Array, "h l k"], *, ridge: Ridge = 0.01, whiten: bool = True
 ) -> Float[Array, "b n h l"]:
-    """Returns features of each token alone, for linear attention (also causal) with fixed landmarks.
+    """Returns token-wise features, for linear attention (also causal) with fixed landmarks.
 
     With whiten, phi(x) = C⁻¹ K(L, x) where C Cᵀ = K(L, L) + ridge I, so phi(x)·phi(y) is the Nyström kernel; its
     entries may be negative, so divide by a norm and not by a sum. Without, the positive features K(L, x). x and
@@ -317,7 +317,7 @@ def soft_attention(
     ridge is added to the landmark kernel. solver: "newton" is the paper's spectral filter with its closed-form
     derivative (`newton_inverse`), "cholesky" exact, "newton_released" the published SOFT++ (couples samples).
     normalize: None as in SOFT: rows of Ŝ sum to up to m; "symmetric" as in SOFT++; "row": rows sum to 1.
-    ValueError for is_causal, for a mask that differs between queries, and where shapes or options disagree.
+    ValueError for is_causal, for a mask that differs between queries, and if shapes or options disagree.
 
     Example:
         out = soft_attention(q, q, v, num_landmarks=49, grid=(14, 14), solver="cholesky")

@@ -44,7 +44,7 @@ def _attend_heads(
         per_group = groups if mask.shape[1] > 1 else 1
         mask = rearrange(mask, "b (g r) n m -> b g r n m", g=per_group)
         logits = jnp.where(mask, logits, jnp.finfo(master).min)
-    # Softmax does not change with a shift of its logits, so neither do the gradients.
+    # Shifting the logits changes neither the softmax nor its gradients.
     weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True)))
     if mask is not None:
         weights = jnp.where(mask, weights, 0)
@@ -61,10 +61,10 @@ def attend_in_parts(
     mask: Mask = None,
     first: Int[Array, ""] | int | None = None,
 ) -> Float[Array, "b h n d"]:
-    """Returns what `attend_heads` returns, in parts of the queries of at most `backend.MAX_LOGITS` logits each.
+    """Returns the result of `attend_heads`, chunked over queries with at most `backend.MAX_LOGITS` logits each.
 
-    first: the key at the place of the first query, in causal attention: query i attends to keys 0..first+i that `mask`
-    allows; no mask of all pairs is made. Gradients compute the logits of a part again.
+    first: the key at the first query's position, in causal attention: query i attends to keys 0..first+i that `mask`
+    allows; no mask of all pairs is built. Gradients recompute a chunk's logits.
     """
     return _attend_in_parts(q, k, v, mask, first, backend.MAX_LOGITS)
 
@@ -109,7 +109,7 @@ def _run_in_parts(
 
 
 def _of_queries(mask: Bool[Array, "..."] | None, first: Int[Array, ""] | int, count: int) -> Bool[Array, "..."] | None:
-    """The rows of a mask for some queries; one without, or the same for all, stays."""
+    """The rows of a mask for some queries; None, or a mask equal for all queries, stays."""
     if mask is None or mask.shape[2] == 1:
         return mask
     return jax.lax.dynamic_slice_in_dim(mask, first, count, axis=2)
@@ -125,8 +125,8 @@ def softmax_attention(
 ) -> Float[Array, "b n h d"]:
     """Returns softmax(q kᵀ / √k) v per head; key heads may be fewer than query heads, each serving h/g of them.
 
-    mask: True where a query may attend to a key. is_causal: query i attends to those of keys 0..i that `mask`
-    allows; n and m must then be equal. A row with no allowed key gives 0. implementation: "auto" takes the one that
+    mask: True if a query may attend to a key. is_causal: query i attends to those of keys 0..i that `mask` allows; n
+    and m must then be equal. A row with no allowed key gives 0. implementation: "auto" takes the one that
     `flowgen.backend` chooses for the device. Raises ValueError if shapes do not fit.
 
     Example:

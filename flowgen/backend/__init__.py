@@ -1,6 +1,6 @@
-"""What depends on the device or works around a compiler: each in one function that says why. Imports nothing of ours.
+"""Device-specific code and compiler workarounds: each in one function that says why. It imports nothing of flowgen.
 
-Formulas elsewhere are the same for every device. What is here changes speed and memory, and numbers by rounding alone.
+Formulas elsewhere are the same for every device. The code here changes speed and memory, and results only by rounding.
 """
 
 from flowgen.backend.devices import (

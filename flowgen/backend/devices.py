@@ -1,4 +1,4 @@
-"""Products, linear algebra, memory and callbacks as a device does them best."""
+"""Products, linear algebra, memory and callbacks, optimised per device."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from jax.experimental.buffer_callback import buffer_callback
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Shaped
 
-# Products that feed a state or one another, in which errors add up; accelerators would round their factors.
+# Products that feed a state or one another, whose errors accumulate; accelerators would round their factors.
 HIGHEST = lax.Precision.HIGHEST
 
-# Attention logits in memory at once, a gibibyte in float32; more queries than that come one part after another.
+# Attention logits in memory at once, a gibibyte in float32; more queries are processed in chunks.
 MAX_LOGITS = 1 << 28
 # Causal attention runs in this many slices of queries at most, each against only the keys it may see: more slices
 # would save little more, and take longer to compile.
@@ -54,7 +54,7 @@ def flat_dot(
 def nan_if(condition: Array, dtype: DTypeLike) -> Array:
     """Returns what to add to numbers that must be NaN under a condition: NaN or 0.
 
-    XLA on CPUs compiles exp(where(condition, nan, x)) to a finite number; a sum with this it leaves alone.
+    XLA on CPUs compiles exp(where(condition, nan, x)) to a finite number, but not a sum with this.
     """
     return jnp.log(jnp.where(condition, -1, 1).astype(dtype))
 
@@ -128,7 +128,7 @@ def attention_implementation(asked: str) -> str:
 def queries_at_once(batch: object, heads: object, keys: object, max_logits: int | None) -> int | None:
     """Returns how many queries of a head have at most `max_logits` logits over all samples and heads; None for all.
 
-    Sizes may be symbols of an exported program, of which nothing is known.
+    Sizes may be symbols of an exported program, with unknown values.
     """
     known = [size for size in (batch, heads, keys) if isinstance(size, int)]
     if max_logits is None or len(known) < 3:
@@ -142,17 +142,17 @@ def causal_slice(n: int) -> int:
 
 
 def samples_at_once(pixels: int) -> int:
-    """Returns how many samples of so many pixels an autoencoder takes at a time."""
+    """Returns how many samples of this many pixels an autoencoder processes at a time."""
     return max(1, min(IMAGES_AT_ONCE, PIXELS_AT_ONCE // pixels))
 
 
 def in_parts(
     run: Callable[..., tuple[ArrayLike, ...]], most: int, *inputs: Shaped[np.ndarray, "b ..."]
 ) -> tuple[Shaped[np.ndarray, "b ..."], ...]:
-    """Returns what a compiled function gives on parts of the inputs, joined along their first axis.
+    """Returns a compiled function's results on parts of the inputs, joined along their first axis.
 
-    All parts have one size, a power of two up to `most`, which the last one is filled up to: so that few sizes are
-    ever compiled.
+    All parts have one size, a power of two up to `most`, and the last one is padded to it, so that few sizes are
+    compiled.
 
     Raises ValueError if the inputs are empty.
     """

@@ -1,6 +1,6 @@
-"""Meshes with explicit axes: the type of every array says how it is divided, and jax refuses to reshape, scan or
-contract over a divided axis without being told what comes out. Attention, couplings and models do all of these, but
-what comes out is plain: batch, queries and heads are divided as they came in.
+"""Meshes with explicit axes: every array's type states its sharding, and jax refuses to reshape, scan or contract over
+a sharded axis unless the output sharding is given. Attention, couplings and models do all of these, but their output
+sharding is simple: batch, queries and heads are sharded like the inputs.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def keep_rows(fn: Callable[..., Any], variables: Any, *args: Any, **options: Any
     divided = [x for x in jax.tree.leaves((args, options)) if _explicit_mesh(x) is not None and "b" in _rows_of(x)]
     rows = _rows_of(divided[0]) if divided else {}
     count = len(divided[0]) if divided else None
-    # Outside of jit arrays lie on devices, and are put on a mesh; inside it only their types change.
+    # Outside jit arrays are on devices and are moved to a mesh; inside it only their types change.
     traced = any(isinstance(x, Tracer) for x in leaves)
     mesh: Any = _explicit_mesh(explicit) if traced else explicit[0].sharding.mesh
     automatic, context = _automatic(mesh), get_abstract_mesh()
@@ -193,7 +193,7 @@ def check_unmapped(what: str, tree: PyTree) -> None:
 def varying(tree: PyTree, like: PyTree) -> PyTree:
     """Returns the arrays of a tree, varying over every axis of a mapped program over which one of `like` varies.
 
-    The state that a loop begins with must vary over the axes over which the loop makes it vary.
+    A loop's initial state must vary over the same axes as its later states.
 
     Example:
         carry, out = jax.lax.scan(body, varying(jnp.zeros(3), x), x)

@@ -1,6 +1,6 @@
-"""The commands: `python -m flowgen {train,sample,evaluate,encode,convert,info}`; `train.py` and `sample.py` open two.
+"""The commands: `python -m flowgen {train,sample,evaluate,encode,convert,info}`; `train.py` and `sample.py` wrap two.
 
-A mistake of the user ends in one sentence on standard error and exit code 2, before anything is computed.
+A user error prints one sentence on standard error and exits with code 2, before anything is computed.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ EXIT_INTERRUPTED = 130
 INTERRUPTED = "Interrupted without saving; checkpoints are as they were."
 EXIT_BROKEN_PIPE = 141
 MISTAKES = (ValueError, OSError, ImportError)
-OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # as the runtime says it
+OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # the runtime's own name for it
 
-# Commands after whose options any field of the config may be set.
+# Commands whose options may be followed by fields of the config.
 TAKES_FIELDS = ("train", "sample", "info", "evaluate", "encode")
 
 COMMANDS: dict[str, tuple[ModuleType, str]] = {
     "train": (train, "Train a model, or go on training it."),
     "sample": (sample, "Draw samples from a trained model."),
     "evaluate": (evaluate, "Print the bits per dimension of a model on its data."),
-    "encode": (encode, "Compute the latents and text features of a data set once."),
-    "convert": (convert, "Make a run directory of published weights."),
+    "encode": (encode, "Compute the latents and text features of a dataset once."),
+    "convert": (convert, "Make a run directory from published weights."),
     "info": (info, "Print the fields of a config or of a run."),
 }
 
@@ -44,15 +44,15 @@ COMMANDS: dict[str, tuple[ModuleType, str]] = {
 class Parser(argparse.ArgumentParser):
     """argparse, with one sentence instead of a usage text before an error."""
 
-    # What a command says of fields below its options, made when it is asked for.
+    # Help on config fields below a command's options, built on request.
     fields_help: Callable[[], str] | None = None
 
     def format_help(self) -> str:
-        """Returns the help of the options and, where the command has it, that of fields of the config."""
+        """Returns the help of the options and, if the command has it, of the config fields."""
         return super().format_help() + ("" if self.fields_help is None else f"\n{self.fields_help()}\n")
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
-        """Ends, with the help written out: nobody may read it any more."""
+        """Flushes the help and exits; the reader may be gone already."""
         sys.stdout.flush()
         super().exit(status, message)
 
@@ -61,8 +61,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code of a command line: 0, 2 for a mistake, 3 for numbers that are not finite, 141 where nobody
-    reads its output any more, 128 + signal where a signal stopped a training run.
+    """Returns the exit code of a command line: 0, 2 for a user error, 3 for numbers that are not finite, 141 if nobody
+    reads its output any more, 128 + signal if a signal stopped a training run.
 
     Example:
         main(["info", "--config", "configs/tarflow_digits.py"])
@@ -71,13 +71,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = _run(list(sys.argv[1:] if arguments is None else arguments))
         _flush()
         return code
-    except BrokenPipeError:  # As of `info | head`: who reads has seen enough.
+    except BrokenPipeError:  # As with `info | head`: the reader has seen enough.
         _silence()
         return EXIT_BROKEN_PIPE
 
 
 def make_parser() -> Parser:
-    """Returns the parser of all commands; fields of the config are what it does not know.
+    """Returns the parser of all commands; it leaves config fields unparsed.
 
     Example:
         options, fields = make_parser().parse_known_args(["info", "--config", "configs/tarflow_digits.py"])
@@ -95,7 +95,7 @@ def _run(words: list[str]) -> int:
     parser = make_parser()
     try:
         for word in words:
-            if word.endswith("=--"):  # argparse would take it for no value at all.
+            if word.endswith("=--"):  # argparse would read it as no value at all.
                 raise ValueError(f"{word[:-3]} has the value '--'; give another.")
         options, rest = parser.parse_known_args(words)
         if rest and options.command not in TAKES_FIELDS:
@@ -124,7 +124,7 @@ def _run(words: list[str]) -> int:
 
 
 def _outside(module: str) -> str:
-    """What is said where a package that flowgen cannot do without is missing."""
+    """The message for a missing package that flowgen requires."""
     return (
         f"The package {module.partition('.')[0]} is missing in {sys.executable}; install flowgen there with "
         f'`{sys.executable} -m pip install -e ".[train]"` in its folder, or run the python of the environment that '
@@ -133,22 +133,22 @@ def _outside(module: str) -> str:
 
 
 def _silence() -> None:
-    """Sends what is still to be written nowhere, without which Python complains of the broken pipe when it ends."""
+    """Discards unwritten output; otherwise Python complains about the broken pipe at exit."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # One that is no file, or closed already.
+        with contextlib.suppress(OSError, ValueError):  # Not a file, or closed already.
             os.dup2(nowhere, stream.fileno())
 
 
 def program(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code of `main`, for a process that ends with it: Ctrl-C has nothing left to stop.
+    """Returns the exit code of `main`, for a process that then ends: Ctrl-C has nothing left to stop.
 
     Example:
         sys.exit(program())
     """
     code = main(arguments)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Python would answer it with a traceback while it shuts down.
-    if code > 128:  # What was interrupted may still compile, and crashes if Python shuts down around it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # While shutting down, Python would print a traceback.
+    if code > 128:  # Interrupted work may still be compiling, and crashes if Python shuts down around it.
         _flush()
         os._exit(code)
     return code
@@ -156,7 +156,8 @@ def program(arguments: Sequence[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def _ending_at_once() -> Generator[None]:
-    """While packages are imported, Ctrl-C ends the program itself: an exception may be lost in a callback of theirs."""
+    """While packages are imported, Ctrl-C ends the process directly: an exception could be lost in one of their
+    callbacks."""
 
     def end(number, frame):
         _fail(INTERRUPTED, EXIT_INTERRUPTED)
@@ -175,7 +176,7 @@ def _ending_at_once() -> Generator[None]:
 
 def _flush() -> None:
     for stream in (sys.stdout, sys.stderr):
-        if stream is not None:  # Closed when the program began.
+        if stream is not None:  # None if it was closed before the program began.
             stream.flush()
 
 
@@ -187,13 +188,13 @@ def _show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """Shows a warning as one sentence; where in the code it arose is for those of other packages."""
+    """Shows a warning as one sentence, with its code location only for other packages."""
     place = "" if category is UserWarning else f" ({category.__name__}, {filename}:{lineno})"
     sys.stderr.write(f"flowgen: warning: {as_sentence(message)}{place}\n")
 
 
 class _Sentences(logging.Handler):
-    """Shows what the library logs as warnings are shown."""
+    """Shows the library's log messages like warnings."""
 
     def emit(self, record: logging.LogRecord) -> None:
         sys.stderr.write(f"flowgen: {record.levelname.lower()}: {as_sentence(record.getMessage())}\n")
@@ -202,7 +203,7 @@ class _Sentences(logging.Handler):
 @contextlib.contextmanager
 def _log_as_sentences() -> Generator[None]:
     handler, logger = _Sentences(logging.WARNING), logging.getLogger("flowgen")
-    # Other packages give the root a handler of their own, which would show the same line as it is.
+    # Other packages add a root handler, which would show the same line again.
     propagates, logger.propagate = logger.propagate, False
     logger.addHandler(handler)
     try:

@@ -18,14 +18,14 @@ def declare(parser: argparse.ArgumentParser) -> None:
     tarflow.add_argument("--patch-size", type=whole_number(1), help="default: from a published file name")
     tarflow.add_argument("--channels", type=whole_number(1), help="default: 3")
     tarflow.add_argument(
-        "--noise-std", type=finite_number, help="sigma of training; default: from a published file name"
+        "--noise-std", type=finite_number, help="std of the training noise; default: from a published file name"
     )
     starflow = parser.add_argument_group("STARFlow")
-    starflow.add_argument("--arguments", metavar="YAML", help="the file that the weights were published with")
-    starflow.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the parameters kept (default: float32)")
-    starflow.add_argument("--autoencoder", metavar="DIR", help="folder of the autoencoder, to be noted in the run")
-    starflow.add_argument("--text-encoder", metavar="DIR", help="folder of the text encoder, to be noted in the run")
-    parser.add_argument("--entry", help="which state dict, where the file holds several")
+    starflow.add_argument("--arguments", metavar="YAML", help="the arguments file published with the weights")
+    starflow.add_argument("--dtype", choices=("float32", "bfloat16"), help="dtype of the parameters (default: float32)")
+    starflow.add_argument("--autoencoder", metavar="DIR", help="folder of the autoencoder, recorded in the run")
+    starflow.add_argument("--text-encoder", metavar="DIR", help="folder of the text encoder, recorded in the run")
+    parser.add_argument("--entry", help="which state dict, if the file holds several")
 
 
 def run(options: argparse.Namespace, rest: list[str]) -> int:
@@ -101,7 +101,7 @@ def _starflow(options: argparse.Namespace) -> tuple[Any, Any, Any]:
 def _codec(options: argparse.Namespace, arguments: Any) -> Any:
     from flowgen.experiments import PretrainedAutoencoder
 
-    # The published name of an autoencoder of clips may end with what its latents are multiplied by.
+    # The published name of a video autoencoder may end with the factor on its latents.
     name, _, scale = str(arguments["vae"]).partition(":")
     try:
         temporal_scale = float(scale or 1)
@@ -126,7 +126,7 @@ def _text(options: argparse.Namespace, arguments: Any) -> Any:
 
 
 def _place(path: str | None) -> str:
-    """An absolute path, which holds wherever samples are drawn from; empty where it is not known yet."""
+    """An absolute path, valid from any working directory; empty if it is not known yet."""
     if path is None:
         return ""
     if not Path(path).is_dir():

@@ -12,8 +12,8 @@ from flowgen.cli.options import say
 def declare(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the command."""
     parser.add_argument("--config", required=True, help="Python file with config() of a flow on latents")
-    parser.add_argument("--out", required=True, help="new directory for the latents and the features of captions")
-    parser.add_argument("--debug", action="store_true", help="of the experiment that --debug trains")
+    parser.add_argument("--out", required=True, help="new directory for the latents and caption features")
+    parser.add_argument("--debug", action="store_true", help="encode for the experiment that --debug trains")
     parser.epilog = "Any field of the config can be set: --codec.path DIR --data.name folder --data.path DIR."
 
 
@@ -32,7 +32,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
         raise ValueError(f"{experiment.name} has neither codec nor text, so there is nothing to encode; set --codec.")
     if experiment.data.name == "encoded":
         raise ValueError("data.name is 'encoded', which is encoded already; give the pictures.")
-    experiment = experiment.with_provenance()  # What is opened later is refused if it is not the same.
+    experiment = experiment.with_provenance()  # Networks opened later are refused if they differ.
     splits = ("train", "eval") if experiment.data.eval_fraction > 0 else ("train",)
     writer, names = LatentWriter(options.out), ()
     with told_once():
@@ -44,7 +44,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _encode(writer: Any, experiment: Any, split: Any) -> tuple[str, ...]:
-    """Writes the latents of a split; returns the names of its classes."""
+    """Writes the latents of a split; returns its class names."""
     from flowgen.data.buckets import BucketedDataset
     from flowgen.experiments.drawing import per_second
     from flowgen.experiments.latents import encoded_shards, null_features, pixel_dataset

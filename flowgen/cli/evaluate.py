@@ -12,15 +12,15 @@ from flowgen.cli.options import say, step_or_best
 def declare(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the command."""
     parser.add_argument("--checkpoint", required=True, help="directory of a run")
-    parser.add_argument("--step", type=step_or_best, help="checkpoint to take: a number, or best (default: the latest)")
+    parser.add_argument("--step", type=step_or_best, help="checkpoint to use: a number, or best (default: the latest)")
     parser.epilog = (
-        "Other data than the run's: --data.name folder --data.path DIR. Samples may be drawn otherwise than the run "
-        "says: --guidance 2 --plan jacobi; info --checkpoint lists the fields."
+        "To use other data: --data.name folder --data.path DIR. To draw samples with other settings than the run's: "
+        "--guidance 2 --plan jacobi; info --checkpoint lists the fields."
     )
 
 
 def fields_help() -> str:
-    """Returns what can be set for each kind of model."""
+    """Returns the help of the fields that each kind of model takes."""
     from flowgen.cli.grammar import options_help
     from flowgen.experiments.autoregressive import FlowEvaluateOptions
     from flowgen.experiments.drawing import EvaluateOptions
@@ -56,7 +56,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _check_sampling(given: set[str], experiment: Any, asked: Any) -> None:
-    """Raises ValueError if fields of sampling are set that this evaluation does not ask."""
+    """Raises ValueError if sampling fields are set that this evaluation does not use."""
     from flowgen.data import PointsConfig
     from flowgen.experiments import MatchingExperiment
 
@@ -70,7 +70,7 @@ def _check_sampling(given: set[str], experiment: Any, asked: Any) -> None:
 
 
 def _on_other_data(trained: Any, changed: Any) -> Any:
-    """The experiment with the data that are asked for, whose classes are those of the run by name."""
+    """The experiment with the requested data, whose classes are mapped to the run's by name."""
     from flowgen.data.inventory import name_list, tell
     from flowgen.experiments.images import with_class_names
 
@@ -80,8 +80,5 @@ def _on_other_data(trained: Any, changed: Any) -> Any:
             f"--data.classes is {asked}, and the numbers of the run are those of {name_list(known)}; leave it out."
         )
     if not known and changed.data != trained.data and (found := getattr(with_class_names(changed).data, "classes", ())):
-        tell(
-            f"The run kept no names of classes, so its numbers 0, 1, ... are taken for {name_list(found)}; check "
-            "their order."
-        )
+        tell(f"The run has no class names, so its labels 0, 1, ... are read as {name_list(found)}; check their order.")
     return changed

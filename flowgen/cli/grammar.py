@@ -1,6 +1,6 @@
 """The one grammar of all commands: `--group.field value` sets a field of the experiment, `--option value` an option.
 
-Fields of `sampling` and some common ones need no group, in any command. A hyphen and an underscore mean the same.
+Fields of `sampling` and some common ones need no group, in any command. Hyphens and underscores are equivalent.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ E = TypeVar("E", bound=Experiment)
 def apply_words(
     words: Sequence[str], experiment: E, options: Any = None, *, groups: tuple[str, ...] | None = None
 ) -> tuple[E, Any, set[str]]:
-    """Returns the experiment and the options with what words of a command line set, and the names that were set.
+    """Returns the experiment and the options with the values set on a command line, and the names that were set.
 
-    options: a dataclass, whose fields are the command's own options for this kind of experiment. groups: of the
+    options: a dataclass whose fields are the command's own options for this kind of experiment. groups: groups of the
     experiment that the command takes, or single fields, such as "codec.path"; None for all.
 
     Raises ValueError naming a word that is no field, a field that is set twice, or a value that does not fit.
@@ -72,7 +72,7 @@ def apply_words(
 
 
 def _overridden(options: Any, words: list[str]) -> Any:
-    """The options with what words set; errors name them as they are written."""
+    """The options with the values that words set; errors name them as written."""
     try:
         return override(options, words)
     except ValueError as error:
@@ -86,7 +86,7 @@ def load_experiment(options: argparse.Namespace, words: list[str]) -> Experiment
     path = config_path(options.config)
     try:
         experiment = load_config(path)
-    except Exception as error:  # The file is the user's program, which can raise anything.
+    except Exception as error:  # A config file is user code, which can raise anything.
         line = _line_of(str(path), error)
         if line is None:
             raise
@@ -96,9 +96,9 @@ def load_experiment(options: argparse.Namespace, words: list[str]) -> Experiment
 
 
 def _line_of(path: str, error: Exception) -> int | None:
-    """The line of a config file at which an error arose; None where the file is not to blame."""
+    """The line of a config file at which an error arose; None if the file is not to blame."""
     if isinstance(error, SyntaxError) and (error.filename in (path, None) or error.lineno is None):
-        return error.lineno or 1  # A NUL byte has no place.
+        return error.lineno or 1  # A NUL byte has no line number.
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
     return lines[-1] if lines else None
 
@@ -120,7 +120,7 @@ def short_names(experiment: Any) -> dict[str, str]:
 def options_help(title: str, options: Any, *, without: tuple[Any, ...] = (), group: str = "") -> str:
     """Returns a line for each field of a command's options or of a group of fields, under a title.
 
-    without: options whose fields stand elsewhere. group: that fields are named with.
+    without: options whose fields are listed elsewhere. group: prefix of the field names.
     """
     elsewhere = {setting.name for other in without for setting in settings(other)}
     chosen = [setting for setting in settings(options) if setting.name not in elsewhere]
@@ -130,7 +130,7 @@ def options_help(title: str, options: Any, *, without: tuple[Any, ...] = (), gro
 
 
 def _pairs(words: Sequence[str]) -> list[tuple[str, str | None]]:
-    """Names and values of words such as "--a 1" and "--a=1"; no value before another name or at the end."""
+    """Names and values of words such as "--a 1" and "--a=1"; None if another name or the end follows."""
     rest, pairs = list(words), []
     while rest:
         word = rest.pop(0)
@@ -180,7 +180,7 @@ def _unknown(word: str, experiment: Any, own: tuple[str, ...], groups: tuple[str
 
 
 def _check_parallel(began: Any, experiment: Any) -> None:
-    """Raises ValueError if fields of parallel plans were changed, and another plan decodes."""
+    """Raises ValueError if fields of parallel plans were changed for another plan."""
     before, now = (getattr(one, "sampling", None) for one in (began, experiment))
     changed = any(getattr(before, name, None) != getattr(now, name, None) for name in OF_PARALLEL_PLANS)
     if changed and getattr(now, "plan", None) not in PARALLEL_PLANS:

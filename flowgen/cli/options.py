@@ -1,4 +1,4 @@
-"""What several commands share: option values, the experiment that options describe, and where they print."""
+"""Shared by several commands: option parsers, help lines, a memory check and printing."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from typing import Any
 from flowgen.printable import printable
 from flowgen.settings import Setting, check
 
-HELP_COLUMN = 36  # from which on the help of a field is shown
+HELP_COLUMN = 36  # column at which the help of a field starts
 BYTES_OF_PARAMETER = 4
 MAX_MESSAGE = 4000  # letters
 
 
 def finite_number(text: str) -> float:
-    """Returns a finite number; argparse puts the option's name before what is wrong."""
+    """Returns a finite number; argparse puts the option's name before the error."""
     try:
         value = float(text)
     except ValueError:
@@ -54,7 +54,7 @@ def step_or_best(text: str) -> int | str:
 
 
 def described(setting: Setting) -> str:
-    """Returns a field as it is given to a command, with its help behind it as a comment of the shell."""
+    """Returns a field as written on a command line, followed by its help as a shell comment."""
     value = str(setting.value)
     quoted = f'"{value}"' if "'" in value and not set(value) & set('"$`\\') else shlex.quote(value)
     option = f"--{setting.name} {quoted}"
@@ -62,7 +62,7 @@ def described(setting: Setting) -> str:
 
 
 def num_parameters(flow: Any) -> int:
-    """Returns how many parameters a model has, without making them."""
+    """Returns how many parameters a model has, without allocating them."""
     import jax
 
     from flowgen.models import init
@@ -72,10 +72,10 @@ def num_parameters(flow: Any) -> int:
 
 
 def check_memory(parameters: int, *, copies: int) -> None:
-    """Raises ValueError where a model's parameters cannot be kept in this machine's memory, and warns where as many
-    copies of them cannot, as training keeps of parameters, moments and average.
+    """Raises ValueError if a model's parameters do not fit in this machine's memory, and warns if the copies that
+    training keeps (parameters, moments, average) do not.
 
-    Looks at CPUs alone: accelerators have memory of their own, of which several may share a model.
+    Checks CPUs only: accelerators have their own memory, and several may share a model.
     """
     import jax
 
@@ -94,14 +94,13 @@ def check_memory(parameters: int, *, copies: int) -> None:
 
 
 def say(line: str) -> None:
-    """Prints a line of the command's result, in which what controls a terminal is written out."""
+    """Prints a line of the command's result, with control characters escaped."""
     text, encoding = printable(line), getattr(sys.stdout, "encoding", None) or "utf-8"
     print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
 def as_sentence(message: object) -> str:
-    """Returns a message on one line, in which what controls a terminal is written out, and the middle of one without
-    end is left out."""
+    """Returns a message on one line, with control characters escaped and the middle of a very long one left out."""
     text = str(message)
     if len(text) > MAX_MESSAGE:
         text = f"{text[: MAX_MESSAGE // 2]} ... {text[-MAX_MESSAGE // 2 :]}"

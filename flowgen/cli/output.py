@@ -1,4 +1,4 @@
-"""The file that samples are written to: a picture, a video or arrays; and one file per sample beside it."""
+"""Where samples are written: an image, a video or arrays, and optionally one file per sample."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ KINDS = {2: "points", 4: "images", 5: "clips"}  # by the number of axes
 class Output:
     """Where samples go.
 
-    path: a picture, for clips also .gif or .mp4, or .npz. single: a new directory for one file per sample, or None.
+    path: an image, for clips also .gif or .mp4, or .npz. single: a new directory for one file per sample, or None.
 
     Example:
         output = Output(Path("samples.png"))
@@ -47,7 +47,7 @@ class Output:
         return self.path.suffix.lower() in VIDEO_SUFFIXES
 
     def check(self) -> None:
-        """Raises if the files cannot be written, or the suffix says nothing."""
+        """Raises if the files cannot be written, or the suffix is unknown."""
         check: Callable[[Path], Any] = check_image_path
         if self.is_arrays or self.is_video:
             check = check_writable if self.is_arrays else check_video_path
@@ -61,7 +61,7 @@ class Output:
             pillow()
 
     def check_fits(self, experiment: Experiment, options: DrawOptions) -> None:
-        """Raises ValueError if the samples of an experiment cannot be written as this."""
+        """Raises ValueError if the samples of an experiment cannot be written in this form."""
         is_clips = isinstance(experiment, VideoFlowExperiment)
         if self.is_video and not is_clips:
             raise ValueError(f"--out is {self.path}, a video, and this model draws none; use .png or .npz.")
@@ -73,7 +73,7 @@ class Output:
                 raise ValueError("--single writes images, and this model draws points; leave it out.")
         elif (not self.is_arrays or self.single) and experiment.drawn_channels not in DRAWABLE_CHANNELS:
             raise ValueError(
-                f"The model has {experiment.drawn_channels} channels, pictures 1 or 3; use only --out samples.npz."
+                f"The model has {experiment.drawn_channels} channels, images 1 or 3; use only --out samples.npz."
             )
 
     def write(self, experiment: Experiment, model: Any, variables: Any, samples: Samples, options: Any) -> None:

@@ -16,22 +16,22 @@ from flowgen.packages import missing
 def declare(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the command."""
     parser.add_argument("--checkpoint", required=True, help="directory of a run")
-    parser.add_argument("--step", type=step_or_best, help="checkpoint to take: a number, or best (default: the latest)")
-    parser.add_argument("--no-ema", action="store_true", help="take the trained parameters, not their average")
+    parser.add_argument("--step", type=step_or_best, help="checkpoint to use: a number, or best (default: the latest)")
+    parser.add_argument("--no-ema", action="store_true", help="use the trained parameters, not their average")
     parser.add_argument(
-        "--out", default="samples.png", help="picture to write, of clips also .gif or .mp4; or .npz with floats"
+        "--out", default="samples.png", help="image to write, for clips also .gif or .mp4; or .npz with floats"
     )
     parser.add_argument("--single", metavar="DIR", help="also write every sample there: as PNG, clips as GIF")
-    parser.add_argument("--prompt", action="append", help="text to draw; again for more, drawn in turn")
+    parser.add_argument("--prompt", action="append", help="text to draw; repeat for more, drawn in turn")
     parser.add_argument("--prompts", metavar="FILE", help="text file with one prompt per line")
     parser.epilog = (
-        "--autoencoder and --text-encoder say where these are, if not where the run says. info --checkpoint lists the "
+        "--autoencoder and --text-encoder override the paths that the run recorded. info --checkpoint lists the "
         "fields of a run with their values."
     )
 
 
 def fields_help() -> str:
-    """Returns what can be set for each kind of model."""
+    """Returns the help of the fields that each kind of model takes."""
     from flowgen.cli.grammar import options_help
     from flowgen.experiments import SamplingConfig, SolverConfig
     from flowgen.experiments.autoregressive import FlowDrawOptions
@@ -83,7 +83,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _with_prompts(experiment: Any, prompts: tuple[str, ...], given: set[str]) -> Any:
-    """The experiment with the prompts of the command line, each drawn once unless a number is given."""
+    """The experiment with the command line's prompts, each drawn once unless a number is given."""
     sampling = experiment.sampling
     if prompts:
         if not getattr(experiment.model, "text_dim", 0):
@@ -123,12 +123,12 @@ def _prompts(options: argparse.Namespace) -> tuple[str, ...]:
 
 
 def _progress_bar() -> Callable[[int, int], None]:
-    """What is told of decoded tokens, and draws a bar of those of each batch on standard error."""
+    """A progress callback that draws a bar of each batch's decoded tokens on standard error."""
     try:
         from tqdm import tqdm
     except ModuleNotFoundError as error:
         raise missing("--progress", "tqdm", otherwise="leave it out") from error
-    bars: list[Any] = []  # of the batch at hand, from when it is compiled until it is decoded
+    bars: list[Any] = []  # the current batch's bar, from compilation until it is decoded
 
     def progress(solved: int, total: int) -> None:
         if not bars:

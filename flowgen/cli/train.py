@@ -37,13 +37,13 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     from flowgen.experiments import fit
     from flowgen.training import Interrupted, Signals
 
-    # The second signal ends the program even where it compiles; whole checkpoints stay whole.
+    # The second signal ends the program even during compilation; complete checkpoints stay intact.
     with Signals(on_second=lambda number: os._exit(128 + number)) as signals:
         try:
             with signals.raising():
                 experiment = load_experiment(options, rest)
                 parameters = num_parameters(experiment.build())
-            # Of the parameters, their gradient, two moments, and the average.
+            # Copies: parameters, their gradient, two moments, and the average.
             check_memory(parameters, copies=4 + (experiment.optim.ema_decay > 0))
             say(f"{experiment.name}: {parameters:,} parameters, {experiment.train.steps} steps")
             if options.debug:

@@ -1,4 +1,4 @@
-"""Autoencoders between images or clips and latents, and codecs: what is frozen beside a flow of latents."""
+"""Autoencoders between images or clips and latents, and codecs: their frozen form for latent flows."""
 
 from flowgen.codecs.autoencoder import AUTOENCODER_PRESETS, Autoencoder, AutoencoderConfig
 from flowgen.codecs.codec import AutoencoderCodec, Codec, LatentNormalisation, PixelCodec

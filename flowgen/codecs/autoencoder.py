@@ -2,7 +2,8 @@
 
 With residual blocks r(x) = skip(x) + conv(silu(norm(conv(silu(norm(x)))))), the encoder is a convolution, at each level
 some blocks and, but for the last, a halving, then block, attention, block, and a convolution to mean and log variance.
-The decoder mirrors it, with one block more per level. Trained by flowgen or elsewhere, it is frozen beside a flow.
+The decoder mirrors it, with one more block per level. Trained by flowgen or elsewhere, it is frozen while a flow
+trains.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ LOG_VARIANCE_BOUNDS = (-30.0, 20.0)
 class AutoencoderConfig:
     """Shape of an autoencoder; the defaults are those of the published Stable Diffusion autoencoder.
 
-    channels: of the images.
-    latent_channels: of the latents.
+    channels: channels of the images.
+    latent_channels: channels of the latents.
     widths: channels of each level, multiples of num_groups; every level but the last halves the image.
-    layers_per_block: residual blocks of a level on the way down, one fewer than on the way up.
-    num_groups: of group norm.
-    attention: of all places to all, in the middle, one head.
-    dtype: of convolutions; norms, moments and images stay float32.
+    layers_per_block: residual blocks per level of the encoder, one fewer than in the decoder.
+    num_groups: groups of group norm.
+    attention: full single-head attention in the middle.
+    dtype: dtype of convolutions; norms, moments and images stay float32.
     remat: recompute blocks in the backward pass.
     """
 
@@ -120,7 +121,7 @@ class Encoder(nn.Module):
             for i in range(config.layers_per_block):
                 h, _ = block(width, name=f"down_{level}_{i}")(h)
             if level < len(widths) - 1:
-                # The published halving pads below and on the right alone.
+                # The published halving pads only below and on the right.
                 padding = ((0, 1), (0, 1))
                 h = conv(width, width, config.dtype, stride=2, padding=padding, name=f"halve_{level}")(h)
         h, _ = _middle(config)(h)
@@ -148,7 +149,7 @@ class Decoder(nn.Module):
 
 
 class Middle(nn.Module):
-    """Block, attention where there is any, block, at the lowest resolution, of images or of clips.
+    """Block, attention if any, block, at the lowest resolution, for images or clips.
 
     block: (width, name) -> layer. attention: name -> layer.
     """

@@ -1,7 +1,7 @@
-"""Layers of clips `b f rows columns c` that are causal in time, for clips run whole or in chunks in the order of time.
+"""Layers for clips `b f rows columns c` that are causal in time, to run clips whole or in chunks in time order.
 
-A layer maps (x, cache) to (y, next cache). `cache` is what the layer keeps of the frames before x, None if x begins
-the clip. A convolution of frame t sees frames t-2, t-1 and t, with zeros before the clip. The first frame is an image:
+A layer maps (x, cache) to (y, next cache). `cache` holds what the layer needs of earlier frames, None if x begins the
+clip. A convolution of frame t sees frames t-2, t-1 and t, with zeros before the clip. The first frame is an image:
 halving and doubling of time leave it alone.
 """
 
@@ -19,14 +19,14 @@ from flowgen.nn.convolution import Cache, clip_conv, conv
 from flowgen.nn.layers import RMSNorm, master_dtype
 
 Features = Float[Array, "b f rows columns c"]
-# What layers make of them, of as many frames, places and channels or of others.
+# Outputs of layers, possibly with other numbers of frames, positions and channels.
 NewFeatures = Float[Array, "b g new_rows new_columns d"]
 
 CHANNEL_NORM_EPS = 1e-12
 
 
 def chain(layers: Sequence[Callable[..., tuple[Array, Cache]]], h: Array, cache: Cache) -> tuple[Array, Cache]:
-    """Returns what layers make of h one after another, and their caches for the frames after it."""
+    """Returns the output of layers applied to h in turn, and their caches for later frames."""
     caches = [None] * len(layers) if cache is None else cache
     after = []
     for layer, mine in zip(layers, caches, strict=True):
@@ -38,10 +38,10 @@ def chain(layers: Sequence[Callable[..., tuple[Array, Cache]]], h: Array, cache:
 def convolve_clip(
     x: Features, cache: Cache, features: int, dtype: str, *, name: str, side: int = 3, zero: bool = False
 ) -> tuple[NewFeatures, Float[Array, "b 2 rows columns c"]]:
-    """Returns a convolution over the 3 frames ending at each frame of x, and the last two frames for what comes after.
+    """Returns a convolution over the 3 frames ending at each frame of x, and the last two frames for the next chunk.
 
-    It is made in the compact method that calls this. cache: the two frames before x; None at the
-    beginning of a clip, for zeros.
+    It is created in the compact method that calls this. cache: the two frames before x; None, for zeros, at the start
+    of a clip.
     """
     before = jnp.zeros_like(x, shape=(x.shape[0], 2, *x.shape[2:])) if cache is None else cache
     x = jnp.concatenate([before, x], axis=1)
@@ -49,15 +49,16 @@ def convolve_clip(
 
 
 def channel_norm(name: str) -> RMSNorm:
-    """Returns scale · √c x / |x| over the c channels of each place, in float32; |x| is at least 1e-12, as published."""
+    """Returns scale · √c x / |x| over the c channels of each position, in float32; |x| is at least 1e-12, as
+    published."""
     return RMSNorm("float32", epsilon=CHANNEL_NORM_EPS**2, offset=0.0, name=name)
 
 
 def average_down(x: Features, width: int, *, time: int, space: int, begins: bool) -> NewFeatures:
-    """Returns means over groups of the numbers in blocks of `time` frames and space × space places, `width` of them.
+    """Returns `width` group means of the values in blocks of `time` frames and space × space positions.
 
-    The numbers of a block are in the order channel, frame, row, column. Where x begins the clip, zeros before it fill
-    the first block up.
+    The values of a block are in the order channel, frame, row, column. If x begins the clip, leading zeros complete the
+    first block.
     """
     if begins:
         x = jnp.pad(x, ((0, 0), (time - 1, 0), (0, 0), (0, 0), (0, 0)))
@@ -66,9 +67,9 @@ def average_down(x: Features, width: int, *, time: int, space: int, begins: bool
 
 
 def copy_up(x: Features, width: int, *, time: int, space: int, begins: bool) -> NewFeatures:
-    """Returns blocks of `time` frames and space × space places that hold copies of the channels of x, `width` channels.
+    """Returns blocks of `time` frames and space × space positions with copies of x's channels, `width` channels.
 
-    The order in a block is that of `average_down`. Where x begins the clip, the first block is its last frame alone.
+    The order in a block is that of `average_down`. If x begins the clip, the first block is only its last frame.
     """
     x = repeat(x, "b f i j c -> b f i j (c g)", g=width * time * space**2 // x.shape[-1])
     x = rearrange(x, "b f i j (c r p q) -> b (f r) (i p) (j q) c", r=time, p=space, q=space)
@@ -99,19 +100,19 @@ class Head(nn.Module):
 
 
 class HalveSpace(nn.Module):
-    """Every second place along both sides, by a convolution of each frame."""
+    """Every second position along both sides, by a convolution of each frame."""
 
     dtype: str
 
     @nn.compact
     def __call__(self, x: Features, cache: Cache) -> tuple[NewFeatures, Cache]:
-        # The published halving pads below and on the right alone.
+        # The published halving pads only below and on the right.
         width = x.shape[-1]
         return conv(width, width, self.dtype, stride=2, padding=((0, 1), (0, 1)), name="conv")(x), ()
 
 
 class HalveTime(nn.Module):
-    """The first frame as it is, then convolutions of frames (0, 1, 2), (2, 3, 4), ..."""
+    """The first frame unchanged, then convolutions of frames (0, 1, 2), (2, 3, 4), ..."""
 
     dtype: str
 
@@ -124,7 +125,7 @@ class HalveTime(nn.Module):
 
 
 class DoubleTime(nn.Module):
-    """The first frame as it is, then two frames for each, by a causal convolution that never sees the first."""
+    """The first frame unchanged, then two frames for each, by a causal convolution that never sees the first."""
 
     dtype: str
 
@@ -137,7 +138,7 @@ class DoubleTime(nn.Module):
 
 
 class DoubleSpace(nn.Module):
-    """Every place twice along both sides, then a convolution of each frame."""
+    """Every position twice along both sides, then a convolution of each frame."""
 
     dtype: str
     width: int

@@ -1,4 +1,4 @@
-"""Codecs: what makes latents of images and images of latents, frozen while a flow is trained on the latents."""
+"""Codecs: frozen maps from images to latents and back, for flows trained on the latents."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from flowgen.nn.layers import patchify, unpatchify
 
 Images = Float[Array | np.ndarray, "b height width c"]
 Latents = Float[Array | np.ndarray, "b rows columns z"]
-# Of images or of clips.
+# A codec of images or of clips.
 AnyLatents = Float[Array | np.ndarray, "*b z"]
 
 
 @runtime_checkable
 class Codec(Protocol):
-    """Pictures in [-1, 1] to normalised latents, and back.
+    """Images in [-1, 1] to normalised latents, and back.
 
-    factor: pixels per latent along a side. channels: of latents. pixel_channels: of images.
+    factor: pixels per latent along a side. channels: latent channels. pixel_channels: image channels.
 
     Example:
         mean, std = codec.moments(images)
@@ -44,7 +44,7 @@ class Codec(Protocol):
     def pixel_channels(self) -> int: ...
 
     def moments(self, x: Images) -> tuple[Latents, Latents]:
-        """Returns mean and standard deviation of the latents of images."""
+        """Returns the mean and standard deviation of images' latents."""
         ...
 
     def decode(self, latents: Latents) -> Images:
@@ -56,7 +56,7 @@ class Codec(Protocol):
 
 @dataclass(frozen=True)
 class PixelCodec:
-    """Space-to-depth, a codec without a network: factor × factor pixels are the channels of a latent; std is 0.
+    """Space-to-depth, a codec without a network: factor × factor pixels become the channels of a latent; std is 0.
 
     Example:
         mean, std = PixelCodec(pixel_channels=1, factor=2).moments(images)  # `b height/2 width/2 4`
@@ -113,8 +113,8 @@ def _per_channel(values: ArrayLike, latents: AnyLatents) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class AutoencoderCodec:
-    """A frozen autoencoder with its variables, a codec of normalised latents; runs as many images at a time as memory
-    takes, in few compiled programs.
+    """A frozen autoencoder with its variables, as a codec of normalised latents; runs as many images at a time as
+    memory allows, with few compiled programs.
 
     Example:
         codec = AutoencoderCodec(autoencoder, params, LatentNormalisation(scale=0.18215))

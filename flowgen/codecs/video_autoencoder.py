@@ -1,9 +1,9 @@
 """Video autoencoders: clips to a Gaussian over latents and back, causal in time (Wan, arXiv 2503.20314, and Wan 2.2).
 
-The networks are those of `autoencoder` with convolutions that look back two frames. Some of their halvings are of time,
-too: 1 + k · stride frames are 1 + k latents, the first of them that of the first frame. A level that halves or doubles
-may have a shortcut without parameters around it, means of groups of numbers on the way down and copies on the way up.
-Layers take and return what they keep of earlier frames (`causal`), so a clip may be run whole or in chunks.
+The networks are those of `autoencoder` with convolutions that look back two frames. Some levels also halve time: 1 + k
+· stride frames become 1 + k latents, the first from the first frame alone. A level that halves or doubles may have a
+shortcut without parameters, group means in the encoder and copies in the decoder. Layers take and return caches of
+earlier frames (`causal`), so a clip may be run whole or in chunks.
 """
 
 from __future__ import annotations
@@ -49,15 +49,15 @@ Moments = tuple[Float[Array, "b f rows columns z"], Float[Array, "b f rows colum
 class VideoAutoencoderConfig:
     """Shape of a video autoencoder; the defaults are those of the published autoencoder of Wan 2.2 (5B).
 
-    channels: of the clips.
-    latent_channels: of the latents.
+    channels: channels of the clips.
+    latent_channels: channels of the latents.
     widths: channels of each level of the encoder; every level but the last halves the frame.
-    decoder_widths: channels of each level of the decoder, as many.
-    halve_time: which of those halvings are of time, too; one fewer than widths.
-    layers_per_block: residual blocks of a level on the way down, one fewer than on the way up.
-    patch_size: side of the squares of pixels that are the channels of the first level.
+    decoder_widths: channels of each level of the decoder, of the same number.
+    halve_time: which levels also halve time; one fewer than widths.
+    layers_per_block: residual blocks per level of the encoder, one fewer than in the decoder.
+    patch_size: side of the pixel squares that form the channels of the first level.
     shortcuts: around levels; without them a doubling also halves the channels, as in Wan 2.1.
-    dtype: of convolutions; norms, moments and frames stay float32.
+    dtype: dtype of convolutions; norms, moments and frames stay float32.
     remat: recompute blocks in the backward pass.
     """
 
@@ -91,7 +91,7 @@ class VideoAutoencoderConfig:
 
     @property
     def strides(self) -> tuple[tuple[int, int], ...]:
-        """What each level divides the frames and the sides by."""
+        """The divisors of frames and sides at each level."""
         return (*((2 if halve else 1, 2) for halve in self.halve_time), (1, 1))
 
     @property
@@ -101,7 +101,7 @@ class VideoAutoencoderConfig:
 
     @property
     def stride(self) -> int:
-        """Frames per latent after the first frame, which is a latent of its own."""
+        """Frames per latent after the first frame, which has its own latent."""
         return 2 ** sum(self.halve_time)
 
     @property
@@ -134,7 +134,7 @@ def _check_shortcuts(config: VideoAutoencoderConfig) -> None:
 
 
 def _strides_up(config: VideoAutoencoderConfig) -> tuple[tuple[int, int], ...]:
-    """What each level of the decoder multiplies frames and sides by: those of the level below it in the encoder."""
+    """The factors on frames and sides at each decoder level: those of the encoder level below it."""
     return ((1, 1), *config.strides[:-1])
 
 
@@ -164,7 +164,7 @@ def _check(config: VideoAutoencoderConfig, x: Any) -> None:
 class VideoAutoencoder(OnMeshes, nn.Module):
     """Encoder and decoder between clips `b frames height width c` in [-1, 1] and latents `b f rows columns z`.
 
-    Of 1 + k · stride frames come 1 + k latents; those of frame t depend on frames 0..t alone.
+    1 + k · stride frames give 1 + k latents; those of frame t depend only on frames 0..t.
 
     Example:
         mean, log_variance = VideoAutoencoder(config).apply(params, x, method="encode")
@@ -195,7 +195,7 @@ class VideoAutoencoder(OnMeshes, nn.Module):
         return self.decode_part(latents, None)[0]
 
     def encode_part(self, x: Clips, cache: Cache) -> tuple[Moments, Cache]:
-        """Returns `encode` of the next frames of clips, and the cache for those after them.
+        """Returns `encode` of the next frames of clips, and the cache for later ones.
 
         x: with cache None the first 1 + k · stride frames, else the next k · stride.
         """
@@ -208,7 +208,7 @@ class VideoAutoencoder(OnMeshes, nn.Module):
         return (mean, jnp.clip(log_variance, *LOG_VARIANCE_BOUNDS)), cache
 
     def decode_part(self, latents: Float[Array, "b f rows columns z"], cache: Cache) -> tuple[Clips, Cache]:
-        """Returns `decode` of the next latents of clips, and the cache for those after them."""
+        """Returns `decode` of the next latents of clips, and the cache for later ones."""
         check_floating("latents", latents)
         side = self.config.patch_size
         h, cache = self.decoder(self.post_quant_conv(latents), cache)
@@ -250,7 +250,7 @@ class Decoder(nn.Module):
 
 
 class Down(nn.Module):
-    """Blocks, and halving where this level halves, with a shortcut around them where the config has any."""
+    """Blocks, then halving if this level halves, with a shortcut around them if configured."""
 
     config: VideoAutoencoderConfig
     level: int
@@ -271,7 +271,7 @@ class Down(nn.Module):
 
 
 class Up(nn.Module):
-    """Blocks, and doubling where this level doubles, with a shortcut around them where the config has any."""
+    """Blocks, then doubling if this level doubles, with a shortcut around them if configured."""
 
     config: VideoAutoencoderConfig
     level: int
@@ -302,7 +302,7 @@ def _middle(config: VideoAutoencoderConfig) -> Middle:
 
 
 def encode_in_chunks(autoencoder: VideoAutoencoder, variables: PyTree, x: Clips) -> Moments:
-    """Returns `encode` of clips, by one frame and then `stride` frames at a time: the memory is that of one chunk.
+    """Returns `encode` of clips, first one frame and then `stride` frames at a time, with the memory of one chunk.
 
     Example:
         mean, log_variance = encode_in_chunks(autoencoder, params, x)
@@ -315,7 +315,7 @@ def encode_in_chunks(autoencoder: VideoAutoencoder, variables: PyTree, x: Clips)
 def decode_in_chunks(
     autoencoder: VideoAutoencoder, variables: PyTree, latents: Float[Array, "b f rows columns z"]
 ) -> Clips:
-    """Returns `decode` of latents, by one at a time: the memory is that of one chunk.
+    """Returns `decode` of latents, one at a time, with the memory of one chunk.
 
     Example:
         x = decode_in_chunks(autoencoder, params, latents)

@@ -1,4 +1,4 @@
-"""Codecs of clips: what makes latents of clips and clips of latents, frozen while a flow is trained on the latents."""
+"""Video codecs: frozen maps from clips to latents and back, for flows trained on the latents."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ ClipLatents = Float[Array | np.ndarray, "b f rows columns z"]
 class ClipCodec(Protocol):
     """Clips in [-1, 1] to normalised latents, and back; 1 + k · stride frames are 1 + k latent ones.
 
-    factor: pixels per latent along a side. stride: frames per latent after the first frame. channels: of latents.
-    pixel_channels: of clips.
+    factor: pixels per latent along a side. stride: frames per latent after the first frame. channels: latent channels.
+    pixel_channels: channels of clips.
 
     Example:
         mean, std = codec.moments(clips)
@@ -59,7 +59,7 @@ class ClipCodec(Protocol):
 
 @dataclass(frozen=True)
 class FrameCodec:
-    """A codec of images for every frame of a clip on its own; stride 1.
+    """A codec that applies an image codec to each frame of a clip; stride 1.
 
     Example:
         codec = FrameCodec(PixelCodec(pixel_channels=1, factor=2))
@@ -91,7 +91,7 @@ class FrameCodec:
         return _clips(mean, len(x)), _clips(std, len(x))
 
     def decode(self, latents: ClipLatents) -> Clips:
-        """Returns the clips of latents, as a numpy array; clipped no more than the images of the codec are."""
+        """Returns the clips of latents, as a numpy array; clipped only if the image codec clips."""
         check_clip_latents(self, latents)
         return _clips(self.codec.decode(_frames(latents)), len(latents))
 
@@ -108,10 +108,10 @@ def _clips(x: Any, count: int) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class VideoAutoencoderCodec:
-    """A frozen video autoencoder with its variables, a codec of normalised latents.
+    """A frozen video autoencoder with its variables, as a codec of normalised latents.
 
-    temporal_scale: all latent frames but the first are multiplied by it, after normalisation. It runs as many clips at
-    a time as memory takes, and a clip that is too long for that in chunks.
+    temporal_scale: factor on all latent frames but the first, after normalisation. The codec runs as many clips at a
+    time as memory allows, and longer clips in chunks.
 
     Example:
         codec = VideoAutoencoderCodec(autoencoder, params, LatentNormalisation(scale=0.5), temporal_scale=0.6)
@@ -169,7 +169,7 @@ class VideoAutoencoderCodec:
         return scale
 
     def _plan(self, run: Callable[..., Any], frames: int, pixels: int) -> tuple[Callable[..., Any], int]:
-        """A function of parts of a batch of clips of so many frames of so many pixels, and how many it takes."""
+        """A function for parts of a batch of clips with this many frames and pixels, and the size of a part."""
         whole = frames * pixels <= backend.PIXELS_AT_ONCE
         together = frames if whole else min(frames, self.stride)
         return partial(run, self.autoencoder, whole, self.variables), samples_at_once(together * pixels)

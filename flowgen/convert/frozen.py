@@ -1,4 +1,4 @@
-"""Published frozen networks as flowgen's: AutoencoderKL as diffusers has it, T5 and BERT as transformers has them."""
+"""Published frozen networks as flowgen's: AutoencoderKL of diffusers, T5 and BERT of transformers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from flowgen.nn import init
 from flowgen.text import BertConfig, BertEncoder, T5Config, T5Encoder
 
 StateDict = Mapping[str, np.ndarray]
-# What Stable Diffusion's latents are multiplied by where the config does not say.
+# The factor of Stable Diffusion's latents if the config has none.
 SCALING_FACTOR = 0.18215
 
 
@@ -64,7 +64,7 @@ def autoencoder_kl(state_dict: StateDict, config: Mapping[str, Any]) -> tuple[Au
 
 
 def _with_joined(state_dict: StateDict, names: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """The tensors with the three projections of each attention as one, where all are there and alike."""
+    """The tensors with each attention's three projections fused, if all exist with equal shapes."""
     joined = dict(state_dict)
     for side in ("encoder", "decoder"):
         for kind in ("weight", "bias"):
@@ -190,8 +190,8 @@ def abstract(network: nn.Module) -> Any:
 
 
 def told(config: Mapping[str, Any], name: str, annotation: Any, *default: Any) -> Any:
-    """Returns what a published config says of a name, or the default; KeyError where it must say something, ValueError
-    where it is of another type.
+    """Returns a published config's value of a name, or the default; KeyError if it is required, ValueError if it has
+    another type.
 
     Example:
         width = told(config, "d_model", int)
@@ -200,7 +200,7 @@ def told(config: Mapping[str, Any], name: str, annotation: Any, *default: Any) -
 
 
 def refuse(config: Mapping[str, Any], kind: str | None, fixed: Mapping[str, Any]) -> None:
-    """Raises ValueError where the config is of another class, or has an option we do not build.
+    """Raises ValueError if the config is of another class, or has an option we do not build.
 
     Example:
         refuse(config, "AutoencoderKL", {"act_fn": "silu"})

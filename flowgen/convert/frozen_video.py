@@ -1,4 +1,4 @@
-"""Published video autoencoders as flowgen's: AutoencoderKLWan, of Wan 2.1 and 2.2, as diffusers has it."""
+"""Published video autoencoders as flowgen's: AutoencoderKLWan of diffusers, from Wan 2.1 and 2.2."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flowgen.convert.frozen import StateDict, abstract, refuse, told
 from flowgen.convert.mapping import Rule, fill
 from flowgen.convert.tables import conv, point
 
-# What the published class has where its config does not say.
+# The published class's defaults.
 _DEFAULTS: dict[str, tuple[Any, Any]] = {
     "base_dim": (int, 96),
     "decoder_base_dim": (int | None, None),
@@ -73,7 +73,7 @@ def video_autoencoder(state_dict: StateDict, config: Mapping[str, Any]) -> tuple
 
 
 def wan_normalisation(config: Mapping[str, Any]) -> LatentNormalisation:
-    """Returns (latents - latents_mean) / latents_std of a published config.json; ValueError where they do not fit it.
+    """Returns (latents - latents_mean) / latents_std of a published config.json; ValueError if they do not fit it.
 
     Example:
         normalisation = wan_normalisation(config)

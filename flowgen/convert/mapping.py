@@ -45,7 +45,7 @@ def transpose(x: np.ndarray) -> np.ndarray:
 
 
 class Requirement(NamedTuple):
-    """What a source tensor must be, in words and as a predicate.
+    """A requirement on a source tensor, in words and as a predicate.
 
     Example:
         ones = Requirement("all ones", lambda x: bool((x == 1).all()))
@@ -145,7 +145,7 @@ def fill(target: Any, state_dict: Mapping[str, np.ndarray], rules: Iterable[Rule
             return _nothing(leaf)
         ((rule, sources),) = found
         numbers = sum(state_dict[source].size for source in sources if source in state_dict)
-        # What a config asks for may be far more than the file has; then it is only said what is wrong.
+        # A config may require far more than the file has; then only the problems are reported.
         out = np.empty(leaf.shape, leaf.dtype) if numbers >= math.prod(leaf.shape) else _nothing(leaf)
         for index, source in enumerate(sources):
             part = out[index, ...] if rule.stacked else out
@@ -183,7 +183,7 @@ def _violation(x: np.ndarray, rule: Rule) -> str | None:
 
 
 def _place(out: np.ndarray, x: np.ndarray, rule: Rule) -> str | None:
-    """Writes one transformed tensor into its place, or returns what is wrong with it."""
+    """Writes one transformed tensor into its place, or returns its problem."""
     if not jnp.issubdtype(x.dtype, jnp.floating):
         return f"holds {x.dtype}, not floating-point numbers"
     try:

@@ -1,4 +1,4 @@
-"""Published checkpoints as flowgen models: what a file's shapes tell, and what they cannot."""
+"""Published checkpoints as flowgen models: settings read from a file's shapes, and those that must be given."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _FILE_NAME = re.compile(r".*?_?model_(\d+)_(\d+)_(\d+)_(\d+)_(\d+\.\d+|uniform)\
 
 
 class FileName(TypedDict):
-    """What the name of a published TARFlow file says of the model."""
+    """The settings in the name of a published TARFlow file."""
 
     patch_size: int
     width: int
@@ -37,7 +37,7 @@ class FileName(TypedDict):
 
 
 def parse_file_name(path: str | os.PathLike[str]) -> FileName | None:
-    """Returns what a published TARFlow file name says, or None where the name is of another form.
+    """Returns the settings in a published TARFlow file name, or None if the name has another form.
 
     Form: <data>_model_<patch>_<width>_<blocks>_<layers>_<σ>, with "uniform" for dequantisation (σ = 0 here).
 
@@ -182,7 +182,7 @@ def _count(state_dict: Mapping[str, np.ndarray], template: str) -> int:
 
 
 def unwrapped(state_dict: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-    """Returns the tensors without what data parallelism and compilation put before every name.
+    """Returns the tensors without the name prefixes of data parallelism and compilation.
 
     Example:
         state_dict = unwrapped(read_state_dict("model.pth"))

@@ -61,13 +61,13 @@ _DEFAULTS: dict[str, Any] = {
     "cond_noise_level": 0,
     "fps_cond": 0,
 }
-# What every model here has, every model of clips, and every one with a denoiser; and what makes another model.
+# Required of every model here, of every video model, and of every one with a denoiser; and options not supported.
 _REQUIRED = ("rope", "sos", "use_softplus", "use_final_norm")
 _REQUIRED_OF_CLIPS = ("temporal_causal", "shallow_block_local", "cond_top_only", "txt_size")
 _REQUIRED_OF_DENOISERS = ("conditional_denoiser", "denoiser_window", "noise_std", "cond_noise_level")
 _ONLY_OF_CLIPS = ("temporal_causal", "shallow_block_local", "learnable_self_denoiser", "fps_cond")
 _REFUSED = ("local_attn_window", "use_pretrained_lm")
-# Of training, data and sampling, or without effect in the published code.
+# Arguments of training, data and sampling, or without effect in the published code.
 _OTHER = """
     acc adaln batch_size caption_column cfg compile data dataset drop_image drop_label dry_run epoch_length
     epochs finetuned_vae fp8 fsdp fsdp_text_encoder grad_clip grad_skip gradient_checkpoint
@@ -103,7 +103,7 @@ _DENOISER_STEP = 0.3
 def read_arguments(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Returns the arguments of a published YAML, a list of single `name: value` under `arguments`, by name.
 
-    Raises FileNotFoundError where there is no such file, ValueError where it is no YAML of that form.
+    Raises FileNotFoundError if there is no such file, ValueError if it is no YAML of that form.
 
     Example:
         arguments = read_arguments("starflow_3B_t2i_256x256.yaml")
@@ -134,10 +134,10 @@ def starflow(
     Tensors are copied one by one from where the state dict has them, so `read_state_dict`'s views of a file need no
     memory beside the result.
 
-    arguments: those of the published YAML by name, in which the sides of pictures are in pixels where there is a
-    `vae`. A `text` that ends in ".vocab" means classes, fed as one-hot texts of one token. `vid_size`, frames and rate
-    as in '81:16', means a model of clips, a STARFlowV, with its denoiser where there is a `learnable_self_denoiser`.
-    The unused buffers `var`, `attn_mask` and `feat_rope.*` are dropped.
+    arguments: those of the published YAML by name, with image sides in pixels if there is a `vae`. A `text` that ends
+    in ".vocab" means classes, fed as one-hot texts of one token. `vid_size`, frames and rate as in '81:16', means a
+    video model, a STARFlowV, with its denoiser if there is a `learnable_self_denoiser`. The unused buffers `var`,
+    `attn_mask` and `feat_rope.*` are dropped.
 
     Raises:
         MappingError (a ValueError): tensors missing, unexpected, or of the wrong shape, all of them listed.
@@ -157,9 +157,7 @@ def starflow(
     try:
         config = _config(state_dict, known)
     except TypeError as error:
-        raise ValueError(
-            f"an argument has a value that cannot be ({error}); give those of the published YAML."
-        ) from error
+        raise ValueError(f"an argument has an invalid value ({error}); give those of the published YAML.") from error
     flow = config.build()
     shapes = jax.eval_shape(lambda key: init(flow, key), jax.random.key(0))
     target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), shapes)
@@ -178,12 +176,12 @@ def _rules(config: STARFlowConfig) -> tuple[Rule, ...]:
     gated = config.activation == "geglu"
     if not isinstance(config, STARFlowVConfig) or not config.denoiser_layers:
         return starflow_rules(gated=gated)
-    # Published, s answers x - 0.3 s; here t answers x - σ t, and t = s 0.3 / σ is -σ times the score.
+    # The published s denoises by x - 0.3 s, ours by x - σ t, so t = s 0.3 / σ, which is -σ times the score.
     return starflow_v_rules(gated=gated, denoiser_scale=_DENOISER_STEP / config.noise_std)
 
 
 def _known(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments that shape the model, with the published defaults; ValueError where one is not understood."""
+    """The arguments that shape the model, with the published defaults; ValueError if one is not understood."""
     for name, value in arguments.items():
         if name in _REFUSED and value not in (0, None):
             raise ValueError(f"{name} is {value!r:.80}; only models without can be imported.")
@@ -211,7 +209,7 @@ def _known(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_values(known: dict[str, Any]) -> None:
-    """Raises ValueError where an argument is of another type than its default, or of a size that cannot be."""
+    """Raises ValueError if an argument is of another type than its default, or of a size that cannot be."""
     for name, default in _DEFAULTS.items():
         value = known[name]
         if value is None and default is None:
@@ -272,7 +270,7 @@ def _config(state_dict: Mapping[str, np.ndarray], known: Mapping[str, Any]) -> S
 
 
 def _of_clips(known: Mapping[str, Any]) -> dict[str, int]:
-    """What the config of a flow of clips has beside that of one of images."""
+    """The config fields of a video flow beyond those of an image flow."""
     frames, _ = clip_size(known["vid_size"])
     shape = {"frames": 1 + (frames - 1) // _vae_factors(known["vae"])[1]}
     if not known["learnable_self_denoiser"]:
@@ -295,7 +293,7 @@ def _of_clips(known: Mapping[str, Any]) -> dict[str, int]:
 def clip_size(vid_size: str) -> tuple[int, int]:
     """Returns (frames, frames per second) of the published argument `vid_size`; of several rates the first.
 
-    Raises ValueError where it is no such text.
+    Raises ValueError if it is no such text.
 
     Example:
         clip_size("81:16")  # (81, 16)

@@ -150,7 +150,7 @@ def _dictionaries(value: dict[Any, Any]) -> list[tuple[str, Any]] | None:
 
 
 def _check_size(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Raises ValueError where a small file stands for much: many tensors of one storage, or strides of 0."""
+    """Raises ValueError if a small file stands for much: many tensors of one storage, or strides of 0."""
     described, size = sum(tensor.nbytes for tensor in tensors.values()), path.stat().st_size
     if described > _MAX_VIEWS * size:
         raise ValueError(

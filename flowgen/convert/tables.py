@@ -1,4 +1,4 @@
-"""Rules from the names of published checkpoints to flowgen's parameter trees."""
+"""Rules that map the tensor names of published checkpoints to flowgen's parameter trees."""
 
 from __future__ import annotations
 

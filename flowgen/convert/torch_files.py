@@ -26,7 +26,7 @@ _LEGACY_PROTOCOL = 1001
 _ANOTHER_BYTE_ORDER = "it was written on a big-endian machine; save it again on a little-endian one"
 _MAX_PICKLE = 1 << 26  # bytes
 
-# What reading bytes that are not what they should be is known to raise.
+# Errors that reading malformed bytes is known to raise.
 _DAMAGE = (Damage, struct.error, LookupError, TypeError, ValueError, OverflowError, MemoryError)
 
 
@@ -40,7 +40,7 @@ class TorchFile(NamedTuple):
 def open_torch(path: str | os.PathLike[str]) -> TorchFile:
     """Returns what `torch.save` wrote; tensors are read on demand, as read-only views of the file.
 
-    Checksums are verified where the file records them (the zip layout does, by default).
+    Checksums are verified if the file records them (the zip layout does, by default).
 
     Raises:
         ValueError: damaged or truncated, not written by torch.save, big-endian, or it names anything but

@@ -1,9 +1,8 @@
 """The pickles inside files of `torch.save`, read without torch, without pickle and without executing anything.
 
 A pickle is a program for a small stack machine. The machine here knows the instructions that `torch.save` writes, and
-the names that a dictionary of dense tensors needs; each name stands for a function of this file. What a program can
-cost is bounded: a number of instructions, keys that are quickly found, and no table that is larger than what was put
-into it.
+the names that a dictionary of dense tensors needs; each name stands for a function of this file. A program's cost is
+bounded: by a number of instructions, keys that are fast to look up, and no table larger than its contents.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ MAX_INSTRUCTIONS = 1 << 21
 # NumPy's arrays have at most as many axes.
 MAX_AXES = 64
 MAX_ARGUMENTS = 8
-# Whole numbers as keys are of optimizers, one for each parameter. Python finds texts by a hash that nobody foresees;
-# numbers can be chosen so that each is compared with all before it.
+# Integer keys come from optimizers, one for each parameter. Python hashes texts unpredictably; integers can be chosen
+# so that each collides with all earlier ones.
 MAX_NUMBER_KEYS = 1 << 14
 
 DTYPES = {
@@ -50,11 +49,11 @@ _STORAGES = {
 
 
 class Refusal(Exception):
-    """One clause that says why a file is not read."""
+    """One clause on why a file is refused."""
 
 
 class Damage(Exception):
-    """One clause that says what in a file cannot be."""
+    """One clause on how a file is malformed."""
 
 
 class Storage(NamedTuple):
@@ -96,7 +95,7 @@ class TensorUnpickler:
 
     storages: those that the tensors refer to, by key. position: where the last pickle ended.
 
-    Raises Refusal where a program asks for more than tensors need, Damage where it is none.
+    Raises Refusal if a program asks for more than tensors need, Damage if it is none.
 
     Example:
         saved = TensorUnpickler(content).load()
@@ -171,7 +170,7 @@ class TensorUnpickler:
         return value
 
     def since_mark(self) -> list[Any]:
-        """Returns and removes what was pushed since the last mark."""
+        """Pops and returns the values pushed since the last mark."""
         start = self.marks.pop()
         values = self.stack[start:]
         del self.stack[start:]
@@ -206,13 +205,13 @@ def _add(machine: TensorUnpickler, values: list[Any]) -> None:
     elif type(holder) is list:
         holder.extend(values)
     else:
-        raise Damage("its pickle adds values to what is no list")
+        raise Damage("its pickle adds values to something that is not a list")
 
 
 def _set(machine: TensorUnpickler, values: list[Any]) -> None:
     holder = machine.stack[-1]
     if type(holder) not in (dict, _Mapping) or len(values) % 2:
-        raise Damage("its pickle sets values of what is no dictionary")
+        raise Damage("its pickle sets items of something that is not a dictionary")
     for name, value in zip(values[::2], values[1::2], strict=True):
         holder[machine.key(name)] = value
 
@@ -256,12 +255,12 @@ def _build(machine: TensorUnpickler) -> None:
 def _persistent(machine: TensorUnpickler) -> Storage:
     reference = machine.stack.pop()
     if type(reference) is not tuple or len(reference) > MAX_ARGUMENTS:
-        raise Damage("its pickle refers to what is no storage")
+        raise Damage("its pickle refers to something that is not a storage")
     tag, kind, key, _, count, *view = reference
     if type(tag) is not str or tag != "storage" or type(key) is not str or any(part is not None for part in view):
         raise Refusal(f"its pickle refers to {_shown(tag)} in a way that torch.save no longer writes")
     if type(kind) is not _Name or kind.text not in _STORAGES:
-        raise Damage("its pickle has a storage of no known kind")
+        raise Damage("its pickle has a storage of an unknown kind")
     storage = Storage(key, _STORAGES[kind.text], _natural(count))
     if machine.storages.setdefault(key, storage) != storage:
         raise Refusal(f"its storage {_shown(key)} is described twice, differently")
@@ -275,7 +274,7 @@ def _natural(value: Any) -> int:
 
 
 def _shown(value: Any) -> str:
-    """A value of a foreign file as it may stand in a message: containers by their type, for they may hold anything."""
+    """An untrusted file's value for a message: containers by type, because they may hold anything."""
     if value is not None and type(value) not in (str, int, float, bool):
         return f"a {type(value).__name__}"
     text = repr(value[:80] if type(value) is str else value)

@@ -43,7 +43,7 @@ class Entry(NamedTuple):
 def read_entries(content: np.ndarray) -> dict[str, Entry]:
     """Returns the entries of a zip archive by name, none of which share bytes.
 
-    Raises Refusal where one is compressed, encrypted or truncated, or there are too many; Damage where the directory
+    Raises Refusal if one is compressed, encrypted or truncated, or there are too many; Damage if the directory
     contradicts itself or the file.
 
     Example:

@@ -1,4 +1,4 @@
-"""Pictures and points: datasets by name, stateless batches, and media files."""
+"""Images, clips and points: datasets by name, stateless batches, and media files."""
 
 from flowgen.data.classes import check_classes
 from flowgen.data.clips import ClipsConfig, load_clips

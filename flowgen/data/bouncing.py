@@ -13,7 +13,7 @@ from flowgen.data.named import read_digits
 
 @dataclasses.dataclass(frozen=True)
 class BouncingDigits:
-    """Clips of one digit each, made when asked for: clip i shows digit i mod n on a course of its own.
+    """Clips of one digit each, made on demand: clip i shows digit i mod n on its own course.
 
     The course is a straight line, at 0.6 to 1.4 sixteenths of the shorter side per frame and axis, folded back at the
     borders; digits between pixels are drawn by bilinear weights. Clips are the same in every NumPy version.
@@ -46,7 +46,7 @@ class BouncingDigits:
         return {"image": clips, "label": self.labels[indices % len(self.digits)]}
 
     def _courses(self, indices: Int[np.ndarray, " b"]) -> tuple[Float[np.ndarray, "b f"], Float[np.ndarray, "b f"]]:
-        """Where the upper left corners are, in pixels."""
+        """The upper left corners, in pixels."""
         raw = [
             np.random.Philox(np.random.SeedSequence(self.seed), counter=[index, 0, 0, 0]).random_raw(8)
             for index in indices.tolist()
@@ -74,7 +74,7 @@ def bouncing_digits(
 ) -> BouncingDigits:
     """Returns the clips of a split, of digits of half the shorter side, at least the 8 pixels that they have.
 
-    num: of all splits. Held out are eval_fraction of the digits, and as many of the clips.
+    num: clips of all splits. eval_fraction of the digits are held out, and the same share of the clips.
 
     Example:
         dataset = bouncing_digits(1000, 0.1, frames=8, image_size=(16, 16), channels=1, split="train")

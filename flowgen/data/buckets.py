@@ -1,4 +1,4 @@
-"""Pictures of several shapes: a dataset for each, and batches of one shape at a time."""
+"""Images of several shapes: a dataset for each, and batches of one shape at a time."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from jaxtyping import Int
 from flowgen.data.dataset import Batch, Dataset, permutation
 from flowgen.data.loader import Loader
 
-_SCHEDULE = 2  # The purpose of the random stream, beside those of the loader.
+_SCHEDULE = 2  # Purpose of the random stream, distinct from the loader's.
 
 
 @dataclasses.dataclass(frozen=True)
 class BucketedDataset:
-    """Sources of different shapes and the same classes, one per bucket; shapes are not mixed in a batch.
+    """Datasets of different shapes with the same classes, one per bucket; a batch has one shape.
 
-    shares: samples of each bucket in a pass over the data; None is all of them, so that every sample comes equally
+    shares: samples of each bucket per pass over the data; None is all of them, so that every sample is used equally
     often.
 
     Example:
@@ -52,8 +52,8 @@ class BucketedDataset:
 class BucketLoader:
     """Training batches of one bucket each, in an order fixed by the seed, without state, as in `Loader`.
 
-    In every pass over the data each bucket comes as often as its share holds whole batches, in random order; what is
-    left over carries into the next pass, so that in the long run every sample of a bucket comes equally often. All
+    In every pass over the data each bucket comes as often as its share holds full batches, in random order; the rest
+    carries over into the next pass, so that in the long run every sample of a bucket is used equally often. All
     processes take the same bucket at the same step.
 
     Example:
@@ -74,7 +74,7 @@ class BucketLoader:
         return self._loaders[bucket].batch(index)
 
     def place(self, step: int) -> tuple[int, int]:
-        """Returns the bucket of a step and how many batches of that bucket came before."""
+        """Returns the bucket of a step and the number of earlier batches from that bucket."""
         sizes = self.dataset.shares or tuple(len(bucket) for bucket in self.dataset.buckets)
         passed = _pass_of(step, sizes, self.batch_size)
         schedule = _schedule(self.seed, passed, sizes, self.batch_size)
@@ -103,7 +103,7 @@ def _before(passed: int, sizes: Sequence[int], batch_size: int) -> list[int]:
 
 
 def _pass_of(step: int, sizes: Sequence[int], batch_size: int) -> int:
-    """The pass over the data that a step belongs to, by bisection: batches before a pass grow with it."""
+    """The pass over the data that a step belongs to, by bisection: earlier batches increase with the pass."""
     low, high = 0, 1
     while sum(_before(high, sizes, batch_size)) <= step:
         low, high = high, 2 * high

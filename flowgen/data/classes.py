@@ -1,4 +1,4 @@
-"""Names of classes: labels of any data as the numbers that a run knows, by name."""
+"""Class names: mapping the labels of any data to a run's class numbers by name."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ T = TypeVar("T")
 
 @runtime_checkable
 class HasClasses(Protocol):
-    """What has labels into `class_names`."""
+    """Data with labels that index `class_names`."""
 
     @property
     def class_names(self) -> tuple[str, ...]: ...
 
 
 def checked_names(classes: object, field: str = "classes") -> tuple[str, ...]:
-    """Returns the names of classes as `composed` has them.
+    """Returns the class names in `composed` form.
 
-    Raises ValueError, which names the field, unless they are a tuple of different names.
+    Raises ValueError naming the field unless they are a tuple of distinct names.
 
     Example:
         checked_names(("cat", "dog"))  # ("cat", "dog")
@@ -44,7 +44,8 @@ def checked_names(classes: object, field: str = "classes") -> tuple[str, ...]:
 def tell_held_out(
     labels: Int[np.ndarray, " n"], kept: Int[np.ndarray, " m"], names: tuple[str, ...], what: str
 ) -> None:
-    """Warns of classes that are held out whole. kept: positions of the training split. what: they are, in sentences.
+    """Warns about classes that are entirely held out. kept: positions of the training split. what: the noun for
+    messages.
 
     Example:
         tell_held_out(np.array([0, 1, 1]), np.array([1, 2]), ("cat", "dog"), "pictures")  # all pictures of cat
@@ -54,12 +55,12 @@ def tell_held_out(
 
 
 def with_classes(found: T, classes: tuple[str, ...], where: str) -> T:
-    """Returns a dataclass of `labels` and `class_names` with its labels as numbers of `classes`, by name.
+    """Returns a dataclass with `labels` and `class_names`, its labels mapped by name to numbers of `classes`.
 
-    Itself, where `classes` is empty or it has no names. where: it is from, in sentences. A warning tells which classes
-    it does not have.
+    Returns it unchanged if `classes` is empty or it has no names. where: its origin, for messages. A warning names the
+    classes that it lacks.
 
-    Raises ValueError where it has a class that is not among `classes`.
+    Raises ValueError if it has a class that is not among `classes`.
 
     Example:
         dataset = with_classes(dataset, ("cat", "dog", "fox"), "data.path 'photos'")
@@ -81,7 +82,7 @@ def renumbered(labels: Int[np.ndarray, " n"], numbers: Int[np.ndarray, " found"]
 
 
 def class_numbers(found: tuple[str, ...], classes: tuple[str, ...], where: str) -> Int32[np.ndarray, " found"] | None:
-    """Returns the number in `classes` of each class found, None where there is nothing to map; else as `with_classes`.
+    """Returns the number in `classes` of each class found, None if there is nothing to map; else as `with_classes`.
 
     Example:
         class_numbers(("dog", "fox"), ("cat", "dog", "fox"), "data.path 'photos'")  # 1, 2
@@ -102,9 +103,9 @@ def class_numbers(found: tuple[str, ...], classes: tuple[str, ...], where: str) 
 
 
 def check_classes(dataset: HasClasses, num_classes: int) -> None:
-    """Raises ValueError where a model of `num_classes` (0 is unconditional) cannot take this dataset's labels.
+    """Raises ValueError if a model of `num_classes` (0 is unconditional) cannot take this dataset's labels.
 
-    A warning tells of classes of the model that the dataset does not have.
+    A warning names the model's classes that the dataset lacks.
 
     Example:
         check_classes(dataset, num_classes=10)
@@ -129,12 +130,12 @@ def check_classes(dataset: HasClasses, num_classes: int) -> None:
 
 
 def parse_classes(text: str, names: tuple[str, ...], num_classes: int) -> list[int]:
-    """Returns the numbers of the classes that `--classes` names, each by its name or, if no class has it, by a number.
+    """Returns the class numbers that `--classes` selects, each by name or, if no class has that name, by number.
 
-    text: names or numbers with commas between them; a name with a comma stands in double quotes. If names are numbers
-    themselves, such as "10", there are names alone, and -1 for unconditional.
+    text: names or numbers separated by commas; a name with a comma is double-quoted. If the names are numbers
+    themselves, such as "10", only names are accepted, and -1 for unconditional.
 
-    Raises ValueError if one is neither, with the names that there are.
+    Raises ValueError, with the known names, if one is neither.
 
     Example:
         parse_classes("dog,0", ("cat", "dog"), 2)  # [1, 0]

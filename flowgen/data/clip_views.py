@@ -1,4 +1,4 @@
-"""What a flow of clips is trained on beside whole clips: pictures, and clips without their beginning."""
+"""Views that a video flow trains on beside whole clips: images, and clips without their first frame."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from jaxtyping import Int
 from flowgen.data.clips import ClipDataset
 from flowgen.data.dataset import Batch, Dataset
 
-# What captions of clips without their beginning are told apart by, as published (arXiv 2511.20462).
+# Prefix of the captions of clips without their first frame, as published (arXiv 2511.20462).
 CONTINUED = "(extend) "
 
 
 @dataclasses.dataclass(frozen=True)
 class _View:
-    """Another dataset's samples, in the same order, with other frames."""
+    """Another dataset's samples, in the same order, with different frames."""
 
     dataset: Dataset
 
@@ -38,7 +38,7 @@ class _View:
 
 @dataclasses.dataclass(frozen=True)
 class StillClips(_View):
-    """Pictures as clips of one frame.
+    """Images as clips of one frame.
 
     Example:
         dataset = StillClips(load(DataConfig(), image_size=(16, 16), channels=1, split="train"))
@@ -55,7 +55,7 @@ class StillClips(_View):
 class ContinuedClips(_View):
     """Clips without their first frame, as the restarts of a long clip see them; captions say so.
 
-    Latents of such clips are those of the whole `dataset` without the first, which codecs treat unlike the others.
+    Their latents are those of the whole `dataset` without the first, which codecs treat differently.
 
     Example:
         dataset = ContinuedClips(load_clips(config, frames=8, image_size=(16, 16), channels=1, split="train"))

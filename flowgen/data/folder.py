@@ -1,4 +1,4 @@
-"""The user's own picture files: one class per sub-folder, or a flat folder without labels."""
+"""The user's own image files: one class per sub-folder, or a flat folder without labels."""
 
 from __future__ import annotations
 
@@ -29,23 +29,22 @@ _WHAT = ("picture", "pictures")
 def read_folder(
     config: DataConfig, *, image_size: tuple[int, int], channels: int, split: Split, multiple: int = 1
 ) -> Dataset | BucketedDataset:
-    """Returns one split of the pictures under `config.path`, resized to `image_size` and 1 or 3 channels.
+    """Returns one split of the images under `config.path`, resized to `image_size` and 1 or 3 channels.
 
-    First-level sub-folders that hold pictures, at any depth, are the classes; see `list_files` and `config.classes`.
-    Without them the pictures have label -1. The split is drawn over the file names before anything is decoded,
-    so an unreadable file never moves another from one split to the other; see `hold_out_files`. Pictures are decoded
-    once, unless they would need more than `config.in_memory_bytes`; then each batch is decoded when asked for.
-    A file `cat.txt` or `cat.png.txt` beside `cat.png` holds its caption; all pictures have one or none has.
-    A warning tells what was left out, and why.
-    With `config.aspects` each picture goes to the bucket of the nearest aspect ratio, whose sides are multiples of
-    `multiple`; the area is that of `image_size`.
+    First-level sub-folders that hold images, at any depth, are the classes; see `list_files` and `config.classes`.
+    Without them the images have label -1. The split is drawn over the file names before anything is decoded, so an
+    unreadable file never moves another between splits; see `hold_out_files`. Images are decoded once, unless they would
+    need more than `config.in_memory_bytes`; then each batch is decoded on demand. A file `cat.txt` or `cat.png.txt`
+    beside `cat.png` holds its caption; either all images have one or none. A warning says what was left out, and why.
+    With `config.aspects` each image goes to the bucket of the nearest aspect ratio, with sides that are multiples of
+    `multiple` and the area of `image_size`.
 
     Raises:
-        FileNotFoundError, NotADirectoryError: `config.path` is no folder.
+        FileNotFoundError, NotADirectoryError: `config.path` is not a folder.
         PermissionError: a folder in it cannot be read.
-        ValueError: no pictures, pictures beside class folders, a class that is not one of `config.classes`, channels
-            other than 1 or 3, captions of some pictures alone, or unreadable files where `config.on_corrupt` is
-            "refuse" (all are looked at; the first five are named).
+        ValueError: no images, images beside class folders, a class that is not one of `config.classes`, channels other
+        than 1 or 3, captions for only some images, or unreadable files if `config.on_corrupt` is "refuse" (all are
+        checked; the first five are named).
 
     Example:
         config = DataConfig("folder", path="photos")
@@ -107,7 +106,7 @@ def read_folder(
 
 
 def opened(path: str, suffixes: tuple[str, ...], what: str, classes: tuple[str, ...]) -> Listing:
-    """Returns the files of a folder with their labels as numbers of `classes`; warnings tell what is left out.
+    """Returns the files of a folder with their labels as numbers of `classes`; warnings say what is left out.
 
     Example:
         listing = opened("photos", (".png",), "pictures", ("cat", "dog"))
@@ -119,9 +118,9 @@ def opened(path: str, suffixes: tuple[str, ...], what: str, classes: tuple[str, 
 
 
 def read_captions(listing: Listing) -> tuple[str, ...]:
-    """Returns the captions of listed files, on one line each; empty where no file has one.
+    """Returns the captions of listed files, on one line each; empty if no file has one.
 
-    Raises ValueError where some files have captions and others none, or one is not UTF-8.
+    Raises ValueError if some files have captions and others none, or one is not UTF-8.
 
     Example:
         captions = read_captions(list_files("photos", (".png",), "pictures"))
@@ -146,10 +145,10 @@ def _caption(path: Path) -> str:
 
 
 class FolderDataset:
-    """Picture files decoded anew for every batch, by as many threads as there are cores.
+    """Image files decoded anew for every batch, with one thread per core.
 
-    With on_corrupt="skip" an unreadable file is named once in a warning and answered by the next readable one
-    of the same split, with that one's label: the answer depends on the position alone.
+    With on_corrupt="skip" a warning names an unreadable file once, and the next readable one of the same split replaces
+    it, with that one's label: the result depends only on the position.
 
     Example:
         dataset = FolderDataset(files, labels, class_names=("cat", "dog"), image_shape=(64, 64, 3))
@@ -187,15 +186,15 @@ class FolderDataset:
         return {"image": np.stack([image for _, image in answers]), "label": self.labels[positions]}
 
     def checked(self, *, may_be_empty: bool = False) -> FolderDataset:
-        """Returns itself, unless files may be left out and none can be read, which raises ValueError."""
+        """Returns itself; raises ValueError if files may be skipped and none can be read."""
         if not may_be_empty:
             self._reader.check_any()
         return self
 
     def decoded(self, *, may_be_empty: bool = False) -> ArrayDataset:
-        """Returns the same pictures in memory; unreadable files are refused all at once, or left out.
+        """Returns the same images in memory; unreadable files are refused all at once, or skipped.
 
-        may_be_empty: leave them out even where none is left.
+        may_be_empty: skip them even if none is left.
         """
         images = np.empty((len(self.files), *self.image_shape), np.uint8)
         kept = self._reader.read_all(images.__setitem__, may_be_empty=may_be_empty)
@@ -208,7 +207,7 @@ class FolderDataset:
 
 
 def _aspects(files: list[Path], on_corrupt: OnCorrupt, split: Split) -> list[str | None]:
-    """The nearest aspect of each picture, by its header alone; None for one that is left out for having none."""
+    """The nearest aspect of each image, from its header; None for one that is skipped as unreadable."""
     found: list[str | None] = [None] * len(files)
     reader = FileReader(lambda i: nearest_aspect(*picture_size(files[i])), files, on_corrupt, what=_WHAT, split=split)
     reader.read_all(found.__setitem__, may_be_empty=True)

@@ -1,4 +1,4 @@
-"""What is found in the data of a config: its classes before it is opened, and all the rest once it is."""
+"""What a config's data hold: the classes before opening them, and the rest afterwards."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ _BUILT_IN = {
     "real": (),
 }
 _BUILT_IN_SIZES = {"digits": ((8, 8),), "mnist": ((28, 28),)}
-# Files whose sizes are looked at; of videos fewer, which takes longer.
+# Files whose sizes are checked; fewer for videos, which take longer.
 _PICTURES_SIZED, _VIDEOS_SIZED = 32, 4
 
 Marks = Mapping[str, int | str]
 
 
 def found_classes(config: DataConfig | ClipsConfig) -> tuple[str, ...]:
-    """Returns the names of the classes in data, in the order of their labels, without opening pictures.
+    """Returns the class names in data, in the order of their labels, without opening images.
 
-    Raises as `load` and `load_clips` where the data cannot be read.
+    Raises as `load` and `load_clips` if the data cannot be read.
 
     Example:
         found_classes(DataConfig("folder", path="photos"))  # ("cat", "dog", "fox")
@@ -64,7 +64,7 @@ def take_inventory(
     train: Dataset | BucketedDataset,
     held_out: Dataset | BucketedDataset | None = None,
 ) -> Inventory:
-    """Returns what was found in data that were opened with a config. Latents of mirror images are not counted.
+    """Returns the inventory of data opened with a config. Latents of mirror images are not counted.
 
     Example:
         print(take_inventory(config, train, held_out).line())
@@ -101,27 +101,27 @@ def _listed(config: DataConfig | ClipsConfig) -> Listing:
 
 
 def _apart(dataset: Dataset | BucketedDataset) -> tuple[list[Any], list[Any]]:
-    """The pictures or whole clips of a dataset, and the pictures that are beside clips."""
+    """The images or whole clips of a dataset, and the images beside clips."""
     buckets: list[Any] = list(dataset.buckets) if isinstance(dataset, BucketedDataset) else [dataset]
     most = max(map(_frames, buckets))
     return [b for b in buckets if _frames(b) == most], [b for b in buckets if _frames(b) == 1 < most]
 
 
 def _at_most(dataset: Dataset | BucketedDataset) -> bool:
-    """Whether files that cannot be read are counted, for they are only met later."""
+    """Whether unreadable files are included in the counts, because they are only found later."""
     buckets = dataset.buckets if isinstance(dataset, BucketedDataset) else (dataset,)
     return any(isinstance(b, FolderDataset | VideoClips) and b.on_corrupt == "skip" for b in buckets)
 
 
 def _frames(dataset: Any) -> int:
-    """The frames of clips; 0 of pictures."""
+    """The frames of clips; 0 for images."""
     if isinstance(dataset, LatentDataset):
         return dataset.event_shape[0] if len(dataset.event_shape) > 3 else 0
     return getattr(dataset, "frames", 0)
 
 
 def _sizes(config: DataConfig | ClipsConfig, listing: Listing) -> tuple[tuple[int, int], ...]:
-    """(height, width) of some files, evenly spaced; those that cannot be read are passed over."""
+    """(height, width) of some files, evenly spaced; unreadable ones are skipped."""
     is_video = isinstance(config, ClipsConfig)
     most = min(_VIDEOS_SIZED if is_video else _PICTURES_SIZED, len(listing))
     files = [listing.root / listing.names[i] for i in np.linspace(0, len(listing) - 1, most).astype(int)]
@@ -137,7 +137,7 @@ def _sizes(config: DataConfig | ClipsConfig, listing: Listing) -> tuple[tuple[in
 
 
 def _marks(config: DataConfig | ClipsConfig, listing: Listing | None) -> tuple[Marks, Marks]:
-    """The files of both splits with marks of their content; a file that holds both is with the first."""
+    """The files of both splits with marks of their content; a file with data of both counts in the first."""
     if config.name == "npz":
         return npz_marks(config.path), {}
     if config.name == "encoded":
@@ -159,7 +159,7 @@ def _marks(config: DataConfig | ClipsConfig, listing: Listing | None) -> tuple[M
 
 
 def _file_sizes(listing: Listing) -> dict[str, int]:
-    """The bytes of each file; asked for at once, since a file system on a network answers late."""
+    """The bytes of each file, requested in parallel because network file systems are slow."""
     root = os.fspath(listing.root)
     with ThreadPoolExecutor(max_workers=32) as pool:
         sizes = pool.map(lambda name: os.path.getsize(os.path.join(root, name)), listing.names)

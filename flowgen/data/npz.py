@@ -1,4 +1,4 @@
-"""The user's own pictures as arrays in an .npz file."""
+"""The user's own images as arrays in an .npz file."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from flowgen.data.inventory import name_list, tell
 from flowgen.documents import ARRAY_DAMAGE
 
 _ARRAYS = ("images", "labels", "class_names")
-# Labels from here on must not be larger than there are pictures: they would be numbers of something else.
+# Labels from this value on must not exceed the number of images; they would not be class numbers.
 MOST_SPARSE = 1 << 16
 
 
 def read_npz(config: DataConfig, size: tuple[int, int]) -> ArrayDataset:
     """Returns the arrays `images` (uint8 `n h w` or `n h w c`) and, if present, `labels` (integers `n`).
 
-    Nothing is resized or converted, for arrays mean what they say, and other arrays are not read. -1 marks a picture
-    without label. An array `class_names` (texts) names the classes, which are then mapped by name; without it labels
-    are numbers of `config.classes`, or of classes that are called "0", "1" up to the largest label.
+    Nothing is resized or converted, and other arrays are not read. -1 marks an image without label. An array
+    `class_names` (texts) names the classes, which are then mapped by name; without it labels index `config.classes`, or
+    classes named "0", "1" up to the largest label.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: no .npz file, a missing array, or one of another type or shape than stated, or a label
-            that is not the number of a class.
+        ValueError: not an .npz file, a missing array or one of the wrong type or shape, or a label that is not a class
+        number.
 
     Example:
         np.savez("shapes.npz", images=images, labels=labels, class_names=["circle", "square"])
@@ -55,7 +55,7 @@ def read_npz(config: DataConfig, size: tuple[int, int]) -> ArrayDataset:
 
 
 def npz_classes(path: str) -> tuple[str, ...]:
-    """Returns the names of the classes in an .npz file, without reading its pictures. Raises as `read_npz`.
+    """Returns the class names in an .npz file, without reading its images. Raises as `read_npz`.
 
     Example:
         npz_classes("shapes.npz")  # ("circle", "square")
@@ -65,7 +65,7 @@ def npz_classes(path: str) -> tuple[str, ...]:
 
 
 def npz_marks(path: str) -> dict[str, int]:
-    """Returns the checksum of each array that is read of an .npz file, as the file says it.
+    """Returns the checksums stored in an .npz file of the arrays that are read.
 
     Example:
         npz_marks("shapes.npz")  # {"images.npy": 2774512934, "labels.npy": 1037565863}
@@ -75,7 +75,7 @@ def npz_marks(path: str) -> dict[str, int]:
 
 
 def _named_classes(path: Path, arrays: dict[str, np.ndarray], count: int | None) -> tuple[str, ...]:
-    """The names of the classes that labels are numbers of. count: of pictures, where it is known."""
+    """The class names that labels index. count: number of images, if known."""
     labels = arrays["labels"]
     _check_labels(path, labels, labels.size if count is None else count)
     largest = int(labels.max()) if labels.size else NO_LABEL
@@ -96,7 +96,7 @@ def _named_classes(path: Path, arrays: dict[str, np.ndarray], count: int | None)
 
 
 def _numbered(path: Path, count: int, classes: tuple[str, ...]) -> tuple[str, ...]:
-    """The classes of a run, whose numbers labels without names are taken for."""
+    """The classes of a run, which labels without names index."""
     if count > len(classes):
         raise ValueError(
             f"'labels' in data.path '{path}' contains {count - 1}, and data.classes has {len(classes)} names "
@@ -111,11 +111,11 @@ def _numbered(path: Path, count: int, classes: tuple[str, ...]) -> tuple[str, ..
 
 
 def _read_arrays(path: Path, names: tuple[str, ...]) -> tuple[dict[str, np.ndarray], list[str]]:
-    """The arrays of these names that a file has, and the names of all."""
+    """The requested arrays that a file has, and the names of all its arrays."""
     if not path.is_file():
         raise FileNotFoundError(f"data.path '{path}' is no file; give the path of an .npz file.")
     try:
-        # Zip alone: given anything else, np.load would try to unpickle it. It also leaks files that it opens.
+        # Only zip files: np.load would try to unpickle anything else. It also leaks files that it opens.
         with path.open("rb") as file, zipfile.ZipFile(file), np.load(file, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in names if name in arrays.files}, sorted(arrays.files)
     except (*ARRAY_DAMAGE, OSError) as error:

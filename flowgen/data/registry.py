@@ -34,12 +34,11 @@ _WITH_PATH = ("folder", "npz", "encoded")
 def load(
     config: DataConfig, *, image_size: ImageSize, channels: int, split: Split, multiple: int = 1
 ) -> Dataset | BucketedDataset:
-    """Returns the pictures of one split at the model's side, or (height, width), and channels.
+    """Returns the images of one split at the model's side, or (height, width), and channels.
 
-    Grey datasets give 3 channels by repetition. Colour gives 1 channel only from a folder, where Pillow
-    converts; elsewhere it is refused. Labels are numbers into `class_names`, which are `config.classes` where these are
-    given, or -1 without one. multiple: of the sides
-    of the buckets, where `config.aspects` asks for them.
+    Grey datasets give 3 channels by repetition. Colour gives 1 channel only from a folder, where Pillow converts;
+    elsewhere it is refused. Labels index `class_names`, which are `config.classes` if given, or are -1 for none.
+    multiple: divisor of the buckets' sides, if `config.aspects` is set.
 
     Raises:
         ValueError: the dataset cannot give this shape, or the split is empty, or a file is damaged.

@@ -1,4 +1,4 @@
-"""Files that cannot be read: all of them refused by name at once, or left out."""
+"""Unreadable files: all refused by name at once, or skipped."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _NAMED_IN_ERRORS = 5
 
 
 class Unreadable(ValueError):
-    """A file that cannot be decoded. named: the file and the reason, as they stand in a list of several."""
+    """A file that cannot be decoded. named: the file and the reason, in the form used in a list."""
 
     @property
     def named(self) -> str:
@@ -28,7 +28,7 @@ class Unreadable(ValueError):
 def tell_lost_classes(
     before: Int32[np.ndarray, " n"], after: Int32[np.ndarray, " m"], class_names: Sequence[str], sentence: str
 ) -> None:
-    """Warns of classes of which nothing is left. sentence: with {} for their names.
+    """Warns about classes with no samples left. sentence: with {} for their names.
 
     Example:
         tell_lost_classes(labels, labels[kept], names, "No picture is left of {}.")
@@ -38,11 +38,10 @@ def tell_lost_classes(
 
 
 class FileReader(Generic[T]):
-    """Reads what stands at a position of a list of files, and answers for those that raise Unreadable.
+    """Reads files by their position in a list, and handles those that raise Unreadable.
 
-    "refuse" raises a ValueError that names them; "skip" warns once of each file and leaves it out.
-    what: one and several of them, in sentences. split: that they belong to. replaces: another file may stand in for one
-    that is left out.
+    "refuse" raises a ValueError that names them; "skip" warns once about each file and leaves it out. what: singular
+    and plural noun for messages. split: the files' split. replaces: another file may replace a skipped one.
 
     Example:
         reader = FileReader(read, files, "skip", what=("picture", "pictures"), split="train")
@@ -62,11 +61,11 @@ class FileReader(Generic[T]):
         self._read, self._files, self._on_corrupt, self._what = read, files, on_corrupt, what
         self._split = split
         self._replaces = replaces
-        # Which files were warned about; it spares a second warning and changes no answer.
+        # Files already warned about; this avoids a second warning and changes no result.
         self._warned: set[Path] = set()
 
     def next_readable(self, position: int) -> tuple[int, T]:
-        """Returns what stands at a position, or the next that can be read, and where it stands."""
+        """Returns the position and content of the file at a position or of the next readable one."""
         failures: dict[Path, Unreadable] = {}
         for step in range(len(self._files)):
             candidate = (position + step) % len(self._files)
@@ -83,12 +82,12 @@ class FileReader(Generic[T]):
         raise self._refusal(failures)
 
     def check_any(self) -> None:
-        """Raises, if files may be left out, the sentence for none that can be read; reads the first that can."""
+        """Raises ValueError if files may be left out and none is readable; reads up to the first readable one."""
         if self._on_corrupt == "skip" and self._replaces:
             self.next_readable(0)
 
     def read_all(self, keep: Callable[[int, T], None], *, may_be_empty: bool = False) -> Int[np.ndarray, " kept"]:
-        """Calls `keep` with each position and what stands there, and returns the positions that can be read.
+        """Calls `keep` with each readable position and its content, and returns these positions.
 
         may_be_empty: leave files out even if none is left.
         """

@@ -1,4 +1,4 @@
-"""Which way up a picture is: turns by right angles and mirrors, and what EXIF says of them, however odd the rest is."""
+"""The orientation of images: right-angle turns and mirrors, read from EXIF even if the rest of it is malformed."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _INTEGERS = {1: "B", 3: "H", 4: "I", 6: "b", 8: "h", 9: "i"}
 _JPEG, _PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
 _EXIF = b"Exif\0\0"
 _TIFF = {b"II*\0": "<", b"MM\0*": ">"}
-# Tags of a TIFF that its pixels depend on, among them the orientation.
+# TIFF tags that affect its pixels, including the orientation.
 _TIFF_PIXELS = {
     *(254, 255, 256, 257, 258, 259, 262, 263, 266, 273, _ORIENTATION, 277, 278, 279, 284, 292, 293, 317, 320),
     *(322, 323, 324, 325, 330, 338, 339, 347, 512, 513, 514, 530, 531, 532),
 }
-# Chunks of a PNG that its pixels depend on.
+# PNG chunks that affect its pixels.
 _PNG_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 
 
@@ -51,7 +51,7 @@ class Turn:
         return (width, height) if self.swap else (height, width)
 
 
-# By the numbers of EXIF, 1 to 8.
+# By EXIF number, 1 to 8.
 _TURNS = {
     1: Turn(),
     2: Turn(mirror_x=True),
@@ -65,7 +65,7 @@ _TURNS = {
 
 
 def exif_turn(exif: bytes) -> Turn:
-    """Returns the turn that an EXIF block asks for, by its tag 0x112 alone; none where it is missing or damaged.
+    """Returns the turn that an EXIF block states in its tag 0x112; none if it is missing or damaged.
 
     Example:
         turn = exif_turn(image.info.get("exif", b""))
@@ -88,9 +88,9 @@ def exif_turn(exif: bytes) -> Turn:
 
 
 def picture_turn(image: Image) -> Turn:
-    """Returns the turn that the metadata of an open picture ask for: EXIF, else what XMP says of the same tag.
+    """Returns the turn in the metadata of an open image: from EXIF, else from the same tag in XMP.
 
-    Pillow turns TIFF files by itself.
+    Pillow turns TIFF files itself.
 
     Example:
         turn = picture_turn(image)
@@ -98,7 +98,7 @@ def picture_turn(image: Image) -> Turn:
     if image.format == "TIFF":
         return Turn()
     if image.format == "PNG" and "exif" not in image.info:
-        image.load()  # EXIF may stand behind the pixels.
+        image.load()  # EXIF may follow the pixels.
     exif = image.info.get("exif", b"")
     # As ImageMagick writes EXIF into PNG: a name, a length, then hexadecimal digits, on lines.
     profile = str(image.info.get("Raw profile type exif", "")).split("\n", 3)[-1]
@@ -112,8 +112,8 @@ def picture_turn(image: Image) -> Turn:
 
 
 def without_metadata(content: bytes) -> tuple[bytes, Turn] | None:
-    """Returns a JPEG, PNG or TIFF file without anything that its pixels do not need, and the turn that its EXIF asked
-    for; None for other files.
+    """Returns a JPEG, PNG or TIFF file stripped to what its pixels need, and the turn that its EXIF states; None for
+    other files.
 
     Example:
         plain, turn = without_metadata(Path("cat.jpg").read_bytes())
@@ -141,7 +141,7 @@ def _plain_jpeg(content: bytes) -> tuple[bytes, bytes]:
         segment, at = content[at : at + 2 + length], at + 2 + length
         if marker == 0xE1 and segment[4:].startswith(_EXIF):
             exif = exif or segment[4:]
-        # JFIF (0xE0) and Adobe (0xEE) tell which colours the pixels are in; the rest of these are notes.
+        # JFIF (0xE0) and Adobe (0xEE) give the colour space; the other segments are notes.
         if not (0xE1 <= marker <= 0xEF or marker == 0xFE) or marker == 0xEE:
             kept.append(segment)
     return b"".join(kept) + content[at:], exif
@@ -161,7 +161,7 @@ def _plain_png(content: bytes) -> tuple[bytes, bytes]:
 
 
 def _plain_tiff(content: bytes, order: str) -> bytes:
-    """The file with its first directory alone, and in it the tags of pixels alone."""
+    """The file with only its first directory, and only the tags that affect its pixels."""
     if len(content) < 8 or (at := struct.unpack_from(f"{order}I", content, 4)[0]) + 2 > len(content):
         return content
     (count,) = struct.unpack_from(f"{order}H", content, at)

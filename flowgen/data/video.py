@@ -1,4 +1,4 @@
-"""Video files: clips out of them at a frame rate of one's own, and clips as files, by PyAV and Pillow."""
+"""Video files: reading clips at any frame rate, and writing them, with PyAV and Pillow."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from flowgen.data.upright import Turn
 from flowgen.data.video_frames import BT709, LIMITED_RANGE, frame_pixels, frame_turn, to_bt709
 from flowgen.data.video_streams import SAME_TIME, UnreadableVideo, av, last_end, opened, shown_frames
 
-VIDEO_SUFFIXES = (".mp4", ".gif")  # that are written
+VIDEO_SUFFIXES = (".mp4", ".gif")  # for writing
 READABLE = (
     *(".mp4", ".m4v", ".mov", ".3gp", ".mkv", ".webm", ".avi", ".gif"),
     *(".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".wmv", ".asf", ".flv", ".ogv"),
 )
-# Constant quality of H.264, near what the eye can tell.
+# Constant quality of H.264, close to visually lossless.
 _CRF = "16"
-# A file of so many bytes may have so many times more than bytes, of frames that are shown again and again.
+# A file may have this many more frames than bytes, because frames can be repeated.
 _TIMES = 1 << 16
 
 
 def video_length(path: str | os.PathLike[str]) -> tuple[float, float]:
-    """Returns seconds and frames per second of a video. Raises UnreadableVideo where the file is none.
+    """Returns the duration in seconds and the frame rate of a video. Raises UnreadableVideo if the file is not one.
 
-    It begins with its first key frame and ends with its last whole frame, whatever the file claims.
+    It begins with its first key frame and ends with its last complete frame, whatever the file claims.
 
     Example:
         seconds, fps = video_length("clip.mp4")
@@ -41,22 +41,21 @@ def video_length(path: str | os.PathLike[str]) -> tuple[float, float]:
 
 
 def video_size(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """Returns (height, width) of a video as it is shown. Raises UnreadableVideo where the file is none.
+    """Returns the displayed (height, width) of a video. Raises UnreadableVideo if the file is not one.
 
     Example:
         height, width = video_size("clip.mp4")
     """
-    frames = shown_frames(path)  # The file is open as long as this lives.
+    frames = shown_frames(path)  # This keeps the file open.
     (frame, _, _), video = next(frames)
     return frame_turn(frame).size(frame.height, max(1, round(frame.width * video.pixel_aspect)))
 
 
 def frame_times(path: str | os.PathLike[str], *, fps: float | int | None = None) -> Float[np.ndarray, " n"]:
-    """Returns the seconds at which `read_clip` finds frames in a video: i / fps for as long as it lasts, or with fps
-    None those of its own frames, read without decoding them. Second 0 is that of the first key frame.
+    """Returns the times in seconds at which `read_clip` finds frames: i / fps for the video's duration, or with fps
+    None those of its own frames, read without decoding. Second 0 is the first key frame.
 
-    Raises UnreadableVideo where the file is none, has lost its end, or says that it lasts longer than its bytes can
-    tell.
+    Raises UnreadableVideo if the file is not a video, has lost its end, or claims to last longer than its bytes allow.
 
     Example:
         starts = frame_times("clip.mp4", fps=8)[:-16]  # of clips of 17 frames
@@ -65,7 +64,7 @@ def frame_times(path: str | os.PathLike[str], *, fps: float | int | None = None)
         with opened(path) as video:
             return np.array([at for at, _ in video.whole_packets()])
     seconds = last_end(path)
-    # A quarter of a frame may be missing at the end, of which files that count milliseconds round off some.
+    # Up to a quarter of a frame may be missing at the end, since files that count milliseconds round.
     count = math.floor(seconds * fps + 0.25)
     if count > os.path.getsize(path) + _TIMES:
         reason = f"says that it lasts {seconds:.3g} seconds, at {fps:g} frames per second more than it can hold"
@@ -86,8 +85,8 @@ def read_clip(
     """Returns frames of a video at times start + i / fps seconds, the nearest before each, resized and cropped.
 
     fps: None takes every frame from `start` on, however long each is shown. Frames are turned upright, mirrored as the
-    file says, and their pixels made square. Raises UnreadableVideo where the file is none, damaged where it is read,
-    or ends before; see `frame_times`.
+    file says, and given square pixels. Raises UnreadableVideo if the file is not a video, is damaged in the part that
+    is read, or ends before; see `frame_times`.
 
     Example:
         clip = read_clip("clip.mp4", 17, (64, 64), 3, fps=8)
@@ -96,10 +95,11 @@ def read_clip(
     times: np.ndarray | None = None
     turn: Turn | None = None
     for (frame, at, until), video in shown_frames(path, start):
-        # As FFmpeg does, the first frame tells for all. One that was asked stays in memory until garbage is collected.
+        # As in FFmpeg, the first frame decides for all. A frame that was queried stays in memory until garbage
+        # collection.
         turn = frame_turn(frame) if turn is None else turn
         if fps is not None and times is None:
-            # Asked for up to half a frame late, against rounding of the frames' times.
+            # Up to half a frame late, to allow for rounded frame times.
             times = start + np.arange(frames) / fps + 0.5 / max(video.rate, fps)
         count = int(at > start - SAME_TIME if times is None else (times[len(out) :] < until).sum())
         if count:
@@ -116,8 +116,8 @@ def write_video(
 ) -> None:
     """Writes frames as H.264 in mp4, or as a GIF that repeats, by the suffix. The file appears whole or not at all.
 
-    mp4 needs even sides; an odd one is filled up by repeating the last line. Its colours are BT.709, and it says so.
-    GIF counts time in hundredths of a second.
+    mp4 needs even sides; an odd one is padded by repeating the last line. Its colours are BT.709, and tagged so. GIF
+    counts time in hundredths of a second.
 
     Raises:
         ValueError: unknown suffix, no frames, or a frame rate that is not positive.
@@ -152,7 +152,7 @@ def write_video(
 
 
 def check_video_path(path: str | os.PathLike[str]) -> None:
-    """Raises the sentence that `write_video` would raise for this path, before anything has been computed.
+    """Raises the error that `write_video` would raise for this path, before anything is computed.
 
     Example:
         check_video_path(arguments.out)
@@ -167,7 +167,7 @@ def check_video_path(path: str | os.PathLike[str]) -> None:
 def _upright(
     frame: Any, turn: Turn, aspect: float, size: tuple[int, int], channels: int, crop: Crop
 ) -> UInt8[np.ndarray, "height width c"]:
-    """A frame at a size, upright, its pixels made square."""
+    """A frame at a size, upright, with square pixels."""
     image = pillow().fromarray(np.ascontiguousarray(turn.apply(frame_pixels(frame, max(size)))))
     if channels == 1:
         image = image.convert("L")

@@ -1,4 +1,4 @@
-"""Pixels of decoded frames: upright, in the colours that a video names, and back for a video that is written."""
+"""Pixels of decoded frames: upright, in the video's colour space, and back for writing."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from flowgen.data.pictures import on_white
 from flowgen.data.upright import Turn
 from flowgen.data.video_streams import av
 
-# Numbers of colour spaces in FFmpeg's frames and, behind the colon, in its scaler.
+# Numbers of colour spaces in FFmpeg's frames and, after the colon, in its scaler.
 _SPACES = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9, 10: 9}
 BT709, _BT601 = 1, 5
 LIMITED_RANGE, _FULL_RANGE = 1, 2
-# Pixels of a frame beyond which it is shrunk before it is resized: more than 4096 x 2048.
+# Frames with more pixels than 4096 x 2048 are shrunk before they are resized.
 _LARGE = 1 << 23
 
 
@@ -34,13 +34,13 @@ def frame_turn(frame: Any) -> Turn:
 
 
 def frame_pixels(frame: Any, least: int | None = None) -> UInt8[np.ndarray, "height width 3"]:
-    """Returns the RGB pixels of a frame as they are stored, on white where they are transparent.
+    """Returns the RGB pixels of a frame as stored, composited on white.
 
-    least: of both sides; a frame beyond 4096 x 2048 is shrunk by a whole number to no less than twice this, which saves
-    most of its memory.
+    least: smallest needed (height, width); a frame beyond 4096 x 2048 is shrunk by a whole factor to no less than twice
+    this, which saves most of its memory.
 
-    The matrix between YCbCr and RGB is the one that the frame names; without a name it is BT.709 for high definition
-    (1280 x 577 and up) and BT.601 below, as players have it.
+    The matrix between YCbCr and RGB is the one that the frame names; if it names none, BT.709 for high definition (1280
+    x 577 and up) and BT.601 below, as in players.
     """
     high = frame.width >= 1280 or frame.height > 576
     full = frame.color_range == _FULL_RANGE or frame.format.name.startswith("yuvj")

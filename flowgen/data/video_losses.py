@@ -1,4 +1,4 @@
-"""What is missing from the bytes of a video, where its container and its decoder go on without a word."""
+"""Detects missing bytes of a video that its container and its decoder skip silently."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-# Containers whose packets stand one after the other, without an index that says where.
+# Containers with consecutive packets and no index of their positions.
 _IN_ORDER = ("matroska,webm", "flv")
-# A container and its codecs that have a frame at every tick of their rate.
+# A container and its codecs with a frame at every tick of their rate.
 _PROGRAMME, _STEADY = "mpeg", ("mpeg1video", "mpeg2video")
-# Bytes between two packets, such as their headers.
+# Bytes between two packets, such as headers.
 _BETWEEN = 128
-# Frames from one packet to the next, above which something is missing; time may be one frame off in programme streams.
+# More frames than this between packets mean a loss; time may be one frame off in programme streams.
 _JUMP, _JUMP_OF_PROGRAMME = 1.75, 2.75
-# Of a transport stream: the mark that its packets begin with, bytes of their heads, and those from one packet to the
-# next, with those that stand before the mark.
+# Transport streams: the sync byte of packets, header bytes, and bytes from one packet to the next, with those before
+# the sync byte.
 _TS, _SYNC, _TS_HEAD, _TS_STEPS = "mpegts", 0x47, 6, ((188, 0), (192, 4), (204, 0))
-_TS_MOST = 10  # From the beginning of a packet to the end of its head.
+_TS_MOST = 10  # From the start of a packet to the end of its header.
 
 
 class Losses:
-    """Watches the packets of a file, in their order in it, for what is missing between those of a video.
+    """Watches the packets of a file, in file order, for losses between those of a video.
 
-    Matroska and FLV: bytes that belong to no packet where time jumps. MPEG-TS: packets of 188 bytes that lack their
-    number or their mark. MPEG-PS: a jump in time, which it cannot have.
+    Matroska and FLV: bytes that belong to no packet at a jump in time. MPEG-TS: 188-byte packets without their number
+    or sync byte. MPEG-PS: a jump in time, which it does not allow.
 
     Example:
         losses = Losses(file, container, stream, rate)
@@ -42,13 +42,13 @@ class Losses:
         self.forget()
 
     def forget(self) -> None:
-        """Begins anew, as after a search."""
-        self._end, self._passed = 0, 0  # Of the last packet, and the most bytes since the last one of the video.
+        """Starts over, as after a seek."""
+        self._end, self._passed = 0, 0  # End of the last packet, and the largest gap since the video's last one.
         self._at: int | None = None
         self._before: Any = None
 
     def before(self, packet: Any) -> bool:
-        """Returns whether something is missing between the last packet of the video and this."""
+        """Returns whether something is missing between the last packet of the video and this one."""
         at = packet.pos
         if at is not None:
             if self._at is not None and at > self._at:
@@ -69,19 +69,19 @@ class Losses:
         return self._kind in _IN_ORDER and passed > _BETWEEN and self._frames_between(before, packet) > _JUMP
 
     def behind(self, end: float) -> bool:
-        """Returns whether something is missing behind the last packet. end: of its frames, as packets count seconds."""
+        """Returns whether something is missing after the last packet. end: end of its frames, in packet seconds."""
         if self._kind not in _IN_ORDER or self._at is None or (self._claimed - end) * self._rate < _JUMP:
             return False
-        # A file that was cut off ends within the next packet.
+        # A truncated file ends within the next packet.
         return os.fstat(self._file.fileno()).st_size - self._end > 2 * self._largest + _BETWEEN
 
     def _frames_between(self, before: Any, packet: Any) -> float:
-        """By how many frames of its rate a packet is later than another."""
+        """How many frames later a packet is than another."""
         stamps = (before.dts, packet.dts) if None not in (before.dts, packet.dts) else (before.pts, packet.pts)
         return 0.0 if None in stamps else float((stamps[1] - stamps[0]) * self._stream.time_base) * self._rate
 
     def _is_continuous(self, begin: int | None, end: int | None) -> bool:
-        """Whether the packets of a transport stream from one place to another follow each other."""
+        """Whether a transport stream's packets between two positions are consecutive."""
         if begin is None or end is None or end <= begin:
             return True
         stands = self._file.tell()
@@ -96,7 +96,7 @@ class Losses:
         if (heads[:, 0] != _SYNC).any():
             return False
         mine = heads[((heads[:, 1] & 0x1F) << 8 | heads[:, 2]) == self._stream.id]
-        # A field in which a packet may say that its number does not go on.
+        # A field by which a packet may declare that its number does not continue.
         if ((mine[:, 3] & 0x20 > 0) & (mine[:, 4] > 0) & (mine[:, 5] & 0x80 > 0)).any():
             return True
         numbers = mine[mine[:, 3] & 0x10 > 0, 3] & 0x0F

@@ -1,4 +1,4 @@
-"""Video files, opened so that they open no others; their whole packets, and frames with the times they are shown."""
+"""Video files, opened so that they open no others; their complete packets, and frames with their display times."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from flowgen.data.unreadable import Unreadable
 from flowgen.data.video_losses import Losses
 from flowgen.packages import need
 
-# FFmpeg's names of the containers that are read, and of nothing that names other files, such as lists and patterns.
+# FFmpeg's names of the containers that are read; none that refers to other files, such as lists and patterns.
 _CONTAINERS = "mov,matroska,avi,gif,mpeg,mpegts,mpegvideo,asf,flv,ogg"
-# Of one frame: 8192 x 4096.
+# Pixels of one frame: 8192 x 4096.
 _MOST_PIXELS = 1 << 25
-# Files are searched by when frames are decoded, which H.264 may do so many frames before they are shown.
+# Seeking goes by decoding time, which in H.264 may be this many frames before display.
 _REORDERED = 16
-# Seconds by which the time of a frame may be missed in arithmetic.
+# Seconds of rounding error in a frame's time.
 SAME_TIME = 1e-6
 _NO_PICTURES = ("has no pictures in it that can be decoded", "give a video")
 
@@ -44,7 +44,7 @@ class UnreadableVideo(Unreadable):
 
 
 class Shown(NamedTuple):
-    """A decoded frame, and from when until when it is shown, in seconds from the beginning of the video."""
+    """A decoded frame and its display interval, in seconds from the start of the video."""
 
     frame: Any
     at: float
@@ -52,7 +52,7 @@ class Shown(NamedTuple):
 
 
 class Packet(NamedTuple):
-    """A packet, and whether something is missing between it and the one before."""
+    """A packet, and whether something is missing between it and the previous one."""
 
     packet: Any
     follows_loss: bool
@@ -60,10 +60,10 @@ class Packet(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Video:
-    """An open file with a video stream, which begins at its first key frame: what comes before cannot be decoded.
+    """An open file with a video stream, which begins at its first key frame: earlier frames cannot be decoded.
 
-    start: of the stream, in seconds. rate: frames per second. counts_packets: it has no times of its own.
-    ahead: packets that were read when it was opened. losses: what is missing between packets.
+    start: start of the stream, in seconds. rate: frames per second. counts_packets: it has no time stamps. ahead:
+    packets read on opening. losses: detects losses between packets.
 
     Example:
         with opened("clip.mp4") as video: ...
@@ -80,7 +80,7 @@ class Video:
 
     @property
     def pixel_aspect(self) -> float:
-        """Width of a pixel over its height, as they are stored."""
+        """Width of a stored pixel over its height."""
         return float(self.stream.sample_aspect_ratio or 1)
 
     def time_of(self, part: Any) -> float:
@@ -88,23 +88,24 @@ class Video:
         return float(_stamp(part) * (part.time_base or self.stream.time_base)) - self.start
 
     def lasts(self, part: Any) -> float:
-        """Returns for how many seconds a packet or a frame is shown, which of most only the last one tells."""
+        """Returns the display duration of a packet or a frame in seconds, which most files state only for the last
+        one."""
         known = part.duration is not None and part.duration > 0
         return float(part.duration * (part.time_base or self.stream.time_base)) if known else 1 / self.rate
 
     def packets(self) -> Iterator[Packet]:
-        """Yields packets from where the container stands, also of frames that are decoded but not shown.
+        """Yields packets from the container's position on, including frames that are decoded but not shown.
 
-        A file that is cut off, or that its container loses track of, ends there.
+        It ends where a file is truncated or its container loses track.
         """
         yield from self.ahead
         self.ahead.clear()
         yield from _packets(self.container, self.stream, self.losses)
 
     def whole_packets(self) -> list[tuple[float, float]]:
-        """Returns from when until when the frames are shown whose packets are whole, from where the container stands.
+        """Returns the display intervals of frames with complete packets, from the container's position on.
 
-        What follows the first damage behind the last key frame is left out, for it cannot be decoded.
+        Frames after the first damage past the last key frame are left out, because they cannot be decoded.
         """
         found: list[tuple[float, float]] = []
         end = math.inf
@@ -121,9 +122,9 @@ class Video:
         return whole
 
     def seek(self, second: float) -> bool:
-        """Goes to a key frame before a second, if the file can be searched.
+        """Seeks to a key frame before a second, if the file is seekable.
 
-        Without times of their own, frames that are reordered can only be counted from the beginning.
+        Without time stamps, reordered frames can only be counted from the beginning.
         """
         if self.counts_packets and self.stream.codec_context.has_b_frames:
             return False
@@ -147,10 +148,9 @@ def av() -> Any:
 
 @contextlib.contextmanager
 def opened(path: str | os.PathLike[str]) -> Generator[Video]:
-    """Yields the video in a file. No other file is opened, whatever this one says.
+    """Yields the video in a file. No other file is opened, whatever this one refers to.
 
-    Raises UnreadableVideo: content of other containers than we list, no video in it, no frame rate, or frames beyond
-    8192 x 4096.
+    Raises UnreadableVideo: an unlisted container, no video, no frame rate, or frames beyond 8192 x 4096.
 
     Example:
         with opened("clip.mp4") as video: ...
@@ -160,7 +160,7 @@ def opened(path: str | os.PathLike[str]) -> Generator[Video]:
         rate = float(stream.average_rate or stream.base_rate or 0)
         if not 0 < rate < math.inf:
             raise UnreadableVideo(path, "does not say its frame rate", "convert it to mp4")
-        # Frames that are reordered in an AVI begin later than it says.
+        # Reordered frames in an AVI begin later than it states.
         counts_packets = container.format.name == "avi"
         losses = Losses(file, container, stream, rate)
         decodable = itertools.dropwhile(_leans, _packets(container, stream, losses))
@@ -177,7 +177,7 @@ def _container(path: str | os.PathLike[str]) -> Generator[tuple[Any, BinaryIO]]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no video '{path}'; give a file such as clip.mp4.")
     options = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "none"}
-    # FFmpeg gets no name, for it would guess protocols and patterns of files in it.
+    # FFmpeg gets no name, because it would interpret protocols and file patterns in it.
     with os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0)), "rb") as file:
         try:
             container = av().open(file, container_options=options, metadata_errors="replace")
@@ -189,7 +189,7 @@ def _container(path: str | os.PathLike[str]) -> Generator[tuple[Any, BinaryIO]]:
 
 
 def _stream(path: str | os.PathLike[str], container: Any) -> Any:
-    """The first video of a container that can be decoded, and is no cover of a piece of music."""
+    """The first decodable video of a container that is not cover art."""
     cover = av().stream.Disposition.attached_pic
     shown = (stream for stream in container.streams.video if not stream.disposition & cover)
     stream = next((stream for stream in shown if stream.codec_context is not None), None)
@@ -204,7 +204,7 @@ def _stream(path: str | os.PathLike[str], container: Any) -> Any:
 
 
 def _packets(container: Any, stream: Any, losses: Losses) -> Iterator[Packet]:
-    # PyAV raises an IndexError behind the last packet, if there was a stream that the header does not tell of.
+    # PyAV raises an IndexError after the last packet if there was a stream that the header does not list.
     with contextlib.suppress(av().FFmpegError, IndexError):
         for packet in container.demux(*losses.watched):
             follows_loss = bool(packet.size) and losses.before(packet)
@@ -213,7 +213,7 @@ def _packets(container: Any, stream: Any, losses: Losses) -> Iterator[Packet]:
 
 
 def _leans(packet: Packet) -> bool:
-    """Whether a packet leans on one before."""
+    """Whether a packet depends on an earlier one."""
     return not packet.packet.is_keyframe
 
 
@@ -226,16 +226,16 @@ def _has_time(part: Any) -> bool:
 
 
 def last_end(path: str | os.PathLike[str]) -> float:
-    """Returns the second at which the last whole frame of a video ends, by its packets, whatever the file claims."""
-    # What stands behind the last key frame tells it, and a search for the end leads there. MPEG-TS is searched to any
-    # packet: in the order of packets, the frame that is shown last may stand before others.
+    """Returns the time at which a video's last complete frame ends, from its packets, whatever the file claims."""
+    # The packets after the last key frame determine it, and a seek to the end leads there. MPEG-TS seeks to any packet:
+    # in packet order, the frame shown last may come before others.
     for searched in (True, False):
         with opened(path) as video:
             if searched:
                 claimed = video.container.duration
                 if not claimed or claimed < 0 or not video.seek(max(0.0, claimed / 1e6 - _REORDERED / video.rate)):
                     continue
-            # Of frames that are reordered, only the one that is shown last is known to last as long as its packet says.
+            # Of reordered frames, only the one shown last reliably has its packet's duration.
             whole = video.whole_packets()
             if whole and whole[-1][1] > 0:
                 return whole[-1][1]
@@ -243,14 +243,14 @@ def last_end(path: str | os.PathLike[str]) -> float:
 
 
 def shown_frames(path: str | os.PathLike[str], start: float | int = 0.0) -> Iterator[tuple[Shown, Video]]:
-    """Yields the frames of a video from one that is shown at second `start` on.
+    """Yields the frames of a video from the one shown at second `start` on.
 
-    Raises UnreadableVideo: damage in what is shown from `start` on, or no frame then.
+    Raises UnreadableVideo: damage in frames shown from `start` on, or no frame then.
 
     Example:
         for (frame, at, until), video in shown_frames("clip.mp4"): ...
     """
-    # Of files without an index, a search may end behind what it was for.
+    # Without an index, a seek may end past its target.
     for searched in (True, False):
         with opened(path) as video:
             begin = start - _REORDERED / video.rate if searched else 0
@@ -272,7 +272,7 @@ def _shown(video: Video, start: float | int) -> Iterator[Shown]:
     lost: list[float] = []
     last, tainted = None, False
     for frame, at in _decoded(video, lost):
-        # What is predicted from a damaged frame is damaged, too.
+        # Frames predicted from a damaged frame are damaged too.
         tainted = frame.is_corrupt or (tainted and not frame.key_frame)
         if last is not None:
             yield _whole(Shown(*last, at), video, lost, start)
@@ -285,16 +285,16 @@ def _shown(video: Video, start: float | int) -> Iterator[Shown]:
 
 
 def _decoded(video: Video, lost: list[float]) -> Iterator[tuple[Any, float]]:
-    """Yields frames and their times, and notes the times of packets that are damaged."""
+    """Yields frames and their times, and records the times of damaged packets."""
     waiting: list[float] = []
-    # What leans on frames before the first key frame cannot be decoded, even if some decoders give grey for it.
+    # Frames that depend on ones before the first key frame cannot be decoded, even if some decoders return grey.
     packets = itertools.dropwhile(_leans, video.packets())
     begin = repaired = before = -math.inf
     broken = False
 
     def timed(frames: list[Any]) -> Iterator[tuple[Any, float]]:
         for frame in frames:
-            # An AVI counts packets and knows no times: the frames, which come in order, have theirs in order.
+            # An AVI counts packets and has no time stamps; its frames come in order, and so do their times.
             if video.counts_packets and waiting:
                 yield frame, heapq.heappop(waiting)
             elif _has_time(frame) and video.time_of(frame) > begin - SAME_TIME:
@@ -321,7 +321,7 @@ def _decoded(video: Video, lost: list[float]) -> Iterator[tuple[Any, float]]:
             lost.append(at)
             broken = True
             waiting = sorted(time for time in waiting if time != at)
-        # Until a key frame, all leans on what is lost, and so do frames that come behind it to be shown before.
+        # Until a key frame everything depends on the loss, and so do frames that follow it but are shown before it.
         if broken or at < repaired:
             lost.append(at)
     with contextlib.suppress(av().FFmpegError, EOFError):

@@ -1,4 +1,4 @@
-"""One block of a flow as a decoder sees it: noise to tokens and back, under a condition and guidance."""
+"""One flow block for decoding: noise to tokens and back, under a condition and guidance."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from flowgen.nn.layers import master_dtype
 
 @dataclass(frozen=True)
 class BlockDecoder:
-    """One block with its variables, its condition and its guidance filled in.
+    """One block with its variables, condition and guidance bound.
 
-    cond: of both branches, the conditional one first, if guided; None for a block without a condition.
-    solved: called on the device with the number of tokens that a window has solved.
+    cond: the condition, of both branches if guided, the conditional one first; None for a block without one.
+    solved: called on the device with the number of tokens solved by a window.
     """
 
     config: BlockConfig
@@ -43,9 +43,9 @@ class BlockDecoder:
     def decode(
         self, z: Float[Array, "b n c"], plan: BlockPlan, context: Float[Array, "b m c"] | None = None
     ) -> tuple[Float[Array, "b n c"], Solution]:
-        """Returns the tokens of the noise z in raster order, and the report of the solver.
+        """Returns the tokens that z decodes to, in raster order, and the solver's report.
 
-        context: tokens that stand before those of z, for a block in raster order without passthrough tokens.
+        context: tokens that precede those of z, for a block in raster order without passthrough tokens.
         """
         config = self.config
         plan = Jacobi(window=1, tol=0.0) if isinstance(plan, Sequential) else plan
@@ -72,13 +72,13 @@ class BlockDecoder:
         return reorder(jnp.concatenate([u[:, :passthrough], z], axis=1), self.config.order).reshape(x.shape)
 
     def _solve(self, known: Float[Array, "b m c"], z: Float[Array, "b n c"], plan: Jacobi | SlidingWindow) -> Solution:
-        """The solution for the noise z of the tokens after those known, all in the block's order."""
+        """The solution for z, the noise of the tokens after the known ones, all in the block's order."""
         block, variables = decoding_block(self.config, self.variables)
-        batch, rows = len(known), known.shape[1] - block.num_passthrough  # Row t tells of the token after it.
+        batch, rows = len(known), known.shape[1] - block.num_passthrough  # Row t gives the next token's parameters.
         cold = self._inverse_temperature(batch)
 
         def empty_caches(length: int) -> tuple | None:
-            """Caches for `length` tokens more, with the prefix and the known tokens in them."""
+            """Caches with room for `length` more tokens, filled with the prefix and the known tokens."""
             branches = batch if cold is None else 2 * batch
             caches = block.apply(variables, branches, rows + length, self.cond, cold, method="prefill")
             if not rows:
@@ -114,14 +114,14 @@ class BlockDecoder:
         return shift, log_scale, caches
 
     def _inverse_temperature(self, batch: int) -> Float[Array, " branches"] | None:
-        """What attention logits are multiplied by in both branches; None without guidance."""
+        """The factors on attention logits in both branches; None without guidance."""
         if self.guidance is None:
             return None
         dtype = master_dtype(self.config.transformer.dtype)
         return jnp.where(jnp.arange(2 * batch) < batch, 1.0, 1.0 / self.guidance.temperature).astype(dtype)
 
     def _previous_frame(self, known: Float[Array, "b m c"]) -> PreviousFrame | None:
-        """The last frame of the known tokens, in blocks over several frames."""
+        """The last frame of the known tokens; None for blocks of one frame."""
         positions = self.config.positions
         if positions is None or positions.frames == 1:
             return None
@@ -140,7 +140,7 @@ def block_decoder(
     null: TextCondition | None,
     solved: Callable[[Array], None],
 ) -> BlockDecoder:
-    """Returns the decoder of a block. null: the text of the unconditional branch of guidance, for a flow of texts."""
+    """Returns the decoder of a block. null: the text of guidance's unconditional branch, for a text flow."""
     cond = cond if config.is_conditional else None
     if guidance is not None and cond is not None:
         cond = jax.tree.map(lambda *parts: jnp.concatenate(parts), cond, unconditional(cond, null))

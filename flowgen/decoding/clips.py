@@ -22,7 +22,7 @@ from flowgen.flows.starflow_v import STARFlowVConfig
 from flowgen.guidance import Guidance
 from flowgen.nn.layers import master_dtype
 
-CONTEXT = 0.75  # of the frames of a clip: 16 of 21, as published
+CONTEXT = 0.75  # share of a clip's frames: 16 of 21, as published
 
 
 def sample_clips(
@@ -44,21 +44,21 @@ def sample_clips(
     certify: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> DecodeResult:
-    """Returns `num` clips `b frames height width c` of any length from a `STARFlowV`, behind the frames that are given.
+    """Returns `num` clips `b frames height width c` of any length from a `STARFlowV`, after any given frames.
 
-    frames: of a clip; None is as many as the flow models, F. given: the first frames as the flow models them, with
-    noise; they come back as they are, before denoising. context: frames that a restart begins with, where there are
-    more than F; None is 3/4 of F, rounded. restart_cond: what the frames of restarts are conditioned on instead of
-    cond, such as the texts that clips without their first frame had in training.
-    denoise: as for `sample`; the score is that of the density by which clips are decoded, with nothing given, and a
-    `Denoiser` gets all frames, still noisy.
-    plan, guidance, null, first: as for `sample`. The noise of a token depends on key, index of the clip and place of
-    the token alone, and that of the first F frames is `sample`'s: before denoising, which looks ahead, a longer clip
+    frames: frames per clip; None is the number that the flow models, F. given: the first frames, with the noise that
+    the flow models; they are returned unchanged, before denoising. context: frames that a restart begins with, if there
+    are more than F; None is 3/4 of F, rounded. restart_cond: the condition of restarts instead of cond, such as the
+    texts that clips without their first frame had in training.
+    denoise: as for `sample`; the score is that of the density that decoding follows if no frames are given, and a
+    `Denoiser` receives all frames, still noisy.
+    plan, guidance, null, first: as for `sample`. A token's noise depends only on the key, the clip's index and the
+    token's position, and the first F frames have `sample`'s noise: before denoising, which looks ahead, a longer clip
     begins with the shorter one.
-    progress: called on the host as progress(solved, total) whenever tokens of the deep block are solved, with how many
-    and how many there are of a clip in all; the program, compiled for each such function, does not wait for it.
-    The reports are those of `DecodeResult`: sweeps of the deep block clip after clip, the error of frames not given.
-    Raises ValueError as `sample` does, and where frames, given or context do not fit.
+    progress: called on the host as progress(solved, total) whenever the deep block solves tokens, with their number and
+    the total of a clip; the program, compiled for each such function, does not wait for it.
+    Reports are as in `DecodeResult`: the deep block's sweeps clip after clip, the error of the generated frames.
+    Raises ValueError as `sample` does, and if frames, given or context do not fit.
 
     Example:
         r = sample_clips(flow, params, jax.random.key(0), 2, texts, frames=41, given=noisy_first_frames)
@@ -108,7 +108,7 @@ def _layout(config: STARFlowVConfig, num: int, frames: int | None, given: Any, c
         total=total,
         clip=min(total, most),
         given=known,
-        # Without restarts the context says nothing, and one program serves them all.
+        # Without restarts the context has no effect, so that one program serves all its values.
         context=(default if context is None else context) if total > most else 0,
         tokens_per_frame=config.tokens_per_image,
     )

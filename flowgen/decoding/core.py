@@ -1,8 +1,8 @@
 """`decode`: the one compiled program behind `invert`, `sample` and `sample_clips`.
 
-Let u be what the last block makes of noise, segment by segment; the other blocks turn u into images, or into frames one
-by one. Given frames enter as their u, a forward pass of those blocks, and fill the last block's caches in one pass;
-decoding goes on behind them. With segments r of new frames behind their context, the density is
+Let u be the last block's output from noise, segment by segment; the other blocks map u to images, or to frames one by
+one. Given frames enter as their u, by a forward pass of those blocks, and fill the last block's caches in one pass;
+decoding continues after them. With segments r of new frames after their context, the density is
 
     p(u) = Π_r p(the new frames of r | their context),     log p(x) = log p(u) + log|det du/dx|
 """
@@ -31,7 +31,7 @@ from flowgen.nn.layers import master_dtype
 
 
 def decode(request: DecodeRequest) -> DecodeResult:
-    """Returns the images or clips of a request, and how they were decoded, divided over a mesh as their noise is.
+    """Returns the images or clips of a request and the decoding reports, sharded like their noise.
 
     Raises ValueError inside `jax.shard_map` with its checks.
     """
@@ -55,7 +55,7 @@ def _decode(request: DecodeRequest) -> DecodeResult:
     x = x if given is None else jnp.concatenate([given, x], axis=1)
     if request.certify:
         seen = u if request.guidance is not None else _enter_last_block(request, x)[0]
-        seen = jnp.concatenate([seen, u[:, seen.shape[1] :]], axis=1)  # What is beyond `total` has no frames.
+        seen = jnp.concatenate([seen, u[:, seen.shape[1] :]], axis=1)  # Frames beyond `total` are dropped.
         errors.append(_last_block_error(request, seen, noise))
     clean = _denoised(request, x)
     solutions = [*solutions, last]
@@ -82,7 +82,7 @@ def _noise(request: DecodeRequest) -> Float[Array, "b n c"]:
     later = jnp.arange(frames, max(layout.reached, frames))
 
     def of_sample(index):
-        key = jax.random.fold_in(keys.key, index)  # The parent, too, of the keys of later frames.
+        key = jax.random.fold_in(keys.key, index)  # Also the parent of the keys of later frames.
         first = jax.random.normal(key, (tokens, channels), master)
         rest = jax.vmap(lambda k: jax.random.normal(k, (per_frame, channels), master))(
             jax.vmap(partial(jax.random.fold_in, key))(later)
@@ -121,7 +121,7 @@ def _decoder(
 
 
 def _last_decoder(request: DecodeRequest, part: Segments) -> BlockDecoder:
-    """The decoder of the last block over some segments, under their condition."""
+    """The last block's decoder for some segments, under their condition."""
     layout, progress = request.layout, request.progress
     total = (layout.reached - layout.given) * layout.tokens_per_frame
 
@@ -138,7 +138,7 @@ def _last_decoder(request: DecodeRequest, part: Segments) -> BlockDecoder:
 def _decode_last_block(
     request: DecodeRequest, noise: Float[Array, "b n c"], known: Float[Array, "b m c"] | None
 ) -> tuple[Float[Array, "b n c"], Solution]:
-    """u of all frames reached, those known from the start included, and the report over all segments."""
+    """u of all decoded frames, including those known from the start, and the report over all segments."""
     layout, plan = request.layout, request.plan.blocks[-1]
     u, solutions = noise[:, :0] if known is None else known, []
     for part in layout.segments:
@@ -162,7 +162,7 @@ def _decode_last_block(
 def _decode_other_blocks(
     request: DecodeRequest, flow: Flow, u: Float[Array, "b n c"]
 ) -> tuple[Float[Array, "b n c"], list[Solution], list[Float[Array, " b"]]]:
-    """Tokens of images or frames, the report of each block, and its certificate if it may be guided."""
+    """Tokens of images or frames, each block's report, and its certificate if it may be guided."""
     solutions, errors = [], []
     for index in reversed(range(len(request.plan.blocks) - 1)):
         decoder = _decoder(request, flow, index, request.cond)
@@ -177,7 +177,7 @@ def _decode_other_blocks(
 def _last_block_error(
     request: DecodeRequest, u: Float[Array, "b n c"], noise: Float[Array, "b n c"]
 ) -> Float[Array, " b"]:
-    """Largest difference per sample between the noise that was decoded and that of the tokens it became."""
+    """Largest difference per sample between the decoded noise and the noise of the resulting tokens."""
     layout, errors = request.layout, []
     for part in layout.segments:
         decoder = _last_decoder(request, part)
@@ -200,7 +200,7 @@ def _denoised(request: DecodeRequest, x: Float[Array, "b *event"]) -> Float[Arra
 
 
 def _log_prob(request: DecodeRequest, x: Float[Array, "b *event"]) -> Float[Array, " b"]:
-    """log p(x | cond) in nats of images or clips that are decoded by this layout with no frames given."""
+    """log p(x | cond) in nats of images or clips decoded by this layout with no frames given."""
     layout, flow = request.layout._replace(given=0), request.flow.with_num_frames(request.layout.clip)
     index = len(request.plan.blocks) - 1
     block, variables = AutoregressiveBlock(flow.config.blocks[index]), block_parameters(request.params, index)

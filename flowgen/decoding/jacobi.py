@@ -1,4 +1,4 @@
-"""One solver for the inverse of an autoregressive block: windowed fixed-point sweeps behind a cache.
+"""The solver that inverts an autoregressive block: windowed fixed-point sweeps over a cache.
 
 The tokens of a block solve x_t = shift_t(x_<t) + exp(log_scale_t(x_<t)) · z_t. Windows of w tokens are solved
 one after another. w = 1 is sequential decoding; w = n is the Jacobi iteration of Song et al. 2021
@@ -17,17 +17,17 @@ from jaxtyping import Array, Bool, Float, Int
 from flowgen.decoding.plan import InitialGuess, Jacobi
 from flowgen.flows.affine import to_data
 
-# Iterates beyond this are treated as overflown: fed to the network as the limit (or 0 where NaN), so that what
-# is not yet solved cannot spoil what is. Data lives in [-1, 1].
+# Iterates beyond this are treated as overflown: fed to the network as the limit (or 0 for NaN), so that unsolved tokens
+# cannot spoil solved ones. Data lie in [-1, 1].
 OVERFLOW = 1e6
 
 
 class Conditioner(NamedTuple):
-    """What the solver asks of a block.
+    """What the solver needs from a block.
 
     window(previous, start, cache) -> (shift, log_scale, cache): parameters of the tokens after `previous`.
-    rewind(before, after) -> cache: from which the same window can be run again.
-    solved(count): told how many more tokens are solved, after each window.
+    rewind(before, after) -> cache: a cache from which the same window can run again.
+    solved(count): called after each window with the number of newly solved tokens.
     """
 
     window: Callable[[Array, Array, Any], tuple[Array, Array, Any]]
@@ -36,26 +36,26 @@ class Conditioner(NamedTuple):
 
 
 class PreviousFrame(NamedTuple):
-    """The last tokens before those to be solved, as many as a frame has, and how many of them there are."""
+    """The last frame's worth of tokens before those to be solved, and how many of them exist."""
 
     tokens: Float[Array, "b p c"]
     known: Int[Array, ""]
 
     def guess(self, noise: Float[Array, "b w c"]) -> Float[Array, "b w c"]:
-        """Returns for each of the next tokens that of one frame earlier, or a whole number of frames; else noise."""
+        """Returns for each next token the one a whole number of frames earlier, or its noise if there is none."""
         period = self.tokens.shape[1]
         place = jnp.arange(noise.shape[1]) % period
         return jnp.where((place >= period - self.known)[None, :, None], self.tokens[:, place], noise)
 
     def then(self, tokens: Float[Array, "b w c"]) -> PreviousFrame:
-        """Returns the last tokens once `tokens` are solved as well."""
+        """Returns the last tokens after `tokens` are solved too."""
         period = self.tokens.shape[1]
         last = jnp.concatenate([self.tokens, tokens], axis=1)[:, -period:]
         return PreviousFrame(last, jnp.minimum(self.known + tokens.shape[1], period))
 
 
 class Solution(NamedTuple):
-    """Solved tokens and how they were reached; see `DecodeResult` for the meaning of the reports."""
+    """Solved tokens and the solver's reports; see `DecodeResult` for their meaning."""
 
     x: Float[Array, "b n c"]
     sweeps: Int[Array, " windows"]
@@ -82,8 +82,8 @@ def solve(
 ) -> Solution:
     """Returns x with x_t = shift_t(x_<t) + exp(log_scale_t(x_<t)) · z_t for all n tokens.
 
-    first: what the network sees before the first token. empty_cache: length -> cache. previous_frame: the frame before
-    the first token, from which windows start if the plan says so.
+    first: the network's input before the first token. empty_cache: length -> cache. previous_frame: the frame before
+    the first token, the initial guess of windows if the plan says so.
     """
     batch, n, channels = z.shape
     window = min(plan.window or n, n)
@@ -123,7 +123,7 @@ def solve(
             overflows=jnp.zeros(batch, jnp.int32),
         )
         state = sweep(state) if max_sweeps == 1 else jax.lax.while_loop(unsolved, sweep, state)
-        # A sample that was still changing after as many sweeps as tokens is exact, whatever its last change was.
+        # After as many sweeps as tokens a sample is exact, whatever its last change was.
         exact = (state.count >= window) & ((state.residual > plan.tol) | (window == 1))
         broken = (overflown(state.out) & real).any(axis=(1, 2))
         residual = jnp.where(broken, jnp.inf, jnp.where(exact, 0, state.residual))
@@ -141,23 +141,23 @@ def solve(
 def first_guess(
     init: InitialGuess, noise: Float[Array, "b w c"], previous_frame: PreviousFrame | None
 ) -> Float[Array, "b w c"]:
-    """Returns what the first sweep over tokens of that noise starts from."""
+    """Returns the initial guess of the first sweep over tokens with that noise."""
     if init == "zeros":
         return jnp.zeros_like(noise)
     return noise if init == "noise" or previous_frame is None else previous_frame.guess(noise)
 
 
 def overflown(x: Array) -> Array:
-    """Returns where an iterate is not finite or beyond OVERFLOW."""
+    """Returns a mask of values that are not finite or beyond OVERFLOW."""
     return ~(jnp.abs(x) <= OVERFLOW)
 
 
 def bounded(x: Array) -> Array:
-    """Returns iterates as the network may see them."""
+    """Returns iterates bounded for the network's input."""
     return jnp.clip(jnp.nan_to_num(x, nan=0.0), -OVERFLOW, OVERFLOW)
 
 
 def _change(new: Array, old: Array, real: Array) -> Array:
-    """Largest change per sample among real tokens; infinite where an iterate overflowed."""
+    """Largest change per sample among real tokens; infinite if an iterate overflowed."""
     change = jnp.where(overflown(new), jnp.inf, jnp.abs(new - old))
     return jnp.where(real, change, 0).max(axis=(1, 2))

@@ -1,7 +1,7 @@
-"""`ClipLayout`: which frames of a clip are decoded behind which, as static numbers of frames.
+"""`ClipLayout`: how a clip's frames are split into segments for decoding, as static frame counts.
 
-The last block of a flow of clips sees F frames together. A longer clip is decoded by restarts: the last C frames begin
-a new clip of F frames, whose positions start at 0 again, and F - C more frames are decoded behind them, until there are
+The last block of a video flow sees F frames together. A longer clip is decoded by restarts: the last C frames begin a
+new clip of F frames, whose positions start at 0 again, and F - C more frames are decoded after them, until there are
 enough. An image is a clip of one frame.
 """
 
@@ -17,10 +17,10 @@ from jaxtyping import Array, Float, Int
 
 
 class Segments(NamedTuple):
-    """`count` equal stretches of frames that are decoded one after another, each new one behind its context.
+    """`count` equal segments of frames, decoded one after another, each after its context.
 
-    begin: the first frame of the first one, context included. context, new: frames of each. is_restart: whether they
-    are under the condition of restarts.
+    begin: the first frame of the first segment, context included. context, new: frames of each. is_restart: whether
+    they use the condition of restarts.
     """
 
     begin: int
@@ -31,10 +31,10 @@ class Segments(NamedTuple):
 
 
 class ClipLayout(NamedTuple):
-    """How a clip of `total` frames is decoded by a flow whose last block sees `clip` of them together.
+    """The decoding of a clip of `total` frames by a flow whose last block sees `clip` of them together.
 
     given: frames known from the start. context: frames that a restart begins with; 0 if there are none.
-    tokens_per_frame: of each frame.
+    tokens_per_frame: tokens of each frame.
     """
 
     total: int
@@ -45,13 +45,13 @@ class ClipLayout(NamedTuple):
 
     @property
     def reached(self) -> int:
-        """Frames that there are after the last restart, `total` or more."""
+        """Frames after the last restart, `total` or more."""
         last = self.segments[-1]
         return last.begin + last.context + last.count * last.new
 
     @property
     def segments(self) -> tuple[Segments, ...]:
-        """What is decoded in turn: the first clip unless it is given whole, then the restarts if any."""
+        """The segments in decoding order: the first clip unless it is fully given, then any restarts."""
         first = [Segments(0, self.given, self.clip - self.given, 1, False)] if self.given < self.clip else []
         begun, step = max(self.clip, self.given), self.clip - self.context
         if self.total <= begun:
@@ -61,7 +61,7 @@ class ClipLayout(NamedTuple):
 
     @property
     def places(self) -> Int[np.ndarray, " frames"]:
-        """The place of every frame in the clip that it is decoded in; 0 for given frames beyond the first clip."""
+        """The position of every frame in the clip it is decoded in; 0 for given frames beyond the first clip."""
         places = np.arange(self.reached) * (np.arange(self.reached) < self.clip)
         for part in self.segments:
             begin = part.begin + part.context
@@ -87,12 +87,12 @@ class ClipLayout(NamedTuple):
         return tokens[:, rows].swapaxes(0, 1)
 
     def in_a_row(self, new: Float[Array, "count b m c"]) -> Float[Array, "b n c"]:
-        """Returns what segments added as tokens one after another; the inverse of `new_tokens`."""
+        """Returns the tokens that segments added, in one row; the inverse of `new_tokens`."""
         return new.swapaxes(0, 1).reshape(new.shape[1], -1, new.shape[3])
 
 
 def scan_segments(step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, segments: Any) -> Any:
-    """Returns the results of `step` over segments as `lax.scan` does; a single segment takes no loop."""
+    """Returns the results of `step` over segments like `lax.scan`; a single segment runs without a loop."""
     if len(jax.tree.leaves(segments)[0]) == 1:
         _, result = step(carry, jax.tree.map(lambda leaf: leaf[0], segments))
         return jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], result)

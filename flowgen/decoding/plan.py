@@ -1,4 +1,4 @@
-"""How a flow is inverted: which tokens are solved together, and when a solution is good enough."""
+"""Decoding plans: which tokens are solved together, and when a solution is good enough."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from flowgen.settings.ranges import Count, NonNegative
 
 InitialGuess = Literal["noise", "zeros", "previous_frame"]
 
-# Rows (batch x branches x window) up to which one pass over an accelerator costs about as much as one row:
-# peak FLOP/s over memory bandwidth, 206 (H200) to 295 (H100), 166 to 560 (TPU v5p to v6e), in bf16.
+# Rows (batch x branches x window) up to which a pass on an accelerator costs about as much as one row: peak FLOP/s over
+# memory bandwidth, 206 (H200) to 295 (H100), 166 to 560 (TPU v5p to v6e), in bf16.
 FREE_ROWS = 256
 MIN_PARALLEL_WINDOW = 8
 AUTO_TOLERANCE = 1e-4
@@ -21,7 +21,7 @@ AUTO_TOLERANCE = 1e-4
 
 @config
 class Sequential:
-    """One token after another behind a cache: exact, one network pass per token.
+    """One token after another with a cache: exact, one network pass per token.
 
     Example:
         r = invert(flow, params, z, cond, plan=Sequential())
@@ -30,15 +30,15 @@ class Sequential:
 
 @config
 class Jacobi:
-    """Fixed-point sweeps over windows of tokens, in order, each behind the cache of those before it.
+    """Fixed-point sweeps over windows of tokens, in order, each with the cache of the earlier ones.
 
     In a window, x <- shift(x) + exp(log_scale(x)) · z is repeated until no token of a sample changes by more
-    than `tol` (max norm, data units); that sample then stays as it is. After k sweeps the first k tokens are
-    exact, so `max_sweeps=None` (the window's length) always ends at the exact solution.
+    than `tol` (max norm, data units); that sample is then frozen. After k sweeps the first k tokens are exact, so
+    `max_sweeps=None` (the window's length) always ends at the exact solution.
 
     window: tokens solved together; None is one window over all tokens, 1 equals `Sequential`.
-    init: what the first sweep starts from: the "noise" itself, "zeros", or in a block over several frames the tokens
-    of the "previous_frame", which in frame 0 and in blocks of one frame is the noise.
+    init: initial guess of the first sweep: the "noise" itself, "zeros", or in a block over several frames the tokens of
+    the "previous_frame"; frame 0 and blocks of one frame start from the noise.
 
     Example:
         r = invert(flow, params, z, cond, plan=Jacobi(window=32, tol=1e-4))
@@ -52,7 +52,7 @@ class Jacobi:
 
 @config
 class SlidingWindow:
-    """Sweeps over a window that slides on after every sweep by the tokens that are solved, at least one.
+    """Sweeps over a window that advances after every sweep by the solved tokens, at least one.
 
     Each sweep accepts the longest prefix of the window that no sample of the batch changed by more than `tol`, plus the
     next token (Song et al. 2021, arXiv 2002.03629). With tolerance 0 the solution is exact; otherwise each returned
@@ -93,9 +93,9 @@ def resolve_plan(plan: Plan | str, *, rows: Sequence[int]) -> DecodePlan:
 
     plan: a plan, or "sequential", "jacobi" or "auto". "auto" is sequential on a CPU, where the cost of a pass
     grows with its rows, and on accelerators Jacobi with the largest window that costs about as much as one
-    token: FREE_ROWS / rows; sequential again where that is short. rows: of one token in each block, data side first:
-    the batch, times 2 where guided, times the frames that a block maps one by one. On accelerators
-    the plan, and with it an image within its tolerance, depends on the batch; a plan of your own does not.
+    token, FREE_ROWS / rows; sequential if that is short. rows: rows per token in each block, data side first: the
+    batch, times 2 if guided, times the frames that a block maps one by one. On accelerators this plan, and so an image
+    within its tolerance, depends on the batch; an explicit plan does not.
 
     Example:
         plan = resolve_plan("auto", rows=(16, 16, 16, 32))

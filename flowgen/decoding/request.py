@@ -1,4 +1,4 @@
-"""`DecodeRequest`: what is decoded and how, as one checked value that a compiled program takes."""
+"""`DecodeRequest`: what to decode and how, as one checked argument of a compiled program."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from flowgen.guidance import Guidance
 
 
 class DecodeResult(NamedTuple):
-    """Images or clips, and how they were decoded.
+    """Images or clips, and the reports of decoding.
 
     x: images `b height width c` or clips `b frames height width c`, not clipped.
-    sweeps: network passes per block (data side first) and window; 0 where a block has fewer windows.
-    residual: largest change in the last sweep over all blocks and windows, max norm; 0 where exact by count.
+    sweeps: network passes per block (data side first) and window; 0 if a block has fewer windows.
+    residual: largest change in the last sweep over all blocks and windows, max norm; 0 if exact by count.
     overflows: iterates that were not finite or beyond 1e6 on the way. finite: whether x is finite.
     error: None, or with `certify` the largest |forward(x) - z| over tokens, before denoising. Under guidance, which
     has no forward pass, the largest such difference of any one guided block.
@@ -40,7 +40,7 @@ class DecodeResult(NamedTuple):
 
 
 class SampleKeys(NamedTuple):
-    """Noise that is drawn inside the program: sample i from fold_in(key, i), for every index i."""
+    """Noise drawn inside the program: sample i from fold_in(key, i), for every index i."""
 
     key: Key[Array, ""]
     indices: Int[Array, " b"]
@@ -70,12 +70,12 @@ class Denoiser:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class DecodeRequest:
-    """What is decoded and how. Its static fields are compiled in; the others may change from call to call.
+    """What to decode and how. Static fields are compiled in; the others may change from call to call.
 
-    noise: tokens in raster order, or the keys that they are drawn from. cond: of all samples. plan: one per block.
-    layout: which frames are decoded behind which; an image is one frame. restart_cond: what restarts are under instead
-    of cond. given: the first frames. guidance, with the blocks that it guides, and null, the text of its unconditional
-    branch. certify: whether the error is measured. denoise: what removes the noise of training from the result.
+    noise: tokens in raster order, or the keys to draw them from. cond: condition of all samples. plan: one per block.
+    layout: segments of frames; an image is one frame. restart_cond: condition of restarts instead of cond. given: the
+    first frames. guidance, with the blocks that it guides, and null, the text of its unconditional branch. certify:
+    whether to measure the error. denoise: removes the training noise from the result.
     progress: called on the host as progress(solved, total) after every window of the
     last block.
     """
@@ -128,7 +128,7 @@ def decode_request(
 
 
 def resolve_denoise(denoise: bool | float | Denoiser, noise_std: float) -> TweedieStep | Denoiser | None:
-    """Returns what removes noise of that standard deviation: None for strength 0, or if there is no noise."""
+    """Returns the denoising step for that noise standard deviation; None for strength 0 or without noise."""
     if isinstance(denoise, Denoiser):
         return denoise
     strength = float(denoise) if isinstance(denoise, bool | int | float | np.number) else -1.0
@@ -149,7 +149,7 @@ def _active(guidance: Guidance | None, cond: Condition | None, config: FlowConfi
     outside = [index for index in blocks if not 0 <= index < config.num_blocks]
     if outside:
         raise ValueError(f"guidance blocks name {outside[0]}; this flow has blocks 0..{config.num_blocks - 1}.")
-    if guidance.temperature == 1:  # then the two branches of a block without condition are the same
+    if guidance.temperature == 1:  # the two branches of a block without condition are then the same
         blocks = tuple(index for index in blocks if config.blocks[index].is_conditional)
     if not blocks:
         return None

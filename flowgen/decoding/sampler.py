@@ -30,12 +30,12 @@ def invert(
     null: TextCondition | None = None,
     certify: bool = False,
 ) -> DecodeResult:
-    """Returns the images whose `forward` is z, decoded by `plan` and steered by `guidance`.
+    """Returns the images whose `forward` is z, decoded by `plan` under `guidance`.
 
-    z: noise tokens in raster order, as `forward` gives them. null: the text of the unconditional branch of guidance,
-    one or `b`, for flows of texts. certify: run one forward pass on the result and report
-    the reconstruction error, guidance included. Raises ValueError if z, cond, plan or guidance does
-    not fit the flow. The scale and temperature of guidance can change without recompiling.
+    z: noise tokens in raster order, as `forward` returns them. null: the text of guidance's unconditional branch, one
+    or `b`, for text flows. certify: run one forward pass on the result and report the reconstruction error, guidance
+    included. Raises ValueError if z, cond, plan or guidance does not fit the flow. The scale and temperature of
+    guidance can change without recompiling.
 
     Example:
         r = invert(flow, params, z, cond, plan=Jacobi(window=32))
@@ -64,11 +64,11 @@ def sample(
     first: int = 0,
     certify: bool = False,
 ) -> DecodeResult:
-    """Returns `num` images drawn from the flow, with the noise it was trained under removed.
+    """Returns `num` images drawn from the flow, with the training noise removed.
 
     null: as for `invert`. denoise: one Tweedie step x + strength · σ² ∇ log p(x | cond), σ from the flow's config; a
     number is the strength; or a learned `Denoiser`.
-    first: index of the first image. Image i depends on (key, i) alone, so a job can be split into any batches.
+    first: index of the first image. Image i depends only on (key, i), so a job can be split into any batches.
     Raises ValueError as `invert` does, and if `num` is not positive.
 
     Example:

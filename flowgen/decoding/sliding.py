@@ -1,9 +1,9 @@
-"""A window that slides on by as many tokens as are solved (Song et al. 2021, arXiv 2002.03629).
+"""A window that advances by the tokens it has solved (Song et al. 2021, arXiv 2002.03629).
 
-A pass over the tokens t .. t+w-1 gives out from guess. With k the number of leading tokens that no sample changed by
-more than `tol`, these keep their guess, from which the cached keys behind them were computed; token t+k, all of whose
-inputs are then accepted, takes its new value, which is exact; and the window moves on by k+1. Later tokens that were in
-it already take their new values as the next guess. So every pass accepts a token at least.
+A pass over the tokens t .. t+w-1 maps guess to out. Let k be the number of leading tokens that no sample changed by
+more than `tol`. These keep their guess, from which later cached keys were computed. Token t+k, whose inputs are then
+all accepted, takes its new value, which is exact, and the window advances by k+1. The window's remaining tokens take
+their new values as the next guess. So every pass accepts at least one token.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from flowgen.flows.affine import to_data
 
 
 class _Pass(NamedTuple):
-    """tokens: what the network sees first, those that are accepted, and guesses of the others that it has reached."""
+    """tokens: the network's first input, the accepted tokens, and guesses of the others it has reached."""
 
     tokens: Float[Array, "b slots c"]
     start: Int[Array, ""]
@@ -39,9 +39,9 @@ def solve_sliding(
     plan: SlidingWindow,
     previous_frame: PreviousFrame | None = None,
 ) -> Solution:
-    """Returns x as `flowgen.decoding.jacobi.solve` does; `sweeps` is one number, all passes, at most n.
+    """Returns x as `flowgen.decoding.jacobi.solve` does; `sweeps` is one number, the total of passes, at most n.
 
-    The cache must be one whose slots are overwritten, so that a window may begin at any of them.
+    The cache's slots must be overwritable, so that a window may begin at any of them.
     """
     batch, n, _ = z.shape
     window = min(plan.window or n, n)
@@ -71,7 +71,7 @@ def solve_sliding(
         )
 
     def entered(tokens: Array, start: Array) -> Array:
-        """The tokens with first guesses behind the window, of which the next one takes as many as it needs."""
+        """The tokens, with initial guesses after the window, of which the next window takes as many as it needs."""
         end = start + window
         ahead = jax.lax.dynamic_slice_in_dim(noise, end, window, axis=1)
         before = None if previous_frame is None else frame_before_end(previous_frame, tokens, end)

@@ -1,4 +1,4 @@
-"""Features of pictures: those of a small classifier trained on the data themselves, so that nothing is downloaded."""
+"""Image features from a small classifier trained on the data itself, so that nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class _ConvNet(nn.Module):
 
 @dataclass(frozen=True)
 class Classifier:
-    """A trained classifier of pictures in [-1, 1].
+    """A trained classifier of images in [-1, 1].
 
     Example:
         classifier = train_classifier(dataset, jax.random.key(0))
@@ -57,7 +57,7 @@ class Classifier:
         return self._run(images, 0)
 
     def classes(self, images: Float[np.ndarray, "n height width c"]) -> Int[np.ndarray, " n"]:
-        """Returns the most probable class of each picture."""
+        """Returns the most probable class of each image."""
         return self._run(images, 1).argmax(axis=1)
 
     def _run(self, images, output):
@@ -67,9 +67,9 @@ class Classifier:
 
 
 def train_classifier(dataset: Dataset, key: Key[Array, ""], *, steps: int = 200) -> Classifier:
-    """Returns a classifier of the dataset's labels; pictures get noise in training, so that samples are not foreign.
+    """Returns a classifier of the dataset's labels; it trains on noisy images, so that samples are in its domain.
 
-    Raises ValueError where the dataset has no labels.
+    Raises ValueError if the dataset has no labels.
 
     Example:
         classifier = train_classifier(experiment.dataset("train"), jax.random.key(0))

@@ -19,7 +19,7 @@ from flowgen.data.media import from_uint8
 from flowgen.flows.batches import add_noise, batch_input, condition_of
 from flowgen.flows.density import LEVELS, bits_per_dim
 
-# The baseline Gaussian has independent pixels where its covariance would be too large, or fit to too few images.
+# The baseline Gaussian has independent pixels if its covariance would be too large, or fitted to too few images.
 FULL_COVARIANCE_DIMS = 4096
 IMAGES_PER_DIM = 5
 READ_AT_ONCE = 1024
@@ -37,8 +37,8 @@ def flow_bits_per_dim(
 ) -> float:
     """Returns the mean bits/dim over a dataset, one draw of noise per image.
 
-    noise_std: of the Gaussian noise added to images, 0 for uniform dequantisation (the published measure), None
-    for what the flow was trained under. conditional: give the labels to a flow that has classes.
+    noise_std: std of the Gaussian noise added to images, 0 for uniform dequantisation (the published measure), None for
+    the training noise. conditional: give the labels to a flow with classes.
 
     Example:
         bpd = flow_bits_per_dim(flow, params, dataset, jax.random.key(0), noise_std=0.0)
@@ -60,7 +60,7 @@ def flow_nats_per_dim(
 ) -> float:
     """Returns the mean -log p per dimension over a dataset of latents, one draw of posterior and noise for each.
 
-    conditional: give labels or texts to a flow that takes them; a flow of texts cannot do without.
+    conditional: give labels or texts to a flow that takes them; a text flow requires them.
 
     Example:
         nats = flow_nats_per_dim(flow, params, dataset, jax.random.key(0))
@@ -101,7 +101,7 @@ def velocity_bits_per_dim(
     *,
     batch_size: int = 256,
 ) -> float:
-    """Returns the mean bits/dim over a dataset of a continuous flow, under uniform dequantisation.
+    """Returns a continuous flow's mean bits/dim over a dataset, under uniform dequantisation.
 
     log_prob(x, labels, key): nats of images in [-1, 1), such as `flowgen.matching.log_prob` of a velocity, whose key
     draws Hutchinson's probes; compiled here.
@@ -133,9 +133,9 @@ def _mean(dataset: Dataset, key: Key[Array, ""], batch_size: int, measure: Calla
 def gaussian_bits_per_dim(train: Dataset, dataset: Dataset, *, noise_std: float) -> float:
     """Returns the mean bits/dim on `dataset` of a Gaussian with the mean and covariance of `train`.
 
-    Both carry the noise that the flow sees (σ > 0 Gaussian, σ = 0 uniform dequantisation); its part in the
-    covariance and in the expectation is exact, so no noise is drawn. The covariance is full up to 4096
-    dimensions where `train` has at least 5 images per dimension, else diagonal. Both datasets are read in batches.
+    Both include the flow's noise (σ > 0 Gaussian, σ = 0 uniform dequantisation), exactly in covariance and expectation,
+    so no noise is drawn. The covariance is full up to 4096 dimensions if `train` has at least 5 images per dimension,
+    else diagonal. Both datasets are read in batches.
 
     Example:
         baseline = gaussian_bits_per_dim(trained_on, held_out, noise_std=0.1)
@@ -159,7 +159,7 @@ def gaussian_bits_per_dim(train: Dataset, dataset: Dataset, *, noise_std: float)
 
 
 def _flat(dataset: Dataset, noise_std: float) -> Iterator[np.ndarray]:
-    """Batches of images as float64 vectors, as the flow sees them less their noise."""
+    """Batches of images as float64 vectors, as the flow sees them but without noise."""
     for batch in fixed_batches(dataset, min(READ_AT_ONCE, len(dataset))):
         images = np.asarray(from_uint8(batch["image"][batch["mask"]]), np.float64)
         if noise_std == 0:

@@ -22,8 +22,8 @@ def psnr(mean_square_error: float) -> float:
 def frechet_distance(x: Float[np.ndarray, "n f"], y: Float[np.ndarray, "m f"]) -> float:
     """Returns |μx - μy|² + tr(Σx + Σy - 2 (Σx½ Σy Σx½)½), the squared Fréchet distance of fitted Gaussians.
 
-    With Inception's features this is the FID (Heusel et al., arXiv 1706.08500); with others it compares with nothing
-    but itself, at equal n and m: small samples raise it. float64. Raises ValueError for fewer than two samples or
+    With Inception's features this is the FID (Heusel et al., arXiv 1706.08500); with other features it is comparable
+    only to itself, at equal n and m: small samples raise it. float64. Raises ValueError for fewer than two samples or
     features that differ in number.
 
     Example:

@@ -1,4 +1,4 @@
-"""What a velocity field in the plane is worth: distance to the data, energy of its paths, and few-step quality."""
+"""Metrics of velocity fields in the plane: distance to the data, path energy, and few-step quality."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Draw = Callable[[Key[Array, ""], int], tuple[Float[Array, "n 2"], Float[Array, "
 
 
 class PointSamples(NamedTuple):
-    """Noise, data, more data, and what a field makes of the noise: by rk4 with 100 steps and by few Euler steps."""
+    """Noise, data, more data, and a field's samples from the noise: by rk4 with 100 steps and by few Euler steps."""
 
     x0: Float[Array, "n 2"]
     x1: Float[Array, "n 2"]
@@ -28,7 +28,7 @@ class PointSamples(NamedTuple):
 
 
 def point_samples(velocity: Velocity, draw: Draw, key: Key[Array, ""], *, num: int = 1000) -> PointSamples:
-    """Returns what `point_metrics` compares; compile it as a whole.
+    """Returns the samples that `point_metrics` compares; compile it as a whole.
 
     Example:
         samples = jax.jit(lambda key: point_samples(velocity, config.draw, key))(key)
@@ -42,10 +42,10 @@ def point_samples(velocity: Velocity, draw: Draw, key: Key[Array, ""], *, num: i
 
 
 def point_metrics(samples: PointSamples) -> dict[str, float]:
-    """Returns how well a field transports noise to data, by exact distances that are solved on the host.
+    """Returns how well a field transports noise to data, by exact distances solved on the host.
 
-    w2: 2-Wasserstein distance of generated points to data; w2_floor: of two samples of the data, below which nothing
-    can be told. euler_k: w2 after k Euler steps. path_energy: E ∫|v|² dt. signed_npe: (path_energy - W2²) / W2²
+    w2: 2-Wasserstein distance of generated points to data; w2_floor: W2 between two samples of the data; smaller values
+    are not meaningful. euler_k: w2 after k Euler steps. path_energy: E ∫|v|² dt. signed_npe: (path_energy - W2²) / W2²
     with W2 of noise and data; below 0 the paths are too short for these marginals. curvature: of `path_report`.
 
     Example:

@@ -1,4 +1,4 @@
-"""What is trained, sampled and evaluated: one kind of experiment for flows of images, flows of clips, velocity networks
+"""Experiments, which train, sample and evaluate a model: a kind each for image flows, video flows, velocity networks
 and autoencoders."""
 
 from flowgen.experiments.autoencoder import AutoencoderExperiment, AutoencodingConfig

@@ -1,4 +1,4 @@
-"""Autoencoders whose latents flows are trained on: reconstruction, and a little divergence.
+"""Autoencoders whose latents flows are trained on: reconstruction loss and a small KL term.
 
 loss = mean |x - x̂| + mean (x - x̂)² + kl_weight · mean over latents of KL(N(mean, std²) || N(0, 1))
 """
@@ -43,7 +43,7 @@ from flowgen.settings.ranges import NonNegative, OtherFrames, Side
 from flowgen.settings.ranges import Samples as NumSamples
 from flowgen.training import Job
 
-# How fast the mean and variance of latents follow the batches.
+# Rate at which the running mean and variance of latents follow the batches.
 STATISTICS_RATE = 0.02
 
 
@@ -51,13 +51,13 @@ STATISTICS_RATE = 0.02
 class AutoencodingConfig:
     """How an autoencoder is trained.
 
-    image_size: side of its images, or (height, width), multiples of the model's factor.
-    frames: of clips; 0 for images.
-    kl_weight: of the divergence of the posterior from N(0, 1), in nats per latent; 0 or more.
-    noise: std of the noise added to normalised latents before they are decoded, so that the decoder takes those of a
-    flow as they are; 0 for none.
-    decoder_of: run or published folder of an autoencoder, whose encoder stays as it is while the decoder is trained on.
-    shown: images beside their reconstructions in the picture of a run; at least 1.
+    image_size: side of the images, or (height, width), multiples of the model's factor.
+    frames: frames per clip; 0 for images.
+    kl_weight: weight of the KL divergence of the posterior from N(0, 1), in nats per latent; 0 or more.
+    noise: std of the noise added to normalised latents before decoding, so that the decoder takes a flow's noisy
+    latents; 0 for none.
+    decoder_of: run or published folder of an autoencoder whose decoder is trained further with its encoder frozen.
+    shown: images shown beside their reconstructions in the run's sample grid; at least 1.
     """
 
     image_size: Side | tuple[Side, Side] = 8
@@ -78,10 +78,10 @@ class AutoencoderExperiment(Experiment):
     """An autoencoder of images or clips.
 
     model: the autoencoder.
-    data: the images or clips that it is trained on.
-    autoencoding: how it is trained.
+    data: the images or clips it is trained on.
+    autoencoding: training options.
 
-    Raises ValueError if the parts do not belong together.
+    Raises ValueError if the parts do not fit together.
 
     Example:
         experiment = AutoencoderExperiment(name="digits", model=AutoencoderConfig())
@@ -139,12 +139,12 @@ class AutoencoderExperiment(Experiment):
         return "mean_square_error"
 
     def dataset(self, split: Split) -> Dataset:
-        """Returns the images or clips of a split at the size that the autoencoder is trained on."""
+        """Returns the images or clips of a split at the training size."""
         shape: dict[str, Any] = {"image_size": self.autoencoding.image_hw, "channels": self.model.channels}
         if isinstance(self.data, ClipsConfig):
             return load_clips(self.data, frames=self.autoencoding.frames, split=split, **shape)
         dataset = load(self.data, split=split, **shape)
-        assert isinstance(dataset, Dataset)  # several sizes were refused
+        assert isinstance(dataset, Dataset)  # several sizes are refused earlier
         check_classes(dataset, 0)
         return dataset
 
@@ -180,7 +180,7 @@ class AutoencoderExperiment(Experiment):
         )
 
     def evaluate(self, model: Any, variables: Any, options: EvaluateOptions) -> list[str]:
-        """Returns lines with the error of reconstructions on a split, and the statistics of the latents."""
+        """Returns lines with the reconstruction error on a split and the statistics of the latents."""
         dataset = self.dataset(options.split)
         metrics = _distortion(model, variables, dataset)
         statistics, factor = variables[STATISTICS], self.model.factor
@@ -212,9 +212,9 @@ def autoencoding_objective(autoencoder: Any, config: AutoencodingConfig) -> Call
     """Returns the objective (variables, batch, key) -> (loss, metrics, carried state) of an autoencoder.
 
     batch: `image` uint8 `b height width c`, or clips with frames before that.
-    Carried state: collection "latents", the mean and variance of the latents per channel, followed at a rate of 0.02;
-    latents are normalised by them when a flow is trained on them. They are those of the whole batch, on any number of
-    devices and with accumulation; noise has the size that each micro-batch finds.
+    Carried state: collection "latents", the running mean and variance of the latents per channel, at a rate of 0.02; a
+    flow's latents are normalised by them. They are computed over the whole batch, on any number of devices and with
+    accumulation; the noise is scaled by the statistics as each micro-batch updates them.
 
     Example:
         loss, metrics, state = autoencoding_objective(autoencoder, AutoencodingConfig())(variables, batch, key)
@@ -248,8 +248,8 @@ def autoencoding_objective(autoencoder: Any, config: AutoencodingConfig) -> Call
 
     def combine(before, parts):
         followed = parts[STATISTICS]
-        # The variance of all rows is the mean of the micro-batches' and the variance of their means, which are followed
-        # at `rate`.
+        # The variance of all rows is the micro-batches' mean variance plus the variance of their means, which are
+        # followed at `rate`.
         between = followed["mean"].var(axis=0) / rate if rate else 0.0
         mean, variance = (followed[name].mean(axis=0) for name in ("mean", "variance"))
         return {STATISTICS: {"mean": mean, "variance": variance + between}}
@@ -258,7 +258,7 @@ def autoencoding_objective(autoencoder: Any, config: AutoencodingConfig) -> Call
 
 
 def channel_moments(rows: Rows, latents: Float[Array, "b *event c"]) -> dict[str, Float[Array, " c"]]:
-    """Returns mean and variance of each channel over the whole batch, of which a device has these rows.
+    """Returns each channel's mean and variance over the whole batch, given this device's rows.
 
     Example:
         moments = channel_moments(rows, latents)
@@ -274,7 +274,7 @@ def _shown(values: Any) -> str:
 
 
 def _initial(model: Any, path: str, autoencoder: Any, key: jax.Array) -> Any:
-    """Fresh variables with statistics of nothing, or those of the autoencoder whose decoder is trained on."""
+    """Fresh variables with empty statistics, or those of the autoencoder whose decoder is trained further."""
     channels = model.latent_channels
     if not path:
         return {**init(autoencoder, key), STATISTICS: {"mean": jnp.zeros(channels), "variance": jnp.ones(channels)}}
@@ -301,7 +301,7 @@ def _reconstruct(autoencoder: Any, variables: Any, images: np.ndarray) -> np.nda
 
 
 def _distortion(autoencoder: Any, variables: Any, dataset: Dataset) -> dict[str, float]:
-    """Mean square error of decoded posterior means, and the ratio of peak to error in decibels."""
+    """Mean square error of decoded posterior means, and the PSNR in dB."""
     total = 0.0
     for batch in fixed_batches(dataset, min(256, len(dataset))):
         images = np.asarray(from_uint8(batch["image"]))

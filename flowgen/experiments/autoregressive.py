@@ -1,4 +1,4 @@
-"""What flows of images and of clips have in common: their parts, their data, their conditions and their training."""
+"""What image flows and video flows share: parts, data, conditions and training."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ from flowgen.training import Job, OptimConfig
 
 Conditions = Callable[[Int[np.ndarray, " b"]], Any]
 NumSamples = Annotated[int, Within(0, 1 << 24)]
-# Flows of texts draw this many held-out captions in training, unless sampling.prompts names others.
+# Text flows sample this many held-out captions during training, unless sampling.prompts is set.
 DRAWN_CAPTIONS = 16
 
 
 @config
 class FlowDrawOptions(DrawOptions):
-    """What is asked of one drawing of images, beside the fields of `sampling`.
+    """Options for drawing images, beside the fields of `sampling`.
 
     classes: classes to draw in turn, by name or number: cat,dog or 0,1,2; -1 is unconditional (--classes=-1,3).
     aspect: ratio of the sides, such as 16:9, at about the area of the model's images.
-    certify: check the decoding by a forward pass.
+    certify: check the decoding with a forward pass.
     """
 
     classes: str = ""
@@ -58,9 +58,9 @@ class FlowDrawOptions(DrawOptions):
 
 @config
 class FlowEvaluateOptions(EvaluateOptions):
-    """What is asked of one evaluation of a flow.
+    """Options for evaluating a flow.
 
-    noise: on the images: what the model was trained under, or uniform dequantisation.
+    noise: noise on the images: that of training, or uniform dequantisation.
     samples: to draw and compare with the data; 0 for none.
     unconditional: give no labels to a class model.
     """
@@ -81,8 +81,8 @@ class FlowEvaluateOptions(EvaluateOptions):
 class AutoregressiveExperiment(Experiment):
     """An autoregressive flow, trained by maximum likelihood and sampled by decoding; the base of two kinds.
 
-    codec: what makes the latents of a flow on latents; None for a flow of pixels.
-    text: the encoder of a flow of texts; None for others.
+    codec: makes the latents; None for a flow on pixels.
+    text: the text encoder; None for a flow without texts.
     likelihood: how the flow is trained.
     sampling: how samples are drawn.
     """
@@ -101,7 +101,7 @@ class AutoregressiveExperiment(Experiment):
 
     @property
     def is_latent(self) -> bool:
-        """Whether the flow is trained on encoded data: latents, or images with texts."""
+        """Whether the flow trains on encoded data: latents, or images with texts."""
         return is_latent(self.data, self.encoding)
 
     @property
@@ -111,7 +111,7 @@ class AutoregressiveExperiment(Experiment):
 
     @property
     def drawn_channels(self) -> int:
-        """The channels of the images or clips that samples are."""
+        """The channels of sampled images or clips."""
         return self.encoding.open_codec().pixel_channels
 
     @property
@@ -122,7 +122,7 @@ class AutoregressiveExperiment(Experiment):
         return self.data.eval_fraction > 0
 
     def check_parts(self) -> None:
-        """Raises ValueError if the parts do not belong together."""
+        """Raises ValueError if the parts do not fit together."""
         if bool(self.model.text_dim) != (self.text is not None):
             has = "missing" if self.text is None else "given"
             raise ValueError(
@@ -134,18 +134,18 @@ class AutoregressiveExperiment(Experiment):
             raise ValueError("model.noise_std is 0, which dequantises images; latents need noise, such as 0.3.")
 
     def dataset(self, split: Split) -> Dataset | BucketedDataset:
-        """Returns the images or clips of a split, at the size from which the codec makes the model's latents."""
+        """Returns the images or clips of a split, at the size that the codec encodes to the model's latents."""
         return pixel_dataset(self.data, self.encoding, split)
 
     def flow_dataset(self, split: Split, *, labelled: bool = True) -> Dataset | BucketedDataset:
-        """Returns what the flow is trained on: pixels, or what codec and text encoder make of them.
+        """Returns the data the flow is trained on: pixels, or the outputs of codec and text encoder.
 
         labelled: whether a class model needs the labels.
         """
         return flow_dataset(self.data, self.encoding, split, labelled=labelled)
 
     def with_provenance(self) -> AutoregressiveExperiment:
-        """Returns the experiment with the names of its classes and the digests of its frozen networks."""
+        """Returns the experiment with its class names and the digests of its frozen networks."""
         encoded = self.data.name == "encoded"
         needs = self.text is not None and self.text.digest is None and self.text.encoder
         made = read_index(self.data.path)["made_by"] if encoded and needs else {} if encoded else None
@@ -156,7 +156,7 @@ class AutoregressiveExperiment(Experiment):
     def opened(
         self, dataset: Dataset | None, held_out: Dataset | None
     ) -> tuple[Dataset | BucketedDataset, Dataset | BucketedDataset | None]:
-        """Returns what the flow is trained and evaluated on: what is given, or the experiment's own data."""
+        """Returns the data to train and evaluate on: those given, or the experiment's own."""
         if dataset is not None:
             codec, model = self.encoding.open_codec(), self.model
             sides = (model.image_hw[0] * codec.factor, model.image_hw[1] * codec.factor)
@@ -177,10 +177,10 @@ class AutoregressiveExperiment(Experiment):
         sample: Callable[[Any], np.ndarray] | None,
         optims: dict[str, OptimConfig] | None = None,
     ) -> Job:
-        """Returns what the training loop needs on opened data, after which the text encoder is released.
+        """Returns the training job on opened data, and releases the text encoder.
 
-        objective(flow, label_dropout=, loss_scale=, null_text=): as `nll_objective`. held_out: opened too, if there are
-        such data. The rest: see `Job`.
+        objective(flow, label_dropout=, loss_scale=, null_text=): as `nll_objective`. held_out: opened too, if given.
+        For the rest see `Job`.
         """
         tell_unused_classes(dataset, self.data, self.model.num_classes)
         made = Job(
@@ -208,22 +208,22 @@ class AutoregressiveExperiment(Experiment):
         draw: Callable[..., tuple[np.ndarray, str]],
         show: Callable[[np.ndarray, int], np.ndarray],
     ) -> Callable[[Any], np.ndarray] | None:
-        """Returns what draws the pictures of a run: of the classes in turn, or of prompts; None if samples have other
-        channels than pictures.
+        """Returns the function that draws a run's sample images, for the classes in turn or for prompts; None if
+        samples do not have the channels of an image.
 
-        draw(flow, variables, key, cond, num=, null=) -> samples, line. show(samples, classes): their picture.
+        draw(flow, variables, key, cond, num=, null=) -> samples, line. show(samples, classes): one image of them.
         """
         encoded_without_codec = self.data.name == "encoded" and self.codec is None
         if encoded_without_codec or self.encoding.open_codec().pixel_channels not in DRAWABLE_CHANNELS:
             return None
         num, classes = self.sampling.num, drawn_classes(self.model, self.data)
         bucket = dataset.buckets[0] if isinstance(dataset, BucketedDataset) else dataset
-        # The captions that are drawn, which may name the aspect, are of images of this shape.
+        # Sampled captions, which may name the aspect, belong to images of this shape.
         prompts, drawn_as = self.sampling.prompts, bucket.image_shape[:2]
         sized = flow if prompts or not holds_latents(dataset) else flow.with_image_size(*drawn_as)
         texts = null = None
         if self.model.text_dim:
-            # Prompts are encoded before the first step, so that one that cannot be is told then.
+            # Prompts are encoded before the first step, so that an invalid one raises at once.
             texts = (
                 self.encoding.condition(prompts)
                 if prompts
@@ -244,7 +244,7 @@ class AutoregressiveExperiment(Experiment):
         return picture_of
 
     def steering(self, flow: Any, cond: Any, null: TextCondition | None) -> dict[str, Any]:
-        """Returns what `flowgen.decoding.sample` is given of the experiment: cond, plan, guidance and null.
+        """Returns the arguments of `flowgen.decoding.sample`: cond, plan, guidance and null.
 
         null: the empty text, encoded here if it is needed and not given.
         """
@@ -259,8 +259,8 @@ class AutoregressiveExperiment(Experiment):
         }
 
     def asked(self, flow: Any, classes: str) -> tuple[Callable[[np.ndarray], dict[str, Any]], dict[str, Any]]:
-        """Returns what gives the conditions of samples by their numbers, as options of `draw_batch`, and what an .npz
-        file says of the samples.
+        """Returns a function from sample numbers to conditions, as options of `draw_batch`, and the labels or prompts
+        to save in an .npz file.
 
         classes: as the option, see `parse_classes`; empty draws all in turn.
 
@@ -278,7 +278,7 @@ class AutoregressiveExperiment(Experiment):
             raise ValueError("this model takes texts; give --prompt.")
         encoded = {"cond": self.encoding.condition(prompts, flow.config.image_hw)}
         if getattr(self.data, "drop_first", 0):
-            # Restarts of long clips are told as in training.
+            # Restarts of long clips are captioned as in training.
             marked = [CONTINUED + prompt for prompt in prompts]
             encoded["restart_cond"] = self.encoding.condition(marked, flow.config.image_hw)
 
@@ -296,8 +296,8 @@ class AutoregressiveExperiment(Experiment):
         return np.resize(np.array(parse_classes(classes, self.data.classes, num_classes), np.int32), num)
 
     def conditions_of(self, data: Dataset, *, unconditional: bool = False) -> Conditions | None:
-        """Returns what gives the conditions of images or latents by their positions: their labels, or the texts of
-        their captions; None if samples are drawn without."""
+        """Returns a function from positions of images or latents to their conditions: labels, or the texts of their
+        captions; None if samples are unconditional."""
 
         def labels(positions):
             return data[positions]["label"]
@@ -314,7 +314,7 @@ class AutoregressiveExperiment(Experiment):
         return labels if self.model.num_classes and not unconditional else None
 
     def likelihood_lines(self, flow: Any, variables: Any, dataset: Any, options: FlowEvaluateOptions) -> list[str]:
-        """Returns lines with the likelihood of a flow on data as it takes them."""
+        """Returns lines with the likelihood of a flow on data in its input form."""
         key, conditional = jax.random.key(options.seed), not options.unconditional
         if self.is_latent:
             if options.noise == "uniform":

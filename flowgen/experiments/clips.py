@@ -1,4 +1,4 @@
-"""Clips beside the flow that draws them: their lengths, what they begin with, and what they are worth."""
+"""Helpers for clips of a video flow: lengths, given frames, and metrics."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from flowgen.flows import ClipDenoiser, DenoiserStep, denoiser_variables
 from flowgen.flows.batches import batch_input, condition_of
 from flowgen.flows.density import tweedie_step
 
-LEAST_KEPT = 0.75  # of an image that is given, by cropping it to the shape of clips
-GIVEN = 2**32 - 1  # The stream of the noise on given frames, beside those of samples by their numbers.
+LEAST_KEPT = 0.75  # fraction of a given image that must remain after cropping it to the clips' shape
+GIVEN = 2**32 - 1  # Random stream for noise on given frames, apart from those of numbered samples.
 
 
 def latent_frames(codec: ClipCodec, frames: int) -> int:
-    """Returns the frames of latents of clips of so many frames. Raises ValueError where the codec makes none.
+    """Returns how many latent frames the codec makes of so many frames. Raises ValueError if it makes none.
 
     Example:
         latent_frames(codec, 81)  # 21, of the codec of the released model
@@ -49,9 +49,9 @@ def latent_frames(codec: ClipCodec, frames: int) -> int:
 
 
 def check_length(codec: ClipCodec, most: int, frames: int | None, context: int | None) -> None:
-    """Raises ValueError if the codec makes no clips of so many frames, or they are not continued from a context.
+    """Raises ValueError if the codec makes no clips of so many frames, or if context is set for clips without restarts.
 
-    most: frames of latents that are decoded at once.
+    most: latent frames decoded at once.
 
     Example:
         check_length(codec, 21, frames=81, context=None)
@@ -66,14 +66,14 @@ def check_length(codec: ClipCodec, most: int, frames: int | None, context: int |
 def read_given(
     codec: ClipCodec, flow: Any, path: str, *, frames: int | None = None, fps: float | None = None
 ) -> Float[np.ndarray, "given height width c"]:
-    """Returns the pictures of a file in [-1, 1] that clips of a flow can begin with: one of a picture, of a video as
-    many as the codec makes latents of, at this frame rate.
+    """Returns the frames in [-1, 1] of a file that clips can begin with: one from an image, or from a video as many as
+    the codec can encode, at this frame rate.
 
-    frames: of the clips; of a longer video no more is read than can be given. None takes all of a video,
-    which must be shorter than in training.
+    frames: length of the clips; a longer video is read only as far as it can be given. None takes a whole video, which
+    must be shorter than in training.
 
-    Raises FileNotFoundError or ValueError where the file cannot be read, is of quite another shape, or leaves no frame
-    to draw.
+    Raises FileNotFoundError or ValueError if the file cannot be read, has a very different shape, or leaves no frame to
+    generate.
 
     Example:
         given = read_given(codec, flow, "first.png", frames=17)
@@ -111,7 +111,7 @@ def read_given(
 
 @contextlib.contextmanager
 def _naming_given() -> Generator[None]:
-    """Names the option that brought a file that cannot be read."""
+    """Names the option that gave an unreadable file."""
     try:
         yield
     except Unreadable as error:
@@ -119,7 +119,7 @@ def _naming_given() -> Generator[None]:
 
 
 def with_noise(flow: Any, clean: np.ndarray, key: jax.Array, first: int) -> jax.Array:
-    """Returns clean latents with the noise that the flow was trained under, of its own for every clip.
+    """Returns clean latents with the training noise added, drawn separately for every clip.
 
     Example:
         given = with_noise(flow, latents, jax.random.key(0), first=0)
@@ -130,8 +130,8 @@ def with_noise(flow: Any, clean: np.ndarray, key: jax.Array, first: int) -> jax.
 
 
 def clips_alone(dataset: Dataset | BucketedDataset) -> Dataset:
-    """Returns the clips of a dataset, without the pictures and the clips without their first frame that it may have
-    beside them. Raises ValueError where there are clips of several shapes.
+    """Returns only the whole clips of a dataset: no images, no clips without their first frame. Raises ValueError if
+    the clips have several shapes.
 
     Example:
         clips = clips_alone(experiment.flow_dataset("train"))
@@ -149,7 +149,7 @@ def clips_alone(dataset: Dataset | BucketedDataset) -> Dataset:
 def frame_distances(clips: Float[np.ndarray, "n frames height width c"]) -> tuple[float, float]:
     """Returns the root mean square distance of consecutive frames, and of all pairs of frames of a clip.
 
-    Where time means something the first is smaller; of frames in random order the two are equal.
+    The first is smaller if neighbouring frames resemble each other; for frames in random order the two are equal.
 
     Example:
         near, far = frame_distances(clips)
@@ -164,8 +164,8 @@ def frame_distances(clips: Float[np.ndarray, "n frames height width c"]) -> tupl
 def denoised_psnr(
     codec: ClipCodec, flow: Any, variables: Any, dataset: Dataset, key: jax.Array, *, most: int
 ) -> dict[str, float]:
-    """Returns the ratio of peak to error in dB of up to `most` clips with noise, and with it removed by a Tweedie step
-    and, if there is one, by the denoiser; latents are decoded first.
+    """Returns the PSNR in dB of up to `most` clips: noisy, after a Tweedie step and, if there is one, after the
+    denoiser; latents are decoded first.
 
     Example:
         denoised_psnr(codec, flow, params, dataset, key, most=64)  # {"as they are": 14.1, "by the score": 20.3, ...}
@@ -185,7 +185,7 @@ def denoised_psnr(
 
 
 def of_batch(batch: Batch) -> np.ndarray:
-    """Returns what a flow models of a batch, without the noise.
+    """Returns the clean pixels or latents of a batch that a flow models.
 
     Example:
         latents = of_batch(dataset[np.arange(4)])
@@ -203,7 +203,7 @@ def _denoised(step, variables, noisy, cond):
 
 
 def denoising_step(flow: Any) -> DenoiserStep:
-    """Returns the step of the flow's own denoiser, in chunks of the clips it was trained on.
+    """Returns the flow's denoiser step, in chunks of the training clips' length.
 
     Example:
         denoise = Denoiser(denoising_step(flow), denoiser_variables(params))

@@ -1,4 +1,4 @@
-"""The codec of a flow on latents: its config, opened, and identified by a digest."""
+"""The codec of a latent flow: its config, how it is opened, and its digest."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from flowgen.runs import CHECKPOINTS, CheckpointReader, is_run, read_config
 from flowgen.settings import config
 from flowgen.settings.ranges import Positive, Within
 
-# The collection of an autoencoder's state in which the mean and variance of its latents live.
+# The collection of an autoencoder's state that holds the mean and variance of its latents.
 STATISTICS = "latents"
 
 
@@ -39,7 +39,7 @@ STATISTICS = "latents"
 class SpaceToDepth:
     """A codec without a network: each factor x factor pixels of c channels become one latent of factor² c channels.
 
-    factor: side of the squares of pixels; at least 1.
+    factor: side of a pixel block; at least 1.
     """
 
     factor: Annotated[int, Within(1, 1 << 8)] = 2
@@ -49,9 +49,10 @@ class SpaceToDepth:
 class PretrainedAutoencoder:
     """A frozen autoencoder.
 
-    path: run directory of one trained by flowgen, or folder of a published AutoencoderKL or, for video,
+    path: run directory of an autoencoder trained by flowgen, or folder of a published AutoencoderKL or, for video,
     AutoencoderKLWan.
-    digest: of all that its latents depend on; set when a flow is trained on them, so that no other is mistaken for it.
+    digest: digest of all that its latents depend on; set when a flow is trained on them, to detect any other
+    autoencoder.
     temporal_scale: factor on the latents of a clip after its first frame; published: 0.6; 1 for none.
     """
 
@@ -64,9 +65,9 @@ CodecConfig = SpaceToDepth | PretrainedAutoencoder
 
 
 def open_codec(config: CodecConfig | None, channels: int) -> Codec | ClipCodec:
-    """Returns the codec of a config, opened once, for a model of latents with so many channels; of None the identity.
+    """Returns the codec of a config, opened once, for a model with so many latent channels; the identity for None.
 
-    Raises FileNotFoundError or ValueError if it is missing, damaged, not the one of the digest, or has other latents.
+    Raises FileNotFoundError or ValueError if it is missing, damaged, or does not match the digest or the channels.
 
     Example:
         images = open_codec(SpaceToDepth(2), channels=12).decode(latents)
@@ -98,9 +99,9 @@ def open_codec(config: CodecConfig | None, channels: int) -> Codec | ClipCodec:
 def open_autoencoder(path: str, temporal_scale: float = 1.0) -> AutoencoderCodec | VideoAutoencoderCodec:
     """Returns the autoencoder of a run directory or of a published folder, with the normalisation of its latents.
 
-    temporal_scale: of an autoencoder of clips, see `VideoAutoencoderCodec`.
+    temporal_scale: for a video autoencoder, see `VideoAutoencoderCodec`.
 
-    Raises FileNotFoundError or ValueError where there is none, or it is damaged.
+    Raises FileNotFoundError or ValueError if there is none, or it is damaged.
 
     Example:
         codec = open_autoencoder("runs/autoencoder")
@@ -150,7 +151,7 @@ def codec_digest(codec: Codec | ClipCodec) -> str:
     Example:
         same = codec_digest(codec) == index["made_by"]["fingerprint"]
     """
-    # The network lives longer than what applies it to single frames.
+    # The network outlives the wrapper that applies it to single frames.
     return _codec_digest(codec.codec if isinstance(codec, FrameCodec) else codec)
 
 
@@ -165,7 +166,7 @@ def _codec_digest(codec: Codec | ClipCodec) -> str:
         params = codec.variables["params"]
         for leaf in jax.tree.leaves((params["encoder"], params["quant_conv"])):
             digest.update(np.ascontiguousarray(np.asarray(leaf)).tobytes())
-        # As mean and variance in float32, which is how training keeps them.
+        # As float32 mean and variance, the form that training keeps.
         variance = 1 / np.square(np.asarray(codec.normalisation.scale, np.float64))
         for value in (codec.normalisation.shift, variance):
             digest.update(np.full(codec.channels, value, np.float32).tobytes())

@@ -1,4 +1,4 @@
-"""Experiments made small: a tiny model of the same kind, few steps, data that ship with flowgen."""
+"""Debug forms of experiments: a tiny model of the same kind, few steps, data that ship with flowgen."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SAMPLES = 4
 
 
 def debug_run(experiment: E, **changes: Any) -> E:
-    """Returns the experiment with other parts, a few steps, small batches and reports of all kinds.
+    """Returns the experiment with the given parts, few steps, small batches and every kind of report.
 
     Example:
         small = debug_run(experiment, model=dataclasses.replace(experiment.model, width=16))
@@ -31,7 +31,7 @@ def debug_run(experiment: E, **changes: Any) -> E:
 
 
 def debug_images(data: DataConfig) -> DataConfig:
-    """Returns the built-in digits, mirrored and held out as other images are.
+    """Returns the config of the built-in digits, with the flips and hold-out of the given data.
 
     Example:
         data = debug_images(experiment.data)
@@ -40,7 +40,7 @@ def debug_images(data: DataConfig) -> DataConfig:
 
 
 def debug_clips(data: ClipsConfig) -> ClipsConfig:
-    """Returns a few bouncing digits, mirrored, continued and held out as other clips are.
+    """Returns the config of a few bouncing digits, with the flips, drop_first and hold-out of the given clips.
 
     Example:
         data = debug_clips(experiment.data)
@@ -66,7 +66,7 @@ def debug_flow(experiment: AutoregressiveExperiment) -> dict[str, Any]:
     if text is not None:
         text = dataclasses.replace(text, encoder="words", digest=None)
         sampling = dataclasses.replace(sampling, prompts=())
-        assert isinstance(model, STARFlowConfig)  # no other flow takes texts
+        assert isinstance(model, STARFlowConfig)  # only STARFlow takes texts
         model = dataclasses.replace(model, text_dim=16, text_length=min(model.text_length, 16))
     model = dataclasses.replace(
         model,
@@ -79,7 +79,7 @@ def debug_flow(experiment: AutoregressiveExperiment) -> dict[str, Any]:
 
 
 def _tiny(model: TARFlowConfig | STARFlowConfig) -> dict[str, Any]:
-    """What makes the network of a flow tiny."""
+    """Fields that make a flow's network tiny."""
     blocks = min(model.num_blocks, 2)
     if isinstance(model, TARFlowConfig):
         return {"width": 32, "head_dim": 16, "num_blocks": blocks, "layers_per_block": 1}

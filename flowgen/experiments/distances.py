@@ -1,4 +1,4 @@
-"""What samples are worth: their distance to the data, and whether they show the class that was asked for."""
+"""Sample metrics: the distance to the data, and whether samples show the requested class."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Draw = Callable[..., tuple[Images, str]]
 
 @dataclass(frozen=True)
 class Judge:
-    """Features of pictures in [-1, 1] for Fréchet distances, by name, and the classes they show where that is known."""
+    """Named features of images in [-1, 1] for Fréchet distances, and predicted classes if known."""
 
     name: str
     features: Callable[[Images], Float[np.ndarray, "n f"]]
@@ -29,7 +29,8 @@ class Judge:
 
 
 def train_judge(dataset: Dataset) -> Judge:
-    """Returns a judge of pictures like those of a dataset: a classifier trained on its labels, else the pixels.
+    """Returns a feature extractor for images like those of a dataset: a classifier trained on its labels, else the
+    pixels.
 
     Example:
         judge = train_judge(experiment.dataset("train"))
@@ -49,16 +50,16 @@ def sample_metrics(
     seed: int = 0,
     conditions: Callable[[Int[np.ndarray, " b"]], Any] | None = None,
 ) -> dict[str, float]:
-    """Returns the Fréchet distance of `num` samples to all of the data, and for conditions that are labels the share
-    of samples that show their class.
+    """Returns the Fréchet distance of `num` samples to all data and, if conditions are labels, the share of samples
+    that show their class.
 
-    draw(key, cond, num=, first=) -> samples, line. conditions(positions in the data): labels or texts of these
-    images, in turn, so that samples come in the proportions of the data; None draws without.
+    draw(key, cond, num=, first=) -> samples, line. conditions(positions in the data): labels or texts of these images,
+    in turn, so that samples follow the proportions of the data; None is unconditional.
 
     Example:
         metrics = sample_metrics(partial(draw, experiment, network, variables), judge, held_out, 1000)
     """
-    # Fewer than there are come from all over the data, which may be in the order of the classes.
+    # Fewer samples than data take conditions spread over the data, which may be sorted by class.
     positions = np.arange(num) * len(data) // num if num < len(data) else np.arange(num) % len(data)
     size = min(SAMPLES_AT_ONCE, num)
     parts = []
@@ -76,7 +77,7 @@ def sample_metrics(
 
 
 def sample_lines(metrics: dict[str, float], judge: Judge, num: int, how: str) -> list[str]:
-    """Returns the lines that `evaluate` prints of sample metrics.
+    """Returns the lines that `evaluate` prints for sample metrics.
 
     Example:
         lines = sample_lines(metrics, judge, 1000, "heun")

@@ -1,4 +1,4 @@
-"""What is asked of drawing and evaluation, and drawing in batches of one compiled program."""
+"""Options for drawing and evaluation, and drawing in batches with one compiled program."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from flowgen.data.dataset import Split
 from flowgen.settings import config
 from flowgen.settings.ranges import Batch, Seed
 
-# draw(key, numbers of the samples) -> samples, a line on how they were drawn. The first number is that of the first
-# sample, and samples count on from it; a batch that is too long has numbers twice, for the conditions.
+# draw(key, sample numbers) -> samples, a line on how they were drawn. Samples count up from the first number; a batch
+# that is too long repeats numbers, for the conditions.
 Draw = Callable[[jax.Array, np.ndarray], tuple[np.ndarray, str]]
 
 
 @config
 class DrawOptions:
-    """What is asked of one drawing of samples, beside the fields of `sampling`.
+    """Options for drawing samples, beside the fields of `sampling`.
 
-    seed: of the samples; sample i depends on it and on i alone.
+    seed: seed of the samples; sample i depends only on it and on i.
     batch: samples per compiled call; None is 64 images, or all points.
     """
 
@@ -33,11 +33,11 @@ class DrawOptions:
 
 @config
 class EvaluateOptions:
-    """What is asked of one evaluation, of any kind of model.
+    """Options for evaluating any kind of model.
 
-    split: of the data; of data that are not the run's the default is all.
+    split: split of the data; for data other than the run's the default is all.
     batch: samples per compiled call.
-    seed: of noise and samples.
+    seed: seed of noise and samples.
     """
 
     split: Split = "eval"
@@ -46,7 +46,7 @@ class EvaluateOptions:
 
 
 def check_compared(samples: int) -> None:
-    """Raises ValueError if so many samples cannot be compared with data.
+    """Raises ValueError if this number of samples cannot be compared with data.
 
     Example:
         check_compared(options.samples)
@@ -58,10 +58,10 @@ def check_compared(samples: int) -> None:
 def draw_in_batches(
     draw: Draw, num: int, options: DrawOptions, say: Callable[[str], None], *, batch: int
 ) -> Float[np.ndarray, "num ..."]:
-    """Returns samples 0..num-1; `say` is told what each batch cost.
+    """Returns samples 0..num-1; `say` receives a line on the speed of each batch.
 
-    draw: is called with whole batches alone, the last of which is cut: one program is compiled. batch: used if the
-    options name none.
+    draw: called only with full batches, the last of which is cut, so that one program is compiled. batch: used if the
+    options set none.
 
     Example:
         samples = draw_in_batches(draw, 100, DrawOptions(), print, batch=64)
@@ -70,7 +70,7 @@ def draw_in_batches(
     for first in range(0, num, size):
         count = min(size, num - first)
         began = time.perf_counter()
-        # The numbers beyond the last begin again at the first of the batch; these samples are cut off.
+        # Numbers past the last start again at the first of the batch; these samples are cut off.
         samples, line = draw(jax.random.key(options.seed), np.resize(np.arange(first, first + count), size))
         seconds = time.perf_counter() - began
         compiled = " (with compilation)" if first == 0 else ""
@@ -89,7 +89,7 @@ def per_second(rate: float) -> str:
 
 
 def drawn_classes(model: Any, data: Any) -> int:
-    """Returns of how many classes a run draws samples in turn: those with a name if it knows names, else all.
+    """Returns how many classes a run samples in turn: the named ones if it has names, else all.
 
     Example:
         labels = cycled_labels(20, drawn_classes(experiment.model, experiment.data))

@@ -1,4 +1,4 @@
-"""What data pass through before a flow models them, and its samples after: the codec and the text encoder."""
+"""The codec and the text encoder of a flow: data pass through them before the flow, and samples after it."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from flowgen.text import TextEncoder, aspect_size
 
 @dataclass(frozen=True)
 class Encoding:
-    """The codec and the text encoder of a flow, opened when they are first asked for, and once.
+    """The codec and the text encoder of a flow, opened once, on first use.
 
-    model: of the flow, whose latents and texts they give.
+    model: config of the flow whose latents and texts they make.
     codec: None models pixels.
     text: None for a flow that takes no texts.
 
@@ -37,7 +37,7 @@ class Encoding:
     text: TextConfig | None = None
 
     def open_codec(self) -> Codec | ClipCodec:
-        """Returns the codec; that of a flow of clips takes clips. Raises as `open_codec`."""
+        """Returns the codec; for a video flow it takes clips. Raises as `open_codec`."""
         codec, of_clips = open_codec(self.codec, self.model.channels), isinstance(self.model, STARFlowVConfig)
         if of_clips:
             return codec if isinstance(codec, ClipCodec) else FrameCodec(codec)
@@ -50,14 +50,14 @@ class Encoding:
         return codec
 
     def open_clip_codec(self) -> ClipCodec:
-        """Returns the codec of a flow of clips. Raises as `open_codec`."""
+        """Returns the codec of a video flow. Raises as `open_codec`."""
         codec = self.open_codec()
         assert isinstance(codec, ClipCodec)
         return codec
 
     def open_text_encoder(self) -> TextEncoder:
         """Returns the text encoder. Raises as `open_text_encoder`."""
-        assert isinstance(self.model, STARFlowConfig)  # no other flow takes texts
+        assert isinstance(self.model, STARFlowConfig)  # only STARFlow takes texts
         return open_text_encoder(self.text, length=self.model.text_length, dim=self.model.text_dim)
 
     def condition(
@@ -68,9 +68,10 @@ class Encoding:
         truncate: bool = False,
         still: bool = False,
     ) -> TextCondition:
-        """Returns prompts as conditions of the model, wrapped as captions were in training.
+        """Returns prompts as conditions of the model, wrapped like captions in training.
 
-        grid: (height, width) of the images; None is the model's. truncate: cut prompts that are too long, as captions.
+        grid: (height, width) of the images; None is the model's. truncate: cut prompts that are too long, like
+        captions.
         still: for images among clips, whose texts name no frame rate.
         """
         encoder = self.open_text_encoder()
@@ -78,8 +79,8 @@ class Encoding:
         return TextCondition(*map(jnp.asarray, encoder(wrapped, truncate=truncate)))
 
     def empty_text(self, grid: tuple[int, int] | None = None, *, still: bool = False) -> TextCondition:
-        """Returns the wrapped empty text, which guidance leads away from and which replaces captions in training;
-        encoded once. grid, still: as for `condition`."""
+        """Returns the wrapped empty text, the unconditional text of guidance and of label dropout; encoded once. grid,
+        still: as for `condition`."""
         return encoded_text(self.open_text_encoder(), self._wrapped("", grid, still))
 
     def _wrapped(self, prompt: str, grid: tuple[int, int] | None, still: bool) -> str:
@@ -88,7 +89,7 @@ class Encoding:
         return template(prompt, self.model.image_hw if grid is None else grid)
 
     def latent_size(self, aspect: str) -> tuple[int, int]:
-        """Returns (height, width) of the latents of images in an aspect ratio, of about the model's area.
+        """Returns the latents' (height, width) for an aspect ratio, at about the model's area.
 
         Raises ValueError if the aspect is not one of the nine, or the model has one size.
         """
@@ -98,10 +99,10 @@ class Encoding:
         return height // factor, width // factor
 
     def with_digests(self, made: dict[str, Any] | None) -> Encoding:
-        """Returns the encoding with the digests of its autoencoder and text encoder, as they are kept with a run.
+        """Returns the encoding with the digests of its autoencoder and text encoder, as kept with a run.
 
-        made: what cached latents say of the text encoder they were made with; one of the same name takes its digest and
-        is not opened. A network whose place is not known gets no digest.
+        made: the text encoder recorded with cached latents; one of the same name reuses its digest and is not opened. A
+        network without a path gets no digest.
         """
         codec, text = self.codec, self.text
         if isinstance(codec, PretrainedAutoencoder) and codec.digest is None and codec.path:

@@ -1,7 +1,7 @@
-"""An experiment as plain data: what to train, on what, how, and what it is expected to reach.
+"""An experiment as plain data: the model, its data, its training and the expected result.
 
-`Experiment` is what all kinds have in common. A kind is one file: a frozen dataclass with the groups of fields that it
-needs, and its methods. A config file gives one; JSON round-trips exactly and is saved with every run.
+`Experiment` is the base of all kinds. A kind is one file: a frozen dataclass with its groups of fields, and its
+methods. A config file returns one; JSON round-trips exactly and is saved with every run.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from flowgen.experiments.drawing import DrawOptions, EvaluateOptions
 from flowgen.training import Job, LogConfig, OptimConfig, TrainConfig
 from flowgen.training.options import check_warmups
 
-# Fields that a resumed run may change: they do not touch what the checkpoint holds or the data it has seen. (Of the
-# frozen networks the digest counts, wherever they lie. Names of classes are compared apart.)
+# Fields that a resumed run may change: they do not affect the checkpoint's contents or the data it has seen. (Frozen
+# networks are compared by digest, not by path. Class names are compared separately.)
 RESUMABLE = ("name", "train.steps", "log.", "sampling.", "reference", "codec.path", "text.encoder", "data.classes")
 
 
 class Samples(NamedTuple):
-    """What an experiment draws.
+    """Samples drawn by an experiment.
 
     arrays: images `num height width c` or clips `num frames height width c` in [-1, 1], or points `num 2`.
-    conditions: what each was drawn for, by name: labels or prompts, `num`.
+    conditions: each sample's condition, by name: labels or prompts, `num`.
     """
 
     arrays: np.ndarray
@@ -39,7 +39,7 @@ class Samples(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment(abc.ABC):
-    """A model, its data and its training. Each kind is a dataclass of its own, with the groups that it needs.
+    """A model, its data and its training. Each kind is its own dataclass with the groups it needs.
 
     name: of the experiment, as a title.
     model: what is trained.
@@ -54,12 +54,12 @@ class Experiment(abc.ABC):
         result = flowgen.fit(experiment, "runs/digits")
     """
 
-    # The options of drawing and of evaluation beside the fields of the experiment; None draws nothing.
+    # Options for drawing and evaluation, beside the experiment's fields; None draws nothing.
     draw_options: ClassVar[type[DrawOptions] | None] = None
     evaluate_options: ClassVar[type[EvaluateOptions]] = EvaluateOptions
 
     name: str
-    model: Any  # Each kind says which configs it takes.
+    model: Any  # Each kind declares the configs it takes.
     data: Any
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
@@ -77,32 +77,32 @@ class Experiment(abc.ABC):
 
     @property
     def drawn_channels(self) -> int | None:
-        """The channels of the images or clips that samples are; None of points."""
+        """The channels of sampled images or clips; None for points."""
         return None
 
     @abc.abstractmethod
     def job(self, *, dataset: Dataset | None = None, held_out: Dataset | None = None, model: Any = None) -> Job:
-        """Returns what the training loop needs, with the data opened unless they are given.
+        """Returns the training job, with the data opened unless they are given.
 
-        dataset, held_out: trained and evaluated on instead of `data`. model: trained instead of `build()`.
+        dataset, held_out: used for training and evaluation instead of `data`. model: trained instead of `build()`.
         """
 
     def draw(self, model: Any, variables: Any, options: Any, say: Callable[[str], None] = lambda line: None) -> Samples:
-        """Returns `sampling.num` samples, as `options`, of the type `draw_options`, ask; `say` is told what each batch
-        cost."""
+        """Returns `sampling.num` samples by `options`, of the type `draw_options`; `say` receives a line for each
+        batch."""
         raise ValueError(f"a {type(self).__name__} draws no samples.")
 
     @abc.abstractmethod
     def evaluate(self, model: Any, variables: Any, options: Any) -> list[str]:
-        """Returns lines with what a trained model is worth, as `options`, of the type `evaluate_options`, ask."""
+        """Returns lines with the metrics of a trained model by `options`, of the type `evaluate_options`."""
 
     @abc.abstractmethod
     def debug(self) -> Experiment:
-        """Returns the experiment made small enough to train and sample in seconds on a CPU, on data that ship with
-        flowgen. The kind of model and of training stays."""
+        """Returns the experiment shrunk to train and sample in seconds on a CPU, on data that ship with flowgen. The
+        kinds of model and training stay."""
 
     def with_provenance(self) -> Experiment:
-        """Returns the experiment as it is kept with a run: with what its data and frozen networks are."""
+        """Returns the experiment as kept with a run: with its class names and the digests of its frozen networks."""
         return self
 
     def to_json(self) -> dict[str, Any]:
@@ -111,21 +111,21 @@ class Experiment(abc.ABC):
 
     @classmethod
     def from_json(cls, plain: Mapping[str, Any]) -> Experiment:
-        """Returns the experiment of this kind of `to_json`; ValueError names an unknown field or a wrong value."""
+        """Returns the experiment that `to_json` wrote; ValueError names an unknown field or a wrong value."""
         kind = plain.get(settings.TYPE)
         if kind != cls.__name__:
             raise ValueError(f"type is {kind!r:.80}; this is a {cls.__name__}.")
         return settings.from_plain(cls, {name: value for name, value in plain.items() if name != settings.TYPE})
 
     def check_resumable(self, saved: dict[str, Any]) -> None:
-        """Raises ValueError naming the fields in which a run begun with `saved` does not fit this experiment."""
+        """Raises ValueError naming the fields in which this experiment differs from the run's `saved` one."""
         if (kind := saved.get(settings.TYPE)) != type(self).__name__:
             raise ValueError(
                 f"the run was begun as a {kind!s:.80}, and this is a {type(self).__name__}; train in a new --workdir."
             )
         begun = self.from_json(saved)
         lines = settings.differences(begun.to_json(), self.from_json(self.to_json()).to_json())
-        # A run that was begun without the digest of a frozen network does not know which it was.
+        # A run begun without the digest of a frozen network cannot identify it.
         changed = [line for line in lines if not line.startswith(RESUMABLE) and ".digest: None -> " not in line]
         changed += _renamed(begun.data, self.data)
         if changed:
@@ -134,13 +134,13 @@ class Experiment(abc.ABC):
             )
 
     def check_warmups(self, others: Mapping[str, int] = MappingProxyType({})) -> None:
-        """Raises ValueError if a warm-up is longer than the training. others: warm-ups by field, beside `optim`'s."""
+        """Raises ValueError if a warm-up is longer than the training. others: further warm-ups, by field."""
         check_warmups({"optim.warmup_steps": self.optim.warmup_steps, **others}, self.train.steps)
 
 
 def _renamed(old: Any, new: Any) -> list[str]:
-    """Which classes a run began with and does not have now, and the other way round. A run that was begun without names
-    does not know what they were."""
+    """Class names that are missing from the data or unknown to the run; none are compared if the run began without
+    names."""
     before, now = getattr(old, "classes", ()), getattr(new, "classes", ())
     if not before or not now or before == now:
         return []

@@ -17,7 +17,7 @@ from flowgen.experiments.video_flow import VideoFlowExperiment
 from flowgen.runs import DIGEST
 
 KINDS: tuple[type[Experiment], ...] = (FlowExperiment, VideoFlowExperiment, MatchingExperiment, AutoencoderExperiment)
-# In a checkout they stand beside the package, in an installed flowgen within it.
+# In a checkout they are beside the package, in an installed flowgen inside it.
 _PLACES = tuple(Path(__file__).parents[up] / "configs" for up in (2, 1))
 
 E = TypeVar("E", bound=Experiment)
@@ -26,9 +26,9 @@ E = TypeVar("E", bound=Experiment)
 def load_config(path: str | Path) -> Experiment:
     """Returns the experiment of a Python file that defines `config()`.
 
-    path: of the file, or the name of one that comes with flowgen, such as "tarflow_digits".
+    path: path of the file, or the name of a shipped config, such as "tarflow_digits".
 
-    Raises FileNotFoundError if there is no such file, ValueError if it does not give an experiment.
+    Raises FileNotFoundError if there is no such file, ValueError if it does not define an experiment.
 
     Example:
         experiment = load_config("configs/tarflow_digits.py")
@@ -42,9 +42,9 @@ def load_config(path: str | Path) -> Experiment:
 
 
 def config_path(path: str | Path) -> Path:
-    """Returns where a config is, given by its path or by the name of one that comes with flowgen.
+    """Returns the path of a config, given its path or the name of a shipped one.
 
-    Raises FileNotFoundError if there is none, with the names that there are.
+    Raises FileNotFoundError, with the known names, if there is none.
 
     Example:
         config_path("tarflow_digits")

@@ -1,4 +1,4 @@
-"""Training an experiment in a directory: one call, with data and a model of one's own if they are given."""
+"""`fit`: train an experiment in a directory, optionally on your own data and model."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def fit(
 ) -> Result:
     """Returns the result of training an experiment in `workdir`; resumes if it holds a checkpoint.
 
-    dataset: trained on instead of `experiment.data`; see `flowgen.data.Dataset`. held_out: evaluated on beside it; None
-    evaluates nothing. model: trained instead of `experiment.build()`, with the same methods; `flowgen.load` takes it,
-    too. signals: already watched ones; None, those of this process.
+    dataset: used instead of `experiment.data`; see `flowgen.data.Dataset`. held_out: used for evaluation; None
+    evaluates nothing. model: trained instead of `experiment.build()`, with the same methods; `flowgen.load` takes it
+    too. signals: already watched ones; None watches those of this process.
 
     Raises what `train` and the experiment's parts raise, before any compute.
 

@@ -1,4 +1,4 @@
-"""Flows of images: a TARFlow or STARFlow trained by maximum likelihood on pixels or latents, sampled by decoding."""
+"""Image flows: a TARFlow or STARFlow trained by maximum likelihood on pixels or latents, sampled by decoding."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ class FlowExperiment(AutoregressiveExperiment):
     """A flow of images.
 
     model: the flow.
-    data: the images that it is trained on.
+    data: the images it is trained on.
 
-    Raises ValueError if the parts do not belong together.
+    Raises ValueError if the parts do not fit together.
 
     Example:
         experiment = FlowExperiment(name="digits", model=TARFlowConfig(image_size=8))
@@ -66,7 +66,7 @@ class FlowExperiment(AutoregressiveExperiment):
         self.check_warmups()
 
     def job(self, *, dataset: Dataset | None = None, held_out: Dataset | None = None, model: Any = None) -> Job:
-        """Returns what the training loop needs, with the data opened, and encoded if they were not.
+        """Returns the training job, with the data opened and, if necessary, encoded.
 
         dataset, held_out, model: see `fit`.
         """
@@ -93,7 +93,7 @@ class FlowExperiment(AutoregressiveExperiment):
         first: int = 0,
         certify: bool = False,
     ) -> tuple[np.ndarray, str]:
-        """Returns images `num height width c` and a line on how they were decoded; image i depends on (key, i) alone.
+        """Returns images `num height width c` and a line on how they were decoded; image i depends only on (key, i).
 
         cond: labels, a `TextCondition`, or None. null: the empty text of guidance, encoded here if not given.
         Latents are decoded to images by the codec.
@@ -105,7 +105,7 @@ class FlowExperiment(AutoregressiveExperiment):
     def draw(
         self, model: Any, variables: Any, options: FlowDrawOptions, say: Callable[[str], None] = lambda line: None
     ) -> Samples:
-        """Returns `sampling.num` images; `say` is told what each batch cost."""
+        """Returns `sampling.num` images; `say` receives a line on the speed of each batch."""
         flow = model if not options.aspect else model.with_image_size(*self.encoding.latent_size(options.aspect))
         conditions, about = self.asked(flow, options.classes)
 
@@ -117,7 +117,7 @@ class FlowExperiment(AutoregressiveExperiment):
         return Samples(images, about)
 
     def evaluate(self, model: Any, variables: Any, options: FlowEvaluateOptions) -> list[str]:
-        """Returns lines with the likelihood of the flow and of a Gaussian on a split, and the distance of samples."""
+        """Returns lines with the likelihood of the flow and of a Gaussian fit on a split, and sample metrics."""
         compared = self._compared(options.split) if options.samples else None
         dataset = self.flow_dataset(options.split, labelled=not options.unconditional)
         lines = self.likelihood_lines(model, variables, dataset, options)
@@ -126,12 +126,12 @@ class FlowExperiment(AutoregressiveExperiment):
         return lines if compared is None else lines + self._sample_lines(model, variables, options, *compared)
 
     def debug(self) -> FlowExperiment:
-        """Returns the experiment with a tiny flow of the same kind on the built-in digits, whose blocks of pixels stand
-        for latents and random features of words for texts."""
+        """Returns the experiment with a tiny flow of the same kind on the built-in digits, with pixel blocks as latents
+        and random word features as texts."""
         return debug_run(self, **debug_flow(self), data=debug_images(self.data))
 
     def _compared(self, split: Split) -> tuple[Dataset, Dataset]:
-        """The images that samples are compared with, and those that the feature extractor is trained on."""
+        """The images to compare samples with, and those to train the feature extractor on."""
         data = self.dataset(split)
         train = self.dataset("train" if split == "eval" else split)
         if isinstance(data, BucketedDataset) or isinstance(train, BucketedDataset):
@@ -160,7 +160,7 @@ class FlowExperiment(AutoregressiveExperiment):
         if self.is_latent:
             return lambda variables: {"nats_per_dim": flow_nats_per_dim(flow, variables, held_out, jax.random.key(0))}
 
-        @functools.cache  # The data do not change, and a run that never evaluates need not read them all.
+        @functools.cache  # The data do not change, and a run without evaluation need not read them all.
         def baseline() -> dict[str, float]:
             if isinstance(held_out, BucketedDataset):
                 return {}

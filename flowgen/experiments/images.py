@@ -1,4 +1,4 @@
-"""The images or clips of an experiment: opened, in batches, and with the names of their classes."""
+"""The images or clips of an experiment: opening them, batches, and class names."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def image_dataset(data: DataConfig, model: Any, split: Split, *, labelled: bool 
 
 
 def with_class_names(experiment: E) -> E:
-    """Returns the experiment with the names of the classes of its data, as it is kept with a run; itself if it has
-    names already, or its model has no use for them.
+    """Returns the experiment with the class names of its data, as kept with a run; itself if it has names already or
+    its model does not use them.
 
     Example:
         with_class_names(experiment).data.classes  # ("cat", "dog", "fox")
@@ -76,7 +76,7 @@ def check_own(dataset: Any, image_hw: tuple[int, int], channels: int, num_classe
 
 
 def tell_unused_classes(dataset: Dataset | BucketedDataset, data: DataConfig | ClipsConfig, num_classes: int) -> None:
-    """Warns of classes in the user's own data that a model without classes does not use.
+    """Warns about classes in the user's own data if the model has none.
 
     Example:
         tell_unused_classes(dataset, experiment.data, experiment.model.num_classes)
@@ -90,7 +90,7 @@ def tell_unused_classes(dataset: Dataset | BucketedDataset, data: DataConfig | C
 
 
 def tell_repeats(dataset: Dataset | BucketedDataset, train: TrainConfig) -> None:
-    """Warns of batches that hold some images more than once.
+    """Warns if batches hold some images more than once.
 
     Example:
         tell_repeats(dataset, experiment.train)
@@ -105,7 +105,8 @@ def tell_repeats(dataset: Dataset | BucketedDataset, train: TrainConfig) -> None
 def image_batches(
     dataset: Dataset | BucketedDataset, data: DataConfig | ClipsConfig, train: TrainConfig
 ) -> Callable[[int, int], Iterator[Batch]]:
-    """Returns this process's batches of steps start..stop-1, a function for `Job`; latents were mirrored before.
+    """Returns a function for `Job` that gives this process's batches of steps start..stop-1; latents are already
+    mirrored.
 
     Example:
         batches = image_batches(dataset, experiment.data, experiment.train)(0, 1000)
@@ -123,7 +124,7 @@ def image_batches(
 
 
 def holds_latents(dataset: Dataset | BucketedDataset) -> bool:
-    """Returns whether a dataset gives latents instead of pictures.
+    """Returns whether a dataset holds latents instead of images.
 
     Example:
         holds_latents(LatentDataset((shard,)))  # True

@@ -1,4 +1,4 @@
-"""The data of a flow: pixels, or what its codec and its text encoder make of them."""
+"""The data of a flow: pixels, or the outputs of its codec and its text encoder."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from flowgen.experiments.codecs import codec_digest
 from flowgen.experiments.encoding import Encoding
 from flowgen.flows import STARFlowConfig, STARFlowVConfig
 
-# What texts are encoded with, where it is not a field of `text`.
+# Settings of encoded texts that are not fields of `text`.
 _TEXT_FIELDS = {"length": "model.text_length", "dim": "model.text_dim"}
 
 
 def is_latent(data: DataConfig | ClipsConfig, encoding: Encoding) -> bool:
-    """Returns whether the flow of an experiment is trained on encoded data: latents, or pictures with texts.
+    """Returns whether an experiment's flow is trained on encoded data: latents, or images with texts.
 
     Example:
         metric = "nats_per_dim" if is_latent(data, encoding) else "bits_per_dim"
@@ -39,12 +39,11 @@ def is_latent(data: DataConfig | ClipsConfig, encoding: Encoding) -> bool:
 def flow_dataset(
     data: DataConfig | ClipsConfig, encoding: Encoding, split: Split, *, labelled: bool = True
 ) -> Dataset | BucketedDataset:
-    """Returns what a flow is trained on: pictures, or what its codec and text encoder make of them.
+    """Returns the data a flow is trained on: images, or the outputs of its codec and text encoder.
 
-    Data that were not encoded before are encoded here, once and into memory. labelled: whether a class model needs the
-    labels.
+    Data that are not yet encoded are encoded here, once, into memory. labelled: whether a class model needs the labels.
 
-    Raises ValueError where encoded data were made by another codec or text encoder, or do not fit the model.
+    Raises ValueError if encoded data were made by another codec or text encoder, or do not fit the model.
 
     Example:
         dataset = flow_dataset(data, encoding, "train")
@@ -84,7 +83,7 @@ def as_taken(
 
 
 def pixel_dataset(data: DataConfig | ClipsConfig, encoding: Encoding, split: Split) -> Dataset | BucketedDataset:
-    """Returns the pictures of a split at the size that the codec turns into the model's.
+    """Returns the images of a split at the size that the codec encodes to the model's.
 
     Example:
         dataset = pixel_dataset(data, encoding, "eval")
@@ -117,14 +116,14 @@ def pixel_dataset(data: DataConfig | ClipsConfig, encoding: Encoding, split: Spl
 
 
 def _stills(clips: Dataset, data: DataConfig, **shape: Any) -> StillClips:
-    """Pictures beside clips, as clips of one frame, with the clips' numbers for their classes."""
+    """Images as clips of one frame, with the clips' class numbers."""
     pictures = load(dataclasses.replace(data, classes=data.classes or clips.class_names), **shape)
     assert isinstance(pictures, Dataset)  # the config refuses several shapes
     return StillClips(pictures)
 
 
 def _as_often(buckets: Sequence[Dataset], data: ClipsConfig, frames: int) -> Dataset | BucketedDataset:
-    """Clips, clips without their first frame, and pictures, each as often as the config asks for."""
+    """Clips, clips without their first frame, and images, each as often as the config says."""
     of_latents = [bucket.event_shape[0] for bucket in buckets if isinstance(bucket, LatentDataset)]
 
     def is_continued(bucket: Dataset) -> bool:
@@ -161,7 +160,7 @@ def _as_often(buckets: Sequence[Dataset], data: ClipsConfig, frames: int) -> Dat
 
 
 def encoded_shards(encoding: Encoding, dataset: Dataset, *, flip: bool) -> Iterator[Shard]:
-    """Yields the latents of a dataset, and the features of its captions where the model takes texts.
+    """Yields the latents of a dataset, and the features of its captions if the model takes texts.
 
     Example:
         for shard in encoded_shards(encoding, dataset, flip=False): ...
@@ -183,7 +182,7 @@ def encoded_shards(encoding: Encoding, dataset: Dataset, *, flip: bool) -> Itera
 
 
 def _without_first(moments: Moments) -> Moments:
-    """Moments of clips, without those of their first frame."""
+    """Moments of clips without their first latent frame."""
 
     def rest(clips):
         mean, std = moments(clips)
@@ -193,7 +192,7 @@ def _without_first(moments: Moments) -> Moments:
 
 
 def null_features(encoding: Encoding, dataset: Dataset) -> tuple[np.ndarray, np.ndarray] | None:
-    """Returns the features `l e` and mask `l` of the empty text beside the pictures of a dataset, if texts there are.
+    """Returns the features `l e` and mask `l` of the empty text for a dataset's images; None without texts.
 
     Example:
         null = null_features(encoding, pixel_dataset(data, encoding, "train"))
@@ -205,7 +204,7 @@ def null_features(encoding: Encoding, dataset: Dataset) -> tuple[np.ndarray, np.
 
 
 def null_texts(dataset: Dataset | BucketedDataset) -> Callable[[tuple[int, ...]], TextCondition] | None:
-    """Returns the empty text for latents of ([frames,] height, width), out of encoded data; None if they have no texts.
+    """Returns the empty text for latents of ([frames,] height, width) from encoded data; None if they have no texts.
 
     Example:
         objective = nll_objective(flow, null_text=null_texts(dataset))
@@ -230,7 +229,7 @@ def _encoded(encoding: Encoding, dataset: Dataset, *, flip: bool) -> LatentDatas
 def _check_memory(
     data: DataConfig | ClipsConfig, encoding: Encoding, dataset: Dataset | BucketedDataset, *, flip: bool
 ) -> None:
-    """Raises ValueError where encoding a dataset into memory would take more than the config allows."""
+    """Raises ValueError if encoding a dataset into memory would exceed the config's limit."""
     model, codec, needed = encoding.model, encoding.open_codec(), 0
     texts = model.text_length * model.text_dim if isinstance(model, STARFlowConfig) else 0
     for bucket in dataset.buckets if isinstance(dataset, BucketedDataset) else (dataset,):
@@ -246,7 +245,7 @@ def _check_memory(
 
 
 def made_by(data: DataConfig | ClipsConfig, encoding: Encoding) -> dict[str, Any]:
-    """Returns, as JSON, the codec, text encoder and data of an experiment, to be kept with what they made.
+    """Returns the codec, text encoder and data of an experiment as JSON, to keep with the encoded data.
 
     Example:
         writer.finish(class_names=dataset.class_names, made_by=made_by(data, encoding))
@@ -261,7 +260,7 @@ def made_by(data: DataConfig | ClipsConfig, encoding: Encoding) -> dict[str, Any
 
 
 def _text_plain(encoding: Encoding) -> dict[str, Any] | None:
-    """What the features of captions depend on, and the name of the encoder, which nothing depends on."""
+    """The settings that caption features depend on, and the encoder's name, for messages."""
     text, model = encoding.with_digests(None).text, encoding.model
     if text is None or not isinstance(model, STARFlowConfig):
         return None
@@ -334,7 +333,7 @@ def _codec_words(plain: dict[str, Any] | None) -> str:
 
 
 def _is_size_of(model: Any, shape: tuple[int, ...], *, continued: bool) -> bool:
-    """Whether a model of any size takes latents of this one. continued: also clips without their first frame."""
+    """Whether a model of any size takes latents of this size. continued: also clips without their first frame."""
     *frames, height, width, channels = shape
     whole = list(model.event_shape[:-3])
     taken = [whole, [1] * len(whole), *([[count - 1 for count in whole]] if continued else [])]

@@ -55,7 +55,7 @@ from flowgen.settings.ranges import Samples as NumSamples
 from flowgen.training import Job
 
 IMAGES_AT_ONCE = 64
-POINTS = 1000  # that an evaluation draws unless it is told how many
+POINTS = 1000  # samples of an evaluation by default
 Solver = Literal["euler", "midpoint", "heun", "rk4", "dopri5", "mean_flow"]
 PLOT_STEPS = 60
 
@@ -64,15 +64,15 @@ PLOT_STEPS = 60
 class SolverConfig:
     """How samples are drawn, in training and by default in `sample.py`.
 
-    num: samples of a picture; at least 1.
+    num: samples per sample grid; at least 1.
     method: a solver of `flowgen.matching.integrate`, or "mean_flow" for networks of average velocities.
-    num_steps: of all methods but "dopri5"; at least 1.
+    num_steps: steps of all methods but "dopri5"; at least 1.
     times: "uniform", or "edm", steps that grow finer towards the data.
     rtol: relative error that "dopri5" allows; positive.
     atol: absolute error that "dopri5" allows; positive.
     guidance: weight w of (1 + w) v_c - w v_u; 0 for none.
     guidance_interval: times in [0, 1] between which guidance acts.
-    frechet_samples: pictures that each evaluation draws and compares with held-out ones; 0 for none.
+    frechet_samples: images that each evaluation draws and compares with held-out ones; 0 for none.
     """
 
     num: NumSamples = 64
@@ -99,7 +99,7 @@ class SolverConfig:
 
 @config
 class VelocityDrawOptions(DrawOptions):
-    """What is asked of one drawing from a velocity network, beside the fields of `sampling`.
+    """Options for sampling a velocity network, beside the fields of `sampling`.
 
     classes: classes to draw in turn, by name or number: cat,dog or 0,1,2; -1 is unconditional (--classes=-1,3).
     """
@@ -109,9 +109,9 @@ class VelocityDrawOptions(DrawOptions):
 
 @config
 class VelocityEvaluateOptions(EvaluateOptions):
-    """What is asked of one evaluation of a velocity network.
+    """Options for evaluating a velocity network.
 
-    samples: to draw and compare with the data; 0 is as many as there are images, or 1,000 points.
+    samples: samples to draw and compare with the data; 0 is as many as there are images, or 1,000 points.
     unconditional: give no labels to a class model.
     """
 
@@ -127,11 +127,11 @@ class MatchingExperiment(Experiment):
     """A velocity network, trained by flow matching.
 
     model: the network.
-    data: the images, or points, that it is trained on.
-    matching: how it is trained: path, coupling and loss.
+    data: the images or points it is trained on.
+    matching: training options: path, coupling and loss.
     sampling: how samples are drawn.
 
-    Raises ValueError if the parts do not belong together.
+    Raises ValueError if the parts do not fit together.
 
     Example:
         experiment = MatchingExperiment(name="moons", model=MLPConfig(dim=2), data=PointsConfig())
@@ -186,7 +186,7 @@ class MatchingExperiment(Experiment):
             self._check_guidance("matching.loss.guidance_weight", loss.guidance_weight)
 
     def _check_guidance(self, name: str, weight: float) -> None:
-        """Raises ValueError if there is no class to guide to, or no field to guide away from is learned."""
+        """Raises ValueError if there are no classes to guide to, or no unconditional field is learned."""
         if weight and not self.model.num_classes:
             raise ValueError(
                 f"{name} is {weight}, but the model has no classes to guide to (num_classes 0); set it to 0."
@@ -206,11 +206,11 @@ class MatchingExperiment(Experiment):
 
     @property
     def drawn_channels(self) -> int | None:
-        """The channels of the images that samples are; None of points."""
+        """The channels of sampled images; None for points."""
         return None if isinstance(self.model, MLPConfig) else self.model.channels
 
     def with_provenance(self) -> MatchingExperiment:
-        """Returns the experiment with the names of its classes."""
+        """Returns the experiment with its class names."""
         return with_class_names(self)
 
     def dataset(self, split: Split, *, labelled: bool = True) -> Dataset:
@@ -220,7 +220,7 @@ class MatchingExperiment(Experiment):
         return image_dataset(self.data, self.model, split, labelled=labelled)
 
     def job(self, *, dataset: Dataset | None = None, held_out: Dataset | None = None, model: Any = None) -> Job:
-        """Returns what the training loop needs, with the data opened and an epsilon that was left open chosen.
+        """Returns the training job, with the data opened and an unset epsilon chosen.
 
         dataset, held_out, model: see `fit`.
         """
@@ -292,7 +292,7 @@ class MatchingExperiment(Experiment):
     def _evaluator(
         self, matching: MatchingConfig, network: Any, dataset: Dataset, held_out: Dataset
     ) -> Callable[[Any], dict[str, float]]:
-        """Held-out loss and, if samples are asked for, their Fréchet distance to held-out images."""
+        """Held-out loss and, if samples are requested, their Fréchet distance to held-out images."""
         pairs = partial(_image_pairs, conditional=self.model.num_classes > 0)
         loss = jax.jit(matching_objective(network, matching.loss_fn(), pairs, train=False))
         judge = functools.cache(lambda: train_judge(dataset))
@@ -319,8 +319,8 @@ class MatchingExperiment(Experiment):
     ) -> tuple[np.ndarray, str]:
         """Returns samples `num *event` and a line on how they were drawn.
 
-        cond: labels, or None. Sample i depends on (key, i) alone; drawn by dopri5, whose steps suit the batch, it does
-        to its tolerance.
+        cond: labels, or None. Sample i depends only on (key, i); with dopri5, which adapts its steps to the batch, only
+        up to its tolerance.
         """
         sampling = self.sampling
         if sampling.guidance and cond is None:
@@ -340,7 +340,7 @@ class MatchingExperiment(Experiment):
     def draw(
         self, model: Any, variables: Any, options: VelocityDrawOptions, say: Callable[[str], None] = lambda line: None
     ) -> Samples:
-        """Returns `sampling.num` samples; `say` is told what each batch cost."""
+        """Returns `sampling.num` samples; `say` receives a line on the speed of each batch."""
         labels, num = self._labels(options.classes), self.sampling.num
 
         def batch(key: jax.Array, numbers: np.ndarray) -> tuple[np.ndarray, str]:
@@ -360,7 +360,7 @@ class MatchingExperiment(Experiment):
         return np.resize(np.array(parse_classes(classes, names, self.model.num_classes), np.int32), self.sampling.num)
 
     def plot(self, network: Any, variables: Any, points: np.ndarray, key: jax.Array) -> np.ndarray:
-        """Returns a picture of the paths of the field (rk4) and of points that were drawn over data."""
+        """Returns a plot of the field's paths (rk4) and of sampled points over data."""
         assert isinstance(self.data, PointsConfig)
         x0, data = self.data.draw(key, max(DRAWN_PATHS, len(points)))
         velocity = velocity_field(network, _weights(variables), self.matching)
@@ -368,7 +368,7 @@ class MatchingExperiment(Experiment):
         return path_plot(np.asarray(paths), points, np.asarray(data))
 
     def evaluate(self, model: Any, variables: Any, options: VelocityEvaluateOptions) -> list[str]:
-        """Returns lines with the distances of fresh samples to data, and bits/dim of images."""
+        """Returns lines with the distances of fresh samples to data, and bits/dim for images."""
         field = velocity_field(model, _weights(variables), self.matching)
         if isinstance(self.data, PointsConfig):
             num, draw = options.samples or POINTS, self.data.draw

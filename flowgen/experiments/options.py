@@ -1,4 +1,4 @@
-"""How an autoregressive flow is trained and sampled: groups of its experiments."""
+"""Training and sampling options of autoregressive flows: groups of their experiments."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from flowgen.settings import config
 from flowgen.settings.ranges import NonNegative, Positive, Samples, Tokens
 from flowgen.training import OptimConfig
 
-# σ of the published model, by which the loss of noisier models weighs more where it is weighted.
+# σ of the published model, relative to which `noise_weight` scales the loss.
 REFERENCE_NOISE = 0.3
-# Fields of an optimizer that are read of the main one alone.
+# Optimizer fields that only the main optimizer uses.
 _OF_ALL_PARAMETERS = ("ema_decay", "ema_warmup", "max_skips")
 
 
@@ -23,8 +23,8 @@ class LikelihoodConfig:
 
     norm_penalty: weight of the mean squares of the tokens that enter each block; published: 1e-4, 0 for none.
     noise_weight: multiply the loss by σ / 0.3, as published with noise levels in the prompt.
-    denoiser: the optimizer of the denoiser of a flow of clips, but for ema_decay, ema_warmup and max_skips, which are
-    those of `optim` for all parameters; None is one of its own with the numbers of `optim`.
+    denoiser: the optimizer of a video flow's denoiser, except ema_decay, ema_warmup and max_skips, which `optim` sets
+    for all parameters; None is a separate one with the values of `optim`.
     """
 
     norm_penalty: NonNegative = 0.0
@@ -39,7 +39,7 @@ class LikelihoodConfig:
                 )
 
     def loss_scale(self, noise_std: float) -> float:
-        """Returns what the loss of a flow with this noise is multiplied by."""
+        """Returns the loss factor of a flow with this noise."""
         return noise_std / REFERENCE_NOISE if self.noise_weight else 1.0
 
 
@@ -47,19 +47,19 @@ class LikelihoodConfig:
 class SamplingConfig:
     """How samples are drawn, in training and by default in `sample.py`.
 
-    num: samples of a picture; at least 1.
+    num: samples per sample grid; at least 1.
     plan: how tokens are decoded; "auto" is sequential on CPUs and parallel where that is faster.
     window: tokens that "jacobi" and "sliding" solve together, at least 1; None for all.
     tol: largest change at which "jacobi" and "sliding" stop; 0 is exact.
-    init: what their sweeps start from: the noise, zeros, or the frame before.
+    init: initial guess of their sweeps: the noise, zeros, or the previous frame.
     guidance: weight w towards the class or text; 0 for none.
-    rule: how both branches are combined, TARFlow's linear or STARFlow's product.
+    rule: how the two branches are combined: TARFlow's linear or STARFlow's product.
     parts: what the linear rule changes.
     anneal: let the weight grow from 0 at a block's first token to w at its last.
-    temperature: of the attention of the unconditional branch; positive, 1 for none.
-    blocks: that are guided, by number, data side first; None for all.
-    denoise: strength of the step that removes the noise of training; 0 for none.
-    prompts: that a model of texts draws in turn.
+    temperature: attention temperature of the unconditional branch; positive, 1 for none.
+    blocks: guided blocks, by number, data side first; None for all.
+    denoise: strength of the step that removes the training noise; 0 for none.
+    prompts: prompts that a text model draws in turn.
     """
 
     num: Samples = 64

@@ -1,4 +1,4 @@
-"""Pictures that runs leave: grids of images, and points with the paths that lead to them."""
+"""Images that runs save: grids of samples, and plots of points with their paths."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def picture(images: Float[np.ndarray, "n height width c"], classes: int) -> UInt
 
 
 def strips(clips: Float[np.ndarray, "n frames height width c"]) -> UInt8[np.ndarray, "rows columns c"]:
-    """Returns a picture with one clip in [-1, 1] per row, its frames from left to right, small ones enlarged.
+    """Returns an image with one clip in [-1, 1] per row, frames from left to right, small ones enlarged.
 
     Example:
         save_image("samples.png", strips(clips))
@@ -52,7 +52,7 @@ def side_by_side(clips: Float[np.ndarray, "n frames height width c"]) -> UInt8[n
 def path_plot(
     paths: Float[np.ndarray, "times n 2"], samples: Float[np.ndarray, "m 2"], data: Float[np.ndarray, "k 2"]
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """Returns a picture of two panels: paths from x0 to sample, and samples over data.
+    """Returns a plot with two panels: paths from noise to sample, and samples over data.
 
     Raises ModuleNotFoundError if matplotlib is missing.
 

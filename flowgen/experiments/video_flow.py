@@ -1,4 +1,4 @@
-"""Flows of clips: a STARFlowV and its denoiser trained at once, drawn as strips of frames and as video."""
+"""Video flows: a STARFlowV trained jointly with its denoiser, drawn as strips of frames and as video."""
 
 from __future__ import annotations
 
@@ -44,22 +44,22 @@ from flowgen.settings.ranges import Frames, Within
 from flowgen.training import Job
 
 CLIPS_AT_ONCE = 64
-DENOISED = 64  # held-out clips whose noise is removed, for the ratio of peak to error
+DENOISED = 64  # held-out clips that are denoised to measure PSNR
 SMALL_SIDE = 10  # of bouncing digits of 8 pixels
 DEFAULT_FPS = 8.0
-# What both mp4 and GIF, which counts in hundredths of a second, can hold.
+# The range of both mp4 and GIF, which counts in hundredths of a second.
 LEAST_FPS, MOST_FPS = 0.1, 100.0
 
 
 @config
 class ClipDrawOptions(FlowDrawOptions):
-    """What is asked of one drawing of clips, beside the fields of `sampling`.
+    """Options for drawing clips, beside the fields of `sampling`.
 
-    frames: of a clip, any number; None is as in training.
-    given: image that clips begin with, or video, cut to fewer than the frames.
-    context: frames of latents that longer clips are continued from.
-    fps: frames per second of what is written; None is as in training.
-    progress: show a bar of the tokens that are decoded.
+    frames: frames per clip, any number; None is as in training.
+    given: image or video that clips begin with; a video is cut to fewer than the frames.
+    context: latent frames that longer clips are continued from.
+    fps: frames per second of the output; None is as in training.
+    progress: show a progress bar of decoded tokens.
     """
 
     frames: Frames | None = None
@@ -71,12 +71,12 @@ class ClipDrawOptions(FlowDrawOptions):
 
 @config(kw_only=True)
 class VideoFlowExperiment(AutoregressiveExperiment):
-    """A flow of clips and its denoiser.
+    """A video flow and its denoiser.
 
     model: the flow, and its denoiser if it has one.
-    data: the clips that it is trained on.
+    data: the clips it is trained on.
 
-    Raises ValueError if the parts do not belong together.
+    Raises ValueError if the parts do not fit together.
 
     Example:
         experiment = VideoFlowExperiment(name="digits", model=STARFlowVConfig(image_size=16, frames=6))
@@ -128,11 +128,11 @@ class VideoFlowExperiment(AutoregressiveExperiment):
             )
 
     def dataset(self, split: Split) -> Dataset:
-        """Returns the clips of a split, at the size from which the codec makes the model's latents."""
+        """Returns the clips of a split, at the size that the codec encodes to the model's latents."""
         return clips_alone(super().dataset(split))
 
     def job(self, *, dataset: Dataset | None = None, held_out: Dataset | None = None, model: Any = None) -> Job:
-        """Returns what the training loop needs, with the data opened, and encoded if they were not.
+        """Returns the training job, with the data opened and, if necessary, encoded.
 
         dataset, held_out, model: see `fit`.
         """
@@ -165,12 +165,12 @@ class VideoFlowExperiment(AutoregressiveExperiment):
         given: Float[np.ndarray, "given height width c"] | None = None,
         **how: Any,
     ) -> tuple[np.ndarray, str]:
-        """Returns clips `num frames height width c` and a line on how they were decoded; clip i depends on (key, i)
-        alone.
+        """Returns clips `num frames height width c` and a line on how they were decoded; clip i depends only on (key,
+        i).
 
         cond: labels, a `TextCondition`, or None. null: the empty text of guidance, encoded here if not given.
-        given: images in [-1, 1] that all clips begin with, which come back as the codec keeps them.
-        how: frames (of latents), context, restart_cond, progress and certify of `sample_clips`.
+        given: images in [-1, 1] that all clips begin with, returned as the codec reconstructs them.
+        how: frames (latent frames), context, restart_cond, progress and certify of `sample_clips`.
         Latents are decoded to clips by the codec.
         """
         codec, clean = self.encoding.open_clip_codec(), None
@@ -201,9 +201,10 @@ class VideoFlowExperiment(AutoregressiveExperiment):
         say: Callable[[str], None] = lambda line: None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Samples:
-        """Returns `sampling.num` clips; `say` is told what each batch cost, `progress` as `sample_clips` tells it.
+        """Returns `sampling.num` clips; `say` receives a line for each batch, `progress` is called as by
+        `sample_clips`.
 
-        Raises ValueError if the codec makes no clips of so many frames, or what is given does not fit.
+        Raises ValueError if the codec makes no clips of so many frames, or `given` does not fit.
         """
         flow = model if not options.aspect else model.with_image_size(*self.encoding.latent_size(options.aspect))
         codec, given = self.encoding.open_clip_codec(), None
@@ -226,23 +227,23 @@ class VideoFlowExperiment(AutoregressiveExperiment):
         return Samples(draw_in_batches(batch, self.sampling.num, options, say, batch=CLIPS_AT_ONCE), about)
 
     def fps(self, asked: float | None) -> float:
-        """Returns frames per second of videos: as asked for, else those of the clips that the flow was trained on."""
+        """Returns the frame rate of videos: the requested one, else that of the training clips."""
         if asked is not None:
             return asked
-        # Of cached latents the texts know it, if they say it.
+        # For cached latents only the texts may state it.
         told = None if self.text is None else self.text.frames_per_second
         fps = float(told or self.data.fps)
         return fps if LEAST_FPS <= fps <= MOST_FPS else DEFAULT_FPS
 
     def evaluate(self, model: Any, variables: Any, options: FlowEvaluateOptions) -> list[str]:
-        """Returns lines with the likelihood of the flow on a split, what its noise looks like once removed, and how far
-        frames of samples and of data move; latents are decoded first."""
+        """Returns lines with the likelihood of the flow on a split, the PSNR of denoised clips, and frame distances of
+        samples and data; latents are decoded first."""
         dataset = clips_alone(self.flow_dataset(options.split, labelled=not options.unconditional))
         lines = self.likelihood_lines(model, variables, dataset, options)
         key, codec = jax.random.key(options.seed), self.encoding.open_clip_codec()
         ratios = denoised_psnr(codec, model, variables, dataset, key, most=DENOISED)
         lines.append("PSNR of noisy clips " + ", ".join(f"{how} {ratio:.2f} dB" for how, ratio in ratios.items()))
-        if not options.samples or model.config.frames == 1:  # One frame has none to move to.
+        if not options.samples or model.config.frames == 1:  # A single frame has no next one.
             return lines
         conditions = self.conditions_of(dataset, unconditional=options.unconditional)
         cond = None if conditions is None else conditions(np.arange(options.samples) % len(dataset))
@@ -260,7 +261,7 @@ class VideoFlowExperiment(AutoregressiveExperiment):
             changes["model"],
             image_size=-(-SMALL_SIDE // changes["model"].patch_size) * changes["model"].patch_size,
             frames=min(self.model.frames, 3),
-            # The deep block keeps its order if one block is above it.
+            # The deep block keeps its token order if one block is above it.
             layers_per_block=(1, 1) if self.model.order == "reversed" else (0, 1, 1),
             denoiser_layers=min(self.model.denoiser_layers, 1),
         )
@@ -271,7 +272,7 @@ class VideoFlowExperiment(AutoregressiveExperiment):
         return debug_run(self, **changes, likelihood=likelihood, data=debug_clips(self.data))
 
     def _denoiser(self, flow: Any, variables: Any) -> float | Denoiser:
-        """What samples are denoised with: the learned denoiser if the flow has one, else the Tweedie step."""
+        """The denoising of samples: the learned denoiser if the flow has one, else the Tweedie step."""
         strength = self.sampling.denoise
         if not flow.config.denoiser_layers or strength == 0:
             return strength

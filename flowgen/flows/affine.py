@@ -48,14 +48,14 @@ def log_softplus(x: Float[Array, "*b"]) -> Float[Array, "*b"]:
 
 
 def num_outputs(scale: ScaleParameterisation) -> int:
-    """Returns how many numbers per channel a network gives for shift and scale."""
+    """Returns how many outputs per channel a network needs for shift and scale."""
     return 1 if scale == "volume_preserving" else 2
 
 
 def shift_and_log_scale(
     out: Float[Array, "b n outputs"], scale: ScaleParameterisation
 ) -> tuple[Float[Array, "b n c"], Float[Array, "b n c"]]:
-    """Returns (shift, log_scale) of tokens from what the network gives, the raw scale a first.
+    """Returns (shift, log_scale) of tokens from the network's outputs, the raw scale a first.
 
     σ = exp(a) "exponential" (TARFlow), softplus(a + 0.5413) "softplus" (STARFlow), 1 "volume_preserving".
     """

@@ -1,4 +1,4 @@
-"""What a flow is trained on: the noisy input and the condition of a batch, drawn row by row."""
+"""The training input of a flow: the noisy batch and its condition, drawn row by row."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from flowgen.rows import Rows, batch_rows
 def noisy_batch(
     flow: Flow, condition: Callable[..., Condition | None], batch: Any, key: Key[Array, ""]
 ) -> tuple[Float[Array, "b *event"], Condition | None]:
-    """Returns what a flow is trained on: the noisy input and the condition of a batch, drawn row by row.
+    """Returns the training input of a flow: the noisy batch and its condition, drawn row by row.
 
-    condition: of `batch_condition`.
+    condition: from `batch_condition`.
     """
     check_batch(batch)
     check_key(key)
@@ -31,17 +31,17 @@ def noisy_batch(
 
 
 def check_batch(batch: Any) -> None:
-    """Raises ValueError unless a batch is a dict that has pictures, or moments of latents."""
+    """Raises ValueError unless a batch is a dict that has images, or moments of latents."""
     if not isinstance(batch, Mapping) or not ("image" in batch or {"mean", "std"} <= batch.keys()):
         given = list(batch) if isinstance(batch, Mapping) else shown(batch)
         raise ValueError(f"batch is {given}; give a dict with 'image', or with 'mean' and 'std' of latents.")
 
 
 def batch_input(key: Key[Array, ""], batch: Any, noise_std: float) -> Float[Array, "b *event"]:
-    """Returns the input of a flow in training, from pictures or from moments of latents.
+    """Returns the input of a flow in training, from images or from moments of latents.
 
-    `image` uint8: see `add_noise`. `mean` and `std` `b height width c`, an autoencoder's posterior: a draw from it, and
-    σ N(0, I) on top.
+    `image` uint8: see `add_noise`. `mean` and `std` `b height width c`, an autoencoder's posterior: a sample from it
+    plus σ N(0, I).
     """
     check_batch(batch)
     if "image" in batch:
@@ -53,7 +53,7 @@ def batch_input(key: Key[Array, ""], batch: Any, noise_std: float) -> Float[Arra
 
 
 def add_noise(key: Key[Array, ""], images: UInt8[Array, "b *event"], noise_std: float) -> Float[Array, "b *event"]:
-    """Returns images as the flow is trained on them: σ > 0, x + σ N(0, I) on [-1, 1]; σ = 0, dequantised.
+    """Returns images as a flow's training input: σ > 0, x + σ N(0, I) on [-1, 1]; σ = 0, dequantised.
 
     Example:
         x = add_noise(key, batch["image"], flow.config.noise_std)
@@ -61,7 +61,7 @@ def add_noise(key: Key[Array, ""], images: UInt8[Array, "b *event"], noise_std: 
     if noise_std == 0:
         return dequantise(key, images)
     noise = jax.random.normal(key, images.shape)
-    # As `from_uint8`, in the precision of the noise: float64 where that is switched on.
+    # As `from_uint8`, in the precision of the noise: float64 if enabled.
     return images.astype(noise.dtype) / (LEVELS // 2 - 0.5) - 1 + noise_std * noise
 
 
@@ -81,9 +81,9 @@ def dequantise(key: Key[Array, ""], images: UInt8[Array, "b *event"]) -> Float[A
 def batch_condition(
     flow: Flow, label_dropout: float, null_text: Callable[[tuple[int, ...]], TextCondition] | None
 ) -> Callable[..., Condition | None]:
-    """Returns (rows, batch, ([frames,] height, width)) -> the condition of a batch in training, some of it dropped.
+    """Returns (rows, batch, ([frames,] height, width)) -> the condition of a training batch, with dropout.
 
-    Raises ValueError where texts are to be dropped and there is no null_text.
+    Raises ValueError if texts are dropped and there is no null_text.
     """
     if label_dropout and flow.config.text_dim and null_text is None:
         raise ValueError(f"label_dropout is {label_dropout}, but no null_text is given for dropped texts; encode ''.")
@@ -102,7 +102,7 @@ def batch_condition(
 
 
 def condition_of(flow: Flow, batch: Any) -> Condition | None:
-    """Returns the labels or texts of a batch where the flow takes them, none of them dropped."""
+    """Returns the labels or texts of a batch, without dropout, if the flow takes them."""
     needed = "text" if flow.config.text_dim else "label" if flow.config.num_classes else None
     if needed is not None and needed not in batch:
         raise ValueError(f"batch has {', '.join(map(repr, batch))} and no {needed!r}, which this flow takes; give it.")

@@ -1,4 +1,4 @@
-"""One autoregressive block: an invertible map of tokens, and the conditioner that decoders invert it with.
+"""One autoregressive block: an invertible map of tokens, and the conditioner that decoders use to invert it.
 
 In the block's token order, with u the tokens (TARFlow, arXiv 2412.06329, and STARFlow, arXiv 2506.06276):
 
@@ -6,12 +6,12 @@ In the block's token order, with u the tokens (TARFlow, arXiv 2412.06329, and ST
     o_t = W_out norm(h_t) + b_out
     (log_scale_{t+f}, shift_{t+f}) = o_t,    z_t = (u_t - shift_t) · exp(-log_scale_t)
 
-shift "output" (TARFlow): the network sees p_t = u_t and answers for the token after it, f = 1. Token 0 passes
+shift "output" (TARFlow): the network sees p_t = u_t and predicts the next token's parameters, f = 1. Token 0 passes
 unchanged, and the last token is never fed to the network. shift "input" (STARFlow): p_0 is a learned start token in
 data space and p_t = u_{t-1}, f = 0. Every token is transformed.
 
-Positions are a learned table, in the order of the tokens, or rotary angles of the slots, which do not follow it.
-A condition enters as a class embedding added to every token, or as a prefix of tokens that all others see.
+Positions are a learned table, in token order, or rotary angles of the slots, independent of that order.
+A condition is a class embedding added to every token, or a prefix of tokens that all others see.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from flowgen.nn.transformer import TransformerConfig, transformer_stack, unstack
 
 Shift = Literal["output", "input"]
 EMBEDDING_STDDEV = 0.01
-# The dict of a Flax module, with "params" and what else it keeps.
+# A Flax module's dict of "params" and other collections.
 Variables = Mapping[str, Any]
 
 
@@ -58,14 +58,15 @@ class ClassPrefix:
         return self.num_classes + 1
 
     def features(self, cond: Condition | None, batch: int, dtype: jnp.dtype) -> Float[Array, "b l e"]:
-        """Returns one-hot rows as a text of one token."""
+        """Returns one-hot rows as texts of one token."""
         assert not isinstance(cond, TextCondition)  # a flow checks its condition
         return class_one_hot(cond, self.num_classes, batch, dtype)[:, None]
 
 
 @dataclass(frozen=True)
 class TextPrefix:
-    """A prefix of `length` tokens with `dim` features each; padding is zeros, and is attended to as published."""
+    """A prefix of `length` tokens with `dim` features each; padding is zero and, as in the released code, not
+    masked."""
 
     length: int
     dim: int
@@ -82,9 +83,9 @@ class TextPrefix:
 class BlockConfig:
     """Shape of one block: its tokens, their order, scale parameterisation and conditions, and the transformer inside.
 
-    num_classes: of labels that are added to the tokens. prefix: of what stands before them. positions: rotary; None
-    is a learned table. soft_clip: bound of raw outputs, 0 for none. final_norm: RMSNorm before the last linear map.
-    frames: with more than 1, that many runs of num_tokens tokens are mapped each on its own, as the frames of a video.
+    num_classes: classes of labels added to the tokens. prefix: tokens before them. positions: rotary; None is a learned
+    table. soft_clip: bound of raw outputs, 0 for none. final_norm: RMSNorm before the last linear map. frames: if above
+    1, that many runs of num_tokens tokens are mapped independently, like the frames of a video.
     """
 
     num_tokens: int
@@ -111,10 +112,10 @@ class BlockConfig:
 
 
 class BlockState(NamedTuple):
-    """What a block knows when it is given a window of tokens.
+    """The state of a block before a window of tokens.
 
-    start: rows before the window. caches: of all layers, with the prefix and those rows in them; None if start is 0
-    and nothing follows. inverse_temperature: factors on the attention logits of every sample, None for 1.
+    start: rows before the window. caches: caches of all layers with the prefix and those rows; None if start is 0 and
+    nothing follows. inverse_temperature: factors on the attention logits of every sample, None for 1.
     """
 
     start: Int[Array, ""] | int = 0
@@ -134,7 +135,7 @@ class AutoregressiveBlock(nn.Module):
 
     config: BlockConfig
 
-    if TYPE_CHECKING:  # Flax's own also speaks of variables, which no method here changes.
+    if TYPE_CHECKING:  # Flax's own type includes variables, which no method here changes.
 
         def apply(self, variables: Variables, *args: Any, method: str = "__call__") -> Any: ...
 
@@ -175,7 +176,7 @@ class AutoregressiveBlock(nn.Module):
     ) -> tuple[Float[Array, "b n c"], Float[Array, "b n c"]]:
         """Returns (shift, log_scale) of all tokens in raster order; both are 0 for passthrough tokens."""
         config = self.config
-        cond = cond if config.is_conditional else None  # Nor do single frames see one.
+        cond = cond if config.is_conditional else None  # Single frames see none either.
         u = reorder(each_frame(x, config.frames), config.order)
         shift, log_scale, _ = self.conditioner(self.previous(u), cond)
         passthrough = ((0, 0), (self.num_passthrough, 0), (0, 0))
@@ -187,9 +188,9 @@ class AutoregressiveBlock(nn.Module):
     ) -> tuple[Float[Array, "b w c"], Float[Array, "b w c"], tuple | None]:
         """Returns (shift, log_scale) of a window of tokens from the tokens just before them, and the caches.
 
-        previous: rows start..start+w-1 of `previous(tokens)`; the answer is for tokens start+p..start+p+w-1, with
-        p = num_passthrough. state: its caches are from
-        `prefill` or from the window before; the default is for a whole sequence.
+        previous: rows start..start+w-1 of `previous(tokens)`; the result is for tokens start+p..start+p+w-1, with p =
+        num_passthrough. state: its caches come from `prefill` or the previous window; the default is for a whole
+        sequence.
         """
         config, transformer = self.config, self.config.transformer
         batch, window = previous.shape[:2]
@@ -212,11 +213,11 @@ class AutoregressiveBlock(nn.Module):
         return shift, log_scale, caches
 
     def previous(self, tokens: Float[Array, "b n c"]) -> Float[Array, "b w c"]:
-        """Returns what the network sees, row t for token t + num_passthrough, given all tokens in the block's order."""
+        """Returns the network's input, row t for token t + num_passthrough, from all tokens in the block's order."""
         return jnp.concatenate([self.first_previous(tokens), tokens[:, self.num_passthrough : -1]], axis=1)
 
     def first_previous(self, z: Float[Array, "b n c"]) -> Float[Array, "b 1 c"]:
-        """Returns what stands before the first token that is transformed: the passthrough or the start token."""
+        """Returns the token before the first transformed one: the passthrough or the start token."""
         if self.config.shift == "output":
             return z[:, :1]
         return jnp.broadcast_to(self.start_token[None, None].astype(z.dtype), (len(z), 1, z.shape[2]))
@@ -224,7 +225,7 @@ class AutoregressiveBlock(nn.Module):
     def prefix_tokens(
         self, prefix: ClassPrefix | TextPrefix, cond: Condition | None, batch: int
     ) -> Float[Array, "b l d"]:
-        """Returns the tokens that stand before all others; they depend on the condition alone."""
+        """Returns the tokens that precede all others; they depend only on the condition."""
         return self.proj_prefix(prefix.features(cond, batch, jnp.dtype(self.config.transformer.dtype)))
 
     def rotation(self, slot: Int[Array, ""] | int, length: int) -> tuple[Array, Array] | None:
@@ -257,22 +258,22 @@ class AutoregressiveBlock(nn.Module):
         )
 
     def rewind(self, before: tuple, after: tuple) -> tuple:
-        """Returns the caches from which a window that turned `before` into `after` can be run again."""
+        """Returns caches from which the window that turned `before` into `after` can run again."""
         return causal_kernel(self.config.transformer.attention).rewind(before, after)
 
 
 def each_frame(x: Float[Array, "b n c"], frames: int) -> Float[Array, "b_and_frames tokens c"]:
-    """Returns the tokens of every frame as samples of their own."""
+    """Returns the tokens of every frame as separate samples."""
     return x.reshape(len(x) * frames, -1, x.shape[2])
 
 
 def block_parameters(variables: Variables, index: int) -> Variables:
-    """Returns the variables of block `index` alone, for `AutoregressiveBlock(config).apply`."""
+    """Returns the variables of block `index`, for `AutoregressiveBlock(config).apply`."""
     return {"params": variables["params"][f"blocks_{index}"]}
 
 
 def decoding_block(config: BlockConfig, variables: Variables) -> tuple[AutoregressiveBlock, Variables]:
-    """Returns a block in the form that takes caches, its layers one by one, and its variables in that form."""
+    """Returns a block and its variables in the form for decoding, with unrolled layers that take caches."""
     transformer = replace(config.transformer, scan=False)
     params = variables["params"]
     layers = unstack_layers(params["layers"], transformer.num_layers)

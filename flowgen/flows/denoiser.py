@@ -30,8 +30,8 @@ from flowgen.nn.transformer import TransformerConfig, transformer_stack
 class ClipDenoiser(OnMeshes, nn.Module):
     """s(x̃, cond) of clips `b frames height width c`; the kernel of its head starts at 0.
 
-    config: of the flow, whose width, heads, condition, positions and precision it takes, with denoiser_layers of its
-    own. Its parameters are those under "denoiser" beside the flow's blocks: see `denoiser_variables`.
+    config: the flow's config, which sets width, heads, condition, positions and precision; denoiser_layers is its own.
+    Its parameters are under "denoiser" beside the flow's blocks: see `denoiser_variables`.
 
     Example:
         denoiser = ClipDenoiser(flow.config)
@@ -69,7 +69,7 @@ class ClipDenoiser(OnMeshes, nn.Module):
     def __call__(
         self, x: Float[Array, "b frames height width c"], cond: Condition | None = None
     ) -> Float[Array, "b frames height width c"]:
-        """Returns s, trained to be -σ ∇ log p(x). Raises ValueError where the clip or the condition does not fit."""
+        """Returns s, which approximates -σ ∇ log p(x). Raises ValueError if the clip or the condition does not fit."""
         clip, dtype = self.config, self.transformer.dtype
         deep, master = clip.blocks[-1], master_dtype(dtype)
         clip.check_samples(x)
@@ -103,7 +103,7 @@ def _some_condition(config: STARFlowVConfig) -> Condition | None:
 
 
 def denoiser_variables(variables: Variables) -> Variables:
-    """Returns the variables of the denoiser among those of a flow that has one."""
+    """Returns the denoiser's variables from those of a flow that has one."""
     return {"params": variables["params"]["denoiser"]}
 
 
@@ -111,10 +111,10 @@ def denoiser_variables(variables: Variables) -> Variables:
 class DenoiserStep:
     """x - σ s(x, cond) for clips of any number of frames: the function of a `flowgen.decoding.Denoiser`.
 
-    noise_std: σ. chunk: frames that go through the network together, None for all. Each further chunk begins with the
-    `denoiser_past_frames` frames before those it answers for, still noisy, as in training; the last
-    `denoiser_lookahead_frames` frames of a chunk are answered for by the next, which has what comes after them. If the
-    window is longer than a chunk, each further one answers for one frame. Raises ValueError if chunk is below 1.
+    noise_std: σ. chunk: frames that go through the network together, None for all. Each later chunk begins with the
+    `denoiser_past_frames` frames before its outputs, still noisy, as in training; the last `denoiser_lookahead_frames`
+    frames of a chunk are output by the next, which sees the frames after them. If the window is longer than a chunk,
+    each later chunk outputs one frame. Raises ValueError if chunk is below 1.
 
     Example:
         step = DenoiserStep(denoiser, noise_std=0.5, chunk=21)
@@ -137,7 +137,7 @@ class DenoiserStep:
         network = ClipDenoiser(config.with_num_frames(size), parent=None)
         lookahead = min(config.denoiser_lookahead_frames, size - 1)
         step = size - lookahead - min(config.denoiser_past_frames, size - 1 - lookahead)
-        # Chunks of one size, the last at the end; each answers up to its last `lookahead` frames, and the last for all.
+        # Equal chunks, the last at the end; each outputs all but its last `lookahead` frames, the last one all.
         count = -(-(frames - size) // step) + 1
         begins = np.minimum(np.arange(count) * step, frames - size)
         answering = np.searchsorted(begins[:-1] + size - lookahead, np.arange(frames), side="right")

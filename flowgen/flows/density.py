@@ -23,7 +23,7 @@ LEVELS = 256
 
 @runtime_checkable
 class FlowConfig(Protocol):
-    """What training, density and decoding read of a flow's config."""
+    """The parts of a flow's config that training, density and decoding read."""
 
     @property
     def event_shape(self) -> tuple[int, ...]: ...
@@ -57,7 +57,7 @@ class FlowConfig(Protocol):
 
 @runtime_checkable
 class Flow(Protocol):
-    """What training, density and decoding ask of a flow: a Flax module with these methods and a config."""
+    """What training, density and decoding need of a flow: a Flax module with these methods and a config."""
 
     @property
     def config(self) -> FlowConfig: ...
@@ -117,7 +117,7 @@ def tweedie_step(
 ) -> Float[Array, "b *event"]:
     """Returns E[clean | x] by Tweedie's formula, x + strength · σ² ∇_x log p(x | cond), not clipped.
 
-    noise_std: σ; None takes the one in the flow's config. With σ = 0 there is nothing to remove.
+    noise_std: σ; None is the flow config's. With σ = 0 there is nothing to remove.
 
     Example:
         clean = tweedie_step(flow, params, sample.x, cond)
@@ -138,7 +138,7 @@ def class_posterior(
 ) -> Float[Array, "b classes"]:
     """Returns p(class | x) ∝ p(x | class) p(class) by Bayes' rule, one likelihood per class, uniform prior.
 
-    Raises ValueError where the flow has no classes.
+    Raises ValueError if the flow has no classes.
 
     Example:
         labels = class_posterior(flow, params, x).argmax(axis=-1)

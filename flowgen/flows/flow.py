@@ -26,7 +26,7 @@ from flowgen.settings.ranges import MAX_TOKENS
 
 @dataclass(frozen=True)
 class ImageTokens:
-    """The part of a config that says which images a flow takes and how they become tokens."""
+    """The part of a config that defines a flow's images and how they become tokens."""
 
     image_size: int | tuple[int, int]
     channels: int
@@ -47,7 +47,7 @@ class ImageTokens:
 
     @property
     def patch_order(self) -> PatchOrder:
-        """How a patch is laid out in a token."""
+        """The layout of a patch in a token."""
         raise NotImplementedError
 
     @property
@@ -87,11 +87,11 @@ class ImageTokens:
 
     @property
     def num_dims(self) -> int:
-        """Dimensions of one sample, by which nats become nats or bits per dimension."""
+        """Dimensions of one sample, the divisor of nats or bits per dimension."""
         return self.num_tokens * self.token_dim
 
     def check_samples(self, x: Array) -> None:
-        """Raises ValueError unless x is a batch of this model's samples, in floating-point numbers."""
+        """Raises ValueError unless x is a floating-point batch of this model's samples."""
         check_floating("x", x)
         if x.shape[1:] != self.event_shape:
             shape = ", ".join(map(str, self.event_shape))
@@ -103,7 +103,7 @@ class ImageTokens:
         return patches.reshape(len(x), self.num_tokens, self.token_dim)
 
     def to_images(self, tokens: Float[Array, "b n token"]) -> Float[Array, "b *event"]:
-        """Returns the samples of tokens in raster order."""
+        """Returns the samples that tokens in raster order form."""
         patches = tokens.reshape(-1, self.tokens_per_image, self.token_dim)
         images = unpatchify(patches, self.patch_size, self.image_hw, self.patch_order)
         return images.reshape(len(tokens), *self.event_shape)
@@ -130,7 +130,7 @@ class AutoregressiveFlow(OnMeshes, nn.Module):
     ) -> tuple[Float[Array, "b n token"], Float[Array, " b"]]:
         """Returns noise tokens z in raster order and logdet = log|det dz/dx|, summed, in nats.
 
-        Raises ValueError where x is not a batch of this model's images, or cond not a condition it takes.
+        Raises ValueError if x is not a batch of this model's images, or the model does not take cond.
         """
         states, logdet = self.trajectory(x, cond)
         return states[-1], logdet
@@ -145,7 +145,7 @@ class AutoregressiveFlow(OnMeshes, nn.Module):
     def enter_last_block(
         self, x: Float[Array, "b *event"], cond: Condition | None = None
     ) -> tuple[Float[Array, "b n token"], Float[Array, " b"]]:
-        """Returns the tokens that the last block takes, and the logdet of the blocks before it."""
+        """Returns the last block's input tokens and the logdet of the blocks before it."""
         states, logdet = self._through(self.blocks[:-1], x, cond)
         return states[-1], logdet
 
@@ -165,9 +165,9 @@ class AutoregressiveFlow(OnMeshes, nn.Module):
 
     @nn.nowrap
     def with_image_size(self, height: int, width: int) -> AutoregressiveFlow:
-        """Returns the flow of the same parameters on images of another size.
+        """Returns the flow with the same parameters for another image size.
 
-        Raises ValueError where the parameters belong to one size, as position tables do.
+        Raises ValueError if the parameters fit only one size, as position tables do.
         """
         if (height, width) == self.config.image_hw:
             return self
@@ -179,7 +179,7 @@ class AutoregressiveFlow(OnMeshes, nn.Module):
 
     @nn.nowrap
     def with_num_frames(self, frames: int) -> AutoregressiveFlow:
-        """Returns the flow of the same parameters on clips of another number of frames.
+        """Returns the flow with the same parameters for another number of frames.
 
         Raises ValueError if the flow models images, which are one frame.
         """
@@ -190,7 +190,7 @@ class AutoregressiveFlow(OnMeshes, nn.Module):
         return type(self)(self.config.with_num_frames(frames), parent=None)
 
     def prior_variance(self) -> Float[Array, "n token"]:
-        """Returns the variance of the Gaussian that samples are drawn from: 1, unless tracked or imported."""
+        """Returns the variance of the Gaussian prior: 1, unless tracked or imported."""
         shape = (self.config.num_tokens, self.config.token_dim)
         return self.get_variable("prior", "variance", jnp.ones(shape, master_dtype(self.config.dtype)))
 
@@ -202,19 +202,19 @@ class AutoregressiveFlow(OnMeshes, nn.Module):
     def bits_per_dim(self, x: Float[Array, "b *event"], cond: Condition | None = None) -> Float[Array, " b"]:
         """Returns -log2 p(x | cond) per dimension on the scale of 256 levels over [-1, 1).
 
-        It is the model's bits/dim where x is dequantised (`flowgen.flows.batches.dequantise`).
+        It is the model's bits/dim if x is dequantised (`flowgen.flows.batches.dequantise`).
         """
         return bits_per_dim(self.log_prob(x, cond), self.config.num_dims)
 
     def to_images(self, tokens: Float[Array, "b n token"]) -> Float[Array, "b *event"]:
-        """Returns the samples of data-side tokens."""
+        """Returns the samples that data-side tokens form."""
         return self.config.to_images(tokens)
 
 
 def init(flow: Flow, key: Key[Array, ""]) -> Variables:
     """Returns freshly initialised variables of a flow; shapes come from its config.
 
-    Blocks of equal shape share one compiled program, whose random numbers are what takes time to compile.
+    Blocks of equal shape share one compiled program, because compiling random numbers is slow.
 
     Example:
         params = init(flow, jax.random.key(0))

@@ -30,14 +30,14 @@ def nll_objective(
 
     loss = loss_scale (½ mean z² - mean logdet / num_dims) + norm_penalty Σ_k mean x_k², in nats per dimension, without
     constants (TARFlow, eq. of the loss; the penalty, on the tokens that enter each block, is STARFlow's).
-    batch: what `batch_input` takes, of any size that `flow.with_image_size` takes; and `label` int32 `b` if the flow
-    has classes, `text`, the features `b l e` and mask `b l` of a `TextCondition`, if it has texts. With probability
-    `label_dropout` labels become -1, and texts null_text(([frames,] height, width)) of the batch, the encoded "".
-    metrics: loss, bits_per_dim (of the noised pictures; of latents nats_per_dim), mean_square_z, logdet_per_dim, and
+    batch: input of `batch_input`, of any size that `flow.with_image_size` takes; also `label` int32 `b` if the flow has
+    classes, and `text`, the features `b l e` and mask `b l` of a `TextCondition`, if it has texts. With probability
+    `label_dropout` labels become -1, and texts become null_text(([frames,] height, width)), the encoded "".
+    metrics: loss, bits_per_dim (of the noised images; of latents nats_per_dim), mean_square_z, logdet_per_dim, and
     mean_square/<block> of the tokens after each block.
     Volume-preserving flows return their tracked prior variance, v + 0.1 (mean_b z² - v), as carried state.
 
-    Raises ValueError where texts are to be dropped and there is no null_text.
+    Raises ValueError if texts are dropped and there is no null_text.
 
     Example:
         loss, metrics, *state = nll_objective(flow, label_dropout=0.1)(params, batch, key)
@@ -87,13 +87,13 @@ def nll(
 
 
 def density_metric(flow: Flow, nats_per_dim: Float[Array, ""], batch: Any) -> dict[str, Array]:
-    """Returns the metric of the density by its name: bits/dim of pictures, nats/dim of latents."""
+    """Returns the metric of the density by its name: bits/dim of images, nats/dim of latents."""
     if "image" in batch:
         return {"bits_per_dim": bits_per_dim(-nats_per_dim, 1)}
     return {"nats_per_dim": nats_per_dim}
 
 
 def on_samples_like(flow: Flow, x: Float[Array, "b *event"]) -> Flow:
-    """Returns the flow of the same parameters on samples of the size of x, and with its frames where x is clips."""
+    """Returns the flow with the same parameters for samples of x's size and, for clips, its number of frames."""
     sized = flow.with_image_size(*x.shape[-3:-1])
     return sized.with_num_frames(x.shape[1]) if x.ndim == 5 else sized

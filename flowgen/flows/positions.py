@@ -1,4 +1,4 @@
-"""Positions of a block's slots as rotary angles: a text in front on an axis of its own, then the tokens of a grid.
+"""Positions of a block's slots as rotary angles: a text prefix on its own axis, then the tokens of a grid.
 
 Token (i, j) of an h x w grid stands at (i, j) · P / √(h w), whatever order the tokens come in; P is the side of the
 grid that positions were learned on, so that a larger grid fills the same range. Text token k of n stands at k/n · P
@@ -43,7 +43,7 @@ class GridPositions:
 def rotary_pairs(head_dim: int, *, third_axis: bool) -> tuple[int, ...]:
     """Returns pairs of channels per axis: halves for (row, column), or 8 for text and frames and halves of the rest.
 
-    Raises ValueError where the channels of a head cannot be split so.
+    Raises ValueError if the channels of a head cannot be split this way.
     """
     spatial = head_dim // 2 - (THIRD_AXIS_PAIRS if third_axis else 0)
     least = 2 * THIRD_AXIS_PAIRS + 4 if third_axis else 4

@@ -1,9 +1,9 @@
-"""Flow-score matching: a denoiser learns the score of the flow that is trained beside it (arXiv 2511.20462).
+"""Flow-score matching: a denoiser learns the score of a jointly trained flow (arXiv 2511.20462).
 
 x̃ = x + σ ε,   t = -σ ∇_x̃ log p(x̃ | cond),   loss = NLL(x̃) + mean |s(x̃, cond) - t|²
 
-The gradient with respect to x̃ comes out of the same backward pass as that with respect to the flow's parameters, which
-the second term does not touch.
+One backward pass gives the gradients with respect to x̃ and to the flow's parameters; the second term does not affect
+the latter.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from flowgen.flows.starflow_v import STARFlowV
 def score_target(
     flow: Flow, variables: Variables, x: Float[Array, "b *event"], cond: Condition | None = None
 ) -> Float[Array, "b *event"]:
-    """Returns t = -σ ∇ log p(x | cond), what a denoiser of noisy samples x is to answer; σ from the flow's config.
+    """Returns t = -σ ∇ log p(x | cond), the target of a denoiser of noisy samples x; σ from the flow's config.
 
     Example:
         t = score_target(flow, params, noisy, cond)
@@ -59,12 +59,12 @@ def flow_score_objective(
     loss_scale: float = 1.0,
     null_text: Callable[[tuple[int, ...]], TextCondition] | None = None,
 ) -> Callable[..., tuple]:
-    """Returns the objective (variables, batch, key) -> (loss, metrics) of a flow of clips and of its denoiser at once.
+    """Returns the joint objective (variables, batch, key) -> (loss, metrics) of a video flow and its denoiser.
 
-    Arguments and batches are those of `nll_objective`, of clips of any number of frames, single pictures among them;
-    metrics further have `denoiser_loss`, mean |s - t|², and `score_square`, mean |t|², what an answer of 0 would lose.
+    Arguments and batches are those of `nll_objective`, of clips of any number of frames, single images among them;
+    metrics further have `denoiser_loss`, mean |s - t|², and `score_square`, mean |t|², the loss of predicting 0.
 
-    Raises ValueError where the flow has no denoiser, or as `nll_objective`.
+    Raises ValueError if the flow has no denoiser, or as `nll_objective`.
 
     Example:
         loss, metrics = flow_score_objective(flow, label_dropout=0.1)(params, batch, key)
@@ -86,7 +86,7 @@ def flow_score_objective(
         both = jax.value_and_grad(flow_loss_of, argnums=(0, 1), has_aux=True)
         (flow_loss, metrics), (of_blocks, of_x) = both(*jax.lax.stop_gradient((blocks, x)))
         flow_loss = with_gradient(flow_loss, blocks, of_blocks)
-        # This loss is loss_scale times a mean of -log p over batch and dimensions, but for a constant.
+        # Up to a constant, this loss is loss_scale times the mean of -log p over batch and dimensions.
         target = of_x * (flow.config.noise_std * len(x) * sized.config.num_dims / loss_scale)
         denoiser_loss = score_matching_loss(
             ClipDenoiser(sized.config, parent=None), denoiser_variables(variables), x, target, cond
@@ -100,7 +100,7 @@ def flow_score_objective(
 
 @jax.custom_vjp
 def with_gradient(value: Float[Array, ""], variables: Variables, gradient: Any) -> Float[Array, ""]:
-    """Returns value as a function of variables whose gradient is the one given, which is known already."""
+    """Returns value as a function of variables with a given, precomputed gradient."""
     return value
 
 

@@ -33,7 +33,7 @@ from flowgen.settings.ranges import (
     Width,
 )
 
-MAX_ROTATIONS = 1 << 25  # numbers in the table of positions, which every trace holds
+MAX_ROTATIONS = 1 << 25  # largest size of the position table, which every trace holds
 
 
 def block_order(first: TokenOrder, index: int) -> TokenOrder:
@@ -43,36 +43,35 @@ def block_order(first: TokenOrder, index: int) -> TokenOrder:
 
 @config
 class STARFlowConfig(ImageTokens):
-    """Shape of a STARFlow; the defaults are those of the released text-to-image model where it has one.
+    """Shape of a STARFlow; the defaults are the released text-to-image model's, if it has one.
 
     image_size: side of the latents, or (height, width).
-    channels: of the latents.
+    channels: channels of the latents.
     patch_size: side of the squares of latents that become one token; it divides the sides of the latents.
     width: channels of the tokens inside the shallow blocks, a multiple of head_dim.
-    layers_per_block: transformer layers per block, data side first, the last being the deep one; 0 leaves a block out.
-    deep_width: width of the last block; None for that of the others.
-    order: of the tokens in block 0, "raster" or "reversed"; later blocks alternate. The published "L2R" is "reversed".
+    layers_per_block: transformer layers per block, data side first, the deep block last; 0 leaves a block out.
+    deep_width: width of the last block; None for the others' width.
+    order: token order in block 0, "raster" or "reversed"; later blocks alternate. The published "L2R" is "reversed".
     head_dim: channels of an attention head.
-    num_kv_heads: heads of keys and values, which several heads of queries share; None is one per head.
+    num_kv_heads: heads of keys and values, each shared by several query heads; None is one per head.
     expansion: width of the feed-forward layers, in widths of the block.
-    norm: in front of every layer.
+    norm: normalisation before every layer.
     qk_norm: normalise queries and keys.
-    post_norm: normalise what a layer adds, too.
-    activation: of the feed-forward layers.
-    use_bias: in the linear layers.
+    post_norm: also normalise each layer's output.
+    activation: activation of the feed-forward layers.
+    use_bias: biases in the linear layers.
     soft_clip: bound c of c · tanh(r / c) on the raw scale and on the shift; 0 for none.
-    num_classes: of the labels the density is conditioned on; 0 for none.
-    class_conditioning: a label is a prefix token (published), or is added to every token ("add"); of added ones the
-    mean stands for no class.
+    num_classes: classes that the density is conditioned on; 0 for none.
+    class_conditioning: a label is a prefix token (published), or is added to every token ("add"); then the mean of all
+    classes is the unconditional one.
     text_dim: features per text token; 0 for a model without texts.
     text_length: tokens per text, padding included; 0 for a model without texts.
     conditioned_blocks: which blocks see the class or the text.
-    rope_base_grid: tokens along a side of the grid that positions are measured on; None puts the tokens of this grid 1
-    apart.
+    rope_base_grid: tokens along a side of the grid that positions refer to; None places this grid's tokens 1 apart.
     attention: "softmax", or a linear one that can be causal: elu_plus_one, relu, squared_relu, focused, nala, pola,
     inline, retention.
-    noise_std: σ of the Gaussian noise that the density is trained under; above 0 for latents.
-    dtype: of matrix products and activations; parameters, affine maps and log-determinants stay float32.
+    noise_std: σ of the Gaussian training noise; above 0 for latents.
+    dtype: dtype of matrix products and activations; parameters, affine maps and log-determinants stay float32.
     remat: recompute layers in the backward pass instead of storing them; less memory, and on CPUs less time.
     """
 
@@ -142,7 +141,7 @@ class STARFlowConfig(ImageTokens):
 
     @property
     def patch_order(self) -> Literal["channel_last"]:
-        """How a patch is laid out in a token."""
+        """The layout of a patch in a token."""
         return "channel_last"
 
     @property
@@ -166,7 +165,8 @@ class STARFlowConfig(ImageTokens):
         return ClassPrefix(self.num_classes) if self.num_classes and self.class_conditioning == "prefix" else None
 
     def with_image_size(self, height: int, width: int) -> STARFlowConfig:
-        """Returns the config of the same parameters on images of another size, whose area keeps its reference."""
+        """Returns the config of the same parameters for another image size, with the same reference area for
+        positions."""
         return dataclasses.replace(self, image_size=(height, width), rope_base_grid=self._side)
 
     @property
@@ -182,12 +182,12 @@ class STARFlowConfig(ImageTokens):
 
     @property
     def _third_axis(self) -> bool:
-        """Whether tokens have a third coordinate, on which what stands in front of the image is told apart."""
+        """Whether tokens have a third coordinate, which distinguishes the prefix from the image."""
         return self._prefix is not None
 
     @property
     def blocks(self) -> tuple[BlockConfig, ...]:
-        """The blocks from data to noise, those of 0 layers left out; the orders alternate over all."""
+        """The blocks from data to noise, without those of 0 layers; the orders alternate over all."""
         last = len(self.layers_per_block) - 1
         return tuple(self._block(index, index == last) for index, count in enumerate(self.layers_per_block) if count)
 
@@ -223,13 +223,13 @@ class STARFlowConfig(ImageTokens):
         )
 
     def check_cond(self, cond: Any, batch: int) -> Condition | None:
-        """Returns labels as int32, None, or a text; ValueError where it cannot be meant for this model and batch."""
+        """Returns labels as int32, None, or a text; ValueError if it does not fit this model and batch."""
         if self.text_dim:
             return check_text(cond, length=self.text_length, dim=self.text_dim, batch=batch)
         return check_labels(cond, num_classes=self.num_classes, batch=batch)
 
     def check_null(self, null: Any, batch: int) -> TextCondition | None:
-        """Returns what the unconditional branch of guidance needs: a text for a model of texts, else nothing."""
+        """Returns the input of guidance's unconditional branch: a text for a text model, else None."""
         if not self.text_dim:
             if null is not None:
                 raise ValueError("null was given to a model without texts, whose null is label -1; leave it out.")
@@ -265,8 +265,8 @@ def _imagenet(width: int, layers_per_block: tuple[int, ...], patch_size: int = 1
     )
 
 
-# Published shapes on 256 x 256 pictures, 32 x 32 x 4 latents. "t2i_3b" is the released text-to-image model. The others
-# are the published class-conditional presets by their names; the paper's model of 1.4 B is "xlv2_1".
+# Published shapes on 256 x 256 images, 32 x 32 x 4 latents. "t2i_3b" is the released text-to-image model. The others
+# are the published class-conditional presets by name; the paper's 1.4 B model is "xlv2_1".
 STARFLOW_PRESETS: dict[str, STARFlowConfig] = {
     "t2i_3b": STARFlowConfig(image_size=32, width=3072, text_dim=2048, text_length=128, rope_base_grid=32.0),
     "xl_1": _imagenet(2048, (2, 2, 2, 2, 10, 10)),

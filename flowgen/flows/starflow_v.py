@@ -15,12 +15,12 @@ from flowgen.settings.ranges import Frames, MaybeLayers, OtherFrames
 class STARFlowVConfig(STARFlowConfig):
     """Shape of a STARFlow over clips `frames height width c`; fields that are not named here are `STARFlowConfig`'s.
 
-    The shallow blocks map every frame on its own; the deep block is causal over the tokens of all frames, in raster
-    order, and alone sees the condition. Positions have the frame as their third axis, as a number, and text in front
-    of the clip on the same.
+    The shallow blocks map each frame independently; the deep block is causal over the tokens of all frames, in raster
+    order, and only it sees the condition. The third axis of positions is the frame number, and for a text prefix its
+    token's position.
 
-    frames: of a clip, in latents.
-    denoiser_layers: of the causal denoiser that learns the flow's score; 0 for none.
+    frames: latent frames per clip.
+    denoiser_layers: layers of the causal denoiser that learns the flow's score; 0 for none.
     denoiser_past_frames: frames before its own that a token sees in each layer of the denoiser.
     denoiser_lookahead_frames: frames after its own that a token sees in each layer of the denoiser.
     """
@@ -54,7 +54,7 @@ class STARFlowVConfig(STARFlowConfig):
         return (self.frames, *self.image_shape)
 
     def with_num_frames(self, frames: int) -> STARFlowVConfig:
-        """Returns the config of the same parameters on clips of another length."""
+        """Returns the config of the same parameters for another clip length."""
         return dataclasses.replace(self, frames=frames)
 
     @property
@@ -72,8 +72,8 @@ class STARFlowVConfig(STARFlowConfig):
 class STARFlowV(AutoregressiveFlow):
     """Exact-likelihood flow between clips of latents `b frames height width c` and noise tokens `b n c`.
 
-    Tokens come frame after frame, so that the noise of frame t depends on frames 0..t alone, and so does its density.
-    `cond` is that of a `STARFlow`.
+    Tokens come frame after frame, so that the noise of frame t, and its density, depend only on frames 0..t. `cond` is
+    that of a `STARFlow`.
 
     Example:
         flow = STARFlowV(STARFlowVConfig(image_size=8, frames=5, width=128, layers_per_block=(2, 2, 2, 6)))

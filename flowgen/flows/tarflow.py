@@ -34,21 +34,21 @@ class TARFlowConfig(ImageTokens):
     """Shape of a TARFlow, in the paper's p-C-K-L-σ notation: patch_size-width-num_blocks-layers_per_block-noise_std.
 
     image_size: side of the images in pixels, or (height, width).
-    channels: of the images, 1 or 3 to be drawn.
+    channels: channels of the images; only 1 or 3 can be drawn.
     patch_size: side of the squares of pixels that become one token; it divides the sides of the image.
     width: channels of the tokens inside a block, a multiple of head_dim.
     num_blocks: autoregressive blocks, every other one over the tokens in reversed order.
-    layers_per_block: transformer layers of each block.
+    layers_per_block: transformer layers per block.
     head_dim: channels of an attention head; a width below it is one head.
     expansion: width of the feed-forward layers, in widths of the block.
-    num_classes: of the labels the density is conditioned on; 0 for none.
+    num_classes: classes that the density is conditioned on; 0 for none.
     scale_parameterisation: "exponential" (the paper's nvp), or "volume_preserving" with log-determinant 0 and a tracked
     prior variance.
     attention: "softmax", or a linear one that can be causal: elu_plus_one, relu, squared_relu, focused, nala, pola,
     inline, retention.
-    activation: of the feed-forward layers.
-    noise_std: σ of the Gaussian noise that the density is trained under; 0 means uniform dequantisation.
-    dtype: of matrix products and activations; parameters, affine maps and log-determinants stay float32.
+    activation: activation of the feed-forward layers.
+    noise_std: σ of the Gaussian training noise; 0 means uniform dequantisation.
+    dtype: dtype of matrix products and activations; parameters, affine maps and log-determinants stay float32.
     remat: recompute layers in the backward pass instead of storing them; less memory, and on CPUs less time.
     """
 
@@ -86,7 +86,7 @@ class TARFlowConfig(ImageTokens):
 
     @property
     def patch_order(self) -> Literal["channel_first"]:
-        """How a patch is laid out in a token."""
+        """The layout of a patch in a token."""
         return "channel_first"
 
     @property
@@ -115,11 +115,11 @@ class TARFlowConfig(ImageTokens):
         )
 
     def check_cond(self, cond: Any, batch: int) -> Int[Array, " b"] | None:
-        """Returns labels as int32, or None; ValueError where they cannot be meant for this model and batch."""
+        """Returns labels as int32, or None; ValueError if they do not fit this model and batch."""
         return check_labels(cond, num_classes=self.num_classes, batch=batch)
 
     def check_null(self, null: Any, batch: int) -> None:
-        """Returns what the unconditional branch of guidance needs: nothing, since -1 is the mean class."""
+        """Returns the input of guidance's unconditional branch: None, since -1 is the mean class."""
         if null is not None:
             raise ValueError(
                 "null was given to a model of classes, whose unconditional branch is label -1; leave it out."

@@ -1,12 +1,12 @@
-"""Flow matching: paths, couplings, losses, solvers and what they are worth.
+"""Flow matching: paths, couplings, losses, solvers and diagnostics.
 
-paths          x_t and u_t between source (t = 0) and data (t = 1)
+paths          x_t and u_t between noise (t = 0) and data (t = 1)
 conversions    between velocity, x1, noise and score; from path to path
 plans          transport over a batch: assignment, Sinkhorn
 couplings      independent, Gibbs-weighted (W-CFM), Sinkhorn-corrected, minibatch optimal transport
-semidiscrete   optimal transport from the source to a whole data set
-times          how training times are drawn
-loss           weighted regression of the velocity; bridge: of velocity and score ([SF]²M)
+semidiscrete   optimal transport from noise to a whole dataset
+times          distributions of training times
+loss           weighted regression of the velocity; bridge: velocity and score ([SF]²M)
 mean_flow      average velocities, for sampling in one step
 solvers        integrate, both ways; guidance, SDE; likelihood: log p and divergence
 diagnostics    effective sample size, tilt, choice of epsilon, path energy, distances

@@ -1,4 +1,4 @@
-"""Checks of numbers, batches, times and outputs: ValueErrors that several files of this package raise alike."""
+"""Checks of numbers, batches, times and outputs shared by the files of this package."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def check_batch(x0: Array, x1: Array) -> None:
 def check_pair(t: Array, x0: Array, x1: Array) -> None:
     """Raises ValueError unless x0 and x1 have one shape and t has one time in [0, 1] per sample.
 
-    Times have values outside jit alone; there they are looked at.
+    The values of times are known, and checked, only outside jit.
     """
     check_batch(x0, x1)
     check_times(t, x0)
 
 
 def check_times(t: Array, x0: Array) -> None:
-    """Raises ValueError unless there is one time in [0, 1] per sample; values are looked at outside jit."""
+    """Raises ValueError unless there is one time in [0, 1] per sample; values are checked only outside jit."""
     if getattr(t, "shape", None) != x0.shape[:1]:
         raise ValueError(f"t is {shown(t)}; there must be one time per sample, of shape {x0.shape[:1]}.")
     if not isinstance(t, Tracer) and not ((np.asarray(t) >= 0) & (np.asarray(t) <= 1)).all():
@@ -49,13 +49,13 @@ def check_times(t: Array, x0: Array) -> None:
 
 
 def check_velocity(velocity: object) -> None:
-    """Raises ValueError unless a velocity can be called."""
+    """Raises ValueError unless a velocity is callable."""
     if not callable(velocity):
         raise ValueError(f"velocity is {shown(velocity)}; give a function (t, x, cond) -> v, such as velocity_field's.")
 
 
 def check_output(output: Array, x: Array, name: str = "the velocity") -> Array:
-    """Returns what a network answered; ValueError unless it has the shape of x, which broadcasting would hide."""
+    """Returns a network's output; ValueError unless it has the shape of x, since broadcasting would hide a mismatch."""
     if output.shape != x.shape:
         raise ValueError(f"{name} has shape {output.shape} at x of shape {x.shape}; it must have the shape of x.")
     return output

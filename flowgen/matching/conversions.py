@@ -1,4 +1,4 @@
-"""What a network that follows a path can predict, as a velocity and back; the field of one path along another."""
+"""Conversions between a velocity and the other predictions along a path, and from one path's field to another's."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flowgen.matching.checks import check_times
 from flowgen.matching.paths import SMALLEST, Path, Schedule, over_event, schedule_over
 
 Prediction = Literal["velocity", "x1", "noise", "score"]
-# The same for networks that predict x1, noise or a score: what they get wrong is divided by it.
+# The same for networks that predict x1, noise or a score: their errors are divided by it.
 NETWORK_SMALLEST = 0.02
 
 
@@ -32,9 +32,10 @@ def prediction_to_velocity(
 ) -> Float[Array, "b *event"]:
     """Returns the velocity at x_t that a prediction of "x1", "noise" (x0) or "score" implies; a velocity as it is.
 
-    v = alpha' x1 + beta' x0, where what is not predicted follows from x_t = alpha x1 + beta x0, and x0 is -beta times
-    the score. What follows is singular where the path is all source or all data: it is taken at the nearest time that
-    `clip_times(path, t, smallest)` allows, and so should the prediction be; derivatives are no larger than there.
+    v = alpha' x1 + beta' x0, where the missing term follows from x_t = alpha x1 + beta x0, and x0 is -beta times the
+    score. The conversion is singular where the path is all noise or all data: it is evaluated at the nearest time that
+    `clip_times(path, t, smallest)` allows, and so should the prediction be; derivatives are bounded by their values
+    there.
     Raises ValueError for another kind, for a path with a spread, and for times outside [0, 1].
 
     Example:
@@ -45,7 +46,7 @@ def prediction_to_velocity(
         return value
     here, _ = _inner(path, t, x_t, SMALLEST)
     inner, _ = _inner(path, t, x_t, smallest)
-    # Slopes of the time itself, but none that grows without bounds towards the end.
+    # Derivatives at the time itself, except those that diverge at the end.
     d_alpha, d_beta = (jnp.where(jnp.abs(a) < jnp.abs(b), a, b) for a, b in zip(here[2:], inner[2:], strict=True))
     if kind == "x1":
         return d_alpha * value + d_beta * (x_t - inner.alpha * value) / inner.beta
@@ -70,7 +71,7 @@ def velocity_to_x1(
 def velocity_to_noise(
     path: Path, t: Float[Array, " b"], x_t: Float[Array, "b *event"], velocity: Float[Array, "b *event"]
 ) -> Float[Array, "b *event"]:
-    """Returns the source x0 = (alpha' x_t - alpha v) / D that a velocity implies, E[x0 | x_t] for the learned one.
+    """Returns the noise x0 = (alpha' x_t - alpha v) / D that a velocity implies, E[x0 | x_t] for the learned one.
 
     D = alpha' beta - beta' alpha. At the ends, and with a spread, as `prediction_to_velocity`.
 
@@ -84,10 +85,10 @@ def velocity_to_noise(
 def velocity_to_score(
     path: Path, t: Float[Array, " b"], x_t: Float[Array, "b *event"], velocity: Float[Array, "b *event"]
 ) -> Float[Array, "b *event"]:
-    """Returns ∇ log p_t(x_t) = -E[x0 | x_t] / beta_t, for the velocity learned from *independent* normal sources.
+    """Returns ∇ log p_t(x_t) = -E[x0 | x_t] / beta_t, for the velocity learned from *independent* normal noise.
 
-    Couplings other than `Independent` make sources and data dependent: the field then has no such score. At the ends,
-    and with a spread, as `prediction_to_velocity`.
+    Couplings other than `Independent` make noise and data dependent: the field then has no such score. At the ends, and
+    with a spread, as `prediction_to_velocity`.
 
     Example:
         score = velocity_to_score(CondOT(), t, x_t, v)
@@ -97,7 +98,7 @@ def velocity_to_score(
 
 
 def clip_times(path: Path, t: Float[Array, " b"], smallest: float = SMALLEST) -> Float[Array, " b"]:
-    """Returns times kept at least 1e-5 from both ends, and where alpha/beta is within [smallest, 1/smallest].
+    """Returns times clipped to at least 1e-5 from both ends and to alpha/beta within [smallest, 1/smallest].
 
     Example:
         t = clip_times(Polynomial(10.0), t)  # 0.316 and later: before, x_t is x0 to five digits
@@ -109,14 +110,14 @@ def clip_times(path: Path, t: Float[Array, " b"], smallest: float = SMALLEST) ->
 def change_path(
     velocity: Callable[[Array, Array, Any], Array], path: Path, new_path: Path
 ) -> Callable[[Array, Array, Any], Array]:
-    """Returns the field along new_path of a velocity that was trained along path; it ends in the same points.
+    """Returns the field along new_path of a velocity trained along path, with the same end points.
 
     Let t be the time at which path has the ratio alpha/beta that new_path has at r, found by bisection, and
     s² = (alpha² + beta²)_new(r) / (alpha² + beta²)(t) the square of the scale between both. Then
     v_new(r, x) = (s'/s) x + s t' v(t, x/s), where t' = D_new / (D s²) and D = alpha' beta - beta' alpha (Pokle et al.,
-    arXiv 2310.04432). End points agree up to s, which is 1 where both paths have alpha² + beta² = 1. r is kept 1e-5
-    from both ends, where D of some paths is 0 or infinite; ratios that path does not reach are taken at its end. Not
-    to be differentiated with respect to time. Raises ValueError for paths with a spread.
+    arXiv 2310.04432). End points agree up to s, which is 1 if both paths have alpha² + beta² = 1. r is kept 1e-5 from
+    both ends, where D of some paths is 0 or infinite; ratios that path does not reach are taken at its end. Do not
+    differentiate it with respect to time. Raises ValueError for paths with a spread.
 
     Example:
         x1, nfe = integrate(change_path(velocity, CondOT(), Trigonometric()), x0, num_steps=25)
@@ -144,8 +145,8 @@ def change_path(
 def time_of_ratio(path: Path, alpha: Float[Array, "*t"], beta: Float[Array, "*t"]) -> Float[Array, "*t"]:
     """Returns the time at which path has the ratio alpha/beta, whose square is the signal-to-noise ratio.
 
-    By bisection, comparing crosswise: nothing is divided, so that beta may be 0. A ratio that the path does not reach
-    gives the end next to it.
+    By bisection with cross-multiplied comparison, so that beta may be 0. A ratio that the path does not reach gives the
+    nearest end.
 
     Example:
         t = time_of_ratio(VariancePreserving(), alpha, beta)
@@ -158,13 +159,13 @@ def time_of_ratio(path: Path, alpha: Float[Array, "*t"], beta: Float[Array, "*t"
         early = here.alpha * beta < alpha * here.beta
         return jnp.where(early, middle, low), jnp.where(early, high, middle)
 
-    # Each step wins a bit: more than float32 has, and within 1e-12 for float64.
+    # Each step gains a bit: more than float32 has, and within 1e-12 for float64.
     low, high = jax.lax.fori_loop(0, 40, halve, (jnp.zeros_like(alpha), jnp.ones_like(alpha)))
     return (low + high) / 2
 
 
 def check_prediction(kind: str, path: Path | None = None) -> None:
-    """Raises ValueError unless a velocity can be had from what is predicted, along the path if one is given.
+    """Raises ValueError unless the prediction can be converted to a velocity, along the path if one is given.
 
     Example:
         check_prediction("x1", CondOT())
@@ -177,7 +178,7 @@ def check_prediction(kind: str, path: Path | None = None) -> None:
 
 
 def check_no_spread(path: Path) -> None:
-    """Raises ValueError if a path has noise on top of source and data, which no velocity tells apart from them.
+    """Raises ValueError if a path has noise on top of x0 and x1, which a velocity cannot separate from them.
 
     Example:
         check_no_spread(CondOT())
@@ -189,7 +190,7 @@ def check_no_spread(path: Path) -> None:
 
 @functools.lru_cache(maxsize=64)
 def _inner_ends(path: Path, smallest: float) -> tuple[float, float]:
-    """The times at which alpha/beta is smallest and 1/smallest, or 1e-5 away from 0 and 1 where these are nearer."""
+    """The times at which alpha/beta is smallest and 1/smallest, at least 1e-5 away from 0 and 1."""
     with jax.ensure_compile_time_eval():
         first, last = time_of_ratio(path, jnp.array([smallest, 1.0]), jnp.array([1.0, smallest]))
         return max(float(first), SMALLEST), min(float(last), 1 - SMALLEST)

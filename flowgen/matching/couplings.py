@@ -1,8 +1,8 @@
 """Couplings: how noise and data are paired, and the log-weight of each pair.
 
-A coupling sees a whole batch. Where devices share it, `flowgen.matching.loss.couple` brings its rows together, unless
-the coupling `sees` a "row" (each pair is made by itself) or a "device" (only the rows of one device, so that the number
-of devices changes what is learned).
+A coupling sees a whole batch. If devices share it, `flowgen.matching.loss.couple` gathers its rows, unless the coupling
+`sees` a "row" (each pair separately) or a "device" (only the rows of one device, so that the number of devices changes
+what is learned).
 
 Weights turn the loss of independent pairs into that of the coupling q ∝ w · p(x0) p(x1): E[w |v - u|²]
 (W-CFM, arXiv 2507.22270). A plan over the batch moves the noise x0 instead.
@@ -29,9 +29,9 @@ from flowgen.settings.ranges import OpenFraction, Positive, Within
 
 SMALLEST_EPSILON = 1e-20
 Epsilon = Annotated[float, Within(SMALLEST_EPSILON)]
-MAX_SWEEPS = 1 << 16  # of Sinkhorn; a step runs all of them
+MAX_SWEEPS = 1 << 16  # Sinkhorn sweeps; a step runs all of them
 
-# What a batch is conditioned on, such as labels `b`; couplings pass it on, and need its rows alone.
+# The condition of a batch, such as labels `b`; couplings only reorder its rows.
 Cond = Any
 Cost = Literal["euclidean", "sqeuclidean"] | Callable[[Array, Array], Array]
 
@@ -47,7 +47,7 @@ class Coupled(NamedTuple):
 
 @runtime_checkable
 class Coupling(Protocol):
-    """What a loss asks of a coupling; `sees` may say "row" or "device", and without it is "global"."""
+    """What a loss needs of a coupling; `sees` may be "row" or "device", and is "global" by default."""
 
     def __call__(
         self, key: Key[Array, ""], x0: Float[Array, "b *event"], x1: Float[Array, "b *event"], cond: Cond = None
@@ -79,12 +79,12 @@ class MinibatchOT:
 
     method: "exact" permutes the noise by the optimal assignment (scipy's, on the host), so that each x0 is used once;
     "sinkhorn" draws an x0 for each x1 from the entropic plan inside the compiled program.
-    epsilon: of the entropic plan, in units of the mean cost; positive.
+    epsilon: regularisation of the entropic plan, in units of the mean cost; positive.
     tolerance: share of the mass of x0 that the entropic plan may misplace on average; positive.
-    num_sweeps: most sweeps of Sinkhorn's iteration that may be spent to reach it; at least 1. If they do not suffice,
-    the coupling raises ValueError outside jit; inside, its weights are NaN, hence the loss is NaN.
-    class_aware: pair i lends its label to its x0, and noise moves only within a class; otherwise a class is trained on
-    other noise than it is sampled from (C2OT, ICCV 2025). It needs integer labels `b` as cond.
+    num_sweeps: most Sinkhorn sweeps to reach it; at least 1. If they do not suffice, the coupling raises ValueError
+    outside jit; inside, its weights and so the loss are NaN.
+    class_aware: x0 i takes the label of pair i, and noise moves only within a class; otherwise a class trains on other
+    noise than it is sampled from (C2OT, ICCV 2025). It needs integer labels `b` as cond.
     scope: "global" plans over the rows of all devices, each of which solves the same problem; "device" over its own.
 
     Example:
@@ -100,7 +100,7 @@ class MinibatchOT:
 
     @property
     def sees(self) -> str:
-        """The rows that a plan is made over."""
+        """The rows that a plan covers."""
         return self.scope
 
     def __call__(
@@ -109,10 +109,10 @@ class MinibatchOT:
         check_batch(x0, x1)
         cost = cost_matrix(x1, x0, "sqeuclidean")
         allowed = self._allowed(cost, cond)
-        # One NaN among the costs spoils the plan, which the noise drawn from it need not show: the weights do.
+        # A NaN cost spoils the plan, which the permuted noise need not show; the weights show it.
         spoilt = 0 * relative_cost(cost).mean()
         if self.method == "exact":
-            # Above any sum of costs that an assignment within the classes can have.
+            # Larger than the total cost of any assignment within the classes.
             chosen = assignment(jnp.where(allowed, cost, (cost.max() + 1) * len(cost)))
         else:
             plan = entropic_plan(cost, allowed, self.epsilon, tolerance=self.tolerance, max_sweeps=self.num_sweeps)
@@ -157,13 +157,13 @@ class GibbsWeights:
     epsilon: positive; None to choose it from data, as training does by `flowgen.matching.fit_epsilon`: for the share
     `ess` of effective pairs or, if `tilt` is given, for that tilt.
     cost: "euclidean" as published, "sqeuclidean", or a function of two batches that gives one cost per pair.
-    normalize: "running" divides by a running mean of w that the loss carries from step to step, "batch" by the mean
-    of the batch, "none" by nothing: weights can then be 1e-13 for images, and optimizers do not see them.
+    normalize: "running" divides by a running mean of w that the loss carries from step to step, "batch" by the mean of
+    the batch; with "none", weights can be 1e-13 for images, too small for optimizers.
     sinkhorn_sweeps: with more than 0, the weights are those of the entropic plan with the batch's own marginals,
-    exp(-cost_ii/epsilon + f_i + g_i), which undoes the tilt of noise and data that plain weights bring; exactly so
-    many sweeps, whatever is left of the tilt; 0 for none.
-    ess: effective share of the pairs that an epsilon is chosen for; between 0 and 1.
-    tilt: largest relative variance of the marginals' re-weighting that an epsilon is chosen for; None for ess.
+    exp(-cost_ii/epsilon + f_i + g_i), which undoes the tilt of noise and data from plain weights; a fixed number of
+    sweeps, whatever tilt is left; 0 for none.
+    ess: effective share of pairs for which epsilon is chosen; between 0 and 1.
+    tilt: largest relative variance of the marginals' re-weighting, for which epsilon is chosen; None to use ess.
     scope: "global" sweeps, and normalises by "batch", over the rows of all devices; "device" over its own.
 
     Example:
@@ -181,7 +181,7 @@ class GibbsWeights:
 
     @property
     def sees(self) -> str:
-        """The rows that weights depend on: those of the pair itself, without sweeps and the mean of a batch."""
+        """The rows that weights depend on: only the pair's own, without sweeps and a batch mean."""
         return self.scope if self.sinkhorn_sweeps or self.normalize == "batch" else "row"
 
     def __call__(
@@ -205,7 +205,7 @@ class GibbsWeights:
 def paired_cost(x0: Float[Array, "b *event"], x1: Float[Array, "b *event"], cost: Cost) -> Float[Array, " b"]:
     """Returns the cost of each pair, float32 at least.
 
-    Raises ValueError if a user's function gives another shape and, outside jit, if a cost is NaN.
+    Raises ValueError if a user's function returns another shape and, outside jit, if a cost is NaN.
     """
     if callable(cost):
         value = cost(x0, x1)
@@ -237,7 +237,7 @@ def _cost_matrix(x0: Float[Array, "b *event"], x1: Float[Array, "m *event"], cos
     if callable(cost):
         return jax.vmap(lambda x: paired_cost(jnp.broadcast_to(x[None], x1.shape), x1, cost))(x0)
     a, b = _flat(x0), _flat(x1)
-    # Shifted to their common mean, so that little cancels in the expanded square.
+    # Shifted to their common mean, to reduce cancellation in the expanded square.
     centre = b.mean(axis=0)
     a, b = a - centre[None], b - centre[None]
     cross = jnp.matmul(a, b.T, precision=jax.lax.Precision.HIGHEST)
@@ -253,13 +253,13 @@ def log_mean_exp(x: Float[Array, " b"]) -> Float[Array, ""]:
 def to_sphere(x: Float[Array, "b *event"]) -> Float[Array, "b *event"]:
     """Returns x with every sample scaled to the norm √d that normal noise has; zeros stay zeros.
 
-    On a sphere all data are equally near to normal noise, so that plain Gibbs weights do not tilt the data.
+    On a sphere all data are equally close to normal noise, so that plain Gibbs weights do not tilt the data.
 
     Example:
         x1 = to_sphere(x1)
     """
     flat = _flat(x)
-    # First to a largest coordinate of 1, so that no square underflows.
+    # First scaled to a largest coordinate of 1, so that no square underflows.
     largest = jnp.abs(flat).max(axis=1, keepdims=True)
     flat = flat / jnp.where(largest > 0, largest, 1)
     norm = jnp.linalg.norm(flat, axis=1, keepdims=True)

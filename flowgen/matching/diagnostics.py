@@ -1,4 +1,4 @@
-"""What weights and learned fields are worth: effective sample size, tilt against coupling, path energy, distances."""
+"""Diagnostics of weights and learned fields: effective sample size, tilt against coupling, path energy, distances."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from flowgen.matching.couplings import Cost, GibbsWeights, cost_matrix, paired_c
 from flowgen.matching.plans import assignment, corrected_log_weight
 from flowgen.matching.solvers import Velocity, time_grid, trajectory
 
-# Pairs of a block whose every source is compared with every datum.
+# Size of a block in which every x0 is compared with every x1.
 BLOCK = 1024
 
 
 class WeightReport(NamedTuple):
-    """What Gibbs weights do to a block of source and data samples.
+    """The effect of Gibbs weights on a block of noise and data samples.
 
-    ess: effective sample size as a share of the pairs. row_std, column_std, interaction_std: of the three parts of
-    log w: of the source (row tilt), of the data (column tilt), of the pair. Only the last is coupling.
-    source_tilt, data_tilt: relative variances of the factors by which w re-weights source and data.
+    ess: effective sample size as a share of the pairs. row_std, column_std, interaction_std: standard deviations of the
+    three parts of log w: noise (row tilt), data (column tilt), pair. Only the last is coupling. source_tilt, data_tilt:
+    relative variances of the factors by which w re-weights noise and data.
     """
 
     ess: Float[Array, ""]
@@ -49,12 +49,12 @@ def effective_sample_size(log_weight: Float[Array, " b"]) -> Float[Array, ""]:
 def weight_report(
     x0: Float[Array, "b *event"], x1: Float[Array, "m *event"], epsilon: float, cost: Cost = "euclidean"
 ) -> WeightReport:
-    """Returns what exp(-cost/epsilon) does to all pairs of a block; costs b x m memory.
+    """Returns the effect of exp(-cost/epsilon) on all pairs of a block; takes b x m memory.
 
-    Where row_std or column_std exceeds interaction_std the weights change which sources or data are learned more than
-    which go together; `warn_if_tilted` says so. All three are inversely proportional to epsilon: their ratios change
-    by the data and the cost alone. What the weights of `GibbsWeights(sinkhorn_sweeps=...)` do is not reported here,
-    since they have next to no tilt.
+    If row_std or column_std exceeds interaction_std, the weights change which noise or data are learned more than how
+    they are paired; `warn_if_tilted` says so. All three are inversely proportional to epsilon: their ratios depend only
+    on the data and the cost. The weights of `GibbsWeights(sinkhorn_sweeps=...)` are not reported here, since they have
+    almost no tilt.
 
     Example:
         report = weight_report(x0, x1, epsilon=2.0)
@@ -75,7 +75,7 @@ def weight_report(
 
 
 def warn_if_tilted(report: WeightReport) -> None:
-    """Warns (UserWarning) where weights re-weigh the source or the data more than they couple them.
+    """Warns (UserWarning) if weights re-weight noise or data more than they couple them.
 
     Example:
         warn_if_tilted(weight_report(x0, x1, epsilon=2.0))
@@ -97,8 +97,8 @@ def warn_if_tilted(report: WeightReport) -> None:
 class TiltedDistances(NamedTuple):
     """How far Gibbs weights move each marginal: W2 between it and its tilted version.
 
-    source_floor, data_floor: W2 between two halves of the sample, below which no sample of this size shows a
-    difference between laws. The distances themselves are more precise: both sides are made of the same sample.
+    source_floor, data_floor: W2 between two halves of the sample; smaller differences between distributions are not
+    visible in samples of this size. The distances themselves are more precise: both sides come from the same sample.
     """
 
     source: Float[Array, ""]
@@ -110,7 +110,7 @@ class TiltedDistances(NamedTuple):
 def tilted_wasserstein(
     x0: Float[Array, "b *event"], x1: Float[Array, "m *event"], epsilon: float, cost: Cost = "euclidean"
 ) -> TiltedDistances:
-    """Returns W2 between source and data and their tilted versions, which are what plain weights make a flow learn.
+    """Returns W2 between noise and data and their tilted versions, which a flow with plain weights learns.
 
     The weighted loss is that of a coupling with marginals f(x) mu(dx), f = E_data[w(x, .)] / E[w], and g(y) nu(dy)
     likewise. Here f and g are means over the samples; the tilted sample is resampled systematically to equal weights,
@@ -130,9 +130,9 @@ def tilted_wasserstein(
 
 
 def resample(x: Float[Array, "b *event"], log_weight: Float[Array, " b"]) -> Float[Array, "b *event"]:
-    """Returns as many samples of equal weight: sample i is repeated b w_i / Σw times, rounded so that the sums agree.
+    """Returns b samples of equal weight: sample i is repeated b w_i / Σw times, rounded so that the sums agree.
 
-    Systematic resampling from the middle of each interval, without chance; equal weights give x itself.
+    Deterministic systematic resampling from the middle of each interval; equal weights give x itself.
 
     Example:
         tilted = resample(x, log_weight)
@@ -155,12 +155,12 @@ def choose_epsilon(
     cost: Cost = "euclidean",
     sinkhorn_sweeps: int = 0,
 ) -> float:
-    """Returns the smallest epsilon at which independent pairs keep an effective sample size, or a bounded tilt.
+    """Returns the smallest epsilon at which independent pairs keep a target effective sample size or tilt.
 
-    ess: the share to keep, of pairs (x0_i, x1_i). tilt: instead (ess None), the largest relative variance that either
-    marginal's re-weighting may have. sinkhorn_sweeps: of the weights whose ess is meant. Bisection on log epsilon, on
-    the host; a tilt and Sinkhorn's sweeps need b x b memory. Raises ValueError unless exactly one target is given and
-    in its range, and where a cost is not finite.
+    ess: the share of pairs (x0_i, x1_i) to keep. tilt: instead (ess None), the largest relative variance of either
+    marginal's re-weighting. sinkhorn_sweeps: sweeps of the weights that ess refers to. Bisection on log epsilon, on the
+    host; a tilt and Sinkhorn sweeps need b x b memory. Raises ValueError unless exactly one target is given and in its
+    range, and if a cost is not finite.
 
     Example:
         epsilon = choose_epsilon(x0, x1, ess=0.5)
@@ -201,8 +201,8 @@ def choose_epsilon(
 def fit_epsilon(coupling: GibbsWeights, x0: Float[Array, "b *event"], x1: Float[Array, "b *event"]) -> GibbsWeights:
     """Returns the coupling with an epsilon chosen from independent pairs by its own targets and cost.
 
-    Its target is `tilt` where that is given, else `ess`. A tilt and Sinkhorn's sweeps are looked at on the first 1,024
-    pairs, the ess of plain weights on all. A coupling that has an epsilon is returned as it is.
+    Its target is `tilt` if given, else `ess`. A tilt and Sinkhorn sweeps use the first 1,024 pairs, the ess of plain
+    weights all. A coupling that has an epsilon is returned unchanged.
 
     Example:
         coupling = fit_epsilon(GibbsWeights(ess=0.5), x0, x1)
@@ -223,7 +223,7 @@ def fit_epsilon(coupling: GibbsWeights, x0: Float[Array, "b *event"], x1: Float[
 
 
 class PathReport(NamedTuple):
-    """Of the paths that a field generates. energy: E ∫|v|² dt. curvature: E ∫|v - (x(1) - x(0))|² dt, 0 for lines."""
+    """Statistics of a field's paths. energy: E ∫|v|² dt. curvature: E ∫|v - (x(1) - x(0))|² dt, 0 for lines."""
 
     energy: Float[Array, ""]
     curvature: Float[Array, ""]
@@ -261,7 +261,7 @@ def signed_path_energy(energy: Float[Array, ""] | float, squared_distance: Float
 
 
 def wasserstein(x: Float[Array, "b *event"], y: Float[Array, "b *event"]) -> Float[Array, ""]:
-    """Returns the 2-Wasserstein distance of two equally large samples, exactly; its floor is that of two fresh samples.
+    """Returns the exact 2-Wasserstein distance of two samples of equal size; its floor is that of two fresh samples.
 
     Raises ValueError if they differ in size.
 
@@ -280,5 +280,5 @@ def _relative_variance(log_factor: Float[Array, " b"]) -> Float[Array, ""]:
 
 def _floor(x: Array) -> Float[Array, ""]:
     half = len(x) // 2
-    # Every other sample, for samples that come in an order.
+    # Every other sample, in case samples are ordered.
     return wasserstein(*(take_rows(x, jnp.arange(first, 2 * half, 2)) for first in (0, 1)))

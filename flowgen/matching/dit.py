@@ -30,7 +30,7 @@ from flowgen.settings.ranges import Channels, Classes, Expansion, HeadDim, Layer
 ATTENTIONS = ("softmax", "soft", *KERNELS)
 PATCH_ORDER = "channel_last"
 DIT_LAYER_NORM_EPS = 1e-6
-MAX_POSITIONS = 1 << 28  # numbers in the table of positions, which every trace holds
+MAX_POSITIONS = 1 << 28  # largest size of the position table, which every trace holds
 
 
 @config
@@ -39,19 +39,19 @@ class DiTConfig:
     (1024, 24, 64), (1152, 28, 72).
 
     image_size: side of pixels or latents, or (height, width).
-    channels: of the images or latents.
+    channels: channels of the images or latents.
     patch_size: side of the squares of pixels that become one token; it divides the sides of the image.
     width: channels of a token, a multiple of head_dim.
     num_layers: transformer layers.
     head_dim: channels of an attention head.
     expansion: width of the feed-forward layers, in widths.
-    num_classes: of the labels the field is conditioned on; 0 for none.
+    num_classes: classes that the field is conditioned on; 0 for none.
     attention: "softmax", "soft", or a linear one: elu_plus_one, relu, squared_relu, focused, nala, pola, inline,
     retention.
     intervals: also predict average velocities over an interval (MeanFlow).
-    time_scale: times are stretched by it before the sinusoids, which are made for 0 to 1,000; MeanFlow, whose loss has
-    a derivative in t in it, needs a small one, such as 1.0.
-    dtype: of matrix products and activations; parameters, norms and the modulation stay float32.
+    time_scale: factor on times before the sinusoids, which are made for 0 to 1,000; MeanFlow, whose loss contains a
+    derivative in t, needs a small one, such as 1.0.
+    dtype: dtype of matrix products and activations; parameters, norms and the modulation stay float32.
     remat: recompute layers in the backward pass instead of storing them.
     """
 
@@ -139,7 +139,7 @@ class DiT(OnMeshes, nn.Module):
         *,
         train: bool = False,
     ) -> Float[Array, "b height width c"]:
-        """Returns the velocity at x and time t, averaged over `interval` where given. train: nothing differs here."""
+        """Returns the velocity at x and time t, averaged over `interval` if given. train: has no effect here."""
         config = self.config
         check_inputs(config, t, x)
         cond = check_labels(cond, num_classes=config.num_classes, batch=len(x))
@@ -185,7 +185,7 @@ class DiTLayer(nn.Module):
 
 
 def _modulated(h: Array, shift: Array, scale: Array) -> Array:
-    """LayerNorm without parameters, in float32 at least, then scale and shift of each sample."""
+    """LayerNorm without parameters, in float32 at least, then each sample's scale and shift."""
     master = jnp.promote_types(h.dtype, jnp.float32)
     x = h.astype(master)
     x = x - x.mean(axis=-1, keepdims=True)

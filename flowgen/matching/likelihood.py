@@ -33,9 +33,9 @@ def log_prob(
 
     key: None for the exact divergence, one forward-mode product per dimension; a key for Hutchinson's estimate with
     one Rademacher probe per sample, kept for the whole path (Grathwohl et al., arXiv 1810.01367). log_source: log p0,
-    standard normal by default. Exact up to the error of the solver, whose settings are those of `integrate`: with
-    "dopri5" the tolerances hold for the state and the integral of the divergence together, and gradients are those of
-    reverse mode alone. float32 at least, in which the integral is summed.
+    standard normal by default. Exact up to the solver's error; settings are those of `integrate`: with "dopri5" the
+    tolerances apply to the state and the integral of the divergence together, and only reverse-mode gradients exist.
+    The integral is summed in float32 at least.
 
     Example:
         lp = log_prob(velocity, x1, key=jax.random.key(0))
@@ -67,7 +67,7 @@ def log_prob(
         max_steps=max_steps,
     )
     x0, change = state[:, :-1].reshape(x1.shape), state[:, -1]
-    # Backwards in time the integral of the divergence has come out with its sign turned.
+    # Backwards in time the integral of the divergence has the opposite sign.
     if log_source is None:
         return gaussian_log_density(x0.reshape(len(x0), -1)).sum(axis=1) + change
     return log_source(x0) + change
@@ -81,7 +81,7 @@ def divergence(
     *,
     probe: Float[Array, "b *event"] | None = None,
 ) -> tuple[Float[Array, "b *event"], Float[Array, " b"]]:
-    """Returns v and Σ_i ∂v_i/∂x_i per sample: exact, or Hutchinson's probe · (∂v/∂x) probe where a probe is given.
+    """Returns v and Σ_i ∂v_i/∂x_i per sample: exact, or Hutchinson's probe · (∂v/∂x) probe if a probe is given.
 
     The exact one takes a forward-mode product per dimension, all samples at once. Summed in float32 at least.
 
@@ -101,7 +101,7 @@ def divergence(
         return total + moved.reshape(len(x), -1)[:, index].astype(dtype), None
 
     v = field(x)
-    # Zeros like v are divided over devices, or vary over them, as the sum will.
+    # Zeros like v have the same sharding over devices as the sum.
     zeros = jnp.zeros_like(v, dtype).reshape(len(x), -1).sum(axis=1)
     total, _ = jax.lax.scan(along, zeros, jnp.arange(size))
     return v, total

@@ -20,7 +20,7 @@ from flowgen.matching.solvers import Velocity
 from flowgen.matching.times import Uniform
 from flowgen.rows import ROWS, Rows, batch_rows
 
-# How fast the running log-mean of Gibbs weights follows that of the batches.
+# Rate at which the running log-mean of Gibbs weights follows the batches.
 RUNNING_RATE = 0.01
 BATCH_NAMES = ("x1", "x0", "cond", ROWS)
 
@@ -28,10 +28,10 @@ Loss = Callable[..., tuple[Any, ...]]
 
 
 class Pairs(NamedTuple):
-    """Pairs as every loss here regresses them: coupled, some labels dropped, each with its weight.
+    """Training pairs of every loss here: coupled, with label dropout and weights.
 
-    ess: effective sample size of the batch, a share. log_mean: of the weights, running; to be handed to the next step.
-    Both are of the whole batch, also where several devices share it.
+    ess: effective sample size of the batch, a share. log_mean: the running log-mean of the weights, for the next step.
+    Both cover the whole batch, even if several devices share it.
     """
 
     x0: Float[Array, "b *event"]
@@ -52,13 +52,13 @@ def flow_matching_loss(
 ) -> Loss:
     """Returns loss_fn(velocity, batch, key, log_mean=None) -> (loss, metrics, log_mean): E[w |v(t, x_t) - u_t|²].
 
-    velocity(t, x, cond): any callable; what it predicts is `prediction`. What is predicted is what is compared: x1
-    with x1, noise with x0, and beta · score with -x0, which is ∇ log p_t where the coupling is independent.
-    batch: "x1" data, "x0" source (standard normal where missing), "cond" labels or None, and "rows", which a training
-    step adds (`flowgen.rows.Rows`): with them any number of devices draws the same. The square is averaged over
+    velocity(t, x, cond): any callable that predicts `prediction`. The prediction itself is compared: x1 with x1, noise
+    with x0, and beta · score with -x0, which gives ∇ log p_t if the coupling is independent.
+    batch: "x1" data, "x0" noise (standard normal if missing), "cond" labels or None, and "rows", which a training step
+    adds (`flowgen.rows.Rows`): with them any number of devices draws the same numbers. The square is averaged over
     dimensions. label_dropout: share of labels replaced by -1, per example. log_mean: the running log-mean of the
-    weights, -inf or None before the first step; it is handed back, and not needed unless the coupling asks for
-    "running". The square is float32 at least. Raises ValueError if settings or shapes do not fit.
+    weights, -inf or None before the first step; it is returned, and only needed for "running" normalisation. The square
+    is float32 at least. Raises ValueError if settings or shapes do not fit.
 
     Example:
         loss_fn = flow_matching_loss(path=CondOT(), coupling=GibbsWeights(epsilon=2.0), time=Uniform())
@@ -93,7 +93,7 @@ def residual(
     value: Float[Array, "b *event"],
     kind: Prediction,
 ) -> Float[Array, "b *event"]:
-    """Returns what is wrong with a prediction, in its own units but for the score, which is beta times as large.
+    """Returns the error of a prediction, in its own units except the score's, which is multiplied by beta.
 
     Example:
         loss = mean_square(residual(path, t, pairs, point, network(t, point.x_t), "x1")).mean()
@@ -108,7 +108,7 @@ def residual(
 
 
 def rows_of(batch: dict[str, Any], key: Key[Array, ""]) -> Rows:
-    """Returns the rows of a batch for a loss, drawn with `key` where it brings none; ValueError for other names.
+    """Returns the rows of a batch for a loss, made with `key` if it has none; ValueError for unknown names.
 
     Example:
         pair_rows, time_rows = rows_of(batch, key).split(2)
@@ -125,12 +125,12 @@ def draw_pairs(
     *,
     label_dropout: float = 0.0,
 ) -> Pairs:
-    """Returns the pairs of a batch with their weights: what all losses have in common.
+    """Returns the pairs of a batch with their weights, the common part of all losses.
 
-    The source is drawn where the batch brings none, the coupling (independent by default) is applied, a share of the
-    labels becomes -1. Weights are exp(log_weight); where the coupling is `GibbsWeights` with "running", they are
-    divided by a running mean: log_mean ← log_mean + 0.01 (log mean w - log_mean), started at the batch's own where
-    log_mean is -inf or None. The mean is over all devices that share the batch. Nothing here is differentiated.
+    Noise is drawn if the batch has none, the coupling (independent by default) is applied, a share of the labels
+    becomes -1. Weights are exp(log_weight); if the coupling is `GibbsWeights` with "running", they are divided by a
+    running mean: log_mean ← log_mean + 0.01 (log mean w - log_mean), started at the batch's own if log_mean is -inf or
+    None. The mean is over all devices that share the batch. Nothing here is differentiated.
 
     Example:
         pairs = draw_pairs(rows_of(batch, key), batch, GibbsWeights(epsilon=5.0), label_dropout=0.1)
@@ -155,10 +155,10 @@ def draw_pairs(
 def couple(
     rows: Rows, coupling: Coupling, x0: Float[Array, "b *event"], x1: Float[Array, "b *event"], cond: Any
 ) -> Coupled:
-    """Returns the coupled pairs of these rows, by a plan over the rows of all devices unless the coupling does without.
+    """Returns the coupled pairs of these rows, by a plan over the rows of all devices if the coupling needs it.
 
-    What a coupling `sees` is a "row", if each pair is made by itself; a "device", if it is to see no other device's
-    rows, so that what is learned depends on the number of devices; otherwise the "global" batch.
+    A coupling `sees` a "row" if each pair is separate; a "device" if it uses only one device's rows, so that the result
+    depends on the number of devices; otherwise the "global" batch.
 
     Example:
         x0, x1, cond, log_weight = couple(rows, MinibatchOT(), x0, x1, labels)
@@ -172,7 +172,7 @@ def couple(
 
 
 def followed_log_mean(log_mean: Float[Array, ""] | None, found: Float[Array, ""]) -> Float[Array, ""]:
-    """Returns the running log-mean after a batch of log-mean `found`, which is where it starts.
+    """Returns the running log-mean after a batch of log-mean `found`, which is also its initial value.
 
     Example:
         log_mean = followed_log_mean(log_mean, log_mean_exp(log_weight))
@@ -182,7 +182,7 @@ def followed_log_mean(log_mean: Float[Array, ""] | None, found: Float[Array, ""]
 
 
 def combined_log_mean(before: Float[Array, ""], followed: Float[Array, " parts"]) -> Float[Array, ""]:
-    """Returns the running log-mean after a batch, from those after each of its micro-batches alone.
+    """Returns the running log-mean after a batch, from those after each of its micro-batches.
 
     Example:
         log_mean = combined_log_mean(log_mean, jnp.stack([followed_log_mean(log_mean, found) for found in parts]))
@@ -214,9 +214,9 @@ def mean_square(error: Float[Array, "b *event"]) -> Float[Array, " b"]:
 
 
 def check_data(x0: Array, x1: Array, cond: Any, label_dropout: float) -> None:
-    """Raises ValueError unless data are floating-point numbers, and conditions have a row for each of them.
+    """Raises ValueError unless data are floating-point numbers, and conditions have one row per datum.
 
-    Labels that are to be dropped must be integers `b`.
+    With label dropout, labels must be integers `b`.
 
     Example:
         check_data(x0, x1, labels, 0.1)
@@ -238,7 +238,7 @@ def check_data(x0: Array, x1: Array, cond: Any, label_dropout: float) -> None:
 
 
 def check_parts(path: object, coupling: object, time: object) -> None:
-    """Raises ValueError unless path, coupling and times are what a loss can call; a name is none of them.
+    """Raises ValueError unless path, coupling and times are objects that a loss can call, not names.
 
     Example:
         check_parts(CondOT(), MinibatchOT(), Uniform())

@@ -1,4 +1,4 @@
-"""MeanFlow: the average velocity over a stretch of the path, which samples in one step (Geng et al., arXiv 2505.13447).
+"""MeanFlow: the average velocity over an interval of the path, to sample in one step (Geng et al., arXiv 2505.13447).
 
 u(t, x, cond, interval) = 1/interval ∫ v(τ, x_τ) dτ over [t, t + interval] along the trajectory through x at t; for
 interval 0 it is v itself. Multiply by interval and differentiate along the trajectory with the end t + interval held
@@ -39,9 +39,9 @@ from flowgen.matching.times import LogitNormal
 
 AverageVelocity = Callable[[Array, Array, Any, Array], Array]
 
-# Of the published code: its times are logit-normal with mean -0.4 where noise is at t = 1, which is 0.4 here.
+# As in the published code: its times are logit-normal with mean -0.4 with noise at t = 1, so 0.4 here.
 PUBLISHED_TIME = LogitNormal(mean=0.4, std=1.0)
-# What is added to the squared error in the divisor of the adaptive weight.
+# Added to the squared error in the divisor of the adaptive weight.
 ADAPTIVE_OFFSET = 0.01
 
 
@@ -60,13 +60,12 @@ def mean_flow_loss(
     E[w a |u(t, x_t, interval) - target|²] with target = v + interval · du/dt of the identity above, held constant, v
     the path's u_t, and du/dt by one forward-mode product. The square is *summed* over dimensions, as in the published
     code, and a = 1 / (square + 0.01)^power, held constant too, is its adaptive weight. With power 1 a pair's part stays
-    below 1: watch "unweighted_loss", the square averaged over dimensions. Squares of many dimensions are alike; in a
-    few, where they are not, the weight moves the minimum towards the likeliest target, and power 0 is right.
-    t and t + interval are the smaller and larger of two draws of `time`; a share `instantaneous` of the pairs has
-    interval 0.
-    guidance_weight: w of (1 + w) v - w u(t, x, -1, 0), which takes the place of v wherever the label is not -1: one
-    step then draws guided samples. It needs integer labels, and the field of -1 is learned from label_dropout.
-    batch, label_dropout and log_mean are those of `flow_matching_loss`. Raises ValueError if settings do not fit.
+    below 1: watch "unweighted_loss", the square averaged over dimensions. In many dimensions all squares are similar;
+    in few, the weight moves the minimum towards the most likely target, so use power 0. t and t + interval are the
+    smaller and larger of two draws of `time`; a share `instantaneous` of the pairs has interval 0.
+    guidance_weight: w of (1 + w) v - w u(t, x, -1, 0), which replaces v if the label is not -1: one step then draws
+    guided samples. It needs integer labels, and the field of -1 is learned from label_dropout. batch, label_dropout and
+    log_mean are those of `flow_matching_loss`. Raises ValueError if settings do not fit.
 
     Example:
         loss_fn = mean_flow_loss(coupling=MinibatchOT())
@@ -127,7 +126,7 @@ def average_and_target(
     interval: Float[Array, " b"],
     v: Float[Array, "b *event"],
 ) -> tuple[Float[Array, "b *event"], Float[Array, "b *event"]]:
-    """Returns u(t, x_t, cond, interval) and what the identity makes of it, v + interval · du/dt without gradient.
+    """Returns u(t, x_t, cond, interval) and the identity's right side, v + interval · du/dt without gradient.
 
     Both agree for the average velocity of the field v. With the velocities of single pairs for v they agree in
     expectation, since the target is affine in v.
@@ -149,7 +148,7 @@ def guided_target(
     v: Float[Array, "b *event"],
     weight: float,
 ) -> Float[Array, "b *event"]:
-    """Returns (1 + weight) v - weight u(t, x_t, -1, 0), and v itself where the label is -1.
+    """Returns (1 + weight) v - weight u(t, x_t, -1, 0), or v itself if the label is -1.
 
     Raises ValueError without labels.
 

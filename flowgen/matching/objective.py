@@ -1,4 +1,4 @@
-"""How a velocity network is trained, as plain data, and the objective it makes for the training loop."""
+"""The training options of a velocity network, as plain data, and their objective for the training loop."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ from flowgen.rows import ROWS, StatefulObjective, batch_rows
 from flowgen.settings import config
 from flowgen.settings.ranges import Fraction, NonNegative
 
-# The collection of the train state in which a running log-mean of weights lives.
+# The train state's collection that holds the running log-mean of weights.
 STATE = "matching"
-# Pairs that epsilon is chosen by, and that are looked at for tilt: enough for the mean, and their square fits memory.
+# Pairs for choosing epsilon and checking the tilt: enough for the mean, and their square fits in memory.
 REPORT_PAIRS = 1024
 
 
@@ -57,8 +57,8 @@ class MeanFlow:
     """Regression of average velocities, for sampling in one step (arXiv 2505.13447); see `mean_flow_loss`.
 
     instantaneous: share of pairs of interval 0, between 0 and 1.
-    power: of the adaptive weight; 0 for none.
-    guidance_weight: guidance learned into the field; 0 for none.
+    power: exponent of the adaptive weight; 0 for none.
+    guidance_weight: guidance trained into the field; 0 for none.
     """
 
     instantaneous: Fraction = 0.75
@@ -70,10 +70,10 @@ class MeanFlow:
 class MatchingConfig:
     """Loss, path, coupling and times: four independent choices.
 
-    loss: what is regressed.
+    loss: the regression loss.
     path: between noise and data.
-    coupling: which noise goes with which datum, and how much the pair counts.
-    time: how times are drawn in training.
+    coupling: how noise and data are paired, and the weight of each pair.
+    time: distribution of training times.
     """
 
     loss: FlowMatching | MeanFlow = FlowMatching()
@@ -101,9 +101,9 @@ class MatchingConfig:
         return self.loss.prediction if isinstance(self.loss, FlowMatching) else "velocity"
 
     def fitted(self, x0: Float[Array, "b *event"], x1: Float[Array, "b *event"]) -> MatchingConfig:
-        """Returns these choices with an epsilon that was left open chosen on a block of source and data.
+        """Returns these choices with an unset epsilon chosen on a block of noise and data.
 
-        Warns where weights re-weigh the data more than they couple them.
+        Warns if weights re-weight the data more than they couple them.
         """
         coupling = self.coupling
         if not isinstance(coupling, GibbsWeights):
@@ -114,7 +114,7 @@ class MatchingConfig:
         return dataclasses.replace(self, coupling=coupling)
 
     def loss_fn(self, *, label_dropout: float = 0.0) -> Loss:
-        """Returns the loss these choices make."""
+        """Returns the loss of these choices."""
         if isinstance(self.loss, MeanFlow):
             return mean_flow_loss(
                 path=self.path,
@@ -148,10 +148,10 @@ def matching_objective(
 ) -> Callable[..., tuple]:
     """Returns the objective (variables, batch, key) -> (loss, metrics[, carried state]) of a velocity network.
 
-    pairs(key, batch): what `loss_fn` takes, "x1", and "x0" and "cond" where there are any. Its key is the device's own;
-    what it draws with `batch_rows(batch, key, num)` is the same on any number of devices. The carried state is the
-    running log-mean of the weights, in the collection "matching", where `variables` have one. train: with dropout; a
-    network whose config has a `dropout` is then applied row by row, so that each row drops by its own key.
+    pairs(key, batch): the input of `loss_fn`, "x1", and "x0" and "cond" if any. Its key is the device's own; draws with
+    `batch_rows(batch, key, num)` are the same on any number of devices. The carried state is the running log-mean of
+    the weights, in the collection "matching", if `variables` have one. train: with dropout; a network whose config has
+    a `dropout` is then applied row by row, so that each row drops by its own key.
 
     Example:
         objective = matching_objective(network, flow_matching_loss(), lambda key, batch: {"x1": batch["x"]})
@@ -193,8 +193,8 @@ def combined_state(before: dict[str, Any], parts: dict[str, Any]) -> dict[str, A
 def velocity_field(network: Any, variables: Any, matching: MatchingConfig) -> Velocity:
     """Returns the velocity (t, x, cond) of a trained network, whatever it predicts.
 
-    A network that predicts x1, noise or a score is asked where alpha/beta is within [0.02, 50], and x1 and x0 are told
-    apart there: nearer to an end of the path, what it gets wrong would be enlarged without bounds.
+    A network that predicts x1, noise or a score is evaluated, and converted, only at times with alpha/beta within
+    [0.02, 50]: nearer to an end of the path, its error would be amplified without bound.
 
     Example:
         x1, nfe = integrate(velocity_field(network, variables, matching), x0, labels)

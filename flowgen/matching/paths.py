@@ -16,7 +16,7 @@ from flowgen.matching.checks import check_pair
 from flowgen.settings import config
 from flowgen.settings.ranges import NonNegative, Positive, ProperFraction, Within
 
-# How near to an end of a path conversions go, in time and in alpha/beta: there they are singular, not the path.
+# How close conversions come to an end of a path, in time and in alpha/beta: they are singular there, the path is not.
 SMALLEST = 1e-5
 
 
@@ -30,7 +30,7 @@ class Schedule(NamedTuple):
 
 
 class PathSample(NamedTuple):
-    """A point of a path and what it moves by: x_t, the target velocity u_t, and the noise added on top (or zeros)."""
+    """A point of a path: x_t, the target velocity u_t, and the noise added on top (or zeros)."""
 
     x_t: Float[Array, "b *event"]
     u_t: Float[Array, "b *event"]
@@ -39,7 +39,7 @@ class PathSample(NamedTuple):
 
 @runtime_checkable
 class Path(Protocol):
-    """What losses and samplers ask of a path."""
+    """What losses and samplers need of a path."""
 
     def schedule(self, t: Float[Array, "*t"]) -> Schedule:
         """Returns alpha, beta and their derivatives."""
@@ -57,7 +57,7 @@ class Path(Protocol):
 
 
 class AffinePath:
-    """A path that is its schedule, with a constant Gaussian spread around it if any."""
+    """A path given by its schedule, optionally with a constant Gaussian spread."""
 
     @property
     def spread(self) -> float:
@@ -71,7 +71,7 @@ class AffinePath:
     def sample(
         self, key: Key[Array, ""], t: Float[Array, " b"], x0: Float[Array, "b *event"], x1: Float[Array, "b *event"]
     ) -> PathSample:
-        """Returns x_t and u_t of pairs (x0, x1) at times t; the velocity does not see the spread."""
+        """Returns x_t and u_t of pairs (x0, x1) at times t; the velocity ignores the spread."""
         check_pair(t, x0, x1)
         schedule = schedule_over(self, t, x0)
         noise = jax.random.normal(key, x0.shape, x0.dtype) if self.spread else jnp.zeros_like(x0)
@@ -98,7 +98,7 @@ class CondOT(AffinePath):
 
 @config
 class Target(AffinePath):
-    """Lipman's path with a narrow end: x_t = t x1 + (1 - (1 - sigma_min) t) x0, where x0 is standard normal.
+    """Lipman's path with a narrow end: x_t = t x1 + (1 - (1 - sigma_min) t) x0, with standard normal x0.
 
     The target is written with x0, x1 - (1 - sigma_min) x0, which is the published one without its 0/0 at t = 1.
 
@@ -190,7 +190,7 @@ class SchroedingerBridge:
     u_t = (1 - 2t) / (2t(1-t)) (x_t - mean) + x1 - x0. Written with the noise, its singularities at both ends are of
     order t^-½; times are kept 1e-5 away from them.
 
-    sigma: of the bridge's noise; positive.
+    sigma: std of the bridge's noise; positive.
     """
 
     sigma: Positive = 1.0
@@ -211,7 +211,8 @@ class SchroedingerBridge:
         return PathSample(x_t, self.sigma * rate * noise + x1 - x0, noise)
 
     def score_scale(self, t: Float[Array, " b"]) -> Float[Array, " b"]:
-        """Returns lambda_t = 2 √(t(1-t)) / sigma, by which score matching weighs: it regresses lambda s = -noise."""
+        """Returns lambda_t = 2 √(t(1-t)) / sigma, the weighting of score matching, which regresses lambda s =
+        -noise."""
         return 2 * jnp.sqrt(t * (1 - t)) / self.sigma
 
 

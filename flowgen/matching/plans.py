@@ -14,18 +14,18 @@ from scipy.optimize import linear_sum_assignment
 
 from flowgen.backend import call_host, keep_axes, varying
 
-# Of the potentials that help the assignment along: in units of the mean cost, and how many sweeps make them.
+# Epsilon, in units of the mean cost, and sweeps of the potentials that speed up the assignment.
 ASSIGNMENT_EPSILON, ASSIGNMENT_SWEEPS = 0.02, 5
-# Epsilon falls from the mean cost by this factor from stage to stage; all but the last are solved roughly.
+# Epsilon falls from the mean cost by this factor per stage; all but the last stage are solved roughly.
 ANNEALING, ROUGHLY, ROUGH_SWEEPS = 4.0, 0.1, 50
-# By how much a sweep goes beyond the exact update while the error falls (Thibault et al., arXiv 1711.01851).
+# Over-relaxation of a sweep while the error falls (Thibault et al., arXiv 1711.01851).
 OVER_RELAXATION = 1.8
 
 
 class EntropicPlan(NamedTuple):
-    """A plan over a batch, whose rows are exact and whose columns are off by `error` of their mass on average.
+    """A plan over a batch, with exact rows and columns that are off by `error` of their mass on average.
 
-    log_plan: log of b² times the plan, so that rows and columns have mean 1. sweeps: of the last stage.
+    log_plan: log of b² times the plan, so that rows and columns have mean 1. sweeps: sweeps of the last stage.
     """
 
     log_plan: Float[Array, "b b"]
@@ -36,7 +36,8 @@ class EntropicPlan(NamedTuple):
 def entropic_plan(
     cost: Float[Array, "b b"], allowed: Bool[Array, "b b"], epsilon: float, *, tolerance: float, max_sweeps: int
 ) -> EntropicPlan:
-    """Returns the plan of least cost less epsilon times entropy, epsilon in units of the mean cost, within `allowed`.
+    """Returns the plan that minimises cost minus epsilon times entropy, epsilon in units of the mean cost, in
+    `allowed`.
 
     Sinkhorn's iteration in the log domain with falling epsilon: in each stage the potentials found so far are taken
     into the matrix once, so that those of the stage are small and marginals are exact to float32. Sweeps end when rows
@@ -73,15 +74,15 @@ def _entropic_plan(
 
 
 def relative_cost(cost: Float[Array, "b m"]) -> Float[Array, "b m"]:
-    """Returns costs in units of their mean, however large or small they are; zeros where all are 0."""
-    # Within what float32 can divide by.
+    """Returns costs in units of their mean, of any magnitude; zeros if all are 0."""
+    # Within the range that float32 can divide by.
     scaled = cost / jnp.clip(jnp.abs(cost).max(), 1e-30, 1e30)
     mean = scaled.mean()
     return scaled / jnp.where(mean == 0, 1, mean)
 
 
 def _falling(epsilon: float) -> list[float]:
-    """Epsilons from 1 down to the one asked for."""
+    """Epsilons from 1 down to the requested one."""
     stages, current = [], 1.0
     while current > epsilon:
         stages.append(current)
@@ -150,8 +151,8 @@ def corrected_log_weight(logits: Float[Array, "b b"], num_sweeps: int) -> Float[
 def assignment(cost: Float[Array, "b b"]) -> Int[Array, " b"]:
     """Returns the column of each row in the assignment of least total cost, by scipy on the host.
 
-    Sinkhorn's potentials are taken off the costs first: sums over rows and columns do not change the optimum, and what
-    is left is solved in about half the time. Costs that are not finite count as 0.
+    Sinkhorn's potentials are subtracted from the costs first: constants per row and column do not change the optimum,
+    and the rest is solved in about half the time. Costs that are not finite count as 0.
     """
     return keep_axes(_assignment, cost, named=[(cost, "b m")], out="b")
 
@@ -164,6 +165,6 @@ def _assignment(cost: Float[Array, "b b"]) -> Int[Array, " b"]:
 
 
 def _solved(*arrays: Any) -> Int[np.ndarray, " b"]:
-    """The assignment of costs whose potentials of rows and columns are taken off; arrays or buffers on the host."""
+    """The assignment of costs minus row and column potentials; arrays or buffers on the host."""
     cost, rows, columns = (np.asarray(x).astype(np.float64) for x in arrays)
     return linear_sum_assignment(cost - rows[:, None] - columns[None, :])[1].astype(np.int32)

@@ -26,9 +26,9 @@ _OTT = (
     "ott.problems.linear.semidiscrete_linear_problem",
     "ott.solvers.linear.semidiscrete",
 )
-# Step size of Adam at the start of its cosine decay, in units of the spread of a source's costs over the data.
+# Step size of Adam at the start of its cosine decay, in units of the spread of an x0's costs over the data.
 LEARNING_RATE = 0.05
-# Share of the newest potentials in their running mean, which is what is returned.
+# Share of the newest potentials in the returned running mean.
 AVERAGING = 0.02
 
 
@@ -36,9 +36,9 @@ AVERAGING = 0.02
 class SemidiscreteOT:
     """Each x0 with the sample whose cell it lies in; data and labels of the batch are replaced, weights are 1.
 
-    y: the data. potentials: of `fit_semidiscrete`, or of any other solver for the squared Euclidean cost. labels: of
-    the data, handed out as cond. A class then sees only the noise of its cells, while sampling gives it all: that
-    is for unconditional models, or for guidance that is aware of it. Takes b x n memory.
+    y: the data. potentials: from `fit_semidiscrete`, or any other solver for the squared Euclidean cost. labels: the
+    data's labels, returned as cond. A class then trains only on the noise of its cells but samples from all noise: use
+    them for unconditional models, or with guidance that accounts for it. Takes b x n memory.
 
     Raises ValueError if shapes do not fit, or the batch has a condition and the data have no labels.
 
@@ -66,14 +66,14 @@ class SemidiscreteOT:
         return Coupled(x0, take_rows(self.y, partner), cond, jnp.zeros(len(x0), x0.dtype))
 
     def partner(self, x0: Float[Array, "b *event"]) -> Int[Array, " b"]:
-        """Returns the index of the sample that each x0 goes to."""
+        """Returns the index of each x0's sample."""
         return jnp.argmax(self.potentials[None] - cost_matrix(x0, self.y, "sqeuclidean"), axis=1)
 
 
 class SemidiscreteFit(NamedTuple):
     """The coupling, and how uneven its cells are: error is the χ² of their probabilities against equal ones.
 
-    It is estimated from draws, without bias: about 0, and then also negative, for potentials that are right.
+    It is an unbiased estimate from draws: about 0, possibly negative, for correct potentials.
     """
 
     coupling: SemidiscreteOT
@@ -89,7 +89,7 @@ def fit_semidiscrete(
     num_steps: int = 2000,
     batch_size: int = 1024,
 ) -> SemidiscreteFit:
-    """Returns the semidiscrete coupling of a source with the data y, and what is left of its error.
+    """Returns the semidiscrete coupling of a noise distribution with the data y, and its remaining error.
 
     Potentials are learned by Adam on the dual of the transport problem, by OTT-JAX on num_steps batches of the source,
     a function (key, shape, dtype) -> samples. More data need more steps and larger batches: each datum ought to be hit

@@ -1,4 +1,4 @@
-"""Sampling and encoding by a velocity field: dx/dt = v(t, x, cond), t from 0 (source) to 1 (data)."""
+"""Sampling and encoding by a velocity field: dx/dt = v(t, x, cond), t from 0 (noise) to 1 (data)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Velocity = Callable[[Array, Array, Any], Array]
 FixedMethod = Literal["euler", "midpoint", "heun", "rk4"]
 Method = Literal["euler", "midpoint", "heun", "rk4", "dopri5"]
 
-# What dopri5 tries first: later steps follow from the error.
+# The first step of dopri5; later steps follow from the error.
 FIRST_STEP = 0.01
 
 # Butcher tableaus: stage times c, stage weights a, result weights b.
@@ -48,14 +48,14 @@ def integrate(
 ) -> tuple[Float[Array, "b *event"], int | Int[Array, ""]]:
     """Returns the state at the end of the time grid, and the number of velocity evaluations; one scan over steps.
 
-    times: the grid, increasing within [0, 1]; num_steps equal steps where it is None. reverse: from data to source,
-    the grid walked backwards. velocity(t, x, cond) gets t of shape `b`. Steps are added up in float32 at least,
-    whatever the type of x0. Called outside jit it compiles its scan each time: compile what calls it.
+    times: the grid, increasing within [0, 1]; num_steps equal steps if None. reverse: from data to noise, backwards
+    over the grid. velocity(t, x, cond) gets t of shape `b`. Steps are summed in float32 at least, whatever the type of
+    x0. Outside jit it compiles its scan on each call: compile the caller.
 
-    method "dopri5" chooses its steps itself, one size for the whole batch, such that the root mean square over the
-    batch of error / (atol + rtol |x|) stays below 1; num_steps is not looked at and times are refused. Its count is an
-    int32 array. It has gradients by reverse mode alone. Where max_steps do not suffice it raises RuntimeError, or
-    returns NaN inside jit, where it cannot. It needs diffrax, and raises ModuleNotFoundError without.
+    method "dopri5" chooses its own steps, one size for the whole batch, so that the root mean square over the batch of
+    error / (atol + rtol |x|) stays below 1; num_steps is ignored and times are refused. Its count is an int32 array. It
+    has only reverse-mode gradients. If max_steps do not suffice it raises RuntimeError, or returns NaN inside jit. It
+    needs diffrax, and raises ModuleNotFoundError without it.
 
     Raises ValueError for an unknown method, fewer than one step, a grid that is not increasing within [0, 1], integers
     for x0, or a velocity of another shape than x.
@@ -83,7 +83,7 @@ def trajectory(
     reverse: bool = False,
     keep: bool = True,
 ) -> tuple[Any, int]:
-    """Returns the states at all times of the grid, `steps+1 b *event` (the last alone without `keep`), and the count.
+    """Returns the states at all times of the grid, `steps+1 b *event` (only the last without `keep`), and the count.
 
     Settings and errors are those of `integrate` with fixed steps.
 
@@ -118,7 +118,7 @@ def trajectory(
 
 
 def _state_dtype(x0: Array) -> jnp.dtype:
-    """The type that steps are added up in; ValueError if x0 holds no floating-point numbers."""
+    """The type that steps are summed in; ValueError if x0 holds no floating-point numbers."""
     check_floating("x0", x0)
     return jnp.promote_types(jnp.asarray(x0).dtype, jnp.float32)  # of float64 where jax has it
 
@@ -164,7 +164,7 @@ def _adaptive(
             f"dopri5 has not arrived after max_steps={max_steps}; allow more, loosen rtol={rtol} and atol={atol}, "
             "or take a method of fixed steps. A velocity of NaN ends here too."
         )
-    # A step, accepted or not, has seven stages, of which the first is the last of the accepted one before.
+    # A step, accepted or not, has seven stages; the first is the last stage of the previous accepted step.
     evaluations = 6 * solution.stats["num_steps"] + 1
     x1 = solution.ys[0] + nan_if(jnp.logical_not(arrived), dtype)
     return x1.astype(x0.dtype), jnp.asarray(evaluations, jnp.int32)
@@ -180,7 +180,7 @@ def time_grid(num_steps: int, times: Sequence[float] | np.ndarray | None) -> Flo
         if not isinstance(num_steps, int | np.integer) or num_steps < 1:
             raise ValueError(f"num_steps is {num_steps}; integration needs a whole number of steps, at least one.")
         return jnp.linspace(0.0, 1.0, num_steps + 1)
-    # In jax's own type: times that differ by less would be no steps.
+    # In jax's own type: times that differ by less would give no step.
     grid = np.asarray(times, jnp.result_type(float))
     if grid.ndim != 1 or len(grid) < 2:
         raise ValueError(f"times have shape {grid.shape}; a grid is a line of at least two times.")
@@ -193,8 +193,8 @@ def edm_times(num_steps: int) -> tuple[float, ...]:
     """Returns the grid of num_steps + 1 times for `integrate(times=...)` that is finer near the data, EDM's.
 
     t = 1 / (1 + sigma) with sigma_i = (80^(1/7) + i/(num_steps - 1) (0.002^(1/7) - 80^(1/7)))^7, and 0 at the end
-    (Karras et al., arXiv 2206.00364). It starts at t = 1/81, where the source is taken for x_t. Raises ValueError for
-    fewer than two steps.
+    (Karras et al., arXiv 2206.00364). It starts at t = 1/81, where x0 is used as x_t. Raises ValueError for fewer than
+    two steps.
 
     Example:
         x1, nfe = integrate(velocity, x0, method="heun", times=edm_times(25))
@@ -220,7 +220,7 @@ def guided(
     scale = 1 + weight. Both halves go through the network in one batch. unconditional: the condition that means none,
     one for all samples or one for each, in the structure of cond: -1 for labels. interval: times in which guidance
     acts; outside it the field is v_c (Kynkäänniemi et al., arXiv 2404.07724). Raises ValueError unless exactly one of
-    scale and weight is given, and the field where cond is None.
+    scale and weight is given; the field raises it if cond is None.
 
     Example:
         x1, nfe = integrate(guided(velocity, -1, scale=2.0), x0, labels)

@@ -1,4 +1,4 @@
-"""How training times are drawn from [0, 1]: plain callables (key, batch) -> t, small classes so that they print."""
+"""Distributions of training times on [0, 1]: callables (key, batch) -> t, as small classes so that they print."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Uniform:
 class LogitNormal:
     """t = sigmoid(mean + std z), z normal (Esser 2403.03206). EDM's choice is mean 1.2, std 1.2 with data at t = 1.
 
-    mean: of the logit; above 0 times are nearer to the data.
-    std: of the logit; positive.
+    mean: mean of the logit; above 0 times are nearer to the data.
+    std: std of the logit; positive.
     """
 
     mean: float = 0.0

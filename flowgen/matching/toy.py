@@ -1,6 +1,6 @@
 """Two-dimensional distributions of the flow-matching literature, drawn on the device.
 
-Two quirks of the published toy data are kept, without which numbers do not compare: the "variance 0.1" of the ring's
+Two quirks of the published toy data are kept so that numbers are comparable: the "variance 0.1" of the ring's
 components is their standard deviation squared once too often (std 0.562), and the noise of the moons is one uniform
 number per point, added to both coordinates.
 """
@@ -41,7 +41,7 @@ def gaussian_ring(key: Key[Array, ""], num: int, components: int = 8) -> Float[A
 
 def moons(key: Key[Array, ""], num: int, noise: float = 0.2) -> Float[Array, "num 2"]:
     """Returns two half circles as torchdyn draws them, times 3 less 1: one uniform [0, noise) number is added to both
-    coordinates of a point. Angles are drawn here, where the published sampler spaces them evenly.
+    coordinates of a point. Angles are random here; the published sampler spaces them evenly.
 
     Example:
         x = moons(key, 256)

@@ -45,7 +45,7 @@ from flowgen.settings.ranges import (
 )
 
 TORCH_GROUP_NORM_EPS = 1e-5
-# Width of the embedding of time and class, in widths of the network.
+# Width of the time and class embedding, in widths of the network.
 EMBEDDING_EXPANSION = 4
 
 
@@ -57,21 +57,21 @@ class UNetConfig:
     dropout=0.3, scale_shift_norm=True)`; both feed t as it is, `time_scale=1.0`.
 
     image_size: side in pixels, or (height, width).
-    channels: of the images.
+    channels: channels of the images.
     width: channels of the first level, a multiple of num_groups.
     multipliers: channels of each level, in widths; each level but the last halves the image.
-    blocks_per_level: residual blocks of a level on the way down.
+    blocks_per_level: residual blocks per level on the way down.
     resample: "conv" halves by a convolution of stride 2 and doubles by repetition and a convolution; "pool" halves by
     the mean of four pixels and doubles by repetition alone.
     attention_factors: blocks attend where the image is this many times smaller; between down and up they always do.
     head_dim: channels of an attention head; a level narrower than it is one head.
-    num_groups: of group norm.
+    num_groups: groups of group norm.
     dropout: share of activations that are set to 0 in training; at least 0 and below 1.
-    num_classes: of the labels the field is conditioned on; 0 for none.
+    num_classes: classes that the field is conditioned on; 0 for none.
     scale_shift_norm: the time scales and shifts the normalised activations, instead of being added.
-    time_scale: times are stretched by it before the sinusoids, which are made for 0 to 1,000.
+    time_scale: factor on times before the sinusoids, which are made for 0 to 1,000.
     intervals: also predict average velocities over an interval (MeanFlow).
-    dtype: of convolutions and activations; parameters, norms, the embedding and the velocity stay float32.
+    dtype: dtype of convolutions and activations; parameters, norms, the embedding and the velocity stay float32.
     remat: recompute blocks in the backward pass instead of storing them; less memory, more time.
     """
 
@@ -146,7 +146,7 @@ class UNetConfig:
 
     @property
     def num_dims(self) -> int:
-        """Dimensions of one image, by which nats become nats or bits per dimension."""
+        """Dimensions of one image, the divisor of nats or bits per dimension."""
         height, width = self.image_hw
         return height * width * self.channels
 
@@ -202,10 +202,10 @@ class UNet(OnMeshes, nn.Module):
         *,
         train: bool = False,
     ) -> Float[Array, "b height width c"]:
-        """Returns the velocity at x and time t, averaged over `interval` where given. train: drop activations.
+        """Returns the velocity at x and time t, averaged over `interval` if given. train: drop activations.
 
-        cond: labels, -1 for none; a traced label of no class gives NaN. Raises ValueError if x, t or cond do not
-        fit the config.
+        cond: labels, -1 for none; a traced invalid label gives NaN. Raises ValueError if x, t or cond do not fit the
+        config.
         """
         config = self.config
         check_inputs(config, t, x)
@@ -221,7 +221,7 @@ class UNet(OnMeshes, nn.Module):
             table_std=1.0,
             name="embedding",
         )
-        # Every block begins with the SiLU of the embedding.
+        # Every block starts from the SiLU of the embedding.
         e = jax.nn.silu(embed(t, cond, interval))
         widths, last = config.level_widths, len(config.level_widths) - 1
 

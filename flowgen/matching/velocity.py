@@ -1,9 +1,9 @@
-"""Velocity networks for points, and what all velocity networks share.
+"""Velocity networks for points, and the interface of all velocity networks.
 
 A velocity network is a Flax module called as `network.apply(variables, t, x, cond, interval, train=False)`:
 t `b` in [0, 1], 0 at the noise and 1 at the data; x `b *event`; cond integer labels `b`, -1 for none, or None.
-interval `b` is for networks whose config says `intervals`: they answer with the average velocity from t to t + interval
-(MeanFlow), and with the velocity itself if the interval is 0 or None. The config has `event_shape` and `num_classes`.
+interval `b` is for networks whose config sets `intervals`: they return the average velocity from t to t + interval
+(MeanFlow), and the velocity itself if the interval is 0 or None. The config has `event_shape` and `num_classes`.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class MLPConfig:
     """Shape of a velocity network for points.
 
     dim: coordinates of a point.
-    width: of the hidden layers.
+    width: width of the hidden layers.
     num_layers: hidden layers.
-    num_classes: of the labels the field is conditioned on; 0 for none.
+    num_classes: classes that the field is conditioned on; 0 for none.
     intervals: also predict average velocities over an interval (MeanFlow).
     """
 
@@ -70,7 +70,7 @@ class VelocityMLP(OnMeshes, nn.Module):
         *,
         train: bool = False,
     ) -> Float[Array, "b c"]:
-        """Returns the velocity at x and time t, averaged over `interval` where given. train: nothing differs here."""
+        """Returns the velocity at x and time t, averaged over `interval` if given. train: has no effect here."""
         config = self.config
         check_inputs(config, t, x)
         cond = check_labels(cond, num_classes=config.num_classes, batch=len(x))
@@ -78,7 +78,7 @@ class VelocityMLP(OnMeshes, nn.Module):
         if config.intervals:
             parts.append((jnp.zeros_like(t) if interval is None else interval)[:, None].astype(x.dtype))
         if config.num_classes:
-            # No class is all zeros.
+            # All zeros means no class.
             parts.append(class_rows(jnp.eye(config.num_classes + 1, config.num_classes, dtype=x.dtype), cond, len(x)))
         h = jnp.concatenate(parts, axis=1)
         for _ in range(config.num_layers):

@@ -1,7 +1,7 @@
 """Convolutions, group norm, residual blocks and spatial attention, for images `b height width c` and for clips.
 
-A layer that may look at earlier frames maps (x, cache) to (y, next cache), see `flowgen.codecs.causal`; layers of
-images pass the cache on as it is.
+A layer that may use earlier frames maps (x, cache) to (y, next cache), see `flowgen.codecs.causal`; image layers pass
+the cache on unchanged.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, PyTree
 from flowgen.attention import softmax_attention
 from flowgen.nn.layers import linear, master_dtype, uniform_bias
 
-# What a layer keeps of the frames before its input; None at the beginning of a clip, and for images.
+# A layer's cache of the frames before its input; None at the start of a clip, and for images.
 Cache = PyTree
 Padding = int | tuple[tuple[int, int], ...]
 
@@ -54,7 +54,7 @@ def clip_conv(
 ) -> nn.Conv:
     """Returns a convolution over 3 frames of side × side places, initialised as PyTorch's, for clips.
 
-    Places are padded, frames are not: of n frames come n - 2, every `stride`-th of them.
+    Positions are padded, frames are not: n frames give n - 2, of which every `stride`-th is kept.
     """
     around = (side // 2, side // 2)
     return _conv(features, (3, side, side), (stride, 1, 1), ((0, 0), around, around), channels, dtype, zero, name)

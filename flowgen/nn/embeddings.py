@@ -12,8 +12,8 @@ from jaxtyping import Array, Float, Int
 
 from flowgen.conditioning import UNCONDITIONAL
 
-# Times in [0, 1] are stretched to the 1,000 steps that sinusoidal embeddings are made for: without it all angles are
-# below one radian.
+# Times in [0, 1] are scaled to the 1,000 steps that sinusoidal embeddings are made for; otherwise all angles are below
+# one radian.
 TIME_SCALE = 1000.0
 EMBEDDING_STDDEV = 0.02
 
@@ -21,7 +21,7 @@ EMBEDDING_STDDEV = 0.02
 def class_rows(
     table: Float[Array, "classes_and_none d"], labels: Int[Array, " b"] | None, batch: int
 ) -> Float[Array, "b d"]:
-    """Returns the row of each label; the last row for label -1 and if `labels` is None, NaN for labels of no class.
+    """Returns the row of each label; the last row for label -1 and if `labels` is None, NaN for invalid labels.
 
     A label outside -1..classes-1 cannot raise inside a compiled program; NaN is better than some other class.
 
@@ -39,7 +39,7 @@ def class_rows(
 def class_embedding(
     table: Float[Array, "classes d"], labels: Int[Array, " b"] | None, batch: int
 ) -> Float[Array, "b d"]:
-    """Returns `class_rows` of a table without a row for no class, which TARFlow takes for the mean of all classes."""
+    """Returns `class_rows` of a table without an unconditional row; TARFlow uses the mean of all classes instead."""
     return class_rows(jnp.concatenate([table, table.mean(axis=0, keepdims=True)]), labels, batch)
 
 
@@ -76,8 +76,8 @@ def normal_dense(features: int, fan_in: int, name: str) -> nn.Dense:
 class ConditionEmbedding(nn.Module):
     """A vector `b width` of time, interval and class for the layers of a network: the sum of their embeddings.
 
-    Times pass through `frequencies` sinusoids, stretched by time_scale, and two layers with SiLU; classes through a
-    table whose last row means none. dense: (features, fan_in, name) -> layer. table_std: of the table at first.
+    Times pass through `frequencies` sinusoids, scaled by time_scale, and two layers with SiLU; classes through a table
+    whose last row means none. dense: (features, fan_in, name) -> layer. table_std: initial std of the table.
 
     Example:
         c = ConditionEmbedding(width=256, num_classes=10, intervals=False).apply(params, t, cond, None)

@@ -16,10 +16,10 @@ from flowgen.nn.layers import master_dtype
 def init(network: nn.Module, key: Key[Array, ""]) -> PyTree:
     """Returns freshly initialised variables of a network, by one compiled program; shapes come from its config.
 
-    The config says by `inputs`, shapes and dtypes, what the network is called with. One without is that of a velocity
+    The config's `inputs` gives the shapes and dtypes of the network's arguments. Without it, the network is a velocity
     network, called with times and samples of its `event_shape`.
 
-    Raises ValueError if the network has no config or the key is none.
+    Raises ValueError if the network has no config or the key is invalid.
 
     Example:
         variables = init(VelocityMLP(MLPConfig(dim=2)), jax.random.key(0))

@@ -113,7 +113,7 @@ class RMSNorm(nn.Module):
         weight = self.param("weight", nn.initializers.constant(1 - self.offset), (x.shape[-1],), master)
         x = x.astype(master)
         x = x * jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + self.epsilon)
-        # Weights kept in bfloat16 are near 0; next to 1 they would lose their digits.
+        # Weights kept in bfloat16 are near 0; near 1 they would lose precision.
         weight = self.offset + jnp.asarray(weight, master)
         return jnp.multiply(x, weight.reshape((1,) * (x.ndim - 1) + (-1,))).astype(self.dtype)
 
@@ -157,7 +157,7 @@ _PATCH_PATTERNS = {
 def patchify(x: Float[Array, "b height width c"], patch_size: int, order: PatchOrder) -> Float[Array, "b n token"]:
     """Returns the patches of channels-last images as tokens, row by row.
 
-    order: how one patch is laid out in a token, (c, row, column) in TARFlow, (row, column, c) in STARFlow.
+    order: layout of a patch in a token, (c, row, column) in TARFlow, (row, column, c) in STARFlow.
 
     Example:
         tokens = patchify(images, 4, "channel_first")  # b, (height/4)*(width/4), c*16

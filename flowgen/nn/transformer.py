@@ -24,12 +24,12 @@ class TransformerConfig:
     """Shape and precision of a stack of equal causal layers.
 
     num_kv_heads: heads of keys and values, each serving num_heads / num_kv_heads queries; None means num_heads.
-    norm: before attention and MLP. qk_norm: RMSNorm over the channels of each head, before positions are turned in.
-    post_norm: RMSNorm of what attention and MLP add. use_bias: of all linear maps in the layers.
+    norm: before attention and MLP. qk_norm: RMSNorm over the channels of each head, before the rotary rotation.
+    post_norm: RMSNorm of the outputs of attention and MLP. use_bias: biases of all linear maps in the layers.
     scan: one compiled layer and parameters with a leading axis of `num_layers`, for training. Without, layers
     have parameters and caches of their own, for decoding: inside a loop over tokens, a scan over layers would
     copy the weights and the cache of every layer out of the stack for each token.
-    window: in place of causal attention, that of frames to frames near them; such a stack takes no caches.
+    window: attention of frames to nearby frames, instead of causal attention; such a stack takes no caches.
     """
 
     width: int

@@ -1,4 +1,4 @@
-"""The run directory: config, checkpoints, metrics, samples and lock; no other code knows its files."""
+"""The run directory: config, checkpoints, metrics, samples and lock; no other code touches its files."""
 
 from flowgen.runs.arrays import check_layout, flatten, layout
 from flowgen.runs.checkpoints import CheckpointReader

@@ -1,4 +1,4 @@
-"""The arrays of a state by path, and orbax, which reads and writes them: numpy arrays, by one process alone."""
+"""The arrays of a state by path, read and written by orbax: numpy arrays, by one process only."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 Flat = dict[str, np.ndarray]
-# Parts of a state that lie in folders of their own, so that a reader of one need not verify the others.
+# Parts of a state in separate folders, so that a reader of one need not verify the others.
 GROUPS = ("params", "ema", "opt_state")
 REST = "other"
 
@@ -39,7 +39,7 @@ def layout(tree: Any) -> dict[str, Any]:
 
 
 def check_layout(step: int, given: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Raises ValueError naming the arrays of a checkpoint that are not those expected, by path and shape.
+    """Raises ValueError naming the arrays of a checkpoint that differ from those expected, by path and shape.
 
     Example:
         check_layout(step, manifest["arrays"], layout(abstract_state))
@@ -57,7 +57,7 @@ def check_layout(step: int, given: dict[str, Any], expected: dict[str, Any]) -> 
 
 
 def check_finite(step: int, flat: Flat) -> None:
-    """Raises FloatingPointError naming the first array that a run cannot go on from.
+    """Raises FloatingPointError naming the first array that a run cannot continue from.
 
     Carried state may hold infinities, such as the logarithm of a weight not yet seen.
 
@@ -83,7 +83,7 @@ def group_of(path: str) -> str:
 
 
 def write_arrays(directory: Path, flat: Flat) -> None:
-    """Writes arrays into a new directory for each group; ValueError or OSError say why that failed.
+    """Writes arrays into a new directory for each group; raises ValueError or OSError with the reason for a failure.
 
     Example:
         write_arrays(Path("300.saving"), flatten(state))
@@ -116,7 +116,7 @@ def read_arrays(directory: Path, chosen: dict[str, Any]) -> Flat:
 
 @contextlib.contextmanager
 def _orbax() -> Generator[ocp.Checkpointer]:
-    """A checkpointer of this process alone, which waits for no other and leaves errors to be raised."""
+    """A checkpointer for this process only, which waits for no other and leaves errors to be raised."""
     here = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(
         primary_host=here, active_processes={here}, barrier_sync_key_prefix=f"flowgen-{here}"
@@ -132,7 +132,7 @@ def _orbax() -> Generator[ocp.Checkpointer]:
 
 
 def _is_not_of_orbax(record: logging.LogRecord) -> bool:
-    """Drops what threads of orbax log, tracebacks above all, before the same error is raised here."""
+    """Drops log messages of orbax threads, mostly tracebacks, because the same error is raised here."""
     return "orbax" not in record.pathname
 
 

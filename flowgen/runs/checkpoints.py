@@ -1,12 +1,12 @@
-"""Checkpoints of one run as they are read: whole ones alone, verified byte by byte.
+"""Reading the checkpoints of a run: only complete ones, verified byte by byte.
 
 <directory>/<step>/{params,ema,opt_state,other}/   orbax PyTrees of numpy arrays by path
 <directory>/<step>/meta.json                       step, config, shape and dtype of each array, SHA-256 of each file
 <directory>/<step>/evaluation.json                 metrics of the step, once it has been evaluated
 
-meta.json is written last, so a folder with a file missing is no checkpoint (a deletion or a copy that was cut short)
-and is passed over. A folder with all of its files, one of them with other bytes, is a damaged checkpoint and is
-refused: going on from an older one without a word would hide that.
+meta.json is written last, so a folder with a missing file is not a checkpoint (an interrupted deletion or copy) and is
+ignored. A complete folder with a changed file is a damaged checkpoint and is refused: silently resuming from an older
+one would hide that.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from flowgen.runs.files import DIGEST, digest_of_file, is_regular, is_temporary,
 META = "meta.json"
 EVALUATION = "evaluation.json"
 _STEP = re.compile(r"0|[1-9][0-9]{0,17}")
-# Folders that a save has begun and a deletion has not ended; both go when training next opens the run.
+# Folders of unfinished saves and deletions; both are removed when training next opens the run.
 SAVING, DELETED = "saving", "deleted"
-# How the reasons begin for which a folder that was a checkpoint is none any more.
+# Prefixes of the reasons why a former checkpoint no longer counts as one.
 _BROKEN = ("it has no", "it lacks")
 _LEFTOVER = re.compile(rf"[0-9]+\.({SAVING}|{DELETED})(-[0-9]+)?")
 
 
 class CheckpointReader:
-    """The whole checkpoints of a directory; writes nothing, so a run may be training into it.
+    """The complete checkpoints of a directory; writes nothing, so a run may be training into it.
 
     Example:
         reader = CheckpointReader("runs/digits/checkpoints")
@@ -46,7 +46,7 @@ class CheckpointReader:
         self.directory = Path(directory).absolute()
 
     def steps(self) -> list[int]:
-        """Returns the steps of whole checkpoints, ascending; other entries do not count."""
+        """Returns the steps of complete checkpoints, ascending; other entries do not count."""
         return sorted(int(name) for name, why in self._entries().items() if why is None)
 
     def latest_step(self) -> int | None:
@@ -54,11 +54,11 @@ class CheckpointReader:
         return max(self.steps(), default=None)
 
     def passed_over(self) -> dict[str, str]:
-        """Returns why entries of the directory are no checkpoints, by name, but not what is being saved or deleted."""
+        """Returns why entries of the directory are not checkpoints, by name, except those being saved or deleted."""
         return {name: why for name, why in self._entries().items() if why is not None}
 
     def check_not_broken(self) -> None:
-        """Raises ValueError where no checkpoint is whole, though folders are there that were some.
+        """Raises ValueError if no checkpoint is complete although some folders once were checkpoints.
 
         Example:
             CheckpointReader("runs/digits/checkpoints").check_not_broken()
@@ -73,7 +73,7 @@ class CheckpointReader:
             )
 
     def meta(self, step: int) -> dict[str, Any]:
-        """Returns what was saved beside the arrays: `manifest`, and `metrics`, empty where it was not evaluated.
+        """Returns what was saved beside the arrays: `manifest`, and `metrics`, empty if it was not evaluated.
 
         Raises:
             ValueError: missing, damaged, or of another step; names the step.
@@ -95,7 +95,7 @@ class CheckpointReader:
         return meta
 
     def evaluation(self, step: int) -> dict[str, float] | None:
-        """Returns the metrics of a step, None where it has not been evaluated.
+        """Returns the metrics of a step, None if it has not been evaluated.
 
         Raises:
             ValueError: damaged, or the evaluation of another checkpoint.
@@ -115,10 +115,10 @@ class CheckpointReader:
         return saved["metrics"]
 
     def arrays(self, step: int, choose: Callable[[str], bool] = lambda path: True) -> Flat:
-        """Returns the saved arrays whose path is chosen, after comparing the files that hold them with their digests.
+        """Returns the saved arrays with the chosen paths, after comparing their files with the digests.
 
         Raises:
-            ValueError: a file is missing, truncated or has other bytes than were written, naming file and step.
+            ValueError: a file is missing, truncated or changed; names file and step.
         """
         meta = self.manifest(step)
         chosen = {path: entry for path, entry in meta["arrays"].items() if choose(path)}
@@ -142,9 +142,9 @@ class CheckpointReader:
         return jax.tree.unflatten(jax.tree.structure(like), [read[name] for name in flatten(like)])
 
     def variables(self, step: int, params: Any, *, ema: bool = True) -> dict[str, Any]:
-        """Returns the weights of a step, averaged if they were and `ema` asks for it, beside its carried collections.
+        """Returns the weights of a step and its carried collections; the averaged weights if saved and `ema` is set.
 
-        params: arrays or abstract ones, in whose tree the weights are. Optimizer moments are not read.
+        params: arrays or abstract ones that give the tree of the weights. Optimizer moments are not read.
 
         Raises:
             ValueError: damaged, of another step, or other arrays, shapes or dtypes than `params`.
@@ -161,7 +161,7 @@ class CheckpointReader:
         return {"params": tree[group], **tree.get("collections", {})}
 
     def _entries(self) -> dict[str, str | None]:
-        """Why each entry of the directory is no whole checkpoint, by name; None for those that are."""
+        """Why each entry of the directory is not a complete checkpoint, by name; None for those that are."""
         if not self.directory.is_dir():
             return {}
         entries = sorted(self.directory.iterdir())
@@ -186,7 +186,7 @@ class CheckpointReader:
         try:
             files = self._read_meta(int(entry.name))["files"]
         except ValueError:
-            return None  # Damaged, which is refused and not passed over.
+            return None  # Damaged, which is refused and not ignored.
         gone = [name for name in files if not os.path.lexists(entry / name)]
         return f"{_BROKEN[1]} {gone[0]}" if gone else None
 
@@ -230,7 +230,7 @@ class CheckpointReader:
         return f" to go on from step {others[-1]}" if others else ""
 
     def _damaged(self, step: int, what: str) -> ValueError:
-        # Found without reading other checkpoints, which may be damaged as well.
+        # Found without reading other checkpoints, which may also be damaged.
         names = [path.name for path in self.directory.iterdir()] if self.directory.is_dir() else []
         others = [int(name) for name in names if _STEP.fullmatch(name) and int(name) != step]
         fix = f"remove that folder to go on from step {max(others)}" if others else "no other step is left"
@@ -238,7 +238,7 @@ class CheckpointReader:
 
 
 def leftovers(directory: Path) -> list[Path]:
-    """Returns what saves and deletions that were killed have left in a directory of checkpoints.
+    """Returns the leftovers of killed saves and deletions in a directory of checkpoints.
 
     Example:
         for path in leftovers(Path("runs/digits/checkpoints")): ...
@@ -247,12 +247,12 @@ def leftovers(directory: Path) -> list[Path]:
 
 
 def _widened(arrays: dict[str, Any]) -> dict[str, Any]:
-    """The layout of weights as if those kept in bfloat16, as imported ones may be, were float32."""
+    """The layout of weights with bfloat16 ones, as imported ones may be, as float32."""
     return {path: [shape, "float32" if dtype == "bfloat16" else dtype] for path, (shape, dtype) in arrays.items()}
 
 
 def _is_of_the_system(name: str) -> bool:
-    """Whether a file is one that systems leave in folders that people look at, such as .DS_Store."""
+    """Whether a file is one that desktop systems leave in folders, such as .DS_Store."""
     return PurePosixPath(name).name.startswith(".") or PurePosixPath(name).name in ("Thumbs.db", "desktop.ini")
 
 

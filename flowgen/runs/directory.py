@@ -1,10 +1,10 @@
-"""The directory of a run: its files by name, and what may be read of it while a run trains into it.
+"""The directory of a run: its file names, and what may be read while a run trains into it.
 
 <run>/config.json      the experiment, with the digest of its values
 <run>/data.json        what was found in the data, and its list of files
 <run>/checkpoints/     see `flowgen.runs.checkpoints`
 <run>/metrics.jsonl    means since the last report, and evaluations; events.* the same for TensorBoard
-<run>/samples/         a picture for each step that drew one
+<run>/samples/         an image for each step that drew samples
 <run>/lock             held by the process that trains here
 """
 
@@ -28,9 +28,9 @@ SAMPLES = "samples"
 
 
 def is_run(run_dir: str | Path) -> bool:
-    """Returns whether a directory holds the config of a run, and not, say, that of a published model.
+    """Returns whether a directory holds the config of a run, rather than, say, a published model's.
 
-    Raises ValueError where its config is not JSON.
+    Raises ValueError if its config is not JSON.
 
     Example:
         is_run("runs/digits")
@@ -40,7 +40,7 @@ def is_run(run_dir: str | Path) -> bool:
 
 
 def was_trained_in(directory: str | Path) -> bool:
-    """Returns whether a training has written into a directory: the config of a run, or a whole checkpoint.
+    """Returns whether training has written into a directory: the config of a run, or a complete checkpoint.
 
     Example:
         was_trained_in("photos/run")
@@ -49,7 +49,7 @@ def was_trained_in(directory: str | Path) -> bool:
         if is_run(directory):
             return True
     except (OSError, ValueError):
-        pass  # A damaged config may be that of a run.
+        pass  # A damaged config may belong to a run.
     try:
         return CheckpointReader(Path(directory) / CHECKPOINTS).latest_step() is not None
     except OSError:
@@ -60,8 +60,8 @@ def read_config(run_dir: str | Path) -> dict[str, Any]:
     """Returns the JSON of a run's config.
 
     Raises:
-        FileNotFoundError: no such directory, or no run; says what it is instead.
-        ValueError: the config is no file, not JSON, or has other values than were saved, naming those.
+        FileNotFoundError: no such directory, or not a run; says what it is instead.
+        ValueError: the config is not a file, not JSON, or was changed; names the changed values.
 
     Example:
         read_config("runs/digits")["model"]
@@ -76,12 +76,12 @@ def read_config(run_dir: str | Path) -> dict[str, Any]:
                 f"checkpoint {run_dir} has lost its {CONFIG_FILE}; the command that trained it writes it again."
             )
         raise FileNotFoundError(f"checkpoint {run_dir} is not a flowgen run (it has no {CONFIG_FILE}).")
-    # Checkpoints hold the config, too.
+    # Checkpoints hold the config too.
     instead = ", or delete it, and the command that trained the run writes it again" if kept else ""
     try:
         config = read_json(path)
     except ValueError as error:
-        raise ValueError(f"{path} is no file that holds a JSON object; restore it from a copy{instead}.") from error
+        raise ValueError(f"{path} is not a file with a JSON object; restore it from a copy{instead}.") from error
     try:
         return verified(config)
     except ValueError as error:
@@ -99,7 +99,7 @@ def write_config(run_dir: str | Path, config: dict[str, Any]) -> None:
 
 
 def data_changes(run_dir: str | Path, inventory: Inventory) -> str:
-    """Returns in a line what is different in the data since a run began; empty if nothing is.
+    """Returns one line on what changed in the data since a run began; empty if nothing did.
 
     Example:
         data_changes("runs/photos", inventory)
@@ -114,9 +114,9 @@ def data_changes(run_dir: str | Path, inventory: Inventory) -> str:
 
 
 def check_workdir(workdir: Path, check_config: Callable[[dict[str, Any]], None], *, locks: bool = True) -> None:
-    """Raises where a directory holds something else than a run with this config; writes nothing.
+    """Raises if a directory holds something other than a run with this config; writes nothing.
 
-    locks: also where another process trains in it, which is a BlockingIOError.
+    locks: also raises BlockingIOError if another process trains in it.
 
     Example:
         check_workdir(Path("runs/digits"), experiment.check_resumable)
@@ -125,7 +125,7 @@ def check_workdir(workdir: Path, check_config: Callable[[dict[str, Any]], None],
         check_unlocked(workdir)
     _check_kinds(workdir)
     if CheckpointReader(workdir / CHECKPOINTS).latest_step() is not None and not (workdir / CONFIG_FILE).exists():
-        return  # Every checkpoint holds the config, with which it is compared.
+        return  # Every checkpoint holds the config, which is compared instead.
     if (workdir / CONFIG_FILE).exists():
         try:
             check_config(read_config(workdir))
@@ -136,7 +136,7 @@ def check_workdir(workdir: Path, check_config: Callable[[dict[str, Any]], None],
 
 
 def _check_kinds(workdir: Path) -> None:
-    """Raises OSError where a name that a run writes to is taken by something else."""
+    """Raises OSError if a name that a run writes to is taken by something else."""
     for name in (CHECKPOINTS, SAMPLES):
         if os.path.lexists(workdir / name) and not (workdir / name).is_dir():
             raise NotADirectoryError(f"{workdir / name} is no folder; remove it.")
@@ -148,14 +148,14 @@ def _check_kinds(workdir: Path) -> None:
 
 
 def _is_foreign(path: Path) -> bool:
-    """Whether a file is not among those that a run killed at its very start has left."""
+    """Whether a file is not one that a run killed at its very start leaves."""
     if path.name == CHECKPOINTS and path.is_dir():
         return any(path.iterdir())
     return path.name != LOCK_FILE and not is_temporary(path.name)
 
 
 def _changed(run_dir: Path, config: dict[str, Any]) -> str:
-    """Which values differ from those in the latest checkpoint, in words."""
+    """The values that differ from those in the latest checkpoint, in words."""
     try:
         reader = CheckpointReader(run_dir / CHECKPOINTS)
         step = reader.latest_step()

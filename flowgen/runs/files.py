@@ -1,4 +1,4 @@
-"""Files of a run, read and written so that they are whole or not there, and so that odd ones neither block nor fool."""
+"""Reading and writing a run's files: atomic writes, and checks against pipes, links and other unusual files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
     Raises:
         OSError: the file is missing or cannot be read.
-        ValueError: no regular file, no JSON, nested too deep, or no object; says which, and names the file.
+        ValueError: not a regular file, not JSON, nested too deep, or not an object; says which, and names the file.
 
     Example:
         config = read_json("runs/digits/config.json")
@@ -39,7 +39,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 def read_bytes(path: str | Path) -> bytes:
-    """Returns the bytes of a regular file; ValueError where it is something else, such as a pipe, which would block.
+    """Returns the bytes of a regular file; ValueError if it is something else, such as a pipe, which would block.
 
     Example:
         content = read_bytes("runs/digits/metrics.jsonl")
@@ -49,7 +49,7 @@ def read_bytes(path: str | Path) -> bytes:
 
 
 def digest_of_file(path: str | Path) -> str:
-    """Returns the SHA-256 of a regular file; ValueError where it is something else.
+    """Returns the SHA-256 of a regular file; ValueError if it is something else.
 
     Example:
         same = digest_of_file("a") == digest_of_file("b")
@@ -71,7 +71,7 @@ def is_regular(path: str | Path) -> bool:
 
 
 def signed(value: dict[str, Any]) -> dict[str, Any]:
-    """Returns the values with their own digest beside them, for `verified`.
+    """Returns the values with their digest added, for `verified`.
 
     Example:
         write_json(path, signed({"step": 3}))
@@ -80,7 +80,7 @@ def signed(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def verified(value: dict[str, Any]) -> dict[str, Any]:
-    """Returns the values without their digest; ValueError where it is missing or they are not those of `signed`.
+    """Returns the values without their digest; ValueError if it is missing or does not match.
 
     Example:
         verified(signed({"step": 3})) == {"step": 3}
@@ -105,7 +105,7 @@ def write_json(path: str | Path, value: dict[str, Any]) -> None:
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
-    """Writes a file, whole or not at all; what is at `path`, a link too, is replaced and not written to.
+    """Writes a file, whole or not at all; an existing file or link at `path` is replaced, not written to.
 
     Example:
         write_bytes("runs/digits/metrics.jsonl", b"")
@@ -115,7 +115,7 @@ def write_bytes(path: str | Path, content: bytes) -> None:
 
 
 def is_temporary(name: str) -> bool:
-    """Returns whether a file has the name of one that `atomic_file` began.
+    """Returns whether a file has the name of an unfinished `atomic_file`.
 
     Example:
         is_temporary(".config.json.123-0a1b2c3d.tmp")
@@ -124,7 +124,7 @@ def is_temporary(name: str) -> bool:
 
 
 def remove_temporaries(directory: str | Path) -> None:
-    """Removes what a killed process left of `atomic_file` in a directory.
+    """Removes unfinished `atomic_file` files of killed processes from a directory.
 
     Example:
         remove_temporaries("runs/digits")
@@ -136,7 +136,7 @@ def remove_temporaries(directory: str | Path) -> None:
 
 
 def sync(path: str | Path) -> None:
-    """Returns when a file or directory is on the disk, as far as the system says so.
+    """Returns when a file or directory is on the disk, as far as the system reports.
 
     Example:
         sync("runs/digits/config.json")
@@ -149,7 +149,7 @@ def sync(path: str | Path) -> None:
 
 
 def _open_regular(path: str | Path) -> Any:
-    # Opening a pipe waits for a writer, unless it is told not to.
+    # Opening a pipe waits for a writer by default.
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # Windows has other locks; a run is then not protected.
+except ImportError:  # Windows has no such locks; a run is then not protected.
     fcntl = None
 
 LOCK_FILE = "lock"
@@ -20,7 +20,7 @@ LOCK_FILE = "lock"
 class RunLock:
     """Holds the lock of a run directory until `release`; reading a run needs none.
 
-    protects: whether the file system has locks; if it has none, another process is not kept out.
+    protects: whether the file system has locks; without them, another process is not kept out.
 
     Raises:
         BlockingIOError: another process trains in the directory; names it.
@@ -45,12 +45,12 @@ class RunLock:
         except BaseException:
             os.close(self._descriptor)
             raise
-        # A forked process, such as one that loads data, may live longer than this one and must not keep the lock.
+        # A forked process, such as a data loader, may outlive this one and must not keep the lock.
         self._held, release = True, weakref.WeakMethod(self.release)
         os.register_at_fork(after_in_child=lambda: (method := release()) and method())
 
     def holds(self) -> bool:
-        """Returns whether the directory, at its own name, is still the one that was locked."""
+        """Returns whether the directory at this path is still the one that was locked."""
         try:
             there = os.stat(self.path)
         except OSError:
@@ -58,14 +58,14 @@ class RunLock:
         return os.path.samestat(there, os.fstat(self._descriptor))
 
     def release(self) -> None:
-        """Lets another process train here."""
+        """Releases the lock, so that another process may train here."""
         if self._held:
             self._held = False
             os.close(self._descriptor)
 
 
 class Place:
-    """Remembers which directory is at a path, so that another one there later is noticed.
+    """Identifies the directory at a path, to detect if another one replaces it.
 
     Example:
         place = Place("runs/digits")
@@ -75,7 +75,7 @@ class Place:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        # Held open: the number of a directory that was deleted may be given to the next.
+        # Held open: a new directory may reuse the inode number of a deleted one.
         self._descriptor = os.open(path, os.O_RDONLY)
 
     def is_same(self) -> bool:
@@ -86,12 +86,12 @@ class Place:
             return False
 
     def close(self) -> None:
-        """Lets go of the directory."""
+        """Closes the directory."""
         os.close(self._descriptor)
 
 
 def check_unlocked(run_dir: str | Path) -> None:
-    """Raises BlockingIOError where another process trains in a directory, naming it; makes nothing.
+    """Raises BlockingIOError naming another process that trains in a directory; creates nothing.
 
     Example:
         check_unlocked("runs/digits")

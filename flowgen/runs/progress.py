@@ -1,4 +1,4 @@
-"""Progress as people read it: a bar on a terminal, otherwise a line per report."""
+"""Human-readable progress: a bar on a terminal, otherwise a line per report."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 
 from flowgen.printable import printable
 
-# Of the metrics of a report, those that are shown, in this order.
+# The metrics of a report that are shown, in this order.
 SHOWN = ("loss", "bits_per_dim", "nats_per_dim", "grad_norm", "lr")
 
 
 class Progress:
     """Shows loss, speed and time left on standard error.
 
-    bar: a moving bar where standard error is a terminal; without one, and in files, each report is a line.
+    bar: show a progress bar if standard error is a terminal; otherwise each report is a line.
 
     Example:
         progress = Progress(first_step=0, last_step=1000, bar=True)
@@ -28,7 +28,7 @@ class Progress:
         if bar and on_terminal():
             from tqdm import tqdm
 
-            # The bar's own speed and time left would count compilation; those shown are ours.
+            # The bar's own speed and time left would include compilation; ours do not.
             form = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
             self._bar = tqdm(
                 total=last_step, initial=first_step, file=sys.stderr, dynamic_ncols=True, bar_format=form, leave=True
@@ -41,7 +41,7 @@ class Progress:
                 self._bar.update(step - self._bar.n)
 
     def show(self, step: int, metrics: dict[str, float], seconds_left: float | None) -> None:
-        """Shows the metrics of a report. seconds_left: None where no speed is known yet."""
+        """Shows the metrics of a report. seconds_left: None if no speed is known yet."""
         words = [f"{name} {metrics[name]:.4g}" for name in SHOWN if name in metrics]
         if "steps_per_second" in metrics:
             words.append(f"{metrics['steps_per_second']:.3g} steps/s")
@@ -54,8 +54,8 @@ class Progress:
             self.say(f"step {step}/{self._last}: " + ", ".join(words))
 
     def say(self, line: str) -> None:
-        """Shows one line, above the bar where there is one."""
-        line = printable(line)  # It may name a folder, whose name may hold anything.
+        """Shows one line, above the bar if there is one."""
+        line = printable(line)  # It may contain a folder's name, which may hold any characters.
         with _unseen():
             if self._bar is not None:
                 self._bar.write(line, file=sys.stderr)
@@ -71,7 +71,7 @@ class Progress:
 
 
 def _unseen() -> contextlib.suppress:
-    """What cannot be shown, on a full disk or in a pipe that nobody reads, does not end the training."""
+    """Ignores failures to show a line, on a full disk or a closed pipe, so that training continues."""
     return contextlib.suppress(OSError, ValueError)
 
 

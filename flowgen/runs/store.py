@@ -1,4 +1,4 @@
-"""Checkpoints of one run as they are written: in the background, committed by one rename, and deleted after another."""
+"""Writing the checkpoints of a run: saved in the background, committed by a rename, and renamed before deletion."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from flowgen.runs.files import DIGEST, digest_of_file, remove_temporaries, signe
 class CheckpointStore(CheckpointReader):
     """Saves in the background; keeps the latest `keep` steps and the one with the lowest `best_metric`.
 
-    Opening it clears what a killed process left unfinished. `close` waits for the save under way. say: is told in one
-    line what was passed over or moved aside.
+    Opening it clears a killed process's leftovers. `close` waits for the current save. say: receives one line about
+    anything ignored or moved aside.
 
     Example:
         with CheckpointStore("runs/digits/checkpoints", keep=3) as store:
@@ -61,7 +61,7 @@ class CheckpointStore(CheckpointReader):
     def save(self, step: int, state: Any, *, config: Any, metrics: dict[str, float] | None = None) -> None:
         """Starts saving a tree of numpy arrays, which must not change until `wait`. Waits for the previous save.
 
-        metrics: those of an evaluation, as for `score`.
+        metrics: metrics of an evaluation, as for `score`.
 
         Raises:
             FloatingPointError: an array holds nan, or params, ema or optimizer state infinity; nothing is saved.
@@ -75,9 +75,9 @@ class CheckpointStore(CheckpointReader):
         self._thread.start()
 
     def score(self, step: int, metrics: dict[str, float]) -> None:
-        """Writes the metrics of an evaluation beside a saved step, which may make it the best. Waits for its save.
+        """Writes the metrics of an evaluation beside a saved step, which may become the best. Waits for its save.
 
-        metrics that are not finite are left out.
+        Non-finite metrics are left out.
         """
         self.wait()
         _write_evaluation(self.directory / str(step), step, self._read_meta(step)[DIGEST], metrics)
@@ -90,7 +90,7 @@ class CheckpointStore(CheckpointReader):
         return (-min(scored)[1], min(scored)[0]) if scored else None
 
     def wait(self) -> None:
-        """Returns when the save under way is committed; OSError says why it failed."""
+        """Returns when the current save is committed; OSError says why it failed."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -99,7 +99,7 @@ class CheckpointStore(CheckpointReader):
             raise error
 
     def close(self) -> None:
-        """Waits for the save under way."""
+        """Waits for the current save."""
         try:
             self.wait()
         finally:
@@ -107,14 +107,14 @@ class CheckpointStore(CheckpointReader):
                 sys.unraisablehook = self._hook
 
     def _unraisable(self, odd: Any) -> None:
-        """Leaves out what tensorstore says of writes that end after another has failed, which was raised."""
+        """Drops tensorstore's messages about writes that end after another write failed and was raised."""
         if not (isinstance(odd.exc_value, RuntimeError) and "Event loop is closed" in str(odd.exc_value)):
             self._hook(odd)
 
     def _try(self, step: int, flat: Flat, meta: dict[str, Any], metrics: dict[str, float] | None) -> None:
         try:
             self._write(step, flat, meta, metrics)
-        except (OSError, ValueError, RuntimeError) as error:  # tensorstore raises the latter two for those of a disk.
+        except (OSError, ValueError, RuntimeError) as error:  # tensorstore raises the latter two for disk errors.
             self._error = OSError(
                 f"Checkpoint {step} could not be saved in '{self.directory}' ({_reason(error)}); earlier checkpoints "
                 "are as they were, and the same command goes on from there."
@@ -162,7 +162,7 @@ class CheckpointStore(CheckpointReader):
             return None
 
     def _make_way(self, path: Path) -> None:
-        """Moves what stands in the place of a checkpoint: an earlier one goes, anything else is kept aside."""
+        """Clears a checkpoint's path: an earlier checkpoint is deleted, anything else is moved aside."""
         if not os.path.lexists(path):
             return
         if self._why_not(path) is None:
@@ -177,7 +177,7 @@ class CheckpointStore(CheckpointReader):
     def _retire(self, current: int) -> None:
         """Deletes the checkpoints of this run that are neither among the latest, nor the best, nor the current one.
 
-        What somebody else puts into the directory meanwhile does not count.
+        Entries that others put into the directory do not count.
         """
         steps = [step for step in self.steps() if step in self._scores]
         self._scores = {step: self._scores[step] for step in steps}
@@ -185,7 +185,7 @@ class CheckpointStore(CheckpointReader):
         kept = {current, *steps[-self._keep :], *([] if best is None else [best[0]])}
         for step in steps:
             if step not in kept:
-                # Renamed first: a deletion that is cut short leaves nothing that looks like a checkpoint.
+                # Renamed first: an interrupted deletion leaves nothing that looks like a checkpoint.
                 gone = _free(self.directory / f"{step}.{DELETED}")
                 try:
                     os.rename(self.directory / str(step), gone)
@@ -201,7 +201,7 @@ def _write_evaluation(folder: Path, step: int, of: str, metrics: dict[str, float
 
 
 def _free(path: Path) -> Path:
-    """The path, or with a number behind it where something is there."""
+    """The path, with a number appended if it exists."""
     number, free = 0, path
     while os.path.lexists(free):
         number += 1
@@ -210,7 +210,7 @@ def _free(path: Path) -> Path:
 
 
 def _remove(path: Path) -> None:
-    """Removes a folder, or the link or file of its name; what cannot be removed stays for the next time."""
+    """Removes a folder, or a link or file of that name; anything that cannot be removed stays for the next time."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -218,7 +218,7 @@ def _remove(path: Path) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """Why a disk refused, in a few words, from an error of the system or of tensorstore."""
+    """The reason for a failed write, in a few words, from an error of the system or of tensorstore."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = " ".join(str(error).split())

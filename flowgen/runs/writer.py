@@ -1,4 +1,4 @@
-"""Everything that a training writes into its run directory, while it holds the lock."""
+"""Everything that training writes into its run directory while it holds the lock."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from flowgen.runs.store import CheckpointStore
 class RunWriter:
     """Holds a run directory for one training, and writes its config, checkpoints, metrics and samples.
 
-    latest: the step that was read of it before, None for none.
+    latest: the latest step, read from it before; None for none.
 
-    Opening it makes the directory, takes its lock and clears what a killed process left unfinished; `begin` writes the
-    config and opens the metrics. If somebody takes the directory away, the next save makes it again and says so.
+    Opening it creates the directory, takes its lock and clears a killed process's leftovers; `begin` writes the config
+    and opens the metrics. If the directory is removed, the next save recreates it and says so.
 
     Raises:
         BlockingIOError: another process trains here, or did after `latest` was read.
@@ -38,7 +38,7 @@ class RunWriter:
     """
 
     def __init__(self, workdir: str | Path, *, latest: int | None = None, keep: int, best_metric: str):
-        self.workdir = Path(workdir).absolute()  # It stays the same if the process goes to another directory.
+        self.workdir = Path(workdir).absolute()  # It stays valid if the process changes its directory.
         self._shown = Path(workdir)
         self._keep, self._best_metric = keep, best_metric
         self._progress: Progress | None = None
@@ -72,7 +72,7 @@ class RunWriter:
         except OSError as error:
             if kind is None:
                 raise
-            self.say(str(error))  # What ended the run is raised already.
+            self.say(str(error))  # The error that ended the run is raised already.
         finally:
             if self._log is not None:
                 self._log.close()
@@ -85,7 +85,7 @@ class RunWriter:
     def begin(
         self, config: dict[str, Any], *, first_step: int | None, last_step: int, tensorboard: bool, bar: bool
     ) -> None:
-        """Writes the config, drops metrics after `first_step` (None: nothing is trained yet), and tells what is odd."""
+        """Writes the config, drops metrics after `first_step` (None: nothing is trained yet), and reports anomalies."""
         self._progress = Progress(first_step=first_step or 0, last_step=last_step, bar=bar)
         with _named(self._shown):
             self._tell_of_oddities(first_step)
@@ -116,7 +116,7 @@ class RunWriter:
             self.say(line)
 
     def describe_data(self, inventory: Inventory, *, resumed: bool) -> None:
-        """Says what was found in the data and, if the run is resumed, what changed; keeps the record of it."""
+        """Reports what was found in the data and, if the run is resumed, what changed; keeps the record."""
         self.say(inventory.line())
         if resumed and (changes := data_changes(self.workdir, inventory)):
             self.say(changes)
@@ -125,7 +125,7 @@ class RunWriter:
             write_json(self.workdir / DATA_FILE, self._data)
 
     def say(self, line: str) -> None:
-        """Shows one line, now or, before `begin`, then."""
+        """Shows one line now, or, before `begin`, at that time."""
         if self._progress is None:
             self._waiting.append(line)
         else:
@@ -148,7 +148,7 @@ class RunWriter:
         self._progress.show(step, metrics, seconds_left)
 
     def draw(self, step: int, image: np.ndarray) -> Path:
-        """Returns the path of the sample picture of a step, which it writes."""
+        """Writes the sample grid of a step and returns its path."""
         with _named(self._shown):
             self._make_again(step)
             folder = self.workdir / SAMPLES
@@ -164,8 +164,8 @@ class RunWriter:
         self.store.save(step, state, config=self._config)
 
     def save_last(self, step: int, state: Any) -> None:
-        """Returns when the state of a step is saved and there; OSError says why it is not."""
-        for _ in range(2):  # Somebody may take the directory away while it is saved.
+        """Returns when the state of a step is saved and present; OSError says why it is not."""
+        for _ in range(2):  # The directory may be removed during the save.
             self.save(step, state)
             self._wait()
             if self.holds(step):
@@ -182,7 +182,7 @@ class RunWriter:
                 self.store.score(step, metrics)
 
     def _wait(self) -> None:
-        """Waits for the save under way; one that failed counts only if the directory is still there."""
+        """Waits for the current save; a failure counts only if the directory is still there."""
         try:
             self.store.wait()
         except OSError:
@@ -194,11 +194,11 @@ class RunWriter:
         return self._is_there() and step in self.store.steps()
 
     def _is_there(self) -> bool:
-        """Returns whether nobody took away what checkpoints are saved in; a save under way may make it again."""
+        """Returns whether the checkpoint directory is still there; a current save may recreate it."""
         return self._place.is_same() and self._folder.is_same()
 
     def _make_again(self, step: int) -> None:
-        """Makes what somebody took away: the whole directory, or config, metrics, checkpoints or lock in it."""
+        """Recreates what was removed: the whole directory, or config, metrics, checkpoints or lock in it."""
         assert self._log is not None
         if not self._place.is_same():
             self._check_empty(step)
@@ -225,10 +225,10 @@ class RunWriter:
         self._log.restore(step)
 
     def _check_empty(self, step: int) -> None:
-        """Raises FileExistsError where others have put something in the place of the directory."""
+        """Raises FileExistsError if something else has replaced the directory."""
         if not self.workdir.exists():
             return
-        # A save under way may have made its folder again.
+        # A current save may have recreated its folder.
         if not self.workdir.is_dir() or any(path.name != CHECKPOINTS for path in self.workdir.iterdir()):
             raise FileExistsError(
                 f"workdir {self._shown} was replaced while training into it, and holds other files now; step {step} "
@@ -273,7 +273,7 @@ class NullWriter:
 
 @contextmanager
 def _named(workdir: Path) -> Generator[None]:
-    """Errors of the system in one sentence that names the run; those that are one already pass."""
+    """Turns system errors into one sentence that names the run; errors that already are one pass through."""
     try:
         yield
     except OSError as error:

@@ -1,8 +1,8 @@
-"""Configs: frozen dataclasses that check themselves, and their way to JSON, to a command line and to help.
+"""Configs: validated frozen dataclasses, and their JSON, command line and help.
 
-A config is a class under `config`. Its fields declare by their types what they may be (`flowgen.settings.ranges` has
-ranges), its docstring has a line for each, and `__post_init__` checks what relates several fields. Errors name the bare
-field; who knows where the config stands puts that in front. Knows nothing else of flowgen.
+A config is a class decorated with `config`. Its annotations declare the allowed values (`flowgen.settings.ranges` has
+ranges), its docstring has a line for each field, and `__post_init__` checks relations between fields. Errors name the
+bare field; the holder of the config adds its group. This package depends on nothing else of flowgen.
 """
 
 from flowgen.settings.annotations import type_name

@@ -1,4 +1,4 @@
-"""What the annotation of a config's field says: configs among its members, and its description in words."""
+"""Annotations of config fields: their members that are configs, and their description in words."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def hints_of(cls: type) -> dict[str, Any]:
 
 
 def members(annotation: Any) -> tuple[Any, ...]:
-    """Returns the members of a union; of another annotation itself alone."""
+    """Returns the members of a union; for another annotation, only itself."""
     union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
     return typing.get_args(annotation) if union else (annotation,)
 

@@ -22,9 +22,9 @@ WORDS = {"true": True, "false": False, "none": None, "null": None}
 def override(config: T, arguments: Sequence[str]) -> T:
     """Returns `config` with fields replaced by `--group.field value` or `--group.field=value` arguments.
 
-    Values: numbers, true or false, none, (8, 12) or [8, 12], and text as it stands. A group that may be of several
-    types takes the name of one, which stands for its defaults; the fields of the group are set after it. Fields of a
-    group that is None are set in one of its defaults.
+    Values: numbers, true or false, none, (8, 12) or [8, 12], and plain text. A group with several types takes the name
+    of one, with its defaults; the fields of the group are set after it. Fields of a group that is None are set in one
+    of its defaults.
 
     Raises:
         ValueError: an unknown field (with the closest known one), a group, a missing or an unfitting value.
@@ -41,7 +41,7 @@ def override(config: T, arguments: Sequence[str]) -> T:
 
 
 def resolve(name: str) -> Any:
-    """Returns the object that "package.module:object" names; the module is imported, so the name must be the user's.
+    """Returns the object that "package.module:object" names; the module is imported, so the name must be trusted.
 
     Raises ValueError if it is not of this form, or there is no such module or object.
 
@@ -55,7 +55,7 @@ def resolve(name: str) -> Any:
         found = importlib.import_module(module)
     except ModuleNotFoundError as error:
         if not f"{module}.".startswith(f"{error.name}."):
-            raise  # The module is there and misses another.
+            raise  # The module exists but lacks another one.
         raise ValueError(
             f"{name!r} needs the module {error.name}, which is not found; add its folder to PYTHONPATH."
         ) from error
@@ -67,7 +67,7 @@ def resolve(name: str) -> Any:
 
 
 def words_of(text: str, path: str) -> list[str]:
-    """Returns texts that commas part; one with a comma in it stands in double quotes. path: of the option, in errors.
+    """Returns comma-separated texts; one that contains a comma is double-quoted. path: the option's name, for errors.
 
     Example:
         words_of('cat,"dog, small"', "--classes")  # ["cat", "dog, small"]
@@ -108,7 +108,7 @@ def _set(fields: dict[str, Any], cls: type, names: list[str], text: str, path: s
 
 
 def _opened(annotation: Any, value: Any) -> dict[str, Any]:
-    """The fields of a config, of which `from_plain` makes it again; none of None, which stands for defaults."""
+    """The fields of a config, as input of `from_plain`; none for None, which means defaults."""
     kind = {TYPE: type_name(value)} if choices(annotation) else {}
     return {} if value is None else kind | {name: getattr(value, name) for name in hints_of(type(value))}
 
@@ -149,7 +149,7 @@ def _literal(text: str) -> Any:
 
 
 def _no_value(path: str, group: type | None, types: dict[str, type], text: str) -> str:
-    """Why a group cannot be set to a text."""
+    """The reason why a group cannot be set to a text."""
     inside = [name for name in types if text and text.lower() in name.lower()]
     close = (inside or difflib.get_close_matches(text, types, n=1, cutoff=0.6))[:1]
     what = f"a group, and {text!r} is no type of it" if types else "a group"
@@ -160,7 +160,7 @@ def _no_value(path: str, group: type | None, types: dict[str, type], text: str) 
 
 
 def _no_such_field(path: str, field: str, group: type | None, types: dict[str, type], known: list[str]) -> str:
-    """Why a group has no field of a name: another of its possible types may have it."""
+    """The error for an unknown field of a group: another of its types may have it."""
     owners = [name for name, cls in types.items() if field in hints_of(cls)]
     if not owners:
         return _unknown(path, known)

@@ -1,4 +1,4 @@
-"""Fields of a config as a user reads them: by dotted name, with value, help and what they may be."""
+"""Fields of a config for users: by dotted name, with value, help and allowed values."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from flowgen.settings.annotations import choices, configs_of, describe, hints_of
 
 
 class Setting(NamedTuple):
-    """A field by its dotted name: its value, what its docstring says of it, and what it may be.
+    """A field by its dotted name: its value, its docstring entry, and its allowed values.
 
     The value of a group of several possible types is the name of its type; its fields follow.
     """
@@ -24,7 +24,7 @@ class Setting(NamedTuple):
 
 
 def settings(config: Any, path: str = "") -> list[Setting]:
-    """Returns all fields with their help, but for those of groups that are None.
+    """Returns all fields with their help, except those of groups that are None.
 
     Example:
         print("\\n".join(f"--{field.name} {field.value}  # {field.about}" for field in settings(experiment)))
@@ -43,7 +43,7 @@ def settings(config: Any, path: str = "") -> list[Setting]:
 
 
 def leaf_names(config: Any) -> list[str]:
-    """Returns the dotted names of all fields that hold a value and no group; a group that is absent has none.
+    """Returns the dotted names of all fields that hold a value, not a group; an absent group has none.
 
     Example:
         print("\\n".join(leaf_names(experiment)))
@@ -53,9 +53,9 @@ def leaf_names(config: Any) -> list[str]:
 
 @functools.cache
 def help_of(cls: type) -> dict[str, str]:
-    """Returns what the docstring of a dataclass and those of its bases say of each field.
+    """Returns each field's help from the docstrings of a dataclass and its bases.
 
-    In lines that begin with `name: `, each up to the next such line or an empty one.
+    An entry begins with `name: ` and ends before the next such line or an empty one.
 
     Example:
         help_of(OptimConfig)["lr"]  # "learning rate after the warm-up; positive."

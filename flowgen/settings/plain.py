@@ -1,8 +1,8 @@
-"""Configs that check themselves, and configs as plain values for JSON.
+"""Validated configs, and configs as plain values for JSON.
 
 A value is checked against the annotation of its field: bool, int, float, str, None, Literal, Callable, tuple, dict with
 str keys, unions of these, `Annotated` with bounds such as those of `flowgen.settings.ranges`, and configs. A field that
-may be one of several configs carries its choice as "type": the name of the class without "Config".
+may be one of several configs stores its choice as "type": the class name without "Config".
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ MAX_WHOLE_FLOAT = 10**300
 
 
 class FieldError(ValueError):
-    """What is wrong in a config: sentences that each begin with the name of a field.
+    """The errors of a config: sentences that each begin with a field's name.
 
-    A config names its own fields; whoever holds it under a name puts that in front, by `within` or `in_group`.
+    A config names its own fields; its holder adds the group name, by `within` or `in_group`.
 
     Example:
         raise FieldError("min_lr is 0.1, above lr 0.01; lower it.")
@@ -105,7 +105,8 @@ def _config(cls: type[T], *, kw_only: bool) -> type[T]:
 def to_plain(value: Any, annotation: Any = None) -> Any:
     """Returns configs and mappings as dicts and tuples as lists, ready for JSON.
 
-    annotation: of the field that holds the value; a config that is one of several possible ones names its type.
+    annotation: annotation of the field that holds the value; a config that is one of several possible ones names its
+    type.
 
     Example:
         text = json.dumps(to_plain(config), allow_nan=False)
@@ -119,7 +120,7 @@ def to_plain(value: Any, annotation: Any = None) -> Any:
 
 
 def from_plain(cls: type[T], data: Any) -> T:
-    """Returns the config `cls` from what `to_plain` gave. A field left out takes its default.
+    """Returns the config `cls` from the result of `to_plain`. A missing field takes its default.
 
     Raises:
         FieldError: an unknown field, a missing one without default, or a value of the wrong type, by name.
@@ -143,7 +144,7 @@ def from_plain(cls: type[T], data: Any) -> T:
 
 
 def _fitting(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of fields as their annotations say; FieldError names all that do not fit."""
+    """The values of fields converted to their annotations; FieldError names all that do not fit."""
     fitting, problems = {}, []
     for name, annotation in hints_of(cls).items():
         if name in values:
@@ -157,7 +158,8 @@ def _fitting(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check(annotation: Any, value: Any, *, path: str) -> Any:
-    """Returns `value` as its annotation says: a whole number as int or float, a list as tuple; never a bool as int.
+    """Returns `value` converted to its annotation: a whole number as int or float, a list as tuple; never a bool as
+    int.
 
     Raises:
         FieldError: naming path, value and what is expected; a float must be finite.
@@ -176,7 +178,7 @@ def check(annotation: Any, value: Any, *, path: str) -> Any:
 
 
 def fits(annotation: Any, value: Any) -> bool:
-    """Returns whether a value is of the type an annotation says; it may be out of its range."""
+    """Returns whether a value has an annotation's type; it may be out of range."""
     try:
         _convert(annotation, value)
     except _Mismatch:
@@ -187,7 +189,7 @@ def fits(annotation: Any, value: Any) -> bool:
 
 
 def meant(word: str, known: Iterable[str]) -> str:
-    """Returns the end of a sentence about an unknown word, with the known one that is like it."""
+    """Returns the end of a sentence about an unknown word, with the closest known one."""
     close = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.75)
     return f"; did you mean {close[0]}?" if close else "."
 
@@ -206,18 +208,18 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
 
 
 class _Absent:
-    """Stands in a difference for a field that one side does not have."""
+    """Placeholder in a difference for a field that one side lacks."""
 
     def __repr__(self) -> str:
         return "(absent)"
 
 
 class _Mismatch(Exception):
-    """The value is of another type than the annotation; the caller says which."""
+    """The value has another type than the annotation; the caller says which."""
 
 
 class _Refusal(Exception):
-    """The value is of the right type and still refused; the message stands behind the field's name."""
+    """The value has the right type but is refused; the message follows the field's name."""
 
 
 def _convert(annotation: Any, value: Any) -> Any:
@@ -252,7 +254,7 @@ def _convert(annotation: Any, value: Any) -> Any:
 
 
 def _bounded(value: Any, annotation: Any, *bounds: Any) -> Any:
-    # Entries are counted before any of them is looked at.
+    # Entries are counted before any of them is checked.
     counted = typing.get_origin(annotation) is tuple and isinstance(value, list | tuple)
     converted = value if counted else _convert(annotation, value)
     given = value if type(value) is int else converted  # as a message shows it

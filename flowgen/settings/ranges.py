@@ -1,7 +1,7 @@
-"""What the value of a field may be, declared in its type: ranges of numbers, counts of entries, names.
+"""Allowed values of a field, declared in its type: ranges of numbers, counts of entries, names.
 
-A range holds whatever can be meant, far beyond what anybody has trained, so that a wrong number is refused before a
-model of that size is built. To everything else `int` with a range is an `int`.
+A range covers every plausible value, far beyond any trained model, so that a wrong number is refused before a model of
+that size is built. Otherwise an `int` with a range is an `int`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class Bound(Protocol):
     """Metadata of an annotated type that limits its values."""
 
     def problem(self, value: Any) -> str:
-        """Returns what is wrong with a value, to stand behind the field's name; empty if nothing is."""
+        """Returns a value's problem, as a clause after the field's name; empty if there is none."""
         ...
 
 
@@ -53,7 +53,7 @@ class Within:
 
 @dataclass(frozen=True)
 class Entries:
-    """Tuples of so many entries.
+    """Tuples of a range of lengths.
 
     Example:
         layers: Annotated[tuple[Layers, ...], Entries(1, 128)]
@@ -70,7 +70,7 @@ class Entries:
 
 @dataclass(frozen=True)
 class OneOf:
-    """Names out of a table, where a Literal would repeat the table.
+    """Names from a table, if a Literal would repeat the table.
 
     Example:
         attention: Annotated[str, OneOf(CAUSAL_KERNEL_NAMES)] = "softmax"
@@ -83,7 +83,7 @@ class OneOf:
 
 
 def shown(value: Any) -> str:
-    """Returns a value as a message shows it, short whatever it is."""
+    """Returns a value for a message, always short."""
     if isinstance(value, int) and (digits := abs(value).bit_length() * 3 // 10) > 100:
         return f"{'over ' if value > 0 else 'below -'}10^{digits}"
     try:
@@ -103,7 +103,7 @@ INT32 = (1 << 31) - 1
 Count = Annotated[int, Within(1, INT32)]
 CountOrZero = Annotated[int, Within(0, INT32)]
 
-# Of one sample. Published: images of 1,024 pixels a side, clips of 33,390 tokens.
+# Sizes of one sample. Published: images of 1,024 pixels a side, clips of 33,390 tokens.
 Side = Annotated[int, Within(1, 1 << 14)]
 Frames = Annotated[int, Within(1, 1 << 16)]
 OtherFrames = Annotated[int, Within(0, 1 << 16)]
@@ -113,7 +113,7 @@ TextLength = Annotated[int, Within(0, 1 << 16)]
 TextDim = Annotated[int, Within(0, 1 << 16)]
 MAX_TOKENS = 1 << 19
 Tokens = Annotated[int, Within(1, MAX_TOKENS)]
-# Of a network. Published: 8 blocks, 28 layers of width 4,096, heads of 256.
+# Sizes of a network. Published: 8 blocks, 28 layers of width 4,096, heads of 256.
 Width = Annotated[int, Within(1, 1 << 16)]
 Hidden = Annotated[int, Within(1, 1 << 18)]
 HeadDim = Annotated[int, Within(1, 1 << 9)]

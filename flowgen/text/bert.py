@@ -1,8 +1,8 @@
-"""The encoder of BERT (Devlin et al., arXiv 1810.04805), which MiniLM is a small one of.
+"""The encoder of BERT (Devlin et al., arXiv 1810.04805); MiniLM is a small one.
 
     h <- norm(h + W attention(h)),    h <- norm(h + down(gelu(up(h))))
 
-after word, position and segment embeddings, and a norm. Of segments only the first is used.
+after word, position and segment embeddings, and a norm. Only the first segment is used.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ NORM_EPS = 1e-12
 class BertConfig:
     """Shape of a BERT encoder; the defaults are those of all-MiniLM-L6-v2.
 
-    vocab_size: tokens that there are.
+    vocab_size: number of tokens.
     width: features of a token, a multiple of num_heads.
     num_layers: transformer layers.
     num_heads: attention heads of a layer.
     hidden: width of the feed-forward layers.
     max_length: most tokens of a text.
-    num_segments: kinds of segments, of which texts are the first.
-    dtype: of matrix products and activations.
+    num_segments: kinds of segments; texts are the first.
+    dtype: dtype of matrix products and activations.
     """
 
     vocab_size: Vocabulary = 30522

@@ -22,7 +22,7 @@ from flowgen.text.tokenizers import Tokenizer, shortened, tokenize
 class TextEncoder(Protocol):
     """Texts to conditions of `length` tokens of `dim` features, zero where padded.
 
-    Raises ValueError if a text has more tokens than that, unless it may be cut.
+    Raises ValueError if a text has more tokens, unless it may be truncated.
 
     Example:
         cond = encoder(["a cat", ""])
@@ -69,8 +69,8 @@ class FrozenTextEncoder:
 
 @dataclass(frozen=True)
 class HashedWords:
-    """Fixed random features of every word, by its SHA-256; an end token after the last. Needs nothing, knows nothing
-    of meaning: for tests and for closed vocabularies.
+    """Fixed random features of every word, by its SHA-256; an end token after the last. Needs no download and carries
+    no meaning: for tests and closed vocabularies.
 
     Example:
         cond = HashedWords(length=8, dim=16)(["red apple"])
@@ -98,7 +98,7 @@ class HashedWords:
 
     def _feature(self, word: str) -> Float[np.ndarray, " e"]:
         seed = int.from_bytes(hashlib.sha256(word.encode()).digest()[:8], "little")
-        # Bits of the generator are stable across NumPy versions; two levels are all that is needed.
+        # Bits of the generator are stable across NumPy versions; two levels suffice.
         return np.where(np.random.Philox(seed).random_raw(self.dim) >> np.uint64(63), 1.0, -1.0)
 
 

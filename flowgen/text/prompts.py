@@ -1,4 +1,4 @@
-"""Texts as models were trained to read them, and the aspect ratios that texts and images come in."""
+"""Prompt templates of trained models, and the aspect ratios of texts and images."""
 
 from __future__ import annotations
 
@@ -55,10 +55,10 @@ def nearest_aspect(height: int, width: int) -> str:
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """What texts are wrapped in, as published, and the empty text of guidance like any other.
+    """The published prompt template, also applied to the empty text of guidance.
 
-    noise_std: the noise of training, told in thousandths, "Noise Level 300:"; None leaves it out. frames_per_second:
-    "A video with 16 fps:", or of 0 "An image:". aspect: whether to end with the nearest of the nine aspect ratios.
+    noise_std: the training noise, stated in thousandths, "Noise Level 300:"; None leaves it out. frames_per_second: "A
+    video with 16 fps:", or for 0 "An image:". aspect: whether to end with the nearest of the nine aspect ratios.
 
     Example:
         template = PromptTemplate(noise_std=0.3)

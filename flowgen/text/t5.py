@@ -28,15 +28,15 @@ from flowgen.settings.ranges import HeadDim, Heads, Hidden, Layers, Vocabulary, 
 class T5Config:
     """Shape of a T5 encoder with gated MLPs; the defaults are those of google/flan-t5-xl.
 
-    vocab_size: tokens that there are.
+    vocab_size: number of tokens.
     width: features of a token.
     num_layers: transformer layers.
     num_heads: attention heads of a layer.
     head_dim: channels of an attention head.
     hidden: width of the feed-forward layers.
-    num_buckets: of relative positions.
-    max_distance: beyond which all relative positions are in the last bucket.
-    dtype: of matrix products and activations.
+    num_buckets: buckets of relative positions.
+    max_distance: distance beyond which all relative positions are in the last bucket.
+    dtype: dtype of matrix products and activations.
     """
 
     vocab_size: Vocabulary = 32128
@@ -119,14 +119,14 @@ def _norm(name: str) -> RMSNorm:
 
 
 def relative_buckets(length: int, num_buckets: int, max_distance: int) -> Int[np.ndarray, "n m"]:
-    """Returns the bucket of every (query, key): half of them for keys behind, half for keys ahead; in each half one for
-    every small distance, then logarithmically wider ones.
+    """Returns the bucket of every (query, key): half for earlier keys, half for later ones; in each half one per small
+    distance, then logarithmically wider ones.
     """
     distance = np.arange(length)[None, :] - np.arange(length)[:, None]
     half = num_buckets // 2
     exact = half // 2
     away = np.abs(distance)
-    # float32, in which the published code computes it too, decides where a bucket ends.
+    # In float32, like the published code, since rounding decides where a bucket ends.
     ratio = np.log(np.maximum(away, 1).astype(np.float32) / np.float32(exact)) / np.float32(
         math.log(max_distance / exact)
     )

@@ -19,7 +19,7 @@ _PROBE = "a 1, \u00e9\u65e5"  # letters of one, two and three bytes
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """Texts to lists of token numbers, the tokens of begin and end included.
+    """Texts to lists of token numbers, including the start and end tokens.
 
     Example:
         ids = tokenizer("a cat")
@@ -30,16 +30,16 @@ class Tokenizer(Protocol):
     def __call__(self, text: str) -> list[int]: ...
 
     def cut(self, ids: list[int], length: int) -> list[int]:
-        """Returns the first `length` of too many tokens, an end token kept at the end."""
+        """Returns the first `length` of too many tokens, keeping an end token at the end."""
         ...
 
     def content(self) -> bytes:
-        """Returns all that its tokens depend on, by which two tokenizers are told apart."""
+        """Returns everything its tokens depend on, which identifies the tokenizer."""
         ...
 
 
 class JsonTokenizer:
-    """A tokenizer of a `tokenizer.json`, by the package tokenizers.
+    """The tokenizer of a `tokenizer.json`, by the package tokenizers.
 
     Raises ModuleNotFoundError naming the package, ValueError if the file is none.
 
@@ -53,7 +53,7 @@ class JsonTokenizer:
         try:
             check_depth(content)
             self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
-            # Length is ours to keep, so that a text that is too long can be told from one that fits.
+            # We check the length ourselves, to distinguish a text that is too long from one that fits.
             self._tokenizer.no_truncation()
             self._tokenizer.no_padding()
             _check_template(self._tokenizer.post_processor)
@@ -144,14 +144,13 @@ def shortened(text: str) -> str:
 
 
 def _check_of_package(error: BaseException) -> None:
-    """Raises what is no error of the package tokenizers, which raises bare Exceptions, and panics that are none."""
+    """Re-raises errors that are not from the package tokenizers, which raises bare Exceptions and panics."""
     if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
         raise error
 
 
 def _check_template(post_processor: Any) -> None:
-    """Raises ValueError if the template that puts special tokens around a text names one that it does not have, at
-    which the package would panic."""
+    """Raises ValueError if the template around a text names a special token that it lacks; the package would panic."""
     known = {} if post_processor is None else json.loads(post_processor.__getstate__())
     for step in known.get("processors", [known]):
         parts = [*(step.get("single") or ()), *(step.get("pair") or ())] if "special_tokens" in step else ()

@@ -1,4 +1,4 @@
-"""The one training loop. It knows steps, checkpoints and reports; what is trained comes in a `Job`."""
+"""The one training loop. It handles steps, checkpoints and reports; a `Job` says what to train."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from flowgen.training.step import Objective, Step, TrainState, init_state, make_
 
 # Steps that may be queued on the device: enough to keep it busy while the host prepares the next.
 STEPS_AHEAD = 2
-# Steps after which several processes ask each other for a signal; asking waits for the step under way.
+# Steps between checks for a signal in other processes; a check waits for the current step.
 AGREE_EVERY = 8
 
 
@@ -31,8 +31,8 @@ class Job:
 
     init(key) -> variables. objective: see `make_step`. batches(start, stop) -> this process's batches of steps
     start..stop-1. evaluate(variables) -> metrics, of which the checkpoint with the lowest `best_metric` is kept.
-    sample(variables) -> uint8 picture `height width 3`. optims: of parts of the parameters that have an optimizer of
-    their own, by their names at the top. inventory: what was found in the data, to be said and kept with the run.
+    sample(variables) -> uint8 image `height width 3`. optims: optimizers of parameter groups with their own, by
+    top-level name. inventory: what was found in the data, to be logged and kept with the run.
     """
 
     init: Callable[[jax.Array], Any]
@@ -46,7 +46,7 @@ class Job:
 
 
 class Result(NamedTuple):
-    """How a run ended.
+    """The outcome of a run.
 
     state: unreplicated numpy arrays. metrics: the last evaluation. samples: path of the last sample grid or
     None. signal: number of the signal that stopped the run, 0 if it finished.
@@ -74,18 +74,18 @@ def train(
     check_config: Callable[[dict[str, Any]], None],
     signals: Signals | None = None,
 ) -> Result:
-    """Returns the result of a run in `workdir`, resumed if there is a checkpoint.
+    """Returns the result of a run in `workdir`, resumed if it has a checkpoint.
 
-    config: JSON saved with the run. check_config(saved config): raises ValueError where a run that was begun
-    with it cannot be resumed as it is asked for now. signals: already watched ones; None, those of this process.
-    A run that is stopped (SIGINT, SIGTERM or killed) and resumed ends with bitwise the same state as one that
-    was not, on the same number of devices.
+    config: JSON saved with the run. check_config(saved config): raises ValueError if a run begun with it cannot be
+    resumed with the current one. signals: already watched ones; None watches those of this process. A run that is
+    stopped (SIGINT, SIGTERM or killed) and resumed ends with a state bit-identical to an uninterrupted run's, on the
+    same number of devices.
 
     Raises:
         ValueError: a batch that cannot be shared, a config that does not fit, a damaged checkpoint.
         FileExistsError, OSError: a workdir that holds something else, is in use, or cannot be written.
-        FloatingPointError: loss or gradient is not finite; names the step, checkpoints stay good.
-        Interrupted: a signal came before the first step.
+        FloatingPointError: loss or gradient is not finite; names the step, checkpoints stay intact. Interrupted: a
+        signal came before the first step.
 
     Example:
         result = train(job, "runs/digits", optim=optim, train=train, log=log, config={}, check_config=print)
@@ -103,8 +103,8 @@ def train(
     with Signals() if signals is None else nullcontext(signals) as signals:
         with _interruptible(signals):
             check_workdir(workdir, check_config, locks=is_primary())
-            barrier("flowgen: workdir checked")  # The first file of one process would look foreign to another.
-            # All that may be refused is read before anything is written.
+            barrier("flowgen: workdir checked")  # One process's first file would look foreign to another.
+            # Everything that can be refused is read before anything is written.
             reader = CheckpointReader(workdir / CHECKPOINTS)
             latest = _resumed_from(reader, train.steps, check_config)
             state = initial() if latest is None else reader.restore(latest, jax.eval_shape(initial))
@@ -121,7 +121,7 @@ def train(
 
 
 def _writer(workdir: Path, latest: int | None, log: LogConfig, best_metric: str) -> RunWriter | NullWriter:
-    """What writes the run that `latest` was read of: of several processes the first. All end where it cannot."""
+    """The run's writer, which only the first process has. All processes end if it cannot write."""
     record: RunWriter | NullWriter = NullWriter(workdir)
     error: OSError | None = None
     if is_primary():
@@ -135,7 +135,7 @@ def _writer(workdir: Path, latest: int | None, log: LogConfig, best_metric: str)
 
 
 def _resumed_from(reader: CheckpointReader, steps: int, check_config: Callable[[dict[str, Any]], None]) -> int | None:
-    """The step to go on from, the same in all processes; ValueError where its config or number does not fit."""
+    """The step to resume from, the same in all processes; ValueError if its config or number does not fit."""
     latest = reader.latest_step()
     if latest is None:
         reader.check_not_broken()
@@ -153,7 +153,7 @@ def _resumed_from(reader: CheckpointReader, steps: int, check_config: Callable[[
 
 
 def _evaluation(reader: CheckpointReader, step: int) -> dict[str, float] | None:
-    """The metrics of a step; None where they are missing, or are damaged, which the writer of the run says."""
+    """The metrics of a step; None if they are missing or damaged, which the run's writer reports."""
     try:
         return reader.evaluation(step)
     except ValueError:
@@ -161,7 +161,7 @@ def _evaluation(reader: CheckpointReader, step: int) -> dict[str, float] | None:
 
 
 class _Run:
-    """What the loop remembers beside the state of the training."""
+    """The loop's own state, beside the training state."""
 
     def __init__(
         self,
@@ -181,12 +181,12 @@ class _Run:
         self.pending: list[tuple[int, Any]] = []
         self.pace = Pace()
         self.metrics: dict[str, float] = {}
-        self.evaluated: int | None = None  # the step that metrics are of
+        self.evaluated: int | None = None  # the step that the metrics belong to
         self.samples: Path | None = None
         self.signal = 0
 
     def train(self, update: Step, state: TrainState, key: jax.Array, scores: dict[str, float] | None) -> Result:
-        """Returns the result from `first` to the last step. scores: the evaluation of `first`, where it has one."""
+        """Returns the result of running from `first` to the last step. scores: the evaluation of `first`, if any."""
         with _interruptible(self.signals):
             state = self.parallel.replicate(state)
             key = self.parallel.replicate_key(key)
@@ -201,7 +201,7 @@ class _Run:
         return Result(self.parallel.to_host(state), self.metrics, self.samples, self.signal)
 
     def resume(self, state: TrainState, scores: dict[str, float] | None) -> None:
-        """Says where the run goes on, and makes up for an evaluation that was cut off after its checkpoint."""
+        """Reports where the run resumes, and repeats an evaluation that was cut off after its checkpoint."""
         finished = self.first == self.steps
         if scores is not None:
             self.metrics, self.evaluated = scores, self.first
@@ -216,7 +216,7 @@ class _Run:
             self.unless_stopped(lambda: self.evaluate(self.first, state))
 
     def run(self, update: Step, state: TrainState, key: jax.Array) -> tuple[int, TrainState]:
-        """Returns the step it came to, and its state, which is saved."""
+        """Returns the last step reached and its state, which is saved."""
         self.signals.doing = "Stopping after the step under way, and saving"
         self.record.say("Compiling the training step.")
         batches = iter(self.job.batches(self.first, self.steps))
@@ -232,7 +232,7 @@ class _Run:
             self.pending.append((step, metrics))
             with self.keeping(step, state):
                 if not self.pace.begun:
-                    jax.block_until_ready(metrics)  # What comes before is compilation.
+                    jax.block_until_ready(metrics)  # Until here the time is compilation.
                     self.pace.begin(step)
                 self.wait_for_all_but(0 if self.parallel.must_wait else STEPS_AHEAD)
                 self.record.advance(step)
@@ -251,7 +251,7 @@ class _Run:
 
     @contextmanager
     def keeping(self, step: int, state: TrainState) -> Generator[None]:
-        """Saves what was trained before an error within it, such as one of the data, ends the run."""
+        """Saves the state before an error raised inside it, such as a data error, ends the run."""
         try:
             yield
         except FloatingPointError:
@@ -266,7 +266,7 @@ class _Run:
             raise
 
     def finish(self, step: int, state: TrainState) -> None:
-        """Evaluates and draws after the last step, which is saved."""
+        """Evaluates and samples after the last step, which is saved."""
 
         def evaluate_and_draw():
             if self.job.evaluate is not None and (self.first < step or not self.metrics):
@@ -275,15 +275,15 @@ class _Run:
             self.draw(step, state)
 
         self.unless_stopped(evaluate_and_draw)
-        if not self.record.holds(step):  # Somebody took the directory away meanwhile.
+        if not self.record.holds(step):  # The directory was removed meanwhile.
             self.save_last(step, state)
             if self.evaluated == step:
                 self.record.score(step, self.metrics)
 
     def unless_stopped(self, work: Callable[[], Any]) -> None:
-        """Does what may be left out, once its step is saved, when a signal comes."""
+        """Runs work that a signal may skip once its step is saved."""
         doing = self.signals.doing
-        # Processes that evaluate together must not be parted.
+        # Processes that evaluate together must stop together.
         alone = jax.process_count() == 1
         self.signals.doing = (
             "Stopping without the rest of this evaluation; its step is saved"
@@ -298,12 +298,12 @@ class _Run:
         self.signals.doing = doing
 
     def wait_for_all_but(self, ahead: int) -> None:
-        """Waits until at most `ahead` steps are queued, so that the bar tells the truth and a stop is prompt."""
+        """Waits until at most `ahead` steps are queued, so that the bar is accurate and a stop is prompt."""
         if len(self.pending) > ahead:
             jax.block_until_ready(self.pending[-1 - ahead][1])
 
     def told_to_stop(self, step: int) -> bool:
-        """Whether a signal came; of several processes all stop at the same step, whichever of them it reached."""
+        """Whether any process received a signal; all stop at the same step."""
         number = self.signals.number
         if jax.process_count() > 1:
             number = largest(number) if _due(step, AGREE_EVERY) else 0
@@ -311,7 +311,7 @@ class _Run:
         return number > 0
 
     def due(self, step: int, state: TrainState) -> None:
-        """Reports, checkpoints, evaluation and samples that fall on this step."""
+        """Reports, checkpoints, evaluations and samples due at this step."""
         evaluates = self.job.evaluate is not None and _due(step, self.config.eval_every)
         draws = _due(step, self.config.sample_every)
         if _due(step, self.config.log_every):
@@ -324,8 +324,8 @@ class _Run:
             self.unless_stopped(lambda: self.draw(step, state))
 
     def report(self, step: int) -> None:
-        """Writes the mean of the metrics since the last report, over steps that were not skipped, and the share that
-        was; raises where the run cannot go on."""
+        """Writes the mean metrics since the last report over steps that were not skipped, and the skipped share; raises
+        if the run cannot continue."""
         if not self.pending:
             return
         rows = [(at, jax.tree.map(float, self.parallel.to_host(row))) for at, row in self.pending]
@@ -343,7 +343,7 @@ class _Run:
             self.record.show(step, means, self.pace.seconds_for(self.steps - step))
 
     def check(self, step: int, row: dict[str, float]) -> None:
-        """Raises FloatingPointError where a step is not finite and was not skipped, or too many were in a row."""
+        """Raises FloatingPointError if a step is not finite and was not skipped, or too many were skipped in a row."""
         in_a_row, most = row.get("skipped_in_a_row", 0), self.max_skips
         if in_a_row <= most and (in_a_row or (np.isfinite(row["loss"]) and np.isfinite(row["grad_norm"]))):
             return
@@ -356,7 +356,7 @@ class _Run:
     def evaluate(self, step: int, state: TrainState) -> None:
         assert self.job.evaluate is not None
         metrics = self.job.evaluate(self.parallel.to_host(state.averaged))
-        # Which checkpoint is best, and so which are removed, must not differ between processes.
+        # All processes must agree on the best checkpoint, and so on which are removed.
         self.metrics = {name: from_primary(float(value)) for name, value in metrics.items()}
         self.evaluated = step
         self.record.write(step, {f"{EVAL}{name}": value for name, value in self.metrics.items()})
@@ -385,5 +385,5 @@ def _due(step: int, every: int) -> bool:
 
 
 def _interruptible(signals: Signals) -> Any:
-    """Where a signal may raise: nothing is lost yet, and no other process waits for this one."""
+    """A context in which a signal may raise: nothing is lost yet, and no other process waits for this one."""
     return signals.raising() if jax.process_count() == 1 else nullcontext()

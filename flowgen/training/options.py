@@ -1,4 +1,4 @@
-"""What a run is asked to do: optimizer, length, and how often it reports. Defaults live here alone."""
+"""Training options: optimizer, length, and how often a run reports. Defaults live only here."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flowgen.settings.ranges import Batch, Count, CountOrZero, Fraction, NonNega
 
 
 def check_warmups(warmups: Mapping[str, int], steps: int) -> None:
-    """Raises ValueError, naming all at once, where a warm-up is as long as the run or longer.
+    """Raises ValueError naming every warm-up that is as long as the run or longer.
 
     Example:
         check_warmups({"optim.warmup_steps": 100}, steps=2000)
@@ -30,19 +30,18 @@ class OptimConfig:
     """AdamW with warm-up and decay, clipping and an exponential moving average of the parameters.
 
     lr: learning rate after the warm-up; positive.
-    min_lr: learning rate at the beginning of the warm-up and the end of a cosine; at most lr.
+    min_lr: learning rate at the start of the warm-up and the end of a cosine; at most lr.
     schedule: after the warm-up "cosine" decays to min_lr, "constant" stays.
     warmup_steps: over which the learning rate rises from min_lr to lr; fewer than train.steps.
     weight_decay: AdamW's, decoupled; 0 for none.
     b1: decay of the mean of gradients; at least 0 and below 1.
     b2: decay of the mean of their squares; at least 0 and below 1.
-    eps: what is added to the divisor of updates.
+    eps: added to the divisor of updates.
     clip_norm: bound on the global gradient norm; 0 for none.
-    skip_norm: leave out updates whose gradient norm before clipping is above it, and those whose gradient is not
-    finite; 0 for none.
-    skip_after: updates that are never left out, at the beginning.
-    max_skips: more updates left out in a row stop the run; at least 1.
-    ema_decay: of the average of the parameters, which is sampled; below 1, 0 for no average.
+    skip_norm: skip updates whose gradient norm before clipping exceeds it or is not finite; 0 for none.
+    skip_after: number of initial updates that are never skipped.
+    max_skips: more skipped updates in a row stop the run; at least 1.
+    ema_decay: decay of the parameter average used for sampling; below 1, 0 for no average.
     ema_warmup: let the average follow closely at first, decay min(ema_decay, (1 + step) / (10 + step)).
     """
 
@@ -71,9 +70,9 @@ class TrainConfig:
     """Length and batch of a run.
 
     steps: updates of the parameters; at least 1.
-    batch_size: samples of an update, over all devices and hosts; a multiple of devices times accumulation.
-    seed: of initial parameters, order of the data and noise; a whole number below 2^32.
-    label_dropout: share of labels or texts that are left out, so that guidance has a model without; at most 1.
+    batch_size: samples per update, over all devices and hosts; a multiple of devices times accumulation.
+    seed: seed of initial parameters, data order and noise; a whole number below 2^32.
+    label_dropout: share of labels or texts that are dropped, to train the unconditional branch of guidance; at most 1.
     accumulation: parts that each device's share of a batch is cut into, to save memory.
     """
 
@@ -89,12 +88,12 @@ class LogConfig:
     """How often a run reports, in steps; it always reports and saves at its end.
 
     log_every: steps between rows of metrics; at least 1.
-    eval_every: steps between evaluations on held-out data; 0 for the end alone.
-    sample_every: steps between pictures of samples; 0 for the end alone.
-    checkpoint_every: steps between checkpoints; 0 for the end alone.
+    eval_every: steps between evaluations on held-out data; 0 for only at the end.
+    sample_every: steps between sample grids; 0 for only at the end.
+    checkpoint_every: steps between checkpoints; 0 for only at the end.
     keep: latest checkpoints to keep, beside the best one; at least 1.
     tensorboard: write events next to metrics.jsonl.
-    progress: show a moving bar if standard error is a terminal; otherwise, and without it, each report is a line.
+    progress: show a progress bar if standard error is a terminal; otherwise each report is a line.
     """
 
     log_every: Count = 50
@@ -107,7 +106,7 @@ class LogConfig:
 
 
 def check_packages(log: LogConfig) -> None:
-    """Raises ImportError, in one sentence, where a report that was asked for needs a package that is missing.
+    """Raises a one-sentence ImportError if a requested report needs a missing package.
 
     Example:
         check_packages(LogConfig(tensorboard=True))

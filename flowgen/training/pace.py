@@ -1,4 +1,4 @@
-"""How fast a run trains, and how long it will take."""
+"""Training speed and the remaining time."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 
 class Pace:
-    """Steps per second, of the time that goes into steps: not of compilation, evaluation, drawing and saving.
+    """Steps per second, without the time for compilation, evaluation, sampling and saving.
 
     Example:
         pace = Pace()
@@ -22,12 +22,12 @@ class Pace:
         self._steps, self._seconds = 0, 0.0
 
     def begin(self, step: int) -> None:
-        """Starts counting, when the first step has ended."""
+        """Starts counting after the first step."""
         self.begun, self._at, self._since = True, step, time.perf_counter()
 
     @contextmanager
     def left_out(self) -> Generator[None]:
-        """Leaves out the time that is spent within it."""
+        """Excludes the time spent inside it."""
         before = time.perf_counter()
         try:
             yield
@@ -35,7 +35,7 @@ class Pace:
             self._since += time.perf_counter() - before
 
     def measure(self, step: int) -> dict[str, float]:
-        """Returns the speed since the last measure, or nothing where no step was made since."""
+        """Returns the speed since the last call, or nothing if no step was made since."""
         if not self.begun or step == self._at:
             return {}
         now = time.perf_counter()
@@ -45,5 +45,5 @@ class Pace:
         return {"steps_per_second": steps / max(seconds, 1e-9)}
 
     def seconds_for(self, steps: int) -> float | None:
-        """Returns how long so many steps take at the speed so far, or None where none is known."""
+        """Returns how long so many steps take at the speed so far, or None if it is unknown."""
         return steps * self._seconds / self._steps if self._steps else None

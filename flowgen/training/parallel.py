@@ -1,4 +1,4 @@
-"""Devices and processes. The only file that knows pmap."""
+"""Devices and processes. The only file that uses pmap."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from flowgen.training.step import AXIS, Step
 class DataParallel:
     """One copy of the state on each of this process's devices, and a share of the batch for each.
 
-    Arrays on devices carry a leading device axis, as pmap wants it. `devices` is for tests: None, all of them.
+    Arrays on devices carry a leading device axis, as pmap expects. `devices` is for tests; None takes all.
 
     Example:
         parallel = DataParallel()
@@ -45,7 +45,7 @@ class DataParallel:
         return backend.must_wait(self.local_devices)
 
     def check_batch(self, config: TrainConfig) -> None:
-        """Raises ValueError where the batch cannot be shared out equally."""
+        """Raises ValueError if devices cannot share the batch equally."""
         devices = len(self.local_devices) * jax.process_count()
         if config.batch_size % (devices * config.accumulation):
             raise ValueError(
@@ -54,7 +54,7 @@ class DataParallel:
             )
 
     def compile(self, step: Step) -> Step:
-        """Returns the step over all devices; the state it is given is used up."""
+        """Returns the step over all devices; it donates the state it is given."""
         return jax.pmap(step, axis_name=AXIS, devices=self.devices, donate_argnums=0)
 
     def replicate(self, tree: Any) -> Any:
@@ -72,10 +72,10 @@ class DataParallel:
         return jax.random.wrap_key_data(self.replicate(jax.random.key_data(key)))
 
     def shard(self, batch: Any, rows: int | None = None) -> Any:
-        """Returns this process's batch with equal consecutive shares on its devices; does not wait.
+        """Returns this process's batch split into equal consecutive shares on its devices; does not wait.
 
-        rows: of every array, this process's share of train.batch_size; None for any number that devices can share.
-        Raises ValueError unless all leaves are arrays of numbers with so many rows.
+        rows: rows of every array, this process's share of train.batch_size; None for any number that devices can share.
+        Raises ValueError unless all leaves are arrays of numbers with this many rows.
         """
         count = len(self.local_devices)
         check_rows(batch, count, rows)
@@ -86,13 +86,13 @@ class DataParallel:
 
     def to_host(self, tree: Any) -> Any:
         """Returns replicated leaves as numpy arrays that own their memory; waits for the device."""
-        # np.asarray of a CPU array is a view, and the next step overwrites the state it is given.
+        # np.asarray of a CPU array is a view, and the next step overwrites its input state.
         shards = jax.device_get(jax.tree.map(lambda x: x.addressable_shards[0].data, tree))
         return jax.tree.map(lambda x: np.array(x[0]), shards)
 
 
 def check_rows(batch: Any, devices: int, rows: int | None = None) -> None:
-    """Raises ValueError unless a batch is of arrays of numbers, all with the same rows, shared equally by the devices.
+    """Raises ValueError unless a batch holds arrays of numbers with equal rows that the devices can share equally.
 
     Example:
         check_rows({"x": np.zeros((16, 3))}, devices=4, rows=16)
@@ -119,18 +119,18 @@ def check_rows(batch: Any, devices: int, rows: int | None = None) -> None:
 
 
 def is_primary() -> bool:
-    """Whether this process is the one that writes files."""
+    """Whether this process writes files."""
     return jax.process_index() == 0
 
 
 def barrier(name: str) -> None:
-    """Returns when every process has come here."""
+    """Returns when every process has reached this point."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
 def largest(value: int) -> int:
-    """Returns the largest value of any process, the same answer in all of them; waits for their steps under way."""
+    """Returns the largest value over all processes, in all of them; waits for their current steps."""
     if jax.process_count() == 1:
         return value
     return int(np.max(multihost_utils.process_allgather(np.array(value))))

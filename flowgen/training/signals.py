@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM while a run trains: answered at once, and honoured where nothing is lost by it."""
+"""Ctrl-C and SIGTERM during training: acknowledged at once, obeyed as soon as nothing would be lost."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
-# SIGHUP, where there is one, comes of a terminal that is closed.
+# SIGHUP, if the system has it, comes from a closed terminal.
 NUMBERS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
-# Programs such as `timeout` signal a process and then its group, which it belongs to: that is one wish, not two.
+# Programs such as `timeout` signal a process and then its group: that is one request, not two.
 _TOGETHER = 0.2
-# Seconds after which what a callback lost is raised again: the callback has then ended.
+# Seconds until an exception lost in a callback is raised again: the callback has then ended.
 _AGAIN = 0.01
 
 
 class Interrupted(KeyboardInterrupt):
-    """What is under way ends because of a signal, whose number it carries; nothing is lost by it."""
+    """Raised when a signal, whose number it carries, ends the current work; nothing is lost."""
 
     def __init__(self, number: int):
         super().__init__(number)
@@ -31,11 +31,11 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Signals:
-    """Notes the first SIGINT or SIGTERM in `number` and says at once what happens; a second one ends without saving.
+    """Records the first SIGINT or SIGTERM in `number` and says at once what happens; a second one ends without saving.
 
-    The answer comes from a thread, since the main one may be compiling, which no Python can interrupt. `doing` is what
-    it says. on_second(number) is called in that thread, and may end the process; without it the second signal does in
-    the main thread what it would have done. Outside the main thread of a program nothing is caught.
+    The message comes from a thread, since the main one may be compiling, which Python cannot interrupt. `doing` is its
+    text. on_second(number) is called in that thread, and may end the process; without it the second signal has its
+    usual effect in the main thread. Outside a program's main thread nothing is caught.
 
     Example:
         with Signals() as signals:
@@ -51,9 +51,9 @@ class Signals:
         self.number = 0
         self.doing = "Stopping before the first step; nothing is lost"
         self._on_second, self._ending, self._raises = on_second, False, False
-        self._lost = False  # whether what the first signal raised was lost, and is to be raised again
-        self._repeats = 0  # signals still to be read that nobody sent: the first one again
-        self._noted = ""  # What was being done when the main thread came to know of it.
+        self._lost = False  # whether the first signal's exception was lost and must be raised again
+        self._repeats = 0  # unread signals that nobody sent: repeats of the first one
+        self._noted = ""  # What was being done when the main thread learned of it.
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
@@ -62,7 +62,7 @@ class Signals:
         reading, self._writing = os.pipe()
         os.set_blocking(self._writing, False)
         self._previous_fd = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
-        # `nohup` has a program ignore that its terminal is closed.
+        # `nohup` makes a program ignore its terminal's closing.
         numbers = [n for n in NUMBERS if n in (signal.SIGINT, signal.SIGTERM) or signal.getsignal(n) != signal.SIG_IGN]
         self._previous = {number: signal.signal(number, self._note) for number in numbers}
         self._thread = threading.Thread(target=self._answer, args=(reading,), name="flowgen-signals", daemon=True)
@@ -75,16 +75,16 @@ class Signals:
         if self._previous:
             self._restore()
             signal.set_wakeup_fd(self._previous_fd, warn_on_full_buffer=False)
-            os.write(self._writing, bytes(1))  # A program of ours that still runs may hold the pipe open.
+            os.write(self._writing, bytes(1))  # A child process of ours may still hold the pipe open.
             os.close(self._writing)
             self._thread.join()
             self._previous = {}
 
     @contextmanager
     def raising(self) -> Generator[None]:
-        """Within it a signal raises Interrupted where it arrives, and at the start where it came before.
+        """Inside it a signal raises Interrupted on arrival, or at the start if it came earlier.
 
-        Python loses an exception that arises in a callback, such as one of garbage collection; it is then raised again.
+        Python loses an exception raised in a callback, such as one of garbage collection; it is then raised again.
         """
         self._raises, hook = True, sys.unraisablehook
         timers: list[threading.Timer] = []
@@ -110,7 +110,7 @@ class Signals:
                 timer.cancel()
 
     def _note(self, number: int, frame: Any) -> None:
-        """In the main thread, when it next runs Python."""
+        """Runs in the main thread, when it next runs Python."""
         if self._ending:
             self._restore()
             signal.raise_signal(number)
@@ -122,13 +122,13 @@ class Signals:
                 raise Interrupted(number)
 
     def _repeat(self, number: int) -> None:
-        """In a thread: has the main one raise again what was lost."""
+        """Runs in a thread: makes the main one raise the lost exception again."""
         self._lost = True
         self._repeats += 1
         _thread.interrupt_main(signal.Signals(number))
 
     def _answer(self, reading: int) -> None:
-        """In a thread, which reads the number of each signal as it comes, until the pipe is closed."""
+        """Runs in a thread: reads the number of each signal as it comes, until the pipe is closed."""
         first = None
         with open(reading, "rb", buffering=0) as pipe:
             while byte := pipe.read(1):
@@ -151,7 +151,7 @@ class Signals:
                     signal.pthread_kill(threading.main_thread().ident or 0, number)
 
     def _forget(self) -> None:
-        """In a process that was forked, such as one that loads data: its signals are not ours."""
+        """Runs in a forked process, such as a data loader: its signals are not ours."""
         if self._previous:
             signal.set_wakeup_fd(-1)
             self._restore()
@@ -162,8 +162,8 @@ class Signals:
 
 
 def _say(line: str) -> None:
-    # A terminal that was closed takes no answer.
+    # A closed terminal takes no message.
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        # Under a bar, or a terminal's ^C, the line starts anew.
+        # Start a new line after a bar or a terminal's ^C.
         sys.stderr.write(("\n" if sys.stderr.isatty() else "") + line + "\n")
         sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""One update: state, optimizer, and the pure function that pmap maps over devices.
+"""One update: the state, the optimizer, and the pure function that pmap maps over devices.
 
 g = mean over devices and micro-batches of ∇ loss;   θ <- θ - AdamW(clip(g));   θ̄ <- θ̄ + (1 - d)(θ - θ̄)
 """
@@ -23,14 +23,14 @@ Metrics = dict[str, Array]
 Objective = Callable[[Any, Any, Key[Array, ""]], tuple]
 Step = Callable[[Any, Any, Key[Array, ""]], tuple[Any, Metrics]]
 AXIS = "data"
-MAIN = "main"  # The optimizer of all parameters that have none of their own.
+MAIN = "main"  # The optimizer of all parameters without their own.
 
 
 class TrainState(struct.PyTreeNode):
-    """All that a run remembers between steps.
+    """Everything a run keeps between steps.
 
-    step: updates done. params: trained. collections: the objective's carried state, every other collection of
-    the Flax variables. ema: the average of params, or None where it is off.
+    step: updates done. params: trained parameters. collections: the objective's carried state, every other collection
+    of the Flax variables. ema: the average of params, or None if it is off.
     """
 
     step: Int[Any, "*device"]
@@ -41,7 +41,7 @@ class TrainState(struct.PyTreeNode):
 
     @property
     def averaged(self) -> Any:
-        """The variables to evaluate and sample with: averaged params where there are any, and the collections."""
+        """The variables to evaluate and sample with: averaged params if there are any, and the collections."""
         return {"params": self.params if self.ema is None else self.ema, **self.collections}
 
 
@@ -66,7 +66,7 @@ def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
 
 
 class SkipState(NamedTuple):
-    """What `skip_spikes` remembers: updates asked for, left out in all, and left out in a row just now."""
+    """The state of `skip_spikes`: updates requested, skipped in total, and currently skipped in a row."""
 
     asked: Int[Array, "*device"]
     skipped: Int[Array, "*device"]
@@ -77,8 +77,8 @@ class SkipState(NamedTuple):
 def skip_spikes(
     inner: optax.GradientTransformation, *, max_norm: float, after: int = 0
 ) -> optax.GradientTransformation:
-    """Returns `inner` that leaves parameters and its own state alone where the gradient is not to be trusted: global
-    norm above max_norm, from update number `after` on, or not finite.
+    """Returns `inner` made to skip an update, keeping parameters and its own state, if the gradient's global norm
+    exceeds max_norm, from update number `after` on, or is not finite.
 
     Example:
         tx = skip_spikes(optax.adamw(1e-4), max_norm=1.0, after=100)
@@ -103,9 +103,9 @@ def skip_spikes(
 def make_optimizer(
     config: OptimConfig, steps: int, others: Mapping[str, OptimConfig] | None = None
 ) -> optax.GradientTransformation:
-    """Returns clipping by global norm, where on, and then AdamW; around both, where on, the skipping of spikes.
+    """Returns clipping by global norm, if on, then AdamW; around both, if on, the skipping of spikes.
 
-    others: optimizers of their own for parts of the parameters, by their names at the top; no norm is of both.
+    others: separate optimizers for parameter groups, by top-level name; no norm spans several.
 
     Example:
         tx = make_optimizer(OptimConfig(lr=3e-4), steps=1_000)
@@ -163,14 +163,14 @@ def make_step(
 
     objective: (variables, batch, key) -> (loss, metrics) or (loss, metrics, collections).
     batch: this device's share, consecutive rows in the order of the axis. key: the same for all steps and devices.
-    The objective is given a key that no other device, step and micro-batch has, and beside the arrays of a batch that
-    is a dict `rows`, a `flowgen.rows.Rows`. What is drawn with `rows` is the same on any number of devices and with
-    any accumulation; what is drawn with the key is not. Micro-batch j has the rows j, j + accumulation, ... of the
-    whole batch. Raises ValueError, while it is traced, for a batch that has `rows` already or that micro-batches cannot
-    share, and for an objective that returns something else.
-    metrics: the objective's, `loss`, `grad_norm` (before clipping) and `lr`, means over devices, micro-batches; where
+    The objective receives a key unique to its device, step and micro-batch and, if the batch is a dict, an added entry
+    `rows`, a `flowgen.rows.Rows`. Draws from `rows` are the same on any number of devices and with any accumulation;
+    draws from the key are not. Micro-batch j has the rows j, j + accumulation, ... of the whole batch. Raises
+    ValueError, while it is traced, for a batch that has `rows` already or that micro-batches cannot share, and for an
+    objective that returns something else.
+    metrics: the objective's, `loss`, `grad_norm` (before clipping) and `lr`, means over devices and micro-batches; if
     spikes are skipped also `skipped`, 0 or 1, and `skipped_in_a_row`.
-    others: as for `make_optimizer`; lr and skipping are reported of the main one.
+    others: as for `make_optimizer`; lr and skipping are reported for the main one.
     Carried state: each micro-batch computes it from the state before the update, and their mean over devices and
     micro-batches is the new one; a `flowgen.rows.StatefulObjective` says how micro-batches are combined instead.
     Integers in it must not depend on the batch.
@@ -187,14 +187,14 @@ def make_step(
     differentiate = jax.grad(loss_and_rest, has_aux=True)
 
     def gradients(state, batch, rows, key):
-        """The means over micro-batches of gradients and metrics, and the state that they carry together."""
+        """The mean gradients and metrics over micro-batches, and their combined carried state."""
         if accumulation == 1:
             grads, (metrics, collections) = differentiate(state.params, state.collections, with_rows(batch, rows), key)
             return grads, metrics, collections
 
         def micro(total, part):
             index, micro_batch, positions, micro_key = part
-            # All micro-batches share the key, and draw other rows with it.
+            # All micro-batches share the key, and draw different rows with it.
             own = rows.replace(key=jax.random.clone(rows.key), positions=positions, part=index)
             micro_batch = with_rows(micro_batch, own)
             grads, aux = differentiate(state.params, state.collections, micro_batch, micro_key)
@@ -238,7 +238,7 @@ def make_step(
 
 
 def with_rows(batch: Any, rows: Rows) -> Any:
-    """Returns a batch with its rows, where it is a dict; any other kind of batch as it is.
+    """Returns a batch with its rows if it is a dict; any other kind of batch unchanged.
 
     Example:
         loss, metrics = objective(variables, with_rows(batch, rows), key)
@@ -268,7 +268,7 @@ def check_share(batch: Any, accumulation: int) -> int:
 
 
 def check_outcome(outcome: Any) -> tuple:
-    """Returns what an objective returned; ValueError unless it is a loss, metrics and collections, if any.
+    """Returns an objective's result; ValueError unless it is a loss, metrics and, if any, collections.
 
     Example:
         loss, metrics, *carried = check_outcome(objective(variables, batch, key))
@@ -297,7 +297,7 @@ def _is_number(x: Any) -> bool:
 
 
 def _main_state(opt_state: Any) -> Any:
-    """The state of the optimizer of all parameters that have none of their own."""
+    """The state of the main optimizer."""
     return opt_state.inner_states[MAIN].inner_state if isinstance(opt_state, optax.PartitionState) else opt_state
 
 
