@@ -1,4 +1,4 @@
-"""Autoencoder of OpenMoji pictures at 64x64 with latents 16x16x4, for configs/starflow_openmoji.py: one accelerator.
+"""Autoencoder of OpenMoji images at 64x64 with latents 16x16x4, for configs/starflow_openmoji.py: one accelerator.
 
     python train.py --config configs/autoencoder_openmoji.py --workdir runs/autoencoder_openmoji
 

@@ -3,7 +3,7 @@
     python train.py --config configs/cfm_eight_gaussians.py --workdir runs/eight
     python sample.py --checkpoint runs/eight --num 1000 --out eight.png
 
-Other couplings, each in a workdir of its own: --matching.coupling Independent (I-CFM), --matching.coupling MinibatchOT
+Other couplings, each in its own workdir: --matching.coupling Independent (I-CFM), --matching.coupling MinibatchOT
 (OT-CFM), --matching.coupling.sinkhorn_sweeps 0 (plain W-CFM).
 The toy data have quirks that comparisons must share: see flowgen/matching/toy.py. Expected: `reference`,
 the means of three seeds of benchmarks/matching.py at a floor of 0.55 ± 0.11 (docs/matching.md).

@@ -3,7 +3,7 @@
     python train.py --config configs/cfm_five_gaussians.py --workdir runs/five
     python sample.py --checkpoint runs/five --num 1000 --out five.png
 
-Other couplings, each in a workdir of its own: --matching.coupling Independent (I-CFM), --matching.coupling MinibatchOT
+Other couplings, each in its own workdir: --matching.coupling Independent (I-CFM), --matching.coupling MinibatchOT
 (OT-CFM), --matching.coupling.sinkhorn_sweeps 0
 (plain W-CFM, which is at its best here: the rings are concentric).
 The toy data have quirks that comparisons must share: see flowgen/matching/toy.py. Expected: `reference`,

@@ -3,8 +3,8 @@
     python train.py --config configs/cfm_moons.py --workdir runs/moons
     python sample.py --checkpoint runs/moons --num 1000 --out moons.png
 
-Other couplings, each in a workdir of its own: --matching.coupling Independent (I-CFM), --matching.coupling MinibatchOT
-(OT-CFM), --matching.coupling.sinkhorn_sweeps 0 (plain W-CFM, whose tilted marginals cost it much W2 here).
+Other couplings, each in its own workdir: --matching.coupling Independent (I-CFM), --matching.coupling MinibatchOT
+(OT-CFM), --matching.coupling.sinkhorn_sweeps 0 (plain W-CFM, whose tilted marginals raise W2 here).
 The toy data have quirks that comparisons must share: see flowgen/matching/toy.py. Expected: `reference`, the means
 of three seeds of benchmarks/matching.py at a floor of 0.24 (docs/matching.md).
 """

@@ -4,7 +4,7 @@
     python train.py --config configs/starflow_imagenet512.py --workdir runs/imagenet512 \\
         --data.name encoded --data.path latents --data.flip false
 
-codec.path is a folder as published. Expected: `reference`, the published FID of 50,000 samples, decoded by a decoder
+codec.path is a published folder. Expected: `reference`, the published FID of 50,000 samples, decoded by a decoder
 finetuned on noisy latents; not measured here.
 """
 

@@ -1,4 +1,4 @@
-"""STARFlow on 16x16x4 latents of OpenMoji pictures, drawn from their names as MiniLM reads them: one accelerator.
+"""STARFlow on 16x16x4 latents of OpenMoji images, conditioned on their names by MiniLM: one accelerator.
 
     python train.py --config configs/autoencoder_openmoji.py --workdir runs/autoencoder_openmoji
     python train.py --config configs/starflow_openmoji.py --workdir runs/starflow_openmoji

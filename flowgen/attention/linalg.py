@@ -81,14 +81,13 @@ def newton_inverse(
 ) -> Float[Array, "*heads l l"]:
     """Returns SOFT's Newton-Raphson inverse of B = A + ridge I, for symmetric A with entries >= 0.
 
-    X <- 2X - X B X from X = alpha B with alpha = 1.8 / (largest row sum of A)², one alpha per matrix, or less where the
-    ridge is so large that this would diverge. This is a spectral filter: an eigenvalue w of B becomes
-    (1 - (1 - alpha w²)^(2^iterations)) / w, which is 1/w only for w above about a thousandth of the largest. The
-    derivative is the closed form dX = -X dA X (forward and reverse mode), so it is that of the value only where the
-    iteration has converged.
+    X <- 2X - X B X from X = alpha B with alpha = 1.8 / (largest row sum of A)², one alpha per matrix, or less if the
+    ridge is so large that this would diverge. This is a spectral filter: an eigenvalue w of B becomes (1 - (1 - alpha
+    w²)^(2^iterations)) / w, which is 1/w only for w above about a thousandth of the largest. The derivative is the
+    closed form dX = -X dA X (forward and reverse mode), so it matches the value only if the iteration has converged.
     """
     largest = jax.lax.stop_gradient(a).sum(axis=-1, keepdims=True).max(axis=-2, keepdims=True)
-    # The iteration diverges from 2 / |B|² on, which a ridge above 0.05 would exceed where A is close to I.
+    # The iteration diverges from 2 / |B|² on, which a ridge above 0.05 would exceed if A is close to I.
     alpha = jnp.minimum(1.8 / largest**2, 1.99 / (largest + ridge) ** 2)
     return _newton(add_ridge(a, ridge), alpha, iterations)
 

@@ -64,7 +64,7 @@ def spoiled(
 
 
 def spoil(x: Float[Array, "*axes"], bad: Bool[Array, "*fewer"]) -> Float[Array, "*axes"]:
-    """Returns x with NaN where `bad`, whose axes are the first ones of x."""
+    """Returns x with NaN where `bad` is True; its axes are the first ones of x."""
     return jnp.where(jnp.expand_dims(bad, range(bad.ndim, x.ndim)), jnp.nan, x)
 
 

@@ -27,7 +27,7 @@ from jaxtyping import Array, PyTree
 
 
 def keep_axes(fn: Callable[..., Any], *args: Any, named: Iterable[tuple[Array, str]], out: Any) -> Any:
-    """Returns fn(*args), computed under automatic axes where the mesh of an argument has explicit ones.
+    """Returns fn(*args), computed under automatic axes if the mesh of an argument has explicit ones.
 
     named: arrays with a letter per axis, "b n h k". out: the letters of the results, in the tree that fn returns; an
     axis of a result is divided like the first named array that has its letter and is divided there.
@@ -44,7 +44,7 @@ def keep_axes(fn: Callable[..., Any], *args: Any, named: Iterable[tuple[Array, s
 
 
 def map_axes(fn: Callable[..., Any], args: tuple[Array, ...], letters: str, *, divided: str, out: Any) -> Any:
-    """Returns fn(*args), computed by each device on its own part where the mesh of an argument has explicit axes.
+    """Returns fn(*args), computed by each device on its own part if the mesh of an argument has explicit axes.
 
     letters: of the axes of every argument; those in `divided` may be divided over devices, the others are gathered
     first. out: the letters of the results. For what the compiler cannot divide by itself.
@@ -65,7 +65,7 @@ def map_axes(fn: Callable[..., Any], args: tuple[Array, ...], letters: str, *, d
 
 
 def keep_rows(fn: Callable[..., Any], variables: Any, *args: Any, **options: Any) -> Any:
-    """Returns fn(variables, *args, **options), under automatic axes where the mesh of an array has explicit ones.
+    """Returns fn(variables, *args, **options), under automatic axes if the mesh of an array has explicit ones.
 
     Rows of the results, on the first axis, are divided like those of the first array in args or options whose rows are.
 

@@ -79,7 +79,7 @@ class Rule:
         return [name for name in _INDEX.findall(self.source) if name not in kept]
 
     def sources(self, leaf: str, shape: tuple[int, ...]) -> list[str] | None:
-        """Returns the tensors that fill a leaf, in order, or None where this rule does not fill it."""
+        """Returns the tensors that fill a leaf, in order, or None if this rule does not fill it."""
         indices = None if self.target is None else match(self.target, leaf)
         if indices is None:
             return None

@@ -116,7 +116,7 @@ def _state_dicts(saved: Any, path: Path) -> dict[str, dict[str, StoredTensor]]:
     One dictionary may be met under many names, so that what a small file unfolds to has to be bounded.
     """
     found: dict[str, dict[str, StoredTensor]] = {}
-    inner: dict[int, list[tuple[str, Any]] | None] = {}  # what is to be looked at in each; None where all are tensors
+    inner: dict[int, list[tuple[str, Any]] | None] = {}  # values to search in each; None if all are tensors
     looked_at = 0
 
     def look(value: Any, trail: tuple[str, ...], ancestors: tuple[int, ...]) -> None:
@@ -141,7 +141,7 @@ def _state_dicts(saved: Any, path: Path) -> dict[str, dict[str, StoredTensor]]:
 
 
 def _dictionaries(value: dict[Any, Any]) -> list[tuple[str, Any]] | None:
-    """The dictionaries in one, None where it holds tensors and nothing else; none where not all names are texts."""
+    """The dictionaries in one, None if it holds only tensors; empty if not all names are strings."""
     if not value or not all(isinstance(name, str) for name in value):
         return []
     if all(isinstance(part, StoredTensor) for part in value.values()):

@@ -93,7 +93,7 @@ class _Name(NamedTuple):
 class TensorUnpickler:
     """Reader of the pickles that begin at a position, as plain Python values with a `StoredTensor` for every tensor.
 
-    storages: those that the tensors refer to, by key. position: where the last pickle ended.
+    storages: those that the tensors refer to, by key. position: end of the last pickle.
 
     Raises Refusal if a program asks for more than tensors need, Damage if it is none.
 

@@ -25,7 +25,7 @@ _ENCRYPTED = 1
 
 
 class Entry(NamedTuple):
-    """Where an entry is in the file: its bytes, and their checksum, 0 where none was computed."""
+    """The location of an entry in the file: its bytes, and their checksum, 0 if none was computed."""
 
     name: str
     start: int
@@ -90,7 +90,7 @@ def _directory(content: np.ndarray) -> tuple[int, int, int]:
 
 
 def _entry(directory: bytes, position: int, content: np.ndarray, end: int) -> tuple[Entry, int]:
-    """The entry at a position of the directory, and where the next one is."""
+    """The entry at a position of the directory, and the position of the next one."""
     header = directory[position : position + _CENTRAL_SIZE]
     if len(header) < _CENTRAL_SIZE or not header.startswith(_CENTRAL):
         raise Damage("its zip archive has a directory that ends in the middle")
@@ -117,7 +117,7 @@ def _entry(directory: bytes, position: int, content: np.ndarray, end: int) -> tu
 
 
 def _large(extra: bytes, size: int, packed: int, start: int) -> tuple[int, int, int]:
-    """Sizes and start, from the extra field where they do not fit 32 bits."""
+    """Sizes and start, from the extra field if they do not fit 32 bits."""
     values, position = [size, packed, start], 0
     while position + 4 <= len(extra):
         kind, length = struct.unpack_from("<HH", extra, position)

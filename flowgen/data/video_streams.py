@@ -96,7 +96,7 @@ class Video:
     def packets(self) -> Iterator[Packet]:
         """Yields packets from the container's position on, including frames that are decoded but not shown.
 
-        It ends where a file is truncated or its container loses track.
+        It ends at a truncation, or when the container loses track.
         """
         yield from self.ahead
         self.ahead.clear()

@@ -48,7 +48,7 @@ class SamplingConfig:
     """How samples are drawn, in training and by default in `sample.py`.
 
     num: samples per sample grid; at least 1.
-    plan: how tokens are decoded; "auto" is sequential on CPUs and parallel where that is faster.
+    plan: how tokens are decoded; "auto" is sequential on CPUs and parallel if that is faster.
     window: tokens that "jacobi" and "sliding" solve together, at least 1; None for all.
     tol: largest change at which "jacobi" and "sliding" stop; 0 is exact.
     init: initial guess of their sweeps: the noise, zeros, or the previous frame.

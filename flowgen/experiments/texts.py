@@ -98,7 +98,7 @@ def text_digest(encoder: TextEncoder) -> str:
         digest.update(repr(encoder.network.config).encode() + encoder.tokenizer.content())
         for leaf in jax.tree.leaves(encoder.variables):
             chosen = np.linspace(0, leaf.size - 1, min(leaf.size, DIGEST_VALUES)).astype(int)
-            values = np.asarray(leaf.reshape(-1)[chosen], np.float32)  # Indexed where it lies, and copied then.
+            values = np.asarray(leaf.reshape(-1)[chosen], np.float32)  # Indexed in place, then copied.
             digest.update(repr(leaf.shape).encode() + values.tobytes())
     return digest.hexdigest()
 

@@ -120,7 +120,7 @@ def trajectory(
 def _state_dtype(x0: Array) -> jnp.dtype:
     """The type that steps are summed in; ValueError if x0 holds no floating-point numbers."""
     check_floating("x0", x0)
-    return jnp.promote_types(jnp.asarray(x0).dtype, jnp.float32)  # of float64 where jax has it
+    return jnp.promote_types(jnp.asarray(x0).dtype, jnp.float32)  # float64 if jax has it enabled
 
 
 def _dopri5(

@@ -64,7 +64,7 @@ class Progress:
                 sys.stderr.flush()
 
     def close(self) -> None:
-        """Leaves the bar where it is."""
+        """Closes the bar, leaving it on the terminal."""
         if self._bar is not None:
             with _unseen():
                 self._bar.close()
