@@ -320,7 +320,7 @@ def test_a_class_is_asked_for_by_name(run, tmp_path, capsys):
     assert sampled("fox,cat") == (0, [2, 0, 2, 0])
     assert sampled("1") == (0, [1, 1, 1, 1])
     assert sampled("-1, dog") == (0, [-1, 1, -1, 1])
-    for wrong, told in (("fxo", "did you mean fox?"), ("3", "cat, dog, fox"), ("", "--classes is empty")):
+    for wrong, told in (("fxo", "did you mean fox?"), ("3", "cat, dog, fox"), ("", "--classes has no value")):
         assert sampled(wrong) == (cli.EXIT_MISTAKE, None)
         assert told in capsys.readouterr().err
 
