@@ -113,7 +113,7 @@ def _faults_of(code, shown):
     others = [line for line in lines if not line.startswith("flowgen: ")]
     if "Traceback (most recent" in shown:
         yield f"traceback: {shown[-1500:]}"
-    elif others:
+    elif others and code != 0:  # Damage may be where nothing is read: the input is then taken, and progress shown.
         yield f"{len(others)} lines beside sentences: {' | '.join(others)[:500]}"
     if code in (2, 3) and len(sentences) != 1:
         yield f"{len(sentences)} sentences: {shown[:500]}"
