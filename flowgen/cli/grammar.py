@@ -146,9 +146,7 @@ def _pairs(words: Sequence[str]) -> list[tuple[str, str | None]]:
 
 def _value(name: str, text: str | None, experiment: Any, options: Any, own: tuple[str, ...]) -> str:
     """The text of a field's value; a switch without one is turned on."""
-    if text:
-        return text
-    if text is not None and name not in own:
+    if text or (text is not None and name not in own):
         return text
     if name in own:
         owner, field = options, name

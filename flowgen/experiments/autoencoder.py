@@ -158,8 +158,7 @@ class AutoencoderExperiment(Experiment):
             dataset = self.dataset("train")
             held_out = self.dataset("eval") if self.data.eval_fraction > 0 else None
         else:
-            for given in (dataset, *([] if held_out is None else [held_out])):
-                check_own(given, self.autoencoding.image_hw, self.model.channels, 0)
+            check_own(dataset, held_out, self.autoencoding.image_hw, self.model.channels, 0)
         shown = held_out or dataset
 
         def picture_of(variables: Any) -> np.ndarray:

@@ -15,14 +15,20 @@ from jaxtyping import Int
 from flowgen.conditioning import TextCondition
 from flowgen.data import ClipsConfig, DataConfig, Dataset, take_inventory
 from flowgen.data.buckets import BucketedDataset
-from flowgen.data.classes import parse_classes
 from flowgen.data.clip_views import CONTINUED
 from flowgen.data.dataset import Split
 from flowgen.data.latents import LatentDataset, captions_of, read_index
 from flowgen.decoding import DecodeResult
 from flowgen.evaluation import flow_bits_per_dim, flow_nats_per_dim
 from flowgen.experiments.codecs import CodecConfig
-from flowgen.experiments.drawing import DrawOptions, EvaluateOptions, check_compared, cycled_labels, drawn_classes
+from flowgen.experiments.drawing import (
+    DrawOptions,
+    EvaluateOptions,
+    asked_labels,
+    check_compared,
+    cycled_labels,
+    drawn_classes,
+)
 from flowgen.experiments.encoding import Encoding
 from flowgen.experiments.experiment import Experiment
 from flowgen.experiments.images import check_own, holds_latents, image_batches, tell_unused_classes, with_class_names
@@ -160,8 +166,7 @@ class AutoregressiveExperiment(Experiment):
         if dataset is not None:
             codec, model = self.encoding.open_codec(), self.model
             sides = (model.image_hw[0] * codec.factor, model.image_hw[1] * codec.factor)
-            for given in (dataset, *([] if held_out is None else [held_out])):
-                check_own(given, sides, codec.pixel_channels, model.num_classes)
+            check_own(dataset, held_out, sides, codec.pixel_channels, model.num_classes)
             evaluated = None if held_out is None else as_taken(held_out, self.data, self.encoding, flip=False)
             return as_taken(dataset, self.data, self.encoding, flip=self.data.flip), evaluated
         return self.flow_dataset("train"), self.flow_dataset("eval") if self.has_held_out else None
@@ -268,7 +273,7 @@ class AutoregressiveExperiment(Experiment):
         """
         num = self.sampling.num
         if not self.model.text_dim:
-            labels = self._labels(classes)
+            labels = asked_labels(self.model, self.data, num, classes)
             known = np.full(num, -1) if labels is None else labels
             return lambda numbers: {"cond": None if labels is None else labels[numbers]}, {"labels": known}
         if classes:
@@ -286,14 +291,6 @@ class AutoregressiveExperiment(Experiment):
             return {name: chosen_texts(texts, numbers) for name, texts in encoded.items()}
 
         return conditions, {"prompts": np.resize(np.array(prompts), num)}
-
-    def _labels(self, classes: str) -> np.ndarray | None:
-        num, num_classes = self.sampling.num, self.model.num_classes
-        if not classes:
-            return cycled_labels(num, drawn_classes(self.model, self.data))
-        if num_classes == 0:
-            raise ValueError(f"--classes is {classes}, but this model has no classes; leave it out.")
-        return np.resize(np.array(parse_classes(classes, self.data.classes, num_classes), np.int32), num)
 
     def conditions_of(self, data: Dataset, *, unconditional: bool = False) -> Conditions | None:
         """Returns a function from positions of images or latents to their conditions: labels, or the texts of their

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
+from flowgen.data.classes import parse_classes
 from flowgen.data.dataset import Split
 from flowgen.settings import config
 from flowgen.settings.ranges import Batch, Seed
@@ -17,6 +18,9 @@ from flowgen.settings.ranges import Batch, Seed
 # draw(key, sample numbers) -> samples, a line on how they were drawn. Samples count up from the first number; a batch
 # that is too long repeats numbers, for the conditions.
 Draw = Callable[[jax.Array, np.ndarray], tuple[np.ndarray, str]]
+
+
+AT_ONCE = 64  # images or clips per compiled call by default
 
 
 @config
@@ -56,7 +60,7 @@ def check_compared(samples: int) -> None:
 
 
 def draw_in_batches(
-    draw: Draw, num: int, options: DrawOptions, say: Callable[[str], None], *, batch: int
+    draw: Draw, num: int, options: DrawOptions, say: Callable[[str], None], *, batch: int = AT_ONCE
 ) -> Float[np.ndarray, "num ..."]:
     """Returns samples 0..num-1; `say` receives a line on the speed of each batch.
 
@@ -96,6 +100,24 @@ def drawn_classes(model: Any, data: Any) -> int:
     """
     count, names = model.num_classes, getattr(data, "classes", ())
     return min(count, len(names)) if names else count
+
+
+def asked_labels(model: Any, data: Any, num: int, classes: str) -> Int[np.ndarray, " num"] | None:
+    """Returns the labels of `num` samples: of the classes asked for in turn, or of all; None without classes.
+
+    classes: as the option, see `parse_classes`; empty draws all in turn.
+
+    Raises ValueError if the model has no such class.
+
+    Example:
+        labels = asked_labels(experiment.model, experiment.data, 20, "cat,dog")
+    """
+    if not classes:
+        return cycled_labels(num, drawn_classes(model, data))
+    if model.num_classes == 0:
+        raise ValueError(f"--classes is {classes}, but this model has no classes; leave it out.")
+    names = getattr(data, "classes", ())
+    return np.resize(np.array(parse_classes(classes, names, model.num_classes), np.int32), num)
 
 
 def cycled_labels(num: int, num_classes: int) -> Int[np.ndarray, " num"] | None:

@@ -32,8 +32,6 @@ from flowgen.flows.objective import nll_objective
 from flowgen.settings import config, type_name
 from flowgen.training import Job
 
-IMAGES_AT_ONCE = 64
-
 
 @config(kw_only=True)
 class FlowExperiment(AutoregressiveExperiment):
@@ -113,7 +111,7 @@ class FlowExperiment(AutoregressiveExperiment):
             where = {"num": len(numbers), "first": int(numbers[0]), "certify": options.certify}
             return self.draw_batch(flow, variables, key, **conditions(numbers), **where)
 
-        images = draw_in_batches(batch, self.sampling.num, options, say, batch=IMAGES_AT_ONCE)
+        images = draw_in_batches(batch, self.sampling.num, options, say)
         return Samples(images, about)
 
     def evaluate(self, model: Any, variables: Any, options: FlowEvaluateOptions) -> list[str]:

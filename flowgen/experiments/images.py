@@ -61,18 +61,19 @@ def with_class_names(experiment: E) -> E:
     return dataclasses.replace(experiment, data=dataclasses.replace(data, classes=found_classes(data)))
 
 
-def check_own(dataset: Any, image_hw: tuple[int, int], channels: int, num_classes: int) -> None:
+def check_own(dataset: Any, held_out: Any, image_hw: tuple[int, int], channels: int, num_classes: int) -> None:
     """Raises ValueError if images of a user's own are not those that a model takes, or have other classes.
 
-    image_hw, channels: of the images that the model takes.
+    held_out: images of the same kind, or None. image_hw, channels: of the images that the model takes.
 
     Example:
-        check_own(dataset, (32, 32), channels=3, num_classes=10)
+        check_own(dataset, None, (32, 32), channels=3, num_classes=10)
     """
     expected = (*image_hw, channels)
-    if tuple(dataset.image_shape) != expected:
-        raise ValueError(f"dataset has images of shape {tuple(dataset.image_shape)}; this model takes {expected}.")
-    check_classes(dataset, num_classes)
+    for given in (dataset,) if held_out is None else (dataset, held_out):
+        if tuple(given.image_shape) != expected:
+            raise ValueError(f"dataset has images of shape {tuple(given.image_shape)}; this model takes {expected}.")
+        check_classes(given, num_classes)
 
 
 def tell_unused_classes(dataset: Dataset | BucketedDataset, data: DataConfig | ClipsConfig, num_classes: int) -> None:

@@ -15,14 +15,15 @@ from jaxtyping import Array
 
 from flowgen.conditioning import UNCONDITIONAL
 from flowgen.data import DataConfig, Dataset, PointsConfig, blank_batches, fixed_batches, from_uint8, take_inventory
-from flowgen.data.classes import parse_classes
 from flowgen.data.dataset import Split
 from flowgen.evaluation import point_metrics, point_samples, velocity_bits_per_dim
 from flowgen.experiments.debug import SAMPLES, debug_images, debug_run
 from flowgen.experiments.distances import sample_lines, sample_metrics, train_judge
 from flowgen.experiments.drawing import (
+    AT_ONCE,
     DrawOptions,
     EvaluateOptions,
+    asked_labels,
     check_compared,
     cycled_labels,
     draw_in_batches,
@@ -54,7 +55,6 @@ from flowgen.settings.ranges import NonNegative, Positive, Within
 from flowgen.settings.ranges import Samples as NumSamples
 from flowgen.training import Job
 
-IMAGES_AT_ONCE = 64
 POINTS = 1000  # samples of an evaluation by default
 Solver = Literal["euler", "midpoint", "heun", "rk4", "dopri5", "mean_flow"]
 PLOT_STEPS = 60
@@ -234,8 +234,7 @@ class MatchingExperiment(Experiment):
             held_out = self.dataset("eval") if self.data.eval_fraction > 0 else None
         else:
             assert not isinstance(self.model, MLPConfig)  # which is of points
-            for given in (dataset, *([] if held_out is None else [held_out])):
-                check_own(given, self.model.image_hw, self.model.channels, self.model.num_classes)
+            check_own(dataset, held_out, self.model.image_hw, self.model.channels, self.model.num_classes)
         return self._images_job(network, self.data, dataset, held_out)
 
     def _points_job(self, network: Any, data: PointsConfig) -> Job:
@@ -341,23 +340,16 @@ class MatchingExperiment(Experiment):
         self, model: Any, variables: Any, options: VelocityDrawOptions, say: Callable[[str], None] = lambda line: None
     ) -> Samples:
         """Returns `sampling.num` samples; `say` receives a line on the speed of each batch."""
-        labels, num = self._labels(options.classes), self.sampling.num
+        num = self.sampling.num
+        labels = asked_labels(self.model, self.data, num, options.classes)
 
         def batch(key: jax.Array, numbers: np.ndarray) -> tuple[np.ndarray, str]:
             cond = None if labels is None else labels[numbers]
             return self.draw_batch(model, variables, key, cond, num=len(numbers), first=int(numbers[0]))
 
         points = isinstance(self.data, PointsConfig)
-        samples = draw_in_batches(batch, num, options, say, batch=num if points else IMAGES_AT_ONCE)
+        samples = draw_in_batches(batch, num, options, say, batch=num if points else AT_ONCE)
         return Samples(samples, {} if points else {"labels": np.full(num, -1) if labels is None else labels})
-
-    def _labels(self, classes: str) -> np.ndarray | None:
-        if not classes:
-            return cycled_labels(self.sampling.num, drawn_classes(self.model, self.data))
-        if self.model.num_classes == 0:
-            raise ValueError(f"--classes is {classes}, but this model has no classes; leave it out.")
-        names = getattr(self.data, "classes", ())
-        return np.resize(np.array(parse_classes(classes, names, self.model.num_classes), np.int32), self.sampling.num)
 
     def plot(self, network: Any, variables: Any, points: np.ndarray, key: jax.Array) -> np.ndarray:
         """Returns a plot of the field's paths (rk4) and of sampled points over data."""

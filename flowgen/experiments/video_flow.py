@@ -43,7 +43,6 @@ from flowgen.settings import config
 from flowgen.settings.ranges import Frames, Within
 from flowgen.training import Job
 
-CLIPS_AT_ONCE = 64
 DENOISED = 64  # held-out clips that are denoised to measure PSNR
 SMALL_SIDE = 10  # of bouncing digits of 8 pixels
 DEFAULT_FPS = 8.0
@@ -224,7 +223,7 @@ class VideoFlowExperiment(AutoregressiveExperiment):
             where = {"num": len(numbers), "first": int(numbers[0])}
             return self.draw_batch(flow, variables, key, **conditions(numbers), **where, **how)
 
-        return Samples(draw_in_batches(batch, self.sampling.num, options, say, batch=CLIPS_AT_ONCE), about)
+        return Samples(draw_in_batches(batch, self.sampling.num, options, say), about)
 
     def fps(self, asked: float | None) -> float:
         """Returns the frame rate of videos: the requested one, else that of the training clips."""
