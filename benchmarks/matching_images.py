@@ -49,7 +49,7 @@ def main() -> None:
             drawn = dataclasses.replace(experiment, sampling=sampling)
             began = time.perf_counter()
             draw = partial(drawn.draw_batch, network, variables)
-            digits = data[np.arange(len(data))]["label"]
+            digits = data[np.arange(len(data))].context
             metrics = sample_metrics(draw, judge, data, SAMPLES, conditions=lambda positions, y=digits: y[positions])
             seconds = time.perf_counter() - began
             labels = np.arange(2 * CLASSES) % CLASSES
@@ -78,7 +78,7 @@ def main() -> None:
 
 
 def images_of(source: Dataset) -> np.ndarray:
-    return np.asarray(from_uint8(source[np.arange(len(source))]["image"]))
+    return np.asarray(from_uint8(source[np.arange(len(source))].x))
 
 
 if __name__ == "__main__":

@@ -48,6 +48,7 @@ def our_runs(shape: str) -> tuple[float, dict[str, measure.Run]]:
     import optax
 
     from flowgen import convert
+    from flowgen.data import Batch
     from flowgen.flows.objective import nll_objective
     from flowgen.training import OptimConfig, make_step
     from flowgen.training.parallel import DataParallel
@@ -80,7 +81,7 @@ def our_runs(shape: str) -> tuple[float, dict[str, measure.Run]]:
     parallel = DataParallel(jax.local_devices()[:1])
     library_step = parallel.compile(make_step(nll_objective(flow), optim, steps=steps))
     pixels = np.moveaxis(measure.rw.pixels(model, measure.BATCH), 1, -1)
-    batch = parallel.shard({"image": pixels, "label": np.asarray(labels)})
+    batch = parallel.shard(Batch(pixels, np.asarray(labels)))
     key = parallel.replicate_key(jax.random.key(0))
 
     forward = jax.jit(loss)

@@ -135,7 +135,7 @@ def digits(split: str, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
     config = DataConfig("digits", eval_fraction=settings.test_fraction)
     source = load(config, image_size=(IMAGE_SIZE, IMAGE_SIZE), channels=1, split=split)
     batch = source[np.arange(len(source))]
-    return from_uint8(batch["image"]), batch["label"]
+    return from_uint8(batch.x), batch.context
 
 
 def place(images: np.ndarray, canvas: int, random: np.random.Generator) -> np.ndarray:

@@ -28,7 +28,7 @@ def check_bytes(name: str, x: Any) -> None:
     """Raises ValueError unless x is an array of uint8, the levels 0..255 of pixels.
 
     Example:
-        check_bytes("image", batch["image"])
+        check_bytes("batch.x", batch.x)
     """
     if getattr(x, "dtype", None) != jnp.uint8:
         raise ValueError(f"{name} is {shown(x)}; give bytes 0..255, which flowgen.data.to_uint8 makes of [-1, 1].")

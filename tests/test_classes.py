@@ -16,6 +16,7 @@ from flowgen.data import (
     ArrayDataset,
     ClipsConfig,
     DataConfig,
+    Moments,
     check_classes,
     found_classes,
     load,
@@ -23,7 +24,8 @@ from flowgen.data import (
     told_once,
 )
 from flowgen.data.classes import parse_classes
-from flowgen.data.latents import LatentWriter, Shard, read_latents
+from flowgen.data.latent_files import LatentsConfig, LatentWriter, read_latents
+from flowgen.data.latents import Shard
 from flowgen.evaluation import flow_bits_per_dim
 from flowgen.experiments import FlowExperiment, VideoFlowExperiment, fit
 from flowgen.experiments.drawing import drawn_classes
@@ -64,8 +66,8 @@ def encoded(path, names, labels=None):
     writer, count = LatentWriter(path), len(names)
     labels = np.arange(count, dtype=np.int32) if labels is None else labels
     moments = np.ones((count, 4, 4, 1), np.float32)
-    writer.add("train", Shard(moments, moments, labels))
-    writer.finish(class_names=names, made_by={})
+    writer.add("train", Shard(Moments(moments, moments), labels), kind="image")
+    writer.finish(class_names=names)
     return path
 
 
@@ -89,8 +91,8 @@ MAKERS = [of_folder, of_npz, of_latents]
 )
 def test_labels_are_mapped_by_name(make, names, classes, expected, tmp_path, caplog):
     dataset = make(tmp_path / "data", names, classes)
-    assert everything(dataset)["label"].tolist() == expected
-    assert everything(dataset)["label"].dtype == np.int32
+    assert everything(dataset).context.tolist() == expected
+    assert everything(dataset).context.dtype == np.int32
     assert dataset.class_names == (classes or names)
     missing = [name for name in classes if name not in names]
     assert [name for name in KNOWN if name in caplog.text.replace(str(tmp_path), "")] == missing
@@ -109,7 +111,7 @@ def test_built_in_pictures_and_clips_are_mapped_by_name():
     np.testing.assert_array_equal(turned.labels, 9 - digits.labels)
     shape = {"frames": 2, "image_size": (10, 10), "channels": 1, "split": "all"}
     clips, mapped = (load_clips(ClipsConfig(num=40, classes=classes), **shape) for classes in ((), names))
-    np.testing.assert_array_equal(everything(mapped)["label"], 9 - everything(clips)["label"])
+    np.testing.assert_array_equal(everything(mapped).context, 9 - everything(clips).context)
     with pytest.raises(ValueError, match=r"data\.name 'bouncing' has the class 9"):
         load_clips(ClipsConfig(num=40, classes=tuple("012345678")), **shape)
 
@@ -190,7 +192,7 @@ def test_latents_that_are_no_numbers_are_refused_when_they_are_read(tmp_path, pa
     array[1, 2, 2] = value
     np.save(path / "train-00000" / f"{part}.npy", array)
     dataset = read_latents(path, "train")
-    assert dataset[np.array([0, 2])][part].shape == (2, 4, 4, 1)
+    assert getattr(dataset[np.array([0, 2])].x, part).shape == (2, 4, 4, 1)
     with pytest.raises(ValueError, match="train-00000' have a mean or std"):
         dataset[np.array([1])]
 
@@ -207,12 +209,12 @@ def test_classes_that_the_data_do_not_have_are_told(caplog):
 
 def test_cached_latents_of_an_experiment_have_the_numbers_of_its_run(tmp_path):
     model = TARFlowConfig(image_size=4, channels=1, patch_size=2, width=16, head_dim=8, num_blocks=2, num_classes=3)
-    data = DataConfig("encoded", path=str(encoded(tmp_path / "set", ("dog", "fox"))))
+    data = LatentsConfig(str(encoded(tmp_path / "set", ("dog", "fox"))))
     fresh = FlowExperiment(name="latents", model=dataclasses.replace(model, noise_std=0.3), data=data)
     assert fresh.with_provenance().data.classes == ("dog", "fox")
     experiment = dataclasses.replace(fresh, data=dataclasses.replace(data, classes=KNOWN))
     assert experiment.with_provenance() == experiment
-    assert experiment.flow_dataset("train")[np.arange(2)]["label"].tolist() == [1, 2]
+    assert experiment.flow_dataset("train")[np.arange(2)].context.tolist() == [1, 2]
 
 
 def test_pictures_beside_clips_have_the_numbers_of_the_clips(tmp_path):
@@ -222,7 +224,7 @@ def test_pictures_beside_clips_have_the_numbers_of_the_clips(tmp_path):
     data = ClipsConfig(num=60, images=DataConfig("npz", path=str(tmp_path / "a.npz"), eval_fraction=0.0))
     model = STARFlowVConfig(image_size=12, channels=1, frames=3, num_classes=10, **tiny)
     _, stills = VideoFlowExperiment(name="clips", model=model, data=data).flow_dataset("train").buckets
-    assert stills[np.arange(2)]["label"].tolist() == [7, 0]
+    assert stills[np.arange(2)].context.tolist() == [7, 0]
 
 
 def test_classes_named_by_numbers_are_asked_for_by_name_alone():

@@ -45,8 +45,8 @@ def test_sides_that_cannot_be_are_refused_before_files_are_opened(folder, size):
 @pytest.mark.usefixtures("untyped")
 @pytest.mark.parametrize("size", [8, np.int64(8), [8, 8], (np.int32(8), np.uint8(8))])
 def test_sides_are_whole_numbers_of_any_kind(folder, size):
-    assert load(folder, **SIDES | {"image_size": size}).image_shape == (8, 8, 3)
-    assert load(folder, **SIDES | {"image_size": size}, multiple=np.int64(2)).image_shape == (8, 8, 3)
+    assert load(folder, **SIDES | {"image_size": size}).event_shape == (8, 8, 3)
+    assert load(folder, **SIDES | {"image_size": size}, multiple=np.int64(2)).event_shape == (8, 8, 3)
 
 
 @pytest.mark.usefixtures("untyped")

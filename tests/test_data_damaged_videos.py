@@ -62,7 +62,7 @@ def test_a_video_that_begins_between_key_frames_begins_with_the_next(tmp_path, n
     assert video_length(path)[0] == pytest.approx(len(whole) / rate, abs=0.01)
     assert video_size(path) == SIZE
     held = clips_of(path, fps=float(fps or 0))
-    assert is_close(held.clips.reshape(-1, *SIZE, 3), clip[: len(held) * 5].astype(int))
+    assert is_close(held.x.reshape(-1, *SIZE, 3), clip[: len(held) * 5].astype(int))
 
 
 def test_a_video_without_a_key_frame_is_refused(tmp_path):
@@ -79,7 +79,7 @@ def test_a_key_frame_that_is_damaged_is_not_replaced_by_the_next(tmp_path):
     path.write_bytes(content)
     with pytest.raises(UnreadableVideo, match=r"a\.webm' has no frame at second 0 that can be decoded"):
         read_clip(path, 2, SIZE, 3, fps=10)
-    assert is_close(clips_of(path, on_corrupt="skip").clips[0], FORTY[10:15])
+    assert is_close(clips_of(path, on_corrupt="skip").x[0], FORTY[10:15])
 
 
 def zeroed(content, at):
@@ -114,7 +114,7 @@ def test_a_loss_in_the_middle_is_refused_by_name_or_left_out(tmp_path, case, fps
     path.write_bytes(content)
     with pytest.raises(ValueError, match=f"{name}' is damaged at second"):
         clips_of(path, fps)
-    kept = clips_of(path, fps, frames=2, on_corrupt="skip").clips
+    kept = clips_of(path, fps, frames=2, on_corrupt="skip").x
     assert 0 < len(kept) < 20 * (fps or rate) / rate
     # What is left are frames of the video as they follow each other, none of them twice.
     step = 1 if not fps else rate / fps

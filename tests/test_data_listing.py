@@ -151,8 +151,8 @@ def test_odd_sets_are_read_right(odd, limit, caplog):
     dataset = load(config, image_size=(8, 8), channels=3, split="all")
     batch = dataset[np.arange(len(dataset))]
     assert dataset.class_names == tuple(name for name in expected if name)
-    found = {dataset.class_names[label] if label >= 0 else "": 0 for label in batch["label"].tolist()}
-    for image, label in zip(batch["image"], batch["label"].tolist(), strict=True):
+    found = {dataset.class_names[label] if label >= 0 else "": 0 for label in batch.context.tolist()}
+    for image, label in zip(batch.x, batch.context.tolist(), strict=True):
         name = dataset.class_names[label] if label >= 0 else ""
         found[name] += 1
         if name in COLOURS:
@@ -172,7 +172,7 @@ def test_captions_are_found_in_capitals_and_behind_the_suffix(tmp_path):
 def test_every_listed_suffix_is_read_in_its_own_colours(tmp_path):
     every_suffix(tmp_path)
     config = DataConfig("folder", path=str(tmp_path), eval_fraction=0.0)
-    images = load(config, image_size=(8, 8), channels=3, split="all")[np.arange(len(IMAGE_FORMATS))]["image"]
+    images = load(config, image_size=(8, 8), channels=3, split="all")[np.arange(len(IMAGE_FORMATS))].x
     for suffix, image in zip(IMAGE_FORMATS, images, strict=True):
         if suffix not in (".pbm", ".pgm"):
             # Lossy formats keep an even colour to a level or two.
@@ -273,9 +273,9 @@ def test_every_listed_video_is_read(tmp_path, caplog):
     config = ClipsConfig("folder", path=str(tmp_path), fps=8.0, eval_fraction=0.0)
     dataset = load_clips(config, frames=4, image_size=(16, 16), channels=1, split="all")
     batch = dataset[np.arange(len(dataset))]
-    seen = {round(float(level), -1) for level in batch["image"].mean(axis=(1, 2, 3, 4))}
+    seen = {round(float(level), -1) for level in batch.x.mean(axis=(1, 2, 3, 4))}
     assert seen == {40 + 10 * number for number in range(len(READABLE))}
-    assert set(batch["label"].tolist()) == {-1}
+    assert set(batch.context.tolist()) == {-1}
     assert f"Left out of data.path '{tmp_path}': 1 .srt." in caplog.text
 
 
@@ -291,8 +291,8 @@ def test_odd_sets_of_videos_are_read_right(tmp_path, caplog):
     dataset = load_clips(config, frames=4, image_size=(16, 16), channels=1, split="train")
     batch = dataset[np.arange(len(dataset))]
     assert dataset.class_names == ("cat", "dog")
-    dogs = batch["image"].mean(axis=(1, 2, 3, 4)) > 140
-    np.testing.assert_array_equal(batch["label"], dogs.astype(int))
+    dogs = batch.x.mean(axis=(1, 2, 3, 4)) > 140
+    np.testing.assert_array_equal(batch.context, dogs.astype(int))
     assert (len(dogs), int(dogs.sum())) == (12, 4)
     told = "1 .png; 1 link to a folder met before ('cat/all'); 1 class folder without videos (empty)"
     assert f"Left out of data.path '{tmp_path}': {told}." in caplog.text

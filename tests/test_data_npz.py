@@ -22,7 +22,7 @@ def load_all(config):
 def test_npz_gives_its_arrays_unchanged(tmp_path):
     labels = np.array([0, -1, 2, 1, 0, 0, 0, 0, 0, 0], np.int64)
     dataset = load_all(write_npz(tmp_path, images=GREY, labels=labels, other=GREY))
-    np.testing.assert_array_equal(dataset.images[..., 0], GREY)
+    np.testing.assert_array_equal(dataset.x[..., 0], GREY)
     np.testing.assert_array_equal(dataset.labels, labels)
     assert dataset.class_names == ("0", "1", "2")
     unlabelled = load_all(write_npz(tmp_path, images=GREY))

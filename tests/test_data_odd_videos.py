@@ -159,7 +159,7 @@ def test_videos_that_cannot_be_read_are_named_together_or_left_out(tmp_path, cap
         assert "b.mp4" in caplog.text
         # Of the damaged one, the second with the damage is left out alone.
         assert dataset.captions == ("video a",) * 4 + ("video b",) * 3 + ("video d",) * 4
-        assert is_close(dataset[np.arange(len(dataset))]["image"][4], FORTY[:10])
+        assert is_close(dataset[np.arange(len(dataset))].x[4], FORTY[:10])
         return
     assert len(dataset) == 12
     with pytest.raises(ValueError, match=r"data\.path holds 1 video .*b\.mp4' is damaged at second 1\."):
@@ -168,7 +168,7 @@ def test_videos_that_cannot_be_read_are_named_together_or_left_out(tmp_path, cap
         text.unlink()
     dataset = load_clips(ClipsConfig(**config), **shape)
     caplog.clear()
-    batch = dataset[np.array([4, 5, 6])]["image"]
+    batch = dataset[np.array([4, 5, 6])].x
     assert is_close(batch[1], FORTY[20:30])
     np.testing.assert_array_equal(batch[1], batch[2])
     assert caplog.text.count("b.mp4") == 1

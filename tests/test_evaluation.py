@@ -37,7 +37,7 @@ def test_gaussian_baseline_is_the_mean_density_of_noised_images(noise_std):
     random = np.random.default_rng(2)
 
     def noised(s):
-        flat = s.images.reshape(len(s), -1).astype(np.float64)
+        flat = s.x.reshape(len(s), -1).astype(np.float64)
         if noise_std:
             return flat / 127.5 - 1 + noise_std * random.standard_normal(flat.shape)
         return (flat + random.random(flat.shape)) / 128 - 1
@@ -86,8 +86,8 @@ def test_a_classifier_of_the_digits_knows_held_out_ones(key):
     held_out = load(DataConfig("digits"), image_size=(8, 8), channels=1, split="eval")
     classifier = train_classifier(dataset, key)
     everything = held_out[np.arange(len(held_out))]
-    images = np.asarray(from_uint8(everything["image"]))
-    assert (classifier.classes(images) == everything["label"]).mean() > 0.95
+    images = np.asarray(from_uint8(everything.x))
+    assert (classifier.classes(images) == everything.context).mean() > 0.95
     assert classifier.features(images).shape == (len(held_out), 64)
     # Its features order damage, and 90 pictures differ less from 90 others than from their own ruins.
     noise = np.random.default_rng(0).standard_normal(images.shape).astype(np.float32)

@@ -12,7 +12,7 @@ from toy_clips import LATENTS, QUIET, TINY, experiment_of
 from flowgen import checkpoint, experiments
 from flowgen.cli import main
 from flowgen.codecs import VideoAutoencoderConfig
-from flowgen.data import ClipsConfig, DataConfig, from_uint8, save_image
+from flowgen.data import ClipsConfig, DataConfig, LatentsConfig, from_uint8, save_image
 from flowgen.data.media import pillow
 from flowgen.data.video import video_length, video_size, write_video
 from flowgen.experiments import (
@@ -236,7 +236,7 @@ def test_a_video_autoencoder_is_trained_and_its_latents_are_those_of_a_flow(auto
     assert errors[-1] < errors[0]
     assert (autoencoder / "samples" / "0000020.png").is_file()
     experiment = experiment_of(model=LATENTS, codec=PretrainedAutoencoder(str(autoencoder), temporal_scale=0.5))
-    assert experiment.dataset("train")[np.arange(2)]["image"].shape == (2, 5, 12, 12, 1)
+    assert experiment.dataset("train")[np.arange(2)].x.shape == (2, 5, 12, 12, 1)
     direct = fit(experiment, tmp_path / "direct")
     assert np.isfinite(direct.metrics["nats_per_dim"])
     path = tmp_path / "clips.py"
@@ -244,7 +244,7 @@ def test_a_video_autoencoder_is_trained_and_its_latents_are_those_of_a_flow(auto
         f"from flowgen.experiments import from_json\nconfig = lambda: from_json({experiment.to_json()!r})\n"
     )
     assert main(["encode", "--config", str(path), "--out", str(tmp_path / "encoded")]) == 0
-    encoded = dataclasses.replace(experiment, data=ClipsConfig(name="encoded", path=str(tmp_path / "encoded")))
+    encoded = dataclasses.replace(experiment, data=LatentsConfig(str(tmp_path / "encoded")))
     again = fit(encoded, tmp_path / "again")
     jax.tree.map(np.testing.assert_array_equal, direct.state.params, again.state.params)
     other = dataclasses.replace(encoded, codec=PretrainedAutoencoder(str(autoencoder)))

@@ -18,7 +18,7 @@ from flowgen import checkpoint
 from flowgen.cli import main
 from flowgen.codecs import AutoencoderConfig
 from flowgen.conditioning import TextCondition
-from flowgen.data import DataConfig
+from flowgen.data import DataConfig, LatentsConfig
 from flowgen.experiments import (
     AutoencoderExperiment,
     AutoencodingConfig,
@@ -92,14 +92,14 @@ def test_the_autoencoder_learns_and_says_so(autoencoder, capsys):
 def test_latents_of_a_trained_autoencoder_are_normalised_and_decoded(autoencoder):
     experiment = experiment_of(codec=PretrainedAutoencoder(str(autoencoder)))
     dataset = experiment.flow_dataset("train")
-    assert dataset.image_shape == (4, 4, 4)
+    assert dataset.event_shape == (4, 4, 4)
     batch = dataset[np.arange(500)]
-    drawn = batch["mean"] + batch["std"] * np.random.default_rng(0).normal(size=batch["mean"].shape)
+    drawn = batch.x.mean + batch.x.std * np.random.default_rng(0).normal(size=batch.x.mean.shape)
     # The statistics follow the batches, so they are near, not at, those of the final weights.
     np.testing.assert_allclose(drawn.mean(axis=(0, 1, 2)), 0, atol=0.3)
     np.testing.assert_allclose(drawn.std(axis=(0, 1, 2)), 1, atol=0.3)
-    pictures = experiment.dataset("train")[np.arange(500)]["image"] / 127.5 - 1
-    error = np.square(experiment.encoding.open_codec().decode(batch["mean"]) - pictures).mean()
+    pictures = experiment.dataset("train")[np.arange(500)].x / 127.5 - 1
+    error = np.square(experiment.encoding.open_codec().decode(batch.x.mean) - pictures).mean()
     rows = [json.loads(line) for line in (autoencoder / "metrics.jsonl").read_text().splitlines()]
     assert error == pytest.approx(rows[-1]["eval/mean_square_error"], rel=0.2)
 
@@ -149,7 +149,7 @@ def test_encoding_first_or_on_the_way_trains_the_same(autoencoder, tmp_path, cap
     assert "train: 3234 of 8 x 8 pixels" in printed
     assert "eval: 180 of 8 x 8 pixels" in printed
     direct = fit(experiment, tmp_path / "direct")
-    encoded = dataclasses.replace(experiment, data=DataConfig(name="encoded", path=str(out)))
+    encoded = dataclasses.replace(experiment, data=LatentsConfig(str(out)))
     again = fit(encoded, tmp_path / "again")
     jax.tree.map(np.testing.assert_array_equal, direct.state.params, again.state.params)
     assert direct.metrics == again.metrics
@@ -269,7 +269,7 @@ def test_texts_can_be_encoded_first(tmp_path, monkeypatch):
         f"from flowgen.experiments import from_json\nconfig = lambda: from_json({experiment.to_json()!r})\n"
     )
     assert main(["encode", "--config", str(path), "--out", str(tmp_path / "encoded")]) == 0
-    encoded = dataclasses.replace(experiment, data=DataConfig(name="encoded", path=str(tmp_path / "encoded")))
+    encoded = dataclasses.replace(experiment, data=LatentsConfig(str(tmp_path / "encoded")))
     direct, again = fit(experiment, tmp_path / "direct"), fit(encoded, tmp_path / "again")
     jax.tree.map(np.testing.assert_array_equal, direct.state.params, again.state.params)
     other = dataclasses.replace(encoded, text=TextConfig(encoder="words", noise_level=True))
@@ -298,7 +298,7 @@ def test_several_aspects_train_together(tmp_path):
         train=TrainConfig(steps=6, batch_size=8),
     )
     dataset = experiment.dataset("train")
-    assert {bucket.image_shape for bucket in dataset.buckets} == {(8, 8, 1), (6, 10, 1)}
+    assert {bucket.event_shape for bucket in dataset.buckets} == {(8, 8, 1), (6, 10, 1)}
     result = fit(experiment, tmp_path / "run")
     assert np.isfinite(result.metrics["nats_per_dim"])
 
@@ -360,7 +360,7 @@ def test_a_decoder_is_trained_on_beside_its_encoder(autoencoder, tmp_path):
         ({"model": dataclasses.replace(TINY, noise_std=0.0)}, "model.noise_std is 0, which dequantises images"),
         ({"sampling": SamplingConfig(prompts=("a cat",))}, "sampling.prompts is .*, but the model takes no texts"),
         ({"text": TextConfig("words", digest="other"), "model": TEXT}, "text.encoder 'words' is not the one that"),
-        ({"data": DataConfig(name="encoded", path="nowhere")}, "holds no encoded data"),
+        ({"data": LatentsConfig("nowhere")}, "holds no cached latents"),
         (
             {"model": TARFlowConfig(image_size=4, patch_size=1), "data": DataConfig("folder", path="x", aspects=True)},
             "data.aspects is set, but a TARFlow has one size",

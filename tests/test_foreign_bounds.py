@@ -19,7 +19,7 @@ from flowgen import convert, experiments
 from flowgen.cli import main
 from flowgen.codecs import AutoencoderConfig
 from flowgen.convert import load_autoencoder, load_text_encoder, read_state_dict
-from flowgen.data.latents import read_latents
+from flowgen.data import read_latents
 from flowgen.flows import STARFlowConfig, STARFlowVConfig
 from flowgen.matching import DiTConfig, MLPConfig, UNetConfig
 from flowgen.text import JsonTokenizer, T5Config
@@ -277,8 +277,15 @@ def latents(tmp_path):
     for part, array in (("mean", np.zeros((3, 2, 2, 1), np.float32)), ("label", np.zeros(3, np.int32))):
         np.save(folder / "train-00000" / f"{part}.npy", array)
     np.save(folder / "train-00000" / "std.npy", np.zeros((3, 2, 2, 1), np.float32))
-    shard = {"folder": "train-00000", "split": "train", "count": 3, "shape": [2, 2, 1], "has_text": False}
-    index = {"format": "flowgen latents 2", "class_names": [], "made_by": {}, "shards": [shard]}
+    shard = {
+        "folder": "train-00000",
+        "split": "train",
+        "count": 3,
+        "shape": [2, 2, 1],
+        "has_text": False,
+        "kind": "image",
+    }
+    index = {"format": "flowgen latents 3", "class_names": [], "provenance": {}, "shards": [shard]}
     (folder / "dataset.json").write_text(json.dumps(index))
     return folder
 

@@ -12,15 +12,16 @@ from flowgen.data import (
     ClipsConfig,
     DataConfig,
     Inventory,
+    Moments,
     hold_out,
     load,
     load_clips,
     take_inventory,
 )
-from flowgen.data.buckets import BucketedDataset
 from flowgen.data.clip_views import ContinuedClips, StillClips
-from flowgen.data.dataset import hold_out_files
-from flowgen.data.latents import LatentWriter, Shard, read_latents
+from flowgen.data.dataset import BucketedDataset, buckets_of, hold_out_files
+from flowgen.data.latent_files import LatentsConfig, LatentWriter, read_latents
+from flowgen.data.latents import Shard
 from flowgen.runs import RunWriter
 
 
@@ -80,7 +81,7 @@ def test_a_folder_is_counted(tmp_path, aspects):
     train, held_out = (load(config, image_size=(8, 8), channels=1, split=split) for split in ("train", "eval"))
     inventory = take_inventory(config, train, held_out)
     # 24 x 20 is nearest to 5:4 of the nine aspects, of about the area of 8 x 8.
-    size = " x ".join(map(str, train.image_shapes[0][:2])) if isinstance(train, BucketedDataset) else "8 x 8"
+    size = " x ".join(map(str, buckets_of(train)[0].event_shape[:2])) if isinstance(train, BucketedDataset) else "8 x 8"
     assert inventory.line() == f"images: 18 train, 2 held out, 24 x 20 -> {size}, classes: cat, dog"
     assert inventory.left_out == ("1 .xcf",)
     assert (len(inventory.train_files), len(inventory.held_out_files)) == (18, 2)
@@ -100,9 +101,9 @@ def test_built_in_sets_npz_and_latents_are_counted(tmp_path):
     assert set(inventory.train_files) == {"images.npy", "labels.npy"}
     writer = LatentWriter(tmp_path / "set")
     moments = np.ones((5, 4, 6, 2), np.float32)
-    writer.add("train", Shard(moments, moments, np.zeros(5, np.int32)))
-    writer.finish(class_names=("cat",), made_by={})
-    config = DataConfig("encoded", path=str(tmp_path / "set"))
+    writer.add("train", Shard(Moments(moments, moments), np.zeros(5, np.int32)), kind="image")
+    writer.finish(class_names=("cat",))
+    config = LatentsConfig(str(tmp_path / "set"))
     inventory = take_inventory(config, read_latents(tmp_path / "set", "train"))
     assert inventory.line() == "latents of images: 5 train, 0 held out, 4 x 6 x 2, classes: cat"
     assert set(inventory.train_files) == {"dataset.json", "train-00000/label.npy"}

@@ -251,7 +251,7 @@ def make_codec(temporal_scale=0.6):
 
 
 def frame_codec():
-    return codecs.FrameCodec(codecs.PixelCodec(pixel_channels=1, factor=2))
+    return codecs.PixelCodec(pixel_channels=1, factor=2)
 
 
 def test_a_codec_of_clips_normalises_and_undoes_it():
@@ -283,7 +283,7 @@ def test_a_codec_gives_the_same_in_any_parts(pixels, whole, monkeypatch):
 @pytest.mark.parametrize("make", [make_codec, frame_codec])
 def test_codecs_of_clips_are_codecs_of_clips(make):
     codec = make()
-    assert isinstance(codec, codecs.ClipCodec)
+    assert isinstance(codec, codecs.Codec)
     assert isinstance(hash(codec), int)
     x = vw.clips("wan_2_1")
     mean, std = codec.moments(x)
@@ -294,11 +294,20 @@ def test_codecs_of_clips_are_codecs_of_clips(make):
     assert {type(array) for array in (mean, std, decoded)} == {np.ndarray}
 
 
+def test_an_image_is_a_clip_of_one_frame():
+    codec, x = make_codec(), vw.clips("wan_2_1")[:, 0]
+    mean, std = codec.moments(x)
+    of_clip = codec.moments(x[:, None])
+    np.testing.assert_array_equal(mean, of_clip[0][:, 0])
+    np.testing.assert_array_equal(std, of_clip[1][:, 0])
+    np.testing.assert_array_equal(codec.decode(mean), codec.decode(mean[:, None])[:, 0])
+
+
 def test_a_codec_of_images_takes_every_frame():
     codec, x = frame_codec(), vw.clips("wan_2_1")
     mean, std = codec.moments(x)
     assert not std.any()
-    np.testing.assert_array_equal(mean[:, 3], codec.codec.moments(x[:, 3])[0])
+    np.testing.assert_array_equal(mean[:, 3], codec.moments(x[:, 3])[0])
     np.testing.assert_array_equal(codec.decode(mean), x)
 
 
@@ -309,9 +318,9 @@ def test_clips_that_do_not_fit_are_refused(make):
         codec.moments(np.zeros((2, 5, 8, 8, 3), np.float32))
     with pytest.raises(ValueError, match="clips are 9 x 8; this codec takes sides that are multiples of 2"):
         codec.moments(np.zeros((2, 5, 9, 8, 1), np.float32))
-    with pytest.raises(ValueError, match="the batch is empty; give at least one clip"):
+    with pytest.raises(ValueError, match="which is empty; give at least one"):
         codec.moments(np.zeros((0, 5, 8, 8, 1), np.float32))
-    with pytest.raises(ValueError, match="the batch is empty; give at least one clip"):
+    with pytest.raises(ValueError, match="which is empty; give at least one"):
         codec.decode(np.zeros((0, 2, 2, 2, codec.channels), np.float32))
     with pytest.raises(ValueError, match=r"latents have shape \(2, 2, 2, 2, 7\); this codec takes"):
         codec.decode(np.zeros((2, 2, 2, 2, 7), np.float32))

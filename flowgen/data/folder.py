@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int, Int32, UInt8
 
-from flowgen.data.buckets import BucketedDataset
+from flowgen.batch import Batch
 from flowgen.data.classes import tell_held_out, with_classes
-from flowgen.data.dataset import ArrayDataset, Batch, DataConfig, Dataset, Split, hold_out_files
+from flowgen.data.dataset import ArrayDataset, BucketedDataset, DataConfig, Dataset, Split, hold_out_files
 from flowgen.data.inventory import tell
 from flowgen.data.listing import Listing, list_files
 from flowgen.data.media import IMAGE_FORMATS, pillow
@@ -73,7 +73,7 @@ def read_folder(
             labels[kept],
             class_names=class_names,
             captions=tuple(captions[i] for i in kept) if captions else (),
-            image_shape=(*size, channels),
+            event_shape=(*size, channels),
             crop=config.crop,
             on_corrupt=config.on_corrupt,
             split=split,
@@ -151,7 +151,7 @@ class FolderDataset:
     it, with that one's label: the result depends only on the position.
 
     Example:
-        dataset = FolderDataset(files, labels, class_names=("cat", "dog"), image_shape=(64, 64, 3))
+        dataset = FolderDataset(files, labels, class_names=("cat", "dog"), event_shape=(64, 64, 3))
         batch = dataset[np.arange(32)]
     """
 
@@ -162,7 +162,7 @@ class FolderDataset:
         *,
         class_names: tuple[str, ...],
         captions: tuple[str, ...] = (),
-        image_shape: tuple[int, int, int],
+        event_shape: tuple[int, int, int],
         crop: Crop = "center",
         on_corrupt: OnCorrupt = "refuse",
         split: Split = "all",
@@ -171,7 +171,7 @@ class FolderDataset:
         self.labels = labels
         self.class_names = class_names
         self.captions = captions
-        self.image_shape = image_shape
+        self.event_shape = event_shape
         self.crop: Crop = crop
         self.on_corrupt = on_corrupt
         self._reader = FileReader(self._read, files, on_corrupt, what=_WHAT, split=split)
@@ -183,7 +183,7 @@ class FolderDataset:
         with ThreadPoolExecutor() as pool:
             answers = list(pool.map(self._reader.next_readable, indices.tolist()))
         positions = np.array([position for position, _ in answers])
-        return {"image": np.stack([image for _, image in answers]), "label": self.labels[positions]}
+        return Batch(np.stack([image for _, image in answers]), self.labels[positions])
 
     def checked(self, *, may_be_empty: bool = False) -> FolderDataset:
         """Returns itself; raises ValueError if files may be skipped and none can be read."""
@@ -196,13 +196,13 @@ class FolderDataset:
 
         may_be_empty: skip them even if none is left.
         """
-        images = np.empty((len(self.files), *self.image_shape), np.uint8)
+        images = np.empty((len(self.files), *self.event_shape), np.uint8)
         kept = self._reader.read_all(images.__setitem__, may_be_empty=may_be_empty)
         images = images if len(kept) == len(images) else images[kept]
         return ArrayDataset(images, self.labels[kept], class_names=self.class_names, captions=self.captions)
 
     def _read(self, position: int) -> UInt8[np.ndarray, "height width c"]:
-        height, width, channels = self.image_shape
+        height, width, channels = self.event_shape
         return read_picture(self.files[position], size=(height, width), channels=channels, crop=self.crop)
 
 

@@ -7,17 +7,16 @@ import zlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from flowgen.data.buckets import BucketedDataset
 from flowgen.data.clips import ClipsConfig, VideoClips
 from flowgen.data.crafter import CLASS_NAMES
-from flowgen.data.dataset import DataConfig, Dataset, check_opens, hold_out_files
+from flowgen.data.dataset import BucketedDataset, DataConfig, Dataset, buckets_of, check_opens, hold_out_files
 from flowgen.data.folder import FolderDataset
 from flowgen.data.inventory import Inventory
-from flowgen.data.latents import INDEX_FILE, LatentDataset, read_index
+from flowgen.data.latent_files import INDEX_FILE, LatentsConfig, read_index
+from flowgen.data.latents import LatentDataset, kind_of
 from flowgen.data.listing import Listing, list_files
 from flowgen.data.media import IMAGE_FORMATS
 from flowgen.data.named import DIGIT_NAMES
@@ -41,7 +40,7 @@ _PICTURES_SIZED, _VIDEOS_SIZED = 32, 4
 Marks = Mapping[str, int | str]
 
 
-def found_classes(config: DataConfig | ClipsConfig) -> tuple[str, ...]:
+def found_classes(config: DataConfig | ClipsConfig | LatentsConfig) -> tuple[str, ...]:
     """Returns the class names in data, in the order of their labels, without opening images.
 
     Raises as `load` and `load_clips` if the data cannot be read.
@@ -49,30 +48,34 @@ def found_classes(config: DataConfig | ClipsConfig) -> tuple[str, ...]:
     Example:
         found_classes(DataConfig("folder", path="photos"))  # ("cat", "dog", "fox")
     """
+    if isinstance(config, LatentsConfig):
+        return read_index(config.path).class_names
     if config.name == "folder":
         return _listed(config).class_names
     if config.name == "npz":
         return npz_classes(config.path)
-    if config.name == "encoded":
-        return tuple(read_index(config.path)["class_names"])
     check_opens(config.name)
     return _BUILT_IN[config.name]
 
 
 def take_inventory(
-    config: DataConfig | ClipsConfig,
+    config: DataConfig | ClipsConfig | LatentsConfig,
     train: Dataset | BucketedDataset,
     held_out: Dataset | BucketedDataset | None = None,
 ) -> Inventory:
-    """Returns the inventory of data opened with a config. Latents of mirror images are not counted.
+    """Returns the inventory of data opened with a config. Mirror images that are encoded beside the images are not
+    counted.
 
     Example:
         print(take_inventory(config, train, held_out).line())
     """
-    kind = "clips" if isinstance(config, ClipsConfig) else "images"
     whole, beside = _apart(train)
-    mirrored = 2 if isinstance(whole[0], LatentDataset) and config.flip else 1
-    listing = _listed(config) if config.name == "folder" else None
+    kind = "images" if kind_of(whole[0]) == "image" else "clips"
+    mirrored = 2 if isinstance(whole[0], LatentDataset) and getattr(config, "flip", False) else 1
+    listing, sizes = None, ()
+    if not isinstance(config, LatentsConfig):
+        listing = _listed(config) if config.name == "folder" else None
+        sizes = _BUILT_IN_SIZES.get(config.name, ()) if listing is None else _sizes(config, listing)
     train_files, held_files = _marks(config, listing)
     left_out = () if listing is None else listing.left_out
     if kind == "images" and listing is not None:
@@ -80,11 +83,11 @@ def take_inventory(
         if unreadable := len(train_files) + len(held_files) - read:
             left_out = (*left_out, f"{unreadable:,} that cannot be read, which the files below name, too")
     return Inventory(
-        f"latents of {kind}" if config.name == "encoded" else kind,
+        f"latents of {kind}" if isinstance(config, LatentsConfig) else kind,
         sum(map(len, whole)) // mirrored,
         0 if held_out is None else len(held_out),
-        _BUILT_IN_SIZES.get(config.name, ()) if listing is None else _sizes(config, listing),
-        tuple(dict.fromkeys(b.event_shape if isinstance(b, LatentDataset) else b.image_shape[:2] for b in whole)),
+        sizes,
+        tuple(dict.fromkeys(b.event_shape if isinstance(b, LatentDataset) else b.event_shape[-3:-1] for b in whole)),
         train.class_names,
         train_files,
         held_files,
@@ -100,24 +103,16 @@ def _listed(config: DataConfig | ClipsConfig) -> Listing:
     return list_files(config.path, tuple(IMAGE_FORMATS), "pictures")
 
 
-def _apart(dataset: Dataset | BucketedDataset) -> tuple[list[Any], list[Any]]:
+def _apart(dataset: Dataset | BucketedDataset) -> tuple[list[Dataset], list[Dataset]]:
     """The images or whole clips of a dataset, and the images beside clips."""
-    buckets: list[Any] = list(dataset.buckets) if isinstance(dataset, BucketedDataset) else [dataset]
-    most = max(map(_frames, buckets))
-    return [b for b in buckets if _frames(b) == most], [b for b in buckets if _frames(b) == 1 < most]
+    buckets = buckets_of(dataset)
+    whole = [bucket for bucket in buckets if kind_of(bucket) in ("image", "clip")]
+    return whole, [bucket for bucket in buckets if kind_of(bucket) == "still"]
 
 
 def _at_most(dataset: Dataset | BucketedDataset) -> bool:
     """Whether unreadable files are included in the counts, because they are only found later."""
-    buckets = dataset.buckets if isinstance(dataset, BucketedDataset) else (dataset,)
-    return any(isinstance(b, FolderDataset | VideoClips) and b.on_corrupt == "skip" for b in buckets)
-
-
-def _frames(dataset: Any) -> int:
-    """The frames of clips; 0 for images."""
-    if isinstance(dataset, LatentDataset):
-        return dataset.event_shape[0] if len(dataset.event_shape) > 3 else 0
-    return getattr(dataset, "frames", 0)
+    return any(isinstance(b, FolderDataset | VideoClips) and b.on_corrupt == "skip" for b in buckets_of(dataset))
 
 
 def _sizes(config: DataConfig | ClipsConfig, listing: Listing) -> tuple[tuple[int, int], ...]:
@@ -136,14 +131,14 @@ def _sizes(config: DataConfig | ClipsConfig, listing: Listing) -> tuple[tuple[in
         return tuple(found for found in pool.map(size, files) if found is not None)
 
 
-def _marks(config: DataConfig | ClipsConfig, listing: Listing | None) -> tuple[Marks, Marks]:
+def _marks(config: DataConfig | ClipsConfig | LatentsConfig, listing: Listing | None) -> tuple[Marks, Marks]:
     """The files of both splits with marks of their content; a file with data of both counts in the first."""
-    if config.name == "npz":
-        return npz_marks(config.path), {}
-    if config.name == "encoded":
+    if isinstance(config, LatentsConfig):
         folder = Path(config.path)
         files = [folder / INDEX_FILE, *sorted(folder.glob("*/label.npy"))]
         return {file.relative_to(folder).as_posix(): zlib.crc32(file.read_bytes()) for file in files}, {}
+    if config.name == "npz":
+        return npz_marks(config.path), {}
     train: dict[str, int | str] = {}
     held_out: dict[str, int | str] = {}
     if listing is not None:

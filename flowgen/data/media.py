@@ -56,7 +56,7 @@ def from_uint8(
     The ends are exact and `to_uint8` inverts every level. Works on numpy and jax arrays, also under jit.
 
     Example:
-        x = from_uint8(batch["image"])
+        x = from_uint8(batch.pixels)
     """
     check_bytes("images", images)
     return images.astype(np.float32) / 127.5 - 1

@@ -78,7 +78,7 @@ def train_classifier(dataset: Dataset, key: Key[Array, ""], *, steps: int = 200)
         raise ValueError("the data carry no labels, without which there is nothing for a classifier to learn.")
     network = _ConvNet(len(dataset.class_names))
     init_key, noise_key = jax.random.split(key)
-    variables = jax.jit(network.init)(init_key, jnp.zeros((1, *dataset.image_shape)))
+    variables = jax.jit(network.init)(init_key, jnp.zeros((1, *dataset.event_shape)))
     state = _optimizer(steps).init(variables)
     loader = Loader(dataset, batch_size=min(BATCH, len(dataset)), seed=0)
     for step in range(steps):
@@ -94,13 +94,13 @@ def _optimizer(steps: int) -> optax.GradientTransformation:
 @partial(jax.jit, static_argnums=(0, 1))
 def _update(network, steps, variables, state, batch, key):
     level_key, key = jax.random.split(key)
-    images = from_uint8(batch["image"])
+    images = from_uint8(batch.pixels)
     level = MAX_NOISE * jax.random.uniform(level_key, (len(images), 1, 1, 1))
     noised = images + level * jax.random.normal(key, images.shape)
 
     def loss(variables):
         logits = network.apply(variables, noised)[1]
-        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels).mean()
 
     updates, state = _optimizer(steps).update(jax.grad(loss)(variables), state)
     return optax.apply_updates(variables, updates), state

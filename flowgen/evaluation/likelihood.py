@@ -12,8 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from flowgen.data.buckets import BucketedDataset
-from flowgen.data.dataset import Dataset
+from flowgen.data.dataset import BucketedDataset, Dataset, buckets_of
 from flowgen.data.loader import fixed_batches
 from flowgen.data.media import from_uint8
 from flowgen.flows.batches import add_noise, batch_input, condition_of
@@ -75,8 +74,8 @@ def _mean_nats(flow, variables, dataset, key, *, noise_std, batch_size, conditio
     sigma = flow.config.noise_std if noise_std is None else noise_std
     variables = jax.device_put(variables)
     total = 0.0
-    for bucket in dataset.buckets if isinstance(dataset, BucketedDataset) else (dataset,):
-        sized = flow.with_image_size(*bucket.image_shape[:2])
+    for bucket in buckets_of(dataset):
+        sized = flow.with_image_size(*bucket.event_shape[-3:-1])
 
         def nats(batch, keys, sized=sized):
             return _flow_nats(sized, variables, batch, keys, sigma=sigma, conditional=conditional)
@@ -87,9 +86,7 @@ def _mean_nats(flow, variables, dataset, key, *, noise_std, batch_size, conditio
 
 @partial(jax.jit, static_argnames=("flow", "sigma", "conditional"))
 def _flow_nats(flow, variables, batch, keys, *, sigma, conditional):
-    noised = jax.vmap(lambda key, one: batch_input(key, jax.tree.map(lambda x: x[None], one), sigma)[0])(
-        keys, {name: batch[name] for name in ("image", "mean", "std") if name in batch}
-    )
+    noised = jax.vmap(lambda key, one: batch_input(key, jax.tree.map(lambda x: x[None], one), sigma)[0])(keys, batch.x)
     cond = condition_of(flow, batch) if conditional else None
     return -flow.apply(variables, noised, cond, method="log_prob") / flow.config.num_dims
 
@@ -114,16 +111,15 @@ def velocity_bits_per_dim(
     def bits(images, labels, keys):
         pairs = jax.vmap(jax.random.split)(keys)
         x = jax.vmap(lambda key, image: add_noise(key, image[None], 0.0)[0])(pairs[:, 0], images)
-        return bits_per_dim(log_prob(x, labels, pairs[0, 1]), math.prod(dataset.image_shape))
+        return bits_per_dim(log_prob(x, labels, pairs[0, 1]), math.prod(dataset.event_shape))
 
-    return _mean(dataset, key, batch_size, lambda batch, keys: bits(batch["image"], batch["label"], keys))
+    return _mean(dataset, key, batch_size, lambda batch, keys: bits(batch.pixels, batch.labels, keys))
 
 
 def _mean(dataset: Dataset, key: Key[Array, ""], batch_size: int, measure: Callable[..., Array]) -> float:
     """The mean of measure(batch, keys) over a dataset, whose noise is the same for any batch size."""
     total = 0.0
-    for index, batch in enumerate(fixed_batches(dataset, min(batch_size, len(dataset)))):
-        mask = batch.pop("mask")
+    for index, (batch, mask) in enumerate(fixed_batches(dataset, min(batch_size, len(dataset)))):
         positions = index * len(mask) + np.arange(len(mask))
         keys = jax.vmap(partial(jax.random.fold_in, key))(positions)
         total += float(np.asarray(measure(batch, keys))[mask].sum())
@@ -140,7 +136,7 @@ def gaussian_bits_per_dim(train: Dataset, dataset: Dataset, *, noise_std: float)
     Example:
         baseline = gaussian_bits_per_dim(trained_on, held_out, noise_std=0.1)
     """
-    dims = math.prod(train.image_shape)
+    dims = math.prod(train.event_shape)
     full = dims <= FULL_COVARIANCE_DIMS and len(train) >= IMAGES_PER_DIM * dims
     noise_variance = noise_std**2 if noise_std > 0 else (2 / LEVELS) ** 2 / 12
     mean = sum(batch.sum(axis=0) for batch in _flat(train, noise_std)) / len(train)
@@ -160,8 +156,8 @@ def gaussian_bits_per_dim(train: Dataset, dataset: Dataset, *, noise_std: float)
 
 def _flat(dataset: Dataset, noise_std: float) -> Iterator[np.ndarray]:
     """Batches of images as float64 vectors, as the flow sees them but without noise."""
-    for batch in fixed_batches(dataset, min(READ_AT_ONCE, len(dataset))):
-        images = np.asarray(from_uint8(batch["image"][batch["mask"]]), np.float64)
+    for batch, mask in fixed_batches(dataset, min(READ_AT_ONCE, len(dataset))):
+        images = np.asarray(from_uint8(batch.pixels[mask]), np.float64)
         if noise_std == 0:
             # Dequantised images are (level + U[0, 1)) / 128 - 1, with their mean half a level up.
             images = (images + 1) * 127.5 / 128 + 1 / LEVELS - 1

@@ -62,9 +62,9 @@ class FrozenTextEncoder:
                 "put the tokenizer of these weights beside them."
             )
         if not len(texts):
-            return TextCondition(np.zeros((0, self.length, self.dim), np.float32), mask)  # ty: ignore
+            return TextCondition(np.zeros((0, self.length, self.dim), np.float32), mask)
         (features,) = in_parts(lambda *part: (_run(self.network, self.variables, *part),), TEXTS_AT_ONCE, ids, mask)
-        return TextCondition(features, mask)  # ty: ignore[invalid-argument-type]
+        return TextCondition(features, mask)
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class HashedWords:
                 words = [*words[: self.length - 1], words[-1]]
             features[row, : len(words)] = [self._feature(word) for word in words]
             mask[row, : len(words)] = True
-        return TextCondition(features, mask)  # ty: ignore[invalid-argument-type]
+        return TextCondition(features, mask)
 
     def _feature(self, word: str) -> Float[np.ndarray, " e"]:
         seed = int.from_bytes(hashlib.sha256(word.encode()).digest()[:8], "little")

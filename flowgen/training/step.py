@@ -16,7 +16,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Key
 
 from flowgen.arrays import shown
-from flowgen.rows import ROWS, Rows, StatefulObjective, micro_batches, share_of_batch
+from flowgen.rows import StatefulObjective, micro_batches, share_of_batch, with_rows
 from flowgen.training.options import OptimConfig, check_warmups
 
 Metrics = dict[str, Array]
@@ -163,11 +163,11 @@ def make_step(
 
     objective: (variables, batch, key) -> (loss, metrics) or (loss, metrics, collections).
     batch: this device's share, consecutive rows in the order of the axis. key: the same for all steps and devices.
-    The objective receives a key unique to its device, step and micro-batch and, if the batch is a dict, an added entry
-    `rows`, a `flowgen.rows.Rows`. Draws from `rows` are the same on any number of devices and with any accumulation;
-    draws from the key are not. Micro-batch j has the rows j, j + accumulation, ... of the whole batch. Raises
-    ValueError, while it is traced, for a batch that has `rows` already or that micro-batches cannot share, and for an
-    objective that returns something else.
+    The objective receives a key unique to its device, step and micro-batch and, if the batch is a `Batch` or a dict, an
+    added `rows`, a `flowgen.rows.Rows`. Draws from `rows` are the same on any number of devices and with any
+    accumulation; draws from the key are not. Micro-batch j has the rows j, j + accumulation, ... of the whole batch.
+    Raises ValueError, while it is traced, if a batch has `rows` already or micro-batches cannot share it, or if the
+    objective returns something else.
     metrics: the objective's, `loss`, `grad_norm` (before clipping) and `lr`, means over devices and micro-batches; if
     spikes are skipped also `skipped`, 0 or 1, and `skipped_in_a_row`.
     others: as for `make_optimizer`; lr and skipping are reported for the main one.
@@ -235,19 +235,6 @@ def make_step(
         ), jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), metrics)
 
     return update
-
-
-def with_rows(batch: Any, rows: Rows) -> Any:
-    """Returns a batch with its rows if it is a dict; any other kind of batch unchanged.
-
-    Example:
-        loss, metrics = objective(variables, with_rows(batch, rows), key)
-    """
-    if not isinstance(batch, Mapping):
-        return batch
-    if ROWS in batch:
-        raise ValueError(f"a batch has {ROWS!r}, which training adds itself; give the array another name.")
-    return {**batch, ROWS: rows}
 
 
 def check_share(batch: Any, accumulation: int) -> int:

@@ -18,6 +18,7 @@ import flowgen
 from flowgen import matching as fm
 from flowgen.codecs import AutoencoderConfig
 from flowgen.conditioning import TextCondition
+from flowgen.data import Batch, Moments
 from flowgen.experiments.autoencoder import AutoencodingConfig, autoencoding_objective
 from flowgen.experiments.codecs import STATISTICS
 from flowgen.flows import STARFlowVConfig, flow_score_objective
@@ -53,7 +54,7 @@ def labels(random):
 
 
 def pictures(random, shape=(4, 4, 1)):
-    return {"image": random.integers(0, 256, (BATCH, *shape)).astype(np.uint8), "label": labels(random)}
+    return Batch(random.integers(0, 256, (BATCH, *shape)).astype(np.uint8), labels(random))
 
 
 def flow_case(make_objective=nll_objective, config=flowgen.TARFlowConfig, **options):
@@ -82,7 +83,7 @@ def text_case():
 def latents_of_texts(random):
     mean, std = random.standard_normal((2, BATCH, 4, 4, 2))
     texts = random.standard_normal((BATCH, 3, 5)), random.random((BATCH, 3)) < 0.7
-    return {"mean": mean, "std": np.abs(std), "text": texts}
+    return Batch(Moments(mean, np.abs(std)), TextCondition(*texts))
 
 
 def clips_case():
@@ -129,7 +130,7 @@ def unet_case():
     )  # fmt: skip
 
     def pairs(key, batch):
-        return {"x1": flowgen.data.from_uint8(batch["image"]), "cond": batch["label"]}
+        return {"x1": flowgen.data.from_uint8(batch.x), "cond": batch.context}
 
     def make():
         network = fm.UNet(config)

@@ -60,12 +60,12 @@ YAML = """arguments:
 - noise_std: 0.3
 """
 LATENT_CONFIG = """
-from flowgen.data import DataConfig
+from flowgen.data import LatentsConfig
 from flowgen.experiments import FlowExperiment, SpaceToDepth
 from flowgen.flows import STARFlowConfig
 def config():
     model = STARFlowConfig(image_size=4, channels=4, width=32, head_dim=16, layers_per_block=(1, 1))
-    data = DataConfig(name="encoded", path="latents")
+    data = LatentsConfig(path="latents")
     return FlowExperiment(name="latents", model=model, data=data, codec=SpaceToDepth(2))
 """
 CLIPS_CONFIG = """
@@ -120,7 +120,9 @@ def write_data(folder):
     """Pictures, arrays, clips and latents."""
     from PIL import Image
 
-    from flowgen.data.latents import LatentWriter, Shard
+    from flowgen.data import Moments
+    from flowgen.data.latent_files import LatentWriter
+    from flowgen.data.latents import Shard
     from flowgen.data.video import write_video
 
     rng = np.random.default_rng(0)
@@ -138,8 +140,8 @@ def write_data(folder):
     writer = LatentWriter(folder / "latents")
     for split in ("train", "eval"):
         moments = rng.normal(size=(2, 4, 4, 4, 4)).astype(np.float32)
-        writer.add(split, Shard(moments[0], np.abs(moments[1]), np.zeros(4, np.int32)))
-    writer.finish(class_names=("a",), made_by={})
+        writer.add(split, Shard(Moments(moments[0], np.abs(moments[1])), np.zeros(4, np.int32)), kind="image")
+    writer.finish(class_names=("a",))
 
 
 # -- kinds ------------------------------------------------------------------------------------------------------
