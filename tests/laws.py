@@ -98,7 +98,7 @@ def labels(config, batch=4):
 
 
 def batch_of(x, cond):
-    """Returns the batch of 8-bit pictures that an objective takes."""
+    """Returns the batch of 8-bit images that an objective takes."""
     label = jnp.zeros(len(x), jnp.int32) if cond is None else cond
     condition = {"text": cond} if isinstance(cond, TextCondition) else {"label": label}
     return {"image": jnp.asarray((x + 1) * 127, jnp.uint8), **condition}

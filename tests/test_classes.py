@@ -35,7 +35,7 @@ LEVELS = {"cat": 20, "dog": 120, "fox": 220, "zebra": 70}
 
 
 def photos(root, *names, count=6):
-    """Grey pictures with a little noise, of a level that is the class's."""
+    """Grey images with a little noise, of a level that is the class's."""
     for name in names:
         (root / name).mkdir(parents=True)
         noise = np.random.default_rng(0)
@@ -102,7 +102,7 @@ def test_a_class_that_is_not_known_is_refused_by_name(make, tmp_path):
         make(tmp_path / "data", ("cat", "zebra"), KNOWN)
 
 
-def test_built_in_pictures_and_clips_are_mapped_by_name():
+def test_built_in_images_and_clips_are_mapped_by_name():
     names = tuple("9876543210")
     digits = load(DataConfig(), image_size=(8, 8), channels=1, split="all")
     turned = load(DataConfig(classes=names), image_size=(8, 8), channels=1, split="all")
@@ -144,7 +144,7 @@ def test_the_largest_label_of_a_type_counts(tmp_path, labels, classes):
 def test_sparse_labels_are_refused_before_anything_is_made_of_them(tmp_path, largest):
     labels = np.array([0, largest], np.uint64)
     np.savez(tmp_path / "a.npz", images=np.zeros((2, 8, 8), np.uint8), labels=labels)
-    with pytest.raises(ValueError, match=rf"'labels' .* contains {largest} for 2 pictures"):
+    with pytest.raises(ValueError, match=rf"'labels' .* contains {largest} for 2 images"):
         load(DataConfig("npz", path=str(tmp_path / "a.npz")), image_size=(8, 8), channels=1, split="all")
 
 
@@ -215,7 +215,7 @@ def test_cached_latents_of_an_experiment_have_the_numbers_of_its_run(tmp_path):
     assert experiment.flow_dataset("train")[np.arange(2)]["label"].tolist() == [1, 2]
 
 
-def test_pictures_beside_clips_have_the_numbers_of_the_clips(tmp_path):
+def test_images_beside_clips_have_the_numbers_of_the_clips(tmp_path):
     tiny = {"patch_size": 4, "width": 40, "head_dim": 20, "layers_per_block": (1, 1)}
     names = ["7", "0"]
     np.savez(tmp_path / "a.npz", images=np.zeros((2, 12, 12), np.uint8), labels=[0, 1], class_names=names)
@@ -253,7 +253,7 @@ def experiment_of(**changes):
 def test_classes_of_the_model_without_data_are_told_once_and_not_drawn(tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
     photos(tmp_path / "photos", *KNOWN)
-    (tmp_path / "photos" / "notes.xcf").write_text("no picture")
+    (tmp_path / "photos" / "notes.xcf").write_text("no image")
     experiment = experiment_of()
     experiment = dataclasses.replace(
         experiment, model=dataclasses.replace(experiment.model, num_classes=10)
@@ -327,7 +327,7 @@ def test_a_class_is_asked_for_by_name(run, tmp_path, capsys):
 
 @pytest.fixture
 def again(run, tmp_path, monkeypatch):
-    """A copy of the run and of its pictures, in which the test is; the pictures may be changed."""
+    """A copy of the run and of its images, in which the test is; the images may be changed."""
     for name in ("run", "photos"):
         shutil.copytree(run.parent / name, tmp_path / name)
     monkeypatch.chdir(tmp_path)
@@ -347,7 +347,7 @@ def test_a_renamed_class_is_refused(again):
     assert resumed(workdir).state.step == 6
 
 
-def test_a_class_without_pictures_goes_on_where_its_name_is_kept(again, caplog):
+def test_a_class_without_images_goes_on_where_its_name_is_kept(again, caplog):
     workdir, path = again
     shutil.rmtree(path / "dog")
     with pytest.raises(ValueError, match=r"data\.classes: dog missing; to go on"):

@@ -1,4 +1,4 @@
-"""The commands as a user types them: one tiny run from training to pictures, and every mistake in one sentence."""
+"""The commands as a user types them: one tiny run from training to images, and every mistake in one sentence."""
 
 import dataclasses
 import io
@@ -170,7 +170,7 @@ def test_an_image_depends_on_its_seed_and_number_alone(trained, tmp_path):
     assert (np.abs(other - whole).max(axis=(1, 2)) > LEVELS_APART).all(), "every image follows the seed"
 
 
-def test_jacobi_decoding_gives_the_same_pictures_and_is_certified(trained, tmp_path):
+def test_jacobi_decoding_gives_the_same_images_and_is_certified(trained, tmp_path):
     def draw(name, words):
         path = tmp_path / name
         lines = succeed(f"{SAMPLES} {words} --checkpoint", trained.path, "--out", path).splitlines()
@@ -267,7 +267,7 @@ def run_python(*words, cwd):
     )
 
 
-def test_sample_script_writes_a_picture(trained, tmp_path):
+def test_sample_script_writes_a_image(trained, tmp_path):
     result = run_python(PROJECT / "sample.py", "--checkpoint", trained.path, "--num", 2, cwd=tmp_path)
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.endswith("Wrote samples.png\n")
@@ -344,7 +344,7 @@ def museum(trained, imported, tmp_path_factory):
     (root / "mine" / "letter.txt").write_text("mine\n")
     make_configs(root)
     make_runs(root, trained.path, imported[0])
-    make_pictures(root)
+    make_photos(root)
     make_weights(root)
     return root, contents(root)
 
@@ -381,14 +381,14 @@ def make_runs(root, trained, imported):
     (root / "not_json" / "config.json").write_text("{")
 
 
-def make_pictures(root):
-    for folder in ("good/zero", "corrupt/zero", "no_pictures/zero", "flat", "mixed/zero"):
-        (root / "pictures" / folder).mkdir(parents=True)
+def make_photos(root):
+    for folder in ("good/zero", "corrupt/zero", "no_images/zero", "flat", "mixed/zero"):
+        (root / "photos" / folder).mkdir(parents=True)
     grey = Image.new("L", (8, 8), 128)
     for name in ("good/zero/a", "good/zero/b", "corrupt/zero/a", "flat/a", "flat/b", "mixed/a", "mixed/zero/a"):
-        grey.save(root / "pictures" / f"{name}.png")
-    (root / "pictures" / "corrupt" / "zero" / "b.png").write_bytes(b"not a picture")
-    (root / "pictures" / "no_pictures" / "zero" / "notes.txt").write_text("mine\n")
+        grey.save(root / "photos" / f"{name}.png")
+    (root / "photos" / "corrupt" / "zero" / "b.png").write_bytes(b"not an image")
+    (root / "photos" / "no_images" / "zero" / "notes.txt").write_text("mine\n")
     images, labels = np.zeros((20, 8, 8), np.uint8), np.zeros(20, np.int64)
     for name, arrays in {
         "float": {"images": images / 255, "labels": labels},
@@ -397,11 +397,11 @@ def make_pictures(root):
         "axes": {"images": images[0], "labels": labels},
         "labels": {"images": images, "labels": labels / 2},
         "many": {"images": images, "labels": labels + 10},
-        "unnamed": {"pictures": images},
+        "unnamed": {"photos": images},
         "unlabelled": {"images": images},
     }.items():
-        np.savez(root / "pictures" / f"{name}.npz", **arrays)
-    (root / "pictures" / "text.npz").write_text("mine\n")
+        np.savez(root / "photos" / f"{name}.npz", **arrays)
+    (root / "photos" / "text.npz").write_text("mine\n")
 
 
 def make_weights(root):
@@ -492,26 +492,26 @@ MISTAKES = {
     # Data.
     f"{TRAIN} --data.name emoji": r"data\.name is 'emoji'; it must be 'digits' or",
     f"{TRAIN} --data.on_corrupt ignore": r"data\.on_corrupt is 'ignore'; it must be 'refuse' or 'skip'",
-    f"{TRAIN} --data.path pictures": r"data\.path is 'pictures' but data\.name 'digits' reads no path",
+    f"{TRAIN} --data.path photos": r"data\.path is 'photos' but data\.name 'digits' reads no path",
     f"{TRAIN} --data.name folder": r"data\.path is empty; data\.name 'folder' needs the path",
     f"{TRAIN} --data.name folder --data.path none": r"data\.path 'none' does not exist; give the folder",
     f"{TRAIN} --data.name folder --data.path file.txt": r"data\.path 'file\.txt' is a file; give the folder",
-    f"{TRAIN} --data.name folder --data.path empty": r"data\.path 'empty' holds no pictures; put \.png",
-    f"{TRAIN} --data.name folder --data.path pictures/no_pictures": r"holds no pictures; put \.png",
-    f"{TRAIN} --data.name folder --data.path pictures/mixed": r"holds pictures both directly \(such as 'a\.png'\)",
-    f"{TRAIN} --data.name folder --data.path pictures/flat": r"the data carries no labels; .* model\.num_classes",
-    f"{TRAIN} --data.name folder --data.path pictures/corrupt --model.num_classes 1": r"1 picture .*/b\.png' \(no p",
-    f"{TRAIN} --data.name folder --data.path pictures/good --model.channels 2": r"model\.channels is 2; .* 1 \(grey",
+    f"{TRAIN} --data.name folder --data.path empty": r"data\.path 'empty' holds no images; put \.png",
+    f"{TRAIN} --data.name folder --data.path photos/no_images": r"holds no images; put \.png",
+    f"{TRAIN} --data.name folder --data.path photos/mixed": r"holds images both directly \(such as 'a\.png'\)",
+    f"{TRAIN} --data.name folder --data.path photos/flat": r"the data carries no labels; .* model\.num_classes",
+    f"{TRAIN} --data.name folder --data.path photos/corrupt --model.num_classes 1": r"1 image .*/b\.png' \(no p",
+    f"{TRAIN} --data.name folder --data.path photos/good --model.channels 2": r"model\.channels is 2; .* 1 \(grey",
     f"{TRAIN} --data.name npz --data.path none.npz": r"data\.path 'none\.npz' is no file; give the path of an \.npz",
-    f"{TRAIN} --data.name npz --data.path pictures/text.npz": r"is no readable \.npz file of plain arrays",
-    f"{TRAIN} --data.name npz --data.path pictures/unnamed.npz": r"\['pictures'\] but no 'images'; save it with",
-    f"{TRAIN} --data.name npz --data.path pictures/float.npz": r"'images' .* is float64; save uint8 levels",
-    f"{TRAIN} --data.name npz --data.path pictures/axes.npz": r"'images' .* has shape \(8, 8\); save at least",
-    f"{TRAIN} --data.name npz --data.path pictures/small.npz": r"is 6x8 but model\.image_size is 8x8; resize",
-    f"{TRAIN} --data.name npz --data.path pictures/colour.npz": r"channels is 1 but .* of 3 channels; set model\.cha",
-    f"{TRAIN} --data.name npz --data.path pictures/labels.npz": r"'labels' .* is float64 .*; save integers",
-    f"{TRAIN} --data.name npz --data.path pictures/many.npz": r"num_classes is 10 but the data has 11 classes; set",
-    f"{TRAIN} --data.name npz --data.path pictures/unlabelled.npz": r"the data carries no labels; .* model\.num_cl",
+    f"{TRAIN} --data.name npz --data.path photos/text.npz": r"is no readable \.npz file of plain arrays",
+    f"{TRAIN} --data.name npz --data.path photos/unnamed.npz": r"\['photos'\] but no 'images'; save it with",
+    f"{TRAIN} --data.name npz --data.path photos/float.npz": r"'images' .* is float64; save uint8 levels",
+    f"{TRAIN} --data.name npz --data.path photos/axes.npz": r"'images' .* has shape \(8, 8\); save at least",
+    f"{TRAIN} --data.name npz --data.path photos/small.npz": r"is 6x8 but model\.image_size is 8x8; resize",
+    f"{TRAIN} --data.name npz --data.path photos/colour.npz": r"channels is 1 but .* of 3 channels; set model\.cha",
+    f"{TRAIN} --data.name npz --data.path photos/labels.npz": r"'labels' .* is float64 .*; save integers",
+    f"{TRAIN} --data.name npz --data.path photos/many.npz": r"num_classes is 10 but the data has 11 classes; set",
+    f"{TRAIN} --data.name npz --data.path photos/unlabelled.npz": r"the data carries no labels; .* model\.num_cl",
     # Run directories to write.
     "train --debug --config tiny.py --workdir mine": r"workdir mine holds files but no flowgen run; give a new",
     "train --debug --config tiny.py --workdir file.txt": r"workdir file\.txt holds files but no flowgen run",
@@ -576,9 +576,9 @@ MISTAKES = {
     # Outputs.
     "sample --checkpoint run --out file.txt/a.png": r"Cannot write 'file\.txt/a\.png': 'file\.txt' is a file, not a f",
     "sample --checkpoint run --out file.txt/a.npz": r"Cannot write 'file\.txt/a\.npz': 'file\.txt' is a file, not a f",
-    "sample --checkpoint run --out empty": r"'empty' has no picture suffix; use one of \.png",
+    "sample --checkpoint run --out empty": r"'empty' has no image suffix; use one of \.png",
     "sample --checkpoint run --out a.gif": r"--out is a\.gif, a video, and this model draws none; use \.png",
-    "sample --checkpoint run --out a.tiff": r"'a\.tiff' has no picture suffix; use one of \.png",
+    "sample --checkpoint run --out a.tiff": r"'a\.tiff' has no image suffix; use one of \.png",
     "sample --checkpoint run --single mine": r"mine exists already; give another directory",
     "sample --checkpoint run --single file.txt/a": r"file\.txt/a cannot be made, because \S*file\.txt is a file",
     "sample --checkpoint run --out a.png --single a.png": r"--single and --out are both a\.png; give the single files",

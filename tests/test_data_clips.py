@@ -176,8 +176,8 @@ def encoded(path, frames, *, rate=8, at=None, audio=0.0, **options):
 
 def slow_gif(path, milliseconds):
     """Writes frames that are shown for times of their own."""
-    pictures = [pillow().fromarray(frame) for frame in gradient(len(milliseconds))]
-    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=milliseconds)
+    images = [pillow().fromarray(frame) for frame in gradient(len(milliseconds))]
+    images[0].save(path, save_all=True, append_images=images[1:], duration=milliseconds)
 
 
 ODD_VIDEOS = {
@@ -308,7 +308,7 @@ def test_configs_that_cannot_be_are_refused(change, message, untyped):
 def test_files_and_shapes_that_cannot_be_are_refused(videos, tmp_path):
     with pytest.raises(ValueError, match="clips are 8 x 8, with no room for digits of 8; use 10 or more"):
         bouncing(size=(8, 8))
-    with pytest.raises(ValueError, match=r"data.eval_fraction 0.99 of 50 pictures leaves none to train on"):
+    with pytest.raises(ValueError, match=r"data.eval_fraction 0.99 of 50 images leaves none to train on"):
         bouncing(eval_fraction=0.99)
     with pytest.raises(ValueError, match="clips have 1 channel"):
         bouncing(channels=4)

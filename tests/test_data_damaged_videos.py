@@ -68,7 +68,7 @@ def test_a_video_that_begins_between_key_frames_begins_with_the_next(tmp_path, n
 def test_a_video_without_a_key_frame_is_refused(tmp_path):
     path = from_packet(encode(tmp_path / "a.ts", FORTY[:15], crf="4", g="100", **{"x264-params": "scenecut=0"}), 4)
     for call in (frame_times, video_length, video_size, lambda p: read_clip(p, 1, SIZE, 3)):
-        with pytest.raises(UnreadableVideo, match="has no pictures in it that can be decoded"):
+        with pytest.raises(UnreadableVideo, match="has no frames that can be decoded"):
             call(path)
 
 

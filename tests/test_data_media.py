@@ -47,7 +47,7 @@ def test_grid_refuses_meaningless_layouts(options):
 
 
 @pytest.mark.parametrize("shape", [(5, 7), (5, 7, 1), (5, 7, 3)])
-def test_saved_picture_reads_back(tmp_path, rng, shape):
+def test_saved_image_reads_back(tmp_path, rng, shape):
     image = rng.integers(0, 256, shape, dtype=np.uint8)
     media.save_image(tmp_path / "a.PNG", image)
     with media.pillow().open(tmp_path / "a.PNG") as saved:

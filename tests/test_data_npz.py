@@ -44,7 +44,7 @@ def test_npz_gives_its_arrays_unchanged(tmp_path):
             {"images": GREY[..., None].repeat(2, -1)},
             "model.channels is 1 .* of 2 channels; set model.channels to 2",
         ),
-        ({"pictures": GREY}, r"\['pictures'\] but no 'images'"),
+        ({"photos": GREY}, r"\['photos'\] but no 'images'"),
         (
             {"images": GREY, "labels": np.zeros(9, int)},
             r"int64 of shape \(9,\); save integers of shape \(10,\)",

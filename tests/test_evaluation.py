@@ -89,7 +89,7 @@ def test_a_classifier_of_the_digits_knows_held_out_ones(key):
     images = np.asarray(from_uint8(everything["image"]))
     assert (classifier.classes(images) == everything["label"]).mean() > 0.95
     assert classifier.features(images).shape == (len(held_out), 64)
-    # Its features order damage, and 90 pictures differ less from 90 others than from their own ruins.
+    # Its features order damage, and 90 images differ less from 90 others than from their own ruins.
     noise = np.random.default_rng(0).standard_normal(images.shape).astype(np.float32)
     features = classifier.features(images)
     damage = [frechet_distance(features, classifier.features(images + level * noise)) for level in (0.1, 0.3, 1.0)]

@@ -98,8 +98,8 @@ def test_latents_of_a_trained_autoencoder_are_normalised_and_decoded(autoencoder
     # The statistics follow the batches, so they are near, not at, those of the final weights.
     np.testing.assert_allclose(drawn.mean(axis=(0, 1, 2)), 0, atol=0.3)
     np.testing.assert_allclose(drawn.std(axis=(0, 1, 2)), 1, atol=0.3)
-    pictures = experiment.dataset("train")[np.arange(500)]["image"] / 127.5 - 1
-    error = np.square(experiment.encoding.open_codec().decode(batch["mean"]) - pictures).mean()
+    images = experiment.dataset("train")[np.arange(500)]["image"] / 127.5 - 1
+    error = np.square(experiment.encoding.open_codec().decode(batch["mean"]) - images).mean()
     rows = [json.loads(line) for line in (autoencoder / "metrics.jsonl").read_text().splitlines()]
     assert error == pytest.approx(rows[-1]["eval/mean_square_error"], rel=0.2)
 
@@ -157,7 +157,7 @@ def test_encoding_first_or_on_the_way_trains_the_same(autoencoder, tmp_path, cap
     with monkeypatch.context() as patch:
         patch.setattr(flow.FlowExperiment, "likelihood_lines", None)  # which comes later
         assert main(["evaluate", "--checkpoint", str(tmp_path / "again"), "--samples", "20"]) == 2
-    assert "holds no pictures; give the data it was made of" in capsys.readouterr().err
+    assert "holds no images; give the data it was made of" in capsys.readouterr().err
     assert main(["encode", "--config", str(path), "--out", str(out)]) == 2
     assert "exists already" in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"codec is missing, and data.path .* was encoded by the autoencoder at"):
@@ -169,7 +169,7 @@ def test_encoding_first_or_on_the_way_trains_the_same(autoencoder, tmp_path, cap
 
 
 @pytest.mark.slow
-def test_samples_of_latents_are_pictures(autoencoder, tmp_path, capsys):
+def test_samples_of_latents_are_images(autoencoder, tmp_path, capsys):
     run = tmp_path / "run"
     fit(experiment_of(codec=PretrainedAutoencoder(str(autoencoder)), likelihood=LikelihoodConfig(1e-4)), run)
     out = tmp_path / "samples.npz"
@@ -374,7 +374,7 @@ def test_parts_that_do_not_fit_are_refused(changes, message):
 
 def test_more_latents_than_fit_are_to_be_encoded_first():
     experiment = experiment_of(data=DataConfig(in_memory_bytes=100_000))
-    with pytest.raises(ValueError, match=r"of 1617 pictures would take 827,904 bytes, more .* flowgen encode"):
+    with pytest.raises(ValueError, match=r"of 1617 images would take 827,904 bytes, more .* flowgen encode"):
         experiment.job()
 
 

@@ -76,7 +76,7 @@ def written(path, count=10, size=(24, 20)):
 @pytest.mark.parametrize("aspects", [False, True])
 def test_a_folder_is_counted(tmp_path, aspects):
     config = dataclasses.replace(written(tmp_path / "photos"), aspects=aspects)
-    (tmp_path / "photos" / "dog" / "a.xcf").write_text("no picture")
+    (tmp_path / "photos" / "dog" / "a.xcf").write_text("no image")
     train, held_out = (load(config, image_size=(8, 8), channels=1, split=split) for split in ("train", "eval"))
     inventory = take_inventory(config, train, held_out)
     # 24 x 20 is nearest to 5:4 of the nine aspects, of about the area of 8 x 8.
@@ -108,7 +108,7 @@ def test_built_in_sets_npz_and_latents_are_counted(tmp_path):
     assert set(inventory.train_files) == {"dataset.json", "train-00000/label.npy"}
 
 
-def test_clips_are_counted_apart_from_pictures_and_from_their_own_parts():
+def test_clips_are_counted_apart_from_images_and_from_their_own_parts():
     config = ClipsConfig(num=100)
     shape = {"image_size": (10, 10), "channels": 1, "split": "train"}
     clips = load_clips(config, frames=4, **shape)

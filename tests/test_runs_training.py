@@ -339,7 +339,7 @@ def test_a_signal_is_answered_at_once_and_nothing_is_lost(whole, tmp_path, place
     else:
         report = json.loads(out)
         assert report["signal"] == number
-        # The first evaluation and the first picture are of step 4.
+        # The first evaluation and the first image are of step 4.
         step = 1 if place == "objective" else 4
         assert report["step"] == step == CheckpointReader(workdir / CHECKPOINTS).latest_step()
     toy.run(toy.make_job(), workdir, log=TEN)

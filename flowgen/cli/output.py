@@ -17,7 +17,7 @@ from flowgen.data.video import VIDEO_SUFFIXES, check_video_path, write_video
 from flowgen.experiments import MatchingExperiment, Samples, VideoFlowExperiment
 from flowgen.experiments.drawing import DrawOptions, drawn_classes
 from flowgen.experiments.experiment import Experiment
-from flowgen.experiments.pictures import DRAWABLE_CHANNELS, matplotlib, picture, side_by_side, strips
+from flowgen.experiments.plots import DRAWABLE_CHANNELS, matplotlib, sample_grid, side_by_side, strips
 from flowgen.settings import words_of
 
 KINDS = {2: "points", 4: "images", 5: "clips"}  # by the number of axes
@@ -90,7 +90,7 @@ class Output:
         elif arrays.ndim == 4:
             asked = options.classes
             classes = drawn_classes(experiment.model, experiment.data) if not asked else len(words_of(asked, ""))
-            save_image(self.path, picture(arrays, classes))
+            save_image(self.path, sample_grid(arrays, classes))
         else:
             assert isinstance(experiment, MatchingExperiment)
             save_image(self.path, experiment.plot(model, variables, arrays, jax.random.key(options.seed)))

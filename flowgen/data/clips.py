@@ -18,9 +18,9 @@ from flowgen.data.classes import checked_names, tell_held_out, with_classes
 from flowgen.data.crafter import record
 from flowgen.data.dataset import NO_LABEL, Batch, DataConfig, Split, check_choice, check_opens, hold_out_files
 from flowgen.data.folder import opened, read_captions
+from flowgen.data.image_files import Crop
 from flowgen.data.inventory import tell
 from flowgen.data.named import package_folder
-from flowgen.data.pictures import Crop
 from flowgen.data.unreadable import FileReader, OnCorrupt, tell_lost_classes
 from flowgen.data.video import READABLE, av, frame_times, read_clip
 from flowgen.nn.checks import ImageSize, image_sides
@@ -93,12 +93,12 @@ class ClipsConfig:
         if self.images_fraction and self.images is None and self.name != "encoded":
             raise ValueError(f"images_fraction is {self.images_fraction}, and there are no images; give them.")
         if self.images is not None and self.name == "encoded":
-            raise ValueError("images is given, but encoded data have their pictures among them; leave it out.")
+            raise ValueError("images is given, but encoded data have their images among them; leave it out.")
         if self.images is not None and (self.images.name == "encoded" or self.images.aspects):
-            raise ValueError("images is encoded or of several aspects; give pictures of one shape.")
+            raise ValueError("images is encoded or of several aspects; give images of one shape.")
         if self.images is not None and self.images.flip != self.flip:
             raise ValueError(
-                f"images.flip is {self.images.flip} and flip is {self.flip}, and pictures and clips are "
+                f"images.flip is {self.images.flip} and flip is {self.flip}, and images and clips are "
                 "mirrored alike; set both to the same."
             )
 

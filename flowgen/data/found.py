@@ -16,6 +16,7 @@ from flowgen.data.clips import ClipsConfig, VideoClips
 from flowgen.data.crafter import CLASS_NAMES
 from flowgen.data.dataset import DataConfig, Dataset, check_opens, hold_out_files
 from flowgen.data.folder import FolderDataset
+from flowgen.data.image_files import UnreadableImage, read_image_size
 from flowgen.data.inventory import Inventory
 from flowgen.data.latents import INDEX_FILE, LatentDataset, read_index
 from flowgen.data.listing import Listing, list_files
@@ -23,7 +24,6 @@ from flowgen.data.media import IMAGE_FORMATS
 from flowgen.data.named import DIGIT_NAMES
 from flowgen.data.npz import npz_classes, npz_marks
 from flowgen.data.openmoji import GROUPS
-from flowgen.data.pictures import UnreadablePicture, picture_size
 from flowgen.data.video import READABLE, UnreadableVideo, video_size
 
 _BUILT_IN = {
@@ -36,7 +36,7 @@ _BUILT_IN = {
 }
 _BUILT_IN_SIZES = {"digits": ((8, 8),), "mnist": ((28, 28),)}
 # Files whose sizes are checked; fewer for videos, which take longer.
-_PICTURES_SIZED, _VIDEOS_SIZED = 32, 4
+_IMAGES_SIZED, _VIDEOS_SIZED = 32, 4
 
 Marks = Mapping[str, int | str]
 
@@ -97,7 +97,7 @@ def take_inventory(
 def _listed(config: DataConfig | ClipsConfig) -> Listing:
     if isinstance(config, ClipsConfig):
         return list_files(config.path, READABLE, "videos")
-    return list_files(config.path, tuple(IMAGE_FORMATS), "pictures")
+    return list_files(config.path, tuple(IMAGE_FORMATS), "images")
 
 
 def _apart(dataset: Dataset | BucketedDataset) -> tuple[list[Any], list[Any]]:
@@ -123,13 +123,13 @@ def _frames(dataset: Any) -> int:
 def _sizes(config: DataConfig | ClipsConfig, listing: Listing) -> tuple[tuple[int, int], ...]:
     """(height, width) of some files, evenly spaced; unreadable ones are skipped."""
     is_video = isinstance(config, ClipsConfig)
-    most = min(_VIDEOS_SIZED if is_video else _PICTURES_SIZED, len(listing))
+    most = min(_VIDEOS_SIZED if is_video else _IMAGES_SIZED, len(listing))
     files = [listing.root / listing.names[i] for i in np.linspace(0, len(listing) - 1, most).astype(int)]
 
     def size(file: Path) -> tuple[int, int] | None:
         try:
-            return video_size(file) if is_video else picture_size(file)
-        except (UnreadablePicture, UnreadableVideo):
+            return video_size(file) if is_video else read_image_size(file)
+        except (UnreadableImage, UnreadableVideo):
             return None
 
     with ThreadPoolExecutor() as pool:

@@ -29,7 +29,7 @@ from flowgen.printable import composed
 INDEX_FILE = "dataset.json"
 NULL_FILE = "null.npz"
 FORMAT = "flowgen latents 2"
-PICTURES_AT_ONCE = 512
+IMAGES_AT_ONCE = 512
 MAX_AXES = 8
 MAX_NULL_OVERHEAD = 1 << 16  # bytes
 SHARD_BYTES = 256 << 20
@@ -153,7 +153,7 @@ def _check_moments(shard: Shard | ShardFile, mean: np.ndarray, std: np.ndarray) 
 
 
 def encode(
-    dataset: Dataset, moments: Moments, texts: Texts | None = None, *, flip: bool = False, size: int = PICTURES_AT_ONCE
+    dataset: Dataset, moments: Moments, texts: Texts | None = None, *, flip: bool = False, size: int = IMAGES_AT_ONCE
 ) -> Iterator[Shard]:
     """Yields the latents of a dataset, `size` images at a time.
 
@@ -179,7 +179,7 @@ def encode(
             shard = Shard(np.asarray(mean, np.float32), np.asarray(std, np.float32), batch["label"], *features)
             if not all(np.isfinite(array).all() for array in shard if array is not None):
                 raise ValueError(
-                    f"latents or features of pictures {start} to {indices[-1]} are not finite (features are kept in "
+                    f"latents or features of images {start} to {indices[-1]} are not finite (features are kept in "
                     "float16); use another autoencoder or text encoder."
                 )
             yield shard
@@ -219,8 +219,8 @@ def captions_of(dataset: Dataset, indices: Int[np.ndarray, " b"], labels: Int[np
     if dataset.class_names:
         return [dataset.class_names[label] if label >= 0 else "" for label in labels]
     raise ValueError(
-        "the data have neither captions nor classes to make texts of; put a .txt beside every picture, or "
-        "the pictures into one folder per class."
+        "the data have neither captions nor classes to make texts of; put a .txt beside every image, or "
+        "the images into one folder per class."
     )
 
 

@@ -29,7 +29,7 @@ class Listing:
     such as "3 .xcf".
 
     Example:
-        listing = list_files("photos", (".png", ".jpg"), "pictures")
+        listing = list_files("photos", (".png", ".jpg"), "images")
     """
 
     root: Path
@@ -60,7 +60,7 @@ def list_files(path: str | os.PathLike[str], suffixes: Collection[str], what: st
         ValueError: no such files, or some beside class folders.
 
     Example:
-        listing = list_files("photos", (".png", ".jpg"), "pictures")
+        listing = list_files("photos", (".png", ".jpg"), "images")
     """
     root = Path(path)
     if not root.exists():

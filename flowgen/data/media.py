@@ -114,9 +114,9 @@ def save_image(path: str | os.PathLike[str], image: Shaped[np.ndarray, "..."]) -
             f"save_image expects uint8 of shape (height, width), (height, width, 1) or (height, width, 3), "
             f"got {image.dtype} of shape {image.shape}; convert float images with to_uint8."
         )
-    picture = pillow().fromarray(image[..., 0] if image.shape[2:] == (1,) else image)
+    saved = pillow().fromarray(image[..., 0] if image.shape[2:] == (1,) else image)
     with atomic_file(path) as file:
-        picture.save(file, format=pillow().registered_extensions()[Path(path).suffix.lower()])
+        saved.save(file, format=pillow().registered_extensions()[Path(path).suffix.lower()])
 
 
 def check_image_path(path: str | os.PathLike[str]) -> None:
@@ -126,7 +126,7 @@ def check_image_path(path: str | os.PathLike[str]) -> None:
         check_image_path(arguments.out)
     """
     if Path(path).suffix.lower() not in IMAGE_SUFFIXES:
-        raise ValueError(f"'{path}' has no picture suffix; use one of {', '.join(IMAGE_SUFFIXES)}.")
+        raise ValueError(f"'{path}' has no image suffix; use one of {', '.join(IMAGE_SUFFIXES)}.")
     pillow()
     check_writable(path)
 
@@ -182,7 +182,7 @@ def image_formats() -> tuple[str, ...]:
     """Returns the image formats that are read, by Pillow's names, whatever a file is called.
 
     Example:
-        image = pillow().open("picture.png", formats=image_formats())
+        image = pillow().open("image.png", formats=image_formats())
     """
     return tuple(sorted(set(IMAGE_FORMATS.values()) & set(pillow().registered_extensions().values())))
 
@@ -191,6 +191,6 @@ def pillow() -> Any:
     """Returns the module `PIL.Image`, or raises ModuleNotFoundError naming the package.
 
     Example:
-        image = pillow().open("picture.png")
+        image = pillow().open("image.png")
     """
-    return need("PIL.Image", "Reading and writing pictures", "pillow")
+    return need("PIL.Image", "Reading and writing images", "pillow")

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Integer, Num, UInt8
 
 from flowgen.data.dataset import ArrayDataset, DataConfig
-from flowgen.data.pictures import fit_array
+from flowgen.data.image_files import fit_array
 from flowgen.packages import missing
 
 DIGIT_NAMES = tuple("0123456789")

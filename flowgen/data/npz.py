@@ -83,7 +83,7 @@ def _named_classes(path: Path, arrays: dict[str, np.ndarray], count: int | None)
     if names is None:
         if largest >= max(MOST_SPARSE, labels.size):
             raise ValueError(
-                f"'labels' in data.path '{path}' contains {largest} for {labels.size} pictures; number the classes "
+                f"'labels' in data.path '{path}' contains {largest} for {labels.size} images; number the classes "
                 "from 0 without gaps."
             )
         return tuple(map(str, range(largest + 1)))
@@ -136,7 +136,7 @@ def _check_images(path: Path, images: Shaped[np.ndarray, "..."], size: tuple[int
         raise ValueError(f"{where} is {images.dtype}; save uint8 levels 0..255.")
     if images.ndim != 4 or len(images) == 0:
         raise ValueError(
-            f"{where} has shape {images.shape}; save at least one picture as (n, height, width) "
+            f"{where} has shape {images.shape}; save at least one image as (n, height, width) "
             f"or (n, height, width, channels)."
         )
     if images.shape[1:3] != size:
@@ -150,8 +150,7 @@ def _check_labels(path: Path, labels: Shaped[np.ndarray, "..."], count: int) -> 
     where = f"'labels' in data.path '{path}'"
     if labels.dtype.kind not in "iu" or labels.shape != (count,):
         raise ValueError(
-            f"{where} is {labels.dtype} of shape {labels.shape}; save integers of shape ({count},), "
-            f"one for each picture."
+            f"{where} is {labels.dtype} of shape {labels.shape}; save integers of shape ({count},), one for each image."
         )
     if (smallest := int(labels.min(initial=0))) < NO_LABEL:
-        raise ValueError(f"{where} contains {smallest}; labels start at 0, and -1 marks a picture without.")
+        raise ValueError(f"{where} contains {smallest}; labels start at 0, and -1 marks an image without.")

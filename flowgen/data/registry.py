@@ -71,7 +71,7 @@ def load(
     dataset = with_classes(dataset, config.classes, f"data.name '{config.name}'")
     chosen = hold_out(len(dataset), config.eval_fraction, split)
     if split == "train":
-        tell_held_out(dataset.labels, chosen, dataset.class_names, "pictures")
+        tell_held_out(dataset.labels, chosen, dataset.class_names, "images")
     dataset = dataset.select(chosen)
     return dataclasses.replace(dataset, images=_match_channels(dataset.images, channels, config.name))
 
@@ -85,6 +85,6 @@ def _match_channels(
     if given == 1 and channels == 3:
         return images.repeat(3, axis=-1)
     raise ValueError(
-        f"model.channels is {channels} but data.name '{name}' has pictures of {given} channels; "
+        f"model.channels is {channels} but data.name '{name}' has images of {given} channels; "
         f"set model.channels to {'1 or 3' if given == 1 else given}."
     )

@@ -31,7 +31,7 @@ def tell_lost_classes(
     """Warns about classes with no samples left. sentence: with {} for their names.
 
     Example:
-        tell_lost_classes(labels, labels[kept], names, "No picture is left of {}.")
+        tell_lost_classes(labels, labels[kept], names, "No image is left of {}.")
     """
     if lost := [class_names[label] for label in np.setdiff1d(before, after) if label >= 0]:
         tell(sentence.format(name_list(lost)))
@@ -44,7 +44,7 @@ class FileReader(Generic[T]):
     and plural noun for messages. split: the files' split. replaces: another file may replace a skipped one.
 
     Example:
-        reader = FileReader(read, files, "skip", what=("picture", "pictures"), split="train")
+        reader = FileReader(read, files, "skip", what=("image", "images"), split="train")
         position, image = reader.next_readable(7)
     """
 

@@ -87,13 +87,13 @@ def exif_turn(exif: bytes) -> Turn:
     return Turn()
 
 
-def picture_turn(image: Image) -> Turn:
+def image_turn(image: Image) -> Turn:
     """Returns the turn in the metadata of an open image: from EXIF, else from the same tag in XMP.
 
     Pillow turns TIFF files itself.
 
     Example:
-        turn = picture_turn(image)
+        turn = image_turn(image)
     """
     if image.format == "TIFF":
         return Turn()

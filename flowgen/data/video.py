@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from flowgen.data.image_files import Crop, fit
 from flowgen.data.media import atomic_file, check_writable, pillow
-from flowgen.data.pictures import Crop, fit
 from flowgen.data.upright import Turn
 from flowgen.data.video_frames import BT709, LIMITED_RANGE, frame_pixels, frame_turn, to_bt709
 from flowgen.data.video_streams import SAME_TIME, UnreadableVideo, av, last_end, opened, shown_frames
@@ -131,11 +131,11 @@ def write_video(
         raise ValueError(f"a video of {len(frames)} frames at {fps} frames per second cannot be; give both above 0.")
     colour = frames.repeat(3, axis=3) if frames.shape[3] == 1 else frames
     if Path(path).suffix.lower() == ".gif":
-        pictures = [pillow().fromarray(frame) for frame in colour]
+        stills = [pillow().fromarray(frame) for frame in colour]
         with atomic_file(path) as file:
             # In hundredths of a second, rounded so that no frame begins more than half a hundredth off.
             durations = (10 * np.diff(np.round(100 / fps * np.arange(len(frames) + 1)))).tolist()
-            pictures[0].save(file, "GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0)
+            stills[0].save(file, "GIF", save_all=True, append_images=stills[1:], duration=durations, loop=0)
         return
     odd = [(0, length % 2) for length in colour.shape[1:3]]
     colour = np.pad(colour, ((0, 0), *odd, (0, 0)), mode="edge")

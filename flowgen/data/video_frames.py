@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
+from flowgen.data.image_files import on_white
 from flowgen.data.media import pillow
-from flowgen.data.pictures import on_white
 from flowgen.data.upright import Turn
 from flowgen.data.video_streams import av
 

@@ -24,7 +24,7 @@ _MOST_PIXELS = 1 << 25
 _REORDERED = 16
 # Seconds of rounding error in a frame's time.
 SAME_TIME = 1e-6
-_NO_PICTURES = ("has no pictures in it that can be decoded", "give a video")
+_NO_FRAMES = ("has no frames that can be decoded", "give a video")
 
 
 class UnreadableVideo(Unreadable):
@@ -166,7 +166,7 @@ def opened(path: str | os.PathLike[str]) -> Generator[Video]:
         decodable = itertools.dropwhile(_leans, _packets(container, stream, losses))
         ahead = list(itertools.islice(decodable, _REORDERED if counts_packets else 1))
         if not ahead:
-            raise UnreadableVideo(path, *_NO_PICTURES)
+            raise UnreadableVideo(path, *_NO_FRAMES)
         # Key frames before the beginning that an edit list sets are decoded, but not shown.
         first = min((_stamp(packet) for packet, _ in ahead if not packet.is_discard), default=stream.start_time or 0)
         yield Video(path, container, stream, float(first * stream.time_base), rate, counts_packets, ahead, losses)
@@ -194,7 +194,7 @@ def _stream(path: str | os.PathLike[str], container: Any) -> Any:
     shown = (stream for stream in container.streams.video if not stream.disposition & cover)
     stream = next((stream for stream in shown if stream.codec_context is not None), None)
     if stream is None:
-        raise UnreadableVideo(path, *_NO_PICTURES)
+        raise UnreadableVideo(path, *_NO_FRAMES)
     context = stream.codec_context
     if context.width * context.height > _MOST_PIXELS:
         size = f"{context.width} x {context.height} pixels"

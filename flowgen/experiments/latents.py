@@ -58,13 +58,13 @@ def flow_dataset(
         _check_encoded(data, encoding, dataset)
         check_classes(dataset, num_classes)
         return dataset
-    pictures = pixel_dataset(data, encoding, split)
-    check_classes(pictures, num_classes)
-    return as_taken(pictures, data, encoding, flip=data.flip and split == "train")
+    dataset = pixel_dataset(data, encoding, split)
+    check_classes(dataset, num_classes)
+    return as_taken(dataset, data, encoding, flip=data.flip and split == "train")
 
 
 def as_taken(
-    pictures: Dataset | BucketedDataset, data: DataConfig | ClipsConfig, encoding: Encoding, *, flip: bool
+    dataset: Dataset | BucketedDataset, data: DataConfig | ClipsConfig, encoding: Encoding, *, flip: bool
 ) -> Dataset | BucketedDataset:
     """Returns images as a flow takes them: themselves, or encoded into memory.
 
@@ -74,12 +74,12 @@ def as_taken(
         dataset = as_taken(images, data, encoding, flip=False)
     """
     if not is_latent(data, encoding):
-        return pictures
-    _check_memory(data, encoding, pictures, flip=flip)
-    if isinstance(pictures, BucketedDataset):
-        buckets = tuple(_encoded(encoding, bucket, flip=flip) for bucket in pictures.buckets)
-        return BucketedDataset(buckets, pictures.shares)
-    return _encoded(encoding, pictures, flip=flip)
+        return dataset
+    _check_memory(data, encoding, dataset, flip=flip)
+    if isinstance(dataset, BucketedDataset):
+        buckets = tuple(_encoded(encoding, bucket, flip=flip) for bucket in dataset.buckets)
+        return BucketedDataset(buckets, dataset.shares)
+    return _encoded(encoding, dataset, flip=flip)
 
 
 def pixel_dataset(data: DataConfig | ClipsConfig, encoding: Encoding, split: Split) -> Dataset | BucketedDataset:
@@ -90,7 +90,7 @@ def pixel_dataset(data: DataConfig | ClipsConfig, encoding: Encoding, split: Spl
     """
     model, codec = encoding.model, encoding.open_codec()
     if data.name == "encoded":
-        raise ValueError("data.name is 'encoded', which holds no pictures; give the data it was made of.")
+        raise ValueError("data.name is 'encoded', which holds no images; give the data it was made of.")
     height, width = (length * codec.factor for length in model.image_hw)
     if isinstance(data, ClipsConfig):
         assert isinstance(codec, ClipCodec)
@@ -117,9 +117,9 @@ def pixel_dataset(data: DataConfig | ClipsConfig, encoding: Encoding, split: Spl
 
 def _stills(clips: Dataset, data: DataConfig, **shape: Any) -> StillClips:
     """Images as clips of one frame, with the clips' class numbers."""
-    pictures = load(dataclasses.replace(data, classes=data.classes or clips.class_names), **shape)
-    assert isinstance(pictures, Dataset)  # the config refuses several shapes
-    return StillClips(pictures)
+    dataset = load(dataclasses.replace(data, classes=data.classes or clips.class_names), **shape)
+    assert isinstance(dataset, Dataset)  # the config refuses several shapes
+    return StillClips(dataset)
 
 
 def _as_often(buckets: Sequence[Dataset], data: ClipsConfig, frames: int) -> Dataset | BucketedDataset:
@@ -139,7 +139,7 @@ def _as_often(buckets: Sequence[Dataset], data: ClipsConfig, frames: int) -> Dat
     if not data.drop_first:
         buckets = [bucket for bucket in buckets if not is_continued(bucket)]
     kinds = [is_continued(bucket) for bucket in buckets], [is_still(bucket) for bucket in buckets]
-    what = ("drop_first", "clips without their first frame"), ("images_fraction", "pictures")
+    what = ("drop_first", "clips without their first frame"), ("images_fraction", "images")
     shares = [len(bucket) for bucket in buckets]
     for (name, missing), chosen in zip(what, kinds, strict=True):
         fraction = getattr(data, name)
@@ -239,7 +239,7 @@ def _check_memory(
         needed += len(bucket) * (1 + flip) * (4 * floats + 2 * texts)
     if needed > data.in_memory_bytes:
         raise ValueError(
-            f"the latents of {len(dataset)} pictures would take {needed:,} bytes, more than data.in_memory_bytes; "
+            f"the latents of {len(dataset)} images would take {needed:,} bytes, more than data.in_memory_bytes; "
             "write them to files first, with python -m flowgen encode, or raise it."
         )
 

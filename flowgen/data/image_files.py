@@ -19,7 +19,7 @@ from jaxtyping import UInt8
 from flowgen.data.depths import Samples, grey_bytes, hide_by_value, samples_of, without_range
 from flowgen.data.media import image_formats, pillow
 from flowgen.data.unreadable import Unreadable
-from flowgen.data.upright import Turn, picture_turn, without_metadata
+from flowgen.data.upright import Turn, image_turn, without_metadata
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -42,11 +42,11 @@ _ONE_LARGE = threading.Lock()
 _BAND = 1 << 22
 
 
-class UnreadablePicture(Unreadable):
+class UnreadableImage(Unreadable):
     """Raised for a file that cannot be decoded; its text names the file and the reason."""
 
 
-def read_picture(
+def read_image(
     path: str | os.PathLike[str], *, size: tuple[int, int], channels: int, crop: Crop
 ) -> UInt8[np.ndarray, "height width c"]:
     """Returns the image in a file as uint8 of shape (*size, channels), turned upright, on white.
@@ -55,11 +55,11 @@ def read_picture(
     frame. Unreadable metadata are ignored. For a damaged TIFF, libtiff may print a line of its own.
 
     Raises:
-        UnreadablePicture: pixels are damaged or cut off, over 178 million (for WebP 44 million), in a format that
+        UnreadableImage: pixels are damaged or cut off, over 178 million (for WebP 44 million), in a format that
         `image_formats` does not list, or with samples whose range no file states: see `without_range`.
 
     Example:
-        image = read_picture("cat.jpg", size=(64, 64), channels=3, crop="center")
+        image = read_image("cat.jpg", size=(64, 64), channels=3, crop="center")
     """
 
     def pixels(image: Image, turn: Turn) -> UInt8[np.ndarray, "height width c"]:
@@ -75,28 +75,28 @@ def read_picture(
         fitted = _resized(image, asked, box, lambda part: _flatten(part, samples).convert(mode))
         return np.ascontiguousarray(turn.apply(fitted.reshape(*asked, channels)))
 
-    return _of_picture(path, pixels)
+    return _with_image(path, pixels)
 
 
-def picture_size(path: str | os.PathLike[str]) -> tuple[int, int]:
+def read_image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
     """Returns (height, width) of the image in a file, turned upright; reads only its header.
 
-    Raises UnreadablePicture: as `read_picture`, if the header shows it.
+    Raises UnreadableImage: as `read_image`, if the header shows it.
 
     Example:
-        height, width = picture_size("cat.jpg")
+        height, width = read_image_size("cat.jpg")
     """
-    return _of_picture(path, lambda image, turn: turn.size(image.height, image.width))
+    return _with_image(path, lambda image, turn: turn.size(image.height, image.width))
 
 
-def _of_picture(path: str | os.PathLike[str], use: Callable[[Image, Turn], T]) -> T:
+def _with_image(path: str | os.PathLike[str], use: Callable[[Image, Turn], T]) -> T:
     """The result of `use` on an open image and its turn; the second try leaves out the metadata."""
     if Path(path).exists() and not Path(path).is_file():
-        raise UnreadablePicture(f"'{path}' (no file)")
+        raise UnreadableImage(f"'{path}' (no file)")
     try:
         with _opened(path) as image:
-            return use(image, picture_turn(image))
-    except UnreadablePicture:
+            return use(image, image_turn(image))
+    except UnreadableImage:
         plain = without_metadata(Path(path).read_bytes()) if os.access(path, os.R_OK) else None
         if plain is None:
             raise
@@ -107,7 +107,7 @@ def _of_picture(path: str | os.PathLike[str], use: Callable[[Image, Turn], T]) -
 
 @contextlib.contextmanager
 def _opened(path: str | os.PathLike[str], content: bytes | None = None) -> Generator[Image]:
-    """Yields an open image; Pillow's errors become UnreadablePicture. content: bytes to read instead of the file."""
+    """Yields an open image; Pillow's errors become UnreadableImage. content: bytes to read instead of the file."""
     module = pillow()
     import PIL
 
@@ -122,18 +122,18 @@ def _opened(path: str | os.PathLike[str], content: bytes | None = None) -> Gener
             if count > most:
                 raise module.DecompressionBombError(f"{count:,} pixels, of {most:,} at most")
             if reason := without_range(image):
-                raise UnreadablePicture(f"'{path}' ({reason})")
+                raise UnreadableImage(f"'{path}' ({reason})")
             with _ONE_LARGE if count > _LARGE else contextlib.nullcontext():
                 yield image
-    except UnreadablePicture:
+    except UnreadableImage:
         raise
     except PIL.UnidentifiedImageError as error:
-        raise UnreadablePicture(f"'{path}' (no picture of a kind that is read)") from error
+        raise UnreadableImage(f"'{path}' (no image of a kind that is read)") from error
     except MemoryError as error:
-        raise UnreadablePicture(f"'{path}' (too large for the memory that is left)") from error
+        raise UnreadableImage(f"'{path}' (too large for the memory that is left)") from error
     except (*_DECODE_ERRORS, module.DecompressionBombError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UnreadablePicture(f"'{path}' ({reason})") from error
+        raise UnreadableImage(f"'{path}' ({reason})") from error
 
 
 def fit(image: Image, size: tuple[int, int], crop: Crop, *, pixel_aspect: float = 1.0) -> Image:
