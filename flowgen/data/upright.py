@@ -1,4 +1,4 @@
-"""The orientation of images: right-angle turns and mirrors, read from EXIF even if the rest of it is malformed."""
+"""The orientation of images: right-angle turns and mirrors, read from EXIF even if other parts are malformed."""
 
 from __future__ import annotations
 
@@ -112,8 +112,8 @@ def image_turn(image: Image) -> Turn:
 
 
 def without_metadata(content: bytes) -> tuple[bytes, Turn] | None:
-    """Returns a JPEG, PNG or TIFF file stripped to what its pixels need, and the turn that its EXIF states; None for
-    other files.
+    """Returns a JPEG, PNG or TIFF file without metadata that do not affect its pixels, and the turn that its EXIF
+    states; None for other files.
 
     Example:
         plain, turn = without_metadata(Path("cat.jpg").read_bytes())

@@ -73,7 +73,7 @@ def describe(annotation: Any) -> str:
     if origin is tuple:
         return f"a tuple of {_plural(arguments[0], '' if arguments[-1] is Ellipsis else len(arguments))}"
     if isinstance(origin, type) and issubclass(origin, Mapping):
-        return f"a table of names to {_plural(arguments[1])}"
+        return f"a dict of {_plural(arguments[1])} by name"
     name = str(getattr(annotation, "__name__", annotation))
     return f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
 
