@@ -28,9 +28,9 @@ CLASSES = 10
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", type=Path, nargs="+", required=True, help="run directories, of one data set")
+    parser.add_argument("--runs", type=Path, nargs="+", required=True, help="run directories, all on the same dataset")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
-    parser.add_argument("--figure", type=Path, required=True, help="PNG to write: a run per three rows")
+    parser.add_argument("--figure", type=Path, required=True, help="PNG to write: three rows for each run")
     arguments = parser.parse_args()
     runs = [checkpoint.load(path) for path in arguments.runs]
     train, data = runs[0][2].dataset("train"), runs[0][2].dataset("all")
@@ -77,8 +77,8 @@ def main() -> None:
     save_image(arguments.figure, image_grid(to_uint8(np.concatenate(drawn)), columns=2 * CLASSES, scale=4))
 
 
-def images_of(source: Dataset) -> np.ndarray:
-    return np.asarray(from_uint8(source[np.arange(len(source))]["image"]))
+def images_of(dataset: Dataset) -> np.ndarray:
+    return np.asarray(from_uint8(dataset[np.arange(len(dataset))]["image"]))
 
 
 if __name__ == "__main__":

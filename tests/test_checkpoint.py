@@ -141,7 +141,7 @@ def test_a_damaged_file_is_refused(copied, damage, choose):
         CheckpointReader(copied).restore(7, like)
     message = one_sentence(error)
     assert path.name in message
-    assert message.endswith("remove that folder to go on from step 3.")
+    assert message.endswith("remove that folder to resume from step 3.")
     shutil.rmtree(copied / "7")
     assert_same(CheckpointReader(copied).restore(3, like), make_state(3))
 
@@ -333,9 +333,9 @@ def test_weights_of_another_model_are_refused(weights, tmp_path):
 def test_a_damaged_run_is_refused(written, tmp_path):
     run = shutil.copytree(written, tmp_path / "run")
     _flip(_largest(run / "checkpoints" / "0" / "params"))
-    with pytest.raises(ValueError, match="other bytes than were saved") as error:
+    with pytest.raises(ValueError, match="has changed since it was saved") as error:
         checkpoint.load(run)
-    assert one_sentence(error).endswith("no other step is left.")
+    assert one_sentence(error).endswith("there is no other checkpoint.")
 
 
 def test_loaded_variables_are_device_arrays(written):

@@ -367,7 +367,7 @@ def test_a_run_that_kept_no_names_goes_on(run, tmp_path, monkeypatch, capsys):
     assert checkpoint.load(workdir)[2] == old
     assert resumed(workdir).state.step == 6
     assert checkpoint.load(workdir)[2].data.classes == KNOWN
-    assert "kept no list of its files" in capsys.readouterr().err
+    assert "has no list of its data files" in capsys.readouterr().err
 
 
 def test_a_run_says_what_changed_in_its_files(again, capsys):
@@ -380,7 +380,7 @@ def test_a_run_says_what_changed_in_its_files(again, capsys):
     shutil.copy(path / next(iter(record["files"]["train"])), path / "cat" / "new.png")
     resumed(workdir)
     said = capsys.readouterr().err
-    assert said.count("The data changed since the run was last started") == 1
+    assert said.count("The data have changed since the run was last started") == 1
     assert "1 added ('cat/new.png')" in said
     assert f"1 removed ('{held[0]}')" in said
     assert "images: 14 train, 4 held out, 8 x 8, classes: cat, dog, fox" in said

@@ -224,7 +224,7 @@ def changed(**replaced):
         ),
         (
             changed(blocks__1__pos_embed=np.ones((7, 64), np.float32)),
-            ["'blocks.1.pos_embed' has shape (7, 64), which gives (7, 64) where the model has (6, 64)"],
+            ["'blocks.1.pos_embed' has shape (7, 64), which becomes (7, 64), but the model has (6, 64)"],
         ),
         (
             changed(blocks__1__class_embed=np.ones((3, 2, 64), np.float32)),
@@ -259,8 +259,8 @@ def test_long_lists_of_problems_are_cut_in_the_sentence_and_whole_in_the_error()
 @pytest.mark.parametrize(
     ("change", "arguments", "pattern"),
     [
-        (dict, {"patch_size": 1}, r"makes tokens of 3 numbers, but the weights take 12; use patch_size=2\."),
-        (dict, {"channels": 4}, r"the patch_size and channels the model was trained with\."),
+        (dict, {"patch_size": 1}, r"gives tokens of 3 numbers, but the weights have 12; use patch_size=2\."),
+        (dict, {"channels": 4}, r"the patch_size and channels that the model was trained with\."),
         (dict, {"channels": 0}, "weights take 12"),
         (dict, {"patch_size": -2, "image_size": 8}, "patch_size is -2"),
         (dict, {"image_size": (4, 8)}, "4x8 with patch_size 2 makes 8 tokens, but the weights have 6"),
@@ -338,7 +338,7 @@ def test_tables_that_are_no_bijection_are_refused():
         fill({"v": X}, ROWS, [STACKED])
     with pytest.raises(MappingError, match="2 rules fill 'w'"):
         fill({"w": X}, ROWS, [STACKED, STACKED])
-    with pytest.raises(MappingError, match=r"'layers.0.w' fills two leaves, 'w' being the second"):
+    with pytest.raises(MappingError, match=r"'layers.0.w' fills two leaves, the second of which is 'w'"):
         fill({"v": X, "w": X}, ROWS, [STACKED, Rule("layers.{layer}.w", "v")])
     with pytest.raises(ValueError, match="stacks block, layer"):
         Rule("blocks.{block}.{layer}.w", "w")

@@ -120,7 +120,7 @@ def test_foreign_files_are_refused(tmp_path):
     refused(write(tmp_path / "a.pkl", pickle.dumps({"a": 1})), "pickle that torch.save did not write")
     refused(
         FIXTURES / "torch_optimizer.pth",
-        "no dictionary of tensors but a dictionary with 'optimizer', 'epoch'",
+        "a dictionary with 'optimizer', 'epoch', not a dictionary of tensors",
     )
     refused(FIXTURES / "torch_module.pth", r"asks for 'torch\.nn\.modules\.linear\.Linear'.*state_dict")
 
@@ -236,7 +236,7 @@ def test_a_pickle_cannot_change_the_stand_ins(layout, name, state, tmp_path):
         (tensor(offset=-1), "offset is -1"),
         (tensor(strides=(-2, 1)), "stride or offset is -2"),
         (tensor(shape=(2.0, 2)), "size, stride or offset is 2.0"),
-        (tensor(shape=(2,)), "make no sense"),
+        (tensor(shape=(2,)), "an invalid storage, dtype or strides"),
         (tensor(kind=b"float32"), "damaged"),
         (tensor(metadata=push({"neg": True})), "lazy view"),
         (tensor(count=2**40), "truncated|16 bytes where"),
@@ -303,10 +303,10 @@ def spec(start, stop, shape, dtype="F32"):
 @pytest.mark.parametrize(
     ("header", "pattern"),
     [
-        ({"a": spec(0, 16, [5])}, "'a' is not where"),
-        ({"a": spec(0, 8, [2])}, "16 bytes of tensors where its header describes 8"),
-        ({"a": spec(0, 8, [2]), "b": spec(4, 16, [3])}, "'b' is not where"),
-        ({"a": spec(0, 32, [8])}, "16 bytes of tensors where its header describes 32"),
+        ({"a": spec(0, 16, [5])}, "'a' does not start where"),
+        ({"a": spec(0, 8, [2])}, "16 bytes of tensors, but its header describes 8"),
+        ({"a": spec(0, 8, [2]), "b": spec(4, 16, [3])}, "'b' does not start where"),
+        ({"a": spec(0, 32, [8])}, "16 bytes of tensors, but its header describes 32"),
         ({"a": spec(0, 16, [-4])}, "not a list of sizes"),
         ({"a": spec(0, 16, [2.0, 2])}, "not a list of sizes"),
         ({"a": spec(0, 16, [4], "F6_E3M2")}, "F6_E3M2"),

@@ -93,8 +93,8 @@ def test_a_clip_in_which_the_player_dies_is_played_again_in_the_next_world(monke
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"channels": 1}, "clips of data.name 'crafter' are in colour; set model.channels to 3"),
-        ({"size": (8, 16)}, "clips are 8 x 16, and data.name 'crafter' shows 9 x 9 places"),
+        ({"channels": 1}, "data.name is 'crafter', whose clips are in colour; set model.channels to 3"),
+        ({"size": (8, 16)}, "clips are 8 x 16, but data.name 'crafter' shows 9 x 9 tiles"),
         ({"eval_fraction": 0.0}, "data.eval_fraction is 0, so the split 'eval' is empty"),
         (
             {"num": 2, "eval_fraction": 0.9, "split": "train"},

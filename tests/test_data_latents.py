@@ -60,7 +60,7 @@ def test_what_is_written_is_read(tmp_path):
     np.testing.assert_array_equal(batch["std"], std.astype(np.float32)[indices])
     np.testing.assert_array_equal(batch["label"], data.labels[indices])
     features, mask = batch["text"]
-    np.testing.assert_array_equal(features[:, 0, 0], 9)
+    np.testing.assert_array_equal(features[:, 0, 0], len("image 3"))
     assert mask.tolist() == [[True, False]] * 5
     np.testing.assert_array_equal(dataset.null[0], null[0][0])
 

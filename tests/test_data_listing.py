@@ -112,21 +112,21 @@ def one_class(root):
 # What each holds: images by class ("" for none), and what is told of the rest.
 ODD_SETS = {
     nested: ({"cat": 3, "dog": 2}, ""),
-    loops: ({"a": 2, "b": 1}, "2 links to a folder met before ('a/all', ...); 1 link to nothing ('a/self')"),
+    loops: ({"a": 2, "b": 1}, "2 links to a folder listed already ('a/all', ...); 1 link to nothing ('a/self')"),
     links_between_classes: (
         {"cat": 2, "dog": 3},
-        "1 file met before by another name ('dog/first.png'); 1 link to a folder met before ('cat/more')",
+        "1 file already listed under another name ('dog/first.png'); 1 link to a folder listed already ('cat/more')",
     ),
     links_to_elsewhere: (
         {"cat": 2, "dog": 2},
-        "1 link to a folder met before ('dog2'); 1 link to nothing ('cat/gone.png'); "
+        "1 link to a folder listed already ('dog2'); 1 link to nothing ('cat/gone.png'); "
         "1 class folder without images (dog2)",
     ),
-    hard_links: ({"cat": 2, "dog": 1}, "1 file met before by another name ('dog/same.png')"),
+    hard_links: ({"cat": 2, "dog": 1}, "1 file already listed under another name ('dog/same.png')"),
     every_suffix: ({"": len(IMAGE_FORMATS)}, ""),
     foreign: (
         {"cat": 1, "dog": 1},
-        "2 .xcf, 1 without suffix, 1 .heic, 1 .txt; 1 entry neither file nor folder ('dog/pipe.png')",
+        "2 .xcf, 1 without suffix, 1 .heic, 1 .txt; 1 entry that is neither a file nor a folder ('dog/pipe.png')",
     ),
     empty_classes: ({"cat": 1, "fox": 1}, "1 .xcf; 2 class folders without images (dog, eel)"),
     hidden: ({"cat": 1, "dog": 1}, "4 hidden"),
@@ -294,5 +294,5 @@ def test_odd_sets_of_videos_are_read_right(tmp_path, caplog):
     dogs = batch["image"].mean(axis=(1, 2, 3, 4)) > 140
     np.testing.assert_array_equal(batch["label"], dogs.astype(int))
     assert (len(dogs), int(dogs.sum())) == (12, 4)
-    told = "1 .png; 1 link to a folder met before ('cat/all'); 1 class folder without videos (empty)"
+    told = "1 .png; 1 link to a folder listed already ('cat/all'); 1 class folder without videos (empty)"
     assert f"Left out of data.path '{tmp_path}': {told}." in caplog.text

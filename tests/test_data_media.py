@@ -97,7 +97,7 @@ def test_write_protected_folder_is_refused(tmp_path, monkeypatch):
 
 
 def test_save_image_refuses_floats(tmp_path):
-    with pytest.raises(ValueError, match="convert float images with to_uint8"):
+    with pytest.raises(ValueError, match="which to_uint8 makes from floats"):
         media.save_image(tmp_path / "a.png", np.zeros((2, 2, 3)))
 
 

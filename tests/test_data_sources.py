@@ -329,7 +329,7 @@ def test_openmoji_works_without_a_cache(openmoji, tmp_path, monkeypatch, caplog)
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FLOWGEN_CACHE", str(tmp_path / "file" / "below"))
     assert len(load_all(DataConfig("openmoji"), size=(64, 64))) == 3
-    assert "could not be kept" in caplog.text
+    assert "could not be cached" in caplog.text
 
 
 def test_emoji_groups_and_names():
@@ -375,7 +375,7 @@ def test_at_most_five_unreadable_files_are_named(tmp_path):
     for i in range(8):
         (tmp_path / f"{i}.png").write_text("no image")
     with pytest.raises(
-        ValueError, match=r"8 images that cannot be read: .*4.png' \(no image of a kind that is read\) and 3 more;"
+        ValueError, match=r"8 images that cannot be read: .*4.png' \(not an image of a supported format\) and 3 more;"
     ):
         load_all(DataConfig("folder", path=str(tmp_path)))
     with pytest.raises(ValueError, match="8 images that cannot be read"):

@@ -45,7 +45,7 @@ def test_a_split_without_a_image_that_can_be_read_is_named_when_it_is_opened(pho
         (photos / name).write_bytes(b"nothing")
     config = DataConfig("folder", path=str(photos), on_corrupt="skip", in_memory_bytes=in_memory_bytes)
     assert len(load(config, **SHAPE, split="train")) == 11
-    with pytest.raises(ValueError, match=r"nothing is left of the split 'eval'.*1 image that cannot be read"):
+    with pytest.raises(ValueError, match=r"no file of the split 'eval' is readable.*1 image that cannot be read"):
         load(config, **SHAPE, split="eval")
 
 
@@ -91,5 +91,5 @@ def test_a_split_without_a_clip_that_can_be_read_is_named_when_it_is_opened(vide
     train = load_clips(config, frames=4, **SHAPE, split="train")
     assert len(train) == 8
     assert isinstance(train, VideoClips) == (in_memory_bytes == 0)
-    with pytest.raises(ValueError, match=r"nothing is left of the split 'eval'.*1 video that cannot be read"):
+    with pytest.raises(ValueError, match=r"no file of the split 'eval' is readable.*1 video that cannot be read"):
         load_clips(config, frames=4, **SHAPE, split="eval")

@@ -73,8 +73,8 @@ def test_samples_are_strips_videos_and_arrays(run, tmp_path):
         ("0", "x.gif", "--fps is 0; it must be at least 0.1"),
         ("0.0001", "x.mp4", "--fps is 0.0001; it must be at least 0.1"),
         ("101", "x.gif", "--fps is 101; it must be from 0.1 to 100"),
-        ("5", "x.png", "x.png is no video; use .gif or .mp4, or leave it out"),
-        ("5", "x.npz", "x.npz is no video; use .gif or .mp4, or leave it out"),
+        ("5", "x.png", "x.png is not a video; use .gif or .mp4, or leave out --fps"),
+        ("5", "x.npz", "x.npz is not a video; use .gif or .mp4, or leave out --fps"),
     ],
 )
 def test_rates_that_no_video_has_are_refused(fps, out, message, run, tmp_path, capsys):
@@ -114,7 +114,7 @@ def test_clips_begin_with_what_is_given_and_go_on_as_long_as_asked(run, tmp_path
             "wide.png is 12 x 30 pixels (height x width), and clips are 12 x 12, for which much of it would be cut off",
         ),
         ("nowhere.png", "There is no file"),
-        ("broken.mp4", "is no video that can be read"),
+        ("broken.mp4", "is not a readable video"),
         ("long.gif", "long.gif has 8 images, and clips of --frames 3 begin with fewer; ask for more with --frames 9"),
     ):
         assert main([*words, "--given", str(tmp_path / given)]) == 2
@@ -361,4 +361,4 @@ def test_autoencoders_of_clips_are_not_for_images_and_videos_not_for_models_of_t
     with pytest.raises(ValueError, match="is an autoencoder of clips, and the model is a flow of images"):
         FlowExperiment(name="images", model=model, codec=PretrainedAutoencoder(str(autoencoder))).job()
     assert main(["sample", "--checkpoint", str(autoencoder), "--out", str(tmp_path / "x.png")]) == 2
-    assert "draws no samples; train a flow on its latents" in capsys.readouterr().err
+    assert "cannot be sampled; train a flow on its latents" in capsys.readouterr().err

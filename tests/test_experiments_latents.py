@@ -86,7 +86,7 @@ def test_the_autoencoder_learns_and_says_so(autoencoder, capsys):
     assert "180 images (eval), one latent per 2 x 2 pixels" in printed
     assert "PSNR" in printed
     assert main(["sample", "--checkpoint", str(autoencoder), "--out", str(autoencoder / "no.png")]) == 2
-    assert "draws no samples; train a flow on its latents" in capsys.readouterr().err
+    assert "cannot be sampled; train a flow on its latents" in capsys.readouterr().err
 
 
 def test_latents_of_a_trained_autoencoder_are_normalised_and_decoded(autoencoder):
@@ -159,7 +159,7 @@ def test_encoding_first_or_on_the_way_trains_the_same(autoencoder, tmp_path, cap
         assert main(["evaluate", "--checkpoint", str(tmp_path / "again"), "--samples", "20"]) == 2
     assert "holds no images; give the data it was made of" in capsys.readouterr().err
     assert main(["encode", "--config", str(path), "--out", str(out)]) == 2
-    assert "exists already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"codec is missing, and data.path .* was encoded by the autoencoder at"):
         fit(dataclasses.replace(encoded, codec=None), tmp_path / "other")
     other = dataclasses.replace(encoded, codec=SpaceToDepth(2))
@@ -242,7 +242,7 @@ def test_guidance_of_texts_is_towards_the_wrapped_empty_text(text_run):
     ("words", "message"),
     [
         ([], "this model takes texts; give --prompt"),
-        (["--prompt", "one two three four five six"], "has 10 tokens and the model takes 6; shorten it"),
+        (["--prompt", "one two three four five six"], "has 10 tokens, but the model takes 6; shorten it"),
         (["--classes", "3"], "--classes is 3, but this model takes texts; give --prompt"),
         (["--prompt", "3", "--prompts", "x"], "--prompt and --prompts are both given"),
         (["--prompts", "nowhere.txt"], "nowhere.txt"),
@@ -276,7 +276,7 @@ def test_texts_can_be_encoded_first(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"texts encoded with text.noise_level False, and .*, True; set it, or encode"):
         fit(other, tmp_path / "other")
     prompted = dataclasses.replace(encoded, sampling=SamplingConfig(prompts=("one two three four five six",)))
-    with pytest.raises(ValueError, match=r"has 7 tokens and the model takes 6"):
+    with pytest.raises(ValueError, match=r"has 7 tokens, but the model takes 6"):
         fit(prompted, tmp_path / "other")
     assert not (tmp_path / "other").exists()
     monkeypatch.setattr(encoding, "open_text_encoder", lambda *_, **__: pytest.fail("the text encoder was opened"))

