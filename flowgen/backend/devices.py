@@ -85,7 +85,7 @@ def _cholesky_by_columns(a: Array) -> Array:
     return lax.fori_loop(0, a.shape[-1], column, (a, jnp.zeros_like(a)))[1]
 
 
-def unit_lower_inverse(lower: Float[Array, "*stack c c"]) -> Float[Array, "*stack c c"]:
+def unit_lower_inverse(lower: Float[Array, "*stack n n"]) -> Float[Array, "*stack n n"]:
     """Returns (I + L)⁻¹ for a strictly lower triangular L.
 
     CPUs compute it by products, because triangular solves call LAPACK (see `cholesky`). Other devices use the library.

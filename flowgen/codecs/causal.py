@@ -20,7 +20,7 @@ from flowgen.nn.layers import RMSNorm, master_dtype
 
 Features = Float[Array, "b f rows columns c"]
 # Outputs of layers, possibly with other numbers of frames, positions and channels.
-NewFeatures = Float[Array, "b g new_rows new_columns d"]
+NewFeatures = Float[Array, "b new_frames new_rows new_columns d"]
 
 CHANNEL_NORM_EPS = 1e-12
 

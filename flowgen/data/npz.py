@@ -19,7 +19,8 @@ MOST_SPARSE = 1 << 16
 
 
 def read_npz(config: DataConfig, size: tuple[int, int]) -> ArrayDataset:
-    """Returns the arrays `images` (uint8 `n h w` or `n h w c`) and, if present, `labels` (integers `n`).
+    """Returns the arrays `images` (uint8 `n height width` or `n height width c`) and, if present, `labels` (integers
+    `n`).
 
     Nothing is resized or converted, and other arrays are not read. -1 marks an image without a label. If there is an
     array `class_names` (text), classes are mapped by name; otherwise labels index `config.classes` or, without those,

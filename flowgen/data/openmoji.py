@@ -118,7 +118,7 @@ def _render(files: list[Path], side: int, resvg_py: Any) -> UInt8[np.ndarray, "n
         return np.stack(list(pool.map(render, files)))
 
 
-def _pad(images: UInt8[np.ndarray, "n s s 3"], size: tuple[int, int]) -> UInt8[np.ndarray, "n h w 3"]:
+def _pad(images: UInt8[np.ndarray, "n side side 3"], size: tuple[int, int]) -> UInt8[np.ndarray, "n height width 3"]:
     spare = [target - side for target, side in zip(size, images.shape[1:3], strict=True)]
     if not any(spare):
         return images

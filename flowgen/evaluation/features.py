@@ -52,7 +52,7 @@ class Classifier:
     network: _ConvNet
     variables: Any
 
-    def features(self, images: Float[np.ndarray, "n height width c"]) -> Float[np.ndarray, "n f"]:
+    def features(self, images: Float[np.ndarray, "n height width c"]) -> Float[np.ndarray, "n features"]:
         """Returns the activations before the last layer."""
         return self._run(images, 0)
 

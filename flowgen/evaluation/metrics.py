@@ -19,7 +19,7 @@ def psnr(mean_square_error: float) -> float:
     return 10 * math.log10(PEAK**2 / max(mean_square_error, 1e-12))
 
 
-def frechet_distance(x: Float[np.ndarray, "n f"], y: Float[np.ndarray, "m f"]) -> float:
+def frechet_distance(x: Float[np.ndarray, "n features"], y: Float[np.ndarray, "m features"]) -> float:
     """Returns |μx - μy|² + tr(Σx + Σy - 2 (Σx½ Σy Σx½)½), the squared Fréchet distance of fitted Gaussians.
 
     With Inception's features this is the FID (Heusel et al., arXiv 1706.08500). Values are comparable only for the same
