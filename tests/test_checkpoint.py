@@ -254,7 +254,7 @@ def test_nothing_is_overwritten(written, weights, tmp_path):
     file = tmp_path / "file"
     file.write_text("mine")
     for path in (written, file):
-        with pytest.raises(FileExistsError, match="exists already") as error:
+        with pytest.raises(FileExistsError, match="already exists") as error:
             checkpoint.write_run(path, EXPERIMENT, weights)
         one_sentence(error)
     assert sorted(written.rglob("*")) == before
@@ -310,7 +310,7 @@ def test_load_says_what_is_missing(weights, tmp_path):
     assert "is not a directory" in messages["file"]
     assert "is not a flowgen run" in messages["foreign"]
     assert "has no checkpoint yet" in messages["begun"]
-    assert "has no checkpoint 5; there are 4." in messages["step"]
+    assert "has no checkpoint 5; choose one of 4." in messages["step"]
     assert "has no evaluated checkpoint" in messages["best"]
 
 

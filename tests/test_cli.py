@@ -513,7 +513,7 @@ MISTAKES = {
     f"{TRAIN} --data.name npz --data.path photos/many.npz": r"num_classes is 10 but the data has 11 classes; set",
     f"{TRAIN} --data.name npz --data.path photos/unlabelled.npz": r"the data carries no labels; .* model\.num_cl",
     # Run directories to write.
-    "train --debug --config tiny.py --workdir mine": r"workdir mine holds files but no flowgen run; give a new",
+    "train --debug --config tiny.py --workdir mine": r"workdir mine holds files, but no flowgen run; give a new",
     "train --debug --config tiny.py --workdir file.txt": r"workdir file\.txt holds files but no flowgen run",
     "train --debug --config tiny.py --workdir file.txt/a": r"workdir file\.txt/a cannot be written \(Not a directory\)",
     f"train --debug --config {DIGITS} --workdir run --model.width 64 --optim.lr 0.1": (

@@ -156,7 +156,7 @@ def test_images_and_latents_that_do_not_fit_are_refused(autoencoder):
 
 
 def test_a_config_that_cannot_be_is_refused():
-    with pytest.raises(ValueError, match=r"widths has 30, not a multiple of num_groups 32"):
+    with pytest.raises(ValueError, match=r"widths has 30, which is not a multiple of num_groups 32"):
         codecs.AutoencoderConfig(widths=(30,))
     with pytest.raises(ValueError, match=r"widths has 0 entries"):
         codecs.AutoencoderConfig(widths=())
@@ -273,7 +273,7 @@ def test_weights_in_parts_load_alike(tmp_path):
 
 
 def test_folders_that_are_not_what_they_should_be_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"There is no folder '.*nowhere' with the autoencoder"):
+    with pytest.raises(FileNotFoundError, match=r"There is no folder '.*nowhere' for the autoencoder"):
         convert.load_autoencoder(tmp_path / "nowhere")
     with pytest.raises(
         ValueError, match="the path of the text encoder is not set; give the published folder with --text-encoder"

@@ -533,7 +533,7 @@ def test_messages_that_cannot_be_shown_end_no_training(whole, tmp_path, monkeypa
 
 def test_batches_that_end_early_are_refused_and_what_was_trained_is_saved(tmp_path):
     job = toy.make_job(batches=lambda start, stop: toy.batches(start, 5))
-    with pytest.raises(ValueError, match=r"the batches end after step 5 of train\.steps"):
+    with pytest.raises(ValueError, match=r"the batches end after step 5, but train\.steps"):
         toy.run(job, tmp_path / "run", log=TEN)
     assert CheckpointReader(tmp_path / "run" / "checkpoints").latest_step() == 5
 

@@ -168,8 +168,8 @@ def test_the_norm_of_nothing_has_a_gradient(key):
     [
         ({"widths": ()}, "widths has 0 entries"),
         ({"widths": (4, 0, 8)}, "widths has 0; it must be at least 1"),
-        ({"decoder_widths": (4, 4)}, r"decoder_widths is \(4, 4\); beside 3 widths it must have 3"),
-        ({"halve_time": (True,)}, r"halve_time is \(True,\); beside 3 widths it must have 2"),
+        ({"decoder_widths": (4, 4)}, r"decoder_widths is \(4, 4\); with 3 widths it must have 3"),
+        ({"halve_time": (True,)}, r"halve_time is \(True,\); with 3 widths it must have 2"),
         ({"widths": (4, 8, 16)}, "widths has 16 after 8, whose shortcut has 8 values per position"),
         ({"decoder_widths": (4, 5, 7)}, "decoder_widths has 7 before 7|decoder_widths has 5 before 7"),
         ({"decoder_widths": (4, 4, 7), "shortcuts": False}, "without shortcuts all but the first must be even"),
@@ -236,7 +236,7 @@ def test_a_video_autoencoder_loads_by_its_folder_and_by_its_pipeline(tmp_path):
     file.write_text(json.dumps({key: value for key, value in config.items() if key != "latents_mean"}))
     with pytest.raises(ValueError, match="has no 'latents_mean'; get the file again"):
         convert.load_video_autoencoder(tmp_path / "pipeline")
-    with pytest.raises(FileNotFoundError, match=r"There is no folder '.*nowhere' with the video autoencoder"):
+    with pytest.raises(FileNotFoundError, match=r"There is no folder '.*nowhere' for the video autoencoder"):
         convert.load_video_autoencoder(tmp_path / "nowhere")
 
 
