@@ -279,7 +279,7 @@ def test_a_video_that_is_damaged_later_is_named_with_its_field(tmp_path):
     config = ClipsConfig("folder", path=str(tmp_path), eval_fraction=0.0, in_memory_bytes=0)
     dataset = load_clips(config, frames=8, image_size=(8, 8), channels=1, split="train")
     write_video(tmp_path / "a.mp4", gradient(4), fps=8)
-    with pytest.raises(ValueError, match=r"data.path holds .*a.mp4' ends before 8 frames at 8 fps from second 0"):
+    with pytest.raises(ValueError, match=r"data.path has .*a.mp4' ends before 8 frames at 8 fps from second 0"):
         dataset[np.array([0])]
 
 

@@ -70,5 +70,5 @@ def test_npz_refuses_damaged_and_foreign_files(tmp_path):
         with pytest.raises(ValueError, match=r"not a readable \.npz file of plain arrays"):
             load_all(config)
     path.unlink()
-    with pytest.raises(FileNotFoundError, match="is no file"):
+    with pytest.raises(FileNotFoundError, match="is not a file"):
         load_all(config)

@@ -149,7 +149,7 @@ def test_videos_that_cannot_be_read_are_named_together_or_left_out(tmp_path, cap
         (tmp_path / f"{name}.txt").write_text(f"video {name}", encoding="utf-8-sig")
     config = {"name": "folder", "path": str(tmp_path), "fps": 10, "eval_fraction": 0.0}
     shape = {"frames": 10, "image_size": SIZE, "channels": 3, "split": "train"}
-    with pytest.raises(ValueError, match=r"data\.path holds 2 videos .*c\.mp4.*e\.mp4.*data\.on_corrupt to 'skip'"):
+    with pytest.raises(ValueError, match=r"data\.path has 2 videos .*c\.mp4.*e\.mp4.*data\.on_corrupt to 'skip'"):
         load_clips(ClipsConfig(**config), **shape)
     config |= {"on_corrupt": "skip", "in_memory_bytes": 2 << 30 if in_memory else 0}
     dataset = load_clips(ClipsConfig(**config), **shape)
@@ -162,7 +162,7 @@ def test_videos_that_cannot_be_read_are_named_together_or_left_out(tmp_path, cap
         assert is_close(dataset[np.arange(len(dataset))]["image"][4], FORTY[:10])
         return
     assert len(dataset) == 12
-    with pytest.raises(ValueError, match=r"data\.path holds 1 video .*b\.mp4' is damaged at second 1\."):
+    with pytest.raises(ValueError, match=r"data\.path has 1 video .*b\.mp4' is damaged at second 1\."):
         dataset[np.arange(12)]  # with captions, none may stand in for it
     for text in tmp_path.glob("*.txt"):
         text.unlink()
@@ -180,7 +180,7 @@ def test_all_videos_unreadable_are_refused_even_if_they_may_be_left_out(tmp_path
     for name in "abcdefg":
         (tmp_path / f"{name}.mp4").write_bytes(b"nothing")
     config = ClipsConfig("folder", path=str(tmp_path), on_corrupt="skip", eval_fraction=0.0)
-    with pytest.raises(ValueError, match=r"data\.path holds 7 videos that cannot be read: .*e\.mp4.* and 2 more"):
+    with pytest.raises(ValueError, match=r"data\.path has 7 videos that cannot be read: .*e\.mp4.* and 2 more"):
         load_clips(config, frames=2, image_size=SIZE, channels=3, split="train")
 
 

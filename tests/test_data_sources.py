@@ -415,7 +415,7 @@ def test_folder_errors(photos, tmp_path):
     for path, error, sentence in (
         (tmp_path / "missing", FileNotFoundError, "does not exist"),
         (tmp_path / "file", NotADirectoryError, "is a file; give the folder"),
-        (photos / "empty", ValueError, "holds no images; put .png"),
+        (photos / "empty", ValueError, "has no images; put .png"),
         (photos, ValueError, r"both directly \(such as '0.png'\) and in sub-folders \(such as 'cat'\)"),
     ):
         with pytest.raises(error, match=sentence):
