@@ -155,4 +155,4 @@ def test_counts_and_files_of_a_record_agree(folder, tmp_path, aspects):
     record = take_inventory(config, train, held_out).record()
     listed, counted = (sum(map(len, record["files"].values())), record["train"] + record["held_out"])
     assert (listed, counted) == (8, 7)
-    assert [words for words in record["left_out"] if words.startswith("1 that cannot be read")]
+    assert [words for words in record["left_out"] if words.startswith("1 unreadable")]

@@ -181,7 +181,7 @@ def test_a_record_that_is_missing_or_damaged_is_said_and_written_anew(tmp_path, 
     if content is not None:
         (tmp_path / "data.json").write_text(content)
     inventory = Inventory("images", 3, 1, train_files=FILES, held_out_files=HELD)
-    assert "not known" in keep(inventory, tmp_path, resumed=True)
+    assert "cannot be detected" in keep(inventory, tmp_path, resumed=True)
     assert keep(inventory, tmp_path, resumed=True) == ""
     assert keep(Inventory("images", 3, 1), tmp_path, resumed=True) == ""
 

@@ -62,7 +62,7 @@ class PromptTemplate:
 
     Example:
         template = PromptTemplate(noise_std=0.3)
-        template("a cat", (32, 32))  # "Noise Level 300:\na cat"
+        template("a cat", (32, 32))  # "Noise Level 300:\\na cat"
     """
 
     noise_std: float | None = None
