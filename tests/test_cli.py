@@ -515,7 +515,7 @@ MISTAKES = {
     # Run directories to write.
     "train --debug --config tiny.py --workdir mine": r"workdir mine holds files, but no flowgen run; give a new",
     "train --debug --config tiny.py --workdir file.txt": r"workdir file\.txt holds files but no flowgen run",
-    "train --debug --config tiny.py --workdir file.txt/a": r"workdir file\.txt/a cannot be written \(Not a directory\)",
+    "train --debug --config tiny.py --workdir file.txt/a": r"workdir file\.txt/a cannot be written to \(Not a directory\)",
     f"train --debug --config {DIGITS} --workdir run --model.width 64 --optim.lr 0.1": (
         r"the run was begun with another config \(model\.width: 32 -> 64; optim\.lr: \S+ -> 0\.1\); undo that, or train"
     ),
