@@ -212,7 +212,7 @@ def extrapolate(history: list[dict], quantity: str, tokens: int) -> float:
 def summary(name: str, direction: str, rows: list[dict]) -> dict[str, Any]:
     """Returns how the time of one method grows, and the length from which on it is faster than softmax.
 
-    crossover_tokens: None where it is slower at the largest length that could be compared, compared_up_to. slope: of
+    crossover_tokens: None if it is slower at the largest length that could be compared, compared_up_to. slope: of
     log time against log tokens; slope_processor: of the time of all threads, which other load disturbs less.
     """
     measured = [r for r in rows if r["name"] == name and r["direction"] == direction and "milliseconds" in r]
@@ -243,7 +243,7 @@ def slope(measured: list[dict], quantity: str) -> float | None:
 
 
 def line(row: dict) -> str:
-    """Returns a measurement as a line of the table, which says where softmax is faster."""
+    """Returns a measurement as a line of the table, with a note if softmax is faster."""
     start = f"{row['tokens']:6d} {row['direction']:16} {row['name']:36}"
     if "skipped" in row:
         return f"{start} left out: {row['skipped']}"

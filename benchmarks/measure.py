@@ -154,7 +154,7 @@ def figures(timing: Timing, *, baseline: str, against: Timing, compiled: bool, *
 
 
 def environment(threads: int, torch_version: str | None) -> dict[str, Any]:
-    """Returns where the rows were measured: device, thread budget, load, versions."""
+    """Returns the conditions of the measurement: device, thread budget, load, versions."""
     import jax
 
     device = jax.devices()[0]

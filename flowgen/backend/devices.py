@@ -138,7 +138,7 @@ def queries_at_once(batch: object, heads: object, keys: object, max_logits: int 
 
 
 def causal_slice(n: int) -> int:
-    """Returns how many of n queries make one slice of causal attention."""
+    """Returns the number of queries per slice of causal attention over n queries."""
     return max(MIN_CAUSAL_SLICE, -(-n // MAX_CAUSAL_SLICES))
 
 

@@ -34,7 +34,7 @@ TAKES_FIELDS = ("train", "sample", "info", "evaluate", "encode")
 COMMANDS: dict[str, tuple[ModuleType, str]] = {
     "train": (train, "Train a model, or resume a run."),
     "sample": (sample, "Draw samples from a trained model."),
-    "evaluate": (evaluate, "Print the bits per dimension of a model on its data."),
+    "evaluate": (evaluate, "Print the metrics of a model on its data, such as bits per dimension."),
     "encode": (encode, "Compute and store the latents and text features of a dataset."),
     "convert": (convert, "Create a run directory from published weights."),
     "info": (info, "Print the fields of a config or of a run."),

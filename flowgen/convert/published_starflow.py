@@ -101,7 +101,7 @@ _DENOISER_STEP = 0.3
 
 
 def read_arguments(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Returns the arguments of a published YAML, a list of single `name: value` under `arguments`, by name.
+    """Returns the arguments of a published YAML by name; the file lists them as single `name: value` under `arguments`.
 
     Raises FileNotFoundError if there is no such file, ValueError if it is not a YAML of that form.
 

@@ -73,7 +73,7 @@ def _weights(at: Float[np.ndarray, "b f"], length: int, side: int) -> Float[np.n
 def bouncing_digits(
     num: int, eval_fraction: float, *, frames: int, image_size: tuple[int, int], channels: int, split: Split
 ) -> BouncingDigits:
-    """Returns the clips of a split; the digits have half the shorter side, and at least their own 8 pixels.
+    """Returns the clips of a split; a digit's side is half the shorter side of the clip, but at least 8 pixels.
 
     num: clips of all splits. eval_fraction: share of the digits, and of the clips, that is held out.
 

@@ -169,7 +169,7 @@ def fit_array(
 def _box(image_size: tuple[int, int], size: tuple[int, int], crop: Crop, turn: Turn, pixel_aspect: float = 1.0) -> Box:
     """Left, top, right and bottom of the part of an image that `fit` keeps, in its own pixels, before the turn.
 
-    Only this part is resampled, which bounds the work whatever the proportions are.
+    Only this part is resampled, which bounds the work for any proportions.
     """
     (columns, rows), (height, width) = image_size, size
     if crop == "none":

@@ -34,12 +34,12 @@ def unannotated(annotation: Any) -> Any:
 
 
 def configs_of(annotation: Any) -> dict[str, type]:
-    """Returns the configs by name that a field may be."""
+    """Returns the config types that a field may have, by name."""
     return {type_name(member): member for member in members(annotation) if is_dataclass(member)}
 
 
 def choices(annotation: Any) -> dict[str, type]:
-    """Returns the configs by name that a field may be one of; empty unless there are several."""
+    """Returns the config types that a field may have, by name; empty unless there are several."""
     found = configs_of(annotation)
     return found if len(found) > 1 else {}
 

@@ -60,7 +60,7 @@ class BertConfig:
 
 
 class BertEncoder(OnMeshes, nn.Module):
-    """Features `b n d` of token numbers `b n`, zero where the mask is False.
+    """Maps token numbers `b n` to features `b n d`, which are zero where the mask is False.
 
     Raises ValueError if there are more tokens than positions.
 

@@ -69,8 +69,9 @@ class FrozenTextEncoder:
 
 @dataclass(frozen=True)
 class HashedWords:
-    """Fixed random features of every word, by its SHA-256; an end token after the last. Needs no download and carries
-    no meaning: for tests and closed vocabularies.
+    """Encodes each word by fixed random features, derived from its SHA-256, and adds an end token.
+
+    It needs no download and carries no meaning: for tests and closed vocabularies.
 
     Example:
         cond = HashedWords(length=8, dim=16)(["red apple"])

@@ -63,7 +63,7 @@ class T5Config:
 
 
 class T5Encoder(OnMeshes, nn.Module):
-    """Features `b n d` of token numbers `b n`, zero where the mask is False.
+    """Maps token numbers `b n` to features `b n d`, which are zero where the mask is False.
 
     Example:
         features = T5Encoder(T5Config()).apply(params, ids, mask)

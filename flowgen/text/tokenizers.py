@@ -30,7 +30,7 @@ class Tokenizer(Protocol):
     def __call__(self, text: str) -> list[int]: ...
 
     def cut(self, ids: list[int], length: int) -> list[int]:
-        """Returns `length` of more tokens: the first ones, and an end token at the end."""
+        """Returns the first tokens of a text that has too many, `length` in all, with an end token last."""
         ...
 
     def content(self) -> bytes:
