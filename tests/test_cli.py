@@ -514,8 +514,8 @@ MISTAKES = {
     f"{TRAIN} --data.name npz --data.path photos/unlabelled.npz": r"the data carries no labels; .* model\.num_cl",
     # Run directories to write.
     "train --debug --config tiny.py --workdir mine": r"workdir mine holds files, but no flowgen run; give a new",
-    "train --debug --config tiny.py --workdir file.txt": r"workdir file\.txt holds files but no flowgen run",
-    "train --debug --config tiny.py --workdir file.txt/a": r"workdir file\.txt/a cannot be written to \(Not a directory\)",
+    "train --debug --config tiny.py --workdir file.txt": r"workdir file\.txt holds files, but no flowgen run",
+    "train --debug --config tiny.py --workdir file.txt/a": r"workdir file\.txt/a cannot be written to \(Not a dir",
     f"train --debug --config {DIGITS} --workdir run --model.width 64 --optim.lr 0.1": (
         r"the run was begun with another config \(model\.width: 32 -> 64; optim\.lr: \S+ -> 0\.1\); undo that, or train"
     ),
