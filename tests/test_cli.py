@@ -500,7 +500,7 @@ MISTAKES = {
     f"{TRAIN} --data.name folder --data.path photos/no_images": r"has no images; put \.png",
     f"{TRAIN} --data.name folder --data.path photos/mixed": r"has images both directly \(such as 'a\.png'\)",
     f"{TRAIN} --data.name folder --data.path photos/flat": r"the data carries no labels; .* model\.num_classes",
-    f"{TRAIN} --data.name folder --data.path photos/corrupt --model.num_classes 1": r"1 image .*/b\.png' \(no p",
+    f"{TRAIN} --data.name folder --data.path photos/corrupt --model.num_classes 1": r"1 image .*/b\.png' \(not",
     f"{TRAIN} --data.name folder --data.path photos/good --model.channels 2": r"model\.channels is 2; .* 1 \(grey",
     f"{TRAIN} --data.name npz --data.path none.npz": r"data\.path 'none\.npz' is not a file; give the path of an \.npz",
     f"{TRAIN} --data.name npz --data.path photos/text.npz": r"is not a readable \.npz file of plain arrays",
@@ -539,7 +539,7 @@ MISTAKES = {
     f"{SAMPLE} flipped": r"Checkpoint 8 .* is damaged \(ema/\S+ has changed since .*\); remove that folder",
     f"{SAMPLE} flipped_meta": r"Checkpoint 8 .* is damaged \(meta\.json .*\); remove that folder",
     f"{SAMPLE} truncated": r"Checkpoint 8 .* is damaged \(ema/_METADATA has changed since .*\); remove that folder",
-    f"{SAMPLE} run --step 5": r"run has no checkpoint 5; there are 4, 8",
+    f"{SAMPLE} run --step 5": r"run has no checkpoint 5; choose one of 4, 8",
     f"{SAMPLE} run --step last": r"--step: 'last' is neither a number nor best; see",
     f"{SAMPLE} run --step -1": r"--step: '-1' is neither a number nor best; see",
     f"{SAMPLE} classless --step best": r"classless has no evaluated checkpoint; leave out the step to load the latest",
@@ -589,7 +589,7 @@ MISTAKES = {
     f"{FROM}/intruder.pth": r"'weights/intruder\.pth' is refused: its pickle uses 'io\.open'",
     f"{FROM}/pointer.pth": r"is a Git LFS pointer, not the weights; fetch them with git lfs pull",
     f"{FROM}/../file.txt": r"is neither a safetensors nor a torch\.save file .*; give the weight file itself",
-    f"{FROM}/starflow.safetensors": r"These are STARFlow weights .*, ; import them with flowgen\.convert\.starflow",
+    f"{FROM}/starflow.safetensors": r"These are STARFlow weights .*; import them with flowgen\.convert\.starflow",
     f"{FROM}/linear.safetensors": r"These are not TARFlow weights: 'blocks\.0\.pos_embed' is missing",
     f"{FROM}/incomplete.safetensors": r"do not fit the model, 1 problem: 'blocks\.1\.proj_in\.bias' is missing",
     f"{FROM}/extra.safetensors": r"do not fit the model, 1 problem: 'blocks\.0\.gate' is not expected",
@@ -600,8 +600,8 @@ MISTAKES = {
     f"{CONVERT} --to new --patch-size 4": r"patch_size 4 with 1 channels .* use patch_size=2",
     f"{CONVERT} --to new --channels 0": r"--channels: '0' is not a whole number of at least 1; see",
     f"{CONVERT} --to new --noise-std -1": r"noise_std is -1\.0; it must be 0",
-    "convert weights/unnamed.safetensors --to new --image-size 8 --noise-std 0": r"--patch-size is not in the name of",
-    "convert weights/unnamed.safetensors --to new --image-size 8 --patch-size 2": r"--noise-std is not in the name of",
+    "convert weights/unnamed.safetensors --to new --image-size 8 --noise-std 0": r"--patch-size is missing, and the name of",
+    "convert weights/unnamed.safetensors --to new --image-size 8 --patch-size 2": r"--noise-std is missing, and the name of",
 }
 
 
