@@ -600,8 +600,8 @@ MISTAKES = {
     f"{CONVERT} --to new --patch-size 4": r"patch_size 4 with 1 channels .* use patch_size=2",
     f"{CONVERT} --to new --channels 0": r"--channels: '0' is not a whole number of at least 1; see",
     f"{CONVERT} --to new --noise-std -1": r"noise_std is -1\.0; it must be 0",
-    "convert weights/unnamed.safetensors --to new --image-size 8 --noise-std 0": r"--patch-size is missing, and the name of",
-    "convert weights/unnamed.safetensors --to new --image-size 8 --patch-size 2": r"--noise-std is missing, and the name of",
+    "convert weights/unnamed.safetensors --to new --image-size 8 --noise-std 0": r"--patch-size is missing, and",
+    "convert weights/unnamed.safetensors --to new --image-size 8 --patch-size 2": r"--noise-std is missing, and",
 }
 
 
