@@ -41,7 +41,7 @@ def measure_shape(shape: str, theirs, threads: int) -> list[dict]:
 
 
 def our_runs(shape: str) -> tuple[float, dict[str, measure.Run]]:
-    """Returns our loss before any update, and the runs, each of them one compiled program."""
+    """Returns our loss before any update, and the runs, each one a compiled program."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -76,7 +76,7 @@ def our_runs(shape: str) -> tuple[float, dict[str, measure.Run]]:
         changes, state = adamw.update(gradient, state, params)
         return optax.apply_updates(params, changes), state, value
 
-    # What `flowgen train` runs: dequantisation, metrics, clipping and the averaged parameters are in it.
+    # The step of `flowgen train`, including dequantisation, metrics, clipping and the parameter average.
     optim, steps = OptimConfig(), 1_000
     parallel = DataParallel(jax.local_devices()[:1])
     library_step = parallel.compile(make_step(nll_objective(flow), optim, steps=steps))
@@ -99,7 +99,7 @@ def our_runs(shape: str) -> tuple[float, dict[str, measure.Run]]:
 
 
 def _carrying(function, first, second) -> measure.Run:
-    """Returns a run that feeds the first two outputs of a call, whose inputs it uses up, to the next."""
+    """Returns a run that feeds the first two outputs of a call to the next one; it donates its inputs."""
     carry = [first, second]
 
     def call():

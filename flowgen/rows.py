@@ -25,11 +25,11 @@ ROWS = "rows"
 
 
 class Rows(struct.PyTreeNode):
-    """Which rows of a whole batch these are, and the key that all devices share.
+    """The positions of some rows in the whole batch, and the key that all devices share.
 
     key: the same on every device and for every micro-batch. positions `b`: positions of these rows in the whole batch.
     part: number of the micro-batch. size: size of the whole batch, over devices and micro-batches. axis_name: axis of
-    the devices that share it, None for one device.
+    the devices that share the batch, None for one device.
 
     Example:
         rows = batch_rows(batch, key, num=len(x))
@@ -103,7 +103,7 @@ def batch_rows(batch: Any, key: Key[Array, ""], num: int) -> Rows:
     if rows is None:
         return Rows(key, jnp.arange(num), size=num)
     if len(rows.positions) != num:
-        raise ValueError(f"the batch has {num} rows and positions of {len(rows.positions)}; give each row its own.")
+        raise ValueError(f"the batch has {num} rows but {len(rows.positions)} positions; give each row its own.")
     return rows
 
 
@@ -136,7 +136,7 @@ def without_rows(batch: Any) -> Any:
 
 
 def share_of_batch(key: Key[Array, ""], num: int, axis_name: str) -> Rows:
-    """Returns the rows of this device, of `num` on each along `axis_name`; consecutive ones, in the order of the axis.
+    """Returns the rows of this device: `num` consecutive ones, in the order of the devices along `axis_name`.
 
     Example:
         rows = share_of_batch(key, num=16, axis_name="data")  # inside jax.pmap(..., axis_name="data")

@@ -259,7 +259,7 @@ def test_keys_of_the_old_kind_are_keys():
 
 
 def test_a_side_stands_for_a_square():
-    source = load(DataConfig(), image_size=8, channels=1, split="eval")
-    assert source.event_shape == (8, 8, 1)
+    dataset = load(DataConfig(), image_size=8, channels=1, split="eval")
+    assert dataset.event_shape == (8, 8, 1)
     clips = load_clips(ClipsConfig(num=20), frames=2, image_size=16, channels=1, split="train")
     assert clips.event_shape[-3:] == (16, 16, 1)

@@ -37,7 +37,7 @@ LEVELS = {"cat": 20, "dog": 120, "fox": 220, "zebra": 70}
 
 
 def photos(root, *names, count=6):
-    """Grey pictures with a little noise, of a level that is the class's."""
+    """Grey images with a little noise, of a level that is the class's."""
     for name in names:
         (root / name).mkdir(parents=True)
         noise = np.random.default_rng(0)
@@ -104,7 +104,7 @@ def test_a_class_that_is_not_known_is_refused_by_name(make, tmp_path):
         make(tmp_path / "data", ("cat", "zebra"), KNOWN)
 
 
-def test_built_in_pictures_and_clips_are_mapped_by_name():
+def test_built_in_images_and_clips_are_mapped_by_name():
     names = tuple("9876543210")
     digits = load(DataConfig(), image_size=(8, 8), channels=1, split="all")
     turned = load(DataConfig(classes=names), image_size=(8, 8), channels=1, split="all")
@@ -146,7 +146,7 @@ def test_the_largest_label_of_a_type_counts(tmp_path, labels, classes):
 def test_sparse_labels_are_refused_before_anything_is_made_of_them(tmp_path, largest):
     labels = np.array([0, largest], np.uint64)
     np.savez(tmp_path / "a.npz", images=np.zeros((2, 8, 8), np.uint8), labels=labels)
-    with pytest.raises(ValueError, match=rf"'labels' .* contains {largest} for 2 pictures"):
+    with pytest.raises(ValueError, match=rf"'labels' .* contains {largest} for 2 images"):
         load(DataConfig("npz", path=str(tmp_path / "a.npz")), image_size=(8, 8), channels=1, split="all")
 
 
@@ -217,7 +217,7 @@ def test_cached_latents_of_an_experiment_have_the_numbers_of_its_run(tmp_path):
     assert experiment.flow_dataset("train")[np.arange(2)].context.tolist() == [1, 2]
 
 
-def test_pictures_beside_clips_have_the_numbers_of_the_clips(tmp_path):
+def test_images_beside_clips_have_the_numbers_of_the_clips(tmp_path):
     tiny = {"patch_size": 4, "width": 40, "head_dim": 20, "layers_per_block": (1, 1)}
     names = ["7", "0"]
     np.savez(tmp_path / "a.npz", images=np.zeros((2, 12, 12), np.uint8), labels=[0, 1], class_names=names)
@@ -255,7 +255,7 @@ def experiment_of(**changes):
 def test_classes_of_the_model_without_data_are_told_once_and_not_drawn(tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
     photos(tmp_path / "photos", *KNOWN)
-    (tmp_path / "photos" / "notes.xcf").write_text("no picture")
+    (tmp_path / "photos" / "notes.xcf").write_text("no image")
     experiment = experiment_of()
     experiment = dataclasses.replace(
         experiment, model=dataclasses.replace(experiment.model, num_classes=10)
@@ -329,7 +329,7 @@ def test_a_class_is_asked_for_by_name(run, tmp_path, capsys):
 
 @pytest.fixture
 def again(run, tmp_path, monkeypatch):
-    """A copy of the run and of its pictures, in which the test is; the pictures may be changed."""
+    """A copy of the run and of its images, in which the test is; the images may be changed."""
     for name in ("run", "photos"):
         shutil.copytree(run.parent / name, tmp_path / name)
     monkeypatch.chdir(tmp_path)
@@ -349,7 +349,7 @@ def test_a_renamed_class_is_refused(again):
     assert resumed(workdir).state.step == 6
 
 
-def test_a_class_without_pictures_goes_on_where_its_name_is_kept(again, caplog):
+def test_a_class_without_images_goes_on_where_its_name_is_kept(again, caplog):
     workdir, path = again
     shutil.rmtree(path / "dog")
     with pytest.raises(ValueError, match=r"data\.classes: dog missing; to go on"):
@@ -369,7 +369,7 @@ def test_a_run_that_kept_no_names_goes_on(run, tmp_path, monkeypatch, capsys):
     assert checkpoint.load(workdir)[2] == old
     assert resumed(workdir).state.step == 6
     assert checkpoint.load(workdir)[2].data.classes == KNOWN
-    assert "kept no list of its files" in capsys.readouterr().err
+    assert "has no list of its data files" in capsys.readouterr().err
 
 
 def test_a_run_says_what_changed_in_its_files(again, capsys):
@@ -382,7 +382,7 @@ def test_a_run_says_what_changed_in_its_files(again, capsys):
     shutil.copy(path / next(iter(record["files"]["train"])), path / "cat" / "new.png")
     resumed(workdir)
     said = capsys.readouterr().err
-    assert said.count("The data changed since the run was last started") == 1
+    assert said.count("The data have changed since the run was last started") == 1
     assert "1 added ('cat/new.png')" in said
     assert f"1 removed ('{held[0]}')" in said
     assert "images: 14 train, 4 held out, 8 x 8, classes: cat, dog, fox" in said

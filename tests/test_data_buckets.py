@@ -10,7 +10,7 @@ from flowgen.data import ArrayDataset, BucketedDataset, DataConfig, Loader, load
 
 
 def bucket(count, height, width, first=0):
-    """Pictures that hold their own number."""
+    """Images that hold their own number."""
     images = np.broadcast_to(np.arange(first, first + count)[:, None, None, None], (count, height, width, 1))
     return ArrayDataset(images.astype(np.uint8), np.zeros(count, np.int32))
 
@@ -84,7 +84,7 @@ def test_a_folder_is_sorted_into_aspect_ratios(tmp_path):
     assert found == {(64, 64): [0, 1, 4], (48, 88): [2, 5], (96, 40): [3], (88, 48): [6]}
 
 
-def test_unreadable_pictures_are_left_out_of_buckets_too(tmp_path):
+def test_unreadable_images_are_left_out_of_buckets_too(tmp_path):
     for index in range(6):
         Image.new("RGB", (48, 32)).save(tmp_path / f"{index}.png")
     (tmp_path / "z.png").write_bytes(b"nothing")
@@ -94,7 +94,7 @@ def test_unreadable_pictures_are_left_out_of_buckets_too(tmp_path):
     folder = {"name": "folder", "path": str(tmp_path), "aspects": True, "eval_fraction": 0.0}
     dataset = load(DataConfig(**folder, on_corrupt="skip"), image_size=(32, 32), channels=3, split="train")
     assert [len(bucket) for bucket in dataset.buckets] == [6]
-    with pytest.raises(ValueError, match=r"1 picture that cannot be read: .*z.png"):
+    with pytest.raises(ValueError, match=r"1 image that cannot be read: .*z.png"):
         load(DataConfig(**folder), image_size=(32, 32), channels=3, split="train")
 
 
@@ -103,12 +103,12 @@ def test_aspects_are_for_folders():
         DataConfig(aspects=True)
 
 
-def test_captions_stand_beside_pictures(tmp_path):
+def test_captions_stand_beside_images(tmp_path):
     for name in "ab":
         Image.new("L", (8, 8)).save(tmp_path / f"{name}.png")
     config = DataConfig(name="folder", path=str(tmp_path), eval_fraction=0.0)
     (tmp_path / "a.txt").write_text("a  cat\n")
-    with pytest.raises(ValueError, match=r"captions of 1 of 2 pictures; add '.*b.txt' and 0 more"):
+    with pytest.raises(ValueError, match=r"captions of 1 of 2 images; add '.*b.txt' and 0 more"):
         load(config, image_size=(8, 8), channels=1, split="train")
     (tmp_path / "b.txt").write_text("ein Hündchen", encoding="utf-8-sig")  # with a byte order mark
     assert load(config, image_size=(8, 8), channels=1, split="train").captions == ("a cat", "ein Hündchen")

@@ -176,8 +176,8 @@ def encoded(path, frames, *, rate=8, at=None, audio=0.0, **options):
 
 def slow_gif(path, milliseconds):
     """Writes frames that are shown for times of their own."""
-    pictures = [pillow().fromarray(frame) for frame in gradient(len(milliseconds))]
-    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=milliseconds)
+    images = [pillow().fromarray(frame) for frame in gradient(len(milliseconds))]
+    images[0].save(path, save_all=True, append_images=images[1:], duration=milliseconds)
 
 
 ODD_VIDEOS = {
@@ -279,7 +279,7 @@ def test_a_video_that_is_damaged_later_is_named_with_its_field(tmp_path):
     config = ClipsConfig("folder", path=str(tmp_path), eval_fraction=0.0, in_memory_bytes=0)
     dataset = load_clips(config, frames=8, image_size=(8, 8), channels=1, split="train")
     write_video(tmp_path / "a.mp4", gradient(4), fps=8)
-    with pytest.raises(ValueError, match=r"data.path holds .*a.mp4' ends before 8 frames at 8 fps from second 0"):
+    with pytest.raises(ValueError, match=r"data.path has .*a.mp4' ends before 8 frames at 8 fps from second 0"):
         dataset[np.array([0])]
 
 
@@ -305,9 +305,9 @@ def test_configs_that_cannot_be_are_refused(change, message, untyped):
 
 
 def test_files_and_shapes_that_cannot_be_are_refused(videos, tmp_path):
-    with pytest.raises(ValueError, match="clips are 8 x 8, with no room for digits of 8; use 10 or more"):
+    with pytest.raises(ValueError, match="clips are 8 x 8, too small for digits of 8 x 8 to move in; use 10 or more"):
         bouncing(size=(8, 8))
-    with pytest.raises(ValueError, match=r"data.eval_fraction 0.99 of 50 pictures leaves none to train on"):
+    with pytest.raises(ValueError, match=r"data.eval_fraction 0.99 of 50 images leaves none to train on"):
         bouncing(eval_fraction=0.99)
     with pytest.raises(ValueError, match="clips have 1 channel"):
         bouncing(channels=4)
@@ -315,7 +315,7 @@ def test_files_and_shapes_that_cannot_be_are_refused(videos, tmp_path):
     with pytest.raises(ValueError, match="has no video of 99 frames at 8 fps; give longer ones"):
         load_clips(long, frames=99, image_size=(8, 8), channels=3, split="train")
     (tmp_path / "broken.mp4").write_bytes(b"no video" * 99)
-    with pytest.raises(ValueError, match=r"1 video that cannot be read: .*broken.mp4' is no video"):
+    with pytest.raises(ValueError, match=r"1 video that cannot be read: .*broken.mp4' is not a readable video"):
         load_clips(ClipsConfig("folder", path=str(tmp_path)), frames=2, image_size=(8, 8), channels=3, split="all")
     with pytest.raises(UnreadableVideo, match="ends before 30 frames at 8 fps from second 0"):
         read_clip(videos / "a.mp4", 30, (8, 8), 3, fps=8)
@@ -325,6 +325,6 @@ def test_files_and_shapes_that_cannot_be_are_refused(videos, tmp_path):
         video_length("nowhere.mp4")
     with pytest.raises(ValueError, match=r"has no video suffix; use one of .mp4, .gif"):
         write_video(tmp_path / "x.avi", gradient(2))
-    with pytest.raises(ValueError, match="a video of 0 frames"):
+    with pytest.raises(ValueError, match="got 0 frames"):
         write_video(tmp_path / "x.mp4", gradient(2)[:0])
     assert not (tmp_path / "x.mp4").exists()

@@ -57,35 +57,35 @@ print(hashlib.sha256(clips[numpy.arange(60)].x.tobytes()).hexdigest())
 
 
 class Counting:
-    """A game in which every picture is new; the player dies in the third step of the first world."""
+    """A game in which every image is new; the player dies in the third step of the first world."""
 
     action_names = ("do", "move_down", "move_up", "move_right", "move_left", "noop")
     _world = types.SimpleNamespace(objects=[], _chunks={})
 
     def __init__(self, size, seed):
-        self.shape, self.world, self.pictures, self.steps = (*size[::-1], 3), 0, 0, 0
+        self.shape, self.world, self.images, self.steps = (*size[::-1], 3), 0, 0, 0
 
     def reset(self):
         self.world, self.steps = self.world + 1, 0
-        return self.picture()
+        return self.image()
 
     def step(self, action):
         self.steps += 1
-        return self.picture(), 0.0, self.world == 1 and self.steps == 3, {}
+        return self.image(), 0.0, self.world == 1 and self.steps == 3, {}
 
-    def picture(self):
-        self.pictures += 1
-        return np.full(self.shape, self.pictures % 256, np.uint8)
+    def image(self):
+        self.images += 1
+        return np.full(self.shape, self.images % 256, np.uint8)
 
 
 def test_a_clip_in_which_the_player_dies_is_played_again_in_the_next_world(monkeypatch):
     monkeypatch.setattr(crafter, "Env", Counting)
     seen = clips_of(frames=3, size=(9, 9), split="all")[np.arange(3)].x[:, :, 0, 0, 0]
-    # The first clip ends with the second step; the player dies in the second one, whose pictures are lost.
+    # The first clip ends with the second step; the player dies in the second one, whose images are lost.
     np.testing.assert_array_equal(seen, [[1, 2, 3], [5, 6, 7], [7, 8, 9]])
     many = clips_of(num=CLIPS_PER_WORLD + 2, frames=2, size=(9, 9), split="all")[np.arange(CLIPS_PER_WORLD + 2)]
-    pictures = many.x[:, :, 0, 0, 0].astype(int)
-    begins, ends = pictures[1:, 0], pictures[:-1, 1]
+    images = many.x[:, :, 0, 0, 0].astype(int)
+    begins, ends = images[1:, 0], images[:-1, 1]
     # Clips go on where the last one ended, but for the first in a new world.
     np.testing.assert_array_equal(np.flatnonzero(begins != ends), [1, CLIPS_PER_WORLD - 1])
 
@@ -93,12 +93,12 @@ def test_a_clip_in_which_the_player_dies_is_played_again_in_the_next_world(monke
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"channels": 1}, "clips of data.name 'crafter' are in colour; set model.channels to 3"),
-        ({"size": (8, 16)}, "clips are 8 x 16, and data.name 'crafter' shows 9 x 9 places"),
+        ({"channels": 1}, "data.name is 'crafter', whose clips are in colour; set model.channels to 3"),
+        ({"size": (8, 16)}, "clips are 8 x 16, but data.name 'crafter' shows 9 x 9 tiles"),
         ({"eval_fraction": 0.0}, "data.eval_fraction is 0, so the split 'eval' is empty"),
         (
             {"num": 2, "eval_fraction": 0.9, "split": "train"},
-            "data.eval_fraction 0.9 of 2 pictures leaves none to train",
+            "data.eval_fraction 0.9 of 2 images leaves none to train",
         ),
     ],
 )

@@ -15,10 +15,10 @@ from flowgen.data.latent_files import LatentWriter
 from flowgen.data.latents import LatentDataset, Shard, encode, merged
 
 
-def pictures(count=10, height=4, width=4, captions=True):
+def images(count=10, height=4, width=4, captions=True):
     rng = np.random.default_rng(count)
     images = rng.integers(0, 256, (count, height, width, 1), np.uint8)
-    texts = tuple(f"picture {index}" for index in range(count)) if captions else ()
+    texts = tuple(f"image {index}" for index in range(count)) if captions else ()
     return ArrayDataset(images, np.arange(count, dtype=np.int32) % 3, class_names=("a", "b", "c"), captions=texts)
 
 
@@ -51,7 +51,7 @@ def read(directory, split="train"):
 
 
 def test_what_is_written_is_read(tmp_path):
-    data = pictures()
+    data = images()
     write(tmp_path / "set", {"train": encode(data, moments, texts, size=4)}, null=NULL)
     dataset = read(tmp_path / "set")
     assert len(dataset) == 10
@@ -62,15 +62,15 @@ def test_what_is_written_is_read(tmp_path):
     mean, std = moments(np.asarray(from_uint8(data.x)))
     np.testing.assert_array_equal(batch.x.mean, mean.astype(np.float32)[indices])
     np.testing.assert_array_equal(batch.x.std, std.astype(np.float32)[indices])
-    np.testing.assert_array_equal(batch.context.embeddings[:, 0, 0], 9)
+    np.testing.assert_array_equal(batch.context.embeddings[:, 0, 0], len("image 3"))
     assert batch.context.mask.tolist() == [[True, False]] * 5
     labelled = dataclasses.replace(dataset, use_texts=False)
     np.testing.assert_array_equal(labelled[indices].context, data.labels[indices])
     np.testing.assert_array_equal(dataset.null.embeddings, NULL.embeddings)
 
 
-def test_mirrored_pictures_are_encoded_too():
-    data = pictures()
+def test_mirrored_images_are_encoded_too():
+    data = images()
     shards = list(encode(data, moments, flip=True, size=4))
     dataset = LatentDataset(tuple(shards))
     assert len(dataset) == 20
@@ -80,17 +80,17 @@ def test_mirrored_pictures_are_encoded_too():
 
 
 def test_class_names_stand_in_for_captions_and_nothing_is_refused():
-    (shard,) = encode(pictures(4, captions=False), moments, texts)
+    (shard,) = encode(images(4, captions=False), moments, texts)
     np.testing.assert_array_equal(shard.texts.embeddings[:, 0, 0], 1)
-    nameless = ArrayDataset(pictures(2).x, np.full(2, -1, np.int32))
+    nameless = ArrayDataset(images(2).x, np.full(2, -1, np.int32))
     with pytest.raises(ValueError, match=r"neither captions nor classes to make texts of; put a .txt"):
         list(encode(nameless, moments, texts))
 
 
 def test_shapes_become_buckets_and_splits_stay_apart(tmp_path):
-    square, wide = pictures(6), pictures(5, width=8)
+    square, wide = images(6), images(5, width=8)
     train = [*encode(square, moments), *encode(wide, moments)]
-    write(tmp_path / "set", {"train": train, "eval": encode(pictures(3), moments)})
+    write(tmp_path / "set", {"train": train, "eval": encode(images(3), moments)})
     dataset = read_latents(tmp_path / "set", "train")
     assert isinstance(dataset, BucketedDataset)
     assert {bucket.event_shape: len(bucket) for bucket in dataset.buckets} == {(2, 2, 1): 6, (2, 4, 1): 5}
@@ -103,7 +103,7 @@ def test_half_a_data_set_and_damage_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"holds no cached latents \(dataset.json is missing"):
         read(directory)
     writer = LatentWriter(directory)
-    (shard,) = encode(pictures(), moments)
+    (shard,) = encode(images(), moments)
     writer.add("train", shard, kind="image")
     with pytest.raises(FileNotFoundError, match=r"holds no cached latents \(dataset.json is missing"):
         read(directory)
@@ -148,7 +148,7 @@ def test_half_a_data_set_and_damage_are_refused(tmp_path):
     ],
 )
 def test_an_index_that_is_not_whole_is_refused(tmp_path, change):
-    write(tmp_path / "set", {"train": encode(pictures(), moments)})
+    write(tmp_path / "set", {"train": encode(images(), moments)})
     index = tmp_path / "set" / "dataset.json"
     index.write_text(json.dumps({**json.loads(index.read_text()), **change}))
     with pytest.raises(ValueError, match=r"dataset.json' is damaged, or was written by hand .*; encode the data again"):
@@ -156,7 +156,7 @@ def test_an_index_that_is_not_whole_is_refused(tmp_path, change):
 
 
 def test_texts_need_the_empty_text_beside_them(tmp_path):
-    write(tmp_path / "set", {"train": encode(pictures(), moments, texts)}, null=NULL)
+    write(tmp_path / "set", {"train": encode(images(), moments, texts)}, null=NULL)
     path = tmp_path / "set" / "train-00000" / "null.npz"
     for damage in (b"", b"no archive"):
         path.write_bytes(damage)
@@ -168,23 +168,23 @@ def test_texts_need_the_empty_text_beside_them(tmp_path):
     path.unlink()
     with pytest.raises(FileNotFoundError, match=r"null.npz' is missing; encode the data again"):
         read(tmp_path / "set")
-    (shard,) = encode(pictures(), moments, texts)
+    (shard,) = encode(images(), moments, texts)
     with pytest.raises(ValueError, match="a shard with texts needs the empty text"):
         LatentWriter(tmp_path / "other").add("train", shard, kind="image")
 
 
 def test_data_encoded_into_the_same_place_are_read_anew(tmp_path):
-    write(tmp_path / "set", {"train": encode(pictures(), moments)})
+    write(tmp_path / "set", {"train": encode(images(), moments)})
     before = read(tmp_path / "set")[np.arange(10)].x.mean
     shutil.rmtree(tmp_path / "set")
-    write(tmp_path / "set", {"train": encode(pictures(), lambda images: (moments(images)[0] + 1, moments(images)[1]))})
+    write(tmp_path / "set", {"train": encode(images(), lambda images: (moments(images)[0] + 1, moments(images)[1]))})
     assert_close(read(tmp_path / "set")[np.arange(10)].x.mean, before + 1, LAYER)
 
 
 def test_many_shards_need_few_open_files(tmp_path):
     import resource
 
-    (shard,) = encode(pictures(1), moments)
+    (shard,) = encode(images(1), moments)
     write(tmp_path / "set", {"train": [shard] * 200})
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     in_use = len(list(Path("/proc/self/fd").iterdir()))
@@ -198,7 +198,7 @@ def test_many_shards_need_few_open_files(tmp_path):
 
 
 def test_blocks_are_joined_to_shards():
-    blocks = list(encode(pictures(10), moments, texts, size=3))
+    blocks = list(encode(images(10), moments, texts, size=3))
     size = blocks[0].nbytes
     joined = list(merged(blocks, size=2 * size))
     assert [shard.size for shard in joined] == [6, 4]
@@ -212,9 +212,9 @@ def test_blocks_are_joined_to_shards():
 
 def test_what_is_not_finite_is_not_encoded():
     with pytest.raises(ValueError, match="latents or features of data 0 to 9 are not finite"):
-        list(encode(pictures(), lambda images: (moments(images)[0] * np.nan, moments(images)[1])))
+        list(encode(images(), lambda images: (moments(images)[0] * np.nan, moments(images)[1])))
     with pytest.raises(ValueError, match="are not finite"), np.errstate(over="ignore"):
-        list(encode(pictures(), moments, lambda captions: (texts(captions)[0] * 1e6, texts(captions)[1])))
+        list(encode(images(), moments, lambda captions: (texts(captions)[0] * 1e6, texts(captions)[1])))
 
 
 def test_shards_of_one_array_are_gathered_in_order():

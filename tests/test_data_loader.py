@@ -15,7 +15,7 @@ FLIPS = [1, 0, 0, 0, 1, 0, 1, 1]
 
 
 def make_dataset(size=SIZE):
-    """Returns a dataset whose picture i has columns i and i + 1, so that mirroring can be read off."""
+    """Returns a dataset whose image i has columns i and i + 1, so that mirroring can be read off."""
     images = np.broadcast_to(np.arange(size)[:, None, None, None] + np.arange(2)[:, None], (size, 3, 2, 1))
     return ArrayDataset(images.astype(np.uint8), np.arange(size, dtype=np.int32))
 
@@ -66,7 +66,7 @@ def test_order_is_frozen():
     assert flips.tolist() == FLIPS
 
 
-def test_half_of_the_pictures_are_mirrored_anew_in_every_epoch():
+def test_half_of_the_images_are_mirrored_anew_in_every_epoch():
     loader = Loader(make_dataset(), batch_size=SIZE * 40, seed=0, flip=True)
     batch = loader.batch(0)
     mirrored = batch.x[:, 0, 0, 0] - batch.context

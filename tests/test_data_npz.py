@@ -44,14 +44,14 @@ def test_npz_gives_its_arrays_unchanged(tmp_path):
             {"images": GREY[..., None].repeat(2, -1)},
             "model.channels is 1 .* of 2 channels; set model.channels to 2",
         ),
-        ({"pictures": GREY}, r"\['pictures'\] but no 'images'"),
+        ({"photos": GREY}, r"\['photos'\] but no 'images'"),
         (
             {"images": GREY, "labels": np.zeros(9, int)},
             r"int64 of shape \(9,\); save integers of shape \(10,\)",
         ),
         ({"images": GREY, "labels": np.zeros(10)}, "is float64"),
         ({"images": GREY, "labels": np.full(10, -2)}, "contains -2"),
-        ({"images": np.array([{}])}, "no readable .npz file"),
+        ({"images": np.array([{}])}, "not a readable .npz file"),
     ],
 )
 def test_npz_refuses_what_it_would_have_to_guess(tmp_path, arrays, sentence):
@@ -67,8 +67,8 @@ def test_npz_refuses_damaged_and_foreign_files(tmp_path):
     np.save(plain, GREY)
     for content in (whole[:-50], whole[:60], b"", b"text", plain.getvalue()):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"no readable \.npz file of plain arrays"):
+        with pytest.raises(ValueError, match=r"not a readable \.npz file of plain arrays"):
             load_all(config)
     path.unlink()
-    with pytest.raises(FileNotFoundError, match="is no file"):
+    with pytest.raises(FileNotFoundError, match="is not a file"):
         load_all(config)

@@ -76,7 +76,7 @@ def test_frechet_distance_is_that_of_the_formula_and_of_shifts(untyped):
     # Fewer samples than dimensions: covariances have no inverse, the distance is still there.
     assert frechet_distance(x[:3], y[:3]) > 0
     for left, right in ((x[:1], y), (x, y[:, :3])):
-        with pytest.raises(ValueError, match="at least two rows of each, of the same length"):
+        with pytest.raises(ValueError, match="at least two rows of each, of equal length"):
             frechet_distance(left, right)
 
 
@@ -89,13 +89,13 @@ def test_a_classifier_of_the_digits_knows_held_out_ones(key):
     images = np.asarray(from_uint8(everything.x))
     assert (classifier.classes(images) == everything.context).mean() > 0.95
     assert classifier.features(images).shape == (len(held_out), 64)
-    # Its features order damage, and 90 pictures differ less from 90 others than from their own ruins.
+    # Its features order damage, and 90 images differ less from 90 others than from their own ruins.
     noise = np.random.default_rng(0).standard_normal(images.shape).astype(np.float32)
     features = classifier.features(images)
     damage = [frechet_distance(features, classifier.features(images + level * noise)) for level in (0.1, 0.3, 1.0)]
     assert damage == sorted(damage)
     assert frechet_distance(features[::2], features[1::2]) < damage[-1]
-    with pytest.raises(ValueError, match="carry no labels"):
+    with pytest.raises(ValueError, match="have no labels"):
         train_classifier(dataclasses.replace(dataset, class_names=()), key)
 
 

@@ -1,4 +1,4 @@
-"""What flows of clips are trained on beside whole clips: pictures, clips without their first frame, their texts."""
+"""What flows of clips are trained on beside whole clips: images, clips without their first frame, their texts."""
 
 import dataclasses
 
@@ -16,7 +16,7 @@ from flowgen.training import TrainConfig
 
 
 @pytest.mark.slow  # beside clips without their first frame
-def test_pictures_are_trained_on_beside_clips(tmp_path):
+def test_images_are_trained_on_beside_clips(tmp_path):
     experiment = experiment_of(data=ClipsConfig(num=60, images=DataConfig()), train=TrainConfig(steps=3, batch_size=8))
     job = experiment.job()
     shapes = [batch.x.shape for batch in job.batches(0, 40)]
@@ -34,13 +34,13 @@ def test_pictures_are_trained_on_beside_clips(tmp_path):
     assert len(losses) == 2
 
 
-def test_pictures_come_in_the_fraction_of_batches_that_is_asked_for():
+def test_images_come_in_the_fraction_of_batches_that_is_asked_for():
     data = ClipsConfig(num=500, drop_first=0.25, images=DataConfig(), images_fraction=0.2)
     dataset = experiment_of(data=data).flow_dataset("train")
     assert [bucket.event_shape[0] for bucket in dataset.buckets] == [3, 2, 1]
-    whole, continued, pictures = dataset.shares
+    whole, continued, stills = dataset.shares
     assert continued / (whole + continued) == pytest.approx(0.25)
-    assert pictures / sum(dataset.shares) == pytest.approx(0.2)
+    assert stills / sum(dataset.shares) == pytest.approx(0.2)
     with pytest.raises(ValueError, match=r"images_fraction is 0.2, and there are no images"):
         ClipsConfig(images_fraction=0.2)
 
@@ -61,7 +61,7 @@ def test_clips_without_their_first_frame_are_trained_on_as_often_as_asked():
 def test_the_memory_of_latents_is_that_of_their_own_frames():
     data = ClipsConfig(num=60, drop_first=0.25, images=DataConfig(), in_memory_bytes=1)
     experiment = experiment_of(model=LATENTS, codec=SpaceToDepth(2), data=data)
-    # Mean and deviation of 6 x 6 x 4 numbers a frame: 54 clips of 3 frames and of the last 2, and 1,617 pictures.
+    # Mean and deviation of 6 x 6 x 4 numbers a frame: 54 clips of 3 frames and of the last 2, and 1,617 images.
     needed = 4 * 2 * 6 * 6 * 4 * (54 * 3 + 54 * 2 + 1617)
     with pytest.raises(ValueError, match=f"the latents of 1725 clips need {needed:,} bytes"):
         experiment.flow_dataset("train")
@@ -143,7 +143,7 @@ def test_texts_of_restarts_say_so_too(continued, tmp_path, monkeypatch):
         ({"flip": True}, "images.flip is False and flip is True, but images and clips are mirrored alike"),
     ],
 )
-def test_pictures_that_cannot_be_beside_clips_are_refused(changes, message):
+def test_images_that_cannot_be_beside_clips_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         ClipsConfig(**{"images": DataConfig(), **changes})
 
@@ -160,8 +160,8 @@ def test_clips_of_texts_are_drawn_from_prompts(tmp_path):
         data=ClipsConfig(num=60, images=DataConfig()),
     )
     dataset = experiment.flow_dataset("train")
-    of_clips, of_pictures = (bucket.null[0] for bucket in dataset.buckets)
-    said = {8: of_clips, 0: of_pictures}  # frames per second, of which pictures have none
+    of_clips, of_images = (bucket.null[0] for bucket in dataset.buckets)
+    said = {8: of_clips, 0: of_images}  # frames per second, of which images have none
     for fps, null in said.items():
         wrapped = PromptTemplate(frames_per_second=fps)("", (6, 6))
         np.testing.assert_array_equal(

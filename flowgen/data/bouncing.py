@@ -1,4 +1,4 @@
-"""Bouncing digits: clips of the built-in digits in motion, without a download."""
+"""Bouncing digits: clips of the built-in digits in motion, generated without a download."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from flowgen.data.named import read_digits
 class BouncingDigits:
     """Clips of one digit each, made on demand: clip i shows digit i mod n on its own course.
 
-    The course is a straight line, at 0.6 to 1.4 sixteenths of the shorter side per frame and axis, folded back at the
-    borders; digits between pixels are drawn by bilinear weights. Clips are the same in every NumPy version.
+    The course is a straight line that reflects at the borders; the speed is 0.6 to 1.4 sixteenths of the shorter side
+    per frame and axis. Digits between pixels are drawn by bilinear interpolation. Clips are the same in every NumPy
+    version.
 
     Example:
         dataset = BouncingDigits(digits, labels, num=1000, event_shape=(8, 16, 16, 1), seed=0)
@@ -72,16 +73,18 @@ def _weights(at: Float[np.ndarray, "b f"], length: int, side: int) -> Float[np.n
 def bouncing_digits(
     num: int, eval_fraction: float, *, frames: int, image_size: tuple[int, int], channels: int, split: Split
 ) -> BouncingDigits:
-    """Returns the clips of a split, of digits of half the shorter side, at least the 8 pixels that they have.
+    """Returns the clips of a split; a digit's side is half the shorter side of the clip, but at least 8 pixels.
 
-    num: clips of all splits. eval_fraction of the digits are held out, and the same share of the clips.
+    num: clips of all splits. eval_fraction: share of the digits, and of the clips, that is held out.
 
     Example:
         dataset = bouncing_digits(1000, 0.1, frames=8, image_size=(16, 16), channels=1, split="train")
     """
     side = max(8, min(image_size) // 2)
     if min(image_size) <= side:
-        raise ValueError(f"clips are {image_size[0]} x {image_size[1]}, with no room for digits of 8; use 10 or more.")
+        raise ValueError(
+            f"clips are {image_size[0]} x {image_size[1]}, too small for digits of 8 x 8 to move in; use 10 or more."
+        )
     dataset = read_digits(DataConfig(), (side, side))
     dataset = dataset.select(hold_out(len(dataset), eval_fraction, split))
     return BouncingDigits(

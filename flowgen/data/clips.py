@@ -28,9 +28,9 @@ from flowgen.data.dataset import (
     hold_out_files,
 )
 from flowgen.data.folder import opened, read_captions
+from flowgen.data.image_files import Crop
 from flowgen.data.inventory import tell
 from flowgen.data.named import package_folder
-from flowgen.data.pictures import Crop
 from flowgen.data.unreadable import FileReader, OnCorrupt, tell_lost_classes
 from flowgen.data.video import READABLE, av, frame_times, read_clip
 from flowgen.nn.checks import ImageSize, image_sides

@@ -12,7 +12,7 @@ from jaxtyping import Int, Int32, UInt8
 
 from flowgen.batch import Batch
 from flowgen.data.classes import checked_names
-from flowgen.data.pictures import Crop
+from flowgen.data.image_files import Crop
 from flowgen.printable import composed
 from flowgen.settings import config
 from flowgen.settings.ranges import Bytes, ProperFraction
@@ -231,8 +231,8 @@ def _cut(order: Int[np.ndarray, " size"], fraction: float, split: Split) -> Int[
     held = max(1, round(fraction * size))
     if held >= size:
         raise ValueError(
-            f"data.eval_fraction {fraction} of {size} pictures leaves none to train on; "
-            f"add pictures or set data.eval_fraction to 0."
+            f"data.eval_fraction {fraction} of {size} images leaves none to train on; "
+            f"add images or set data.eval_fraction to 0."
         )
     return np.sort(order[:held] if split == "eval" else order[held:])
 

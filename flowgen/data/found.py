@@ -1,4 +1,4 @@
-"""What a config's data hold: the classes before opening them, and the rest afterwards."""
+"""What a config's data contain: their classes, found without opening them, and the inventory of opened data."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from flowgen.data.clips import ClipsConfig, VideoClips
 from flowgen.data.crafter import CLASS_NAMES
 from flowgen.data.dataset import BucketedDataset, DataConfig, Dataset, buckets_of, check_opens, hold_out_files
 from flowgen.data.folder import FolderDataset
+from flowgen.data.image_files import UnreadableImage, read_image_size
 from flowgen.data.inventory import Inventory
 from flowgen.data.latent_files import INDEX_FILE, LatentsConfig, read_index
 from flowgen.data.latents import LatentDataset, kind_of
@@ -22,7 +23,6 @@ from flowgen.data.media import IMAGE_FORMATS
 from flowgen.data.named import DIGIT_NAMES
 from flowgen.data.npz import npz_classes, npz_marks
 from flowgen.data.openmoji import GROUPS
-from flowgen.data.pictures import UnreadablePicture, picture_size
 from flowgen.data.video import READABLE, UnreadableVideo, video_size
 
 _BUILT_IN = {
@@ -35,7 +35,7 @@ _BUILT_IN = {
 }
 _BUILT_IN_SIZES = {"digits": ((8, 8),), "mnist": ((28, 28),)}
 # Files whose sizes are checked; fewer for videos, which take longer.
-_PICTURES_SIZED, _VIDEOS_SIZED = 32, 4
+_IMAGES_SIZED, _VIDEOS_SIZED = 32, 4
 
 Marks = Mapping[str, int | str]
 
@@ -81,7 +81,7 @@ def take_inventory(
     if kind == "images" and listing is not None:
         read = sum(map(len, whole)) + (len(held_files) if held_out is None else len(held_out))
         if unreadable := len(train_files) + len(held_files) - read:
-            left_out = (*left_out, f"{unreadable:,} that cannot be read, which the files below name, too")
+            left_out = (*left_out, f"{unreadable:,} unreadable, which are included in the files below")
     return Inventory(
         f"latents of {kind}" if isinstance(config, LatentsConfig) else kind,
         sum(map(len, whole)) // mirrored,
@@ -100,7 +100,7 @@ def take_inventory(
 def _listed(config: DataConfig | ClipsConfig) -> Listing:
     if isinstance(config, ClipsConfig):
         return list_files(config.path, READABLE, "videos")
-    return list_files(config.path, tuple(IMAGE_FORMATS), "pictures")
+    return list_files(config.path, tuple(IMAGE_FORMATS), "images")
 
 
 def _apart(dataset: Dataset | BucketedDataset) -> tuple[list[Dataset], list[Dataset]]:
@@ -118,13 +118,13 @@ def _at_most(dataset: Dataset | BucketedDataset) -> bool:
 def _sizes(config: DataConfig | ClipsConfig, listing: Listing) -> tuple[tuple[int, int], ...]:
     """(height, width) of some files, evenly spaced; unreadable ones are skipped."""
     is_video = isinstance(config, ClipsConfig)
-    most = min(_VIDEOS_SIZED if is_video else _PICTURES_SIZED, len(listing))
+    most = min(_VIDEOS_SIZED if is_video else _IMAGES_SIZED, len(listing))
     files = [listing.root / listing.names[i] for i in np.linspace(0, len(listing) - 1, most).astype(int)]
 
     def size(file: Path) -> tuple[int, int] | None:
         try:
-            return video_size(file) if is_video else picture_size(file)
-        except (UnreadablePicture, UnreadableVideo):
+            return video_size(file) if is_video else read_image_size(file)
+        except (UnreadableImage, UnreadableVideo):
             return None
 
     with ThreadPoolExecutor() as pool:

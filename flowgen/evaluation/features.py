@@ -52,7 +52,7 @@ class Classifier:
     network: _ConvNet
     variables: Any
 
-    def features(self, images: Float[np.ndarray, "n height width c"]) -> Float[np.ndarray, "n f"]:
+    def features(self, images: Float[np.ndarray, "n height width c"]) -> Float[np.ndarray, "n features"]:
         """Returns the activations before the last layer."""
         return self._run(images, 0)
 
@@ -67,7 +67,7 @@ class Classifier:
 
 
 def train_classifier(dataset: Dataset, key: Key[Array, ""], *, steps: int = 200) -> Classifier:
-    """Returns a classifier of the dataset's labels; it trains on noisy images, so that samples are in its domain.
+    """Returns a classifier of the dataset's labels, trained on noisy images, so that it also works on samples.
 
     Raises ValueError if the dataset has no labels.
 
@@ -75,7 +75,7 @@ def train_classifier(dataset: Dataset, key: Key[Array, ""], *, steps: int = 200)
         classifier = train_classifier(experiment.dataset("train"), jax.random.key(0))
     """
     if not dataset.class_names:
-        raise ValueError("the data carry no labels, without which there is nothing for a classifier to learn.")
+        raise ValueError("the data have no labels, which the classifier learns from; give data with classes.")
     network = _ConvNet(len(dataset.class_names))
     init_key, noise_key = jax.random.split(key)
     variables = jax.jit(network.init)(init_key, jnp.zeros((1, *dataset.event_shape)))

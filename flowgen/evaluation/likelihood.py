@@ -1,4 +1,4 @@
-"""Bits or nats per dimension on a dataset: of a flow, of a velocity field, and of the Gaussian that fits the data."""
+"""Bits or nats per dimension on a dataset, of a flow, a velocity field, or a Gaussian fitted to the data."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from flowgen.data.media import from_uint8
 from flowgen.flows.batches import add_noise, batch_input, condition_of
 from flowgen.flows.density import LEVELS, bits_per_dim
 
-# The baseline Gaussian has independent pixels if its covariance would be too large, or fitted to too few images.
+# Beyond these limits the baseline Gaussian has a diagonal covariance: a full one would be too large, or badly
+# estimated.
 FULL_COVARIANCE_DIMS = 4096
 IMAGES_PER_DIM = 5
 READ_AT_ONCE = 1024
@@ -36,8 +37,8 @@ def flow_bits_per_dim(
 ) -> float:
     """Returns the mean bits/dim over a dataset, one draw of noise per image.
 
-    noise_std: std of the Gaussian noise added to images, 0 for uniform dequantisation (the published measure), None for
-    the training noise. conditional: give the labels to a flow with classes.
+    noise_std: std of the Gaussian noise added to images; 0 is uniform dequantisation (the published measure), None the
+    training noise. conditional: pass labels to a flow with classes.
 
     Example:
         bpd = flow_bits_per_dim(flow, params, dataset, jax.random.key(0), noise_std=0.0)
@@ -57,9 +58,10 @@ def flow_nats_per_dim(
     batch_size: int = 256,
     conditional: bool = True,
 ) -> float:
-    """Returns the mean -log p per dimension over a dataset of latents, one draw of posterior and noise for each.
+    """Returns the mean -log p per dimension, in nats, over a dataset of latents, with one draw of posterior and noise
+    each.
 
-    conditional: give labels or texts to a flow that takes them; a text flow requires them.
+    conditional: pass labels or texts to a flow that takes them; a text flow requires them.
 
     Example:
         nats = flow_nats_per_dim(flow, params, dataset, jax.random.key(0))
@@ -70,7 +72,7 @@ def flow_nats_per_dim(
 def _mean_nats(flow, variables, dataset, key, *, noise_std, batch_size, conditional) -> float:
     """The mean of -log p / dimensions over the samples of all buckets."""
     if flow.config.text_dim and not conditional:
-        raise ValueError("this flow takes texts and has no likelihood without one; leave unconditional out.")
+        raise ValueError("this flow needs texts to compute a likelihood; leave unconditional out.")
     sigma = flow.config.noise_std if noise_std is None else noise_std
     variables = jax.device_put(variables)
     total = 0.0
@@ -100,8 +102,8 @@ def velocity_bits_per_dim(
 ) -> float:
     """Returns a continuous flow's mean bits/dim over a dataset, under uniform dequantisation.
 
-    log_prob(x, labels, key): nats of images in [-1, 1), such as `flowgen.matching.log_prob` of a velocity, whose key
-    draws Hutchinson's probes; compiled here.
+    log_prob(x, labels, key): log p in nats of images in [-1, 1), such as `flowgen.matching.log_prob` of a velocity,
+    whose key draws Hutchinson's probes; it is compiled here.
 
     Example:
         bpd = velocity_bits_per_dim(lambda x, y, key: fm.log_prob(velocity, x, y, key=key), dataset, key)
@@ -117,7 +119,7 @@ def velocity_bits_per_dim(
 
 
 def _mean(dataset: Dataset, key: Key[Array, ""], batch_size: int, measure: Callable[..., Array]) -> float:
-    """The mean of measure(batch, keys) over a dataset, whose noise is the same for any batch size."""
+    """The mean of measure(batch, keys) over a dataset; its noise does not depend on the batch size."""
     total = 0.0
     for index, (batch, mask) in enumerate(fixed_batches(dataset, min(batch_size, len(dataset)))):
         positions = index * len(mask) + np.arange(len(mask))
@@ -129,8 +131,8 @@ def _mean(dataset: Dataset, key: Key[Array, ""], batch_size: int, measure: Calla
 def gaussian_bits_per_dim(train: Dataset, dataset: Dataset, *, noise_std: float) -> float:
     """Returns the mean bits/dim on `dataset` of a Gaussian with the mean and covariance of `train`.
 
-    Both include the flow's noise (σ > 0 Gaussian, σ = 0 uniform dequantisation), exactly in covariance and expectation,
-    so no noise is drawn. The covariance is full up to 4096 dimensions if `train` has at least 5 images per dimension,
+    Both include the flow's noise (Gaussian for σ > 0, uniform dequantisation for σ = 0) in closed form, so no noise is
+    drawn. The covariance is full up to 4096 dimensions if `train` has at least 5 images per dimension,
     else diagonal. Both datasets are read in batches.
 
     Example:

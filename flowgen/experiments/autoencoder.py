@@ -35,7 +35,7 @@ from flowgen.experiments.debug import SAMPLES, debug_clips, debug_images, debug_
 from flowgen.experiments.drawing import EvaluateOptions
 from flowgen.experiments.experiment import Experiment
 from flowgen.experiments.images import check_own, image_batches
-from flowgen.experiments.pictures import DRAWABLE_CHANNELS, picture, strips
+from flowgen.experiments.plots import DRAWABLE_CHANNELS, sample_grid, strips
 from flowgen.models import init
 from flowgen.rows import Rows, StatefulObjective, batch_rows
 from flowgen.settings import config
@@ -161,19 +161,19 @@ class AutoencoderExperiment(Experiment):
             check_own(dataset, held_out, (*frames, *self.autoencoding.image_hw, self.model.channels), 0)
         shown = held_out or dataset
 
-        def picture_of(variables: Any) -> np.ndarray:
+        def draw_image(variables: Any) -> np.ndarray:
             images = np.asarray(from_uint8(shown[np.arange(min(self.autoencoding.shown, len(shown)))].pixels))
             pairs = np.stack([images, _reconstruct(autoencoder, variables, images)], axis=1)
             if self.autoencoding.frames:
                 return strips(pairs.reshape(-1, *images.shape[1:]))
-            return picture(pairs.reshape(-1, *images.shape[1:]), 2 * max(1, round(math.sqrt(len(images) / 2))))
+            return sample_grid(pairs.reshape(-1, *images.shape[1:]), 2 * max(1, round(math.sqrt(len(images) / 2))))
 
         return Job(
             init=lambda key: _initial(self.model, self.autoencoding.decoder_of, autoencoder, key),
             objective=autoencoding_objective(autoencoder, self.autoencoding),
             batches=image_batches(dataset, self.data, self.train),
             evaluate=None if held_out is None else lambda variables: _distortion(autoencoder, variables, held_out),
-            sample=picture_of if self.model.channels in DRAWABLE_CHANNELS else None,
+            sample=draw_image if self.model.channels in DRAWABLE_CHANNELS else None,
             best_metric=self.best_metric,
             inventory=take_inventory(self.data, dataset, held_out),
         )

@@ -34,7 +34,7 @@ from flowgen.experiments.experiment import Experiment
 from flowgen.experiments.images import check_own, holds_latents, image_batches, tell_unused_classes, with_class_names
 from flowgen.experiments.latents import FlowData, as_taken, flow_dataset, is_latent, null_texts, pixel_dataset
 from flowgen.experiments.options import LikelihoodConfig, SamplingConfig
-from flowgen.experiments.pictures import DRAWABLE_CHANNELS
+from flowgen.experiments.plots import DRAWABLE_CHANNELS
 from flowgen.experiments.texts import TextConfig, release_text_encoders
 from flowgen.flows import STARFlowConfig, TARFlowConfig
 from flowgen.models import init
@@ -243,14 +243,14 @@ class AutoregressiveExperiment(Experiment):
                 null = null_text(bucket.event_shape[:-1])
             null = self.encoding.empty_text() if null is None and self.sampling.guidance else null
 
-        def picture_of(variables: Any) -> np.ndarray:
+        def draw_image(variables: Any) -> np.ndarray:
             numbers = np.arange(num)
             cond = cycled_labels(num, classes) if texts is None else chosen_texts(texts, numbers)
             key = jax.random.key(self.train.seed)
             samples, _ = draw(sized, variables, key, cond, num=num, null=null)
             return show(samples, classes)
 
-        return picture_of
+        return draw_image
 
     def steering(self, flow: Any, cond: Any, null: TextCondition | None) -> dict[str, Any]:
         """Returns the arguments of `flowgen.decoding.sample`: cond, plan, guidance and null.

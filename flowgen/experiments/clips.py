@@ -18,9 +18,9 @@ from flowgen.batch import Batch, Moments
 from flowgen.codecs import Codec
 from flowgen.data import from_uint8
 from flowgen.data.dataset import BucketedDataset, Dataset, buckets_of
+from flowgen.data.image_files import read_image, read_image_size
 from flowgen.data.latents import kind_of
 from flowgen.data.loader import fixed_batches
-from flowgen.data.pictures import picture_size, read_picture
 from flowgen.data.unreadable import Unreadable
 from flowgen.data.video import READABLE, frame_times, read_clip, video_size
 from flowgen.evaluation import psnr
@@ -80,7 +80,7 @@ def read_given(
     """
     height, width = (length * codec.factor for length in flow.config.image_hw)
     if not Path(path).is_file():
-        raise FileNotFoundError(f"There is no file '{path}'; give a picture or a video with --given.")
+        raise FileNotFoundError(f"There is no file '{path}'; give an image or a video with --given.")
     is_video = Path(path).suffix.lower() in READABLE
     with _naming_given():
         known = max(1, len(frame_times(path, fps=fps))) if is_video else 1
@@ -90,7 +90,7 @@ def read_given(
     total = 1 + (flow.config.frames - 1) * codec.stride if frames is None else frames
     if known >= total:
         raise ValueError(
-            f"--given {path} has {known} picture{'s' * (known > 1)}, and clips of --frames {total} begin with fewer; "
+            f"--given {path} has {known} image{'s' * (known > 1)}, and clips of --frames {total} begin with fewer; "
             f"ask for more with --frames {known + codec.stride}."
         )
     with _naming_given():
@@ -98,8 +98,8 @@ def read_given(
             size = video_size(path)
             clip = read_clip(path, known, (height, width), codec.pixel_channels, fps=fps)
         else:
-            size = picture_size(path)
-            clip = read_picture(path, size=(height, width), channels=codec.pixel_channels, crop="center")[None]
+            size = read_image_size(path)
+            clip = read_image(path, size=(height, width), channels=codec.pixel_channels, crop="center")[None]
     kept = size[1] / size[0] / (width / height)
     if min(kept, 1 / kept) < LEAST_KEPT:
         raise ValueError(
@@ -115,7 +115,7 @@ def _naming_given() -> Generator[None]:
     try:
         yield
     except Unreadable as error:
-        raise ValueError(f"--given cannot be read: {error.named}; give a picture or a video.") from error
+        raise ValueError(f"--given cannot be read: {error.named}; give an image or a video.") from error
 
 
 def with_noise(flow: Any, clean: np.ndarray, key: jax.Array, first: int) -> jax.Array:

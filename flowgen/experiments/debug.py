@@ -9,7 +9,7 @@ from flowgen.data import ClipsConfig, DataConfig, LatentsConfig
 from flowgen.experiments.autoregressive import AutoregressiveExperiment
 from flowgen.experiments.codecs import SpaceToDepth
 from flowgen.experiments.experiment import Experiment
-from flowgen.experiments.pictures import DRAWABLE_CHANNELS
+from flowgen.experiments.plots import DRAWABLE_CHANNELS
 from flowgen.flows import STARFlowConfig, TARFlowConfig
 
 E = TypeVar("E", bound=Experiment)

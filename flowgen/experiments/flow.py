@@ -25,7 +25,7 @@ from flowgen.experiments.debug import debug_flow, debug_images, debug_run
 from flowgen.experiments.distances import sample_lines, sample_metrics, train_judge
 from flowgen.experiments.drawing import draw_in_batches
 from flowgen.experiments.experiment import Samples
-from flowgen.experiments.pictures import picture
+from flowgen.experiments.plots import sample_grid
 from flowgen.flows import STARFlowConfig, STARFlowVConfig, TARFlowConfig
 from flowgen.flows.objective import nll_objective
 from flowgen.settings import config, type_name
@@ -75,7 +75,7 @@ class FlowExperiment(AutoregressiveExperiment):
             partial(nll_objective, norm_penalty=self.likelihood.norm_penalty),
             held_out=evaluated,
             evaluate=None if evaluated is None else self._evaluator(flow, trained_on, evaluated),
-            sample=self.sampler(flow, evaluated or trained_on, self.draw_batch, picture),
+            sample=self.sampler(flow, evaluated or trained_on, self.draw_batch, sample_grid),
         )
 
     def draw_batch(

@@ -40,7 +40,7 @@ from flowgen.experiments.drawing import (
 )
 from flowgen.experiments.experiment import Experiment, Samples
 from flowgen.experiments.images import check_own, image_batches, image_dataset, tell_unused_classes, with_class_names
-from flowgen.experiments.pictures import DRAWABLE_CHANNELS, DRAWN_PATHS, path_plot, picture
+from flowgen.experiments.plots import DRAWABLE_CHANNELS, DRAWN_PATHS, path_plot, sample_grid
 from flowgen.matching import (
     DiTConfig,
     MatchingConfig,
@@ -281,10 +281,10 @@ class MatchingExperiment(Experiment):
         pairs = partial(_image_pairs, conditional=self.model.num_classes > 0)
         classes = drawn_classes(self.model, self.data)
 
-        def picture_of(variables: Any) -> np.ndarray:
+        def draw_image(variables: Any) -> np.ndarray:
             labels, key = cycled_labels(self.sampling.num, classes), jax.random.key(self.train.seed)
             images, _ = self.draw_batch(network, variables, key, labels, num=self.sampling.num)
-            return picture(images, classes)
+            return sample_grid(images, classes)
 
         loss = matching.loss_fn(label_dropout=self.train.label_dropout)
         return Job(
@@ -292,7 +292,7 @@ class MatchingExperiment(Experiment):
             objective=matching_objective(network, loss, pairs),
             batches=image_batches(dataset, data, self.train),
             evaluate=None if held_out is None else self._evaluator(matching, network, dataset, held_out),
-            sample=picture_of if self.drawn_channels in DRAWABLE_CHANNELS else None,
+            sample=draw_image if self.drawn_channels in DRAWABLE_CHANNELS else None,
             best_metric=self.best_metric,
             inventory=take_inventory(data, dataset, held_out),
         )

@@ -245,11 +245,11 @@ def check_share(batch: Any, accumulation: int) -> int:
     """
     shapes = [jnp.shape(x) for x in jax.tree.leaves(batch)]
     if not shapes or any(shape[:1] != shapes[0][:1] or not shape for shape in shapes):
-        raise ValueError(f"the batch has arrays of shapes {shapes}; all must have the same rows, one for each datum.")
+        raise ValueError(f"the batch has arrays of shapes {shapes}; give all the same number of rows, one per sample.")
     num = shapes[0][0]
     if num == 0 or num % accumulation:
         raise ValueError(
-            f"each device has {num} rows of the batch; train.accumulation is {accumulation}, so give a multiple of it."
+            f"each device has {num} rows of the batch; give a multiple of train.accumulation, which is {accumulation}."
         )
     return num
 
@@ -264,14 +264,14 @@ def check_outcome(outcome: Any) -> tuple:
         size = f" of {len(outcome)}" if isinstance(outcome, tuple | list) else ""
         raise ValueError(
             f"the objective returned {shown(outcome)}{size}; it must return (loss, metrics) or "
-            "(loss, metrics, collections), metrics a dict of numbers."
+            "(loss, metrics, collections), with metrics as a dict of numbers."
         )
     loss, metrics, *carried = outcome
     if not _is_number(loss) or not _is_float(loss):
         raise ValueError(f"the objective's loss is {shown(loss)}; it must be one floating-point number.")
     for name, value in (("metrics", metrics), *(("collections", x) for x in carried)):
         if not isinstance(value, Mapping):
-            raise ValueError(f"the objective's {name} are {shown(value)}; they must be a dict by name.")
+            raise ValueError(f"the objective's {name} are {shown(value)}; they must be a dict.")
     for name, value in metrics.items():
         if not _is_number(value):
             raise ValueError(f"metric {name!r} is {shown(value)}; each must be one number, such as a mean.")

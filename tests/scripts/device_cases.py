@@ -53,7 +53,7 @@ def labels(random):
     return random.integers(-1, CLASSES, BATCH).astype(np.int32)
 
 
-def pictures(random, shape=(4, 4, 1)):
+def images(random, shape=(4, 4, 1)):
     return Batch(random.integers(0, 256, (BATCH, *shape)).astype(np.uint8), labels(random))
 
 
@@ -153,11 +153,11 @@ def autoencoder_case():
 
 ring = partial(matching_case, conditional=False)
 CASES = {
-    "flow": Case(flow_case(noise_std=0.1), pictures),
-    "flow of levels": Case(flow_case(noise_std=0.0), pictures),
-    "volume preserving": Case(flow_case(scale_parameterisation="volume_preserving"), pictures),
+    "flow": Case(flow_case(noise_std=0.1), images),
+    "flow of levels": Case(flow_case(noise_std=0.0), images),
+    "volume preserving": Case(flow_case(scale_parameterisation="volume_preserving"), images),
     "texts": Case(text_case(), latents_of_texts),
-    "clips": Case(clips_case(), partial(pictures, shape=(3, 4, 4, 2))),
+    "clips": Case(clips_case(), partial(images, shape=(3, 4, 4, 2))),
     "independent": Case(matching_case(time=fm.Uniform(stratified=True), path=fm.CondOT(0.1)), points),
     "running weights": Case(matching_case(coupling=fm.GibbsWeights(1.0)), points, linear=False),
     "batch weights": Case(matching_case(coupling=fm.GibbsWeights(1.0, normalize="batch")), points, linear=False),
@@ -169,8 +169,8 @@ CASES = {
 }
 # Those that compute in float32 alone.
 SINGLE = {
-    "u-net with dropout": Case(unet_case(), pictures, linear=False),
-    "autoencoder": Case(autoencoder_case(), partial(pictures, shape=(4, 4, 1)), linear=False),
+    "u-net with dropout": Case(unet_case(), images, linear=False),
+    "autoencoder": Case(autoencoder_case(), partial(images, shape=(4, 4, 1)), linear=False),
 }
 
 
