@@ -206,7 +206,7 @@ def _leaf(value, name):
         ({"train": {"steps": 0}}, "train.steps is 0; it must be at least 1."),
         ({"model": {}}, f"model.type is None; choose one of {MODELS}."),
         ({"data": {"classes": ["a", "a"]}}, "data.classes has 'a' twice; give each name once."),
-        ({"data": {"type": "Sound"}}, "data.type is not a field of this config."),
+        ({"data": {"type": "Sound"}}, "data.type is 'Sound'; choose one of Data, Latents."),
         ({"matching": {}}, "matching is not a field of this config."),
         (
             {"type": "Glow"},
