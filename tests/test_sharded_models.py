@@ -215,6 +215,14 @@ def test_divided_arrays_give_the_numbers_of_one_device(name, program):
     assert_trees_close(jax.tree.map(np.asarray, results), jax.tree.map(np.asarray, expected), NETWORK)
 
 
+@pytest.mark.parametrize("name", ["classes", "guided Heun", "likelihood", "loss", "loss of MeanFlow", "dopri5"])
+def test_the_mesh_may_be_the_context(name):
+    call, arrays, expected = case(name)
+    with jax.set_mesh(mesh(AxisType.Explicit)):
+        results = jax.jit(call)(*divided(arrays, AxisType.Explicit))
+    assert_trees_close(jax.tree.map(np.asarray, results), jax.tree.map(np.asarray, expected), NETWORK)
+
+
 @pytest.mark.parametrize("name", ["classes", "DiT", "dopri5", "samples of a flow"])
 def test_results_stay_divided_as_the_inputs_are(name):
     call, arrays, _ = case(name)
