@@ -57,8 +57,7 @@ class Rows(struct.PyTreeNode):
             drawn = fn(jax.random.fold_in(self.key, position), *jax.tree.map(lambda x: x[None], parts))
             return jax.tree.map(lambda x: x[0], drawn)
 
-        with on_mesh_of(arrays):
-            return jax.vmap(one)(*alike_rows((self.positions, arrays)))
+        return on_mesh_of(lambda *rows: jax.vmap(one)(*alike_rows(rows)), self.positions, arrays)
 
     def draw_whole(self, fn: Callable[[Key[Array, ""], int], Any]) -> Any:
         """Returns these rows of fn(key, size): one draw for the whole batch, the same on every device."""

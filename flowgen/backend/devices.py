@@ -35,8 +35,20 @@ TEXTS_AT_ONCE = 64
 
 
 def gelu(x: Float[Array, "*d"]) -> Float[Array, "*d"]:
-    """Returns x Φ(x), by erf. `jax.nn.gelu` uses erfc, which takes twice as long on CPUs."""
-    return 0.5 * x * (1 + lax.erf(x * math.sqrt(0.5)))
+    """Returns x Φ(x) by erf. `jax.nn.gelu` computes the same by erfc, which takes CPUs twice the time."""
+    return 0.5 * x * (1 + _erf(x * math.sqrt(0.5)))
+
+
+@jax.custom_jvp
+def _erf(x: Array) -> Array:
+    return lax.erf(x)
+
+
+@_erf.defjvp
+def _erf_slope(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    """2/√π exp(-x²). The library's own derivative does not pass the checks of `jax.shard_map` (jax 0.12.0)."""
+    (x,), (change,) = primals, tangents
+    return _erf(x), 2 / math.sqrt(math.pi) * (change * jnp.exp(-jnp.square(x)))
 
 
 def flat_dot(

@@ -5,8 +5,8 @@ sharding is simple: batch, queries and heads are sharded as in the inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import jax
@@ -103,22 +103,25 @@ def keep_rows(fn: Callable[..., Any], variables: Any, *args: Any, **options: Any
     return out if traced and context == automatic else jax.tree.map(to_explicit, out)
 
 
-@contextmanager
-def on_mesh_of(tree: Any) -> Generator[None]:
-    """A context in which `jax.vmap`, outside of jit, takes the arrays of a tree even if they are sharded over explicit
-    axes.
+def on_mesh_of(fn: Callable[..., Any], *args: Any) -> Any:
+    """Returns fn(*args), with the mesh of an argument as context if it has explicit axes and there is no context yet.
+
+    Without a context vmap refuses divided arrays outside of jit, and inside it constants such as `zeros_like(x)` are
+    not divided (jax 0.12). Outside of jit it compiles fn on each call.
 
     Example:
-        with on_mesh_of(x):
-            y = jax.vmap(draw)(x)
+        y = on_mesh_of(jax.vmap(draw), x)
     """
-    leaves = jax.tree.leaves(tree)
-    meshes = [x.sharding.mesh for x in leaves if not isinstance(x, Tracer) and _explicit_mesh(x) is not None]
-    if meshes and get_abstract_mesh().empty and not any(isinstance(x, Tracer) for x in leaves):
-        with jax.set_mesh(meshes[0]):
-            yield
-    else:
-        yield
+    mesh = _explicit_mesh(args)
+    if mesh is None or not get_abstract_mesh().empty:
+        return fn(*args)
+
+    def within(*args):
+        with use_abstract_mesh(mesh):
+            return fn(*args)
+
+    # Arrays of which only the shape is used still tell jit the mesh.
+    return jax.jit(within, keep_unused=True)(*args)
 
 
 class OnMeshes:
@@ -155,6 +158,8 @@ def take_rows(x: Array, index: Array) -> Array:
 def alike_rows(tree: PyTree) -> PyTree:
     """Returns the arrays of a tree, all with rows sharded like those of the first one that is sharded over explicit
     axes.
+
+    Inside jit it needs the mesh as context, see `on_mesh_of`.
 
     Example:
         positions, x = alike_rows((positions, x))
