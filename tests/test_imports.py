@@ -38,7 +38,7 @@ LEVELS = {
     "flowgen.data.media": 0,
     "flowgen.data.inventory": 0,
     "flowgen.nn": 0,
-    "flowgen.conditioning": -1,
+    "flowgen.conditioning": -2,
     "flowgen.rows": 0,
     "flowgen.text": 1,
     "flowgen.flows": 2,

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float, Int, Key
 
 from flowgen.codecs import ClipCodec
 from flowgen.data import from_uint8
@@ -118,13 +118,18 @@ def _naming_given() -> Generator[None]:
         raise ValueError(f"--given cannot be read: {error.named}; give a picture or a video.") from error
 
 
-def with_noise(flow: Any, clean: np.ndarray, key: jax.Array, first: int) -> jax.Array:
-    """Returns clean latents with the training noise added, drawn separately for every clip.
+def with_noise(
+    flow: Any,
+    clean: Float[Array | np.ndarray, "1 given height width c"],
+    key: Key[Array, ""],
+    numbers: Int[np.ndarray, " b"],
+) -> Float[Array, "b given height width c"]:
+    """Returns clean latents with the training noise added, drawn separately for the clip of every number.
 
     Example:
-        given = with_noise(flow, latents, jax.random.key(0), first=0)
+        given = with_noise(flow, latents, jax.random.key(0), np.arange(4))
     """
-    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(key, GIVEN), i))(first + jnp.arange(len(clean)))
+    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(key, GIVEN), i))(jnp.asarray(numbers))
     noise = jax.vmap(lambda key: jax.random.normal(key, clean.shape[1:]))(keys)
     return jnp.asarray(clean) + flow.config.noise_std * noise
 
