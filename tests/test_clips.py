@@ -113,7 +113,9 @@ def test_guidance_behind_given_frames_is_its_definition(config):
 @pytest.mark.parametrize(("total", "context"), [(6, 1), (5, None)])
 def test_a_long_clip_is_clip_after_clip_behind_the_last_frames(total, context):
     flow, params, cond = flow_of(TEXT)
-    r = sample(flow, params, KEY, 2, cond, clip=Clip(frames=total, context=context), denoise=False, certify=context == 1)
+    r = sample(
+        flow, params, KEY, 2, cond, clip=Clip(frames=total, context=context), denoise=False, certify=context == 1
+    )
     z = noise(TEXT, 7 if context == 1 else 5)  # the last restart adds two frames, of which one is too much
     first = invert(flow, params, z[:, : 3 * PER_FRAME], cond).x
     expected = restarted(flow, params, cond, first, z, context=context or 2)

@@ -15,8 +15,8 @@ from flowgen.data.dataset import Split
 from flowgen.settings import config
 from flowgen.settings.ranges import Batch, Seed
 
-# (key, numbers, cond) -> samples of these numbers under this condition, and a line on how they were drawn. Sample i depends
-# only on (key, i).
+# (key, numbers, cond) -> samples of these numbers under this condition, and a line on how they were drawn. Sample i
+# depends only on (key, i).
 DrawBatch = Callable[[jax.Array, Int[np.ndarray, " b"], Any], tuple[np.ndarray, str]]
 # Positions or numbers -> the condition of each.
 Conditions = Callable[[Int[np.ndarray, " b"]], Any]
