@@ -74,8 +74,9 @@ class DecodeRequest:
     """What to decode and how, checked. Static fields are compiled in; the others may change from call to call.
 
     noise: tokens in raster order, or the keys to draw them from. cond: condition of all samples. plan: one per block.
-    clip: with all its fields; an image is a clip of one frame. guidance: with the blocks that it changes; None if it
-    changes none. certify: whether to measure the error. denoise: removes the training noise from the result.
+    clip: its length, beginning and restarts; an image is a clip of one frame. guidance: with the blocks that it
+    changes; None if it changes none. certify: whether to measure the error. denoise: removes the training noise from
+    the result.
     """
 
     flow: Flow = field(metadata={"static": True})
