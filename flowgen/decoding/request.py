@@ -153,7 +153,7 @@ def _active(guidance: Guidance | None, cond: Condition | None, config: FlowConfi
     blocks = tuple(range(config.num_blocks)) if guidance.blocks is None else guidance.blocks
     outside = [index for index in blocks if not 0 <= index < config.num_blocks]
     if outside:
-        raise ValueError(f"guidance blocks name {outside[0]}; this flow has blocks 0..{config.num_blocks - 1}.")
+        raise ValueError(f"guidance.blocks has {outside[0]}; this flow has blocks 0..{config.num_blocks - 1}.")
     if guidance.temperature == 1:  # the two branches of a block without condition are then the same
         blocks = tuple(index for index in blocks if config.blocks[index].is_conditional)
     if not blocks:
@@ -161,7 +161,7 @@ def _active(guidance: Guidance | None, cond: Condition | None, config: FlowConfi
     attention = config.blocks[0].transformer.attention
     if guidance.temperature != 1 and not causal_kernel(attention).has_temperature:
         raise ValueError(
-            f"guidance temperature is {guidance.temperature}; {attention!r} attention has none, unlike softmax; "
+            f"guidance.temperature is {guidance.temperature}, but {attention!r} attention has no temperature; "
             "set it to 1."
         )
     return replace(guidance, blocks=blocks, scale=float(guidance.scale), temperature=float(guidance.temperature))
@@ -189,7 +189,7 @@ def _resolve(plan: Plan | str, guidance: Guidance | None, config: FlowConfig, ba
     attention = config.blocks[0].transformer.attention
     if any(isinstance(block, SlidingWindow) for block in resolved.blocks) and not causal_kernel(attention).has_slots:
         raise ValueError(
-            f"plan has a SlidingWindow; the running state of {attention!r} attention cannot be taken up at any token, "
-            "unlike the cache of softmax; use Jacobi or Sequential."
+            f"plan has a SlidingWindow, which may begin at any token, but {attention!r} attention keeps a running "
+            "state instead of a slot per token; use Jacobi or Sequential."
         )
     return resolved

@@ -80,7 +80,7 @@ def read_given(
     """
     height, width = (length * codec.factor for length in flow.config.image_hw)
     if not Path(path).is_file():
-        raise FileNotFoundError(f"There is no file '{path}'; give a picture or a video with --given.")
+        raise FileNotFoundError(f"There is no file '{path}'; give an image or a video with --given.")
     is_video = Path(path).suffix.lower() in READABLE
     with _naming_given():
         known = max(1, len(frame_times(path, fps=fps))) if is_video else 1
@@ -90,7 +90,7 @@ def read_given(
     total = 1 + (flow.config.frames - 1) * codec.stride if frames is None else frames
     if known >= total:
         raise ValueError(
-            f"--given {path} has {known} picture{'s' * (known > 1)}, and clips of --frames {total} begin with fewer; "
+            f"--given {path} has {known} frame{'s' * (known > 1)}, which leaves none of --frames {total} to generate; "
             f"ask for more with --frames {known + codec.stride}."
         )
     with _naming_given():
@@ -103,8 +103,8 @@ def read_given(
     kept = size[1] / size[0] / (width / height)
     if min(kept, 1 / kept) < LEAST_KEPT:
         raise ValueError(
-            f"--given {path} is {size[0]} x {size[1]} pixels (height x width), and clips are {height} x {width}, "
-            "for which much of it would be cut off; crop it, or give another --aspect."
+            f"--given {path} is {size[0]} x {size[1]} pixels (height x width), but clips are {height} x {width}, "
+            "so much of it would be cut off; crop it, or give another --aspect."
         )
     return np.asarray(from_uint8(clip))
 
@@ -115,7 +115,7 @@ def _naming_given() -> Generator[None]:
     try:
         yield
     except Unreadable as error:
-        raise ValueError(f"--given cannot be read: {error.named}; give a picture or a video.") from error
+        raise ValueError(f"--given cannot be read: {error.named}; give an image or a video.") from error
 
 
 def with_noise(
