@@ -53,7 +53,7 @@ def main() -> None:
             metrics = sample_metrics(draw, judge, data, SAMPLES, conditions=lambda positions, y=digits: y[positions])
             seconds = time.perf_counter() - began
             labels = np.arange(2 * CLASSES) % CLASSES
-            images, _ = draw(jax.random.key(0), labels, num=len(labels))
+            images, _ = draw(jax.random.key(0), np.arange(len(labels)), labels)
             drawn.append(images)
             rows.append(
                 {

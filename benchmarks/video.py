@@ -96,7 +96,7 @@ def beside_the_published(other: measure.Process, version: str, rounds: int) -> l
     text, null = (
         TextCondition(*map(jnp.asarray, part)) for part in (theirs.sw.text(shape), theirs.sw.null_text(shape))
     )
-    guidance = Guidance(scale=theirs.GUIDANCE, rule="product")
+    guidance = Guidance(scale=theirs.GUIDANCE, rule="product", null=null)
     frame, shallow = flow.config.tokens_per_image, flow.config.num_blocks - 1
     fixed = Jacobi(window=theirs.BLOCK, tol=TOLERANCE)
     window = {"window": frame, "tol": TOLERANCE, "init": "previous_frame"}
@@ -106,7 +106,7 @@ def beside_the_published(other: measure.Process, version: str, rounds: int) -> l
         "sliding, a frame": DecodePlan((fixed,) * shallow + (SlidingWindow(**window),)),
     }
     decode = {
-        name: jax.jit(lambda z, plan=plan: invert(flow, params, z, text, null=null, guidance=guidance, plan=plan))
+        name: jax.jit(lambda z, plan=plan: invert(flow, params, z, text, guidance=guidance, plan=plan))
         for name, plan in ours.items()
     }
     runs = {name: measure.ours(function, z) for name, function in decode.items()}

@@ -17,7 +17,7 @@ from flowgen.codecs import (
     VideoAutoencoderConfig,
 )
 from flowgen.data import Batch, ClipsConfig, DataConfig, from_uint8, load, load_clips, to_uint8
-from flowgen.decoding import Guidance, Jacobi, invert, sample, sample_clips
+from flowgen.decoding import Clip, Guidance, Jacobi, invert, sample
 from flowgen.flows import ClipDenoiser, STARFlowV, STARFlowVConfig, density
 from flowgen.flows.batches import dequantise
 from flowgen.flows.objective import nll_objective
@@ -69,7 +69,7 @@ TAKES_PIXELS = {
     "denoise nothing": (IMAGE, lambda x: density.tweedie_step(FLOW, PARAMS, x, noise_std=0.0)),
     "invert": ((2, 4, 4), lambda z: invert(FLOW, PARAMS, z).x),
     "log_prob of clips": ((2, 2, 4, 4, 1), lambda x: CLIP_FLOW.apply(CLIP_PARAMS, x, method="log_prob")),
-    "sample_clips": ((2, 1, 4, 4, 1), lambda x: sample_clips(CLIP_FLOW, CLIP_PARAMS, key(), 2, given=x).x),
+    "given frames": ((2, 1, 4, 4, 1), lambda x: sample(CLIP_FLOW, CLIP_PARAMS, key(), 2, clip=Clip(given=x)).x),
     "denoiser": (
         (2, 2, 4, 4, 1),
         lambda x: ClipDenoiser(CLIP_FLOW.config).apply({"params": CLIP_PARAMS["params"]["denoiser"]}, x),
@@ -101,7 +101,7 @@ TAKES_PIXELS = {
 }
 # Of half precision they draw other noise.
 DRAW_IN_THE_TYPE_OF_X = ("flow_matching_loss", "mean_flow_loss", "integrate_sde")
-SLOW_TO_COMPILE = ("sample_clips", "VideoAutoencoder.encode", "VideoAutoencoderCodec.moments")
+SLOW_TO_COMPILE = ("given frames", "VideoAutoencoder.encode", "VideoAutoencoderCodec.moments")
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "int32", "bool"])
@@ -161,8 +161,9 @@ WRONG = {
     "invert: an image for z": (lambda: invert(FLOW, PARAMS, X), "z has shape (2, 4, 4, 1)"),
     "invert: swapped": (lambda: invert(PARAMS, FLOW, Z), "flow is a dict"),
     "invert: a list": (lambda: invert(FLOW, PARAMS, [0.0]), "z is a list"),
-    "sample_clips: a flow of images": (lambda: sample_clips(FLOW, PARAMS, key(), 1), "flow is a TARFlow"),
-    "sample_clips: frames 0": (lambda: sample_clips(CLIP_FLOW, CLIP_PARAMS, key(), 1, frames=0), "frames is 0"),
+    "sample: no numbers": (lambda: sample(FLOW, PARAMS, key(), range(0)), "num has no numbers"),
+    "sample: a clip of images": (lambda: sample(FLOW, PARAMS, key(), 1, clip=Clip(frames=2)), "clip is given"),
+    "sample: frames for a clip": (lambda: sample(CLIP_FLOW, CLIP_PARAMS, key(), 1, clip=2), "clip is 2"),
     "Guidance: a text": (lambda: Guidance(scale="strong"), "scale is 'strong'"),
     "Jacobi: a text": (lambda: Jacobi(window="8"), "window is '8'"),
     "init: a number for the key": (lambda: flowgen.init(FLOW, 0), "key is 0"),

@@ -111,11 +111,14 @@ def test_clips_begin_with_what_is_given_and_go_on_as_long_as_asked(run, tmp_path
     for given, message in (
         (
             "wide.png",
-            "wide.png is 12 x 30 pixels (height x width), and clips are 12 x 12, for which much of it would be cut off",
+            "wide.png is 12 x 30 pixels (height x width), but clips are 12 x 12, so much of it would be cut off",
         ),
         ("nowhere.png", "There is no file"),
         ("broken.mp4", "is not a readable video"),
-        ("long.gif", "long.gif has 8 images, and clips of --frames 3 begin with fewer; ask for more with --frames 9"),
+        (
+            "long.gif",
+            "long.gif has 8 frames, which leaves none of --frames 3 to generate; ask for more with --frames 9",
+        ),
     ):
         assert main([*words, "--given", str(tmp_path / given)]) == 2
         error = capsys.readouterr().err
@@ -130,7 +133,7 @@ def test_clips_begin_with_what_is_given_and_go_on_as_long_as_asked(run, tmp_path
 
 def test_no_more_is_given_than_leaves_a_frame_to_draw(tmp_path):
     experiment = experiment_of()
-    flow, video, codec = experiment.build(), tmp_path / "long.mp4", experiment.encoding.open_clip_codec()
+    flow, video, codec = experiment.build(), tmp_path / "long.mp4", experiment.encoding.open_codec()
     frames = np.arange(8, dtype=np.uint8)[:, None, None, None] * 30 + np.zeros((1, 12, 12, 1), np.uint8)
     write_video(video, frames, fps=8.0)
     given = clips.read_given(codec, flow, str(video), frames=6, fps=8.0)
@@ -138,9 +141,9 @@ def test_no_more_is_given_than_leaves_a_frame_to_draw(tmp_path):
     assert clips.read_given(codec, flow, str(video), frames=99, fps=8.0).shape == (8, 12, 12, 1)
     save_image(tmp_path / "first.png", frames[0])
     for name, asked, message in (
-        ("long.mp4", None, "long.mp4 has 8 images, and clips of --frames 3 begin with fewer; .* with --frames 9"),
-        ("long.mp4", 1, "long.mp4 has 1 image, and clips of --frames 1 begin with fewer; .* with --frames 2"),
-        ("first.png", 1, "first.png has 1 image, and clips of --frames 1 begin with fewer"),
+        ("long.mp4", None, "long.mp4 has 8 frames, which leaves none of --frames 3 to generate; .* with --frames 9"),
+        ("long.mp4", 1, "long.mp4 has 1 frame, which leaves none of --frames 1 to generate; .* with --frames 2"),
+        ("first.png", 1, "first.png has 1 frame, which leaves none of --frames 1 to generate"),
     ):
         with pytest.raises(ValueError, match=message):
             clips.read_given(codec, flow, str(tmp_path / name), frames=asked, fps=8.0)

@@ -9,7 +9,7 @@ from toy_clips import LATENTS, experiment_of
 
 from flowgen.cli import main
 from flowgen.data import ClipsConfig, DataConfig, LatentsConfig
-from flowgen.decoding import sample_clips
+from flowgen.decoding import sample
 from flowgen.experiments import SamplingConfig, SpaceToDepth, TextConfig, clips, fit, video_flow
 from flowgen.text import PromptTemplate
 from flowgen.training import TrainConfig
@@ -127,13 +127,13 @@ def test_texts_of_restarts_say_so_too(continued, tmp_path, monkeypatch):
     fit(continued, tmp_path / "run")
     drawn = {}
     monkeypatch.setattr(
-        video_flow, "sample_clips", lambda *args, **options: drawn.update(options) or sample_clips(*args, **options)
+        video_flow, "sample", lambda *args, **options: drawn.update(options, cond=args[4]) or sample(*args, **options)
     )
     words = ["sample", "--checkpoint", str(tmp_path / "run"), "--prompt", "7", "--frames", "4", "--progress"]
     assert main([*words, "--out", str(tmp_path / "x.gif")]) == 0
     said = [template(text, (6, 6)) for text in ("7", "(extend) 7")]
-    for name, text in zip(("cond", "restart_cond"), said, strict=True):
-        np.testing.assert_array_equal(drawn[name].embeddings, encode([text]).embeddings)
+    for cond, text in zip((drawn["cond"], drawn["clip"].restart_cond), said, strict=True):
+        np.testing.assert_array_equal(cond.embeddings, encode([text]).embeddings)
 
 
 @pytest.mark.parametrize(

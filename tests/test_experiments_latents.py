@@ -231,12 +231,15 @@ def test_guidance_of_texts_is_towards_the_wrapped_empty_text(text_run):
     plain = encode(["Noise Level 300:\n3", "Noise Level 300:\n7"])
     np.testing.assert_array_equal(cond.embeddings, plain.embeddings)
     (latents, _), given = (
-        experiment.draw_batch(flow, params, jax.random.key(0), cond, num=2, null=null)
+        experiment.draw_batch(
+            flow, params, jax.random.key(0), np.arange(2), cond, guidance=experiment.guidance(flow, null)
+        )
         for null in (None, TextCondition(*map(jnp.asarray, encode(["Noise Level 300:\n"]))))
     )
     np.testing.assert_array_equal(latents, given[0])
     other = TextCondition(*map(jnp.asarray, encode([""])))
-    bare, _ = experiment.draw_batch(flow, params, jax.random.key(0), cond, num=2, null=other)
+    towards = experiment.guidance(flow, other)
+    bare, _ = experiment.draw_batch(flow, params, jax.random.key(0), np.arange(2), cond, guidance=towards)
     # After a few steps texts change little.
     assert np.abs(latents - bare).max() > 1e-6
 

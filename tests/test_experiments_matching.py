@@ -195,6 +195,6 @@ def test_whatever_a_network_predicts_is_sampled_as_a_velocity():
     experiment = dataclasses.replace(
         POINTS, matching=matching, model=network.config, sampling=SolverConfig(method="euler", num_steps=50)
     )
-    samples, line = experiment.draw_batch(network, variables, jax.random.key(0), None, num=5)
+    samples, line = experiment.draw_batch(network, variables, jax.random.key(0), np.arange(5), None)
     assert_close(samples, np.tile([1.0, -1.0], (5, 1)), NETWORK)
     assert line == "euler, 50 evaluations"

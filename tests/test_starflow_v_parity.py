@@ -140,7 +140,7 @@ SAMPLED = [
 def test_sampling_from_given_noise(case, name, plan, dtype):
     flow, variables, cond, null = ours(case, dtype)
     z = flow.config.to_tokens(clips(sv.noise(sv.CASES[case]), dtype))
-    guided = {} if name == "plain" else {"guidance": GUIDANCE, "null": null}
+    guided = {} if name == "plain" else {"guidance": dataclasses.replace(GUIDANCE, null=null)}
     check(case, f"reverse/{name}", invert(flow, variables, z, cond, plan=plan, **guided).x, dtype)
 
 
@@ -152,7 +152,7 @@ def test_a_clip_continued_from_its_first_frame_is_one_whose_noise_begins_with_th
     guided = {}
     if name == "guided":
         # Guidance has no forward pass of its own: the noise under which the guided deep block makes this frame.
-        guided = {"guidance": GUIDANCE, "null": null}
+        guided = {"guidance": dataclasses.replace(GUIDANCE, null=null)}
         null = TextCondition(*(jnp.repeat(part, len(local), axis=0) for part in null))
         z_first = guided_noise(flow.config.with_num_frames(1).blocks[-1], variables, local, cond, null)
     noise = flow.config.to_tokens(clips(sv.noise(sv.CASES["text"]), dtype))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import jax
@@ -14,7 +15,6 @@ from jaxtyping import Int
 
 from flowgen.conditioning import TextCondition
 from flowgen.data import Dataset, LatentsConfig, take_inventory
-from flowgen.data.clip_views import CONTINUED
 from flowgen.data.dataset import BucketedDataset, Split, buckets_of
 from flowgen.data.latent_files import Provenance, read_index
 from flowgen.data.latents import LatentDataset, captions_of
@@ -22,6 +22,7 @@ from flowgen.decoding import DecodeResult
 from flowgen.evaluation import flow_bits_per_dim, flow_nats_per_dim
 from flowgen.experiments.codecs import CodecConfig
 from flowgen.experiments.drawing import (
+    Conditions,
     DrawOptions,
     EvaluateOptions,
     asked_labels,
@@ -37,12 +38,12 @@ from flowgen.experiments.options import LikelihoodConfig, SamplingConfig
 from flowgen.experiments.plots import DRAWABLE_CHANNELS
 from flowgen.experiments.texts import TextConfig, release_text_encoders
 from flowgen.flows import STARFlowConfig, TARFlowConfig
+from flowgen.guidance import Guidance
 from flowgen.models import init
 from flowgen.settings import config
 from flowgen.settings.ranges import Within
 from flowgen.training import Job, OptimConfig
 
-Conditions = Callable[[Int[np.ndarray, " b"]], Any]
 NumSamples = Annotated[int, Within(0, 1 << 24)]
 # Text flows sample this many held-out captions during training, unless sampling.prompts is set.
 DRAWN_CAPTIONS = 16
@@ -214,13 +215,13 @@ class AutoregressiveExperiment(Experiment):
         self,
         flow: Any,
         dataset: Dataset | BucketedDataset,
-        draw: Callable[..., tuple[np.ndarray, str]],
+        draw_batch: Callable[..., tuple[np.ndarray, str]],
         show: Callable[[np.ndarray, int], np.ndarray],
     ) -> Callable[[Any], np.ndarray] | None:
         """Returns the function that draws a run's sample images, for the classes in turn or for prompts; None if
         samples do not have the channels of an image.
 
-        draw(flow, variables, key, cond, num=, null=) -> samples, line. show(samples, classes): one image of them.
+        draw_batch: the experiment's. show(samples, classes): one image of them.
         """
         without_codec = isinstance(self.data, LatentsConfig) and self.codec is None
         if without_codec or self.encoding.open_codec().pixel_channels not in DRAWABLE_CHANNELS:
@@ -241,35 +242,34 @@ class AutoregressiveExperiment(Experiment):
             null_text = null_texts(dataset)
             if not prompts and null_text is not None and isinstance(bucket, LatentDataset):
                 null = null_text(bucket.event_shape[:-1])
-            null = self.encoding.empty_text() if null is None and self.sampling.guidance else null
+        guidance = self.guidance(flow, null)
 
         def draw_image(variables: Any) -> np.ndarray:
             numbers = np.arange(num)
             cond = cycled_labels(num, classes) if texts is None else chosen_texts(texts, numbers)
             key = jax.random.key(self.train.seed)
-            samples, _ = draw(sized, variables, key, cond, num=num, null=null)
+            samples, _ = draw_batch(sized, variables, key, numbers, cond, guidance=guidance)
             return show(samples, classes)
 
         return draw_image
 
-    def steering(self, flow: Any, cond: Any, null: TextCondition | None) -> dict[str, Any]:
-        """Returns the arguments of `flowgen.decoding.sample`: cond, plan, guidance and null.
+    def sized(self, flow: Any, aspect: str) -> Any:
+        """Returns the flow at an aspect ratio such as 16:9, or as it is if none is given."""
+        return flow.with_image_size(*self.encoding.latent_size(aspect)) if aspect else flow
 
-        null: the empty text, encoded here if it is needed and not given.
+    def guidance(self, flow: Any, null: TextCondition | None = None) -> Guidance:
+        """Returns the guidance of samples, for a flow of texts with that of its unconditional branch.
+
+        null: that text; None is the empty one, encoded here if it is needed.
         """
-        sampling = self.sampling
-        if null is None and sampling.guidance and isinstance(cond, TextCondition):
-            null = self.encoding.empty_text(flow.config.image_hw)
-        return {
-            "cond": jnp.asarray(cond) if isinstance(cond, np.ndarray) else cond,
-            "plan": sampling.to_plan(),
-            "guidance": sampling.to_guidance(),
-            "null": null if sampling.guidance else None,
-        }
+        guidance = self.sampling.to_guidance()
+        if not (self.model.text_dim and guidance.scale):
+            return guidance
+        null = self.encoding.empty_text(flow.config.image_hw) if null is None else null
+        return dataclasses.replace(guidance, null=null)
 
-    def asked(self, flow: Any, classes: str) -> tuple[Callable[[np.ndarray], dict[str, Any]], dict[str, Any]]:
-        """Returns a function from sample numbers to conditions, as options of `draw_batch`, and the labels or prompts
-        to save in an .npz file.
+    def asked(self, flow: Any, classes: str) -> tuple[Conditions, dict[str, Any]]:
+        """Returns a function from sample numbers to conditions, and the labels or prompts to save in an .npz file.
 
         classes: as the option, see `parse_classes`; empty draws all in turn.
 
@@ -279,22 +279,14 @@ class AutoregressiveExperiment(Experiment):
         if not self.model.text_dim:
             labels = asked_labels(self.model, self.data, num, classes)
             known = np.full(num, -1) if labels is None else labels
-            return lambda numbers: {"cond": None if labels is None else labels[numbers]}, {"labels": known}
+            return lambda numbers: None if labels is None else labels[numbers], {"labels": known}
         if classes:
             raise ValueError(f"--classes is {classes}, but this model takes texts; give --prompt.")
         prompts = self.sampling.prompts
         if not prompts:
             raise ValueError("this model takes texts; give --prompt.")
-        encoded = {"cond": self.encoding.condition(prompts, flow.config.image_hw)}
-        if getattr(self.data, "drop_first", 0):
-            # Restarts of long clips are captioned as in training.
-            marked = [CONTINUED + prompt for prompt in prompts]
-            encoded["restart_cond"] = self.encoding.condition(marked, flow.config.image_hw)
-
-        def conditions(numbers: np.ndarray) -> dict[str, Any]:
-            return {name: chosen_texts(texts, numbers) for name, texts in encoded.items()}
-
-        return conditions, {"prompts": np.resize(np.array(prompts), num)}
+        texts = self.encoding.condition(prompts, flow.config.image_hw)
+        return partial(chosen_texts, texts), {"prompts": np.resize(np.array(prompts), num)}
 
     def conditions_of(self, data: Dataset, *, unconditional: bool = False) -> Conditions | None:
         """Returns a function from positions of images or latents to their conditions: labels, or the texts of their

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float, Int, Key
 
 from flowgen.batch import Batch, Moments
 from flowgen.codecs import Codec
@@ -90,7 +90,7 @@ def read_given(
     total = 1 + (flow.config.frames - 1) * codec.stride if frames is None else frames
     if known >= total:
         raise ValueError(
-            f"--given {path} has {known} image{'s' * (known > 1)}, and clips of --frames {total} begin with fewer; "
+            f"--given {path} has {known} frame{'s' * (known > 1)}, which leaves none of --frames {total} to generate; "
             f"ask for more with --frames {known + codec.stride}."
         )
     with _naming_given():
@@ -103,8 +103,8 @@ def read_given(
     kept = size[1] / size[0] / (width / height)
     if min(kept, 1 / kept) < LEAST_KEPT:
         raise ValueError(
-            f"--given {path} is {size[0]} x {size[1]} pixels (height x width), and clips are {height} x {width}, "
-            "for which much of it would be cut off; crop it, or give another --aspect."
+            f"--given {path} is {size[0]} x {size[1]} pixels (height x width), but clips are {height} x {width}, "
+            "so much of it would be cut off; crop it, or give another --aspect."
         )
     return np.asarray(from_uint8(clip))
 
@@ -118,13 +118,18 @@ def _naming_given() -> Generator[None]:
         raise ValueError(f"--given cannot be read: {error.named}; give an image or a video.") from error
 
 
-def with_noise(flow: Any, clean: np.ndarray, key: jax.Array, first: int) -> jax.Array:
-    """Returns clean latents with the training noise added, drawn separately for every clip.
+def with_noise(
+    flow: Any,
+    clean: Float[Array | np.ndarray, "1 given height width c"],
+    key: Key[Array, ""],
+    numbers: Int[np.ndarray, " b"],
+) -> Float[Array, "b given height width c"]:
+    """Returns clean latents with the training noise added, drawn separately for the clip of every number.
 
     Example:
-        given = with_noise(flow, latents, jax.random.key(0), first=0)
+        given = with_noise(flow, latents, jax.random.key(0), np.arange(4))
     """
-    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(key, GIVEN), i))(first + jnp.arange(len(clean)))
+    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(key, GIVEN), i))(jnp.asarray(numbers))
     noise = jax.vmap(lambda key: jax.random.normal(key, clean.shape[1:]))(keys)
     return jnp.asarray(clean) + flow.config.noise_std * noise
 

@@ -260,7 +260,7 @@ class MatchingExperiment(Experiment):
 
         def plot(variables: Any) -> np.ndarray:
             key = jax.random.key(self.train.seed)
-            points, _ = self.draw_batch(network, variables, key, None, num=self.sampling.num)
+            points, _ = self.draw_batch(network, variables, key, np.arange(self.sampling.num), None)
             return self.plot(network, variables, points, key)
 
         return Job(
@@ -283,7 +283,7 @@ class MatchingExperiment(Experiment):
 
         def draw_image(variables: Any) -> np.ndarray:
             labels, key = cycled_labels(self.sampling.num, classes), jax.random.key(self.train.seed)
-            images, _ = self.draw_batch(network, variables, key, labels, num=self.sampling.num)
+            images, _ = self.draw_batch(network, variables, key, np.arange(self.sampling.num), labels)
             return sample_grid(images, classes)
 
         loss = matching.loss_fn(label_dropout=self.train.label_dropout)
@@ -323,9 +323,9 @@ class MatchingExperiment(Experiment):
         return evaluated
 
     def draw_batch(
-        self, network: Any, variables: Any, key: jax.Array, cond: np.ndarray | None, *, num: int, first: int = 0
+        self, network: Any, variables: Any, key: jax.Array, numbers: np.ndarray, cond: np.ndarray | None
     ) -> tuple[np.ndarray, str]:
-        """Returns samples `num *event` and a line on how they were drawn.
+        """Returns samples `b *event` and a line on how they were drawn.
 
         cond: labels, or None. Sample i depends only on (key, i); with dopri5, which adapts its steps to the batch, only
         up to its tolerance.
@@ -337,7 +337,7 @@ class MatchingExperiment(Experiment):
             network,
             _weights(variables),
             key,
-            first + jnp.arange(num),
+            jnp.asarray(numbers),
             None if cond is None else jnp.asarray(cond),
             distribution=self.data.x0 if isinstance(self.data, PointsConfig) else None,
             matching=dataclasses.replace(self.matching, coupling=MatchingConfig().coupling),
@@ -352,12 +352,12 @@ class MatchingExperiment(Experiment):
         num = self.sampling.num
         labels = asked_labels(self.model, self.data, num, options.classes)
 
-        def batch(key: jax.Array, numbers: np.ndarray) -> tuple[np.ndarray, str]:
-            cond = None if labels is None else labels[numbers]
-            return self.draw_batch(model, variables, key, cond, num=len(numbers), first=int(numbers[0]))
+        def conditions(numbers: np.ndarray) -> np.ndarray | None:
+            return None if labels is None else labels[numbers]
 
         points = isinstance(self.data, PointsConfig)
-        samples = draw_in_batches(batch, num, options, say, batch=num if points else AT_ONCE)
+        draw_batch = partial(self.draw_batch, model, variables)
+        samples = draw_in_batches(draw_batch, conditions, num, options, say, batch=num if points else AT_ONCE)
         return Samples(samples, {} if points else {"labels": np.full(num, -1) if labels is None else labels})
 
     def plot(self, network: Any, variables: Any, points: np.ndarray, key: jax.Array) -> np.ndarray:

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from flowgen.arrays import at_least_float32, shown
 from flowgen.backend import keep_rows
-from flowgen.conditioning import Condition, TextCondition
+from flowgen.conditioning import Condition
 from flowgen.flows.block import BlockConfig, Variables
 
 LEVELS = 256
@@ -52,7 +52,6 @@ class FlowConfig(Protocol):
 
     def check_samples(self, x: Any) -> None: ...
     def check_cond(self, cond: Any, batch: int) -> Condition | None: ...
-    def check_null(self, null: Any, batch: int) -> TextCondition | None: ...
 
 
 @runtime_checkable

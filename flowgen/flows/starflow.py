@@ -7,7 +7,7 @@ import math
 from typing import Annotated, Any, Literal
 
 from flowgen.attention import CAUSAL_KERNEL_NAMES
-from flowgen.conditioning import Condition, TextCondition, check_labels, check_text
+from flowgen.conditioning import Condition, check_labels, check_text
 from flowgen.flows.affine import TokenOrder
 from flowgen.flows.block import BlockConfig, ClassPrefix, TextPrefix
 from flowgen.flows.flow import AutoregressiveFlow, ImageTokens
@@ -227,17 +227,6 @@ class STARFlowConfig(ImageTokens):
         if self.text_dim:
             return check_text(cond, length=self.text_length, dim=self.text_dim, batch=batch)
         return check_labels(cond, num_classes=self.num_classes, batch=batch)
-
-    def check_null(self, null: Any, batch: int) -> TextCondition | None:
-        """Returns the input of guidance's unconditional branch: a text for a text model, else None."""
-        if not self.text_dim:
-            if null is not None:
-                raise ValueError("null was given to a model without texts, whose null is label -1; leave it out.")
-            return None
-        if null is None:
-            raise ValueError("guidance of a model of texts needs null, the TextCondition of an empty text.")
-        one = isinstance(null, TextCondition) and len(null.mask) == 1
-        return check_text(null, length=self.text_length, dim=self.text_dim, batch=1 if one else batch)
 
 
 class STARFlow(AutoregressiveFlow):

@@ -118,13 +118,6 @@ class TARFlowConfig(ImageTokens):
         """Returns labels as int32, or None; ValueError if they do not fit this model and batch."""
         return check_labels(cond, num_classes=self.num_classes, batch=batch)
 
-    def check_null(self, null: Any, batch: int) -> None:
-        """Returns the input of guidance's unconditional branch: None, since -1 is the mean class."""
-        if null is not None:
-            raise ValueError(
-                "null was given to a model of classes, whose unconditional branch is label -1; leave it out."
-            )
-
 
 class TARFlow(AutoregressiveFlow):
     """Exact-likelihood flow between images `b height width c` in [-1, 1] and noise tokens `b n c`.
