@@ -6,8 +6,9 @@ bare field; the holder of the config adds its group. This package depends on not
 """
 
 from flowgen.settings.annotations import type_name
-from flowgen.settings.command import override, resolve, words_of
+from flowgen.settings.command import override, words_of
 from flowgen.settings.help import Setting, help_of, leaf_names, settings
+from flowgen.settings.named import import_module, import_object, resolve
 from flowgen.settings.plain import (
     TYPE,
     FieldError,
@@ -28,6 +29,8 @@ __all__ = [
     "differences",
     "from_plain",
     "help_of",
+    "import_module",
+    "import_object",
     "in_group",
     "leaf_names",
     "override",

@@ -6,6 +6,8 @@ that size is built. Otherwise an `int` with a range is an `int`.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, Protocol, runtime_checkable
 
@@ -80,6 +82,25 @@ class OneOf:
 
     def problem(self, value: Any) -> str:
         return "" if value in self.names else f"is {shown(value)}; choose one of {', '.join(self.names)}."
+
+
+@dataclass(frozen=True)
+class Own:
+    """Objects of a user's own: values in Python, "package.module:object" in commands and JSON.
+
+    about: what they must be, as a noun in errors.
+
+    Example:
+        coupling: Independent | MinibatchOT | Annotated[Coupling, Own("a function (key, x0, x1, cond) -> Coupled")]
+    """
+
+    about: str
+
+
+def meant(word: str, known: Iterable[str]) -> str:
+    """Returns the end of a sentence about an unknown word, with the closest known one."""
+    close = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.75)
+    return f"; did you mean {close[0]}?" if close else "."
 
 
 def shown(value: Any) -> str:
