@@ -77,8 +77,8 @@ def main() -> None:
     save_image(arguments.picture, image_grid(to_uint8(np.concatenate(pictures)), columns=2 * CLASSES, scale=4))
 
 
-def images_of(source: Dataset) -> np.ndarray:
-    return np.asarray(from_uint8(source[np.arange(len(source))]["image"]))
+def images_of(dataset: Dataset) -> np.ndarray:
+    return np.asarray(from_uint8(dataset[np.arange(len(dataset))]["image"]))
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def train(name: str, batch: int, learning_rate: float) -> Training:
     from torchcfm.models.models import MLP
 
     own = name.endswith(OWN_SAMPLERS)
-    source, target = (utils.sample_8gaussians, utils.sample_moons) if own else (eight_gaussians, moons)
+    draw_x0, draw_x1 = (utils.sample_8gaussians, utils.sample_moons) if own else (eight_gaussians, moons)
     exact = name.startswith(OTCFM)
     matcher = (cfm.ExactOptimalTransportConditionalFlowMatcher if exact else cfm.ConditionalFlowMatcher)(sigma=0.0)
     network = MLP(dim=2, w=64, time_varying=True)
@@ -83,7 +83,7 @@ def train(name: str, batch: int, learning_rate: float) -> Training:
     def call():
         for _ in range(STEPS[name]):
             optimizer.zero_grad()
-            t, x_t, u_t = matcher.sample_location_and_conditional_flow(source(batch), target(batch))
+            t, x_t, u_t = matcher.sample_location_and_conditional_flow(draw_x0(batch), draw_x1(batch))
             loss = torch.mean((network(torch.cat([x_t, t[:, None]], dim=-1)) - u_t) ** 2)
             loss.backward()
             optimizer.step()

@@ -52,7 +52,7 @@ class Pair(NamedTuple):
     evaluated: the data that generated points are compared with.
     """
 
-    source: Sampler
+    x0: Sampler
     target: Sampler
     evaluated: Sampler
     mean_cost: float
@@ -109,8 +109,8 @@ def training(
         return State(variables, adam.init(variables), jnp.array(-jnp.inf), jnp.array(0))
 
     def update(key, state):
-        source_key, target_key, loss_key = jax.random.split(jax.random.fold_in(key, state.step), 3)
-        batch = {"x0": pair.source(source_key, BATCH), "x1": pair.target(target_key, BATCH)}
+        x0_key, target_key, loss_key = jax.random.split(jax.random.fold_in(key, state.step), 3)
+        batch = {"x0": pair.x0(x0_key, BATCH), "x1": pair.target(target_key, BATCH)}
 
         def objective(variables):
             velocity = partial(network.apply, variables)
@@ -179,12 +179,12 @@ def _take_core(cores) -> None:
 
 
 def reference(name: str, seeds: int) -> dict[str, list[float]]:
-    """Returns W2² of source and data, and the W2 that a perfect network would have, for one draw per seed."""
+    """Returns W2² of x0 and x1, and the W2 that a perfect network would have, for one draw per seed."""
     pair, distance = PAIRS[name], jax.jit(fm.wasserstein)
     found: dict[str, list[float]] = {"squared_distance": [], "w2_floor": []}
     for seed in range(seeds):
-        source_key, target_key, data_key, more_key = jax.random.split(jax.random.key(seed), 4)
-        far = distance(pair.source(source_key, DISTANCE_POINTS), pair.evaluated(target_key, DISTANCE_POINTS))
+        x0_key, target_key, data_key, more_key = jax.random.split(jax.random.key(seed), 4)
+        far = distance(pair.x0(x0_key, DISTANCE_POINTS), pair.evaluated(target_key, DISTANCE_POINTS))
         near = distance(pair.target(data_key, POINTS), pair.evaluated(more_key, POINTS))
         found["squared_distance"].append(float(far) ** 2)
         found["w2_floor"].append(float(near))
@@ -223,8 +223,8 @@ def _transport(name: str) -> Callable[[Any, jax.Array], dict[str, jax.Array]]:
 
     @jax.jit
     def metrics(variables, key):
-        source_key, target_key = jax.random.split(key)
-        x0, x1 = pair.source(source_key, POINTS), pair.evaluated(target_key, POINTS)
+        x0_key, target_key = jax.random.split(key)
+        x0, x1 = pair.x0(x0_key, POINTS), pair.evaluated(target_key, POINTS)
         velocity = partial(network.apply, variables)
         generated, _ = fm.integrate(velocity, x0, method="rk4", num_steps=100)
         paths = fm.path_report(velocity, x0, num_steps=100)
@@ -243,8 +243,8 @@ def _mean_ess(pair: Pair, coupling: Coupling, key: jax.Array) -> jax.Array:
     """The mean over batches as in training: the weights of corrected W-CFM depend on the batch."""
 
     def of_batch(key):
-        source_key, target_key, pair_key = jax.random.split(key, 3)
-        coupled = coupling(pair_key, pair.source(source_key, BATCH), pair.target(target_key, BATCH))
+        x0_key, target_key, pair_key = jax.random.split(key, 3)
+        coupled = coupling(pair_key, pair.x0(x0_key, BATCH), pair.target(target_key, BATCH))
         return fm.effective_sample_size(coupled.log_weight)
 
     if not isinstance(coupling, fm.GibbsWeights):
@@ -279,7 +279,7 @@ def print_tables(rows: list[dict]) -> None:
     for name, of_pair in itertools.groupby(rows, key=lambda row: row["pair"]):
         found = list(of_pair)
         squared, seeds = _cell(found[0], "squared_distance", 3), found[0]["seeds"]
-        print(f"\n{name}: W2² of source and data {squared}; mean ± sd of {seeds} seeds")
+        print(f"\n{name}: W2² of x0 and x1 {squared}; mean ± sd of {seeds} seeds")
         print(" " * 38 + "".join(f"{column:>16}" for column in COLUMNS))
         for row in found:
             print(f"{row['name']:38}" + "".join(f"{_cell(row, *column):>16}" for column in COLUMNS.items()))

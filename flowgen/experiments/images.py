@@ -38,7 +38,8 @@ def image_dataset(data: DataConfig, model: Any, split: Split, *, labelled: bool 
     Example:
         dataset = image_dataset(experiment.data, experiment.model, "train")
     """
-    dataset = load(data, image_size=model.image_hw, channels=model.channels, split=split)
+    height, width, channels = model.event_shape
+    dataset = load(data, image_size=(height, width), channels=channels, split=split)
     if not isinstance(dataset, Dataset):
         raise ValueError("data.aspects is set, but this model has one size; leave it out.")
     if model.num_classes and labelled:

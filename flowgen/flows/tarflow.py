@@ -25,6 +25,8 @@ from flowgen.settings.ranges import (
     Width,
 )
 
+Scale = Literal["exponential", "volume_preserving"]
+
 
 @config
 class TARFlowConfig(ImageTokens):
@@ -57,7 +59,7 @@ class TARFlowConfig(ImageTokens):
     head_dim: HeadDim = 64
     expansion: Expansion = 4
     num_classes: Classes = 0
-    scale_parameterisation: Literal["exponential", "volume_preserving"] | OwnScale = "exponential"
+    scale_parameterisation: Scale | OwnScale = "exponential"
     attention: Attention = "softmax"
     activation: Activation = "gelu"
     noise_std: NonNegative = 0.0

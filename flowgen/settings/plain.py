@@ -351,7 +351,7 @@ def _found(value: Any) -> Any:
         if isinstance(value, Mapping):
             raise _Refusal(f"has the type {shown(named)}, which is no class; give its name alone.")
         return found
-    if not (is_dataclass(found) and found.__dataclass_params__.frozen):  # ty: ignore[unresolved-attribute]
+    if not (is_dataclass(found) and found.__dataclass_params__.frozen):
         raise _Refusal(f"is the class {found.__module__}:{found.__qualname__}; make it a dataclass(frozen=True).")
     fields = value if isinstance(value, Mapping) else {}
     return from_plain(found, {field: item for field, item in fields.items() if field != TYPE})
