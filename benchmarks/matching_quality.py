@@ -53,7 +53,7 @@ class Pair(NamedTuple):
     """
 
     x0: Sampler
-    target: Sampler
+    x1: Sampler
     evaluated: Sampler
     mean_cost: float
     epsilons: tuple[float, ...]
@@ -109,8 +109,8 @@ def training(
         return State(variables, adam.init(variables), jnp.array(-jnp.inf), jnp.array(0))
 
     def update(key, state):
-        x0_key, target_key, loss_key = jax.random.split(jax.random.fold_in(key, state.step), 3)
-        batch = {"x0": pair.x0(x0_key, BATCH), "x1": pair.target(target_key, BATCH)}
+        x0_key, x1_key, loss_key = jax.random.split(jax.random.fold_in(key, state.step), 3)
+        batch = {"x0": pair.x0(x0_key, BATCH), "x1": pair.x1(x1_key, BATCH)}
 
         def objective(variables):
             velocity = partial(network.apply, variables)
@@ -183,9 +183,9 @@ def reference(name: str, seeds: int) -> dict[str, list[float]]:
     pair, distance = PAIRS[name], jax.jit(fm.wasserstein)
     found: dict[str, list[float]] = {"squared_distance": [], "w2_floor": []}
     for seed in range(seeds):
-        x0_key, target_key, data_key, more_key = jax.random.split(jax.random.key(seed), 4)
-        far = distance(pair.x0(x0_key, DISTANCE_POINTS), pair.evaluated(target_key, DISTANCE_POINTS))
-        near = distance(pair.target(data_key, POINTS), pair.evaluated(more_key, POINTS))
+        x0_key, x1_key, data_key, more_key = jax.random.split(jax.random.key(seed), 4)
+        far = distance(pair.x0(x0_key, DISTANCE_POINTS), pair.evaluated(x1_key, DISTANCE_POINTS))
+        near = distance(pair.x1(data_key, POINTS), pair.evaluated(more_key, POINTS))
         found["squared_distance"].append(float(far) ** 2)
         found["w2_floor"].append(float(near))
     return found
@@ -223,8 +223,8 @@ def _transport(name: str) -> Callable[[Any, jax.Array], dict[str, jax.Array]]:
 
     @jax.jit
     def metrics(variables, key):
-        x0_key, target_key = jax.random.split(key)
-        x0, x1 = pair.x0(x0_key, POINTS), pair.evaluated(target_key, POINTS)
+        x0_key, x1_key = jax.random.split(key)
+        x0, x1 = pair.x0(x0_key, POINTS), pair.evaluated(x1_key, POINTS)
         velocity = partial(network.apply, variables)
         generated, _ = fm.integrate(velocity, x0, method="rk4", num_steps=100)
         paths = fm.path_report(velocity, x0, num_steps=100)
@@ -243,8 +243,8 @@ def _mean_ess(pair: Pair, coupling: Coupling, key: jax.Array) -> jax.Array:
     """The mean over batches as in training: the weights of corrected W-CFM depend on the batch."""
 
     def of_batch(key):
-        x0_key, target_key, pair_key = jax.random.split(key, 3)
-        coupled = coupling(pair_key, pair.x0(x0_key, BATCH), pair.target(target_key, BATCH))
+        x0_key, x1_key, pair_key = jax.random.split(key, 3)
+        coupled = coupling(pair_key, pair.x0(x0_key, BATCH), pair.x1(x1_key, BATCH))
         return fm.effective_sample_size(coupled.log_weight)
 
     if not isinstance(coupling, fm.GibbsWeights):

@@ -14,7 +14,7 @@ NUM = 256
 
 @pytest.fixture(scope="module")
 def draws():
-    """Sources and data in the plane, as float32 arrays: normal to normal, and to a ring that is far from round."""
+    """Noise and data in the plane, as float32 arrays: normal to normal, and to a ring that is far from round."""
     x0, normal = np.random.default_rng(0).standard_normal((2, NUM, 2)).astype(np.float32)
     return jnp.asarray(x0), {"normal": jnp.asarray(normal), "ring": fm.toy.gaussian_ring(jax.random.key(0), NUM)}
 

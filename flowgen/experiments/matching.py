@@ -32,6 +32,7 @@ from flowgen.experiments.experiment import Experiment, Samples
 from flowgen.experiments.images import check_own, image_batches, image_dataset, tell_unused_classes, with_class_names
 from flowgen.experiments.pictures import DRAWABLE_CHANNELS, DRAWN_PATHS, path_plot, picture
 from flowgen.experiments.solving import SolverConfig, draw_by_solver
+from flowgen.flows.flow import ImageTokens
 from flowgen.matching import (
     AnyNetwork,
     MatchingConfig,
@@ -107,6 +108,8 @@ class MatchingExperiment(Experiment):
 
     def _check_data(self) -> None:
         model, kind, points = self.model, type_name(self.model), isinstance(self.data, PointsConfig)
+        if isinstance(model, ImageTokens):
+            raise ValueError(f"model is {model}, a flow; use a FlowExperiment.")
         if len(model.event_shape) not in (1, 3):
             raise ValueError(f"model has event_shape {model.event_shape}; give (2,), or (height, width, channels).")
         if points != (len(model.event_shape) == 1):
