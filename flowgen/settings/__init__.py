@@ -8,7 +8,7 @@ bare field; the holder of the config adds its group. This package depends on not
 from flowgen.settings.annotations import type_name
 from flowgen.settings.command import override, words_of
 from flowgen.settings.help import Setting, help_of, leaf_names, settings
-from flowgen.settings.named import import_module, import_object, resolve
+from flowgen.settings.named import import_module, import_object, name_of, resolve
 from flowgen.settings.plain import (
     TYPE,
     FieldError,
@@ -33,6 +33,7 @@ __all__ = [
     "import_object",
     "in_group",
     "leaf_names",
+    "name_of",
     "override",
     "resolve",
     "settings",
