@@ -27,7 +27,7 @@ def hints_of(cls: type) -> dict[str, Any]:
             f"{cls.__module__}:{cls.__qualname__} has an annotation of which {error.name!r} is not at the top level of "
             "its module; define it there."
         ) from error
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}  # ty: ignore[invalid-argument-type]
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}  # ty: ignore[invalid-argument-type]
 
 
 def members(annotation: Any) -> tuple[Any, ...]:

@@ -175,7 +175,7 @@ def from_plain(cls: type[T], data: Any) -> T:
     """
     if not isinstance(data, Mapping):
         raise FieldError(f"{cls.__name__} is {shown(data)}; it must be {describe(cls)}.")
-    fields = {field.name: field for field in dataclasses.fields(cls)}  # ty: ignore[invalid-argument-type]
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}  # ty: ignore[invalid-argument-type]
     values = dict(data)
     for name in data:
         if name not in fields:
