@@ -360,7 +360,7 @@ def test_objects_are_found_by_name():
 
 def test_only_imported_modules_have_objects(monkeypatch):
     monkeypatch.delitem(sys.modules, "colorsys", raising=False)
-    with pytest.raises(ValueError, match="import colorsys first"):
+    with pytest.raises(ValueError, match="colorsys is not imported"):
         resolve("colorsys:rgb_to_hsv")
 
 

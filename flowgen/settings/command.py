@@ -157,9 +157,9 @@ def _no_value(path: str, group: type | None, types: list[str], text: str) -> str
 def _no_such_field(path: str, field: str, group: type | None, types: dict[str, type], known: list[str]) -> str:
     """The error for an unknown field of a group: another of its types may have it."""
     owners = [name for name, cls in types.items() if field in hints_of(cls)]
-    if not owners:
-        return _unknown(path, known)
     place = path.rpartition(".")[0]
+    if not owners:
+        return _unknown(path, known + [f"{place}.{name}" for name in (hints_of(group) if group else ())])
     return (
         f"{path} is not a field of {type_name(group)}, which {place} is; {' and '.join(owners)} "
         f"{'has' if len(owners) == 1 else 'have'} it, so give --{place} {owners[0]} too."

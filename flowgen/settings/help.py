@@ -50,12 +50,16 @@ def settings(config: Any, path: str = "") -> list[Setting]:
             kind = (name_of(type(value) if is_group else value) if own else None) or type_name(value)
             found.append(Setting(name, kind, line, " or ".join(allowed), is_group or not own))
         elif own:
-            found.append(Setting(name, name_of(value) or value, line, describe(annotation), False))
+            found.append(Setting(name, name_of(value) or value, line, _allowed(annotation), False))
         elif not is_group and (value is not None or not configs_of(annotation)):
-            found.append(Setting(name, value, line, describe(annotation), False))
+            found.append(Setting(name, value, line, _allowed(annotation), False))
         if is_group:
             found += settings(value, name)
     return found
+
+
+def _allowed(annotation: Any) -> str:
+    return f"{describe(annotation)} ({OWN_NAME})" if takes_own(annotation) else describe(annotation)
 
 
 def leaf_names(config: Any) -> list[str]:

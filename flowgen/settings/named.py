@@ -53,8 +53,7 @@ def resolve(name: str) -> Any:
     module, attributes = split_name(name)
     if module not in sys.modules:
         raise ValueError(
-            f"is {shown(name)}, and reading a file imports no modules; import {module} first, in a command by "
-            f"--import {module}."
+            f"is {shown(name)}, and {module} is not imported; import it first, in a command by --import {module}."
         )
     found = sys.modules[module]
     for part in attributes:

@@ -270,8 +270,10 @@ def _convert(annotation: Any, value: Any) -> Any:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if annotation is Any:
         return value
-    if takes_own(annotation):
-        value = _found(value)
+    if takes_own(annotation) and (found := _found(value)) is not value:
+        with contextlib.suppress(_Mismatch):
+            return _convert(annotation, found)
+        raise _Refusal(f"is {shown(found)}; it must be {describe(annotation)}.")
     if own_of(annotation) is not None:
         return _convert_own(arguments[0], value)
     if origin is Annotated:
@@ -350,7 +352,7 @@ def _found(value: Any) -> Any:
     if not isinstance(found, type):
         if isinstance(value, Mapping):
             raise _Refusal(f"has the type {shown(named)}, which is no class; give its name alone.")
-        return found
+        return _require(not is_name(found) and not isinstance(found, Mapping), found)
     if not (is_dataclass(found) and found.__dataclass_params__.frozen):
         raise _Refusal(f"is the class {found.__module__}:{found.__qualname__}; make it a dataclass(frozen=True).")
     fields = value if isinstance(value, Mapping) else {}
