@@ -22,7 +22,7 @@ from flowgen.decoding import Sequential, invert
 from flowgen.experiments import FlowExperiment, MatchingExperiment, SolverConfig
 from flowgen.flows import STARFlowConfig, TARFlowConfig
 from flowgen.matching import DiTConfig, GibbsWeights, MatchingConfig, flow_matching_loss
-from flowgen.settings import from_plain, settings, to_plain
+from flowgen.settings import from_plain, override, settings, to_plain
 from flowgen.training import LogConfig, TrainConfig
 
 QUIET = LogConfig(log_every=2, checkpoint_every=0, progress=False, tensorboard=False)
@@ -87,7 +87,7 @@ def test_a_config_keeps_the_name_of_a_part(name):
     ],
 )
 def test_a_command_names_a_part(words, changes):
-    assert experiments.override(MatchingConfig(), words) == MatchingConfig(**changes)
+    assert override(MatchingConfig(), words) == MatchingConfig(**changes)
 
 
 def test_fields_of_a_part_given_by_value_are_set_and_listed():
