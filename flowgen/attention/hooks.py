@@ -137,7 +137,7 @@ def _check_call(query: Array, key: Array, value: Array, dropout_rate: float, mod
 
 def _check_decodes(chosen: str | Kernel, q: Array, k: Array) -> None:
     if getattr(chosen, "positional", False):
-        what = "a feature map with positions" if isinstance(chosen, FeatureKernel) else f"{_name(chosen)} attention"
+        what = "a feature map with positions" if isinstance(chosen, FeatureKernel) else _name(chosen)
         raise ValueError(
             f"query has shape {q.shape} and key {k.shape}; {what} cannot decode from Flax's cache, which does not say "
             "where the query stands, so use the modules of flowgen.attention, which keep a state."
