@@ -26,13 +26,13 @@ from flowgen.matching import toy
 from flowgen.matching.couplings import Coupling
 
 BATCH = 256
-LEARNING_RATE = 2e-3  # decays to 0 by a half cosine
+LEARNING_RATE = 2e-3  # decays to 0 along a half cosine
 POINTS, DISTANCE_POINTS, ESS_BATCHES = 1500, 3000, 64
 FEW_STEPS = (1, 4, 10)
 ENTROPIC_EPSILON = 1.0
 SWEEPS = {2.0: 5, 1.0: 10, 0.5: 20}  # of Sinkhorn's iteration, by epsilon
 RUNNING_EPSILON = 0.5
-# Column and figures behind the point.
+# Columns, and the decimals that are shown.
 COLUMNS = {
     "w2": 3,
     "w2_floor": 3,
@@ -47,9 +47,10 @@ Sampler = Callable[[jax.Array, int], jax.Array]
 
 
 class Pair(NamedTuple):
-    """Dataset, data, the mean of |x1 - x0|² over independent pairs, and the epsilons at which W-CFM is tried.
+    """The distributions of x0 and x1, the mean of |x1 - x0|² over independent pairs, and the epsilons to try W-CFM
+    with.
 
-    evaluated: the data that generated points are compared with.
+    evaluated: the distribution that generated points are compared with.
     """
 
     x0: Sampler
@@ -75,7 +76,7 @@ PAIRS = {
     "normal-8gaussians": Pair(toy.normal, toy.gaussian_ring, toy.gaussian_ring, 27.2, (0.5, 1.0, 2.0, 4.0)),
     "8gaussians-5gaussians": Pair(toy.gaussian_ring, five_gaussians, five_gaussians, 51.2, (0.5, 1.0, 2.0, 4.0)),
 }
-# In the order of what they cost.
+# In order of cost.
 KINDS = ("exact", "entropic", "corrected", "weighted", "running", "independent")
 
 
@@ -88,7 +89,7 @@ class Method(NamedTuple):
 
 
 class State(NamedTuple):
-    """A training: network and optimizer, the running log-mean of the weights, the steps done."""
+    """The state of a training: network and optimizer, the running log-mean of the weights, the steps done."""
 
     variables: Any
     optimizer: Any
@@ -125,7 +126,7 @@ def training(
 
 
 def methods(pair: Pair) -> list[Method]:
-    """Returns what is compared on a pair."""
+    """Returns the methods to compare on a pair."""
     entropic = fm.MinibatchOT(method="sinkhorn", epsilon=ENTROPIC_EPSILON / pair.mean_cost)
     running = fm.GibbsWeights(epsilon=RUNNING_EPSILON)
     return [
@@ -142,7 +143,7 @@ def methods(pair: Pair) -> list[Method]:
 
 
 def measure_quality(arguments: argparse.Namespace) -> Iterable[list[dict]]:
-    """Yields the rows that are finished, again and again until all are."""
+    """Yields all finished rows each time another one is finished."""
     context = multiprocessing.get_context("spawn")
     cores = context.SimpleQueue()
     for core in sorted(os.sched_getaffinity(0))[: arguments.jobs]:
@@ -173,13 +174,13 @@ def measure_quality(arguments: argparse.Namespace) -> Iterable[list[dict]]:
 
 def _take_core(cores) -> None:
     os.sched_setaffinity(0, {cores.get()})
-    # On one core XLA has one thread: a program on it would wait for ever for the copy of a matrix that its callback,
-    # the exact assignment, asks that thread for (500 points and more; jax 0.10).
+    # On one core XLA has one thread, and a program would wait forever for the copy of a matrix that its callback, the
+    # exact assignment, requests from that thread (500 points and more; jax 0.10).
     jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
 def reference(name: str, seeds: int) -> dict[str, list[float]]:
-    """Returns W2² of x0 and x1, and the W2 that a perfect network would have, for one draw per seed."""
+    """Returns W2² between x0 and x1, and the W2 of a perfect network, for one draw per seed."""
     pair, distance = PAIRS[name], jax.jit(fm.wasserstein)
     found: dict[str, list[float]] = {"squared_distance": [], "w2_floor": []}
     for seed in range(seeds):
@@ -210,7 +211,7 @@ def train(name: str, method: Method, steps: int, seeds: int) -> list[dict[str, f
 
 
 def evaluate(name: str, coupling: Coupling, variables: Any, key: jax.Array) -> dict[str, float]:
-    """Returns what a network is worth on fresh points, and the mean effective sample size of batches."""
+    """Returns the metrics of a network on fresh points, and the mean effective sample size of batches."""
     points_key, ess_key = jax.random.split(key)
     metrics = _transport(name)(variables, points_key) | {"ess": _mean_ess(PAIRS[name], coupling, ess_key)}
     return {name: float(value) for name, value in metrics.items()}
@@ -279,7 +280,7 @@ def print_tables(rows: list[dict]) -> None:
     for name, of_pair in itertools.groupby(rows, key=lambda row: row["pair"]):
         found = list(of_pair)
         squared, seeds = _cell(found[0], "squared_distance", 3), found[0]["seeds"]
-        print(f"\n{name}: W2² of x0 and x1 {squared}; mean ± sd of {seeds} seeds")
+        print(f"\n{name}: W2² between x0 and x1 {squared}; mean ± sd of {seeds} seeds")
         print(" " * 38 + "".join(f"{column:>16}" for column in COLUMNS))
         for row in found:
             print(f"{row['name']:38}" + "".join(f"{_cell(row, *column):>16}" for column in COLUMNS.items()))

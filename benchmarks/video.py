@@ -76,7 +76,7 @@ def of_a_run(run_dir: Path, rounds: int) -> list[dict]:
 
 
 def beside_the_published(other: measure.Process, version: str, rounds: int) -> list[dict]:
-    """Returns the rows of a small text model with the same weights on both sides, guided, its noise given.
+    """Returns the rows of a small guided text model with the same weights and noise on both sides.
 
     other: the process of `video_published.py`, of torch `version`.
     """
@@ -140,9 +140,9 @@ def beside_the_published(other: measure.Process, version: str, rounds: int) -> l
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", type=Path, required=True, help="run directory of a flow of clips")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="run directory of a video flow")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
-    parser.add_argument("--reference", type=Path, help="checkout of apple/ml-starflow; without it only ours is run")
+    parser.add_argument("--reference", type=Path, help="checkout of apple/ml-starflow; without it only our side is run")
     parser.add_argument(
         "--torch-python", type=Path, help="interpreter with torch, numpy, einops and tqdm, for --reference"
     )

@@ -1,4 +1,4 @@
-"""The commands as a user types them: one tiny run from training to pictures, and every mistake in one sentence."""
+"""The commands as a user types them: one tiny run from training to images, and every mistake in one sentence."""
 
 import dataclasses
 import io
@@ -170,7 +170,7 @@ def test_an_image_depends_on_its_seed_and_number_alone(trained, tmp_path):
     assert (np.abs(other - whole).max(axis=(1, 2)) > LEVELS_APART).all(), "every image follows the seed"
 
 
-def test_jacobi_decoding_gives_the_same_pictures_and_is_certified(trained, tmp_path):
+def test_jacobi_decoding_gives_the_same_images_and_is_certified(trained, tmp_path):
     def draw(name, words):
         path = tmp_path / name
         lines = succeed(f"{SAMPLES} {words} --checkpoint", trained.path, "--out", path).splitlines()
@@ -267,7 +267,7 @@ def run_python(*words, cwd):
     )
 
 
-def test_sample_script_writes_a_picture(trained, tmp_path):
+def test_sample_script_writes_a_image(trained, tmp_path):
     result = run_python(PROJECT / "sample.py", "--checkpoint", trained.path, "--num", 2, cwd=tmp_path)
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.endswith("Wrote samples.png\n")
@@ -344,7 +344,7 @@ def museum(trained, imported, tmp_path_factory):
     (root / "mine" / "letter.txt").write_text("mine\n")
     make_configs(root)
     make_runs(root, trained.path, imported[0])
-    make_pictures(root)
+    make_photos(root)
     make_weights(root)
     return root, contents(root)
 
@@ -381,14 +381,14 @@ def make_runs(root, trained, imported):
     (root / "not_json" / "config.json").write_text("{")
 
 
-def make_pictures(root):
-    for folder in ("good/zero", "corrupt/zero", "no_pictures/zero", "flat", "mixed/zero"):
-        (root / "pictures" / folder).mkdir(parents=True)
+def make_photos(root):
+    for folder in ("good/zero", "corrupt/zero", "no_images/zero", "flat", "mixed/zero"):
+        (root / "photos" / folder).mkdir(parents=True)
     grey = Image.new("L", (8, 8), 128)
     for name in ("good/zero/a", "good/zero/b", "corrupt/zero/a", "flat/a", "flat/b", "mixed/a", "mixed/zero/a"):
-        grey.save(root / "pictures" / f"{name}.png")
-    (root / "pictures" / "corrupt" / "zero" / "b.png").write_bytes(b"not a picture")
-    (root / "pictures" / "no_pictures" / "zero" / "notes.txt").write_text("mine\n")
+        grey.save(root / "photos" / f"{name}.png")
+    (root / "photos" / "corrupt" / "zero" / "b.png").write_bytes(b"not an image")
+    (root / "photos" / "no_images" / "zero" / "notes.txt").write_text("mine\n")
     images, labels = np.zeros((20, 8, 8), np.uint8), np.zeros(20, np.int64)
     for name, arrays in {
         "float": {"images": images / 255, "labels": labels},
@@ -397,11 +397,11 @@ def make_pictures(root):
         "axes": {"images": images[0], "labels": labels},
         "labels": {"images": images, "labels": labels / 2},
         "many": {"images": images, "labels": labels + 10},
-        "unnamed": {"pictures": images},
+        "unnamed": {"photos": images},
         "unlabelled": {"images": images},
     }.items():
-        np.savez(root / "pictures" / f"{name}.npz", **arrays)
-    (root / "pictures" / "text.npz").write_text("mine\n")
+        np.savez(root / "photos" / f"{name}.npz", **arrays)
+    (root / "photos" / "text.npz").write_text("mine\n")
 
 
 def make_weights(root):
@@ -448,7 +448,7 @@ MISTAKES = {
     f"{TRAIN} --optim.learning_rate 1": r"optim\.learning_rate is not a field of this config",
     f"{TRAIN} --optim.warmup_step 1": r"optim\.warmup_step is not a field .* did you mean optim\.warmup_steps\?",
     f"{TRAIN} --model.lr 1e-3": r"model\.lr is not a field .* did you mean optim\.lr\?",
-    f"{TRAIN} --model 3": r"--model is a group, and '3' is no type of it; "
+    f"{TRAIN} --model 3": r"--model is a group, and '3' is not one of its types; "
     r"name its type, TARFlow, .*, or set one of --model\.image_size",
     f"{TRAIN} --train.steps many": r"train\.steps is 'many'; it must be an integer",
     f"{TRAIN} --train.steps 2.5": r"train\.steps is '2\.5'; it must be an integer",
@@ -482,51 +482,51 @@ MISTAKES = {
     "evaluate --checkpoint run --samples 1": r"samples is 1",
     "train --workdir new --config nothing.py": r"config nothing\.py must define config\(\) that returns an exper",
     "train --workdir new --config text.py": r"config text\.py must define config\(\) that returns an experiment: Fl",
-    "train --workdir new --config raises.py": r"config raises\.py fails in line 2 \(RuntimeError: no cluster\); corr",
-    "train --workdir new --config syntax.py": r"config syntax\.py fails in line 1 \(SyntaxError: invalid syntax",
-    "train --workdir new --config name.py": r"config name\.py fails in line 2 \(NameError: name 'FlowExperiment' is",
-    "train --workdir new --config import.py": r"config import\.py fails in line 1 \(ModuleNotFoundError: .*'not_inst",
-    "train --workdir new --config argument.py": r"config argument\.py fails in line 6 \(TypeError: .*'widht'\); corr",
-    "train --workdir new --config value.py": r"config value\.py fails in line 6 \(width is 0; it must be at lea",
-    "info --config value.py": r"config value\.py fails in line 6 \(width is 0; it must be at least 1\); correct",
+    "train --workdir new --config raises.py": r"config raises\.py fails on line 2 \(RuntimeError: no cluster\); corr",
+    "train --workdir new --config syntax.py": r"config syntax\.py fails on line 1 \(SyntaxError: invalid syntax",
+    "train --workdir new --config name.py": r"config name\.py fails on line 2 \(NameError: name 'FlowExperiment' is",
+    "train --workdir new --config import.py": r"config import\.py fails on line 1 \(ModuleNotFoundError: .*'not_inst",
+    "train --workdir new --config argument.py": r"config argument\.py fails on line 6 \(TypeError: .*'widht'\); corr",
+    "train --workdir new --config value.py": r"config value\.py fails on line 6 \(width is 0; it must be at lea",
+    "info --config value.py": r"config value\.py fails on line 6 \(width is 0; it must be at least 1\); correct",
     # Data.
     f"{TRAIN} --data.name emoji": r"data\.name is 'emoji'; it must be 'digits' or",
     f"{TRAIN} --data.on_corrupt ignore": r"data\.on_corrupt is 'ignore'; it must be 'refuse' or 'skip'",
-    f"{TRAIN} --data.path pictures": r"data\.path is 'pictures' but data\.name 'digits' reads no path",
+    f"{TRAIN} --data.path photos": r"data\.path is 'photos' but data\.name 'digits' reads no path",
     f"{TRAIN} --data.name folder": r"data\.path is empty; data\.name 'folder' needs the path",
     f"{TRAIN} --data.name folder --data.path none": r"data\.path 'none' does not exist; give the folder",
     f"{TRAIN} --data.name folder --data.path file.txt": r"data\.path 'file\.txt' is a file; give the folder",
-    f"{TRAIN} --data.name folder --data.path empty": r"data\.path 'empty' holds no pictures; put \.png",
-    f"{TRAIN} --data.name folder --data.path pictures/no_pictures": r"holds no pictures; put \.png",
-    f"{TRAIN} --data.name folder --data.path pictures/mixed": r"holds pictures both directly \(such as 'a\.png'\)",
-    f"{TRAIN} --data.name folder --data.path pictures/flat": r"the data carries no labels; .* model\.num_classes",
-    f"{TRAIN} --data.name folder --data.path pictures/corrupt --model.num_classes 1": r"1 picture .*/b\.png' \(no p",
-    f"{TRAIN} --data.name folder --data.path pictures/good --model.channels 2": r"model\.channels is 2; .* 1 \(grey",
-    f"{TRAIN} --data.name npz --data.path none.npz": r"data\.path 'none\.npz' is no file; give the path of an \.npz",
-    f"{TRAIN} --data.name npz --data.path pictures/text.npz": r"is no readable \.npz file of plain arrays",
-    f"{TRAIN} --data.name npz --data.path pictures/unnamed.npz": r"\['pictures'\] but no 'images'; save it with",
-    f"{TRAIN} --data.name npz --data.path pictures/float.npz": r"'images' .* is float64; save uint8 levels",
-    f"{TRAIN} --data.name npz --data.path pictures/axes.npz": r"'images' .* has shape \(8, 8\); save at least",
-    f"{TRAIN} --data.name npz --data.path pictures/small.npz": r"is 6x8 but model\.image_size is 8x8; resize",
-    f"{TRAIN} --data.name npz --data.path pictures/colour.npz": r"channels is 1 but .* of 3 channels; set model\.cha",
-    f"{TRAIN} --data.name npz --data.path pictures/labels.npz": r"'labels' .* is float64 .*; save integers",
-    f"{TRAIN} --data.name npz --data.path pictures/many.npz": r"num_classes is 10 but the data has 11 classes; set",
-    f"{TRAIN} --data.name npz --data.path pictures/unlabelled.npz": r"the data carries no labels; .* model\.num_cl",
+    f"{TRAIN} --data.name folder --data.path empty": r"data\.path 'empty' has no images; put \.png",
+    f"{TRAIN} --data.name folder --data.path photos/no_images": r"has no images; put \.png",
+    f"{TRAIN} --data.name folder --data.path photos/mixed": r"has images both directly \(such as 'a\.png'\)",
+    f"{TRAIN} --data.name folder --data.path photos/flat": r"the data carries no labels; .* model\.num_classes",
+    f"{TRAIN} --data.name folder --data.path photos/corrupt --model.num_classes 1": r"1 image .*/b\.png' \(not",
+    f"{TRAIN} --data.name folder --data.path photos/good --model.channels 2": r"model\.channels is 2; .* 1 \(grey",
+    f"{TRAIN} --data.name npz --data.path none.npz": r"data\.path 'none\.npz' is not a file; give the path of an \.npz",
+    f"{TRAIN} --data.name npz --data.path photos/text.npz": r"is not a readable \.npz file of plain arrays",
+    f"{TRAIN} --data.name npz --data.path photos/unnamed.npz": r"\['photos'\] but no 'images'; save it with",
+    f"{TRAIN} --data.name npz --data.path photos/float.npz": r"'images' .* is float64; save uint8 levels",
+    f"{TRAIN} --data.name npz --data.path photos/axes.npz": r"'images' .* has shape \(8, 8\); save at least",
+    f"{TRAIN} --data.name npz --data.path photos/small.npz": r"is 6x8 but model\.image_size is 8x8; resize",
+    f"{TRAIN} --data.name npz --data.path photos/colour.npz": r"channels is 1 but .* of 3 channels; set model\.cha",
+    f"{TRAIN} --data.name npz --data.path photos/labels.npz": r"'labels' .* is float64 .*; save integers",
+    f"{TRAIN} --data.name npz --data.path photos/many.npz": r"num_classes is 10 but the data has 11 classes; set",
+    f"{TRAIN} --data.name npz --data.path photos/unlabelled.npz": r"the data carries no labels; .* model\.num_cl",
     # Run directories to write.
-    "train --debug --config tiny.py --workdir mine": r"workdir mine holds files but no flowgen run; give a new",
-    "train --debug --config tiny.py --workdir file.txt": r"workdir file\.txt holds files but no flowgen run",
-    "train --debug --config tiny.py --workdir file.txt/a": r"workdir file\.txt/a cannot be written \(Not a directory\)",
+    "train --debug --config tiny.py --workdir mine": r"workdir mine holds files, but no flowgen run; give a new",
+    "train --debug --config tiny.py --workdir file.txt": r"workdir file\.txt holds files, but no flowgen run",
+    "train --debug --config tiny.py --workdir file.txt/a": r"workdir file\.txt/a cannot be written to \(Not a dir",
     f"train --debug --config {DIGITS} --workdir run --model.width 64 --optim.lr 0.1": (
         r"the run was begun with another config \(model\.width: 32 -> 64; optim\.lr: \S+ -> 0\.1\); undo that, or train"
     ),
-    f"train --debug --config {DIGITS} --workdir run --train.steps 4": r"run has 8 steps already, above .* 4; raise it",
+    f"train --debug --config {DIGITS} --workdir run --train.steps 4": r"run already has 8 steps, .* 4; raise",
     f"train --debug --config {DIGITS} --workdir classless": r"begun with another config \(.*num_classes: 0 -> 10",
-    f"train --debug --config {DIGITS} --workdir flipped": r"Checkpoint 8 .* is damaged \(ema/\S+ has other bytes",
+    f"train --debug --config {DIGITS} --workdir flipped": r"Checkpoint 8 .* is damaged \(ema/\S+ has changed since",
     f"train --debug --config {DIGITS} --workdir flipped_meta": r"Checkpoint 8 .* is damaged \(meta\.json",
     f"train --debug --config {DIGITS} --workdir not_json": r"not_json/config\.json is not a file with a JSON object",
-    f"{CONVERT} --to mine": r"mine exists already; give another directory",
-    f"{CONVERT} --to file.txt": r"file\.txt exists already; give another directory",
-    f"{CONVERT} --to file.txt/new": r"file\.txt/new cannot be made, because \S*file\.txt is a file; give another",
+    f"{CONVERT} --to mine": r"mine already exists; give another directory",
+    f"{CONVERT} --to file.txt": r"file\.txt already exists; give another directory",
+    f"{CONVERT} --to file.txt/new": r"file\.txt/new cannot be created, because \S*file\.txt is a file; give another",
     # Run directories to read.
     f"{SAMPLE} none": r"checkpoint none is not a directory; give the --workdir of a training run",
     f"{SAMPLE} file.txt": r"checkpoint file\.txt is not a directory",
@@ -536,13 +536,13 @@ MISTAKES = {
     f"{SAMPLE} alien": r"model\.type is 'GLOW'; choose one of TARFlow, STARFlow\.",
     f"{SAMPLE} unknown_field": r"model\.depth is not a field of this config",
     f"{SAMPLE} other_model": r"Checkpoint 8 of other_model does not fit config\.json: .*\(model\.width: 32 -> 64\)",
-    f"{SAMPLE} flipped": r"Checkpoint 8 .* is damaged \(ema/\S+ has other bytes .*\); remove that folder",
+    f"{SAMPLE} flipped": r"Checkpoint 8 .* is damaged \(ema/\S+ has changed since .*\); remove that folder",
     f"{SAMPLE} flipped_meta": r"Checkpoint 8 .* is damaged \(meta\.json .*\); remove that folder",
-    f"{SAMPLE} truncated": r"Checkpoint 8 .* is damaged \(ema/_METADATA has other bytes .*\); remove that folder",
-    f"{SAMPLE} run --step 5": r"run has no checkpoint 5; there are 4, 8",
+    f"{SAMPLE} truncated": r"Checkpoint 8 .* is damaged \(ema/_METADATA has changed since .*\); remove that folder",
+    f"{SAMPLE} run --step 5": r"run has no checkpoint 5; choose one of 4, 8",
     f"{SAMPLE} run --step last": r"--step: 'last' is neither a number nor best; see",
     f"{SAMPLE} run --step -1": r"--step: '-1' is neither a number nor best; see",
-    f"{SAMPLE} classless --step best": r"classless has no evaluated checkpoint; leave the step out for the latest",
+    f"{SAMPLE} classless --step best": r"classless has no evaluated checkpoint; leave out the step to load the latest",
     "evaluate --checkpoint none": r"checkpoint none is not a directory",
     "evaluate --checkpoint mine": r"checkpoint mine is not a flowgen run",
     "evaluate --checkpoint flipped": r"Checkpoint 8 .* is damaged",
@@ -576,32 +576,32 @@ MISTAKES = {
     # Outputs.
     "sample --checkpoint run --out file.txt/a.png": r"Cannot write 'file\.txt/a\.png': 'file\.txt' is a file, not a f",
     "sample --checkpoint run --out file.txt/a.npz": r"Cannot write 'file\.txt/a\.npz': 'file\.txt' is a file, not a f",
-    "sample --checkpoint run --out empty": r"'empty' has no picture suffix; use one of \.png",
-    "sample --checkpoint run --out a.gif": r"--out is a\.gif, a video, and this model draws none; use \.png",
-    "sample --checkpoint run --out a.tiff": r"'a\.tiff' has no picture suffix; use one of \.png",
-    "sample --checkpoint run --single mine": r"mine exists already; give another directory",
-    "sample --checkpoint run --single file.txt/a": r"file\.txt/a cannot be made, because \S*file\.txt is a file",
-    "sample --checkpoint run --out a.png --single a.png": r"--single and --out are both a\.png; give the single files",
+    "sample --checkpoint run --out empty": r"'empty' has no image suffix; use one of \.png",
+    "sample --checkpoint run --out a.gif": r"--out is a\.gif, but this model does not draw videos; use \.png",
+    "sample --checkpoint run --out a.tiff": r"'a\.tiff' has no image suffix; use one of \.png",
+    "sample --checkpoint run --single mine": r"mine already exists; give another directory",
+    "sample --checkpoint run --single file.txt/a": r"file\.txt/a cannot be created, because \S*file\.txt is a file",
+    "sample --checkpoint run --out a.png --single a.png": r"--single and --out are both a\.png; give --single",
     # Published weights.
     f"{FROM}/none.pth": r"There is no file 'weights/none\.pth'; check the path",
-    f"{FROM}": r"'weights' is a folder; name the weight file inside it",
+    f"{FROM}": r"'weights' is a folder; give the weight file inside it",
     f"{FROM}/truncated.safetensors": r"'weights/truncated\.safetensors' is damaged .*; get the file again",
-    f"{FROM}/intruder.pth": r"'weights/intruder\.pth' is not read: its pickle asks for 'io\.open'",
+    f"{FROM}/intruder.pth": r"'weights/intruder\.pth' is refused: its pickle uses 'io\.open'",
     f"{FROM}/pointer.pth": r"is a Git LFS pointer, not the weights; fetch them with git lfs pull",
     f"{FROM}/../file.txt": r"is neither a safetensors nor a torch\.save file .*; give the weight file itself",
-    f"{FROM}/starflow.safetensors": r"These are STARFlow weights .*, which tarflow cannot import",
+    f"{FROM}/starflow.safetensors": r"These are STARFlow weights .*; import them with flowgen\.convert\.starflow",
     f"{FROM}/linear.safetensors": r"These are not TARFlow weights: 'blocks\.0\.pos_embed' is missing",
     f"{FROM}/incomplete.safetensors": r"do not fit the model, 1 problem: 'blocks\.1\.proj_in\.bias' is missing",
     f"{FROM}/extra.safetensors": r"do not fit the model, 1 problem: 'blocks\.0\.gate' is not expected",
-    f"{FROM}/nan.safetensors": r"'blocks\.0\.proj_in\.bias' holds numbers that are not finite",
+    f"{FROM}/nan.safetensors": r"'blocks\.0\.proj_in\.bias' holds values that are not finite",
     f"{FROM}/unnamed.safetensors --entry ema": r"has no entry 'ema'; leave entry out",
     f"{CONVERT} --to new --image-size 12": r"image_size 12x12 .* but the weights have 16; use image_size=8",
     f"{CONVERT} --to new --image-size big": r"--image-size is 'big'; give a side such as 64, or height,width",
     f"{CONVERT} --to new --patch-size 4": r"patch_size 4 with 1 channels .* use patch_size=2",
     f"{CONVERT} --to new --channels 0": r"--channels: '0' is not a whole number of at least 1; see",
     f"{CONVERT} --to new --noise-std -1": r"noise_std is -1\.0; it must be 0",
-    "convert weights/unnamed.safetensors --to new --image-size 8 --noise-std 0": r"--patch-size is not in the name of",
-    "convert weights/unnamed.safetensors --to new --image-size 8 --patch-size 2": r"--noise-std is not in the name of",
+    "convert weights/unnamed.safetensors --to new --image-size 8 --noise-std 0": r"--patch-size is missing, and",
+    "convert weights/unnamed.safetensors --to new --image-size 8 --patch-size 2": r"--noise-std is missing, and",
 }
 
 

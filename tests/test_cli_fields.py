@@ -263,8 +263,8 @@ def test_fields_that_do_not_fit_are_refused(capsys, tmp_path, flow_run, name):
 
 
 EVALUATE_REFUSED = {
-    "nothing is drawn": (["--sampling.guidance", "2"], "--sampling.guidance is given, and no samples are drawn"),
-    "another count": (["--samples", "4", "--sampling.num", "2"], "--sampling.num is not asked by evaluate"),
+    "nothing is drawn": (["--sampling.guidance", "2"], "--sampling.guidance is given, but no samples are drawn"),
+    "another count": (["--samples", "4", "--sampling.num", "2"], "--sampling.num has no effect in evaluate"),
     "another group": (["--optim.lr", "1"], "--optim.lr is not an option here"),
 }
 
@@ -321,6 +321,6 @@ def test_outside_the_environment_the_missing_package_is_named(script):
     command = [sys.executable, "-S", *script.split()]  # without the packages that are installed
     ended = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True)
     assert ended.returncode == EXIT_MISTAKE
-    assert re.match(r"flowgen: The package (jax|numpy) is missing in ", ended.stderr)
+    assert re.match(r"flowgen: The package (jax|numpy) is not installed for ", ended.stderr)
     assert 'pip install -e ".[train]"' in ended.stderr
     assert ended.stderr.count("\n") == 1

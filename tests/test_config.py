@@ -56,7 +56,7 @@ UNUSUAL = FlowExperiment(
     ),
     data=DataConfig(
         name="npz",
-        path="pictures/set ü.npz",
+        path="photos/set ü.npz",
         flip=True,
         crop="none",
         on_corrupt="skip",
@@ -118,7 +118,7 @@ VELOCITY = MatchingExperiment(
 LATENT = FlowExperiment(
     name="latent",
     model=STARFlowConfig(image_size=(4, 6), layers_per_block=(1, 0, 2), text_dim=5, text_length=7, rope_base_grid=3.5),
-    data=DataConfig(name="folder", path="pictures", aspects=True),
+    data=DataConfig(name="folder", path="photos", aspects=True),
     likelihood=LikelihoodConfig(norm_penalty=1e-4, noise_weight=True),
     codec=PretrainedAutoencoder("runs/ä"),
     text=TextConfig(encoder="words", truncate=False, noise_level=True, aspect=True),
@@ -206,7 +206,7 @@ def _leaf(value, name):
         ({"train": {"steps": 0}}, "train.steps is 0; it must be at least 1."),
         ({"model": {}}, f"model.type is None; choose one of {MODELS}."),
         ({"data": {"classes": ["a", "a"]}}, "data.classes has 'a' twice; give each name once."),
-        ({"data": {"type": "Sound"}}, "data.type is not a field of this config."),
+        ({"data": {"type": "Sound"}}, "data.type is 'Sound'; choose one of Data, Latents."),
         ({"matching": {}}, "matching is not a field of this config."),
         (
             {"type": "Glow"},

@@ -81,11 +81,11 @@ TOY = sw.CASES["text"]
     ("change", "message"),
     [
         ({"layer_per_block": "2"}, "'layer_per_block' is not an argument of the published STARFlow; remove it"),
-        ({"sos": 0}, "sos is 0; only models that have it, as published, can be imported"),
+        ({"sos": 0}, "sos is 0; only models with it, as published, can be imported"),
         ({"temporal_causal": 2}, "temporal_causal is 2, but vid_size is missing; give both for clips"),
         ({"txt_size": 0}, "txt_size is 0, but the deep block has a projection of texts"),
         ({"channels": 32}, "The weights do not fit the model"),
-        ({"vae": "some/vae"}, "vae is 'some/vae', whose factor is not known"),
+        ({"vae": "some/vae"}, "vae is 'some/vae', an unknown autoencoder"),
         ({"num_heads": 7}, "num_heads is 7; only channels / head_dim"),
     ],
 )
@@ -197,13 +197,13 @@ def test_places_can_be_given_when_samples_are_drawn(published, tmp_path, capsys)
     assert "text.encoder is not set; give the folder" in error
     code, error = run(capsys, *prompt, "--autoencoder", published / "vae", "--text-encoder", tmp_path)
     assert code == 2
-    assert "has no config.json, so it is no text encoder" in error
+    assert "has no config.json, so it is not a published text encoder" in error
     assert not out.exists()
     long = "the red apple and the dogs of a photo of a cat"
     places = ("--autoencoder", published / "vae", "--text-encoder", published / "t5")
     code, error = run(capsys, "sample", "--checkpoint", to, "--prompt", long, "--out", out, *places)
     assert code == 2
-    assert "tokens and the model takes 24; shorten it" in error
+    assert "tokens, but the model takes 24; shorten it" in error
 
 
 def test_mistakes_in_the_files_are_named(published, tmp_path, capsys):
@@ -218,9 +218,9 @@ def test_mistakes_in_the_files_are_named(published, tmp_path, capsys):
     for words, message in (
         ((weights, "--arguments", tmp_path / "foreign.yaml"), "'layer_per_block' is not an argument of the published"),
         ((weights, "--arguments", tmp_path / "no.yaml"), "is not a published YAML, a list of 'name: value'"),
-        ((weights, "--arguments", tmp_path / "nowhere.yaml"), "give the YAML that the weights were published with"),
+        ((weights, "--arguments", tmp_path / "nowhere.yaml"), "give the YAML that was published with the weights"),
         ((cut, *good), "is damaged or not safetensors"),
-        ((weights, *good, "--image-size", "256"), "--image-size is given, but --arguments says it"),
+        ((weights, *good, "--image-size", "256"), "--image-size is given, but --arguments sets it already"),
         ((weights, *good, "--autoencoder", tmp_path / "nowhere"), "There is no folder"),
         (
             (weights, "--arguments", tmp_path / "fps.yaml"),
@@ -229,7 +229,7 @@ def test_mistakes_in_the_files_are_named(published, tmp_path, capsys):
         ((weights, "--arguments", tmp_path / "null.yaml"), "soft_clip is None; it must be a number"),
         (
             (weights, "--image-size", "256", "--dtype", "bfloat16"),
-            "--dtype is for STARFlow, whose --arguments",
+            "--dtype is for STARFlow, which needs --arguments",
         ),
         ((weights,), "--image-size is missing; give it for a TARFlow, or --arguments for a STARFlow"),
     ):

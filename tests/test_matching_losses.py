@@ -472,7 +472,7 @@ REFUSED = {
     ),
     "batch of other names": (lambda: loss_of({"x1": X1, "labels": T}), "'cond' labels"),
     "no data": (lambda: loss_of({"x0": X0}), "it takes 'x1' data"),
-    "pictures as bytes": (lambda: loss_of({"x1": jnp.zeros((3, 2), jnp.uint8)}), "x1 is uint8"),
+    "images as bytes": (lambda: loss_of({"x1": jnp.zeros((3, 2), jnp.uint8)}), "x1 is uint8"),
     "noise of integers": (lambda: loss_of({"x1": X1, "x0": jnp.zeros((3, 2), jnp.int32)}), "x0 is int32"),
     "empty batch": (lambda: loss_of({"x1": X1[:0]}), "the batch is empty"),
     "labels too few": (lambda: loss_of({"x1": X1, "cond": jnp.zeros(2, jnp.int32)}), "cond has shape (2,) for 3 data"),

@@ -186,7 +186,7 @@ REFUSED = {
     "a tuple": (lambda: Scene("a", pair=(1,)), "pair is (1,); it must be a tuple of 2 integers."),
     "a table": (
         lambda: Scene("a", table={"fid": "low"}),
-        "table is {'fid': 'low'}; it must be a table of names to numbers.",
+        "table is {'fid': 'low'}; it must be a dict of numbers by name.",
     ),
     "a choice": (lambda: Scene("a", choice="off"), "choice is 'off'; it must be 'on' or 2."),
     "a function": (lambda: Scene("a", cost=3), "cost is 3; it must be 'plain' or a function."),
@@ -310,17 +310,18 @@ def test_what_is_not_named_stays_the_same_object():
         (["--rates", "{'lr': 1}"], "--rates is a group; set one of --rates.lr, --rates.min_lr, --rates.steps."),
         (
             ["--shape", "square"],
-            "--shape is a group, and 'square' is no type of it (did you mean Square?); name its type, Circle, Square, "
+            "--shape is a group, and 'square' is not one of its types (did you mean Square?); name its type, "
+            "Circle, Square, "
             "or set one of --shape.radius.",
         ),
         (["--shape", "Square"], "shape.side is missing; give it a value."),
         (
             ["--shape.side", "2"],
-            "shape.side is not a field of Circle, which shape is; Square has it, so give --shape Square too.",
+            "shape.side is not a field of Circle, the type of shape; Square has it, so add --shape Square.",
         ),
         (
             ["--inset.side", "2"],
-            "inset.side is not a field of none, which inset is; Square has it, so give --inset Square too.",
+            "inset.side is not a field of none, the type of inset; Square has it, so add --inset Square.",
         ),
     ],
 )

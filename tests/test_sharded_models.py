@@ -53,7 +53,7 @@ PROGRAMS: dict[str, Callable] = {
 
 
 def of_flow(name, method="log_prob"):
-    """A method of a flow, and its pictures and conditions."""
+    """A method of a flow, and its images and conditions."""
     flow, variables = laws.perturbed(laws.FLOWS[name], jax.random.key(0))
     images = np.asarray(laws.images(flow.config, jax.random.key(1), BATCH))
     cond = jax.tree.map(np.asarray, laws.labels(flow.config, BATCH))
@@ -118,7 +118,7 @@ CALLS = {
     "Heun": partial(of_network, POINTS, lambda v, x, c: fm.integrate(v, x, c, num_steps=3)[0]),
     "dopri5": partial(of_network, POINTS, adaptive),
     "likelihood": partial(of_network, POINTS, lambda v, x, c: fm.log_prob(v, x, c, num_steps=3)),
-    "likelihood of pictures": partial(of_network, UNET, lambda v, x, c: fm.log_prob(v, x, c, key=key(), num_steps=1)),
+    "likelihood of images": partial(of_network, UNET, lambda v, x, c: fm.log_prob(v, x, c, key=key(), num_steps=1)),
     "likelihood by dopri5": partial(of_network, POINTS, lambda v, x, c: fm.log_prob(v, x, c, method="dopri5")),
     "exact transport": partial(of_coupling, fm.MinibatchOT()),
     "entropic transport": partial(of_coupling, fm.MinibatchOT("sinkhorn")),
@@ -131,7 +131,7 @@ CALLS = {
     "loss with weights": partial(loss, fm.GibbsWeights(epsilon=2.0, sinkhorn_sweeps=3)),
 }
 # Here each device of a mapped program sees its own rows alone, and does with them, or draws, as with a batch.
-OF_A_BATCH = ("transport", "weights", "loss", "pictures")
+OF_A_BATCH = ("transport", "weights", "loss", "images")
 REFUSED = {(name, "shard_map"): "check_vma=False" for name in ("dopri5", "likelihood by dopri5", "samples of a flow")}
 
 

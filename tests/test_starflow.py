@@ -16,6 +16,7 @@ import flowgen
 from flowgen import experiments
 from flowgen.attention.rotary import rotary_axes, turn
 from flowgen.conditioning import TextCondition, drop_texts
+from flowgen.data import Batch, Moments
 from flowgen.decoding import Denoiser, Guidance, Sequential, invert, sample
 from flowgen.flows import STARFLOW_PRESETS, density
 from flowgen.flows.affine import SOFTPLUS_OFFSET, log_softplus, soft_clip
@@ -302,11 +303,8 @@ def test_parameters_kept_in_bfloat16_work_like_their_float32_values():
 
 def test_the_norm_penalty_is_of_the_tokens_that_enter_blocks(key):
     flow, params, _, _ = laws.case("starflow class prefix")
-    batch = {
-        "mean": np.random.default_rng(1).normal(size=(4, *flow.config.image_shape)).astype(np.float32),
-        "std": np.full((4, *flow.config.image_shape), 0.1, np.float32),
-        "label": np.array([0, 1, 2, -1], np.int32),
-    }
+    mean = np.random.default_rng(1).normal(size=(4, *flow.config.image_shape)).astype(np.float32)
+    batch = Batch(Moments(mean, np.full_like(mean, 0.1)), np.array([0, 1, 2, -1], np.int32))
     plain, metrics = jax.jit(nll_objective(flow))(params, batch, jax.random.clone(key))
     weigh = jax.jit(nll_objective(flow, norm_penalty=0.5, loss_scale=2.0))
     weighed, with_penalty = weigh(params, batch, jax.random.clone(key))
@@ -314,7 +312,7 @@ def test_the_norm_penalty_is_of_the_tokens_that_enter_blocks(key):
     entering = (float(weighed) - 2 * float(plain)) / 0.5 - float(metrics["mean_square/0"])
     x, _ = noisy_batch(flow, batch_condition(flow, 0.0, None), batch, key)
     assert_close(entering, float(jnp.square(x).mean()), NETWORK)
-    assert entering == pytest.approx(np.square(batch["mean"]).mean() + 0.01 + 0.09, rel=0.1)
+    assert entering == pytest.approx(np.square(mean).mean() + 0.01 + 0.09, rel=0.1)
     assert_close(with_penalty["nats_per_dim"], metrics["nats_per_dim"], LAYER)
     assert "bits_per_dim" not in metrics
 

@@ -120,7 +120,7 @@ def test_the_logdet_of_each_block(case, dtype):
 
 
 @pytest.mark.parametrize("case", ["text", pytest.param("options", marks=pytest.mark.slow)])
-def test_a_picture_is_a_clip_of_one_frame(case, dtype):
+def test_a_image_is_a_clip_of_one_frame(case, dtype):
     flow, _, _, _ = ours(case, dtype)
     _, states, _ = trajectory(case, dtype, 1)
     check(case, "image/z", flow.config.with_num_frames(1).to_images(states[-1])[:, 0], dtype)

@@ -13,11 +13,11 @@ import numpy as np
 from jaxtyping import Int
 
 from flowgen.conditioning import TextCondition
-from flowgen.data import ClipsConfig, DataConfig, Dataset, take_inventory
-from flowgen.data.buckets import BucketedDataset
+from flowgen.data import Dataset, LatentsConfig, take_inventory
 from flowgen.data.clip_views import CONTINUED
-from flowgen.data.dataset import Split
-from flowgen.data.latents import LatentDataset, captions_of, read_index
+from flowgen.data.dataset import BucketedDataset, Split, buckets_of
+from flowgen.data.latent_files import Provenance, read_index
+from flowgen.data.latents import LatentDataset, captions_of
 from flowgen.decoding import DecodeResult
 from flowgen.evaluation import flow_bits_per_dim, flow_nats_per_dim
 from flowgen.experiments.codecs import CodecConfig
@@ -32,9 +32,9 @@ from flowgen.experiments.drawing import (
 from flowgen.experiments.encoding import Encoding
 from flowgen.experiments.experiment import Experiment
 from flowgen.experiments.images import check_own, holds_latents, image_batches, tell_unused_classes, with_class_names
-from flowgen.experiments.latents import as_taken, flow_dataset, is_latent, null_texts, pixel_dataset
+from flowgen.experiments.latents import FlowData, as_taken, flow_dataset, is_latent, null_texts, pixel_dataset
 from flowgen.experiments.options import LikelihoodConfig, SamplingConfig
-from flowgen.experiments.pictures import DRAWABLE_CHANNELS
+from flowgen.experiments.plots import DRAWABLE_CHANNELS
 from flowgen.experiments.texts import TextConfig, release_text_encoders
 from flowgen.flows import STARFlowConfig, TARFlowConfig
 from flowgen.models import init
@@ -94,7 +94,7 @@ class AutoregressiveExperiment(Experiment):
     """
 
     model: TARFlowConfig | STARFlowConfig
-    data: DataConfig | ClipsConfig
+    data: FlowData
     codec: CodecConfig | None = None
     text: TextConfig | None = None
     likelihood: LikelihoodConfig = LikelihoodConfig()
@@ -123,8 +123,8 @@ class AutoregressiveExperiment(Experiment):
     @property
     def has_held_out(self) -> bool:
         """Whether there are data to evaluate on."""
-        if self.data.name == "encoded":
-            return any(shard["split"] == "eval" for shard in read_index(self.data.path)["shards"])
+        if isinstance(self.data, LatentsConfig):
+            return any(shard.split == "eval" for shard in read_index(self.data.path).shards)
         return self.data.eval_fraction > 0
 
     def check_parts(self) -> None:
@@ -152,10 +152,11 @@ class AutoregressiveExperiment(Experiment):
 
     def with_provenance(self) -> AutoregressiveExperiment:
         """Returns the experiment with its class names and the digests of its frozen networks."""
-        encoded = self.data.name == "encoded"
-        needs = self.text is not None and self.text.digest is None and self.text.encoder
-        made = read_index(self.data.path)["made_by"] if encoded and needs else {} if encoded else None
-        encoding = self.encoding.with_digests(made)
+        cached = None
+        if isinstance(self.data, LatentsConfig):
+            needs = self.text is not None and self.text.digest is None and self.text.encoder
+            cached = read_index(self.data.path).provenance if needs else Provenance()
+        encoding = self.encoding.with_digests(cached)
         changed = dataclasses.replace(self, codec=encoding.codec, text=encoding.text)
         return with_class_names(changed)
 
@@ -164,9 +165,12 @@ class AutoregressiveExperiment(Experiment):
     ) -> tuple[Dataset | BucketedDataset, Dataset | BucketedDataset | None]:
         """Returns the data to train and evaluate on: those given, or the experiment's own."""
         if dataset is not None:
+            assert not isinstance(self.data, LatentsConfig)  # `fit` replaces it
             codec, model = self.encoding.open_codec(), self.model
-            sides = (model.image_hw[0] * codec.factor, model.image_hw[1] * codec.factor)
-            check_own(dataset, held_out, sides, codec.pixel_channels, model.num_classes)
+            *whole, height, width, _ = model.event_shape
+            frames = [1 + (count - 1) * codec.stride for count in whole]
+            expected = (*frames, height * codec.factor, width * codec.factor, codec.pixel_channels)
+            check_own(dataset, held_out, expected, model.num_classes)
             evaluated = None if held_out is None else as_taken(held_out, self.data, self.encoding, flip=False)
             return as_taken(dataset, self.data, self.encoding, flip=self.data.flip), evaluated
         return self.flow_dataset("train"), self.flow_dataset("eval") if self.has_held_out else None
@@ -218,14 +222,14 @@ class AutoregressiveExperiment(Experiment):
 
         draw(flow, variables, key, cond, num=, null=) -> samples, line. show(samples, classes): one image of them.
         """
-        encoded_without_codec = self.data.name == "encoded" and self.codec is None
-        if encoded_without_codec or self.encoding.open_codec().pixel_channels not in DRAWABLE_CHANNELS:
+        without_codec = isinstance(self.data, LatentsConfig) and self.codec is None
+        if without_codec or self.encoding.open_codec().pixel_channels not in DRAWABLE_CHANNELS:
             return None
         num, classes = self.sampling.num, drawn_classes(self.model, self.data)
-        bucket = dataset.buckets[0] if isinstance(dataset, BucketedDataset) else dataset
+        bucket = buckets_of(dataset)[0]
         # Sampled captions, which may name the aspect, belong to images of this shape.
-        prompts, drawn_as = self.sampling.prompts, bucket.image_shape[:2]
-        sized = flow if prompts or not holds_latents(dataset) else flow.with_image_size(*drawn_as)
+        prompts = self.sampling.prompts
+        sized = flow if prompts or not holds_latents(dataset) else flow.with_image_size(*bucket.event_shape[-3:-1])
         texts = null = None
         if self.model.text_dim:
             # Prompts are encoded before the first step, so that an invalid one raises at once.
@@ -239,14 +243,14 @@ class AutoregressiveExperiment(Experiment):
                 null = null_text(bucket.event_shape[:-1])
             null = self.encoding.empty_text() if null is None and self.sampling.guidance else null
 
-        def picture_of(variables: Any) -> np.ndarray:
+        def draw_image(variables: Any) -> np.ndarray:
             numbers = np.arange(num)
             cond = cycled_labels(num, classes) if texts is None else chosen_texts(texts, numbers)
             key = jax.random.key(self.train.seed)
             samples, _ = draw(sized, variables, key, cond, num=num, null=null)
             return show(samples, classes)
 
-        return picture_of
+        return draw_image
 
     def steering(self, flow: Any, cond: Any, null: TextCondition | None) -> dict[str, Any]:
         """Returns the arguments of `flowgen.decoding.sample`: cond, plan, guidance and null.
@@ -297,7 +301,7 @@ class AutoregressiveExperiment(Experiment):
         captions; None if samples are unconditional."""
 
         def labels(positions):
-            return data[positions]["label"]
+            return data[positions].labels
 
         def texts(positions):
             if isinstance(data, LatentDataset):
@@ -343,8 +347,9 @@ def captions_condition(dataset: Dataset, positions: Int[np.ndarray, " b"]) -> Te
     Example:
         cond = captions_condition(latents, np.arange(4))
     """
-    features, mask = dataset[positions]["text"]
-    return TextCondition(jnp.asarray(features, jnp.float32), jnp.asarray(mask))
+    texts = dataset[positions].context
+    assert isinstance(texts, TextCondition)  # these latents have texts
+    return TextCondition(jnp.asarray(texts.embeddings, jnp.float32), jnp.asarray(texts.mask))
 
 
 def decoding_line(result: DecodeResult) -> str:

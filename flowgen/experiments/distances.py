@@ -68,10 +68,10 @@ def sample_metrics(
         parts.append(draw(jax.random.key(seed), cond, num=size, first=first)[0])
     samples = np.clip(np.concatenate(parts)[:num], -1, 1)
     everything = data[np.arange(len(data))]
-    real = np.asarray(from_uint8(everything["image"]))
+    real = np.asarray(from_uint8(everything.pixels))
     metrics = {"frechet": frechet_distance(judge.features(samples), judge.features(real))}
     if judge.classes is not None and conditions is not None:
-        asked = everything["label"][positions]
+        asked = everything.labels[positions]
         metrics["class_accuracy"] = float((judge.classes(samples) == asked)[asked >= 0].mean())
     return metrics
 

@@ -11,9 +11,8 @@ import jax
 import numpy as np
 
 from flowgen.conditioning import TextCondition
-from flowgen.data import DataConfig, Dataset
-from flowgen.data.buckets import BucketedDataset
-from flowgen.data.dataset import Split
+from flowgen.data import DataConfig, Dataset, LatentsConfig
+from flowgen.data.dataset import BucketedDataset, Split, of_one_shape
 from flowgen.decoding import sample
 from flowgen.evaluation import flow_bits_per_dim, flow_nats_per_dim, gaussian_bits_per_dim
 from flowgen.experiments.autoregressive import (
@@ -26,7 +25,7 @@ from flowgen.experiments.debug import debug_flow, debug_images, debug_run
 from flowgen.experiments.distances import sample_lines, sample_metrics, train_judge
 from flowgen.experiments.drawing import draw_in_batches
 from flowgen.experiments.experiment import Samples
-from flowgen.experiments.pictures import picture
+from flowgen.experiments.plots import sample_grid
 from flowgen.flows import STARFlowConfig, STARFlowVConfig, TARFlowConfig
 from flowgen.flows.objective import nll_objective
 from flowgen.settings import config, type_name
@@ -50,10 +49,10 @@ class FlowExperiment(AutoregressiveExperiment):
     evaluate_options = FlowEvaluateOptions
 
     model: TARFlowConfig | STARFlowConfig
-    data: DataConfig = DataConfig()
+    data: DataConfig | LatentsConfig = DataConfig()
 
     def __post_init__(self):
-        if self.data.aspects and isinstance(self.model, TARFlowConfig):
+        if isinstance(self.data, DataConfig) and self.data.aspects and isinstance(self.model, TARFlowConfig):
             raise ValueError("data.aspects is set, but a TARFlow has one size, as its parameters do; use a STARFlow.")
         if self.likelihood.denoiser is not None:
             kind = type_name(self.model)
@@ -76,7 +75,7 @@ class FlowExperiment(AutoregressiveExperiment):
             partial(nll_objective, norm_penalty=self.likelihood.norm_penalty),
             held_out=evaluated,
             evaluate=None if evaluated is None else self._evaluator(flow, trained_on, evaluated),
-            sample=self.sampler(flow, evaluated or trained_on, self.draw_batch, picture),
+            sample=self.sampler(flow, evaluated or trained_on, self.draw_batch, sample_grid),
         )
 
     def draw_batch(
@@ -132,9 +131,7 @@ class FlowExperiment(AutoregressiveExperiment):
         """The images to compare samples with, and those to train the feature extractor on."""
         data = self.dataset(split)
         train = self.dataset("train" if split == "eval" else split)
-        if isinstance(data, BucketedDataset) or isinstance(train, BucketedDataset):
-            raise ValueError("--samples compares images of one size, and data.aspects gives several; leave one out.")
-        return data, train
+        return of_one_shape(data, "--samples"), of_one_shape(train, "--samples")
 
     def _sample_lines(
         self, flow: Any, variables: Any, options: FlowEvaluateOptions, data: Dataset, train: Dataset

@@ -13,7 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from flowgen.data import DataConfig, Dataset, PointsConfig, blank_batches, fixed_batches, from_uint8, take_inventory
+from flowgen.data import (
+    Batch,
+    DataConfig,
+    Dataset,
+    PointsConfig,
+    blank_batches,
+    fixed_batches,
+    from_uint8,
+    take_inventory,
+)
 from flowgen.data.dataset import Split
 from flowgen.evaluation import point_metrics, point_samples, velocity_bits_per_dim
 from flowgen.experiments.debug import SAMPLES, debug_images, debug_run
@@ -30,7 +39,7 @@ from flowgen.experiments.drawing import (
 )
 from flowgen.experiments.experiment import Experiment, Samples
 from flowgen.experiments.images import check_own, image_batches, image_dataset, tell_unused_classes, with_class_names
-from flowgen.experiments.pictures import DRAWABLE_CHANNELS, DRAWN_PATHS, path_plot, picture
+from flowgen.experiments.plots import DRAWABLE_CHANNELS, DRAWN_PATHS, path_plot, sample_grid
 from flowgen.experiments.solving import SolverConfig, draw_by_solver
 from flowgen.flows.flow import ImageTokens
 from flowgen.matching import (
@@ -204,15 +213,14 @@ class MatchingExperiment(Experiment):
             dataset = self.dataset("train")
             held_out = self.dataset("eval") if self.data.eval_fraction > 0 else None
         else:
-            height, width, channels = self.model.event_shape
-            check_own(dataset, held_out, (height, width), channels, self.model.num_classes)
+            check_own(dataset, held_out, self.model.event_shape, self.model.num_classes)
         return self._images_job(network, self.data, dataset, held_out)
 
     def _points_job(self, network: Any, data: PointsConfig) -> Job:
         matching = self.matching.fitted(*data.draw(jax.random.key(self.train.seed), REPORT_PAIRS))
 
         def pairs(key, batch):
-            rows = batch_rows(batch, key, len(batch["blank"]))
+            rows = batch_rows(batch, key, batch.size)
             x0, x1 = rows.draw_whole(data.draw)
             return {"x0": x0, "x1": x1}
 
@@ -237,16 +245,16 @@ class MatchingExperiment(Experiment):
     def _images_job(self, network: Any, data: DataConfig, dataset: Dataset, held_out: Dataset | None) -> Job:
         tell_unused_classes(dataset, data, self.model.num_classes)
         order = np.random.default_rng(self.train.seed).permutation(len(dataset))
-        x1 = from_uint8(dataset[np.sort(order[:REPORT_PAIRS])]["image"])
+        x1 = from_uint8(dataset[np.sort(order[:REPORT_PAIRS])].pixels)
         x0 = jax.random.normal(jax.random.key(self.train.seed), x1.shape)
         matching = self.matching.fitted(x0, jnp.asarray(x1))
         pairs = partial(_image_pairs, conditional=self.model.num_classes > 0)
         classes = drawn_classes(self.model, self.data)
 
-        def picture_of(variables: Any) -> np.ndarray:
+        def draw_image(variables: Any) -> np.ndarray:
             labels, key = cycled_labels(self.sampling.num, classes), jax.random.key(self.train.seed)
             images, _ = self.draw_batch(network, variables, key, labels, num=self.sampling.num)
-            return picture(images, classes)
+            return sample_grid(images, classes)
 
         loss = matching.loss_fn(label_dropout=self.train.label_dropout)
         return Job(
@@ -254,7 +262,7 @@ class MatchingExperiment(Experiment):
             objective=matching_objective(network, loss, pairs),
             batches=image_batches(dataset, data, self.train),
             evaluate=None if held_out is None else self._evaluator(matching, network, dataset, held_out),
-            sample=picture_of if self.drawn_channels in DRAWABLE_CHANNELS else None,
+            sample=draw_image if self.drawn_channels in DRAWABLE_CHANNELS else None,
             best_metric=self.best_metric,
             inventory=take_inventory(data, dataset, held_out),
         )
@@ -270,9 +278,9 @@ class MatchingExperiment(Experiment):
         def evaluated(variables: Any) -> dict[str, float]:
             size = min(self.train.batch_size, len(held_out))
             rows = [
-                loss(variables, {name: batch[name] for name in ("image", "label")}, jax.random.key(index))[1]
-                for index, batch in enumerate(fixed_batches(held_out, size))
-                if batch["mask"].all()
+                loss(variables, batch, jax.random.key(index))[1]
+                for index, (batch, mask) in enumerate(fixed_batches(held_out, size))
+                if mask.all()
             ]
             metrics = {name: float(np.mean([row[name] for row in rows])) for name in ("loss", "unweighted_loss")}
             num = self.sampling.frechet_samples
@@ -367,12 +375,12 @@ class MatchingExperiment(Experiment):
         return debug_run(self, sampling=sampling, model=model, data=data)
 
 
-def _image_pairs(key: Array, batch: dict[str, Any], *, conditional: bool) -> dict[str, Any]:
-    return {"x1": from_uint8(batch["image"]), "cond": batch["label"] if conditional else None}
+def _image_pairs(key: Array, batch: Batch, *, conditional: bool) -> dict[str, Any]:
+    return {"x1": from_uint8(batch.pixels), "cond": batch.labels if conditional else None}
 
 
 def _labels_of(dataset: Dataset) -> Callable[[np.ndarray], np.ndarray]:
-    labels = dataset[np.arange(len(dataset))]["label"]
+    labels = np.asarray(dataset[np.arange(len(dataset))].labels)
     return lambda positions: labels[positions]
 
 

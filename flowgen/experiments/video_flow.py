@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float
 
 from flowgen.conditioning import TextCondition
-from flowgen.data import ClipsConfig
+from flowgen.data import ClipsConfig, LatentsConfig
 from flowgen.data.dataset import Dataset, Split
 from flowgen.decoding import Denoiser, sample_clips
 from flowgen.evaluation import flow_bits_per_dim, flow_nats_per_dim
@@ -36,7 +36,7 @@ from flowgen.experiments.clips import (
 from flowgen.experiments.debug import debug_clips, debug_flow, debug_run
 from flowgen.experiments.drawing import draw_in_batches
 from flowgen.experiments.experiment import Samples
-from flowgen.experiments.pictures import strips
+from flowgen.experiments.plots import strips
 from flowgen.flows import STARFlowVConfig, denoiser_variables, flow_score_objective
 from flowgen.flows.objective import nll_objective
 from flowgen.settings import config
@@ -85,7 +85,7 @@ class VideoFlowExperiment(AutoregressiveExperiment):
     evaluate_options = FlowEvaluateOptions
 
     model: STARFlowVConfig
-    data: ClipsConfig = ClipsConfig()
+    data: ClipsConfig | LatentsConfig = ClipsConfig()
 
     def __post_init__(self):
         self.check_parts()
@@ -96,7 +96,7 @@ class VideoFlowExperiment(AutoregressiveExperiment):
                 "their first frame are images; set it to 0, or model.frames to 3 or more."
             )
         told = None if self.text is None else self.text.frames_per_second
-        fps = self.data.fps if self.data.name in ("real", "folder") else 0
+        fps = self.data.fps if isinstance(self.data, ClipsConfig) and self.data.name in ("real", "folder") else 0
         if told and fps and told != fps:
             raise ValueError(
                 f"text.frames_per_second is {told}, which texts would say of clips of data.fps {fps:g}; set them alike."
@@ -172,7 +172,7 @@ class VideoFlowExperiment(AutoregressiveExperiment):
         how: frames (latent frames), context, restart_cond, progress and certify of `sample_clips`.
         Latents are decoded to clips by the codec.
         """
-        codec, clean = self.encoding.open_clip_codec(), None
+        codec, clean = self.encoding.open_codec(), None
         if given is not None:
             mean, _ = codec.moments(given[None])
             clean = np.broadcast_to(mean, (num, *mean.shape[1:]))
@@ -206,7 +206,7 @@ class VideoFlowExperiment(AutoregressiveExperiment):
         Raises ValueError if the codec makes no clips of so many frames, or `given` does not fit.
         """
         flow = model if not options.aspect else model.with_image_size(*self.encoding.latent_size(options.aspect))
-        codec, given = self.encoding.open_clip_codec(), None
+        codec, given = self.encoding.open_codec(), None
         check_length(codec, self.model.frames, options.frames, options.context)
         if options.given:
             given = read_given(codec, flow, options.given, frames=options.frames, fps=self.data.fps or None)
@@ -239,7 +239,7 @@ class VideoFlowExperiment(AutoregressiveExperiment):
         samples and data; latents are decoded first."""
         dataset = clips_alone(self.flow_dataset(options.split, labelled=not options.unconditional))
         lines = self.likelihood_lines(model, variables, dataset, options)
-        key, codec = jax.random.key(options.seed), self.encoding.open_clip_codec()
+        key, codec = jax.random.key(options.seed), self.encoding.open_codec()
         ratios = denoised_psnr(codec, model, variables, dataset, key, most=DENOISED)
         lines.append("PSNR of noisy clips " + ", ".join(f"{how} {ratio:.2f} dB" for how, ratio in ratios.items()))
         if not options.samples or model.config.frames == 1:  # A single frame has no next one.
@@ -278,7 +278,7 @@ class VideoFlowExperiment(AutoregressiveExperiment):
         return Denoiser(denoising_step(flow), denoiser_variables(variables))
 
     def _evaluator(self, flow: Any, held_out: Any) -> Callable[[Any], dict[str, float]]:
-        codec = self.encoding.open_clip_codec()
+        codec = self.encoding.open_codec()
 
         def evaluated(variables):
             key = jax.random.key(0)

@@ -42,12 +42,12 @@ def unannotated(annotation: Any) -> Any:
 
 
 def configs_of(annotation: Any) -> dict[str, type]:
-    """Returns the configs by name that a field may be."""
+    """Returns the config types that a field may have, by name."""
     return {type_name(member): member for member in members(annotation) if is_dataclass(member)}
 
 
 def choices(annotation: Any) -> dict[str, type]:
-    """Returns the configs by name that a field may be one of; empty unless there are several, a user's own included."""
+    """Returns the config types that a field may have, by name; empty unless there are several, your own included."""
     found = configs_of(annotation)
     return found if len(found) + takes_own(annotation) > 1 else {}
 
@@ -105,7 +105,7 @@ def describe(annotation: Any) -> str:
     if origin is tuple:
         return f"a tuple of {_plural(arguments[0], '' if arguments[-1] is Ellipsis else len(arguments))}"
     if isinstance(origin, type) and issubclass(origin, Mapping):
-        return f"a table of names to {_plural(arguments[1])}"
+        return f"a dict of {_plural(arguments[1])} by name"
     name = str(getattr(annotation, "__name__", annotation))
     return f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
 

@@ -147,7 +147,7 @@ def _no_value(path: str, group: type | None, types: list[str], text: str) -> str
     """The reason why a group cannot be set to a text."""
     inside = [name for name in types if text and text.lower() in name.lower()]
     close = (inside or difflib.get_close_matches(text, types, n=1, cutoff=0.6))[:1]
-    what = f"a group, and {text!r} is no type of it" if types else "a group"
+    what = f"a group, and {text!r} is not one of its types" if types else "a group"
     what += f" (did you mean {close[0]}?)" if close else ""
     fields = ", ".join(f"--{path}.{field}" for field in hints_of(group)) if group else ""
     ways = [f"name its type, {', '.join(types)}"] * bool(types) + [f"set one of {fields}"] * bool(fields)
@@ -161,8 +161,8 @@ def _no_such_field(path: str, field: str, group: type | None, types: dict[str, t
     if not owners:
         return _unknown(path, known + [f"{place}.{name}" for name in (hints_of(group) if group else ())])
     return (
-        f"{path} is not a field of {type_name(group)}, which {place} is; {' and '.join(owners)} "
-        f"{'has' if len(owners) == 1 else 'have'} it, so give --{place} {owners[0]} too."
+        f"{path} is not a field of {type_name(group)}, the type of {place}; {' and '.join(owners)} "
+        f"{'has' if len(owners) == 1 else 'have'} it, so add --{place} {owners[0]}."
     )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, Protocol, runtime_checkable
 
-MAX_SHOWN = 200  # letters of a value in a message
+MAX_SHOWN = 200  # characters of a value in a message
 
 
 @runtime_checkable
@@ -149,9 +149,9 @@ Loops = Annotated[int, Within(1, 1 << 5)]
 Blocks = Annotated[int, Within(1, 1 << 7)]
 MAX_BLOCKS = 1 << 7
 MAX_LEVELS = 1 << 3
-# Of a run.
+# Settings of a run.
 Batch = Annotated[int, Within(1, 1 << 20)]
 Samples = Annotated[int, Within(1, 1 << 24)]
 Bytes = Annotated[int, Within(0, 1 << 60)]
-# Without 64-bit integers jax would cut what is above, and two seeds would give one image.
+# Without 64-bit integers jax truncates larger seeds, so that two of them could give the same samples.
 Seed = Annotated[int, Within(0, (1 << 32) - 1)]
