@@ -1,4 +1,4 @@
-"""Parts of a user's own, as a module of theirs holds them."""
+"""Parts of your own, as a module of yours would hold them."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Parts of a user's own, by value and by name: in configs, flows and runs, and what is refused."""
+"""Parts of your own, by value and by name: in configs, flows and runs, and what is refused."""
 
 import dataclasses
 import json
@@ -137,7 +137,7 @@ def test_a_loss_takes_the_coupling(key):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A finished run of a network and a coupling of the user's own."""
+    """A finished run of a network and a coupling of your own."""
     path = tmp_path_factory.mktemp("runs") / "own"
     flowgen.fit(POINTS, path)
     return path

@@ -154,7 +154,7 @@ CAUSAL_KERNEL_NAMES = ("softmax", *KERNELS)
 
 
 def causal_kernel(attention: str | Kernel | FeatureMap | CausalKernel) -> CausalKernel:
-    """Returns the causal kernel of that name, or of a user's own kernel; ValueError lists the known names.
+    """Returns the causal kernel of that name, or of your own kernel; ValueError lists the known names.
 
     Example:
         kernel = causal_kernel("softmax")

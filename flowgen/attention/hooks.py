@@ -31,7 +31,7 @@ def make_attention_fn(
 ) -> Callable[..., Array]:
     """Returns an `attention_fn` for Flax's multi-head attention modules that computes the named kernel.
 
-    name: a kernel of `flowgen.attention.KERNELS`, "softmax", "soft", or a feature map or kernel of one's own.
+    name: a kernel of `flowgen.attention.KERNELS`, "softmax", "soft", or a feature map or kernel of your own.
     is_causal: causal whatever the module requests. The function takes query `... t h k`, key and value `... s g k` and
     the modules' arguments:
 

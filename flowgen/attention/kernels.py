@@ -40,7 +40,7 @@ State = PyTree
 class Kernel(Protocol):
     """An attention kernel with a running state of constant size.
 
-    Masks and arguments are those of `linear_attention`; a state is any pytree of the kernel. A kernel of one's own is a
+    Masks and arguments are those of `linear_attention`; a state is any pytree of the kernel. A kernel of your own is a
     frozen dataclass with these methods; `positional = True` says that weights depend on where tokens stand.
     """
 

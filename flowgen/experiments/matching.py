@@ -369,7 +369,7 @@ class MatchingExperiment(Experiment):
         """Returns the experiment with a tiny network of the same kind, on points or the built-in digits."""
         few = min(self.sampling.num_steps, 2)
         sampling = dataclasses.replace(self.sampling, num=SAMPLES, num_steps=few, frechet_samples=0)
-        shrunk = getattr(self.model, "shrunk", None)  # a network of the user's own may have none
+        shrunk = getattr(self.model, "shrunk", None)  # a network of your own may have none
         model = self.model if shrunk is None else shrunk()
         data = self.data if isinstance(self.data, PointsConfig) else debug_images(self.data)
         return debug_run(self, sampling=sampling, model=model, data=data)

@@ -79,7 +79,7 @@ def shift_and_log_scale(
 ) -> tuple[Float[Array, "b n c"], Float[Array, "b n c"]]:
     """Returns (shift, log_scale) of tokens from the network's outputs, the raw scale first.
 
-    Raises ValueError if a parameterisation of a user's own gives another shape.
+    Raises ValueError if your own parameterisation gives another shape.
     """
     if scale == "volume_preserving":
         return out, jnp.zeros_like(out)

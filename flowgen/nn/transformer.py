@@ -18,7 +18,7 @@ from flowgen.settings.ranges import OneOf, Own
 
 Slot = Int[Array, ""] | int
 Scale = Float[Array, " b"] | None
-# Attention of a stack's layers: a kernel by name, or one of a user's own.
+# Attention of a stack's layers: a kernel by name, or one of your own.
 OwnAttention = Annotated[Kernel | FeatureMap | CausalKernel, Own("a FeatureMap, a Kernel or a CausalKernel")]
 Attention = Annotated[str, OneOf(CAUSAL_KERNEL_NAMES)] | OwnAttention
 Rotation = tuple[Float[Array, "n r"], Float[Array, "n r"]] | None

@@ -2,7 +2,7 @@
 
 A config is a class decorated with `config`. Its annotations declare the allowed values (`flowgen.settings.ranges` has
 ranges), its docstring has a line for each field, and `__post_init__` checks relations between fields. Errors name the
-bare field; the holder of the config adds its group. A field may take objects of a user's own, which text names
+bare field; the holder of the config adds its group. A field may take objects of your own, which text names
 "package.module:object" (`flowgen.settings.named`). This package depends on nothing else of flowgen.
 """
 

@@ -53,7 +53,7 @@ def choices(annotation: Any) -> dict[str, type]:
 
 
 def takes_own(annotation: Any) -> bool:
-    """Returns whether a field may be an object of a user's own: a function, or what `Own` describes."""
+    """Returns whether a field takes objects of your own: functions, or what `Own` describes."""
     return any(is_function(member) or own_of(member) is not None for member in members(annotation))
 
 
@@ -63,13 +63,13 @@ def is_function(annotation: Any) -> bool:
 
 
 def own_of(annotation: Any) -> Own | None:
-    """Returns the description of the objects of a user's own that an annotation, not a union, stands for."""
+    """Returns the description of your own objects that an annotation, not a union, stands for."""
     bounds = typing.get_args(annotation)[1:] if typing.get_origin(annotation) is Annotated else ()
     return next((bound for bound in bounds if isinstance(bound, Own)), None)
 
 
 def is_own(annotation: Any, value: Any) -> bool:
-    """Returns whether a field's value is an object of a user's own, neither plain nor one of its declared configs."""
+    """Returns whether a field's value is an object of your own: neither plain nor one of its declared configs."""
     plain = value is None or isinstance(value, bool | int | float | str)
     return takes_own(annotation) and not plain and type(value) not in configs_of(annotation).values()
 

@@ -34,7 +34,7 @@ def override(config: T, arguments: Sequence[str]) -> T:
 
     Values: numbers, true or false, none, (8, 12) or [8, 12], and plain text. A group with several types takes the name
     of one, with its defaults; the fields of the group are set after it. Fields of a group that is None are set in one
-    of its defaults. Objects of a user's own are named "package.module:object", and the module is imported; a frozen
+    of its defaults. Objects of your own are named "package.module:object", and the module is imported; a frozen
     dataclass is a group of its fields.
 
     Raises:

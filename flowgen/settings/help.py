@@ -25,7 +25,7 @@ class Setting(NamedTuple):
     """A field by its dotted name: its value, its docstring entry, and its allowed values.
 
     The value of a group of several possible types is the name of its type; its fields follow. The value of an object of
-    a user's own is its name, if it has one.
+    your own is its name, if it has one.
     """
 
     name: str

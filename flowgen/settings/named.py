@@ -1,4 +1,4 @@
-"""Objects of a user's own by name, "package.module:object": in a command, and in the JSON that a run keeps.
+"""Your own objects by name, "package.module:object": in a command, and in the JSON that a run keeps.
 
 Only a command imports the modules that it names; a name in a file must be of a module that is imported already, so that
 reading a file runs no code. Errors are clauses to follow the name of a field.

@@ -2,7 +2,7 @@
 
 A value is checked against the annotation of its field: bool, int, float, str, None, Literal, Callable, tuple, dict with
 str keys, unions of these, `Annotated` with bounds such as those of `flowgen.settings.ranges`, and configs. A field that
-may be one of several configs stores its choice as "type": the class name without "Config". An object of a user's own is
+may be one of several configs stores its choice as "type": the class name without "Config". An object of your own is
 stored by its name, "package.module:object"; a frozen dataclass without a name by that of its class, as "type".
 """
 
@@ -121,7 +121,7 @@ def to_plain(value: Any, annotation: Any = None) -> Any:
     annotation: annotation of the field that holds the value; a config that is one of several possible ones names its
     type.
 
-    Raises FieldError if an object of a user's own, or the class of one, is not at the top level of a module.
+    Raises FieldError if an object of your own, or its class, is not at the top level of a module.
 
     Example:
         text = json.dumps(to_plain(config), allow_nan=False)
@@ -153,7 +153,7 @@ def _fields_to_plain(value: Any) -> dict[str, Any]:
 
 
 def _own_to_plain(value: Any) -> Any:
-    """The name of an object of a user's own, or of its class with its fields."""
+    """The name of your own object, or of its class with its fields."""
     if (name := name_of(value)) is not None:
         return name
     if is_dataclass(value) and (name := name_of(type(value))) is not None:
@@ -189,7 +189,7 @@ def from_plain(cls: type[T], data: Any) -> T:
         return cls(**_fitting(cls, values))
     except FieldError:
         raise
-    except ValueError as error:  # of a dataclass of the user's
+    except ValueError as error:  # of the user's dataclass
         raise FieldError(str(error)) from error
 
 

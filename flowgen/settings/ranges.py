@@ -86,7 +86,7 @@ class OneOf:
 
 @dataclass(frozen=True)
 class Own:
-    """Objects of a user's own: values in Python, "package.module:object" in commands and JSON.
+    """Your own objects: values in Python, "package.module:object" in commands and JSON.
 
     about: what they must be, as a noun in errors.
 
