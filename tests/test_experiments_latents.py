@@ -157,7 +157,10 @@ def test_encoding_first_or_on_the_way_trains_the_same(autoencoder, tmp_path, cap
     with monkeypatch.context() as patch:
         patch.setattr(flow.FlowExperiment, "likelihood_lines", None)  # which comes later
         assert main(["evaluate", "--checkpoint", str(tmp_path / "again"), "--samples", "20"]) == 2
-    assert "holds no images; give the data it was made of" in capsys.readouterr().err
+    assert "data are cached latents, without the images; give the data" in capsys.readouterr().err
+    words = ["evaluate", "--checkpoint", str(tmp_path / "again"), "--data", "Data", "--data.name", "digits"]
+    assert main(words) == 0
+    assert "1797 latents (all)" in capsys.readouterr().out
     assert main(["encode", "--config", str(path), "--out", str(out)]) == 2
     assert "already exists" in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"codec is missing, and data.path .* was encoded by the autoencoder at"):

@@ -77,6 +77,8 @@ def _on_other_data(trained: Any, changed: Any) -> Any:
     from flowgen.experiments.images import with_class_names
 
     known, asked = (getattr(one.data, "classes", ()) for one in (trained, changed))
+    if known and not asked:  # data of another type begin without
+        return dataclasses.replace(changed, data=dataclasses.replace(changed.data, classes=known))
     if known and asked != known:
         raise ValueError(
             f"--data.classes is {asked}, but the run numbers its classes {name_list(known)}; leave it out."

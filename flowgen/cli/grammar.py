@@ -56,7 +56,7 @@ def apply_words(
         if target in spelled and spelled[target] != word:
             raise ValueError(f"--{spelled[target]} and --{word} set the same field; leave one out.")
         group, dot, _ = target.partition(".")
-        named = groups is not None and target in groups and target in known
+        named = groups is not None and target in groups and (target in known or not dot)
         fits = target in (*own, *whole) or named or (dot and (groups is None or group in groups))
         if not fits:
             raise ValueError(_unknown(word, experiment, own, groups))
