@@ -222,7 +222,7 @@ def test_names_in_a_file_import_no_module(tmp_path, monkeypatch):
             "matching.coupling.share is 2.0;",
         ),
         (["--matching.coupling.shore", "1"], "matching.coupling.shore is not a field of this config; did you mean"),
-        (["--matching.coupling", "Ordered"], "--matching.coupling is a group, and 'Ordered' is no type of it"),
+        (["--matching.coupling", "Ordered"], "--matching.coupling is a group, and 'Ordered' is not one of its types;"),
         (["--model", "own_parts:Ordered"], "model is Ordered(share=1.0); it must be a MLPConfig or"),
     ],
 )

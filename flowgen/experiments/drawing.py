@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from flowgen.data.classes import parse_classes
 from flowgen.data.dataset import Split
 from flowgen.settings import config
-from flowgen.settings.ranges import Batch, Seed
+from flowgen.settings.ranges import BatchSize, Seed
 
 # draw(key, sample numbers) -> samples, a line on how they were drawn. Samples count up from the first number; a batch
 # that is too long repeats numbers, for the conditions.
@@ -32,7 +32,7 @@ class DrawOptions:
     """
 
     seed: Seed = 0
-    batch: Batch | None = None
+    batch: BatchSize | None = None
 
 
 @config
@@ -45,7 +45,7 @@ class EvaluateOptions:
     """
 
     split: Split = "eval"
-    batch: Batch = 256
+    batch: BatchSize = 256
     seed: Seed = 0
 
 

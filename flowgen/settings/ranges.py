@@ -150,7 +150,7 @@ Blocks = Annotated[int, Within(1, 1 << 7)]
 MAX_BLOCKS = 1 << 7
 MAX_LEVELS = 1 << 3
 # Settings of a run.
-Batch = Annotated[int, Within(1, 1 << 20)]
+BatchSize = Annotated[int, Within(1, 1 << 20)]
 Samples = Annotated[int, Within(1, 1 << 24)]
 Bytes = Annotated[int, Within(0, 1 << 60)]
 # Without 64-bit integers jax truncates larger seeds, so that two of them could give the same samples.
