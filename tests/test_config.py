@@ -286,7 +286,7 @@ def test_values_that_depend_on_each_other_are_checked_together(experiment):
         (["--matching.loss.guidance_weight=1"], "matching.loss.guidance_weight is 1.0, but the model has no classes"),
         (["--sampling.guidance=1"], "sampling.guidance is 1.0, but the model has no classes to guide to"),
         (["--sampling.num_steps=1"], "sampling.num_steps is 1; the grid 'edm' needs at least 2"),
-        (["--model.num_classes", "2"], "model has dim 2 and num_classes 2; these points have 2 and none."),
+        (["--model.num_classes", "2"], "model has event_shape (2,) and num_classes 2; these points have (2,) and"),
         (
             ["--model.intervals", "false"],
             "matching.loss is MeanFlow, and this MLP has no intervals; set model.intervals to true.",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import field
 from typing import Annotated, Any, Literal
@@ -15,8 +16,10 @@ from flowgen.settings import (
     differences,
     from_plain,
     help_of,
+    import_object,
     in_group,
     leaf_names,
+    name_of,
     override,
     resolve,
     settings,
@@ -349,22 +352,31 @@ def test_encoders_have_help_for_every_field(cls):
     assert all(help_of(cls).get(field.name, "").endswith(".") for field in dataclasses.fields(cls))
 
 
-def test_objects_are_resolved_by_name():
+def test_objects_are_found_by_name():
     assert resolve("collections.abc:Mapping.get").__name__ == "get"
+    assert import_object("colorsys:rgb_to_hsv").__name__ == "rgb_to_hsv"
+    assert name_of(json.dumps) == "json:dumps"
+    assert name_of(lambda: None) is None
+
+
+def test_only_imported_modules_have_objects(monkeypatch):
+    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
+    with pytest.raises(ValueError, match="colorsys is not imported"):
+        resolve("colorsys:rgb_to_hsv")
 
 
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("json", "'json' does not name an object; write package.module:object."),
-        ("json:", "'json:' does not name an object; write package.module:object."),
-        ("a b:c", "'a b:c' does not name an object; write package.module:object."),
-        ("no_such_module.part:c", "'no_such_module.part:c' needs the module no_such_module, which is not found;"),
-        ("json.nothing:c", "'json.nothing:c' needs the module json.nothing, which is not found;"),
-        ("json:dump_", "'json:dump_' names dump_, which does not exist; did you mean dump?"),
+        ("json", "is 'json'; write it as package.module:object."),
+        ("json:", "is 'json:'; write it as package.module:object."),
+        ("a b:c", "is 'a b:c'; write it as package.module:object."),
+        ("no_such_module.part:c", "needs the module no_such_module, which is not found;"),
+        ("json.nothing:c", "needs the module json.nothing, which is not found;"),
+        ("json:dump_", "is 'json:dump_', and dump_ is not there; did you mean dump?"),
     ],
 )
 def test_names_that_lead_nowhere_are_told(name, sentence):
     with pytest.raises(ValueError, match=r"\w") as error:
-        resolve(name)
+        import_object(name)
     assert str(error.value).startswith(sentence)

@@ -88,6 +88,15 @@ def make_parser() -> Parser:
         of_command = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
         of_command.fields_help = getattr(command, "fields_help", None)
         command.declare(of_command)
+        if name in TAKES_FIELDS:
+            of_command.add_argument(
+                "--import",
+                dest="modules",
+                metavar="MODULE",
+                action="append",
+                default=[],
+                help="import a module whose objects a run or config names; repeat for more",
+            )
     return parser
 
 
@@ -104,6 +113,13 @@ def _run(words: list[str]) -> int:
             )
         with _ending_at_once():
             import flowgen.experiments  # noqa: F401
+            from flowgen.settings import import_module
+
+            for module in getattr(options, "modules", ()):
+                try:
+                    import_module(module)
+                except ValueError as error:
+                    raise ValueError(f"--import {error}") from error
         with warnings.catch_warnings(), _log_as_sentences():
             warnings.showwarning = _show_warning  # ty: ignore[invalid-assignment]
             return COMMANDS[options.command][0].run(options, rest)

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from flowgen.data.classes import parse_classes
 from flowgen.data.dataset import Split
 from flowgen.settings import config
-from flowgen.settings.ranges import Batch, Seed
+from flowgen.settings.ranges import BatchSize, Seed
 
 # (key, numbers, cond) -> samples of these numbers under this condition, and a line on how they were drawn. Sample i
 # depends only on (key, i).
@@ -33,7 +33,7 @@ class DrawOptions:
     """
 
     seed: Seed = 0
-    batch: Batch | None = None
+    batch: BatchSize | None = None
 
 
 @config
@@ -46,7 +46,7 @@ class EvaluateOptions:
     """
 
     split: Split = "eval"
-    batch: Batch = 256
+    batch: BatchSize = 256
     seed: Seed = 0
 
 

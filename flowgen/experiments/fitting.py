@@ -60,7 +60,8 @@ def fit(
     with Signals() if signals is None else nullcontext(signals) as signals:
         with signals.raising():
             experiment = experiment.with_provenance() if dataset is None else _of_own(experiment, dataset, held_out)
-            # Before data are encoded.
+            # Before data are encoded. An object of your own may have no name to keep.
+            config = experiment.to_json()
             check_workdir(Path(workdir), experiment.check_resumable, locks=is_primary())
             with told_once():
                 job = experiment.job(dataset=dataset, held_out=held_out, model=model)
@@ -70,7 +71,7 @@ def fit(
             optim=experiment.optim,
             train=experiment.train,
             log=experiment.log,
-            config=experiment.to_json(),
+            config=config,
             check_config=experiment.check_resumable,
             signals=signals,
         )

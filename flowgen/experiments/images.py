@@ -41,7 +41,8 @@ def image_dataset(data: DataConfig, model: Any, split: Split, *, labelled: bool 
     Example:
         dataset = image_dataset(experiment.data, experiment.model, "train")
     """
-    dataset = of_one_shape(load(data, image_size=model.image_hw, channels=model.channels, split=split), "this model")
+    height, width, channels = model.event_shape
+    dataset = of_one_shape(load(data, image_size=(height, width), channels=channels, split=split), "this model")
     if model.num_classes and labelled:
         check_classes(dataset, model.num_classes)
     return dataset

@@ -17,7 +17,7 @@ from flowgen.matching.conversions import (
     clip_times,
     prediction_to_velocity,
 )
-from flowgen.matching.couplings import GibbsWeights, Independent, MinibatchOT
+from flowgen.matching.couplings import AnyCoupling, GibbsWeights, Independent
 from flowgen.matching.diagnostics import fit_epsilon, warn_if_tilted, weight_report
 from flowgen.matching.loss import Loss, combined_log_mean, flow_matching_loss
 from flowgen.matching.mean_flow import mean_flow_loss
@@ -86,7 +86,7 @@ class MatchingConfig:
         | LinearVariancePreserving
         | SchroedingerBridge
     ) = CondOT()
-    coupling: Independent | GibbsWeights | MinibatchOT = Independent()
+    coupling: AnyCoupling = Independent()
     time: Uniform | LogitNormal | Shifted = Uniform()
 
     def __post_init__(self):

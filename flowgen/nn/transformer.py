@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int, PyTree
 
-from flowgen.attention import FrameWindow, causal_kernel
+from flowgen.attention import CAUSAL_KERNEL_NAMES, CausalKernel, FeatureMap, FrameWindow, Kernel, causal_kernel
 from flowgen.attention.kernels import State
 from flowgen.attention.rotary import turn
 from flowgen.nn.layers import MLP, NORMS, RMSNorm, linear
+from flowgen.settings.ranges import OneOf, Own
 
 Slot = Int[Array, ""] | int
 Scale = Float[Array, " b"] | None
+# Attention of a stack's layers: a kernel by name, or one of your own.
+OwnAttention = Annotated[Kernel | FeatureMap | CausalKernel, Own("a FeatureMap, a Kernel or a CausalKernel")]
+Attention = Annotated[str, OneOf(CAUSAL_KERNEL_NAMES)] | OwnAttention
 Rotation = tuple[Float[Array, "n r"], Float[Array, "n r"]] | None
 
 
@@ -37,7 +42,7 @@ class TransformerConfig:
     num_heads: int
     expansion: int = 4
     activation: str = "gelu"
-    attention: str = "softmax"
+    attention: Attention = "softmax"
     dtype: str = "float32"
     remat: bool = False
     scan: bool = True

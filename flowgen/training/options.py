@@ -8,7 +8,7 @@ from typing import Literal
 from flowgen.packages import missing
 from flowgen.runs import on_terminal
 from flowgen.settings import config
-from flowgen.settings.ranges import Batch, Count, CountOrZero, Fraction, NonNegative, Positive, ProperFraction, Seed
+from flowgen.settings.ranges import BatchSize, Count, CountOrZero, Fraction, NonNegative, Positive, ProperFraction, Seed
 
 
 def check_warmups(warmups: Mapping[str, int], steps: int) -> None:
@@ -77,10 +77,10 @@ class TrainConfig:
     """
 
     steps: Count = 1000
-    batch_size: Batch = 64
+    batch_size: BatchSize = 64
     seed: Seed = 0
     label_dropout: Fraction = 0.0
-    accumulation: Batch = 1
+    accumulation: BatchSize = 1
 
 
 @config
