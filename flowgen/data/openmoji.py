@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from flowgen.data.dataset import ArrayDataset, DataConfig
+from flowgen.data.dataset import ArrayDataset, DataConfig, ImageSet
 from flowgen.data.media import atomic_file, pillow
 from flowgen.data.named import package_folder
 from flowgen.packages import missing
@@ -74,6 +74,9 @@ def read_openmoji(config: DataConfig, size: tuple[int, int]) -> ArrayDataset:
     images, codes = cached
     labels, captions = describe(codes)
     return ArrayDataset(_pad(images, size), labels, class_names=GROUPS, captions=captions)
+
+
+OPENMOJI = ImageSet(read_openmoji, GROUPS)
 
 
 def describe(codes: list[str]) -> tuple[Int[np.ndarray, " n"], tuple[str, ...]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Callable
 
 import numpy as np
 from jaxtyping import UInt8
@@ -12,7 +11,6 @@ from jaxtyping import UInt8
 from flowgen.arrays import check_count, shown
 from flowgen.data.classes import tell_held_out, with_classes
 from flowgen.data.dataset import (
-    ArrayDataset,
     BucketedDataset,
     DataConfig,
     Dataset,
@@ -20,21 +18,12 @@ from flowgen.data.dataset import (
     check_choice,
     check_opens,
     hold_out,
+    image_set,
 )
 from flowgen.data.folder import read_folder
-from flowgen.data.named import read_digits, read_mnist
 from flowgen.data.npz import read_npz
-from flowgen.data.openmoji import read_openmoji
 from flowgen.nn.checks import ImageSize, image_sides
 
-# A dataset that fits in memory is one function (config, image_size) -> ArrayDataset, one row here, its name in
-# `DataConfig.name` and, if it ships with its classes, a row of `flowgen.data.found`.
-_READERS: dict[str, Callable[[DataConfig, tuple[int, int]], ArrayDataset]] = {
-    "digits": read_digits,
-    "mnist": read_mnist,
-    "openmoji": read_openmoji,
-    "npz": read_npz,
-}
 _WITH_PATH = ("folder", "npz")
 
 
@@ -72,7 +61,8 @@ def load(
         )
     if config.name == "folder":
         return read_folder(config, image_size=sides, channels=channels, split=split, multiple=multiple)
-    dataset = _READERS[config.name](config, sides)
+    named = image_set(config.name)
+    dataset = read_npz(config, sides) if named is None else named.read(config, sides)
     dataset = with_classes(dataset, config.classes, f"data.name '{config.name}'")
     chosen = hold_out(len(dataset), config.eval_fraction, split)
     if split == "train":
