@@ -16,7 +16,7 @@ from flowgen.data.classes import renumbered
 from flowgen.data.dataset import Dataset
 from flowgen.data.media import from_uint8
 
-IMAGES_AT_ONCE = 512
+READ_AT_ONCE = 512
 SHARD_BYTES = 256 << 20
 
 # What latents are of: images, whole clips, clips without their first frame, or images as clips of one frame.
@@ -146,7 +146,7 @@ def encode(
     texts: EncodeTexts | None = None,
     *,
     flip: bool = False,
-    size: int = IMAGES_AT_ONCE,
+    size: int = READ_AT_ONCE,
 ) -> Iterator[Shard]:
     """Yields the latents of a dataset, `size` images or clips at a time.
 
