@@ -59,10 +59,12 @@ LEVELS = {
 FRONT_DOOR = "flowgen"
 
 
-def modules():
-    for path in sorted(ROOT.rglob("*.py")):
-        parts = path.relative_to(ROOT.parent).with_suffix("").parts
-        yield ".".join(part for part in parts if part != "__init__"), path
+def name_of(path):
+    parts = path.relative_to(ROOT.parent).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+MODULES = {name_of(path): path for path in sorted(ROOT.rglob("*.py"))}
 
 
 def level(name):
@@ -80,14 +82,13 @@ def imported(path):
             assert node.level == 0, f"{path} has a relative import"
             base = node.module or ""
             names = [f"{base}.{alias.name}" for alias in node.names]
-            found = {name for name, _ in modules()}
-            yield from (name if name in found else base for name in names)
+            yield from (name if name in MODULES else base for name in names)
 
 
-@pytest.mark.parametrize(("name", "path"), [m for m in modules() if m[0] != FRONT_DOOR], ids=lambda v: str(v))
-def test_imports_go_downward(name, path):
+@pytest.mark.parametrize("name", [name for name in MODULES if name != FRONT_DOOR])
+def test_imports_go_downward(name):
     mine = level(name)
-    for target in imported(path):
+    for target in imported(MODULES[name]):
         assert not target.startswith(("torch", "configs", "jax._src")), target
         if target == FRONT_DOOR or not target.startswith("flowgen."):
             continue
