@@ -280,7 +280,7 @@ def test_the_folder_of_out_is_made(tmp_path, flow_run, out):
     assert len(list((tmp_path / "s" / "t").iterdir())) == 2
 
 
-@pytest.mark.parametrize("words", [["info", "--config", str(CLIPS)], ["train", "--help"], ["--help"]], ids=" ".join)
+@pytest.mark.parametrize("words", [["info", "--config", str(CLIPS)], ["--help"]], ids=" ".join)
 def test_a_reader_that_has_left_is_no_mistake(words):
     environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
     reading, writing = os.pipe()

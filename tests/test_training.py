@@ -17,12 +17,8 @@ from scripts import toy
 from scripts.toy import PATIENCE, arrays_of, assert_bitwise, rows_of, start, wait_for
 from tolerances import FORMULA, LAYER, assert_close
 
-from flowgen import checkpoint, experiments
-from flowgen.experiments import fit
 from flowgen.runs import read_config
 from flowgen.training import CheckpointReader, LogConfig, make_schedule
-
-ROOT = Path(__file__).parent.parent
 
 
 def assert_complete_metrics(workdir, steps):
@@ -343,26 +339,3 @@ def test_the_objective_is_traced_once_whatever_the_number_of_steps(tmp_path):
 
     toy.run(toy.make_job(objective=objective), tmp_path / "run", steps=12)
     assert traces == [(toy.BATCH // 4, 3)]
-
-
-def test_the_digits_experiment_trains_end_to_end(tmp_path, capsys):
-    experiment = experiments.load_config(ROOT / "configs" / "tarflow_digits.py").debug()
-    result = fit(experiment, tmp_path / "run")
-    assert result.signal == 0
-    assert int(result.state.step) == experiment.train.steps
-    assert set(result.metrics) == {"bits_per_dim", "gaussian_bits_per_dim"}
-    assert np.isfinite(list(result.metrics.values())).all()
-    run = tmp_path / "run"
-    assert experiments.from_json(json.loads((run / "config.json").read_text())) == experiment.with_provenance()
-    assert CheckpointReader(run / "checkpoints").steps() == [4, 8]
-    assert [row["step"] for row in rows_of(run) if "loss" in row] == [2, 4, 6, 8]
-    assert [row["step"] for row in rows_of(run) if "eval/bits_per_dim" in row] == [4, 8]
-    for name in ("0000004.png", "0000008.png"):
-        assert (run / "samples" / name).read_bytes().startswith(b"\x89PNG")
-    flow, variables, loaded = checkpoint.load(run, "best")
-    assert loaded == experiment.with_provenance()
-    assert flow.config == experiment.model
-    assert jax.tree.structure(variables["params"]) == jax.tree.structure(result.state.params)
-    assert "step 8: bits_per_dim" in capsys.readouterr().err
-    with pytest.raises(ValueError, match=r"begun with another config \(optim\.lr: .* -> 0\.5\)"):
-        fit(experiments.override(experiment, ["--optim.lr=0.5"]), run)
