@@ -12,6 +12,7 @@ import codec_weights as cw
 import numpy as np
 import pytest
 import starflow_weights as sw
+from conftest import rows
 from published_files import publish, write_safetensors
 from soak.torch_programs import ARCHIVES, LAYOUTS, PROGRAMS, SLOW_KEYS, dictionary, push, tensor, zip_layout
 
@@ -48,7 +49,7 @@ def refused(call, *parts, error=ValueError):
     return message
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", rows(LAYOUTS, ("legacy",)))
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_pickles_cost_no_more_than_their_size(layout, name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
