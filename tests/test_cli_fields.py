@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 from commands import refused, succeed
+from conftest import rows
 
 from flowgen import checkpoint, experiments, settings
 from flowgen.attention import CAUSAL_KERNEL_NAMES, KERNELS
@@ -30,7 +31,6 @@ from flowgen.flows import STARFlowConfig, TARFlowConfig
 from flowgen.matching import DiTConfig, MLPConfig
 from flowgen.models import init
 from flowgen.settings import help_of
-from flowgen.training import OptimConfig, TrainConfig
 
 PROJECT = Path(__file__).parent.parent
 CONFIGS = sorted((PROJECT / "configs").glob("*.py"))
@@ -78,7 +78,13 @@ def test_the_help_of_attention_names_what_the_model_takes(cls, names):
             cls(image_size=8, attention=name)
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+# One of each kind whenever anything changes.
+SHOWN = ("autoencoder_digits", "cfm_moons", "otcfm_digits", "starflow_t2i_256", "starflow_v_bouncing", "tarflow_digits")
+
+
+@pytest.mark.parametrize(
+    "path", rows(CONFIGS, [path for path in CONFIGS if path.stem not in SHOWN]), ids=lambda path: path.stem
+)
 def test_info_prints_options_that_give_the_experiment_again(path):
     lines = [line for line in succeed("info --config", path).splitlines() if line.startswith("--")]
     words = [shlex.split(line, comments=True) for line in lines]
@@ -121,12 +127,6 @@ TOGETHER = {
         ["optim.warmup_steps is 100", "likelihood.denoiser.warmup_steps is 100", "train.steps, which is 60"],
     ),
     "sides": (lambda: TARFlowConfig(image_size=(9, 10), patch_size=4), ["height 9", "width 10"]),
-    "counts of a model": (
-        lambda: TARFlowConfig(image_size=8, width=0, num_blocks=0),
-        ["width is 0", "num_blocks is 0"],
-    ),
-    "counts of a run": (lambda: TrainConfig(steps=0, batch_size=0), ["steps is 0", "batch_size is 0"]),
-    "rates": (lambda: OptimConfig(lr=-1.0, eps=-1.0), ["lr is -1.0", "eps is -1.0"]),
 }
 
 

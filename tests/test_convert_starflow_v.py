@@ -90,6 +90,7 @@ def test_the_published_yaml_gives_the_released_shape(tmp_path):
     assert STARFlowV(config).with_image_size(30, 53).config == STARFLOW_V_480P
     assert (config.denoiser_past_frames, config.denoiser_lookahead_frames) == (9, 1)
     assert convert.clip_size("81:16") == (81, 16)
+    assert STARFLOW_V_480P.num_tokens == 33_390
 
 
 @pytest.mark.parametrize("case", sv.CASES)
