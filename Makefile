@@ -17,7 +17,7 @@ demo: $(VENV)/.train ## train a TARFlow on the built-in digits, then draw sample
 test: $(VENV)/.dev ## the default test suite, under six minutes on two idle cores
 	$(BIN)/python -m pytest $(WORKERS) -m "not slow and not gpu"
 
-# A fixed list, never cut by the clock: every test marked slow, law tables first. It may take 45 minutes on two cores (its
+# A fixed list, never cut by the clock: every test marked slow, law tables first. It may take 35 minutes on two cores (its
 # law tables take four minutes of one core). Trials that would make it longer are shortened there and whole in `make soak`.
 test-slow: $(VENV)/.dev ## the slow tests
 	$(BIN)/python -m pytest $(WORKERS) --no-loadscope-reorder -m "slow and not gpu"

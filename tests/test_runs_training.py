@@ -191,13 +191,12 @@ def test_a_directory_that_was_replaced_is_not_written_into(tmp_path):
     assert [path.name for path in workdir.iterdir()] == ["letter.txt"]
 
 
-@pytest.mark.parametrize("error", [ValueError("clip 'a.mp4' is damaged."), OSError("gone."), RuntimeError("odd.")])
-def test_what_was_trained_is_saved_when_the_data_fail(whole, tmp_path, error):
+def test_what_was_trained_is_saved_when_the_data_fail(whole, tmp_path):
     def fail():
-        raise error
+        raise RuntimeError("odd.")
 
     workdir = tmp_path / "run"
-    with pytest.raises(type(error), match=str(error)):
+    with pytest.raises(RuntimeError, match="odd"):
         toy.run(with_event(25, fail), workdir, log=TEN)
     assert CheckpointReader(workdir / CHECKPOINTS).latest_step() == 25
     toy.run(toy.make_job(), workdir, log=TEN)
