@@ -147,7 +147,7 @@ CALLS = {
 }
 MODULES = [name for name in CALLS if "layer" in name]
 # Those that show little beside the others are slow.
-SHOWN = ("nala causal", "prefill and step", "pallas", "gated delta", "soft")
+SHOWN = ("nala causal", "pallas", "gated delta", "soft")
 each_call = pytest.mark.parametrize("name", rows(CALLS, [name for name in CALLS if name not in SHOWN]))
 
 

@@ -69,6 +69,7 @@ def test_training_goes_on_where_it_stopped(trained):
     )
     assert trained.second.code == 0
     assert f"Resuming {trained.path} from step 4." in trained.second.err
+    assert "step 8: bits_per_dim " in trained.second.err
     assert trained.second.out.splitlines()[-1] == f"Samples: {trained.path}/samples/0000008.png"
     assert CheckpointReader(trained.path / "checkpoints").steps() == [4, 8]
     rows = [json.loads(line) for line in (trained.path / "metrics.jsonl").read_text().splitlines()]
