@@ -82,7 +82,15 @@ def test_the_recorded_file_was_made_with_these_weights(case):
     assert crc == RECORDED[f"{case}/weights_crc32"]
 
 
-@pytest.mark.parametrize("case", sw.CASES)
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        pytest.param(case, dtype, marks=[] if dtype == "float64" or case == "text" else [pytest.mark.slow])
+        for case in sw.CASES
+        for dtype in DTYPES
+    ],
+    indirect=["dtype"],
+)
 def test_tokens_after_every_block_and_each_logdet(case, dtype):
     flow, variables, apply = ours(case, dtype)
     latents, cond, _ = inputs(case, dtype)
