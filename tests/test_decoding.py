@@ -169,11 +169,7 @@ def reference_reverse(flow, params, z, cond, weight, parts, anneal, temperature=
 
 @pytest.mark.parametrize(
     ("parts", "anneal", "temperature"),
-    [
-        pytest.param("both", False, 1.0, marks=pytest.mark.slow),
-        pytest.param("shift", True, 1.0, marks=pytest.mark.slow),
-        ("log_scale", False, 0.5),
-    ],
+    [pytest.param("both", False, 1.0, marks=pytest.mark.slow), ("shift", True, 1.0), ("log_scale", False, 0.5)],
 )
 def test_linear_guidance_is_its_definition(parts, anneal, temperature):
     flow, params, x, _ = laws.case("classes")
