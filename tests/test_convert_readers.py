@@ -138,8 +138,9 @@ def weight(instructions):
 
 @each_layout
 def test_hand_made_file_is_a_file(layout, tmp_path):
-    path = layout(tmp_path / "good.pth", weight(tensor()))
-    np.testing.assert_array_equal(read_state_dict(path)["w"], np.zeros((2, 2), np.float32))
+    for metadata in (b"", b"}"):
+        path = layout(tmp_path / "good.pth", weight(tensor(metadata=metadata)))
+        np.testing.assert_array_equal(read_state_dict(path)["w"], np.zeros((2, 2), np.float32))
 
 
 class Payload:
