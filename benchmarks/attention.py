@@ -31,7 +31,7 @@ SLOPE_FROM, SLOPE_GOAL = 4096, 1.05
 
 
 class Method(NamedTuple):
-    """A way to attend. num_inputs: of q, k, v, β and log-decay, how many it reads and is differentiated by."""
+    """A form of attention. num_inputs: how many of q, k, v, β and log-decay it takes and is differentiated by."""
 
     attend: Callable[..., jax.Array]
     mask: str
@@ -85,7 +85,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def softmax_methods(dtype: jnp.dtype) -> dict[str, Method]:
-    """Returns the baselines; cuDNN's fused attention where device and type allow it."""
+    """Returns the baselines, including cuDNN's fused attention if device and dtype allow it."""
     fused = jax.default_backend() == "gpu" and dtype.itemsize == 2
     library = "cudnn" if fused else "xla"
     methods = {}
@@ -98,7 +98,7 @@ def softmax_methods(dtype: jnp.dtype) -> dict[str, Method]:
 
 
 def kernel_methods() -> dict[str, Method]:
-    """Returns what is compared with softmax."""
+    """Returns the methods to compare with softmax."""
     causal = {name: partial(kernel(name).attend, is_causal=True) for name in ("elu_plus_one", "nala", "focused")}
     return {
         "elu_plus_one full": Method(kernel("elu_plus_one").attend, "full"),
@@ -182,7 +182,7 @@ def build(method: Method, direction: str, cotangent: jax.Array, inputs: list[jax
 
 
 def alternate(runs: dict[str, measure.Run]) -> dict[str, measure.Timing]:
-    """Returns timings of runs taken in turn, as `measure.alternate` does, with the more repeats the shorter a run."""
+    """Returns timings of runs that take turns, as `measure.alternate` does; shorter runs are repeated more often."""
     timings = {name: measure.Timing(run(), []) for name, run in runs.items()}
     repeats = {}
     for name, run in runs.items():
@@ -197,7 +197,7 @@ def alternate(runs: dict[str, measure.Run]) -> dict[str, measure.Timing]:
 
 
 def extrapolate(history: list[dict], quantity: str, tokens: int) -> float:
-    """Returns what the last two lengths foretell for a longer one, growing at least linearly, at most quadratically."""
+    """Returns an extrapolation from the last two lengths to a longer one, between linear and quadratic growth."""
     points = [(row["tokens"], max(row[quantity], 1e-6)) for row in history if quantity in row][-2:]
     if not points:
         return 0.0
@@ -210,9 +210,9 @@ def extrapolate(history: list[dict], quantity: str, tokens: int) -> float:
 
 
 def summary(name: str, direction: str, rows: list[dict]) -> dict[str, Any]:
-    """Returns how the time of one method grows, and from which length on it stays faster than softmax.
+    """Returns how the time of one method grows, and the length from which on it is faster than softmax.
 
-    crossover_tokens: None where it is slower at the largest length that could be compared, compared_up_to. slope: of
+    crossover_tokens: None if it is slower at the largest length that could be compared, compared_up_to. slope: of
     log time against log tokens; slope_processor: of the time of all threads, which other load disturbs less.
     """
     measured = [r for r in rows if r["name"] == name and r["direction"] == direction and "milliseconds" in r]
@@ -243,7 +243,7 @@ def slope(measured: list[dict], quantity: str) -> float | None:
 
 
 def line(row: dict) -> str:
-    """Returns a measurement as a line of the table, which says where softmax is faster."""
+    """Returns a measurement as a line of the table, with a note if softmax is faster."""
     start = f"{row['tokens']:6d} {row['direction']:16} {row['name']:36}"
     if "skipped" in row:
         return f"{start} left out: {row['skipped']}"

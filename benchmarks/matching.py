@@ -1,4 +1,4 @@
-"""Measures flow matching in the plane: what couplings make of it, and what a training step costs beside torchcfm.
+"""Measures flow matching in the plane: the quality of each coupling, and the cost of a training step beside torchcfm.
 
 python benchmarks/matching.py --out benchmarks/results/matching.json --torch-python PATH_TO_python_WITH_torchcfm
 """
@@ -42,7 +42,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--threads", type=int, nargs="+", default=sorted({1, min(2, cores)}), help="cores of the speed part"
     )
-    parser.add_argument("--torch-python", type=Path, help="interpreter with torchcfm; without it only ours is timed")
+    parser.add_argument(
+        "--torch-python", type=Path, help="interpreter with torchcfm; without it only our side is timed"
+    )
     arguments = parser.parse_args()
     measure.check_cores(parser, "--jobs", arguments.jobs)
     for threads in arguments.threads:

@@ -1,7 +1,7 @@
-"""Compares trained velocity networks on the built-in digits at 4, 10 and 50 evaluations: a picture and distances.
+"""Compares trained velocity networks on the built-in digits at 4, 10 and 50 evaluations: a figure and distances.
 
 for name in cfm otcfm wcfm; do python train.py --config configs/${name}_digits.py --workdir runs/$name; done
-python benchmarks/matching_images.py --runs runs/cfm runs/otcfm runs/wcfm --picture docs/images/matching_digits.png \\
+python benchmarks/matching_images.py --runs runs/cfm runs/otcfm runs/wcfm --figure docs/images/matching_digits.png \\
     --out benchmarks/results/matching_images.json
 """
 
@@ -28,16 +28,16 @@ CLASSES = 10
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", type=Path, nargs="+", required=True, help="run directories, of one data set")
+    parser.add_argument("--runs", type=Path, nargs="+", required=True, help="run directories, all on the same dataset")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
-    parser.add_argument("--picture", type=Path, required=True, help="PNG to write: a run per three rows")
+    parser.add_argument("--figure", type=Path, required=True, help="PNG to write: three rows for each run")
     arguments = parser.parse_args()
     runs = [checkpoint.load(path) for path in arguments.runs]
     train, data = runs[0][2].dataset("train"), runs[0][2].dataset("all")
     judge = train_judge(train)
     floor = frechet_distance(*(judge.features(images_of(runs[0][2].dataset(split))) for split in ("train", "eval")))
     where = measure.environment(len(os.sched_getaffinity(0)), None)
-    rows, pictures = [], []
+    rows, drawn = [], []
     for path, (network, variables, experiment) in zip(arguments.runs, runs, strict=True):
         for evaluations in EVALUATIONS:
             one_step = experiment.sampling.method == "mean_flow"
@@ -49,12 +49,12 @@ def main() -> None:
             drawn = dataclasses.replace(experiment, sampling=sampling)
             began = time.perf_counter()
             draw = partial(drawn.draw_batch, network, variables)
-            digits = data[np.arange(len(data))]["label"]
+            digits = data[np.arange(len(data))].context
             metrics = sample_metrics(draw, judge, data, SAMPLES, conditions=lambda positions, y=digits: y[positions])
             seconds = time.perf_counter() - began
             labels = np.arange(2 * CLASSES) % CLASSES
-            images, _ = draw(jax.random.key(0), labels, num=len(labels))
-            pictures.append(images)
+            images, _ = draw(jax.random.key(0), np.arange(len(labels)), labels)
+            drawn.append(images)
             rows.append(
                 {
                     "run": path.name,
@@ -74,11 +74,11 @@ def main() -> None:
             line = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
             print(f"{path.name:16s} {evaluations:3d} evaluations: {line}")
     measure.save(arguments.out, rows)
-    save_image(arguments.picture, image_grid(to_uint8(np.concatenate(pictures)), columns=2 * CLASSES, scale=4))
+    save_image(arguments.figure, image_grid(to_uint8(np.concatenate(drawn)), columns=2 * CLASSES, scale=4))
 
 
-def images_of(source: Dataset) -> np.ndarray:
-    return np.asarray(from_uint8(source[np.arange(len(source))]["image"]))
+def images_of(dataset: Dataset) -> np.ndarray:
+    return np.asarray(from_uint8(dataset[np.arange(len(dataset))].pixels))
 
 
 if __name__ == "__main__":

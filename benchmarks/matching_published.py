@@ -1,6 +1,6 @@
-"""The PyTorch side of benchmarks/matching.py: training steps as torchcfm's tutorial writes them, run by --torch-python.
+"""The PyTorch side of benchmarks/matching.py: training steps as in torchcfm's tutorial, run by --torch-python.
 
-Run as a script it serves one JSON request per line; `Published` is the other end.
+As a script it serves one JSON request per line; `Published` is the client.
 """
 
 import json
@@ -17,7 +17,7 @@ from measure import Cost, cost
 
 ICFM, OTCFM = "torchcfm I-CFM", "torchcfm OT-CFM exact"
 OWN_SAMPLERS = ", own samplers"
-# Steps of one call, so that a call takes some tenths of a second. torchcfm's own samplers loop in Python.
+# Steps per call, so that a call takes some tenths of a second. torchcfm's own samplers loop in Python.
 STEPS = {ICFM: 200, OTCFM: 50, ICFM + OWN_SAMPLERS: 20, OTCFM + OWN_SAMPLERS: 20}
 
 
@@ -30,16 +30,16 @@ class Published:
         self.close = self.process.close
 
     def time(self, name: str) -> Cost:
-        """Returns what one call of a name in STEPS takes, which is so many steps."""
+        """Returns the cost of one call, STEPS[name] training steps."""
         return Cost(*self.process.ask({"time": name}))
 
     def loss(self, name: str) -> float:
-        """Returns the median of the losses with which the calls ended."""
+        """Returns the median of the last losses of the calls."""
         return self.process.ask({"loss": name})
 
 
 class Training(NamedTuple):
-    """A network in training. call: does STEPS of it, and notes the loss of the last one."""
+    """A network in training. call: does STEPS of it, and records the last loss."""
 
     call: Callable[[], Any]
     losses: list[float]
@@ -73,7 +73,7 @@ def train(name: str, batch: int, learning_rate: float) -> Training:
     from torchcfm.models.models import MLP
 
     own = name.endswith(OWN_SAMPLERS)
-    source, target = (utils.sample_8gaussians, utils.sample_moons) if own else (eight_gaussians, moons)
+    draw_x0, draw_x1 = (utils.sample_8gaussians, utils.sample_moons) if own else (eight_gaussians, moons)
     exact = name.startswith(OTCFM)
     matcher = (cfm.ExactOptimalTransportConditionalFlowMatcher if exact else cfm.ConditionalFlowMatcher)(sigma=0.0)
     network = MLP(dim=2, w=64, time_varying=True)
@@ -83,7 +83,7 @@ def train(name: str, batch: int, learning_rate: float) -> Training:
     def call():
         for _ in range(STEPS[name]):
             optimizer.zero_grad()
-            t, x_t, u_t = matcher.sample_location_and_conditional_flow(source(batch), target(batch))
+            t, x_t, u_t = matcher.sample_location_and_conditional_flow(draw_x0(batch), draw_x1(batch))
             loss = torch.mean((network(torch.cat([x_t, t[:, None]], dim=-1)) - u_t) ** 2)
             loss.backward()
             optimizer.step()

@@ -26,13 +26,13 @@ from flowgen.matching import toy
 from flowgen.matching.couplings import Coupling
 
 BATCH = 256
-LEARNING_RATE = 2e-3  # decays to 0 by a half cosine
+LEARNING_RATE = 2e-3  # decays to 0 along a half cosine
 POINTS, DISTANCE_POINTS, ESS_BATCHES = 1500, 3000, 64
 FEW_STEPS = (1, 4, 10)
 ENTROPIC_EPSILON = 1.0
 SWEEPS = {2.0: 5, 1.0: 10, 0.5: 20}  # of Sinkhorn's iteration, by epsilon
 RUNNING_EPSILON = 0.5
-# Column and figures behind the point.
+# Columns, and the decimals that are shown.
 COLUMNS = {
     "w2": 3,
     "w2_floor": 3,
@@ -47,13 +47,14 @@ Sampler = Callable[[jax.Array, int], jax.Array]
 
 
 class Pair(NamedTuple):
-    """Dataset, data, the mean of |x1 - x0|² over independent pairs, and the epsilons at which W-CFM is tried.
+    """The distributions of x0 and x1, the mean of |x1 - x0|² over independent pairs, and the epsilons to try W-CFM
+    with.
 
-    evaluated: the data that generated points are compared with.
+    evaluated: the distribution that generated points are compared with.
     """
 
-    source: Sampler
-    target: Sampler
+    x0: Sampler
+    x1: Sampler
     evaluated: Sampler
     mean_cost: float
     epsilons: tuple[float, ...]
@@ -75,7 +76,7 @@ PAIRS = {
     "normal-8gaussians": Pair(toy.normal, toy.gaussian_ring, toy.gaussian_ring, 27.2, (0.5, 1.0, 2.0, 4.0)),
     "8gaussians-5gaussians": Pair(toy.gaussian_ring, five_gaussians, five_gaussians, 51.2, (0.5, 1.0, 2.0, 4.0)),
 }
-# In the order of what they cost.
+# In order of cost.
 KINDS = ("exact", "entropic", "corrected", "weighted", "running", "independent")
 
 
@@ -88,7 +89,7 @@ class Method(NamedTuple):
 
 
 class State(NamedTuple):
-    """A training: network and optimizer, the running log-mean of the weights, the steps done."""
+    """The state of a training: network and optimizer, the running log-mean of the weights, the steps done."""
 
     variables: Any
     optimizer: Any
@@ -109,8 +110,8 @@ def training(
         return State(variables, adam.init(variables), jnp.array(-jnp.inf), jnp.array(0))
 
     def update(key, state):
-        source_key, target_key, loss_key = jax.random.split(jax.random.fold_in(key, state.step), 3)
-        batch = {"x0": pair.source(source_key, BATCH), "x1": pair.target(target_key, BATCH)}
+        x0_key, x1_key, loss_key = jax.random.split(jax.random.fold_in(key, state.step), 3)
+        batch = {"x0": pair.x0(x0_key, BATCH), "x1": pair.x1(x1_key, BATCH)}
 
         def objective(variables):
             velocity = partial(network.apply, variables)
@@ -125,7 +126,7 @@ def training(
 
 
 def methods(pair: Pair) -> list[Method]:
-    """Returns what is compared on a pair."""
+    """Returns the methods to compare on a pair."""
     entropic = fm.MinibatchOT(method="sinkhorn", epsilon=ENTROPIC_EPSILON / pair.mean_cost)
     running = fm.GibbsWeights(epsilon=RUNNING_EPSILON)
     return [
@@ -142,7 +143,7 @@ def methods(pair: Pair) -> list[Method]:
 
 
 def measure_quality(arguments: argparse.Namespace) -> Iterable[list[dict]]:
-    """Yields the rows that are finished, again and again until all are."""
+    """Yields all finished rows each time another one is finished."""
     context = multiprocessing.get_context("spawn")
     cores = context.SimpleQueue()
     for core in sorted(os.sched_getaffinity(0))[: arguments.jobs]:
@@ -173,19 +174,19 @@ def measure_quality(arguments: argparse.Namespace) -> Iterable[list[dict]]:
 
 def _take_core(cores) -> None:
     os.sched_setaffinity(0, {cores.get()})
-    # On one core XLA has one thread: a program on it would wait for ever for the copy of a matrix that its callback,
-    # the exact assignment, asks that thread for (500 points and more; jax 0.10).
+    # On one core XLA has one thread, and a program would wait forever for the copy of a matrix that its callback, the
+    # exact assignment, requests from that thread (500 points and more; jax 0.10).
     jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
 def reference(name: str, seeds: int) -> dict[str, list[float]]:
-    """Returns W2² of source and data, and the W2 that a perfect network would have, for one draw per seed."""
+    """Returns W2² between x0 and x1, and the W2 of a perfect network, for one draw per seed."""
     pair, distance = PAIRS[name], jax.jit(fm.wasserstein)
     found: dict[str, list[float]] = {"squared_distance": [], "w2_floor": []}
     for seed in range(seeds):
-        source_key, target_key, data_key, more_key = jax.random.split(jax.random.key(seed), 4)
-        far = distance(pair.source(source_key, DISTANCE_POINTS), pair.evaluated(target_key, DISTANCE_POINTS))
-        near = distance(pair.target(data_key, POINTS), pair.evaluated(more_key, POINTS))
+        x0_key, x1_key, data_key, more_key = jax.random.split(jax.random.key(seed), 4)
+        far = distance(pair.x0(x0_key, DISTANCE_POINTS), pair.evaluated(x1_key, DISTANCE_POINTS))
+        near = distance(pair.x1(data_key, POINTS), pair.evaluated(more_key, POINTS))
         found["squared_distance"].append(float(far) ** 2)
         found["w2_floor"].append(float(near))
     return found
@@ -210,7 +211,7 @@ def train(name: str, method: Method, steps: int, seeds: int) -> list[dict[str, f
 
 
 def evaluate(name: str, coupling: Coupling, variables: Any, key: jax.Array) -> dict[str, float]:
-    """Returns what a network is worth on fresh points, and the mean effective sample size of batches."""
+    """Returns the metrics of a network on fresh points, and the mean effective sample size of batches."""
     points_key, ess_key = jax.random.split(key)
     metrics = _transport(name)(variables, points_key) | {"ess": _mean_ess(PAIRS[name], coupling, ess_key)}
     return {name: float(value) for name, value in metrics.items()}
@@ -223,8 +224,8 @@ def _transport(name: str) -> Callable[[Any, jax.Array], dict[str, jax.Array]]:
 
     @jax.jit
     def metrics(variables, key):
-        source_key, target_key = jax.random.split(key)
-        x0, x1 = pair.source(source_key, POINTS), pair.evaluated(target_key, POINTS)
+        x0_key, x1_key = jax.random.split(key)
+        x0, x1 = pair.x0(x0_key, POINTS), pair.evaluated(x1_key, POINTS)
         velocity = partial(network.apply, variables)
         generated, _ = fm.integrate(velocity, x0, method="rk4", num_steps=100)
         paths = fm.path_report(velocity, x0, num_steps=100)
@@ -243,8 +244,8 @@ def _mean_ess(pair: Pair, coupling: Coupling, key: jax.Array) -> jax.Array:
     """The mean over batches as in training: the weights of corrected W-CFM depend on the batch."""
 
     def of_batch(key):
-        source_key, target_key, pair_key = jax.random.split(key, 3)
-        coupled = coupling(pair_key, pair.source(source_key, BATCH), pair.target(target_key, BATCH))
+        x0_key, x1_key, pair_key = jax.random.split(key, 3)
+        coupled = coupling(pair_key, pair.x0(x0_key, BATCH), pair.x1(x1_key, BATCH))
         return fm.effective_sample_size(coupled.log_weight)
 
     if not isinstance(coupling, fm.GibbsWeights):
@@ -279,7 +280,7 @@ def print_tables(rows: list[dict]) -> None:
     for name, of_pair in itertools.groupby(rows, key=lambda row: row["pair"]):
         found = list(of_pair)
         squared, seeds = _cell(found[0], "squared_distance", 3), found[0]["seeds"]
-        print(f"\n{name}: W2² of source and data {squared}; mean ± sd of {seeds} seeds")
+        print(f"\n{name}: W2² between x0 and x1 {squared}; mean ± sd of {seeds} seeds")
         print(" " * 38 + "".join(f"{column:>16}" for column in COLUMNS))
         for row in found:
             print(f"{row['name']:38}" + "".join(f"{_cell(row, *column):>16}" for column in COLUMNS.items()))

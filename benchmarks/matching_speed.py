@@ -1,4 +1,4 @@
-"""The speed part of benchmarks/matching.py: training steps of ours and of torchcfm, and the overhead of weights."""
+"""The speed part of benchmarks/matching.py: our training steps and torchcfm's, and the overhead of weights."""
 
 import concurrent.futures
 import contextlib
@@ -22,12 +22,12 @@ from flowgen.matching.couplings import Coupling
 PAIR = "8gaussians-moons"
 LEARNING_RATE = 1e-3
 SCAN, SHORT_SCAN, JITTED, EAGER = "scan", "scan of 16", "jitted step", "eager"
-STEPS, SLOW_STEPS = 160, 48  # of one call; the latter where a step takes milliseconds. Multiples of 16
+STEPS, SLOW_STEPS = 160, 48  # per call; the latter if a step takes milliseconds. Multiples of 16
 ROUNDS, OVERHEAD_STEPS, OVERHEAD_ROUNDS = 20, 100, 200
 
 
 class Method(NamedTuple):
-    """A coupling whose step is timed, in what forms, and the torchcfm method it is compared with."""
+    """A coupling whose step is timed, the forms of the step, and the torchcfm method to compare with."""
 
     coupling: Coupling
     counterpart: str
@@ -48,7 +48,7 @@ METHODS = {
     ),
     EXACT: Method(fm.MinibatchOT(method="exact"), published.OTCFM, steps=SLOW_STEPS),
 }
-# Compared with I-CFM step by step; the second I-CFM shows what such a comparison can tell.
+# Compared with I-CFM step by step; the second I-CFM shows the resolution of such a comparison.
 OVERHEAD_OF = (f"{ICFM} again", "W-CFM", "W-CFM un-normalised")
 
 
@@ -95,7 +95,7 @@ def _in_pool(pool: concurrent.futures.Executor, name: str, form: str, steps: int
 
 
 def time_program(name: str, form: str, steps: int) -> measure.Cost:
-    """Returns what `steps` training steps take, in a process that keeps the training for the next call."""
+    """Returns the cost of `steps` training steps, in a process that keeps the training for the next call."""
     return measure.cost(program(name, form, steps))
 
 
@@ -106,7 +106,7 @@ def last_loss(name: str, form: str, steps: int) -> float:
 
 @functools.cache
 def program(name: str, form: str, steps: int) -> Callable[[], jax.Array]:
-    """Returns a call that trains for `steps` steps, goes on where it ended, and returns the last loss."""
+    """Returns a function that continues a training for `steps` steps and returns the last loss."""
     method = METHODS[name.removesuffix(" again")]
     start, update = training(PAIRS[PAIR], method.coupling, LEARNING_RATE)
     length = {SCAN: steps, SHORT_SCAN: 16, JITTED: 1}[form]
@@ -151,7 +151,8 @@ def _row(key: tuple[int, str, str], timings: dict[Any, measure.Timing], loss: fl
 
 
 def measure_overhead(threads: int, pool: concurrent.futures.Executor) -> list[dict]:
-    """Returns by how much steps exceed I-CFM's: of rounds of one short call each, every other backwards."""
+    """Returns how much longer steps take than I-CFM's, over rounds of one short call each, every other one
+    backwards."""
     names = [ICFM, *OVERHEAD_OF]
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for name in names * 2:

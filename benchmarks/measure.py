@@ -25,11 +25,11 @@ SHAPES = {
 BATCH = 16
 REPEATS = 10
 SLOW_REPEATS, SLOW_SECONDS = 3, 5.0
-PAUSE_SECONDS = 0.005  # lets the threads of the run before go to sleep
+PAUSE_SECONDS = 0.005  # lets the threads of the previous run go to sleep
 
 
 class Cost(NamedTuple):
-    """What one call took: seconds on the clock, and processor seconds of all threads of its process."""
+    """The cost of one call: wall-clock seconds, and processor seconds of all threads of its process."""
 
     seconds: float
     processor: float
@@ -40,8 +40,8 @@ Run = Callable[[], Cost]  # does the work once and waits for it
 
 @dataclasses.dataclass
 class Timing:
-    """What `alternate` found for one run. first: the first call, compilation included. steps: how often a call repeats
-    the work; the properties are of one step."""
+    """The timings of one run. first: the first call, compilation included. steps: how often a call repeats the work;
+    the properties are per step."""
 
     first: Cost
     calls: list[Cost]
@@ -64,13 +64,13 @@ def parse_arguments(description: str) -> argparse.Namespace:
     """Returns the arguments that every benchmark takes, and applies the thread budget. Call it before jax runs."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
-    parser.add_argument("--reference", type=Path, help="checkout of apple/ml-tarflow; without it only ours is run")
-    parser.add_argument("--torch-python", type=Path, help="interpreter with torch, where this one has none")
+    parser.add_argument("--reference", type=Path, help="checkout of apple/ml-tarflow; without it only our side is run")
+    parser.add_argument("--torch-python", type=Path, help="interpreter with torch, if this one has none")
     parser.add_argument("--threads", type=int, default=2, help="processor cores that both sides may use")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     arguments = parser.parse_args()
     if arguments.torch_python and not arguments.reference:
-        parser.error("--torch-python is given without --reference; give the checkout to run with it.")
+        parser.error("--torch-python is given without --reference; give the checkout that it should run.")
     if not arguments.out.parent.is_dir():
         parser.error(f"--out is {arguments.out}, whose directory does not exist; create it first.")
     check_cores(parser, "--threads", arguments.threads)
@@ -98,16 +98,17 @@ def ours(function: Callable[..., Any], *inputs: Any) -> Run:
 
 
 def cost(work: Callable[[], Any]) -> Cost:
-    """Returns what calling `work` took."""
+    """Returns the cost of calling `work`."""
     seconds, processor = time.perf_counter(), time.process_time()
     work()
     return Cost(time.perf_counter() - seconds, time.process_time() - processor)
 
 
 def alternate(runs: dict[str, Run], rounds: int = REPEATS) -> dict[str, Timing]:
-    """Returns timings of runs taken in turn, so that whatever else the machine does falls on all of them.
+    """Returns timings of runs that take turns, so that other load on the machine affects all of them.
 
-    `rounds` repeats each after two calls that are not counted, three for a run slower than five seconds.
+    Each run is repeated `rounds` times after two calls that are not counted; three times if it is slower than five
+    seconds.
     """
     timings = {name: Timing(run(), []) for name, run in runs.items()}
     repeats = {}
@@ -134,7 +135,7 @@ def row(name: str, shape: str, timing: Timing, *, baseline: str, against: Timing
 
 
 def figures(timing: Timing, *, baseline: str, against: Timing, compiled: bool, **more: Any) -> dict:
-    """Returns what was measured of one step; `ratio` is its median over the baseline's, so below 1 is faster."""
+    """Returns the measurements of one step; `ratio` is its median over the baseline's, so below 1 is faster."""
     result = {
         "milliseconds": _milliseconds(timing.median),
         "fastest": _milliseconds(timing.fastest),
@@ -153,7 +154,7 @@ def figures(timing: Timing, *, baseline: str, against: Timing, compiled: bool, *
 
 
 def environment(threads: int, torch_version: str | None) -> dict[str, Any]:
-    """Returns where the rows were measured: device, thread budget, load, versions."""
+    """Returns the conditions of the measurement: device, thread budget, load, versions."""
     import jax
 
     device = jax.devices()[0]
@@ -185,7 +186,7 @@ def save(path: Path, rows: list[dict]) -> None:
 
 
 class Process:
-    """Another interpreter that runs a script, asked by one JSON object per line and answering likewise."""
+    """A script in another interpreter; requests and answers are JSON objects, one per line."""
 
     def __init__(self, python: Path, script: Path):
         self._process = subprocess.Popen(

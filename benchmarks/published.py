@@ -1,6 +1,6 @@
 """The PyTorch side of the benchmarks: the published TARFlow, run unchanged, here or in another interpreter.
 
-Run as a script it serves one JSON request per line; `connect` decides which of the two is used.
+As a script it serves one JSON request per line; `connect` decides which of the two is used.
 """
 
 import dataclasses
@@ -72,7 +72,7 @@ class Published:
         return loss
 
     def time(self, name: str, threads: int) -> Cost:
-        """Returns what one call of method `name` takes."""
+        """Returns the cost of one call of method `name`."""
         self.torch.set_num_threads(threads)
         return cost(getattr(self, name))
 
@@ -116,7 +116,8 @@ class Remote:
 
 
 def run(description: str, measure_shape: Callable[..., list[dict]]) -> None:
-    """The main program of a benchmark: rows of `measure_shape(shape, theirs, threads)` for every shape asked for."""
+    """The main program of a benchmark: the rows of `measure_shape(shape, theirs, threads)` for every requested
+    shape."""
     arguments = measure.parse_arguments(description)
     import jax
 
@@ -134,12 +135,13 @@ def run(description: str, measure_shape: Callable[..., list[dict]]) -> None:
 def connect(
     reference: Path | None, torch_python: Path | None, shape: rw.Shape, batch: int
 ) -> Published | Remote | None:
-    """Returns the published model, or None without a checkout. SystemExit where there is no torch to run it with."""
+    """Returns the published model, or None without a checkout. Raises SystemExit if there is no torch to run it
+    with."""
     if reference is None:
         return None
     if not (reference / "transformer_flow.py").is_file():
         raise SystemExit(
-            f"--reference is {reference}, where there is no transformer_flow.py; give a ml-tarflow checkout."
+            f"--reference is {reference}, which has no transformer_flow.py; give a checkout of ml-tarflow."
         )
     if torch_python is not None:
         return Remote(torch_python, reference, shape, batch)

@@ -41,13 +41,14 @@ def measure_shape(shape: str, theirs, threads: int) -> list[dict]:
 
 
 def our_runs(shape: str) -> tuple[float, dict[str, measure.Run]]:
-    """Returns our loss before any update, and the runs, each of them one compiled program."""
+    """Returns our loss before any update, and the runs, each one a compiled program."""
     import jax
     import jax.numpy as jnp
     import numpy as np
     import optax
 
     from flowgen import convert
+    from flowgen.data import Batch
     from flowgen.flows.objective import nll_objective
     from flowgen.training import OptimConfig, make_step
     from flowgen.training.parallel import DataParallel
@@ -75,12 +76,12 @@ def our_runs(shape: str) -> tuple[float, dict[str, measure.Run]]:
         changes, state = adamw.update(gradient, state, params)
         return optax.apply_updates(params, changes), state, value
 
-    # What `flowgen train` runs: dequantisation, metrics, clipping and the averaged parameters are in it.
+    # The step of `flowgen train`, including dequantisation, metrics, clipping and the parameter average.
     optim, steps = OptimConfig(), 1_000
     parallel = DataParallel(jax.local_devices()[:1])
     library_step = parallel.compile(make_step(nll_objective(flow), optim, steps=steps))
     pixels = np.moveaxis(measure.rw.pixels(model, measure.BATCH), 1, -1)
-    batch = parallel.shard({"image": pixels, "label": np.asarray(labels)})
+    batch = parallel.shard(Batch(pixels, np.asarray(labels)))
     key = parallel.replicate_key(jax.random.key(0))
 
     forward = jax.jit(loss)
@@ -98,7 +99,7 @@ def our_runs(shape: str) -> tuple[float, dict[str, measure.Run]]:
 
 
 def _carrying(function, first, second) -> measure.Run:
-    """Returns a run that feeds the first two outputs of a call, whose inputs it uses up, to the next."""
+    """Returns a run that feeds the first two outputs of a call to the next one; it donates its inputs."""
     carry = [first, second]
 
     def call():

@@ -76,7 +76,7 @@ def of_a_run(run_dir: Path, rounds: int) -> list[dict]:
 
 
 def beside_the_published(other: measure.Process, version: str, rounds: int) -> list[dict]:
-    """Returns the rows of a small text model with the same weights on both sides, guided, its noise given.
+    """Returns the rows of a small guided text model with the same weights and noise on both sides.
 
     other: the process of `video_published.py`, of torch `version`.
     """
@@ -96,7 +96,7 @@ def beside_the_published(other: measure.Process, version: str, rounds: int) -> l
     text, null = (
         TextCondition(*map(jnp.asarray, part)) for part in (theirs.sw.text(shape), theirs.sw.null_text(shape))
     )
-    guidance = Guidance(scale=theirs.GUIDANCE, rule="product")
+    guidance = Guidance(scale=theirs.GUIDANCE, rule="product", null=null)
     frame, shallow = flow.config.tokens_per_image, flow.config.num_blocks - 1
     fixed = Jacobi(window=theirs.BLOCK, tol=TOLERANCE)
     window = {"window": frame, "tol": TOLERANCE, "init": "previous_frame"}
@@ -106,7 +106,7 @@ def beside_the_published(other: measure.Process, version: str, rounds: int) -> l
         "sliding, a frame": DecodePlan((fixed,) * shallow + (SlidingWindow(**window),)),
     }
     decode = {
-        name: jax.jit(lambda z, plan=plan: invert(flow, params, z, text, null=null, guidance=guidance, plan=plan))
+        name: jax.jit(lambda z, plan=plan: invert(flow, params, z, text, guidance=guidance, plan=plan))
         for name, plan in ours.items()
     }
     runs = {name: measure.ours(function, z) for name, function in decode.items()}
@@ -140,9 +140,9 @@ def beside_the_published(other: measure.Process, version: str, rounds: int) -> l
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", type=Path, required=True, help="run directory of a flow of clips")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="run directory of a video flow")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
-    parser.add_argument("--reference", type=Path, help="checkout of apple/ml-starflow; without it only ours is run")
+    parser.add_argument("--reference", type=Path, help="checkout of apple/ml-starflow; without it only our side is run")
     parser.add_argument(
         "--torch-python", type=Path, help="interpreter with torch, numpy, einops and tqdm, for --reference"
     )

@@ -14,7 +14,7 @@ import starflow_v_weights as sv
 import starflow_weights as sw
 
 GUIDANCE = 2.5
-BLOCK = 8  # half of a frame; behind the first frame the published sampler takes four times as many
+BLOCK = 8  # half a frame; after the first frame the published sampler takes four times as many
 THRESHOLD = 1e-3
 SHAPE = sv.Clips(
     img_size=4,
@@ -43,7 +43,7 @@ def serve() -> None:
     import transformer_flow
 
     torch.set_num_threads(setup["threads"])
-    torch.distributed.all_reduce = lambda *unused, **unused_too: None  # asks other processes, of which there are none
+    torch.distributed.all_reduce = lambda *unused, **unused_too: None  # there are no other processes to ask
     model = record.build(transformer_flow, SHAPE, torch.float32)
     noise = torch.from_numpy(sv.noise(SHAPE))
     text, null = (torch.from_numpy(e * m[..., None]) for e, m in (sw.text(SHAPE), sw.null_text(SHAPE)))

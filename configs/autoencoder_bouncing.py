@@ -1,4 +1,5 @@
-"""Video autoencoder of bouncing digits: latents 4x4x8 of 16x16 pixels, one frame per two after the first.
+"""Video autoencoder of bouncing digits: latents 4x4x8 of 16x16 pixels, one latent frame for every two frames after the
+first.
 
 python train.py --config configs/autoencoder_bouncing.py --workdir runs/autoencoder_bouncing
 """

@@ -1,4 +1,4 @@
-"""Optimal-transport flow matching (OT-CFM) on the built-in digits: exact, within the batch, class by class.
+"""Optimal-transport flow matching (OT-CFM) on the built-in digits: exact transport within each batch, class by class.
 
 python train.py --config configs/otcfm_digits.py --workdir runs/otcfm
 """

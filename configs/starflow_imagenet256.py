@@ -2,7 +2,7 @@
 
     python -m flowgen encode --config configs/starflow_imagenet256.py --out latents --data.path train --data.flip true
     python train.py --config configs/starflow_imagenet256.py --workdir runs/imagenet256 \\
-        --data.name encoded --data.path latents --data.flip false
+        --data Latents --data.path latents
 
 codec.path is a published folder. Expected: `reference`, the published FID of 50,000 samples, decoded by a decoder
 finetuned on noisy latents; not measured here.

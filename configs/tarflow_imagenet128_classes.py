@@ -6,9 +6,9 @@ Published (arXiv 2412.06329, reported by secondary sources): FID 5.03; 5.06 in a
 guidance 1.5 and denoising 0.97, which are the sampling defaults here. 823,927,552 parameters, batch 768, 320 epochs
 on 32 A100s. Not reproduced here.
 
-The published optimisation is kept: AdamW (0.9, 0.95), weight decay 1e-4 on everything, one epoch of warm-up, cosine
-to 1e-6, no clipping. The average of the parameters is ours; `--no-ema` samples without it. Put the training images
-under data/imagenet, one folder per class if there are classes, or set --data.path.
+Optimisation is as published: AdamW (0.9, 0.95), weight decay 1e-4 on everything, one epoch of warm-up, cosine
+to 1e-6, no clipping. The parameter average is an addition of ours; `--no-ema` samples without it. Put the training
+images under data/imagenet, one folder per class if there are classes, or set --data.path.
 """
 
 from flowgen.data import DataConfig

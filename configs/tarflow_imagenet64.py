@@ -6,9 +6,9 @@ Published (arXiv 2412.06329, reported by secondary sources): FID 18.42; 14.67 in
 guidance 0.2, attention temperature 0.3 and denoising 0.9, which are the sampling defaults here. 460,142,784
 parameters, batch 256, 200 epochs on 8 A100s. Not reproduced here.
 
-The published optimisation is kept: AdamW (0.9, 0.95), weight decay 1e-4 on everything, one epoch of warm-up, cosine
-to 1e-6, no clipping. The average of the parameters is ours; `--no-ema` samples without it. Put the training images
-under data/imagenet64, one folder per class if there are classes, or set --data.path.
+Optimisation is as published: AdamW (0.9, 0.95), weight decay 1e-4 on everything, one epoch of warm-up, cosine
+to 1e-6, no clipping. The parameter average is an addition of ours; `--no-ema` samples without it. Put the training
+images under data/imagenet64, one folder per class if there are classes, or set --data.path.
 """
 
 from flowgen.data import DataConfig

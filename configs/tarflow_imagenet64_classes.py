@@ -7,9 +7,9 @@ script at guidance 2.3 with annealing; 5.7 in the ablation setting at guidance 2
 Reproductions of a 4-1024-8-8 model: 4.21 and 4.42. 466,286,784 parameters, batch 256, 200 epochs on 8 A100s. Not
 reproduced here.
 
-The published optimisation is kept: AdamW (0.9, 0.95), weight decay 1e-4 on everything, one epoch of warm-up, cosine
-to 1e-6, no clipping. The average of the parameters is ours; `--no-ema` samples without it. Put the training images
-under data/imagenet, one folder per class if there are classes, or set --data.path.
+Optimisation is as published: AdamW (0.9, 0.95), weight decay 1e-4 on everything, one epoch of warm-up, cosine
+to 1e-6, no clipping. The parameter average is an addition of ours; `--no-ema` samples without it. Put the training
+images under data/imagenet, one folder per class if there are classes, or set --data.path.
 """
 
 from flowgen.data import DataConfig

@@ -5,9 +5,9 @@
 Published (arXiv 2412.06329, reported by secondary sources): 2.99 bits/dim on the official downsampled ImageNet64
 validation set. 460,142,784 parameters, batch 256, 100 epochs on 8 to 16 A100s. Not reproduced here.
 
-The published optimisation is kept: AdamW (0.9, 0.95), weight decay 1e-4 on everything, one epoch of warm-up, cosine
-to 1e-6, no clipping. The average of the parameters is ours; `--no-ema` samples without it. Put the training images
-under data/imagenet64, one folder per class if there are classes, or set --data.path.
+Optimisation is as published: AdamW (0.9, 0.95), weight decay 1e-4 on everything, one epoch of warm-up, cosine
+to 1e-6, no clipping. The parameter average is an addition of ours; `--no-ema` samples without it. Put the training
+images under data/imagenet64, one folder per class if there are classes, or set --data.path.
 """
 
 from flowgen.data import DataConfig

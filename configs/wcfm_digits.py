@@ -1,7 +1,7 @@
 """Weighted flow matching (W-CFM) on the built-in digits: Gibbs weights, epsilon at an effective sample size of 0.5.
 
-These are the weights as published, and training warns that they tilt the data more than they couple pairs;
---matching.coupling.sinkhorn_sweeps 10 undoes the tilt.
+The weights are as published, and training warns that they tilt the data more than they couple pairs;
+--matching.coupling.sinkhorn_sweeps 10 removes the tilt.
 
 python train.py --config configs/wcfm_digits.py --workdir runs/wcfm
 """

@@ -2,9 +2,9 @@
 
 python examples/vision_transformer.py --attention all --seeds 0 1
 
-Each digit lies at a random place of a 12x12 canvas, cut into 16 tokens of 3x3 pixels, so that a token means little by
-itself. 1,258 images to train on, 80 epochs; 539 to test on, placed once and for all. Measured on two cores of a
-shared CPU with other jobs running, so read the seconds as rough:
+Each digit is placed at random on a 12x12 canvas, which is cut into 16 tokens of 3x3 pixels, so that a single token says
+little. There are 1,258 images for training over 80 epochs, and 539 for testing, whose places are fixed. Measured on two
+cores of a shared CPU with other jobs running, so the seconds are rough:
 
     attention      parameters test accuracy        of seeds  softmax  s/epoch
     softmax            69,386         91.3%     91.1%-91.5%     +0.0     0.14
@@ -19,11 +19,11 @@ shared CPU with other jobs running, so read the seconds as rough:
     soft               61,066         87.8%     87.6%-87.9%     -3.5     0.41
     none               36,106         86.5%     85.3%-87.6%     -4.8     0.05
 
-One standard error of 539 images is 1.2 points. nala and nala-hook compute the same function and differ only in the
-first weights they draw, so what separates the kernels is hardly more than noise. Beyond it are the whole layer of
-NaLaFormer, with its gate and 5x5 convolution, and at the other end SOFT, with tied keys and 4 landmarks, and the
-control without attention. The settings were chosen with softmax and none. With 16 tokens softmax is also the fastest
-attention here: linear attention is for long sequences (benchmarks/attention.py).
+One standard error of 539 images is 1.2 points. nala and nala-hook compute the same function and differ only in their
+initial weights, so most differences between the kernels are hardly more than noise. Larger are those of the whole
+NaLaFormer layer, with its gate and 5x5 convolution, of SOFT, with tied keys and 4 landmarks, and of the control without
+attention. The settings were chosen with softmax and with none. With 16 tokens softmax is also the fastest attention:
+linear attention is for long sequences (benchmarks/attention.py).
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ ATTENTIONS = (
 
 
 def attention_layer(name: str, width: int, heads: int, grid: tuple[int, int]) -> Callable[[jax.Array], jax.Array]:
-    """Returns a layer that maps tokens `b n d`, which lie on a (height, width) grid, to `b n d`."""
+    """Returns a layer that maps tokens `b n d` of a (height, width) grid to `b n d`."""
     match name:
         case "softmax":
             return nn.MultiHeadDotProductAttention(heads)
@@ -66,7 +66,7 @@ def attention_layer(name: str, width: int, heads: int, grid: tuple[int, int]) ->
             return partial(SOFTAttention(width, heads, num_landmarks=4), grid=grid)
         case "cosformer":  # its features depend on the largest number of tokens
             return LinearAttention(width, heads, kernel=cosformer_features(max_length=grid[0] * grid[1]))
-        case "none":  # the control: tokens meet only in the mean at the end
+        case "none":  # the control: tokens interact only in the mean at the end
             return jnp.zeros_like
     return LinearAttention(width, heads, kernel=name)
 
@@ -133,13 +133,13 @@ def train_step(state: TrainState, images: jax.Array, labels: jax.Array) -> tuple
 def digits(split: str, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
     """Returns the images, `n 8 8 1` in [-1, 1], and labels of a split; the held-out part is always the same."""
     config = DataConfig("digits", eval_fraction=settings.test_fraction)
-    source = load(config, image_size=(IMAGE_SIZE, IMAGE_SIZE), channels=1, split=split)
-    batch = source[np.arange(len(source))]
-    return from_uint8(batch["image"]), batch["label"]
+    dataset = load(config, image_size=(IMAGE_SIZE, IMAGE_SIZE), channels=1, split=split)
+    batch = dataset[np.arange(len(dataset))]
+    return from_uint8(batch.x), batch.context
 
 
 def place(images: np.ndarray, canvas: int, random: np.random.Generator) -> np.ndarray:
-    """Returns the images on black canvases, each at its own random place."""
+    """Returns the images on black canvases, each at a random place."""
     corners = random.integers(0, canvas - IMAGE_SIZE + 1, (2, len(images)))
     row, column = corners[:, :, None] + np.arange(IMAGE_SIZE)
     placed = np.full((len(images), canvas, canvas, 1), -1, images.dtype)
@@ -148,7 +148,7 @@ def place(images: np.ndarray, canvas: int, random: np.random.Generator) -> np.nd
 
 
 def train(attention: str, seed: int, settings: Settings) -> Result:
-    """Returns what this attention reaches; the seed decides the first weights and the order of the images."""
+    """Returns the result of one attention; the seed decides the initial weights and the order of the images."""
     (images, labels), (test_images, test_labels) = (digits(split, settings) for split in ("train", "eval"))
     steps = len(images) // settings.batch
     test_images = place(test_images, settings.canvas, np.random.default_rng(0))

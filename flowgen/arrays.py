@@ -19,8 +19,8 @@ def check_floating(name: str, x: Any) -> None:
         raise ValueError(f"{name} is {shown(x)}; give an array of floating-point numbers.")
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(
-            f"{name} is {x.dtype}; give floating-point numbers, pixels in [-1, 1], which flowgen.data.from_uint8 makes "
-            "of bytes."
+            f"{name} is {x.dtype}; give floating-point numbers, pixels in [-1, 1]; flowgen.data.from_uint8 "
+            "converts bytes."
         )
 
 
@@ -28,10 +28,10 @@ def check_bytes(name: str, x: Any) -> None:
     """Raises ValueError unless x is an array of uint8, the levels 0..255 of pixels.
 
     Example:
-        check_bytes("image", batch["image"])
+        check_bytes("batch.x", batch.x)
     """
     if getattr(x, "dtype", None) != jnp.uint8:
-        raise ValueError(f"{name} is {shown(x)}; give bytes 0..255, which flowgen.data.to_uint8 makes of [-1, 1].")
+        raise ValueError(f"{name} is {shown(x)}; give bytes 0..255; flowgen.data.to_uint8 converts floats in [-1, 1].")
 
 
 def check_key(key: Any) -> None:
@@ -71,7 +71,8 @@ def shown(value: Any) -> str:
 
 
 def at_least_float32(name: str, x: Any) -> jax.Array:
-    """Returns a floating-point array in its own precision or, if that is half, in float32; ValueError as above.
+    """Returns a floating-point array in its own precision or, if that is below float32, in float32; raises as
+    `check_floating`.
 
     Example:
         x = at_least_float32("x", x)

@@ -1,4 +1,4 @@
-"""Run directories from outside: `load` returns the model of a run, `write_run` makes a run from given weights."""
+"""Run directories in Python: `load` returns the model of a run, `write_run` creates a run from given weights."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ def load(
 
     step: a number, "best" (lowest evaluated bits/dim or sample distance), or None for the latest.
     ema: use the averaged parameters if the run has them.
-    model: the one given to `fit`; None is the experiment's own.
+    model: the one that was given to `fit`; None for the experiment's own.
 
     Raises:
-        FileNotFoundError: no such directory, no flowgen run, no checkpoint, or not that step.
-        ValueError: a damaged checkpoint, or one that does not fit its config.
+        FileNotFoundError: there is no such directory, it is not a flowgen run, or it has no checkpoint or not that
+        step.
+        ValueError: the checkpoint is damaged, or does not fit its config.
 
     Example:
         flow, params, experiment = load("runs/digits")
@@ -74,12 +75,12 @@ def check_new(run_dir: str | Path) -> None:
     """
     path = Path(run_dir)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise FileExistsError(f"{run_dir} exists already; give another directory, or remove it first.")
+        raise FileExistsError(f"{run_dir} already exists; give another directory, or remove it first.")
     nearest = next(place for place in (path, *path.absolute().parents) if place.exists())
     if not nearest.is_dir():
-        raise NotADirectoryError(f"{run_dir} cannot be made, because {nearest} is a file; give another directory.")
+        raise NotADirectoryError(f"{run_dir} cannot be created, because {nearest} is a file; give another directory.")
     if not os.access(nearest, os.W_OK | os.X_OK):
-        raise PermissionError(f"{run_dir} cannot be written: permission denied; give another directory.")
+        raise PermissionError(f"{run_dir} cannot be written to: permission denied; give another directory.")
 
 
 def _choose(reader: CheckpointReader, run_dir: str | Path, step: int | str | None, best_metric: str) -> int:
@@ -93,8 +94,8 @@ def _choose(reader: CheckpointReader, run_dir: str | Path, step: int | str | Non
         scores = {at: reader.meta(at)["metrics"].get(best_metric) for at in steps}
         known = {at: score for at, score in scores.items() if score is not None}
         if not known:
-            raise FileNotFoundError(f"{run_dir} has no evaluated checkpoint; leave the step out for the latest.")
+            raise FileNotFoundError(f"{run_dir} has no evaluated checkpoint; leave out the step to load the latest.")
         return min(sorted(known, reverse=True), key=known.__getitem__)  # of equals, the latest
     if step not in steps:
-        raise FileNotFoundError(f"{run_dir} has no checkpoint {step}; there are {', '.join(map(str, steps))}.")
+        raise FileNotFoundError(f"{run_dir} has no checkpoint {step}; choose one of {', '.join(map(str, steps))}.")
     return int(step)

@@ -20,8 +20,8 @@ class TextCondition(NamedTuple):
         cond = TextCondition(encoder(ids), mask=ids != 0)
     """
 
-    embeddings: Float[Array, "b n e"]
-    mask: Bool[Array, "b n"]
+    embeddings: Float[Array | np.ndarray, "b n e"]
+    mask: Bool[Array | np.ndarray, "b n"]
 
 
 Condition = Int[Array, " b"] | TextCondition

@@ -1,8 +1,8 @@
-"""Untrusted text documents: JSON and YAML of bounded size and depth, regular files, and names that stay inside their
+"""Reading untrusted documents: JSON and YAML of bounded size and depth, regular files, and names that stay inside their
 folder.
 
-A document's cost is bounded by its size, whatever is in it: nothing is nested deeper than `MAX_DEPTH`, so that later
-recursion is safe too, and YAML has no aliases, with which a few bytes could expand to gigabytes.
+The cost of reading is bounded by a document's size. Nesting deeper than `MAX_DEPTH` is refused, so that later recursion
+is safe too, and so are YAML aliases, with which a few bytes could expand to gigabytes.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ import numpy as np
 T = TypeVar("T")
 PathLike = str | os.PathLike[str]
 
-# The largest tokenizer.json in use has 33 MB; Python needs up to forty bytes for one of JSON.
+# The largest tokenizer.json in use has 33 MB. Python may need forty bytes of memory per byte of JSON.
 MAX_BYTES = 1 << 24
 MAX_TOKENIZER_BYTES = 1 << 26
 MAX_YAML_BYTES = 1 << 16
-_MAX_YAML_TEXT = 1 << 12  # letters; parsing a longer number takes quadratic time
+_MAX_YAML_TEXT = 1 << 12  # characters; parsing a number takes quadratic time
 MAX_DEPTH = 64
 # More digits than the largest 64-bit integer, and than the "no limit" of published tokenizers, 10^30.
 _MAX_DIGITS = 40
@@ -48,12 +48,12 @@ _STEPS[list(b"{[")], _STEPS[list(b"}]")] = 1, -1
 
 
 def read_json(path: PathLike, *, most: int = MAX_BYTES, fix: str = "get the file again") -> Any:
-    """Returns the content of a JSON file. fix: advice for an invalid one.
+    """Returns the content of a JSON file. fix: advice that ends the error for an invalid file.
 
     Raises:
-        FileNotFoundError, IsADirectoryError: no such file.
-        ValueError: not a regular file, more than `most` bytes, not JSON, nested deeper than 64, a name twice in one
-        object, or a number that is not finite or has more than 40 digits. The message names the file.
+        FileNotFoundError, IsADirectoryError: there is no such file.
+        ValueError: the file is not regular, has more than `most` bytes, is not JSON, is nested deeper than 64, repeats
+        a name in an object, or has a number that is not finite or has over 40 digits. The message names the file.
 
     Example:
         config = read_json("vae/config.json")
@@ -62,7 +62,7 @@ def read_json(path: PathLike, *, most: int = MAX_BYTES, fix: str = "get the file
 
 
 def parse_json(content: bytes) -> Any:
-    """Returns the content of JSON in UTF-8 bytes. Raises ValueError as `read_json`, without a name.
+    """Returns the content of JSON in UTF-8 bytes. Raises ValueError as `read_json`, without naming a file.
 
     Example:
         header = parse_json(content[8 : 8 + length])
@@ -85,14 +85,14 @@ def check_depth(content: bytes) -> None:
     """
     steps = _STEPS[np.frombuffer(_STRING.sub(b"", content), np.uint8)]
     if (depth := np.cumsum(steps, dtype=np.int32).max(initial=0)) > MAX_DEPTH:
-        raise ValueError(f"it is nested {depth} deep, and at most {MAX_DEPTH} are read")
+        raise ValueError(f"it is nested {depth} levels deep, more than {MAX_DEPTH}")
 
 
 def read_yaml(path: PathLike, *, fix: str = "get the file again") -> Any:
     """Returns the content of a YAML file: texts, numbers, lists and tables.
 
-    Raises as `read_json`, and ValueError if there are aliases, tags of other types, a text of over 4,096 letters,
-    or more than 64 KiB.
+    Raises as `read_json`, and ValueError if there are aliases, tags, a text of more than 4,096 characters, or more than
+    64 KiB.
 
     Example:
         arguments = read_yaml("starflow_3B_t2i_256x256.yaml")["arguments"]
@@ -109,14 +109,14 @@ def _parse_yaml(content: bytes) -> Any:
         # The event parser does not recurse; the constructor that makes values from events does.
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
             if isinstance(event, yaml.AliasEvent):
-                raise ValueError("it has aliases (*), which are not read; write the values out")
+                raise ValueError("it has aliases (*), which are not supported; write the values out")
             if isinstance(event, yaml.ScalarEvent) and len(event.value) > _MAX_YAML_TEXT:
-                raise ValueError(f"it has a text of {len(event.value):,} letters")
+                raise ValueError(f"it has a text of {len(event.value):,} characters, more than {_MAX_YAML_TEXT:,}")
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > MAX_DEPTH:
-                raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
+                raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep")
             if getattr(event, "tag", None) is not None:
-                raise ValueError(f"it has a tag ({str(event.tag)[:40]}), and none are read; leave it out")
+                raise ValueError(f"it has a tag ({str(event.tag)[:40]}), which is not supported; leave it out")
         return yaml.load(text, Loader=_once_loader())
     # PyYAML raises Python's errors for values that look like numbers or dates but are not.
     except (yaml.YAMLError, RecursionError, LookupError, AttributeError, ArithmeticError, TypeError) as error:
@@ -124,7 +124,7 @@ def _parse_yaml(content: bytes) -> Any:
 
 
 def _once_loader() -> Any:
-    """PyYAML's loader of plain values, which refuses repeated names in a table."""
+    """PyYAML's loader of plain values, which refuses repeated keys."""
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -152,24 +152,24 @@ def read_bytes(path: PathLike, *, most: int = MAX_BYTES) -> bytes:
 
 
 def check_regular(path: PathLike) -> None:
-    """Raises ValueError if a path leads to a FIFO, a socket or a device, opening or reading which may never end;
-    IsADirectoryError, or FileNotFoundError.
+    """Raises ValueError if a path leads to a FIFO, a socket or a device, because reading it may never end;
+    IsADirectoryError or FileNotFoundError if there is no file.
 
     Example:
         check_regular("model.safetensors")
     """
     mode = Path(path).stat().st_mode
     if stat.S_ISDIR(mode):
-        raise IsADirectoryError(f"'{path}' is a folder; name the file inside it.")
+        raise IsADirectoryError(f"'{path}' is a folder; give the file inside it.")
     if not stat.S_ISREG(mode):
-        raise ValueError(f"'{path}' is no regular file but a FIFO, a socket or a device; give the file itself.")
+        raise ValueError(f"'{path}' is a FIFO, a socket or a device; give a regular file.")
 
 
 def inside(folder: PathLike, name: Any, *, what: str) -> Path:
     """Returns the path for a name that an untrusted file gives for something in its folder.
 
-    what: a description of the name, for the message. Links may lead elsewhere in the folder, or to the `blobs` in which
-    a Hugging Face cache keeps the files of its `snapshots`.
+    what: a description of the name, for the message. Links may lead to other places in the folder, or to the `blobs` in
+    which a Hugging Face cache keeps the files of its `snapshots`.
 
     Raises ValueError if the name is not a string, is absolute, or leads out of the folder.
 
@@ -208,12 +208,12 @@ def _once(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
     table = dict(pairs)
     if len(table) != len(pairs):
         twice, count = Counter(name for name, _ in pairs).most_common(1)[0]
-        raise ValueError(f"it names {str(twice)[:80]!r} {'twice' if count == 2 else f'{count} times'}")
+        raise ValueError(f"it has the key {str(twice)[:80]!r} {'twice' if count == 2 else f'{count} times'}")
     return table
 
 
 def _constant(text: str) -> float:
-    raise ValueError(f"it has {text}, which is no number of JSON")
+    raise ValueError(f"it has {text}, which JSON does not allow")
 
 
 def _float(text: str) -> float:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from flowgen.conditioning import TextCondition
 from flowgen.settings import config
 from flowgen.settings.ranges import NonNegative, Positive
 
@@ -56,7 +57,7 @@ def product_rule(
 class Guidance:
     """What is guided in a flow, in which blocks and how strongly; scale 0 is no guidance and costs nothing.
 
-    A pytree of scale and temperature, which can therefore change without recompiling.
+    A pytree of scale, temperature and null, which can therefore change without recompiling.
 
     scale: w, at least 0. rule: "linear" or "product". parts: what the linear rule changes.
     blocks: indices of guided blocks, data side = 0; None means all.
@@ -64,6 +65,7 @@ class Guidance:
     temperature: attention temperature of the unconditional branch, above 0. Logits are divided by it: above 1 attention
     is flatter, and guidance moves away from that. Without classes (or with -1 labels) only the temperature
     distinguishes the two branches, so values other than 1 guide an unconditional model.
+    null: the text of the unconditional branch, usually the encoded "", one or `b`; a flow of texts needs it.
 
     Example:
         r = sample(flow, params, key, 16, labels, guidance=Guidance(scale=2.0))
@@ -75,6 +77,7 @@ class Guidance:
     blocks: tuple[int, ...] | None = None
     anneal: bool = False
     temperature: Positive = 1.0
+    null: TextCondition | None = None
 
     def __post_init__(self):
         if self.rule == "product" and self.parts != "both":
@@ -99,17 +102,17 @@ class Guidance:
         )
 
 
-_NUMBERS = ("scale", "temperature")
-_CHOICES = tuple(field.name for field in fields(Guidance) if field.name not in _NUMBERS)
+_TRACED = ("scale", "temperature", "null")
+_STATIC = tuple(field.name for field in fields(Guidance) if field.name not in _TRACED)
 
 
 def _flatten(guidance: Guidance) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    return tuple(getattr(guidance, n) for n in _NUMBERS), tuple(getattr(guidance, n) for n in _CHOICES)
+    return tuple(getattr(guidance, n) for n in _TRACED), tuple(getattr(guidance, n) for n in _STATIC)
 
 
-def _unflatten(choices: tuple[Any, ...], numbers: tuple[Any, ...]) -> Guidance:
+def _unflatten(static: tuple[Any, ...], traced: tuple[Any, ...]) -> Guidance:
     guidance = object.__new__(Guidance)  # Inside a program the numbers are traced, and cannot be checked.
-    for name, value in zip((*_NUMBERS, *_CHOICES), (*numbers, *choices), strict=True):
+    for name, value in zip((*_TRACED, *_STATIC), (*traced, *static), strict=True):
         object.__setattr__(guidance, name, value)
     return guidance
 

@@ -19,7 +19,7 @@ def need(module: str, purpose: str, package: str = "") -> ModuleType:
 
 
 def missing(purpose: str, *packages: str, options: str = "", otherwise: str = "") -> ModuleNotFoundError:
-    """Returns the error of missing packages, which names them and the command that installs them.
+    """Returns an error that names missing packages and the command that installs them.
 
     purpose: what needs them, the subject of the sentence. packages: their names on the package index, which may differ
     from those of the modules. options: options of pip. otherwise: the alternative to installing them.

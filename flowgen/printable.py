@@ -6,8 +6,8 @@ import unicodedata
 
 
 def printable(text: str) -> str:
-    """Returns a text that is safe to show: characters that control a terminal, or the direction or width of what
-    follows, are escaped as in Python, \\x1b or \\u202e.
+    """Returns a text that is safe to show: characters that control a terminal, or the direction or width of the text
+    after them, are escaped as in Python, \\x1b or \\u202e.
 
     Example:
         print(printable(f"'{path}' is not read."))

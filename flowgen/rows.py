@@ -18,17 +18,18 @@ from jax import lax
 from jaxtyping import Array, Key
 
 from flowgen.backend import alike_rows, on_mesh_of
+from flowgen.batch import Batch
 
-# The batch entry that holds its rows.
+# The entry of a batch that holds its rows, if the batch is a dict.
 ROWS = "rows"
 
 
 class Rows(struct.PyTreeNode):
-    """Which rows of a whole batch these are, and the key that all devices share.
+    """The positions of some rows in the whole batch, and the key that all devices share.
 
     key: the same on every device and for every micro-batch. positions `b`: positions of these rows in the whole batch.
     part: number of the micro-batch. size: size of the whole batch, over devices and micro-batches. axis_name: axis of
-    the devices that share it, None for one device.
+    the devices that share the batch, None for one device.
 
     Example:
         rows = batch_rows(batch, key, num=len(x))
@@ -56,8 +57,7 @@ class Rows(struct.PyTreeNode):
             drawn = fn(jax.random.fold_in(self.key, position), *jax.tree.map(lambda x: x[None], parts))
             return jax.tree.map(lambda x: x[0], drawn)
 
-        with on_mesh_of(arrays):
-            return jax.vmap(one)(*alike_rows((self.positions, arrays)))
+        return on_mesh_of(lambda *rows: jax.vmap(one)(*alike_rows(rows)), self.positions, arrays)
 
     def draw_whole(self, fn: Callable[[Key[Array, ""], int], Any]) -> Any:
         """Returns these rows of fn(key, size): one draw for the whole batch, the same on every device."""
@@ -98,16 +98,44 @@ def batch_rows(batch: Any, key: Key[Array, ""], num: int) -> Rows:
     Example:
         rows = batch_rows({"x1": x1}, key, num=len(x1))
     """
-    rows = batch.get(ROWS) if isinstance(batch, Mapping) else None
+    rows = batch.rows if isinstance(batch, Batch) else batch.get(ROWS) if isinstance(batch, Mapping) else None
     if rows is None:
         return Rows(key, jnp.arange(num), size=num)
     if len(rows.positions) != num:
-        raise ValueError(f"the batch has {num} rows and positions of {len(rows.positions)}; give each row its own.")
+        raise ValueError(f"the batch has {num} rows but {len(rows.positions)} positions; give each row its own.")
     return rows
 
 
+def with_rows(batch: Any, rows: Rows) -> Any:
+    """Returns a `Batch` or a dict with its rows; any other kind of batch unchanged.
+
+    Raises ValueError if it has rows already.
+
+    Example:
+        loss, metrics = objective(variables, with_rows(batch, rows), key)
+    """
+    if not isinstance(batch, Batch | Mapping):
+        return batch
+    if isinstance(batch, Batch) and batch.rows is None:
+        return batch._replace(rows=rows)
+    if isinstance(batch, Batch) or ROWS in batch:
+        raise ValueError(f"a batch has {ROWS!r}, which training adds itself; leave it out, or rename the array.")
+    return {**batch, ROWS: rows}
+
+
+def without_rows(batch: Any) -> Any:
+    """Returns a batch without its rows, as the data alone.
+
+    Example:
+        num = len(jax.tree.leaves(without_rows(batch))[0])
+    """
+    if isinstance(batch, Batch):
+        return batch._replace(rows=None)
+    return {name: value for name, value in batch.items() if name != ROWS} if isinstance(batch, Mapping) else batch
+
+
 def share_of_batch(key: Key[Array, ""], num: int, axis_name: str) -> Rows:
-    """Returns the rows of this device, of `num` on each along `axis_name`; consecutive ones, in the order of the axis.
+    """Returns the rows of this device: `num` consecutive ones, in the order of the devices along `axis_name`.
 
     Example:
         rows = share_of_batch(key, num=16, axis_name="data")  # inside jax.pmap(..., axis_name="data")

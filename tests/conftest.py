@@ -1,4 +1,4 @@
-"""A hostile environment: four virtual devices, no silent broadcasting, no reused keys, warnings are errors."""
+"""A hostile environment: four virtual devices, no silent broadcasting, no reused keys."""
 
 import atexit
 import os

@@ -13,6 +13,7 @@ import numpy as np
 import flowgen
 import flowgen.flows
 from flowgen.conditioning import TextCondition
+from flowgen.data import Batch
 
 SMALL = {"channels": 2, "patch_size": 2, "width": 32, "num_blocks": 2, "layers_per_block": 2, "head_dim": 16}
 
@@ -98,7 +99,5 @@ def labels(config, batch=4):
 
 
 def batch_of(x, cond):
-    """Returns the batch of 8-bit pictures that an objective takes."""
-    label = jnp.zeros(len(x), jnp.int32) if cond is None else cond
-    condition = {"text": cond} if isinstance(cond, TextCondition) else {"label": label}
-    return {"image": jnp.asarray((x + 1) * 127, jnp.uint8), **condition}
+    """Returns the batch of 8-bit images that an objective takes."""
+    return Batch(jnp.asarray((x + 1) * 127, jnp.uint8), cond)

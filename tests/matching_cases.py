@@ -23,13 +23,13 @@ MEAN, STD = 1.0, 0.5
 
 
 def gaussian_velocity(path, t, x):
-    """Returns the exact velocity of a path between source and data, `b 1`."""
+    """Returns the exact velocity of a path between noise and data, `b 1`."""
     alpha, beta, d_alpha, d_beta = (number[:, None] for number in path.schedule(t))
     variance = beta**2 + alpha**2 * STD**2
     return d_alpha * MEAN + (beta * d_beta + alpha * d_alpha * STD**2) / variance * (x - alpha * MEAN)
 
 
 def gaussian_score(path, t, x):
-    """Returns the exact ∇ log p_t of a path between source and data, `b 1`."""
+    """Returns the exact ∇ log p_t of a path between noise and data, `b 1`."""
     alpha, beta, _, _ = (number[:, None] for number in path.schedule(t))
     return -(x - alpha * MEAN) / (beta**2 + alpha**2 * STD**2)

@@ -18,9 +18,8 @@ from flowgen.codecs import (
     VideoAutoencoderCodec,
     VideoAutoencoderConfig,
 )
-from flowgen.codecs.video_codec import FrameCodec
-from flowgen.data import ClipsConfig, DataConfig, from_uint8, load, load_clips, to_uint8
-from flowgen.decoding import Guidance, Jacobi, invert, sample, sample_clips
+from flowgen.data import Batch, ClipsConfig, DataConfig, from_uint8, load, load_clips, to_uint8
+from flowgen.decoding import Clip, Guidance, Jacobi, invert, sample
 from flowgen.flows import ClipDenoiser, STARFlowV, STARFlowVConfig, density
 from flowgen.flows.batches import dequantise
 from flowgen.flows.objective import nll_objective
@@ -72,7 +71,7 @@ TAKES_PIXELS = {
     "denoise nothing": (IMAGE, lambda x: density.tweedie_step(FLOW, PARAMS, x, noise_std=0.0)),
     "invert": ((2, 4, 4), lambda z: invert(FLOW, PARAMS, z).x),
     "log_prob of clips": ((2, 2, 4, 4, 1), lambda x: CLIP_FLOW.apply(CLIP_PARAMS, x, method="log_prob")),
-    "sample_clips": ((2, 1, 4, 4, 1), lambda x: sample_clips(CLIP_FLOW, CLIP_PARAMS, key(), 2, given=x).x),
+    "given frames": ((2, 1, 4, 4, 1), lambda x: sample(CLIP_FLOW, CLIP_PARAMS, key(), 2, clip=Clip(given=x)).x),
     "denoiser": (
         (2, 2, 4, 4, 1),
         lambda x: ClipDenoiser(CLIP_FLOW.config).apply({"params": CLIP_PARAMS["params"]["denoiser"]}, x),
@@ -83,7 +82,7 @@ TAKES_PIXELS = {
     "AutoencoderCodec.decode": (IMAGE, lambda x: AutoencoderCodec(ENCODER, ENCODER_PARAMS).decode(x)),
     "Autoencoder.encode": (IMAGE, lambda x: ENCODER.apply(ENCODER_PARAMS, x, method="encode")[0]),
     "Autoencoder.decode": (IMAGE, lambda x: ENCODER.apply(ENCODER_PARAMS, x, method="decode")),
-    "FrameCodec.moments": ((2, 2, 4, 4, 1), lambda x: FrameCodec(PixelCodec(pixel_channels=1)).moments(x)[0]),
+    "PixelCodec.moments of clips": ((2, 2, 4, 4, 1), lambda x: PixelCodec(pixel_channels=1).moments(x)[0]),
     "VideoAutoencoderCodec.moments": (CLIP, lambda x: VideoAutoencoderCodec(VIDEO, VIDEO_PARAMS).moments(x)[0]),
     "VideoAutoencoder.encode": (CLIP, lambda x: VIDEO.apply(VIDEO_PARAMS, x, method="encode")[0]),
     "network": (IMAGE, lambda x: NETWORK.apply(NETWORK_PARAMS, T, x)),
@@ -104,7 +103,7 @@ TAKES_PIXELS = {
 }
 # Of half precision they draw other noise.
 DRAW_IN_THE_TYPE_OF_X = ("flow_matching_loss", "mean_flow_loss", "integrate_sde")
-SLOW_TO_COMPILE = ("sample_clips", "VideoAutoencoder.encode", "VideoAutoencoderCodec.moments")
+SLOW_TO_COMPILE = ("given frames", "VideoAutoencoder.encode", "VideoAutoencoderCodec.moments")
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "int32", "bool"])
@@ -165,8 +164,9 @@ WRONG = {
     "invert: an image for z": (lambda: invert(FLOW, PARAMS, X), "z has shape (2, 4, 4, 1)"),
     "invert: swapped": (lambda: invert(PARAMS, FLOW, Z), "flow is a dict"),
     "invert: a list": (lambda: invert(FLOW, PARAMS, [0.0]), "z is a list"),
-    "sample_clips: a flow of images": (lambda: sample_clips(FLOW, PARAMS, key(), 1), "flow is a TARFlow"),
-    "sample_clips: frames 0": (lambda: sample_clips(CLIP_FLOW, CLIP_PARAMS, key(), 1, frames=0), "frames is 0"),
+    "sample: no numbers": (lambda: sample(FLOW, PARAMS, key(), range(0)), "num has no numbers"),
+    "sample: a clip of images": (lambda: sample(FLOW, PARAMS, key(), 1, clip=Clip(frames=2)), "clip is given"),
+    "sample: frames for a clip": (lambda: sample(CLIP_FLOW, CLIP_PARAMS, key(), 1, clip=2), "clip is 2"),
     "Guidance: a text": (lambda: Guidance(scale="strong"), "scale is 'strong'"),
     "Jacobi: a text": (lambda: Jacobi(window="8"), "window is '8'"),
     "init: a number for the key": (lambda: flowgen.init(FLOW, 0), "key is 0"),
@@ -184,17 +184,17 @@ WRONG = {
     "from_uint8: floats": (lambda: from_uint8(X), "images is float32"),
     "nll_objective: an array": (lambda: nll_objective(FLOW)(PARAMS, X, key()), "batch is float32"),
     "nll_objective: a number for the key": (
-        lambda: nll_objective(FLOW)(PARAMS, {"image": jnp.zeros(IMAGE, jnp.uint8), "label": jnp.zeros(2, int)}, 0),
+        lambda: nll_objective(FLOW)(PARAMS, Batch(jnp.zeros(IMAGE, jnp.uint8), jnp.zeros(2, int)), 0),
         "key is 0",
     ),
-    "nll_objective: other names": (lambda: nll_objective(FLOW)(PARAMS, {"x": X}, key()), "batch is ['x']"),
+    "nll_objective: a dict": (lambda: nll_objective(FLOW)(PARAMS, {"x": X}, key()), "batch is a dict; give a flowgen"),
     "nll_objective: no labels": (
-        lambda: nll_objective(FLOW)(PARAMS, {"image": jnp.zeros(IMAGE, jnp.uint8)}, key()),
-        "batch has 'image' and no 'label'",
+        lambda: nll_objective(FLOW)(PARAMS, Batch(jnp.zeros(IMAGE, jnp.uint8)), key()),
+        "batch.context is None; this flow takes classes",
     ),
     "nll_objective: floats": (
-        lambda: nll_objective(FLOW)(PARAMS, {"image": X, "label": jnp.zeros(2, int)}, key()),
-        "images is float32",
+        lambda: nll_objective(FLOW)(PARAMS, Batch(X, jnp.zeros(2, int)), key()),
+        "batch.x is float32",
     ),
     "flow_score_objective: an array": (
         lambda: flow_score_objective(CLIP_FLOW)(CLIP_PARAMS, X, key()),
@@ -254,7 +254,7 @@ def test_keys_of_the_old_kind_are_keys():
 
 
 def test_a_side_stands_for_a_square():
-    source = load(DataConfig(), image_size=8, channels=1, split="eval")
-    assert source.image_shape == (8, 8, 1)
+    dataset = load(DataConfig(), image_size=8, channels=1, split="eval")
+    assert dataset.event_shape == (8, 8, 1)
     clips = load_clips(ClipsConfig(num=20), frames=2, image_size=16, channels=1, split="train")
-    assert clips.image_shape == (16, 16, 1)
+    assert clips.event_shape[-3:] == (16, 16, 1)

@@ -344,7 +344,7 @@ REFUSED_SHAPES = {
     "segments": ({"segment_ids": (2, 5)}, ["segment_ids have shape (2, 5)", "(batch, tokens)", "(2, 6)"]),
     "segments of rank 1": ({"segment_ids": (6,)}, ["segment_ids have shape (6,)", "(batch, tokens)", "(2, 6)"]),
 }
-KINDS = {"mask": bool, "segment_ids": int}
+KINDS = {"mask": bool, "segment_ids": jnp.int32}
 
 
 @pytest.mark.parametrize("name", KERNELS)

@@ -1,10 +1,13 @@
 """What is chosen by device: the same numbers everywhere, by the library where there is no reason against it."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tolerances import LAYER, assert_close
+from jax.sharding import AxisType, PartitionSpec
+from tolerances import FORMULA, LAYER, assert_close
 
 from flowgen import backend
 
@@ -32,6 +35,24 @@ def test_matrices_are_factored_by_the_library_everywhere_but_on_cpus(name):
     assert_close(jax.jit(fn)(x), exact, LAYER)
     called = {platform: library_calls(fn, x, platform) for platform in ("tpu", "cuda", "cpu")}
     assert called == {"tpu": True, "cuda": True, "cpu": False}
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_gelu_has_the_derivatives_of_its_formula_in_mapped_programs_too(check_vma):
+    """d/dx x Φ(x) = Φ(x) + x φ(x), and d²/dx² = (2 - x²) φ(x), with the density φ of the normal distribution."""
+    slope = jax.vmap(jax.grad(backend.gelu))
+    curvature = jax.vmap(jax.grad(jax.grad(backend.gelu)))
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
+    part = PartitionSpec("data")
+    mapped = jax.shard_map(
+        lambda x: (slope(x), curvature(x)), mesh=mesh, in_specs=part, out_specs=part, check_vma=check_vma
+    )
+    x = np.linspace(-3, 3, 16, dtype=np.float32)
+    first, second = jax.jit(mapped)(x)
+    density = np.exp(-np.square(x) / 2) / math.sqrt(2 * math.pi)
+    distribution = np.array([(1 + math.erf(value / math.sqrt(2))) / 2 for value in x])
+    assert_close(first, distribution + x * density, FORMULA)
+    assert_close(second, (2 - np.square(x)) * density, FORMULA)
 
 
 def test_nan_survives_an_exponential():

@@ -134,7 +134,7 @@ def test_a_damaged_file_is_refused(copied, damage, choose):
         CheckpointReader(copied).restore(7, like)
     message = one_sentence(error)
     assert path.name in message
-    assert message.endswith("remove that folder to go on from step 3.")
+    assert message.endswith("remove that folder to resume from step 3.")
     shutil.rmtree(copied / "7")
     assert_same(CheckpointReader(copied).restore(3, like), make_state(3))
 
@@ -237,7 +237,7 @@ def test_nothing_is_overwritten(written, weights, tmp_path):
     file = tmp_path / "file"
     file.write_text("mine")
     for path in (written, file):
-        with pytest.raises(FileExistsError, match="exists already") as error:
+        with pytest.raises(FileExistsError, match="already exists") as error:
             checkpoint.write_run(path, EXPERIMENT, weights)
         one_sentence(error)
     assert sorted(written.rglob("*")) == before
@@ -293,7 +293,7 @@ def test_load_says_what_is_missing(weights, tmp_path):
     assert "is not a directory" in messages["file"]
     assert "is not a flowgen run" in messages["foreign"]
     assert "has no checkpoint yet" in messages["begun"]
-    assert "has no checkpoint 5; there are 4." in messages["step"]
+    assert "has no checkpoint 5; choose one of 4." in messages["step"]
     assert "has no evaluated checkpoint" in messages["best"]
 
 
@@ -308,9 +308,9 @@ def test_weights_of_another_model_are_refused(weights, tmp_path):
 def test_a_damaged_run_is_refused(written, tmp_path):
     run = shutil.copytree(written, tmp_path / "run")
     _flip(_largest(run / "checkpoints" / "0" / "params"))
-    with pytest.raises(ValueError, match="other bytes than were saved") as error:
+    with pytest.raises(ValueError, match="has changed since it was saved") as error:
         checkpoint.load(run)
-    assert one_sentence(error).endswith("no other step is left.")
+    assert one_sentence(error).endswith("there is no other checkpoint.")
 
 
 def test_loaded_variables_are_device_arrays(written):

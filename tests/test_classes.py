@@ -17,6 +17,7 @@ from flowgen.data import (
     ArrayDataset,
     ClipsConfig,
     DataConfig,
+    Moments,
     check_classes,
     found_classes,
     load,
@@ -24,7 +25,8 @@ from flowgen.data import (
     told_once,
 )
 from flowgen.data.classes import parse_classes
-from flowgen.data.latents import LatentWriter, Shard, read_latents
+from flowgen.data.latent_files import LatentsConfig, LatentWriter, read_latents
+from flowgen.data.latents import Shard
 from flowgen.evaluation import flow_bits_per_dim
 from flowgen.experiments import FlowExperiment, VideoFlowExperiment, fit
 from flowgen.experiments.drawing import drawn_classes
@@ -36,7 +38,7 @@ LEVELS = {"cat": 20, "dog": 120, "fox": 220, "zebra": 70}
 
 
 def photos(root, *names, count=6):
-    """Grey pictures with a little noise, of a level that is the class's."""
+    """Grey images with a little noise, of a level that is the class's."""
     for name in names:
         (root / name).mkdir(parents=True)
         noise = np.random.default_rng(0)
@@ -65,8 +67,8 @@ def encoded(path, names, labels=None):
     writer, count = LatentWriter(path), len(names)
     labels = np.arange(count, dtype=np.int32) if labels is None else labels
     moments = np.ones((count, 4, 4, 1), np.float32)
-    writer.add("train", Shard(moments, moments, labels))
-    writer.finish(class_names=names, made_by={})
+    writer.add("train", Shard(Moments(moments, moments), labels), kind="image")
+    writer.finish(class_names=names)
     return path
 
 
@@ -90,8 +92,8 @@ MAKERS = [of_folder, of_npz, of_latents]
 )
 def test_labels_are_mapped_by_name(make, names, classes, expected, tmp_path, caplog):
     dataset = make(tmp_path / "data", names, classes)
-    assert everything(dataset)["label"].tolist() == expected
-    assert everything(dataset)["label"].dtype == np.int32
+    assert everything(dataset).context.tolist() == expected
+    assert everything(dataset).context.dtype == np.int32
     assert dataset.class_names == (classes or names)
     missing = [name for name in classes if name not in names]
     assert [name for name in KNOWN if name in caplog.text.replace(str(tmp_path), "")] == missing
@@ -103,14 +105,14 @@ def test_a_class_that_is_not_known_is_refused_by_name(make, tmp_path):
         make(tmp_path / "data", ("cat", "zebra"), KNOWN)
 
 
-def test_built_in_pictures_and_clips_are_mapped_by_name():
+def test_built_in_images_and_clips_are_mapped_by_name():
     names = tuple("9876543210")
     digits = load(DataConfig(), image_size=(8, 8), channels=1, split="all")
     turned = load(DataConfig(classes=names), image_size=(8, 8), channels=1, split="all")
     np.testing.assert_array_equal(turned.labels, 9 - digits.labels)
     shape = {"frames": 2, "image_size": (10, 10), "channels": 1, "split": "all"}
     clips, mapped = (load_clips(ClipsConfig(num=40, classes=classes), **shape) for classes in ((), names))
-    np.testing.assert_array_equal(everything(mapped)["label"], 9 - everything(clips)["label"])
+    np.testing.assert_array_equal(everything(mapped).context, 9 - everything(clips).context)
     with pytest.raises(ValueError, match=r"data\.name 'bouncing' has the class 9"):
         load_clips(ClipsConfig(num=40, classes=tuple("012345678")), **shape)
 
@@ -145,7 +147,7 @@ def test_the_largest_label_of_a_type_counts(tmp_path, labels, classes):
 def test_sparse_labels_are_refused_before_anything_is_made_of_them(tmp_path, largest):
     labels = np.array([0, largest], np.uint64)
     np.savez(tmp_path / "a.npz", images=np.zeros((2, 8, 8), np.uint8), labels=labels)
-    with pytest.raises(ValueError, match=rf"'labels' .* contains {largest} for 2 pictures"):
+    with pytest.raises(ValueError, match=rf"'labels' .* contains {largest} for 2 images"):
         load(DataConfig("npz", path=str(tmp_path / "a.npz")), image_size=(8, 8), channels=1, split="all")
 
 
@@ -191,7 +193,7 @@ def test_latents_that_are_no_numbers_are_refused_when_they_are_read(tmp_path, pa
     array[1, 2, 2] = value
     np.save(path / "train-00000" / f"{part}.npy", array)
     dataset = read_latents(path, "train")
-    assert dataset[np.array([0, 2])][part].shape == (2, 4, 4, 1)
+    assert getattr(dataset[np.array([0, 2])].x, part).shape == (2, 4, 4, 1)
     with pytest.raises(ValueError, match="train-00000' have a mean or std"):
         dataset[np.array([1])]
 
@@ -208,22 +210,22 @@ def test_classes_that_the_data_do_not_have_are_told(caplog):
 
 def test_cached_latents_of_an_experiment_have_the_numbers_of_its_run(tmp_path):
     model = TARFlowConfig(image_size=4, channels=1, patch_size=2, width=16, head_dim=8, num_blocks=2, num_classes=3)
-    data = DataConfig("encoded", path=str(encoded(tmp_path / "set", ("dog", "fox"))))
+    data = LatentsConfig(str(encoded(tmp_path / "set", ("dog", "fox"))))
     fresh = FlowExperiment(name="latents", model=dataclasses.replace(model, noise_std=0.3), data=data)
     assert fresh.with_provenance().data.classes == ("dog", "fox")
     experiment = dataclasses.replace(fresh, data=dataclasses.replace(data, classes=KNOWN))
     assert experiment.with_provenance() == experiment
-    assert experiment.flow_dataset("train")[np.arange(2)]["label"].tolist() == [1, 2]
+    assert experiment.flow_dataset("train")[np.arange(2)].context.tolist() == [1, 2]
 
 
-def test_pictures_beside_clips_have_the_numbers_of_the_clips(tmp_path):
+def test_images_beside_clips_have_the_numbers_of_the_clips(tmp_path):
     tiny = {"patch_size": 4, "width": 40, "head_dim": 20, "layers_per_block": (1, 1)}
     names = ["7", "0"]
     np.savez(tmp_path / "a.npz", images=np.zeros((2, 12, 12), np.uint8), labels=[0, 1], class_names=names)
     data = ClipsConfig(num=60, images=DataConfig("npz", path=str(tmp_path / "a.npz"), eval_fraction=0.0))
     model = STARFlowVConfig(image_size=12, channels=1, frames=3, num_classes=10, **tiny)
     _, stills = VideoFlowExperiment(name="clips", model=model, data=data).flow_dataset("train").buckets
-    assert stills[np.arange(2)]["label"].tolist() == [7, 0]
+    assert stills[np.arange(2)].context.tolist() == [7, 0]
 
 
 def test_classes_named_by_numbers_are_asked_for_by_name_alone():
@@ -254,7 +256,7 @@ def experiment_of(**changes):
 def test_classes_of_the_model_without_data_are_told_once_and_not_drawn(tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
     photos(tmp_path / "photos", *KNOWN)
-    (tmp_path / "photos" / "notes.xcf").write_text("no picture")
+    (tmp_path / "photos" / "notes.xcf").write_text("no image")
     experiment = experiment_of()
     experiment = dataclasses.replace(
         experiment, model=dataclasses.replace(experiment.model, num_classes=10)
@@ -315,7 +317,7 @@ def test_a_class_is_asked_for_by_name(run, tmp_path):
 
 @pytest.fixture
 def again(run, tmp_path, monkeypatch):
-    """A copy of the run and of its pictures, in which the test is; the pictures may be changed."""
+    """A copy of the run and of its images, in which the test is; the images may be changed."""
     for name in ("run", "photos"):
         shutil.copytree(run.parent / name, tmp_path / name)
     monkeypatch.chdir(tmp_path)
@@ -336,7 +338,7 @@ def test_a_renamed_class_is_refused(again):
 
 
 @pytest.mark.slow
-def test_a_class_without_pictures_goes_on_where_its_name_is_kept(again, caplog):
+def test_a_class_without_images_goes_on_where_its_name_is_kept(again, caplog):
     workdir, path = again
     shutil.rmtree(path / "dog")
     with pytest.raises(ValueError, match=r"data\.classes: dog missing; to go on"):
@@ -357,7 +359,7 @@ def test_a_run_that_kept_no_names_goes_on(run, tmp_path, monkeypatch, capsys):
     assert checkpoint.load(workdir)[2] == old
     assert resumed(workdir).state.step == 6
     assert checkpoint.load(workdir)[2].data.classes == KNOWN
-    assert "kept no list of its files" in capsys.readouterr().err
+    assert "has no list of its data files" in capsys.readouterr().err
 
 
 def test_a_run_says_what_changed_in_its_files(again, capsys):
@@ -370,7 +372,7 @@ def test_a_run_says_what_changed_in_its_files(again, capsys):
     shutil.copy(path / next(iter(record["files"]["train"])), path / "cat" / "new.png")
     resumed(workdir)
     said = capsys.readouterr().err
-    assert said.count("The data changed since the run was last started") == 1
+    assert said.count("The data have changed since the run was last started") == 1
     assert "1 added ('cat/new.png')" in said
     assert f"1 removed ('{held[0]}')" in said
     assert "images: 14 train, 4 held out, 8 x 8, classes: cat, dog, fox" in said

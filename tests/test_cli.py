@@ -1,4 +1,4 @@
-"""The commands as a user types them: one tiny run from training to pictures, scripts, streams and exit codes."""
+"""The commands as a user types them: one tiny run from training to images, scripts, streams and exit codes."""
 
 import dataclasses
 import json
@@ -130,7 +130,7 @@ def test_an_image_depends_on_its_seed_and_number_alone(trained, tmp_path):
     assert (np.abs(other - whole).max(axis=(1, 2)) > LEVELS_APART).all(), "every image follows the seed"
 
 
-def test_jacobi_decoding_gives_the_same_pictures_and_is_certified(trained, tmp_path):
+def test_jacobi_decoding_gives_the_same_images_and_is_certified(trained, tmp_path):
     def draw(name, words):
         path = tmp_path / name
         lines = succeed(f"{SAMPLES} {words} --checkpoint", trained.path, "--out", path).splitlines()
@@ -227,7 +227,7 @@ def run_python(*words, cwd):
     )
 
 
-def test_sample_script_writes_a_picture(trained, tmp_path):
+def test_sample_script_writes_a_image(trained, tmp_path):
     result = run_python(PROJECT / "sample.py", "--checkpoint", trained.path, "--num", 2, cwd=tmp_path)
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.endswith("Wrote samples.png\n")

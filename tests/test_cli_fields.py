@@ -68,9 +68,8 @@ def test_every_field_has_a_line_of_help(cls):
     ],
 )
 def test_the_help_of_attention_names_what_the_model_takes(cls, names):
-    about = help_of(cls)["attention"]
-    listed = about.rstrip(".").replace(":", ",").replace('"', "").split(", ")
-    assert set(names) <= set(listed)
+    choices = {setting.name: setting.choices for setting in settings.settings(cls(image_size=8))}["attention"]
+    assert set(map(repr, names)) <= set(choices.split(" or "))
     for name in names:
         cls(image_size=8, attention=name)
     for name in {"soft", *KERNELS, "gated", "delta"} - set(names):
@@ -248,8 +247,8 @@ def test_fields_that_do_not_fit_are_refused(tmp_path, flow_run, name):
 
 
 EVALUATE_REFUSED = {
-    "nothing is drawn": (["--sampling.guidance", "2"], "--sampling.guidance is given, and no samples are drawn"),
-    "another count": (["--samples", "4", "--sampling.num", "2"], "--sampling.num is not asked by evaluate"),
+    "nothing is drawn": (["--sampling.guidance", "2"], "--sampling.guidance is given, but no samples are drawn"),
+    "another count": (["--samples", "4", "--sampling.num", "2"], "--sampling.num has no effect in evaluate"),
     "another group": (["--optim.lr", "1"], "--optim.lr is not an option here"),
 }
 
@@ -306,6 +305,6 @@ def test_outside_the_environment_the_missing_package_is_named(script):
     command = [sys.executable, "-S", *script.split()]  # without the packages that are installed
     ended = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True)
     assert ended.returncode == EXIT_MISTAKE
-    assert re.match(r"flowgen: The package (jax|numpy) is missing in ", ended.stderr)
+    assert re.match(r"flowgen: The package (jax|numpy) is not installed for ", ended.stderr)
     assert 'pip install -e ".[train]"' in ended.stderr
     assert ended.stderr.count("\n") == 1

@@ -63,7 +63,7 @@ def museum(tmp_path_factory):
     (root / "empty").mkdir()
     make_configs(root)
     make_runs(root)
-    make_pictures(root)
+    make_photos(root)
     make_weights(root)
     return root, contents(root)
 
@@ -101,13 +101,13 @@ def make_runs(root):
     (root / "not_json" / "config.json").write_text("{")
 
 
-def make_pictures(root):
+def make_photos(root):
     for folder in ("corrupt/zero", "flat"):
-        (root / "pictures" / folder).mkdir(parents=True)
+        (root / "photos" / folder).mkdir(parents=True)
     for name in ("corrupt/zero/a", "flat/a", "flat/b"):
-        Image.new("L", (8, 8), 128).save(root / "pictures" / f"{name}.png")
-    (root / "pictures" / "corrupt" / "zero" / "b.png").write_bytes(b"not a picture")
-    np.savez(root / "pictures" / "float.npz", images=np.zeros((20, 8, 8)), labels=np.zeros(20, np.int64))
+        Image.new("L", (8, 8), 128).save(root / "photos" / f"{name}.png")
+    (root / "photos" / "corrupt" / "zero" / "b.png").write_bytes(b"not an image")
+    np.savez(root / "photos" / "float.npz", images=np.zeros((20, 8, 8)), labels=np.zeros(20, np.int64))
 
 
 def make_weights(root):
@@ -160,30 +160,30 @@ MISTAKES = {
     f"{TRAIN} --sampling.num 0": r"sampling\.num is 0; it must be at least 1",
     # Config files.
     "train --workdir new --config none.py": r"config none\.py does not exist",
-    "train --workdir new --config raises.py": r"config raises\.py fails in line 2 \(RuntimeError: no cluster\); corr",
-    "train --workdir new --config syntax.py": r"config syntax\.py fails in line 1 \(SyntaxError: invalid syntax",
-    "train --workdir new --config argument.py": r"config argument\.py fails in line 5 \(TypeError: .*'widht'\); corr",
-    "train --workdir new --config value.py": r"config value\.py fails in line 5 \(width is 0; it must be at lea",
+    "train --workdir new --config raises.py": r"config raises\.py fails on line 2 \(RuntimeError: no cluster\); corr",
+    "train --workdir new --config syntax.py": r"config syntax\.py fails on line 1 \(SyntaxError: invalid syntax",
+    "train --workdir new --config argument.py": r"config argument\.py fails on line 5 \(TypeError: .*'widht'\); corr",
+    "train --workdir new --config value.py": r"config value\.py fails on line 5 \(width is 0; it must be at lea",
     # Data.
-    f"{TRAIN} --data.name emoji": r"data\.name is 'emoji'; it must be 'digits' or",
-    f"{TRAIN} --data.name folder --data.path pictures/flat": r"the data carries no labels; .* model\.num_classes",
-    f"{TRAIN} --data.name folder --data.path pictures/corrupt --model.num_classes 1": r"1 picture .*/b\.png' \(no p",
-    f"{TRAIN} --data.name npz --data.path pictures/float.npz": r"'images' .* is float64; save uint8 levels",
+    f"{TRAIN} --data.name emoji": r"data\.name is 'emoji'; choose one of digits,",
+    f"{TRAIN} --data.name folder --data.path photos/flat": r"the data carries no labels; .* model\.num_classes",
+    f"{TRAIN} --data.name folder --data.path photos/corrupt --model.num_classes 1": r"1 image .*/b\.png' \(not",
+    f"{TRAIN} --data.name npz --data.path photos/float.npz": r"'images' .* is float64; save uint8 levels",
     # Run directories to write.
-    "train --debug --config tiny.py --workdir mine": r"workdir mine holds files but no flowgen run; give a new",
+    "train --debug --config tiny.py --workdir mine": r"workdir mine holds files, but no flowgen run; give a new",
     f"train --debug --config {DIGITS} --workdir run --model.width 64 --optim.lr 0.1": (
         r"the run was begun with another config \(model\.width: 32 -> 64; optim\.lr: \S+ -> 0\.1\); undo that, or train"
     ),
     f"train --debug --config {DIGITS} --workdir classless": r"begun with another config \(.*num_classes: 0 -> 10",
-    f"train --debug --config {DIGITS} --workdir flipped": r"Checkpoint 8 .* is damaged \(ema/\S+ has other bytes",
+    f"train --debug --config {DIGITS} --workdir flipped": r"Checkpoint 8 .* is damaged \(ema/\S+ has changed since",
     f"train --debug --config {DIGITS} --workdir not_json": r"not_json/config\.json is not a file with a JSON object",
-    f"{CONVERT} --to mine": r"mine exists already; give another directory",
-    f"{CONVERT} --to file.txt/new": r"file\.txt/new cannot be made, because \S*file\.txt is a file; give another",
+    f"{CONVERT} --to mine": r"mine already exists; give another directory",
+    f"{CONVERT} --to file.txt/new": r"file\.txt/new cannot be created, because \S*file\.txt is a file; give another",
     # Run directories to read.
     f"{SAMPLE} mine": r"checkpoint mine is not a flowgen run \(it has no config\.json\)",
     f"{SAMPLE} alien": r"model\.type is 'GLOW'; choose one of TARFlow, STARFlow\.",
     f"{SAMPLE} other_model": r"Checkpoint 8 of other_model does not fit config\.json: .*\(model\.width: 32 -> 64\)",
-    f"{SAMPLE} flipped": r"Checkpoint 8 .* is damaged \(ema/\S+ has other bytes .*\); remove that folder",
+    f"{SAMPLE} flipped": r"Checkpoint 8 .* is damaged \(ema/\S+ has changed since .*\); remove that folder",
     f"{SAMPLE} run --step last": r"--step: 'last' is neither a number nor best; see",
     f"{SAMPLE} run --step -1": r"--step: '-1' is neither a number nor best; see",
     "evaluate --checkpoint mine": r"checkpoint mine is not a flowgen run",
@@ -205,20 +205,20 @@ MISTAKES = {
     f"{SAMPLE} run --seed 4294967296": r"--seed is 4294967296; it must be from 0 to 4294967295",
     # Outputs.
     "sample --checkpoint run --out file.txt/a.png": r"Cannot write 'file\.txt/a\.png': 'file\.txt' is a file, not a f",
-    "sample --checkpoint run --out empty": r"'empty' has no picture suffix; use one of \.png",
-    "sample --checkpoint run --out a.gif": r"--out is a\.gif, a video, and this model draws none; use \.png",
-    "sample --checkpoint run --single mine": r"mine exists already; give another directory",
-    "sample --checkpoint run --out a.png --single a.png": r"--single and --out are both a\.png; give the single files",
+    "sample --checkpoint run --out empty": r"'empty' has no image suffix; use one of \.png",
+    "sample --checkpoint run --out a.gif": r"--out is a\.gif, but this model does not draw videos; use \.png",
+    "sample --checkpoint run --single mine": r"mine already exists; give another directory",
+    "sample --checkpoint run --out a.png --single a.png": r"--single and --out are both a\.png; give --single",
     # Published weights.
     f"{FROM}/truncated.safetensors": r"'weights/truncated\.safetensors' is damaged .*; get the file again",
-    f"{FROM}/intruder.pth": r"'weights/intruder\.pth' is not read: its pickle asks for 'io\.open'",
+    f"{FROM}/intruder.pth": r"'weights/intruder\.pth' is refused: its pickle uses 'io\.open'",
     f"{FROM}/incomplete.safetensors": r"do not fit the model, 1 problem: 'blocks\.1\.proj_in\.bias' is missing",
     f"{FROM}/unnamed.safetensors --entry ema": r"has no entry 'ema'; leave entry out",
     f"{CONVERT} --to new --image-size 12": r"image_size 12x12 .* but the weights have 16; use image_size=8",
     f"{CONVERT} --to new --image-size big": r"--image-size is 'big'; give a side such as 64, or height,width",
     f"{CONVERT} --to new --channels 0": r"--channels: '0' is not a whole number of at least 1; see",
-    "convert weights/unnamed.safetensors --to new --image-size 8 --noise-std 0": r"--patch-size is not in the name of",
-    "convert weights/unnamed.safetensors --to new --image-size 8 --patch-size 2": r"--noise-std is not in the name of",
+    "convert weights/unnamed.safetensors --to new --image-size 8 --noise-std 0": r"--patch-size is missing, and",
+    "convert weights/unnamed.safetensors --to new --image-size 8 --patch-size 2": r"--noise-std is missing, and",
 }
 
 

@@ -12,6 +12,7 @@ from tolerances import LAYER, NETWORK, assert_close
 
 from flowgen.conditioning import TextCondition
 from flowgen.decoding import (
+    Clip,
     DecodePlan,
     Denoiser,
     Guidance,
@@ -20,7 +21,6 @@ from flowgen.decoding import (
     invert,
     product_rule,
     sample,
-    sample_clips,
 )
 from flowgen.flows import AutoregressiveBlock, STARFlow, STARFlowConfig, STARFlowV, block_parameters
 
@@ -77,7 +77,7 @@ def restarted(flow, params, cond, x, z, context):
 def test_given_frames_come_back_and_the_rest_is_plain_inversion(config, count):
     flow, params, cond = flow_of(config)
     given = frames_of(config, count)
-    r = sample_clips(flow, params, KEY, 2, cond, given=given, denoise=False, certify=True)
+    r = sample(flow, params, KEY, 2, cond, clip=Clip(given=given), denoise=False, certify=True)
     np.testing.assert_array_equal(r.x[:, :count], given)
     expected = behind(flow, params, cond, given, noise(config, 3)[:, count * PER_FRAME :])
     assert_close(r.x, expected, NETWORK)
@@ -92,8 +92,8 @@ def test_guidance_behind_given_frames_is_its_definition(config):
     null = TextCondition(jnp.ones((1, 3, 5)), jnp.ones((1, 3), bool)) if config.text_dim else None
     cond = laws.labels(config, batch=2) if config.text_dim else jnp.array([0, 2], jnp.int32)
     other = TextCondition(jnp.ones((2, 3, 5)), jnp.ones((2, 3), bool)) if config.text_dim else None
-    guidance = Guidance(scale=1.5, rule="product")
-    r = sample_clips(flow, params, KEY, 2, cond, given=given, guidance=guidance, null=null, denoise=False, certify=True)
+    guidance = Guidance(scale=1.5, rule="product", null=null)
+    r = sample(flow, params, KEY, 2, cond, clip=Clip(given=given), guidance=guidance, denoise=False, certify=True)
     assert r.error.max() < NETWORK * SIZE
     np.testing.assert_array_equal(r.x[:, :1], given)
 
@@ -113,7 +113,9 @@ def test_guidance_behind_given_frames_is_its_definition(config):
 @pytest.mark.parametrize(("total", "context"), [(6, 1), (5, None)])
 def test_a_long_clip_is_clip_after_clip_behind_the_last_frames(total, context):
     flow, params, cond = flow_of(TEXT)
-    r = sample_clips(flow, params, KEY, 2, cond, frames=total, context=context, denoise=False, certify=context == 1)
+    r = sample(
+        flow, params, KEY, 2, cond, clip=Clip(frames=total, context=context), denoise=False, certify=context == 1
+    )
     z = noise(TEXT, 7 if context == 1 else 5)  # the last restart adds two frames, of which one is too much
     first = invert(flow, params, z[:, : 3 * PER_FRAME], cond).x
     expected = restarted(flow, params, cond, first, z, context=context or 2)
@@ -126,12 +128,12 @@ def test_a_long_clip_is_clip_after_clip_behind_the_last_frames(total, context):
 @pytest.mark.slow
 def test_a_longer_clip_begins_with_the_shorter_one():
     flow, params, cond = flow_of(TEXT)
-    longer = sample_clips(flow, params, KEY, 2, cond, frames=5, denoise=False).x
+    longer = sample(flow, params, KEY, 2, cond, clip=Clip(frames=5), denoise=False).x
     assert_close(longer[:, :3], sample(flow, params, KEY, 2, cond, denoise=False).x, NETWORK)
-    shorter = sample_clips(flow, params, KEY, 2, cond, frames=2, denoise=False)
+    shorter = sample(flow, params, KEY, 2, cond, clip=Clip(frames=2), denoise=False)
     assert_close(shorter.x, longer[:, :2], NETWORK)
     swapped = jax.tree.map(lambda c: c[::-1], cond)  # the second clip beside a third one
-    other = sample_clips(flow, params, KEY, 2, swapped, frames=5, denoise=False, first=1)
+    other = sample(flow, params, KEY, range(1, 3), swapped, clip=Clip(frames=5), denoise=False)
     assert_close(other.x[0], longer[1], NETWORK)
 
 
@@ -139,12 +141,12 @@ def test_a_longer_clip_begins_with_the_shorter_one():
 def test_a_clip_is_continued_from_its_last_frames_alone():
     flow, params, cond = flow_of(TEXT)
     given = frames_of(TEXT, 4)
-    r = sample_clips(flow, params, KEY, 2, cond, frames=6, given=given, context=2, denoise=False, certify=True)
+    r = sample(flow, params, KEY, 2, cond, clip=Clip(frames=6, given=given, context=2), denoise=False, certify=True)
     expected = restarted(flow, params, cond, given, noise(TEXT, 6), context=2)
     assert_close(r.x, expected, NETWORK)
     assert r.error.max() < NETWORK * SIZE
     other = given.at[:, :2].add(1.0)
-    moved = sample_clips(flow, params, KEY, 2, cond, frames=6, given=other, context=2, denoise=False, certify=True)
+    moved = sample(flow, params, KEY, 2, cond, clip=Clip(frames=6, given=other, context=2), denoise=False, certify=True)
     np.testing.assert_array_equal(moved.x[:, 4:], r.x[:, 4:])
 
 
@@ -161,9 +163,8 @@ def test_any_plan_gives_the_same_clip_and_one_program_serves_all_keys_and_scales
         return x
 
     def clip(plan, key=KEY, scale=1.0):
-        guidance = Guidance(scale=scale)
-        options = {"guidance": guidance, "null": null, "frames": 4, "given": given, "denoise": Denoiser(count, None)}
-        return sample_clips(flow, params, key, 2, cond, plan=plan, **options)
+        options = {"guidance": Guidance(scale=scale, null=null), "denoise": Denoiser(count, None)}
+        return sample(flow, params, key, 2, cond, plan=plan, clip=Clip(frames=4, given=given), **options)
 
     plan = DecodePlan((Jacobi(tol=0.0), SlidingWindow(window=3, tol=0.0, init="previous_frame")))
     sliding = clip(plan)
@@ -176,10 +177,10 @@ def test_any_plan_gives_the_same_clip_and_one_program_serves_all_keys_and_scales
 @pytest.mark.slow
 def test_a_tweedie_step_follows_the_density_of_the_clip():
     flow, params, cond = flow_of(TEXT)
-    fits = sample_clips(flow, params, KEY, 2, cond)
+    fits = sample(flow, params, KEY, 2, cond)
     assert_close(fits.x, sample(flow, params, KEY, 2, cond).x, NETWORK)
-    noisy = sample_clips(flow, params, KEY, 2, cond, frames=5, denoise=False).x
-    clean = sample_clips(flow, params, KEY, 2, cond, frames=5, denoise=0.5).x
+    noisy = sample(flow, params, KEY, 2, cond, clip=Clip(frames=5), denoise=False).x
+    clean = sample(flow, params, KEY, 2, cond, clip=Clip(frames=5), denoise=0.5).x
 
     @jax.jit
     @jax.grad
@@ -197,9 +198,9 @@ def test_a_tweedie_step_follows_the_density_of_the_clip():
 @pytest.mark.slow
 def test_a_denoiser_gets_all_frames_still_noisy():
     flow, params, cond = flow_of(TEXT)
-    noisy = sample_clips(flow, params, KEY, 2, cond, frames=5, denoise=False)
+    noisy = sample(flow, params, KEY, 2, cond, clip=Clip(frames=5), denoise=False)
     half = Denoiser(lambda factor, x, cond: factor * x + cond.mask.sum(), 0.5)
-    clean = sample_clips(flow, params, KEY, 2, cond, frames=5, denoise=half)
+    clean = sample(flow, params, KEY, 2, cond, clip=Clip(frames=5), denoise=half)
     assert_close(clean.x, 0.5 * noisy.x + cond.mask.sum(), LAYER)
 
 
@@ -209,11 +210,11 @@ REFUSED = {
     "an image": ({"given": jnp.zeros((2, 4, 2, 2))}, "given has shape (2, 4, 2, 2); this call takes (2, frames given"),
     "another size": ({"given": jnp.zeros((2, 1, 2, 4, 2))}, "frames given, 4, 2, 2)"),
     "another batch": ({"given": jnp.zeros((3, 1, 4, 2, 2))}, "given has shape (3, 1, 4, 2, 2)"),
-    "all given": ({"given": jnp.zeros((2, 3, 4, 2, 2))}, "given has 3 frames and frames is 3"),
+    "all given": ({"given": jnp.zeros((2, 3, 4, 2, 2))}, "given has 3 frames, and the clip has 3"),
     "none given": ({"given": jnp.zeros((2, 0, 4, 2, 2))}, "given has 0 frames"),
     "no context": ({"frames": 9, "context": 0}, "context is 0; it must be from 1 to 2"),
     "all context": ({"frames": 9, "context": 3}, "context is 3; it must be from 1 to 2"),
-    "one frame": ({"config": TEXT.with_num_frames(1), "frames": 2}, "a flow of 1 frame has no room for a context"),
+    "one frame": ({"config": TEXT.with_num_frames(1), "frames": 2}, "a flow of 1 frame cannot continue a clip"),
 }
 
 
@@ -221,25 +222,25 @@ REFUSED = {
 def test_what_does_not_fit_is_refused(what, untyped):
     arguments, part = REFUSED[what]
     config, num = arguments.get("config", TEXT), arguments.get("num", 2)
-    options = {name: value for name, value in arguments.items() if name not in ("config", "num")}
+    clip = {name: value for name, value in arguments.items() if name not in ("config", "num")}
     with pytest.raises(ValueError, match=r"\w") as error:
-        sample_clips(STARFlowV(config), {"params": {}}, KEY, num, laws.labels(TEXT, batch=2), **options)
+        sample(STARFlowV(config), {"params": {}}, KEY, num, laws.labels(TEXT, batch=2), clip=Clip(**clip))
     assert part in str(error.value)
 
 
 def test_restarts_have_a_condition_of_their_own():
     flow, params, cond = flow_of(CLASSES)
     other = (cond + 1) % 3
-    options = {"frames": 5, "context": 2, "denoise": False, "certify": True}
-    told = sample_clips(flow, params, KEY, 2, cond, restart_cond=other, **options)
-    plain = sample_clips(flow, params, KEY, 2, cond, **options)
+    clip, options = Clip(frames=5, context=2), {"denoise": False, "certify": True}
+    told = sample(flow, params, KEY, 2, cond, clip=dataclasses.replace(clip, restart_cond=other), **options)
+    plain = sample(flow, params, KEY, 2, cond, clip=clip, **options)
     np.testing.assert_array_equal(told.x[:, :3], plain.x[:, :3])
     assert told.error.max() < NETWORK * SIZE
     expected = restarted(flow, params, other, plain.x[:, :3], noise(CLASSES, 5), context=2)
     assert_close(told.x, expected, NETWORK)
     assert jnp.abs(told.x - plain.x).max() > 1e-3
-    with pytest.raises(ValueError, match="restart_cond is given, and cond is not"):
-        sample_clips(flow, params, KEY, 2, restart_cond=other)
+    with pytest.raises(ValueError, match=r"clip\.restart_cond is given, but cond is not"):
+        sample(flow, params, KEY, 2, clip=Clip(restart_cond=other))
 
 
 @pytest.mark.parametrize(
@@ -250,9 +251,8 @@ def test_restarts_have_a_condition_of_their_own():
 def test_progress_counts_every_token_of_the_deep_block_once(deep):
     flow, params, cond = flow_of(CLASSES)
     told = []
-    options = {"frames": 6, "context": 1, "given": frames_of(CLASSES, 1), "denoise": False}
-    plan = DecodePlan((Jacobi(), deep))
-    r = sample_clips(flow, params, KEY, 2, cond, plan=plan, progress=lambda *now: told.append(now), **options)
+    clip = Clip(frames=6, given=frames_of(CLASSES, 1), context=1, progress=lambda *now: told.append(now))
+    r = sample(flow, params, KEY, 2, cond, clip=clip, plan=DecodePlan((Jacobi(), deep)), denoise=False)
     jax.block_until_ready(r.x)
     jax.effects_barrier()
     # The first clip of three frames, and two restarts that add two frames each, less the frame that is given.
@@ -263,5 +263,5 @@ def test_progress_counts_every_token_of_the_deep_block_once(deep):
 
 def test_a_flow_of_images_is_refused(untyped):
     plain = STARFlow(STARFlowConfig(image_size=4, width=64, layers_per_block=(1, 1)))
-    with pytest.raises(ValueError, match="flow is a STARFlow, no flow of clips; give a STARFlowV, or use sample"):
-        sample_clips(plain, {"params": {}}, KEY, 2)
+    with pytest.raises(ValueError, match="clip is given, but the flow makes images; leave it out, or give a STARFlowV"):
+        sample(plain, {"params": {}}, KEY, 2, clip=Clip(frames=1))

@@ -156,7 +156,7 @@ def test_images_and_latents_that_do_not_fit_are_refused(autoencoder):
 
 
 def test_a_config_that_cannot_be_is_refused():
-    with pytest.raises(ValueError, match=r"widths has 30, not a multiple of num_groups 32"):
+    with pytest.raises(ValueError, match=r"widths has 30, which is not a multiple of num_groups 32"):
         codecs.AutoencoderConfig(widths=(30,))
     with pytest.raises(ValueError, match=r"widths has 0 entries"):
         codecs.AutoencoderConfig(widths=())
@@ -201,7 +201,7 @@ def test_the_json_tokenizer_ignores_the_lengths_in_its_file(tmp_path):
 def test_a_text_that_is_too_long_is_refused_or_cut(tmp_path):
     word_piece(tmp_path / "tokenizer.json")
     tokenizer = text.JsonTokenizer(tmp_path / "tokenizer.json")
-    with pytest.raises(ValueError, match="the text 'a photo of a cat' has 7 tokens and the model takes 5; shorten it"):
+    with pytest.raises(ValueError, match="the text 'a photo of a cat' has 7 tokens, but the model takes 5; shorten it"):
         tokenize(tokenizer, ["a cat", "a photo of a cat"], 5, truncate=False)
     ids, _ = tokenize(tokenizer, ["a photo of a cat"], 5, truncate=True)
     assert ids[0].tolist() == [2, 4, 5, 6, 3]
@@ -219,7 +219,7 @@ def test_hashed_words_are_the_same_everywhere():
     np.testing.assert_array_equal(features[0, 2], features[1, 0])
     assert features[0, 0].tolist() == RED
     assert (features[0, 0] != features[0, 1]).any()
-    with pytest.raises(ValueError, match="has 5 tokens and the model takes 4"):
+    with pytest.raises(ValueError, match="has 5 tokens, but the model takes 4"):
         encoder(["one two three four"])
     assert encoder(["one two three four"], truncate=True).mask.all()
     assert isinstance(encoder, text.TextEncoder)
@@ -239,7 +239,7 @@ def test_an_autoencoder_loads_by_its_folder_and_by_its_pipeline(tmp_path, autoen
 def test_a_text_encoder_loads_by_its_folder(tmp_path):
     folder = tmp_path / "t5"
     publish(folder, cw.T5, cw.state_dict("t5"), "model.safetensors")
-    with pytest.raises(FileNotFoundError, match=r"has no tokenizer \(tokenizer.json or spiece.model\); get it, too"):
+    with pytest.raises(FileNotFoundError, match=r"has no tokenizer; put tokenizer.json or spiece.model there"):
         convert.load_text_encoder(folder, length=16)
     (tmp_path / "tokenizer").mkdir()
     (tmp_path / "tokenizer" / "spiece.model").write_bytes((cw.HERE / "spiece.model").read_bytes())
@@ -273,11 +273,13 @@ def test_weights_in_parts_load_alike(tmp_path):
 
 
 def test_folders_that_are_not_what_they_should_be_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"There is no folder '.*nowhere' with the autoencoder"):
+    with pytest.raises(FileNotFoundError, match=r"There is no folder '.*nowhere' for the autoencoder"):
         convert.load_autoencoder(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="where the text encoder is is not known; give --text-encoder"):
+    with pytest.raises(
+        ValueError, match="the path of the text encoder is not set; give the published folder with --text-encoder"
+    ):
         convert.load_text_encoder("", length=8)
-    with pytest.raises(FileNotFoundError, match=r"has no config.json, so it is no autoencoder"):
+    with pytest.raises(FileNotFoundError, match=r"has no config.json, so it is not a published autoencoder"):
         convert.load_autoencoder(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(cw.AUTOENCODER))
     with pytest.raises(FileNotFoundError, match="has no weights of the autoencoder"):
@@ -288,7 +290,7 @@ def test_folders_that_are_not_what_they_should_be_are_named(tmp_path):
     with pytest.raises(ValueError, match="is damaged or not safetensors"):
         convert.load_autoencoder(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
-    with pytest.raises(ValueError, match="holds a 'gpt2'; text encoders of type t5 and bert can be read"):
+    with pytest.raises(ValueError, match="has model_type 'gpt2'; give a text encoder of type t5 or bert"):
         convert.load_text_encoder(tmp_path, length=8)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="is not valid JSON"):

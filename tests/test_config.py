@@ -57,7 +57,7 @@ UNUSUAL = FlowExperiment(
     ),
     data=DataConfig(
         name="npz",
-        path="pictures/set ü.npz",
+        path="photos/set ü.npz",
         flip=True,
         crop="none",
         on_corrupt="skip",
@@ -119,7 +119,7 @@ VELOCITY = MatchingExperiment(
 LATENT = FlowExperiment(
     name="latent",
     model=STARFlowConfig(image_size=(4, 6), layers_per_block=(1, 0, 2), text_dim=5, text_length=7, rope_base_grid=3.5),
-    data=DataConfig(name="folder", path="pictures", aspects=True),
+    data=DataConfig(name="folder", path="photos", aspects=True),
     likelihood=LikelihoodConfig(norm_penalty=1e-4, noise_weight=True),
     codec=PretrainedAutoencoder("runs/ä"),
     text=TextConfig(encoder="words", truncate=False, noise_level=True, aspect=True),
@@ -199,7 +199,7 @@ def _leaf(value, name):
         ({"train": {"steps": 0}}, "train.steps is 0; it must be at least 1."),
         ({"model": {}}, f"model.type is None; choose one of {MODELS}."),
         ({"data": {"classes": ["a", "a"]}}, "data.classes has 'a' twice; give each name once."),
-        ({"data": {"type": "Sound"}}, "data.type is not a field of this config."),
+        ({"data": {"type": "Sound"}}, "data.type is 'Sound'; choose one of Data, Latents."),
         ({"matching": {}}, "matching is not a field of this config."),
         (
             {"type": "Glow"},
@@ -281,7 +281,7 @@ def test_values_that_depend_on_each_other_are_checked_together(experiment):
         (["--matching.loss.guidance_weight=1"], "matching.loss.guidance_weight is 1.0, but the model has no classes"),
         (["--sampling.guidance=1"], "sampling.guidance is 1.0, but the model has no classes to guide to"),
         (["--sampling.num_steps=1"], "sampling.num_steps is 1; the grid 'edm' needs at least 2"),
-        (["--model.num_classes", "2"], "model has dim 2 and num_classes 2; these points have 2 and none."),
+        (["--model.num_classes", "2"], "model has event_shape (2,) and num_classes 2; these points have (2,) and"),
         (
             ["--model.intervals", "false"],
             "matching.loss is MeanFlow, and this MLP has no intervals; set model.intervals to true.",

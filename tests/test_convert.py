@@ -225,14 +225,14 @@ def changed(**replaced):
         ),
         (
             changed(blocks__1__pos_embed=np.ones((7, 64), np.float32)),
-            ["'blocks.1.pos_embed' has shape (7, 64), which gives (7, 64) where the model has (6, 64)"],
+            ["'blocks.1.pos_embed' has shape (7, 64), which becomes (7, 64), but the model has (6, 64)"],
         ),
         (
             changed(blocks__1__class_embed=np.ones((3, 2, 64), np.float32)),
             ["'blocks.1.class_embed' has shape (3, 2, 64)"],
         ),
         (changed(blocks__1__class_embed=np.ones((), np.float32)), ["'blocks.1.class_embed' has shape ()"]),
-        (changed(blocks__1__proj_in__bias=np.ones(64, int)), ["'blocks.1.proj_in.bias' holds int64"]),
+        (changed(blocks__1__proj_in__bias=np.ones(64, int)), ["'blocks.1.proj_in.bias' is int64"]),
         (changed(blocks__1__proj_in__bias=np.full(64, np.nan, np.float32)), ["not finite in float32"]),
         (changed(blocks__1__proj_in__bias=np.full(64, 1e300)), ["not finite in float32"]),
         (
@@ -259,11 +259,11 @@ def test_long_lists_of_problems_are_cut_in_the_sentence_and_whole_in_the_error()
 @pytest.mark.parametrize(
     ("change", "arguments", "pattern"),
     [
-        (dict, {"patch_size": 1}, r"makes tokens of 3 numbers, but the weights take 12; use patch_size=2\."),
-        (dict, {"channels": 4}, r"the patch_size and channels the model was trained with\."),
-        (dict, {"channels": 0}, "weights take 12"),
+        (dict, {"patch_size": 1}, r"gives tokens of 3 numbers, but the weights have 12; use patch_size=2\."),
+        (dict, {"channels": 4}, r"the patch_size and channels that the model was trained with\."),
+        (dict, {"channels": 0}, "weights have 12"),
         (dict, {"patch_size": -2, "image_size": 8}, "patch_size is -2"),
-        (dict, {"image_size": (4, 8)}, "4x8 with patch_size 2 makes 8 tokens, but the weights have 6"),
+        (dict, {"image_size": (4, 8)}, "4x8 with patch_size 2 gives 8 tokens, but the weights have 6"),
         (dict, {"image_size": 5}, "patch_size 2 does not divide"),
         (dict, {"noise_std": -0.1}, "noise_std is -0.1"),
         (
@@ -274,7 +274,7 @@ def test_long_lists_of_problems_are_cut_in_the_sentence_and_whole_in_the_error()
         (without("blocks.0.pos_embed"), {}, "not TARFlow weights: 'blocks.0.pos_embed' is missing"),
         (lambda _: {}, {}, r"among 0 tensors \(nothing"),
         (without("blocks.0.proj_in.weight"), {}, "'blocks.0.proj_in.weight' is missing"),
-        (changed(blocks__0__pos_embed=np.ones(3)), {}, r"'blocks.0.pos_embed' has shape \(3,\), not 2 axes"),
+        (changed(blocks__0__pos_embed=np.ones(3)), {}, r"'blocks.0.pos_embed' has shape \(3,\) instead of 2 axes"),
         (changed(blocks__0__proj_out__weight=np.ones((13, 64))), {}, "has 13 rows"),
     ],
 )
@@ -285,7 +285,7 @@ def test_contradictions_are_refused_in_one_sentence(change, arguments, pattern):
 
 
 def test_a_fitting_square_image_size_is_proposed():
-    with pytest.raises(ValueError, match=r"makes 9 tokens, but the weights have 4; use image_size=4\."):
+    with pytest.raises(ValueError, match=r"gives 9 tokens, but the weights have 4; use image_size=4\."):
         tarflow(Published(tokens=4).state_dict(), image_size=6, patch_size=2)
 
 
@@ -337,7 +337,7 @@ def test_tables_that_are_no_bijection_are_refused():
         fill({"v": X}, ROWS, [STACKED])
     with pytest.raises(MappingError, match="2 rules fill 'w'"):
         fill({"w": X}, ROWS, [STACKED, STACKED])
-    with pytest.raises(MappingError, match=r"'layers.0.w' fills two leaves, 'w' being the second"):
+    with pytest.raises(MappingError, match=r"'layers.0.w' fills two leaves, the second of which is 'w'"):
         fill({"v": X, "w": X}, ROWS, [STACKED, Rule("layers.{layer}.w", "v")])
     with pytest.raises(ValueError, match="stacks block, layer"):
         Rule("blocks.{block}.{layer}.w", "w")

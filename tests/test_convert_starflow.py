@@ -76,11 +76,11 @@ TOY = sw.CASES["text"]
     ("change", "message"),
     [
         ({"layer_per_block": "2"}, "'layer_per_block' is not an argument of the published STARFlow; remove it"),
-        ({"sos": 0}, "sos is 0; only models that have it, as published, can be imported"),
+        ({"sos": 0}, "sos is 0; only models with it, as published, can be imported"),
         ({"temporal_causal": 2}, "temporal_causal is 2, but vid_size is missing; give both for clips"),
         ({"txt_size": 0}, "txt_size is 0, but the deep block has a projection of texts"),
         ({"channels": 32}, "The weights do not fit the model"),
-        ({"vae": "some/vae"}, "vae is 'some/vae', whose factor is not known"),
+        ({"vae": "some/vae"}, "vae is 'some/vae', an unknown autoencoder"),
         ({"num_heads": 7}, "num_heads is 7; only channels / head_dim"),
     ],
 )
@@ -179,11 +179,13 @@ def test_places_can_be_given_when_samples_are_drawn(published, tmp_path):
     vae, t5 = ("--autoencoder", published / "vae"), ("--text-encoder", published / "t5")
     assert "codec.path is empty" in refused(*prompt)
     assert "text.encoder is not set; give the folder" in refused(*prompt, *vae)
-    assert "has no config.json, so it is no text encoder" in refused(*prompt, *vae, "--text-encoder", tmp_path)
+    assert "has no config.json, so it is not a published text encoder" in refused(
+        *prompt, *vae, "--text-encoder", tmp_path
+    )
     assert not out.exists()
     long = ("--prompt", "the red apple and the dogs of a photo of a cat")
     error = refused("sample --checkpoint", to, *long, "--out", out, *vae, *t5)
-    assert "tokens and the model takes 24; shorten it" in error
+    assert "tokens, but the model takes 24; shorten it" in error
 
 
 def test_mistakes_in_the_files_are_named(published, tmp_path):
@@ -198,9 +200,9 @@ def test_mistakes_in_the_files_are_named(published, tmp_path):
     for words, message in (
         ((weights, "--arguments", tmp_path / "foreign.yaml"), "'layer_per_block' is not an argument of the published"),
         ((weights, "--arguments", tmp_path / "no.yaml"), "is not a published YAML, a list of 'name: value'"),
-        ((weights, "--arguments", tmp_path / "nowhere.yaml"), "give the YAML that the weights were published with"),
+        ((weights, "--arguments", tmp_path / "nowhere.yaml"), "give the YAML that was published with the weights"),
         ((cut, *good), "is damaged or not safetensors"),
-        ((weights, *good, "--image-size", "256"), "--image-size is given, but --arguments says it"),
+        ((weights, *good, "--image-size", "256"), "--image-size is given, but --arguments sets it already"),
         ((weights, *good, "--autoencoder", tmp_path / "nowhere"), "There is no folder"),
         (
             (weights, "--arguments", tmp_path / "fps.yaml"),
@@ -209,7 +211,7 @@ def test_mistakes_in_the_files_are_named(published, tmp_path):
         ((weights, "--arguments", tmp_path / "null.yaml"), "soft_clip is None; it must be a number"),
         (
             (weights, "--image-size", "256", "--dtype", "bfloat16"),
-            "--dtype is for STARFlow, whose --arguments",
+            "--dtype is for STARFlow, which needs --arguments",
         ),
         ((weights,), "--image-size is missing; give it for a TARFlow, or --arguments for a STARFlow"),
     ):

@@ -142,18 +142,18 @@ def test_a_model_without_a_denoiser():
     [
         ({"layer_per_block": "2"}, "'layer_per_block' is not an argument of the published STARFlow; remove it"),
         ({"vid_size": None}, "temporal_causal is 2, but vid_size is missing; give both for clips, or neither"),
-        ({"vid_size": "81"}, "vid_size is '81'; give frames and frames per second, '81:16'"),
-        ({"temporal_causal": 0}, r"temporal_causal is 0; only models of clips \(vid_size\) that have it"),
-        ({"shallow_block_local": 0}, "shallow_block_local is 0; only models of clips"),
-        ({"cond_top_only": 0}, "cond_top_only is 0; only models of clips"),
-        ({"seq_order": "R2L"}, "seq_order is 'R2L'; clips, whose frames come in time, have 'L2R'"),
+        ({"vid_size": "81"}, "vid_size is '81'; give frames and frames per second, such as '81:16'"),
+        ({"temporal_causal": 0}, r"temporal_causal is 0; only video models \(vid_size\) with it"),
+        ({"shallow_block_local": 0}, "shallow_block_local is 0; only video models"),
+        ({"cond_top_only": 0}, "cond_top_only is 0; only video models"),
+        ({"seq_order": "R2L"}, "seq_order is 'R2L'; video models, which run in time order, have 'L2R'"),
         ({"conditional_denoiser": 0}, "conditional_denoiser is 0; only denoisers"),
         ({"denoiser_window": None}, "denoiser_window is None; only denoisers"),
         ({"cond_noise_level": 0}, "cond_noise_level is 0; only denoisers"),
         ({"noise_std": 0}, "noise_std is 0.0; only denoisers"),
-        ({"temporal_causal": 12}, "denoiser_window is 10 and temporal_causal 12, with which no frame sees itself"),
-        ({"local_attn_window": 21}, "local_attn_window is 21; only models without can be imported"),
-        ({"vae": "some/vae"}, "vae is 'some/vae', whose factor is not known"),
+        ({"temporal_causal": 12}, "denoiser_window is 10 and temporal_causal 12, so no frame sees itself"),
+        ({"local_attn_window": 21}, "local_attn_window is 21; only models without it can be imported"),
+        ({"vae": "some/vae"}, "vae is 'some/vae', an unknown autoencoder"),
         ({"learnable_self_denoiser": 0}, "'learnable_self_denoiser.proj_in.weight' is not expected"),
         ({"channels": 32}, "The weights do not fit the model"),
     ],
@@ -198,7 +198,7 @@ def test_the_command_writes_a_run_that_can_be_loaded(tmp_path, capsys):
         file.write("- vae: some/vae:x\n")
     assert main(["convert", *map(str, words[:-1]), str(tmp_path / "other")]) == 2
     error = capsys.readouterr().err
-    assert "is 'some/vae:x', whose 'x' is no number to multiply latents by; make it 'some/vae:0.6'" in error
+    assert "is 'some/vae:x', but 'x', the factor on the latents, is not a number; write 'some/vae:0.6'" in error
     assert error.count("\n") == 1
     template = experiment.text.template(flow.config.noise_std)
     assert template("a cat", (30, 53)).startswith("Noise Level 500:\nA video with 16 fps:\na cat\n")

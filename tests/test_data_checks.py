@@ -14,7 +14,7 @@ COMPOSED, APART = "caf\xe9", "cafe\u0301"
 SIDES = {"image_size": 8, "channels": 3, "split": "train"}
 
 
-def picture(path, level=90):
+def paint(path, level=90):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (12, 10), (level,) * 3).save(path)
 
@@ -23,7 +23,7 @@ def picture(path, level=90):
 def folder(tmp_path):
     for name in ("cat", "dog"):
         for number in range(4):
-            picture(tmp_path / "photos" / name / f"{number}.png", 20 * number)
+            paint(tmp_path / "photos" / name / f"{number}.png", 20 * number)
     return DataConfig("folder", path=str(tmp_path / "photos"), eval_fraction=0.2)
 
 
@@ -45,8 +45,8 @@ def test_sides_that_cannot_be_are_refused_before_files_are_opened(folder, size):
 @pytest.mark.usefixtures("untyped")
 @pytest.mark.parametrize("size", [8, np.int64(8), [8, 8], (np.int32(8), np.uint8(8))])
 def test_sides_are_whole_numbers_of_any_kind(folder, size):
-    assert load(folder, **SIDES | {"image_size": size}).image_shape == (8, 8, 3)
-    assert load(folder, **SIDES | {"image_size": size}, multiple=np.int64(2)).image_shape == (8, 8, 3)
+    assert load(folder, **SIDES | {"image_size": size}).event_shape == (8, 8, 3)
+    assert load(folder, **SIDES | {"image_size": size}, multiple=np.int64(2)).event_shape == (8, 8, 3)
 
 
 @pytest.mark.usefixtures("untyped")
@@ -93,14 +93,14 @@ def test_names_are_the_same_in_every_form_of_unicode(tmp_path, folder):
         assert found_classes(arrays) == ("dog", COMPOSED)
         known = DataConfig("npz", path=arrays.path, classes=(APART, "dog"))
         assert load(known, **SIDES | {"split": "all"}).labels.tolist() == [1, 0, 1, 0]
-        picture(tmp_path / form / form / "1.png")
+        paint(tmp_path / form / form / "1.png")
         photos = DataConfig("folder", path=str(tmp_path / form), classes=("dog", APART))
         assert load(photos, **SIDES | {"split": "all"}).labels.tolist() == [1]
 
 
 @pytest.mark.parametrize("caption", [f"{COMPOSED}/{APART}.txt", f"{COMPOSED}/{APART.upper()}.PNG.TXT"])
 def test_captions_are_found_in_every_form_of_unicode(tmp_path, caption):
-    picture(tmp_path / COMPOSED / f"{COMPOSED}.png")
+    paint(tmp_path / COMPOSED / f"{COMPOSED}.png")
     (tmp_path / caption).write_text("a cup of coffee")
     config = DataConfig("folder", path=str(tmp_path))
     assert load(config, **SIDES | {"split": "all"}).captions == ("a cup of coffee",)
@@ -108,7 +108,7 @@ def test_captions_are_found_in_every_form_of_unicode(tmp_path, caption):
 
 def test_a_caption_of_the_same_form_goes_first(tmp_path):
     for form in (COMPOSED, APART):
-        picture(tmp_path / f"{form}.png")
+        paint(tmp_path / f"{form}.png")
         (tmp_path / f"{form}.txt").write_text(f"{len(form)} letters")
     if len(list(tmp_path.glob("*.png"))) < 2:
         pytest.skip("the file system makes them one file")
@@ -124,14 +124,14 @@ def test_a_file_whose_name_took_another_form_is_no_other_file():
     assert "1 added" in both.changes(then.record())
 
 
-@pytest.mark.parametrize("kind", ["pictures", "clips", "arrays"])
+@pytest.mark.parametrize("kind", ["images", "clips", "arrays"])
 def test_classes_that_are_held_out_whole_are_told(tmp_path, caplog, kind):
     if kind == "arrays":
         config, open_split = npz(tmp_path, labels=[0, 1, 2, 3], class_names=["cat", "dog", "fox", "owl"]), load
         sides = SIDES
-    elif kind == "pictures":
+    elif kind == "images":
         for name in ("cat", "dog", "fox", "owl"):
-            picture(tmp_path / name / "1.png")
+            paint(tmp_path / name / "1.png")
         config, open_split, sides = DataConfig("folder", path=str(tmp_path), eval_fraction=0.25), load, SIDES
     else:
         for name in ("cat", "dog", "fox", "owl"):
@@ -149,10 +149,10 @@ def test_classes_that_are_held_out_whole_are_told(tmp_path, caplog, kind):
 
 @pytest.mark.parametrize("aspects", [False, True])
 def test_counts_and_files_of_a_record_agree(folder, tmp_path, aspects):
-    (tmp_path / "photos" / "cat" / "0.png").write_bytes(b"no picture")
+    (tmp_path / "photos" / "cat" / "0.png").write_bytes(b"no image")
     config = DataConfig("folder", path=folder.path, on_corrupt="skip", aspects=aspects)
     train, held_out = (load(config, **SIDES | {"split": split}) for split in ("train", "eval"))
     record = take_inventory(config, train, held_out).record()
     listed, counted = (sum(map(len, record["files"].values())), record["train"] + record["held_out"])
     assert (listed, counted) == (8, 7)
-    assert [words for words in record["left_out"] if words.startswith("1 that cannot be read")]
+    assert [words for words in record["left_out"] if words.startswith("1 unreadable")]

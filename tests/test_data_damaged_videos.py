@@ -62,13 +62,13 @@ def test_a_video_that_begins_between_key_frames_begins_with_the_next(tmp_path, n
     assert video_length(path)[0] == pytest.approx(len(whole) / rate, abs=0.01)
     assert video_size(path) == SIZE
     held = clips_of(path, fps=float(fps or 0))
-    assert is_close(held.clips.reshape(-1, *SIZE, 3), clip[: len(held) * 5].astype(int))
+    assert is_close(held.x.reshape(-1, *SIZE, 3), clip[: len(held) * 5].astype(int))
 
 
 def test_a_video_without_a_key_frame_is_refused(tmp_path):
     path = from_packet(encode(tmp_path / "a.ts", FORTY[:15], crf="4", g="100", **{"x264-params": "scenecut=0"}), 4)
     for call in (frame_times, video_length, video_size, lambda p: read_clip(p, 1, SIZE, 3)):
-        with pytest.raises(UnreadableVideo, match="has no pictures in it that can be decoded"):
+        with pytest.raises(UnreadableVideo, match="has no frames that can be decoded"):
             call(path)
 
 
@@ -77,9 +77,9 @@ def test_a_key_frame_that_is_damaged_is_not_replaced_by_the_next(tmp_path):
     first, content = packets(path)[0], bytearray(path.read_bytes())
     content[first.pos + 8 : first.pos + first.size] = bytes(first.size - 8)
     path.write_bytes(content)
-    with pytest.raises(UnreadableVideo, match=r"a\.webm' has no frame at second 0 that can be decoded"):
+    with pytest.raises(UnreadableVideo, match=r"a\.webm' has no decodable frame at second 0"):
         read_clip(path, 2, SIZE, 3, fps=10)
-    assert is_close(clips_of(path, on_corrupt="skip").clips[0], FORTY[10:15])
+    assert is_close(clips_of(path, on_corrupt="skip").x[0], FORTY[10:15])
 
 
 def zeroed(content, at):
@@ -114,7 +114,7 @@ def test_a_loss_in_the_middle_is_refused_by_name_or_left_out(tmp_path, case, fps
     path.write_bytes(content)
     with pytest.raises(ValueError, match=f"{name}' is damaged at second"):
         clips_of(path, fps)
-    kept = clips_of(path, fps, frames=2, on_corrupt="skip").clips
+    kept = clips_of(path, fps, frames=2, on_corrupt="skip").x
     assert 0 < len(kept) < 20 * (fps or rate) / rate
     # What is left are frames of the video as they follow each other, none of them twice.
     step = 1 if not fps else rate / fps

@@ -1,4 +1,4 @@
-"""Pictures of other depths than 8 bits: every level the byte that it stands for, or a refusal that says what to do."""
+"""Images of other depths than 8 bits: every level the byte that it stands for, or a refusal that says what to do."""
 
 import io
 import struct
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flowgen.data.pictures import UnreadablePicture, picture_size, read_picture
+from flowgen.data.image_files import UnreadableImage, read_image, read_image_size
 
 # Samples of two pixels side by side; of the first the highest 8 bits are 0x9C, of the second 0x20.
 LEVELS = {bits: (0x9C << (bits - 8) | 3, 0x20 << (bits - 8)) for bits in (10, 12, 14, 16)}
@@ -108,7 +108,7 @@ READ = {
 def test_every_level_is_the_byte_that_it_stands_for(tmp_path, kind, channels):
     content, expected = READ[kind]
     (tmp_path / "a.png").write_bytes(content)
-    pixels = read_picture(tmp_path / "a.png", size=(1, 2), channels=channels, crop="none")
+    pixels = read_image(tmp_path / "a.png", size=(1, 2), channels=channels, crop="none")
     # Of levels to 1023, the nearest to a byte's may be that of its neighbour; others are exact.
     assert np.abs(pixels[0].astype(int) - np.array(expected)[:, None]).max() <= ("1023" in kind or "4095" in kind)
 
@@ -116,7 +116,7 @@ def test_every_level_is_the_byte_that_it_stands_for(tmp_path, kind, channels):
 @pytest.mark.parametrize("bits", [10, 12, 14, 16])
 def test_jpeg_2000_of_any_depth_is_scaled(tmp_path, bits):
     (tmp_path / "a.jp2").write_bytes(jpeg_2000(bits))
-    pixels = read_picture(tmp_path / "a.jp2", size=(16, 16), channels=1, crop="none")
+    pixels = read_image(tmp_path / "a.jp2", size=(16, 16), channels=1, crop="none")
     assert (
         np.abs(pixels[:, [4, 12], 0].astype(int) - BYTES).max() <= 1
     )  # FFmpeg's encoder loses some of the lowest bits.
@@ -130,21 +130,21 @@ REFUSED = {
     ),
     "PFM": (b"Pf\n2 1\n-1.0\n" + numbers("f", 0.6, 0.1), "floating-point"),
     "TIFF of 32 bits": (tiff(numbers("I", 1 << 31, 1 << 20), 32), "32 bits"),
-    "TIFF of 32 bits with a sign": (tiff(numbers("i", 1 << 30, -5), 32, sample_format=2), "32 bits with a sign"),
-    "TIFF of 16 bits with a sign": (tiff(numbers("h", 1 << 14, -5), 16, sample_format=2), "16 bits with a sign"),
-    "TIFF of 8 bits with a sign": (tiff(numbers("b", 100, -5), 8, sample_format=2), "8 bits with a sign"),
-    "TIFF of 10 bits": (tiff(packed(LEVELS[10], 10), 10), "no picture of a kind that is read"),
-    "TIFF of 14 bits": (tiff(packed(LEVELS[14], 14), 14), "no picture of a kind that is read"),
-    "TIFF of doubles": (tiff(numbers("d", 0.6, 0.1), 64, sample_format=3), "no picture of a kind that is read"),
+    "TIFF of 32 bits with a sign": (tiff(numbers("i", 1 << 30, -5), 32, sample_format=2), "signed samples of 32 bits"),
+    "TIFF of 16 bits with a sign": (tiff(numbers("h", 1 << 14, -5), 16, sample_format=2), "signed samples of 16 bits"),
+    "TIFF of 8 bits with a sign": (tiff(numbers("b", 100, -5), 8, sample_format=2), "signed samples of 8 bits"),
+    "TIFF of 10 bits": (tiff(packed(LEVELS[10], 10), 10), "not an image of a supported format"),
+    "TIFF of 14 bits": (tiff(packed(LEVELS[14], 14), 14), "not an image of a supported format"),
+    "TIFF of doubles": (tiff(numbers("d", 0.6, 0.1), 64, sample_format=3), "not an image of a supported format"),
 }
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-@pytest.mark.parametrize("read", [picture_size, lambda path: read_picture(path, size=(1, 2), channels=1, crop="none")])
+@pytest.mark.parametrize("read", [read_image_size, lambda path: read_image(path, size=(1, 2), channels=1, crop="none")])
 def test_samples_of_which_no_file_states_a_range_are_refused(tmp_path, kind, read):
     content, reason = REFUSED[kind]
     (tmp_path / "a.tif").write_bytes(content)
-    with pytest.raises(UnreadablePicture, match=reason) as caught:
+    with pytest.raises(UnreadableImage, match=reason) as caught:
         read(tmp_path / "a.tif")
     assert str(caught.value).count("a.tif") == 1
-    assert "no picture" in reason or "convert it to 8 or 16 bits" in str(caught.value)
+    assert "not an image" in reason or "convert it to unsigned 8 or 16 bits" in str(caught.value)

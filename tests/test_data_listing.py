@@ -1,4 +1,4 @@
-"""Odd folders of pictures and videos, written here, are read as a person would: each file once, by class, or told."""
+"""Odd folders of images and videos, written here, are read as a person would: each file once, by class, or told."""
 
 import os
 from pathlib import Path
@@ -16,7 +16,7 @@ from flowgen.runs import RunWriter
 COLOURS = {"cat": (250, 10, 10), "dog": (10, 250, 10), "fox": (10, 10, 250)}
 
 
-def picture(path, colour=(90, 90, 90), size=(12, 10)):
+def paint(path, colour=(90, 90, 90), size=(12, 10)):
     path.parent.mkdir(parents=True, exist_ok=True)
     image = Image.new("RGB", size, colour)
     # PBM has two levels, PGM is grey.
@@ -25,16 +25,16 @@ def picture(path, colour=(90, 90, 90), size=(12, 10)):
 
 
 def classes(root, **counts):
-    """Pictures 0.png, 1.png, ... in a folder per class, in the class's colour."""
+    """Images 0.png, 1.png, ... in a folder per class, in the class's colour."""
     for name, count in counts.items():
         for number in range(count):
-            picture(root / name / f"{number}.png", COLOURS.get(name, (90, 90, 90)))
+            paint(root / name / f"{number}.png", COLOURS.get(name, (90, 90, 90)))
 
 
 def nested(root):
     classes(root, cat=2, dog=1)
-    picture(root / "cat" / "2019" / "summer" / "0.png", COLOURS["cat"])
-    picture(root / "dog" / "old" / "0.png", COLOURS["dog"])
+    paint(root / "cat" / "2019" / "summer" / "0.png", COLOURS["cat"])
+    paint(root / "dog" / "old" / "0.png", COLOURS["dog"])
 
 
 def loops(root):
@@ -68,13 +68,13 @@ def hard_links(root):
 
 def every_suffix(root):
     for number, suffix in enumerate(IMAGE_FORMATS):
-        picture(root / f"{number:02d}{suffix if number % 2 else suffix.upper()}", (240, 30, 60))
+        paint(root / f"{number:02d}{suffix if number % 2 else suffix.upper()}", (240, 30, 60))
 
 
 def foreign(root):
     classes(root, cat=1, dog=1)
     for name in ("a.xcf", "b.XCF", "c.heic", "notes.txt", "README"):
-        (root / "dog" / name).write_text("no picture")
+        (root / "dog" / name).write_text("no image")
     os.mkfifo(root / "dog" / "pipe.png")
 
 
@@ -82,25 +82,25 @@ def empty_classes(root):
     classes(root, cat=1, fox=1)
     (root / "dog").mkdir()
     (root / "eel").mkdir()
-    (root / "eel" / "a.xcf").write_text("no picture")
+    (root / "eel" / "a.xcf").write_text("no image")
 
 
 def hidden(root):
     classes(root, cat=1, dog=1)
     (root / ".git").mkdir()
-    picture(root / ".cache" / "0.png")
-    (root / "cat" / "._0.png").write_text("no picture")
-    (root / "cat" / ".DS_Store").write_text("no picture")
+    paint(root / ".cache" / "0.png")
+    (root / "cat" / "._0.png").write_text("no image")
+    (root / "cat" / ".DS_Store").write_text("no image")
 
 
 def foreign_names(root):
     classes(root, **{"Äpfel": 1, "日本": 2, "cats, big": 1, "a b": 1})
-    picture(root / "日本" / "büro\n\x1b[31m.png")
+    paint(root / "日本" / "büro\n\x1b[31m.png")
 
 
 def captions(root):
     for name, text in {"1.png": "1.TXT", "2.png": "2.png.txt", "3.JPG": "3.txt", "Four.png": "four.txt"}.items():
-        picture(root / name)
+        paint(root / name)
         (root / text).write_bytes(b"\xef\xbb\xbf" * (name == "1.png") + f"text of {name}\n".encode())
     (root / "2.txt").write_text("another text, of nothing")
 
@@ -109,26 +109,26 @@ def one_class(root):
     classes(root, cat=3)
 
 
-# What each holds: pictures by class ("" for none), and what is told of the rest.
+# What each holds: images by class ("" for none), and what is told of the rest.
 ODD_SETS = {
     nested: ({"cat": 3, "dog": 2}, ""),
-    loops: ({"a": 2, "b": 1}, "2 links to a folder met before ('a/all', ...); 1 link to nothing ('a/self')"),
+    loops: ({"a": 2, "b": 1}, "2 links to a folder listed already ('a/all', ...); 1 link to nothing ('a/self')"),
     links_between_classes: (
         {"cat": 2, "dog": 3},
-        "1 file met before by another name ('dog/first.png'); 1 link to a folder met before ('cat/more')",
+        "1 file already listed under another name ('dog/first.png'); 1 link to a folder listed already ('cat/more')",
     ),
     links_to_elsewhere: (
         {"cat": 2, "dog": 2},
-        "1 link to a folder met before ('dog2'); 1 link to nothing ('cat/gone.png'); "
-        "1 class folder without pictures (dog2)",
+        "1 link to a folder listed already ('dog2'); 1 link to nothing ('cat/gone.png'); "
+        "1 class folder without images (dog2)",
     ),
-    hard_links: ({"cat": 2, "dog": 1}, "1 file met before by another name ('dog/same.png')"),
+    hard_links: ({"cat": 2, "dog": 1}, "1 file already listed under another name ('dog/same.png')"),
     every_suffix: ({"": len(IMAGE_FORMATS)}, ""),
     foreign: (
         {"cat": 1, "dog": 1},
-        "2 .xcf, 1 without suffix, 1 .heic, 1 .txt; 1 entry neither file nor folder ('dog/pipe.png')",
+        "2 .xcf, 1 without suffix, 1 .heic, 1 .txt; 1 entry that is neither a file nor a folder ('dog/pipe.png')",
     ),
-    empty_classes: ({"cat": 1, "fox": 1}, "1 .xcf; 2 class folders without pictures (dog, eel)"),
+    empty_classes: ({"cat": 1, "fox": 1}, "1 .xcf; 2 class folders without images (dog, eel)"),
     hidden: ({"cat": 1, "dog": 1}, "4 hidden"),
     foreign_names: ({"a b": 1, "cats, big": 1, "Äpfel": 1, "日本": 3}, ""),
     captions: ({"": 4}, "1 .txt"),
@@ -151,8 +151,8 @@ def test_odd_sets_are_read_right(odd, limit, caplog):
     dataset = load(config, image_size=(8, 8), channels=3, split="all")
     batch = dataset[np.arange(len(dataset))]
     assert dataset.class_names == tuple(name for name in expected if name)
-    found = {dataset.class_names[label] if label >= 0 else "": 0 for label in batch["label"].tolist()}
-    for image, label in zip(batch["image"], batch["label"].tolist(), strict=True):
+    found = {dataset.class_names[label] if label >= 0 else "": 0 for label in batch.context.tolist()}
+    for image, label in zip(batch.x, batch.context.tolist(), strict=True):
         name = dataset.class_names[label] if label >= 0 else ""
         found[name] += 1
         if name in COLOURS:
@@ -172,7 +172,7 @@ def test_captions_are_found_in_capitals_and_behind_the_suffix(tmp_path):
 def test_every_listed_suffix_is_read_in_its_own_colours(tmp_path):
     every_suffix(tmp_path)
     config = DataConfig("folder", path=str(tmp_path), eval_fraction=0.0)
-    images = load(config, image_size=(8, 8), channels=3, split="all")[np.arange(len(IMAGE_FORMATS))]["image"]
+    images = load(config, image_size=(8, 8), channels=3, split="all")[np.arange(len(IMAGE_FORMATS))].x
     for suffix, image in zip(IMAGE_FORMATS, images, strict=True):
         if suffix not in (".pbm", ".pgm"):
             # Lossy formats keep an even colour to a level or two.
@@ -203,27 +203,27 @@ def test_files_of_one_number_are_told_apart_by_their_device(tmp_path, monkeypatc
         return about if not str(path).endswith(".png") else os.stat_result((about[0], 1, *about[2:10]))
 
     monkeypatch.setattr(os, "stat", same)
-    assert len(list_files(tmp_path, (".png",), "pictures")) == 6
+    assert len(list_files(tmp_path, (".png",), "images")) == 6
 
 
 def test_names_that_are_written_alike_are_one_class_name(tmp_path):
     composed, apart = "caf\u00e9", "cafe\u0301"
     classes(tmp_path / "one", **{apart: 1})
-    assert list_files(tmp_path / "one", (".png",), "pictures").class_names == (composed,)
+    assert list_files(tmp_path / "one", (".png",), "images").class_names == (composed,)
     classes(tmp_path / "two", **{apart: 1, composed: 1})
     if len(list((tmp_path / "two").iterdir())) == 2:  # Some file systems make them one folder.
         with pytest.raises(ValueError, match="two folders named 'café'"):
-            list_files(tmp_path / "two", (".png",), "pictures")
+            list_files(tmp_path / "two", (".png",), "images")
 
 
-def test_all_pictures_of_a_class_held_out_are_told(tmp_path, caplog):
+def test_all_images_of_a_class_held_out_are_told(tmp_path, caplog):
     classes(tmp_path, cat=1, dog=1, fox=1)
     config = DataConfig("folder", path=str(tmp_path), eval_fraction=0.3)
     held_out = load(config, image_size=(8, 8), channels=3, split="eval")
     assert not caplog.records
     load(config, image_size=(8, 8), channels=3, split="train")
     [lost] = {held_out.class_names[label] for label in held_out.labels.tolist()}
-    assert f"All pictures of {lost} are held out" in caplog.text
+    assert f"All images of {lost} are held out" in caplog.text
 
 
 @pytest.mark.parametrize("lost", [None, "config.json", "checkpoints"])
@@ -236,7 +236,7 @@ def test_a_run_inside_the_data_is_none_of_them(tmp_path, place, lost):
         record.draw(3, np.zeros((8, 8, 3), np.uint8))
     if lost:
         (tmp_path / place / lost).rename(tmp_path.with_name(f"{tmp_path.name}-{lost}"))
-    listing = list_files(tmp_path, (".png",), "pictures")
+    listing = list_files(tmp_path, (".png",), "images")
     assert listing.class_names == ("cat", "dog")
     assert len(listing) == 3
     assert listing.left_out == (f"1 folder written by a flowgen run ('{place}')",)
@@ -273,9 +273,9 @@ def test_every_listed_video_is_read(tmp_path, caplog):
     config = ClipsConfig("folder", path=str(tmp_path), fps=8.0, eval_fraction=0.0)
     dataset = load_clips(config, frames=4, image_size=(16, 16), channels=1, split="all")
     batch = dataset[np.arange(len(dataset))]
-    seen = {round(float(level), -1) for level in batch["image"].mean(axis=(1, 2, 3, 4))}
+    seen = {round(float(level), -1) for level in batch.x.mean(axis=(1, 2, 3, 4))}
     assert seen == {40 + 10 * number for number in range(len(READABLE))}
-    assert set(batch["label"].tolist()) == {-1}
+    assert set(batch.context.tolist()) == {-1}
     assert f"Left out of data.path '{tmp_path}': 1 .srt." in caplog.text
 
 
@@ -291,8 +291,8 @@ def test_odd_sets_of_videos_are_read_right(tmp_path, caplog):
     dataset = load_clips(config, frames=4, image_size=(16, 16), channels=1, split="train")
     batch = dataset[np.arange(len(dataset))]
     assert dataset.class_names == ("cat", "dog")
-    dogs = batch["image"].mean(axis=(1, 2, 3, 4)) > 140
-    np.testing.assert_array_equal(batch["label"], dogs.astype(int))
+    dogs = batch.x.mean(axis=(1, 2, 3, 4)) > 140
+    np.testing.assert_array_equal(batch.context, dogs.astype(int))
     assert (len(dogs), int(dogs.sum())) == (12, 4)
-    told = "1 .png; 1 link to a folder met before ('cat/all'); 1 class folder without videos (empty)"
+    told = "1 .png; 1 link to a folder listed already ('cat/all'); 1 class folder without videos (empty)"
     assert f"Left out of data.path '{tmp_path}': {told}." in caplog.text

@@ -47,7 +47,7 @@ def test_grid_refuses_meaningless_layouts(options):
 
 
 @pytest.mark.parametrize("shape", [(5, 7), (5, 7, 1), (5, 7, 3)])
-def test_saved_picture_reads_back(tmp_path, rng, shape):
+def test_saved_image_reads_back(tmp_path, rng, shape):
     image = rng.integers(0, 256, shape, dtype=np.uint8)
     media.save_image(tmp_path / "a.PNG", image)
     with media.pillow().open(tmp_path / "a.PNG") as saved:
@@ -97,7 +97,7 @@ def test_write_protected_folder_is_refused(tmp_path, monkeypatch):
 
 
 def test_save_image_refuses_floats(tmp_path):
-    with pytest.raises(ValueError, match="convert float images with to_uint8"):
+    with pytest.raises(ValueError, match="which to_uint8 makes from floats"):
         media.save_image(tmp_path / "a.png", np.zeros((2, 2, 3)))
 
 

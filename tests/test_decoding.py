@@ -60,7 +60,7 @@ def test_window_1_equals_sequential(case):
     assert jnp.all(sequential.sweeps == 1)
 
 
-def chain(n, channels=2):
+def chain(n, first, channels=2):
     """A conditioner x_t = 0.9 x_{t-1} + cumulative effects, as arrays, with no cache."""
     weights = jnp.asarray(np.tril(np.random.default_rng(0).standard_normal((n, n))) * 0.4, jnp.float32)
 
@@ -69,17 +69,19 @@ def chain(n, channels=2):
         mixed = jnp.einsum("tm,bmc->btc", weights, jnp.tanh(previous))
         return mixed, 0.3 * jnp.tanh(mixed), cache
 
-    return Conditioner(window, lambda before, after: after)
+    return without_cache(window, first)
+
+
+def without_cache(window, first):
+    return Conditioner(window, lambda before, after: after, empty_cache=lambda length: None, first=first)
 
 
 def test_after_k_sweeps_the_first_k_tokens_are_exact():
     n = 8
     z = jnp.asarray(np.random.default_rng(1).standard_normal((3, n, 2)), jnp.float32)
-    first = jnp.ones((3, 1, 2))
 
     def run(max_sweeps):
-        plan = Jacobi(tol=0.0, max_sweeps=max_sweeps)
-        return solve(chain(n), first, z, lambda length: None, plan)
+        return solve(chain(n, jnp.ones((3, 1, 2))), z, Jacobi(tol=0.0, max_sweeps=max_sweeps))
 
     exact = run(n).x
     for k in range(1, n):
@@ -107,7 +109,8 @@ def test_certificate_is_the_error_of_a_forward_pass(case):
     error = jnp.abs(loose.x - x).max(axis=tuple(range(1, x.ndim)))
     assert jnp.all((loose.error > 1e-3) == (error > 1e-3))
     null = TextCondition(jnp.ones((1, 3, 5)), jnp.ones((1, 3), bool)) if flow.config.text_dim else None
-    guided = invert(flow, params, z, cond, guidance=Guidance(scale=1.5, rule="product"), null=null, certify=True)
+    guidance = Guidance(scale=1.5, rule="product", null=null)
+    guided = invert(flow, params, z, cond, guidance=guidance, certify=True)
     assert guided.error.max() < NETWORK
 
 
@@ -209,7 +212,7 @@ def test_blocks_that_are_not_guided_are_not(key):
     none = invert(flow, params, z, cond).x
     assert jnp.abs(only_first - both).max() > 1e-4
     assert jnp.abs(only_first - none).max() > 1e-4
-    with pytest.raises(ValueError, match=r"guidance blocks name 2; this flow has blocks 0..1"):
+    with pytest.raises(ValueError, match=r"guidance\.blocks has 2; this flow has blocks 0..1"):
         invert(flow, params, z, cond, guidance=Guidance(scale=1.0, blocks=(2,)))
 
 
@@ -256,8 +259,7 @@ def test_overflow_on_the_way_is_counted_and_does_not_spoil_the_solution():
         mixed = jnp.cumsum(previous, axis=1)
         return -3.0 * jnp.exp(jnp.clip(40 * mixed, -80, 300)), 40 * mixed, cache
 
-    conditioner = Conditioner(window, lambda before, after: after)
-    solution = solve(conditioner, jnp.full((2, 1, 1), -1.0), z, lambda length: None, Jacobi(tol=0.0))
+    solution = solve(without_cache(window, jnp.full((2, 1, 1), -1.0)), z, Jacobi(tol=0.0))
     assert jnp.all(jnp.isfinite(solution.x))
     exact = np.full((2, 1), -1.0)
     for _ in range(n):
@@ -286,7 +288,7 @@ def test_a_sample_depends_on_key_and_index_alone():
     flow, params, _, _ = laws.case("classes")
     cond = jnp.array([0, 1, 2, 1, 0], jnp.int32)
     together = sample(flow, params, jax.random.key(3), 5, cond, guidance=Guidance(scale=1.0))
-    tail = sample(flow, params, jax.random.key(3), 2, cond[3:], guidance=Guidance(scale=1.0), first=3)
+    tail = sample(flow, params, jax.random.key(3), range(3, 5), cond[3:], guidance=Guidance(scale=1.0))
     assert_close(tail.x, together.x[3:], NETWORK)
     other = sample(flow, params, jax.random.key(4), 5, cond, guidance=Guidance(scale=1.0))
     assert jnp.abs(other.x - together.x).max() > 0.1

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import laws
 import numpy as np
 import pytest
-from tolerances import NETWORK, assert_close
+from tolerances import LAYER, NETWORK, assert_close
 
 import flowgen
 from flowgen.attention import CAUSAL_KERNEL_NAMES, causal_kernel
@@ -47,6 +47,23 @@ def test_every_plan_at_tolerance_0_is_the_inverse_of_forward(config, kernel):
         assert jnp.all(r.residual == 0)
         several = r.sweeps.max() > 1
         assert several == (not isinstance(plan, Sequential)), plan  # the state is taken up again from the same place
+
+
+@pytest.mark.parametrize("kernel", kernels())
+def test_a_window_runs_again_from_a_rewound_cache_as_if_for_the_first_time(kernel):
+    begin, end, length = 2, 5, 7
+    functions = causal_kernel(kernel)
+    q, k, v, *wrong = jax.random.normal(jax.random.key(0), (6, 2, length, 2, 8))
+    expected = functions.attend(q, k, v)
+    cache = functions.init_cache(2, length, 2, 8, jnp.float32)
+    _, before = functions.attend_window(q[:, :begin], k[:, :begin], v[:, :begin], cache, 0)
+    after = before
+    for parts in (wrong, [2 * part for part in wrong], (q, k, v)):  # two wrong guesses, and the solution
+        cache = functions.rewind(before, after)
+        out, after = functions.attend_window(*(part[:, begin:end] for part in parts), cache, begin)
+    assert_close(out, expected[:, begin:end], LAYER)
+    rest, _ = functions.attend_window(q[:, end:], k[:, end:], v[:, end:], after, end)
+    assert_close(rest, expected[:, end:], LAYER)
 
 
 @pytest.mark.parametrize("kernel", [pytest.param(name, marks=pytest.mark.slow) for name in ALWAYS])

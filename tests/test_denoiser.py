@@ -11,6 +11,7 @@ import pytest
 from tolerances import LAYER, NETWORK, assert_close
 
 from flowgen.attention import FrameWindow, softmax_attention
+from flowgen.conditioning import TextCondition
 from flowgen.decoding import Denoiser, sample
 from flowgen.flows import (
     ClipDenoiser,
@@ -71,7 +72,7 @@ def test_a_layer_sees_its_window_of_frames_alone():
 def test_frames_and_texts_matter():
     denoiser, variables, clip, text = perturbed(CLIP)
     out = denoiser.apply(variables, clip, text)
-    other = denoiser.apply(variables, clip, laws.TextCondition(2 * text.embeddings, text.mask))
+    other = denoiser.apply(variables, clip, TextCondition(2 * text.embeddings, text.mask))
     assert float(jnp.abs(out - other).max()) > 1e-3
     # Where all frames are alike, their positions alone tell the middle ones apart.
     still = jnp.tile(clip[:, :1], (1, 6, 1, 1, 1))

@@ -19,7 +19,7 @@ from flowgen.models import init
 PROJECT = Path(__file__).parent.parent
 
 PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md")), *sorted((PROJECT / "configs").glob("*.py"))]
-FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r"^( *)```(\w*)(?: title=\"(\S+)\")?\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 # What blocks find in the folder that they run in: runs of these configs in their debug form, and a small autoencoder
 # where the published one would take minutes and gigabytes.
 RUNS = {"runs/digits": "tarflow_digits", "runs/wcfm": "wcfm_digits"}
@@ -28,10 +28,22 @@ SMALLER = {"(1, 81, 480, 848, 3)": "(1, 5, 32, 32, 3)"}
 
 
 def blocks(page, language):
-    return [textwrap.dedent(text) for _, name, text in FENCE.findall(page.read_text()) if name == language]
+    found = FENCE.findall(page.read_text())
+    return [textwrap.dedent(text) for _, name, title, text in found if name == language and not title]
 
 
 PYTHON = [(page, number, text) for page in PAGES for number, text in enumerate(blocks(page, "python"))]
+
+
+@pytest.fixture
+def modules(tmp_path, monkeypatch):
+    """The blocks with a title, as modules that other blocks and commands import."""
+    for page in PAGES:
+        for _, _, title, text in FENCE.findall(page.read_text()):
+            if title:
+                (tmp_path / title).write_text(text)
+                monkeypatch.delitem(sys.modules, Path(title).stem, raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +65,7 @@ def folder(tmp_path_factory):
         for row in PYTHON
     ],
 )
-@pytest.mark.usefixtures("untyped")
+@pytest.mark.usefixtures("untyped", "modules")
 def test_a_block_of_python_runs_when_pasted_alone(folder, monkeypatch, page, number, text):
     monkeypatch.chdir(folder)
     for large, small in SMALLER.items():
@@ -100,6 +112,7 @@ def test_pages_have_blocks_and_commands():
 @pytest.mark.parametrize(
     ("page", "words"), COMMANDS, ids=[f"{page.name}-{index}" for index, (page, _) in enumerate(COMMANDS)]
 )
+@pytest.mark.usefixtures("modules")
 def test_a_command_line_is_understood(monkeypatch, page, words):
     monkeypatch.chdir(PROJECT)
     words = words[2:] if words[:2] == ["-m", "flowgen"] else [words[0].removesuffix(".py"), *words[1:]]

@@ -38,9 +38,9 @@ def test_json_reads_as_the_standard_library_reads_it(tmp_path):
 @pytest.mark.parametrize(
     ("content", "why"),
     [
-        ("[" * 65 + "]" * 65, "65 deep"),
-        ("[" * 1_000_000, "1000000 deep"),
-        ('{"a":' * 100_000 + "1" + "}" * 100_000, "100000 deep"),
+        ("[" * 65 + "]" * 65, "65 levels deep"),
+        ("[" * 1_000_000, "1000000 levels deep"),
+        ('{"a":' * 100_000 + "1" + "}" * 100_000, "100000 levels deep"),
         ('{"a": 1, "b": 2, "a": 3}', "'a' twice"),
         ('{"a": NaN}', "NaN"),
         ("[-Infinity]", "-Infinity"),
@@ -113,7 +113,7 @@ LAUGHS = "\n".join(f"l{i}: &l{i} [{', '.join([f'*l{i - 1}'] * 9)}]" if i else 'l
         (LAUGHS, "aliases"),
         ("a: &a [*a]", "aliases"),
         ("[" * 10_000, "nested more than"),
-        ("a: " + "1:" * 30_000 + "1", "letters"),
+        ("a: " + "1:" * 30_000 + "1", "characters"),
         ("a: !!python/object/apply:os.system [true]", "python/object"),
         ("a: [", "expected the node"),
         ("a: 2001-99-99", "month"),

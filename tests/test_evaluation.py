@@ -37,7 +37,7 @@ def test_gaussian_baseline_is_the_mean_density_of_noised_images(noise_std):
     random = np.random.default_rng(2)
 
     def noised(s):
-        flat = s.images.reshape(len(s), -1).astype(np.float64)
+        flat = s.x.reshape(len(s), -1).astype(np.float64)
         if noise_std:
             return flat / 127.5 - 1 + noise_std * random.standard_normal(flat.shape)
         return (flat + random.random(flat.shape)) / 128 - 1
@@ -76,7 +76,7 @@ def test_frechet_distance_is_that_of_the_formula_and_of_shifts(untyped):
     # Fewer samples than dimensions: covariances have no inverse, the distance is still there.
     assert frechet_distance(x[:3], y[:3]) > 0
     for left, right in ((x[:1], y), (x, y[:, :3])):
-        with pytest.raises(ValueError, match="at least two rows of each, of the same length"):
+        with pytest.raises(ValueError, match="at least two rows of each, of equal length"):
             frechet_distance(left, right)
 
 
@@ -86,16 +86,16 @@ def test_a_classifier_of_the_digits_knows_held_out_ones(key):
     held_out = load(DataConfig("digits"), image_size=(8, 8), channels=1, split="eval")
     classifier = train_classifier(dataset, key)
     everything = held_out[np.arange(len(held_out))]
-    images = np.asarray(from_uint8(everything["image"]))
-    assert (classifier.classes(images) == everything["label"]).mean() > 0.95
+    images = np.asarray(from_uint8(everything.x))
+    assert (classifier.classes(images) == everything.context).mean() > 0.95
     assert classifier.features(images).shape == (len(held_out), 64)
-    # Its features order damage, and 90 pictures differ less from 90 others than from their own ruins.
+    # Its features order damage, and 90 images differ less from 90 others than from their own ruins.
     noise = np.random.default_rng(0).standard_normal(images.shape).astype(np.float32)
     features = classifier.features(images)
     damage = [frechet_distance(features, classifier.features(images + level * noise)) for level in (0.1, 0.3, 1.0)]
     assert damage == sorted(damage)
     assert frechet_distance(features[::2], features[1::2]) < damage[-1]
-    with pytest.raises(ValueError, match="carry no labels"):
+    with pytest.raises(ValueError, match="have no labels"):
         train_classifier(dataclasses.replace(dataset, class_names=()), key)
 
 

@@ -12,7 +12,7 @@ from toy_clips import LATENTS, QUIET, TINY, experiment_of
 from flowgen import checkpoint, experiments
 from flowgen.cli import main
 from flowgen.codecs import VideoAutoencoderConfig
-from flowgen.data import ClipsConfig, DataConfig, from_uint8, save_image
+from flowgen.data import ClipsConfig, DataConfig, LatentsConfig, from_uint8, save_image
 from flowgen.data.media import pillow
 from flowgen.data.video import video_length, video_size, write_video
 from flowgen.experiments import (
@@ -73,8 +73,8 @@ def test_samples_are_strips_videos_and_arrays(run, tmp_path):
         ("0", "x.gif", "--fps is 0; it must be at least 0.1"),
         ("0.0001", "x.mp4", "--fps is 0.0001; it must be at least 0.1"),
         ("101", "x.gif", "--fps is 101; it must be from 0.1 to 100"),
-        ("5", "x.png", "x.png is no video; use .gif or .mp4, or leave it out"),
-        ("5", "x.npz", "x.npz is no video; use .gif or .mp4, or leave it out"),
+        ("5", "x.png", "x.png is not a video; use .gif or .mp4, or leave out --fps"),
+        ("5", "x.npz", "x.npz is not a video; use .gif or .mp4, or leave out --fps"),
     ],
 )
 def test_rates_that_no_video_has_are_refused(fps, out, message, run, tmp_path, capsys):
@@ -87,9 +87,9 @@ def test_rates_that_no_video_has_are_refused(fps, out, message, run, tmp_path, c
 
 @pytest.mark.slow
 def test_clips_begin_with_what_is_given_and_go_on_as_long_as_asked(run, tmp_path, capsys):
-    picture = np.zeros((12, 12, 1), np.uint8)
-    picture[3:9, 4:7] = 255
-    save_image(tmp_path / "first.png", picture)
+    image = np.zeros((12, 12, 1), np.uint8)
+    image[3:9, 4:7] = 255
+    save_image(tmp_path / "first.png", image)
     out = tmp_path / "clips.npz"
     words = ["sample", "--checkpoint", str(run), "--num", "2", "--out", str(out)]
     words += ["--plan", "sliding", "--init", "previous_frame"]
@@ -97,25 +97,28 @@ def test_clips_begin_with_what_is_given_and_go_on_as_long_as_asked(run, tmp_path
     with np.load(out) as arrays:
         drawn = arrays["clips"]
     assert drawn.shape == (2, 5, 12, 12, 1)
-    assert_close(drawn[:, 0], np.broadcast_to(from_uint8(picture), (2, 12, 12, 1)), FORMULA)
+    assert_close(drawn[:, 0], np.broadcast_to(from_uint8(image), (2, 12, 12, 1)), FORMULA)
     assert np.abs(drawn[0, 1:] - drawn[1, 1:]).max() > 0.01
-    write_video(tmp_path / "dataset.mp4", np.stack([picture] * 2), fps=8.0)
+    write_video(tmp_path / "dataset.mp4", np.stack([image] * 2), fps=8.0)
     assert main([*words, "--frames", "4", "--given", str(tmp_path / "dataset.mp4")]) == 0
     with np.load(out) as arrays:
         np.testing.assert_allclose(
-            arrays["clips"][0, :2, ..., 0], from_uint8(picture)[None, ..., 0] + np.zeros((2, 1, 1)), atol=0.1
+            arrays["clips"][0, :2, ..., 0], from_uint8(image)[None, ..., 0] + np.zeros((2, 1, 1)), atol=0.1
         )
     save_image(tmp_path / "wide.png", np.zeros((12, 30, 1), np.uint8))
     (tmp_path / "broken.mp4").write_bytes(b"no video")
-    write_video(tmp_path / "long.gif", np.stack([picture] * 8), fps=12.5)
+    write_video(tmp_path / "long.gif", np.stack([image] * 8), fps=12.5)
     for given, message in (
         (
             "wide.png",
-            "wide.png is 12 x 30 pixels (height x width), and clips are 12 x 12, for which much of it would be cut off",
+            "wide.png is 12 x 30 pixels (height x width), but clips are 12 x 12, so much of it would be cut off",
         ),
         ("nowhere.png", "There is no file"),
-        ("broken.mp4", "is no video that can be read"),
-        ("long.gif", "long.gif has 8 pictures, and clips of --frames 3 begin with fewer; ask for more with --frames 9"),
+        ("broken.mp4", "is not a readable video"),
+        (
+            "long.gif",
+            "long.gif has 8 frames, which leaves none of --frames 3 to generate; ask for more with --frames 9",
+        ),
     ):
         assert main([*words, "--given", str(tmp_path / given)]) == 2
         error = capsys.readouterr().err
@@ -130,7 +133,7 @@ def test_clips_begin_with_what_is_given_and_go_on_as_long_as_asked(run, tmp_path
 
 def test_no_more_is_given_than_leaves_a_frame_to_draw(tmp_path):
     experiment = experiment_of()
-    flow, video, codec = experiment.build(), tmp_path / "long.mp4", experiment.encoding.open_clip_codec()
+    flow, video, codec = experiment.build(), tmp_path / "long.mp4", experiment.encoding.open_codec()
     frames = np.arange(8, dtype=np.uint8)[:, None, None, None] * 30 + np.zeros((1, 12, 12, 1), np.uint8)
     write_video(video, frames, fps=8.0)
     given = clips.read_given(codec, flow, str(video), frames=6, fps=8.0)
@@ -138,9 +141,9 @@ def test_no_more_is_given_than_leaves_a_frame_to_draw(tmp_path):
     assert clips.read_given(codec, flow, str(video), frames=99, fps=8.0).shape == (8, 12, 12, 1)
     save_image(tmp_path / "first.png", frames[0])
     for name, asked, message in (
-        ("long.mp4", None, "long.mp4 has 8 pictures, and clips of --frames 3 begin with fewer; .* with --frames 9"),
-        ("long.mp4", 1, "long.mp4 has 1 picture, and clips of --frames 1 begin with fewer; .* with --frames 2"),
-        ("first.png", 1, "first.png has 1 picture, and clips of --frames 1 begin with fewer"),
+        ("long.mp4", None, "long.mp4 has 8 frames, which leaves none of --frames 3 to generate; .* with --frames 9"),
+        ("long.mp4", 1, "long.mp4 has 1 frame, which leaves none of --frames 1 to generate; .* with --frames 2"),
+        ("first.png", 1, "first.png has 1 frame, which leaves none of --frames 1 to generate"),
     ):
         with pytest.raises(ValueError, match=message):
             clips.read_given(codec, flow, str(tmp_path / name), frames=asked, fps=8.0)
@@ -236,7 +239,7 @@ def test_a_video_autoencoder_is_trained_and_its_latents_are_those_of_a_flow(auto
     assert errors[-1] < errors[0]
     assert (autoencoder / "samples" / "0000020.png").is_file()
     experiment = experiment_of(model=LATENTS, codec=PretrainedAutoencoder(str(autoencoder), temporal_scale=0.5))
-    assert experiment.dataset("train")[np.arange(2)]["image"].shape == (2, 5, 12, 12, 1)
+    assert experiment.dataset("train")[np.arange(2)].x.shape == (2, 5, 12, 12, 1)
     direct = fit(experiment, tmp_path / "direct")
     assert np.isfinite(direct.metrics["nats_per_dim"])
     path = tmp_path / "clips.py"
@@ -244,7 +247,7 @@ def test_a_video_autoencoder_is_trained_and_its_latents_are_those_of_a_flow(auto
         f"from flowgen.experiments import from_json\nconfig = lambda: from_json({experiment.to_json()!r})\n"
     )
     assert main(["encode", "--config", str(path), "--out", str(tmp_path / "encoded")]) == 0
-    encoded = dataclasses.replace(experiment, data=ClipsConfig(name="encoded", path=str(tmp_path / "encoded")))
+    encoded = dataclasses.replace(experiment, data=LatentsConfig(str(tmp_path / "encoded")))
     again = fit(encoded, tmp_path / "again")
     jax.tree.map(np.testing.assert_array_equal, direct.state.params, again.state.params)
     other = dataclasses.replace(encoded, codec=PretrainedAutoencoder(str(autoencoder)))
@@ -354,11 +357,11 @@ def test_the_debug_run_warms_the_denoiser_up_as_fast_as_the_flow():
 
 
 @pytest.mark.slow
-def test_autoencoders_of_clips_are_not_for_pictures_and_videos_not_for_models_of_them(autoencoder, tmp_path, capsys):
+def test_autoencoders_of_clips_are_not_for_images_and_videos_not_for_models_of_them(autoencoder, tmp_path, capsys):
     from flowgen.flows import STARFlowConfig
 
     model = STARFlowConfig(image_size=6, width=40, head_dim=20, layers_per_block=(1, 1))
     with pytest.raises(ValueError, match="is an autoencoder of clips, and the model is a flow of images"):
         FlowExperiment(name="images", model=model, codec=PretrainedAutoencoder(str(autoencoder))).job()
     assert main(["sample", "--checkpoint", str(autoencoder), "--out", str(tmp_path / "x.png")]) == 2
-    assert "draws no samples; train a flow on its latents" in capsys.readouterr().err
+    assert "cannot be sampled; train a flow on its latents" in capsys.readouterr().err

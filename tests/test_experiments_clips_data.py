@@ -1,4 +1,4 @@
-"""What flows of clips are trained on beside whole clips: pictures, clips without their first frame, their texts."""
+"""What flows of clips are trained on beside whole clips: images, clips without their first frame, their texts."""
 
 import dataclasses
 
@@ -8,39 +8,39 @@ import pytest
 from toy_clips import LATENTS, experiment_of
 
 from flowgen.cli import main
-from flowgen.data import ClipsConfig, DataConfig
-from flowgen.decoding import sample_clips
+from flowgen.data import ClipsConfig, DataConfig, LatentsConfig
+from flowgen.decoding import sample
 from flowgen.experiments import SamplingConfig, SpaceToDepth, TextConfig, clips, fit, video_flow
 from flowgen.text import PromptTemplate
 from flowgen.training import TrainConfig
 
 
 @pytest.mark.slow  # beside clips without their first frame
-def test_pictures_are_trained_on_beside_clips(tmp_path):
+def test_images_are_trained_on_beside_clips(tmp_path):
     experiment = experiment_of(data=ClipsConfig(num=60, images=DataConfig()), train=TrainConfig(steps=3, batch_size=8))
     job = experiment.job()
-    shapes = [batch["image"].shape for batch in job.batches(0, 40)]
+    shapes = [batch.x.shape for batch in job.batches(0, 40)]
     assert set(shapes) == {(8, 3, 12, 12, 1), (8, 1, 12, 12, 1)}
     # As often as there are of them: 54 clips and 1,617 digits.
     assert shapes.count((8, 1, 12, 12, 1)) > 30
-    assert clips.clips_alone(experiment.flow_dataset("eval")).frames == 3
+    assert clips.clips_alone(experiment.flow_dataset("eval")).event_shape[0] == 3
     params = job.init(jax.random.key(0))
     losses = {}
     for batch in job.batches(0, 40):
-        if batch["image"].shape not in losses:
+        if batch.x.shape not in losses:
             loss, _ = jax.jit(job.objective)(params, batch, jax.random.key(0))
-            losses[batch["image"].shape] = float(loss)
+            losses[batch.x.shape] = float(loss)
     assert all(np.isfinite(loss) for loss in losses.values())
     assert len(losses) == 2
 
 
-def test_pictures_come_in_the_fraction_of_batches_that_is_asked_for():
+def test_images_come_in_the_fraction_of_batches_that_is_asked_for():
     data = ClipsConfig(num=500, drop_first=0.25, images=DataConfig(), images_fraction=0.2)
     dataset = experiment_of(data=data).flow_dataset("train")
-    assert [bucket.frames for bucket in dataset.buckets] == [3, 2, 1]
-    whole, continued, pictures = dataset.shares
+    assert [bucket.event_shape[0] for bucket in dataset.buckets] == [3, 2, 1]
+    whole, continued, stills = dataset.shares
     assert continued / (whole + continued) == pytest.approx(0.25)
-    assert pictures / sum(dataset.shares) == pytest.approx(0.2)
+    assert stills / sum(dataset.shares) == pytest.approx(0.2)
     with pytest.raises(ValueError, match=r"images_fraction is 0.2, and there are no images"):
         ClipsConfig(images_fraction=0.2)
 
@@ -50,20 +50,20 @@ def test_clips_without_their_first_frame_are_trained_on_as_often_as_asked():
     dataset = experiment.flow_dataset("train")
     whole, continued = dataset.buckets
     some = np.array([3, 40])
-    np.testing.assert_array_equal(continued[some]["image"], whole[some]["image"][:, 1:])
-    shapes = [batch["image"].shape for batch in experiment.job().batches(0, 200)]  # three times all clips
+    np.testing.assert_array_equal(continued[some].x, whole[some].x[:, 1:])
+    shapes = [batch.x.shape for batch in experiment.job().batches(0, 200)]  # three times all clips
     assert shapes.count((9, 2, 12, 12, 1)) == 50
     assert shapes.count((9, 3, 12, 12, 1)) == 150
-    assert clips.clips_alone(dataset).frames == 3
-    assert experiment.flow_dataset("eval").frames == 3
+    assert clips.clips_alone(dataset).event_shape[0] == 3
+    assert experiment.flow_dataset("eval").event_shape[0] == 3
 
 
 def test_the_memory_of_latents_is_that_of_their_own_frames():
     data = ClipsConfig(num=60, drop_first=0.25, images=DataConfig(), in_memory_bytes=1)
     experiment = experiment_of(model=LATENTS, codec=SpaceToDepth(2), data=data)
-    # Mean and deviation of 6 x 6 x 4 numbers a frame: 54 clips of 3 frames and of the last 2, and 1,617 pictures.
+    # Mean and deviation of 6 x 6 x 4 numbers a frame: 54 clips of 3 frames and of the last 2, and 1,617 images.
     needed = 4 * 2 * 6 * 6 * 4 * (54 * 3 + 54 * 2 + 1617)
-    with pytest.raises(ValueError, match=f"the latents of 1725 pictures would take {needed:,} bytes"):
+    with pytest.raises(ValueError, match=f"the latents of 1725 clips need {needed:,} bytes"):
         experiment.flow_dataset("train")
 
 
@@ -87,17 +87,19 @@ def test_texts_of_clips_without_their_first_frame_say_so(continued, tmp_path):
     whole, rest = experiment.flow_dataset("train").buckets
     assert rest.event_shape == (2, 6, 6, 4)
     some = np.arange(4)
-    np.testing.assert_array_equal(rest[some]["mean"], whole[some]["mean"][:, 1:])
+    np.testing.assert_array_equal(rest[some].x.mean, whole[some].x.mean[:, 1:])
     for bucket, mark in ((whole, ""), (rest, "(extend) ")):
-        said = [template(f"{mark}{label}", (6, 6)) for label in bucket[some]["label"]]
-        np.testing.assert_array_equal(bucket[some]["text"][0], encode(said).embeddings.astype(np.float16))
+        said = [
+            template(f"{mark}{label}", (6, 6)) for label in dataclasses.replace(bucket, use_texts=False)[some].context
+        ]
+        np.testing.assert_array_equal(bucket[some].context.embeddings, encode(said).embeddings.astype(np.float16))
 
     path, folder = tmp_path / "clips.py", tmp_path / "encoded"
     path.write_text(
         f"from flowgen.experiments import from_json\nconfig = lambda: from_json({experiment.to_json()!r})\n"
     )
     assert main(["encode", "--config", str(path), "--out", str(folder)]) == 0
-    of_files = ClipsConfig(name="encoded", path=str(folder))
+    of_files = LatentsConfig(str(folder))
     read = {
         share: dataclasses.replace(experiment, data=dataclasses.replace(of_files, drop_first=share)).flow_dataset(
             "train"
@@ -105,7 +107,7 @@ def test_texts_of_clips_without_their_first_frame_say_so(continued, tmp_path):
         for share in (0.0, 0.5)
     }
     assert read[0.0].event_shape == (3, 6, 6, 4)
-    features, _ = whole[some]["text"]
+    features = whole[some].context.embeddings
     np.testing.assert_array_equal(experiment.conditions_of(read[0.0])(some).embeddings, features)
     assert {b.event_shape[0]: share for b, share in zip(read[0.5].buckets, read[0.5].shares, strict=True)} == {
         2: 54,
@@ -125,24 +127,23 @@ def test_texts_of_restarts_say_so_too(continued, tmp_path, monkeypatch):
     fit(continued, tmp_path / "run")
     drawn = {}
     monkeypatch.setattr(
-        video_flow, "sample_clips", lambda *args, **options: drawn.update(options) or sample_clips(*args, **options)
+        video_flow, "sample", lambda *args, **options: drawn.update(options, cond=args[4]) or sample(*args, **options)
     )
     words = ["sample", "--checkpoint", str(tmp_path / "run"), "--prompt", "7", "--frames", "4", "--progress"]
     assert main([*words, "--out", str(tmp_path / "x.gif")]) == 0
     said = [template(text, (6, 6)) for text in ("7", "(extend) 7")]
-    for name, text in zip(("cond", "restart_cond"), said, strict=True):
-        np.testing.assert_array_equal(drawn[name].embeddings, encode([text]).embeddings)
+    for cond, text in zip((drawn["cond"], drawn["clip"].restart_cond), said, strict=True):
+        np.testing.assert_array_equal(cond.embeddings, encode([text]).embeddings)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"name": "encoded", "path": "x"}, "images is given, but encoded data have their pictures among them"),
-        ({"images": DataConfig("folder", path="x", aspects=True)}, "images is encoded or of several aspects"),
-        ({"flip": True}, "images.flip is False and flip is True, and pictures and clips are mirrored alike"),
+        ({"images": DataConfig("folder", path="x", aspects=True)}, "images.aspects is true"),
+        ({"flip": True}, "images.flip is False and flip is True, but images and clips are mirrored alike"),
     ],
 )
-def test_pictures_that_cannot_be_beside_clips_are_refused(changes, message):
+def test_images_that_cannot_be_beside_clips_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         ClipsConfig(**{"images": DataConfig(), **changes})
 
@@ -159,8 +160,8 @@ def test_clips_of_texts_are_drawn_from_prompts(tmp_path):
         data=ClipsConfig(num=60, images=DataConfig()),
     )
     dataset = experiment.flow_dataset("train")
-    of_clips, of_pictures = (bucket.null[0] for bucket in dataset.buckets)
-    said = {8: of_clips, 0: of_pictures}  # frames per second, of which pictures have none
+    of_clips, of_images = (bucket.null[0] for bucket in dataset.buckets)
+    said = {8: of_clips, 0: of_images}  # frames per second, of which images have none
     for fps, null in said.items():
         wrapped = PromptTemplate(frames_per_second=fps)("", (6, 6))
         np.testing.assert_array_equal(

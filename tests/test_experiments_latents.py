@@ -18,7 +18,7 @@ from flowgen import checkpoint
 from flowgen.cli import main
 from flowgen.codecs import AutoencoderConfig
 from flowgen.conditioning import TextCondition
-from flowgen.data import DataConfig
+from flowgen.data import DataConfig, LatentsConfig
 from flowgen.experiments import (
     AutoencoderExperiment,
     AutoencodingConfig,
@@ -86,20 +86,20 @@ def test_the_autoencoder_learns_and_says_so(autoencoder, capsys):
     assert "180 images (eval), one latent per 2 x 2 pixels" in printed
     assert "PSNR" in printed
     assert main(["sample", "--checkpoint", str(autoencoder), "--out", str(autoencoder / "no.png")]) == 2
-    assert "draws no samples; train a flow on its latents" in capsys.readouterr().err
+    assert "cannot be sampled; train a flow on its latents" in capsys.readouterr().err
 
 
 def test_latents_of_a_trained_autoencoder_are_normalised_and_decoded(autoencoder):
     experiment = experiment_of(codec=PretrainedAutoencoder(str(autoencoder)))
     dataset = experiment.flow_dataset("train")
-    assert dataset.image_shape == (4, 4, 4)
+    assert dataset.event_shape == (4, 4, 4)
     batch = dataset[np.arange(500)]
-    drawn = batch["mean"] + batch["std"] * np.random.default_rng(0).normal(size=batch["mean"].shape)
+    drawn = batch.x.mean + batch.x.std * np.random.default_rng(0).normal(size=batch.x.mean.shape)
     # The statistics follow the batches, so they are near, not at, those of the final weights.
     np.testing.assert_allclose(drawn.mean(axis=(0, 1, 2)), 0, atol=0.3)
     np.testing.assert_allclose(drawn.std(axis=(0, 1, 2)), 1, atol=0.3)
-    pictures = experiment.dataset("train")[np.arange(500)]["image"] / 127.5 - 1
-    error = np.square(experiment.encoding.open_codec().decode(batch["mean"]) - pictures).mean()
+    images = experiment.dataset("train")[np.arange(500)].x / 127.5 - 1
+    error = np.square(experiment.encoding.open_codec().decode(batch.x.mean) - images).mean()
     rows = [json.loads(line) for line in (autoencoder / "metrics.jsonl").read_text().splitlines()]
     assert error == pytest.approx(rows[-1]["eval/mean_square_error"], rel=0.2)
 
@@ -149,7 +149,7 @@ def test_encoding_first_or_on_the_way_trains_the_same(autoencoder, tmp_path, cap
     assert "train: 3234 of 8 x 8 pixels" in printed
     assert "eval: 180 of 8 x 8 pixels" in printed
     direct = fit(experiment, tmp_path / "direct")
-    encoded = dataclasses.replace(experiment, data=DataConfig(name="encoded", path=str(out)))
+    encoded = dataclasses.replace(experiment, data=LatentsConfig(str(out)))
     again = fit(encoded, tmp_path / "again")
     jax.tree.map(np.testing.assert_array_equal, direct.state.params, again.state.params)
     assert direct.metrics == again.metrics
@@ -157,9 +157,12 @@ def test_encoding_first_or_on_the_way_trains_the_same(autoencoder, tmp_path, cap
     with monkeypatch.context() as patch:
         patch.setattr(flow.FlowExperiment, "likelihood_lines", None)  # which comes later
         assert main(["evaluate", "--checkpoint", str(tmp_path / "again"), "--samples", "20"]) == 2
-    assert "holds no pictures; give the data it was made of" in capsys.readouterr().err
+    assert "data are cached latents, without the images; give the data" in capsys.readouterr().err
+    words = ["evaluate", "--checkpoint", str(tmp_path / "again"), "--data", "Data", "--data.name", "digits"]
+    assert main(words) == 0
+    assert "1797 latents (all)" in capsys.readouterr().out
     assert main(["encode", "--config", str(path), "--out", str(out)]) == 2
-    assert "exists already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"codec is missing, and data.path .* was encoded by the autoencoder at"):
         fit(dataclasses.replace(encoded, codec=None), tmp_path / "other")
     other = dataclasses.replace(encoded, codec=SpaceToDepth(2))
@@ -169,7 +172,7 @@ def test_encoding_first_or_on_the_way_trains_the_same(autoencoder, tmp_path, cap
 
 
 @pytest.mark.slow
-def test_samples_of_latents_are_pictures(autoencoder, tmp_path, capsys):
+def test_samples_of_latents_are_images(autoencoder, tmp_path, capsys):
     run = tmp_path / "run"
     fit(experiment_of(codec=PretrainedAutoencoder(str(autoencoder)), likelihood=LikelihoodConfig(1e-4)), run)
     out = tmp_path / "samples.npz"
@@ -228,12 +231,15 @@ def test_guidance_of_texts_is_towards_the_wrapped_empty_text(text_run):
     plain = encode(["Noise Level 300:\n3", "Noise Level 300:\n7"])
     np.testing.assert_array_equal(cond.embeddings, plain.embeddings)
     (latents, _), given = (
-        experiment.draw_batch(flow, params, jax.random.key(0), cond, num=2, null=null)
+        experiment.draw_batch(
+            flow, params, jax.random.key(0), np.arange(2), cond, guidance=experiment.guidance(flow, null)
+        )
         for null in (None, TextCondition(*map(jnp.asarray, encode(["Noise Level 300:\n"]))))
     )
     np.testing.assert_array_equal(latents, given[0])
     other = TextCondition(*map(jnp.asarray, encode([""])))
-    bare, _ = experiment.draw_batch(flow, params, jax.random.key(0), cond, num=2, null=other)
+    towards = experiment.guidance(flow, other)
+    bare, _ = experiment.draw_batch(flow, params, jax.random.key(0), np.arange(2), cond, guidance=towards)
     # After a few steps texts change little.
     assert np.abs(latents - bare).max() > 1e-6
 
@@ -242,7 +248,7 @@ def test_guidance_of_texts_is_towards_the_wrapped_empty_text(text_run):
     ("words", "message"),
     [
         ([], "this model takes texts; give --prompt"),
-        (["--prompt", "one two three four five six"], "has 10 tokens and the model takes 6; shorten it"),
+        (["--prompt", "one two three four five six"], "has 10 tokens, but the model takes 6; shorten it"),
         (["--classes", "3"], "--classes is 3, but this model takes texts; give --prompt"),
         (["--prompt", "3", "--prompts", "x"], "--prompt and --prompts are both given"),
         (["--prompts", "nowhere.txt"], "nowhere.txt"),
@@ -250,7 +256,7 @@ def test_guidance_of_texts_is_towards_the_wrapped_empty_text(text_run):
         (["--prompt", "3", "--autoencoder", "vae"], "--autoencoder"),
         (["--prompt", "3", "--text.noise_level", "true"], "--text.noise_level is not an option here"),
         (["--prompt", "3", "--text.digest", "none"], "--text.digest is not an option here"),
-        (["--prompt", "3", "--text-encoder", "nowhere"], "There is no folder 'nowhere' with the text encoder"),
+        (["--prompt", "3", "--text-encoder", "nowhere"], "There is no folder 'nowhere' for the text encoder"),
     ],
 )
 def test_mistakes_in_prompts_are_named(text_run, tmp_path, capsys, words, message):
@@ -269,14 +275,14 @@ def test_texts_can_be_encoded_first(tmp_path, monkeypatch):
         f"from flowgen.experiments import from_json\nconfig = lambda: from_json({experiment.to_json()!r})\n"
     )
     assert main(["encode", "--config", str(path), "--out", str(tmp_path / "encoded")]) == 0
-    encoded = dataclasses.replace(experiment, data=DataConfig(name="encoded", path=str(tmp_path / "encoded")))
+    encoded = dataclasses.replace(experiment, data=LatentsConfig(str(tmp_path / "encoded")))
     direct, again = fit(experiment, tmp_path / "direct"), fit(encoded, tmp_path / "again")
     jax.tree.map(np.testing.assert_array_equal, direct.state.params, again.state.params)
     other = dataclasses.replace(encoded, text=TextConfig(encoder="words", noise_level=True))
     with pytest.raises(ValueError, match=r"texts encoded with text.noise_level False, and .*, True; set it, or encode"):
         fit(other, tmp_path / "other")
     prompted = dataclasses.replace(encoded, sampling=SamplingConfig(prompts=("one two three four five six",)))
-    with pytest.raises(ValueError, match=r"has 7 tokens and the model takes 6"):
+    with pytest.raises(ValueError, match=r"has 7 tokens, but the model takes 6"):
         fit(prompted, tmp_path / "other")
     assert not (tmp_path / "other").exists()
     monkeypatch.setattr(encoding, "open_text_encoder", lambda *_, **__: pytest.fail("the text encoder was opened"))
@@ -298,7 +304,7 @@ def test_several_aspects_train_together(tmp_path):
         train=TrainConfig(steps=6, batch_size=8),
     )
     dataset = experiment.dataset("train")
-    assert {bucket.image_shape for bucket in dataset.buckets} == {(8, 8, 1), (6, 10, 1)}
+    assert {bucket.event_shape for bucket in dataset.buckets} == {(8, 8, 1), (6, 10, 1)}
     result = fit(experiment, tmp_path / "run")
     assert np.isfinite(result.metrics["nats_per_dim"])
 
@@ -360,7 +366,7 @@ def test_a_decoder_is_trained_on_beside_its_encoder(autoencoder, tmp_path):
         ({"model": dataclasses.replace(TINY, noise_std=0.0)}, "model.noise_std is 0, which dequantises images"),
         ({"sampling": SamplingConfig(prompts=("a cat",))}, "sampling.prompts is .*, but the model takes no texts"),
         ({"text": TextConfig("words", digest="other"), "model": TEXT}, "text.encoder 'words' is not the one that"),
-        ({"data": DataConfig(name="encoded", path="nowhere")}, "holds no encoded data"),
+        ({"data": LatentsConfig("nowhere")}, "holds no cached latents"),
         (
             {"model": TARFlowConfig(image_size=4, patch_size=1), "data": DataConfig("folder", path="x", aspects=True)},
             "data.aspects is set, but a TARFlow has one size",
@@ -374,7 +380,7 @@ def test_parts_that_do_not_fit_are_refused(changes, message):
 
 def test_more_latents_than_fit_are_to_be_encoded_first():
     experiment = experiment_of(data=DataConfig(in_memory_bytes=100_000))
-    with pytest.raises(ValueError, match=r"of 1617 pictures would take 827,904 bytes, more .* flowgen encode"):
+    with pytest.raises(ValueError, match=r"of 1617 images would take 827,904 bytes, more .* flowgen encode"):
         experiment.job()
 
 

@@ -54,9 +54,9 @@ def test_a_run_on_points_reports_distances_and_draws_a_plot(points):
     assert {"w2", "w2_floor", "euler_1", "euler_4", "euler_10", "path_energy", "signed_npe"} <= set(result.metrics)
     assert all(map(np.isfinite, result.metrics.values()))
     assert result.metrics["w2_floor"] < result.metrics["w2"]
-    picture = np.asarray(Image.open(result.samples))
-    assert picture.shape == (500, 1000, 3)
-    assert 0 < (picture != 255).mean() < 0.5
+    image = np.asarray(Image.open(result.samples))
+    assert image.shape == (500, 1000, 3)
+    assert 0 < (image != 255).mean() < 0.5
     network, variables, experiment = checkpoint.load(path)
     assert (network.config, experiment) == (POINTS.model, POINTS)
     assert checkpoint.load(path, step="best")[2] == POINTS
@@ -113,7 +113,7 @@ def test_sampling_points_writes_a_plot_or_arrays(points, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_classes_of_pictures_and_guidance_reach_the_network(digits, tmp_path):
+def test_the_classes_of_images_and_guidance_reach_the_network(digits, tmp_path):
     path, out = digits
     assert re.search(
         r"Held-out frechet -?\d+\.\d{3}, class_accuracy \d\.\d{3}, loss \d+\.\d{3}, unweighted_loss \d+\.\d{3}\.\n", out
@@ -160,7 +160,7 @@ def test_shrunk_configs_train(name, tmp_path):
 MISTAKES = {
     "sample --out a.png --plan jacobi --checkpoint POINTS": "--plan is not an option here for a MLP",
     "sample --out a.png --certify --checkpoint POINTS": "--certify is not an option here for a MLP",
-    "sample --out a.png --single some --checkpoint POINTS": "--single writes images, and this model draws points",
+    "sample --out a.png --single some --checkpoint POINTS": "--single writes images, but this model draws points",
     "sample --out a.png --classes 1 --checkpoint POINTS": "--classes is 1, but this model has no classes",
     "sample --out a.png --guidance 1 --checkpoint POINTS": "but the model has no classes to guide to (num_classes 0)",
     "sample --out a.png --method rk5 --checkpoint POINTS": "sampling.method is 'rk5'; it must be 'euler' or 'midpoint'",
@@ -190,6 +190,6 @@ def test_whatever_a_network_predicts_is_sampled_as_a_velocity():
     experiment = dataclasses.replace(
         POINTS, matching=matching, model=network.config, sampling=SolverConfig(method="euler", num_steps=50)
     )
-    samples, line = experiment.draw_batch(network, variables, jax.random.key(0), None, num=5)
+    samples, line = experiment.draw_batch(network, variables, jax.random.key(0), np.arange(5), None)
     assert_close(samples, np.tile([1.0, -1.0], (5, 1)), NETWORK)
     assert line == "euler, 50 evaluations"

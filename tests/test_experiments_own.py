@@ -9,6 +9,7 @@ from commands import refused, succeed
 from flax import linen as nn
 
 import flowgen
+from flowgen.data import Batch
 from flowgen.experiments import FlowExperiment, MatchingExperiment, SpaceToDepth
 from flowgen.flows import STARFlowConfig, STARFlowVConfig, TARFlowConfig
 from flowgen.matching import DiTConfig
@@ -21,7 +22,7 @@ FLOW = TARFlowConfig(image_size=8, channels=1, patch_size=4, width=16, head_dim=
 class Stripes:
     """Images of a user's own, which no file holds: upright and level stripes."""
 
-    image_shape = (8, 8, 1)
+    event_shape = (8, 8, 1)
     class_names = ("upright", "level")
     captions = ()
 
@@ -31,7 +32,7 @@ class Stripes:
     def __getitem__(self, indices):
         stripes = np.broadcast_to(np.arange(8) % 2 * 255, (8, 8)).astype(np.uint8)
         images = np.stack([stripes.T if index % 2 else stripes for index in indices])[..., None]
-        return {"image": images, "label": (indices % 2).astype(np.int32)}
+        return Batch(images, (indices % 2).astype(np.int32))
 
 
 class OwnNetwork(nn.Module):
@@ -113,8 +114,12 @@ def test_a_run_of_ones_own_data_passes_for_no_other(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "dataset", "message"),
     [
-        ({}, [1, 2], r"dataset is .*image_shape"),
-        ({"image_size": 16}, Stripes(), r"dataset has images of shape \(8, 8, 1\); this model takes \(16, 16, 1\)"),
+        ({}, [1, 2], r"dataset is .*event_shape"),
+        (
+            {"image_size": 16},
+            Stripes(),
+            r"dataset has event_shape \(8, 8, 1\); this model takes data of shape \(16, 16, 1\)",
+        ),
         ({"num_classes": 1}, Stripes(), r"model.num_classes is 1 but the data has 2 classes"),
     ],
 )

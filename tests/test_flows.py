@@ -131,7 +131,7 @@ def test_the_objective_is_bits_per_dim_of_the_noised_images(case):
     loss, metrics, *state = jax.jit(nll_objective(flow))(params, batch, jax.random.key(1))
     noised, _ = noisy_batch(flow, batch_condition(flow, 0.0, None), batch, jax.random.key(1))
     # Within five standard errors.
-    spread = (noised - from_uint8(batch["image"])) / 0.1
+    spread = (noised - from_uint8(batch.x)) / 0.1
     np.testing.assert_allclose([spread.mean(), spread.std()], [0, 1], atol=5 / np.sqrt(spread.size))
     z, logdet = apply(flow, params, noised, cond)
     variance = params["prior"]["variance"] if "prior" in params else jnp.ones(z.shape[1:])

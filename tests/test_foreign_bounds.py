@@ -21,7 +21,7 @@ from flowgen import convert, experiments
 from flowgen.cli import main
 from flowgen.codecs import AutoencoderConfig
 from flowgen.convert import load_autoencoder, load_text_encoder, read_state_dict
-from flowgen.data.latents import read_latents
+from flowgen.data import read_latents
 from flowgen.flows import STARFlowConfig, STARFlowVConfig
 from flowgen.matching import DiTConfig, MLPConfig, UNetConfig
 from flowgen.text import JsonTokenizer, T5Config
@@ -61,9 +61,7 @@ def test_pickles_cost_no_more_than_their_size(layout, name, tmp_path, monkeypatc
 @pytest.mark.parametrize("name", SLOW_KEYS)
 def test_keys_that_take_long_to_find_are_refused(name, tmp_path):
     path = zip_layout(tmp_path / "weights.pth", SLOW_KEYS[name])
-    refused(
-        lambda: read_state_dict(path), path, "keys that are numbers" if name == "many numbers" else "neither a text"
-    )
+    refused(lambda: read_state_dict(path), path, "keys that are numbers" if name == "many numbers" else "neither text")
 
 
 def test_numbers_of_parameters_are_keys_of_an_optimizer(tmp_path):
@@ -177,7 +175,7 @@ def test_numbers_in_the_config_of_a_run_have_the_same_ranges():
 def test_a_model_larger_than_the_memory_is_told_before_it_is_made(tmp_path, capsys):
     words = ["train", "--config", DIGITS, "--workdir", str(tmp_path / "run"), "--model.width", "65536"]
     assert main([*words, "--model.layers_per_block", "1024"]) == 2
-    assert "parameters of" in capsys.readouterr().err
+    assert "parameters take" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
@@ -217,7 +215,7 @@ T5_CHANGES = [
     ({"d_kv": [1]}, "d_kv is [1]"),
     ({"relative_attention_num_buckets": 0}, "num_buckets is 0"),
     ({"num_heads": None}, "num_heads is None"),
-    ({"model_type": {"a": 1}}, "holds a"),
+    ({"model_type": {"a": 1}}, "has model_type"),
 ]
 
 
@@ -237,7 +235,7 @@ def test_parts_of_weights_stay_in_their_folder(name, tmp_path):
     (folder / "config.json").write_text(json.dumps(cw.AUTOENCODER))
     index = {"weight_map": {"encoder.conv_in.weight": name}}
     (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
-    message = refused(lambda: load_autoencoder(folder), "a part in", name)
+    message = refused(lambda: load_autoencoder(folder), "a file named in", name)
     assert "somebody" not in message
 
 
@@ -275,8 +273,15 @@ def latents(tmp_path):
     for part, array in (("mean", np.zeros((3, 2, 2, 1), np.float32)), ("label", np.zeros(3, np.int32))):
         np.save(folder / "train-00000" / f"{part}.npy", array)
     np.save(folder / "train-00000" / "std.npy", np.zeros((3, 2, 2, 1), np.float32))
-    shard = {"folder": "train-00000", "split": "train", "count": 3, "shape": [2, 2, 1], "has_text": False}
-    index = {"format": "flowgen latents 2", "class_names": [], "made_by": {}, "shards": [shard]}
+    shard = {
+        "folder": "train-00000",
+        "split": "train",
+        "count": 3,
+        "shape": [2, 2, 1],
+        "has_text": False,
+        "kind": "image",
+    }
+    index = {"format": "flowgen latents 3", "class_names": [], "provenance": {}, "shards": [shard]}
     (folder / "dataset.json").write_text(json.dumps(index))
     return folder
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent / "flowgen"
 LEVELS = {
     "flowgen.packages": -1,
     "flowgen.printable": -1,
-    "flowgen.arrays": -1,
+    "flowgen.arrays": -2,
     "flowgen.settings": -2,
     "flowgen.gaussian": -1,
     "flowgen.guidance": -1,
@@ -38,7 +38,8 @@ LEVELS = {
     "flowgen.data.media": 0,
     "flowgen.data.inventory": 0,
     "flowgen.nn": 0,
-    "flowgen.conditioning": -1,
+    "flowgen.conditioning": -2,
+    "flowgen.batch": -1,
     "flowgen.rows": 0,
     "flowgen.text": 1,
     "flowgen.flows": 2,

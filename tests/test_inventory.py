@@ -12,15 +12,16 @@ from flowgen.data import (
     ClipsConfig,
     DataConfig,
     Inventory,
+    Moments,
     hold_out,
     load,
     load_clips,
     take_inventory,
 )
-from flowgen.data.buckets import BucketedDataset
 from flowgen.data.clip_views import ContinuedClips, StillClips
-from flowgen.data.dataset import hold_out_files
-from flowgen.data.latents import LatentWriter, Shard, read_latents
+from flowgen.data.dataset import BucketedDataset, buckets_of, hold_out_files
+from flowgen.data.latent_files import LatentsConfig, LatentWriter, read_latents
+from flowgen.data.latents import Shard
 from flowgen.runs import RunWriter
 
 
@@ -76,11 +77,11 @@ def written(path, count=10, size=(24, 20)):
 @pytest.mark.parametrize("aspects", [False, True])
 def test_a_folder_is_counted(tmp_path, aspects):
     config = dataclasses.replace(written(tmp_path / "photos"), aspects=aspects)
-    (tmp_path / "photos" / "dog" / "a.xcf").write_text("no picture")
+    (tmp_path / "photos" / "dog" / "a.xcf").write_text("no image")
     train, held_out = (load(config, image_size=(8, 8), channels=1, split=split) for split in ("train", "eval"))
     inventory = take_inventory(config, train, held_out)
     # 24 x 20 is nearest to 5:4 of the nine aspects, of about the area of 8 x 8.
-    size = " x ".join(map(str, train.image_shapes[0][:2])) if isinstance(train, BucketedDataset) else "8 x 8"
+    size = " x ".join(map(str, buckets_of(train)[0].event_shape[:2])) if isinstance(train, BucketedDataset) else "8 x 8"
     assert inventory.line() == f"images: 18 train, 2 held out, 24 x 20 -> {size}, classes: cat, dog"
     assert inventory.left_out == ("1 .xcf",)
     assert (len(inventory.train_files), len(inventory.held_out_files)) == (18, 2)
@@ -100,15 +101,15 @@ def test_built_in_sets_npz_and_latents_are_counted(tmp_path):
     assert set(inventory.train_files) == {"images.npy", "labels.npy"}
     writer = LatentWriter(tmp_path / "set")
     moments = np.ones((5, 4, 6, 2), np.float32)
-    writer.add("train", Shard(moments, moments, np.zeros(5, np.int32)))
-    writer.finish(class_names=("cat",), made_by={})
-    config = DataConfig("encoded", path=str(tmp_path / "set"))
+    writer.add("train", Shard(Moments(moments, moments), np.zeros(5, np.int32)), kind="image")
+    writer.finish(class_names=("cat",))
+    config = LatentsConfig(str(tmp_path / "set"))
     inventory = take_inventory(config, read_latents(tmp_path / "set", "train"))
     assert inventory.line() == "latents of images: 5 train, 0 held out, 4 x 6 x 2, classes: cat"
     assert set(inventory.train_files) == {"dataset.json", "train-00000/label.npy"}
 
 
-def test_clips_are_counted_apart_from_pictures_and_from_their_own_parts():
+def test_clips_are_counted_apart_from_images_and_from_their_own_parts():
     config = ClipsConfig(num=100)
     shape = {"image_size": (10, 10), "channels": 1, "split": "train"}
     clips = load_clips(config, frames=4, **shape)
@@ -149,12 +150,12 @@ HELD = {"dog/1.png": 103}
         (FILES, HELD, ""),
         ({**FILES, "fox.png": 9}, HELD, "1 added ('fox.png')"),
         ({"cat/0.png": 100}, HELD, "2 removed ('cat/1.png', 'dog/0.png')"),
-        ({**FILES, "cat/0.png": 99}, HELD, "1 with other content ('cat/0.png')"),
-        ({**FILES, **HELD}, {}, "1 held out then and trained on now ('dog/1.png')"),
+        ({**FILES, "cat/0.png": 99}, HELD, "1 with changed content ('cat/0.png')"),
+        ({**FILES, **HELD}, {}, "1 previously held out, now trained on ('dog/1.png')"),
         (
             {name: FILES[name] for name in ("cat/0.png", "cat/1.png")},
             {**HELD, "dog/0.png": 102},
-            "1 trained on then and held out now ('dog/0.png')",
+            "1 previously trained on, now held out ('dog/0.png')",
         ),
         (
             {**{f"new{number}.png": 1 for number in range(5)}, "cat/0.png": 100, "dog/0.png": 102},
@@ -168,7 +169,7 @@ def test_a_resumed_run_says_what_changed(tmp_path, train, held, said):
     keep(before, tmp_path)
     now = Inventory("images", len(train), len(held), train_files=train, held_out_files=held)
     assert keep(now, tmp_path, resumed=True) == (
-        f"The data changed since the run was last started: {said}." if said else ""
+        f"The data have changed since the run was last started: {said}." if said else ""
     )
     # What was told once is known.
     assert keep(now, tmp_path, resumed=True) == ""
@@ -181,7 +182,7 @@ def test_a_record_that_is_missing_or_damaged_is_said_and_written_anew(tmp_path, 
     if content is not None:
         (tmp_path / "data.json").write_text(content)
     inventory = Inventory("images", 3, 1, train_files=FILES, held_out_files=HELD)
-    assert "not known" in keep(inventory, tmp_path, resumed=True)
+    assert "cannot be detected" in keep(inventory, tmp_path, resumed=True)
     assert keep(inventory, tmp_path, resumed=True) == ""
     assert keep(Inventory("images", 3, 1), tmp_path, resumed=True) == ""
 
@@ -193,4 +194,4 @@ def test_of_very_many_files_the_digest_alone_is_kept(tmp_path):
     assert json.loads((tmp_path / "data.json").read_text())["files"] is None
     assert keep(many, tmp_path, resumed=True) == ""
     told = keep(dataclasses.replace(many, train_files=FILES), tmp_path, resumed=True)
-    assert "not those of the last time" in told
+    assert "data files have changed" in told

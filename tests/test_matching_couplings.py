@@ -41,18 +41,18 @@ def test_assignment_and_sinkhorn_are_the_recorded_ones():
     assert np.isfinite(fm.sinkhorn_potentials(extreme, 500)).all()
 
 
-def test_exact_transport_of_images_is_scipys_and_uses_every_source_once():
+def test_exact_transport_of_images_is_scipys_and_uses_every_x0_once():
     random = np.random.default_rng(0)
     x0, x1 = random.standard_normal((2, 32, 2, 2, 2)).astype(np.float32)
     labels = jnp.arange(32)
     pairs = fm.MinibatchOT()(jax.random.key(0), jnp.asarray(x0), jnp.asarray(x1), labels)
     cost = ((x1.reshape(32, 1, -1) - x0.reshape(1, 32, -1)) ** 2).sum(-1)
-    _, source = scipy.optimize.linear_sum_assignment(cost)
-    np.testing.assert_array_equal(pairs.x0, x0[source])
+    _, chosen = scipy.optimize.linear_sum_assignment(cost)
+    np.testing.assert_array_equal(pairs.x0, x0[chosen])
     np.testing.assert_array_equal(pairs.x1, x1)
     np.testing.assert_array_equal(pairs.cond, labels)
     np.testing.assert_array_equal(pairs.log_weight, 0)
-    assert (source != np.arange(32)).any()
+    assert (chosen != np.arange(32)).any()
 
 
 def test_compiled_transport_is_exact_in_loops_and_on_every_device():
@@ -85,10 +85,10 @@ def test_sinkhorn_comes_near_exact_transport_and_classes_stay_apart(toys):
     exact, entropic, independent, aware = run(jax.random.key(0))
     # Entropy of 1 % of the mean cost, and draws with replacement: a third more than the optimum at most.
     assert exact < entropic < 1.3 * exact < independent
-    for sources in aware:
-        source = np.abs(np.asarray(sources)[:, None] - np.asarray(x0)[None]).sum(-1).argmin(1)
-        np.testing.assert_array_equal(labels[source], labels)
-        assert (source != np.arange(64)).any()
+    for moved in aware:
+        chosen = np.abs(np.asarray(moved)[:, None] - np.asarray(x0)[None]).sum(-1).argmin(1)
+        np.testing.assert_array_equal(labels[chosen], labels)
+        assert (chosen != np.arange(64)).any()
 
 
 # x ~ N(0, 1), y ~ N(2, 1/4), squared cost: under the weights both are jointly Gaussian, and the best velocity at
@@ -170,7 +170,7 @@ def test_a_cost_of_nan_is_refused_outside_jit_and_spoils_the_loss_inside(untyped
     def losses(key, spoilt):
         velocity = lambda t, x, cond: jnp.zeros_like(x)  # noqa: E731
         loss = lambda c, x0: fm.flow_matching_loss(coupling=c)(velocity, {"x0": x0, "x1": X1}, jax.random.clone(key))[0]  # noqa: E731
-        # The plan spoilt by a source of NaN need not draw that source.
+        # The plan spoilt by an x0 of NaN need not draw that x0.
         return [
             *(loss(coupling, X0) for coupling in couplings),
             *(loss(fm.MinibatchOT(method=m), spoilt) for m in ("exact", "sinkhorn")),
@@ -179,7 +179,7 @@ def test_a_cost_of_nan_is_refused_outside_jit_and_spoils_the_loss_inside(untyped
     assert np.isnan(losses(jax.random.key(0), spoilt)).all()
 
 
-def test_each_source_goes_to_the_cell_it_lies_in():
+def test_each_x0_goes_to_the_cell_it_lies_in():
     y = jnp.array([[-1.0], [1.0]])
     x0 = jnp.array([[-0.4], [0.1], [0.4]])
 
@@ -201,7 +201,7 @@ def test_each_source_goes_to_the_cell_it_lies_in():
 
 @pytest.mark.slow  # for what importing and compiling OTT-JAX takes
 def test_semidiscrete_potentials_give_cells_of_equal_probability():
-    # One dimension: cells are intervals between quantiles of the normal source, in the order of the data.
+    # One dimension: cells are intervals between quantiles of normal noise, in the order of the data.
     y = jnp.array([2.0, -1.0, 0.5, 0.6]).reshape(4, 1, 1)
     coupling, error = fm.fit_semidiscrete(jax.random.key(0), y, num_steps=200, batch_size=128)
     x0 = jax.scipy.stats.norm.ppf((jnp.arange(1000) + 0.5) / 1000).reshape(1000, 1, 1)

@@ -36,31 +36,31 @@ def test_effective_sample_size_of_weights_known():
         assert_close(fm.effective_sample_size(log_weight), share, LAYER)
 
 
-# Population values of the fact sheet, c = |x - y|: (source, data, epsilon, ESS, tilts of source and data, W2 of the
-# tilted source and data from their untilted selves).
+# Population values of the fact sheet, c = |x - y|: (noise, data, epsilon, ESS, tilts of noise and data, W2 of the
+# tilted noise and data from their untilted selves).
 RECORDED = [
     ("ring", "moons", 2.0, 0.43, 0.17, 0.012, 1.47, 0.31),
     ("normal", "moons", 1.0, 0.36, 0.016, 0.65, 0.14, 1.53),
 ]
 
 
-@pytest.mark.parametrize(("source", "data", "epsilon", "ess", "tilt0", "tilt1", "far0", "far1"), RECORDED)
-def test_tilts_are_the_recorded_ones(toys, source, data, epsilon, ess, tilt0, tilt1, far0, far1):
-    x0, x1 = toys[source], toys[data]
+@pytest.mark.parametrize(("noise", "data", "epsilon", "ess", "tilt0", "tilt1", "far0", "far1"), RECORDED)
+def test_tilts_are_the_recorded_ones(toys, noise, data, epsilon, ess, tilt0, tilt1, far0, far1):
+    x0, x1 = toys[noise], toys[data]
     report, far = weight_report(x0, x1, epsilon=epsilon), tilted_wasserstein(x0, x1, epsilon=epsilon)
     np.testing.assert_allclose(report.ess, ess, atol=0.03)
     # Over seeds, 800 points scatter by a tenth of the tilts and of the distances, and by less than 0.2 (0.31 here was
     # found between 0.3 and 0.5): how many points a mode got counts.
-    np.testing.assert_allclose([report.source_tilt, report.data_tilt], [tilt0, tilt1], rtol=0.2, atol=0.02)
-    np.testing.assert_allclose([far.source, far.data], [far0, far1], rtol=0.1, atol=0.2)
+    np.testing.assert_allclose([report.noise_tilt, report.data_tilt], [tilt0, tilt1], rtol=0.2, atol=0.02)
+    np.testing.assert_allclose([far.noise, far.data], [far0, far1], rtol=0.1, atol=0.2)
 
 
 def test_tilted_distances_vanish_with_the_tilt_and_come_with_a_floor(toys):
     x0, x1 = toys["normal"], toys["ring"]
     far = tilted_wasserstein(x0, x1, epsilon=1e4)
-    np.testing.assert_array_equal([far.source, far.data], 0)
+    np.testing.assert_array_equal([far.noise, far.data], 0)
     # Halves of 256 points of a standard normal in the plane differ by about 0.3; the ring by its modes' counts.
-    assert 0.15 < far.source_floor < 0.5
+    assert 0.15 < far.noise_floor < 0.5
     assert 0.4 < far.data_floor < 2
 
 
@@ -72,17 +72,17 @@ def test_resampling_repeats_in_proportion():
     np.testing.assert_array_equal(resample(x, jnp.full(8, -700.0)), x)
 
 
-def test_data_on_a_sphere_are_not_tilted_by_a_round_source(toys):
+def test_data_on_a_sphere_are_not_tilted_by_round_noise(toys):
     x0, x1 = toys["normal"], toys["moons"]
     tilts = [weight_report(x0, x, epsilon=1.0).data_tilt for x in (jax.jit(fm.to_sphere)(x1), x1)]
-    # No datum is preferred: what is left is the chance of 512 sources.
+    # No datum is preferred: what is left is the chance of 512 x0.
     assert tilts[0] < 0.02 < 0.2 < tilts[1]
 
 
 def test_a_tilt_above_the_coupling_is_warned_of(toys):
     with pytest.warns(UserWarning, match=r"1\.\d+ from the data, but 0\.\d+ from the pairing; set the coupling's"):
         fm.warn_if_tilted(weight_report(toys["normal"], toys["moons"], epsilon=1.0))
-    with pytest.warns(UserWarning, match="from the source"):
+    with pytest.warns(UserWarning, match="from the noise"):
         fm.warn_if_tilted(weight_report(toys["moons"], toys["normal"], epsilon=1.0))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -106,7 +106,7 @@ def test_epsilon_is_fitted_to_the_couplings_own_target_weights_and_cost(toys):
     def reached():
         shares = [fm.effective_sample_size(coupling(jax.random.key(0), x0, x1).log_weight) for coupling in fitted[:2]]
         report = fm.weight_report(x0, x1, fitted[2].epsilon)
-        return shares, jnp.maximum(report.source_tilt, report.data_tilt)
+        return shares, jnp.maximum(report.noise_tilt, report.data_tilt)
 
     shares, tilt = reached()
     np.testing.assert_allclose(shares, [0.3, 0.4], atol=1e-3)  # bisection to float32's last digits

@@ -401,7 +401,7 @@ def small_network(key, inputs, width=32):
 
 
 def test_a_small_network_learns_to_sample_in_one_step():
-    # Two Gaussians far apart, which no affine map of the source makes. In one dimension power 0 is right.
+    # Two Gaussians far apart, which no affine map of x0 makes. In one dimension power 0 is right.
     loss_fn = fm.mean_flow_loss(instantaneous=0.5, power=0.0)
 
     @jax.jit
@@ -472,8 +472,8 @@ REFUSED = {
     ),
     "batch of other names": (lambda: loss_of({"x1": X1, "labels": T}), "'cond' labels"),
     "no data": (lambda: loss_of({"x0": X0}), "it takes 'x1' data"),
-    "pictures as bytes": (lambda: loss_of({"x1": jnp.zeros((3, 2), jnp.uint8)}), "x1 is uint8"),
-    "source of integers": (lambda: loss_of({"x1": X1, "x0": jnp.zeros((3, 2), jnp.int32)}), "x0 is int32"),
+    "images as bytes": (lambda: loss_of({"x1": jnp.zeros((3, 2), jnp.uint8)}), "x1 is uint8"),
+    "noise of integers": (lambda: loss_of({"x1": X1, "x0": jnp.zeros((3, 2), jnp.int32)}), "x0 is int32"),
     "empty batch": (lambda: loss_of({"x1": X1[:0]}), "the batch is empty"),
     "labels too few": (lambda: loss_of({"x1": X1, "cond": jnp.zeros(2, jnp.int32)}), "cond has shape (2,) for 3 data"),
     "labels to drop": (

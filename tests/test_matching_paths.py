@@ -50,7 +50,7 @@ def test_paths_are_the_published_ones(path, x_t, u_t, fixed_noise, key):
     assert_close(point.u_t, u_t, FORMULA)
 
 
-def test_the_target_path_is_the_published_one_with_the_noise_as_source(key):
+def test_the_target_path_is_the_published_one_with_the_noise_as_x0(key):
     point = fm.Target(sigma_min=0.1).sample(key, T, NOISE, X1)
     assert_close(point.x_t, [[1.025, -0.275], [-0.225, 0], [0.12, -1.04]], FORMULA)
     assert_close(point.u_t, [[0.1, 2.9], [-1.45, 0], [1.4, -3.8]], FORMULA)
@@ -136,7 +136,7 @@ def test_velocity_is_the_derivative_of_the_path_and_its_ends_are_the_pair(path, 
     for t, end in ((0.0, X0), (1.0, X1)):
         at_end, _ = sample(np.full(3, t, np.float32))
         assert np.isfinite(at_end.u_t).all()
-        # What these two paths leave of the source at t = 1 (0.1 of up to 2), and of the data at t = 0 (0.0066).
+        # What these two paths leave of the noise at t = 1 (0.1 of up to 2), and of the data at t = 0 (0.0066).
         slack = {fm.Target: 0.25, fm.VariancePreserving: 0.02}.get(type(path), 2 * FORMULA)
         np.testing.assert_allclose(at_end.x_t, end, atol=slack)
 
@@ -299,7 +299,7 @@ REFUSED = {
     "batches that differ": (lambda: fm.CondOT().sample(None, T, X0, X1[:2]), "must have the same shape"),
     "one time for all": (lambda: fm.CondOT().sample(None, T[:1], X0, X1), "one time per sample"),
     "time after the data": (lambda: fm.CondOT().sample(None, T + 0.5, X0, X1), "t runs from 0.75 to 1.29"),
-    "time before the source": (lambda: fm.SchroedingerBridge().sample(None, T - 1, X0, X1), "within [0, 1]"),
+    "time before the noise": (lambda: fm.SchroedingerBridge().sample(None, T - 1, X0, X1), "within [0, 1]"),
     "time of NaN": (lambda: fm.Trigonometric().sample(None, T * jnp.nan, X0, X1), "within [0, 1]"),
     "prediction": (lambda: fm.prediction_to_velocity(fm.CondOT(), T, X0, X1, "eps"), "prediction is 'eps'"),
     "conversion after the data": (

@@ -15,7 +15,7 @@ NUM = 256
 
 @pytest.fixture(scope="module")
 def draws():
-    """Sources and data in the plane, as float32 arrays: normal to normal, and to a ring that is far from round."""
+    """Noise and data in the plane, as float32 arrays: normal to normal, and to a ring that is far from round."""
     x0, normal = np.random.default_rng(0).standard_normal((2, NUM, 2)).astype(np.float32)
     return jnp.asarray(x0), {"normal": jnp.asarray(normal), "ring": fm.toy.gaussian_ring(jax.random.key(0), NUM)}
 
@@ -34,14 +34,14 @@ def plan_of(cost, epsilon, tolerance=1e-2, max_sweeps=5000, allowed=None):
 
 @pytest.mark.parametrize("epsilon", [1e-1, 1e-2, 1e-3, 1e-4])
 @pytest.mark.parametrize("name", ["normal", "ring"])
-def test_sources_keep_their_marginal_and_cost_falls_to_the_optimum(draws, name, epsilon):
+def test_x0_keep_their_marginal_and_cost_falls_to_the_optimum(draws, name, epsilon):
     x0, x1 = draws[0], draws[1][name]
     cost = costs(x0, x1)
     plan, error, _ = plan_of(cost, epsilon)
     assert error <= 1e-2
     assert np.abs(NUM * plan.sum(axis=0) - 1).mean() <= 1.01e-2  # as reported, and rounding
     np.testing.assert_allclose(NUM * plan.sum(axis=1), 1, atol=1e-5)
-    # E |x0|² under the plan is that of the sources, within the mass that may be misplaced.
+    # E |x0|² under the plan is that of x0, within the mass that may be misplaced.
     square = np.square(np.float64(x0)).sum(1)
     np.testing.assert_allclose((plan.sum(axis=0) * square).sum(), square.mean(), rtol=1e-2)
     optimum = cost[np.arange(NUM), np.asarray(assignment(jnp.asarray(cost, jnp.float32)))].mean()
@@ -79,7 +79,7 @@ def test_costs_that_are_alike_large_small_or_one(draws):
 
 
 def test_far_clusters_that_must_exchange_mass_are_balanced():
-    # 20 sources are left and 44 right, of the data 30 are left: ten must cross.
+    # 20 x0 are left and 44 right, of the data 30 are left: ten must cross.
     random = np.random.default_rng(0)
     side = lambda left: np.where(np.arange(64) < left, -20.0, 20.0)[:, None]  # noqa: E731
     x0, x1 = (side(left) + random.standard_normal((64, 2)) for left in (20, 30))
@@ -107,7 +107,7 @@ def test_a_plan_that_is_not_reached_is_reported(draws, key):
     assert np.isnan(value)
 
 
-def test_entropic_transport_keeps_the_sources_on_average(draws):
+def test_entropic_transport_keeps_x0_on_average(draws):
     x0, x1 = draws[0], draws[1]["ring"]
 
     @jax.jit
@@ -117,5 +117,5 @@ def test_entropic_transport_keeps_the_sources_on_average(draws):
 
     drawn, log_weight = zip(*(square(jax.random.key(i)) for i in range(8)), strict=True)
     np.testing.assert_array_equal(log_weight, 0)
-    # Eight draws of 256 sources with replacement: four standard errors, of squares whose std is √2 of their mean.
+    # Eight draws of 256 x0 with replacement: four standard errors, of squares whose std is √2 of their mean.
     np.testing.assert_allclose(np.mean(drawn), np.square(np.float64(x0)).mean(), rtol=4 * np.sqrt(2 / (8 * 2 * NUM)))

@@ -180,13 +180,13 @@ def test_likelihood_of_a_constant_field_and_its_gradient():
 def test_likelihood_of_the_recorded_case_and_of_images():
     # (1, 2) under x' = x t²: recorded from torchdiffeq's dopri5, and analytic -3.788087.
     x1 = jnp.array([[1.0, 2.0]])
-    source = lambda x: jax.scipy.stats.norm.logpdf(x).sum(axis=(1, 2, 3))  # noqa: E731
+    log_p0 = lambda x: jax.scipy.stats.norm.logpdf(x).sum(axis=(1, 2, 3))  # noqa: E731
 
     @jax.jit
     def run(x1):
         image = x1.reshape(1, 1, 1, 2)
         scaled = lambda t, x, cond: x * t[:, None, None, None] ** 2  # noqa: E731
-        return fm.log_prob(growing, x1, num_steps=20), fm.log_prob(scaled, image, log_source=source, num_steps=20)
+        return fm.log_prob(growing, x1, num_steps=20), fm.log_prob(scaled, image, log_p0=log_p0, num_steps=20)
 
     for value in run(x1):
         assert_close(value, -3.788087, LAYER)

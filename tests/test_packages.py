@@ -41,7 +41,7 @@ def test_reports_name_all_that_they_miss(monkeypatch):
 
 
 def test_the_sentence_names_the_package_and_the_command():
-    error = missing("Reading video", "av", options="--no-deps", otherwise="use pictures")
+    error = missing("Reading video", "av", options="--no-deps", otherwise="use images")
     assert str(error) == (
-        "Reading video needs the package av; install it with `pip install --no-deps av`, or use pictures."
+        "Reading video needs the package av; install it with `pip install --no-deps av`, or use images."
     )

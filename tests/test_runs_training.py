@@ -46,7 +46,7 @@ def test_a_damaged_checkpoint_is_refused_and_not_passed_over(whole, tmp_path):
     workdir = shutil.copytree(whole, tmp_path / "run")
     path = workdir / CHECKPOINTS / "40" / "params" / "_METADATA"
     path.write_bytes(path.read_bytes()[::-1])
-    with pytest.raises(ValueError, match=r"Checkpoint 40 .* damaged .*; remove that folder to go on from step 30"):
+    with pytest.raises(ValueError, match=r"Checkpoint 40 .* damaged .*; remove that folder to resume from step 30"):
         toy.run(toy.make_job(), workdir, log=TEN)
 
 
@@ -55,7 +55,7 @@ def test_a_run_without_a_whole_checkpoint_is_refused(whole, tmp_path):
     for folder in (workdir / CHECKPOINTS).iterdir():
         shutil.rmtree(folder / "params")
     before = sorted(workdir.rglob("*"))
-    with pytest.raises(ValueError, match=r"No checkpoint in .* is whole .40: it lacks params/") as error:
+    with pytest.raises(ValueError, match=r"No checkpoint in .* is complete .40: it lacks params/") as error:
         toy.run(toy.make_job(), workdir, log=TEN)
     one_sentence(error)
     assert sorted(workdir.rglob("*")) == before
@@ -69,7 +69,7 @@ def test_a_run_that_has_lost_its_checkpoints_says_so(whole, tmp_path, capsys, lo
         (workdir / CHECKPOINTS).mkdir()
     toy.run(toy.make_job(), workdir, log=TEN, steps=3, optim=dataclasses.replace(toy.OPTIM, warmup_steps=0))
     told = capsys.readouterr().err
-    assert "starts again at step 0" in told
+    assert "starts over at step 0" in told
     assert "metrics reach step 40" in told
     assert ("has lost its folder" in told) == (lost == "all")
 
@@ -185,7 +185,7 @@ def test_a_directory_that_was_replaced_is_not_written_into(tmp_path):
         workdir.mkdir()
         (workdir / "letter.txt").write_text("mine")
 
-    with pytest.raises(FileExistsError, match="was replaced while training") as error:
+    with pytest.raises(FileExistsError, match="was replaced during training") as error:
         toy.run(with_event(25, replace), workdir, log=TEN)
     one_sentence(error)
     assert [path.name for path in workdir.iterdir()] == ["letter.txt"]
@@ -276,7 +276,7 @@ def test_metrics_that_are_a_pipe_are_refused_without_waiting(whole, tmp_path):
     workdir = shutil.copytree(whole, tmp_path / "run")
     (workdir / "metrics.jsonl").unlink()
     os.mkfifo(workdir / "metrics.jsonl")
-    with pytest.raises(ValueError, match=r"metrics\.jsonl.* no regular file"):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl.* not a regular file"):
         toy.run(toy.make_job(), workdir, log=TEN, steps=41)
 
 
@@ -339,13 +339,13 @@ def test_entries_of_the_wrong_kind_are_refused_by_name_before_training(whole, tm
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     path.write_text("") if name in ("samples", "checkpoints") else path.mkdir()
     untrained = toy.make_job(batches=lambda start, stop: iter(()))
-    with pytest.raises((OSError, ValueError), match=rf"{name} is no (folder|regular file); remove it"):
+    with pytest.raises((OSError, ValueError), match=rf"{name} is not a (folder|regular file); remove it"):
         toy.run(untrained, workdir, log=TEN, steps=41)
 
 
 def test_batches_that_end_early_are_refused_and_what_was_trained_is_saved(tmp_path):
     job = toy.make_job(batches=lambda start, stop: toy.batches(start, 5))
-    with pytest.raises(ValueError, match=r"the batches end after step 5 of train\.steps"):
+    with pytest.raises(ValueError, match=r"the batches end after step 5, but train\.steps"):
         toy.run(job, tmp_path / "run", log=TEN)
     assert CheckpointReader(tmp_path / "run" / "checkpoints").latest_step() == 5
 

@@ -8,6 +8,7 @@ from conftest import rows
 from tolerances import LAYER, NETWORK, assert_close, assert_trees_close
 
 from flowgen import models
+from flowgen.data import Batch, Moments
 from flowgen.flows import (
     ClipDenoiser,
     STARFlowV,
@@ -47,7 +48,7 @@ def params():
 def batch(frames=4):
     random = np.random.default_rng(1)
     mean, std = random.standard_normal((2, 5, frames, 2, 3, 2)).astype(np.float32)
-    return {"mean": mean, "std": 0.1 * np.abs(std), "label": np.array([0, 1, 2, -1, 0], np.int32)}
+    return Batch(Moments(mean, 0.1 * np.abs(std)), np.array([0, 1, 2, -1, 0], np.int32))
 
 
 def gradients(objective, params, data):

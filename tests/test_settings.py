@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import field
 from typing import Annotated, Any, Literal
@@ -15,8 +16,10 @@ from flowgen.settings import (
     differences,
     from_plain,
     help_of,
+    import_object,
     in_group,
     leaf_names,
+    name_of,
     override,
     resolve,
     settings,
@@ -183,7 +186,7 @@ REFUSED = {
     "a tuple": (lambda: Scene("a", pair=(1,)), "pair is (1,); it must be a tuple of 2 integers."),
     "a table": (
         lambda: Scene("a", table={"fid": "low"}),
-        "table is {'fid': 'low'}; it must be a table of names to numbers.",
+        "table is {'fid': 'low'}; it must be a dict of numbers by name.",
     ),
     "a choice": (lambda: Scene("a", choice="off"), "choice is 'off'; it must be 'on' or 2."),
     "a function": (lambda: Scene("a", cost=3), "cost is 3; it must be 'plain' or a function."),
@@ -307,17 +310,18 @@ def test_what_is_not_named_stays_the_same_object():
         (["--rates", "{'lr': 1}"], "--rates is a group; set one of --rates.lr, --rates.min_lr, --rates.steps."),
         (
             ["--shape", "square"],
-            "--shape is a group, and 'square' is no type of it (did you mean Square?); name its type, Circle, Square, "
+            "--shape is a group, and 'square' is not one of its types (did you mean Square?); name its type, "
+            "Circle, Square, "
             "or set one of --shape.radius.",
         ),
         (["--shape", "Square"], "shape.side is missing; give it a value."),
         (
             ["--shape.side", "2"],
-            "shape.side is not a field of Circle, which shape is; Square has it, so give --shape Square too.",
+            "shape.side is not a field of Circle, the type of shape; Square has it, so add --shape Square.",
         ),
         (
             ["--inset.side", "2"],
-            "inset.side is not a field of none, which inset is; Square has it, so give --inset Square too.",
+            "inset.side is not a field of none, the type of inset; Square has it, so add --inset Square.",
         ),
     ],
 )
@@ -348,22 +352,31 @@ def test_encoders_have_help_for_every_field(cls):
     assert all(help_of(cls).get(field.name, "").endswith(".") for field in dataclasses.fields(cls))
 
 
-def test_objects_are_resolved_by_name():
+def test_objects_are_found_by_name():
     assert resolve("collections.abc:Mapping.get").__name__ == "get"
+    assert import_object("colorsys:rgb_to_hsv").__name__ == "rgb_to_hsv"
+    assert name_of(json.dumps) == "json:dumps"
+    assert name_of(lambda: None) is None
+
+
+def test_only_imported_modules_have_objects(monkeypatch):
+    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
+    with pytest.raises(ValueError, match="colorsys is not imported"):
+        resolve("colorsys:rgb_to_hsv")
 
 
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("json", "'json' names no object; write package.module:object."),
-        ("json:", "'json:' names no object; write package.module:object."),
-        ("a b:c", "'a b:c' names no object; write package.module:object."),
-        ("no_such_module.part:c", "'no_such_module.part:c' needs the module no_such_module, which is not found;"),
-        ("json.nothing:c", "'json.nothing:c' needs the module json.nothing, which is not found;"),
-        ("json:dump_", "'json:dump_' names dump_, which is not there; did you mean dump?"),
+        ("json", "is 'json'; write it as package.module:object."),
+        ("json:", "is 'json:'; write it as package.module:object."),
+        ("a b:c", "is 'a b:c'; write it as package.module:object."),
+        ("no_such_module.part:c", "needs the module no_such_module, which is not found;"),
+        ("json.nothing:c", "needs the module json.nothing, which is not found;"),
+        ("json:dump_", "is 'json:dump_', and dump_ is not there; did you mean dump?"),
     ],
 )
 def test_names_that_lead_nowhere_are_told(name, sentence):
     with pytest.raises(ValueError, match=r"\w") as error:
-        resolve(name)
+        import_object(name)
     assert str(error.value).startswith(sentence)

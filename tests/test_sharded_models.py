@@ -4,6 +4,7 @@ One table of calls, each with the arrays that are divided along their first axis
 in every program, as the same call on whole arrays does, unless a table below says why it cannot.
 """
 
+import dataclasses
 from collections.abc import Callable
 from functools import cache, partial
 
@@ -18,8 +19,9 @@ from tolerances import NETWORK, assert_trees_close
 
 from flowgen import matching as fm
 from flowgen.attention import Causal, linear_attention
-from flowgen.decoding import sample
-from flowgen.flows import density
+from flowgen.decoding import invert, sample
+from flowgen.flows import ClipDenoiser, denoiser_variables, density, flow_score_objective
+from flowgen.flows.objective import nll_objective
 from flowgen.nn import init
 
 BATCH, DEVICES = 8, 4
@@ -53,16 +55,39 @@ PROGRAMS: dict[str, Callable] = {
 
 
 def of_flow(name, method="log_prob"):
-    """A method of a flow, and its pictures and conditions."""
+    """A method of a flow, and its images and conditions."""
     flow, variables = laws.perturbed(laws.FLOWS[name], jax.random.key(0))
     images = np.asarray(laws.images(flow.config, jax.random.key(1), BATCH))
     cond = jax.tree.map(np.asarray, laws.labels(flow.config, BATCH))
+    tokens = images.reshape(BATCH, flow.config.num_tokens, flow.config.token_dim)
     methods = {
         "posterior": (lambda x: density.class_posterior(flow, variables, x), (images,)),
         "score": (partial(density.score, flow, variables), (images, cond)),
+        "tweedie": (partial(density.tweedie_step, flow, variables, noise_std=0.3), (images, cond)),
         "sample": (lambda cond: sample(flow, variables, key(), len(cond), cond).x, (cond,)),
+        "invert": (lambda z, cond: invert(flow, variables, z, cond).x, (tokens, cond)),
     }
     return methods.get(method, (lambda x, cond: flow.apply(variables, x, cond, method=method), (images, cond)))
+
+
+def of_objective(config, objective):
+    """The loss of a flow's objective, of 8-bit images and their conditions."""
+    flow, variables = laws.perturbed(config, jax.random.key(0))
+    images = np.asarray(laws.images(config, jax.random.key(1), BATCH))
+    cond = jax.tree.map(np.asarray, laws.labels(config, BATCH))
+
+    def call(x, cond):
+        return objective(flow)(variables, laws.batch_of(x, cond), key())[0][None]
+
+    return call, (images, cond)
+
+
+def of_denoiser():
+    """A denoiser of clips, and its clips and texts."""
+    _, variables = laws.perturbed(CLIPS, jax.random.key(0))
+    clips = np.asarray(laws.images(CLIPS, jax.random.key(1), BATCH))
+    cond = jax.tree.map(np.asarray, laws.labels(CLIPS, BATCH))
+    return partial(ClipDenoiser(CLIPS).apply, denoiser_variables(variables)), (clips, cond)
 
 
 def of_network(config, use=None, replicated=False):
@@ -84,11 +109,16 @@ def of_coupling(coupling):
     return lambda x0, x1: coupling(key(), x0, x1)[:2], (X0, X1)
 
 
-def loss(coupling):
+def loss(coupling, **options):
     def call(x0, x1):
-        return fm.flow_matching_loss(coupling=coupling)(lambda t, x, cond: -x, {"x0": x0, "x1": x1}, key())[0][None]
+        loss_fn = fm.flow_matching_loss(coupling=coupling, **options)
+        return loss_fn(lambda t, x, cond: -x, {"x0": x0, "x1": x1}, key())[0][None]
 
     return call, (X0, X1)
+
+
+def loss_of_network(loss_fn, network, x, labels):
+    return loss_fn(network, {"x1": x, "cond": labels}, key())[0][None]
 
 
 def adaptive(velocity, x, cond):
@@ -108,17 +138,32 @@ UNET = fm.UNetConfig(
     num_groups=4,
     num_classes=3,
 )
+AVERAGES = fm.MLPConfig(width=8, num_layers=2, num_classes=3, intervals=True)
+CLIPS = dataclasses.replace(laws.FLOWS["starflow video"], denoiser_layers=1)
+MEAN_FLOW = fm.mean_flow_loss(guidance_weight=0.5)
+BRIDGE = fm.score_and_flow_matching_loss()
 CALLS = {
     **{name: partial(of_flow, name) for name in ("classes", "starflow text", "starflow added class", "starflow video")},
     **{f"{method} of a flow": partial(of_flow, "classes", method) for method in ("forward", "posterior", "score")},
+    "step to less noise": partial(of_flow, "classes", "tweedie"),
     "samples of a flow": partial(of_flow, "classes", "sample"),
+    "inverse of a flow": partial(of_flow, "classes", "invert"),
+    "denoiser": of_denoiser,
+    "loss of a flow": partial(of_objective, laws.FLOWS["classes"], partial(nll_objective, label_dropout=0.5)),
+    "loss of a flow and its denoiser": partial(of_objective, CLIPS, flow_score_objective),
     "MLP": partial(of_network, POINTS),
     "DiT": partial(of_network, DIT),
     "UNet": partial(of_network, UNET),
     "Heun": partial(of_network, POINTS, lambda v, x, c: fm.integrate(v, x, c, num_steps=3)[0]),
+    "guided Heun": partial(
+        of_network, POINTS, lambda v, x, c: fm.integrate(fm.guided(v, -1, scale=2.0), x, c, num_steps=3)[0]
+    ),
+    "path": partial(of_network, POINTS, lambda v, x, c: fm.trajectory(v, x, c, num_steps=3)[0].swapaxes(0, 1)),
+    "drawn path": partial(of_network, POINTS, lambda v, x, c: fm.integrate_sde(v, v, x, key(), c, num_steps=3)[0]),
+    "one step": partial(of_network, AVERAGES, lambda v, x, c: fm.integrate_mean(v, x, c)[0]),
     "dopri5": partial(of_network, POINTS, adaptive),
     "likelihood": partial(of_network, POINTS, lambda v, x, c: fm.log_prob(v, x, c, num_steps=3)),
-    "likelihood of pictures": partial(of_network, UNET, lambda v, x, c: fm.log_prob(v, x, c, key=key(), num_steps=1)),
+    "likelihood of images": partial(of_network, UNET, lambda v, x, c: fm.log_prob(v, x, c, key=key(), num_steps=1)),
     "likelihood by dopri5": partial(of_network, POINTS, lambda v, x, c: fm.log_prob(v, x, c, method="dopri5")),
     "exact transport": partial(of_coupling, fm.MinibatchOT()),
     "entropic transport": partial(of_coupling, fm.MinibatchOT("sinkhorn")),
@@ -127,12 +172,22 @@ CALLS = {
         (X0, X1),
     ),
     "loss": partial(loss, fm.Independent()),
+    "loss at stratified times": partial(loss, fm.Independent(), time=fm.Uniform(stratified=True)),
+    "loss of x1": partial(loss, fm.Independent(), prediction="x1", path=fm.Trigonometric()),
+    "loss of a network": partial(of_network, POINTS, partial(loss_of_network, fm.flow_matching_loss())),
+    "loss of MeanFlow": partial(of_network, AVERAGES, partial(loss_of_network, MEAN_FLOW)),
+    "loss of a bridge": partial(
+        of_network, POINTS, lambda v, x, c: loss_of_network(BRIDGE, lambda *at: (v(*at), v(*at)), x, c)
+    ),
     "loss with exact transport": partial(loss, fm.MinibatchOT()),
     "loss with weights": partial(loss, fm.GibbsWeights(epsilon=2.0, sinkhorn_sweeps=3)),
 }
 # Here each device of a mapped program sees its own rows alone, and does with them, or draws, as with a batch.
-OF_A_BATCH = ("transport", "weights", "loss", "pictures")
-REFUSED = {(name, "shard_map"): "check_vma=False" for name in ("dopri5", "likelihood by dopri5", "samples of a flow")}
+OF_A_BATCH = ("transport", "weights", "loss", "images", "drawn")
+DECODED = ("samples of a flow", "inverse of a flow")
+REFUSED = {(name, "shard_map"): "check_vma=False" for name in ("dopri5", "likelihood by dopri5", *DECODED)}
+# It has a gradient of its own, for which jax wants a mesh as context outside of jit.
+REFUSED["loss of a flow and its denoiser", "explicit, eager"] = "jax.set_mesh"
 
 
 @cache
@@ -163,10 +218,20 @@ def test_divided_arrays_give_the_numbers_of_one_device(name, program):
             PROGRAMS[program](call, arrays)
         return
     if program == "shard_map" and any(word in name for word in OF_A_BATCH):
-        parts = zip(*(np.split(array, DEVICES) for array in arrays), strict=True)
+        parts = [
+            jax.tree.map(lambda x, device=device: np.split(x, DEVICES)[device], arrays) for device in range(DEVICES)
+        ]
         parts = [jax.jit(call)(*part) for part in parts]
         expected = jax.tree.map(lambda *x: np.concatenate(x), *parts)
     results = PROGRAMS[program](call, arrays)
+    assert_trees_close(jax.tree.map(np.asarray, results), jax.tree.map(np.asarray, expected), NETWORK)
+
+
+@pytest.mark.parametrize("name", ["classes", "guided Heun", "likelihood", "loss", "loss of MeanFlow", "dopri5"])
+def test_the_mesh_may_be_the_context(name):
+    call, arrays, expected = case(name)
+    with jax.set_mesh(mesh(AxisType.Explicit)):
+        results = jax.jit(call)(*divided(arrays, AxisType.Explicit))
     assert_trees_close(jax.tree.map(np.asarray, results), jax.tree.map(np.asarray, expected), NETWORK)
 
 
@@ -195,6 +260,19 @@ def test_gradients_of_parameters_are_those_of_one_device():
     gradient = jax.jit(jax.grad(loss))
     expected = gradient(variables, T, X0, LABELS)
     assert_trees_close(gradient(variables, *divided((T, X0, LABELS), AxisType.Explicit)), expected, NETWORK)
+
+
+@pytest.mark.parametrize("loss_fn", [fm.flow_matching_loss(), MEAN_FLOW], ids=["flow matching", "MeanFlow"])
+def test_gradients_of_losses_are_those_of_one_device(loss_fn):
+    network = AVERAGES.build()
+    variables = init(network, key())
+
+    def loss(variables, x1, cond):
+        return loss_fn(partial(network.apply, variables), {"x1": x1, "cond": cond}, key())[0]
+
+    gradient = jax.jit(jax.grad(loss))
+    expected = gradient(variables, X1, LABELS)
+    assert_trees_close(gradient(variables, *divided((X1, LABELS), AxisType.Explicit)), expected, NETWORK)
 
 
 PALLAS = Causal(chunk_size=16, implementation="pallas")

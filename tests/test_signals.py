@@ -39,7 +39,7 @@ def test_a_signal_is_answered_at_once_and_nothing_is_lost(whole, tmp_path, place
         assert process.stderr is not None
         line = next(line for line in process.stderr if line.startswith("Stopping"))
         assert time.monotonic() - asked < 5
-        assert "a second signal ends without saving" in line
+        assert "a second signal ends the program without saving" in line
         if place == "objective":  # What compiles cannot be left; the step is taken and saved.
             Path(f"{workdir}.go").touch()
         out, err = process.communicate(timeout=PATIENCE)
@@ -52,7 +52,7 @@ def test_a_signal_is_answered_at_once_and_nothing_is_lost(whole, tmp_path, place
     else:
         report = json.loads(out)
         assert report["signal"] == number
-        # The first evaluation and the first picture are of step 4.
+        # The first evaluation and the first image are of step 4.
         step = 1 if place == "objective" else 4
         assert report["step"] == step == CheckpointReader(workdir / CHECKPOINTS).latest_step()
     toy.run(toy.make_job(), workdir, log=TEN)

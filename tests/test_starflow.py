@@ -17,6 +17,7 @@ import flowgen
 from flowgen import experiments
 from flowgen.attention.rotary import rotary_axes, turn
 from flowgen.conditioning import TextCondition, drop_texts
+from flowgen.data import Batch, Moments
 from flowgen.decoding import Denoiser, Guidance, Sequential, invert, sample
 from flowgen.flows import STARFLOW_PRESETS, density
 from flowgen.flows.affine import SOFTPLUS_OFFSET, log_softplus, soft_clip
@@ -159,28 +160,28 @@ def test_guidance_of_texts_needs_a_null_and_leads_nowhere_from_the_condition_its
     flow, params, x, text = laws.case("starflow text")
     z, _ = apply(flow, params, x, text)
     guidance = Guidance(scale=2.0, rule="product")
-    same = invert(flow, params, z, text, guidance=guidance, null=text)
+    same = invert(flow, params, z, text, guidance=dataclasses.replace(guidance, null=text))
     assert_close(same.x, x, NETWORK)
     null = TextCondition(jnp.ones((1, 3, 5)), jnp.ones((1, 3), bool))
-    guided = invert(flow, params, z, text, guidance=guidance, null=null)
+    towards = dataclasses.replace(guidance, null=null)
+    guided = invert(flow, params, z, text, guidance=towards)
     assert jnp.abs(guided.x - x).max() > 1e-3
-    deep = invert(flow, params, z, text, guidance=dataclasses.replace(guidance, blocks=(1,)), null=null)
+    deep = invert(flow, params, z, text, guidance=dataclasses.replace(towards, blocks=(1,)))
     assert_close(deep.x, guided.x, NETWORK)  # the shallow block has no condition to guide by
-    with pytest.raises(ValueError, match="guidance of a model of texts needs null"):
+    with pytest.raises(ValueError, match=r"guidance\.null is missing, but the flow takes texts"):
         invert(flow, params, z, text, guidance=guidance)
     labelled, params, x, cond = laws.case("starflow class prefix")
     z, _ = apply(labelled, params, x, cond)
-    with pytest.raises(ValueError, match="null was given to a model without texts"):
-        invert(labelled, params, z, cond, guidance=guidance, null=null)
+    with pytest.raises(ValueError, match=r"guidance\.null is given, but the flow takes no texts"):
+        invert(labelled, params, z, cond, guidance=towards)
 
 
 @pytest.mark.slow
 def test_samples_of_texts_depend_on_key_and_index_alone():
     flow, params, _, text = laws.case("starflow text")
     together = sample(flow, params, jax.random.key(3), 4, text, plan=Sequential())
-    tail = sample(
-        flow, params, jax.random.key(3), 2, TextCondition(*(part[2:] for part in text)), plan=Sequential(), first=2
-    )
+    rest = TextCondition(*(part[2:] for part in text))
+    tail = sample(flow, params, jax.random.key(3), range(2, 4), rest, plan=Sequential())
     assert_close(tail.x, together.x[2:], NETWORK)
 
 
@@ -297,11 +298,8 @@ def test_parameters_kept_in_bfloat16_work_like_their_float32_values():
 
 def test_the_norm_penalty_is_of_the_tokens_that_enter_blocks(key):
     flow, params, _, _ = laws.case("starflow class prefix")
-    batch = {
-        "mean": np.random.default_rng(1).normal(size=(4, *flow.config.image_shape)).astype(np.float32),
-        "std": np.full((4, *flow.config.image_shape), 0.1, np.float32),
-        "label": np.array([0, 1, 2, -1], np.int32),
-    }
+    mean = np.random.default_rng(1).normal(size=(4, *flow.config.image_shape)).astype(np.float32)
+    batch = Batch(Moments(mean, np.full_like(mean, 0.1)), np.array([0, 1, 2, -1], np.int32))
     plain, metrics = jax.jit(nll_objective(flow))(params, batch, jax.random.clone(key))
     weigh = jax.jit(nll_objective(flow, norm_penalty=0.5, loss_scale=2.0))
     weighed, with_penalty = weigh(params, batch, jax.random.clone(key))
@@ -309,7 +307,7 @@ def test_the_norm_penalty_is_of_the_tokens_that_enter_blocks(key):
     entering = (float(weighed) - 2 * float(plain)) / 0.5 - float(metrics["mean_square/0"])
     x, _ = noisy_batch(flow, batch_condition(flow, 0.0, None), batch, key)
     assert_close(entering, float(jnp.square(x).mean()), NETWORK)
-    assert entering == pytest.approx(np.square(batch["mean"]).mean() + 0.01 + 0.09, rel=0.1)
+    assert entering == pytest.approx(np.square(mean).mean() + 0.01 + 0.09, rel=0.1)
     assert_close(with_penalty["nats_per_dim"], metrics["nats_per_dim"], LAYER)
     assert "bits_per_dim" not in metrics
 

@@ -123,7 +123,7 @@ def test_sampling_from_given_noise(case, name, plan, dtype):
     _, cond, null = inputs(case, dtype)
     noise = jnp.asarray(np.moveaxis(sw.noise(sw.CASES[case]), 1, -1), dtype)
     z = patchify(noise, flow.config.patch_size, "channel_last")
-    guided = {"guidance": GUIDANCE, "null": null} if name == "guided" else {}
+    guided = {"guidance": dataclasses.replace(GUIDANCE, null=null)} if name == "guided" else {}
     result = invert(flow, variables, z, cond, plan=PLANS[plan], **guided)
     check(case, f"reverse/{name}", np.moveaxis(result.x, -1, 1), dtype)
 

@@ -118,7 +118,7 @@ def test_the_logdet_of_each_block(case, dtype):
 
 
 @pytest.mark.parametrize("case", ["text", pytest.param("options", marks=pytest.mark.slow)])
-def test_a_picture_is_a_clip_of_one_frame(case, dtype):
+def test_a_image_is_a_clip_of_one_frame(case, dtype):
     flow, _, _, _ = ours(case, dtype)
     _, states, _ = trajectory(case, dtype, 1)
     check(case, "image/z", flow.config.with_num_frames(1).to_images(states[-1])[:, 0], dtype)
@@ -138,7 +138,7 @@ SAMPLED = [
 def test_sampling_from_given_noise(case, name, plan, dtype):
     flow, variables, cond, null = ours(case, dtype)
     z = flow.config.to_tokens(clips(sv.noise(sv.CASES[case]), dtype))
-    guided = {} if name == "plain" else {"guidance": GUIDANCE, "null": null}
+    guided = {} if name == "plain" else {"guidance": dataclasses.replace(GUIDANCE, null=null)}
     check(case, f"reverse/{name}", invert(flow, variables, z, cond, plan=plan, **guided).x, dtype)
 
 
@@ -150,7 +150,7 @@ def test_a_clip_continued_from_its_first_frame_is_one_whose_noise_begins_with_th
     guided = {}
     if name == "guided":
         # Guidance has no forward pass of its own: the noise under which the guided deep block makes this frame.
-        guided = {"guidance": GUIDANCE, "null": null}
+        guided = {"guidance": dataclasses.replace(GUIDANCE, null=null)}
         null = TextCondition(*(jnp.repeat(part, len(local), axis=0) for part in null))
         z_first = guided_noise(flow.config.with_num_frames(1).blocks[-1], variables, local, cond, null)
     noise = flow.config.to_tokens(clips(sv.noise(sv.CASES["text"]), dtype))

@@ -19,6 +19,7 @@ from conftest import rows
 from tolerances import LAYER, NETWORK, assert_close
 
 from flowgen import convert
+from flowgen.data import Batch
 from flowgen.decoding import Guidance, Sequential, invert
 from flowgen.flows import density
 from flowgen.flows.objective import nll_objective
@@ -193,7 +194,7 @@ def test_unconditional_is_the_mean_class(case, labels, float64):
 def test_objective_and_tracked_variance(case):
     published, (flow, variables, _) = Published(case), ours(case, "float32")
     _, labels = inputs(published, "float32")
-    batch = {"image": jnp.asarray(channels_last(rw.pixels(rw.CASES[case]))), "label": labels}
+    batch = Batch(jnp.asarray(channels_last(rw.pixels(rw.CASES[case]))), labels)
     loss, _, *state = jax.jit(nll_objective(flow))(variables, batch, jax.random.key(0))
     assert_close(loss, published.output("loss"), LAYER)
     assert bool(state) == (flow.config.scale_parameterisation == "volume_preserving")

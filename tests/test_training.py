@@ -54,7 +54,7 @@ def stopped(tmp_path_factory):
             Path(f"{workdir}.go").touch()
         for name, process in processes.items():
             out, err = process.communicate(timeout=PATIENCE)
-            said = "Stopping after the step under way, and saving; a second signal ends without saving."
+            said = "Stopping after the current step and saving it; a second signal ends the program without saving."
             rest = [line for line in err.splitlines() if not line.startswith(("step ", "Compiling "))]
             assert rest == ([] if name == "SIGKILL" else [said])
             reports[name] = (workdirs[name], process.returncode, json.loads(out) if out else None)
@@ -101,7 +101,7 @@ def test_a_signal_during_the_last_evaluation_ends_it_and_the_run_is_saved(number
     result = toy.run(toy.make_job(evaluate=told_to_stop), tmp_path / "run")
     assert (result.signal, result.metrics) == (number, {})
     told = capsys.readouterr().err
-    assert f"step {toy.STEPS}: evaluating\nStopping without the rest of this evaluation; its step is saved" in told
+    assert f"step {toy.STEPS}: evaluating\nStopping this evaluation; its step is saved" in told
     assert signal.getsignal(number) == before
     assert_bitwise(arrays_of(tmp_path / "run"), arrays_of(whole[0]))
     # The same command then only evaluates.
@@ -145,7 +145,7 @@ def test_a_longer_run_goes_on(whole, tmp_path):
 
 def test_a_shorter_run_is_refused_and_changes_nothing(whole, tmp_path):
     workdir = shutil.copytree(whole[0], tmp_path / "run")
-    with pytest.raises(ValueError, match=r"has 40 steps already, above train\.steps 39; raise it\.$"):
+    with pytest.raises(ValueError, match=r"already has 40 steps, more than train\.steps 39; raise it\.$"):
         toy.run(toy.make_job(), workdir, steps=39, config={"other": True})
     assert read_config(workdir) == {"toy": True}
     assert_complete_metrics(workdir, toy.STEPS)
@@ -164,7 +164,7 @@ def test_a_finished_run_is_left_as_it_is(tmp_path, capsys):
         names = [(row["step"], "loss" in row) for row in rows_of(tmp_path / "run")]
         assert names == [(1, True), (2, True), (3, True), (4, True), (4, False)]
     assert len(calls) == 1
-    assert "has all of its 4 steps already" in capsys.readouterr().err
+    assert "already has all of its 4 steps" in capsys.readouterr().err
 
 
 def test_other_configs_are_asked_for_permission(tmp_path):
@@ -182,7 +182,7 @@ def test_other_configs_are_asked_for_permission(tmp_path):
 def test_a_foreign_directory_is_refused_untouched(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     for workdir in (tmp_path, tmp_path / "notes.txt"):
-        with pytest.raises(FileExistsError, match=r"holds files but no flowgen run; give a new or empty directory\.$"):
+        with pytest.raises(FileExistsError, match=r"holds files, but no flowgen run; give a new or empty directory\.$"):
             toy.run(toy.make_job(), workdir)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
     with pytest.raises(OSError, match="cannot be written"):
@@ -262,7 +262,7 @@ def test_a_report_leaves_skipped_steps_out_of_its_means(tmp_path):
 
 def test_more_skips_in_a_row_than_allowed_stop_the_run(tmp_path):
     with pytest.raises(
-        FloatingPointError, match=r"Step 9 .* number 3 of updates skipped in a row, above optim.max_skips"
+        FloatingPointError, match=r"Step 9 .* 3 updates in a row were skipped, more than optim.max_skips"
     ):
         toy.run(spiky(range(6, 20)), tmp_path / "run", steps=20, optim=SKIPPING)
     assert CheckpointReader(tmp_path / "run" / "checkpoints").latest_step() == 5

@@ -80,7 +80,7 @@ def test_an_objective_that_returns_something_else_is_refused(outcome, parts, acc
 
 
 def test_micro_batches_must_share_rows_equally():
-    with pytest.raises(ValueError, match=r"has 6 rows .* train.accumulation is 4"):
+    with pytest.raises(ValueError, match=r"has 6 rows .* train.accumulation, which is 4"):
         step_of((LOSS, {}), accumulation=4, rows=6)
 
 

@@ -164,9 +164,9 @@ def test_the_norm_of_nothing_has_a_gradient(key):
     [
         ({"widths": ()}, "widths has 0 entries"),
         ({"widths": (4, 0, 8)}, "widths has 0; it must be at least 1"),
-        ({"decoder_widths": (4, 4)}, r"decoder_widths is \(4, 4\); beside 3 widths it must have 3"),
-        ({"halve_time": (True,)}, r"halve_time is \(True,\); beside 3 widths it must have 2"),
-        ({"widths": (4, 8, 16)}, "widths has 16 after 8, whose shortcut has 8 numbers in a place"),
+        ({"decoder_widths": (4, 4)}, r"decoder_widths is \(4, 4\); with 3 widths it must have 3"),
+        ({"halve_time": (True,)}, r"halve_time is \(True,\); with 3 widths it must have 2"),
+        ({"widths": (4, 8, 16)}, "widths has 16 after 8, whose shortcut has 8 values per position"),
         ({"decoder_widths": (4, 5, 7)}, "decoder_widths has 7 before 7|decoder_widths has 5 before 7"),
         ({"decoder_widths": (4, 4, 7), "shortcuts": False}, "without shortcuts all but the first must be even"),
         ({"patch_size": 0}, "patch_size is 0; it must be at least 1"),
@@ -199,9 +199,9 @@ def test_every_tensor_is_accounted_for(kind):
     [
         ({"_class_name": "AutoencoderKL"}, "only 'AutoencoderKLWan' can be imported here"),
         ({"attn_scales": [0.5]}, r"attn_scales is \[0.5\]; only \[\] can be imported"),
-        ({"dim_mult": [2, 2, 4, 4]}, r"dim_mult is \[2, 2, 4, 4\]; only autoencoders whose first is 1"),
+        ({"dim_mult": [2, 2, 4, 4]}, r"dim_mult is \[2, 2, 4, 4\]; only autoencoders whose first entry is 1"),
         ({"out_channels": 3}, "in_channels is 12 and out_channels 3"),
-        ({"patch_size": 5}, "in_channels is 12 and patch_size 5; it must be a multiple of the 25 pixels"),
+        ({"patch_size": 5}, "in_channels is 12; with patch_size 5 it must be a multiple of 25"),
         ({"z_dim": 4}, "The weights do not fit the model"),
         ({"is_residual": False}, "The weights do not fit the model"),
         ({"temperal_downsample": [False, True]}, r"halve_time is \(False, True\)"),
@@ -223,8 +223,8 @@ def test_a_video_autoencoder_loads_by_its_folder_and_by_its_pipeline(tmp_path):
         assert_close(codec.moments(vw.clips("wan_2_2", 1))[0], expected, NETWORK)
     file = tmp_path / "pipeline" / "vae" / "config.json"
     for change, message in (
-        ({"latents_std": [1.0, 2.0]}, r"latents_std has shape \(2,\); it must be z_dim 3 finite numbers"),
-        ({"latents_std": [1.0, 0.0, 2.0]}, "latents_std has 0.0; all of it must be positive"),
+        ({"latents_std": [1.0, 2.0]}, r"latents_std has shape \(2,\); it must have z_dim = 3 finite numbers"),
+        ({"latents_std": [1.0, 0.0, 2.0]}, "latents_std has the value 0.0; all values must be positive"),
     ):
         file.write_text(json.dumps(config | change))
         with pytest.raises(ValueError, match=message):
@@ -232,7 +232,7 @@ def test_a_video_autoencoder_loads_by_its_folder_and_by_its_pipeline(tmp_path):
     file.write_text(json.dumps({key: value for key, value in config.items() if key != "latents_mean"}))
     with pytest.raises(ValueError, match="has no 'latents_mean'; get the file again"):
         convert.load_video_autoencoder(tmp_path / "pipeline")
-    with pytest.raises(FileNotFoundError, match=r"There is no folder '.*nowhere' with the video autoencoder"):
+    with pytest.raises(FileNotFoundError, match=r"There is no folder '.*nowhere' for the video autoencoder"):
         convert.load_video_autoencoder(tmp_path / "nowhere")
 
 
@@ -247,7 +247,7 @@ def make_codec(temporal_scale=0.6):
 
 
 def frame_codec():
-    return codecs.FrameCodec(codecs.PixelCodec(pixel_channels=1, factor=2))
+    return codecs.PixelCodec(pixel_channels=1, factor=2)
 
 
 def test_a_codec_of_clips_normalises_and_undoes_it():
@@ -279,7 +279,7 @@ def test_a_codec_gives_the_same_in_any_parts(pixels, whole, monkeypatch):
 @pytest.mark.parametrize("make", [make_codec, frame_codec])
 def test_codecs_of_clips_are_codecs_of_clips(make):
     codec = make()
-    assert isinstance(codec, codecs.ClipCodec)
+    assert isinstance(codec, codecs.Codec)
     assert isinstance(hash(codec), int)
     x = vw.clips("wan_2_1")
     mean, std = codec.moments(x)
@@ -290,11 +290,20 @@ def test_codecs_of_clips_are_codecs_of_clips(make):
     assert {type(array) for array in (mean, std, decoded)} == {np.ndarray}
 
 
+def test_an_image_is_a_clip_of_one_frame():
+    codec, x = make_codec(), vw.clips("wan_2_1")[:, 0]
+    mean, std = codec.moments(x)
+    of_clip = codec.moments(x[:, None])
+    np.testing.assert_array_equal(mean, of_clip[0][:, 0])
+    np.testing.assert_array_equal(std, of_clip[1][:, 0])
+    np.testing.assert_array_equal(codec.decode(mean), codec.decode(mean[:, None])[:, 0])
+
+
 def test_a_codec_of_images_takes_every_frame():
     codec, x = frame_codec(), vw.clips("wan_2_1")
     mean, std = codec.moments(x)
     assert not std.any()
-    np.testing.assert_array_equal(mean[:, 3], codec.codec.moments(x[:, 3])[0])
+    np.testing.assert_array_equal(mean[:, 3], codec.moments(x[:, 3])[0])
     np.testing.assert_array_equal(codec.decode(mean), x)
 
 
@@ -305,9 +314,9 @@ def test_clips_that_do_not_fit_are_refused(make):
         codec.moments(np.zeros((2, 5, 8, 8, 3), np.float32))
     with pytest.raises(ValueError, match="clips are 9 x 8; this codec takes sides that are multiples of 2"):
         codec.moments(np.zeros((2, 5, 9, 8, 1), np.float32))
-    with pytest.raises(ValueError, match="the batch is empty; give at least one clip"):
+    with pytest.raises(ValueError, match="which is empty; give at least one"):
         codec.moments(np.zeros((0, 5, 8, 8, 1), np.float32))
-    with pytest.raises(ValueError, match="the batch is empty; give at least one clip"):
+    with pytest.raises(ValueError, match="which is empty; give at least one"):
         codec.decode(np.zeros((0, 2, 2, 2, codec.channels), np.float32))
     with pytest.raises(ValueError, match=r"latents have shape \(2, 2, 2, 2, 7\); this codec takes"):
         codec.decode(np.zeros((2, 2, 2, 2, 7), np.float32))

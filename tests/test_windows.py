@@ -40,7 +40,12 @@ def mixture(n, channels=2, seed=0):
         mixed = jnp.einsum("tm,bmc->btc", seen, cache)
         return mixed, 0.3 * jnp.tanh(mixed), cache
 
-    return Conditioner(window, lambda before, after: after), lambda length: jnp.zeros((3, length, channels))
+    return Conditioner(
+        window,
+        lambda before, after: after,
+        empty_cache=lambda length: jnp.zeros((3, length, channels)),
+        first=jnp.ones((3, 1, channels)),
+    )
 
 
 # -- the frame before --------------------------------------------------------------------------------------
@@ -121,15 +126,14 @@ def test_every_token_is_within_tolerance_of_what_those_before_it_make_of_it(case
 @pytest.mark.parametrize("tol", [0.0, 1e-2, 0.3])
 def test_the_cache_is_that_of_the_tokens_that_are_returned(tol):
     n, z = 11, jnp.asarray(np.random.default_rng(1).standard_normal((3, 11, 2)), jnp.float32)
-    first = jnp.ones((3, 1, 2))
-    conditioner, empty = mixture(n)
-    solution = solve_sliding(conditioner, first, z, empty, SlidingWindow(window=4, tol=tol))
-    previous = jnp.concatenate([first, solution.x[:, :-1]], axis=1)
-    shift, log_scale, _ = conditioner.window(previous, 0, empty(n))
+    conditioner = mixture(n)
+    solution = solve_sliding(conditioner, z, SlidingWindow(window=4, tol=tol))
+    previous = jnp.concatenate([conditioner.first, solution.x[:, :-1]], axis=1)
+    shift, log_scale, _ = conditioner.window(previous, 0, conditioner.empty_cache(n))
     change = jnp.abs(shift + jnp.exp(log_scale) * z - solution.x).max(axis=(1, 2))
     assert_close(solution.residual, change, LAYER, scale=1)
     assert jnp.all(change <= tol + LAYER)
-    exact = solve(conditioner, first, z, empty, Jacobi(window=1, tol=0.0)).x
+    exact = solve(conditioner, z, Jacobi(window=1, tol=0.0)).x
     assert_close(solution.x[:, 0], exact[:, 0], max(tol, LAYER))
     assert solution.sweeps[0] <= n
 
@@ -139,7 +143,7 @@ def test_guidance_through_a_sliding_window():
     flow, params, x, cond = laws.case("starflow video")
     z, _ = laws.apply(flow, params, x, cond)
     null = TextCondition(jnp.ones((1, 3, 5)), jnp.ones((1, 3), bool))
-    options = {"guidance": Guidance(scale=1.5, rule="product"), "null": null}
+    options = {"guidance": Guidance(scale=1.5, rule="product", null=null)}
     expected = invert(flow, params, z, cond, plan=Sequential(), **options)
     r = invert(flow, params, z, cond, plan=SlidingWindow(window=4, tol=0.0), certify=True, **options)
     assert_close(r.x, expected.x, NETWORK)
@@ -160,7 +164,7 @@ def test_what_is_not_finite_is_reported_for_its_sample_alone():
 def test_a_running_state_cannot_be_moved_in():
     flow, params, x, cond = laws.case("starflow nala")
     z, _ = laws.apply(flow, params, x, cond)
-    with pytest.raises(ValueError, match=r"running state of 'nala' attention .* use Jacobi or Sequential"):
+    with pytest.raises(ValueError, match=r"'nala' attention keeps a running state .* use Jacobi or Sequential"):
         invert(flow, params, z, cond, plan=SlidingWindow())
 
 

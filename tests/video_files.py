@@ -24,8 +24,8 @@ def encode(path, frames, codec="libx264", pixels="yuv420p", *, rate=10, at=None,
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], pixels
         if at is not None:
             stream.codec_context.time_base = Fraction(1, 1000)
-        for number, picture in enumerate(frames):
-            frame = av().VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+        for number, pixels in enumerate(frames):
+            frame = av().VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
             if at is not None:
                 frame.pts, frame.time_base = at[number], Fraction(1, 1000)
             file.mux(stream.encode(frame))

@@ -3,7 +3,8 @@
 softmax        softmax_attention; frames: attention of video frames to nearby frames
 linear         linear_attention and its running state: init_state, prefill, step
 features       the feature maps of linear attention; rotary tables for their numerators
-kernels        nala, focused, cosformer, pola and inline attention; every kernel by name
+kernels        every kernel by name, with a running state
+functions      nala, focused, cosformer, pola and inline attention as functions
 decay, delta   retention, gated linear attention (simple GLA); the (gated) delta rule
 soft           SOFT and SOFT++; fixed Gaussian landmarks, a causal variant
 modules        Flax modules; flowgen.attention.nnx has their NNX twins
@@ -33,6 +34,13 @@ from flowgen.attention.features import (
     relu_features,
 )
 from flowgen.attention.frames import FrameWindow
+from flowgen.attention.functions import (
+    cosformer_attention,
+    focused_attention,
+    inline_attention,
+    nala_attention,
+    pola_attention,
+)
 from flowgen.attention.hooks import make_attention_fn
 from flowgen.attention.kernels import (
     KERNELS,
@@ -41,12 +49,7 @@ from flowgen.attention.kernels import (
     Kernel,
     PolaKernel,
     RetentionKernel,
-    cosformer_attention,
-    focused_attention,
-    inline_attention,
     kernel,
-    nala_attention,
-    pola_attention,
 )
 from flowgen.attention.landmarks import gaussian_landmark_attention, gaussian_landmark_map
 from flowgen.attention.linear import (

@@ -17,7 +17,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from flowgen.attention.checks import check_floats
-from flowgen.attention.kernels import KERNELS, Kernel, State
+from flowgen.attention.features import FeatureMap
+from flowgen.attention.kernels import KERNELS, Kernel, State, kernel
 from flowgen.attention.softmax import attend_in_parts, softmax_attention
 from flowgen.backend import keep_axes
 
@@ -91,8 +92,8 @@ def attend_kv_window(
     return out, KVCache(keys, values)
 
 
-def recurrent(kernel: Kernel) -> CausalKernel:
-    """Returns a kernel with a running state in the form for decoders; its cache does not grow with the length."""
+def _recurrent(kernel: Kernel) -> CausalKernel:
+    """A kernel with a running state in the form for decoders; its cache does not grow with the length."""
     running = _Running(kernel)
     return CausalKernel(
         attend=running.attend,
@@ -149,16 +150,19 @@ SOFTMAX = CausalKernel(
     has_slots=True,
     has_temperature=True,
 )
-_CAUSAL_KERNELS = {"softmax": SOFTMAX} | {name: recurrent(kernel) for name, kernel in KERNELS.items()}
-CAUSAL_KERNEL_NAMES = tuple(_CAUSAL_KERNELS)
+CAUSAL_KERNEL_NAMES = ("softmax", *KERNELS)
 
 
-def causal_kernel(name: str) -> CausalKernel:
-    """Returns the causal kernel of that name; ValueError lists the known names.
+def causal_kernel(attention: str | Kernel | FeatureMap | CausalKernel) -> CausalKernel:
+    """Returns the causal kernel of that name, or of your own kernel; ValueError lists the known names.
 
     Example:
         kernel = causal_kernel("softmax")
     """
-    if name not in _CAUSAL_KERNELS:
-        raise ValueError(f"attention {name!r} is not a causal kernel; choose one of {', '.join(CAUSAL_KERNEL_NAMES)}.")
-    return _CAUSAL_KERNELS[name]
+    if isinstance(attention, CausalKernel):
+        return attention
+    if isinstance(attention, str) and attention not in CAUSAL_KERNEL_NAMES:
+        raise ValueError(
+            f"attention {attention!r} is not a causal kernel; choose one of {', '.join(CAUSAL_KERNEL_NAMES)}."
+        )
+    return SOFTMAX if isinstance(attention, str) and attention == "softmax" else _recurrent(kernel(attention))

@@ -84,7 +84,7 @@ def gated_delta_rule(
         keep = _key_mask(mask, q.shape[0], q.shape[1])
         k, v, beta, log_decay = jax.tree.map(partial(_silence, keep), (k, v, beta, log_decay))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return _in_chunks(q, k, v, beta, log_decay, state, scale, chunk_size, use_qk_l2norm)
+    return _in_chunks(_Tokens(q, k, v, beta, log_decay), state, scale, chunk_size, use_qk_l2norm)
 
 
 def delta_rule(
@@ -129,18 +129,18 @@ def gated_delta_step(
     """
     _check_arrays(3, q, k, v, beta, log_decay, state)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return _one_token(q, k, v, beta, log_decay, state, scale, use_qk_l2norm)
+    return _one_token(_Tokens(q, k, v, beta, log_decay), state, scale, use_qk_l2norm)
 
 
 @partial(jax.jit, static_argnames=("chunk_size", "use_qk_l2norm"))
-def _in_chunks(q, k, v, beta, log_decay, state, scale, chunk_size, use_qk_l2norm):
-    precision = _precision(q, k, v)
+def _in_chunks(given: _Tokens, state: DeltaState | None, scale, chunk_size: int, use_qk_l2norm: bool):
+    precision = _precision(given)
 
-    def run(q, k, v, beta, log_decay, state, scale):
-        batch, n, heads = q.shape[:3]
+    def run(given, state, scale):
+        batch, n, heads = given.q.shape[:3]
         size = max(1, min(chunk_size, n)) if isinstance(n, int) else chunk_size
         count = -(-n // size)
-        tokens, start = _prepare(q, k, v, beta, log_decay, state, scale, use_qk_l2norm)
+        tokens, start = _prepare(given, state, scale, use_qk_l2norm)
         start = varying(start, tokens)
 
         def in_chunks(x: Array) -> Array:
@@ -152,37 +152,35 @@ def _in_chunks(q, k, v, beta, log_decay, state, scale, chunk_size, use_qk_l2norm
         # Without the checkpoint, the backward pass would store every chunk's c × c matrices as well as its state.
         body = jax.checkpoint(partial(_advance, precision=precision), prevent_cse=False)
         kv, out = jax.lax.scan(body, start, jax.tree.map(in_chunks, tokens))
-        out = out.transpose(1, 0, 3, 2, 4).reshape(batch, count * size, heads, v.shape[-1])[:, :n]
-        return out.astype(v.dtype), kv
+        out = out.transpose(1, 0, 3, 2, 4).reshape(batch, count * size, heads, given.v.shape[-1])[:, :n]
+        return out.astype(given.v.dtype), kv
 
-    named = [(q, "b n h k"), (k, "b n h k"), (v, "b n h d")]
-    args = (q, k, v, beta, log_decay, state, scale)
-    out, kv = keep_axes(run, *args, named=named, out=("b n h d", "b h k d"))
+    named = [(given.q, "b n h k"), (given.k, "b n h k"), (given.v, "b n h d")]
+    out, kv = keep_axes(run, given, state, scale, named=named, out=("b n h d", "b h k d"))
     return out, DeltaState(kv)
 
 
 @partial(jax.jit, static_argnames="use_qk_l2norm")
-def _one_token(q, k, v, beta, log_decay, state, scale, use_qk_l2norm):
-    precision = _precision(q, k, v)
+def _one_token(given: _Tokens, state: DeltaState | None, scale, use_qk_l2norm: bool):
+    precision = _precision(given)
 
-    def run(q, k, v, beta, log_decay, state, scale):
-        token, kv = _prepare(q, k, v, beta, log_decay, state, scale, use_qk_l2norm)
+    def run(given, state, scale):
+        token, kv = _prepare(given, state, scale, use_qk_l2norm)
         if token.log_decay is not None:
             kv = kv * jnp.exp(token.log_decay)[..., None, None]
         recalled = jnp.einsum("bhk,bhkd->bhd", token.k, kv, precision=precision)
         written = token.beta[..., None] * (token.v - recalled)
         kv = kv + token.k[..., :, None] * written[..., None, :]
         out = jnp.einsum("bhk,bhkd->bhd", token.q, kv, precision=precision)
-        return out.astype(v.dtype), kv
+        return out.astype(given.v.dtype), kv
 
-    named = [(q, "b h k"), (k, "b h k"), (v, "b h d")]
-    args = (q, k, v, beta, log_decay, state, scale)
-    out, kv = keep_axes(run, *args, named=named, out=("b h d", "b h k d"))
+    named = [(given.q, "b h k"), (given.k, "b h k"), (given.v, "b h d")]
+    out, kv = keep_axes(run, given, state, scale, named=named, out=("b h d", "b h k d"))
     return out, DeltaState(kv)
 
 
 class _Tokens(NamedTuple):
-    """Inputs in the precision of the state, q scaled; the axes before the width vary."""
+    """The inputs of one or several tokens; the axes before the width vary."""
 
     q: Float[Array, "*tokens k"]
     k: Float[Array, "*tokens k"]
@@ -192,11 +190,11 @@ class _Tokens(NamedTuple):
 
 
 def _prepare(
-    q, k, v, beta, log_decay, state: DeltaState | None, scale, use_qk_l2norm: bool
+    given: _Tokens, state: DeltaState | None, scale: Array | float, use_qk_l2norm: bool
 ) -> tuple[_Tokens, Float[Array, "b h k d"]]:
-    dtype = jnp.promote_types(jnp.result_type(q, k, v), jnp.float32)
-    q, k, v, beta = (x.astype(dtype) for x in (q, k, v, beta))
-    log_decay = None if log_decay is None else log_decay.astype(dtype)
+    """The tokens in the precision of the state, q scaled, and the state."""
+    dtype = jnp.promote_types(jnp.result_type(given.q, given.k, given.v), jnp.float32)
+    q, k, v, beta, log_decay = jax.tree.map(lambda x: x.astype(dtype), given)
     if state is None:
         state = init_delta_state(q.shape[0], q.shape[-2], q.shape[-1], v.shape[-1], dtype=dtype)
     if use_qk_l2norm:
@@ -208,9 +206,9 @@ def _unit(x: Array) -> Array:
     return x * jax.lax.rsqrt(jnp.square(x).sum(axis=-1, keepdims=True) + NORM_EPS)
 
 
-def _precision(*inputs: Array) -> jax.lax.Precision:
+def _precision(given: _Tokens) -> jax.lax.Precision:
     """Full precision if the inputs have 32 bits or more, even on devices that round factors of products by default."""
-    narrow = jnp.finfo(jnp.result_type(*inputs)).bits < 32
+    narrow = jnp.finfo(jnp.result_type(given.q, given.k, given.v)).bits < 32
     return jax.lax.Precision.DEFAULT if narrow else jax.lax.Precision.HIGHEST
 
 

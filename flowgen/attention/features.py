@@ -29,11 +29,16 @@ FOCUSED_FLOOR = 1e-6  # as in the released FLatten: keeps every relu feature pos
 class FeatureMap(ByFields):
     """φ of a kernel: (x, positions) -> features, for queries and for keys, on arrays `b n h k` and `n`.
 
-    Features must be nonnegative for the normaliser to be positive. query_scale: if queries are multiplied by a factor
-    per token for precision, that factor `b n h`; eps is multiplied by it too, so that it cancels. rotary: rotates the
-    features in the numerator, not in the normaliser. max_length: number of positions, if limited;
-    tokens beyond it raise ValueError, or become NaN where positions are traced. A map that depends on positions must
-    have one of the two. Maps pickle, and compare, as their functions do.
+    Features must be nonnegative for the normaliser to be positive. A map that depends on positions must have `rotary`
+    or `max_length`. Maps pickle, and compare, as their functions do.
+
+    query: the function for queries.
+    key: the function for keys.
+    query_scale: if queries are multiplied by a factor per token for precision, that factor `b n h`; eps is multiplied
+    by it too, so that it cancels.
+    rotary: rotates the features in the numerator, not in the normaliser.
+    max_length: number of positions, if limited; tokens beyond it raise ValueError, or become NaN where positions are
+    traced.
     """
 
     query: Map

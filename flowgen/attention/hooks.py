@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Num
 from flowgen.attention.checks import check_heads, check_mask, hide_keys
 from flowgen.attention.equality import ByFields
 from flowgen.attention.features import FeatureMap
-from flowgen.attention.kernels import KERNELS, FeatureKernel, Kernel, Keys, Queries, RetentionKernel, Values, kernel
+from flowgen.attention.kernels import KERNELS, FeatureKernel, Kernel, Keys, Queries, Values, kernel
 from flowgen.attention.linear import Causal, attend_features
 from flowgen.attention.masks import own_keys
 from flowgen.attention.prefix import Features
@@ -31,8 +31,9 @@ def make_attention_fn(
 ) -> Callable[..., Array]:
     """Returns an `attention_fn` for Flax's multi-head attention modules that computes the named kernel.
 
-    name: a kernel of `flowgen.attention.KERNELS`, a feature map, "softmax" or "soft". is_causal: causal whatever the
-    module requests. The function takes query `... t h k`, key and value `... s g k` and the modules' arguments:
+    name: a kernel of `flowgen.attention.KERNELS`, "softmax", "soft", or a feature map or kernel of your own.
+    is_causal: causal whatever the module requests. The function takes query `... t h k`, key and value `... s g k` and
+    the modules' arguments:
 
     - mask `... h t s`, nonzero keeps: over keys alone (query axis 1) at linear cost. A mask of pairs, as Flax's
       `make_causal_mask` and `make_attention_mask` make them, also runs at linear cost if it is a mask of queries times
@@ -135,9 +136,8 @@ def _check_call(query: Array, key: Array, value: Array, dropout_rate: float, mod
 
 
 def _check_decodes(chosen: str | Kernel, q: Array, k: Array) -> None:
-    positional = isinstance(chosen, FeatureKernel) and chosen.features.positional
-    if positional or isinstance(chosen, RetentionKernel):
-        what = "a feature map with positions" if positional else "retention"
+    if getattr(chosen, "positional", False):
+        what = "a feature map with positions" if isinstance(chosen, FeatureKernel) else _name(chosen)
         raise ValueError(
             f"query has shape {q.shape} and key {k.shape}; {what} cannot decode from Flax's cache, which does not say "
             "where the query stands, so use the modules of flowgen.attention, which keep a state."

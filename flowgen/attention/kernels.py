@@ -1,9 +1,9 @@
-"""Attention kernels by name: one interface for whole sequences and for a running state, and a function for each."""
+"""Attention kernels by name: one interface for whole sequences and for a running state."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from einops import rearrange
@@ -13,16 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from flowgen.attention.checks import check_causal, check_heads, check_key_mask, check_mask, hide_keys, is_key_mask
 from flowgen.attention.decay import retention, retention_of_pairs
 from flowgen.attention.equality import ByFields
-from flowgen.attention.features import (
-    FEATURE_MAPS,
-    DirectionMap,
-    FeatureMap,
-    cosformer_features,
-    focused_features,
-    nala_features,
-    per_head,
-    signless_power,
-)
+from flowgen.attention.features import FEATURE_MAPS, FeatureMap, per_head, signless_power
 from flowgen.attention.linear import (
     EPS,
     Causal,
@@ -49,7 +40,8 @@ State = PyTree
 class Kernel(Protocol):
     """An attention kernel with a running state of constant size.
 
-    Masks and arguments are those of `linear_attention`; a state is any pytree of the kernel.
+    Masks and arguments are those of `linear_attention`; a state is any pytree of the kernel. A kernel of your own is a
+    frozen dataclass with these methods; `positional = True` says that weights depend on where tokens stand.
     """
 
     def attend(
@@ -90,6 +82,10 @@ class FeatureKernel(ByFields):
 
     features: FeatureMap
     eps: float = EPS
+
+    @property
+    def positional(self) -> bool:
+        return self.features.positional
 
     def attend(
         self,
@@ -256,6 +252,8 @@ class InlineKernel:
 class RetentionKernel:
     """Retention; see `retention`. Causal only."""
 
+    positional: ClassVar[bool] = True
+
     def attend(
         self,
         q: Queries,
@@ -307,136 +305,21 @@ KERNELS: dict[str, Kernel] = {
 }
 
 
-def kernel(name: str | Kernel | FeatureMap) -> Kernel:
-    """Returns the kernel of that name, or of that feature map; ValueError lists the known names.
+def kernel(chosen: str | Kernel | FeatureMap) -> Kernel:
+    """Returns the kernel of that name, of that feature map, or the kernel itself; ValueError lists the known names.
 
     Example:
         out = kernel("nala").attend(q, k, v, is_causal=True)
     """
-    if isinstance(name, FeatureMap):
-        return FeatureKernel(name)
-    if not isinstance(name, str) and isinstance(name, Kernel):
-        return name
-    if not isinstance(name, str) or name not in KERNELS:
+    if isinstance(chosen, FeatureMap):
+        return FeatureKernel(chosen)
+    if not isinstance(chosen, str) and isinstance(chosen, Kernel):
+        return chosen
+    if not isinstance(chosen, str) or chosen not in KERNELS:
         raise ValueError(
-            f"attention kernel {name!r} is unknown; choose one of {', '.join(KERNELS)}, a FeatureMap or a Kernel."
+            f"attention kernel {chosen!r} is unknown; choose one of {', '.join(KERNELS)}, a FeatureMap or a Kernel."
         )
-    return KERNELS[name]
-
-
-def nala_attention(
-    q: Float[Array, "b n h k"],
-    k: Float[Array, "b m g k"],
-    v: Float[Array, "b m g d"],
-    mask: Array | None = None,
-    is_causal: bool | Causal = False,
-    power: float | Array = 3.0,
-    offset: float | Array = 0.5,
-    direction_map: DirectionMap = "split",
-    *,
-    eps: float = EPS,
-) -> Float[Array, "b n h d"]:
-    """Returns norm-aware linear attention (NaLaFormer, arXiv 2506.21137); see `nala_features` for its parameters.
-
-    eps: added to the sum of the weights; the released layer adds 1e-6 to their mean over m keys, which is m * 1e-6.
-    For rotary features, a temperature of the cosine map or packed segments use
-    `linear_attention(q, k, v, nala_features(...), ...)`. Raises ValueError if shapes or mask do not fit.
-
-    Example:
-        out = nala_attention(q, k, v, is_causal=True)
-    """
-    features = nala_features(power, offset, direction_map)
-    return linear_attention(q, k, v, features, mask=mask, is_causal=is_causal, eps=eps)
-
-
-def focused_attention(
-    q: Float[Array, "b n h k"],
-    k: Float[Array, "b m g k"],
-    v: Float[Array, "b m g d"],
-    mask: Array | None = None,
-    is_causal: bool | Causal = False,
-    power: float = 3.0,
-    *,
-    joint_heads: bool = False,
-    eps: float = EPS,
-) -> Float[Array, "b n h d"]:
-    """Returns focused linear attention (FLatten, arXiv 2308.00442); see `focused_features`.
-
-    joint_heads: take the norms over all heads together, as the released layer does; per head is the default and
-    differs from it visibly. eps: added to the sum of the weights.
-
-    Example:
-        out = focused_attention(q, k, v, power=3.0)
-    """
-    features = focused_features(power, joint_heads=joint_heads)
-    return linear_attention(q, k, v, features, mask=mask, is_causal=is_causal, eps=eps)
-
-
-def cosformer_attention(
-    q: Float[Array, "b n h k"],
-    k: Float[Array, "b m g k"],
-    v: Float[Array, "b m g d"],
-    mask: Array | None = None,
-    is_causal: bool | Causal = False,
-    *,
-    max_length: int,
-    eps: float = EPS,
-) -> Float[Array, "b n h d"]:
-    """Returns cosFormer attention (arXiv 2202.08791), whose weights fall with distance; see `cosformer_features`.
-
-    eps: added to the sum of the weights; the released layer has a lower bound of 1e-6 on that sum instead, which is
-    eps=0 for all but nearly empty rows. Its M is the longer of both lengths.
-    Raises ValueError if there are more tokens than max_length.
-
-    Example:
-        out = cosformer_attention(q, k, v, max_length=1024)
-    """
-    check_heads(q, k, v)
-    if isinstance(q.shape[1], int) and max(q.shape[1], k.shape[1]) > max_length:
-        raise ValueError(f"there are {max(q.shape[1], k.shape[1])} tokens; max_length is {max_length}, so raise it.")
-    return linear_attention(q, k, v, cosformer_features(max_length), mask=mask, is_causal=is_causal, eps=eps)
-
-
-def pola_attention(
-    q: Float[Array, "b n h k"],
-    k: Float[Array, "b m g k"],
-    v: Float[Array, "b m g d"],
-    mask: Array | None = None,
-    is_causal: bool | Causal = False,
-    power: float | Array = 3.0,
-    *,
-    eps: float = EPS,
-) -> Float[Array, "b n h d"]:
-    """Returns polarity-aware attention (PolaFormer, arXiv 2501.15061), without its gate.
-
-    The first half of each value is averaged by the weights of equal signs, [q+; q-]·[k+; k-], the second half by those
-    of opposite signs, [q-; q+]·[k+; k-], each with its own normaliser; q± = relu(±q)^power. power: positive, a
-    number or an array `h` or `h k`. eps: added to the sum of the weights; the released layer adds 1e-6 to their mean
-    over m keys, which is m * 1e-6. Raises ValueError if v's width is odd.
-
-    Example:
-        out = pola_attention(q, k, v)
-    """
-    return PolaKernel(power, eps).attend(q, k, v, mask=mask, is_causal=is_causal)
-
-
-def inline_attention(
-    q: Float[Array, "b n h k"],
-    k: Float[Array, "b m g k"],
-    v: Float[Array, "b m g d"],
-    mask: Array | None = None,
-    is_causal: bool | Causal = False,
-    scale: float | None = None,
-) -> Float[Array, "b n h d"]:
-    """Returns injective linear attention (InLine, arXiv 2412.06590), without its convolution.
-
-    With N keys and s = scale (k^-0.5 by default), weights are s q·k_j / N - mean_j(s q·k_j / N) + 1/N: they sum to one
-    and may be negative. Causal: N and the means run over the keys so far.
-
-    Example:
-        out = inline_attention(q, k, v)
-    """
-    return InlineKernel(scale).attend(q, k, v, mask=mask, is_causal=is_causal)
+    return KERNELS[chosen]
 
 
 def _token(batch: int, num_heads: int, width: int, dtype: DTypeLike) -> Float[Array, "b 1 h k"]:

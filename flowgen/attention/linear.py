@@ -37,6 +37,7 @@ from flowgen.attention.prefix import (
     CHUNK_SIZE,
     Features,
     LinearState,
+    Tokens,
     empty_state,
     finite_prefix_product,
     keep_keys,
@@ -184,8 +185,8 @@ def _finite_products(features: Features, v: Array, mask, segment_ids, causal: Ca
     if causal is not None and causal.implementation == "pallas":
         return _pallas(features, v, causal)
     if causal is not None:
-        cut = causal.block_size, causal.chunk_size
-        return finite_prefix_product(features, v, None, None, None, segment_ids, *cut)[:2]
+        tokens = Tokens(features, v, segment_ids=segment_ids)
+        return finite_prefix_product(tokens, block_size=causal.block_size, chunk_size=causal.chunk_size)[:2]
     if segment_ids is not None:
         return _packed(features, v, segment_ids)
     return _full(features, v)
@@ -355,8 +356,8 @@ def _packed(features: Features, v: Array, segment_ids: Array) -> tuple[Array, Ar
 
     def run(features, v, segment_ids):
         back = jax.tree.map(lambda x: x[:, ::-1], (features, v, segment_ids))
-        ahead = finite_prefix_product(features, v, None, None, None, segment_ids, 1, CHUNK_SIZE)
-        behind = finite_prefix_product(*back[:2], None, None, None, back[2], 1, CHUNK_SIZE)
+        ahead = finite_prefix_product(Tokens(features, v, segment_ids=segment_ids))
+        behind = finite_prefix_product(Tokens(*back[:2], segment_ids=back[2]))
         repeats = features.q.shape[2] // v.shape[2]
 
         def own(q, k):

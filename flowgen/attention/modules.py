@@ -32,7 +32,7 @@ from flowgen.attention.soft import (
     pool_landmarks_2d,
     to_kernel_space,
 )
-from flowgen.backend import keep_axes
+from flowgen.backend import gelu, keep_axes
 
 LandmarkKind = Literal["pool", "conv", "conv_norm_gelu"]
 NALA_CONV = 5  # tokens, or rows and columns, of the depthwise convolution of values
@@ -311,7 +311,7 @@ class SOFTAttention(nn.Module):
             raise ValueError(f"stride is {self.stride}; it must not exceed the sides of the grid, {grid}.")
         points = unfold(self.landmark_conv(fold(k, height, width)), k)
         if self.landmarks == "conv_norm_gelu":
-            points = jax.nn.gelu(self.landmark_norm(points), approximate=False)
+            points = gelu(self.landmark_norm(points))
         return Landmarks(points)
 
 

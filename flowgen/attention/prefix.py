@@ -60,6 +60,16 @@ class Features(NamedTuple):
         return self.norm_q, self.norm_k
 
 
+class Tokens(NamedTuple):
+    """The inputs of `prefix_product` that have a row per token."""
+
+    features: Features
+    v: Float[Array, "b n g d"]
+    log_decay: Float[Array, "#b n #g"] | None = None
+    mask: Bool[Array, "#b #g 1 n"] | None = None
+    segment_ids: Int[Array, "b n"] | None = None
+
+
 class _Chunk(NamedTuple):
     q: Float[Array, "b g r c p"]
     k: Float[Array, "b g c p"]
@@ -120,41 +130,53 @@ def prefix_product(
         raise ValueError(f"state has kv {state.kv.shape}; these features and values need {kv}.")
     if state is not None and state.length.shape not in ((), length):
         raise ValueError(f"state.length has shape {state.length.shape}; it is one position per sample, {length}.")
-    return finite_prefix_product(features, v, state, log_decay, mask, segment_ids, block_size, chunk_size, True)
+    tokens = Tokens(features, v, log_decay, mask, segment_ids)
+    return finite_prefix_product(tokens, state, block_size=block_size, chunk_size=chunk_size, isolate=True)
 
 
 @partial(jax.jit, static_argnames=("block_size", "chunk_size", "isolate"))
-def finite_prefix_product(features, v, state, log_decay, mask, segment_ids, block_size, chunk_size, isolate=False):
+def finite_prefix_product(
+    tokens: Tokens,
+    state: LinearState | None = None,
+    *,
+    block_size: int = 1,
+    chunk_size: int = CHUNK_SIZE,
+    isolate: bool = False,
+):
     """Returns the result of `prefix_product` for checked arguments, which must be finite unless `isolate`."""
+    features, v = tokens.features, tokens.v
     named = [(features.q, "b n h p"), (features.k, "b n g p"), (v, "b n g d"), (features.normaliser[1], "b n g e")]
     letters = ("b n h d", "b n h", "b g p d", "b g e", "b")
 
-    def run(features, v, state, log_decay, mask, segment_ids):
-        features, v = _at_least_float32(features, v)
+    def run(tokens, state):
+        given, v, log_decay, mask, segment_ids = tokens
+        features, v = _at_least_float32(given, v)
         empty = empty_state(features, v)
         state = empty if state is None else LinearState(*(x + y for x, y in zip(state, empty, strict=True)))
         state = varying(state, (features, v, log_decay, mask, segment_ids))
         n, ends = v.shape[1], v.shape[1]
         if mask is not None:
             features, v = keep_keys(features, v, mask)
-            kept = _per_token(mask)
-            log_decay = None if log_decay is None else jnp.where(kept, log_decay, 0)
-            ends = jnp.where(kept.any(axis=2), 1 + jnp.arange(n)[None], 0).max(axis=1, initial=0)
+            keep = _per_token(mask)
+            log_decay = None if log_decay is None else jnp.where(keep, log_decay, 0)
+            ends = jnp.where(keep.any(axis=2), 1 + jnp.arange(n)[None], 0).max(axis=1, initial=0)
         length = state.length + ends
         if n == 0:
             heads = features.q.shape[:3]
             return jnp.zeros((*heads, v.shape[-1]), v.dtype), jnp.zeros(heads, v.dtype), *state
         product = _in_segments if isolate and segment_ids is not None else _in_chunks
-        out, total, kv, norm = product(features, v, state, log_decay, segment_ids, block_size, chunk_size)
+        kept = Tokens(features, v, log_decay, segment_ids=segment_ids)
+        out, total, kv, norm = product(kept, state, block_size, chunk_size)
         return out, total, kv, norm, length
 
-    args = (features, v, state, log_decay, mask, segment_ids)
-    out, total, *after = keep_axes(run, *args, named=named, out=letters)
+    out, total, *after = keep_axes(run, tokens, state, named=named, out=letters)
     return out, total, LinearState(*after)
 
 
-def _in_segments(features, v, state, log_decay, segment_ids, block_size, chunk_size):
+def _in_segments(tokens: Tokens, state: LinearState, block_size: int, chunk_size: int):
     """`_in_chunks` on finite numbers only, with NaN put back into results that depend on a non-finite one."""
+    features, v, log_decay, _, segment_ids = tokens
+    assert segment_ids is not None
     queries, keys = (features.q, features.norm_q), (features.k, features.norm_k, v)
     queries, bad_q = finite(queries)
     keys, bad_k = finite(keys)
@@ -164,18 +186,20 @@ def _in_segments(features, v, state, log_decay, segment_ids, block_size, chunk_s
         log_decay, bad_k = jnp.where(bad_decay, 0, log_decay), bad_k | bad_decay
     features = Features(queries[0], keys[0], queries[1], keys[1])
     state = state._replace(kv=kv[:, 0], norm=norm[:, 0])
-    results = _in_chunks(features, keys[2], state, log_decay, segment_ids, block_size, chunk_size)
+    tokens = Tokens(features, keys[2], log_decay, segment_ids=segment_ids)
+    results = _in_chunks(tokens, state, block_size, chunk_size)
     bad = spoiled(segment_ids, bad_q, bad_k, bad_state[:, 0], block_size)
     return tuple(map(spoil, results, (bad.out, bad.out, bad.state, bad.state)))
 
 
-def _in_chunks(features, v, state, log_decay, segment_ids, block_size, chunk_size):
+def _in_chunks(tokens: Tokens, state: LinearState, block_size: int, chunk_size: int):
     """out, total, kv and norm of at least one token."""
+    v, segment_ids = tokens.v, tokens.segment_ids
     batch, n = v.shape[:2]
     size = -(-chunk_size // block_size) * block_size
     if isinstance(n, int):  # not a symbol of an exported program
         size = min(size, -(-n // block_size) * block_size)
-    chunks = _split(features, v, log_decay, segment_ids, size)
+    chunks = _split(tokens, size)
     past = None if segment_ids is None else segment_ids[:, 0]
 
     def body(carry, chunk):
@@ -188,7 +212,7 @@ def _in_chunks(features, v, state, log_decay, segment_ids, block_size, chunk_siz
     else:
         carry, (out, total) = jax.lax.scan(jax.checkpoint(body, prevent_cse=False), carry, chunks)
     count = chunks.k.shape[0] * size
-    heads = features.q.shape[2]
+    heads = tokens.features.q.shape[2]
     out = out.transpose(1, 0, 4, 2, 3, 5).reshape(batch, count, heads, v.shape[-1])[:, :n]
     total = total.transpose(1, 0, 4, 2, 3).reshape(batch, count, heads)[:, :n]
     return out, total, carry[0], carry[1]
@@ -208,8 +232,9 @@ def _per_token(mask: Bool[Array, "#b #g 1 n"]) -> Bool[Array, "#b n #g"]:
     return mask[:, :, 0, :].swapaxes(1, 2)
 
 
-def _split(features: Features, v: Array, log_decay: Array | None, segment_ids: Array | None, size: int) -> _Chunk:
+def _split(tokens: Tokens, size: int) -> _Chunk:
     """Chunks of `size` tokens, first axis the chunk; padded with zeros, which add nothing to a state."""
+    features, v, log_decay, _, segment_ids = tokens
     batch, n, groups = v.shape[:3]
     count = -(-n // size)
 

@@ -1,4 +1,4 @@
-"""Products, linear algebra, memory and callbacks, optimised per device."""
+"""Products, linear algebra, memory limits and host callbacks, by device."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from jax.experimental.buffer_callback import buffer_callback
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Shaped
 
-# Products that feed a state or one another, whose errors accumulate; accelerators would round their factors.
+# For products whose errors accumulate, as in running states; otherwise accelerators round the factors.
 HIGHEST = lax.Precision.HIGHEST
 
 # Attention logits in memory at once, a gibibyte in float32; more queries are processed in chunks.
 MAX_LOGITS = 1 << 28
-# Causal attention runs in this many slices of queries at most, each against only the keys it may see: more slices
-# would save little more, and take longer to compile.
+# Causal attention runs in at most this many slices of queries, each against only the keys that it may see. More slices
+# would save little, and take longer to compile.
 MAX_CAUSAL_SLICES = 4
 MIN_CAUSAL_SLICE = 64
 
-# Of 256 x 256 pixels 32 images at once, 3 GiB to encode and 7 GiB to decode for the published autoencoders.
+# 32 images of 256 x 256 pixels at once: with the published autoencoders, 3 GiB to encode and 7 GiB to decode.
 PIXELS_AT_ONCE = 32 * 256**2
 IMAGES_AT_ONCE = 256
 TEXTS_AT_ONCE = 64
@@ -36,7 +36,19 @@ TEXTS_AT_ONCE = 64
 
 def gelu(x: Float[Array, "*d"]) -> Float[Array, "*d"]:
     """Returns x Φ(x) by erf. `jax.nn.gelu` computes the same by erfc, which takes CPUs twice the time."""
-    return 0.5 * x * (1 + lax.erf(x * math.sqrt(0.5)))
+    return 0.5 * x * (1 + _erf(x * math.sqrt(0.5)))
+
+
+@jax.custom_jvp
+def _erf(x: Array) -> Array:
+    return lax.erf(x)
+
+
+@_erf.defjvp
+def _erf_slope(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    """2/√π exp(-x²). The library's own derivative does not pass the checks of `jax.shard_map` (jax 0.12.0)."""
+    (x,), (change,) = primals, tangents
+    return _erf(x), 2 / math.sqrt(math.pi) * (change * jnp.exp(-jnp.square(x)))
 
 
 def flat_dot(
@@ -44,7 +56,7 @@ def flat_dot(
 ) -> Array:
     """Returns x @ kernel with all leading axes of x as one; a `dot_general` for Flax's Dense.
 
-    The gradient of the kernel is then one plain matrix product, for which XLA on CPUs copies nothing.
+    The gradient of the kernel is then one plain matrix product, which XLA computes without copies on CPUs.
     """
     rows = x.reshape(-1, x.shape[-1])
     out = lax.dot_general(rows, kernel, (((1,), (0,)), ((), ())), precision=precision, **options)
@@ -52,9 +64,9 @@ def flat_dot(
 
 
 def nan_if(condition: Array, dtype: DTypeLike) -> Array:
-    """Returns what to add to numbers that must be NaN under a condition: NaN or 0.
+    """Returns NaN where the condition holds and 0 elsewhere; adding it makes numbers NaN.
 
-    XLA on CPUs compiles exp(where(condition, nan, x)) to a finite number, but not a sum with this.
+    On CPUs XLA compiles exp(where(condition, nan, x)) to a finite number, but not a sum with this.
     """
     return jnp.log(jnp.where(condition, -1, 1).astype(dtype))
 
@@ -65,8 +77,8 @@ def nan_if(condition: Array, dtype: DTypeLike) -> Array:
 def cholesky(a: Float[Array, "*stack l l"]) -> Float[Array, "*stack l l"]:
     """Returns the lower triangular C with C Cᵀ = a, for symmetric positive definite a.
 
-    On CPUs column by column: two calls of LAPACK that run at the same time can wait for each other's threads forever if
-    there are few cores (jaxlib 0.10). Elsewhere by the library.
+    CPUs compute it column by column: on few cores, two LAPACK calls that run at the same time can wait forever for each
+    other's threads (jaxlib 0.10). Other devices use the library.
     """
     return lax.platform_dependent(a, cpu=_cholesky_by_columns, default=jnp.linalg.cholesky)
 
@@ -85,10 +97,10 @@ def _cholesky_by_columns(a: Array) -> Array:
     return lax.fori_loop(0, a.shape[-1], column, (a, jnp.zeros_like(a)))[1]
 
 
-def unit_lower_inverse(lower: Float[Array, "*stack c c"]) -> Float[Array, "*stack c c"]:
+def unit_lower_inverse(lower: Float[Array, "*stack n n"]) -> Float[Array, "*stack n n"]:
     """Returns (I + L)⁻¹ for a strictly lower triangular L.
 
-    On CPUs by products, since triangular solves call LAPACK (see `cholesky`). Elsewhere by the library.
+    CPUs compute it by products, because triangular solves call LAPACK (see `cholesky`). Other devices use the library.
     """
     return lax.platform_dependent(lower, cpu=_unit_lower_inverse_by_blocks, default=_unit_lower_inverse_by_solve)
 
@@ -99,8 +111,8 @@ def _unit_lower_inverse_by_solve(lower: Array) -> Array:
 
 
 def _unit_lower_inverse_by_blocks(lower: Array) -> Array:
-    """From the inverses of ever larger blocks on the diagonal: two neighbours A, D with B below A give the next,
-    [[A⁻¹, 0], [-D⁻¹ B A⁻¹, D⁻¹]]."""
+    """The inverses of ever larger diagonal blocks: neighbours A and D, with B below A, give [[A⁻¹, 0], [-D⁻¹ B A⁻¹,
+    D⁻¹]]."""
     matmul, size = partial(jnp.matmul, precision=HIGHEST), lower.shape[-1]
     token = jnp.arange(size)
     inverse = jnp.broadcast_to(jnp.eye(size, dtype=lower.dtype), lower.shape)
@@ -116,9 +128,9 @@ def _unit_lower_inverse_by_blocks(lower: Array) -> Array:
 
 
 def attention_implementation(asked: str) -> str:
-    """Returns the form of softmax attention that runs: "xla", sliced and in parts, on every device so far.
+    """Returns the implementation of softmax attention to use: so far "xla", in chunks of queries, on every device.
 
-    asked: "auto" or "xla"; ValueError for others. Fused kernels are chosen here once they are measured.
+    asked: "auto" or "xla"; ValueError for others.
     """
     if asked not in ("auto", "xla"):
         raise ValueError(f"implementation is {asked!r}; choose 'auto' or 'xla'.")
@@ -126,9 +138,10 @@ def attention_implementation(asked: str) -> str:
 
 
 def queries_at_once(batch: object, heads: object, keys: object, max_logits: int | None) -> int | None:
-    """Returns how many queries of a head have at most `max_logits` logits over all samples and heads; None for all.
+    """Returns how many queries to process at once for at most `max_logits` logits over all samples and heads; None for
+    all.
 
-    Sizes may be symbols of an exported program, with unknown values.
+    The result is None if a size is a symbol of an exported program, whose value is unknown.
     """
     known = [size for size in (batch, heads, keys) if isinstance(size, int)]
     if max_logits is None or len(known) < 3:
@@ -137,7 +150,7 @@ def queries_at_once(batch: object, heads: object, keys: object, max_logits: int 
 
 
 def causal_slice(n: int) -> int:
-    """Returns how many of n queries make one slice of causal attention."""
+    """Returns the number of queries per slice of causal attention over n queries."""
     return max(MIN_CAUSAL_SLICE, -(-n // MAX_CAUSAL_SLICES))
 
 
@@ -151,7 +164,7 @@ def in_parts(
 ) -> tuple[Shaped[np.ndarray, "b ..."], ...]:
     """Returns a compiled function's results on parts of the inputs, joined along their first axis.
 
-    All parts have one size, a power of two up to `most`, and the last one is padded to it, so that few sizes are
+    All parts have the same size, a power of two up to `most`, to which the last one is padded, so that few sizes are
     compiled.
 
     Raises ValueError if the inputs are empty.
@@ -173,15 +186,15 @@ def in_parts(
 
 
 def must_wait(devices: Sequence[jax.Device]) -> bool:
-    """Returns whether steps over devices must run one by one: queued on several CPU devices they can deadlock."""
+    """Returns whether steps must run one by one: on several CPU devices, queued steps can deadlock."""
     return len(devices) > 1 and devices[0].platform == "cpu"
 
 
 def call_host(fn: Callable[..., np.ndarray], out: jax.ShapeDtypeStruct, *arrays: Array) -> Array:
-    """Returns fn(*arrays), computed by numpy on the host inside a compiled program, sample after sample under vmap.
+    """Returns fn(*arrays), computed with numpy on the host inside a compiled program; under vmap, one sample at a time.
 
-    fn may be given buffers in place of arrays. On CPUs it reads them where they are: an ordinary callback asks the
-    program's own threads for a copy, and on one core can wait for it forever.
+    On CPUs fn receives buffers instead of arrays, and reads them in place: an ordinary callback asks the program's own
+    threads for a copy and, on one core, can wait for it forever.
     """
 
     def in_place(context, result, *buffers):

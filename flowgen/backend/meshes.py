@@ -1,12 +1,12 @@
 """Meshes with explicit axes: every array's type states its sharding, and jax refuses to reshape, scan or contract over
 a sharded axis unless the output sharding is given. Attention, couplings and models do all of these, but their output
-sharding is simple: batch, queries and heads are sharded like the inputs.
+sharding is simple: batch, queries and heads are sharded as in the inputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import jax
@@ -29,8 +29,9 @@ from jaxtyping import Array, PyTree
 def keep_axes(fn: Callable[..., Any], *args: Any, named: Iterable[tuple[Array, str]], out: Any) -> Any:
     """Returns fn(*args), computed under automatic axes if the mesh of an argument has explicit ones.
 
-    named: arrays with a letter per axis, "b n h k". out: the letters of the results, in the tree that fn returns; an
-    axis of a result is divided like the first named array that has its letter and is divided there.
+    named: arrays with one letter per axis, such as "b n h k". out: the letters of the results, in the tree that fn
+    returns. An axis of a result is sharded like the axis with its letter in the first named array in which that axis is
+    sharded.
 
     Example:
         out = keep_axes(attend, q, k, v, named=[(q, "b n h k")], out="b n h d")
@@ -46,8 +47,8 @@ def keep_axes(fn: Callable[..., Any], *args: Any, named: Iterable[tuple[Array, s
 def map_axes(fn: Callable[..., Any], args: tuple[Array, ...], letters: str, *, divided: str, out: Any) -> Any:
     """Returns fn(*args), computed by each device on its own part if the mesh of an argument has explicit axes.
 
-    letters: of the axes of every argument; those in `divided` may be divided over devices, the others are gathered
-    first. out: the letters of the results. For what the compiler cannot divide by itself.
+    For computations that the compiler cannot shard by itself. letters: the axes of every argument; those in `divided`
+    may be sharded, the others are gathered first. out: the letters of the results.
 
     Example:
         out = map_axes(kernel, (q, k, v), "b n h k", divided="bh", out="b n h k")
@@ -67,7 +68,7 @@ def map_axes(fn: Callable[..., Any], args: tuple[Array, ...], letters: str, *, d
 def keep_rows(fn: Callable[..., Any], variables: Any, *args: Any, **options: Any) -> Any:
     """Returns fn(variables, *args, **options), under automatic axes if the mesh of an array has explicit ones.
 
-    Rows of the results, on the first axis, are divided like those of the first array in args or options whose rows are.
+    The rows of the results (first axis) are sharded like those of the first array in args or options with sharded rows.
 
     Example:
         logdet = keep_rows(run, variables, x, labels)
@@ -98,36 +99,40 @@ def keep_rows(fn: Callable[..., Any], variables: Any, *args: Any, **options: Any
     with use_abstract_mesh(automatic.abstract_mesh) if traced or not context.empty else nullcontext():
         variables, args, options = jax.tree.map(to_automatic, (variables, args, options))
         out = fn(variables, *args, **options)
-    # Within another call of this function everything stays under automatic axes.
+    # Inside another call of this function everything stays under automatic axes.
     return out if traced and context == automatic else jax.tree.map(to_explicit, out)
 
 
-@contextmanager
-def on_mesh_of(tree: Any) -> Generator[None]:
-    """Within it, outside of jit, vmap takes the arrays of a tree although explicit axes divide them.
+def on_mesh_of(fn: Callable[..., Any], *args: Any) -> Any:
+    """Returns fn(*args), with the mesh of an argument as context if it has explicit axes and there is no context yet.
+
+    Without a context vmap refuses divided arrays outside of jit, and inside it constants such as `zeros_like(x)` are
+    not divided (jax 0.12). Outside of jit it compiles fn on each call.
 
     Example:
-        with on_mesh_of(x):
-            y = jax.vmap(draw)(x)
+        y = on_mesh_of(jax.vmap(draw), x)
     """
-    leaves = jax.tree.leaves(tree)
-    meshes = [x.sharding.mesh for x in leaves if not isinstance(x, Tracer) and _explicit_mesh(x) is not None]
-    if meshes and get_abstract_mesh().empty and not any(isinstance(x, Tracer) for x in leaves):
-        with jax.set_mesh(meshes[0]):
-            yield
-    else:
-        yield
+    mesh = _explicit_mesh(args)
+    if mesh is None or not get_abstract_mesh().empty:
+        return fn(*args)
+
+    def within(*args):
+        with use_abstract_mesh(mesh):
+            return fn(*args)
+
+    # Arrays of which only the shape is used still tell jit the mesh.
+    return jax.jit(within, keep_unused=True)(*args)
 
 
 class OnMeshes:
-    """A Flax module whose `apply` takes arrays whose rows are divided over explicit axes of a mesh; for inheritance.
+    """A mixin for Flax modules: `apply` also takes arrays whose rows are sharded over explicit axes of a mesh.
 
     Example:
         class Network(OnMeshes, nn.Module): ...
     """
 
     def apply(self, variables: Any, *args: Any, **options: Any) -> Any:
-        """Returns what `flax.linen.Module.apply` does, its rows divided as those of the inputs are."""
+        """Returns the result of `flax.linen.Module.apply`, with its rows sharded like those of the inputs."""
         apply: Any = getattr(super(), "apply")  # noqa: B009  (the module's, which comes next)
         return keep_rows(apply, variables, *args, **options)
 
@@ -142,16 +147,19 @@ def of_rows(x: Array, row: str = "b") -> str:
 
 
 def take_rows(x: Array, index: Array) -> Array:
-    """Returns x[index] for whole numbers `b`, divided as they are.
+    """Returns x[index] for integers `b`, sharded like `index`.
 
     Example:
-        sources = take_rows(x0, permutation)
+        x0 = take_rows(x0, permutation)
     """
     return keep_axes(lambda x, index: x[index], x, index, named=[(index, "b"), (x, of_rows(x, "rows"))], out=of_rows(x))
 
 
 def alike_rows(tree: PyTree) -> PyTree:
-    """Returns numbers in a tree, the rows of all divided like those of the first whose rows explicit axes divide.
+    """Returns the arrays of a tree, all with rows sharded like those of the first one that is sharded over explicit
+    axes.
+
+    Inside jit it needs the mesh as context, see `on_mesh_of`.
 
     Example:
         positions, x = alike_rows((positions, x))
@@ -159,7 +167,7 @@ def alike_rows(tree: PyTree) -> PyTree:
     divided = [x for x in jax.tree.leaves(tree) if _explicit_mesh(x) is not None and "b" in _rows_of(x)]
     if not divided:
         return tree
-    # Outside of jit an array of one device comes to a mesh by being added to one that is there.
+    # Outside of jit an array on one device moves to a mesh if it is added to an array there.
     nothing = jnp.zeros_like(divided[0], jnp.int32).sum(axis=tuple(range(1, divided[0].ndim)))
 
     def divide(x):
@@ -185,13 +193,13 @@ def check_unmapped(what: str, tree: PyTree) -> None:
     """
     if any(varies(x) for x in jax.tree.leaves(tree) if isinstance(x, jax.Array)):
         raise ValueError(
-            f"{what} does not pass the checks of jax.shard_map; call shard_map(..., check_vma=False), in which each "
-            "device works on its own part, or jax.jit with divided arrays."
+            f"{what} does not pass the checks of jax.shard_map; use shard_map(..., check_vma=False), so that each "
+            "device works on its own part, or jax.jit with sharded arrays."
         )
 
 
 def varying(tree: PyTree, like: PyTree) -> PyTree:
-    """Returns the arrays of a tree, varying over every axis of a mapped program over which one of `like` varies.
+    """Returns the arrays of a tree, made to vary over every mapped axis over which an array of `like` varies.
 
     A loop's initial state must vary over the same axes as its later states.
 
@@ -203,7 +211,7 @@ def varying(tree: PyTree, like: PyTree) -> PyTree:
 
 
 def _divided(named: Iterable[tuple[Array, str]]) -> dict[str, Any]:
-    """The axes of the mesh that divide the axis of each letter: of the first array in which any do."""
+    """The mesh axes that shard the axis of each letter, taken from the first array in which that axis is sharded."""
     divided = {}
     for array, letters in named:
         for letter, axes in zip(letters.split(), jax.typeof(array).sharding.spec, strict=True):
@@ -221,7 +229,7 @@ def _automatic(mesh: Any) -> Any:
 
 
 def _rows_of(x: Array) -> dict[str, Any]:
-    """The axes of the mesh that divide the rows of an array, by their letter."""
+    """The mesh axes that shard the rows of an array, by their letter."""
     return _divided([(x, of_rows(x))]) if jnp.ndim(x) else {}
 
 
@@ -241,7 +249,7 @@ def _explicit_mesh(args: PyTree) -> AbstractMesh | None:
 
 
 def _spec(letters: str, divided: dict[str, Any]) -> PartitionSpec:
-    """The axes of a result; one axis of a mesh divides one axis of an array."""
+    """The mesh axes of a result; a mesh axis shards at most one axis of an array."""
     used, spec = set(), []
     for letter in letters.split():
         axes = divided.get(letter)

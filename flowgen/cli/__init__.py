@@ -1,4 +1,4 @@
-"""The commands: `python -m flowgen {train,sample,evaluate,encode,convert,info}`; `train.py` and `sample.py` wrap two.
+"""The commands: `python -m flowgen {train,sample,evaluate,encode,convert,info}`; `train.py` and `sample.py` call two.
 
 A user error prints one sentence on standard error and exits with code 2, before anything is computed.
 """
@@ -23,7 +23,7 @@ from flowgen.cli.options import as_sentence
 EXIT_MISTAKE = 2
 EXIT_NOT_FINITE = 3
 EXIT_INTERRUPTED = 130
-INTERRUPTED = "Interrupted without saving; checkpoints are as they were."
+INTERRUPTED = "Interrupted without saving; existing checkpoints are unchanged."
 EXIT_BROKEN_PIPE = 141
 MISTAKES = (ValueError, OSError, ImportError)
 OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # the runtime's own name for it
@@ -32,17 +32,17 @@ OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # the runtime's own name for it
 TAKES_FIELDS = ("train", "sample", "info", "evaluate", "encode")
 
 COMMANDS: dict[str, tuple[ModuleType, str]] = {
-    "train": (train, "Train a model, or go on training it."),
+    "train": (train, "Train a model, or resume a run."),
     "sample": (sample, "Draw samples from a trained model."),
-    "evaluate": (evaluate, "Print the bits per dimension of a model on its data."),
-    "encode": (encode, "Compute the latents and text features of a dataset once."),
-    "convert": (convert, "Make a run directory from published weights."),
+    "evaluate": (evaluate, "Print the metrics of a model on its data, such as bits per dimension."),
+    "encode": (encode, "Compute and store the latents and text features of a dataset."),
+    "convert": (convert, "Create a run directory from published weights."),
     "info": (info, "Print the fields of a config or of a run."),
 }
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with one sentence instead of a usage text before an error."""
+    """An argument parser that reports an error in one sentence, without the usage text."""
 
     # Help on config fields below a command's options, built on request.
     fields_help: Callable[[], str] | None = None
@@ -61,8 +61,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code of a command line: 0, 2 for a user error, 3 for numbers that are not finite, 141 if nobody
-    reads its output any more, 128 + signal if a signal stopped a training run.
+    """Returns the exit code of a command line: 0, 2 for a user error, 3 for numbers that are not finite, 141 if the
+    reader of its output is gone, 128 + signal if a signal stopped a training run.
 
     Example:
         main(["info", "--config", "configs/tarflow_digits.py"])
@@ -82,12 +82,21 @@ def make_parser() -> Parser:
     Example:
         options, fields = make_parser().parse_known_args(["info", "--config", "configs/tarflow_digits.py"])
     """
-    parser = Parser(prog="python -m flowgen", description="Transformer normalizing flows in JAX.")
+    parser = Parser(prog="python -m flowgen", description="Transformer normalizing flows and flow matching in JAX.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     for name, (command, summary) in COMMANDS.items():
         of_command = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
         of_command.fields_help = getattr(command, "fields_help", None)
         command.declare(of_command)
+        if name in TAKES_FIELDS:
+            of_command.add_argument(
+                "--import",
+                dest="modules",
+                metavar="MODULE",
+                action="append",
+                default=[],
+                help="import a module whose objects a run or config names; repeat for more",
+            )
     return parser
 
 
@@ -96,7 +105,7 @@ def _run(words: list[str]) -> int:
     try:
         for word in words:
             if word.endswith("=--"):  # argparse would read it as no value at all.
-                raise ValueError(f"{word[:-3]} has the value '--'; give another.")
+                raise ValueError(f"{word[:-3]} has the value '--'; give another value.")
         options, rest = parser.parse_known_args(words)
         if rest and options.command not in TAKES_FIELDS:
             raise ValueError(
@@ -104,6 +113,13 @@ def _run(words: list[str]) -> int:
             )
         with _ending_at_once():
             import flowgen.experiments  # noqa: F401
+            from flowgen.settings import import_module
+
+            for module in getattr(options, "modules", ()):
+                try:
+                    import_module(module)
+                except ValueError as error:
+                    raise ValueError(f"--import {error}") from error
         with warnings.catch_warnings(), _log_as_sentences():
             warnings.showwarning = _show_warning  # ty: ignore[invalid-assignment]
             return COMMANDS[options.command][0].run(options, rest)
@@ -120,15 +136,15 @@ def _run(words: list[str]) -> int:
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and OUT_OF_MEMORY not in str(error):
             raise
-        return _fail(f"There is not enough memory ({error}); make the model, the batch or the images smaller.", 2)
+        return _fail(f"Out of memory ({error}); make the model, the batch or the images smaller.", 2)
 
 
 def _outside(module: str) -> str:
     """The message for a missing package that flowgen requires."""
     return (
-        f"The package {module.partition('.')[0]} is missing in {sys.executable}; install flowgen there with "
-        f'`{sys.executable} -m pip install -e ".[train]"` in its folder, or run the python of the environment that '
-        "has it, such as .venv/bin/python after `make demo`."
+        f"The package {module.partition('.')[0]} is not installed for {sys.executable}; run "
+        f'`{sys.executable} -m pip install -e ".[train]"` in the flowgen folder, or use the Python of an environment '
+        "that has it, such as .venv/bin/python after `make demo`."
     )
 
 

@@ -12,7 +12,7 @@ from flowgen.cli.options import finite_number, num_parameters, say, whole_number
 def declare(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the command."""
     parser.add_argument("file", help="published weights: torch (.pth) or safetensors")
-    parser.add_argument("--to", required=True, help="run directory to write")
+    parser.add_argument("--to", required=True, help="run directory to create")
     tarflow = parser.add_argument_group("TARFlow")
     tarflow.add_argument("--image-size", help="side of the images, or height,width")
     tarflow.add_argument("--patch-size", type=whole_number(1), help="default: from a published file name")
@@ -46,7 +46,8 @@ def _tarflow(options: argparse.Namespace) -> tuple[Any, Any, Any]:
 
     for name in ("dtype", "autoencoder", "text_encoder"):
         if getattr(options, name) is not None:
-            raise ValueError(f"--{name.replace('_', '-')} is for STARFlow, whose --arguments is missing; give it too.")
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{option} is for STARFlow, which needs --arguments too; add it, or leave out {option}.")
     if options.image_size is None:
         raise ValueError("--image-size is missing; give it for a TARFlow, or --arguments for a STARFlow.")
     named = convert.parse_file_name(options.file) or {}
@@ -54,7 +55,7 @@ def _tarflow(options: argparse.Namespace) -> tuple[Any, Any, Any]:
     noise_std = named.get("noise_std") if options.noise_std is None else options.noise_std
     if patch_size is None or noise_std is None:
         missing = "--patch-size" if patch_size is None else "--noise-std"
-        raise ValueError(f"{missing} is not in the name of {options.file}; give it.")
+        raise ValueError(f"{missing} is missing, and the name of {options.file} does not state it; give it.")
     flow, variables = convert.tarflow(
         convert.read_state_dict(options.file, entry=options.entry),
         image_size=_image_size(options.image_size),
@@ -79,7 +80,7 @@ def _starflow(options: argparse.Namespace) -> tuple[Any, Any, Any]:
 
     for name in ("image_size", "patch_size", "channels", "noise_std"):
         if getattr(options, name) is not None:
-            raise ValueError(f"--{name.replace('_', '-')} is given, but --arguments says it; leave it out.")
+            raise ValueError(f"--{name.replace('_', '-')} is given, but --arguments sets it already; leave it out.")
     arguments = convert.read_arguments(options.arguments)
     codec = _codec(options, arguments) if arguments.get("vae") else None
     state_dict = convert.read_state_dict(options.file, entry=options.entry)
@@ -107,8 +108,8 @@ def _codec(options: argparse.Namespace, arguments: Any) -> Any:
         temporal_scale = float(scale or 1)
     except ValueError as error:
         raise ValueError(
-            f"vae in --arguments {options.arguments} is '{name}:{scale}', whose '{scale}' is no number to multiply "
-            f"latents by; make it '{name}:0.6', or leave it out."
+            f"vae in --arguments {options.arguments} is '{name}:{scale}', but '{scale}', the factor on the latents, is "
+            f"not a number; write '{name}:0.6', or leave the factor out."
         ) from error
     return PretrainedAutoencoder(_place(options.autoencoder), temporal_scale=temporal_scale)
 
@@ -130,7 +131,7 @@ def _place(path: str | None) -> str:
     if path is None:
         return ""
     if not Path(path).is_dir():
-        raise FileNotFoundError(f"There is no folder '{path}'; give the folder that was published.")
+        raise FileNotFoundError(f"There is no folder '{path}'; give the published folder.")
     return str(Path(path).absolute())
 
 

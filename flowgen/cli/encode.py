@@ -21,54 +21,56 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     """Returns the exit code."""
     from flowgen import checkpoint
     from flowgen.cli.grammar import load_experiment
-    from flowgen.data import told_once
-    from flowgen.data.latents import LatentWriter
+    from flowgen.data import LatentsConfig, told_once
+    from flowgen.data.latent_files import LatentWriter
     from flowgen.experiments.autoregressive import AutoregressiveExperiment
-    from flowgen.experiments.latents import made_by
+    from flowgen.experiments.latents import provenance
 
     checkpoint.check_new(options.out)
     experiment = load_experiment(options, rest)
     if not isinstance(experiment, AutoregressiveExperiment) or not experiment.is_latent:
         raise ValueError(f"{experiment.name} has neither codec nor text, so there is nothing to encode; set --codec.")
-    if experiment.data.name == "encoded":
-        raise ValueError("data.name is 'encoded', which is encoded already; give the pictures.")
-    experiment = experiment.with_provenance()  # Networks opened later are refused if they differ.
-    splits = ("train", "eval") if experiment.data.eval_fraction > 0 else ("train",)
+    if isinstance(experiment.data, LatentsConfig):
+        raise ValueError("data are cached latents, which are encoded already; give images or clips.")
+    data, experiment = experiment.data, experiment.with_provenance()  # Networks that differ later are refused.
+    splits = ("train", "eval") if data.eval_fraction > 0 else ("train",)
     writer, names = LatentWriter(options.out), ()
     with told_once():
         for split in splits:
             names = _encode(writer, experiment, split)
-    writer.finish(class_names=names, made_by=made_by(experiment.data, experiment.encoding))
-    say(f"Wrote {options.out}; train on it with --data.name encoded --data.path {options.out}")
+    writer.finish(class_names=names, provenance=provenance(data, experiment.encoding))
+    say(f"Wrote {options.out}; train on it with --data Latents --data.path {options.out}")
     return 0
 
 
 def _encode(writer: Any, experiment: Any, split: Any) -> tuple[str, ...]:
     """Writes the latents of a split; returns its class names."""
-    from flowgen.data.buckets import BucketedDataset
+    from flowgen.data.dataset import buckets_of
+    from flowgen.data.latents import kind_of
     from flowgen.experiments.drawing import per_second
     from flowgen.experiments.latents import encoded_shards, null_features, pixel_dataset
 
     dataset = pixel_dataset(experiment.data, experiment.encoding, split)
-    for bucket in dataset.buckets if isinstance(dataset, BucketedDataset) else (dataset,):
+    for bucket in buckets_of(dataset):
         null = null_features(experiment.encoding, bucket)
         began = time.perf_counter()
         count = _write(
             writer,
             split,
             encoded_shards(experiment.encoding, bucket, flip=experiment.data.flip and split == "train"),
-            null,
+            kind=kind_of(bucket),
+            null=null,
         )
-        height, width, _ = bucket.image_shape
+        height, width, _ = bucket.event_shape[-3:]
         say(f"{split}: {count} of {height} x {width} pixels, {per_second(count / (time.perf_counter() - began))}")
     return dataset.class_names
 
 
-def _write(writer: Any, split: Any, shards: Any, null: Any) -> int:
+def _write(writer: Any, split: Any, shards: Any, **about: Any) -> int:
     from flowgen.data.latents import merged
 
     count = 0
     for shard in merged(shards):
-        writer.add(split, shard, null)
-        count += len(shard.label)
+        writer.add(split, shard, **about)
+        count += shard.size
     return count

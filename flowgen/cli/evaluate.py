@@ -14,8 +14,8 @@ def declare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", required=True, help="directory of a run")
     parser.add_argument("--step", type=step_or_best, help="checkpoint to use: a number, or best (default: the latest)")
     parser.epilog = (
-        "To use other data: --data.name folder --data.path DIR. To draw samples with other settings than the run's: "
-        "--guidance 2 --plan jacobi; info --checkpoint lists the fields."
+        "To use other data: --data.name folder --data.path DIR. To draw samples with settings that differ from the "
+        "run's: --guidance 2 --plan jacobi; info --checkpoint lists the fields."
     )
 
 
@@ -62,11 +62,13 @@ def _check_sampling(given: set[str], experiment: Any, asked: Any) -> None:
 
     for name in sorted(name for name in given if name.startswith("sampling.")):
         if name.removeprefix("sampling.") in ("num", "prompts", "frechet_samples"):
-            raise ValueError(f"--{name} is not asked by evaluate, which draws as many samples as --samples says.")
+            raise ValueError(f"--{name} has no effect in evaluate; set the number of samples with --samples.")
         if isinstance(experiment.data, PointsConfig):
-            raise ValueError(f"--{name} is not asked by evaluate, which compares solvers of its own on points.")
+            raise ValueError(
+                f"--{name} has no effect in evaluate, which compares fixed solvers on points; leave it out."
+            )
         if not asked.samples and not isinstance(experiment, MatchingExperiment):
-            raise ValueError(f"--{name} is given, and no samples are drawn; add --samples 100, or leave it out.")
+            raise ValueError(f"--{name} is given, but no samples are drawn; add --samples 100, or leave it out.")
 
 
 def _on_other_data(trained: Any, changed: Any) -> Any:
@@ -75,10 +77,15 @@ def _on_other_data(trained: Any, changed: Any) -> Any:
     from flowgen.experiments.images import with_class_names
 
     known, asked = (getattr(one.data, "classes", ()) for one in (trained, changed))
+    if known and not asked:  # data of another type begin without
+        return dataclasses.replace(changed, data=dataclasses.replace(changed.data, classes=known))
     if known and asked != known:
         raise ValueError(
-            f"--data.classes is {asked}, and the numbers of the run are those of {name_list(known)}; leave it out."
+            f"--data.classes is {asked}, but the run numbers its classes {name_list(known)}; leave it out."
         )
     if not known and changed.data != trained.data and (found := getattr(with_class_names(changed).data, "classes", ())):
-        tell(f"The run has no class names, so its labels 0, 1, ... are read as {name_list(found)}; check their order.")
+        tell(
+            f"The run has no class names, so its labels 0, 1, ... are taken to mean {name_list(found)}; check "
+            "their order."
+        )
     return changed

@@ -40,7 +40,7 @@ def apply_words(
     options: a dataclass whose fields are the command's own options for this kind of experiment. groups: groups of the
     experiment that the command takes, or single fields, such as "codec.path"; None for all.
 
-    Raises ValueError naming a word that is no field, a field that is set twice, or a value that does not fit.
+    Raises ValueError naming a word that is not a field, a field that is set twice, or a value that does not fit.
 
     Example:
         experiment, options, given = apply_words(["--num", "4", "--seed=1"], experiment, DrawOptions())
@@ -56,7 +56,7 @@ def apply_words(
         if target in spelled and spelled[target] != word:
             raise ValueError(f"--{spelled[target]} and --{word} set the same field; leave one out.")
         group, dot, _ = target.partition(".")
-        named = groups is not None and target in groups and target in known
+        named = groups is not None and target in groups and (target in known or not dot)
         fits = target in (*own, *whole) or named or (dot and (groups is None or group in groups))
         if not fits:
             raise ValueError(_unknown(word, experiment, own, groups))
@@ -91,7 +91,7 @@ def load_experiment(options: argparse.Namespace, words: list[str]) -> Experiment
         if line is None:
             raise
         reason = str(error).rstrip(".") if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-        raise ValueError(f"config {path} fails in line {line} ({reason}); correct it there.") from error
+        raise ValueError(f"config {path} fails on line {line} ({reason}); correct it there.") from error
     return apply_words(words, experiment.debug() if options.debug else experiment)[0]
 
 

@@ -16,7 +16,7 @@ from flowgen.settings import Setting, check
 
 HELP_COLUMN = 36  # column at which the help of a field starts
 BYTES_OF_PARAMETER = 4
-MAX_MESSAGE = 4000  # letters
+MAX_MESSAGE = 4000  # characters
 
 
 def finite_number(text: str) -> float:
@@ -85,8 +85,8 @@ def check_memory(parameters: int, *, copies: int) -> None:
     if copies * needed <= available:
         return
     message = (
-        f"the model has {parameters:,} parameters of {needed / 1e9:.1f} GB, which training keeps {copies} times, and "
-        f"this machine has {available / 1e9:.1f} GB; make the model narrower or give it fewer layers."
+        f"the model's {parameters:,} parameters take {needed / 1e9:.1f} GB, and training keeps {copies} copies, but "
+        f"this machine has {available / 1e9:.1f} GB of memory; make the model narrower, or give it fewer layers."
     )
     if needed > available:
         raise ValueError(message)

@@ -17,7 +17,7 @@ from flowgen.data.video import VIDEO_SUFFIXES, check_video_path, write_video
 from flowgen.experiments import MatchingExperiment, Samples, VideoFlowExperiment
 from flowgen.experiments.drawing import DrawOptions, drawn_classes
 from flowgen.experiments.experiment import Experiment
-from flowgen.experiments.pictures import DRAWABLE_CHANNELS, matplotlib, picture, side_by_side, strips
+from flowgen.experiments.plots import DRAWABLE_CHANNELS, matplotlib, sample_grid, side_by_side, strips
 from flowgen.settings import words_of
 
 KINDS = {2: "points", 4: "images", 5: "clips"}  # by the number of axes
@@ -54,9 +54,7 @@ class Output:
         check(self.path)
         if self.single is not None:
             if self.single == self.path:
-                raise ValueError(
-                    f"--single and --out are both {self.path}; give the single files a directory of their own."
-                )
+                raise ValueError(f"--single and --out are both {self.path}; give --single a directory of its own.")
             check_new(self.single)
             pillow()
 
@@ -64,16 +62,19 @@ class Output:
         """Raises ValueError if the samples of an experiment cannot be written in this form."""
         is_clips = isinstance(experiment, VideoFlowExperiment)
         if self.is_video and not is_clips:
-            raise ValueError(f"--out is {self.path}, a video, and this model draws none; use .png or .npz.")
+            raise ValueError(f"--out is {self.path}, but this model does not draw videos; use .png or .npz.")
         if (fps := getattr(options, "fps", None)) is not None and not self.is_video and self.single is None:
-            raise ValueError(f"--fps is {fps:g}, and --out {self.path} is no video; use .gif or .mp4, or leave it out.")
+            raise ValueError(
+                f"--fps is {fps:g}, but --out {self.path} is not a video; use .gif or .mp4, or leave out --fps."
+            )
         if experiment.drawn_channels is None:  # points
             matplotlib()
             if self.single is not None:
-                raise ValueError("--single writes images, and this model draws points; leave it out.")
+                raise ValueError("--single writes images, but this model draws points; leave it out.")
         elif (not self.is_arrays or self.single) and experiment.drawn_channels not in DRAWABLE_CHANNELS:
             raise ValueError(
-                f"The model has {experiment.drawn_channels} channels, images 1 or 3; use only --out samples.npz."
+                f"The model draws {experiment.drawn_channels} channels, but image files have 1 or 3; use only "
+                "--out samples.npz."
             )
 
     def write(self, experiment: Experiment, model: Any, variables: Any, samples: Samples, options: Any) -> None:
@@ -90,7 +91,7 @@ class Output:
         elif arrays.ndim == 4:
             asked = options.classes
             classes = drawn_classes(experiment.model, experiment.data) if not asked else len(words_of(asked, ""))
-            save_image(self.path, picture(arrays, classes))
+            save_image(self.path, sample_grid(arrays, classes))
         else:
             assert isinstance(experiment, MatchingExperiment)
             save_image(self.path, experiment.plot(model, variables, arrays, jax.random.key(options.seed)))

@@ -21,8 +21,12 @@ def declare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", default="samples.png", help="image to write, for clips also .gif or .mp4; or .npz with floats"
     )
-    parser.add_argument("--single", metavar="DIR", help="also write every sample there: as PNG, clips as GIF")
-    parser.add_argument("--prompt", action="append", help="text to draw; repeat for more, drawn in turn")
+    parser.add_argument(
+        "--single", metavar="DIR", help="also write each sample to a file in this new directory: PNG, or GIF for clips"
+    )
+    parser.add_argument(
+        "--prompt", action="append", help="a prompt; repeat it to give several, which are drawn in turn"
+    )
     parser.add_argument("--prompts", metavar="FILE", help="text file with one prompt per line")
     parser.epilog = (
         "--autoencoder and --text-encoder override the paths that the run recorded. info --checkpoint lists the "
@@ -43,7 +47,7 @@ def fields_help() -> str:
     parts = [
         options_help("all models", every),
         options_help("flows", flows, without=(every,)),
-        options_help("flows of clips", ClipDrawOptions(), without=(flows,)),
+        options_help("flows of video", ClipDrawOptions(), without=(flows,)),
         options_help("velocity networks", VelocityDrawOptions(), without=(every,)),
         options_help("sampling of flows, also as --sampling.num", SamplingConfig()),
         options_help("sampling of velocity networks, also as --sampling.num", SolverConfig()),
@@ -66,7 +70,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     make_options = experiment.draw_options
     if make_options is None:
         raise ValueError(
-            f"{options.checkpoint} is the run of an autoencoder, which draws no samples; train a flow on its latents."
+            f"{options.checkpoint} is the run of an autoencoder, which cannot be sampled; train a flow on its latents."
         )
     groups = ("sampling", "codec.path", "text.encoder")
     experiment, asked, given = apply_words(rest, experiment, make_options(), groups=groups)

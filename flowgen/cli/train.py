@@ -28,7 +28,7 @@ def fields_help() -> str:
     from flowgen.training import LogConfig, OptimConfig, TrainConfig
 
     groups = {"train": TrainConfig(), "optim": OptimConfig(), "log": LogConfig()}
-    return "\n\n".join(options_help(f"{name}, of every config", group, group=name) for name, group in groups.items())
+    return "\n\n".join(options_help(f"{name} (in every config)", group, group=name) for name, group in groups.items())
 
 
 def run(options: argparse.Namespace, rest: list[str]) -> int:
@@ -50,10 +50,13 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
                 say(DEBUG)
             result = fit(experiment, options.workdir, signals=signals)
         except Interrupted as stop:
-            say("Stopped before the first step; nothing was lost, and the same command starts again.")
+            say("Stopped before the first step; nothing is lost, and the same command starts over.")
             return 128 + stop.number
     if result.signal:
-        say(f"Stopped at step {result.state.step}, saved in {options.workdir}; the same command goes on from there.")
+        say(
+            f"Stopped at step {result.state.step}, which is saved in {options.workdir}; the same command "
+            "resumes from it."
+        )
         return 128 + result.signal
     if result.metrics:
         say("Held-out " + ", ".join(f"{name} {value:.3f}" for name, value in result.metrics.items()) + ".")

@@ -9,7 +9,7 @@ from flowgen.codecs.video_autoencoder import (
     decode_in_chunks,
     encode_in_chunks,
 )
-from flowgen.codecs.video_codec import ClipCodec, FrameCodec, VideoAutoencoderCodec
+from flowgen.codecs.video_codec import VideoAutoencoderCodec
 
 __all__ = [
     "AUTOENCODER_PRESETS",
@@ -17,9 +17,7 @@ __all__ = [
     "Autoencoder",
     "AutoencoderCodec",
     "AutoencoderConfig",
-    "ClipCodec",
     "Codec",
-    "FrameCodec",
     "LatentNormalisation",
     "PixelCodec",
     "VideoAutoencoder",

@@ -1,9 +1,11 @@
 """AutoencoderKL: images to a Gaussian over latents and back (Rombach et al., arXiv 2112.10752).
 
-With residual blocks r(x) = skip(x) + conv(silu(norm(conv(silu(norm(x)))))), the encoder is a convolution, at each level
-some blocks and, but for the last, a halving, then block, attention, block, and a convolution to mean and log variance.
-The decoder mirrors it, with one more block per level. Trained by flowgen or elsewhere, it is frozen while a flow
-trains.
+The encoder is a convolution, then at each level some residual blocks and, except at the last level, a halving, then
+block, attention, block, and a convolution to mean and log variance. A residual block is
+
+    r(x) = skip(x) + conv(silu(norm(conv(silu(norm(x)))))).
+
+The decoder mirrors the encoder, with one more block per level. Both are frozen while a flow trains.
 """
 
 from __future__ import annotations
@@ -37,9 +39,9 @@ class AutoencoderConfig:
     channels: channels of the images.
     latent_channels: channels of the latents.
     widths: channels of each level, multiples of num_groups; every level but the last halves the image.
-    layers_per_block: residual blocks per level of the encoder, one fewer than in the decoder.
+    layers_per_block: residual blocks per level of the encoder; the decoder has one more.
     num_groups: groups of group norm.
-    attention: full single-head attention in the middle.
+    attention: single-head attention in the middle block.
     dtype: dtype of convolutions; norms, moments and images stay float32.
     remat: recompute blocks in the backward pass.
     """
@@ -56,7 +58,9 @@ class AutoencoderConfig:
     def __post_init__(self):
         for width in self.widths:
             if width % self.num_groups:
-                raise ValueError(f"widths has {width}, not a multiple of num_groups {self.num_groups}; change one.")
+                raise ValueError(
+                    f"widths has {width}, which is not a multiple of num_groups {self.num_groups}; change one of them."
+                )
 
     def build(self) -> Autoencoder:
         """Returns the autoencoder of this config, without parameters."""
@@ -96,13 +100,14 @@ class Autoencoder(OnMeshes, nn.Module):
     def encode(
         self, x: Float[Array, "b height width c"]
     ) -> tuple[Float[Array, "b rows columns z"], Float[Array, "b rows columns z"]]:
-        """Returns mean and log variance of the latents, the latter within [-30, 20]; neither is normalised."""
+        """Returns the mean and log variance of the latents, which are not normalised; the log variance is within [-30,
+        20]."""
         check_floating("x", x)
         mean, log_variance = jnp.split(self.quant_conv(self.encoder(x)), 2, axis=-1)
         return mean, jnp.clip(log_variance, *LOG_VARIANCE_BOUNDS)
 
     def decode(self, latents: Float[Array, "b rows columns z"]) -> Float[Array, "b height width c"]:
-        """Returns the images of latents that are not normalised."""
+        """Returns the images of unnormalised latents."""
         check_floating("latents", latents)
         return self.decoder(self.post_quant_conv(latents))
 
@@ -149,7 +154,7 @@ class Decoder(nn.Module):
 
 
 class Middle(nn.Module):
-    """Block, attention if any, block, at the lowest resolution, for images or clips.
+    """Block, optional attention, block, at the lowest resolution, for images or clips.
 
     block: (width, name) -> layer. attention: name -> layer.
     """

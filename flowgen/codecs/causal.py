@@ -1,8 +1,8 @@
-"""Layers for clips `b f rows columns c` that are causal in time, to run clips whole or in chunks in time order.
+"""Layers for clips `b f rows columns c` that are causal in time, so that clips can be processed whole or in chunks.
 
-A layer maps (x, cache) to (y, next cache). `cache` holds what the layer needs of earlier frames, None if x begins the
-clip. A convolution of frame t sees frames t-2, t-1 and t, with zeros before the clip. The first frame is an image:
-halving and doubling of time leave it alone.
+A layer maps (x, cache) to (y, next cache). `cache` holds what the layer needs of earlier frames; it is None if x begins
+the clip. A convolution at frame t sees frames t-2, t-1 and t, with zeros before the clip. The first frame is treated as
+an image: halving and doubling of time leave it unchanged.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from flowgen.nn.layers import RMSNorm, master_dtype
 
 Features = Float[Array, "b f rows columns c"]
 # Outputs of layers, possibly with other numbers of frames, positions and channels.
-NewFeatures = Float[Array, "b g new_rows new_columns d"]
+NewFeatures = Float[Array, "b new_frames new_rows new_columns d"]
 
 CHANNEL_NORM_EPS = 1e-12
 
@@ -38,10 +38,10 @@ def chain(layers: Sequence[Callable[..., tuple[Array, Cache]]], h: Array, cache:
 def convolve_clip(
     x: Features, cache: Cache, features: int, dtype: str, *, name: str, side: int = 3, zero: bool = False
 ) -> tuple[NewFeatures, Float[Array, "b 2 rows columns c"]]:
-    """Returns a convolution over the 3 frames ending at each frame of x, and the last two frames for the next chunk.
+    """Returns a convolution over the 3 frames that end at each frame of x, and the last two frames for the next chunk.
 
-    It is created in the compact method that calls this. cache: the two frames before x; None, for zeros, at the start
-    of a clip.
+    The layer is created in the calling compact method. cache: the two frames before x; None at the start of a clip,
+    which means zeros.
     """
     before = jnp.zeros_like(x, shape=(x.shape[0], 2, *x.shape[2:])) if cache is None else cache
     x = jnp.concatenate([before, x], axis=1)
@@ -55,10 +55,10 @@ def channel_norm(name: str) -> RMSNorm:
 
 
 def average_down(x: Features, width: int, *, time: int, space: int, begins: bool) -> NewFeatures:
-    """Returns `width` group means of the values in blocks of `time` frames and space × space positions.
+    """Returns `width` group means of the values in each block of `time` frames and space × space positions.
 
-    The values of a block are in the order channel, frame, row, column. If x begins the clip, leading zeros complete the
-    first block.
+    The values of a block are in the order channel, frame, row, column. If x begins the clip, zeros before it complete
+    the first block.
     """
     if begins:
         x = jnp.pad(x, ((0, 0), (time - 1, 0), (0, 0), (0, 0), (0, 0)))
@@ -67,9 +67,11 @@ def average_down(x: Features, width: int, *, time: int, space: int, begins: bool
 
 
 def copy_up(x: Features, width: int, *, time: int, space: int, begins: bool) -> NewFeatures:
-    """Returns blocks of `time` frames and space × space positions with copies of x's channels, `width` channels.
+    """Returns a block of `time` frames and space × space positions of `width` channels, copied from those of each
+    position of x.
 
-    The order in a block is that of `average_down`. If x begins the clip, the first block is only its last frame.
+    The order in a block is that of `average_down`. If x begins the clip, only the last frame of the first block is
+    kept.
     """
     x = repeat(x, "b f i j c -> b f i j (c g)", g=width * time * space**2 // x.shape[-1])
     x = rearrange(x, "b f i j (c r p q) -> b (f r) (i p) (j q) c", r=time, p=space, q=space)

@@ -1,4 +1,4 @@
-"""Codecs: frozen maps from images to latents and back, for flows trained on the latents."""
+"""Codecs: frozen maps from images or clips to latents and back, for flows trained on the latents."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from flowgen.backend import in_parts, samples_at_once
 from flowgen.codecs.autoencoder import Autoencoder
 from flowgen.nn.layers import patchify, unpatchify
 
-Images = Float[Array | np.ndarray, "b height width c"]
-Latents = Float[Array | np.ndarray, "b rows columns z"]
-# A codec of images or of clips.
-AnyLatents = Float[Array | np.ndarray, "*b z"]
+# Images, or clips with an axis of frames.
+Pixels = Float[Array | np.ndarray, "b *frames height width c"]
+Latents = Float[Array | np.ndarray, "b *frames rows columns z"]
 
 
 @runtime_checkable
 class Codec(Protocol):
-    """Images in [-1, 1] to normalised latents, and back.
+    """Images or clips in [-1, 1] to normalised latents, and back; an image is encoded as the first frame of a clip.
 
-    factor: pixels per latent along a side. channels: latent channels. pixel_channels: image channels.
+    factor: pixels per latent along a side. stride: frames per latent after the first frame; 1 + k · stride frames are
+    1 + k latent ones. channels: latent channels. pixel_channels: image channels.
 
     Example:
         mean, std = codec.moments(images)
@@ -38,17 +38,20 @@ class Codec(Protocol):
     def factor(self) -> int: ...
 
     @property
+    def stride(self) -> int: ...
+
+    @property
     def channels(self) -> int: ...
 
     @property
     def pixel_channels(self) -> int: ...
 
-    def moments(self, x: Images) -> tuple[Latents, Latents]:
-        """Returns the mean and standard deviation of images' latents."""
+    def moments(self, x: Pixels) -> tuple[Latents, Latents]:
+        """Returns the mean and standard deviation of the latents of images or clips."""
         ...
 
-    def decode(self, latents: Latents) -> Images:
-        """Returns the images of latents."""
+    def decode(self, latents: Latents) -> Pixels:
+        """Returns the images or clips of latents."""
         ...
 
     def __hash__(self) -> int: ...
@@ -66,21 +69,26 @@ class PixelCodec:
     factor: int = 1
 
     @property
+    def stride(self) -> int:
+        return 1
+
+    @property
     def channels(self) -> int:
         return self.pixel_channels * self.factor**2
 
-    def moments(self, x: Images) -> tuple[Latents, Latents]:
+    def moments(self, x: Pixels) -> tuple[Latents, Latents]:
         """Returns the pixels of each block, in the order row, column, channel, and zeros."""
-        height, width = check_images(self, x)
-        tokens = patchify(at_least_float32("images", x), self.factor, "channel_last")
-        mean = tokens.reshape(len(x), height // self.factor, width // self.factor, self.channels)
+        *frames, height, width = check_pixels(self, x)
+        tokens = patchify(_images(at_least_float32("images", x)), self.factor, "channel_last")
+        mean = tokens.reshape(len(x), *frames, height // self.factor, width // self.factor, self.channels)
         return mean, jnp.zeros_like(mean)
 
-    def decode(self, latents: Latents) -> Images:
-        """Returns the images of latents."""
-        height, width = check_latents(self, latents)
-        tokens = jnp.asarray(latents).reshape(len(latents), height * width, self.channels)
-        return unpatchify(tokens, self.factor, (height * self.factor, width * self.factor), "channel_last")
+    def decode(self, latents: Latents) -> Pixels:
+        """Returns the images or clips of latents."""
+        *frames, rows, columns = check_latents(self, latents)
+        tokens = jnp.asarray(latents).reshape(-1, rows * columns, self.channels)
+        images = unpatchify(tokens, self.factor, (rows * self.factor, columns * self.factor), "channel_last")
+        return images.reshape(len(latents), *frames, *images.shape[1:])
 
 
 @dataclass(frozen=True)
@@ -94,27 +102,27 @@ class LatentNormalisation:
     shift: Float[np.ndarray, "..."] | float = 0.0
     scale: Float[np.ndarray, "..."] | float = 1.0
 
-    def apply(self, latents: AnyLatents) -> AnyLatents:
+    def apply(self, latents: Latents) -> Latents:
         """Returns normalised latents."""
         return (latents - _per_channel(self.shift, latents)) * _per_channel(self.scale, latents)
 
-    def apply_to_std(self, std: AnyLatents) -> AnyLatents:
+    def apply_to_std(self, std: Latents) -> Latents:
         """Returns the standard deviation of normalised latents."""
         return std * np.abs(_per_channel(self.scale, std))
 
-    def undo(self, normalised: AnyLatents) -> AnyLatents:
+    def undo(self, normalised: Latents) -> Latents:
         """Returns the latents of normalised ones."""
         return normalised / _per_channel(self.scale, normalised) + _per_channel(self.shift, normalised)
 
 
-def _per_channel(values: ArrayLike, latents: AnyLatents) -> np.ndarray:
+def _per_channel(values: ArrayLike, latents: Latents) -> np.ndarray:
     return np.asarray(values, np.float32).reshape(*(1,) * (latents.ndim - 1), -1)
 
 
 @dataclass(frozen=True, eq=False)
 class AutoencoderCodec:
-    """A frozen autoencoder with its variables, as a codec of normalised latents; runs as many images at a time as
-    memory allows, with few compiled programs.
+    """A frozen autoencoder of images with its variables, as a codec of normalised latents. Clips are encoded frame by
+    frame. It runs as many images at a time as memory allows, with few compiled programs.
 
     Example:
         codec = AutoencoderCodec(autoencoder, params, LatentNormalisation(scale=0.18215))
@@ -129,6 +137,10 @@ class AutoencoderCodec:
         return self.autoencoder.config.factor
 
     @property
+    def stride(self) -> int:
+        return 1
+
+    @property
     def channels(self) -> int:
         return self.autoencoder.config.latent_channels
 
@@ -136,47 +148,69 @@ class AutoencoderCodec:
     def pixel_channels(self) -> int:
         return self.autoencoder.config.channels
 
-    def moments(self, x: Images) -> tuple[Latents, Latents]:
+    def moments(self, x: Pixels) -> tuple[Latents, Latents]:
         """Returns mean and standard deviation of normalised latents, as numpy arrays."""
-        height, width = check_images(self, x)
+        *frames, height, width = check_pixels(self, x)
         run = partial(_moments, self.autoencoder, self.variables)
-        mean, std = in_parts(run, samples_at_once(height * width), np.asarray(x, np.float32))
+        mean, std = (
+            part.reshape(len(x), *frames, *part.shape[1:])
+            for part in in_parts(run, samples_at_once(height * width), _images(np.asarray(x, np.float32)))
+        )
         return self.normalisation.apply(mean), self.normalisation.apply_to_std(std)
 
-    def decode(self, latents: Latents) -> Images:
-        """Returns the images of normalised latents, as a numpy array; not clipped."""
-        height, width = check_latents(self, latents)
-        plain = np.asarray(self.normalisation.undo(np.asarray(latents, np.float32)))
+    def decode(self, latents: Latents) -> Pixels:
+        """Returns the images or clips of normalised latents, as a numpy array; not clipped."""
+        *frames, rows, columns = check_latents(self, latents)
+        plain = np.asarray(self.normalisation.undo(_images(np.asarray(latents, np.float32))))
         run = partial(_decode, self.autoencoder, self.variables)
-        (x,) = in_parts(run, samples_at_once(height * width * self.factor**2), plain)
-        return x
+        (x,) = in_parts(run, samples_at_once(rows * columns * self.factor**2), plain)
+        return x.reshape(len(latents), *frames, *x.shape[1:])
 
 
-def check_images(codec: Codec, x: Any) -> tuple[int, int]:
-    """Returns height and width of images; ValueError if the codec cannot take them."""
-    check_floating("images", x)
-    if x.ndim != 4 or x.shape[-1] != codec.pixel_channels:
-        raise ValueError(
-            f"images have shape {tuple(x.shape)}; this codec takes (batch, height, width, {codec.pixel_channels})."
-        )
-    height, width = x.shape[1:3]
-    if 0 in x.shape:
-        raise ValueError(f"images have shape {tuple(x.shape)}, which is empty; give at least one of each.")
+def _images(x: Any) -> Any:
+    """Images, or all frames of clips, as images."""
+    return x.reshape(-1, *x.shape[-3:])
+
+
+def check_pixels(codec: Codec, x: Any) -> tuple[int, ...]:
+    """Returns ([frames,] height, width) of images or clips; ValueError if the codec cannot take them.
+
+    Example:
+        height, width = check_pixels(codec, images)
+    """
+    shape = _event_shape("images", x, codec.pixel_channels)
+    *frames, height, width = shape
     if height % codec.factor or width % codec.factor:
-        raise ValueError(f"images are {height} x {width}; this codec takes sides that are multiples of {codec.factor}.")
-    return height, width
-
-
-def check_latents(codec: Codec, latents: Any) -> tuple[int, int]:
-    """Returns height and width of latents; ValueError if the codec cannot take them."""
-    check_floating("latents", latents)
-    if latents.ndim != 4 or latents.shape[-1] != codec.channels:
+        what = "clips" if frames else "images"
+        raise ValueError(f"{what} are {height} x {width}; this codec takes sides that are multiples of {codec.factor}.")
+    if frames and (frames[0] - 1) % codec.stride:
         raise ValueError(
-            f"latents have shape {tuple(latents.shape)}; this codec takes (batch, height, width, {codec.channels})."
+            f"clips have {frames[0]} frames; this codec takes one frame, and a multiple of {codec.stride} more."
         )
-    if 0 in latents.shape:
-        raise ValueError(f"latents have shape {tuple(latents.shape)}, which is empty; give at least one of each.")
-    return latents.shape[1:3]
+    return shape
+
+
+def check_latents(codec: Codec, latents: Any) -> tuple[int, ...]:
+    """Returns ([frames,] height, width) of latents; ValueError if the codec cannot take them.
+
+    Example:
+        height, width = check_latents(codec, latents)
+    """
+    return _event_shape("latents", latents, codec.channels)
+
+
+def _event_shape(what: str, x: Any, channels: int) -> tuple[int, ...]:
+    """The shape of the samples without their channels."""
+    check_floating(what, x)
+    what = "clips" if what == "images" and x.ndim == 5 else what
+    if x.ndim not in (4, 5) or x.shape[-1] != channels:
+        raise ValueError(
+            f"{what} have shape {tuple(x.shape)}; this codec takes (batch, height, width, {channels}), or clips with "
+            "frames after the batch."
+        )
+    if 0 in x.shape:
+        raise ValueError(f"{what} have shape {tuple(x.shape)}, which is empty; give at least one of each.")
+    return tuple(x.shape[1:-1])
 
 
 @partial(jax.jit, static_argnums=0)

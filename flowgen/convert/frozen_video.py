@@ -33,8 +33,8 @@ def video_autoencoder(state_dict: StateDict, config: Mapping[str, Any]) -> tuple
     config: the published config.json.
 
     Raises:
-        MappingError (a ValueError): tensors missing, unexpected, or of the wrong shape, all of them listed.
-        ValueError: a config that makes another network than ours.
+        MappingError (a ValueError): tensors are missing, unexpected, or have the wrong shape; lists them all.
+        ValueError: the config describes a network that flowgen does not build.
 
     Example:
         autoencoder, params = video_autoencoder(read_state_dict("diffusion_pytorch_model.safetensors"), config)
@@ -43,17 +43,17 @@ def video_autoencoder(state_dict: StateDict, config: Mapping[str, Any]) -> tuple
     known = {name: told(config, name, annotation, default) for name, (annotation, default) in _DEFAULTS.items()}
     multiples, patch_size = known["dim_mult"], known["patch_size"] or 1
     if not multiples or multiples[0] != 1:
-        raise ValueError(f"dim_mult is {list(multiples)}; only autoencoders whose first is 1 can be imported.")
+        raise ValueError(f"dim_mult is {list(multiples)}; only autoencoders whose first entry is 1 can be imported.")
     if known["in_channels"] != known["out_channels"]:
         raise ValueError(
             f"in_channels is {known['in_channels']} and out_channels {known['out_channels']}; only autoencoders with "
-            "as many of both can be imported."
+            "equal numbers can be imported."
         )
     channels, rest = divmod(known["in_channels"], patch_size**2)
     if rest:
         raise ValueError(
-            f"in_channels is {known['in_channels']} and patch_size {patch_size}; it must be a multiple of the "
-            f"{patch_size**2} pixels of a patch."
+            f"in_channels is {known['in_channels']}; with patch_size {patch_size} it must be a multiple of "
+            f"{patch_size**2}."
         )
     decoder_dim = known["decoder_base_dim"] or known["base_dim"]
     autoencoder = VideoAutoencoder(
@@ -73,7 +73,8 @@ def video_autoencoder(state_dict: StateDict, config: Mapping[str, Any]) -> tuple
 
 
 def wan_normalisation(config: Mapping[str, Any]) -> LatentNormalisation:
-    """Returns (latents - latents_mean) / latents_std of a published config.json; ValueError if they do not fit it.
+    """Returns (latents - latents_mean) / latents_std of a published config.json; ValueError unless both have z_dim
+    valid numbers.
 
     Example:
         normalisation = wan_normalisation(config)
@@ -83,14 +84,14 @@ def wan_normalisation(config: Mapping[str, Any]) -> LatentNormalisation:
     mean, std = (np.asarray(told(config, name, tuple[float, ...]), np.float32) for name in names)
     for name, values in (("latents_mean", mean), ("latents_std", std)):
         if values.shape != (count,) or not np.isfinite(values).all():
-            raise ValueError(f"{name} has shape {values.shape}; it must be z_dim {count} finite numbers.")
+            raise ValueError(f"{name} has shape {values.shape}; it must have z_dim = {count} finite numbers.")
     if (std <= 0).any():
-        raise ValueError(f"latents_std has {std.min()}; all of it must be positive.")
+        raise ValueError(f"latents_std has the value {std.min()}; all values must be positive.")
     return LatentNormalisation(shift=mean, scale=1 / std)
 
 
 def _norm(source: str, target: str) -> Rule:
-    # (c, 1, 1) or (c, 1, 1, 1); another shape fails as one that does not fit.
+    # (c, 1, 1) or (c, 1, 1, 1); any other shape is reported as a mismatch.
     return Rule(f"{source}.gamma", f"{target}/weight", lambda x: x.reshape(x.shape[:1]))
 
 
@@ -138,6 +139,6 @@ def _names_22(level: int, count: int) -> tuple[list[str], str]:
 
 
 def _names_21(level: int, count: int) -> tuple[list[str], str]:
-    """Names of a level's blocks and halving in Wan 2.1, which numbers them all through."""
+    """Names of a level's blocks and halving in Wan 2.1, which numbers them consecutively over all levels."""
     names = [f"encoder.down_blocks.{(count + 1) * level + i}" for i in range(count + 1)]
     return names[:-1], names[-1]

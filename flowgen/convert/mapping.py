@@ -1,6 +1,6 @@
 """A strict bijection between the tensors of a weight file and the leaves of a parameter tree.
 
-A `Rule` is one row of a table: the names a source tensor may have, the leaf it becomes, and how. Names are
+A `Rule` is one row of a table: the names of its source tensors, the leaf they become, and the transform. Names are
 templates with indices in braces. An index that the target does not mention is stacked: its values 0, 1, ...
 fill the leading axis of the leaf, as in the scanned layers of a block.
 
@@ -57,7 +57,8 @@ class Requirement(NamedTuple):
 
 @dataclass(frozen=True)
 class Rule:
-    """Tensors named `source` become the leaf `target`; None drops them, once their requirement is checked.
+    """Tensors named `source` become the leaf `target`; if it is None, they are checked against `requirement` and
+    dropped.
 
     Example:
         Rule("blocks.{block}.attn_mask", None, requirement=Requirement("causal", is_causal))
@@ -128,7 +129,7 @@ def fill(target: Any, state_dict: Mapping[str, np.ndarray], rules: Iterable[Rule
     filled by exactly one rule, and every tensor is used exactly once or dropped by a rule that says so.
 
     Raises:
-        MappingError: all problems at once, missing, unexpected, wrong in shape or kind, not finite.
+        MappingError: tensors are missing, unexpected, of the wrong shape or dtype, or not finite; lists all problems.
 
     Example:
         variables, dropped = fill(jax.eval_shape(model.init, key, x), state_dict, RULES)
@@ -145,14 +146,14 @@ def fill(target: Any, state_dict: Mapping[str, np.ndarray], rules: Iterable[Rule
             return _nothing(leaf)
         ((rule, sources),) = found
         numbers = sum(state_dict[source].size for source in sources if source in state_dict)
-        # A config may require far more than the file has; then only the problems are reported.
+        # A config may require far more memory than the file has bytes; then nothing is allocated.
         out = np.empty(leaf.shape, leaf.dtype) if numbers >= math.prod(leaf.shape) else _nothing(leaf)
         for index, source in enumerate(sources):
             part = out[index, ...] if rule.stacked else out
             if source not in state_dict:
                 failures.append(f"'{source}' is missing")
             elif source in used:
-                failures.append(f"'{source}' fills two leaves, '{name}' being the second")
+                failures.append(f"'{source}' fills two leaves, the second of which is '{name}'")
             elif (problem := _place(part, state_dict[source], rule)) is not None:
                 failures.append(f"'{source}' {problem}")
             used.add(source)
@@ -185,17 +186,17 @@ def _violation(x: np.ndarray, rule: Rule) -> str | None:
 def _place(out: np.ndarray, x: np.ndarray, rule: Rule) -> str | None:
     """Writes one transformed tensor into its place, or returns its problem."""
     if not jnp.issubdtype(x.dtype, jnp.floating):
-        return f"holds {x.dtype}, not floating-point numbers"
+        return f"is {x.dtype}, not floating point"
     try:
         value = rule.transform(x)
     except ValueError:
-        return f"has shape {x.shape}, which the rule for it does not take"
+        return f"has shape {x.shape}, which its rule does not accept"
     if value.shape != out.shape:
-        return f"has shape {x.shape}, which gives {value.shape} where the model has {out.shape}"
+        return f"has shape {x.shape}, which becomes {value.shape}, but the model has {out.shape}"
     if not out.flags.writeable:
         return None
     with np.errstate(over="ignore"):  # found below
         out[...] = value
     if not np.isfinite(out).all():
-        return f"holds numbers that are not finite in {out.dtype}"
+        return f"holds values that are not finite in {out.dtype}"
     return _violation(x, rule)

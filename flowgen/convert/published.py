@@ -1,4 +1,4 @@
-"""Published checkpoints as flowgen models: settings read from a file's shapes, and those that must be given."""
+"""Import of published TARFlow checkpoints: some settings are read from tensor shapes, the others are given."""
 
 from __future__ import annotations
 
@@ -68,12 +68,12 @@ def tarflow(
     """Returns the flow of a published TARFlow state dict and its variables, float32 numpy arrays.
 
     Width, depth, expansion, classes and the affine form are read from the shapes. `image_size` (side, or
-    height and width), `patch_size` and `channels` are only checked against them, `noise_std` cannot be. The
-    prior variance `var` is kept for volume-preserving models and wherever it is not 1.
+    height and width), `patch_size` and `channels` are checked against them; `noise_std` cannot be checked. The prior
+    variance `var` is kept unless it is 1 everywhere.
 
     Raises:
-        MappingError (a ValueError): tensors missing, unexpected, or of the wrong shape, all of them listed.
-        ValueError: another family of models, or arguments that contradict the shapes.
+        MappingError (a ValueError): tensors are missing, unexpected, or have the wrong shape; lists them all.
+        ValueError: the weights are not those of a TARFlow, or the arguments contradict the shapes.
 
     Example:
         flow, params = tarflow(read_state_dict("afhq_model_8_768_8_8_0.07.pth"), image_size=256, patch_size=8)
@@ -97,13 +97,13 @@ def tarflow(
 
 
 def check_state_dict(state_dict: Any) -> None:
-    """Raises ValueError unless weights are tensors by name; the path of a file is none.
+    """Raises ValueError unless the weights are a mapping of tensors by name, rather than, say, a path.
 
     Example:
         check_state_dict({"weight": weight})
     """
     if not isinstance(state_dict, Mapping):
-        raise ValueError(f"state_dict is {shown(state_dict)}; read the file by flowgen.convert.read_state_dict.")
+        raise ValueError(f"state_dict is {shown(state_dict)}; read the file with flowgen.convert.read_state_dict.")
 
 
 def _tarflow_config(
@@ -121,16 +121,16 @@ def _tarflow_config(
     scales: dict[int, Scale] = {2 * token_dim: "exponential", token_dim: "volume_preserving"}
     if outputs not in scales:
         raise ValueError(
-            f"'blocks.0.proj_out.weight' has {outputs} rows, neither one nor two for each of the {token_dim} "
-            "channels of a token; these are not TARFlow weights."
+            f"'blocks.0.proj_out.weight' has {outputs} rows, neither one nor two per channel of a token "
+            f"({token_dim}); these are not TARFlow weights."
         )
     if token_dim != channels * patch_size**2:
         side = math.isqrt(token_dim // channels) if channels > 0 else 0
         fitting = side > 0 and channels * side**2 == token_dim
         raise ValueError(
-            f"patch_size {patch_size} with {channels} channels makes tokens of {channels * patch_size**2} "
-            f"numbers, but the weights take {token_dim}; use "
-            + (f"patch_size={side}." if fitting else "the patch_size and channels the model was trained with.")
+            f"patch_size {patch_size} with {channels} channels gives tokens of {channels * patch_size**2} numbers, "
+            f"but the weights have {token_dim}; use "
+            + (f"patch_size={side}." if fitting else "the patch_size and channels that the model was trained with.")
         )
     config = TARFlowConfig(
         image_size=image_size,
@@ -148,9 +148,9 @@ def _tarflow_config(
         height, length = config.image_hw
         side = math.isqrt(num_tokens)
         raise ValueError(
-            f"image_size {height}x{length} with patch_size {patch_size} makes {config.num_tokens} tokens, "
+            f"image_size {height}x{length} with patch_size {patch_size} gives {config.num_tokens} tokens, "
             f"but the weights have {num_tokens}; use "
-            + (f"image_size={side * patch_size}." if side**2 == num_tokens else "the image_size of the training.")
+            + (f"image_size={side * patch_size}." if side**2 == num_tokens else "the model's training image_size.")
         )
     return config
 
@@ -158,7 +158,7 @@ def _tarflow_config(
 def _check_family(state_dict: Mapping[str, np.ndarray]) -> None:
     mark = next((name for name in _STARFLOW_MARKS if name in state_dict), None)
     if mark is not None:
-        raise ValueError(f"These are STARFlow weights (they have '{mark}'), which tarflow cannot import.")
+        raise ValueError(f"These are STARFlow weights (they have '{mark}'); import them with flowgen.convert.starflow.")
     if "blocks.0.pos_embed" not in state_dict:
         names = ", ".join(repr(name[:80]) for name in list(state_dict)[:4]) or "nothing"
         raise ValueError(
@@ -172,7 +172,7 @@ def _shape(state_dict: Mapping[str, np.ndarray], name: str, ndim: int) -> tuple[
         raise ValueError(f"These are not complete TARFlow weights: '{name}' is missing.")
     shape = state_dict[name].shape
     if len(shape) != ndim or 0 in shape:
-        raise ValueError(f"'{name}' has shape {shape}, not {ndim} axes; these are not TARFlow weights.")
+        raise ValueError(f"'{name}' has shape {shape} instead of {ndim} axes; these are not TARFlow weights.")
     return shape
 
 

@@ -1,4 +1,4 @@
-"""Published STARFlow checkpoints for images and for clips as flowgen models, by the arguments of their YAML."""
+"""Import of published STARFlow and STARFlow-V checkpoints, whose shapes are given by the arguments in their YAML."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ _DEFAULTS: dict[str, Any] = {
     "cond_noise_level": 0,
     "fps_cond": 0,
 }
-# Required of every model here, of every video model, and of every one with a denoiser; and options not supported.
+# Required of every model, of every video model, and of every model with a denoiser; and unsupported options.
 _REQUIRED = ("rope", "sos", "use_softplus", "use_final_norm")
 _REQUIRED_OF_CLIPS = ("temporal_causal", "shallow_block_local", "cond_top_only", "txt_size")
 _REQUIRED_OF_DENOISERS = ("conditional_denoiser", "denoiser_window", "noise_std", "cond_noise_level")
@@ -93,7 +93,7 @@ _MAX_DIGITS = 6  # of frames, and of frames per second
 _MAX_LETTERS = 1000  # of layers_per_block
 # Pixels per latent along a side, and frames per latent.
 _VAE_FACTORS = {"sd-vae": (8, 1), "Wan2.2": (16, 4), "Wan2.1": (8, 4)}
-# The order of block 0 by the published name, which is the order of the last of an even number of blocks.
+# The token order of block 0, by the published name, which states that of the last of an even number of blocks.
 _ORDERS = {"L2R": "reversed", "R2L": "raster"}
 # Fixed in the published code: the layers of its denoiser, and the step x - 0.3 s that sampling takes with its answer s.
 _DENOISER_LAYERS = 8
@@ -101,9 +101,9 @@ _DENOISER_STEP = 0.3
 
 
 def read_arguments(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Returns the arguments of a published YAML, a list of single `name: value` under `arguments`, by name.
+    """Returns the arguments of a published YAML by name; the file lists them as single `name: value` under `arguments`.
 
-    Raises FileNotFoundError if there is no such file, ValueError if it is no YAML of that form.
+    Raises FileNotFoundError if there is no such file, ValueError if it is not a YAML of that form.
 
     Example:
         arguments = read_arguments("starflow_3B_t2i_256x256.yaml")
@@ -112,7 +112,7 @@ def read_arguments(path: str | os.PathLike[str]) -> dict[str, Any]:
         document = read_yaml(path, fix="give the file that came with the weights")
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"There is no file '{path}'; give the YAML that the weights were published with."
+            f"There is no file '{path}'; give the YAML that was published with the weights."
         ) from error
     rows = document.get("arguments") if isinstance(document, dict) else None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
@@ -131,8 +131,7 @@ def starflow(
 ) -> tuple[AutoregressiveFlow, dict[str, Any]]:
     """Returns the flow of a published STARFlow state dict and its variables, numpy arrays of `dtype`.
 
-    Tensors are copied one by one from where the state dict has them, so `read_state_dict`'s views of a file need no
-    memory beside the result.
+    Tensors are copied one by one, so the file views of `read_state_dict` need no memory besides the result.
 
     arguments: those of the published YAML by name, with image sides in pixels if there is a `vae`. A `text` that ends
     in ".vocab" means classes, fed as one-hot texts of one token. `vid_size`, frames and rate as in '81:16', means a
@@ -140,16 +139,15 @@ def starflow(
     `attn_mask` and `feat_rope.*` are dropped.
 
     Raises:
-        MappingError (a ValueError): tensors missing, unexpected, or of the wrong shape, all of them listed.
-        ValueError: a dtype other than the two, or an argument that is unknown, or that makes a model other than the
-            published ones.
+        MappingError (a ValueError): tensors are missing, unexpected, or have the wrong shape; lists them all.
+        ValueError: the dtype is neither of the two, or an argument is unknown, or gives a model that was not published.
 
     Example:
         flow, params = starflow(read_state_dict("starflow_3B_t2i_256x256.pth"), arguments)
     """
     check_state_dict(state_dict)
     if not isinstance(arguments, Mapping):
-        raise ValueError(f"arguments is {shown(arguments)}; read the file by flowgen.convert.read_arguments.")
+        raise ValueError(f"arguments is {shown(arguments)}; read the file with flowgen.convert.read_arguments.")
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype is {dtype!r}; choose 'float32' or 'bfloat16'.")
     state_dict = unwrapped(state_dict)
@@ -183,7 +181,7 @@ def _known(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments that shape the model, with the published defaults; ValueError if one is not understood."""
     for name, value in arguments.items():
         if name in _REFUSED and value not in (0, None):
-            raise ValueError(f"{name} is {value!r:.80}; only models without can be imported.")
+            raise ValueError(f"{name} is {value!r:.80}; only models without it can be imported.")
         if name not in _DEFAULTS and name not in _OTHER.split() and name not in _REFUSED:
             raise ValueError(f"{name!r:.80} is not an argument of the published STARFlow; remove it.")
     known = _DEFAULTS | {name: value for name, value in arguments.items() if name in _DEFAULTS}
@@ -191,16 +189,16 @@ def _known(arguments: Mapping[str, Any]) -> dict[str, Any]:
     clips = known["vid_size"] is not None
     for kind, names in (
         ("models", _REQUIRED),
-        ("models of clips (vid_size)", _REQUIRED_OF_CLIPS if clips else ()),
+        ("video models (vid_size)", _REQUIRED_OF_CLIPS if clips else ()),
         ("denoisers (learnable_self_denoiser)", _REQUIRED_OF_DENOISERS if known["learnable_self_denoiser"] else ()),
     ):
         for name in names:
             if not known[name]:
-                raise ValueError(f"{name} is {known[name]}; only {kind} that have it, as published, can be imported.")
+                raise ValueError(f"{name} is {known[name]}; only {kind} with it, as published, can be imported.")
     if known["seq_order"] not in _ORDERS:
         raise ValueError(f"seq_order is {known['seq_order']!r:.80}; it must be 'L2R' or 'R2L'.")
     if clips and known["seq_order"] != "L2R":
-        raise ValueError(f"seq_order is {known['seq_order']!r}; clips, whose frames come in time, have 'L2R'.")
+        raise ValueError(f"seq_order is {known['seq_order']!r}; video models, which run in time order, have 'L2R'.")
     for name in () if clips else _ONLY_OF_CLIPS:
         if known[name]:
             raise ValueError(f"{name} is {known[name]}, but vid_size is missing; give both for clips, or neither.")
@@ -208,7 +206,7 @@ def _known(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_values(known: dict[str, Any]) -> None:
-    """Raises ValueError if an argument is of another type than its default, or of a size that cannot be."""
+    """Raises ValueError if an argument has another type than its default, or is out of range."""
     for name, default in _DEFAULTS.items():
         value = known[name]
         if value is None and default is None:
@@ -221,14 +219,16 @@ def _check_values(known: dict[str, Any]) -> None:
             raise ValueError(f"{name} is {value!r:.80}; it must be 0 or 1.")
     layers = known["layers_per_block"]
     if not isinstance(layers, str | int) or len(f"{layers!s:.{_MAX_LETTERS + 1}}") > _MAX_LETTERS:
-        raise ValueError(f"layers_per_block is {layers!r:.80}; give numbers with spaces, '2 2 24'.")
+        raise ValueError(f"layers_per_block is {layers!r:.80}; give numbers separated by spaces, such as '2 2 24'.")
 
 
 def model_config(state_dict: Mapping[str, np.ndarray], arguments: Mapping[str, Any]) -> STARFlowConfig:
     """Returns the config of a published model by its arguments, and by its weights what these do not tell."""
     known = _known(arguments)
     if not str(known["layers_per_block"]).replace(" ", "").isdecimal():
-        raise ValueError(f"layers_per_block is {known['layers_per_block']!r}; give numbers with spaces, '2 2 24'.")
+        raise ValueError(
+            f"layers_per_block is {known['layers_per_block']!r}; give numbers separated by spaces, such as '2 2 24'."
+        )
     layers = tuple(int(count) for count in str(known["layers_per_block"]).split())
     layers = layers * known["blocks"] if len(layers) == 1 else layers
     projection = state_dict.get(f"blocks.{len(layers) - 1}.proj_txt.weight")
@@ -237,7 +237,7 @@ def model_config(state_dict: Mapping[str, np.ndarray], arguments: Mapping[str, A
     if (text_dim > 0) != (known["txt_size"] > 0):
         raise ValueError(
             f"txt_size is {known['txt_size']}, but the deep block has {'a' if text_dim else 'no'} projection of texts "
-            "('proj_txt'); give the arguments that the weights were made with."
+            "('proj_txt'); give the arguments that were published with the weights."
         )
     if is_class and known["txt_size"] != 1:
         raise ValueError(f"txt_size is {known['txt_size']}; a class from a .vocab file is a text of 1 token.")
@@ -281,8 +281,8 @@ def _of_clips(known: Mapping[str, Any]) -> dict[str, int]:
     past = int(known["denoiser_window"]) - lookahead
     if past < 0:
         raise ValueError(
-            f"denoiser_window is {known['denoiser_window']} and temporal_causal {known['temporal_causal']}, with which "
-            "no frame sees itself; give those that the weights were made with."
+            f"denoiser_window is {known['denoiser_window']} and temporal_causal {known['temporal_causal']}, so no "
+            "frame sees itself; give those that were published with the weights."
         )
     return shape | {
         "denoiser_layers": _DENOISER_LAYERS,
@@ -292,9 +292,9 @@ def _of_clips(known: Mapping[str, Any]) -> dict[str, int]:
 
 
 def clip_size(vid_size: str) -> tuple[int, int]:
-    """Returns (frames, frames per second) of the published argument `vid_size`; of several rates the first.
+    """Returns (frames, frames per second) of the published argument `vid_size`; if it has several rates, the first.
 
-    Raises ValueError if it is no such text.
+    Raises ValueError if it has another form.
 
     Example:
         clip_size("81:16")  # (81, 16)
@@ -303,7 +303,7 @@ def clip_size(vid_size: str) -> tuple[int, int]:
     if len(numbers) < 2 or not all(
         number.isdecimal() and len(number) <= _MAX_DIGITS and int(number) > 0 for number in numbers
     ):
-        raise ValueError(f"vid_size is {vid_size!r:.80}; give frames and frames per second, '81:16'.")
+        raise ValueError(f"vid_size is {vid_size!r:.80}; give frames and frames per second, such as '81:16'.")
     return int(numbers[0]), int(numbers[1])
 
 
@@ -313,12 +313,12 @@ def _vae_factors(vae: str | None) -> tuple[int, int]:
         return 1, 1
     factors = next((factors for name, factors in _VAE_FACTORS.items() if name in vae), None)
     if factors is None:
-        raise ValueError(f"vae is {vae!r}, whose factor is not known; leave it out and give img_size in latents.")
+        raise ValueError(f"vae is {vae!r}, an unknown autoencoder; leave it out, and give img_size in latents.")
     return factors
 
 
 def _without_identities(state_dict: Mapping[str, np.ndarray], layers: tuple[int, ...]) -> Mapping[str, np.ndarray]:
-    """Numbers the blocks as `STARFlowConfig.blocks` does, which leaves out those of 0 layers."""
+    """The tensors with blocks numbered as in `STARFlowConfig.blocks`, which leaves out those of 0 layers."""
     if all(layers):
         return state_dict
     kept = {f"blocks.{index}.": position for position, index in enumerate(i for i, n in enumerate(layers) if n)}
@@ -329,7 +329,8 @@ def _without_identities(state_dict: Mapping[str, np.ndarray], layers: tuple[int,
                 return f"blocks.{position}.{name.removeprefix(prefix)}"
         if name.startswith("blocks."):
             raise ValueError(
-                f"'{name}' belongs to a block of 0 layers by layers_per_block; give the one it was made with."
+                f"'{name}' belongs to a block that has 0 layers by layers_per_block; give "
+                "the published layers_per_block."
             )
         return name
 

@@ -1,4 +1,4 @@
-"""Weight files as dictionaries of numpy arrays: safetensors, and whatever `torch.save` writes."""
+"""Weight files as dictionaries of numpy arrays: safetensors, and both layouts of `torch.save`."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from flowgen.documents import MAX_BYTES, check_regular, parse_json
 
 # Bytes of the header; the format allows six times as many, and the largest models have a hundredth.
 _MAX_HEADER = MAX_BYTES
-# How often a file's tensors may hold its bytes: those of a few tied weights, and no more.
+# How many times its size a file's tensors may take: a few tied weights, and no more.
 _MAX_VIEWS = 4
-_MAX_LOOKED_AT = 100_000  # dictionaries, again where they are met again
+_MAX_LOOKED_AT = 100_000  # dictionaries, counted each time they are met
 _MAX_NAMED = 8  # in messages
-_MAX_DEPTH = 4  # dictionaries inside dictionaries in which a state dict is looked for
+_MAX_DEPTH = 4  # nesting of the dictionaries that are searched for a state dict
 _LFS_POINTER = b"version https://git-lfs"
 _DTYPES = {
     "F64": "float64",
@@ -49,12 +49,12 @@ def read_state_dict(path: str | os.PathLike[str], *, entry: str | None = None) -
 
     The layout is recognised by content: safetensors, or torch.save's zip archive or its older sequence of
     pickles. Nothing in the file is executed. A dictionary of tensors wrapped in others, as in {"model": ...,
-    "epoch": 3}, is found when it is the only one; `entry` says which of several ("ema", "state.model").
+    "epoch": 3}, is found if it is the only one; `entry` chooses one of several ("ema", "state.model").
 
     Raises:
         FileNotFoundError, IsADirectoryError: there is no file at `path`.
-        ValueError: truncated, damaged, foreign or refused; or no dictionary of tensors, or several, or none
-            named `entry`; or tensors that repeat the bytes of the file more than four times.
+        ValueError: the file is truncated, damaged, of another kind or refused; it has no dictionary of tensors,
+            several, or none named `entry`; or its tensors take more than four times its bytes.
 
     Example:
         state_dict = read_state_dict("afhq_model_8_768_8_8_0.07.pth")
@@ -62,7 +62,7 @@ def read_state_dict(path: str | os.PathLike[str], *, entry: str | None = None) -
     """
     path = Path(path)
     if path.is_dir():
-        raise IsADirectoryError(f"'{path}' is a folder; name the weight file inside it.")
+        raise IsADirectoryError(f"'{path}' is a folder; give the weight file inside it.")
     if not path.exists():
         raise FileNotFoundError(f"There is no file '{path}'; check the path.")
     check_regular(path)
@@ -93,14 +93,14 @@ def _select(saved: Any, path: Path, entry: str | None) -> dict[str, StoredTensor
         return next(iter(choices.values()))
     names = _listed(choices)
     if entry is not None:
-        raise ValueError(f"'{path}' has no state dict '{entry}'; choose one of: {names or 'none'}.")
+        raise ValueError(f"'{path}' has no state dict '{entry}'; it has {names or 'none'}.")
     if choices:
         raise ValueError(f"'{path}' holds {len(choices)} state dicts; choose one with entry: {names}.")
     found = type(saved).__name__.lstrip("_")
     if isinstance(saved, Mapping):
         found = "dictionary with " + (_listed(saved) or "nothing in it")
     raise ValueError(
-        f"'{path}' holds no dictionary of tensors but a {found}; save the weights alone, "
+        f"'{path}' holds a {found}, not a dictionary of tensors; save the weights alone, "
         "with torch.save(model.state_dict(), file)."
     )
 
@@ -113,7 +113,7 @@ def _listed(names: Iterable[Any]) -> str:
 def _state_dicts(saved: Any, path: Path) -> dict[str, dict[str, StoredTensor]]:
     """Every dictionary that maps names to tensors and nothing else, by its dotted name.
 
-    One dictionary may be met under many names, so that what a small file unfolds to has to be bounded.
+    One dictionary may be reached under many names, so the search is bounded.
     """
     found: dict[str, dict[str, StoredTensor]] = {}
     inner: dict[int, list[tuple[str, Any]] | None] = {}  # values to search in each; None if all are tensors
@@ -150,12 +150,13 @@ def _dictionaries(value: dict[Any, Any]) -> list[tuple[str, Any]] | None:
 
 
 def _check_size(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Raises ValueError if a small file stands for much: many tensors of one storage, or strides of 0."""
+    """Raises ValueError if the tensors take far more bytes than the file: they share a storage, or have strides of
+    0."""
     described, size = sum(tensor.nbytes for tensor in tensors.values()), path.stat().st_size
     if described > _MAX_VIEWS * size:
         raise ValueError(
-            f"'{path}' has {size:,} bytes, but describes tensors of {described:,}, more than {_MAX_VIEWS} times as "
-            "many; save it after .clone() of every tensor."
+            f"'{path}' has {size:,} bytes, but its tensors take {described:,}, more than {_MAX_VIEWS} times as many; "
+            "save it after .clone() of every tensor."
         )
 
 
@@ -184,10 +185,12 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
         body, position, tensors = content[8 + length :], 0, {}
         described = max((stop for _, stop, *_ in spans), default=0)
         if described != body.size:
-            raise ValueError(f"it has {body.size} bytes of tensors where its header describes {described}")
+            raise ValueError(f"it has {body.size} bytes of tensors, but its header describes {described}")
         for start, stop, name, dtype, shape in spans:
             if start != position or stop - start != math.prod(shape) * dtype.itemsize:
-                raise ValueError(f"tensor {name[:80]!r} is not where the tensors before it end, or not of its size")
+                raise ValueError(
+                    f"tensor {name[:80]!r} does not start where the previous one ends, or has the wrong size"
+                )
             tensors[name] = body[start:stop].view(np.ndarray).view(dtype).reshape(shape)
             position = stop
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:

@@ -31,7 +31,7 @@ def conv(source: str, target: str) -> tuple[Rule, Rule]:
 
 
 def point(source: str, target: str) -> tuple[Rule, Rule]:
-    """Returns the rules of a Linear, or of the convolution of one place that files have for it, that becomes a Dense.
+    """Returns the rules of a Linear that becomes a Dense; files may hold it as a convolution with a kernel of size 1.
 
     Example:
         rules = point("quant_conv", "params/quant_conv")
@@ -40,7 +40,7 @@ def point(source: str, target: str) -> tuple[Rule, Rule]:
 
 
 def _point_kernel(x: np.ndarray) -> np.ndarray:
-    """(out, in), with any number of axes of one place, to (in, out)."""
+    """(out, in, 1, ...) to (in, out)."""
     return x.reshape(x.shape[:2]).T
 
 
@@ -82,8 +82,9 @@ def transformer(source: str, target: str, mlp: dict[str, str] | None = None) -> 
 
 
 def starflow(*, gated: bool) -> tuple[Rule, ...]:
-    """Returns the rules of a published STARFlow for images, with plain or gated MLPs. Rules whose leaf the model
-    does not have, such as those of options that are off, fill nothing.
+    """Returns the rules of a published STARFlow for images, with plain or gated MLPs.
+
+    Rules of options that are off fill nothing, because the model does not have their leaves.
 
     Example:
         variables, dropped = fill(target, state_dict, starflow(gated=False))
@@ -110,7 +111,7 @@ def starflow(*, gated: bool) -> tuple[Rule, ...]:
 
 
 def starflow_v(*, gated: bool, denoiser_scale: float) -> tuple[Rule, ...]:
-    """Returns the rules of a published STARFlow-V: those of its flow, and of its denoiser, whose answers are scaled.
+    """Returns the rules of a published STARFlow-V: those of its flow, and of its denoiser, whose output is scaled.
 
     Example:
         variables, dropped = fill(target, state_dict, starflow_v(gated=False, denoiser_scale=0.6))
@@ -135,7 +136,7 @@ def starflow_v(*, gated: bool, denoiser_scale: float) -> tuple[Rule, ...]:
 
 
 def scaled(factor: float, transform: Callable[[np.ndarray], np.ndarray] = as_is) -> Callable[[np.ndarray], np.ndarray]:
-    """Returns the transform followed by a multiplication in float32, whatever precision the tensor is kept in.
+    """Returns the transform followed by a multiplication in float32, whatever dtype the tensor has.
 
     Example:
         Rule("proj.weight", "params/proj/kernel", scaled(0.5, transpose))
@@ -163,7 +164,7 @@ TARFLOW = (
     *transformer("blocks.{block}.attn_blocks.{layer}", "params/blocks_{block}/layers"),
     *linear("blocks.{block}.proj_out", "params/blocks_{block}/proj_out"),
     Rule("var", "prior/variance", requirement=POSITIVE),
-    # Where the model has no prior to fill.
+    # For models without a prior to fill.
     Rule("var", None, requirement=ALL_ONES),
     Rule("blocks.{block}.attn_mask", None, requirement=CAUSAL_MASK),
 )

@@ -43,7 +43,7 @@ def open_torch(path: str | os.PathLike[str]) -> TorchFile:
     Checksums are verified if the file records them (the zip layout does, by default).
 
     Raises:
-        ValueError: damaged or truncated, not written by torch.save, big-endian, or it names anything but
+        ValueError: the file is damaged, truncated, big-endian or not written by torch.save, or it names anything but
             tensors and plain Python values. `TorchFile.read` raises it too.
 
     Example:
@@ -58,7 +58,7 @@ def open_torch(path: str | os.PathLike[str]) -> TorchFile:
         try:
             return function(*arguments)
         except Refusal as refusal:
-            raise ValueError(f"'{path}' is not read: {refusal}.") from None
+            raise ValueError(f"'{path}' is refused: {refusal}.") from None
         except _DAMAGE as error:
             reason = error if isinstance(error, Damage) else f"{type(error).__name__}: {error}"
             raise ValueError(
@@ -109,9 +109,7 @@ def _open_zip(content: np.ndarray) -> tuple[Any, Callable[[Storage], np.ndarray]
         if storage.key not in verified:
             raw = entry_bytes(f"data/{storage.key}")
             if raw.size != storage.size:
-                raise Refusal(
-                    f"its storage {storage.key[:80]!r} has {raw.size} bytes where {storage.size} are described"
-                )
+                raise Refusal(f"its storage {storage.key[:80]!r} has {raw.size} bytes instead of {storage.size}")
             verified[storage.key] = raw
         return verified[storage.key]
 
@@ -125,12 +123,12 @@ def _open_legacy(content: np.ndarray) -> tuple[Any, Callable[[Storage], np.ndarr
     """
     unpickler = TensorUnpickler(content)
     if unpickler.load() != _LEGACY_MAGIC or unpickler.load() != _LEGACY_PROTOCOL:
-        raise Refusal("it is a pickle that torch.save did not write; give a file that it did")
+        raise Refusal("it is a pickle that torch.save did not write; give a file written by torch.save")
     if not unpickler.load()["little_endian"]:
         raise Refusal(_ANOTHER_BYTE_ORDER)
     saved, keys = unpickler.load(), unpickler.load()
     if type(keys) is not list:
-        raise Damage("it has no list of its storages")
+        raise Damage("the list of its storages is missing")
     starts, position = {}, unpickler.position
     for key in keys:
         storage = unpickler.storages[key]

@@ -1,8 +1,9 @@
 """The pickles inside files of `torch.save`, read without torch, without pickle and without executing anything.
 
 A pickle is a program for a small stack machine. The machine here knows the instructions that `torch.save` writes, and
-the names that a dictionary of dense tensors needs; each name stands for a function of this file. A program's cost is
-bounded: by a number of instructions, keys that are fast to look up, and no table larger than its contents.
+the names that a dictionary of dense tensors needs; each name stands for a function of this file. The cost of a program
+is
+bounded: by a number of instructions, keys that are fast to look up, and tables no larger than their contents.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-# The pickle of the largest published models, of a thousand tensors, has thirty thousand.
+# The largest published models have a thousand tensors, and their pickles thirty thousand instructions.
 MAX_INSTRUCTIONS = 1 << 21
 # NumPy's arrays have at most as many axes.
 MAX_AXES = 64
 MAX_ARGUMENTS = 8
-# Integer keys come from optimizers, one for each parameter. Python hashes texts unpredictably; integers can be chosen
-# so that each collides with all earlier ones.
+# Integer keys come from optimizers, one per parameter. Python hashes text unpredictably, but integers can be chosen so
+# that each collides with all earlier ones.
 MAX_NUMBER_KEYS = 1 << 14
 
 DTYPES = {
@@ -84,7 +85,7 @@ class _Mapping(dict):
 
 
 class _Name(NamedTuple):
-    """A name that the program may call; without a function it stands for itself."""
+    """A name in the program: a function that it may call or, without one, a value."""
 
     text: str
     call: Callable[..., Any] | None = None
@@ -95,7 +96,7 @@ class TensorUnpickler:
 
     storages: those that the tensors refer to, by key. position: end of the last pickle.
 
-    Raises Refusal if a program asks for more than tensors need, Damage if it is none.
+    Raises Refusal if a program needs more than tensors do, Damage if it is malformed.
 
     Example:
         saved = TensorUnpickler(content).load()
@@ -125,7 +126,7 @@ class TensorUnpickler:
                 _INSTRUCTIONS[code](self)
             (value,) = self.stack
         except (IndexError, KeyError, TypeError, ValueError, struct.error) as error:
-            raise Damage(f"its pickle makes no sense at byte {self.position} ({type(error).__name__})") from error
+            raise Damage(f"its pickle is malformed at byte {self.position} ({type(error).__name__})") from error
         return value
 
     def take(self, count: int) -> memoryview:
@@ -145,7 +146,7 @@ class TensorUnpickler:
         return bytes(self.take(count)).decode("utf-8")
 
     def line(self) -> str:
-        """Returns the text to the next end of a line, which names are kept in."""
+        """Returns the text up to the next line end; names are stored this way."""
         window = bytes(self.content[self.position : self.position + 1024])
         end = window.find(b"\n")
         if end < 0:
@@ -153,13 +154,13 @@ class TensorUnpickler:
         return self.text(end + 1)[:-1]
 
     def key(self, value: Any) -> Any:
-        """Returns a key of a dictionary or set, which is a text or a whole number."""
+        """Returns a key of a dictionary or set if it is text or an integer."""
         if type(value) is str:
             return value
         if type(value) is not int or abs(value) >= sys.hash_info.modulus:
             raise Refusal(
-                f"its pickle has a dictionary or set with the key {_shown(value)}, neither a text nor a whole number "
-                "below 2^61; save the weights alone"
+                f"its pickle has a dictionary or set with the key {_shown(value)}, neither text nor an integer below "
+                "2^61; save the weights alone"
             )
         self._number_keys += 1
         if self._number_keys > MAX_NUMBER_KEYS:
@@ -192,7 +193,7 @@ def _last(count: int) -> Callable[[TensorUnpickler], None]:
     def run(machine: TensorUnpickler) -> None:
         values = tuple(machine.stack[-count:])
         if len(values) != count:
-            raise Damage("its pickle takes more than it has")
+            raise Damage("its pickle takes more values than it has")
         machine.stack[-count:] = [values]
 
     return run
@@ -223,7 +224,7 @@ def _global(machine: TensorUnpickler) -> _Name:
 def _stack_global(machine: TensorUnpickler) -> _Name:
     name, module = machine.stack.pop(), machine.stack.pop()
     if type(name) is not str or type(module) is not str:
-        raise Damage("its pickle asks for a name that is no text")
+        raise Damage("its pickle has a name that is not text")
     return _named(module, name)
 
 
@@ -234,7 +235,7 @@ def _named(module: str, name: str) -> _Name:
     if (module in ("torch", "torch.storage") and name in _STORAGES) or (module == "torch" and name in DTYPES):
         return _Name(name)
     raise Refusal(
-        f"its pickle asks for {_shown(full)}, which a dictionary of dense tensors does not need; "
+        f"its pickle uses {_shown(full)}, which a dictionary of dense tensors does not need; "
         "save the weights alone, with torch.save(model.state_dict(), file)"
     )
 
@@ -242,14 +243,14 @@ def _named(module: str, name: str) -> _Name:
 def _reduce(machine: TensorUnpickler) -> Any:
     arguments, name = machine.stack.pop(), machine.stack.pop()
     if type(name) is not _Name or name.call is None or type(arguments) is not tuple or len(arguments) > MAX_ARGUMENTS:
-        raise Damage("its pickle calls what cannot be called")
+        raise Damage("its pickle calls something that is not a function")
     return name.call(*arguments)
 
 
 def _build(machine: TensorUnpickler) -> None:
     machine.stack.pop()
     if type(machine.stack[-1]) is not _Mapping:
-        raise Damage("its pickle changes what cannot be changed")
+        raise Damage("its pickle sets attributes of something that has none")
 
 
 def _persistent(machine: TensorUnpickler) -> Storage:
@@ -258,7 +259,7 @@ def _persistent(machine: TensorUnpickler) -> Storage:
         raise Damage("its pickle refers to something that is not a storage")
     tag, kind, key, _, count, *view = reference
     if type(tag) is not str or tag != "storage" or type(key) is not str or any(part is not None for part in view):
-        raise Refusal(f"its pickle refers to {_shown(tag)} in a way that torch.save no longer writes")
+        raise Refusal(f"its pickle refers to {_shown(tag)} in a form that torch.save no longer writes")
     if type(kind) is not _Name or kind.text not in _STORAGES:
         raise Damage("its pickle has a storage of an unknown kind")
     storage = Storage(key, _STORAGES[kind.text], _natural(count))
@@ -274,7 +275,7 @@ def _natural(value: Any) -> int:
 
 
 def _shown(value: Any) -> str:
-    """An untrusted file's value for a message: containers by type, because they may hold anything."""
+    """A value from an untrusted file, for a message: containers by type only, because they may hold anything."""
     if value is not None and type(value) not in (str, int, float, bool):
         return f"a {type(value).__name__}"
     text = repr(value[:80] if type(value) is str else value)
@@ -284,7 +285,7 @@ def _shown(value: Any) -> str:
 def _stored_tensor(storage: Any, dtype: Any, offset: Any, shape: Any, strides: Any, metadata: Any) -> StoredTensor:
     layout = type(shape) is type(strides) is tuple and len(shape) == len(strides) <= MAX_AXES
     if not isinstance(storage, Storage) or dtype not in DTYPES or not layout:
-        raise Damage("its pickle describes a tensor whose storage, dtype or strides make no sense")
+        raise Damage("its pickle has a tensor with an invalid storage, dtype or strides")
     if metadata:
         raise Refusal("a tensor is stored as a lazy view, conjugate or negative; save it after .clone()")
     sizes, steps = tuple(map(_natural, shape)), tuple(map(_natural, strides))
@@ -297,7 +298,7 @@ def _rebuild_tensor(storage, offset, shape, strides, _grad=False, _hooks=None, m
 
 
 def _rebuild_untyped(storage, offset, shape, strides, _grad, _hooks, dtype, metadata=None) -> StoredTensor:
-    """torch._utils._rebuild_tensor_v3, whose storage is bytes: as above with a dtype before the metadata."""
+    """torch._utils._rebuild_tensor_v3: as above, with a storage of bytes and a dtype before the metadata."""
     name = dtype.text if type(dtype) is _Name else None
     return _stored_tensor(storage, name, offset, shape, strides, metadata)
 
@@ -308,22 +309,22 @@ def _rebuild_parameter(tensor, *_):
 
 
 def _ordered_dict(pairs=()) -> _Mapping:
-    """collections.OrderedDict: empty, or of pairs with names, as Python 2 wrote it."""
+    """collections.OrderedDict: empty, or from (name, value) pairs, as Python 2 wrote it."""
     if pairs == ():
         return _Mapping()
     if type(pairs) is not list:
-        raise Damage("its pickle makes a dictionary of what are no pairs")
+        raise Damage("its pickle makes a dictionary from something other than pairs")
     made = _Mapping({name: value for name, value in pairs if type(name) is str})
     if len(made) != len(pairs):
-        raise Damage("its pickle makes a dictionary of names that are no texts, or there twice")
-    pairs.clear()  # A list is written for one dictionary, and many made of one would take no end.
+        raise Damage("its pickle makes a dictionary with names that are not text, or repeat")
+    pairs.clear()  # A list serves one dictionary; otherwise a short program could make very many large ones.
     return made
 
 
 def _size(values=()):
     """torch.Size: a tuple."""
     if type(values) is not tuple or len(values) > MAX_AXES:
-        raise Damage("its pickle has a size of no tensor")
+        raise Damage("its pickle has a size that no tensor can have")
     return values
 
 

@@ -1,7 +1,7 @@
-"""The entries of a zip archive that are stored as they are, as views of the mapped file.
+"""The uncompressed entries of a zip archive, as views of the mapped file.
 
-Only what files of weights need: no compression, no encryption, one disk. The directory is read here and not by the
-standard library, which makes objects of all of its entries first and believes what a directory says of its own size.
+This supports only what weight files need: no compression, no encryption, one disk. It does not use the standard
+library, which first creates an object for every entry and trusts the size that the directory states.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def read_entries(content: np.ndarray) -> dict[str, Entry]:
     for _ in range(count):
         entry, position = _entry(directory, position, content, start)
         if entry.name in entries:
-            raise Refusal(f"its entry {entry.name[:80]!r} is there twice, of which only one can be meant")
+            raise Refusal(f"its entry {entry.name[:80]!r} appears twice")
         entries[entry.name] = entry
     reached = 0
     for entry in sorted(entries.values(), key=lambda entry: (entry.start, entry.size)):
@@ -72,7 +72,7 @@ def _directory(content: np.ndarray) -> tuple[int, int, int]:
     tail = content[first:].tobytes()
     found = tail.rfind(_END)
     if found < 0 or found + _END_SIZE > len(tail):
-        raise Damage("its zip archive has no end")
+        raise Damage("its zip archive is cut off")
     count, size, start = struct.unpack_from("<HII", tail, found + 10)
     end = first + found
     locator = content[max(0, end - _LOCATOR_SIZE) : end].tobytes()
@@ -80,12 +80,12 @@ def _directory(content: np.ndarray) -> tuple[int, int, int]:
         (end,) = struct.unpack_from("<Q", locator, 8)
         record = content[end : end + _END_64_SIZE].tobytes()
         if not record.startswith(_END_64) or len(record) < _END_64_SIZE:
-            raise Damage("its zip archive has no end")
+            raise Damage("its zip archive is cut off")
         count, size, start = struct.unpack_from("<QQQ", record, 32)
     if count > MAX_ENTRIES:
-        raise Refusal(f"its zip archive has {count:,} entries, and weights at most {MAX_ENTRIES:,}")
+        raise Refusal(f"its zip archive has {count:,} entries, more than {MAX_ENTRIES:,}")
     if size > _MAX_DIRECTORY or start + size > end or count * _CENTRAL_SIZE > size:
-        raise Damage("its zip archive has a directory that is not where it should be")
+        raise Damage("the directory of its zip archive is misplaced")
     return count, size, start
 
 
@@ -93,7 +93,7 @@ def _entry(directory: bytes, position: int, content: np.ndarray, end: int) -> tu
     """The entry at a position of the directory, and the position of the next one."""
     header = directory[position : position + _CENTRAL_SIZE]
     if len(header) < _CENTRAL_SIZE or not header.startswith(_CENTRAL):
-        raise Damage("its zip archive has a directory that ends in the middle")
+        raise Damage("the directory of its zip archive is cut off")
     flags, method = struct.unpack_from("<HH", header, 8)
     checksum, packed, size, name_length, extra_length, comment_length = struct.unpack_from("<IIIHHH", header, 16)
     (start,) = struct.unpack_from("<I", header, 42)

@@ -1,10 +1,12 @@
 """Images, clips and points: datasets by name, stateless batches, and media files."""
 
+from flowgen.batch import Batch, Moments
 from flowgen.data.classes import check_classes
 from flowgen.data.clips import ClipsConfig, load_clips
-from flowgen.data.dataset import ArrayDataset, Batch, DataConfig, Dataset, hold_out
+from flowgen.data.dataset import ArrayDataset, BucketedDataset, DataConfig, Dataset, buckets_of, hold_out
 from flowgen.data.found import found_classes, take_inventory
 from flowgen.data.inventory import Inventory, told_once
+from flowgen.data.latent_files import LatentsConfig, read_latents
 from flowgen.data.loader import Loader, fixed_batches, prefetch
 from flowgen.data.media import (
     atomic_file,
@@ -21,14 +23,18 @@ from flowgen.data.registry import load
 __all__ = [
     "ArrayDataset",
     "Batch",
+    "BucketedDataset",
     "ClipsConfig",
     "DataConfig",
     "Dataset",
     "Inventory",
+    "LatentsConfig",
     "Loader",
+    "Moments",
     "PointsConfig",
     "atomic_file",
     "blank_batches",
+    "buckets_of",
     "check_classes",
     "check_image_path",
     "check_writable",
@@ -40,6 +46,7 @@ __all__ = [
     "load",
     "load_clips",
     "prefetch",
+    "read_latents",
     "save_image",
     "take_inventory",
     "to_uint8",

@@ -1,4 +1,4 @@
-"""Bouncing digits: clips of the built-in digits in motion, without a download."""
+"""Bouncing digits: clips of the built-in digits in motion, generated without a download."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import dataclasses
 import numpy as np
 from jaxtyping import Float, Int, Int32, UInt8
 
-from flowgen.data.dataset import Batch, DataConfig, Split, hold_out
+from flowgen.batch import Batch
+from flowgen.data.dataset import DataConfig, Split, hold_out
 from flowgen.data.named import read_digits
 
 
@@ -15,11 +16,12 @@ from flowgen.data.named import read_digits
 class BouncingDigits:
     """Clips of one digit each, made on demand: clip i shows digit i mod n on its own course.
 
-    The course is a straight line, at 0.6 to 1.4 sixteenths of the shorter side per frame and axis, folded back at the
-    borders; digits between pixels are drawn by bilinear weights. Clips are the same in every NumPy version.
+    The course is a straight line that reflects at the borders; the speed is 0.6 to 1.4 sixteenths of the shorter side
+    per frame and axis. Digits between pixels are drawn by bilinear interpolation. Clips are the same in every NumPy
+    version.
 
     Example:
-        dataset = BouncingDigits(digits, labels, num=1000, frames=8, image_shape=(16, 16, 1), seed=0)
+        dataset = BouncingDigits(digits, labels, num=1000, event_shape=(8, 16, 16, 1), seed=0)
     """
 
     digits: UInt8[np.ndarray, "n side side"]
@@ -27,8 +29,7 @@ class BouncingDigits:
     class_names: tuple[str, ...]
     _: dataclasses.KW_ONLY
     num: int
-    frames: int
-    image_shape: tuple[int, int, int]
+    event_shape: tuple[int, int, int, int]
     seed: int
 
     captions: tuple[str, ...] = ()
@@ -39,11 +40,11 @@ class BouncingDigits:
     def __getitem__(self, indices: Int[np.ndarray, " b"]) -> Batch:
         digits = self.digits[indices % len(self.digits)] / np.float32(255)
         rows, columns = self._courses(indices)
-        height, width, channels = self.image_shape
+        _, height, width, channels = self.event_shape
         down, across = (_weights(at, length, digits.shape[1]) for at, length in ((rows, height), (columns, width)))
         clips = np.einsum("bfyk,bkl,bfxl->bfyx", down, digits, across, optimize=True)
         clips = np.rint(255 * np.clip(clips, 0, 1)).astype(np.uint8)[..., None].repeat(channels, axis=-1)
-        return {"image": clips, "label": self.labels[indices % len(self.digits)]}
+        return Batch(clips, self.labels[indices % len(self.digits)])
 
     def _courses(self, indices: Int[np.ndarray, " b"]) -> tuple[Float[np.ndarray, "b f"], Float[np.ndarray, "b f"]]:
         """The upper left corners, in pixels."""
@@ -52,13 +53,13 @@ class BouncingDigits:
             for index in indices.tolist()
         ]
         draws = (np.stack(raw) >> np.uint64(11)).astype(np.float64) / 2**53
-        height, width, _ = self.image_shape
+        frames, height, width, _ = self.event_shape
         pace = min(height, width) / 16
         courses = []
         for axis, length in enumerate((height, width)):
             room = length - self.digits.shape[1]
             speed = pace * (0.6 + 0.8 * draws[:, axis + 2]) * np.where(draws[:, axis + 4] < 0.5, -1, 1)
-            way = room * draws[:, axis][:, None] + speed[:, None] * np.arange(self.frames)
+            way = room * draws[:, axis][:, None] + speed[:, None] * np.arange(frames)
             courses.append(room - np.abs(np.mod(way, 2 * room) - room))
         return courses[0], courses[1]
 
@@ -72,24 +73,25 @@ def _weights(at: Float[np.ndarray, "b f"], length: int, side: int) -> Float[np.n
 def bouncing_digits(
     num: int, eval_fraction: float, *, frames: int, image_size: tuple[int, int], channels: int, split: Split
 ) -> BouncingDigits:
-    """Returns the clips of a split, of digits of half the shorter side, at least the 8 pixels that they have.
+    """Returns the clips of a split; a digit's side is half the shorter side of the clip, but at least 8 pixels.
 
-    num: clips of all splits. eval_fraction of the digits are held out, and the same share of the clips.
+    num: clips of all splits. eval_fraction: share of the digits, and of the clips, that is held out.
 
     Example:
         dataset = bouncing_digits(1000, 0.1, frames=8, image_size=(16, 16), channels=1, split="train")
     """
     side = max(8, min(image_size) // 2)
     if min(image_size) <= side:
-        raise ValueError(f"clips are {image_size[0]} x {image_size[1]}, with no room for digits of 8; use 10 or more.")
+        raise ValueError(
+            f"clips are {image_size[0]} x {image_size[1]}, too small for digits of 8 x 8 to move in; use 10 or more."
+        )
     dataset = read_digits(DataConfig(), (side, side))
     dataset = dataset.select(hold_out(len(dataset), eval_fraction, split))
     return BouncingDigits(
-        dataset.images[..., 0],
+        dataset.x[..., 0],
         dataset.labels,
         dataset.class_names,
         num=len(hold_out(num, eval_fraction, split)),
-        frames=frames,
-        image_shape=(*image_size, channels),
+        event_shape=(frames, *image_size, channels),
         seed=("train", "eval", "all").index(split),
     )

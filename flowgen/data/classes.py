@@ -48,7 +48,7 @@ def tell_held_out(
     messages.
 
     Example:
-        tell_held_out(np.array([0, 1, 1]), np.array([1, 2]), ("cat", "dog"), "pictures")  # all pictures of cat
+        tell_held_out(np.array([0, 1, 1]), np.array([1, 2]), ("cat", "dog"), "images")  # all images of cat
     """
     if lost := sorted({*labels.tolist()} - {*labels[kept].tolist()} - {-1}):
         tell(f"All {what} of {name_list([names[label] for label in lost])} are held out; add some.")

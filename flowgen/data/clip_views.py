@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import numpy as np
 from jaxtyping import Int
 
-from flowgen.data.clips import ClipDataset
-from flowgen.data.dataset import Batch, Dataset
+from flowgen.batch import Batch
+from flowgen.data.dataset import Dataset
+from flowgen.data.latents import Kind
 
 # Prefix of the captions of clips without their first frame, as published (arXiv 2511.20462).
 CONTINUED = "(extend) "
@@ -19,10 +21,6 @@ class _View:
     """Another dataset's samples, in the same order, with different frames."""
 
     dataset: Dataset
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        return self.dataset.image_shape
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -44,11 +42,15 @@ class StillClips(_View):
         dataset = StillClips(load(DataConfig(), image_size=(16, 16), channels=1, split="train"))
     """
 
-    frames = 1
+    kind: ClassVar[Kind] = "still"
+
+    @property
+    def event_shape(self) -> tuple[int, ...]:
+        return (1, *self.dataset.event_shape)
 
     def __getitem__(self, indices: Int[np.ndarray, " b"]) -> Batch:
         batch = self.dataset[indices]
-        return {**batch, "image": batch["image"][:, None]}
+        return batch._replace(x=batch.pixels[:, None])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,11 +63,12 @@ class ContinuedClips(_View):
         dataset = ContinuedClips(load_clips(config, frames=8, image_size=(16, 16), channels=1, split="train"))
     """
 
-    dataset: ClipDataset
+    kind: ClassVar[Kind] = "continued"
 
     @property
-    def frames(self) -> int:
-        return self.dataset.frames - 1
+    def event_shape(self) -> tuple[int, ...]:
+        frames, *image_shape = self.dataset.event_shape
+        return (frames - 1, *image_shape)
 
     @property
     def captions(self) -> tuple[str, ...]:
@@ -73,4 +76,4 @@ class ContinuedClips(_View):
 
     def __getitem__(self, indices: Int[np.ndarray, " b"]) -> Batch:
         batch = self.dataset[indices]
-        return {**batch, "image": batch["image"][:, 1:]}
+        return batch._replace(x=batch.pixels[:, 1:])

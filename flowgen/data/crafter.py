@@ -11,7 +11,7 @@ from jaxtyping import Int32, UInt8
 from flowgen.data.dataset import Split, hold_out
 from flowgen.packages import need
 
-# Actions with a visible effect; placing and making things needs materials that a random player lacks.
+# Actions with a visible effect; placing and making things needs materials, which this player lacks.
 ACTIONS = ("noop", "move_left", "move_right", "move_up", "move_down", "do")
 CLASS_NAMES = tuple(name.removeprefix("move_") for name in ACTIONS)
 # A new world takes about as long as 500 frames.
@@ -22,10 +22,10 @@ VIEW = 9  # grid cells of the world across the image
 def record(
     num: int, eval_fraction: float, *, frames: int, image_size: tuple[int, int], channels: int, split: Split
 ) -> tuple[UInt8[np.ndarray, "n frames height width 3"], Int32[np.ndarray, " n"], tuple[str, ...]]:
-    """Returns the clips of a split, their labels, and the action names, played here, the same every time.
+    """Returns the clips of a split, their labels, and the action names; the game is played here, and always the same.
 
-    Each clip begins where the last one ended, and every hundred share a world, which no other split has. A clip in
-    which the player dies is played again, in the next world. num: clips of all splits.
+    Each clip begins where the last one ended, and every hundred clips share a world; splits share none. A clip in which
+    the player dies is played again, in the next world. num: clips of all splits.
 
     Raises ModuleNotFoundError if the package crafter is missing, ValueError if the images are grey or too small.
 
@@ -33,11 +33,11 @@ def record(
         clips, labels, names = record(1000, 0.1, frames=8, image_size=(64, 64), channels=3, split="train")
     """
     if channels != 3:
-        raise ValueError("clips of data.name 'crafter' are in colour; set model.channels to 3.")
+        raise ValueError("data.name is 'crafter', whose clips are in colour; set model.channels to 3.")
     if min(image_size) < VIEW:
         raise ValueError(
-            f"clips are {image_size[0]} x {image_size[1]}, and data.name 'crafter' shows {VIEW} x {VIEW} places; "
-            "use 27 pixels or more."
+            f"clips are {image_size[0]} x {image_size[1]}, but data.name 'crafter' shows {VIEW} x {VIEW} tiles; use "
+            "27 pixels or more."
         )
     seed, count = ("train", "eval", "all").index(split), len(hold_out(num, eval_fraction, split))
     game = _Game(_crafter().Env(size=image_size[::-1], seed=seed))
@@ -59,9 +59,9 @@ def record(
 
 
 class _Game:
-    """Crafter, the same in every process.
+    """Crafter, made to run the same in every process.
 
-    It keeps a region's creatures in a set, whose order depends on memory addresses, and draws from them.
+    Crafter keeps the creatures of a region in a set, whose order depends on memory addresses, and draws from it.
     """
 
     def __init__(self, env: Any):

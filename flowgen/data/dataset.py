@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
-from typing import Literal, Protocol, runtime_checkable
+from collections.abc import Callable, Sequence
+from typing import Annotated, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int, Int32, UInt8
 
+from flowgen.batch import Batch
 from flowgen.data.classes import checked_names
-from flowgen.data.pictures import Crop
+from flowgen.data.image_files import Crop
 from flowgen.printable import composed
-from flowgen.settings import config
-from flowgen.settings.ranges import Bytes, ProperFraction
+from flowgen.settings import config, import_object
+from flowgen.settings.ranges import Bytes, OneOf, ProperFraction
 
-Batch = dict[str, np.ndarray]
 Split = Literal["train", "eval", "all"]
 NO_LABEL = -1
 OWN = "own"
+# Image sets that need no path, each an `ImageSet` in its own file. To add one, write the file and its row here.
+IMAGE_SETS = {
+    "digits": "flowgen.data.named:DIGITS",
+    "mnist": "flowgen.data.named:MNIST",
+    "openmoji": "flowgen.data.openmoji:OPENMOJI",
+}
 _HOLD_OUT_SEED = 1797
 _HOLD_OUT_NAME = b"flowgen hold-out"
 
@@ -28,9 +34,8 @@ _HOLD_OUT_NAME = b"flowgen hold-out"
 class DataConfig:
     """Which images to train on; image size and channels come from the model.
 
-    name: a built-in set, or the user's own `folder` or `npz` at `path`; or `encoded`, latents that
-        `python -m flowgen encode` wrote there; "own" is a dataset that `fit` was given.
-    path: path of a folder, an npz file, or encoded data; empty for the others.
+    name: a built-in set, or the user's own `folder` or `npz` at `path`; "own" is a dataset that `fit` was given.
+    path: path of a folder or an npz file; empty for the others.
     flip: mirror each training image left to right with probability one half.
     aspects: sort a folder's images into nine aspect ratios of about the model's area instead of cropping all to one
     shape; a batch has one shape.
@@ -47,7 +52,7 @@ class DataConfig:
         dataset = load(config, image_size=(64, 64), channels=3, split="train")
     """
 
-    name: Literal["digits", "mnist", "openmoji", "folder", "npz", "encoded", "own"] = "digits"
+    name: Annotated[str, OneOf((*IMAGE_SETS, "folder", "npz", OWN))] = "digits"
     path: str = ""
     flip: bool = False
     aspects: bool = False
@@ -61,25 +66,24 @@ class DataConfig:
         object.__setattr__(self, "classes", checked_names(self.classes))
         if self.aspects and self.name != "folder":
             raise ValueError(f"aspects is set, but name '{self.name}' has one shape; set it for a 'folder'.")
-        if self.flip and self.name == "encoded":
-            raise ValueError(
-                "flip is set, but latents cannot be mirrored; encode with --data.flip true, and leave it out here."
-            )
 
 
 @runtime_checkable
 class Dataset(Protocol):
-    """Images of one shape, indexed by number. `__getitem__` may be called from several threads.
+    """Images or clips of one shape, or their latents, indexed by number; `__getitem__` may be called from several
+    threads.
 
-    captions: empty, or one line of text per image.
+    event_shape: (height, width, channels) of images, (frames, height, width, channels) of clips.
+    class_names: names of the classes in the order of their labels; empty without classes.
+    captions: empty, or one line of text per image or clip.
 
     Example:
         dataset = load(DataConfig(), image_size=(8, 8), channels=1, split="train")
-        batch = dataset[np.array([0, 5])]    # {"image": uint8 `b h w c`, "label": int32 `b`, -1 for none}
+        batch = dataset[np.array([0, 5])]  # Batch: x uint8 `2 8 8 1`, context int32 `2`, -1 for none
     """
 
     @property
-    def image_shape(self) -> tuple[int, int, int]: ...
+    def event_shape(self) -> tuple[int, ...]: ...
 
     @property
     def class_names(self) -> tuple[str, ...]: ...
@@ -94,33 +98,108 @@ class Dataset(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class ArrayDataset:
-    """A dataset held in memory. `captions` is empty, or one line of text per image.
+    """Images or clips held in memory. `captions` is empty, or one line of text for each.
 
     Example:
         dataset = ArrayDataset(images, labels, class_names=("cat", "dog"))
         batch = dataset[np.arange(16)]
     """
 
-    images: UInt8[np.ndarray, "n height width c"]
+    x: UInt8[np.ndarray, "n *event"]
     labels: Int32[np.ndarray, " n"]
     class_names: tuple[str, ...] = ()
     captions: tuple[str, ...] = ()
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        _, height, width, channels = self.images.shape
-        return height, width, channels
+    def event_shape(self) -> tuple[int, ...]:
+        return self.x.shape[1:]
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.x)
 
     def __getitem__(self, indices: Int[np.ndarray, " b"]) -> Batch:
-        return {"image": self.images[indices], "label": self.labels[indices]}
+        return Batch(self.x[indices], self.labels[indices])
 
     def select(self, indices: Int[np.ndarray, " m"]) -> ArrayDataset:
-        """Returns a dataset of only these images, in this order."""
+        """Returns a dataset of only these, in this order."""
         captions = tuple(self.captions[i] for i in indices) if self.captions else ()
-        return dataclasses.replace(self, images=self.images[indices], labels=self.labels[indices], captions=captions)
+        return dataclasses.replace(self, x=self.x[indices], labels=self.labels[indices], captions=captions)
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSet:
+    """A set of images that `data.name` names.
+
+    read: (config, (height, width)) -> all images. class_names: names of the classes in the order of their labels.
+    image_hw: (height, width) of the images before they are resized; None if there is no one size.
+
+    Example:
+        DIGITS = ImageSet(read_digits, class_names=("0", "1"), image_hw=(8, 8))
+    """
+
+    read: Callable[[DataConfig, tuple[int, int]], ArrayDataset]
+    class_names: tuple[str, ...]
+    image_hw: tuple[int, int] | None = None
+
+
+def image_set(name: str) -> ImageSet | None:
+    """Returns the image set of a name; None for data of a path, or given in Python.
+
+    Example:
+        image_set("digits").class_names
+    """
+    return import_object(IMAGE_SETS[name]) if name in IMAGE_SETS else None
+
+
+@dataclasses.dataclass(frozen=True)
+class BucketedDataset:
+    """Datasets of different shapes with the same classes, one per bucket; a batch has one shape.
+
+    shares: samples of each bucket per pass over the data; None is all of them, so that every sample is used equally
+    often.
+
+    Example:
+        dataset = BucketedDataset((square, wide))
+        loader = Loader(dataset, batch_size=64, seed=0)
+    """
+
+    buckets: tuple[Dataset, ...]
+    shares: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.buckets:
+            raise ValueError("A bucketed dataset needs at least one bucket that is not empty.")
+        if self.shares is not None and (len(self.shares) != len(self.buckets) or min(self.shares) < 1):
+            raise ValueError(f"shares are {self.shares}, of {len(self.buckets)} buckets; give each at least 1.")
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.buckets[0].class_names
+
+    def __len__(self) -> int:
+        return sum(map(len, self.buckets))
+
+
+def buckets_of(dataset: Dataset | BucketedDataset) -> tuple[Dataset, ...]:
+    """Returns the buckets of a dataset; itself if all have one shape.
+
+    Example:
+        shapes = {bucket.event_shape for bucket in buckets_of(dataset)}
+    """
+    return dataset.buckets if isinstance(dataset, BucketedDataset) else (dataset,)
+
+
+def of_one_shape(dataset: Dataset | BucketedDataset, user: str) -> Dataset:
+    """Returns the dataset if all its samples have one shape. user: what needs this, for the error.
+
+    Raises ValueError if it has several.
+
+    Example:
+        dataset = of_one_shape(load(config, image_size=8, channels=1, split="train"), "an Autoencoder")
+    """
+    if isinstance(dataset, BucketedDataset):
+        raise ValueError(f"the data have several shapes (data.aspects is set), but {user} takes one; set it to false.")
+    return dataset
 
 
 def check_opens(name: str) -> None:
@@ -183,8 +262,8 @@ def _cut(order: Int[np.ndarray, " size"], fraction: float, split: Split) -> Int[
     held = max(1, round(fraction * size))
     if held >= size:
         raise ValueError(
-            f"data.eval_fraction {fraction} of {size} pictures leaves none to train on; "
-            f"add pictures or set data.eval_fraction to 0."
+            f"data.eval_fraction {fraction} of {size} images leaves none to train on; "
+            f"add images or set data.eval_fraction to 0."
         )
     return np.sort(order[:held] if split == "eval" else order[held:])
 

@@ -1,7 +1,7 @@
-"""Bit depths of image samples: grey levels of more than 8 bits as bytes, and samples whose range no file states.
+"""Bit depths of image samples: grey levels of more than 8 bits as bytes, and samples without a stated range.
 
-A file states a range by the bits of its samples, all zeros to all ones, or as PGM does by its largest value, to which
-Pillow scales. Floating-point, signed and 32-bit samples may have any unit: nothing says which values are black and
+The range of samples follows from their number of bits or, in PGM, from a largest value that the file states; Pillow
+scales these. Floating-point, signed and 32-bit samples may have any unit: nothing says which values are black and
 white.
 """
 
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
 _WHITE_IS_ZERO, _SIGNED = 0, 2
 _PNG_BITS_AT = 24
-_CONVERT = "; convert it to 8 or 16 bits without a sign"
+_CONVERT = "; convert it to unsigned 8 or 16 bits"
 
 
 class Samples(NamedTuple):
-    """Bits of each sample as Pillow gives it or, for PNG, as stored in the file; and whether zero is white.
+    """Bits of each sample, as Pillow gives them or, for PNG, as the file stores them; and whether zero is white.
 
     Example:
         samples = Samples(bits=12)
@@ -38,7 +38,7 @@ class Samples(NamedTuple):
 
 
 def samples_of(image: Image, path: str | os.PathLike[str]) -> Samples:
-    """Returns the sample depth of an open image. path: its file, whose header Pillow does not fully expose.
+    """Returns the sample depth of an open image. path: its file; Pillow does not expose all of its header.
 
     Example:
         samples = samples_of(image, "cat.tif")
@@ -56,20 +56,20 @@ def samples_of(image: Image, path: str | os.PathLike[str]) -> Samples:
 
 
 def without_range(image: Image) -> str:
-    """Returns which samples of an image have no stated range, and what to do; empty if the range is known.
+    """Returns why the range of an image's samples is unknown, and what to do; empty if it is known.
 
     Example:
-        without_range(image)  # "has floating-point samples, ...; convert it to 8 or 16 bits without a sign"
+        without_range(image)  # "has floating-point samples, ...; convert it to unsigned 8 or 16 bits"
     """
     if image.mode == "F":
-        return f"has floating-point samples, whose range no file states{_CONVERT}"
+        return f"has floating-point samples, whose range is unknown{_CONVERT}"
     if image.format != "TIFF":
         return ""
     bits = _tag(image, _BITS, 1)
     if _tag(image, _SAMPLE_FORMAT, 1) == _SIGNED:
-        return f"has samples of {bits} bits with a sign, whose range no file states{_CONVERT}"
+        return f"has signed samples of {bits} bits, whose range is unknown{_CONVERT}"
     if image.mode.startswith("I") and bits > 16:
-        return f"has samples of {bits} bits, whose range no file states{_CONVERT}"
+        return f"has samples of {bits} bits, whose range is unknown{_CONVERT}"
     return ""
 
 

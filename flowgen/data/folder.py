@@ -11,19 +11,19 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int, Int32, UInt8
 
-from flowgen.data.buckets import BucketedDataset
+from flowgen.batch import Batch
 from flowgen.data.classes import tell_held_out, with_classes
-from flowgen.data.dataset import ArrayDataset, Batch, DataConfig, Dataset, Split, hold_out_files
+from flowgen.data.dataset import ArrayDataset, BucketedDataset, DataConfig, Dataset, Split, hold_out_files
+from flowgen.data.image_files import Crop, read_image, read_image_size
 from flowgen.data.inventory import tell
 from flowgen.data.listing import Listing, list_files
 from flowgen.data.media import IMAGE_FORMATS, pillow
-from flowgen.data.pictures import Crop, picture_size, read_picture
 from flowgen.data.unreadable import FileReader, OnCorrupt, tell_lost_classes
 from flowgen.documents import read_bytes
 from flowgen.text import ASPECTS, aspect_size, nearest_aspect
 
 _log = logging.getLogger(__name__)
-_WHAT = ("picture", "pictures")
+_WHAT = ("image", "images")
 
 
 def read_folder(
@@ -53,15 +53,15 @@ def read_folder(
     if channels not in (1, 3):
         raise ValueError(f"model.channels is {channels}; data.name 'folder' gives 1 (grey) or 3 (colour).")
     pillow()
-    listing = opened(config.path, tuple(IMAGE_FORMATS), "pictures", config.classes)
+    listing = opened(config.path, tuple(IMAGE_FORMATS), "images", config.classes)
     labels, class_names = listing.labels, listing.class_names
     chosen = hold_out_files(listing.names, config.eval_fraction, split)
     captions = read_captions(listing)
     if split == "train":
-        tell_held_out(labels, chosen, class_names, "pictures")
+        tell_held_out(labels, chosen, class_names, "images")
     if captions and config.on_corrupt == "skip":
         raise ValueError(
-            "data.on_corrupt is 'skip', but pictures with captions cannot be left out; remove the unreadable ones."
+            "data.on_corrupt is 'skip', but images with captions cannot be left out; remove the unreadable ones."
         )
     in_memory = len(chosen) * math.prod(image_size) * channels <= config.in_memory_bytes
     if not in_memory:
@@ -73,7 +73,7 @@ def read_folder(
             labels[kept],
             class_names=class_names,
             captions=tuple(captions[i] for i in kept) if captions else (),
-            image_shape=(*size, channels),
+            event_shape=(*size, channels),
             crop=config.crop,
             on_corrupt=config.on_corrupt,
             split=split,
@@ -82,7 +82,7 @@ def read_folder(
 
     def told(datasets: Sequence[ArrayDataset | FolderDataset]) -> None:
         kept = np.concatenate([dataset.labels for dataset in datasets])
-        lost = f"No picture of the split '{split}' is left of {{}}, whose pictures cannot be read."
+        lost = f"No image of the split '{split}' is left of {{}}, whose images cannot be read."
         tell_lost_classes(labels[chosen], kept, class_names, lost)
 
     if not config.aspects:
@@ -98,9 +98,7 @@ def read_folder(
     buckets = [dataset(kept, sizes[name]) for name, kept in members.items() if kept]
     readable = tuple(bucket for bucket in buckets if len(bucket))
     if not readable:
-        raise ValueError(
-            f"data.path '{config.path}' holds no picture that can be read in the split '{split}'; add some."
-        )
+        raise ValueError(f"data.path '{config.path}' holds no image that can be read in the split '{split}'; add some.")
     told(readable)
     return BucketedDataset(readable)
 
@@ -109,7 +107,7 @@ def opened(path: str, suffixes: tuple[str, ...], what: str, classes: tuple[str, 
     """Returns the files of a folder with their labels as numbers of `classes`; warnings say what is left out.
 
     Example:
-        listing = opened("photos", (".png",), "pictures", ("cat", "dog"))
+        listing = opened("photos", (".png",), "images", ("cat", "dog"))
     """
     listing = list_files(path, suffixes, what)
     if listing.left_out:
@@ -123,7 +121,7 @@ def read_captions(listing: Listing) -> tuple[str, ...]:
     Raises ValueError if some files have captions and others none, or one is not UTF-8.
 
     Example:
-        captions = read_captions(list_files("photos", (".png",), "pictures"))
+        captions = read_captions(list_files("photos", (".png",), "images"))
     """
     missing = [name for name, caption in zip(listing.names, listing.captions, strict=True) if caption is None]
     if len(missing) == len(listing):
@@ -131,7 +129,7 @@ def read_captions(listing: Listing) -> tuple[str, ...]:
     if missing:
         first = listing.root / missing[0]
         raise ValueError(
-            f"data.path has captions of {len(listing) - len(missing)} of {len(listing)} pictures; add "
+            f"data.path has captions of {len(listing) - len(missing)} of {len(listing)} images; add "
             f"'{first.with_suffix('.txt')}' and {len(missing) - 1} more, or remove the .txt files."
         )
     return tuple(_caption(listing.root / caption) for caption in listing.captions if caption is not None)
@@ -151,7 +149,7 @@ class FolderDataset:
     it, with that one's label: the result depends only on the position.
 
     Example:
-        dataset = FolderDataset(files, labels, class_names=("cat", "dog"), image_shape=(64, 64, 3))
+        dataset = FolderDataset(files, labels, class_names=("cat", "dog"), event_shape=(64, 64, 3))
         batch = dataset[np.arange(32)]
     """
 
@@ -162,7 +160,7 @@ class FolderDataset:
         *,
         class_names: tuple[str, ...],
         captions: tuple[str, ...] = (),
-        image_shape: tuple[int, int, int],
+        event_shape: tuple[int, int, int],
         crop: Crop = "center",
         on_corrupt: OnCorrupt = "refuse",
         split: Split = "all",
@@ -171,7 +169,7 @@ class FolderDataset:
         self.labels = labels
         self.class_names = class_names
         self.captions = captions
-        self.image_shape = image_shape
+        self.event_shape = event_shape
         self.crop: Crop = crop
         self.on_corrupt = on_corrupt
         self._reader = FileReader(self._read, files, on_corrupt, what=_WHAT, split=split)
@@ -183,7 +181,7 @@ class FolderDataset:
         with ThreadPoolExecutor() as pool:
             answers = list(pool.map(self._reader.next_readable, indices.tolist()))
         positions = np.array([position for position, _ in answers])
-        return {"image": np.stack([image for _, image in answers]), "label": self.labels[positions]}
+        return Batch(np.stack([image for _, image in answers]), self.labels[positions])
 
     def checked(self, *, may_be_empty: bool = False) -> FolderDataset:
         """Returns itself; raises ValueError if files may be skipped and none can be read."""
@@ -196,19 +194,21 @@ class FolderDataset:
 
         may_be_empty: skip them even if none is left.
         """
-        images = np.empty((len(self.files), *self.image_shape), np.uint8)
+        images = np.empty((len(self.files), *self.event_shape), np.uint8)
         kept = self._reader.read_all(images.__setitem__, may_be_empty=may_be_empty)
         images = images if len(kept) == len(images) else images[kept]
         return ArrayDataset(images, self.labels[kept], class_names=self.class_names, captions=self.captions)
 
     def _read(self, position: int) -> UInt8[np.ndarray, "height width c"]:
-        height, width, channels = self.image_shape
-        return read_picture(self.files[position], size=(height, width), channels=channels, crop=self.crop)
+        height, width, channels = self.event_shape
+        return read_image(self.files[position], size=(height, width), channels=channels, crop=self.crop)
 
 
 def _aspects(files: list[Path], on_corrupt: OnCorrupt, split: Split) -> list[str | None]:
     """The nearest aspect of each image, from its header; None for one that is skipped as unreadable."""
     found: list[str | None] = [None] * len(files)
-    reader = FileReader(lambda i: nearest_aspect(*picture_size(files[i])), files, on_corrupt, what=_WHAT, split=split)
+    reader = FileReader(
+        lambda i: nearest_aspect(*read_image_size(files[i])), files, on_corrupt, what=_WHAT, split=split
+    )
     reader.read_all(found.__setitem__, may_be_empty=True)
     return found

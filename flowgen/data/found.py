@@ -1,4 +1,4 @@
-"""What a config's data hold: the classes before opening them, and the rest afterwards."""
+"""What a config's data contain: their classes, found without opening them, and the inventory of opened data."""
 
 from __future__ import annotations
 
@@ -7,41 +7,39 @@ import zlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from flowgen.data.buckets import BucketedDataset
 from flowgen.data.clips import ClipsConfig, VideoClips
 from flowgen.data.crafter import CLASS_NAMES
-from flowgen.data.dataset import DataConfig, Dataset, check_opens, hold_out_files
+from flowgen.data.dataset import (
+    BucketedDataset,
+    DataConfig,
+    Dataset,
+    buckets_of,
+    check_opens,
+    hold_out_files,
+    image_set,
+)
 from flowgen.data.folder import FolderDataset
+from flowgen.data.image_files import UnreadableImage, read_image_size
 from flowgen.data.inventory import Inventory
-from flowgen.data.latents import INDEX_FILE, LatentDataset, read_index
+from flowgen.data.latent_files import INDEX_FILE, LatentsConfig, read_index
+from flowgen.data.latents import LatentDataset, kind_of
 from flowgen.data.listing import Listing, list_files
 from flowgen.data.media import IMAGE_FORMATS
 from flowgen.data.named import DIGIT_NAMES
 from flowgen.data.npz import npz_classes, npz_marks
-from flowgen.data.openmoji import GROUPS
-from flowgen.data.pictures import UnreadablePicture, picture_size
 from flowgen.data.video import READABLE, UnreadableVideo, video_size
 
-_BUILT_IN = {
-    "digits": DIGIT_NAMES,
-    "mnist": DIGIT_NAMES,
-    "openmoji": GROUPS,
-    "bouncing": DIGIT_NAMES,
-    "crafter": CLASS_NAMES,
-    "real": (),
-}
-_BUILT_IN_SIZES = {"digits": ((8, 8),), "mnist": ((28, 28),)}
+_CLIP_CLASSES = {"bouncing": DIGIT_NAMES, "crafter": CLASS_NAMES, "real": ()}
 # Files whose sizes are checked; fewer for videos, which take longer.
-_PICTURES_SIZED, _VIDEOS_SIZED = 32, 4
+_IMAGES_SIZED, _VIDEOS_SIZED = 32, 4
 
 Marks = Mapping[str, int | str]
 
 
-def found_classes(config: DataConfig | ClipsConfig) -> tuple[str, ...]:
+def found_classes(config: DataConfig | ClipsConfig | LatentsConfig) -> tuple[str, ...]:
     """Returns the class names in data, in the order of their labels, without opening images.
 
     Raises as `load` and `load_clips` if the data cannot be read.
@@ -49,42 +47,49 @@ def found_classes(config: DataConfig | ClipsConfig) -> tuple[str, ...]:
     Example:
         found_classes(DataConfig("folder", path="photos"))  # ("cat", "dog", "fox")
     """
+    if isinstance(config, LatentsConfig):
+        return read_index(config.path).class_names
     if config.name == "folder":
         return _listed(config).class_names
     if config.name == "npz":
         return npz_classes(config.path)
-    if config.name == "encoded":
-        return tuple(read_index(config.path)["class_names"])
     check_opens(config.name)
-    return _BUILT_IN[config.name]
+    named = image_set(config.name)
+    return _CLIP_CLASSES[config.name] if named is None else named.class_names
 
 
 def take_inventory(
-    config: DataConfig | ClipsConfig,
+    config: DataConfig | ClipsConfig | LatentsConfig,
     train: Dataset | BucketedDataset,
     held_out: Dataset | BucketedDataset | None = None,
 ) -> Inventory:
-    """Returns the inventory of data opened with a config. Latents of mirror images are not counted.
+    """Returns the inventory of data opened with a config. Mirror images that are encoded beside the images are not
+    counted.
 
     Example:
         print(take_inventory(config, train, held_out).line())
     """
-    kind = "clips" if isinstance(config, ClipsConfig) else "images"
     whole, beside = _apart(train)
-    mirrored = 2 if isinstance(whole[0], LatentDataset) and config.flip else 1
-    listing = _listed(config) if config.name == "folder" else None
+    kind = "images" if kind_of(whole[0]) == "image" else "clips"
+    mirrored = 2 if isinstance(whole[0], LatentDataset) and getattr(config, "flip", False) else 1
+    listing, sizes = None, ()
+    if not isinstance(config, LatentsConfig):
+        listing = _listed(config) if config.name == "folder" else None
+        named = image_set(config.name)
+        known = () if named is None or named.image_hw is None else (named.image_hw,)
+        sizes = known if listing is None else _sizes(config, listing)
     train_files, held_files = _marks(config, listing)
     left_out = () if listing is None else listing.left_out
     if kind == "images" and listing is not None:
         read = sum(map(len, whole)) + (len(held_files) if held_out is None else len(held_out))
         if unreadable := len(train_files) + len(held_files) - read:
-            left_out = (*left_out, f"{unreadable:,} that cannot be read, which the files below name, too")
+            left_out = (*left_out, f"{unreadable:,} unreadable, which are included in the files below")
     return Inventory(
-        f"latents of {kind}" if config.name == "encoded" else kind,
+        f"latents of {kind}" if isinstance(config, LatentsConfig) else kind,
         sum(map(len, whole)) // mirrored,
         0 if held_out is None else len(held_out),
-        _BUILT_IN_SIZES.get(config.name, ()) if listing is None else _sizes(config, listing),
-        tuple(dict.fromkeys(b.event_shape if isinstance(b, LatentDataset) else b.image_shape[:2] for b in whole)),
+        sizes,
+        tuple(dict.fromkeys(b.event_shape if isinstance(b, LatentDataset) else b.event_shape[-3:-1] for b in whole)),
         train.class_names,
         train_files,
         held_files,
@@ -97,53 +102,45 @@ def take_inventory(
 def _listed(config: DataConfig | ClipsConfig) -> Listing:
     if isinstance(config, ClipsConfig):
         return list_files(config.path, READABLE, "videos")
-    return list_files(config.path, tuple(IMAGE_FORMATS), "pictures")
+    return list_files(config.path, tuple(IMAGE_FORMATS), "images")
 
 
-def _apart(dataset: Dataset | BucketedDataset) -> tuple[list[Any], list[Any]]:
+def _apart(dataset: Dataset | BucketedDataset) -> tuple[list[Dataset], list[Dataset]]:
     """The images or whole clips of a dataset, and the images beside clips."""
-    buckets: list[Any] = list(dataset.buckets) if isinstance(dataset, BucketedDataset) else [dataset]
-    most = max(map(_frames, buckets))
-    return [b for b in buckets if _frames(b) == most], [b for b in buckets if _frames(b) == 1 < most]
+    buckets = buckets_of(dataset)
+    whole = [bucket for bucket in buckets if kind_of(bucket) in ("image", "clip")]
+    return whole, [bucket for bucket in buckets if kind_of(bucket) == "still"]
 
 
 def _at_most(dataset: Dataset | BucketedDataset) -> bool:
     """Whether unreadable files are included in the counts, because they are only found later."""
-    buckets = dataset.buckets if isinstance(dataset, BucketedDataset) else (dataset,)
-    return any(isinstance(b, FolderDataset | VideoClips) and b.on_corrupt == "skip" for b in buckets)
-
-
-def _frames(dataset: Any) -> int:
-    """The frames of clips; 0 for images."""
-    if isinstance(dataset, LatentDataset):
-        return dataset.event_shape[0] if len(dataset.event_shape) > 3 else 0
-    return getattr(dataset, "frames", 0)
+    return any(isinstance(b, FolderDataset | VideoClips) and b.on_corrupt == "skip" for b in buckets_of(dataset))
 
 
 def _sizes(config: DataConfig | ClipsConfig, listing: Listing) -> tuple[tuple[int, int], ...]:
     """(height, width) of some files, evenly spaced; unreadable ones are skipped."""
     is_video = isinstance(config, ClipsConfig)
-    most = min(_VIDEOS_SIZED if is_video else _PICTURES_SIZED, len(listing))
+    most = min(_VIDEOS_SIZED if is_video else _IMAGES_SIZED, len(listing))
     files = [listing.root / listing.names[i] for i in np.linspace(0, len(listing) - 1, most).astype(int)]
 
     def size(file: Path) -> tuple[int, int] | None:
         try:
-            return video_size(file) if is_video else picture_size(file)
-        except (UnreadablePicture, UnreadableVideo):
+            return video_size(file) if is_video else read_image_size(file)
+        except (UnreadableImage, UnreadableVideo):
             return None
 
     with ThreadPoolExecutor() as pool:
         return tuple(found for found in pool.map(size, files) if found is not None)
 
 
-def _marks(config: DataConfig | ClipsConfig, listing: Listing | None) -> tuple[Marks, Marks]:
+def _marks(config: DataConfig | ClipsConfig | LatentsConfig, listing: Listing | None) -> tuple[Marks, Marks]:
     """The files of both splits with marks of their content; a file with data of both counts in the first."""
-    if config.name == "npz":
-        return npz_marks(config.path), {}
-    if config.name == "encoded":
+    if isinstance(config, LatentsConfig):
         folder = Path(config.path)
         files = [folder / INDEX_FILE, *sorted(folder.glob("*/label.npy"))]
         return {file.relative_to(folder).as_posix(): zlib.crc32(file.read_bytes()) for file in files}, {}
+    if config.name == "npz":
+        return npz_marks(config.path), {}
     train: dict[str, int | str] = {}
     held_out: dict[str, int | str] = {}
     if listing is not None:

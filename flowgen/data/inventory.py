@@ -1,6 +1,6 @@
-"""What a run found in its data: one line for people, and a record kept with the run that shows later changes.
+"""What a run found in its data: a line for people, and a record that is kept with the run to detect later changes.
 
-It does not depend on how data are loaded, so that the training loop can keep it.
+This module does not depend on how data are loaded, so the training loop can use it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 from flowgen.printable import composed, printable
 
 _log = logging.getLogger("flowgen.data")
-# Names of a longer file list are not kept with the run, only their digest.
+# Of a longer list of files, only a digest is kept with the run.
 MOST_FILES = 100_000
 _NAMED, _CLASSES_NAMED = 3, 10
 _told: ContextVar[set[str] | None] = ContextVar("told", default=None)
@@ -77,10 +77,10 @@ class Inventory:
     """What was found in the data of a run.
 
     what: images, clips or latents. train, held_out: their numbers. before: (height, width) of some of the files, in
-    pixels; empty if they are not resized. after: the model's input shapes. train_files, held_out_files: a mark of each
+    pixels; empty if files are not resized. after: the model's input shapes. train_files, held_out_files: a mark of each
     file's content, such as its size, by its name; empty for data that come with a package.
-    left_out: what was left out, in words. stills: images that are trained on beside clips. at_most: for both splits,
-    whether some may turn out to be unreadable.
+    left_out: descriptions of what was left out. stills: number of images trained on beside clips. at_most: for each
+    split, whether its number is an upper bound, because some files may turn out to be unreadable.
 
     Example:
         inventory = Inventory("images", 1080, 120, ((48, 48),), ((32, 32),), ("cat", "dog", "fox"))
@@ -158,14 +158,14 @@ class Inventory:
             digest, files = known["digest"], known["files"]
             parts = None if files is None else tuple(_in_one_form(files[split]) for split in ("train", "held_out"))
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError("holds no list of files") from error
+            raise ValueError("has no list of files") from error
         if digest == self.digest():
             return ""
         if parts is None:
-            return "The files of the data are not those of the last time; there are too many to say which."
+            return "The data files have changed since the run was last started; there are too many to say which."
         now = (_in_one_form(files) for files in (self.train_files, self.held_out_files))
         differences = _differences(*parts, *now)
-        return f"The data changed since the run was last started: {differences}." if differences else ""
+        return f"The data have changed since the run was last started: {differences}." if differences else ""
 
 
 def _in_one_form(files: Mapping[str, Any]) -> dict[str, Any]:
@@ -182,9 +182,9 @@ def _differences(
     cases = {
         "added": [name for name in now if name not in before],
         "removed": [name for name in before if name not in now],
-        "with other content": [name for name in now if name in before and before[name] != now[name]],
-        "held out then and trained on now": [name for name in train_now if name in held],
-        "trained on then and held out now": [name for name in held_now if name in train],
+        "with changed content": [name for name in now if name in before and before[name] != now[name]],
+        "previously held out, now trained on": [name for name in train_now if name in held],
+        "previously trained on, now held out": [name for name in held_now if name in train],
     }
     return "; ".join(f"{len(names):,} {case} ({_examples(names)})" for case, names in cases.items() if names)
 

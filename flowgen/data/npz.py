@@ -19,16 +19,18 @@ MOST_SPARSE = 1 << 16
 
 
 def read_npz(config: DataConfig, size: tuple[int, int]) -> ArrayDataset:
-    """Returns the arrays `images` (uint8 `n h w` or `n h w c`) and, if present, `labels` (integers `n`).
+    """Returns the arrays `images` (uint8 `n height width` or `n height width c`) and, if present, `labels` (integers
+    `n`).
 
-    Nothing is resized or converted, and other arrays are not read. -1 marks an image without label. An array
-    `class_names` (texts) names the classes, which are then mapped by name; without it labels index `config.classes`, or
+    Nothing is resized or converted, and other arrays are not read. -1 marks an image without a label. If there is an
+    array `class_names` (text), classes are mapped by name; otherwise labels index `config.classes` or, without those,
     classes named "0", "1" up to the largest label.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: not an .npz file, a missing array or one of the wrong type or shape, or a label that is not a class
-        number.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not an .npz file, an array is missing or has the wrong type or shape, or a label is not
+        a
+        class number.
 
     Example:
         np.savez("shapes.npz", images=images, labels=labels, class_names=["circle", "square"])
@@ -65,7 +67,7 @@ def npz_classes(path: str) -> tuple[str, ...]:
 
 
 def npz_marks(path: str) -> dict[str, int]:
-    """Returns the checksums stored in an .npz file of the arrays that are read.
+    """Returns the stored checksums of the arrays that are read from an .npz file.
 
     Example:
         npz_marks("shapes.npz")  # {"images.npy": 2774512934, "labels.npy": 1037565863}
@@ -83,13 +85,13 @@ def _named_classes(path: Path, arrays: dict[str, np.ndarray], count: int | None)
     if names is None:
         if largest >= max(MOST_SPARSE, labels.size):
             raise ValueError(
-                f"'labels' in data.path '{path}' contains {largest} for {labels.size} pictures; number the classes "
+                f"'labels' in data.path '{path}' contains {largest} for {labels.size} images; number the classes "
                 "from 0 without gaps."
             )
         return tuple(map(str, range(largest + 1)))
     if names.dtype.kind != "U" or names.ndim != 1 or largest >= len(names):
         raise ValueError(
-            f"'class_names' in data.path '{path}' is {names.dtype} of shape {names.shape}, and labels go up to "
+            f"'class_names' in data.path '{path}' is {names.dtype} of shape {names.shape}, but labels go up to "
             f"{largest}; save a name (text) for each class."
         )
     return checked_names(tuple(names.tolist()), f"'class_names' in data.path '{path}'")
@@ -99,12 +101,12 @@ def _numbered(path: Path, count: int, classes: tuple[str, ...]) -> tuple[str, ..
     """The classes of a run, which labels without names index."""
     if count > len(classes):
         raise ValueError(
-            f"'labels' in data.path '{path}' contains {count - 1}, and data.classes has {len(classes)} names "
+            f"'labels' in data.path '{path}' contains {count - 1}, but data.classes has {len(classes)} names "
             f"({name_list(classes)}), numbered from 0; correct the labels."
         )
     if classes[:count] != tuple(map(str, range(count))):
         tell(
-            f"data.path '{path}' has no array 'class_names', so its labels are taken for numbers of data.classes "
+            f"data.path '{path}' has no array 'class_names', so its labels are taken as numbers of data.classes "
             f"(0 is {classes[0]})."
         )
     return classes
@@ -113,14 +115,14 @@ def _numbered(path: Path, count: int, classes: tuple[str, ...]) -> tuple[str, ..
 def _read_arrays(path: Path, names: tuple[str, ...]) -> tuple[dict[str, np.ndarray], list[str]]:
     """The requested arrays that a file has, and the names of all its arrays."""
     if not path.is_file():
-        raise FileNotFoundError(f"data.path '{path}' is no file; give the path of an .npz file.")
+        raise FileNotFoundError(f"data.path '{path}' is not a file; give the path of an .npz file.")
     try:
         # Only zip files: np.load would try to unpickle anything else. It also leaks files that it opens.
         with path.open("rb") as file, zipfile.ZipFile(file), np.load(file, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in names if name in arrays.files}, sorted(arrays.files)
     except (*ARRAY_DAMAGE, OSError) as error:
         raise ValueError(
-            f"data.path '{path}' is no readable .npz file of plain arrays ({error}); "
+            f"data.path '{path}' is not a readable .npz file of plain arrays ({error}); "
             f"save it with np.savez(path, images=..., labels=...)."
         ) from error
 
@@ -136,7 +138,7 @@ def _check_images(path: Path, images: Shaped[np.ndarray, "..."], size: tuple[int
         raise ValueError(f"{where} is {images.dtype}; save uint8 levels 0..255.")
     if images.ndim != 4 or len(images) == 0:
         raise ValueError(
-            f"{where} has shape {images.shape}; save at least one picture as (n, height, width) "
+            f"{where} has shape {images.shape}; save at least one image as (n, height, width) "
             f"or (n, height, width, channels)."
         )
     if images.shape[1:3] != size:
@@ -150,8 +152,7 @@ def _check_labels(path: Path, labels: Shaped[np.ndarray, "..."], count: int) -> 
     where = f"'labels' in data.path '{path}'"
     if labels.dtype.kind not in "iu" or labels.shape != (count,):
         raise ValueError(
-            f"{where} is {labels.dtype} of shape {labels.shape}; save integers of shape ({count},), "
-            f"one for each picture."
+            f"{where} is {labels.dtype} of shape {labels.shape}; save integers of shape ({count},), one per image."
         )
     if (smallest := int(labels.min(initial=0))) < NO_LABEL:
-        raise ValueError(f"{where} contains {smallest}; labels start at 0, and -1 marks a picture without.")
+        raise ValueError(f"{where} contains {smallest}; labels start at 0, and -1 marks an image without one.")

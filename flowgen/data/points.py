@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from flowgen.data.dataset import Batch
+from flowgen.batch import Batch
 from flowgen.matching import toy
 from flowgen.settings import config
 
@@ -44,5 +44,5 @@ def blank_batches(share: int, start: int, stop: int) -> Iterator[Batch]:
         for batch in blank_batches(256, 0, 20_000):
             ...
     """
-    blank = {"blank": np.zeros(share, np.int8)}
+    blank = Batch(np.zeros(share, np.uint8))
     return (blank for _ in range(start, stop))

@@ -4,31 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Callable
 
 import numpy as np
 from jaxtyping import UInt8
 
 from flowgen.arrays import check_count, shown
-from flowgen.data.buckets import BucketedDataset
 from flowgen.data.classes import tell_held_out, with_classes
-from flowgen.data.dataset import ArrayDataset, DataConfig, Dataset, Split, check_choice, check_opens, hold_out
+from flowgen.data.dataset import (
+    BucketedDataset,
+    DataConfig,
+    Dataset,
+    Split,
+    check_choice,
+    check_opens,
+    hold_out,
+    image_set,
+)
 from flowgen.data.folder import read_folder
-from flowgen.data.latents import read_latents
-from flowgen.data.named import read_digits, read_mnist
 from flowgen.data.npz import read_npz
-from flowgen.data.openmoji import read_openmoji
 from flowgen.nn.checks import ImageSize, image_sides
 
-# A dataset that fits in memory is one function (config, image_size) -> ArrayDataset, one row here, its name in
-# `DataConfig.name` and, if it ships with its classes, a row of `flowgen.data.found`.
-_READERS: dict[str, Callable[[DataConfig, tuple[int, int]], ArrayDataset]] = {
-    "digits": read_digits,
-    "mnist": read_mnist,
-    "openmoji": read_openmoji,
-    "npz": read_npz,
-}
-_WITH_PATH = ("folder", "npz", "encoded")
+_WITH_PATH = ("folder", "npz")
 
 
 def load(
@@ -61,19 +57,18 @@ def load(
     if config.name not in _WITH_PATH and config.path:
         raise ValueError(
             f"data.path is '{config.path}' but data.name '{config.name}' reads no path; "
-            f"set data.name to 'folder', 'npz' or 'encoded', or leave data.path empty."
+            f"set data.name to 'folder' or 'npz', or leave data.path empty."
         )
     if config.name == "folder":
         return read_folder(config, image_size=sides, channels=channels, split=split, multiple=multiple)
-    if config.name == "encoded":
-        return read_latents(config.path, split, config.classes)
-    dataset = _READERS[config.name](config, sides)
+    named = image_set(config.name)
+    dataset = read_npz(config, sides) if named is None else named.read(config, sides)
     dataset = with_classes(dataset, config.classes, f"data.name '{config.name}'")
     chosen = hold_out(len(dataset), config.eval_fraction, split)
     if split == "train":
-        tell_held_out(dataset.labels, chosen, dataset.class_names, "pictures")
+        tell_held_out(dataset.labels, chosen, dataset.class_names, "images")
     dataset = dataset.select(chosen)
-    return dataclasses.replace(dataset, images=_match_channels(dataset.images, channels, config.name))
+    return dataclasses.replace(dataset, x=_match_channels(dataset.x, channels, config.name))
 
 
 def _match_channels(
@@ -85,6 +80,6 @@ def _match_channels(
     if given == 1 and channels == 3:
         return images.repeat(3, axis=-1)
     raise ValueError(
-        f"model.channels is {channels} but data.name '{name}' has pictures of {given} channels; "
+        f"model.channels is {channels} but data.name '{name}' has images of {given} channels; "
         f"set model.channels to {'1 or 3' if given == 1 else given}."
     )

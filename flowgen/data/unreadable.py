@@ -1,4 +1,4 @@
-"""Unreadable files: all refused by name at once, or skipped."""
+"""Unreadable files: they are either all refused in one error, or skipped."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _NAMED_IN_ERRORS = 5
 
 
 class Unreadable(ValueError):
-    """A file that cannot be decoded. named: the file and the reason, in the form used in a list."""
+    """Raised for a file that cannot be decoded. named: the file and the reason, as an item of a list."""
 
     @property
     def named(self) -> str:
@@ -28,10 +28,10 @@ class Unreadable(ValueError):
 def tell_lost_classes(
     before: Int32[np.ndarray, " n"], after: Int32[np.ndarray, " m"], class_names: Sequence[str], sentence: str
 ) -> None:
-    """Warns about classes with no samples left. sentence: with {} for their names.
+    """Warns about classes with no samples left. sentence: the warning, with {} for their names.
 
     Example:
-        tell_lost_classes(labels, labels[kept], names, "No picture is left of {}.")
+        tell_lost_classes(labels, labels[kept], names, "No image of {} is left.")
     """
     if lost := [class_names[label] for label in np.setdiff1d(before, after) if label >= 0]:
         tell(sentence.format(name_list(lost)))
@@ -41,10 +41,10 @@ class FileReader(Generic[T]):
     """Reads files by their position in a list, and handles those that raise Unreadable.
 
     "refuse" raises a ValueError that names them; "skip" warns once about each file and leaves it out. what: singular
-    and plural noun for messages. split: the files' split. replaces: another file may replace a skipped one.
+    and plural noun for messages. split: the files' split. replaces: whether another file may replace a skipped one.
 
     Example:
-        reader = FileReader(read, files, "skip", what=("picture", "pictures"), split="train")
+        reader = FileReader(read, files, "skip", what=("image", "images"), split="train")
         position, image = reader.next_readable(7)
     """
 
@@ -114,9 +114,9 @@ class FileReader(Generic[T]):
     def _refusal(self, failures: dict[Path, Unreadable]) -> ValueError:
         refuse = self._on_corrupt == "refuse"
         skip = ", or set data.on_corrupt to 'skip'" if refuse and self._replaces else ""
-        none = f"data.on_corrupt is 'skip', but nothing is left of the split '{self._split}': "
+        none = f"data.on_corrupt is 'skip', but no file of the split '{self._split}' is readable: "
         none = "" if refuse or not self._replaces else none
-        return ValueError(f"{none}data.path holds {self._listed(failures)}; repair or remove them{skip}.")
+        return ValueError(f"{none}data.path has {self._listed(failures)}; repair or remove them{skip}.")
 
     def _listed(self, failures: dict[Path, Unreadable]) -> str:
         errors, (one, several) = list(failures.values()), self._what

@@ -1,4 +1,4 @@
-"""The orientation of images: right-angle turns and mirrors, read from EXIF even if the rest of it is malformed."""
+"""The orientation of images: right-angle turns and mirrors, read from EXIF even if other parts are malformed."""
 
 from __future__ import annotations
 
@@ -87,13 +87,13 @@ def exif_turn(exif: bytes) -> Turn:
     return Turn()
 
 
-def picture_turn(image: Image) -> Turn:
+def image_turn(image: Image) -> Turn:
     """Returns the turn in the metadata of an open image: from EXIF, else from the same tag in XMP.
 
     Pillow turns TIFF files itself.
 
     Example:
-        turn = picture_turn(image)
+        turn = image_turn(image)
     """
     if image.format == "TIFF":
         return Turn()
@@ -112,8 +112,8 @@ def picture_turn(image: Image) -> Turn:
 
 
 def without_metadata(content: bytes) -> tuple[bytes, Turn] | None:
-    """Returns a JPEG, PNG or TIFF file stripped to what its pixels need, and the turn that its EXIF states; None for
-    other files.
+    """Returns a JPEG, PNG or TIFF file without metadata that do not affect its pixels, and the turn that its EXIF
+    states; None for other files.
 
     Example:
         plain, turn = without_metadata(Path("cat.jpg").read_bytes())

@@ -1,4 +1,4 @@
-"""Video files: reading clips at any frame rate, and writing them, with PyAV and Pillow."""
+"""Video files: reads clips at any frame rate, and writes them, with PyAV and Pillow."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from flowgen.data.image_files import Crop, fit
 from flowgen.data.media import atomic_file, check_writable, pillow
-from flowgen.data.pictures import Crop, fit
 from flowgen.data.upright import Turn
 from flowgen.data.video_frames import BT709, LIMITED_RANGE, frame_pixels, frame_turn, to_bt709
 from flowgen.data.video_streams import SAME_TIME, UnreadableVideo, av, last_end, opened, shown_frames
@@ -31,7 +31,7 @@ _TIMES = 1 << 16
 def video_length(path: str | os.PathLike[str]) -> tuple[float, float]:
     """Returns the duration in seconds and the frame rate of a video. Raises UnreadableVideo if the file is not one.
 
-    It begins with its first key frame and ends with its last complete frame, whatever the file claims.
+    A video begins with its first key frame and ends with its last complete frame, whatever the file claims.
 
     Example:
         seconds, fps = video_length("clip.mp4")
@@ -52,8 +52,8 @@ def video_size(path: str | os.PathLike[str]) -> tuple[int, int]:
 
 
 def frame_times(path: str | os.PathLike[str], *, fps: float | int | None = None) -> Float[np.ndarray, " n"]:
-    """Returns the times in seconds at which `read_clip` finds frames: i / fps for the video's duration, or with fps
-    None those of its own frames, read without decoding. Second 0 is the first key frame.
+    """Returns the times in seconds at which `read_clip` finds frames: i / fps over the video's duration or, if fps is
+    None, those of its own frames, read without decoding. Second 0 is the first key frame.
 
     Raises UnreadableVideo if the file is not a video, has lost its end, or claims to last longer than its bytes allow.
 
@@ -67,7 +67,7 @@ def frame_times(path: str | os.PathLike[str], *, fps: float | int | None = None)
     # Up to a quarter of a frame may be missing at the end, since files that count milliseconds round.
     count = math.floor(seconds * fps + 0.25)
     if count > os.path.getsize(path) + _TIMES:
-        reason = f"says that it lasts {seconds:.3g} seconds, at {fps:g} frames per second more than it can hold"
+        reason = f"claims to last {seconds:.3g} seconds, which at {fps:g} frames per second is more than it can hold"
         raise UnreadableVideo(path, reason, "convert it again")
     return np.arange(count) / fps
 
@@ -84,9 +84,9 @@ def read_clip(
 ) -> UInt8[np.ndarray, "frames height width c"]:
     """Returns frames of a video at times start + i / fps seconds, the nearest before each, resized and cropped.
 
-    fps: None takes every frame from `start` on, however long each is shown. Frames are turned upright, mirrored as the
-    file says, and given square pixels. Raises UnreadableVideo if the file is not a video, is damaged in the part that
-    is read, or ends before; see `frame_times`.
+    fps: None takes every frame from `start` on, however long each is shown. Frames are turned and mirrored as the file
+    says, and given square pixels. Raises UnreadableVideo if the file is not a video, is damaged in the part that is
+    read, or is too short; see `frame_times`.
 
     Example:
         clip = read_clip("clip.mp4", 17, (64, 64), 3, fps=8)
@@ -114,13 +114,13 @@ def read_clip(
 def write_video(
     path: str | os.PathLike[str], frames: UInt8[np.ndarray, "frames height width c"], *, fps: float | int = 8.0
 ) -> None:
-    """Writes frames as H.264 in mp4, or as a GIF that repeats, by the suffix. The file appears whole or not at all.
+    """Writes frames as H.264 in mp4 or as a looping GIF, depending on the suffix. The file appears whole or not at all.
 
-    mp4 needs even sides; an odd one is padded by repeating the last line. Its colours are BT.709, and tagged so. GIF
-    counts time in hundredths of a second.
+    mp4 needs even sides; an odd one is padded by repeating the last line. Its colours are BT.709, and tagged as such.
+    GIF counts time in hundredths of a second.
 
     Raises:
-        ValueError: unknown suffix, no frames, or a frame rate that is not positive.
+        ValueError: the suffix is unknown, there are no frames, or the frame rate is not positive.
         OSError: as `check_writable`. ModuleNotFoundError: PyAV or Pillow is missing.
 
     Example:
@@ -128,14 +128,16 @@ def write_video(
     """
     check_video_path(path)
     if len(frames) == 0 or not 0 < fps < math.inf:
-        raise ValueError(f"a video of {len(frames)} frames at {fps} frames per second cannot be; give both above 0.")
+        raise ValueError(
+            f"a video needs at least one frame and a positive frame rate; got {len(frames)} frames at fps={fps}."
+        )
     colour = frames.repeat(3, axis=3) if frames.shape[3] == 1 else frames
     if Path(path).suffix.lower() == ".gif":
-        pictures = [pillow().fromarray(frame) for frame in colour]
+        stills = [pillow().fromarray(frame) for frame in colour]
         with atomic_file(path) as file:
-            # In hundredths of a second, rounded so that no frame begins more than half a hundredth off.
+            # In milliseconds, but whole hundredths of a second, rounded so that no frame begins more than 5 ms off.
             durations = (10 * np.diff(np.round(100 / fps * np.arange(len(frames) + 1)))).tolist()
-            pictures[0].save(file, "GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0)
+            stills[0].save(file, "GIF", save_all=True, append_images=stills[1:], duration=durations, loop=0)
         return
     odd = [(0, length % 2) for length in colour.shape[1:3]]
     colour = np.pad(colour, ((0, 0), *odd, (0, 0)), mode="edge")

@@ -1,4 +1,4 @@
-"""Pixels of decoded frames: upright, in the video's colour space, and back for writing."""
+"""Pixels of decoded frames: orientation, colour space, and back to YCbCr for writing."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
+from flowgen.data.image_files import on_white
 from flowgen.data.media import pillow
-from flowgen.data.pictures import on_white
 from flowgen.data.upright import Turn
 from flowgen.data.video_streams import av
 
@@ -36,11 +36,11 @@ def frame_turn(frame: Any) -> Turn:
 def frame_pixels(frame: Any, least: int | None = None) -> UInt8[np.ndarray, "height width 3"]:
     """Returns the RGB pixels of a frame as stored, composited on white.
 
-    least: smallest needed (height, width); a frame beyond 4096 x 2048 is shrunk by a whole factor to no less than twice
-    this, which saves most of its memory.
+    least: smallest side needed; a frame larger than 4096 x 2048 pixels is shrunk by a whole factor, to sides of at
+    least twice this, which saves most of its memory.
 
-    The matrix between YCbCr and RGB is the one that the frame names; if it names none, BT.709 for high definition (1280
-    x 577 and up) and BT.601 below, as in players.
+    The matrix between YCbCr and RGB is the one that the frame names. If it names none, it is BT.709 for high definition
+    (width 1280 or height 577 and up) and BT.601 below, as in players.
     """
     high = frame.width >= 1280 or frame.height > 576
     full = frame.color_range == _FULL_RANGE or frame.format.name.startswith("yuvj")
@@ -60,7 +60,7 @@ def frame_pixels(frame: Any, least: int | None = None) -> UInt8[np.ndarray, "hei
 
 
 def to_bt709(pixels: UInt8[np.ndarray, "height width 3"]) -> Any:
-    """Returns a frame of RGB pixels in YCbCr, by the matrix of BT.709 in its limited range."""
+    """Returns RGB pixels as a YCbCr frame, in BT.709 and its limited range."""
     frame = (
         av()
         .VideoFrame.from_ndarray(pixels, format="rgb24")

@@ -1,4 +1,4 @@
-"""Detects missing bytes of a video that its container and its decoder skip silently."""
+"""Detects missing bytes of a video that containers and decoders skip silently."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _IN_ORDER = ("matroska,webm", "flv")
 _PROGRAMME, _STEADY = "mpeg", ("mpeg1video", "mpeg2video")
 # Bytes between two packets, such as headers.
 _BETWEEN = 128
-# More frames than this between packets mean a loss; time may be one frame off in programme streams.
+# A step of more frames than this between packets means a loss; in programme streams, time may be one frame off.
 _JUMP, _JUMP_OF_PROGRAMME = 1.75, 2.75
 # Transport streams: the sync byte of packets, header bytes, and bytes from one packet to the next, with those before
 # the sync byte.
@@ -24,8 +24,8 @@ _TS_MOST = 10  # From the start of a packet to the end of its header.
 class Losses:
     """Watches the packets of a file, in file order, for losses between those of a video.
 
-    Matroska and FLV: bytes that belong to no packet at a jump in time. MPEG-TS: 188-byte packets without their number
-    or sync byte. MPEG-PS: a jump in time, which it does not allow.
+    Signs of a loss are, in Matroska and FLV, bytes that belong to no packet at a jump in time; in MPEG-TS, 188-byte
+    packets with a wrong number or sync byte; in MPEG-PS, any jump in time.
 
     Example:
         losses = Losses(file, container, stream, rate)
@@ -96,7 +96,7 @@ class Losses:
         if (heads[:, 0] != _SYNC).any():
             return False
         mine = heads[((heads[:, 1] & 0x1F) << 8 | heads[:, 2]) == self._stream.id]
-        # A field by which a packet may declare that its number does not continue.
+        # A field in which a packet may declare a discontinuity of its number.
         if ((mine[:, 3] & 0x20 > 0) & (mine[:, 4] > 0) & (mine[:, 5] & 0x80 > 0)).any():
             return True
         numbers = mine[mine[:, 3] & 0x10 > 0, 3] & 0x0F

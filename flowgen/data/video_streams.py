@@ -1,4 +1,4 @@
-"""Video files, opened so that they open no others; their complete packets, and frames with their display times."""
+"""Video files: opened safely, their complete packets, and their frames with display times."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from flowgen.data.unreadable import Unreadable
 from flowgen.data.video_losses import Losses
 from flowgen.packages import need
 
-# FFmpeg's names of the containers that are read; none that refers to other files, such as lists and patterns.
+# FFmpeg's names of the containers that are read; lists, patterns and others that refer to other files are left out.
 _CONTAINERS = "mov,matroska,avi,gif,mpeg,mpegts,mpegvideo,asf,flv,ogg"
 # Pixels of one frame: 8192 x 4096.
 _MOST_PIXELS = 1 << 25
-# Seeking goes by decoding time, which in H.264 may be this many frames before display.
+# A seek uses decoding time, which in H.264 may be this many frames before display.
 _REORDERED = 16
 # Seconds of rounding error in a frame's time.
 SAME_TIME = 1e-6
-_NO_PICTURES = ("has no pictures in it that can be decoded", "give a video")
+_NO_FRAMES = ("has no frames that can be decoded", "give a video")
 
 
 class UnreadableVideo(Unreadable):
@@ -62,8 +62,8 @@ class Packet(NamedTuple):
 class Video:
     """An open file with a video stream, which begins at its first key frame: earlier frames cannot be decoded.
 
-    start: start of the stream, in seconds. rate: frames per second. counts_packets: it has no time stamps. ahead:
-    packets read on opening. losses: detects losses between packets.
+    start: start of the stream, in seconds. rate: frames per second. counts_packets: whether it numbers packets instead
+    of giving time stamps. ahead: packets read on opening. losses: detects losses between packets.
 
     Example:
         with opened("clip.mp4") as video: ...
@@ -148,9 +148,10 @@ def av() -> Any:
 
 @contextlib.contextmanager
 def opened(path: str | os.PathLike[str]) -> Generator[Video]:
-    """Yields the video in a file. No other file is opened, whatever this one refers to.
+    """Yields the video in a file; opens no other file, whatever this one refers to.
 
-    Raises UnreadableVideo: an unlisted container, no video, no frame rate, or frames beyond 8192 x 4096.
+    Raises UnreadableVideo: the container is not supported, there is no video or frame rate, or frames exceed 8192 x
+    4096.
 
     Example:
         with opened("clip.mp4") as video: ...
@@ -159,14 +160,14 @@ def opened(path: str | os.PathLike[str]) -> Generator[Video]:
         stream = _stream(path, container)
         rate = float(stream.average_rate or stream.base_rate or 0)
         if not 0 < rate < math.inf:
-            raise UnreadableVideo(path, "does not say its frame rate", "convert it to mp4")
+            raise UnreadableVideo(path, "does not state its frame rate", "convert it to mp4")
         # Reordered frames in an AVI begin later than it states.
         counts_packets = container.format.name == "avi"
         losses = Losses(file, container, stream, rate)
         decodable = itertools.dropwhile(_leans, _packets(container, stream, losses))
         ahead = list(itertools.islice(decodable, _REORDERED if counts_packets else 1))
         if not ahead:
-            raise UnreadableVideo(path, *_NO_PICTURES)
+            raise UnreadableVideo(path, *_NO_FRAMES)
         # Key frames before the beginning that an edit list sets are decoded, but not shown.
         first = min((_stamp(packet) for packet, _ in ahead if not packet.is_discard), default=stream.start_time or 0)
         yield Video(path, container, stream, float(first * stream.time_base), rate, counts_packets, ahead, losses)
@@ -183,7 +184,7 @@ def _container(path: str | os.PathLike[str]) -> Generator[tuple[Any, BinaryIO]]:
             container = av().open(file, container_options=options, metadata_errors="replace")
         except (av().FFmpegError, ValueError, OSError) as error:
             reason = getattr(error, "strerror", None) or str(error)
-            raise UnreadableVideo(path, f"is no video that can be read ({reason})", "convert it to mp4") from error
+            raise UnreadableVideo(path, f"is not a readable video ({reason})", "convert it to mp4") from error
         with container:
             yield container, file
 
@@ -194,11 +195,11 @@ def _stream(path: str | os.PathLike[str], container: Any) -> Any:
     shown = (stream for stream in container.streams.video if not stream.disposition & cover)
     stream = next((stream for stream in shown if stream.codec_context is not None), None)
     if stream is None:
-        raise UnreadableVideo(path, *_NO_PICTURES)
+        raise UnreadableVideo(path, *_NO_FRAMES)
     context = stream.codec_context
     if context.width * context.height > _MOST_PIXELS:
         size = f"{context.width} x {context.height} pixels"
-        raise UnreadableVideo(path, f"has frames of {size}, more than 8192 x 4096", "convert it to fewer")
+        raise UnreadableVideo(path, f"has frames of {size}, more than 8192 x 4096", "reduce its size")
     context.options = {"max_pixels": str(_MOST_PIXELS)}
     return stream
 
@@ -245,7 +246,7 @@ def last_end(path: str | os.PathLike[str]) -> float:
 def shown_frames(path: str | os.PathLike[str], start: float | int = 0.0) -> Iterator[tuple[Shown, Video]]:
     """Yields the frames of a video from the one shown at second `start` on.
 
-    Raises UnreadableVideo: damage in frames shown from `start` on, or no frame then.
+    Raises UnreadableVideo: frames shown from `start` on are damaged, or there are none.
 
     Example:
         for (frame, at, until), video in shown_frames("clip.mp4"): ...
@@ -261,7 +262,7 @@ def shown_frames(path: str | os.PathLike[str], start: float | int = 0.0) -> Iter
             if first is None or first.at > max(start, 0) + SAME_TIME:
                 if begin > 0:
                     continue
-                reason = f"has no frame at second {start:.3g} that can be decoded"
+                reason = f"has no decodable frame at second {start:.3g}"
                 raise UnreadableVideo(path, reason, "convert it again or remove it")
             yield first, video
             yield from ((frame, video) for frame in frames)

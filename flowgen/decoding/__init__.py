@@ -1,12 +1,13 @@
 """Inversion of autoregressive flows: sequential and parallel decoding, guidance, sampling."""
 
-from flowgen.decoding.clips import sample_clips
+from flowgen.decoding.clips import Clip
 from flowgen.decoding.plan import DecodePlan, Jacobi, Sequential, SlidingWindow, resolve_plan
 from flowgen.decoding.request import DecodeResult, Denoiser
 from flowgen.decoding.sampler import invert, sample
 from flowgen.guidance import Guidance, linear_rule, product_rule
 
 __all__ = [
+    "Clip",
     "DecodePlan",
     "DecodeResult",
     "Denoiser",
@@ -19,5 +20,4 @@ __all__ = [
     "product_rule",
     "resolve_plan",
     "sample",
-    "sample_clips",
 ]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from flowgen.conditioning import Condition, TextCondition, unconditional
-from flowgen.decoding.jacobi import Conditioner, PreviousFrame, Solution, solve
+from flowgen.conditioning import Condition, unconditional
+from flowgen.decoding.jacobi import Conditioner, PreviousFrame, Solution, ignore, solve
 from flowgen.decoding.plan import BlockPlan, Jacobi, Sequential, SlidingWindow
 from flowgen.decoding.sliding import solve_sliding
 from flowgen.flows.affine import reorder, to_noise
@@ -27,121 +27,127 @@ from flowgen.nn.layers import master_dtype
 
 
 @dataclass(frozen=True)
-class BlockDecoder:
+class GuidedBlock:
     """One block with its variables, condition and guidance bound.
 
     cond: the condition, of both branches if guided, the conditional one first; None for a block without one.
-    solved: called on the device with the number of tokens solved by a window.
     """
 
-    config: BlockConfig
+    block: AutoregressiveBlock
     variables: Variables
     cond: Condition | None
     guidance: Guidance | None
-    solved: Callable[[Array], None]
 
-    def decode(
-        self, z: Float[Array, "b n c"], plan: BlockPlan, context: Float[Array, "b m c"] | None = None
-    ) -> tuple[Float[Array, "b n c"], Solution]:
-        """Returns the tokens that z decodes to, in raster order, and the solver's report.
+    def inverse(
+        self,
+        z: Float[Array, "b n c"],
+        plan: BlockPlan,
+        context: Float[Array, "b m c"] | None = None,
+        solved: Callable[[Array], None] = ignore,
+    ) -> Solution:
+        """Returns the tokens of noise z, both in raster order, and the solver's report.
 
-        context: tokens that precede those of z, for a block in raster order without passthrough tokens.
+        context: tokens that precede those of z, for a block in raster order without passthrough tokens. solved: called
+        on the device with the number of tokens that each window solves.
         """
-        config = self.config
-        plan = Jacobi(window=1, tol=0.0) if isinstance(plan, Sequential) else plan
+        config, passthrough = self.block.config, self.block.num_passthrough
         u = reorder(each_frame(z, config.frames), config.order)
-        passthrough = AutoregressiveBlock(config).num_passthrough
         known = u[:, :passthrough] if context is None else context
-        solution = self._solve(known, u[:, passthrough:], plan)
-        tokens = reorder(jnp.concatenate([u[:, :passthrough], solution.x], axis=1), config.order).reshape(z.shape)
-        residual = solution.residual.reshape(len(z), config.frames).max(axis=1)
-        overflows = solution.overflows.reshape(len(z), config.frames).sum(axis=1)
-        return tokens, Solution(tokens, solution.sweeps, residual, overflows)
-
-    def encode(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
-        """Returns the noise of tokens, both in raster order, by one parallel pass: the inverse of `decode`."""
-        block = AutoregressiveBlock(self.config)
-        if self.guidance is None:
-            return block.apply(self.variables, x, self.cond)[0]
-        frames = each_frame(x, self.config.frames)
-        u = reorder(frames, self.config.order)
-        passthrough = block.num_passthrough
-        rows = block.apply(self.variables, u, method="previous")
-        shift, log_scale, _ = self._parameters(block, self.variables, rows, BlockState())
-        z, _ = to_noise(u[:, passthrough:], shift, log_scale)
-        return reorder(jnp.concatenate([u[:, :passthrough], z], axis=1), self.config.order).reshape(x.shape)
-
-    def _solve(self, known: Float[Array, "b m c"], z: Float[Array, "b n c"], plan: Jacobi | SlidingWindow) -> Solution:
-        """The solution for z, the noise of the tokens after the known ones, all in the block's order."""
-        block, variables = decoding_block(self.config, self.variables)
-        batch, rows = len(known), known.shape[1] - block.num_passthrough  # Row t gives the next token's parameters.
-        cold = self._inverse_temperature(batch)
-
-        def empty_caches(length: int) -> tuple | None:
-            """Caches with room for `length` more tokens, filled with the prefix and the known tokens."""
-            branches = batch if cold is None else 2 * batch
-            caches = block.apply(variables, branches, rows + length, self.cond, cold, method="prefill")
-            if not rows:
-                return caches
-            seen = block.apply(variables, known, method="previous")
-            return self._parameters(block, variables, seen, BlockState(0, caches, cold))[2]
-
-        def window(previous: Array, start: Array, caches: tuple | None) -> tuple[Array, Array, tuple | None]:
-            return self._parameters(block, variables, previous, BlockState(start + rows, caches, cold))
-
-        conditioner = Conditioner(window, block.rewind, self.solved)
-        first = known[:, -1:] if rows else block.apply(variables, known, method="first_previous")
+        conditioner = self._unrolled().conditioner(known, solved)
+        noise = u[:, passthrough:]
         if isinstance(plan, SlidingWindow):
-            return solve_sliding(conditioner, first, z, empty_caches, plan, self._previous_frame(known))
-        return solve(conditioner, first, z, empty_caches, plan, self._previous_frame(known))
-
-    def _parameters(
-        self, block: AutoregressiveBlock, variables: Variables, rows: Float[Array, "b w c"], state: BlockState
-    ) -> tuple[Float[Array, "b w c"], Float[Array, "b w c"], tuple | None]:
-        """(shift, log_scale, caches) of the tokens after `rows`; both branches of guidance are one batch."""
-        if self.guidance is None:
-            return block.apply(variables, rows, self.cond, state, method="conditioner")
-        batch, width = rows.shape[:2]
-        state = state._replace(inverse_temperature=self._inverse_temperature(batch))
-        both = jnp.concatenate([rows, rows])
-        shift, log_scale, caches = block.apply(variables, both, self.cond, state, method="conditioner")
-        tokens = state.start + jnp.arange(width) + block.num_passthrough
-        progress = tokens / max(self.config.num_tokens - 1, 1)
-        conditional: AffineParameters = (shift[:batch], log_scale[:batch])
-        shift, log_scale = self.guidance.combine(
-            conditional, (shift[batch:], log_scale[batch:]), progress[None, :, None]
+            solution = solve_sliding(conditioner, noise, plan)
+        else:
+            solution = solve(conditioner, noise, Jacobi(window=1, tol=0.0) if isinstance(plan, Sequential) else plan)
+        return Solution(
+            x=reorder(jnp.concatenate([u[:, :passthrough], solution.x], axis=1), config.order).reshape(z.shape),
+            sweeps=solution.sweeps,
+            residual=solution.residual.reshape(len(z), config.frames).max(axis=1),
+            overflows=solution.overflows.reshape(len(z), config.frames).sum(axis=1),
         )
-        return shift, log_scale, caches
+
+    def forward(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
+        """Returns the noise of tokens, both in raster order, by one parallel pass: the inverse of `inverse`."""
+        config, passthrough = self.block.config, self.block.num_passthrough
+        if self.guidance is None:
+            return self.block.apply(self.variables, x, self.cond)[0]
+        u = reorder(each_frame(x, config.frames), config.order)
+        rows = self.block.apply(self.variables, u, method="previous")
+        shift, log_scale, _ = self.parameters(rows, 0, None)
+        z, _ = to_noise(u[:, passthrough:], shift, log_scale)
+        return reorder(jnp.concatenate([u[:, :passthrough], z], axis=1), config.order).reshape(x.shape)
+
+    def conditioner(self, known: Float[Array, "b m c"], solved: Callable[[Array], None]) -> Conditioner:
+        """Returns what solves the tokens after the known ones, all in the block's order."""
+        block, variables = self.block, self.variables
+        batch, begin = len(known), known.shape[1] - block.num_passthrough
+
+        def empty_cache(length: int) -> tuple | None:
+            """Caches with room for `length` more tokens, filled with the prefix and the known tokens."""
+            factors = self._inverse_temperature(batch)
+            branches = batch if factors is None else 2 * batch
+            caches = block.apply(variables, branches, begin + length, self.cond, factors, method="prefill")
+            if not begin:
+                return caches
+            return self.parameters(block.apply(variables, known, method="previous"), 0, caches)[2]
+
+        return Conditioner(
+            window=self.parameters,
+            rewind=block.rewind,
+            empty_cache=empty_cache,
+            first=known[:, -1:] if begin else block.apply(variables, known, method="first_previous"),
+            begin=begin,
+            previous_frame=_last_frame(block.config, known),
+            solved=solved,
+        )
+
+    def parameters(
+        self, previous: Float[Array, "b w c"], start: Int[Array, ""] | int, caches: tuple | None
+    ) -> tuple[Float[Array, "b w c"], Float[Array, "b w c"], tuple | None]:
+        """Returns (shift, log_scale) of the tokens after `previous`, the rows from `start` on, guided, and the caches.
+
+        Both branches of guidance are one batch.
+        """
+        batch, width = previous.shape[:2]
+        state = BlockState(start, caches, self._inverse_temperature(batch))
+        rows = previous if self.guidance is None else jnp.concatenate([previous, previous])
+        shift, log_scale, caches = self.block.apply(self.variables, rows, self.cond, state, method="conditioner")
+        if self.guidance is None:
+            return shift, log_scale, caches
+        tokens = start + jnp.arange(width) + self.block.num_passthrough
+        progress = tokens / max(self.block.config.num_tokens - 1, 1)
+        conditional: AffineParameters = (shift[:batch], log_scale[:batch])
+        unconditional: AffineParameters = (shift[batch:], log_scale[batch:])
+        return *self.guidance.combine(conditional, unconditional, progress[None, :, None]), caches
 
     def _inverse_temperature(self, batch: int) -> Float[Array, " branches"] | None:
         """The factors on attention logits in both branches; None without guidance."""
         if self.guidance is None:
             return None
-        dtype = master_dtype(self.config.transformer.dtype)
+        dtype = master_dtype(self.block.config.transformer.dtype)
         return jnp.where(jnp.arange(2 * batch) < batch, 1.0, 1.0 / self.guidance.temperature).astype(dtype)
 
-    def _previous_frame(self, known: Float[Array, "b m c"]) -> PreviousFrame | None:
-        """The last frame of the known tokens; None for blocks of one frame."""
-        positions = self.config.positions
-        if positions is None or positions.frames == 1:
-            return None
-        tokens = self.config.num_tokens // positions.frames
-        last = known[:, -tokens:]
-        missing = tokens - last.shape[1]
-        return PreviousFrame(jnp.pad(last, ((0, 0), (missing, 0), (0, 0))), jnp.asarray(tokens - missing, jnp.int32))
+    def _unrolled(self) -> GuidedBlock:
+        """The same with layers that take caches."""
+        block, variables = decoding_block(self.block.config, self.variables)
+        return replace(self, block=block, variables=variables)
 
 
-def block_decoder(
-    config: BlockConfig,
-    variables: Variables,
-    cond: Condition | None,
-    *,
-    guidance: Guidance | None,
-    null: TextCondition | None,
-    solved: Callable[[Array], None],
-) -> BlockDecoder:
-    """Returns the decoder of a block. null: the text of guidance's unconditional branch, for a text flow."""
+def guided_block(
+    config: BlockConfig, variables: Variables, cond: Condition | None, guidance: Guidance | None
+) -> GuidedBlock:
+    """Returns a block under the condition of its samples; guidance: None for a block that is not guided."""
     cond = cond if config.is_conditional else None
     if guidance is not None and cond is not None:
-        cond = jax.tree.map(lambda *parts: jnp.concatenate(parts), cond, unconditional(cond, null))
-    return BlockDecoder(config, variables, cond, guidance, solved)
+        cond = jax.tree.map(lambda *parts: jnp.concatenate(parts), cond, unconditional(cond, guidance.null))
+    return GuidedBlock(AutoregressiveBlock(config), variables, cond, guidance)
+
+
+def _last_frame(config: BlockConfig, known: Float[Array, "b m c"]) -> PreviousFrame | None:
+    """The last frame of the known tokens; None for blocks of one frame."""
+    if config.positions is None or config.positions.frames == 1:
+        return None
+    tokens = config.num_tokens // config.positions.frames
+    last = known[:, -tokens:]
+    missing = tokens - last.shape[1]
+    return PreviousFrame(jnp.pad(last, ((0, 0), (missing, 0), (0, 0))), jnp.asarray(tokens - missing, jnp.int32))

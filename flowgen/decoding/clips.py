@@ -1,114 +1,111 @@
-"""`sample_clips`: clips that begin with given frames, and clips longer than the flow models (arXiv 2511.20462)."""
+"""`Clip`: clips that begin with given frames, and clips longer than the flow models (arXiv 2511.20462)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, field, replace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Integer, Key
+from jaxtyping import Array, Float, Integer
 
-from flowgen.arrays import check_count, check_floating, check_key
-from flowgen.conditioning import TextCondition
-from flowgen.decoding.core import decode
+from flowgen.arrays import check_count, check_floating, shown
+from flowgen.conditioning import Condition, TextCondition
 from flowgen.decoding.layout import ClipLayout
-from flowgen.decoding.plan import Plan
-from flowgen.decoding.request import DecodeResult, Denoiser, SampleKeys, decode_request, resolve_denoise
-from flowgen.flows.block import Variables
-from flowgen.flows.density import Flow, check_flow
+from flowgen.flows.density import FlowConfig
 from flowgen.flows.starflow_v import STARFlowVConfig
-from flowgen.guidance import Guidance
 from flowgen.nn.layers import master_dtype
 
 CONTEXT = 0.75  # share of a clip's frames: 16 of 21, as published
 
 
-def sample_clips(
-    flow: Flow,
-    params: Variables,
-    key: Key[Array, ""],
-    num: int,
-    cond: Integer[Array | np.ndarray, " b"] | list[int] | TextCondition | None = None,
-    *,
-    frames: int | None = None,
-    given: Float[Array | np.ndarray, "b given height width c"] | None = None,
-    context: int | None = None,
-    restart_cond: Integer[Array | np.ndarray, " b"] | list[int] | TextCondition | None = None,
-    plan: Plan | str = "auto",
-    guidance: Guidance | None = None,
-    null: TextCondition | None = None,
-    denoise: bool | float | Denoiser = True,
-    first: int = 0,
-    certify: bool = False,
-    progress: Callable[[int, int], None] | None = None,
-) -> DecodeResult:
-    """Returns `num` clips `b frames height width c` of any length from a `STARFlowV`, after any given frames.
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Clip:
+    """How long the clips of a `STARFlowV` are, how they begin, and how they go on past the frames that it models, F.
 
-    frames: frames per clip; None is the number that the flow models, F. given: the first frames, with the noise that
-    the flow models; they are returned unchanged, before denoising. context: frames that a restart begins with, if there
-    are more than F; None is 3/4 of F, rounded. restart_cond: the condition of restarts instead of cond, such as the
-    texts that clips without their first frame had in training.
-    denoise: as for `sample`; the score is that of the density that decoding follows if no frames are given, and a
-    `Denoiser` receives all frames, still noisy.
-    plan, guidance, null, first: as for `sample`. A token's noise depends only on the key, the clip's index and the
-    token's position, and the first F frames have `sample`'s noise: before denoising, which looks ahead, a longer clip
-    begins with the shorter one.
+    frames: frames per clip; None is F. given: the first frames, with the noise that the flow models; they are returned
+    unchanged, before denoising. context: frames that a restart begins with, if there are more than F; None is 3/4 of F,
+    rounded. restart_cond: condition of restarts instead of that of the clip, such as the texts that clips without their
+    first frame had in training.
     progress: called on the host as progress(solved, total) whenever the deep block solves tokens, with their number and
     the total of a clip; the program, compiled for each such function, does not wait for it.
-    Reports are as in `DecodeResult`: the deep block's sweeps clip after clip, the error of the generated frames.
-    Raises ValueError as `sample` does, and if frames, given or context do not fit.
 
     Example:
-        r = sample_clips(flow, params, jax.random.key(0), 2, texts, frames=41, given=noisy_first_frames)
+        r = sample(flow, params, jax.random.key(0), 2, texts, clip=Clip(frames=41, given=noisy_first_frames))
     """
-    check_flow(flow, params)
-    check_key(key)
-    check_count("num", num)
-    config = flow.config
-    if not isinstance(config, STARFlowVConfig):
-        raise ValueError(f"flow is a {type(flow).__name__}, no flow of clips; give a STARFlowV, or use sample.")
-    if restart_cond is not None and cond is None:
-        raise ValueError("restart_cond is given, and cond is not; give both, or neither.")
-    layout = _layout(config, num, frames, given, context)
-    noise = SampleKeys(key, first + jnp.arange(num))
-    request = decode_request(flow, params, noise, cond, plan, guidance, null)
-    return decode(
-        replace(
-            request,
-            layout=layout,
-            restart_cond=request.cond if restart_cond is None else config.check_cond(restart_cond, num),
-            given=None if given is None else jnp.asarray(given, master_dtype(config.dtype)),
-            denoise=resolve_denoise(denoise, config.noise_std),
-            certify=certify,
-            progress=progress,
-        )
+
+    frames: int | None = field(default=None, metadata={"static": True})
+    given: Float[Array | np.ndarray, "b given height width c"] | None = None
+    context: int | None = field(default=None, metadata={"static": True})
+    restart_cond: Integer[Array | np.ndarray, " b"] | list[int] | TextCondition | None = None
+    progress: Callable[[int, int], None] | None = field(default=None, metadata={"static": True})
+
+
+def checked_clip(clip: Clip | None, config: FlowConfig, cond: Condition | None, batch: int) -> Clip:
+    """Returns the clip with its arrays and the number of its frames; None is one of the flow's own size.
+
+    cond: the condition of the clip. Raises ValueError if the clip does not fit the flow or the batch.
+    """
+    if clip is None:
+        clip = Clip()
+    elif not isinstance(clip, Clip):
+        raise ValueError(f"clip is {shown(clip)}; give Clip(frames=...), or None.")
+    elif not isinstance(config, STARFlowVConfig):
+        raise ValueError("clip is given, but the flow makes images; leave it out, or give a STARFlowV.")
+    if clip.restart_cond is not None and cond is None:
+        raise ValueError("clip.restart_cond is given, but cond is not; give both, or neither.")
+    frames = modelled_frames(config) if clip.frames is None else clip.frames
+    check_count("clip.frames", frames)
+    _check_given(clip, frames, config, batch)
+    return replace(
+        clip,
+        frames=frames,
+        given=None if clip.given is None else jnp.asarray(clip.given, master_dtype(config.dtype)),
+        context=_checked_context(clip.context, frames, modelled_frames(config)),
+        restart_cond=cond if clip.restart_cond is None else config.check_cond(clip.restart_cond, batch),
     )
 
 
-def _layout(config: STARFlowVConfig, num: int, frames: int | None, given: Any, context: int | None) -> ClipLayout:
-    most = config.frames
-    total = most if frames is None else frames
-    check_count("frames", total)
-    if given is not None:
-        check_floating("given", given)
-    if given is not None and (given.ndim != 5 or given.shape[0] != num or given.shape[2:] != config.image_shape):
-        shape = ", ".join(map(str, config.image_shape))
-        raise ValueError(f"given has shape {tuple(given.shape)}; this call takes ({num}, frames given, {shape}).")
-    known = 0 if given is None else given.shape[1]
-    if given is not None and not 1 <= known < total:
-        raise ValueError(f"given has {known} frames and frames is {total}; give at least 1, and fewer than frames.")
-    if total > most == 1:
-        raise ValueError(f"frames is {total}; a flow of 1 frame has no room for a context: ask for 1.")
-    if context is not None and not 1 <= context < most:
-        raise ValueError(f"context is {context}; it must be from 1 to {most - 1}, less than the flow's {most} frames.")
-    default = max(1, min(round(CONTEXT * most), most - 1))
+def clip_layout(clip: Clip, config: FlowConfig) -> ClipLayout:
+    """Returns the segments in which a checked clip is decoded."""
+    assert clip.frames is not None
     return ClipLayout(
-        total=total,
-        clip=min(total, most),
-        given=known,
-        # Without restarts the context has no effect, so that one program serves all its values.
-        context=(default if context is None else context) if total > most else 0,
+        total=clip.frames,
+        clip=min(clip.frames, modelled_frames(config)),
+        given=0 if clip.given is None else clip.given.shape[1],
+        context=clip.context or 0,
         tokens_per_frame=config.tokens_per_image,
     )
+
+
+def modelled_frames(config: FlowConfig) -> int:
+    """Returns the frames that a flow models together, 1 for images."""
+    return config.num_tokens // config.tokens_per_image
+
+
+def _check_given(clip: Clip, frames: int, config: FlowConfig, batch: int) -> None:
+    given, shape = clip.given, config.event_shape[1:]
+    if given is None:
+        return
+    check_floating("clip.given", given)
+    if given.ndim != 5 or given.shape[0] != batch or given.shape[2:] != shape:
+        raise ValueError(
+            f"clip.given has shape {tuple(given.shape)}; this call takes ({batch}, frames given, "
+            f"{', '.join(map(str, shape))})."
+        )
+    if not 1 <= given.shape[1] < frames:
+        raise ValueError(
+            f"clip.given has {given.shape[1]} frames, and the clip has {frames}; give at least 1, and fewer than that."
+        )
+
+
+def _checked_context(context: int | None, frames: int, most: int) -> int:
+    """The frames that restarts begin with; 0 without restarts, so that one program serves all values."""
+    if frames > most == 1:
+        raise ValueError(f"clip.frames is {frames}, but a flow of 1 frame cannot continue a clip; ask for 1.")
+    if context is not None and not 1 <= context < most:
+        raise ValueError(f"clip.context is {context}; it must be from 1 to {most - 1}, for a flow of {most} frames.")
+    default = max(1, min(round(CONTEXT * most), most - 1))
+    return 0 if frames <= most else default if context is None else context

@@ -1,15 +1,12 @@
-"""`decode`: the one compiled program behind `invert`, `sample` and `sample_clips`.
+"""`run`: the one compiled program behind `invert` and `sample`.
 
 Let u be the last block's output from noise, segment by segment; the other blocks map u to images, or to frames one by
 one. Given frames enter as their u, by a forward pass of those blocks, and fill the last block's caches in one pass;
-decoding continues after them. With segments r of new frames after their context, the density is
-
-    p(u) = Π_r p(the new frames of r | their context),     log p(x) = log p(u) + log|det du/dx|
+decoding continues after them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -18,47 +15,38 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from flowgen.backend import check_unmapped, keep_rows
-from flowgen.conditioning import Condition
-from flowgen.decoding.block import BlockDecoder, block_decoder
+from flowgen.decoding.block import GuidedBlock, guided_block
+from flowgen.decoding.denoising import denoised, enter_last_block
 from flowgen.decoding.jacobi import Solution
 from flowgen.decoding.layout import Segments, scan_segments
-from flowgen.decoding.request import DecodeRequest, DecodeResult, SampleKeys, TweedieStep
-from flowgen.flows.affine import to_noise
-from flowgen.flows.block import AutoregressiveBlock, Variables, block_parameters
+from flowgen.decoding.request import DecodeRequest, DecodeResult, SampleKeys
+from flowgen.flows.block import Variables, block_parameters
 from flowgen.flows.density import Flow
-from flowgen.gaussian import gaussian_log_density
 from flowgen.nn.layers import master_dtype
 
 
-def decode(request: DecodeRequest) -> DecodeResult:
-    """Returns the images or clips of a request and the decoding reports, sharded like their noise.
+def run(request: DecodeRequest) -> DecodeResult:
+    """Returns the images or clips of a request and the reports on them, sharded like their noise.
 
     Raises ValueError inside `jax.shard_map` with its checks.
     """
     check_unmapped("decoding", request)
-    return keep_rows(_with_params, request.params, replace(request, params={}))
-
-
-def _with_params(params: Variables, request: DecodeRequest) -> DecodeResult:
-    return _decode(replace(request, params=params))
+    return keep_rows(_run, request.params, replace(request, params={}))
 
 
 @jax.jit
-def _decode(request: DecodeRequest) -> DecodeResult:
-    layout, given = request.layout, request.given
+def _run(params: Variables, request: DecodeRequest) -> DecodeResult:
+    request = replace(request, params=params)
+    layout, given = request.layout, request.clip.given
     noise = _noise(request)
-    known = None if given is None else _enter_last_block(request, given)[0]
-    u, last = _decode_last_block(request, noise, known)
+    last = _invert_last_block(request, noise)
     later = request.flow.with_num_frames(layout.total - layout.given)
-    tokens, solutions, errors = _decode_other_blocks(request, later, layout.frames(u, layout.given, layout.total))
-    x = later.to_images(tokens)
+    others, errors = _invert_other_blocks(request, later, layout.frames(last.x, layout.given, layout.total))
+    x = later.to_images(others[0].x if others else layout.frames(last.x, layout.given, layout.total))
     x = x if given is None else jnp.concatenate([given, x], axis=1)
     if request.certify:
-        seen = u if request.guidance is not None else _enter_last_block(request, x)[0]
-        seen = jnp.concatenate([seen, u[:, seen.shape[1] :]], axis=1)  # Frames beyond `total` are dropped.
-        errors.append(_last_block_error(request, seen, noise))
-    clean = _denoised(request, x)
-    solutions = [*solutions, last]
+        errors.append(_last_block_error(request, x, last.x, noise))
+    clean, solutions = denoised(request, x), [*others, last]
     width = max(len(solution.sweeps) for solution in solutions)
     return DecodeResult(
         x=clean,
@@ -94,129 +82,80 @@ def _noise(request: DecodeRequest) -> Float[Array, "b n c"]:
     return jax.vmap(of_sample)(keys.indices) * scale
 
 
-def _enter_last_block(
-    request: DecodeRequest, x: Float[Array, "b *event"]
-) -> tuple[Float[Array, "b n c"], Float[Array, " b"]]:
-    """u of images or frames, and log|det du/dx|."""
-    frames = x.shape[1] if x.ndim == 5 else 1
-    return request.flow.with_num_frames(frames).apply(request.params, x, request.cond, method="enter_last_block")
-
-
-def _decoder(
-    request: DecodeRequest,
-    flow: Flow,
-    index: int,
-    cond: Condition | None,
-    solved: Callable[[Array], None] = lambda count: None,
-) -> BlockDecoder:
-    guidance = request.guidance
-    return block_decoder(
-        flow.config.blocks[index],
-        block_parameters(request.params, index),
-        cond,
-        guidance=guidance if guidance is not None and index in (guidance.blocks or ()) else None,
-        null=request.null,
-        solved=solved,
-    )
-
-
-def _last_decoder(request: DecodeRequest, part: Segments) -> BlockDecoder:
-    """The last block's decoder for some segments, under their condition."""
-    layout, progress = request.layout, request.progress
-    total = (layout.reached - layout.given) * layout.tokens_per_frame
-
-    def solved(count):
-        if progress is not None:
-            jax.debug.callback(lambda count: progress(int(count), total), count)
-
-    cond = request.restart_cond if part.is_restart else request.cond
-    return _decoder(
-        request, request.flow.with_num_frames(layout.clip), len(request.plan.blocks) - 1, cond, solved=solved
-    )
-
-
-def _decode_last_block(
-    request: DecodeRequest, noise: Float[Array, "b n c"], known: Float[Array, "b m c"] | None
-) -> tuple[Float[Array, "b n c"], Solution]:
-    """u of all decoded frames, including those known from the start, and the report over all segments."""
-    layout, plan = request.layout, request.plan.blocks[-1]
-    u, solutions = noise[:, :0] if known is None else known, []
+def _invert_last_block(request: DecodeRequest, noise: Float[Array, "b n c"]) -> Solution:
+    """u of all decoded frames, given ones included, and the report over all segments."""
+    layout, given = request.layout, request.clip.given
+    u, reports = noise[:, :0] if given is None else enter_last_block(request, jnp.asarray(given))[0], []
     for part in layout.segments:
-        decoder = _last_decoder(request, part)
+        block = _last_block(request, part)
 
-        def segment(context, z, decoder=decoder):
-            new, solution = decoder.decode(z, plan, context)
+        def segment(context, z, block=block):
+            solution = block.inverse(z, request.plan.blocks[-1], context, partial(_tell, request))
             if context is not None:
-                context = jnp.concatenate([context, new], axis=1)[:, -context.shape[1] :]
-            return context, (new, solution[1:])
+                context = jnp.concatenate([context, solution.x], axis=1)[:, -context.shape[1] :]
+            return context, solution
 
         context = u[:, -part.context * layout.tokens_per_frame :] if part.context else None
-        new, solution = scan_segments(segment, context, layout.new_tokens(noise, part))
-        u = jnp.concatenate([u, layout.in_a_row(new)], axis=1)
-        sweeps, residual, overflows = solution
-        solutions.append((sweeps.reshape(-1), residual, overflows))
-    sweeps, residual, overflows = (jnp.concatenate(reports) for reports in zip(*solutions, strict=True))
-    return u, Solution(u, sweeps, residual.max(axis=0), overflows.sum(axis=0))
+        solution = scan_segments(segment, context, layout.new_tokens(noise, part))
+        u = jnp.concatenate([u, layout.in_a_row(solution.x)], axis=1)
+        reports.append((solution.sweeps.reshape(-1), solution.residual, solution.overflows))
+    sweeps, residual, overflows = (jnp.concatenate(parts) for parts in zip(*reports, strict=True))
+    return Solution(u, sweeps, residual.max(axis=0), overflows.sum(axis=0))
 
 
-def _decode_other_blocks(
+def _invert_other_blocks(
     request: DecodeRequest, flow: Flow, u: Float[Array, "b n c"]
-) -> tuple[Float[Array, "b n c"], list[Solution], list[Float[Array, " b"]]]:
-    """Tokens of images or frames, each block's report, and its certificate if it may be guided."""
+) -> tuple[list[Solution], list[Float[Array, " b"]]]:
+    """Every block's tokens and report, data side first, and the certificates of blocks that may be guided."""
     solutions, errors = [], []
-    for index in reversed(range(len(request.plan.blocks) - 1)):
-        decoder = _decoder(request, flow, index, request.cond)
-        tokens, solution = decoder.decode(u, request.plan.blocks[index])
+    for index in reversed(range(flow.config.num_blocks - 1)):
+        block = _block(request, flow, index)
+        solution = block.inverse(u, request.plan.blocks[index])
         if request.certify and request.guidance is not None:
-            errors.append(jnp.abs(decoder.encode(tokens) - u).max(axis=(1, 2)))
+            errors.append(jnp.abs(block.forward(solution.x) - u).max(axis=(1, 2)))
         solutions.insert(0, solution)
-        u = tokens
-    return u, solutions, errors
+        u = solution.x
+    return solutions, errors
 
 
 def _last_block_error(
-    request: DecodeRequest, u: Float[Array, "b n c"], noise: Float[Array, "b n c"]
+    request: DecodeRequest, x: Float[Array, "b *event"], u: Float[Array, "b n c"], noise: Float[Array, "b n c"]
 ) -> Float[Array, " b"]:
-    """Largest difference per sample between the decoded noise and the noise of the resulting tokens."""
+    """Largest difference per sample between the noise that was given and that of the last block's tokens.
+
+    Under guidance these are u, else those of the resulting x.
+    """
     layout, errors = request.layout, []
+    seen = u if request.guidance is not None else enter_last_block(request, x)[0]
+    seen = jnp.concatenate([seen, u[:, seen.shape[1] :]], axis=1)  # Frames beyond `total` are dropped.
     for part in layout.segments:
-        decoder = _last_decoder(request, part)
+        block = _last_block(request, part)
 
-        def segment(_, inputs, decoder=decoder):
+        def segment(_, inputs, block=block):
             tokens, z = inputs
-            return None, jnp.abs(decoder.encode(tokens)[:, -z.shape[1] :] - z).max(axis=(1, 2))
+            return None, jnp.abs(block.forward(tokens)[:, -z.shape[1] :] - z).max(axis=(1, 2))
 
-        inputs = layout.whole_segments(u, part), layout.new_tokens(noise, part)
+        inputs = layout.whole_segments(seen, part), layout.new_tokens(noise, part)
         errors.append(scan_segments(segment, None, inputs).max(axis=0))
     return jnp.stack(errors).max(axis=0)
 
 
-def _denoised(request: DecodeRequest, x: Float[Array, "b *event"]) -> Float[Array, "b *event"]:
-    step = request.denoise
-    if isinstance(step, TweedieStep):
-        score = jax.grad(lambda x: _log_prob(request, x).sum())(x)
-        return x + step.strength * request.flow.config.noise_std**2 * score
-    return x if step is None else step.function(step.variables, x, request.cond)
+def _last_block(request: DecodeRequest, part: Segments) -> GuidedBlock:
+    """The last block for some segments, under their condition."""
+    flow = request.flow.with_num_frames(request.layout.clip)
+    return _block(replace(request, cond=request.condition_of(part)), flow, flow.config.num_blocks - 1)
 
 
-def _log_prob(request: DecodeRequest, x: Float[Array, "b *event"]) -> Float[Array, " b"]:
-    """log p(x | cond) in nats of images or clips decoded by this layout with no frames given."""
-    layout, flow = request.layout._replace(given=0), request.flow.with_num_frames(request.layout.clip)
-    index = len(request.plan.blocks) - 1
-    block, variables = AutoregressiveBlock(flow.config.blocks[index]), block_parameters(request.params, index)
-    variance = layout.frames(request.flow.apply(request.params, method="prior_variance")[None], 0, layout.clip)
-    u, logdet = _enter_last_block(request, x)
-    beyond = (layout.reached - layout.total) * layout.tokens_per_frame
-    u = jnp.pad(u, ((0, 0), (0, beyond), (0, 0)))
-    parts = []
-    for part in layout.segments:
-        cond = request.restart_cond if part.is_restart else request.cond
+def _block(request: DecodeRequest, flow: Flow, index: int) -> GuidedBlock:
+    guidance = request.guidance
+    guided = guidance is not None and index in (guidance.blocks or ())
+    variables = block_parameters(request.params, index)
+    return guided_block(flow.config.blocks[index], variables, request.cond, guidance if guided else None)
 
-        def segment(_, tokens, cond=cond):
-            shift, log_scale = block.apply(variables, tokens, cond, method="parameters")
-            z, _ = to_noise(tokens, shift, log_scale)
-            return None, gaussian_log_density(z, variance) - log_scale
 
-        density = scan_segments(segment, None, layout.whole_segments(u, part))
-        parts.append(layout.in_a_row(density[:, :, part.context * layout.tokens_per_frame :]))
-    return logdet + layout.frames(jnp.concatenate(parts, axis=1), 0, layout.total).sum(axis=(1, 2))
+def _tell(request: DecodeRequest, count: Array) -> None:
+    """Reports newly solved tokens of the last block, if the clip asks for it."""
+    layout, progress = request.layout, request.clip.progress
+    if progress is not None:
+        total = (layout.reached - layout.given) * layout.tokens_per_frame
+        jax.debug.callback(lambda count: progress(int(count), total), count)

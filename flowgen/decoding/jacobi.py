@@ -8,6 +8,7 @@ one after another. w = 1 is sequential decoding; w = n is the Jacobi iteration o
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -20,19 +21,6 @@ from flowgen.flows.affine import to_data
 # Iterates beyond this are treated as overflown: fed to the network as the limit (or 0 for NaN), so that unsolved tokens
 # cannot spoil solved ones. Data lie in [-1, 1].
 OVERFLOW = 1e6
-
-
-class Conditioner(NamedTuple):
-    """What the solver needs from a block.
-
-    window(previous, start, cache) -> (shift, log_scale, cache): parameters of the tokens after `previous`.
-    rewind(before, after) -> cache: a cache from which the same window can run again.
-    solved(count): called after each window with the number of newly solved tokens.
-    """
-
-    window: Callable[[Array, Array, Any], tuple[Array, Array, Any]]
-    rewind: Callable[[Any, Any], Any]
-    solved: Callable[[Array], None] = lambda count: None
 
 
 class PreviousFrame(NamedTuple):
@@ -54,6 +42,30 @@ class PreviousFrame(NamedTuple):
         return PreviousFrame(last, jnp.minimum(self.known + tokens.shape[1], period))
 
 
+def ignore(count: Array) -> None:
+    """Takes no notice of solved tokens."""
+
+
+class Conditioner(NamedTuple):
+    """What a solver needs from a block, and where it begins.
+
+    window(previous, start, cache) -> (shift, log_scale, cache): parameters of the tokens after `previous`.
+    rewind(before, after) -> cache: a cache from which the same window can run again.
+    empty_cache(length) -> cache: with room for so many more tokens.
+    first: the network's input before the first token to be solved. begin: `start` of that token.
+    previous_frame: the frame before it, the initial guess of windows if the plan says so; None for images.
+    solved(count): called after each window with the number of newly solved tokens.
+    """
+
+    window: Callable[[Array, Array, Any], tuple[Array, Array, Any]]
+    rewind: Callable[[Any, Any], Any]
+    empty_cache: Callable[[int], Any]
+    first: Float[Array, "b 1 c"]
+    begin: int = 0
+    previous_frame: PreviousFrame | None = None
+    solved: Callable[[Array], None] = ignore
+
+
 class Solution(NamedTuple):
     """Solved tokens and the solver's reports; see `DecodeResult` for their meaning."""
 
@@ -61,6 +73,22 @@ class Solution(NamedTuple):
     sweeps: Int[Array, " windows"]
     residual: Float[Array, " b"]
     overflows: Int[Array, " b"]
+
+
+class _Window(NamedTuple):
+    """Tokens to be solved together: their noise, the first of them, and which exist."""
+
+    noise: Float[Array, "b w c"]
+    start: Int[Array, ""]
+    real: Bool[Array, "1 w 1"]
+
+
+class _Before(NamedTuple):
+    """What earlier windows leave: the last token, the cache, and the frame before if guesses are made of it."""
+
+    last: Float[Array, "b 1 c"]
+    cache: Any
+    frame: PreviousFrame | None
 
 
 class _Sweep(NamedTuple):
@@ -72,70 +100,66 @@ class _Sweep(NamedTuple):
     overflows: Int[Array, " b"]
 
 
-def solve(
-    conditioner: Conditioner,
-    first: Float[Array, "b 1 c"],
-    z: Float[Array, "b n c"],
-    empty_cache: Callable[[int], Any],
-    plan: Jacobi,
-    previous_frame: PreviousFrame | None = None,
-) -> Solution:
-    """Returns x with x_t = shift_t(x_<t) + exp(log_scale_t(x_<t)) · z_t for all n tokens.
-
-    first: the network's input before the first token. empty_cache: length -> cache. previous_frame: the frame before
-    the first token, the initial guess of windows if the plan says so.
-    """
+def solve(conditioner: Conditioner, z: Float[Array, "b n c"], plan: Jacobi) -> Solution:
+    """Returns x with x_t = shift_t(x_<t) + exp(log_scale_t(x_<t)) · z_t for all n tokens."""
     batch, n, channels = z.shape
-    window = min(plan.window or n, n)
-    num_windows = -(-n // window)
-    max_sweeps = min(plan.max_sweeps or window, window)
-    padded = jnp.pad(z, ((0, 0), (0, num_windows * window - n), (0, 0)))
-    windows = padded.reshape(batch, num_windows, window, channels).swapaxes(0, 1)
-    starts = jnp.arange(num_windows) * window
-
-    def solve_window(carry, inputs):
-        first, committed, previous_frame = carry
-        noise, start = inputs
-        real = (start + jnp.arange(window) < n)[None, :, None]
-
-        def sweep(state: _Sweep) -> _Sweep:
-            previous = jnp.concatenate([first, state.guess[:, :-1]], axis=1)
-            cache = conditioner.rewind(committed, state.cache)
-            shift, log_scale, cache = conditioner.window(bounded(previous), start, cache)
-            out = to_data(noise, shift, log_scale)
-            residual = _change(out, state.guess, real)
-            # A converged sample keeps its guess, so that it yields the same tokens and the same cache
-            # however many more sweeps the others in the batch need.
-            guess = jnp.where((residual <= plan.tol)[:, None, None], state.guess, out)
-            overflows = state.overflows + (overflown(out) & real).sum(axis=(1, 2), dtype=jnp.int32)
-            return _Sweep(guess, out, residual, cache, state.count + 1, overflows)
-
-        def unsolved(state: _Sweep) -> Bool[Array, ""]:
-            return (state.count < max_sweeps) & jnp.any(state.residual > plan.tol)
-
-        guess = first_guess(plan.init, noise, previous_frame)
-        state = _Sweep(
-            guess=guess,
-            out=guess,
-            residual=jnp.full(batch, jnp.inf, z.dtype),
-            cache=committed,
-            count=jnp.zeros((), jnp.int32),
-            overflows=jnp.zeros(batch, jnp.int32),
-        )
-        state = sweep(state) if max_sweeps == 1 else jax.lax.while_loop(unsolved, sweep, state)
-        # After as many sweeps as tokens a sample is exact, whatever its last change was.
-        exact = (state.count >= window) & ((state.residual > plan.tol) | (window == 1))
-        broken = (overflown(state.out) & real).any(axis=(1, 2))
-        residual = jnp.where(broken, jnp.inf, jnp.where(exact, 0, state.residual))
-        report = (state.out, state.count, residual, state.overflows)
-        previous_frame = None if previous_frame is None else previous_frame.then(state.out)
-        conditioner.solved(jnp.minimum(window, n - start))
-        return (state.out[:, -1:], state.cache, previous_frame), report
-
-    carry = (first, empty_cache(num_windows * window), previous_frame if plan.init == "previous_frame" else None)
-    _, (out, sweeps, residual, overflows) = jax.lax.scan(solve_window, carry, (windows, starts))
-    x = out.swapaxes(0, 1).reshape(batch, num_windows * window, channels)[:, :n]
+    size = min(plan.window or n, n)
+    count = -(-n // size)
+    padded = jnp.pad(z, ((0, 0), (0, count * size - n), (0, 0)))
+    noise = padded.reshape(batch, count, size, channels).swapaxes(0, 1)
+    frame = conditioner.previous_frame if plan.init == "previous_frame" else None
+    before = _Before(conditioner.first, conditioner.empty_cache(count * size), frame)
+    step = partial(_solve_window, conditioner, plan, n)
+    _, (out, sweeps, residual, overflows) = jax.lax.scan(step, before, (noise, jnp.arange(count) * size))
+    x = out.swapaxes(0, 1).reshape(batch, count * size, channels)[:, :n]
     return Solution(x, sweeps, residual.max(axis=0), overflows.sum(axis=0))
+
+
+def _solve_window(
+    conditioner: Conditioner, plan: Jacobi, n: int, before: _Before, inputs: tuple[Array, Array]
+) -> tuple[_Before, Solution]:
+    """What the next window begins with, and the solution of this one of n tokens."""
+    noise, start = inputs
+    size = noise.shape[1]
+    window = _Window(noise, start, (start + jnp.arange(size) < n)[None, :, None])
+    sweep = partial(_sweep, conditioner, plan.tol, before, window)
+    max_sweeps = min(plan.max_sweeps or size, size)
+
+    def unsolved(state: _Sweep) -> Bool[Array, ""]:
+        return (state.count < max_sweeps) & jnp.any(state.residual > plan.tol)
+
+    guess = first_guess(plan.init, noise, before.frame)
+    state = _Sweep(
+        guess=guess,
+        out=guess,
+        residual=jnp.full(len(noise), jnp.inf, noise.dtype),
+        cache=before.cache,
+        count=jnp.zeros((), jnp.int32),
+        overflows=jnp.zeros(len(noise), jnp.int32),
+    )
+    state = sweep(state) if max_sweeps == 1 else jax.lax.while_loop(unsolved, sweep, state)
+    # After as many sweeps as tokens a sample is exact, whatever its last change was.
+    exact = (state.count >= size) & ((state.residual > plan.tol) | (size == 1))
+    broken = (overflown(state.out) & window.real).any(axis=(1, 2))
+    residual = jnp.where(broken, jnp.inf, jnp.where(exact, 0, state.residual))
+    frame = None if before.frame is None else before.frame.then(state.out)
+    conditioner.solved(jnp.minimum(size, n - start))
+    after = _Before(state.out[:, -1:], state.cache, frame)
+    return after, Solution(state.out, state.count, residual, state.overflows)
+
+
+def _sweep(conditioner: Conditioner, tol: float, before: _Before, window: _Window, state: _Sweep) -> _Sweep:
+    """One pass over a window: the tokens that follow from the guesses of those before them."""
+    previous = jnp.concatenate([before.last, state.guess[:, :-1]], axis=1)
+    cache = conditioner.rewind(before.cache, state.cache)
+    shift, log_scale, cache = conditioner.window(bounded(previous), conditioner.begin + window.start, cache)
+    out = to_data(window.noise, shift, log_scale)
+    residual = _change(out, state.guess, window.real)
+    # A converged sample keeps its guess, so that it yields the same tokens and the same cache
+    # however many more sweeps the others in the batch need.
+    guess = jnp.where((residual <= tol)[:, None, None], state.guess, out)
+    overflows = state.overflows + (overflown(out) & window.real).sum(axis=(1, 2), dtype=jnp.int32)
+    return _Sweep(guess, out, residual, cache, state.count + 1, overflows)
 
 
 def first_guess(

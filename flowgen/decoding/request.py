@@ -13,7 +13,8 @@ from jaxtyping import Array, Bool, Float, Int, Integer, Key
 from flowgen.arrays import shown
 from flowgen.attention import causal_kernel
 from flowgen.conditioning import Condition, TextCondition
-from flowgen.decoding.layout import ClipLayout
+from flowgen.decoding.clips import Clip, checked_clip, clip_layout
+from flowgen.decoding.layout import ClipLayout, Segments
 from flowgen.decoding.plan import DecodePlan, Plan, SlidingWindow, resolve_plan
 from flowgen.flows.block import Variables
 from flowgen.flows.density import Flow, FlowConfig
@@ -70,14 +71,12 @@ class Denoiser:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class DecodeRequest:
-    """What to decode and how. Static fields are compiled in; the others may change from call to call.
+    """What to decode and how, checked. Static fields are compiled in; the others may change from call to call.
 
     noise: tokens in raster order, or the keys to draw them from. cond: condition of all samples. plan: one per block.
-    layout: segments of frames; an image is one frame. restart_cond: condition of restarts instead of cond. given: the
-    first frames. guidance, with the blocks that it guides, and null, the text of its unconditional branch. certify:
-    whether to measure the error. denoise: removes the training noise from the result.
-    progress: called on the host as progress(solved, total) after every window of the
-    last block.
+    clip: its length, beginning and restarts; an image is a clip of one frame. guidance: with the blocks that it
+    changes; None if it changes none. certify: whether to measure the error. denoise: removes the training noise from
+    the result.
     """
 
     flow: Flow = field(metadata={"static": True})
@@ -85,14 +84,21 @@ class DecodeRequest:
     noise: Float[Array, "b n c"] | SampleKeys
     cond: Condition | None
     plan: DecodePlan = field(metadata={"static": True})
-    layout: ClipLayout = field(metadata={"static": True})
+    clip: Clip
     guidance: Guidance | None = None
-    null: TextCondition | None = None
-    restart_cond: Condition | None = None
-    given: Float[Array, "b given height width c"] | None = None
     denoise: TweedieStep | Denoiser | None = None
     certify: bool = field(default=False, metadata={"static": True})
-    progress: Callable[[int, int], None] | None = field(default=None, metadata={"static": True})
+
+    @property
+    def layout(self) -> ClipLayout:
+        """The segments of frames to decode."""
+        return clip_layout(self.clip, self.flow.config)
+
+    def condition_of(self, part: Segments) -> Condition | None:
+        """Returns the condition of some segments."""
+        restart_cond = self.clip.restart_cond
+        assert not isinstance(restart_cond, list | np.ndarray)  # a checked clip has arrays
+        return restart_cond if part.is_restart else self.cond
 
 
 def decode_request(
@@ -102,28 +108,27 @@ def decode_request(
     cond: Integer[Array | np.ndarray, " b"] | list[int] | TextCondition | None,
     plan: Plan | str,
     guidance: Guidance | None = None,
-    null: TextCondition | None = None,
+    clip: Clip | None = None,
 ) -> DecodeRequest:
-    """Returns the request to decode noise to samples of the flow's own size, without certificate or denoising.
+    """Returns the request to decode noise, without certificate or denoising.
 
-    Raises ValueError if cond, plan, guidance or null does not fit the flow.
+    clip: None decodes samples of the flow's own size. Raises ValueError if cond, plan, guidance or clip does not fit
+    the flow.
     """
     config = flow.config
     batch = len(noise.indices if isinstance(noise, SampleKeys) else noise)
     cond = config.check_cond(cond, batch)
     guidance = _active(guidance, cond, config)
-    per_frame = config.tokens_per_image
-    frames = config.num_tokens // per_frame
+    if guidance is not None:
+        guidance = replace(guidance, null=_checked_null(guidance.null, config, batch))
     return DecodeRequest(
         flow=flow,
         params=params,
         noise=noise,
         cond=cond,
         plan=_resolve(plan, guidance, config, batch),
-        layout=ClipLayout(total=frames, clip=frames, given=0, context=0, tokens_per_frame=per_frame),
+        clip=checked_clip(clip, config, cond, batch),
         guidance=guidance,
-        null=None if guidance is None else config.check_null(null, batch),
-        restart_cond=cond,
     )
 
 
@@ -148,7 +153,7 @@ def _active(guidance: Guidance | None, cond: Condition | None, config: FlowConfi
     blocks = tuple(range(config.num_blocks)) if guidance.blocks is None else guidance.blocks
     outside = [index for index in blocks if not 0 <= index < config.num_blocks]
     if outside:
-        raise ValueError(f"guidance blocks name {outside[0]}; this flow has blocks 0..{config.num_blocks - 1}.")
+        raise ValueError(f"guidance.blocks has {outside[0]}; this flow has blocks 0..{config.num_blocks - 1}.")
     if guidance.temperature == 1:  # the two branches of a block without condition are then the same
         blocks = tuple(index for index in blocks if config.blocks[index].is_conditional)
     if not blocks:
@@ -156,10 +161,25 @@ def _active(guidance: Guidance | None, cond: Condition | None, config: FlowConfi
     attention = config.blocks[0].transformer.attention
     if guidance.temperature != 1 and not causal_kernel(attention).has_temperature:
         raise ValueError(
-            f"guidance temperature is {guidance.temperature}; {attention!r} attention has none, unlike softmax; "
+            f"guidance.temperature is {guidance.temperature}, but {attention!r} attention has no temperature; "
             "set it to 1."
         )
     return replace(guidance, blocks=blocks, scale=float(guidance.scale), temperature=float(guidance.temperature))
+
+
+def _checked_null(null: TextCondition | None, config: FlowConfig, batch: int) -> TextCondition | None:
+    """The text of the unconditional branch, if the flow takes texts."""
+    if not config.text_dim:
+        if null is not None:
+            raise ValueError("guidance.null is given, but the flow takes no texts; leave it out.")
+        return None
+    if null is None:
+        raise ValueError(
+            "guidance.null is missing, but the flow takes texts; give Guidance(null=...), the encoded empty text."
+        )
+    checked = config.check_cond(null, 1 if len(null.mask) == 1 else batch)
+    assert isinstance(checked, TextCondition)
+    return checked
 
 
 def _resolve(plan: Plan | str, guidance: Guidance | None, config: FlowConfig, batch: int) -> DecodePlan:
@@ -169,7 +189,7 @@ def _resolve(plan: Plan | str, guidance: Guidance | None, config: FlowConfig, ba
     attention = config.blocks[0].transformer.attention
     if any(isinstance(block, SlidingWindow) for block in resolved.blocks) and not causal_kernel(attention).has_slots:
         raise ValueError(
-            f"plan has a SlidingWindow; the running state of {attention!r} attention cannot be taken up at any token, "
-            "unlike the cache of softmax; use Jacobi or Sequential."
+            f"plan has a SlidingWindow, which may begin at any token, but {attention!r} attention keeps a running "
+            "state instead of a slot per token; use Jacobi or Sequential."
         )
     return resolved

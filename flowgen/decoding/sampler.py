@@ -1,4 +1,4 @@
-"""`invert` and `sample`: from noise to images in one compiled program per call signature."""
+"""`invert` and `sample`: from noise to images or clips in one compiled program per call signature."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Integer, Key
+from jaxtyping import Array, Float, Int, Integer, Key
 
 from flowgen.arrays import check_count, check_floating, check_key
 from flowgen.conditioning import TextCondition
-from flowgen.decoding.core import decode
+from flowgen.decoding.clips import Clip
+from flowgen.decoding.core import run
 from flowgen.decoding.plan import Plan
 from flowgen.decoding.request import DecodeResult, Denoiser, SampleKeys, decode_request, resolve_denoise
 from flowgen.flows.block import Variables
@@ -27,15 +28,13 @@ def invert(
     *,
     plan: Plan | str = "sequential",
     guidance: Guidance | None = None,
-    null: TextCondition | None = None,
     certify: bool = False,
 ) -> DecodeResult:
-    """Returns the images whose `forward` is z, decoded by `plan` under `guidance`.
+    """Returns the images or clips whose `forward` is z, decoded by `plan` under `guidance`.
 
-    z: noise tokens in raster order, as `forward` returns them. null: the text of guidance's unconditional branch, one
-    or `b`, for text flows. certify: run one forward pass on the result and report the reconstruction error, guidance
-    included. Raises ValueError if z, cond, plan or guidance does not fit the flow. The scale and temperature of
-    guidance can change without recompiling.
+    z: noise tokens in raster order, as `forward` returns them. certify: run one forward pass on the result and report
+    the reconstruction error, guidance included. Raises ValueError if z, cond, plan or guidance does not fit the flow.
+    The scale, temperature and null text of guidance can change without recompiling.
 
     Example:
         r = invert(flow, params, z, cond, plan=Jacobi(window=32))
@@ -47,36 +46,50 @@ def invert(
     if z.ndim != 3 or z.shape[1:] != expected:
         raise ValueError(f"z has shape {tuple(z.shape)}; this flow takes (batch, {expected[0]}, {expected[1]}).")
     z = jnp.asarray(z, master_dtype(config.dtype))
-    return decode(replace(decode_request(flow, params, z, cond, plan, guidance, null), certify=certify))
+    return run(replace(decode_request(flow, params, z, cond, plan, guidance), certify=certify))
 
 
 def sample(
     flow: Flow,
     params: Variables,
     key: Key[Array, ""],
-    num: int,
+    num: int | range | Integer[np.ndarray, " b"],
     cond: Integer[Array | np.ndarray, " b"] | list[int] | TextCondition | None = None,
     *,
     plan: Plan | str = "auto",
     guidance: Guidance | None = None,
-    null: TextCondition | None = None,
     denoise: bool | float | Denoiser = True,
-    first: int = 0,
     certify: bool = False,
+    clip: Clip | None = None,
 ) -> DecodeResult:
-    """Returns `num` images drawn from the flow, with the training noise removed.
+    """Returns images or clips drawn from the flow, with the training noise removed.
 
-    null: as for `invert`. denoise: one Tweedie step x + strength · σ² ∇ log p(x | cond), σ from the flow's config; a
-    number is the strength; or a learned `Denoiser`.
-    first: index of the first image. Image i depends only on (key, i), so a job can be split into any batches.
-    Raises ValueError as `invert` does, and if `num` is not positive.
+    num: how many, or their numbers, such as range(16, 32). Sample i depends only on (key, i), so a job can be split
+    into any batches.
+    denoise: one Tweedie step x + strength · σ² ∇ log p(x | cond), σ from the flow's config; a number is the strength;
+    or a learned `Denoiser`, which receives all frames of a clip, still noisy. The score is that of the density that
+    decoding follows if no frames are given.
+    certify: as for `invert`; the error of a clip is that of its generated frames.
+    clip: for clips of another length than the flow's, or that begin with given frames. A token's noise depends only on
+    key, number and position. So before denoising, which looks ahead, a longer clip begins with the shorter one. The
+    deep block's sweeps are reported clip after clip.
+    Raises ValueError as `invert` does, and if `num` is not positive or the clip does not fit the flow.
 
     Example:
         r = sample(flow, params, jax.random.key(0), 16, labels, guidance=Guidance(scale=1.5))
     """
     check_flow(flow, params)
     check_key(key)
-    check_count("num", num)
-    noise = SampleKeys(key, first + jnp.arange(num))
-    request = decode_request(flow, params, noise, cond, plan, guidance, null)
-    return decode(replace(request, denoise=resolve_denoise(denoise, flow.config.noise_std), certify=certify))
+    noise = SampleKeys(key, _numbers(num))
+    request = decode_request(flow, params, noise, cond, plan, guidance, clip)
+    return run(replace(request, denoise=resolve_denoise(denoise, flow.config.noise_std), certify=certify))
+
+
+def _numbers(num: int | range | Integer[np.ndarray, " b"]) -> Int[Array, " b"]:
+    numbers = np.asarray(num)
+    if numbers.ndim == 0:
+        check_count("num", num)
+        numbers = np.arange(int(numbers))
+    if not numbers.size:
+        raise ValueError("num has no numbers of samples; give at least one, or how many.")
+    return jnp.asarray(numbers)

@@ -8,12 +8,12 @@ their new values as the next guess. So every pass accepts at least one token.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from flowgen.decoding.jacobi import Conditioner, PreviousFrame, Solution, bounded, first_guess, overflown
 from flowgen.decoding.plan import SlidingWindow
@@ -31,73 +31,77 @@ class _Pass(NamedTuple):
     overflows: Int[Array, " b"]
 
 
-def solve_sliding(
-    conditioner: Conditioner,
-    first: Float[Array, "b 1 c"],
-    z: Float[Array, "b n c"],
-    empty_cache: Callable[[int], Any],
-    plan: SlidingWindow,
-    previous_frame: PreviousFrame | None = None,
-) -> Solution:
+class _Noise(NamedTuple):
+    """The noise of n tokens, padded so that a window may begin at any of them."""
+
+    tokens: Float[Array, "b padded c"]
+    n: int
+    window: int
+
+    def at(self, start: Int[Array, ""]) -> Float[Array, "b w c"]:
+        """Returns the noise of the window that begins there."""
+        return jax.lax.dynamic_slice_in_dim(self.tokens, start, self.window, axis=1)
+
+
+def solve_sliding(conditioner: Conditioner, z: Float[Array, "b n c"], plan: SlidingWindow) -> Solution:
     """Returns x as `flowgen.decoding.jacobi.solve` does; `sweeps` is one number, the total of passes, at most n.
 
     The cache's slots must be overwritable, so that a window may begin at any of them.
     """
     batch, n, _ = z.shape
     window = min(plan.window or n, n)
-    noise = jnp.pad(z, ((0, 0), (0, 2 * window), (0, 0)))
-
-    def run(state: _Pass) -> _Pass:
-        start = state.start
-        real = (start + jnp.arange(window) < n)[None]
-        guess = jax.lax.dynamic_slice_in_dim(state.tokens, start + 1, window, axis=1)
-        previous = jax.lax.dynamic_slice_in_dim(state.tokens, start, window, axis=1)
-        shift, log_scale, cache = conditioner.window(bounded(previous), start, state.cache)
-        out = to_data(jax.lax.dynamic_slice_in_dim(noise, start, window, axis=1), shift, log_scale)
-        bad = overflown(out)
-        change = jnp.where(real, jnp.where(bad, jnp.inf, jnp.abs(out - guess)).max(axis=2), 0)
-        accepted = jnp.cumprod((change <= plan.tol).all(axis=0)).astype(bool)[None]
-        solved = jnp.where(accepted[:, :, None], guess, out)
-        step = jnp.minimum(accepted.sum() + 1, window)
-        kept = jnp.where(accepted, change, 0).max(axis=1)
-        conditioner.solved(jnp.minimum(step, n - start))
-        return _Pass(
-            tokens=entered(jax.lax.dynamic_update_slice_in_dim(state.tokens, solved, start + 1, axis=1), start),
-            start=start + step.astype(start.dtype),
-            cache=conditioner.rewind(state.cache, cache),
-            count=state.count + 1,
-            residual=jnp.maximum(state.residual, kept),
-            overflows=state.overflows + (bad & real[:, :, None]).sum(axis=(1, 2), dtype=jnp.int32),
-        )
-
-    def entered(tokens: Array, start: Array) -> Array:
-        """The tokens, with initial guesses after the window, of which the next window takes as many as it needs."""
-        end = start + window
-        ahead = jax.lax.dynamic_slice_in_dim(noise, end, window, axis=1)
-        before = None if previous_frame is None else frame_before_end(previous_frame, tokens, end)
-        guess = first_guess(plan.init, ahead, before)
-        return jax.lax.dynamic_update_slice_in_dim(tokens, guess, end + 1, axis=1)
-
-    def frame_before_end(previous_frame: PreviousFrame, tokens: Array, end: Array) -> PreviousFrame:
-        period = previous_frame.tokens.shape[1]
-        all_tokens = jnp.concatenate([previous_frame.tokens, tokens[:, 1:]], axis=1)
-        last = jax.lax.dynamic_slice_in_dim(all_tokens, end, period, axis=1)
-        return PreviousFrame(last, jnp.minimum(previous_frame.known + end, period))
-
-    def unsolved(state: _Pass) -> Bool[Array, ""]:
-        return state.start < n
-
-    guess = first_guess(plan.init, z[:, :window], previous_frame)
+    noise = _Noise(jnp.pad(z, ((0, 0), (0, 2 * window), (0, 0))), n, window)
+    guess = first_guess(plan.init, z[:, :window], conditioner.previous_frame)
     room = jnp.zeros((batch, n + 2 * window - guess.shape[1], z.shape[2]), z.dtype)
     state = _Pass(
-        tokens=jnp.concatenate([first, guess, room], axis=1),
+        tokens=jnp.concatenate([conditioner.first, guess, room], axis=1),
         start=jnp.zeros((), int),
-        cache=empty_cache(n + window),
+        cache=conditioner.empty_cache(n + window),
         count=jnp.zeros((), jnp.int32),
         residual=jnp.zeros(batch, z.dtype),
         overflows=jnp.zeros(batch, jnp.int32),
     )
-    state = jax.lax.while_loop(unsolved, run, state)
+    state = jax.lax.while_loop(lambda state: state.start < n, partial(_pass, conditioner, plan, noise), state)
     x = state.tokens[:, 1 : n + 1]
     residual = jnp.where(overflown(x).any(axis=(1, 2)), jnp.inf, state.residual)
     return Solution(x, state.count[None], residual, state.overflows)
+
+
+def _pass(conditioner: Conditioner, plan: SlidingWindow, noise: _Noise, state: _Pass) -> _Pass:
+    """One pass over a window, which then advances by the tokens it has solved."""
+    start, window = state.start, noise.window
+    real = (start + jnp.arange(window) < noise.n)[None]
+    guess = jax.lax.dynamic_slice_in_dim(state.tokens, start + 1, window, axis=1)
+    previous = jax.lax.dynamic_slice_in_dim(state.tokens, start, window, axis=1)
+    shift, log_scale, cache = conditioner.window(bounded(previous), conditioner.begin + start, state.cache)
+    out = to_data(noise.at(start), shift, log_scale)
+    bad = overflown(out)
+    change = jnp.where(real, jnp.where(bad, jnp.inf, jnp.abs(out - guess)).max(axis=2), 0)
+    accepted = jnp.cumprod((change <= plan.tol).all(axis=0)).astype(bool)[None]
+    solved = jnp.where(accepted[:, :, None], guess, out)
+    step = jnp.minimum(accepted.sum() + 1, window)
+    kept = jnp.where(accepted, change, 0).max(axis=1)
+    conditioner.solved(jnp.minimum(step, noise.n - start))
+    tokens = jax.lax.dynamic_update_slice_in_dim(state.tokens, solved, start + 1, axis=1)
+    return _Pass(
+        tokens=_with_guesses(conditioner, plan, noise, tokens, start + window),
+        start=start + step.astype(start.dtype),
+        cache=conditioner.rewind(state.cache, cache),
+        count=state.count + 1,
+        residual=jnp.maximum(state.residual, kept),
+        overflows=state.overflows + (bad & real[:, :, None]).sum(axis=(1, 2), dtype=jnp.int32),
+    )
+
+
+def _with_guesses(
+    conditioner: Conditioner, plan: SlidingWindow, noise: _Noise, tokens: Float[Array, "b slots c"], end: Int[Array, ""]
+) -> Float[Array, "b slots c"]:
+    """The tokens with initial guesses from `end` on, of which the next window takes as many as it needs."""
+    frame = conditioner.previous_frame
+    if frame is not None:
+        period = frame.tokens.shape[1]
+        all_tokens = jnp.concatenate([frame.tokens, tokens[:, 1:]], axis=1)
+        last = jax.lax.dynamic_slice_in_dim(all_tokens, end, period, axis=1)
+        frame = PreviousFrame(last, jnp.minimum(frame.known + end, period))
+    guess = first_guess(plan.init, noise.at(end), frame)
+    return jax.lax.dynamic_update_slice_in_dim(tokens, guess, end + 1, axis=1)

@@ -52,7 +52,7 @@ class Classifier:
     network: _ConvNet
     variables: Any
 
-    def features(self, images: Float[np.ndarray, "n height width c"]) -> Float[np.ndarray, "n f"]:
+    def features(self, images: Float[np.ndarray, "n height width c"]) -> Float[np.ndarray, "n features"]:
         """Returns the activations before the last layer."""
         return self._run(images, 0)
 
@@ -67,7 +67,7 @@ class Classifier:
 
 
 def train_classifier(dataset: Dataset, key: Key[Array, ""], *, steps: int = 200) -> Classifier:
-    """Returns a classifier of the dataset's labels; it trains on noisy images, so that samples are in its domain.
+    """Returns a classifier of the dataset's labels, trained on noisy images, so that it also works on samples.
 
     Raises ValueError if the dataset has no labels.
 
@@ -75,10 +75,10 @@ def train_classifier(dataset: Dataset, key: Key[Array, ""], *, steps: int = 200)
         classifier = train_classifier(experiment.dataset("train"), jax.random.key(0))
     """
     if not dataset.class_names:
-        raise ValueError("the data carry no labels, without which there is nothing for a classifier to learn.")
+        raise ValueError("the data have no labels, which the classifier learns from; give data with classes.")
     network = _ConvNet(len(dataset.class_names))
     init_key, noise_key = jax.random.split(key)
-    variables = jax.jit(network.init)(init_key, jnp.zeros((1, *dataset.image_shape)))
+    variables = jax.jit(network.init)(init_key, jnp.zeros((1, *dataset.event_shape)))
     state = _optimizer(steps).init(variables)
     loader = Loader(dataset, batch_size=min(BATCH, len(dataset)), seed=0)
     for step in range(steps):
@@ -94,13 +94,13 @@ def _optimizer(steps: int) -> optax.GradientTransformation:
 @partial(jax.jit, static_argnums=(0, 1))
 def _update(network, steps, variables, state, batch, key):
     level_key, key = jax.random.split(key)
-    images = from_uint8(batch["image"])
+    images = from_uint8(batch.pixels)
     level = MAX_NOISE * jax.random.uniform(level_key, (len(images), 1, 1, 1))
     noised = images + level * jax.random.normal(key, images.shape)
 
     def loss(variables):
         logits = network.apply(variables, noised)[1]
-        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels).mean()
 
     updates, state = _optimizer(steps).update(jax.grad(loss)(variables), state)
     return optax.apply_updates(variables, updates), state

@@ -1,4 +1,4 @@
-"""Bits or nats per dimension on a dataset: of a flow, of a velocity field, and of the Gaussian that fits the data."""
+"""Bits or nats per dimension on a dataset, of a flow, a velocity field, or a Gaussian fitted to the data."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from flowgen.data.buckets import BucketedDataset
-from flowgen.data.dataset import Dataset
+from flowgen.data.dataset import BucketedDataset, Dataset, buckets_of
 from flowgen.data.loader import fixed_batches
 from flowgen.data.media import from_uint8
 from flowgen.flows.batches import add_noise, batch_input, condition_of
 from flowgen.flows.density import LEVELS, bits_per_dim
 
-# The baseline Gaussian has independent pixels if its covariance would be too large, or fitted to too few images.
+# Beyond these limits the baseline Gaussian has a diagonal covariance: a full one would be too large, or badly
+# estimated.
 FULL_COVARIANCE_DIMS = 4096
 IMAGES_PER_DIM = 5
 READ_AT_ONCE = 1024
@@ -37,8 +37,8 @@ def flow_bits_per_dim(
 ) -> float:
     """Returns the mean bits/dim over a dataset, one draw of noise per image.
 
-    noise_std: std of the Gaussian noise added to images, 0 for uniform dequantisation (the published measure), None for
-    the training noise. conditional: give the labels to a flow with classes.
+    noise_std: std of the Gaussian noise added to images; 0 is uniform dequantisation (the published measure), None the
+    training noise. conditional: pass labels to a flow with classes.
 
     Example:
         bpd = flow_bits_per_dim(flow, params, dataset, jax.random.key(0), noise_std=0.0)
@@ -58,9 +58,10 @@ def flow_nats_per_dim(
     batch_size: int = 256,
     conditional: bool = True,
 ) -> float:
-    """Returns the mean -log p per dimension over a dataset of latents, one draw of posterior and noise for each.
+    """Returns the mean -log p per dimension, in nats, over a dataset of latents, with one draw of posterior and noise
+    each.
 
-    conditional: give labels or texts to a flow that takes them; a text flow requires them.
+    conditional: pass labels or texts to a flow that takes them; a text flow requires them.
 
     Example:
         nats = flow_nats_per_dim(flow, params, dataset, jax.random.key(0))
@@ -71,12 +72,12 @@ def flow_nats_per_dim(
 def _mean_nats(flow, variables, dataset, key, *, noise_std, batch_size, conditional) -> float:
     """The mean of -log p / dimensions over the samples of all buckets."""
     if flow.config.text_dim and not conditional:
-        raise ValueError("this flow takes texts and has no likelihood without one; leave unconditional out.")
+        raise ValueError("this flow needs texts to compute a likelihood; leave unconditional out.")
     sigma = flow.config.noise_std if noise_std is None else noise_std
     variables = jax.device_put(variables)
     total = 0.0
-    for bucket in dataset.buckets if isinstance(dataset, BucketedDataset) else (dataset,):
-        sized = flow.with_image_size(*bucket.image_shape[:2])
+    for bucket in buckets_of(dataset):
+        sized = flow.with_image_size(*bucket.event_shape[-3:-1])
 
         def nats(batch, keys, sized=sized):
             return _flow_nats(sized, variables, batch, keys, sigma=sigma, conditional=conditional)
@@ -87,9 +88,7 @@ def _mean_nats(flow, variables, dataset, key, *, noise_std, batch_size, conditio
 
 @partial(jax.jit, static_argnames=("flow", "sigma", "conditional"))
 def _flow_nats(flow, variables, batch, keys, *, sigma, conditional):
-    noised = jax.vmap(lambda key, one: batch_input(key, jax.tree.map(lambda x: x[None], one), sigma)[0])(
-        keys, {name: batch[name] for name in ("image", "mean", "std") if name in batch}
-    )
+    noised = jax.vmap(lambda key, one: batch_input(key, jax.tree.map(lambda x: x[None], one), sigma)[0])(keys, batch.x)
     cond = condition_of(flow, batch) if conditional else None
     return -flow.apply(variables, noised, cond, method="log_prob") / flow.config.num_dims
 
@@ -103,8 +102,8 @@ def velocity_bits_per_dim(
 ) -> float:
     """Returns a continuous flow's mean bits/dim over a dataset, under uniform dequantisation.
 
-    log_prob(x, labels, key): nats of images in [-1, 1), such as `flowgen.matching.log_prob` of a velocity, whose key
-    draws Hutchinson's probes; compiled here.
+    log_prob(x, labels, key): log p in nats of images in [-1, 1), such as `flowgen.matching.log_prob` of a velocity,
+    whose key draws Hutchinson's probes; it is compiled here.
 
     Example:
         bpd = velocity_bits_per_dim(lambda x, y, key: fm.log_prob(velocity, x, y, key=key), dataset, key)
@@ -114,16 +113,15 @@ def velocity_bits_per_dim(
     def bits(images, labels, keys):
         pairs = jax.vmap(jax.random.split)(keys)
         x = jax.vmap(lambda key, image: add_noise(key, image[None], 0.0)[0])(pairs[:, 0], images)
-        return bits_per_dim(log_prob(x, labels, pairs[0, 1]), math.prod(dataset.image_shape))
+        return bits_per_dim(log_prob(x, labels, pairs[0, 1]), math.prod(dataset.event_shape))
 
-    return _mean(dataset, key, batch_size, lambda batch, keys: bits(batch["image"], batch["label"], keys))
+    return _mean(dataset, key, batch_size, lambda batch, keys: bits(batch.pixels, batch.labels, keys))
 
 
 def _mean(dataset: Dataset, key: Key[Array, ""], batch_size: int, measure: Callable[..., Array]) -> float:
-    """The mean of measure(batch, keys) over a dataset, whose noise is the same for any batch size."""
+    """The mean of measure(batch, keys) over a dataset; its noise does not depend on the batch size."""
     total = 0.0
-    for index, batch in enumerate(fixed_batches(dataset, min(batch_size, len(dataset)))):
-        mask = batch.pop("mask")
+    for index, (batch, mask) in enumerate(fixed_batches(dataset, min(batch_size, len(dataset)))):
         positions = index * len(mask) + np.arange(len(mask))
         keys = jax.vmap(partial(jax.random.fold_in, key))(positions)
         total += float(np.asarray(measure(batch, keys))[mask].sum())
@@ -133,14 +131,14 @@ def _mean(dataset: Dataset, key: Key[Array, ""], batch_size: int, measure: Calla
 def gaussian_bits_per_dim(train: Dataset, dataset: Dataset, *, noise_std: float) -> float:
     """Returns the mean bits/dim on `dataset` of a Gaussian with the mean and covariance of `train`.
 
-    Both include the flow's noise (σ > 0 Gaussian, σ = 0 uniform dequantisation), exactly in covariance and expectation,
-    so no noise is drawn. The covariance is full up to 4096 dimensions if `train` has at least 5 images per dimension,
+    Both include the flow's noise (Gaussian for σ > 0, uniform dequantisation for σ = 0) in closed form, so no noise is
+    drawn. The covariance is full up to 4096 dimensions if `train` has at least 5 images per dimension,
     else diagonal. Both datasets are read in batches.
 
     Example:
         baseline = gaussian_bits_per_dim(trained_on, held_out, noise_std=0.1)
     """
-    dims = math.prod(train.image_shape)
+    dims = math.prod(train.event_shape)
     full = dims <= FULL_COVARIANCE_DIMS and len(train) >= IMAGES_PER_DIM * dims
     noise_variance = noise_std**2 if noise_std > 0 else (2 / LEVELS) ** 2 / 12
     mean = sum(batch.sum(axis=0) for batch in _flat(train, noise_std)) / len(train)
@@ -160,8 +158,8 @@ def gaussian_bits_per_dim(train: Dataset, dataset: Dataset, *, noise_std: float)
 
 def _flat(dataset: Dataset, noise_std: float) -> Iterator[np.ndarray]:
     """Batches of images as float64 vectors, as the flow sees them but without noise."""
-    for batch in fixed_batches(dataset, min(READ_AT_ONCE, len(dataset))):
-        images = np.asarray(from_uint8(batch["image"][batch["mask"]]), np.float64)
+    for batch, mask in fixed_batches(dataset, min(READ_AT_ONCE, len(dataset))):
+        images = np.asarray(from_uint8(batch.pixels[mask]), np.float64)
         if noise_std == 0:
             # Dequantised images are (level + U[0, 1)) / 128 - 1, with their mean half a level up.
             images = (images + 1) * 127.5 / 128 + 1 / LEVELS - 1

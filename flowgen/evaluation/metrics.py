@@ -19,20 +19,19 @@ def psnr(mean_square_error: float) -> float:
     return 10 * math.log10(PEAK**2 / max(mean_square_error, 1e-12))
 
 
-def frechet_distance(x: Float[np.ndarray, "n f"], y: Float[np.ndarray, "m f"]) -> float:
+def frechet_distance(x: Float[np.ndarray, "n features"], y: Float[np.ndarray, "m features"]) -> float:
     """Returns |μx - μy|² + tr(Σx + Σy - 2 (Σx½ Σy Σx½)½), the squared Fréchet distance of fitted Gaussians.
 
-    With Inception's features this is the FID (Heusel et al., arXiv 1706.08500); with other features it is comparable
-    only to itself, at equal n and m: small samples raise it. float64. Raises ValueError for fewer than two samples or
-    features that differ in number.
+    With Inception's features this is the FID (Heusel et al., arXiv 1706.08500). Values are comparable only for the same
+    features and equal n and m, because small samples raise them. Computed in float64. Raises ValueError for fewer than
+    two samples, or if x and y have different numbers of features.
 
     Example:
         distance = frechet_distance(features(samples), features(data))
     """
     if min(len(x), len(y)) < 2 or x.shape[1:] != y.shape[1:]:
         raise ValueError(
-            f"features have shapes {x.shape} and {y.shape}; a Fréchet distance needs at least two rows of each, of the "
-            "same length."
+            f"features have shapes {x.shape} and {y.shape}; give at least two rows of each, of equal length."
         )
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
     covariances = [np.atleast_2d(np.cov(side, rowvar=False)) for side in (x, y)]

@@ -28,7 +28,7 @@ class PointSamples(NamedTuple):
 
 
 def point_samples(velocity: Velocity, draw: Draw, key: Key[Array, ""], *, num: int = 1000) -> PointSamples:
-    """Returns the samples that `point_metrics` compares; compile it as a whole.
+    """Returns the samples that `point_metrics` compares; can be compiled with `jax.jit`.
 
     Example:
         samples = jax.jit(lambda key: point_samples(velocity, config.draw, key))(key)
@@ -44,8 +44,8 @@ def point_samples(velocity: Velocity, draw: Draw, key: Key[Array, ""], *, num: i
 def point_metrics(samples: PointSamples) -> dict[str, float]:
     """Returns how well a field transports noise to data, by exact distances solved on the host.
 
-    w2: 2-Wasserstein distance of generated points to data; w2_floor: W2 between two samples of the data; smaller values
-    are not meaningful. euler_k: w2 after k Euler steps. path_energy: E ∫|v|² dt. signed_npe: (path_energy - W2²) / W2²
+    w2: 2-Wasserstein distance of generated points to data. w2_floor: W2 between two samples of the data; a smaller w2
+    is not meaningful. euler_k: w2 after k Euler steps. path_energy: E ∫|v|² dt. signed_npe: (path_energy - W2²) / W2²
     with W2 of noise and data; below 0 the paths are too short for these marginals. curvature: of `path_report`.
 
     Example:

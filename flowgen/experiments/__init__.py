@@ -7,8 +7,9 @@ from flowgen.experiments.experiment import Experiment, Samples
 from flowgen.experiments.files import from_json, load_config, override
 from flowgen.experiments.fitting import fit
 from flowgen.experiments.flow import FlowExperiment
-from flowgen.experiments.matching import MatchingExperiment, SolverConfig
+from flowgen.experiments.matching import MatchingExperiment
 from flowgen.experiments.options import LikelihoodConfig, SamplingConfig
+from flowgen.experiments.solving import SolverConfig
 from flowgen.experiments.texts import TextConfig
 from flowgen.experiments.video_flow import VideoFlowExperiment
 

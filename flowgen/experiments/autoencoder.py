@@ -28,14 +28,14 @@ from flowgen.data import (
     load_clips,
     take_inventory,
 )
-from flowgen.data.dataset import Split
+from flowgen.data.dataset import Split, of_one_shape
 from flowgen.evaluation import psnr
 from flowgen.experiments.codecs import STATISTICS, open_autoencoder
 from flowgen.experiments.debug import SAMPLES, debug_clips, debug_images, debug_run
 from flowgen.experiments.drawing import EvaluateOptions
 from flowgen.experiments.experiment import Experiment
 from flowgen.experiments.images import check_own, image_batches
-from flowgen.experiments.pictures import DRAWABLE_CHANNELS, picture, strips
+from flowgen.experiments.plots import DRAWABLE_CHANNELS, sample_grid, strips
 from flowgen.models import init
 from flowgen.rows import Rows, StatefulObjective, batch_rows
 from flowgen.settings import config
@@ -111,7 +111,7 @@ class AutoencoderExperiment(Experiment):
 
     def _check_images(self) -> None:
         data = self.data
-        if not isinstance(data, DataConfig) or data.name == "encoded" or data.aspects:
+        if not isinstance(data, DataConfig) or data.aspects:
             raise ValueError(f"data is {data}; an Autoencoder is trained on images of one size.")
         if self.autoencoding.frames:
             raise ValueError(
@@ -120,7 +120,7 @@ class AutoencoderExperiment(Experiment):
 
     def _check_clips(self, model: VideoAutoencoderConfig) -> None:
         data, frames, stride = self.data, self.autoencoding.frames, model.stride
-        if not isinstance(data, ClipsConfig) or data.name == "encoded":
+        if not isinstance(data, ClipsConfig):
             raise ValueError(f"data is {data}; a VideoAutoencoder is trained on clips, so give a ClipsConfig.")
         for name in ("images", "drop_first"):
             if getattr(data, name):
@@ -143,8 +143,7 @@ class AutoencoderExperiment(Experiment):
         shape: dict[str, Any] = {"image_size": self.autoencoding.image_hw, "channels": self.model.channels}
         if isinstance(self.data, ClipsConfig):
             return load_clips(self.data, frames=self.autoencoding.frames, split=split, **shape)
-        dataset = load(self.data, split=split, **shape)
-        assert isinstance(dataset, Dataset)  # several sizes are refused earlier
+        dataset = of_one_shape(load(self.data, split=split, **shape), "an Autoencoder")
         check_classes(dataset, 0)
         return dataset
 
@@ -158,22 +157,23 @@ class AutoencoderExperiment(Experiment):
             dataset = self.dataset("train")
             held_out = self.dataset("eval") if self.data.eval_fraction > 0 else None
         else:
-            check_own(dataset, held_out, self.autoencoding.image_hw, self.model.channels, 0)
+            frames = (self.autoencoding.frames,) if self.autoencoding.frames else ()
+            check_own(dataset, held_out, (*frames, *self.autoencoding.image_hw, self.model.channels), 0)
         shown = held_out or dataset
 
-        def picture_of(variables: Any) -> np.ndarray:
-            images = np.asarray(from_uint8(shown[np.arange(min(self.autoencoding.shown, len(shown)))]["image"]))
+        def draw_image(variables: Any) -> np.ndarray:
+            images = np.asarray(from_uint8(shown[np.arange(min(self.autoencoding.shown, len(shown)))].pixels))
             pairs = np.stack([images, _reconstruct(autoencoder, variables, images)], axis=1)
             if self.autoencoding.frames:
                 return strips(pairs.reshape(-1, *images.shape[1:]))
-            return picture(pairs.reshape(-1, *images.shape[1:]), 2 * max(1, round(math.sqrt(len(images) / 2))))
+            return sample_grid(pairs.reshape(-1, *images.shape[1:]), 2 * max(1, round(math.sqrt(len(images) / 2))))
 
         return Job(
             init=lambda key: _initial(self.model, self.autoencoding.decoder_of, autoencoder, key),
             objective=autoencoding_objective(autoencoder, self.autoencoding),
             batches=image_batches(dataset, self.data, self.train),
             evaluate=None if held_out is None else lambda variables: _distortion(autoencoder, variables, held_out),
-            sample=picture_of if self.model.channels in DRAWABLE_CHANNELS else None,
+            sample=draw_image if self.model.channels in DRAWABLE_CHANNELS else None,
             best_metric=self.best_metric,
             inventory=take_inventory(self.data, dataset, held_out),
         )
@@ -210,7 +210,7 @@ class AutoencoderExperiment(Experiment):
 def autoencoding_objective(autoencoder: Any, config: AutoencodingConfig) -> Callable[..., tuple]:
     """Returns the objective (variables, batch, key) -> (loss, metrics, carried state) of an autoencoder.
 
-    batch: `image` uint8 `b height width c`, or clips with frames before that.
+    batch: a `flowgen.data.Batch` of images or clips.
     Carried state: collection "latents", the running mean and variance of the latents per channel, at a rate of 0.02; a
     flow's latents are normalised by them. They are computed over the whole batch, on any number of devices and with
     accumulation; the noise is scaled by the statistics as each micro-batch updates them.
@@ -225,10 +225,10 @@ def autoencoding_objective(autoencoder: Any, config: AutoencodingConfig) -> Call
         return rows.draw(lambda key, x: jax.random.normal(key, x.shape), like)
 
     def objective(variables, batch, key):
-        rows = batch_rows(batch, key, len(batch["image"]))
+        rows = batch_rows(batch, key, batch.size)
         posterior_rows, noise_rows = rows.split(2)
         weights = {"params": variables["params"]}
-        x = from_uint8(batch["image"])
+        x = from_uint8(batch.pixels)
         mean, log_variance = autoencoder.apply(weights, x, method="encode")
         if config.decoder_of:
             mean, log_variance = jax.lax.stop_gradient((mean, log_variance))
@@ -302,10 +302,10 @@ def _reconstruct(autoencoder: Any, variables: Any, images: np.ndarray) -> np.nda
 def _distortion(autoencoder: Any, variables: Any, dataset: Dataset) -> dict[str, float]:
     """Mean square error of decoded posterior means, and the PSNR in dB."""
     total = 0.0
-    for batch in fixed_batches(dataset, min(256, len(dataset))):
-        images = np.asarray(from_uint8(batch["image"]))
+    for batch, mask in fixed_batches(dataset, min(256, len(dataset))):
+        images = np.asarray(from_uint8(batch.pixels))
         squares = np.square(_reconstruct(autoencoder, variables, images) - images)
         error = squares.reshape(len(squares), -1).mean(axis=1)
-        total += float(error[batch["mask"]].sum())
+        total += float(error[mask].sum())
     mean = total / len(dataset)
     return {"mean_square_error": mean, "psnr": psnr(mean)}

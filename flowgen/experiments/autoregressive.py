@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import jax
@@ -13,15 +14,15 @@ import numpy as np
 from jaxtyping import Int
 
 from flowgen.conditioning import TextCondition
-from flowgen.data import ClipsConfig, DataConfig, Dataset, take_inventory
-from flowgen.data.buckets import BucketedDataset
-from flowgen.data.clip_views import CONTINUED
-from flowgen.data.dataset import Split
-from flowgen.data.latents import LatentDataset, captions_of, read_index
+from flowgen.data import Dataset, LatentsConfig, take_inventory
+from flowgen.data.dataset import BucketedDataset, Split, buckets_of
+from flowgen.data.latent_files import Provenance, read_index
+from flowgen.data.latents import LatentDataset, captions_of
 from flowgen.decoding import DecodeResult
 from flowgen.evaluation import flow_bits_per_dim, flow_nats_per_dim
 from flowgen.experiments.codecs import CodecConfig
 from flowgen.experiments.drawing import (
+    Conditions,
     DrawOptions,
     EvaluateOptions,
     asked_labels,
@@ -32,17 +33,17 @@ from flowgen.experiments.drawing import (
 from flowgen.experiments.encoding import Encoding
 from flowgen.experiments.experiment import Experiment
 from flowgen.experiments.images import check_own, holds_latents, image_batches, tell_unused_classes, with_class_names
-from flowgen.experiments.latents import as_taken, flow_dataset, is_latent, null_texts, pixel_dataset
+from flowgen.experiments.latents import FlowData, as_taken, flow_dataset, is_latent, null_texts, pixel_dataset
 from flowgen.experiments.options import LikelihoodConfig, SamplingConfig
-from flowgen.experiments.pictures import DRAWABLE_CHANNELS
+from flowgen.experiments.plots import DRAWABLE_CHANNELS
 from flowgen.experiments.texts import TextConfig, release_text_encoders
 from flowgen.flows import STARFlowConfig, TARFlowConfig
+from flowgen.guidance import Guidance
 from flowgen.models import init
 from flowgen.settings import config
 from flowgen.settings.ranges import Within
 from flowgen.training import Job, OptimConfig
 
-Conditions = Callable[[Int[np.ndarray, " b"]], Any]
 NumSamples = Annotated[int, Within(0, 1 << 24)]
 # Text flows sample this many held-out captions during training, unless sampling.prompts is set.
 DRAWN_CAPTIONS = 16
@@ -94,7 +95,7 @@ class AutoregressiveExperiment(Experiment):
     """
 
     model: TARFlowConfig | STARFlowConfig
-    data: DataConfig | ClipsConfig
+    data: FlowData
     codec: CodecConfig | None = None
     text: TextConfig | None = None
     likelihood: LikelihoodConfig = LikelihoodConfig()
@@ -123,8 +124,8 @@ class AutoregressiveExperiment(Experiment):
     @property
     def has_held_out(self) -> bool:
         """Whether there are data to evaluate on."""
-        if self.data.name == "encoded":
-            return any(shard["split"] == "eval" for shard in read_index(self.data.path)["shards"])
+        if isinstance(self.data, LatentsConfig):
+            return any(shard.split == "eval" for shard in read_index(self.data.path).shards)
         return self.data.eval_fraction > 0
 
     def check_parts(self) -> None:
@@ -152,10 +153,11 @@ class AutoregressiveExperiment(Experiment):
 
     def with_provenance(self) -> AutoregressiveExperiment:
         """Returns the experiment with its class names and the digests of its frozen networks."""
-        encoded = self.data.name == "encoded"
-        needs = self.text is not None and self.text.digest is None and self.text.encoder
-        made = read_index(self.data.path)["made_by"] if encoded and needs else {} if encoded else None
-        encoding = self.encoding.with_digests(made)
+        cached = None
+        if isinstance(self.data, LatentsConfig):
+            needs = self.text is not None and self.text.digest is None and self.text.encoder
+            cached = read_index(self.data.path).provenance if needs else Provenance()
+        encoding = self.encoding.with_digests(cached)
         changed = dataclasses.replace(self, codec=encoding.codec, text=encoding.text)
         return with_class_names(changed)
 
@@ -164,9 +166,12 @@ class AutoregressiveExperiment(Experiment):
     ) -> tuple[Dataset | BucketedDataset, Dataset | BucketedDataset | None]:
         """Returns the data to train and evaluate on: those given, or the experiment's own."""
         if dataset is not None:
+            assert not isinstance(self.data, LatentsConfig)  # `fit` replaces it
             codec, model = self.encoding.open_codec(), self.model
-            sides = (model.image_hw[0] * codec.factor, model.image_hw[1] * codec.factor)
-            check_own(dataset, held_out, sides, codec.pixel_channels, model.num_classes)
+            *whole, height, width, _ = model.event_shape
+            frames = [1 + (count - 1) * codec.stride for count in whole]
+            expected = (*frames, height * codec.factor, width * codec.factor, codec.pixel_channels)
+            check_own(dataset, held_out, expected, model.num_classes)
             evaluated = None if held_out is None else as_taken(held_out, self.data, self.encoding, flip=False)
             return as_taken(dataset, self.data, self.encoding, flip=self.data.flip), evaluated
         return self.flow_dataset("train"), self.flow_dataset("eval") if self.has_held_out else None
@@ -210,22 +215,22 @@ class AutoregressiveExperiment(Experiment):
         self,
         flow: Any,
         dataset: Dataset | BucketedDataset,
-        draw: Callable[..., tuple[np.ndarray, str]],
+        draw_batch: Callable[..., tuple[np.ndarray, str]],
         show: Callable[[np.ndarray, int], np.ndarray],
     ) -> Callable[[Any], np.ndarray] | None:
         """Returns the function that draws a run's sample images, for the classes in turn or for prompts; None if
         samples do not have the channels of an image.
 
-        draw(flow, variables, key, cond, num=, null=) -> samples, line. show(samples, classes): one image of them.
+        draw_batch: the experiment's. show(samples, classes): one image of them.
         """
-        encoded_without_codec = self.data.name == "encoded" and self.codec is None
-        if encoded_without_codec or self.encoding.open_codec().pixel_channels not in DRAWABLE_CHANNELS:
+        without_codec = isinstance(self.data, LatentsConfig) and self.codec is None
+        if without_codec or self.encoding.open_codec().pixel_channels not in DRAWABLE_CHANNELS:
             return None
         num, classes = self.sampling.num, drawn_classes(self.model, self.data)
-        bucket = dataset.buckets[0] if isinstance(dataset, BucketedDataset) else dataset
+        bucket = buckets_of(dataset)[0]
         # Sampled captions, which may name the aspect, belong to images of this shape.
-        prompts, drawn_as = self.sampling.prompts, bucket.image_shape[:2]
-        sized = flow if prompts or not holds_latents(dataset) else flow.with_image_size(*drawn_as)
+        prompts = self.sampling.prompts
+        sized = flow if prompts or not holds_latents(dataset) else flow.with_image_size(*bucket.event_shape[-3:-1])
         texts = null = None
         if self.model.text_dim:
             # Prompts are encoded before the first step, so that an invalid one raises at once.
@@ -237,35 +242,34 @@ class AutoregressiveExperiment(Experiment):
             null_text = null_texts(dataset)
             if not prompts and null_text is not None and isinstance(bucket, LatentDataset):
                 null = null_text(bucket.event_shape[:-1])
-            null = self.encoding.empty_text() if null is None and self.sampling.guidance else null
+        guidance = self.guidance(flow, null)
 
-        def picture_of(variables: Any) -> np.ndarray:
+        def draw_image(variables: Any) -> np.ndarray:
             numbers = np.arange(num)
             cond = cycled_labels(num, classes) if texts is None else chosen_texts(texts, numbers)
             key = jax.random.key(self.train.seed)
-            samples, _ = draw(sized, variables, key, cond, num=num, null=null)
+            samples, _ = draw_batch(sized, variables, key, numbers, cond, guidance=guidance)
             return show(samples, classes)
 
-        return picture_of
+        return draw_image
 
-    def steering(self, flow: Any, cond: Any, null: TextCondition | None) -> dict[str, Any]:
-        """Returns the arguments of `flowgen.decoding.sample`: cond, plan, guidance and null.
+    def sized(self, flow: Any, aspect: str) -> Any:
+        """Returns the flow at an aspect ratio such as 16:9, or as it is if none is given."""
+        return flow.with_image_size(*self.encoding.latent_size(aspect)) if aspect else flow
 
-        null: the empty text, encoded here if it is needed and not given.
+    def guidance(self, flow: Any, null: TextCondition | None = None) -> Guidance:
+        """Returns the guidance of samples, for a flow of texts with that of its unconditional branch.
+
+        null: that text; None is the empty one, encoded here if it is needed.
         """
-        sampling = self.sampling
-        if null is None and sampling.guidance and isinstance(cond, TextCondition):
-            null = self.encoding.empty_text(flow.config.image_hw)
-        return {
-            "cond": jnp.asarray(cond) if isinstance(cond, np.ndarray) else cond,
-            "plan": sampling.to_plan(),
-            "guidance": sampling.to_guidance(),
-            "null": null if sampling.guidance else None,
-        }
+        guidance = self.sampling.to_guidance()
+        if not (self.model.text_dim and guidance.scale):
+            return guidance
+        null = self.encoding.empty_text(flow.config.image_hw) if null is None else null
+        return dataclasses.replace(guidance, null=null)
 
-    def asked(self, flow: Any, classes: str) -> tuple[Callable[[np.ndarray], dict[str, Any]], dict[str, Any]]:
-        """Returns a function from sample numbers to conditions, as options of `draw_batch`, and the labels or prompts
-        to save in an .npz file.
+    def asked(self, flow: Any, classes: str) -> tuple[Conditions, dict[str, Any]]:
+        """Returns a function from sample numbers to conditions, and the labels or prompts to save in an .npz file.
 
         classes: as the option, see `parse_classes`; empty draws all in turn.
 
@@ -275,29 +279,21 @@ class AutoregressiveExperiment(Experiment):
         if not self.model.text_dim:
             labels = asked_labels(self.model, self.data, num, classes)
             known = np.full(num, -1) if labels is None else labels
-            return lambda numbers: {"cond": None if labels is None else labels[numbers]}, {"labels": known}
+            return lambda numbers: None if labels is None else labels[numbers], {"labels": known}
         if classes:
             raise ValueError(f"--classes is {classes}, but this model takes texts; give --prompt.")
         prompts = self.sampling.prompts
         if not prompts:
             raise ValueError("this model takes texts; give --prompt.")
-        encoded = {"cond": self.encoding.condition(prompts, flow.config.image_hw)}
-        if getattr(self.data, "drop_first", 0):
-            # Restarts of long clips are captioned as in training.
-            marked = [CONTINUED + prompt for prompt in prompts]
-            encoded["restart_cond"] = self.encoding.condition(marked, flow.config.image_hw)
-
-        def conditions(numbers: np.ndarray) -> dict[str, Any]:
-            return {name: chosen_texts(texts, numbers) for name, texts in encoded.items()}
-
-        return conditions, {"prompts": np.resize(np.array(prompts), num)}
+        texts = self.encoding.condition(prompts, flow.config.image_hw)
+        return partial(chosen_texts, texts), {"prompts": np.resize(np.array(prompts), num)}
 
     def conditions_of(self, data: Dataset, *, unconditional: bool = False) -> Conditions | None:
         """Returns a function from positions of images or latents to their conditions: labels, or the texts of their
         captions; None if samples are unconditional."""
 
         def labels(positions):
-            return data[positions]["label"]
+            return data[positions].labels
 
         def texts(positions):
             if isinstance(data, LatentDataset):
@@ -343,8 +339,9 @@ def captions_condition(dataset: Dataset, positions: Int[np.ndarray, " b"]) -> Te
     Example:
         cond = captions_condition(latents, np.arange(4))
     """
-    features, mask = dataset[positions]["text"]
-    return TextCondition(jnp.asarray(features, jnp.float32), jnp.asarray(mask))
+    texts = dataset[positions].context
+    assert isinstance(texts, TextCondition)  # these latents have texts
+    return TextCondition(jnp.asarray(texts.embeddings, jnp.float32), jnp.asarray(texts.mask))
 
 
 def decoding_line(result: DecodeResult) -> str:

@@ -12,15 +12,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float, Int, Key
 
-from flowgen.codecs import ClipCodec
+from flowgen.batch import Batch, Moments
+from flowgen.codecs import Codec
 from flowgen.data import from_uint8
-from flowgen.data.buckets import BucketedDataset
-from flowgen.data.dataset import Batch, Dataset
-from flowgen.data.latents import LatentDataset
+from flowgen.data.dataset import BucketedDataset, Dataset, buckets_of
+from flowgen.data.image_files import read_image, read_image_size
+from flowgen.data.latents import kind_of
 from flowgen.data.loader import fixed_batches
-from flowgen.data.pictures import picture_size, read_picture
 from flowgen.data.unreadable import Unreadable
 from flowgen.data.video import READABLE, frame_times, read_clip, video_size
 from flowgen.evaluation import psnr
@@ -32,7 +32,7 @@ LEAST_KEPT = 0.75  # fraction of a given image that must remain after cropping i
 GIVEN = 2**32 - 1  # Random stream for noise on given frames, apart from those of numbered samples.
 
 
-def latent_frames(codec: ClipCodec, frames: int) -> int:
+def latent_frames(codec: Codec, frames: int) -> int:
     """Returns how many latent frames the codec makes of so many frames. Raises ValueError if it makes none.
 
     Example:
@@ -48,7 +48,7 @@ def latent_frames(codec: ClipCodec, frames: int) -> int:
     return 1 + count
 
 
-def check_length(codec: ClipCodec, most: int, frames: int | None, context: int | None) -> None:
+def check_length(codec: Codec, most: int, frames: int | None, context: int | None) -> None:
     """Raises ValueError if the codec makes no clips of so many frames, or if context is set for clips without restarts.
 
     most: latent frames decoded at once.
@@ -64,7 +64,7 @@ def check_length(codec: ClipCodec, most: int, frames: int | None, context: int |
 
 
 def read_given(
-    codec: ClipCodec, flow: Any, path: str, *, frames: int | None = None, fps: float | None = None
+    codec: Codec, flow: Any, path: str, *, frames: int | None = None, fps: float | None = None
 ) -> Float[np.ndarray, "given height width c"]:
     """Returns the frames in [-1, 1] of a file that clips can begin with: one from an image, or from a video as many as
     the codec can encode, at this frame rate.
@@ -80,7 +80,7 @@ def read_given(
     """
     height, width = (length * codec.factor for length in flow.config.image_hw)
     if not Path(path).is_file():
-        raise FileNotFoundError(f"There is no file '{path}'; give a picture or a video with --given.")
+        raise FileNotFoundError(f"There is no file '{path}'; give an image or a video with --given.")
     is_video = Path(path).suffix.lower() in READABLE
     with _naming_given():
         known = max(1, len(frame_times(path, fps=fps))) if is_video else 1
@@ -90,7 +90,7 @@ def read_given(
     total = 1 + (flow.config.frames - 1) * codec.stride if frames is None else frames
     if known >= total:
         raise ValueError(
-            f"--given {path} has {known} picture{'s' * (known > 1)}, and clips of --frames {total} begin with fewer; "
+            f"--given {path} has {known} frame{'s' * (known > 1)}, which leaves none of --frames {total} to generate; "
             f"ask for more with --frames {known + codec.stride}."
         )
     with _naming_given():
@@ -98,13 +98,13 @@ def read_given(
             size = video_size(path)
             clip = read_clip(path, known, (height, width), codec.pixel_channels, fps=fps)
         else:
-            size = picture_size(path)
-            clip = read_picture(path, size=(height, width), channels=codec.pixel_channels, crop="center")[None]
+            size = read_image_size(path)
+            clip = read_image(path, size=(height, width), channels=codec.pixel_channels, crop="center")[None]
     kept = size[1] / size[0] / (width / height)
     if min(kept, 1 / kept) < LEAST_KEPT:
         raise ValueError(
-            f"--given {path} is {size[0]} x {size[1]} pixels (height x width), and clips are {height} x {width}, "
-            "for which much of it would be cut off; crop it, or give another --aspect."
+            f"--given {path} is {size[0]} x {size[1]} pixels (height x width), but clips are {height} x {width}, "
+            "so much of it would be cut off; crop it, or give another --aspect."
         )
     return np.asarray(from_uint8(clip))
 
@@ -115,16 +115,21 @@ def _naming_given() -> Generator[None]:
     try:
         yield
     except Unreadable as error:
-        raise ValueError(f"--given cannot be read: {error.named}; give a picture or a video.") from error
+        raise ValueError(f"--given cannot be read: {error.named}; give an image or a video.") from error
 
 
-def with_noise(flow: Any, clean: np.ndarray, key: jax.Array, first: int) -> jax.Array:
-    """Returns clean latents with the training noise added, drawn separately for every clip.
+def with_noise(
+    flow: Any,
+    clean: Float[Array | np.ndarray, "1 given height width c"],
+    key: Key[Array, ""],
+    numbers: Int[np.ndarray, " b"],
+) -> Float[Array, "b given height width c"]:
+    """Returns clean latents with the training noise added, drawn separately for the clip of every number.
 
     Example:
-        given = with_noise(flow, latents, jax.random.key(0), first=0)
+        given = with_noise(flow, latents, jax.random.key(0), np.arange(4))
     """
-    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(key, GIVEN), i))(first + jnp.arange(len(clean)))
+    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(key, GIVEN), i))(jnp.asarray(numbers))
     noise = jax.vmap(lambda key: jax.random.normal(key, clean.shape[1:]))(keys)
     return jnp.asarray(clean) + flow.config.noise_std * noise
 
@@ -136,13 +141,10 @@ def clips_alone(dataset: Dataset | BucketedDataset) -> Dataset:
     Example:
         clips = clips_alone(experiment.flow_dataset("train"))
     """
-    if not isinstance(dataset, BucketedDataset):
-        return dataset
-    buckets: tuple[Any, ...] = dataset.buckets
-    frames = [bucket.event_shape[0] if isinstance(bucket, LatentDataset) else bucket.frames for bucket in buckets]
-    whole = [bucket for bucket, count in zip(buckets, frames, strict=True) if count == max(frames)]
+    whole = [bucket for bucket in buckets_of(dataset) if kind_of(bucket) == "clip"]
     if len(whole) != 1:
-        raise ValueError(f"data.path holds clips of shapes {dataset.image_shapes}; encode those of one shape.")
+        shapes = ", ".join(str(bucket.event_shape) for bucket in whole) or "none"
+        raise ValueError(f"data.path holds whole clips of several shapes ({shapes}); encode those of one shape.")
     return whole[0]
 
 
@@ -162,7 +164,7 @@ def frame_distances(clips: Float[np.ndarray, "n frames height width c"]) -> tupl
 
 
 def denoised_psnr(
-    codec: ClipCodec, flow: Any, variables: Any, dataset: Dataset, key: jax.Array, *, most: int
+    codec: Codec, flow: Any, variables: Any, dataset: Dataset, key: jax.Array, *, most: int
 ) -> dict[str, float]:
     """Returns the PSNR in dB of up to `most` clips: noisy, after a Tweedie step and, if there is one, after the
     denoiser; latents are decoded first.
@@ -170,9 +172,9 @@ def denoised_psnr(
     Example:
         denoised_psnr(codec, flow, params, dataset, key, most=64)  # {"as they are": 14.1, "by the score": 20.3, ...}
     """
-    batch = next(fixed_batches(dataset, min(most, len(dataset))))
-    data = {name: jnp.asarray(batch[name]) for name in ("image", "mean", "std") if name in batch}
-    noisy, cond = batch_input(key, data, flow.config.noise_std), condition_of(flow, batch)
+    batch, _ = next(fixed_batches(dataset, min(most, len(dataset))))
+    noisy = batch_input(key, jax.tree.map(jnp.asarray, batch.x), flow.config.noise_std)
+    cond = condition_of(flow, batch)
     cleaned: dict[str, Any] = {"as they are": noisy, "by the score": _tweedie_step(flow, variables, noisy, cond)}
     if flow.config.denoiser_layers:
         cleaned["by the denoiser"] = _denoised(denoising_step(flow), denoiser_variables(variables), noisy, cond)
@@ -190,7 +192,7 @@ def of_batch(batch: Batch) -> np.ndarray:
     Example:
         latents = of_batch(dataset[np.arange(4)])
     """
-    return batch["mean"] if "mean" in batch else np.asarray(from_uint8(batch["image"]))
+    return np.asarray(batch.x.mean if isinstance(batch.x, Moments) else from_uint8(batch.pixels))
 
 
 # Compiled once for all evaluations of a run.

@@ -23,7 +23,6 @@ from flowgen.codecs import (
     VideoAutoencoderCodec,
     VideoAutoencoderConfig,
 )
-from flowgen.codecs.video_codec import ClipCodec, FrameCodec
 from flowgen.convert import is_video_autoencoder, load_autoencoder, load_video_autoencoder
 from flowgen.experiments.texts import version_of, weakly_cached
 from flowgen.nn import init as init_autoencoder
@@ -64,7 +63,7 @@ class PretrainedAutoencoder:
 CodecConfig = SpaceToDepth | PretrainedAutoencoder
 
 
-def open_codec(config: CodecConfig | None, channels: int) -> Codec | ClipCodec:
+def open_codec(config: CodecConfig | None, channels: int) -> Codec:
     """Returns the codec of a config, opened once, for a model with so many latent channels; the identity for None.
 
     Raises FileNotFoundError or ValueError if it is missing, damaged, or does not match the digest or the channels.
@@ -145,18 +144,13 @@ def _open_autoencoder(
     return AutoencoderCodec(autoencoder, variables, normalisation)
 
 
-def codec_digest(codec: Codec | ClipCodec) -> str:
+@weakly_cached
+def codec_digest(codec: Codec) -> str:
     """Returns a digest of all that the latents of a codec depend on; the decoder is not part of it.
 
     Example:
-        same = codec_digest(codec) == index["made_by"]["fingerprint"]
+        same = codec_digest(codec) == read_index("data/latents").provenance.codec_digest
     """
-    # The network outlives the wrapper that applies it to single frames.
-    return _codec_digest(codec.codec if isinstance(codec, FrameCodec) else codec)
-
-
-@weakly_cached
-def _codec_digest(codec: Codec | ClipCodec) -> str:
     digest = hashlib.sha256(repr((type(codec).__name__, codec.factor, codec.channels)).encode())
     if isinstance(codec, VideoAutoencoderCodec):
         digest.update(repr(codec.temporal_scale).encode())

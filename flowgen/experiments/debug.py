@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, TypeVar
 
-from flowgen.data import ClipsConfig, DataConfig
+from flowgen.data import ClipsConfig, DataConfig, LatentsConfig
 from flowgen.experiments.autoregressive import AutoregressiveExperiment
 from flowgen.experiments.codecs import SpaceToDepth
 from flowgen.experiments.experiment import Experiment
-from flowgen.experiments.pictures import DRAWABLE_CHANNELS
+from flowgen.experiments.plots import DRAWABLE_CHANNELS
 from flowgen.flows import STARFlowConfig, TARFlowConfig
 
 E = TypeVar("E", bound=Experiment)
@@ -30,22 +30,27 @@ def debug_run(experiment: E, **changes: Any) -> E:
     return dataclasses.replace(experiment, **small, **changes)
 
 
-def debug_images(data: DataConfig) -> DataConfig:
+def debug_images(data: DataConfig | LatentsConfig) -> DataConfig:
     """Returns the config of the built-in digits, with the flips and hold-out of the given data.
 
     Example:
         data = debug_images(experiment.data)
     """
+    if isinstance(data, LatentsConfig):
+        return DataConfig()
     return DataConfig(flip=data.flip, eval_fraction=data.eval_fraction)
 
 
-def debug_clips(data: ClipsConfig) -> ClipsConfig:
+def debug_clips(data: ClipsConfig | LatentsConfig) -> ClipsConfig:
     """Returns the config of a few bouncing digits, with the flips, drop_first and hold-out of the given clips.
 
     Example:
         data = debug_clips(experiment.data)
     """
-    return ClipsConfig(num=200, flip=data.flip, drop_first=data.drop_first, eval_fraction=data.eval_fraction)
+    small = ClipsConfig(num=200, drop_first=data.drop_first)
+    if isinstance(data, LatentsConfig):
+        return small
+    return dataclasses.replace(small, flip=data.flip, eval_fraction=data.eval_fraction)
 
 
 def debug_flow(experiment: AutoregressiveExperiment) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import numpy as np
@@ -12,11 +11,11 @@ from jaxtyping import Float, Int
 
 from flowgen.data import Dataset, from_uint8
 from flowgen.evaluation import frechet_distance, train_classifier
+from flowgen.experiments.drawing import Conditions, DrawBatch
 
 SAMPLES_AT_ONCE = 256
 
 Images = Float[np.ndarray, "n height width c"]
-Draw = Callable[..., tuple[Images, str]]
 
 
 @dataclass(frozen=True)
@@ -42,22 +41,22 @@ def train_judge(dataset: Dataset) -> Judge:
 
 
 def sample_metrics(
-    draw: Draw,
+    draw_batch: DrawBatch,
     judge: Judge,
     data: Dataset,
     num: int,
     *,
     seed: int = 0,
-    conditions: Callable[[Int[np.ndarray, " b"]], Any] | None = None,
+    conditions: Conditions | None = None,
 ) -> dict[str, float]:
     """Returns the Fréchet distance of `num` samples to all data and, if conditions are labels, the share of samples
     that show their class.
 
-    draw(key, cond, num=, first=) -> samples, line. conditions(positions in the data): labels or texts of these images,
+    conditions(positions in the data): labels or texts of these images,
     in turn, so that samples follow the proportions of the data; None is unconditional.
 
     Example:
-        metrics = sample_metrics(partial(draw, experiment, network, variables), judge, held_out, 1000)
+        metrics = sample_metrics(partial(experiment.draw_batch, network, variables), judge, held_out, 1000)
     """
     # Fewer samples than data take conditions spread over the data, which may be sorted by class.
     positions = np.arange(num) * len(data) // num if num < len(data) else np.arange(num) % len(data)
@@ -65,13 +64,13 @@ def sample_metrics(
     parts = []
     for first in range(0, num, size):
         cond = None if conditions is None else conditions(np.resize(positions[first:], size))
-        parts.append(draw(jax.random.key(seed), cond, num=size, first=first)[0])
+        parts.append(draw_batch(jax.random.key(seed), np.arange(first, first + size), cond)[0])
     samples = np.clip(np.concatenate(parts)[:num], -1, 1)
     everything = data[np.arange(len(data))]
-    real = np.asarray(from_uint8(everything["image"]))
+    real = np.asarray(from_uint8(everything.pixels))
     metrics = {"frechet": frechet_distance(judge.features(samples), judge.features(real))}
     if judge.classes is not None and conditions is not None:
-        asked = everything["label"][positions]
+        asked = everything.labels[positions]
         metrics["class_accuracy"] = float((judge.classes(samples) == asked)[asked >= 0].mean())
     return metrics
 

@@ -13,12 +13,13 @@ from jaxtyping import Float, Int
 from flowgen.data.classes import parse_classes
 from flowgen.data.dataset import Split
 from flowgen.settings import config
-from flowgen.settings.ranges import Batch, Seed
+from flowgen.settings.ranges import BatchSize, Seed
 
-# draw(key, sample numbers) -> samples, a line on how they were drawn. Samples count up from the first number; a batch
-# that is too long repeats numbers, for the conditions.
-Draw = Callable[[jax.Array, np.ndarray], tuple[np.ndarray, str]]
-
+# (key, numbers, cond) -> samples of these numbers under this condition, and a line on how they were drawn. Sample i
+# depends only on (key, i).
+DrawBatch = Callable[[jax.Array, Int[np.ndarray, " b"], Any], tuple[np.ndarray, str]]
+# Positions or numbers -> the condition of each.
+Conditions = Callable[[Int[np.ndarray, " b"]], Any]
 
 AT_ONCE = 64  # images or clips per compiled call by default
 
@@ -32,7 +33,7 @@ class DrawOptions:
     """
 
     seed: Seed = 0
-    batch: Batch | None = None
+    batch: BatchSize | None = None
 
 
 @config
@@ -45,7 +46,7 @@ class EvaluateOptions:
     """
 
     split: Split = "eval"
-    batch: Batch = 256
+    batch: BatchSize = 256
     seed: Seed = 0
 
 
@@ -60,22 +61,29 @@ def check_compared(samples: int) -> None:
 
 
 def draw_in_batches(
-    draw: Draw, num: int, options: DrawOptions, say: Callable[[str], None], *, batch: int = AT_ONCE
+    draw_batch: DrawBatch,
+    conditions: Conditions,
+    num: int,
+    options: DrawOptions,
+    say: Callable[[str], None],
+    *,
+    batch: int = AT_ONCE,
 ) -> Float[np.ndarray, "num ..."]:
     """Returns samples 0..num-1; `say` receives a line on the speed of each batch.
 
-    draw: called only with full batches, the last of which is cut, so that one program is compiled. batch: used if the
-    options set none.
+    draw_batch: called only with full batches, the last of which is cut, so that one program is compiled. conditions: of
+    the samples by their numbers. batch: used if the options set none.
 
     Example:
-        samples = draw_in_batches(draw, 100, DrawOptions(), print, batch=64)
+        samples = draw_in_batches(draw_batch, lambda numbers: labels[numbers], 100, DrawOptions(), print)
     """
     size, parts = min(options.batch or batch, num), []
     for first in range(0, num, size):
         count = min(size, num - first)
         began = time.perf_counter()
-        # Numbers past the last start again at the first of the batch; these samples are cut off.
-        samples, line = draw(jax.random.key(options.seed), np.resize(np.arange(first, first + count), size))
+        # A batch that is too long begins again with its first numbers; these samples are cut off.
+        numbers = np.resize(np.arange(first, first + count), size)
+        samples, line = draw_batch(jax.random.key(options.seed), numbers, conditions(numbers))
         seconds = time.perf_counter() - began
         compiled = " (with compilation)" if first == 0 else ""
         say(f"samples {first}..{first + count - 1}: {per_second(count / seconds)}{compiled}; {line}")

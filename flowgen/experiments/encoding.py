@@ -7,16 +7,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 
 from flowgen.codecs import Codec
-from flowgen.codecs.video_codec import ClipCodec, FrameCodec
 from flowgen.conditioning import TextCondition
+from flowgen.data.latent_files import Provenance
 from flowgen.experiments.codecs import CodecConfig, PretrainedAutoencoder, codec_digest, open_codec
 from flowgen.experiments.texts import TextConfig, encoded_text, open_text_encoder, text_digest
-from flowgen.flows import STARFlowConfig, STARFlowVConfig, TARFlowConfig
+from flowgen.flows import STARFlowConfig, TARFlowConfig
 from flowgen.text import TextEncoder, aspect_size
 
 
@@ -36,24 +35,9 @@ class Encoding:
     codec: CodecConfig | None = None
     text: TextConfig | None = None
 
-    def open_codec(self) -> Codec | ClipCodec:
-        """Returns the codec; for a video flow it takes clips. Raises as `open_codec`."""
-        codec, of_clips = open_codec(self.codec, self.model.channels), isinstance(self.model, STARFlowVConfig)
-        if of_clips:
-            return codec if isinstance(codec, ClipCodec) else FrameCodec(codec)
-        if isinstance(codec, ClipCodec):
-            assert isinstance(self.codec, PretrainedAutoencoder)
-            raise ValueError(
-                f"codec.path '{self.codec.path}' is an autoencoder of clips, and the model is a flow of images; give "
-                "one of images."
-            )
-        return codec
-
-    def open_clip_codec(self) -> ClipCodec:
-        """Returns the codec of a video flow. Raises as `open_codec`."""
-        codec = self.open_codec()
-        assert isinstance(codec, ClipCodec)
-        return codec
+    def open_codec(self) -> Codec:
+        """Returns the codec. Raises as `open_codec`."""
+        return open_codec(self.codec, self.model.channels)
 
     def open_text_encoder(self) -> TextEncoder:
         """Returns the text encoder. Raises as `open_text_encoder`."""
@@ -98,20 +82,19 @@ class Encoding:
         height, width = aspect_size(aspect, side, factor * self.model.patch_size)
         return height // factor, width // factor
 
-    def with_digests(self, made: dict[str, Any] | None) -> Encoding:
+    def with_digests(self, cached: Provenance | None = None) -> Encoding:
         """Returns the encoding with the digests of its autoencoder and text encoder, as kept with a run.
 
-        made: the text encoder recorded with cached latents; one of the same name reuses its digest and is not opened. A
-        network without a path gets no digest.
+        cached: what made cached latents. A text encoder of the name recorded there reuses its digest and is not opened.
+        A network without a path gets no digest.
         """
         codec, text = self.codec, self.text
         if isinstance(codec, PretrainedAutoencoder) and codec.digest is None and codec.path:
             codec = dataclasses.replace(codec, digest=codec_digest(self.open_codec()))
         if text is not None and text.digest is None and text.encoder:
-            if made is None:
+            by = None if cached is None else cached.text
+            if by is not None and Path(by.encoder).name == Path(text.encoder).name:
+                text = dataclasses.replace(text, digest=by.digest)
+            elif cached is None or by is not None:
                 text = dataclasses.replace(text, digest=text_digest(self.open_text_encoder()))
-            elif (by := made.get("text")) is not None:
-                same = Path(by["encoder"]).name == Path(text.encoder).name
-                digest = by["digest"] if same else text_digest(self.open_text_encoder())
-                text = dataclasses.replace(text, digest=digest)
         return dataclasses.replace(self, codec=codec, text=text)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flowgen.arrays import shown
-from flowgen.data import ClipsConfig, DataConfig, Dataset, told_once
+from flowgen.data import ClipsConfig, DataConfig, Dataset, LatentsConfig, told_once
 from flowgen.data.dataset import OWN
 from flowgen.experiments.experiment import Experiment
 from flowgen.runs import check_workdir
@@ -20,10 +20,13 @@ def _of_own(experiment: Experiment, dataset: Any, held_out: Any) -> Experiment:
     for name, given in (("dataset", dataset), ("held_out", held_out)):
         if given is not None and not isinstance(given, Dataset):
             raise ValueError(
-                f"{name} is {shown(given)}; give an object with len(), [positions], image_shape, class_names and "
+                f"{name} is {shown(given)}; give an object with len(), [positions], event_shape, class_names and "
                 "captions: see flowgen.data.Dataset."
             )
     data = experiment.data
+    if isinstance(data, LatentsConfig):
+        # The dataset replaces cached latents by images or clips.
+        data = next(field.default for field in dataclasses.fields(experiment) if field.name == "data")
     if not isinstance(data, DataConfig | ClipsConfig):
         raise ValueError("dataset is given, and points are drawn from data.x0 and data.x1; give a DataConfig.")
     own = dataclasses.replace(data, name=OWN, path="", classes=data.classes or dataset.class_names)
@@ -57,7 +60,8 @@ def fit(
     with Signals() if signals is None else nullcontext(signals) as signals:
         with signals.raising():
             experiment = experiment.with_provenance() if dataset is None else _of_own(experiment, dataset, held_out)
-            # Before data are encoded.
+            # Before data are encoded. An object of your own may have no name to keep.
+            config = experiment.to_json()
             check_workdir(Path(workdir), experiment.check_resumable, locks=is_primary())
             with told_once():
                 job = experiment.job(dataset=dataset, held_out=held_out, model=model)
@@ -67,7 +71,7 @@ def fit(
             optim=experiment.optim,
             train=experiment.train,
             log=experiment.log,
-            config=experiment.to_json(),
+            config=config,
             check_config=experiment.check_resumable,
             signals=signals,
         )

@@ -9,11 +9,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Int
 
-from flowgen.conditioning import TextCondition
-from flowgen.data import DataConfig, Dataset
-from flowgen.data.buckets import BucketedDataset
-from flowgen.data.dataset import Split
+from flowgen.data import DataConfig, Dataset, LatentsConfig
+from flowgen.data.dataset import BucketedDataset, Split, of_one_shape
 from flowgen.decoding import sample
 from flowgen.evaluation import flow_bits_per_dim, flow_nats_per_dim, gaussian_bits_per_dim
 from flowgen.experiments.autoregressive import (
@@ -26,9 +25,10 @@ from flowgen.experiments.debug import debug_flow, debug_images, debug_run
 from flowgen.experiments.distances import sample_lines, sample_metrics, train_judge
 from flowgen.experiments.drawing import draw_in_batches
 from flowgen.experiments.experiment import Samples
-from flowgen.experiments.pictures import picture
+from flowgen.experiments.plots import sample_grid
 from flowgen.flows import STARFlowConfig, STARFlowVConfig, TARFlowConfig
 from flowgen.flows.objective import nll_objective
+from flowgen.guidance import Guidance
 from flowgen.settings import config, type_name
 from flowgen.training import Job
 
@@ -50,10 +50,10 @@ class FlowExperiment(AutoregressiveExperiment):
     evaluate_options = FlowEvaluateOptions
 
     model: TARFlowConfig | STARFlowConfig
-    data: DataConfig = DataConfig()
+    data: DataConfig | LatentsConfig = DataConfig()
 
     def __post_init__(self):
-        if self.data.aspects and isinstance(self.model, TARFlowConfig):
+        if isinstance(self.data, DataConfig) and self.data.aspects and isinstance(self.model, TARFlowConfig):
             raise ValueError("data.aspects is set, but a TARFlow has one size, as its parameters do; use a STARFlow.")
         if self.likelihood.denoiser is not None:
             kind = type_name(self.model)
@@ -76,7 +76,7 @@ class FlowExperiment(AutoregressiveExperiment):
             partial(nll_objective, norm_penalty=self.likelihood.norm_penalty),
             held_out=evaluated,
             evaluate=None if evaluated is None else self._evaluator(flow, trained_on, evaluated),
-            sample=self.sampler(flow, evaluated or trained_on, self.draw_batch, picture),
+            sample=self.sampler(flow, evaluated or trained_on, self.draw_batch, sample_grid),
         )
 
     def draw_batch(
@@ -84,35 +84,38 @@ class FlowExperiment(AutoregressiveExperiment):
         flow: Any,
         variables: Any,
         key: jax.Array,
+        numbers: Int[np.ndarray, " b"],
         cond: Any,
         *,
-        num: int,
-        null: TextCondition | None = None,
-        first: int = 0,
+        guidance: Guidance | None = None,
         certify: bool = False,
     ) -> tuple[np.ndarray, str]:
-        """Returns images `num height width c` and a line on how they were decoded; image i depends only on (key, i).
+        """Returns images `b height width c` and a line on how they were decoded; image i depends only on (key, i).
 
-        cond: labels, a `TextCondition`, or None. null: the empty text of guidance, encoded here if not given.
+        cond: labels, a `TextCondition`, or None. guidance: None is that of `sampling`.
         Latents are decoded to images by the codec.
         """
-        how, denoise = self.steering(flow, cond, null), self.sampling.denoise
-        result = sample(flow, variables, key, num, **how, denoise=denoise, first=first, certify=certify)
+        result = sample(
+            flow,
+            variables,
+            key,
+            numbers,
+            cond,
+            plan=self.sampling.to_plan(),
+            guidance=guidance or self.guidance(flow),
+            denoise=self.sampling.denoise,
+            certify=certify,
+        )
         return np.asarray(self.encoding.open_codec().decode(result.x)), decoding_line(result)
 
     def draw(
         self, model: Any, variables: Any, options: FlowDrawOptions, say: Callable[[str], None] = lambda line: None
     ) -> Samples:
         """Returns `sampling.num` images; `say` receives a line on the speed of each batch."""
-        flow = model if not options.aspect else model.with_image_size(*self.encoding.latent_size(options.aspect))
+        flow = self.sized(model, options.aspect)
         conditions, about = self.asked(flow, options.classes)
-
-        def batch(key: jax.Array, numbers: np.ndarray) -> tuple[np.ndarray, str]:
-            where = {"num": len(numbers), "first": int(numbers[0]), "certify": options.certify}
-            return self.draw_batch(flow, variables, key, **conditions(numbers), **where)
-
-        images = draw_in_batches(batch, self.sampling.num, options, say)
-        return Samples(images, about)
+        draw_batch = partial(self.draw_batch, flow, variables, guidance=self.guidance(flow), certify=options.certify)
+        return Samples(draw_in_batches(draw_batch, conditions, self.sampling.num, options, say), about)
 
     def evaluate(self, model: Any, variables: Any, options: FlowEvaluateOptions) -> list[str]:
         """Returns lines with the likelihood of the flow and of a Gaussian fit on a split, and sample metrics."""
@@ -132,17 +135,15 @@ class FlowExperiment(AutoregressiveExperiment):
         """The images to compare samples with, and those to train the feature extractor on."""
         data = self.dataset(split)
         train = self.dataset("train" if split == "eval" else split)
-        if isinstance(data, BucketedDataset) or isinstance(train, BucketedDataset):
-            raise ValueError("--samples compares images of one size, and data.aspects gives several; leave one out.")
-        return data, train
+        return of_one_shape(data, "--samples"), of_one_shape(train, "--samples")
 
     def _sample_lines(
         self, flow: Any, variables: Any, options: FlowEvaluateOptions, data: Dataset, train: Dataset
     ) -> list[str]:
         conditions = self.conditions_of(data, unconditional=options.unconditional)
         judge, num = train_judge(train), options.samples
-        of_samples = partial(self.draw_batch, flow, variables)
-        metrics = sample_metrics(of_samples, judge, data, num, seed=options.seed, conditions=conditions)
+        draw_batch = partial(self.draw_batch, flow, variables)
+        metrics = sample_metrics(draw_batch, judge, data, num, seed=options.seed, conditions=conditions)
         return sample_lines(metrics, judge, num, f"guidance {self.sampling.guidance:g}")
 
     def _baseline_lines(self, flow: Any, dataset: Any, options: FlowEvaluateOptions) -> list[str]:

@@ -7,12 +7,15 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 
+from flowgen.arrays import shown
 from flowgen.data import (
     Batch,
     ClipsConfig,
     DataConfig,
     Dataset,
+    LatentsConfig,
     Loader,
     PointsConfig,
     check_classes,
@@ -20,10 +23,10 @@ from flowgen.data import (
     load,
     prefetch,
 )
-from flowgen.data.buckets import BucketedDataset, BucketLoader
-from flowgen.data.dataset import OWN, Split
+from flowgen.data.dataset import OWN, BucketedDataset, Split, buckets_of, of_one_shape
 from flowgen.data.inventory import name_list, tell
 from flowgen.data.latents import LatentDataset
+from flowgen.data.loader import checked_batch
 from flowgen.experiments.experiment import Experiment
 from flowgen.training import TrainConfig
 
@@ -38,9 +41,8 @@ def image_dataset(data: DataConfig, model: Any, split: Split, *, labelled: bool 
     Example:
         dataset = image_dataset(experiment.data, experiment.model, "train")
     """
-    dataset = load(data, image_size=model.image_hw, channels=model.channels, split=split)
-    if not isinstance(dataset, Dataset):
-        raise ValueError("data.aspects is set, but this model has one size; leave it out.")
+    height, width, channels = model.event_shape
+    dataset = of_one_shape(load(data, image_size=(height, width), channels=channels, split=split), "this model")
     if model.num_classes and labelled:
         check_classes(dataset, model.num_classes)
     return dataset
@@ -56,27 +58,38 @@ def with_class_names(experiment: E) -> E:
     data = experiment.data
     if not getattr(experiment.model, "num_classes", 0) or isinstance(data, PointsConfig) or data.classes:
         return experiment
-    if data.name in ("folder", "npz", "encoded", OWN) and not data.path:  # as of published weights
+    of_files = isinstance(data, LatentsConfig) or data.name in ("folder", "npz", OWN)
+    if of_files and not data.path:  # as of published weights
         return experiment
     return dataclasses.replace(experiment, data=dataclasses.replace(data, classes=found_classes(data)))
 
 
-def check_own(dataset: Any, held_out: Any, image_hw: tuple[int, int], channels: int, num_classes: int) -> None:
-    """Raises ValueError if images of a user's own are not those that a model takes, or have other classes.
+def check_own(dataset: Dataset, held_out: Dataset | None, event_shape: tuple[int, ...], num_classes: int) -> None:
+    """Raises ValueError if images or clips of a user's own are not those that a model takes, or have other classes.
 
-    held_out: images of the same kind, or None. image_hw, channels: of the images that the model takes.
+    event_shape: of the images or clips that the model takes.
 
     Example:
-        check_own(dataset, None, (32, 32), channels=3, num_classes=10)
+        check_own(dataset, None, (32, 32, 3), num_classes=10)
     """
-    expected = (*image_hw, channels)
-    for given in (dataset,) if held_out is None else (dataset, held_out):
-        if tuple(given.image_shape) != expected:
-            raise ValueError(f"dataset has images of shape {tuple(given.image_shape)}; this model takes {expected}.")
+    for name, given in (("dataset", dataset), ("held_out", held_out)):
+        if given is None:
+            continue
+        if tuple(given.event_shape) != event_shape:
+            raise ValueError(
+                f"{name} has event_shape {tuple(given.event_shape)}; this model takes data of shape {event_shape}."
+            )
         check_classes(given, num_classes)
+        batch = checked_batch(given[np.arange(1)])
+        if batch.pixels.shape != (1, *event_shape):
+            raise ValueError(f"{name} gave x of shape {batch.pixels.shape} for one; give {(1, *event_shape)}.")
+        if num_classes and (batch.context is None or batch.labels.shape != (1,)):
+            raise ValueError(f"{name} gave the context {shown(batch.context)} for one; give a label for each.")
 
 
-def tell_unused_classes(dataset: Dataset | BucketedDataset, data: DataConfig | ClipsConfig, num_classes: int) -> None:
+def tell_unused_classes(
+    dataset: Dataset | BucketedDataset, data: DataConfig | ClipsConfig | LatentsConfig, num_classes: int
+) -> None:
     """Warns about classes in the user's own data if the model has none.
 
     Example:
@@ -104,7 +117,7 @@ def tell_repeats(dataset: Dataset | BucketedDataset, train: TrainConfig) -> None
 
 
 def image_batches(
-    dataset: Dataset | BucketedDataset, data: DataConfig | ClipsConfig, train: TrainConfig
+    dataset: Dataset | BucketedDataset, data: DataConfig | ClipsConfig | LatentsConfig, train: TrainConfig
 ) -> Callable[[int, int], Iterator[Batch]]:
     """Returns a function for `Job` that gives this process's batches of steps start..stop-1; latents are already
     mirrored.
@@ -113,14 +126,14 @@ def image_batches(
         batches = image_batches(dataset, experiment.data, experiment.train)(0, 1000)
     """
     tell_repeats(dataset, train)
-    options: dict[str, Any] = {
-        "batch_size": train.batch_size,
-        "seed": train.seed,
-        "flip": data.flip and not holds_latents(dataset),
-        "process_index": jax.process_index(),
-        "process_count": jax.process_count(),
-    }
-    loader = BucketLoader(dataset, **options) if isinstance(dataset, BucketedDataset) else Loader(dataset, **options)
+    loader = Loader(
+        dataset,
+        batch_size=train.batch_size,
+        seed=train.seed,
+        flip=not isinstance(data, LatentsConfig) and data.flip and not holds_latents(dataset),
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
     return lambda start, stop: prefetch(loader, start, stop)
 
 
@@ -130,4 +143,4 @@ def holds_latents(dataset: Dataset | BucketedDataset) -> bool:
     Example:
         holds_latents(LatentDataset((shard,)))  # True
     """
-    return isinstance(dataset.buckets[0] if isinstance(dataset, BucketedDataset) else dataset, LatentDataset)
+    return isinstance(buckets_of(dataset)[0], LatentDataset)

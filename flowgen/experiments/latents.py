@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -11,62 +10,57 @@ import jax.numpy as jnp
 import numpy as np
 
 from flowgen import settings
-from flowgen.codecs.video_codec import ClipCodec
 from flowgen.conditioning import TextCondition
-from flowgen.data import DataConfig, Dataset, check_classes, load
-from flowgen.data.buckets import BucketedDataset
+from flowgen.data import ClipsConfig, DataConfig, Dataset, check_classes, load, load_clips
 from flowgen.data.clip_views import CONTINUED, ContinuedClips, StillClips
-from flowgen.data.clips import ClipDataset, ClipsConfig, load_clips
-from flowgen.data.dataset import Split
-from flowgen.data.latents import LatentDataset, Moments, Shard, encode, read_index, read_latents
-from flowgen.experiments.codecs import codec_digest
+from flowgen.data.dataset import BucketedDataset, Split, buckets_of, of_one_shape
+from flowgen.data.latent_files import LatentsConfig, Provenance, TextProvenance, read_index, read_latents
+from flowgen.data.latents import EncodeMoments, LatentDataset, Shard, encode, kind_of
+from flowgen.experiments.codecs import CodecConfig, PretrainedAutoencoder, codec_digest
 from flowgen.experiments.encoding import Encoding
-from flowgen.flows import STARFlowConfig, STARFlowVConfig
+from flowgen.flows import STARFlowConfig, STARFlowVConfig, TARFlowConfig
 
-# Settings of encoded texts that are not fields of `text`.
+FlowData = DataConfig | ClipsConfig | LatentsConfig
+# Fields of the provenance of texts that are not fields of `text`.
 _TEXT_FIELDS = {"length": "model.text_length", "dim": "model.text_dim"}
+_CLIPS = ("clip", "continued")
 
 
-def is_latent(data: DataConfig | ClipsConfig, encoding: Encoding) -> bool:
-    """Returns whether an experiment's flow is trained on encoded data: latents, or images with texts.
+def is_latent(data: FlowData, encoding: Encoding) -> bool:
+    """Returns whether an experiment's flow is trained on latents, or on images with texts, which are encoded like them.
 
     Example:
         metric = "nats_per_dim" if is_latent(data, encoding) else "bits_per_dim"
     """
-    return data.name == "encoded" or encoding.codec is not None or encoding.text is not None
+    return isinstance(data, LatentsConfig) or encoding.codec is not None or encoding.text is not None
 
 
 def flow_dataset(
-    data: DataConfig | ClipsConfig, encoding: Encoding, split: Split, *, labelled: bool = True
+    data: FlowData, encoding: Encoding, split: Split, *, labelled: bool = True
 ) -> Dataset | BucketedDataset:
-    """Returns the data a flow is trained on: images, or the outputs of its codec and text encoder.
+    """Returns the data a flow is trained on: images or clips, or the outputs of its codec and text encoder.
 
     Data that are not yet encoded are encoded here, once, into memory. labelled: whether a class model needs the labels.
 
-    Raises ValueError if encoded data were made by another codec or text encoder, or do not fit the model.
+    Raises ValueError if cached latents were made by another codec or text encoder, or do not fit the model.
 
     Example:
         dataset = flow_dataset(data, encoding, "train")
     """
-    model = encoding.model
-    num_classes = model.num_classes if labelled else 0
-    if data.name == "encoded":
-        dataset = read_latents(data.path, split, data.classes)
-        if isinstance(data, ClipsConfig) and isinstance(model, STARFlowVConfig) and split != "eval":
-            buckets = dataset.buckets if isinstance(dataset, BucketedDataset) else (dataset,)
-            dataset = _as_often(buckets, data, model.frames)
-        _check_encoded(data, encoding, dataset)
+    num_classes = encoding.model.num_classes if labelled else 0
+    if isinstance(data, LatentsConfig):
+        dataset = _cached(data, encoding, split)
         check_classes(dataset, num_classes)
         return dataset
-    pictures = pixel_dataset(data, encoding, split)
-    check_classes(pictures, num_classes)
-    return as_taken(pictures, data, encoding, flip=data.flip and split == "train")
+    pixels = pixel_dataset(data, encoding, split)
+    check_classes(pixels, num_classes)
+    return as_taken(pixels, data, encoding, flip=data.flip and split == "train")
 
 
 def as_taken(
-    pictures: Dataset | BucketedDataset, data: DataConfig | ClipsConfig, encoding: Encoding, *, flip: bool
+    dataset: Dataset | BucketedDataset, data: DataConfig | ClipsConfig, encoding: Encoding, *, flip: bool
 ) -> Dataset | BucketedDataset:
-    """Returns images as a flow takes them: themselves, or encoded into memory.
+    """Returns images or clips as a flow takes them: themselves, or encoded into memory.
 
     flip: encode them mirrored, too.
 
@@ -74,85 +68,66 @@ def as_taken(
         dataset = as_taken(images, data, encoding, flip=False)
     """
     if not is_latent(data, encoding):
-        return pictures
-    _check_memory(data, encoding, pictures, flip=flip)
-    if isinstance(pictures, BucketedDataset):
-        buckets = tuple(_encoded(encoding, bucket, flip=flip) for bucket in pictures.buckets)
-        return BucketedDataset(buckets, pictures.shares)
-    return _encoded(encoding, pictures, flip=flip)
+        return dataset
+    _check_memory(data, encoding, dataset, flip=flip)
+    buckets = tuple(_encoded(encoding, bucket, flip=flip) for bucket in buckets_of(dataset))
+    return BucketedDataset(buckets, dataset.shares) if isinstance(dataset, BucketedDataset) else buckets[0]
 
 
-def pixel_dataset(data: DataConfig | ClipsConfig, encoding: Encoding, split: Split) -> Dataset | BucketedDataset:
-    """Returns the images of a split at the size that the codec encodes to the model's.
+def pixel_dataset(data: FlowData, encoding: Encoding, split: Split) -> Dataset | BucketedDataset:
+    """Returns the images or clips of a split at the size that the codec encodes to the model's.
+
+    Raises ValueError if the data are latents.
 
     Example:
         dataset = pixel_dataset(data, encoding, "eval")
     """
     model, codec = encoding.model, encoding.open_codec()
-    if data.name == "encoded":
-        raise ValueError("data.name is 'encoded', which holds no pictures; give the data it was made of.")
+    if isinstance(data, LatentsConfig):
+        raise ValueError("data are cached latents, without the images; give the data that they were encoded from.")
     height, width = (length * codec.factor for length in model.image_hw)
-    if isinstance(data, ClipsConfig):
-        assert isinstance(codec, ClipCodec)
-        assert isinstance(model, STARFlowVConfig)
-        frames = 1 + (model.frames - 1) * codec.stride
-        shape: dict[str, Any] = {"image_size": (height, width), "channels": codec.pixel_channels, "split": split}
-        clips = load_clips(data, frames=frames, **shape)
-        if split == "eval":
-            return clips
-        buckets: list[Dataset] = [clips]
-        if data.drop_first:
-            buckets.append(ContinuedClips(clips))
-        if data.images is not None:
-            buckets.append(_stills(clips, data.images, **shape))
-        return _as_often(buckets, data, model.frames)
-    return load(
-        data,
-        image_size=(height, width),
-        channels=codec.pixel_channels,
-        split=split,
-        multiple=codec.factor * model.patch_size,
-    )
+    shape: dict[str, Any] = {"image_size": (height, width), "channels": codec.pixel_channels, "split": split}
+    if isinstance(data, DataConfig):
+        return load(data, multiple=codec.factor * model.patch_size, **shape)
+    assert isinstance(model, STARFlowVConfig)
+    clips = load_clips(data, frames=1 + (model.frames - 1) * codec.stride, **shape)
+    if split == "eval":
+        return clips
+    buckets = [clips]
+    if data.drop_first:
+        buckets.append(ContinuedClips(clips))
+    if data.images is not None:
+        buckets.append(_stills(clips, data.images, **shape))
+    return _as_often(buckets, data)
 
 
 def _stills(clips: Dataset, data: DataConfig, **shape: Any) -> StillClips:
     """Images as clips of one frame, with the clips' class numbers."""
-    pictures = load(dataclasses.replace(data, classes=data.classes or clips.class_names), **shape)
-    assert isinstance(pictures, Dataset)  # the config refuses several shapes
-    return StillClips(pictures)
+    images = load(dataclasses.replace(data, classes=data.classes or clips.class_names), **shape)
+    return StillClips(of_one_shape(images, "a video flow"))
 
 
-def _as_often(buckets: Sequence[Dataset], data: ClipsConfig, frames: int) -> Dataset | BucketedDataset:
+def _as_often(buckets: Sequence[Dataset], data: ClipsConfig | LatentsConfig) -> Dataset | BucketedDataset:
     """Clips, clips without their first frame, and images, each as often as the config says."""
-    of_latents = [bucket.event_shape[0] for bucket in buckets if isinstance(bucket, LatentDataset)]
-
-    def is_continued(bucket: Dataset) -> bool:
-        if isinstance(bucket, LatentDataset):  # of encoded data by their shape
-            return bucket.event_shape[0] == frames - 1 > 1 and frames in of_latents
-        return isinstance(bucket, ContinuedClips)
-
-    def is_still(bucket: Dataset) -> bool:
-        return (
-            bucket.event_shape[0] == 1 < frames if isinstance(bucket, LatentDataset) else isinstance(bucket, StillClips)
-        )
-
     if not data.drop_first:
-        buckets = [bucket for bucket in buckets if not is_continued(bucket)]
-    kinds = [is_continued(bucket) for bucket in buckets], [is_still(bucket) for bucket in buckets]
-    what = ("drop_first", "clips without their first frame"), ("images_fraction", "pictures")
+        buckets = [bucket for bucket in buckets if kind_of(bucket) != "continued"]
+    kinds = [kind_of(bucket) for bucket in buckets]
     shares = [len(bucket) for bucket in buckets]
-    for (name, missing), chosen in zip(what, kinds, strict=True):
+    if "clip" not in kinds:
+        raise ValueError(f"data.path '{data.path}' has no whole clips; encode some.")
+    # drop_first is a fraction of the clips, images_fraction one of all.
+    for name, kind, others in (("drop_first", "continued", ("clip",)), ("images_fraction", "still", _CLIPS)):
         fraction = getattr(data, name)
-        if fraction and not any(chosen):
+        if fraction and kind not in kinds:
+            missing = "clips without their first frame" if kind == "continued" else "images"
             raise ValueError(
                 f"data.{name} is {fraction}, and data.path '{data.path}' has no {missing}; encode again with them, or "
                 "set it to 0."
             )
         if fraction:
-            # Of clips, or of all.
-            others = sum(share for share, here, still in zip(shares, chosen, kinds[1], strict=True) if not here | still)
-            part = max(1, round(others * fraction / (1 - fraction)))
-            shares = [part if here else share for share, here in zip(shares, chosen, strict=True)]
+            beside = sum(share for share, of in zip(shares, kinds, strict=True) if of in others)
+            part = max(1, round(beside * fraction / (1 - fraction)))
+            shares = [part if of == kind else share for share, of in zip(shares, kinds, strict=True)]
     if len(buckets) == 1:
         return buckets[0]
     asked = data.drop_first or data.images_fraction
@@ -171,17 +146,22 @@ def encoded_shards(encoding: Encoding, dataset: Dataset, *, flip: bool) -> Itera
         dataset, moments, mark = dataset.dataset, _without_first(moments), CONTINUED
     if encoding.model.text_dim:
         assert encoding.text is not None
-        truncate, grid = encoding.text.truncate, dataset.image_shape[:2]
-        still = isinstance(dataset, StillClips)
+        truncate, image_hw = encoding.text.truncate, _image_hw(dataset)
+        still = kind_of(dataset) == "still"
 
         def texts(captions):
             marked = [f"{mark}{caption}" for caption in captions]
-            return encoding.condition(marked, grid, truncate=truncate, still=still)
+            return encoding.condition(marked, image_hw, truncate=truncate, still=still)
 
     return encode(dataset, moments, texts, flip=flip)
 
 
-def _without_first(moments: Moments) -> Moments:
+def _image_hw(dataset: Dataset) -> tuple[int, int]:
+    height, width, _ = dataset.event_shape[-3:]
+    return height, width
+
+
+def _without_first(moments: EncodeMoments) -> EncodeMoments:
     """Moments of clips without their first latent frame."""
 
     def rest(clips):
@@ -191,16 +171,16 @@ def _without_first(moments: Moments) -> Moments:
     return rest
 
 
-def null_features(encoding: Encoding, dataset: Dataset) -> tuple[np.ndarray, np.ndarray] | None:
-    """Returns the features `l e` and mask `l` of the empty text for a dataset's images; None without texts.
+def null_features(encoding: Encoding, dataset: Dataset) -> TextCondition | None:
+    """Returns the empty text for a dataset's images or clips, as kept with their latents; None without texts.
 
     Example:
         null = null_features(encoding, pixel_dataset(data, encoding, "train"))
     """
     if not encoding.model.text_dim:
         return None
-    features, mask = encoding.empty_text(dataset.image_shape[:2], still=isinstance(dataset, StillClips))
-    return np.asarray(features[0], np.float16), np.asarray(mask[0])
+    embeddings, mask = encoding.empty_text(_image_hw(dataset), still=kind_of(dataset) == "still")
+    return TextCondition(np.asarray(embeddings, np.float16), np.asarray(mask))
 
 
 def null_texts(dataset: Dataset | BucketedDataset) -> Callable[[tuple[int, ...]], TextCondition] | None:
@@ -209,21 +189,22 @@ def null_texts(dataset: Dataset | BucketedDataset) -> Callable[[tuple[int, ...]]
     Example:
         objective = nll_objective(flow, null_text=null_texts(dataset))
     """
-    buckets = dataset.buckets if isinstance(dataset, BucketedDataset) else (dataset,)
-    known = {b.event_shape[:-1]: b.null for b in buckets if isinstance(b, LatentDataset) and b.null is not None}
+    buckets = [bucket for bucket in buckets_of(dataset) if isinstance(bucket, LatentDataset)]
+    known = {bucket.event_shape[:-1]: bucket.null for bucket in buckets if bucket.null is not None}
     if not known:
         return None
 
     def null_text(shape):
-        features, mask = known[shape]
-        return TextCondition(jnp.asarray(features[None], jnp.float32), jnp.asarray(mask[None]))
+        embeddings, mask = known[shape]
+        return TextCondition(jnp.asarray(embeddings, jnp.float32), jnp.asarray(mask))
 
     return null_text
 
 
 def _encoded(encoding: Encoding, dataset: Dataset, *, flip: bool) -> LatentDataset:
     shards = tuple(encoded_shards(encoding, dataset, flip=flip))
-    return LatentDataset(shards, dataset.class_names, null=null_features(encoding, dataset))
+    null = null_features(encoding, dataset)
+    return LatentDataset(shards, dataset.class_names, kind=kind_of(dataset), null=null)
 
 
 def _check_memory(
@@ -232,110 +213,122 @@ def _check_memory(
     """Raises ValueError if encoding a dataset into memory would exceed the config's limit."""
     model, codec, needed = encoding.model, encoding.open_codec(), 0
     texts = model.text_length * model.text_dim if isinstance(model, STARFlowConfig) else 0
-    for bucket in dataset.buckets if isinstance(dataset, BucketedDataset) else (dataset,):
-        floats = 2 * math.prod(bucket.image_shape[:2]) // codec.factor**2 * model.channels
-        if isinstance(codec, ClipCodec) and isinstance(bucket, ClipDataset):
-            floats *= -(-bucket.frames // codec.stride)
+    for bucket in buckets_of(dataset):
+        *frames, height, width, _ = bucket.event_shape
+        floats = 2 * height * width // codec.factor**2 * model.channels
+        if frames:
+            floats *= -(-frames[0] // codec.stride)
         needed += len(bucket) * (1 + flip) * (4 * floats + 2 * texts)
     if needed > data.in_memory_bytes:
+        what = "images" if isinstance(data, DataConfig) else "clips"
         raise ValueError(
-            f"the latents of {len(dataset)} pictures would take {needed:,} bytes, more than data.in_memory_bytes; "
-            "write them to files first, with python -m flowgen encode, or raise it."
+            f"the latents of {len(dataset)} {what} need {needed:,} bytes, more than data.in_memory_bytes; write them "
+            "to files first, with python -m flowgen encode, or raise it."
         )
 
 
-def made_by(data: DataConfig | ClipsConfig, encoding: Encoding) -> dict[str, Any]:
-    """Returns the codec, text encoder and data of an experiment as JSON, to keep with the encoded data.
+def provenance(data: DataConfig | ClipsConfig, encoding: Encoding) -> Provenance:
+    """Returns what makes an experiment's latents, to keep with them.
 
     Example:
-        writer.finish(class_names=dataset.class_names, made_by=made_by(data, encoding))
+        writer.finish(class_names=dataset.class_names, provenance=provenance(data, encoding))
     """
-    return {
-        "codec": None if encoding.codec is None else settings.to_plain(encoding.codec),
-        "fingerprint": codec_digest(encoding.open_codec()),
-        "text": _text_plain(encoding),
-        "noise_std": encoding.model.noise_std,
-        "data": settings.to_plain(data),
-    }
+    return Provenance(
+        codec=_words(encoding.codec),
+        codec_digest=codec_digest(encoding.open_codec()),
+        text=_text_provenance(encoding),
+        noise_std=encoding.model.noise_std,
+        data=settings.to_plain(data),
+    )
 
 
-def _text_plain(encoding: Encoding) -> dict[str, Any] | None:
-    """The settings that caption features depend on, and the encoder's name, for messages."""
-    text, model = encoding.with_digests(None).text, encoding.model
+def _words(codec: CodecConfig | None) -> str:
+    """A codec in words; empty for none."""
+    if isinstance(codec, PretrainedAutoencoder):
+        return f"the autoencoder at '{codec.path}'"
+    return "" if codec is None else f"blocks of {codec.factor} x {codec.factor} pixels"
+
+
+def _text_provenance(encoding: Encoding) -> TextProvenance | None:
+    text, model = encoding.with_digests().text, encoding.model
     if text is None or not isinstance(model, STARFlowConfig):
         return None
-    return {
-        "encoder": text.encoder,
-        "digest": text.digest,
-        "length": model.text_length,
-        "dim": model.text_dim,
-        "noise_level": text.noise_level,
-        "frames_per_second": text.frames_per_second,
-        "aspect": text.aspect,
-    }
+    return TextProvenance(
+        encoder=text.encoder,
+        digest=text.digest or "",
+        length=model.text_length,
+        dim=model.text_dim,
+        noise_level=text.noise_level,
+        frames_per_second=text.frames_per_second,
+        aspect=text.aspect,
+    )
 
 
-def _check_encoded(data: DataConfig | ClipsConfig, encoding: Encoding, dataset: Dataset | BucketedDataset) -> None:
+def _cached(data: LatentsConfig, encoding: Encoding, split: Split) -> Dataset | BucketedDataset:
+    """A split of cached latents. Raises ValueError if they do not fit the flow, its codec or its text encoder."""
     model, path = encoding.model, data.path
-    made = read_index(path)["made_by"]
-    if encoding.codec is None and made.get("codec") is not None:
+    if not path:
+        raise ValueError("data.path is empty; give the directory of cached latents (python -m flowgen encode).")
+    made = read_index(path).provenance
+    _check_codec(made, path, encoding)
+    _check_texts(made, path, encoding)
+    buckets = [
+        dataclasses.replace(bucket, use_texts=model.text_dim > 0)
+        for bucket in buckets_of(read_latents(path, split, data.classes))
+        if isinstance(bucket, LatentDataset)
+    ]
+    for bucket in buckets:
+        _check_shape(model, path, bucket)
+    if isinstance(model, STARFlowVConfig) and split != "eval":
+        return _as_often(buckets, data)
+    return buckets[0] if len(buckets) == 1 else BucketedDataset(tuple(buckets))
+
+
+def _check_codec(made: Provenance, path: str, encoding: Encoding) -> None:
+    if encoding.codec is None and made.codec:
+        raise ValueError(f"codec is missing, and data.path '{path}' was encoded by {made.codec}; give it (--codec).")
+    if encoding.codec is not None and made.codec_digest != codec_digest(encoding.open_codec()):
         raise ValueError(
-            f"codec is missing, and data.path '{path}' was encoded by {_codec_words(made['codec'])}; give it (--codec)."
+            f"data.path '{path}' was encoded by {made.codec or 'no codec'}, and codec is another one, "
+            f"{_words(encoding.codec)}; give that one (--codec), or encode again."
         )
-    if encoding.codec is not None and made.get("fingerprint") != codec_digest(encoding.open_codec()):
-        raise ValueError(
-            f"data.path '{path}' was encoded by {_codec_words(made.get('codec'))}, and codec is another one, "
-            f"{_codec_words(settings.to_plain(encoding.codec))}; give that one (--codec), or encode again."
-        )
-    by = made.get("text")
+
+
+def _check_texts(made: Provenance, path: str, encoding: Encoding) -> None:
+    model, by, text = encoding.model, made.text, _text_provenance(encoding)
     if model.text_dim and by is None:
         raise ValueError(f"data.path '{path}' has no texts, and model.text_dim is {model.text_dim}; encode again.")
-    text = _text_plain(encoding) or {}
-    for name in text.keys() - {"encoder"}:
-        if by.get(name) != text[name]:
-            if name == "digest":
-                raise ValueError(
-                    f"data.path '{path}' has texts of another encoder, '{by.get('encoder')}', than text.encoder "
-                    f"'{text['encoder']}' is now; give that one, or encode again."
-                )
-            raise ValueError(
-                f"data.path '{path}' has texts encoded with {_TEXT_FIELDS.get(name, f'text.{name}')} {by.get(name)!r}, "
-                f"and this experiment has another, {text[name]!r}; set it, or encode again."
-            )
-    if encoding.text is not None and encoding.text.noise_level and made.get("noise_std") != model.noise_std:
+    if text is None or by is None:
+        return
+    if by.digest != text.digest:
         raise ValueError(
-            f"model.noise_std is {model.noise_std}, but the texts at data.path '{path}' say {made.get('noise_std')}; "
+            f"data.path '{path}' has texts of another encoder, '{by.encoder}', than text.encoder '{text.encoder}' is "
+            "now; give that one, or encode again."
+        )
+    for field in dataclasses.fields(text):
+        before, now = getattr(by, field.name), getattr(text, field.name)
+        if field.name != "encoder" and before != now:
+            raise ValueError(
+                f"data.path '{path}' has texts encoded with {_TEXT_FIELDS.get(field.name, f'text.{field.name}')} "
+                f"{before!r}, and this experiment has another, {now!r}; set it, or encode again."
+            )
+    if text.noise_level and made.noise_std != model.noise_std:
+        raise ValueError(
+            f"model.noise_std is {model.noise_std}, but the texts at data.path '{path}' say {made.noise_std}; "
             "encode again."
         )
-    buckets = dataset.buckets if isinstance(dataset, BucketedDataset) else (dataset,)
-    shapes = [bucket.event_shape for bucket in buckets if isinstance(bucket, LatentDataset)]
-    continued = getattr(data, "drop_first", 0) > 0 and len(shapes) > 1
-    taken = [
-        shape == model.event_shape
-        or (hasattr(model, "with_image_size") and _is_size_of(model, shape, continued=continued))
-        for shape in shapes
-    ]
-    if not all(taken):
-        wrong = shapes[taken.index(False)]
-        raise ValueError(
-            f"data.path '{path}' holds latents of shape {wrong}, but the model takes {model.event_shape}; "
-            f"set model.image_size{', model.frames' * (len(wrong) > 3)} and model.channels."
-        )
 
 
-def _codec_words(plain: dict[str, Any] | None) -> str:
-    """A codec in the words of its config."""
-    if plain is None:
-        return "none"
-    if "path" in plain:
-        return f"the autoencoder at '{plain['path']}'"
-    return f"blocks of {plain['factor']} x {plain['factor']} pixels"
-
-
-def _is_size_of(model: Any, shape: tuple[int, ...], *, continued: bool) -> bool:
-    """Whether a model of any size takes latents of this size. continued: also clips without their first frame."""
-    *frames, height, width, channels = shape
+def _check_shape(model: TARFlowConfig | STARFlowConfig, path: str, bucket: LatentDataset) -> None:
+    """Raises ValueError unless a model, at any size that it takes, takes latents of this kind and shape."""
+    *frames, height, width, channels = bucket.event_shape
     whole = list(model.event_shape[:-3])
-    taken = [whole, [1] * len(whole), *([[count - 1 for count in whole]] if continued else [])]
-    same = channels == model.channels and frames in taken
-    return same and not any(length % model.patch_size for length in (height, width))
+    expected = {"image": [], "clip": whole, "continued": [count - 1 for count in whole], "still": [1]}[bucket.kind]
+    of_kind = (bucket.kind == "image") == (not whole)
+    sized = isinstance(model, STARFlowConfig) and not any(length % model.patch_size for length in (height, width))
+    sized |= (height, width) == model.image_hw
+    if not (of_kind and frames == expected and channels == model.channels and sized):
+        raise ValueError(
+            f"data.path '{path}' holds latents of shape {bucket.event_shape}, but the model takes {model.event_shape}; "
+            f"set model.image_size{', model.frames' * (len(frames) > 0)} and model.channels."
+        )

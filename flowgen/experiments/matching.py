@@ -6,15 +6,23 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from flowgen.conditioning import UNCONDITIONAL
-from flowgen.data import DataConfig, Dataset, PointsConfig, blank_batches, fixed_batches, from_uint8, take_inventory
+from flowgen.data import (
+    Batch,
+    DataConfig,
+    Dataset,
+    PointsConfig,
+    blank_batches,
+    fixed_batches,
+    from_uint8,
+    take_inventory,
+)
 from flowgen.data.dataset import Split
 from flowgen.evaluation import point_metrics, point_samples, velocity_bits_per_dim
 from flowgen.experiments.debug import SAMPLES, debug_images, debug_run
@@ -31,17 +39,13 @@ from flowgen.experiments.drawing import (
 )
 from flowgen.experiments.experiment import Experiment, Samples
 from flowgen.experiments.images import check_own, image_batches, image_dataset, tell_unused_classes, with_class_names
-from flowgen.experiments.pictures import DRAWABLE_CHANNELS, DRAWN_PATHS, path_plot, picture
+from flowgen.experiments.plots import DRAWABLE_CHANNELS, DRAWN_PATHS, path_plot, sample_grid
+from flowgen.experiments.solving import SolverConfig, draw_by_solver
+from flowgen.flows.flow import ImageTokens
 from flowgen.matching import (
-    DiTConfig,
+    AnyNetwork,
     MatchingConfig,
     MeanFlow,
-    MLPConfig,
-    UNetConfig,
-    edm_times,
-    guided,
-    integrate,
-    integrate_mean,
     log_prob,
     matching_objective,
     trajectory,
@@ -51,50 +55,11 @@ from flowgen.matching.objective import REPORT_PAIRS
 from flowgen.models import init
 from flowgen.rows import batch_rows
 from flowgen.settings import config, type_name
-from flowgen.settings.ranges import NonNegative, Positive, Within
-from flowgen.settings.ranges import Samples as NumSamples
+from flowgen.settings.ranges import Within
 from flowgen.training import Job
 
 POINTS = 1000  # samples of an evaluation by default
-Solver = Literal["euler", "midpoint", "heun", "rk4", "dopri5", "mean_flow"]
 PLOT_STEPS = 60
-
-
-@config
-class SolverConfig:
-    """How samples are drawn, in training and by default in `sample.py`.
-
-    num: samples per sample grid; at least 1.
-    method: a solver of `flowgen.matching.integrate`, or "mean_flow" for networks of average velocities.
-    num_steps: steps of all methods but "dopri5"; at least 1.
-    times: "uniform", or "edm", steps that grow finer towards the data.
-    rtol: relative error that "dopri5" allows; positive.
-    atol: absolute error that "dopri5" allows; positive.
-    guidance: weight w of (1 + w) v_c - w v_u; 0 for none.
-    guidance_interval: times in [0, 1] between which guidance acts.
-    frechet_samples: images that each evaluation draws and compares with held-out ones; 0 for none.
-    """
-
-    num: NumSamples = 64
-    method: Solver = "heun"
-    num_steps: Annotated[int, Within(1, 1 << 20)] = 25
-    times: Literal["uniform", "edm"] = "uniform"
-    rtol: Positive = 1e-5
-    atol: Positive = 1e-5
-    guidance: NonNegative = 0.0
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
-    frechet_samples: Annotated[int, Within(0, 1 << 24)] = 0
-
-    def __post_init__(self):
-        low, high = self.guidance_interval
-        if not 0 <= low < high <= 1:
-            raise ValueError(f"guidance_interval is {self.guidance_interval}; give increasing times in [0, 1].")
-        if self.frechet_samples == 1:
-            raise ValueError("frechet_samples is 1; a distance needs at least 2, or 0 for none.")
-        if self.times == "edm" and self.num_steps < 2:
-            raise ValueError(f"num_steps is {self.num_steps}; the grid 'edm' needs at least 2.")
-        if self.times == "edm" and self.method in ("dopri5", "mean_flow"):
-            raise ValueError(f"times is 'edm', but {self.method} takes no grid; set it to 'uniform'.")
 
 
 @config
@@ -140,7 +105,7 @@ class MatchingExperiment(Experiment):
     draw_options = VelocityDrawOptions
     evaluate_options = VelocityEvaluateOptions
 
-    model: MLPConfig | DiTConfig | UNetConfig
+    model: AnyNetwork
     data: DataConfig | PointsConfig = DataConfig()
     matching: MatchingConfig = MatchingConfig()
     sampling: SolverConfig = SolverConfig()
@@ -152,12 +117,17 @@ class MatchingExperiment(Experiment):
 
     def _check_data(self) -> None:
         model, kind, points = self.model, type_name(self.model), isinstance(self.data, PointsConfig)
-        if points != isinstance(model, MLPConfig):
+        if isinstance(model, ImageTokens):
+            raise ValueError(f"model is {model}, a flow; use a FlowExperiment.")
+        if len(model.event_shape) not in (1, 3):
+            raise ValueError(f"model has event_shape {model.event_shape}; give (2,), or (height, width, channels).")
+        if points != (len(model.event_shape) == 1):
             wanted = "images, so give a DataConfig" if points else "points in the plane, so give a PointsConfig"
             raise ValueError(f"data is {self.data}; a {kind} is trained on {wanted}.")
-        if isinstance(model, MLPConfig) and (model.dim != 2 or model.num_classes):
+        if points and (model.event_shape != (2,) or model.num_classes):
             raise ValueError(
-                f"model has dim {model.dim} and num_classes {model.num_classes}; these points have 2 and none."
+                f"model has event_shape {model.event_shape} and num_classes {model.num_classes}; these points have "
+                "(2,) and none."
             )
         if getattr(self.matching.coupling, "class_aware", False) and not model.num_classes:
             raise ValueError("matching.coupling.class_aware is true, but the model has no classes; set it to false.")
@@ -207,7 +177,17 @@ class MatchingExperiment(Experiment):
     @property
     def drawn_channels(self) -> int | None:
         """The channels of sampled images; None for points."""
-        return None if isinstance(self.model, MLPConfig) else self.model.channels
+        return None if isinstance(self.data, PointsConfig) else self.model.event_shape[-1]
+
+    def build(self) -> Any:
+        """Returns the network, without parameters; ValueError if it does not hold its config."""
+        network = self.model.build()
+        if getattr(network, "config", None) != self.model:
+            raise ValueError(
+                f"model is {self.model}, whose build() gives a network without it; give the network a field `config` "
+                "that holds it."
+            )
+        return network
 
     def with_provenance(self) -> MatchingExperiment:
         """Returns the experiment with its class names."""
@@ -233,15 +213,14 @@ class MatchingExperiment(Experiment):
             dataset = self.dataset("train")
             held_out = self.dataset("eval") if self.data.eval_fraction > 0 else None
         else:
-            assert not isinstance(self.model, MLPConfig)  # which is of points
-            check_own(dataset, held_out, self.model.image_hw, self.model.channels, self.model.num_classes)
+            check_own(dataset, held_out, self.model.event_shape, self.model.num_classes)
         return self._images_job(network, self.data, dataset, held_out)
 
     def _points_job(self, network: Any, data: PointsConfig) -> Job:
         matching = self.matching.fitted(*data.draw(jax.random.key(self.train.seed), REPORT_PAIRS))
 
         def pairs(key, batch):
-            rows = batch_rows(batch, key, len(batch["blank"]))
+            rows = batch_rows(batch, key, batch.size)
             x0, x1 = rows.draw_whole(data.draw)
             return {"x0": x0, "x1": x1}
 
@@ -251,7 +230,7 @@ class MatchingExperiment(Experiment):
 
         def plot(variables: Any) -> np.ndarray:
             key = jax.random.key(self.train.seed)
-            points, _ = self.draw_batch(network, variables, key, None, num=self.sampling.num)
+            points, _ = self.draw_batch(network, variables, key, np.arange(self.sampling.num), None)
             return self.plot(network, variables, points, key)
 
         return Job(
@@ -266,16 +245,16 @@ class MatchingExperiment(Experiment):
     def _images_job(self, network: Any, data: DataConfig, dataset: Dataset, held_out: Dataset | None) -> Job:
         tell_unused_classes(dataset, data, self.model.num_classes)
         order = np.random.default_rng(self.train.seed).permutation(len(dataset))
-        x1 = from_uint8(dataset[np.sort(order[:REPORT_PAIRS])]["image"])
+        x1 = from_uint8(dataset[np.sort(order[:REPORT_PAIRS])].pixels)
         x0 = jax.random.normal(jax.random.key(self.train.seed), x1.shape)
         matching = self.matching.fitted(x0, jnp.asarray(x1))
         pairs = partial(_image_pairs, conditional=self.model.num_classes > 0)
         classes = drawn_classes(self.model, self.data)
 
-        def picture_of(variables: Any) -> np.ndarray:
+        def draw_image(variables: Any) -> np.ndarray:
             labels, key = cycled_labels(self.sampling.num, classes), jax.random.key(self.train.seed)
-            images, _ = self.draw_batch(network, variables, key, labels, num=self.sampling.num)
-            return picture(images, classes)
+            images, _ = self.draw_batch(network, variables, key, np.arange(self.sampling.num), labels)
+            return sample_grid(images, classes)
 
         loss = matching.loss_fn(label_dropout=self.train.label_dropout)
         return Job(
@@ -283,7 +262,7 @@ class MatchingExperiment(Experiment):
             objective=matching_objective(network, loss, pairs),
             batches=image_batches(dataset, data, self.train),
             evaluate=None if held_out is None else self._evaluator(matching, network, dataset, held_out),
-            sample=picture_of if self.drawn_channels in DRAWABLE_CHANNELS else None,
+            sample=draw_image if self.drawn_channels in DRAWABLE_CHANNELS else None,
             best_metric=self.best_metric,
             inventory=take_inventory(data, dataset, held_out),
         )
@@ -299,9 +278,9 @@ class MatchingExperiment(Experiment):
         def evaluated(variables: Any) -> dict[str, float]:
             size = min(self.train.batch_size, len(held_out))
             rows = [
-                loss(variables, {name: batch[name] for name in ("image", "label")}, jax.random.key(index))[1]
-                for index, batch in enumerate(fixed_batches(held_out, size))
-                if batch["mask"].all()
+                loss(variables, batch, jax.random.key(index))[1]
+                for index, (batch, mask) in enumerate(fixed_batches(held_out, size))
+                if mask.all()
             ]
             metrics = {name: float(np.mean([row[name] for row in rows])) for name in ("loss", "unweighted_loss")}
             num = self.sampling.frechet_samples
@@ -314,9 +293,9 @@ class MatchingExperiment(Experiment):
         return evaluated
 
     def draw_batch(
-        self, network: Any, variables: Any, key: jax.Array, cond: np.ndarray | None, *, num: int, first: int = 0
+        self, network: Any, variables: Any, key: jax.Array, numbers: np.ndarray, cond: np.ndarray | None
     ) -> tuple[np.ndarray, str]:
-        """Returns samples `num *event` and a line on how they were drawn.
+        """Returns samples `b *event` and a line on how they were drawn.
 
         cond: labels, or None. Sample i depends only on (key, i); with dopri5, which adapts its steps to the batch, only
         up to its tolerance.
@@ -324,11 +303,11 @@ class MatchingExperiment(Experiment):
         sampling = self.sampling
         if sampling.guidance and cond is None:
             raise ValueError(f"guidance is {sampling.guidance}, but no classes are given to guide to; set it to 0.")
-        x, evaluations = _draw(
+        x, evaluations = draw_by_solver(
             network,
             _weights(variables),
             key,
-            first + jnp.arange(num),
+            jnp.asarray(numbers),
             None if cond is None else jnp.asarray(cond),
             distribution=self.data.x0 if isinstance(self.data, PointsConfig) else None,
             matching=dataclasses.replace(self.matching, coupling=MatchingConfig().coupling),
@@ -343,12 +322,12 @@ class MatchingExperiment(Experiment):
         num = self.sampling.num
         labels = asked_labels(self.model, self.data, num, options.classes)
 
-        def batch(key: jax.Array, numbers: np.ndarray) -> tuple[np.ndarray, str]:
-            cond = None if labels is None else labels[numbers]
-            return self.draw_batch(model, variables, key, cond, num=len(numbers), first=int(numbers[0]))
+        def conditions(numbers: np.ndarray) -> np.ndarray | None:
+            return None if labels is None else labels[numbers]
 
         points = isinstance(self.data, PointsConfig)
-        samples = draw_in_batches(batch, num, options, say, batch=num if points else AT_ONCE)
+        draw_batch = partial(self.draw_batch, model, variables)
+        samples = draw_in_batches(draw_batch, conditions, num, options, say, batch=num if points else AT_ONCE)
         return Samples(samples, {} if points else {"labels": np.full(num, -1) if labels is None else labels})
 
     def plot(self, network: Any, variables: Any, points: np.ndarray, key: jax.Array) -> np.ndarray:
@@ -390,46 +369,18 @@ class MatchingExperiment(Experiment):
         """Returns the experiment with a tiny network of the same kind, on points or the built-in digits."""
         few = min(self.sampling.num_steps, 2)
         sampling = dataclasses.replace(self.sampling, num=SAMPLES, num_steps=few, frechet_samples=0)
-        if isinstance(self.model, MLPConfig):
-            return debug_run(self, sampling=sampling, model=dataclasses.replace(self.model, width=16, num_layers=1))
-        assert isinstance(self.data, DataConfig)
-        return debug_run(self, sampling=sampling, model=self.model.shrunk(), data=debug_images(self.data))
+        shrunk = getattr(self.model, "shrunk", None)  # a network of your own may have none
+        model = self.model if shrunk is None else shrunk()
+        data = self.data if isinstance(self.data, PointsConfig) else debug_images(self.data)
+        return debug_run(self, sampling=sampling, model=model, data=data)
 
 
-@partial(jax.jit, static_argnames=("network", "distribution", "matching", "sampling"))
-def _draw(network, variables, key, indices, labels, *, distribution, matching, sampling):
-    keys = jax.vmap(partial(jax.random.fold_in, key))(indices)
-    if distribution is None:
-        x0 = jax.vmap(lambda key: jax.random.normal(key, network.config.event_shape))(keys)
-    else:
-        x0 = jax.vmap(lambda key: PointsConfig(x0=distribution).draw(key, 1)[0][0])(keys)
-    if sampling.method == "mean_flow":
-
-        def average(t, x, cond, interval):
-            return network.apply(variables, t, x, cond, interval)
-
-        return integrate_mean(average, x0, labels, num_steps=sampling.num_steps)
-    velocity = velocity_field(network, variables, matching)
-    if sampling.guidance:
-        velocity = guided(velocity, UNCONDITIONAL, weight=sampling.guidance, interval=sampling.guidance_interval)
-    return integrate(
-        velocity,
-        x0,
-        labels,
-        method=sampling.method,
-        num_steps=sampling.num_steps,
-        times=edm_times(sampling.num_steps) if sampling.times == "edm" else None,
-        rtol=sampling.rtol,
-        atol=sampling.atol,
-    )
-
-
-def _image_pairs(key: Array, batch: dict[str, Any], *, conditional: bool) -> dict[str, Any]:
-    return {"x1": from_uint8(batch["image"]), "cond": batch["label"] if conditional else None}
+def _image_pairs(key: Array, batch: Batch, *, conditional: bool) -> dict[str, Any]:
+    return {"x1": from_uint8(batch.pixels), "cond": batch.labels if conditional else None}
 
 
 def _labels_of(dataset: Dataset) -> Callable[[np.ndarray], np.ndarray]:
-    labels = dataset[np.arange(len(dataset))]["label"]
+    labels = np.asarray(dataset[np.arange(len(dataset))].labels)
     return lambda positions: labels[positions]
 
 

@@ -9,17 +9,19 @@ from typing import Annotated, Any
 
 import jax
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Int
 
 from flowgen.conditioning import TextCondition
-from flowgen.data import ClipsConfig
+from flowgen.data import ClipsConfig, LatentsConfig
+from flowgen.data.clip_views import CONTINUED
 from flowgen.data.dataset import Dataset, Split
-from flowgen.decoding import Denoiser, sample_clips
+from flowgen.decoding import Clip, Denoiser, sample
 from flowgen.evaluation import flow_bits_per_dim, flow_nats_per_dim
 from flowgen.experiments.autoregressive import (
     AutoregressiveExperiment,
     FlowDrawOptions,
     FlowEvaluateOptions,
+    chosen_texts,
     decoding_line,
 )
 from flowgen.experiments.clips import (
@@ -36,14 +38,16 @@ from flowgen.experiments.clips import (
 from flowgen.experiments.debug import debug_clips, debug_flow, debug_run
 from flowgen.experiments.drawing import draw_in_batches
 from flowgen.experiments.experiment import Samples
-from flowgen.experiments.pictures import strips
+from flowgen.experiments.plots import strips
 from flowgen.flows import STARFlowVConfig, denoiser_variables, flow_score_objective
 from flowgen.flows.objective import nll_objective
+from flowgen.guidance import Guidance
 from flowgen.settings import config
 from flowgen.settings.ranges import Frames, Within
 from flowgen.training import Job
 
 DENOISED = 64  # held-out clips that are denoised to measure PSNR
+WHOLE = Clip()  # of the flow's own length
 SMALL_SIDE = 10  # of bouncing digits of 8 pixels
 DEFAULT_FPS = 8.0
 # The range of both mp4 and GIF, which counts in hundredths of a second.
@@ -85,7 +89,7 @@ class VideoFlowExperiment(AutoregressiveExperiment):
     evaluate_options = FlowEvaluateOptions
 
     model: STARFlowVConfig
-    data: ClipsConfig = ClipsConfig()
+    data: ClipsConfig | LatentsConfig = ClipsConfig()
 
     def __post_init__(self):
         self.check_parts()
@@ -96,7 +100,7 @@ class VideoFlowExperiment(AutoregressiveExperiment):
                 "their first frame are images; set it to 0, or model.frames to 3 or more."
             )
         told = None if self.text is None else self.text.frames_per_second
-        fps = self.data.fps if self.data.name in ("real", "folder") else 0
+        fps = self.data.fps if isinstance(self.data, ClipsConfig) and self.data.name in ("real", "folder") else 0
         if told and fps and told != fps:
             raise ValueError(
                 f"text.frames_per_second is {told}, which texts would say of clips of data.fps {fps:g}; set them alike."
@@ -156,41 +160,39 @@ class VideoFlowExperiment(AutoregressiveExperiment):
         flow: Any,
         variables: Any,
         key: jax.Array,
+        numbers: Int[np.ndarray, " b"],
         cond: Any,
         *,
-        num: int,
-        null: TextCondition | None = None,
-        first: int = 0,
-        given: Float[np.ndarray, "given height width c"] | None = None,
-        **how: Any,
+        guidance: Guidance | None = None,
+        clip: Clip = WHOLE,
+        certify: bool = False,
     ) -> tuple[np.ndarray, str]:
-        """Returns clips `num frames height width c` and a line on how they were decoded; clip i depends only on (key,
-        i).
+        """Returns clips `b frames height width c` and a line on how they were decoded; clip i depends only on (key, i).
 
-        cond: labels, a `TextCondition`, or None. null: the empty text of guidance, encoded here if not given.
-        given: images in [-1, 1] that all clips begin with, returned as the codec reconstructs them.
-        how: frames (latent frames), context, restart_cond, progress and certify of `sample_clips`.
+        cond: labels, a `TextCondition`, or None. guidance: None is that of `sampling`. clip: in latent frames, the same
+        for all. Its given frames `1 given height width c` have no noise, and come back as they are. Its `restart_cond`
+        are texts that the clips take in turn.
         Latents are decoded to clips by the codec.
         """
-        codec, clean = self.encoding.open_clip_codec(), None
-        if given is not None:
-            mean, _ = codec.moments(given[None])
-            clean = np.broadcast_to(mean, (num, *mean.shape[1:]))
-        result = sample_clips(
+        given, restarts = clip.given, clip.restart_cond
+        noisy = None if given is None else with_noise(flow, given, key, numbers)
+        restarts = chosen_texts(restarts, numbers) if isinstance(restarts, TextCondition) else restarts
+        result = sample(
             flow,
             variables,
             key,
-            num,
-            **self.steering(flow, cond, null),
-            given=None if clean is None else with_noise(flow, clean, key, first),
+            numbers,
+            cond,
+            plan=self.sampling.to_plan(),
+            guidance=guidance or self.guidance(flow),
             denoise=self._denoiser(flow, variables),
-            first=first,
-            **how,
+            clip=dataclasses.replace(clip, given=noisy, restart_cond=restarts),
+            certify=certify,
         )
-        latents = np.asarray(result.x)
-        if clean is not None:
-            latents = np.concatenate([clean, latents[:, clean.shape[1] :]], axis=1)
-        return np.asarray(codec.decode(latents)), decoding_line(result)
+        latents = np.array(result.x)
+        if given is not None:
+            latents[:, : given.shape[1]] = given
+        return np.asarray(self.encoding.open_codec().decode(latents)), decoding_line(result)
 
     def draw(
         self,
@@ -200,30 +202,37 @@ class VideoFlowExperiment(AutoregressiveExperiment):
         say: Callable[[str], None] = lambda line: None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Samples:
-        """Returns `sampling.num` clips; `say` receives a line for each batch, `progress` is called as by
-        `sample_clips`.
+        """Returns `sampling.num` clips; `say` receives a line for each batch, `progress` is called as by `Clip`.
 
         Raises ValueError if the codec makes no clips of so many frames, or `given` does not fit.
         """
-        flow = model if not options.aspect else model.with_image_size(*self.encoding.latent_size(options.aspect))
-        codec, given = self.encoding.open_clip_codec(), None
+        flow = self.sized(model, options.aspect)
+        clip = self._clip(flow, options)
+        conditions, about = self.asked(flow, options.classes)
+        clip = dataclasses.replace(clip, restart_cond=self._restart_texts(flow), progress=progress)
+        draw_batch = partial(
+            self.draw_batch, flow, variables, guidance=self.guidance(flow), clip=clip, certify=options.certify
+        )
+        return Samples(draw_in_batches(draw_batch, conditions, self.sampling.num, options, say), about)
+
+    def _clip(self, flow: Any, options: ClipDrawOptions) -> Clip:
+        """The clip that options ask for, in latent frames; given ones have no noise."""
+        codec, given = self.encoding.open_codec(), None
         check_length(codec, self.model.frames, options.frames, options.context)
         if options.given:
-            given = read_given(codec, flow, options.given, frames=options.frames, fps=self.data.fps or None)
-        conditions, about = self.asked(flow, options.classes)
-        how = {
-            "frames": None if options.frames is None else latent_frames(codec, options.frames),
-            "context": options.context,
-            "given": given,
-            "certify": options.certify,
-            "progress": progress,
-        }
+            images = read_given(codec, flow, options.given, frames=options.frames, fps=self.data.fps or None)
+            given, _ = codec.moments(images[None])
+        return Clip(
+            frames=None if options.frames is None else latent_frames(codec, options.frames),
+            given=given,
+            context=options.context,
+        )
 
-        def batch(key: jax.Array, numbers: np.ndarray) -> tuple[np.ndarray, str]:
-            where = {"num": len(numbers), "first": int(numbers[0])}
-            return self.draw_batch(flow, variables, key, **conditions(numbers), **where, **how)
-
-        return Samples(draw_in_batches(batch, self.sampling.num, options, say), about)
+    def _restart_texts(self, flow: Any) -> TextCondition | None:
+        """The prompts of restarts, marked as in training; None if those of the clips serve."""
+        if not (self.model.text_dim and self.data.drop_first):
+            return None
+        return self.encoding.condition([CONTINUED + prompt for prompt in self.sampling.prompts], flow.config.image_hw)
 
     def fps(self, asked: float | None) -> float:
         """Returns the frame rate of videos: the requested one, else that of the training clips."""
@@ -239,14 +248,14 @@ class VideoFlowExperiment(AutoregressiveExperiment):
         samples and data; latents are decoded first."""
         dataset = clips_alone(self.flow_dataset(options.split, labelled=not options.unconditional))
         lines = self.likelihood_lines(model, variables, dataset, options)
-        key, codec = jax.random.key(options.seed), self.encoding.open_clip_codec()
+        key, codec = jax.random.key(options.seed), self.encoding.open_codec()
         ratios = denoised_psnr(codec, model, variables, dataset, key, most=DENOISED)
         lines.append("PSNR of noisy clips " + ", ".join(f"{how} {ratio:.2f} dB" for how, ratio in ratios.items()))
         if not options.samples or model.config.frames == 1:  # A single frame has no next one.
             return lines
         conditions = self.conditions_of(dataset, unconditional=options.unconditional)
         cond = None if conditions is None else conditions(np.arange(options.samples) % len(dataset))
-        clips, _ = self.draw_batch(model, variables, key, cond, num=options.samples)
+        clips, _ = self.draw_batch(model, variables, key, np.arange(options.samples), cond)
         real = codec.decode(of_batch(dataset[np.arange(min(len(dataset), options.samples))]))
         for name, frames in (("samples", clips), ("data", real)):
             near, far = frame_distances(np.clip(frames, -1, 1))
@@ -278,7 +287,7 @@ class VideoFlowExperiment(AutoregressiveExperiment):
         return Denoiser(denoising_step(flow), denoiser_variables(variables))
 
     def _evaluator(self, flow: Any, held_out: Any) -> Callable[[Any], dict[str, float]]:
-        codec = self.encoding.open_clip_codec()
+        codec = self.encoding.open_codec()
 
         def evaluated(variables):
             key = jax.random.key(0)

@@ -1,5 +1,6 @@
 """Autoregressive transformer flows and their densities."""
 
+from flowgen.flows.affine import ScaleMap
 from flowgen.flows.block import AutoregressiveBlock, BlockConfig, block_parameters, decoding_block
 from flowgen.flows.denoiser import ClipDenoiser, DenoiserStep, denoiser_variables, init_denoiser
 from flowgen.flows.flow import AutoregressiveFlow, init
@@ -20,6 +21,7 @@ __all__ = [
     "STARFlowConfig",
     "STARFlowV",
     "STARFlowVConfig",
+    "ScaleMap",
     "TARFlow",
     "TARFlowConfig",
     "block_parameters",

@@ -5,14 +5,15 @@ x = shift + exp(log_scale) · z,      z = (x - shift) · exp(-log_scale),      l
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from flowgen.settings.ranges import Own
+
 TokenOrder = Literal["raster", "reversed"]
-ScaleParameterisation = Literal["exponential", "volume_preserving", "softplus"]
 SOFTPLUS_OFFSET = 0.541324854612918  # softplus of this is 1
 SOFTPLUS_UNDERFLOW = -40.0  # below, softplus(x) is exp(x) to float64's last digit
 
@@ -47,6 +48,27 @@ def log_softplus(x: Float[Array, "*b"]) -> Float[Array, "*b"]:
     return jnp.where(small, x, jnp.log(jax.nn.softplus(jnp.where(small, 0, x))))
 
 
+@runtime_checkable
+class ScaleMap(Protocol):
+    """A scale parameterisation: it makes shift and log_scale of a network's two outputs per channel, token by token."""
+
+    def __call__(
+        self, shift: Float[Array, "b n c"], raw: Float[Array, "b n c"]
+    ) -> tuple[Float[Array, "b n c"], Float[Array, "b n c"]]:
+        """Returns (shift, log_scale); both outputs are 0 before training."""
+        ...
+
+
+# σ = exp(a) of TARFlow and softplus(a + 0.5413) of STARFlow, with a the raw output.
+SCALE_MAPS: dict[str, ScaleMap] = {
+    "exponential": lambda shift, raw: (shift, raw),
+    "softplus": lambda shift, raw: (shift, log_softplus(raw + SOFTPLUS_OFFSET)),
+}
+OwnScale = Annotated[ScaleMap, Own("a function (shift, raw) -> (shift, log_scale)")]
+# "volume_preserving" has σ = 1, and one output per channel.
+ScaleParameterisation = Literal["exponential", "softplus", "volume_preserving"] | OwnScale
+
+
 def num_outputs(scale: ScaleParameterisation) -> int:
     """Returns how many outputs per channel a network needs for shift and scale."""
     return 1 if scale == "volume_preserving" else 2
@@ -55,11 +77,17 @@ def num_outputs(scale: ScaleParameterisation) -> int:
 def shift_and_log_scale(
     out: Float[Array, "b n outputs"], scale: ScaleParameterisation
 ) -> tuple[Float[Array, "b n c"], Float[Array, "b n c"]]:
-    """Returns (shift, log_scale) of tokens from the network's outputs, the raw scale a first.
+    """Returns (shift, log_scale) of tokens from the network's outputs, the raw scale first.
 
-    σ = exp(a) "exponential" (TARFlow), softplus(a + 0.5413) "softplus" (STARFlow), 1 "volume_preserving".
+    Raises ValueError if your own parameterisation gives another shape.
     """
     if scale == "volume_preserving":
         return out, jnp.zeros_like(out)
     raw, shift = jnp.split(out, 2, axis=-1)
-    return shift, raw if scale == "exponential" else log_softplus(raw + SOFTPLUS_OFFSET)
+    mapped = (SCALE_MAPS[scale] if isinstance(scale, str) else scale)(shift, raw)
+    shapes = tuple(jnp.shape(part) for part in mapped)
+    if shapes != (raw.shape, raw.shape):
+        raise ValueError(
+            f"scale_parameterisation gave shapes {shapes}; it must give shift and log_scale of shape {raw.shape}."
+        )
+    return mapped

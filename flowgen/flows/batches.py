@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,13 +10,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, UInt8
 
 from flowgen.arrays import check_bytes, check_key, shown
+from flowgen.batch import Batch, Moments
 from flowgen.conditioning import Condition, TextCondition, drop_labels, drop_texts
 from flowgen.flows.density import LEVELS, Flow
 from flowgen.rows import Rows, batch_rows
 
 
 def noisy_batch(
-    flow: Flow, condition: Callable[..., Condition | None], batch: Any, key: Key[Array, ""]
+    flow: Flow, condition: Callable[..., Condition | None], batch: Batch, key: Key[Array, ""]
 ) -> tuple[Float[Array, "b *event"], Condition | None]:
     """Returns the training input of a flow: the noisy batch and its condition, drawn row by row.
 
@@ -24,30 +25,30 @@ def noisy_batch(
     """
     check_batch(batch)
     check_key(key)
-    arrays = {name: batch[name] for name in ("image", "mean", "std") if name in batch}
-    noise_rows, label_rows = batch_rows(batch, key, len(next(iter(arrays.values())))).split(2)
-    x = noise_rows.draw(lambda key, one: batch_input(key, one, flow.config.noise_std), arrays)
+    noise_rows, label_rows = batch_rows(batch, key, batch.size).split(2)
+    x = noise_rows.draw(lambda key, one: batch_input(key, one, flow.config.noise_std), batch.x)
     return x, condition(label_rows, batch, x.shape[1:-1])
 
 
 def check_batch(batch: Any) -> None:
-    """Raises ValueError unless a batch is a dict that has images, or moments of latents."""
-    if not isinstance(batch, Mapping) or not ("image" in batch or {"mean", "std"} <= batch.keys()):
-        given = list(batch) if isinstance(batch, Mapping) else shown(batch)
-        raise ValueError(f"batch is {given}; give a dict with 'image', or with 'mean' and 'std' of latents.")
+    """Raises ValueError unless a batch is a `Batch` of bytes or of moments of latents."""
+    if not isinstance(batch, Batch):
+        raise ValueError(f"batch is {shown(batch)}; give a flowgen.data.Batch(x, context).")
+    if not isinstance(batch.x, Moments):
+        check_bytes("batch.x", batch.x)
 
 
-def batch_input(key: Key[Array, ""], batch: Any, noise_std: float) -> Float[Array, "b *event"]:
-    """Returns the input of a flow in training, from images or from moments of latents.
+def batch_input(
+    key: Key[Array, ""], x: UInt8[Array, "b *event"] | Moments, noise_std: float
+) -> Float[Array, "b *event"]:
+    """Returns the input of a flow in training: images with noise, see `add_noise`, or latents.
 
-    `image` uint8: see `add_noise`. `mean` and `std` `b height width c`, an autoencoder's posterior: a sample from it
-    plus σ N(0, I).
+    Latents are a sample from their posterior plus σ N(0, I).
     """
-    check_batch(batch)
-    if "image" in batch:
-        return add_noise(key, batch["image"], noise_std)
+    if not isinstance(x, Moments):
+        return add_noise(key, x, noise_std)
     posterior_key, key = jax.random.split(key)
-    mean, std = (jnp.asarray(batch[name], jnp.float32) for name in ("mean", "std"))
+    mean, std = (jnp.asarray(part, jnp.float32) for part in x)
     latents = mean + std * jax.random.normal(posterior_key, mean.shape)
     return latents + noise_std * jax.random.normal(key, mean.shape)
 
@@ -56,7 +57,7 @@ def add_noise(key: Key[Array, ""], images: UInt8[Array, "b *event"], noise_std: 
     """Returns images as a flow's training input: σ > 0, x + σ N(0, I) on [-1, 1]; σ = 0, dequantised.
 
     Example:
-        x = add_noise(key, batch["image"], flow.config.noise_std)
+        x = add_noise(key, batch.x, flow.config.noise_std)
     """
     if noise_std == 0:
         return dequantise(key, images)
@@ -71,7 +72,7 @@ def dequantise(key: Key[Array, ""], images: UInt8[Array, "b *event"]) -> Float[A
     The expected bits/dim of dequantised images bounds the discrete bits/dim from above.
 
     Example:
-        x = dequantise(key, batch["image"])
+        x = dequantise(key, batch.x)
     """
     check_bytes("images", images)
     noise = jax.random.uniform(key, images.shape)
@@ -88,7 +89,7 @@ def batch_condition(
     if label_dropout and flow.config.text_dim and null_text is None:
         raise ValueError(f"label_dropout is {label_dropout}, but no null_text is given for dropped texts; encode ''.")
 
-    def condition(rows: Rows, batch: Any, shape: tuple[int, ...]):
+    def condition(rows: Rows, batch: Batch, shape: tuple[int, ...]):
         cond = condition_of(flow, batch)
         if cond is None or not label_dropout:
             return cond
@@ -101,12 +102,15 @@ def batch_condition(
     return condition
 
 
-def condition_of(flow: Flow, batch: Any) -> Condition | None:
+def condition_of(flow: Flow, batch: Batch) -> Condition | None:
     """Returns the labels or texts of a batch, without dropout, if the flow takes them."""
-    needed = "text" if flow.config.text_dim else "label" if flow.config.num_classes else None
-    if needed is not None and needed not in batch:
-        raise ValueError(f"batch has {', '.join(map(repr, batch))} and no {needed!r}, which this flow takes; give it.")
+    context = batch.context
     if flow.config.text_dim:
-        features, mask = batch["text"]
-        return TextCondition(jnp.asarray(features, jnp.float32), jnp.asarray(mask))
-    return jnp.asarray(batch["label"]) if flow.config.num_classes else None
+        if not isinstance(context, TextCondition):
+            raise ValueError(f"batch.context is {shown(context)}; this flow takes texts, so give a TextCondition.")
+        return TextCondition(jnp.asarray(context.embeddings, jnp.float32), jnp.asarray(context.mask))
+    if not flow.config.num_classes:
+        return None
+    if context is None or isinstance(context, TextCondition):
+        raise ValueError(f"batch.context is {shown(context)}; this flow takes classes, so give int32 labels.")
+    return jnp.asarray(context)

@@ -15,7 +15,8 @@ from jaxtyping import Array, Float
 
 from flowgen.arrays import at_least_float32, shown
 from flowgen.backend import keep_rows
-from flowgen.conditioning import Condition, TextCondition
+from flowgen.conditioning import Condition
+from flowgen.flows.affine import ScaleParameterisation
 from flowgen.flows.block import BlockConfig, Variables
 
 LEVELS = 256
@@ -40,7 +41,7 @@ class FlowConfig(Protocol):
     @property
     def blocks(self) -> tuple[BlockConfig, ...]: ...
     @property
-    def scale_parameterisation(self) -> str: ...
+    def scale_parameterisation(self) -> ScaleParameterisation: ...
     @property
     def num_classes(self) -> int: ...
     @property
@@ -52,7 +53,6 @@ class FlowConfig(Protocol):
 
     def check_samples(self, x: Any) -> None: ...
     def check_cond(self, cond: Any, batch: int) -> Condition | None: ...
-    def check_null(self, null: Any, batch: int) -> TextCondition | None: ...
 
 
 @runtime_checkable

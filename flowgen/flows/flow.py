@@ -114,7 +114,7 @@ class AutoregressiveFlow(OnMeshes, nn.Module):
 
     Example:
         class MyFlow(AutoregressiveFlow):
-            config: MyConfig  # an ImageTokens with blocks, dtype, check_cond and check_null
+            config: MyConfig  # an ImageTokens with blocks, dtype and check_cond
     """
 
     config: Any

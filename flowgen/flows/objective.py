@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from flowgen.batch import Batch, Moments
 from flowgen.conditioning import Condition, TextCondition
 from flowgen.flows.batches import batch_condition, noisy_batch
 from flowgen.flows.block import Variables
@@ -30,9 +30,9 @@ def nll_objective(
 
     loss = loss_scale (½ mean z² - mean logdet / num_dims) + norm_penalty Σ_k mean x_k², in nats per dimension, without
     constants (TARFlow, eq. of the loss; the penalty, on the tokens that enter each block, is STARFlow's).
-    batch: input of `batch_input`, of any size that `flow.with_image_size` takes; also `label` int32 `b` if the flow has
-    classes, and `text`, the features `b l e` and mask `b l` of a `TextCondition`, if it has texts. With probability
-    `label_dropout` labels become -1, and texts become null_text(([frames,] height, width)), the encoded "".
+    batch: a `flowgen.data.Batch` of any size that `flow.with_image_size` takes, whose context has the labels or texts
+    that the flow takes. With probability `label_dropout` labels become -1, and texts become
+    null_text(([frames,] height, width)), the encoded "".
     metrics: loss, bits_per_dim (of the noised images; of latents nats_per_dim), mean_square_z, logdet_per_dim, and
     mean_square/<block> of the tokens after each block.
     Volume-preserving flows return their tracked prior variance, v + 0.1 (mean_b z² - v), as carried state.
@@ -86,11 +86,11 @@ def nll(
     return loss, metrics | {"nats_per_dim": -log_prob / num_dims}, z
 
 
-def density_metric(flow: Flow, nats_per_dim: Float[Array, ""], batch: Any) -> dict[str, Array]:
+def density_metric(flow: Flow, nats_per_dim: Float[Array, ""], batch: Batch) -> dict[str, Array]:
     """Returns the metric of the density by its name: bits/dim of images, nats/dim of latents."""
-    if "image" in batch:
-        return {"bits_per_dim": bits_per_dim(-nats_per_dim, 1)}
-    return {"nats_per_dim": nats_per_dim}
+    if isinstance(batch.x, Moments):
+        return {"nats_per_dim": nats_per_dim}
+    return {"bits_per_dim": bits_per_dim(-nats_per_dim, 1)}
 
 
 def on_samples_like(flow: Flow, x: Float[Array, "b *event"]) -> Flow:

@@ -6,14 +6,13 @@ import dataclasses
 import math
 from typing import Annotated, Any, Literal
 
-from flowgen.attention import CAUSAL_KERNEL_NAMES
-from flowgen.conditioning import Condition, TextCondition, check_labels, check_text
-from flowgen.flows.affine import TokenOrder
+from flowgen.conditioning import Condition, check_labels, check_text
+from flowgen.flows.affine import OwnScale, TokenOrder
 from flowgen.flows.block import BlockConfig, ClassPrefix, TextPrefix
 from flowgen.flows.flow import AutoregressiveFlow, ImageTokens
 from flowgen.flows.positions import GridPositions, rotary_pairs
 from flowgen.nn.layers import Activation, Norm
-from flowgen.nn.transformer import TransformerConfig
+from flowgen.nn.transformer import Attention, TransformerConfig
 from flowgen.settings import config
 from flowgen.settings.ranges import (
     MAX_BLOCKS,
@@ -25,7 +24,6 @@ from flowgen.settings.ranges import (
     Heads,
     MaybeLayers,
     NonNegative,
-    OneOf,
     Positive,
     Side,
     TextDim,
@@ -60,6 +58,8 @@ class STARFlowConfig(ImageTokens):
     post_norm: also normalise each layer's output.
     activation: activation of the feed-forward layers.
     use_bias: biases in the linear layers.
+    scale_parameterisation: "softplus", σ = softplus(a + 0.5413), or a function of your own (shift, raw) -> (shift,
+    log_scale).
     soft_clip: bound c of c · tanh(r / c) on the raw scale and on the shift; 0 for none.
     num_classes: classes that the density is conditioned on; 0 for none.
     class_conditioning: a label is a prefix token (published), or is added to every token ("add"); then the mean of all
@@ -68,8 +68,7 @@ class STARFlowConfig(ImageTokens):
     text_length: tokens per text, padding included; 0 for a model without texts.
     conditioned_blocks: which blocks see the class or the text.
     rope_base_grid: tokens along a side of the grid that positions refer to; None places this grid's tokens 1 apart.
-    attention: "softmax", or a linear one that can be causal: elu_plus_one, relu, squared_relu, focused, nala, pola,
-    inline, retention.
+    attention: kernel of the layers' attention, by name, or one of your own.
     noise_std: σ of the Gaussian training noise; above 0 for latents.
     dtype: dtype of matrix products and activations; parameters, affine maps and log-determinants stay float32.
     remat: recompute layers in the backward pass instead of storing them; less memory, and on CPUs less time.
@@ -90,6 +89,7 @@ class STARFlowConfig(ImageTokens):
     post_norm: bool = False
     activation: Activation = "gelu"
     use_bias: bool = True
+    scale_parameterisation: Literal["softplus"] | OwnScale = "softplus"
     soft_clip: NonNegative = 4.0
     num_classes: Classes = 0
     class_conditioning: Literal["prefix", "add"] = "prefix"
@@ -97,7 +97,7 @@ class STARFlowConfig(ImageTokens):
     text_length: TextLength = 0
     conditioned_blocks: Literal["deep", "all"] = "deep"
     rope_base_grid: Positive | None = None
-    attention: Annotated[str, OneOf(CAUSAL_KERNEL_NAMES)] = "softmax"
+    attention: Attention = "softmax"
     noise_std: NonNegative = 0.3
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     remat: bool = True
@@ -143,11 +143,6 @@ class STARFlowConfig(ImageTokens):
     def patch_order(self) -> Literal["channel_last"]:
         """The layout of a patch in a token."""
         return "channel_last"
-
-    @property
-    def scale_parameterisation(self) -> Literal["softplus"]:
-        """How a block's outputs become scales: σ = softplus(a + 0.5413)."""
-        return "softplus"
 
     @property
     def num_blocks(self) -> int:
@@ -227,17 +222,6 @@ class STARFlowConfig(ImageTokens):
         if self.text_dim:
             return check_text(cond, length=self.text_length, dim=self.text_dim, batch=batch)
         return check_labels(cond, num_classes=self.num_classes, batch=batch)
-
-    def check_null(self, null: Any, batch: int) -> TextCondition | None:
-        """Returns the input of guidance's unconditional branch: a text for a text model, else None."""
-        if not self.text_dim:
-            if null is not None:
-                raise ValueError("null was given to a model without texts, whose null is label -1; leave it out.")
-            return None
-        if null is None:
-            raise ValueError("guidance of a model of texts needs null, the TextCondition of an empty text.")
-        one = isinstance(null, TextCondition) and len(null.mask) == 1
-        return check_text(null, length=self.text_length, dim=self.text_dim, batch=1 if one else batch)
 
 
 class STARFlow(AutoregressiveFlow):

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from jaxtyping import Array, Int
 
-from flowgen.attention import CAUSAL_KERNEL_NAMES
 from flowgen.conditioning import check_labels
+from flowgen.flows.affine import OwnScale
 from flowgen.flows.block import BlockConfig
 from flowgen.flows.flow import AutoregressiveFlow, ImageTokens
 from flowgen.nn.layers import Activation
-from flowgen.nn.transformer import TransformerConfig
+from flowgen.nn.transformer import Attention, TransformerConfig
 from flowgen.settings import config
 from flowgen.settings.ranges import (
     Blocks,
@@ -21,7 +21,6 @@ from flowgen.settings.ranges import (
     HeadDim,
     Layers,
     NonNegative,
-    OneOf,
     Side,
     Width,
 )
@@ -42,10 +41,9 @@ class TARFlowConfig(ImageTokens):
     head_dim: channels of an attention head; a width below it is one head.
     expansion: width of the feed-forward layers, in widths of the block.
     num_classes: classes that the density is conditioned on; 0 for none.
-    scale_parameterisation: "exponential" (the paper's nvp), or "volume_preserving" with log-determinant 0 and a tracked
-    prior variance.
-    attention: "softmax", or a linear one that can be causal: elu_plus_one, relu, squared_relu, focused, nala, pola,
-    inline, retention.
+    scale_parameterisation: "exponential" (the paper's nvp), "volume_preserving" with log-determinant 0 and a tracked
+    prior variance, or a function of your own (shift, raw) -> (shift, log_scale).
+    attention: kernel of the layers' attention, by name, or one of your own.
     activation: activation of the feed-forward layers.
     noise_std: σ of the Gaussian training noise; 0 means uniform dequantisation.
     dtype: dtype of matrix products and activations; parameters, affine maps and log-determinants stay float32.
@@ -61,8 +59,8 @@ class TARFlowConfig(ImageTokens):
     head_dim: HeadDim = 64
     expansion: Expansion = 4
     num_classes: Classes = 0
-    scale_parameterisation: Scale = "exponential"
-    attention: Annotated[str, OneOf(CAUSAL_KERNEL_NAMES)] = "softmax"
+    scale_parameterisation: Scale | OwnScale = "exponential"
+    attention: Attention = "softmax"
     activation: Activation = "gelu"
     noise_std: NonNegative = 0.0
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
@@ -117,13 +115,6 @@ class TARFlowConfig(ImageTokens):
     def check_cond(self, cond: Any, batch: int) -> Int[Array, " b"] | None:
         """Returns labels as int32, or None; ValueError if they do not fit this model and batch."""
         return check_labels(cond, num_classes=self.num_classes, batch=batch)
-
-    def check_null(self, null: Any, batch: int) -> None:
-        """Returns the input of guidance's unconditional branch: None, since -1 is the mean class."""
-        if null is not None:
-            raise ValueError(
-                "null was given to a model of classes, whose unconditional branch is label -1; leave it out."
-            )
 
 
 class TARFlow(AutoregressiveFlow):

@@ -10,7 +10,7 @@ loss           weighted regression of the velocity; bridge: velocity and score (
 mean_flow      average velocities, for sampling in one step
 solvers        integrate, both ways; guidance, SDE; likelihood: log p and divergence
 diagnostics    effective sample size, tilt, choice of epsilon, path energy, distances
-velocity       networks; toy: two-dimensional distributions
+velocity       networks, and the interface of a network of your own; toy: two-dimensional distributions
 """
 
 from flowgen.matching import toy
@@ -75,9 +75,13 @@ from flowgen.matching.semidiscrete import SemidiscreteFit, SemidiscreteOT, fit_s
 from flowgen.matching.solvers import edm_times, guided, integrate, integrate_sde, trajectory
 from flowgen.matching.times import LogitNormal, Shifted, Uniform
 from flowgen.matching.unet import UNet, UNetConfig
-from flowgen.matching.velocity import MLPConfig, VelocityMLP
+from flowgen.matching.velocity import MLPConfig, NetworkConfig, OwnNetwork, VelocityMLP
+
+# The networks that an experiment trains; a new one is added here.
+AnyNetwork = MLPConfig | DiTConfig | UNetConfig | OwnNetwork
 
 __all__ = [
+    "AnyNetwork",
     "CondOT",
     "Coupled",
     "Coupling",
@@ -92,6 +96,7 @@ __all__ = [
     "MatchingConfig",
     "MeanFlow",
     "MinibatchOT",
+    "NetworkConfig",
     "Pairs",
     "Path",
     "PathReport",

@@ -22,13 +22,13 @@ def check_share(ess: float) -> None:
 
 
 def check_batch(x0: Array, x1: Array) -> None:
-    """Raises ValueError unless source and data are floating-point numbers of one shape, with at least one sample."""
+    """Raises ValueError unless x0 and x1 are floating-point numbers of one shape, with at least one sample."""
     check_floating("x0", x0)
     check_floating("x1", x1)
     if x0.shape != x1.shape:
-        raise ValueError(f"x0 has shape {x0.shape} and x1 {x1.shape}; source and data must have the same shape.")
+        raise ValueError(f"x0 has shape {x0.shape} and x1 {x1.shape}; noise and data must have the same shape.")
     if len(x0) == 0:
-        raise ValueError("the batch is empty; give at least one source and one datum.")
+        raise ValueError("the batch is empty; give at least one x0 and one x1.")
 
 
 def check_pair(t: Array, x0: Array, x1: Array) -> None:
@@ -45,7 +45,7 @@ def check_times(t: Array, x0: Array) -> None:
     if getattr(t, "shape", None) != x0.shape[:1]:
         raise ValueError(f"t is {shown(t)}; there must be one time per sample, of shape {x0.shape[:1]}.")
     if not isinstance(t, Tracer) and not ((np.asarray(t) >= 0) & (np.asarray(t) <= 1)).all():
-        raise ValueError(f"t runs from {np.min(t)} to {np.max(t)}; times are within [0, 1], source at 0, data at 1.")
+        raise ValueError(f"t runs from {np.min(t)} to {np.max(t)}; times are within [0, 1], noise at 0, data at 1.")
 
 
 def check_velocity(velocity: object) -> None:

@@ -25,7 +25,7 @@ from flowgen.backend import keep_axes, nan_if, of_rows, take_rows
 from flowgen.matching.checks import check_batch
 from flowgen.matching.plans import assignment, corrected_log_weight, entropic_plan, relative_cost
 from flowgen.settings import config
-from flowgen.settings.ranges import OpenFraction, Positive, Within
+from flowgen.settings.ranges import OpenFraction, Own, Positive, Within
 
 SMALLEST_EPSILON = 1e-20
 Epsilon = Annotated[float, Within(SMALLEST_EPSILON)]
@@ -200,6 +200,11 @@ class GibbsWeights:
         if self.normalize == "batch":
             log_weight = log_weight - log_mean_exp(log_weight)
         return Coupled(x0, x1, cond, log_weight)
+
+
+# What a config may hold; a new coupling is added here.
+OwnCoupling = Annotated[Coupling, Own("a function (key, x0, x1, cond) -> Coupled")]
+AnyCoupling = Independent | GibbsWeights | MinibatchOT | OwnCoupling
 
 
 def paired_cost(x0: Float[Array, "b *event"], x1: Float[Array, "b *event"], cost: Cost) -> Float[Array, " b"]:

@@ -24,7 +24,7 @@ class WeightReport(NamedTuple):
     """The effect of Gibbs weights on a block of noise and data samples.
 
     ess: effective sample size as a share of the pairs. row_std, column_std, interaction_std: standard deviations of the
-    three parts of log w: noise (row tilt), data (column tilt), pair. Only the last is coupling. source_tilt, data_tilt:
+    three parts of log w: noise (row tilt), data (column tilt), pair. Only the last is coupling. noise_tilt, data_tilt:
     relative variances of the factors by which w re-weights noise and data.
     """
 
@@ -32,7 +32,7 @@ class WeightReport(NamedTuple):
     row_std: Float[Array, ""]
     column_std: Float[Array, ""]
     interaction_std: Float[Array, ""]
-    source_tilt: Float[Array, ""]
+    noise_tilt: Float[Array, ""]
     data_tilt: Float[Array, ""]
 
 
@@ -80,7 +80,7 @@ def warn_if_tilted(report: WeightReport) -> None:
     Example:
         warn_if_tilted(weight_report(x0, x1, epsilon=2.0))
     """
-    parts = {"source": float(report.row_std), "data": float(report.column_std)}
+    parts = {"noise": float(report.row_std), "data": float(report.column_std)}
     coupling = float(report.interaction_std)
     tilted = [f"{std:.2g} from the {name}" for name, std in parts.items() if std > coupling]
     if tilted:
@@ -97,13 +97,13 @@ def warn_if_tilted(report: WeightReport) -> None:
 class TiltedDistances(NamedTuple):
     """How far Gibbs weights move each marginal: W2 between it and its tilted version.
 
-    source_floor, data_floor: W2 between two halves of the sample; smaller differences between distributions are not
+    noise_floor, data_floor: W2 between two halves of the sample; smaller differences between distributions are not
     visible in samples of this size. The distances themselves are more precise: both sides come from the same sample.
     """
 
-    source: Float[Array, ""]
+    noise: Float[Array, ""]
     data: Float[Array, ""]
-    source_floor: Float[Array, ""]
+    noise_floor: Float[Array, ""]
     data_floor: Float[Array, ""]
 
 
@@ -121,11 +121,11 @@ def tilted_wasserstein(
     """
     check_positive("epsilon", epsilon)
     if min(len(x0), len(x1)) < 2:
-        raise ValueError(f"there are {len(x0)} sources and {len(x1)} data; a floor needs at least two of each.")
+        raise ValueError(f"there are {len(x0)} x0 and {len(x1)} x1; a floor needs at least two of each.")
     logits = -cost_matrix(x0, x1, cost) / epsilon
-    source, data = (jax.nn.logsumexp(logits, axis=axis) for axis in (1, 0))
+    noise, data = (jax.nn.logsumexp(logits, axis=axis) for axis in (1, 0))
     return TiltedDistances(
-        wasserstein(x0, resample(x0, source)), wasserstein(x1, resample(x1, data)), _floor(x0), _floor(x1)
+        wasserstein(x0, resample(x0, noise)), wasserstein(x1, resample(x1, data)), _floor(x0), _floor(x1)
     )
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from flowgen.attention import KERNELS, make_attention_fn
+from flowgen.attention import KERNELS, FeatureMap, Kernel, make_attention_fn
 from flowgen.backend import OnMeshes, flat_dot
 from flowgen.conditioning import check_labels
 from flowgen.matching.velocity import check_inputs
@@ -25,9 +25,10 @@ from flowgen.nn.checks import check_patches, image_sides
 from flowgen.nn.embeddings import TIME_SCALE, ConditionEmbedding, grid_positions
 from flowgen.nn.layers import ACTIVATIONS, master_dtype, patchify, unpatchify
 from flowgen.settings import config
-from flowgen.settings.ranges import Channels, Classes, Expansion, HeadDim, Layers, OneOf, Positive, Side, Width
+from flowgen.settings.ranges import Channels, Classes, Expansion, HeadDim, Layers, OneOf, Own, Positive, Side, Width
 
 ATTENTIONS = ("softmax", "soft", *KERNELS)
+OwnAttention = Annotated[Kernel | FeatureMap, Own("a FeatureMap or a Kernel")]
 PATCH_ORDER = "channel_last"
 DIT_LAYER_NORM_EPS = 1e-6
 MAX_POSITIONS = 1 << 28  # largest size of the position table, which every trace holds
@@ -46,8 +47,7 @@ class DiTConfig:
     head_dim: channels of an attention head.
     expansion: width of the feed-forward layers, in widths.
     num_classes: classes that the field is conditioned on; 0 for none.
-    attention: "softmax", "soft", or a linear one: elu_plus_one, relu, squared_relu, focused, nala, pola, inline,
-    retention.
+    attention: kernel of the layers' attention, by name, or one of your own.
     intervals: also predict average velocities over an interval (MeanFlow).
     time_scale: factor on times before the sinusoids, which are made for 0 to 1,000; MeanFlow, whose loss contains a
     derivative in t, needs a small one, such as 1.0.
@@ -63,7 +63,7 @@ class DiTConfig:
     head_dim: HeadDim = 64
     expansion: Expansion = 4
     num_classes: Classes = 0
-    attention: Annotated[str, OneOf(ATTENTIONS)] = "softmax"
+    attention: Annotated[str, OneOf(ATTENTIONS)] | OwnAttention = "softmax"
     intervals: bool = False
     time_scale: Positive = TIME_SCALE
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"

@@ -22,7 +22,7 @@ def log_prob(
     cond: Any = None,
     *,
     key: Key[Array, ""] | None = None,
-    log_source: Callable[[Array], Float[Array, " b"]] | None = None,
+    log_p0: Callable[[Array], Float[Array, " b"]] | None = None,
     method: Method = "rk4",
     num_steps: int = 50,
     rtol: float = 1e-5,
@@ -32,7 +32,7 @@ def log_prob(
     """Returns log p1(x1) = log p0(x0) - ∫ div v dt in nats, along the path that ends in x1; differentiable.
 
     key: None for the exact divergence, one forward-mode product per dimension; a key for Hutchinson's estimate with
-    one Rademacher probe per sample, kept for the whole path (Grathwohl et al., arXiv 1810.01367). log_source: log p0,
+    one Rademacher probe per sample, kept for the whole path (Grathwohl et al., arXiv 1810.01367). log_p0: of x0,
     standard normal by default. Exact up to the solver's error; settings are those of `integrate`: with "dopri5" the
     tolerances apply to the state and the integral of the divergence together, and only reverse-mode gradients exist.
     The integral is summed in float32 at least.
@@ -68,9 +68,9 @@ def log_prob(
     )
     x0, change = state[:, :-1].reshape(x1.shape), state[:, -1]
     # Backwards in time the integral of the divergence has the opposite sign.
-    if log_source is None:
+    if log_p0 is None:
         return gaussian_log_density(x0.reshape(len(x0), -1)).sum(axis=1) + change
-    return log_source(x0) + change
+    return log_p0(x0) + change
 
 
 def divergence(

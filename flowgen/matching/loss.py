@@ -135,12 +135,12 @@ def draw_pairs(
     Example:
         pairs = draw_pairs(rows_of(batch, key), batch, GibbsWeights(epsilon=5.0), label_dropout=0.1)
     """
-    source_rows, pair_rows, drop_rows = rows.split(3)
+    noise_rows, pair_rows, drop_rows = rows.split(3)
     coupling = Independent() if coupling is None else coupling
     check_names(batch)
     x1, x0 = batch["x1"], batch.get("x0")
     check_data(x1 if x0 is None else x0, x1, batch.get("cond"), label_dropout)
-    x0 = source_rows.draw(lambda key, x: jax.random.normal(key, x.shape, x.dtype), x1) if x0 is None else x0
+    x0 = noise_rows.draw(lambda key, x: jax.random.normal(key, x.shape, x.dtype), x1) if x0 is None else x0
     x0, x1, cond, log_weight = couple(pair_rows, coupling, x0, x1, batch.get("cond"))
     log_weight = jax.lax.stop_gradient(log_weight)
     of_all = rows.gather(log_weight)
@@ -260,7 +260,7 @@ def check_step(velocity: object, batch: object, key: object) -> None:
     check_velocity(velocity)
     if not isinstance(batch, Mapping):
         raise ValueError(
-            f"batch is {shown(batch)}; give a dict with 'x1' data, and 'x0' source and 'cond' labels if any."
+            f"batch is {shown(batch)}; give a dict with 'x1' data, and 'x0' noise and 'cond' labels if any."
         )
     check_key(key)
 
@@ -274,7 +274,7 @@ def check_names(batch: dict[str, Any]) -> None:
     unknown = sorted(set(batch) - set(BATCH_NAMES))
     if unknown or "x1" not in batch:
         raise ValueError(
-            f"a batch has {', '.join(map(repr, batch)) or 'nothing'}; it takes 'x1' data, and may have 'x0' source, "
+            f"a batch has {', '.join(map(repr, batch)) or 'nothing'}; it takes 'x1' data, and may have 'x0' noise, "
             "'cond' labels and 'rows' of a training step."
         )
 

@@ -11,6 +11,7 @@ The paper has noise at t = 1 and regresses u = v - (t - r) du/dt; here data are 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -95,10 +96,11 @@ def mean_flow_loss(
         if guidance_weight:
             v = guided_target(average_velocity, t, point.x_t, pairs.cond, v, guidance_weight)
         u, target = average_and_target(average_velocity, t, point.x_t, pairs.cond, interval, v)
-        square = mean_square(u - target) * pairs.x1[0].size
+        num_dims = math.prod(pairs.x1.shape[1:])
+        square = mean_square(u - target) * num_dims
         adaptive = jax.lax.stop_gradient((square + ADAPTIVE_OFFSET) ** -power)
         loss = (pairs.weight * adaptive * square).mean()
-        metrics = {"loss": loss, "unweighted_loss": square.mean() / pairs.x1[0].size, "ess": pairs.ess}
+        metrics = {"loss": loss, "unweighted_loss": square.mean() / num_dims, "ess": pairs.ess}
         return loss, metrics, pairs.log_mean
 
     return loss_fn

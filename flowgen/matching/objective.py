@@ -17,7 +17,7 @@ from flowgen.matching.conversions import (
     clip_times,
     prediction_to_velocity,
 )
-from flowgen.matching.couplings import GibbsWeights, Independent, MinibatchOT
+from flowgen.matching.couplings import AnyCoupling, GibbsWeights, Independent
 from flowgen.matching.diagnostics import fit_epsilon, warn_if_tilted, weight_report
 from flowgen.matching.loss import Loss, combined_log_mean, flow_matching_loss
 from flowgen.matching.mean_flow import mean_flow_loss
@@ -32,7 +32,7 @@ from flowgen.matching.paths import (
 )
 from flowgen.matching.solvers import Velocity
 from flowgen.matching.times import LogitNormal, Shifted, Uniform
-from flowgen.rows import ROWS, StatefulObjective, batch_rows
+from flowgen.rows import StatefulObjective, batch_rows, with_rows, without_rows
 from flowgen.settings import config
 from flowgen.settings.ranges import Fraction, NonNegative
 
@@ -86,7 +86,7 @@ class MatchingConfig:
         | LinearVariancePreserving
         | SchroedingerBridge
     ) = CondOT()
-    coupling: Independent | GibbsWeights | MinibatchOT = Independent()
+    coupling: AnyCoupling = Independent()
     time: Uniform | LogitNormal | Shifted = Uniform()
 
     def __post_init__(self):
@@ -160,7 +160,7 @@ def matching_objective(
 
     def objective(variables, batch, key):
         pair_key, _, key = jax.random.split(key, 3)
-        num = len(jax.tree.leaves({name: value for name, value in batch.items() if name != ROWS})[0])
+        num = len(jax.tree.leaves(without_rows(batch))[0])
         pair_rows, loss_rows, dropout_rows = batch_rows(batch, key, num).split(3)
         carried = variables.get(STATE)
         weights = {name: value for name, value in variables.items() if name != STATE}
@@ -172,7 +172,7 @@ def matching_objective(
             return dropout_rows.draw(dropping, *inputs) if drops else network.apply(weights, *inputs)
 
         log_mean = None if carried is None else carried["log_mean"]
-        given = {**pairs(pair_key, {**batch, ROWS: pair_rows}), ROWS: loss_rows}
+        given = with_rows(without_rows(pairs(pair_key, with_rows(without_rows(batch), pair_rows))), loss_rows)
         loss, metrics, log_mean = loss_fn(field, given, loss_rows.key, log_mean)
         return (loss, metrics) if carried is None else (loss, metrics, {STATE: {"log_mean": log_mean}})
 

@@ -85,14 +85,14 @@ def fit_semidiscrete(
     y: Float[Array, "n *event"],
     labels: Int[Array, " n"] | None = None,
     *,
-    source: Callable[[Key[Array, ""], tuple[int, ...], Any], Array] = jax.random.normal,
+    noise: Callable[[Key[Array, ""], tuple[int, ...], Any], Array] = jax.random.normal,
     num_steps: int = 2000,
     batch_size: int = 1024,
 ) -> SemidiscreteFit:
     """Returns the semidiscrete coupling of a noise distribution with the data y, and its remaining error.
 
-    Potentials are learned by Adam on the dual of the transport problem, by OTT-JAX on num_steps batches of the source,
-    a function (key, shape, dtype) -> samples. More data need more steps and larger batches: each datum ought to be hit
+    Potentials are learned by Adam on the dual of the transport problem, by OTT-JAX on num_steps batches of noise, a
+    function (key, shape, dtype) -> x0. More data need more steps and larger batches: each datum ought to be hit
     dozens of times in all. Raises ModuleNotFoundError without OTT-JAX, ValueError if settings do not fit.
 
     Example:
@@ -104,7 +104,7 @@ def fit_semidiscrete(
     optax, geometry, problems, solvers = (need(name, "Semidiscrete transport", "ott-jax") for name in _OTT)
     flat = y.reshape(len(y), -1)
     scale_key, fit_key = jax.random.split(key)
-    draw = lambda key, shape, dtype: source(key, (shape[0], *y.shape[1:]), dtype).reshape(shape)  # noqa: E731
+    draw = lambda key, shape, dtype: noise(key, (shape[0], *y.shape[1:]), dtype).reshape(shape)  # noqa: E731
     costs = cost_matrix(draw(scale_key, (256, flat.shape[1]), flat.dtype), flat, "sqeuclidean")
     scale = float(costs.std(axis=1).mean())
     solver = solvers.SemidiscreteSolver(

@@ -12,7 +12,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Key
 
 from flowgen.arrays import check_floating, check_key
-from flowgen.backend import check_unmapped, keep_rows, nan_if
+from flowgen.backend import alike_rows, check_unmapped, keep_rows, nan_if
 from flowgen.guidance import linear_rule
 from flowgen.matching.checks import check_output, check_velocity
 from flowgen.packages import need
@@ -238,7 +238,8 @@ def guided(
         # Labels may be unsigned, where -1 would be a class.
         if jnp.issubdtype(cond.dtype, jnp.integer):
             cond = cond.astype(jnp.int32)
-        return jnp.concatenate([cond, jnp.broadcast_to(jnp.asarray(free, cond.dtype), cond.shape)])
+        free = jnp.broadcast_to(jnp.asarray(free, cond.dtype), cond.shape)
+        return jnp.concatenate(alike_rows([cond, free]))
 
     def field(t, x, cond):
         if cond is None:

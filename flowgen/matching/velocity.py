@@ -3,12 +3,13 @@
 A velocity network is a Flax module called as `network.apply(variables, t, x, cond, interval, train=False)`:
 t `b` in [0, 1], 0 at the noise and 1 at the data; x `b *event`; cond integer labels `b`, -1 for none, or None.
 interval `b` is for networks whose config sets `intervals`: they return the average velocity from t to t + interval
-(MeanFlow), and the velocity itself if the interval is 0 or None. The config has `event_shape` and `num_classes`.
+(MeanFlow), and the velocity itself if the interval is 0 or None. Its field `config` is a `NetworkConfig`.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from typing import Annotated, Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,29 @@ from flowgen.conditioning import check_labels
 from flowgen.nn.embeddings import class_rows
 from flowgen.nn.layers import linear
 from flowgen.settings import config
-from flowgen.settings.ranges import Channels, Classes, Loops, Width
+from flowgen.settings.ranges import Channels, Classes, Loops, Own, Width
+
+
+@runtime_checkable
+class NetworkConfig(Protocol):
+    """What an experiment needs of a velocity network's config, a frozen dataclass."""
+
+    @property
+    def event_shape(self) -> tuple[int, ...]:
+        """Shape of one sample: (height, width, channels) of images, (2,) of points."""
+        ...
+
+    @property
+    def num_classes(self) -> int:
+        """Classes that the field is conditioned on; 0 for none."""
+        ...
+
+    def build(self) -> Any:
+        """Returns the network, without parameters; its field `config` is this config."""
+        ...
+
+
+OwnNetwork = Annotated[NetworkConfig, Own("a frozen dataclass with event_shape, num_classes and build()")]
 
 
 @config
@@ -49,6 +72,10 @@ class MLPConfig:
     def event_shape(self) -> tuple[int, ...]:
         """Shape of one sample."""
         return (self.dim,)
+
+    def shrunk(self) -> MLPConfig:
+        """Returns a tiny config of the same kind, for tests and `--debug`."""
+        return dataclasses.replace(self, width=16, num_layers=1)
 
 
 class VelocityMLP(OnMeshes, nn.Module):

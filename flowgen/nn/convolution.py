@@ -1,7 +1,7 @@
 """Convolutions, group norm, residual blocks and spatial attention, for images `b height width c` and for clips.
 
-A layer that may use earlier frames maps (x, cache) to (y, next cache), see `flowgen.codecs.causal`; image layers pass
-the cache on unchanged.
+A layer that may use earlier frames maps (x, cache) to (y, next cache); see `flowgen.codecs.causal`. Image layers return
+the cache unchanged.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ def conv(
     zero: bool = False,
     name: str | None = None,
 ) -> nn.Conv:
-    """Returns a side × side convolution of `channels`, initialised as PyTorch's or at zero.
+    """Returns a side × side convolution of `channels`, initialised as in PyTorch or at zero.
 
-    padding: as flax takes it; None keeps the size at stride 1.
+    padding: as in Flax; None keeps the size at stride 1.
     """
     padding = side // 2 if padding is None else padding
     return _conv(features, (side, side), (stride, stride), padding, channels, dtype, zero, name)
@@ -52,9 +52,9 @@ def clip_conv(
     zero: bool = False,
     name: str | None = None,
 ) -> nn.Conv:
-    """Returns a convolution over 3 frames of side × side places, initialised as PyTorch's, for clips.
+    """Returns a convolution of clips over 3 frames and side × side positions, initialised as in PyTorch or at zero.
 
-    Positions are padded, frames are not: n frames give n - 2, of which every `stride`-th is kept.
+    Positions are padded, but frames are not: n frames give n - 2, of which every `stride`-th is kept.
     """
     around = (side // 2, side // 2)
     return _conv(features, (3, side, side), (stride, 1, 1), ((0, 0), around, around), channels, dtype, zero, name)
@@ -98,7 +98,7 @@ def group_norm(num_groups: int, dtype: str, *, epsilon: float, name: str | None 
 def convolve_image(
     x: Float[Array, "b height width c"], cache: Cache, features: int, dtype: str, *, name: str, zero: bool = False
 ) -> tuple[Float[Array, "b height width d"], Cache]:
-    """Returns a 3 × 3 convolution of images, made in the compact method that calls this, and the cache as it is."""
+    """Returns a 3 × 3 convolution of images, created in the calling compact method, and the unchanged cache."""
     return conv(features, x.shape[-1], dtype, zero=zero, name=name)(x), cache
 
 
@@ -107,7 +107,8 @@ class ResidualBlock(nn.Module):
 
     With an embedding e the second norm is norm(h + W e), or norm(h) (1 + a) + b with (a, b) = W e if `scale_shift`.
 
-    norm: name -> layer. convolve: `convolve_image`, or its like for clips. zero: the last convolution starts at zero.
+    norm: name -> layer. convolve: `convolve_image`, or `convolve_clip` for clips. zero: the last convolution starts at
+    zero.
 
     Example:
         block = ResidualBlock(64, "float32", functools.partial(group_norm, 32, "float32", epsilon=1e-6))
@@ -155,7 +156,8 @@ class ResidualBlock(nn.Module):
 
 
 class SpatialAttention(nn.Module):
-    """x + W attention(norm(x)) over the places of each image, or of each frame of a clip; the cache stays as it is.
+    """x + W attention(norm(x)) over the positions of each image, or of each frame of a clip; returns the cache
+    unchanged.
 
     norm: name -> layer. zero: W starts at zero, so that the layer starts as the identity.
 

@@ -12,8 +12,8 @@ from jaxtyping import Array, Float, Int
 
 from flowgen.conditioning import UNCONDITIONAL
 
-# Times in [0, 1] are scaled to the 1,000 steps that sinusoidal embeddings are made for; otherwise all angles are below
-# one radian.
+# Times in [0, 1] are scaled to the 1,000 steps that sinusoidal embeddings were made for; otherwise all angles would be
+# below one radian.
 TIME_SCALE = 1000.0
 EMBEDDING_STDDEV = 0.02
 
@@ -21,9 +21,9 @@ EMBEDDING_STDDEV = 0.02
 def class_rows(
     table: Float[Array, "classes_and_none d"], labels: Int[Array, " b"] | None, batch: int
 ) -> Float[Array, "b d"]:
-    """Returns the row of each label; the last row for label -1 and if `labels` is None, NaN for invalid labels.
+    """Returns the row of each label: the last row for label -1 or if `labels` is None, NaN for invalid labels.
 
-    A label outside -1..classes-1 cannot raise inside a compiled program; NaN is better than some other class.
+    A compiled program cannot raise for a label outside -1..classes-1, and NaN is better than another class.
 
     Example:
         e = class_rows(table, jnp.array([3, -1]), batch=2)
@@ -39,7 +39,8 @@ def class_rows(
 def class_embedding(
     table: Float[Array, "classes d"], labels: Int[Array, " b"] | None, batch: int
 ) -> Float[Array, "b d"]:
-    """Returns `class_rows` of a table without an unconditional row; TARFlow uses the mean of all classes instead."""
+    """Returns `class_rows` of a table without an unconditional row; as in TARFlow, the mean of all classes takes its
+    place."""
     return class_rows(jnp.concatenate([table, table.mean(axis=0, keepdims=True)]), labels, batch)
 
 
@@ -62,22 +63,22 @@ def time_features(
         features = time_features(t, 256)
     """
     if dim % 2:
-        raise ValueError(f"dim is {dim}; half of the features are cosines and half sines, so it must be even.")
+        raise ValueError(f"dim is {dim}; it must be even, because half of the features are cosines and half are sines.")
     frequencies = jnp.exp(-jnp.log(max_period) * jnp.arange(dim // 2) / (dim // 2))
     angles = scale * t[:, None] * frequencies[None, :]
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=1)
 
 
 def normal_dense(features: int, fan_in: int, name: str) -> nn.Dense:
-    """Returns a Dense layer that starts at N(0, 0.02²), as in DiT."""
+    """Returns a Dense layer with a kernel initialised from N(0, 0.02²), as in DiT."""
     return nn.Dense(features, kernel_init=nn.initializers.normal(EMBEDDING_STDDEV), name=name)
 
 
 class ConditionEmbedding(nn.Module):
-    """A vector `b width` of time, interval and class for the layers of a network: the sum of their embeddings.
+    """The sum `b width` of the embeddings of time, interval and class, which the layers of a network receive.
 
-    Times pass through `frequencies` sinusoids, scaled by time_scale, and two layers with SiLU; classes through a table
-    whose last row means none. dense: (features, fan_in, name) -> layer. table_std: initial std of the table.
+    Times pass through `frequencies` sinusoids, scaled by time_scale, and two layers with SiLU; classes pass through a
+    table whose last row means no class. dense: (features, fan_in, name) -> layer. table_std: initial std of the table.
 
     Example:
         c = ConditionEmbedding(width=256, num_classes=10, intervals=False).apply(params, t, cond, None)
@@ -112,7 +113,8 @@ class ConditionEmbedding(nn.Module):
 
 
 def grid_positions(grid: tuple[int, int], width: int) -> Float[np.ndarray, "n width"]:
-    """Returns fixed positions of a grid, row by row: half of the sinusoids turn with the column, half with the row.
+    """Returns a fixed table of the positions of a grid, row by row: half of the sinusoids depend on the column, half on
+    the row.
 
     Example:
         table = grid_positions((4, 4), 64)

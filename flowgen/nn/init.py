@@ -14,10 +14,10 @@ from flowgen.nn.layers import master_dtype
 
 
 def init(network: nn.Module, key: Key[Array, ""]) -> PyTree:
-    """Returns freshly initialised variables of a network, by one compiled program; shapes come from its config.
+    """Returns freshly initialised variables of a network, computed by one compiled program.
 
-    The config's `inputs` gives the shapes and dtypes of the network's arguments. Without it, the network is a velocity
-    network, called with times and samples of its `event_shape`.
+    The config's `inputs` gives the shapes and dtypes of the network's arguments. A config without `inputs` belongs to a
+    velocity network, which takes times and samples of its `event_shape`.
 
     Raises ValueError if the network has no config or the key is invalid.
 
@@ -26,7 +26,7 @@ def init(network: nn.Module, key: Key[Array, ""]) -> PyTree:
     """
     config: Any = getattr(network, "config", None)
     if config is None:
-        raise ValueError(f"model is {shown(network)}; give a model such as TARFlow(config), and then the key.")
+        raise ValueError(f"model is {shown(network)}; give a model such as TARFlow(config), followed by the key.")
     check_key(key)
     if hasattr(config, "inputs"):
         inputs = config.inputs

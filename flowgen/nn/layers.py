@@ -32,7 +32,7 @@ RMS_NORM_EPS = 1e-6
 
 
 def master_dtype(dtype: str) -> jnp.dtype:
-    """Returns the dtype of parameters, affine maps and log-determinants beside a compute dtype: ≥ float32.
+    """Returns the dtype of parameters, affine maps and log-determinants for a compute dtype: at least float32.
 
     Example:
         master_dtype("bfloat16")  # float32
@@ -41,7 +41,7 @@ def master_dtype(dtype: str) -> jnp.dtype:
 
 
 def uniform_bias(fan_in: int) -> nn.initializers.Initializer:
-    """Returns PyTorch's default initialiser of a linear bias, U(-1/√fan_in, 1/√fan_in)."""
+    """Returns PyTorch's default initialiser of a bias, U(-1/√fan_in, 1/√fan_in)."""
     bound = 1 / math.sqrt(fan_in)
 
     def init(key, shape, dtype=jnp.float32):
@@ -60,9 +60,9 @@ def linear(
     use_bias: bool = True,
     name: str | None = None,
 ) -> nn.Dense:
-    """Returns a Dense layer initialised as PyTorch's Linear: kernel and bias U(-1/√fan_in, 1/√fan_in).
+    """Returns a Dense layer initialised as PyTorch's Linear: kernel and bias from U(-1/√fan_in, 1/√fan_in).
 
-    With `zero_kernel` the kernel starts at zero; in the published heads the bias still does not.
+    zero_kernel, zero_bias: start at zero instead; the published heads do so only for the kernel.
 
     Example:
         proj = linear(256, fan_in=128, dtype="float32")
@@ -97,7 +97,7 @@ def layer_norm(dtype: str) -> nn.LayerNorm:
 class RMSNorm(nn.Module):
     """x / √(mean x² + epsilon) · (offset + weight), which starts at 1; statistics in float32, the result in `dtype`.
 
-    offset: 1 as in Gemma and STARFlow, where weights are kept near 0, or 0 as in T5.
+    offset: 1 as in Gemma and STARFlow, whose stored weights are near 0, or 0 as in T5.
 
     Example:
         y = RMSNorm("float32").apply(params, x)
@@ -113,7 +113,7 @@ class RMSNorm(nn.Module):
         weight = self.param("weight", nn.initializers.constant(1 - self.offset), (x.shape[-1],), master)
         x = x.astype(master)
         x = x * jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + self.epsilon)
-        # Weights kept in bfloat16 are near 0; near 1 they would lose precision.
+        # Stored weights are near 0, because near 1 they would lose precision in bfloat16.
         weight = self.offset + jnp.asarray(weight, master)
         return jnp.multiply(x, weight.reshape((1,) * (x.ndim - 1) + (-1,))).astype(self.dtype)
 
@@ -122,7 +122,7 @@ NORMS: dict[str, Callable[[str], nn.Module]] = {"layer_norm": layer_norm, "rms_n
 
 
 class MLP(nn.Module):
-    """down(activation(up(x))) with `expansion` times the width in between; gated, down(activation(gate(x)) · up(x)).
+    """down(activation(up(x))) with `expansion` times the width in between; if gated, down(activation(gate(x)) · up(x)).
 
     Example:
         y = MLP(width=256, expansion=4, activation="gelu", dtype="float32").apply(params, x)

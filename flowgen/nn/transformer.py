@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int, PyTree
 
-from flowgen.attention import FrameWindow, causal_kernel
+from flowgen.attention import CAUSAL_KERNEL_NAMES, CausalKernel, FeatureMap, FrameWindow, Kernel, causal_kernel
 from flowgen.attention.kernels import State
 from flowgen.attention.rotary import turn
 from flowgen.nn.layers import MLP, NORMS, RMSNorm, linear
+from flowgen.settings.ranges import OneOf, Own
 
 Slot = Int[Array, ""] | int
 Scale = Float[Array, " b"] | None
+# Attention of a stack's layers: a kernel by name, or one of your own.
+OwnAttention = Annotated[Kernel | FeatureMap | CausalKernel, Own("a FeatureMap, a Kernel or a CausalKernel")]
+Attention = Annotated[str, OneOf(CAUSAL_KERNEL_NAMES)] | OwnAttention
 Rotation = tuple[Float[Array, "n r"], Float[Array, "n r"]] | None
 
 
@@ -23,13 +28,13 @@ Rotation = tuple[Float[Array, "n r"], Float[Array, "n r"]] | None
 class TransformerConfig:
     """Shape and precision of a stack of equal causal layers.
 
-    num_kv_heads: heads of keys and values, each serving num_heads / num_kv_heads queries; None means num_heads.
-    norm: before attention and MLP. qk_norm: RMSNorm over the channels of each head, before the rotary rotation.
+    num_kv_heads: heads of keys and values, each shared by num_heads / num_kv_heads query heads; None means num_heads.
+    norm: norm before attention and MLP. qk_norm: RMSNorm over the channels of each head, before the rotary rotation.
     post_norm: RMSNorm of the outputs of attention and MLP. use_bias: biases of all linear maps in the layers.
-    scan: one compiled layer and parameters with a leading axis of `num_layers`, for training. Without, layers
-    have parameters and caches of their own, for decoding: inside a loop over tokens, a scan over layers would
-    copy the weights and the cache of every layer out of the stack for each token.
-    window: attention of frames to nearby frames, instead of causal attention; such a stack takes no caches.
+    scan: for training: one compiled layer, and parameters with a leading axis of `num_layers`. If False, for decoding:
+    layers have their own parameters and caches, because inside a loop over tokens a scan over layers would copy
+    the weights and cache of every layer out of the stack for each token.
+    window: attention of frames to nearby frames instead of causal attention; such a stack takes no caches.
     """
 
     width: int
@@ -37,7 +42,7 @@ class TransformerConfig:
     num_heads: int
     expansion: int = 4
     activation: str = "gelu"
-    attention: str = "softmax"
+    attention: Attention = "softmax"
     dtype: str = "float32"
     remat: bool = False
     scan: bool = True
@@ -58,7 +63,7 @@ class TransformerConfig:
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention: fused qkv projection, a causal kernel of `flowgen.attention` or a window, output."""
+    """Multi-head self-attention: fused qkv projection, a causal kernel or a window of frames, and output projection."""
 
     config: TransformerConfig
 
@@ -94,7 +99,7 @@ class SelfAttention(nn.Module):
 
 
 class TransformerLayer(nn.Module):
-    """h + Attention(Norm(h)), then h + MLP(Norm(h)), each update normalised once more with `post_norm`."""
+    """h + Attention(Norm(h)), then h + MLP(Norm(h)); `post_norm` normalises each update once more."""
 
     config: TransformerConfig
 
@@ -141,11 +146,11 @@ class LayerLoop(nn.Module):
 
 
 def transformer_stack(config: TransformerConfig) -> nn.Module:
-    """Returns a module that maps h through all layers; see the example for its call.
+    """Returns a module that maps (h, caches, start, inverse_temperature, rotation) through all layers to (h, caches).
 
-    caches: None for a whole sequence from position 0, else one cache of the kernel per layer (`scan` off);
+    caches: None for a whole sequence from position 0, else one cache of the kernel per layer (only with `scan` off).
     start: slot of h[:, 0]. inverse_temperature: None, or `b` factors on the attention logits. rotation: None, or
-    (cos, sin) `n r` by which queries and keys of these tokens are turned, before keys are cached.
+    (cos, sin) `n r`, which rotate the queries and keys of these tokens; keys are cached rotated.
 
     Example:
         h, caches = stack(h, None, 0, None, None)

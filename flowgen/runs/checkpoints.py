@@ -68,8 +68,8 @@ class CheckpointReader:
         if broken and None not in entries.values():
             name, why = max(broken.items(), key=lambda item: int(item[0]))
             raise ValueError(
-                f"No checkpoint in '{self.directory}' is whole ({name}: {why}); restore them from a copy, or remove "
-                "these folders to start again at step 0."
+                f"No checkpoint in '{self.directory}' is complete ({name}: {why}); restore them from a copy, or remove "
+                "these folders to start over at step 0."
             )
 
     def meta(self, step: int) -> dict[str, Any]:
@@ -103,7 +103,7 @@ class CheckpointReader:
         path = self.directory / str(step) / EVALUATION
         if not os.path.lexists(path):
             return None
-        what = f"; remove {EVALUATION}, and the command that trained the run evaluates again"
+        what = f"; remove {EVALUATION}, and the command that trained the run evaluates it again"
         try:
             saved = verified(read_json(path))
         except (OSError, ValueError) as error:
@@ -176,11 +176,11 @@ class CheckpointReader:
 
     def _unwhole(self, entry: Path) -> str | None:
         if not _STEP.fullmatch(entry.name):
-            return "its name is no step"
+            return "its name is not a step"
         if entry.is_symlink():
             return "it is a link"
         if not entry.is_dir():
-            return "it is no folder"
+            return "it is not a folder"
         if not os.path.lexists(entry / META):
             return f"{_BROKEN[0]} {META}" if any(entry.iterdir()) else "it is empty"
         try:
@@ -197,9 +197,9 @@ class CheckpointReader:
         except OSError as error:
             raise self._damaged(step, f"{META} cannot be read") from error
         except ValueError as error:
-            raise self._damaged(step, f"{META} has other content than was saved") from error
+            raise self._damaged(step, f"{META} has changed since it was saved") from error
         if not _is_meta(meta):
-            raise self._damaged(step, f"{META} is not one that flowgen wrote")
+            raise self._damaged(step, f"{META} was not written by flowgen")
         return {**meta, DIGEST: saved[DIGEST]}
 
     def _verify(self, step: int, group: str, files: dict[str, str]) -> None:
@@ -213,27 +213,26 @@ class CheckpointReader:
                 if _is_of_the_system(name):
                     continue
                 raise ValueError(
-                    f"Checkpoint {step} in '{self.directory}' has a file that was not saved with it, {name}; remove "
-                    "that file."
+                    f"Checkpoint {step} in '{self.directory}' has a file that was not saved with it; remove {name}."
                 )
             if not is_regular(directory / name):
-                raise self._damaged(step, f"{name} is no regular file")
+                raise self._damaged(step, f"{name} is not a regular file")
             try:
                 same = digest_of_file(directory / name) == expected[name]
             except OSError as error:
                 raise self._damaged(step, f"{name} cannot be read") from error
             if not same:
-                raise self._damaged(step, f"{name} has other bytes than were saved")
+                raise self._damaged(step, f"{name} has changed since it was saved")
 
     def _alternative(self, step: int) -> str:
         others = [other for other in self.steps() if other != step]
-        return f" to go on from step {others[-1]}" if others else ""
+        return f" to resume from step {others[-1]}" if others else ""
 
     def _damaged(self, step: int, what: str) -> ValueError:
         # Found without reading other checkpoints, which may also be damaged.
         names = [path.name for path in self.directory.iterdir()] if self.directory.is_dir() else []
         others = [int(name) for name in names if _STEP.fullmatch(name) and int(name) != step]
-        fix = f"remove that folder to go on from step {max(others)}" if others else "no other step is left"
+        fix = f"remove that folder to resume from step {max(others)}" if others else "there is no other checkpoint"
         return ValueError(f"Checkpoint {step} in '{self.directory}' is damaged ({what}); {fix}.")
 
 

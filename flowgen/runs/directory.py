@@ -108,9 +108,9 @@ def data_changes(run_dir: str | Path, inventory: Inventory) -> str:
     try:
         return inventory.changes(read_json(path))
     except FileNotFoundError:
-        return "The run kept no list of its files, so what changed in its data since it began is not known."
+        return "The run has no list of its data files, so changes in its data cannot be detected."
     except (OSError, ValueError):
-        return f"{path} cannot be read, so what changed in the data of the run since it began is not known."
+        return f"{path} cannot be read, so changes in the run's data cannot be detected."
 
 
 def check_workdir(workdir: Path, check_config: Callable[[dict[str, Any]], None], *, locks: bool = True) -> None:
@@ -132,19 +132,19 @@ def check_workdir(workdir: Path, check_config: Callable[[dict[str, Any]], None],
         except ValueError as error:
             raise ValueError(f"workdir {workdir}: {error}") from error
     elif workdir.exists() and (not workdir.is_dir() or any(_is_foreign(path) for path in workdir.iterdir())):
-        raise FileExistsError(f"workdir {workdir} holds files but no flowgen run; give a new or empty directory.")
+        raise FileExistsError(f"workdir {workdir} holds files, but no flowgen run; give a new or empty directory.")
 
 
 def _check_kinds(workdir: Path) -> None:
     """Raises OSError if a name that a run writes to is taken by something else."""
     for name in (CHECKPOINTS, SAMPLES):
         if os.path.lexists(workdir / name) and not (workdir / name).is_dir():
-            raise NotADirectoryError(f"{workdir / name} is no folder; remove it.")
+            raise NotADirectoryError(f"{workdir / name} is not a folder; remove it.")
     for name in (DATA_FILE, LOCK_FILE):
         path = workdir / name
         is_elsewhere = name == LOCK_FILE and path.is_symlink()  # It would lock another directory.
         if os.path.lexists(path) and (is_elsewhere or not is_regular(path)):
-            raise FileExistsError(f"{path} is no regular file; remove it.")
+            raise FileExistsError(f"{path} is not a regular file; remove it.")
 
 
 def _is_foreign(path: Path) -> bool:
@@ -166,4 +166,4 @@ def _changed(run_dir: Path, config: dict[str, Any]) -> str:
     except (OSError, ValueError, RecursionError):
         return ""
     more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""
-    return f" (since checkpoint {step}: {'; '.join(lines[:3])}{more})" if lines else ""
+    return f" (against checkpoint {step}: {'; '.join(lines[:3])}{more})" if lines else ""

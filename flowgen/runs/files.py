@@ -32,9 +32,9 @@ def read_json(path: str | Path) -> dict[str, Any]:
         value = parse_json(content)
     except ValueError as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{path} is not valid JSON ({reason[:200]}); restore it.") from error
+        raise ValueError(f"{path} is not valid JSON ({reason[:200]}); restore it from a copy.") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path} holds no JSON object; restore it.")
+        raise ValueError(f"{path} does not hold a JSON object; restore it from a copy.")
     return value
 
 
@@ -91,7 +91,7 @@ def verified(value: dict[str, Any]) -> dict[str, Any]:
     except RecursionError:
         same = False
     if not same:
-        raise ValueError("has other content than was saved")
+        raise ValueError("has changed since it was saved")
     return rest
 
 
@@ -153,7 +153,7 @@ def _open_regular(path: str | Path) -> Any:
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise ValueError(f"{path} is no regular file; remove it.")
+        raise ValueError(f"{path} is not a regular file; remove it.")
     return os.fdopen(descriptor, "rb")
 
 

@@ -24,7 +24,7 @@ class RunLock:
 
     Raises:
         BlockingIOError: another process trains in the directory; names it.
-        OSError: the lock cannot be made.
+        OSError: the lock cannot be created.
 
     Example:
         lock = RunLock("runs/digits")
@@ -38,7 +38,7 @@ class RunLock:
         )
         try:
             if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
-                raise OSError(f"{self.path} is no regular file; remove it.")
+                raise OSError(f"{self.path} is not a regular file; remove it.")
             self.protects = _take(self._descriptor, self.path)
             os.truncate(self._descriptor, 0)
             os.write(self._descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
@@ -113,7 +113,7 @@ def _take(descriptor: int, path: Path) -> bool:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise BlockingIOError(
-            f"workdir {path.parent} is being trained by {_holder(path)}; wait for it, or give another directory."
+            f"workdir {path.parent} is in use by {_holder(path)}; wait until it ends, or give another directory."
         ) from error
     except OSError:
         return False  # Some network file systems have no locks.

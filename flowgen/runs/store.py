@@ -117,7 +117,7 @@ class CheckpointStore(CheckpointReader):
         except (OSError, ValueError, RuntimeError) as error:  # tensorstore raises the latter two for disk errors.
             self._error = OSError(
                 f"Checkpoint {step} could not be saved in '{self.directory}' ({_reason(error)}); earlier checkpoints "
-                "are as they were, and the same command goes on from there."
+                "are unchanged, and the same command resumes from the latest."
             )
             self._error.__cause__ = error
 
@@ -156,8 +156,8 @@ class CheckpointStore(CheckpointReader):
             aside = _free(path.with_name(f"{EVALUATION}.aside"))
             os.rename(path, aside)
             self._say(
-                f"{path} is damaged or of another checkpoint; it is now {aside.name}, and step {step} counts as not "
-                "evaluated."
+                f"{path} is damaged or belongs to another checkpoint; it was renamed to {aside.name}, and step {step} "
+                "counts as not evaluated."
             )
             return None
 
@@ -172,7 +172,7 @@ class CheckpointStore(CheckpointReader):
         else:
             aside = _free(path.with_name(f"{path.name}.aside"))
             os.rename(path, aside)
-            self._say(f"{path} is no checkpoint; it is now {aside.name}.")
+            self._say(f"{path} is not a checkpoint; it was renamed to {aside.name}.")
 
     def _retire(self, current: int) -> None:
         """Deletes the checkpoints of this run that are neither among the latest, nor the best, nor the current one.

@@ -22,7 +22,7 @@ from flowgen.runs.store import CheckpointStore
 class RunWriter:
     """Holds a run directory for one training, and writes its config, checkpoints, metrics and samples.
 
-    latest: the latest step, read from it before; None for none.
+    latest: the latest step that was read from it before, None if there was none.
 
     Opening it creates the directory, takes its lock and clears a killed process's leftovers; `begin` writes the config
     and opens the metrics. If the directory is removed, the next save recreates it and says so.
@@ -58,7 +58,9 @@ class RunWriter:
                 )
                 self._folder = Place(self.workdir / CHECKPOINTS)
                 if self.store.latest_step() != latest:
-                    raise BlockingIOError(f"workdir {workdir} was trained by another process meanwhile; start again.")
+                    raise BlockingIOError(
+                        f"another process has trained in workdir {workdir} meanwhile; run the command again."
+                    )
             except BaseException:
                 self._lock.release()
                 raise
@@ -99,19 +101,19 @@ class RunWriter:
     def _tell_of_oddities(self, first_step: int | None) -> None:
         lines, self._waiting = self._waiting, []
         if not self._lock.protects:
-            lines.append(f"{self._shown} is on a file system without locks; start no other training in it.")
+            lines.append(f"{self._shown} is on a file system without locks; do not start another training in it.")
         if first_step is not None and not (self.workdir / CONFIG_FILE).is_file():
-            lines.append(f"{self._shown} had lost its {CONFIG_FILE}; it is written again.")
+            lines.append(f"{self._shown} had lost its {CONFIG_FILE}, which is written again.")
         odd = self.store.passed_over()
         if odd:
             names = "; ".join(f"{name!r}: {why}" for name, why in list(odd.items())[:5])
             more = f"; and {len(odd) - 5} more" if len(odd) > 5 else ""
-            lines.append(f"Ignored in {self._shown / CHECKPOINTS}: these are no checkpoints ({names}{more}).")
+            lines.append(f"Ignored in {self._shown / CHECKPOINTS}, because they are not checkpoints: {names}{more}.")
         if first_step is None and (self.workdir / CONFIG_FILE).exists():
             gone = "has no checkpoint" if self._had_checkpoints else f"has lost its folder {CHECKPOINTS}"
             reached = last_step(self.workdir)
             told = f", though its metrics reach step {reached}" if reached else ""
-            lines.append(f"{self._shown} {gone}{told}; training starts again at step 0.")
+            lines.append(f"{self._shown} {gone}{told}; training starts over at step 0.")
         for line in lines:
             self.say(line)
 
@@ -171,7 +173,7 @@ class RunWriter:
             if self.holds(step):
                 return
         raise OSError(
-            f"Checkpoint {step} was saved in {self._shown} and is gone; somebody removes what is written there."
+            f"Checkpoint {step} was saved in {self._shown} but has disappeared; find out what deletes files there."
         )
 
     def score(self, step: int, metrics: dict[str, float]) -> None:
@@ -206,11 +208,11 @@ class RunWriter:
             self._place.close()
             self._place = Place(self.workdir)
             self.say(
-                f"{self._shown} was deleted or renamed while training into it; it is made again, without its "
-                "earlier checkpoints."
+                f"{self._shown} was deleted or renamed during training; it is recreated, without its earlier "
+                "checkpoints."
             )
         elif not self._folder.is_same():
-            self.say(f"{self._shown / CHECKPOINTS} was deleted or renamed while training; it is made again.")
+            self.say(f"{self._shown / CHECKPOINTS} was deleted or renamed during training; it is recreated.")
         if not self._lock.holds():
             lost, self._lock = self._lock, RunLock(self.workdir)
             lost.release()
@@ -231,13 +233,13 @@ class RunWriter:
         # A current save may have recreated its folder.
         if not self.workdir.is_dir() or any(path.name != CHECKPOINTS for path in self.workdir.iterdir()):
             raise FileExistsError(
-                f"workdir {self._shown} was replaced while training into it, and holds other files now; step {step} "
-                "could not be written."
+                f"workdir {self._shown} was replaced during training and now holds other files; step {step} could not "
+                "be written."
             )
 
 
 class NullWriter:
-    """Takes what `RunWriter` takes and writes nothing: for processes other than the first."""
+    """Has the methods of `RunWriter` and writes nothing: for processes other than the first."""
 
     def __init__(self, workdir: str | Path):
         self.workdir = Path(workdir)
@@ -280,6 +282,6 @@ def _named(workdir: Path) -> Generator[None]:
         if error.strerror is None:
             raise
         raise type(error)(
-            f"workdir {workdir} cannot be written ({error.strerror}); make room or give another directory (whole "
-            "checkpoints stay as they are)."
+            f"workdir {workdir} cannot be written to ({error.strerror}); free space, or give another directory; "
+            "complete checkpoints are unchanged."
         ) from error

@@ -2,12 +2,14 @@
 
 A config is a class decorated with `config`. Its annotations declare the allowed values (`flowgen.settings.ranges` has
 ranges), its docstring has a line for each field, and `__post_init__` checks relations between fields. Errors name the
-bare field; the holder of the config adds its group. This package depends on nothing else of flowgen.
+bare field; the holder of the config adds its group. A field may take objects of your own, which text names
+"package.module:object" (`flowgen.settings.named`). This package depends on nothing else of flowgen.
 """
 
 from flowgen.settings.annotations import type_name
-from flowgen.settings.command import override, resolve, words_of
+from flowgen.settings.command import override, words_of
 from flowgen.settings.help import Setting, help_of, leaf_names, settings
+from flowgen.settings.named import import_module, import_object, name_of, resolve
 from flowgen.settings.plain import (
     TYPE,
     FieldError,
@@ -28,8 +30,11 @@ __all__ = [
     "differences",
     "from_plain",
     "help_of",
+    "import_module",
+    "import_object",
     "in_group",
     "leaf_names",
+    "name_of",
     "override",
     "resolve",
     "settings",

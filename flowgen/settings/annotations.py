@@ -10,16 +10,24 @@ from collections.abc import Callable, Mapping
 from dataclasses import is_dataclass
 from typing import Annotated, Any, Literal
 
-from flowgen.settings.ranges import OneOf
+from flowgen.settings.ranges import OneOf, Own
+
+OWN_NAME = "module:object"
 
 SIMPLE = {int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "none"}
 
 
 @functools.cache
 def hints_of(cls: type) -> dict[str, Any]:
-    """Returns the annotations of the fields of a dataclass, in order."""
-    hints = typing.get_type_hints(cls, include_extras=True)
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}  # ty: ignore[invalid-argument-type]
+    """Returns the annotations of the fields of a dataclass, in order; ValueError if one cannot be evaluated."""
+    try:
+        hints = typing.get_type_hints(cls, include_extras=True)
+    except NameError as error:
+        raise ValueError(
+            f"{cls.__module__}:{cls.__qualname__} has an annotation of which {error.name!r} is not at the top level of "
+            "its module; define it there."
+        ) from error
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}  # ty: ignore[invalid-argument-type]
 
 
 def members(annotation: Any) -> tuple[Any, ...]:
@@ -34,14 +42,36 @@ def unannotated(annotation: Any) -> Any:
 
 
 def configs_of(annotation: Any) -> dict[str, type]:
-    """Returns the configs by name that a field may be."""
+    """Returns the config types that a field may have, by name."""
     return {type_name(member): member for member in members(annotation) if is_dataclass(member)}
 
 
 def choices(annotation: Any) -> dict[str, type]:
-    """Returns the configs by name that a field may be one of; empty unless there are several."""
+    """Returns the config types that a field may have, by name; empty unless there are several, your own included."""
     found = configs_of(annotation)
-    return found if len(found) > 1 else {}
+    return found if len(found) + takes_own(annotation) > 1 else {}
+
+
+def takes_own(annotation: Any) -> bool:
+    """Returns whether a field takes objects of your own: functions, or what `Own` describes."""
+    return any(is_function(member) or own_of(member) is not None for member in members(annotation))
+
+
+def is_function(annotation: Any) -> bool:
+    """Returns whether an annotation is that of functions."""
+    return annotation is Callable or typing.get_origin(annotation) is Callable
+
+
+def own_of(annotation: Any) -> Own | None:
+    """Returns the description of your own objects that an annotation, not a union, stands for."""
+    bounds = typing.get_args(annotation)[1:] if typing.get_origin(annotation) is Annotated else ()
+    return next((bound for bound in bounds if isinstance(bound, Own)), None)
+
+
+def is_own(annotation: Any, value: Any) -> bool:
+    """Returns whether a field's value is an object of your own: neither plain nor one of its declared configs."""
+    plain = value is None or isinstance(value, bool | int | float | str)
+    return takes_own(annotation) and not plain and type(value) not in configs_of(annotation).values()
 
 
 def type_name(value: Any) -> str:
@@ -59,6 +89,8 @@ def describe(annotation: Any) -> str:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if annotation in SIMPLE:
         return SIMPLE[annotation]
+    if (own := own_of(annotation)) is not None:
+        return own.about
     if origin is Annotated:
         names = [repr(name) for bound in arguments[1:] if isinstance(bound, OneOf) for name in bound.names]
         return " or ".join(names) or describe(arguments[0])
@@ -66,14 +98,14 @@ def describe(annotation: Any) -> str:
         return " or ".join(map(repr, arguments))
     if len(members(annotation)) > 1:
         return " or ".join(dict.fromkeys(map(describe, arguments)))
-    if origin is Callable:
+    if is_function(annotation):
         return "a function"
     if arguments == (str, Ellipsis):
         return "a tuple of texts, such as ('one', 'two')"
     if origin is tuple:
         return f"a tuple of {_plural(arguments[0], '' if arguments[-1] is Ellipsis else len(arguments))}"
     if isinstance(origin, type) and issubclass(origin, Mapping):
-        return f"a table of names to {_plural(arguments[1])}"
+        return f"a dict of {_plural(arguments[1])} by name"
     name = str(getattr(annotation, "__name__", annotation))
     return f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
 

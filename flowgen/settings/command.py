@@ -1,19 +1,29 @@
-"""Fields of a config on a command line, `--group.field value`, and objects by name, `module:object`."""
+"""Fields of a config on a command line, `--group.field value`."""
 
 from __future__ import annotations
 
 import ast
 import csv
 import difflib
-import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass
 from typing import Any, TypeVar
 
-from flowgen.settings.annotations import choices, configs_of, describe, hints_of, type_name, unannotated
+from flowgen.settings.annotations import (
+    OWN_NAME,
+    choices,
+    configs_of,
+    describe,
+    hints_of,
+    is_own,
+    takes_own,
+    type_name,
+    unannotated,
+)
 from flowgen.settings.help import leaf_names
-from flowgen.settings.plain import TYPE, fits, from_plain, meant
-from flowgen.settings.ranges import shown
+from flowgen.settings.named import import_object, is_name
+from flowgen.settings.plain import TYPE, fits, from_plain
+from flowgen.settings.ranges import meant, shown
 
 T = TypeVar("T")
 WORDS = {"true": True, "false": False, "none": None, "null": None}
@@ -24,7 +34,8 @@ def override(config: T, arguments: Sequence[str]) -> T:
 
     Values: numbers, true or false, none, (8, 12) or [8, 12], and plain text. A group with several types takes the name
     of one, with its defaults; the fields of the group are set after it. Fields of a group that is None are set in one
-    of its defaults.
+    of its defaults. Objects of your own are named "package.module:object", and the module is imported; a frozen
+    dataclass is a group of its fields.
 
     Raises:
         ValueError: an unknown field (with the closest known one), a group, a missing or an unfitting value.
@@ -38,32 +49,6 @@ def override(config: T, arguments: Sequence[str]) -> T:
             raise ValueError(_unknown(path, known))
         _set(fields, type(config), path.split("."), given[path], path, known)
     return from_plain(type(config), fields)
-
-
-def resolve(name: str) -> Any:
-    """Returns the object that "package.module:object" names; the module is imported, so the name must be trusted.
-
-    Raises ValueError if it is not of this form, or there is no such module or object.
-
-    Example:
-        coupling = resolve("my_couplings:SlicedOT")
-    """
-    module, _, attributes = name.partition(":")
-    if not all(part.isidentifier() for part in [*module.split("."), *attributes.split(".")]):
-        raise ValueError(f"{name!r} names no object; write package.module:object.")
-    try:
-        found = importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if not f"{module}.".startswith(f"{error.name}."):
-            raise  # The module exists but lacks another one.
-        raise ValueError(
-            f"{name!r} needs the module {error.name}, which is not found; add its folder to PYTHONPATH."
-        ) from error
-    for part in attributes.split("."):
-        if not hasattr(found, part):
-            raise ValueError(f"{name!r} names {part}, which is not there{meant(part, dir(found))}")
-        found = getattr(found, part)
-    return found
 
 
 def words_of(text: str, path: str) -> list[str]:
@@ -98,7 +83,13 @@ def _set(fields: dict[str, Any], cls: type, names: list[str], text: str, path: s
     name, *rest = names
     annotation, value = hints_of(cls)[name], fields.get(name, getattr(cls, name, None))
     kinds, group = choices(annotation), _group_type(annotation, value)
-    if not rest:
+    if not rest and is_name(text) and takes_own(annotation):
+        try:
+            found = import_object(text)
+        except ValueError as error:
+            raise ValueError(f"{path} {error}") from error
+        fields[name] = {TYPE: found} if isinstance(found, type) else found
+    elif not rest:
         fields[name] = {TYPE: text} if text in kinds else _parse(annotation, text, path, group)
     elif group is not None and rest[0] in hints_of(group):
         fields[name] = dict(value) if isinstance(value, Mapping) else _opened(annotation, value)
@@ -109,15 +100,18 @@ def _set(fields: dict[str, Any], cls: type, names: list[str], text: str, path: s
 
 def _opened(annotation: Any, value: Any) -> dict[str, Any]:
     """The fields of a config, as input of `from_plain`; none for None, which means defaults."""
-    kind = {TYPE: type_name(value)} if choices(annotation) else {}
-    return {} if value is None else kind | {name: getattr(value, name) for name in hints_of(type(value))}
+    if value is None:
+        return {}
+    own: dict[str, Any] = {TYPE: type(value)} if is_own(annotation, value) else {}
+    kind = own or ({TYPE: type_name(value)} if choices(annotation) else {})
+    return kind | {name: getattr(value, name) for name in hints_of(type(value))}
 
 
 def _group_type(annotation: Any, value: Any) -> type | None:
     """The type of the config that a field holds, or would hold if one of its fields were set."""
     kinds = configs_of(annotation)
     if isinstance(value, Mapping) and TYPE in value:
-        return kinds[value[TYPE]]
+        return value[TYPE] if isinstance(value[TYPE], type) else kinds[value[TYPE]]
     if value is None or isinstance(value, Mapping):
         return next(iter(kinds.values())) if len(kinds) == 1 else None
     return type(value) if is_dataclass(value) else None
@@ -134,7 +128,8 @@ def _parse(annotation: Any, text: str, path: str, group: type | None) -> Any:
         if fits(annotation, candidate) and not (groups and isinstance(candidate, Mapping)):
             return candidate
     if groups:
-        raise ValueError(_no_value(path, group, choices(annotation), text))
+        own = [OWN_NAME] * takes_own(annotation)
+        raise ValueError(_no_value(path, group, [*choices(annotation), *own], text))
     raise ValueError(f"{path} is {shown(text)}; it must be {describe(annotation)}.")
 
 
@@ -148,11 +143,11 @@ def _literal(text: str) -> Any:
         return text
 
 
-def _no_value(path: str, group: type | None, types: dict[str, type], text: str) -> str:
+def _no_value(path: str, group: type | None, types: list[str], text: str) -> str:
     """The reason why a group cannot be set to a text."""
     inside = [name for name in types if text and text.lower() in name.lower()]
     close = (inside or difflib.get_close_matches(text, types, n=1, cutoff=0.6))[:1]
-    what = f"a group, and {text!r} is no type of it" if types else "a group"
+    what = f"a group, and {text!r} is not one of its types" if types else "a group"
     what += f" (did you mean {close[0]}?)" if close else ""
     fields = ", ".join(f"--{path}.{field}" for field in hints_of(group)) if group else ""
     ways = [f"name its type, {', '.join(types)}"] * bool(types) + [f"set one of {fields}"] * bool(fields)
@@ -162,12 +157,12 @@ def _no_value(path: str, group: type | None, types: dict[str, type], text: str) 
 def _no_such_field(path: str, field: str, group: type | None, types: dict[str, type], known: list[str]) -> str:
     """The error for an unknown field of a group: another of its types may have it."""
     owners = [name for name, cls in types.items() if field in hints_of(cls)]
-    if not owners:
-        return _unknown(path, known)
     place = path.rpartition(".")[0]
+    if not owners:
+        return _unknown(path, known + [f"{place}.{name}" for name in (hints_of(group) if group else ())])
     return (
-        f"{path} is not a field of {type_name(group)}, which {place} is; {' and '.join(owners)} "
-        f"{'has' if len(owners) == 1 else 'have'} it, so give --{place} {owners[0]} too."
+        f"{path} is not a field of {type_name(group)}, the type of {place}; {' and '.join(owners)} "
+        f"{'has' if len(owners) == 1 else 'have'} it, so add --{place} {owners[0]}."
     )
 
 

@@ -7,13 +7,25 @@ import inspect
 from dataclasses import is_dataclass
 from typing import Any, NamedTuple
 
-from flowgen.settings.annotations import choices, configs_of, describe, hints_of, members, type_name
+from flowgen.settings.annotations import (
+    OWN_NAME,
+    choices,
+    configs_of,
+    describe,
+    hints_of,
+    is_own,
+    members,
+    takes_own,
+    type_name,
+)
+from flowgen.settings.named import name_of
 
 
 class Setting(NamedTuple):
     """A field by its dotted name: its value, its docstring entry, and its allowed values.
 
-    The value of a group of several possible types is the name of its type; its fields follow.
+    The value of a group of several possible types is the name of its type; its fields follow. The value of an object of
+    your own is its name, if it has one.
     """
 
     name: str
@@ -32,14 +44,22 @@ def settings(config: Any, path: str = "") -> list[Setting]:
     found, about = [], help_of(type(config))
     for field, annotation in hints_of(type(config)).items():
         value, name, line = getattr(config, field), f"{path}.{field}" if path else field, about.get(field, "")
-        if kinds := choices(annotation):
-            allowed = [*kinds, *["none"] * (type(None) in members(annotation))]
-            found.append(Setting(name, type_name(value), line, " or ".join(allowed), True))
-        if is_dataclass(value):
+        is_group, own = is_dataclass(value), is_own(annotation, value)
+        if (kinds := choices(annotation)) or (own and is_group):
+            allowed = [*kinds, *["none"] * (type(None) in members(annotation)), *[OWN_NAME] * takes_own(annotation)]
+            kind = (name_of(type(value) if is_group else value) if own else None) or type_name(value)
+            found.append(Setting(name, kind, line, " or ".join(allowed), is_group or not own))
+        elif own:
+            found.append(Setting(name, name_of(value) or value, line, _allowed(annotation), False))
+        elif not is_group and (value is not None or not configs_of(annotation)):
+            found.append(Setting(name, value, line, _allowed(annotation), False))
+        if is_group:
             found += settings(value, name)
-        elif value is not None or not configs_of(annotation):
-            found.append(Setting(name, value, line, describe(annotation), False))
     return found
+
+
+def _allowed(annotation: Any) -> str:
+    return f"{describe(annotation)} ({OWN_NAME})" if takes_own(annotation) else describe(annotation)
 
 
 def leaf_names(config: Any) -> list[str]:

@@ -2,24 +2,37 @@
 
 A value is checked against the annotation of its field: bool, int, float, str, None, Literal, Callable, tuple, dict with
 str keys, unions of these, `Annotated` with bounds such as those of `flowgen.settings.ranges`, and configs. A field that
-may be one of several configs stores its choice as "type": the class name without "Config".
+may be one of several configs stores its choice as "type": the class name without "Config". An object of your own is
+stored by its name, "package.module:object"; a frozen dataclass without a name by that of its class, as "type".
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import functools
 import math
 import numbers
 import typing
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import is_dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
-from flowgen.settings.annotations import choices, describe, hints_of, members, type_name, unannotated
-from flowgen.settings.ranges import Bound, shown
+from flowgen.settings.annotations import (
+    OWN_NAME,
+    choices,
+    describe,
+    hints_of,
+    is_function,
+    is_own,
+    members,
+    own_of,
+    takes_own,
+    type_name,
+    unannotated,
+)
+from flowgen.settings.named import is_name, name_of, resolve
+from flowgen.settings.ranges import Bound, meant, shown
 
 T = TypeVar("T")
 TYPE = "type"
@@ -108,15 +121,47 @@ def to_plain(value: Any, annotation: Any = None) -> Any:
     annotation: annotation of the field that holds the value; a config that is one of several possible ones names its
     type.
 
+    Raises FieldError if an object of your own, or its class, is not at the top level of a module.
+
     Example:
         text = json.dumps(to_plain(config), allow_nan=False)
     """
+    if is_own(annotation, value):
+        return _own_to_plain(value)
     if is_dataclass(value):
         kind = {TYPE: type_name(value)} if choices(annotation) else {}
-        return kind | {name: to_plain(getattr(value, name), hint) for name, hint in hints_of(type(value)).items()}
+        return kind | _fields_to_plain(value)
     if isinstance(value, Mapping):
         return {name: to_plain(item) for name, item in value.items()}
-    return [to_plain(item) for item in value] if isinstance(value, list | tuple) else value
+    if isinstance(value, list | tuple):
+        return [to_plain(item) for item in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise _Refusal(f"is {shown(value)}, which JSON cannot hold; give a number, text or a tuple of them.")
+
+
+def _fields_to_plain(value: Any) -> dict[str, Any]:
+    plain = {}
+    for name, annotation in hints_of(type(value)).items():
+        try:
+            plain[name] = to_plain(getattr(value, name), annotation)
+        except _Refusal as refusal:
+            raise FieldError(f"{name} {refusal}") from None
+        except FieldError as error:
+            raise error.within(name) from error
+    return plain
+
+
+def _own_to_plain(value: Any) -> Any:
+    """The name of your own object, or of its class with its fields."""
+    if (name := name_of(value)) is not None:
+        return name
+    if is_dataclass(value) and (name := name_of(type(value))) is not None:
+        return {TYPE: name} | _fields_to_plain(value)
+    raise _Refusal(
+        f"is {shown(value)}, whose name cannot be kept in config.json; define it, or its dataclass(frozen=True), at "
+        "the top level of a module that the program imports."
+    )
 
 
 def from_plain(cls: type[T], data: Any) -> T:
@@ -130,7 +175,7 @@ def from_plain(cls: type[T], data: Any) -> T:
     """
     if not isinstance(data, Mapping):
         raise FieldError(f"{cls.__name__} is {shown(data)}; it must be {describe(cls)}.")
-    fields = {field.name: field for field in dataclasses.fields(cls)}  # ty: ignore[invalid-argument-type]
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}  # ty: ignore[invalid-argument-type]
     values = dict(data)
     for name in data:
         if name not in fields:
@@ -140,7 +185,12 @@ def from_plain(cls: type[T], data: Any) -> T:
             raise FieldError(f"{name} is missing; give it a value.")
         if isinstance(data.get(name), Mapping) and choices(hints_of(cls)[name]):
             values[name] = {TYPE: type_name(field.default) if is_dataclass(field.default) else None, **data[name]}
-    return cls(**_fitting(cls, values))
+    try:
+        return cls(**_fitting(cls, values))
+    except FieldError:
+        raise
+    except ValueError as error:  # of the user's dataclass
+        raise FieldError(str(error)) from error
 
 
 def _fitting(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -188,12 +238,6 @@ def fits(annotation: Any, value: Any) -> bool:
     return True
 
 
-def meant(word: str, known: Iterable[str]) -> str:
-    """Returns the end of a sentence about an unknown word, with the closest known one."""
-    close = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.75)
-    return f"; did you mean {close[0]}?" if close else "."
-
-
 def differences(old: Any, new: Any, path: str = "") -> list[str]:
     """Returns lines such as "train.batch_size: 64 -> 32" between two plain values, in order of the first.
 
@@ -226,10 +270,16 @@ def _convert(annotation: Any, value: Any) -> Any:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if annotation is Any:
         return value
+    if takes_own(annotation) and (found := _found(value)) is not value:
+        with contextlib.suppress(_Mismatch):
+            return _convert(annotation, found)
+        raise _Refusal(f"is {shown(found)}; it must be {describe(annotation)}.")
+    if own_of(annotation) is not None:
+        return _convert_own(arguments[0], value)
     if origin is Annotated:
         return _bounded(value, *arguments)
     if isinstance(value, Mapping) and (kinds := choices(annotation)):
-        return _chosen(kinds, value)
+        return _chosen(kinds, value, own=takes_own(annotation))
     if len(members(annotation)) > 1:
         return _convert_union(arguments, value)
     if origin is Literal:
@@ -242,8 +292,8 @@ def _convert(annotation: Any, value: Any) -> Any:
     if isinstance(origin, type) and issubclass(origin, Mapping):
         _require(isinstance(value, Mapping) and all(isinstance(name, str) for name in value), value)
         return {name: _convert(arguments[1], item) for name, item in value.items()}
-    if origin is Callable:
-        return _require(callable(value), value)
+    if is_function(annotation):
+        return _require(callable(value) and not isinstance(value, type), value)
     if is_dataclass(annotation):
         if isinstance(value, Mapping):
             return from_plain(annotation, value)
@@ -282,11 +332,40 @@ def _convert_number(annotation: type, value: Any) -> int | float:
     return annotation(value)
 
 
-def _chosen(kinds: dict[str, type], data: Mapping[str, Any]) -> Any:
+def _chosen(kinds: dict[str, type], data: Mapping[str, Any], *, own: bool) -> Any:
     name = data.get(TYPE)
     if not isinstance(name, str) or name not in kinds:
-        raise FieldError(f"{TYPE} is {shown(name)}; choose one of {', '.join(kinds)}.")
+        raise FieldError(f"{TYPE} is {shown(name)}; choose one of {', '.join([*kinds, *[OWN_NAME] * own])}.")
     return from_plain(kinds[name], {field: value for field, value in data.items() if field != TYPE})
+
+
+def _found(value: Any) -> Any:
+    """The object that text names, or of the class that a mapping names, or is opened from; other values as they are."""
+    named = value.get(TYPE) if isinstance(value, Mapping) else value
+    opened = isinstance(value, Mapping) and isinstance(named, type)
+    if not is_name(named) and not opened:
+        return value
+    try:
+        found = named if opened else resolve(named)
+    except ValueError as error:
+        raise _Refusal(str(error)) from error
+    if not isinstance(found, type):
+        if isinstance(value, Mapping):
+            raise _Refusal(f"has the type {shown(named)}, which is no class; give its name alone.")
+        return _require(not is_name(found) and not isinstance(found, Mapping), found)
+    if not (is_dataclass(found) and found.__dataclass_params__.frozen):
+        raise _Refusal(f"is the class {found.__module__}:{found.__qualname__}; make it a dataclass(frozen=True).")
+    fields = value if isinstance(value, Mapping) else {}
+    return from_plain(found, {field: item for field, item in fields.items() if field != TYPE})
+
+
+def _convert_own(kind: Any, value: Any) -> Any:
+    _require(isinstance(value, kind) and not isinstance(value, type), value)
+    try:
+        hash(value)
+    except TypeError:
+        raise _Refusal(f"is {shown(value)}, which can change; make its class a dataclass(frozen=True).") from None
+    return value
 
 
 def _convert_union(kinds: tuple[Any, ...], value: Any) -> Any:

@@ -6,10 +6,12 @@ that size is built. Otherwise an `int` with a range is an `int`.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, Protocol, runtime_checkable
 
-MAX_SHOWN = 200  # letters of a value in a message
+MAX_SHOWN = 200  # characters of a value in a message
 
 
 @runtime_checkable
@@ -82,6 +84,25 @@ class OneOf:
         return "" if value in self.names else f"is {shown(value)}; choose one of {', '.join(self.names)}."
 
 
+@dataclass(frozen=True)
+class Own:
+    """Your own objects: values in Python, "package.module:object" in commands and JSON.
+
+    about: what they must be, as a noun in errors.
+
+    Example:
+        coupling: Independent | MinibatchOT | Annotated[Coupling, Own("a function (key, x0, x1, cond) -> Coupled")]
+    """
+
+    about: str
+
+
+def meant(word: str, known: Iterable[str]) -> str:
+    """Returns the end of a sentence about an unknown word, with the closest known one."""
+    close = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.75)
+    return f"; did you mean {close[0]}?" if close else "."
+
+
 def shown(value: Any) -> str:
     """Returns a value for a message, always short."""
     if isinstance(value, int) and (digits := abs(value).bit_length() * 3 // 10) > 100:
@@ -128,9 +149,9 @@ Loops = Annotated[int, Within(1, 1 << 5)]
 Blocks = Annotated[int, Within(1, 1 << 7)]
 MAX_BLOCKS = 1 << 7
 MAX_LEVELS = 1 << 3
-# Of a run.
-Batch = Annotated[int, Within(1, 1 << 20)]
+# Settings of a run.
+BatchSize = Annotated[int, Within(1, 1 << 20)]
 Samples = Annotated[int, Within(1, 1 << 24)]
 Bytes = Annotated[int, Within(0, 1 << 60)]
-# Without 64-bit integers jax would cut what is above, and two seeds would give one image.
+# Without 64-bit integers jax truncates larger seeds, so that two of them could give the same samples.
 Seed = Annotated[int, Within(0, (1 << 32) - 1)]

@@ -33,8 +33,8 @@ class BertConfig:
     num_layers: transformer layers.
     num_heads: attention heads of a layer.
     hidden: width of the feed-forward layers.
-    max_length: most tokens of a text.
-    num_segments: kinds of segments; texts are the first.
+    max_length: maximum number of tokens in a text.
+    num_segments: number of segment types; texts use the first.
     dtype: dtype of matrix products and activations.
     """
 
@@ -49,7 +49,9 @@ class BertConfig:
 
     def __post_init__(self):
         if self.width % self.num_heads:
-            raise ValueError(f"num_heads is {self.num_heads}, which does not divide width {self.width}; change one.")
+            raise ValueError(
+                f"num_heads is {self.num_heads}, which does not divide width {self.width}; change one of them."
+            )
 
     @property
     def inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -58,7 +60,7 @@ class BertConfig:
 
 
 class BertEncoder(OnMeshes, nn.Module):
-    """Features `b n d` of token numbers `b n`, zero where the mask is False.
+    """Maps token numbers `b n` to features `b n d`, which are zero where the mask is False.
 
     Raises ValueError if there are more tokens than positions.
 
@@ -72,7 +74,9 @@ class BertEncoder(OnMeshes, nn.Module):
     def __call__(self, ids: Int[Array, "b n"], mask: Bool[Array, "b n"]) -> Float[Array, "b n d"]:
         config, length = self.config, ids.shape[1]
         if length > config.max_length:
-            raise ValueError(f"texts have {length} tokens; this encoder takes at most {config.max_length}.")
+            raise ValueError(
+                f"texts have {length} tokens, but this encoder takes at most {config.max_length}; shorten them."
+            )
         positions = nn.Embed(config.max_length, config.width, name="positions")(jnp.arange(length))
         segment = nn.Embed(config.num_segments, config.width, name="segments")(jnp.zeros((1, 1), jnp.int32))
         h = nn.Embed(config.vocab_size, config.width, name="embed")(ids) + positions[None] + segment
@@ -89,7 +93,7 @@ class BertEncoder(OnMeshes, nn.Module):
 
 
 class _Layer(nn.Module):
-    """One layer, in the form that `nn.scan` wants: (carry, argument of all) -> (carry, nothing)."""
+    """One layer, in the form that `nn.scan` expects: (carry, shared argument) -> (carry, None)."""
 
     config: BertConfig
 

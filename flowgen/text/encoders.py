@@ -1,4 +1,4 @@
-"""Text encoders: texts to conditions of one length, by a tokenizer and a frozen network, or by hashed words."""
+"""Text encoders map texts to conditions of a fixed length, by a tokenizer and a frozen network or by hashed words."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from flowgen.text.tokenizers import Tokenizer, shortened, tokenize
 
 @runtime_checkable
 class TextEncoder(Protocol):
-    """Texts to conditions of `length` tokens of `dim` features, zero where padded.
+    """A function of texts that returns conditions of `length` tokens of `dim` features, zero in the padding.
 
     Raises ValueError if a text has more tokens, unless it may be truncated.
 
@@ -41,7 +41,7 @@ class TextEncoder(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class FrozenTextEncoder:
-    """A tokenizer and a network with its variables; at most 64 texts at a time, in few compiled programs.
+    """A tokenizer and a network with its variables; encodes at most 64 texts at a time, with few compiled programs.
 
     Example:
         encoder = FrozenTextEncoder(tokenizer, T5Encoder(config), params, length=128, dim=2048)
@@ -58,19 +58,20 @@ class FrozenTextEncoder:
         ids, mask = tokenize(self.tokenizer, texts, self.length, truncate=truncate)
         if ids.max(initial=0) >= self.network.config.vocab_size:
             raise ValueError(
-                f"the tokenizer gives token {ids.max()}, but the text encoder knows {self.network.config.vocab_size}; "
-                "put the tokenizer of these weights beside them."
+                f"the tokenizer gives token {ids.max()}, but the text encoder has {self.network.config.vocab_size}; "
+                "use the tokenizer that belongs to these weights."
             )
         if not len(texts):
-            return TextCondition(np.zeros((0, self.length, self.dim), np.float32), mask)  # ty: ignore
+            return TextCondition(np.zeros((0, self.length, self.dim), np.float32), mask)
         (features,) = in_parts(lambda *part: (_run(self.network, self.variables, *part),), TEXTS_AT_ONCE, ids, mask)
-        return TextCondition(features, mask)  # ty: ignore[invalid-argument-type]
+        return TextCondition(features, mask)
 
 
 @dataclass(frozen=True)
 class HashedWords:
-    """Fixed random features of every word, by its SHA-256; an end token after the last. Needs no download and carries
-    no meaning: for tests and closed vocabularies.
+    """Encodes each word by fixed random features, derived from its SHA-256, and adds an end token.
+
+    It needs no download and carries no meaning: for tests and closed vocabularies.
 
     Example:
         cond = HashedWords(length=8, dim=16)(["red apple"])
@@ -88,13 +89,13 @@ class HashedWords:
             if len(words) > self.length:
                 if not truncate:
                     raise ValueError(
-                        f"the text {shortened(text)!r} has {len(words)} tokens and the model takes {self.length}; "
+                        f"the text {shortened(text)!r} has {len(words)} tokens, but the model takes {self.length}; "
                         "shorten it."
                     )
                 words = [*words[: self.length - 1], words[-1]]
             features[row, : len(words)] = [self._feature(word) for word in words]
             mask[row, : len(words)] = True
-        return TextCondition(features, mask)  # ty: ignore[invalid-argument-type]
+        return TextCondition(features, mask)
 
     def _feature(self, word: str) -> Float[np.ndarray, " e"]:
         seed = int.from_bytes(hashlib.sha256(word.encode()).digest()[:8], "little")

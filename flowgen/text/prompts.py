@@ -26,7 +26,7 @@ def aspect_size(aspect: str, side: int, multiple: int = 1) -> tuple[int, int]:
 
     height = round(side / √r), width = round(side √r) with r the ratio of width to height, halves to even.
 
-    Raises ValueError if the aspect is none of the nine, side or multiple is below 1, or no multiple fits.
+    Raises ValueError if the aspect is not one of the nine, side or multiple is below 1, or a length rounds to 0.
 
     Example:
         aspect_size("16:9", 256, 8)  # (192, 344)
@@ -39,7 +39,7 @@ def aspect_size(aspect: str, side: int, multiple: int = 1) -> tuple[int, int]:
     stretch = math.sqrt(wide / high)
     height, width = (round(length / multiple) * multiple for length in (side / stretch, side * stretch))
     if min(height, width) == 0:
-        raise ValueError(f"aspect {aspect} of side {side} has no multiple of {multiple}; use a larger side.")
+        raise ValueError(f"aspect {aspect} of side {side} is smaller than the multiple {multiple}; use a larger side.")
     return height, width
 
 
@@ -62,7 +62,7 @@ class PromptTemplate:
 
     Example:
         template = PromptTemplate(noise_std=0.3)
-        template("a cat", (32, 32))  # "Noise Level 300:\na cat"
+        template("a cat", (32, 32))  # "Noise Level 300:\\na cat"
     """
 
     noise_std: float | None = None
@@ -70,7 +70,7 @@ class PromptTemplate:
     aspect: bool = False
 
     def __call__(self, text: str, grid: tuple[int, int]) -> str:
-        """Returns the wrapped text of an image of `grid` (height, width), in any unit."""
+        """Returns the text wrapped for an image of `grid` (height, width), in any unit."""
         if self.frames_per_second is not None:
             kind = f"A video with {self.frames_per_second} fps" if self.frames_per_second else "An image"
             text = f"{kind}:\n{text}\n"

@@ -35,7 +35,7 @@ class T5Config:
     head_dim: channels of an attention head.
     hidden: width of the feed-forward layers.
     num_buckets: buckets of relative positions.
-    max_distance: distance beyond which all relative positions are in the last bucket.
+    max_distance: distance beyond which all relative positions share the last bucket.
     dtype: dtype of matrix products and activations.
     """
 
@@ -52,7 +52,7 @@ class T5Config:
     def __post_init__(self):
         if self.max_distance <= self.num_buckets // 4:
             raise ValueError(
-                f"max_distance is {self.max_distance}; it must be above a quarter of num_buckets, "
+                f"max_distance is {self.max_distance}; it must be above num_buckets / 4, which is "
                 f"{self.num_buckets // 4}."
             )
 
@@ -63,7 +63,7 @@ class T5Config:
 
 
 class T5Encoder(OnMeshes, nn.Module):
-    """Features `b n d` of token numbers `b n`, zero where the mask is False.
+    """Maps token numbers `b n` to features `b n d`, which are zero where the mask is False.
 
     Example:
         features = T5Encoder(T5Config()).apply(params, ids, mask)
@@ -91,7 +91,7 @@ class T5Encoder(OnMeshes, nn.Module):
 
 
 class _Layer(nn.Module):
-    """One layer, in the form that `nn.scan` wants: (carry, argument of all) -> (carry, nothing)."""
+    """One layer, in the form that `nn.scan` expects: (carry, shared argument) -> (carry, None)."""
 
     config: T5Config
 
@@ -126,7 +126,7 @@ def relative_buckets(length: int, num_buckets: int, max_distance: int) -> Int[np
     half = num_buckets // 2
     exact = half // 2
     away = np.abs(distance)
-    # In float32, like the published code, since rounding decides where a bucket ends.
+    # In float32, as in the published code, because rounding decides where a bucket ends.
     ratio = np.log(np.maximum(away, 1).astype(np.float32) / np.float32(exact)) / np.float32(
         math.log(max_distance / exact)
     )

@@ -1,4 +1,4 @@
-"""Tokenizers: texts to lists of token numbers, and to padded arrays of them."""
+"""Tokenizers map texts to lists of token numbers, which `tokenize` pads to arrays."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PROBE = "a 1, \u00e9\u65e5"  # letters of one, two and three bytes
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """Texts to lists of token numbers, including the start and end tokens.
+    """A function that returns the token numbers of a text, including the start and end tokens.
 
     Example:
         ids = tokenizer("a cat")
@@ -30,7 +30,7 @@ class Tokenizer(Protocol):
     def __call__(self, text: str) -> list[int]: ...
 
     def cut(self, ids: list[int], length: int) -> list[int]:
-        """Returns the first `length` of too many tokens, keeping an end token at the end."""
+        """Returns the first tokens of a text that has too many, `length` in all, with an end token last."""
         ...
 
     def content(self) -> bytes:
@@ -39,9 +39,9 @@ class Tokenizer(Protocol):
 
 
 class JsonTokenizer:
-    """The tokenizer of a `tokenizer.json`, by the package tokenizers.
+    """The tokenizer of a `tokenizer.json`, run by the package tokenizers.
 
-    Raises ModuleNotFoundError naming the package, ValueError if the file is none.
+    Raises ModuleNotFoundError naming the package, ValueError if the file is not a tokenizer.
 
     Example:
         tokenizer = JsonTokenizer("all-MiniLM-L6-v2/tokenizer.json")
@@ -53,14 +53,16 @@ class JsonTokenizer:
         try:
             check_depth(content)
             self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
-            # We check the length ourselves, to distinguish a text that is too long from one that fits.
+            # We check the length ourselves, to refuse a text that is too long.
             self._tokenizer.no_truncation()
             self._tokenizer.no_padding()
             _check_template(self._tokenizer.post_processor)
             self._tokenizer.encode(_PROBE)
         except BaseException as error:
             _check_of_package(error)
-            raise ValueError(f"'{path}' is no tokenizer.json ({str(error)[:200]}); get the file again.") from error
+            raise ValueError(
+                f"'{path}' is not a valid tokenizer.json ({str(error)[:200]}); get the file again."
+            ) from error
         ids = (self._tokenizer.token_to_id(token) for token in ("[PAD]", "<pad>"))
         self.pad = next((number for number in ids if number is not None), 0)
 
@@ -69,7 +71,9 @@ class JsonTokenizer:
             return self._tokenizer.encode(text).ids
         except BaseException as error:
             _check_of_package(error)
-            raise ValueError(f"the tokenizer cannot take the text {shortened(text)!r} ({error}).") from error
+            raise ValueError(
+                f"the tokenizer cannot encode the text {shortened(text)!r} ({error}); change the text."
+            ) from error
 
     def cut(self, ids: list[int], length: int) -> list[int]:
         """Returns the first tokens and the last, which ends a text in these vocabularies."""
@@ -83,7 +87,7 @@ class JsonTokenizer:
 class SentencePieceTokenizer:
     """A tokenizer of a `spiece.model`, as T5 uses it: the end token </s> is appended, padding is 0.
 
-    Raises ModuleNotFoundError naming the package, ValueError if the file is none.
+    Raises ModuleNotFoundError naming the package, ValueError if the file is not a tokenizer.
 
     Example:
         tokenizer = SentencePieceTokenizer("flan-t5-xl/spiece.model")
@@ -97,9 +101,9 @@ class SentencePieceTokenizer:
             self._processor.encode(_PROBE)
         except (RuntimeError, OSError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise ValueError(f"'{path}' is no SentencePiece model ({reason}); get the file again.") from error
+            raise ValueError(f"'{path}' is not a valid SentencePiece model ({reason}); get the file again.") from error
         if self._processor.eos_id() < 0:
-            raise ValueError(f"'{path}' has no token for the end of a text; get the file again.")
+            raise ValueError(f"'{path}' has no end-of-text token; get the file again.")
         self.pad = 0
 
     def __call__(self, text: str) -> list[int]:
@@ -126,11 +130,13 @@ def tokenize(
     for row, text in enumerate(texts):
         tokens = tokenizer(text)
         if max(tokens, default=0) > MAX_TOKEN:
-            raise ValueError(f"the tokenizer gives token {max(tokens)}, which no text encoder knows; get it again.")
+            raise ValueError(
+                f"the tokenizer gives token {max(tokens)}, above the largest possible number {MAX_TOKEN}; get it again."
+            )
         if len(tokens) > length:
             if not truncate:
                 raise ValueError(
-                    f"the text {shortened(text)!r} has {len(tokens)} tokens and the model takes {length}; shorten it."
+                    f"the text {shortened(text)!r} has {len(tokens)} tokens, but the model takes {length}; shorten it."
                 )
             tokens = tokenizer.cut(tokens, length)
         ids[row, : len(tokens)] = tokens
@@ -144,7 +150,7 @@ def shortened(text: str) -> str:
 
 
 def _check_of_package(error: BaseException) -> None:
-    """Re-raises errors that are not from the package tokenizers, which raises bare Exceptions and panics."""
+    """Re-raises errors that are not from the package tokenizers, which raises bare Exceptions and Rust panics."""
     if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
         raise error
 

@@ -76,8 +76,8 @@ def train(
 ) -> Result:
     """Returns the result of a run in `workdir`, resumed if it has a checkpoint.
 
-    config: JSON saved with the run. check_config(saved config): raises ValueError if a run begun with it cannot be
-    resumed with the current one. signals: already watched ones; None watches those of this process. A run that is
+    config: JSON saved with the run. check_config(saved config): raises ValueError if the current config cannot resume a
+    run with the saved one. signals: already watched ones; None watches those of this process. A run that is
     stopped (SIGINT, SIGTERM or killed) and resumed ends with a state bit-identical to an uninterrupted run's, on the
     same number of devices.
 
@@ -130,7 +130,7 @@ def _writer(workdir: Path, latest: int | None, log: LogConfig, best_metric: str)
         except OSError as caught:
             error = caught
     if largest(int(error is not None)):
-        raise error or OSError(f"The first process cannot write workdir {workdir}; its message says why.")
+        raise error or OSError(f"The first process cannot write to workdir {workdir}; its message says why.")
     return record
 
 
@@ -144,7 +144,9 @@ def _resumed_from(reader: CheckpointReader, steps: int, check_config: Callable[[
         return None
     saved = reader.manifest(latest)
     if latest > steps:
-        raise ValueError(f"{reader.directory.parent} has {latest} steps already, above train.steps {steps}; raise it.")
+        raise ValueError(
+            f"{reader.directory.parent} already has {latest} steps, more than train.steps {steps}; raise it."
+        )
     try:
         check_config(saved["config"])
     except ValueError as error:
@@ -208,7 +210,7 @@ class _Run:
         missing = scores is None and self.job.evaluate is not None
         if finished and not missing:
             self.record.say(
-                f"{self.record.workdir} has all of its {self.steps} steps already; raise train.steps to go on."
+                f"{self.record.workdir} already has all of its {self.steps} steps; raise train.steps to continue."
             )
         else:
             self.record.say(f"Resuming {self.record.workdir} from step {self.first}.")
@@ -217,7 +219,7 @@ class _Run:
 
     def run(self, update: Step, state: TrainState, key: jax.Array) -> tuple[int, TrainState]:
         """Returns the last step reached and its state, which is saved."""
-        self.signals.doing = "Stopping after the step under way, and saving"
+        self.signals.doing = "Stopping after the current step and saving it"
         self.record.say("Compiling the training step.")
         batches = iter(self.job.batches(self.first, self.steps))
         step = self.first
@@ -225,7 +227,9 @@ class _Run:
             with self.keeping(step, state):
                 batch = next(batches, None)
                 if batch is None:
-                    raise ValueError(f"the batches end after step {step} of train.steps {self.steps}; give as many.")
+                    raise ValueError(
+                        f"the batches end after step {step}, but train.steps is {self.steps}; give that many."
+                    )
                 batch = self.parallel.shard(batch, self.rows)
             state, metrics = update(state, batch, key)
             step += 1
@@ -262,7 +266,7 @@ class _Run:
                     self.save_last(step, state)
                     self.record.say(f"Step {step} is saved.")
                 except (OSError, FloatingPointError) as error:
-                    self.record.say(f"Step {step} is not saved: {error}")
+                    self.record.say(f"Step {step} could not be saved: {error}")
             raise
 
     def finish(self, step: int, state: TrainState) -> None:
@@ -286,7 +290,7 @@ class _Run:
         # Processes that evaluate together must stop together.
         alone = jax.process_count() == 1
         self.signals.doing = (
-            "Stopping without the rest of this evaluation; its step is saved"
+            "Stopping this evaluation; its step is saved"
             if alone
             else "Stopping after this evaluation, for the other processes; its step is saved"
         )
@@ -347,7 +351,7 @@ class _Run:
         in_a_row, most = row.get("skipped_in_a_row", 0), self.max_skips
         if in_a_row <= most and (in_a_row or (np.isfinite(row["loss"]) and np.isfinite(row["grad_norm"]))):
             return
-        why = f"; it is number {in_a_row:.0f} of updates skipped in a row, above optim.max_skips" if in_a_row else ""
+        why = f"; {in_a_row:.0f} updates in a row were skipped, more than optim.max_skips" if in_a_row else ""
         raise FloatingPointError(
             f"Step {step} has loss {row['loss']} and gradient norm {row['grad_norm']}{why}, so the run was stopped "
             f"(last good checkpoint: {self.saved}); lower optim.lr or optim.clip_norm in a new --workdir."

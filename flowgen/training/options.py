@@ -8,7 +8,7 @@ from typing import Literal
 from flowgen.packages import missing
 from flowgen.runs import on_terminal
 from flowgen.settings import config
-from flowgen.settings.ranges import Batch, Count, CountOrZero, Fraction, NonNegative, Positive, ProperFraction, Seed
+from flowgen.settings.ranges import BatchSize, Count, CountOrZero, Fraction, NonNegative, Positive, ProperFraction, Seed
 
 
 def check_warmups(warmups: Mapping[str, int], steps: int) -> None:
@@ -31,16 +31,16 @@ class OptimConfig:
 
     lr: learning rate after the warm-up; positive.
     min_lr: learning rate at the start of the warm-up and the end of a cosine; at most lr.
-    schedule: after the warm-up "cosine" decays to min_lr, "constant" stays.
-    warmup_steps: over which the learning rate rises from min_lr to lr; fewer than train.steps.
+    schedule: after the warm-up, "cosine" decays to min_lr and "constant" keeps lr.
+    warmup_steps: steps over which the learning rate rises from min_lr to lr; fewer than train.steps.
     weight_decay: AdamW's, decoupled; 0 for none.
-    b1: decay of the mean of gradients; at least 0 and below 1.
-    b2: decay of the mean of their squares; at least 0 and below 1.
-    eps: added to the divisor of updates.
+    b1: decay of the running mean of gradients; at least 0 and below 1.
+    b2: decay of the running mean of their squares; at least 0 and below 1.
+    eps: constant added to the denominator of updates.
     clip_norm: bound on the global gradient norm; 0 for none.
-    skip_norm: skip updates whose gradient norm before clipping exceeds it or is not finite; 0 for none.
+    skip_norm: skip updates whose gradient norm, before clipping, exceeds this or is not finite; 0 for none.
     skip_after: number of initial updates that are never skipped.
-    max_skips: more skipped updates in a row stop the run; at least 1.
+    max_skips: most updates in a row that may be skipped before the run stops; at least 1.
     ema_decay: decay of the parameter average used for sampling; below 1, 0 for no average.
     ema_warmup: let the average follow closely at first, decay min(ema_decay, (1 + step) / (10 + step)).
     """
@@ -77,10 +77,10 @@ class TrainConfig:
     """
 
     steps: Count = 1000
-    batch_size: Batch = 64
+    batch_size: BatchSize = 64
     seed: Seed = 0
     label_dropout: Fraction = 0.0
-    accumulation: Batch = 1
+    accumulation: BatchSize = 1
 
 
 @config
@@ -91,7 +91,7 @@ class LogConfig:
     eval_every: steps between evaluations on held-out data; 0 for only at the end.
     sample_every: steps between sample grids; 0 for only at the end.
     checkpoint_every: steps between checkpoints; 0 for only at the end.
-    keep: latest checkpoints to keep, beside the best one; at least 1.
+    keep: how many of the latest checkpoints to keep, besides the best one; at least 1.
     tensorboard: write events next to metrics.jsonl.
     progress: show a progress bar if standard error is a terminal; otherwise each report is a line.
     """

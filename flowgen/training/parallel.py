@@ -102,15 +102,15 @@ def check_rows(batch: Any, devices: int, rows: int | None = None) -> None:
         name = f"batch{jax.tree_util.keystr(path)}"
         shape, dtype = getattr(leaf, "shape", ()), getattr(leaf, "dtype", object)
         if not shape or not any(jnp.issubdtype(dtype, kind) for kind in (jnp.number, jnp.bool_)):
-            raise ValueError(f"{name} is {shown(leaf)}; a batch holds arrays of numbers with a row for each datum.")
+            raise ValueError(f"{name} is {shown(leaf)}; give arrays of numbers with one row per sample.")
         counts[name] = shape[0]
     if not counts:
-        raise ValueError("the batch holds no array; give arrays of numbers with a row for each datum.")
+        raise ValueError("the batch holds no array; give arrays of numbers with one row per sample.")
     first, found = next(iter(counts.items()))
     for name, count in counts.items():
         if count != found:
             raise ValueError(
-                f"{first} has {found} rows and {name} {count}; all arrays of a batch must have the same rows."
+                f"{first} has {found} rows and {name} {count}; give all arrays of a batch the same number of rows."
             )
     if rows is not None and found != rows:
         raise ValueError(f"{first} has {found} rows; it must have {rows}, this process's share of train.batch_size.")

@@ -31,7 +31,8 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Signals:
-    """Records the first SIGINT or SIGTERM in `number` and says at once what happens; a second one ends without saving.
+    """Records the first SIGINT or SIGTERM in `number` and says at once what happens; a second one ends the program
+    without saving.
 
     The message comes from a thread, since the main one may be compiling, which Python cannot interrupt. `doing` is its
     text. on_second(number) is called in that thread, and may end the process; without it the second signal has its
@@ -142,10 +143,10 @@ class Signals:
                     continue
                 if first is None:
                     first = time.monotonic()
-                    _say(f"{self._noted or self.doing}; a second signal ends without saving.")
+                    _say(f"{self._noted or self.doing}; a second signal ends the program without saving.")
                 elif time.monotonic() - first > _TOGETHER:
                     self._ending = True
-                    _say("Ending without saving; checkpoints stay as they are.")
+                    _say("Ending without saving; existing checkpoints are unchanged.")
                     if self._on_second is not None:
                         self._on_second(number)
                     signal.pthread_kill(threading.main_thread().ident or 0, number)

@@ -16,7 +16,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Key
 
 from flowgen.arrays import shown
-from flowgen.rows import ROWS, Rows, StatefulObjective, micro_batches, share_of_batch
+from flowgen.rows import StatefulObjective, micro_batches, share_of_batch, with_rows
 from flowgen.training.options import OptimConfig, check_warmups
 
 Metrics = dict[str, Array]
@@ -163,11 +163,11 @@ def make_step(
 
     objective: (variables, batch, key) -> (loss, metrics) or (loss, metrics, collections).
     batch: this device's share, consecutive rows in the order of the axis. key: the same for all steps and devices.
-    The objective receives a key unique to its device, step and micro-batch and, if the batch is a dict, an added entry
-    `rows`, a `flowgen.rows.Rows`. Draws from `rows` are the same on any number of devices and with any accumulation;
-    draws from the key are not. Micro-batch j has the rows j, j + accumulation, ... of the whole batch. Raises
-    ValueError, while it is traced, for a batch that has `rows` already or that micro-batches cannot share, and for an
-    objective that returns something else.
+    The objective receives a key unique to its device, step and micro-batch and, if the batch is a `Batch` or a dict, an
+    added `rows`, a `flowgen.rows.Rows`. Draws from `rows` are the same on any number of devices and with any
+    accumulation; draws from the key are not. Micro-batch j has the rows j, j + accumulation, ... of the whole batch.
+    Raises ValueError, while it is traced, if a batch has `rows` already or micro-batches cannot share it, or if the
+    objective returns something else.
     metrics: the objective's, `loss`, `grad_norm` (before clipping) and `lr`, means over devices and micro-batches; if
     spikes are skipped also `skipped`, 0 or 1, and `skipped_in_a_row`.
     others: as for `make_optimizer`; lr and skipping are reported for the main one.
@@ -237,19 +237,6 @@ def make_step(
     return update
 
 
-def with_rows(batch: Any, rows: Rows) -> Any:
-    """Returns a batch with its rows if it is a dict; any other kind of batch unchanged.
-
-    Example:
-        loss, metrics = objective(variables, with_rows(batch, rows), key)
-    """
-    if not isinstance(batch, Mapping):
-        return batch
-    if ROWS in batch:
-        raise ValueError(f"a batch has {ROWS!r}, which training adds itself; give the array another name.")
-    return {**batch, ROWS: rows}
-
-
 def check_share(batch: Any, accumulation: int) -> int:
     """Returns the number of rows of a device's share of a batch; ValueError if micro-batches cannot share them equally.
 
@@ -258,11 +245,11 @@ def check_share(batch: Any, accumulation: int) -> int:
     """
     shapes = [jnp.shape(x) for x in jax.tree.leaves(batch)]
     if not shapes or any(shape[:1] != shapes[0][:1] or not shape for shape in shapes):
-        raise ValueError(f"the batch has arrays of shapes {shapes}; all must have the same rows, one for each datum.")
+        raise ValueError(f"the batch has arrays of shapes {shapes}; give all the same number of rows, one per sample.")
     num = shapes[0][0]
     if num == 0 or num % accumulation:
         raise ValueError(
-            f"each device has {num} rows of the batch; train.accumulation is {accumulation}, so give a multiple of it."
+            f"each device has {num} rows of the batch; give a multiple of train.accumulation, which is {accumulation}."
         )
     return num
 
@@ -277,14 +264,14 @@ def check_outcome(outcome: Any) -> tuple:
         size = f" of {len(outcome)}" if isinstance(outcome, tuple | list) else ""
         raise ValueError(
             f"the objective returned {shown(outcome)}{size}; it must return (loss, metrics) or "
-            "(loss, metrics, collections), metrics a dict of numbers."
+            "(loss, metrics, collections), with metrics as a dict of numbers."
         )
     loss, metrics, *carried = outcome
     if not _is_number(loss) or not _is_float(loss):
         raise ValueError(f"the objective's loss is {shown(loss)}; it must be one floating-point number.")
     for name, value in (("metrics", metrics), *(("collections", x) for x in carried)):
         if not isinstance(value, Mapping):
-            raise ValueError(f"the objective's {name} are {shown(value)}; they must be a dict by name.")
+            raise ValueError(f"the objective's {name} are {shown(value)}; they must be a dict.")
     for name, value in metrics.items():
         if not _is_number(value):
             raise ValueError(f"metric {name!r} is {shown(value)}; each must be one number, such as a mean.")

@@ -18,6 +18,7 @@ import flowgen
 from flowgen import matching as fm
 from flowgen.codecs import AutoencoderConfig
 from flowgen.conditioning import TextCondition
+from flowgen.data import Batch, Moments
 from flowgen.experiments.autoencoder import AutoencodingConfig, autoencoding_objective
 from flowgen.experiments.codecs import STATISTICS
 from flowgen.flows import STARFlowVConfig, flow_score_objective
@@ -52,8 +53,8 @@ def labels(random):
     return random.integers(-1, CLASSES, BATCH).astype(np.int32)
 
 
-def pictures(random, shape=(4, 4, 1)):
-    return {"image": random.integers(0, 256, (BATCH, *shape)).astype(np.uint8), "label": labels(random)}
+def images(random, shape=(4, 4, 1)):
+    return Batch(random.integers(0, 256, (BATCH, *shape)).astype(np.uint8), labels(random))
 
 
 def flow_case(make_objective=nll_objective, config=flowgen.TARFlowConfig, **options):
@@ -82,7 +83,7 @@ def text_case():
 def latents_of_texts(random):
     mean, std = random.standard_normal((2, BATCH, 4, 4, 2))
     texts = random.standard_normal((BATCH, 3, 5)), random.random((BATCH, 3)) < 0.7
-    return {"mean": mean, "std": np.abs(std), "text": texts}
+    return Batch(Moments(mean, np.abs(std)), TextCondition(*texts))
 
 
 def clips_case():
@@ -129,7 +130,7 @@ def unet_case():
     )  # fmt: skip
 
     def pairs(key, batch):
-        return {"x1": flowgen.data.from_uint8(batch["image"]), "cond": batch["label"]}
+        return {"x1": flowgen.data.from_uint8(batch.x), "cond": batch.context}
 
     def make():
         network = fm.UNet(config)
@@ -152,11 +153,11 @@ def autoencoder_case():
 
 ring = partial(matching_case, conditional=False)
 CASES = {
-    "flow": Case(flow_case(noise_std=0.1), pictures),
-    "flow of levels": Case(flow_case(noise_std=0.0), pictures),
-    "volume preserving": Case(flow_case(scale_parameterisation="volume_preserving"), pictures),
+    "flow": Case(flow_case(noise_std=0.1), images),
+    "flow of levels": Case(flow_case(noise_std=0.0), images),
+    "volume preserving": Case(flow_case(scale_parameterisation="volume_preserving"), images),
     "texts": Case(text_case(), latents_of_texts),
-    "clips": Case(clips_case(), partial(pictures, shape=(3, 4, 4, 2))),
+    "clips": Case(clips_case(), partial(images, shape=(3, 4, 4, 2))),
     "independent": Case(matching_case(time=fm.Uniform(stratified=True), path=fm.CondOT(0.1)), points),
     "running weights": Case(matching_case(coupling=fm.GibbsWeights(1.0)), points, linear=False),
     "batch weights": Case(matching_case(coupling=fm.GibbsWeights(1.0, normalize="batch")), points, linear=False),
@@ -168,8 +169,8 @@ CASES = {
 }
 # Those that compute in float32 alone.
 SINGLE = {
-    "u-net with dropout": Case(unet_case(), pictures, linear=False),
-    "autoencoder": Case(autoencoder_case(), partial(pictures, shape=(4, 4, 1)), linear=False),
+    "u-net with dropout": Case(unet_case(), images, linear=False),
+    "autoencoder": Case(autoencoder_case(), partial(images, shape=(4, 4, 1)), linear=False),
 }
 
 

@@ -60,12 +60,12 @@ YAML = """arguments:
 - noise_std: 0.3
 """
 LATENT_CONFIG = """
-from flowgen.data import DataConfig
+from flowgen.data import LatentsConfig
 from flowgen.experiments import FlowExperiment, SpaceToDepth
 from flowgen.flows import STARFlowConfig
 def config():
     model = STARFlowConfig(image_size=4, channels=4, width=32, head_dim=16, layers_per_block=(1, 1))
-    data = DataConfig(name="encoded", path="latents")
+    data = LatentsConfig(path="latents")
     return FlowExperiment(name="latents", model=model, data=data, codec=SpaceToDepth(2))
 """
 CLIPS_CONFIG = """
@@ -117,20 +117,22 @@ def write_torch(path, weights):
 
 
 def write_data(folder):
-    """Pictures, arrays, clips and latents."""
+    """Images, arrays, clips and latents."""
     from PIL import Image
 
-    from flowgen.data.latents import LatentWriter, Shard
+    from flowgen.data import Moments
+    from flowgen.data.latent_files import LatentWriter
+    from flowgen.data.latents import Shard
     from flowgen.data.video import write_video
 
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (24, 8, 8), np.uint8)
     np.savez_compressed(folder / "images.npz", images=pixels[..., None], labels=np.arange(24) % 3)
     for suffix, mode in (("png", "L"), ("png", "P"), ("jpg", "L"), ("gif", "P"), ("webp", "RGB"), ("tif", "L")):
-        (folder / "pictures").mkdir(exist_ok=True)
+        (folder / "photos").mkdir(exist_ok=True)
         image = Image.fromarray(pixels[0])
         image = image.quantize(16) if mode == "P" else image.convert(mode)
-        image.save(folder / "pictures" / f"{mode}.{suffix}")
+        image.save(folder / "photos" / f"{mode}.{suffix}")
     frames = rng.integers(0, 256, (12, 16, 16, 3), np.uint8)
     (folder / "videos").mkdir()
     write_video(folder / "videos" / "a.mp4", frames, fps=8)
@@ -138,8 +140,8 @@ def write_data(folder):
     writer = LatentWriter(folder / "latents")
     for split in ("train", "eval"):
         moments = rng.normal(size=(2, 4, 4, 4, 4)).astype(np.float32)
-        writer.add(split, Shard(moments[0], np.abs(moments[1]), np.zeros(4, np.int32)))
-    writer.finish(class_names=("a",), made_by={})
+        writer.add(split, Shard(Moments(moments[0], np.abs(moments[1])), np.zeros(4, np.int32)), kind="image")
+    writer.finish(class_names=("a",))
 
 
 # -- kinds ------------------------------------------------------------------------------------------------------
@@ -236,13 +238,13 @@ def arrays(rng, base, folder):
     return ["train", "--config", DIGITS, "--workdir", "out", *TINY, "--data.name", "npz", "--data.path", path.name]
 
 
-def pictures(rng, base, folder):
-    shutil.copytree(base / "pictures", folder / "pictures")
-    for path in sorted((folder / "pictures").iterdir()):
+def images(rng, base, folder):
+    shutil.copytree(base / "photos", folder / "photos")
+    for path in sorted((folder / "photos").iterdir()):
         if rng.random() < 0.5:
             damage_file(rng, path)
     skip = ["--data.on_corrupt", rng.choice(("skip", "refuse"))]
-    where = ["--data.name", "folder", "--data.path", "pictures"]
+    where = ["--data.name", "folder", "--data.path", "photos"]
     return ["train", "--config", DIGITS, "--workdir", "out", *TINY, *where, *skip]
 
 
@@ -315,5 +317,5 @@ def options(rng, base, folder):
 
 KINDS = (
     *(torch_file, safetensors_file, published_folder, torch_file, safetensors_file, published_folder, flags, options),
-    *(flags, options, run_directory, latents, arrays, pictures, videos, run_directory),
+    *(flags, options, run_directory, latents, arrays, images, videos, run_directory),
 )

@@ -1,4 +1,4 @@
-"""Picture files as cameras, old programs and strangers make them: right pixels, or a refusal by name, never more."""
+"""Image files as cameras, old programs and strangers make them: right pixels, or a refusal by name, never more."""
 
 import io
 import os
@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from flowgen.data.pictures import UnreadablePicture, fit, picture_size, read_picture
+from flowgen.data.image_files import UnreadableImage, fit, read_image, read_image_size
 
 # Pillow says on the side what it passes over.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
-# A picture of which every turn looks different.
+# An image of which every turn looks different.
 PIXELS = np.zeros((8, 12, 3), np.uint8)
 PIXELS[:4] = 250
 PIXELS[:, :6, 0] = 120
@@ -58,7 +58,7 @@ def saved(name, exif, **options):
 
 def read(path, content, size=(12, 8), channels=3, crop="none"):
     path.write_bytes(content)
-    return read_picture(path, size=size, channels=channels, crop=crop).astype(int)
+    return read_image(path, size=size, channels=channels, crop=crop).astype(int)
 
 
 ODD_EXIF = {
@@ -75,10 +75,10 @@ ODD_EXIF = {
 
 @pytest.mark.parametrize("name", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("odd", ODD_EXIF)
-def test_odd_exif_turns_pictures_and_refuses_none(tmp_path, name, odd):
+def test_odd_exif_turns_images_and_refuses_none(tmp_path, name, odd):
     content = saved(name, exif_of(**ODD_EXIF[odd]))
     assert np.abs(read(tmp_path / "a.png", content) - TURNS[6](PIXELS)).max() <= LOSSY
-    assert picture_size(tmp_path / "a.png") == (12, 8)
+    assert read_image_size(tmp_path / "a.png") == (12, 8)
 
 
 @pytest.mark.parametrize("name", ["PNG", "TIFF"])
@@ -87,9 +87,9 @@ def test_every_orientation_is_turned_upright(tmp_path, orientation, name):
     upright = TURNS[orientation](PIXELS)
     content = saved(name, exif_of(orientation))
     (tmp_path / "a.png").write_bytes(content)
-    assert picture_size(tmp_path / "a.png") == upright.shape[:2]
+    assert read_image_size(tmp_path / "a.png") == upright.shape[:2]
     np.testing.assert_array_equal(read(tmp_path / "a.png", content, upright.shape[:2]), upright)
-    # Of an uneven rest that is cut away, the middle is the one of the upright picture.
+    # Of an uneven rest that is cut away, the middle is the one of the upright image.
     expected = np.asarray(fit(Image.fromarray(np.ascontiguousarray(upright)), (5, 4), "center"))
     assert np.abs(read(tmp_path / "a.png", content, (5, 4), crop="center") - expected).max() <= 1
 
@@ -131,7 +131,7 @@ def test_odd_tags_of_a_tiff_refuse_no_pixels(tmp_path, odd):
     body = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in sorted(tags)) + bytes(4)
     content = (b"II*\0" + struct.pack("<I", 8) + body).ljust(200, b"\0") + PIXELS[..., 1].tobytes()
     np.testing.assert_array_equal(read(tmp_path / "a.tif", content, channels=1)[..., 0], TURNS[6](PIXELS[..., 1]))
-    assert picture_size(tmp_path / "a.tif") == (12, 8)
+    assert read_image_size(tmp_path / "a.tif") == (12, 8)
 
 
 def chunk(name, body, crc=None):
@@ -164,7 +164,7 @@ def test_exif_may_stand_behind_the_pixels_of_a_png(tmp_path):
     plain = saved("PNG", b"")
     content = plain[:-12] + chunk(b"eXIf", exif_of()[6:]) + plain[-12:]
     np.testing.assert_array_equal(read(tmp_path / "a.png", content), TURNS[6](PIXELS))
-    assert picture_size(tmp_path / "a.png") == (12, 8)
+    assert read_image_size(tmp_path / "a.png") == (12, 8)
 
 
 @pytest.mark.parametrize(
@@ -180,8 +180,8 @@ def test_exif_may_stand_behind_the_pixels_of_a_png(tmp_path):
     ],
     ids=["empty", "head of a PNG", "head of a JPEG", "PostScript", "SVG", "cut PNG", "cut JPEG"],
 )
-def test_what_is_no_whole_picture_is_refused_by_name(tmp_path, content):
-    with pytest.raises(UnreadablePicture, match=r"odd\.png") as error:
+def test_what_is_no_whole_image_is_refused_by_name(tmp_path, content):
+    with pytest.raises(UnreadableImage, match=r"odd\.png") as error:
         read(tmp_path / "odd.png", content)
     assert "\n" not in str(error.value)
 
@@ -193,10 +193,10 @@ def test_no_file_starts_a_program(tmp_path):
     for suffix in (".png", ".jpg", ".eps"):
         (tmp_path / f"a{suffix}").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n")
     code = (
-        "import sys\nfrom flowgen.data.pictures import *\n"
+        "import sys\nfrom flowgen.data.image_files import *\n"
         "for path in sys.argv[1:]:\n"
-        "    try: read_picture(path, size=(8, 8), channels=3, crop='center')\n"
-        "    except UnreadablePicture: continue\n"
+        "    try: read_image(path, size=(8, 8), channels=3, crop='center')\n"
+        "    except UnreadableImage: continue\n"
         "    raise SystemExit('read')"
     )
     files = [str(tmp_path / f"a{suffix}") for suffix in (".png", ".jpg", ".eps")]
@@ -208,7 +208,7 @@ def test_no_file_starts_a_program(tmp_path):
 
 @pytest.mark.parametrize("shape", [(1, 60_000), (60_000, 1), (2, 30_000)])
 @pytest.mark.parametrize("size", [(256, 256), (16, 64)])
-def test_lines_cost_no_more_than_other_pictures(shape, size):
+def test_lines_cost_no_more_than_other_images(shape, size):
     line = np.linspace(0, 255, max(shape)).astype(np.uint8)
     image = Image.fromarray(np.broadcast_to(line if shape[1] > shape[0] else line[:, None], shape).copy())
     middle = np.asarray(fit(image, size, "center"))
@@ -229,26 +229,26 @@ def test_the_middle_is_cut_out_as_if_all_had_been_resized(tmp_path, shape, size)
     left, top = round((whole.width - size[1]) / 2), round((whole.height - size[0]) / 2)
     expected = np.asarray(whole.crop((left, top, left + size[1], top + size[0]))).astype(int)
     image.save(tmp_path / "a.png", compress_level=0)
-    result = read_picture(tmp_path / "a.png", size=size, channels=3, crop="center")
+    result = read_image(tmp_path / "a.png", size=size, channels=3, crop="center")
     assert np.abs(result - expected).max() <= 1
     assert np.abs(np.asarray(fit(image, size, "center")) - expected).max() <= 1
 
 
-def test_pictures_beyond_all_bounds_are_refused_before_they_are_decoded(tmp_path):
+def test_images_beyond_all_bounds_are_refused_before_they_are_decoded(tmp_path):
     Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
-    for call in (lambda p: read_picture(p, size=(8, 8), channels=1, crop="center"), picture_size):
-        with pytest.raises(UnreadablePicture, match=r"bomb\.png.*pixels"):
+    for call in (lambda p: read_image(p, size=(8, 8), channels=1, crop="center"), read_image_size):
+        with pytest.raises(UnreadableImage, match=r"bomb\.png.*pixels"):
             call(tmp_path / "bomb.png")
 
 
-def test_too_little_memory_refuses_the_picture_alone(tmp_path, monkeypatch):
+def test_too_little_memory_refuses_the_image_alone(tmp_path, monkeypatch):
     def no_memory(*_):
         raise MemoryError
 
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     monkeypatch.setattr(Image.Image, "resize", no_memory)
-    with pytest.raises(UnreadablePicture, match=r"a\.png.*memory"):
-        read_picture(tmp_path / "a.png", size=(4, 4), channels=3, crop="center")
+    with pytest.raises(UnreadableImage, match=r"a\.png.*memory"):
+        read_image(tmp_path / "a.png", size=(4, 4), channels=3, crop="center")
 
 
 def png(colour, depth, body, width, clear, palette=b""):
@@ -285,6 +285,6 @@ def test_hidden_pixels_are_white_at_every_depth(tmp_path, kind, channels):
 def test_what_is_no_file_is_refused_without_waiting_for_it(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     for name in ("pipe.png", "", "nowhere.png"):
-        for call in (lambda p: read_picture(p, size=(8, 8), channels=1, crop="center"), picture_size):
-            with pytest.raises(UnreadablePicture, match=str(tmp_path / name)):
+        for call in (lambda p: read_image(p, size=(8, 8), channels=1, crop="center"), read_image_size):
+            with pytest.raises(UnreadableImage, match=str(tmp_path / name)):
                 call(tmp_path / name)

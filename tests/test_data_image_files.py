@@ -1,10 +1,10 @@
-"""Pictures keep their proportions, their middle and their upright side, whatever file they come from."""
+"""Images keep their proportions, their middle and their upright side, whatever file they come from."""
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from flowgen.data.pictures import fit, fit_array, read_picture
+from flowgen.data.image_files import fit, fit_array, read_image
 
 
 @pytest.fixture
@@ -13,7 +13,7 @@ def rng():
 
 
 def test_centre_crop_covers_the_size_and_keeps_the_middle():
-    """A picture with a red left, green middle and blue right third loses the sides, never the proportions."""
+    """An image with a red left, green middle and blue right third loses the sides, never the proportions."""
     stripes = np.zeros((30, 90, 3), np.uint8)
     for i in range(3):
         stripes[:, 30 * i : 30 * (i + 1), i] = 255
@@ -37,11 +37,11 @@ def test_arrays_of_the_right_size_are_untouched(rng):
     assert fit_array(images, (4, 8), "center").shape == (3, 4, 8, 1)
 
 
-def test_pictures_are_upright_opaque_and_eight_bit(tmp_path, rng):
+def test_images_are_upright_opaque_and_eight_bit(tmp_path, rng):
     def read(image, channels=3, **options):
         image.save(tmp_path / "a.png", **options)
         size = (image.height, image.width)
-        return read_picture(tmp_path / "a.png", size=size, channels=channels, crop="center")
+        return read_image(tmp_path / "a.png", size=size, channels=channels, crop="center")
 
     clear = Image.new("RGBA", (4, 4), (200, 0, 0, 0))
     assert (read(clear) == 255).all()

@@ -1,4 +1,4 @@
-"""From an image of any size, mode and orientation to bytes of the requested shape."""
+"""Image files of any size, mode and orientation, read as bytes of a requested shape."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from jaxtyping import UInt8
 from flowgen.data.depths import Samples, grey_bytes, hide_by_value, samples_of, without_range
 from flowgen.data.media import image_formats, pillow
 from flowgen.data.unreadable import Unreadable
-from flowgen.data.upright import Turn, picture_turn, without_metadata
+from flowgen.data.upright import Turn, image_turn, without_metadata
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -35,31 +35,31 @@ _DECODE_ERRORS = (
 # Pillow's own limit. Such an image takes 0.7 GB while decoding; the WebP decoder takes four times as much.
 _MOST_PIXELS = 178_956_970
 _MOST_OF_WEBP = _MOST_PIXELS // 4
-# Larger images are decoded one at a time, so that threads together take no more memory.
+# Larger images are decoded one at a time, so that threads together do not take more memory.
 _LARGE = 1 << 26
 _ONE_LARGE = threading.Lock()
 # Pixels that are composited on white and resized together.
 _BAND = 1 << 22
 
 
-class UnreadablePicture(Unreadable):
+class UnreadableImage(Unreadable):
     """Raised for a file that cannot be decoded; its text names the file and the reason."""
 
 
-def read_picture(
+def read_image(
     path: str | os.PathLike[str], *, size: tuple[int, int], channels: int, crop: Crop
 ) -> UInt8[np.ndarray, "height width c"]:
     """Returns the image in a file as uint8 of shape (*size, channels), turned upright, on white.
 
-    Transparency is composited on white, samples of more than 8 bits keep their highest 8, an animation gives its first
+    Transparency is composited on white; samples of more than 8 bits keep their highest 8; an animation gives its first
     frame. Unreadable metadata are ignored. For a damaged TIFF, libtiff may print a line of its own.
 
     Raises:
-        UnreadablePicture: pixels are damaged or cut off, over 178 million (for WebP 44 million), in a format that
-        `image_formats` does not list, or with samples whose range no file states: see `without_range`.
+        UnreadableImage: the pixels are damaged, cut off, or more than 178 million (for WebP 44 million); the format is
+        not one of `image_formats`; or the samples have no stated range, see `without_range`.
 
     Example:
-        image = read_picture("cat.jpg", size=(64, 64), channels=3, crop="center")
+        image = read_image("cat.jpg", size=(64, 64), channels=3, crop="center")
     """
 
     def pixels(image: Image, turn: Turn) -> UInt8[np.ndarray, "height width c"]:
@@ -75,28 +75,28 @@ def read_picture(
         fitted = _resized(image, asked, box, lambda part: _flatten(part, samples).convert(mode))
         return np.ascontiguousarray(turn.apply(fitted.reshape(*asked, channels)))
 
-    return _of_picture(path, pixels)
+    return _with_image(path, pixels)
 
 
-def picture_size(path: str | os.PathLike[str]) -> tuple[int, int]:
+def read_image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
     """Returns (height, width) of the image in a file, turned upright; reads only its header.
 
-    Raises UnreadablePicture: as `read_picture`, if the header shows it.
+    Raises UnreadableImage as `read_image`, as far as the header shows it.
 
     Example:
-        height, width = picture_size("cat.jpg")
+        height, width = read_image_size("cat.jpg")
     """
-    return _of_picture(path, lambda image, turn: turn.size(image.height, image.width))
+    return _with_image(path, lambda image, turn: turn.size(image.height, image.width))
 
 
-def _of_picture(path: str | os.PathLike[str], use: Callable[[Image, Turn], T]) -> T:
-    """The result of `use` on an open image and its turn; the second try leaves out the metadata."""
+def _with_image(path: str | os.PathLike[str], use: Callable[[Image, Turn], T]) -> T:
+    """The result of `use` on an open image and its turn; if that fails, it is tried again without metadata."""
     if Path(path).exists() and not Path(path).is_file():
-        raise UnreadablePicture(f"'{path}' (no file)")
+        raise UnreadableImage(f"'{path}' (not a file)")
     try:
         with _opened(path) as image:
-            return use(image, picture_turn(image))
-    except UnreadablePicture:
+            return use(image, image_turn(image))
+    except UnreadableImage:
         plain = without_metadata(Path(path).read_bytes()) if os.access(path, os.R_OK) else None
         if plain is None:
             raise
@@ -107,33 +107,33 @@ def _of_picture(path: str | os.PathLike[str], use: Callable[[Image, Turn], T]) -
 
 @contextlib.contextmanager
 def _opened(path: str | os.PathLike[str], content: bytes | None = None) -> Generator[Image]:
-    """Yields an open image; Pillow's errors become UnreadablePicture. content: bytes to read instead of the file."""
+    """Yields an open image; Pillow's errors become UnreadableImage. content: bytes to read instead of the file."""
     module = pillow()
     import PIL
 
     try:
-        # Given a name, Pillow would memory-map the file and then forget that a TIFF is turned. With the formats listed,
-        # no file can start an external program, as PostScript does.
+        # Given a name, Pillow would memory-map the file and then forget the orientation of a TIFF. The list of formats
+        # keeps files from starting external programs, as PostScript does.
         with (
             open(path, "rb") if content is None else io.BytesIO(content) as file,
             module.open(file, formats=image_formats()) as image,
         ):
             count, most = image.width * image.height, _MOST_OF_WEBP if image.format == "WEBP" else _MOST_PIXELS
             if count > most:
-                raise module.DecompressionBombError(f"{count:,} pixels, of {most:,} at most")
+                raise module.DecompressionBombError(f"{count:,} pixels, more than {most:,}")
             if reason := without_range(image):
-                raise UnreadablePicture(f"'{path}' ({reason})")
+                raise UnreadableImage(f"'{path}' ({reason})")
             with _ONE_LARGE if count > _LARGE else contextlib.nullcontext():
                 yield image
-    except UnreadablePicture:
+    except UnreadableImage:
         raise
     except PIL.UnidentifiedImageError as error:
-        raise UnreadablePicture(f"'{path}' (no picture of a kind that is read)") from error
+        raise UnreadableImage(f"'{path}' (not an image of a supported format)") from error
     except MemoryError as error:
-        raise UnreadablePicture(f"'{path}' (too large for the memory that is left)") from error
+        raise UnreadableImage(f"'{path}' (too large for the free memory)") from error
     except (*_DECODE_ERRORS, module.DecompressionBombError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UnreadablePicture(f"'{path}' ({reason})") from error
+        raise UnreadableImage(f"'{path}' ({reason})") from error
 
 
 def fit(image: Image, size: tuple[int, int], crop: Crop, *, pixel_aspect: float = 1.0) -> Image:
@@ -169,7 +169,7 @@ def fit_array(
 def _box(image_size: tuple[int, int], size: tuple[int, int], crop: Crop, turn: Turn, pixel_aspect: float = 1.0) -> Box:
     """Left, top, right and bottom of the part of an image that `fit` keeps, in its own pixels, before the turn.
 
-    Only this part is resampled, which bounds the work whatever the proportions are.
+    Only this part is resampled, which bounds the work for any proportions.
     """
     (columns, rows), (height, width) = image_size, size
     if crop == "none":
@@ -193,10 +193,10 @@ def _box(image_size: tuple[int, int], size: tuple[int, int], crop: Crop, turn: T
 
 
 def _resized(image: Image, size: tuple[int, int], box: Box, flat: Callable[[Image], Image]) -> UInt8[np.ndarray, "..."]:
-    """The part of an image in a box at `size`, composited on white first, in bands if it is large."""
+    """The part of an image inside a box, composited on white and resized to `size`; in bands if it is large."""
     left, top, right, bottom = box
     step = (bottom - top) / size[0]
-    # The filter reaches one pixel of the result to each side, or one of the image if it is enlarged.
+    # The filter reaches one pixel of the result to each side, or one pixel of the image if the result is larger.
     reach = [math.ceil(max(1.0, scale)) + 1 for scale in ((right - left) / size[1], step)]
     first, last = max(0, math.floor(left) - reach[0]), min(image.width, math.ceil(right) + reach[0])
     rows = max(1, math.floor(_BAND / ((last - first) * step))) if image.width * image.height > _BAND else size[0]

@@ -17,12 +17,12 @@ MAX_COLUMNS = 20
 DRAWN_PATHS = 128
 
 
-def picture(images: Float[np.ndarray, "n height width c"], classes: int) -> UInt8[np.ndarray, "rows columns c"]:
+def sample_grid(images: Float[np.ndarray, "n height width c"], classes: int) -> UInt8[np.ndarray, "rows columns c"]:
     """Returns a grid of images in [-1, 1], small ones enlarged. Up to 20 classes in turn get columns of their own: one
     each, or several of few classes, so that the grid is about as high as wide.
 
     Example:
-        save_image("samples.png", picture(images, classes=10))
+        save_image("samples.png", sample_grid(images, classes=10))
     """
     columns = None
     if 1 < classes <= MAX_COLUMNS and len(images) >= classes:
@@ -46,7 +46,7 @@ def side_by_side(clips: Float[np.ndarray, "n frames height width c"]) -> UInt8[n
     Example:
         write_video("samples.mp4", side_by_side(clips))
     """
-    return np.stack([picture(frame, 0) for frame in clips.swapaxes(0, 1)])
+    return np.stack([sample_grid(frame, 0) for frame in clips.swapaxes(0, 1)])
 
 
 def path_plot(

@@ -1,0 +1,125 @@
+"""Attention of the literature as functions on arrays `b n h k`: NaLaFormer, FLatten, cosFormer, PolaFormer, InLine."""
+
+from __future__ import annotations
+
+from jaxtyping import Array, Float
+
+from flowgen.attention.checks import check_heads
+from flowgen.attention.features import DirectionMap, cosformer_features, focused_features, nala_features
+from flowgen.attention.kernels import InlineKernel, PolaKernel
+from flowgen.attention.linear import EPS, Causal, linear_attention
+
+
+def nala_attention(
+    q: Float[Array, "b n h k"],
+    k: Float[Array, "b m g k"],
+    v: Float[Array, "b m g d"],
+    mask: Array | None = None,
+    is_causal: bool | Causal = False,
+    power: float | Array = 3.0,
+    offset: float | Array = 0.5,
+    direction_map: DirectionMap = "split",
+    *,
+    eps: float = EPS,
+) -> Float[Array, "b n h d"]:
+    """Returns norm-aware linear attention (NaLaFormer, arXiv 2506.21137); see `nala_features` for its parameters.
+
+    eps: added to the sum of the weights; the released layer adds 1e-6 to their mean over m keys, which is m * 1e-6.
+    For rotary features, a temperature of the cosine map or packed segments use
+    `linear_attention(q, k, v, nala_features(...), ...)`. Raises ValueError if shapes or mask do not fit.
+
+    Example:
+        out = nala_attention(q, k, v, is_causal=True)
+    """
+    features = nala_features(power, offset, direction_map)
+    return linear_attention(q, k, v, features, mask=mask, is_causal=is_causal, eps=eps)
+
+
+def focused_attention(
+    q: Float[Array, "b n h k"],
+    k: Float[Array, "b m g k"],
+    v: Float[Array, "b m g d"],
+    mask: Array | None = None,
+    is_causal: bool | Causal = False,
+    power: float = 3.0,
+    *,
+    joint_heads: bool = False,
+    eps: float = EPS,
+) -> Float[Array, "b n h d"]:
+    """Returns focused linear attention (FLatten, arXiv 2308.00442); see `focused_features`.
+
+    joint_heads: take the norms over all heads together, as the released layer does; per head is the default and
+    differs from it visibly. eps: added to the sum of the weights.
+
+    Example:
+        out = focused_attention(q, k, v, power=3.0)
+    """
+    features = focused_features(power, joint_heads=joint_heads)
+    return linear_attention(q, k, v, features, mask=mask, is_causal=is_causal, eps=eps)
+
+
+def cosformer_attention(
+    q: Float[Array, "b n h k"],
+    k: Float[Array, "b m g k"],
+    v: Float[Array, "b m g d"],
+    mask: Array | None = None,
+    is_causal: bool | Causal = False,
+    *,
+    max_length: int,
+    eps: float = EPS,
+) -> Float[Array, "b n h d"]:
+    """Returns cosFormer attention (arXiv 2202.08791), whose weights fall with distance; see `cosformer_features`.
+
+    eps: added to the sum of the weights; the released layer has a lower bound of 1e-6 on that sum instead, which is
+    eps=0 for all but nearly empty rows. Its M is the longer of both lengths.
+    Raises ValueError if there are more tokens than max_length.
+
+    Example:
+        out = cosformer_attention(q, k, v, max_length=1024)
+    """
+    check_heads(q, k, v)
+    if isinstance(q.shape[1], int) and max(q.shape[1], k.shape[1]) > max_length:
+        raise ValueError(f"there are {max(q.shape[1], k.shape[1])} tokens; max_length is {max_length}, so raise it.")
+    return linear_attention(q, k, v, cosformer_features(max_length), mask=mask, is_causal=is_causal, eps=eps)
+
+
+def pola_attention(
+    q: Float[Array, "b n h k"],
+    k: Float[Array, "b m g k"],
+    v: Float[Array, "b m g d"],
+    mask: Array | None = None,
+    is_causal: bool | Causal = False,
+    power: float | Array = 3.0,
+    *,
+    eps: float = EPS,
+) -> Float[Array, "b n h d"]:
+    """Returns polarity-aware attention (PolaFormer, arXiv 2501.15061), without its gate.
+
+    The first half of each value is averaged by the weights of equal signs, [q+; q-]·[k+; k-], the second half by those
+    of opposite signs, [q-; q+]·[k+; k-], each with its own normaliser; q± = relu(±q)^power. power: positive, a
+    number or an array `h` or `h k`. eps: added to the sum of the weights; the released layer adds 1e-6 to their mean
+    over m keys, which is m * 1e-6. Raises ValueError if v's width is odd.
+
+    Example:
+        out = pola_attention(q, k, v)
+    """
+    return PolaKernel(power, eps).attend(q, k, v, mask=mask, is_causal=is_causal)
+
+
+def inline_attention(
+    q: Float[Array, "b n h k"],
+    k: Float[Array, "b m g k"],
+    v: Float[Array, "b m g d"],
+    mask: Array | None = None,
+    is_causal: bool | Causal = False,
+    scale: float | None = None,
+) -> Float[Array, "b n h d"]:
+    """Returns injective linear attention (InLine, arXiv 2412.06590), without its convolution.
+
+    With N keys and s = scale (k^-0.5 by default), weights are s q·k_j / N - mean_j(s q·k_j / N) + 1/N: they sum to one
+    and may be negative. Causal: N and the means run over the keys so far.
+
+    Example:
+        out = inline_attention(q, k, v)
+    """
+    return InlineKernel(scale).attend(q, k, v, mask=mask, is_causal=is_causal)

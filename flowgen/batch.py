@@ -1,0 +1,60 @@
+"""`Batch`: what datasets give and objectives take."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Array, Float, Int, UInt8
+
+from flowgen.arrays import check_bytes
+from flowgen.conditioning import UNCONDITIONAL, TextCondition
+
+
+class Moments(NamedTuple):
+    """The posterior of latents, N(mean, std²) elementwise.
+
+    mean, std: `b height width c`, or `b frames height width c` of clips; std is 0 or more.
+
+    Example:
+        moments = Moments(*codec.moments(images))
+    """
+
+    mean: Float[Array | np.ndarray, "b *event"]
+    std: Float[Array | np.ndarray, "b *event"]
+
+
+class Batch(NamedTuple):
+    """Data and the context that a model may take.
+
+    x: images `b height width c` or clips `b frames height width c` as bytes, or the posterior of latents.
+    context: None; int32 labels `b`, -1 for none; or a `TextCondition`.
+    rows: which rows of the whole batch these are, a `flowgen.rows.Rows`; added by a training step.
+
+    Example:
+        batch = Batch(images, np.array([3, -1], np.int32))
+    """
+
+    x: UInt8[Array | np.ndarray, "b *event"] | Moments
+    context: Int[Array | np.ndarray, " b"] | TextCondition | None = None
+    rows: Any = None
+
+    @property
+    def size(self) -> int:
+        """The number of data."""
+        return len(self.x.mean if isinstance(self.x, Moments) else self.x)
+
+    @property
+    def pixels(self) -> UInt8[Array | np.ndarray, "b *event"]:
+        """The images or clips. Raises ValueError if x holds something else, such as latents."""
+        if isinstance(self.x, Moments):
+            raise ValueError("batch.x holds moments of latents, where images or clips are needed.")
+        check_bytes("batch.x", self.x)
+        return self.x
+
+    @property
+    def labels(self) -> Int[Array | np.ndarray, " b"]:
+        """The labels; -1 for all if the context is something else."""
+        if self.context is None or isinstance(self.context, TextCondition):
+            return np.full(self.size, UNCONDITIONAL, np.int32)
+        return self.context

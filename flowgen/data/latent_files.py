@@ -1,0 +1,333 @@
+"""Cached latents in files, which training maps into memory.
+
+<directory>/<split>-<index>/   mean.npy std.npy label.npy; text.npy mask.npy and null.npz where captions were encoded
+<directory>/dataset.json       what the folders hold and what made them; written last, so that none is incomplete
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import zipfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+
+from flowgen import settings
+from flowgen.batch import Moments
+from flowgen.conditioning import TextCondition
+from flowgen.data.classes import checked_names, class_numbers
+from flowgen.data.dataset import NO_LABEL, BucketedDataset, Split
+from flowgen.data.latents import Kind, LatentDataset, Shard
+from flowgen.documents import ARRAY_DAMAGE, check_regular, inside, read_json
+from flowgen.settings import config
+from flowgen.settings.ranges import NonNegative, ProperFraction, Within
+
+INDEX_FILE = "dataset.json"
+NULL_FILE = "null.npz"
+FORMAT = "flowgen latents 3"
+MAX_NULL_OVERHEAD = 1 << 16  # bytes
+# Each open array holds a file descriptor; a process usually gets a thousand.
+OPEN_SHARDS = 64
+
+Count = Annotated[int, Within(1, 1 << 40)]
+
+
+@config
+class LatentsConfig:
+    """Cached latents of images or clips, which `python -m flowgen encode` wrote.
+
+    path: the directory.
+    fps: frames per second of the clips; 0 for the rate of the videos that were encoded.
+    drop_first: fraction of the clip batches that drop the first latent frame, as in `ClipsConfig`; they must have been
+    encoded, too.
+    images_fraction: share of image batches among training batches on clips; 0 takes every clip and image equally often.
+    classes: the class names in the order of their numbers, as in `DataConfig`.
+
+    Example:
+        config = LatentsConfig(path="data/latents")
+        dataset = read_latents(config.path, "train")
+    """
+
+    path: str = ""
+    fps: NonNegative = 8.0
+    drop_first: ProperFraction = 0.0
+    images_fraction: ProperFraction = 0.0
+    classes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "classes", checked_names(self.classes))
+
+
+@config
+class TextProvenance:
+    """What the features of captions depend on.
+
+    encoder: name of the text encoder. digest: of its weights and tokenizer. length, dim: tokens and features of a text.
+    noise_level, frames_per_second, aspect: what the texts say beside the captions, as in `TextConfig`.
+    """
+
+    encoder: str
+    digest: str
+    length: Count
+    dim: Count
+    noise_level: bool = False
+    frames_per_second: float | int | None = None
+    aspect: bool = False
+
+
+@config
+class Provenance:
+    """What made cached latents. Latents of other origin have none, and only flows without a codec take them.
+
+    codec: the codec in words; empty for pixels. codec_digest: of all that the latents depend on. text: how the captions
+    were encoded; None without texts. noise_std: noise of the flow that the texts mention. data: config of the images or
+    clips, as JSON.
+    """
+
+    codec: str = ""
+    codec_digest: str = ""
+    text: TextProvenance | None = None
+    noise_std: float | None = None
+    data: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@config
+class ShardEntry:
+    """What one folder holds: `count` latents of one kind and shape, of one split."""
+
+    folder: str
+    split: Literal["train", "eval"]
+    kind: Kind
+    count: Count
+    shape: tuple[Count, ...]
+    has_text: bool
+
+    def __post_init__(self) -> None:
+        axes = 3 if self.kind == "image" else 4
+        if len(self.shape) != axes:
+            raise ValueError(f"shape has {len(self.shape)} axes; latents of the kind '{self.kind}' have {axes}.")
+
+
+@config
+class LatentIndex:
+    """The index of cached latents: their class names, what made them, and their shards."""
+
+    format: Literal["flowgen latents 3"]
+    class_names: tuple[str, ...]
+    provenance: Provenance
+    shards: tuple[ShardEntry, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "class_names", checked_names(self.class_names, "class_names"))
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardFile:
+    """A shard on disk, mapped on demand; the last 64 stay mapped. written: modification time in ns, which detects a
+    replaced file.
+
+    Example:
+        shard = ShardFile(Path("latents/train-00000"), 4096, (32, 32, 4), has_text=False).opened()
+    """
+
+    folder: Path
+    size: int
+    event_shape: tuple[int, ...]
+    has_text: bool
+    written: int = 0
+
+    def opened(self) -> Shard:
+        """Returns its arrays. Raises FileNotFoundError or ValueError if one is missing or damaged."""
+        return _open_shard(self)
+
+
+class LatentWriter:
+    """Writes the shards of a dataset into a new directory; `finish` completes it for `read_latents`.
+
+    Example:
+        writer = LatentWriter("data/latents")
+        writer.add("train", shard, kind="image")
+        writer.finish(class_names=("cat", "dog"))
+    """
+
+    def __init__(self, directory: str | os.PathLike[str]):
+        self.directory = Path(directory)
+        self.entries: list[ShardEntry] = []
+        if self.directory.is_dir() and any(self.directory.iterdir()):
+            raise FileExistsError(f"'{directory}' holds files already; give a new directory.")
+
+    def add(
+        self, split: Literal["train", "eval"], shard: Shard, *, kind: Kind, null: TextCondition | None = None
+    ) -> None:
+        """Writes one shard. null: the empty text, which it needs if it has texts."""
+        if (shard.texts is None) != (null is None):
+            raise ValueError("a shard with texts needs the empty text, null, and one without has none; give both.")
+        entry = ShardEntry(
+            folder=f"{split}-{len(self.entries):05d}",
+            split=split,
+            kind=kind,
+            count=shard.size,
+            shape=shard.event_shape,
+            has_text=shard.texts is not None,
+        )
+        folder = self.directory / entry.folder
+        folder.mkdir(parents=True)
+        for part, array in _arrays(shard).items():
+            np.save(folder / f"{part}.npy", array, allow_pickle=False)
+        if null is not None:
+            np.savez(folder / NULL_FILE, text=null.embeddings[0], mask=null.mask[0])
+        self.entries.append(entry)
+
+    def finish(self, *, class_names: Iterable[str], provenance: Provenance | None = None) -> None:
+        """Writes the index. provenance: what made the latents, from which training checks that they fit its flow."""
+        index = LatentIndex(FORMAT, tuple(class_names), provenance or Provenance(), tuple(self.entries))
+        temporary = self.directory / f"{INDEX_FILE}.tmp"
+        temporary.write_text(json.dumps(settings.to_plain(index), indent=1) + "\n")
+        os.replace(temporary, self.directory / INDEX_FILE)
+
+
+def _arrays(shard: Shard) -> dict[str, np.ndarray]:
+    """The arrays of a shard by the names of their files."""
+    arrays = {"mean": shard.moments.mean, "std": shard.moments.std, "label": shard.labels}
+    if shard.texts is not None:
+        arrays |= {"text": shard.texts.embeddings, "mask": shard.texts.mask}
+    return {name: np.asarray(array) for name, array in arrays.items()}
+
+
+def read_index(directory: str | os.PathLike[str]) -> LatentIndex:
+    """Returns the index of cached latents.
+
+    Raises:
+        FileNotFoundError: no such directory, or one without a finished dataset.
+        ValueError: an index that cannot be read.
+
+    Example:
+        read_index("data/latents").provenance
+    """
+    path = Path(directory) / INDEX_FILE
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"data.path '{directory}' holds no cached latents ({INDEX_FILE} is missing, which is written last); "
+            "make them with: python -m flowgen encode."
+        )
+    plain = read_json(path, fix="encode the data again")
+    if not isinstance(plain, dict) or plain.get("format") != FORMAT:
+        raise ValueError(f"'{path}' is not an index of '{FORMAT}'; encode the data again.")
+    try:
+        return settings.from_plain(LatentIndex, plain)
+    except ValueError as error:
+        raise ValueError(f"'{path}' is damaged, or was written by hand ({error}); encode the data again.") from error
+
+
+def read_latents(
+    directory: str | os.PathLike[str], split: Split, classes: tuple[str, ...] = ()
+) -> LatentDataset | BucketedDataset:
+    """Returns a split of cached latents, memory-mapped; if it has several kinds or shapes, a bucket for each.
+
+    classes: the classes that labels are mapped to by name; empty for those of the data.
+
+    Raises FileNotFoundError or ValueError if files are missing, truncated or of another shape than the index says, if a
+    label is not a valid class number, or a class is not among `classes`.
+
+    Example:
+        dataset = read_latents("data/latents", "train")
+    """
+    index = read_index(directory)
+    entries = [entry for entry in index.shards if split in ("all", entry.split)]
+    if not entries:
+        raise ValueError(
+            f"data.path '{directory}' has nothing in the split '{split}'; encode again"
+            + (" with data.eval_fraction above 0." if split == "eval" else ".")
+        )
+    if len({entry.has_text for entry in entries}) > 1:
+        raise ValueError(f"data.path '{directory}' has texts in some of its parts alone; encode the data again.")
+    numbers = class_numbers(index.class_names, classes, f"data.path '{directory}'")
+    groups: dict[tuple[Kind, tuple[int, ...]], list[ShardEntry]] = {}
+    for entry in entries:
+        groups.setdefault((entry.kind, entry.shape), []).append(entry)
+        inside(directory, entry.folder, what=f"a folder in '{Path(directory) / INDEX_FILE}'")
+    datasets = tuple(
+        LatentDataset(
+            tuple(_checked(Path(directory), entry, index.class_names) for entry in group),
+            index.class_names if numbers is None else classes,
+            kind=kind,
+            numbers=() if numbers is None else tuple(numbers.tolist()),
+            null=_read_null(Path(directory) / group[0].folder) if group[0].has_text else None,
+        )
+        for (kind, _), group in sorted(groups.items())
+    )
+    return datasets[0] if len(datasets) == 1 else BucketedDataset(datasets)
+
+
+def _read_null(folder: Path) -> TextCondition:
+    """The empty text beside a shard that has texts."""
+    path = folder / NULL_FILE
+    of_texts = [_open_array(folder / f"{part}.npy").shape[1:] for part in ("text", "mask")]
+    try:
+        check_regular(path)
+        with zipfile.ZipFile(path) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+        # Headers, beside numbers of at most eight bytes.
+        if size > 8 * sum(map(math.prod, of_texts)) + MAX_NULL_OVERHEAD:
+            raise ValueError(f"it unpacks to {size:,} bytes")
+        with np.load(path, allow_pickle=False) as arrays:
+            null = arrays["text"], arrays["mask"]
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"'{path}' is missing; encode the data again.") from error
+    except (*ARRAY_DAMAGE, OSError) as error:
+        raise ValueError(f"'{path}' is truncated or damaged ({str(error)[:200]}); encode the data again.") from error
+    if [part.shape for part in null] != of_texts:
+        raise ValueError(f"'{path}' is of another shape than the texts beside it; encode the data again.")
+    return TextCondition(*(part[None] for part in null))
+
+
+def _checked(directory: Path, entry: ShardEntry, class_names: Sequence[str]) -> ShardFile:
+    """The shard of an index entry, its files checked and closed again."""
+    folder = directory / entry.folder
+    shard = ShardFile(folder, entry.count, entry.shape, entry.has_text)
+    label = _open_shard.__wrapped__(shard).labels
+    smallest, largest = (int(bound) for bound in (label.min(initial=NO_LABEL), label.max(initial=NO_LABEL)))
+    if label.dtype.kind != "i" or smallest < NO_LABEL or (class_names and largest >= len(class_names)):
+        raise ValueError(
+            f"'{folder / 'label.npy'}' holds labels that are not numbers of the {len(class_names)} classes, or -1 for "
+            f"none ({label.dtype} from {smallest} to {largest}); encode again."
+        )
+    return dataclasses.replace(shard, written=(folder / "mean.npy").stat().st_mtime_ns)
+
+
+def _open_array(path: Path) -> np.ndarray:
+    """A memory-mapped array of numbers."""
+    try:
+        check_regular(path)
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"'{path}' is missing; encode the data again.") from error
+    except OSError as error:
+        raise OSError(f"'{path}' cannot be read ({error}).") from error
+    except ARRAY_DAMAGE as error:
+        raise ValueError(f"'{path}' is truncated or damaged ({str(error)[:200]}); encode the data again.") from error
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "biuf":
+        raise ValueError(f"'{path}' holds no array of numbers; encode the data again.")
+    return array
+
+
+@functools.lru_cache(maxsize=OPEN_SHARDS)
+def _open_shard(shard: ShardFile) -> Shard:
+    arrays = {}
+    for part in ("mean", "std", "label", *(("text", "mask") if shard.has_text else ())):
+        path = shard.folder / f"{part}.npy"
+        arrays[part] = _open_array(path)
+        if arrays[part].shape[:1] != (shard.size,):
+            raise ValueError(
+                f"'{path}' has shape {arrays[part].shape} instead of {shard.size} entries; encode the data again."
+            )
+        if part in ("mean", "std") and arrays[part].shape[1:] != shard.event_shape:
+            raise ValueError(f"'{path}' holds latents of another shape than {INDEX_FILE} says; encode the data again.")
+    texts = TextCondition(arrays["text"], arrays["mask"]) if shard.has_text else None
+    return Shard(Moments(arrays["mean"], arrays["std"]), arrays["label"], texts)

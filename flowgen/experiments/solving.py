@@ -1,0 +1,102 @@
+"""How samples of velocity networks are drawn: the group `sampling` of their experiments, and its program."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Annotated, Literal
+
+import jax
+from flax import linen as nn
+from jaxtyping import Array, Float, Int, Key, PyTree
+
+from flowgen.conditioning import UNCONDITIONAL
+from flowgen.data import PointsConfig
+from flowgen.data.points import Distribution
+from flowgen.matching import MatchingConfig, edm_times, guided, integrate, integrate_mean, velocity_field
+from flowgen.settings import config
+from flowgen.settings.ranges import NonNegative, Positive, Samples, Within
+
+Solver = Literal["euler", "midpoint", "heun", "rk4", "dopri5", "mean_flow"]
+
+
+@config
+class SolverConfig:
+    """How samples are drawn, in training and by default in `sample.py`.
+
+    num: samples per sample grid; at least 1.
+    method: a solver of `flowgen.matching.integrate`, or "mean_flow" for networks of average velocities.
+    num_steps: steps of all methods but "dopri5"; at least 1.
+    times: "uniform", or "edm", steps that grow finer towards the data.
+    rtol: relative error that "dopri5" allows; positive.
+    atol: absolute error that "dopri5" allows; positive.
+    guidance: weight w of (1 + w) v_c - w v_u; 0 for none.
+    guidance_interval: times in [0, 1] between which guidance acts.
+    frechet_samples: images that each evaluation draws and compares with held-out ones; 0 for none.
+    """
+
+    num: Samples = 64
+    method: Solver = "heun"
+    num_steps: Annotated[int, Within(1, 1 << 20)] = 25
+    times: Literal["uniform", "edm"] = "uniform"
+    rtol: Positive = 1e-5
+    atol: Positive = 1e-5
+    guidance: NonNegative = 0.0
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    frechet_samples: Annotated[int, Within(0, 1 << 24)] = 0
+
+    def __post_init__(self):
+        low, high = self.guidance_interval
+        if not 0 <= low < high <= 1:
+            raise ValueError(f"guidance_interval is {self.guidance_interval}; give increasing times in [0, 1].")
+        if self.frechet_samples == 1:
+            raise ValueError("frechet_samples is 1; a distance needs at least 2, or 0 for none.")
+        if self.times == "edm" and self.num_steps < 2:
+            raise ValueError(f"num_steps is {self.num_steps}; the grid 'edm' needs at least 2.")
+        if self.times == "edm" and self.method in ("dopri5", "mean_flow"):
+            raise ValueError(f"times is 'edm', but {self.method} takes no grid; set it to 'uniform'.")
+
+
+@partial(jax.jit, static_argnames=("network", "distribution", "matching", "sampling"))
+def draw_by_solver(
+    network: nn.Module,
+    variables: PyTree,
+    key: Key[Array, ""],
+    indices: Int[Array, " b"],
+    labels: Int[Array, " b"] | None,
+    *,
+    distribution: Distribution | None,
+    matching: MatchingConfig,
+    sampling: SolverConfig,
+) -> tuple[Float[Array, "b *event"], int | Int[Array, ""]]:
+    """Returns samples, sample i from the noise of (key, i), and the number of velocity evaluations.
+
+    distribution: of x0, by its name in `PointsConfig`; None is Gaussian noise.
+
+    Example:
+        settings = {"matching": MatchingConfig(), "sampling": SolverConfig()}
+        x, evaluations = draw_by_solver(network, params, key, jnp.arange(4), None, distribution=None, **settings)
+    """
+    keys = jax.vmap(partial(jax.random.fold_in, key))(indices)
+    if distribution is None:
+        x0 = jax.vmap(lambda key: jax.random.normal(key, network.config.event_shape))(keys)
+    else:
+        x0 = jax.vmap(lambda key: PointsConfig(x0=distribution).draw(key, 1)[0][0])(keys)
+    if sampling.method == "mean_flow":
+
+        def average(t, x, cond, interval):
+            return network.apply(variables, t, x, cond, interval)
+
+        return integrate_mean(average, x0, labels, num_steps=sampling.num_steps)
+    velocity = velocity_field(network, variables, matching)
+    if sampling.guidance:
+        velocity = guided(velocity, UNCONDITIONAL, weight=sampling.guidance, interval=sampling.guidance_interval)
+    return integrate(
+        velocity,
+        x0,
+        labels,
+        method=sampling.method,
+        num_steps=sampling.num_steps,
+        times=edm_times(sampling.num_steps) if sampling.times == "edm" else None,
+        rtol=sampling.rtol,
+        atol=sampling.atol,
+    )

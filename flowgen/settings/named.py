@@ -1,0 +1,109 @@
+"""Your own objects by name, "package.module:object": in a command, and in the JSON that a run keeps.
+
+Only a command imports the modules that it names; a name in a file must be of a module that is imported already, so that
+reading a file runs no code. Errors are clauses to follow the name of a field.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import Any
+
+from flowgen.settings.ranges import meant, shown
+
+# What the running program itself defines is found by no other process.
+_PROGRAMS = ("__main__", "__mp_main__")
+_NOTHING = object()
+
+
+def is_name(value: Any) -> bool:
+    """Returns whether a value is text that names an object."""
+    return isinstance(value, str) and ":" in value
+
+
+def import_module(module: str) -> None:
+    """Imports a module by name, which must be trusted; ValueError if there is none, or it fails.
+
+    Example:
+        import_module("my_couplings")
+    """
+    if not all(part.isidentifier() for part in module.split(".")):
+        raise ValueError(f"is {shown(module)}; give the name of a module, such as package.module.")
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # A module of the user's can raise anything.
+        if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
+            raise ValueError(
+                f"needs the module {error.name}, which is not found; add its folder to PYTHONPATH."
+            ) from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"needs the module {module}, which fails ({type(error).__name__}: {reason}).") from error
+
+
+def resolve(name: str) -> Any:
+    """Returns the object that "package.module:object" names, without importing the module.
+
+    Raises ValueError if the name is not of this form, the module is not imported, or has no such object.
+
+    Example:
+        coupling = resolve("my_couplings:SlicedOT")
+    """
+    module, attributes = split_name(name)
+    if module not in sys.modules:
+        raise ValueError(
+            f"is {shown(name)}, and {module} is not imported; import it first, in a command by --import {module}."
+        )
+    found = sys.modules[module]
+    for part in attributes:
+        following = getattr(found, part, _NOTHING)
+        if following is _NOTHING:
+            raise ValueError(f"is {shown(name)}, and {part} is not there{meant(part, dir(found))}")
+        found = following
+    return found
+
+
+def import_object(name: str) -> Any:
+    """Returns the object that "package.module:object" names; its module is imported, so the name must be trusted.
+
+    Raises ValueError as `resolve` and `import_module` do.
+
+    Example:
+        coupling = import_object("my_couplings:SlicedOT")
+    """
+    import_module(split_name(name)[0])
+    return resolve(name)
+
+
+def split_name(name: str) -> tuple[str, list[str]]:
+    """Returns the module and the attributes that lead to an object; ValueError if it is no name of an object."""
+    module, _, path = name.partition(":")
+    attributes = path.split(".")
+    if not all(part.isidentifier() for part in [*module.split("."), *attributes]):
+        raise ValueError(f"is {shown(name)}; write it as package.module:object.")
+    return module, attributes
+
+
+def name_of(value: Any) -> str | None:
+    """Returns the name by which `resolve` finds this very object; None if no imported module has it at its top level.
+
+    Example:
+        name_of(json.dumps)  # "json:dumps"
+    """
+    module, path = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
+    if isinstance(module, str) and isinstance(path, str) and _is_there(module, path.split("."), value):
+        return f"{module}:{path}"
+    for module, contents in list(sys.modules.items()):
+        if isinstance(contents, ModuleType) and module not in _PROGRAMS:
+            for name, held in list(vars(contents).items()):
+                if held is value and name.isidentifier():
+                    return f"{module}:{name}"
+    return None
+
+
+def _is_there(module: str, path: list[str], value: Any) -> bool:
+    found: Any = None if module in _PROGRAMS else sys.modules.get(module)
+    for part in path:
+        found = getattr(found, part, None)
+    return found is value
