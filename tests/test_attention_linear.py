@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import rows
 from tolerances import LAYER, assert_close
 
 from flowgen.attention import (
@@ -134,8 +135,8 @@ def pairwise(features, v, log_decay=None, segments=None, block_size=1):
     return out, norms.sum(-1).swapaxes(1, 2), state
 
 
-@pytest.mark.parametrize("chunk_size", [1, 7, 64])
-@pytest.mark.parametrize("n", [1, 63, 65, 130])
+@pytest.mark.parametrize("chunk_size", rows([1, 7, 64], (1,)))
+@pytest.mark.parametrize("n", rows([1, 63, 65, 130], (63,)))
 def test_chunks_are_the_weights_of_every_pair(n, chunk_size, x64):
     arrays = normal((2, n, 4, 3), (2, n, 2, 3), (2, n, 4, 2), (2, n, 2, 2), (2, n, 2, 5))
     *features, v = arrays

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import rows
 from flax import linen as nn
 from flax import nnx
 from tolerances import LAYER, assert_close
@@ -152,7 +153,11 @@ def test_soft_layer_is_the_published_one():
             np.testing.assert_allclose(out, published_soft(params, image, GRID, 2), atol=PUBLISHED)
 
 
-@pytest.mark.parametrize("name", CAUSAL)
+# Kernels that show little beside the others: laws of kernels hold them.
+ALIKE = ("elu_plus_one", "focused", "inline", "pola", "relu")
+
+
+@pytest.mark.parametrize("name", rows(CAUSAL, ALIKE))
 def test_causal_modules_decode_what_they_compute_in_parallel(name):
     module, x = CAUSAL[name], inputs(n=13)
     variables = perturbed(module, x)
@@ -172,7 +177,7 @@ def test_causal_modules_decode_what_they_compute_in_parallel(name):
     assert gradient[:, :6].any()
 
 
-@pytest.mark.parametrize("name", [*CAUSAL, *FULL])
+@pytest.mark.parametrize("name", rows([*CAUSAL, *FULL], ALIKE))
 def test_every_parameter_of_every_module_receives_gradient(name):
     module, options = FULL[name] if name in FULL else (CAUSAL[name], {})
     x = inputs()
@@ -183,7 +188,7 @@ def test_every_parameter_of_every_module_receives_gradient(name):
         assert np.abs(leaf).max() > 0, path
 
 
-@pytest.mark.parametrize("name", [n for n in [*CAUSAL, *FULL] if n != "soft conv"])
+@pytest.mark.parametrize("name", rows([n for n in [*CAUSAL, *FULL] if n != "soft conv"], ALIKE))
 def test_masked_tokens_do_not_matter(name):
     module, options = FULL[name] if name in FULL else (CAUSAL[name], {})
     x = inputs()

@@ -147,10 +147,7 @@ CALLS = {
 }
 MODULES = [name for name in CALLS if "layer" in name]
 # Those that show little beside the others are slow.
-SHOWN = (
-    *("nala causal", "pola", "packed", "prefill and step", "pallas", "simple GLA", "gated delta", "soft", "frames"),
-    "nala layer on a grid",
-)
+SHOWN = ("nala causal", "pallas", "gated delta", "soft")
 each_call = pytest.mark.parametrize("name", rows(CALLS, [name for name in CALLS if name not in SHOWN]))
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from commands import one_sentence
 
 from flowgen import checkpoint
 from flowgen.experiments import FlowExperiment, from_json
@@ -46,14 +47,6 @@ def assert_same(a, b):
         other = flatten(b)[name]
         assert np.asarray(leaf).dtype == np.asarray(other).dtype, name
         np.testing.assert_array_equal(np.asarray(leaf), np.asarray(other), err_msg=name)
-
-
-def one_sentence(error):
-    message = str(error.value)
-    assert "\n" not in message
-    assert message.endswith(".")
-    assert ". " not in message
-    return message
 
 
 @pytest.fixture(scope="module")
@@ -228,16 +221,6 @@ def test_of_equal_scores_the_later_is_best(tmp_path):
         assert store.steps() == [4]
 
 
-def test_an_unfinished_save_does_not_count_and_is_cleared(copied):
-    unfinished = copied / "9.saving"
-    shutil.copytree(copied / "7", unfinished)
-    assert CheckpointReader(copied).steps() == [3, 7]
-    with CheckpointStore(copied) as store:
-        store.save(9, make_state(9), config=CONFIG)
-    assert not unfinished.exists()
-    assert_same(CheckpointReader(copied).restore(9, jax.tree.map(np.asarray, make_state())), make_state(9))
-
-
 def test_weights_written_as_a_run_are_loaded(written, weights):
     flow, variables, experiment = checkpoint.load(written)
     assert experiment == EXPERIMENT
@@ -312,14 +295,6 @@ def test_load_says_what_is_missing(weights, tmp_path):
     assert "has no checkpoint yet" in messages["begun"]
     assert "has no checkpoint 5; choose one of 4." in messages["step"]
     assert "has no evaluated checkpoint" in messages["best"]
-
-
-@pytest.mark.parametrize("text", ["{", "[]", "\udcff", ""])
-def test_a_config_that_is_not_json_is_refused(tmp_path, text):
-    (tmp_path / "config.json").write_bytes(text.encode(errors="surrogateescape"))
-    with pytest.raises(ValueError, match=r"config\.json") as error:
-        checkpoint.load(tmp_path)
-    one_sentence(error)
 
 
 def test_weights_of_another_model_are_refused(weights, tmp_path):

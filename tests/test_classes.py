@@ -9,9 +9,10 @@ import zipfile
 import jax
 import numpy as np
 import pytest
+from commands import outcome_of, refused, succeed
 from PIL import Image
 
-from flowgen import checkpoint, cli, experiments
+from flowgen import checkpoint, experiments
 from flowgen.data import (
     ArrayDataset,
     ClipsConfig,
@@ -279,25 +280,20 @@ def run(tmp_path_factory):
     return root / "run"
 
 
-def command(*words):
-    return cli.main([str(word) for word in words])
-
-
-def test_a_run_keeps_the_names_of_its_classes(run, capsys):
+def test_a_run_keeps_the_names_of_its_classes(run):
     saved = json.loads((run / "config.json").read_text())
     assert saved["data"]["classes"] == list(KNOWN)
     _, _, experiment = checkpoint.load(run)
     assert experiment.data.classes == KNOWN
     assert experiments.from_json(experiment.to_json()) == experiment
-    assert command("info", "--checkpoint", run) == 0
-    assert "0 cat, 1 dog, 2 fox" in capsys.readouterr().out
+    assert "0 cat, 1 dog, 2 fox" in succeed("info --checkpoint", run)
 
 
-def test_other_data_are_evaluated_with_the_numbers_of_the_run(run, tmp_path, capsys):
+def test_other_data_are_evaluated_with_the_numbers_of_the_run(run, tmp_path):
     photos(tmp_path / "photos", "dog", "fox")
     words = ("evaluate", "--checkpoint", run, "--split", "all", "--data.path", tmp_path / "photos")
-    assert command(*words) == 0
-    printed, said = capsys.readouterr()
+    code, printed, said = outcome_of(*words)
+    assert code == 0
     flow, params, experiment = checkpoint.load(run)
     data = dataclasses.replace(experiment.data, path=str(tmp_path / "photos"), classes=())
     found = load(data, image_size=(8, 8), channels=1, split="all")
@@ -306,25 +302,17 @@ def test_other_data_are_evaluated_with_the_numbers_of_the_run(run, tmp_path, cap
     assert f"bits/dim {bits:.4f}" in printed
     assert said.count("has no example of cat") == 1
     photos(tmp_path / "photos", "zebra")
-    assert command(*words) == cli.EXIT_MISTAKE
-    assert "the class zebra, and data.classes are cat, dog, fox" in capsys.readouterr().err
-    assert command(*words, "--data.classes", "('dog', 'fox', 'zebra')") == cli.EXIT_MISTAKE
-    assert "--data.classes" in capsys.readouterr().err
+    assert "the class zebra, and data.classes are cat, dog, fox" in outcome_of(*words).err
+    assert "--data.classes" in refused(*words, "--data.classes", "('dog', 'fox', 'zebra')")
 
 
-def test_a_class_is_asked_for_by_name(run, tmp_path, capsys):
-    def sampled(classes):
-        out = tmp_path / "samples.npz"
-        words = ("sample", "--checkpoint", run, "--num", 4, "--plan", "sequential", "--out", out)
-        code = command(*words, f"--classes={classes}")
-        return (code, None) if code else (code, np.load(out)["labels"].tolist())
-
-    assert sampled("fox,cat") == (0, [2, 0, 2, 0])
-    assert sampled("1") == (0, [1, 1, 1, 1])
-    assert sampled("-1, dog") == (0, [-1, 1, -1, 1])
+def test_a_class_is_asked_for_by_name(run, tmp_path):
+    words = ("sample --num 4 --plan sequential --checkpoint", run, "--out", tmp_path / "samples.npz")
+    for classes, labels in (("fox,cat", [2, 0, 2, 0]), ("1", [1, 1, 1, 1]), ("-1, dog", [-1, 1, -1, 1])):
+        succeed(*words, f"--classes={classes}")
+        assert np.load(tmp_path / "samples.npz")["labels"].tolist() == labels
     for wrong, told in (("fxo", "did you mean fox?"), ("3", "cat, dog, fox"), ("", "--classes has no value")):
-        assert sampled(wrong) == (cli.EXIT_MISTAKE, None)
-        assert told in capsys.readouterr().err
+        assert told in refused(*words, f"--classes={wrong}")
 
 
 @pytest.fixture
@@ -349,6 +337,7 @@ def test_a_renamed_class_is_refused(again):
     assert resumed(workdir).state.step == 6
 
 
+@pytest.mark.slow
 def test_a_class_without_images_goes_on_where_its_name_is_kept(again, caplog):
     workdir, path = again
     shutil.rmtree(path / "dog")
@@ -359,6 +348,7 @@ def test_a_class_without_images_goes_on_where_its_name_is_kept(again, caplog):
     assert "has no example of dog" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_run_that_kept_no_names_goes_on(run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(run.parent)
     old, workdir = experiment_of(), tmp_path / "old"

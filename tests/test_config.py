@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import one_sentence
 
 from flowgen import experiments, settings
 from flowgen.codecs import VideoAutoencoderConfig
@@ -167,14 +168,6 @@ def types_of(plain: Any) -> Any:
     return [types_of(value) for value in plain] if isinstance(plain, list | tuple) else type(plain)
 
 
-def one_sentence(error: pytest.ExceptionInfo) -> str:
-    """The message, which must be a single line that ends in a full stop."""
-    message = str(error.value)
-    assert "\n" not in message
-    assert message.endswith((".", "?")), message
-    return message
-
-
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_json_gives_the_same_experiment(name):
     given = EXPERIMENTS[name]
@@ -261,13 +254,15 @@ def test_a_resumed_run_may_not_change_anything_else(experiment, arguments, chang
 
 
 def test_a_config_file_must_give_an_experiment(tmp_path):
-    with pytest.raises(FileNotFoundError, match="does not exist") as error:
-        experiments.load_config(tmp_path / "absent.py")
-    one_sentence(error)
-    (tmp_path / "empty.py").write_text("x = 1\n")
-    with pytest.raises(ValueError, match=r"must define config\(\)") as error:
-        experiments.load_config(tmp_path / "empty.py")
-    one_sentence(error)
+    for path in (tmp_path / "absent.py", tmp_path):
+        with pytest.raises(FileNotFoundError, match="does not exist") as error:
+            experiments.load_config(path)
+        one_sentence(error)
+    for text in ("x = 1\n", "def config():\n    return 'digits'\n"):
+        (tmp_path / "mine.py").write_text(text)
+        with pytest.raises(ValueError, match=r"must define config\(\) that returns an experiment") as error:
+            experiments.load_config(tmp_path / "mine.py")
+        one_sentence(error)
 
 
 def test_values_that_depend_on_each_other_are_checked_together(experiment):

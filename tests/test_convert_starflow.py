@@ -1,24 +1,21 @@
 """Import of published STARFlow weights: every tensor has its place, and arguments are read strictly."""
 
 import dataclasses
-import sys
 import tracemalloc
-from pathlib import Path
 
+import codec_weights as cw
 import jax
 import numpy as np
 import pytest
+import starflow_weights as sw
+from commands import outcome_of, refused, succeed
 from published_files import publish, write_safetensors
 
 from flowgen import checkpoint, convert
-from flowgen.cli import main
 from flowgen.convert.mapping import match
+from flowgen.convert.published_starflow import model_config
 from flowgen.convert.tables import starflow as starflow_rules
 from flowgen.flows import STARFLOW_PRESETS, STARFlow, init
-
-sys.path.insert(0, str(Path(__file__).parent / "fixtures"))
-import codec_weights as cw
-import starflow_weights as sw
 
 BUFFERS = 1 + 6 + 2  # var, attn_mask of each block, feat_rope
 
@@ -44,8 +41,6 @@ def test_the_released_text_to_image_layout_has_455_keys_and_each_has_its_place()
 
 
 def test_the_published_yaml_gives_the_released_shape():
-    from flowgen.convert.published_starflow import _config, _known
-
     published = sw.T2I.arguments() | {
         "img_size": 256,
         "vae": "stabilityai/sd-vae-ft-ema",
@@ -54,7 +49,7 @@ def test_the_published_yaml_gives_the_released_shape():
         "latent_norm_regularization": 1e-4,
     }
     weights = {"blocks.5.proj_txt.weight": np.zeros((3072, 2048), np.float32)}
-    assert _config(weights, _known(published)) == STARFLOW_PRESETS["t2i_3b"]
+    assert model_config(weights, published) == STARFLOW_PRESETS["t2i_3b"]
 
 
 @pytest.mark.parametrize("case", sw.CASES)
@@ -147,66 +142,53 @@ def published(tmp_path_factory):
     return folder
 
 
-def run(capsys, *words):
-    """The exit code of a command, and what it wrote on standard error."""
-    code = main([str(word) for word in words])
-    return code, capsys.readouterr().err
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_published_files_draw_a_prompt(published, tmp_path, capsys, dtype):
+def test_published_files_draw_a_prompt(published, tmp_path, dtype):
     files = ("--arguments", published / "arguments.yaml", "--dtype", dtype)
     places = ("--autoencoder", published / "vae", "--text-encoder", published / "t5")
     to = tmp_path / "run"
-    assert run(capsys, "convert", published / "weights.safetensors", *files, *places, "--to", to) == (0, "")
+    assert outcome_of("convert", published / "weights.safetensors", *files, *places, "--to", to)[::2] == (0, "")
     flow, params, experiment = checkpoint.load(to)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {dtype}
     assert experiment.sampling.guidance == 2.5
     assert flow.config.image_size == 4
     out = tmp_path / "samples.npz"
     prompt = ("sample", "--checkpoint", to, "--prompt", "a photo of a cat", "--aspect", "1:1", "--guidance", "3.6")
-    assert run(capsys, *prompt, "--out", out) == (0, "")
+    assert outcome_of(*prompt, "--out", out)[::2] == (0, "")
     with np.load(out) as arrays:
         assert arrays["images"].shape == (1, 16, 16, 3)
         assert np.isfinite(arrays["images"]).all()
-    assert run(capsys, *prompt, "--num", 2, "--out", tmp_path / "samples.png") == (0, "")
+    assert outcome_of(*prompt, "--num", 2, "--out", tmp_path / "samples.png")[::2] == (0, "")
     other = {name: x + 0.1 for name, x in cw.state_dict("autoencoder").items()}
     publish(tmp_path / "vae", cw.AUTOENCODER, other, "diffusion_pytorch_model.safetensors")
-    code, error = run(capsys, *prompt, "--autoencoder", tmp_path / "vae", "--out", out)
-    assert code == 2
-    assert "is not the one that the flow was trained on" in error
+    assert "is not the one that the flow was trained on" in refused(
+        *prompt, "--autoencoder", tmp_path / "vae", "--out", out
+    )
     other = {name: x + 0.1 for name, x in cw.state_dict("t5").items()}
     t5 = publish(tmp_path / "t5", cw.T5, other, "model.safetensors")
     (t5 / "spiece.model").write_bytes((cw.HERE / "spiece.model").read_bytes())
-    code, error = run(capsys, *prompt, "--text-encoder", t5, "--out", out)
-    assert code == 2
-    assert "is not the one that the flow was trained with" in error
+    assert "is not the one that the flow was trained with" in refused(*prompt, "--text-encoder", t5, "--out", out)
 
 
-def test_places_can_be_given_when_samples_are_drawn(published, tmp_path, capsys):
+def test_places_can_be_given_when_samples_are_drawn(published, tmp_path):
     to, out = tmp_path / "run", tmp_path / "no.png"
     files = ("--arguments", published / "arguments.yaml")
-    assert run(capsys, "convert", published / "weights.safetensors", *files, "--to", to)[0] == 0
+    succeed("convert", published / "weights.safetensors", *files, "--to", to)
     prompt = ("sample", "--checkpoint", to, "--prompt", "a cat", "--out", out)
-    code, error = run(capsys, *prompt)
-    assert code == 2
-    assert "codec.path is empty" in error
-    code, error = run(capsys, *prompt, "--autoencoder", published / "vae")
-    assert code == 2
-    assert "text.encoder is not set; give the folder" in error
-    code, error = run(capsys, *prompt, "--autoencoder", published / "vae", "--text-encoder", tmp_path)
-    assert code == 2
-    assert "has no config.json, so it is not a published text encoder" in error
+    vae, t5 = ("--autoencoder", published / "vae"), ("--text-encoder", published / "t5")
+    assert "codec.path is empty" in refused(*prompt)
+    assert "text.encoder is not set; give the folder" in refused(*prompt, *vae)
+    assert "has no config.json, so it is not a published text encoder" in refused(
+        *prompt, *vae, "--text-encoder", tmp_path
+    )
     assert not out.exists()
-    long = "the red apple and the dogs of a photo of a cat"
-    places = ("--autoencoder", published / "vae", "--text-encoder", published / "t5")
-    code, error = run(capsys, "sample", "--checkpoint", to, "--prompt", long, "--out", out, *places)
-    assert code == 2
+    long = ("--prompt", "the red apple and the dogs of a photo of a cat")
+    error = refused("sample --checkpoint", to, *long, "--out", out, *vae, *t5)
     assert "tokens, but the model takes 24; shorten it" in error
 
 
-def test_mistakes_in_the_files_are_named(published, tmp_path, capsys):
+def test_mistakes_in_the_files_are_named(published, tmp_path):
     weights, to = published / "weights.safetensors", tmp_path / "run"
     (tmp_path / "foreign.yaml").write_text(YAML + "- layer_per_block: 3\n")
     (tmp_path / "fps.yaml").write_text(YAML + "- fps_cond: 1\n")
@@ -233,10 +215,7 @@ def test_mistakes_in_the_files_are_named(published, tmp_path, capsys):
         ),
         ((weights,), "--image-size is missing; give it for a TARFlow, or --arguments for a STARFlow"),
     ):
-        code, error = run(capsys, "convert", *words, "--to", to)
-        assert code == 2
-        assert message in error
-        assert error.count("\n") == 1
+        assert message in refused("convert", *words, "--to", to)
         assert not to.exists()
 
 

@@ -1,24 +1,21 @@
 """Import of published STARFlow-V weights: every tensor has its place, the denoiser its scale, arguments are read."""
 
 import dataclasses
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+import starflow_v_weights as sv
+import starflow_weights as sw
+from commands import one_sentence
 from published_files import write_safetensors
 
 from flowgen import checkpoint, convert, models
 from flowgen.cli import main
 from flowgen.convert.mapping import match
-from flowgen.convert.published_starflow import _config, _known
+from flowgen.convert.published_starflow import model_config
 from flowgen.convert.tables import starflow_v as starflow_v_rules
 from flowgen.flows import STARFLOW_V_480P, STARFlowV, denoiser_variables
-
-sys.path.insert(0, str(Path(__file__).parent / "fixtures"))
-import starflow_v_weights as sv
-import starflow_weights as sw
 
 BUFFERS = 1 + 6 + 2  # var, attn_mask of each block, feat_rope
 # The published YAML, in which what shapes no model and the learning rate may stay as they are.
@@ -88,11 +85,12 @@ def test_the_released_layout_has_558_keys_and_each_has_its_place():
 def test_the_published_yaml_gives_the_released_shape(tmp_path):
     (tmp_path / "arguments.yaml").write_text(YAML)
     weights = {"blocks.5.proj_txt.weight": np.zeros((4096, 2048), np.float32)}
-    config = _config(weights, _known(convert.read_arguments(tmp_path / "arguments.yaml")))
+    config = model_config(weights, convert.read_arguments(tmp_path / "arguments.yaml"))
     assert config == dataclasses.replace(STARFLOW_V_480P, image_size=40)
     assert STARFlowV(config).with_image_size(30, 53).config == STARFLOW_V_480P
     assert (config.denoiser_past_frames, config.denoiser_lookahead_frames) == (9, 1)
     assert convert.clip_size("81:16") == (81, 16)
+    assert STARFLOW_V_480P.num_tokens == 33_390
 
 
 @pytest.mark.parametrize("case", sv.CASES)
@@ -163,7 +161,7 @@ def test_a_model_without_a_denoiser():
 def test_arguments_that_do_not_fit_are_refused(change, message):
     with pytest.raises(ValueError, match=message) as error:
         convert.starflow(sv.state_dict(TOY), TOY.arguments() | change)
-    assert "\n" not in str(error.value)
+    one_sentence(error)
 
 
 def test_missing_unexpected_and_infinite_tensors_are_all_listed():

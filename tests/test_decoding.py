@@ -33,7 +33,7 @@ from flowgen.flows.block import BlockState
 NAMES = ("classes", "volume preserving", "rectangular", "starflow text", "starflow options")
 
 
-@pytest.fixture(params=rows(NAMES, ("volume preserving", "rectangular", "starflow text")))
+@pytest.fixture(params=rows(NAMES, ("volume preserving", "rectangular", "starflow text", "classes")))
 def case(request):
     flow, params, x, cond = laws.case(request.param)
     z, _ = apply(flow, params, x, cond)

@@ -3,12 +3,12 @@
 import ast
 import re
 import shlex
-import sys
 import textwrap
 from pathlib import Path
 
 import jax
 import pytest
+import video_weights
 from published_files import publish
 
 from flowgen import checkpoint, cli, experiments
@@ -17,8 +17,6 @@ from flowgen.cli.grammar import apply_words, load_experiment
 from flowgen.models import init
 
 PROJECT = Path(__file__).parent.parent
-sys.path.insert(0, str(PROJECT / "tests" / "fixtures"))
-import video_weights  # noqa: E402
 
 PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md")), *sorted((PROJECT / "configs").glob("*.py"))]
 FENCE = re.compile(r"^( *)```(\w*)(?: title=\"(\S+)\")?\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
@@ -27,8 +25,6 @@ FENCE = re.compile(r"^( *)```(\w*)(?: title=\"(\S+)\")?\n(.*?)^ *```$", re.MULTI
 RUNS = {"runs/digits": "tarflow_digits", "runs/wcfm": "wcfm_digits"}
 AUTOENCODER = "Wan2.2-TI2V-5B-Diffusers"
 SMALLER = {"(1, 81, 480, 848, 3)": "(1, 5, 32, 32, 3)"}
-# Blocks that compile for longer than the others together.
-SLOW = ("starflow.md", "starflow_v.md")
 
 
 def blocks(page, language):
@@ -65,7 +61,7 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize(
     ("page", "number", "text"),
     [
-        pytest.param(*row, id=f"{row[0].name}-{row[1]}", marks=[pytest.mark.slow] * (row[0].name in SLOW))
+        pytest.param(*row, id=f"{row[0].name}-{row[1]}", marks=[pytest.mark.slow] * (row[0].name != "README.md"))
         for row in PYTHON
     ],
 )

@@ -8,13 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from commands import refused, succeed
 from PIL import Image
-from test_cli import flowgen, succeed
 from tolerances import NETWORK, assert_close
 
 from flowgen import checkpoint, experiments
 from flowgen import matching as fm
-from flowgen.cli import EXIT_MISTAKE
 from flowgen.data import PointsConfig
 from flowgen.experiments import MatchingExperiment, SolverConfig, fit
 from flowgen.matching import GibbsWeights, Independent, MatchingConfig, MinibatchOT, MLPConfig
@@ -129,6 +128,7 @@ def test_the_classes_of_images_and_guidance_reach_the_network(digits, tmp_path):
     np.testing.assert_array_equal(three, images("--classes 3 --guidance 0 --batch 4"))
     assert np.abs(three - images("--classes 4 --guidance 0")).max() > 0
     assert np.abs(three - images("--classes 3 --guidance 5")).max() > 0
+    assert "sampling.guidance is -1" in refused("sample --guidance -1 --checkpoint", path)
     assert_close(three[:2], images("--classes 3 --guidance 0 --batch 2")[:2], NETWORK)
     out = succeed("evaluate --samples 20 --batch 64 --checkpoint", path)
     first, bits, distance, accuracy = out.splitlines()
@@ -169,20 +169,15 @@ MISTAKES = {
     "evaluate --noise uniform --checkpoint POINTS": "--noise is not an option here for a MLP",
     "evaluate --samples 1 --checkpoint POINTS": "samples is 1; ",
     "evaluate --checkpoint POINTS --data.x1 circles": "data.x1 is 'circles'; it must be 'normal' or",
-    "sample --out a.png --guidance -1 --checkpoint DIGITS": "sampling.guidance is -1",
     "train --workdir POINTS --config CONFIG --matching.coupling.ess 0.3": "begun with another config",
 }
 
 
 @pytest.mark.parametrize(("command", "part"), MISTAKES.items())
-def test_mistakes_are_one_sentence(command, part, points, digits, tmp_path, monkeypatch, untyped):
+def test_mistakes_are_one_sentence(command, part, points, tmp_path, monkeypatch, untyped):
     monkeypatch.chdir(tmp_path)
-    for name, place in {"POINTS": points[0], "DIGITS": digits[0], "CONFIG": CONFIGS / "cfm_moons.py"}.items():
-        command = command.replace(name, str(place))
-    outcome = flowgen(command)
-    assert outcome.code == EXIT_MISTAKE, outcome
-    assert re.fullmatch(r"flowgen: [^\n]+\n", outcome.err), outcome.err
-    assert part in outcome.err
+    command = command.replace("POINTS", str(points[0])).replace("CONFIG", str(CONFIGS / "cfm_moons.py"))
+    assert part in refused(command)
     assert not list(tmp_path.iterdir())
 
 

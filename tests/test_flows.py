@@ -28,8 +28,8 @@ BFLOAT16 = 0.05  # 8 bits of mantissa
 
 
 ALIKE = (
-    *("affine", "no remat", "one block", "rectangular"),
-    *("starflow class prefix", "starflow added class", "starflow nala", "starflow rectangular"),
+    *("affine", "nala", "no remat", "one block", "rectangular"),
+    *("starflow class prefix", "starflow added class", "starflow nala", "starflow rectangular", "starflow text"),
 )
 
 

@@ -13,6 +13,8 @@ from tolerances import NETWORK, assert_close
 from flowgen.training import CheckpointReader
 from flowgen.training.loop import AGREE_EVERY
 
+pytestmark = pytest.mark.slow  # Four processes start.
+
 
 def free_address():
     with socket.socket() as found:

@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from commands import one_sentence
 
 from flowgen import checkpoint
 from flowgen.experiments import FlowExperiment
@@ -30,14 +31,6 @@ def state_of(step):
 
 def restored(reader, step):
     return reader.restore(step, jax.tree.map(np.asarray, state_of(step)))["params"]["w"]
-
-
-def one_sentence(error):
-    message = str(error.value)
-    assert "\n" not in message
-    assert message.endswith(".")
-    assert len(message) < 500
-    return message
 
 
 @pytest.fixture(scope="module")

@@ -1,46 +1,21 @@
 """A run directory neither blocks nor lies: whatever happens to it while a run trains is noticed and said."""
 
-import contextlib
 import dataclasses
-import errno
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import one_sentence
 from scripts import toy
-from scripts.toy import PATIENCE, rows_of, start, wait_for
+from scripts.toy import PATIENCE, TEN, arrays_of, assert_bitwise, rows_of, start
 
-from flowgen.runs import CheckpointReader, RunLock, check_workdir, read_config
-from flowgen.training import Interrupted, Signals
-
-TEN = dataclasses.replace(toy.QUIET, checkpoint_every=10, log_every=10)
-CHECKPOINTS = "checkpoints"
-
-
-def arrays_of(workdir, step=toy.STEPS):
-    return CheckpointReader(workdir / CHECKPOINTS).arrays(step)
-
-
-def assert_bitwise(a, b):
-    assert a.keys() == b.keys()
-    for name in a:
-        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """The arrays of a run that nothing happened to."""
-    workdir = tmp_path_factory.mktemp("whole") / "run"
-    toy.run(toy.make_job(), workdir, log=TEN)
-    return workdir
+from flowgen.runs import CHECKPOINTS, CheckpointReader, RunLock, check_workdir, read_config
 
 
 def with_event(step, event):
@@ -75,13 +50,6 @@ def test_a_damaged_checkpoint_is_refused_and_not_passed_over(whole, tmp_path):
         toy.run(toy.make_job(), workdir, log=TEN)
 
 
-def test_a_copied_checkpoint_is_refused(whole, tmp_path):
-    workdir = shutil.copytree(whole, tmp_path / "run")
-    shutil.copytree(workdir / CHECKPOINTS / "30", workdir / CHECKPOINTS / "50")
-    with pytest.raises(ValueError, match=r"Checkpoint 50 .* holds step 30"):
-        toy.run(toy.make_job(), workdir, log=TEN, steps=60)
-
-
 def test_a_run_without_a_whole_checkpoint_is_refused(whole, tmp_path):
     workdir = shutil.copytree(whole, tmp_path / "run")
     for folder in (workdir / CHECKPOINTS).iterdir():
@@ -89,7 +57,7 @@ def test_a_run_without_a_whole_checkpoint_is_refused(whole, tmp_path):
     before = sorted(workdir.rglob("*"))
     with pytest.raises(ValueError, match=r"No checkpoint in .* is complete .40: it lacks params/") as error:
         toy.run(toy.make_job(), workdir, log=TEN)
-    assert "\n" not in str(error.value)
+    one_sentence(error)
     assert sorted(workdir.rglob("*")) == before
 
 
@@ -219,17 +187,16 @@ def test_a_directory_that_was_replaced_is_not_written_into(tmp_path):
 
     with pytest.raises(FileExistsError, match="was replaced during training") as error:
         toy.run(with_event(25, replace), workdir, log=TEN)
-    assert "\n" not in str(error.value)
+    one_sentence(error)
     assert [path.name for path in workdir.iterdir()] == ["letter.txt"]
 
 
-@pytest.mark.parametrize("error", [ValueError("clip 'a.mp4' is damaged."), OSError("gone."), RuntimeError("odd.")])
-def test_what_was_trained_is_saved_when_the_data_fail(whole, tmp_path, error):
+def test_what_was_trained_is_saved_when_the_data_fail(whole, tmp_path):
     def fail():
-        raise error
+        raise RuntimeError("odd.")
 
     workdir = tmp_path / "run"
-    with pytest.raises(type(error), match=str(error)):
+    with pytest.raises(RuntimeError, match="odd"):
         toy.run(with_event(25, fail), workdir, log=TEN)
     assert CheckpointReader(workdir / CHECKPOINTS).latest_step() == 25
     toy.run(toy.make_job(), workdir, log=TEN)
@@ -313,131 +280,6 @@ def test_metrics_that_are_a_pipe_are_refused_without_waiting(whole, tmp_path):
         toy.run(toy.make_job(), workdir, log=TEN, steps=41)
 
 
-# Where a signal may come: nothing trained yet, compiling, evaluating, drawing.
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
-@pytest.mark.parametrize("place", ["init", "objective", "evaluate", "sample"])
-def test_a_signal_is_answered_at_once_and_nothing_is_lost(whole, tmp_path, place, number):
-    workdir = tmp_path / "run"
-    process = start(workdir, "--evaluated", "--slow", place)
-    try:
-        wait_for(Path(f"{workdir}.slow").exists, process)
-        process.send_signal(number)
-        asked = time.monotonic()
-        assert process.stderr is not None
-        line = next(line for line in process.stderr if line.startswith("Stopping"))
-        assert time.monotonic() - asked < 5
-        assert "a second signal ends the program without saving" in line
-        if place == "objective":  # What compiles cannot be left; the step is taken and saved.
-            Path(f"{workdir}.go").touch()
-        out, err = process.communicate(timeout=PATIENCE)
-    finally:
-        process.kill()
-    assert "Traceback" not in err
-    if place == "init":
-        assert process.returncode == 128 + number
-        assert not (workdir / "config.json").exists()
-    else:
-        report = json.loads(out)
-        assert report["signal"] == number
-        # The first evaluation and the first image are of step 4.
-        step = 1 if place == "objective" else 4
-        assert report["step"] == step == CheckpointReader(workdir / CHECKPOINTS).latest_step()
-    toy.run(toy.make_job(), workdir, log=TEN)
-    assert_bitwise(arrays_of(workdir), arrays_of(whole))
-
-
-def test_a_second_signal_ends_what_the_first_did_not():
-    answers = []
-
-    def signalled():
-        with Signals(on_second=answers.append) as signals:
-            os.kill(os.getpid(), signal.SIGINT)
-            os.kill(os.getpid(), signal.SIGINT)  # Together: one wish.
-            time.sleep(0.4)
-            assert signals.number == signal.SIGINT
-            assert answers == []
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(5)
-
-    with pytest.raises(KeyboardInterrupt):
-        signalled()
-    assert answers == [signal.SIGINT]
-
-
-FORKING = """
-import os, signal, time
-from flowgen.training import Interrupted, Signals
-with Signals(on_second=lambda number: os._exit(9)) as signals:
-    for _ in range(2):
-        child = os.fork()
-        if child == 0:
-            time.sleep(30)
-            os._exit(0)
-        time.sleep(0.3)
-        os.kill(child, signal.SIGTERM)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
-    time.sleep(0.3)
-    assert signals.number == 0
-"""
-
-
-def test_signals_to_processes_that_load_data_are_not_ours():
-    command = [sys.executable, "-W", "ignore", "-c", FORKING]
-    ended = subprocess.run(command, capture_output=True, text=True, cwd=toy.ROOT, timeout=PATIENCE, check=False)
-    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
-
-
-def test_progress_without_a_terminal_is_a_line_for_each_report(tmp_path, capsys):
-    def compiling(variables, batch, key):
-        time.sleep(1.0)  # Once, when it is traced.
-        return toy.make_objective()(variables, batch, key)
-
-    log = dataclasses.replace(toy.QUIET, log_every=5, checkpoint_every=4, progress=True)
-    toy.run(toy.make_job(objective=compiling), tmp_path / "run", steps=20, log=log)
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("step ")]
-    assert [line.split(":")[0] for line in lines] == ["step 5/20", "step 10/20", "step 15/20", "step 20/20"]
-    for line in lines:
-        for word in ("loss ", "lr ", "steps/s", " left"):
-            assert word in line
-    first = rows_of(tmp_path / "run")[0]
-    assert first["steps_per_second"] > 5, "compilation counts as no step"
-    assert " 0:00 left" in lines[-1]
-    assert int(lines[0].rsplit(" ", 2)[-2].split(":")[-1]) <= 2
-
-
-def test_the_bar_of_a_terminal_shows_what_is_trained(tmp_path, monkeypatch):
-    class Terminal:
-        def __init__(self):
-            self.text = ""
-
-        def write(self, text):
-            self.text += text
-
-        def flush(self): ...
-
-        def isatty(self):
-            return True
-
-    terminal = Terminal()
-    monkeypatch.setattr(sys, "stderr", terminal)
-
-    def objective(variables, batch, key):
-        loss, metrics, state = toy.make_objective()(variables, batch, key)
-        return loss, {**metrics, "nats_per_dim": loss, "bits_per_dim": loss}, state
-
-    log = dataclasses.replace(toy.QUIET, log_every=5, progress=True)
-    toy.run(toy.make_job(objective=objective), tmp_path / "run", steps=20, log=log)
-    last = terminal.text.rstrip("\n").rsplit("\r", 1)[-1]
-    for word in ("20/20", "loss ", "bits_per_dim ", "nats_per_dim ", "lr ", "steps/s", "left"):
-        assert word in last
-
-
-def test_a_result_is_shown_in_a_line(tmp_path):
-    result = toy.run(toy.make_job(), tmp_path / "run", steps=4)
-    assert len(repr(result)) < 300
-    assert "step 4" in repr(result)
-
-
 def test_a_lost_config_is_written_again(whole, tmp_path, capsys):
     shutil.copytree(whole, tmp_path / "run")
     (tmp_path / "run" / "config.json").unlink()
@@ -501,88 +343,11 @@ def test_entries_of_the_wrong_kind_are_refused_by_name_before_training(whole, tm
         toy.run(untrained, workdir, log=TEN, steps=41)
 
 
-def test_lines_show_names_without_what_controls_a_terminal(whole, tmp_path, capsys):
-    workdir = shutil.copytree(whole, tmp_path / "run\x1b[31m")
-    (workdir / CHECKPOINTS / "\x1b[2J").mkdir()
-    toy.run(toy.make_job(), workdir, log=TEN, steps=41)
-    told = capsys.readouterr().err
-    assert "\x1b" not in told
-    assert "Resuming" in told
-    assert "run\\x1b[31m" in told
-
-
-class Full:
-    """A standard error that takes nothing."""
-
-    def write(self, text):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    def flush(self):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    def isatty(self):
-        return False
-
-
-@pytest.mark.parametrize("stream", [None, Full()], ids=["closed", "full"])
-def test_messages_that_cannot_be_shown_end_no_training(whole, tmp_path, monkeypatch, stream):
-    monkeypatch.setattr(sys, "stderr", stream)
-    toy.run(toy.make_job(), tmp_path / "run", log=TEN)
-    assert_bitwise(arrays_of(tmp_path / "run"), arrays_of(whole))
-
-
 def test_batches_that_end_early_are_refused_and_what_was_trained_is_saved(tmp_path):
     job = toy.make_job(batches=lambda start, stop: toy.batches(start, 5))
     with pytest.raises(ValueError, match=r"the batches end after step 5, but train\.steps"):
         toy.run(job, tmp_path / "run", log=TEN)
     assert CheckpointReader(tmp_path / "run" / "checkpoints").latest_step() == 5
-
-
-class Callback:
-    """A signal comes while Python calls its `__del__`, in which exceptions are lost."""
-
-    def __del__(self):
-        signal.raise_signal(signal.SIGINT)
-        time.sleep(0)
-
-
-def test_a_signal_whose_exception_a_callback_loses_interrupts_once_it_has_ended(capfd):
-    answers = []
-    with Signals(on_second=answers.append) as signals:
-        with pytest.raises(Interrupted), signals.raising():
-            [Callback(), time.sleep(0)].clear(), time.sleep(10)
-        assert signals.number == signal.SIGINT
-        time.sleep(0.3)
-    assert not answers
-    told = capfd.readouterr().err
-    assert "ignored" not in told
-    assert told.count("a second signal ends") == 1
-
-
-def test_a_signal_whose_exception_is_lost_stops_all_the_same():
-    def lose():
-        with signals.raising(), contextlib.suppress(Interrupted):  # as a callback of another package loses it
-            signal.raise_signal(signal.SIGINT)
-            time.sleep(1)
-
-    with Signals() as signals, pytest.raises(Interrupted):
-        lose()
-
-
-def test_a_closed_terminal_ends_a_run_as_other_signals_do():
-    with Signals() as signals:
-        signal.raise_signal(signal.SIGHUP)
-        assert signals.number == signal.SIGHUP
-
-
-def test_an_ignored_signal_stays_ignored():
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with Signals() as signals:
-            signal.raise_signal(signal.SIGHUP)
-            assert signals.number == 0
-    finally:
-        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_batch_of_other_rows_than_the_config_says_is_refused(tmp_path):

@@ -197,8 +197,20 @@ def case(name):
     return call, arrays, jax.jit(call)(*arrays)
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
-@pytest.mark.parametrize("name", CALLS)
+# Those that compile fast in every program, and one of each other kind in the one that is hardest to get right.
+IN_EVERY_PROGRAM = ("MLP", "Heun", "exact transport", "weights", "loss")
+IN_ONE = ("classes", "samples of a flow", "DiT", "likelihood", "dopri5", "loss with weights")
+
+
+def marks(name, program):
+    shown = name in IN_EVERY_PROGRAM or (name in IN_ONE and program == "explicit") or (name, program) in REFUSED
+    return [] if shown else [pytest.mark.slow]
+
+
+@pytest.mark.parametrize(
+    ("name", "program"),
+    [pytest.param(name, program, marks=marks(name, program)) for name in CALLS for program in PROGRAMS],
+)
 def test_divided_arrays_give_the_numbers_of_one_device(name, program):
     call, arrays, expected = case(name)
     if (name, program) in REFUSED:

@@ -6,7 +6,6 @@ Published clips are `b t c h w`, ours `b t h w c`.
 
 import dataclasses
 import functools
-import sys
 import zlib
 from pathlib import Path
 
@@ -14,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import starflow_v_weights as sv
+import starflow_weights as sw
 from tolerances import NETWORK, assert_close
 
 from flowgen import convert
@@ -30,9 +31,6 @@ from flowgen.flows import (
 )
 
 FIXTURES = Path(__file__).parent / "fixtures"
-sys.path.insert(0, str(FIXTURES))
-import starflow_v_weights as sv  # noqa: E402
-import starflow_weights as sw  # noqa: E402
 
 RECORDED = dict(np.load(FIXTURES / "starflow_v_reference.npz", allow_pickle=False))
 # Values up to 10. float64 on both sides, apart from what the order of sums rounds; float32 on both sides.

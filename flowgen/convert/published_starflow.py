@@ -151,9 +151,8 @@ def starflow(
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype is {dtype!r}; choose 'float32' or 'bfloat16'.")
     state_dict = unwrapped(state_dict)
-    known = _known(arguments)
     try:
-        config = _config(state_dict, known)
+        config = model_config(state_dict, arguments)
     except TypeError as error:
         raise ValueError(f"an argument has an invalid value ({error}); give those of the published YAML.") from error
     flow = config.build()
@@ -223,7 +222,9 @@ def _check_values(known: dict[str, Any]) -> None:
         raise ValueError(f"layers_per_block is {layers!r:.80}; give numbers separated by spaces, such as '2 2 24'.")
 
 
-def _config(state_dict: Mapping[str, np.ndarray], known: Mapping[str, Any]) -> STARFlowConfig:
+def model_config(state_dict: Mapping[str, np.ndarray], arguments: Mapping[str, Any]) -> STARFlowConfig:
+    """Returns the config of a published model by its arguments, and by its weights what these do not tell."""
+    known = _known(arguments)
     if not str(known["layers_per_block"]).replace(" ", "").isdecimal():
         raise ValueError(
             f"layers_per_block is {known['layers_per_block']!r}; give numbers separated by spaces, such as '2 2 24'."

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flowgen.rows import batch_rows
+from flowgen.runs import CHECKPOINTS, CheckpointReader
 from flowgen.training import Interrupted, Job, LogConfig, OptimConfig, Result, TrainConfig, train
 
 ROOT = Path(__file__).parent.parent.parent
@@ -27,6 +28,7 @@ PATIENCE = 120  # seconds a program may take to show progress on a loaded machin
 WIDTH, BATCH, STEPS = 8, 16, 40
 OPTIM = OptimConfig(lr=0.05, min_lr=0.01, warmup_steps=3, ema_decay=0.9)
 QUIET = LogConfig(log_every=1, checkpoint_every=5, progress=False, tensorboard=False)
+TEN = dataclasses.replace(QUIET, log_every=10, checkpoint_every=10)
 
 
 def init(key: jax.Array) -> dict:
@@ -90,6 +92,19 @@ def rows_of(workdir: Path) -> list[dict]:
     path = workdir / "metrics.jsonl"
     # A program may be writing the last row right now.
     return [json.loads(line) for line in path.read_text().splitlines(True) if line[-1] == "\n"] if path.exists() else []
+
+
+def arrays_of(workdir: Path, step: int | None = None) -> dict[str, np.ndarray]:
+    """All arrays of a checkpoint, the latest if no step is given, by path."""
+    reader = CheckpointReader(Path(workdir) / CHECKPOINTS)
+    return reader.arrays(reader.latest_step() if step is None else step)
+
+
+def assert_bitwise(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
+    """Fails unless both checkpoints hold the same arrays, bit for bit."""
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
 
 
 def start(workdir: Path, *options: str, devices: int = 4) -> subprocess.Popen:

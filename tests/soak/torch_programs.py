@@ -13,10 +13,11 @@ def push(value):
     return pickle.dumps(value, protocol=2)[2:-1]
 
 
-def tensor(shape, strides, count=4, key="0"):
-    """Instructions for a float tensor over a storage."""
-    storage = b"(" + push("storage") + b"ctorch\nFloatStorage\n" + push(key) + push("cpu") + push(count) + b"tQ"
-    return b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + push(0) + push(shape) + push(strides) + b"\x89}tR"
+def tensor(shape=(2, 2), strides=(2, 1), count=4, key="0", offset=0, kind=b"FloatStorage", metadata=b""):
+    """Instructions for a tensor over a storage."""
+    storage = b"(" + push("storage") + b"ctorch\n" + kind + b"\n" + push(key) + push("cpu") + push(count) + b"tQ"
+    view = push(offset) + push(shape) + push(strides) + b"\x89}" + metadata
+    return b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + view + b"tR"
 
 
 def dictionary(pairs):
@@ -82,10 +83,12 @@ PROGRAMS = {
 }
 
 
-def zip_layout(path, program, storage=bytes(16), compression=zipfile.ZIP_STORED):
+def zip_layout(path, program, storage=bytes(16), compression=zipfile.ZIP_STORED, byteorder=None):
     with zipfile.ZipFile(path, "w", compression) as archive:
         archive.writestr("archive/data.pkl", b"\x80\x02" + program + b".")
         archive.writestr("archive/data/0", storage)
+        if byteorder:
+            archive.writestr("archive/byteorder", byteorder)
     return path
 
 
