@@ -3,8 +3,9 @@
 python train.py --config configs/autoencoder_digits.py --workdir runs/autoencoder_digits
 python train.py --config configs/starflow_digits.py --workdir runs/starflow
 
-Expected: `reference`, measured on held-out latents, and on 500 samples against all digits in features of a classifier
-trained on the digits, with guidance 1. Without guidance the latter two are 0.23 and 0.98.
+Expected: `reference`, the means of three seeds, each with its own autoencoder, whose latents differ: 0.72, 0.65 and 0.69
+nats/dim of held-out latents. `evaluate --samples 500 --split all` measures the other two, here with guidance 1; without
+guidance (`--guidance 0`) they are 0.61 and 0.99.
 """
 
 from flowgen.data import DataConfig
@@ -33,5 +34,5 @@ def config() -> FlowExperiment:
         train=TrainConfig(steps=2000, batch_size=64, label_dropout=0.1),
         log=LogConfig(log_every=100, eval_every=500, sample_every=500, checkpoint_every=500),
         sampling=SamplingConfig(num=100, guidance=1.0, rule="product"),
-        reference={"nats_per_dim": 0.704, "frechet": 0.74, "class_accuracy": 1.0},
+        reference={"nats_per_dim": 0.69, "frechet": 1.09, "class_accuracy": 1.0},
     )
