@@ -191,7 +191,7 @@ SHORT_AND_DOTTED = {
 }
 
 
-@pytest.mark.parametrize("name", SHORT_AND_DOTTED)
+@pytest.mark.parametrize("name", rows(SHORT_AND_DOTTED, ("guidance", "plan", "denoise")))
 def test_short_and_dotted_names_mean_the_same(tmp_path, flow_run, name):
     value = SHORT_AND_DOTTED[name]
     short = drawn(tmp_path, flow_run, f"--{name}", *value)
@@ -259,6 +259,7 @@ def test_evaluate_refuses_what_it_does_not_ask(flow_run, name):
     assert sentence in refused("evaluate --checkpoint", flow_run, *words)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_judge")
 def test_evaluate_draws_as_it_is_told(flow_run):
     told = succeed("evaluate --samples 20 --sampling.guidance 20 --checkpoint", flow_run)

@@ -28,7 +28,7 @@ BFLOAT16 = 0.05  # 8 bits of mantissa
 
 
 ALIKE = (
-    *("affine", "nala", "no remat", "one block", "rectangular"),
+    *("affine", "nala", "no remat", "one block", "rectangular", "volume preserving"),
     *("starflow class prefix", "starflow added class", "starflow nala", "starflow rectangular", "starflow text"),
 )
 

@@ -66,7 +66,10 @@ RUNS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "jitted"), RUNS)
+@pytest.mark.parametrize(
+    ("name", "jitted"),
+    [pytest.param(*run, marks=[pytest.mark.slow] * (run[0] in ("distances of tilt", "report"))) for run in RUNS],
+)
 def test_explicit_axes_give_the_numbers_of_one_device(name, jitted):
     call = jax.jit(CALLS[name]) if jitted else CALLS[name]
     results, expected = call(*divided()), call(X0, X1, LABELS)

@@ -189,8 +189,14 @@ def test_a_foreign_directory_is_refused_untouched(tmp_path):
         toy.run(toy.make_job(), tmp_path / "notes.txt" / "run")
 
 
-@pytest.mark.parametrize("log_every", [1, 20])
-@pytest.mark.parametrize("bad", ["loss", "gradient"])
+@pytest.mark.parametrize(
+    ("bad", "log_every"),
+    [
+        ("gradient", 1),
+        ("loss", 20),
+        *(pytest.param(*row, marks=pytest.mark.slow) for row in (("loss", 1), ("gradient", 20))),
+    ],
+)
 def test_numbers_that_are_not_finite_stop_the_run_at_their_step(tmp_path, bad, log_every):
     def objective(variables, batch, key):
         loss, metrics, _ = toy.make_objective()(variables, batch, key)
