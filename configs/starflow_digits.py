@@ -3,8 +3,8 @@
 python train.py --config configs/autoencoder_digits.py --workdir runs/autoencoder_digits
 python train.py --config configs/starflow_digits.py --workdir runs/starflow
 
-Expected: `reference`, the means of three seeds, each with its own autoencoder, whose latents differ: 0.72, 0.65 and 0.69
-nats/dim of held-out latents. `evaluate --samples 500 --split all` measures the other two, here with guidance 1; without
+Expected: `reference`, the means of three seeds. Each has its own autoencoder, whose latents differ: 0.72, 0.65 and 0.69
+nats/dim on held-out ones. `evaluate --samples 500 --split all` measures the other two, here with guidance 1; without
 guidance (`--guidance 0`) they are 0.61 and 0.99.
 """
 
