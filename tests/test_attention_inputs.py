@@ -152,13 +152,13 @@ def test_segment_ids_that_come_back_are_refused_or_nan(n):
     ids = np.tile(np.arange(n) // 4, (2, 1))
     ids[1, -2:] = 0
     for causal in (True, False):
-        with pytest.raises(ValueError, match="segment_ids come back"):
+        with pytest.raises(ValueError, match="segment_ids recur"):
             attention.linear_attention(q, k, v, is_causal=causal, segment_ids=jnp.asarray(ids))
         run = jax.jit(lambda ids, causal=causal: attention.linear_attention(q, k, v, is_causal=causal, segment_ids=ids))
         out = run(jnp.asarray(ids))
         assert jnp.isnan(out[1]).all()
         assert jnp.isfinite(out[0]).all()
-    with pytest.raises(ValueError, match="segment_ids come back"):
+    with pytest.raises(ValueError, match="segment_ids recur"):
         attention.gated_linear_attention(q, k, v, gates(q), segment_ids=jnp.asarray(ids))
 
 

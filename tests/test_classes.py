@@ -101,7 +101,7 @@ def test_labels_are_mapped_by_name(make, names, classes, expected, tmp_path, cap
 
 @pytest.mark.parametrize("make", MAKERS, ids=lambda make: make.__name__)
 def test_a_class_that_is_not_known_is_refused_by_name(make, tmp_path):
-    with pytest.raises(ValueError, match=r"the class zebra, and data\.classes are cat, dog, fox"):
+    with pytest.raises(ValueError, match=r"the class zebra, but data\.classes are cat, dog, fox"):
         make(tmp_path / "data", ("cat", "zebra"), KNOWN)
 
 
@@ -231,7 +231,7 @@ def test_images_beside_clips_have_the_numbers_of_the_clips(tmp_path):
 def test_classes_named_by_numbers_are_asked_for_by_name_alone():
     names = ("1", "10", "2")  # as folders are listed
     assert parse_classes("1,2,10,-1", names, 3) == [0, 2, 1, -1]
-    with pytest.raises(ValueError, match="'0', which is no class"):
+    with pytest.raises(ValueError, match="'0', which is not a class"):
         parse_classes("0,1,2", names, 3)
     assert parse_classes("0,cat", ("cat", "dog"), 2) == [0, 0]
 
@@ -300,9 +300,9 @@ def test_other_data_are_evaluated_with_the_numbers_of_the_run(run, tmp_path):
     by_hand = dataclasses.replace(found, labels=found.labels + 1, class_names=KNOWN)
     bits = flow_bits_per_dim(flow, params, by_hand, jax.random.key(0), noise_std=0.1)
     assert f"bits/dim {bits:.4f}" in printed
-    assert said.count("has no example of cat") == 1
+    assert said.count("has no examples of cat") == 1
     photos(tmp_path / "photos", "zebra")
-    assert "the class zebra, and data.classes are cat, dog, fox" in outcome_of(*words).err
+    assert "the class zebra, but data.classes are cat, dog, fox" in outcome_of(*words).err
     assert "--data.classes" in refused(*words, "--data.classes", "('dog', 'fox', 'zebra')")
 
 
@@ -341,11 +341,11 @@ def test_a_renamed_class_is_refused(again):
 def test_a_class_without_images_goes_on_where_its_name_is_kept(again, caplog):
     workdir, path = again
     shutil.rmtree(path / "dog")
-    with pytest.raises(ValueError, match=r"data\.classes: dog missing; to go on"):
+    with pytest.raises(ValueError, match=r"data\.classes: dog missing; to continue"):
         resumed(workdir)
     data = dataclasses.replace(experiment_of().data, classes=KNOWN)
     assert resumed(workdir, data=data).state.step == 6
-    assert "has no example of dog" in caplog.text
+    assert "has no examples of dog" in caplog.text
 
 
 @pytest.mark.slow

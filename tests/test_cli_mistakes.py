@@ -172,7 +172,7 @@ MISTAKES = {
     # Run directories to write.
     "train --debug --config tiny.py --workdir mine": r"workdir mine holds files, but no flowgen run; give a new",
     f"train --debug --config {DIGITS} --workdir run --model.width 64 --optim.lr 0.1": (
-        r"the run was begun with another config \(model\.width: 32 -> 64; optim\.lr: \S+ -> 0\.1\); undo that, or train"
+        r"the run was begun with another config \(model\.width: 32 -> 64; optim\.lr: \S+ -> 0\.1\); undo the change"
     ),
     f"train --debug --config {DIGITS} --workdir classless": r"begun with another config \(.*num_classes: 0 -> 10",
     f"train --debug --config {DIGITS} --workdir flipped": r"Checkpoint 8 .* is damaged \(ema/\S+ has changed since",
@@ -188,11 +188,11 @@ MISTAKES = {
     f"{SAMPLE} run --step -1": r"--step: '-1' is neither a number nor best; see",
     "evaluate --checkpoint mine": r"checkpoint mine is not a flowgen run",
     # Sampling.
-    f"{SAMPLE} run --classes 10": r"--classes has '10', which is no class of this model",
-    f"{SAMPLE} run --classes=-2,1": r"--classes has '-2', which is no class of this model",
-    f"{SAMPLE} run --classes 1.5": r"--classes has '1\.5', which is no class of this model",
-    f"{SAMPLE} run --classes 1,,2": r"--classes has '', which is no class of this model",
-    f"{SAMPLE} run --classes 99999999999": r"--classes has '99999999999', which is no class of this model",
+    f"{SAMPLE} run --classes 10": r"--classes has '10', which is not a class of this model",
+    f"{SAMPLE} run --classes=-2,1": r"--classes has '-2', which is not a class of this model",
+    f"{SAMPLE} run --classes 1.5": r"--classes has '1\.5', which is not a class of this model",
+    f"{SAMPLE} run --classes 1,,2": r"--classes has '', which is not a class of this model",
+    f"{SAMPLE} run --classes 99999999999": r"--classes has '99999999999', which is not a class of this model",
     f"{SAMPLE} classless --classes 1": r"--classes is 1, but this model has no classes; leave it out",
     f"{SAMPLE} run --guidance -1": r"sampling\.guidance is -1; it must be 0 or more",
     f"{SAMPLE} run --denoise -0.5": r"sampling\.denoise is -0\.5; it must be 0 or more",

@@ -83,7 +83,7 @@ def test_class_names_stand_in_for_captions_and_nothing_is_refused():
     (shard,) = encode(images(4, captions=False), moments, texts)
     np.testing.assert_array_equal(shard.texts.embeddings[:, 0, 0], 1)
     nameless = ArrayDataset(images(2).x, np.full(2, -1, np.int32))
-    with pytest.raises(ValueError, match=r"neither captions nor classes to make texts of; put a .txt"):
+    with pytest.raises(ValueError, match=r"neither captions nor classes to use as texts; put a .txt"):
         list(encode(nameless, moments, texts))
 
 
@@ -100,12 +100,12 @@ def test_shapes_become_buckets_and_splits_stay_apart(tmp_path):
 
 def test_half_a_data_set_and_damage_are_refused(tmp_path):
     directory = tmp_path / "set"
-    with pytest.raises(FileNotFoundError, match=r"holds no cached latents \(dataset.json is missing"):
+    with pytest.raises(FileNotFoundError, match=r"has no cached latents, because dataset.json is missing"):
         read(directory)
     writer = LatentWriter(directory)
     (shard,) = encode(images(), moments)
     writer.add("train", shard, kind="image")
-    with pytest.raises(FileNotFoundError, match=r"holds no cached latents \(dataset.json is missing"):
+    with pytest.raises(FileNotFoundError, match=r"has no cached latents, because dataset.json is missing"):
         read(directory)
     writer.finish(class_names=())
     with pytest.raises(ValueError, match=r"nothing in the split .eval.; encode again with data.eval_fraction"):
@@ -119,7 +119,7 @@ def test_half_a_data_set_and_damage_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"has shape .5, 2, 2, 1. instead of 10 entries"):
         read(directory)
     np.save(mean, np.zeros((10, 1, 1, 1), np.float32))
-    with pytest.raises(ValueError, match=r"mean.npy' holds latents of another shape"):
+    with pytest.raises(ValueError, match=r"mean.npy' has latents of another shape"):
         read(directory)
     mean.unlink()
     with pytest.raises(FileNotFoundError, match=r"mean.npy' is missing; encode the data again"):
@@ -163,13 +163,13 @@ def test_texts_need_the_empty_text_beside_them(tmp_path):
         with pytest.raises(ValueError, match=r"null.npz' is truncated or damaged .*; encode the data again"):
             read(tmp_path / "set")
     np.savez(path, text=NULL.embeddings[0, :1], mask=NULL.mask[0, :1])
-    with pytest.raises(ValueError, match=r"null.npz' is of another shape than the texts beside it"):
+    with pytest.raises(ValueError, match=r"null.npz' has another shape than the texts next to it"):
         read(tmp_path / "set")
     path.unlink()
     with pytest.raises(FileNotFoundError, match=r"null.npz' is missing; encode the data again"):
         read(tmp_path / "set")
     (shard,) = encode(images(), moments, texts)
-    with pytest.raises(ValueError, match="a shard with texts needs the empty text"):
+    with pytest.raises(ValueError, match="null, the features of the empty text, belongs to"):
         LatentWriter(tmp_path / "other").add("train", shard, kind="image")
 
 

@@ -36,7 +36,7 @@ def test_a_class_without_a_image_that_can_be_read_is_told(photos, caplog, aspect
     config = DataConfig("folder", path=str(photos), on_corrupt="skip", eval_fraction=0.0, aspects=aspects)
     dataset = load(config, **SHAPE, split="train")
     assert dataset.class_names == CLASSES
-    assert "No image of the split 'train' is left of dog, whose images cannot be read." in caplog.messages
+    assert "No image of dog is left in the split 'train', because none can be read." in caplog.messages
 
 
 @pytest.mark.parametrize("in_memory_bytes", [0, 1 << 20])

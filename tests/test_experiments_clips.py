@@ -126,7 +126,7 @@ def test_clips_begin_with_what_is_given_and_go_on_as_long_as_asked(run, tmp_path
         assert error.count("\n") == 1
     for short in ([], ["--frames", "3"]):
         assert main([*words, "--context", "2", *short]) == 2
-        assert "--context is 2, and clips of up to 3 frames are not continued" in capsys.readouterr().err
+        assert "--context is 2, but clips of up to 3 frames are not continued" in capsys.readouterr().err
     assert main([*words, "--context", "9", "--frames", "5"]) == 2
     assert "context is 9; it must be from 1 to 2" in capsys.readouterr().err
 
@@ -283,7 +283,7 @@ def test_a_video_autoencoder_is_trained_and_its_latents_are_those_of_a_flow(auto
                 "text": TextConfig("words", frames_per_second=16),
                 "data": ClipsConfig("folder", path="videos"),
             },
-            "text.frames_per_second is 16, which texts would say of clips of data.fps 8; set them alike",
+            "text.frames_per_second is 16, but data.fps is 8; set both to the same value",
         ),
         ({"sampling": SamplingConfig(denoise=0.5)}, "sampling.denoise is 0.5; a learned denoiser takes the whole step"),
         (
@@ -291,7 +291,7 @@ def test_a_video_autoencoder_is_trained_and_its_latents_are_those_of_a_flow(auto
                 "model": dataclasses.replace(TINY, denoiser_layers=0),
                 "likelihood": LikelihoodConfig(denoiser=OptimConfig()),
             },
-            "likelihood.denoiser is given, and model.denoiser_layers is 0",
+            "likelihood.denoiser is given, but model.denoiser_layers is 0",
         ),
         (
             {"likelihood": LikelihoodConfig(denoiser=OptimConfig(warmup_steps=4))},
@@ -310,7 +310,7 @@ def test_parts_that_do_not_fit_are_refused(changes, message):
         (
             VideoAutoencoderConfig(channels=1),
             {"autoencoding": AutoencodingConfig(16, frames=5), "data": ClipsConfig(drop_first=0.25)},
-            "data.drop_first is given, and a VideoAutoencoder is trained on whole clips",
+            "data.drop_first is given, but a VideoAutoencoder is trained on whole clips",
         ),
         (
             VideoAutoencoderConfig(channels=1),

@@ -41,7 +41,7 @@ def test_images_come_in_the_fraction_of_batches_that_is_asked_for():
     whole, continued, stills = dataset.shares
     assert continued / (whole + continued) == pytest.approx(0.25)
     assert stills / sum(dataset.shares) == pytest.approx(0.2)
-    with pytest.raises(ValueError, match=r"images_fraction is 0.2, and there are no images"):
+    with pytest.raises(ValueError, match=r"images_fraction is 0.2, but there are no images"):
         ClipsConfig(images_fraction=0.2)
 
 

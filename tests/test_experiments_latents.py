@@ -163,10 +163,10 @@ def test_encoding_first_or_on_the_way_trains_the_same(autoencoder, tmp_path, cap
     assert "1797 latents (all)" in capsys.readouterr().out
     assert main(["encode", "--config", str(path), "--out", str(out)]) == 2
     assert "already exists" in capsys.readouterr().err
-    with pytest.raises(ValueError, match=r"codec is missing, and data.path .* was encoded by the autoencoder at"):
+    with pytest.raises(ValueError, match=r"codec is missing, but data.path .* was encoded by the autoencoder at"):
         fit(dataclasses.replace(encoded, codec=None), tmp_path / "other")
     other = dataclasses.replace(encoded, codec=SpaceToDepth(2))
-    with pytest.raises(ValueError, match=r"was encoded by the autoencoder at .*, and codec is another one, blocks"):
+    with pytest.raises(ValueError, match=r"was encoded by the autoencoder at .*, but codec is another one, blocks"):
         fit(other, tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
@@ -366,10 +366,10 @@ def test_a_decoder_is_trained_on_beside_its_encoder(autoencoder, tmp_path):
         ({"model": dataclasses.replace(TINY, noise_std=0.0)}, "model.noise_std is 0, which dequantises images"),
         ({"sampling": SamplingConfig(prompts=("a cat",))}, "sampling.prompts is .*, but the model takes no texts"),
         ({"text": TextConfig("words", digest="other"), "model": TEXT}, "text.encoder 'words' is not the one that"),
-        ({"data": LatentsConfig("nowhere")}, "holds no cached latents"),
+        ({"data": LatentsConfig("nowhere")}, "has no cached latents"),
         (
             {"model": TARFlowConfig(image_size=4, patch_size=1), "data": DataConfig("folder", path="x", aspects=True)},
-            "data.aspects is set, but a TARFlow has one size",
+            "data.aspects is set, but a TARFlow has one image size",
         ),
     ],
 )
@@ -380,7 +380,7 @@ def test_parts_that_do_not_fit_are_refused(changes, message):
 
 def test_more_latents_than_fit_are_to_be_encoded_first():
     experiment = experiment_of(data=DataConfig(in_memory_bytes=100_000))
-    with pytest.raises(ValueError, match=r"of 1617 images would take 827,904 bytes, more .* flowgen encode"):
+    with pytest.raises(ValueError, match=r"of 1617 images need 827,904 bytes, more .* flowgen encode"):
         experiment.job()
 
 

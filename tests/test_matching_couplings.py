@@ -242,7 +242,7 @@ REFUSED = {
     "half a sweep": (lambda: fm.MinibatchOT(num_sweeps=1.5), "num_sweeps is 1.5"),
     "labels of classes": (
         lambda: fm.MinibatchOT(class_aware=True)(None, X0, X1, jnp.zeros((3, 2))),
-        "needs one label for each datum",
+        "needs one label per sample",
     ),
     "negative sweeps": (lambda: fm.GibbsWeights(1.0, sinkhorn_sweeps=-1), "sinkhorn_sweeps is -1"),
     "cost of one number": (lambda: fm.GibbsWeights(1.0, cost=lambda a, b: a.sum())(None, X0, X1), "cost gave shape ()"),
@@ -252,7 +252,7 @@ REFUSED = {
     "events that differ": (lambda: cost_matrix(X0, X1[:, :1], "euclidean"), "events of shape (2,) and x1 (1,)"),
     "no labels": (lambda: fm.MinibatchOT(class_aware=True)(None, X0, X1), "needs labels as cond"),
     "potentials": (lambda: fm.SemidiscreteOT(X1, jnp.zeros(2)), "potentials have shape (2,)"),
-    "labels without labels": (lambda: fm.SemidiscreteOT(X1, jnp.zeros(3))(None, X0, X1, T3), "data no labels"),
+    "labels without labels": (lambda: fm.SemidiscreteOT(X1, jnp.zeros(3))(None, X0, X1, T3), "data have no labels"),
     "no steps": (lambda: fm.fit_semidiscrete(None, X1, num_steps=0), "num_steps is 0"),
 }
 T3 = jnp.arange(3)
@@ -271,5 +271,5 @@ def test_what_does_not_fit_is_refused(what, untyped):
 )
 def test_classes_that_are_no_labels_are_refused_in_one_sentence(cond):
     for method in ("exact", "sinkhorn"):
-        with pytest.raises(ValueError, match=r"cond is .*; class_aware transport needs one label for each"):
+        with pytest.raises(ValueError, match=r"cond is .*; class_aware transport needs one label per"):
             fm.MinibatchOT(method=method, class_aware=True)(jax.random.key(0), X0, X1, cond)

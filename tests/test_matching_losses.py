@@ -468,17 +468,20 @@ REFUSED = {
     ),
     "labels in a list": (
         lambda: loss_of({"x1": X1, "cond": [0, 1, 2]}, label_dropout=0.1),
-        "give arrays with a row for each datum",
+        "give arrays with one row per sample",
     ),
     "batch of other names": (lambda: loss_of({"x1": X1, "labels": T}), "'cond' labels"),
     "no data": (lambda: loss_of({"x0": X0}), "it takes 'x1' data"),
     "images as bytes": (lambda: loss_of({"x1": jnp.zeros((3, 2), jnp.uint8)}), "x1 is uint8"),
     "noise of integers": (lambda: loss_of({"x1": X1, "x0": jnp.zeros((3, 2), jnp.int32)}), "x0 is int32"),
     "empty batch": (lambda: loss_of({"x1": X1[:0]}), "the batch is empty"),
-    "labels too few": (lambda: loss_of({"x1": X1, "cond": jnp.zeros(2, jnp.int32)}), "cond has shape (2,) for 3 data"),
+    "labels too few": (
+        lambda: loss_of({"x1": X1, "cond": jnp.zeros(2, jnp.int32)}),
+        "cond has shape (2,) for 3 samples",
+    ),
     "labels to drop": (
         lambda: loss_of({"x1": X1, "cond": jnp.zeros((3, 4))}, label_dropout=0.1),
-        "only integer labels, one per datum, can be dropped",
+        "only integer labels, one per sample, can be dropped",
     ),
     "x1 of a path with spread": (lambda: fm.flow_matching_loss(path=fm.CondOT(0.1), prediction="x1"), "sigma 0.1"),
     "noise of a bridge": (

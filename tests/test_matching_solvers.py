@@ -95,7 +95,7 @@ def test_dopri5_is_within_its_tolerance_and_counts_its_calls():
 
 
 def test_dopri5_says_outside_jit_that_it_did_not_arrive():
-    with pytest.raises(RuntimeError, match="not arrived after max_steps=1"):
+    with pytest.raises(RuntimeError, match="did not reach the end within max_steps=1"):
         fm.integrate(growing, X0, method="dopri5", max_steps=1)
 
 

@@ -212,7 +212,7 @@ def test_a_config_that_cannot_be_is_refused(field, value, message, untyped):
 
 
 def test_an_odd_width_is_refused():
-    with pytest.raises(ValueError, match=r"width is 9; half of its features of time are sines"):
+    with pytest.raises(ValueError, match=r"width is 9; it must be even"):
         UNetConfig(image_size=8, width=9, num_groups=3)
 
 

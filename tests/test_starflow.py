@@ -254,7 +254,7 @@ def test_one_set_of_parameters_serves_grids_of_other_sizes():
     back = invert(wide, params, z, text, plan=Sequential())
     assert_close(back.x, x, NETWORK)
     tar, _, _, _ = laws.case("affine")
-    with pytest.raises(ValueError, match=r"images are 4 x 10; this model takes \(6, 6\) alone"):
+    with pytest.raises(ValueError, match=r"images are 4 x 10; this model takes only \(6, 6\)"):
         tar.with_image_size(4, 10)
 
 

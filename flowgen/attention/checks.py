@@ -116,8 +116,8 @@ def check_contiguous(segment_ids: Array) -> None:
         first = row[np.concatenate([[True], row[1:] != row[:-1]])] if row.size else row
         if len(np.unique(first)) != len(first):
             raise ValueError(
-                f"segment_ids come back: {first[:8].tolist()} are the ids of neighbouring runs of tokens; each segment "
-                "must be contiguous, so give every run an id of its own or sort the tokens by segment."
+                f"segment_ids recur: {first[:8].tolist()} are the ids of consecutive runs of tokens; each segment must "
+                "be contiguous, so give each run its own id, or sort the tokens by segment."
             )
 
 

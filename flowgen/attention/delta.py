@@ -79,7 +79,7 @@ def gated_delta_rule(
     """
     _check_arrays(4, q, k, v, beta, log_decay, state)
     if chunk_size < 1:
-        raise ValueError(f"chunk_size is {chunk_size}; it is a number of tokens, at least 1, and 64 suits most widths.")
+        raise ValueError(f"chunk_size is {chunk_size}; give a number of tokens, at least 1; 64 suits most widths.")
     if mask is not None:
         keep = _key_mask(mask, q.shape[0], q.shape[1])
         k, v, beta, log_decay = jax.tree.map(partial(_silence, keep), (k, v, beta, log_decay))
@@ -252,7 +252,7 @@ def _key_mask(mask: Array, batch: int, n: int) -> Bool[Array, "b n"]:
     if keep.ndim != 2 or keep.shape[0] not in (1, batch) or keep.shape[1] != n:
         raise ValueError(
             f"mask has shape {mask.shape} for tokens {(batch, n)}; "
-            "it says which keys to keep, `b n` or `b 1 1 n`, and causality needs no mask."
+            "give one over keys, `b n` or `b 1 1 n`; causality needs no mask."
         )
     return jnp.broadcast_to(keep, (batch, n))
 

@@ -275,7 +275,7 @@ def _check_length(start: int | Array, num_tokens: int, limit: int) -> None:
         return
     end = int(starts.max(initial=0)) + num_tokens
     if end > limit:
-        raise ValueError(f"there are {end} tokens; the feature map has {limit} positions, so make it for more.")
+        raise ValueError(f"there are {end} tokens; the feature map has {limit} positions; create it with more.")
 
 
 def _same(phi: Map) -> FeatureMap:

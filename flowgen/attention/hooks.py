@@ -124,7 +124,7 @@ def _name(chosen: str | Kernel) -> str:
 def _check_call(query: Array, key: Array, value: Array, dropout_rate: float, module: object) -> None:
     if dropout_rate > 0:
         raise ValueError(
-            f"dropout_rate is {dropout_rate}; this attention never forms the weights that dropout would thin, "
+            f"dropout_rate is {dropout_rate}; this attention never forms weights that could be dropped, "
             "so set it to 0 and drop its output instead."
         )
     if module is not None:

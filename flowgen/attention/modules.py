@@ -89,7 +89,8 @@ class LinearAttention(nn.Module):
     def prefill(
         self, x: Float[Array, "b n d"], state: State = None, *, mask: Array | None = None
     ) -> tuple[Float[Array, "b n width"], State]:
-        """Returns the outputs of tokens after those of `state`, and the state; ValueError unless is_causal is True."""
+        """Returns the outputs of tokens that follow those in `state`, and the new state; ValueError unless
+        is_causal."""
         check_decodes(self.is_causal)
         out, state = kernel(self.kernel).prefill(self.query(x), self.key(x), self.value(x), state=state, mask=mask)
         return self.proj(out), state
@@ -181,7 +182,8 @@ class NaLaAttention(nn.Module):
     def prefill(
         self, x: Float[Array, "b n d"], state: NaLaState | None = None, *, mask: Array | None = None
     ) -> tuple[Float[Array, "b n width"], NaLaState]:
-        """Returns the outputs of tokens after those of `state`, and the state; ValueError unless is_causal is True."""
+        """Returns the outputs of tokens that follow those in `state`, and the new state; ValueError unless
+        is_causal."""
         check_decodes(self.is_causal)
         state = self.init_state(x.shape[0]) if state is None else state
         q, k, v, g = self._project(x, mask)
@@ -316,7 +318,7 @@ class SOFTAttention(nn.Module):
 
 
 def _join(before: Float[Array, "b m d"], values: Float[Array, "b n d"]) -> Float[Array, "b mn d"]:
-    """The values, preceded by earlier ones."""
+    """The earlier values, followed by these."""
 
     def run(before, values):
         return jnp.concatenate([before.astype(values.dtype), values], axis=1)

@@ -258,7 +258,7 @@ def _split(tokens: Tokens, size: int) -> _Chunk:
 
 
 def _advance(carry, chunk: _Chunk, block_size: int):
-    """One chunk: its outputs, and the state with it absorbed."""
+    """The outputs of one chunk, and the state after it."""
     kv, norm, past = carry
     size = chunk.k.shape[2]
     block = jnp.arange(size) // block_size

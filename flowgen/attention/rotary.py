@@ -28,7 +28,7 @@ def rotary_line(num_positions: int, dim: int, base: float = 10_000.0) -> Rotary:
         rotary = rotary_line(1024, 64)
     """
     if dim % 2:
-        raise ValueError(f"dim is {dim}; rotation turns pairs of channels, so it must be even.")
+        raise ValueError(f"dim is {dim}; it must be even, because pairs of channels are rotated.")
     frequencies = base ** (-np.arange(0, dim, 2) / dim)
     return _table(np.arange(num_positions)[:, None] * frequencies[None, :])
 
@@ -43,7 +43,9 @@ def rotary_grid(height: int, width: int, dim: int, base: float = 10_000.0) -> Ro
         rotary = rotary_grid(14, 14, 64)
     """
     if dim % 4:
-        raise ValueError(f"dim is {dim}; rows and columns each turn pairs of channels, so it must be a multiple of 4.")
+        raise ValueError(
+            f"dim is {dim}; it must be a multiple of 4, because rows and columns each rotate pairs of channels."
+        )
     frequencies = base ** -np.linspace(0, 1, dim // 4)
     rows, columns = np.divmod(np.arange(height * width), width)
     angles = np.stack([rows, columns], axis=1)[:, :, None] * frequencies[None, None, :]

@@ -274,7 +274,7 @@ def _choose_landmarks(
     """Returns the given landmarks, or pools them from keys k in kernel space."""
     if landmarks is not None:
         if grid is not None:
-            raise ValueError(f"Landmarks are given, so grid={grid} has no use; leave out one of them.")
+            raise ValueError(f"landmarks and grid={grid} are both given; leave one of them out.")
         points = landmarks[None] if landmarks.ndim == 3 else landmarks
         batch, _, heads, width = k.shape
         if points.ndim != 4 or points.shape[0] not in (1, batch) or points.shape[2:] != (heads, width):

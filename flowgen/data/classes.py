@@ -94,11 +94,11 @@ def class_numbers(found: tuple[str, ...], classes: tuple[str, ...], where: str) 
         close = difflib.get_close_matches(unknown[0], classes, n=1)
         meant = f" (is {quoted(unknown[0])} {quoted(close[0])}?)" if close else ""
         raise ValueError(
-            f"{where} has the class{'es' * (len(unknown) > 1)} {name_list(unknown)}, and data.classes are "
-            f"{name_list(classes)}{meant}; rename, or leave out what the model does not know."
+            f"{where} has the class{'es' * (len(unknown) > 1)} {name_list(unknown)}, but data.classes are "
+            f"{name_list(classes)}{meant}; rename or remove the classes that the model does not have."
         )
     if missing := [name for name in classes if name not in {*found}]:
-        tell(f"{where} has no example of {name_list(missing)}, which data.classes names.")
+        tell(f"{where} has no examples of {name_list(missing)}, although data.classes lists them.")
     return np.array([known[name] for name in found], np.int32)
 
 
@@ -124,8 +124,8 @@ def check_classes(dataset: HasClasses, num_classes: int) -> None:
     if num_classes > count:
         unused = f"number {count} is" if num_classes == count + 1 else f"numbers {count} to {num_classes - 1} are"
         tell(
-            f"model.num_classes is {num_classes}, and the data has {count} classes ({name_list(dataset.class_names)}): "
-            f"{unused} of no class; set model.num_classes to {count} to train without them."
+            f"model.num_classes is {num_classes}, but the data has {count} classes ({name_list(dataset.class_names)}): "
+            f"{unused} unused; set model.num_classes to {count}."
         )
 
 
@@ -155,14 +155,14 @@ def _class_number(word: str, names: tuple[str, ...], num_classes: int) -> int:
         number, close = num_classes, difflib.get_close_matches(word, names, n=1)
     if numbered and number != -1:
         raise ValueError(
-            f"--classes has {word!r}, which is no class of this model; its classes are named by numbers, so give the "
-            f"names {name_list(names, 20)}, or -1 for unconditional."
+            f"--classes has {word!r}, which is not a class of this model; its class names are numbers, so give one of "
+            f"{name_list(names, 20)}, or -1 for unconditional."
         )
     if not -1 <= number < num_classes:
         meant = f" (did you mean {close[0]}?)" if close else ""
         which = f"the names {name_list(names, 20)}, or " if names else ""
         raise ValueError(
-            f"--classes has {word!r}, which is no class of this model{meant}; give {which}numbers from 0 to "
+            f"--classes has {word!r}, which is not a class of this model{meant}; give {which}numbers from 0 to "
             f"{num_classes - 1}, -1 for unconditional."
         )
     return number

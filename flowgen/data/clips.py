@@ -97,7 +97,10 @@ class ClipsConfig:
             needed = "needs the path to read from" if self.name == "folder" else "reads no path"
             raise ValueError(f"path is '{self.path}', and name '{self.name}' {needed}; change one.")
         if self.images_fraction and self.images is None:
-            raise ValueError(f"images_fraction is {self.images_fraction}, and there are no images; give them.")
+            raise ValueError(
+                f"images_fraction is {self.images_fraction}, but there are no images; set "
+                "images, or images_fraction to 0."
+            )
         if self.images is not None and self.images.aspects:
             raise ValueError("images.aspects is true, which gives images of several shapes; set it to false.")
         if self.images is not None and self.images.flip != self.flip:

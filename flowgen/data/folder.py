@@ -82,7 +82,7 @@ def read_folder(
 
     def told(datasets: Sequence[ArrayDataset | FolderDataset]) -> None:
         kept = np.concatenate([dataset.labels for dataset in datasets])
-        lost = f"No image of the split '{split}' is left of {{}}, whose images cannot be read."
+        lost = f"No image of {{}} is left in the split '{split}', because none can be read."
         tell_lost_classes(labels[chosen], kept, class_names, lost)
 
     if not config.aspects:
@@ -98,7 +98,7 @@ def read_folder(
     buckets = [dataset(kept, sizes[name]) for name, kept in members.items() if kept]
     readable = tuple(bucket for bucket in buckets if len(bucket))
     if not readable:
-        raise ValueError(f"data.path '{config.path}' holds no image that can be read in the split '{split}'; add some.")
+        raise ValueError(f"data.path '{config.path}' has no readable image in the split '{split}'; add some.")
     told(readable)
     return BucketedDataset(readable)
 

@@ -160,14 +160,16 @@ class LatentWriter:
         self.directory = Path(directory)
         self.entries: list[ShardEntry] = []
         if self.directory.is_dir() and any(self.directory.iterdir()):
-            raise FileExistsError(f"'{directory}' holds files already; give a new directory.")
+            raise FileExistsError(f"'{directory}' already contains files; give a new directory.")
 
     def add(
         self, split: Literal["train", "eval"], shard: Shard, *, kind: Kind, null: TextCondition | None = None
     ) -> None:
         """Writes one shard. null: the empty text, which it needs if it has texts."""
         if (shard.texts is None) != (null is None):
-            raise ValueError("a shard with texts needs the empty text, null, and one without has none; give both.")
+            raise ValueError(
+                "null, the features of the empty text, belongs to a shard with texts; give both or neither."
+            )
         entry = ShardEntry(
             folder=f"{split}-{len(self.entries):05d}",
             split=split,
@@ -213,7 +215,7 @@ def read_index(directory: str | os.PathLike[str]) -> LatentIndex:
     path = Path(directory) / INDEX_FILE
     if not path.is_file():
         raise FileNotFoundError(
-            f"data.path '{directory}' holds no cached latents ({INDEX_FILE} is missing, which is written last); "
+            f"data.path '{directory}' has no cached latents, because {INDEX_FILE} is missing, which is written last; "
             "make them with: python -m flowgen encode."
         )
     plain = read_json(path, fix="encode the data again")
@@ -246,7 +248,7 @@ def read_latents(
             + (" with data.eval_fraction above 0." if split == "eval" else ".")
         )
     if len({entry.has_text for entry in entries}) > 1:
-        raise ValueError(f"data.path '{directory}' has texts in some of its parts alone; encode the data again.")
+        raise ValueError(f"data.path '{directory}' has texts in only some of its parts; encode the data again.")
     numbers = class_numbers(index.class_names, classes, f"data.path '{directory}'")
     groups: dict[tuple[Kind, tuple[int, ...]], list[ShardEntry]] = {}
     for entry in entries:
@@ -283,7 +285,7 @@ def _read_null(folder: Path) -> TextCondition:
     except (*ARRAY_DAMAGE, OSError) as error:
         raise ValueError(f"'{path}' is truncated or damaged ({str(error)[:200]}); encode the data again.") from error
     if [part.shape for part in null] != of_texts:
-        raise ValueError(f"'{path}' is of another shape than the texts beside it; encode the data again.")
+        raise ValueError(f"'{path}' has another shape than the texts next to it; encode the data again.")
     return TextCondition(*(part[None] for part in null))
 
 
@@ -313,7 +315,7 @@ def _open_array(path: Path) -> np.ndarray:
     except ARRAY_DAMAGE as error:
         raise ValueError(f"'{path}' is truncated or damaged ({str(error)[:200]}); encode the data again.") from error
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "biuf":
-        raise ValueError(f"'{path}' holds no array of numbers; encode the data again.")
+        raise ValueError(f"'{path}' does not hold an array of numbers; encode the data again.")
     return array
 
 
@@ -328,6 +330,6 @@ def _open_shard(shard: ShardFile) -> Shard:
                 f"'{path}' has shape {arrays[part].shape} instead of {shard.size} entries; encode the data again."
             )
         if part in ("mean", "std") and arrays[part].shape[1:] != shard.event_shape:
-            raise ValueError(f"'{path}' holds latents of another shape than {INDEX_FILE} says; encode the data again.")
+            raise ValueError(f"'{path}' has latents of another shape than {INDEX_FILE} states; encode the data again.")
     texts = TextCondition(arrays["text"], arrays["mask"]) if shard.has_text else None
     return Shard(Moments(arrays["mean"], arrays["std"]), arrays["label"], texts)

@@ -210,6 +210,6 @@ def captions_of(dataset: Dataset, indices: Int[np.ndarray, " b"], labels: Int[np
     if dataset.class_names:
         return [dataset.class_names[label] if label >= 0 else "" for label in labels]
     raise ValueError(
-        "the data have neither captions nor classes to make texts of; put a .txt beside every image, or "
+        "the data have neither captions nor classes to use as texts; put a .txt beside every image, or "
         "the images into one folder per class."
     )

@@ -115,7 +115,7 @@ class AutoencoderExperiment(Experiment):
             raise ValueError(f"data is {data}; an Autoencoder is trained on images of one size.")
         if self.autoencoding.frames:
             raise ValueError(
-                f"autoencoding.frames is {self.autoencoding.frames}, and an Autoencoder is of images; set it to 0."
+                f"autoencoding.frames is {self.autoencoding.frames}, but an Autoencoder takes images; set it to 0."
             )
 
     def _check_clips(self, model: VideoAutoencoderConfig) -> None:
@@ -125,7 +125,7 @@ class AutoencoderExperiment(Experiment):
         for name in ("images", "drop_first"):
             if getattr(data, name):
                 raise ValueError(
-                    f"data.{name} is given, and a VideoAutoencoder is trained on whole clips; leave it out."
+                    f"data.{name} is given, but a VideoAutoencoder is trained on whole clips; leave it out."
                 )
         if frames < 1 or (frames - 1) % stride:
             raise ValueError(
@@ -280,7 +280,10 @@ def _initial(model: Any, path: str, autoencoder: Any, key: jax.Array) -> Any:
     codec = open_autoencoder(path)
     found = codec.autoencoder.config
     if found != dataclasses.replace(model, dtype=found.dtype, remat=found.remat):
-        raise ValueError(f"autoencoding.decoder_of '{path}' has the shape {found}, not that of the model; set it.")
+        raise ValueError(
+            f"autoencoding.decoder_of '{path}' has the shape {found}, which differs from the model's; set the "
+            "model to it."
+        )
     scale = np.asarray(codec.normalisation.scale, np.float64)
     statistics = {"mean": codec.normalisation.shift, "variance": 1 / np.square(scale)}
     return {

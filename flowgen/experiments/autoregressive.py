@@ -136,7 +136,9 @@ class AutoregressiveExperiment(Experiment):
                 f"text is {has} and model.text_dim is {self.model.text_dim}; give both for texts, or neither."
             )
         if not self.model.text_dim and self.sampling.prompts:
-            raise ValueError(f"sampling.prompts is {self.sampling.prompts}, but the model takes no texts; leave it.")
+            raise ValueError(
+                f"sampling.prompts is {self.sampling.prompts}, but the model takes no texts; leave it out."
+            )
         if self.is_latent and self.model.noise_std == 0:
             raise ValueError("model.noise_std is 0, which dequantises images; latents need noise, such as 0.3.")
 

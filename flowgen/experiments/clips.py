@@ -58,7 +58,7 @@ def check_length(codec: Codec, most: int, frames: int | None, context: int | Non
     """
     if (most if frames is None else latent_frames(codec, frames)) <= most and context is not None:
         raise ValueError(
-            f"--context is {context}, and clips of up to {1 + (most - 1) * codec.stride} frames are not continued; "
+            f"--context is {context}, but clips of up to {1 + (most - 1) * codec.stride} frames are not continued; "
             "give more --frames, or leave it out."
         )
 

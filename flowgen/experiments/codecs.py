@@ -84,8 +84,8 @@ def open_codec(config: CodecConfig | None, channels: int) -> Codec:
     codec = open_autoencoder(config.path, config.temporal_scale)
     if config.digest not in (None, codec_digest(codec)):
         raise ValueError(
-            f"the autoencoder at codec.path '{config.path}' is not the one that the flow was trained on; put that one "
-            "back, or give its place with --codec.path."
+            f"the autoencoder at codec.path '{config.path}' is not the one that the flow was trained on; restore "
+            "that one, or give its path with --codec.path."
         )
     if codec.channels != channels:
         raise ValueError(
@@ -111,7 +111,7 @@ def open_autoencoder(path: str, temporal_scale: float = 1.0) -> AutoencoderCodec
         )
     if not Path(path).is_dir():
         raise FileNotFoundError(
-            f"There is no autoencoder at codec.path '{path}'; train it first, or give its place with --codec.path."
+            f"There is no autoencoder at codec.path '{path}'; train it first, or give its path with --codec.path."
         )
     return _open_autoencoder(path, temporal_scale, *version_of(path))
 
@@ -127,7 +127,7 @@ def _open_autoencoder(
     plain = read_config(path)["model"]
     kind = plain.get(settings.TYPE)
     if kind not in ("Autoencoder", "VideoAutoencoder"):
-        raise ValueError(f"codec.path '{path}' is the run of a {kind!s:.80}; give that of an autoencoder.")
+        raise ValueError(f"codec.path '{path}' is the run of a {kind!s:.80}; give the run of an autoencoder.")
     autoencoder = settings.check(AutoencoderConfig | VideoAutoencoderConfig, plain, path="model").build()
     reader = CheckpointReader(Path(path) / CHECKPOINTS)
     step = reader.latest_step()

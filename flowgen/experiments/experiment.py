@@ -121,7 +121,7 @@ class Experiment(abc.ABC):
         """Raises ValueError naming the fields in which this experiment differs from the run's `saved` one."""
         if (kind := saved.get(settings.TYPE)) != type(self).__name__:
             raise ValueError(
-                f"the run was begun as a {kind!s:.80}, and this is a {type(self).__name__}; train in a new --workdir."
+                f"the run was begun as a {kind!s:.80}, but this is a {type(self).__name__}; train in a new --workdir."
             )
         begun = self.from_json(saved)
         lines = settings.differences(begun.to_json(), self.from_json(self.to_json()).to_json())
@@ -130,7 +130,8 @@ class Experiment(abc.ABC):
         changed += _renamed(begun.data, self.data)
         if changed:
             raise ValueError(
-                f"the run was begun with another config ({'; '.join(changed)}); undo that, or train in a new --workdir."
+                f"the run was begun with another config ({'; '.join(changed)}); undo the change, or train in a "
+                "new --workdir."
             )
 
     def check_warmups(self, others: Mapping[str, int] = MappingProxyType({})) -> None:
@@ -147,7 +148,7 @@ def _renamed(old: Any, new: Any) -> list[str]:
     missing = name_list([name for name in before if name not in now])
     unknown = name_list([name for name in now if name not in before])
     if missing and not unknown:
-        fix = "; to go on without it, set --data.classes to the names that the run began with"
+        fix = "; to continue without it, set --data.classes to the names that the run began with"
         return [f"data.classes: {missing} missing{fix}"]
     parts = [f"{missing} missing"] * bool(missing) + [f"{unknown} not known to the run"] * bool(unknown)
     return [f"data.classes: {', '.join(parts) or f'{name_list(before)} in another order'}"]

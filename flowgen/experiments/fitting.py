@@ -28,7 +28,7 @@ def _of_own(experiment: Experiment, dataset: Any, held_out: Any) -> Experiment:
         # The dataset replaces cached latents by images or clips.
         data = next(field.default for field in dataclasses.fields(experiment) if field.name == "data")
     if not isinstance(data, DataConfig | ClipsConfig):
-        raise ValueError("dataset is given, and points are drawn from data.x0 and data.x1; give a DataConfig.")
+        raise ValueError("dataset is given, but points are drawn from data.x0 and data.x1; give a DataConfig.")
     own = dataclasses.replace(data, name=OWN, path="", classes=data.classes or dataset.class_names)
     return dataclasses.replace(experiment, data=own).with_provenance()
 
@@ -54,7 +54,7 @@ def fit(
         result = fit(flowgen.load_config("tarflow_digits"), "runs/digits")
     """
     if not isinstance(experiment, Experiment):
-        raise ValueError(f"experiment is {shown(experiment)}; give a flowgen.Experiment, and then the workdir.")
+        raise ValueError(f"experiment is {shown(experiment)}; give a flowgen.Experiment, followed by the workdir.")
     if dataset is None and held_out is not None:
         raise ValueError("held_out is given without dataset; give both.")
     with Signals() if signals is None else nullcontext(signals) as signals:

@@ -54,7 +54,10 @@ class FlowExperiment(AutoregressiveExperiment):
 
     def __post_init__(self):
         if isinstance(self.data, DataConfig) and self.data.aspects and isinstance(self.model, TARFlowConfig):
-            raise ValueError("data.aspects is set, but a TARFlow has one size, as its parameters do; use a STARFlow.")
+            raise ValueError(
+                "data.aspects is set, but a TARFlow has one image size, to which its "
+                "parameters are tied; use a STARFlow."
+            )
         if self.likelihood.denoiser is not None:
             kind = type_name(self.model)
             raise ValueError(f"likelihood.denoiser is given, but a {kind} has no denoiser; leave it out.")

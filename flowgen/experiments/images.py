@@ -111,8 +111,8 @@ def tell_repeats(dataset: Dataset | BucketedDataset, train: TrainConfig) -> None
     """
     if len(dataset) < train.batch_size:
         tell(
-            f"train.batch_size is {train.batch_size}, and there are {len(dataset)} to train on, so each batch holds "
-            "some more than once; lower it."
+            f"train.batch_size is {train.batch_size}, but there are only {len(dataset)} samples to train on, so "
+            "each batch repeats some; lower it."
         )
 
 

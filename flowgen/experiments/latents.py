@@ -286,10 +286,10 @@ def _cached(data: LatentsConfig, encoding: Encoding, split: Split) -> Dataset | 
 
 def _check_codec(made: Provenance, path: str, encoding: Encoding) -> None:
     if encoding.codec is None and made.codec:
-        raise ValueError(f"codec is missing, and data.path '{path}' was encoded by {made.codec}; give it (--codec).")
+        raise ValueError(f"codec is missing, but data.path '{path}' was encoded by {made.codec}; give it (--codec).")
     if encoding.codec is not None and made.codec_digest != codec_digest(encoding.open_codec()):
         raise ValueError(
-            f"data.path '{path}' was encoded by {made.codec or 'no codec'}, and codec is another one, "
+            f"data.path '{path}' was encoded by {made.codec or 'no codec'}, but codec is another one, "
             f"{_words(encoding.codec)}; give that one (--codec), or encode again."
         )
 
@@ -297,7 +297,7 @@ def _check_codec(made: Provenance, path: str, encoding: Encoding) -> None:
 def _check_texts(made: Provenance, path: str, encoding: Encoding) -> None:
     model, by, text = encoding.model, made.text, _text_provenance(encoding)
     if model.text_dim and by is None:
-        raise ValueError(f"data.path '{path}' has no texts, and model.text_dim is {model.text_dim}; encode again.")
+        raise ValueError(f"data.path '{path}' has no texts, but model.text_dim is {model.text_dim}; encode again.")
     if text is None or by is None:
         return
     if by.digest != text.digest:
@@ -310,7 +310,7 @@ def _check_texts(made: Provenance, path: str, encoding: Encoding) -> None:
         if field.name != "encoder" and before != now:
             raise ValueError(
                 f"data.path '{path}' has texts encoded with {_TEXT_FIELDS.get(field.name, f'text.{field.name}')} "
-                f"{before!r}, and this experiment has another, {now!r}; set it, or encode again."
+                f"{before!r}, but this experiment has another, {now!r}; set it, or encode again."
             )
     if text.noise_level and made.noise_std != model.noise_std:
         raise ValueError(

@@ -163,8 +163,8 @@ class MatchingExperiment(Experiment):
             )
         if weight and not self.train.label_dropout:
             raise ValueError(
-                f"{name} is {weight}, but with train.label_dropout 0 the field without class, which it needs, is not "
-                f"learned; train with 0.1, or set {name} to 0."
+                f"{name} is {weight}, but with train.label_dropout 0 the unconditional field, which it needs, is not "
+                f"learned; set train.label_dropout to 0.1, or set {name} to 0."
             )
 
     @property
@@ -207,7 +207,7 @@ class MatchingExperiment(Experiment):
         network = self.build() if model is None else model
         if isinstance(self.data, PointsConfig):
             if dataset is not None:
-                raise ValueError("dataset is given, and points are drawn from data.x0 and data.x1; give a DataConfig.")
+                raise ValueError("dataset is given, but points are drawn from data.x0 and data.x1; give a DataConfig.")
             return self._points_job(network, self.data)
         if dataset is None:
             dataset = self.dataset("train")

@@ -112,7 +112,7 @@ def open_text_encoder(config: TextConfig | None, *, length: int, dim: int) -> Te
         cond = open_text_encoder(TextConfig("words"), length=16, dim=32)(["a cat"])
     """
     if config is None:
-        raise ValueError(f"text is missing, and the model takes texts of {dim} features; give a TextConfig.")
+        raise ValueError(f"text is missing, but the model takes texts of {dim} features; give a TextConfig.")
     if not config.encoder:
         raise ValueError("text.encoder is not set; give the folder of the text encoder with --text.encoder.")
     if config.encoder == "words":
@@ -126,8 +126,8 @@ def open_text_encoder(config: TextConfig | None, *, length: int, dim: int) -> Te
         )
     if config.digest not in (None, text_digest(encoder)):
         raise ValueError(
-            f"text.encoder '{config.encoder}' is not the one that the flow was trained with; put that one back, or "
-            "give its place with --text.encoder."
+            f"text.encoder '{config.encoder}' is not the one that the flow was trained with; restore that one, or "
+            "give its path with --text.encoder."
         )
     return encoder
 

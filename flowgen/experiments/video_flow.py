@@ -102,9 +102,7 @@ class VideoFlowExperiment(AutoregressiveExperiment):
         told = None if self.text is None else self.text.frames_per_second
         fps = self.data.fps if isinstance(self.data, ClipsConfig) and self.data.name in ("real", "folder") else 0
         if told and fps and told != fps:
-            raise ValueError(
-                f"text.frames_per_second is {told}, which texts would say of clips of data.fps {fps:g}; set them alike."
-            )
+            raise ValueError(f"text.frames_per_second is {told}, but data.fps is {fps:g}; set both to the same value.")
         denoiser = self.likelihood.denoiser
         self.check_warmups({} if denoiser is None else {"likelihood.denoiser.warmup_steps": denoiser.warmup_steps})
 
@@ -113,7 +111,8 @@ class VideoFlowExperiment(AutoregressiveExperiment):
         if not model.denoiser_layers:
             if likelihood.denoiser is not None:
                 raise ValueError(
-                    "likelihood.denoiser is given, and model.denoiser_layers is 0; give the denoiser layers."
+                    "likelihood.denoiser is given, but model.denoiser_layers is 0; set it above 0, or leave "
+                    "likelihood.denoiser out."
                 )
             return
         if likelihood.norm_penalty:

@@ -37,8 +37,8 @@ class ImageTokens:
         check_patches(self.image_size, self.patch_size)
         if self.num_tokens > MAX_TOKENS:
             raise ValueError(
-                f"image_size is {self.image_size} and patch_size {self.patch_size}, which makes "
-                f"{self.num_tokens} tokens, of at most {MAX_TOKENS}; use a larger patch_size."
+                f"image_size is {self.image_size} and patch_size {self.patch_size}, which gives "
+                f"{self.num_tokens} tokens, more than {MAX_TOKENS}; use a larger patch_size."
             )
         if self.num_tokens < 2:
             raise ValueError(
@@ -173,7 +173,8 @@ class AutoregressiveFlow(OnMeshes, nn.Module):
             return self
         if not hasattr(self.config, "with_image_size"):
             raise ValueError(
-                f"images are {height} x {width}; this model takes {self.config.image_hw} alone, as its parameters do."
+                f"images are {height} x {width}; this model takes only {self.config.image_hw}, to which its "
+                "parameters are tied."
             )
         return type(self)(self.config.with_image_size(height, width), parent=None)
 

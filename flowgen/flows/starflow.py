@@ -146,7 +146,7 @@ class STARFlowConfig(ImageTokens):
 
     @property
     def num_blocks(self) -> int:
-        """Blocks that are not the identity."""
+        """The number of blocks that are not the identity."""
         return sum(count > 0 for count in self.layers_per_block)
 
     @property

@@ -32,11 +32,12 @@ class STARFlowVConfig(STARFlowConfig):
 
     def __post_init__(self):
         if self.denoiser_layers and self.num_classes and self.class_conditioning == "add":
-            raise ValueError("class_conditioning is 'add', which a denoiser has no part for; use 'prefix'.")
+            raise ValueError("class_conditioning is 'add', which a denoiser does not support; use 'prefix'.")
         super().__post_init__()
         if self.conditioned_blocks != "deep":
             raise ValueError(
-                f"conditioned_blocks is {self.conditioned_blocks!r}; single frames see no condition: set 'deep'."
+                f"conditioned_blocks is {self.conditioned_blocks!r}; blocks on single frames take no condition; "
+                "set 'deep'."
             )
         if block_order(self.order, len(self.layers_per_block) - 1) != "raster":
             raise ValueError(

@@ -128,10 +128,10 @@ class MinibatchOT:
         if not self.class_aware:
             return jnp.ones(cost.shape, bool)
         if cond is None:
-            raise ValueError("class_aware transport needs labels as cond; give them, or switch it off.")
+            raise ValueError("class_aware transport needs labels as cond; give them, or set class_aware to False.")
         if getattr(cond, "shape", None) != (len(cost),) or not jnp.issubdtype(cond.dtype, jnp.integer):
             raise ValueError(
-                f"cond is {shown(cond)}; class_aware transport needs one label for each datum, an array of integers "
+                f"cond is {shown(cond)}; class_aware transport needs one label per sample, an array of integers "
                 f"of shape {(len(cost),)}."
             )
         return keep_axes(lambda y: y[:, None] == y[None, :], cond, named=[(cost, "b m")], out="b m")
@@ -190,7 +190,7 @@ class GibbsWeights:
         check_batch(x0, x1)
         if self.epsilon is None:
             raise ValueError(
-                "epsilon is None; choose it from data by coupling = fit_epsilon(coupling, x0, x1), or give it."
+                "epsilon is None; choose it from data with coupling = fit_epsilon(coupling, x0, x1), or set it."
             )
         if self.sinkhorn_sweeps:
             log_weight = corrected_log_weight(-cost_matrix(x0, x1, self.cost) / self.epsilon, self.sinkhorn_sweeps)
@@ -277,7 +277,7 @@ def check_cost(cost: Float[Array, "..."]) -> Float[Array, "..."]:
     if not isinstance(cost, Tracer):
         bad = int(np.isnan(np.asarray(cost)).sum())
         if bad:
-            raise ValueError(f"{bad} of {cost.size} costs are NaN; look at the cost function and for NaN in the batch.")
+            raise ValueError(f"{bad} of {cost.size} costs are NaN; check the cost function, and the batch for NaN.")
     return cost
 
 

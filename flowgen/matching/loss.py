@@ -224,16 +224,16 @@ def check_data(x0: Array, x1: Array, cond: Any, label_dropout: float) -> None:
     check_floating("x1", x1)
     check_floating("x0", x0)
     if len(x1) == 0:
-        raise ValueError("the batch is empty; give at least one datum.")
+        raise ValueError("the batch is empty; give at least one sample.")
     for part in jax.tree.leaves(cond):
         if not hasattr(part, "shape"):
-            raise ValueError(f"cond holds {part!r}; give arrays with a row for each datum.")
+            raise ValueError(f"cond holds {part!r}; give arrays with one row per sample.")
         if part.shape[:1] != x1.shape[:1]:
-            raise ValueError(f"cond has shape {part.shape} for {len(x1)} data; it must have a row for each of them.")
+            raise ValueError(f"cond has shape {part.shape} for {len(x1)} samples; give one row per sample.")
         if label_dropout and not (part.ndim == 1 and jnp.issubdtype(part.dtype, jnp.integer)):
             raise ValueError(
                 f"label_dropout is {label_dropout} and cond {part.dtype} of shape {part.shape}; only integer labels, "
-                "one per datum, can be dropped."
+                "one per sample, can be dropped."
             )
 
 

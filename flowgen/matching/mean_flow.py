@@ -158,7 +158,9 @@ def guided_target(
         v = guided_target(average_velocity, t, x_t, labels, v, weight=1.0)
     """
     if cond is None or not jnp.issubdtype(cond.dtype, jnp.integer):
-        raise ValueError("guidance_weight needs integer labels as cond, which the batch has not; or set it to 0.")
+        raise ValueError(
+            "guidance_weight needs integer labels as cond, but the batch has none; give them, or set it to 0."
+        )
     free = average_velocity(t, x_t, no_labels(cond.shape), jnp.zeros_like(t))
     labelled = over_event((cond != UNCONDITIONAL).astype(v.dtype), v)
     return linear_rule(v, free.astype(v.dtype), weight * labelled)

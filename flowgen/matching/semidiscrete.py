@@ -60,7 +60,9 @@ class SemidiscreteOT:
         self, key: Key[Array, ""], x0: Float[Array, "b *event"], x1: Float[Array, "b *event"], cond: Cond = None
     ) -> Coupled:
         if cond is not None and self.labels is None:
-            raise ValueError("the batch has a condition and the semidiscrete data no labels; give both or neither.")
+            raise ValueError(
+                "the batch has a condition, but the semidiscrete data have no labels; give both or neither."
+            )
         partner = self.partner(x0)
         cond = None if self.labels is None else take_rows(self.labels, partner)
         return Coupled(x0, take_rows(self.y, partner), cond, jnp.zeros(len(x0), x0.dtype))

@@ -161,7 +161,8 @@ def _adaptive(
     arrived = solution.result == diffrax.RESULTS.successful
     if not isinstance(arrived, Tracer) and not arrived:
         raise RuntimeError(
-            f"dopri5 has not arrived after max_steps={max_steps}; allow more, loosen rtol={rtol} and atol={atol}, "
+            f"dopri5 did not reach the end within max_steps={max_steps}; allow more, loosen rtol={rtol} and "
+            f"atol={atol}, "
             "or take a method of fixed steps. A velocity of NaN ends here too."
         )
     # A step, accepted or not, has seven stages; the first is the last stage of the previous accepted step.
@@ -243,7 +244,7 @@ def guided(
 
     def field(t, x, cond):
         if cond is None:
-            raise ValueError("guidance needs a condition to guide to, and cond is None; give labels, or do not guide.")
+            raise ValueError("guidance needs a condition, but cond is None; give labels, or leave guidance out.")
         both = jax.tree.map(stacked, cond, unconditional)
         v = velocity(jnp.concatenate([t, t]), jnp.concatenate([x, x]), both)
         conditional, free = jnp.split(v, 2)

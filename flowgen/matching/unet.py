@@ -115,7 +115,7 @@ class UNetConfig:
 
     def _check_widths(self):
         if self.width % 2:
-            raise ValueError(f"width is {self.width}; half of its features of time are sines: use an even one.")
+            raise ValueError(f"width is {self.width}; it must be even, because half of the time features are sines.")
         for level, width in enumerate(self.level_widths):
             if width % self.num_groups:
                 raise ValueError(
