@@ -19,7 +19,7 @@ import numpy as np
 from flowgen import checkpoint
 from flowgen.data import Dataset, from_uint8, image_grid, save_image, to_uint8
 from flowgen.evaluation import frechet_distance
-from flowgen.experiments.distances import sample_metrics, train_judge
+from flowgen.experiments.distances import sample_metrics, train_features
 
 EVALUATIONS = (4, 10, 50)
 SAMPLES = 1797  # as many as there are digits
@@ -34,8 +34,8 @@ def main() -> None:
     arguments = parser.parse_args()
     runs = [checkpoint.load(path) for path in arguments.runs]
     train, data = runs[0][2].dataset("train"), runs[0][2].dataset("all")
-    judge = train_judge(train)
-    floor = frechet_distance(*(judge.features(images_of(runs[0][2].dataset(split))) for split in ("train", "eval")))
+    extractor = train_features(train)
+    floor = frechet_distance(*(extractor.features(images_of(runs[0][2].dataset(split))) for split in ("train", "eval")))
     where = measure.environment(len(os.sched_getaffinity(0)), None)
     rows, drawn = [], []
     for path, (network, variables, experiment) in zip(arguments.runs, runs, strict=True):
@@ -50,7 +50,9 @@ def main() -> None:
             began = time.perf_counter()
             draw = partial(drawn.draw_batch, network, variables)
             digits = data[np.arange(len(data))].context
-            metrics = sample_metrics(draw, judge, data, SAMPLES, conditions=lambda positions, y=digits: y[positions])
+            metrics = sample_metrics(
+                draw, extractor, data, SAMPLES, conditions=lambda positions, y=digits: y[positions]
+            )
             seconds = time.perf_counter() - began
             labels = np.arange(2 * CLASSES) % CLASSES
             images, _ = draw(jax.random.key(0), np.arange(len(labels)), labels)
@@ -65,7 +67,7 @@ def main() -> None:
                     "guidance": sampling.guidance,
                     **{name: round(value, 3) for name, value in metrics.items()},
                     "frechet_train_to_eval": round(floor, 3),
-                    "features": judge.name,
+                    "features": extractor.name,
                     "samples": SAMPLES,
                     "seconds": round(seconds, 2),
                     **where,

@@ -93,7 +93,7 @@ def whole(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def quick_judge():
+def quick_features():
     """Distances of samples are measured by a classifier that has hardly been trained, which takes no time."""
     with pytest.MonkeyPatch.context() as patch:
         from flowgen.experiments import distances

@@ -131,7 +131,9 @@ CALLS = {
     "soft rows": soft(normalize="row"),
     "softmax": lambda a: attention.softmax_attention(a.q, a.k, a.v, a.valid),
     "softmax causal": lambda a: attention.softmax_attention(a.q, a.k, a.v, is_causal=True),
-    "frames": lambda a: attention.FrameWindow(prefix=2, tokens=5, back=1, ahead=0).attend(a.q, a.k, a.v),
+    "frames": lambda a: attention.FrameWindow(prefix=2, tokens=5, past_frames=1, lookahead_frames=0).attend(
+        a.q, a.k, a.v
+    ),
     "cache": cached,
     "linear layer": of_module(attention.LinearAttention(16, HEADS, is_causal=CHUNKS)),
     "nala layer": of_module(attention.NaLaAttention(16, HEADS, is_causal=True)),

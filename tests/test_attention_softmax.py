@@ -29,7 +29,7 @@ def cached(q, k, v):
 CASES = {
     **{f"mask {name}": lambda q, k, v, m=mask: softmax_attention(q, k, v, m) for name, mask in MASKS.items()},
     **{f"causal, {n}": lambda q, k, v, m=m: softmax_attention(q, k, v, m, is_causal=True) for n, m in MASKS.items()},
-    "frames": FrameWindow(prefix=6, tokens=16, back=2, ahead=1).attend,
+    "frames": FrameWindow(prefix=6, tokens=16, past_frames=2, lookahead_frames=1).attend,
     "cached": cached,
 }
 
@@ -58,7 +58,7 @@ def test_memory_does_not_grow_with_the_square_of_the_tokens(case, monkeypatch):
                 cache = KVCache(k.swapaxes(1, 2), v.swapaxes(1, 2))
                 out, _ = attend_kv_window(q, k, v, cache, 0)
             elif case == "frames":
-                out = FrameWindow(prefix=0, tokens=64, back=2, ahead=1).attend(q, k, v)
+                out = FrameWindow(prefix=0, tokens=64, past_frames=2, lookahead_frames=1).attend(q, k, v)
             else:
                 out = softmax_attention(q, k, v, is_causal=True)
             return out.sum()

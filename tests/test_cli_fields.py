@@ -260,7 +260,7 @@ def test_evaluate_refuses_what_it_does_not_ask(flow_run, name):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_judge")
+@pytest.mark.usefixtures("quick_features")
 def test_evaluate_draws_as_it_is_told(flow_run):
     told = succeed("evaluate --samples 20 --sampling.guidance 20 --checkpoint", flow_run)
     assert "guidance 20" in told

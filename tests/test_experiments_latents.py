@@ -40,7 +40,7 @@ from flowgen.training import LogConfig, OptimConfig, TrainConfig
 sys.path.insert(0, str(Path(__file__).parent / "fixtures"))
 import codec_weights as cw
 
-pytestmark = pytest.mark.usefixtures("quick_judge")
+pytestmark = pytest.mark.usefixtures("quick_features")
 QUIET = LogConfig(log_every=4, checkpoint_every=0, progress=False, tensorboard=False)
 FEW = TrainConfig(steps=4, batch_size=16)
 TINY = STARFlowConfig(image_size=4, channels=4, width=40, head_dim=20, layers_per_block=(1, 1), num_classes=10)

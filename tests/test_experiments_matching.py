@@ -22,7 +22,7 @@ from flowgen.training import LogConfig, TrainConfig
 
 SHRUNK = ("meanflow_digits", "otcfm_digits", "wcfm_digits_nala")
 CONFIGS = Path(__file__).parent.parent / "configs"
-pytestmark = pytest.mark.usefixtures("quick_judge")
+pytestmark = pytest.mark.usefixtures("quick_features")
 POINTS = MatchingExperiment(
     name="points",
     model=MLPConfig(dim=2, width=16, num_layers=1),
@@ -42,7 +42,7 @@ def points(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def digits(quick_judge, tmp_path_factory):
+def digits(quick_features, tmp_path_factory):
     """A run of the shrunk W-CFM digits by the command, and what it printed."""
     path = tmp_path_factory.mktemp("runs") / "digits"
     words = "train --debug --log.progress false --log.eval_every 0 --sampling.frechet_samples 8 --config"

@@ -19,20 +19,20 @@ from flowgen.backend import keep_axes
 class FrameWindow:
     """Which keys a query sees among `prefix` tokens followed by frames of `tokens` tokens each.
 
-    A token of frame f sees the prefix and frames f - back .. f + ahead; a token of the prefix sees the prefix and
-    frames 0 .. ahead (the denoiser of STARFlow-V, arXiv 2511.20462).
+    A token of frame f sees the prefix and frames f - past_frames .. f + lookahead_frames; a token of the prefix sees the
+    prefix and frames 0 .. lookahead_frames (the denoiser of STARFlow-V, arXiv 2511.20462).
 
     Example:
-        out = FrameWindow(prefix=256, tokens=1590, back=9, ahead=1).attend(q, k, v)
+        out = FrameWindow(prefix=256, tokens=1590, past_frames=9, lookahead_frames=1).attend(q, k, v)
     """
 
     prefix: int
     tokens: int
-    back: int
-    ahead: int
+    past_frames: int
+    lookahead_frames: int
 
     def __post_init__(self):
-        for name, least in (("prefix", 0), ("tokens", 1), ("back", 0), ("ahead", 0)):
+        for name, least in (("prefix", 0), ("tokens", 1), ("past_frames", 0), ("lookahead_frames", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
 
@@ -58,7 +58,7 @@ def _attend(q, k, v, window: FrameWindow, max_logits: int):
         q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
         cut, tokens = window.prefix, window.tokens
         frames = (q.shape[2] - cut) // tokens
-        seen = cut + min(1 + window.ahead, frames) * tokens
+        seen = cut + min(1 + window.lookahead_frames, frames) * tokens
         front = attend_in_parts(q[:, :, :cut], k[:, :, :seen], v[:, :, :seen])
         behind = _attend_by_frame(q, k, v, window, frames, max_logits)
         return jnp.concatenate([front, behind], axis=2).swapaxes(1, 2)
@@ -70,8 +70,8 @@ def _attend(q, k, v, window: FrameWindow, max_logits: int):
 def _attend_by_frame(q, k, v, window: FrameWindow, frames: int, max_logits: int):
     """The attention of the tokens after the prefix, heads before tokens."""
     cut, tokens = window.prefix, window.tokens
-    width = window.back + 1 + window.ahead
-    margins = ((0, 0), (0, 0), (window.back * tokens, window.ahead * tokens), (0, 0))
+    width = window.past_frames + 1 + window.lookahead_frames
+    margins = ((0, 0), (0, 0), (window.past_frames * tokens, window.lookahead_frames * tokens), (0, 0))
     padded = [jnp.pad(x[:, :, cut:], margins) for x in (k, v)]
     queries = q[:, :, cut:].reshape(*q.shape[:2], frames, tokens, q.shape[-1])
 
@@ -80,7 +80,7 @@ def _attend_by_frame(q, k, v, window: FrameWindow, frames: int, max_logits: int)
         start, length = frame * tokens, width * tokens
         near = [jax.lax.dynamic_slice_in_dim(x, start, length, axis=2) for x in padded]
         keys, values = (jnp.concatenate([x[:, :, :cut], y], axis=2) for x, y in zip((k, v), near, strict=True))
-        neighbour = frame - window.back + jnp.arange(width)
+        neighbour = frame - window.past_frames + jnp.arange(width)
         real = jnp.repeat((neighbour >= 0) & (neighbour < frames), tokens, total_repeat_length=length)
         mask = jnp.concatenate([jnp.ones(cut, bool), real])[None, None, None]
         return attend_in_parts(queries, keys, values, mask)

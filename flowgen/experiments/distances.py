@@ -19,7 +19,7 @@ Images = Float[np.ndarray, "n height width c"]
 
 
 @dataclass(frozen=True)
-class Judge:
+class FeatureExtractor:
     """Named features of images in [-1, 1] for Fréchet distances, and predicted classes if known."""
 
     name: str
@@ -27,22 +27,22 @@ class Judge:
     classes: Callable[[Images], Int[np.ndarray, " n"]] | None = None
 
 
-def train_judge(dataset: Dataset) -> Judge:
+def train_features(dataset: Dataset) -> FeatureExtractor:
     """Returns a feature extractor for images like those of a dataset: a classifier trained on its labels, else the
     pixels.
 
     Example:
-        judge = train_judge(experiment.dataset("train"))
+        extractor = train_features(experiment.dataset("train"))
     """
     if not dataset.class_names:
-        return Judge("pixels", lambda images: images.reshape(len(images), -1))
+        return FeatureExtractor("pixels", lambda images: images.reshape(len(images), -1))
     classifier = train_classifier(dataset, jax.random.key(0))
-    return Judge("a classifier of the training data", classifier.features, classifier.classes)
+    return FeatureExtractor("a classifier of the training data", classifier.features, classifier.classes)
 
 
 def sample_metrics(
     draw_batch: DrawBatch,
-    judge: Judge,
+    extractor: FeatureExtractor,
     data: Dataset,
     num: int,
     *,
@@ -56,7 +56,7 @@ def sample_metrics(
     in turn, so that samples follow the proportions of the data; None is unconditional.
 
     Example:
-        metrics = sample_metrics(partial(experiment.draw_batch, network, variables), judge, held_out, 1000)
+        metrics = sample_metrics(partial(experiment.draw_batch, network, variables), extractor, held_out, 1000)
     """
     # Fewer samples than data take conditions spread over the data, which may be sorted by class.
     positions = np.arange(num) * len(data) // num if num < len(data) else np.arange(num) % len(data)
@@ -68,20 +68,20 @@ def sample_metrics(
     samples = np.clip(np.concatenate(parts)[:num], -1, 1)
     everything = data[np.arange(len(data))]
     real = np.asarray(from_uint8(everything.pixels))
-    metrics = {"frechet": frechet_distance(judge.features(samples), judge.features(real))}
-    if judge.classes is not None and conditions is not None:
+    metrics = {"frechet": frechet_distance(extractor.features(samples), extractor.features(real))}
+    if extractor.classes is not None and conditions is not None:
         asked = everything.labels[positions]
-        metrics["class_accuracy"] = float((judge.classes(samples) == asked)[asked >= 0].mean())
+        metrics["class_accuracy"] = float((extractor.classes(samples) == asked)[asked >= 0].mean())
     return metrics
 
 
-def sample_lines(metrics: dict[str, float], judge: Judge, num: int, how: str) -> list[str]:
+def sample_lines(metrics: dict[str, float], extractor: FeatureExtractor, num: int, how: str) -> list[str]:
     """Returns the lines that `evaluate` prints for sample metrics.
 
     Example:
-        lines = sample_lines(metrics, judge, 1000, "heun")
+        lines = sample_lines(metrics, extractor, 1000, "heun")
     """
-    lines = [f"Fréchet distance of {num} samples {metrics['frechet']:.3f} (features of {judge.name}; {how})"]
+    lines = [f"Fréchet distance of {num} samples {metrics['frechet']:.3f} (features of {extractor.name}; {how})"]
     if "class_accuracy" in metrics:
         lines.append(f"samples that show their class {metrics['class_accuracy']:.3f} (by the same classifier)")
     return lines

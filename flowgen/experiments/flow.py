@@ -22,7 +22,7 @@ from flowgen.experiments.autoregressive import (
     decoding_line,
 )
 from flowgen.experiments.debug import debug_flow, debug_images, debug_run
-from flowgen.experiments.distances import sample_lines, sample_metrics, train_judge
+from flowgen.experiments.distances import sample_lines, sample_metrics, train_features
 from flowgen.experiments.drawing import draw_in_batches
 from flowgen.experiments.experiment import Samples
 from flowgen.experiments.plots import sample_grid
@@ -144,10 +144,10 @@ class FlowExperiment(AutoregressiveExperiment):
         self, flow: Any, variables: Any, options: FlowEvaluateOptions, data: Dataset, train: Dataset
     ) -> list[str]:
         conditions = self.conditions_of(data, unconditional=options.unconditional)
-        judge, num = train_judge(train), options.samples
+        extractor, num = train_features(train), options.samples
         draw_batch = partial(self.draw_batch, flow, variables)
-        metrics = sample_metrics(draw_batch, judge, data, num, seed=options.seed, conditions=conditions)
-        return sample_lines(metrics, judge, num, f"guidance {self.sampling.guidance:g}")
+        metrics = sample_metrics(draw_batch, extractor, data, num, seed=options.seed, conditions=conditions)
+        return sample_lines(metrics, extractor, num, f"guidance {self.sampling.guidance:g}")
 
     def _baseline_lines(self, flow: Any, dataset: Any, options: FlowEvaluateOptions) -> list[str]:
         """The likelihood of a Gaussian under the same noise, if images have one size."""

@@ -26,7 +26,7 @@ from flowgen.data import (
 from flowgen.data.dataset import Split
 from flowgen.evaluation import point_metrics, point_samples, velocity_bits_per_dim
 from flowgen.experiments.debug import SAMPLES, debug_images, debug_run
-from flowgen.experiments.distances import sample_lines, sample_metrics, train_judge
+from flowgen.experiments.distances import sample_lines, sample_metrics, train_features
 from flowgen.experiments.drawing import (
     AT_ONCE,
     DrawOptions,
@@ -273,7 +273,7 @@ class MatchingExperiment(Experiment):
         """Held-out loss and, if samples are requested, their Fréchet distance to held-out images."""
         pairs = partial(_image_pairs, conditional=self.model.num_classes > 0)
         loss = jax.jit(matching_objective(network, matching.loss_fn(), pairs, train=False))
-        judge = functools.cache(lambda: train_judge(dataset))
+        extractor = functools.cache(lambda: train_features(dataset))
 
         def evaluated(variables: Any) -> dict[str, float]:
             size = min(self.train.batch_size, len(held_out))
@@ -287,7 +287,7 @@ class MatchingExperiment(Experiment):
             if num:
                 of_samples = partial(self.draw_batch, network, variables)
                 conditions = _labels_of(held_out) if self.model.num_classes else None
-                metrics = {**sample_metrics(of_samples, judge(), held_out, num, conditions=conditions), **metrics}
+                metrics = {**sample_metrics(of_samples, extractor(), held_out, num, conditions=conditions), **metrics}
             return metrics
 
         return evaluated
@@ -353,16 +353,16 @@ class MatchingExperiment(Experiment):
 
         bits = velocity_bits_per_dim(log_density, dataset, jax.random.key(options.seed), batch_size=options.batch)
         num = options.samples or len(dataset)
-        judge = train_judge(self.dataset("train" if options.split == "eval" else options.split, labelled=False))
+        extractor = train_features(self.dataset("train" if options.split == "eval" else options.split, labelled=False))
         conditions = _labels_of(dataset) if conditional else None
         guidance = self.sampling.guidance if conditional else 0.0
         drawn = dataclasses.replace(self, sampling=dataclasses.replace(self.sampling, guidance=guidance))
         of_samples = partial(drawn.draw_batch, model, variables)
-        metrics = sample_metrics(of_samples, judge, dataset, num, seed=options.seed, conditions=conditions)
+        metrics = sample_metrics(of_samples, extractor, dataset, num, seed=options.seed, conditions=conditions)
         return [
             f"{len(dataset)} images ({options.split})",
             f"bits/dim {bits:.4f} (uniform dequantisation, Hutchinson's estimate, rk4 with 50 steps)",
-            *sample_lines(metrics, judge, num, self.sampling.method),
+            *sample_lines(metrics, extractor, num, self.sampling.method),
         ]
 
     def debug(self) -> MatchingExperiment:

@@ -214,7 +214,7 @@ def mean_square(error: Float[Array, "b *event"]) -> Float[Array, " b"]:
 
 
 def check_data(x0: Array, x1: Array, cond: Any, label_dropout: float) -> None:
-    """Raises ValueError unless data are floating-point numbers, and conditions have one row per datum.
+    """Raises ValueError unless data are floating-point numbers, and conditions have one row per sample.
 
     With label dropout, labels must be integers `b`.
 

@@ -1,8 +1,8 @@
 """Semidiscrete optimal transport: every fresh x0 goes to one sample of a whole dataset, not of a batch.
 
-The plan is a partition of space: x0 goes to argmax_j (g_j - |x0 - y_j|²), and the potentials g, one number per datum,
-give each datum a cell of equal probability. They are learned once, before training (Mousavi-Hosseini et al., arXiv
-2509.25519).
+The plan is a partition of space: x0 goes to argmax_j (g_j - |x0 - y_j|²), and the potentials g, one number per data
+point, give each data point a cell of equal probability. They are learned once, before training (Mousavi-Hosseini et al.,
+arXiv 2509.25519).
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ class SemidiscreteOT:
     def __post_init__(self):
         for name, array in (("potentials", self.potentials), ("labels", self.labels)):
             if array is not None and array.shape != self.y.shape[:1]:
-                raise ValueError(f"{name} have shape {array.shape}; there must be one per datum, {self.y.shape[:1]}.")
+                raise ValueError(
+                    f"{name} have shape {array.shape}; there must be one per data point, {self.y.shape[:1]}."
+                )
 
     def __call__(
         self, key: Key[Array, ""], x0: Float[Array, "b *event"], x1: Float[Array, "b *event"], cond: Cond = None
@@ -94,7 +96,7 @@ def fit_semidiscrete(
     """Returns the semidiscrete coupling of a noise distribution with the data y, and its remaining error.
 
     Potentials are learned by Adam on the dual of the transport problem, by OTT-JAX on num_steps batches of noise, a
-    function (key, shape, dtype) -> x0. More data need more steps and larger batches: each datum ought to be hit
+    function (key, shape, dtype) -> x0. More data need more steps and larger batches: each data point ought to be hit
     dozens of times in all. Raises ModuleNotFoundError without OTT-JAX, ValueError if settings do not fit.
 
     Example:
