@@ -19,8 +19,8 @@ from flowgen.backend import keep_axes
 class FrameWindow:
     """Which keys a query sees among `prefix` tokens followed by frames of `tokens` tokens each.
 
-    A token of frame f sees the prefix and frames f - past_frames .. f + lookahead_frames; a token of the prefix sees the
-    prefix and frames 0 .. lookahead_frames (the denoiser of STARFlow-V, arXiv 2511.20462).
+    A token of frame f sees the prefix and frames f - past_frames .. f + lookahead_frames. A token of the prefix sees
+    the prefix and frames 0 .. lookahead_frames (the denoiser of STARFlow-V, arXiv 2511.20462).
 
     Example:
         out = FrameWindow(prefix=256, tokens=1590, past_frames=9, lookahead_frames=1).attend(q, k, v)

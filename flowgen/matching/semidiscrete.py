@@ -1,8 +1,8 @@
 """Semidiscrete optimal transport: every fresh x0 goes to one sample of a whole dataset, not of a batch.
 
 The plan is a partition of space: x0 goes to argmax_j (g_j - |x0 - y_j|²), and the potentials g, one number per data
-point, give each data point a cell of equal probability. They are learned once, before training (Mousavi-Hosseini et al.,
-arXiv 2509.25519).
+point, give each data point a cell of equal probability. They are learned once, before training (Mousavi-Hosseini et
+al., arXiv 2509.25519).
 """
 
 from __future__ import annotations
