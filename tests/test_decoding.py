@@ -73,7 +73,7 @@ def chain(n, first, channels=2):
 
 
 def without_cache(window, first):
-    return Conditioner(window, lambda before, after: after, empty_cache=lambda length: None, first=first)
+    return Conditioner(window, lambda before, after: after, begin_cache=lambda length: None, first=first)
 
 
 def test_after_k_sweeps_the_first_k_tokens_are_exact():

@@ -117,13 +117,16 @@ def short_names(experiment: Any) -> dict[str, str]:
     return {name.removeprefix("sampling."): name for name in sampling} | aliases
 
 
-def options_help(title: str, options: Any, *, without: tuple[Any, ...] = (), group: str = "") -> str:
+def options_help(
+    title: str, options: Any, *, without: tuple[Any, ...] = (), group: str = "", omit: tuple[str, ...] = ()
+) -> str:
     """Returns a line for each field of a command's options or of a group of fields, under a title.
 
-    without: options whose fields are listed elsewhere. group: prefix of the field names.
+    without: options whose fields are listed elsewhere. omit: further fields to leave out. group: prefix of the field
+    names.
     """
     elsewhere = {setting.name for other in without for setting in settings(other)}
-    chosen = [setting for setting in settings(options) if setting.name not in elsewhere]
+    chosen = [setting for setting in settings(options) if setting.name not in {*elsewhere, *omit}]
     named = [setting._replace(name=f"{group}.{setting.name}") for setting in chosen] if group else chosen
     lines = [f"  {described(setting)}" for setting in named]
     return "\n".join([f"{title}:", *lines])

@@ -49,7 +49,7 @@ def fields_help() -> str:
         options_help("flows", flows, without=(every,)),
         options_help("flows of video", ClipDrawOptions(), without=(flows,)),
         options_help("velocity networks", VelocityDrawOptions(), without=(every,)),
-        options_help("sampling of flows, also as --sampling.num", SamplingConfig()),
+        options_help("sampling of flows, also as --sampling.num", SamplingConfig(), omit=("prompts",)),
         options_help("sampling of velocity networks, also as --sampling.num", SolverConfig()),
     ]
     return "\n\n".join(parts)

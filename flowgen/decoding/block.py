@@ -82,7 +82,7 @@ class GuidedBlock:
         block, variables = self.block, self.variables
         batch, begin = len(known), known.shape[1] - block.num_passthrough
 
-        def empty_cache(length: int) -> tuple | None:
+        def begin_cache(length: int) -> tuple | None:
             """Caches with room for `length` more tokens, filled with the prefix and the known tokens."""
             factors = self._inverse_temperature(batch)
             branches = batch if factors is None else 2 * batch
@@ -94,7 +94,7 @@ class GuidedBlock:
         return Conditioner(
             window=self.parameters,
             rewind=block.rewind,
-            empty_cache=empty_cache,
+            begin_cache=begin_cache,
             first=known[:, -1:] if begin else block.apply(variables, known, method="first_previous"),
             begin=begin,
             previous_frame=_last_frame(block.config, known),

@@ -51,7 +51,7 @@ class Conditioner(NamedTuple):
 
     window(previous, start, cache) -> (shift, log_scale, cache): parameters of the tokens after `previous`.
     rewind(before, after) -> cache: a cache from which the same window can run again.
-    empty_cache(length) -> cache: with room for so many more tokens.
+    begin_cache(length) -> cache: filled with the prefix and known tokens, with room for so many more.
     first: the network's input before the first token to be solved. begin: `start` of that token.
     previous_frame: the frame before it, the initial guess of windows if the plan says so; None for images.
     solved(count): called after each window with the number of newly solved tokens.
@@ -59,7 +59,7 @@ class Conditioner(NamedTuple):
 
     window: Callable[[Array, Array, Any], tuple[Array, Array, Any]]
     rewind: Callable[[Any, Any], Any]
-    empty_cache: Callable[[int], Any]
+    begin_cache: Callable[[int], Any]
     first: Float[Array, "b 1 c"]
     begin: int = 0
     previous_frame: PreviousFrame | None = None
@@ -108,7 +108,7 @@ def solve(conditioner: Conditioner, z: Float[Array, "b n c"], plan: Jacobi) -> S
     padded = jnp.pad(z, ((0, 0), (0, count * size - n), (0, 0)))
     noise = padded.reshape(batch, count, size, channels).swapaxes(0, 1)
     frame = conditioner.previous_frame if plan.init == "previous_frame" else None
-    before = _Before(conditioner.first, conditioner.empty_cache(count * size), frame)
+    before = _Before(conditioner.first, conditioner.begin_cache(count * size), frame)
     step = partial(_solve_window, conditioner, plan, n)
     _, (out, sweeps, residual, overflows) = jax.lax.scan(step, before, (noise, jnp.arange(count) * size))
     x = out.swapaxes(0, 1).reshape(batch, count * size, channels)[:, :n]

@@ -56,7 +56,7 @@ def solve_sliding(conditioner: Conditioner, z: Float[Array, "b n c"], plan: Slid
     state = _Pass(
         tokens=jnp.concatenate([conditioner.first, guess, room], axis=1),
         start=jnp.zeros((), int),
-        cache=conditioner.empty_cache(n + window),
+        cache=conditioner.begin_cache(n + window),
         count=jnp.zeros((), jnp.int32),
         residual=jnp.zeros(batch, z.dtype),
         overflows=jnp.zeros(batch, jnp.int32),

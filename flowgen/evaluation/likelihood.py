@@ -103,7 +103,7 @@ def velocity_bits_per_dim(
     """Returns a continuous flow's mean bits/dim over a dataset, under uniform dequantisation.
 
     log_prob(x, labels, key): log p in nats of images in [-1, 1), such as `flowgen.matching.log_prob` of a velocity,
-    whose key draws Hutchinson's probes; it is compiled here.
+    whose key draws Hutchinson's probes, once for each batch; it is compiled here.
 
     Example:
         bpd = velocity_bits_per_dim(lambda x, y, key: fm.log_prob(velocity, x, y, key=key), dataset, key)
@@ -119,7 +119,7 @@ def velocity_bits_per_dim(
 
 
 def _mean(dataset: Dataset, key: Key[Array, ""], batch_size: int, measure: Callable[..., Array]) -> float:
-    """The mean of measure(batch, keys) over a dataset; its noise does not depend on the batch size."""
+    """The mean of measure(batch, keys) over a dataset, with a key of its own for each row, for any batch size."""
     total = 0.0
     for index, (batch, mask) in enumerate(fixed_batches(dataset, min(batch_size, len(dataset)))):
         positions = index * len(mask) + np.arange(len(mask))
