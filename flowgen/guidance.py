@@ -59,7 +59,9 @@ class Guidance:
 
     A pytree of scale, temperature and null, which can therefore change without recompiling.
 
-    scale: w of c + w (c - u), at least 0; `flowgen.matching.guided` calls it `weight`. rule: "linear" or "product". parts: what the linear rule changes.
+    scale: w of c + w (c - u), at least 0; `flowgen.matching.guided` calls it `weight`.
+    rule: "linear" or "product".
+    parts: what the linear rule changes.
     blocks: indices of guided blocks, data side = 0; None means all.
     anneal: w grows along each block's tokens, from 0 at the first to `scale` at the last.
     temperature: attention temperature of the unconditional branch, above 0. Logits are divided by it: above 1 attention

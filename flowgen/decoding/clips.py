@@ -23,7 +23,7 @@ CONTEXT = 0.75  # share of a clip's frames: 16 of 21, as published
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Clip:
-    """How long the clips of a `STARFlowV` are, how they begin, and how they continue beyond the F frames that it models.
+    """How long the clips of a `STARFlowV` are, how they begin, and how they continue beyond the F frames it models.
 
     frames: frames per clip; None is F. given: the first frames, with the noise that the flow models; they are returned
     unchanged, before denoising. context: frames that a restart begins with, if there are more than F; None is 3/4 of F,

@@ -91,8 +91,8 @@ Plan = BlockPlan | DecodePlan
 def resolve_plan(plan: Plan | str, *, rows: Sequence[int]) -> DecodePlan:
     """Returns one plan per block. ValueError names a plan that does not fit.
 
-    plan: a plan, or "sequential", "jacobi", "sliding" or "auto". "auto" is sequential on a CPU, where the cost of a pass
-    grows with its rows, and on accelerators Jacobi with the largest window that costs about as much as one
+    plan: a plan, or "sequential", "jacobi", "sliding" or "auto". "auto" is sequential on a CPU, where the cost of a
+    pass grows with its rows, and on accelerators Jacobi with the largest window that costs about as much as one
     token, FREE_ROWS / rows; sequential if that is short. rows: rows per token in each block, data side first: the
     batch, times 2 if guided, times the frames that a block maps one by one. On accelerators this plan, and so an image
     within its tolerance, depends on the batch; an explicit plan does not.

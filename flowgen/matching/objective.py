@@ -154,7 +154,8 @@ def matching_objective(
     a `dropout` is then applied row by row, so that each row drops by its own key.
 
     Example:
-        objective = matching_objective(network, flow_matching_loss(), lambda key, batch: {"x1": from_uint8(batch.pixels)})
+        pairs = lambda key, batch: {"x1": from_uint8(batch.pixels)}
+        objective = matching_objective(network, flow_matching_loss(), pairs)
     """
     drops = train and getattr(getattr(network, "config", None), "dropout", 0.0) > 0
 
