@@ -10,7 +10,7 @@ import pytest
 
 from flowgen.data import ArrayDataset, ClipsConfig, Loader, clips, load_clips
 from flowgen.data.bouncing import BouncingDigits
-from flowgen.data.clips import VideoClips
+from flowgen.data.file_dataset import FileDataset
 from flowgen.data.media import pillow
 from flowgen.data.video import UnreadableVideo, av, frame_times, read_clip, video_length, video_size, write_video
 
@@ -122,7 +122,7 @@ def test_folders_of_videos_become_clips(videos):
     lazy = load_clips(
         dataclasses.replace(config, in_memory_bytes=0), frames=8, image_size=(16, 16), channels=3, split="train"
     )
-    assert isinstance(lazy, VideoClips)
+    assert isinstance(lazy, FileDataset)
     np.testing.assert_array_equal(lazy[np.arange(5)].x, dataset.x)
     overlapping = dataclasses.replace(config, hop=4)
     assert len(load_clips(overlapping, frames=8, image_size=(8, 8), channels=1, split="train")) == 8

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from flowgen.data import ArrayDataset, Batch, DataConfig, check_classes, hold_out, load
-from flowgen.data import folder as folder_module
+from flowgen.data.file_dataset import FileDataset
 from flowgen.data.openmoji import GROUPS, describe
 
 HELD_OF_50 = [5, 12, 31, 37, 45]
@@ -357,7 +357,7 @@ def test_memory_and_disk_give_the_same_images(photos):
     memory = load_all(DataConfig("folder", path=str(photos)), channels=1)
     disk = load_all(DataConfig("folder", path=str(photos), in_memory_bytes=0), channels=1)
     assert isinstance(memory, ArrayDataset)
-    assert isinstance(disk, folder_module.FolderDataset)
+    assert isinstance(disk, FileDataset)
     np.testing.assert_array_equal(everything(memory).x, everything(disk).x)
 
 

@@ -5,9 +5,8 @@ import pytest
 from PIL import Image
 
 from flowgen.data import ClipsConfig, DataConfig, load, load_clips
-from flowgen.data.clips import VideoClips
 from flowgen.data.dataset import hold_out_files
-from flowgen.data.folder import FolderDataset
+from flowgen.data.file_dataset import FileDataset
 from flowgen.data.found import take_inventory
 from flowgen.data.video import write_video
 
@@ -54,7 +53,7 @@ def test_the_line_of_what_was_found_says_what_is_not_read_yet(photos):
     known = DataConfig("folder", path=str(photos), on_corrupt="skip", eval_fraction=0.0)
     later = DataConfig("folder", path=str(photos), on_corrupt="skip", eval_fraction=0.0, in_memory_bytes=0)
     datasets = [load(config, **SHAPE, split="train") for config in (known, later)]
-    assert isinstance(datasets[1], FolderDataset)
+    assert isinstance(datasets[1], FileDataset)
     assert take_inventory(known, datasets[0]).line().startswith("images: 11 train, 0 held out")
     assert take_inventory(later, datasets[1]).line().startswith("images: up to 12 train, 0 held out")
 
@@ -90,6 +89,6 @@ def test_a_split_without_a_clip_that_can_be_read_is_named_when_it_is_opened(vide
     config = ClipsConfig("folder", path=str(videos), on_corrupt="skip", in_memory_bytes=in_memory_bytes)
     train = load_clips(config, frames=4, **SHAPE, split="train")
     assert len(train) == 8
-    assert isinstance(train, VideoClips) == (in_memory_bytes == 0)
+    assert isinstance(train, FileDataset) == (in_memory_bytes == 0)
     with pytest.raises(ValueError, match=r"no file of the split 'eval' is readable.*1 video that cannot be read"):
         load_clips(config, frames=4, **SHAPE, split="eval")

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import math
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -13,7 +10,6 @@ import numpy as np
 from jaxtyping import Float, Int, Int32, UInt8
 
 from flowgen.arrays import check_count, shown
-from flowgen.batch import Batch
 from flowgen.data.bouncing import bouncing_digits
 from flowgen.data.classes import checked_names, tell_held_out, with_classes
 from flowgen.data.crafter import record
@@ -27,6 +23,7 @@ from flowgen.data.dataset import (
     check_opens,
     hold_out_files,
 )
+from flowgen.data.file_dataset import FileDataset
 from flowgen.data.folder import opened, read_captions
 from flowgen.data.image_files import Crop
 from flowgen.data.inventory import tell
@@ -144,77 +141,24 @@ def load_clips(config: ClipsConfig, *, frames: int, image_size: ImageSize, chann
         cuts, labels, names, captions = _real(config, frames, split)
     else:
         cuts, labels, names, captions = _folder(config, frames, split)
-    dataset = VideoClips(
-        cuts,
+    files = [path for path, _ in cuts]
+
+    def read(position: int) -> UInt8[np.ndarray, "frames height width c"]:
+        path, start = cuts[position]
+        return read_clip(path, frames, sides, channels, fps=config.fps or None, start=start, crop=config.crop)
+
+    dataset = FileDataset(
+        FileReader(read, files, config.on_corrupt, what=_WHAT, split=split, replaces=not captions),
         labels,
-        names,
-        captions,
         event_shape=(frames, *sides, channels),
-        fps=config.fps,
-        crop=config.crop,
-        on_corrupt=config.on_corrupt,
-        split=split,
+        class_names=names,
+        captions=captions,
     )
     if len(cuts) * math.prod(dataset.event_shape) > config.in_memory_bytes:
         return dataset.checked()
     decoded = dataset.decoded()
     tell_lost_classes(labels, decoded.labels, names, _UNREADABLE)
     return decoded
-
-
-@dataclasses.dataclass(frozen=True)
-class VideoClips:
-    """Clips decoded from their files for every batch, with one thread per core. cuts: file and second.
-
-    With on_corrupt="skip" an unreadable clip is replaced by the next readable one, with that one's label; a warning
-    names its file once. Clips with captions are refused instead, because the caption would not match.
-
-    Example:
-        dataset = VideoClips(cuts, labels, event_shape=(17, 64, 64, 3), fps=8)
-    """
-
-    cuts: tuple[tuple[Path, float], ...]
-    labels: Int32[np.ndarray, " n"]
-    class_names: tuple[str, ...] = ()
-    captions: tuple[str, ...] = ()
-    _: dataclasses.KW_ONLY
-    event_shape: tuple[int, int, int, int]
-    fps: float | int
-    crop: Crop = "center"
-    on_corrupt: OnCorrupt = "refuse"
-    split: Split = "all"
-
-    def __len__(self) -> int:
-        return len(self.cuts)
-
-    def __getitem__(self, indices: Int[np.ndarray, " b"]) -> Batch:
-        with ThreadPoolExecutor() as pool:
-            answers = list(pool.map(self._reader.next_readable, indices.tolist()))
-        positions = np.array([position for position, _ in answers])
-        return Batch(np.stack([clip for _, clip in answers]), self.labels[positions])
-
-    def checked(self) -> VideoClips:
-        """Returns itself; raises ValueError if files may be skipped and none can be read."""
-        self._reader.check_any()
-        return self
-
-    def decoded(self) -> ArrayDataset:
-        """Returns the same clips in memory; unreadable ones are refused all at once, or skipped."""
-        clips = np.empty((len(self), *self.event_shape), np.uint8)
-        kept = self._reader.read_all(clips.__setitem__)
-        captions = tuple(self.captions[i] for i in kept) if self.captions else ()
-        clips = clips if len(kept) == len(clips) else clips[kept]
-        return ArrayDataset(clips, self.labels[kept], self.class_names, captions)
-
-    @functools.cached_property
-    def _reader(self) -> FileReader[UInt8[np.ndarray, "frames height width c"]]:
-        files = [path for path, _ in self.cuts]
-        replaces = not self.captions
-        return FileReader(self._read, files, self.on_corrupt, what=_WHAT, split=self.split, replaces=replaces)
-
-    def _read(self, index: int) -> UInt8[np.ndarray, "frames height width c"]:
-        (path, start), (frames, height, width, channels) = self.cuts[index], self.event_shape
-        return read_clip(path, frames, (height, width), channels, fps=self.fps or None, start=start, crop=self.crop)
 
 
 Cuts = tuple[tuple[tuple[Path, float], ...], Int32[np.ndarray, " n"], tuple[str, ...], tuple[str, ...]]

@@ -5,16 +5,15 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int, Int32, UInt8
+from jaxtyping import UInt8
 
-from flowgen.batch import Batch
 from flowgen.data.classes import tell_held_out, with_classes
 from flowgen.data.dataset import ArrayDataset, BucketedDataset, DataConfig, Dataset, Split, hold_out_files
-from flowgen.data.image_files import Crop, read_image, read_image_size
+from flowgen.data.file_dataset import FileDataset
+from flowgen.data.image_files import read_image, read_image_size
 from flowgen.data.inventory import tell
 from flowgen.data.listing import Listing, list_files
 from flowgen.data.media import IMAGE_FORMATS, pillow
@@ -67,20 +66,22 @@ def read_folder(
     if not in_memory:
         _log.info("Decoding '%s' batch by batch: it needs more than data.in_memory_bytes.", config.path)
 
-    def dataset(kept: list[int], size: tuple[int, int]) -> ArrayDataset | FolderDataset:
-        found = FolderDataset(
-            [listing.root / listing.names[i] for i in kept],
+    def dataset(kept: list[int], size: tuple[int, int]) -> ArrayDataset | FileDataset:
+        files = [listing.root / listing.names[i] for i in kept]
+
+        def read(position: int) -> UInt8[np.ndarray, "height width c"]:
+            return read_image(files[position], size=size, channels=channels, crop=config.crop)
+
+        found = FileDataset(
+            FileReader(read, files, config.on_corrupt, what=_WHAT, split=split),
             labels[kept],
+            event_shape=(*size, channels),
             class_names=class_names,
             captions=tuple(captions[i] for i in kept) if captions else (),
-            event_shape=(*size, channels),
-            crop=config.crop,
-            on_corrupt=config.on_corrupt,
-            split=split,
         )
         return found.decoded(may_be_empty=config.aspects) if in_memory else found.checked(may_be_empty=config.aspects)
 
-    def told(datasets: Sequence[ArrayDataset | FolderDataset]) -> None:
+    def told(datasets: Sequence[ArrayDataset | FileDataset]) -> None:
         kept = np.concatenate([dataset.labels for dataset in datasets])
         lost = f"No image of {{}} is left in the split '{split}', because none can be read."
         tell_lost_classes(labels[chosen], kept, class_names, lost)
@@ -140,68 +141,6 @@ def _caption(path: Path) -> str:
         return " ".join(read_bytes(path).decode("utf-8-sig").split())
     except UnicodeDecodeError as error:
         raise ValueError(f"a caption in data.path, '{path}', is not UTF-8 text ({error}); convert it.") from error
-
-
-class FolderDataset:
-    """Image files decoded anew for every batch, with one thread per core.
-
-    With on_corrupt="skip" a warning names an unreadable file once, and the next readable one of the same split replaces
-    it, with that one's label: the result depends only on the position.
-
-    Example:
-        dataset = FolderDataset(files, labels, class_names=("cat", "dog"), event_shape=(64, 64, 3))
-        batch = dataset[np.arange(32)]
-    """
-
-    def __init__(
-        self,
-        files: list[Path],
-        labels: Int32[np.ndarray, " n"],
-        *,
-        class_names: tuple[str, ...],
-        captions: tuple[str, ...] = (),
-        event_shape: tuple[int, int, int],
-        crop: Crop = "center",
-        on_corrupt: OnCorrupt = "refuse",
-        split: Split = "all",
-    ) -> None:
-        self.files = files
-        self.labels = labels
-        self.class_names = class_names
-        self.captions = captions
-        self.event_shape = event_shape
-        self.crop: Crop = crop
-        self.on_corrupt = on_corrupt
-        self._reader = FileReader(self._read, files, on_corrupt, what=_WHAT, split=split)
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, indices: Int[np.ndarray, " b"]) -> Batch:
-        with ThreadPoolExecutor() as pool:
-            answers = list(pool.map(self._reader.next_readable, indices.tolist()))
-        positions = np.array([position for position, _ in answers])
-        return Batch(np.stack([image for _, image in answers]), self.labels[positions])
-
-    def checked(self, *, may_be_empty: bool = False) -> FolderDataset:
-        """Returns itself; raises ValueError if files may be skipped and none can be read."""
-        if not may_be_empty:
-            self._reader.check_any()
-        return self
-
-    def decoded(self, *, may_be_empty: bool = False) -> ArrayDataset:
-        """Returns the same images in memory; unreadable files are refused all at once, or skipped.
-
-        may_be_empty: skip them even if none is left.
-        """
-        images = np.empty((len(self.files), *self.event_shape), np.uint8)
-        kept = self._reader.read_all(images.__setitem__, may_be_empty=may_be_empty)
-        images = images if len(kept) == len(images) else images[kept]
-        return ArrayDataset(images, self.labels[kept], class_names=self.class_names, captions=self.captions)
-
-    def _read(self, position: int) -> UInt8[np.ndarray, "height width c"]:
-        height, width, channels = self.event_shape
-        return read_image(self.files[position], size=(height, width), channels=channels, crop=self.crop)
 
 
 def _aspects(files: list[Path], on_corrupt: OnCorrupt, split: Split) -> list[str | None]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flowgen.data.clips import ClipsConfig, VideoClips
+from flowgen.data.clips import ClipsConfig
 from flowgen.data.crafter import CLASS_NAMES
 from flowgen.data.dataset import (
     BucketedDataset,
@@ -21,7 +21,7 @@ from flowgen.data.dataset import (
     hold_out_files,
     image_set,
 )
-from flowgen.data.folder import FolderDataset
+from flowgen.data.file_dataset import FileDataset
 from flowgen.data.image_files import UnreadableImage, read_image_size
 from flowgen.data.inventory import Inventory
 from flowgen.data.latent_files import INDEX_FILE, LatentsConfig, read_index
@@ -114,7 +114,7 @@ def _apart(dataset: Dataset | BucketedDataset) -> tuple[list[Dataset], list[Data
 
 def _at_most(dataset: Dataset | BucketedDataset) -> bool:
     """Whether unreadable files are included in the counts, because they are only found later."""
-    return any(isinstance(b, FolderDataset | VideoClips) and b.on_corrupt == "skip" for b in buckets_of(dataset))
+    return any(isinstance(b, FileDataset) and b.reader.skips for b in buckets_of(dataset))
 
 
 def _sizes(config: DataConfig | ClipsConfig, listing: Listing) -> tuple[tuple[int, int], ...]:

@@ -64,6 +64,11 @@ class FileReader(Generic[T]):
         # Files already warned about; this avoids a second warning and changes no result.
         self._warned: set[Path] = set()
 
+    @property
+    def skips(self) -> bool:
+        """Whether unreadable files are skipped."""
+        return self._on_corrupt == "skip"
+
     def next_readable(self, position: int) -> tuple[int, T]:
         """Returns the position and content of the file at a position or of the next readable one."""
         failures: dict[Path, Unreadable] = {}

@@ -1,0 +1,60 @@
+"""Images or clips that are decoded from their files for every batch."""
+
+from __future__ import annotations
+
+import dataclasses
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from jaxtyping import Int, Int32, UInt8
+
+from flowgen.batch import Batch
+from flowgen.data.dataset import ArrayDataset
+from flowgen.data.unreadable import FileReader
+
+
+@dataclasses.dataclass(frozen=True)
+class FileDataset:
+    """Images or clips decoded from their files for every batch, with one thread per core.
+
+    reader: reads the sample at a position. If it may skip files, the next readable sample replaces an unreadable one,
+    with that one's label, and a warning names the file once: the result depends only on the position. Samples with
+    captions are refused instead, because the caption would not match.
+
+    Example:
+        reader = FileReader(read, files, "refuse", what=("image", "images"), split="train")
+        dataset = FileDataset(reader, labels, event_shape=(64, 64, 3), class_names=("cat", "dog"))
+    """
+
+    reader: FileReader[UInt8[np.ndarray, "*event"]]
+    labels: Int32[np.ndarray, " n"]
+    _: dataclasses.KW_ONLY
+    event_shape: tuple[int, ...]
+    class_names: tuple[str, ...] = ()
+    captions: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, indices: Int[np.ndarray, " b"]) -> Batch:
+        with ThreadPoolExecutor() as pool:
+            answers = list(pool.map(self.reader.next_readable, indices.tolist()))
+        positions = np.array([position for position, _ in answers])
+        return Batch(np.stack([sample for _, sample in answers]), self.labels[positions])
+
+    def checked(self, *, may_be_empty: bool = False) -> FileDataset:
+        """Returns itself; raises ValueError if files may be skipped and none can be read."""
+        if not may_be_empty:
+            self.reader.check_any()
+        return self
+
+    def decoded(self, *, may_be_empty: bool = False) -> ArrayDataset:
+        """Returns the same samples in memory; unreadable files are refused all at once, or skipped.
+
+        may_be_empty: skip them even if none is left.
+        """
+        x = np.empty((len(self), *self.event_shape), np.uint8)
+        kept = self.reader.read_all(x.__setitem__, may_be_empty=may_be_empty)
+        captions = tuple(self.captions[i] for i in kept) if self.captions else ()
+        x = x if len(kept) == len(x) else x[kept]
+        return ArrayDataset(x, self.labels[kept], class_names=self.class_names, captions=captions)
