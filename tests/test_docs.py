@@ -3,6 +3,7 @@
 import ast
 import re
 import shlex
+import sys
 import textwrap
 from pathlib import Path
 

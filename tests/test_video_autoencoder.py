@@ -287,7 +287,6 @@ def test_codecs_of_clips_are_codecs_of_clips(make):
     assert mean.shape == std.shape == shape
     decoded = codec.decode(mean)
     assert decoded.shape == x.shape
-    assert {type(array) for array in (mean, std, decoded)} == {np.ndarray}
 
 
 def test_an_image_is_a_clip_of_one_frame():
@@ -314,7 +313,7 @@ def test_clips_that_do_not_fit_are_refused(make):
         codec.moments(np.zeros((2, 5, 8, 8, 3), np.float32))
     with pytest.raises(ValueError, match="clips are 9 x 8; this codec takes sides that are multiples of 2"):
         codec.moments(np.zeros((2, 5, 9, 8, 1), np.float32))
-    with pytest.raises(ValueError, match="which is empty; give at least one"):
+    with pytest.raises(ValueError, match="the batch is empty; give at least one clip"):
         codec.moments(np.zeros((0, 5, 8, 8, 1), np.float32))
     with pytest.raises(ValueError, match="which is empty; give at least one"):
         codec.decode(np.zeros((0, 2, 2, 2, codec.channels), np.float32))

@@ -15,11 +15,12 @@ from jaxtyping import Array, Float, PyTree
 from flowgen.arrays import at_least_float32, check_floating
 from flowgen.backend import in_parts, samples_at_once
 from flowgen.codecs.autoencoder import Autoencoder
+from flowgen.codecs.video_autoencoder import check_clips
 from flowgen.nn.layers import patchify, unpatchify
 
 # Images, or clips with an axis of frames.
 Pixels = Float[Array | np.ndarray, "b *frames height width c"]
-Latents = Float[Array | np.ndarray, "b *frames rows columns z"]
+Latents = Float[Array | np.ndarray, "b *latent_frames rows columns z"]
 
 
 @runtime_checkable
@@ -178,16 +179,13 @@ def check_pixels(codec: Codec, x: Any) -> tuple[int, ...]:
     Example:
         height, width = check_pixels(codec, images)
     """
-    shape = _event_shape("images", x, codec.pixel_channels)
-    *frames, height, width = shape
+    if getattr(x, "ndim", 0) == 5:
+        check_clips(x, channels=codec.pixel_channels, factor=codec.factor, stride=codec.stride)
+        return tuple(x.shape[1:-1])
+    height, width = _event_shape("images", x, codec.pixel_channels)
     if height % codec.factor or width % codec.factor:
-        what = "clips" if frames else "images"
-        raise ValueError(f"{what} are {height} x {width}; this codec takes sides that are multiples of {codec.factor}.")
-    if frames and (frames[0] - 1) % codec.stride:
-        raise ValueError(
-            f"clips have {frames[0]} frames; this codec takes one frame, and a multiple of {codec.stride} more."
-        )
-    return shape
+        raise ValueError(f"images are {height} x {width}; this codec takes sides that are multiples of {codec.factor}.")
+    return height, width
 
 
 def check_latents(codec: Codec, latents: Any) -> tuple[int, ...]:
@@ -202,7 +200,6 @@ def check_latents(codec: Codec, latents: Any) -> tuple[int, ...]:
 def _event_shape(what: str, x: Any, channels: int) -> tuple[int, ...]:
     """The shape of the samples without their channels."""
     check_floating(what, x)
-    what = "clips" if what == "images" and x.ndim == 5 else what
     if x.ndim not in (4, 5) or x.shape[-1] != channels:
         raise ValueError(
             f"{what} have shape {tuple(x.shape)}; this codec takes (batch, height, width, {channels}), or clips with "
