@@ -14,7 +14,7 @@ from flowgen.conditioning import UNCONDITIONAL, TextCondition
 class Moments(NamedTuple):
     """The posterior of latents, N(mean, std²) elementwise.
 
-    mean, std: `b height width c`, or `b frames height width c` of clips; std is 0 or more.
+    mean, std: `b height width c`, or `b frames height width c` for clips; std is 0 or more.
 
     Example:
         moments = Moments(*codec.moments(images))

@@ -276,7 +276,7 @@ ERRORS = {
     "mask per query": ((Q, Q, V), {"mask": np.tile(np.tri(6, dtype=bool), (2, 1, 1, 1))}, "whole keys"),
     "mask per head": ((Q, Q, V), {"mask": np.ones((2, 3, 1, 6), bool)}, "whole keys"),
     "mask length": ((Q, Q, V), {"mask": np.ones((2, 5), bool)}, "pass .2, 6. or .2, 1, 1, 6."),
-    "grid": ((Q, Q, V), {"grid": (2, 4)}, "grid .2, 4. does not hold 6 keys"),
+    "grid": ((Q, Q, V), {"grid": (2, 4)}, "grid .2, 4. does not match 6 keys"),
     "grid and landmarks": ((Q, Q, V), {"grid": (2, 3), "landmarks": Q}, "are both given"),
     "landmark width": ((Q, Q, V), {"landmarks": Q[..., :2]}, "landmarks are .* pass .number, 3, 4."),
     "no landmarks": ((Q, Q, V), {"num_landmarks": 0}, "pass at least 1"),

@@ -154,7 +154,7 @@ def check_pallas(block_size: int, segment_ids: Array | None) -> None:
 
 @contextmanager
 def errors_of_pallas() -> Generator[None]:
-    """Says in one sentence what jax cannot do with the Pallas kernel.
+    """Rewords an error of JAX about the Pallas kernel as one sentence.
 
     Example:
         with errors_of_pallas():

@@ -54,7 +54,7 @@ class Causal:
     """Options of causal attention. block_size: tokens see all of their own block and every earlier block.
 
     chunk_size: tokens computed together; it changes speed and memory, not the result. implementation: "xla", or
-    "pallas" for the kernel of `flowgen.attention.pallas`, which has no blocks and no segments.
+    "pallas" for the kernel of `flowgen.attention.pallas`, which supports neither blocks nor segments.
     """
 
     block_size: int = 1

@@ -290,7 +290,7 @@ def _choose_landmarks(
             raise ValueError(f"num_landmarks is {num_landmarks}, which needs a grid; pass grid=(height, width).")
         return pool_landmarks(k, num_landmarks, mask)
     if grid[0] * grid[1] != k.shape[1]:
-        raise ValueError(f"grid {grid} does not hold {k.shape[1]} keys; pass (height, width) of the keys.")
+        raise ValueError(f"grid {grid} does not match {k.shape[1]} keys; pass the keys' (height, width).")
     return pool_landmarks_2d(k, grid, num_landmarks, mask)
 
 

@@ -1,7 +1,7 @@
 """AutoencoderKL: images to a Gaussian over latents and back (Rombach et al., arXiv 2112.10752).
 
-The encoder is a convolution, then at each level some residual blocks and, except at the last level, a halving, then
-block, attention, block, and a convolution to mean and log variance. A residual block is
+The encoder begins with a convolution. Each level has residual blocks and, unless it is the last, halves the image.
+Then come a block, attention, a block, and a convolution to mean and log variance. A residual block is
 
     r(x) = skip(x) + conv(silu(norm(conv(silu(norm(x)))))).
 

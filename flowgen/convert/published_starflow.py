@@ -154,7 +154,7 @@ def starflow(
     try:
         config = model_config(state_dict, arguments)
     except TypeError as error:
-        raise ValueError(f"an argument has an invalid value ({error}); give those of the published YAML.") from error
+        raise ValueError(f"an argument has an invalid value ({error}); give the published YAML's arguments.") from error
     flow = config.build()
     shapes = jax.eval_shape(lambda key: init(flow, key), jax.random.key(0))
     target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), shapes)

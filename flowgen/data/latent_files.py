@@ -187,7 +187,7 @@ class LatentWriter:
         self.entries.append(entry)
 
     def finish(self, *, class_names: Iterable[str], provenance: Provenance | None = None) -> None:
-        """Writes the index. provenance: what made the latents, from which training checks that they fit its flow."""
+        """Writes the index. provenance: what made the latents; training uses it to check that they fit its flow."""
         index = LatentIndex(FORMAT, tuple(class_names), provenance or Provenance(), tuple(self.entries))
         temporary = self.directory / f"{INDEX_FILE}.tmp"
         temporary.write_text(json.dumps(settings.to_plain(index), indent=1) + "\n")

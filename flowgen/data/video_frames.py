@@ -22,7 +22,7 @@ _LARGE = 1 << 23
 
 
 def frame_turn(frame: Any) -> Turn:
-    """Returns the turn and mirror of a frame's display matrix, to the nearest right angle."""
+    """Returns the rotation, to the nearest right angle, and mirroring that a frame's display matrix asks for."""
     for data in frame.side_data:
         if data.type.name == "DISPLAYMATRIX":
             # A point (x, y) is shown at (a x + c y, b x + d y).

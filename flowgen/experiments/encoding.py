@@ -40,7 +40,7 @@ class Encoding:
         return open_codec(self.codec, self.model.channels)
 
     def open_text_encoder(self) -> TextEncoder:
-        """Returns the text encoder. Raises as `open_text_encoder`."""
+        """Returns the text encoder. Raises the errors of `open_text_encoder`."""
         assert isinstance(self.model, STARFlowConfig)  # only STARFlow takes texts
         return open_text_encoder(self.text, length=self.model.text_length, dim=self.model.text_dim)
 

@@ -223,7 +223,7 @@ def _check_memory(
         what = "images" if isinstance(data, DataConfig) else "clips"
         raise ValueError(
             f"the latents of {len(dataset)} {what} need {needed:,} bytes, more than data.in_memory_bytes; write them "
-            "to files first, with python -m flowgen encode, or raise it."
+            "to files first, with python -m flowgen encode, or raise that limit."
         )
 
 

@@ -226,9 +226,9 @@ def paired_cost(x0: Float[Array, "b *event"], x1: Float[Array, "b *event"], cost
 
 
 def cost_matrix(x0: Float[Array, "b *event"], x1: Float[Array, "m *event"], cost: Cost) -> Float[Array, "b m"]:
-    """Returns the cost of every x0 with every x1.
+    """Returns the cost of pairing every x0 with every x1.
 
-    Raises ValueError if their events differ in shape and, outside jit, if a cost is NaN.
+    Raises ValueError if their events differ in shape or, outside jit, if a cost is NaN.
     """
     check_floating("x0", x0)
     check_floating("x1", x1)

@@ -70,7 +70,7 @@ class SemidiscreteOT:
         return Coupled(x0, take_rows(self.y, partner), cond, jnp.zeros(len(x0), x0.dtype))
 
     def partner(self, x0: Float[Array, "b *event"]) -> Int[Array, " b"]:
-        """Returns the index of each x0's sample."""
+        """Returns, for each x0, the index of the sample whose cell it lies in."""
         return jnp.argmax(self.potentials[None] - cost_matrix(x0, self.y, "sqeuclidean"), axis=1)
 
 

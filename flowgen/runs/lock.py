@@ -65,7 +65,7 @@ class RunLock:
 
 
 class Place:
-    """Identifies the directory at a path, to detect if another one replaces it.
+    """Identifies the directory at a path, to detect whether another directory replaces it.
 
     Example:
         place = Place("runs/digits")

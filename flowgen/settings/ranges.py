@@ -55,7 +55,7 @@ class Within:
 
 @dataclass(frozen=True)
 class Entries:
-    """Tuples of a range of lengths.
+    """Tuples whose length is in a range.
 
     Example:
         layers: Annotated[tuple[Layers, ...], Entries(1, 128)]
