@@ -35,6 +35,22 @@ class Stripes:
         return Batch(images, (indices % 2).astype(np.int32))
 
 
+def changed(num=40, class_names=("upright", "level"), context=np.int32, x=np.uint8, rows=1, shift=0, wrong_from=40):
+    """Stripes with one thing that is wrong."""
+
+    class Changed(Stripes):
+        def __len__(self):
+            return num
+
+        def __getitem__(self, indices):
+            batch = super().__getitem__(np.repeat(indices, rows))
+            labels = np.where(indices >= wrong_from, -2, batch.context[::rows] + shift)
+            return Batch(batch.x.astype(x), None if context is None else labels.astype(context))
+
+    Changed.class_names = class_names
+    return Changed()
+
+
 class OwnNetwork(nn.Module):
     """A velocity network that flowgen does not know, for images of its config."""
 
@@ -121,6 +137,14 @@ def test_a_run_of_ones_own_data_passes_for_no_other(tmp_path):
             r"dataset has event_shape \(8, 8, 1\); this model takes data of shape \(16, 16, 1\)",
         ),
         ({"num_classes": 1}, Stripes(), r"model.num_classes is 1 but the data has 2 classes"),
+        ({}, Stripes, r"dataset is the class Stripes; give an object with"),
+        ({}, changed(num=0), r"dataset is empty"),
+        ({"num_classes": 2}, changed(class_names=()), r"dataset has no class_names"),
+        ({"num_classes": 2}, changed(context=None), r"dataset gave the context None; give an integer label for each"),
+        ({"num_classes": 2}, changed(context=np.float32), r"the context float32 of shape \(1,\); give an integer"),
+        ({"num_classes": 2}, changed(shift=2), r"has the label 2 at position 0; labels are class numbers from 0 to 1"),
+        ({}, changed(x=np.float32), r"batch.x is float32"),
+        ({}, changed(rows=2), r"dataset gave x of shape \(2, 8, 8, 1\); it must be \(1, 8, 8, 1\)"),
     ],
 )
 @pytest.mark.usefixtures("untyped")
@@ -129,6 +153,23 @@ def test_data_of_ones_own_that_do_not_fit_are_refused(changes, dataset, message,
     with pytest.raises(ValueError, match=message):
         flowgen.fit(experiment, tmp_path / "run", dataset=dataset)
     assert not (tmp_path / "run").exists()
+
+
+def test_held_out_data_of_other_classes_are_refused(tmp_path):
+    experiment = FlowExperiment(name="own", model=dataclasses.replace(FLOW, num_classes=2))
+    with pytest.raises(ValueError, match="held_out has the classes level, upright and dataset has upright, level"):
+        flowgen.fit(experiment, tmp_path, dataset=Stripes(), held_out=changed(class_names=("level", "upright")))
+
+
+def test_a_wrong_label_in_a_later_batch_is_named(tmp_path):
+    experiment = FlowExperiment(
+        name="own",
+        model=dataclasses.replace(FLOW, num_classes=2),
+        train=TrainConfig(steps=2, batch_size=8),
+        log=QUIET,
+    )
+    with pytest.raises(ValueError, match=r"dataset has the label -2 at position \d+; labels are class numbers"):
+        flowgen.fit(experiment, tmp_path, dataset=changed(wrong_from=1))
 
 
 def test_a_flow_of_clips_is_no_flow_of_images():

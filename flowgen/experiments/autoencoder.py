@@ -34,7 +34,8 @@ from flowgen.experiments.codecs import STATISTICS, open_autoencoder
 from flowgen.experiments.debug import SAMPLES, debug_clips, debug_images, debug_run
 from flowgen.experiments.drawing import EvaluateOptions
 from flowgen.experiments.experiment import Experiment
-from flowgen.experiments.images import check_own, image_batches
+from flowgen.experiments.images import image_batches
+from flowgen.experiments.own_data import own_data
 from flowgen.experiments.plots import DRAWABLE_CHANNELS, sample_grid, strips
 from flowgen.models import init
 from flowgen.rows import Rows, StatefulObjective, batch_rows
@@ -158,7 +159,8 @@ class AutoencoderExperiment(Experiment):
             held_out = self.dataset("eval") if self.data.eval_fraction > 0 else None
         else:
             frames = (self.autoencoding.frames,) if self.autoencoding.frames else ()
-            check_own(dataset, held_out, (*frames, *self.autoencoding.image_hw, self.model.channels), 0)
+            shape = (*frames, *self.autoencoding.image_hw, self.model.channels)
+            dataset, held_out = own_data(dataset, held_out, shape, 0)
         shown = held_out or dataset
 
         def draw_image(variables: Any) -> np.ndarray:

@@ -32,9 +32,10 @@ from flowgen.experiments.drawing import (
 )
 from flowgen.experiments.encoding import Encoding
 from flowgen.experiments.experiment import Experiment
-from flowgen.experiments.images import check_own, holds_latents, image_batches, tell_unused_classes, with_class_names
+from flowgen.experiments.images import holds_latents, image_batches, tell_unused_classes, with_class_names
 from flowgen.experiments.latents import FlowData, as_taken, flow_dataset, is_latent, null_texts, pixel_dataset
 from flowgen.experiments.options import LikelihoodConfig, SamplingConfig
+from flowgen.experiments.own_data import own_data
 from flowgen.experiments.plots import DRAWABLE_CHANNELS
 from flowgen.experiments.texts import TextConfig, release_text_encoders
 from flowgen.flows import STARFlowConfig, TARFlowConfig
@@ -173,7 +174,7 @@ class AutoregressiveExperiment(Experiment):
             *whole, height, width, _ = model.event_shape
             frames = [1 + (count - 1) * codec.stride for count in whole]
             expected = (*frames, height * codec.factor, width * codec.factor, codec.pixel_channels)
-            check_own(dataset, held_out, expected, model.num_classes)
+            dataset, held_out = own_data(dataset, held_out, expected, model.num_classes)
             evaluated = None if held_out is None else as_taken(held_out, self.data, self.encoding, flip=False)
             return as_taken(dataset, self.data, self.encoding, flip=self.data.flip), evaluated
         return self.flow_dataset("train"), self.flow_dataset("eval") if self.has_held_out else None

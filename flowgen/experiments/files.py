@@ -76,6 +76,11 @@ def from_json(plain: Mapping[str, Any]) -> Experiment:
     """
     kinds = {kind.__name__: kind for kind in KINDS}
     name = plain.get(settings.TYPE)
+    if name is None:
+        raise ValueError(
+            f"config.json has no type, such as {next(iter(kinds))}; if flowgen.training.train made the run, read its "
+            "weights with flowgen.runs.CheckpointReader."
+        )
     if not isinstance(name, str) or name not in kinds:
         raise ValueError(f"type is {name!r:.80}; it must be one of {', '.join(kinds)}.")
     # A saved config.json carries its digest, which `flowgen.runs` checks.

@@ -11,6 +11,7 @@ from flowgen.arrays import shown
 from flowgen.data import ClipsConfig, DataConfig, Dataset, LatentsConfig, told_once
 from flowgen.data.dataset import OWN
 from flowgen.experiments.experiment import Experiment
+from flowgen.experiments.own_data import check_protocol
 from flowgen.runs import check_workdir
 from flowgen.training import Result, Signals, is_primary, train
 
@@ -18,11 +19,8 @@ from flowgen.training import Result, Signals, is_primary, train
 def _of_own(experiment: Experiment, dataset: Any, held_out: Any) -> Experiment:
     """The experiment as it is kept with a run on a dataset of the user's own, after a look at it."""
     for name, given in (("dataset", dataset), ("held_out", held_out)):
-        if given is not None and not isinstance(given, Dataset):
-            raise ValueError(
-                f"{name} is {shown(given)}; give an object with len(), [positions], event_shape, class_names and "
-                "captions: see flowgen.data.Dataset."
-            )
+        if given is not None:
+            check_protocol(name, given)
     data = experiment.data
     if isinstance(data, LatentsConfig):
         # The dataset replaces cached latents by images or clips.

@@ -7,9 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import jax
-import numpy as np
 
-from flowgen.arrays import shown
 from flowgen.data import (
     Batch,
     ClipsConfig,
@@ -26,7 +24,6 @@ from flowgen.data import (
 from flowgen.data.dataset import OWN, BucketedDataset, Split, buckets_of, of_one_shape
 from flowgen.data.inventory import name_list, tell
 from flowgen.data.latents import LatentDataset
-from flowgen.data.loader import checked_batch
 from flowgen.experiments.experiment import Experiment
 from flowgen.training import TrainConfig
 
@@ -62,29 +59,6 @@ def with_class_names(experiment: E) -> E:
     if of_files and not data.path:  # as of published weights
         return experiment
     return dataclasses.replace(experiment, data=dataclasses.replace(data, classes=found_classes(data)))
-
-
-def check_own(dataset: Dataset, held_out: Dataset | None, event_shape: tuple[int, ...], num_classes: int) -> None:
-    """Raises ValueError if images or clips of a user's own are not those that a model takes, or have other classes.
-
-    event_shape: of the images or clips that the model takes.
-
-    Example:
-        check_own(dataset, None, (32, 32, 3), num_classes=10)
-    """
-    for name, given in (("dataset", dataset), ("held_out", held_out)):
-        if given is None:
-            continue
-        if tuple(given.event_shape) != event_shape:
-            raise ValueError(
-                f"{name} has event_shape {tuple(given.event_shape)}; this model takes data of shape {event_shape}."
-            )
-        check_classes(given, num_classes)
-        batch = checked_batch(given[np.arange(1)])
-        if batch.pixels.shape != (1, *event_shape):
-            raise ValueError(f"{name} gave x of shape {batch.pixels.shape} for one; give {(1, *event_shape)}.")
-        if num_classes and (batch.context is None or batch.labels.shape != (1,)):
-            raise ValueError(f"{name} gave the context {shown(batch.context)} for one; give a label for each.")
 
 
 def tell_unused_classes(

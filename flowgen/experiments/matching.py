@@ -38,7 +38,8 @@ from flowgen.experiments.drawing import (
     drawn_classes,
 )
 from flowgen.experiments.experiment import Experiment, Samples
-from flowgen.experiments.images import check_own, image_batches, image_dataset, tell_unused_classes, with_class_names
+from flowgen.experiments.images import image_batches, image_dataset, tell_unused_classes, with_class_names
+from flowgen.experiments.own_data import own_data
 from flowgen.experiments.plots import DRAWABLE_CHANNELS, DRAWN_PATHS, path_plot, sample_grid
 from flowgen.experiments.solving import SolverConfig, draw_by_solver
 from flowgen.flows.flow import ImageTokens
@@ -213,7 +214,7 @@ class MatchingExperiment(Experiment):
             dataset = self.dataset("train")
             held_out = self.dataset("eval") if self.data.eval_fraction > 0 else None
         else:
-            check_own(dataset, held_out, self.model.event_shape, self.model.num_classes)
+            dataset, held_out = own_data(dataset, held_out, self.model.event_shape, self.model.num_classes)
         return self._images_job(network, self.data, dataset, held_out)
 
     def _points_job(self, network: Any, data: PointsConfig) -> Job:

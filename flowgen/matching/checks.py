@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+
 import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array
@@ -46,6 +49,17 @@ def check_times(t: Array, x0: Array) -> None:
         raise ValueError(f"t is {shown(t)}; there must be one time per sample, of shape {x0.shape[:1]}.")
     if not isinstance(t, Tracer) and not ((np.asarray(t) >= 0) & (np.asarray(t) <= 1)).all():
         raise ValueError(f"t runs from {np.min(t)} to {np.max(t)}; times are within [0, 1], noise at 0, data at 1.")
+
+
+def check_takes(name: str, function: Callable[..., object], *arguments: str) -> None:
+    """Raises ValueError if a function cannot be called with these positional arguments."""
+    try:
+        inspect.signature(function).bind(*arguments)
+    except TypeError as error:
+        taken = ", ".join(arguments)
+        raise ValueError(f"{name} is {shown(function)} that does not take ({taken}): {error}.") from error
+    except ValueError:  # Some built-in functions have no signature.
+        return
 
 
 def check_velocity(velocity: object) -> None:

@@ -164,11 +164,17 @@ def couple(
         x0, x1, cond, log_weight = couple(rows, MinibatchOT(), x0, x1, labels)
     """
     sees = getattr(coupling, "sees", "global")
-    if sees == "device":
-        return coupling(rows.device_key(), x0, x1, cond)
-    if sees == "row":
-        return coupling(rows.part_key(), x0, x1, cond)
-    return rows.own(coupling(rows.part_key(), *rows.gather((x0, x1, cond))))
+    if sees == "global":
+        return rows.own(_coupled(coupling(rows.part_key(), *rows.gather((x0, x1, cond)))))
+    key = rows.device_key() if sees == "device" else rows.part_key()
+    return _coupled(coupling(key, x0, x1, cond))
+
+
+def _coupled(result: Any) -> Coupled:
+    """What a coupling gave, which may be a user's own."""
+    if not isinstance(result, tuple) or len(result) != len(Coupled._fields):
+        raise ValueError(f"coupling gave {shown(result)}; it must give (x0, x1, cond, log_weight), a Coupled.")
+    return Coupled(*result)
 
 
 def followed_log_mean(log_mean: Float[Array, ""] | None, found: Float[Array, ""]) -> Float[Array, ""]:

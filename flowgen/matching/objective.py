@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from flowgen.matching.checks import check_takes
 from flowgen.matching.conversions import (
     NETWORK_SMALLEST,
     Prediction,
@@ -94,6 +95,7 @@ class MatchingConfig:
             check_prediction(self.prediction, self.path)
         except ValueError as error:
             raise ValueError(f"loss.{error}") from None
+        check_takes("coupling", self.coupling, "key", "x0", "x1", "cond")
 
     @property
     def prediction(self) -> Prediction:

@@ -43,7 +43,9 @@ def override(config: T, arguments: Sequence[str]) -> T:
     Example:
         experiment = override(experiment, ["--optim.lr", "3e-4", "--model.image_size=(32, 48)"])
     """
-    given, fields, known = _pairs(arguments), _opened(None, config), leaf_names(config)
+    given, fields = _pairs(arguments), _opened(None, config)
+    # The fields of a group whose type is named are not those that it has now.
+    known = [name for name in leaf_names(config) if not any(name.startswith(f"{path}.") for path in given)]
     for path in sorted(given, key=lambda path: path.count(".")):  # the type of a group before its fields
         if path.split(".")[0] not in fields:
             raise ValueError(_unknown(path, known))
@@ -158,7 +160,7 @@ def _no_such_field(path: str, field: str, group: type | None, types: dict[str, t
     """The error for an unknown field of a group: another of its types may have it."""
     owners = [name for name, cls in types.items() if field in hints_of(cls)]
     place = path.rpartition(".")[0]
-    if not owners:
+    if not owners or group not in types.values():
         return _unknown(path, known + [f"{place}.{name}" for name in (hints_of(group) if group else ())])
     return (
         f"{path} is not a field of {type_name(group)}, the type of {place}; {' and '.join(owners)} "

@@ -1,0 +1,113 @@
+"""Datasets of a user's own: what they must be, and checks of each batch that they give."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from flowgen.arrays import shown
+from flowgen.conditioning import UNCONDITIONAL
+from flowgen.data import Batch, Dataset, check_classes
+from flowgen.data.inventory import name_list
+from flowgen.data.loader import checked_batch
+
+
+@dataclass(frozen=True)
+class OwnDataset:
+    """A user's dataset whose batches are checked when they are read.
+
+    name: the argument that gave it, for errors. event_shape: the shape of its images or clips. num_classes: classes of
+    the model, whose numbers labels must be; 0 if it takes none.
+
+    Indexing raises ValueError if a batch is not a `Batch` of bytes of this shape with the labels that the model takes.
+
+    Example:
+        dataset = OwnDataset(mine, "dataset", (32, 32, 3), num_classes=10)
+    """
+
+    dataset: Dataset
+    name: str
+    event_shape: tuple[int, ...]
+    num_classes: int
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return tuple(self.dataset.class_names)
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        return tuple(self.dataset.captions)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, indices: Int[np.ndarray, " b"]) -> Batch:
+        batch = checked_batch(self.dataset[indices])
+        expected = (len(indices), *self.event_shape)
+        if batch.pixels.shape != expected:
+            raise ValueError(f"{self.name} gave x of shape {batch.pixels.shape}; it must be {expected}.")
+        return batch if self.num_classes == 0 else batch._replace(context=self._labels(batch, indices))
+
+    def _labels(self, batch: Batch, indices: Int[np.ndarray, " b"]) -> Int[np.ndarray, " b"]:
+        labels = np.asarray(batch.labels)
+        if batch.context is None or labels.shape != indices.shape or labels.dtype.kind not in "iu":
+            raise ValueError(f"{self.name} gave the context {shown(batch.context)}; give an integer label for each.")
+        labels = labels.astype(np.int64)
+        wrong = (labels < UNCONDITIONAL) | (labels >= self.num_classes)
+        if wrong.any():
+            first = int(wrong.argmax())
+            raise ValueError(
+                f"{self.name} has the label {labels[first]} at position {indices[first]}; labels are class numbers "
+                f"from 0 to {self.num_classes - 1}, or {UNCONDITIONAL} for none."
+            )
+        return labels.astype(np.int32)
+
+
+def check_protocol(name: str, dataset: Any) -> None:
+    """Raises ValueError if an object is not a dataset, or is an empty one. name: the argument, for the error.
+
+    Example:
+        check_protocol("dataset", mine)
+    """
+    if isinstance(dataset, type) or not isinstance(dataset, Dataset):
+        what = f"the class {dataset.__name__}" if isinstance(dataset, type) else shown(dataset)
+        raise ValueError(
+            f"{name} is {what}; give an object with len(), [positions], event_shape, class_names and captions: see "
+            "flowgen.data.Dataset."
+        )
+    if not len(dataset):
+        raise ValueError(f"{name} is empty; give at least one image or clip.")
+
+
+def own_data(
+    dataset: Dataset, held_out: Dataset | None, event_shape: tuple[int, ...], num_classes: int
+) -> tuple[OwnDataset, OwnDataset | None]:
+    """Returns a user's datasets, with checks of each batch. event_shape: of the images or clips that the model takes.
+
+    Raises ValueError if they do not fit the model or each other; the first sample of each is looked at.
+
+    Example:
+        dataset, held_out = own_data(dataset, None, (32, 32, 3), num_classes=10)
+    """
+    found = []
+    for name, given in (("dataset", dataset), ("held_out", held_out)):
+        if given is None:
+            continue
+        if tuple(given.event_shape) != event_shape:
+            raise ValueError(
+                f"{name} has event_shape {tuple(given.event_shape)}; this model takes data of shape {event_shape}."
+            )
+        if num_classes and not given.class_names:
+            raise ValueError(f"{name} has no class_names; give the names of its classes, in the order of their labels.")
+        if tuple(given.class_names) != tuple(dataset.class_names):
+            raise ValueError(
+                f"held_out has the classes {name_list(given.class_names)} and dataset has "
+                f"{name_list(dataset.class_names)}; give the same in the same order."
+            )
+        check_classes(given, num_classes)
+        found.append(OwnDataset(given, name, event_shape, num_classes))
+        found[-1][np.arange(1)]
+    return found[0], found[1] if len(found) > 1 else None
