@@ -160,7 +160,7 @@ def _no_such_field(path: str, field: str, group: type | None, types: dict[str, t
     """The error for an unknown field of a group: another of its types may have it."""
     owners = [name for name, cls in types.items() if field in hints_of(cls)]
     place = path.rpartition(".")[0]
-    if not owners or group not in types.values():
+    if not owners or (group is not None and group not in types.values()):
         return _unknown(path, known + [f"{place}.{name}" for name in (hints_of(group) if group else ())])
     return (
         f"{path} is not a field of {type_name(group)}, the type of {place}; {' and '.join(owners)} "
