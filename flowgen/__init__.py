@@ -17,7 +17,7 @@ _NAMES = {
     "STARFlowConfig": "flowgen.flows",
     "STARFlowV": "flowgen.flows",
     "STARFlowVConfig": "flowgen.flows",
-    "init": "flowgen.models",
+    "init": "flowgen.nn",
     "load": "flowgen.checkpoint",
     "fit": "flowgen.experiments",
     "load_config": "flowgen.experiments",
@@ -62,7 +62,7 @@ if TYPE_CHECKING:
     from flowgen.flows import STARFlowVConfig as STARFlowVConfig
     from flowgen.flows import TARFlow as TARFlow
     from flowgen.flows import TARFlowConfig as TARFlowConfig
-    from flowgen.models import init as init
+    from flowgen.nn import init as init
 
 
 def __getattr__(name: str) -> Any:

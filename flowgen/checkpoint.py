@@ -12,7 +12,7 @@ import numpy as np
 
 from flowgen.arrays import shown
 from flowgen.experiments import Experiment, from_json
-from flowgen.models import init
+from flowgen.nn import init
 from flowgen.runs import CHECKPOINTS, CheckpointReader, CheckpointStore, read_config, write_config
 
 

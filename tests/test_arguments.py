@@ -192,6 +192,18 @@ WRONG = {
         lambda: nll_objective(FLOW)(PARAMS, Batch(jnp.zeros(IMAGE, jnp.uint8)), key()),
         "batch.context is None; this flow takes classes",
     ),
+    "nll_objective: float labels": (
+        lambda: nll_objective(FLOW, label_dropout=0.1)(PARAMS, Batch(jnp.zeros(IMAGE, jnp.uint8), jnp.ones(2)), key()),
+        "batch.context is float32 of shape (2,); this flow takes classes",
+    ),
+    "nll_objective: labels of another batch": (
+        lambda: nll_objective(FLOW)(PARAMS, Batch(jnp.zeros(IMAGE, jnp.uint8), jnp.zeros(3, int)), key()),
+        "batch.context has 3 rows, and batch.x has 2",
+    ),
+    "nll_objective: nothing": (
+        lambda: nll_objective(FLOW)(PARAMS, Batch(jnp.zeros((0, *IMAGE[1:]), jnp.uint8), jnp.zeros(0, int)), key()),
+        "the batch is empty",
+    ),
     "nll_objective: floats": (
         lambda: nll_objective(FLOW)(PARAMS, Batch(X, jnp.zeros(2, int)), key()),
         "batch.x is float32",

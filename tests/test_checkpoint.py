@@ -14,7 +14,8 @@ from commands import one_sentence
 
 from flowgen import checkpoint
 from flowgen.experiments import FlowExperiment, from_json
-from flowgen.flows import TARFlowConfig, init
+from flowgen.flows import TARFlowConfig
+from flowgen.nn import init
 from flowgen.runs import flatten
 from flowgen.training import CheckpointReader, CheckpointStore
 

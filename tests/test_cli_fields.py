@@ -29,7 +29,7 @@ from flowgen.experiments import (
 )
 from flowgen.flows import STARFlowConfig, TARFlowConfig
 from flowgen.matching import DiTConfig, MLPConfig
-from flowgen.models import init
+from flowgen.nn import init
 from flowgen.settings import help_of
 
 PROJECT = Path(__file__).parent.parent

@@ -15,7 +15,7 @@ from published_files import write_safetensors
 from reference_weights import Shape, state_dict
 
 from flowgen import checkpoint, convert, experiments
-from flowgen.models import init
+from flowgen.nn import init
 from flowgen.runs import CHECKPOINTS, CheckpointStore, read_config, write_config
 from flowgen.training.step import init_state
 

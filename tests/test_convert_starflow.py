@@ -15,7 +15,8 @@ from flowgen import checkpoint, convert
 from flowgen.convert.mapping import match
 from flowgen.convert.published_starflow import model_config
 from flowgen.convert.tables import starflow as starflow_rules
-from flowgen.flows import STARFLOW_PRESETS, STARFlow, init
+from flowgen.flows import STARFLOW_PRESETS, STARFlow
+from flowgen.nn import init
 
 BUFFERS = 1 + 6 + 2  # var, attn_mask of each block, feat_rope
 

@@ -10,12 +10,13 @@ import starflow_weights as sw
 from commands import one_sentence
 from published_files import write_safetensors
 
-from flowgen import checkpoint, convert, models
+from flowgen import checkpoint, convert
 from flowgen.cli import main
 from flowgen.convert.mapping import match
 from flowgen.convert.published_starflow import model_config
 from flowgen.convert.tables import starflow_v as starflow_v_rules
 from flowgen.flows import STARFLOW_V_480P, STARFlowV, denoiser_variables
+from flowgen.nn import init
 
 BUFFERS = 1 + 6 + 2  # var, attn_mask of each block, feat_rope
 # The published YAML, in which what shapes no model and the learning rate may stay as they are.
@@ -65,7 +66,7 @@ TOY = dataclasses.replace(sv.CASES["text"], noise_std=0.5)
 def test_the_released_layout_has_558_keys_and_each_has_its_place():
     shapes = sv.shapes(sv.T2V)
     assert len(shapes) == 558
-    target = jax.eval_shape(lambda key: models.init(STARFlowV(STARFLOW_V_480P), key), jax.random.key(0))
+    target = jax.eval_shape(lambda key: init(STARFlowV(STARFLOW_V_480P), key), jax.random.key(0))
     rules, used, numbers = starflow_v_rules(gated=False, denoiser_scale=0.6), [], {"flow": 0, "denoiser": 0}
     for path, leaf in jax.tree_util.tree_leaves_with_path(target):
         name = jax.tree_util.keystr(path, simple=True, separator="/")

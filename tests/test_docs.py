@@ -15,7 +15,7 @@ from published_files import publish
 from flowgen import checkpoint, cli, experiments
 from flowgen.attention import CAUSAL_KERNEL_NAMES
 from flowgen.cli.grammar import apply_words, load_experiment
-from flowgen.models import init
+from flowgen.nn import init
 
 PROJECT = Path(__file__).parent.parent
 

@@ -29,7 +29,7 @@ from flowgen.experiments import (
 )
 from flowgen.experiments.autoregressive import FlowEvaluateOptions
 from flowgen.experiments.codecs import open_autoencoder
-from flowgen.models import init
+from flowgen.nn import init
 from flowgen.training import OptimConfig, TrainConfig
 
 

@@ -161,6 +161,22 @@ def test_held_out_data_of_other_classes_are_refused(tmp_path):
         flowgen.fit(experiment, tmp_path, dataset=Stripes(), held_out=changed(class_names=("level", "upright")))
 
 
+def test_data_of_ones_own_keep_the_classes_of_their_run(tmp_path):
+    experiment = FlowExperiment(
+        name="own",
+        model=dataclasses.replace(FLOW, num_classes=2),
+        train=TrainConfig(steps=2, batch_size=8),
+        log=dataclasses.replace(QUIET, checkpoint_every=2),
+    )
+    flowgen.fit(experiment, tmp_path, dataset=Stripes())
+    _, _, saved = flowgen.load(tmp_path)
+    longer = dataclasses.replace(saved, train=TrainConfig(steps=4, batch_size=8))
+    with pytest.raises(
+        ValueError, match=r"dataset has the classes level, upright, but data\.classes are upright, level"
+    ):
+        flowgen.fit(longer, tmp_path, dataset=changed(class_names=("level", "upright")))
+
+
 def test_a_wrong_label_in_a_later_batch_is_named(tmp_path):
     experiment = FlowExperiment(
         name="own",

@@ -196,6 +196,21 @@ def test_names_in_a_file_import_no_module(tmp_path, monkeypatch):
             experiments.from_json({**plain, "matching": {**plain["matching"], "coupling": coupling}})
 
 
+@pytest.mark.parametrize("name", ["os:system", "builtins:eval", "subprocess:run", "pprint:pprint"])
+def test_names_in_a_file_are_not_of_python_itself(name):
+    plain = POINTS.to_json()
+    with pytest.raises(ValueError, match=r"matching\.coupling is '.*', of Python itself; name an object of your own"):
+        experiments.from_json({**plain, "matching": {**plain["matching"], "coupling": name}})
+
+
+def test_names_in_a_file_are_looked_up_without_code():
+    plain = POINTS.to_json()
+    loaded = set(sys.modules)
+    with pytest.raises(ValueError, match=r"and nope is not there|and signal is not there"):
+        experiments.from_json({**plain, "matching": {**plain["matching"], "coupling": "scipy:signal.nope"}})
+    assert not {name for name in set(sys.modules) - loaded if name.startswith("scipy.signal")}
+
+
 @pytest.mark.usefixtures("untyped")
 @pytest.mark.parametrize(
     ("words", "sentence"),

@@ -50,7 +50,6 @@ LEVELS = {
     "flowgen.training": 4,
     "flowgen.evaluation": 5,
     "flowgen.convert": 5,
-    "flowgen.models": 4,
     "flowgen.experiments": 6,
     "flowgen.checkpoint": 7,
     "flowgen.cli": 8,

@@ -106,7 +106,10 @@ def test_built_in_sets_npz_and_latents_are_counted(tmp_path):
     config = LatentsConfig(str(tmp_path / "set"))
     inventory = take_inventory(config, read_latents(tmp_path / "set", "train"))
     assert inventory.line() == "latents of images: 5 train, 0 held out, 4 x 6 x 2, classes: cat"
-    assert set(inventory.train_files) == {"dataset.json", "train-00000/label.npy"}
+    assert set(inventory.train_files) == {
+        "dataset.json",
+        *(f"train-00000/{part}.npy" for part in ("label", "mean", "std")),
+    }
 
 
 def test_clips_are_counted_apart_from_images_and_from_their_own_parts():

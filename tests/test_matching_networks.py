@@ -11,7 +11,7 @@ from conftest import rows
 from tolerances import NETWORK, assert_close
 
 from flowgen import matching as fm
-from flowgen.models import init
+from flowgen.nn import init
 
 SMALL_DIT = {"image_size": 4, "channels": 2, "width": 32, "num_layers": 2, "head_dim": 16, "num_classes": 3}
 SMALL_UNET = {"image_size": 4, "channels": 2, "width": 8, "multipliers": (1, 2), "num_groups": 4, "head_dim": 8}

@@ -7,7 +7,6 @@ import pytest
 from conftest import rows
 from tolerances import LAYER, NETWORK, assert_close, assert_trees_close
 
-from flowgen import models
 from flowgen.data import Batch, Moments
 from flowgen.flows import (
     ClipDenoiser,
@@ -20,6 +19,7 @@ from flowgen.flows import (
 )
 from flowgen.flows.batches import batch_condition, noisy_batch
 from flowgen.flows.objective import nll_objective
+from flowgen.nn import init
 from flowgen.training import OptimConfig
 from flowgen.training.step import init_state, make_step
 
@@ -41,7 +41,7 @@ SCALE = 1.7
 @pytest.fixture(scope="module")
 def params():
     random = np.random.default_rng(0)
-    variables = models.init(FLOW, jax.random.key(0))
+    variables = init(FLOW, jax.random.key(0))
     return jax.tree.map(lambda leaf: leaf + 0.1 * random.standard_normal(leaf.shape).astype(np.float32), variables)
 
 

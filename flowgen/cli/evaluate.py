@@ -44,7 +44,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     model, params, trained = checkpoint.load(options.checkpoint, options.step)
     groups = ("data", "sampling", "codec.path", "text.encoder")
     experiment, asked, given = apply_words(rest, trained, trained.evaluate_options(), groups=groups)
-    if "split" not in given and given & {"data.path", "data.name"}:
+    if "split" not in given and given & {"data", "data.path", "data.name"}:
         asked = dataclasses.replace(asked, split="all")
     _check_sampling(given, experiment, asked)
     experiment = _on_other_data(trained, experiment)

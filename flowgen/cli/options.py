@@ -65,7 +65,7 @@ def num_parameters(flow: Any) -> int:
     """Returns how many parameters a model has, without allocating them."""
     import jax
 
-    from flowgen.models import init
+    from flowgen.nn import init
 
     abstract = jax.eval_shape(lambda: init(flow, jax.random.key(0)))
     return sum(leaf.size for leaf in jax.tree.leaves(abstract["params"]))
@@ -79,7 +79,9 @@ def check_memory(parameters: int, *, copies: int) -> None:
     """
     import jax
 
-    if jax.default_backend() != "cpu" or jax.process_count() > 1 or "SC_PHYS_PAGES" not in os.sysconf_names:
+    from flowgen import backend
+
+    if backend.platform() != "cpu" or jax.process_count() > 1 or "SC_PHYS_PAGES" not in os.sysconf_names:
         return
     available, needed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), BYTES_OF_PARAMETER * parameters
     if copies * needed <= available:

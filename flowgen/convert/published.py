@@ -17,8 +17,9 @@ import numpy as np
 from flowgen.arrays import shown
 from flowgen.convert.mapping import fill
 from flowgen.convert.tables import ALL_ONES, TARFLOW
-from flowgen.flows import TARFlow, TARFlowConfig, init
+from flowgen.flows import TARFlow, TARFlowConfig
 from flowgen.flows.tarflow import Scale
+from flowgen.nn import init
 
 _WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
 _MAX_WRAPPERS = 4  # around each other

@@ -19,7 +19,7 @@ from flowgen.convert.tables import starflow_v as starflow_v_rules
 from flowgen.documents import read_yaml
 from flowgen.flows import STARFlowConfig, STARFlowVConfig
 from flowgen.flows.flow import AutoregressiveFlow
-from flowgen.models import init
+from flowgen.nn import init
 from flowgen.settings import check
 from flowgen.settings.ranges import MAX_BLOCKS, Within
 

@@ -36,6 +36,9 @@ _CLIP_CLASSES = {"bouncing": DIGIT_NAMES, "crafter": CLASS_NAMES, "real": ()}
 # Files whose sizes are checked; fewer for videos, which take longer.
 _IMAGES_SIZED, _VIDEOS_SIZED = 32, 4
 
+# The beginning of a file of latents that marks its content.
+_MARKED_BYTES = 1 << 16
+
 Marks = Mapping[str, int | str]
 
 
@@ -137,8 +140,8 @@ def _marks(config: DataConfig | ClipsConfig | LatentsConfig, listing: Listing | 
     """The files of both splits with marks of their content; a file with data of both counts in the first."""
     if isinstance(config, LatentsConfig):
         folder = Path(config.path)
-        files = [folder / INDEX_FILE, *sorted(folder.glob("*/label.npy"))]
-        return {file.relative_to(folder).as_posix(): zlib.crc32(file.read_bytes()) for file in files}, {}
+        files = [folder / INDEX_FILE, *sorted(folder.glob("*/*.npy"))]
+        return {file.relative_to(folder).as_posix(): _mark(file) for file in files}, {}
     if config.name == "npz":
         return npz_marks(config.path), {}
     train: dict[str, int | str] = {}
@@ -153,6 +156,12 @@ def _marks(config: DataConfig | ClipsConfig | LatentsConfig, listing: Listing | 
         for files, more in zip((train, held_out), _marks(images, listing), strict=True):
             files.update({f"{images.path}/{name}": mark for name, mark in more.items()})
     return train, held_out
+
+
+def _mark(file: Path) -> int:
+    """A checksum of a file's size and first bytes, which change if data are encoded again."""
+    with file.open("rb") as opened:
+        return zlib.crc32(opened.read(_MARKED_BYTES), os.path.getsize(file))
 
 
 def _file_sizes(listing: Listing) -> dict[str, int]:

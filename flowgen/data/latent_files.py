@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 
 from flowgen import settings
+from flowgen.arrays import shown
 from flowgen.batch import Moments
 from flowgen.conditioning import TextCondition
 from flowgen.data.classes import checked_names, class_numbers
@@ -125,6 +126,8 @@ class LatentIndex:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "class_names", checked_names(self.class_names, "class_names"))
+        if len({entry.folder for entry in self.shards}) < len(self.shards):
+            raise ValueError("shards name a folder twice; each folder is one shard.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,8 +297,10 @@ def _checked(directory: Path, entry: ShardEntry, class_names: Sequence[str]) -> 
     folder = directory / entry.folder
     shard = ShardFile(folder, entry.count, entry.shape, entry.has_text)
     label = _open_shard.__wrapped__(shard).labels
+    if label.dtype.kind != "i" or label.ndim != 1:
+        raise ValueError(f"'{folder / 'label.npy'}' holds {shown(label)}, not one integer for each; encode again.")
     smallest, largest = (int(bound) for bound in (label.min(initial=NO_LABEL), label.max(initial=NO_LABEL)))
-    if label.dtype.kind != "i" or smallest < NO_LABEL or (class_names and largest >= len(class_names)):
+    if smallest < NO_LABEL or (class_names and largest >= len(class_names)):
         raise ValueError(
             f"'{folder / 'label.npy'}' holds labels that are not numbers of the {len(class_names)} classes, or -1 for "
             f"none ({label.dtype} from {smallest} to {largest}); encode again."
@@ -329,6 +334,8 @@ def _open_shard(shard: ShardFile) -> Shard:
             raise ValueError(
                 f"'{path}' has shape {arrays[part].shape} instead of {shard.size} entries; encode the data again."
             )
+        if part == "mask" and arrays[part].dtype != bool:
+            raise ValueError(f"'{path}' holds {arrays[part].dtype} instead of bool; encode the data again.")
         if part in ("mean", "std") and arrays[part].shape[1:] != shard.event_shape:
             raise ValueError(f"'{path}' has latents of another shape than {INDEX_FILE} states; encode the data again.")
     texts = TextCondition(arrays["text"], arrays["mask"]) if shard.has_text else None

@@ -77,8 +77,7 @@ class LatentDataset:
     number in `class_names`; empty if they are the same. use_texts: whether the contexts are the texts, if there are
     any, or the labels.
 
-    Indexing raises ValueError naming the shard if latents are not finite or their std is negative. Texts are not
-    checked; a non-finite loss reveals them.
+    Indexing raises ValueError naming the shard if latents or texts are not finite, or a std is negative.
 
     Example:
         dataset = LatentDataset((shard,), class_names=("cat", "dog"))
@@ -110,7 +109,7 @@ class LatentDataset:
             shard = self.shards[holder].opened()
             inside = indices[chosen] - (ends[holder] - shard.size)
             part = jax.tree.map(lambda array, inside=inside: array[inside], shard)
-            _check_moments(self.shards[holder], part.moments)
+            _check_finite(self.shards[holder], part)
             if whole is None:
                 whole = jax.tree.map(lambda x: np.empty((len(indices), *x.shape[1:]), x.dtype), part)
             for array, values in zip(jax.tree.leaves(whole), jax.tree.leaves(part), strict=True):
@@ -131,13 +130,15 @@ def kind_of(dataset: Dataset) -> Kind:
     return getattr(dataset, "kind", None) or ("clip" if len(dataset.event_shape) > 3 else "image")
 
 
-def _check_moments(shard: Shard | ClosedShard, moments: Moments) -> None:
-    """Raises ValueError if latents are not finite or have a negative std."""
-    mean, std = moments
+def _check_finite(holder: Shard | ClosedShard, part: Shard) -> None:
+    """Raises ValueError if latents or texts are not finite, or latents have a negative std."""
+    folder = getattr(holder, "folder", None)
+    place = "" if folder is None else f" in '{folder}'"
+    mean, std = part.moments
     if not (np.isfinite(mean).all() and np.isfinite(std).all() and (std >= 0).all()):
-        folder = getattr(shard, "folder", None)
-        place = "" if folder is None else f" in '{folder}'"
         raise ValueError(f"latents{place} have a mean or std that is not finite, or a negative std; encode again.")
+    if part.texts is not None and not np.isfinite(part.texts.embeddings).all():
+        raise ValueError(f"texts{place} have features that are not finite; encode again.")
 
 
 def encode(

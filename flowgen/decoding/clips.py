@@ -17,6 +17,7 @@ from flowgen.flows.density import FlowConfig
 from flowgen.flows.starflow_v import STARFlowVConfig
 from flowgen.nn.layers import master_dtype
 
+MOST_FRAMES = 1 << 20
 CONTEXT = 0.75  # share of a clip's frames: 16 of 21, as published
 
 
@@ -58,6 +59,12 @@ def checked_clip(clip: Clip | None, config: FlowConfig, cond: Condition | None, 
         raise ValueError("clip.restart_cond is given, but cond is not; give both, or neither.")
     frames = modelled_frames(config) if clip.frames is None else clip.frames
     check_count("clip.frames", frames)
+    if frames > MOST_FRAMES:
+        raise ValueError(f"clip.frames is {frames}; it must be at most {MOST_FRAMES}.")
+    if clip.context is not None:
+        check_count("clip.context", clip.context)
+    if clip.progress is not None and not callable(clip.progress):
+        raise ValueError(f"clip.progress is {shown(clip.progress)}; give a function (solved, total), or None.")
     _check_given(clip, frames, config, batch)
     return replace(
         clip,

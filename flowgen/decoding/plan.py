@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import jax
-
+from flowgen import backend
 from flowgen.settings import config
 from flowgen.settings.ranges import Count, NonNegative
 
@@ -116,7 +115,7 @@ def resolve_plan(plan: Plan | str, *, rows: Sequence[int]) -> DecodePlan:
 
 def _named_plan(name: str, rows: int) -> BlockPlan:
     window = FREE_ROWS // max(rows, 1)
-    parallel = jax.default_backend() != "cpu" and window >= MIN_PARALLEL_WINDOW
+    parallel = backend.platform() != "cpu" and window >= MIN_PARALLEL_WINDOW
     plans: dict[str, Any] = {
         "sequential": Sequential(),
         "jacobi": Jacobi(),

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Integer, Key
 
-from flowgen.arrays import check_count, check_floating, check_key
+from flowgen.arrays import check_count, check_floating, check_key, shown
 from flowgen.conditioning import TextCondition
 from flowgen.decoding.clips import Clip
 from flowgen.decoding.core import run
@@ -18,6 +18,8 @@ from flowgen.flows.block import Variables
 from flowgen.flows.density import Flow, check_flow
 from flowgen.guidance import Guidance
 from flowgen.nn.layers import master_dtype
+
+MOST_SAMPLES = 2**31 - 1
 
 
 def invert(
@@ -90,6 +92,8 @@ def _numbers(num: int | range | Integer[np.ndarray, " b"]) -> Int[Array, " b"]:
     if numbers.ndim == 0:
         check_count("num", num)
         numbers = np.arange(int(numbers))
-    if not numbers.size:
-        raise ValueError("num has no numbers of samples; give at least one, or how many.")
-    return jnp.asarray(numbers)
+    if numbers.ndim != 1 or not numbers.size or numbers.dtype.kind not in "iu":
+        raise ValueError(f"num is {shown(num)}; give how many samples, or their numbers as integers `b`.")
+    if numbers.min() < 0 or numbers.max() > MOST_SAMPLES:
+        raise ValueError(f"num has numbers from {numbers.min()} to {numbers.max()}; they go from 0 to {MOST_SAMPLES}.")
+    return jnp.asarray(numbers, jnp.int32)

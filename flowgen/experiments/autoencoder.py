@@ -37,7 +37,7 @@ from flowgen.experiments.experiment import Experiment
 from flowgen.experiments.images import image_batches
 from flowgen.experiments.own_data import own_data
 from flowgen.experiments.plots import DRAWABLE_CHANNELS, sample_grid, strips
-from flowgen.models import init
+from flowgen.nn import init
 from flowgen.rows import Rows, StatefulObjective, batch_rows
 from flowgen.settings import config
 from flowgen.settings.ranges import NonNegative, OtherFrames, Side

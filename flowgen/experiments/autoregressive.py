@@ -40,7 +40,7 @@ from flowgen.experiments.plots import DRAWABLE_CHANNELS
 from flowgen.experiments.texts import TextConfig, release_text_encoders
 from flowgen.flows import STARFlowConfig, TARFlowConfig
 from flowgen.guidance import Guidance
-from flowgen.models import init
+from flowgen.nn import init
 from flowgen.settings import config
 from flowgen.settings.ranges import Within
 from flowgen.training import Job, OptimConfig
@@ -126,7 +126,9 @@ class AutoregressiveExperiment(Experiment):
     def has_held_out(self) -> bool:
         """Whether there are data to evaluate on."""
         if isinstance(self.data, LatentsConfig):
-            return any(shard.split == "eval" for shard in read_index(self.data.path).shards)
+            return any(
+                shard.split == "eval" and shard.kind in ("image", "clip") for shard in read_index(self.data.path).shards
+            )
         return self.data.eval_fraction > 0
 
     def check_parts(self) -> None:

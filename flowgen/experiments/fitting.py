@@ -10,6 +10,7 @@ from typing import Any
 from flowgen.arrays import shown
 from flowgen.data import ClipsConfig, DataConfig, Dataset, LatentsConfig, told_once
 from flowgen.data.dataset import OWN
+from flowgen.data.inventory import name_list
 from flowgen.experiments.experiment import Experiment
 from flowgen.experiments.own_data import check_protocol
 from flowgen.runs import check_workdir
@@ -27,6 +28,15 @@ def _of_own(experiment: Experiment, dataset: Any, held_out: Any) -> Experiment:
         data = next(field.default for field in dataclasses.fields(experiment) if field.name == "data")
     if not isinstance(data, DataConfig | ClipsConfig):
         raise ValueError("dataset is given, but points are drawn from data.x0 and data.x1; give a DataConfig.")
+    known, found = data.classes, tuple(dataset.class_names)
+    if known and found and known != found and getattr(experiment.model, "num_classes", 0):
+        raise ValueError(
+            f"dataset has the classes {name_list(found)}, but data.classes are {name_list(known)}; give the same in "
+            "the same order."
+        )
+    unused = [name for name in ("drop_first", "images") if getattr(data, name, None)]
+    if unused:
+        raise ValueError(f"data.{unused[0]} is set, but it does not apply to a dataset of your own; leave it out.")
     own = dataclasses.replace(data, name=OWN, path="", classes=data.classes or dataset.class_names)
     return dataclasses.replace(experiment, data=own).with_provenance()
 

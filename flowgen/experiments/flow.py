@@ -58,6 +58,9 @@ class FlowExperiment(AutoregressiveExperiment):
                 "data.aspects is set, but a TARFlow has one image size, to which its "
                 "parameters are tied; use a STARFlow."
             )
+        for name in ("drop_first", "images_fraction"):
+            if getattr(self.data, name, 0):
+                raise ValueError(f"data.{name} is set, but it is for clips, and this flow is of images; set it to 0.")
         if self.likelihood.denoiser is not None:
             kind = type_name(self.model)
             raise ValueError(f"likelihood.denoiser is given, but a {kind} has no denoiser; leave it out.")

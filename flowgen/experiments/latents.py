@@ -329,6 +329,7 @@ def _check_shape(model: TARFlowConfig | STARFlowConfig, path: str, bucket: Laten
     sized |= (height, width) == model.image_hw
     if not (of_kind and frames == expected and channels == model.channels and sized):
         raise ValueError(
-            f"data.path '{path}' holds latents of shape {bucket.event_shape}, but the model takes {model.event_shape}; "
+            f"data.path '{path}' holds latents of shape {bucket.event_shape} ({bucket.kind}), but the model takes "
+            f"{model.event_shape}; "
             f"set model.image_size{', model.frames' * (len(frames) > 0)} and model.channels."
         )

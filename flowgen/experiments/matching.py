@@ -53,7 +53,7 @@ from flowgen.matching import (
     velocity_field,
 )
 from flowgen.matching.objective import REPORT_PAIRS
-from flowgen.models import init
+from flowgen.nn import init
 from flowgen.rows import batch_rows
 from flowgen.settings import config, type_name
 from flowgen.settings.ranges import Within

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Int
 
 from flowgen.arrays import shown
-from flowgen.conditioning import UNCONDITIONAL
+from flowgen.conditioning import UNCONDITIONAL, TextCondition
 from flowgen.data import Batch, Dataset, check_classes
 from flowgen.data.inventory import name_list
 from flowgen.data.loader import checked_batch
@@ -52,8 +52,9 @@ class OwnDataset:
         return batch if self.num_classes == 0 else batch._replace(context=self._labels(batch, indices))
 
     def _labels(self, batch: Batch, indices: Int[np.ndarray, " b"]) -> Int[np.ndarray, " b"]:
+        texts = isinstance(batch.context, TextCondition)
         labels = np.asarray(batch.labels)
-        if batch.context is None or labels.shape != indices.shape or labels.dtype.kind not in "iu":
+        if batch.context is None or texts or labels.shape != indices.shape or labels.dtype.kind not in "iu":
             raise ValueError(f"{self.name} gave the context {shown(batch.context)}; give an integer label for each.")
         labels = labels.astype(np.int64)
         wrong = (labels < UNCONDITIONAL) | (labels >= self.num_classes)

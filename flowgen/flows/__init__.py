@@ -3,7 +3,7 @@
 from flowgen.flows.affine import ScaleMap
 from flowgen.flows.block import AutoregressiveBlock, BlockConfig, block_parameters, decoding_block
 from flowgen.flows.denoiser import ClipDenoiser, DenoiserStep, denoiser_variables, init_denoiser
-from flowgen.flows.flow import AutoregressiveFlow, init
+from flowgen.flows.flow import AutoregressiveFlow
 from flowgen.flows.score_matching import flow_score_objective, score_matching_loss, score_target
 from flowgen.flows.starflow import STARFLOW_PRESETS, STARFlow, STARFlowConfig
 from flowgen.flows.starflow_v import STARFLOW_V_480P, STARFlowV, STARFlowVConfig
@@ -28,7 +28,6 @@ __all__ = [
     "decoding_block",
     "denoiser_variables",
     "flow_score_objective",
-    "init",
     "init_denoiser",
     "score_matching_loss",
     "score_target",

@@ -36,6 +36,11 @@ def check_batch(batch: Any) -> None:
         raise ValueError(f"batch is {shown(batch)}; give a flowgen.data.Batch(x, context).")
     if not isinstance(batch.x, Moments):
         check_bytes("batch.x", batch.x)
+    if batch.size == 0:
+        raise ValueError("the batch is empty; give at least one image, clip or latent.")
+    counts = {len(part) for part in jax.tree.leaves(batch.context)}
+    if counts - {batch.size}:
+        raise ValueError(f"batch.context has {counts.pop()} rows, and batch.x has {batch.size}; give one for each.")
 
 
 def batch_input(
@@ -111,6 +116,7 @@ def condition_of(flow: Flow, batch: Batch) -> Condition | None:
         return TextCondition(jnp.asarray(context.embeddings, jnp.float32), jnp.asarray(context.mask))
     if not flow.config.num_classes:
         return None
-    if context is None or isinstance(context, TextCondition):
-        raise ValueError(f"batch.context is {shown(context)}; this flow takes classes, so give int32 labels.")
-    return jnp.asarray(context)
+    labels = None if context is None or isinstance(context, TextCondition) else jnp.asarray(context)
+    if labels is None or not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise ValueError(f"batch.context is {shown(context)}; this flow takes classes, so give integer labels.")
+    return labels

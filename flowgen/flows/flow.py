@@ -13,11 +13,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Key
 
-from flowgen.arrays import check_floating, check_key
+from flowgen.arrays import check_floating
 from flowgen.backend import OnMeshes
 from flowgen.conditioning import Condition
 from flowgen.flows.block import AutoregressiveBlock, BlockConfig, Variables
-from flowgen.flows.density import Flow, bits_per_dim
+from flowgen.flows.density import bits_per_dim
 from flowgen.gaussian import gaussian_log_density
 from flowgen.nn.checks import check_patches, image_sides
 from flowgen.nn.layers import PatchOrder, master_dtype, patchify, unpatchify
@@ -211,27 +211,23 @@ class AutoregressiveFlow(OnMeshes, nn.Module):
         """Returns the samples that data-side tokens form."""
         return self.config.to_images(tokens)
 
+    @nn.nowrap
+    def initial_variables(self, key: Key[Array, ""]) -> Variables:
+        """Returns fresh variables, as `flowgen.init` gives them.
 
-def init(flow: Flow, key: Key[Array, ""]) -> Variables:
-    """Returns freshly initialised variables of a flow; shapes come from its config.
-
-    Blocks of equal shape share one compiled program, because compiling random numbers is slow.
-
-    Example:
-        params = init(flow, jax.random.key(0))
-    """
-    check_key(key)
-    config = flow.config
-    if config.dtype == "float64" and not jax.config.read("jax_enable_x64"):
-        raise ValueError("model.dtype is 'float64', which jax has switched off; set jax_enable_x64 first.")
-    params = {}
-    for index, block in enumerate(config.blocks):
-        shape = dataclasses.replace(block, order="raster", frames=1)  # Order and frames have no parameters.
-        params[f"blocks_{index}"] = _init_block(shape, jax.random.fold_in(key, index))
-    if config.scale_parameterisation != "volume_preserving":
-        return {"params": params}
-    variance = jnp.ones((config.num_tokens, config.token_dim), master_dtype(config.dtype))
-    return {"params": params, "prior": {"variance": variance}}
+        Blocks of equal shape share one compiled program, because compiling random numbers is slow.
+        """
+        config = self.config
+        if config.dtype == "float64" and not jax.config.read("jax_enable_x64"):
+            raise ValueError("model.dtype is 'float64', which jax has switched off; set jax_enable_x64 first.")
+        params = {}
+        for index, block in enumerate(config.blocks):
+            shape = dataclasses.replace(block, order="raster", frames=1)  # Order and frames have no parameters.
+            params[f"blocks_{index}"] = _init_block(shape, jax.random.fold_in(key, index))
+        if config.scale_parameterisation != "volume_preserving":
+            return {"params": params}
+        variance = jnp.ones((config.num_tokens, config.token_dim), master_dtype(config.dtype))
+        return {"params": params, "prior": {"variance": variance}}
 
 
 @partial(jax.jit, static_argnums=0)

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 
-from flowgen.flows.block import BlockConfig
+import jax
+from flax import linen as nn
+from jaxtyping import Array, Key
+
+from flowgen.flows.block import BlockConfig, Variables
 from flowgen.flows.flow import AutoregressiveFlow
 from flowgen.flows.starflow import STARFlowConfig, block_order
 from flowgen.settings import config
@@ -82,6 +86,18 @@ class STARFlowV(AutoregressiveFlow):
     """
 
     config: STARFlowVConfig
+
+    @nn.nowrap
+    def initial_variables(self, key: Key[Array, ""]) -> Variables:
+        """Returns fresh variables, those of the denoiser included."""
+        from flowgen.flows.denoiser import ClipDenoiser, init_denoiser  # which imports this file
+
+        variables = super().initial_variables(key)
+        if not self.config.denoiser_layers:
+            return variables
+        own_key = jax.random.fold_in(key, self.config.num_blocks)
+        denoiser = init_denoiser(ClipDenoiser(self.config, parent=None), own_key)
+        return {**variables, "params": {**variables["params"], "denoiser": denoiser["params"]}}
 
 
 # The released text-to-video model on clips of 81 frames of 480 x 848 pixels: 21 x 30 x 53 latents of 48 channels.

@@ -1,4 +1,4 @@
-"""Fresh variables of any network."""
+"""Fresh variables of any model."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from flowgen.nn.layers import master_dtype
 
 
 def init(network: nn.Module, key: Key[Array, ""]) -> PyTree:
-    """Returns freshly initialised variables of a network, computed by one compiled program.
+    """Returns freshly initialised variables of a model, including those of a flow's denoiser; compiled.
 
-    The config's `inputs` gives the shapes and dtypes of the network's arguments. A config without `inputs` belongs to a
-    velocity network, which takes times and samples of its `event_shape`.
+    A model may have `initial_variables(key)`, as flows do, whose blocks share programs. Otherwise the config's `inputs`
+    gives the shapes and dtypes of the arguments. A config without `inputs` belongs to a velocity network, which takes
+    times and samples of its `event_shape`.
 
     Raises ValueError if the network has no config or the key is invalid.
 
@@ -28,6 +29,8 @@ def init(network: nn.Module, key: Key[Array, ""]) -> PyTree:
     if config is None:
         raise ValueError(f"model is {shown(network)}; give a model such as TARFlow(config), followed by the key.")
     check_key(key)
+    if hasattr(network, "initial_variables"):
+        return network.initial_variables(key)
     if hasattr(config, "inputs"):
         inputs = config.inputs
     else:

@@ -55,11 +55,14 @@ def resolve(name: str) -> Any:
         raise ValueError(
             f"is {shown(name)}, and {module} is not imported; import it first, in a command by --import {module}."
         )
-    found = sys.modules[module]
+    if module.partition(".")[0] in sys.stdlib_module_names:
+        raise ValueError(f"is {shown(name)}, of Python itself; name an object of your own.")
+    found: Any = sys.modules[module]
     for part in attributes:
-        following = getattr(found, part, _NOTHING)
+        # Looked up without code: a module or class may compute what it lacks.
+        following = vars(found).get(part, _NOTHING) if hasattr(found, "__dict__") else _NOTHING
         if following is _NOTHING:
-            raise ValueError(f"is {shown(name)}, and {part} is not there{meant(part, dir(found))}")
+            raise ValueError(f"is {shown(name)}, and {part} is not there{meant(part, vars(found))}")
         found = following
     return found
 

@@ -23,7 +23,7 @@ from flowgen.experiments.autoencoder import AutoencodingConfig, autoencoding_obj
 from flowgen.experiments.codecs import STATISTICS
 from flowgen.flows import STARFlowVConfig, flow_score_objective
 from flowgen.flows.objective import nll_objective
-from flowgen.models import init
+from flowgen.nn import init
 from flowgen.training import OptimConfig, make_step
 from flowgen.training.parallel import DataParallel
 from flowgen.training.step import init_state
