@@ -165,6 +165,17 @@ WRONG = {
     "invert: swapped": (lambda: invert(PARAMS, FLOW, Z), "flow is a dict"),
     "invert: a list": (lambda: invert(FLOW, PARAMS, [0.0]), "z is a list"),
     "sample: no numbers": (lambda: sample(FLOW, PARAMS, key(), range(0)), "num has no numbers"),
+    "sample: fractions": (
+        lambda: sample(FLOW, PARAMS, key(), np.array([0.5, 1.9])),
+        "num is float64 of shape (2,); give how many samples",
+    ),
+    "sample: a mask": (lambda: sample(FLOW, PARAMS, key(), np.array([True, False])), "num is bool of shape (2,)"),
+    "sample: a table": (lambda: sample(FLOW, PARAMS, key(), np.array([[0, 1]])), "num is int64 of shape (1, 2)"),
+    "sample: beyond int32": (
+        lambda: sample(FLOW, PARAMS, key(), np.array([0, 2**32 + 1])),
+        "num has numbers from 0 to 4294967297",
+    ),
+    "sample: below 0": (lambda: sample(FLOW, PARAMS, key(), range(-1, 2)), "num has numbers from -1 to 1"),
     "sample: a clip of images": (lambda: sample(FLOW, PARAMS, key(), 1, clip=Clip(frames=2)), "clip is given"),
     "sample: frames for a clip": (lambda: sample(CLIP_FLOW, CLIP_PARAMS, key(), 1, clip=2), "clip is 2"),
     "Guidance: a text": (lambda: Guidance(scale="strong"), "scale is 'strong'"),

@@ -92,7 +92,9 @@ def _numbers(num: int | range | Integer[np.ndarray, " b"]) -> Int[Array, " b"]:
     if numbers.ndim == 0:
         check_count("num", num)
         numbers = np.arange(int(numbers))
-    if numbers.ndim != 1 or not numbers.size or numbers.dtype.kind not in "iu":
+    if not numbers.size:
+        raise ValueError("num has no numbers of samples; give at least one, or how many.")
+    if numbers.ndim != 1 or numbers.dtype.kind not in "iu":
         raise ValueError(f"num is {shown(num)}; give how many samples, or their numbers as integers `b`.")
     if numbers.min() < 0 or numbers.max() > MOST_SAMPLES:
         raise ValueError(f"num has numbers from {numbers.min()} to {numbers.max()}; they go from 0 to {MOST_SAMPLES}.")
