@@ -74,7 +74,7 @@ def check_mask(mask: Array | None, q: Array, k: Array) -> Bool[Array, "#b #h #n 
 
 
 def check_key_mask(mask: Array, q: Array, k: Array) -> Bool[Array, "#b #g 1 m"]:
-    """Returns the mask; raises ValueError unless it is a key mask, equal for all queries and heads of a key head."""
+    """Returns the mask; raises ValueError unless it is equal for all queries and all query heads of a key head."""
     checked = check_mask(mask, q, k)
     if checked is None or not is_key_mask(checked, k):
         raise ValueError(
@@ -110,7 +110,7 @@ def concrete(x: Array) -> np.ndarray | None:
 
 
 def check_contiguous(segment_ids: Array) -> None:
-    """Raises ValueError if an id recurs after another one; does nothing if the ids are traced."""
+    """Raises ValueError if an id recurs after another one; does nothing if the ids have no concrete values."""
     ids = concrete(segment_ids)
     for row in () if ids is None else ids:
         first = row[np.concatenate([[True], row[1:] != row[:-1]])] if row.size else row
@@ -140,7 +140,7 @@ def check_quadratic(q: Array, k: Array) -> None:
     if isinstance(n * m, int) and n * m > QUADRATIC_LIMIT:
         raise ValueError(
             f"mask differs between queries, so linear attention would need the quadratic form with {n} x {m} weights, "
-            f"but it may have at most {QUADRATIC_LIMIT}; use is_causal, segment_ids or a key mask. If the same tokens "
+            f"but it may have at most {QUADRATIC_LIMIT}; use is_causal, segment_ids or a key mask; if the same tokens "
             "are kept as queries and as keys, flowgen.attention.own_keys gives the key mask, and in Flax's modules "
             "make_attention_fn(..., masks='keys') does."
         )
