@@ -24,7 +24,7 @@ from flowgen.backend import keep_axes
 
 
 class KVCache(NamedTuple):
-    """Keys and values of one layer, `b h m k`, indexed by position; slots after the tokens run so far are unused."""
+    """Keys and values of one layer, `b h m k`, indexed by position; slots after the last token are unused."""
 
     keys: Float[Array, "b h m k"]
     values: Float[Array, "b h m k"]

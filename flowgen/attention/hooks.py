@@ -35,10 +35,10 @@ def make_attention_fn(
     is_causal: make the attention causal, whatever the module requests. The function takes query `... t h k`, key and
     value `... s g k`, and the arguments that Flax's modules pass:
 
-    - mask `... h t s`, nonzero keeps. A key mask (query axis 1) has linear cost. So has a query-key mask, which Flax's
-      `make_causal_mask` and `make_attention_mask` make, if it is a query mask times a key mask (times causal order, if
-      the attention is causal) and its values are known, outside jit. Inside jit it needs the quadratic form, unless
-      masks="keys".
+    - mask `... h t s`, nonzero keeps. A key mask (query axis 1) has linear cost. Flax's `make_causal_mask` and
+      `make_attention_mask` return query-key masks. They also have linear cost outside jit, where their values are
+      known, if they are a query mask times a key mask (times causal order, if the attention is causal). Inside jit they
+      need the quadratic form, unless masks="keys".
     - masks="keys" declares that every query-key mask keeps the same tokens as queries and as keys. The function then
       reads these tokens from the diagonal, at linear cost, also inside jit. The outputs of other tokens have no
       meaning.

@@ -91,12 +91,12 @@ def linear_attention(
 ) -> Float[Array, "b n h d"]:
     """Returns linear attention with a feature map, given by name or as a `FeatureMap`.
 
-    mask: True keeps; its shape must broadcast to `b h n m`. A key mask (query axis 1) is exact at linear cost. So is,
-    outside jit, a query mask times a key mask (times causal order, if is_causal); inside jit, reduce it to a key mask
-    with `own_keys`. Other masks use the quadratic form, with at most 4096 x 4096 weights. is_causal: query i sees keys
-    0..i; a `Causal` can make it block-causal. segment_ids: tokens see each other only if their ids are equal; equal ids
-    must be contiguous (see `prefix_product`). eps: added to the normaliser. Raises ValueError if shapes, dtypes, mask
-    or names are invalid.
+    mask: True keeps; its shape must broadcast to `b h n m`. A key mask (query axis 1) is exact at linear cost. Outside
+    jit, the same holds for a query mask times a key mask (times causal order, if is_causal); inside jit, reduce it to a
+    key mask with `own_keys`. Other masks use the quadratic form, with at most 4096 x 4096 weights. is_causal: query i
+    sees keys 0..i; a `Causal` can make it block-causal. segment_ids: tokens see each other only if their ids are equal;
+    equal ids must be contiguous (see `prefix_product`). eps: added to the normaliser. Raises ValueError if shapes,
+    dtypes, mask or names are invalid.
 
     Example:
         out = linear_attention(q, k, v, "focused", is_causal=True)

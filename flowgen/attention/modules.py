@@ -81,7 +81,7 @@ class LinearAttention(nn.Module):
         return self.proj(kernel(self.kernel).attend(q, k, v, **options))
 
     def init_state(self, batch: int) -> State:
-        """Returns the decoding state before the first token; ValueError unless is_causal is True."""
+        """Returns the decoding state before the first token; raises ValueError unless is_causal is True."""
         check_decodes(self.is_causal)
         head_dim = head_width(self.width, self.num_heads)
         dtype = self.dtype or jnp.float32
@@ -90,14 +90,16 @@ class LinearAttention(nn.Module):
     def prefill(
         self, x: Float[Array, "b n d"], state: State = None, *, mask: Array | None = None
     ) -> tuple[Float[Array, "b n width"], State]:
-        """Returns the outputs of tokens that follow those in `state`, and the new state; ValueError unless
-        is_causal."""
+        """Returns the outputs of tokens that continue the sequence after `state`, and the state after them.
+
+        Raises ValueError unless is_causal is True.
+        """
         check_decodes(self.is_causal)
         out, state = kernel(self.kernel).prefill(self.query(x), self.key(x), self.value(x), state=state, mask=mask)
         return self.proj(out), state
 
     def step(self, x: Float[Array, "b d"], state: State) -> tuple[Float[Array, "b width"], State]:
-        """Returns the output of one more token and the state."""
+        """Returns the output of one more token, and the state after it."""
         check_token(x)
         out, state = self.prefill(x[:, None], state)
         return out[:, 0], state
@@ -173,7 +175,7 @@ class NaLaAttention(nn.Module):
         return self._finish(out, local, g)
 
     def init_state(self, batch: int) -> NaLaState:
-        """Returns the decoding state before the first token; ValueError unless is_causal is True."""
+        """Returns the decoding state before the first token; raises ValueError unless is_causal is True."""
         check_decodes(self.is_causal)
         head_dim = head_width(self.width, self.num_heads)
         dtype = self.dtype or jnp.float32
@@ -183,8 +185,10 @@ class NaLaAttention(nn.Module):
     def prefill(
         self, x: Float[Array, "b n d"], state: NaLaState | None = None, *, mask: Array | None = None
     ) -> tuple[Float[Array, "b n width"], NaLaState]:
-        """Returns the outputs of tokens that follow those in `state`, and the new state; ValueError unless
-        is_causal."""
+        """Returns the outputs of tokens that continue the sequence after `state`, and the state after them.
+
+        Raises ValueError unless is_causal is True.
+        """
         check_decodes(self.is_causal)
         state = self.init_state(x.shape[0]) if state is None else state
         q, k, v, g = self._project(x, mask)
@@ -196,7 +200,7 @@ class NaLaAttention(nn.Module):
         return self._finish(out, local, g), NaLaState(sums, _window(values, absorbed, NALA_CONV - 1))
 
     def step(self, x: Float[Array, "b d"], state: NaLaState) -> tuple[Float[Array, "b width"], NaLaState]:
-        """Returns the output of one more token and the state."""
+        """Returns the output of one more token, and the state after it."""
         check_token(x)
         out, state = self.prefill(x[:, None], state)
         return out[:, 0], state

@@ -47,7 +47,7 @@ class Coupled(NamedTuple):
 
 @runtime_checkable
 class Coupling(Protocol):
-    """The interface of a coupling. An attribute `sees` may be "row" or "device"; without it, it is "global"."""
+    """The interface of a coupling; the optional attribute `sees` is "row", "device" or "global" (the default)."""
 
     def __call__(
         self, key: Key[Array, ""], x0: Float[Array, "b *event"], x1: Float[Array, "b *event"], cond: Cond = None
@@ -161,7 +161,7 @@ class GibbsWeights:
     mean over the batch; "none" does not divide: weights of images can then be 1e-13, too small for optimizers.
     sinkhorn_sweeps: number of Sinkhorn sweeps; 0 for none. If positive, the weights come from the entropic plan whose
     marginals are those of the batch: exp(-cost_ii/epsilon + f_i + g_i). This undoes the tilt that plain weights give
-    noise and data. The number is fixed, even if some tilt remains.
+    noise and data. Exactly this many sweeps run, whatever tilt remains.
     ess: target for choosing epsilon, the effective share of pairs; between 0 and 1.
     tilt: target for choosing epsilon, the largest relative variance of the marginals' re-weighting; None to use ess.
     scope: "global" runs the sweeps and the "batch" mean over the rows of all devices; "device" over the rows of each

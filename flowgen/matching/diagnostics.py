@@ -96,7 +96,7 @@ def warn_if_tilted(report: WeightReport) -> None:
 
 
 class TiltedDistances(NamedTuple):
-    """The distance W2 by which Gibbs weights move each marginal, from the samples to their tilted version.
+    """How far Gibbs weights move each marginal: W2 between the samples and their tilted version.
 
     noise_floor, data_floor: W2 between two halves of the sample; independent samples of this size do not show smaller
     differences. The distances noise and data are more precise, because both sides come from the same sample.
@@ -160,9 +160,9 @@ def choose_epsilon(
     """Returns the smallest epsilon at which independent pairs meet a target effective sample size or tilt.
 
     ess: smallest effective share of the pairs (x0_i, x1_i). tilt: largest relative variance of either marginal's
-    re-weighting; set ess to None to use it. sinkhorn_sweeps: number of sweeps of the weights whose ess is meant. The
-    search bisects log epsilon; a tilt or Sinkhorn sweeps need b x b memory. Raises ValueError unless exactly one target
-    is given, if the target is out of range, and if the mean cost is 0 or not finite.
+    re-weighting; set ess to None to use it. sinkhorn_sweeps: number of Sinkhorn sweeps that correct the weights before
+    their ess is computed. The search bisects log epsilon; a tilt or Sinkhorn sweeps need b x b memory. Raises
+    ValueError unless exactly one target is given and in range, or if the mean cost is 0 or not finite.
 
     Example:
         epsilon = choose_epsilon(x0, x1, ess=0.5)
@@ -268,8 +268,8 @@ def signed_path_energy(energy: Float[Array, ""] | float, squared_distance: Float
 def wasserstein(x: Float[Array, "b *event"], y: Float[Array, "b *event"]) -> Float[Array, ""]:
     """Returns the exact 2-Wasserstein distance between two samples of equal size.
 
-    It is positive even for two samples of one distribution; compare with that value. Raises ValueError if the samples
-    differ in shape.
+    Two samples of the same distribution also have a positive distance; compare with it. Raises ValueError if the
+    samples differ in shape.
 
     Example:
         distance, floor = wasserstein(generated, data), wasserstein(data, more_data)

@@ -53,7 +53,7 @@ def flow_matching_loss(
     """Returns loss_fn(velocity, batch, key, log_mean=None) -> (loss, metrics, log_mean): E[w |v(t, x_t) - u_t|²].
 
     velocity(t, x, cond): any callable that predicts `prediction`. The loss compares the prediction itself: x1 with x1,
-    noise with x0, and beta · score with -x0, which gives ∇ log p_t if the coupling is independent.
+    noise with x0, and beta · score with -x0. The score learned is ∇ log p_t if the coupling is independent.
     batch: "x1" data, "x0" noise (standard normal if missing), "cond" labels or None, and "rows" (`flowgen.rows.Rows`),
     which a training step adds so that the random numbers do not depend on the number of devices. The squared error is
     averaged over dimensions, in at least float32. label_dropout: probability that a label is replaced by -1, drawn
@@ -161,8 +161,8 @@ def couple(
 ) -> Coupled:
     """Returns the coupled pairs of these rows; gathers the rows of all devices first if the coupling needs them.
 
-    The attribute `sees` of a coupling is "row" if it treats each pair separately, "device" if it uses only the rows of
-    one device, so that the result depends on the number of devices, and otherwise "global", the whole batch.
+    The attribute `sees` of a coupling is "row" if it treats each pair separately. It is "device" if the coupling uses
+    only the rows of one device; the result then depends on the number of devices. Otherwise it is "global".
 
     Example:
         x0, x1, cond, log_weight = couple(rows, MinibatchOT(), x0, x1, labels)
@@ -270,7 +270,7 @@ def check_step(velocity: object, batch: object, key: object) -> None:
 
 
 def check_names(batch: dict[str, Any]) -> None:
-    """Raises ValueError unless a batch has "x1" and no other names than "x0", "cond" and "rows".
+    """Raises ValueError unless a batch has "x1" and, apart from it, only "x0", "cond" and "rows".
 
     Example:
         check_names({"x1": images, "cond": labels})

@@ -68,7 +68,7 @@ def integrate(
     check_velocity(velocity)
     if method == "dopri5":
         if times is not None:
-            raise ValueError("dopri5 chooses its own times; leave `times` out, or take a method of fixed steps.")
+            raise ValueError("dopri5 chooses its own times; leave `times` out, or use a fixed-step method.")
         return _dopri5(velocity, x0, cond, reverse=reverse, rtol=rtol, atol=atol, max_steps=max_steps)
     return trajectory(velocity, x0, cond, method=method, num_steps=num_steps, times=times, reverse=reverse, keep=False)
 
@@ -164,8 +164,7 @@ def _adaptive(
     if not isinstance(arrived, Tracer) and not arrived:
         raise RuntimeError(
             f"dopri5 did not reach the end within max_steps={max_steps}; allow more, loosen rtol={rtol} and "
-            f"atol={atol}, "
-            "or take a method of fixed steps. A velocity of NaN ends here too."
+            f"atol={atol}, or use a fixed-step method. A NaN velocity also causes this error."
         )
     # A step, accepted or not, has seven stages, but the first is known from the previous accepted step.
     evaluations = 6 * solution.stats["num_steps"] + 1
