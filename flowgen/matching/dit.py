@@ -1,6 +1,6 @@
 """DiT: a transformer on image patches, modulated by time and class (Peebles and Xie, arXiv 2212.09748).
 
-With c the embedding of (t, interval, class), a layer computes
+Let c be the embedding of (t, interval, class). A layer computes
 
     (a, b, g, a', b', g') = W silu(c)                     (W is initialised to 0, so each layer starts as the identity)
     h <- h + g · Attention(norm(h) (1 + b) + a),   h <- h + g' · MLP(norm(h) (1 + b') + a')

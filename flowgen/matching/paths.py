@@ -57,7 +57,7 @@ class Path(Protocol):
 
 
 class AffinePath:
-    """Base class of the paths given by a schedule, optionally with a constant Gaussian spread."""
+    """Base class of paths that a schedule defines, with an optional constant Gaussian spread."""
 
     @property
     def spread(self) -> float:
@@ -188,8 +188,8 @@ class LinearVariancePreserving(AffinePath):
 class SchroedingerBridge:
     """The Brownian bridge x_t = (1-t) x0 + t x1 + sigma √(t(1-t)) noise, for entropic couplings (Tong 2307.03672).
 
-    u_t = (1 - 2t) / (2t(1-t)) (x_t - mean) + x1 - x0. In terms of the noise, u_t diverges like t^-½ at t = 0, and
-    likewise at t = 1; times are clipped to 1e-5 away from both ends.
+    u_t = (1 - 2t) / (2t(1-t)) (x_t - mean) + x1 - x0. In terms of the noise, u_t diverges only like t^-½ at t = 0 and
+    (1-t)^-½ at t = 1. Times are clipped to 1e-5 from both ends.
 
     sigma: standard deviation of the bridge's noise; positive.
     """

@@ -1,6 +1,6 @@
 """The U-Net of ADM (Dhariwal and Nichol, arXiv 2105.05233), used by the CIFAR-10 recipes.
 
-With e the embedding of (t, interval, class), a residual block computes
+Let e be the embedding of (t, interval, class). A residual block computes
 
     h = conv(silu(norm(x))),    y = skip(x) + conv(dropout(silu(norm(h + W silu(e)))))
 
@@ -55,15 +55,15 @@ class UNetConfig:
     """Shape of a U-Net; `UNetConfig(image_size=32)` has torchcfm's shape for CIFAR-10.
 
     Meta's shape is `UNetConfig(image_size=32, multipliers=(2, 2, 2), blocks_per_level=4, resample="pool", head_dim=256,
-    dropout=0.3, scale_shift_norm=True)`. Both codes embed t without a factor, which is `time_scale=1.0`.
+    dropout=0.3, scale_shift_norm=True)`. Both implementations embed t without a factor, as `time_scale=1.0` does.
 
     image_size: side in pixels, or (height, width).
     channels: number of channels of the images.
     width: number of channels of the first level, a multiple of num_groups.
     multipliers: channels of each level, as multiples of width; each level but the last halves the image.
     blocks_per_level: residual blocks per level on the way down.
-    resample: "conv" halves with a convolution of stride 2, and doubles by repeating pixels before a convolution; "pool"
-    halves with the mean of four pixels, and doubles by repeating pixels only.
+    resample: "conv" halves the image with a convolution of stride 2, and doubles it by repeating pixels before a
+    convolution; "pool" halves it with the mean of four pixels, and doubles it by repeating pixels only.
     attention_factors: blocks have attention at levels where the image is this many times smaller; the middle always
     has it.
     head_dim: number of channels of an attention head; a level with fewer channels has one head.
@@ -74,7 +74,7 @@ class UNetConfig:
     time_scale: factor on times before the sinusoidal embedding, which expects 0 to 1,000.
     intervals: also predict average velocities over an interval (MeanFlow).
     dtype: dtype of convolutions and activations; parameters, norms, the embedding and the velocity stay float32.
-    remat: recompute blocks in the backward pass instead of storing them; less memory, more time.
+    remat: recompute blocks in the backward pass instead of storing them; this saves memory and takes more time.
     """
 
     image_size: Side | tuple[Side, Side]
