@@ -220,7 +220,7 @@ def test_one_key_written_again_and_again(beta):
         ("v", (2, 5, 3, 5), r"v has shape \(2, 5, 3, 5\) and q \(2, 6, 3, 4\); pass v as `b n h d`"),
         ("beta", (2, 6, 3, 1), r"beta has shape \(2, 6, 3, 1\) and q .*one number per head, `b n h`"),
         ("log_decay", (2, 6), r"log_decay has shape \(2, 6\) and q \(2, 6, 3, 4\)"),
-        ("state", (2, 3, 5, 4), r"state.kv has shape \(2, 3, 5, 4\) and q, v need \(2, 3, 4, 5\)"),
+        ("state", (2, 3, 5, 4), r"state.kv has shape \(2, 3, 5, 4\) but q and v need \(2, 3, 4, 5\)"),
         ("mask", (2, 3, 6, 6), r"mask has shape \(2, 3, 6, 6\) for tokens \(2, 6\)"),
         ("chunk_size", 0, "chunk_size is 0; .* at least 1"),
     ],

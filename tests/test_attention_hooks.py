@@ -135,7 +135,7 @@ def test_dtype_is_the_one_asked_for():
 REFUSED = {
     "dropout of weights": ({"dropout_rate": 0.1}, "nala", ["dropout_rate is 0.1", "set it to 0"]),
     "sown weights": ({"module": object()}, "nala", ["sow_weights", "turn it off"]),
-    "a bias of pairs": ({"bias": jnp.zeros((1, 1, TOKENS, TOKENS))}, "nala", ["(1, 1, 10, 10)", "weigh keys"]),
+    "a bias of pairs": ({"bias": jnp.zeros((1, 1, TOKENS, TOKENS))}, "nala", ["(1, 1, 10, 10)", "only takes a bias"]),
     "a bias elsewhere": ({"bias": jnp.zeros((1, 1, 1, TOKENS))}, "pola", ["(1, 1, 1, 10)", "'pola'"]),
     "a mask that does not fit": ({"mask": jnp.ones((1, 1, 3, TOKENS))}, "nala", ["(1, 1, 3, 10)", "(2, 4, 10, 10)"]),
     "causal SOFT": ({"is_causal": True}, "soft", ["cannot be causal", "gaussian_landmark_attention"]),

@@ -273,8 +273,8 @@ ERRORS = {
     "batch": ((Q[:1], Q, V), {}, "same batch size"),
     "heads": ((Q, Q[:, :, :1], V), {}, "same number of heads"),
     "widths": ((Q, Q[..., :3], V), {}, "same width"),
-    "mask per query": ((Q, Q, V), {"mask": np.tile(np.tri(6, dtype=bool), (2, 1, 1, 1))}, "whole keys"),
-    "mask per head": ((Q, Q, V), {"mask": np.ones((2, 3, 1, 6), bool)}, "whole keys"),
+    "mask per query": ((Q, Q, V), {"mask": np.tile(np.tri(6, dtype=bool), (2, 1, 1, 1))}, "key masks"),
+    "mask per head": ((Q, Q, V), {"mask": np.ones((2, 3, 1, 6), bool)}, "key masks"),
     "mask length": ((Q, Q, V), {"mask": np.ones((2, 5), bool)}, "pass .2, 6. or .2, 1, 1, 6."),
     "grid": ((Q, Q, V), {"grid": (2, 4)}, "grid .2, 4. does not match 6 keys"),
     "grid and landmarks": ((Q, Q, V), {"grid": (2, 3), "landmarks": Q}, "are both given"),
@@ -293,5 +293,5 @@ def test_errors_say_what_to_do(case, untyped):
     arrays, options, message = ERRORS[case]
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(lambda *arrays: soft_attention(*arrays, **options), *arrays)
-    with pytest.raises(ValueError, match="needs landmarks"):
+    with pytest.raises(ValueError, match="give landmarks"):
         soft.gaussian_landmark_features(Q, Q[:, 0])

@@ -1,14 +1,16 @@
 """Attention on arrays `b n h k`; imports nothing else of flowgen.
 
-softmax        softmax_attention; frames: attention of video frames to nearby frames
+softmax        softmax_attention
+frames         attention of video frames to nearby frames
 linear         linear_attention and its running state: init_state, prefill, step
-features       the feature maps of linear attention; rotary tables for their numerators
+features       the feature maps of linear attention
+rotary         rotary tables for the numerators of linear attention
 kernels        every kernel by name, with a running state
 functions      nala, focused, cosformer, pola and inline attention as functions
 decay, delta   retention, gated linear attention (simple GLA); the (gated) delta rule
 soft           SOFT and SOFT++; fixed Gaussian landmarks, a causal variant
 modules        Flax modules; flowgen.attention.nnx has their NNX twins
-masks          key masks from Flax's masks of pairs
+masks          key masks from Flax's query-key masks
 hooks          make_attention_fn, for the attention modules of Flax
 cache          causal kernels for the decoders of flows
 """

@@ -1,8 +1,8 @@
 """Cached attention: the interface of a causal kernel for decoders.
 
-A decoder asks for a *window* of tokens, possibly several times with different guesses, and then moves on.
-A kernel provides three functions (`CausalKernel`): `attend` for whole sequences, `attend_window` for a window after a
-cached prefix, and `rewind`, which returns a cache from which the same window can run again.
+A decoder runs a *window* of tokens, possibly several times with different guesses, and then moves on. The main
+functions of a kernel (`CausalKernel`) are `attend` for whole sequences, `attend_window` for a window after a cached
+prefix, and `rewind`, which returns a cache from which the same window can run again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from flowgen.backend import keep_axes
 
 
 class KVCache(NamedTuple):
-    """Keys and values of one layer, `b h m k`, slot = position; slots at or past the window are unused."""
+    """Keys and values of one layer, `b h m k`, indexed by position; slots after the last token are unused."""
 
     keys: Float[Array, "b h m k"]
     values: Float[Array, "b h m k"]
@@ -36,10 +36,10 @@ class CausalKernel(NamedTuple):
     attend(q, k, v) -> out: causal attention over a whole sequence, arrays `b n h k`.
     init_cache(batch, length, num_heads, head_dim, dtype) -> cache: an empty cache of one layer, for `length` positions.
     attend_window(q, k, v, cache, start) -> (out, cache): exact causal attention of tokens at positions
-        start..start+n-1 to the cached prefix and to themselves, and the cache with these tokens included.
-    rewind(before, after) -> cache: given the caches before and after a window ran, one from which the window can run
-    again. If slots are overwritten that is `after`; a running sum needs `before`.
-    has_slots: whether the cache has a slot per token, so that a window may begin at any token already run.
+        start..start+n-1 to the cached prefix and to themselves, and the cache that includes these tokens.
+    rewind(before, after) -> cache: a cache from which a window can run again, given the caches before and after it ran.
+        This is `after` if the window overwrites its slots, and `before` if the cache is a running sum.
+    has_slots: whether the cache has one slot per token, so that a window may begin at any token that has already run.
     has_temperature: whether scaling the queries sharpens or flattens the weights, as in a softmax.
     """
 
@@ -52,7 +52,7 @@ class CausalKernel(NamedTuple):
 
 
 def init_kv_cache(batch: int, length: int, num_heads: int, head_dim: int, dtype: DTypeLike) -> KVCache:
-    """Returns one layer's empty key/value cache for `length` positions.
+    """Returns an empty key-value cache of one layer for `length` positions.
 
     Example:
         cache = init_kv_cache(batch=4, length=64, num_heads=8, head_dim=64, dtype=jnp.float32)
@@ -68,11 +68,11 @@ def attend_kv_window(
     cache: KVCache,
     start: Int[Array, ""] | int,
 ) -> tuple[Float[Array, "b n h k"], KVCache]:
-    """Returns softmax attention of n tokens at positions start.. after the cached prefix, and the cache.
+    """Returns softmax attention of n tokens at positions start..start+n-1 after the cached prefix, and the new cache.
 
-    Key heads may be fewer than query heads, each serving h/g of them.
-    Keys and values overwrite their slots, so running a window again needs no bookkeeping. Query i attends to
-    slots 0..start+i; what later slots hold does not matter as long as it is finite.
+    There may be fewer key heads than query heads; each then serves h/g query heads. Keys and values overwrite their
+    slots, so a window can run again without bookkeeping. Query i attends to slots 0..start+i. Later slots have no
+    effect, provided that they hold finite numbers.
 
     Example:
         out, cache = attend_kv_window(q, k, v, cache, start=12)
@@ -93,7 +93,7 @@ def attend_kv_window(
 
 
 def _recurrent(kernel: Kernel) -> CausalKernel:
-    """A kernel with a running state in the form for decoders; its cache does not grow with the length."""
+    """Returns the causal kernel for a kernel with a running state; its cache does not grow with the length."""
     running = _Running(kernel)
     return CausalKernel(
         attend=running.attend,
@@ -154,7 +154,9 @@ CAUSAL_KERNEL_NAMES = ("softmax", *KERNELS)
 
 
 def causal_kernel(attention: str | Kernel | FeatureMap | CausalKernel) -> CausalKernel:
-    """Returns the causal kernel of that name, or of your own kernel; ValueError lists the known names.
+    """Returns the causal kernel for a name or for your own kernel.
+
+    Raises ValueError for an unknown name; the message lists the known ones.
 
     Example:
         kernel = causal_kernel("softmax")

@@ -1,4 +1,4 @@
-"""Checks of shapes and masks at trace time; each error is one sentence with a remedy."""
+"""Checks of shapes and masks at trace time."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from einops import rearrange
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float
 
-# Weights (n x m) that the exact quadratic path may hold per batch element and head.
+# Largest number of weights n x m that the quadratic form may hold per batch element and head.
 QUADRATIC_LIMIT = 4096 * 4096
 
 
 def check_heads(q: Array, k: Array, v: Array) -> None:
-    """Raises ValueError unless q `b n h k`, k `b m g k` and v `b m g d` fit, h a multiple of g."""
+    """Raises ValueError unless q is `b n h k`, k is `b m g k`, v is `b m g d`, and h is a multiple of g."""
     check_floats(q=q, k=k, v=v)
     for name, array in {"q": q, "k": k, "v": v}.items():
         if array.ndim != 4:
@@ -37,7 +37,7 @@ def check_heads(q: Array, k: Array, v: Array) -> None:
 
 
 def check_floats(**arrays: Array | None) -> None:
-    """Raises ValueError for arrays that are not of real floating-point numbers."""
+    """Raises ValueError unless all arrays that are given are real floating-point arrays."""
     for name, array in arrays.items():
         if array is not None and not jnp.issubdtype(jnp.result_type(array), jnp.floating):
             raise ValueError(
@@ -47,7 +47,7 @@ def check_floats(**arrays: Array | None) -> None:
 
 
 def check_causal(q: Array, k: Array) -> None:
-    """Raises ValueError unless there are as many queries as keys, as causal order requires."""
+    """Raises ValueError unless there are as many queries as keys, which causal order requires."""
     if q.shape[1] != k.shape[1]:
         raise ValueError(
             f"is_causal needs as many queries as keys, got q {q.shape} and k {k.shape}; pass a mask, or continue "
@@ -56,7 +56,7 @@ def check_causal(q: Array, k: Array) -> None:
 
 
 def check_mask(mask: Array | None, q: Array, k: Array) -> Bool[Array, "#b #h #n #m"] | None:
-    """Returns the mask; ValueError unless it is of booleans (True keeps) and broadcasts to `b h n m`."""
+    """Returns the mask; raises ValueError unless it is boolean (True keeps) and broadcasts to `b h n m`."""
     if mask is None:
         return None
     full = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
@@ -68,18 +68,18 @@ def check_mask(mask: Array | None, q: Array, k: Array) -> Bool[Array, "#b #h #n 
     if jnp.result_type(mask) != jnp.bool_:
         raise ValueError(
             f"mask has dtype {jnp.result_type(mask)}; give booleans, True where a key is kept: "
-            "`mask == 0` of an additive mask, `mask != 0` of one with ones for what is kept."
+            "`mask == 0` for an additive mask, `mask != 0` for a mask that has ones where keys are kept."
         )
     return jnp.asarray(mask)
 
 
 def check_key_mask(mask: Array, q: Array, k: Array) -> Bool[Array, "#b #g 1 m"]:
-    """Returns a boolean mask over keys; ValueError if it also distinguishes queries or query heads."""
+    """Returns the mask; raises ValueError unless it is equal for all queries and all query heads of a key head."""
     checked = check_mask(mask, q, k)
     if checked is None or not is_key_mask(checked, k):
         raise ValueError(
-            f"mask has shape {mask.shape}; this form of attention takes a mask over keys alone, (batch, 1, 1, keys): "
-            "make one with flowgen.attention.own_keys, if the mask of pairs is one of tokens."
+            f"mask has shape {mask.shape}; this form of attention takes a key mask, (batch, 1, 1, keys): "
+            "if the same tokens are kept as queries and as keys, make one with flowgen.attention.own_keys."
         )
     return checked
 
@@ -92,7 +92,7 @@ def is_key_mask(mask: Array, k: Array) -> bool:
 def hide_keys(
     k: Float[Array, "b m g k"], v: Float[Array, "b m g d"], mask: Bool[Array, "#b #h #n #m"] | None
 ) -> tuple[Float[Array, "b m g k"], Float[Array, "b m g d"]]:
-    """Returns k and v with zeros for keys that no query may see, so that not even NaN or a gradient gets through."""
+    """Returns k and v with zeros for keys that no query may see, so that not even NaN or a gradient passes through."""
     if mask is None:
         return k, v
     seen = mask.any(axis=2)
@@ -103,14 +103,14 @@ def hide_keys(
 
 
 def concrete(x: Array) -> np.ndarray | None:
-    """Returns the values of an array, None if they are not available: while tracing, or on other processes' devices."""
+    """Returns the values of an array, or None if it is traced or lies on devices of other processes."""
     if isinstance(x, Tracer) or not getattr(x, "is_fully_addressable", True):
         return None
     return np.asarray(x)
 
 
 def check_contiguous(segment_ids: Array) -> None:
-    """Raises ValueError if an id recurs after another one, if the ids are available."""
+    """Raises ValueError if an id recurs after another one; does nothing if the ids have no concrete values."""
     ids = concrete(segment_ids)
     for row in () if ids is None else ids:
         first = row[np.concatenate([[True], row[1:] != row[:-1]])] if row.size else row
@@ -122,7 +122,7 @@ def check_contiguous(segment_ids: Array) -> None:
 
 
 def check_segments(segment_ids: Array | None, q: Array, k: Array) -> None:
-    """Raises ValueError unless segment ids are one per token, of as many queries as keys."""
+    """Raises ValueError unless there is one segment id per token and there are as many queries as keys."""
     if segment_ids is None:
         return
     if segment_ids.shape != q.shape[:2]:
@@ -135,26 +135,26 @@ def check_segments(segment_ids: Array | None, q: Array, k: Array) -> None:
 
 
 def check_quadratic(q: Array, k: Array) -> None:
-    """Raises ValueError if a mask of pairs would need too many weights; symbolic lengths are not checked."""
+    """Raises ValueError if a query-key mask would need too many weights; symbolic lengths are not checked."""
     n, m = q.shape[1], k.shape[1]
     if isinstance(n * m, int) and n * m > QUADRATIC_LIMIT:
         raise ValueError(
-            f"mask distinguishes queries, which linear attention can only do by its quadratic form: {n} x {m} weights, "
-            f"of at most {QUADRATIC_LIMIT}; use is_causal, segment_ids or a mask over keys alone, which "
-            "flowgen.attention.own_keys makes of a mask of pairs, if that is one of tokens, as does "
-            "make_attention_fn(..., masks='keys') in Flax's modules."
+            f"mask differs between queries, so linear attention would need the quadratic form with {n} x {m} weights, "
+            f"but it may have at most {QUADRATIC_LIMIT}; use is_causal, segment_ids or a key mask; if the same tokens "
+            "are kept as queries and as keys, flowgen.attention.own_keys gives the key mask, and in Flax's modules "
+            "make_attention_fn(..., masks='keys') does."
         )
 
 
 def check_pallas(block_size: int, segment_ids: Array | None) -> None:
-    """Raises ValueError for options that the Pallas kernel lacks."""
+    """Raises ValueError for options that the Pallas kernel does not support."""
     if block_size != 1 or segment_ids is not None:
-        raise ValueError("the Pallas kernel has no blocks and no segments; use implementation='xla'.")
+        raise ValueError("the Pallas kernel supports neither blocks nor segments; use implementation='xla'.")
 
 
 @contextmanager
 def errors_of_pallas() -> Generator[None]:
-    """Rewords an error of JAX about the Pallas kernel as one sentence.
+    """Replaces JAX's errors about the Pallas kernel with clearer ones.
 
     Example:
         with errors_of_pallas():
@@ -164,10 +164,10 @@ def errors_of_pallas() -> Generator[None]:
         yield
     except (TypeError, ValueError) as error:
         if "custom_vjp" in str(error):
-            raise TypeError("the Pallas kernel has no forward-mode derivatives; use implementation='xla'.") from error
+            raise TypeError("the Pallas kernel has no forward-mode derivative; use implementation='xla'.") from error
         if "axis_names" in str(error):
             raise ValueError(
-                "vmap cannot take the Pallas kernel over an explicit axis of a mesh; use implementation='xla', or make "
+                "vmap cannot map the Pallas kernel over an explicit mesh axis; use implementation='xla', or make "
                 "that axis the batch."
             ) from error
         raise

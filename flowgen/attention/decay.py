@@ -1,4 +1,4 @@
-"""Causal linear attention with decay (simple GLA, RetNet): its state shrinks by a scalar per head at each token."""
+"""Causal linear attention with decay (simple GLA, RetNet): each token scales the state by one factor per head."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def gated_linear_attention(
 ) -> tuple[Float[Array, "b n h d"], LinearState]:
     """Returns out_t = k^-0.5 S_tᵀ q_t with S_t = exp(log_decay_t) S_(t-1) + k_t v_tᵀ, and the last state.
 
-    Simple GLA, as the field calls gated linear attention (arXiv 2312.06635) with one gate per head instead of one per
-    channel; not normalised: a norm per head usually follows. log_decay: at most 0. mask: over keys, True keeps; a
-    masked token changes nothing, whatever it holds, not even by its decay. segment_ids: see `prefix_product`.
-    Raises ValueError if shapes or mask do not fit.
+    This is simple GLA: gated linear attention (arXiv 2312.06635) with one gate per head instead of one per channel. The
+    outputs are not normalised; a norm per head usually follows. log_decay: at most 0. mask: over keys, True keeps. A
+    masked token has no effect, whatever it holds: even its decay is ignored. segment_ids: see `prefix_product`.
+    Raises ValueError if shapes or mask do not match.
 
     Example:
         out, state = gated_linear_attention(q, k, v, jax.nn.log_sigmoid(gate))
@@ -66,9 +66,10 @@ def retention(
     segment_ids: Int[Array, "b n"] | None = None,
     chunk_size: int = CHUNK_SIZE,
 ) -> tuple[Float[Array, "b n h d"], LinearState]:
-    """Returns retention (RetNet, arXiv 2307.08621) and the last state: decay 1 - 2^(-5-i) for key head i.
+    """Returns retention (RetNet, arXiv 2307.08621) with decay 1 - 2^(-5-i) for key head i, and the last state.
 
-    It leaves out its layer's rotation of q and k and group norm. Masked tokens do not count as time.
+    RetNet's layer also rotates q and k and applies group norm; this function does neither. Masked tokens do not count
+    as time.
 
     Example:
         out, state = retention(q, k, v)
@@ -87,9 +88,10 @@ def retention_of_pairs(
     mask: Bool[Array, "#b #h #n #n"],
     segment_ids: Int[Array, "b n"] | None = None,
 ) -> Float[Array, "b n h d"]:
-    """Returns causal retention under a mask of pairs, from all n x n weights, of at most 4096 x 4096.
+    """Returns causal retention under a query-key mask, computed from all n x n weights.
 
-    A key that no query sees does not count as time. Raises ValueError if shapes do not fit.
+    A key that no query sees does not count as time. Raises ValueError if shapes do not match, or for more than
+    4096 x 4096 weights.
     """
     check_heads(q, k, v)
     check_causal(q, k)
@@ -114,7 +116,7 @@ def _retention_of_pairs(q, k, v, mask, segment_ids):
 
 
 def retention_log_decay(num_heads: int) -> Float[Array, " g"]:
-    """Returns log(1 - 2^(-5-i)) for head i, the constant decays of RetNet.
+    """Returns RetNet's constant log-decays, log(1 - 2^(-5-i)) for head i.
 
     Example:
         log_decay = retention_log_decay(8)

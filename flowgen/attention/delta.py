@@ -1,8 +1,8 @@
-"""The delta rule and its gated form on arrays `b n h k`: linear attention that overwrites instead of adding up.
+"""The delta rule and its gated form on arrays `b n h k`: linear attention that overwrites instead of accumulating.
 
-The state S maps keys to values. Writing (k, v) replaces what S returned for k by a mix of that and v, so a key
-used twice does not count twice, and no normaliser is needed. What is exact: the parallel form below, in chunks,
-and the token-by-token step give the same outputs and states up to rounding.
+The state S maps keys to values. Writing (k, v) replaces the value that S returns for k by a mix of that value and v. A
+repeated key therefore does not count twice, and no normaliser is needed. The parallel form in chunks and the
+token-by-token step give the same outputs and states up to rounding.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class DeltaState(NamedTuple):
 def init_delta_state(
     batch: int, num_heads: int, key_dim: int, value_dim: int, *, dtype: jnp.dtype | type = jnp.float32
 ) -> DeltaState:
-    """Returns the state before the first token, zeros, at least float32. dtype: dtype of later inputs.
+    """Returns the state before the first token: zeros in at least float32. dtype: dtype of the inputs to come.
 
     Example:
         state = init_delta_state(batch=4, num_heads=8, key_dim=64, value_dim=64)
@@ -53,26 +53,28 @@ def gated_delta_rule(
     use_qk_l2norm: bool = True,
     scale: float | None = None,
 ) -> tuple[Float[Array, "b n h d"], DeltaState]:
-    """Returns the causal outputs o in v's type and the state after the last token; per head and token
+    """Returns the causal outputs o, in the dtype of v, and the state after the last token.
+
+    Each head computes for each token
 
         S ← exp(g) S;   S ← S + β k (v − Sᵀk)ᵀ;   o = Sᵀq
 
     (Yang, Kautz and Hatamizadeh, Gated Delta Networks, arXiv 2412.06464).
 
-    use_qk_l2norm: q and k are divided by their lengths first, so their sizes do not matter; it is on by default, as in
-    the published layers. Without it they are used as they are, and keys should be no longer than 1: beyond
-    |k|² β = 2 the state grows without bound. scale: of q, after that; k_dim^-0.5 if None.
-    beta: β, the writing strength, meant to be in 0..1. log_decay: g ≤ 0, in nats per token; -inf forgets everything
-    before the token, None never forgets. Neither range is checked.
+    use_qk_l2norm: divide q and k by their norms first, so that their sizes do not matter; on by default, as in the
+    published layers. If it is off, the norm of keys should be at most 1: above |k|² β = 2, the state grows without
+    bound. scale: factor on q after that normalisation; k_dim^-0.5 if None. beta: β, the writing strength, should be
+    between 0 and 1. log_decay: g ≤ 0, in nats per token; -inf forgets everything before the token, and None never
+    forgets. Neither range is checked.
 
-    Chunks of `chunk_size` tokens are solved in parallel (Yang et al., DeltaNet, arXiv 2406.06484) and passed
-    through in order; the backward pass stores one state per chunk. Any n is allowed, and `state` continues an
+    Tokens within a chunk of `chunk_size` are solved in parallel (Yang et al., DeltaNet, arXiv 2406.06484); chunks run
+    in order. The backward pass stores one state per chunk. Any n is allowed. With `state`, the result continues an
     earlier call or step exactly.
 
-    mask: True for tokens that are kept. A masked token changes nothing, whatever it holds, not even by its decay; its
-    own output is its q's read of the state before it.
+    mask: True for tokens that are kept. A masked token has no effect, whatever it holds: even its decay is ignored. Its
+    own output is what its q reads from the state before it.
 
-    ValueError: shapes that do not fit together, or chunk_size < 1.
+    Raises ValueError if shapes do not match, or if chunk_size is below 1.
 
     Example:
         out, state = gated_delta_rule(q, k, v, jax.nn.sigmoid(b), -jax.nn.softplus(g))
@@ -99,7 +101,8 @@ def delta_rule(
     use_qk_l2norm: bool = True,
     scale: float | None = None,
 ) -> tuple[Float[Array, "b n h d"], DeltaState]:
-    """Returns `gated_delta_rule` without decay: S ← S + β k (v − Sᵀk)ᵀ, o = Sᵀq (arXiv 2406.06484).
+    """Returns outputs and state of `gated_delta_rule` without decay: S ← S + β k (v − Sᵀk)ᵀ, o = Sᵀq
+    (arXiv 2406.06484).
 
     Example:
         out, state = delta_rule(q, k, v, jax.nn.sigmoid(b))
@@ -120,9 +123,10 @@ def gated_delta_step(
     use_qk_l2norm: bool = True,
     scale: float | None = None,
 ) -> tuple[Float[Array, "b h d"], DeltaState]:
-    """Returns one token's outputs and the state with it absorbed: the recurrence of `gated_delta_rule` itself.
+    """Returns the outputs of one more token and the state after it, by the recurrence of `gated_delta_rule`.
 
-    The cost does not depend on how many tokens came before. Options as there. ValueError: shapes that do not fit.
+    The cost does not depend on how many tokens came before. The options are those of `gated_delta_rule`. Raises
+    ValueError if shapes do not match.
 
     Example:
         out, state = gated_delta_step(state, q[:, 0], k[:, 0], v[:, 0], beta[:, 0])
@@ -144,7 +148,7 @@ def _in_chunks(given: _Tokens, state: DeltaState | None, scale, chunk_size: int,
         start = varying(start, tokens)
 
         def in_chunks(x: Array) -> Array:
-            # Padding has β = 0 and g = 0: the state after it is that of the last token.
+            # Padding has β = 0 and g = 0, so it does not change the state.
             x = jnp.pad(x, [(0, 0), (0, count * size - n)] + [(0, 0)] * (x.ndim - 2))
             x = x.reshape(batch, count, size, *x.shape[2:])
             return x.transpose(1, 0, 3, 2, *range(4, x.ndim))
@@ -180,7 +184,7 @@ def _one_token(given: _Tokens, state: DeltaState | None, scale, use_qk_l2norm: b
 
 
 class _Tokens(NamedTuple):
-    """The inputs of one or several tokens; the axes before the width vary."""
+    """The inputs of one or several tokens, with different axes before the width."""
 
     q: Float[Array, "*tokens k"]
     k: Float[Array, "*tokens k"]
@@ -192,7 +196,7 @@ class _Tokens(NamedTuple):
 def _prepare(
     given: _Tokens, state: DeltaState | None, scale: Array | float, use_qk_l2norm: bool
 ) -> tuple[_Tokens, Float[Array, "b h k d"]]:
-    """The tokens in the precision of the state, q scaled, and the state."""
+    """Returns the tokens, in the dtype of the state and with q scaled, and the state."""
     dtype = jnp.promote_types(jnp.result_type(given.q, given.k, given.v), jnp.float32)
     q, k, v, beta, log_decay = jax.tree.map(lambda x: x.astype(dtype), given)
     if state is None:
@@ -207,7 +211,7 @@ def _unit(x: Array) -> Array:
 
 
 def _precision(given: _Tokens) -> jax.lax.Precision:
-    """Full precision if the inputs have 32 bits or more, even on devices that round factors of products by default."""
+    """Returns full precision for inputs of 32 bits or more, even on devices that round factors by default."""
     narrow = jnp.finfo(jnp.result_type(given.q, given.k, given.v)).bits < 32
     return jax.lax.Precision.DEFAULT if narrow else jax.lax.Precision.HIGHEST
 
@@ -215,10 +219,11 @@ def _precision(given: _Tokens) -> jax.lax.Precision:
 def _advance(
     kv: Float[Array, "b h k d"], chunk: _Tokens, *, precision: jax.lax.Precision
 ) -> tuple[Float[Array, "b h k d"], Float[Array, "b h c d"]]:
-    """The state with one chunk absorbed, and the chunk's outputs.
+    """Returns the state after one chunk, and the chunk's outputs.
 
-    Token t writes u_t = β_t (v_t − exp(b_t) S₀ᵀk_t − Σ_{s<t} exp(b_t − b_s) (k_t·k_s) u_s), S₀ the state before the
-    chunk and b the running sum of g: a unit lower triangular system. This is U − W S₀ of the paper, solved at once.
+    Token t writes u_t = β_t (v_t − exp(b_t) S₀ᵀk_t − Σ_{s<t} exp(b_t − b_s) (k_t·k_s) u_s), where S₀ is the state
+    before the chunk and b is the running sum of g. This unit lower triangular system gives the paper's U − W S₀ in one
+    solve.
     """
     q, k, v, beta, log_decay = chunk
     if log_decay is None:
@@ -243,7 +248,7 @@ def _advance(
 
 
 def _silence(keep: Bool[Array, "b n"], x: Float[Array, "b n h *width"]) -> Float[Array, "b n h *width"]:
-    """Zeros for masked tokens: no write, no decay, and none of their values, not even NaN."""
+    """Returns x with zeros for masked tokens, which then write nothing, decay nothing and pass on no NaN."""
     return jnp.where(jnp.expand_dims(keep, range(2, x.ndim)), x, 0)
 
 
@@ -252,7 +257,7 @@ def _key_mask(mask: Array, batch: int, n: int) -> Bool[Array, "b n"]:
     if keep.ndim != 2 or keep.shape[0] not in (1, batch) or keep.shape[1] != n:
         raise ValueError(
             f"mask has shape {mask.shape} for tokens {(batch, n)}; "
-            "give one over keys, `b n` or `b 1 1 n`; causality needs no mask."
+            "give a key mask, `b n` or `b 1 1 n`; causality needs no mask."
         )
     return jnp.broadcast_to(keep, (batch, n))
 
@@ -264,14 +269,16 @@ def _check_arrays(rank: int, q, k, v, beta, log_decay, state: DeltaState | None)
     if q.ndim != rank:
         raise ValueError(f"q has shape {q.shape}; pass {rank} axes, `{letters} k`.")
     if k.shape != q.shape:
-        raise ValueError(f"k has shape {k.shape} and q {q.shape}; pass both as `{letters} k`, keys repeated per head.")
+        raise ValueError(
+            f"k has shape {k.shape} and q {q.shape}; pass both as `{letters} k`; repeat keys that heads share."
+        )
     if v.ndim != rank or v.shape[:-1] != tokens:
-        raise ValueError(f"v has shape {v.shape} and q {q.shape}; pass v as `{letters} d`, equal but for the width.")
+        raise ValueError(f"v has shape {v.shape} and q {q.shape}; pass v as `{letters} d`; only the width may differ.")
     for name, gate in (("beta", beta), ("log_decay", log_decay)):
         if gate is not None and gate.shape != tokens:
             raise ValueError(f"{name} has shape {gate.shape} and q {q.shape}; pass one number per head, `{letters}`.")
     expected = (q.shape[0], q.shape[-2], q.shape[-1], v.shape[-1])
     if state is not None and state.kv.shape != expected:
         raise ValueError(
-            f"state.kv has shape {state.kv.shape} and q, v need {expected}; make it with init_delta_state{expected}."
+            f"state.kv has shape {state.kv.shape} but q and v need {expected}; make it with init_delta_state{expected}."
         )

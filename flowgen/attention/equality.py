@@ -1,4 +1,4 @@
-"""Frozen dataclasses that may hold arrays and still compare, hash and pickle: kernels, for instance."""
+"""Equality and hashes for frozen dataclasses that may hold arrays, such as kernels."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 
 
 class ByFields:
-    """Equal if the fields are: NumPy arrays by their values, jax arrays by identity."""
+    """Instances are equal if their fields are. NumPy arrays compare by value, JAX arrays by identity."""
 
     def __eq__(self, other: object) -> bool:
         if type(self) is not type(other):

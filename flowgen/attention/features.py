@@ -1,4 +1,4 @@
-"""Feature maps: the token-local functions φ of queries and keys whose products are the weights of linear attention."""
+"""Feature maps: functions φ of single queries and keys whose products are the weights of linear attention."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ FOCUSED_FLOOR = 1e-6  # as in the released FLatten: keeps every relu feature pos
 
 @dataclass(frozen=True, eq=False)
 class FeatureMap(ByFields):
-    """φ of a kernel: (x, positions) -> features, for queries and for keys, on arrays `b n h k` and `n`.
+    """The feature map φ of a kernel: (x, positions) -> features, on arrays `b n h k` and `n`, for queries and for keys.
 
-    Features must be nonnegative for the normaliser to be positive. A map that depends on positions must have `rotary`
-    or `max_length`. Maps pickle, and compare, as their functions do.
+    Features must be nonnegative, so that the normaliser is positive. A map that depends on positions must have `rotary`
+    or `max_length`. Two maps are equal if their functions are equal, and a map can be pickled if its functions can.
 
     query: the function for queries.
     key: the function for keys.
-    query_scale: if queries are multiplied by a factor per token for precision, that factor `b n h`; eps is multiplied
-    by it too, so that it cancels.
-    rotary: rotates the features in the numerator, not in the normaliser.
-    max_length: number of positions, if limited; tokens beyond it raise ValueError, or become NaN where positions are
+    query_scale: for maps that multiply queries by a factor per token to keep precision, a function that returns this
+    factor, `b n h`; eps is also multiplied by it, so that it cancels.
+    rotary: table that rotates the features in the numerator, but not in the normaliser.
+    max_length: number of positions, if limited; tokens beyond it raise ValueError, or become NaN if positions are
     traced.
     """
 
@@ -62,18 +62,21 @@ class FeatureMap(ByFields):
         k: Float[Array, "b m g k"],
         start: int | Int[Array, ""] | Int[Array, " b"] = 0,
     ) -> Features:
-        """Returns the features of tokens at positions start.., at least float32; one start, or one per sample."""
+        """Returns the features, in at least float32, of tokens at positions from start on.
+
+        start: one position for the batch, or one per sample.
+        """
         q, k = _at_least_float32(q), _at_least_float32(k)
         if not self.positional and jnp.ndim(start):
             start = 0
-        if jnp.ndim(start):  # then divided over a mesh as the samples are
+        if jnp.ndim(start):  # shard it over a mesh like the samples
             start = keep_axes(lambda x, q: x, start, q, named=[(q, "b n h k"), (k, "b m g k")], out="b")
         mapped_q, turned_q = self._tokens(self.query, q, start)
         mapped_k, turned_k = self._tokens(self.key, k, start)
         return Features(turned_q, turned_k) if self.rotary is None else Features(turned_q, turned_k, mapped_q, mapped_k)
 
     def _tokens(self, phi: Map, x: Array, start: int | Array) -> tuple[Array, Array]:
-        """The features of queries or keys, and these turned by the table if there is one."""
+        """Returns the features of queries or keys, and the same features rotated by the table, if there is one."""
         limit = self.max_length if self.rotary is None else len(self.rotary.cos)
         if limit is not None:
             _check_length(start, x.shape[1], limit)
@@ -100,7 +103,7 @@ def elu_plus_one() -> FeatureMap:
 
 
 def relu_features(power: int = 1) -> FeatureMap:
-    """Returns φ(x) = relu(x)^power; power 2 is the squared ReLU. A row may have no positive product and gives 0.
+    """Returns φ(x) = relu(x)^power; power 2 is the squared ReLU. A query without positive products gives 0.
 
     Example:
         out = linear_attention(q, k, v, relu_features(power=2))
@@ -111,8 +114,8 @@ def relu_features(power: int = 1) -> FeatureMap:
 def focused_features(power: float = 3.0, scale: float | Array = 1.0, *, joint_heads: bool = False) -> FeatureMap:
     """Returns the focused map (FLatten, arXiv 2308.00442): y = (relu(x) + 1e-6) / scale, then |y| y^p / |y^p|.
 
-    scale: positive, a number or an array that broadcasts to `b n h k`. joint_heads: take both norms over all heads
-    together, as the released code does, instead of per head.
+    scale: positive, a number or an array that broadcasts to `b n h k`. joint_heads: compute both norms over all heads
+    together, as in the released code, instead of per head.
 
     Example:
         out = linear_attention(q, k, v, focused_features(power=3.0))
@@ -128,14 +131,14 @@ def nala_features(
     temperature: float = 1.0,
     rotary: Rotary | None = None,
 ) -> FeatureMap:
-    """Returns the norm-aware map of NaLaFormer (arXiv 2506.21137), 2k features.
+    """Returns the norm-aware feature map of NaLaFormer (arXiv 2506.21137), with 2k features.
 
         φ(q) = |d(q)|^(power·(offset + tanh|q|)) · D(d(q)),    φ(k) = |k|^power · D(d(k)),    d(x) = x / |x|
 
-    direction_map: D(d) is [d > 0; d < 0] for "split", the released code, and [cos a; sin a] with the angle
-    a = π/4 · tanh(temperature · d) for "cosine", the paper; it tends to "split" as the temperature grows.
-    power, offset: numbers or one per head, learnable. Powers of queries are taken in log space and divided by the
-    largest. Raises ValueError for another direction_map.
+    direction_map: with "split", as in the released code, D(d) is [d > 0; d < 0]. With "cosine", as in the paper, D(d)
+    is [cos a; sin a] with the angle a = π/4 · tanh(temperature · d); it tends to "split" as the temperature grows.
+    power, offset: one number, or one per head; both may be learned. Powers of queries are computed in log space and
+    divided by the largest. Raises ValueError for another direction_map.
 
     Example:
         out = linear_attention(q, k, v, nala_features(rotary=rotary_grid(14, 14, 64)))
@@ -149,7 +152,7 @@ def nala_features(
 def cosformer_features(max_length: int) -> FeatureMap:
     """Returns φ(x)_i = [relu(x) cos(π i / 2M); relu(x) sin(π i / 2M)] with M = max_length (cosFormer, 2202.08791).
 
-    M is a constant, so that decoding agrees with the parallel form; products are nonnegative for positions < M.
+    M is constant, so that decoding agrees with the parallel form. Products are nonnegative for positions < M.
 
     Example:
         out = linear_attention(q, k, v, cosformer_features(max_length=1024), is_causal=True)
@@ -181,8 +184,8 @@ class _Focused(ByFields):
     def __call__(self, x, positions):
         axes = (-2, -1) if self.joint_heads else (-1,)
         y = (jax.nn.relu(x) + FOCUSED_FLOOR) / self.scale
-        # The largest entry cancels between the norms, also in gradients: after dividing by it, no power underflows
-        # entirely.
+        # Dividing by the largest entry prevents all powers from underflowing; it cancels between the norms, also in
+        # gradients.
         sharp = (y / jax.lax.stop_gradient(y.max(axis=axes, keepdims=True))) ** self.power
         return sharp * (_norm(y, axes) / _norm(sharp, axes))
 
@@ -226,12 +229,13 @@ class _Nala(ByFields):
         return per_head(self.power, q) * (per_head(self.offset, q) + jnp.tanh(_norm(q, (-1,))))
 
     def _logs(self, q):
-        """log |d(q)|, 0 where it is -inf; and a shift that lifts the token's largest log feature to 0, if it can."""
+        """Returns log |d(q)|, with 0 for -inf, and a shift, at most 60, that lifts each token's largest log feature
+        to 0."""
         nonzero = q != 0
         log = jnp.where(nonzero, jnp.log(jnp.where(nonzero, jnp.abs(q / _norm(q, (-1,))), 1)), 0)
         top = jnp.where(nonzero, log, -jnp.inf).max(axis=-1, keepdims=True)
         top = jnp.where(jnp.isfinite(top), top, 0)
-        # The factor exp(shift) cancels, so it takes no part in gradients.
+        # The factor exp(shift) cancels, so it needs no gradient.
         return log, jax.lax.stop_gradient(jnp.minimum(-self._exponent(q) * top, MAX_SHIFT))
 
 
@@ -242,9 +246,9 @@ def signless_power(x: Array, power: float | Array) -> Array:
 
 
 def per_head(value: float | Array, x: Float[Array, "b n h k"]) -> Array:
-    """Returns a number, one per head (`h`) or per head and channel (`h k`), in the shape that multiplies `b n h k`.
+    """Returns a parameter in a shape that broadcasts to `b n h k`.
 
-    Raises ValueError for other shapes.
+    value: one number, one per head (`h`) or one per head and channel (`h k`). Raises ValueError for other shapes.
     """
     value = jnp.asarray(value, x.dtype)
     if value.ndim == 0:
@@ -258,7 +262,7 @@ def per_head(value: float | Array, x: Float[Array, "b n h k"]) -> Array:
 def _check_map(name: str, phi: Map) -> None:
     try:
         signature = inspect.signature(phi)
-    except (TypeError, ValueError):  # of a function that has none to show
+    except (TypeError, ValueError):  # the function has no signature to inspect
         return
     try:
         signature.bind(None, None)
@@ -300,7 +304,9 @@ FEATURE_MAPS: dict[str, FeatureMap] = {
 
 
 def feature_map(features: FeatureMap | str) -> FeatureMap:
-    """Returns the feature map itself, or the one of that name; ValueError lists the known names.
+    """Returns a feature map by name; returns a `FeatureMap` unchanged.
+
+    Raises ValueError for an unknown name; the message lists the known ones.
 
     Example:
         phi = feature_map("nala")
@@ -310,6 +316,6 @@ def feature_map(features: FeatureMap | str) -> FeatureMap:
     if not isinstance(features, str) or features not in FEATURE_MAPS:
         raise ValueError(
             f"features {features!r} are unknown; choose one of {', '.join(FEATURE_MAPS)} or give a FeatureMap "
-            "(pola, inline and retention are more than a feature map: flowgen.attention.kernel runs them)."
+            "(pola, inline and retention are not feature maps: use flowgen.attention.kernel)."
         )
     return FEATURE_MAPS[features]

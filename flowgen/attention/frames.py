@@ -1,4 +1,4 @@
-"""Attention of frames to nearby frames: a prefix that all see, and a window of frames around each query's own."""
+"""Attention of frames to nearby frames: each query sees a shared prefix and a window of frames around its own."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ class FrameWindow:
     def attend(
         self, q: Float[Array, "b n h k"], k: Float[Array, "b n g k"], v: Float[Array, "b n g d"]
     ) -> Float[Array, "b n h d"]:
-        """Returns softmax attention over only these keys, frame by frame, so that no n x n mask exists.
+        """Returns softmax attention over only these keys, computed frame by frame without an n x n mask.
 
-        Raises ValueError unless the tokens after the prefix are whole frames.
+        Raises ValueError unless the tokens after the prefix form whole frames.
         """
         frames, rest = divmod(q.shape[1] - self.prefix, self.tokens)
         if rest or frames < 1:
@@ -68,7 +68,7 @@ def _attend(q, k, v, window: FrameWindow, max_logits: int):
 
 
 def _attend_by_frame(q, k, v, window: FrameWindow, frames: int, max_logits: int):
-    """The attention of the tokens after the prefix, heads before tokens."""
+    """Returns the attention of the tokens after the prefix, with heads before tokens."""
     cut, tokens = window.prefix, window.tokens
     width = window.past_frames + 1 + window.lookahead_frames
     margins = ((0, 0), (0, 0), (window.past_frames * tokens, window.lookahead_frames * tokens), (0, 0))

@@ -1,4 +1,4 @@
-"""Attention of the literature as functions on arrays `b n h k`: NaLaFormer, FLatten, cosFormer, PolaFormer, InLine."""
+"""Published attention as functions on arrays `b n h k`: NaLaFormer, FLatten, cosFormer, PolaFormer, InLine."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def nala_attention(
 ) -> Float[Array, "b n h d"]:
     """Returns norm-aware linear attention (NaLaFormer, arXiv 2506.21137); see `nala_features` for its parameters.
 
-    eps: added to the sum of the weights; the released layer adds 1e-6 to their mean over m keys, which is m * 1e-6.
-    For rotary features, a temperature of the cosine map or packed segments use
-    `linear_attention(q, k, v, nala_features(...), ...)`. Raises ValueError if shapes or mask do not fit.
+    eps: added to the sum of the weights. The released layer adds 1e-6 to their mean over m keys, which corresponds to
+    eps = m * 1e-6. For rotary features, a temperature of the cosine map or packed segments, use
+    `linear_attention(q, k, v, nala_features(...), ...)`. Raises ValueError if shapes or mask do not match.
 
     Example:
         out = nala_attention(q, k, v, is_causal=True)
@@ -48,8 +48,8 @@ def focused_attention(
 ) -> Float[Array, "b n h d"]:
     """Returns focused linear attention (FLatten, arXiv 2308.00442); see `focused_features`.
 
-    joint_heads: take the norms over all heads together, as the released layer does; per head is the default and
-    differs from it visibly. eps: added to the sum of the weights.
+    joint_heads: compute the norms over all heads together, as in the released layer; the default, per head, gives
+    visibly different results. eps: added to the sum of the weights.
 
     Example:
         out = focused_attention(q, k, v, power=3.0)
@@ -68,11 +68,11 @@ def cosformer_attention(
     max_length: int,
     eps: float = EPS,
 ) -> Float[Array, "b n h d"]:
-    """Returns cosFormer attention (arXiv 2202.08791), whose weights fall with distance; see `cosformer_features`.
+    """Returns cosFormer attention (arXiv 2202.08791), whose weights decrease with distance; see `cosformer_features`.
 
-    eps: added to the sum of the weights; the released layer has a lower bound of 1e-6 on that sum instead, which is
-    eps=0 for all but nearly empty rows. Its M is the longer of both lengths.
-    Raises ValueError if there are more tokens than max_length.
+    eps: added to the sum of the weights. The released layer instead bounds that sum below by 1e-6, which is the same as
+    eps=0 except for nearly empty rows, and its M is the longer of the two lengths. Raises ValueError if there are more
+    tokens than max_length.
 
     Example:
         out = cosformer_attention(q, k, v, max_length=1024)
@@ -95,10 +95,10 @@ def pola_attention(
 ) -> Float[Array, "b n h d"]:
     """Returns polarity-aware attention (PolaFormer, arXiv 2501.15061), without its gate.
 
-    The first half of each value is averaged by the weights of equal signs, [q+; q-]·[k+; k-], the second half by those
-    of opposite signs, [q-; q+]·[k+; k-], each with its own normaliser; q± = relu(±q)^power. power: positive, a
-    number or an array `h` or `h k`. eps: added to the sum of the weights; the released layer adds 1e-6 to their mean
-    over m keys, which is m * 1e-6. Raises ValueError if v's width is odd.
+    The weights of equal signs, [q+; q-]·[k+; k-], average the first half of each value, and the weights of opposite
+    signs, [q-; q+]·[k+; k-], the second half. Each half has its own normaliser; q± = relu(±q)^power. power: positive, a
+    number or an array `h` or `h k`. eps: added to the sum of the weights. The released layer adds 1e-6 to their mean
+    over m keys, which corresponds to eps = m * 1e-6. Raises ValueError if the width of v is odd.
 
     Example:
         out = pola_attention(q, k, v)
@@ -116,8 +116,8 @@ def inline_attention(
 ) -> Float[Array, "b n h d"]:
     """Returns injective linear attention (InLine, arXiv 2412.06590), without its convolution.
 
-    With N keys and s = scale (k^-0.5 by default), weights are s q·k_j / N - mean_j(s q·k_j / N) + 1/N: they sum to one
-    and may be negative. Causal: N and the means run over the keys so far.
+    With N keys and s = scale (k^-0.5 by default), the weights are s q·k_j / N - mean_j(s q·k_j / N) + 1/N. They sum to
+    one and may be negative. In causal attention, N and the means cover the keys so far.
 
     Example:
         out = inline_attention(q, k, v)

@@ -1,4 +1,4 @@
-"""Tokens in row-major order as images and back, for convolutions; their sharding over a mesh stays."""
+"""Conversion of tokens in row-major order to images and back, for convolutions; it keeps their sharding over a mesh."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from flowgen.backend import keep_axes
 
 
 def check_grid(grid: tuple[int, int] | None, num_tokens: int) -> tuple[int, int]:
-    """Returns the grid; ValueError if it is missing or does not hold all tokens."""
+    """Returns the grid; raises ValueError if it is missing or does not hold all tokens."""
     if grid is None:
         raise ValueError(f"grid is None; this layer needs the (height, width) of its {num_tokens} tokens.")
     if grid[0] * grid[1] != num_tokens:
@@ -36,7 +36,7 @@ def as_tokens(image: Float[Array, "b height width d"]) -> Float[Array, "b n d"]:
 
 
 def fold(x: Float[Array, "b n h k"], height: int, width: int) -> Float[Array, "bh height width k"]:
-    """Returns one image per sample and head."""
+    """Returns tokens in row-major order as images, one per sample and head."""
 
     def run(x):
         return rearrange(x, "b (i j) h k -> (b h) i j k", i=height, j=width)

@@ -1,4 +1,4 @@
-"""Attention functions for Flax's own modules: linen MultiHeadDotProductAttention and nnx MultiHeadAttention."""
+"""Attention functions for Flax's modules: linen MultiHeadDotProductAttention and nnx MultiHeadAttention."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from flowgen.attention.prefix import Features
 from flowgen.attention.soft import soft_attention
 from flowgen.attention.softmax import softmax_attention
 
-# Masks of pairs or of keys, broadcast over the axes of length 1.
+# Query-key masks or key masks, broadcast over the axes of length 1.
 Pairs = Bool[Array, "#b #h #n #m"] | None
 
 
@@ -31,24 +31,27 @@ def make_attention_fn(
 ) -> Callable[..., Array]:
     """Returns an `attention_fn` for Flax's multi-head attention modules that computes the named kernel.
 
-    name: a kernel of `flowgen.attention.KERNELS`, "softmax", "soft", or a feature map or kernel of your own.
-    is_causal: causal whatever the module requests. The function takes query `... t h k`, key and value `... s g k` and
-    the modules' arguments:
+    name: a kernel in `flowgen.attention.KERNELS`, "softmax", "soft", or a feature map or kernel of your own.
+    is_causal: make the attention causal, whatever the module requests. The function takes query `... t h k`, key and
+    value `... s g k`, and the arguments that Flax's modules pass:
 
-    - mask `... h t s`, nonzero keeps: over keys alone (query axis 1) at linear cost. A mask of pairs, as Flax's
-      `make_causal_mask` and `make_attention_mask` make them, also runs at linear cost if it is a mask of queries times
-      one of keys (times causal order, if the attention is causal) and its values are known, outside jit. Inside jit it
-      runs by the quadratic form, unless masks="keys".
-    - masks="keys" declares that every mask of pairs is of that kind, with the same tokens kept as queries and as keys.
-      Its diagonal then says which, at linear cost, also inside jit; outputs of the others mean nothing.
-    - bias over keys alone (query axis 1) multiplies the keys' features by exp(bias); feature maps only. In causal
-      attention keep it below 80, where exp overflows; otherwise only differences matter.
-    - one query and several keys with a mask, as when decoding from Flax's cache, is never causal: the mask says what
-      the query sees. Retention and feature maps with positions raise there, since nothing says where the query stands.
-    - dtype: type that query, key and value are promoted to. precision: ours is at least the requested one.
+    - mask `... h t s`, nonzero keeps. A key mask (query axis 1) has linear cost. Flax's `make_causal_mask` and
+      `make_attention_mask` return query-key masks. They also have linear cost outside jit, where their values are
+      known, if they are a query mask times a key mask (times causal order, if the attention is causal). Inside jit they
+      need the quadratic form, unless masks="keys".
+    - masks="keys" declares that every query-key mask keeps the same tokens as queries and as keys. The function then
+      reads these tokens from the diagonal, at linear cost, also inside jit. The outputs of other tokens have no
+      meaning.
+    - bias over keys alone (query axis 1) multiplies the keys' features by exp(bias); only feature maps support it. In
+      causal attention keep it below 80, so that exp does not overflow; otherwise only differences matter.
+    - One query with a mask over several keys, as when decoding from Flax's cache, is never causal: the mask says what
+      the query sees. Retention and feature maps with positions then raise ValueError, because the position of the query
+      is unknown.
+    - dtype: dtype to which query, key and value are converted. precision: the actual precision is at least this.
 
-    Functions made with equal arguments are equal, and pickle. Raises ValueError for an unknown name; the function
-    raises it for what linear attention lacks: dropout of weights, other biases, sown weights.
+    Functions made with equal arguments are equal, and they can be pickled. Raises ValueError for an unknown name. The
+    function raises ValueError for what linear attention does not support: dropout of weights, other biases, sown
+    weights.
 
     Example:
         nn.MultiHeadDotProductAttention(num_heads=8, attention_fn=make_attention_fn("nala"))
@@ -111,7 +114,7 @@ class _AttentionFn(ByFields):
             )
         if isinstance(self.kernel, str):
             attend = softmax_attention if self.kernel == "softmax" else soft_attention
-            # Both refuse a `Causal` themselves.
+            # Both raise an error themselves if given a `Causal`.
             return attend(q, k, v, mask=mask, is_causal=causal)  # ty: ignore[invalid-argument-type]
         return self.kernel.attend(q, k, v, mask=mask, is_causal=causal)
 
@@ -149,13 +152,13 @@ def _attend_biased(
 ) -> Float[Array, "b n h d"]:
     if bias.ndim != 4 or bias.shape[2] != 1 or bias.shape[1] not in (1, k.shape[2]):
         raise ValueError(
-            f"bias has shape {bias.shape}; linear attention can only weigh keys, (batch, heads, 1, keys), "
-            "since weights of pairs are never formed."
+            f"bias has shape {bias.shape}; linear attention never forms query-key weights, so it only takes a bias "
+            "over keys, (batch, heads, 1, keys)."
         )
     phi = chosen.features
     k, v = hide_keys(k, v, mask)
     mapped = phi(q, k)
-    if not causal:  # in causal attention, a largest bias would leak the future
+    if not causal:  # in causal attention, the maximum over keys would leak the future
         seen = bias if mask is None else jnp.where(mask.any(axis=2, keepdims=True), bias, -jnp.inf)
         top = seen.max(axis=-1, keepdims=True)
         bias = bias - jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0))
@@ -167,7 +170,7 @@ def _attend_biased(
 
 
 def _with_one_batch_axis(x: Array | None, leading: tuple[int, ...]) -> Array | None:
-    """A mask or bias `... h t s` as `b h t s`, broadcast over the leading axes only if necessary."""
+    """Returns a mask or bias `... h t s` as `b h t s`, broadcast over the leading axes only if necessary."""
     if x is None:
         return None
     x = x.reshape((1,) * (len(leading) + 3 - x.ndim) + x.shape)

@@ -32,7 +32,7 @@ from flowgen.backend import keep_axes
 Queries = Float[Array, "b n h k"]
 Keys = Float[Array, "b m g k"]
 Values = Float[Array, "b m g d"]
-# A kernel's pytree for the tokens so far; None before the first.
+# A kernel's pytree that summarises the tokens so far; None before the first token.
 State = PyTree
 
 
@@ -40,8 +40,8 @@ State = PyTree
 class Kernel(Protocol):
     """An attention kernel with a running state of constant size.
 
-    Masks and arguments are those of `linear_attention`; a state is any pytree of the kernel. A kernel of your own is a
-    frozen dataclass with these methods; `positional = True` says that weights depend on where tokens stand.
+    Masks and other arguments are those of `linear_attention`; a state is any pytree. Write your own kernel as a frozen
+    dataclass with these methods; set `positional = True` if its weights depend on the positions of tokens.
     """
 
     def attend(
@@ -60,7 +60,7 @@ class Kernel(Protocol):
     def init_state(
         self, batch: int, num_heads: int, key_dim: int, value_dim: int, dtype: DTypeLike = jnp.float32
     ) -> State:
-        """Returns the state before the first token, at least float32."""
+        """Returns the state before the first token, in at least float32."""
         ...
 
     def prefill(
@@ -72,7 +72,7 @@ class Kernel(Protocol):
         state: State = None,
         mask: Bool[Array, "..."] | None = None,
     ) -> tuple[Float[Array, "b n h d"], State]:
-        """Returns causal attention of tokens that follow those of `state`, and the state with them absorbed."""
+        """Returns causal attention of tokens that continue the sequence after `state`, and the state after them."""
         ...
 
 
@@ -171,7 +171,10 @@ class PolaKernel(ByFields):
         return _halves(normalised(out, total, self.eps, v.dtype)), state
 
     def _features(self, q: Queries, k: Keys, v: Values) -> Features:
-        """Two queries per head, for equal and for opposite signs: they read the same keys, so one state serves both."""
+        """Returns features with two queries per head, for equal and for opposite signs.
+
+        Both read the same keys, so one state serves both.
+        """
         if v.shape[-1] % 2:
             raise ValueError(f"v has width {v.shape[-1]}; each sign takes half of it, so it must be even.")
         dtype = jnp.promote_types(q.dtype, jnp.float32)
@@ -183,7 +186,10 @@ class PolaKernel(ByFields):
 
 
 class InlineState(NamedTuple):
-    """Running sums of `inline_attention`: keys times values, values, and tokens."""
+    """Running sums of `inline_attention`.
+
+    pairs: sums of keys times values and of keys. values: the sum of values and the number of tokens.
+    """
 
     pairs: LinearState
     values: LinearState
@@ -211,7 +217,7 @@ class InlineKernel:
         if segment_ids is not None:
             (q,), (k, v) = alike(q), alike(k, v)
         pairs, values = self._features(q, k)
-        if segment_ids is not None:  # so that non-finite values spoil the same outputs of both products
+        if segment_ids is not None:  # make both products NaN for the same outputs
             values = Features(*(jnp.where(jnp.isnan(x[..., :1]), jnp.nan, 1) for x in (pairs.q, pairs.k)))
         return _inline(*products(pairs, v, **options), *products(values, v, **options), v.dtype)
 
@@ -268,8 +274,8 @@ class RetentionKernel:
         causal = as_causal(is_causal)
         if causal is None or causal.block_size != 1 or causal.implementation != "xla":
             raise ValueError(
-                f"is_causal is {is_causal}; retention weighs tokens by how long ago they came, so it is causal only, "
-                "token by token: set is_causal=True."
+                f"is_causal is {is_causal}; retention weights tokens by their age, so it is always causal token by "
+                "token: set is_causal=True."
             )
         mask, queries = check_mask(mask, q, k), None
         if mask is not None and not is_key_mask(mask, k):
@@ -306,7 +312,9 @@ KERNELS: dict[str, Kernel] = {
 
 
 def kernel(chosen: str | Kernel | FeatureMap) -> Kernel:
-    """Returns the kernel of that name, of that feature map, or the kernel itself; ValueError lists the known names.
+    """Returns a kernel by name or for a feature map; returns a `Kernel` unchanged.
+
+    Raises ValueError for an unknown name; the message lists the known ones.
 
     Example:
         out = kernel("nala").attend(q, k, v, is_causal=True)
@@ -335,7 +343,7 @@ def _interleave(same: Array, opposite: Array) -> Array:
 
 
 def _halves(pairs: Float[Array, "b n two_h d"]) -> Float[Array, "b n h d"]:
-    """First half of the values of even rows (equal signs), second half of those of odd rows (opposite signs)."""
+    """Returns first halves of values from even rows (equal signs), second halves from odd rows (opposite signs)."""
 
     def run(pairs):
         half = pairs.shape[-1] // 2
@@ -345,7 +353,7 @@ def _halves(pairs: Float[Array, "b n two_h d"]) -> Float[Array, "b n h d"]:
 
 
 def _inline(pairs: Array, dots: Array, values: Array, count: Array, dtype: jnp.dtype) -> Array:
-    """s q·(Σkv/N - k̄ v̄) + v̄ from the sums Σ(q·k)v, Σ q·k, Σ v and N; 0 if N is 0."""
+    """Returns s q·(Σkv/N - k̄ v̄) + v̄ from the sums Σ(q·k)v, Σ q·k, Σ v and N; 0 if N is 0."""
     n = jnp.where(count == 0, 1, count)[..., None]
     mean = values / n
     return (pairs / n - dots[..., None] / n * mean + mean).astype(dtype)

@@ -1,4 +1,4 @@
-"""Fixed Gaussian landmarks: the causal relative of SOFT, as a feature map and as a function."""
+"""Fixed Gaussian landmarks, a causal variant of SOFT, as a feature map and as a function."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from flowgen.attention.soft import gaussian_landmark_features
 
 
 def gaussian_landmark_map(landmarks: Float[Array, "h l k"]) -> FeatureMap:
-    """Returns the positive features exp(-|x - l|² / 2√k) of fixed, usually learned, landmarks, one set per head.
+    """Returns the positive feature map exp(-|x - l|² / 2√k) for fixed landmarks l, one set per head.
+
+    The landmarks do not depend on the input; they are usually learned.
 
     Example:
         out, state = prefill(q, k, v, gaussian_landmark_map(landmarks))
@@ -46,10 +48,10 @@ def gaussian_landmark_attention(
 ) -> Float[Array, "b n h d"]:
     """Returns linear attention with the features of fixed landmarks: SOFT's kernel in a form that can be causal.
 
-    Without whiten, the positive features of `gaussian_landmark_map`, normalised as usual; a token far from every
-    landmark (√k-scaled distance beyond 13) has features 0 and gives 0. With whiten, the Nyström kernel itself,
-    K(q, L) (K(L, L) + ridge)⁻¹ K(L, k), not normalised since it may be negative: a norm per head usually follows.
-    Raises ValueError if shapes or mask do not fit.
+    Without whiten, it uses the positive features of `gaussian_landmark_map`, normalised as usual. If a token is far
+    from every landmark (√k-scaled distance beyond 13), its features are 0 and its output is 0. With whiten, it uses the
+    Nyström kernel K(q, L) (K(L, L) + ridge)⁻¹ K(L, k). This kernel may be negative, so the outputs are not normalised;
+    a norm per head usually follows. Raises ValueError if shapes or mask do not match.
 
     Example:
         out = gaussian_landmark_attention(q, k, v, landmarks, is_causal=True)

@@ -1,4 +1,4 @@
-"""Factors and inverses of small matrices, for stacks of landmarks and for chunks of the delta rule."""
+"""Factors and inverses of stacks of small matrices, for landmarks and for chunks of the delta rule."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flowgen import backend
 from flowgen.backend import HIGHEST
 
 NEWTON_ITERATIONS = 20
-# The line search of the released SOFT++: how often it may halve its step, and the residual it accepts.
+# The line search of the released SOFT++: largest number of halvings, and largest residual that ends it.
 RELEASED_HALVINGS = 10
 RELEASED_RESIDUAL = 1.01
 
@@ -81,13 +81,14 @@ def newton_inverse(
 ) -> Float[Array, "*heads l l"]:
     """Returns SOFT's Newton-Raphson inverse of B = A + ridge I, for symmetric A with entries >= 0.
 
-    X <- 2X - X B X from X = alpha B with alpha = 1.8 / (largest row sum of A)², one alpha per matrix, or less if the
-    ridge is so large that this would diverge. This is a spectral filter: an eigenvalue w of B becomes (1 - (1 - alpha
-    w²)^(2^iterations)) / w, which is 1/w only for w above about a thousandth of the largest. The derivative is the
-    closed form dX = -X dA X (forward and reverse mode), so it matches the value only if the iteration has converged.
+    It iterates X <- 2X - X B X from X = alpha B, with one alpha per matrix: 1.8 / (largest row sum of A)², or less if
+    the ridge is so large that this would diverge. The result is a spectral filter: an eigenvalue w of B becomes
+    (1 - (1 - alpha w²)^(2^iterations)) / w, which is 1/w only if w is above about a thousandth of the largest. The
+    derivative is the closed form dX = -X dA X (forward and reverse mode), so it matches the value only if the iteration
+    has converged.
     """
     largest = jax.lax.stop_gradient(a).sum(axis=-1, keepdims=True).max(axis=-2, keepdims=True)
-    # The iteration diverges from 2 / |B|² on, which a ridge above 0.05 would exceed if A is close to I.
+    # The iteration diverges for alpha >= 2 / |B|²; with 1.8 alone, a ridge above 0.05 would cause this if A is near I.
     alpha = jnp.minimum(1.8 / largest**2, 1.99 / (largest + ridge) ** 2)
     return _newton(add_ridge(a, ridge), alpha, iterations)
 
@@ -96,11 +97,11 @@ def newton_inverse(
 def released_softpp_inverse(
     a: Float[Array, "*heads l l"], iterations: int = NEWTON_ITERATIONS
 ) -> Float[Array, "*heads l l"]:
-    """Returns the inverse as the published SOFT++ code computes it. It couples the samples of a batch.
+    """Returns the inverse that the published SOFT++ code computes, which couples the samples of a batch.
 
-    One alpha = 2 / (largest row sum)² serves the *whole batch and all heads*, and is halved at most 10 times
-    while the largest column sum of |I - alpha A²| in the batch exceeds 1.01. So the result for one sample
-    depends on the others; use it for parity with published checkpoints only. Differentiable by plain autodiff.
+    One alpha = 2 / (largest row sum)² serves the *whole batch and all heads*. It is halved, at most 10 times, while the
+    largest column sum of |I - alpha A²| in the batch exceeds 1.01. The result for one sample therefore depends on the
+    others; use it only for parity with published checkpoints. Its derivative comes from automatic differentiation.
     """
     square = jnp.matmul(a, a, precision=HIGHEST)
     eye = jnp.broadcast_to(jnp.eye(a.shape[-1], dtype=a.dtype), a.shape)

@@ -1,9 +1,10 @@
-"""Linear attention: any separable kernel φ(q)·φ(k), full, causal, block-causal, packed, or from a running state.
+"""Linear attention with a separable kernel φ(q)·φ(k): full, causal, block-causal, packed, or from a running state.
 
     out_i = Σ_j φ(q_i)·φ(k_j) v_j / (Σ_j φ'(q_i)·φ'(k_j) + eps)        (Katharopoulos et al. 2020, arXiv 2006.16236)
 
-φ' is φ unless the feature map rotates the numerator only. Features, sums and states are float32 at least; the
-output has v's dtype. A query whose keys are all masked gets 0. Key heads may be fewer than query heads (GQA).
+φ' equals φ unless the feature map rotates only the numerator. Features, sums and states are in at least float32; the
+output has the dtype of v. If all keys of a query are masked, its output is 0. There may be fewer key heads than query
+heads (GQA).
 """
 
 from __future__ import annotations
@@ -51,10 +52,11 @@ EPS = 1e-6
 
 @dataclass(frozen=True)
 class Causal:
-    """Options of causal attention. block_size: tokens see all of their own block and every earlier block.
+    """Options of causal attention.
 
-    chunk_size: tokens computed together; it changes speed and memory, not the result. implementation: "xla", or
-    "pallas" for the kernel of `flowgen.attention.pallas`, which supports neither blocks nor segments.
+    block_size: number of tokens in a block; tokens see their whole block and every earlier block. chunk_size: number of
+    tokens computed together, which affects speed and memory but not the result. implementation: "xla", or "pallas" for
+    the kernel in `flowgen.attention.pallas`, which supports neither blocks nor segments.
     """
 
     block_size: int = 1
@@ -70,7 +72,7 @@ class Causal:
 
 
 def as_causal(is_causal: bool | Causal) -> Causal | None:
-    """Returns the options of causal attention, None if it is not causal."""
+    """Returns the options of causal attention, or None if attention is not causal."""
     if isinstance(is_causal, Causal):
         return is_causal
     return Causal() if is_causal else None
@@ -89,12 +91,12 @@ def linear_attention(
 ) -> Float[Array, "b n h d"]:
     """Returns linear attention with a feature map, given by name or as a `FeatureMap`.
 
-    mask: True keeps; shape broadcasting to `b h n m`. Over keys only (query axis 1) it is exact at linear cost. So is,
-    outside jit, a mask of queries times one of keys (times causal order, if is_causal); inside jit `own_keys` reduces
-    it to a key mask. Other masks use the quadratic form, up to 4096 x 4096 weights. is_causal: query i sees keys 0..i;
-    a `Causal` makes it block-causal. segment_ids: tokens see each other only if their ids are equal; equal ids must be
-    contiguous (see `prefix_product`). eps: added to the normaliser. Raises ValueError if shapes, types, mask or names
-    do not fit.
+    mask: True keeps; its shape must broadcast to `b h n m`. A key mask (query axis 1) is exact at linear cost. Outside
+    jit, the same holds for a query mask times a key mask (times causal order, if is_causal); inside jit, reduce it to a
+    key mask with `own_keys`. Other masks use the quadratic form, with at most 4096 x 4096 weights. is_causal: query i
+    sees keys 0..i; a `Causal` can make it block-causal. segment_ids: tokens see each other only if their ids are equal;
+    equal ids must be contiguous (see `prefix_product`). eps: added to the normaliser. Raises ValueError if shapes,
+    dtypes, mask or names are invalid.
 
     Example:
         out = linear_attention(q, k, v, "focused", is_causal=True)
@@ -211,7 +213,7 @@ def quadratic_products(
         dtype = jnp.promote_types(jnp.result_type(features.k, v), jnp.float32)
         repeats = features.q.shape[2] // v.shape[2]
         keys, bad = (features.k, features.norm_k, v), None
-        if mask is not None:  # A number that is not finite reaches the queries that see it, and no others.
+        if mask is not None:  # A non-finite number reaches only the queries that see it.
             keys, bad = finite(keys)
         features = features._replace(k=keys[0], norm_k=keys[1])
 
@@ -236,7 +238,7 @@ def quadratic_products(
 def seen_pairs(
     mask: Bool[Array, "#b #h #n #m"], causal: Causal | None, segment_ids: Int[Array, "b n"] | None, n: int, m: int
 ) -> Bool[Array, "#b #h #n #m"]:
-    """Returns which of n queries see which of m keys: the mask, causal order and segments together."""
+    """Returns the mask of n queries and m keys that combines a mask, causal order and segments."""
     if causal is not None:
         block_q, block_k = jnp.arange(n) // causal.block_size, jnp.arange(m) // causal.block_size
         mask = mask & (block_q[:, None] >= block_k[None, :])[None, None]
@@ -248,7 +250,7 @@ def seen_pairs(
 def normalised(
     out: Float[Array, "b n h d"], total: Float[Array, "b n h"], eps: float | Float[Array, "b n h"], dtype: jnp.dtype
 ) -> Float[Array, "b n h d"]:
-    """Returns out / (total + eps), and 0 with zero gradients if that divisor is 0."""
+    """Returns out / (total + eps); if the divisor is 0, divides by 1 instead."""
     total = total + eps
     return (out / jnp.where(total == 0, 1, total)[..., None]).astype(dtype)
 
@@ -262,7 +264,7 @@ def init_state(
     *,
     dtype: DTypeLike = jnp.float32,
 ) -> LinearState:
-    """Returns the state before the first token, at least float32. num_heads: key heads.
+    """Returns the state before the first token, in at least float32. num_heads: number of key heads.
 
     Example:
         state = init_state(batch=1, num_heads=8, key_dim=64, value_dim=64, features="nala")
@@ -282,10 +284,10 @@ def prefill(
     eps: float = EPS,
     chunk_size: int = CHUNK_SIZE,
 ) -> tuple[Float[Array, "b n h d"], LinearState]:
-    """Returns causal attention of tokens that follow those of `state`, and the state with them absorbed.
+    """Returns causal attention of tokens that continue the sequence after `state`, and the state after them.
 
-    mask: over keys, `b 1 1 n`, True keeps (ValueError otherwise). Prompts may be padded on either side: each sample
-    continues after its own last kept token.
+    mask: a key mask, `b 1 1 n`, True keeps; any other mask raises ValueError. Prompts may be padded on either side:
+    each sample continues after its own last kept token.
 
     Example:
         out, state = prefill(q, k, v, "nala")
@@ -310,13 +312,17 @@ def step(
     *,
     eps: float = EPS,
 ) -> tuple[Float[Array, "b h d"], LinearState]:
-    """Returns the attention of one more token, at a cost that does not depend on how many came before, and the state.
+    """Returns the attention of one more token, and the state after it.
+
+    The cost does not depend on how many tokens came before.
 
     Example:
         out, state = step(state, q[:, t], k[:, t], v[:, t], "nala")
     """
     if not isinstance(state, LinearState):
-        raise ValueError(f"state is a {type(state).__name__}; step takes (state, q, k, v), with one of `init_state`.")
+        raise ValueError(
+            f"state is a {type(state).__name__}; step takes (state, q, k, v), with a state from init_state."
+        )
     if not q.ndim == k.ndim == v.ndim == 3:
         raise ValueError(f"q has shape {q.shape} and k {k.shape}; one token is (batch, heads, width).")
     out, state = prefill(q[:, None], k[:, None], v[:, None], features, state=state, eps=eps)
@@ -324,7 +330,7 @@ def step(
 
 
 def _pallas(features: Features, v: Array, causal: Causal) -> tuple[Array, Array]:
-    from flowgen.attention.pallas import causal_product  # only here: its import loads the TPU and GPU dialects
+    from flowgen.attention.pallas import causal_product  # imported here because it loads the TPU and GPU dialects
 
     out, total = causal_product(features.q, features.k, v, causal.chunk_size)
     if features.norm_q is not None:
@@ -333,7 +339,7 @@ def _pallas(features: Features, v: Array, causal: Causal) -> tuple[Array, Array]
 
 
 def _full(features: Features, v: Array) -> tuple[Array, Array]:
-    """Every query sees every key: one state of all keys, one product per query."""
+    """Returns products for queries that see every key: one state of all keys, one product per query."""
 
     def run(features, v):
         dtype = jnp.promote_types(jnp.result_type(features.k, v), jnp.float32)
@@ -352,7 +358,10 @@ def _full(features: Features, v: Array) -> tuple[Array, Array]:
 
 
 def _packed(features: Features, v: Array, segment_ids: Array) -> tuple[Array, Array]:
-    """All tokens of a segment see each other: the sum up to a token, plus the sum from it on, minus itself."""
+    """Returns products for tokens that see their whole segment.
+
+    Each is the sum up to the token, plus the sum from the token on, minus the token's own term.
+    """
 
     def run(features, v, segment_ids):
         back = jax.tree.map(lambda x: x[:, ::-1], (features, v, segment_ids))

@@ -1,4 +1,4 @@
-"""Masks of pairs that are masks of tokens, to run them at linear cost."""
+"""Reduction of query-key masks to masks of tokens, which linear attention applies at linear cost."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from flowgen.attention.checks import concrete
 
 
 def own_keys(mask: Bool[Array, "#b #h n n"]) -> Bool[Array, "#b #h 1 n"]:
-    """Returns the mask over keys of a mask of pairs in which the same tokens are kept as queries and as keys.
+    """Returns the key mask of a query-key mask that keeps the same tokens as queries and as keys.
 
-    That is Flax's `make_attention_mask(valid, valid)`, or with ones for the queries, and either of them combined with
-    `make_causal_mask`; its diagonal says which tokens are kept, and only that is read. Use it with `is_causal` for a
-    causal one. Raises ValueError unless there are as many queries as keys.
+    Such a mask is Flax's `make_attention_mask(valid, valid)`. Masks that keep all queries also work, and so do both
+    kinds combined with `make_causal_mask`; then also set `is_causal`. The function reads only the diagonal, which says
+    which tokens are kept. Raises ValueError unless there are as many queries as keys.
 
     Example:
         y = nala_attention(q, k, v, own_keys(mask != 0), is_causal=True)
@@ -28,10 +28,10 @@ def own_keys(mask: Bool[Array, "#b #h n n"]) -> Bool[Array, "#b #h 1 n"]:
 def split_pairs(
     mask: Bool[Array, "#b #h n m"], groups: int, block_size: int | None
 ) -> tuple[Bool[Array, "#b #h n 1"], Bool[Array, "#b #h 1 m"]] | None:
-    """Returns the query and key masks whose product is a mask of pairs, None if there are none or it is traced.
+    """Returns the query mask and the key mask whose product is a query-key mask, or None.
 
-    block_size: block size of the causal order that multiplies the mask; None without one. groups: key heads, which the
-    mask may distinguish.
+    It returns None if no such masks exist or if the mask is traced. block_size: block size of the causal order that
+    multiplies the mask; None if attention is not causal. groups: number of key heads; the mask may differ between them.
     """
     seen = concrete(mask)
     if seen is None or seen.shape[1] not in (1, groups):
@@ -48,7 +48,7 @@ def split_pairs(
 
 
 def hide_queries(tree: PyTree, mask: Bool[Array, "#b #g n 1"]) -> PyTree:
-    """Returns arrays `b n h ...` with 0 for queries that see no key; mask: one head, or one per group."""
+    """Returns arrays `b n h ...` with 0 for queries that the mask hides. mask: for one head, or one per group."""
 
     def hide(x):
         keep = mask[..., 0].swapaxes(1, 2)

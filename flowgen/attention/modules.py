@@ -1,7 +1,8 @@
 """Flax modules around the attention functions: projections, gates, norms and the convolutions of the papers.
 
-All map `b n d` to `b n d`. Those that can be causal also have an explicit decoding state: `init_state(batch)`,
-`prefill(x, state)` for many tokens and `step(x, state)` for one; the module itself keeps no state.
+All modules map `b n d` to `b n width`. Modules that can be causal also support decoding with an explicit state:
+`init_state(batch)`, `prefill(x, state)` for several tokens and `step(x, state)` for one. The module itself keeps no
+state.
 """
 
 from __future__ import annotations
@@ -35,15 +36,15 @@ from flowgen.attention.soft import (
 from flowgen.backend import gelu, keep_axes
 
 LandmarkKind = Literal["pool", "conv", "conv_norm_gelu"]
-NALA_CONV = 5  # tokens, or rows and columns, of the depthwise convolution of values
+NALA_CONV = 5  # side of the depthwise convolution of values, in tokens
 TORCH_LAYER_NORM_EPS = 1e-5
 
 
 class LinearAttention(nn.Module):
     """Multi-head attention with any kernel of `flowgen.attention.KERNELS`, or a feature map.
 
-    width: width of the output, divisible by num_heads. num_kv_heads: fewer key heads than query heads, each serving
-    several. is_causal: True or a `Causal`; decoding needs it.
+    width: width of the output, divisible by num_heads. num_kv_heads: number of key heads, each of which serves several
+    query heads; num_heads if None. is_causal: True or a `Causal` for causal attention, which decoding needs.
 
     Example:
         y = LinearAttention(width=256, num_heads=8, kernel="focused", is_causal=True).apply(params, x)
@@ -73,14 +74,14 @@ class LinearAttention(nn.Module):
         mask: Array | None = None,
         segment_ids: Int[Array, "b n"] | None = None,
     ) -> Float[Array, "b n width"]:
-        """Returns attention of x to itself, or to `context`; mask and segment_ids as in `linear_attention`."""
+        """Returns attention of x to itself, or to `context`. mask, segment_ids: see `linear_attention`."""
         source = x if context is None else context
         q, k, v = self.query(x), self.key(source), self.value(source)
         options = {"mask": mask, "is_causal": self.is_causal, "segment_ids": segment_ids}
         return self.proj(kernel(self.kernel).attend(q, k, v, **options))
 
     def init_state(self, batch: int) -> State:
-        """Returns the decoding state before the first token; ValueError unless is_causal is True."""
+        """Returns the decoding state before the first token; raises ValueError unless is_causal is True."""
         check_decodes(self.is_causal)
         head_dim = head_width(self.width, self.num_heads)
         dtype = self.dtype or jnp.float32
@@ -89,21 +90,23 @@ class LinearAttention(nn.Module):
     def prefill(
         self, x: Float[Array, "b n d"], state: State = None, *, mask: Array | None = None
     ) -> tuple[Float[Array, "b n width"], State]:
-        """Returns the outputs of tokens that follow those in `state`, and the new state; ValueError unless
-        is_causal."""
+        """Returns the outputs of tokens that continue the sequence after `state`, and the state after them.
+
+        Raises ValueError unless is_causal is True.
+        """
         check_decodes(self.is_causal)
         out, state = kernel(self.kernel).prefill(self.query(x), self.key(x), self.value(x), state=state, mask=mask)
         return self.proj(out), state
 
     def step(self, x: Float[Array, "b d"], state: State) -> tuple[Float[Array, "b width"], State]:
-        """Returns the output of one more token and the state."""
+        """Returns the output of one more token, and the state after it."""
         check_token(x)
         out, state = self.prefill(x[:, None], state)
         return out[:, 0], state
 
 
 class NaLaState(NamedTuple):
-    """Decoding state of `NaLaAttention`: sums of the attention, and the last values, for the convolution."""
+    """Decoding state of `NaLaAttention`: running sums of the attention, and the last values for the convolution."""
 
     attention: LinearState
     values: Float[Array, "b recent d"]
@@ -112,10 +115,10 @@ class NaLaState(NamedTuple):
 class NaLaAttention(nn.Module):
     """The attention layer of NaLaFormer (arXiv 2506.21137): proj(silu(g) · LayerNorm(NaLa(q, k, v) + conv(v))).
 
-    One projection gives q, k, v and the gate g. conv is the depthwise 5 x 5 convolution of values on a grid or, if
-    causal, over the last 5 tokens. rotary rotates the features in the numerator, on the grid or along the sequence up
-    to `max_length`. learnable: power and offset become parameters, one each per head. eps is added to the sum of
-    weights; the released code adds n · 1e-6.
+    One projection gives q, k, v and the gate g. conv: apply a depthwise convolution to the values, 5 x 5 on a grid or,
+    if causal, over the last 5 tokens. rotary: rotate the features in the numerator, on the grid or along the sequence,
+    for up to `max_length` tokens. learnable: make power and offset parameters, one each per head. eps: added to the sum
+    of the weights; the released code adds n · 1e-6.
 
     Example:
         y = NaLaAttention(width=256, num_heads=4).apply(params, x, grid=(14, 14))
@@ -155,9 +158,9 @@ class NaLaAttention(nn.Module):
     def __call__(
         self, x: Float[Array, "b n d"], grid: tuple[int, int] | None = None, *, mask: Array | None = None
     ) -> Float[Array, "b n width"]:
-        """Returns the layer's output. grid: (height, width) of the tokens in row-major order, unless causal.
+        """Returns the layer's output. grid: (height, width) of the tokens in row-major order; None if causal.
 
-        mask: over keys alone, `b 1 1 n`. Raises ValueError if the grid is missing or does not fit.
+        mask: a key mask, `b 1 1 n`. Raises ValueError if the grid is missing or does not match.
         """
         if self.is_causal:
             if grid is not None:
@@ -172,7 +175,7 @@ class NaLaAttention(nn.Module):
         return self._finish(out, local, g)
 
     def init_state(self, batch: int) -> NaLaState:
-        """Returns the decoding state before the first token; ValueError unless is_causal is True."""
+        """Returns the decoding state before the first token; raises ValueError unless is_causal is True."""
         check_decodes(self.is_causal)
         head_dim = head_width(self.width, self.num_heads)
         dtype = self.dtype or jnp.float32
@@ -182,8 +185,10 @@ class NaLaAttention(nn.Module):
     def prefill(
         self, x: Float[Array, "b n d"], state: NaLaState | None = None, *, mask: Array | None = None
     ) -> tuple[Float[Array, "b n width"], NaLaState]:
-        """Returns the outputs of tokens that follow those in `state`, and the new state; ValueError unless
-        is_causal."""
+        """Returns the outputs of tokens that continue the sequence after `state`, and the state after them.
+
+        Raises ValueError unless is_causal is True.
+        """
         check_decodes(self.is_causal)
         state = self.init_state(x.shape[0]) if state is None else state
         q, k, v, g = self._project(x, mask)
@@ -195,7 +200,7 @@ class NaLaAttention(nn.Module):
         return self._finish(out, local, g), NaLaState(sums, _window(values, absorbed, NALA_CONV - 1))
 
     def step(self, x: Float[Array, "b d"], state: NaLaState) -> tuple[Float[Array, "b width"], NaLaState]:
-        """Returns the output of one more token and the state."""
+        """Returns the output of one more token, and the state after it."""
         check_token(x)
         out, state = self.prefill(x[:, None], state)
         return out[:, 0], state
@@ -229,10 +234,11 @@ class NaLaAttention(nn.Module):
 class SOFTAttention(nn.Module):
     """The attention layer of SOFT (arXiv 2110.11945): proj(SOFT(q, q, v) + conv(v)); not causal.
 
-    tied: keys are the queries, as in the paper. landmarks: "pool" takes means of segments or, with a grid, of
-    cells; "conv" a convolution of kernel and stride `stride` shared by the heads; "conv_norm_gelu" that, LayerNorm
-    and GELU, as in the released code. value_conv: size of the depthwise convolution of values, one filter per head
-    (9, 5 and 3 in the stages of the released backbones), 0 for none. ridge, solver, normalize: see `soft_attention`.
+    tied: use the queries as keys, as in the paper. landmarks: "pool" takes means of segments or, with a grid, of cells;
+    "conv" applies a convolution with kernel size and stride `stride`, shared by the heads; "conv_norm_gelu" adds
+    LayerNorm and GELU, as in the released code. value_conv: size of the depthwise convolution of values, with one
+    filter per head (9, 5 and 3 in the stages of the released backbones); 0 for none. ridge, solver, normalize: see
+    `soft_attention`.
 
     Example:
         y = SOFTAttention(width=64, num_heads=2, value_conv=9).apply(params, x, grid=(56, 56))
@@ -275,8 +281,8 @@ class SOFTAttention(nn.Module):
     ) -> Float[Array, "b n width"]:
         """Returns the layer's output. grid: (height, width) of the tokens in row-major order; convolutions need it.
 
-        mask: over keys alone, `b 1 1 n`; with convolved landmarks it must be None. Raises ValueError if the grid
-        is missing or does not fit.
+        mask: a key mask, `b 1 1 n`; with convolved landmarks it must be None. Raises ValueError if the grid is missing
+        or does not match.
         """
 
         def heads(y):
@@ -285,7 +291,7 @@ class SOFTAttention(nn.Module):
         q, v = heads(self.query(x)), heads(self.value(x))
         k = q if self.tied else heads(self.key(x))
         if mask is not None and check_key_mask(mask, q, k).shape[1] > 1:
-            raise ValueError(f"mask has shape {mask.shape}; SOFT hides keys from all heads alike, (batch, 1, 1, keys).")
+            raise ValueError(f"mask has shape {mask.shape}; SOFT takes one mask for all heads, (batch, 1, 1, keys).")
         keep = None if mask is None else mask[:, 0, 0]
         if keep is not None:
             keep = jnp.broadcast_to(keep, x.shape[:2])
@@ -295,7 +301,7 @@ class SOFTAttention(nn.Module):
         out = nystrom_attention(q, k, v, self._landmarks(k, grid, keep), mask=keep, **options)
         if self.value_conv:
             height, width = check_grid(grid, x.shape[1])
-            image = fold(v.swapaxes(2, 3), height, width)  # every channel is an image with a channel per head
+            image = fold(v.swapaxes(2, 3), height, width)  # each channel becomes an image with one channel per head
             out = out + unfold(self.local(image), v.swapaxes(2, 3)).swapaxes(2, 3)
         return self.proj(rearrange(out, "b n h k -> b n (h k)"))
 
@@ -318,7 +324,7 @@ class SOFTAttention(nn.Module):
 
 
 def _join(before: Float[Array, "b m d"], values: Float[Array, "b n d"]) -> Float[Array, "b mn d"]:
-    """The earlier values, followed by these."""
+    """Returns the earlier values followed by the new ones."""
 
     def run(before, values):
         return jnp.concatenate([before.astype(values.dtype), values], axis=1)
@@ -327,7 +333,7 @@ def _join(before: Float[Array, "b m d"], values: Float[Array, "b n d"]) -> Float
 
 
 def _window(values: Float[Array, "b m d"], start: Int[Array, " b"], size: int) -> Float[Array, "b size d"]:
-    """The `size` values of each sample from `start` on."""
+    """Returns the `size` values of each sample from `start` on."""
 
     def run(values, start):
         places = start[:, None] + jnp.arange(size)[None]
@@ -337,14 +343,14 @@ def _window(values: Float[Array, "b m d"], start: Int[Array, " b"], size: int) -
 
 
 def head_width(width: int, num_heads: int) -> int:
-    """Returns the width of one head; ValueError unless width divides evenly."""
+    """Returns the width of one head; raises ValueError unless num_heads divides width."""
     if num_heads < 1 or width % num_heads:
         raise ValueError(f"width {width} is not divisible by num_heads {num_heads}; change one of them.")
     return width // num_heads
 
 
 def check_decodes(is_causal: bool | Causal) -> None:
-    """Raises ValueError unless attention is causal token by token, as a running state requires."""
+    """Raises ValueError unless attention is causal token by token, which a running state requires."""
     causal = as_causal(is_causal)
     if causal is None or causal.block_size != 1:
         raise ValueError(f"is_causal is {is_causal}; decoding with a running state needs is_causal=True.")

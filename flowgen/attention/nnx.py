@@ -1,6 +1,6 @@
-"""NNX twins of the attention modules, through Flax's bridge: the same parameters, the same mathematics.
+"""NNX versions of the attention modules, made with Flax's bridge: the same parameters and the same mathematics.
 
-A twin takes the fields of its linen module, the width of its input and `rngs`, and is initialised at once:
+The constructor takes the width of the input, the fields of the linen module and `rngs`, and initialises the parameters:
 
     attention = nnx.LinearAttention(64, width=64, num_heads=4, kernel="nala", is_causal=True, rngs=nnx.Rngs(0))
     y = attention(x)
@@ -26,7 +26,7 @@ class _Twin(bridge.ToNNX):
     def __init__(self, module: linen.Module, in_features: int, rngs: nnx.Rngs, num_tokens: int = 1, **example: Any):
         super().__init__(module, rngs=rngs)
         self.lazy_init(jnp.zeros((1, num_tokens, in_features)), **example)
-        # Nothing is random after initialisation, and a key stream cannot be used inside jax's own transforms.
+        # Nothing is random after initialisation, and JAX's transforms do not accept a stream of keys.
         self.to_nnx__rngs = None
 
 
@@ -38,16 +38,18 @@ class _Decoding(_Twin):
     def prefill(
         self, x: Float[Array, "b n d"], state: State = None, *, mask: Array | None = None
     ) -> tuple[Array, State]:
-        """Returns the outputs of tokens after those of `state`, and the state."""
+        """Returns the outputs of tokens that continue the sequence after `state`, and the state after them."""
         return self(x, state, mask=mask, method="prefill")
 
     def step(self, x: Float[Array, "b d"], state: State) -> tuple[Array, State]:
-        """Returns the output of one more token and the state."""
+        """Returns the output of one more token, and the state after it."""
         return self(x, state, method="step")
 
 
 class LinearAttention(_Decoding):
-    """`flowgen.attention.LinearAttention` as an NNX module; context_features: width of the context in cross attention.
+    """`flowgen.attention.LinearAttention` as an NNX module.
+
+    context_features: width of the context in cross attention; None for self-attention.
 
     Example:
         attention = LinearAttention(64, width=64, num_heads=4, rngs=nnx.Rngs(0))

@@ -1,9 +1,10 @@
-"""Causal linear attention as one Pallas kernel: the state stays on the chip while chunks stream past it.
+"""Causal linear attention as one Pallas kernel, which keeps the state on the chip and streams chunks of tokens.
 
-Two lowerings of the same chunk: on TPUs the grid walks the chunks of a head in order and the state is scratch memory;
-on GPUs (Triton) one program loops over the chunks of a head and of a slice of value channels, the state in registers.
-Elsewhere the kernel runs in interpret mode, which is for tests. Derivatives are those of `prefix_product`.
-Not measured on an accelerator yet, so nothing chooses it by itself: `Causal(implementation="pallas")` does.
+The same function of a chunk has two lowerings. On TPUs, the grid visits the chunks of a head in order and keeps the
+state in scratch memory. On GPUs (Triton), one program loops over the chunks for a head and a slice of value channels,
+and keeps the state in registers. Elsewhere, the kernel runs in interpret mode, which is for tests. Derivatives are
+those of `prefix_product`. The kernel has not been measured on an accelerator yet, so it runs only on request:
+`Causal(implementation="pallas")`.
 """
 
 from __future__ import annotations
@@ -27,21 +28,21 @@ VALUE_SLICE = 64  # value channels of one GPU program
 def causal_product(
     q: Float[Array, "b n h p"], k: Float[Array, "b n g p"], v: Float[Array, "b n g d"], chunk_size: int = CHUNK_SIZE
 ) -> tuple[Float[Array, "b n h d"], Float[Array, "b n h"]]:
-    """Returns Σ_{s≤t} (q_t·k_s) v_s and Σ_{s≤t} q_t·k_s in float32, as `prefix_product` without decay or segments.
+    """Returns Σ_{s≤t} (q_t·k_s) v_s and Σ_{s≤t} q_t·k_s in float32, like `prefix_product` without decay or segments.
 
-    chunk_size: a power of two of at least 16. Raises ValueError if it is not.
+    Raises ValueError unless chunk_size is a power of two of at least 16.
     """
     if chunk_size < 16 or chunk_size & (chunk_size - 1):
         raise ValueError(f"chunk_size is {chunk_size}; the Pallas kernel needs a power of two of at least 16.")
     q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
-    if 0 in q.shape[:2]:  # A kernel has no empty blocks.
+    if 0 in q.shape[:2]:  # Pallas does not allow empty blocks.
         return jnp.zeros((*q.shape[:3], v.shape[3])), jnp.zeros(q.shape[:3])
     return _per_device(q, k, v, chunk_size)
 
 
 @partial(jax.jit, static_argnames="chunk_size")
 def _per_device(q, k, v, chunk_size):
-    """On a mesh with explicit axes, each device runs the kernel on its own samples and heads."""
+    """Runs the kernel; on a mesh with explicit axes, each device runs it on its own samples and heads."""
 
     def repeated(k, v):
         return tuple(jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
@@ -76,14 +77,14 @@ _causal_product.defvjp(_forward, _backward)
 
 
 def _scan(q, k, v, *, chunk_size: int):
-    """The replacement for interpret mode in mapped programs, where jax cannot interpret a kernel."""
+    """Returns the kernel's results without Pallas, for mapped programs, in which JAX cannot interpret a kernel."""
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
     out, total, _ = prefix_product(Features(q, k), v, chunk_size=chunk_size)
     return out.swapaxes(1, 2), total.swapaxes(1, 2)[:, :, None]
 
 
 def _chunk(q, k, v, kv, norm):
-    """Outputs `c d`, totals `1 c` and the next state of one chunk, from the state before it: kv `p d`, norm `1 p`."""
+    """Returns outputs `c d`, totals `1 c` and the next state of one chunk; the state is kv `p d` and norm `1 p`."""
     dot = partial(jnp.dot, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
     size = q.shape[0]
     rows = jax.lax.broadcasted_iota(jnp.int32, (size, size), 0)
@@ -158,7 +159,7 @@ def _gpu(q, k, v, *, chunk_size: int, interpret: bool = False):
 
 
 def _out_shapes(q: Array, value_dim: int) -> list[jax.ShapeDtypeStruct]:
-    """Of outputs and totals, which vary over the axes of a mapped program over which q varies."""
+    """Returns the shapes of outputs and totals; in a mapped program, they vary over the same axes as q."""
     batch, num_heads, n, _ = q.shape
     axes = jax.typeof(q).manual_axis_type
     shapes = (batch, num_heads, n, value_dim), (batch, num_heads, 1, n)

@@ -4,10 +4,11 @@ For queries q_t, keys k_s, values v_s and the weights w_ts below
 
     out_t = Σ_s w_ts (q_t·k_s) v_s,      total_t = Σ_s w_ts (q'_t·k'_s),      s ≤ t (or block(s) ≤ block(t)),
 
-where q', k' are the normaliser's features, equal to q, k unless given separately (for a rotation of only the
-numerator). w_ts = exp(b_t - b_s) with b the running sum of the log-decay, 1 without decay, 0 across segments. A chunk
-of C tokens costs one C x C product; earlier tokens are summed in the state Σ_s k_s v_sᵀ. Reverse-mode differentiation
-stores one state per chunk and recomputes the rest (the body is checkpointed); forward mode works too.
+where q', k' are the normaliser's features. They equal q, k unless given separately, for maps that rotate only the
+numerator. w_ts = exp(b_t - b_s), where b is the running sum of the log-decay; w_ts is 1 without decay and 0 across
+segments. A chunk of C tokens costs one C x C product; the state Σ_s k_s v_sᵀ holds the sum over earlier tokens.
+Reverse-mode differentiation stores one state per chunk and recomputes the rest (the body is checkpointed). Forward mode
+works too.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ CHUNK_SIZE = 64
 
 
 class LinearState(NamedTuple):
-    """Linear attention's state for the tokens so far; its size does not depend on their number.
+    """The state of linear attention for the tokens so far; its size does not depend on their number.
 
-    kv: Σ_s k_s v_sᵀ. norm: Σ_s k'_s. length: the position of each sample's next token, right after the last kept token:
-    masked tokens count before it but not after it.
+    kv: Σ_s k_s v_sᵀ. norm: Σ_s k'_s. length: position of each sample's next token, directly after the last kept token.
+    Masked tokens before the last kept token count; masked tokens after it do not.
     """
 
     kv: Float[Array, "b g p d"]
@@ -40,9 +41,9 @@ class LinearState(NamedTuple):
 
 
 class Features(NamedTuple):
-    """Queries and keys of a prefix product; `b n h p` and `b n g p` with h a multiple of g key heads.
+    """Features of queries, `b n h p`, and keys, `b m g p`; h is a multiple of the number g of key heads.
 
-    norm_q, norm_k: the normaliser's features if they differ from the numerator's.
+    norm_q, norm_k: the normaliser's features, if they differ from the numerator's.
     """
 
     q: Float[Array, "b n h p"]
@@ -61,7 +62,7 @@ class Features(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """The inputs of `prefix_product` that have a row per token."""
+    """The inputs of `prefix_product` that have one row per token."""
 
     features: Features
     v: Float[Array, "b n g d"]
@@ -81,7 +82,7 @@ class _Chunk(NamedTuple):
 
 
 def empty_state(features: Features, v: Float[Array, "b n g d"]) -> LinearState:
-    """Returns the state before the first token, in the shapes and at least the precision of these arrays."""
+    """Returns the state before the first token, with shapes that match these arrays, in at least float32."""
     dtype = jnp.promote_types(jnp.result_type(features.k, v), jnp.float32)
     kv, norm, length = _state_shapes(features, v)
     return LinearState(jnp.zeros(kv, dtype), jnp.zeros(norm, dtype), jnp.zeros(length, jnp.int32))
@@ -109,14 +110,14 @@ def prefix_product(
     block_size: int = 1,
     chunk_size: int = CHUNK_SIZE,
 ) -> tuple[Float[Array, "b n h d"], Float[Array, "b n h"], LinearState]:
-    """Returns out and total as defined above, and the state after the last token; at least float32.
+    """Returns out and total as defined above, and the state after the last token; all in at least float32.
 
-    state: continues after earlier tokens (of the first token's segment). log_decay: ≤ 0, per key head.
-    mask: True for keys that are kept; the others change nothing, not even by their decay, and the state's length ends
-    behind the last one kept. segment_ids: equal for tokens that see each other; equal ids must be contiguous: ids that
-    come back raise ValueError, or make the sample NaN while tracing. A number that is not finite reaches its own
-    segment alone. block_size: tokens see all of their own block; not with decay or a state in the middle of a block.
-    chunk_size: rounded up to whole blocks.
+    state: state after earlier tokens (of the first token's segment). log_decay: ≤ 0, per key head. mask: True for keys
+    that are kept. The others have no effect: even their decay is ignored, and the state's length ends after the last
+    kept key. segment_ids: equal for tokens that see each other. Equal ids must be contiguous; if an id recurs, the
+    function raises ValueError or, while tracing, makes the sample NaN. A non-finite number affects only its own
+    segment. block_size: tokens see their whole block; do not combine it with decay, or with a state that ends within a
+    block. chunk_size: rounded up to whole blocks.
 
     Example:
         out, total, state = prefix_product(Features(q, k), v)
@@ -143,7 +144,10 @@ def finite_prefix_product(
     chunk_size: int = CHUNK_SIZE,
     isolate: bool = False,
 ):
-    """Returns the result of `prefix_product` for checked arguments, which must be finite unless `isolate`."""
+    """Returns the result of `prefix_product` for checked arguments.
+
+    With segments, numbers must be finite unless `isolate` is True.
+    """
     features, v = tokens.features, tokens.v
     named = [(features.q, "b n h p"), (features.k, "b n g p"), (v, "b n g d"), (features.normaliser[1], "b n g e")]
     letters = ("b n h d", "b n h", "b g p d", "b g e", "b")
@@ -174,7 +178,7 @@ def finite_prefix_product(
 
 
 def _in_segments(tokens: Tokens, state: LinearState, block_size: int, chunk_size: int):
-    """`_in_chunks` on finite numbers only, with NaN put back into results that depend on a non-finite one."""
+    """Returns `_in_chunks` of finite numbers only, with NaN in the results that depend on a non-finite number."""
     features, v, log_decay, _, segment_ids = tokens
     assert segment_ids is not None
     queries, keys = (features.q, features.norm_q), (features.k, features.norm_k, v)
@@ -193,7 +197,7 @@ def _in_segments(tokens: Tokens, state: LinearState, block_size: int, chunk_size
 
 
 def _in_chunks(tokens: Tokens, state: LinearState, block_size: int, chunk_size: int):
-    """out, total, kv and norm of at least one token."""
+    """Returns out, total, kv and norm for at least one token."""
     v, segment_ids = tokens.v, tokens.segment_ids
     batch, n = v.shape[:2]
     size = -(-chunk_size // block_size) * block_size
@@ -233,7 +237,7 @@ def _per_token(mask: Bool[Array, "#b #g 1 n"]) -> Bool[Array, "#b n #g"]:
 
 
 def _split(tokens: Tokens, size: int) -> _Chunk:
-    """Chunks of `size` tokens, first axis the chunk; padded with zeros, which add nothing to a state."""
+    """Returns chunks of `size` tokens, stacked on the first axis; zero padding adds nothing to the state."""
     features, v, log_decay, _, segment_ids = tokens
     batch, n, groups = v.shape[:3]
     count = -(-n // size)
@@ -258,7 +262,7 @@ def _split(tokens: Tokens, size: int) -> _Chunk:
 
 
 def _advance(carry, chunk: _Chunk, block_size: int):
-    """The outputs of one chunk, and the state after it."""
+    """Returns the state after one chunk, and the chunk's outputs."""
     kv, norm, past = carry
     size = chunk.k.shape[2]
     block = jnp.arange(size) // block_size
@@ -289,7 +293,8 @@ def _advance(carry, chunk: _Chunk, block_size: int):
 
 
 class _Weights(NamedTuple):
-    """Weights w in a chunk: of pairs, of a query to the earlier state, and of keys and that state in the next state."""
+    """Weights w in a chunk: of query-key pairs, of the earlier state for a query, and of keys and the earlier state in
+    the next state."""
 
     pair: Bool[Array, "#b #g c c"] | Float[Array, "#b #g c c"]
     query: Float[Array, "#b #g c"]
@@ -310,10 +315,11 @@ def _cut_segments(within: _Weights, segment: Int[Array, "b c"], past: Int[Array,
 def decay_weights(
     log_decay: Float[Array, "b h c"],
 ) -> tuple[Float[Array, "b h c c"], Float[Array, "b h c"]]:
-    """Returns how much of token s's write remains at token t ≥ s (0 for s > t), and of the state before the chunk.
+    """Returns the decay factors at token t of each token s ≤ t (0 for s > t), and of the state before the chunk.
 
-    Sums run over the tokens between s and t instead of being differences of running sums. Nothing cancels, so a
-    single strong decay costs the others no digits and -inf is allowed; entries s > t are exp(0) before the mask.
+    The log-decays between s and t are summed directly, not as differences of running sums. Nothing cancels, so one
+    strong decay does not reduce the precision of the others, and -inf is allowed. Entries s > t are exp(0) before the
+    mask.
     """
     size = log_decay.shape[-1]
     causal = jnp.tril(jnp.ones((size, size), bool))[None, None]

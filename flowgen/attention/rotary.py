@@ -1,4 +1,4 @@
-"""Rotary position embedding of features: tables of angles for lines and grids, and the rotation of adjacent pairs."""
+"""Rotary position embedding of features: tables of angles for sequences and grids, and rotation of adjacent pairs."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from flowgen.backend import keep_axes
 
 
 class Rotary(NamedTuple):
-    """cos and sin of the angles of every position, one per adjacent pair of channels: float64 NumPy arrays `n r`."""
+    """cos and sin of the angles at each position, one per adjacent pair of channels: float64 NumPy arrays `n r`."""
 
     cos: Float[np.ndarray, "n r"]
     sin: Float[np.ndarray, "n r"]
 
 
 def rotary_line(num_positions: int, dim: int, base: float = 10_000.0) -> Rotary:
-    """Returns the table of a sequence: angle position · base^(-2i/dim) for pair i < dim/2 (RoFormer, 2104.09864).
+    """Returns the table of a sequence, with angle position · base^(-2i/dim) for pair i < dim/2 (RoFormer, 2104.09864).
 
     Raises ValueError unless dim is even.
 
@@ -34,10 +34,10 @@ def rotary_line(num_positions: int, dim: int, base: float = 10_000.0) -> Rotary:
 
 
 def rotary_grid(height: int, width: int, dim: int, base: float = 10_000.0) -> Rotary:
-    """Returns the table of a row-major grid: half of the channels rotate with the row, then half with the column.
+    """Returns the table of a row-major grid: one half of the channels rotates with the row, the other with the column.
 
-    Frequencies base^(-t) with t from 0 to 1 inclusive over dim/4 pairs, as in the released NaLaFormer. Raises
-    ValueError unless dim is a multiple of 4.
+    The first half belongs to the row. The frequencies of the dim/4 pairs of each half are base^(-t), with t from 0 to 1
+    inclusive, as in the released NaLaFormer. Raises ValueError unless dim is a multiple of 4.
 
     Example:
         rotary = rotary_grid(14, 14, 64)
@@ -55,8 +55,8 @@ def rotary_grid(height: int, width: int, dim: int, base: float = 10_000.0) -> Ro
 def rotary_axes(positions: Float[np.ndarray, "n a"], pairs: tuple[int, ...], base: float = 10_000.0) -> Rotary:
     """Returns the table of points with several coordinates: pairs[i] adjacent pairs of channels rotate with axis i.
 
-    Angle of pair k of an axis with p pairs: coordinate · base^(-k/p). Raises ValueError if the number of axes
-    does not match.
+    On an axis with p pairs, the angle of pair k is coordinate · base^(-k/p). Raises ValueError unless there is one
+    number of pairs per coordinate.
     """
     if positions.shape[1] != len(pairs):
         raise ValueError(
@@ -71,8 +71,8 @@ def rotate(
 ) -> Float[Array, "b n h p"]:
     """Returns x with adjacent channels (x0, x1) rotated to (x0 cos - x1 sin, x1 cos + x0 sin) at these positions.
 
-    If x has a multiple of the table's channels, each part is rotated the same way. Raises ValueError if it is not a
-    multiple.
+    The width of x may be a multiple of the table's; each part is then rotated the same way. Raises ValueError if it is
+    not a multiple.
 
     Example:
         y = rotate(x, rotary_line(256, 64), jnp.arange(x.shape[1]))
@@ -94,7 +94,7 @@ def turn(
     cos: Float[Array, "n r"] | Float[Array, "b n r"],
     sin: Float[Array, "n r"] | Float[Array, "b n r"],
 ) -> Float[Array, "b n h p"]:
-    """Returns x with its adjacent pairs of channels rotated by these angles, computed in the wider dtype."""
+    """Returns x with adjacent pairs of channels rotated by the given angles, computed in the wider dtype."""
     parts = rearrange(x, "b n h (p r two) -> b n h p r two", r=cos.shape[-1], two=2)
     cos, sin = (jnp.expand_dims(table, (2, 3) if table.ndim == 3 else (0, 2, 3)) for table in (cos, sin))
     even, odd = parts[..., 0], parts[..., 1]

@@ -1,4 +1,4 @@
-"""Packed segments: runs of tokens with equal ids that see only each other, whatever other tokens hold."""
+"""Packed segments: runs of tokens with equal ids that see only each other, even if other tokens hold NaN."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 
 class Spoiled(NamedTuple):
-    """The results that a non-finite number reaches: outputs per query head and token, states per key head."""
+    """The results that a non-finite number affects: outputs per query head and token, states per key head."""
 
     out: Bool[Array, "b n h"]
     state: Bool[Array, "b g"]
 
 
 def returning_ids(segment_ids: Int[Array, "b n"]) -> Bool[Array, " b"]:
-    """Returns whether an id recurs after another one, so that its tokens are not contiguous."""
+    """Returns, per sample, whether an id recurs after another one, so that its tokens are not contiguous."""
     runs = (segment_ids[:, 1:] != segment_ids[:, :-1]).sum(axis=1)
     ordered = jnp.sort(segment_ids, axis=1)
     return runs != (ordered[:, 1:] != ordered[:, :-1]).sum(axis=1)
@@ -41,11 +41,10 @@ def spoiled(
     bad_state: Bool[Array, "b g"],
     block_size: int | None,
 ) -> Spoiled:
-    """Returns which results of causal attention, in blocks of `block_size`, see a token that is not finite.
+    """Returns which results of causal attention, in blocks of `block_size`, depend on a non-finite token.
 
-    None for block_size: tokens see all of their segment.
-
-    Outputs of samples with recurring ids count as spoiled, since no running state can serve them.
+    If block_size is None, tokens see their whole segment. If ids recur in a sample, all its outputs and its state count
+    as spoiled, because a running state cannot compute them.
     """
     n = segment_ids.shape[1]
     place = jnp.arange(n)[None]
@@ -64,11 +63,11 @@ def spoiled(
 
 
 def spoil(x: Float[Array, "*axes"], bad: Bool[Array, "*fewer"]) -> Float[Array, "*axes"]:
-    """Returns x with NaN where `bad` is True; its axes are the first ones of x."""
+    """Returns x with NaN where `bad` is True; the axes of `bad` are the first axes of x."""
     return jnp.where(jnp.expand_dims(bad, range(bad.ndim, x.ndim)), jnp.nan, x)
 
 
 def alike(*arrays: Float[Array, "b n h _"]) -> tuple[Float[Array, "b n h _"], ...]:
-    """Returns arrays with NaN in all of them for tokens with a non-finite value in one of them."""
+    """Returns the arrays with NaN in all of them wherever a token has a non-finite value in one of them."""
     bad = finite(arrays)[1]
     return tuple(spoil(x, bad) for x in arrays)

@@ -37,25 +37,25 @@ Normalization = Literal["symmetric", "row"] | None
 
 
 class Landmarks(NamedTuple):
-    """Landmarks in kernel space, and which of them represent at least one token (None: all)."""
+    """Landmarks in kernel space; live: which of them represent at least one token, None if all do."""
 
     points: Float[Array, "b l h k"]
     live: Bool[Array, "b l"] | None = None
 
 
 def to_kernel_space(x: Float[Array, "*tokens k"]) -> Float[Array, "*tokens k"]:
-    """Returns x / k^¼ in float32 (float64 if x is), where exp(-|x - y|²/2) is SOFT's exp(-|q - k|²/(2√k))."""
+    """Returns x / k^¼ in at least float32; exp(-|x - y|²/2) of the results is SOFT's kernel exp(-|q - k|²/(2√k))."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32)) * x.shape[-1] ** -0.25
 
 
 def gaussian_kernel(x: Float[Array, "b n h k"], y: Float[Array, "b m h k"]) -> Float[Array, "b h n m"]:
-    """Returns exp(-|x - y|²/2) per head, in [0, 1], for arrays already in kernel space; float32 or wider."""
+    """Returns exp(-|x - y|²/2) per head, in [0, 1] and at least float32, for arrays already in kernel space."""
     master = jnp.promote_types(jnp.promote_types(x.dtype, y.dtype), jnp.float32)
     x, y = (rearrange(tokens.astype(master), "b n h k -> b h n k") for tokens in (x, y))
     cross = jnp.einsum("bhnk,bhmk->bhnm", x, y, precision=HIGHEST)
     squared = (x * x).sum(-1)[..., :, None] + (y * y).sum(-1)[..., None, :] - 2 * cross
-    # Rounding can make it negative. Only the value is clamped: at coinciding points the clamp's own derivative
-    # would drop the kernel's curvature, and with it second derivatives such as the gradient of a divergence.
+    # Rounding can make the square negative. Only its value is clamped: at coinciding points, the derivative of the
+    # clamp would lose the kernel's curvature, and with it second derivatives such as the gradient of a divergence.
     squared = squared + jax.lax.stop_gradient(jnp.maximum(squared, 0) - squared)
     return jnp.exp(-squared / 2)
 
@@ -63,8 +63,8 @@ def gaussian_kernel(x: Float[Array, "b n h k"], y: Float[Array, "b m h k"]) -> F
 def _segment_means(
     x: Float[Array, "b n h k"], segment: Int[Array, "#b n"], num: int, mask: Bool[Array, "b n"] | None
 ) -> Landmarks:
-    """Returns the mean of the unmasked tokens of each of `num` segments; one without any has 0 and is not live."""
-    every = mask is None and isinstance(x.shape[1], int)  # of an unknown number of tokens, some segments may be empty
+    """Returns the mean of the unmasked tokens in each of `num` segments; an empty segment has 0 and is not live."""
+    every = mask is None and isinstance(x.shape[1], int)  # if the number of tokens is symbolic, segments may be empty
 
     def run(x, segment, mask):
         master = jnp.promote_types(x.dtype, jnp.float32)
@@ -85,8 +85,8 @@ def _segment_means(
 def pool_landmarks(x: Float[Array, "b n h k"], num_landmarks: int, mask: Bool[Array, "b n"] | None = None) -> Landmarks:
     """Returns the means of min(num_landmarks, n) contiguous segments of the unmasked tokens.
 
-    Segment sizes differ by at most one token, for any n. They divide the tokens that `mask` keeps, not the positions,
-    so padding does not change a sample's landmarks; landmarks it cannot fill are not live.
+    Segment sizes differ by at most one token, for any n. Segments divide the tokens that `mask` keeps, not the
+    positions, so padding does not change a sample's landmarks. Landmarks without tokens are not live.
     """
     n = x.shape[1]
     num = min(num_landmarks, n) if isinstance(n, int) else num_landmarks
@@ -103,8 +103,8 @@ def pool_landmarks(x: Float[Array, "b n h k"], num_landmarks: int, mask: Bool[Ar
 def landmark_cells(grid: Pair, num_landmarks: int | Pair) -> Pair:
     """Returns (rows, columns) of landmark cells on a grid (height, width) of tokens.
 
-    A number gives at most that many cells, as square as possible: rows = round(√(num height / width)) and columns = num
-    // rows, within the grid. A pair is used as given, within the grid.
+    num_landmarks: a number gives at most that many cells, as square as possible: rows = round(√(num height / width))
+    and columns = num // rows, both limited by the grid. A pair (rows, columns) is only limited by the grid.
     """
     height, width = grid
     if isinstance(num_landmarks, tuple):
@@ -118,10 +118,10 @@ def landmark_cells(grid: Pair, num_landmarks: int | Pair) -> Pair:
 def pool_landmarks_2d(
     x: Float[Array, "b n h k"], grid: Pair, cells: int | Pair, mask: Bool[Array, "b n"] | None = None
 ) -> Landmarks:
-    """Returns the means over the cells of a (height, width) grid of tokens in row-major order, row-major.
+    """Returns the means over the cells of a (height, width) grid of tokens; tokens and cells are in row-major order.
 
-    `cells` is (rows, columns) or a number for `landmark_cells`. Cells tile the grid; if the grid does not divide
-    evenly, their heights (and widths) differ by at most one token. A cell without unmasked token is not live.
+    cells: (rows, columns), or a number for `landmark_cells`. Cells tile the grid; if it does not divide evenly, their
+    heights (and widths) differ by at most one token. A cell without unmasked tokens is not live.
     """
     height, width = grid
     rows, columns = landmark_cells(grid, cells)
@@ -162,8 +162,8 @@ def nystrom_attention(
 ) -> Float[Array, "b n h d"]:
     """Returns Ŝ v (see the top of this file) for q, k and landmarks already in kernel space.
 
-    mask: True for visible keys. Landmarks that are not live have no effect. The other options are
-    those of `soft_attention`. Kernel and solve are in float32 or wider; the result has v's dtype.
+    mask: True for visible keys. Landmarks that are not live have no effect. The other options are those of
+    `soft_attention`. Kernel and solve are in at least float32; the result has the dtype of v.
     """
     _check_options(ridge, solver, normalize)
     if 0 in (*q.shape[:3], k.shape[1]):
@@ -181,7 +181,7 @@ def _nystrom(q, k, v, landmarks, mask, ridge, solver, normalize):
 def _run_nystrom(q, k, v, landmarks, mask, ridge, solver, normalize):
     points, live = landmarks
     gram, p_q = gaussian_kernel(points, points), gaussian_kernel(q, points)
-    if mask is not None:  # zeros, so that not even a NaN in the padding gets through
+    if mask is not None:  # zeros, so that not even a NaN in the padding passes through
         k, v = (jnp.where(mask[..., None, None], x, 0) for x in (k, v))
     p_k = gaussian_kernel(k, points)
     if mask is not None:
@@ -191,7 +191,7 @@ def _run_nystrom(q, k, v, landmarks, mask, ridge, solver, normalize):
         gram = jnp.where((live[:, :, None] & live[:, None, :])[:, None], gram, 0)
     gram = jnp.where(jnp.eye(gram.shape[-1], dtype=bool)[None, None], 1, gram)
 
-    # The two products with all tokens may use the fast units if the values are half precision anyway.
+    # The two products with all tokens may use reduced precision if the values have half precision anyway.
     precision = HIGHEST if jnp.finfo(v.dtype).bits >= 32 else None
     values = v.astype(jnp.promote_types(v.dtype, p_k.dtype))
     if normalize == "row":
@@ -209,18 +209,19 @@ def _run_nystrom(q, k, v, landmarks, mask, ridge, solver, normalize):
 def gaussian_landmark_features(
     x: Float[Array, "b n h k"], landmarks: Float[Array, "h l k"], *, ridge: Ridge = 0.01, whiten: bool = True
 ) -> Float[Array, "b n h l"]:
-    """Returns token-wise features, for linear attention (also causal) with fixed landmarks.
+    """Returns token-wise features, in at least float32, for linear attention (also causal) with fixed landmarks.
 
-    With whiten, phi(x) = C⁻¹ K(L, x) where C Cᵀ = K(L, L) + ridge I, so phi(x)·phi(y) is the Nyström kernel; its
-    entries may be negative, so divide by a norm and not by a sum. Without, the positive features K(L, x). x and
-    landmarks are not yet scaled by k^-¼. float32 or wider. ValueError if the heads or widths differ.
+    With whiten, phi(x) = C⁻¹ K(L, x) with C Cᵀ = K(L, L) + ridge I, so phi(x)·phi(y) is the Nyström kernel. Its entries
+    may be negative, so divide by a norm and not by a sum. Without whiten, the features are K(L, x), which are positive.
+    Give x and landmarks without the factor k^-¼; this function applies it. Raises ValueError if heads or widths differ.
 
     Example:
         phi_q, phi_k = (gaussian_landmark_features(x, landmarks) for x in (q, k))
     """
     if x.shape[2:] != (landmarks.shape[0], landmarks.shape[2]):
         raise ValueError(
-            f"x {x.shape} needs landmarks (heads, number, width) with its heads and width, got {landmarks.shape}."
+            f"x has shape {x.shape} and landmarks {landmarks.shape}; give landmarks (heads, number, width) with the "
+            "heads and width of x."
         )
     check_floats(x=x, landmarks=landmarks)
     return _landmark_features(x, landmarks, ridge, whiten)
@@ -255,14 +256,14 @@ def _check_tokens(q: Array, k: Array, v: Array) -> None:
 
 
 def _key_padding(mask: Array, k: Array) -> Bool[Array, "b m"]:
-    """Returns a mask of `b m` or `b 1 1 m` as `b m`; ValueError if it differs between queries or heads."""
+    """Returns a mask `b m` or `b 1 1 m` as `b m`; raises ValueError if it differs between queries or heads."""
     batch, length = k.shape[:2]
     if jnp.result_type(mask) != jnp.bool_:
         raise ValueError(f"mask has dtype {jnp.result_type(mask)}; give booleans, True where a key is kept.")
     keys = mask[:, 0, 0] if mask.ndim == 4 and mask.shape[1:3] == (1, 1) else mask
     if keys.ndim != 2 or keys.shape[0] not in (1, batch) or keys.shape[1] not in (1, length):
         raise ValueError(
-            f"mask is {mask.shape}, but SOFT can only leave out whole keys: pass ({batch}, {length}) or "
+            f"mask has shape {mask.shape}, but SOFT only takes key masks: pass ({batch}, {length}) or "
             f"({batch}, 1, 1, {length}), and use softmax_attention for masks that differ between queries or heads."
         )
     return jnp.broadcast_to(keys, (batch, length))
@@ -310,14 +311,15 @@ def soft_attention(
 ) -> Float[Array, "b n h d"]:
     """Returns SOFT attention Ŝ v (see the top of this file); the paper ties k to q, `soft_attention(q, q, v)`.
 
-    Landmarks: means of `num_landmarks` contiguous segments of the keys (at most m); with `grid`, the (height,
-    width) of the keys in row-major order, means over about that many cells, or over (rows, columns) cells if
-    `num_landmarks` is such a pair (`landmark_cells`); or `landmarks`, given in the space of k.
-    mask: True = keep this key, as `b m` or `b 1 1 m`. Other keys, whatever they hold, change nothing.
-    ridge is added to the landmark kernel. solver: "newton" is the paper's spectral filter with its closed-form
-    derivative (`newton_inverse`), "cholesky" exact, "newton_released" the published SOFT++ (couples samples).
-    normalize: None as in SOFT: rows of Ŝ sum to up to m; "symmetric" as in SOFT++; "row": rows sum to 1.
-    ValueError for is_causal, for a mask that differs between queries, and if shapes or options disagree.
+    num_landmarks: landmarks are the means of this many contiguous segments of the keys (at most m). grid: (height,
+    width) of the keys in row-major order; landmarks are then means over about num_landmarks cells, or over
+    (rows, columns) cells if num_landmarks is such a pair (see `landmark_cells`). landmarks: given landmarks instead, in
+    the space of k. mask: True for keys that are kept, `b m` or `b 1 1 m`; other keys have no effect, whatever they
+    hold. ridge: added to the diagonal of the landmark kernel. solver: "newton" is the paper's spectral filter with its
+    closed-form derivative (`newton_inverse`); "cholesky" is exact; "newton_released" is the published SOFT++, which
+    couples samples. normalize: with None, as in SOFT, rows of Ŝ sum to up to m; "symmetric" is that of SOFT++; with
+    "row", rows sum to 1. Raises ValueError for is_causal, for a mask that differs between queries, and if shapes or
+    options are invalid.
 
     Example:
         out = soft_attention(q, q, v, num_landmarks=49, grid=(14, 14), solver="cholesky")

@@ -25,7 +25,7 @@ def attend_heads(
     v: Float[Array, "b g m d"],
     mask: Mask,
 ) -> Float[Array, "b h n d"]:
-    """Returns softmax(q kᵀ / √k) v with heads before tokens; see `softmax_attention` for the mask.
+    """Returns softmax(q kᵀ / √k) v for arrays with heads before tokens; see `softmax_attention` for the mask.
 
     Example:
         out = attend_heads(q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2), None)
@@ -61,10 +61,10 @@ def attend_in_parts(
     mask: Mask = None,
     first: Int[Array, ""] | int | None = None,
 ) -> Float[Array, "b h n d"]:
-    """Returns the result of `attend_heads`, chunked over queries with at most `backend.MAX_LOGITS` logits each.
+    """Returns the result of `attend_heads`, computed in chunks of queries with at most `backend.MAX_LOGITS` logits.
 
-    first: the key at the first query's position, in causal attention: query i attends to keys 0..first+i that `mask`
-    allows; no mask of all pairs is built. Gradients recompute a chunk's logits.
+    first: for causal attention, the position of the first query among the keys: query i attends to keys 0..first+i that
+    `mask` allows. No mask of all pairs is built. The backward pass recomputes the logits of each chunk.
     """
     return _attend_in_parts(q, k, v, mask, first, backend.MAX_LOGITS)
 
@@ -109,7 +109,7 @@ def _run_in_parts(
 
 
 def _of_queries(mask: Bool[Array, "..."] | None, first: Int[Array, ""] | int, count: int) -> Bool[Array, "..."] | None:
-    """The rows of a mask for some queries; None, or a mask equal for all queries, stays."""
+    """Returns the rows of a mask for some queries; None, or a mask equal for all queries, is returned unchanged."""
     if mask is None or mask.shape[2] == 1:
         return mask
     return jax.lax.dynamic_slice_in_dim(mask, first, count, axis=2)
@@ -123,11 +123,12 @@ def softmax_attention(
     is_causal: bool = False,
     implementation: Literal["auto", "xla"] = "auto",
 ) -> Float[Array, "b n h d"]:
-    """Returns softmax(q kᵀ / √k) v per head; key heads may be fewer than query heads, each serving h/g of them.
+    """Returns softmax(q kᵀ / √k) v per head; there may be fewer key heads than query heads.
 
-    mask: True if a query may attend to a key. is_causal: query i attends to those of keys 0..i that `mask` allows; n
-    and m must then be equal. A row with no allowed key gives 0. implementation: "auto" takes the one that
-    `flowgen.backend` chooses for the device. Raises ValueError if shapes do not fit.
+    Each of g key heads serves h/g query heads. mask: True if a query may attend to a key. is_causal: query i attends to
+    the keys in 0..i that `mask` allows; n and m must then be equal. A query without allowed keys gives 0.
+    implementation: "auto" uses the implementation that `flowgen.backend` chooses for the device. Raises ValueError if
+    shapes do not match.
 
     Example:
         out = softmax_attention(q, k, v, is_causal=True)
@@ -135,7 +136,9 @@ def softmax_attention(
     backend.attention_implementation(implementation)
     check_heads(q, k, v)
     if not isinstance(is_causal, bool | np.bool_):
-        raise ValueError(f"is_causal is {is_causal}; softmax_attention takes True or False, and masks for the rest.")
+        raise ValueError(
+            f"is_causal is {is_causal}; softmax_attention takes True or False; use a mask for other orders."
+        )
     mask = check_mask(mask, q, k)
     k, v = hide_keys(k, v, mask)
     if 0 in (q.shape[1], k.shape[1]):

@@ -1,4 +1,4 @@
-"""[SF]²M: a Schroedinger bridge learned without simulation, as the velocity and the score of one network."""
+"""[SF]²M: one network learns the velocity and the score of a Schroedinger bridge, without simulation."""
 
 from __future__ import annotations
 
@@ -32,14 +32,15 @@ def score_and_flow_matching_loss(
 ) -> Loss:
     """Returns loss_fn(network, batch, key, log_mean=None) -> (loss, metrics, log_mean): E[w (|v-u_t|² + |λs+noise|²)].
 
-    (v, s) = network(t, x, cond) (Tong et al., arXiv 2307.03672, in the weighting of torchcfm): u_t is the bridge's
-    velocity and λ = 2 √(t(1-t)) / sigma, so that the best s is the *scaled* score sigma²/2 · ∇ log p_t, of order one
-    at both ends. The bridge between the data is that of the entropic plan at epsilon = 2 sigma² on squared costs:
-    `GibbsWeights(epsilon=2 * sigma**2, cost="sqeuclidean", sinkhorn_sweeps=20)`. batch, label_dropout and log_mean are
-    those of `flow_matching_loss`; both squares are averaged over dimensions.
+    The loss is that of Tong et al. (arXiv 2307.03672), weighted as in torchcfm, with (v, s) = network(t, x, cond).
+    u_t is the bridge's velocity, and λ = 2 √(t(1-t)) / sigma. The optimal s is then the *scaled* score
+    sigma²/2 · ∇ log p_t, which is of order one at both ends. The Schroedinger bridge between noise and data needs the
+    entropic plan with epsilon = 2 sigma² on squared costs:
+    `GibbsWeights(epsilon=2 * sigma**2, cost="sqeuclidean", sinkhorn_sweeps=20)`. For batch, label_dropout and log_mean,
+    see `flow_matching_loss`. Both squares are averaged over dimensions.
 
-    Forwards the process is dX = (v + s) dt + sigma dW, which `integrate_sde` takes with 2/sigma² · s as the score;
-    backwards the drift is -v + s, and v alone is the flow with the same marginals.
+    Forwards, the process is dX = (v + s) dt + sigma dW; `integrate_sde` samples it with 2/sigma² · s as the score.
+    Backwards, the drift is -v + s. The ODE with v alone has the same marginals.
 
     Example:
         loss_fn = score_and_flow_matching_loss(bridge=SchroedingerBridge(sigma=0.5))

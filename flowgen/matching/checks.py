@@ -1,4 +1,4 @@
-"""Checks of numbers, batches, times and outputs shared by the files of this package."""
+"""Checks of numbers, batches, times and outputs that the modules of this package share."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def check_share(ess: float) -> None:
 
 
 def check_batch(x0: Array, x1: Array) -> None:
-    """Raises ValueError unless x0 and x1 are floating-point numbers of one shape, with at least one sample."""
+    """Raises ValueError unless x0 and x1 are floating-point arrays of the same shape with at least one sample."""
     check_floating("x0", x0)
     check_floating("x1", x1)
     if x0.shape != x1.shape:
@@ -35,9 +35,9 @@ def check_batch(x0: Array, x1: Array) -> None:
 
 
 def check_pair(t: Array, x0: Array, x1: Array) -> None:
-    """Raises ValueError unless x0 and x1 have one shape and t has one time in [0, 1] per sample.
+    """Raises ValueError unless x0 and x1 have the same shape and t has one time in [0, 1] per sample.
 
-    The values of times are known, and checked, only outside jit.
+    The values of t are checked only outside jit.
     """
     check_batch(x0, x1)
     check_times(t, x0)
@@ -69,7 +69,10 @@ def check_velocity(velocity: object) -> None:
 
 
 def check_output(output: Array, x: Array, name: str = "the velocity") -> Array:
-    """Returns a network's output; ValueError unless it has the shape of x, since broadcasting would hide a mismatch."""
+    """Returns a network's output unchanged; raises ValueError unless it has the shape of x.
+
+    Without this check, broadcasting would hide a mismatch.
+    """
     if output.shape != x.shape:
         raise ValueError(f"{name} has shape {output.shape} at x of shape {x.shape}; it must have the shape of x.")
     return output

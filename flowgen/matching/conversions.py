@@ -1,4 +1,4 @@
-"""Conversions between a velocity and the other predictions along a path, and from one path's field to another's."""
+"""Conversions between a velocity and the other predictions along a path, and from one path to another."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flowgen.matching.checks import check_times
 from flowgen.matching.paths import SMALLEST, Path, Schedule, over_event, schedule_over
 
 Prediction = Literal["velocity", "x1", "noise", "score"]
-# The same for networks that predict x1, noise or a score: their errors are divided by it.
+# As SMALLEST, for networks that predict x1, noise or a score: the conversion divides their errors by this number.
 NETWORK_SMALLEST = 0.02
 
 
@@ -30,12 +30,12 @@ def prediction_to_velocity(
     *,
     smallest: float = SMALLEST,
 ) -> Float[Array, "b *event"]:
-    """Returns the velocity at x_t that a prediction of "x1", "noise" (x0) or "score" implies; a velocity as it is.
+    """Returns the velocity at x_t that a prediction of "x1", "noise" (x0) or "score" implies.
 
-    v = alpha' x1 + beta' x0, where the missing term follows from x_t = alpha x1 + beta x0, and x0 is -beta times the
-    score. The conversion is singular where the path is all noise or all data: it is evaluated at the nearest time that
-    `clip_times(path, t, smallest)` allows, and so should the prediction be; derivatives are bounded by their values
-    there.
+    v = alpha' x1 + beta' x0. The unknown term follows from x_t = alpha x1 + beta x0, and x0 is -beta times the score. A
+    prediction of "velocity" is returned unchanged. The conversion is singular where the path is all noise or all data,
+    so it uses the nearest time that `clip_times(path, t, smallest)` allows; evaluate the prediction at that time too.
+    The derivatives alpha' and beta' are bounded by their values at that time.
     Raises ValueError for another kind, for a path with a spread, and for times outside [0, 1].
 
     Example:
@@ -46,7 +46,7 @@ def prediction_to_velocity(
         return value
     here, _ = _inner(path, t, x_t, SMALLEST)
     inner, _ = _inner(path, t, x_t, smallest)
-    # Derivatives at the time itself, except those that diverge at the end.
+    # Derivatives at time t itself, except for those that diverge at an end.
     d_alpha, d_beta = (jnp.where(jnp.abs(a) < jnp.abs(b), a, b) for a, b in zip(here[2:], inner[2:], strict=True))
     if kind == "x1":
         return d_alpha * value + d_beta * (x_t - inner.alpha * value) / inner.beta
@@ -57,9 +57,10 @@ def prediction_to_velocity(
 def velocity_to_x1(
     path: Path, t: Float[Array, " b"], x_t: Float[Array, "b *event"], velocity: Float[Array, "b *event"]
 ) -> Float[Array, "b *event"]:
-    """Returns the data x1 = (beta v - beta' x_t) / D that a velocity implies, E[x1 | x_t] for the learned one.
+    """Returns the data x1 = (beta v - beta' x_t) / D that a velocity implies; a learned velocity gives E[x1 | x_t].
 
-    D = alpha' beta - beta' alpha. At the ends, and with a spread, as `prediction_to_velocity`.
+    D = alpha' beta - beta' alpha. Times are clipped as by `clip_times(path, t)`. Raises ValueError for a path with a
+    spread and for times outside [0, 1].
 
     Example:
         x1 = velocity_to_x1(CondOT(), t, x_t, v)
@@ -71,9 +72,10 @@ def velocity_to_x1(
 def velocity_to_noise(
     path: Path, t: Float[Array, " b"], x_t: Float[Array, "b *event"], velocity: Float[Array, "b *event"]
 ) -> Float[Array, "b *event"]:
-    """Returns the noise x0 = (alpha' x_t - alpha v) / D that a velocity implies, E[x0 | x_t] for the learned one.
+    """Returns the noise x0 = (alpha' x_t - alpha v) / D that a velocity implies; a learned velocity gives E[x0 | x_t].
 
-    D = alpha' beta - beta' alpha. At the ends, and with a spread, as `prediction_to_velocity`.
+    D = alpha' beta - beta' alpha. Times are clipped as by `clip_times(path, t)`. Raises ValueError for a path with a
+    spread and for times outside [0, 1].
 
     Example:
         x0 = velocity_to_noise(CondOT(), t, x_t, v)
@@ -85,10 +87,11 @@ def velocity_to_noise(
 def velocity_to_score(
     path: Path, t: Float[Array, " b"], x_t: Float[Array, "b *event"], velocity: Float[Array, "b *event"]
 ) -> Float[Array, "b *event"]:
-    """Returns ∇ log p_t(x_t) = -E[x0 | x_t] / beta_t, for the velocity learned from *independent* normal noise.
+    """Returns ∇ log p_t(x_t) = -E[x0 | x_t] / beta_t for a velocity learned with *independent* normal noise.
 
-    Couplings other than `Independent` make noise and data dependent: the field then has no such score. At the ends, and
-    with a spread, as `prediction_to_velocity`.
+    Couplings other than `Independent` make noise and data dependent, and this formula then does not give the score.
+    Times are clipped as by `clip_times(path, t)`. Raises ValueError for a path with a spread and for times outside
+    [0, 1].
 
     Example:
         score = velocity_to_score(CondOT(), t, x_t, v)
@@ -101,7 +104,7 @@ def clip_times(path: Path, t: Float[Array, " b"], smallest: float = SMALLEST) ->
     """Returns times clipped to at least 1e-5 from both ends and to alpha/beta within [smallest, 1/smallest].
 
     Example:
-        t = clip_times(Polynomial(10.0), t)  # 0.316 and later: before, x_t is x0 to five digits
+        t = clip_times(Polynomial(10.0), t)  # at least 0.316; earlier, x_t equals x0 to five digits
     """
     first, last = _inner_ends(path, smallest)
     return jnp.clip(t, first, last)
@@ -110,14 +113,14 @@ def clip_times(path: Path, t: Float[Array, " b"], smallest: float = SMALLEST) ->
 def change_path(
     velocity: Callable[[Array, Array, Any], Array], path: Path, new_path: Path
 ) -> Callable[[Array, Array, Any], Array]:
-    """Returns the field along new_path of a velocity trained along path, with the same end points.
+    """Returns the velocity field along new_path that corresponds to a velocity trained along path.
 
-    Let t be the time at which path has the ratio alpha/beta that new_path has at r, found by bisection, and
-    s² = (alpha² + beta²)_new(r) / (alpha² + beta²)(t) the square of the scale between both. Then
+    Let t be the time at which path has the same ratio alpha/beta as new_path at r (found by bisection), and
+    s² = (alpha² + beta²)_new(r) / (alpha² + beta²)(t) the squared scale between the two. Then
     v_new(r, x) = (s'/s) x + s t' v(t, x/s), where t' = D_new / (D s²) and D = alpha' beta - beta' alpha (Pokle et al.,
-    arXiv 2310.04432). End points agree up to s, which is 1 if both paths have alpha² + beta² = 1. r is kept 1e-5 from
-    both ends, where D of some paths is 0 or infinite; ratios that path does not reach are taken at its end. Do not
-    differentiate it with respect to time. Raises ValueError for paths with a spread.
+    arXiv 2310.04432). Both fields have the same end points up to s, which is 1 if both paths have alpha² + beta² = 1.
+    r is clipped to 1e-5 from both ends, where D of some paths is 0 or infinite. If path does not reach a ratio, t is
+    its nearest end. Do not differentiate the field with respect to time. Raises ValueError for paths with a spread.
 
     Example:
         x1, nfe = integrate(change_path(velocity, CondOT(), Trigonometric()), x0, num_steps=25)
@@ -145,7 +148,7 @@ def change_path(
 def time_of_ratio(path: Path, alpha: Float[Array, "*t"], beta: Float[Array, "*t"]) -> Float[Array, "*t"]:
     """Returns the time at which path has the ratio alpha/beta, whose square is the signal-to-noise ratio.
 
-    By bisection with cross-multiplied comparison, so that beta may be 0. A ratio that the path does not reach gives the
+    The bisection compares cross products, so beta may be 0. If the path does not reach the ratio, the result is the
     nearest end.
 
     Example:
@@ -159,7 +162,7 @@ def time_of_ratio(path: Path, alpha: Float[Array, "*t"], beta: Float[Array, "*t"
         early = here.alpha * beta < alpha * here.beta
         return jnp.where(early, middle, low), jnp.where(early, high, middle)
 
-    # Each step gains a bit: more than float32 has, and within 1e-12 for float64.
+    # Each step gains one bit; 40 are more than float32 has, and give 1e-12 in float64.
     low, high = jax.lax.fori_loop(0, 40, halve, (jnp.zeros_like(alpha), jnp.ones_like(alpha)))
     return (low + high) / 2
 
@@ -178,7 +181,7 @@ def check_prediction(kind: str, path: Path | None = None) -> None:
 
 
 def check_no_spread(path: Path) -> None:
-    """Raises ValueError if a path has noise on top of x0 and x1, which a velocity cannot separate from them.
+    """Raises ValueError if a path adds noise to x0 and x1, because a velocity cannot separate it from them.
 
     Example:
         check_no_spread(CondOT())
@@ -190,14 +193,14 @@ def check_no_spread(path: Path) -> None:
 
 @functools.lru_cache(maxsize=64)
 def _inner_ends(path: Path, smallest: float) -> tuple[float, float]:
-    """The times at which alpha/beta is smallest and 1/smallest, at least 1e-5 away from 0 and 1."""
+    """Returns the times at which alpha/beta is `smallest` and 1/`smallest`, kept at least 1e-5 away from 0 and 1."""
     with jax.ensure_compile_time_eval():
         first, last = time_of_ratio(path, jnp.array([smallest, 1.0]), jnp.array([1.0, smallest]))
         return max(float(first), SMALLEST), min(float(last), 1 - SMALLEST)
 
 
 def _inner(path: Path, t: Array, x: Array, smallest: float) -> tuple[Schedule, Array]:
-    """The schedule in the shape of x at the time next to t at which conversions are regular, and its determinant."""
+    """Returns the schedule, broadcast over x, at the time nearest t where conversions are regular, and D there."""
     check_times(t, x)
     check_no_spread(path)
     schedule = schedule_over(path, clip_times(path, t, smallest), x)

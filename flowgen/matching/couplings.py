@@ -1,11 +1,11 @@
 """Couplings: how noise and data are paired, and the log-weight of each pair.
 
-A coupling sees a whole batch. If devices share it, `flowgen.matching.loss.couple` gathers its rows, unless the coupling
-`sees` a "row" (each pair separately) or a "device" (only the rows of one device, so that the number of devices changes
-what is learned).
+A coupling sees the whole batch by default: `flowgen.matching.loss.couple` gathers the rows of all devices that share
+it. If the attribute `sees` is "row", the coupling treats each pair separately. If it is "device", the coupling uses
+only the rows of one device, and the number of devices changes what is learned.
 
-Weights turn the loss of independent pairs into that of the coupling q ∝ w · p(x0) p(x1): E[w |v - u|²]
-(W-CFM, arXiv 2507.22270). A plan over the batch moves the noise x0 instead.
+Weights w turn the loss of independent pairs into E[w |v - u|²], the loss of the coupling q ∝ w · p(x0) p(x1)
+(W-CFM, arXiv 2507.22270). A transport plan reorders the noise x0 within the batch instead.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from flowgen.settings.ranges import OpenFraction, Own, Positive, Within
 
 SMALLEST_EPSILON = 1e-20
 Epsilon = Annotated[float, Within(SMALLEST_EPSILON)]
-MAX_SWEEPS = 1 << 16  # Sinkhorn sweeps; a step runs all of them
+MAX_SWEEPS = 1 << 16  # largest number of Sinkhorn sweeps that one step may run
 
-# The condition of a batch, such as labels `b`; couplings only reorder its rows.
+# The condition of a batch, such as labels of shape `b`; couplings only reorder its rows.
 Cond = Any
 Cost = Literal["euclidean", "sqeuclidean"] | Callable[[Array, Array], Array]
 
 
 class Coupled(NamedTuple):
-    """Pairs, their condition and their log-weights."""
+    """Pairs of noise and data, with their conditions and log-weights."""
 
     x0: Float[Array, "b *event"]
     x1: Float[Array, "b *event"]
@@ -47,7 +47,7 @@ class Coupled(NamedTuple):
 
 @runtime_checkable
 class Coupling(Protocol):
-    """What a loss needs of a coupling; `sees` may be "row" or "device", and is "global" by default."""
+    """The interface of a coupling; the optional attribute `sees` is "row", "device" or "global" (the default)."""
 
     def __call__(
         self, key: Key[Array, ""], x0: Float[Array, "b *event"], x1: Float[Array, "b *event"], cond: Cond = None
@@ -58,7 +58,7 @@ class Coupling(Protocol):
 
 @config
 class Independent:
-    """Pairs as they come, all of weight 1: I-CFM.
+    """The pairs as given, all with weight 1: I-CFM.
 
     Example:
         x0, x1, cond, log_weight = Independent()(key, x0, x1)
@@ -75,17 +75,18 @@ class Independent:
 
 @config
 class MinibatchOT:
-    """Optimal transport within the batch, on the squared Euclidean cost: OT-CFM (Tong et al., arXiv 2302.00482).
+    """Optimal transport within the batch, with the squared Euclidean cost: OT-CFM (Tong et al., arXiv 2302.00482).
 
-    method: "exact" permutes the noise by the optimal assignment (scipy's, on the host), so that each x0 is used once;
-    "sinkhorn" draws an x0 for each x1 from the entropic plan inside the compiled program.
+    method: "exact" permutes the noise by the optimal assignment (computed by scipy on the host), which uses each x0
+    once; "sinkhorn" draws an x0 for each x1 from the entropic plan, inside the compiled program.
     epsilon: regularisation of the entropic plan, in units of the mean cost; positive.
     tolerance: share of the mass of x0 that the entropic plan may misplace on average; positive.
-    num_sweeps: most Sinkhorn sweeps to reach it; at least 1. If they do not suffice, the coupling raises ValueError
-    outside jit; inside, its weights and so the loss are NaN.
-    class_aware: x0 i takes the label of pair i, and noise moves only within a class; otherwise a class trains on other
-    noise than it is sampled from (C2OT, ICCV 2025). It needs integer labels `b` as cond.
-    scope: "global" plans over the rows of all devices, each of which solves the same problem; "device" over its own.
+    num_sweeps: largest number of Sinkhorn sweeps; at least 1. If the plan misses the tolerance after them, the coupling
+    raises ValueError outside jit; inside jit, its weights, and therefore the loss, are NaN.
+    class_aware: move noise only within a class; each x0 has the label of its original pair. Without it, a class trains
+    on a different noise distribution than it is sampled from (C2OT, ICCV 2025). Needs integer labels `b` as cond.
+    scope: "global" plans over the rows of all devices, and each device solves the same problem; "device" plans over
+    the rows of each device separately.
 
     Example:
         x0, x1, cond, log_weight = MinibatchOT(method="exact")(key, x0, x1)
@@ -109,10 +110,10 @@ class MinibatchOT:
         check_batch(x0, x1)
         cost = cost_matrix(x1, x0, "sqeuclidean")
         allowed = self._allowed(cost, cond)
-        # A NaN cost spoils the plan, which the permuted noise need not show; the weights show it.
+        # A NaN cost spoils the plan, but the permuted noise may look valid, so the weights become NaN.
         spoilt = 0 * relative_cost(cost).mean()
         if self.method == "exact":
-            # Larger than the total cost of any assignment within the classes.
+            # A forbidden pair costs more than any whole assignment within the classes.
             chosen = assignment(jnp.where(allowed, cost, (cost.max() + 1) * len(cost)))
         else:
             plan = entropic_plan(cost, allowed, self.epsilon, tolerance=self.tolerance, max_sweeps=self.num_sweeps)
@@ -124,7 +125,7 @@ class MinibatchOT:
         return Coupled(take_rows(x0, chosen), x1, cond, log_weight)
 
     def _allowed(self, cost: Float[Array, "b b"], cond: Cond) -> Bool[Array, "b b"]:
-        """Which x0 may go to which x1."""
+        """Returns the mask of the pairs (x1, x0) that the plan may use."""
         if not self.class_aware:
             return jnp.ones(cost.shape, bool)
         if cond is None:
@@ -137,7 +138,7 @@ class MinibatchOT:
         return keep_axes(lambda y: y[:, None] == y[None, :], cond, named=[(cost, "b m")], out="b m")
 
     def _check_error(self, error: Float[Array, ""]) -> None:
-        """Raises ValueError outside jit if a plan is too far off."""
+        """Raises ValueError outside jit if the error of a plan exceeds the tolerance."""
         if not isinstance(error, Tracer) and not float(error) <= self.tolerance:
             raise ValueError(
                 f"num_sweeps is {self.num_sweeps}, after which the plan of epsilon {self.epsilon} is off by "
@@ -150,21 +151,21 @@ class MinibatchOT:
 class GibbsWeights:
     """Independent pairs weighted by w = exp(-cost / epsilon): weighted conditional flow matching (arXiv 2507.22270).
 
-    Called without an epsilon it raises ValueError: none is chosen from the batch, since ε must stay the same from step
-    to step. A cost of NaN raises ValueError outside jit, and gives a weight of NaN, hence a
-    loss of NaN, inside.
+    A call without an epsilon raises ValueError: epsilon must stay the same from step to step, so no batch may choose
+    it. A NaN cost raises ValueError outside jit; inside jit, it makes the weight, and therefore the loss, NaN.
 
-    epsilon: positive; None to choose it from data, as training does by `flowgen.matching.fit_epsilon`: for the share
-    `ess` of effective pairs or, if `tilt` is given, for that tilt.
+    epsilon: positive; None to choose it from data with `flowgen.matching.fit_epsilon`, as training does. The target is
+    the share `ess` of effective pairs or, if `tilt` is given, that tilt.
     cost: "euclidean" as published, "sqeuclidean", or a function of two batches that gives one cost per pair.
-    normalize: "running" divides by a running mean of w that the loss carries from step to step, "batch" by the mean of
-    the batch; with "none", weights can be 1e-13 for images, too small for optimizers.
-    sinkhorn_sweeps: with more than 0, the weights are those of the entropic plan with the batch's own marginals,
-    exp(-cost_ii/epsilon + f_i + g_i), which undoes the tilt of noise and data from plain weights; a fixed number of
-    sweeps, whatever tilt is left; 0 for none.
-    ess: effective share of pairs for which epsilon is chosen; between 0 and 1.
-    tilt: largest relative variance of the marginals' re-weighting, for which epsilon is chosen; None to use ess.
-    scope: "global" sweeps, and normalises by "batch", over the rows of all devices; "device" over its own.
+    normalize: "running" divides by a running mean of w that the loss carries from step to step; "batch" divides by the
+    mean over the batch; "none" does not divide: weights of images can then be 1e-13, too small for optimizers.
+    sinkhorn_sweeps: number of Sinkhorn sweeps; 0 for none. If positive, the weights come from the entropic plan whose
+    marginals are those of the batch: exp(-cost_ii/epsilon + f_i + g_i). This undoes the tilt that plain weights give
+    noise and data. Exactly this many sweeps run, whatever tilt remains.
+    ess: target for choosing epsilon, the effective share of pairs; between 0 and 1.
+    tilt: target for choosing epsilon, the largest relative variance of the marginals' re-weighting; None to use ess.
+    scope: "global" runs the sweeps and the "batch" mean over the rows of all devices; "device" over the rows of each
+    device separately.
 
     Example:
         x0, x1, cond, log_weight = GibbsWeights(epsilon=2.0)(key, x0, x1)
@@ -181,7 +182,7 @@ class GibbsWeights:
 
     @property
     def sees(self) -> str:
-        """The rows that weights depend on: only the pair's own, without sweeps and a batch mean."""
+        """The rows that weights depend on: only the pair's own if there are no sweeps and no batch mean."""
         return self.scope if self.sinkhorn_sweeps or self.normalize == "batch" else "row"
 
     def __call__(
@@ -208,7 +209,7 @@ AnyCoupling = Independent | GibbsWeights | MinibatchOT | OwnCoupling
 
 
 def paired_cost(x0: Float[Array, "b *event"], x1: Float[Array, "b *event"], cost: Cost) -> Float[Array, " b"]:
-    """Returns the cost of each pair, float32 at least.
+    """Returns the cost of each pair, in at least float32.
 
     Raises ValueError if a user's function returns another shape and, outside jit, if a cost is NaN.
     """
@@ -228,7 +229,7 @@ def paired_cost(x0: Float[Array, "b *event"], x1: Float[Array, "b *event"], cost
 def cost_matrix(x0: Float[Array, "b *event"], x1: Float[Array, "m *event"], cost: Cost) -> Float[Array, "b m"]:
     """Returns the cost of pairing every x0 with every x1.
 
-    Raises ValueError if their events differ in shape or, outside jit, if a cost is NaN.
+    Raises ValueError if the samples of x0 and x1 differ in shape or, outside jit, if a cost is NaN.
     """
     check_floating("x0", x0)
     check_floating("x1", x1)
@@ -242,7 +243,7 @@ def _cost_matrix(x0: Float[Array, "b *event"], x1: Float[Array, "m *event"], cos
     if callable(cost):
         return jax.vmap(lambda x: paired_cost(jnp.broadcast_to(x[None], x1.shape), x1, cost))(x0)
     a, b = _flat(x0), _flat(x1)
-    # Shifted to their common mean, to reduce cancellation in the expanded square.
+    # Centre both at the mean of x1, which reduces cancellation in the expanded square.
     centre = b.mean(axis=0)
     a, b = a - centre[None], b - centre[None]
     cross = jnp.matmul(a, b.T, precision=jax.lax.Precision.HIGHEST)
@@ -251,20 +252,20 @@ def _cost_matrix(x0: Float[Array, "b *event"], x1: Float[Array, "m *event"], cos
 
 
 def log_mean_exp(x: Float[Array, " b"]) -> Float[Array, ""]:
-    """Returns log of the mean of exp(x)."""
+    """Returns the log of the mean of exp(x)."""
     return jax.nn.logsumexp(x) - jnp.log(len(x))
 
 
 def to_sphere(x: Float[Array, "b *event"]) -> Float[Array, "b *event"]:
-    """Returns x with every sample scaled to the norm √d that normal noise has; zeros stay zeros.
+    """Returns x with every sample scaled to norm √d, the typical norm of normal noise; zeros stay zeros.
 
-    On a sphere all data are equally close to normal noise, so that plain Gibbs weights do not tilt the data.
+    On a sphere all data are equally close to normal noise, so plain Gibbs weights do not tilt the data.
 
     Example:
         x1 = to_sphere(x1)
     """
     flat = _flat(x)
-    # First scaled to a largest coordinate of 1, so that no square underflows.
+    # Scale the largest coordinate to 1 first, so that no square underflows.
     largest = jnp.abs(flat).max(axis=1, keepdims=True)
     flat = flat / jnp.where(largest > 0, largest, 1)
     norm = jnp.linalg.norm(flat, axis=1, keepdims=True)
@@ -273,7 +274,7 @@ def to_sphere(x: Float[Array, "b *event"]) -> Float[Array, "b *event"]:
 
 
 def check_cost(cost: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Returns the costs; outside jit, ValueError if one of them is NaN."""
+    """Returns the costs unchanged; outside jit, raises ValueError if one of them is NaN."""
     if not isinstance(cost, Tracer):
         bad = int(np.isnan(np.asarray(cost)).sum())
         if bad:

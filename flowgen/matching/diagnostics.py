@@ -16,7 +16,7 @@ from flowgen.matching.couplings import Cost, GibbsWeights, cost_matrix, paired_c
 from flowgen.matching.plans import assignment, corrected_log_weight
 from flowgen.matching.solvers import Velocity, time_grid, trajectory
 
-# Size of a block in which every x0 is compared with every x1.
+# Number of samples in a block that compares every x0 with every x1.
 BLOCK = 1024
 
 
@@ -24,8 +24,9 @@ class WeightReport(NamedTuple):
     """The effect of Gibbs weights on a block of noise and data samples.
 
     ess: effective sample size as a share of the pairs. row_std, column_std, interaction_std: standard deviations of the
-    three parts of log w: noise (row tilt), data (column tilt), pair. Only the last is coupling. noise_tilt, data_tilt:
-    relative variances of the factors by which w re-weights noise and data.
+    three parts of log w, which depend on the noise (row tilt), on the data (column tilt) and on the pair. Only the last
+    part couples noise and data. noise_tilt, data_tilt: relative variances of the factors by which w re-weights noise
+    and data.
     """
 
     ess: Float[Array, ""]
@@ -37,7 +38,7 @@ class WeightReport(NamedTuple):
 
 
 def effective_sample_size(log_weight: Float[Array, " b"]) -> Float[Array, ""]:
-    """Returns (Σw)² / (b Σw²), between 1/b and 1.
+    """Returns the effective sample size as a share of the batch, (Σw)² / (b Σw²), between 1/b and 1.
 
     Example:
         ess = effective_sample_size(log_weight)
@@ -49,12 +50,12 @@ def effective_sample_size(log_weight: Float[Array, " b"]) -> Float[Array, ""]:
 def weight_report(
     x0: Float[Array, "b *event"], x1: Float[Array, "m *event"], epsilon: float, cost: Cost = "euclidean"
 ) -> WeightReport:
-    """Returns the effect of exp(-cost/epsilon) on all pairs of a block; takes b x m memory.
+    """Returns the effect of the weights exp(-cost/epsilon) on all pairs of a block; needs b x m memory.
 
     If row_std or column_std exceeds interaction_std, the weights change which noise or data are learned more than how
-    they are paired; `warn_if_tilted` says so. All three are inversely proportional to epsilon: their ratios depend only
-    on the data and the cost. The weights of `GibbsWeights(sinkhorn_sweeps=...)` are not reported here, since they have
-    almost no tilt.
+    they are paired, and `warn_if_tilted` warns. All three are inversely proportional to epsilon, so their ratios depend
+    only on the samples and the cost. The report covers plain weights, not those of
+    `GibbsWeights(sinkhorn_sweeps=...)`, which have almost no tilt.
 
     Example:
         report = weight_report(x0, x1, epsilon=2.0)
@@ -95,10 +96,10 @@ def warn_if_tilted(report: WeightReport) -> None:
 
 
 class TiltedDistances(NamedTuple):
-    """How far Gibbs weights move each marginal: W2 between it and its tilted version.
+    """How far Gibbs weights move each marginal: W2 between the samples and their tilted version.
 
-    noise_floor, data_floor: W2 between two halves of the sample; smaller differences between distributions are not
-    visible in samples of this size. The distances themselves are more precise: both sides come from the same sample.
+    noise_floor, data_floor: W2 between two halves of the sample; independent samples of this size do not show smaller
+    differences. The distances noise and data are more precise, because both sides come from the same sample.
     """
 
     noise: Float[Array, ""]
@@ -110,11 +111,12 @@ class TiltedDistances(NamedTuple):
 def tilted_wasserstein(
     x0: Float[Array, "b *event"], x1: Float[Array, "m *event"], epsilon: float, cost: Cost = "euclidean"
 ) -> TiltedDistances:
-    """Returns W2 between noise and data and their tilted versions, which a flow with plain weights learns.
+    """Returns W2 between noise and tilted noise, and between data and tilted data.
 
-    The weighted loss is that of a coupling with marginals f(x) mu(dx), f = E_data[w(x, .)] / E[w], and g(y) nu(dy)
-    likewise. Here f and g are means over the samples; the tilted sample is resampled systematically to equal weights,
-    and matched with the untilted one by exact assignment: O(b³) on the host, seconds for 1,000 samples.
+    A flow trained with plain weights learns the tilted marginals: f(x) mu(dx) with f = E_data[w(x, .)] / E[w], and
+    likewise g(y) nu(dy). Here f and g are means over the samples. Systematic resampling turns the tilted sample into
+    one of equal weights, and an exact assignment matches it with the untilted one: O(b³) on the host, seconds for
+    1,000 samples.
 
     Example:
         distances = tilted_wasserstein(x0, x1, epsilon=2.0)
@@ -130,9 +132,9 @@ def tilted_wasserstein(
 
 
 def resample(x: Float[Array, "b *event"], log_weight: Float[Array, " b"]) -> Float[Array, "b *event"]:
-    """Returns b samples of equal weight: sample i is repeated b w_i / Σw times, rounded so that the sums agree.
+    """Returns b samples of equal weight: sample i is repeated b w_i / Σw times, rounded so that the total is b.
 
-    Deterministic systematic resampling from the middle of each interval; equal weights give x itself.
+    The method is systematic resampling, deterministic at the midpoints (i + 1/2) / b; equal weights give x itself.
 
     Example:
         tilted = resample(x, log_weight)
@@ -155,12 +157,12 @@ def choose_epsilon(
     cost: Cost = "euclidean",
     sinkhorn_sweeps: int = 0,
 ) -> float:
-    """Returns the smallest epsilon at which independent pairs keep a target effective sample size or tilt.
+    """Returns the smallest epsilon at which independent pairs meet a target effective sample size or tilt.
 
-    ess: the share of pairs (x0_i, x1_i) to keep. tilt: instead (ess None), the largest relative variance of either
-    marginal's re-weighting. sinkhorn_sweeps: sweeps of the weights that ess refers to. Bisection on log epsilon, on the
-    host; a tilt and Sinkhorn sweeps need b x b memory. Raises ValueError unless exactly one target is given and in its
-    range, and if a cost is not finite.
+    ess: smallest effective share of the pairs (x0_i, x1_i). tilt: largest relative variance of either marginal's
+    re-weighting; set ess to None to use it. sinkhorn_sweeps: number of Sinkhorn sweeps that correct the weights before
+    their ess is computed. The search bisects log epsilon; a tilt or Sinkhorn sweeps need b x b memory. Raises
+    ValueError unless exactly one target is given and in range, or if the mean cost is 0 or not finite.
 
     Example:
         epsilon = choose_epsilon(x0, x1, ess=0.5)
@@ -199,10 +201,10 @@ def choose_epsilon(
 
 
 def fit_epsilon(coupling: GibbsWeights, x0: Float[Array, "b *event"], x1: Float[Array, "b *event"]) -> GibbsWeights:
-    """Returns the coupling with an epsilon chosen from independent pairs by its own targets and cost.
+    """Returns the coupling with an epsilon chosen from independent pairs for the coupling's own target and cost.
 
-    Its target is `tilt` if given, else `ess`. A tilt and Sinkhorn sweeps use the first 1,024 pairs, the ess of plain
-    weights all. A coupling that has an epsilon is returned unchanged.
+    The target is `tilt` if given, otherwise `ess`. With a tilt or Sinkhorn sweeps, only the first 1,024 pairs are used;
+    the ess of plain weights uses all. A coupling that already has an epsilon is returned unchanged.
 
     Example:
         coupling = fit_epsilon(GibbsWeights(ess=0.5), x0, x1)
@@ -223,7 +225,10 @@ def fit_epsilon(coupling: GibbsWeights, x0: Float[Array, "b *event"], x1: Float[
 
 
 class PathReport(NamedTuple):
-    """Statistics of a field's paths. energy: E ∫|v|² dt. curvature: E ∫|v - (x(1) - x(0))|² dt, 0 for lines."""
+    """Statistics of generated paths.
+
+    energy: E ∫|v|² dt. curvature: E ∫|v - (x(1) - x(0))|² dt, which is 0 for straight paths of constant speed.
+    """
 
     energy: Float[Array, ""]
     curvature: Float[Array, ""]
@@ -232,7 +237,7 @@ class PathReport(NamedTuple):
 def path_report(
     velocity: Velocity, x0: Float[Array, "b *event"], cond: Any = None, *, num_steps: int = 100
 ) -> PathReport:
-    """Returns energy and curvature of the generated paths, by rk4 and the trapezium rule on its grid.
+    """Returns the energy and the curvature of the generated paths, computed with rk4 and the trapezoidal rule.
 
     Example:
         report = path_report(velocity, x0)
@@ -250,9 +255,9 @@ def path_report(
 
 
 def signed_path_energy(energy: Float[Array, ""] | float, squared_distance: Float[Array, ""] | float) -> Any:
-    """Returns (path energy - W2²) / W2² with its sign: below 0 the paths are too short to transport the marginals.
+    """Returns (path energy - W2²) / W2²; if it is negative, the paths are too short to transport the marginals.
 
-    The usual normalised path energy is its absolute value, which hides that case.
+    The usual normalised path energy is the absolute value, which hides that case.
 
     Example:
         npe = signed_path_energy(path_report(velocity, x0).energy, wasserstein(x0, x1) ** 2)
@@ -261,9 +266,10 @@ def signed_path_energy(energy: Float[Array, ""] | float, squared_distance: Float
 
 
 def wasserstein(x: Float[Array, "b *event"], y: Float[Array, "b *event"]) -> Float[Array, ""]:
-    """Returns the exact 2-Wasserstein distance of two samples of equal size; its floor is that of two fresh samples.
+    """Returns the exact 2-Wasserstein distance between two samples of equal size.
 
-    Raises ValueError if they differ in size.
+    Two samples of the same distribution also have a positive distance; compare with it. Raises ValueError if the
+    samples differ in shape.
 
     Example:
         distance, floor = wasserstein(generated, data), wasserstein(data, more_data)
@@ -280,5 +286,5 @@ def _relative_variance(log_factor: Float[Array, " b"]) -> Float[Array, ""]:
 
 def _floor(x: Array) -> Float[Array, ""]:
     half = len(x) // 2
-    # Every other sample, in case samples are ordered.
+    # Each half takes every other sample, because the samples may be ordered.
     return wasserstein(*(take_rows(x, jnp.arange(first, 2 * half, 2)) for first in (0, 1)))

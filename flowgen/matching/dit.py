@@ -1,8 +1,8 @@
-"""DiT: a transformer on patches whose layers are modulated by time and class (Peebles and Xie, arXiv 2212.09748).
+"""DiT: a transformer on image patches, modulated by time and class (Peebles and Xie, arXiv 2212.09748).
 
-With c the embedding of (t, interval, class), a layer computes
+Let c be the embedding of (t, interval, class). A layer computes
 
-    (a, b, g, a', b', g') = W silu(c)                       (W starts at zero, so each layer starts as the identity)
+    (a, b, g, a', b', g') = W silu(c)                     (W is initialised to 0, so each layer starts as the identity)
     h <- h + g · Attention(norm(h) (1 + b) + a),   h <- h + g' · MLP(norm(h) (1 + b') + a')
 """
 
@@ -31,7 +31,7 @@ ATTENTIONS = ("softmax", "soft", *KERNELS)
 OwnAttention = Annotated[Kernel | FeatureMap, Own("a FeatureMap or a Kernel")]
 PATCH_ORDER = "channel_last"
 DIT_LAYER_NORM_EPS = 1e-6
-MAX_POSITIONS = 1 << 28  # largest size of the position table, which every trace holds
+MAX_POSITIONS = 1 << 28  # largest size of the position table, which is a constant of every trace
 
 
 @config
@@ -39,18 +39,18 @@ class DiTConfig:
     """Shape of a DiT. The paper's S, B, L, XL are (width, num_layers, head_dim) = (384, 12, 64), (768, 12, 64),
     (1024, 24, 64), (1152, 28, 72).
 
-    image_size: side of pixels or latents, or (height, width).
-    channels: channels of the images or latents.
-    patch_size: side of the squares of pixels that become one token; it divides the sides of the image.
-    width: channels of a token, a multiple of head_dim.
-    num_layers: transformer layers.
-    head_dim: channels of an attention head.
-    expansion: width of the feed-forward layers, in widths.
-    num_classes: classes that the field is conditioned on; 0 for none.
-    attention: kernel of the layers' attention, by name, or one of your own.
+    image_size: side of the images or latents, or (height, width).
+    channels: number of channels of the images or latents.
+    patch_size: side of the square patch that becomes one token; it must divide the sides of the image.
+    width: number of channels of a token, a multiple of head_dim.
+    num_layers: number of transformer layers.
+    head_dim: number of channels of an attention head.
+    expansion: hidden width of the feed-forward layers, as a multiple of width.
+    num_classes: number of classes that the field is conditioned on; 0 for none.
+    attention: attention kernel of the layers, by name, or one of your own.
     intervals: also predict average velocities over an interval (MeanFlow).
-    time_scale: factor on times before the sinusoids, which are made for 0 to 1,000; MeanFlow, whose loss contains a
-    derivative in t, needs a small one, such as 1.0.
+    time_scale: factor on times before the sinusoidal embedding, which expects 0 to 1,000; the loss of MeanFlow contains
+    a derivative in t, so MeanFlow needs a small factor, such as 1.0.
     dtype: dtype of matrix products and activations; parameters, norms and the modulation stay float32.
     remat: recompute layers in the backward pass instead of storing them.
     """
@@ -166,7 +166,7 @@ class DiT(OnMeshes, nn.Module):
 
 
 class DiTLayer(nn.Module):
-    """One layer: modulated attention and MLP with gates that start at zero."""
+    """One layer: modulated attention and MLP with gates that are initialised to 0."""
 
     config: DiTConfig
 
@@ -185,7 +185,7 @@ class DiTLayer(nn.Module):
 
 
 def _modulated(h: Array, shift: Array, scale: Array) -> Array:
-    """LayerNorm without parameters, in float32 at least, then each sample's scale and shift."""
+    """Returns the LayerNorm of h without parameters, in at least float32, then scaled and shifted per sample."""
     master = jnp.promote_types(h.dtype, jnp.float32)
     x = h.astype(master)
     x = x - x.mean(axis=-1, keepdims=True)

@@ -1,4 +1,4 @@
-"""Likelihood of a velocity field: the change of density along its paths."""
+"""Likelihood under a velocity field, from the change of density along its paths."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def log_prob(
     atol: float = 1e-5,
     max_steps: int = 4096,
 ) -> Float[Array, " b"]:
-    """Returns log p1(x1) = log p0(x0) - ∫ div v dt in nats, along the path that ends in x1; differentiable.
+    """Returns log p1(x1) = log p0(x0) - ∫ div v dt in nats, along the path that ends in x1; it is differentiable.
 
-    key: None for the exact divergence, one forward-mode product per dimension; a key for Hutchinson's estimate with
-    one Rademacher probe per sample, kept for the whole path (Grathwohl et al., arXiv 1810.01367). log_p0: of x0,
-    standard normal by default. Exact up to the solver's error; settings are those of `integrate`: with "dopri5" the
-    tolerances apply to the state and the integral of the divergence together, and only reverse-mode gradients exist.
-    The integral is summed in float32 at least.
+    key: None for the exact divergence, with one Jacobian-vector product per dimension and only the solver's error; a
+    key for Hutchinson's estimate with one Rademacher probe per sample, fixed along the whole path (Grathwohl et al.,
+    arXiv 1810.01367). log_p0: log density of x0, standard normal by default. The other settings are those of
+    `integrate`. With "dopri5", the tolerances apply jointly to the state and the integral of the divergence, and only
+    reverse-mode differentiation works. The integral is accumulated in at least float32.
 
     Example:
         lp = log_prob(velocity, x1, key=jax.random.key(0))
@@ -67,7 +67,7 @@ def log_prob(
         max_steps=max_steps,
     )
     x0, change = state[:, :-1].reshape(x1.shape), state[:, -1]
-    # Backwards in time the integral of the divergence has the opposite sign.
+    # Integrated backwards in time, the divergence has the opposite sign.
     if log_p0 is None:
         return gaussian_log_density(x0.reshape(len(x0), -1)).sum(axis=1) + change
     return log_p0(x0) + change
@@ -81,9 +81,10 @@ def divergence(
     *,
     probe: Float[Array, "b *event"] | None = None,
 ) -> tuple[Float[Array, "b *event"], Float[Array, " b"]]:
-    """Returns v and Σ_i ∂v_i/∂x_i per sample: exact, or Hutchinson's probe · (∂v/∂x) probe if a probe is given.
+    """Returns v and, per sample, its divergence Σ_i ∂v_i/∂x_i, or Hutchinson's estimate of it if a probe is given.
 
-    The exact one takes a forward-mode product per dimension, all samples at once. Summed in float32 at least.
+    The estimate is probe · (∂v/∂x) probe. The exact divergence takes one Jacobian-vector product of the whole batch per
+    dimension. Sums are in at least float32.
 
     Example:
         v, change = divergence(velocity, t, x, probe=jax.random.rademacher(key, x.shape, x.dtype))
@@ -101,7 +102,7 @@ def divergence(
         return total + moved.reshape(len(x), -1)[:, index].astype(dtype), None
 
     v = field(x)
-    # Zeros like v have the same sharding over devices as the sum.
+    # Zeros made from v have the same sharding over devices as the sum.
     zeros = jnp.zeros_like(v, dtype).reshape(len(x), -1).sum(axis=1)
     total, _ = jax.lax.scan(along, zeros, jnp.arange(size))
     return v, total

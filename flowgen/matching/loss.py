@@ -1,4 +1,4 @@
-"""Objectives of flow matching: weighted regression of a path's target by a velocity network."""
+"""Flow-matching losses: weighted regression of a velocity network onto a path's target velocity."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from flowgen.matching.solvers import Velocity
 from flowgen.matching.times import Uniform
 from flowgen.rows import ROWS, Rows, batch_rows
 
-# Rate at which the running log-mean of Gibbs weights follows the batches.
+# Update rate of the running log-mean of the Gibbs weights.
 RUNNING_RATE = 0.01
 BATCH_NAMES = ("x1", "x0", "cond", ROWS)
 
@@ -28,10 +28,10 @@ Loss = Callable[..., tuple[Any, ...]]
 
 
 class Pairs(NamedTuple):
-    """Training pairs of every loss here: coupled, with label dropout and weights.
+    """Training pairs that every loss in this package uses: coupled, weighted, and with label dropout applied.
 
-    ess: effective sample size of the batch, a share. log_mean: the running log-mean of the weights, for the next step.
-    Both cover the whole batch, even if several devices share it.
+    ess: effective sample size of the batch, as a share of it. log_mean: the running log-mean of the weights, for the
+    next step. Both cover the whole batch, even if it is split over several devices.
     """
 
     x0: Float[Array, "b *event"]
@@ -52,13 +52,14 @@ def flow_matching_loss(
 ) -> Loss:
     """Returns loss_fn(velocity, batch, key, log_mean=None) -> (loss, metrics, log_mean): E[w |v(t, x_t) - u_t|²].
 
-    velocity(t, x, cond): any callable that predicts `prediction`. The prediction itself is compared: x1 with x1, noise
-    with x0, and beta · score with -x0, which gives ∇ log p_t if the coupling is independent.
-    batch: "x1" data, "x0" noise (standard normal if missing), "cond" labels or None, and "rows", which a training step
-    adds (`flowgen.rows.Rows`): with them any number of devices draws the same numbers. The square is averaged over
-    dimensions. label_dropout: share of labels replaced by -1, per example. log_mean: the running log-mean of the
-    weights, -inf or None before the first step; it is returned, and only needed for "running" normalisation. The square
-    is float32 at least. Raises ValueError if settings or shapes do not fit.
+    velocity(t, x, cond): any callable that predicts `prediction`. The loss compares the prediction itself: x1 with x1,
+    noise with x0, and beta · score with -x0. The score learned is ∇ log p_t if the coupling is independent.
+    batch: "x1" data, "x0" noise (standard normal if missing), "cond" labels or None, and "rows" (`flowgen.rows.Rows`),
+    which a training step adds so that the random numbers do not depend on the number of devices. The squared error is
+    averaged over dimensions, in at least float32. label_dropout: probability that a label is replaced by -1, drawn
+    independently for each example. log_mean: the running log-mean of the weights, -inf or None before the first step;
+    the loss returns the updated value. Only "running" normalisation needs it. Raises ValueError if settings or shapes
+    are invalid.
 
     Example:
         loss_fn = flow_matching_loss(path=CondOT(), coupling=GibbsWeights(epsilon=2.0), time=Uniform())
@@ -93,7 +94,7 @@ def residual(
     value: Float[Array, "b *event"],
     kind: Prediction,
 ) -> Float[Array, "b *event"]:
-    """Returns the error of a prediction, in its own units except the score's, which is multiplied by beta.
+    """Returns the error of a prediction in the prediction's own units; the error of a score is multiplied by beta.
 
     Example:
         loss = mean_square(residual(path, t, pairs, point, network(t, point.x_t), "x1")).mean()
@@ -108,7 +109,9 @@ def residual(
 
 
 def rows_of(batch: dict[str, Any], key: Key[Array, ""]) -> Rows:
-    """Returns the rows of a batch for a loss, made with `key` if it has none; ValueError for unknown names.
+    """Returns the rows of a batch for a loss; makes them with `key` if the batch has none.
+
+    Raises ValueError if the batch has unknown names.
 
     Example:
         pair_rows, time_rows = rows_of(batch, key).split(2)
@@ -125,12 +128,13 @@ def draw_pairs(
     *,
     label_dropout: float = 0.0,
 ) -> Pairs:
-    """Returns the pairs of a batch with their weights, the common part of all losses.
+    """Returns the pairs of a batch with their weights; every loss starts with this step.
 
-    Noise is drawn if the batch has none, the coupling (independent by default) is applied, a share of the labels
-    becomes -1. Weights are exp(log_weight); if the coupling is `GibbsWeights` with "running", they are divided by a
-    running mean: log_mean ← log_mean + 0.01 (log mean w - log_mean), started at the batch's own if log_mean is -inf or
-    None. The mean is over all devices that share the batch. Nothing here is differentiated.
+    It draws noise if the batch has none, applies the coupling (independent by default), and replaces a share of the
+    labels by -1. Weights are exp(log_weight). If the coupling is `GibbsWeights` with normalize="running", they are
+    divided by the exponential of a running mean: log_mean ← log_mean + 0.01 (log mean w - log_mean). It starts at the
+    value of the batch if log_mean is -inf or None. The mean covers all devices that share the batch. No gradient flows
+    through the weights.
 
     Example:
         pairs = draw_pairs(rows_of(batch, key), batch, GibbsWeights(epsilon=5.0), label_dropout=0.1)
@@ -155,10 +159,10 @@ def draw_pairs(
 def couple(
     rows: Rows, coupling: Coupling, x0: Float[Array, "b *event"], x1: Float[Array, "b *event"], cond: Any
 ) -> Coupled:
-    """Returns the coupled pairs of these rows, by a plan over the rows of all devices if the coupling needs it.
+    """Returns the coupled pairs of these rows; gathers the rows of all devices first if the coupling needs them.
 
-    A coupling `sees` a "row" if each pair is separate; a "device" if it uses only one device's rows, so that the result
-    depends on the number of devices; otherwise the "global" batch.
+    The attribute `sees` of a coupling is "row" if it treats each pair separately. It is "device" if the coupling uses
+    only the rows of one device; the result then depends on the number of devices. Otherwise it is "global".
 
     Example:
         x0, x1, cond, log_weight = couple(rows, MinibatchOT(), x0, x1, labels)
@@ -178,7 +182,7 @@ def _coupled(result: Any) -> Coupled:
 
 
 def followed_log_mean(log_mean: Float[Array, ""] | None, found: Float[Array, ""]) -> Float[Array, ""]:
-    """Returns the running log-mean after a batch of log-mean `found`, which is also its initial value.
+    """Returns the running log-mean after a batch whose log-mean is `found`; the first batch gives its initial value.
 
     Example:
         log_mean = followed_log_mean(log_mean, log_mean_exp(log_weight))
@@ -188,7 +192,7 @@ def followed_log_mean(log_mean: Float[Array, ""] | None, found: Float[Array, ""]
 
 
 def combined_log_mean(before: Float[Array, ""], followed: Float[Array, " parts"]) -> Float[Array, ""]:
-    """Returns the running log-mean after a batch, from those after each of its micro-batches.
+    """Returns the running log-mean after a batch, from the running log-means after each of its micro-batches.
 
     Example:
         log_mean = combined_log_mean(log_mean, jnp.stack([followed_log_mean(log_mean, found) for found in parts]))
@@ -200,7 +204,7 @@ def combined_log_mean(before: Float[Array, ""], followed: Float[Array, " parts"]
 
 
 def draw_point(rows: Rows, path: Path, t: Float[Array, " b"], pairs: Pairs) -> PathSample:
-    """Returns x_t and u_t of each pair, with the noise of its row.
+    """Returns x_t and u_t of each pair; the noise of a path with spread is drawn with the key of the pair's row.
 
     Example:
         point = draw_point(path_rows, CondOT(), t, pairs)
@@ -210,7 +214,7 @@ def draw_point(rows: Rows, path: Path, t: Float[Array, " b"], pairs: Pairs) -> P
 
 
 def mean_square(error: Float[Array, "b *event"]) -> Float[Array, " b"]:
-    """Returns the square of each sample's error, averaged over dimensions, float32 at least.
+    """Returns each sample's squared error, averaged over dimensions, in at least float32.
 
     Example:
         loss = mean_square(predicted - target).mean()
@@ -220,9 +224,9 @@ def mean_square(error: Float[Array, "b *event"]) -> Float[Array, " b"]:
 
 
 def check_data(x0: Array, x1: Array, cond: Any, label_dropout: float) -> None:
-    """Raises ValueError unless data are floating-point numbers, and conditions have one row per sample.
+    """Raises ValueError unless data are floating-point numbers and conditions have one row per sample.
 
-    With label dropout, labels must be integers `b`.
+    With label dropout, labels must be an integer array of shape `b`.
 
     Example:
         check_data(x0, x1, labels, 0.1)
@@ -244,7 +248,7 @@ def check_data(x0: Array, x1: Array, cond: Any, label_dropout: float) -> None:
 
 
 def check_parts(path: object, coupling: object, time: object) -> None:
-    """Raises ValueError unless path, coupling and times are objects that a loss can call, not names.
+    """Raises ValueError unless path, coupling and time are objects that a loss can use, rather than names or classes.
 
     Example:
         check_parts(CondOT(), MinibatchOT(), Uniform())
@@ -258,7 +262,7 @@ def check_parts(path: object, coupling: object, time: object) -> None:
 
 
 def check_step(velocity: object, batch: object, key: object) -> None:
-    """Raises ValueError unless a loss is called with a velocity, a dict and a key, in this order.
+    """Raises ValueError unless a loss received a velocity, a dict and a key, in this order.
 
     Example:
         check_step(velocity, {"x1": images}, key)
@@ -272,7 +276,7 @@ def check_step(velocity: object, batch: object, key: object) -> None:
 
 
 def check_names(batch: dict[str, Any]) -> None:
-    """Raises ValueError unless a batch has "x1", and besides only "x0", "cond" and "rows".
+    """Raises ValueError unless a batch has "x1" and, apart from it, only "x0", "cond" and "rows".
 
     Example:
         check_names({"x1": images, "cond": labels})

@@ -39,7 +39,7 @@ from flowgen.settings.ranges import Fraction, NonNegative
 
 # The train state's collection that holds the running log-mean of weights.
 STATE = "matching"
-# Pairs for choosing epsilon and checking the tilt: enough for the mean, and their square fits in memory.
+# Number of pairs for choosing epsilon and checking the tilt: enough for a mean, and the cost matrix fits in memory.
 REPORT_PAIRS = 1024
 
 
@@ -57,9 +57,9 @@ class FlowMatching:
 class MeanFlow:
     """Regression of average velocities, for sampling in one step (arXiv 2505.13447); see `mean_flow_loss`.
 
-    instantaneous: share of pairs of interval 0, between 0 and 1.
-    power: exponent of the adaptive weight; 0 for none.
-    guidance_weight: guidance trained into the field; 0 for none.
+    instantaneous: share of pairs with interval 0, between 0 and 1.
+    power: exponent of the adaptive weight; 0 for no adaptive weight.
+    guidance_weight: weight of the guidance that is trained into the field; 0 for no guidance.
     """
 
     instantaneous: Fraction = 0.75
@@ -72,7 +72,7 @@ class MatchingConfig:
     """Loss, path, coupling and times: four independent choices.
 
     loss: the regression loss.
-    path: between noise and data.
+    path: probability path between noise and data.
     coupling: how noise and data are paired, and the weight of each pair.
     time: distribution of training times.
     """
@@ -103,9 +103,9 @@ class MatchingConfig:
         return self.loss.prediction if isinstance(self.loss, FlowMatching) else "velocity"
 
     def fitted(self, x0: Float[Array, "b *event"], x1: Float[Array, "b *event"]) -> MatchingConfig:
-        """Returns these choices with an unset epsilon chosen on a block of noise and data.
+        """Returns this config with epsilon, if it is unset, chosen from samples of noise and data.
 
-        Warns if weights re-weight the data more than they couple them.
+        Warns (UserWarning) if plain Gibbs weights re-weight noise or data more than they couple them.
         """
         coupling = self.coupling
         if not isinstance(coupling, GibbsWeights):
@@ -116,7 +116,7 @@ class MatchingConfig:
         return dataclasses.replace(self, coupling=coupling)
 
     def loss_fn(self, *, label_dropout: float = 0.0) -> Loss:
-        """Returns the loss of these choices."""
+        """Returns the loss function of this config."""
         if isinstance(self.loss, MeanFlow):
             return mean_flow_loss(
                 path=self.path,
@@ -150,10 +150,10 @@ def matching_objective(
 ) -> Callable[..., tuple]:
     """Returns the objective (variables, batch, key) -> (loss, metrics[, carried state]) of a velocity network.
 
-    pairs(key, batch): the input of `loss_fn`, "x1", and "x0" and "cond" if any. Its key is the device's own; draws with
-    `batch_rows(batch, key, num)` are the same on any number of devices. The carried state is the running log-mean of
-    the weights, in the collection "matching", if `variables` have one. train: with dropout; a network whose config has
-    a `dropout` is then applied row by row, so that each row drops by its own key.
+    pairs(key, batch): returns the input of `loss_fn`: "x1", and optionally "x0" and "cond". Each device gets its own
+    key; draws with `batch_rows(batch, key, num)` are the same on any number of devices. The carried state is the
+    running log-mean of the weights; it exists if `variables` has the collection "matching". train: apply dropout. If
+    the network's config has a positive `dropout`, the network is then applied row by row, with one dropout key per row.
 
     Example:
         pairs = lambda key, batch: {"x1": from_uint8(batch.pixels)}
@@ -183,7 +183,7 @@ def matching_objective(
 
 
 def combined_state(before: dict[str, Any], parts: dict[str, Any]) -> dict[str, Any]:
-    """Returns the carried state of a batch from those of its micro-batches.
+    """Returns the carried state after a batch, from the states after each of its micro-batches.
 
     Example:
         state = combined_state({"matching": {"log_mean": before}}, {"matching": {"log_mean": stacked}})
@@ -194,10 +194,10 @@ def combined_state(before: dict[str, Any], parts: dict[str, Any]) -> dict[str, A
 
 
 def velocity_field(network: Any, variables: Any, matching: MatchingConfig) -> Velocity:
-    """Returns the velocity (t, x, cond) of a trained network, whatever it predicts.
+    """Returns the velocity function (t, x, cond) -> v of a trained network, whatever the network predicts.
 
-    A network that predicts x1, noise or a score is evaluated, and converted, only at times with alpha/beta within
-    [0.02, 50]: nearer to an end of the path, its error would be amplified without bound.
+    A prediction of x1, noise or score is evaluated and converted only at times with alpha/beta within [0.02, 50]:
+    closer to an end of the path, the conversion would amplify its error without bound.
 
     Example:
         x1, nfe = integrate(velocity_field(network, variables, matching), x0, labels)

@@ -1,7 +1,7 @@
 """Probability paths from noise x0 (t = 0) to data x1 (t = 1).
 
-An affine path is x_t = alpha_t x1 + beta_t x0 (+ spread_t · noise), with target velocity
-u_t = alpha'_t x1 + beta'_t x0 (+ spread'_t/spread_t (x_t - mean)). With Gaussian x0, beta_t is often called sigma_t.
+An affine path is x_t = alpha_t x1 + beta_t x0 (+ spread_t · noise), and its target velocity is
+u_t = alpha'_t x1 + beta'_t x0 (+ spread'_t/spread_t (x_t - mean)). If x0 is Gaussian, beta_t is often called sigma_t.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from flowgen.matching.checks import check_pair
 from flowgen.settings import config
 from flowgen.settings.ranges import NonNegative, Positive, ProperFraction, Within
 
-# How close conversions come to an end of a path, in time and in alpha/beta: they are singular there, the path is not.
+# Conversions, but not paths, are singular at the ends: they stay this far away, in time and in alpha/beta.
 SMALLEST = 1e-5
 
 
@@ -30,7 +30,7 @@ class Schedule(NamedTuple):
 
 
 class PathSample(NamedTuple):
-    """A point of a path: x_t, the target velocity u_t, and the noise added on top (or zeros)."""
+    """Points on a path: x_t, the target velocity u_t, and the noise added to x_t (zeros if there is none)."""
 
     x_t: Float[Array, "b *event"]
     u_t: Float[Array, "b *event"]
@@ -39,7 +39,7 @@ class PathSample(NamedTuple):
 
 @runtime_checkable
 class Path(Protocol):
-    """What losses and samplers need of a path."""
+    """The interface of a path that losses and samplers use."""
 
     def schedule(self, t: Float[Array, "*t"]) -> Schedule:
         """Returns alpha, beta and their derivatives."""
@@ -52,16 +52,16 @@ class Path(Protocol):
         ...
 
     def __hash__(self) -> int:
-        """Returns the same number for equal paths, as frozen dataclasses do."""
+        """Returns the same number for equal paths, like the hash of a frozen dataclass."""
         ...
 
 
 class AffinePath:
-    """A path given by its schedule, optionally with a constant Gaussian spread."""
+    """Base class of paths that a schedule defines, with an optional constant Gaussian spread."""
 
     @property
     def spread(self) -> float:
-        """Standard deviation of the noise on top."""
+        """Standard deviation of the noise added to x_t."""
         return 0.0
 
     def schedule(self, t: Float[Array, "*t"]) -> Schedule:
@@ -100,9 +100,9 @@ class CondOT(AffinePath):
 class Target(AffinePath):
     """Lipman's path with a narrow end: x_t = t x1 + (1 - (1 - sigma_min) t) x0, with standard normal x0.
 
-    The target is written with x0, x1 - (1 - sigma_min) x0, which is the published one without its 0/0 at t = 1.
+    The target x1 - (1 - sigma_min) x0 equals the published one, but is written with x0 to avoid 0/0 at t = 1.
 
-    sigma_min: width of the end; at least 0 and below 1.
+    sigma_min: standard deviation around x1 at t = 1; at least 0 and below 1.
     """
 
     sigma_min: ProperFraction = 0.0
@@ -170,9 +170,10 @@ class VariancePreserving(AffinePath):
 
 @config
 class LinearVariancePreserving(AffinePath):
-    """The path x_t = t x1 + √(1 - t²) x0: variance preserving, with a straight alpha.
+    """The path x_t = t x1 + √(1 - t²) x0: variance preserving, with linear alpha.
 
-    beta' = -t/beta is infinite at t = 1: as a divisor beta is kept above √1e-5, the value 5e-6 before the end.
+    beta' = -t/beta is infinite at t = 1. The divisor is therefore at least √1e-5, the value of beta 5e-6 before the
+    end.
 
     Example:
         point = LinearVariancePreserving().sample(key, t, x0, x1)
@@ -187,10 +188,10 @@ class LinearVariancePreserving(AffinePath):
 class SchroedingerBridge:
     """The Brownian bridge x_t = (1-t) x0 + t x1 + sigma √(t(1-t)) noise, for entropic couplings (Tong 2307.03672).
 
-    u_t = (1 - 2t) / (2t(1-t)) (x_t - mean) + x1 - x0. Written with the noise, its singularities at both ends are of
-    order t^-½; times are kept 1e-5 away from them.
+    u_t = (1 - 2t) / (2t(1-t)) (x_t - mean) + x1 - x0. In terms of the noise, u_t diverges only like t^-½ at t = 0 and
+    (1-t)^-½ at t = 1. Times are clipped to 1e-5 from both ends.
 
-    sigma: std of the bridge's noise; positive.
+    sigma: standard deviation of the bridge's noise; positive.
     """
 
     sigma: Positive = 1.0
@@ -205,22 +206,21 @@ class SchroedingerBridge:
         t = jnp.clip(t, SMALLEST, 1 - SMALLEST)
         noise = jax.random.normal(key, x0.shape, x0.dtype)
         spread = jnp.sqrt(t * (1 - t))
-        # Before they are rounded to the type of x0: in bfloat16 t is 1 from 0.998 on.
+        # Computed before rounding to the dtype of x0: in bfloat16, t rounds to 1 from 0.998 on.
         alpha, beta, width, rate = (over_event(c, x0) for c in (t, 1 - t, spread, (1 - 2 * t) / (2 * spread)))
         x_t = beta * x0 + alpha * x1 + self.sigma * width * noise
         return PathSample(x_t, self.sigma * rate * noise + x1 - x0, noise)
 
     def score_scale(self, t: Float[Array, " b"]) -> Float[Array, " b"]:
-        """Returns lambda_t = 2 √(t(1-t)) / sigma, the weighting of score matching, which regresses lambda s =
-        -noise."""
+        """Returns lambda_t = 2 √(t(1-t)) / sigma, the weight of score matching, which fits lambda_t s to -noise."""
         return 2 * jnp.sqrt(t * (1 - t)) / self.sigma
 
 
 def schedule_over(path: Path, t: Float[Array, " b"], x: Float[Array, "b *event"]) -> Schedule:
-    """Returns the schedule of a path at one time per sample, in the shape that multiplies x."""
+    """Returns the schedule of a path at one time per sample, in a shape that broadcasts over x."""
     return Schedule(*(over_event(number, x) for number in path.schedule(t)))
 
 
 def over_event(t: Float[Array, "..."], x: Float[Array, "b *event"]) -> Float[Array, "..."]:
-    """Returns one number per sample in the shape that multiplies x."""
+    """Returns numbers, one per sample, in a shape and dtype that broadcast over x."""
     return t.reshape(t.shape + (1,) * (x.ndim - t.ndim)).astype(x.dtype)

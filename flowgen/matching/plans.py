@@ -1,4 +1,4 @@
-"""Transport plans over a batch: exact assignment on the host, Sinkhorn's entropic plan inside the program."""
+"""Transport plans over a batch: exact assignment on the host, Sinkhorn's entropic plan in the compiled program."""
 
 from __future__ import annotations
 
@@ -14,18 +14,20 @@ from scipy.optimize import linear_sum_assignment
 
 from flowgen.backend import call_host, keep_axes, varying
 
-# Epsilon, in units of the mean cost, and sweeps of the potentials that speed up the assignment.
+# Settings of the Sinkhorn potentials that speed up the assignment: epsilon, in units of the mean cost, and sweeps.
 ASSIGNMENT_EPSILON, ASSIGNMENT_SWEEPS = 0.02, 5
-# Epsilon falls from the mean cost by this factor per stage; all but the last stage are solved roughly.
+# Epsilon starts at the mean cost and falls by the factor ANNEALING per stage. All stages but the last are solved to the
+# tolerance ROUGHLY, with at most ROUGH_SWEEPS sweeps.
 ANNEALING, ROUGHLY, ROUGH_SWEEPS = 4.0, 0.1, 50
-# Over-relaxation of a sweep while the error falls (Thibault et al., arXiv 1711.01851).
+# Over-relaxation factor of a sweep while the error decreases (Thibault et al., arXiv 1711.01851).
 OVER_RELAXATION = 1.8
 
 
 class EntropicPlan(NamedTuple):
-    """A plan over a batch, with exact rows and columns that are off by `error` of their mass on average.
+    """A plan over a batch, with exact row sums; column sums deviate by the share `error` of their mass on average.
 
-    log_plan: log of b² times the plan, so that rows and columns have mean 1. sweeps: sweeps of the last stage.
+    log_plan: log of b² times the plan, so that rows and columns have mean 1. sweeps: number of sweeps in the last
+    stage.
     """
 
     log_plan: Float[Array, "b b"]
@@ -36,13 +38,12 @@ class EntropicPlan(NamedTuple):
 def entropic_plan(
     cost: Float[Array, "b b"], allowed: Bool[Array, "b b"], epsilon: float, *, tolerance: float, max_sweeps: int
 ) -> EntropicPlan:
-    """Returns the plan that minimises cost minus epsilon times entropy, epsilon in units of the mean cost, in
-    `allowed`.
+    """Returns the plan on the `allowed` pairs that minimises cost minus epsilon times entropy.
 
-    Sinkhorn's iteration in the log domain with falling epsilon: in each stage the potentials found so far are taken
-    into the matrix once, so that those of the stage are small and marginals are exact to float32. Sweeps end when rows
-    and columns are within `tolerance`, or after max_sweeps of the last stage: look at `error`. The diagonal must be
-    allowed. Costs of 0 give the even plan.
+    epsilon is in units of the mean cost. The method is Sinkhorn's iteration in the log domain with decreasing epsilon.
+    After each stage the potentials are added to the matrix; those of the next stage are then small, and the marginals
+    are exact to float32. Sweeps end when rows and columns are within `tolerance`, or after max_sweeps sweeps in the
+    last stage, so check `error`. The diagonal must be allowed. If all costs are 0, the plan is uniform.
     """
     solve = partial(_entropic_plan, epsilon=epsilon, tolerance=tolerance, max_sweeps=max_sweeps)
     return EntropicPlan(*keep_axes(solve, cost, allowed, named=[(cost, "b m")], out=("b m", "", "")))
@@ -74,15 +75,15 @@ def _entropic_plan(
 
 
 def relative_cost(cost: Float[Array, "b m"]) -> Float[Array, "b m"]:
-    """Returns costs in units of their mean, of any magnitude; zeros if all are 0."""
-    # Within the range that float32 can divide by.
+    """Returns costs of any magnitude in units of their mean; zeros if all are 0."""
+    # Clip the divisor to the range that float32 can divide by.
     scaled = cost / jnp.clip(jnp.abs(cost).max(), 1e-30, 1e30)
     mean = scaled.mean()
     return scaled / jnp.where(mean == 0, 1, mean)
 
 
 def _falling(epsilon: float) -> list[float]:
-    """Epsilons from 1 down to the requested one."""
+    """Returns decreasing epsilons, from 1 to the requested one."""
     stages, current = [], 1.0
     while current > epsilon:
         stages.append(current)
@@ -93,7 +94,8 @@ def _falling(epsilon: float) -> list[float]:
 def _potentials(
     logits: Float[Array, "b b"], tolerance: Float[Array, ""], most: Int[Array, ""]
 ) -> tuple[Float[Array, " b"], Float[Array, " b"], Int[Array, ""]]:
-    """Potentials f, g of exp(logits + f + g) with rows and columns of mean 1, to the tolerance, and sweeps needed."""
+    """Returns f, g such that rows and columns of exp(logits + f + g) have mean 1 within the tolerance, and the number
+    of sweeps."""
     log_size = jnp.log(jnp.asarray(len(logits), logits.dtype))
 
     def sweep(state):
@@ -117,9 +119,10 @@ def _potentials(
 
 
 def sinkhorn_potentials(logits: Float[Array, "b b"], num_sweeps: int) -> tuple[Float[Array, " b"], Float[Array, " b"]]:
-    """Returns f, g such that exp(logits_ij + f_i + g_j) has rows and columns of mean 1, in the log domain.
+    """Returns f, g such that rows and columns of exp(logits_ij + f_i + g_j) have mean 1.
 
-    After a sweep the columns are exact and the rows nearly. Any finite logits give finite potentials.
+    After each sweep the columns are exact and the rows approximate. The sweeps are in the log domain, so finite logits
+    give finite potentials.
 
     Example:
         f, g = sinkhorn_potentials(-cost / epsilon, 50)
@@ -139,7 +142,7 @@ def sinkhorn_potentials(logits: Float[Array, "b b"], num_sweeps: int) -> tuple[F
 
 
 def corrected_log_weight(logits: Float[Array, "b b"], num_sweeps: int) -> Float[Array, " b"]:
-    """Returns logits_ii + f_i + g_i: the log-weights of pairs (i, i) in the plan with the batch's own marginals."""
+    """Returns the log-weights logits_ii + f_i + g_i of pairs (i, i) in the plan with the marginals of the batch."""
 
     def solve(logits):
         f, g = sinkhorn_potentials(logits, num_sweeps)
@@ -149,10 +152,10 @@ def corrected_log_weight(logits: Float[Array, "b b"], num_sweeps: int) -> Float[
 
 
 def assignment(cost: Float[Array, "b b"]) -> Int[Array, " b"]:
-    """Returns the column of each row in the assignment of least total cost, by scipy on the host.
+    """Returns the column of each row in the assignment with the smallest total cost; scipy solves it on the host.
 
-    Sinkhorn's potentials are subtracted from the costs first: constants per row and column do not change the optimum,
-    and the rest is solved in about half the time. Costs that are not finite count as 0.
+    Sinkhorn potentials are first subtracted from the costs. These constants per row and column do not change the
+    optimum, and scipy then takes about half the time. Costs that are not finite count as 0.
     """
     return keep_axes(_assignment, cost, named=[(cost, "b m")], out="b")
 
@@ -165,6 +168,6 @@ def _assignment(cost: Float[Array, "b b"]) -> Int[Array, " b"]:
 
 
 def _solved(*arrays: Any) -> Int[np.ndarray, " b"]:
-    """The assignment of costs minus row and column potentials; arrays or buffers on the host."""
+    """Returns the assignment for costs minus row and column potentials, given as arrays or buffers on the host."""
     cost, rows, columns = (np.asarray(x).astype(np.float64) for x in arrays)
     return linear_sum_assignment(cost - rows[:, None] - columns[None, :])[1].astype(np.int32)

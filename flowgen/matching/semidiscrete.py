@@ -1,8 +1,8 @@
-"""Semidiscrete optimal transport: every fresh x0 goes to one sample of a whole dataset, not of a batch.
+"""Semidiscrete optimal transport: each fresh x0 is paired with a sample of the whole dataset, not of a batch.
 
-The plan is a partition of space: x0 goes to argmax_j (g_j - |x0 - y_j|²), and the potentials g, one number per data
-point, give each data point a cell of equal probability. They are learned once, before training (Mousavi-Hosseini et
-al., arXiv 2509.25519).
+The plan partitions space: x0 goes to argmax_j (g_j - |x0 - y_j|²). The potentials g, one number per data point, give
+each data point a cell of equal probability. They are learned once, before training (Mousavi-Hosseini et al.,
+arXiv 2509.25519).
 """
 
 from __future__ import annotations
@@ -26,21 +26,22 @@ _OTT = (
     "ott.problems.linear.semidiscrete_linear_problem",
     "ott.solvers.linear.semidiscrete",
 )
-# Step size of Adam at the start of its cosine decay, in units of the spread of an x0's costs over the data.
+# Initial learning rate of Adam, before cosine decay, in units of the standard deviation of an x0's costs over the data.
 LEARNING_RATE = 0.05
-# Share of the newest potentials in the returned running mean.
+# Weight of the newest potentials in the running mean that is returned.
 AVERAGING = 0.02
 
 
 @dataclass(frozen=True, eq=False)
 class SemidiscreteOT:
-    """Each x0 with the sample whose cell it lies in; data and labels of the batch are replaced, weights are 1.
+    """Pairs each x0 with the data point in whose cell it lies; all weights are 1.
 
-    y: the data. potentials: from `fit_semidiscrete`, or any other solver for the squared Euclidean cost. labels: the
-    data's labels, returned as cond. A class then trains only on the noise of its cells but samples from all noise: use
-    them for unconditional models, or with guidance that accounts for it. Takes b x n memory.
+    It replaces the data and labels of the batch. y: the data. potentials: from `fit_semidiscrete`, or any other solver
+    for the squared Euclidean cost. labels: the data's labels, returned as cond. With labels, a class trains only on the
+    noise in its cells, but is sampled from all noise, so use this coupling for unconditional models or with guidance
+    that accounts for the difference. Needs b x n memory.
 
-    Raises ValueError if shapes do not fit, or the batch has a condition and the data have no labels.
+    Raises ValueError if shapes do not match, or if the batch has a condition and the data have no labels.
 
     Example:
         x0, x1, cond, log_weight = SemidiscreteOT(y, potentials)(key, x0, x1)
@@ -70,14 +71,14 @@ class SemidiscreteOT:
         return Coupled(x0, take_rows(self.y, partner), cond, jnp.zeros(len(x0), x0.dtype))
 
     def partner(self, x0: Float[Array, "b *event"]) -> Int[Array, " b"]:
-        """Returns, for each x0, the index of the sample whose cell it lies in."""
+        """Returns, for each x0, the index of the data point in whose cell it lies."""
         return jnp.argmax(self.potentials[None] - cost_matrix(x0, self.y, "sqeuclidean"), axis=1)
 
 
 class SemidiscreteFit(NamedTuple):
-    """The coupling, and how uneven its cells are: error is the χ² of their probabilities against equal ones.
+    """A fitted coupling, and the χ² of its cells' probabilities against equal ones as its error.
 
-    It is an unbiased estimate from draws: about 0, possibly negative, for correct potentials.
+    The error is an unbiased estimate from draws of noise. For exact potentials it is about 0 and may be negative.
     """
 
     coupling: SemidiscreteOT
@@ -95,9 +96,9 @@ def fit_semidiscrete(
 ) -> SemidiscreteFit:
     """Returns the semidiscrete coupling of a noise distribution with the data y, and its remaining error.
 
-    Potentials are learned by Adam on the dual of the transport problem, by OTT-JAX on num_steps batches of noise, a
-    function (key, shape, dtype) -> x0. More data need more steps and larger batches: each data point ought to be hit
-    dozens of times in all. Raises ModuleNotFoundError without OTT-JAX, ValueError if settings do not fit.
+    OTT-JAX optimises the dual of the transport problem with Adam, on num_steps batches of noise. noise: a function
+    (key, shape, dtype) -> x0. More data need more steps and larger batches: in total, each data point should be hit
+    dozens of times. Raises ModuleNotFoundError if OTT-JAX is not installed, and ValueError if settings are invalid.
 
     Example:
         coupling, error = fit_semidiscrete(jax.random.key(0), images, labels)

@@ -1,4 +1,4 @@
-"""Sampling and encoding by a velocity field: dx/dt = v(t, x, cond), t from 0 (noise) to 1 (data)."""
+"""Sampling and encoding with a velocity field: dx/dt = v(t, x, cond), t from 0 (noise) to 1 (data)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Velocity = Callable[[Array, Array, Any], Array]
 FixedMethod = Literal["euler", "midpoint", "heun", "rk4"]
 Method = Literal["euler", "midpoint", "heun", "rk4", "dopri5"]
 
-# The first step of dopri5; later steps follow from the error.
+# The first step of dopri5; the error determines the later steps.
 FIRST_STEP = 0.01
 
 # Butcher tableaus: stage times c, stage weights a, result weights b.
@@ -46,19 +46,20 @@ def integrate(
     atol: float = 1e-5,
     max_steps: int = 4096,
 ) -> tuple[Float[Array, "b *event"], int | Int[Array, ""]]:
-    """Returns the state at the end of the time grid, and the number of velocity evaluations; one scan over steps.
+    """Returns the state at the end of the time grid and the number of velocity evaluations.
 
-    times: the grid, increasing within [0, 1]; num_steps equal steps if None. reverse: from data to noise, backwards
-    over the grid. velocity(t, x, cond) gets t of shape `b`. Steps are summed in float32 at least, whatever the type of
-    x0. Outside jit it compiles its scan on each call: compile the caller.
+    times: the grid, increasing within [0, 1]; if None, num_steps equal steps. reverse: integrate from data to noise,
+    backwards over the grid. velocity(t, x, cond) gets t of shape `b`. The state is accumulated in at least float32,
+    whatever the dtype of x0. Outside jit, every call compiles the scan over steps again, so jit the caller.
 
-    method "dopri5" chooses its own steps, one size for the whole batch, so that the root mean square over the batch of
-    error / (atol + rtol |x|) stays below 1; num_steps is ignored and times are refused. Its count is an int32 array. It
-    has only reverse-mode gradients. If max_steps do not suffice it raises RuntimeError, or returns NaN inside jit. It
-    needs diffrax, and raises ModuleNotFoundError without it.
+    method "dopri5" chooses its own steps, with one size for the whole batch, to keep the root mean square of
+    error / (atol + rtol |x|) over the batch below 1. It ignores num_steps, raises ValueError if times are given, and
+    returns the count as an int32 array. It supports only reverse-mode differentiation. If max_steps steps do not
+    suffice, it raises RuntimeError, or returns NaN inside jit. It raises ModuleNotFoundError if diffrax is not
+    installed.
 
-    Raises ValueError for an unknown method, fewer than one step, a grid that is not increasing within [0, 1], integers
-    for x0, or a velocity of another shape than x.
+    Raises ValueError for an unknown method, fewer than one step, a grid that does not increase within [0, 1], an
+    integer x0, or a velocity whose shape differs from that of x.
 
     Example:
         x1, nfe = integrate(velocity, x0, method="heun", num_steps=25)
@@ -67,7 +68,7 @@ def integrate(
     check_velocity(velocity)
     if method == "dopri5":
         if times is not None:
-            raise ValueError("dopri5 chooses its own times; leave `times` out, or take a method of fixed steps.")
+            raise ValueError("dopri5 chooses its own times; leave `times` out, or use a fixed-step method.")
         return _dopri5(velocity, x0, cond, reverse=reverse, rtol=rtol, atol=atol, max_steps=max_steps)
     return trajectory(velocity, x0, cond, method=method, num_steps=num_steps, times=times, reverse=reverse, keep=False)
 
@@ -83,9 +84,10 @@ def trajectory(
     reverse: bool = False,
     keep: bool = True,
 ) -> tuple[Any, int]:
-    """Returns the states at all times of the grid, `steps+1 b *event` (only the last without `keep`), and the count.
+    """Returns the states at all times of the grid, `steps+1 b *event`, and the number of velocity evaluations.
 
-    Settings and errors are those of `integrate` with fixed steps.
+    keep: if False, return only the last state, `b *event`. The other settings and the errors are the same as for
+    `integrate` with a fixed-step method.
 
     Example:
         path, nfe = trajectory(velocity, x0, num_steps=100, method="rk4")
@@ -118,7 +120,7 @@ def trajectory(
 
 
 def _state_dtype(x0: Array) -> jnp.dtype:
-    """The type that steps are summed in; ValueError if x0 holds no floating-point numbers."""
+    """Returns the dtype in which the state is accumulated; raises ValueError unless x0 is floating-point."""
     check_floating("x0", x0)
     return jnp.promote_types(jnp.asarray(x0).dtype, jnp.float32)  # float64 if jax has it enabled
 
@@ -162,17 +164,18 @@ def _adaptive(
     if not isinstance(arrived, Tracer) and not arrived:
         raise RuntimeError(
             f"dopri5 did not reach the end within max_steps={max_steps}; allow more, loosen rtol={rtol} and "
-            f"atol={atol}, "
-            "or take a method of fixed steps. A velocity of NaN ends here too."
+            f"atol={atol}, or use a fixed-step method. A NaN velocity also causes this error."
         )
-    # A step, accepted or not, has seven stages; the first is the last stage of the previous accepted step.
+    # A step, accepted or not, has seven stages, but the first is known from the previous accepted step.
     evaluations = 6 * solution.stats["num_steps"] + 1
     x1 = solution.ys[0] + nan_if(jnp.logical_not(arrived), dtype)
     return x1.astype(x0.dtype), jnp.asarray(evaluations, jnp.int32)
 
 
 def time_grid(num_steps: int, times: Sequence[float] | np.ndarray | None) -> Float[Array, " n"]:
-    """Returns the grid of `integrate`; ValueError if it has no step or is not increasing within [0, 1].
+    """Returns the time grid of `integrate`.
+
+    Raises ValueError if the grid has no step or does not increase within [0, 1].
 
     Example:
         grid = time_grid(50, None)
@@ -181,7 +184,7 @@ def time_grid(num_steps: int, times: Sequence[float] | np.ndarray | None) -> Flo
         if not isinstance(num_steps, int | np.integer) or num_steps < 1:
             raise ValueError(f"num_steps is {num_steps}; integration needs a whole number of steps, at least one.")
         return jnp.linspace(0.0, 1.0, num_steps + 1)
-    # In jax's own type: times that differ by less would give no step.
+    # Compare times in JAX's default dtype: times that are equal after rounding would give an empty step.
     grid = np.asarray(times, jnp.result_type(float))
     if grid.ndim != 1 or len(grid) < 2:
         raise ValueError(f"times have shape {grid.shape}; a grid is a line of at least two times.")
@@ -191,11 +194,11 @@ def time_grid(num_steps: int, times: Sequence[float] | np.ndarray | None) -> Flo
 
 
 def edm_times(num_steps: int) -> tuple[float, ...]:
-    """Returns the grid of num_steps + 1 times for `integrate(times=...)` that is finer near the data, EDM's.
+    """Returns EDM's grid of num_steps + 1 times for `integrate(times=...)`, which is finer near the data.
 
-    t = 1 / (1 + sigma) with sigma_i = (80^(1/7) + i/(num_steps - 1) (0.002^(1/7) - 80^(1/7)))^7, and 0 at the end
-    (Karras et al., arXiv 2206.00364). It starts at t = 1/81, where x0 is used as x_t. Raises ValueError for fewer than
-    two steps.
+    t = 1 / (1 + sigma) with sigma_i = (80^(1/7) + i/(num_steps - 1) (0.002^(1/7) - 80^(1/7)))^7, and sigma = 0 at the
+    end (Karras et al., arXiv 2206.00364). The grid starts at t = 1/81, where the sampler uses x0 in place of x_t.
+    Raises ValueError for fewer than two steps.
 
     Example:
         x1, nfe = integrate(velocity, x0, method="heun", times=edm_times(25))
@@ -215,13 +218,14 @@ def guided(
     weight: float | None = None,
     interval: tuple[float, float] = (0.0, 1.0),
 ) -> Velocity:
-    """Returns the field of classifier-free guidance (Ho and Salimans, arXiv 2207.12598), in the convention named.
+    """Returns the velocity field with classifier-free guidance (Ho and Salimans, arXiv 2207.12598).
 
-    scale: v_u + scale (v_c - v_u), 1 is v_c. weight: (1 + weight) v_c - weight v_u, 0 is v_c; the same with
-    scale = 1 + weight. Both halves go through the network in one batch. unconditional: the condition that means none,
-    one for all samples or one for each, in the structure of cond: -1 for labels. interval: times in which guidance
-    acts; outside it the field is v_c (Kynkäänniemi et al., arXiv 2404.07724). Raises ValueError unless exactly one of
-    scale and weight is given; the field raises it if cond is None.
+    Give its strength in one of two conventions, which agree for scale = 1 + weight. scale: v_u + scale (v_c - v_u),
+    so 1 gives v_c. weight: (1 + weight) v_c - weight v_u, so 0 gives v_c. The network evaluates v_c and v_u in one
+    batch. unconditional: the value of cond that means "no condition", with the structure of cond, either one for all
+    samples or one for each; -1 for labels. interval: guidance acts only at times within it; outside, the field is v_c
+    (Kynkäänniemi et al., arXiv 2404.07724). Raises ValueError unless exactly one of scale and weight is given. The
+    field raises ValueError if cond is None.
 
     Example:
         x1, nfe = integrate(guided(velocity, -1, scale=2.0), x0, labels)
@@ -236,7 +240,7 @@ def guided(
         raise ValueError(f"scale is {scale} and weight is {weight}; guidance needs a finite number.")
 
     def stacked(cond, free):
-        # Labels may be unsigned, where -1 would be a class.
+        # In an unsigned dtype, -1 would wrap around to a large label.
         if jnp.issubdtype(cond.dtype, jnp.integer):
             cond = cond.astype(jnp.int32)
         free = jnp.broadcast_to(jnp.asarray(free, cond.dtype), cond.shape)
@@ -264,10 +268,10 @@ def integrate_sde(
     diffusion: Callable[[Array], Array] = lambda t: 1 - t,
     num_steps: int = 100,
 ) -> tuple[Float[Array, "b *event"], int]:
-    """Returns samples of dX = (v + g²/2 · score) dt + g dW, which has the marginals of the ODE for any g(t) ≥ 0.
+    """Returns samples of dX = (v + g²/2 · score) dt + g dW, and the number of evaluations of velocity plus score.
 
-    Euler-Maruyama; the last step is taken without noise. diffusion: g as a function of t. score(t, x, cond): see
-    `flowgen.matching.velocity_to_score`. The count is of calls to velocity and score together.
+    For any g(t) ≥ 0, the SDE has the same marginals as the ODE. The method is Euler-Maruyama; the last step adds no
+    noise. diffusion: g as a function of t. score(t, x, cond): for instance from `flowgen.matching.velocity_to_score`.
 
     Example:
         x1, nfe = integrate_sde(velocity, score, x0, key, num_steps=200)

@@ -1,4 +1,4 @@
-"""Distributions of training times on [0, 1]: callables (key, batch) -> t, as small classes so that they print."""
+"""Distributions of training times on [0, 1]: callables (key, batch) -> t. They are classes so that they print well."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flowgen.settings.ranges import Positive
 class Uniform:
     """Uniform times.
 
-    stratified: one per interval of length 1/b of a batch, in random order.
+    stratified: draw one time in each interval of length 1/b, for a batch of b, in random order.
     """
 
     stratified: bool = False
@@ -29,8 +29,8 @@ class Uniform:
 class LogitNormal:
     """t = sigmoid(mean + std z), z normal (Esser 2403.03206). EDM's choice is mean 1.2, std 1.2 with data at t = 1.
 
-    mean: mean of the logit; above 0 times are nearer to the data.
-    std: std of the logit; positive.
+    mean: mean of the logit; above 0, times are closer to the data.
+    std: standard deviation of the logit; positive.
     """
 
     mean: float = 0.0
@@ -44,11 +44,11 @@ class LogitNormal:
 class Shifted:
     """Uniform times moved towards the noise: with s = 1 - t and k = shift, s' = k s / (1 + (k - 1) s).
 
-    shift: k, positive; 1 for none.
+    shift: k, positive; 1 for no shift.
     """
 
     shift: Positive = 3.0
 
     def __call__(self, key: Key[Array, ""], batch: int) -> Float[Array, " b"]:
         s = jax.random.uniform(key, (batch,))
-        return jnp.clip(1 - self.shift * s / (1 + (self.shift - 1) * s), 0, 1)  # roundings may be beyond
+        return jnp.clip(1 - self.shift * s / (1 + (self.shift - 1) * s), 0, 1)  # rounding may leave [0, 1]

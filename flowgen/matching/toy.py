@@ -1,7 +1,7 @@
 """Two-dimensional distributions of the flow-matching literature, drawn on the device.
 
-Two quirks of the published toy data are kept so that numbers are comparable: the "variance 0.1" of the ring's
-components is their standard deviation squared once too often (std 0.562), and the noise of the moons is one uniform
+Two quirks of the published toy data are kept, so that numbers are comparable. Their "variance 0.1" of the ring's
+components goes through a square root twice, which gives std 0.1^(1/4) = 0.562. The noise of the moons is one uniform
 number per point, added to both coordinates.
 """
 
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 RADIUS = 5.0
-# "variance 0.1" of the published toy data is a standard deviation inside the covariance: the std is 0.1^(1/4).
+# The published code uses √0.1 as the variance, not as the standard deviation, so the std is 0.1^(1/4).
 COMPONENT_STD = 0.1**0.25
 
 
@@ -28,7 +28,9 @@ def normal(key: Key[Array, ""], num: int) -> Float[Array, "num 2"]:
 
 
 def gaussian_ring(key: Key[Array, ""], num: int, components: int = 8) -> Float[Array, "num 2"]:
-    """Returns points of `components` equal Gaussians, std 0.562, on a ring of radius 5: 8 or 5 in the literature.
+    """Returns points from a mixture of equal Gaussians, std 0.562, on a ring of radius 5.
+
+    components: number of Gaussians; 8 or 5 in the literature.
 
     Example:
         x = gaussian_ring(key, 256, components=8)
@@ -40,8 +42,10 @@ def gaussian_ring(key: Key[Array, ""], num: int, components: int = 8) -> Float[A
 
 
 def moons(key: Key[Array, ""], num: int, noise: float = 0.2) -> Float[Array, "num 2"]:
-    """Returns two half circles as torchdyn draws them, times 3 less 1: one uniform [0, noise) number is added to both
-    coordinates of a point. Angles are random here; the published sampler spaces them evenly.
+    """Returns points of torchdyn's two moons, multiplied by 3 and shifted by -1.
+
+    Before that, one uniform number in [0, noise) per point is added to both of its coordinates. Angles are random here;
+    the published sampler spaces them evenly.
 
     Example:
         x = moons(key, 256)

@@ -1,12 +1,13 @@
-"""U-Net in the shape of ADM (Dhariwal and Nichol, arXiv 2105.05233), the network of the CIFAR-10 recipes.
+"""The U-Net of ADM (Dhariwal and Nichol, arXiv 2105.05233), used by the CIFAR-10 recipes.
 
-With e the embedding of (t, interval, class), a residual block computes
+Let e be the embedding of (t, interval, class). A residual block computes
 
     h = conv(silu(norm(x))),    y = skip(x) + conv(dropout(silu(norm(h + W silu(e)))))
 
-and with `scale_shift_norm` norm(h) (1 + a) + b in place of norm(h + W silu(e)), where (a, b) = W silu(e). At each
-level are some blocks, then the image is halved; on the way back it is the same with one block more, each of which also
-sees what the block (or the halving) on the way down left at its place. Attention is x + W' attention(norm(x)).
+With `scale_shift_norm`, norm(h) (1 + a) + b with (a, b) = W silu(e) replaces norm(h + W silu(e)). On the way down, each
+level runs `blocks_per_level` blocks and, except for the last level, then halves the image. On the way up, each level
+has one more block, and each block also takes the corresponding output from the way down: that of the first convolution,
+a block or a halving. Attention is x + W' attention(norm(x)).
 """
 
 from __future__ import annotations
@@ -45,34 +46,35 @@ from flowgen.settings.ranges import (
 )
 
 TORCH_GROUP_NORM_EPS = 1e-5
-# Width of the time and class embedding, in widths of the network.
+# Width of the time and class embedding, as a multiple of the width of the network.
 EMBEDDING_EXPANSION = 4
 
 
 @config
 class UNetConfig:
-    """Shape of a U-Net; `UNetConfig(image_size=32)` is torchcfm's for CIFAR-10.
+    """Shape of a U-Net; `UNetConfig(image_size=32)` has torchcfm's shape for CIFAR-10.
 
-    Meta's is `UNetConfig(image_size=32, multipliers=(2, 2, 2), blocks_per_level=4, resample="pool", head_dim=256,
-    dropout=0.3, scale_shift_norm=True)`; both feed t as it is, `time_scale=1.0`.
+    Meta's shape is `UNetConfig(image_size=32, multipliers=(2, 2, 2), blocks_per_level=4, resample="pool", head_dim=256,
+    dropout=0.3, scale_shift_norm=True)`. Both implementations embed t without a factor, as `time_scale=1.0` does.
 
     image_size: side in pixels, or (height, width).
-    channels: channels of the images.
-    width: channels of the first level, a multiple of num_groups.
-    multipliers: channels of each level, in widths; each level but the last halves the image.
+    channels: number of channels of the images.
+    width: number of channels of the first level, a multiple of num_groups.
+    multipliers: channels of each level, as multiples of width; each level but the last halves the image.
     blocks_per_level: residual blocks per level on the way down.
-    resample: "conv" halves by a convolution of stride 2 and doubles by repetition and a convolution; "pool" halves by
-    the mean of four pixels and doubles by repetition alone.
-    attention_factors: blocks attend where the image is this many times smaller; between down and up they always do.
-    head_dim: channels of an attention head; a level narrower than it is one head.
-    num_groups: groups of group norm.
+    resample: "conv" halves the image with a convolution of stride 2, and doubles it by repeating pixels before a
+    convolution; "pool" halves it with the mean of four pixels, and doubles it by repeating pixels only.
+    attention_factors: blocks have attention at levels where the image is this many times smaller; the middle always
+    has it.
+    head_dim: number of channels of an attention head; a level with fewer channels has one head.
+    num_groups: number of groups in group norm.
     dropout: share of activations that are set to 0 in training; at least 0 and below 1.
-    num_classes: classes that the field is conditioned on; 0 for none.
-    scale_shift_norm: the time scales and shifts the normalised activations, instead of being added.
-    time_scale: factor on times before the sinusoids, which are made for 0 to 1,000.
+    num_classes: number of classes that the field is conditioned on; 0 for none.
+    scale_shift_norm: let the embedding scale and shift the normalised activations instead of adding it.
+    time_scale: factor on times before the sinusoidal embedding, which expects 0 to 1,000.
     intervals: also predict average velocities over an interval (MeanFlow).
     dtype: dtype of convolutions and activations; parameters, norms, the embedding and the velocity stay float32.
-    remat: recompute blocks in the backward pass instead of storing them; less memory, more time.
+    remat: recompute blocks in the backward pass instead of storing them; this saves memory and takes more time.
     """
 
     image_size: Side | tuple[Side, Side]
@@ -146,7 +148,7 @@ class UNetConfig:
 
     @property
     def num_dims(self) -> int:
-        """Dimensions of one image, the divisor of nats or bits per dimension."""
+        """Number of dimensions of one image, the divisor for nats or bits per dimension."""
         height, width = self.image_hw
         return height * width * self.channels
 
@@ -161,7 +163,7 @@ class UNetConfig:
         return EMBEDDING_EXPANSION * self.width
 
     def attends(self, level: int) -> bool:
-        """Whether the blocks of a level have attention."""
+        """Returns whether the blocks of a level have attention."""
         return 2**level in self.attention_factors
 
     def shrunk(self) -> UNetConfig:
@@ -202,10 +204,10 @@ class UNet(OnMeshes, nn.Module):
         *,
         train: bool = False,
     ) -> Float[Array, "b height width c"]:
-        """Returns the velocity at x and time t, averaged over `interval` if given. train: drop activations.
+        """Returns the velocity at x and time t, averaged over `interval` if given. train: apply dropout.
 
-        cond: labels, -1 for none; a traced invalid label gives NaN. Raises ValueError if x, t or cond do not fit the
-        config.
+        cond: labels, -1 for no label; inside jit, an invalid label gives NaN. Raises ValueError if x, t or cond do not
+        match the config.
         """
         config = self.config
         check_inputs(config, t, x)
@@ -247,7 +249,7 @@ class UNet(OnMeshes, nn.Module):
 
 
 class Block(ResidualBlock):
-    """A residual block under the embedding e, then attention in `num_heads` heads if there are any."""
+    """A residual block conditioned on the embedding e, followed by attention if `num_heads` is positive."""
 
     num_heads: int = 0
 

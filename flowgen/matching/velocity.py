@@ -1,9 +1,10 @@
 """Velocity networks for points, and the interface of all velocity networks.
 
 A velocity network is a Flax module called as `network.apply(variables, t, x, cond, interval, train=False)`:
-t `b` in [0, 1], 0 at the noise and 1 at the data; x `b *event`; cond integer labels `b`, -1 for none, or None.
-interval `b` is for networks whose config sets `intervals`: they return the average velocity from t to t + interval
-(MeanFlow), and the velocity itself if the interval is 0 or None. Its field `config` is a `NetworkConfig`.
+t `b` is in [0, 1], 0 at the noise and 1 at the data. x is `b *event`. cond holds integer labels `b`, -1 for no label,
+or is None. interval `b` is for networks whose config sets `intervals`: they return the average velocity from t to
+t + interval (MeanFlow), and the velocity itself if the interval is 0 or None. The module's field `config` is a
+`NetworkConfig`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from flowgen.settings.ranges import Channels, Classes, Loops, Own, Width
 
 @runtime_checkable
 class NetworkConfig(Protocol):
-    """What an experiment needs of a velocity network's config, a frozen dataclass."""
+    """The interface of a velocity network's config, a frozen dataclass, that an experiment uses."""
 
     @property
     def event_shape(self) -> tuple[int, ...]:
@@ -36,7 +37,7 @@ class NetworkConfig(Protocol):
 
     @property
     def num_classes(self) -> int:
-        """Classes that the field is conditioned on; 0 for none."""
+        """Number of classes that the field is conditioned on; 0 for none."""
         ...
 
     def build(self) -> Any:
@@ -51,10 +52,10 @@ OwnNetwork = Annotated[NetworkConfig, Own("a frozen dataclass with event_shape, 
 class MLPConfig:
     """Shape of a velocity network for points.
 
-    dim: coordinates of a point.
+    dim: number of coordinates of a point.
     width: width of the hidden layers.
-    num_layers: hidden layers.
-    num_classes: classes that the field is conditioned on; 0 for none.
+    num_layers: number of hidden layers.
+    num_classes: number of classes that the field is conditioned on; 0 for none.
     intervals: also predict average velocities over an interval (MeanFlow).
     """
 
@@ -79,7 +80,7 @@ class MLPConfig:
 
 
 class VelocityMLP(OnMeshes, nn.Module):
-    """A multi-layer perceptron of [x, t, label]: SELU layers initialised as PyTorch's, as in 2-D experiments.
+    """A multilayer perceptron on [x, t, label] with SELU and PyTorch's initialisation, as published for 2-D data.
 
     Example:
         v = VelocityMLP(MLPConfig(dim=2)).apply(params, t, x)
@@ -114,7 +115,7 @@ class VelocityMLP(OnMeshes, nn.Module):
 
 
 def check_inputs(config: Any, t: Array, x: Array) -> None:
-    """Raises ValueError unless x is a batch of the config's samples and t has one time for each."""
+    """Raises ValueError unless x is a batch of samples of the config's shape and t has one time per sample."""
     check_floating("x", x)
     if x.shape[1:] != config.event_shape:
         shape = ", ".join(map(str, config.event_shape))
