@@ -164,7 +164,7 @@ WRONG = {
     "invert: an image for z": (lambda: invert(FLOW, PARAMS, X), "z has shape (2, 4, 4, 1)"),
     "invert: swapped": (lambda: invert(PARAMS, FLOW, Z), "flow is a dict"),
     "invert: a list": (lambda: invert(FLOW, PARAMS, [0.0]), "z is a list"),
-    "sample: no numbers": (lambda: sample(FLOW, PARAMS, key(), range(0)), "num has no numbers"),
+    "sample: no numbers": (lambda: sample(FLOW, PARAMS, key(), range(0)), "num is empty"),
     "sample: a clip of images": (lambda: sample(FLOW, PARAMS, key(), 1, clip=Clip(frames=2)), "clip is given"),
     "sample: frames for a clip": (lambda: sample(CLIP_FLOW, CLIP_PARAMS, key(), 1, clip=2), "clip is 2"),
     "Guidance: a text": (lambda: Guidance(scale="strong"), "scale is 'strong'"),

@@ -1,4 +1,4 @@
-"""Fresh variables of any network."""
+"""Initialisation of any network."""
 
 from __future__ import annotations
 
