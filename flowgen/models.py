@@ -1,4 +1,4 @@
-"""Fresh variables of any model: a flow with its denoiser, or another network."""
+"""Initialisation of any model: a flow with its denoiser, or another network."""
 
 from __future__ import annotations
 

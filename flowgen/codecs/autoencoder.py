@@ -113,7 +113,7 @@ class Autoencoder(OnMeshes, nn.Module):
 
 
 class Encoder(nn.Module):
-    """Images to the mean and log variance before their last 1 × 1 convolution."""
+    """Maps images to the mean and log variance, without the last 1 × 1 convolution."""
 
     config: AutoencoderConfig
 
@@ -134,7 +134,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents after their first 1 × 1 convolution to images."""
+    """Maps latents to images, without the first 1 × 1 convolution."""
 
     config: AutoencoderConfig
 

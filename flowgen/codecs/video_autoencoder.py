@@ -164,7 +164,7 @@ def _check(config: VideoAutoencoderConfig, x: Any) -> None:
 class VideoAutoencoder(OnMeshes, nn.Module):
     """Encoder and decoder between clips `b frames height width c` in [-1, 1] and latents `b f rows columns z`.
 
-    1 + k · stride frames give 1 + k latents; those of frame t depend only on frames 0..t.
+    1 + k · stride frames give 1 + k latent frames; latent frame t depends only on frames 0..t · stride.
 
     Example:
         mean, log_variance = VideoAutoencoder(config).apply(params, x, method="encode")
@@ -187,7 +187,7 @@ class VideoAutoencoder(OnMeshes, nn.Module):
         """Returns the mean and log variance of the latents, which are not normalised; the log variance is within [-30,
         20].
 
-        Raises ValueError as `check_clips`.
+        Raises what `check_clips` raises.
         """
         return self.encode_part(x, None)[0]
 
@@ -217,7 +217,7 @@ class VideoAutoencoder(OnMeshes, nn.Module):
 
 
 class Encoder(nn.Module):
-    """Squares of pixels to the mean and log variance before their last linear map."""
+    """Maps squares of pixels to the mean and log variance, without the last linear map."""
 
     config: VideoAutoencoderConfig
 
@@ -234,7 +234,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents after their first linear map to squares of pixels."""
+    """Maps latents to squares of pixels, without the first linear map."""
 
     config: VideoAutoencoderConfig
 
@@ -303,7 +303,7 @@ def _middle(config: VideoAutoencoderConfig) -> Middle:
 
 
 def encode_in_chunks(autoencoder: VideoAutoencoder, variables: PyTree, x: Clips) -> Moments:
-    """Returns `encode` of clips, first one frame and then `stride` frames at a time, with the memory of one chunk.
+    """Returns `encode` of clips, first one frame and then `stride` frames at a time, using the memory of one chunk.
 
     Example:
         mean, log_variance = encode_in_chunks(autoencoder, params, x)
@@ -316,7 +316,7 @@ def encode_in_chunks(autoencoder: VideoAutoencoder, variables: PyTree, x: Clips)
 def decode_in_chunks(
     autoencoder: VideoAutoencoder, variables: PyTree, latents: Float[Array, "b f rows columns z"]
 ) -> Clips:
-    """Returns `decode` of latents, one at a time, with the memory of one chunk.
+    """Returns `decode` of latents, one latent frame at a time, using the memory of one chunk.
 
     Example:
         x = decode_in_chunks(autoencoder, params, latents)

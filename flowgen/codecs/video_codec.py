@@ -1,4 +1,4 @@
-"""A codec of clips by a video autoencoder, for flows trained on the latents."""
+"""A codec of clips that uses a video autoencoder, for flows trained on the latents."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class VideoAutoencoderCodec:
     def moments(self, x: Pixels) -> tuple[Latents, Latents]:
         """Returns mean and standard deviation of normalised latents, as numpy arrays.
 
-        Both are in the units of normalised latents, so mean + std · ε is the latent of a sample, normalised. The code
+        Both are in the units of normalised latents, so mean + std · ε is a normalised sample of the latents. The code
         published with STARFlow-V does not divide the standard deviation by `latents_std`.
         """
         if len(check_pixels(self, x)) == 2:
