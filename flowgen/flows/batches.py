@@ -87,7 +87,7 @@ def batch_condition(
     Raises ValueError if texts may be dropped but `null_text` is None.
     """
     if label_dropout and flow.config.text_dim and null_text is None:
-        raise ValueError(f"label_dropout is {label_dropout}, but no null_text is given for dropped texts; encode ''.")
+        raise ValueError(f"label_dropout is {label_dropout}, but no null_text is given for dropped texts; give one.")
 
     def condition(rows: Rows, batch: Batch, shape: tuple[int, ...]):
         cond = condition_of(flow, batch)

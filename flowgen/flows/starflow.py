@@ -107,7 +107,7 @@ class STARFlowConfig(ImageTokens):
         if (numbers := self.num_tokens * self.head_dim) > MAX_ROTATIONS:
             raise ValueError(
                 f"image_size is {self.image_size}, patch_size {self.patch_size} and head_dim {self.head_dim}, "
-                f"whose positions are a table of {numbers} numbers, of at most {MAX_ROTATIONS}; use larger patches."
+                f"which needs a position table of {numbers} numbers, more than {MAX_ROTATIONS}; use larger patches."
             )
         if self.layers_per_block[-1] < 1:
             raise ValueError(f"layers_per_block is {self.layers_per_block}; the last block must have at least 1.")
@@ -117,7 +117,7 @@ class STARFlowConfig(ImageTokens):
                     f"{name} is {width}, not a multiple of head_dim {self.head_dim}; change one of the two."
                 )
             if self.num_kv_heads is not None and self.num_kv_heads > (heads := width // self.head_dim):
-                raise ValueError(f"num_kv_heads is {self.num_kv_heads}; {name} {width} makes {heads} heads.")
+                raise ValueError(f"num_kv_heads is {self.num_kv_heads}; {name} {width} has {heads} heads; use fewer.")
             if self.num_kv_heads is not None and width // self.head_dim % self.num_kv_heads:
                 raise ValueError(
                     f"num_kv_heads is {self.num_kv_heads}, which does not divide the {width // self.head_dim} "
@@ -125,7 +125,8 @@ class STARFlowConfig(ImageTokens):
                 )
         if self.num_kv_heads is not None and self.attention != "softmax":
             raise ValueError(
-                f"num_kv_heads is {self.num_kv_heads}; {self.attention!r} attention needs as many as heads, None."
+                f"num_kv_heads is {self.num_kv_heads}; {self.attention!r} attention cannot share "
+                "key-value heads; use None."
             )
         if (self.text_dim > 0) != (self.text_length > 0):
             raise ValueError(

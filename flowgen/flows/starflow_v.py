@@ -41,8 +41,8 @@ class STARFlowVConfig(STARFlowConfig):
             )
         if block_order(self.order, len(self.layers_per_block) - 1) != "raster":
             raise ValueError(
-                f"layers_per_block has {len(self.layers_per_block)} entries, with which order {self.order!r} "
-                "reverses the deep block and with it time; give one more or less, or 0 layers to one."
+                f"layers_per_block has {len(self.layers_per_block)} entries, so with order {self.order!r} "
+                "the deep block runs backwards in time; add or remove an entry, which may be 0."
             )
 
     def build(self) -> AutoregressiveFlow:

@@ -58,8 +58,8 @@ class FrozenTextEncoder:
         ids, mask = tokenize(self.tokenizer, texts, self.length, truncate=truncate)
         if ids.max(initial=0) >= self.network.config.vocab_size:
             raise ValueError(
-                f"the tokenizer gives token {ids.max()}, but the text encoder has {self.network.config.vocab_size}; "
-                "use the tokenizer that belongs to these weights."
+                f"the tokenizer gives token {ids.max()}, but the text encoder has {self.network.config.vocab_size} "
+                "tokens; use the tokenizer that belongs to these weights."
             )
         if not len(texts):
             return TextCondition(np.zeros((0, self.length, self.dim), np.float32), mask)
