@@ -19,7 +19,7 @@ def check_floating(name: str, x: Any) -> None:
         raise ValueError(f"{name} is {shown(x)}; give an array of floating-point numbers.")
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(
-            f"{name} is {x.dtype}; give floating-point numbers, pixels in [-1, 1]; flowgen.data.from_uint8 "
+            f"{name} is {x.dtype}; give floating-point numbers, with pixels in [-1, 1]; flowgen.data.from_uint8 "
             "converts bytes."
         )
 

@@ -27,7 +27,7 @@ import numpy as np
 T = TypeVar("T")
 PathLike = str | os.PathLike[str]
 
-# The largest tokenizer.json in use has 33 MB. Python may need forty bytes of memory per byte of JSON.
+# The largest tokenizer.json in use is 33 MB. Python may need forty bytes of memory per byte of JSON.
 MAX_BYTES = 1 << 24
 MAX_TOKENIZER_BYTES = 1 << 26
 MAX_YAML_BYTES = 1 << 16

@@ -61,8 +61,8 @@ class Guidance:
 
     scale: the weight w in c + w (c - u), at least 0; `flowgen.matching.guided` calls it `weight`.
     rule: "linear" or "product".
-    parts: what the linear rule changes.
-    blocks: indices of guided blocks, data side = 0; None means all.
+    parts: what the linear rule changes: "shift", "log_scale" or "both".
+    blocks: indices of the guided blocks, from 0 at the data side; None means all.
     anneal: whether w grows along each block's tokens, from 0 at the first to `scale` at the last.
     temperature: attention temperature of the unconditional branch, above 0. It divides the logits: above 1, attention
     is flatter, and guidance moves away from the flatter prediction. Without classes (or with -1 labels) only the

@@ -100,8 +100,7 @@ class Autoencoder(OnMeshes, nn.Module):
     def encode(
         self, x: Float[Array, "b height width c"]
     ) -> tuple[Float[Array, "b rows columns z"], Float[Array, "b rows columns z"]]:
-        """Returns the mean and log variance of the latents, which are not normalised; the log variance is within [-30,
-        20]."""
+        """Returns the mean and log variance, within [-30, 20], of the latents, which are not normalised."""
         check_floating("x", x)
         mean, log_variance = jnp.split(self.quant_conv(self.encoder(x)), 2, axis=-1)
         return mean, jnp.clip(log_variance, *LOG_VARIANCE_BOUNDS)

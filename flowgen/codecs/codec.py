@@ -25,7 +25,7 @@ Latents = Float[Array | np.ndarray, "b *latent_frames rows columns z"]
 
 @runtime_checkable
 class Codec(Protocol):
-    """Images or clips in [-1, 1] to normalised latents, and back; an image is encoded as the first frame of a clip.
+    """Maps images or clips in [-1, 1] to normalised latents and back; an image is encoded like a clip's first frame.
 
     factor: pixels per latent along a side. stride: frames per latent after the first frame; 1 + k · stride frames
     become 1 + k latent frames. channels: latent channels. pixel_channels: image channels.
@@ -152,7 +152,7 @@ class AutoencoderCodec:
         return self.autoencoder.config.channels
 
     def moments(self, x: Pixels) -> tuple[Latents, Latents]:
-        """Returns mean and standard deviation of normalised latents, as numpy arrays."""
+        """Returns the mean and standard deviation of normalised latents, as numpy arrays."""
         *frames, height, width = check_pixels(self, x)
         run = partial(_moments, self.autoencoder, self.variables)
         mean, std = (

@@ -184,8 +184,7 @@ class VideoAutoencoder(OnMeshes, nn.Module):
         return self.decode(self.encode(x)[0])
 
     def encode(self, x: Clips) -> Moments:
-        """Returns the mean and log variance of the latents, which are not normalised; the log variance is within [-30,
-        20].
+        """Returns the mean and log variance, within [-30, 20], of the latents, which are not normalised.
 
         Raises what `check_clips` raises.
         """

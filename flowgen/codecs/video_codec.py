@@ -36,7 +36,9 @@ class VideoAutoencoderCodec:
 
     def __post_init__(self):
         if not 0 < self.temporal_scale < float("inf"):
-            raise ValueError(f"temporal_scale is {self.temporal_scale}; it must be a positive number, 1 for none.")
+            raise ValueError(
+                f"temporal_scale is {self.temporal_scale}; it must be a positive number (1 for no scaling)."
+            )
 
     @property
     def factor(self) -> int:
@@ -55,7 +57,7 @@ class VideoAutoencoderCodec:
         return self.autoencoder.config.channels
 
     def moments(self, x: Pixels) -> tuple[Latents, Latents]:
-        """Returns mean and standard deviation of normalised latents, as numpy arrays.
+        """Returns the mean and standard deviation of normalised latents, as numpy arrays.
 
         Both are in the units of normalised latents, so mean + std · ε is a normalised sample of the latents. The code
         published with STARFlow-V does not divide the standard deviation by `latents_std`.

@@ -32,9 +32,9 @@ class Sequential:
 class Jacobi:
     """Decodes windows of tokens in order, by fixed-point sweeps over each with the cache of the earlier ones.
 
-    In a window, x <- shift(x) + exp(log_scale(x)) · z is repeated until no token of a sample changes by more
-    than `tol` (max norm, data units); that sample is then frozen. After k sweeps the first k tokens are exact, so the
-    default `max_sweeps=None`, the window's length, is always enough.
+    Each window repeats the sweep x <- shift(x) + exp(log_scale(x)) · z. A sample is frozen once none of its tokens
+    changes by more than `tol` (max norm, data units). After k sweeps the first k tokens are exact, so the default
+    `max_sweeps=None`, the window's length, is always enough.
 
     window: tokens solved together; None is one window over all tokens, 1 equals `Sequential`.
     init: initial guess of the first sweep: the "noise" itself, "zeros", or, in a block over several frames, the tokens

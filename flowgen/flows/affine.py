@@ -38,7 +38,7 @@ def reorder(tokens: Float[Array, "*b n c"], order: TokenOrder) -> Float[Array, "
 
 
 def soft_clip(raw: Float[Array, "*b c"], bound: float) -> Float[Array, "*b c"]:
-    """Returns bound · tanh(raw / bound), within ±bound and the identity near 0; a bound of 0 leaves raw as it is."""
+    """Returns bound · tanh(raw / bound), which is within ±bound and the identity near 0; bound 0 returns raw."""
     return bound * jnp.tanh(raw / bound) if bound else raw
 
 

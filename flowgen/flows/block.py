@@ -129,7 +129,7 @@ NOTHING_BEFORE = BlockState()
 
 
 class AutoregressiveBlock(nn.Module):
-    """An invertible map of tokens `b n c`, raster order in and out.
+    """An invertible map of tokens `b n c`, which are in raster order before and after it.
 
     Example:
         z, logdet = AutoregressiveBlock(config).apply(params, tokens, labels)

@@ -103,7 +103,7 @@ class ImageTokens:
         return patches.reshape(len(x), self.num_tokens, self.token_dim)
 
     def to_images(self, tokens: Float[Array, "b n token"]) -> Float[Array, "b *event"]:
-        """Returns the samples that tokens in raster order form."""
+        """Returns the samples whose tokens, in raster order, are `tokens`."""
         patches = tokens.reshape(-1, self.tokens_per_image, self.token_dim)
         images = unpatchify(patches, self.patch_size, self.image_hw, self.patch_order)
         return images.reshape(len(tokens), *self.event_shape)
@@ -138,7 +138,7 @@ class AutoregressiveFlow(OnMeshes, nn.Module):
     def trajectory(
         self, x: Float[Array, "b *event"], cond: Condition | None = None
     ) -> tuple[list[Float[Array, "b n token"]], Float[Array, " b"]]:
-        """Returns the tokens after each block, the last being z, and the total logdet."""
+        """Returns the tokens after each block, which end with z, and the total logdet."""
         states, logdet = self._through(self.blocks, x, cond)
         return states[1:], logdet
 
@@ -208,7 +208,7 @@ class AutoregressiveFlow(OnMeshes, nn.Module):
         return bits_per_dim(self.log_prob(x, cond), self.config.num_dims)
 
     def to_images(self, tokens: Float[Array, "b n token"]) -> Float[Array, "b *event"]:
-        """Returns the samples that data-side tokens form."""
+        """Returns the samples whose tokens are `tokens`."""
         return self.config.to_images(tokens)
 
 

@@ -54,13 +54,13 @@ class STARFlowConfig(ImageTokens):
     num_kv_heads: key-value heads, each shared by several query heads; None means one per query head.
     expansion: width of the feed-forward layers, as a multiple of the block's width.
     norm: normalisation before every layer.
-    qk_norm: normalise queries and keys.
-    post_norm: also normalise each layer's output.
+    qk_norm: whether to normalise queries and keys.
+    post_norm: whether to normalise each layer's output too.
     activation: activation of the feed-forward layers.
-    use_bias: biases in the linear layers.
+    use_bias: whether the linear layers have biases.
     scale_parameterisation: "softplus", σ = softplus(a + 0.5413), or a function of your own (shift, raw) -> (shift,
     log_scale).
-    soft_clip: bound c of c · tanh(r / c) on the raw scale and on the shift; 0 for none.
+    soft_clip: bound c of the map c · tanh(r / c) of the raw scale and of the shift; 0 for none.
     num_classes: classes that the density is conditioned on; 0 for none.
     class_conditioning: "prefix" makes the label a prefix token, as published; "add" adds its embedding to every token,
     and the mean of all class embeddings means unconditional.
@@ -70,7 +70,7 @@ class STARFlowConfig(ImageTokens):
     rope_base_grid: side, in tokens, of the grid that positions refer to; None places this grid's tokens 1 apart.
     attention: attention kernel of the layers, by name, or one of your own.
     noise_std: σ of the Gaussian training noise; above 0 for latents.
-    dtype: dtype of matrix products and activations; parameters, affine maps and log-determinants stay float32.
+    dtype: dtype of matrix products and activations; parameters, affine maps and log-determinants are at least float32.
     remat: recompute activations in the backward pass instead of storing them; this saves memory and, on CPUs, time.
     """
 

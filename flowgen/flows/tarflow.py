@@ -46,7 +46,7 @@ class TARFlowConfig(ImageTokens):
     attention: attention kernel of the layers, by name, or one of your own.
     activation: activation of the feed-forward layers.
     noise_std: σ of the Gaussian training noise; 0 means uniform dequantisation.
-    dtype: dtype of matrix products and activations; parameters, affine maps and log-determinants stay float32.
+    dtype: dtype of matrix products and activations; parameters, affine maps and log-determinants are at least float32.
     remat: recompute activations in the backward pass instead of storing them; this saves memory and, on CPUs, time.
     """
 
