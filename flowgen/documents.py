@@ -1,8 +1,8 @@
 """Reading untrusted documents: JSON and YAML of bounded size and depth, regular files, and names that stay inside their
 folder.
 
-The cost of reading is bounded by a document's size. Nesting deeper than `MAX_DEPTH` is refused, so that later recursion
-is safe too, and so are YAML aliases, with which a few bytes could expand to gigabytes.
+The cost of reading is bounded by a document's size. Nesting deeper than `MAX_DEPTH` is refused, so later recursion is
+safe too. YAML aliases are refused, because with them a few bytes could expand to gigabytes.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ ARRAY_DAMAGE = (
     *(ValueError, EOFError, TypeError, SyntaxError, LookupError, AttributeError, OverflowError, MemoryError),
     *(RuntimeError, tokenize.TokenError, struct.error, zipfile.BadZipFile, zlib.error, lzma.LZMAError),
 )
-# Possessive, and to the end if unterminated: every byte is read once.
+# Possessive, and matches to the end if unterminated, so every byte is read once.
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*+\\?(?:"|\Z)', re.DOTALL)
 # What each byte outside strings adds to the depth.
 _STEPS = np.zeros(256, np.int8)

@@ -48,8 +48,8 @@ class GuidedBlock:
     ) -> Solution:
         """Returns the tokens of noise z, both in raster order, and the solver's report.
 
-        context: tokens that precede those of z, for a block in raster order without passthrough tokens. solved: called
-        on the device with the number of tokens that each window solves.
+        context: tokens that precede the tokens of z; only for blocks in raster order without passthrough tokens.
+        solved: called on the device with the number of tokens that each window solves.
         """
         config, passthrough = self.block.config, self.block.num_passthrough
         u = reorder(each_frame(z, config.frames), config.order)

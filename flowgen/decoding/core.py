@@ -83,7 +83,7 @@ def _noise(request: DecodeRequest) -> Float[Array, "b n c"]:
 
 
 def _invert_last_block(request: DecodeRequest, noise: Float[Array, "b n c"]) -> Solution:
-    """u of all decoded frames, given ones included, and the report over all segments."""
+    """The tokens u of all decoded frames, given ones included, and the report over all segments."""
     layout, given = request.layout, request.clip.given
     u, reports = noise[:, :0] if given is None else enter_last_block(request, jnp.asarray(given))[0], []
     for part in layout.segments:

@@ -1,4 +1,4 @@
-"""Denoising of decoded samples, by the score of the density that decoding follows, or by a learned denoiser.
+"""Denoising of decoded samples, by the score of the density that decoding follows or by a learned denoiser.
 
 With u the last block's tokens, and r the segments of new frames that follow their context, the density is
 

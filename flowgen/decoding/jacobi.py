@@ -2,7 +2,8 @@
 
 The tokens of a block solve x_t = shift_t(x_<t) + exp(log_scale_t(x_<t)) · z_t. Windows of w tokens are solved
 one after another. w = 1 is sequential decoding; w = n is the Jacobi iteration of Song et al. 2021
-(arXiv 2002.03629); in between it is Gauss-Seidel-Jacobi. After k sweeps the first k tokens of a window are exact.
+(arXiv 2002.03629); sizes in between give Gauss-Seidel-Jacobi iteration. After k sweeps the first k tokens of a window
+are exact.
 """
 
 from __future__ import annotations
@@ -182,6 +183,6 @@ def bounded(x: Array) -> Array:
 
 
 def _change(new: Array, old: Array, real: Array) -> Array:
-    """Largest change per sample among real tokens; infinite if an iterate overflowed."""
+    """Largest change per sample, without padding; infinite if an iterate overflowed."""
     change = jnp.where(overflown(new), jnp.inf, jnp.abs(new - old))
     return jnp.where(real, change, 0).max(axis=(1, 2))

@@ -1,9 +1,9 @@
 """A window that advances by the tokens it has solved (Song et al. 2021, arXiv 2002.03629).
 
-A pass over the tokens t .. t+w-1 maps guess to out. Let k be the number of leading tokens that no sample changed by
-more than `tol`. These keep their guess, from which later cached keys were computed. Token t+k then has only accepted
-inputs, so its new value is exact; it takes this value, and the window advances by k+1. The window's remaining tokens
-take their new values as the next guess. So every pass accepts at least one token.
+A pass over the tokens t .. t+w-1 maps a guess to an output. Let k be the number of leading tokens that no sample
+changed by more than `tol`. These keep their guess, from which later cached keys were computed. Token t+k then has only
+accepted inputs, so its new value is exact; it takes this value, and the window advances by k+1. The window's remaining
+tokens take their new values as the next guess. So every pass accepts at least one token.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class _Noise(NamedTuple):
     window: int
 
     def at(self, start: Int[Array, ""]) -> Float[Array, "b w c"]:
-        """Returns the noise of the window that begins there."""
+        """Returns the noise of the window that begins at `start`."""
         return jax.lax.dynamic_slice_in_dim(self.tokens, start, self.window, axis=1)
 
 

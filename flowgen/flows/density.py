@@ -57,7 +57,7 @@ class FlowConfig(Protocol):
 
 @runtime_checkable
 class Flow(Protocol):
-    """What training, density and decoding need of a flow: a Flax module with these methods and a config."""
+    """What training, density and decoding need from a flow: a Flax module with these methods and a config."""
 
     @property
     def config(self) -> FlowConfig: ...
