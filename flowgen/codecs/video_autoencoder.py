@@ -1,9 +1,9 @@
 """Video autoencoders: clips to a Gaussian over latents and back, causal in time (Wan, arXiv 2503.20314, and Wan 2.2).
 
-The networks are those of `autoencoder`, with convolutions that look back two frames. Some levels also halve time: 1 +
-k · stride frames become 1 + k latents, the first from the first frame alone. A level that halves or doubles may have a
-shortcut without parameters: group means in the encoder, copies in the decoder. Layers take and return caches of earlier
-frames (see `causal`), so clips can be processed whole or in chunks.
+The networks are as in `autoencoder`, but their convolutions look back two frames. Some levels also halve time: 1 + k ·
+stride frames become 1 + k latent frames, the first of them from the first frame alone. A level that halves or doubles
+may have a shortcut without parameters: group means in the encoder, copies in the decoder. Layers take and return caches
+of earlier frames (see `causal`), so clips can be processed whole or in chunks.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class VideoAutoencoderConfig:
     channels: channels of the clips.
     latent_channels: channels of the latents.
     widths: channels of each level of the encoder; every level but the last halves the frame.
-    decoder_widths: channels of each level of the decoder; as many as widths.
+    decoder_widths: channels of each level of the decoder; as many entries as widths.
     halve_time: whether each level also halves time; one entry fewer than widths.
     layers_per_block: residual blocks per level of the encoder; the decoder has one more.
     patch_size: side of the squares of pixels that become channels before the first level.
@@ -106,7 +106,7 @@ class VideoAutoencoderConfig:
 
     @property
     def inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """The smallest batch of one clip that passes through every layer."""
+        """Shape and dtype of a batch of one clip, the smallest that passes through every layer."""
         shape = (1, 1 + self.stride, self.factor, self.factor, self.channels)
         return (jax.ShapeDtypeStruct(shape, jnp.float32),)
 

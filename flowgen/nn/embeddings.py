@@ -49,7 +49,7 @@ def class_one_hot(
 ) -> Float[Array, "b classes_and_none"]:
     """Returns one-hot rows of num_classes + 1 columns, the last for no class.
 
-    STARFlow feeds classes as a text of one token with these features (arXiv 2506.06276).
+    STARFlow treats a class as a text of one token with these features (arXiv 2506.06276).
     """
     return class_rows(jnp.eye(num_classes + 1, dtype=dtype), labels, batch)
 

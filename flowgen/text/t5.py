@@ -58,7 +58,7 @@ class T5Config:
 
     @property
     def inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """Token ids and mask of one short text."""
+        """Shapes and dtypes of the token ids and mask of one short text."""
         return tuple(jax.ShapeDtypeStruct((1, 2), dtype) for dtype in (jnp.int32, bool))
 
 
