@@ -98,7 +98,8 @@ def _check_given(clip: Clip, frames: int, config: FlowConfig, batch: int) -> Non
         )
     if not 1 <= given.shape[1] < frames:
         raise ValueError(
-            f"clip.given has {given.shape[1]} frames, and the clip has {frames}; give from 1 to {frames - 1} frames."
+            f"clip.given has {given.shape[1]} frames, and the clip has {frames}; "
+            f"give at least 1 and fewer than {frames}."
         )
 
 

@@ -117,7 +117,9 @@ class STARFlowConfig(ImageTokens):
                     f"{name} is {width}, not a multiple of head_dim {self.head_dim}; change one of the two."
                 )
             if self.num_kv_heads is not None and self.num_kv_heads > (heads := width // self.head_dim):
-                raise ValueError(f"num_kv_heads is {self.num_kv_heads}; {name} {width} has {heads} heads; use fewer.")
+                raise ValueError(
+                    f"num_kv_heads is {self.num_kv_heads}, but {name} {width} has {heads} heads; use a divisor."
+                )
             if self.num_kv_heads is not None and width // self.head_dim % self.num_kv_heads:
                 raise ValueError(
                     f"num_kv_heads is {self.num_kv_heads}, which does not divide the {width // self.head_dim} "
