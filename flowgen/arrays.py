@@ -1,4 +1,4 @@
-"""Checks of public functions' arrays, keys and counts: run when a program is traced, free when it executes."""
+"""Checks of the arrays, keys and counts that public functions take; they run during tracing and are free afterwards."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def check_floating(name: str, x: Any) -> None:
         raise ValueError(f"{name} is {shown(x)}; give an array of floating-point numbers.")
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(
-            f"{name} is {x.dtype}; give floating-point numbers, pixels in [-1, 1]; flowgen.data.from_uint8 "
+            f"{name} is {x.dtype}; give floating-point numbers, with pixels in [-1, 1]; flowgen.data.from_uint8 "
             "converts bytes."
         )
 
@@ -35,7 +35,7 @@ def check_bytes(name: str, x: Any) -> None:
 
 
 def check_key(key: Any) -> None:
-    """Raises ValueError unless key is a single jax.random key, typed or old-style, and not a number.
+    """Raises ValueError unless key is a single jax.random key, typed or old-style.
 
     Example:
         check_key(jax.random.key(0))
@@ -57,7 +57,7 @@ def check_count(name: str, value: Any) -> None:
 
 
 def shown(value: Any) -> str:
-    """Returns a description of a value for messages: an array's type and shape, a number itself, else the class.
+    """Returns a description of a value for messages: an array's dtype and shape, a number or text itself, or the class.
 
     Example:
         shown(jnp.zeros((2, 3)))  # "float32 of shape (2, 3)"
@@ -71,8 +71,9 @@ def shown(value: Any) -> str:
 
 
 def at_least_float32(name: str, x: Any) -> jax.Array:
-    """Returns a floating-point array in its own precision or, if that is below float32, in float32; raises as
-    `check_floating`.
+    """Returns a floating-point array in its own precision, but at least float32.
+
+    Raises what `check_floating` raises.
 
     Example:
         x = at_least_float32("x", x)

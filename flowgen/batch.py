@@ -1,4 +1,4 @@
-"""`Batch`: what datasets give and objectives take."""
+"""`Batch`: what datasets yield and objectives take."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class Moments(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Data and the context that a model may take.
+    """Data, and the context that a model may condition on.
 
     x: images `b height width c` or clips `b frames height width c` as bytes, or the posterior of latents.
-    context: None; int32 labels `b`, -1 for none; or a `TextCondition`.
-    rows: which rows of the whole batch these are, a `flowgen.rows.Rows`; added by a training step.
+    context: None, int32 labels `b` (-1 for no class), or a `TextCondition`.
+    rows: a `flowgen.rows.Rows` that says which rows of the whole batch these are; training steps add it.
 
     Example:
         batch = Batch(images, np.array([3, -1], np.int32))
@@ -41,7 +41,7 @@ class Batch(NamedTuple):
 
     @property
     def size(self) -> int:
-        """The number of data."""
+        """The number of samples."""
         return len(self.x.mean if isinstance(self.x, Moments) else self.x)
 
     @property
@@ -54,7 +54,7 @@ class Batch(NamedTuple):
 
     @property
     def labels(self) -> Int[Array | np.ndarray, " b"]:
-        """The labels; -1 for all if the context is something else."""
+        """The labels; all -1 if the context holds no labels."""
         if self.context is None or isinstance(self.context, TextCondition):
             return np.full(self.size, UNCONDITIONAL, np.int32)
         return self.context

@@ -23,10 +23,10 @@ def load(
 
     step: a number, "best" (lowest evaluated bits/dim or sample distance), or None for the latest.
     ema: use the averaged parameters if the run has them.
-    model: the one that was given to `fit`; None for the experiment's own.
+    model: the model that was given to `fit`; None for the experiment's own.
 
     Raises:
-        FileNotFoundError: there is no such directory, it is not a flowgen run, or it has no checkpoint or not that
+        FileNotFoundError: the directory does not exist, is not a flowgen run, or has no checkpoint or not the given
         step.
         ValueError: the checkpoint is damaged, or does not fit its config.
 
@@ -49,7 +49,7 @@ def load(
 
 
 def write_run(run_dir: str | Path, experiment: Experiment, variables: Any) -> None:
-    """Writes a run directory that holds given weights as step 0, for `load` and `sample.py`.
+    """Writes a run directory that holds the given weights as step 0, for `load` and `sample.py`.
 
     Raises FileExistsError if the directory exists and is not empty; nothing is overwritten.
 
@@ -68,7 +68,9 @@ def write_run(run_dir: str | Path, experiment: Experiment, variables: Any) -> No
 
 
 def check_new(run_dir: str | Path) -> None:
-    """Raises FileExistsError if `run_dir` already exists, OSError if it cannot be created; creates nothing.
+    """Raises FileExistsError if `run_dir` exists and is not empty, and OSError if it cannot be created.
+
+    It creates nothing.
 
     Example:
         check_new("runs/imported")

@@ -33,7 +33,7 @@ def masked_text(text: TextCondition) -> Float[Array, "b n e"]:
 
 
 def no_labels(shape: tuple[int, ...]) -> Int[Array, "..."]:
-    """Returns labels of -1, of a signed type."""
+    """Returns int32 labels of -1, which means unconditional."""
     return jnp.full(shape, UNCONDITIONAL, jnp.int32)
 
 
@@ -53,7 +53,7 @@ def drop_texts(key: Key[Array, ""], texts: TextCondition, null: TextCondition, r
 
 
 def broadcast_text(text: TextCondition, batch: int) -> TextCondition:
-    """Returns one text for every sample of a batch."""
+    """Returns a text repeated for every sample of a batch."""
     return TextCondition(*(jnp.broadcast_to(part, (batch, *part.shape[1:])) for part in text))
 
 
@@ -66,7 +66,7 @@ def unconditional(cond: Condition, null: TextCondition | None) -> Condition:
 
 
 def check_text(text: Any, *, length: int, dim: int, batch: int) -> TextCondition:
-    """Returns a text condition as arrays; ValueError unless it fits this model and batch."""
+    """Returns a text condition as arrays. Raises ValueError unless it fits this model and batch."""
     if not isinstance(text, TextCondition):
         raise ValueError(f"cond is {type(text).__name__}; this model takes a flowgen.conditioning.TextCondition.")
     embeddings, mask = (part if isinstance(part, jax.Array) else np.asarray(part) for part in text)
@@ -84,9 +84,9 @@ def check_text(text: Any, *, length: int, dim: int, batch: int) -> TextCondition
 
 
 def check_labels(labels: Any, *, num_classes: int, batch: int) -> Int[Array, " b"] | None:
-    """Returns labels as int32, or None; ValueError unless they fit this model and batch.
+    """Returns labels as int32, or None. Raises ValueError unless they fit this model and batch.
 
-    Traced values are not checked; `flowgen.nn.class_rows` turns wrong ones into NaN.
+    Traced values are not checked; `flowgen.nn.class_rows` turns invalid labels into NaN.
     """
     if labels is None:
         return None

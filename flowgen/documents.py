@@ -1,8 +1,8 @@
 """Reading untrusted documents: JSON and YAML of bounded size and depth, regular files, and names that stay inside their
 folder.
 
-The cost of reading is bounded by a document's size. Nesting deeper than `MAX_DEPTH` is refused, so that later recursion
-is safe too, and so are YAML aliases, with which a few bytes could expand to gigabytes.
+The cost of reading is bounded by a document's size. Nesting deeper than `MAX_DEPTH` is refused, so later recursion is
+safe too. YAML aliases are refused, because with them a few bytes could expand to gigabytes.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ import numpy as np
 T = TypeVar("T")
 PathLike = str | os.PathLike[str]
 
-# The largest tokenizer.json in use has 33 MB. Python may need forty bytes of memory per byte of JSON.
+# The largest tokenizer.json in use is 33 MB. Python may need forty bytes of memory per byte of JSON.
 MAX_BYTES = 1 << 24
 MAX_TOKENIZER_BYTES = 1 << 26
 MAX_YAML_BYTES = 1 << 16
 _MAX_YAML_TEXT = 1 << 12  # characters; parsing a number takes quadratic time
 MAX_DEPTH = 64
-# More digits than the largest 64-bit integer, and than the "no limit" of published tokenizers, 10^30.
+# More digits than the largest 64-bit integer has, and than 10^30, which means "no limit" in published tokenizers.
 _MAX_DIGITS = 40
-# What NumPy and zipfile raise, beside OSError, for a damaged .npy or .npz: an array's header is Python source.
+# What NumPy and zipfile raise, besides OSError, for a damaged .npy or .npz: an array's header is Python source.
 ARRAY_DAMAGE = (
     *(ValueError, EOFError, TypeError, SyntaxError, LookupError, AttributeError, OverflowError, MemoryError),
     *(RuntimeError, tokenize.TokenError, struct.error, zipfile.BadZipFile, zlib.error, lzma.LZMAError),
 )
-# Possessive, and to the end if unterminated: every byte is read once.
+# Possessive, and matches to the end if unterminated, so every byte is read once.
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*+\\?(?:"|\Z)', re.DOTALL)
 # What each byte outside strings adds to the depth.
 _STEPS = np.zeros(256, np.int8)
@@ -48,12 +48,15 @@ _STEPS[list(b"{[")], _STEPS[list(b"}]")] = 1, -1
 
 
 def read_json(path: PathLike, *, most: int = MAX_BYTES, fix: str = "get the file again") -> Any:
-    """Returns the content of a JSON file. fix: advice that ends the error for an invalid file.
+    """Returns the content of a JSON file.
+
+    fix: the advice that ends the error for an invalid file.
 
     Raises:
         FileNotFoundError, IsADirectoryError: there is no such file.
-        ValueError: the file is not regular, has more than `most` bytes, is not JSON, is nested deeper than 64, repeats
-        a name in an object, or has a number that is not finite or has over 40 digits. The message names the file.
+        ValueError: the file is not regular, has more than `most` bytes, is not JSON, is nested more than 64 levels
+        deep, repeats a name in an object, or has a number that is not finite or has over 40 digits. The message names
+        the file.
 
     Example:
         config = read_json("vae/config.json")
@@ -62,7 +65,7 @@ def read_json(path: PathLike, *, most: int = MAX_BYTES, fix: str = "get the file
 
 
 def parse_json(content: bytes) -> Any:
-    """Returns the content of JSON in UTF-8 bytes. Raises ValueError as `read_json`, without naming a file.
+    """Returns the content of JSON in UTF-8 bytes. Raises ValueError if `read_json` would, but names no file.
 
     Example:
         header = parse_json(content[8 : 8 + length])
@@ -78,7 +81,7 @@ def parse_json(content: bytes) -> Any:
 
 
 def check_depth(content: bytes) -> None:
-    """Raises ValueError if JSON is nested deeper than 64.
+    """Raises ValueError if JSON is nested more than 64 levels deep.
 
     Example:
         check_depth(Path("tokenizer.json").read_bytes())
@@ -89,10 +92,10 @@ def check_depth(content: bytes) -> None:
 
 
 def read_yaml(path: PathLike, *, fix: str = "get the file again") -> Any:
-    """Returns the content of a YAML file: texts, numbers, lists and tables.
+    """Returns the content of a YAML file: strings, numbers, lists and mappings.
 
-    Raises as `read_json`, and ValueError if there are aliases, tags, a text of more than 4,096 characters, or more than
-    64 KiB.
+    Raises what `read_json` raises, and ValueError if the file has aliases, tags, a string of more than 4,096
+    characters, or more than 64 KiB.
 
     Example:
         arguments = read_yaml("starflow_3B_t2i_256x256.yaml")["arguments"]
@@ -138,7 +141,8 @@ def _once_loader() -> Any:
 def read_bytes(path: PathLike, *, most: int = MAX_BYTES) -> bytes:
     """Returns the content of a regular file of at most `most` bytes.
 
-    Raises FileNotFoundError, IsADirectoryError, or ValueError if it is another kind of file or too large.
+    Raises FileNotFoundError or IsADirectoryError if there is no such file, and ValueError if it is not regular or too
+    large.
 
     Example:
         content = read_bytes("tokenizer.json")
@@ -152,8 +156,10 @@ def read_bytes(path: PathLike, *, most: int = MAX_BYTES) -> bytes:
 
 
 def check_regular(path: PathLike) -> None:
-    """Raises ValueError if a path leads to a FIFO, a socket or a device, because reading it may never end;
-    IsADirectoryError or FileNotFoundError if there is no file.
+    """Raises an error unless a path leads to a regular file.
+
+    It is ValueError for a FIFO, a socket or a device, because reading these may never end, IsADirectoryError for a
+    folder, and FileNotFoundError if there is nothing.
 
     Example:
         check_regular("model.safetensors")
@@ -166,10 +172,10 @@ def check_regular(path: PathLike) -> None:
 
 
 def inside(folder: PathLike, name: Any, *, what: str) -> Path:
-    """Returns the path for a name that an untrusted file gives for something in its folder.
+    """Returns the path of something in `folder` that an untrusted file there names.
 
-    what: a description of the name, for the message. Links may lead to other places in the folder, or to the `blobs` in
-    which a Hugging Face cache keeps the files of its `snapshots`.
+    what: a description of the name, for the message. Links may lead to other places in the folder, or to the `blobs`
+    folder in which a Hugging Face cache keeps the files of its `snapshots`.
 
     Raises ValueError if the name is not a string, is absolute, or leads out of the folder.
 

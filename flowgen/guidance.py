@@ -2,7 +2,7 @@
 
 With c the conditional and u the unconditional prediction, and weight w:
 
-    linear (Ho and Salimans, arXiv 2207.12598)   c + w (c - u), of velocities, and in TARFlow of shift and log_scale
+    linear (Ho and Salimans, arXiv 2207.12598)   c + w (c - u), for velocities and for TARFlow's shift and log_scale
     product (STARFlow, arXiv 2506.06276, Prop. 2), the Gaussian p_c^(1+w) / p_u^w with its precision kept positive:
         s = min(σ_c / σ_u, 1)²,   d = 1 + w - w s,   σ = σ_c / √d,   m = ((1+w) m_c - w s m_u) / d
 """
@@ -29,7 +29,7 @@ AffineParameters = tuple[Float[Array, "b n c"], Float[Array, "b n c"]]
 def linear_rule(
     conditional: Float[Array, "..."], unconditional: Float[Array, "..."], weight: Float[Array, "..."] | float
 ) -> Float[Array, "..."]:
-    """Returns c + weight · (c - u): 0 is the conditional prediction, larger moves further from the unconditional one.
+    """Returns c + weight · (c - u), where c is `conditional` and u is `unconditional`; weight 0 gives c.
 
     Example:
         v = linear_rule(v_conditional, v_unconditional, 1.5)
@@ -47,7 +47,7 @@ def product_rule(
     """
     (shift, log_scale), (shift_u, log_scale_u) = conditional, unconditional
     log_ratio = 2 * jnp.minimum(log_scale - log_scale_u, 0)
-    # 1 + w - w s and the shift, written so that nothing cancels if s is close to 1 or w is large.
+    # 1 + w - w s and the shift, written to avoid cancellation if s is close to 1 or w is large.
     precision = 1 - weight * jnp.expm1(log_ratio)
     guided_shift = shift + weight * jnp.exp(log_ratio) * (shift - shift_u) / precision
     return guided_shift, log_scale - 0.5 * jnp.log(precision)
@@ -55,19 +55,20 @@ def product_rule(
 
 @config
 class Guidance:
-    """What is guided in a flow, in which blocks and how strongly; scale 0 is no guidance and costs nothing.
+    """What guidance changes in a flow, in which blocks, and how strongly. Scale 0 turns it off at no cost.
 
-    A pytree of scale, temperature and null, which can therefore change without recompiling.
+    A pytree of scale, temperature and null, so these three can change without recompiling.
 
-    scale: w of c + w (c - u), at least 0; `flowgen.matching.guided` calls it `weight`.
+    scale: the weight w in c + w (c - u), at least 0; `flowgen.matching.guided` calls it `weight`.
     rule: "linear" or "product".
-    parts: what the linear rule changes.
-    blocks: indices of guided blocks, data side = 0; None means all.
-    anneal: w grows along each block's tokens, from 0 at the first to `scale` at the last.
-    temperature: attention temperature of the unconditional branch, above 0. Logits are divided by it: above 1 attention
-    is flatter, and guidance moves away from that. Without classes (or with -1 labels) only the temperature
-    distinguishes the two branches, so values other than 1 guide an unconditional model.
-    null: the text of the unconditional branch, usually the encoded "", one or `b`; a flow of texts needs it.
+    parts: what the linear rule changes: "shift", "log_scale" or "both".
+    blocks: indices of the guided blocks, from 0 at the data side; None means all.
+    anneal: whether w grows along each block's tokens, from 0 at the first to `scale` at the last.
+    temperature: attention temperature of the unconditional branch, above 0. It divides the logits: above 1, attention
+    is flatter, and guidance moves away from the flatter prediction. Without classes (or with -1 labels) only the
+    temperature distinguishes the two branches, so values other than 1 guide an unconditional model.
+    null: the text of the unconditional branch, usually the encoded "": one text, or one per sample. Flows with texts
+    require it.
 
     Example:
         r = sample(flow, params, key, 16, labels, guidance=Guidance(scale=2.0))
@@ -113,7 +114,7 @@ def _flatten(guidance: Guidance) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
 
 
 def _unflatten(static: tuple[Any, ...], traced: tuple[Any, ...]) -> Guidance:
-    guidance = object.__new__(Guidance)  # Inside a program the numbers are traced, and cannot be checked.
+    guidance = object.__new__(Guidance)  # Inside jit the numbers are traced and cannot be checked.
     for name, value in zip((*_TRACED, *_STATIC), (*traced, *static), strict=True):
         object.__setattr__(guidance, name, value)
     return guidance

@@ -7,7 +7,9 @@ from types import ModuleType
 
 
 def need(module: str, purpose: str, package: str = "") -> ModuleType:
-    """Returns a module, or raises the error of `missing`. package: its name on the package index, if different.
+    """Returns the imported module, or raises the error of `missing` if it is not installed.
+
+    package: its name on the package index, if different.
 
     Example:
         av = need("av", "Reading and writing video")
@@ -21,8 +23,8 @@ def need(module: str, purpose: str, package: str = "") -> ModuleType:
 def missing(purpose: str, *packages: str, options: str = "", otherwise: str = "") -> ModuleNotFoundError:
     """Returns an error that names missing packages and the command that installs them.
 
-    purpose: what needs them, the subject of the sentence. packages: their names on the package index, which may differ
-    from those of the modules. options: options of pip. otherwise: the alternative to installing them.
+    purpose: what needs the packages, as the subject of the sentence. packages: their names on the package index, which
+    may differ from the module names. options: options for pip. otherwise: the alternative to installing them.
 
     Example:
         raise missing("Reading and writing video", "av") from error

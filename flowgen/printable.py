@@ -6,8 +6,10 @@ import unicodedata
 
 
 def printable(text: str) -> str:
-    """Returns a text that is safe to show: characters that control a terminal, or the direction or width of the text
-    after them, are escaped as in Python, \\x1b or \\u202e.
+    """Returns a text that is safe to show in a terminal.
+
+    Characters that control the terminal, or the direction or width of the text after them, are escaped as in Python,
+    such as \\x1b or \\u202e.
 
     Example:
         print(printable(f"'{path}' is not read."))
@@ -25,7 +27,7 @@ def composed(text: str) -> str:
 
 
 def _is_shown(letter: str) -> bool:
-    # Of the separators Python counts the space alone as printable; lines and paragraphs are not spaces.
+    # Of all separators, Python counts only the space as printable. Line and paragraph separators stay escaped.
     return letter.isprintable() or (letter.isspace() and letter >= "\xa0" and letter not in "\u2028\u2029")
 
 

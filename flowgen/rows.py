@@ -1,8 +1,8 @@
 """Randomness by position in the whole batch: a step draws the same numbers on any number of devices.
 
-Each device has a share of the batch. Row i of the whole batch draws with fold_in(key, i), from a key that all devices
-share, so its device and micro-batch do not matter. Batch-wide draws, such as a transport plan or stratified times, are
-the same on every device, which then takes its own rows.
+Each device has a share of the batch. All devices share a key, and row i of the whole batch draws with fold_in(key, i),
+so the draw does not depend on the row's device or micro-batch. Batch-wide draws, such as a transport plan or stratified
+times, are the same on every device; each device then takes its own rows.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ ROWS = "rows"
 class Rows(struct.PyTreeNode):
     """The positions of some rows in the whole batch, and the key that all devices share.
 
-    key: the same on every device and for every micro-batch. positions `b`: positions of these rows in the whole batch.
-    part: number of the micro-batch. size: size of the whole batch, over devices and micro-batches. axis_name: axis of
-    the devices that share the batch, None for one device.
+    key: the same on every device and for every micro-batch. positions: the positions `b` of these rows in the whole
+    batch. part: the number of the micro-batch. size: the size of the whole batch, over all devices and micro-batches.
+    axis_name: the axis of the devices that share the batch; None for one device.
 
     Example:
         rows = batch_rows(batch, key, num=len(x))
@@ -44,13 +44,13 @@ class Rows(struct.PyTreeNode):
     axis_name: str | None = struct.field(pytree_node=False, default=None)
 
     def split(self, num: int) -> tuple[Rows, ...]:
-        """Returns the same rows with `num` keys, one for each purpose."""
+        """Returns `num` copies of these rows with different keys, one for each purpose."""
         return tuple(self.replace(key=key) for key in jax.random.split(self.key, num))
 
     def draw(self, fn: Callable[..., Any], *arrays: Any) -> Any:
-        """Returns fn(key of the row, arrays of this one row) for every row; arrays are pytrees, and so is the result.
+        """Returns fn(the row's key, the row of each array) for every row; arrays and the result are pytrees.
 
-        fn sees batches of one, so that a function (key, batch) -> batch can be passed directly.
+        fn sees batches of one, so a function (key, batch) -> batch can be passed directly.
         """
 
         def one(position, parts):
@@ -64,11 +64,11 @@ class Rows(struct.PyTreeNode):
         return jax.tree.map(lambda x: x[self.positions], fn(self.key, self.size))
 
     def part_key(self) -> Key[Array, ""]:
-        """Returns a key of the micro-batch, the same on every device."""
+        """Returns a key for the micro-batch, the same on every device."""
         return jax.random.fold_in(self.key, self.part)
 
     def device_key(self) -> Key[Array, ""]:
-        """Returns a key that no other device and no other micro-batch has."""
+        """Returns a key that is unique to this device and micro-batch."""
         return jax.random.fold_in(self.key, self.positions[0])
 
     def gather(self, tree: Any) -> Any:
@@ -86,14 +86,14 @@ class Rows(struct.PyTreeNode):
         return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, num), tree)
 
     def mean(self, tree: Any) -> Any:
-        """Returns the mean over devices of a mean over these rows: the batch mean, if shares are equal."""
+        """Returns the mean over devices of a mean over these rows: the batch mean, if devices have equal shares."""
         return tree if self.axis_name is None else lax.pmean(tree, self.axis_name)
 
 
 def batch_rows(batch: Any, key: Key[Array, ""], num: int) -> Rows:
-    """Returns the rows in a batch or, if it has none, `num` rows from 0 on that draw with `key`.
+    """Returns a batch's rows or, if it has none, `num` rows that start at 0 and draw with `key`.
 
-    Raises ValueError if the batch's rows are not `num`.
+    Raises ValueError if the batch has rows, but not `num` of them.
 
     Example:
         rows = batch_rows({"x1": x1}, key, num=len(x1))
@@ -107,9 +107,9 @@ def batch_rows(batch: Any, key: Key[Array, ""], num: int) -> Rows:
 
 
 def with_rows(batch: Any, rows: Rows) -> Any:
-    """Returns a `Batch` or a dict with its rows; any other kind of batch unchanged.
+    """Returns a `Batch` or a dict with `rows` added, and any other kind of batch unchanged.
 
-    Raises ValueError if it has rows already.
+    Raises ValueError if the batch already has rows.
 
     Example:
         loss, metrics = objective(variables, with_rows(batch, rows), key)
@@ -124,7 +124,7 @@ def with_rows(batch: Any, rows: Rows) -> Any:
 
 
 def without_rows(batch: Any) -> Any:
-    """Returns a batch without its rows, as the data alone.
+    """Returns a batch without its rows.
 
     Example:
         num = len(jax.tree.leaves(without_rows(batch))[0])
@@ -145,7 +145,7 @@ def share_of_batch(key: Key[Array, ""], num: int, axis_name: str) -> Rows:
 
 
 def micro_batches(tree: Any, count: int) -> Any:
-    """Returns `count` micro-batches on a new first axis: number j has the rows j, j + count, j + 2 count, ...
+    """Returns `count` micro-batches on a new first axis: micro-batch j has rows j, j + count, j + 2 count, ...
 
     A micro-batch thus has the same rows of the whole batch on any number of devices.
 
@@ -159,7 +159,7 @@ def micro_batches(tree: Any, count: int) -> Any:
 class StatefulObjective:
     """An objective whose carried state is not a mean over micro-batches.
 
-    combine(collections before the step, state of each micro-batch, stacked) -> state of the whole batch.
+    combine(collections before the step, stacked states of the micro-batches) -> state of the whole batch.
 
     Example:
         objective = StatefulObjective(objective, combine)

@@ -164,7 +164,7 @@ WRONG = {
     "invert: an image for z": (lambda: invert(FLOW, PARAMS, X), "z has shape (2, 4, 4, 1)"),
     "invert: swapped": (lambda: invert(PARAMS, FLOW, Z), "flow is a dict"),
     "invert: a list": (lambda: invert(FLOW, PARAMS, [0.0]), "z is a list"),
-    "sample: no numbers": (lambda: sample(FLOW, PARAMS, key(), range(0)), "num has no numbers"),
+    "sample: no numbers": (lambda: sample(FLOW, PARAMS, key(), range(0)), "num is empty"),
     "sample: fractions": (
         lambda: sample(FLOW, PARAMS, key(), np.array([0.5, 1.9])),
         "num is float64 of shape (2,); give how many samples",

@@ -204,7 +204,7 @@ def test_dropped_texts_are_the_null_text(key):
         ({"width": 30}, "width is 30, not a multiple of head_dim 20"),
         ({"deep_width": 50}, "deep_width is 50, not a multiple of head_dim 20"),
         ({"width": 60, "deep_width": 60, "num_kv_heads": 2}, "num_kv_heads is 2, which does not divide the 3 heads"),
-        ({"num_kv_heads": 1, "attention": "nala"}, "num_kv_heads is 1; 'nala' attention needs as many as heads"),
+        ({"num_kv_heads": 1, "attention": "nala"}, "num_kv_heads is 1; 'nala' attention cannot share key-value heads"),
         ({"soft_clip": -1.0}, "soft_clip is -1.0"),
         ({"text_dim": 5}, "text_dim is 5 and text_length 0; give both, or neither"),
         ({"text_dim": 5, "text_length": 2, "num_classes": 3}, "choose one"),

@@ -1,4 +1,4 @@
-"""Device-specific code and compiler workarounds: each in one function that says why. It imports nothing of flowgen.
+"""Device-specific code and compiler workarounds, each in one function that says why. It imports nothing from flowgen.
 
 Formulas elsewhere are the same for every device. The code here changes speed and memory, and results only by rounding.
 """

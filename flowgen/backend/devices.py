@@ -15,10 +15,11 @@ from jax.experimental.buffer_callback import buffer_callback
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Shaped
 
-# For products whose errors accumulate, as in running states; otherwise accelerators round the factors.
+# Precision of products whose errors accumulate, as in running states. At lower precision, accelerators round the
+# factors.
 HIGHEST = lax.Precision.HIGHEST
 
-# Attention logits in memory at once, a gibibyte in float32; more queries are processed in chunks.
+# Largest number of attention logits in memory at once, 1 GiB in float32. Beyond it, queries are processed in chunks.
 MAX_LOGITS = 1 << 28
 # Causal attention runs in at most this many slices of queries, each against only the keys that it may see. More slices
 # would save little, and take longer to compile.
@@ -40,7 +41,7 @@ def platform() -> str:
 
 
 def gelu(x: Float[Array, "*d"]) -> Float[Array, "*d"]:
-    """Returns x Φ(x) by erf. `jax.nn.gelu` computes the same by erfc, which takes CPUs twice the time."""
+    """Returns x Φ(x), by erf. `jax.nn.gelu` computes it by erfc, which takes twice as long on CPUs."""
     return 0.5 * x * (1 + _erf(x * math.sqrt(0.5)))
 
 
@@ -51,7 +52,7 @@ def _erf(x: Array) -> Array:
 
 @_erf.defjvp
 def _erf_slope(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    """2/√π exp(-x²). The library's own derivative does not pass the checks of `jax.shard_map` (jax 0.12.0)."""
+    """2/√π exp(-x²). JAX's own derivative does not pass the checks of `jax.shard_map` (jax 0.12.0)."""
     (x,), (change,) = primals, tangents
     return _erf(x), 2 / math.sqrt(math.pi) * (change * jnp.exp(-jnp.square(x)))
 
@@ -59,7 +60,7 @@ def _erf_slope(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Ar
 def flat_dot(
     x: Array, kernel: Array, dimension_numbers: object, precision: lax.PrecisionLike = None, **options: Any
 ) -> Array:
-    """Returns x @ kernel with all leading axes of x as one; a `dot_general` for Flax's Dense.
+    """Returns x @ kernel, with all leading axes of x flattened into one; a `dot_general` for Flax's Dense.
 
     The gradient of the kernel is then one plain matrix product, which XLA computes without copies on CPUs.
     """
@@ -69,9 +70,9 @@ def flat_dot(
 
 
 def nan_if(condition: Array, dtype: DTypeLike) -> Array:
-    """Returns NaN where the condition holds and 0 elsewhere; adding it makes numbers NaN.
+    """Returns NaN where the condition holds and 0 elsewhere; add it to numbers to make them NaN.
 
-    On CPUs XLA compiles exp(where(condition, nan, x)) to a finite number, but not a sum with this.
+    On CPUs, XLA compiles exp(where(condition, nan, x)) to a finite number; x plus this result stays NaN.
     """
     return jnp.log(jnp.where(condition, -1, 1).astype(dtype))
 
@@ -83,7 +84,7 @@ def cholesky(a: Float[Array, "*stack l l"]) -> Float[Array, "*stack l l"]:
     """Returns the lower triangular C with C Cᵀ = a, for symmetric positive definite a.
 
     CPUs compute it column by column: on few cores, two LAPACK calls that run at the same time can wait forever for each
-    other's threads (jaxlib 0.10). Other devices use the library.
+    other's threads (jaxlib 0.10). Other devices use `jnp.linalg.cholesky`.
     """
     return lax.platform_dependent(a, cpu=_cholesky_by_columns, default=jnp.linalg.cholesky)
 
@@ -105,7 +106,8 @@ def _cholesky_by_columns(a: Array) -> Array:
 def unit_lower_inverse(lower: Float[Array, "*stack n n"]) -> Float[Array, "*stack n n"]:
     """Returns (I + L)⁻¹ for a strictly lower triangular L.
 
-    CPUs compute it by products, because triangular solves call LAPACK (see `cholesky`). Other devices use the library.
+    CPUs use matrix products, because triangular solves call LAPACK (see `cholesky`). Other devices use a triangular
+    solve.
     """
     return lax.platform_dependent(lower, cpu=_unit_lower_inverse_by_blocks, default=_unit_lower_inverse_by_solve)
 
@@ -116,8 +118,7 @@ def _unit_lower_inverse_by_solve(lower: Array) -> Array:
 
 
 def _unit_lower_inverse_by_blocks(lower: Array) -> Array:
-    """The inverses of ever larger diagonal blocks: neighbours A and D, with B below A, give [[A⁻¹, 0], [-D⁻¹ B A⁻¹,
-    D⁻¹]]."""
+    """Inverts ever larger diagonal blocks: neighbours A and D, with B below A, give [[A⁻¹, 0], [-D⁻¹ B A⁻¹, D⁻¹]]."""
     matmul, size = partial(jnp.matmul, precision=HIGHEST), lower.shape[-1]
     token = jnp.arange(size)
     inverse = jnp.broadcast_to(jnp.eye(size, dtype=lower.dtype), lower.shape)
@@ -133,9 +134,9 @@ def _unit_lower_inverse_by_blocks(lower: Array) -> Array:
 
 
 def attention_implementation(asked: str) -> str:
-    """Returns the implementation of softmax attention to use: so far "xla", in chunks of queries, on every device.
+    """Returns the implementation of softmax attention to use: so far always "xla", in chunks of queries.
 
-    asked: "auto" or "xla"; ValueError for others.
+    asked: "auto" or "xla". Raises ValueError for others.
     """
     if asked not in ("auto", "xla"):
         raise ValueError(f"implementation is {asked!r}; choose 'auto' or 'xla'.")
@@ -143,10 +144,9 @@ def attention_implementation(asked: str) -> str:
 
 
 def queries_at_once(batch: object, heads: object, keys: object, max_logits: int | None) -> int | None:
-    """Returns how many queries to process at once for at most `max_logits` logits over all samples and heads; None for
-    all.
+    """Returns how many queries to process at once, to have at most `max_logits` logits over all samples and heads.
 
-    The result is None if a size is a symbol of an exported program, whose value is unknown.
+    None means all queries. It is also the result if a size is symbolic, as in an exported program.
     """
     known = [size for size in (batch, heads, keys) if isinstance(size, int)]
     if max_logits is None or len(known) < 3:
@@ -169,8 +169,7 @@ def in_parts(
 ) -> tuple[Shaped[np.ndarray, "b ..."], ...]:
     """Returns a compiled function's results on parts of the inputs, joined along their first axis.
 
-    All parts have the same size, a power of two up to `most`, to which the last one is padded, so that few sizes are
-    compiled.
+    All parts have the same size, a power of two up to `most`, so that few sizes are compiled; the last part is padded.
 
     Raises ValueError if the inputs are empty.
     """

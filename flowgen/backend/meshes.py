@@ -30,8 +30,8 @@ def keep_axes(fn: Callable[..., Any], *args: Any, named: Iterable[tuple[Array, s
     """Returns fn(*args), computed under automatic axes if the mesh of an argument has explicit ones.
 
     named: arrays with one letter per axis, such as "b n h k". out: the letters of the results, in the tree that fn
-    returns. An axis of a result is sharded like the axis with its letter in the first named array in which that axis is
-    sharded.
+    returns. Each axis of a result is sharded like the axis with the same letter in the first named array that shards
+    this axis.
 
     Example:
         out = keep_axes(attend, q, k, v, named=[(q, "b n h k")], out="b n h d")
@@ -47,8 +47,8 @@ def keep_axes(fn: Callable[..., Any], *args: Any, named: Iterable[tuple[Array, s
 def map_axes(fn: Callable[..., Any], args: tuple[Array, ...], letters: str, *, divided: str, out: Any) -> Any:
     """Returns fn(*args), computed by each device on its own part if the mesh of an argument has explicit axes.
 
-    For computations that the compiler cannot shard by itself. letters: the axes of every argument; those in `divided`
-    may be sharded, the others are gathered first. out: the letters of the results.
+    This is for computations that the compiler cannot shard by itself. letters: the axes of every argument; axes in
+    `divided` may be sharded, and the others are gathered first. out: the letters of the results.
 
     Example:
         out = map_axes(kernel, (q, k, v), "b n h k", divided="bh", out="b n h k")
@@ -68,7 +68,7 @@ def map_axes(fn: Callable[..., Any], args: tuple[Array, ...], letters: str, *, d
 def keep_rows(fn: Callable[..., Any], variables: Any, *args: Any, **options: Any) -> Any:
     """Returns fn(variables, *args, **options), under automatic axes if the mesh of an array has explicit ones.
 
-    The rows of the results (first axis) are sharded like those of the first array in args or options with sharded rows.
+    The rows (first axis) of the results are sharded like the first array in args or options that has sharded rows.
 
     Example:
         logdet = keep_rows(run, variables, x, labels)
@@ -80,7 +80,7 @@ def keep_rows(fn: Callable[..., Any], variables: Any, *args: Any, **options: Any
     divided = [x for x in jax.tree.leaves((args, options)) if _explicit_mesh(x) is not None and "b" in _rows_of(x)]
     rows = _rows_of(divided[0]) if divided else {}
     count = len(divided[0]) if divided else None
-    # Outside jit arrays are on devices and are moved to a mesh; inside it only their types change.
+    # Outside jit, arrays are on devices and are moved to a mesh; inside jit, only their types change.
     traced = any(isinstance(x, Tracer) for x in leaves)
     mesh: Any = _explicit_mesh(explicit) if traced else explicit[0].sharding.mesh
     automatic, context = _automatic(mesh), get_abstract_mesh()
@@ -106,8 +106,8 @@ def keep_rows(fn: Callable[..., Any], variables: Any, *args: Any, **options: Any
 def on_mesh_of(fn: Callable[..., Any], *args: Any) -> Any:
     """Returns fn(*args), with the mesh of an argument as context if it has explicit axes and there is no context yet.
 
-    Without a context vmap refuses divided arrays outside of jit, and inside it constants such as `zeros_like(x)` are
-    not divided (jax 0.12). Outside of jit it compiles fn on each call.
+    Without a context, vmap refuses sharded arrays outside jit, and constants such as `zeros_like(x)` are not sharded
+    inside jit (jax 0.12). Outside jit, every call compiles fn.
 
     Example:
         y = on_mesh_of(jax.vmap(draw), x)
@@ -120,7 +120,7 @@ def on_mesh_of(fn: Callable[..., Any], *args: Any) -> Any:
         with use_abstract_mesh(mesh):
             return fn(*args)
 
-    # Arrays of which only the shape is used still tell jit the mesh.
+    # An array of which fn uses only the shape still tells jit the mesh.
     return jax.jit(within, keep_unused=True)(*args)
 
 
@@ -156,10 +156,9 @@ def take_rows(x: Array, index: Array) -> Array:
 
 
 def alike_rows(tree: PyTree) -> PyTree:
-    """Returns the arrays of a tree, all with rows sharded like those of the first one that is sharded over explicit
-    axes.
+    """Returns the tree with all rows sharded like those of the first array that has rows sharded over explicit axes.
 
-    Inside jit it needs the mesh as context, see `on_mesh_of`.
+    Inside jit, the mesh must be the context; see `on_mesh_of`.
 
     Example:
         positions, x = alike_rows((positions, x))
@@ -167,7 +166,7 @@ def alike_rows(tree: PyTree) -> PyTree:
     divided = [x for x in jax.tree.leaves(tree) if _explicit_mesh(x) is not None and "b" in _rows_of(x)]
     if not divided:
         return tree
-    # Outside of jit an array on one device moves to a mesh if it is added to an array there.
+    # Outside jit, adding an array on one device to an array on a mesh moves it to the mesh.
     nothing = jnp.zeros_like(divided[0], jnp.int32).sum(axis=tuple(range(1, divided[0].ndim)))
 
     def divide(x):

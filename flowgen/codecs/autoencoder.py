@@ -73,7 +73,7 @@ class AutoencoderConfig:
 
     @property
     def inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """The smallest batch of one image that passes through every layer."""
+        """Shape and dtype of a batch of one image, the smallest that passes through every layer."""
         return (jax.ShapeDtypeStruct((1, self.factor, self.factor, self.channels), jnp.float32),)
 
 
@@ -100,8 +100,7 @@ class Autoencoder(OnMeshes, nn.Module):
     def encode(
         self, x: Float[Array, "b height width c"]
     ) -> tuple[Float[Array, "b rows columns z"], Float[Array, "b rows columns z"]]:
-        """Returns the mean and log variance of the latents, which are not normalised; the log variance is within [-30,
-        20]."""
+        """Returns the mean and log variance, within [-30, 20], of the latents, which are not normalised."""
         check_floating("x", x)
         mean, log_variance = jnp.split(self.quant_conv(self.encoder(x)), 2, axis=-1)
         return mean, jnp.clip(log_variance, *LOG_VARIANCE_BOUNDS)
@@ -113,7 +112,7 @@ class Autoencoder(OnMeshes, nn.Module):
 
 
 class Encoder(nn.Module):
-    """Images to the mean and log variance before their last 1 × 1 convolution."""
+    """Maps images to the mean and log variance, without the last 1 × 1 convolution."""
 
     config: AutoencoderConfig
 
@@ -134,7 +133,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents after their first 1 × 1 convolution to images."""
+    """Maps latents to images, without the first 1 × 1 convolution."""
 
     config: AutoencoderConfig
 

@@ -1,8 +1,8 @@
 """Layers for clips `b f rows columns c` that are causal in time, so that clips can be processed whole or in chunks.
 
-A layer maps (x, cache) to (y, next cache). `cache` holds what the layer needs of earlier frames; it is None if x begins
-the clip. A convolution at frame t sees frames t-2, t-1 and t, with zeros before the clip. The first frame is treated as
-an image: halving and doubling of time leave it unchanged.
+A layer maps (x, cache) to (y, next cache). `cache` holds what the layer needs from earlier frames; it is None if x
+begins the clip. A convolution at frame t sees frames t-2, t-1 and t, with zeros before the clip. The first frame is
+treated as an image: halving and doubling of time leave it unchanged.
 """
 
 from __future__ import annotations
@@ -67,11 +67,10 @@ def average_down(x: Features, width: int, *, time: int, space: int, begins: bool
 
 
 def copy_up(x: Features, width: int, *, time: int, space: int, begins: bool) -> NewFeatures:
-    """Returns a block of `time` frames and space × space positions of `width` channels, copied from those of each
-    position of x.
+    """Returns x with each position copied to a block of `time` frames, space × space positions and `width` channels.
 
-    The order in a block is that of `average_down`. If x begins the clip, only the last frame of the first block is
-    kept.
+    The values of a block are in the order of `average_down`. If x begins the clip, only the last frame of the first
+    block is kept.
     """
     x = repeat(x, "b f i j c -> b f i j (c g)", g=width * time * space**2 // x.shape[-1])
     x = rearrange(x, "b f i j (c r p q) -> b (f r) (i p) (j q) c", r=time, p=space, q=space)
@@ -102,7 +101,7 @@ class Head(nn.Module):
 
 
 class HalveSpace(nn.Module):
-    """Every second position along both sides, by a convolution of each frame."""
+    """Keeps every second position along both sides, by a convolution of each frame."""
 
     dtype: str
 
@@ -114,7 +113,7 @@ class HalveSpace(nn.Module):
 
 
 class HalveTime(nn.Module):
-    """The first frame unchanged, then convolutions of frames (0, 1, 2), (2, 3, 4), ..."""
+    """Keeps the first frame, and convolves frames (0, 1, 2), (2, 3, 4), ..."""
 
     dtype: str
 
@@ -127,7 +126,7 @@ class HalveTime(nn.Module):
 
 
 class DoubleTime(nn.Module):
-    """The first frame unchanged, then two frames for each, by a causal convolution that never sees the first."""
+    """Keeps the first frame, and makes two of each later one, by a causal convolution that never sees the first."""
 
     dtype: str
 
@@ -140,7 +139,7 @@ class DoubleTime(nn.Module):
 
 
 class DoubleSpace(nn.Module):
-    """Every position twice along both sides, then a convolution of each frame."""
+    """Repeats every position twice along both sides, and then convolves each frame."""
 
     dtype: str
     width: int

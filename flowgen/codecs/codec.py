@@ -25,10 +25,10 @@ Latents = Float[Array | np.ndarray, "b *latent_frames rows columns z"]
 
 @runtime_checkable
 class Codec(Protocol):
-    """Images or clips in [-1, 1] to normalised latents, and back; an image is encoded as the first frame of a clip.
+    """Maps images or clips in [-1, 1] to normalised latents and back; an image is encoded like a clip's first frame.
 
-    factor: pixels per latent along a side. stride: frames per latent after the first frame; 1 + k · stride frames are
-    1 + k latent ones. channels: latent channels. pixel_channels: image channels.
+    factor: pixels per latent along a side. stride: frames per latent after the first frame; 1 + k · stride frames
+    become 1 + k latent frames. channels: latent channels. pixel_channels: image channels.
 
     Example:
         mean, std = codec.moments(images)
@@ -78,7 +78,7 @@ class PixelCodec:
         return self.pixel_channels * self.factor**2
 
     def moments(self, x: Pixels) -> tuple[Latents, Latents]:
-        """Returns the pixels of each block, in the order row, column, channel, and zeros."""
+        """Returns the pixels of each block in the order row, column, channel, and a standard deviation of zeros."""
         *frames, height, width = check_pixels(self, x)
         tokens = patchify(_images(at_least_float32("images", x)), self.factor, "channel_last")
         mean = tokens.reshape(len(x), *frames, height // self.factor, width // self.factor, self.channels)
@@ -94,7 +94,7 @@ class PixelCodec:
 
 @dataclass(frozen=True)
 class LatentNormalisation:
-    """normalised = (latents - shift) · scale, numbers or one per channel.
+    """normalised = (latents - shift) · scale, where shift and scale are one number each or one per channel.
 
     Example:
         normalisation = LatentNormalisation(shift=0.0, scale=0.18215)
@@ -112,7 +112,7 @@ class LatentNormalisation:
         return std * np.abs(_per_channel(self.scale, std))
 
     def undo(self, normalised: Latents) -> Latents:
-        """Returns the latents of normalised ones."""
+        """Returns the latents before normalisation."""
         return normalised / _per_channel(self.scale, normalised) + _per_channel(self.shift, normalised)
 
 
@@ -122,8 +122,10 @@ def _per_channel(values: ArrayLike, latents: Latents) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class AutoencoderCodec:
-    """A frozen autoencoder of images with its variables, as a codec of normalised latents. Clips are encoded frame by
-    frame. It runs as many images at a time as memory allows, with few compiled programs.
+    """A frozen image autoencoder with its variables, as a codec of normalised latents.
+
+    Clips are encoded frame by frame. The codec runs as many images at a time as memory allows, with few compiled
+    programs.
 
     Example:
         codec = AutoencoderCodec(autoencoder, params, LatentNormalisation(scale=0.18215))
@@ -150,7 +152,7 @@ class AutoencoderCodec:
         return self.autoencoder.config.channels
 
     def moments(self, x: Pixels) -> tuple[Latents, Latents]:
-        """Returns mean and standard deviation of normalised latents, as numpy arrays."""
+        """Returns the mean and standard deviation of normalised latents, as numpy arrays."""
         *frames, height, width = check_pixels(self, x)
         run = partial(_moments, self.autoencoder, self.variables)
         mean, std = (
@@ -169,12 +171,12 @@ class AutoencoderCodec:
 
 
 def _images(x: Any) -> Any:
-    """Images, or all frames of clips, as images."""
+    """Images as they are, or all frames of clips as images."""
     return x.reshape(-1, *x.shape[-3:])
 
 
 def check_pixels(codec: Codec, x: Any) -> tuple[int, ...]:
-    """Returns ([frames,] height, width) of images or clips; ValueError if the codec cannot take them.
+    """Returns ([frames,] height, width) of images or clips. Raises ValueError if the codec cannot take them.
 
     Example:
         height, width = check_pixels(codec, images)
@@ -189,7 +191,7 @@ def check_pixels(codec: Codec, x: Any) -> tuple[int, ...]:
 
 
 def check_latents(codec: Codec, latents: Any) -> tuple[int, ...]:
-    """Returns ([frames,] height, width) of latents; ValueError if the codec cannot take them.
+    """Returns ([frames,] height, width) of latents. Raises ValueError if the codec cannot take them.
 
     Example:
         height, width = check_latents(codec, latents)

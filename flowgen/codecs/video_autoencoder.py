@@ -1,9 +1,9 @@
 """Video autoencoders: clips to a Gaussian over latents and back, causal in time (Wan, arXiv 2503.20314, and Wan 2.2).
 
-The networks are those of `autoencoder`, with convolutions that look back two frames. Some levels also halve time: 1 +
-k · stride frames become 1 + k latents, the first from the first frame alone. A level that halves or doubles may have a
-shortcut without parameters: group means in the encoder, copies in the decoder. Layers take and return caches of earlier
-frames (see `causal`), so clips can be processed whole or in chunks.
+The networks are as in `autoencoder`, but their convolutions look back two frames. Some levels also halve time: 1 + k ·
+stride frames become 1 + k latent frames, the first of them from the first frame alone. A level that halves or doubles
+may have a shortcut without parameters: group means in the encoder, copies in the decoder. Layers take and return caches
+of earlier frames (see `causal`), so clips can be processed whole or in chunks.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class VideoAutoencoderConfig:
     channels: channels of the clips.
     latent_channels: channels of the latents.
     widths: channels of each level of the encoder; every level but the last halves the frame.
-    decoder_widths: channels of each level of the decoder; as many as widths.
+    decoder_widths: channels of each level of the decoder; as many entries as widths.
     halve_time: whether each level also halves time; one entry fewer than widths.
     layers_per_block: residual blocks per level of the encoder; the decoder has one more.
     patch_size: side of the squares of pixels that become channels before the first level.
@@ -106,7 +106,7 @@ class VideoAutoencoderConfig:
 
     @property
     def inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """The smallest batch of one clip that passes through every layer."""
+        """Shape and dtype of a batch of one clip, the smallest that passes through every layer."""
         shape = (1, 1 + self.stride, self.factor, self.factor, self.channels)
         return (jax.ShapeDtypeStruct(shape, jnp.float32),)
 
@@ -164,7 +164,7 @@ def _check(config: VideoAutoencoderConfig, x: Any) -> None:
 class VideoAutoencoder(OnMeshes, nn.Module):
     """Encoder and decoder between clips `b frames height width c` in [-1, 1] and latents `b f rows columns z`.
 
-    1 + k · stride frames give 1 + k latents; those of frame t depend only on frames 0..t.
+    1 + k · stride frames give 1 + k latent frames; latent frame t depends only on frames 0..t · stride.
 
     Example:
         mean, log_variance = VideoAutoencoder(config).apply(params, x, method="encode")
@@ -184,10 +184,9 @@ class VideoAutoencoder(OnMeshes, nn.Module):
         return self.decode(self.encode(x)[0])
 
     def encode(self, x: Clips) -> Moments:
-        """Returns the mean and log variance of the latents, which are not normalised; the log variance is within [-30,
-        20].
+        """Returns the mean and log variance, within [-30, 20], of the latents, which are not normalised.
 
-        Raises ValueError as `check_clips`.
+        Raises what `check_clips` raises.
         """
         return self.encode_part(x, None)[0]
 
@@ -217,7 +216,7 @@ class VideoAutoencoder(OnMeshes, nn.Module):
 
 
 class Encoder(nn.Module):
-    """Squares of pixels to the mean and log variance before their last linear map."""
+    """Maps squares of pixels to the mean and log variance, without the last linear map."""
 
     config: VideoAutoencoderConfig
 
@@ -234,7 +233,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents after their first linear map to squares of pixels."""
+    """Maps latents to squares of pixels, without the first linear map."""
 
     config: VideoAutoencoderConfig
 
@@ -303,7 +302,7 @@ def _middle(config: VideoAutoencoderConfig) -> Middle:
 
 
 def encode_in_chunks(autoencoder: VideoAutoencoder, variables: PyTree, x: Clips) -> Moments:
-    """Returns `encode` of clips, first one frame and then `stride` frames at a time, with the memory of one chunk.
+    """Returns `encode` of clips, first one frame and then `stride` frames at a time, using the memory of one chunk.
 
     Example:
         mean, log_variance = encode_in_chunks(autoencoder, params, x)
@@ -316,7 +315,7 @@ def encode_in_chunks(autoencoder: VideoAutoencoder, variables: PyTree, x: Clips)
 def decode_in_chunks(
     autoencoder: VideoAutoencoder, variables: PyTree, latents: Float[Array, "b f rows columns z"]
 ) -> Clips:
-    """Returns `decode` of latents, one at a time, with the memory of one chunk.
+    """Returns `decode` of latents, one latent frame at a time, using the memory of one chunk.
 
     Example:
         x = decode_in_chunks(autoencoder, params, latents)

@@ -1,4 +1,4 @@
-"""A codec of clips by a video autoencoder, for flows trained on the latents."""
+"""A codec of clips that uses a video autoencoder, for flows trained on the latents."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ class VideoAutoencoderCodec:
 
     def __post_init__(self):
         if not 0 < self.temporal_scale < float("inf"):
-            raise ValueError(f"temporal_scale is {self.temporal_scale}; it must be a positive number, 1 for none.")
+            raise ValueError(
+                f"temporal_scale is {self.temporal_scale}; it must be a positive number (1 for no scaling)."
+            )
 
     @property
     def factor(self) -> int:
@@ -55,9 +57,9 @@ class VideoAutoencoderCodec:
         return self.autoencoder.config.channels
 
     def moments(self, x: Pixels) -> tuple[Latents, Latents]:
-        """Returns mean and standard deviation of normalised latents, as numpy arrays.
+        """Returns the mean and standard deviation of normalised latents, as numpy arrays.
 
-        Both are in the units of normalised latents, so mean + std · ε is the latent of a sample, normalised. The code
+        Both are in the units of normalised latents, so mean + std · ε is a normalised sample of the latents. The code
         published with STARFlow-V does not divide the standard deviation by `latents_std`.
         """
         if len(check_pixels(self, x)) == 2:

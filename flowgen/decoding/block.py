@@ -30,7 +30,8 @@ from flowgen.nn.layers import master_dtype
 class GuidedBlock:
     """One block with its variables, condition and guidance bound.
 
-    cond: the condition, of both branches if guided, the conditional one first; None for a block without one.
+    cond: the condition; under guidance it holds both branches, the conditional one first. None for unconditional
+    blocks.
     """
 
     block: AutoregressiveBlock
@@ -47,8 +48,8 @@ class GuidedBlock:
     ) -> Solution:
         """Returns the tokens of noise z, both in raster order, and the solver's report.
 
-        context: tokens that precede those of z, for a block in raster order without passthrough tokens. solved: called
-        on the device with the number of tokens that each window solves.
+        context: tokens that precede the tokens of z; only for blocks in raster order without passthrough tokens.
+        solved: called on the device with the number of tokens that each window solves.
         """
         config, passthrough = self.block.config, self.block.num_passthrough
         u = reorder(each_frame(z, config.frames), config.order)
@@ -67,7 +68,7 @@ class GuidedBlock:
         )
 
     def forward(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
-        """Returns the noise of tokens, both in raster order, by one parallel pass: the inverse of `inverse`."""
+        """Returns the noise of tokens, both in raster order, in one parallel pass; it undoes `inverse`."""
         config, passthrough = self.block.config, self.block.num_passthrough
         if self.guidance is None:
             return self.block.apply(self.variables, x, self.cond)[0]
@@ -78,7 +79,7 @@ class GuidedBlock:
         return reorder(jnp.concatenate([u[:, :passthrough], z], axis=1), config.order).reshape(x.shape)
 
     def conditioner(self, known: Float[Array, "b m c"], solved: Callable[[Array], None]) -> Conditioner:
-        """Returns what solves the tokens after the known ones, all in the block's order."""
+        """Returns what a solver needs for the tokens after the known ones, all in the block's order."""
         block, variables = self.block, self.variables
         batch, begin = len(known), known.shape[1] - block.num_passthrough
 
@@ -104,9 +105,9 @@ class GuidedBlock:
     def parameters(
         self, previous: Float[Array, "b w c"], start: Int[Array, ""] | int, caches: tuple | None
     ) -> tuple[Float[Array, "b w c"], Float[Array, "b w c"], tuple | None]:
-        """Returns (shift, log_scale) of the tokens after `previous`, the rows from `start` on, guided, and the caches.
+        """Returns the guided (shift, log_scale) of the tokens after `previous`, and the caches.
 
-        Both branches of guidance are one batch.
+        previous: the network's inputs from row `start` on. Both branches of guidance run as one batch.
         """
         batch, width = previous.shape[:2]
         state = BlockState(start, caches, self._inverse_temperature(batch))
@@ -128,7 +129,7 @@ class GuidedBlock:
         return jnp.where(jnp.arange(2 * batch) < batch, 1.0, 1.0 / self.guidance.temperature).astype(dtype)
 
     def _unrolled(self) -> GuidedBlock:
-        """The same with layers that take caches."""
+        """The same block with unrolled layers, which take caches."""
         block, variables = decoding_block(self.block.config, self.variables)
         return replace(self, block=block, variables=variables)
 
@@ -136,7 +137,10 @@ class GuidedBlock:
 def guided_block(
     config: BlockConfig, variables: Variables, cond: Condition | None, guidance: Guidance | None
 ) -> GuidedBlock:
-    """Returns a block under the condition of its samples; guidance: None for a block that is not guided."""
+    """Returns a block with its condition and guidance bound.
+
+    guidance: None for a block that is not guided.
+    """
     cond = cond if config.is_conditional else None
     if guidance is not None and cond is not None:
         cond = jax.tree.map(lambda *parts: jnp.concatenate(parts), cond, unconditional(cond, guidance.null))

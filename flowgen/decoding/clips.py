@@ -26,12 +26,13 @@ CONTEXT = 0.75  # share of a clip's frames: 16 of 21, as published
 class Clip:
     """How long the clips of a `STARFlowV` are, how they begin, and how they continue beyond the F frames it models.
 
-    frames: frames per clip; None is F. given: the first frames, with the noise that the flow models; they are returned
-    unchanged, before denoising. context: frames that a restart begins with, if there are more than F; None is 3/4 of F,
-    rounded. restart_cond: condition of restarts instead of that of the clip, such as the texts that clips without their
-    first frame had in training.
-    progress: called on the host as progress(solved, total) whenever the deep block solves tokens, with their number and
-    the total of a clip; the program, compiled for each such function, does not wait for it.
+    frames: frames per clip; None is F. given: the first frames, with the noise that the flow models; only denoising
+    changes them. context: how many frames a restart begins with, for clips of more than F frames; None is 3/4 of F,
+    rounded. restart_cond: condition of restarts, such as the texts that clips without their first frame had in
+    training; None is the condition of the clip.
+    progress: called on the host as progress(solved, total) whenever the deep block solves tokens; `solved` is how many
+    it has just solved, and `total` how many a clip needs. The program does not wait for it and is compiled once per
+    such function.
 
     Example:
         r = sample(flow, params, jax.random.key(0), 2, texts, clip=Clip(frames=41, given=noisy_first_frames))
@@ -45,7 +46,7 @@ class Clip:
 
 
 def checked_clip(clip: Clip | None, config: FlowConfig, cond: Condition | None, batch: int) -> Clip:
-    """Returns the clip with its arrays and the number of its frames; None is one of the flow's own size.
+    """Returns the clip with arrays and defaults filled in; None is a clip of the flow's own size.
 
     cond: the condition of the clip. Raises ValueError if the clip does not fit the flow or the batch.
     """
@@ -88,7 +89,7 @@ def clip_layout(clip: Clip, config: FlowConfig) -> ClipLayout:
 
 
 def modelled_frames(config: FlowConfig) -> int:
-    """Returns the frames that a flow models together, 1 for images."""
+    """Returns how many frames a flow models together; 1 for images."""
     return config.num_tokens // config.tokens_per_image
 
 
@@ -104,12 +105,13 @@ def _check_given(clip: Clip, frames: int, config: FlowConfig, batch: int) -> Non
         )
     if not 1 <= given.shape[1] < frames:
         raise ValueError(
-            f"clip.given has {given.shape[1]} frames, and the clip has {frames}; give at least 1, and fewer than that."
+            f"clip.given has {given.shape[1]} frames, and the clip has {frames}; "
+            f"give at least 1 and fewer than {frames}."
         )
 
 
 def _checked_context(context: int | None, frames: int, most: int) -> int:
-    """The frames that restarts begin with; 0 without restarts, so that one program serves all values."""
+    """How many frames restarts begin with; 0 without restarts, so that all values share one program."""
     if frames > most == 1:
         raise ValueError(f"clip.frames is {frames}, but a flow of 1 frame cannot continue a clip; ask for 1.")
     if context is not None and not 1 <= context < most:

@@ -1,8 +1,8 @@
 """`run`: the one compiled program behind `invert` and `sample`.
 
-Let u be the last block's output from noise, segment by segment; the other blocks map u to images, or to frames one by
-one. Given frames enter as their u, by a forward pass of those blocks, and fill the last block's caches in one pass;
-decoding continues after them.
+Decoding first inverts the last block, segment by segment, from noise to tokens u. The other blocks then map u to
+images, or to frames one by one. A forward pass of the other blocks maps given frames to their u, which fills the last
+block's caches in one pass; decoding continues after them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from flowgen.nn.layers import master_dtype
 def run(request: DecodeRequest) -> DecodeResult:
     """Returns the images or clips of a request and the reports on them, sharded like their noise.
 
-    Raises ValueError inside `jax.shard_map` with its checks.
+    Raises ValueError inside `jax.shard_map`, unless its `check_vma` is False.
     """
     check_unmapped("decoding", request)
     return keep_rows(_run, request.params, replace(request, params={}))
@@ -59,7 +59,7 @@ def _run(params: Variables, request: DecodeRequest) -> DecodeResult:
 
 
 def _noise(request: DecodeRequest) -> Float[Array, "b n c"]:
-    """Noise tokens of all frames: given, or those of the first clip from one key, and each later frame from its own."""
+    """The noise tokens of all frames: as given, or drawn with one key for the first clip and one per later frame."""
     keys = request.noise
     if not isinstance(keys, SampleKeys):
         return keys
@@ -83,7 +83,7 @@ def _noise(request: DecodeRequest) -> Float[Array, "b n c"]:
 
 
 def _invert_last_block(request: DecodeRequest, noise: Float[Array, "b n c"]) -> Solution:
-    """u of all decoded frames, given ones included, and the report over all segments."""
+    """The tokens u of all decoded frames, given ones included, and the report over all segments."""
     layout, given = request.layout, request.clip.given
     u, reports = noise[:, :0] if given is None else enter_last_block(request, jnp.asarray(given))[0], []
     for part in layout.segments:
@@ -106,7 +106,7 @@ def _invert_last_block(request: DecodeRequest, noise: Float[Array, "b n c"]) -> 
 def _invert_other_blocks(
     request: DecodeRequest, flow: Flow, u: Float[Array, "b n c"]
 ) -> tuple[list[Solution], list[Float[Array, " b"]]]:
-    """Every block's tokens and report, data side first, and the certificates of blocks that may be guided."""
+    """The other blocks' solutions, data side first, and, if certified under guidance, their errors."""
     solutions, errors = [], []
     for index in reversed(range(flow.config.num_blocks - 1)):
         block = _block(request, flow, index)
@@ -121,13 +121,13 @@ def _invert_other_blocks(
 def _last_block_error(
     request: DecodeRequest, x: Float[Array, "b *event"], u: Float[Array, "b n c"], noise: Float[Array, "b n c"]
 ) -> Float[Array, " b"]:
-    """Largest difference per sample between the noise that was given and that of the last block's tokens.
+    """Largest difference per sample between `noise` and the noise of the last block's tokens.
 
-    Under guidance these are u, else those of the resulting x.
+    These tokens are u under guidance; otherwise they are computed from the result x.
     """
     layout, errors = request.layout, []
     seen = u if request.guidance is not None else enter_last_block(request, x)[0]
-    seen = jnp.concatenate([seen, u[:, seen.shape[1] :]], axis=1)  # Frames beyond `total` are dropped.
+    seen = jnp.concatenate([seen, u[:, seen.shape[1] :]], axis=1)  # x lacks the frames beyond `total`.
     for part in layout.segments:
         block = _last_block(request, part)
 

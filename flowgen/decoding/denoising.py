@@ -1,6 +1,6 @@
-"""Denoising of decoded samples, by the score of the density that decoding follows, or by a learned denoiser.
+"""Denoising of decoded samples, by the score of the density that decoding follows or by a learned denoiser.
 
-With segments r of new frames after their context, and u the last block's tokens, the density is
+With u the last block's tokens, and r the segments of new frames that follow their context, the density is
 
     p(u) = Π_r p(the new frames of r | their context),     log p(x) = log p(u) + log|det du/dx|
 """
@@ -30,7 +30,7 @@ def denoised(request: DecodeRequest, x: Float[Array, "b *event"]) -> Float[Array
 def enter_last_block(
     request: DecodeRequest, x: Float[Array, "b *event"]
 ) -> tuple[Float[Array, "b n c"], Float[Array, " b"]]:
-    """Returns u of images or frames, and log|det du/dx|."""
+    """Returns the last block's tokens u of images or clips, and log|det du/dx|."""
     frames = x.shape[1] if x.ndim == 5 else 1
     return request.flow.with_num_frames(frames).apply(request.params, x, request.cond, method="enter_last_block")
 

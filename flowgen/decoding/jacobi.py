@@ -2,7 +2,8 @@
 
 The tokens of a block solve x_t = shift_t(x_<t) + exp(log_scale_t(x_<t)) · z_t. Windows of w tokens are solved
 one after another. w = 1 is sequential decoding; w = n is the Jacobi iteration of Song et al. 2021
-(arXiv 2002.03629); in between it is Gauss-Seidel-Jacobi. After k sweeps the first k tokens of a window are exact.
+(arXiv 2002.03629); sizes in between give Gauss-Seidel-Jacobi iteration. After k sweeps the first k tokens of a window
+are exact.
 """
 
 from __future__ import annotations
@@ -18,32 +19,32 @@ from jaxtyping import Array, Bool, Float, Int
 from flowgen.decoding.plan import InitialGuess, Jacobi
 from flowgen.flows.affine import to_data
 
-# Iterates beyond this are treated as overflown: fed to the network as the limit (or 0 for NaN), so that unsolved tokens
-# cannot spoil solved ones. Data lie in [-1, 1].
+# Iterates beyond this count as overflows. The network sees them clipped to this limit (NaN as 0), so that unsolved
+# tokens cannot spoil solved ones. Data lie in [-1, 1].
 OVERFLOW = 1e6
 
 
 class PreviousFrame(NamedTuple):
-    """The last frame's worth of tokens before those to be solved, and how many of them exist."""
+    """One frame's worth of tokens just before those to be solved, and how many of them are known."""
 
     tokens: Float[Array, "b p c"]
     known: Int[Array, ""]
 
     def guess(self, noise: Float[Array, "b w c"]) -> Float[Array, "b w c"]:
-        """Returns for each next token the one a whole number of frames earlier, or its noise if there is none."""
+        """Returns, for each next token, the latest token at its place in a frame, or its noise if there is none."""
         period = self.tokens.shape[1]
         place = jnp.arange(noise.shape[1]) % period
         return jnp.where((place >= period - self.known)[None, :, None], self.tokens[:, place], noise)
 
     def then(self, tokens: Float[Array, "b w c"]) -> PreviousFrame:
-        """Returns the last tokens after `tokens` are solved too."""
+        """Returns the last frame's worth of tokens after `tokens` are solved too."""
         period = self.tokens.shape[1]
         last = jnp.concatenate([self.tokens, tokens], axis=1)[:, -period:]
         return PreviousFrame(last, jnp.minimum(self.known + tokens.shape[1], period))
 
 
 def ignore(count: Array) -> None:
-    """Takes no notice of solved tokens."""
+    """Ignores solved tokens."""
 
 
 class Conditioner(NamedTuple):
@@ -51,9 +52,9 @@ class Conditioner(NamedTuple):
 
     window(previous, start, cache) -> (shift, log_scale, cache): parameters of the tokens after `previous`.
     rewind(before, after) -> cache: a cache from which the same window can run again.
-    begin_cache(length) -> cache: filled with the prefix and known tokens, with room for so many more.
-    first: the network's input before the first token to be solved. begin: `start` of that token.
-    previous_frame: the frame before it, the initial guess of windows if the plan says so; None for images.
+    begin_cache(length) -> cache: filled with the prefix and known tokens, with room for `length` more.
+    first: the network's input for the first token to be solved. begin: the row of that input.
+    previous_frame: the frame before that token, for initial guesses if the plan says so; None for images.
     solved(count): called after each window with the number of newly solved tokens.
     """
 
@@ -76,7 +77,7 @@ class Solution(NamedTuple):
 
 
 class _Window(NamedTuple):
-    """Tokens to be solved together: their noise, the first of them, and which exist."""
+    """Tokens to be solved together: their noise, the index of the first, and which of them are not padding."""
 
     noise: Float[Array, "b w c"]
     start: Int[Array, ""]
@@ -84,7 +85,7 @@ class _Window(NamedTuple):
 
 
 class _Before(NamedTuple):
-    """What earlier windows leave: the last token, the cache, and the frame before if guesses are made of it."""
+    """What earlier windows leave behind: the last token, the cache, and the previous frame if guesses use it."""
 
     last: Float[Array, "b 1 c"]
     cache: Any
@@ -118,7 +119,7 @@ def solve(conditioner: Conditioner, z: Float[Array, "b n c"], plan: Jacobi) -> S
 def _solve_window(
     conditioner: Conditioner, plan: Jacobi, n: int, before: _Before, inputs: tuple[Array, Array]
 ) -> tuple[_Before, Solution]:
-    """What the next window begins with, and the solution of this one of n tokens."""
+    """What the next window begins with, and this window's solution. n: the total number of tokens."""
     noise, start = inputs
     size = noise.shape[1]
     window = _Window(noise, start, (start + jnp.arange(size) < n)[None, :, None])
@@ -138,7 +139,7 @@ def _solve_window(
         overflows=jnp.zeros(len(noise), jnp.int32),
     )
     state = sweep(state) if max_sweeps == 1 else jax.lax.while_loop(unsolved, sweep, state)
-    # After as many sweeps as tokens a sample is exact, whatever its last change was.
+    # After as many sweeps as tokens, a sample is exact, whatever its last change was.
     exact = (state.count >= size) & ((state.residual > plan.tol) | (size == 1))
     broken = (overflown(state.out) & window.real).any(axis=(1, 2))
     residual = jnp.where(broken, jnp.inf, jnp.where(exact, 0, state.residual))
@@ -149,7 +150,7 @@ def _solve_window(
 
 
 def _sweep(conditioner: Conditioner, tol: float, before: _Before, window: _Window, state: _Sweep) -> _Sweep:
-    """One pass over a window: the tokens that follow from the guesses of those before them."""
+    """One pass over a window, which computes each token from the guesses of the tokens before it."""
     previous = jnp.concatenate([before.last, state.guess[:, :-1]], axis=1)
     cache = conditioner.rewind(before.cache, state.cache)
     shift, log_scale, cache = conditioner.window(bounded(previous), conditioner.begin + window.start, cache)
@@ -165,23 +166,23 @@ def _sweep(conditioner: Conditioner, tol: float, before: _Before, window: _Windo
 def first_guess(
     init: InitialGuess, noise: Float[Array, "b w c"], previous_frame: PreviousFrame | None
 ) -> Float[Array, "b w c"]:
-    """Returns the initial guess of the first sweep over tokens with that noise."""
+    """Returns the initial guess of the first sweep over tokens with this noise."""
     if init == "zeros":
         return jnp.zeros_like(noise)
     return noise if init == "noise" or previous_frame is None else previous_frame.guess(noise)
 
 
 def overflown(x: Array) -> Array:
-    """Returns a mask of values that are not finite or beyond OVERFLOW."""
+    """Returns a mask of the values that are not finite or exceed OVERFLOW in magnitude."""
     return ~(jnp.abs(x) <= OVERFLOW)
 
 
 def bounded(x: Array) -> Array:
-    """Returns iterates bounded for the network's input."""
+    """Returns iterates clipped to ±OVERFLOW, with NaN as 0, as input for the network."""
     return jnp.clip(jnp.nan_to_num(x, nan=0.0), -OVERFLOW, OVERFLOW)
 
 
 def _change(new: Array, old: Array, real: Array) -> Array:
-    """Largest change per sample among real tokens; infinite if an iterate overflowed."""
+    """Largest change per sample, without padding; infinite if an iterate overflowed."""
     change = jnp.where(overflown(new), jnp.inf, jnp.abs(new - old))
     return jnp.where(real, change, 0).max(axis=(1, 2))

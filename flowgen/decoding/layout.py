@@ -1,8 +1,8 @@
 """`ClipLayout`: how a clip's frames are split into segments for decoding, as static frame counts.
 
 The last block of a video flow sees F frames together. A longer clip is decoded by restarts: the last C frames begin a
-new clip of F frames, whose positions start at 0 again, and F - C more frames are decoded after them, until there are
-enough. An image is a clip of one frame.
+new clip of F frames, whose positions start at 0 again, and F - C more frames are decoded after them. This repeats until
+there are enough frames. An image is a clip of one frame.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from jaxtyping import Array, Float, Int
 class Segments(NamedTuple):
     """`count` equal segments of frames, decoded one after another, each after its context.
 
-    begin: the first frame of the first segment, context included. context, new: frames of each. is_restart: whether
-    they use the condition of restarts.
+    begin: the first frame of the first segment, context included. context, new: number of context frames and of new
+    frames in each segment. is_restart: whether the segments use the condition of restarts.
     """
 
     begin: int
@@ -33,7 +33,7 @@ class Segments(NamedTuple):
 class ClipLayout(NamedTuple):
     """The decoding of a clip of `total` frames by a flow whose last block sees `clip` of them together.
 
-    given: frames known from the start. context: frames that a restart begins with; 0 if there are none.
+    given: frames known from the start. context: frames that a restart begins with; 0 without restarts.
     tokens_per_frame: tokens of each frame.
     """
 
@@ -45,7 +45,7 @@ class ClipLayout(NamedTuple):
 
     @property
     def reached(self) -> int:
-        """Frames after the last restart, `total` or more."""
+        """Number of frames that the segments reach, `total` or more."""
         last = self.segments[-1]
         return last.begin + last.context + last.count * last.new
 
@@ -61,7 +61,7 @@ class ClipLayout(NamedTuple):
 
     @property
     def places(self) -> Int[np.ndarray, " frames"]:
-        """The position of every frame in the clip it is decoded in; 0 for given frames beyond the first clip."""
+        """The position of every frame in the clip that decodes it; 0 for given frames beyond the first clip."""
         places = np.arange(self.reached) * (np.arange(self.reached) < self.clip)
         for part in self.segments:
             begin = part.begin + part.context

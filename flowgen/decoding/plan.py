@@ -20,7 +20,7 @@ AUTO_TOLERANCE = 1e-4
 
 @config
 class Sequential:
-    """One token after another with a cache: exact, one network pass per token.
+    """Decodes one token after another with a cache: exact, with one network pass per token.
 
     Example:
         r = invert(flow, params, z, cond, plan=Sequential())
@@ -29,15 +29,15 @@ class Sequential:
 
 @config
 class Jacobi:
-    """Fixed-point sweeps over windows of tokens, in order, each with the cache of the earlier ones.
+    """Decodes windows of tokens in order, by fixed-point sweeps over each with the cache of the earlier ones.
 
-    In a window, x <- shift(x) + exp(log_scale(x)) · z is repeated until no token of a sample changes by more
-    than `tol` (max norm, data units); that sample is then frozen. After k sweeps the first k tokens are exact, so
-    `max_sweeps=None` (the window's length) always ends at the exact solution.
+    Each window repeats the sweep x <- shift(x) + exp(log_scale(x)) · z. A sample is frozen once none of its tokens
+    changes by more than `tol` (max norm, data units). After k sweeps the first k tokens are exact, so the default
+    `max_sweeps=None`, the window's length, is always enough.
 
     window: tokens solved together; None is one window over all tokens, 1 equals `Sequential`.
-    init: initial guess of the first sweep: the "noise" itself, "zeros", or in a block over several frames the tokens of
-    the "previous_frame"; frame 0 and blocks of one frame start from the noise.
+    init: initial guess of the first sweep: the "noise" itself, "zeros", or, in a block over several frames, the tokens
+    of the "previous_frame"; frame 0 and blocks of one frame then start from the noise.
 
     Example:
         r = invert(flow, params, z, cond, plan=Jacobi(window=32, tol=1e-4))
@@ -51,13 +51,13 @@ class Jacobi:
 
 @config
 class SlidingWindow:
-    """Sweeps over a window that advances after every sweep by the solved tokens, at least one.
+    """Decodes by sweeps over a window that advances past the tokens each sweep solves, at least one.
 
     Each sweep accepts the longest prefix of the window that no sample of the batch changed by more than `tol`, plus the
     next token (Song et al. 2021, arXiv 2002.03629). With tolerance 0 the solution is exact; otherwise each returned
-    token is within `tol` of the value implied by the tokens before it. There are at most as many sweeps as tokens. It
-    needs attention with a cache slot per token, such as softmax. Within its tolerance a sample depends on the others in
-    its batch.
+    token is within `tol` of the value implied by the tokens before it. There are at most as many sweeps as tokens. The
+    attention must keep a cache slot per token, as softmax attention does. Within the tolerance, a sample depends on the
+    other samples in its batch.
 
     window, tol, init: as for `Jacobi`.
 
@@ -88,13 +88,14 @@ Plan = BlockPlan | DecodePlan
 
 
 def resolve_plan(plan: Plan | str, *, rows: Sequence[int]) -> DecodePlan:
-    """Returns one plan per block. ValueError names a plan that does not fit.
+    """Returns one plan per block. Raises ValueError if the plan does not fit.
 
     plan: a plan, or "sequential", "jacobi", "sliding" or "auto". "auto" is sequential on a CPU, where the cost of a
-    pass grows with its rows, and on accelerators Jacobi with the largest window that costs about as much as one
-    token, FREE_ROWS / rows; sequential if that is short. rows: rows per token in each block, data side first: the
-    batch, times 2 if guided, times the frames that a block maps one by one. On accelerators this plan, and so an image
-    within its tolerance, depends on the batch; an explicit plan does not.
+    pass grows with its rows. On accelerators it is Jacobi with the largest window that costs about as much as one
+    token, FREE_ROWS / rows, or sequential if this window is shorter than MIN_PARALLEL_WINDOW. rows: rows per token in
+    each block, data side first: the batch size, times 2 if guided, times the number of frames that the block maps
+    independently. On accelerators "auto" depends on the batch size, and so do images within its tolerance; an explicit
+    plan does not.
 
     Example:
         plan = resolve_plan("auto", rows=(16, 16, 16, 32))

@@ -22,14 +22,15 @@ from flowgen.guidance import Guidance
 
 
 class DecodeResult(NamedTuple):
-    """Images or clips, and the reports of decoding.
+    """Decoded images or clips, and reports on the decoding.
 
     x: images `b height width c` or clips `b frames height width c`, not clipped.
-    sweeps: network passes per block (data side first) and window; 0 if a block has fewer windows.
-    residual: largest change in the last sweep over all blocks and windows, max norm; 0 if exact by count.
-    overflows: iterates that were not finite or beyond 1e6 on the way. finite: whether x is finite.
-    error: None, or with `certify` the largest |forward(x) - z| over tokens, before denoising. Under guidance, which
-    has no forward pass, the largest such difference of any one guided block.
+    sweeps: network passes per block (data side first) and window; 0 for windows that a block does not have.
+    residual: largest change (max norm) in the last sweep of any block and window; 0 if the number of sweeps makes x
+    exact.
+    overflows: number of iterates that were not finite or exceeded 1e6. finite: whether x is finite.
+    error: None, or with `certify` the largest |forward(x) - z| over tokens, before denoising. A guided flow has no
+    forward pass; its error is the largest such difference of any single block.
     """
 
     x: Float[Array, "b *event"]
@@ -41,7 +42,7 @@ class DecodeResult(NamedTuple):
 
 
 class SampleKeys(NamedTuple):
-    """Noise drawn inside the program: sample i from fold_in(key, i), for every index i."""
+    """Keys for noise that the program draws itself: sample i uses fold_in(key, i), for every i in indices."""
 
     key: Key[Array, ""]
     indices: Int[Array, " b"]
@@ -50,7 +51,7 @@ class SampleKeys(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TweedieStep:
-    """x + strength · σ² ∇ log p(x | cond), by the flow's own score."""
+    """The step x + strength · σ² ∇ log p(x | cond), with the flow's own score."""
 
     strength: Float[Array, ""] | float
 
@@ -58,7 +59,7 @@ class TweedieStep:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Denoiser:
-    """A learned denoiser in place of the Tweedie step: clean = function(variables, noisy, cond), of the whole batch.
+    """A learned denoiser in place of the Tweedie step: clean = function(variables, noisy, cond), on the whole batch.
 
     Example:
         r = sample(flow, params, key, 16, labels, denoise=Denoiser(network.apply, network_variables))
@@ -74,7 +75,7 @@ class DecodeRequest:
     """What to decode and how, checked. Static fields are compiled in; the others may change from call to call.
 
     noise: tokens in raster order, or the keys to draw them from. cond: condition of all samples. plan: one per block.
-    clip: its length, beginning and restarts; an image is a clip of one frame. guidance: with the blocks that it
+    clip: its length, beginning and restarts; an image is a clip of one frame. guidance: its `blocks` are those that it
     changes; None if it changes none. certify: whether to measure the error. denoise: removes the training noise from
     the result.
     """
@@ -133,7 +134,7 @@ def decode_request(
 
 
 def resolve_denoise(denoise: bool | float | Denoiser, noise_std: float) -> TweedieStep | Denoiser | None:
-    """Returns the denoising step for that noise standard deviation; None for strength 0 or without noise."""
+    """Returns the denoising step for this noise standard deviation; None if the strength or the noise is 0."""
     if isinstance(denoise, Denoiser):
         return denoise
     strength = float(denoise) if isinstance(denoise, bool | int | float | np.number) else -1.0
@@ -145,7 +146,7 @@ def resolve_denoise(denoise: bool | float | Denoiser, noise_std: float) -> Tweed
 
 
 def _active(guidance: Guidance | None, cond: Condition | None, config: FlowConfig) -> Guidance | None:
-    """Guidance with the blocks that it changes; None if it changes none."""
+    """Guidance whose `blocks` are those that it changes; None if it changes none."""
     if guidance is not None and not isinstance(guidance, Guidance):
         raise ValueError(f"guidance is {shown(guidance)}; give Guidance(scale=...), or None.")
     if guidance is None or guidance.scale == 0 or (guidance.temperature == 1 and cond is None):
@@ -154,7 +155,7 @@ def _active(guidance: Guidance | None, cond: Condition | None, config: FlowConfi
     outside = [index for index in blocks if not 0 <= index < config.num_blocks]
     if outside:
         raise ValueError(f"guidance.blocks has {outside[0]}; this flow has blocks 0..{config.num_blocks - 1}.")
-    if guidance.temperature == 1:  # the two branches of a block without condition are then the same
+    if guidance.temperature == 1:  # the two branches of an unconditional block are then the same
         blocks = tuple(index for index in blocks if config.blocks[index].is_conditional)
     if not blocks:
         return None

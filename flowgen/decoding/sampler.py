@@ -34,9 +34,9 @@ def invert(
 ) -> DecodeResult:
     """Returns the images or clips whose `forward` is z, decoded by `plan` under `guidance`.
 
-    z: noise tokens in raster order, as `forward` returns them. certify: run one forward pass on the result and report
-    the reconstruction error, guidance included. Raises ValueError if z, cond, plan or guidance does not fit the flow.
-    The scale, temperature and null text of guidance can change without recompiling.
+    z: noise tokens in raster order, as `forward` returns them. certify: whether to run one forward pass on the result
+    and report the reconstruction error, guidance included. Raises ValueError if z, cond, plan or guidance does not fit
+    the flow. The scale, temperature and null text of guidance can change without recompiling.
 
     Example:
         r = invert(flow, params, z, cond, plan=Jacobi(window=32))
@@ -66,16 +66,16 @@ def sample(
 ) -> DecodeResult:
     """Returns images or clips drawn from the flow, with the training noise removed.
 
-    num: how many, or their numbers, such as range(16, 32). Sample i depends only on (key, i), so a job can be split
-    into any batches.
-    denoise: one Tweedie step x + strength · σ² ∇ log p(x | cond), σ from the flow's config; a number is the strength;
-    or a learned `Denoiser`, which receives all frames of a clip, still noisy. The score is that of the density that
-    decoding follows if no frames are given.
-    certify: as for `invert`; the error of a clip is that of its generated frames.
-    clip: for clips of another length than the flow's, or that begin with given frames. A token's noise depends only on
-    key, number and position. So before denoising, which looks ahead, a longer clip begins with the shorter one. The
-    deep block's sweeps are reported clip after clip.
-    Raises ValueError as `invert` does, and if `num` is not positive or the clip does not fit the flow.
+    num: how many samples, or their numbers, such as range(16, 32). Sample i depends only on (key, i), so a job can be
+    split into batches of any size.
+    denoise: True takes one Tweedie step x + strength · σ² ∇ log p(x | cond), with σ from the flow's config and strength
+    1; a number sets the strength. The density p is the one that decoding without given frames follows. A learned
+    `Denoiser` receives all frames of a clip instead, still noisy.
+    certify: as for `invert`; for a clip, the error covers its generated frames.
+    clip: for clips whose length differs from the flow's, or that begin with given frames. A token's noise depends only
+    on the key, the sample's number and the token's position. So before denoising, which looks ahead, a longer clip
+    begins with the shorter one. The deep block's sweeps are reported segment by segment.
+    Raises ValueError if cond, plan, guidance or clip does not fit the flow, or if `num` is not positive.
 
     Example:
         r = sample(flow, params, jax.random.key(0), 16, labels, guidance=Guidance(scale=1.5))
@@ -93,7 +93,7 @@ def _numbers(num: int | range | Integer[np.ndarray, " b"]) -> Int[Array, " b"]:
         check_count("num", num)
         numbers = np.arange(int(numbers))
     if not numbers.size:
-        raise ValueError("num has no numbers of samples; give at least one, or how many.")
+        raise ValueError("num is empty; give at least one sample number, or how many samples to draw.")
     if numbers.ndim != 1 or numbers.dtype.kind not in "iu":
         raise ValueError(f"num is {shown(num)}; give how many samples, or their numbers as integers `b`.")
     if numbers.min() < 0 or numbers.max() > MOST_SAMPLES:

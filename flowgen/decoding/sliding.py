@@ -1,9 +1,9 @@
 """A window that advances by the tokens it has solved (Song et al. 2021, arXiv 2002.03629).
 
-A pass over the tokens t .. t+w-1 maps guess to out. Let k be the number of leading tokens that no sample changed by
-more than `tol`. These keep their guess, from which later cached keys were computed. Token t+k, whose inputs are then
-all accepted, takes its new value, which is exact, and the window advances by k+1. The window's remaining tokens take
-their new values as the next guess. So every pass accepts at least one token.
+A pass over the tokens t .. t+w-1 maps a guess to an output. Let k be the number of leading tokens that no sample
+changed by more than `tol`. These keep their guess, from which later cached keys were computed. Token t+k then has only
+accepted inputs, so its new value is exact; it takes this value, and the window advances by k+1. The window's remaining
+tokens take their new values as the next guess. So every pass accepts at least one token.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from flowgen.flows.affine import to_data
 
 
 class _Pass(NamedTuple):
-    """tokens: the network's first input, the accepted tokens, and guesses of the others it has reached."""
+    """tokens: the network's first input, the accepted tokens, and guesses for the other tokens reached so far."""
 
     tokens: Float[Array, "b slots c"]
     start: Int[Array, ""]
@@ -39,12 +39,12 @@ class _Noise(NamedTuple):
     window: int
 
     def at(self, start: Int[Array, ""]) -> Float[Array, "b w c"]:
-        """Returns the noise of the window that begins there."""
+        """Returns the noise of the window that begins at `start`."""
         return jax.lax.dynamic_slice_in_dim(self.tokens, start, self.window, axis=1)
 
 
 def solve_sliding(conditioner: Conditioner, z: Float[Array, "b n c"], plan: SlidingWindow) -> Solution:
-    """Returns x as `flowgen.decoding.jacobi.solve` does; `sweeps` is one number, the total of passes, at most n.
+    """Returns x like `flowgen.decoding.jacobi.solve`; `sweeps` is one number, the total number of passes, at most n.
 
     The cache's slots must be overwritable, so that a window may begin at any of them.
     """
@@ -96,7 +96,7 @@ def _pass(conditioner: Conditioner, plan: SlidingWindow, noise: _Noise, state: _
 def _with_guesses(
     conditioner: Conditioner, plan: SlidingWindow, noise: _Noise, tokens: Float[Array, "b slots c"], end: Int[Array, ""]
 ) -> Float[Array, "b slots c"]:
-    """The tokens with initial guesses from `end` on, of which the next window takes as many as it needs."""
+    """The tokens with initial guesses from `end` on; the next window uses as many of these as it needs."""
     frame = conditioner.previous_frame
     if frame is not None:
         period = frame.tokens.shape[1]

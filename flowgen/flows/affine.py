@@ -15,7 +15,7 @@ from flowgen.settings.ranges import Own
 
 TokenOrder = Literal["raster", "reversed"]
 SOFTPLUS_OFFSET = 0.541324854612918  # softplus of this is 1
-SOFTPLUS_UNDERFLOW = -40.0  # below, softplus(x) is exp(x) to float64's last digit
+SOFTPLUS_UNDERFLOW = -40.0  # below this, softplus(x) equals exp(x) to float64's last digit
 
 
 def to_noise(
@@ -38,7 +38,7 @@ def reorder(tokens: Float[Array, "*b n c"], order: TokenOrder) -> Float[Array, "
 
 
 def soft_clip(raw: Float[Array, "*b c"], bound: float) -> Float[Array, "*b c"]:
-    """Returns bound · tanh(raw / bound), within ±bound and the identity near 0; a bound of 0 leaves raw as it is."""
+    """Returns bound · tanh(raw / bound), which is within ±bound and the identity near 0; bound 0 returns raw."""
     return bound * jnp.tanh(raw / bound) if bound else raw
 
 
@@ -50,16 +50,16 @@ def log_softplus(x: Float[Array, "*b"]) -> Float[Array, "*b"]:
 
 @runtime_checkable
 class ScaleMap(Protocol):
-    """A scale parameterisation: it makes shift and log_scale of a network's two outputs per channel, token by token."""
+    """A scale parameterisation: it maps a network's two outputs per channel to shift and log_scale, token by token."""
 
     def __call__(
         self, shift: Float[Array, "b n c"], raw: Float[Array, "b n c"]
     ) -> tuple[Float[Array, "b n c"], Float[Array, "b n c"]]:
-        """Returns (shift, log_scale); both outputs are 0 before training."""
+        """Returns (shift, log_scale). Before training, both arguments are close to 0."""
         ...
 
 
-# σ = exp(a) of TARFlow and softplus(a + 0.5413) of STARFlow, with a the raw output.
+# σ is exp(a) in TARFlow and softplus(a + 0.5413) in STARFlow, where a is the raw output.
 SCALE_MAPS: dict[str, ScaleMap] = {
     "exponential": lambda shift, raw: (shift, raw),
     "softplus": lambda shift, raw: (shift, log_softplus(raw + SOFTPLUS_OFFSET)),
@@ -77,9 +77,9 @@ def num_outputs(scale: ScaleParameterisation) -> int:
 def shift_and_log_scale(
     out: Float[Array, "b n outputs"], scale: ScaleParameterisation
 ) -> tuple[Float[Array, "b n c"], Float[Array, "b n c"]]:
-    """Returns (shift, log_scale) of tokens from the network's outputs, the raw scale first.
+    """Returns (shift, log_scale) of tokens from the network's outputs, which hold the raw scale first.
 
-    Raises ValueError if your own parameterisation gives another shape.
+    Raises ValueError if your own parameterisation returns arrays of another shape.
     """
     if scale == "volume_preserving":
         return out, jnp.zeros_like(out)

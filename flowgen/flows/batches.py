@@ -46,9 +46,9 @@ def check_batch(batch: Any) -> None:
 def batch_input(
     key: Key[Array, ""], x: UInt8[Array, "b *event"] | Moments, noise_std: float
 ) -> Float[Array, "b *event"]:
-    """Returns the input of a flow in training: images with noise, see `add_noise`, or latents.
+    """Returns a flow's training input: noisy images (see `add_noise`) or noisy latents.
 
-    Latents are a sample from their posterior plus σ N(0, I).
+    Noisy latents are a sample from their posterior plus σ N(0, I).
     """
     if not isinstance(x, Moments):
         return add_noise(key, x, noise_std)
@@ -59,7 +59,7 @@ def batch_input(
 
 
 def add_noise(key: Key[Array, ""], images: UInt8[Array, "b *event"], noise_std: float) -> Float[Array, "b *event"]:
-    """Returns images as a flow's training input: σ > 0, x + σ N(0, I) on [-1, 1]; σ = 0, dequantised.
+    """Returns images as a flow's training input: x + σ N(0, I) with x in [-1, 1] if σ > 0, dequantised if σ = 0.
 
     Example:
         x = add_noise(key, batch.x, flow.config.noise_std)
@@ -67,14 +67,14 @@ def add_noise(key: Key[Array, ""], images: UInt8[Array, "b *event"], noise_std: 
     if noise_std == 0:
         return dequantise(key, images)
     noise = jax.random.normal(key, images.shape)
-    # As `from_uint8`, in the precision of the noise: float64 if enabled.
+    # The map of `from_uint8`, in the precision of the noise: float64 if enabled.
     return images.astype(noise.dtype) / (LEVELS // 2 - 0.5) - 1 + noise_std * noise
 
 
 def dequantise(key: Key[Array, ""], images: UInt8[Array, "b *event"]) -> Float[Array, "b *event"]:
     """Returns 8-bit images with uniform noise of one level, in [-1, 1): 2 (x + U[0, 1)) / 256 - 1.
 
-    The expected bits/dim of dequantised images bounds the discrete bits/dim from above.
+    The expected bits/dim of dequantised images is an upper bound on the discrete bits/dim.
 
     Example:
         x = dequantise(key, batch.x)
@@ -87,12 +87,12 @@ def dequantise(key: Key[Array, ""], images: UInt8[Array, "b *event"]) -> Float[A
 def batch_condition(
     flow: Flow, label_dropout: float, null_text: Callable[[tuple[int, ...]], TextCondition] | None
 ) -> Callable[..., Condition | None]:
-    """Returns (rows, batch, ([frames,] height, width)) -> the condition of a training batch, with dropout.
+    """Returns a function (rows, batch, ([frames,] height, width)) -> condition of a training batch, with dropout.
 
-    Raises ValueError if texts are dropped and there is no null_text.
+    Raises ValueError if texts may be dropped but `null_text` is None.
     """
     if label_dropout and flow.config.text_dim and null_text is None:
-        raise ValueError(f"label_dropout is {label_dropout}, but no null_text is given for dropped texts; encode ''.")
+        raise ValueError(f"label_dropout is {label_dropout}, but no null_text is given for dropped texts; give one.")
 
     def condition(rows: Rows, batch: Batch, shape: tuple[int, ...]):
         cond = condition_of(flow, batch)
@@ -108,7 +108,7 @@ def batch_condition(
 
 
 def condition_of(flow: Flow, batch: Batch) -> Condition | None:
-    """Returns the labels or texts of a batch, without dropout, if the flow takes them."""
+    """Returns the labels or texts of a batch, without dropout; None if the flow takes neither."""
     context = batch.context
     if flow.config.text_dim:
         if not isinstance(context, TextCondition):

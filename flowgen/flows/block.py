@@ -1,6 +1,6 @@
 """One autoregressive block: an invertible map of tokens, and the conditioner that decoders use to invert it.
 
-In the block's token order, with u the tokens (TARFlow, arXiv 2412.06329, and STARFlow, arXiv 2506.06276):
+Let u be the tokens in the block's order (TARFlow, arXiv 2412.06329, and STARFlow, arXiv 2506.06276):
 
     h_t = W_in p_t + b_in + (position) + (class),   h = transformer([prefix; h]) causally
     o_t = W_out norm(h_t) + b_out
@@ -10,8 +10,8 @@ shift "output" (TARFlow): the network sees p_t = u_t and predicts the next token
 unchanged, and the last token is never fed to the network. shift "input" (STARFlow): p_0 is a learned start token in
 data space and p_t = u_{t-1}, f = 0. Every token is transformed.
 
-Positions are a learned table, in token order, or rotary angles of the slots, independent of that order.
-A condition is a class embedding added to every token, or a prefix of tokens that all others see.
+Positions are either a learned table in token order, or rotary angles of the slots, which do not depend on that order.
+A condition is a class embedding added to every token, or a prefix of tokens that all other tokens see.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ Variables = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class ClassPrefix:
-    """A prefix of one token: the label's row of a table whose last row is "unconditional"."""
+    """A prefix of one token: the label's row of a table whose last row means "unconditional"."""
 
     num_classes: int
     length = 1
@@ -58,7 +58,7 @@ class ClassPrefix:
         return self.num_classes + 1
 
     def features(self, cond: Condition | None, batch: int, dtype: jnp.dtype) -> Float[Array, "b l e"]:
-        """Returns one-hot rows as texts of one token."""
+        """Returns the labels as one-hot features of one token."""
         assert not isinstance(cond, TextCondition)  # a flow checks its condition
         return class_one_hot(cond, self.num_classes, batch, dtype)[:, None]
 
@@ -72,7 +72,7 @@ class TextPrefix:
     dim: int
 
     def features(self, cond: Condition | None, batch: int, dtype: jnp.dtype) -> Float[Array, "b l e"]:
-        """Returns the features of the texts, zeros without a condition."""
+        """Returns the features of the texts, or zeros if there is no condition."""
         if cond is None:
             return jnp.zeros((batch, self.length, self.dim), dtype)
         assert isinstance(cond, TextCondition)  # a flow checks its condition
@@ -83,9 +83,10 @@ class TextPrefix:
 class BlockConfig:
     """Shape of one block: its tokens, their order, scale parameterisation and conditions, and the transformer inside.
 
-    num_classes: classes of labels added to the tokens. prefix: tokens before them. positions: rotary; None is a learned
-    table. soft_clip: bound of raw outputs, 0 for none. final_norm: RMSNorm before the last linear map. frames: if above
-    1, that many runs of num_tokens tokens are mapped independently, like the frames of a video.
+    num_classes: number of classes whose embeddings are added to the tokens; 0 for none. prefix: tokens that precede the
+    block's own. positions: rotary positions; None means a learned table. soft_clip: bound on the raw outputs; 0 for
+    none. final_norm: whether an RMSNorm precedes the last linear map. frames: if above 1, the block maps this many runs
+    of num_tokens tokens independently, such as the frames of a video.
     """
 
     num_tokens: int
@@ -114,8 +115,9 @@ class BlockConfig:
 class BlockState(NamedTuple):
     """The state of a block before a window of tokens.
 
-    start: rows before the window. caches: caches of all layers with the prefix and those rows; None if start is 0 and
-    nothing follows. inverse_temperature: factors on the attention logits of every sample, None for 1.
+    start: number of rows before the window. caches: caches of all layers, which hold the prefix and the earlier rows;
+    None if the window is a whole sequence. inverse_temperature: one factor on the attention logits per sample; None
+    means 1.
     """
 
     start: Int[Array, ""] | int = 0
@@ -127,7 +129,7 @@ NOTHING_BEFORE = BlockState()
 
 
 class AutoregressiveBlock(nn.Module):
-    """An invertible map of tokens `b n c`, raster order in and out.
+    """An invertible map of tokens `b n c`, which are in raster order before and after it.
 
     Example:
         z, logdet = AutoregressiveBlock(config).apply(params, tokens, labels)
@@ -135,13 +137,13 @@ class AutoregressiveBlock(nn.Module):
 
     config: BlockConfig
 
-    if TYPE_CHECKING:  # Flax's own type includes variables, which no method here changes.
+    if TYPE_CHECKING:  # Flax's return type includes updated variables, but no method here updates any.
 
         def apply(self, variables: Variables, *args: Any, method: str = "__call__") -> Any: ...
 
     @property
     def num_passthrough(self) -> int:
-        """Leading tokens, in the block's order, that the map leaves unchanged."""
+        """Number of leading tokens, in the block's order, that the map leaves unchanged."""
         return 1 if self.config.shift == "output" else 0
 
     def setup(self):
@@ -176,7 +178,7 @@ class AutoregressiveBlock(nn.Module):
     ) -> tuple[Float[Array, "b n c"], Float[Array, "b n c"]]:
         """Returns (shift, log_scale) of all tokens in raster order; both are 0 for passthrough tokens."""
         config = self.config
-        cond = cond if config.is_conditional else None  # Single frames see none either.
+        cond = cond if config.is_conditional else None  # Blocks on single frames take none.
         u = reorder(each_frame(x, config.frames), config.order)
         shift, log_scale, _ = self.conditioner(self.previous(u), cond)
         passthrough = ((0, 0), (self.num_passthrough, 0), (0, 0))
@@ -186,9 +188,9 @@ class AutoregressiveBlock(nn.Module):
     def conditioner(
         self, previous: Float[Array, "b w c"], cond: Condition | None, state: BlockState = NOTHING_BEFORE
     ) -> tuple[Float[Array, "b w c"], Float[Array, "b w c"], tuple | None]:
-        """Returns (shift, log_scale) of a window of tokens from the tokens just before them, and the caches.
+        """Returns (shift, log_scale) of a window of tokens, from the token before each, and the updated caches.
 
-        previous: rows start..start+w-1 of `previous(tokens)`; the result is for tokens start+p..start+p+w-1, with p =
+        previous: rows start..start+w-1 of `previous(tokens)`; the result is for tokens start+p..start+p+w-1, where p is
         num_passthrough. state: its caches come from `prefill` or the previous window; the default is for a whole
         sequence.
         """
@@ -213,7 +215,7 @@ class AutoregressiveBlock(nn.Module):
         return shift, log_scale, caches
 
     def previous(self, tokens: Float[Array, "b n c"]) -> Float[Array, "b w c"]:
-        """Returns the network's input, row t for token t + num_passthrough, from all tokens in the block's order."""
+        """Returns the network's input for all tokens in the block's order; row t is for token t + num_passthrough."""
         return jnp.concatenate([self.first_previous(tokens), tokens[:, self.num_passthrough : -1]], axis=1)
 
     def first_previous(self, z: Float[Array, "b n c"]) -> Float[Array, "b 1 c"]:
@@ -273,7 +275,7 @@ def block_parameters(variables: Variables, index: int) -> Variables:
 
 
 def decoding_block(config: BlockConfig, variables: Variables) -> tuple[AutoregressiveBlock, Variables]:
-    """Returns a block and its variables in the form for decoding, with unrolled layers that take caches."""
+    """Returns a block and its variables for decoding; the layers are unrolled and take caches."""
     transformer = replace(config.transformer, scan=False)
     params = variables["params"]
     layers = unstack_layers(params["layers"], transformer.num_layers)

@@ -2,7 +2,7 @@
 
 A flow of noisy clips x̃ = x + σ ε has the score ∇ log p(x̃), and one step x̃ + σ² ∇ log p(x̃) removes the noise. That
 score is rough, and the score of a frame depends on all later frames. A network s(x̃) that sees a window of frames
-learns t = -σ ∇ log p(x̃), of order one, and x̃ - σ s(x̃) takes the step. In each layer a frame sees the next
+learns t = -σ ∇ log p(x̃), which is of order one; x̃ - σ s(x̃) then takes the step. In each layer a frame sees the next
 `denoiser_lookahead_frames` frames; without this lookahead the network cannot infer the direction of time.
 """
 
@@ -28,10 +28,11 @@ from flowgen.nn.transformer import TransformerConfig, transformer_stack
 
 
 class ClipDenoiser(OnMeshes, nn.Module):
-    """s(x̃, cond) of clips `b frames height width c`; the kernel of its head starts at 0.
+    """The denoiser s(x̃, cond) of clips `b frames height width c`; the kernel of its output layer starts at 0.
 
-    config: the flow's config, which sets width, heads, condition, positions and precision; denoiser_layers is its own.
-    Its parameters are under "denoiser" beside the flow's blocks: see `denoiser_variables`.
+    config: the flow's config. The denoiser has the flow's width, heads, condition, positions and precision, and
+    `denoiser_layers` layers.
+    The parameters are stored under "denoiser", beside the flow's blocks; see `denoiser_variables`.
 
     Example:
         denoiser = ClipDenoiser(flow.config)
@@ -90,7 +91,7 @@ def init_denoiser(denoiser: ClipDenoiser, key: Key[Array, ""]) -> Variables:
     Example:
         variables = init_denoiser(ClipDenoiser(flow.config), jax.random.key(0))
     """
-    one = ClipDenoiser(denoiser.config.with_num_frames(1), parent=None)  # Parameters do not depend on the frames.
+    one = ClipDenoiser(denoiser.config.with_num_frames(1), parent=None)  # Parameters do not depend on it.
     clip = jnp.zeros((1, *one.config.event_shape), master_dtype(one.config.dtype))
     return jax.jit(lambda key: one.init(key, clip, _some_condition(one.config)))(key)
 
@@ -109,12 +110,12 @@ def denoiser_variables(variables: Variables) -> Variables:
 
 @dataclass(frozen=True)
 class DenoiserStep:
-    """x - σ s(x, cond) for clips of any number of frames: the function of a `flowgen.decoding.Denoiser`.
+    """The step x - σ s(x, cond) for clips of any length; it serves as the function of a `flowgen.decoding.Denoiser`.
 
-    noise_std: σ. chunk: frames that go through the network together, None for all. Each later chunk begins with the
-    `denoiser_past_frames` frames before its outputs, still noisy, as in training; the last `denoiser_lookahead_frames`
-    frames of a chunk are output by the next, which sees the frames after them. If the window is longer than a chunk,
-    each later chunk outputs one frame. Raises ValueError if chunk is below 1.
+    noise_std: σ. chunk: number of frames that go through the network together; None for all. Each later chunk begins
+    with the `denoiser_past_frames` frames before its outputs, still noisy, as in training. The next chunk outputs a
+    chunk's last `denoiser_lookahead_frames` frames, because it sees the frames after them. If the window is longer than
+    a chunk, each later chunk outputs one frame. Raises ValueError if chunk is below 1.
 
     Example:
         step = DenoiserStep(denoiser, noise_std=0.5, chunk=21)
@@ -137,7 +138,8 @@ class DenoiserStep:
         network = ClipDenoiser(config.with_num_frames(size), parent=None)
         lookahead = min(config.denoiser_lookahead_frames, size - 1)
         step = size - lookahead - min(config.denoiser_past_frames, size - 1 - lookahead)
-        # Equal chunks, the last at the end; each outputs all but its last `lookahead` frames, the last one all.
+        # Chunks have equal size, and the last one ends with the clip. Each outputs all but its last `lookahead` frames;
+        # the last chunk outputs these too.
         count = -(-(frames - size) // step) + 1
         begins = np.minimum(np.arange(count) * step, frames - size)
         answering = np.searchsorted(begins[:-1] + size - lookahead, np.arange(frames), side="right")

@@ -57,7 +57,7 @@ class FlowConfig(Protocol):
 
 @runtime_checkable
 class Flow(Protocol):
-    """What training, density and decoding need of a flow: a Flax module with these methods and a config."""
+    """What training, density and decoding need from a flow: a Flax module with these methods and a config."""
 
     @property
     def config(self) -> FlowConfig: ...
@@ -81,7 +81,9 @@ def check_flow(flow: Flow, variables: Variables) -> None:
 
 
 def bits_per_dim(log_prob: Float[Array, "*b"], num_dims: int) -> Float[Array, "*b"]:
-    """Returns bits/dim on the 8-bit scale from nats of images in [-1, 1): (-log p / num_dims + log 128) / log 2.
+    """Returns bits/dim on the 8-bit scale, (-log p / num_dims + log 128) / log 2.
+
+    log_prob: log p in nats of images in [-1, 1).
 
     Example:
         bpd = bits_per_dim(flow.apply(params, x, method="log_prob"), flow.config.num_dims)
@@ -117,7 +119,7 @@ def tweedie_step(
 ) -> Float[Array, "b *event"]:
     """Returns E[clean | x] by Tweedie's formula, x + strength · σ² ∇_x log p(x | cond), not clipped.
 
-    noise_std: σ; None is the flow config's. With σ = 0 there is nothing to remove.
+    noise_std: σ; None takes it from the flow's config. If σ is 0, x is returned unchanged.
 
     Example:
         clean = tweedie_step(flow, params, sample.x, cond)
@@ -136,9 +138,9 @@ def class_posterior(
     x: Float[Array, "b *event"],
     log_prior: Float[Array, " classes"] | None = None,
 ) -> Float[Array, "b classes"]:
-    """Returns p(class | x) ∝ p(x | class) p(class) by Bayes' rule, one likelihood per class, uniform prior.
+    """Returns p(class | x) ∝ p(x | class) p(class), by Bayes' rule and one likelihood per class.
 
-    Raises ValueError if the flow has no classes.
+    log_prior: log p(class) up to a constant; None is uniform. Raises ValueError if the flow has no classes.
 
     Example:
         labels = class_posterior(flow, params, x).argmax(axis=-1)

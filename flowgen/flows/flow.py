@@ -33,7 +33,7 @@ class ImageTokens:
     patch_size: int
 
     def check_images(self) -> None:
-        """Raises ValueError if patches do not tile the images, or make too few or too many tokens."""
+        """Raises ValueError if the patches do not tile the images, or if there are too few or too many tokens."""
         check_patches(self.image_size, self.patch_size)
         if self.num_tokens > MAX_TOKENS:
             raise ValueError(
@@ -47,7 +47,7 @@ class ImageTokens:
 
     @property
     def patch_order(self) -> PatchOrder:
-        """The layout of a patch in a token."""
+        """The order of a patch's values in its token."""
         raise NotImplementedError
 
     @property
@@ -62,23 +62,23 @@ class ImageTokens:
 
     @property
     def event_shape(self) -> tuple[int, ...]:
-        """Shape of one sample: that of an image, unless a flow models several at once."""
+        """Shape of one sample: an image's shape, unless the flow models several images at once."""
         return self.image_shape
 
     @property
     def token_hw(self) -> tuple[int, int]:
-        """Rows and columns of tokens of one image."""
+        """(rows, columns) of one image's grid of tokens."""
         height, width = self.image_hw
         return height // self.patch_size, width // self.patch_size
 
     @property
     def tokens_per_image(self) -> int:
-        """Patches of one image."""
+        """Number of patches in one image."""
         return math.prod(self.token_hw)
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of one sample."""
+        """Number of tokens in one sample."""
         return math.prod(self.event_shape[:-3]) * self.tokens_per_image
 
     @property
@@ -87,7 +87,7 @@ class ImageTokens:
 
     @property
     def num_dims(self) -> int:
-        """Dimensions of one sample, the divisor of nats or bits per dimension."""
+        """Number of dimensions of one sample, the divisor in nats or bits per dimension."""
         return self.num_tokens * self.token_dim
 
     def check_samples(self, x: Array) -> None:
@@ -98,19 +98,19 @@ class ImageTokens:
             raise ValueError(f"x has shape {tuple(x.shape)}; this model takes (batch, {shape}).")
 
     def to_tokens(self, x: Float[Array, "b *event"]) -> Float[Array, "b n token"]:
-        """Returns the patches of samples, row by row, image after image."""
+        """Returns the patches of samples as tokens, row by row and image by image."""
         patches = patchify(x.reshape(-1, *self.image_shape), self.patch_size, self.patch_order)
         return patches.reshape(len(x), self.num_tokens, self.token_dim)
 
     def to_images(self, tokens: Float[Array, "b n token"]) -> Float[Array, "b *event"]:
-        """Returns the samples that tokens in raster order form."""
+        """Returns the samples whose tokens, in raster order, are `tokens`."""
         patches = tokens.reshape(-1, self.tokens_per_image, self.token_dim)
         images = unpatchify(patches, self.patch_size, self.image_hw, self.patch_order)
         return images.reshape(len(tokens), *self.event_shape)
 
 
 class AutoregressiveFlow(OnMeshes, nn.Module):
-    """Exact-likelihood flow between images `b height width c` and noise tokens `b n c`: the blocks of its config.
+    """Exact-likelihood flow between images `b height width c` and noise tokens `b n c`, made of its config's blocks.
 
     Example:
         class MyFlow(AutoregressiveFlow):
@@ -130,7 +130,7 @@ class AutoregressiveFlow(OnMeshes, nn.Module):
     ) -> tuple[Float[Array, "b n token"], Float[Array, " b"]]:
         """Returns noise tokens z in raster order and logdet = log|det dz/dx|, summed, in nats.
 
-        Raises ValueError if x is not a batch of this model's images, or the model does not take cond.
+        Raises ValueError if x is not a batch of this model's samples, or if cond does not fit the model.
         """
         states, logdet = self.trajectory(x, cond)
         return states[-1], logdet
@@ -138,7 +138,7 @@ class AutoregressiveFlow(OnMeshes, nn.Module):
     def trajectory(
         self, x: Float[Array, "b *event"], cond: Condition | None = None
     ) -> tuple[list[Float[Array, "b n token"]], Float[Array, " b"]]:
-        """Returns the tokens after each block, the last being z, and the total logdet."""
+        """Returns the tokens after each block, which end with z, and the total logdet."""
         states, logdet = self._through(self.blocks, x, cond)
         return states[1:], logdet
 
@@ -150,7 +150,7 @@ class AutoregressiveFlow(OnMeshes, nn.Module):
         return states[-1], logdet
 
     def _through(self, blocks, x, cond):
-        """Tokens before the first of these blocks and after each, and their logdet."""
+        """The tokens before the first of these blocks and after each of them, and their total logdet."""
         config = self.config
         config.check_samples(x)
         cond = config.check_cond(cond, x.shape[0])
@@ -167,7 +167,7 @@ class AutoregressiveFlow(OnMeshes, nn.Module):
     def with_image_size(self, height: int, width: int) -> AutoregressiveFlow:
         """Returns the flow with the same parameters for another image size.
 
-        Raises ValueError if the parameters fit only one size, as position tables do.
+        Raises ValueError if the parameters fit only one size, such as learned position tables.
         """
         if (height, width) == self.config.image_hw:
             return self
@@ -182,7 +182,7 @@ class AutoregressiveFlow(OnMeshes, nn.Module):
     def with_num_frames(self, frames: int) -> AutoregressiveFlow:
         """Returns the flow with the same parameters for another number of frames.
 
-        Raises ValueError if the flow models images, which are one frame.
+        Raises ValueError if the flow models images and `frames` is not 1.
         """
         if frames == self.config.num_tokens // self.config.tokens_per_image:
             return self
@@ -196,26 +196,26 @@ class AutoregressiveFlow(OnMeshes, nn.Module):
         return self.get_variable("prior", "variance", jnp.ones(shape, master_dtype(self.config.dtype)))
 
     def log_prob(self, x: Float[Array, "b *event"], cond: Condition | None = None) -> Float[Array, " b"]:
-        """Returns log p(x | cond) in nats, exact: log N(z; 0, prior variance) + logdet."""
+        """Returns the exact log p(x | cond) in nats: log N(z; 0, prior variance) + logdet."""
         z, logdet = self.forward(x, cond)
         return gaussian_log_density(z, self.prior_variance()[None]).sum(axis=(1, 2)) + logdet
 
     def bits_per_dim(self, x: Float[Array, "b *event"], cond: Condition | None = None) -> Float[Array, " b"]:
         """Returns -log2 p(x | cond) per dimension on the scale of 256 levels over [-1, 1).
 
-        It is the model's bits/dim if x is dequantised (`flowgen.flows.batches.dequantise`).
+        This is the model's bits/dim if x is dequantised (`flowgen.flows.batches.dequantise`).
         """
         return bits_per_dim(self.log_prob(x, cond), self.config.num_dims)
 
     def to_images(self, tokens: Float[Array, "b n token"]) -> Float[Array, "b *event"]:
-        """Returns the samples that data-side tokens form."""
+        """Returns the samples whose tokens are `tokens`."""
         return self.config.to_images(tokens)
 
     @nn.nowrap
     def initial_variables(self, key: Key[Array, ""]) -> Variables:
         """Returns fresh variables, as `flowgen.init` gives them.
 
-        Blocks of equal shape share one compiled program, because compiling random numbers is slow.
+        Blocks of equal shape share one compiled program, because random-number generation is slow to compile.
         """
         config = self.config
         if config.dtype == "float64" and not jax.config.read("jax_enable_x64"):

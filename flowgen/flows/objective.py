@@ -29,15 +29,15 @@ def nll_objective(
     """Returns the maximum-likelihood objective (variables, batch, key) -> (loss, metrics[, carried state]).
 
     loss = loss_scale (½ mean z² - mean logdet / num_dims) + norm_penalty Σ_k mean x_k², in nats per dimension, without
-    constants (TARFlow, eq. of the loss; the penalty, on the tokens that enter each block, is STARFlow's).
-    batch: a `flowgen.data.Batch` of any size that `flow.with_image_size` takes, whose context has the labels or texts
-    that the flow takes. With probability `label_dropout` labels become -1, and texts become
+    constants. The loss is TARFlow's; the penalty, on the tokens that enter each block, is STARFlow's.
+    batch: a `flowgen.data.Batch` of any image size that `flow.with_image_size` takes; its context has the labels or
+    texts that the flow takes. With probability `label_dropout`, a label becomes -1, and a text becomes
     null_text(([frames,] height, width)), the encoded "".
-    metrics: loss, bits_per_dim (of the noised images; of latents nats_per_dim), mean_square_z, logdet_per_dim, and
+    metrics: loss, bits_per_dim of the noisy images (nats_per_dim for latents), mean_square_z, logdet_per_dim, and
     mean_square/<block> of the tokens after each block.
     Volume-preserving flows return their tracked prior variance, v + 0.1 (mean_b z² - v), as carried state.
 
-    Raises ValueError if texts are dropped and there is no null_text.
+    Raises ValueError if texts may be dropped but `null_text` is None.
 
     Example:
         loss, metrics, *state = nll_objective(flow, label_dropout=0.1)(params, batch, key)
@@ -51,7 +51,7 @@ def nll_objective(
         if flow.config.scale_parameterisation != "volume_preserving":
             return loss, metrics
         variance = variables["prior"]["variance"]
-        batch_variance = jax.lax.stop_gradient(jnp.square(z).mean(axis=0))  # Linear: its mean over devices is right.
+        batch_variance = jax.lax.stop_gradient(jnp.square(z).mean(axis=0))  # Devices may average it.
         tracked = variance + PRIOR_VARIANCE_RATE * (batch_variance - variance)
         return loss, metrics, {"prior": {"variance": tracked}}
 
@@ -87,13 +87,13 @@ def nll(
 
 
 def density_metric(flow: Flow, nats_per_dim: Float[Array, ""], batch: Batch) -> dict[str, Array]:
-    """Returns the metric of the density by its name: bits/dim of images, nats/dim of latents."""
+    """Returns the density metric, keyed by its name: bits/dim for images, nats/dim for latents."""
     if isinstance(batch.x, Moments):
         return {"nats_per_dim": nats_per_dim}
     return {"bits_per_dim": bits_per_dim(-nats_per_dim, 1)}
 
 
 def on_samples_like(flow: Flow, x: Float[Array, "b *event"]) -> Flow:
-    """Returns the flow with the same parameters for samples of x's size and, for clips, its number of frames."""
+    """Returns the flow with the same parameters for x's image size and, if x is a clip, its number of frames."""
     sized = flow.with_image_size(*x.shape[-3:-1])
     return sized.with_num_frames(x.shape[1]) if x.ndim == 5 else sized

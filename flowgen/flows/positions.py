@@ -1,8 +1,8 @@
 """Positions of a block's slots as rotary angles: a text prefix on its own axis, then the tokens of a grid.
 
-Token (i, j) of an h x w grid stands at (i, j) · P / √(h w), whatever order the tokens come in; P is the side of the
-grid that positions were learned on, so that a larger grid fills the same range. Text token k of n stands at k/n · P
-on the third axis (STARFlow, arXiv 2506.06276), and so does frame t of a video, at t (STARFlow-V, arXiv 2511.20462).
+Token (i, j) of an h x w grid has position (i, j) · P / √(h w) in any token order. P is the side of the grid that
+positions were learned on, so a larger grid fills the same range. On the third axis, text token k of n has position k/n
+· P (STARFlow, arXiv 2506.06276), and frame t of a video has position t (STARFlow-V, arXiv 2511.20462).
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ THIRD_AXIS_PAIRS = 8
 
 @dataclass(frozen=True)
 class GridPositions:
-    """Grid, reference side P, pairs of channels that turn with (row, column) and a third axis if any, and frames."""
+    """The grid of tokens, its reference side P, the channel pairs that turn with each axis, and the number of frames.
+
+    pairs: channel pairs for the row, the column and the third axis, if there is one.
+    """
 
     rows: int
     columns: int
@@ -28,7 +31,7 @@ class GridPositions:
     frames: int = 1
 
     def rotary(self, prefix_length: int) -> Rotary:
-        """Returns the angles of `prefix_length` text slots, then those of the grid, row by row, frame by frame."""
+        """Returns the angles of `prefix_length` text slots, then of the grid, row by row and frame by frame."""
         grid = np.stack(np.divmod(np.arange(self.rows * self.columns), self.columns), axis=1)
         grid = grid / math.sqrt(self.rows * self.columns) * self.rope_base_grid
         positions = np.zeros((prefix_length + self.frames * len(grid), len(self.pairs)))
@@ -41,7 +44,9 @@ class GridPositions:
 
 
 def rotary_pairs(head_dim: int, *, third_axis: bool) -> tuple[int, ...]:
-    """Returns pairs of channels per axis: halves for (row, column), or 8 for text and frames and halves of the rest.
+    """Returns the channel pairs for row, column and, if any, the third axis.
+
+    The third axis gets 8 pairs; row and column get half of the rest each.
 
     Raises ValueError if the channels of a head cannot be split this way.
     """

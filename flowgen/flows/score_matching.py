@@ -2,8 +2,8 @@
 
 x̃ = x + σ ε,   t = -σ ∇_x̃ log p(x̃ | cond),   loss = NLL(x̃) + mean |s(x̃, cond) - t|²
 
-One backward pass gives the gradients with respect to x̃ and to the flow's parameters; the second term does not affect
-the latter.
+One backward pass gives the gradients with respect to x̃ and to the flow's parameters; the second term does not change
+the flow's gradient.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from flowgen.flows.starflow_v import STARFlowV
 def score_target(
     flow: Flow, variables: Variables, x: Float[Array, "b *event"], cond: Condition | None = None
 ) -> Float[Array, "b *event"]:
-    """Returns t = -σ ∇ log p(x | cond), the target of a denoiser of noisy samples x; σ from the flow's config.
+    """Returns t = -σ ∇ log p(x | cond), the target of a denoiser of noisy samples x, with σ from the flow's config.
 
     Example:
         t = score_target(flow, params, noisy, cond)
@@ -61,10 +61,11 @@ def flow_score_objective(
 ) -> Callable[..., tuple]:
     """Returns the joint objective (variables, batch, key) -> (loss, metrics) of a video flow and its denoiser.
 
-    Arguments and batches are those of `nll_objective`, of clips of any number of frames, single images among them;
-    metrics further have `denoiser_loss`, mean |s - t|², and `score_square`, mean |t|², the loss of predicting 0.
+    Arguments and batches are as for `nll_objective`. Clips may have any number of frames; a single image is a clip of
+    one frame. The metrics are those of `nll_objective` with `flow_loss` in place of `loss`, and also `denoiser_loss`,
+    mean |s - t|², and `score_square`, mean |t|², which is the loss of predicting 0.
 
-    Raises ValueError if the flow has no denoiser, or as `nll_objective`.
+    Raises ValueError if the flow has no denoiser, or if texts may be dropped but `null_text` is None.
 
     Example:
         loss, metrics = flow_score_objective(flow, label_dropout=0.1)(params, batch, key)
@@ -100,7 +101,7 @@ def flow_score_objective(
 
 @jax.custom_vjp
 def with_gradient(value: Float[Array, ""], variables: Variables, gradient: Any) -> Float[Array, ""]:
-    """Returns value as a function of variables with a given, precomputed gradient."""
+    """Returns `value`, whose gradient with respect to `variables` is the given, precomputed `gradient`."""
     return value
 
 

@@ -1,4 +1,4 @@
-"""STARFlow: shallow autoregressive blocks under one deep block, on latents, with class or text (arXiv 2506.06276)."""
+"""STARFlow: shallow autoregressive blocks and one deep block, on latents, given class or text (arXiv 2506.06276)."""
 
 from __future__ import annotations
 
@@ -31,47 +31,47 @@ from flowgen.settings.ranges import (
     Width,
 )
 
-MAX_ROTATIONS = 1 << 25  # largest size of the position table, which every trace holds
+MAX_ROTATIONS = 1 << 25  # numbers in the largest position table, which every trace holds
 
 
 def block_order(first: TokenOrder, index: int) -> TokenOrder:
-    """Returns the token order of a block: that of block 0 for even blocks, and the other for odd ones."""
+    """Returns the token order of block `index`: `first` if the index is even, and the other order if it is odd."""
     return first if index % 2 == 0 else "reversed" if first == "raster" else "raster"
 
 
 @config
 class STARFlowConfig(ImageTokens):
-    """Shape of a STARFlow; the defaults are the released text-to-image model's, if it has one.
+    """Shape of a STARFlow. Most defaults are those of the released text-to-image model, preset "t2i_3b".
 
     image_size: side of the latents, or (height, width).
     channels: channels of the latents.
-    patch_size: side of the squares of latents that become one token; it divides the sides of the latents.
+    patch_size: side of the square of latents that becomes one token; it divides the sides of the latents.
     width: channels of the tokens inside the shallow blocks, a multiple of head_dim.
     layers_per_block: transformer layers per block, data side first, the deep block last; 0 leaves a block out.
-    deep_width: width of the last block; None for the others' width.
+    deep_width: width of the last block; None means `width`.
     order: token order in block 0, "raster" or "reversed"; later blocks alternate. The published "L2R" is "reversed".
     head_dim: channels of an attention head.
-    num_kv_heads: heads of keys and values, each shared by several query heads; None is one per head.
-    expansion: width of the feed-forward layers, in widths of the block.
+    num_kv_heads: key-value heads, each shared by several query heads; None means one per query head.
+    expansion: width of the feed-forward layers, as a multiple of the block's width.
     norm: normalisation before every layer.
-    qk_norm: normalise queries and keys.
-    post_norm: also normalise each layer's output.
+    qk_norm: whether to normalise queries and keys.
+    post_norm: whether to normalise each layer's output too.
     activation: activation of the feed-forward layers.
-    use_bias: biases in the linear layers.
+    use_bias: whether the linear layers have biases.
     scale_parameterisation: "softplus", σ = softplus(a + 0.5413), or a function of your own (shift, raw) -> (shift,
     log_scale).
-    soft_clip: bound c of c · tanh(r / c) on the raw scale and on the shift; 0 for none.
+    soft_clip: bound c of the map c · tanh(r / c) of the raw scale and of the shift; 0 for none.
     num_classes: classes that the density is conditioned on; 0 for none.
-    class_conditioning: a label is a prefix token (published), or is added to every token ("add"); then the mean of all
-    classes is the unconditional one.
+    class_conditioning: "prefix" makes the label a prefix token, as published; "add" adds its embedding to every token,
+    and the mean of all class embeddings means unconditional.
     text_dim: features per text token; 0 for a model without texts.
     text_length: tokens per text, padding included; 0 for a model without texts.
     conditioned_blocks: which blocks see the class or the text.
-    rope_base_grid: tokens along a side of the grid that positions refer to; None places this grid's tokens 1 apart.
-    attention: kernel of the layers' attention, by name, or one of your own.
+    rope_base_grid: side, in tokens, of the grid that positions refer to; None places this grid's tokens 1 apart.
+    attention: attention kernel of the layers, by name, or one of your own.
     noise_std: σ of the Gaussian training noise; above 0 for latents.
-    dtype: dtype of matrix products and activations; parameters, affine maps and log-determinants stay float32.
-    remat: recompute layers in the backward pass instead of storing them; less memory, and on CPUs less time.
+    dtype: dtype of matrix products and activations; parameters, affine maps and log-determinants are at least float32.
+    remat: recompute activations in the backward pass instead of storing them; this saves memory and, on CPUs, time.
     """
 
     image_size: Side | tuple[Side, Side]
@@ -107,7 +107,7 @@ class STARFlowConfig(ImageTokens):
         if (numbers := self.num_tokens * self.head_dim) > MAX_ROTATIONS:
             raise ValueError(
                 f"image_size is {self.image_size}, patch_size {self.patch_size} and head_dim {self.head_dim}, "
-                f"whose positions are a table of {numbers} numbers, of at most {MAX_ROTATIONS}; use larger patches."
+                f"which needs a position table of {numbers} numbers, more than {MAX_ROTATIONS}; use larger patches."
             )
         if self.layers_per_block[-1] < 1:
             raise ValueError(f"layers_per_block is {self.layers_per_block}; the last block must have at least 1.")
@@ -117,7 +117,9 @@ class STARFlowConfig(ImageTokens):
                     f"{name} is {width}, not a multiple of head_dim {self.head_dim}; change one of the two."
                 )
             if self.num_kv_heads is not None and self.num_kv_heads > (heads := width // self.head_dim):
-                raise ValueError(f"num_kv_heads is {self.num_kv_heads}; {name} {width} makes {heads} heads.")
+                raise ValueError(
+                    f"num_kv_heads is {self.num_kv_heads}, but {name} {width} has {heads} heads; use a divisor."
+                )
             if self.num_kv_heads is not None and width // self.head_dim % self.num_kv_heads:
                 raise ValueError(
                     f"num_kv_heads is {self.num_kv_heads}, which does not divide the {width // self.head_dim} "
@@ -125,7 +127,8 @@ class STARFlowConfig(ImageTokens):
                 )
         if self.num_kv_heads is not None and self.attention != "softmax":
             raise ValueError(
-                f"num_kv_heads is {self.num_kv_heads}; {self.attention!r} attention needs as many as heads, None."
+                f"num_kv_heads is {self.num_kv_heads}; {self.attention!r} attention cannot share "
+                "key-value heads; use None."
             )
         if (self.text_dim > 0) != (self.text_length > 0):
             raise ValueError(
@@ -141,12 +144,12 @@ class STARFlowConfig(ImageTokens):
 
     @property
     def patch_order(self) -> Literal["channel_last"]:
-        """The layout of a patch in a token."""
+        """The order of a patch's values in its token."""
         return "channel_last"
 
     @property
     def num_blocks(self) -> int:
-        """The number of blocks that are not the identity."""
+        """The number of blocks, not counting those of 0 layers."""
         return sum(count > 0 for count in self.layers_per_block)
 
     @property
@@ -160,8 +163,7 @@ class STARFlowConfig(ImageTokens):
         return ClassPrefix(self.num_classes) if self.num_classes and self.class_conditioning == "prefix" else None
 
     def with_image_size(self, height: int, width: int) -> STARFlowConfig:
-        """Returns the config of the same parameters for another image size, with the same reference area for
-        positions."""
+        """Returns the config for another image size; parameters still fit, and positions keep their reference grid."""
         return dataclasses.replace(self, image_size=(height, width), rope_base_grid=self._side)
 
     @property
@@ -182,7 +184,7 @@ class STARFlowConfig(ImageTokens):
 
     @property
     def blocks(self) -> tuple[BlockConfig, ...]:
-        """The blocks from data to noise, without those of 0 layers; the orders alternate over all."""
+        """The blocks from data to noise, without those of 0 layers, which still count when token orders alternate."""
         last = len(self.layers_per_block) - 1
         return tuple(self._block(index, index == last) for index, count in enumerate(self.layers_per_block) if count)
 
@@ -218,7 +220,7 @@ class STARFlowConfig(ImageTokens):
         )
 
     def check_cond(self, cond: Any, batch: int) -> Condition | None:
-        """Returns labels as int32, None, or a text; ValueError if it does not fit this model and batch."""
+        """Returns int32 labels, None, or a text. Raises ValueError if cond does not fit this model and batch."""
         if self.text_dim:
             return check_text(cond, length=self.text_length, dim=self.text_dim, batch=batch)
         return check_labels(cond, num_classes=self.num_classes, batch=batch)
@@ -227,8 +229,8 @@ class STARFlowConfig(ImageTokens):
 class STARFlow(AutoregressiveFlow):
     """Exact-likelihood flow between latents `b height width c` and noise tokens `b n c`.
 
-    `cond` is, in every method, a `TextCondition` for a model of texts; else None, or int32 labels `b` where -1 means
-    unconditional: the last row of a class prefix, or the mean of added classes.
+    In every method, `cond` is a `TextCondition` if the model takes texts. Otherwise it is None, or int32 labels `b`,
+    where -1 means unconditional: the last row of a class prefix, or the mean of the added class embeddings.
 
     Example:
         flow = STARFlow(STARFlowConfig(image_size=8, width=128, layers_per_block=(2, 2, 6), num_classes=10))
@@ -249,8 +251,8 @@ def _imagenet(width: int, layers_per_block: tuple[int, ...], patch_size: int = 1
     )
 
 
-# Published shapes on 256 x 256 images, 32 x 32 x 4 latents. "t2i_3b" is the released text-to-image model. The others
-# are the published class-conditional presets by name; the paper's 1.4 B model is "xlv2_1".
+# Published shapes for 256 x 256 images, whose latents are 32 x 32 x 4. "t2i_3b" is the released text-to-image model.
+# The others are the published class-conditional presets by name; the paper's 1.4 B model is "xlv2_1".
 STARFLOW_PRESETS: dict[str, STARFlowConfig] = {
     "t2i_3b": STARFlowConfig(image_size=32, width=3072, text_dim=2048, text_length=128, rope_base_grid=32.0),
     "xl_1": _imagenet(2048, (2, 2, 2, 2, 10, 10)),

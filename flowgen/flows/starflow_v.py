@@ -17,16 +17,16 @@ from flowgen.settings.ranges import Frames, MaybeLayers, OtherFrames
 
 @config
 class STARFlowVConfig(STARFlowConfig):
-    """Shape of a STARFlow over clips `frames height width c`; fields that are not named here are `STARFlowConfig`'s.
+    """Shape of a STARFlow over clips `frames height width c`; `STARFlowConfig` describes the other fields.
 
     The shallow blocks map each frame independently; the deep block is causal over the tokens of all frames, in raster
-    order, and only it sees the condition. The third axis of positions is the frame number, and for a text prefix its
-    token's position.
+    order, and only it sees the condition. The third axis of positions is the frame number or, for a text prefix, the
+    token's place in the text.
 
     frames: latent frames per clip.
     denoiser_layers: layers of the causal denoiser that learns the flow's score; 0 for none.
-    denoiser_past_frames: frames before its own that a token sees in each layer of the denoiser.
-    denoiser_lookahead_frames: frames after its own that a token sees in each layer of the denoiser.
+    denoiser_past_frames: number of earlier frames that a token sees in each layer of the denoiser.
+    denoiser_lookahead_frames: number of later frames that a token sees in each layer of the denoiser.
     """
 
     frames: Frames = 21
@@ -45,8 +45,8 @@ class STARFlowVConfig(STARFlowConfig):
             )
         if block_order(self.order, len(self.layers_per_block) - 1) != "raster":
             raise ValueError(
-                f"layers_per_block has {len(self.layers_per_block)} entries, with which order {self.order!r} "
-                "reverses the deep block and with it time; give one more or less, or 0 layers to one."
+                f"layers_per_block has {len(self.layers_per_block)} entries, so with order {self.order!r} "
+                "the deep block runs backwards in time; add or remove an entry, which may be 0."
             )
 
     def build(self) -> AutoregressiveFlow:
@@ -59,7 +59,7 @@ class STARFlowVConfig(STARFlowConfig):
         return (self.frames, *self.image_shape)
 
     def with_num_frames(self, frames: int) -> STARFlowVConfig:
-        """Returns the config of the same parameters for another clip length."""
+        """Returns the config for another clip length; parameters still fit."""
         return dataclasses.replace(self, frames=frames)
 
     @property
@@ -77,8 +77,8 @@ class STARFlowVConfig(STARFlowConfig):
 class STARFlowV(AutoregressiveFlow):
     """Exact-likelihood flow between clips of latents `b frames height width c` and noise tokens `b n c`.
 
-    Tokens come frame after frame, so that the noise of frame t, and its density, depend only on frames 0..t. `cond` is
-    that of a `STARFlow`.
+    Tokens are in frame order, so the noise of frame t and its density depend only on frames 0..t. `cond` is as for
+    `STARFlow`.
 
     Example:
         flow = STARFlowV(STARFlowVConfig(image_size=8, frames=5, width=128, layers_per_block=(2, 2, 2, 6)))

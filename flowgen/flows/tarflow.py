@@ -33,21 +33,21 @@ class TARFlowConfig(ImageTokens):
     """Shape of a TARFlow, in the paper's p-C-K-L-σ notation: patch_size-width-num_blocks-layers_per_block-noise_std.
 
     image_size: side of the images in pixels, or (height, width).
-    channels: channels of the images; only 1 or 3 can be drawn.
-    patch_size: side of the squares of pixels that become one token; it divides the sides of the image.
+    channels: channels of the images; only images of 1 or 3 channels can be drawn.
+    patch_size: side of the square of pixels that becomes one token; it divides the sides of the image.
     width: channels of the tokens inside a block, a multiple of head_dim.
-    num_blocks: autoregressive blocks, every other one over the tokens in reversed order.
+    num_blocks: autoregressive blocks; every second one takes the tokens in reversed order.
     layers_per_block: transformer layers per block.
-    head_dim: channels of an attention head; a width below it is one head.
-    expansion: width of the feed-forward layers, in widths of the block.
+    head_dim: channels of an attention head; a smaller width makes one head.
+    expansion: width of the feed-forward layers, as a multiple of the block's width.
     num_classes: classes that the density is conditioned on; 0 for none.
     scale_parameterisation: "exponential" (the paper's nvp), "volume_preserving" with log-determinant 0 and a tracked
     prior variance, or a function of your own (shift, raw) -> (shift, log_scale).
-    attention: kernel of the layers' attention, by name, or one of your own.
+    attention: attention kernel of the layers, by name, or one of your own.
     activation: activation of the feed-forward layers.
     noise_std: σ of the Gaussian training noise; 0 means uniform dequantisation.
-    dtype: dtype of matrix products and activations; parameters, affine maps and log-determinants stay float32.
-    remat: recompute layers in the backward pass instead of storing them; less memory, and on CPUs less time.
+    dtype: dtype of matrix products and activations; parameters, affine maps and log-determinants are at least float32.
+    remat: recompute activations in the backward pass instead of storing them; this saves memory and, on CPUs, time.
     """
 
     image_size: Side | tuple[Side, Side]
@@ -79,12 +79,12 @@ class TARFlowConfig(ImageTokens):
 
     @property
     def text_dim(self) -> int:
-        """Features of text tokens; this model takes no texts."""
+        """Features per text token: 0, because this model takes no texts."""
         return 0
 
     @property
     def patch_order(self) -> Literal["channel_first"]:
-        """The layout of a patch in a token."""
+        """The order of a patch's values in its token."""
         return "channel_first"
 
     @property
@@ -113,14 +113,15 @@ class TARFlowConfig(ImageTokens):
         )
 
     def check_cond(self, cond: Any, batch: int) -> Int[Array, " b"] | None:
-        """Returns labels as int32, or None; ValueError if they do not fit this model and batch."""
+        """Returns int32 labels, or None. Raises ValueError if they do not fit this model and batch."""
         return check_labels(cond, num_classes=self.num_classes, batch=batch)
 
 
 class TARFlow(AutoregressiveFlow):
     """Exact-likelihood flow between images `b height width c` in [-1, 1] and noise tokens `b n c`.
 
-    `cond` is None, or int32 labels `b` where -1 means unconditional (the mean class), in every method.
+    In every method, `cond` is None or int32 labels `b`, where -1 means unconditional (the mean of all class
+    embeddings).
 
     Example:
         flow = TARFlow(TARFlowConfig(image_size=8, channels=1, patch_size=2, num_classes=10))

@@ -11,9 +11,9 @@ ImageSize = SupportsIndex | Sequence[SupportsIndex]
 
 
 def image_sides(image_size: object, name: str = "image_size") -> tuple[int, int]:
-    """Returns (height, width) of an image size: a side, or both, as integers of any kind.
+    """Returns (height, width) of an image size, which is one side or both, in integers of any type.
 
-    Raises ValueError, which names the field, unless both are at least 1.
+    Raises a ValueError that names the field unless both are at least 1.
     """
     sides = image_size if isinstance(image_size, tuple | list) else (image_size, image_size)
     whole = [_whole(side) for side in sides]
@@ -23,7 +23,7 @@ def image_sides(image_size: object, name: str = "image_size") -> tuple[int, int]
 
 
 def _whole(value: Any) -> int:
-    """A whole number as Python's own; 0 of anything else."""
+    """A whole number as a Python int; 0 for anything else."""
     try:
         return 0 if isinstance(value, bool) else operator.index(value)
     except TypeError:

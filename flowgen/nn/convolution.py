@@ -34,7 +34,7 @@ def conv(
     zero: bool = False,
     name: str | None = None,
 ) -> nn.Conv:
-    """Returns a side × side convolution of `channels`, initialised as in PyTorch or at zero.
+    """Returns a side × side convolution of `channels` input channels, initialised as in PyTorch or at zero.
 
     padding: as in Flax; None keeps the size at stride 1.
     """
@@ -98,7 +98,7 @@ def group_norm(num_groups: int, dtype: str, *, epsilon: float, name: str | None 
 def convolve_image(
     x: Float[Array, "b height width c"], cache: Cache, features: int, dtype: str, *, name: str, zero: bool = False
 ) -> tuple[Float[Array, "b height width d"], Cache]:
-    """Returns a 3 × 3 convolution of images, created in the calling compact method, and the unchanged cache."""
+    """Returns images after a 3 × 3 convolution, which the calling compact method creates, and the unchanged cache."""
     return conv(features, x.shape[-1], dtype, zero=zero, name=name)(x), cache
 
 

@@ -23,7 +23,7 @@ def class_rows(
 ) -> Float[Array, "b d"]:
     """Returns the row of each label: the last row for label -1 or if `labels` is None, NaN for invalid labels.
 
-    A compiled program cannot raise for a label outside -1..classes-1, and NaN is better than another class.
+    A compiled program cannot raise for a label outside -1..classes-1, and NaN is safer than the row of another class.
 
     Example:
         e = class_rows(table, jnp.array([3, -1]), batch=2)
@@ -49,7 +49,7 @@ def class_one_hot(
 ) -> Float[Array, "b classes_and_none"]:
     """Returns one-hot rows of num_classes + 1 columns, the last for no class.
 
-    STARFlow feeds classes as a text of one token with these features (arXiv 2506.06276).
+    STARFlow treats a class as a text of one token with these features (arXiv 2506.06276).
     """
     return class_rows(jnp.eye(num_classes + 1, dtype=dtype), labels, batch)
 
@@ -57,7 +57,9 @@ def class_one_hot(
 def time_features(
     t: Float[Array, " b"], dim: int, max_period: float = 10_000.0, scale: float = TIME_SCALE
 ) -> Float[Array, "b dim"]:
-    """Returns [cos; sin] of scale · t at dim/2 frequencies from 1 to 1/max_period; ValueError unless dim is even.
+    """Returns [cos; sin] of scale · t at dim/2 frequencies from 1 to 1/max_period.
+
+    Raises ValueError unless dim is even.
 
     Example:
         features = time_features(t, 256)
@@ -113,8 +115,7 @@ class ConditionEmbedding(nn.Module):
 
 
 def grid_positions(grid: tuple[int, int], width: int) -> Float[np.ndarray, "n width"]:
-    """Returns a fixed table of the positions of a grid, row by row: half of the sinusoids depend on the column, half on
-    the row.
+    """Returns a fixed table of grid positions, row by row: half of its sinusoids depend on the column, half on the row.
 
     Example:
         table = grid_positions((4, 4), 64)

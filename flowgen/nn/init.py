@@ -1,4 +1,4 @@
-"""Fresh variables of any model."""
+"""Initialisation of any model."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
     "relu_squared": lambda x: jnp.square(jax.nn.relu(x)),
 }
-# Gated MLPs, down(activation(gate(x)) · up(x)), by the activation of their gate.
+# Gated MLPs, down(activation(gate(x)) · up(x)): their names, and the activation of the gate.
 GATED_ACTIVATIONS = {"geglu": "gelu_tanh"}
 ACTIVATION_NAMES = (*ACTIVATIONS, *GATED_ACTIVATIONS)
 TORCH_LAYER_NORM_EPS = 1e-5
@@ -41,7 +41,7 @@ def master_dtype(dtype: str) -> jnp.dtype:
 
 
 def uniform_bias(fan_in: int) -> nn.initializers.Initializer:
-    """Returns PyTorch's default initialiser of a bias, U(-1/√fan_in, 1/√fan_in)."""
+    """Returns PyTorch's default initialiser for a bias, U(-1/√fan_in, 1/√fan_in)."""
     bound = 1 / math.sqrt(fan_in)
 
     def init(key, shape, dtype=jnp.float32):
@@ -62,7 +62,7 @@ def linear(
 ) -> nn.Dense:
     """Returns a Dense layer initialised as PyTorch's Linear: kernel and bias from U(-1/√fan_in, 1/√fan_in).
 
-    zero_kernel, zero_bias: start at zero instead; the published heads do so only for the kernel.
+    zero_kernel, zero_bias: whether to start at zero instead; published output layers do so only for the kernel.
 
     Example:
         proj = linear(256, fan_in=128, dtype="float32")
@@ -95,9 +95,9 @@ def layer_norm(dtype: str) -> nn.LayerNorm:
 
 
 class RMSNorm(nn.Module):
-    """x / √(mean x² + epsilon) · (offset + weight), which starts at 1; statistics in float32, the result in `dtype`.
+    """x / √(mean x² + epsilon) · (offset + weight); statistics are float32, and the result has `dtype`.
 
-    offset: 1 as in Gemma and STARFlow, whose stored weights are near 0, or 0 as in T5.
+    offset: 1 as in Gemma and STARFlow, whose stored weights are near 0, or 0 as in T5. offset + weight starts at 1.
 
     Example:
         y = RMSNorm("float32").apply(params, x)
@@ -157,7 +157,7 @@ _PATCH_PATTERNS = {
 def patchify(x: Float[Array, "b height width c"], patch_size: int, order: PatchOrder) -> Float[Array, "b n token"]:
     """Returns the patches of channels-last images as tokens, row by row.
 
-    order: layout of a patch in a token, (c, row, column) in TARFlow, (row, column, c) in STARFlow.
+    order: order of a patch's values in its token: (c, row, column) in TARFlow, (row, column, c) in STARFlow.
 
     Example:
         tokens = patchify(images, 4, "channel_first")  # b, (height/4)*(width/4), c*16

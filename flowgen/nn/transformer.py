@@ -18,7 +18,7 @@ from flowgen.settings.ranges import OneOf, Own
 
 Slot = Int[Array, ""] | int
 Scale = Float[Array, " b"] | None
-# Attention of a stack's layers: a kernel by name, or one of your own.
+# Attention of a stack's layers: the name of a kernel, or a kernel of your own.
 OwnAttention = Annotated[Kernel | FeatureMap | CausalKernel, Own("a FeatureMap, a Kernel or a CausalKernel")]
 Attention = Annotated[str, OneOf(CAUSAL_KERNEL_NAMES)] | OwnAttention
 Rotation = tuple[Float[Array, "n r"], Float[Array, "n r"]] | None
@@ -26,14 +26,14 @@ Rotation = tuple[Float[Array, "n r"], Float[Array, "n r"]] | None
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """Shape and precision of a stack of equal causal layers.
+    """Shape and precision of a stack of identical causal layers.
 
     num_kv_heads: heads of keys and values, each shared by num_heads / num_kv_heads query heads; None means num_heads.
     norm: norm before attention and MLP. qk_norm: RMSNorm over the channels of each head, before the rotary rotation.
-    post_norm: RMSNorm of the outputs of attention and MLP. use_bias: biases of all linear maps in the layers.
-    scan: for training: one compiled layer, and parameters with a leading axis of `num_layers`. If False, for decoding:
-    layers have their own parameters and caches, because inside a loop over tokens a scan over layers would copy
-    the weights and cache of every layer out of the stack for each token.
+    post_norm: RMSNorm of the outputs of attention and MLP. use_bias: whether the linear maps have biases.
+    scan: True, for training, compiles one layer and stores parameters with a leading axis of `num_layers`. False, for
+    decoding, gives each layer its own parameters and cache, because inside a loop over tokens a scan over layers would
+    copy the weights and cache of every layer out of the stack for each token.
     window: attention of frames to nearby frames instead of causal attention; such a stack takes no caches.
     """
 
@@ -123,7 +123,7 @@ class TransformerLayer(nn.Module):
 
 
 class LayerLoop(nn.Module):
-    """Layers one by one, each with parameters and a cache of its own; see `transformer_stack`."""
+    """Applies layers one by one, each with its own parameters and cache; see `transformer_stack`."""
 
     config: TransformerConfig
 
@@ -150,7 +150,7 @@ def transformer_stack(config: TransformerConfig) -> nn.Module:
 
     caches: None for a whole sequence from position 0, else one cache of the kernel per layer (only with `scan` off).
     start: slot of h[:, 0]. inverse_temperature: None, or `b` factors on the attention logits. rotation: None, or
-    (cos, sin) `n r`, which rotate the queries and keys of these tokens; keys are cached rotated.
+    (cos, sin) `n r`, which rotate the queries and keys of these tokens; keys are cached after rotation.
 
     Example:
         h, caches = stack(h, None, 0, None, None)
@@ -169,7 +169,7 @@ def transformer_stack(config: TransformerConfig) -> nn.Module:
 
 
 def unstack_layers(stacked: PyTree, num_layers: int) -> PyTree:
-    """Returns the parameters of a scanned stack as those of the same stack with `scan` off.
+    """Returns the parameters of a scanned stack in the form for the same stack with `scan` off.
 
     Example:
         params = unstack_layers(block["layers"], config.num_layers)

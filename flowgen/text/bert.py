@@ -1,8 +1,8 @@
-"""The encoder of BERT (Devlin et al., arXiv 1810.04805); MiniLM is a small one.
+"""The encoder of BERT (Devlin et al., arXiv 1810.04805); MiniLM is a small BERT.
 
     h <- norm(h + W attention(h)),    h <- norm(h + down(gelu(up(h))))
 
-after word, position and segment embeddings, and a norm. Only the first segment is used.
+These layers follow word, position and segment embeddings, and a norm. Only the first segment is used.
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ class BertConfig:
 
     @property
     def inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """Token numbers and mask of one short text."""
+        """Shapes and dtypes of the token ids and mask of one short text."""
         return tuple(jax.ShapeDtypeStruct((1, 2), dtype) for dtype in (jnp.int32, bool))
 
 
 class BertEncoder(OnMeshes, nn.Module):
-    """Maps token numbers `b n` to features `b n d`, which are zero where the mask is False.
+    """Maps token ids `b n` to features `b n d`, which are zero where the mask is False.
 
     Raises ValueError if there are more tokens than positions.
 

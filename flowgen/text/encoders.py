@@ -20,9 +20,9 @@ from flowgen.text.tokenizers import Tokenizer, shortened, tokenize
 
 @runtime_checkable
 class TextEncoder(Protocol):
-    """A function of texts that returns conditions of `length` tokens of `dim` features, zero in the padding.
+    """A function that maps texts to conditions of `length` tokens with `dim` features each, zero in the padding.
 
-    Raises ValueError if a text has more tokens, unless it may be truncated.
+    Raises ValueError if a text has more tokens, unless `truncate` is True.
 
     Example:
         cond = encoder(["a cat", ""])
@@ -58,8 +58,8 @@ class FrozenTextEncoder:
         ids, mask = tokenize(self.tokenizer, texts, self.length, truncate=truncate)
         if ids.max(initial=0) >= self.network.config.vocab_size:
             raise ValueError(
-                f"the tokenizer gives token {ids.max()}, but the text encoder has {self.network.config.vocab_size}; "
-                "use the tokenizer that belongs to these weights."
+                f"the tokenizer gives token {ids.max()}, but the text encoder has {self.network.config.vocab_size} "
+                "tokens; use the tokenizer that belongs to these weights."
             )
         if not len(texts):
             return TextCondition(np.zeros((0, self.length, self.dim), np.float32), mask)
@@ -71,7 +71,7 @@ class FrozenTextEncoder:
 class HashedWords:
     """Encodes each word by fixed random features, derived from its SHA-256, and adds an end token.
 
-    It needs no download and carries no meaning: for tests and closed vocabularies.
+    It needs no download, but the features carry no meaning; use it for tests and closed vocabularies.
 
     Example:
         cond = HashedWords(length=8, dim=16)(["red apple"])

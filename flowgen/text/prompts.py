@@ -24,7 +24,7 @@ ASPECTS: dict[str, tuple[int, int]] = {
 def aspect_size(aspect: str, side: int, multiple: int = 1) -> tuple[int, int]:
     """Returns (height, width) of about side² pixels in an aspect ratio, both rounded to a multiple.
 
-    height = round(side / √r), width = round(side √r) with r the ratio of width to height, halves to even.
+    height = round(side / √r) and width = round(side √r), where r is the ratio of width to height; halves round to even.
 
     Raises ValueError if the aspect is not one of the nine, side or multiple is below 1, or a length rounds to 0.
 
@@ -44,7 +44,7 @@ def aspect_size(aspect: str, side: int, multiple: int = 1) -> tuple[int, int]:
 
 
 def nearest_aspect(height: int, width: int) -> str:
-    """Returns the aspect whose logarithm is nearest, so that an image and its transpose are treated alike.
+    """Returns the aspect ratio with the nearest logarithm, which treats an image and its transpose alike.
 
     Example:
         nearest_aspect(1080, 1920)  # "16:9"
@@ -57,8 +57,9 @@ def nearest_aspect(height: int, width: int) -> str:
 class PromptTemplate:
     """The published prompt template, also applied to the empty text of guidance.
 
-    noise_std: the training noise, stated in thousandths, "Noise Level 300:"; None leaves it out. frames_per_second: "A
-    video with 16 fps:", or for 0 "An image:". aspect: whether to end with the nearest of the nine aspect ratios.
+    noise_std: the training noise, written in thousandths, as in "Noise Level 300:"; None leaves it out.
+    frames_per_second: written as in "A video with 16 fps:", or as "An image:" if 0; None leaves it out. aspect: whether
+    to end with the nearest of the nine aspect ratios.
 
     Example:
         template = PromptTemplate(noise_std=0.3)

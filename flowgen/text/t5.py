@@ -2,7 +2,7 @@
 
     h <- h + W attention(norm(h)),   h <- h + down(gelu(gate(norm(h))) · up(norm(h))),   norm(x) = w x / √(mean x² + ε)
 
-Scores q · k are not scaled; a learned number per head and bucket of distances, the same in all layers, is added.
+Scores q · k are not scaled. A learned bias per head and bucket of distances, shared by all layers, is added to them.
 """
 
 from __future__ import annotations
@@ -58,12 +58,12 @@ class T5Config:
 
     @property
     def inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """Token numbers and mask of one short text."""
+        """Shapes and dtypes of the token ids and mask of one short text."""
         return tuple(jax.ShapeDtypeStruct((1, 2), dtype) for dtype in (jnp.int32, bool))
 
 
 class T5Encoder(OnMeshes, nn.Module):
-    """Maps token numbers `b n` to features `b n d`, which are zero where the mask is False.
+    """Maps token ids `b n` to features `b n d`, which are zero where the mask is False.
 
     Example:
         features = T5Encoder(T5Config()).apply(params, ids, mask)
@@ -119,8 +119,10 @@ def _norm(name: str) -> RMSNorm:
 
 
 def relative_buckets(length: int, num_buckets: int, max_distance: int) -> Int[np.ndarray, "n m"]:
-    """Returns the bucket of every (query, key): half for earlier keys, half for later ones; in each half one per small
-    distance, then logarithmically wider ones.
+    """Returns the bucket of every (query, key) pair.
+
+    Half of the buckets are for earlier keys, half for later ones. In each half, every small distance has its own
+    bucket; beyond these, buckets widen logarithmically.
     """
     distance = np.arange(length)[None, :] - np.arange(length)[:, None]
     half = num_buckets // 2

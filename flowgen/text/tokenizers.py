@@ -1,4 +1,4 @@
-"""Tokenizers map texts to lists of token numbers, which `tokenize` pads to arrays."""
+"""Tokenizers map texts to lists of token ids, which `tokenize` pads to arrays."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PROBE = "a 1, \u00e9\u65e5"  # letters of one, two and three bytes
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """A function that returns the token numbers of a text, including the start and end tokens.
+    """A function that returns the token ids of a text, including the start and end tokens.
 
     Example:
         ids = tokenizer("a cat")
@@ -30,18 +30,18 @@ class Tokenizer(Protocol):
     def __call__(self, text: str) -> list[int]: ...
 
     def cut(self, ids: list[int], length: int) -> list[int]:
-        """Returns the first tokens of a text that has too many, `length` in all, with an end token last."""
+        """Returns the first `length` - 1 tokens of a text that has too many, and an end token."""
         ...
 
     def content(self) -> bytes:
-        """Returns everything its tokens depend on, which identifies the tokenizer."""
+        """Returns all data that the tokens depend on; it identifies the tokenizer."""
         ...
 
 
 class JsonTokenizer:
     """The tokenizer of a `tokenizer.json`, run by the package tokenizers.
 
-    Raises ModuleNotFoundError naming the package, ValueError if the file is not a tokenizer.
+    Raises ModuleNotFoundError if the package is missing, and ValueError if the file is not a valid tokenizer.
 
     Example:
         tokenizer = JsonTokenizer("all-MiniLM-L6-v2/tokenizer.json")
@@ -76,7 +76,7 @@ class JsonTokenizer:
             ) from error
 
     def cut(self, ids: list[int], length: int) -> list[int]:
-        """Returns the first tokens and the last, which ends a text in these vocabularies."""
+        """Returns the first tokens and the last, which is the end token in these vocabularies."""
         return [*ids[: length - 1], ids[-1]]
 
     def content(self) -> bytes:
@@ -85,9 +85,9 @@ class JsonTokenizer:
 
 
 class SentencePieceTokenizer:
-    """A tokenizer of a `spiece.model`, as T5 uses it: the end token </s> is appended, padding is 0.
+    """The tokenizer of a `spiece.model`, used as in T5: it appends the end token </s>, and padding is 0.
 
-    Raises ModuleNotFoundError naming the package, ValueError if the file is not a tokenizer.
+    Raises ModuleNotFoundError if the package is missing, and ValueError if the file is not a valid tokenizer.
 
     Example:
         tokenizer = SentencePieceTokenizer("flan-t5-xl/spiece.model")
@@ -121,7 +121,7 @@ class SentencePieceTokenizer:
 def tokenize(
     tokenizer: Tokenizer, texts: Sequence[str], length: int, *, truncate: bool
 ) -> tuple[Int[np.ndarray, "b n"], Bool[np.ndarray, "b n"]]:
-    """Returns token numbers int32 `b n`, padded, and the mask of those that are not padding.
+    """Returns padded int32 token ids `b n`, and the mask of tokens that are not padding.
 
     Raises ValueError if a text is too long and truncate is False.
     """
@@ -156,7 +156,8 @@ def _check_of_package(error: BaseException) -> None:
 
 
 def _check_template(post_processor: Any) -> None:
-    """Raises ValueError if the template around a text names a special token that it lacks; the package would panic."""
+    """Raises ValueError if the template around a text names a special token that it does not define; the package would
+    panic."""
     known = {} if post_processor is None else json.loads(post_processor.__getstate__())
     for step in known.get("processors", [known]):
         parts = [*(step.get("single") or ()), *(step.get("pair") or ())] if "special_tokens" in step else ()
