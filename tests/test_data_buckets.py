@@ -35,7 +35,7 @@ def test_a_share_of_a_bucket_comes_instead_of_all_of_it():
 
 @pytest.mark.parametrize("shares", [(1, 2), (37, 0, 3)])
 def test_shares_that_are_none_are_refused(shares):
-    with pytest.raises(ValueError, match="give each at least 1"):
+    with pytest.raises(ValueError, match="give each bucket at least 1"):
         BucketedDataset(SOURCE.buckets, shares)
 
 

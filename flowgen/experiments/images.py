@@ -34,7 +34,7 @@ E = TypeVar("E", bound=Experiment)
 
 
 def image_dataset(data: DataConfig, model: Any, split: Split, *, labelled: bool = True) -> Dataset:
-    """Returns the images of a split at the size of a model's config. Raises ValueError if they do not fit each other.
+    """Returns the images of a split at the size of a model's config. Raises ValueError if they do not fit the model.
 
     labelled: whether their labels are needed.
 
@@ -49,8 +49,9 @@ def image_dataset(data: DataConfig, model: Any, split: Split, *, labelled: bool 
 
 
 def with_class_names(experiment: E) -> E:
-    """Returns the experiment with the class names of its data, as kept with a run; itself if it has names already or
-    its model does not use them.
+    """Returns the experiment with the class names of its data, as kept with a run.
+
+    Returns it unchanged if it already has names or its model does not use them.
 
     Example:
         with_class_names(experiment).data.classes  # ("cat", "dog", "fox")
@@ -59,15 +60,15 @@ def with_class_names(experiment: E) -> E:
     if not getattr(experiment.model, "num_classes", 0) or isinstance(data, PointsConfig) or data.classes:
         return experiment
     of_files = isinstance(data, LatentsConfig) or data.name in ("folder", "npz", OWN)
-    if of_files and not data.path:  # as of published weights
+    if of_files and not data.path:  # as in the experiments of published weights
         return experiment
     return dataclasses.replace(experiment, data=dataclasses.replace(data, classes=found_classes(data)))
 
 
 def check_own(dataset: Dataset, held_out: Dataset | None, event_shape: tuple[int, ...], num_classes: int) -> None:
-    """Raises ValueError if images or clips of a user's own are not those that a model takes, or have other classes.
+    """Raises ValueError if the user's own images or clips do not have the shape and classes that a model takes.
 
-    event_shape: of the images or clips that the model takes.
+    event_shape: shape of an image or clip that the model takes.
 
     Example:
         check_own(dataset, None, (32, 32, 3), num_classes=10)
@@ -82,9 +83,9 @@ def check_own(dataset: Dataset, held_out: Dataset | None, event_shape: tuple[int
         check_classes(given, num_classes)
         batch = checked_batch(given[np.arange(1)])
         if batch.pixels.shape != (1, *event_shape):
-            raise ValueError(f"{name} gave x of shape {batch.pixels.shape} for one; give {(1, *event_shape)}.")
+            raise ValueError(f"{name} gave x of shape {batch.pixels.shape} for one sample; give {(1, *event_shape)}.")
         if num_classes and (batch.context is None or batch.labels.shape != (1,)):
-            raise ValueError(f"{name} gave the context {shown(batch.context)} for one; give a label for each.")
+            raise ValueError(f"{name} gave the context {shown(batch.context)} for one sample; give one label for each.")
 
 
 def tell_unused_classes(
@@ -119,8 +120,9 @@ def tell_repeats(dataset: Dataset | BucketedDataset, train: TrainConfig) -> None
 def image_batches(
     dataset: Dataset | BucketedDataset, data: DataConfig | ClipsConfig | LatentsConfig, train: TrainConfig
 ) -> Callable[[int, int], Iterator[Batch]]:
-    """Returns a function for `Job` that gives this process's batches of steps start..stop-1; latents are already
-    mirrored.
+    """Returns a function (start, stop) -> this process's batches of steps start..stop-1, for `Job`.
+
+    Latents are not mirrored here, because mirror images are encoded in advance.
 
     Example:
         batches = image_batches(dataset, experiment.data, experiment.train)(0, 1000)
