@@ -53,7 +53,7 @@ class ClipsConfig:
     num: number of clips of `bouncing` and `crafter`, including held-out ones. `crafter` plays the game when the data
     are loaded, at a few hundred frames per second.
     fps: frames per second of clips from videos, from 0.01 to 1000; 0 takes every frame of a video.
-    hop: number of frames between the starts of consecutive clips of a video; 0 is the clip length, without overlap.
+    hop: number of frames between the starts of consecutive clips of a video; 0 is the clip length (no overlap).
     flip: mirror each training clip left to right with probability one half.
     drop_first: fraction of the clip batches without the first latent frame, like the restarts of long clips; their
     captions begin with "(extend) ". The published fraction is 0.25.

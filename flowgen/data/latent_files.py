@@ -198,7 +198,7 @@ class LatentWriter:
 
 
 def _arrays(shard: Shard) -> dict[str, np.ndarray]:
-    """The arrays of a shard by the names of their files."""
+    """The arrays of a shard, by file name without the suffix."""
     arrays = {"mean": shard.moments.mean, "std": shard.moments.std, "label": shard.labels}
     if shard.texts is not None:
         arrays |= {"text": shard.texts.embeddings, "mask": shard.texts.mask}

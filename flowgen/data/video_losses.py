@@ -13,7 +13,8 @@ _IN_ORDER = ("matroska,webm", "flv")
 _PROGRAMME, _STEADY = "mpeg", ("mpeg1video", "mpeg2video")
 # Bytes between two packets, such as headers.
 _BETWEEN = 128
-# A step of more frames than this between packets means a loss; in programme streams, time may be one frame off.
+# If packets are more frames apart than this, something between them is lost. In programme streams, times may be one
+# frame off.
 _JUMP, _JUMP_OF_PROGRAMME = 1.75, 2.75
 # Transport streams: the sync byte of packets, the number of header bytes, and the possible numbers of bytes from one
 # packet to the next, each with the number of bytes before the sync byte.

@@ -60,7 +60,7 @@ class Packet(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Video:
-    """An open file with a video stream, which begins at its first key frame: earlier frames cannot be decoded.
+    """An open video file. The video begins at its first key frame, because earlier frames cannot be decoded.
 
     start: start of the stream, in seconds. rate: frames per second. counts_packets: whether the container numbers
     packets instead of giving time stamps. ahead: packets read on opening. losses: detects losses between packets.

@@ -88,7 +88,7 @@ class FlowEvaluateOptions(EvaluateOptions):
 class AutoregressiveExperiment(Experiment):
     """An autoregressive flow, trained by maximum likelihood and sampled by decoding; the base of image and video flows.
 
-    codec: makes the latents; None for a flow on pixels.
+    codec: the codec that makes the latents; None for a flow on pixels.
     text: the text encoder; None for a flow without texts.
     likelihood: how the flow is trained.
     sampling: how samples are drawn.
@@ -329,7 +329,7 @@ class AutoregressiveExperiment(Experiment):
 
 
 def chosen_texts(texts: TextCondition, numbers: Int[np.ndarray, " b"]) -> TextCondition:
-    """Returns the texts of the samples with these numbers, which take the texts in turn.
+    """Returns the texts for the samples with these numbers, cycling through `texts`.
 
     Example:
         chosen_texts(texts, np.arange(3))

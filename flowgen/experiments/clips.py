@@ -150,9 +150,9 @@ def clips_alone(dataset: Dataset | BucketedDataset) -> Dataset:
 
 
 def frame_distances(clips: Float[np.ndarray, "n frames height width c"]) -> tuple[float, float]:
-    """Returns the root mean square distance of consecutive frames, and of all pairs of frames of a clip.
+    """Returns the root mean square distance between consecutive frames, and between all pairs of frames of a clip.
 
-    The first is smaller if neighbouring frames resemble each other; for frames in random order the two are equal.
+    The first is smaller if neighbouring frames resemble each other. If frames are in random order, the two are equal.
 
     Example:
         near, far = frame_distances(clips)

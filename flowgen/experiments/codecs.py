@@ -65,7 +65,9 @@ CodecConfig = SpaceToDepth | PretrainedAutoencoder
 
 
 def open_codec(config: CodecConfig | None, channels: int) -> Codec:
-    """Returns the codec of a config, opened once; the identity for None. channels: of the latents that the model takes.
+    """Returns the codec of a config, opened once; the identity for None.
+
+    channels: number of latent channels that the model takes.
 
     Raises FileNotFoundError or ValueError if it is missing, damaged, or does not match the digest or the channels.
 

@@ -29,7 +29,7 @@ class DrawOptions:
     """Options for drawing samples, in addition to the fields of `sampling`.
 
     seed: seed of the samples; sample i depends only on it and on i.
-    batch: samples per compiled call; None is 64 images, or all points.
+    batch: number of samples per compiled call; None takes 64 images or clips, or all points.
     """
 
     seed: Seed = 0
@@ -41,7 +41,7 @@ class EvaluateOptions:
     """Options for evaluating any kind of model.
 
     split: split of the data to evaluate on; the default is "all" for data other than the run's.
-    batch: samples per compiled call.
+    batch: number of samples per compiled call.
     seed: seed of noise and samples.
     """
 

@@ -88,12 +88,12 @@ class Experiment(abc.ABC):
         """
 
     def draw(self, model: Any, variables: Any, options: Any, say: Callable[[str], None] = lambda line: None) -> Samples:
-        """Returns `sampling.num` samples. options: of the type `draw_options`. say: receives a line for each batch."""
+        """Returns `sampling.num` samples. options: a `draw_options`. say: receives a line for each batch."""
         raise ValueError(f"a {type(self).__name__} draws no samples.")
 
     @abc.abstractmethod
     def evaluate(self, model: Any, variables: Any, options: Any) -> list[str]:
-        """Returns lines with the metrics of a trained model. options: of the type `evaluate_options`."""
+        """Returns lines with the metrics of a trained model. options: an `evaluate_options`."""
 
     @abc.abstractmethod
     def debug(self) -> Experiment:

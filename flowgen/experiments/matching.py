@@ -339,7 +339,7 @@ class MatchingExperiment(Experiment):
         return path_plot(np.asarray(paths), points, np.asarray(data))
 
     def evaluate(self, model: Any, variables: Any, options: VelocityEvaluateOptions) -> list[str]:
-        """Returns lines with the distances of fresh samples to data, and bits/dim for images."""
+        """Returns lines with the distance between new samples and the data, and with bits/dim for images."""
         field = velocity_field(model, _weights(variables), self.matching)
         if isinstance(self.data, PointsConfig):
             num, draw = options.samples or POINTS, self.data.draw

@@ -19,7 +19,7 @@ _OF_ALL_PARAMETERS = ("ema_decay", "ema_warmup", "max_skips")
 
 @config
 class LikelihoodConfig:
-    """How a flow is trained beyond maximum likelihood.
+    """Training options of a flow beyond maximum likelihood.
 
     norm_penalty: weight of the mean squares of the tokens that enter each block; 1e-4 as published, 0 for none.
     noise_weight: multiply the loss by σ / 0.3, as published for prompts that state the noise level.
@@ -53,9 +53,9 @@ class SamplingConfig:
     tol: largest change at which "jacobi" and "sliding" stop; 0 is exact.
     init: initial guess of their sweeps: the noise, zeros, or the previous frame.
     guidance: weight w towards the class or text; 0 for none.
-    rule: how the two branches are combined: TARFlow's linear or STARFlow's product.
+    rule: how the two branches are combined: TARFlow's linear rule or STARFlow's product rule.
     parts: what the linear rule changes.
-    anneal: let the weight grow from 0 at a block's first token to w at its last.
+    anneal: increase the weight from 0 at a block's first token to w at its last.
     temperature: attention temperature of the unconditional branch; positive, 1 for none.
     blocks: guided blocks, by number, data side first; None for all.
     denoise: strength of the step that removes the training noise; 0 for none.

@@ -20,8 +20,8 @@ DRAWN_PATHS = 128
 def sample_grid(images: Float[np.ndarray, "n height width c"], classes: int) -> UInt8[np.ndarray, "rows columns c"]:
     """Returns a grid of images in [-1, 1]; small images are enlarged.
 
-    If images are of up to 20 classes in turn, each column has one class. With few classes, each has several columns, so
-    that the grid is about as high as wide.
+    If the images cycle through up to 20 classes, each column has one class. If there are few classes, each has several
+    columns, so that the grid is about as high as wide.
 
     Example:
         save_image("samples.png", sample_grid(images, classes=10))

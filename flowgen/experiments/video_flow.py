@@ -58,10 +58,10 @@ LEAST_FPS, MOST_FPS = 0.1, 100.0
 class ClipDrawOptions(FlowDrawOptions):
     """Options for drawing clips, in addition to the fields of `sampling`.
 
-    frames: frames per clip, also more than in training; None is as in training.
+    frames: frames per clip, which may exceed the training length; None is the training length.
     given: image or video that clips begin with; a video is cut to fewer frames than a clip.
     context: number of latent frames from which longer clips are continued.
-    fps: frames per second of the output; None is as in training.
+    fps: frames per second of the output; None is the rate of the training clips.
     progress: show a progress bar of decoded tokens.
     """
 
