@@ -235,7 +235,7 @@ def _cuts(
             f"{where} has no video of {_asked(frames, config)}; give longer ones, ask for fewer frames{faster}."
         )
     if short:
-        tell(f"Left out {short} of {len(cuts)} videos of {where}, without {_asked(frames, config)}.")
+        tell(f"Left out {short} of {len(cuts)} videos of {where}, which do not have {_asked(frames, config)}.")
     return cuts, readable
 
 

@@ -130,7 +130,7 @@ def read_captions(listing: Listing) -> tuple[str, ...]:
     if missing:
         first = listing.root / missing[0]
         raise ValueError(
-            f"data.path has captions of {len(listing) - len(missing)} of {len(listing)} images; add "
+            f"data.path has captions for {len(listing) - len(missing)} of {len(listing)} images; add "
             f"'{first.with_suffix('.txt')}' and {len(missing) - 1} more, or remove the .txt files."
         )
     return tuple(_caption(listing.root / caption) for caption in listing.captions if caption is not None)

@@ -49,7 +49,7 @@ class UnreadableImage(Unreadable):
 def read_image(
     path: str | os.PathLike[str], *, size: tuple[int, int], channels: int, crop: Crop
 ) -> UInt8[np.ndarray, "height width c"]:
-    """Returns the image in a file as uint8 of shape (*size, channels), turned upright, on white.
+    """Returns the image in a file as uint8 of shape (*size, channels), turned upright.
 
     Transparency is composited on white; samples of more than 8 bits keep their highest 8; an animation gives its first
     frame. Unreadable metadata are ignored. For a damaged TIFF, libtiff may also print a message.

@@ -218,7 +218,7 @@ def read_index(directory: str | os.PathLike[str]) -> LatentIndex:
     path = Path(directory) / INDEX_FILE
     if not path.is_file():
         raise FileNotFoundError(
-            f"data.path '{directory}' has no cached latents, because {INDEX_FILE} is missing, which is written last; "
+            f"data.path '{directory}' has no cached latents, because {INDEX_FILE} is missing (it is written last); "
             "make them with: python -m flowgen encode."
         )
     plain = read_json(path, fix="encode the data again")
@@ -288,7 +288,7 @@ def _read_null(folder: Path) -> TextCondition:
     except (*ARRAY_DAMAGE, OSError) as error:
         raise ValueError(f"'{path}' is truncated or damaged ({str(error)[:200]}); encode the data again.") from error
     if [part.shape for part in null] != of_texts:
-        raise ValueError(f"'{path}' has another shape than the texts next to it; encode the data again.")
+        raise ValueError(f"'{path}' has a different shape from the texts next to it; encode the data again.")
     return TextCondition(*(part[None] for part in null))
 
 
@@ -333,6 +333,6 @@ def _open_shard(shard: ShardFile) -> Shard:
                 f"'{path}' has shape {arrays[part].shape} instead of {shard.size} entries; encode the data again."
             )
         if part in ("mean", "std") and arrays[part].shape[1:] != shard.event_shape:
-            raise ValueError(f"'{path}' has latents of another shape than {INDEX_FILE} states; encode the data again.")
+            raise ValueError(f"'{path}' does not have the latent shape in {INDEX_FILE}; encode the data again.")
     texts = TextCondition(arrays["text"], arrays["mask"]) if shard.has_text else None
     return Shard(Moments(arrays["mean"], arrays["std"]), arrays["label"], texts)

@@ -102,7 +102,7 @@ def read_clip(
         # stays in memory until garbage collection.
         turn = frame_turn(frame) if turn is None else turn
         if fps is not None and times is None:
-            # Up to half a frame late, to allow for rounded frame times.
+            # The times are up to half a frame late, to allow for rounded frame times.
             times = start + np.arange(frames) / fps + 0.5 / max(video.rate, fps)
         count = int(at > start - SAME_TIME if times is None else (times[len(out) :] < until).sum())
         if count:

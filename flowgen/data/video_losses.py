@@ -11,7 +11,7 @@ import numpy as np
 _IN_ORDER = ("matroska,webm", "flv")
 # MPEG-PS, and its codecs that have a frame at every tick of the frame rate.
 _PROGRAMME, _STEADY = "mpeg", ("mpeg1video", "mpeg2video")
-# Bytes between two packets, such as headers.
+# Number of bytes that may lie between two packets, such as headers.
 _BETWEEN = 128
 # If packets are more frames apart than this, something between them is lost. In programme streams, times may be one
 # frame off.
@@ -23,10 +23,10 @@ _TS_MOST = 10  # From the start of a packet to the end of its header.
 
 
 class Losses:
-    """Watches the packets of a file, in file order, for losses between those of a video.
+    """Watches the packets of a file, in file order, and detects losses between the packets of a video.
 
-    Signs of a loss are, in Matroska and FLV, bytes that belong to no packet at a jump in time; in MPEG-TS, 188-byte
-    packets with a wrong number or sync byte; in MPEG-PS, any jump in time.
+    The signs of a loss depend on the container. Matroska and FLV: bytes that belong to no packet, at a jump in time.
+    MPEG-TS: 188-byte packets with a wrong number or sync byte. MPEG-PS: any jump in time.
 
     Example:
         losses = Losses(file, container, stream, rate)

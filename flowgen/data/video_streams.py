@@ -20,9 +20,9 @@ from flowgen.packages import need
 _CONTAINERS = "mov,matroska,avi,gif,mpeg,mpegts,mpegvideo,asf,flv,ogg"
 # Pixels of one frame: 8192 x 4096.
 _MOST_PIXELS = 1 << 25
-# A seek uses decoding time, which in H.264 may be this many frames before display.
+# A seek is by decoding time, which in H.264 may be up to this many frames before the display time.
 _REORDERED = 16
-# Seconds of rounding error in a frame's time.
+# Tolerance for rounding errors in the time of a frame, in seconds.
 SAME_TIME = 1e-6
 _NO_FRAMES = ("has no frames that can be decoded", "give a video")
 
@@ -105,7 +105,7 @@ class Video:
         yield from _packets(self.container, self.stream, self.losses)
 
     def whole_packets(self) -> list[tuple[float, float]]:
-        """Returns the display intervals of frames with complete packets, from the container's position on.
+        """Returns the display intervals of the frames whose packets are complete, from the container's position on.
 
         If there is damage after the last key frame, the frames after it are left out, because they cannot be decoded.
         """
@@ -239,7 +239,7 @@ def last_end(path: str | os.PathLike[str]) -> float:
                 claimed = video.container.duration
                 if not claimed or claimed < 0 or not video.seek(max(0.0, claimed / 1e6 - _REORDERED / video.rate)):
                     continue
-            # Of reordered frames, only the one shown last reliably has its packet's duration.
+            # If frames are reordered, only the one shown last reliably has the duration that its packet states.
             whole = video.whole_packets()
             if whole and whole[-1][1] > 0:
                 return whole[-1][1]

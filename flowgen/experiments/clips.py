@@ -66,7 +66,7 @@ def check_length(codec: Codec, most: int, frames: int | None, context: int | Non
 def read_given(
     codec: Codec, flow: Any, path: str, *, frames: int | None = None, fps: float | None = None
 ) -> Float[np.ndarray, "given height width c"]:
-    """Returns the frames of a file that clips can begin with, in [-1, 1].
+    """Returns the frames, in [-1, 1], of an image or video file with which clips begin.
 
     An image gives one frame; a video, read at `fps`, gives as many as the codec can encode. frames: length of the
     clips; a longer video is read only as far as it leaves a frame to generate. None takes the whole video, which must

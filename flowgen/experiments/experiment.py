@@ -39,7 +39,7 @@ class Samples(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment(abc.ABC):
-    """A model, its data and its training. Each kind is its own dataclass with the groups it needs.
+    """A model, its data and its training. Each kind is a dataclass with its own groups of fields.
 
     name: title of the experiment.
     model: the model to train.
@@ -88,12 +88,15 @@ class Experiment(abc.ABC):
         """
 
     def draw(self, model: Any, variables: Any, options: Any, say: Callable[[str], None] = lambda line: None) -> Samples:
-        """Returns `sampling.num` samples. options: a `draw_options`. say: receives a line for each batch."""
+        """Returns `sampling.num` samples.
+
+        options: an instance of `draw_options`. say: receives a line for each batch.
+        """
         raise ValueError(f"a {type(self).__name__} draws no samples.")
 
     @abc.abstractmethod
     def evaluate(self, model: Any, variables: Any, options: Any) -> list[str]:
-        """Returns lines with the metrics of a trained model. options: an `evaluate_options`."""
+        """Returns lines with the metrics of a trained model. options: an instance of `evaluate_options`."""
 
     @abc.abstractmethod
     def debug(self) -> Experiment:
