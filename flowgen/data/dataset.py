@@ -236,8 +236,8 @@ def hold_out(size: int, fraction: float, split: Split) -> Int[np.ndarray, " m"]:
 def hold_out_files(names: Sequence[str], fraction: float, split: Split) -> Int[np.ndarray, " m"]:
     """Returns the ascending positions of a split among files, by a digest of each file's name.
 
-    As many files are held out as by `hold_out`. If a file is added or removed, at most one other file moves between the
-    splits. names: relative to the data, so that they do not depend on where the data are stored.
+    The number of files held out is the same as in `hold_out`. If a file is added or removed, at most one other file
+    moves between the splits. names: relative to the data, so that they do not depend on where the data are stored.
 
     Example:
         test = hold_out_files(("cat/1.png", "dog/2.png"), 0.5, "eval")

@@ -36,14 +36,14 @@ def read_folder(
     `config.in_memory_bytes`; then each batch is decoded on demand. A file `cat.txt` or `cat.png.txt` beside `cat.png`
     holds its caption; either all images or none must have one. A warning says what was left out, and why.
     If `config.aspects` is set, each image goes to the bucket with the nearest aspect ratio. The sides of a bucket are
-    multiples of `multiple`, and its area is about that of `image_size`.
+    multiples of `multiple`, and its area is about the area of `image_size`.
 
     Raises:
         FileNotFoundError, NotADirectoryError: `config.path` is not a folder.
         PermissionError: a folder in it cannot be read.
-        ValueError: no images, images beside class folders, a class that is not one of `config.classes`, channels other
-        than 1 or 3, captions for only some images, or unreadable files if `config.on_corrupt` is "refuse" (all are
-        checked; the first five are named).
+        ValueError: there are no images, images lie beside class folders, a class is not one of `config.classes`,
+        `channels` is not 1 or 3, only some images have captions, or files are unreadable and `config.on_corrupt` is
+        "refuse" (all are checked; the first five are named).
 
     Example:
         config = DataConfig("folder", path="photos")

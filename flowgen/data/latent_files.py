@@ -271,7 +271,7 @@ def read_latents(
 
 
 def _read_null(folder: Path) -> TextCondition:
-    """The empty text beside a shard that has texts."""
+    """The empty text in the folder of a shard that has texts."""
     path = folder / NULL_FILE
     of_texts = [_open_array(folder / f"{part}.npy").shape[1:] for part in ("text", "mask")]
     try:

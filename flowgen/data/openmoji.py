@@ -83,7 +83,7 @@ def describe(codes: list[str]) -> tuple[Int[np.ndarray, " n"], tuple[str, ...]]:
     """Returns the group number (into `GROUPS`) and the Unicode name of each emoji.
 
     An emoji is written as in OpenMoji's file names, "1F436" or "1F469-200D-1F680". An emoji that Unicode does not list
-    has an empty name; its group is that of its first code point or, if Unicode does not list this either, "Extras".
+    has an empty name and the group of its first code point or, if Unicode does not list this either, "Extras".
 
     Example:
         labels, captions = describe(["1F436"])    # Animals & Nature, "dog face"

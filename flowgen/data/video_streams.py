@@ -96,7 +96,7 @@ class Video:
         return float(part.duration * (part.time_base or self.stream.time_base)) if known else 1 / self.rate
 
     def packets(self) -> Iterator[Packet]:
-        """Yields packets from the container's position on, including those of frames that are not shown.
+        """Yields packets from the container's position on, including packets of frames that are not shown.
 
         Ends where the file is truncated or FFmpeg cannot read on.
         """

@@ -274,7 +274,7 @@ def _shown(values: Any) -> str:
 
 
 def _initial(model: Any, path: str, autoencoder: Any, key: jax.Array) -> Any:
-    """New variables with mean 0 and variance 1, or those of the autoencoder whose decoder is trained further."""
+    """New variables with mean 0 and variance 1, or the variables of the autoencoder at `path`."""
     channels = model.latent_channels
     if not path:
         return {**init(autoencoder, key), STATISTICS: {"mean": jnp.zeros(channels), "variance": jnp.ones(channels)}}

@@ -101,7 +101,7 @@ def per_second(rate: float) -> str:
 
 
 def drawn_classes(model: Any, data: Any) -> int:
-    """Returns the number of classes that a run samples in turn: those with names or, without names, all.
+    """Returns the number of classes that a run samples in turn: the named classes or, without names, all classes.
 
     Example:
         labels = cycled_labels(20, drawn_classes(experiment.model, experiment.data))
