@@ -183,7 +183,7 @@ class BucketedDataset:
 
 
 def buckets_of(dataset: Dataset | BucketedDataset) -> tuple[Dataset, ...]:
-    """Returns the buckets of a dataset; a dataset of one shape is its own only bucket.
+    """Returns the buckets of a dataset; a dataset of one shape is a single bucket.
 
     Example:
         shapes = {bucket.event_shape for bucket in buckets_of(dataset)}
@@ -255,7 +255,7 @@ def hold_out_files(names: Sequence[str], fraction: float, split: Split) -> Int[n
 
 
 def _cut(order: Int[np.ndarray, " size"], fraction: float, split: Split) -> Int[np.ndarray, " m"]:
-    """The ascending positions of a split; the first ones of an order are held out."""
+    """The ascending positions of a split; the first positions in `order` are held out."""
     size = len(order)
     if split == "all" or (fraction == 0 and split == "train"):
         return np.arange(size)

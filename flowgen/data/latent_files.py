@@ -101,7 +101,7 @@ class Provenance:
 
 @config
 class ShardEntry:
-    """What one folder holds: `count` latents of one kind and shape, of one split."""
+    """What one folder holds: `count` latents of one kind, shape and split."""
 
     folder: str
     split: Literal["train", "eval"]

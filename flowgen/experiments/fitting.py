@@ -60,7 +60,7 @@ def fit(
     with Signals() if signals is None else nullcontext(signals) as signals:
         with signals.raising():
             experiment = experiment.with_provenance() if dataset is None else _of_own(experiment, dataset, held_out)
-            # Before data are encoded. An object of your own may have no name to keep.
+            # Before data are encoded, because this raises if an object of the user's own has no name to save.
             config = experiment.to_json()
             check_workdir(Path(workdir), experiment.check_resumable, locks=is_primary())
             with told_once():
