@@ -258,7 +258,7 @@ def test_a_clip_takes_no_memory_for_all_of_its_frames_as_they_are_in_the_video(t
 def test_videos_that_are_too_short_are_told(videos, tmp_path, caplog):
     config = ClipsConfig("folder", path=str(videos), eval_fraction=0.0)
     load_clips(config, frames=17, image_size=(8, 8), channels=1, split="train")
-    assert caplog.messages == [f"Left out 2 of 3 videos of data.path '{videos}', without 17 frames at 8 fps."]
+    assert caplog.messages == [f"Left out 2 of 3 videos of data.path '{videos}', which do not have 17 frames at 8 fps."]
     caplog.clear()
     for name, frames in (("long", 8), ("short", 4)):
         (tmp_path / name).mkdir()
@@ -267,7 +267,7 @@ def test_videos_that_are_too_short_are_told(videos, tmp_path, caplog):
     dataset = load_clips(by_class, frames=8, image_size=(8, 8), channels=1, split="train")
     assert dataset.class_names == ("long", "short")
     assert caplog.messages == [
-        f"Left out 1 of 2 videos of data.path '{tmp_path}', without 8 frames.",
+        f"Left out 1 of 2 videos of data.path '{tmp_path}', which do not have 8 frames.",
         "No clip is left of short, whose videos are all too short.",
     ]
     with pytest.raises(ValueError, match=r"has no video of 99 frames; give longer ones, ask for fewer frames\."):

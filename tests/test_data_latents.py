@@ -119,7 +119,7 @@ def test_half_a_data_set_and_damage_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"has shape .5, 2, 2, 1. instead of 10 entries"):
         read(directory)
     np.save(mean, np.zeros((10, 1, 1, 1), np.float32))
-    with pytest.raises(ValueError, match=r"mean.npy' has latents of another shape"):
+    with pytest.raises(ValueError, match=r"mean.npy' does not have the latent shape"):
         read(directory)
     mean.unlink()
     with pytest.raises(FileNotFoundError, match=r"mean.npy' is missing; encode the data again"):
@@ -163,7 +163,7 @@ def test_texts_need_the_empty_text_beside_them(tmp_path):
         with pytest.raises(ValueError, match=r"null.npz' is truncated or damaged .*; encode the data again"):
             read(tmp_path / "set")
     np.savez(path, text=NULL.embeddings[0, :1], mask=NULL.mask[0, :1])
-    with pytest.raises(ValueError, match=r"null.npz' has another shape than the texts next to it"):
+    with pytest.raises(ValueError, match=r"null.npz' has a different shape from the texts next to it"):
         read(tmp_path / "set")
     path.unlink()
     with pytest.raises(FileNotFoundError, match=r"null.npz' is missing; encode the data again"):

@@ -336,10 +336,10 @@ def test_parts_that_do_not_fit_an_autoencoder_are_refused(model, changes, messag
         ({"lr": 0.1, "min_lr": 0.2}, "likelihood.denoiser.min_lr is 0.2, above lr 0.1; lower it"),
         (
             {"ema_decay": 0.9},
-            "likelihood.denoiser.ema_decay is 0.9, and optim.ema_decay is that of all parameters",
+            "likelihood.denoiser.ema_decay is 0.9, but optim.ema_decay applies to all parameters",
         ),
-        ({"ema_warmup": False}, "likelihood.denoiser.ema_warmup is False, and"),
-        ({"max_skips": 9}, "likelihood.denoiser.max_skips is 9, and"),
+        ({"ema_warmup": False}, "likelihood.denoiser.ema_warmup is False, but"),
+        ({"max_skips": 9}, "likelihood.denoiser.max_skips is 9, but"),
     ],
 )
 def test_what_the_optimizer_of_a_denoiser_cannot_have_is_refused_by_its_name(change, message):

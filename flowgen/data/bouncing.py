@@ -14,11 +14,11 @@ from flowgen.data.named import read_digits
 
 @dataclasses.dataclass(frozen=True)
 class BouncingDigits:
-    """Clips of one digit each, made on demand: clip i shows digit i mod n on its own course.
+    """Clips of one digit each, generated on demand: clip i shows digit i mod n on its own path.
 
-    The course is a straight line that reflects at the borders; the speed is 0.6 to 1.4 sixteenths of the shorter side
-    per frame and axis. Digits between pixels are drawn by bilinear interpolation. Clips are the same in every NumPy
-    version.
+    The path is a straight line that reflects at the borders; the speed is 0.6 to 1.4 sixteenths of the shorter side
+    per frame and axis. Digits between pixels are drawn by bilinear interpolation. Every NumPy version gives the same
+    clips.
 
     Example:
         dataset = BouncingDigits(digits, labels, num=1000, event_shape=(8, 16, 16, 1), seed=0)
@@ -47,7 +47,7 @@ class BouncingDigits:
         return Batch(clips, self.labels[indices % len(self.digits)])
 
     def _courses(self, indices: Int[np.ndarray, " b"]) -> tuple[Float[np.ndarray, "b f"], Float[np.ndarray, "b f"]]:
-        """The upper left corners, in pixels."""
+        """The rows and columns of the digits' upper left corners, in pixels."""
         raw = [
             np.random.Philox(np.random.SeedSequence(self.seed), counter=[index, 0, 0, 0]).random_raw(8)
             for index in indices.tolist()
@@ -75,7 +75,7 @@ def bouncing_digits(
 ) -> BouncingDigits:
     """Returns the clips of a split; a digit's side is half the shorter side of the clip, but at least 8 pixels.
 
-    num: clips of all splits. eval_fraction: share of the digits, and of the clips, that is held out.
+    num: number of clips in both splits together. eval_fraction: fraction of the digits, and of the clips, to hold out.
 
     Example:
         dataset = bouncing_digits(1000, 0.1, frames=8, image_size=(16, 16), channels=1, split="train")

@@ -1,4 +1,4 @@
-"""Class names: mapping the labels of any data to a run's class numbers by name."""
+"""Class names: maps the labels of any data to a run's class numbers by name."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class HasClasses(Protocol):
 def checked_names(classes: object, field: str = "classes") -> tuple[str, ...]:
     """Returns the class names in `composed` form.
 
-    Raises ValueError naming the field unless they are a tuple of distinct names.
+    Raises a ValueError that names the field if they are not a tuple of distinct names.
 
     Example:
         checked_names(("cat", "dog"))  # ("cat", "dog")
@@ -44,8 +44,9 @@ def checked_names(classes: object, field: str = "classes") -> tuple[str, ...]:
 def tell_held_out(
     labels: Int[np.ndarray, " n"], kept: Int[np.ndarray, " m"], names: tuple[str, ...], what: str
 ) -> None:
-    """Warns about classes that are entirely held out. kept: positions of the training split. what: the noun for
-    messages.
+    """Warns about classes that are entirely held out.
+
+    kept: positions of the training split. what: the noun for messages.
 
     Example:
         tell_held_out(np.array([0, 1, 1]), np.array([1, 2]), ("cat", "dog"), "images")  # all images of cat
@@ -55,12 +56,12 @@ def tell_held_out(
 
 
 def with_classes(found: T, classes: tuple[str, ...], where: str) -> T:
-    """Returns a dataclass with `labels` and `class_names`, its labels mapped by name to numbers of `classes`.
+    """Returns the data with their labels mapped by name to numbers of `classes`.
 
-    Returns it unchanged if `classes` is empty or it has no names. where: its origin, for messages. A warning names the
-    classes that it lacks.
+    found: a dataclass with `labels` and `class_names`; returned unchanged if it has no class names or `classes` is
+    empty. where: the origin of the data, for messages. A warning names the classes without examples.
 
-    Raises ValueError if it has a class that is not among `classes`.
+    Raises ValueError if the data have a class that is not among `classes`.
 
     Example:
         dataset = with_classes(dataset, ("cat", "dog", "fox"), "data.path 'photos'")
@@ -82,7 +83,9 @@ def renumbered(labels: Int[np.ndarray, " n"], numbers: Int[np.ndarray, " found"]
 
 
 def class_numbers(found: tuple[str, ...], classes: tuple[str, ...], where: str) -> Int32[np.ndarray, " found"] | None:
-    """Returns the number in `classes` of each class found, None if there is nothing to map; else as `with_classes`.
+    """Returns the number in `classes` of each class found, or None if there is nothing to map.
+
+    Warns and raises in the same cases as `with_classes`.
 
     Example:
         class_numbers(("dog", "fox"), ("cat", "dog", "fox"), "data.path 'photos'")  # 1, 2
@@ -103,9 +106,9 @@ def class_numbers(found: tuple[str, ...], classes: tuple[str, ...], where: str) 
 
 
 def check_classes(dataset: HasClasses, num_classes: int) -> None:
-    """Raises ValueError if a model of `num_classes` (0 is unconditional) cannot take this dataset's labels.
+    """Raises ValueError if a model with `num_classes` classes (0 is unconditional) cannot take this dataset's labels.
 
-    A warning names the model's classes that the dataset lacks.
+    A warning names the class numbers that the dataset leaves unused.
 
     Example:
         check_classes(dataset, num_classes=10)
@@ -132,10 +135,10 @@ def check_classes(dataset: HasClasses, num_classes: int) -> None:
 def parse_classes(text: str, names: tuple[str, ...], num_classes: int) -> list[int]:
     """Returns the class numbers that `--classes` selects, each by name or, if no class has that name, by number.
 
-    text: names or numbers separated by commas; a name with a comma is double-quoted. If the names are numbers
-    themselves, such as "10", only names are accepted, and -1 for unconditional.
+    text: names or numbers separated by commas; a name that contains a comma is double-quoted. If any class name is
+    itself a number, such as "10", only names and -1 (unconditional) are accepted.
 
-    Raises ValueError, with the known names, if one is neither.
+    Raises a ValueError that lists the known names if the model has no such class.
 
     Example:
         parse_classes("dog,0", ("cat", "dog"), 2)  # [1, 0]

@@ -1,4 +1,4 @@
-"""Views that a video flow trains on beside whole clips: images, and clips without their first frame."""
+"""Views that a video flow trains on in addition to whole clips: images, and clips without their first frame."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flowgen.batch import Batch
 from flowgen.data.dataset import Dataset
 from flowgen.data.latents import Kind
 
-# Prefix of the captions of clips without their first frame, as published (arXiv 2511.20462).
+# Caption prefix for clips without their first frame, as published (arXiv 2511.20462).
 CONTINUED = "(extend) "
 
 
@@ -55,9 +55,9 @@ class StillClips(_View):
 
 @dataclasses.dataclass(frozen=True)
 class ContinuedClips(_View):
-    """Clips without their first frame, as the restarts of a long clip see them; captions say so.
+    """Clips without their first frame, like the restarts of a long clip; a prefix marks their captions.
 
-    Their latents are those of the whole `dataset` without the first, which codecs treat differently.
+    Their latents are the whole clips' latents without the first latent frame, which codecs treat differently.
 
     Example:
         dataset = ContinuedClips(load_clips(config, frames=8, image_size=(16, 16), channels=1, split="train"))

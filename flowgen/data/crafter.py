@@ -14,7 +14,7 @@ from flowgen.packages import need
 # Actions with a visible effect; placing and making things needs materials, which this player lacks.
 ACTIONS = ("noop", "move_left", "move_right", "move_up", "move_down", "do")
 CLASS_NAMES = tuple(name.removeprefix("move_") for name in ACTIONS)
-# A new world takes about as long as 500 frames.
+# Generating a world takes about as long as playing 500 frames.
 CLIPS_PER_WORLD = 100
 VIEW = 9  # grid cells of the world across the image
 
@@ -22,10 +22,10 @@ VIEW = 9  # grid cells of the world across the image
 def record(
     num: int, eval_fraction: float, *, frames: int, image_size: tuple[int, int], channels: int, split: Split
 ) -> tuple[UInt8[np.ndarray, "n frames height width 3"], Int32[np.ndarray, " n"], tuple[str, ...]]:
-    """Returns the clips of a split, their labels, and the action names; the game is played here, and always the same.
+    """Plays the game, always in the same way, and returns the clips of a split, their labels, and the action names.
 
-    Each clip begins where the last one ended, and every hundred clips share a world; splits share none. A clip in which
-    the player dies is played again, in the next world. num: clips of all splits.
+    Each clip begins where the previous one ended. Every hundred clips share a world; splits share no world. A clip in
+    which the player dies is played again in the next world. num: number of clips in both splits together.
 
     Raises ModuleNotFoundError if the package crafter is missing, ValueError if the images are grey or too small.
 
@@ -59,9 +59,9 @@ def record(
 
 
 class _Game:
-    """Crafter, made to run the same in every process.
+    """Crafter, made deterministic across processes.
 
-    Crafter keeps the creatures of a region in a set, whose order depends on memory addresses, and draws from it.
+    Crafter draws creatures of a region from a set, whose order depends on memory addresses.
     """
 
     def __init__(self, env: Any):

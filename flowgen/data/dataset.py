@@ -1,4 +1,4 @@
-"""What a dataset is, how it is chosen, and the hold-out shared by all runs."""
+"""The dataset protocol, the config that chooses a dataset, and the hold-out that all runs share."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from flowgen.settings.ranges import Bytes, OneOf, ProperFraction
 Split = Literal["train", "eval", "all"]
 NO_LABEL = -1
 OWN = "own"
-# Image sets that need no path, each an `ImageSet` in its own file. To add one, write the file and its row here.
+# Image sets that need no path, each an `ImageSet` in its own module. To add one, write the module and add a row here.
 IMAGE_SETS = {
     "digits": "flowgen.data.named:DIGITS",
     "mnist": "flowgen.data.named:MNIST",
@@ -34,18 +34,19 @@ _HOLD_OUT_NAME = b"flowgen hold-out"
 class DataConfig:
     """Which images to train on; image size and channels come from the model.
 
-    name: a built-in set, or the user's own `folder` or `npz` at `path`; "own" is a dataset that `fit` was given.
-    path: path of a folder or an npz file; empty for the others.
+    name: a built-in set; `folder` or `npz`, your own images at `path`; or `own`, a dataset passed to `fit`.
+    path: the folder or .npz file; empty for the other names.
     flip: mirror each training image left to right with probability one half.
     aspects: sort a folder's images into nine aspect ratios of about the model's area instead of cropping all to one
-    shape; a batch has one shape.
-    crop: "center" scales to cover the model's size and crops the centre; "none" stretches to it. Not used by `npz`.
+    shape; the images of a batch have one shape.
+    crop: "center" scales images to cover the model's size and crops the centre; "none" stretches them to that size. Not
+    used by `npz`.
     on_corrupt: an unreadable file in a folder stops the run ("refuse") or is skipped with a warning ("skip").
-    eval_fraction: the share held out for evaluation, the same images on every machine; 0 holds nothing out.
-    in_memory_bytes: a folder whose resized images need more than this is decoded batch by batch instead.
+    eval_fraction: fraction held out for evaluation, the same images on every machine; 0 holds nothing out.
+    in_memory_bytes: if a folder's resized images need more than this, each batch is decoded on demand.
     classes: the class names in the order of their numbers. If empty, the names found in the data are stored here when
-    the run begins, and later labels are mapped by name. Classes without images give a warning; unknown classes are
-    refused. Labels of an `npz` without class names index these names.
+    the run begins, and later labels are mapped by name. A class without images gives a warning; an unknown class is
+    an error. Labels of an `npz` without class names index these names.
 
     Example:
         config = DataConfig(name="folder", path="photos", flip=True)
@@ -70,8 +71,9 @@ class DataConfig:
 
 @runtime_checkable
 class Dataset(Protocol):
-    """Images or clips of one shape, or their latents, indexed by number; `__getitem__` may be called from several
-    threads.
+    """Images or clips of one shape, or their latents, indexed by number.
+
+    `__getitem__` may be called from several threads.
 
     event_shape: (height, width, channels) of images, (frames, height, width, channels) of clips.
     class_names: names of the classes in the order of their labels; empty without classes.
@@ -121,17 +123,17 @@ class ArrayDataset:
         return Batch(self.x[indices], self.labels[indices])
 
     def select(self, indices: Int[np.ndarray, " m"]) -> ArrayDataset:
-        """Returns a dataset of only these, in this order."""
+        """Returns a dataset of only the samples at these indices, in this order."""
         captions = tuple(self.captions[i] for i in indices) if self.captions else ()
         return dataclasses.replace(self, x=self.x[indices], labels=self.labels[indices], captions=captions)
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageSet:
-    """A set of images that `data.name` names.
+    """A set of images that `data.name` can select.
 
     read: (config, (height, width)) -> all images. class_names: names of the classes in the order of their labels.
-    image_hw: (height, width) of the images before they are resized; None if there is no one size.
+    image_hw: (height, width) of the images before they are resized; None if they have no fixed size.
 
     Example:
         DIGITS = ImageSet(read_digits, class_names=("0", "1"), image_hw=(8, 8))
@@ -143,7 +145,7 @@ class ImageSet:
 
 
 def image_set(name: str) -> ImageSet | None:
-    """Returns the image set of a name; None for data of a path, or given in Python.
+    """Returns the image set with this name; None for data at a path and for a dataset passed to `fit`.
 
     Example:
         image_set("digits").class_names
@@ -155,8 +157,8 @@ def image_set(name: str) -> ImageSet | None:
 class BucketedDataset:
     """Datasets of different shapes with the same classes, one per bucket; a batch has one shape.
 
-    shares: samples of each bucket per pass over the data; None is all of them, so that every sample is used equally
-    often.
+    shares: number of samples to take from each bucket per pass over the data; None takes all, so that every sample is
+    used equally often.
 
     Example:
         dataset = BucketedDataset((square, wide))
@@ -170,7 +172,7 @@ class BucketedDataset:
         if not self.buckets:
             raise ValueError("A bucketed dataset needs at least one bucket that is not empty.")
         if self.shares is not None and (len(self.shares) != len(self.buckets) or min(self.shares) < 1):
-            raise ValueError(f"shares are {self.shares}, of {len(self.buckets)} buckets; give each at least 1.")
+            raise ValueError(f"shares are {self.shares} for {len(self.buckets)} buckets; give each bucket at least 1.")
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -181,7 +183,7 @@ class BucketedDataset:
 
 
 def buckets_of(dataset: Dataset | BucketedDataset) -> tuple[Dataset, ...]:
-    """Returns the buckets of a dataset; itself if all have one shape.
+    """Returns the buckets of a dataset; a dataset of one shape is a single bucket.
 
     Example:
         shapes = {bucket.event_shape for bucket in buckets_of(dataset)}
@@ -190,9 +192,9 @@ def buckets_of(dataset: Dataset | BucketedDataset) -> tuple[Dataset, ...]:
 
 
 def of_one_shape(dataset: Dataset | BucketedDataset, user: str) -> Dataset:
-    """Returns the dataset if all its samples have one shape. user: what needs this, for the error.
+    """Returns the dataset if all its samples have one shape. user: what needs one shape, for the error.
 
-    Raises ValueError if it has several.
+    Raises ValueError if the samples have several shapes.
 
     Example:
         dataset = of_one_shape(load(config, image_size=8, channels=1, split="train"), "an Autoencoder")
@@ -203,7 +205,7 @@ def of_one_shape(dataset: Dataset | BucketedDataset, user: str) -> Dataset:
 
 
 def check_opens(name: str) -> None:
-    """Raises ValueError if data are those of a user's own program, which only it has.
+    """Raises ValueError if the name is `own`: only the program that called `fit` has that dataset.
 
     Example:
         check_opens(config.name)
@@ -222,7 +224,7 @@ def hold_out(size: int, fraction: float, split: Split) -> Int[np.ndarray, " m"]:
     depends only on `size`, not on a seed or the NumPy version, so all runs and machines agree.
 
     Raises:
-        ValueError: "eval" with fraction 0, or a split left without images.
+        ValueError: the split is "eval" and `fraction` is 0, or no images are left to train on.
 
     Example:
         test = images[hold_out(len(images), 0.1, "eval")]
@@ -234,8 +236,8 @@ def hold_out(size: int, fraction: float, split: Split) -> Int[np.ndarray, " m"]:
 def hold_out_files(names: Sequence[str], fraction: float, split: Split) -> Int[np.ndarray, " m"]:
     """Returns the ascending positions of a split among files, by a digest of each file's name.
 
-    The number held out is that of `hold_out`. If a file is added or removed, at most one other file moves between the
-    splits. names: relative to the data, so that they do not depend on where the data are stored.
+    The number of files held out is the same as in `hold_out`. If a file is added or removed, at most one other file
+    moves between the splits. names: relative to the data, so that they do not depend on where the data are stored.
 
     Example:
         test = hold_out_files(("cat/1.png", "dog/2.png"), 0.5, "eval")
@@ -253,7 +255,7 @@ def hold_out_files(names: Sequence[str], fraction: float, split: Split) -> Int[n
 
 
 def _cut(order: Int[np.ndarray, " size"], fraction: float, split: Split) -> Int[np.ndarray, " m"]:
-    """The ascending positions of a split; the first ones of an order are held out."""
+    """The ascending positions of a split; the first positions in `order` are held out."""
     size = len(order)
     if split == "all" or (fraction == 0 and split == "train"):
         return np.arange(size)
@@ -280,7 +282,7 @@ def permutation(bits: np.random.Philox, size: int) -> Int[np.ndarray, " size"]:
 
 
 def check_choice(field: str, value: object, choices: tuple[str, ...]) -> None:
-    """Raises ValueError if `value` is none of the choices.
+    """Raises ValueError if `value` is not one of the choices.
 
     Example:
         check_choice("data.crop", "center", ("center", "none"))

@@ -1,8 +1,7 @@
-"""Bit depths of image samples: grey levels of more than 8 bits as bytes, and samples without a stated range.
+"""Bit depths of image samples: converts grey levels of more than 8 bits to bytes, and detects unknown ranges.
 
-The range of samples follows from their number of bits or, in PGM, from a largest value that the file states; Pillow
-scales these. Floating-point, signed and 32-bit samples may have any unit: nothing says which values are black and
-white.
+The number of bits determines the range of samples. A PGM file states its largest value instead, and Pillow scales by
+it. Floating-point, signed and 32-bit samples may have any unit, so it is unknown which values are black and white.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ _CONVERT = "; convert it to unsigned 8 or 16 bits"
 
 
 class Samples(NamedTuple):
-    """Bits of each sample, as Pillow gives them or, for PNG, as the file stores them; and whether zero is white.
+    """The bits of a sample, in Pillow's pixels or, for PNG, in the file; and whether zero is white.
 
     Example:
         samples = Samples(bits=12)
@@ -38,7 +37,7 @@ class Samples(NamedTuple):
 
 
 def samples_of(image: Image, path: str | os.PathLike[str]) -> Samples:
-    """Returns the sample depth of an open image. path: its file; Pillow does not expose all of its header.
+    """Returns the sample depth of an open image. path: its file, because Pillow does not expose the whole header.
 
     Example:
         samples = samples_of(image, "cat.tif")
@@ -49,7 +48,7 @@ def samples_of(image: Image, path: str | os.PathLike[str]) -> Samples:
     if not image.mode.startswith("I"):
         return Samples()
     if image.format == "TIFF":
-        # At 8 bits and fewer Pillow inverts white and black itself.
+        # At 8 bits or fewer, Pillow itself inverts an image whose zero is white.
         return Samples(_tag(image, _BITS, 1), _tag(image, _PHOTOMETRIC, 1) == _WHITE_IS_ZERO)
     # Pillow scales the levels of JPEG 2000 and of PGM to 16 bits.
     return Samples(16)
@@ -74,7 +73,7 @@ def without_range(image: Image) -> str:
 
 
 def grey_bytes(levels: Integer[np.ndarray, "height width"], samples: Samples) -> UInt8[np.ndarray, "height width"]:
-    """Returns the highest 8 bits of grey levels, from black to white.
+    """Returns the highest 8 bits of grey levels, with 0 for black.
 
     Example:
         grey_bytes(np.array([[0x9C4]]), Samples(bits=12))  # 0x9C
@@ -86,7 +85,7 @@ def grey_bytes(levels: Integer[np.ndarray, "height width"], samples: Samples) ->
 def hide_by_value(image: Image, file: BufferedIOBase) -> None:
     """Makes pixels of a 16-bit colour PNG transparent if all their bits equal its transparent value.
 
-    image: the high bytes, as Pillow gives them. file: the file it was read from.
+    image: the high bytes of the samples, as decoded by Pillow. file: the file it was read from.
 
     Example:
         hide_by_value(image, file)

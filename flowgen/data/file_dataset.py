@@ -17,9 +17,9 @@ from flowgen.data.unreadable import FileReader
 class FileDataset:
     """Images or clips decoded from their files for every batch, with one thread per core.
 
-    reader: reads the sample at a position. If it may skip files, the next readable sample replaces an unreadable one,
-    with that one's label, and a warning names the file once: the result depends only on the position. Samples with
-    captions are refused instead, because the caption would not match.
+    reader: reads the sample at a position. If it may skip files, the next readable sample and its label replace an
+    unreadable one, so the result depends only on the position; a warning names each unreadable file once. If samples
+    have captions, an unreadable file raises an error instead, because the caption would not match.
 
     Example:
         reader = FileReader(read, files, "refuse", what=("image", "images"), split="train")
@@ -49,9 +49,9 @@ class FileDataset:
         return self
 
     def decoded(self, *, may_be_empty: bool = False) -> ArrayDataset:
-        """Returns the same samples in memory; unreadable files are refused all at once, or skipped.
+        """Returns the same samples in memory; unreadable files are skipped, or refused in one error.
 
-        may_be_empty: skip them even if none is left.
+        may_be_empty: allow that no sample is left.
         """
         x = np.empty((len(self), *self.event_shape), np.uint8)
         kept = self.reader.read_all(x.__setitem__, may_be_empty=may_be_empty)

@@ -28,22 +28,22 @@ _WHAT = ("image", "images")
 def read_folder(
     config: DataConfig, *, image_size: tuple[int, int], channels: int, split: Split, multiple: int = 1
 ) -> Dataset | BucketedDataset:
-    """Returns one split of the images under `config.path`, resized to `image_size` and 1 or 3 channels.
+    """Returns one split of the images under `config.path`, resized to `image_size` with 1 or 3 channels.
 
     First-level sub-folders that hold images, at any depth, are the classes; see `list_files` and `config.classes`.
-    Without them the images have label -1. The split is drawn over the file names before anything is decoded, so an
-    unreadable file never moves another between splits; see `hold_out_files`. Images are decoded once, unless they would
-    need more than `config.in_memory_bytes`; then each batch is decoded on demand. A file `cat.txt` or `cat.png.txt`
-    beside `cat.png` holds its caption; either all images have one or none. A warning says what was left out, and why.
-    With `config.aspects` each image goes to the bucket of the nearest aspect ratio, with sides that are multiples of
-    `multiple` and the area of `image_size`.
+    If there are none, all images have label -1. The split depends only on the file names, so an unreadable file never
+    moves another file between splits; see `hold_out_files`. Images are decoded once, unless they would need more than
+    `config.in_memory_bytes`; then each batch is decoded on demand. A file `cat.txt` or `cat.png.txt` beside `cat.png`
+    holds its caption; either all images or none must have one. A warning says what was left out, and why.
+    If `config.aspects` is set, each image goes to the bucket with the nearest aspect ratio. The sides of a bucket are
+    multiples of `multiple`, and its area is about the area of `image_size`.
 
     Raises:
         FileNotFoundError, NotADirectoryError: `config.path` is not a folder.
         PermissionError: a folder in it cannot be read.
-        ValueError: no images, images beside class folders, a class that is not one of `config.classes`, channels other
-        than 1 or 3, captions for only some images, or unreadable files if `config.on_corrupt` is "refuse" (all are
-        checked; the first five are named).
+        ValueError: there are no images, images lie beside class folders, a class is not one of `config.classes`,
+        `channels` is not 1 or 3, only some images have captions, or files are unreadable and `config.on_corrupt` is
+        "refuse" (all are checked; the first five are named).
 
     Example:
         config = DataConfig("folder", path="photos")
@@ -105,7 +105,7 @@ def read_folder(
 
 
 def opened(path: str, suffixes: tuple[str, ...], what: str, classes: tuple[str, ...]) -> Listing:
-    """Returns the files of a folder with their labels as numbers of `classes`; warnings say what is left out.
+    """Returns the files of a folder, with labels that are numbers of `classes`; warnings say what is left out.
 
     Example:
         listing = opened("photos", (".png",), "images", ("cat", "dog"))
@@ -117,9 +117,9 @@ def opened(path: str, suffixes: tuple[str, ...], what: str, classes: tuple[str, 
 
 
 def read_captions(listing: Listing) -> tuple[str, ...]:
-    """Returns the captions of listed files, on one line each; empty if no file has one.
+    """Returns the captions of listed files, each as one line; empty if no file has one.
 
-    Raises ValueError if some files have captions and others none, or one is not UTF-8.
+    Raises ValueError if only some files have captions, or a caption is not UTF-8.
 
     Example:
         captions = read_captions(list_files("photos", (".png",), "images"))
@@ -130,7 +130,7 @@ def read_captions(listing: Listing) -> tuple[str, ...]:
     if missing:
         first = listing.root / missing[0]
         raise ValueError(
-            f"data.path has captions of {len(listing) - len(missing)} of {len(listing)} images; add "
+            f"data.path has captions for {len(listing) - len(missing)} of {len(listing)} images; add "
             f"'{first.with_suffix('.txt')}' and {len(missing) - 1} more, or remove the .txt files."
         )
     return tuple(_caption(listing.root / caption) for caption in listing.captions if caption is not None)
@@ -144,7 +144,7 @@ def _caption(path: Path) -> str:
 
 
 def _aspects(files: list[Path], on_corrupt: OnCorrupt, split: Split) -> list[str | None]:
-    """The nearest aspect of each image, from its header; None for one that is skipped as unreadable."""
+    """The nearest aspect of each image, from its header; None if the image is skipped as unreadable."""
     found: list[str | None] = [None] * len(files)
     reader = FileReader(
         lambda i: nearest_aspect(*read_image_size(files[i])), files, on_corrupt, what=_WHAT, split=split

@@ -1,4 +1,4 @@
-"""What a config's data contain: their classes, found without opening them, and the inventory of opened data."""
+"""Finds the classes of a config's data without opening images, and takes the inventory of opened data."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from flowgen.data.npz import npz_classes, npz_marks
 from flowgen.data.video import READABLE, UnreadableVideo, video_size
 
 _CLIP_CLASSES = {"bouncing": DIGIT_NAMES, "crafter": CLASS_NAMES, "real": ()}
-# Files whose sizes are checked; fewer for videos, which take longer.
+# Number of files whose image sizes are read; fewer for videos, which take longer.
 _IMAGES_SIZED, _VIDEOS_SIZED = 32, 4
 
 # The beginning of a file of latents that marks its content.
@@ -43,9 +43,9 @@ Marks = Mapping[str, int | str]
 
 
 def found_classes(config: DataConfig | ClipsConfig | LatentsConfig) -> tuple[str, ...]:
-    """Returns the class names in data, in the order of their labels, without opening images.
+    """Returns the class names of a config's data, in the order of their labels, without opening images.
 
-    Raises as `load` and `load_clips` if the data cannot be read.
+    Raises what `load` and `load_clips` raise if the data cannot be read.
 
     Example:
         found_classes(DataConfig("folder", path="photos"))  # ("cat", "dog", "fox")
@@ -66,8 +66,7 @@ def take_inventory(
     train: Dataset | BucketedDataset,
     held_out: Dataset | BucketedDataset | None = None,
 ) -> Inventory:
-    """Returns the inventory of data opened with a config. Mirror images that are encoded beside the images are not
-    counted.
+    """Returns the inventory of data that were opened with a config. Encoded mirror images are not counted.
 
     Example:
         print(take_inventory(config, train, held_out).line())
@@ -109,7 +108,7 @@ def _listed(config: DataConfig | ClipsConfig) -> Listing:
 
 
 def _apart(dataset: Dataset | BucketedDataset) -> tuple[list[Dataset], list[Dataset]]:
-    """The images or whole clips of a dataset, and the images beside clips."""
+    """The buckets of images or whole clips, and the buckets of images that accompany clips."""
     buckets = buckets_of(dataset)
     whole = [bucket for bucket in buckets if kind_of(bucket) in ("image", "clip")]
     return whole, [bucket for bucket in buckets if kind_of(bucket) == "still"]
@@ -137,7 +136,7 @@ def _sizes(config: DataConfig | ClipsConfig, listing: Listing) -> tuple[tuple[in
 
 
 def _marks(config: DataConfig | ClipsConfig | LatentsConfig, listing: Listing | None) -> tuple[Marks, Marks]:
-    """The files of both splits with marks of their content; a file with data of both counts in the first."""
+    """A mark of each file's content by file name, for each split; a file with data of both splits is in the first."""
     if isinstance(config, LatentsConfig):
         folder = Path(config.path)
         files = [folder / INDEX_FILE, *sorted(folder.glob("*/*.npy"))]

@@ -1,4 +1,4 @@
-"""Image files of any size, mode and orientation, read as bytes of a requested shape."""
+"""Reads image files of any size, mode and orientation as uint8 arrays of a requested shape."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ _DECODE_ERRORS = (
 # Pillow's own limit. Such an image takes 0.7 GB while decoding; the WebP decoder takes four times as much.
 _MOST_PIXELS = 178_956_970
 _MOST_OF_WEBP = _MOST_PIXELS // 4
-# Larger images are decoded one at a time, so that threads together do not take more memory.
+# Images with more pixels are decoded one at a time, which limits the memory that all threads take together.
 _LARGE = 1 << 26
 _ONE_LARGE = threading.Lock()
-# Pixels that are composited on white and resized together.
+# Number of pixels to composite on white and resize at a time.
 _BAND = 1 << 22
 
 
@@ -49,14 +49,14 @@ class UnreadableImage(Unreadable):
 def read_image(
     path: str | os.PathLike[str], *, size: tuple[int, int], channels: int, crop: Crop
 ) -> UInt8[np.ndarray, "height width c"]:
-    """Returns the image in a file as uint8 of shape (*size, channels), turned upright, on white.
+    """Returns the image in a file as uint8 of shape (*size, channels), turned upright.
 
     Transparency is composited on white; samples of more than 8 bits keep their highest 8; an animation gives its first
-    frame. Unreadable metadata are ignored. For a damaged TIFF, libtiff may print a line of its own.
+    frame. Unreadable metadata are ignored. For a damaged TIFF, libtiff may also print a message.
 
     Raises:
-        UnreadableImage: the pixels are damaged, cut off, or more than 178 million (for WebP 44 million); the format is
-        not one of `image_formats`; or the samples have no stated range, see `without_range`.
+        UnreadableImage: the pixels are damaged or truncated; there are more than 178 million (for WebP 44 million); the
+        format is not one of `image_formats`; or the range of the samples is unknown, see `without_range`.
 
     Example:
         image = read_image("cat.jpg", size=(64, 64), channels=3, crop="center")
@@ -81,7 +81,7 @@ def read_image(
 def read_image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
     """Returns (height, width) of the image in a file, turned upright; reads only its header.
 
-    Raises UnreadableImage as `read_image`, as far as the header shows it.
+    Raises UnreadableImage if the header shows that `read_image` would raise it.
 
     Example:
         height, width = read_image_size("cat.jpg")
@@ -90,7 +90,7 @@ def read_image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
 
 
 def _with_image(path: str | os.PathLike[str], use: Callable[[Image, Turn], T]) -> T:
-    """The result of `use` on an open image and its turn; if that fails, it is tried again without metadata."""
+    """The result of `use` for an open image and its turn; if that fails, the image is read without its metadata."""
     if Path(path).exists() and not Path(path).is_file():
         raise UnreadableImage(f"'{path}' (not a file)")
     try:
@@ -113,7 +113,7 @@ def _opened(path: str | os.PathLike[str], content: bytes | None = None) -> Gener
 
     try:
         # Given a name, Pillow would memory-map the file and then forget the orientation of a TIFF. The list of formats
-        # keeps files from starting external programs, as PostScript does.
+        # excludes files for which Pillow starts external programs, such as PostScript.
         with (
             open(path, "rb") if content is None else io.BytesIO(content) as file,
             module.open(file, formats=image_formats()) as image,
@@ -137,11 +137,11 @@ def _opened(path: str | os.PathLike[str], content: bytes | None = None) -> Gener
 
 
 def fit(image: Image, size: tuple[int, int], crop: Crop, *, pixel_aspect: float = 1.0) -> Image:
-    """Returns the image at `size` (height, width) with antialiased bilinear resampling.
+    """Returns the image resized to `size` (height, width) with antialiased bilinear resampling.
 
     "center" scales until the image covers `size` and crops the centre (short side to S, then centre crop), as in the
-    training of the published models. "none" crops nothing and stretches each side by itself.
-    pixel_aspect: displayed width of a pixel over its height.
+    training of the published models. "none" crops nothing and stretches each side independently.
+    pixel_aspect: ratio of a pixel's displayed width to its height.
 
     Example:
         image = fit(image, (64, 64), "center")
@@ -153,7 +153,7 @@ def fit(image: Image, size: tuple[int, int], crop: Crop, *, pixel_aspect: float 
 def fit_array(
     images: UInt8[np.ndarray, "b height width c"], size: tuple[int, int], crop: Crop
 ) -> UInt8[np.ndarray, "b new_height new_width c"]:
-    """Returns every image at `size`; the array itself, without Pillow, if it already has that size.
+    """Returns the images resized to `size`, or the array itself, without using Pillow, if it already has that size.
 
     Example:
         images = fit_array(images, (16, 16), "center")
@@ -167,9 +167,9 @@ def fit_array(
 
 
 def _box(image_size: tuple[int, int], size: tuple[int, int], crop: Crop, turn: Turn, pixel_aspect: float = 1.0) -> Box:
-    """Left, top, right and bottom of the part of an image that `fit` keeps, in its own pixels, before the turn.
+    """Left, top, right and bottom of the part that `fit` keeps, in pixels of the image before the turn.
 
-    Only this part is resampled, which bounds the work for any proportions.
+    Only this part is resampled, which bounds the work whatever the proportions of the image.
     """
     (columns, rows), (height, width) = image_size, size
     if crop == "none":
@@ -177,7 +177,7 @@ def _box(image_size: tuple[int, int], size: tuple[int, int], crop: Crop, turn: T
     shown = max(1, round(columns * pixel_aspect))
     wide = shown * height > rows * width
     scaled = (shown * height // rows, height) if wide else (width, rows * width // shown)
-    # The centre is rounded as displayed, which may be mirrored after a turn.
+    # The crop is rounded in the displayed image, which a turn may mirror.
     mirrored = (turn.mirror_y, turn.mirror_x) if turn.swap else (turn.mirror_x, turn.mirror_y)
     spare = [scaled[0] - width, scaled[1] - height]
     left, top = (
@@ -193,7 +193,7 @@ def _box(image_size: tuple[int, int], size: tuple[int, int], crop: Crop, turn: T
 
 
 def _resized(image: Image, size: tuple[int, int], box: Box, flat: Callable[[Image], Image]) -> UInt8[np.ndarray, "..."]:
-    """The part of an image inside a box, composited on white and resized to `size`; in bands if it is large."""
+    """The part of an image inside a box, composited on white and resized to `size`, in bands if the image is large."""
     left, top, right, bottom = box
     step = (bottom - top) / size[0]
     # The filter reaches one pixel of the result to each side, or one pixel of the image if the result is larger.
@@ -226,7 +226,7 @@ def _flatten(image: Image, samples: Samples) -> Image:
 
 
 def on_white(image: Image) -> Image:
-    """Returns an image with transparency as it looks on white.
+    """Returns an image with its transparency composited on white.
 
     Example:
         image = on_white(image)
@@ -236,5 +236,5 @@ def on_white(image: Image) -> Image:
 
 
 def _eight_bit(clear: int, depth: int) -> int:
-    """A PNG's transparent grey at the depth of Pillow's pixels; Pillow leaves it in `depth` bits."""
+    """A PNG's transparent grey level, scaled to the 8 bits of Pillow's pixels; Pillow leaves it in `depth` bits."""
     return clear * 255 // ((1 << depth) - 1)

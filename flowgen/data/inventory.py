@@ -1,4 +1,4 @@
-"""What a run found in its data: a line for people, and a record that is kept with the run to detect later changes.
+"""The inventory of a run's data: a line for people, and a record that is kept with the run to detect later changes.
 
 This module does not depend on how data are loaded, so the training loop can use it.
 """
@@ -18,7 +18,7 @@ from typing import Any
 from flowgen.printable import composed, printable
 
 _log = logging.getLogger("flowgen.data")
-# Of a longer list of files, only a digest is kept with the run.
+# If there are more files, only a digest of their list is kept with the run.
 MOST_FILES = 100_000
 _NAMED, _CLASSES_NAMED = 3, 10
 _told: ContextVar[set[str] | None] = ContextVar("told", default=None)
@@ -26,7 +26,7 @@ _told: ContextVar[set[str] | None] = ContextVar("told", default=None)
 
 @contextlib.contextmanager
 def told_once() -> Generator[None]:
-    """Inside it, `tell` logs each sentence once, however many splits of the same data are opened.
+    """Within this context, `tell` logs each sentence once, however many splits of the same data are opened.
 
     Example:
         with told_once():
@@ -63,7 +63,7 @@ def quoted(name: str) -> str:
 
 
 def name_list(names: Sequence[str], most: int = _CLASSES_NAMED) -> str:
-    """Returns a list of names; if there are many, the first ones and the number of the rest.
+    """Returns names separated by commas; if there are more than `most`, the first ones and the number of the others.
 
     Example:
         name_list(("cat", "dog", "fox"))  # "cat, dog, fox"
@@ -76,11 +76,11 @@ def name_list(names: Sequence[str], most: int = _CLASSES_NAMED) -> str:
 class Inventory:
     """What was found in the data of a run.
 
-    what: images, clips or latents. train, held_out: their numbers. before: (height, width) of some of the files, in
-    pixels; empty if files are not resized. after: the model's input shapes. train_files, held_out_files: a mark of each
-    file's content, such as its size, by its name; empty for data that come with a package.
-    left_out: descriptions of what was left out. stills: number of images trained on beside clips. at_most: for each
-    split, whether its number is an upper bound, because some files may turn out to be unreadable.
+    what: images, clips or latents. train, held_out: their number in each split. before: (height, width) of some of the
+    files, in pixels; empty if files are not resized. after: the model's input shapes. train_files, held_out_files: a
+    mark of each file's content, such as its size, by file name; empty for data that come with a package.
+    left_out: descriptions of what was left out. stills: number of images to train on in addition to clips. at_most: for
+    each split, whether its number is an upper bound, because some files may turn out to be unreadable.
 
     Example:
         inventory = Inventory("images", 1080, 120, ((48, 48),), ((32, 32),), ("cat", "dog", "fox"))
@@ -145,7 +145,7 @@ class Inventory:
         }
 
     def changes(self, known: Mapping[str, Any]) -> str:
-        """Returns the differences from a run's record, in one line; empty if its files are the same.
+        """Returns the differences from a run's record, in one line; empty if the files are the same.
 
         Raises ValueError if `known` is not such a record.
 
@@ -169,7 +169,7 @@ class Inventory:
 
 
 def _in_one_form(files: Mapping[str, Any]) -> dict[str, Any]:
-    """Files by their names in composed form, except names that differ only by their form."""
+    """The marks by file name in composed form; names that differ only in their form are left as they are."""
     forms = Counter(map(composed, files))
     return {composed(name) if forms[composed(name)] == 1 else name: mark for name, mark in files.items()}
 

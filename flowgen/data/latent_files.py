@@ -1,7 +1,7 @@
-"""Cached latents in files, which training maps into memory.
+"""Cached latents in files, which training memory-maps.
 
-<directory>/<split>-<index>/   mean.npy std.npy label.npy; text.npy mask.npy and null.npz where captions were encoded
-<directory>/dataset.json       what the folders hold and what made them; written last, so that none is incomplete
+<directory>/<split>-<index>/   mean.npy std.npy label.npy; text.npy mask.npy and null.npz if captions were encoded
+<directory>/dataset.json       what the folders hold and how they were made; written last, so it marks a complete cache
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ INDEX_FILE = "dataset.json"
 NULL_FILE = "null.npz"
 FORMAT = "flowgen latents 3"
 MAX_NULL_OVERHEAD = 1 << 16  # bytes
-# Each open array holds a file descriptor; a process usually gets a thousand.
+# Each open array holds a file descriptor; a process can usually open about a thousand.
 OPEN_SHARDS = 64
 
 Count = Annotated[int, Within(1, 1 << 40)]
@@ -41,13 +41,14 @@ Count = Annotated[int, Within(1, 1 << 40)]
 
 @config
 class LatentsConfig:
-    """Cached latents of images or clips, which `python -m flowgen encode` wrote.
+    """Cached latents of images or clips, written by `python -m flowgen encode`.
 
     path: the directory.
     fps: frames per second of the clips; 0 for the rate of the videos that were encoded.
-    drop_first: fraction of the clip batches that drop the first latent frame, as in `ClipsConfig`; they must have been
-    encoded, too.
-    images_fraction: share of image batches among training batches on clips; 0 takes every clip and image equally often.
+    drop_first: fraction of the clip batches without the first latent frame, as in `ClipsConfig`; such clips must have
+    been encoded, too.
+    images_fraction: fraction of the training batches that hold images, for a model of clips; 0 takes every clip and
+    image equally often.
     classes: the class names in the order of their numbers, as in `DataConfig`.
 
     Example:
@@ -69,8 +70,9 @@ class LatentsConfig:
 class TextProvenance:
     """What the features of captions depend on.
 
-    encoder: name of the text encoder. digest: of its weights and tokenizer. length, dim: tokens and features of a text.
-    noise_level, frames_per_second, aspect: what the texts say beside the captions, as in `TextConfig`.
+    encoder: name of the text encoder. digest: digest of its weights and tokenizer. length, dim: number of tokens of a
+    text, and of features of a token. noise_level, frames_per_second, aspect: what the texts state in addition to the
+    captions, as in `TextConfig`.
     """
 
     encoder: str
@@ -84,11 +86,11 @@ class TextProvenance:
 
 @config
 class Provenance:
-    """What made cached latents. Latents of other origin have none, and only flows without a codec take them.
+    """How cached latents were made. Other latents have an empty provenance, and only flows without a codec take them.
 
-    codec: the codec in words; empty for pixels. codec_digest: of all that the latents depend on. text: how the captions
-    were encoded; None without texts. noise_std: noise of the flow that the texts mention. data: config of the images or
-    clips, as JSON.
+    codec: description of the codec; empty for pixels. codec_digest: digest of everything that the latents depend on.
+    text: how the captions were encoded; None without texts. noise_std: noise level of the flow, which the texts may
+    state. data: config of the images or clips, as JSON.
     """
 
     codec: str = ""
@@ -100,7 +102,7 @@ class Provenance:
 
 @config
 class ShardEntry:
-    """What one folder holds: `count` latents of one kind and shape, of one split."""
+    """What one folder holds: `count` latents of one kind, shape and split."""
 
     folder: str
     split: Literal["train", "eval"]
@@ -117,7 +119,7 @@ class ShardEntry:
 
 @config
 class LatentIndex:
-    """The index of cached latents: their class names, what made them, and their shards."""
+    """The index of cached latents: their class names, provenance and shards."""
 
     format: Literal["flowgen latents 3"]
     class_names: tuple[str, ...]
@@ -132,8 +134,9 @@ class LatentIndex:
 
 @dataclasses.dataclass(frozen=True)
 class ShardFile:
-    """A shard on disk, mapped on demand; the last 64 stay mapped. written: modification time in ns, which detects a
-    replaced file.
+    """A shard on disk, memory-mapped on demand; the 64 most recently used shards stay mapped.
+
+    written: modification time in ns, which reveals a replaced file.
 
     Example:
         shard = ShardFile(Path("latents/train-00000"), 4096, (32, 32, 4), has_text=False).opened()
@@ -168,7 +171,7 @@ class LatentWriter:
     def add(
         self, split: Literal["train", "eval"], shard: Shard, *, kind: Kind, null: TextCondition | None = None
     ) -> None:
-        """Writes one shard. null: the empty text, which it needs if it has texts."""
+        """Writes one shard. null: the empty text, required if the shard has texts."""
         if (shard.texts is None) != (null is None):
             raise ValueError(
                 "null, the features of the empty text, belongs to a shard with texts; give both or neither."
@@ -190,7 +193,7 @@ class LatentWriter:
         self.entries.append(entry)
 
     def finish(self, *, class_names: Iterable[str], provenance: Provenance | None = None) -> None:
-        """Writes the index. provenance: what made the latents; training uses it to check that they fit its flow."""
+        """Writes the index. provenance: how the latents were made; training checks with it that they fit the flow."""
         index = LatentIndex(FORMAT, tuple(class_names), provenance or Provenance(), tuple(self.entries))
         temporary = self.directory / f"{INDEX_FILE}.tmp"
         temporary.write_text(json.dumps(settings.to_plain(index), indent=1) + "\n")
@@ -198,7 +201,7 @@ class LatentWriter:
 
 
 def _arrays(shard: Shard) -> dict[str, np.ndarray]:
-    """The arrays of a shard by the names of their files."""
+    """The arrays of a shard, by file name without the suffix."""
     arrays = {"mean": shard.moments.mean, "std": shard.moments.std, "label": shard.labels}
     if shard.texts is not None:
         arrays |= {"text": shard.texts.embeddings, "mask": shard.texts.mask}
@@ -209,8 +212,8 @@ def read_index(directory: str | os.PathLike[str]) -> LatentIndex:
     """Returns the index of cached latents.
 
     Raises:
-        FileNotFoundError: no such directory, or one without a finished dataset.
-        ValueError: an index that cannot be read.
+        FileNotFoundError: the directory does not exist, or holds no finished dataset.
+        ValueError: the index cannot be read.
 
     Example:
         read_index("data/latents").provenance
@@ -218,7 +221,7 @@ def read_index(directory: str | os.PathLike[str]) -> LatentIndex:
     path = Path(directory) / INDEX_FILE
     if not path.is_file():
         raise FileNotFoundError(
-            f"data.path '{directory}' has no cached latents, because {INDEX_FILE} is missing, which is written last; "
+            f"data.path '{directory}' has no cached latents, because {INDEX_FILE} is missing (it is written last); "
             "make them with: python -m flowgen encode."
         )
     plain = read_json(path, fix="encode the data again")
@@ -233,12 +236,12 @@ def read_index(directory: str | os.PathLike[str]) -> LatentIndex:
 def read_latents(
     directory: str | os.PathLike[str], split: Split, classes: tuple[str, ...] = ()
 ) -> LatentDataset | BucketedDataset:
-    """Returns a split of cached latents, memory-mapped; if it has several kinds or shapes, a bucket for each.
+    """Returns a split of cached latents, memory-mapped; if it has several kinds or shapes, each is a bucket.
 
-    classes: the classes that labels are mapped to by name; empty for those of the data.
+    classes: the classes that labels are mapped to by name; empty keeps the classes of the data.
 
-    Raises FileNotFoundError or ValueError if files are missing, truncated or of another shape than the index says, if a
-    label is not a valid class number, or a class is not among `classes`.
+    Raises FileNotFoundError or ValueError if files are missing, truncated or do not have the shape in the index, if a
+    label is not a valid class number, or if a class is not among `classes`.
 
     Example:
         dataset = read_latents("data/latents", "train")
@@ -271,14 +274,14 @@ def read_latents(
 
 
 def _read_null(folder: Path) -> TextCondition:
-    """The empty text beside a shard that has texts."""
+    """The empty text in the folder of a shard that has texts."""
     path = folder / NULL_FILE
     of_texts = [_open_array(folder / f"{part}.npy").shape[1:] for part in ("text", "mask")]
     try:
         check_regular(path)
         with zipfile.ZipFile(path) as archive:
             size = sum(entry.file_size for entry in archive.infolist())
-        # Headers, beside numbers of at most eight bytes.
+        # A number takes at most eight bytes; the headers take the rest.
         if size > 8 * sum(map(math.prod, of_texts)) + MAX_NULL_OVERHEAD:
             raise ValueError(f"it unpacks to {size:,} bytes")
         with np.load(path, allow_pickle=False) as arrays:
@@ -288,12 +291,12 @@ def _read_null(folder: Path) -> TextCondition:
     except (*ARRAY_DAMAGE, OSError) as error:
         raise ValueError(f"'{path}' is truncated or damaged ({str(error)[:200]}); encode the data again.") from error
     if [part.shape for part in null] != of_texts:
-        raise ValueError(f"'{path}' has another shape than the texts next to it; encode the data again.")
+        raise ValueError(f"'{path}' has a different shape from the texts next to it; encode the data again.")
     return TextCondition(*(part[None] for part in null))
 
 
 def _checked(directory: Path, entry: ShardEntry, class_names: Sequence[str]) -> ShardFile:
-    """The shard of an index entry, its files checked and closed again."""
+    """The shard of an index entry, whose files were checked and closed again."""
     folder = directory / entry.folder
     shard = ShardFile(folder, entry.count, entry.shape, entry.has_text)
     label = _open_shard.__wrapped__(shard).labels
@@ -337,6 +340,6 @@ def _open_shard(shard: ShardFile) -> Shard:
         if part == "mask" and arrays[part].dtype != bool:
             raise ValueError(f"'{path}' holds {arrays[part].dtype} instead of bool; encode the data again.")
         if part in ("mean", "std") and arrays[part].shape[1:] != shard.event_shape:
-            raise ValueError(f"'{path}' has latents of another shape than {INDEX_FILE} states; encode the data again.")
+            raise ValueError(f"'{path}' does not have the latent shape in {INDEX_FILE}; encode the data again.")
     texts = TextCondition(arrays["text"], arrays["mask"]) if shard.has_text else None
     return Shard(Moments(arrays["mean"], arrays["std"]), arrays["label"], texts)

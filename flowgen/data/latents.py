@@ -1,4 +1,4 @@
-"""Latents of images or clips with their contexts, encoded once: a dataset of its own kind, in memory or in files."""
+"""Datasets of latents of images or clips, encoded once with their contexts and held in memory or in files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from flowgen.data.media import from_uint8
 READ_AT_ONCE = 512
 SHARD_BYTES = 256 << 20
 
-# What latents are of: images, whole clips, clips without their first frame, or images as clips of one frame.
+# What was encoded: images, whole clips, clips without their first frame, or images as clips of one frame.
 Kind = Literal["image", "clip", "continued", "still"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 EncodeMoments = Callable[[Float[np.ndarray, "b *event"]], tuple[Any, Any]]
@@ -56,7 +56,7 @@ class Shard(NamedTuple):
 
 @runtime_checkable
 class ClosedShard(Protocol):
-    """A shard that is opened to be read, such as one in files."""
+    """A shard that must be opened to be read, such as a shard on disk."""
 
     @property
     def size(self) -> int: ...
@@ -73,9 +73,9 @@ class ClosedShard(Protocol):
 class LatentDataset:
     """A dataset of latents; training samples from their posterior.
 
-    kind: what they are latents of. null: the empty text, if there are texts. numbers: for each label in the shards, its
-    number in `class_names`; empty if they are the same. use_texts: whether the contexts are the texts, if there are
-    any, or the labels.
+    kind: what was encoded. null: the empty text, if there are texts. numbers: for each label in the shards, its number
+    in `class_names`; empty if labels need no mapping. use_texts: use the texts, if there are any, as contexts instead
+    of the labels.
 
     Indexing raises ValueError naming the shard if latents or texts are not finite, or a std is negative.
 
@@ -122,7 +122,7 @@ class LatentDataset:
 
 
 def kind_of(dataset: Dataset) -> Kind:
-    """Returns what a dataset, or its latents, are: images, clips, or views that a video flow trains on beside clips.
+    """Returns the kind of a dataset or of latents: images, clips, or a view that a video flow also trains on.
 
     Example:
         kind_of(StillClips(images))  # "still"
@@ -152,10 +152,10 @@ def encode(
     """Yields the latents of a dataset, `size` images or clips at a time.
 
     moments: images in [-1, 1] -> (mean, std) of their latents, such as `Codec.moments`. texts: captions -> (features,
-    mask). flip: also encode the mirror image of each, since latents cannot be mirrored afterwards.
+    mask). flip: also encode the mirror image of each, because latents cannot be mirrored afterwards.
 
-    Raises ValueError if there are texts to encode and the dataset has neither captions nor class names, and if latents
-    or features are not finite.
+    Raises ValueError if `texts` is given but the dataset has neither captions nor class names, or if latents or
+    features are not finite.
 
     Example:
         shards = encode(dataset, codec.moments, flip=True)
@@ -179,7 +179,7 @@ def encode(
 
 
 def merged(blocks: Iterable[Shard], size: int = SHARD_BYTES) -> Iterator[Shard]:
-    """Yields blocks joined to shards of at least `size` bytes, the last one aside.
+    """Yields shards of at least `size` bytes, joined from blocks; the last shard may be smaller.
 
     Example:
         for shard in merged(encode(dataset, codec.moments)): writer.add("train", shard)
@@ -199,7 +199,7 @@ def _joined(blocks: list[Shard]) -> Shard:
 
 
 def captions_of(dataset: Dataset, indices: Int[np.ndarray, " b"], labels: Int[np.ndarray, " b"]) -> list[str]:
-    """Returns the texts of images: their captions, or else their class names.
+    """Returns the texts of images or clips: their captions or, if there are none, their class names.
 
     Raises ValueError if the data have neither.
 

@@ -1,4 +1,4 @@
-"""Lists the files of a user's folder: each once, by class, with captions, and with what was left out and why."""
+"""Lists the files of a user's folder, each once, by class and with captions; tells what was left out and why."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ class Listing:
 def list_files(path: str | os.PathLike[str], suffixes: Collection[str], what: str) -> Listing:
     """Returns the files with these suffixes under a folder. what: the noun for messages.
 
-    First-level sub-folders that hold such files, at any depth, are the classes in alphabetical order; without them the
-    files have label -1. Every folder and every file counts once, at its real location, even if links also lead to it.
+    First-level sub-folders that hold such files, at any depth, are the classes in alphabetical order. If there are
+    none, files have label -1. Every folder and every file counts once, at its real location, even if links lead to it.
     Hidden files and folders are skipped, and so are the directories of flowgen's runs, which hold samples.
 
     Raises:
@@ -97,12 +97,12 @@ def list_files(path: str | os.PathLike[str], suffixes: Collection[str], what: st
 
 
 def _by_parts(name: str) -> tuple[list[str], str]:
-    # Ordered like paths, also on file systems that store é as e and an accent.
+    # Paths are compared part by part, and é sorts alike on file systems that store it as e and an accent.
     return composed(name).split("/"), name
 
 
 def _alike(folder: str, base: str) -> tuple[str, str]:
-    """The name shared by the text files of one image."""
+    """A key that the caption files of one image share."""
     return composed(folder), composed(base).lower()
 
 
@@ -123,7 +123,7 @@ class _Walk:
     runs: list[str] = field(default_factory=list)
     links: list[tuple[str, str]] = field(default_factory=list)  # path and class
     folders: set[tuple[int, int]] = field(default_factory=set)
-    # The first file of an inode; its device is only looked up if another file has the same number.
+    # The first file with each inode number; its device is looked up only if another file has the same number.
     inodes: dict[int, str | None] = field(default_factory=dict)
     known: set[tuple[int, int]] = field(default_factory=set)
 
@@ -173,7 +173,7 @@ class _Walk:
 
     def _is_run(self, folder: str) -> bool:
         """Whether a flowgen run wrote this folder."""
-        from flowgen.runs import was_trained_in  # Runs record the data's inventory, so each needs the other.
+        from flowgen.runs import was_trained_in  # Not at the top: flowgen.runs itself imports from flowgen.data.
 
         trained = was_trained_in(folder)
         if trained:
@@ -246,7 +246,7 @@ class _Walk:
         return path[len(self.root) :].replace(os.sep, "/")
 
     def captions(self, names: tuple[str, ...]) -> tuple[str | None, ...]:
-        """Each file's text file: cat.png.txt or cat.txt beside cat.png, in upper or lower case."""
+        """Each file's caption file: cat.png.txt or cat.txt beside cat.png, in upper or lower case."""
         return tuple(map(self._caption, names)) if self.texts else (None,) * len(names)
 
     def _caption(self, name: str) -> str | None:
@@ -258,7 +258,7 @@ class _Walk:
         return None
 
     def left_out(self, what: str, captions: Collection[str | None], empty: Sequence[str]) -> Iterator[str]:
-        """What was left out, and why. captions: text files that were used. empty: classes without files."""
+        """What was left out, and why. captions: caption files that were used. empty: classes without files."""
         texts = [name for names in self.texts.values() for name in names]
         kinds = collections.Counter(os.path.splitext(name)[1].lower() or "without suffix" for name in self.others)
         if unused := len(texts) - len({*captions} - {None}):

@@ -17,7 +17,7 @@ from flowgen.arrays import shown
 from flowgen.batch import Batch
 from flowgen.data.dataset import BucketedDataset, Dataset, buckets_of, permutation
 
-# Purposes of the random streams; those of one seed must not share bits.
+# Purposes of random streams; the streams of one seed must not share bits.
 _ORDER, _FLIP, _SCHEDULE = 0, 1, 2
 
 
@@ -25,20 +25,21 @@ _ORDER, _FLIP, _SCHEDULE = 0, 1, 2
 class Loader:
     """Training batches in an order fixed by the seed, without state.
 
-    The samples of all epochs, each epoch in its own random order, form one endless sequence. Batch `step` is
-    positions step B .. (step + 1) B - 1 of it, B = `batch_size` over all processes, and process i of P takes
-    the i-th of P equal consecutive shares. Every sample comes once per epoch, batches continue across epochs, and the
-    sequence depends neither on the number of processes nor on the batch size. A batch may exceed the dataset.
+    The samples of all epochs, each epoch in its own random order, form one endless sequence. Batch `step` holds
+    positions step B .. (step + 1) B - 1 of this sequence, where B is `batch_size` over all processes. Process i of P
+    takes the i-th of P equal consecutive shares. Every sample occurs once per epoch, batches continue across epochs,
+    and the sequence depends neither on the number of processes nor on the batch size. A batch may be larger than the
+    dataset.
 
-    Buckets have a sequence each. In every pass over the data each bucket comes as often as its share holds full
-    batches, in random order; the rest carries over into the next pass, so that in the long run every sample of a bucket
-    is used equally often. All processes take the same bucket at the same step.
+    Each bucket has its own sequence. In every pass over the data, a bucket gives as many batches as fit into its share,
+    and the batches of all buckets come in random order. The remainder carries over into the next pass, so that in the
+    long run every sample of a bucket is used equally often. All processes take the same bucket at the same step.
 
     flip: mirror each image or clip left to right with probability one half.
 
     Raises:
-        ValueError: batch_size below 1 or not divisible by the processes, a negative seed, or a process index
-            out of range.
+        ValueError: `batch_size` is below 1 or not divisible by the number of processes, `seed` is negative, or
+            `process_index` is out of range.
 
     Example:
         loader = Loader(dataset, batch_size=64, seed=0, flip=True)
@@ -108,7 +109,7 @@ class Loader:
 
 @runtime_checkable
 class StatelessLoader(Protocol):
-    """Anything that gives the batch of any step.
+    """Anything that returns the batch of a given step.
 
     Example:
         batch = loader.batch(step=100)
@@ -118,10 +119,10 @@ class StatelessLoader(Protocol):
 
 
 def prefetch(loader: StatelessLoader, start: int, stop: int, *, depth: int = 2) -> Iterator[Batch]:
-    """Returns an iterator over batches start..stop-1; a thread prepares the next `depth` meanwhile.
+    """Returns an iterator over batches start..stop-1, while a thread prepares the next `depth` batches.
 
-    An error while making a batch is raised when that batch is due. Closing the iterator, or leaving it to the garbage
-    collector, ends the thread after its current batch.
+    An error while making a batch is raised when that batch is due. When the iterator is closed or garbage-collected,
+    the thread ends after its current batch.
 
     Example:
         for batch in prefetch(loader, start=state_step, stop=2_000):
@@ -133,7 +134,7 @@ def prefetch(loader: StatelessLoader, start: int, stop: int, *, depth: int = 2) 
 
 
 def fixed_batches(dataset: Dataset, batch_size: int) -> Iterator[tuple[Batch, Bool[np.ndarray, " b"]]]:
-    """Returns an iterator over the whole dataset once, in order, with constant shapes, for evaluation.
+    """Returns an iterator that passes over the dataset once, in order and with constant shapes, for evaluation.
 
     Each batch comes with a mask `b`. The last batch repeats its last sample, and the mask is False there.
 
@@ -150,7 +151,7 @@ def fixed_batches(dataset: Dataset, batch_size: int) -> Iterator[tuple[Batch, Bo
 
 
 def checked_batch(batch: Any) -> Batch:
-    """Returns the batch of a dataset, which may be a user's own. Raises ValueError if it is no `Batch`.
+    """Returns a batch that a dataset, perhaps the user's own, gave. Raises ValueError if it is not a `Batch`.
 
     Example:
         batch = checked_batch(dataset[np.arange(4)])
@@ -191,12 +192,12 @@ def _coins(seed: int, start: int, count: int) -> Bool[np.ndarray, " count"]:
 
 
 def _before(passed: int, sizes: Sequence[int], batch_size: int) -> list[int]:
-    """Batches of each bucket in the first `passed` passes."""
+    """The number of batches from each bucket in the first `passed` passes."""
     return [passed * size // batch_size for size in sizes]
 
 
 def _pass_of(step: int, sizes: Sequence[int], batch_size: int) -> int:
-    """The pass over the data that a step belongs to, by bisection: earlier batches increase with the pass."""
+    """The pass over the data that a step belongs to, found by bisection."""
     low, high = 0, 1
     while sum(_before(high, sizes, batch_size)) <= step:
         low, high = high, 2 * high

@@ -17,7 +17,7 @@ from flowgen.arrays import check_bytes, check_floating
 from flowgen.packages import need
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")  # for writing
-# Suffixes for reading, and Pillow's names of their formats.
+# Suffixes for reading, and Pillow's names for their formats.
 IMAGE_FORMATS = {
     **dict.fromkeys((".png", ".apng"), "PNG"),
     **dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif"), "JPEG"),
@@ -103,7 +103,7 @@ def save_image(path: str | os.PathLike[str], image: Shaped[np.ndarray, "..."]) -
 
     Raises:
         ValueError: the suffix is unknown, or the array is not a uint8 image of 1 or 3 channels.
-        OSError: as `check_writable`.
+        OSError: the path is not writable, see `check_writable`.
         ModuleNotFoundError: Pillow is not installed.
 
     Example:
@@ -180,7 +180,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Generator[IO[bytes]]:
 
 
 def image_formats() -> tuple[str, ...]:
-    """Returns Pillow's names of the image formats that are read, whatever a file's suffix is.
+    """Returns Pillow's names for the image formats that are read, whatever a file's suffix is.
 
     Example:
         image = pillow().open("image.png", formats=image_formats())

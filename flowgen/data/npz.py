@@ -14,23 +14,22 @@ from flowgen.data.inventory import name_list, tell
 from flowgen.documents import ARRAY_DAMAGE
 
 _ARRAYS = ("images", "labels", "class_names")
-# Labels from this value on must not exceed the number of images; they would not be class numbers.
+# A label this large must be smaller than the number of labels; otherwise labels are hardly class numbers.
 MOST_SPARSE = 1 << 16
 
 
 def read_npz(config: DataConfig, size: tuple[int, int]) -> ArrayDataset:
-    """Returns the arrays `images` (uint8 `n height width` or `n height width c`) and, if present, `labels` (integers
-    `n`).
+    """Returns the images of an .npz file and, if present, their labels.
 
-    Nothing is resized or converted, and other arrays are not read. -1 marks an image without a label. If there is an
-    array `class_names` (text), classes are mapped by name; otherwise labels index `config.classes` or, without those,
-    classes named "0", "1" up to the largest label.
+    The arrays are `images` (uint8 `n height width` or `n height width c`) and `labels` (integers `n`); -1 marks an
+    image without a label. Nothing is resized or converted, and other arrays are not read. If there is an array
+    `class_names` (text), classes are mapped by name; otherwise labels index `config.classes` or, if that is empty,
+    classes named "0", "1" and so on, up to the largest label.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is not an .npz file, an array is missing or has the wrong type or shape, or a label is not
-        a
-        class number.
+        a class number.
 
     Example:
         np.savez("shapes.npz", images=images, labels=labels, class_names=["circle", "square"])
@@ -57,7 +56,7 @@ def read_npz(config: DataConfig, size: tuple[int, int]) -> ArrayDataset:
 
 
 def npz_classes(path: str) -> tuple[str, ...]:
-    """Returns the class names in an .npz file, without reading its images. Raises as `read_npz`.
+    """Returns the class names in an .npz file, without reading its images. Raises what `read_npz` raises.
 
     Example:
         npz_classes("shapes.npz")  # ("circle", "square")
@@ -98,7 +97,7 @@ def _named_classes(path: Path, arrays: dict[str, np.ndarray], count: int | None)
 
 
 def _numbered(path: Path, count: int, classes: tuple[str, ...]) -> tuple[str, ...]:
-    """The classes of a run, which labels without names index."""
+    """The classes of a run, which labels index if the file has no class names."""
     if count > len(classes):
         raise ValueError(
             f"'labels' in data.path '{path}' contains {count - 1}, but data.classes has {len(classes)} names "

@@ -1,4 +1,4 @@
-"""Endless points in the plane: pairs of distributions by name, drawn anew in every step."""
+"""Points in the plane from named pairs of distributions, drawn anew in every step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Distribution = Literal["normal", "eight_gaussians", "five_gaussians", "moons"]
 
 @config
 class PointsConfig:
-    """Which points to transport; see `flowgen.matching.toy`.
+    """Which distributions of points to transport; see `flowgen.matching.toy`.
 
     x0: distribution of x0, at t = 0.
     x1: distribution of x1, the data.
@@ -32,13 +32,13 @@ class PointsConfig:
     x1: Distribution = "eight_gaussians"
 
     def draw(self, key: Key[Array, ""], num: int) -> tuple[Float[Array, "num 2"], Float[Array, "num 2"]]:
-        """Returns independent points of x0 and x1; pure, for use inside compiled programs."""
+        """Returns independent points of x0 and x1; pure, so it can be used inside compiled programs."""
         key0, key1 = jax.random.split(key)
         return toy.DISTRIBUTIONS[self.x0](key0, num), toy.DISTRIBUTIONS[self.x1](key1, num)
 
 
 def blank_batches(share: int, start: int, stop: int) -> Iterator[Batch]:
-    """Returns batches that hold only their size: points are drawn on the device from the step's key.
+    """Returns batches that hold only their size, because points are drawn on the device from the step's key.
 
     Example:
         for batch in blank_batches(256, 0, 20_000):

@@ -1,4 +1,4 @@
-"""The datasets by name."""
+"""Loads images by the name of their dataset."""
 
 from __future__ import annotations
 
@@ -30,16 +30,18 @@ _WITH_PATH = ("folder", "npz")
 def load(
     config: DataConfig, *, image_size: ImageSize, channels: int, split: Split, multiple: int = 1
 ) -> Dataset | BucketedDataset:
-    """Returns the images of one split at the model's side, or (height, width), and channels.
+    """Returns the images of one split in the model's shape.
 
-    Grey datasets give 3 channels by repetition. Colour gives 1 channel only from a folder, where Pillow converts;
-    elsewhere it is refused. Labels index `class_names`, which are `config.classes` if given, or are -1 for none.
-    multiple: divisor of the buckets' sides, if `config.aspects` is set.
+    image_size: side, or (height, width). channels: grey images are repeated to 3 channels; colour images are converted
+    to 1 channel if they come from a folder, and refused otherwise. multiple: divisor of the buckets' sides, if
+    `config.aspects` is set.
+
+    Labels index `class_names`, which are `config.classes` if given; -1 marks an image without a label.
 
     Raises:
-        ValueError: the dataset cannot give this shape, or the split is empty, or a file is damaged.
-        FileNotFoundError, NotADirectoryError: `path` is missing or of the wrong kind.
-        ModuleNotFoundError: an optional package is missing; the sentence names the command that installs it.
+        ValueError: the dataset cannot give this shape, the split is empty, or a file is damaged.
+        FileNotFoundError, NotADirectoryError: `path` does not exist, or is not a folder or file as `name` requires.
+        ModuleNotFoundError: an optional package is missing; the message gives the command that installs it.
 
     Example:
         dataset = load(DataConfig("mnist"), image_size=(28, 28), channels=1, split="eval")

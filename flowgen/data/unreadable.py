@@ -1,4 +1,4 @@
-"""Unreadable files: they are either all refused in one error, or skipped."""
+"""Handles unreadable files: they are either refused, all in one error, or skipped."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Unreadable(ValueError):
 def tell_lost_classes(
     before: Int32[np.ndarray, " n"], after: Int32[np.ndarray, " m"], class_names: Sequence[str], sentence: str
 ) -> None:
-    """Warns about classes with no samples left. sentence: the warning, with {} for their names.
+    """Warns about classes without remaining samples. sentence: the warning, with {} in place of their names.
 
     Example:
         tell_lost_classes(labels, labels[kept], names, "No image of {} is left.")
@@ -38,10 +38,11 @@ def tell_lost_classes(
 
 
 class FileReader(Generic[T]):
-    """Reads files by their position in a list, and handles those that raise Unreadable.
+    """Reads files by their position in a list, and handles files for which `read` raises `Unreadable`.
 
-    "refuse" raises a ValueError that names them; "skip" warns once about each file and leaves it out. what: singular
-    and plural noun for messages. split: the files' split. replaces: whether another file may replace a skipped one.
+    on_corrupt: "refuse" raises a ValueError that names such files; "skip" warns once about each and leaves it out.
+    what: singular and plural noun for messages. split: the files' split. replaces: whether another file may replace a
+    skipped one.
 
     Example:
         reader = FileReader(read, files, "skip", what=("image", "images"), split="train")
@@ -61,7 +62,7 @@ class FileReader(Generic[T]):
         self._read, self._files, self._on_corrupt, self._what = read, files, on_corrupt, what
         self._split = split
         self._replaces = replaces
-        # Files already warned about; this avoids a second warning and changes no result.
+        # Files already warned about. This only avoids a second warning; results do not depend on it.
         self._warned: set[Path] = set()
 
     @property
@@ -70,7 +71,7 @@ class FileReader(Generic[T]):
         return self._on_corrupt == "skip"
 
     def next_readable(self, position: int) -> tuple[int, T]:
-        """Returns the position and content of the file at a position or of the next readable one."""
+        """Returns the position and content of the first readable file from this position on, wrapping around."""
         failures: dict[Path, Unreadable] = {}
         for step in range(len(self._files)):
             candidate = (position + step) % len(self._files)
@@ -94,7 +95,7 @@ class FileReader(Generic[T]):
     def read_all(self, keep: Callable[[int, T], None], *, may_be_empty: bool = False) -> Int[np.ndarray, " kept"]:
         """Calls `keep` with each readable position and its content, and returns these positions.
 
-        may_be_empty: leave files out even if none is left.
+        may_be_empty: allow that no file is left.
         """
         errors: dict[int, Unreadable] = {}
 

@@ -1,4 +1,4 @@
-"""The orientation of images: right-angle turns and mirrors, read from EXIF even if other parts are malformed."""
+"""The orientation of images: right-angle turns and mirrors, read from EXIF even if other metadata are malformed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _PNG_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """One of the eight turns and mirrors of a rectangle: first swap rows and columns, then mirror x, y or both.
+    """One of the eight turns and mirrors of an image: optionally swap rows and columns, then mirror x, y, both or none.
 
     Example:
         clockwise = Turn(swap=True, mirror_x=True)
@@ -65,7 +65,7 @@ _TURNS = {
 
 
 def exif_turn(exif: bytes) -> Turn:
-    """Returns the turn that an EXIF block states in its tag 0x112; none if it is missing or damaged.
+    """Returns the turn in tag 0x112 of an EXIF block, or the identity if the tag is missing or damaged.
 
     Example:
         turn = exif_turn(image.info.get("exif", b""))
@@ -100,7 +100,7 @@ def image_turn(image: Image) -> Turn:
     if image.format == "PNG" and "exif" not in image.info:
         image.load()  # EXIF may follow the pixels.
     exif = image.info.get("exif", b"")
-    # As ImageMagick writes EXIF into PNG: a name, a length, then hexadecimal digits, on lines.
+    # ImageMagick writes EXIF into PNG as lines of text: a name, a length, then hexadecimal digits.
     profile = str(image.info.get("Raw profile type exif", "")).split("\n", 3)[-1]
     if not exif and re.fullmatch(r"(\s*[0-9a-fA-F]{2})+\s*", profile):
         exif = bytes.fromhex(profile)
@@ -112,8 +112,9 @@ def image_turn(image: Image) -> Turn:
 
 
 def without_metadata(content: bytes) -> tuple[bytes, Turn] | None:
-    """Returns a JPEG, PNG or TIFF file without metadata that do not affect its pixels, and the turn that its EXIF
-    states; None for other files.
+    """Returns a JPEG, PNG or TIFF file without the metadata that do not affect its pixels, and the turn in its EXIF.
+
+    Returns None for other files.
 
     Example:
         plain, turn = without_metadata(Path("cat.jpg").read_bytes())
@@ -141,7 +142,7 @@ def _plain_jpeg(content: bytes) -> tuple[bytes, bytes]:
         segment, at = content[at : at + 2 + length], at + 2 + length
         if marker == 0xE1 and segment[4:].startswith(_EXIF):
             exif = exif or segment[4:]
-        # JFIF (0xE0) and Adobe (0xEE) give the colour space; the other segments are notes.
+        # JFIF (0xE0) and Adobe (0xEE) give the colour space; other application segments and comments are left out.
         if not (0xE1 <= marker <= 0xEF or marker == 0xFE) or marker == 0xEE:
             kept.append(segment)
     return b"".join(kept) + content[at:], exif

@@ -24,7 +24,7 @@ READABLE = (
 )
 # Constant quality of H.264, close to visually lossless.
 _CRF = "16"
-# A file may have this many more frames than bytes, because frames can be repeated.
+# A video may have this many more frames than its file has bytes, because frames can be repeated.
 _TIMES = 1 << 16
 
 
@@ -52,19 +52,22 @@ def video_size(path: str | os.PathLike[str]) -> tuple[int, int]:
 
 
 def frame_times(path: str | os.PathLike[str], *, fps: float | int | None = None) -> Float[np.ndarray, " n"]:
-    """Returns the times in seconds at which `read_clip` finds frames: i / fps over the video's duration or, if fps is
-    None, those of its own frames, read without decoding. Second 0 is the first key frame.
+    """Returns the times in seconds at which `read_clip` finds frames. Second 0 is the first key frame.
 
-    Raises UnreadableVideo if the file is not a video, has lost its end, or claims to last longer than its bytes allow.
+    The times are i / fps over the video's duration or, if fps is None, the times of the video's own frames, which are
+    read without decoding.
+
+    Raises UnreadableVideo if the file is not a video, is damaged at its end, or claims to last longer than its size
+    allows.
 
     Example:
-        starts = frame_times("clip.mp4", fps=8)[:-16]  # of clips of 17 frames
+        starts = frame_times("clip.mp4", fps=8)[:-16]  # starts of clips of 17 frames
     """
     if fps is None:
         with opened(path) as video:
             return np.array([at for at, _ in video.whole_packets()])
     seconds = last_end(path)
-    # Up to a quarter of a frame may be missing at the end, since files that count milliseconds round.
+    # Up to a quarter of a frame may be missing at the end, because some containers round times to milliseconds.
     count = math.floor(seconds * fps + 0.25)
     if count > os.path.getsize(path) + _TIMES:
         reason = f"claims to last {seconds:.3g} seconds, which at {fps:g} frames per second is more than it can hold"
@@ -82,11 +85,11 @@ def read_clip(
     start: float | int = 0.0,
     crop: Crop = "center",
 ) -> UInt8[np.ndarray, "frames height width c"]:
-    """Returns frames of a video at times start + i / fps seconds, the nearest before each, resized and cropped.
+    """Returns the frames that a video shows at start + i / fps seconds, resized and cropped.
 
     fps: None takes every frame from `start` on, however long each is shown. Frames are turned and mirrored as the file
-    says, and given square pixels. Raises UnreadableVideo if the file is not a video, is damaged in the part that is
-    read, or is too short; see `frame_times`.
+    states, and resampled to square pixels. Raises UnreadableVideo if the file is not a video, is damaged in the part
+    that is read, or is too short; see `frame_times`.
 
     Example:
         clip = read_clip("clip.mp4", 17, (64, 64), 3, fps=8)
@@ -95,11 +98,11 @@ def read_clip(
     times: np.ndarray | None = None
     turn: Turn | None = None
     for (frame, at, until), video in shown_frames(path, start):
-        # As in FFmpeg, the first frame decides for all. A frame that was queried stays in memory until garbage
-        # collection.
+        # As in FFmpeg, the turn of the first frame applies to all. Only this one is queried, because a queried frame
+        # stays in memory until garbage collection.
         turn = frame_turn(frame) if turn is None else turn
         if fps is not None and times is None:
-            # Up to half a frame late, to allow for rounded frame times.
+            # The times are up to half a frame late, to allow for rounded frame times.
             times = start + np.arange(frames) / fps + 0.5 / max(video.rate, fps)
         count = int(at > start - SAME_TIME if times is None else (times[len(out) :] < until).sum())
         if count:
@@ -116,12 +119,13 @@ def write_video(
 ) -> None:
     """Writes frames as H.264 in mp4 or as a looping GIF, depending on the suffix. The file appears whole or not at all.
 
-    mp4 needs even sides; an odd one is padded by repeating the last line. Its colours are BT.709, and tagged as such.
-    GIF counts time in hundredths of a second.
+    mp4 needs even sides; an odd side is padded by repeating its last row or column. The colours of an mp4 are tagged
+    as BT.709. GIF counts time in hundredths of a second.
 
     Raises:
         ValueError: the suffix is unknown, there are no frames, or the frame rate is not positive.
-        OSError: as `check_writable`. ModuleNotFoundError: PyAV or Pillow is missing.
+        OSError: the path is not writable, see `check_writable`.
+        ModuleNotFoundError: PyAV or Pillow is not installed.
 
     Example:
         write_video("clip.mp4", to_uint8(clip), fps=16)
@@ -135,7 +139,7 @@ def write_video(
     if Path(path).suffix.lower() == ".gif":
         stills = [pillow().fromarray(frame) for frame in colour]
         with atomic_file(path) as file:
-            # In milliseconds, but whole hundredths of a second, rounded so that no frame begins more than 5 ms off.
+            # Milliseconds in multiples of 10, rounded so that no frame begins more than 5 ms early or late.
             durations = (10 * np.diff(np.round(100 / fps * np.arange(len(frames) + 1)))).tolist()
             stills[0].save(file, "GIF", save_all=True, append_images=stills[1:], duration=durations, loop=0)
         return
@@ -169,7 +173,7 @@ def check_video_path(path: str | os.PathLike[str]) -> None:
 def _upright(
     frame: Any, turn: Turn, aspect: float, size: tuple[int, int], channels: int, crop: Crop
 ) -> UInt8[np.ndarray, "height width c"]:
-    """A frame at a size, upright, with square pixels."""
+    """A frame resized to `size`, upright and with square pixels."""
     image = pillow().fromarray(np.ascontiguousarray(turn.apply(frame_pixels(frame, max(size)))))
     if channels == 1:
         image = image.convert("L")

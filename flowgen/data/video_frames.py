@@ -22,7 +22,7 @@ _LARGE = 1 << 23
 
 
 def frame_turn(frame: Any) -> Turn:
-    """Returns the rotation, to the nearest right angle, and mirroring that a frame's display matrix asks for."""
+    """Returns the turn that a frame's display matrix asks for, rounded to the nearest right angle."""
     for data in frame.side_data:
         if data.type.name == "DISPLAYMATRIX":
             # A point (x, y) is shown at (a x + c y, b x + d y).
@@ -36,11 +36,11 @@ def frame_turn(frame: Any) -> Turn:
 def frame_pixels(frame: Any, least: int | None = None) -> UInt8[np.ndarray, "height width 3"]:
     """Returns the RGB pixels of a frame as stored, composited on white.
 
-    least: smallest side needed; a frame larger than 4096 x 2048 pixels is shrunk by a whole factor, to sides of at
-    least twice this, which saves most of its memory.
+    least: smallest side needed; to save memory, a frame with more than 4096 x 2048 pixels is shrunk by an integer
+    factor to sides of at least twice this length.
 
-    The matrix between YCbCr and RGB is the one that the frame names. If it names none, it is BT.709 for high definition
-    (width 1280 or height 577 and up) and BT.601 below, as in players.
+    The frame names the matrix between YCbCr and RGB. If it does not, the matrix is BT.709 for high definition (width
+    1280 or height 577 and up) and BT.601 otherwise, as in video players.
     """
     high = frame.width >= 1280 or frame.height > 576
     full = frame.color_range == _FULL_RANGE or frame.format.name.startswith("yuvj")

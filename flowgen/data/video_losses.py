@@ -9,23 +9,24 @@ import numpy as np
 
 # Containers with consecutive packets and no index of their positions.
 _IN_ORDER = ("matroska,webm", "flv")
-# A container and its codecs with a frame at every tick of their rate.
+# MPEG-PS, and its codecs that have a frame at every tick of the frame rate.
 _PROGRAMME, _STEADY = "mpeg", ("mpeg1video", "mpeg2video")
-# Bytes between two packets, such as headers.
+# Number of bytes that may lie between two packets, such as headers.
 _BETWEEN = 128
-# A step of more frames than this between packets means a loss; in programme streams, time may be one frame off.
+# If packets are more frames apart than this, something between them is lost. In programme streams, times may be one
+# frame off.
 _JUMP, _JUMP_OF_PROGRAMME = 1.75, 2.75
-# Transport streams: the sync byte of packets, header bytes, and bytes from one packet to the next, with those before
-# the sync byte.
+# Transport streams: the sync byte of packets, the number of header bytes, and the possible numbers of bytes from one
+# packet to the next, each with the number of bytes before the sync byte.
 _TS, _SYNC, _TS_HEAD, _TS_STEPS = "mpegts", 0x47, 6, ((188, 0), (192, 4), (204, 0))
 _TS_MOST = 10  # From the start of a packet to the end of its header.
 
 
 class Losses:
-    """Watches the packets of a file, in file order, for losses between those of a video.
+    """Watches the packets of a file, in file order, and detects losses between the packets of a video.
 
-    Signs of a loss are, in Matroska and FLV, bytes that belong to no packet at a jump in time; in MPEG-TS, 188-byte
-    packets with a wrong number or sync byte; in MPEG-PS, any jump in time.
+    The signs of a loss depend on the container. Matroska and FLV: bytes that belong to no packet, at a jump in time.
+    MPEG-TS: 188-byte packets with a wrong number or sync byte. MPEG-PS: any jump in time.
 
     Example:
         losses = Losses(file, container, stream, rate)
@@ -42,7 +43,7 @@ class Losses:
         self.forget()
 
     def forget(self) -> None:
-        """Starts over, as after a seek."""
+        """Forgets earlier packets; call it after a seek."""
         self._end, self._passed = 0, 0  # End of the last packet, and the largest gap since the video's last one.
         self._at: int | None = None
         self._before: Any = None
@@ -76,7 +77,7 @@ class Losses:
         return os.fstat(self._file.fileno()).st_size - self._end > 2 * self._largest + _BETWEEN
 
     def _frames_between(self, before: Any, packet: Any) -> float:
-        """How many frames later a packet is than another."""
+        """The number of frames from one packet to a later one."""
         stamps = (before.dts, packet.dts) if None not in (before.dts, packet.dts) else (before.pts, packet.pts)
         return 0.0 if None in stamps else float((stamps[1] - stamps[0]) * self._stream.time_base) * self._rate
 
@@ -96,7 +97,7 @@ class Losses:
         if (heads[:, 0] != _SYNC).any():
             return False
         mine = heads[((heads[:, 1] & 0x1F) << 8 | heads[:, 2]) == self._stream.id]
-        # A field in which a packet may declare a discontinuity of its number.
+        # In the adaptation field, a packet may declare that its number does not continue the count.
         if ((mine[:, 3] & 0x20 > 0) & (mine[:, 4] > 0) & (mine[:, 5] & 0x80 > 0)).any():
             return True
         numbers = mine[mine[:, 3] & 0x10 > 0, 3] & 0x0F

@@ -1,4 +1,4 @@
-"""Video files: opened safely, their complete packets, and their frames with display times."""
+"""Opens video files safely, and reads their complete packets and their frames with display times."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from flowgen.packages import need
 _CONTAINERS = "mov,matroska,avi,gif,mpeg,mpegts,mpegvideo,asf,flv,ogg"
 # Pixels of one frame: 8192 x 4096.
 _MOST_PIXELS = 1 << 25
-# A seek uses decoding time, which in H.264 may be this many frames before display.
+# A seek is by decoding time, which in H.264 may be up to this many frames before the display time.
 _REORDERED = 16
-# Seconds of rounding error in a frame's time.
+# Tolerance for rounding errors in the time of a frame, in seconds.
 SAME_TIME = 1e-6
 _NO_FRAMES = ("has no frames that can be decoded", "give a video")
 
 
 class UnreadableVideo(Unreadable):
-    """A video that cannot be decoded: its path, why, and what to do about it.
+    """Raised for a video that cannot be decoded; its text gives the path, the reason and a remedy.
 
     Example:
         raise UnreadableVideo("clip.mp4", "is damaged", "convert it again or remove it")
@@ -60,10 +60,10 @@ class Packet(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Video:
-    """An open file with a video stream, which begins at its first key frame: earlier frames cannot be decoded.
+    """An open video file. The video begins at its first key frame, because earlier frames cannot be decoded.
 
-    start: start of the stream, in seconds. rate: frames per second. counts_packets: whether it numbers packets instead
-    of giving time stamps. ahead: packets read on opening. losses: detects losses between packets.
+    start: start of the stream, in seconds. rate: frames per second. counts_packets: whether the container numbers
+    packets instead of giving time stamps. ahead: packets read on opening. losses: detects losses between packets.
 
     Example:
         with opened("clip.mp4") as video: ...
@@ -80,7 +80,7 @@ class Video:
 
     @property
     def pixel_aspect(self) -> float:
-        """Width of a stored pixel over its height."""
+        """Ratio of a stored pixel's displayed width to its height."""
         return float(self.stream.sample_aspect_ratio or 1)
 
     def time_of(self, part: Any) -> float:
@@ -88,24 +88,26 @@ class Video:
         return float(_stamp(part) * (part.time_base or self.stream.time_base)) - self.start
 
     def lasts(self, part: Any) -> float:
-        """Returns the display duration of a packet or a frame in seconds, which most files state only for the last
-        one."""
+        """Returns the display duration of a packet or a frame in seconds, or 1 / rate if the file does not state it.
+
+        Most files state it only for the last one.
+        """
         known = part.duration is not None and part.duration > 0
         return float(part.duration * (part.time_base or self.stream.time_base)) if known else 1 / self.rate
 
     def packets(self) -> Iterator[Packet]:
-        """Yields packets from the container's position on, including frames that are decoded but not shown.
+        """Yields packets from the container's position on, including packets of frames that are not shown.
 
-        It ends at a truncation, or when the container loses track.
+        Ends where the file is truncated or FFmpeg cannot read on.
         """
         yield from self.ahead
         self.ahead.clear()
         yield from _packets(self.container, self.stream, self.losses)
 
     def whole_packets(self) -> list[tuple[float, float]]:
-        """Returns the display intervals of frames with complete packets, from the container's position on.
+        """Returns the display intervals of the frames whose packets are complete, from the container's position on.
 
-        Frames after the first damage past the last key frame are left out, because they cannot be decoded.
+        If there is damage after the last key frame, the frames after it are left out, because they cannot be decoded.
         """
         found: list[tuple[float, float]] = []
         end = math.inf
@@ -122,9 +124,10 @@ class Video:
         return whole
 
     def seek(self, second: float) -> bool:
-        """Seeks to a key frame before a second, if the file is seekable.
+        """Seeks to a key frame before a second, and returns whether it did.
 
-        Without time stamps, reordered frames can only be counted from the beginning.
+        It does not if the file is not seekable, or if reordered frames have no time stamps: these can only be counted
+        from the beginning.
         """
         if self.counts_packets and self.stream.codec_context.has_b_frames:
             return False
@@ -148,10 +151,10 @@ def av() -> Any:
 
 @contextlib.contextmanager
 def opened(path: str | os.PathLike[str]) -> Generator[Video]:
-    """Yields the video in a file; opens no other file, whatever this one refers to.
+    """Yields the video in a file; opens no other file, even if this one refers to some.
 
-    Raises UnreadableVideo: the container is not supported, there is no video or frame rate, or frames exceed 8192 x
-    4096.
+    Raises UnreadableVideo if the container is not supported, there is no video or frame rate, or a frame has more
+    pixels than 8192 x 4096.
 
     Example:
         with opened("clip.mp4") as video: ...
@@ -205,7 +208,7 @@ def _stream(path: str | os.PathLike[str], container: Any) -> Any:
 
 
 def _packets(container: Any, stream: Any, losses: Losses) -> Iterator[Packet]:
-    # PyAV raises an IndexError after the last packet if there was a stream that the header does not list.
+    # PyAV raises an IndexError after the last packet if a stream is missing from the header.
     with contextlib.suppress(av().FFmpegError, IndexError):
         for packet in container.demux(*losses.watched):
             follows_loss = bool(packet.size) and losses.before(packet)
@@ -228,15 +231,15 @@ def _has_time(part: Any) -> bool:
 
 def last_end(path: str | os.PathLike[str]) -> float:
     """Returns the time at which a video's last complete frame ends, from its packets, whatever the file claims."""
-    # The packets after the last key frame determine it, and a seek to the end leads there. MPEG-TS seeks to any packet:
-    # in packet order, the frame shown last may come before others.
+    # The packets from the last key frame on determine it, and a seek to the end leads there. MPEG-TS seeks to any
+    # packet, so the seek goes back some frames, because the frame shown last may come before others in packet order.
     for searched in (True, False):
         with opened(path) as video:
             if searched:
                 claimed = video.container.duration
                 if not claimed or claimed < 0 or not video.seek(max(0.0, claimed / 1e6 - _REORDERED / video.rate)):
                     continue
-            # Of reordered frames, only the one shown last reliably has its packet's duration.
+            # If frames are reordered, only the one shown last reliably has the duration that its packet states.
             whole = video.whole_packets()
             if whole and whole[-1][1] > 0:
                 return whole[-1][1]
@@ -246,7 +249,7 @@ def last_end(path: str | os.PathLike[str]) -> float:
 def shown_frames(path: str | os.PathLike[str], start: float | int = 0.0) -> Iterator[tuple[Shown, Video]]:
     """Yields the frames of a video from the one shown at second `start` on.
 
-    Raises UnreadableVideo: frames shown from `start` on are damaged, or there are none.
+    Raises UnreadableVideo if a frame shown from `start` on is damaged, or if there are no such frames.
 
     Example:
         for (frame, at, until), video in shown_frames("clip.mp4"): ...
@@ -322,7 +325,8 @@ def _decoded(video: Video, lost: list[float]) -> Iterator[tuple[Any, float]]:
             lost.append(at)
             broken = True
             waiting = sorted(time for time in waiting if time != at)
-        # Until a key frame everything depends on the loss, and so do frames that follow it but are shown before it.
+        # All frames until the next key frame depend on the loss, and so do frames that follow this key frame but are
+        # shown before it.
         if broken or at < repaired:
             lost.append(at)
     with contextlib.suppress(av().FFmpegError, EOFError):

@@ -1,5 +1,4 @@
-"""Experiments, which train, sample and evaluate a model: a kind each for image flows, video flows, velocity networks
-and autoencoders."""
+"""Experiments train, sample and evaluate a model: an image flow, a video flow, a velocity network or an autoencoder."""
 
 from flowgen.experiments.autoencoder import AutoencoderExperiment, AutoencodingConfig
 from flowgen.experiments.codecs import PretrainedAutoencoder, SpaceToDepth

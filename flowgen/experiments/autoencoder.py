@@ -1,4 +1,4 @@
-"""Autoencoders whose latents flows are trained on: reconstruction loss and a small KL term.
+"""Trains the autoencoders whose latents flows model, with a reconstruction loss and a small KL term.
 
 loss = mean |x - x̂| + mean (x - x̂)² + kl_weight · mean over latents of KL(N(mean, std²) || N(0, 1))
 """
@@ -55,10 +55,11 @@ class AutoencodingConfig:
     image_size: side of the images, or (height, width), multiples of the model's factor.
     frames: frames per clip; 0 for images.
     kl_weight: weight of the KL divergence of the posterior from N(0, 1), in nats per latent; 0 or more.
-    noise: std of the noise added to normalised latents before decoding, so that the decoder takes a flow's noisy
-    latents; 0 for none.
-    decoder_of: run or published folder of an autoencoder whose decoder is trained further with its encoder frozen.
-    shown: images shown beside their reconstructions in the run's sample grid; at least 1.
+    noise: std of the noise added to normalised latents before decoding, so that the decoder learns to decode a flow's
+    noisy latents; 0 for none.
+    decoder_of: run directory or published folder of an autoencoder, whose decoder is trained further with its encoder
+    frozen.
+    shown: number of images shown beside their reconstructions in the run's sample grid; at least 1.
     """
 
     image_size: Side | tuple[Side, Side] = 8
@@ -79,7 +80,7 @@ class AutoencoderExperiment(Experiment):
     """An autoencoder of images or clips.
 
     model: the autoencoder.
-    data: the images or clips it is trained on.
+    data: the images or clips to train on.
     autoencoding: training options.
 
     Raises ValueError if the parts do not fit together.
@@ -149,7 +150,7 @@ class AutoencoderExperiment(Experiment):
         return dataset
 
     def job(self, *, dataset: Dataset | None = None, held_out: Dataset | None = None, model: Any = None) -> Job:
-        """Returns what the training loop needs, with the data opened.
+        """Returns the training job, with the data opened.
 
         dataset, held_out, model: see `fit`.
         """
@@ -202,7 +203,7 @@ class AutoencoderExperiment(Experiment):
             assert isinstance(self.data, DataConfig)
             return debug_run(self, model=model, autoencoding=autoencoding, data=debug_images(self.data))
         model = dataclasses.replace(model, widths=widths, decoder_widths=widths, layers_per_block=1)
-        side = model.factor * -(-10 // model.factor)  # Bouncing digits have 8 pixels.
+        side = model.factor * -(-10 // model.factor)  # At least 10, so that digits of 8 pixels can move.
         frames = 1 + model.stride
         autoencoding = dataclasses.replace(self.autoencoding, image_size=side, frames=frames, **few)
         assert isinstance(self.data, ClipsConfig)
@@ -213,9 +214,9 @@ def autoencoding_objective(autoencoder: Any, config: AutoencodingConfig) -> Call
     """Returns the objective (variables, batch, key) -> (loss, metrics, carried state) of an autoencoder.
 
     batch: a `flowgen.data.Batch` of images or clips.
-    Carried state: collection "latents", the running mean and variance of the latents per channel, at a rate of 0.02; a
-    flow's latents are normalised by them. They are computed over the whole batch, on any number of devices and with
-    accumulation; the noise is scaled by the statistics as each micro-batch updates them.
+    Carried state: the collection "latents", the running mean and variance of the latents per channel, updated at a rate
+    of 0.02. They normalise a flow's latents. They are computed over the whole batch, on any number of devices and with
+    gradient accumulation; each micro-batch scales the noise by the statistics that it has updated.
 
     Example:
         loss, metrics, state = autoencoding_objective(autoencoder, AutoencodingConfig())(variables, batch, key)
@@ -275,7 +276,7 @@ def _shown(values: Any) -> str:
 
 
 def _initial(model: Any, path: str, autoencoder: Any, key: jax.Array) -> Any:
-    """Fresh variables with empty statistics, or those of the autoencoder whose decoder is trained further."""
+    """New variables with mean 0 and variance 1, or the variables of the autoencoder at `path`."""
     channels = model.latent_channels
     if not path:
         return {**init(autoencoder, key), STATISTICS: {"mean": jnp.zeros(channels), "variance": jnp.ones(channels)}}

@@ -52,7 +52,7 @@ DRAWN_CAPTIONS = 16
 
 @config
 class FlowDrawOptions(DrawOptions):
-    """Options for drawing images, beside the fields of `sampling`.
+    """Options for drawing images, in addition to the fields of `sampling`.
 
     classes: classes to draw in turn, by name or number: cat,dog or 0,1,2; -1 is unconditional (--classes=-1,3).
     aspect: ratio of the sides, such as 16:9, at about the area of the model's images.
@@ -68,9 +68,9 @@ class FlowDrawOptions(DrawOptions):
 class FlowEvaluateOptions(EvaluateOptions):
     """Options for evaluating a flow.
 
-    noise: noise on the images: that of training, or uniform dequantisation.
-    samples: to draw and compare with the data; 0 for none.
-    unconditional: give no labels to a class model.
+    noise: noise added to the images: "model" is the training noise, "uniform" is uniform dequantisation.
+    samples: number of samples to draw and compare with the data; 0 for none.
+    unconditional: evaluate a class model without labels.
     """
 
     noise: Literal["model", "uniform"] = "model"
@@ -87,9 +87,9 @@ class FlowEvaluateOptions(EvaluateOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class AutoregressiveExperiment(Experiment):
-    """An autoregressive flow, trained by maximum likelihood and sampled by decoding; the base of two kinds.
+    """An autoregressive flow, trained by maximum likelihood and sampled by decoding; the base of image and video flows.
 
-    codec: makes the latents; None for a flow on pixels.
+    codec: the codec that makes the latents; None for a flow on pixels.
     text: the text encoder; None for a flow without texts.
     likelihood: how the flow is trained.
     sampling: how samples are drawn.
@@ -119,7 +119,7 @@ class AutoregressiveExperiment(Experiment):
 
     @property
     def drawn_channels(self) -> int:
-        """The channels of sampled images or clips."""
+        """The number of channels of sampled images or clips."""
         return self.encoding.open_codec().pixel_channels
 
     @property
@@ -169,7 +169,7 @@ class AutoregressiveExperiment(Experiment):
     def opened(
         self, dataset: Dataset | None, held_out: Dataset | None
     ) -> tuple[Dataset | BucketedDataset, Dataset | BucketedDataset | None]:
-        """Returns the data to train and evaluate on: those given, or the experiment's own."""
+        """Returns the data to train and evaluate on: the given datasets, or else the experiment's own."""
         if dataset is not None:
             assert not isinstance(self.data, LatentsConfig)  # `fit` replaces it
             codec, model = self.encoding.open_codec(), self.model
@@ -194,8 +194,8 @@ class AutoregressiveExperiment(Experiment):
     ) -> Job:
         """Returns the training job on opened data, and releases the text encoder.
 
-        objective(flow, label_dropout=, loss_scale=, null_text=): as `nll_objective`. held_out: opened too, if given.
-        For the rest see `Job`.
+        objective: called as objective(flow, label_dropout=, loss_scale=, null_text=), like `nll_objective`. held_out:
+        opened held-out data, if there are any. For the other arguments see `Job`.
         """
         tell_unused_classes(dataset, self.data, self.model.num_classes)
         made = Job(
@@ -223,17 +223,17 @@ class AutoregressiveExperiment(Experiment):
         draw_batch: Callable[..., tuple[np.ndarray, str]],
         show: Callable[[np.ndarray, int], np.ndarray],
     ) -> Callable[[Any], np.ndarray] | None:
-        """Returns the function that draws a run's sample images, for the classes in turn or for prompts; None if
-        samples do not have the channels of an image.
+        """Returns the function that draws a run's sample images; None if samples do not have the channels of an image.
 
-        draw_batch: the experiment's. show(samples, classes): one image of them.
+        Samples are drawn for the classes in turn, or for prompts. draw_batch: the method of the experiment. show:
+        (samples, classes) -> one image of all samples.
         """
         without_codec = isinstance(self.data, LatentsConfig) and self.codec is None
         if without_codec or self.encoding.open_codec().pixel_channels not in DRAWABLE_CHANNELS:
             return None
         num, classes = self.sampling.num, drawn_classes(self.model, self.data)
         bucket = buckets_of(dataset)[0]
-        # Sampled captions, which may name the aspect, belong to images of this shape.
+        # Captions that are sampled may state the aspect; they belong to images of this shape.
         prompts = self.sampling.prompts
         sized = flow if prompts or not holds_latents(dataset) else flow.with_image_size(*bucket.event_shape[-3:-1])
         texts = null = None
@@ -259,13 +259,13 @@ class AutoregressiveExperiment(Experiment):
         return draw_image
 
     def sized(self, flow: Any, aspect: str) -> Any:
-        """Returns the flow at an aspect ratio such as 16:9, or as it is if none is given."""
+        """Returns the flow at an aspect ratio such as 16:9, or unchanged if none is given."""
         return flow.with_image_size(*self.encoding.latent_size(aspect)) if aspect else flow
 
     def guidance(self, flow: Any, null: TextCondition | None = None) -> Guidance:
-        """Returns the guidance of samples, for a flow of texts with that of its unconditional branch.
+        """Returns the guidance of samples; for a text flow, it holds the text of the unconditional branch.
 
-        null: that text; None is the empty one, encoded here if it is needed.
+        null: this text; None is the empty text, which is encoded here if it is needed.
         """
         guidance = self.sampling.to_guidance()
         if not (self.model.text_dim and guidance.scale):
@@ -276,9 +276,9 @@ class AutoregressiveExperiment(Experiment):
     def asked(self, flow: Any, classes: str) -> tuple[Conditions, dict[str, Any]]:
         """Returns a function from sample numbers to conditions, and the labels or prompts to save in an .npz file.
 
-        classes: as the option, see `parse_classes`; empty draws all in turn.
+        classes: the option --classes, see `parse_classes`; empty draws all classes in turn.
 
-        Raises ValueError if the model takes other conditions.
+        Raises ValueError if the model does not take the given conditions.
         """
         num = self.sampling.num
         if not self.model.text_dim:
@@ -294,8 +294,10 @@ class AutoregressiveExperiment(Experiment):
         return partial(chosen_texts, texts), {"prompts": np.resize(np.array(prompts), num)}
 
     def conditions_of(self, data: Dataset, *, unconditional: bool = False) -> Conditions | None:
-        """Returns a function from positions of images or latents to their conditions: labels, or the texts of their
-        captions; None if samples are unconditional."""
+        """Returns a function from positions in a dataset to conditions; None if samples are unconditional.
+
+        The conditions are labels or encoded captions.
+        """
 
         def labels(positions):
             return data[positions].labels
@@ -312,7 +314,7 @@ class AutoregressiveExperiment(Experiment):
         return labels if self.model.num_classes and not unconditional else None
 
     def likelihood_lines(self, flow: Any, variables: Any, dataset: Any, options: FlowEvaluateOptions) -> list[str]:
-        """Returns lines with the likelihood of a flow on data in its input form."""
+        """Returns lines with the likelihood of a flow on a dataset in the form that the flow takes."""
         key, conditional = jax.random.key(options.seed), not options.unconditional
         if self.is_latent:
             if options.noise == "uniform":
@@ -330,7 +332,7 @@ class AutoregressiveExperiment(Experiment):
 
 
 def chosen_texts(texts: TextCondition, numbers: Int[np.ndarray, " b"]) -> TextCondition:
-    """Returns the texts of samples by their numbers, in turn.
+    """Returns the texts for the samples with these numbers, cycling through `texts`.
 
     Example:
         chosen_texts(texts, np.arange(3))
@@ -339,7 +341,7 @@ def chosen_texts(texts: TextCondition, numbers: Int[np.ndarray, " b"]) -> TextCo
 
 
 def captions_condition(dataset: Dataset, positions: Int[np.ndarray, " b"]) -> TextCondition:
-    """Returns the encoded texts of latents.
+    """Returns the encoded texts of the latents at these positions.
 
     Example:
         cond = captions_condition(latents, np.arange(4))

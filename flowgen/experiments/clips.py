@@ -29,14 +29,14 @@ from flowgen.flows.batches import batch_input, condition_of
 from flowgen.flows.density import tweedie_step
 
 LEAST_KEPT = 0.75  # fraction of a given image that must remain after cropping it to the clips' shape
-GIVEN = 2**32 - 1  # Random stream for noise on given frames, apart from those of numbered samples.
+GIVEN = 2**32 - 1  # Random stream for noise on given frames, separate from the streams of numbered samples.
 
 
 def latent_frames(codec: Codec, frames: int) -> int:
-    """Returns how many latent frames the codec makes of so many frames. Raises ValueError if it makes none.
+    """Returns the number of latent frames of a clip. Raises ValueError if the codec makes no clips of this length.
 
     Example:
-        latent_frames(codec, 81)  # 21, of the codec of the released model
+        latent_frames(codec, 81)  # 21 with the codec of the released model
     """
     count, rest = divmod(frames - 1, codec.stride)
     if rest or frames < 1:
@@ -49,9 +49,9 @@ def latent_frames(codec: Codec, frames: int) -> int:
 
 
 def check_length(codec: Codec, most: int, frames: int | None, context: int | None) -> None:
-    """Raises ValueError if the codec makes no clips of so many frames, or if context is set for clips without restarts.
+    """Raises ValueError if the codec makes no clips of this length, or if `context` is set for clips without restarts.
 
-    most: latent frames decoded at once.
+    most: number of latent frames decoded at once.
 
     Example:
         check_length(codec, 21, frames=81, context=None)
@@ -66,11 +66,11 @@ def check_length(codec: Codec, most: int, frames: int | None, context: int | Non
 def read_given(
     codec: Codec, flow: Any, path: str, *, frames: int | None = None, fps: float | None = None
 ) -> Float[np.ndarray, "given height width c"]:
-    """Returns the frames in [-1, 1] of a file that clips can begin with: one from an image, or from a video as many as
-    the codec can encode, at this frame rate.
+    """Returns the frames, in [-1, 1], of an image or video file with which clips begin.
 
-    frames: length of the clips; a longer video is read only as far as it can be given. None takes a whole video, which
-    must be shorter than in training.
+    An image gives one frame; a video, read at `fps`, gives as many as the codec can encode. frames: length of the
+    clips; a longer video is read only as far as it leaves a frame to generate. None takes the whole video, which must
+    be shorter than the training clips.
 
     Raises FileNotFoundError or ValueError if the file cannot be read, has a very different shape, or leaves no frame to
     generate.
@@ -124,7 +124,7 @@ def with_noise(
     key: Key[Array, ""],
     numbers: Int[np.ndarray, " b"],
 ) -> Float[Array, "b given height width c"]:
-    """Returns clean latents with the training noise added, drawn separately for the clip of every number.
+    """Returns clean latents with training noise added, drawn separately for each numbered clip.
 
     Example:
         given = with_noise(flow, latents, jax.random.key(0), np.arange(4))
@@ -135,8 +135,9 @@ def with_noise(
 
 
 def clips_alone(dataset: Dataset | BucketedDataset) -> Dataset:
-    """Returns only the whole clips of a dataset: no images, no clips without their first frame. Raises ValueError if
-    the clips have several shapes.
+    """Returns only the whole clips of a dataset: no images, and no clips without their first frame.
+
+    Raises ValueError if there are no whole clips, or they have several shapes.
 
     Example:
         clips = clips_alone(experiment.flow_dataset("train"))
@@ -149,9 +150,9 @@ def clips_alone(dataset: Dataset | BucketedDataset) -> Dataset:
 
 
 def frame_distances(clips: Float[np.ndarray, "n frames height width c"]) -> tuple[float, float]:
-    """Returns the root mean square distance of consecutive frames, and of all pairs of frames of a clip.
+    """Returns the root mean square distance between consecutive frames, and between all pairs of frames of a clip.
 
-    The first is smaller if neighbouring frames resemble each other; for frames in random order the two are equal.
+    The first is smaller if neighbouring frames resemble each other. If frames are in random order, the two are equal.
 
     Example:
         near, far = frame_distances(clips)
@@ -166,8 +167,9 @@ def frame_distances(clips: Float[np.ndarray, "n frames height width c"]) -> tupl
 def denoised_psnr(
     codec: Codec, flow: Any, variables: Any, dataset: Dataset, key: jax.Array, *, most: int
 ) -> dict[str, float]:
-    """Returns the PSNR in dB of up to `most` clips: noisy, after a Tweedie step and, if there is one, after the
-    denoiser; latents are decoded first.
+    """Returns the PSNR in dB of up to `most` clips: noisy, after a Tweedie step and, if there is one, the denoiser.
+
+    Latents are decoded first.
 
     Example:
         denoised_psnr(codec, flow, params, dataset, key, most=64)  # {"as they are": 14.1, "by the score": 20.3, ...}
@@ -205,7 +207,7 @@ def _denoised(step, variables, noisy, cond):
 
 
 def denoising_step(flow: Any) -> DenoiserStep:
-    """Returns the flow's denoiser step, in chunks of the training clips' length.
+    """Returns the flow's denoiser step, which handles clips in chunks of the training clips' length.
 
     Example:
         denoise = Denoiser(denoising_step(flow), denoiser_variables(params))

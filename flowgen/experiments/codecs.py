@@ -36,7 +36,8 @@ STATISTICS = "latents"
 
 @config
 class SpaceToDepth:
-    """A codec without a network: each factor x factor pixels of c channels become one latent of factor² c channels.
+    """A codec without a network: a block of factor x factor pixels of c channels becomes one latent of factor² c
+    channels.
 
     factor: side of a pixel block; at least 1.
     """
@@ -50,9 +51,9 @@ class PretrainedAutoencoder:
 
     path: run directory of an autoencoder trained by flowgen, or folder of a published AutoencoderKL or, for video,
     AutoencoderKLWan.
-    digest: digest of all that its latents depend on; set when a flow is trained on them, to detect any other
+    digest: digest of everything that its latents depend on; set when a flow is trained on them, to detect any other
     autoencoder.
-    temporal_scale: factor on the latents of a clip after its first frame; published: 0.6; 1 for none.
+    temporal_scale: factor on the latents of a clip after its first frame; 0.6 as published, 1 for none.
     """
 
     path: str
@@ -64,7 +65,9 @@ CodecConfig = SpaceToDepth | PretrainedAutoencoder
 
 
 def open_codec(config: CodecConfig | None, channels: int) -> Codec:
-    """Returns the codec of a config, opened once, for a model with so many latent channels; the identity for None.
+    """Returns the codec of a config, opened once; the identity for None.
+
+    channels: number of latent channels that the model takes.
 
     Raises FileNotFoundError or ValueError if it is missing, damaged, or does not match the digest or the channels.
 
@@ -146,7 +149,7 @@ def _open_autoencoder(
 
 @weakly_cached
 def codec_digest(codec: Codec) -> str:
-    """Returns a digest of all that the latents of a codec depend on; the decoder is not part of it.
+    """Returns a digest of everything that a codec's latents depend on; the decoder is not part of it.
 
     Example:
         same = codec_digest(codec) == read_index("data/latents").provenance.codec_digest

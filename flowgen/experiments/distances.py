@@ -28,8 +28,8 @@ class FeatureExtractor:
 
 
 def train_features(dataset: Dataset) -> FeatureExtractor:
-    """Returns a feature extractor for images like those of a dataset: a classifier trained on its labels, else the
-    pixels.
+    """Returns a feature extractor for a dataset's images: a classifier trained on the labels, or the pixels without
+    labels.
 
     Example:
         extractor = train_features(experiment.dataset("train"))
@@ -49,16 +49,16 @@ def sample_metrics(
     seed: int = 0,
     conditions: Conditions | None = None,
 ) -> dict[str, float]:
-    """Returns the Fréchet distance of `num` samples to all data and, if conditions are labels, the share of samples
-    that show their class.
+    """Returns the Fréchet distance of `num` samples to all data and, if known, the fraction that show their class.
 
-    conditions(positions in the data): labels or texts of these images,
-    in turn, so that samples follow the proportions of the data; None is unconditional.
+    That fraction is known if there are conditions and the extractor predicts classes. conditions: positions in the data
+    -> labels or texts; the positions are chosen so that samples follow the proportions of the data. None is
+    unconditional.
 
     Example:
         metrics = sample_metrics(partial(experiment.draw_batch, network, variables), extractor, held_out, 1000)
     """
-    # Fewer samples than data take conditions spread over the data, which may be sorted by class.
+    # If there are fewer samples than data, their conditions are spread over the data, which may be sorted by class.
     positions = np.arange(num) * len(data) // num if num < len(data) else np.arange(num) % len(data)
     size = min(SAMPLES_AT_ONCE, num)
     parts = []

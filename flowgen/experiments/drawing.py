@@ -15,8 +15,8 @@ from flowgen.data.dataset import Split
 from flowgen.settings import config
 from flowgen.settings.ranges import BatchSize, Seed
 
-# (key, numbers, cond) -> samples of these numbers under this condition, and a line on how they were drawn. Sample i
-# depends only on (key, i).
+# (key, numbers, cond) -> the samples with these numbers under this condition, and a line on how they were drawn. Sample
+# i depends only on (key, i).
 DrawBatch = Callable[[jax.Array, Int[np.ndarray, " b"], Any], tuple[np.ndarray, str]]
 # Positions or numbers -> the condition of each.
 Conditions = Callable[[Int[np.ndarray, " b"]], Any]
@@ -26,10 +26,10 @@ AT_ONCE = 64  # images or clips per compiled call by default
 
 @config
 class DrawOptions:
-    """Options for drawing samples, beside the fields of `sampling`.
+    """Options for drawing samples, in addition to the fields of `sampling`.
 
     seed: seed of the samples; sample i depends only on it and on i.
-    batch: samples per compiled call; None is 64 images, or all points.
+    batch: number of samples per compiled call; None takes 64 images or clips, or all points.
     """
 
     seed: Seed = 0
@@ -40,8 +40,8 @@ class DrawOptions:
 class EvaluateOptions:
     """Options for evaluating any kind of model.
 
-    split: split of the data; for data other than the run's the default is all.
-    batch: samples per compiled call.
+    split: split of the data to evaluate on; the default is "all" for data other than the run's.
+    batch: number of samples per compiled call.
     seed: seed of noise and samples.
     """
 
@@ -71,8 +71,8 @@ def draw_in_batches(
 ) -> Float[np.ndarray, "num ..."]:
     """Returns samples 0..num-1; `say` receives a line on the speed of each batch.
 
-    draw_batch: called only with full batches, the last of which is cut, so that one program is compiled. conditions: of
-    the samples by their numbers. batch: used if the options set none.
+    draw_batch: called only with full batches, so that one program is compiled; surplus samples of the last batch are
+    dropped. conditions: sample numbers -> conditions. batch: batch size if the options set none.
 
     Example:
         samples = draw_in_batches(draw_batch, lambda numbers: labels[numbers], 100, DrawOptions(), print)
@@ -81,7 +81,7 @@ def draw_in_batches(
     for first in range(0, num, size):
         count = min(size, num - first)
         began = time.perf_counter()
-        # A batch that is too long begins again with its first numbers; these samples are cut off.
+        # If fewer numbers are left than a batch holds, the first ones are repeated and their samples dropped.
         numbers = np.resize(np.arange(first, first + count), size)
         samples, line = draw_batch(jax.random.key(options.seed), numbers, conditions(numbers))
         seconds = time.perf_counter() - began
@@ -101,7 +101,7 @@ def per_second(rate: float) -> str:
 
 
 def drawn_classes(model: Any, data: Any) -> int:
-    """Returns how many classes a run samples in turn: the named ones if it has names, else all.
+    """Returns the number of classes that a run samples in turn: the named classes or, without names, all classes.
 
     Example:
         labels = cycled_labels(20, drawn_classes(experiment.model, experiment.data))
@@ -111,9 +111,9 @@ def drawn_classes(model: Any, data: Any) -> int:
 
 
 def asked_labels(model: Any, data: Any, num: int, classes: str) -> Int[np.ndarray, " num"] | None:
-    """Returns the labels of `num` samples: of the classes asked for in turn, or of all; None without classes.
+    """Returns the labels of `num` samples, which take the requested classes, or all, in turn; None without classes.
 
-    classes: as the option, see `parse_classes`; empty draws all in turn.
+    classes: the option --classes, see `parse_classes`; empty draws all classes in turn.
 
     Raises ValueError if the model has no such class.
 
@@ -129,7 +129,7 @@ def asked_labels(model: Any, data: Any, num: int, classes: str) -> Int[np.ndarra
 
 
 def cycled_labels(num: int, num_classes: int) -> Int[np.ndarray, " num"] | None:
-    """Returns labels 0, 1, ..., 0, 1, ... for a grid with one class per column, None without classes.
+    """Returns labels 0, 1, ..., 0, 1, ... for a grid with one class per column, or None without classes.
 
     Example:
         labels = cycled_labels(20, 10)

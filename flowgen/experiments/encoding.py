@@ -23,7 +23,7 @@ from flowgen.text import TextEncoder, aspect_size
 class Encoding:
     """The codec and the text encoder of a flow, opened once, on first use.
 
-    model: config of the flow whose latents and texts they make.
+    model: config of the flow that takes the latents and texts.
     codec: None models pixels.
     text: None for a flow that takes no texts.
 
@@ -36,11 +36,11 @@ class Encoding:
     text: TextConfig | None = None
 
     def open_codec(self) -> Codec:
-        """Returns the codec. Raises as `open_codec`."""
+        """Returns the codec. Raises what the function `open_codec` raises."""
         return open_codec(self.codec, self.model.channels)
 
     def open_text_encoder(self) -> TextEncoder:
-        """Returns the text encoder. Raises the errors of `open_text_encoder`."""
+        """Returns the text encoder. Raises what the function `open_text_encoder` raises."""
         assert isinstance(self.model, STARFlowConfig)  # only STARFlow takes texts
         return open_text_encoder(self.text, length=self.model.text_length, dim=self.model.text_dim)
 
@@ -54,17 +54,19 @@ class Encoding:
     ) -> TextCondition:
         """Returns prompts as conditions of the model, wrapped like captions in training.
 
-        grid: (height, width) of the images; None is the model's. truncate: cut prompts that are too long, like
-        captions.
-        still: for images among clips, whose texts name no frame rate.
+        grid: (height, width), whose ratio texts may state; None is the model's. truncate: cut prompts that are too
+        long, as captions are cut. still: whether the prompts describe images among clips, whose texts state no frame
+        rate.
         """
         encoder = self.open_text_encoder()
         wrapped = [self._wrapped(prompt, grid, still) for prompt in prompts]
         return TextCondition(*map(jnp.asarray, encoder(wrapped, truncate=truncate)))
 
     def empty_text(self, grid: tuple[int, int] | None = None, *, still: bool = False) -> TextCondition:
-        """Returns the wrapped empty text, the unconditional text of guidance and of label dropout; encoded once. grid,
-        still: as for `condition`."""
+        """Returns the wrapped empty text, encoded once: the unconditional text of guidance and of label dropout.
+
+        grid, still: see `condition`.
+        """
         return encoded_text(self.open_text_encoder(), self._wrapped("", grid, still))
 
     def _wrapped(self, prompt: str, grid: tuple[int, int] | None, still: bool) -> str:
@@ -75,7 +77,7 @@ class Encoding:
     def latent_size(self, aspect: str) -> tuple[int, int]:
         """Returns the latents' (height, width) for an aspect ratio, at about the model's area.
 
-        Raises ValueError if the aspect is not one of the nine, or the model has one size.
+        Raises ValueError if the aspect is not one of the nine.
         """
         factor = self.open_codec().factor
         side = round(math.sqrt(math.prod(self.model.image_hw)) * factor)
@@ -85,8 +87,8 @@ class Encoding:
     def with_digests(self, cached: Provenance | None = None) -> Encoding:
         """Returns the encoding with the digests of its autoencoder and text encoder, as kept with a run.
 
-        cached: what made cached latents. A text encoder of the name recorded there reuses its digest and is not opened.
-        A network without a path gets no digest.
+        cached: provenance of cached latents. If it records the name of this text encoder, its digest is reused and the
+        encoder is not opened. A network without a path gets no digest.
         """
         codec, text = self.codec, self.text
         if isinstance(codec, PretrainedAutoencoder) and codec.digest is None and codec.path:

@@ -1,7 +1,7 @@
 """An experiment as plain data: the model, its data, its training and the expected result.
 
-`Experiment` is the base of all kinds. A kind is one file: a frozen dataclass with its groups of fields, and its
-methods. A config file returns one; JSON round-trips exactly and is saved with every run.
+`Experiment` is the base of all kinds. A kind is a frozen dataclass in its own module, with its groups of fields and its
+methods. A config file returns an experiment. Its JSON form round-trips exactly and is saved with every run.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Samples(NamedTuple):
     """Samples drawn by an experiment.
 
     arrays: images `num height width c` or clips `num frames height width c` in [-1, 1], or points `num 2`.
-    conditions: each sample's condition, by name: labels or prompts, `num`.
+    conditions: the condition of each sample, as an array `num` named "labels" or "prompts"; empty for points.
     """
 
     arrays: np.ndarray
@@ -39,13 +39,13 @@ class Samples(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment(abc.ABC):
-    """A model, its data and its training. Each kind is its own dataclass with the groups it needs.
+    """A model, its data and its training. Each kind is a dataclass with its own groups of fields.
 
-    name: of the experiment, as a title.
-    model: what is trained.
-    data: what it is trained on.
+    name: title of the experiment.
+    model: the model to train.
+    data: the data to train on.
     optim: the optimizer.
-    train: length and batch.
+    train: length of the training, and batch size.
     log: reports and checkpoints.
     reference: expected metrics by name, published or measured, as the config's docstring explains.
 
@@ -54,7 +54,7 @@ class Experiment(abc.ABC):
         result = flowgen.fit(experiment, "runs/digits")
     """
 
-    # Options for drawing and evaluation, beside the experiment's fields; None draws nothing.
+    # Options for drawing and evaluation, in addition to the experiment's fields; None if the kind draws no samples.
     draw_options: ClassVar[type[DrawOptions] | None] = None
     evaluate_options: ClassVar[type[EvaluateOptions]] = EvaluateOptions
 
@@ -77,7 +77,7 @@ class Experiment(abc.ABC):
 
     @property
     def drawn_channels(self) -> int | None:
-        """The channels of sampled images or clips; None for points."""
+        """The number of channels of sampled images or clips; None for points."""
         return None
 
     @abc.abstractmethod
@@ -88,18 +88,22 @@ class Experiment(abc.ABC):
         """
 
     def draw(self, model: Any, variables: Any, options: Any, say: Callable[[str], None] = lambda line: None) -> Samples:
-        """Returns `sampling.num` samples by `options`, of the type `draw_options`; `say` receives a line for each
-        batch."""
+        """Returns `sampling.num` samples.
+
+        options: an instance of `draw_options`. say: receives a line for each batch.
+        """
         raise ValueError(f"a {type(self).__name__} draws no samples.")
 
     @abc.abstractmethod
     def evaluate(self, model: Any, variables: Any, options: Any) -> list[str]:
-        """Returns lines with the metrics of a trained model by `options`, of the type `evaluate_options`."""
+        """Returns lines with the metrics of a trained model. options: an instance of `evaluate_options`."""
 
     @abc.abstractmethod
     def debug(self) -> Experiment:
-        """Returns the experiment shrunk to train and sample in seconds on a CPU, on data that ship with flowgen. The
-        kinds of model and training stay."""
+        """Returns the experiment shrunk to train and sample in seconds on a CPU, on data that ship with flowgen.
+
+        The kinds of model and training stay the same.
+        """
 
     def with_provenance(self) -> Experiment:
         """Returns the experiment as kept with a run: with its class names and the digests of its frozen networks."""
@@ -118,7 +122,7 @@ class Experiment(abc.ABC):
         return settings.from_plain(cls, {name: value for name, value in plain.items() if name != settings.TYPE})
 
     def check_resumable(self, saved: dict[str, Any]) -> None:
-        """Raises ValueError naming the fields in which this experiment differs from the run's `saved` one."""
+        """Raises a ValueError that names the differences from the run's `saved` experiment that prevent resuming."""
         if (kind := saved.get(settings.TYPE)) != type(self).__name__:
             raise ValueError(
                 f"the run was begun as a {kind!s:.80}, but this is a {type(self).__name__}; train in a new --workdir."
@@ -135,13 +139,12 @@ class Experiment(abc.ABC):
             )
 
     def check_warmups(self, others: Mapping[str, int] = MappingProxyType({})) -> None:
-        """Raises ValueError if a warm-up is longer than the training. others: further warm-ups, by field."""
+        """Raises ValueError if a warm-up is longer than the training. others: other warm-ups by field name."""
         check_warmups({"optim.warmup_steps": self.optim.warmup_steps, **others}, self.train.steps)
 
 
 def _renamed(old: Any, new: Any) -> list[str]:
-    """Class names that are missing from the data or unknown to the run; none are compared if the run began without
-    names."""
+    """Describes class names that are missing from the data or unknown to the run; empty if either has no names."""
     before, now = getattr(old, "classes", ()), getattr(new, "classes", ())
     if not before or not now or before == now:
         return []

@@ -17,7 +17,7 @@ from flowgen.experiments.video_flow import VideoFlowExperiment
 from flowgen.runs import DIGEST
 
 KINDS: tuple[type[Experiment], ...] = (FlowExperiment, VideoFlowExperiment, MatchingExperiment, AutoencoderExperiment)
-# In a checkout they are beside the package, in an installed flowgen inside it.
+# The shipped configs are beside the package in a checkout, and inside it in an installed flowgen.
 _PLACES = tuple(Path(__file__).parents[up] / "configs" for up in (2, 1))
 
 E = TypeVar("E", bound=Experiment)
@@ -42,9 +42,9 @@ def load_config(path: str | Path) -> Experiment:
 
 
 def config_path(path: str | Path) -> Path:
-    """Returns the path of a config, given its path or the name of a shipped one.
+    """Returns the path of a config, given its path or the name of a shipped config.
 
-    Raises FileNotFoundError, with the known names, if there is none.
+    Raises a FileNotFoundError that lists the known names if there is no such config.
 
     Example:
         config_path("tarflow_digits")
@@ -60,7 +60,7 @@ def config_path(path: str | Path) -> Path:
 
 
 def override(experiment: E, arguments: Sequence[str]) -> E:
-    """Returns the experiment with `--group.field value` arguments applied; ValueError names what does not fit.
+    """Returns the experiment with `--group.field value` arguments applied; a ValueError names what does not fit.
 
     Example:
         experiment = override(experiment, ["--optim.lr", "3e-4"])

@@ -18,7 +18,7 @@ from flowgen.training import Result, Signals, is_primary, train
 
 
 def _of_own(experiment: Experiment, dataset: Any, held_out: Any) -> Experiment:
-    """The experiment as it is kept with a run on a dataset of the user's own, after a look at it."""
+    """The experiment as it is kept with a run on the user's own dataset, which is checked."""
     for name, given in (("dataset", dataset), ("held_out", held_out)):
         if given is not None:
             check_protocol(name, given)
@@ -50,13 +50,13 @@ def fit(
     model: Any = None,
     signals: Signals | None = None,
 ) -> Result:
-    """Returns the result of training an experiment in `workdir`; resumes if it holds a checkpoint.
+    """Trains an experiment in `workdir` and returns the result; resumes if the directory holds a checkpoint.
 
     dataset: used instead of `experiment.data`; see `flowgen.data.Dataset`. held_out: used for evaluation; None
     evaluates nothing. model: trained instead of `experiment.build()`, with the same methods; `flowgen.load` takes it
-    too. signals: already watched ones; None watches those of this process.
+    too. signals: signals that are already watched; None watches those of this process.
 
-    Raises what `train` and the experiment's parts raise, before any compute.
+    Raises what `train` and the experiment's parts raise; options are checked before any computation.
 
     Example:
         result = fit(flowgen.load_config("tarflow_digits"), "runs/digits")
@@ -68,7 +68,7 @@ def fit(
     with Signals() if signals is None else nullcontext(signals) as signals:
         with signals.raising():
             experiment = experiment.with_provenance() if dataset is None else _of_own(experiment, dataset, held_out)
-            # Before data are encoded. An object of your own may have no name to keep.
+            # Before data are encoded, because this raises if an object of the user's own has no name to save.
             config = experiment.to_json()
             check_workdir(Path(workdir), experiment.check_resumable, locks=is_primary())
             with told_once():

@@ -1,4 +1,4 @@
-"""Image flows: a TARFlow or STARFlow trained by maximum likelihood on pixels or latents, sampled by decoding."""
+"""Image flows: a TARFlow or STARFlow, trained by maximum likelihood on pixels or latents and sampled by decoding."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class FlowExperiment(AutoregressiveExperiment):
     """A flow of images.
 
     model: the flow.
-    data: the images it is trained on.
+    data: the images to train on.
 
     Raises ValueError if the parts do not fit together.
 
@@ -98,8 +98,8 @@ class FlowExperiment(AutoregressiveExperiment):
     ) -> tuple[np.ndarray, str]:
         """Returns images `b height width c` and a line on how they were decoded; image i depends only on (key, i).
 
-        cond: labels, a `TextCondition`, or None. guidance: None is that of `sampling`.
-        Latents are decoded to images by the codec.
+        cond: labels, a `TextCondition`, or None. guidance: None uses the guidance of `sampling`.
+        The codec decodes latents to images.
         """
         result = sample(
             flow,
@@ -133,12 +133,14 @@ class FlowExperiment(AutoregressiveExperiment):
         return lines if compared is None else lines + self._sample_lines(model, variables, options, *compared)
 
     def debug(self) -> FlowExperiment:
-        """Returns the experiment with a tiny flow of the same kind on the built-in digits, with pixel blocks as latents
-        and random word features as texts."""
+        """Returns the experiment with a tiny flow of the same kind on the built-in digits.
+
+        It uses pixel blocks as latents and random word features as texts.
+        """
         return debug_run(self, **debug_flow(self), data=debug_images(self.data))
 
     def _compared(self, split: Split) -> tuple[Dataset, Dataset]:
-        """The images to compare samples with, and those to train the feature extractor on."""
+        """The images to compare samples with, and the images to train the feature extractor on."""
         data = self.dataset(split)
         train = self.dataset("train" if split == "eval" else split)
         return of_one_shape(data, "--samples"), of_one_shape(train, "--samples")

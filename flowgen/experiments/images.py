@@ -31,7 +31,7 @@ E = TypeVar("E", bound=Experiment)
 
 
 def image_dataset(data: DataConfig, model: Any, split: Split, *, labelled: bool = True) -> Dataset:
-    """Returns the images of a split at the size of a model's config. Raises ValueError if they do not fit each other.
+    """Returns the images of a split at the size of a model's config. Raises ValueError if they do not fit the model.
 
     labelled: whether their labels are needed.
 
@@ -46,8 +46,9 @@ def image_dataset(data: DataConfig, model: Any, split: Split, *, labelled: bool 
 
 
 def with_class_names(experiment: E) -> E:
-    """Returns the experiment with the class names of its data, as kept with a run; itself if it has names already or
-    its model does not use them.
+    """Returns the experiment with the class names of its data, as kept with a run.
+
+    Returns it unchanged if it already has names or its model does not use them.
 
     Example:
         with_class_names(experiment).data.classes  # ("cat", "dog", "fox")
@@ -56,7 +57,7 @@ def with_class_names(experiment: E) -> E:
     if not getattr(experiment.model, "num_classes", 0) or isinstance(data, PointsConfig) or data.classes:
         return experiment
     of_files = isinstance(data, LatentsConfig) or data.name in ("folder", "npz", OWN)
-    if of_files and not data.path:  # as of published weights
+    if of_files and not data.path:  # as in the experiments of published weights
         return experiment
     return dataclasses.replace(experiment, data=dataclasses.replace(data, classes=found_classes(data)))
 
@@ -93,8 +94,9 @@ def tell_repeats(dataset: Dataset | BucketedDataset, train: TrainConfig) -> None
 def image_batches(
     dataset: Dataset | BucketedDataset, data: DataConfig | ClipsConfig | LatentsConfig, train: TrainConfig
 ) -> Callable[[int, int], Iterator[Batch]]:
-    """Returns a function for `Job` that gives this process's batches of steps start..stop-1; latents are already
-    mirrored.
+    """Returns a function (start, stop) -> this process's batches of steps start..stop-1, for `Job`.
+
+    Latents are not mirrored here, because mirror images are encoded in advance.
 
     Example:
         batches = image_batches(dataset, experiment.data, experiment.train)(0, 1000)

@@ -27,7 +27,7 @@ _CLIPS = ("clip", "continued")
 
 
 def is_latent(data: FlowData, encoding: Encoding) -> bool:
-    """Returns whether an experiment's flow is trained on latents, or on images with texts, which are encoded like them.
+    """Returns whether an experiment's flow is trained on latents, or on images with texts, which are encoded too.
 
     Example:
         metric = "nats_per_dim" if is_latent(data, encoding) else "bits_per_dim"
@@ -60,9 +60,9 @@ def flow_dataset(
 def as_taken(
     dataset: Dataset | BucketedDataset, data: DataConfig | ClipsConfig, encoding: Encoding, *, flip: bool
 ) -> Dataset | BucketedDataset:
-    """Returns images or clips as a flow takes them: themselves, or encoded into memory.
+    """Returns images or clips in the form that a flow takes: unchanged, or encoded into memory.
 
-    flip: encode them mirrored, too.
+    flip: encode their mirror images, too.
 
     Example:
         dataset = as_taken(images, data, encoding, flip=False)
@@ -75,7 +75,7 @@ def as_taken(
 
 
 def pixel_dataset(data: FlowData, encoding: Encoding, split: Split) -> Dataset | BucketedDataset:
-    """Returns the images or clips of a split at the size that the codec encodes to the model's.
+    """Returns the images or clips of a split at the size that the codec encodes to the model's latents.
 
     Raises ValueError if the data are latents.
 
@@ -115,13 +115,13 @@ def _as_often(buckets: Sequence[Dataset], data: ClipsConfig | LatentsConfig) -> 
     shares = [len(bucket) for bucket in buckets]
     if "clip" not in kinds:
         raise ValueError(f"data.path '{data.path}' has no whole clips; encode some.")
-    # drop_first is a fraction of the clips, images_fraction one of all.
+    # drop_first is a fraction of the clips, images_fraction a fraction of all data.
     for name, kind, others in (("drop_first", "continued", ("clip",)), ("images_fraction", "still", _CLIPS)):
         fraction = getattr(data, name)
         if fraction and kind not in kinds:
             missing = "clips without their first frame" if kind == "continued" else "images"
             raise ValueError(
-                f"data.{name} is {fraction}, and data.path '{data.path}' has no {missing}; encode again with them, or "
+                f"data.{name} is {fraction}, but data.path '{data.path}' has no {missing}; encode again with them, or "
                 "set it to 0."
             )
         if fraction:
@@ -184,7 +184,9 @@ def null_features(encoding: Encoding, dataset: Dataset) -> TextCondition | None:
 
 
 def null_texts(dataset: Dataset | BucketedDataset) -> Callable[[tuple[int, ...]], TextCondition] | None:
-    """Returns the empty text for latents of ([frames,] height, width) from encoded data; None if they have no texts.
+    """Returns a function from the shape ([frames,] height, width) of encoded latents to their empty text.
+
+    Returns None if the data have no texts.
 
     Example:
         objective = nll_objective(flow, null_text=null_texts(dataset))
@@ -228,7 +230,7 @@ def _check_memory(
 
 
 def provenance(data: DataConfig | ClipsConfig, encoding: Encoding) -> Provenance:
-    """Returns what makes an experiment's latents, to keep with them.
+    """Returns the provenance of an experiment's latents, to keep with them.
 
     Example:
         writer.finish(class_names=dataset.class_names, provenance=provenance(data, encoding))
@@ -243,7 +245,7 @@ def provenance(data: DataConfig | ClipsConfig, encoding: Encoding) -> Provenance
 
 
 def _words(codec: CodecConfig | None) -> str:
-    """A codec in words; empty for none."""
+    """A description of a codec; empty for None."""
     if isinstance(codec, PretrainedAutoencoder):
         return f"the autoencoder at '{codec.path}'"
     return "" if codec is None else f"blocks of {codec.factor} x {codec.factor} pixels"
@@ -302,15 +304,15 @@ def _check_texts(made: Provenance, path: str, encoding: Encoding) -> None:
         return
     if by.digest != text.digest:
         raise ValueError(
-            f"data.path '{path}' has texts of another encoder, '{by.encoder}', than text.encoder '{text.encoder}' is "
-            "now; give that one, or encode again."
+            f"data.path '{path}' has texts of another encoder, '{by.encoder}', not of text.encoder '{text.encoder}'; "
+            "set text.encoder to that one, or encode again."
         )
     for field in dataclasses.fields(text):
         before, now = getattr(by, field.name), getattr(text, field.name)
         if field.name != "encoder" and before != now:
             raise ValueError(
                 f"data.path '{path}' has texts encoded with {_TEXT_FIELDS.get(field.name, f'text.{field.name}')} "
-                f"{before!r}, but this experiment has another, {now!r}; set it, or encode again."
+                f"{before!r}, but this experiment has {now!r}; set it to {before!r}, or encode again."
             )
     if text.noise_level and made.noise_std != model.noise_std:
         raise ValueError(
@@ -320,7 +322,7 @@ def _check_texts(made: Provenance, path: str, encoding: Encoding) -> None:
 
 
 def _check_shape(model: TARFlowConfig | STARFlowConfig, path: str, bucket: LatentDataset) -> None:
-    """Raises ValueError unless a model, at any size that it takes, takes latents of this kind and shape."""
+    """Raises ValueError if a model takes latents of this kind and shape at none of its sizes."""
     *frames, height, width, channels = bucket.event_shape
     whole = list(model.event_shape[:-3])
     expected = {"image": [], "clip": whole, "continued": [count - 1 for count in whole], "still": [1]}[bucket.kind]

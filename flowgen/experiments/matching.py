@@ -59,13 +59,13 @@ from flowgen.settings import config, type_name
 from flowgen.settings.ranges import Within
 from flowgen.training import Job
 
-POINTS = 1000  # samples of an evaluation by default
+POINTS = 1000  # default number of samples in an evaluation
 PLOT_STEPS = 60
 
 
 @config
 class VelocityDrawOptions(DrawOptions):
-    """Options for sampling a velocity network, beside the fields of `sampling`.
+    """Options for sampling a velocity network, in addition to the fields of `sampling`.
 
     classes: classes to draw in turn, by name or number: cat,dog or 0,1,2; -1 is unconditional (--classes=-1,3).
     """
@@ -77,8 +77,8 @@ class VelocityDrawOptions(DrawOptions):
 class VelocityEvaluateOptions(EvaluateOptions):
     """Options for evaluating a velocity network.
 
-    samples: samples to draw and compare with the data; 0 is as many as there are images, or 1,000 points.
-    unconditional: give no labels to a class model.
+    samples: number of samples to draw and compare with the data; 0 is as many as there are images, or 1,000 points.
+    unconditional: evaluate a class model without labels.
     """
 
     samples: Annotated[int, Within(0, 1 << 24)] = 0
@@ -93,7 +93,7 @@ class MatchingExperiment(Experiment):
     """A velocity network, trained by flow matching.
 
     model: the network.
-    data: the images or points it is trained on.
+    data: the images or points to train on.
     matching: training options: path, coupling and loss.
     sampling: how samples are drawn.
 
@@ -157,7 +157,7 @@ class MatchingExperiment(Experiment):
             self._check_guidance("matching.loss.guidance_weight", loss.guidance_weight)
 
     def _check_guidance(self, name: str, weight: float) -> None:
-        """Raises ValueError if there are no classes to guide to, or no unconditional field is learned."""
+        """Raises ValueError if there are no classes to guide towards, or no unconditional field is learned."""
         if weight and not self.model.num_classes:
             raise ValueError(
                 f"{name} is {weight}, but the model has no classes to guide to (num_classes 0); set it to 0."
@@ -177,16 +177,16 @@ class MatchingExperiment(Experiment):
 
     @property
     def drawn_channels(self) -> int | None:
-        """The channels of sampled images; None for points."""
+        """The number of channels of sampled images; None for points."""
         return None if isinstance(self.data, PointsConfig) else self.model.event_shape[-1]
 
     def build(self) -> Any:
-        """Returns the network, without parameters; ValueError if it does not hold its config."""
+        """Returns the network, without parameters. Raises ValueError if it does not hold its config."""
         network = self.model.build()
         if getattr(network, "config", None) != self.model:
             raise ValueError(
-                f"model is {self.model}, whose build() gives a network without it; give the network a field `config` "
-                "that holds it."
+                f"model is {self.model}, but the network from its build() does not hold it; give the network a field "
+                "`config` that does."
             )
         return network
 
@@ -201,7 +201,7 @@ class MatchingExperiment(Experiment):
         return image_dataset(self.data, self.model, split, labelled=labelled)
 
     def job(self, *, dataset: Dataset | None = None, held_out: Dataset | None = None, model: Any = None) -> Job:
-        """Returns the training job, with the data opened and an unset epsilon chosen.
+        """Returns the training job, with the data opened and epsilon chosen if it is unset.
 
         dataset, held_out, model: see `fit`.
         """
@@ -332,7 +332,7 @@ class MatchingExperiment(Experiment):
         return Samples(samples, {} if points else {"labels": np.full(num, -1) if labels is None else labels})
 
     def plot(self, network: Any, variables: Any, points: np.ndarray, key: jax.Array) -> np.ndarray:
-        """Returns a plot of the field's paths (rk4) and of sampled points over data."""
+        """Returns a plot of the field's paths, solved with rk4, and of sampled points over data."""
         assert isinstance(self.data, PointsConfig)
         x0, data = self.data.draw(key, max(DRAWN_PATHS, len(points)))
         velocity = velocity_field(network, _weights(variables), self.matching)
@@ -340,7 +340,7 @@ class MatchingExperiment(Experiment):
         return path_plot(np.asarray(paths), points, np.asarray(data))
 
     def evaluate(self, model: Any, variables: Any, options: VelocityEvaluateOptions) -> list[str]:
-        """Returns lines with the distances of fresh samples to data, and bits/dim for images."""
+        """Returns lines with the distance between new samples and the data, and with bits/dim for images."""
         field = velocity_field(model, _weights(variables), self.matching)
         if isinstance(self.data, PointsConfig):
             num, draw = options.samples or POINTS, self.data.draw

@@ -1,4 +1,4 @@
-"""Training and sampling options of autoregressive flows: groups of their experiments."""
+"""Options of autoregressive flows: the groups `likelihood` and `sampling` of their experiments."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _OF_ALL_PARAMETERS = ("ema_decay", "ema_warmup", "max_skips")
 
 @config
 class LikelihoodConfig:
-    """How a flow is trained beyond maximum likelihood.
+    """Training options of a flow beyond maximum likelihood.
 
-    norm_penalty: weight of the mean squares of the tokens that enter each block; published: 1e-4, 0 for none.
-    noise_weight: multiply the loss by σ / 0.3, as published with noise levels in the prompt.
+    norm_penalty: weight of the mean squares of the tokens that enter each block; 1e-4 as published, 0 for none.
+    noise_weight: multiply the loss by σ / 0.3, as published for prompts that state the noise level.
     denoiser: the optimizer of a video flow's denoiser, except ema_decay, ema_warmup and max_skips, which `optim` sets
-    for all parameters; None is a separate one with the values of `optim`.
+    for all parameters; None is a separate optimizer with the values of `optim`.
     """
 
     norm_penalty: NonNegative = 0.0
@@ -35,11 +35,11 @@ class LikelihoodConfig:
         for name in _OF_ALL_PARAMETERS if self.denoiser is not None else ():
             if (value := getattr(self.denoiser, name)) != getattr(OptimConfig, name):
                 raise ValueError(
-                    f"denoiser.{name} is {value}, and optim.{name} is that of all parameters; leave it out."
+                    f"denoiser.{name} is {value}, but optim.{name} applies to all parameters; leave it out."
                 )
 
     def loss_scale(self, noise_std: float) -> float:
-        """Returns the loss factor of a flow with this noise."""
+        """Returns the factor on the loss of a flow with noise of this std."""
         return noise_std / REFERENCE_NOISE if self.noise_weight else 1.0
 
 
@@ -47,15 +47,15 @@ class LikelihoodConfig:
 class SamplingConfig:
     """How samples are drawn, in training and by default in `sample.py`.
 
-    num: samples per sample grid; at least 1.
+    num: number of samples to draw; at least 1.
     plan: how tokens are decoded; "auto" is sequential on CPUs and parallel if that is faster.
-    window: tokens that "jacobi" and "sliding" solve together, at least 1; None for all.
+    window: number of tokens that "jacobi" and "sliding" solve together, at least 1; None for all.
     tol: largest change at which "jacobi" and "sliding" stop; 0 is exact.
     init: initial guess of their sweeps: the noise, zeros, or the previous frame.
     guidance: weight w towards the class or text; 0 for none.
-    rule: how the two branches are combined: TARFlow's linear or STARFlow's product.
+    rule: how the two branches are combined: TARFlow's linear rule or STARFlow's product rule.
     parts: what the linear rule changes.
-    anneal: let the weight grow from 0 at a block's first token to w at its last.
+    anneal: increase the weight from 0 at a block's first token to w at its last.
     temperature: attention temperature of the unconditional branch; positive, 1 for none.
     blocks: guided blocks, by number, data side first; None for all.
     denoise: strength of the step that removes the training noise; 0 for none.

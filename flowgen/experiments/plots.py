@@ -18,8 +18,10 @@ DRAWN_PATHS = 128
 
 
 def sample_grid(images: Float[np.ndarray, "n height width c"], classes: int) -> UInt8[np.ndarray, "rows columns c"]:
-    """Returns a grid of images in [-1, 1], small ones enlarged. Up to 20 classes in turn get columns of their own: one
-    each, or several of few classes, so that the grid is about as high as wide.
+    """Returns a grid of images in [-1, 1]; small images are enlarged.
+
+    If the images cycle through up to 20 classes, each column has one class. If there are few classes, each has several
+    columns, so that the grid is about as high as wide.
 
     Example:
         save_image("samples.png", sample_grid(images, classes=10))
@@ -31,7 +33,7 @@ def sample_grid(images: Float[np.ndarray, "n height width c"], classes: int) -> 
 
 
 def strips(clips: Float[np.ndarray, "n frames height width c"]) -> UInt8[np.ndarray, "rows columns c"]:
-    """Returns an image with one clip in [-1, 1] per row, frames from left to right, small ones enlarged.
+    """Returns an image with one clip in [-1, 1] per row, its frames from left to right; small frames are enlarged.
 
     Example:
         save_image("samples.png", strips(clips))
@@ -77,7 +79,9 @@ def path_plot(
 
 
 def matplotlib() -> tuple[Any, Any]:
-    """Returns matplotlib's Figure and the canvas that draws it in memory, or says that the package is missing.
+    """Returns matplotlib's `Figure`, and the canvas class that draws it in memory.
+
+    Raises ModuleNotFoundError if matplotlib is missing.
 
     Example:
         figure_class, canvas_class = matplotlib()

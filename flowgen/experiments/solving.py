@@ -1,4 +1,4 @@
-"""How samples of velocity networks are drawn: the group `sampling` of their experiments, and its program."""
+"""Sampling of velocity networks: the group `sampling` of their experiments, and the program that draws samples."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ Solver = Literal["euler", "midpoint", "heun", "rk4", "dopri5", "mean_flow"]
 class SolverConfig:
     """How samples are drawn, in training and by default in `sample.py`.
 
-    num: samples per sample grid; at least 1.
+    num: number of samples to draw; at least 1.
     method: a solver of `flowgen.matching.integrate`, or "mean_flow" for networks of average velocities.
-    num_steps: steps of all methods but "dopri5"; at least 1.
-    times: "uniform", or "edm", steps that grow finer towards the data.
+    num_steps: number of steps of all methods but "dopri5"; at least 1.
+    times: "uniform", or "edm", whose steps grow finer towards the data.
     rtol: relative error that "dopri5" allows; positive.
     atol: absolute error that "dopri5" allows; positive.
-    guidance: weight w of (1 + w) v_c - w v_u; 0 for none.
+    guidance: weight w in (1 + w) v_c - w v_u; 0 for none.
     guidance_interval: times in [0, 1] between which guidance acts.
-    frechet_samples: images that each evaluation draws and compares with held-out ones; 0 for none.
+    frechet_samples: number of images that each evaluation draws and compares with held-out images; 0 for none.
     """
 
     num: Samples = 64
@@ -68,9 +68,9 @@ def draw_by_solver(
     matching: MatchingConfig,
     sampling: SolverConfig,
 ) -> tuple[Float[Array, "b *event"], int | Int[Array, ""]]:
-    """Returns samples, sample i from the noise of (key, i), and the number of velocity evaluations.
+    """Returns samples and the number of velocity evaluations; sample i starts from the noise of (key, i).
 
-    distribution: of x0, by its name in `PointsConfig`; None is Gaussian noise.
+    distribution: the distribution of x0, by its name in `PointsConfig`; None is Gaussian noise.
 
     Example:
         settings = {"matching": MatchingConfig(), "sampling": SolverConfig()}

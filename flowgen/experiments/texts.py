@@ -44,14 +44,14 @@ class TextConfig:
     digest: str | None = None
 
     def template(self, noise_std: float, *, still: bool = False) -> PromptTemplate:
-        """Returns the template that wraps texts; still: that of images among clips."""
+        """Returns the template that wraps texts. still: whether they describe images among clips."""
         told = noise_std if self.noise_level else None
         fps = 0 if still and self.frames_per_second is not None else self.frames_per_second
         return PromptTemplate(noise_std=told, frames_per_second=fps, aspect=self.aspect)
 
 
 def weakly_cached(function: Callable[..., T]) -> Callable[..., T]:
-    """Returns the function with its results kept for as long as its first argument lives.
+    """Returns the function with a cache, which keeps results for as long as their first argument lives.
 
     Example:
         digest = weakly_cached(digest)
@@ -85,10 +85,10 @@ def version_of(path: str) -> tuple[str, int]:
 
 @weakly_cached
 def text_digest(encoder: TextEncoder) -> str:
-    """Returns a digest of what the features of texts depend on, wherever the encoder lies.
+    """Returns a digest of what the features of texts depend on; the encoder's path does not matter.
 
-    It covers the network's shape, the tokenizer, and 1,024 evenly spaced values of every tensor, which is fast for
-    billions of them.
+    It covers the network's shape, the tokenizer, and 1,024 evenly spaced values of every tensor, which is fast even for
+    billions of parameters.
 
     Example:
         same = text_digest(encoder) == experiment.text.digest
@@ -106,7 +106,7 @@ def text_digest(encoder: TextEncoder) -> str:
 def open_text_encoder(config: TextConfig | None, *, length: int, dim: int) -> TextEncoder:
     """Returns the text encoder of a config, opened once, for a model that takes `length` tokens of `dim` features.
 
-    Raises ValueError if its features are not those of the model, FileNotFoundError if it is missing.
+    Raises ValueError if the encoder does not fit the model or the config's digest, FileNotFoundError if it is missing.
 
     Example:
         cond = open_text_encoder(TextConfig("words"), length=16, dim=32)(["a cat"])

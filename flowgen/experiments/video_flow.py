@@ -1,4 +1,4 @@
-"""Video flows: a STARFlowV trained jointly with its denoiser, drawn as strips of frames and as video."""
+"""Video flows: a STARFlowV, trained jointly with its denoiser; samples are shown as strips of frames or as video."""
 
 from __future__ import annotations
 
@@ -48,20 +48,20 @@ from flowgen.training import Job
 
 DENOISED = 64  # held-out clips that are denoised to measure PSNR
 WHOLE = Clip()  # of the flow's own length
-SMALL_SIDE = 10  # of bouncing digits of 8 pixels
+SMALL_SIDE = 10  # smallest side in which digits of 8 pixels can move
 DEFAULT_FPS = 8.0
-# The range of both mp4 and GIF, which counts in hundredths of a second.
+# The range of frame rates of both mp4 and GIF, which counts time in hundredths of a second.
 LEAST_FPS, MOST_FPS = 0.1, 100.0
 
 
 @config
 class ClipDrawOptions(FlowDrawOptions):
-    """Options for drawing clips, beside the fields of `sampling`.
+    """Options for drawing clips, in addition to the fields of `sampling`.
 
-    frames: frames per clip, any number; None is as in training.
-    given: image or video that clips begin with; a video is cut to fewer than the frames.
-    context: latent frames that longer clips are continued from.
-    fps: frames per second of the output; None is as in training.
+    frames: frames per clip, which may exceed the training length; None is the training length.
+    given: image or video that clips begin with; a video is cut to fewer frames than a clip.
+    context: number of latent frames from which longer clips are continued.
+    fps: frames per second of the output; None is the rate of the training clips.
     progress: show a progress bar of decoded tokens.
     """
 
@@ -77,7 +77,7 @@ class VideoFlowExperiment(AutoregressiveExperiment):
     """A video flow and its denoiser.
 
     model: the flow, and its denoiser if it has one.
-    data: the clips it is trained on.
+    data: the clips to train on.
 
     Raises ValueError if the parts do not fit together.
 
@@ -168,10 +168,10 @@ class VideoFlowExperiment(AutoregressiveExperiment):
     ) -> tuple[np.ndarray, str]:
         """Returns clips `b frames height width c` and a line on how they were decoded; clip i depends only on (key, i).
 
-        cond: labels, a `TextCondition`, or None. guidance: None is that of `sampling`. clip: in latent frames, the same
-        for all. Its given frames `1 given height width c` have no noise, and come back as they are. Its `restart_cond`
-        are texts that the clips take in turn.
-        Latents are decoded to clips by the codec.
+        cond: labels, a `TextCondition`, or None. guidance: None uses the guidance of `sampling`. clip: counted in
+        latent frames, and the same for all. Its given frames `1 given height width c` have no noise, and are returned
+        unchanged. Its `restart_cond` holds texts, which the clips take in turn.
+        The codec decodes latents to clips.
         """
         given, restarts = clip.given, clip.restart_cond
         noisy = None if given is None else with_noise(flow, given, key, numbers)
@@ -201,9 +201,9 @@ class VideoFlowExperiment(AutoregressiveExperiment):
         say: Callable[[str], None] = lambda line: None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Samples:
-        """Returns `sampling.num` clips; `say` receives a line for each batch, `progress` is called as by `Clip`.
+        """Returns `sampling.num` clips. say: receives a line for each batch. progress: see `Clip`.
 
-        Raises ValueError if the codec makes no clips of so many frames, or `given` does not fit.
+        Raises ValueError if the codec makes no clips of this length, or `given` does not fit.
         """
         flow = self.sized(model, options.aspect)
         clip = self._clip(flow, options)
@@ -215,7 +215,7 @@ class VideoFlowExperiment(AutoregressiveExperiment):
         return Samples(draw_in_batches(draw_batch, conditions, self.sampling.num, options, say), about)
 
     def _clip(self, flow: Any, options: ClipDrawOptions) -> Clip:
-        """The clip that options ask for, in latent frames; given ones have no noise."""
+        """The clip that the options request, counted in latent frames; given frames have no noise."""
         codec, given = self.encoding.open_codec(), None
         check_length(codec, self.model.frames, options.frames, options.context)
         if options.given:
@@ -228,13 +228,13 @@ class VideoFlowExperiment(AutoregressiveExperiment):
         )
 
     def _restart_texts(self, flow: Any) -> TextCondition | None:
-        """The prompts of restarts, marked as in training; None if those of the clips serve."""
+        """The prompts of restarts, with the prefix from training; None if restarts take the prompts of the clips."""
         if not (self.model.text_dim and self.data.drop_first):
             return None
         return self.encoding.condition([CONTINUED + prompt for prompt in self.sampling.prompts], flow.config.image_hw)
 
     def fps(self, asked: float | None) -> float:
-        """Returns the frame rate of videos: the requested one, else that of the training clips."""
+        """Returns the frame rate of videos: the requested rate, or else the rate of the training clips."""
         if asked is not None:
             return asked
         # For cached latents only the texts may state it.
@@ -243,8 +243,11 @@ class VideoFlowExperiment(AutoregressiveExperiment):
         return fps if LEAST_FPS <= fps <= MOST_FPS else DEFAULT_FPS
 
     def evaluate(self, model: Any, variables: Any, options: FlowEvaluateOptions) -> list[str]:
-        """Returns lines with the likelihood of the flow on a split, the PSNR of denoised clips, and frame distances of
-        samples and data; latents are decoded first."""
+        """Returns lines with the likelihood of the flow, the PSNR of denoised clips, and frame distances.
+
+        Likelihood and PSNR are measured on a split; frame distances compare samples with data. Latents are decoded
+        first, except for the likelihood.
+        """
         dataset = clips_alone(self.flow_dataset(options.split, labelled=not options.unconditional))
         lines = self.likelihood_lines(model, variables, dataset, options)
         key, codec = jax.random.key(options.seed), self.encoding.open_codec()
