@@ -133,9 +133,9 @@ def _mean(dataset: Dataset, key: Key[Array, ""], batch_size: int, measure: Calla
 def gaussian_bits_per_dim(train: Dataset, dataset: Dataset, *, noise_std: float) -> float:
     """Returns the mean bits/dim on `dataset` of a Gaussian with the mean and covariance of `train`.
 
-    The training and the evaluated images include the flow's noise (Gaussian for σ > 0, uniform dequantisation for
-    σ = 0) in closed form, so no noise is drawn. The covariance is full up to 4096 dimensions if `train` has at least 5 images per dimension,
-    else diagonal. Both datasets are read in batches.
+    Both datasets include the flow's noise (Gaussian for σ > 0, uniform dequantisation for σ = 0) in closed form, so no
+    noise is drawn. The covariance is full up to 4096 dimensions if `train` has at least 5 images per dimension, and
+    diagonal otherwise. Both datasets are read in batches.
 
     Example:
         baseline = gaussian_bits_per_dim(trained_on, held_out, noise_std=0.1)

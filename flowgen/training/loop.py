@@ -29,7 +29,7 @@ AGREE_EVERY = 8
 class Job:
     """What the loop needs to train something.
 
-        init(key) -> variables. objective: see `make_step`. batches(start, stop) -> this process's batches for steps
+    init(key) -> variables. objective: see `make_step`. batches(start, stop) -> this process's batches for steps
     start..stop-1. evaluate(variables) -> metrics; the checkpoint with the lowest `best_metric` is kept.
     sample(variables) -> uint8 image `height width 3`. optims: separate optimizers for parameter groups, by top-level
     name. inventory: what was found in the data, to be logged and kept with the run.
@@ -84,7 +84,7 @@ def train(
     Raises:
         ValueError: a batch that cannot be shared, a config that does not fit, a damaged checkpoint.
         FileExistsError, OSError: a workdir that holds something else, is in use, or cannot be written.
-                FloatingPointError: loss or gradient is not finite; names the step, and checkpoints stay intact.
+        FloatingPointError: loss or gradient is not finite; names the step, and checkpoints stay intact.
         Interrupted: a signal came before the first step.
 
     Example:
