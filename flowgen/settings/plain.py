@@ -350,7 +350,7 @@ def _found(value: Any) -> Any:
         raise _Refusal(str(error)) from error
     if not isinstance(found, type):
         if isinstance(value, Mapping):
-            raise _Refusal(f"has the type {shown(named)}, which is no class; give its name alone.")
+            raise _Refusal(f"has the type {shown(named)}, which is not a class; give its name alone.")
         return _require(not is_name(found) and not isinstance(found, Mapping), found)
     if not (is_dataclass(found) and found.__dataclass_params__.frozen):
         raise _Refusal(f"is the class {found.__module__}:{found.__qualname__}; make it a dataclass(frozen=True).")

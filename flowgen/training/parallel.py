@@ -41,7 +41,7 @@ class DataParallel:
 
     @property
     def must_wait(self) -> bool:
-        """Whether each step must end before the next."""
+        """Whether each step must end before the next one starts."""
         return backend.must_wait(self.local_devices)
 
     def check_batch(self, config: TrainConfig) -> None:
