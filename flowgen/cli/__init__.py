@@ -27,7 +27,7 @@ EXIT_INTERRUPTED = 130
 INTERRUPTED = "Interrupted without saving; existing checkpoints are unchanged."
 EXIT_BROKEN_PIPE = 141
 MISTAKES = (ValueError, OSError, ImportError)
-OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # the runtime's own name for it
+OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # the runtime's name for this error
 
 # Commands whose options may be followed by fields of the config.
 TAKES_FIELDS = ("train", "sample", "info", "evaluate", "encode")
@@ -167,7 +167,7 @@ def program(arguments: Sequence[str] | None = None) -> int:
     """
     code = main(arguments)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Python would print a traceback while it shuts down.
-    if code > 128:  # Interrupted work may still be compiling, and crashes if Python shuts down around it.
+    if code > 128:  # Interrupted work may still be compiling, which crashes if Python shuts down meanwhile.
         _flush()
         os._exit(code)
     return code
@@ -223,7 +223,7 @@ class _Sentences(logging.Handler):
 @contextlib.contextmanager
 def _log_as_sentences() -> Generator[None]:
     handler, logger = _Sentences(logging.WARNING), logging.getLogger("flowgen")
-    # Other packages add a root handler, which would show the same line again.
+    # Other packages add a root handler, which would print the line a second time.
     propagates, logger.propagate = logger.propagate, False
     logger.addHandler(handler)
     try:

@@ -40,7 +40,7 @@ def apply_words(
     options: a dataclass whose fields are the command's own options for this kind of experiment. groups: groups of the
     experiment that the command takes, or single fields such as "codec.path"; None for all.
 
-    Raises ValueError naming a word that is not a field, a field that is set twice, or a value that does not fit.
+    Raises ValueError if a word is not a field, a field is set twice, or a value does not fit; names it.
 
     Example:
         experiment, options, given = apply_words(["--num", "4", "--seed=1"], experiment, DrawOptions())

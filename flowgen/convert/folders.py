@@ -38,8 +38,8 @@ def load_autoencoder(path: str | os.PathLike[str]) -> AutoencoderCodec:
     Latents are (latents - shift_factor) · scaling_factor, as the config says.
 
     Raises:
-        FileNotFoundError: no such folder, or one without config.json or weights, naming it.
-        ValueError: weights or config that are damaged, or of another network.
+        FileNotFoundError: the folder does not exist, or has no config.json or weights; names it.
+        ValueError: the weights or the config are damaged, or belong to another network.
 
     Example:
         codec = load_autoencoder("sd-vae-ft-ema")
@@ -93,8 +93,8 @@ def load_text_encoder(path: str | os.PathLike[str], *, length: int) -> FrozenTex
     (`tokenizer.json` or `spiece.model`) is in the folder itself, or in a folder `tokenizer` inside or beside it.
 
     Raises:
-        FileNotFoundError, ModuleNotFoundError: no such folder, package, weights or tokenizer, naming it.
-        ValueError: weights or config that are damaged, or of another network.
+        FileNotFoundError, ModuleNotFoundError: the folder, package, weights or tokenizer are missing; says which.
+        ValueError: the weights or the config are damaged, or belong to another network.
 
     Example:
         encoder = load_text_encoder("flan-t5-xl", length=128)

@@ -196,7 +196,7 @@ def _place(out: np.ndarray, x: np.ndarray, rule: Rule) -> str | None:
         return f"has shape {x.shape}, which becomes {value.shape}, but the model has {out.shape}"
     if not out.flags.writeable:
         return None
-    with np.errstate(over="ignore"):  # found below
+    with np.errstate(over="ignore"):  # overflow is found below
         out[...] = value
     if not np.isfinite(out).all():
         return f"holds values that are not finite in {out.dtype}"

@@ -20,7 +20,7 @@ from flowgen.documents import MAX_BYTES, check_regular, parse_json
 _MAX_HEADER = MAX_BYTES
 # Limit on the bytes of a file's tensors, as a multiple of its size; a few tied weights fit.
 _MAX_VIEWS = 4
-_MAX_LOOKED_AT = 100_000  # dictionaries, counted each time they are met
+_MAX_LOOKED_AT = 100_000  # dictionaries; one that is met twice counts twice
 _MAX_NAMED = 8  # in messages
 _MAX_DEPTH = 4  # nesting of the dictionaries that are searched for a state dict
 _LFS_POINTER = b"version https://git-lfs"

@@ -76,7 +76,7 @@ class CheckpointReader:
         """Returns what was saved beside the arrays: `manifest`, and `metrics`, empty if the step was not evaluated.
 
         Raises:
-            ValueError: missing, damaged, or of another step; names the step.
+            ValueError: the checkpoint is missing, damaged, or of another step; names the step.
         """
         return {**self.manifest(step), "metrics": self.evaluation(step) or {}}
 
@@ -84,7 +84,7 @@ class CheckpointReader:
         """Returns what was saved with the arrays: `config`, `arrays` (path: [shape, dtype]), `files` (path: digest).
 
         Raises:
-            ValueError: missing, damaged, or of another step; names the step.
+            ValueError: the checkpoint is missing, damaged, or of another step; names the step.
         """
         meta = self._read_meta(step)
         if meta["step"] != step:
@@ -98,7 +98,7 @@ class CheckpointReader:
         """Returns the metrics of a step, or None if it has not been evaluated.
 
         Raises:
-            ValueError: damaged, or the evaluation of another checkpoint.
+            ValueError: the evaluation is damaged, or belongs to another checkpoint.
         """
         path = self.directory / str(step) / EVALUATION
         if not os.path.lexists(path):
@@ -186,7 +186,7 @@ class CheckpointReader:
         try:
             files = self._read_meta(int(entry.name))["files"]
         except ValueError:
-            return None  # Damaged, which is refused and not ignored.
+            return None  # It is damaged, so it is refused and not ignored.
         gone = [name for name in files if not os.path.lexists(entry / name)]
         return f"{_BROKEN[1]} {gone[0]}" if gone else None
 

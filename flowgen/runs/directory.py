@@ -60,7 +60,7 @@ def read_config(run_dir: str | Path) -> dict[str, Any]:
     """Returns the JSON of a run's config.
 
     Raises:
-        FileNotFoundError: no such directory, or not a run; says what it is instead.
+        FileNotFoundError: the directory does not exist or is not a run; says what is wrong.
         ValueError: the config is not a file, not JSON, or was changed; names the changed values.
 
     Example:
@@ -142,7 +142,7 @@ def _check_kinds(workdir: Path) -> None:
             raise NotADirectoryError(f"{workdir / name} is not a folder; remove it.")
     for name in (DATA_FILE, LOCK_FILE):
         path = workdir / name
-        is_elsewhere = name == LOCK_FILE and path.is_symlink()  # It would lock another directory.
+        is_elsewhere = name == LOCK_FILE and path.is_symlink()  # A link would lock another directory.
         if os.path.lexists(path) and (is_elsewhere or not is_regular(path)):
             raise FileExistsError(f"{path} is not a regular file; remove it.")
 

@@ -14,7 +14,7 @@ from flowgen.data.media import atomic_file
 from flowgen.documents import parse_json
 
 DIGEST = "sha256"
-_TEMPORARY = re.compile(r"\..+\.[0-9]+-[0-9a-f]{8}\.tmp")  # as `atomic_file` names them
+_TEMPORARY = re.compile(r"\..+\.[0-9]+-[0-9a-f]{8}\.tmp")  # the names that `atomic_file` uses
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
@@ -22,7 +22,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
     Raises:
         OSError: the file is missing or cannot be read.
-        ValueError: not a regular file, not JSON, nested too deep, or not an object; says which, and names the file.
+        ValueError: it is not a regular file, not JSON, nested too deep, or not an object; names the file.
 
     Example:
         config = read_json("runs/digits/config.json")

@@ -63,7 +63,7 @@ class _Events:
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto import event_pb2 as untyped
 
-        event_pb2: Any = untyped  # Its names are generated on import.
+        event_pb2: Any = untyped  # The module's names are generated on import.
         self._summary, self._event = summary, event_pb2.Event
         self._writer = EventsWriter(str(run_dir / "events"), filename_suffix=f".{os.getpid()}")
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)

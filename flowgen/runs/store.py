@@ -185,7 +185,7 @@ class CheckpointStore(CheckpointReader):
         kept = {current, *steps[-self._keep :], *([] if best is None else [best[0]])}
         for step in steps:
             if step not in kept:
-                # Renamed first: an interrupted deletion leaves nothing that looks like a checkpoint.
+                # Renamed first, so that an interrupted deletion leaves nothing that looks like a checkpoint.
                 gone = _free(self.directory / f"{step}.{DELETED}")
                 try:
                     os.rename(self.directory / str(step), gone)

@@ -28,7 +28,7 @@ class RunWriter:
     writes the config and opens the metrics. If the directory is removed, the next save recreates it and reports this.
 
     Raises:
-        BlockingIOError: another process trains here, or did after `latest` was read.
+        BlockingIOError: another process trains here, or has trained here since `latest` was read.
         OSError: the directory cannot be written.
 
     Example:
@@ -38,7 +38,7 @@ class RunWriter:
     """
 
     def __init__(self, workdir: str | Path, *, latest: int | None = None, keep: int, best_metric: str):
-        self.workdir = Path(workdir).absolute()  # It stays valid if the process changes its directory.
+        self.workdir = Path(workdir).absolute()  # An absolute path stays valid if the process changes its directory.
         self._shown = Path(workdir)
         self._keep, self._best_metric = keep, best_metric
         self._progress: Progress | None = None

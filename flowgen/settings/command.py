@@ -38,13 +38,13 @@ def override(config: T, arguments: Sequence[str]) -> T:
     is imported. A frozen dataclass is a group of its fields.
 
     Raises:
-        ValueError: an unknown field (with the closest known one), a group, a missing or an unfitting value.
+        ValueError: a field is unknown (suggests the closest one) or is a group, or a value is missing or does not fit.
 
     Example:
         experiment = override(experiment, ["--optim.lr", "3e-4", "--model.image_size=(32, 48)"])
     """
     given, fields, known = _pairs(arguments), _opened(None, config), leaf_names(config)
-    for path in sorted(given, key=lambda path: path.count(".")):  # the type of a group before its fields
+    for path in sorted(given, key=lambda path: path.count(".")):  # a group's type is set before its fields
         if path.split(".")[0] not in fields:
             raise ValueError(_unknown(path, known))
         _set(fields, type(config), path.split("."), given[path], path, known)

@@ -85,7 +85,7 @@ def config(cls: type[T] | None = None, *, kw_only: bool = False) -> type[T] | Ca
     Its own `__post_init__` runs afterwards. If fields do not fit each other, it raises ValueError with a sentence that
     begins with the name of one of them.
 
-    Raises FieldError naming every field that is of the wrong type or out of range.
+    Raises FieldError if fields have the wrong type or are out of range; names them all.
 
     Example:
         @config
@@ -306,7 +306,7 @@ def _bounded(value: Any, annotation: Any, *bounds: Any) -> Any:
     # Entries are counted before any of them is checked.
     counted = typing.get_origin(annotation) is tuple and isinstance(value, list | tuple)
     converted = value if counted else _convert(annotation, value)
-    given = value if type(value) is int else converted  # as a message shows it
+    given = value if type(value) is int else converted  # the form that a message shows
     for bound in bounds:
         if isinstance(bound, Bound) and (problem := bound.problem(given)):
             raise _Refusal(problem)
@@ -322,9 +322,9 @@ def _convert_entry(annotation: Any, value: Any) -> Any:
 
 def _convert_number(annotation: type, value: Any) -> int | float:
     if getattr(value, "shape", None) == ():
-        value = value.item()  # of an array library
+        value = value.item()  # a scalar of an array library
     _require(isinstance(value, numbers.Real) and not isinstance(value, bool), value)
-    if isinstance(value, int):  # of any size
+    if isinstance(value, int):  # integers may have any size
         return value if annotation is int else float(_require(abs(value) < MAX_WHOLE_FLOAT, value))
     _require(math.isfinite(value), value)
     _require(annotation is float or value == int(value), value)
@@ -368,7 +368,7 @@ def _convert_own(kind: Any, value: Any) -> Any:
 
 
 def _convert_union(kinds: tuple[Any, ...], value: Any) -> Any:
-    # An exact type wins over a conversion: 3 stays an int in `float | int`.
+    # An exact type takes precedence over a conversion: 3 stays an int in `float | int`.
     for kind in sorted(kinds, key=lambda kind: unannotated(kind) is not type(value)):
         with contextlib.suppress(_Mismatch):
             return _convert(kind, value)

@@ -19,7 +19,7 @@ from flowgen.training.parallel import DataParallel, barrier, from_primary, is_pr
 from flowgen.training.signals import Interrupted, Signals
 from flowgen.training.step import Objective, Step, TrainState, init_state, make_step
 
-# Steps that may be queued on the device: enough to keep it busy while the host prepares the next.
+# Steps that may be queued on the device, to keep it busy while the host prepares the next step.
 STEPS_AHEAD = 2
 # Steps between checks for a signal in other processes; a check waits for the current step.
 AGREE_EVERY = 8
@@ -82,8 +82,8 @@ def train(
     same number of devices.
 
     Raises:
-        ValueError: a batch that cannot be shared, a config that does not fit, a damaged checkpoint.
-        FileExistsError, OSError: a workdir that holds something else, is in use, or cannot be written.
+        ValueError: devices cannot share the batch, the config does not fit, or a checkpoint is damaged.
+        FileExistsError, OSError: the workdir holds something else, is in use, or cannot be written.
         FloatingPointError: loss or gradient is not finite; names the step, and checkpoints stay intact.
         Interrupted: a signal came before the first step.
 
@@ -103,7 +103,7 @@ def train(
     with Signals() if signals is None else nullcontext(signals) as signals:
         with _interruptible(signals):
             check_workdir(workdir, check_config, locks=is_primary())
-            barrier("flowgen: workdir checked")  # One process's first file would look foreign to another.
+            barrier("flowgen: workdir checked")  # Otherwise, one process's first file would look foreign to another.
             # Everything that can be refused is read before anything is written.
             reader = CheckpointReader(workdir / CHECKPOINTS)
             latest = _resumed_from(reader, train.steps, check_config)

@@ -12,7 +12,7 @@ from flowgen.settings.ranges import BatchSize, Count, CountOrZero, Fraction, Non
 
 
 def check_warmups(warmups: Mapping[str, int], steps: int) -> None:
-    """Raises ValueError naming every warm-up that is as long as the run or longer.
+    """Raises ValueError if warm-ups are as long as the run or longer; names them all.
 
     Example:
         check_warmups({"optim.warmup_steps": 100}, steps=2000)

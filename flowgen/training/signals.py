@@ -53,7 +53,7 @@ class Signals:
         self.doing = "Stopping before the first step; nothing is lost"
         self._on_second, self._ending, self._raises = on_second, False, False
         self._lost = False  # whether the first signal's exception was lost and must be raised again
-        self._repeats = 0  # unread signals that `_repeat` raised, which nobody sent
+        self._repeats = 0  # unread signals that nobody sent: `_repeat` raised them
         self._noted = ""  # `doing` when the main thread noticed the signal
         self._previous: dict[int, Any] = {}
 
@@ -166,6 +166,6 @@ class Signals:
 def _say(line: str) -> None:
     # Ignored if the terminal is closed.
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        # Start a new line after a bar or a terminal's ^C.
+        # Starts a new line after a progress bar or a terminal's ^C.
         sys.stderr.write(("\n" if sys.stderr.isatty() else "") + line + "\n")
         sys.stderr.flush()
