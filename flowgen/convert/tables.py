@@ -54,7 +54,7 @@ def layer_norm(source: str, target: str) -> tuple[Rule, Rule]:
 
 
 def rms_norm(source: str, target: str) -> tuple[Rule]:
-    """Returns the rule of an RMSNorm. In both PyTorch and flowgen, its weight is the offset from 1.
+    """Returns the rule of an RMSNorm. In both the published code and flowgen, its weight is the offset from 1.
 
     Example:
         rules = rms_norm("final_norm", "params/final_norm")
