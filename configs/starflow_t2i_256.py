@@ -6,8 +6,8 @@
     python sample.py --checkpoint runs/t2i --prompt "a cat" --aspect 1:1 --guidance 3.6
 
 codec.path and text.encoder are published folders. Parameters, moments and average take 62 GB on each device, in
-float32; they are not sharded yet. Expected: `reference`, the FID-30K on COCO of the paper's model, which was
-trained on more data than CC12M; not measured here.
+float32, because they are not sharded yet. `reference` holds the FID-30K on COCO of the paper's model, which was trained
+on more data than CC12M. It is not measured here.
 """
 
 import dataclasses

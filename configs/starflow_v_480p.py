@@ -3,8 +3,9 @@
 python train.py --config configs/starflow_v_480p.py --workdir runs/t2v --data.path videos \
     --codec.path Wan2.2-TI2V-5B-Diffusers --text.encoder flan-t5-xl
 
-Published: trained on 70 M clips and 400 M images, VBench total 78.67 (arXiv 2511.20462); not measured here. Encode the
-latents first, with python -m flowgen encode. The released run skipped updates with a gradient norm above 1.
+Encode the latents first, with python -m flowgen encode. The published model was trained on 70 M clips and 400 M images
+and has a VBench total of 78.67 (arXiv 2511.20462); this is not measured here. The released run skipped updates with a
+gradient norm above 1.
 """
 
 import dataclasses

@@ -3,7 +3,7 @@
 python train.py --config configs/starflow_v_bouncing.py --workdir runs/bouncing
 python sample.py --checkpoint runs/bouncing --num 10 --out bouncing.gif
 
-Expected: `reference`, measured on held-out clips with the training noise.
+`reference` holds the expected metrics, measured on held-out clips with the training noise.
 """
 
 from flowgen.data import ClipsConfig

@@ -7,7 +7,7 @@ guidance 1.5 and denoising 0.97, which are the sampling defaults here. 823,927,5
 on 32 A100s. Not reproduced here.
 
 Optimisation is as published: AdamW (0.9, 0.95), weight decay 1e-4 on everything, one epoch of warm-up, cosine
-to 1e-6, no clipping. The parameter average is an addition of ours; `--no-ema` samples without it. Put the training
+to 1e-6, no clipping. The parameter average is our addition; `--no-ema` samples without it. Put the training
 images under data/imagenet, one folder per class if there are classes, or set --data.path.
 """
 

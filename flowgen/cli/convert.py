@@ -127,7 +127,7 @@ def _text(options: argparse.Namespace, arguments: Any) -> Any:
 
 
 def _place(path: str | None) -> str:
-    """An absolute path, valid from any working directory; empty if it is not known yet."""
+    """Returns an absolute path, valid in any working directory; empty if it is not known yet."""
     if path is None:
         return ""
     if not Path(path).is_dir():

@@ -31,8 +31,8 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     if not isinstance(experiment, AutoregressiveExperiment) or not experiment.is_latent:
         raise ValueError(f"{experiment.name} has neither codec nor text, so there is nothing to encode; set --codec.")
     if isinstance(experiment.data, LatentsConfig):
-        raise ValueError("data are cached latents, which are encoded already; give images or clips.")
-    data, experiment = experiment.data, experiment.with_provenance()  # Networks that differ later are refused.
+        raise ValueError("data are cached latents, which are already encoded; give images or clips.")
+    data, experiment = experiment.data, experiment.with_provenance()  # If the networks differ later, they are refused.
     splits = ("train", "eval") if data.eval_fraction > 0 else ("train",)
     writer, names = LatentWriter(options.out), ()
     with told_once():

@@ -20,7 +20,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
 
 
 def fields_help() -> str:
-    """Returns the help of the fields that each kind of model takes."""
+    """Returns the help on the fields that each kind of model takes."""
     from flowgen.cli.grammar import options_help
     from flowgen.experiments.autoregressive import FlowEvaluateOptions
     from flowgen.experiments.drawing import EvaluateOptions
@@ -72,12 +72,12 @@ def _check_sampling(given: set[str], experiment: Any, asked: Any) -> None:
 
 
 def _on_other_data(trained: Any, changed: Any) -> Any:
-    """The experiment with the requested data, whose classes are mapped to the run's by name."""
+    """Returns the experiment with the requested data, whose classes are mapped to the run's by name."""
     from flowgen.data.inventory import name_list, tell
     from flowgen.experiments.images import with_class_names
 
     known, asked = (getattr(one.data, "classes", ()) for one in (trained, changed))
-    if known and not asked:  # data of another type begin without
+    if known and not asked:  # data of another type have no classes yet
         return dataclasses.replace(changed, data=dataclasses.replace(changed.data, classes=known))
     if known and asked != known:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The one grammar of all commands: `--group.field value` sets a field of the experiment, `--option value` an option.
+"""The grammar of all commands: `--group.field value` sets a field of the experiment, `--option value` an option.
 
 Fields of `sampling` and some common ones need no group, in any command. Hyphens and underscores are equivalent.
 """
@@ -18,7 +18,7 @@ from flowgen.experiments.files import config_path, load_config
 from flowgen.settings import FieldError, leaf_names, override, settings, type_name
 from flowgen.settings.annotations import hints_of
 
-# Short names of common fields, beside those of `sampling`, which need no group.
+# Short names of common fields. Fields of `sampling` also need no group.
 ALIASES = {
     "autoencoder": "codec.path",
     "text_encoder": "text.encoder",
@@ -38,9 +38,9 @@ def apply_words(
     """Returns the experiment and the options with the values set on a command line, and the names that were set.
 
     options: a dataclass whose fields are the command's own options for this kind of experiment. groups: groups of the
-    experiment that the command takes, or single fields, such as "codec.path"; None for all.
+    experiment that the command takes, or single fields such as "codec.path"; None for all.
 
-    Raises ValueError naming a word that is not a field, a field that is set twice, or a value that does not fit.
+    Raises ValueError if a word is not a field, a field is set twice, or a value does not fit; names it.
 
     Example:
         experiment, options, given = apply_words(["--num", "4", "--seed=1"], experiment, DrawOptions())
@@ -72,7 +72,7 @@ def apply_words(
 
 
 def _overridden(options: Any, words: list[str]) -> Any:
-    """The options with the values that words set; errors name them as written."""
+    """Returns the options with the values that words set; errors name options as they were written."""
     try:
         return override(options, words)
     except ValueError as error:
@@ -96,7 +96,7 @@ def load_experiment(options: argparse.Namespace, words: list[str]) -> Experiment
 
 
 def _line_of(path: str, error: Exception) -> int | None:
-    """The line of a config file at which an error arose; None if the file is not to blame."""
+    """Returns the line of a config file at which an error arose; None if the error came from elsewhere."""
     if isinstance(error, SyntaxError) and (error.filename in (path, None) or error.lineno is None):
         return error.lineno or 1  # A NUL byte has no line number.
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
@@ -133,7 +133,7 @@ def options_help(
 
 
 def _pairs(words: Sequence[str]) -> list[tuple[str, str | None]]:
-    """Names and values of words such as "--a 1" and "--a=1"; None if another name or the end follows."""
+    """Returns names and values from words such as "--a 1" and "--a=1"; the value is None if the word has none."""
     rest, pairs = list(words), []
     while rest:
         word = rest.pop(0)
@@ -148,7 +148,7 @@ def _pairs(words: Sequence[str]) -> list[tuple[str, str | None]]:
 
 
 def _value(name: str, text: str | None, experiment: Any, options: Any, own: tuple[str, ...]) -> str:
-    """The text of a field's value; a switch without one is turned on."""
+    """Returns the text of a field's value; a switch without a value is turned on."""
     if text or (text is not None and name not in own):
         return text
     if name in own:
@@ -181,7 +181,7 @@ def _unknown(word: str, experiment: Any, own: tuple[str, ...], groups: tuple[str
 
 
 def _check_parallel(began: Any, experiment: Any) -> None:
-    """Raises ValueError if fields of parallel plans were changed for another plan."""
+    """Raises ValueError if fields of parallel plans were changed, but the plan is not parallel."""
     before, now = (getattr(one, "sampling", None) for one in (began, experiment))
     changed = any(getattr(before, name, None) != getattr(now, name, None) for name in OF_PARALLEL_PLANS)
     if changed and getattr(now, "plan", None) not in PARALLEL_PLANS:

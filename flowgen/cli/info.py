@@ -13,7 +13,9 @@ def declare(parser: argparse.ArgumentParser) -> None:
     group = parser.add_mutually_exclusive_group(required=True)
     group.add_argument("--config", help="Python file with config(), or the name of one")
     group.add_argument("--checkpoint", help="directory of a run")
-    parser.add_argument("--debug", action="store_true", help="with --config: as train.py --debug would run it")
+    parser.add_argument(
+        "--debug", action="store_true", help="with --config: show the experiment that train.py --debug runs"
+    )
 
 
 def run(options: argparse.Namespace, rest: list[str]) -> int:

@@ -1,4 +1,4 @@
-"""Shared by several commands: option parsers, help lines, a memory check and printing."""
+"""Code that several commands share: option parsers, help lines, a memory check and printing."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def finite_number(text: str) -> float:
 
 
 def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
-    """Returns the parser of whole numbers from least to most."""
+    """Returns a parser of whole numbers from least to most."""
 
     def parse(text: str) -> int:
         try:
@@ -54,7 +54,7 @@ def step_or_best(text: str) -> int | str:
 
 
 def described(setting: Setting) -> str:
-    """Returns a field as written on a command line, followed by its help as a shell comment."""
+    """Returns a field in the form of a command line, followed by its help as a shell comment."""
     value = str(setting.value)
     quoted = f'"{value}"' if "'" in value and not set(value) & set('"$`\\') else shlex.quote(value)
     option = f"--{setting.name} {quoted}"
@@ -62,7 +62,7 @@ def described(setting: Setting) -> str:
 
 
 def num_parameters(flow: Any) -> int:
-    """Returns how many parameters a model has, without allocating them."""
+    """Returns the number of parameters of a model, without allocating them."""
     import jax
 
     from flowgen.nn import init
@@ -75,7 +75,7 @@ def check_memory(parameters: int, *, copies: int) -> None:
     """Raises ValueError if a model's parameters do not fit in this machine's memory, and warns if the copies that
     training keeps (parameters, moments, average) do not.
 
-    Checks CPUs only: accelerators have their own memory, and several may share a model.
+    Only CPUs are checked: accelerators have their own memory, and several may share a model.
     """
     import jax
 
@@ -102,7 +102,7 @@ def say(line: str) -> None:
 
 
 def as_sentence(message: object) -> str:
-    """Returns a message on one line, with control characters escaped and the middle of a very long one left out."""
+    """Returns a message on one line, with control characters escaped; a very long message loses its middle."""
     text = str(message)
     if len(text) > MAX_MESSAGE:
         text = f"{text[: MAX_MESSAGE // 2]} ... {text[-MAX_MESSAGE // 2 :]}"

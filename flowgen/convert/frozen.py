@@ -1,4 +1,4 @@
-"""Published frozen networks as flowgen's: AutoencoderKL of diffusers, T5 and BERT of transformers."""
+"""Converts published frozen networks: AutoencoderKL from diffusers, T5 and BERT from transformers."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from flowgen.nn import init
 from flowgen.text import BertConfig, BertEncoder, T5Config, T5Encoder
 
 StateDict = Mapping[str, np.ndarray]
-# The factor of Stable Diffusion's latents if the config has none.
+# Stable Diffusion's factor for latents, used if the config has none.
 SCALING_FACTOR = 0.18215
 
 
 def autoencoder_kl(state_dict: StateDict, config: Mapping[str, Any]) -> tuple[Autoencoder, dict[str, Any]]:
-    """Returns the autoencoder of a diffusers state dict and its variables, float32 numpy arrays.
+    """Returns the autoencoder of a diffusers state dict, and its variables as float32 numpy arrays.
 
-    config: the published config.json. Attention may have its older names.
+    config: the published config.json. Attention tensors may have their older names.
 
     Raises:
         MappingError (a ValueError): tensors are missing, unexpected, or have the wrong shape; lists them all.
@@ -66,7 +66,7 @@ def autoencoder_kl(state_dict: StateDict, config: Mapping[str, Any]) -> tuple[Au
 
 
 def _with_joined(state_dict: StateDict, names: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """The tensors with each attention's three projections fused, if all exist with equal shapes."""
+    """Returns the tensors with each attention's three projections joined, if all three exist with equal shapes."""
     joined = dict(state_dict)
     for side in ("encoder", "decoder"):
         for kind in ("weight", "bias"):
@@ -81,9 +81,9 @@ def _with_joined(state_dict: StateDict, names: tuple[str, ...]) -> dict[str, np.
 
 
 def t5_encoder(state_dict: StateDict, config: Mapping[str, Any]) -> tuple[T5Encoder, dict[str, Any]]:
-    """Returns the encoder of a T5 v1.1 or Flan-T5 state dict and its variables, without its decoder, if any.
+    """Returns the encoder of a T5 v1.1 or Flan-T5 state dict, and its variables. A decoder is left out.
 
-    Raises as `autoencoder_kl`.
+    Raises what `autoencoder_kl` raises.
 
     Example:
         encoder, params = t5_encoder(read_state_dict("model.safetensors"), config)
@@ -134,9 +134,9 @@ def t5_encoder(state_dict: StateDict, config: Mapping[str, Any]) -> tuple[T5Enco
 
 
 def bert_encoder(state_dict: StateDict, config: Mapping[str, Any]) -> tuple[BertEncoder, dict[str, Any]]:
-    """Returns the encoder of a BERT state dict and its variables, without its pooler and heads, if any.
+    """Returns the encoder of a BERT state dict, and its variables. A pooler and heads are left out.
 
-    Raises as `autoencoder_kl`.
+    Raises what `autoencoder_kl` raises.
 
     Example:
         encoder, params = bert_encoder(read_state_dict("model.safetensors"), config)
@@ -183,7 +183,7 @@ def bert_encoder(state_dict: StateDict, config: Mapping[str, Any]) -> tuple[Bert
 
 
 def abstract(network: nn.Module) -> Any:
-    """Returns shapes and dtypes of the variables of a network.
+    """Returns the shapes and dtypes of a network's variables.
 
     Example:
         target = abstract(autoencoder)
@@ -192,8 +192,9 @@ def abstract(network: nn.Module) -> Any:
 
 
 def told(config: Mapping[str, Any], name: str, annotation: Any, *default: Any) -> Any:
-    """Returns a value of a published config by name, or the default; KeyError if it is missing and has no default,
-    ValueError if it has another type.
+    """Returns a value of a published config by name, or the default.
+
+    Raises KeyError if the value is missing and has no default, ValueError if it has another type.
 
     Example:
         width = told(config, "d_model", int)

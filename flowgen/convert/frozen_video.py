@@ -1,4 +1,4 @@
-"""Published video autoencoders as flowgen's: AutoencoderKLWan of diffusers, from Wan 2.1 and 2.2."""
+"""Converts published video autoencoders: AutoencoderKLWan from diffusers, for Wan 2.1 and 2.2."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _DEFAULTS: dict[str, tuple[Any, Any]] = {
 
 
 def video_autoencoder(state_dict: StateDict, config: Mapping[str, Any]) -> tuple[VideoAutoencoder, dict[str, Any]]:
-    """Returns the video autoencoder of a diffusers state dict and its variables, float32 numpy arrays.
+    """Returns the video autoencoder of a diffusers state dict, and its variables as float32 numpy arrays.
 
     config: the published config.json.
 
@@ -73,8 +73,9 @@ def video_autoencoder(state_dict: StateDict, config: Mapping[str, Any]) -> tuple
 
 
 def wan_normalisation(config: Mapping[str, Any]) -> LatentNormalisation:
-    """Returns (latents - latents_mean) / latents_std of a published config.json; ValueError unless both have z_dim
-    valid numbers.
+    """Returns the normalisation (latents - latents_mean) / latents_std of a published config.json.
+
+    Raises ValueError unless both have z_dim valid numbers.
 
     Example:
         normalisation = wan_normalisation(config)
@@ -91,7 +92,7 @@ def wan_normalisation(config: Mapping[str, Any]) -> LatentNormalisation:
 
 
 def _norm(source: str, target: str) -> Rule:
-    # (c, 1, 1) or (c, 1, 1, 1); any other shape is reported as a mismatch.
+    # From (c, 1, 1) or (c, 1, 1, 1); any other shape is reported as a mismatch.
     return Rule(f"{source}.gamma", f"{target}/weight", lambda x: x.reshape(x.shape[:1]))
 
 
@@ -133,12 +134,12 @@ def _rules(config: VideoAutoencoderConfig) -> tuple[Rule, ...]:
 
 
 def _names_22(level: int, count: int) -> tuple[list[str], str]:
-    """Names of a level's blocks and halving in Wan 2.2."""
+    """Returns the names of a level's blocks and of its halving in Wan 2.2."""
     source = f"encoder.down_blocks.{level}"
     return [f"{source}.resnets.{i}" for i in range(count)], f"{source}.downsampler"
 
 
 def _names_21(level: int, count: int) -> tuple[list[str], str]:
-    """Names of a level's blocks and halving in Wan 2.1, which numbers them consecutively over all levels."""
+    """Returns the names of a level's blocks and of its halving in Wan 2.1, which numbers them over all levels."""
     names = [f"encoder.down_blocks.{(count + 1) * level + i}" for i in range(count + 1)]
     return names[:-1], names[-1]

@@ -1,12 +1,12 @@
-"""A strict bijection between the tensors of a weight file and the leaves of a parameter tree.
+"""Strictly maps the tensors of a weight file to the leaves of a parameter tree, one to one.
 
 A `Rule` is one row of a table: the names of its source tensors, the leaf they become, and the transform. Names are
-templates with indices in braces. An index that the target does not mention is stacked: its values 0, 1, ...
-fill the leading axis of the leaf, as in the scanned layers of a block.
+templates with indices in braces. An index that the target does not mention is stacked: its values 0, 1, ... fill the
+leading axis of the leaf, as for the scanned layers of a block.
 
     Rule("blocks.{block}.mlp.{layer}.weight", "params/blocks_{block}/mlp/kernel", transpose)
 
-The target tree decides what is expected, so blocks of unequal depth or width need nothing special.
+The target tree decides what is expected, so blocks of unequal depth or width need no special rules.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def transpose(x: np.ndarray) -> np.ndarray:
 
 
 class Requirement(NamedTuple):
-    """A requirement on a source tensor, in words and as a predicate.
+    """A requirement on a source tensor, as words and as a predicate.
 
     Example:
         ones = Requirement("all ones", lambda x: bool((x == 1).all()))
@@ -57,8 +57,9 @@ class Requirement(NamedTuple):
 
 @dataclass(frozen=True)
 class Rule:
-    """Tensors named `source` become the leaf `target`; if it is None, they are checked against `requirement` and
-    dropped.
+    """Maps tensors named `source` to the leaf `target`. If `target` is None, the tensors are dropped.
+
+    requirement: checked for each tensor, if given.
 
     Example:
         Rule("blocks.{block}.attn_mask", None, requirement=Requirement("causal", is_causal))
@@ -90,7 +91,7 @@ class Rule:
 
 
 class MappingError(ValueError):
-    """Weights that do not fit a model; `failures` holds one clause per problem."""
+    """The weights do not fit the model; `failures` has one clause per problem."""
 
     def __init__(self, failures: Iterable[str]):
         self.failures = tuple(failures)
@@ -105,7 +106,7 @@ class MappingError(ValueError):
 
 
 def match(template: str, name: str) -> dict[str, int] | None:
-    """Returns the indices with which a template gives a name, or None.
+    """Returns the indices for which a template gives a name, or None.
 
     Example:
         match("blocks.{block}.proj_in.weight", "blocks.3.proj_in.weight")  # {"block": 3}
@@ -123,10 +124,10 @@ def _pattern(template: str) -> re.Pattern[str]:
 
 
 def fill(target: Any, state_dict: Mapping[str, np.ndarray], rules: Iterable[Rule]) -> tuple[Any, tuple[str, ...]]:
-    """Returns the tree with every leaf filled from the state dict, as numpy arrays, and the names dropped.
+    """Returns the tree with every leaf filled from the state dict, as numpy arrays, and the dropped names.
 
-    target: a tree of arrays or `jax.ShapeDtypeStruct`, whose shapes and dtypes the result has. Every leaf is
-    filled by exactly one rule, and every tensor is used exactly once or dropped by a rule that says so.
+    target: a tree of arrays or `jax.ShapeDtypeStruct`; the result has its shapes and dtypes. Exactly one rule fills
+    each leaf. Every tensor is used exactly once, or a rule drops it explicitly.
 
     Raises:
         MappingError: tensors are missing, unexpected, of the wrong shape or dtype, or not finite; lists all problems.
@@ -146,7 +147,7 @@ def fill(target: Any, state_dict: Mapping[str, np.ndarray], rules: Iterable[Rule
             return _nothing(leaf)
         ((rule, sources),) = found
         numbers = sum(state_dict[source].size for source in sources if source in state_dict)
-        # A config may require far more memory than the file has bytes; then nothing is allocated.
+        # A config may require far more memory than the file has bytes; if so, nothing is allocated.
         out = np.empty(leaf.shape, leaf.dtype) if numbers >= math.prod(leaf.shape) else _nothing(leaf)
         for index, source in enumerate(sources):
             part = out[index, ...] if rule.stacked else out
@@ -173,7 +174,7 @@ def fill(target: Any, state_dict: Mapping[str, np.ndarray], rules: Iterable[Rule
 
 
 def _nothing(leaf: Any) -> np.ndarray:
-    """An array of a leaf's shape and dtype that takes no memory and cannot be written to."""
+    """Returns a read-only array of a leaf's shape and dtype that takes no memory."""
     return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
 
 
@@ -184,7 +185,7 @@ def _violation(x: np.ndarray, rule: Rule) -> str | None:
 
 
 def _place(out: np.ndarray, x: np.ndarray, rule: Rule) -> str | None:
-    """Writes one transformed tensor into its place, or returns its problem."""
+    """Writes one transformed tensor into its place; returns the problem if it does not fit, else None."""
     if not jnp.issubdtype(x.dtype, jnp.floating):
         return f"is {x.dtype}, not floating point"
     try:
@@ -195,7 +196,7 @@ def _place(out: np.ndarray, x: np.ndarray, rule: Rule) -> str | None:
         return f"has shape {x.shape}, which becomes {value.shape}, but the model has {out.shape}"
     if not out.flags.writeable:
         return None
-    with np.errstate(over="ignore"):  # found below
+    with np.errstate(over="ignore"):  # overflow is found below
         out[...] = value
     if not np.isfinite(out).all():
         return f"holds values that are not finite in {out.dtype}"

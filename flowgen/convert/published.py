@@ -1,4 +1,4 @@
-"""Import of published TARFlow checkpoints: some settings are read from tensor shapes, the others are given."""
+"""Import of published TARFlow checkpoints: some settings come from tensor shapes, the caller gives the others."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from flowgen.flows.tarflow import Scale
 from flowgen.nn import init
 
 _WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
-_MAX_WRAPPERS = 4  # around each other
+_MAX_WRAPPERS = 4  # nested prefixes
 _STARFLOW_MARKS = ("blocks.0.sos_embed", "feat_rope.freqs_cos")
 _FILE_NAME = re.compile(r".*?_?model_(\d+)_(\d+)_(\d+)_(\d+)_(\d+\.\d+|uniform)\.\w+")
 
@@ -40,7 +40,7 @@ class FileName(TypedDict):
 def parse_file_name(path: str | os.PathLike[str]) -> FileName | None:
     """Returns the settings in a published TARFlow file name, or None if the name has another form.
 
-    Form: <data>_model_<patch>_<width>_<blocks>_<layers>_<σ>, with "uniform" for dequantisation (σ = 0 here).
+    The form is <data>_model_<patch>_<width>_<blocks>_<layers>_<σ>; "uniform" stands for dequantisation (σ = 0 here).
 
     Example:
         parse_file_name("afhq_model_8_768_8_8_0.07.pth")["noise_std"]  # 0.07
@@ -66,15 +66,15 @@ def tarflow(
     channels: int = 3,
     noise_std: float = 0.0,
 ) -> tuple[TARFlow, dict[str, Any]]:
-    """Returns the flow of a published TARFlow state dict and its variables, float32 numpy arrays.
+    """Returns the flow of a published TARFlow state dict, and its variables as float32 numpy arrays.
 
-    Width, depth, expansion, classes and the affine form are read from the shapes. `image_size` (side, or
-    height and width), `patch_size` and `channels` are checked against them; `noise_std` cannot be checked. The prior
+    Width, depth, expansion, classes and the affine form are read from the shapes. `image_size` (a side, or height and
+    width), `patch_size` and `channels` are checked against the shapes; `noise_std` cannot be checked. The prior
     variance `var` is kept unless it is 1 everywhere.
 
     Raises:
         MappingError (a ValueError): tensors are missing, unexpected, or have the wrong shape; lists them all.
-        ValueError: the weights are not those of a TARFlow, or the arguments contradict the shapes.
+        ValueError: the weights are not a TARFlow's, or the arguments contradict the shapes.
 
     Example:
         flow, params = tarflow(read_state_dict("afhq_model_8_768_8_8_0.07.pth"), image_size=256, patch_size=8)
@@ -178,7 +178,7 @@ def _shape(state_dict: Mapping[str, np.ndarray], name: str, ndim: int) -> tuple[
 
 
 def _count(state_dict: Mapping[str, np.ndarray], template: str) -> int:
-    """How many of the names with index 0, 1, ... there are in a row."""
+    """Returns how many consecutive names there are, with the indices 0, 1, ..."""
     return next(index for index in itertools.count() if template.format(index=index) not in state_dict)
 
 

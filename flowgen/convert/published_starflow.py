@@ -1,4 +1,4 @@
-"""Import of published STARFlow and STARFlow-V checkpoints, whose shapes are given by the arguments in their YAML."""
+"""Import of published STARFlow and STARFlow-V checkpoints; the arguments in their YAML give the shapes."""
 
 from __future__ import annotations
 
@@ -61,13 +61,14 @@ _DEFAULTS: dict[str, Any] = {
     "cond_noise_level": 0,
     "fps_cond": 0,
 }
-# Required of every model, of every video model, and of every model with a denoiser; and unsupported options.
+# Options that every model, every video model and every denoiser must have, that only clips may have, and that are
+# unsupported.
 _REQUIRED = ("rope", "sos", "use_softplus", "use_final_norm")
 _REQUIRED_OF_CLIPS = ("temporal_causal", "shallow_block_local", "cond_top_only", "txt_size")
 _REQUIRED_OF_DENOISERS = ("conditional_denoiser", "denoiser_window", "noise_std", "cond_noise_level")
 _ONLY_OF_CLIPS = ("temporal_causal", "shallow_block_local", "learnable_self_denoiser", "fps_cond")
 _REFUSED = ("local_attn_window", "use_pretrained_lm")
-# Arguments of training, data and sampling, or without effect in the published code.
+# Arguments of training, data and sampling, and arguments without effect in the published code.
 _OTHER = """
     acc adaln batch_size caption_column cfg compile data dataset drop_image drop_label dry_run epoch_length
     epochs finetuned_vae fp8 fsdp fsdp_text_encoder grad_clip grad_skip gradient_checkpoint
@@ -77,7 +78,7 @@ _OTHER = """
     secondary_img_size secondary_ratio secondary_vid_size train_seed use_8bit_adam use_mm_attn
     vae_decoder_factor video_to_video wandb_name warmup_steps wds
 """
-# The types of the arguments that are numbers; published: 512 pixels, 4,096 channels, 6 blocks, a window of 9 frames.
+# The types of numeric arguments. Published: 512 pixels, 4,096 channels, 6 blocks, a window of 9 frames.
 _NUMBERS = {
     **dict.fromkeys(("img_size", "channels", "top_block_channels", "txt_size"), Annotated[int, Within(0, 1 << 16)]),
     **dict.fromkeys(
@@ -93,17 +94,17 @@ _MAX_DIGITS = 6  # of frames, and of frames per second
 _MAX_LETTERS = 1000  # of layers_per_block
 # Pixels per latent along a side, and frames per latent.
 _VAE_FACTORS = {"sd-vae": (8, 1), "Wan2.2": (16, 4), "Wan2.1": (8, 4)}
-# The token order of block 0, by the published name, which states that of the last of an even number of blocks.
+# The token order of block 0, by the published name, which states the order of the last of an even number of blocks.
 _ORDERS = {"L2R": "reversed", "R2L": "raster"}
-# Fixed in the published code: the layers of its denoiser, and the step x - 0.3 s that sampling takes with its answer s.
+# Fixed in the published code: the layers of its denoiser, and the step x - 0.3 s, where s is the denoiser's output.
 _DENOISER_LAYERS = 8
 _DENOISER_STEP = 0.3
 
 
 def read_arguments(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Returns the arguments of a published YAML by name; the file lists them as single `name: value` under `arguments`.
+    """Returns the arguments of a published YAML by name. The file has a list of `name: value` under `arguments`.
 
-    Raises FileNotFoundError if there is no such file, ValueError if it is not a YAML of that form.
+    Raises FileNotFoundError if there is no such file, ValueError if it is not a YAML file of this form.
 
     Example:
         arguments = read_arguments("starflow_3B_t2i_256x256.yaml")
@@ -129,18 +130,18 @@ def starflow(
     *,
     dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> tuple[AutoregressiveFlow, dict[str, Any]]:
-    """Returns the flow of a published STARFlow state dict and its variables, numpy arrays of `dtype`.
+    """Returns the flow of a published STARFlow state dict, and its variables as numpy arrays of `dtype`.
 
-    Tensors are copied one by one, so the file views of `read_state_dict` need no memory besides the result.
+    Tensors are copied one by one, so with the file views of `read_state_dict`, only the result takes memory.
 
-    arguments: those of the published YAML by name, with image sides in pixels if there is a `vae`. A `text` that ends
-    in ".vocab" means classes, fed as one-hot texts of one token. `vid_size`, frames and rate as in '81:16', means a
+    arguments: the published YAML's arguments by name, with image sides in pixels if there is a `vae`. A `text` that
+    ends in ".vocab" means classes, as one-hot texts of one token. A `vid_size`, frames and rate as in '81:16', means a
     video model, a STARFlowV, with its denoiser if there is a `learnable_self_denoiser`. The unused buffers `var`,
     `attn_mask` and `feat_rope.*` are dropped.
 
     Raises:
         MappingError (a ValueError): tensors are missing, unexpected, or have the wrong shape; lists them all.
-        ValueError: the dtype is neither of the two, or an argument is unknown, or gives a model that was not published.
+        ValueError: the dtype is unknown, an argument is unknown, or the arguments give a model that was not published.
 
     Example:
         flow, params = starflow(read_state_dict("starflow_3B_t2i_256x256.pth"), arguments)
@@ -173,12 +174,12 @@ def _rules(config: STARFlowConfig) -> tuple[Rule, ...]:
     gated = config.activation == "geglu"
     if not isinstance(config, STARFlowVConfig) or not config.denoiser_layers:
         return starflow_rules(gated=gated)
-    # The published s denoises by x - 0.3 s, ours by x - σ t, so t = s 0.3 / σ, which is -σ times the score.
+    # The published denoiser steps to x - 0.3 s, ours to x - σ t, so t = s 0.3 / σ, which is -σ times the score.
     return starflow_v_rules(gated=gated, denoiser_scale=_DENOISER_STEP / config.noise_std)
 
 
 def _known(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments that shape the model, with the published defaults; ValueError if one is not understood."""
+    """Returns the arguments that shape the model, with the published defaults; ValueError if one is not supported."""
     for name, value in arguments.items():
         if name in _REFUSED and value not in (0, None):
             raise ValueError(f"{name} is {value!r:.80}; only models without it can be imported.")
@@ -223,7 +224,7 @@ def _check_values(known: dict[str, Any]) -> None:
 
 
 def model_config(state_dict: Mapping[str, np.ndarray], arguments: Mapping[str, Any]) -> STARFlowConfig:
-    """Returns the config of a published model by its arguments, and by its weights what these do not tell."""
+    """Returns the config of a published model, from its arguments and, where they do not suffice, its weights."""
     known = _known(arguments)
     if not str(known["layers_per_block"]).replace(" ", "").isdecimal():
         raise ValueError(
@@ -271,7 +272,7 @@ def model_config(state_dict: Mapping[str, np.ndarray], arguments: Mapping[str, A
 
 
 def _of_clips(known: Mapping[str, Any]) -> dict[str, int]:
-    """The config fields of a video flow beyond those of an image flow."""
+    """Returns the config fields that a video flow has in addition to an image flow's."""
     frames, _ = clip_size(known["vid_size"])
     shape = {"frames": 1 + (frames - 1) // _vae_factors(known["vae"])[1]}
     if not known["learnable_self_denoiser"]:
@@ -292,9 +293,9 @@ def _of_clips(known: Mapping[str, Any]) -> dict[str, int]:
 
 
 def clip_size(vid_size: str) -> tuple[int, int]:
-    """Returns (frames, frames per second) of the published argument `vid_size`; if it has several rates, the first.
+    """Returns (frames, frames per second) of the published argument `vid_size`, whose first rate counts.
 
-    Raises ValueError if it has another form.
+    Raises ValueError if `vid_size` has another form.
 
     Example:
         clip_size("81:16")  # (81, 16)
@@ -308,7 +309,7 @@ def clip_size(vid_size: str) -> tuple[int, int]:
 
 
 def _vae_factors(vae: str | None) -> tuple[int, int]:
-    """Pixels per latent along a side, and frames per latent."""
+    """Returns pixels per latent along a side, and frames per latent."""
     if vae is None:
         return 1, 1
     factors = next((factors for name, factors in _VAE_FACTORS.items() if name in vae), None)
@@ -318,7 +319,7 @@ def _vae_factors(vae: str | None) -> tuple[int, int]:
 
 
 def _without_identities(state_dict: Mapping[str, np.ndarray], layers: tuple[int, ...]) -> Mapping[str, np.ndarray]:
-    """The tensors with blocks numbered as in `STARFlowConfig.blocks`, which leaves out those of 0 layers."""
+    """Returns the tensors with blocks numbered as in `STARFlowConfig.blocks`, which leaves out blocks of 0 layers."""
     if all(layers):
         return state_dict
     kept = {f"blocks.{index}.": position for position, index in enumerate(i for i, n in enumerate(layers) if n)}

@@ -1,4 +1,4 @@
-"""Weight files as dictionaries of numpy arrays: safetensors, and both layouts of `torch.save`."""
+"""Reads weight files as dictionaries of numpy arrays: safetensors, and both layouts of `torch.save`."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from flowgen.convert.torch_files import PICKLE_MAGIC, ZIP_MAGIC, open_torch
 from flowgen.convert.torch_pickle import StoredTensor
 from flowgen.documents import MAX_BYTES, check_regular, parse_json
 
-# Bytes of the header; the format allows six times as many, and the largest models have a hundredth.
+# Bytes of the header. The format allows six times as many; the largest models need a hundredth.
 _MAX_HEADER = MAX_BYTES
-# How many times its size a file's tensors may take: a few tied weights, and no more.
+# Limit on the bytes of a file's tensors, as a multiple of its size; a few tied weights fit.
 _MAX_VIEWS = 4
-_MAX_LOOKED_AT = 100_000  # dictionaries, counted each time they are met
+_MAX_LOOKED_AT = 100_000  # dictionaries; one that is met twice counts twice
 _MAX_NAMED = 8  # in messages
 _MAX_DEPTH = 4  # nesting of the dictionaries that are searched for a state dict
 _LFS_POINTER = b"version https://git-lfs"
@@ -45,10 +45,10 @@ _DTYPES = {
 
 
 def read_state_dict(path: str | os.PathLike[str], *, entry: str | None = None) -> dict[str, np.ndarray]:
-    """Returns the tensors of a weight file by name, as read-only views of the file in the dtype it has.
+    """Returns the tensors of a weight file by name, as read-only views of the file in its dtypes.
 
     The layout is recognised by content: safetensors, or torch.save's zip archive or its older sequence of
-    pickles. Nothing in the file is executed. A dictionary of tensors wrapped in others, as in {"model": ...,
+    pickles. Nothing in the file is executed. A dictionary of tensors inside others, as in {"model": ...,
     "epoch": 3}, is found if it is the only one; `entry` chooses one of several ("ema", "state.model").
 
     Raises:
@@ -111,9 +111,9 @@ def _listed(names: Iterable[Any]) -> str:
 
 
 def _state_dicts(saved: Any, path: Path) -> dict[str, dict[str, StoredTensor]]:
-    """Every dictionary that maps names to tensors and nothing else, by its dotted name.
+    """Returns every dictionary that only maps names to tensors, by its dotted name.
 
-    One dictionary may be reached under many names, so the search is bounded.
+    The search is bounded, because many names may lead to one dictionary.
     """
     found: dict[str, dict[str, StoredTensor]] = {}
     inner: dict[int, list[tuple[str, Any]] | None] = {}  # values to search in each; None if all are tensors
@@ -141,7 +141,7 @@ def _state_dicts(saved: Any, path: Path) -> dict[str, dict[str, StoredTensor]]:
 
 
 def _dictionaries(value: dict[Any, Any]) -> list[tuple[str, Any]] | None:
-    """The dictionaries in one, None if it holds only tensors; empty if not all names are strings."""
+    """Returns the dictionaries inside one: None if it holds only tensors, empty if not all names are strings."""
     if not value or not all(isinstance(name, str) for name in value):
         return []
     if all(isinstance(part, StoredTensor) for part in value.values()):
@@ -150,8 +150,7 @@ def _dictionaries(value: dict[Any, Any]) -> list[tuple[str, Any]] | None:
 
 
 def _check_size(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Raises ValueError if the tensors take far more bytes than the file: they share a storage, or have strides of
-    0."""
+    """Raises ValueError if the tensors take far more bytes than the file, through shared storages or strides of 0."""
     described, size = sum(tensor.nbytes for tensor in tensors.values()), path.stat().st_size
     if described > _MAX_VIEWS * size:
         raise ValueError(
@@ -161,7 +160,9 @@ def _check_size(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    """Layout: length of the header as little-endian uint64, header as JSON, then the tensors without gaps."""
+    """Returns the tensors of a safetensors file by name.
+
+    Layout: the length of the header as a little-endian uint64, the header as JSON, then the tensors without gaps."""
     content = np.memmap(path, np.uint8, mode="r")
     length = int.from_bytes(content[:8].tobytes(), "little")
     if length > min(_MAX_HEADER, content.size - 8):

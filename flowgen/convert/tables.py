@@ -21,7 +21,7 @@ def linear(source: str, target: str) -> tuple[Rule, Rule]:
 
 
 def conv(source: str, target: str) -> tuple[Rule, Rule]:
-    """Returns the rules of a PyTorch convolution of any number of axes, (out, in, ...), that becomes a Flax one.
+    """Returns the rules of a PyTorch convolution, (out, in, ...) with any number of axes, that becomes a Flax one.
 
     Example:
         rules = conv("encoder.conv_in", "params/encoder/conv_in")
@@ -40,7 +40,7 @@ def point(source: str, target: str) -> tuple[Rule, Rule]:
 
 
 def _point_kernel(x: np.ndarray) -> np.ndarray:
-    """(out, in, 1, ...) to (in, out)."""
+    """Returns a kernel (in, out) from a weight (out, in, 1, ...)."""
     return x.reshape(x.shape[:2]).T
 
 
@@ -54,7 +54,7 @@ def layer_norm(source: str, target: str) -> tuple[Rule, Rule]:
 
 
 def rms_norm(source: str, target: str) -> tuple[Rule]:
-    """Returns the rule of an RMSNorm, whose weight is the offset from 1 on both sides.
+    """Returns the rule of an RMSNorm. In both the published code and flowgen, its weight is the offset from 1.
 
     Example:
         rules = rms_norm("final_norm", "params/final_norm")
@@ -65,7 +65,8 @@ def rms_norm(source: str, target: str) -> tuple[Rule]:
 def transformer(source: str, target: str, mlp: dict[str, str] | None = None) -> tuple[Rule, ...]:
     """Returns the rules of a published transformer's layers, numbered {layer}, that become one scanned stack.
 
-    The columns of qkv keep their order: q, k, v, head after head inside each. mlp: published names of its maps.
+    The columns of qkv keep their order: q, k, v, each head by head. mlp: flowgen's names of its maps, by published
+    name.
 
     Example:
         rules = transformer("blocks.{block}.attn_blocks.{layer}", "params/blocks_{block}/layers")
@@ -84,7 +85,7 @@ def transformer(source: str, target: str, mlp: dict[str, str] | None = None) -> 
 def starflow(*, gated: bool) -> tuple[Rule, ...]:
     """Returns the rules of a published STARFlow for images, with plain or gated MLPs.
 
-    Rules of options that are off fill nothing, because the model does not have their leaves.
+    If an option is off, its rules fill nothing, because the model does not have their leaves.
 
     Example:
         variables, dropped = fill(target, state_dict, starflow(gated=False))
@@ -105,18 +106,18 @@ def starflow(*, gated: bool) -> tuple[Rule, ...]:
         *rms_norm(f"{layer}.mlp.post_norm", f"{layers}/mlp_post_norm"),
         *rms_norm(f"{source}.final_norm", f"{target}/final_norm"),
         *linear(f"{source}.proj_out", f"{target}/proj_out"),
-        # Buffers that the published code keeps for old files and never reads.
+        # Buffers that the published code keeps for old files but never reads.
         *(Rule(name, None) for name in ("var", f"{source}.attn_mask", "feat_rope.freqs_cos", "feat_rope.freqs_sin")),
     )
 
 
 def starflow_v(*, gated: bool, denoiser_scale: float) -> tuple[Rule, ...]:
-    """Returns the rules of a published STARFlow-V: those of its flow, and of its denoiser, whose output is scaled.
+    """Returns the rules of a published STARFlow-V: its flow, and its denoiser, whose output is scaled.
 
     Example:
         variables, dropped = fill(target, state_dict, starflow_v(gated=False, denoiser_scale=0.6))
     """
-    # The denoiser is named like a block, and has some of a block's parts.
+    # The denoiser's parts are some of a block's, under the same names.
     source, target = "learnable_self_denoiser", "params/denoiser"
     parts = (
         dataclasses.replace(
@@ -136,7 +137,7 @@ def starflow_v(*, gated: bool, denoiser_scale: float) -> tuple[Rule, ...]:
 
 
 def scaled(factor: float, transform: Callable[[np.ndarray], np.ndarray] = as_is) -> Callable[[np.ndarray], np.ndarray]:
-    """Returns the transform followed by a multiplication in float32, whatever dtype the tensor has.
+    """Returns the transform followed by a multiplication in float32, for tensors of any dtype.
 
     Example:
         Rule("proj.weight", "params/proj/kernel", scaled(0.5, transpose))
@@ -164,7 +165,7 @@ TARFLOW = (
     *transformer("blocks.{block}.attn_blocks.{layer}", "params/blocks_{block}/layers"),
     *linear("blocks.{block}.proj_out", "params/blocks_{block}/proj_out"),
     Rule("var", "prior/variance", requirement=POSITIVE),
-    # For models without a prior to fill.
+    # For models without a prior variance.
     Rule("var", None, requirement=ALL_ONES),
     Rule("blocks.{block}.attn_mask", None, requirement=CAUSAL_MASK),
 )

@@ -1,7 +1,7 @@
-"""Files of `torch.save` in both layouts: the zip archive of PyTorch 1.6 and later, and the pickles before it.
+"""Reads files of `torch.save` in both layouts: the zip archive of PyTorch 1.6 and later, and the older pickles.
 
-Either way a pickle describes tensors as (storage, offset, shape, strides), and the storages' bytes stand
-apart and uncompressed, so that tensors are views of the mapped file.
+In both, a pickle describes tensors as (storage, offset, shape, strides). The storages' bytes are stored separately and
+uncompressed, so tensors are views of the mapped file.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _LEGACY_PROTOCOL = 1001
 _ANOTHER_BYTE_ORDER = "it was written on a big-endian machine; save it again on a little-endian one"
 _MAX_PICKLE = 1 << 26  # bytes
 
-# Errors that reading malformed bytes is known to raise.
+# Errors that malformed bytes are known to cause.
 _DAMAGE = (Damage, struct.error, LookupError, TypeError, ValueError, OverflowError, MemoryError)
 
 
 class TorchFile(NamedTuple):
-    """The saved object with a `StoredTensor` for every tensor, and the function that reads one."""
+    """The saved object with a `StoredTensor` for every tensor, and the function that reads a tensor."""
 
     saved: Any
     read: Callable[[StoredTensor], np.ndarray]
@@ -44,7 +44,7 @@ def open_torch(path: str | os.PathLike[str]) -> TorchFile:
 
     Raises:
         ValueError: the file is damaged, truncated, big-endian or not written by torch.save, or it names anything but
-            tensors and plain Python values. `TorchFile.read` raises it too.
+            tensors and plain Python values. `TorchFile.read` can raise it too.
 
     Example:
         file = open_torch("model.pth")
@@ -86,7 +86,7 @@ def _view(tensor: StoredTensor, storage_bytes: Callable[[Storage], np.ndarray]) 
 
 
 def _open_zip(content: np.ndarray) -> tuple[Any, Callable[[Storage], np.ndarray]]:
-    """Layout: <root>/data.pkl, and <root>/data/<key> for every storage, all of them stored uncompressed."""
+    """Opens a zip archive: <root>/data.pkl, and <root>/data/<key> for every storage, all uncompressed."""
     entries = read_entries(content)
     pickles = [name for name in entries if name.count("/") == 1 and name.endswith("/data.pkl")]
     if len(pickles) != 1:
@@ -117,9 +117,9 @@ def _open_zip(content: np.ndarray) -> tuple[Any, Callable[[Storage], np.ndarray]
 
 
 def _open_legacy(content: np.ndarray) -> tuple[Any, Callable[[Storage], np.ndarray]]:
-    """Layout: five pickles (magic number, protocol, machine, object, storage keys), then the storages.
+    """Opens the older layout: five pickles (magic number, protocol, machine, object, storage keys), then the storages.
 
-    Each storage, in the order of its key, is an int64 count and the elements.
+    The storages are in the order of the keys. Each is an int64 count, followed by the elements.
     """
     unpickler = TensorUnpickler(content)
     if unpickler.load() != _LEGACY_MAGIC or unpickler.load() != _LEGACY_PROTOCOL:

@@ -1,9 +1,9 @@
-"""The pickles inside files of `torch.save`, read without torch, without pickle and without executing anything.
+"""Reads the pickles inside files of `torch.save`, without torch, without pickle and without executing anything.
 
 A pickle is a program for a small stack machine. The machine here knows the instructions that `torch.save` writes, and
-the names that a dictionary of dense tensors needs; each name stands for a function of this file. The cost of a program
-is
-bounded: by a number of instructions, keys that are fast to look up, and tables no larger than their contents.
+the names that a dictionary of dense tensors needs; each name stands for a function in this file. The cost of a program
+is bounded: the number of instructions is limited, keys are fast to look up, and tables are no larger than their
+contents.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-# The largest published models have a thousand tensors, and their pickles thirty thousand instructions.
+# The largest published models have a thousand tensors; their pickles have thirty thousand instructions.
 MAX_INSTRUCTIONS = 1 << 21
-# NumPy's arrays have at most as many axes.
+# NumPy arrays have at most this many axes.
 MAX_AXES = 64
 MAX_ARGUMENTS = 8
 # Integer keys come from optimizers, one per parameter. Python hashes text unpredictably, but integers can be chosen so
@@ -50,15 +50,15 @@ _STORAGES = {
 
 
 class Refusal(Exception):
-    """One clause on why a file is refused."""
+    """The file is refused; the message is one clause that says why."""
 
 
 class Damage(Exception):
-    """One clause on how a file is malformed."""
+    """The file is malformed; the message is one clause that says how."""
 
 
 class Storage(NamedTuple):
-    """Bytes that tensors share: `count` elements of a dtype, under a key of the file."""
+    """Bytes that tensors may share: `count` elements of a dtype, stored under a key in the file."""
 
     key: str
     dtype: str
@@ -66,7 +66,7 @@ class Storage(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """The number of bytes."""
         return self.count * DTYPES[self.dtype].itemsize
 
 
@@ -81,22 +81,22 @@ class StoredTensor(NamedTuple):
 
 
 class _Mapping(dict):
-    """A dictionary whose class may have had attributes, such as an OrderedDict; they are left out."""
+    """A dictionary whose class may have had attributes, such as an OrderedDict; the attributes are left out."""
 
 
 class _Name(NamedTuple):
-    """A name in the program: a function that it may call or, without one, a value."""
+    """A name in the program: a function to call or, if `call` is None, a value."""
 
     text: str
     call: Callable[..., Any] | None = None
 
 
 class TensorUnpickler:
-    """Reader of the pickles that begin at a position, as plain Python values with a `StoredTensor` for every tensor.
+    """Reads the pickles from a position on, as plain Python values with a `StoredTensor` for every tensor.
 
-    storages: those that the tensors refer to, by key. position: end of the last pickle.
+    storages: the storages that tensors refer to, by key. position: the end of the last pickle.
 
-    Raises Refusal if a program needs more than tensors do, Damage if it is malformed.
+    Raises Refusal if a program uses more than tensors need, Damage if it is malformed.
 
     Example:
         saved = TensorUnpickler(content).load()
@@ -137,7 +137,7 @@ class TensorUnpickler:
         return self.content[start : self.position]
 
     def number(self, form: str) -> Any:
-        """Returns the next number, in a form of `struct`."""
+        """Returns the next number, in a `struct` format."""
         (value,) = struct.unpack(form, self.take(struct.calcsize(form)))
         return value
 
@@ -146,7 +146,7 @@ class TensorUnpickler:
         return bytes(self.take(count)).decode("utf-8")
 
     def line(self) -> str:
-        """Returns the text up to the next line end; names are stored this way."""
+        """Returns the text up to the next line end, the form in which names are stored."""
         window = bytes(self.content[self.position : self.position + 1024])
         end = window.find(b"\n")
         if end < 0:
@@ -154,7 +154,7 @@ class TensorUnpickler:
         return self.text(end + 1)[:-1]
 
     def key(self, value: Any) -> Any:
-        """Returns a key of a dictionary or set if it is text or an integer."""
+        """Returns a key of a dictionary or set; Refusal if it is neither text nor an integer."""
         if type(value) is str:
             return value
         if type(value) is not int or abs(value) >= sys.hash_info.modulus:
@@ -275,7 +275,8 @@ def _natural(value: Any) -> int:
 
 
 def _shown(value: Any) -> str:
-    """A value from an untrusted file, for a message: containers by type only, because they may hold anything."""
+    """Returns text that shows a value from an untrusted file. It shows only the type of a container, which may hold
+    anything."""
     if value is not None and type(value) not in (str, int, float, bool):
         return f"a {type(value).__name__}"
     text = repr(value[:80] if type(value) is str else value)
@@ -293,23 +294,23 @@ def _stored_tensor(storage: Any, dtype: Any, offset: Any, shape: Any, strides: A
 
 
 def _rebuild_tensor(storage, offset, shape, strides, _grad=False, _hooks=None, metadata=None) -> StoredTensor:
-    """torch._utils._rebuild_tensor and _v2: (storage, offset, shape, strides[, grad, hooks[, metadata]])."""
+    """Stands for torch._utils._rebuild_tensor and _v2: (storage, offset, shape, strides[, grad, hooks[, metadata]])."""
     return _stored_tensor(storage, getattr(storage, "dtype", None), offset, shape, strides, metadata)
 
 
 def _rebuild_untyped(storage, offset, shape, strides, _grad, _hooks, dtype, metadata=None) -> StoredTensor:
-    """torch._utils._rebuild_tensor_v3: as above, with a storage of bytes and a dtype before the metadata."""
+    """Stands for torch._utils._rebuild_tensor_v3, which has a storage of bytes, and a dtype before the metadata."""
     name = dtype.text if type(dtype) is _Name else None
     return _stored_tensor(storage, name, offset, shape, strides, metadata)
 
 
 def _rebuild_parameter(tensor, *_):
-    """torch._utils._rebuild_parameter: (tensor, grad, hooks) -> tensor."""
+    """Stands for torch._utils._rebuild_parameter: (tensor, grad, hooks) -> tensor."""
     return tensor
 
 
 def _ordered_dict(pairs=()) -> _Mapping:
-    """collections.OrderedDict: empty, or from (name, value) pairs, as Python 2 wrote it."""
+    """Stands for collections.OrderedDict: empty, or from (name, value) pairs, as Python 2 wrote it."""
     if pairs == ():
         return _Mapping()
     if type(pairs) is not list:
@@ -317,12 +318,12 @@ def _ordered_dict(pairs=()) -> _Mapping:
     made = _Mapping({name: value for name, value in pairs if type(name) is str})
     if len(made) != len(pairs):
         raise Damage("its pickle makes a dictionary with names that are not text, or repeat")
-    pairs.clear()  # A list serves one dictionary; otherwise a short program could make very many large ones.
+    pairs.clear()  # Each list makes one dictionary; otherwise a short program could make many large ones.
     return made
 
 
 def _size(values=()):
-    """torch.Size: a tuple."""
+    """Stands for torch.Size: returns the tuple."""
     if type(values) is not tuple or len(values) > MAX_AXES:
         raise Damage("its pickle has a size that no tensor can have")
     return values
@@ -338,7 +339,8 @@ _CALLABLES: dict[str, Callable[..., Any]] = {
 }
 
 _STOP = ord(".")
-# By code: what protocols 2 to 5 of pickle write for plain values, tuples, lists, sets, dictionaries and tensors.
+# The instructions, by code, that pickle protocols 2 to 5 use for plain values, tuples, lists, sets, dictionaries and
+# tensors.
 _INSTRUCTIONS: dict[int, Callable[[TensorUnpickler], Any]] = {
     0x80: lambda machine: machine.take(1),  # the protocol
     0x95: lambda machine: machine.take(8),  # the length of a frame

@@ -1,7 +1,7 @@
-"""The uncompressed entries of a zip archive, as views of the mapped file.
+"""Reads the uncompressed entries of a zip archive, as views of the mapped file.
 
 This supports only what weight files need: no compression, no encryption, one disk. It does not use the standard
-library, which first creates an object for every entry and trusts the size that the directory states.
+library's zipfile, which first creates an object for every entry and trusts the size that the directory states.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _ENCRYPTED = 1
 
 
 class Entry(NamedTuple):
-    """The location of an entry in the file: its bytes, and their checksum, 0 if none was computed."""
+    """The location of an entry's bytes in the file, and their checksum, 0 if none was computed."""
 
     name: str
     start: int
@@ -33,7 +33,7 @@ class Entry(NamedTuple):
     checksum: int
 
     def read(self, content: np.ndarray) -> np.ndarray:
-        """Returns the bytes of an entry, whose checksum is verified."""
+        """Returns the bytes of an entry, after verifying the checksum."""
         raw = content[self.start : self.start + self.size]
         if self.checksum and zlib.crc32(raw.data) != self.checksum:
             raise Refusal(f"its entry {self.name!r} does not match its checksum; get the file again")
@@ -41,10 +41,10 @@ class Entry(NamedTuple):
 
 
 def read_entries(content: np.ndarray) -> dict[str, Entry]:
-    """Returns the entries of a zip archive by name, none of which share bytes.
+    """Returns the entries of a zip archive by name; no two of them share bytes.
 
-    Raises Refusal if one is compressed, encrypted or truncated, or there are too many; Damage if the directory
-    contradicts itself or the file.
+    Raises Refusal if an entry is compressed, encrypted or truncated, if entries share bytes, or if there are too many.
+    Raises Damage if the directory contradicts itself or the file.
 
     Example:
         entries = read_entries(np.memmap("model.pth", np.uint8, mode="r"))
@@ -67,7 +67,7 @@ def read_entries(content: np.ndarray) -> dict[str, Entry]:
 
 
 def _directory(content: np.ndarray) -> tuple[int, int, int]:
-    """Number of entries, size and start of the directory."""
+    """Returns the number of entries, and the size and start of the directory."""
     first = max(0, content.size - _END_SIZE - _MAX_COMMENT)
     tail = content[first:].tobytes()
     found = tail.rfind(_END)
@@ -90,7 +90,7 @@ def _directory(content: np.ndarray) -> tuple[int, int, int]:
 
 
 def _entry(directory: bytes, position: int, content: np.ndarray, end: int) -> tuple[Entry, int]:
-    """The entry at a position of the directory, and the position of the next one."""
+    """Returns the entry at a position of the directory, and the position of the next one."""
     header = directory[position : position + _CENTRAL_SIZE]
     if len(header) < _CENTRAL_SIZE or not header.startswith(_CENTRAL):
         raise Damage("the directory of its zip archive is cut off")
@@ -117,7 +117,7 @@ def _entry(directory: bytes, position: int, content: np.ndarray, end: int) -> tu
 
 
 def _large(extra: bytes, size: int, packed: int, start: int) -> tuple[int, int, int]:
-    """Sizes and start, from the extra field if they do not fit 32 bits."""
+    """Returns the sizes and the start, read from the extra field if they do not fit into 32 bits."""
     values, position = [size, packed, start], 0
     while position + 4 <= len(extra):
         kind, length = struct.unpack_from("<HH", extra, position)

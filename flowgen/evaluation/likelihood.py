@@ -1,4 +1,4 @@
-"""Bits or nats per dimension on a dataset, of a flow, a velocity field, or a Gaussian fitted to the data."""
+"""Bits or nats per dimension of a flow, a velocity field, or a fitted Gaussian on a dataset."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def flow_bits_per_dim(
     batch_size: int = 256,
     conditional: bool = True,
 ) -> float:
-    """Returns the mean bits/dim over a dataset, one draw of noise per image.
+    """Returns the mean bits/dim over a dataset, with one draw of noise per image.
 
-    noise_std: std of the Gaussian noise added to images; 0 is uniform dequantisation (the published measure), None the
-    training noise. conditional: pass labels to a flow with classes.
+    noise_std: std of the Gaussian noise added to images; 0 means uniform dequantisation (the published measure), and
+    None the training noise. conditional: pass labels to a flow with classes.
 
     Example:
         bpd = flow_bits_per_dim(flow, params, dataset, jax.random.key(0), noise_std=0.0)
@@ -58,8 +58,10 @@ def flow_nats_per_dim(
     batch_size: int = 256,
     conditional: bool = True,
 ) -> float:
-    """Returns the mean -log p per dimension, in nats, over a dataset of latents, with one draw of posterior and noise
-    each.
+    """Returns the mean of -log p per dimension, in nats, over a dataset of latents.
+
+    Each latent is one draw from the posterior with one draw of noise.
+
 
     conditional: pass labels or texts to a flow that takes them; a text flow requires them.
 
@@ -70,7 +72,7 @@ def flow_nats_per_dim(
 
 
 def _mean_nats(flow, variables, dataset, key, *, noise_std, batch_size, conditional) -> float:
-    """The mean of -log p / dimensions over the samples of all buckets."""
+    """Returns the mean of -log p per dimension over the samples of all buckets."""
     if flow.config.text_dim and not conditional:
         raise ValueError("this flow needs texts to compute a likelihood; leave unconditional out.")
     sigma = flow.config.noise_std if noise_std is None else noise_std
@@ -102,8 +104,8 @@ def velocity_bits_per_dim(
 ) -> float:
     """Returns a continuous flow's mean bits/dim over a dataset, under uniform dequantisation.
 
-    log_prob(x, labels, key): log p in nats of images in [-1, 1), such as `flowgen.matching.log_prob` of a velocity,
-    whose key draws Hutchinson's probes, once for each batch; it is compiled here.
+    log_prob(x, labels, key): log p in nats of images in [-1, 1), such as `flowgen.matching.log_prob` of a velocity
+    field. The key draws Hutchinson's probes, once per batch. This function compiles log_prob.
 
     Example:
         bpd = velocity_bits_per_dim(lambda x, y, key: fm.log_prob(velocity, x, y, key=key), dataset, key)
@@ -119,7 +121,7 @@ def velocity_bits_per_dim(
 
 
 def _mean(dataset: Dataset, key: Key[Array, ""], batch_size: int, measure: Callable[..., Array]) -> float:
-    """The mean of measure(batch, keys) over a dataset, with a key of its own for each row, for any batch size."""
+    """Returns the mean of measure(batch, keys) over a dataset. Each row has its own key, whatever the batch size."""
     total = 0.0
     for index, (batch, mask) in enumerate(fixed_batches(dataset, min(batch_size, len(dataset)))):
         positions = index * len(mask) + np.arange(len(mask))
@@ -131,9 +133,9 @@ def _mean(dataset: Dataset, key: Key[Array, ""], batch_size: int, measure: Calla
 def gaussian_bits_per_dim(train: Dataset, dataset: Dataset, *, noise_std: float) -> float:
     """Returns the mean bits/dim on `dataset` of a Gaussian with the mean and covariance of `train`.
 
-    Both include the flow's noise (Gaussian for σ > 0, uniform dequantisation for σ = 0) in closed form, so no noise is
-    drawn. The covariance is full up to 4096 dimensions if `train` has at least 5 images per dimension,
-    else diagonal. Both datasets are read in batches.
+    Both datasets include the flow's noise (Gaussian for σ > 0, uniform dequantisation for σ = 0) in closed form, so no
+    noise is drawn. The covariance is full up to 4096 dimensions if `train` has at least 5 images per dimension, and
+    diagonal otherwise. Both datasets are read in batches.
 
     Example:
         baseline = gaussian_bits_per_dim(trained_on, held_out, noise_std=0.1)
@@ -157,10 +159,10 @@ def gaussian_bits_per_dim(train: Dataset, dataset: Dataset, *, noise_std: float)
 
 
 def _flat(dataset: Dataset, noise_std: float) -> Iterator[np.ndarray]:
-    """Batches of images as float64 vectors, as the flow sees them but without noise."""
+    """Yields batches of images as float64 vectors, as the flow sees them but without noise."""
     for batch, mask in fixed_batches(dataset, min(READ_AT_ONCE, len(dataset))):
         images = np.asarray(from_uint8(batch.pixels[mask]), np.float64)
         if noise_std == 0:
-            # Dequantised images are (level + U[0, 1)) / 128 - 1, with their mean half a level up.
+            # Dequantised images are (level + U[0, 1)) / 128 - 1, whose mean is half a level higher.
             images = (images + 1) * 127.5 / 128 + 1 / LEVELS - 1
         yield images.reshape(len(images), -1)

@@ -1,4 +1,4 @@
-"""The arrays of a state by path, read and written by orbax: numpy arrays, by one process only."""
+"""Reads and writes the arrays of a state by path, with orbax: numpy arrays, in one process only."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 Flat = dict[str, np.ndarray]
-# Parts of a state in separate folders, so that a reader of one need not verify the others.
+# These parts of a state have separate folders, so that reading one does not require verifying the others.
 GROUPS = ("params", "ema", "opt_state")
 REST = "other"
 
@@ -39,7 +39,7 @@ def layout(tree: Any) -> dict[str, Any]:
 
 
 def check_layout(step: int, given: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Raises ValueError naming the arrays of a checkpoint that differ from those expected, by path and shape.
+    """Raises ValueError if a checkpoint's arrays differ from the expected ones; names them, with their shapes.
 
     Example:
         check_layout(step, manifest["arrays"], layout(abstract_state))
@@ -57,9 +57,9 @@ def check_layout(step: int, given: dict[str, Any], expected: dict[str, Any]) -> 
 
 
 def check_finite(step: int, flat: Flat) -> None:
-    """Raises FloatingPointError naming the first array that a run cannot continue from.
+    """Raises FloatingPointError if an array holds NaN or infinity; names the first such array.
 
-    Carried state may hold infinities, such as the logarithm of a weight not yet seen.
+    Carried state may hold infinities, such as the logarithm of a running mean that is still 0.
 
     Example:
         check_finite(step, flatten(state))
@@ -73,7 +73,7 @@ def check_finite(step: int, flat: Flat) -> None:
 
 
 def group_of(path: str) -> str:
-    """Returns the folder that holds the array of a path.
+    """Returns the folder that holds the array with this path.
 
     Example:
         group_of("ema/blocks_0/proj_in/kernel") == "ema"
@@ -83,7 +83,7 @@ def group_of(path: str) -> str:
 
 
 def write_arrays(directory: Path, flat: Flat) -> None:
-    """Writes arrays into a new directory for each group; raises ValueError or OSError with the reason for a failure.
+    """Writes each group of arrays into a new directory of its own; raises ValueError or OSError if writing fails.
 
     Example:
         write_arrays(Path("300.saving"), flatten(state))
@@ -98,7 +98,7 @@ def write_arrays(directory: Path, flat: Flat) -> None:
 
 
 def read_arrays(directory: Path, chosen: dict[str, Any]) -> Flat:
-    """Returns the arrays of a layout {path: [shape, dtype name]} from the directories of their groups.
+    """Returns the arrays in a layout {path: [shape, dtype name]}, read from the directories of their groups.
 
     Example:
         arrays = read_arrays(Path("checkpoints/300"), {"params/w": [[3], "float32"]})
@@ -116,7 +116,7 @@ def read_arrays(directory: Path, chosen: dict[str, Any]) -> Flat:
 
 @contextlib.contextmanager
 def _orbax() -> Generator[ocp.Checkpointer]:
-    """A checkpointer for this process only, which waits for no other and leaves errors to be raised."""
+    """Yields a checkpointer for this process only. It does not wait for other processes or log errors."""
     here = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(
         primary_host=here, active_processes={here}, barrier_sync_key_prefix=f"flowgen-{here}"
@@ -132,7 +132,7 @@ def _orbax() -> Generator[ocp.Checkpointer]:
 
 
 def _is_not_of_orbax(record: logging.LogRecord) -> bool:
-    """Drops log messages of orbax threads, mostly tracebacks, because the same error is raised here."""
+    """Filters out log messages of orbax threads, mostly tracebacks, because the same error is raised here."""
     return "orbax" not in record.pathname
 
 

@@ -1,12 +1,12 @@
-"""Reading the checkpoints of a run: only complete ones, verified byte by byte.
+"""Reads the checkpoints of a run: only complete ones, verified by digest.
 
 <directory>/<step>/{params,ema,opt_state,other}/   orbax PyTrees of numpy arrays by path
 <directory>/<step>/meta.json                       step, config, shape and dtype of each array, SHA-256 of each file
 <directory>/<step>/evaluation.json                 metrics of the step, once it has been evaluated
 
-meta.json is written last, so a folder with a missing file is not a checkpoint (an interrupted deletion or copy) and is
-ignored. A complete folder with a changed file is a damaged checkpoint and is refused: silently resuming from an older
-one would hide that.
+meta.json is written last, so a folder with a missing file is not a checkpoint but an interrupted deletion or copy, and
+is ignored. A complete folder with a changed file is a damaged checkpoint. It is refused, since silently resuming from
+an older one would hide the damage.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ EVALUATION = "evaluation.json"
 _STEP = re.compile(r"0|[1-9][0-9]{0,17}")
 # Folders of unfinished saves and deletions; both are removed when training next opens the run.
 SAVING, DELETED = "saving", "deleted"
-# Prefixes of the reasons why a former checkpoint no longer counts as one.
+# The reasons why a former checkpoint no longer counts as one begin with these words.
 _BROKEN = ("it has no", "it lacks")
 _LEFTOVER = re.compile(rf"[0-9]+\.({SAVING}|{DELETED})(-[0-9]+)?")
 
 
 class CheckpointReader:
-    """The complete checkpoints of a directory; writes nothing, so a run may be training into it.
+    """Reads the complete checkpoints of a directory. It writes nothing, so a run may be training in the directory.
 
     Example:
         reader = CheckpointReader("runs/digits/checkpoints")
@@ -54,11 +54,11 @@ class CheckpointReader:
         return max(self.steps(), default=None)
 
     def passed_over(self) -> dict[str, str]:
-        """Returns why entries of the directory are not checkpoints, by name, except those being saved or deleted."""
+        """Returns why entries of the directory are not checkpoints, by name; skips unfinished saves and deletions."""
         return {name: why for name, why in self._entries().items() if why is not None}
 
     def check_not_broken(self) -> None:
-        """Raises ValueError if no checkpoint is complete although some folders once were checkpoints.
+        """Raises ValueError if no checkpoint is complete but some folders are former checkpoints.
 
         Example:
             CheckpointReader("runs/digits/checkpoints").check_not_broken()
@@ -73,10 +73,10 @@ class CheckpointReader:
             )
 
     def meta(self, step: int) -> dict[str, Any]:
-        """Returns what was saved beside the arrays: `manifest`, and `metrics`, empty if it was not evaluated.
+        """Returns what was saved beside the arrays: `manifest`, and `metrics`, empty if the step was not evaluated.
 
         Raises:
-            ValueError: missing, damaged, or of another step; names the step.
+            ValueError: the checkpoint is missing, damaged, or of another step; names the step.
         """
         return {**self.manifest(step), "metrics": self.evaluation(step) or {}}
 
@@ -84,7 +84,7 @@ class CheckpointReader:
         """Returns what was saved with the arrays: `config`, `arrays` (path: [shape, dtype]), `files` (path: digest).
 
         Raises:
-            ValueError: missing, damaged, or of another step; names the step.
+            ValueError: the checkpoint is missing, damaged, or of another step; names the step.
         """
         meta = self._read_meta(step)
         if meta["step"] != step:
@@ -95,10 +95,10 @@ class CheckpointReader:
         return meta
 
     def evaluation(self, step: int) -> dict[str, float] | None:
-        """Returns the metrics of a step, None if it has not been evaluated.
+        """Returns the metrics of a step, or None if it has not been evaluated.
 
         Raises:
-            ValueError: damaged, or the evaluation of another checkpoint.
+            ValueError: the evaluation is damaged, or belongs to another checkpoint.
         """
         path = self.directory / str(step) / EVALUATION
         if not os.path.lexists(path):
@@ -130,7 +130,7 @@ class CheckpointReader:
         """Returns the state of a step as numpy arrays, in the tree of `like` (arrays or abstract ones).
 
         Raises:
-            ValueError: damaged, of another step, or other arrays, shapes or dtypes than `like`.
+            ValueError: the checkpoint is damaged, is of another step, or its arrays do not fit `like`.
 
         Example:
             state = reader.restore(reader.latest_step(), jax.eval_shape(make_state))
@@ -142,12 +142,12 @@ class CheckpointReader:
         return jax.tree.unflatten(jax.tree.structure(like), [read[name] for name in flatten(like)])
 
     def variables(self, step: int, params: Any, *, ema: bool = True) -> dict[str, Any]:
-        """Returns the weights of a step and its carried collections; the averaged weights if saved and `ema` is set.
+        """Returns the weights of a step and its carried collections; with `ema`, the averaged weights if saved.
 
         params: arrays or abstract ones that give the tree of the weights. Optimizer moments are not read.
 
         Raises:
-            ValueError: damaged, of another step, or other arrays, shapes or dtypes than `params`.
+            ValueError: the checkpoint is damaged, is of another step, or its arrays do not fit `params`.
 
         Example:
             variables = reader.variables(step, jax.eval_shape(lambda: flowgen.init(flow, key))["params"])
@@ -161,7 +161,7 @@ class CheckpointReader:
         return {"params": tree[group], **tree.get("collections", {})}
 
     def _entries(self) -> dict[str, str | None]:
-        """Why each entry of the directory is not a complete checkpoint, by name; None for those that are."""
+        """Returns why each entry of the directory is not a complete checkpoint, by name; None for complete ones."""
         if not self.directory.is_dir():
             return {}
         entries = sorted(self.directory.iterdir())
@@ -186,7 +186,7 @@ class CheckpointReader:
         try:
             files = self._read_meta(int(entry.name))["files"]
         except ValueError:
-            return None  # Damaged, which is refused and not ignored.
+            return None  # It is damaged, so it is refused and not ignored.
         gone = [name for name in files if not os.path.lexists(entry / name)]
         return f"{_BROKEN[1]} {gone[0]}" if gone else None
 
@@ -229,7 +229,7 @@ class CheckpointReader:
         return f" to resume from step {others[-1]}" if others else ""
 
     def _damaged(self, step: int, what: str) -> ValueError:
-        # Found without reading other checkpoints, which may also be damaged.
+        # The other steps are found without reading their checkpoints, which may also be damaged.
         names = [path.name for path in self.directory.iterdir()] if self.directory.is_dir() else []
         others = [int(name) for name in names if _STEP.fullmatch(name) and int(name) != step]
         fix = f"remove that folder to resume from step {max(others)}" if others else "there is no other checkpoint"
@@ -246,12 +246,12 @@ def leftovers(directory: Path) -> list[Path]:
 
 
 def _widened(arrays: dict[str, Any]) -> dict[str, Any]:
-    """The layout of weights with bfloat16 ones, as imported ones may be, as float32."""
+    """Returns the layout of weights with bfloat16, which imported weights may have, replaced by float32."""
     return {path: [shape, "float32" if dtype == "bfloat16" else dtype] for path, (shape, dtype) in arrays.items()}
 
 
 def _is_of_the_system(name: str) -> bool:
-    """Whether a file is one that desktop systems leave in folders, such as .DS_Store."""
+    """Returns whether a desktop system leaves such a file in folders, as .DS_Store."""
     return PurePosixPath(name).name.startswith(".") or PurePosixPath(name).name in ("Thumbs.db", "desktop.ini")
 
 

@@ -1,4 +1,4 @@
-"""The directory of a run: its file names, and what may be read while a run trains into it.
+"""The directory of a run: its file names, and the functions that read it, even while a run trains in it.
 
 <run>/config.json      the experiment, with the digest of its values
 <run>/data.json        what was found in the data, and its list of files
@@ -40,7 +40,7 @@ def is_run(run_dir: str | Path) -> bool:
 
 
 def was_trained_in(directory: str | Path) -> bool:
-    """Returns whether training has written into a directory: the config of a run, or a complete checkpoint.
+    """Returns whether training has written a run's config or a complete checkpoint into a directory.
 
     Example:
         was_trained_in("photos/run")
@@ -60,7 +60,7 @@ def read_config(run_dir: str | Path) -> dict[str, Any]:
     """Returns the JSON of a run's config.
 
     Raises:
-        FileNotFoundError: no such directory, or not a run; says what it is instead.
+        FileNotFoundError: the directory does not exist or is not a run; says what is wrong.
         ValueError: the config is not a file, not JSON, or was changed; names the changed values.
 
     Example:
@@ -90,7 +90,7 @@ def read_config(run_dir: str | Path) -> dict[str, Any]:
 
 
 def write_config(run_dir: str | Path, config: dict[str, Any]) -> None:
-    """Writes a run's config, whole or not at all.
+    """Writes a run's config atomically.
 
     Example:
         write_config("runs/digits", experiment.to_json())
@@ -116,7 +116,7 @@ def data_changes(run_dir: str | Path, inventory: Inventory) -> str:
 def check_workdir(workdir: Path, check_config: Callable[[dict[str, Any]], None], *, locks: bool = True) -> None:
     """Raises if a directory holds something other than a run with this config; writes nothing.
 
-    locks: also raises BlockingIOError if another process trains in it.
+    locks: whether to also raise BlockingIOError if another process trains in it.
 
     Example:
         check_workdir(Path("runs/digits"), experiment.check_resumable)
@@ -142,20 +142,20 @@ def _check_kinds(workdir: Path) -> None:
             raise NotADirectoryError(f"{workdir / name} is not a folder; remove it.")
     for name in (DATA_FILE, LOCK_FILE):
         path = workdir / name
-        is_elsewhere = name == LOCK_FILE and path.is_symlink()  # It would lock another directory.
+        is_elsewhere = name == LOCK_FILE and path.is_symlink()  # A link would lock another directory.
         if os.path.lexists(path) and (is_elsewhere or not is_regular(path)):
             raise FileExistsError(f"{path} is not a regular file; remove it.")
 
 
 def _is_foreign(path: Path) -> bool:
-    """Whether a file is not one that a run killed at its very start leaves."""
+    """Returns whether a file is foreign: a run that is killed at its very start does not leave it."""
     if path.name == CHECKPOINTS and path.is_dir():
         return any(path.iterdir())
     return path.name != LOCK_FILE and not is_temporary(path.name)
 
 
 def _changed(run_dir: Path, config: dict[str, Any]) -> str:
-    """The values that differ from those in the latest checkpoint, in words."""
+    """Returns, in words, the values that differ from the config in the latest checkpoint."""
     try:
         reader = CheckpointReader(run_dir / CHECKPOINTS)
         step = reader.latest_step()

@@ -1,4 +1,4 @@
-"""Reading and writing a run's files: atomic writes, and checks against pipes, links and other unusual files."""
+"""Reads and writes a run's files: atomic writes, and checks against pipes, links and other unusual files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flowgen.data.media import atomic_file
 from flowgen.documents import parse_json
 
 DIGEST = "sha256"
-_TEMPORARY = re.compile(r"\..+\.[0-9]+-[0-9a-f]{8}\.tmp")  # as `atomic_file` names them
+_TEMPORARY = re.compile(r"\..+\.[0-9]+-[0-9a-f]{8}\.tmp")  # the names that `atomic_file` uses
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
@@ -22,7 +22,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
     Raises:
         OSError: the file is missing or cannot be read.
-        ValueError: not a regular file, not JSON, nested too deep, or not an object; says which, and names the file.
+        ValueError: it is not a regular file, not JSON, nested too deep, or not an object; names the file.
 
     Example:
         config = read_json("runs/digits/config.json")
@@ -39,7 +39,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 def read_bytes(path: str | Path) -> bytes:
-    """Returns the bytes of a regular file; ValueError if it is something else, such as a pipe, which would block.
+    """Returns the bytes of a regular file; ValueError if it is something else, such as a pipe, whose reading blocks.
 
     Example:
         content = read_bytes("runs/digits/metrics.jsonl")
@@ -96,7 +96,7 @@ def verified(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_json(path: str | Path, value: dict[str, Any]) -> None:
-    """Writes an object as JSON, whole or not at all.
+    """Writes an object as JSON, atomically.
 
     Example:
         write_json("runs/digits/config.json", signed(config))
@@ -105,7 +105,7 @@ def write_json(path: str | Path, value: dict[str, Any]) -> None:
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
-    """Writes a file, whole or not at all; an existing file or link at `path` is replaced, not written to.
+    """Writes a file atomically; an existing file or link at `path` is replaced, not written to.
 
     Example:
         write_bytes("runs/digits/metrics.jsonl", b"")
@@ -115,7 +115,7 @@ def write_bytes(path: str | Path, content: bytes) -> None:
 
 
 def is_temporary(name: str) -> bool:
-    """Returns whether a file has the name of an unfinished `atomic_file`.
+    """Returns whether this is the name of an unfinished `atomic_file`.
 
     Example:
         is_temporary(".config.json.123-0a1b2c3d.tmp")
@@ -136,7 +136,7 @@ def remove_temporaries(directory: str | Path) -> None:
 
 
 def sync(path: str | Path) -> None:
-    """Returns when a file or directory is on the disk, as far as the system reports.
+    """Waits until a file or directory is on disk, as far as the system reports.
 
     Example:
         sync("runs/digits/config.json")

@@ -1,4 +1,4 @@
-"""One training at a time in a run directory: a lock that the system releases when its process ends, however it ends."""
+"""A lock that allows one training process at a time in a run directory; the system releases it when that ends."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ LOCK_FILE = "lock"
 
 
 class RunLock:
-    """Holds the lock of a run directory until `release`; reading a run needs none.
+    """Holds the lock of a run directory until `release`. Reading a run does not need the lock.
 
-    protects: whether the file system has locks; without them, another process is not kept out.
+    protects: whether the file system has locks; without them, other processes can train here too.
 
     Raises:
         BlockingIOError: another process trains in the directory; names it.
@@ -65,7 +65,7 @@ class RunLock:
 
 
 class Place:
-    """Identifies the directory at a path, to detect whether another directory replaces it.
+    """Identifies the directory at a path, to detect whether it is replaced by another.
 
     Example:
         place = Place("runs/digits")
@@ -91,7 +91,7 @@ class Place:
 
 
 def check_unlocked(run_dir: str | Path) -> None:
-    """Raises BlockingIOError naming another process that trains in a directory; creates nothing.
+    """Raises BlockingIOError if another process trains in a directory, and names it; creates no files.
 
     Example:
         check_unlocked("runs/digits")

@@ -1,4 +1,4 @@
-"""The metrics of a run: rows of `metrics.jsonl`, and the same as TensorBoard events."""
+"""The metrics of a run, as rows of `metrics.jsonl` and as TensorBoard events."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ EVAL = "eval/"  # Prefix of held-out metrics.
 class MetricsLog:
     """Writes the metrics of one run; a resumed run drops the rows after the step it resumes from.
 
-    evaluated: whether that step's evaluation is complete; otherwise it is repeated, and its row is dropped too.
+    evaluated: whether that step's evaluation is complete; if not, it will be repeated, so its row is dropped too.
 
     Example:
         log = MetricsLog("runs/digits", first_step=0, tensorboard=False)
@@ -56,18 +56,18 @@ class MetricsLog:
 
 
 class _Events:
-    """TensorBoard events, written immediately: tensorboardX's own writer is a thread, which a full disk kills."""
+    """Writes TensorBoard events immediately; tensorboardX's own writer is a thread, which dies if the disk is full."""
 
     def __init__(self, run_dir: Path, first_step: int):
         from tensorboardX import summary
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto import event_pb2 as untyped
 
-        event_pb2: Any = untyped  # Its names are generated on import.
+        event_pb2: Any = untyped  # The module's names are generated on import.
         self._summary, self._event = summary, event_pb2.Event
         self._writer = EventsWriter(str(run_dir / "events"), filename_suffix=f".{os.getpid()}")
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        self._write(first_step + 1, session_log=start)  # Existing events of these steps do not count.
+        self._write(first_step + 1, session_log=start)  # TensorBoard ignores existing events of these steps.
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():
@@ -82,7 +82,7 @@ class _Events:
 
 
 def last_step(run_dir: str | Path) -> int:
-    """Returns the last step in the metrics of a run, 0 if there is none.
+    """Returns the last step in the metrics of a run, or 0 if there is none.
 
     Example:
         last_step("runs/digits")
@@ -92,7 +92,7 @@ def last_step(run_dir: str | Path) -> int:
 
 
 def _truncate(path: Path, last: int, evaluated: bool) -> None:
-    """Keeps the rows up to and including the step `last`; drops a half-written last row and lines that are not rows."""
+    """Drops rows after the step `last`, a half-written last row, and lines that are not rows."""
     if os.path.lexists(path):
         kept = b"".join(line + b"\n" for line, row in _rows(path) if _stays(row, last, evaluated))
         if kept != read_bytes(path):
@@ -104,7 +104,7 @@ def _stays(row: dict[str, Any], last: int, evaluated: bool) -> bool:
 
 
 def _rows(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
-    """The lines that are rows of metrics, and their contents."""
+    """Returns the lines that are rows of metrics, and their contents."""
     found = []
     for line in read_bytes(path).splitlines():
         try:

@@ -8,7 +8,7 @@ from typing import Any
 
 from flowgen.printable import printable
 
-# The metrics of a report that are shown, in this order.
+# The metrics that a report shows, in this order.
 SHOWN = ("loss", "bits_per_dim", "nats_per_dim", "grad_norm", "lr")
 
 
@@ -85,7 +85,7 @@ def on_terminal() -> bool:
 
 
 def clock(seconds: float) -> str:
-    """Returns a time as people write it: "0:07", "12:30", "1:02:03".
+    """Returns a duration for display: "0:07", "12:30", "1:02:03".
 
     Example:
         clock(750) == "12:30"

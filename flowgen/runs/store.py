@@ -1,4 +1,4 @@
-"""Writing the checkpoints of a run: saved in the background, committed by a rename, and renamed before deletion."""
+"""Writes the checkpoints of a run: saves in the background, commits by a rename, and renames before deleting."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from flowgen.runs.files import DIGEST, digest_of_file, remove_temporaries, signe
 class CheckpointStore(CheckpointReader):
     """Saves in the background; keeps the latest `keep` steps and the one with the lowest `best_metric`.
 
-    Opening it clears a killed process's leftovers. `close` waits for the current save. say: receives one line about
-    anything ignored or moved aside.
+    Opening a store removes what a killed process left unfinished. `close` waits for the current save. say: receives one
+    line about anything ignored or moved aside.
 
     Example:
         with CheckpointStore("runs/digits/checkpoints", keep=3) as store:
@@ -64,7 +64,7 @@ class CheckpointStore(CheckpointReader):
         metrics: metrics of an evaluation, as for `score`.
 
         Raises:
-            FloatingPointError: an array holds nan, or params, ema or optimizer state infinity; nothing is saved.
+            FloatingPointError: an array holds NaN, or params, ema or optimizer state hold infinity; nothing is saved.
             OSError: the previous save failed.
         """
         self.wait()
@@ -75,7 +75,7 @@ class CheckpointStore(CheckpointReader):
         self._thread.start()
 
     def score(self, step: int, metrics: dict[str, float]) -> None:
-        """Writes the metrics of an evaluation beside a saved step, which may become the best. Waits for its save.
+        """Writes the metrics of an evaluation beside a saved step, which may then be the best one. Waits for its save.
 
         Non-finite metrics are left out.
         """
@@ -85,12 +85,12 @@ class CheckpointStore(CheckpointReader):
         self._retire(step)
 
     def best(self) -> tuple[int, float] | None:
-        """Returns (step, value) of the lowest `best_metric` among the steps kept, or None."""
+        """Returns (step, value) of the lowest `best_metric` among the kept steps, or None."""
         scored = [(value, -step) for step, value in self._scores.items() if value is not None]
         return (-min(scored)[1], min(scored)[0]) if scored else None
 
     def wait(self) -> None:
-        """Returns when the current save is committed; OSError says why it failed."""
+        """Waits until the current save is committed; raises OSError with the reason if it failed."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -107,7 +107,7 @@ class CheckpointStore(CheckpointReader):
                 sys.unraisablehook = self._hook
 
     def _unraisable(self, odd: Any) -> None:
-        """Drops tensorstore's messages about writes that end after another write failed and was raised."""
+        """Drops tensorstore's messages about writes that end after the error of another write was raised."""
         if not (isinstance(odd.exc_value, RuntimeError) and "Event loop is closed" in str(odd.exc_value)):
             self._hook(odd)
 
@@ -162,7 +162,7 @@ class CheckpointStore(CheckpointReader):
             return None
 
     def _make_way(self, path: Path) -> None:
-        """Clears a checkpoint's path: an earlier checkpoint is deleted, anything else is moved aside."""
+        """Clears a checkpoint's path: deletes an earlier checkpoint, and renames anything else."""
         if not os.path.lexists(path):
             return
         if self._why_not(path) is None:
@@ -175,9 +175,9 @@ class CheckpointStore(CheckpointReader):
             self._say(f"{path} is not a checkpoint; it was renamed to {aside.name}.")
 
     def _retire(self, current: int) -> None:
-        """Deletes the checkpoints of this run that are neither among the latest, nor the best, nor the current one.
+        """Deletes this run's checkpoints, except the latest ones, the best one and the current one.
 
-        Entries that others put into the directory do not count.
+        Entries that others put into the directory are not touched.
         """
         steps = [step for step in self.steps() if step in self._scores]
         self._scores = {step: self._scores[step] for step in steps}
@@ -185,7 +185,7 @@ class CheckpointStore(CheckpointReader):
         kept = {current, *steps[-self._keep :], *([] if best is None else [best[0]])}
         for step in steps:
             if step not in kept:
-                # Renamed first: an interrupted deletion leaves nothing that looks like a checkpoint.
+                # Renamed first, so that an interrupted deletion leaves nothing that looks like a checkpoint.
                 gone = _free(self.directory / f"{step}.{DELETED}")
                 try:
                     os.rename(self.directory / str(step), gone)
@@ -201,7 +201,7 @@ def _write_evaluation(folder: Path, step: int, of: str, metrics: dict[str, float
 
 
 def _free(path: Path) -> Path:
-    """The path, with a number appended if it exists."""
+    """Returns the path, with a number appended if it already exists."""
     number, free = 0, path
     while os.path.lexists(free):
         number += 1
@@ -210,7 +210,7 @@ def _free(path: Path) -> Path:
 
 
 def _remove(path: Path) -> None:
-    """Removes a folder, or a link or file of that name; anything that cannot be removed stays for the next time."""
+    """Removes a folder, link or file; contents of a folder that cannot be removed stay until the next time."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -218,7 +218,7 @@ def _remove(path: Path) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """The reason for a failed write, in a few words, from an error of the system or of tensorstore."""
+    """Returns the reason for a failed write, in a few words, from an error of the system or of tensorstore."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = " ".join(str(error).split())

@@ -1,4 +1,4 @@
-"""Everything that training writes into its run directory while it holds the lock."""
+"""Writes everything that training puts into its run directory while it holds the lock."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from flowgen.runs.store import CheckpointStore
 
 
 class RunWriter:
-    """Holds a run directory for one training, and writes its config, checkpoints, metrics and samples.
+    """Locks a run directory for one training process, and writes its config, checkpoints, metrics and samples.
 
-    latest: the latest step that was read from it before, None if there was none.
+    latest: the latest step that was already read from the directory, or None if there was none.
 
-    Opening it creates the directory, takes its lock and clears a killed process's leftovers; `begin` writes the config
-    and opens the metrics. If the directory is removed, the next save recreates it and says so.
+    Opening a writer creates the directory, takes its lock and removes what a killed process left unfinished; `begin`
+    writes the config and opens the metrics. If the directory is removed, the next save recreates it and reports this.
 
     Raises:
-        BlockingIOError: another process trains here, or did after `latest` was read.
+        BlockingIOError: another process trains here, or has trained here since `latest` was read.
         OSError: the directory cannot be written.
 
     Example:
@@ -38,7 +38,7 @@ class RunWriter:
     """
 
     def __init__(self, workdir: str | Path, *, latest: int | None = None, keep: int, best_metric: str):
-        self.workdir = Path(workdir).absolute()  # It stays valid if the process changes its directory.
+        self.workdir = Path(workdir).absolute()  # An absolute path stays valid if the process changes its directory.
         self._shown = Path(workdir)
         self._keep, self._best_metric = keep, best_metric
         self._progress: Progress | None = None
@@ -74,7 +74,7 @@ class RunWriter:
         except OSError as error:
             if kind is None:
                 raise
-            self.say(str(error))  # The error that ended the run is raised already.
+            self.say(str(error))  # The error that ended the run is already being raised.
         finally:
             if self._log is not None:
                 self._log.close()
@@ -87,7 +87,7 @@ class RunWriter:
     def begin(
         self, config: dict[str, Any], *, first_step: int | None, last_step: int, tensorboard: bool, bar: bool
     ) -> None:
-        """Writes the config, drops metrics after `first_step` (None: nothing is trained yet), and reports anomalies."""
+        """Writes the config, drops metrics after `first_step` (None: a new run), and reports anomalies."""
         self._progress = Progress(first_step=first_step or 0, last_step=last_step, bar=bar)
         with _named(self._shown):
             self._tell_of_oddities(first_step)
@@ -118,7 +118,7 @@ class RunWriter:
             self.say(line)
 
     def describe_data(self, inventory: Inventory, *, resumed: bool) -> None:
-        """Reports what was found in the data and, if the run is resumed, what changed; keeps the record."""
+        """Reports what was found in the data and, if the run is resumed, what changed; writes `data.json`."""
         self.say(inventory.line())
         if resumed and (changes := data_changes(self.workdir, inventory)):
             self.say(changes)
@@ -127,7 +127,7 @@ class RunWriter:
             write_json(self.workdir / DATA_FILE, self._data)
 
     def say(self, line: str) -> None:
-        """Shows one line now, or, before `begin`, at that time."""
+        """Shows one line, or keeps it until `begin` if that has not been called yet."""
         if self._progress is None:
             self._waiting.append(line)
         else:
@@ -166,7 +166,7 @@ class RunWriter:
         self.store.save(step, state, config=self._config)
 
     def save_last(self, step: int, state: Any) -> None:
-        """Returns when the state of a step is saved and present; OSError says why it is not."""
+        """Saves the state of a step and waits until it is on disk; raises OSError if that fails."""
         for _ in range(2):  # The directory may be removed during the save.
             self.save(step, state)
             self._wait()
@@ -177,14 +177,14 @@ class RunWriter:
         )
 
     def score(self, step: int, metrics: dict[str, float]) -> None:
-        """Writes the metrics of an evaluation beside the checkpoint of a step, if that is still there."""
+        """Writes the metrics of an evaluation beside the checkpoint of a step, if the checkpoint still exists."""
         self._wait()
         if self.holds(step):
             with _named(self._shown):
                 self.store.score(step, metrics)
 
     def _wait(self) -> None:
-        """Waits for the current save; a failure counts only if the directory is still there."""
+        """Waits for the current save; raises its error only if the directory still exists."""
         try:
             self.store.wait()
         except OSError:
@@ -192,7 +192,7 @@ class RunWriter:
                 raise
 
     def holds(self, step: int) -> bool:
-        """Returns whether the checkpoint of a step is where it should be, in the directory that was opened."""
+        """Returns whether the directory that was opened is still in place and has the checkpoint of a step."""
         return self._is_there() and step in self.store.steps()
 
     def _is_there(self) -> bool:
@@ -239,7 +239,7 @@ class RunWriter:
 
 
 class NullWriter:
-    """Has the methods of `RunWriter` and writes nothing: for processes other than the first."""
+    """A `RunWriter` that writes nothing, for processes other than the first."""
 
     def __init__(self, workdir: str | Path):
         self.workdir = Path(workdir)
@@ -275,7 +275,7 @@ class NullWriter:
 
 @contextmanager
 def _named(workdir: Path) -> Generator[None]:
-    """Turns system errors into one sentence that names the run; errors that already are one pass through."""
+    """Turns a system error into one sentence that names the run; an error that already is a sentence passes through."""
     try:
         yield
     except OSError as error:

@@ -1,9 +1,9 @@
-"""Configs: validated frozen dataclasses, and their JSON, command line and help.
+"""Configs as validated frozen dataclasses, and their JSON, command line and help.
 
 A config is a class decorated with `config`. Its annotations declare the allowed values (`flowgen.settings.ranges` has
 ranges), its docstring has a line for each field, and `__post_init__` checks relations between fields. Errors name the
-bare field; the holder of the config adds its group. A field may take objects of your own, which text names
-"package.module:object" (`flowgen.settings.named`). This package depends on nothing else of flowgen.
+field alone; the holder of the config adds the group. A field may take your own objects, whose names in text are
+"package.module:object" (`flowgen.settings.named`). This package depends on no other part of flowgen.
 """
 
 from flowgen.settings.annotations import type_name

@@ -1,4 +1,4 @@
-"""Annotations of config fields: their members that are configs, and their description in words."""
+"""Inspects the annotations of config fields: the configs among their members, and a description in words."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ SIMPLE = {int: "an integer", float: "a number", bool: "true or false", str: "tex
 
 @functools.cache
 def hints_of(cls: type) -> dict[str, Any]:
-    """Returns the annotations of the fields of a dataclass, in order; ValueError if one cannot be evaluated."""
+    """Returns the annotations of a dataclass's fields, in order; ValueError if one cannot be evaluated."""
     try:
         hints = typing.get_type_hints(cls, include_extras=True)
     except NameError as error:
         raise ValueError(
-            f"{cls.__module__}:{cls.__qualname__} has an annotation of which {error.name!r} is not at the top level of "
-            "its module; define it there."
+            f"{cls.__module__}:{cls.__qualname__} uses {error.name!r} in an annotation, but it is not at the top level "
+            "of the module; define it there."
         ) from error
     return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}  # ty: ignore[invalid-argument-type]
 
 
 def members(annotation: Any) -> tuple[Any, ...]:
-    """Returns the members of a union; for another annotation, only itself."""
+    """Returns the members of a union; any other annotation is its only member."""
     union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
     return typing.get_args(annotation) if union else (annotation,)
 
@@ -47,29 +47,29 @@ def configs_of(annotation: Any) -> dict[str, type]:
 
 
 def choices(annotation: Any) -> dict[str, type]:
-    """Returns the config types that a field may have, by name; empty unless there are several, your own included."""
+    """Returns the config types that a field may have, by name; empty unless there are several, counting your own."""
     found = configs_of(annotation)
     return found if len(found) + takes_own(annotation) > 1 else {}
 
 
 def takes_own(annotation: Any) -> bool:
-    """Returns whether a field takes objects of your own: functions, or what `Own` describes."""
+    """Returns whether a field takes your own objects: functions, or what `Own` describes."""
     return any(is_function(member) or own_of(member) is not None for member in members(annotation))
 
 
 def is_function(annotation: Any) -> bool:
-    """Returns whether an annotation is that of functions."""
+    """Returns whether an annotation stands for functions."""
     return annotation is Callable or typing.get_origin(annotation) is Callable
 
 
 def own_of(annotation: Any) -> Own | None:
-    """Returns the description of your own objects that an annotation, not a union, stands for."""
+    """Returns the `Own` of an annotation that is not a union; None if it has none."""
     bounds = typing.get_args(annotation)[1:] if typing.get_origin(annotation) is Annotated else ()
     return next((bound for bound in bounds if isinstance(bound, Own)), None)
 
 
 def is_own(annotation: Any, value: Any) -> bool:
-    """Returns whether a field's value is an object of your own: neither plain nor one of its declared configs."""
+    """Returns whether a field's value is your own object: neither plain nor one of the field's declared configs."""
     plain = value is None or isinstance(value, bool | int | float | str)
     return takes_own(annotation) and not plain and type(value) not in configs_of(annotation).values()
 

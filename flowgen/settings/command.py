@@ -1,4 +1,4 @@
-"""Fields of a config on a command line, `--group.field value`."""
+"""Sets fields of a config on a command line, by `--group.field value`."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ WORDS = {"true": True, "false": False, "none": None, "null": None}
 def override(config: T, arguments: Sequence[str]) -> T:
     """Returns `config` with fields replaced by `--group.field value` or `--group.field=value` arguments.
 
-    Values: numbers, true or false, none, (8, 12) or [8, 12], and plain text. A group with several types takes the name
-    of one, with its defaults; the fields of the group are set after it. Fields of a group that is None are set in one
-    of its defaults. Objects of your own are named "package.module:object", and the module is imported; a frozen
-    dataclass is a group of its fields.
+    Values are numbers, true or false, none, (8, 12) or [8, 12], and plain text. A group with several types takes the
+    name of a type, which has its defaults; the fields of the group are set after it. If a group is None, setting one
+    of its fields first creates it with its defaults. Your own objects are named "package.module:object", and the module
+    is imported. A frozen dataclass is a group of its fields.
 
     Raises:
-        ValueError: an unknown field (with the closest known one), a group, a missing or an unfitting value.
+        ValueError: a field is unknown (suggests the closest one) or is a group, or a value is missing or does not fit.
 
     Example:
         experiment = override(experiment, ["--optim.lr", "3e-4", "--model.image_size=(32, 48)"])
@@ -81,7 +81,7 @@ def _pairs(arguments: Sequence[str]) -> dict[str, str]:
 
 
 def _set(fields: dict[str, Any], cls: type, names: list[str], text: str, path: str, known: list[str]) -> None:
-    """Sets the field that `names` lead to, in the opened fields of a config of type `cls`."""
+    """Sets the field at the path `names` in the opened fields of a config of type `cls`."""
     name, *rest = names
     annotation, value = hints_of(cls)[name], fields.get(name, getattr(cls, name, None))
     kinds, group = choices(annotation), _group_type(annotation, value)
@@ -101,7 +101,7 @@ def _set(fields: dict[str, Any], cls: type, names: list[str], text: str, path: s
 
 
 def _opened(annotation: Any, value: Any) -> dict[str, Any]:
-    """The fields of a config, as input of `from_plain`; none for None, which means defaults."""
+    """Returns the fields of a config, as input of `from_plain`; an empty dict for None, which means defaults."""
     if value is None:
         return {}
     own: dict[str, Any] = {TYPE: type(value)} if is_own(annotation, value) else {}
@@ -110,7 +110,7 @@ def _opened(annotation: Any, value: Any) -> dict[str, Any]:
 
 
 def _group_type(annotation: Any, value: Any) -> type | None:
-    """The type of the config that a field holds, or would hold if one of its fields were set."""
+    """Returns the type of the config that a field holds, or would hold if one of the config's fields were set."""
     kinds = configs_of(annotation)
     if isinstance(value, Mapping) and TYPE in value:
         return value[TYPE] if isinstance(value[TYPE], type) else kinds[value[TYPE]]
@@ -120,7 +120,7 @@ def _group_type(annotation: Any, value: Any) -> type | None:
 
 
 def _parse(annotation: Any, text: str, path: str, group: type | None) -> Any:
-    """The value of a command-line text: none if the field may be none, text itself if it may be text, or a literal."""
+    """Returns the value of a command-line text: None if the field may be None, text if it may be text, or a literal."""
     literal = _literal(text)
     if literal is None and fits(annotation, None):
         return None
@@ -146,7 +146,7 @@ def _literal(text: str) -> Any:
 
 
 def _no_value(path: str, group: type | None, types: list[str], text: str) -> str:
-    """The reason why a group cannot be set to a text."""
+    """Returns the error for a group that cannot be set to a text."""
     inside = [name for name in types if text and text.lower() in name.lower()]
     close = (inside or difflib.get_close_matches(text, types, n=1, cutoff=0.6))[:1]
     what = f"a group, and {text!r} is not one of its types" if types else "a group"
@@ -157,7 +157,7 @@ def _no_value(path: str, group: type | None, types: list[str], text: str) -> str
 
 
 def _no_such_field(path: str, field: str, group: type | None, types: dict[str, type], known: list[str]) -> str:
-    """The error for an unknown field of a group: another of its types may have it."""
+    """Returns the error for an unknown field of a group, which another of the group's types may have."""
     owners = [name for name, cls in types.items() if field in hints_of(cls)]
     place = path.rpartition(".")[0]
     if not owners or (group is not None and group not in types.values()):

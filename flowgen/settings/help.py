@@ -1,4 +1,4 @@
-"""Fields of a config for users: by dotted name, with value, help and allowed values."""
+"""Lists the fields of a config for users: dotted name, value, help and allowed values."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from flowgen.settings.named import name_of
 
 
 class Setting(NamedTuple):
-    """A field by its dotted name: its value, its docstring entry, and its allowed values.
+    """A field: its dotted name, its value, its docstring entry, and its allowed values.
 
-    The value of a group of several possible types is the name of its type; its fields follow. The value of an object of
-    your own is its name, if it has one.
+    If a group has several possible types, its value is the name of its type, and its fields follow. The value of your
+    own object is its name, if it has one.
     """
 
     name: str
@@ -63,7 +63,7 @@ def _allowed(annotation: Any) -> str:
 
 
 def leaf_names(config: Any) -> list[str]:
-    """Returns the dotted names of all fields that hold a value, not a group; an absent group has none.
+    """Returns the dotted names of all fields that hold a value and not a group; an absent group has no fields.
 
     Example:
         print("\\n".join(leaf_names(experiment)))
@@ -75,7 +75,7 @@ def leaf_names(config: Any) -> list[str]:
 def help_of(cls: type) -> dict[str, str]:
     """Returns each field's help from the docstrings of a dataclass and its bases.
 
-    An entry begins with `name: ` and ends before the next such line or an empty one.
+    An entry begins with `name: ` and ends before the next entry or an empty line.
 
     Example:
         help_of(OptimConfig)["lr"]  # "learning rate after the warm-up; positive."

@@ -1,7 +1,7 @@
-"""Your own objects by name, "package.module:object": in a command, and in the JSON that a run keeps.
+"""Finds your own objects by name, "package.module:object", in commands and in the JSON that a run keeps.
 
-Only a command imports the modules that it names; a name in a file must be of a module that is imported already, so that
-reading a file runs no code. Errors are clauses to follow the name of a field.
+Only a command imports the modules that it names. A name in a file must belong to a module that is already imported, so
+reading a file runs no code. Errors are clauses that follow the name of a field.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from flowgen.settings.ranges import meant, shown
 
-# What the running program itself defines is found by no other process.
+# Other processes cannot find what the running program itself defines.
 _PROGRAMS = ("__main__", "__mp_main__")
 _NOTHING = object()
 
@@ -24,7 +24,7 @@ def is_name(value: Any) -> bool:
 
 
 def import_module(module: str) -> None:
-    """Imports a module by name, which must be trusted; ValueError if there is none, or it fails.
+    """Imports a module by a trusted name; ValueError if it is not found or fails.
 
     Example:
         import_module("my_couplings")
@@ -33,7 +33,7 @@ def import_module(module: str) -> None:
         raise ValueError(f"is {shown(module)}; give the name of a module, such as package.module.")
     try:
         importlib.import_module(module)
-    except Exception as error:  # A module of the user's can raise anything.
+    except Exception as error:  # A user's module can raise anything.
         if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
             raise ValueError(
                 f"needs the module {error.name}, which is not found; add its folder to PYTHONPATH."
@@ -68,9 +68,9 @@ def resolve(name: str) -> Any:
 
 
 def import_object(name: str) -> Any:
-    """Returns the object that "package.module:object" names; its module is imported, so the name must be trusted.
+    """Returns the object that "package.module:object" names. It imports the module, so the name must be trusted.
 
-    Raises ValueError as `resolve` and `import_module` do.
+    Raises what `resolve` and `import_module` raise.
 
     Example:
         coupling = import_object("my_couplings:SlicedOT")
@@ -80,7 +80,7 @@ def import_object(name: str) -> Any:
 
 
 def split_name(name: str) -> tuple[str, list[str]]:
-    """Returns the module and the attributes that lead to an object; ValueError if it is no name of an object."""
+    """Returns the module and the attributes that lead to an object; ValueError if the name has another form."""
     module, _, path = name.partition(":")
     attributes = path.split(".")
     if not all(part.isidentifier() for part in [*module.split("."), *attributes]):
@@ -89,7 +89,7 @@ def split_name(name: str) -> tuple[str, list[str]]:
 
 
 def name_of(value: Any) -> str | None:
-    """Returns the name by which `resolve` finds this very object; None if no imported module has it at its top level.
+    """Returns the name by which `resolve` finds this object; None if no imported module has it at its top level.
 
     Example:
         name_of(json.dumps)  # "json:dumps"

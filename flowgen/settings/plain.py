@@ -1,9 +1,9 @@
-"""Validated configs, and configs as plain values for JSON.
+"""Validates configs, and converts them to and from plain values for JSON.
 
 A value is checked against the annotation of its field: bool, int, float, str, None, Literal, Callable, tuple, dict with
 str keys, unions of these, `Annotated` with bounds such as those of `flowgen.settings.ranges`, and configs. A field that
-may be one of several configs stores its choice as "type": the class name without "Config". An object of your own is
-stored by its name, "package.module:object"; a frozen dataclass without a name by that of its class, as "type".
+may be one of several configs stores its choice as "type": the class name without "Config". Your own object is stored
+as its name, "package.module:object". A frozen dataclass without a name stores the name of its class as "type".
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class FieldError(ValueError):
 
 @contextlib.contextmanager
 def in_group(group: str) -> Generator[None]:
-    """Puts the name of a group before the fields that a `FieldError` raised in this context names.
+    """Returns a context that puts the name of a group before the fields that a `FieldError` names.
 
     Example:
         with in_group("sampling"):
@@ -82,10 +82,10 @@ def config(*, kw_only: bool) -> Callable[[type[T]], type[T]]: ...
 def config(cls: type[T] | None = None, *, kw_only: bool = False) -> type[T] | Callable[[type[T]], type[T]]:
     """Returns the class as a frozen dataclass that checks and converts its fields by their types when it is made.
 
-    Its own `__post_init__` runs afterwards; it raises ValueError if fields do not fit each other, in a sentence that
+    Its own `__post_init__` runs afterwards. If fields do not fit each other, it raises ValueError with a sentence that
     begins with the name of one of them.
 
-    Raises FieldError naming every field that is of the wrong type or out of range.
+    Raises FieldError if fields have the wrong type or are out of range; names them all.
 
     Example:
         @config
@@ -116,12 +116,11 @@ def _config(cls: type[T], *, kw_only: bool) -> type[T]:
 
 
 def to_plain(value: Any, annotation: Any = None) -> Any:
-    """Returns configs and mappings as dicts and tuples as lists, ready for JSON.
+    """Returns configs and mappings as dicts, and tuples as lists, ready for JSON.
 
-    annotation: annotation of the field that holds the value; a config that is one of several possible ones names its
-    type.
+    annotation: annotation of the field that holds the value; if it allows several configs, the dict names the type.
 
-    Raises FieldError if an object of your own, or its class, is not at the top level of a module.
+    Raises FieldError if your own object, or its class, is not at the top level of a module.
 
     Example:
         text = json.dumps(to_plain(config), allow_nan=False)
@@ -153,7 +152,7 @@ def _fields_to_plain(value: Any) -> dict[str, Any]:
 
 
 def _own_to_plain(value: Any) -> Any:
-    """The name of your own object, or of its class with its fields."""
+    """Returns the name of your own object, or its class's name with its fields."""
     if (name := name_of(value)) is not None:
         return name
     if is_dataclass(value) and (name := name_of(type(value))) is not None:
@@ -168,7 +167,7 @@ def from_plain(cls: type[T], data: Any) -> T:
     """Returns the config `cls` from the result of `to_plain`. A missing field takes its default.
 
     Raises:
-        FieldError: an unknown field, a missing one without default, or a value of the wrong type, by name.
+        FieldError: a field is unknown, is missing and has no default, or has the wrong type; names the field.
 
     Example:
         config = from_plain(TrainConfig, {"steps": 100, "batch_size": 8})
@@ -189,12 +188,12 @@ def from_plain(cls: type[T], data: Any) -> T:
         return cls(**_fitting(cls, values))
     except FieldError:
         raise
-    except ValueError as error:  # of the user's dataclass
+    except ValueError as error:  # from the user's dataclass
         raise FieldError(str(error)) from error
 
 
 def _fitting(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of fields converted to their annotations; FieldError names all that do not fit."""
+    """Returns the values of fields converted to their annotations; FieldError names all that do not fit."""
     fitting, problems = {}, []
     for name, annotation in hints_of(cls).items():
         if name in values:
@@ -208,11 +207,11 @@ def _fitting(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check(annotation: Any, value: Any, *, path: str) -> Any:
-    """Returns `value` converted to its annotation: a whole number as int or float, a list as tuple; never a bool as
-    int.
+    """Returns `value` converted to its annotation: a whole number to int or float, a list to a tuple, but never a bool
+    to int.
 
     Raises:
-        FieldError: naming path, value and what is expected; a float must be finite.
+        FieldError: the value does not fit, or a float is not finite; names path, value and what is expected.
 
     Example:
         size = check(int | tuple[int, int], [32, 48], path="image_size")  # (32, 48)
@@ -239,7 +238,7 @@ def fits(annotation: Any, value: Any) -> bool:
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """Returns lines such as "train.batch_size: 64 -> 32" between two plain values, in order of the first.
+    """Returns the differences between two plain values as lines such as "train.batch_size: 64 -> 32".
 
     Example:
         changed = differences(to_plain(old), to_plain(new))
@@ -307,7 +306,7 @@ def _bounded(value: Any, annotation: Any, *bounds: Any) -> Any:
     # Entries are counted before any of them is checked.
     counted = typing.get_origin(annotation) is tuple and isinstance(value, list | tuple)
     converted = value if counted else _convert(annotation, value)
-    given = value if type(value) is int else converted  # as a message shows it
+    given = value if type(value) is int else converted  # the form that a message shows
     for bound in bounds:
         if isinstance(bound, Bound) and (problem := bound.problem(given)):
             raise _Refusal(problem)
@@ -323,9 +322,9 @@ def _convert_entry(annotation: Any, value: Any) -> Any:
 
 def _convert_number(annotation: type, value: Any) -> int | float:
     if getattr(value, "shape", None) == ():
-        value = value.item()  # of an array library
+        value = value.item()  # a scalar of an array library
     _require(isinstance(value, numbers.Real) and not isinstance(value, bool), value)
-    if isinstance(value, int):  # of any size
+    if isinstance(value, int):  # integers may have any size
         return value if annotation is int else float(_require(abs(value) < MAX_WHOLE_FLOAT, value))
     _require(math.isfinite(value), value)
     _require(annotation is float or value == int(value), value)
@@ -340,7 +339,7 @@ def _chosen(kinds: dict[str, type], data: Mapping[str, Any], *, own: bool) -> An
 
 
 def _found(value: Any) -> Any:
-    """The object that text names, or of the class that a mapping names, or is opened from; other values as they are."""
+    """Returns the object that text names, or an object of the class that a mapping names; else the value itself."""
     named = value.get(TYPE) if isinstance(value, Mapping) else value
     opened = isinstance(value, Mapping) and isinstance(named, type)
     if not is_name(named) and not opened:
@@ -351,7 +350,7 @@ def _found(value: Any) -> Any:
         raise _Refusal(str(error)) from error
     if not isinstance(found, type):
         if isinstance(value, Mapping):
-            raise _Refusal(f"has the type {shown(named)}, which is no class; give its name alone.")
+            raise _Refusal(f"has the type {shown(named)}, which is not a class; give its name alone.")
         return _require(not is_name(found) and not isinstance(found, Mapping), found)
     if not (is_dataclass(found) and found.__dataclass_params__.frozen):
         raise _Refusal(f"is the class {found.__module__}:{found.__qualname__}; make it a dataclass(frozen=True).")
@@ -369,7 +368,7 @@ def _convert_own(kind: Any, value: Any) -> Any:
 
 
 def _convert_union(kinds: tuple[Any, ...], value: Any) -> Any:
-    # An exact type wins over a conversion: 3 stays an int in `float | int`.
+    # An exact type takes precedence over a conversion: 3 stays an int in `float | int`.
     for kind in sorted(kinds, key=lambda kind: unannotated(kind) is not type(value)):
         with contextlib.suppress(_Mismatch):
             return _convert(kind, value)

@@ -1,7 +1,7 @@
 """Allowed values of a field, declared in its type: ranges of numbers, counts of entries, names.
 
 A range covers every plausible value, far beyond any trained model, so that a wrong number is refused before a model of
-that size is built. Otherwise an `int` with a range is an `int`.
+that size is built.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Bound(Protocol):
 
 @dataclass(frozen=True)
 class Within:
-    """Numbers of at least `least` or above `above`, and of at most `most` or below `below`.
+    """Numbers that are at least `least` or above `above`, and at most `most` or below `below`.
 
     Example:
         Width = Annotated[int, Within(1, 65_536)]
@@ -88,7 +88,7 @@ class OneOf:
 class Own:
     """Your own objects: values in Python, "package.module:object" in commands and JSON.
 
-    about: what they must be, as a noun in errors.
+    about: what an object must be, as a noun for errors.
 
     Example:
         coupling: Independent | MinibatchOT | Annotated[Coupling, Own("a function (key, x0, x1, cond) -> Coupled")]
@@ -98,18 +98,18 @@ class Own:
 
 
 def meant(word: str, known: Iterable[str]) -> str:
-    """Returns the end of a sentence about an unknown word, with the closest known one."""
+    """Returns the end of a sentence about an unknown word, with the closest known word, if any."""
     close = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.75)
     return f"; did you mean {close[0]}?" if close else "."
 
 
 def shown(value: Any) -> str:
-    """Returns a value for a message, always short."""
+    """Returns a short text that shows a value in a message."""
     if isinstance(value, int) and (digits := abs(value).bit_length() * 3 // 10) > 100:
         return f"{'over ' if value > 0 else 'below -'}10^{digits}"
     try:
         text = repr(value)
-    except (RecursionError, ValueError):  # Python writes nothing nested too deep, and no number of over 4,300 digits.
+    except (RecursionError, ValueError):  # Python cannot print deep nesting, or numbers of over 4,300 digits.
         return f"a {type(value).__name__}"
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
@@ -120,7 +120,7 @@ Fraction = Annotated[float, Within(0, 1)]
 ProperFraction = Annotated[float, Within(0, below=1)]
 OpenFraction = Annotated[float, Within(above=0, below=1)]
 INT32 = (1 << 31) - 1
-# Steps of a run, which are counted in 32 bits, and other counts.
+# Counts, such as the steps of a run, are 32-bit integers.
 Count = Annotated[int, Within(1, INT32)]
 CountOrZero = Annotated[int, Within(0, INT32)]
 
@@ -142,7 +142,7 @@ Heads = Annotated[int, Within(1, 1 << 12)]
 Expansion = Annotated[int, Within(1, 1 << 8)]
 Groups = Annotated[int, Within(1, 1 << 16)]
 Vocabulary = Annotated[int, Within(1, 1 << 24)]
-# A scanned layer is compiled once; a looped one as often as there are layers.
+# Scanned layers are compiled once; looped layers are compiled one by one.
 Layers = Annotated[int, Within(1, 1 << 10)]
 MaybeLayers = Annotated[int, Within(0, 1 << 10)]
 Loops = Annotated[int, Within(1, 1 << 5)]
@@ -153,5 +153,5 @@ MAX_LEVELS = 1 << 3
 BatchSize = Annotated[int, Within(1, 1 << 20)]
 Samples = Annotated[int, Within(1, 1 << 24)]
 Bytes = Annotated[int, Within(0, 1 << 60)]
-# Without 64-bit integers jax truncates larger seeds, so that two of them could give the same samples.
+# Without 64-bit integers JAX truncates larger seeds, so two different seeds could give the same samples.
 Seed = Annotated[int, Within(0, (1 << 32) - 1)]

@@ -1,4 +1,4 @@
-"""The one training loop. It handles steps, checkpoints and reports; a `Job` says what to train."""
+"""The training loop for all experiments. It handles steps, checkpoints and reports; a `Job` says what to train."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from flowgen.training.parallel import DataParallel, barrier, from_primary, is_pr
 from flowgen.training.signals import Interrupted, Signals
 from flowgen.training.step import Objective, Step, TrainState, init_state, make_step
 
-# Steps that may be queued on the device: enough to keep it busy while the host prepares the next.
+# Steps that may be queued on the device, to keep it busy while the host prepares the next step.
 STEPS_AHEAD = 2
 # Steps between checks for a signal in other processes; a check waits for the current step.
 AGREE_EVERY = 8
@@ -29,10 +29,10 @@ AGREE_EVERY = 8
 class Job:
     """What the loop needs to train something.
 
-    init(key) -> variables. objective: see `make_step`. batches(start, stop) -> this process's batches of steps
-    start..stop-1. evaluate(variables) -> metrics, of which the checkpoint with the lowest `best_metric` is kept.
-    sample(variables) -> uint8 image `height width 3`. optims: optimizers of parameter groups with their own, by
-    top-level name. inventory: what was found in the data, to be logged and kept with the run.
+    init(key) -> variables. objective: see `make_step`. batches(start, stop) -> this process's batches for steps
+    start..stop-1. evaluate(variables) -> metrics; the checkpoint with the lowest `best_metric` is kept.
+    sample(variables) -> uint8 image `height width 3`. optims: separate optimizers for parameter groups, by top-level
+    name. inventory: what was found in the data, to be logged and kept with the run.
     """
 
     init: Callable[[jax.Array], Any]
@@ -48,7 +48,7 @@ class Job:
 class Result(NamedTuple):
     """The outcome of a run.
 
-    state: unreplicated numpy arrays. metrics: the last evaluation. samples: path of the last sample grid or
+    state: unreplicated numpy arrays. metrics: the last evaluation. samples: path of the last sample grid, or
     None. signal: number of the signal that stopped the run, 0 if it finished.
     """
 
@@ -74,18 +74,18 @@ def train(
     check_config: Callable[[dict[str, Any]], None],
     signals: Signals | None = None,
 ) -> Result:
-    """Returns the result of a run in `workdir`, resumed if it has a checkpoint.
+    """Trains in `workdir`, resuming if it has a checkpoint, and returns the result.
 
     config: JSON saved with the run. check_config(saved config): raises ValueError if the current config cannot resume a
-    run with the saved one. signals: already watched ones; None watches those of this process. A run that is
+    run with the saved one. signals: a `Signals` already in use; None watches this process's signals. A run that is
     stopped (SIGINT, SIGTERM or killed) and resumed ends with a state bit-identical to an uninterrupted run's, on the
     same number of devices.
 
     Raises:
-        ValueError: a batch that cannot be shared, a config that does not fit, a damaged checkpoint.
-        FileExistsError, OSError: a workdir that holds something else, is in use, or cannot be written.
-        FloatingPointError: loss or gradient is not finite; names the step, checkpoints stay intact. Interrupted: a
-        signal came before the first step.
+        ValueError: devices cannot share the batch, the config does not fit, or a checkpoint is damaged.
+        FileExistsError, OSError: the workdir holds something else, is in use, or cannot be written.
+        FloatingPointError: loss or gradient is not finite; names the step, and checkpoints stay intact.
+        Interrupted: a signal came before the first step.
 
     Example:
         result = train(job, "runs/digits", optim=optim, train=train, log=log, config={}, check_config=print)
@@ -103,7 +103,7 @@ def train(
     with Signals() if signals is None else nullcontext(signals) as signals:
         with _interruptible(signals):
             check_workdir(workdir, check_config, locks=is_primary())
-            barrier("flowgen: workdir checked")  # One process's first file would look foreign to another.
+            barrier("flowgen: workdir checked")  # Otherwise, one process's first file would look foreign to another.
             # Everything that can be refused is read before anything is written.
             reader = CheckpointReader(workdir / CHECKPOINTS)
             latest = _resumed_from(reader, train.steps, check_config)
@@ -121,7 +121,7 @@ def train(
 
 
 def _writer(workdir: Path, latest: int | None, log: LogConfig, best_metric: str) -> RunWriter | NullWriter:
-    """The run's writer, which only the first process has. All processes end if it cannot write."""
+    """Returns the run's writer, which writes only in the first process. If it cannot write, all processes end."""
     record: RunWriter | NullWriter = NullWriter(workdir)
     error: OSError | None = None
     if is_primary():
@@ -135,7 +135,7 @@ def _writer(workdir: Path, latest: int | None, log: LogConfig, best_metric: str)
 
 
 def _resumed_from(reader: CheckpointReader, steps: int, check_config: Callable[[dict[str, Any]], None]) -> int | None:
-    """The step to resume from, the same in all processes; ValueError if its config or number does not fit."""
+    """Returns the step to resume from, the same in all processes; ValueError if its config or number does not fit."""
     latest = reader.latest_step()
     if latest is None:
         reader.check_not_broken()
@@ -155,7 +155,7 @@ def _resumed_from(reader: CheckpointReader, steps: int, check_config: Callable[[
 
 
 def _evaluation(reader: CheckpointReader, step: int) -> dict[str, float] | None:
-    """The metrics of a step; None if they are missing or damaged, which the run's writer reports."""
+    """Returns the metrics of a step, or None if they are missing or damaged, which the run's writer reports."""
     try:
         return reader.evaluation(step)
     except ValueError:
@@ -163,7 +163,7 @@ def _evaluation(reader: CheckpointReader, step: int) -> dict[str, float] | None:
 
 
 class _Run:
-    """The loop's own state, beside the training state."""
+    """The state of the loop, apart from the training state."""
 
     def __init__(
         self,
@@ -188,7 +188,7 @@ class _Run:
         self.signal = 0
 
     def train(self, update: Step, state: TrainState, key: jax.Array, scores: dict[str, float] | None) -> Result:
-        """Returns the result of running from `first` to the last step. scores: the evaluation of `first`, if any."""
+        """Trains from step `first` to the last and returns the result. scores: the evaluation of `first`, if any."""
         with _interruptible(self.signals):
             state = self.parallel.replicate(state)
             key = self.parallel.replicate_key(key)
@@ -203,7 +203,7 @@ class _Run:
         return Result(self.parallel.to_host(state), self.metrics, self.samples, self.signal)
 
     def resume(self, state: TrainState, scores: dict[str, float] | None) -> None:
-        """Reports where the run resumes, and repeats an evaluation that was cut off after its checkpoint."""
+        """Reports where the run resumes, and repeats an evaluation that did not finish after its checkpoint."""
         finished = self.first == self.steps
         if scores is not None:
             self.metrics, self.evaluated = scores, self.first
@@ -218,7 +218,7 @@ class _Run:
             self.unless_stopped(lambda: self.evaluate(self.first, state))
 
     def run(self, update: Step, state: TrainState, key: jax.Array) -> tuple[int, TrainState]:
-        """Returns the last step reached and its state, which is saved."""
+        """Runs the steps, saves the last state reached, and returns it with its step."""
         self.signals.doing = "Stopping after the current step and saving it"
         self.record.say("Compiling the training step.")
         batches = iter(self.job.batches(self.first, self.steps))
@@ -236,7 +236,7 @@ class _Run:
             self.pending.append((step, metrics))
             with self.keeping(step, state):
                 if not self.pace.begun:
-                    jax.block_until_ready(metrics)  # Until here the time is compilation.
+                    jax.block_until_ready(metrics)  # Everything before this is compilation time.
                     self.pace.begin(step)
                 self.wait_for_all_but(0 if self.parallel.must_wait else STEPS_AHEAD)
                 self.record.advance(step)
@@ -270,7 +270,7 @@ class _Run:
             raise
 
     def finish(self, step: int, state: TrainState) -> None:
-        """Evaluates and samples after the last step, which is saved."""
+        """Evaluates and samples after the last step, which is already saved."""
 
         def evaluate_and_draw():
             if self.job.evaluate is not None and (self.first < step or not self.metrics):
@@ -279,13 +279,13 @@ class _Run:
             self.draw(step, state)
 
         self.unless_stopped(evaluate_and_draw)
-        if not self.record.holds(step):  # The directory was removed meanwhile.
+        if not self.record.holds(step):  # The directory was removed in the meantime.
             self.save_last(step, state)
             if self.evaluated == step:
                 self.record.score(step, self.metrics)
 
     def unless_stopped(self, work: Callable[[], Any]) -> None:
-        """Runs work that a signal may skip once its step is saved."""
+        """Runs work that a signal may cut short, because its step is already saved."""
         doing = self.signals.doing
         # Processes that evaluate together must stop together.
         alone = jax.process_count() == 1
@@ -307,7 +307,7 @@ class _Run:
             jax.block_until_ready(self.pending[-1 - ahead][1])
 
     def told_to_stop(self, step: int) -> bool:
-        """Whether any process received a signal; all stop at the same step."""
+        """Returns whether any process received a signal; all stop at the same step."""
         number = self.signals.number
         if jax.process_count() > 1:
             number = largest(number) if _due(step, AGREE_EVERY) else 0
@@ -315,7 +315,7 @@ class _Run:
         return number > 0
 
     def due(self, step: int, state: TrainState) -> None:
-        """Reports, checkpoints, evaluations and samples due at this step."""
+        """Makes the reports, checkpoints, evaluations and samples that are due at this step."""
         evaluates = self.job.evaluate is not None and _due(step, self.config.eval_every)
         draws = _due(step, self.config.sample_every)
         if _due(step, self.config.log_every):
@@ -328,8 +328,8 @@ class _Run:
             self.unless_stopped(lambda: self.draw(step, state))
 
     def report(self, step: int) -> None:
-        """Writes the mean metrics since the last report over steps that were not skipped, and the skipped share; raises
-        if the run cannot continue."""
+        """Writes the metrics since the last report, averaged over steps that were not skipped, and the share of skipped
+        steps; raises FloatingPointError if the run cannot continue."""
         if not self.pending:
             return
         rows = [(at, jax.tree.map(float, self.parallel.to_host(row))) for at, row in self.pending]
@@ -347,7 +347,7 @@ class _Run:
             self.record.show(step, means, self.pace.seconds_for(self.steps - step))
 
     def check(self, step: int, row: dict[str, float]) -> None:
-        """Raises FloatingPointError if a step is not finite and was not skipped, or too many were skipped in a row."""
+        """Raises FloatingPointError if an unskipped step is not finite, or if too many were skipped in a row."""
         in_a_row, most = row.get("skipped_in_a_row", 0), self.max_skips
         if in_a_row <= most and (in_a_row or (np.isfinite(row["loss"]) and np.isfinite(row["grad_norm"]))):
             return
@@ -360,7 +360,7 @@ class _Run:
     def evaluate(self, step: int, state: TrainState) -> None:
         assert self.job.evaluate is not None
         metrics = self.job.evaluate(self.parallel.to_host(state.averaged))
-        # All processes must agree on the best checkpoint, and so on which are removed.
+        # All processes must agree on the best checkpoint, and therefore on which ones to delete.
         self.metrics = {name: from_primary(float(value)) for name, value in metrics.items()}
         self.evaluated = step
         self.record.write(step, {f"{EVAL}{name}": value for name, value in self.metrics.items()})
@@ -389,5 +389,5 @@ def _due(step: int, every: int) -> bool:
 
 
 def _interruptible(signals: Signals) -> Any:
-    """A context in which a signal may raise: nothing is lost yet, and no other process waits for this one."""
+    """Returns a context in which a signal may raise: nothing is lost yet, and no other process waits for this one."""
     return signals.raising() if jax.process_count() == 1 else nullcontext()

@@ -1,4 +1,4 @@
-"""Training options: optimizer, length, and how often a run reports. Defaults live only here."""
+"""Training options: optimizer, length, and how often a run reports. Defaults are set only here."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flowgen.settings.ranges import BatchSize, Count, CountOrZero, Fraction, Non
 
 
 def check_warmups(warmups: Mapping[str, int], steps: int) -> None:
-    """Raises ValueError naming every warm-up that is as long as the run or longer.
+    """Raises ValueError if warm-ups are as long as the run or longer; names them all.
 
     Example:
         check_warmups({"optim.warmup_steps": 100}, steps=2000)
@@ -30,19 +30,19 @@ class OptimConfig:
     """AdamW with warm-up and decay, clipping and an exponential moving average of the parameters.
 
     lr: learning rate after the warm-up; positive.
-    min_lr: learning rate at the start of the warm-up and the end of a cosine; at most lr.
+    min_lr: learning rate at the start of the warm-up and at the end of cosine decay; at most lr.
     schedule: after the warm-up, "cosine" decays to min_lr and "constant" keeps lr.
     warmup_steps: steps over which the learning rate rises from min_lr to lr; fewer than train.steps.
-    weight_decay: AdamW's, decoupled; 0 for none.
-    b1: decay of the running mean of gradients; at least 0 and below 1.
-    b2: decay of the running mean of their squares; at least 0 and below 1.
-    eps: constant added to the denominator of updates.
+    weight_decay: AdamW's decoupled weight decay; 0 for none.
+    b1: decay rate of the running mean of gradients; at least 0 and below 1.
+    b2: decay rate of the running mean of squared gradients; at least 0 and below 1.
+    eps: constant added to the denominator of AdamW's updates.
     clip_norm: bound on the global gradient norm; 0 for none.
     skip_norm: skip updates whose gradient norm, before clipping, exceeds this or is not finite; 0 for none.
     skip_after: number of initial updates that are never skipped.
     max_skips: most updates in a row that may be skipped before the run stops; at least 1.
-    ema_decay: decay of the parameter average used for sampling; below 1, 0 for no average.
-    ema_warmup: let the average follow closely at first, decay min(ema_decay, (1 + step) / (10 + step)).
+    ema_decay: decay rate of the parameter average used for sampling; below 1, 0 for no average.
+    ema_warmup: start with a faster average, by the decay rate min(ema_decay, (1 + step) / (10 + step)).
     """
 
     lr: Positive = 1e-4
@@ -67,13 +67,13 @@ class OptimConfig:
 
 @config
 class TrainConfig:
-    """Length and batch of a run.
+    """Length, batch size and seed of a run.
 
     steps: updates of the parameters; at least 1.
     batch_size: samples per update, over all devices and hosts; a multiple of devices times accumulation.
     seed: seed of initial parameters, data order and noise; a whole number below 2^32.
     label_dropout: share of labels or texts that are dropped, to train the unconditional branch of guidance; at most 1.
-    accumulation: parts that each device's share of a batch is cut into, to save memory.
+    accumulation: micro-batches that each device's share of a batch is split into, to save memory.
     """
 
     steps: Count = 1000
@@ -85,7 +85,7 @@ class TrainConfig:
 
 @config
 class LogConfig:
-    """How often a run reports, in steps; it always reports and saves at its end.
+    """How often a run reports, in steps. A run always reports and saves at its end.
 
     log_every: steps between rows of metrics; at least 1.
     eval_every: steps between evaluations on held-out data; 0 for only at the end.

@@ -1,4 +1,4 @@
-"""Training speed and the remaining time."""
+"""Training speed and remaining time."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 
 class Pace:
-    """Steps per second, without the time for compilation, evaluation, sampling and saving.
+    """Measures steps per second, excluding compilation, evaluation, sampling and saving.
 
     Example:
         pace = Pace()
@@ -35,7 +35,7 @@ class Pace:
             self._since += time.perf_counter() - before
 
     def measure(self, step: int) -> dict[str, float]:
-        """Returns the speed since the last call, or nothing if no step was made since."""
+        """Returns the speed since the last call, or an empty dict if there was no step since."""
         if not self.begun or step == self._at:
             return {}
         now = time.perf_counter()
@@ -45,5 +45,5 @@ class Pace:
         return {"steps_per_second": steps / max(seconds, 1e-9)}
 
     def seconds_for(self, steps: int) -> float | None:
-        """Returns how long so many steps take at the speed so far, or None if it is unknown."""
+        """Returns the seconds that this many steps take at the average speed so far, or None if it is unknown."""
         return steps * self._seconds / self._steps if self._steps else None

@@ -22,7 +22,7 @@ from flowgen.training.step import AXIS, Step
 class DataParallel:
     """One copy of the state on each of this process's devices, and a share of the batch for each.
 
-    Arrays on devices carry a leading device axis, as pmap expects. `devices` is for tests; None takes all.
+    Arrays on devices have a leading device axis, as pmap expects. `devices` is for tests; None uses all local devices.
 
     Example:
         parallel = DataParallel()
@@ -41,7 +41,7 @@ class DataParallel:
 
     @property
     def must_wait(self) -> bool:
-        """Whether each step must end before the next."""
+        """Whether each step must end before the next one starts."""
         return backend.must_wait(self.local_devices)
 
     def check_batch(self, config: TrainConfig) -> None:
@@ -54,7 +54,7 @@ class DataParallel:
             )
 
     def compile(self, step: Step) -> Step:
-        """Returns the step over all devices; it donates the state it is given."""
+        """Returns the step mapped over all devices; the call donates its input state."""
         return jax.pmap(step, axis_name=AXIS, devices=self.devices, donate_argnums=0)
 
     def replicate(self, tree: Any) -> Any:
@@ -72,7 +72,7 @@ class DataParallel:
         return jax.random.wrap_key_data(self.replicate(jax.random.key_data(key)))
 
     def shard(self, batch: Any, rows: int | None = None) -> Any:
-        """Returns this process's batch split into equal consecutive shares on its devices; does not wait.
+        """Returns this process's batch in equal consecutive shares on its devices, without waiting for the transfer.
 
         rows: rows of every array, this process's share of train.batch_size; None for any number that devices can share.
         Raises ValueError unless all leaves are arrays of numbers with this many rows.
@@ -92,7 +92,7 @@ class DataParallel:
 
 
 def check_rows(batch: Any, devices: int, rows: int | None = None) -> None:
-    """Raises ValueError unless a batch holds arrays of numbers with equal rows that the devices can share equally.
+    """Raises ValueError unless all leaves are arrays of numbers, with equally many rows that the devices can share.
 
     Example:
         check_rows({"x": np.zeros((16, 3))}, devices=4, rows=16)
@@ -119,7 +119,7 @@ def check_rows(batch: Any, devices: int, rows: int | None = None) -> None:
 
 
 def is_primary() -> bool:
-    """Whether this process writes files."""
+    """Returns whether this process writes files."""
     return jax.process_index() == 0
 
 
@@ -130,7 +130,7 @@ def barrier(name: str) -> None:
 
 
 def largest(value: int) -> int:
-    """Returns the largest value over all processes, in all of them; waits for their current steps."""
+    """Returns the largest value over all processes, in every process; waits for their current steps."""
     if jax.process_count() == 1:
         return value
     return int(np.max(multihost_utils.process_allgather(np.array(value))))

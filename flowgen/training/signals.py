@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM during training: acknowledged at once, obeyed as soon as nothing would be lost."""
+"""Ctrl-C and SIGTERM during training: a signal is acknowledged at once, and obeyed once nothing would be lost."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
-# SIGHUP, if the system has it, comes from a closed terminal.
+# SIGHUP, if the system has it, is sent when a terminal closes.
 NUMBERS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
-# Programs such as `timeout` signal a process and then its group: that is one request, not two.
+# Programs such as `timeout` signal a process and then its group. Signals within this many seconds are one request.
 _TOGETHER = 0.2
-# Seconds until an exception lost in a callback is raised again: the callback has then ended.
+# Seconds until an exception lost in a callback is raised again; by then the callback has ended.
 _AGAIN = 0.01
 
 
 class Interrupted(KeyboardInterrupt):
-    """Raised when a signal, whose number it carries, ends the current work; nothing is lost."""
+    """Raised when a signal ends the current work; nothing is lost. `number` is the signal's number."""
 
     def __init__(self, number: int):
         super().__init__(number)
@@ -31,12 +31,12 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Signals:
-    """Records the first SIGINT or SIGTERM in `number` and says at once what happens; a second one ends the program
-    without saving.
+    """Records the first SIGINT or SIGTERM in `number` and reports at once what will happen. A second signal ends the
+    program without saving.
 
-    The message comes from a thread, since the main one may be compiling, which Python cannot interrupt. `doing` is its
-    text. on_second(number) is called in that thread, and may end the process; without it the second signal has its
-    usual effect in the main thread. Outside a program's main thread nothing is caught.
+    A separate thread prints the message, since the main thread may be compiling, which Python cannot interrupt. `doing`
+    is the message's text. That thread calls on_second(number), which may end the process; without it, the second signal
+    has its usual effect in the main thread. Signals are caught only if this is used in a program's main thread.
 
     Example:
         with Signals() as signals:
@@ -53,8 +53,8 @@ class Signals:
         self.doing = "Stopping before the first step; nothing is lost"
         self._on_second, self._ending, self._raises = on_second, False, False
         self._lost = False  # whether the first signal's exception was lost and must be raised again
-        self._repeats = 0  # unread signals that nobody sent: repeats of the first one
-        self._noted = ""  # What was being done when the main thread learned of it.
+        self._repeats = 0  # unread signals that nobody sent: `_repeat` raised them
+        self._noted = ""  # `doing` when the main thread noticed the signal
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
@@ -63,7 +63,7 @@ class Signals:
         reading, self._writing = os.pipe()
         os.set_blocking(self._writing, False)
         self._previous_fd = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
-        # `nohup` makes a program ignore its terminal's closing.
+        # With `nohup`, a program ignores SIGHUP.
         numbers = [n for n in NUMBERS if n in (signal.SIGINT, signal.SIGTERM) or signal.getsignal(n) != signal.SIG_IGN]
         self._previous = {number: signal.signal(number, self._note) for number in numbers}
         self._thread = threading.Thread(target=self._answer, args=(reading,), name="flowgen-signals", daemon=True)
@@ -76,16 +76,17 @@ class Signals:
         if self._previous:
             self._restore()
             signal.set_wakeup_fd(self._previous_fd, warn_on_full_buffer=False)
-            os.write(self._writing, bytes(1))  # A child process of ours may still hold the pipe open.
+            os.write(self._writing, bytes(1))  # A child process may still hold the pipe open.
             os.close(self._writing)
             self._thread.join()
             self._previous = {}
 
     @contextmanager
     def raising(self) -> Generator[None]:
-        """Inside it a signal raises Interrupted on arrival, or at the start if it came earlier.
+        """Returns a context in which a signal raises Interrupted on arrival, or on entry if the signal came earlier.
 
-        Python loses an exception raised in a callback, such as one of garbage collection; it is then raised again.
+        Python loses exceptions raised in some callbacks, such as those of garbage collection. A lost Interrupted is
+        raised again.
         """
         self._raises, hook = True, sys.unraisablehook
         timers: list[threading.Timer] = []
@@ -111,7 +112,7 @@ class Signals:
                 timer.cancel()
 
     def _note(self, number: int, frame: Any) -> None:
-        """Runs in the main thread, when it next runs Python."""
+        """Handles a signal in the main thread, once it runs Python code again."""
         if self._ending:
             self._restore()
             signal.raise_signal(number)
@@ -123,13 +124,13 @@ class Signals:
                 raise Interrupted(number)
 
     def _repeat(self, number: int) -> None:
-        """Runs in a thread: makes the main one raise the lost exception again."""
+        """Makes the main thread raise the lost exception again; runs in another thread."""
         self._lost = True
         self._repeats += 1
         _thread.interrupt_main(signal.Signals(number))
 
     def _answer(self, reading: int) -> None:
-        """Runs in a thread: reads the number of each signal as it comes, until the pipe is closed."""
+        """Reads the number of each signal as it arrives, until the pipe is closed; runs in its own thread."""
         first = None
         with open(reading, "rb", buffering=0) as pipe:
             while byte := pipe.read(1):
@@ -152,7 +153,7 @@ class Signals:
                     signal.pthread_kill(threading.main_thread().ident or 0, number)
 
     def _forget(self) -> None:
-        """Runs in a forked process, such as a data loader: its signals are not ours."""
+        """Stops handling signals in a forked process, such as a data loader."""
         if self._previous:
             signal.set_wakeup_fd(-1)
             self._restore()
@@ -163,8 +164,8 @@ class Signals:
 
 
 def _say(line: str) -> None:
-    # A closed terminal takes no message.
+    # Ignored if the terminal is closed.
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        # Start a new line after a bar or a terminal's ^C.
+        # Starts a new line after a progress bar or a terminal's ^C.
         sys.stderr.write(("\n" if sys.stderr.isatty() else "") + line + "\n")
         sys.stderr.flush()

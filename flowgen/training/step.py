@@ -23,14 +23,14 @@ Metrics = dict[str, Array]
 Objective = Callable[[Any, Any, Key[Array, ""]], tuple]
 Step = Callable[[Any, Any, Key[Array, ""]], tuple[Any, Metrics]]
 AXIS = "data"
-MAIN = "main"  # The optimizer of all parameters without their own.
+MAIN = "main"  # The optimizer of all parameters that have no optimizer of their own.
 
 
 class TrainState(struct.PyTreeNode):
     """Everything a run keeps between steps.
 
-    step: updates done. params: trained parameters. collections: the objective's carried state, every other collection
-    of the Flax variables. ema: the average of params, or None if it is off.
+    step: number of updates done. params: trained parameters. collections: the objective's carried state, which is every
+    other collection of the Flax variables. ema: the average of params, or None if there is none.
     """
 
     step: Int[Any, "*device"]
@@ -41,7 +41,7 @@ class TrainState(struct.PyTreeNode):
 
     @property
     def averaged(self) -> Any:
-        """The variables to evaluate and sample with: averaged params if there are any, and the collections."""
+        """The variables for evaluation and sampling: the averaged params, if any, else params, and the collections."""
         return {"params": self.params if self.ema is None else self.ema, **self.collections}
 
 
@@ -77,8 +77,10 @@ class SkipState(NamedTuple):
 def skip_spikes(
     inner: optax.GradientTransformation, *, max_norm: float, after: int = 0
 ) -> optax.GradientTransformation:
-    """Returns `inner` made to skip an update, keeping parameters and its own state, if the gradient's global norm
-    exceeds max_norm, from update number `after` on, or is not finite.
+    """Returns a transformation that applies `inner`, but skips updates with a gradient spike.
+
+    An update is skipped if the gradient's global norm is not finite or, from update `after` on, exceeds max_norm.
+    A skipped update changes neither the parameters nor the state of `inner`.
 
     Example:
         tx = skip_spikes(optax.adamw(1e-4), max_norm=1.0, after=100)
@@ -103,9 +105,9 @@ def skip_spikes(
 def make_optimizer(
     config: OptimConfig, steps: int, others: Mapping[str, OptimConfig] | None = None
 ) -> optax.GradientTransformation:
-    """Returns clipping by global norm, if on, then AdamW; around both, if on, the skipping of spikes.
+    """Returns AdamW, after clipping by global norm if it is on, with skipping of spikes if it is on.
 
-    others: separate optimizers for parameter groups, by top-level name; no norm spans several.
+    others: separate optimizers for parameter groups, by top-level name. Each group has its own gradient norm.
 
     Example:
         tx = make_optimizer(OptimConfig(lr=3e-4), steps=1_000)
@@ -159,21 +161,21 @@ def make_step(
     axis_name: str = AXIS,
     others: Mapping[str, OptimConfig] | None = None,
 ) -> Step:
-    """Returns the update (state, batch, key) -> (state, metrics) of one device, to be mapped over `axis_name`.
+    """Returns the update (state, batch, key) -> (state, metrics) for one device, to be mapped over `axis_name`.
 
     objective: (variables, batch, key) -> (loss, metrics) or (loss, metrics, collections).
     batch: this device's share, consecutive rows in the order of the axis. key: the same for all steps and devices.
     The objective receives a key unique to its device, step and micro-batch and, if the batch is a `Batch` or a dict, an
     added `rows`, a `flowgen.rows.Rows`. Draws from `rows` are the same on any number of devices and with any
     accumulation; draws from the key are not. Micro-batch j has the rows j, j + accumulation, ... of the whole batch.
-    Raises ValueError, while it is traced, if a batch has `rows` already or micro-batches cannot share it, or if the
-    objective returns something else.
-    metrics: the objective's, `loss`, `grad_norm` (before clipping) and `lr`, means over devices and micro-batches; if
-    spikes are skipped also `skipped`, 0 or 1, and `skipped_in_a_row`.
-    others: as for `make_optimizer`; lr and skipping are reported for the main one.
-    Carried state: each micro-batch computes it from the state before the update, and their mean over devices and
-    micro-batches is the new one; a `flowgen.rows.StatefulObjective` says how micro-batches are combined instead.
-    Integers in it must not depend on the batch.
+    While it is traced, the update raises ValueError if a batch already has `rows`, if micro-batches cannot share it,
+    or if the objective returns something else.
+    metrics: the objective's metrics, `loss`, `grad_norm` (before clipping) and `lr`, averaged over devices and
+    micro-batches. If spikes are skipped, also `skipped`, 0 or 1, and `skipped_in_a_row`.
+    others: as for `make_optimizer`; lr and skipping are reported for the main optimizer.
+    Carried state: each micro-batch computes a new state from the state before the update. The result is their mean over
+    devices and micro-batches, unless a `flowgen.rows.StatefulObjective` defines how micro-batches are combined.
+    Integers in the state must not depend on the batch.
 
     Example:
         update = jax.pmap(make_step(objective, OptimConfig(), steps=1_000), axis_name="data", donate_argnums=0)
@@ -187,14 +189,14 @@ def make_step(
     differentiate = jax.grad(loss_and_rest, has_aux=True)
 
     def gradients(state, batch, rows, key):
-        """The mean gradients and metrics over micro-batches, and their combined carried state."""
+        """Returns the mean gradients and metrics over micro-batches, and their combined carried state."""
         if accumulation == 1:
             grads, (metrics, collections) = differentiate(state.params, state.collections, with_rows(batch, rows), key)
             return grads, metrics, collections
 
         def micro(total, part):
             index, micro_batch, positions, micro_key = part
-            # All micro-batches share the key, and draw different rows with it.
+            # All micro-batches share the key; their rows have different positions.
             own = rows.replace(key=jax.random.clone(rows.key), positions=positions, part=index)
             micro_batch = with_rows(micro_batch, own)
             grads, aux = differentiate(state.params, state.collections, micro_batch, micro_key)
@@ -255,7 +257,7 @@ def check_share(batch: Any, accumulation: int) -> int:
 
 
 def check_outcome(outcome: Any) -> tuple:
-    """Returns an objective's result; ValueError unless it is a loss, metrics and, if any, collections.
+    """Returns an objective's result; ValueError unless it is (loss, metrics) or (loss, metrics, collections).
 
     Example:
         loss, metrics, *carried = check_outcome(objective(variables, batch, key))
@@ -284,7 +286,7 @@ def _is_number(x: Any) -> bool:
 
 
 def _main_state(opt_state: Any) -> Any:
-    """The state of the main optimizer."""
+    """Returns the state of the main optimizer."""
     return opt_state.inner_states[MAIN].inner_state if isinstance(opt_state, optax.PartitionState) else opt_state
 
 
@@ -294,7 +296,7 @@ def _updates_done(opt_state: Any, step: Int[Array, ""]) -> Int[Array, ""]:
 
 
 def ema_decay(config: OptimConfig, step: Int[Array, ""] | int) -> Float[Array, ""] | float:
-    """Returns the decay of the average at the update after `step`: min(ema_decay, (1 + step) / (10 + step)).
+    """Returns the average's decay rate at the update after `step`: min(ema_decay, (1 + step) / (10 + step)) in warm-up.
 
     Example:
         decay = ema_decay(OptimConfig(ema_decay=0.999), 100)
