@@ -81,7 +81,7 @@ def _with_joined(state_dict: StateDict, names: tuple[str, ...]) -> dict[str, np.
 
 
 def t5_encoder(state_dict: StateDict, config: Mapping[str, Any]) -> tuple[T5Encoder, dict[str, Any]]:
-    """Returns the encoder of a T5 v1.1 or Flan-T5 state dict, and its variables. A decoder is left out.
+    """Returns the encoder of a T5 v1.1 or Flan-T5 state dict, and its variables. Ignores the decoder, if any.
 
     Raises what `autoencoder_kl` raises.
 

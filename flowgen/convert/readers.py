@@ -196,7 +196,8 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
             position = stop
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(
-            f"'{path}' is damaged or not safetensors ({type(error).__name__}: {str(error)[:200]}); get the file again."
+            f"'{path}' is damaged or not a safetensors file ({type(error).__name__}: {str(error)[:200]}); get the file "
+            "again."
         ) from error
     return {name: tensors[name] for name in header if name in tensors}
 

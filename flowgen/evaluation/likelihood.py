@@ -62,7 +62,6 @@ def flow_nats_per_dim(
 
     Each latent is one draw from the posterior with one draw of noise.
 
-
     conditional: pass labels or texts to a flow that takes them; a text flow requires them.
 
     Example:

@@ -52,9 +52,10 @@ def fit(
 ) -> Result:
     """Trains an experiment in `workdir` and returns the result; resumes if the directory holds a checkpoint.
 
-    dataset: used instead of `experiment.data`; see `flowgen.data.Dataset`. held_out: used for evaluation; None
-    evaluates nothing. model: trained instead of `experiment.build()`, with the same methods; `flowgen.load` takes it
-    too. signals: signals that are already watched; None watches those of this process.
+    dataset: used instead of `experiment.data`; see `flowgen.data.Dataset`. held_out: the data that a
+    run on `dataset` is evaluated on; without it, such a run is not evaluated. model: trained instead of
+    `experiment.build()`, with the same methods; pass it to `flowgen.load` too. signals: a `Signals` already in use;
+    None watches this process's signals.
 
     Raises what `train` and the experiment's parts raise; options are checked before any computation.
 

@@ -185,8 +185,8 @@ class MatchingExperiment(Experiment):
         network = self.model.build()
         if getattr(network, "config", None) != self.model:
             raise ValueError(
-                f"model is {self.model}, but the network from its build() does not hold it; give the network a field "
-                "`config` that does."
+                f"model is {self.model}, but the network that its build() returns does not store it; store it in the "
+                "network's field `config`."
             )
         return network
 

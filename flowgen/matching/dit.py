@@ -74,7 +74,7 @@ class DiTConfig:
         if (numbers := math.prod(self.token_hw) * self.width) > MAX_POSITIONS:
             raise ValueError(
                 f"image_size is {self.image_size}, patch_size {self.patch_size} and width {self.width}, which "
-                f"makes a table of positions of {numbers} numbers, of at most {MAX_POSITIONS}; use a larger patch_size."
+                f"makes a position table of {numbers} numbers, over the limit {MAX_POSITIONS}; use a larger patch_size."
             )
         if self.width % self.head_dim:
             raise ValueError(

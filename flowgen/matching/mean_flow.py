@@ -60,7 +60,7 @@ def mean_flow_loss(
 
     The loss is E[w a |u(t, x_t, interval) - target|²] with target = v + interval · du/dt from the identity above. Here
     v is the path's u_t, and du/dt is one Jacobian-vector product. The square is *summed* over dimensions, as in the
-    published code, and a = 1 / (square + 0.01)^power is its adaptive weight. No gradient flows through target and a.
+    published code, and a = 1 / (square + 0.01)^power is its adaptive weight. No gradient flows through target or a.
     t and t + interval are the smaller and the larger of two draws of `time`. The defaults are the published ones.
 
     instantaneous: share of the pairs with interval 0. power: with power 1, the contribution of each pair stays below 1,

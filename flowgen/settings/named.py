@@ -39,7 +39,9 @@ def import_module(module: str) -> None:
                 f"needs the module {error.name}, which is not found; add its folder to PYTHONPATH."
             ) from error
         reason = " ".join(str(error).split())
-        raise ValueError(f"needs the module {module}, which fails ({type(error).__name__}: {reason}).") from error
+        raise ValueError(
+            f"needs the module {module}, which cannot be imported ({type(error).__name__}: {reason})."
+        ) from error
 
 
 def resolve(name: str) -> Any:
