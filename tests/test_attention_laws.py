@@ -251,7 +251,7 @@ def test_every_form_is_the_formula(name, x64):
     for form, (options, keep) in FORMS.items():
         options = {key: jnp.asarray(x) if isinstance(x, np.ndarray) else x for key, x in options.items()}
         if ROWS[name].causal_only and form not in CAUSAL_FORMS:
-            with pytest.raises(ValueError, match="causal only"):
+            with pytest.raises(ValueError, match="always causal"):
                 attend(name, *as_jax(inputs, jnp.float64), **options)
             continue
         out = attend(name, *as_jax(inputs, jnp.float64), **options)
@@ -267,7 +267,7 @@ def test_every_form_is_the_formula(name, x64):
 def test_cross_attention_is_the_formula(name, x64):
     inputs = draw(name, m=KEYS)
     if ROWS[name].causal_only:
-        with pytest.raises(ValueError, match="causal only"):
+        with pytest.raises(ValueError, match="always causal"):
             attend(name, *as_jax(inputs, jnp.float64))
         return
     close(name, attend(name, *as_jax(inputs, jnp.float64)), formula(name, *inputs, True))

@@ -382,14 +382,14 @@ REFUSED = {
     "chunk size of prefill": (lambda: prefill(*zeros(), chunk_size=0), ["chunk_size is 0", "at least 1"]),
     "chunk size of retention": (lambda: retention(*zeros(), chunk_size=0), ["chunk_size is 0", "at least 1"]),
     "odd values": (lambda: pola_attention(*zeros(v=(2, 6, 2, 3))), ["width 3", "must be even"]),
-    "retention of all": (lambda: KERNELS["retention"].attend(*zeros()), ["causal only", "is_causal=True"]),
+    "retention of all": (lambda: KERNELS["retention"].attend(*zeros()), ["always causal", "is_causal=True"]),
     "retention in blocks": (
         lambda: KERNELS["retention"].attend(*zeros(), is_causal=Causal(block_size=2)),
-        ["causal only", "is_causal=True"],
+        ["always causal", "is_causal=True"],
     ),
     "retention of pairs": (
         lambda: retention(*zeros(), mask=jnp.ones((2, 1, 6, 6), bool)),
-        ["mask has shape (2, 1, 6, 6)", "over keys alone", "(batch, 1, 1, keys)"],
+        ["mask has shape (2, 1, 6, 6)", "takes a key mask", "(batch, 1, 1, keys)"],
     ),
     "retention in segments": (
         lambda: retention(*zeros(), segment_ids=jnp.zeros((2, 5), int)),
@@ -397,7 +397,7 @@ REFUSED = {
     ),
     "prefill of pairs": (
         lambda: prefill(*zeros(), mask=jnp.ones((2, 1, 6, 6), bool)),
-        ["mask has shape (2, 1, 6, 6)", "over keys alone", "(batch, 1, 1, keys)"],
+        ["mask has shape (2, 1, 6, 6)", "takes a key mask", "(batch, 1, 1, keys)"],
     ),
     "prefill of lengths": (lambda: prefill(*zeros(q=(2, 5, 4, 8))), ["(2, 5, 4, 8)", "(2, 6, 2, 8)"]),
     "decay": (

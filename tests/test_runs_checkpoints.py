@@ -15,7 +15,8 @@ from commands import one_sentence
 
 from flowgen import checkpoint
 from flowgen.experiments import FlowExperiment
-from flowgen.flows import TARFlowConfig, init
+from flowgen.flows import TARFlowConfig
+from flowgen.nn import init
 from flowgen.runs import CheckpointReader, CheckpointStore, check_workdir, read_config, write_config
 
 MODEL = TARFlowConfig(image_size=4, channels=1, patch_size=2, width=8, head_dim=8, num_blocks=2, layers_per_block=1)

@@ -353,9 +353,10 @@ def test_encoders_have_help_for_every_field(cls):
 
 
 def test_objects_are_found_by_name():
-    assert resolve("collections.abc:Mapping.get").__name__ == "get"
-    assert import_object("colorsys:rgb_to_hsv").__name__ == "rgb_to_hsv"
-    assert name_of(json.dumps) == "json:dumps"
+    assert resolve("numpy:ndarray.sum").__name__ == "sum"
+    assert import_object("own_parts:Ordered").__name__ == "Ordered"
+    assert name_of(np.linalg.norm) == "numpy.linalg:norm"
+    assert name_of(json.dumps) is None
     assert name_of(lambda: None) is None
 
 
@@ -373,7 +374,8 @@ def test_only_imported_modules_have_objects(monkeypatch):
         ("a b:c", "is 'a b:c'; write it as package.module:object."),
         ("no_such_module.part:c", "needs the module no_such_module, which is not found;"),
         ("json.nothing:c", "needs the module json.nothing, which is not found;"),
-        ("json:dump_", "is 'json:dump_', and dump_ is not there; did you mean dump?"),
+        ("json:dumps", "is 'json:dumps', of Python itself; name an object of your own."),
+        ("numpy:ndarrey", "is 'numpy:ndarrey', and ndarrey is not there; did you mean ndarray?"),
     ],
 )
 def test_names_that_lead_nowhere_are_told(name, sentence):

@@ -62,8 +62,8 @@ def checked_clip(clip: Clip | None, config: FlowConfig, cond: Condition | None, 
     check_count("clip.frames", frames)
     if frames > MOST_FRAMES:
         raise ValueError(f"clip.frames is {frames}; it must be at most {MOST_FRAMES}.")
-    if clip.context is not None:
-        check_count("clip.context", clip.context)
+    if clip.context is not None and not isinstance(clip.context, int | np.integer):
+        raise ValueError(f"clip.context is {shown(clip.context)}; give a whole number of frames.")
     if clip.progress is not None and not callable(clip.progress):
         raise ValueError(f"clip.progress is {shown(clip.progress)}; give a function (solved, total), or None.")
     _check_given(clip, frames, config, batch)

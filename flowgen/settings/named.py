@@ -57,7 +57,7 @@ def resolve(name: str) -> Any:
         raise ValueError(
             f"is {shown(name)}, and {module} is not imported; import it first, in a command by --import {module}."
         )
-    if module.partition(".")[0] in sys.stdlib_module_names:
+    if _is_python(module):
         raise ValueError(f"is {shown(name)}, of Python itself; name an object of your own.")
     found: Any = sys.modules[module]
     for part in attributes:
@@ -94,21 +94,26 @@ def name_of(value: Any) -> str | None:
     """Returns the name by which `resolve` finds this object; None if no imported module has it at its top level.
 
     Example:
-        name_of(json.dumps)  # "json:dumps"
+        name_of(my_couplings.SlicedOT)  # "my_couplings:SlicedOT"
     """
     module, path = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
     if isinstance(module, str) and isinstance(path, str) and _is_there(module, path.split("."), value):
         return f"{module}:{path}"
     for module, contents in list(sys.modules.items()):
-        if isinstance(contents, ModuleType) and module not in _PROGRAMS:
+        if isinstance(contents, ModuleType) and module not in _PROGRAMS and not _is_python(module):
             for name, held in list(vars(contents).items()):
                 if held is value and name.isidentifier():
                     return f"{module}:{name}"
     return None
 
 
+def _is_python(module: str) -> bool:
+    """Whether a module belongs to Python itself, whose functions no config means."""
+    return module.partition(".")[0] in sys.stdlib_module_names
+
+
 def _is_there(module: str, path: list[str], value: Any) -> bool:
-    found: Any = None if module in _PROGRAMS else sys.modules.get(module)
+    found: Any = None if module in _PROGRAMS or _is_python(module) else sys.modules.get(module)
     for part in path:
         found = getattr(found, part, None)
     return found is value
