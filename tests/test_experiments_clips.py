@@ -6,7 +6,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from tolerances import FORMULA, assert_close
+from tolerances import FORMULA, NETWORK, assert_close
 from toy_clips import LATENTS, QUIET, TINY, experiment_of
 
 from flowgen import checkpoint, experiments
@@ -29,6 +29,7 @@ from flowgen.experiments import (
 )
 from flowgen.experiments.autoregressive import FlowEvaluateOptions
 from flowgen.experiments.codecs import open_autoencoder
+from flowgen.flows import STARFlowConfig
 from flowgen.nn import init
 from flowgen.training import OptimConfig, TrainConfig
 
@@ -357,11 +358,17 @@ def test_the_debug_run_warms_the_denoiser_up_as_fast_as_the_flow():
 
 
 @pytest.mark.slow
-def test_autoencoders_of_clips_are_not_for_images_and_videos_not_for_models_of_them(autoencoder, tmp_path, capsys):
-    from flowgen.flows import STARFlowConfig
+def test_an_autoencoder_of_clips_encodes_images_for_an_image_flow(autoencoder):
+    model = STARFlowConfig(image_size=6, channels=4, width=40, head_dim=20, layers_per_block=(1, 1), noise_std=0.3)
+    experiment = FlowExperiment(name="images", model=model, codec=PretrainedAutoencoder(str(autoencoder)))
+    images, latents = experiment.dataset("eval"), experiment.flow_dataset("eval")
+    some = np.arange(3)
+    mean, _ = experiment.encoding.open_codec().moments(images[some].pixels[:, None] / 127.5 - 1)
+    assert latents.event_shape == (6, 6, 4)
+    assert_close(latents[some].x.mean, mean[:, 0], NETWORK)
 
-    model = STARFlowConfig(image_size=6, width=40, head_dim=20, layers_per_block=(1, 1))
-    with pytest.raises(ValueError, match="is an autoencoder of clips, and the model is a flow of images"):
-        FlowExperiment(name="images", model=model, codec=PretrainedAutoencoder(str(autoencoder))).job()
+
+@pytest.mark.slow
+def test_an_autoencoder_is_not_sampled(autoencoder, tmp_path, capsys):
     assert main(["sample", "--checkpoint", str(autoencoder), "--out", str(tmp_path / "x.png")]) == 2
     assert "cannot be sampled; train a flow on its latents" in capsys.readouterr().err

@@ -160,7 +160,7 @@ def test_clips_of_texts_are_drawn_from_prompts(tmp_path):
         data=ClipsConfig(num=60, images=DataConfig()),
     )
     dataset = experiment.flow_dataset("train")
-    of_clips, of_images = (bucket.null[0] for bucket in dataset.buckets)
+    of_clips, of_images = (bucket.null.embeddings[0] for bucket in dataset.buckets)
     said = {8: of_clips, 0: of_images}  # frames per second, of which images have none
     for fps, null in said.items():
         wrapped = PromptTemplate(frames_per_second=fps)("", (6, 6))
