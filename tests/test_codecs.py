@@ -287,7 +287,7 @@ def test_folders_that_are_not_what_they_should_be_are_named(tmp_path):
     file = tmp_path / "diffusion_pytorch_model.safetensors"
     write_safetensors(file, cw.state_dict("autoencoder"))
     file.write_bytes(file.read_bytes()[:-4])
-    with pytest.raises(ValueError, match="is damaged or not safetensors"):
+    with pytest.raises(ValueError, match="is damaged or not a safetensors file"):
         convert.load_autoencoder(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     with pytest.raises(ValueError, match="has model_type 'gpt2'; give a text encoder of type t5 or bert"):

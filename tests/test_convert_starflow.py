@@ -202,7 +202,7 @@ def test_mistakes_in_the_files_are_named(published, tmp_path):
         ((weights, "--arguments", tmp_path / "foreign.yaml"), "'layer_per_block' is not an argument of the published"),
         ((weights, "--arguments", tmp_path / "no.yaml"), "is not a published YAML, a list of 'name: value'"),
         ((weights, "--arguments", tmp_path / "nowhere.yaml"), "give the YAML that was published with the weights"),
-        ((cut, *good), "is damaged or not safetensors"),
+        ((cut, *good), "is damaged or not a safetensors file"),
         ((weights, *good, "--image-size", "256"), "--image-size is given, but --arguments sets it already"),
         ((weights, *good, "--autoencoder", tmp_path / "nowhere"), "There is no folder"),
         (

@@ -128,7 +128,7 @@ OUT_OF_RANGE = {
     "entries": (lambda: STARFlowConfig(image_size=8, layers_per_block=(1,) * 10**5), "has 100000 entries"),
     "frames": (lambda: STARFlowVConfig(image_size=8, frames=10**12), "frames"),
     "layers of a DiT": (lambda: DiTConfig(image_size=8, num_layers=10**7), "num_layers is 10000000"),
-    "positions of a DiT": (lambda: DiTConfig(image_size=1 << 14, patch_size=2, width=64), "positions"),
+    "positions of a DiT": (lambda: DiTConfig(image_size=1 << 14, patch_size=2, width=64), "position table"),
     "levels": (lambda: UNetConfig(image_size=1 << 14, multipliers=(1,) * 14), "multipliers has 14 entries"),
     "blocks of a level": (lambda: UNetConfig(image_size=32, blocks_per_level=10**6), "blocks_per_level"),
     "layers of an MLP": (lambda: MLPConfig(num_layers=10**6), "num_layers"),
