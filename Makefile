@@ -23,7 +23,7 @@ test-slow: $(VENV)/.dev ## the slow tests
 	$(BIN)/python -m pytest $(WORKERS) --no-loadscope-reorder -m "slow and not gpu"
 
 test-numeric: $(VENV)/.dev ## comparisons of float32 results as another processor would make them
-	XLA_FLAGS="$(OTHERWISE)" $(BIN)/python -m pytest $(WORKERS) -m "numeric and not gpu"
+	XLA_FLAGS="$(OTHERWISE)" $(BIN)/python -m pytest $(WORKERS) -m "numeric and not slow and not gpu"
 
 test-all: $(VENV)/.dev ## the default suite and the slow tests in one
 	$(BIN)/python -m pytest $(WORKERS) -m "not gpu"
