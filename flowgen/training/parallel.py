@@ -72,7 +72,7 @@ class DataParallel:
         return jax.random.wrap_key_data(self.replicate(jax.random.key_data(key)))
 
     def shard(self, batch: Any, rows: int | None = None) -> Any:
-        """Returns this process's batch in equal consecutive shares on its devices, without waiting for the transfer.
+        """Returns this process's batch in equal consecutive shares, one per device, without waiting for the transfer.
 
         rows: rows of every array, this process's share of train.batch_size; None for any number that devices can share.
         Raises ValueError unless all leaves are arrays of numbers with this many rows.
@@ -86,7 +86,7 @@ class DataParallel:
 
     def to_host(self, tree: Any) -> Any:
         """Returns replicated leaves as numpy arrays that own their memory; waits for the device."""
-        # np.asarray of a CPU array is a view, and the next step overwrites its input state.
+        # np.asarray of a CPU array is a view, whose memory the next step overwrites.
         shards = jax.device_get(jax.tree.map(lambda x: x.addressable_shards[0].data, tree))
         return jax.tree.map(lambda x: np.array(x[0]), shards)
 
