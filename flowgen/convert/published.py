@@ -40,7 +40,7 @@ class FileName(TypedDict):
 def parse_file_name(path: str | os.PathLike[str]) -> FileName | None:
     """Returns the settings in a published TARFlow file name, or None if the name has another form.
 
-    The form is <data>_model_<patch>_<width>_<blocks>_<layers>_<σ>; "uniform" as σ means dequantisation (σ = 0 here).
+    The form is <data>_model_<patch>_<width>_<blocks>_<layers>_<σ>; "uniform" for σ means dequantisation (σ = 0 here).
 
     Example:
         parse_file_name("afhq_model_8_768_8_8_0.07.pth")["noise_std"]  # 0.07
@@ -178,7 +178,7 @@ def _shape(state_dict: Mapping[str, np.ndarray], name: str, ndim: int) -> tuple[
 
 
 def _count(state_dict: Mapping[str, np.ndarray], template: str) -> int:
-    """Returns how many of the template's names with the indices 0, 1, ... exist without a gap."""
+    """Returns how many consecutive names of a template, from index 0 on, are in the state dict."""
     return next(index for index in itertools.count() if template.format(index=index) not in state_dict)
 
 

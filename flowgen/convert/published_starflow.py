@@ -94,8 +94,8 @@ _MAX_DIGITS = 6  # of frames, and of frames per second
 _MAX_LETTERS = 1000  # of layers_per_block
 # Pixels per latent along a side, and frames per latent.
 _VAE_FACTORS = {"sd-vae": (8, 1), "Wan2.2": (16, 4), "Wan2.1": (8, 4)}
-# The token order of block 0, by the published name. The name states the order of the last block, and
-# the number of blocks is even.
+# The token order of block 0, by the published name. The name states the order of the last block, and the
+# number of blocks is even.
 _ORDERS = {"L2R": "reversed", "R2L": "raster"}
 # Fixed in the published code: the denoiser's number of layers, and the step x - 0.3 s, where s is its output.
 _DENOISER_LAYERS = 8
@@ -103,7 +103,7 @@ _DENOISER_STEP = 0.3
 
 
 def read_arguments(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Returns the arguments of a published YAML file by name: a list of `name: value` under `arguments`.
+    """Returns, by name, the arguments of a published YAML file, which lists `name: value` under `arguments`.
 
     Raises FileNotFoundError if there is no such file, ValueError if it is not a YAML file of this form.
 

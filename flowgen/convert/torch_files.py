@@ -1,6 +1,6 @@
 """Reads files of `torch.save` in both layouts: the zip archive of PyTorch 1.6 and later, and the older pickles.
 
-In both, a pickle describes tensors as (storage, offset, shape, strides). The bytes of storages are kept separately and
+In both, a pickle describes tensors as (storage, offset, shape, strides). The bytes of the storages are kept separately,
 uncompressed, so tensors are views of the mapped file.
 """
 

@@ -73,7 +73,7 @@ class CheckpointReader:
             )
 
     def meta(self, step: int) -> dict[str, Any]:
-        """Returns the `manifest` and, as `metrics`, the evaluation, which is empty if the step was not evaluated.
+        """Returns the `manifest` plus `metrics`, which is empty if the step was not evaluated.
 
         Raises:
             ValueError: the checkpoint is missing or damaged, or belongs to another step; names the step.

@@ -1,4 +1,4 @@
-"""Writes everything that training stores in its run directory, whose lock it holds meanwhile."""
+"""Writes to a run directory during training, and holds its lock."""
 
 from __future__ import annotations
 

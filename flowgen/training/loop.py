@@ -137,7 +137,7 @@ def _writer(workdir: Path, latest: int | None, log: LogConfig, best_metric: str)
 def _resumed_from(reader: CheckpointReader, steps: int, check_config: Callable[[dict[str, Any]], None]) -> int | None:
     """Returns the step to resume from, or None, the same in all processes.
 
-    Raises ValueError if the step exceeds `steps`, or its config does not fit.
+    Raises ValueError if all checkpoints have lost files, the step exceeds `steps`, or the config does not fit.
     """
     latest = reader.latest_step()
     if latest is None:

@@ -42,7 +42,7 @@ class OptimConfig:
     skip_after: number of initial updates that are never skipped.
     max_skips: how many updates in a row may be skipped before the run stops; at least 1.
     ema_decay: decay rate of the parameter average used for sampling; below 1, 0 for no average.
-    ema_warmup: let the decay rate rise from a low value, as min(ema_decay, (1 + step) / (10 + step)).
+    ema_warmup: raise the decay rate gradually, as min(ema_decay, (1 + step) / (10 + step)).
     """
 
     lr: Positive = 1e-4
