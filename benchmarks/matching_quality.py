@@ -60,7 +60,7 @@ class Pair(NamedTuple):
 
 
 def even_moons(key: jax.Array, num: int) -> jax.Array:
-    """Returns moons as torchcfm draws them: half of the points in each, at even angles. W2 has less noise with them."""
+    """Returns moons as torchcfm draws them: half of the points in each, at even angles. They make W2 less noisy."""
     angle = jnp.linspace(0, jnp.pi, num // 2), jnp.linspace(0, jnp.pi, num - num // 2)
     x = jnp.concatenate([jnp.cos(angle[0]), 1 - jnp.cos(angle[1])])
     y = jnp.concatenate([jnp.sin(angle[0]), 0.5 - jnp.sin(angle[1])])
@@ -192,7 +192,7 @@ def reference(name: str, seeds: int) -> dict[str, list[float]]:
 
 
 def train(name: str, method: Method, steps: int, seeds: int) -> list[dict[str, float]]:
-    """Returns the metrics of each seed. A seed gives the same points and initial network to all methods."""
+    """Returns the metrics for each seed. A seed gives the same points and initial network to all methods."""
     pair = PAIRS[name]
     start, update = training(pair, method.coupling, optax.cosine_decay_schedule(LEARNING_RATE, steps))
 

@@ -151,8 +151,7 @@ def _row(key: tuple[int, str, str], timings: dict[Any, measure.Timing], loss: fl
 
 
 def measure_overhead(threads: int, pool: concurrent.futures.Executor) -> list[dict]:
-    """Returns how much longer steps take than I-CFM's, over rounds of one short call each, every other
-    round in reverse order."""
+    """Returns how much longer steps take than I-CFM's, over rounds of one short call each, every other one reversed."""
     names = [ICFM, *OVERHEAD_OF]
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for name in names * 2:

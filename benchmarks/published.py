@@ -19,7 +19,7 @@ from measure import Cost, cost, rw
 
 
 class Published:
-    """The published model with our weights and inputs, in this process. Eager float32, as its scripts run on a CPU."""
+    """The published model with our weights and inputs, in this process. Eager float32, as in its scripts on a CPU."""
 
     def __init__(self, reference: Path, shape: rw.Shape, batch: int):
         import torch
@@ -134,8 +134,7 @@ def run(description: str, measure_shape: Callable[..., list[dict]]) -> None:
 def connect(
     reference: Path | None, torch_python: Path | None, shape: rw.Shape, batch: int
 ) -> Published | Remote | None:
-    """Returns the published model, or None without a checkout. Raises SystemExit if torch is
-    missing."""
+    """Returns the published model, or None without a checkout. Raises SystemExit if torch is missing."""
     if reference is None:
         return None
     if not (reference / "transformer_flow.py").is_file():

@@ -3,8 +3,8 @@
 python examples/vision_transformer.py --attention all --seeds 0 1
 
 Each digit is placed at random on a 12x12 canvas, which is cut into 16 tokens of 3x3 pixels, so that a single token says
-little. Training takes 80 epochs of 1,258 images; the 539 test images have fixed places. The
-results are from two cores of a shared CPU with other jobs running, so the seconds are rough:
+little. Training takes 80 epochs of 1,258 images; the 539 test images have fixed places. The results are from two cores
+of a shared CPU with other jobs running, so the seconds are rough:
 
     attention      parameters test accuracy        of seeds  softmax  s/epoch
     softmax            69,386         91.3%     91.1%-91.5%     +0.0     0.14
@@ -22,7 +22,7 @@ results are from two cores of a shared CPU with other jobs running, so the secon
 One standard error of 539 images is 1.2 points. nala and nala-hook compute the same function and differ only in their
 initial weights, so most differences between the kernels are little more than noise. Three rows differ by more: the
 whole NaLaFormer layer, with its gate and 5x5 convolution; SOFT, with tied keys and 4 landmarks; and the control without
-attention. The settings were chosen with softmax and without attention. With 16 tokens, softmax is also the fastest:
+attention. The settings were chosen with softmax and without attention. With 16 tokens, softmax is also the fastest;
 linear attention is for long sequences (benchmarks/attention.py).
 """
 

@@ -160,7 +160,7 @@ def _silence() -> None:
 
 
 def program(arguments: Sequence[str] | None = None) -> int:
-    """Runs `main` and returns its exit code. The process is expected to end then, so it ignores Ctrl-C from there on.
+    """Runs `main` and returns its exit code. The process should then end; it ignores Ctrl-C from then on.
 
     Example:
         sys.exit(program())

@@ -31,7 +31,7 @@ def finite_number(text: str) -> float:
 
 
 def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
-    """Returns a parser of whole numbers from least to most."""
+    """Returns a parser for whole numbers from least to most."""
 
     def parse(text: str) -> int:
         try:

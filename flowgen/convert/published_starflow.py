@@ -61,8 +61,7 @@ _DEFAULTS: dict[str, Any] = {
     "cond_noise_level": 0,
     "fps_cond": 0,
 }
-# Options that every model, every video model and every denoiser must have, that only clips may have, and that are
-# unsupported.
+# Options required of every model, every video model and every denoiser; options for clips only; unsupported options.
 _REQUIRED = ("rope", "sos", "use_softplus", "use_final_norm")
 _REQUIRED_OF_CLIPS = ("temporal_causal", "shallow_block_local", "cond_top_only", "txt_size")
 _REQUIRED_OF_DENOISERS = ("conditional_denoiser", "denoiser_window", "noise_std", "cond_noise_level")

@@ -22,7 +22,7 @@ _MAX_HEADER = MAX_BYTES
 _MAX_VIEWS = 4
 _MAX_LOOKED_AT = 100_000  # dictionaries; one that is met twice counts twice
 _MAX_NAMED = 8  # in messages
-_MAX_DEPTH = 4  # nesting of the dictionaries that are searched for a state dict
+_MAX_DEPTH = 4  # nesting of dictionaries in the search for a state dict
 _LFS_POINTER = b"version https://git-lfs"
 _DTYPES = {
     "F64": "float64",

@@ -61,7 +61,7 @@ class CheckpointStore(CheckpointReader):
     def save(self, step: int, state: Any, *, config: Any, metrics: dict[str, float] | None = None) -> None:
         """Starts saving a tree of numpy arrays, which must not change until `wait` returns.
 
-        Waits for the previous save first.
+        Waits for the previous save before it starts.
 
         metrics: the results of an evaluation, as for `score`.
 

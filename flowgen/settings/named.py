@@ -108,7 +108,7 @@ def name_of(value: Any) -> str | None:
 
 
 def _is_python(module: str) -> bool:
-    """Returns whether a module belongs to Python itself; its functions are never meant by a config."""
+    """Returns whether a module belongs to Python itself; a config never names its objects."""
     return module.partition(".")[0] in sys.stdlib_module_names
 
 

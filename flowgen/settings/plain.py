@@ -40,7 +40,7 @@ MAX_WHOLE_FLOAT = 10**300
 
 
 class FieldError(ValueError):
-    """The errors of a config: sentences that each begin with a field's name.
+    """The errors in a config, as sentences that each begin with a field's name.
 
     A config names its own fields; its holder adds the group name, by `within` or `in_group`.
 

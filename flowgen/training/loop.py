@@ -27,7 +27,7 @@ AGREE_EVERY = 8
 
 @dataclass(frozen=True)
 class Job:
-    """What the loop needs to train something.
+    """Everything that the loop needs to train a model.
 
     init(key) -> variables. objective: see `make_step`. batches(start, stop) -> this process's batches for steps
     start..stop-1. evaluate(variables) -> metrics; the checkpoint with the lowest `best_metric` is kept.
@@ -331,8 +331,10 @@ class _Run:
             self.unless_stopped(lambda: self.draw(step, state))
 
     def report(self, step: int) -> None:
-        """Writes the metrics since the last report, averaged over steps that were not skipped, and the share of skipped
-        steps; raises FloatingPointError if the run cannot continue."""
+        """Writes the metrics since the last report, as means over unskipped steps, and the fraction of skipped steps.
+
+        Raises FloatingPointError if the run cannot continue.
+        """
         if not self.pending:
             return
         rows = [(at, jax.tree.map(float, self.parallel.to_host(row))) for at, row in self.pending]
@@ -350,7 +352,7 @@ class _Run:
             self.record.show(step, means, self.pace.seconds_for(self.steps - step))
 
     def check(self, step: int, row: dict[str, float]) -> None:
-        """Raises FloatingPointError if an unskipped step is not finite, or if too many were skipped in a row."""
+        """Raises FloatingPointError if an unskipped step is not finite, or too many in a row were skipped."""
         in_a_row, most = row.get("skipped_in_a_row", 0), self.max_skips
         if in_a_row <= most and (in_a_row or (np.isfinite(row["loss"]) and np.isfinite(row["grad_norm"]))):
             return

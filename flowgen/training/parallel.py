@@ -1,4 +1,4 @@
-"""Devices and processes. The only file that uses pmap."""
+"""Devices and processes; no other file uses pmap."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def largest(value: int) -> int:
 
 
 def from_primary(value: float) -> float:
-    """Returns the primary process's value in every process."""
+    """Returns the first process's value in every process."""
     if jax.process_count() == 1:
         return value
     return float(multihost_utils.broadcast_one_to_all(np.array(value, np.float32)))

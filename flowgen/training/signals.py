@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
-# SIGHUP, if the system has it, is sent when a terminal closes.
+# SIGHUP, on systems that have it, is sent when a terminal closes.
 NUMBERS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 # Programs such as `timeout` signal a process and then its group. Signals within this many seconds count as one request.
 _TOGETHER = 0.2
