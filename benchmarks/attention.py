@@ -1,9 +1,9 @@
-"""Times the attention kernels beside softmax attention as the sequence grows, forward and with all gradients.
+"""Times the attention kernels against softmax attention as the sequence grows, forward and with all gradients.
 
 python benchmarks/attention.py --out benchmarks/results/attention.json
 
 A kernel, full or causal, is compared with the faster of `jax.nn.dot_product_attention` and flowgen's own
-`softmax_attention` of the same mask. What would exceed --max-seconds or --max-bytes is not run; its row says why.
+`softmax_attention` with the same mask. What would exceed --max-seconds or --max-bytes is not run; its row says why.
 """
 
 import argparse
@@ -31,7 +31,7 @@ SLOPE_FROM, SLOPE_GOAL = 4096, 1.05
 
 
 class Method(NamedTuple):
-    """A form of attention. num_inputs: how many of q, k, v, β and log-decay it takes and is differentiated by."""
+    """A form of attention. num_inputs: how many of q, k, v, β and log-decay it takes; all are differentiated."""
 
     attend: Callable[..., jax.Array]
     mask: str
@@ -85,7 +85,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def softmax_methods(dtype: jnp.dtype) -> dict[str, Method]:
-    """Returns the baselines, including cuDNN's fused attention if device and dtype allow it."""
+    """Returns the baselines, including cuDNN's fused attention if the device and dtype support it."""
     fused = jax.default_backend() == "gpu" and dtype.itemsize == 2
     library = "cudnn" if fused else "xla"
     methods = {}
@@ -118,7 +118,7 @@ def measure_methods(
     before: list[dict],
     arguments: argparse.Namespace,
 ) -> list[dict]:
-    """Returns one row per method at this length; all their runs alternate. before: the rows of shorter ones."""
+    """Returns one row per method at this length; all their runs alternate. before: the rows for shorter ones."""
     dtype = jnp.dtype(arguments.dtype)
     cotangent, *inputs = draw_inputs(tokens, dtype)
     programs, skipped = {}, {}
@@ -167,7 +167,7 @@ def draw_inputs(tokens: int, dtype: jnp.dtype) -> list[jax.Array]:
 
 
 def build(method: Method, direction: str, cotangent: jax.Array, inputs: list[jax.Array]) -> Program:
-    """Returns the method compiled for these inputs, which does not run it."""
+    """Compiles the method for these inputs, without running it."""
 
     def forward_backward(cotangent, *inputs):
         out, pull = jax.vjp(method.attend, *inputs)
@@ -197,7 +197,7 @@ def alternate(runs: dict[str, measure.Run]) -> dict[str, measure.Timing]:
 
 
 def extrapolate(history: list[dict], quantity: str, tokens: int) -> float:
-    """Returns an extrapolation from the last two lengths to a longer one, between linear and quadratic growth."""
+    """Extrapolates a quantity from the last two lengths to a longer one, with linear to quadratic growth."""
     points = [(row["tokens"], max(row[quantity], 1e-6)) for row in history if quantity in row][-2:]
     if not points:
         return 0.0
@@ -210,10 +210,10 @@ def extrapolate(history: list[dict], quantity: str, tokens: int) -> float:
 
 
 def summary(name: str, direction: str, rows: list[dict]) -> dict[str, Any]:
-    """Returns how the time of one method grows, and the length from which on it is faster than softmax.
+    """Returns how the time of one method grows, and the length from which it is faster than softmax.
 
     crossover_tokens: None if it is slower at the largest length that could be compared, compared_up_to. slope: of
-    log time against log tokens; slope_processor: of the time of all threads, which other load disturbs less.
+    log time against log tokens; slope_processor: of all threads' processor time, which other load affects less.
     """
     measured = [r for r in rows if r["name"] == name and r["direction"] == direction and "milliseconds" in r]
     compared = [r for r in measured if "ratio" in r]

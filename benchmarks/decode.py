@@ -1,4 +1,4 @@
-"""Times sampling: ours sequential, guided and parallel, beside the published PyTorch sampler.
+"""Times our sampling (sequential, guided, parallel) against the published PyTorch sampler.
 
 python benchmarks/decode.py --reference PATH_TO_ml-tarflow --out benchmarks/results/decode.json
 """
@@ -14,7 +14,7 @@ TOLERANCE = 1e-4
 
 
 def measure_shape(shape: str, theirs, threads: int) -> list[dict]:
-    """Returns the rows of one shape; all its runs alternate."""
+    """Returns the rows for one shape; all its runs alternate."""
     import jax
     import jax.numpy as jnp
 

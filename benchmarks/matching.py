@@ -1,4 +1,4 @@
-"""Measures flow matching in the plane: the quality of each coupling, and the cost of a training step beside torchcfm.
+"""Measures flow matching in the plane: the quality of each coupling, and the cost of our and torchcfm's training steps.
 
 python benchmarks/matching.py --out benchmarks/results/matching.json --torch-python PATH_TO_python_WITH_torchcfm
 """

@@ -17,7 +17,7 @@ from measure import Cost, cost
 
 ICFM, OTCFM = "torchcfm I-CFM", "torchcfm OT-CFM exact"
 OWN_SAMPLERS = ", own samplers"
-# Steps per call, so that a call takes some tenths of a second. torchcfm's own samplers loop in Python.
+# Steps per call, chosen so that a call takes some tenths of a second. torchcfm's own samplers loop in Python.
 STEPS = {ICFM: 200, OTCFM: 50, ICFM + OWN_SAMPLERS: 20, OTCFM + OWN_SAMPLERS: 20}
 
 
@@ -34,12 +34,12 @@ class Published:
         return Cost(*self.process.ask({"time": name}))
 
     def loss(self, name: str) -> float:
-        """Returns the median of the last losses of the calls."""
+        """Returns the median, over calls, of the last loss."""
         return self.process.ask({"loss": name})
 
 
 class Training(NamedTuple):
-    """A network in training. call: does STEPS of it, and records the last loss."""
+    """A network in training. call: does STEPS[name] steps and records the last loss."""
 
     call: Callable[[], Any]
     losses: list[float]
@@ -66,7 +66,7 @@ def serve() -> None:
 
 
 def train(name: str, batch: int, learning_rate: float) -> Training:
-    """Returns a training of 8 Gaussians to moons: eager, float32, fresh points at each step."""
+    """Returns a training from 8 Gaussians to moons: eager, float32, fresh points at each step."""
     import torch
     from torchcfm import conditional_flow_matching as cfm
     from torchcfm import utils
@@ -93,7 +93,7 @@ def train(name: str, batch: int, learning_rate: float) -> Training:
 
 
 def eight_gaussians(num: int):
-    """Returns what `flowgen.matching.toy.gaussian_ring` draws, by torch."""
+    """Draws the points of `flowgen.matching.toy.gaussian_ring` with torch."""
     import torch
 
     angle = torch.randint(8, (num,)) * (2 * math.pi / 8)
@@ -101,7 +101,7 @@ def eight_gaussians(num: int):
 
 
 def moons(num: int):
-    """Returns what `flowgen.matching.toy.moons` draws, by torch."""
+    """Draws the points of `flowgen.matching.toy.moons` with torch."""
     import torch
 
     upper, angle = torch.rand(num) < 0.5, math.pi * torch.rand(num)

@@ -1,6 +1,6 @@
 """The quality part of benchmarks/matching.py: flow matching with every coupling, trained and evaluated over seeds.
 
-One step of training is here too; matching_speed.py times it.
+The training step that matching_speed.py times is also defined here.
 """
 
 import argparse
@@ -32,7 +32,7 @@ FEW_STEPS = (1, 4, 10)
 ENTROPIC_EPSILON = 1.0
 SWEEPS = {2.0: 5, 1.0: 10, 0.5: 20}  # of Sinkhorn's iteration, by epsilon
 RUNNING_EPSILON = 0.5
-# Columns, and the decimals that are shown.
+# Columns, and the number of decimals shown.
 COLUMNS = {
     "w2": 3,
     "w2_floor": 3,
@@ -47,8 +47,7 @@ Sampler = Callable[[jax.Array, int], jax.Array]
 
 
 class Pair(NamedTuple):
-    """The distributions of x0 and x1, the mean of |x1 - x0|² over independent pairs, and the epsilons to try W-CFM
-    with.
+    """The distributions of x0 and x1, the mean of |x1 - x0|² over independent pairs, and the epsilons for W-CFM.
 
     evaluated: the distribution that generated points are compared with.
     """
@@ -61,7 +60,7 @@ class Pair(NamedTuple):
 
 
 def even_moons(key: jax.Array, num: int) -> jax.Array:
-    """Returns moons as torchcfm draws them: half of the points in each, at even angles. W2 has less noise with them."""
+    """Returns moons as torchcfm draws them: half of the points in each, at even angles. They make W2 less noisy."""
     angle = jnp.linspace(0, jnp.pi, num // 2), jnp.linspace(0, jnp.pi, num - num // 2)
     x = jnp.concatenate([jnp.cos(angle[0]), 1 - jnp.cos(angle[1])])
     y = jnp.concatenate([jnp.sin(angle[0]), 0.5 - jnp.sin(angle[1])])
@@ -89,7 +88,7 @@ class Method(NamedTuple):
 
 
 class State(NamedTuple):
-    """The state of a training: network and optimizer, the running log-mean of the weights, the steps done."""
+    """The state of a training: network and optimizer, the weights' running log-mean, and the number of steps done."""
 
     variables: Any
     optimizer: Any
@@ -143,7 +142,7 @@ def methods(pair: Pair) -> list[Method]:
 
 
 def measure_quality(arguments: argparse.Namespace) -> Iterable[list[dict]]:
-    """Yields all finished rows each time another one is finished."""
+    """Yields all rows so far each time another one is finished."""
     context = multiprocessing.get_context("spawn")
     cores = context.SimpleQueue()
     for core in sorted(os.sched_getaffinity(0))[: arguments.jobs]:
@@ -193,7 +192,7 @@ def reference(name: str, seeds: int) -> dict[str, list[float]]:
 
 
 def train(name: str, method: Method, steps: int, seeds: int) -> list[dict[str, float]]:
-    """Returns the metrics of each seed. A seed means the same points and initial network for all methods."""
+    """Returns the metrics for each seed. A seed gives the same points and initial network to all methods."""
     pair = PAIRS[name]
     start, update = training(pair, method.coupling, optax.cosine_decay_schedule(LEARNING_RATE, steps))
 
@@ -219,7 +218,7 @@ def evaluate(name: str, coupling: Coupling, variables: Any, key: jax.Array) -> d
 
 @functools.cache
 def _transport(name: str) -> Callable[[Any, jax.Array], dict[str, jax.Array]]:
-    """The metrics of a pair, compiled once for all methods."""
+    """Returns the function that measures a pair, compiled once for all methods."""
     pair, network = PAIRS[name], fm.VelocityMLP(fm.MLPConfig(dim=2, width=64, num_layers=3))
 
     @jax.jit
@@ -241,7 +240,7 @@ def _transport(name: str) -> Callable[[Any, jax.Array], dict[str, jax.Array]]:
 
 
 def _mean_ess(pair: Pair, coupling: Coupling, key: jax.Array) -> jax.Array:
-    """The mean over batches as in training: the weights of corrected W-CFM depend on the batch."""
+    """Returns the mean over batches as in training, because the weights of corrected W-CFM depend on the batch."""
 
     def of_batch(key):
         x0_key, x1_key, pair_key = jax.random.split(key, 3)

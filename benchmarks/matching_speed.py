@@ -131,7 +131,7 @@ def program(name: str, form: str, steps: int) -> Callable[[], jax.Array]:
 
 
 def _row(key: tuple[int, str, str], timings: dict[Any, measure.Timing], loss: float) -> dict:
-    """Returns the row of one program. Its baseline is the other side at its best, on as many threads or fewer."""
+    """Returns the row of one program. Its baseline is the other side's best time with at most as many threads."""
     threads, name, form = key
     timing = timings[key]
     if form == EAGER:
@@ -151,8 +151,7 @@ def _row(key: tuple[int, str, str], timings: dict[Any, measure.Timing], loss: fl
 
 
 def measure_overhead(threads: int, pool: concurrent.futures.Executor) -> list[dict]:
-    """Returns how much longer steps take than I-CFM's, over rounds of one short call each, every other one
-    backwards."""
+    """Returns how much longer steps take than I-CFM's, over rounds of one short call each, every other one reversed."""
     names = [ICFM, *OVERHEAD_OF]
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for name in names * 2:
@@ -186,7 +185,7 @@ def measure_overhead(threads: int, pool: concurrent.futures.Executor) -> list[di
 
 
 def median_interval(values: list[float]) -> tuple[float, float, float]:
-    """Returns the median between the order statistics that enclose the true one with 95 % (normal approximation)."""
+    """Returns the median and the order statistics that enclose the true one with 95 % (normal approximation)."""
     ordered = sorted(values)
     reach = 0.98 * math.sqrt(len(ordered))
     low = ordered[max(0, math.floor(len(ordered) / 2 - reach))]

@@ -25,7 +25,7 @@ SHAPES = {
 BATCH = 16
 REPEATS = 10
 SLOW_REPEATS, SLOW_SECONDS = 3, 5.0
-PAUSE_SECONDS = 0.005  # lets the threads of the previous run go to sleep
+PAUSE_SECONDS = 0.005  # so that the previous run's threads go to sleep
 
 
 class Cost(NamedTuple):
@@ -86,7 +86,7 @@ def check_cores(parser: argparse.ArgumentParser, option: str, count: int) -> Non
 
 
 def confine(threads: int) -> None:
-    """Keeps this process to its first `threads` cores. XLA sizes its thread pool by them when jax first runs."""
+    """Restricts this process to its first `threads` cores. XLA sizes its thread pool by them when jax first runs."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
 
 

@@ -19,7 +19,7 @@ from measure import Cost, cost, rw
 
 
 class Published:
-    """The published model with our weights and inputs, in this process. Eager float32, as its scripts run on a CPU."""
+    """The published model with our weights and inputs, in this process. Eager float32, as in its scripts on a CPU."""
 
     def __init__(self, reference: Path, shape: rw.Shape, batch: int):
         import torch
@@ -81,11 +81,11 @@ class Published:
         return getattr(self, name)().numpy()
 
     def close(self) -> None:
-        """Nothing to release; the counterpart of `Remote.close`."""
+        """Does nothing; the counterpart of `Remote.close`."""
 
 
 class Remote:
-    """The same in another interpreter, which measures its own time."""
+    """The published model in another interpreter, which measures its own time."""
 
     def __init__(self, python: Path, reference: Path, shape: rw.Shape, batch: int):
         self.process = subprocess.Popen(
@@ -116,8 +116,7 @@ class Remote:
 
 
 def run(description: str, measure_shape: Callable[..., list[dict]]) -> None:
-    """The main program of a benchmark: the rows of `measure_shape(shape, theirs, threads)` for every requested
-    shape."""
+    """Runs a benchmark; `measure_shape(shape, theirs, threads)` returns the rows for each requested shape."""
     arguments = measure.parse_arguments(description)
     import jax
 
@@ -135,8 +134,7 @@ def run(description: str, measure_shape: Callable[..., list[dict]]) -> None:
 def connect(
     reference: Path | None, torch_python: Path | None, shape: rw.Shape, batch: int
 ) -> Published | Remote | None:
-    """Returns the published model, or None without a checkout. Raises SystemExit if there is no torch to run it
-    with."""
+    """Returns the published model, or None without a checkout. Raises SystemExit if torch is missing."""
     if reference is None:
         return None
     if not (reference / "transformer_flow.py").is_file():

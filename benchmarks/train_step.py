@@ -1,4 +1,4 @@
-"""Times the loss, its gradient and one optimizer update beside the published PyTorch model.
+"""Times the loss, its gradient and one optimizer update against the published PyTorch model.
 
 python benchmarks/train_step.py --reference PATH_TO_ml-tarflow --out benchmarks/results/train_step.json
 """
@@ -16,7 +16,7 @@ COUNTERPARTS = {**{name: name for name in METHODS}, STORED: "forward backward", 
 
 
 def measure_shape(shape: str, theirs, threads: int) -> list[dict]:
-    """Returns the rows of one shape; all its runs alternate."""
+    """Returns the rows for one shape; all its runs alternate."""
     loss_of_ours, runs = our_runs(shape)
     more = {}
     if theirs is not None:
@@ -99,7 +99,7 @@ def our_runs(shape: str) -> tuple[float, dict[str, measure.Run]]:
 
 
 def _carrying(function, first, second) -> measure.Run:
-    """Returns a run that feeds the first two outputs of a call to the next one; it donates its inputs."""
+    """Returns a run that feeds the first two outputs of each call into the next one; it donates its inputs."""
     carry = [first, second]
 
     def call():

@@ -1,4 +1,4 @@
-"""Times sampling of clips from a trained STARFlow-V: sequential, by windows and sliding windows, from noise or frames.
+"""Times sampling of clips from a trained STARFlow-V: sequential, by windows or sliding windows, from noise or frames.
 
 python train.py --config configs/starflow_v_bouncing.py --workdir runs/bouncing
 python benchmarks/video.py --checkpoint runs/bouncing --out benchmarks/results/video.json \\
@@ -18,7 +18,7 @@ CLIPS = 4
 
 
 def plans(tokens: int) -> dict:
-    """Returns plans of the deep block by name; a window is half a frame, a frame, or the whole clip."""
+    """Returns plans for the deep block, by name; a window is half a frame, a frame, or the whole clip."""
     from flowgen.decoding import Jacobi, Sequential, SlidingWindow
 
     made = {"sequential": Sequential()}
@@ -32,7 +32,7 @@ def plans(tokens: int) -> dict:
 
 
 def of_a_run(run_dir: Path, rounds: int) -> list[dict]:
-    """Returns the rows of a trained flow, without guidance and before denoising."""
+    """Returns the rows for a trained flow, without guidance and before denoising."""
     import jax
     import jax.numpy as jnp
 
@@ -76,7 +76,7 @@ def of_a_run(run_dir: Path, rounds: int) -> list[dict]:
 
 
 def beside_the_published(other: measure.Process, version: str, rounds: int) -> list[dict]:
-    """Returns the rows of a small guided text model with the same weights and noise on both sides.
+    """Returns the rows for a small guided text model with the same weights and noise on both sides.
 
     other: the process of `video_published.py`, of torch `version`.
     """

@@ -1,5 +1,5 @@
-"""Video autoencoder of bouncing digits: 4x4x8 latents of 16x16 pixels, one latent frame for the first frame and one for
-every two frames after it.
+"""Video autoencoder of bouncing digits: 4x4x8 latents for 16x16 pixels, with one latent frame for the first frame and
+one for every two frames after it.
 
 python train.py --config configs/autoencoder_bouncing.py --workdir runs/autoencoder_bouncing
 """

@@ -2,9 +2,9 @@
 
     python train.py --config configs/cfm_cifar10.py --workdir runs/cifar10 --data.path cifar10.npz
 
-cifar10.npz holds `images`, uint8 (50000, 32, 32, 3), and `labels`, which are not used. Training uses Adam at
-2e-4 after 5,000 steps of warm-up, batch 128, clipping at 1, EMA 0.9999, random flips, dropout 0.1 and 400,001 steps.
-The network gets unscaled times.
+cifar10.npz holds `images`, uint8 (50000, 32, 32, 3), and `labels`, which are not used. Training uses Adam at 2e-4
+after 5,000 steps of warm-up, batch 128, clipping at 1, EMA 0.9999, random flips, dropout 0.1 and 400,001 steps. The
+network receives unscaled times.
 
 Published: FID 3.5 (clean-fid, legacy_tensorflow, 50,000 samples, dopri5 at 1e-5). Not measured here, because flowgen
 has no Inception network. For W-CFM as published (FID 7.33 at an unpublished budget), add --matching.coupling

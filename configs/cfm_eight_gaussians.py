@@ -6,7 +6,7 @@
 Other couplings, each in its own workdir: --matching.coupling Independent (I-CFM), --matching.coupling MinibatchOT
 (OT-CFM), --matching.coupling.sinkhorn_sweeps 0 (plain W-CFM).
 The toy data have quirks that comparisons must share: see flowgen/matching/toy.py. `reference` holds the expected
-metrics, means of three seeds of benchmarks/matching.py, with a floor of 0.55 ± 0.11 (docs/matching.md).
+metrics, means over three seeds of benchmarks/matching.py, with a floor of 0.55 ± 0.11 (docs/matching.md).
 """
 
 from flowgen.data import PointsConfig

@@ -4,10 +4,10 @@
     python sample.py --checkpoint runs/five --num 1000 --out five.png
 
 Other couplings, each in its own workdir: --matching.coupling Independent (I-CFM), --matching.coupling MinibatchOT
-(OT-CFM), --matching.coupling.sinkhorn_sweeps 0 (plain W-CFM, which works best here, because the
-rings are concentric).
+(OT-CFM), --matching.coupling.sinkhorn_sweeps 0 (plain W-CFM, which works best here, because the rings are
+concentric).
 The toy data have quirks that comparisons must share: see flowgen/matching/toy.py. `reference` holds the expected
-metrics, means of three seeds of benchmarks/matching.py, with a floor of 0.88 ± 0.43 (docs/matching.md).
+metrics, means over three seeds of benchmarks/matching.py, with a floor of 0.88 ± 0.43 (docs/matching.md).
 """
 
 from flowgen.data import PointsConfig

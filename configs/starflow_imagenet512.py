@@ -4,8 +4,8 @@
     python train.py --config configs/starflow_imagenet512.py --workdir runs/imagenet512 \\
         --data Latents --data.path latents
 
-codec.path is a published folder. `reference` holds the published FID, for 50,000 samples decoded by a decoder that was
-finetuned on noisy latents. It is not measured here.
+codec.path is the folder of a published autoencoder. `reference` holds the published FID of 50,000 samples, decoded by
+a decoder that was fine-tuned on noisy latents. It is not measured here.
 """
 
 import dataclasses

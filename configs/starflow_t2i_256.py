@@ -5,9 +5,9 @@
         --autoencoder sd-vae-ft-ema --text-encoder flan-t5-xl --dtype bfloat16
     python sample.py --checkpoint runs/t2i --prompt "a cat" --aspect 1:1 --guidance 3.6
 
-codec.path and text.encoder are published folders. Parameters, moments and average take 62 GB on each device, in
-float32, because they are not sharded yet. `reference` holds the FID-30K on COCO of the paper's model, which was trained
-on more data than CC12M. It is not measured here.
+codec.path and text.encoder are folders of published networks. Parameters, moments and average take 62 GB per device,
+in float32, because they are not sharded yet. `reference` holds the FID-30K on COCO of the paper's model, which was
+trained on more data than CC12M. It is not measured here.
 """
 
 import dataclasses

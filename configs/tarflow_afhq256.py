@@ -8,7 +8,7 @@ checkpoint, afhq_model_8_768_8_8_0.07.pth, has this shape (`python -m flowgen co
 
 Optimisation is as published: AdamW (0.9, 0.95), weight decay 1e-4 on everything, one epoch of warm-up, cosine
 to 1e-6, no clipping. The parameter average is our addition; `--no-ema` samples without it. Put the training
-images under data/afhq, one folder per class if there are classes, or set --data.path.
+images under data/afhq, one folder per class, or set --data.path.
 """
 
 from flowgen.data import DataConfig

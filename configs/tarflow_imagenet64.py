@@ -8,7 +8,7 @@ parameters, batch 256, 200 epochs on 8 A100s. Not reproduced here.
 
 Optimisation is as published: AdamW (0.9, 0.95), weight decay 1e-4 on everything, one epoch of warm-up, cosine
 to 1e-6, no clipping. The parameter average is our addition; `--no-ema` samples without it. Put the training
-images under data/imagenet64, one folder per class if there are classes, or set --data.path.
+images under data/imagenet64, or set --data.path.
 """
 
 from flowgen.data import DataConfig

@@ -9,7 +9,7 @@ reproduced here.
 
 Optimisation is as published: AdamW (0.9, 0.95), weight decay 1e-4 on everything, one epoch of warm-up, cosine
 to 1e-6, no clipping. The parameter average is our addition; `--no-ema` samples without it. Put the training
-images under data/imagenet, one folder per class if there are classes, or set --data.path.
+images under data/imagenet, one folder per class, or set --data.path.
 """
 
 from flowgen.data import DataConfig

@@ -3,8 +3,8 @@
 python examples/vision_transformer.py --attention all --seeds 0 1
 
 Each digit is placed at random on a 12x12 canvas, which is cut into 16 tokens of 3x3 pixels, so that a single token says
-little. There are 1,258 images for training, over 80 epochs, and 539 for testing, whose places are fixed. The
-results are from two cores of a shared CPU with other jobs running, so the seconds are rough:
+little. Training takes 80 epochs of 1,258 images; the 539 test images have fixed places. The results are from two cores
+of a shared CPU with other jobs running, so the seconds are rough:
 
     attention      parameters test accuracy        of seeds  softmax  s/epoch
     softmax            69,386         91.3%     91.1%-91.5%     +0.0     0.14
@@ -20,9 +20,9 @@ results are from two cores of a shared CPU with other jobs running, so the secon
     none               36,106         86.5%     85.3%-87.6%     -4.8     0.05
 
 One standard error of 539 images is 1.2 points. nala and nala-hook compute the same function and differ only in their
-initial weights, so most differences between the kernels are hardly more than noise. Three rows differ by more: the
+initial weights, so most differences between the kernels are little more than noise. Three rows differ by more: the
 whole NaLaFormer layer, with its gate and 5x5 convolution; SOFT, with tied keys and 4 landmarks; and the control without
-attention. The settings were chosen with softmax and with none. With 16 tokens softmax is also the fastest attention:
+attention. The settings were chosen with softmax and without attention. With 16 tokens, softmax is also the fastest;
 linear attention is for long sequences (benchmarks/attention.py).
 """
 
@@ -58,7 +58,7 @@ def attention_layer(name: str, width: int, heads: int, grid: tuple[int, int]) ->
     match name:
         case "softmax":
             return nn.MultiHeadDotProductAttention(heads)
-        case "nala-hook":  # Flax's own module, into which any kernel fits
+        case "nala-hook":  # Flax's own module, which takes any kernel
             return nn.MultiHeadDotProductAttention(heads, attention_fn=make_attention_fn("nala"))
         case "nala-module":  # the layer of the paper: gate, norm, convolution and rotary features
             return partial(NaLaAttention(width, heads), grid=grid)
@@ -108,7 +108,7 @@ class VisionTransformer(nn.Module):
 
 
 class Result(NamedTuple):
-    """One trained model. losses: the mean of each epoch."""
+    """One trained model. losses: the mean loss of each epoch."""
 
     attention: str
     seed: int

@@ -64,7 +64,7 @@ class Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line and returns its exit code.
 
-    The code is 0, 2 for a user error, 3 for numbers that are not finite, 141 if the output pipe was closed, or
+    The code is 0, 2 for a user error, 3 for non-finite numbers, 141 if the output pipe was closed, or
     128 + signal if a signal stopped a training run.
 
     Example:
@@ -160,7 +160,7 @@ def _silence() -> None:
 
 
 def program(arguments: Sequence[str] | None = None) -> int:
-    """Runs `main` and returns its exit code, for a process that then ends; from then on it ignores Ctrl-C.
+    """Runs `main` and returns its exit code. The process should then end; it ignores Ctrl-C from then on.
 
     Example:
         sys.exit(program())
@@ -208,13 +208,13 @@ def _show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """Shows a warning as one sentence, with its place in the code unless it is flowgen's own."""
+    """Shows a warning as one sentence, with its location in the code unless it is flowgen's own."""
     place = "" if category is UserWarning else f" ({category.__name__}, {filename}:{lineno})"
     sys.stderr.write(f"flowgen: warning: {as_sentence(message)}{place}\n")
 
 
 class _Sentences(logging.Handler):
-    """Shows flowgen's log messages like warnings."""
+    """Shows flowgen's log messages in the same way as warnings."""
 
     def emit(self, record: logging.LogRecord) -> None:
         sys.stderr.write(f"flowgen: {record.levelname.lower()}: {as_sentence(record.getMessage())}\n")

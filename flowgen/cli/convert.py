@@ -29,7 +29,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, rest: list[str]) -> int:
-    """Returns the exit code."""
+    """Runs the command and returns its exit code."""
     from flowgen import checkpoint
 
     checkpoint.check_new(options.to)

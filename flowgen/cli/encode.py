@@ -18,7 +18,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, rest: list[str]) -> int:
-    """Returns the exit code."""
+    """Runs the command and returns its exit code."""
     from flowgen import checkpoint
     from flowgen.cli.grammar import load_experiment
     from flowgen.data import LatentsConfig, told_once
@@ -32,7 +32,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
         raise ValueError(f"{experiment.name} has neither codec nor text, so there is nothing to encode; set --codec.")
     if isinstance(experiment.data, LatentsConfig):
         raise ValueError("data are cached latents, which are already encoded; give images or clips.")
-    data, experiment = experiment.data, experiment.with_provenance()  # If the networks differ later, they are refused.
+    data, experiment = experiment.data, experiment.with_provenance()  # Other networks are refused later.
     splits = ("train", "eval") if data.eval_fraction > 0 else ("train",)
     writer, names = LatentWriter(options.out), ()
     with told_once():

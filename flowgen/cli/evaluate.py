@@ -36,7 +36,7 @@ def fields_help() -> str:
 
 
 def run(options: argparse.Namespace, rest: list[str]) -> int:
-    """Returns the exit code."""
+    """Runs the command and returns its exit code."""
     from flowgen import checkpoint
     from flowgen.cli.grammar import apply_words
     from flowgen.data import told_once
@@ -77,7 +77,7 @@ def _on_other_data(trained: Any, changed: Any) -> Any:
     from flowgen.experiments.images import with_class_names
 
     known, asked = (getattr(one.data, "classes", ()) for one in (trained, changed))
-    if known and not asked:  # data of another type have no classes yet
+    if known and not asked:  # another type of data has no classes yet
         return dataclasses.replace(changed, data=dataclasses.replace(changed.data, classes=known))
     if known and asked != known:
         raise ValueError(

@@ -82,7 +82,7 @@ def _overridden(options: Any, words: list[str]) -> Any:
 
 
 def load_experiment(options: argparse.Namespace, words: list[str]) -> Experiment:
-    """Returns the experiment of `--config`, made small by `--debug`, with the fields that words set."""
+    """Returns the experiment of `--config`, reduced by `--debug`, with the fields that words set."""
     path = config_path(options.config)
     try:
         experiment = load_config(path)
@@ -98,7 +98,7 @@ def load_experiment(options: argparse.Namespace, words: list[str]) -> Experiment
 def _line_of(path: str, error: Exception) -> int | None:
     """Returns the line of a config file at which an error arose; None if the error came from elsewhere."""
     if isinstance(error, SyntaxError) and (error.filename in (path, None) or error.lineno is None):
-        return error.lineno or 1  # A NUL byte has no line number.
+        return error.lineno or 1  # An error about a NUL byte has no line number.
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
     return lines[-1] if lines else None
 

@@ -19,7 +19,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, rest: list[str]) -> int:
-    """Returns the exit code."""
+    """Runs the command and returns its exit code."""
     from flowgen.cli.grammar import load_experiment
     from flowgen.experiments import from_json
     from flowgen.runs import CHECKPOINTS, CheckpointReader, read_config

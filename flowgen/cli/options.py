@@ -31,7 +31,7 @@ def finite_number(text: str) -> float:
 
 
 def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
-    """Returns a parser of whole numbers from least to most."""
+    """Returns a parser for whole numbers from least to most."""
 
     def parse(text: str) -> int:
         try:
@@ -54,7 +54,7 @@ def step_or_best(text: str) -> int | str:
 
 
 def described(setting: Setting) -> str:
-    """Returns a field in the form of a command line, followed by its help as a shell comment."""
+    """Returns a field as on a command line, followed by its help as a shell comment."""
     value = str(setting.value)
     quoted = f'"{value}"' if "'" in value and not set(value) & set('"$`\\') else shlex.quote(value)
     option = f"--{setting.name} {quoted}"
@@ -102,7 +102,7 @@ def say(line: str) -> None:
 
 
 def as_sentence(message: object) -> str:
-    """Returns a message on one line, with control characters escaped; a very long message loses its middle."""
+    """Returns a message on one line, with control characters escaped and, if it is very long, without its middle."""
     text = str(message)
     if len(text) > MAX_MESSAGE:
         text = f"{text[: MAX_MESSAGE // 2]} ... {text[-MAX_MESSAGE // 2 :]}"

@@ -25,7 +25,7 @@ KINDS = {2: "points", 4: "images", 5: "clips"}  # by the number of axes
 
 @dataclass(frozen=True)
 class Output:
-    """Where samples go.
+    """Where samples are written.
 
     path: an image, or .npz; for clips also .gif or .mp4. single: a new directory for one file per sample, or None.
 
@@ -47,7 +47,7 @@ class Output:
         return self.path.suffix.lower() in VIDEO_SUFFIXES
 
     def check(self) -> None:
-        """Raises if the files cannot be written, or the suffix is unknown."""
+        """Raises an error if the files cannot be written or the suffix is unknown."""
         check: Callable[[Path], Any] = check_image_path
         if self.is_arrays or self.is_video:
             check = check_writable if self.is_arrays else check_video_path

@@ -56,7 +56,7 @@ def fields_help() -> str:
 
 
 def run(options: argparse.Namespace, rest: list[str]) -> int:
-    """Returns the exit code."""
+    """Runs the command and returns its exit code."""
     import numpy as np
 
     from flowgen import checkpoint

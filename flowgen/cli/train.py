@@ -32,7 +32,7 @@ def fields_help() -> str:
 
 
 def run(options: argparse.Namespace, rest: list[str]) -> int:
-    """Returns the exit code."""
+    """Runs the command and returns its exit code."""
     from flowgen.cli.grammar import load_experiment
     from flowgen.experiments import fit
     from flowgen.training import Interrupted, Signals

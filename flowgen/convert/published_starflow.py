@@ -61,8 +61,7 @@ _DEFAULTS: dict[str, Any] = {
     "cond_noise_level": 0,
     "fps_cond": 0,
 }
-# Options that every model, every video model and every denoiser must have, that only clips may have, and that are
-# unsupported.
+# Options required of every model, every video model and every denoiser; options for clips only; unsupported options.
 _REQUIRED = ("rope", "sos", "use_softplus", "use_final_norm")
 _REQUIRED_OF_CLIPS = ("temporal_causal", "shallow_block_local", "cond_top_only", "txt_size")
 _REQUIRED_OF_DENOISERS = ("conditional_denoiser", "denoiser_window", "noise_std", "cond_noise_level")
@@ -94,15 +93,16 @@ _MAX_DIGITS = 6  # of frames, and of frames per second
 _MAX_LETTERS = 1000  # of layers_per_block
 # Pixels per latent along a side, and frames per latent.
 _VAE_FACTORS = {"sd-vae": (8, 1), "Wan2.2": (16, 4), "Wan2.1": (8, 4)}
-# The token order of block 0, by the published name, which states the order of the last of an even number of blocks.
+# The token order of block 0, by the published name. The name states the order of the last block, and the
+# number of blocks is even.
 _ORDERS = {"L2R": "reversed", "R2L": "raster"}
-# Fixed in the published code: the layers of its denoiser, and the step x - 0.3 s, where s is the denoiser's output.
+# Fixed in the published code: the denoiser's number of layers, and the step x - 0.3 s, where s is its output.
 _DENOISER_LAYERS = 8
 _DENOISER_STEP = 0.3
 
 
 def read_arguments(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Returns the arguments of a published YAML by name. The file has a list of `name: value` under `arguments`.
+    """Returns, by name, the arguments of a published YAML file, which lists `name: value` under `arguments`.
 
     Raises FileNotFoundError if there is no such file, ValueError if it is not a YAML file of this form.
 
@@ -135,13 +135,13 @@ def starflow(
     Tensors are copied one by one, so with the file views of `read_state_dict`, only the result takes memory.
 
     arguments: the published YAML's arguments by name, with image sides in pixels if there is a `vae`. A `text` that
-    ends in ".vocab" means classes, as one-hot texts of one token. A `vid_size`, frames and rate as in '81:16', means a
-    video model, a STARFlowV, with its denoiser if there is a `learnable_self_denoiser`. The unused buffers `var`,
-    `attn_mask` and `feat_rope.*` are dropped.
+    ends in ".vocab" means classes, as one-hot texts of one token. A `vid_size` (frames and rate, such as '81:16')
+    means a video model: a STARFlowV, with its denoiser if there is a `learnable_self_denoiser`. The unused buffers
+    `var`, `attn_mask` and `feat_rope.*` are dropped.
 
     Raises:
         MappingError (a ValueError): tensors are missing, unexpected, or have the wrong shape; lists them all.
-        ValueError: the dtype is unknown, an argument is unknown, or the arguments give a model that was not published.
+        ValueError: the dtype or an argument is unknown, or the arguments describe a model that was not published.
 
     Example:
         flow, params = starflow(read_state_dict("starflow_3B_t2i_256x256.pth"), arguments)
@@ -207,7 +207,7 @@ def _known(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_values(known: dict[str, Any]) -> None:
-    """Raises ValueError if an argument has another type than its default, or is out of range."""
+    """Raises ValueError if an argument is out of range or its type differs from its default's."""
     for name, default in _DEFAULTS.items():
         value = known[name]
         if value is None and default is None:
@@ -272,12 +272,12 @@ def model_config(state_dict: Mapping[str, np.ndarray], arguments: Mapping[str, A
 
 
 def _of_clips(known: Mapping[str, Any]) -> dict[str, int]:
-    """Returns the config fields that a video flow has in addition to an image flow's."""
+    """Returns the config fields that a video flow adds to those of an image flow."""
     frames, _ = clip_size(known["vid_size"])
     shape = {"frames": 1 + (frames - 1) // _vae_factors(known["vae"])[1]}
     if not known["learnable_self_denoiser"]:
         return shape
-    # A query of frame q sees frames q + A - 1 - G .. q + A - 1, where A is temporal_causal and G denoiser_window.
+    # A query in frame q sees frames q + A - 1 - G .. q + A - 1, where A is temporal_causal and G denoiser_window.
     lookahead = int(known["temporal_causal"]) - 1
     past = int(known["denoiser_window"]) - lookahead
     if past < 0:
@@ -293,7 +293,7 @@ def _of_clips(known: Mapping[str, Any]) -> dict[str, int]:
 
 
 def clip_size(vid_size: str) -> tuple[int, int]:
-    """Returns (frames, frames per second) of the published argument `vid_size`, whose first rate counts.
+    """Returns (frames, frames per second) from the published argument `vid_size`; of several rates, the first counts.
 
     Raises ValueError if `vid_size` has another form.
 

@@ -16,13 +16,13 @@ from flowgen.convert.torch_files import PICKLE_MAGIC, ZIP_MAGIC, open_torch
 from flowgen.convert.torch_pickle import StoredTensor
 from flowgen.documents import MAX_BYTES, check_regular, parse_json
 
-# Bytes of the header. The format allows six times as many; the largest models need a hundredth.
+# Largest header, in bytes. The format allows six times as many; the largest models need a hundredth.
 _MAX_HEADER = MAX_BYTES
-# Limit on the bytes of a file's tensors, as a multiple of its size; a few tied weights fit.
+# Limit on the bytes of a file's tensors, as a multiple of its size; this leaves room for a few tied weights.
 _MAX_VIEWS = 4
 _MAX_LOOKED_AT = 100_000  # dictionaries; one that is met twice counts twice
 _MAX_NAMED = 8  # in messages
-_MAX_DEPTH = 4  # nesting of the dictionaries that are searched for a state dict
+_MAX_DEPTH = 4  # nesting of dictionaries in the search for a state dict
 _LFS_POINTER = b"version https://git-lfs"
 _DTYPES = {
     "F64": "float64",
@@ -48,13 +48,13 @@ def read_state_dict(path: str | os.PathLike[str], *, entry: str | None = None) -
     """Returns the tensors of a weight file by name, as read-only views of the file in its dtypes.
 
     The layout is recognised by content: safetensors, or torch.save's zip archive or its older sequence of
-    pickles. Nothing in the file is executed. A dictionary of tensors inside others, as in {"model": ...,
-    "epoch": 3}, is found if it is the only one; `entry` chooses one of several ("ema", "state.model").
+    pickles. Nothing in the file is executed. A nested dictionary of tensors, as in {"model": ..., "epoch": 3},
+    is found if it is the only one; `entry` chooses one of several ("ema", "state.model").
 
     Raises:
         FileNotFoundError, IsADirectoryError: there is no file at `path`.
         ValueError: the file is truncated, damaged, of another kind or refused; it has no dictionary of tensors,
-            several, or none named `entry`; or its tensors take more than four times its bytes.
+            several, or none named `entry`; or its tensors take more than four times its size.
 
     Example:
         state_dict = read_state_dict("afhq_model_8_768_8_8_0.07.pth")
@@ -111,7 +111,7 @@ def _listed(names: Iterable[Any]) -> str:
 
 
 def _state_dicts(saved: Any, path: Path) -> dict[str, dict[str, StoredTensor]]:
-    """Returns every dictionary that only maps names to tensors, by its dotted name.
+    """Returns every dictionary that maps names only to tensors, by its dotted name.
 
     The search is bounded, because many names may lead to one dictionary.
     """
@@ -141,7 +141,7 @@ def _state_dicts(saved: Any, path: Path) -> dict[str, dict[str, StoredTensor]]:
 
 
 def _dictionaries(value: dict[Any, Any]) -> list[tuple[str, Any]] | None:
-    """Returns the dictionaries inside one: None if it holds only tensors, empty if not all names are strings."""
+    """Returns the dictionaries inside another; None if it holds only tensors, [] if not all names are strings."""
     if not value or not all(isinstance(name, str) for name in value):
         return []
     if all(isinstance(part, StoredTensor) for part in value.values()):

@@ -12,7 +12,7 @@ from flowgen.convert.mapping import Requirement, Rule, as_is, transpose
 
 
 def linear(source: str, target: str) -> tuple[Rule, Rule]:
-    """Returns the rules of a PyTorch Linear that becomes a Flax Dense.
+    """Returns the rules that turn a PyTorch Linear into a Flax Dense.
 
     Example:
         rules = linear("blocks.{block}.proj_in", "params/blocks_{block}/proj_in")
@@ -21,7 +21,7 @@ def linear(source: str, target: str) -> tuple[Rule, Rule]:
 
 
 def conv(source: str, target: str) -> tuple[Rule, Rule]:
-    """Returns the rules of a PyTorch convolution, (out, in, ...) with any number of axes, that becomes a Flax one.
+    """Returns the rules that turn a PyTorch convolution, (out, in, ...) with any number of axes, into a Flax one.
 
     Example:
         rules = conv("encoder.conv_in", "params/encoder/conv_in")
@@ -31,7 +31,7 @@ def conv(source: str, target: str) -> tuple[Rule, Rule]:
 
 
 def point(source: str, target: str) -> tuple[Rule, Rule]:
-    """Returns the rules of a Linear that becomes a Dense; files may hold it as a convolution with a kernel of size 1.
+    """Returns the rules that turn a Linear, or in some files a convolution with a kernel of size 1, into a Dense.
 
     Example:
         rules = point("quant_conv", "params/quant_conv")
@@ -45,7 +45,7 @@ def _point_kernel(x: np.ndarray) -> np.ndarray:
 
 
 def layer_norm(source: str, target: str) -> tuple[Rule, Rule]:
-    """Returns the rules of a LayerNorm.
+    """Returns the rules for a LayerNorm.
 
     Example:
         rules = layer_norm("norm", "params/norm")
@@ -54,7 +54,7 @@ def layer_norm(source: str, target: str) -> tuple[Rule, Rule]:
 
 
 def rms_norm(source: str, target: str) -> tuple[Rule]:
-    """Returns the rule of an RMSNorm. In both the published code and flowgen, its weight is the offset from 1.
+    """Returns the rule for an RMSNorm. In both the published code and flowgen, its weight is the offset from 1.
 
     Example:
         rules = rms_norm("final_norm", "params/final_norm")
@@ -63,10 +63,10 @@ def rms_norm(source: str, target: str) -> tuple[Rule]:
 
 
 def transformer(source: str, target: str, mlp: dict[str, str] | None = None) -> tuple[Rule, ...]:
-    """Returns the rules of a published transformer's layers, numbered {layer}, that become one scanned stack.
+    """Returns the rules that turn a published transformer's layers, numbered {layer}, into one scanned stack.
 
-    The columns of qkv keep their order: q, k, v, each head by head. mlp: flowgen's names of its maps, by published
-    name.
+    The columns of qkv keep their order: q, k, v, each head by head. mlp: flowgen's names for the MLP's maps, by
+    published name.
 
     Example:
         rules = transformer("blocks.{block}.attn_blocks.{layer}", "params/blocks_{block}/layers")
@@ -83,9 +83,9 @@ def transformer(source: str, target: str, mlp: dict[str, str] | None = None) -> 
 
 
 def starflow(*, gated: bool) -> tuple[Rule, ...]:
-    """Returns the rules of a published STARFlow for images, with plain or gated MLPs.
+    """Returns the rules for a published STARFlow for images, with plain or gated MLPs.
 
-    If an option is off, its rules fill nothing, because the model does not have their leaves.
+    The rules of an option that is off fill nothing, because the model lacks their leaves.
 
     Example:
         variables, dropped = fill(target, state_dict, starflow(gated=False))
@@ -112,12 +112,12 @@ def starflow(*, gated: bool) -> tuple[Rule, ...]:
 
 
 def starflow_v(*, gated: bool, denoiser_scale: float) -> tuple[Rule, ...]:
-    """Returns the rules of a published STARFlow-V: its flow, and its denoiser, whose output is scaled.
+    """Returns the rules for a published STARFlow-V: its flow and its denoiser, whose output is scaled.
 
     Example:
         variables, dropped = fill(target, state_dict, starflow_v(gated=False, denoiser_scale=0.6))
     """
-    # The denoiser's parts are some of a block's, under the same names.
+    # The denoiser has some of a block's parts, under the same names.
     source, target = "learnable_self_denoiser", "params/denoiser"
     parts = (
         dataclasses.replace(
@@ -137,7 +137,7 @@ def starflow_v(*, gated: bool, denoiser_scale: float) -> tuple[Rule, ...]:
 
 
 def scaled(factor: float, transform: Callable[[np.ndarray], np.ndarray] = as_is) -> Callable[[np.ndarray], np.ndarray]:
-    """Returns the transform followed by a multiplication in float32, for tensors of any dtype.
+    """Returns the transform followed by a multiplication by `factor` in float32, for tensors of any dtype.
 
     Example:
         Rule("proj.weight", "params/proj/kernel", scaled(0.5, transpose))

@@ -1,6 +1,6 @@
 """Reads files of `torch.save` in both layouts: the zip archive of PyTorch 1.6 and later, and the older pickles.
 
-In both, a pickle describes tensors as (storage, offset, shape, strides). The storages' bytes are stored separately and
+In both, a pickle describes tensors as (storage, offset, shape, strides). The bytes of the storages are kept separately,
 uncompressed, so tensors are views of the mapped file.
 """
 
@@ -31,7 +31,7 @@ _DAMAGE = (Damage, struct.error, LookupError, TypeError, ValueError, OverflowErr
 
 
 class TorchFile(NamedTuple):
-    """The saved object with a `StoredTensor` for every tensor, and the function that reads a tensor."""
+    """The saved object, with a `StoredTensor` in place of every tensor, and the function that reads a tensor."""
 
     saved: Any
     read: Callable[[StoredTensor], np.ndarray]

@@ -81,7 +81,7 @@ class StoredTensor(NamedTuple):
 
 
 class _Mapping(dict):
-    """A dictionary whose class may have had attributes, such as an OrderedDict; the attributes are left out."""
+    """A dictionary of a class that allows attributes, such as OrderedDict; the attributes are dropped."""
 
 
 class _Name(NamedTuple):
@@ -92,7 +92,7 @@ class _Name(NamedTuple):
 
 
 class TensorUnpickler:
-    """Reads the pickles from a position on, as plain Python values with a `StoredTensor` for every tensor.
+    """Reads consecutive pickles as plain Python values, with a `StoredTensor` in place of every tensor.
 
     storages: the storages that tensors refer to, by key. position: the end of the last pickle.
 
@@ -154,7 +154,7 @@ class TensorUnpickler:
         return self.text(end + 1)[:-1]
 
     def key(self, value: Any) -> Any:
-        """Returns a key of a dictionary or set; Refusal if it is neither text nor an integer."""
+        """Returns a key for a dictionary or set; raises Refusal if it is neither text nor an integer."""
         if type(value) is str:
             return value
         if type(value) is not int or abs(value) >= sys.hash_info.modulus:
@@ -275,8 +275,7 @@ def _natural(value: Any) -> int:
 
 
 def _shown(value: Any) -> str:
-    """Returns text that shows a value from an untrusted file. It shows only the type of a container, which may hold
-    anything."""
+    """Returns a value from an untrusted file as text; for a container, which may hold anything, only its type."""
     if value is not None and type(value) not in (str, int, float, bool):
         return f"a {type(value).__name__}"
     text = repr(value[:80] if type(value) is str else value)
@@ -294,23 +293,23 @@ def _stored_tensor(storage: Any, dtype: Any, offset: Any, shape: Any, strides: A
 
 
 def _rebuild_tensor(storage, offset, shape, strides, _grad=False, _hooks=None, metadata=None) -> StoredTensor:
-    """Stands for torch._utils._rebuild_tensor and _v2: (storage, offset, shape, strides[, grad, hooks[, metadata]])."""
+    """Stands in for torch._utils._rebuild_tensor, _v2: (storage, offset, shape, strides[, grad, hooks[, metadata]])."""
     return _stored_tensor(storage, getattr(storage, "dtype", None), offset, shape, strides, metadata)
 
 
 def _rebuild_untyped(storage, offset, shape, strides, _grad, _hooks, dtype, metadata=None) -> StoredTensor:
-    """Stands for torch._utils._rebuild_tensor_v3, which has a storage of bytes, and a dtype before the metadata."""
+    """Stands in for torch._utils._rebuild_tensor_v3, which has a storage of bytes, and a dtype before the metadata."""
     name = dtype.text if type(dtype) is _Name else None
     return _stored_tensor(storage, name, offset, shape, strides, metadata)
 
 
 def _rebuild_parameter(tensor, *_):
-    """Stands for torch._utils._rebuild_parameter: (tensor, grad, hooks) -> tensor."""
+    """Stands in for torch._utils._rebuild_parameter: (tensor, grad, hooks) -> tensor."""
     return tensor
 
 
 def _ordered_dict(pairs=()) -> _Mapping:
-    """Stands for collections.OrderedDict: empty, or from (name, value) pairs, as Python 2 wrote it."""
+    """Stands in for collections.OrderedDict: empty, or from (name, value) pairs, as Python 2 wrote it."""
     if pairs == ():
         return _Mapping()
     if type(pairs) is not list:
@@ -323,7 +322,7 @@ def _ordered_dict(pairs=()) -> _Mapping:
 
 
 def _size(values=()):
-    """Stands for torch.Size: returns the tuple."""
+    """Stands in for torch.Size: returns the tuple."""
     if type(values) is not tuple or len(values) > MAX_AXES:
         raise Damage("its pickle has a size that no tensor can have")
     return values

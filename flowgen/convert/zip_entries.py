@@ -25,7 +25,7 @@ _ENCRYPTED = 1
 
 
 class Entry(NamedTuple):
-    """The location of an entry's bytes in the file, and their checksum, 0 if none was computed."""
+    """The location of an entry's bytes in the file, and their checksum, or 0 if none was computed."""
 
     name: str
     start: int

@@ -1,4 +1,4 @@
-"""Reads and writes the arrays of a state by path, with orbax: numpy arrays, in one process only."""
+"""Reads and writes the arrays of a state by path, with orbax; only for numpy arrays in a single process."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def flatten(tree: Any) -> dict[str, Any]:
 
 
 def layout(tree: Any) -> dict[str, Any]:
-    """Returns {path: [shape, dtype name]} of a tree of arrays or `jax.ShapeDtypeStruct`.
+    """Returns {path: [shape, dtype name]} for a tree of arrays or `jax.ShapeDtypeStruct`.
 
     Example:
         check_layout(step, manifest["arrays"], layout(abstract_state))
@@ -39,7 +39,7 @@ def layout(tree: Any) -> dict[str, Any]:
 
 
 def check_layout(step: int, given: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Raises ValueError if a checkpoint's arrays differ from the expected ones; names them, with their shapes.
+    """Raises ValueError if a checkpoint's paths, shapes or dtypes are not the expected ones; says which.
 
     Example:
         check_layout(step, manifest["arrays"], layout(abstract_state))
@@ -83,7 +83,7 @@ def group_of(path: str) -> str:
 
 
 def write_arrays(directory: Path, flat: Flat) -> None:
-    """Writes each group of arrays into a new directory of its own; raises ValueError or OSError if writing fails.
+    """Writes each group of arrays into a separate new directory; raises ValueError or OSError if writing fails.
 
     Example:
         write_arrays(Path("300.saving"), flatten(state))
@@ -132,7 +132,7 @@ def _orbax() -> Generator[ocp.Checkpointer]:
 
 
 def _is_not_of_orbax(record: logging.LogRecord) -> bool:
-    """Filters out log messages of orbax threads, mostly tracebacks, because the same error is raised here."""
+    """Filters out log messages of orbax's threads, mostly tracebacks of errors that are also raised here."""
     return "orbax" not in record.pathname
 
 

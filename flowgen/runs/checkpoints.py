@@ -29,13 +29,13 @@ EVALUATION = "evaluation.json"
 _STEP = re.compile(r"0|[1-9][0-9]{0,17}")
 # Folders of unfinished saves and deletions; both are removed when training next opens the run.
 SAVING, DELETED = "saving", "deleted"
-# The reasons why a former checkpoint no longer counts as one begin with these words.
+# Reasons why a former checkpoint no longer counts as one begin with these words.
 _BROKEN = ("it has no", "it lacks")
 _LEFTOVER = re.compile(rf"[0-9]+\.({SAVING}|{DELETED})(-[0-9]+)?")
 
 
 class CheckpointReader:
-    """Reads the complete checkpoints of a directory. It writes nothing, so a run may be training in the directory.
+    """Reads the complete checkpoints of a directory. It writes nothing, so it may be used while a run trains there.
 
     Example:
         reader = CheckpointReader("runs/digits/checkpoints")
@@ -46,7 +46,7 @@ class CheckpointReader:
         self.directory = Path(directory).absolute()
 
     def steps(self) -> list[int]:
-        """Returns the steps of complete checkpoints, ascending; other entries do not count."""
+        """Returns the steps of complete checkpoints, in ascending order; other entries do not count."""
         return sorted(int(name) for name, why in self._entries().items() if why is None)
 
     def latest_step(self) -> int | None:
@@ -54,7 +54,7 @@ class CheckpointReader:
         return max(self.steps(), default=None)
 
     def passed_over(self) -> dict[str, str]:
-        """Returns why entries of the directory are not checkpoints, by name; skips unfinished saves and deletions."""
+        """Returns, by name, why entries of the directory are not checkpoints; skips unfinished saves and deletions."""
         return {name: why for name, why in self._entries().items() if why is not None}
 
     def check_not_broken(self) -> None:
@@ -73,10 +73,10 @@ class CheckpointReader:
             )
 
     def meta(self, step: int) -> dict[str, Any]:
-        """Returns what was saved beside the arrays: `manifest`, and `metrics`, empty if the step was not evaluated.
+        """Returns the `manifest` plus `metrics`, which is empty if the step was not evaluated.
 
         Raises:
-            ValueError: the checkpoint is missing, damaged, or of another step; names the step.
+            ValueError: the checkpoint is missing or damaged, or belongs to another step; names the step.
         """
         return {**self.manifest(step), "metrics": self.evaluation(step) or {}}
 
@@ -84,7 +84,7 @@ class CheckpointReader:
         """Returns what was saved with the arrays: `config`, `arrays` (path: [shape, dtype]), `files` (path: digest).
 
         Raises:
-            ValueError: the checkpoint is missing, damaged, or of another step; names the step.
+            ValueError: the checkpoint is missing or damaged, or belongs to another step; names the step.
         """
         meta = self._read_meta(step)
         if meta["step"] != step:
@@ -118,7 +118,7 @@ class CheckpointReader:
         """Returns the saved arrays with the chosen paths, after comparing their files with the digests.
 
         Raises:
-            ValueError: a file is missing, truncated or changed; names file and step.
+            ValueError: a file is missing, truncated or changed; names the file and the step.
         """
         meta = self.manifest(step)
         chosen = {path: entry for path, entry in meta["arrays"].items() if choose(path)}
@@ -127,10 +127,10 @@ class CheckpointReader:
         return read_arrays(self.directory / str(step), chosen)
 
     def restore(self, step: int, like: Any) -> Any:
-        """Returns the state of a step as numpy arrays, in the tree of `like` (arrays or abstract ones).
+        """Returns the state of a step as numpy arrays in the structure of `like`, a tree of (abstract) arrays.
 
         Raises:
-            ValueError: the checkpoint is damaged, is of another step, or its arrays do not fit `like`.
+            ValueError: the checkpoint is damaged, belongs to another step, or does not fit `like`.
 
         Example:
             state = reader.restore(reader.latest_step(), jax.eval_shape(make_state))
@@ -144,10 +144,10 @@ class CheckpointReader:
     def variables(self, step: int, params: Any, *, ema: bool = True) -> dict[str, Any]:
         """Returns the weights of a step and its carried collections; with `ema`, the averaged weights if saved.
 
-        params: arrays or abstract ones that give the tree of the weights. Optimizer moments are not read.
+        params: a tree of (abstract) arrays with the structure of the weights. Optimizer moments are not read.
 
         Raises:
-            ValueError: the checkpoint is damaged, is of another step, or its arrays do not fit `params`.
+            ValueError: the checkpoint is damaged, belongs to another step, or does not fit `params`.
 
         Example:
             variables = reader.variables(step, jax.eval_shape(lambda: flowgen.init(flow, key))["params"])
@@ -161,7 +161,7 @@ class CheckpointReader:
         return {"params": tree[group], **tree.get("collections", {})}
 
     def _entries(self) -> dict[str, str | None]:
-        """Returns why each entry of the directory is not a complete checkpoint, by name; None for complete ones."""
+        """Returns, by name, why each entry of the directory is not a complete checkpoint; None if it is one."""
         if not self.directory.is_dir():
             return {}
         entries = sorted(self.directory.iterdir())
@@ -186,7 +186,7 @@ class CheckpointReader:
         try:
             files = self._read_meta(int(entry.name))["files"]
         except ValueError:
-            return None  # It is damaged, so it is refused and not ignored.
+            return None  # It is damaged, so it is refused rather than ignored.
         gone = [name for name in files if not os.path.lexists(entry / name)]
         return f"{_BROKEN[1]} {gone[0]}" if gone else None
 
@@ -251,7 +251,7 @@ def _widened(arrays: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_of_the_system(name: str) -> bool:
-    """Returns whether a desktop system leaves such a file in folders, as .DS_Store."""
+    """Returns whether this is a file that desktop systems leave in folders, such as .DS_Store."""
     return PurePosixPath(name).name.startswith(".") or PurePosixPath(name).name in ("Thumbs.db", "desktop.ini")
 
 
@@ -282,7 +282,7 @@ def _is_inside(name: str) -> bool:
 
 
 def finite(metrics: dict[str, float] | None) -> dict[str, float]:
-    """Returns the metrics that are finite, as plain numbers.
+    """Returns the finite metrics, as Python floats.
 
     Example:
         finite({"loss": 1.0, "bits_per_dim": float("nan")}) == {"loss": 1.0}

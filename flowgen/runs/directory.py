@@ -1,7 +1,7 @@
-"""The directory of a run: its file names, and the functions that read it, even while a run trains in it.
+"""The directory of a run: its file names, and functions that can read it even while a run trains in it.
 
 <run>/config.json      the experiment, with the digest of its values
-<run>/data.json        what was found in the data, and its list of files
+<run>/data.json        a summary of the data, and the list of its files
 <run>/checkpoints/     see `flowgen.runs.checkpoints`
 <run>/metrics.jsonl    means since the last report, and evaluations; events.* the same for TensorBoard
 <run>/samples/         an image for each step that drew samples
@@ -49,7 +49,7 @@ def was_trained_in(directory: str | Path) -> bool:
         if is_run(directory):
             return True
     except (OSError, ValueError):
-        pass  # A damaged config may belong to a run.
+        pass  # The config is damaged but may belong to a run.
     try:
         return CheckpointReader(Path(directory) / CHECKPOINTS).latest_step() is not None
     except OSError:
@@ -114,7 +114,7 @@ def data_changes(run_dir: str | Path, inventory: Inventory) -> str:
 
 
 def check_workdir(workdir: Path, check_config: Callable[[dict[str, Any]], None], *, locks: bool = True) -> None:
-    """Raises if a directory holds something other than a run with this config; writes nothing.
+    """Raises an error if a directory holds something other than a run with this config; writes nothing.
 
     locks: whether to also raise BlockingIOError if another process trains in it.
 
@@ -136,7 +136,7 @@ def check_workdir(workdir: Path, check_config: Callable[[dict[str, Any]], None],
 
 
 def _check_kinds(workdir: Path) -> None:
-    """Raises OSError if a name that a run writes to is taken by something else."""
+    """Raises OSError if the name of a run's file or folder is taken by something of another kind."""
     for name in (CHECKPOINTS, SAMPLES):
         if os.path.lexists(workdir / name) and not (workdir / name).is_dir():
             raise NotADirectoryError(f"{workdir / name} is not a folder; remove it.")
@@ -148,7 +148,7 @@ def _check_kinds(workdir: Path) -> None:
 
 
 def _is_foreign(path: Path) -> bool:
-    """Returns whether a file is foreign: a run that is killed at its very start does not leave it."""
+    """Returns whether a file is foreign: not one that a run may leave if it is killed at its very start."""
     if path.name == CHECKPOINTS and path.is_dir():
         return any(path.iterdir())
     return path.name != LOCK_FILE and not is_temporary(path.name)

@@ -18,11 +18,11 @@ _TEMPORARY = re.compile(r"\..+\.[0-9]+-[0-9a-f]{8}\.tmp")  # the names that `ato
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """Returns the object that a JSON file holds.
+    """Returns the object in a JSON file.
 
     Raises:
         OSError: the file is missing or cannot be read.
-        ValueError: it is not a regular file, not JSON, nested too deep, or not an object; names the file.
+        ValueError: it is not a regular file, not JSON, too deeply nested, or not an object; names the file.
 
     Example:
         config = read_json("runs/digits/config.json")
@@ -39,7 +39,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 def read_bytes(path: str | Path) -> bytes:
-    """Returns the bytes of a regular file; ValueError if it is something else, such as a pipe, whose reading blocks.
+    """Returns the bytes of a regular file; ValueError if it is something else, such as a pipe, which would block.
 
     Example:
         content = read_bytes("runs/digits/metrics.jsonl")
@@ -124,7 +124,7 @@ def is_temporary(name: str) -> bool:
 
 
 def remove_temporaries(directory: str | Path) -> None:
-    """Removes unfinished `atomic_file` files of killed processes from a directory.
+    """Removes the unfinished files of `atomic_file` that killed processes left in a directory.
 
     Example:
         remove_temporaries("runs/digits")
@@ -149,7 +149,7 @@ def sync(path: str | Path) -> None:
 
 
 def _open_regular(path: str | Path) -> Any:
-    # Opening a pipe waits for a writer by default.
+    # By default, opening a pipe waits for a writer.
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)

@@ -1,4 +1,4 @@
-"""A lock that allows one training process at a time in a run directory; the system releases it when that ends."""
+"""A lock that allows one training process at a time in a run directory; the system releases it when the holder ends."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LOCK_FILE = "lock"
 class RunLock:
     """Holds the lock of a run directory until `release`. Reading a run does not need the lock.
 
-    protects: whether the file system has locks; without them, other processes can train here too.
+    protects: whether the file system supports locks; if not, other processes can train here too.
 
     Raises:
         BlockingIOError: another process trains in the directory; names it.
@@ -65,7 +65,7 @@ class RunLock:
 
 
 class Place:
-    """Identifies the directory at a path, to detect whether it is replaced by another.
+    """Identifies the directory at a path, to detect when it is removed or replaced.
 
     Example:
         place = Place("runs/digits")
@@ -91,7 +91,7 @@ class Place:
 
 
 def check_unlocked(run_dir: str | Path) -> None:
-    """Raises BlockingIOError if another process trains in a directory, and names it; creates no files.
+    """Raises BlockingIOError, naming the process, if another one trains in a directory; creates no files.
 
     Example:
         check_unlocked("runs/digits")
@@ -106,7 +106,7 @@ def check_unlocked(run_dir: str | Path) -> None:
 
 
 def _take(descriptor: int, path: Path) -> bool:
-    """Returns whether the lock was taken; False if there are no locks here."""
+    """Takes the lock and returns True; returns False if the file system has no locks."""
     if fcntl is None:
         return False
     try:

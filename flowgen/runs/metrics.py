@@ -67,7 +67,7 @@ class _Events:
         self._summary, self._event = summary, event_pb2.Event
         self._writer = EventsWriter(str(run_dir / "events"), filename_suffix=f".{os.getpid()}")
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        self._write(first_step + 1, session_log=start)  # TensorBoard ignores existing events of these steps.
+        self._write(first_step + 1, session_log=start)  # TensorBoard then ignores earlier events of these steps.
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():

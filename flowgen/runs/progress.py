@@ -55,7 +55,7 @@ class Progress:
 
     def say(self, line: str) -> None:
         """Shows one line, above the bar if there is one."""
-        line = printable(line)  # It may contain a folder's name, which may hold any characters.
+        line = printable(line)  # It may include a folder's name, which can contain any character.
         with _unseen():
             if self._bar is not None:
                 self._bar.write(line, file=sys.stderr)

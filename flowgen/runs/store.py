@@ -1,4 +1,4 @@
-"""Writes the checkpoints of a run: saves in the background, commits by a rename, and renames before deleting."""
+"""Writes the checkpoints of a run: saves in the background, commits by renaming, and renames before deleting."""
 
 from __future__ import annotations
 
@@ -59,9 +59,11 @@ class CheckpointStore(CheckpointReader):
         self.close()
 
     def save(self, step: int, state: Any, *, config: Any, metrics: dict[str, float] | None = None) -> None:
-        """Starts saving a tree of numpy arrays, which must not change until `wait`. Waits for the previous save.
+        """Starts saving a tree of numpy arrays, which must not change until `wait` returns.
 
-        metrics: metrics of an evaluation, as for `score`.
+        Waits for the previous save before it starts.
+
+        metrics: the results of an evaluation, as for `score`.
 
         Raises:
             FloatingPointError: an array holds NaN, or params, ema or optimizer state hold infinity; nothing is saved.
@@ -75,7 +77,7 @@ class CheckpointStore(CheckpointReader):
         self._thread.start()
 
     def score(self, step: int, metrics: dict[str, float]) -> None:
-        """Writes the metrics of an evaluation beside a saved step, which may then be the best one. Waits for its save.
+        """Adds the metrics of an evaluation to a saved step, which may become the best one. Waits for its save.
 
         Non-finite metrics are left out.
         """
@@ -107,7 +109,7 @@ class CheckpointStore(CheckpointReader):
                 sys.unraisablehook = self._hook
 
     def _unraisable(self, odd: Any) -> None:
-        """Drops tensorstore's messages about writes that end after the error of another write was raised."""
+        """Drops tensorstore's messages about writes that end after another write's error was raised."""
         if not (isinstance(odd.exc_value, RuntimeError) and "Event loop is closed" in str(odd.exc_value)):
             self._hook(odd)
 
@@ -177,7 +179,7 @@ class CheckpointStore(CheckpointReader):
     def _retire(self, current: int) -> None:
         """Deletes this run's checkpoints, except the latest ones, the best one and the current one.
 
-        Entries that others put into the directory are not touched.
+        Entries that other programs put into the directory are not touched.
         """
         steps = [step for step in self.steps() if step in self._scores]
         self._scores = {step: self._scores[step] for step in steps}
@@ -210,7 +212,7 @@ def _free(path: Path) -> Path:
 
 
 def _remove(path: Path) -> None:
-    """Removes a folder, link or file; contents of a folder that cannot be removed stay until the next time."""
+    """Removes a folder, link or file; whatever cannot be removed from a folder stays until the next time."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -218,7 +220,7 @@ def _remove(path: Path) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """Returns the reason for a failed write, in a few words, from an error of the system or of tensorstore."""
+    """Returns, in a few words, why a write failed, from an error of the system or tensorstore."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = " ".join(str(error).split())

@@ -1,4 +1,4 @@
-"""Writes everything that training puts into its run directory while it holds the lock."""
+"""Writes to a run directory during training, and holds its lock."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from flowgen.runs.store import CheckpointStore
 class RunWriter:
     """Locks a run directory for one training process, and writes its config, checkpoints, metrics and samples.
 
-    latest: the latest step that was already read from the directory, or None if there was none.
+    latest: the latest step when the directory was read, or None if there was none.
 
     Opening a writer creates the directory, takes its lock and removes what a killed process left unfinished; `begin`
     writes the config and opens the metrics. If the directory is removed, the next save recreates it and reports this.
@@ -177,7 +177,7 @@ class RunWriter:
         )
 
     def score(self, step: int, metrics: dict[str, float]) -> None:
-        """Writes the metrics of an evaluation beside the checkpoint of a step, if the checkpoint still exists."""
+        """Adds the metrics of an evaluation to the checkpoint of a step, if the checkpoint still exists."""
         self._wait()
         if self.holds(step):
             with _named(self._shown):
@@ -196,7 +196,7 @@ class RunWriter:
         return self._is_there() and step in self.store.steps()
 
     def _is_there(self) -> bool:
-        """Returns whether the checkpoint directory is still there; a current save may recreate it."""
+        """Returns whether the opened directories are still in place; one that a save recreated is not counted."""
         return self._place.is_same() and self._folder.is_same()
 
     def _make_again(self, step: int) -> None:
@@ -275,7 +275,7 @@ class NullWriter:
 
 @contextmanager
 def _named(workdir: Path) -> Generator[None]:
-    """Turns a system error into one sentence that names the run; an error that already is a sentence passes through."""
+    """Turns a system error into one sentence that names the run; an error that is already a sentence passes through."""
     try:
         yield
     except OSError as error:

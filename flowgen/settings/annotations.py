@@ -31,7 +31,7 @@ def hints_of(cls: type) -> dict[str, Any]:
 
 
 def members(annotation: Any) -> tuple[Any, ...]:
-    """Returns the members of a union; any other annotation is its only member."""
+    """Returns the members of a union; for any other annotation, only the annotation itself."""
     union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
     return typing.get_args(annotation) if union else (annotation,)
 
@@ -47,7 +47,7 @@ def configs_of(annotation: Any) -> dict[str, type]:
 
 
 def choices(annotation: Any) -> dict[str, type]:
-    """Returns the config types that a field may have, by name; empty unless there are several, counting your own."""
+    """Returns the config types that a field may have, by name; empty if it may have only one and none of your own."""
     found = configs_of(annotation)
     return found if len(found) + takes_own(annotation) > 1 else {}
 

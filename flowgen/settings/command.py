@@ -1,4 +1,4 @@
-"""Sets fields of a config on a command line, by `--group.field value`."""
+"""Sets fields of a config from command-line arguments, `--group.field value`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def override(config: T, arguments: Sequence[str]) -> T:
     """Returns `config` with fields replaced by `--group.field value` or `--group.field=value` arguments.
 
     Values are numbers, true or false, none, (8, 12) or [8, 12], and plain text. A group with several types takes the
-    name of a type, which has its defaults; the fields of the group are set after it. If a group is None, setting one
+    name of a type, which has its defaults; the group's fields are set afterwards. If a group is None, setting one
     of its fields first creates it with its defaults. Your own objects are named "package.module:object", and the module
     is imported. A frozen dataclass is a group of its fields.
 
@@ -44,7 +44,7 @@ def override(config: T, arguments: Sequence[str]) -> T:
         experiment = override(experiment, ["--optim.lr", "3e-4", "--model.image_size=(32, 48)"])
     """
     given, fields = _pairs(arguments), _opened(None, config)
-    # The fields of a group whose type is named are not those that it has now.
+    # A group whose type is named may get other fields than it has now.
     known = [name for name in leaf_names(config) if not any(name.startswith(f"{path}.") for path in given)]
     for path in sorted(given, key=lambda path: path.count(".")):  # the type of a group before its fields
         if path.split(".")[0] not in fields:
@@ -101,7 +101,7 @@ def _set(fields: dict[str, Any], cls: type, names: list[str], text: str, path: s
 
 
 def _opened(annotation: Any, value: Any) -> dict[str, Any]:
-    """Returns the fields of a config, as input of `from_plain`; an empty dict for None, which means defaults."""
+    """Returns the fields of a config, as input for `from_plain`; for None, an empty dict, which means defaults."""
     if value is None:
         return {}
     own: dict[str, Any] = {TYPE: type(value)} if is_own(annotation, value) else {}
@@ -120,7 +120,7 @@ def _group_type(annotation: Any, value: Any) -> type | None:
 
 
 def _parse(annotation: Any, text: str, path: str, group: type | None) -> Any:
-    """Returns the value of a command-line text: None if the field may be None, text if it may be text, or a literal."""
+    """Returns the value of a command-line text: None or text if the field allows them, else a literal."""
     literal = _literal(text)
     if literal is None and fits(annotation, None):
         return None
@@ -157,7 +157,7 @@ def _no_value(path: str, group: type | None, types: list[str], text: str) -> str
 
 
 def _no_such_field(path: str, field: str, group: type | None, types: dict[str, type], known: list[str]) -> str:
-    """Returns the error for an unknown field of a group, which another of the group's types may have."""
+    """Returns the error for an unknown field of a group; another of the group's types may have it."""
     owners = [name for name, cls in types.items() if field in hints_of(cls)]
     place = path.rpartition(".")[0]
     if not owners or (group is not None and group not in types.values()):

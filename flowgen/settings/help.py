@@ -63,7 +63,7 @@ def _allowed(annotation: Any) -> str:
 
 
 def leaf_names(config: Any) -> list[str]:
-    """Returns the dotted names of all fields that hold a value and not a group; an absent group has no fields.
+    """Returns the dotted names of all fields that hold a value rather than a group; an absent group has no fields.
 
     Example:
         print("\\n".join(leaf_names(experiment)))

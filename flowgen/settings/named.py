@@ -1,6 +1,6 @@
 """Finds your own objects by name, "package.module:object", in commands and in the JSON that a run keeps.
 
-Only a command imports the modules that it names. A name in a file must belong to a module that is already imported, so
+Only commands import the modules that they name. A name in a file must belong to a module that is already imported, so
 reading a file runs no code. Errors are clauses that follow the name of a field.
 """
 
@@ -24,7 +24,7 @@ def is_name(value: Any) -> bool:
 
 
 def import_module(module: str) -> None:
-    """Imports a module by a trusted name; ValueError if it is not found or fails.
+    """Imports a module, whose name must be trusted; raises ValueError if it is not found or fails.
 
     Example:
         import_module("my_couplings")
@@ -61,7 +61,7 @@ def resolve(name: str) -> Any:
         raise ValueError(f"is {shown(name)}, of Python itself; name an object of your own.")
     found: Any = sys.modules[module]
     for part in attributes:
-        # Looked up without code: a module or class may compute what it lacks.
+        # Looked up without running code: a module or class may compute missing attributes.
         following = vars(found).get(part, _NOTHING) if hasattr(found, "__dict__") else _NOTHING
         if following is _NOTHING:
             raise ValueError(f"is {shown(name)}, and {part} is not there{meant(part, vars(found))}")
@@ -108,7 +108,7 @@ def name_of(value: Any) -> str | None:
 
 
 def _is_python(module: str) -> bool:
-    """Whether a module belongs to Python itself, whose functions no config means."""
+    """Returns whether a module belongs to Python itself; a config never names its objects."""
     return module.partition(".")[0] in sys.stdlib_module_names
 
 

@@ -40,7 +40,7 @@ MAX_WHOLE_FLOAT = 10**300
 
 
 class FieldError(ValueError):
-    """The errors of a config: sentences that each begin with a field's name.
+    """The errors in a config, as sentences that each begin with a field's name.
 
     A config names its own fields; its holder adds the group name, by `within` or `in_group`.
 
@@ -80,9 +80,9 @@ def config(*, kw_only: bool) -> Callable[[type[T]], type[T]]: ...
 
 @typing.dataclass_transform(frozen_default=True)
 def config(cls: type[T] | None = None, *, kw_only: bool = False) -> type[T] | Callable[[type[T]], type[T]]:
-    """Returns the class as a frozen dataclass that checks and converts its fields by their types when it is made.
+    """Returns the class as a frozen dataclass whose constructor checks its fields and converts them to their types.
 
-    Its own `__post_init__` runs afterwards. If fields do not fit each other, it raises ValueError with a sentence that
+    Its own `__post_init__` runs afterwards; if fields contradict each other, it raises ValueError with a sentence that
     begins with the name of one of them.
 
     Raises FieldError if fields have the wrong type or are out of range; names them all.
@@ -152,7 +152,7 @@ def _fields_to_plain(value: Any) -> dict[str, Any]:
 
 
 def _own_to_plain(value: Any) -> Any:
-    """Returns the name of your own object, or its class's name with its fields."""
+    """Returns the name of your own object, or the name of its class with its fields."""
     if (name := name_of(value)) is not None:
         return name
     if is_dataclass(value) and (name := name_of(type(value))) is not None:
@@ -164,7 +164,7 @@ def _own_to_plain(value: Any) -> Any:
 
 
 def from_plain(cls: type[T], data: Any) -> T:
-    """Returns the config `cls` from the result of `to_plain`. A missing field takes its default.
+    """Returns the config of type `cls` from the result of `to_plain`. A missing field takes its default.
 
     Raises:
         FieldError: a field is unknown, is missing and has no default, or has the wrong type; names the field.
@@ -193,7 +193,7 @@ def from_plain(cls: type[T], data: Any) -> T:
 
 
 def _fitting(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the values of fields converted to their annotations; FieldError names all that do not fit."""
+    """Converts the values of fields to their annotations; raises a FieldError that names all that do not fit."""
     fitting, problems = {}, []
     for name, annotation in hints_of(cls).items():
         if name in values:
@@ -208,7 +208,7 @@ def _fitting(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
 
 def check(annotation: Any, value: Any, *, path: str) -> Any:
     """Returns `value` converted to its annotation: a whole number to int or float, a list to a tuple, but never a bool
-    to int.
+    to an int.
 
     Raises:
         FieldError: the value does not fit, or a float is not finite; names path, value and what is expected.
@@ -227,7 +227,7 @@ def check(annotation: Any, value: Any, *, path: str) -> Any:
 
 
 def fits(annotation: Any, value: Any) -> bool:
-    """Returns whether a value has an annotation's type; it may be out of range."""
+    """Returns whether a value has an annotation's type, even if it is out of range."""
     try:
         _convert(annotation, value)
     except _Mismatch:
@@ -258,7 +258,7 @@ class _Absent:
 
 
 class _Mismatch(Exception):
-    """The value has another type than the annotation; the caller says which."""
+    """The value is not of the annotation's type; the caller says which type is expected."""
 
 
 class _Refusal(Exception):

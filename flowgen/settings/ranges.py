@@ -72,7 +72,7 @@ class Entries:
 
 @dataclass(frozen=True)
 class OneOf:
-    """Names from a table, if a Literal would repeat the table.
+    """One of the names in a table that a Literal would have to repeat.
 
     Example:
         attention: Annotated[str, OneOf(CAUSAL_KERNEL_NAMES)] = "softmax"
@@ -104,12 +104,12 @@ def meant(word: str, known: Iterable[str]) -> str:
 
 
 def shown(value: Any) -> str:
-    """Returns a short text that shows a value in a message."""
+    """Returns a value as a short text for a message."""
     if isinstance(value, int) and (digits := abs(value).bit_length() * 3 // 10) > 100:
         return f"{'over ' if value > 0 else 'below -'}10^{digits}"
     try:
         text = repr(value)
-    except (RecursionError, ValueError):  # Python cannot print deep nesting, or numbers of over 4,300 digits.
+    except (RecursionError, ValueError):  # Python cannot print deep nesting or numbers of more than 4,300 digits.
         return f"a {type(value).__name__}"
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 

@@ -21,18 +21,18 @@ from flowgen.training.step import Objective, Step, TrainState, init_state, make_
 
 # Steps that may be queued on the device, to keep it busy while the host prepares the next step.
 STEPS_AHEAD = 2
-# Steps between checks for a signal in other processes; a check waits for the current step.
+# How often, in steps, to check for signals in other processes; each check waits for the current step.
 AGREE_EVERY = 8
 
 
 @dataclass(frozen=True)
 class Job:
-    """What the loop needs to train something.
+    """Everything that the loop needs to train a model.
 
     init(key) -> variables. objective: see `make_step`. batches(start, stop) -> this process's batches for steps
     start..stop-1. evaluate(variables) -> metrics; the checkpoint with the lowest `best_metric` is kept.
     sample(variables) -> uint8 image `height width 3`. optims: separate optimizers for parameter groups, by top-level
-    name. inventory: what was found in the data, to be logged and kept with the run.
+    name. inventory: a summary of the data, to be logged and saved with the run.
     """
 
     init: Callable[[jax.Array], Any]
@@ -48,8 +48,8 @@ class Job:
 class Result(NamedTuple):
     """The outcome of a run.
 
-    state: unreplicated numpy arrays. metrics: the last evaluation. samples: path of the last sample grid, or
-    None. signal: number of the signal that stopped the run, 0 if it finished.
+    state: unreplicated numpy arrays. metrics: from the last evaluation. samples: path of the last sample grid,
+    or None. signal: number of the signal that stopped the run, 0 if it finished.
     """
 
     state: TrainState
@@ -77,15 +77,15 @@ def train(
     """Trains in `workdir`, resuming if it has a checkpoint, and returns the result.
 
     config: JSON saved with the run. check_config(saved config): raises ValueError if the current config cannot resume a
-    run with the saved one. signals: a `Signals` already in use; None watches this process's signals. A run that is
-    stopped (SIGINT, SIGTERM or killed) and resumed ends with a state bit-identical to an uninterrupted run's, on the
-    same number of devices.
+    run with the saved one. signals: a `Signals` already in use; by default, a new one. A run that is stopped (by
+    SIGINT, SIGTERM or a kill) and resumed on the same number of devices ends in the same state, bit for bit, as an
+    uninterrupted run.
 
     Raises:
-        ValueError: devices cannot share the batch, the config does not fit, or a checkpoint is damaged.
+        ValueError: the devices cannot share the batch equally, the config does not fit, or a checkpoint is damaged.
         FileExistsError, OSError: the workdir holds something else, is in use, or cannot be written.
-        FloatingPointError: loss or gradient is not finite; names the step, and checkpoints stay intact.
-        Interrupted: a signal came before the first step.
+        FloatingPointError: the loss or a gradient is not finite; names the step. Checkpoints stay intact.
+        Interrupted: a signal arrived before the first step.
 
     Example:
         result = train(job, "runs/digits", optim=optim, train=train, log=log, config={}, check_config=print)
@@ -104,7 +104,7 @@ def train(
         with _interruptible(signals):
             check_workdir(workdir, check_config, locks=is_primary())
             barrier("flowgen: workdir checked")  # Otherwise, one process's first file would look foreign to another.
-            # Everything that can be refused is read before anything is written.
+            # Anything that may be refused is read before anything is written.
             reader = CheckpointReader(workdir / CHECKPOINTS)
             latest = _resumed_from(reader, train.steps, check_config)
             state = initial() if latest is None else reader.restore(latest, jax.eval_shape(initial))
@@ -121,7 +121,7 @@ def train(
 
 
 def _writer(workdir: Path, latest: int | None, log: LogConfig, best_metric: str) -> RunWriter | NullWriter:
-    """Returns the run's writer, which writes only in the first process. If it cannot write, all processes end."""
+    """Returns the run's writer, which writes only in the first process. If it cannot, every process raises OSError."""
     record: RunWriter | NullWriter = NullWriter(workdir)
     error: OSError | None = None
     if is_primary():
@@ -135,7 +135,10 @@ def _writer(workdir: Path, latest: int | None, log: LogConfig, best_metric: str)
 
 
 def _resumed_from(reader: CheckpointReader, steps: int, check_config: Callable[[dict[str, Any]], None]) -> int | None:
-    """Returns the step to resume from, the same in all processes; ValueError if its config or number does not fit."""
+    """Returns the step to resume from, or None, the same in all processes.
+
+    Raises ValueError if all checkpoints have lost files, the step exceeds `steps`, or the config does not fit.
+    """
     latest = reader.latest_step()
     if latest is None:
         reader.check_not_broken()
@@ -155,7 +158,7 @@ def _resumed_from(reader: CheckpointReader, steps: int, check_config: Callable[[
 
 
 def _evaluation(reader: CheckpointReader, step: int) -> dict[str, float] | None:
-    """Returns the metrics of a step, or None if they are missing or damaged, which the run's writer reports."""
+    """Returns the metrics of a step, or None if they are missing or damaged; the run's writer reports damage."""
     try:
         return reader.evaluation(step)
     except ValueError:
@@ -255,7 +258,7 @@ class _Run:
 
     @contextmanager
     def keeping(self, step: int, state: TrainState) -> Generator[None]:
-        """Saves the state before an error raised inside it, such as a data error, ends the run."""
+        """Saves the state if an error inside this context, such as a data error, ends the run."""
         try:
             yield
         except FloatingPointError:
@@ -302,7 +305,7 @@ class _Run:
         self.signals.doing = doing
 
     def wait_for_all_but(self, ahead: int) -> None:
-        """Waits until at most `ahead` steps are queued, so that the bar is accurate and a stop is prompt."""
+        """Waits until at most `ahead` steps are queued, so that the bar is accurate and the run can stop promptly."""
         if len(self.pending) > ahead:
             jax.block_until_ready(self.pending[-1 - ahead][1])
 
@@ -315,7 +318,7 @@ class _Run:
         return number > 0
 
     def due(self, step: int, state: TrainState) -> None:
-        """Makes the reports, checkpoints, evaluations and samples that are due at this step."""
+        """Makes any reports, checkpoints, evaluations and samples that are due at this step."""
         evaluates = self.job.evaluate is not None and _due(step, self.config.eval_every)
         draws = _due(step, self.config.sample_every)
         if _due(step, self.config.log_every):
@@ -328,8 +331,10 @@ class _Run:
             self.unless_stopped(lambda: self.draw(step, state))
 
     def report(self, step: int) -> None:
-        """Writes the metrics since the last report, averaged over steps that were not skipped, and the share of skipped
-        steps; raises FloatingPointError if the run cannot continue."""
+        """Writes the metrics since the last report, as means over unskipped steps, and the fraction of skipped steps.
+
+        Raises FloatingPointError if the run cannot continue.
+        """
         if not self.pending:
             return
         rows = [(at, jax.tree.map(float, self.parallel.to_host(row))) for at, row in self.pending]
@@ -347,7 +352,7 @@ class _Run:
             self.record.show(step, means, self.pace.seconds_for(self.steps - step))
 
     def check(self, step: int, row: dict[str, float]) -> None:
-        """Raises FloatingPointError if an unskipped step is not finite, or if too many were skipped in a row."""
+        """Raises FloatingPointError if an unskipped step is not finite, or too many in a row were skipped."""
         in_a_row, most = row.get("skipped_in_a_row", 0), self.max_skips
         if in_a_row <= most and (in_a_row or (np.isfinite(row["loss"]) and np.isfinite(row["grad_norm"]))):
             return
@@ -389,5 +394,5 @@ def _due(step: int, every: int) -> bool:
 
 
 def _interruptible(signals: Signals) -> Any:
-    """Returns a context in which a signal may raise: nothing is lost yet, and no other process waits for this one."""
+    """Returns a context in which a signal may raise: nothing would be lost, and no other process waits for this one."""
     return signals.raising() if jax.process_count() == 1 else nullcontext()

@@ -40,9 +40,9 @@ class OptimConfig:
     clip_norm: bound on the global gradient norm; 0 for none.
     skip_norm: skip updates whose gradient norm, before clipping, exceeds this or is not finite; 0 for none.
     skip_after: number of initial updates that are never skipped.
-    max_skips: most updates in a row that may be skipped before the run stops; at least 1.
+    max_skips: how many updates in a row may be skipped before the run stops; at least 1.
     ema_decay: decay rate of the parameter average used for sampling; below 1, 0 for no average.
-    ema_warmup: start with a faster average, by the decay rate min(ema_decay, (1 + step) / (10 + step)).
+    ema_warmup: raise the decay rate gradually, as min(ema_decay, (1 + step) / (10 + step)).
     """
 
     lr: Positive = 1e-4
@@ -70,9 +70,9 @@ class TrainConfig:
     """Length, batch size and seed of a run.
 
     steps: updates of the parameters; at least 1.
-    batch_size: samples per update, over all devices and hosts; a multiple of devices times accumulation.
+    batch_size: samples per update, over all devices and hosts; a multiple of the number of devices times accumulation.
     seed: seed of initial parameters, data order and noise; a whole number below 2^32.
-    label_dropout: share of labels or texts that are dropped, to train the unconditional branch of guidance; at most 1.
+    label_dropout: fraction of labels or texts to drop, to train the unconditional branch of guidance; at most 1.
     accumulation: micro-batches that each device's share of a batch is split into, to save memory.
     """
 

@@ -35,7 +35,7 @@ class Pace:
             self._since += time.perf_counter() - before
 
     def measure(self, step: int) -> dict[str, float]:
-        """Returns the speed since the last call, or an empty dict if there was no step since."""
+        """Returns the speed since the last call, or an empty dict if no step was done since."""
         if not self.begun or step == self._at:
             return {}
         now = time.perf_counter()

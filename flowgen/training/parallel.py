@@ -1,4 +1,4 @@
-"""Devices and processes. The only file that uses pmap."""
+"""Devices and processes; no other file uses pmap."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class DataParallel:
         return jax.random.wrap_key_data(self.replicate(jax.random.key_data(key)))
 
     def shard(self, batch: Any, rows: int | None = None) -> Any:
-        """Returns this process's batch in equal consecutive shares on its devices, without waiting for the transfer.
+        """Returns this process's batch in equal consecutive shares, one per device, without waiting for the transfer.
 
         rows: rows of every array, this process's share of train.batch_size; None for any number that devices can share.
         Raises ValueError unless all leaves are arrays of numbers with this many rows.
@@ -86,7 +86,7 @@ class DataParallel:
 
     def to_host(self, tree: Any) -> Any:
         """Returns replicated leaves as numpy arrays that own their memory; waits for the device."""
-        # np.asarray of a CPU array is a view, and the next step overwrites its input state.
+        # np.asarray of a CPU array is a view, whose memory the next step overwrites.
         shards = jax.device_get(jax.tree.map(lambda x: x.addressable_shards[0].data, tree))
         return jax.tree.map(lambda x: np.array(x[0]), shards)
 
@@ -137,7 +137,7 @@ def largest(value: int) -> int:
 
 
 def from_primary(value: float) -> float:
-    """Returns the primary process's value in every process."""
+    """Returns the first process's value in every process."""
     if jax.process_count() == 1:
         return value
     return float(multihost_utils.broadcast_one_to_all(np.array(value, np.float32)))

@@ -14,9 +14,9 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
-# SIGHUP, if the system has it, is sent when a terminal closes.
+# SIGHUP, on systems that have it, is sent when a terminal closes.
 NUMBERS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
-# Programs such as `timeout` signal a process and then its group. Signals within this many seconds are one request.
+# Programs such as `timeout` signal a process and then its group. Signals within this many seconds count as one request.
 _TOGETHER = 0.2
 # Seconds until an exception lost in a callback is raised again; by then the callback has ended.
 _AGAIN = 0.01
@@ -35,8 +35,9 @@ class Signals:
     program without saving.
 
     A separate thread prints the message, since the main thread may be compiling, which Python cannot interrupt. `doing`
-    is the message's text. That thread calls on_second(number), which may end the process; without it, the second signal
-    has its usual effect in the main thread. Signals are caught only if this is used in a program's main thread.
+    is the message's text. On the second signal, that thread calls on_second(number), which may end the process; without
+    on_second, the signal has its usual effect in the main thread. Signals are caught only if the context is entered in
+    the main thread.
 
     Example:
         with Signals() as signals:
@@ -53,7 +54,7 @@ class Signals:
         self.doing = "Stopping before the first step; nothing is lost"
         self._on_second, self._ending, self._raises = on_second, False, False
         self._lost = False  # whether the first signal's exception was lost and must be raised again
-        self._repeats = 0  # unread signals that nobody sent: `_repeat` raised them
+        self._repeats = 0  # unread signals that came from `_repeat`
         self._noted = ""  # `doing` when the main thread noticed the signal
         self._previous: dict[int, Any] = {}
 
@@ -63,7 +64,7 @@ class Signals:
         reading, self._writing = os.pipe()
         os.set_blocking(self._writing, False)
         self._previous_fd = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
-        # With `nohup`, a program ignores SIGHUP.
+        # `nohup` makes a program ignore SIGHUP.
         numbers = [n for n in NUMBERS if n in (signal.SIGINT, signal.SIGTERM) or signal.getsignal(n) != signal.SIG_IGN]
         self._previous = {number: signal.signal(number, self._note) for number in numbers}
         self._thread = threading.Thread(target=self._answer, args=(reading,), name="flowgen-signals", daemon=True)
@@ -83,7 +84,7 @@ class Signals:
 
     @contextmanager
     def raising(self) -> Generator[None]:
-        """Returns a context in which a signal raises Interrupted on arrival, or on entry if the signal came earlier.
+        """Returns a context in which a signal raises Interrupted on arrival, or on entry if one arrived earlier.
 
         Python loses exceptions raised in some callbacks, such as those of garbage collection. A lost Interrupted is
         raised again.
@@ -164,7 +165,7 @@ class Signals:
 
 
 def _say(line: str) -> None:
-    # Ignored if the terminal is closed.
+    # Errors are ignored: the terminal may be closed.
     with contextlib.suppress(OSError, ValueError, AttributeError):
         # Starts a new line after a progress bar or a terminal's ^C.
         sys.stderr.write(("\n" if sys.stderr.isatty() else "") + line + "\n")

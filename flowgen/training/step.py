@@ -23,14 +23,14 @@ Metrics = dict[str, Array]
 Objective = Callable[[Any, Any, Key[Array, ""]], tuple]
 Step = Callable[[Any, Any, Key[Array, ""]], tuple[Any, Metrics]]
 AXIS = "data"
-MAIN = "main"  # The optimizer of all parameters that have no optimizer of their own.
+MAIN = "main"  # The optimizer of all parameters without a separate one.
 
 
 class TrainState(struct.PyTreeNode):
     """Everything a run keeps between steps.
 
-    step: number of updates done. params: trained parameters. collections: the objective's carried state, which is every
-    other collection of the Flax variables. ema: the average of params, or None if there is none.
+    step: number of updates done. params: trained parameters. collections: the objective's carried state, all other
+    collections of the Flax variables. ema: the average of params, or None if there is none.
     """
 
     step: Int[Any, "*device"]
@@ -41,7 +41,7 @@ class TrainState(struct.PyTreeNode):
 
     @property
     def averaged(self) -> Any:
-        """The variables for evaluation and sampling: the averaged params, if any, else params, and the collections."""
+        """The variables for evaluation and sampling: the averaged params, if any, else params, with the collections."""
         return {"params": self.params if self.ema is None else self.ema, **self.collections}
 
 
@@ -105,7 +105,7 @@ def skip_spikes(
 def make_optimizer(
     config: OptimConfig, steps: int, others: Mapping[str, OptimConfig] | None = None
 ) -> optax.GradientTransformation:
-    """Returns AdamW, after clipping by global norm if it is on, with skipping of spikes if it is on.
+    """Returns AdamW, with clipping by global norm and skipping of spikes if they are enabled.
 
     others: separate optimizers for parameter groups, by top-level name. Each group has its own gradient norm.
 
@@ -137,7 +137,7 @@ def _one_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformat
 def init_state(
     variables: Any, config: OptimConfig, steps: int, others: Mapping[str, OptimConfig] | None = None
 ) -> TrainState:
-    """Returns the state of step 0; the average starts at the initial parameters. others: as for `make_optimizer`.
+    """Returns the state at step 0; the average starts at the initial parameters. others: as for `make_optimizer`.
 
     Example:
         state = init_state(flowgen.init(flow, key), OptimConfig(), steps=1_000)
@@ -164,9 +164,10 @@ def make_step(
     """Returns the update (state, batch, key) -> (state, metrics) for one device, to be mapped over `axis_name`.
 
     objective: (variables, batch, key) -> (loss, metrics) or (loss, metrics, collections).
-    batch: this device's share, consecutive rows in the order of the axis. key: the same for all steps and devices.
+    batch: this device's share of the rows; shares are consecutive, in the order of the axis.
+    key: the same for all steps and devices.
     The objective receives a key unique to its device, step and micro-batch and, if the batch is a `Batch` or a dict, an
-    added `rows`, a `flowgen.rows.Rows`. Draws from `rows` are the same on any number of devices and with any
+    additional `rows`, a `flowgen.rows.Rows`. Draws from `rows` are the same on any number of devices and with any
     accumulation; draws from the key are not. Micro-batch j has the rows j, j + accumulation, ... of the whole batch.
     While it is traced, the update raises ValueError if a batch already has `rows`, if micro-batches cannot share it,
     or if the objective returns something else.
@@ -240,7 +241,7 @@ def make_step(
 
 
 def check_share(batch: Any, accumulation: int) -> int:
-    """Returns the number of rows of a device's share of a batch; ValueError if micro-batches cannot share them equally.
+    """Returns the number of rows in a device's share of a batch; ValueError if micro-batches cannot share it equally.
 
     Example:
         num = check_share({"x": jnp.zeros((8, 3))}, accumulation=2)
@@ -296,7 +297,7 @@ def _updates_done(opt_state: Any, step: Int[Array, ""]) -> Int[Array, ""]:
 
 
 def ema_decay(config: OptimConfig, step: Int[Array, ""] | int) -> Float[Array, ""] | float:
-    """Returns the average's decay rate at the update after `step`: min(ema_decay, (1 + step) / (10 + step)) in warm-up.
+    """Returns the average's decay rate after `step` updates; with warm-up, min(ema_decay, (1 + step) / (10 + step)).
 
     Example:
         decay = ema_decay(OptimConfig(ema_decay=0.999), 100)
