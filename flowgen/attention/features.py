@@ -229,9 +229,7 @@ class _Nala(ByFields):
         return per_head(self.power, q) * (per_head(self.offset, q) + jnp.tanh(_norm(q, (-1,))))
 
     def _logs(self, q):
-        """Returns log |d(q)|, with 0 in place of -inf, and a shift, at most 60, that lifts each token's largest log
-        feature
-        to 0."""
+        """Returns log |d(q)| (0 for -inf) and a shift of at most 60 that raises each token's top log feature to 0."""
         nonzero = q != 0
         log = jnp.where(nonzero, jnp.log(jnp.where(nonzero, jnp.abs(q / _norm(q, (-1,))), 1)), 0)
         top = jnp.where(nonzero, log, -jnp.inf).max(axis=-1, keepdims=True)
