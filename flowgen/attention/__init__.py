@@ -4,14 +4,15 @@ softmax        softmax_attention
 frames         attention of video frames to nearby frames
 linear         linear_attention and its running state: init_state, prefill, step
 features       the feature maps of linear attention
-rotary         rotary tables for the numerators of linear attention
+rotary         rotary tables for the numerator of linear attention
 kernels        every kernel by name, with a running state
 functions      nala, focused, cosformer, pola and inline attention as functions
-decay, delta   retention, gated linear attention (simple GLA); the (gated) delta rule
-soft           SOFT and SOFT++; fixed Gaussian landmarks, a causal variant
+decay, delta   retention and gated linear attention (simple GLA); the delta rule and its gated form
+soft           SOFT and SOFT++
+landmarks      a variant of SOFT with fixed Gaussian landmarks, which can be causal
 modules        Flax modules; flowgen.attention.nnx has their NNX twins
 masks          key masks from Flax's query-key masks
-hooks          make_attention_fn, for the attention modules of Flax
+hooks          make_attention_fn, for Flax's attention modules
 cache          causal kernels for the decoders of flows
 """
 
