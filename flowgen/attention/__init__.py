@@ -10,7 +10,7 @@ functions      nala, focused, cosformer, pola and inline attention as functions
 decay, delta   retention and gated linear attention (simple GLA); the delta rule and its gated form
 soft           SOFT and SOFT++
 landmarks      a variant of SOFT with fixed Gaussian landmarks, which can be causal
-modules        Flax modules; flowgen.attention.nnx has their NNX twins
+modules        Flax modules; flowgen.attention.nnx has their NNX versions
 masks          key masks from Flax's query-key masks
 hooks          make_attention_fn, for Flax's attention modules
 cache          causal kernels for the decoders of flows

@@ -93,8 +93,7 @@ def residual(
     value: Float[Array, "b *event"],
     kind: Prediction,
 ) -> Float[Array, "b *event"]:
-    """Returns the error of a prediction of any kind, in units of its target; the error of a score is multiplied by
-    beta.
+    """Returns a prediction's error in the units of that prediction; the error of a score is multiplied by beta.
 
     Example:
         loss = mean_square(residual(path, t, pairs, point, network(t, point.x_t), "x1")).mean()
