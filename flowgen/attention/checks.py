@@ -56,7 +56,7 @@ def check_causal(q: Array, k: Array) -> None:
 
 
 def check_mask(mask: Array | None, q: Array, k: Array) -> Bool[Array, "#b #h #n #m"] | None:
-    """Returns the mask; raises ValueError unless it is boolean (True keeps) and broadcasts to `b h n m`."""
+    """Returns the mask; raises ValueError unless it is boolean (True for keys to keep) and broadcasts to `b h n m`."""
     if mask is None:
         return None
     full = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])

@@ -27,7 +27,8 @@ FOCUSED_FLOOR = 1e-6  # as in the released FLatten: keeps every relu feature pos
 
 @dataclass(frozen=True, eq=False)
 class FeatureMap(ByFields):
-    """The feature map φ of a kernel: (x, positions) -> features, on arrays `b n h k` and `n`, for queries and for keys.
+    """The feature map φ of a kernel: functions (x, positions) -> features of arrays `b n h k` and `n`, for queries and
+    keys.
 
     Features must be nonnegative, so that the normaliser is positive. A map that depends on positions must set `rotary`
     or `max_length`. Two maps are equal if their functions are equal, and a map can be pickled if its functions can.

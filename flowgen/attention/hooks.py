@@ -43,13 +43,12 @@ def make_attention_fn(
       reads these tokens from the diagonal, at linear cost, even inside jit. The outputs of other tokens are
       meaningless.
     - bias over keys alone (query axis of length 1) multiplies the keys' features by exp(bias); only feature maps
-      support it. In causal attention keep it below 80, so that exp does not overflow; otherwise only differences
+      support it. In causal attention, keep it below 80, so that exp does not overflow; otherwise only differences
       matter.
     - One query with a mask over several keys, as when decoding from Flax's cache, is never causal: the mask says what
       the query sees. Retention and feature maps with positions then raise ValueError, because the query's position is
       unknown.
-    - dtype: the dtype to which query, key and value are converted. precision: a lower bound; products may be more
-      precise.
+    - dtype: the dtype to which query, key and value are converted. precision: the products are at least this precise.
 
     Functions made with equal arguments are equal, and they can be pickled. Raises ValueError for an unknown name. The
     function raises ValueError for what linear attention does not support: dropout of weights, other biases, and sowing

@@ -343,7 +343,8 @@ def _interleave(same: Array, opposite: Array) -> Array:
 
 
 def _halves(pairs: Float[Array, "b n two_h d"]) -> Float[Array, "b n h d"]:
-    """Returns the first halves of values from even rows (equal signs) and the second from odd rows (opposite signs)."""
+    """Returns first halves of values from even heads (equal signs), and second halves from odd heads (opposite
+    signs)."""
 
     def run(pairs):
         half = pairs.shape[-1] // 2

@@ -1,4 +1,4 @@
-"""A variant of SOFT with fixed Gaussian landmarks, which can be causal, as a feature map and as a function."""
+"""SOFT with fixed Gaussian landmarks, a variant that can be causal, as a feature map and as a function."""
 
 from __future__ import annotations
 

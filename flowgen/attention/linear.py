@@ -312,7 +312,7 @@ def step(
     *,
     eps: float = EPS,
 ) -> tuple[Float[Array, "b h d"], LinearState]:
-    """Returns the attention of one more token, and the state after it.
+    """Returns the attention output for one more token, and the state after it.
 
     The cost does not depend on how many tokens came before.
 

@@ -11,7 +11,7 @@ from flowgen.attention.checks import concrete
 
 
 def own_keys(mask: Bool[Array, "#b #h n n"]) -> Bool[Array, "#b #h 1 n"]:
-    """Returns the key mask of a query-key mask that keeps the same tokens as queries and as keys.
+    """Returns the key mask equivalent to a query-key mask that keeps the same tokens as queries and as keys.
 
     An example is Flax's `make_attention_mask(valid, valid)`. Masks that keep all queries also work, and so do both
     kinds combined with `make_causal_mask`, if you also set `is_causal`. The function reads only the diagonal, which
@@ -30,8 +30,8 @@ def split_pairs(
 ) -> tuple[Bool[Array, "#b #h n 1"], Bool[Array, "#b #h 1 m"]] | None:
     """Returns the query mask and the key mask whose product is a query-key mask, or None.
 
-    It returns None if no such masks exist or if the mask is traced. block_size: block size of the causal order, which
-    also multiplies the product; None if attention is not causal. groups: number of key heads; the mask may differ
+    It returns None if no such masks exist or if the mask is traced. block_size: block size of the causal order by which
+    the product is also multiplied; None if attention is not causal. groups: number of key heads; the mask may differ
     between them.
     """
     seen = concrete(mask)

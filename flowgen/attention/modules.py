@@ -99,7 +99,7 @@ class LinearAttention(nn.Module):
         return self.proj(out), state
 
     def step(self, x: Float[Array, "b d"], state: State) -> tuple[Float[Array, "b width"], State]:
-        """Returns the output of one more token, and the state after it."""
+        """Returns the output for one more token, and the state after it."""
         check_token(x)
         out, state = self.prefill(x[:, None], state)
         return out[:, 0], state
@@ -200,7 +200,7 @@ class NaLaAttention(nn.Module):
         return self._finish(out, local, g), NaLaState(sums, _window(values, absorbed, NALA_CONV - 1))
 
     def step(self, x: Float[Array, "b d"], state: NaLaState) -> tuple[Float[Array, "b width"], NaLaState]:
-        """Returns the output of one more token, and the state after it."""
+        """Returns the output for one more token, and the state after it."""
         check_token(x)
         out, state = self.prefill(x[:, None], state)
         return out[:, 0], state

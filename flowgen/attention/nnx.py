@@ -42,7 +42,7 @@ class _Decoding(_Twin):
         return self(x, state, mask=mask, method="prefill")
 
     def step(self, x: Float[Array, "b d"], state: State) -> tuple[Array, State]:
-        """Returns the output of one more token, and the state after it."""
+        """Returns the output for one more token, and the state after it."""
         return self(x, state, method="step")
 
 

@@ -256,7 +256,7 @@ def _check_tokens(q: Array, k: Array, v: Array) -> None:
 
 
 def _key_padding(mask: Array, k: Array) -> Bool[Array, "b m"]:
-    """Returns a mask `b m` or `b 1 1 m` as `b m`; raises ValueError if it differs between queries or heads."""
+    """Returns a key mask `b m` or `b 1 1 m` as `b m`; raises ValueError for any other mask."""
     batch, length = k.shape[:2]
     if jnp.result_type(mask) != jnp.bool_:
         raise ValueError(f"mask has dtype {jnp.result_type(mask)}; give booleans, True where a key is kept.")

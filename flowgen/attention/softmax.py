@@ -63,7 +63,7 @@ def attend_in_parts(
 ) -> Float[Array, "b h n d"]:
     """Returns the result of `attend_heads`, computed in chunks of queries with at most `backend.MAX_LOGITS` logits.
 
-    first: for causal attention, the position of the first query among the keys: query i attends to those of keys
+    first: for causal attention, the position of the first query among the keys: query i attends to the keys among
     0..first+i that `mask` allows. No mask of all pairs is built. The backward pass recomputes the logits of each chunk.
     """
     return _attend_in_parts(q, k, v, mask, first, backend.MAX_LOGITS)
@@ -126,7 +126,7 @@ def softmax_attention(
     """Returns softmax(q kᵀ / √k) v per head; there may be fewer key heads than query heads.
 
     Each of g key heads serves h/g query heads. mask: True if a query may attend to a key. is_causal: query i attends to
-    those of keys 0..i that `mask` allows; n and m must then be equal. A query without allowed keys gives 0.
+    the keys among 0..i that `mask` allows; n and m must then be equal. A query without allowed keys gives 0.
     implementation: "auto" uses the implementation that `flowgen.backend` chooses for the device. Raises ValueError if
     shapes do not match.
 

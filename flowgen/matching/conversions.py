@@ -59,7 +59,7 @@ def velocity_to_x1(
 ) -> Float[Array, "b *event"]:
     """Returns the data x1 = (beta v - beta' x_t) / D implied by a velocity; a learned velocity gives E[x1 | x_t].
 
-    D = alpha' beta - beta' alpha. Times are clipped as by `clip_times(path, t)`. Raises ValueError for a path with a
+    D = alpha' beta - beta' alpha. Times are clipped with `clip_times(path, t)`. Raises ValueError for a path with a
     spread and for times outside [0, 1].
 
     Example:
@@ -74,7 +74,7 @@ def velocity_to_noise(
 ) -> Float[Array, "b *event"]:
     """Returns the noise x0 = (alpha' x_t - alpha v) / D implied by a velocity; a learned velocity gives E[x0 | x_t].
 
-    D = alpha' beta - beta' alpha. Times are clipped as by `clip_times(path, t)`. Raises ValueError for a path with a
+    D = alpha' beta - beta' alpha. Times are clipped with `clip_times(path, t)`. Raises ValueError for a path with a
     spread and for times outside [0, 1].
 
     Example:
@@ -90,7 +90,7 @@ def velocity_to_score(
     """Returns ∇ log p_t(x_t) = -E[x0 | x_t] / beta_t for a velocity learned with *independent* normal noise.
 
     Couplings other than `Independent` make noise and data dependent, and this formula then does not give the score.
-    Times are clipped as by `clip_times(path, t)`. Raises ValueError for a path with a spread and for times outside
+    Times are clipped with `clip_times(path, t)`. Raises ValueError for a path with a spread and for times outside
     [0, 1].
 
     Example:
@@ -101,7 +101,7 @@ def velocity_to_score(
 
 
 def clip_times(path: Path, t: Float[Array, " b"], smallest: float = SMALLEST) -> Float[Array, " b"]:
-    """Returns times moved to at least 1e-5 from both ends, and to where alpha/beta is within [smallest, 1/smallest].
+    """Returns times clipped to [1e-5, 1 - 1e-5] and to where alpha/beta is within [smallest, 1/smallest].
 
     Example:
         t = clip_times(Polynomial(10.0), t)  # at least 0.316; earlier, x_t equals x0 to five digits
@@ -119,9 +119,9 @@ def change_path(
     s² = (alpha² + beta²)_new(r) / (alpha² + beta²)(t) the squared scale between the two. Then
     v_new(r, x) = (s'/s) x + s t' v(t, x/s), where t' = D_new / (D s²) and D = alpha' beta - beta' alpha (Pokle et al.,
     arXiv 2310.04432). Both fields have the same endpoints up to s, which is 1 if both paths have alpha² + beta² = 1.
-    r is clipped to 1e-5 from both ends, where D of some paths is 0 or infinite. If path does not reach a ratio, t is
-    the nearest end of path. Do not differentiate the field with respect to time. Raises ValueError for paths with a
-    spread.
+    r is clipped to stay 1e-5 away from both ends, where D of some paths is 0 or infinite. If path does not reach a
+    ratio, t is 0 or 1, whichever is nearer. Do not differentiate the field with respect to time. Raises ValueError for
+    paths with a spread.
 
     Example:
         x1, nfe = integrate(change_path(velocity, CondOT(), Trigonometric()), x0, num_steps=25)
@@ -149,8 +149,8 @@ def change_path(
 def time_of_ratio(path: Path, alpha: Float[Array, "*t"], beta: Float[Array, "*t"]) -> Float[Array, "*t"]:
     """Returns the time at which path has the ratio alpha/beta, whose square is the signal-to-noise ratio.
 
-    The bisection compares cross products, so beta may be 0. If the path does not reach the ratio, the result is the
-    nearest end.
+    The bisection compares cross products, so beta may be 0. If the path does not reach the ratio, the result is 0 or 1,
+    whichever is nearer.
 
     Example:
         t = time_of_ratio(VariancePreserving(), alpha, beta)

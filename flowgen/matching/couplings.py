@@ -184,7 +184,7 @@ class GibbsWeights:
 
     @property
     def sees(self) -> str:
-        """The rows that a weight depends on: "row", its own pair, if there are no sweeps and no batch mean."""
+        """The rows that a weight depends on: only its pair ("row") if there are no sweeps and no batch mean."""
         return self.scope if self.sinkhorn_sweeps or self.normalize == "batch" else "row"
 
     def __call__(
@@ -205,7 +205,7 @@ class GibbsWeights:
         return Coupled(x0, x1, cond, log_weight)
 
 
-# What a config may hold; a new coupling is added here.
+# The couplings that a config may hold; add new ones here.
 OwnCoupling = Annotated[Coupling, Own("a function (key, x0, x1, cond) -> Coupled")]
 AnyCoupling = Independent | GibbsWeights | MinibatchOT | OwnCoupling
 

@@ -67,7 +67,7 @@ def log_prob(
         max_steps=max_steps,
     )
     x0, change = state[:, :-1].reshape(x1.shape), state[:, -1]
-    # Integrated backwards in time, the divergence has the opposite sign.
+    # Integration backwards in time flips the sign of the divergence.
     if log_p0 is None:
         return gaussian_log_density(x0.reshape(len(x0), -1)).sum(axis=1) + change
     return log_p0(x0) + change

@@ -132,7 +132,7 @@ def draw_pairs(
     Draws noise if the batch has none, applies the coupling (independent by default), and replaces a share of the labels
     with -1. Weights are exp(log_weight). If the coupling is `GibbsWeights` with normalize="running", they are divided
     by the exponential of a running mean: log_mean ← log_mean + 0.01 (log mean w - log_mean). If log_mean is -inf or
-    None, it starts at the value for this batch. The mean covers all devices that share the batch. No gradient flows
+    None, the mean starts at the value for this batch. It covers all devices that share the batch. No gradient flows
     through the weights.
 
     Example:
@@ -203,7 +203,7 @@ def combined_log_mean(before: Float[Array, ""], followed: Float[Array, " parts"]
 
 
 def draw_point(rows: Rows, path: Path, t: Float[Array, " b"], pairs: Pairs) -> PathSample:
-    """Returns x_t and u_t of each pair; the noise of a path with spread is drawn with the keys of the rows.
+    """Returns x_t and u_t of each pair; a path with spread draws each pair's noise with the key of its row.
 
     Example:
         point = draw_point(path_rows, CondOT(), t, pairs)

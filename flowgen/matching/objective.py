@@ -103,7 +103,7 @@ class MatchingConfig:
         return self.loss.prediction if isinstance(self.loss, FlowMatching) else "velocity"
 
     def fitted(self, x0: Float[Array, "b *event"], x1: Float[Array, "b *event"]) -> MatchingConfig:
-        """Returns this config with epsilon chosen from samples of noise and data, if it is unset.
+        """Returns this config; if epsilon is unset, chooses it from samples of noise and data.
 
         Warns (UserWarning) if plain Gibbs weights re-weight noise or data more than they couple them.
         """

@@ -41,9 +41,9 @@ def entropic_plan(
     """Returns the plan over the `allowed` pairs that minimises cost minus epsilon times entropy.
 
     epsilon is in units of the mean cost. The method is Sinkhorn's iteration in the log domain with decreasing epsilon.
-    After each stage the potentials are added to the matrix; those of the next stage are then small, and the marginals
-    are exact to float32. Sweeps end when the row and column sums are within `tolerance`, or after max_sweeps sweeps in
-    the last stage, so check `error`. The diagonal must be allowed. If all costs are 0, the plan is uniform.
+    After each stage, the potentials are added to the matrix; those of the next stage are then small, and the marginals
+    are accurate to float32. Sweeps end when the row and column sums are within `tolerance`, or after max_sweeps sweeps
+    in the last stage, so check `error`. The diagonal must be allowed. If all costs are 0, the plan is uniform.
     """
     solve = partial(_entropic_plan, epsilon=epsilon, tolerance=tolerance, max_sweeps=max_sweeps)
     return EntropicPlan(*keep_axes(solve, cost, allowed, named=[(cost, "b m")], out=("b m", "", "")))
@@ -83,7 +83,7 @@ def relative_cost(cost: Float[Array, "b m"]) -> Float[Array, "b m"]:
 
 
 def _falling(epsilon: float) -> list[float]:
-    """Returns decreasing epsilons, from 1 to the requested one."""
+    """Returns the epsilons of all stages, decreasing from 1 to the requested one."""
     stages, current = [], 1.0
     while current > epsilon:
         stages.append(current)
@@ -121,7 +121,7 @@ def _potentials(
 def sinkhorn_potentials(logits: Float[Array, "b b"], num_sweeps: int) -> tuple[Float[Array, " b"], Float[Array, " b"]]:
     """Returns f and g such that the rows and columns of exp(logits_ij + f_i + g_j) have mean 1.
 
-    After each sweep the columns are exact and the rows approximate. The sweeps are in the log domain, so finite logits
+    After each sweep, the columns are exact and the rows approximate. The sweeps are in the log domain, so finite logits
     give finite potentials.
 
     Example:

@@ -28,7 +28,7 @@ from flowgen.settings.ranges import Channels, Classes, Loops, Own, Width
 
 @runtime_checkable
 class NetworkConfig(Protocol):
-    """The interface that an experiment needs of a velocity network's config, a frozen dataclass."""
+    """What an experiment needs from the config of a velocity network, which must be a frozen dataclass."""
 
     @property
     def event_shape(self) -> tuple[int, ...]:
