@@ -77,8 +77,7 @@ _causal_product.defvjp(_forward, _backward)
 
 
 def _scan(q, k, v, *, chunk_size: int):
-    """Returns the kernel's results without Pallas, for programs mapped over devices, where JAX cannot interpret a
-    kernel."""
+    """Returns the results without Pallas, for programs mapped over devices, where JAX cannot interpret a kernel."""
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
     out, total, _ = prefix_product(Features(q, k), v, chunk_size=chunk_size)
     return out.swapaxes(1, 2), total.swapaxes(1, 2)[:, :, None]

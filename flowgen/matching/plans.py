@@ -94,8 +94,8 @@ def _falling(epsilon: float) -> list[float]:
 def _potentials(
     logits: Float[Array, "b b"], tolerance: Float[Array, ""], most: Int[Array, ""]
 ) -> tuple[Float[Array, " b"], Float[Array, " b"], Int[Array, ""]]:
-    """Returns f, g that give rows and columns of exp(logits + f + g) mean 1 within the tolerance, and the sweep
-    count."""
+    """Returns f, g and the number of sweeps; rows and columns of exp(logits + f + g) have mean 1 within the
+    tolerance."""
     log_size = jnp.log(jnp.asarray(len(logits), logits.dtype))
 
     def sweep(state):
