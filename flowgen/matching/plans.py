@@ -94,8 +94,7 @@ def _falling(epsilon: float) -> list[float]:
 def _potentials(
     logits: Float[Array, "b b"], tolerance: Float[Array, ""], most: Int[Array, ""]
 ) -> tuple[Float[Array, " b"], Float[Array, " b"], Int[Array, ""]]:
-    """Returns f, g and the number of sweeps; rows and columns of exp(logits + f + g) have mean 1 within the
-    tolerance."""
+    """Returns f, g and the sweep count; rows and columns of exp(logits + f + g) have mean 1 within the tolerance."""
     log_size = jnp.log(jnp.asarray(len(logits), logits.dtype))
 
     def sweep(state):
