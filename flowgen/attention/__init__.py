@@ -1,17 +1,18 @@
-"""Attention on arrays `b n h k`; imports nothing else of flowgen.
+"""Attention on arrays `b n h k`; of flowgen, it imports only `flowgen.backend`.
 
 softmax        softmax_attention
 frames         attention of video frames to nearby frames
 linear         linear_attention and its running state: init_state, prefill, step
 features       the feature maps of linear attention
-rotary         rotary tables for the numerators of linear attention
+rotary         rotary tables for the numerator of linear attention
 kernels        every kernel by name, with a running state
 functions      nala, focused, cosformer, pola and inline attention as functions
-decay, delta   retention, gated linear attention (simple GLA); the (gated) delta rule
-soft           SOFT and SOFT++; fixed Gaussian landmarks, a causal variant
-modules        Flax modules; flowgen.attention.nnx has their NNX twins
+decay, delta   retention and gated linear attention (simple GLA); the delta rule and its gated form
+soft           SOFT and SOFT++
+landmarks      a variant of SOFT with fixed Gaussian landmarks, which can be causal
+modules        Flax modules; flowgen.attention.nnx has their NNX versions
 masks          key masks from Flax's query-key masks
-hooks          make_attention_fn, for the attention modules of Flax
+hooks          make_attention_fn, for Flax's attention modules
 cache          causal kernels for the decoders of flows
 """
 

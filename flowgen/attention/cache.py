@@ -1,4 +1,4 @@
-"""Cached attention: the interface of a causal kernel for decoders.
+"""Cached attention: the interface between decoders and causal kernels.
 
 A decoder runs a *window* of tokens, possibly several times with different guesses, and then moves on. The main
 functions of a kernel (`CausalKernel`) are `attend` for whole sequences, `attend_window` for a window after a cached
@@ -34,12 +34,13 @@ class CausalKernel(NamedTuple):
     """The functions through which blocks and decoders use one attention kernel.
 
     attend(q, k, v) -> out: causal attention over a whole sequence, arrays `b n h k`.
-    init_cache(batch, length, num_heads, head_dim, dtype) -> cache: an empty cache of one layer, for `length` positions.
-    attend_window(q, k, v, cache, start) -> (out, cache): exact causal attention of tokens at positions
-        start..start+n-1 to the cached prefix and to themselves, and the cache that includes these tokens.
-    rewind(before, after) -> cache: a cache from which a window can run again, given the caches before and after it ran.
-        This is `after` if the window overwrites its slots, and `before` if the cache is a running sum.
-    has_slots: whether the cache has one slot per token, so that a window may begin at any token that has already run.
+    init_cache(batch, length, num_heads, head_dim, dtype) -> cache: an empty cache for one layer and `length` positions.
+    attend_window(q, k, v, cache, start) -> (out, cache): exact causal attention of the tokens at positions
+        start..start+n-1 to the cached prefix and to themselves, and the cache extended by these tokens.
+    rewind(before, after) -> cache: a cache from which a window can be run again, given the caches before and after its
+        run. This is `after` if the window overwrites its slots, and `before` if the cache is a running sum.
+    has_slots: whether the cache has one slot per token, so that a window may start at any token that has already been
+    processed.
     has_temperature: whether scaling the queries sharpens or flattens the weights, as in a softmax.
     """
 
@@ -52,7 +53,7 @@ class CausalKernel(NamedTuple):
 
 
 def init_kv_cache(batch: int, length: int, num_heads: int, head_dim: int, dtype: DTypeLike) -> KVCache:
-    """Returns an empty key-value cache of one layer for `length` positions.
+    """Returns an empty key-value cache for one layer and `length` positions.
 
     Example:
         cache = init_kv_cache(batch=4, length=64, num_heads=8, head_dim=64, dtype=jnp.float32)
@@ -68,11 +69,11 @@ def attend_kv_window(
     cache: KVCache,
     start: Int[Array, ""] | int,
 ) -> tuple[Float[Array, "b n h k"], KVCache]:
-    """Returns softmax attention of n tokens at positions start..start+n-1 after the cached prefix, and the new cache.
+    """Returns softmax attention of tokens at positions start..start+n-1 to the cache and themselves, and the new cache.
 
-    There may be fewer key heads than query heads; each then serves h/g query heads. Keys and values overwrite their
-    slots, so a window can run again without bookkeeping. Query i attends to slots 0..start+i. Later slots have no
-    effect, provided that they hold finite numbers.
+    There may be fewer key heads than query heads; each key head then serves h/g query heads. The new keys and values
+    overwrite their slots, so a window can be run again without bookkeeping. Query i attends to slots 0..start+i. Later
+    slots have no effect, provided that they hold finite numbers.
 
     Example:
         out, cache = attend_kv_window(q, k, v, cache, start=12)
@@ -93,7 +94,7 @@ def attend_kv_window(
 
 
 def _recurrent(kernel: Kernel) -> CausalKernel:
-    """Returns the causal kernel for a kernel with a running state; its cache does not grow with the length."""
+    """Returns a causal kernel made from a kernel with a running state; its cache does not grow with the sequence."""
     running = _Running(kernel)
     return CausalKernel(
         attend=running.attend,
@@ -154,7 +155,7 @@ CAUSAL_KERNEL_NAMES = ("softmax", *KERNELS)
 
 
 def causal_kernel(attention: str | Kernel | FeatureMap | CausalKernel) -> CausalKernel:
-    """Returns the causal kernel for a name or for your own kernel.
+    """Returns the causal kernel for a name, a kernel or a feature map; returns a `CausalKernel` unchanged.
 
     Raises ValueError for an unknown name; the message lists the known ones.
 

@@ -1,4 +1,4 @@
-"""Checks of shapes and masks at trace time."""
+"""Checks of shapes, dtypes and masks at trace time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from einops import rearrange
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float
 
-# Largest number of weights n x m that the quadratic form may hold per batch element and head.
+# Largest number of weights n x m that the quadratic form may compute per sample and head.
 QUADRATIC_LIMIT = 4096 * 4096
 
 
@@ -37,7 +37,7 @@ def check_heads(q: Array, k: Array, v: Array) -> None:
 
 
 def check_floats(**arrays: Array | None) -> None:
-    """Raises ValueError unless all arrays that are given are real floating-point arrays."""
+    """Raises ValueError unless every array has a real floating-point dtype; None is allowed."""
     for name, array in arrays.items():
         if array is not None and not jnp.issubdtype(jnp.result_type(array), jnp.floating):
             raise ValueError(
@@ -56,7 +56,7 @@ def check_causal(q: Array, k: Array) -> None:
 
 
 def check_mask(mask: Array | None, q: Array, k: Array) -> Bool[Array, "#b #h #n #m"] | None:
-    """Returns the mask; raises ValueError unless it is boolean (True keeps) and broadcasts to `b h n m`."""
+    """Returns the mask; raises ValueError unless it is boolean (True for keys to keep) and broadcasts to `b h n m`."""
     if mask is None:
         return None
     full = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
@@ -74,7 +74,7 @@ def check_mask(mask: Array | None, q: Array, k: Array) -> Bool[Array, "#b #h #n 
 
 
 def check_key_mask(mask: Array, q: Array, k: Array) -> Bool[Array, "#b #g 1 m"]:
-    """Returns the mask; raises ValueError unless it is equal for all queries and all query heads of a key head."""
+    """Returns the mask; raises ValueError unless it is the same for all queries and all heads that share a key head."""
     checked = check_mask(mask, q, k)
     if checked is None or not is_key_mask(checked, k):
         raise ValueError(
@@ -85,14 +85,14 @@ def check_key_mask(mask: Array, q: Array, k: Array) -> Bool[Array, "#b #g 1 m"]:
 
 
 def is_key_mask(mask: Array, k: Array) -> bool:
-    """Returns whether a mask is the same for all queries and all query heads of a key head."""
+    """Returns whether a mask is the same for all queries and for query heads that share a key head."""
     return mask.shape[2] == 1 and mask.shape[1] in (1, k.shape[2])
 
 
 def hide_keys(
     k: Float[Array, "b m g k"], v: Float[Array, "b m g d"], mask: Bool[Array, "#b #h #n #m"] | None
 ) -> tuple[Float[Array, "b m g k"], Float[Array, "b m g d"]]:
-    """Returns k and v with zeros for keys that no query may see, so that not even NaN or a gradient passes through."""
+    """Returns k and v with zeros for keys that no query may see, so that neither NaN nor a gradient passes through."""
     if mask is None:
         return k, v
     seen = mask.any(axis=2)
@@ -103,14 +103,14 @@ def hide_keys(
 
 
 def concrete(x: Array) -> np.ndarray | None:
-    """Returns the values of an array, or None if it is traced or lies on devices of other processes."""
+    """Returns the values of an array, or None if it is traced or partly on devices of other processes."""
     if isinstance(x, Tracer) or not getattr(x, "is_fully_addressable", True):
         return None
     return np.asarray(x)
 
 
 def check_contiguous(segment_ids: Array) -> None:
-    """Raises ValueError if an id recurs after another one; does nothing if the ids have no concrete values."""
+    """Raises ValueError if an id recurs after a different one; does nothing if the ids are not concrete."""
     ids = concrete(segment_ids)
     for row in () if ids is None else ids:
         first = row[np.concatenate([[True], row[1:] != row[:-1]])] if row.size else row

@@ -31,11 +31,12 @@ def gated_linear_attention(
     segment_ids: Int[Array, "b n"] | None = None,
     chunk_size: int = CHUNK_SIZE,
 ) -> tuple[Float[Array, "b n h d"], LinearState]:
-    """Returns out_t = k^-0.5 S_tᵀ q_t with S_t = exp(log_decay_t) S_(t-1) + k_t v_tᵀ, and the last state.
+    """Returns out_t = k^-0.5 S_tᵀ q_t with S_t = exp(log_decay_t) S_(t-1) + k_t v_tᵀ, and the final state.
 
     This is simple GLA: gated linear attention (arXiv 2312.06635) with one gate per head instead of one per channel. The
-    outputs are not normalised; a norm per head usually follows. log_decay: at most 0. mask: over keys, True keeps. A
-    masked token has no effect, whatever it holds: even its decay is ignored. segment_ids: see `prefix_product`.
+    outputs are not normalised; a norm per head usually follows. log_decay: at most 0. mask: a key mask, True for keys
+    to keep. A masked token has no effect, whatever its values: even its decay is ignored. segment_ids: see
+    `prefix_product`.
     Raises ValueError if shapes or mask do not match.
 
     Example:
@@ -66,10 +67,10 @@ def retention(
     segment_ids: Int[Array, "b n"] | None = None,
     chunk_size: int = CHUNK_SIZE,
 ) -> tuple[Float[Array, "b n h d"], LinearState]:
-    """Returns retention (RetNet, arXiv 2307.08621) with decay 1 - 2^(-5-i) for key head i, and the last state.
+    """Returns retention (RetNet, arXiv 2307.08621) with decay 1 - 2^(-5-i) for key head i, and the final state.
 
     RetNet's layer also rotates q and k and applies group norm; this function does neither. Masked tokens do not count
-    as time.
+    as time steps.
 
     Example:
         out, state = retention(q, k, v)
@@ -90,7 +91,7 @@ def retention_of_pairs(
 ) -> Float[Array, "b n h d"]:
     """Returns causal retention under a query-key mask, computed from all n x n weights.
 
-    A key that no query sees does not count as time. Raises ValueError if shapes do not match, or for more than
+    A key that no query sees does not count as a time step. Raises ValueError if shapes do not match, or for more than
     4096 x 4096 weights.
     """
     check_heads(q, k, v)

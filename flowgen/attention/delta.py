@@ -1,7 +1,7 @@
 """The delta rule and its gated form on arrays `b n h k`: linear attention that overwrites instead of accumulating.
 
-The state S maps keys to values. Writing (k, v) replaces the value that S returns for k by a mix of that value and v. A
-repeated key therefore does not count twice, and no normaliser is needed. The parallel form in chunks and the
+The state S maps keys to values. Writing (k, v) replaces the value that S returns for k with a mix of that value and v.
+A repeated key therefore does not count twice, and no normaliser is needed. The chunked parallel form and the
 token-by-token step give the same outputs and states up to rounding.
 """
 
@@ -19,12 +19,12 @@ from flowgen.attention.linalg import unit_lower_inverse
 from flowgen.attention.prefix import decay_weights
 from flowgen.backend import keep_axes, varying
 
-# Added to the squared norm of q and k, as in the published implementation; a zero vector stays zero.
+# Added to the squared norms of q and k, as in the published implementation; a zero vector stays zero.
 NORM_EPS = 1e-6
 
 
 class DeltaState(NamedTuple):
-    """The state of a head: S, `b h k d`, in float32 (float64 if the inputs are)."""
+    """The state S of every head, `b h k d`, in float32 (float64 if the inputs are)."""
 
     kv: Float[Array, "b h k d"]
 
@@ -32,7 +32,7 @@ class DeltaState(NamedTuple):
 def init_delta_state(
     batch: int, num_heads: int, key_dim: int, value_dim: int, *, dtype: jnp.dtype | type = jnp.float32
 ) -> DeltaState:
-    """Returns the state before the first token: zeros in at least float32. dtype: dtype of the inputs to come.
+    """Returns the state before the first token: zeros in at least float32. dtype: dtype of the inputs.
 
     Example:
         state = init_delta_state(batch=4, num_heads=8, key_dim=64, value_dim=64)
@@ -55,24 +55,24 @@ def gated_delta_rule(
 ) -> tuple[Float[Array, "b n h d"], DeltaState]:
     """Returns the causal outputs o, in the dtype of v, and the state after the last token.
 
-    Each head computes for each token
+    For each token, each head computes
 
         S ← exp(g) S;   S ← S + β k (v − Sᵀk)ᵀ;   o = Sᵀq
 
     (Yang, Kautz and Hatamizadeh, Gated Delta Networks, arXiv 2412.06464).
 
     use_qk_l2norm: divide q and k by their norms first, so that their sizes do not matter; on by default, as in the
-    published layers. If it is off, the norm of keys should be at most 1: above |k|² β = 2, the state grows without
-    bound. scale: factor on q after that normalisation; k_dim^-0.5 if None. beta: β, the writing strength, should be
-    between 0 and 1. log_decay: g ≤ 0, in nats per token; -inf forgets everything before the token, and None never
-    forgets. Neither range is checked.
+    published layers. If it is off, keep the norms of the keys at most 1: if β |k|² exceeds 2, the state grows without
+    bound. scale: factor on q after this normalisation; k_dim^-0.5 if None. beta: β, the writing strength, between 0 and
+    1. log_decay: g ≤ 0, in nats per token; -inf forgets everything before the token, and None means no decay. Neither
+    range is checked.
 
-    Tokens within a chunk of `chunk_size` are solved in parallel (Yang et al., DeltaNet, arXiv 2406.06484); chunks run
-    in order. The backward pass stores one state per chunk. Any n is allowed. With `state`, the result continues an
-    earlier call or step exactly.
+    Tokens within a chunk of `chunk_size` are processed in parallel (Yang et al., DeltaNet, arXiv 2406.06484), and the
+    chunks in order. The backward pass stores one state per chunk. n need not be a multiple of chunk_size. With `state`,
+    the call continues exactly where an earlier call or step ended.
 
-    mask: True for tokens that are kept. A masked token has no effect, whatever it holds: even its decay is ignored. Its
-    own output is what its q reads from the state before it.
+    mask: True for tokens to keep. A masked token does not affect others, whatever its values: even its decay is
+    ignored. Its output is what its q reads from the state before it.
 
     Raises ValueError if shapes do not match, or if chunk_size is below 1.
 
@@ -101,7 +101,7 @@ def delta_rule(
     use_qk_l2norm: bool = True,
     scale: float | None = None,
 ) -> tuple[Float[Array, "b n h d"], DeltaState]:
-    """Returns outputs and state of `gated_delta_rule` without decay: S ← S + β k (v − Sᵀk)ᵀ, o = Sᵀq
+    """Returns the outputs and state of `gated_delta_rule` without decay: S ← S + β k (v − Sᵀk)ᵀ, o = Sᵀq
     (arXiv 2406.06484).
 
     Example:
@@ -123,9 +123,9 @@ def gated_delta_step(
     use_qk_l2norm: bool = True,
     scale: float | None = None,
 ) -> tuple[Float[Array, "b h d"], DeltaState]:
-    """Returns the outputs of one more token and the state after it, by the recurrence of `gated_delta_rule`.
+    """Returns the output for one more token and the state after it, using the recurrence of `gated_delta_rule`.
 
-    The cost does not depend on how many tokens came before. The options are those of `gated_delta_rule`. Raises
+    The cost does not depend on how many tokens came before. The options are the same as for `gated_delta_rule`. Raises
     ValueError if shapes do not match.
 
     Example:
@@ -184,7 +184,7 @@ def _one_token(given: _Tokens, state: DeltaState | None, scale, use_qk_l2norm: b
 
 
 class _Tokens(NamedTuple):
-    """The inputs of one or several tokens, with different axes before the width."""
+    """The inputs for one or several tokens; `*tokens` stands for the axes before the width."""
 
     q: Float[Array, "*tokens k"]
     k: Float[Array, "*tokens k"]
@@ -196,7 +196,7 @@ class _Tokens(NamedTuple):
 def _prepare(
     given: _Tokens, state: DeltaState | None, scale: Array | float, use_qk_l2norm: bool
 ) -> tuple[_Tokens, Float[Array, "b h k d"]]:
-    """Returns the tokens, in the dtype of the state and with q scaled, and the state."""
+    """Returns tokens in the state's dtype, with q scaled and, if requested, q and k normalised, and the state."""
     dtype = jnp.promote_types(jnp.result_type(given.q, given.k, given.v), jnp.float32)
     q, k, v, beta, log_decay = jax.tree.map(lambda x: x.astype(dtype), given)
     if state is None:
@@ -211,7 +211,7 @@ def _unit(x: Array) -> Array:
 
 
 def _precision(given: _Tokens) -> jax.lax.Precision:
-    """Returns full precision for inputs of 32 bits or more, even on devices that round factors by default."""
+    """Returns full precision for inputs of 32 bits or more, because some devices round factors by default."""
     narrow = jnp.finfo(jnp.result_type(given.q, given.k, given.v)).bits < 32
     return jax.lax.Precision.DEFAULT if narrow else jax.lax.Precision.HIGHEST
 

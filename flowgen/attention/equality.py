@@ -12,7 +12,7 @@ import numpy as np
 
 
 class ByFields:
-    """Instances are equal if their fields are. NumPy arrays compare by value, JAX arrays by identity."""
+    """Makes instances equal if their fields are. NumPy arrays are compared by value, JAX arrays by identity."""
 
     def __eq__(self, other: object) -> bool:
         if type(self) is not type(other):

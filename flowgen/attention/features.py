@@ -20,22 +20,23 @@ from flowgen.backend import keep_axes
 DirectionMap = Literal["split", "cosine"]
 Map = Callable[[Array, Array], Array]
 
-NORM_EPS = 1e-12  # inside square roots, so that a zero vector has a norm with a gradient
-MAX_SHIFT = 60.0  # e^60 is far inside float32, and so is 1e-6 times it
+NORM_EPS = 1e-12  # inside square roots, so that the norm of a zero vector has a gradient
+MAX_SHIFT = 60.0  # e^60 and 1e-6 e^60 are well within the range of float32
 FOCUSED_FLOOR = 1e-6  # as in the released FLatten: keeps every relu feature positive
 
 
 @dataclass(frozen=True, eq=False)
 class FeatureMap(ByFields):
-    """The feature map φ of a kernel: (x, positions) -> features, on arrays `b n h k` and `n`, for queries and for keys.
+    """The feature map φ of a kernel: functions (x, positions) -> features of arrays `b n h k` and `n`, for queries and
+    keys.
 
-    Features must be nonnegative, so that the normaliser is positive. A map that depends on positions must have `rotary`
+    Features must be nonnegative, so that the normaliser is positive. A map that depends on positions must set `rotary`
     or `max_length`. Two maps are equal if their functions are equal, and a map can be pickled if its functions can.
 
     query: the function for queries.
     key: the function for keys.
-    query_scale: for maps that multiply queries by a factor per token to keep precision, a function that returns this
-    factor, `b n h`; eps is also multiplied by it, so that it cancels.
+    query_scale: if the map multiplies each query by a factor to keep precision, a function that returns these factors,
+    `b n h`; eps is multiplied by them too, so that they cancel.
     rotary: table that rotates the features in the numerator, but not in the normaliser.
     max_length: number of positions, if limited; tokens beyond it raise ValueError, or become NaN if positions are
     traced.
@@ -62,7 +63,7 @@ class FeatureMap(ByFields):
         k: Float[Array, "b m g k"],
         start: int | Int[Array, ""] | Int[Array, " b"] = 0,
     ) -> Features:
-        """Returns the features, in at least float32, of tokens at positions from start on.
+        """Returns the features, in at least float32, of tokens at consecutive positions from `start` on.
 
         start: one position for the batch, or one per sample.
         """
@@ -76,7 +77,7 @@ class FeatureMap(ByFields):
         return Features(turned_q, turned_k) if self.rotary is None else Features(turned_q, turned_k, mapped_q, mapped_k)
 
     def _tokens(self, phi: Map, x: Array, start: int | Array) -> tuple[Array, Array]:
-        """Returns the features of queries or keys, and the same features rotated by the table, if there is one."""
+        """Returns the features of queries or keys, and the same features rotated by the table, if any."""
         limit = self.max_length if self.rotary is None else len(self.rotary.cos)
         if limit is not None:
             _check_length(start, x.shape[1], limit)
@@ -103,7 +104,7 @@ def elu_plus_one() -> FeatureMap:
 
 
 def relu_features(power: int = 1) -> FeatureMap:
-    """Returns φ(x) = relu(x)^power; power 2 is the squared ReLU. A query without positive products gives 0.
+    """Returns φ(x) = relu(x)^power; power 2 is the squared ReLU. A query whose products are all 0 gives 0.
 
     Example:
         out = linear_attention(q, k, v, relu_features(power=2))
@@ -138,7 +139,7 @@ def nala_features(
     direction_map: with "split", as in the released code, D(d) is [d > 0; d < 0]. With "cosine", as in the paper, D(d)
     is [cos a; sin a] with the angle a = π/4 · tanh(temperature · d); it tends to "split" as the temperature grows.
     power, offset: one number, or one per head; both may be learned. Powers of queries are computed in log space and
-    divided by the largest. Raises ValueError for another direction_map.
+    divided by the largest. Raises ValueError for any other direction_map.
 
     Example:
         out = linear_attention(q, k, v, nala_features(rotary=rotary_grid(14, 14, 64)))
@@ -184,7 +185,7 @@ class _Focused(ByFields):
     def __call__(self, x, positions):
         axes = (-2, -1) if self.joint_heads else (-1,)
         y = (jax.nn.relu(x) + FOCUSED_FLOOR) / self.scale
-        # Dividing by the largest entry prevents all powers from underflowing; it cancels between the norms, also in
+        # Dividing by the largest entry keeps the powers from all underflowing; it cancels between the norms, and in
         # gradients.
         sharp = (y / jax.lax.stop_gradient(y.max(axis=axes, keepdims=True))) ** self.power
         return sharp * (_norm(y, axes) / _norm(sharp, axes))
@@ -229,8 +230,7 @@ class _Nala(ByFields):
         return per_head(self.power, q) * (per_head(self.offset, q) + jnp.tanh(_norm(q, (-1,))))
 
     def _logs(self, q):
-        """Returns log |d(q)|, with 0 for -inf, and a shift, at most 60, that lifts each token's largest log feature
-        to 0."""
+        """Returns log |d(q)| (0 for -inf) and a shift of at most 60 that raises each token's top log feature to 0."""
         nonzero = q != 0
         log = jnp.where(nonzero, jnp.log(jnp.where(nonzero, jnp.abs(q / _norm(q, (-1,))), 1)), 0)
         top = jnp.where(nonzero, log, -jnp.inf).max(axis=-1, keepdims=True)

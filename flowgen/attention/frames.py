@@ -68,7 +68,7 @@ def _attend(q, k, v, window: FrameWindow, max_logits: int):
 
 
 def _attend_by_frame(q, k, v, window: FrameWindow, frames: int, max_logits: int):
-    """Returns the attention of the tokens after the prefix, with heads before tokens."""
+    """Returns the attention of the tokens after the prefix; in all arrays, the heads come before the tokens."""
     cut, tokens = window.prefix, window.tokens
     width = window.past_frames + 1 + window.lookahead_frames
     margins = ((0, 0), (0, 0), (window.past_frames * tokens, window.lookahead_frames * tokens), (0, 0))

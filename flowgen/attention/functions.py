@@ -1,4 +1,4 @@
-"""Published attention as functions on arrays `b n h k`: NaLaFormer, FLatten, cosFormer, PolaFormer, InLine."""
+"""Published linear attention as functions on arrays `b n h k`: NaLaFormer, FLatten, cosFormer, PolaFormer, InLine."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def nala_attention(
     """Returns norm-aware linear attention (NaLaFormer, arXiv 2506.21137); see `nala_features` for its parameters.
 
     eps: added to the sum of the weights. The released layer adds 1e-6 to their mean over m keys, which corresponds to
-    eps = m * 1e-6. For rotary features, a temperature of the cosine map or packed segments, use
+    eps = m * 1e-6. For rotary features, a temperature for the cosine map, or packed segments, use
     `linear_attention(q, k, v, nala_features(...), ...)`. Raises ValueError if shapes or mask do not match.
 
     Example:
@@ -70,9 +70,9 @@ def cosformer_attention(
 ) -> Float[Array, "b n h d"]:
     """Returns cosFormer attention (arXiv 2202.08791), whose weights decrease with distance; see `cosformer_features`.
 
-    eps: added to the sum of the weights. The released layer instead bounds that sum below by 1e-6, which is the same as
-    eps=0 except for nearly empty rows, and its M is the longer of the two lengths. Raises ValueError if there are more
-    tokens than max_length.
+    eps: added to the sum of the weights. The released layer instead bounds this sum from below by 1e-6, which is the
+    same as eps=0 except for nearly empty rows, and its M is the longer of the two lengths. Raises ValueError if there
+    are more tokens than max_length.
 
     Example:
         out = cosformer_attention(q, k, v, max_length=1024)

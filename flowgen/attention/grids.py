@@ -1,4 +1,4 @@
-"""Conversion of tokens in row-major order to images and back, for convolutions; it keeps their sharding over a mesh."""
+"""Conversion of row-major tokens to images and back, for convolutions; sharding over a mesh is kept."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def fold(x: Float[Array, "b n h k"], height: int, width: int) -> Float[Array, "b
 
 
 def unfold(images: Float[Array, "bh height width k"], like: Float[Array, "b n h k"]) -> Float[Array, "b m h k"]:
-    """Returns the images of `fold` as tokens of samples and heads, sharded like `like`."""
+    """Returns images with the layout of `fold` as tokens `b m h k`, sharded like `like`."""
     heads = like.shape[2]
 
     def run(images):

@@ -1,4 +1,4 @@
-"""Attention functions for Flax's modules: linen MultiHeadDotProductAttention and nnx MultiHeadAttention."""
+"""Attention functions for Flax's modules: linen's MultiHeadDotProductAttention and NNX's MultiHeadAttention."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from flowgen.attention.prefix import Features
 from flowgen.attention.soft import soft_attention
 from flowgen.attention.softmax import softmax_attention
 
-# Query-key masks or key masks, broadcast over the axes of length 1.
+# Query-key masks or key masks; axes of length 1 broadcast.
 Pairs = Bool[Array, "#b #h #n #m"] | None
 
 
@@ -35,23 +35,24 @@ def make_attention_fn(
     is_causal: make the attention causal, whatever the module requests. The function takes query `... t h k`, key and
     value `... s g k`, and the arguments that Flax's modules pass:
 
-    - mask `... h t s`, nonzero keeps. A key mask (query axis 1) has linear cost. Flax's `make_causal_mask` and
-      `make_attention_mask` return query-key masks. They also have linear cost outside jit, where their values are
-      known, if they are a query mask times a key mask (times causal order, if the attention is causal). Inside jit they
-      need the quadratic form, unless masks="keys".
+    - mask `... h t s`: nonzero for keys to keep. A key mask (query axis of length 1) has linear cost. Flax's
+      `make_causal_mask` and `make_attention_mask` return query-key masks. They also have linear cost outside jit, where
+      their values are known, if they are a query mask times a key mask (times causal order, if the attention is
+      causal). Inside jit they need the quadratic form, unless masks="keys".
     - masks="keys" declares that every query-key mask keeps the same tokens as queries and as keys. The function then
-      reads these tokens from the diagonal, at linear cost, also inside jit. The outputs of other tokens have no
-      meaning.
-    - bias over keys alone (query axis 1) multiplies the keys' features by exp(bias); only feature maps support it. In
-      causal attention keep it below 80, so that exp does not overflow; otherwise only differences matter.
+      reads these tokens from the diagonal, at linear cost, even inside jit. The outputs of other tokens are
+      meaningless.
+    - bias over keys alone (query axis of length 1) multiplies the keys' features by exp(bias); only feature maps
+      support it. In causal attention, keep it below 80, so that exp does not overflow; otherwise only differences
+      matter.
     - One query with a mask over several keys, as when decoding from Flax's cache, is never causal: the mask says what
-      the query sees. Retention and feature maps with positions then raise ValueError, because the position of the query
-      is unknown.
-    - dtype: dtype to which query, key and value are converted. precision: the actual precision is at least this.
+      the query sees. Retention and feature maps with positions then raise ValueError, because the query's position is
+      unknown.
+    - dtype: the dtype to which query, key and value are converted. precision: the products are at least this precise.
 
     Functions made with equal arguments are equal, and they can be pickled. Raises ValueError for an unknown name. The
-    function raises ValueError for what linear attention does not support: dropout of weights, other biases, sown
-    weights.
+    function raises ValueError for what linear attention does not support: dropout of weights, other biases, and sowing
+    of weights.
 
     Example:
         nn.MultiHeadDotProductAttention(num_heads=8, attention_fn=make_attention_fn("nala"))
@@ -94,7 +95,7 @@ class _AttentionFn(ByFields):
         q, k, v = (x.astype(dtype) for x in (q, k, v))
         check_heads(q, k, v)
         mask, bias = (_with_one_batch_axis(x, leading) for x in (mask, bias))
-        mask = None if mask is None else check_mask(mask != 0, q, k)  # Flax makes masks of floats
+        mask = None if mask is None else check_mask(mask != 0, q, k)  # Flax's masks hold floats
         out = self._attend(q, k, v, bias, mask, self.always_causal or is_causal).astype(dtype)
         return out if len(leading) == 1 else out.reshape(*leading, *out.shape[1:])
 
@@ -114,7 +115,7 @@ class _AttentionFn(ByFields):
             )
         if isinstance(self.kernel, str):
             attend = softmax_attention if self.kernel == "softmax" else soft_attention
-            # Both raise an error themselves if given a `Causal`.
+            # Both raise an error if given a `Causal`.
             return attend(q, k, v, mask=mask, is_causal=causal)  # ty: ignore[invalid-argument-type]
         return self.kernel.attend(q, k, v, mask=mask, is_causal=causal)
 

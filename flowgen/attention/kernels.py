@@ -32,7 +32,7 @@ from flowgen.backend import keep_axes
 Queries = Float[Array, "b n h k"]
 Keys = Float[Array, "b m g k"]
 Values = Float[Array, "b m g d"]
-# A kernel's pytree that summarises the tokens so far; None before the first token.
+# A pytree, defined by the kernel, that summarises the tokens so far; None before the first token.
 State = PyTree
 
 
@@ -72,7 +72,7 @@ class Kernel(Protocol):
         state: State = None,
         mask: Bool[Array, "..."] | None = None,
     ) -> tuple[Float[Array, "b n h d"], State]:
-        """Returns causal attention of tokens that continue the sequence after `state`, and the state after them."""
+        """Returns the causal attention of tokens that continue the sequence after `state`, and the state after them."""
         ...
 
 
@@ -217,7 +217,7 @@ class InlineKernel:
         if segment_ids is not None:
             (q,), (k, v) = alike(q), alike(k, v)
         pairs, values = self._features(q, k)
-        if segment_ids is not None:  # make both products NaN for the same outputs
+        if segment_ids is not None:  # so that both products are NaN for the same outputs
             values = Features(*(jnp.where(jnp.isnan(x[..., :1]), jnp.nan, 1) for x in (pairs.q, pairs.k)))
         return _inline(*products(pairs, v, **options), *products(values, v, **options), v.dtype)
 
@@ -343,7 +343,8 @@ def _interleave(same: Array, opposite: Array) -> Array:
 
 
 def _halves(pairs: Float[Array, "b n two_h d"]) -> Float[Array, "b n h d"]:
-    """Returns first halves of values from even rows (equal signs), second halves from odd rows (opposite signs)."""
+    """Returns first halves of values from even heads (equal signs), and second halves from odd heads (opposite
+    signs)."""
 
     def run(pairs):
         half = pairs.shape[-1] // 2

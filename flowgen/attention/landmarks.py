@@ -1,4 +1,4 @@
-"""Fixed Gaussian landmarks, a causal variant of SOFT, as a feature map and as a function."""
+"""SOFT with fixed Gaussian landmarks, a variant that can be causal, as a feature map and as a function."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ def gaussian_landmark_attention(
     """Returns linear attention with the features of fixed landmarks: SOFT's kernel in a form that can be causal.
 
     Without whiten, it uses the positive features of `gaussian_landmark_map`, normalised as usual. If a token is far
-    from every landmark (√k-scaled distance beyond 13), its features are 0 and its output is 0. With whiten, it uses the
-    Nyström kernel K(q, L) (K(L, L) + ridge)⁻¹ K(L, k). This kernel may be negative, so the outputs are not normalised;
-    a norm per head usually follows. Raises ValueError if shapes or mask do not match.
+    from every landmark (|x - l| above 13 k^¼), its features underflow to 0, and its output is 0. With whiten, it uses
+    the Nyström kernel K(q, L) (K(L, L) + ridge)⁻¹ K(L, k). This kernel may be negative, so the outputs are not
+    normalised; a norm per head usually follows. Raises ValueError if shapes or mask do not match.
 
     Example:
         out = gaussian_landmark_attention(q, k, v, landmarks, is_causal=True)

@@ -1,4 +1,4 @@
-"""Factors and inverses of stacks of small matrices, for landmarks and for chunks of the delta rule."""
+"""Factorisations and inverses of stacks of small matrices, for landmarks and for chunks of the delta rule."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def add_ridge(a: Float[Array, "*stack l l"], ridge: Ridge) -> Float[Array, "*sta
 
 
 def _newton_steps(b: Array, alpha: Array, iterations: int) -> Array:
-    """Returns X after `iterations` of X <- 2X - X B X from X = alpha B."""
+    """Returns X after `iterations` steps X <- 2X - X B X, starting from X = alpha B."""
     matmul = partial(jnp.matmul, precision=HIGHEST)
     return jax.lax.fori_loop(0, iterations, lambda _, x: 2 * x - matmul(x, matmul(b, x)), alpha * b)
 
@@ -69,7 +69,7 @@ def _newton(b: Array, alpha: Array, iterations: int) -> Array:
 
 @_newton.defjvp
 def _newton_jvp(iterations: int, primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
-    # Linear in the tangent, so JAX transposes it: one rule serves both modes, and derivatives of any order.
+    # The rule is linear in the tangent, so JAX can transpose it: it serves both modes and derivatives of any order.
     x = _newton(*primals, iterations)
     matmul = partial(jnp.matmul, precision=HIGHEST)
     return x, -matmul(x, matmul(tangents[0], x))
@@ -83,9 +83,9 @@ def newton_inverse(
 
     It iterates X <- 2X - X B X from X = alpha B, with one alpha per matrix: 1.8 / (largest row sum of A)², or less if
     the ridge is so large that this would diverge. The result is a spectral filter: an eigenvalue w of B becomes
-    (1 - (1 - alpha w²)^(2^iterations)) / w, which is 1/w only if w is above about a thousandth of the largest. The
-    derivative is the closed form dX = -X dA X (forward and reverse mode), so it matches the value only if the iteration
-    has converged.
+    (1 - (1 - alpha w²)^(2^iterations)) / w, which is close to 1/w only if w exceeds about a thousandth of the largest
+    eigenvalue. The derivative is the closed form dX = -X dA X (forward and reverse mode), so it matches the value only
+    if the iteration has converged.
     """
     largest = jax.lax.stop_gradient(a).sum(axis=-1, keepdims=True).max(axis=-2, keepdims=True)
     # The iteration diverges for alpha >= 2 / |B|²; with 1.8 alone, a ridge above 0.05 would cause this if A is near I.

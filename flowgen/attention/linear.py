@@ -91,12 +91,12 @@ def linear_attention(
 ) -> Float[Array, "b n h d"]:
     """Returns linear attention with a feature map, given by name or as a `FeatureMap`.
 
-    mask: True keeps; its shape must broadcast to `b h n m`. A key mask (query axis 1) is exact at linear cost. Outside
-    jit, the same holds for a query mask times a key mask (times causal order, if is_causal); inside jit, reduce it to a
-    key mask with `own_keys`. Other masks use the quadratic form, with at most 4096 x 4096 weights. is_causal: query i
-    sees keys 0..i; a `Causal` can make it block-causal. segment_ids: tokens see each other only if their ids are equal;
-    equal ids must be contiguous (see `prefix_product`). eps: added to the normaliser. Raises ValueError if shapes,
-    dtypes, mask or names are invalid.
+    mask: True for keys to keep; its shape must broadcast to `b h n m`. A key mask (query axis of length 1) is exact at
+    linear cost. Outside jit, the same holds for a query mask times a key mask (times causal order, if is_causal);
+    inside jit, reduce it to a key mask with `own_keys`. Other masks use the quadratic form, with at most 4096 x 4096
+    weights. is_causal: query i sees keys 0..i; a `Causal` can make it block-causal. segment_ids: tokens see each other
+    only if their ids are equal; equal ids must be contiguous (see `prefix_product`). eps: added to the normaliser.
+    Raises ValueError if shapes, dtypes, mask or names are invalid.
 
     Example:
         out = linear_attention(q, k, v, "focused", is_causal=True)
@@ -250,7 +250,7 @@ def seen_pairs(
 def normalised(
     out: Float[Array, "b n h d"], total: Float[Array, "b n h"], eps: float | Float[Array, "b n h"], dtype: jnp.dtype
 ) -> Float[Array, "b n h d"]:
-    """Returns out / (total + eps); if the divisor is 0, divides by 1 instead."""
+    """Returns out / (total + eps), or out itself where the divisor is 0."""
     total = total + eps
     return (out / jnp.where(total == 0, 1, total)[..., None]).astype(dtype)
 
@@ -284,10 +284,10 @@ def prefill(
     eps: float = EPS,
     chunk_size: int = CHUNK_SIZE,
 ) -> tuple[Float[Array, "b n h d"], LinearState]:
-    """Returns causal attention of tokens that continue the sequence after `state`, and the state after them.
+    """Returns the causal attention of tokens that continue the sequence after `state`, and the state after them.
 
-    mask: a key mask, `b 1 1 n`, True keeps; any other mask raises ValueError. Prompts may be padded on either side:
-    each sample continues after its own last kept token.
+    mask: a key mask `b 1 1 n`, True for tokens to keep; any other mask raises ValueError. Prompts may be padded on
+    either side: each sample continues after its last kept token.
 
     Example:
         out, state = prefill(q, k, v, "nala")
@@ -312,7 +312,7 @@ def step(
     *,
     eps: float = EPS,
 ) -> tuple[Float[Array, "b h d"], LinearState]:
-    """Returns the attention of one more token, and the state after it.
+    """Returns the attention output for one more token, and the state after it.
 
     The cost does not depend on how many tokens came before.
 
@@ -339,7 +339,7 @@ def _pallas(features: Features, v: Array, causal: Causal) -> tuple[Array, Array]
 
 
 def _full(features: Features, v: Array) -> tuple[Array, Array]:
-    """Returns products for queries that see every key: one state of all keys, one product per query."""
+    """Returns products for queries that see every key: one state for all keys, one product per query."""
 
     def run(features, v):
         dtype = jnp.promote_types(jnp.result_type(features.k, v), jnp.float32)

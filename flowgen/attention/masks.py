@@ -11,11 +11,11 @@ from flowgen.attention.checks import concrete
 
 
 def own_keys(mask: Bool[Array, "#b #h n n"]) -> Bool[Array, "#b #h 1 n"]:
-    """Returns the key mask of a query-key mask that keeps the same tokens as queries and as keys.
+    """Returns the key mask equivalent to a query-key mask that keeps the same tokens as queries and as keys.
 
-    Such a mask is Flax's `make_attention_mask(valid, valid)`. Masks that keep all queries also work, and so do both
-    kinds combined with `make_causal_mask`; then also set `is_causal`. The function reads only the diagonal, which says
-    which tokens are kept. Raises ValueError unless there are as many queries as keys.
+    An example is Flax's `make_attention_mask(valid, valid)`. Masks that keep all queries also work, and so do both
+    kinds combined with `make_causal_mask`, if you also set `is_causal`. The function reads only the diagonal, which
+    shows which tokens are kept. Raises ValueError unless there are as many queries as keys.
 
     Example:
         y = nala_attention(q, k, v, own_keys(mask != 0), is_causal=True)
@@ -30,8 +30,9 @@ def split_pairs(
 ) -> tuple[Bool[Array, "#b #h n 1"], Bool[Array, "#b #h 1 m"]] | None:
     """Returns the query mask and the key mask whose product is a query-key mask, or None.
 
-    It returns None if no such masks exist or if the mask is traced. block_size: block size of the causal order that
-    multiplies the mask; None if attention is not causal. groups: number of key heads; the mask may differ between them.
+    It returns None if no such masks exist or if the mask is traced. block_size: block size of the causal order by which
+    the product is also multiplied; None if attention is not causal. groups: number of key heads; the mask may differ
+    between them.
     """
     seen = concrete(mask)
     if seen is None or seen.shape[1] not in (1, groups):
@@ -48,7 +49,7 @@ def split_pairs(
 
 
 def hide_queries(tree: PyTree, mask: Bool[Array, "#b #g n 1"]) -> PyTree:
-    """Returns arrays `b n h ...` with 0 for queries that the mask hides. mask: for one head, or one per group."""
+    """Returns arrays `b n h ...` with 0 for queries that the mask hides. mask: one for all heads or per key head."""
 
     def hide(x):
         keep = mask[..., 0].swapaxes(1, 2)

@@ -1,4 +1,4 @@
-"""Flax modules around the attention functions: projections, gates, norms and the convolutions of the papers.
+"""Flax modules around the attention functions, with the projections, gates, norms and convolutions of the papers.
 
 All modules map `b n d` to `b n width`. Modules that can be causal also support decoding with an explicit state:
 `init_state(batch)`, `prefill(x, state)` for several tokens and `step(x, state)` for one. The module itself keeps no
@@ -41,7 +41,7 @@ TORCH_LAYER_NORM_EPS = 1e-5
 
 
 class LinearAttention(nn.Module):
-    """Multi-head attention with any kernel of `flowgen.attention.KERNELS`, or a feature map.
+    """Multi-head attention with a kernel of `flowgen.attention.KERNELS`, a kernel of your own or a feature map.
 
     width: width of the output, divisible by num_heads. num_kv_heads: number of key heads, each of which serves several
     query heads; num_heads if None. is_causal: True or a `Causal` for causal attention, which decoding needs.
@@ -74,7 +74,7 @@ class LinearAttention(nn.Module):
         mask: Array | None = None,
         segment_ids: Int[Array, "b n"] | None = None,
     ) -> Float[Array, "b n width"]:
-        """Returns attention of x to itself, or to `context`. mask, segment_ids: see `linear_attention`."""
+        """Returns the attention of x to itself, or to `context`. mask, segment_ids: see `linear_attention`."""
         source = x if context is None else context
         q, k, v = self.query(x), self.key(source), self.value(source)
         options = {"mask": mask, "is_causal": self.is_causal, "segment_ids": segment_ids}
@@ -99,7 +99,7 @@ class LinearAttention(nn.Module):
         return self.proj(out), state
 
     def step(self, x: Float[Array, "b d"], state: State) -> tuple[Float[Array, "b width"], State]:
-        """Returns the output of one more token, and the state after it."""
+        """Returns the output for one more token, and the state after it."""
         check_token(x)
         out, state = self.prefill(x[:, None], state)
         return out[:, 0], state
@@ -117,8 +117,8 @@ class NaLaAttention(nn.Module):
 
     One projection gives q, k, v and the gate g. conv: apply a depthwise convolution to the values, 5 x 5 on a grid or,
     if causal, over the last 5 tokens. rotary: rotate the features in the numerator, on the grid or along the sequence,
-    for up to `max_length` tokens. learnable: make power and offset parameters, one each per head. eps: added to the sum
-    of the weights; the released code adds n · 1e-6.
+    for up to `max_length` tokens. learnable: make power and offset trainable, one of each per head. eps: added to the
+    sum of the weights; the released code adds n · 1e-6.
 
     Example:
         y = NaLaAttention(width=256, num_heads=4).apply(params, x, grid=(14, 14))
@@ -200,7 +200,7 @@ class NaLaAttention(nn.Module):
         return self._finish(out, local, g), NaLaState(sums, _window(values, absorbed, NALA_CONV - 1))
 
     def step(self, x: Float[Array, "b d"], state: NaLaState) -> tuple[Float[Array, "b width"], NaLaState]:
-        """Returns the output of one more token, and the state after it."""
+        """Returns the output for one more token, and the state after it."""
         check_token(x)
         out, state = self.prefill(x[:, None], state)
         return out[:, 0], state
@@ -333,7 +333,7 @@ def _join(before: Float[Array, "b m d"], values: Float[Array, "b n d"]) -> Float
 
 
 def _window(values: Float[Array, "b m d"], start: Int[Array, " b"], size: int) -> Float[Array, "b size d"]:
-    """Returns the `size` values of each sample from `start` on."""
+    """Returns `size` consecutive values of each sample, from its `start` on."""
 
     def run(values, start):
         places = start[:, None] + jnp.arange(size)[None]

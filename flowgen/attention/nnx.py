@@ -1,4 +1,4 @@
-"""NNX versions of the attention modules, made with Flax's bridge: the same parameters and the same mathematics.
+"""NNX versions of the attention modules, made with Flax's bridge: same parameters, same results.
 
 The constructor takes the width of the input, the fields of the linen module and `rngs`, and initialises the parameters:
 
@@ -26,7 +26,7 @@ class _Twin(bridge.ToNNX):
     def __init__(self, module: linen.Module, in_features: int, rngs: nnx.Rngs, num_tokens: int = 1, **example: Any):
         super().__init__(module, rngs=rngs)
         self.lazy_init(jnp.zeros((1, num_tokens, in_features)), **example)
-        # Nothing is random after initialisation, and JAX's transforms do not accept a stream of keys.
+        # Nothing is random after initialisation, and JAX's transforms do not accept NNX's streams of keys.
         self.to_nnx__rngs = None
 
 
@@ -42,7 +42,7 @@ class _Decoding(_Twin):
         return self(x, state, mask=mask, method="prefill")
 
     def step(self, x: Float[Array, "b d"], state: State) -> tuple[Array, State]:
-        """Returns the output of one more token, and the state after it."""
+        """Returns the output for one more token, and the state after it."""
         return self(x, state, method="step")
 
 

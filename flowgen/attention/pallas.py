@@ -1,10 +1,10 @@
 """Causal linear attention as one Pallas kernel, which keeps the state on the chip and streams chunks of tokens.
 
-The same function of a chunk has two lowerings. On TPUs, the grid visits the chunks of a head in order and keeps the
-state in scratch memory. On GPUs (Triton), one program loops over the chunks for a head and a slice of value channels,
-and keeps the state in registers. Elsewhere, the kernel runs in interpret mode, which is for tests. Derivatives are
-those of `prefix_product`. The kernel has not been measured on an accelerator yet, so it runs only on request:
-`Causal(implementation="pallas")`.
+One function, which processes a chunk, is lowered in two ways. On TPUs, the grid visits the chunks of a head in order
+and keeps the state in scratch memory. On GPUs (Triton), each program handles a head and a slice of the value channels:
+it loops over the chunks and keeps the state in registers. Elsewhere, the kernel runs in interpret mode, which is for
+tests. Derivatives are those of `prefix_product`. The kernel has not been measured on an accelerator yet, so it runs
+only on request: `Causal(implementation="pallas")`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def causal_product(
 ) -> tuple[Float[Array, "b n h d"], Float[Array, "b n h"]]:
     """Returns Σ_{s≤t} (q_t·k_s) v_s and Σ_{s≤t} q_t·k_s in float32, like `prefix_product` without decay or segments.
 
-    Raises ValueError unless chunk_size is a power of two of at least 16.
+    Raises ValueError unless chunk_size is a power of two, at least 16.
     """
     if chunk_size < 16 or chunk_size & (chunk_size - 1):
         raise ValueError(f"chunk_size is {chunk_size}; the Pallas kernel needs a power of two of at least 16.")
@@ -77,7 +77,7 @@ _causal_product.defvjp(_forward, _backward)
 
 
 def _scan(q, k, v, *, chunk_size: int):
-    """Returns the kernel's results without Pallas, for mapped programs, in which JAX cannot interpret a kernel."""
+    """Returns the results without Pallas, for programs mapped over devices, where JAX cannot interpret a kernel."""
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
     out, total, _ = prefix_product(Features(q, k), v, chunk_size=chunk_size)
     return out.swapaxes(1, 2), total.swapaxes(1, 2)[:, :, None]
@@ -125,7 +125,7 @@ def _tpu(q, k, v, *, chunk_size: int, interpret: bool = False):
 def _gpu(q, k, v, *, chunk_size: int, interpret: bool = False):
     batch, num_heads, n, feature_dim = q.shape
     value_dim = v.shape[-1]
-    # Triton's blocks have sides that are powers of two of at least 16.
+    # Sides of Triton's blocks are powers of two, at least 16.
     features, width = (max(16, pl.next_power_of_2(size)) for size in (feature_dim, min(value_dim, VALUE_SLICE)))
     slices = -(-value_dim // width)
     q, k = (jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, features - feature_dim))) for x in (q, k))

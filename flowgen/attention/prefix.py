@@ -1,6 +1,6 @@
 """Prefix products: causal linear attention before normalisation, in chunks with a running float32 state.
 
-For queries q_t, keys k_s, values v_s and the weights w_ts below
+For queries q_t, keys k_s, values v_s and the weights w_ts defined below,
 
     out_t = Σ_s w_ts (q_t·k_s) v_s,      total_t = Σ_s w_ts (q'_t·k'_s),      s ≤ t (or block(s) ≤ block(t)),
 
@@ -53,7 +53,7 @@ class Features(NamedTuple):
 
     @property
     def normaliser(self) -> tuple[Float[Array, "b n h e"], Float[Array, "b m g e"]]:
-        """The normaliser's queries and keys."""
+        """The normaliser's features of queries and keys."""
         if (self.norm_q is None) != (self.norm_k is None):
             raise ValueError("norm_q or norm_k is missing; give both, or neither for the numerator's features.")
         if self.norm_q is None or self.norm_k is None:
@@ -110,14 +110,14 @@ def prefix_product(
     block_size: int = 1,
     chunk_size: int = CHUNK_SIZE,
 ) -> tuple[Float[Array, "b n h d"], Float[Array, "b n h"], LinearState]:
-    """Returns out and total as defined above, and the state after the last token; all in at least float32.
+    """Returns out and total (see the top of this file) and the state after the last token, all in at least float32.
 
-    state: state after earlier tokens (of the first token's segment). log_decay: ≤ 0, per key head. mask: True for keys
-    that are kept. The others have no effect: even their decay is ignored, and the state's length ends after the last
-    kept key. segment_ids: equal for tokens that see each other. Equal ids must be contiguous; if an id recurs, the
-    function raises ValueError or, while tracing, makes the sample NaN. A non-finite number affects only its own
-    segment. block_size: tokens see their whole block; do not combine it with decay, or with a state that ends within a
-    block. chunk_size: rounded up to whole blocks.
+    state: the state after earlier tokens, which belong to the first token's segment. log_decay: ≤ 0, per key head.
+    mask: True for keys to keep. The others have no effect: even their decay is ignored, and keys after the last kept
+    one do not count in the state's length. segment_ids: equal for tokens that see each other. Equal ids must be
+    contiguous; if an id recurs, the function raises ValueError or, while tracing, makes the sample NaN. A non-finite
+    number affects only its own segment. block_size: tokens see their whole block; do not combine it with decay, or with
+    a state that ends within a block. chunk_size: rounded up to whole blocks.
 
     Example:
         out, total, state = prefix_product(Features(q, k), v)
@@ -178,7 +178,7 @@ def finite_prefix_product(
 
 
 def _in_segments(tokens: Tokens, state: LinearState, block_size: int, chunk_size: int):
-    """Returns `_in_chunks` of finite numbers only, with NaN in the results that depend on a non-finite number."""
+    """Returns the results of `_in_chunks` on finite numbers only, with NaN where they depend on a non-finite number."""
     features, v, log_decay, _, segment_ids = tokens
     assert segment_ids is not None
     queries, keys = (features.q, features.norm_q), (features.k, features.norm_k, v)
@@ -293,8 +293,8 @@ def _advance(carry, chunk: _Chunk, block_size: int):
 
 
 class _Weights(NamedTuple):
-    """Weights w in a chunk: of query-key pairs, of the earlier state for a query, and of keys and the earlier state in
-    the next state."""
+    """Weights in a chunk: of query-key pairs, of the earlier state for each query, and of each key and the earlier
+    state in the next state."""
 
     pair: Bool[Array, "#b #g c c"] | Float[Array, "#b #g c c"]
     query: Float[Array, "#b #g c"]
@@ -315,11 +315,11 @@ def _cut_segments(within: _Weights, segment: Int[Array, "b c"], past: Int[Array,
 def decay_weights(
     log_decay: Float[Array, "b h c"],
 ) -> tuple[Float[Array, "b h c c"], Float[Array, "b h c"]]:
-    """Returns the decay factors at token t of each token s ≤ t (0 for s > t), and of the state before the chunk.
+    """Returns the decay factors of tokens s ≤ t at token t (0 for s > t), and those of the state before the chunk.
 
     The log-decays between s and t are summed directly, not as differences of running sums. Nothing cancels, so one
-    strong decay does not reduce the precision of the others, and -inf is allowed. Entries s > t are exp(0) before the
-    mask.
+    strong decay does not reduce the precision of the others, and -inf is allowed. Entries with s > t are exp(0) before
+    they are masked.
     """
     size = log_decay.shape[-1]
     causal = jnp.tril(jnp.ones((size, size), bool))[None, None]

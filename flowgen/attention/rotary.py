@@ -20,7 +20,7 @@ class Rotary(NamedTuple):
 
 
 def rotary_line(num_positions: int, dim: int, base: float = 10_000.0) -> Rotary:
-    """Returns the table of a sequence, with angle position · base^(-2i/dim) for pair i < dim/2 (RoFormer, 2104.09864).
+    """Returns the table for a sequence, with angle position · base^(-2i/dim) for pair i < dim/2 (RoFormer, 2104.09864).
 
     Raises ValueError unless dim is even.
 
@@ -34,10 +34,11 @@ def rotary_line(num_positions: int, dim: int, base: float = 10_000.0) -> Rotary:
 
 
 def rotary_grid(height: int, width: int, dim: int, base: float = 10_000.0) -> Rotary:
-    """Returns the table of a row-major grid: one half of the channels rotates with the row, the other with the column.
+    """Returns the table for a row-major grid: the first half of the channels rotates with the row, the other with the
+    column.
 
-    The first half belongs to the row. The frequencies of the dim/4 pairs of each half are base^(-t), with t from 0 to 1
-    inclusive, as in the released NaLaFormer. Raises ValueError unless dim is a multiple of 4.
+    The frequencies of the dim/4 pairs of each half are base^(-t), with t evenly spaced from 0 to 1 inclusive, as in the
+    released NaLaFormer. Raises ValueError unless dim is a multiple of 4.
 
     Example:
         rotary = rotary_grid(14, 14, 64)
@@ -53,7 +54,7 @@ def rotary_grid(height: int, width: int, dim: int, base: float = 10_000.0) -> Ro
 
 
 def rotary_axes(positions: Float[np.ndarray, "n a"], pairs: tuple[int, ...], base: float = 10_000.0) -> Rotary:
-    """Returns the table of points with several coordinates: pairs[i] adjacent pairs of channels rotate with axis i.
+    """Returns the table for points with several coordinates: pairs[i] adjacent pairs of channels rotate with axis i.
 
     On an axis with p pairs, the angle of pair k is coordinate · base^(-k/p). Raises ValueError unless there is one
     number of pairs per coordinate.

@@ -1,4 +1,4 @@
-"""Packed segments: runs of tokens with equal ids that see only each other, even if other tokens hold NaN."""
+"""Packed segments: runs of tokens with equal ids, which see only each other; a NaN stays in its segment."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ class Spoiled(NamedTuple):
 
 
 def returning_ids(segment_ids: Int[Array, "b n"]) -> Bool[Array, " b"]:
-    """Returns, per sample, whether an id recurs after another one, so that its tokens are not contiguous."""
+    """Returns, per sample, whether an id recurs after a different one, so that its tokens are not contiguous."""
     runs = (segment_ids[:, 1:] != segment_ids[:, :-1]).sum(axis=1)
     ordered = jnp.sort(segment_ids, axis=1)
     return runs != (ordered[:, 1:] != ordered[:, :-1]).sum(axis=1)
 
 
 def finite(tree: PyTree) -> tuple[PyTree, Bool[Array, "b n x"]]:
-    """Returns arrays `b n x ...` with zeros for non-finite values, and a mask (per x) of tokens that had any."""
+    """Returns arrays `b n x ...` with zeros for tokens (per x) that hold a non-finite value, and their mask."""
     bad = functools.reduce(jnp.logical_or, map(_not_finite, jax.tree.leaves(tree)))
     return jax.tree.map(lambda x: jnp.where(jnp.expand_dims(bad, range(3, x.ndim)), 0, x), tree), bad
 

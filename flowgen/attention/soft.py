@@ -37,7 +37,7 @@ Normalization = Literal["symmetric", "row"] | None
 
 
 class Landmarks(NamedTuple):
-    """Landmarks in kernel space; live: which of them represent at least one token, None if all do."""
+    """Landmarks in kernel space. live: which of them represent at least one token; None if all do."""
 
     points: Float[Array, "b l h k"]
     live: Bool[Array, "b l"] | None = None
@@ -63,7 +63,7 @@ def gaussian_kernel(x: Float[Array, "b n h k"], y: Float[Array, "b m h k"]) -> F
 def _segment_means(
     x: Float[Array, "b n h k"], segment: Int[Array, "#b n"], num: int, mask: Bool[Array, "b n"] | None
 ) -> Landmarks:
-    """Returns the mean of the unmasked tokens in each of `num` segments; an empty segment has 0 and is not live."""
+    """Returns the means of the unmasked tokens in `num` segments; an empty segment gives 0 and is not live."""
     every = mask is None and isinstance(x.shape[1], int)  # if the number of tokens is symbolic, segments may be empty
 
     def run(x, segment, mask):
@@ -104,7 +104,7 @@ def landmark_cells(grid: Pair, num_landmarks: int | Pair) -> Pair:
     """Returns (rows, columns) of landmark cells on a grid (height, width) of tokens.
 
     num_landmarks: a number gives at most that many cells, as square as possible: rows = round(√(num height / width))
-    and columns = num // rows, both limited by the grid. A pair (rows, columns) is only limited by the grid.
+    and columns = num // rows, both capped by the grid's sides. A pair (rows, columns) is capped likewise.
     """
     height, width = grid
     if isinstance(num_landmarks, tuple):
@@ -163,7 +163,7 @@ def nystrom_attention(
     """Returns Ŝ v (see the top of this file) for q, k and landmarks already in kernel space.
 
     mask: True for visible keys. Landmarks that are not live have no effect. The other options are those of
-    `soft_attention`. Kernel and solve are in at least float32; the result has the dtype of v.
+    `soft_attention`. The kernel and the solve use at least float32; the result has the dtype of v.
     """
     _check_options(ridge, solver, normalize)
     if 0 in (*q.shape[:3], k.shape[1]):
@@ -209,10 +209,10 @@ def _run_nystrom(q, k, v, landmarks, mask, ridge, solver, normalize):
 def gaussian_landmark_features(
     x: Float[Array, "b n h k"], landmarks: Float[Array, "h l k"], *, ridge: Ridge = 0.01, whiten: bool = True
 ) -> Float[Array, "b n h l"]:
-    """Returns token-wise features, in at least float32, for linear attention (also causal) with fixed landmarks.
+    """Returns token-wise features, in at least float32, for linear attention, causal or not, with fixed landmarks.
 
     With whiten, phi(x) = C⁻¹ K(L, x) with C Cᵀ = K(L, L) + ridge I, so phi(x)·phi(y) is the Nyström kernel. Its entries
-    may be negative, so divide by a norm and not by a sum. Without whiten, the features are K(L, x), which are positive.
+    may be negative, so normalise by a norm, not by a sum. Without whiten, the features are K(L, x), which are positive.
     Give x and landmarks without the factor k^-¼; this function applies it. Raises ValueError if heads or widths differ.
 
     Example:
@@ -256,7 +256,7 @@ def _check_tokens(q: Array, k: Array, v: Array) -> None:
 
 
 def _key_padding(mask: Array, k: Array) -> Bool[Array, "b m"]:
-    """Returns a mask `b m` or `b 1 1 m` as `b m`; raises ValueError if it differs between queries or heads."""
+    """Returns a key mask `b m` or `b 1 1 m` as `b m`; raises ValueError for any other mask."""
     batch, length = k.shape[:2]
     if jnp.result_type(mask) != jnp.bool_:
         raise ValueError(f"mask has dtype {jnp.result_type(mask)}; give booleans, True where a key is kept.")
@@ -313,13 +313,13 @@ def soft_attention(
 
     num_landmarks: landmarks are the means of this many contiguous segments of the keys (at most m). grid: (height,
     width) of the keys in row-major order; landmarks are then means over about num_landmarks cells, or over
-    (rows, columns) cells if num_landmarks is such a pair (see `landmark_cells`). landmarks: given landmarks instead, in
-    the space of k. mask: True for keys that are kept, `b m` or `b 1 1 m`; other keys have no effect, whatever they
-    hold. ridge: added to the diagonal of the landmark kernel. solver: "newton" is the paper's spectral filter with its
+    (rows, columns) cells if num_landmarks is such a pair (see `landmark_cells`). landmarks: points in the space of k,
+    to be used instead. mask: True for keys to keep, `b m` or `b 1 1 m`; other keys have no effect, whatever they hold.
+    ridge: added to the diagonal of the landmark kernel. solver: "newton" is the paper's spectral filter with its
     closed-form derivative (`newton_inverse`); "cholesky" is exact; "newton_released" is the published SOFT++, which
-    couples samples. normalize: with None, as in SOFT, rows of Ŝ sum to up to m; "symmetric" is that of SOFT++; with
-    "row", rows sum to 1. Raises ValueError for is_causal, for a mask that differs between queries, and if shapes or
-    options are invalid.
+    couples samples. normalize: with None, as in SOFT, a row of Ŝ may sum to as much as m; "symmetric" is that of
+    SOFT++; with "row", rows sum to 1. Raises ValueError for is_causal, for a mask that differs between queries, and if
+    shapes or options are invalid.
 
     Example:
         out = soft_attention(q, q, v, num_landmarks=49, grid=(14, 14), solver="cholesky")

@@ -15,7 +15,7 @@ from flowgen import backend
 from flowgen.attention.checks import check_causal, check_heads, check_mask, hide_keys
 from flowgen.backend import keep_axes
 
-# Whether a query may attend to a key, broadcast over the axes of length 1.
+# Whether a query may attend to a key; axes of length 1 broadcast.
 Mask = Bool[Array, "#b #h #n #m"] | None
 
 
@@ -63,8 +63,8 @@ def attend_in_parts(
 ) -> Float[Array, "b h n d"]:
     """Returns the result of `attend_heads`, computed in chunks of queries with at most `backend.MAX_LOGITS` logits.
 
-    first: for causal attention, the position of the first query among the keys: query i attends to keys 0..first+i that
-    `mask` allows. No mask of all pairs is built. The backward pass recomputes the logits of each chunk.
+    first: for causal attention, the position of the first query among the keys: query i attends to the keys among
+    0..first+i that `mask` allows. No mask of all pairs is built. The backward pass recomputes the logits of each chunk.
     """
     return _attend_in_parts(q, k, v, mask, first, backend.MAX_LOGITS)
 
@@ -109,7 +109,7 @@ def _run_in_parts(
 
 
 def _of_queries(mask: Bool[Array, "..."] | None, first: Int[Array, ""] | int, count: int) -> Bool[Array, "..."] | None:
-    """Returns the rows of a mask for some queries; None, or a mask equal for all queries, is returned unchanged."""
+    """Returns the rows of a mask for some queries; returns None, or a mask shared by all queries, unchanged."""
     if mask is None or mask.shape[2] == 1:
         return mask
     return jax.lax.dynamic_slice_in_dim(mask, first, count, axis=2)
@@ -126,7 +126,7 @@ def softmax_attention(
     """Returns softmax(q kᵀ / √k) v per head; there may be fewer key heads than query heads.
 
     Each of g key heads serves h/g query heads. mask: True if a query may attend to a key. is_causal: query i attends to
-    the keys in 0..i that `mask` allows; n and m must then be equal. A query without allowed keys gives 0.
+    the keys among 0..i that `mask` allows; n and m must then be equal. A query without allowed keys gives 0.
     implementation: "auto" uses the implementation that `flowgen.backend` chooses for the device. Raises ValueError if
     shapes do not match.
 

@@ -1,7 +1,7 @@
 """Flow matching: paths, couplings, losses, solvers and diagnostics.
 
 paths          x_t and u_t between noise (t = 0) and data (t = 1)
-conversions    between velocity, x1, noise and score; from path to path
+conversions    between velocity, x1, noise and score; from one path to another
 plans          transport over a batch: assignment, Sinkhorn
 couplings      independent, Gibbs-weighted (W-CFM), Sinkhorn-corrected, minibatch optimal transport
 semidiscrete   optimal transport from noise to a whole dataset
@@ -10,7 +10,7 @@ loss           weighted regression of the velocity; bridge: velocity and score (
 mean_flow      average velocities, for sampling in one step
 solvers        integrate, both ways; guidance, SDE; likelihood: log p and divergence
 diagnostics    effective sample size, tilt, choice of epsilon, path energy, distances
-velocity       networks, and the interface of a network of your own; toy: two-dimensional distributions
+velocity       a network for points, and the interface of your own networks; toy: two-dimensional distributions
 """
 
 from flowgen.matching import toy
@@ -77,7 +77,7 @@ from flowgen.matching.times import LogitNormal, Shifted, Uniform
 from flowgen.matching.unet import UNet, UNetConfig
 from flowgen.matching.velocity import MLPConfig, NetworkConfig, OwnNetwork, VelocityMLP
 
-# The networks that an experiment trains; a new one is added here.
+# The networks that an experiment can train; add new ones here.
 AnyNetwork = MLPConfig | DiTConfig | UNetConfig | OwnNetwork
 
 __all__ = [

@@ -39,7 +39,7 @@ def score_and_flow_matching_loss(
     `GibbsWeights(epsilon=2 * sigma**2, cost="sqeuclidean", sinkhorn_sweeps=20)`. For batch, label_dropout and log_mean,
     see `flow_matching_loss`. Both squares are averaged over dimensions.
 
-    Forwards, the process is dX = (v + s) dt + sigma dW; `integrate_sde` samples it with 2/sigma² · s as the score.
+    Forwards, the process is dX = (v + s) dt + sigma dW; `integrate_sde` samples it if given 2/sigma² · s as the score.
     Backwards, the drift is -v + s. The ODE with v alone has the same marginals.
 
     Example:

@@ -1,4 +1,4 @@
-"""Checks of numbers, batches, times and outputs that the modules of this package share."""
+"""Checks of numbers, batches, times and outputs, shared by the modules of this package."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def check_positive(name: str, value: float | int) -> None:
 
 
 def check_share(ess: float) -> None:
-    """Raises ValueError unless an effective sample size is a share between 0 and 1."""
+    """Raises ValueError unless an effective sample size, as a share of the pairs, is between 0 and 1."""
     if not 0 < ess < 1:
         raise ValueError(f"ess is {ess}; it is a share, between 0 and 1.")
 

@@ -14,7 +14,7 @@ from flowgen.matching.checks import check_times
 from flowgen.matching.paths import SMALLEST, Path, Schedule, over_event, schedule_over
 
 Prediction = Literal["velocity", "x1", "noise", "score"]
-# As SMALLEST, for networks that predict x1, noise or a score: the conversion divides their errors by this number.
+# The counterpart of SMALLEST for networks that predict x1, noise or a score: conversion divides their errors by it.
 NETWORK_SMALLEST = 0.02
 
 
@@ -30,13 +30,13 @@ def prediction_to_velocity(
     *,
     smallest: float = SMALLEST,
 ) -> Float[Array, "b *event"]:
-    """Returns the velocity at x_t that a prediction of "x1", "noise" (x0) or "score" implies.
+    """Returns the velocity at x_t implied by a prediction of "x1", "noise" (x0) or "score".
 
     v = alpha' x1 + beta' x0. The unknown term follows from x_t = alpha x1 + beta x0, and x0 is -beta times the score. A
     prediction of "velocity" is returned unchanged. The conversion is singular where the path is all noise or all data,
-    so it uses the nearest time that `clip_times(path, t, smallest)` allows; evaluate the prediction at that time too.
-    The derivatives alpha' and beta' are bounded by their values at that time.
-    Raises ValueError for another kind, for a path with a spread, and for times outside [0, 1].
+    so it uses the time `clip_times(path, t, smallest)`; evaluate the prediction at that time too. The derivatives
+    alpha' and beta' are bounded by their values at that time.
+    Raises ValueError for any other kind, for a path with a spread, and for times outside [0, 1].
 
     Example:
         v = prediction_to_velocity(CondOT(), t, x_t, network(t, x_t), "x1")
@@ -57,9 +57,9 @@ def prediction_to_velocity(
 def velocity_to_x1(
     path: Path, t: Float[Array, " b"], x_t: Float[Array, "b *event"], velocity: Float[Array, "b *event"]
 ) -> Float[Array, "b *event"]:
-    """Returns the data x1 = (beta v - beta' x_t) / D that a velocity implies; a learned velocity gives E[x1 | x_t].
+    """Returns the data x1 = (beta v - beta' x_t) / D implied by a velocity; a learned velocity gives E[x1 | x_t].
 
-    D = alpha' beta - beta' alpha. Times are clipped as by `clip_times(path, t)`. Raises ValueError for a path with a
+    D = alpha' beta - beta' alpha. Times are clipped with `clip_times(path, t)`. Raises ValueError for a path with a
     spread and for times outside [0, 1].
 
     Example:
@@ -72,9 +72,9 @@ def velocity_to_x1(
 def velocity_to_noise(
     path: Path, t: Float[Array, " b"], x_t: Float[Array, "b *event"], velocity: Float[Array, "b *event"]
 ) -> Float[Array, "b *event"]:
-    """Returns the noise x0 = (alpha' x_t - alpha v) / D that a velocity implies; a learned velocity gives E[x0 | x_t].
+    """Returns the noise x0 = (alpha' x_t - alpha v) / D implied by a velocity; a learned velocity gives E[x0 | x_t].
 
-    D = alpha' beta - beta' alpha. Times are clipped as by `clip_times(path, t)`. Raises ValueError for a path with a
+    D = alpha' beta - beta' alpha. Times are clipped with `clip_times(path, t)`. Raises ValueError for a path with a
     spread and for times outside [0, 1].
 
     Example:
@@ -90,7 +90,7 @@ def velocity_to_score(
     """Returns ∇ log p_t(x_t) = -E[x0 | x_t] / beta_t for a velocity learned with *independent* normal noise.
 
     Couplings other than `Independent` make noise and data dependent, and this formula then does not give the score.
-    Times are clipped as by `clip_times(path, t)`. Raises ValueError for a path with a spread and for times outside
+    Times are clipped with `clip_times(path, t)`. Raises ValueError for a path with a spread and for times outside
     [0, 1].
 
     Example:
@@ -101,7 +101,7 @@ def velocity_to_score(
 
 
 def clip_times(path: Path, t: Float[Array, " b"], smallest: float = SMALLEST) -> Float[Array, " b"]:
-    """Returns times clipped to at least 1e-5 from both ends and to alpha/beta within [smallest, 1/smallest].
+    """Returns times clipped to [1e-5, 1 - 1e-5] and to where alpha/beta is within [smallest, 1/smallest].
 
     Example:
         t = clip_times(Polynomial(10.0), t)  # at least 0.316; earlier, x_t equals x0 to five digits
@@ -118,9 +118,10 @@ def change_path(
     Let t be the time at which path has the same ratio alpha/beta as new_path at r (found by bisection), and
     s² = (alpha² + beta²)_new(r) / (alpha² + beta²)(t) the squared scale between the two. Then
     v_new(r, x) = (s'/s) x + s t' v(t, x/s), where t' = D_new / (D s²) and D = alpha' beta - beta' alpha (Pokle et al.,
-    arXiv 2310.04432). Both fields have the same end points up to s, which is 1 if both paths have alpha² + beta² = 1.
-    r is clipped to 1e-5 from both ends, where D of some paths is 0 or infinite. If path does not reach a ratio, t is
-    its nearest end. Do not differentiate the field with respect to time. Raises ValueError for paths with a spread.
+    arXiv 2310.04432). Both fields have the same endpoints up to s, which is 1 if both paths have alpha² + beta² = 1.
+    r is clipped to stay 1e-5 away from both ends, where D of some paths is 0 or infinite. If path does not reach a
+    ratio, t is 0 or 1, whichever is nearer. Do not differentiate the field with respect to time. Raises ValueError for
+    paths with a spread.
 
     Example:
         x1, nfe = integrate(change_path(velocity, CondOT(), Trigonometric()), x0, num_steps=25)
@@ -148,8 +149,8 @@ def change_path(
 def time_of_ratio(path: Path, alpha: Float[Array, "*t"], beta: Float[Array, "*t"]) -> Float[Array, "*t"]:
     """Returns the time at which path has the ratio alpha/beta, whose square is the signal-to-noise ratio.
 
-    The bisection compares cross products, so beta may be 0. If the path does not reach the ratio, the result is the
-    nearest end.
+    The bisection compares cross products, so beta may be 0. If the path does not reach the ratio, the result is 0 or 1,
+    whichever is nearer.
 
     Example:
         t = time_of_ratio(VariancePreserving(), alpha, beta)
@@ -162,7 +163,7 @@ def time_of_ratio(path: Path, alpha: Float[Array, "*t"], beta: Float[Array, "*t"
         early = here.alpha * beta < alpha * here.beta
         return jnp.where(early, middle, low), jnp.where(early, high, middle)
 
-    # Each step gains one bit; 40 are more than float32 has, and give 1e-12 in float64.
+    # Each step gains one bit; 40 bits are more than float32 has, and give 1e-12 in float64.
     low, high = jax.lax.fori_loop(0, 40, halve, (jnp.zeros_like(alpha), jnp.ones_like(alpha)))
     return (low + high) / 2
 
@@ -193,14 +194,14 @@ def check_no_spread(path: Path) -> None:
 
 @functools.lru_cache(maxsize=64)
 def _inner_ends(path: Path, smallest: float) -> tuple[float, float]:
-    """Returns the times at which alpha/beta is `smallest` and 1/`smallest`, kept at least 1e-5 away from 0 and 1."""
+    """Returns the times at which alpha/beta is `smallest` and 1/`smallest`, at least 1e-5 away from 0 and 1."""
     with jax.ensure_compile_time_eval():
         first, last = time_of_ratio(path, jnp.array([smallest, 1.0]), jnp.array([1.0, smallest]))
         return max(float(first), SMALLEST), min(float(last), 1 - SMALLEST)
 
 
 def _inner(path: Path, t: Array, x: Array, smallest: float) -> tuple[Schedule, Array]:
-    """Returns the schedule, broadcast over x, at the time nearest t where conversions are regular, and D there."""
+    """Returns the schedule, broadcast over x, at the time nearest to t where conversions are regular, and D there."""
     check_times(t, x)
     check_no_spread(path)
     schedule = schedule_over(path, clip_times(path, t, smallest), x)

@@ -1,11 +1,11 @@
 """Couplings: how noise and data are paired, and the log-weight of each pair.
 
 A coupling sees the whole batch by default: `flowgen.matching.loss.couple` gathers the rows of all devices that share
-it. If the attribute `sees` is "row", the coupling treats each pair separately. If it is "device", the coupling uses
-only the rows of one device, and the number of devices changes what is learned.
+it. If its attribute `sees` is "row", it treats each pair separately. If `sees` is "device", it uses only the rows of
+one device, and the number of devices changes what is learned.
 
-Weights w turn the loss of independent pairs into E[w |v - u|²], the loss of the coupling q ∝ w · p(x0) p(x1)
-(W-CFM, arXiv 2507.22270). A transport plan reorders the noise x0 within the batch instead.
+Weights w turn the loss for independent pairs into E[w |v - u|²], the loss for the coupling q ∝ w · p(x0) p(x1) (W-CFM,
+arXiv 2507.22270). A transport plan reorders the noise x0 within the batch instead.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SMALLEST_EPSILON = 1e-20
 Epsilon = Annotated[float, Within(SMALLEST_EPSILON)]
 MAX_SWEEPS = 1 << 16  # largest number of Sinkhorn sweeps that one step may run
 
-# The condition of a batch, such as labels of shape `b`; couplings only reorder its rows.
+# The condition of a batch, such as labels of shape `b`, with one row per pair.
 Cond = Any
 Cost = Literal["euclidean", "sqeuclidean"] | Callable[[Array, Array], Array]
 
@@ -77,14 +77,15 @@ class Independent:
 class MinibatchOT:
     """Optimal transport within the batch, with the squared Euclidean cost: OT-CFM (Tong et al., arXiv 2302.00482).
 
-    method: "exact" permutes the noise by the optimal assignment (computed by scipy on the host), which uses each x0
-    once; "sinkhorn" draws an x0 for each x1 from the entropic plan, inside the compiled program.
+    method: "exact" permutes the noise according to the optimal assignment (solved by scipy on the host), which uses
+    each x0 once; "sinkhorn" draws an x0 for each x1 from the entropic plan, inside the compiled program.
     epsilon: regularisation of the entropic plan, in units of the mean cost; positive.
     tolerance: share of the mass of x0 that the entropic plan may misplace on average; positive.
-    num_sweeps: largest number of Sinkhorn sweeps; at least 1. If the plan misses the tolerance after them, the coupling
+    num_sweeps: largest number of Sinkhorn sweeps; at least 1. If the plan then still misses the tolerance, the coupling
     raises ValueError outside jit; inside jit, its weights, and therefore the loss, are NaN.
-    class_aware: move noise only within a class; each x0 has the label of its original pair. Without it, a class trains
-    on a different noise distribution than it is sampled from (C2OT, ICCV 2025). Needs integer labels `b` as cond.
+    class_aware: move noise only within a class; each x0 has the label of its original pair. Otherwise, a class is
+    trained on a different noise distribution from the one it is sampled from (C2OT, ICCV 2025). Needs integer labels
+    `b` as cond.
     scope: "global" plans over the rows of all devices, and each device solves the same problem; "device" plans over
     the rows of each device separately.
 
@@ -113,7 +114,7 @@ class MinibatchOT:
         # A NaN cost spoils the plan, but the permuted noise may look valid, so the weights become NaN.
         spoilt = 0 * relative_cost(cost).mean()
         if self.method == "exact":
-            # A forbidden pair costs more than any whole assignment within the classes.
+            # A forbidden pair costs more than any complete assignment within the classes.
             chosen = assignment(jnp.where(allowed, cost, (cost.max() + 1) * len(cost)))
         else:
             plan = entropic_plan(cost, allowed, self.epsilon, tolerance=self.tolerance, max_sweeps=self.num_sweeps)
@@ -125,7 +126,7 @@ class MinibatchOT:
         return Coupled(take_rows(x0, chosen), x1, cond, log_weight)
 
     def _allowed(self, cost: Float[Array, "b b"], cond: Cond) -> Bool[Array, "b b"]:
-        """Returns the mask of the pairs (x1, x0) that the plan may use."""
+        """Returns the mask of pairs (x1, x0) that the plan may use."""
         if not self.class_aware:
             return jnp.ones(cost.shape, bool)
         if cond is None:
@@ -151,21 +152,22 @@ class MinibatchOT:
 class GibbsWeights:
     """Independent pairs weighted by w = exp(-cost / epsilon): weighted conditional flow matching (arXiv 2507.22270).
 
-    A call without an epsilon raises ValueError: epsilon must stay the same from step to step, so no batch may choose
-    it. A NaN cost raises ValueError outside jit; inside jit, it makes the weight, and therefore the loss, NaN.
+    A call raises ValueError if epsilon is None: epsilon must not change from step to step, so it is not chosen per
+    batch. A NaN cost raises ValueError outside jit; inside jit, it makes the weight, and therefore the loss, NaN.
 
     epsilon: positive; None to choose it from data with `flowgen.matching.fit_epsilon`, as training does. The target is
-    the share `ess` of effective pairs or, if `tilt` is given, that tilt.
+    `tilt` if given, otherwise `ess`.
     cost: "euclidean" as published, "sqeuclidean", or a function of two batches that gives one cost per pair.
     normalize: "running" divides by a running mean of w that the loss carries from step to step; "batch" divides by the
-    mean over the batch; "none" does not divide: weights of images can then be 1e-13, too small for optimizers.
+    mean over the batch; "none" does not divide: the weights of images can then be as small as 1e-13, too small for
+    optimizers.
     sinkhorn_sweeps: number of Sinkhorn sweeps; 0 for none. If positive, the weights come from the entropic plan whose
     marginals are those of the batch: exp(-cost_ii/epsilon + f_i + g_i). This undoes the tilt that plain weights give
-    noise and data. Exactly this many sweeps run, whatever tilt remains.
-    ess: target for choosing epsilon, the effective share of pairs; between 0 and 1.
-    tilt: target for choosing epsilon, the largest relative variance of the marginals' re-weighting; None to use ess.
-    scope: "global" runs the sweeps and the "batch" mean over the rows of all devices; "device" over the rows of each
-    device separately.
+    noise and data. The number of sweeps is fixed, whatever tilt remains.
+    ess: target for choosing epsilon: the effective sample size as a share of the pairs, between 0 and 1.
+    tilt: target for choosing epsilon: the largest relative variance of either marginal's re-weighting; None to use ess.
+    scope: "global" computes the sweeps and the "batch" mean over the rows of all devices; "device" computes them over
+    the rows of each device separately.
 
     Example:
         x0, x1, cond, log_weight = GibbsWeights(epsilon=2.0)(key, x0, x1)
@@ -182,7 +184,7 @@ class GibbsWeights:
 
     @property
     def sees(self) -> str:
-        """The rows that weights depend on: only the pair's own if there are no sweeps and no batch mean."""
+        """The rows that a weight depends on: only its pair ("row") if there are no sweeps and no batch mean."""
         return self.scope if self.sinkhorn_sweeps or self.normalize == "batch" else "row"
 
     def __call__(
@@ -203,7 +205,7 @@ class GibbsWeights:
         return Coupled(x0, x1, cond, log_weight)
 
 
-# What a config may hold; a new coupling is added here.
+# The couplings that a config may hold; add new ones here.
 OwnCoupling = Annotated[Coupling, Own("a function (key, x0, x1, cond) -> Coupled")]
 AnyCoupling = Independent | GibbsWeights | MinibatchOT | OwnCoupling
 
@@ -211,7 +213,7 @@ AnyCoupling = Independent | GibbsWeights | MinibatchOT | OwnCoupling
 def paired_cost(x0: Float[Array, "b *event"], x1: Float[Array, "b *event"], cost: Cost) -> Float[Array, " b"]:
     """Returns the cost of each pair, in at least float32.
 
-    Raises ValueError if a user's function returns another shape and, outside jit, if a cost is NaN.
+    Raises ValueError if a custom cost function returns another shape or, outside jit, if a cost is NaN.
     """
     if callable(cost):
         value = cost(x0, x1)
@@ -257,9 +259,9 @@ def log_mean_exp(x: Float[Array, " b"]) -> Float[Array, ""]:
 
 
 def to_sphere(x: Float[Array, "b *event"]) -> Float[Array, "b *event"]:
-    """Returns x with every sample scaled to norm √d, the typical norm of normal noise; zeros stay zeros.
+    """Returns x with every sample scaled to norm √d, the typical norm of normal noise; samples that are all 0 stay 0.
 
-    On a sphere all data are equally close to normal noise, so plain Gibbs weights do not tilt the data.
+    All points on a sphere are equally close to normal noise, so plain Gibbs weights do not tilt the data.
 
     Example:
         x1 = to_sphere(x1)

@@ -1,4 +1,4 @@
-"""Diagnostics of weights and learned fields: effective sample size, tilt against coupling, path energy, distances."""
+"""Diagnostics of weights and learned fields: effective sample size, tilt versus coupling, path energy, distances."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BLOCK = 1024
 
 
 class WeightReport(NamedTuple):
-    """The effect of Gibbs weights on a block of noise and data samples.
+    """The effect of Gibbs weights on a block of noise samples and data samples.
 
     ess: effective sample size as a share of the pairs. row_std, column_std, interaction_std: standard deviations of the
     three parts of log w, which depend on the noise (row tilt), on the data (column tilt) and on the pair. Only the last
@@ -50,9 +50,9 @@ def effective_sample_size(log_weight: Float[Array, " b"]) -> Float[Array, ""]:
 def weight_report(
     x0: Float[Array, "b *event"], x1: Float[Array, "m *event"], epsilon: float, cost: Cost = "euclidean"
 ) -> WeightReport:
-    """Returns the effect of the weights exp(-cost/epsilon) on all pairs of a block; needs b x m memory.
+    """Returns the effect of the weights exp(-cost/epsilon) on all pairs of x0 and x1; needs b x m memory.
 
-    If row_std or column_std exceeds interaction_std, the weights change which noise or data are learned more than how
+    If row_std or column_std exceeds interaction_std, the weights affect which noise or data are learned more than how
     they are paired, and `warn_if_tilted` warns. All three are inversely proportional to epsilon, so their ratios depend
     only on the samples and the cost. The report covers plain weights, not those of
     `GibbsWeights(sinkhorn_sweeps=...)`, which have almost no tilt.
@@ -98,8 +98,8 @@ def warn_if_tilted(report: WeightReport) -> None:
 class TiltedDistances(NamedTuple):
     """How far Gibbs weights move each marginal: W2 between the samples and their tilted version.
 
-    noise_floor, data_floor: W2 between two halves of the sample; independent samples of this size do not show smaller
-    differences. The distances noise and data are more precise, because both sides come from the same sample.
+    noise_floor, data_floor: W2 between two halves of the sample; independent samples of this size cannot show smaller
+    differences. The distances `noise` and `data` are more precise, because both sides come from the same sample.
     """
 
     noise: Float[Array, ""]
@@ -115,8 +115,8 @@ def tilted_wasserstein(
 
     A flow trained with plain weights learns the tilted marginals: f(x) mu(dx) with f = E_data[w(x, .)] / E[w], and
     likewise g(y) nu(dy). Here f and g are means over the samples. Systematic resampling turns the tilted sample into
-    one of equal weights, and an exact assignment matches it with the untilted one: O(b³) on the host, seconds for
-    1,000 samples.
+    one with equal weights, and an exact assignment matches it to the original one: O(b³) on the host, seconds for 1,000
+    samples.
 
     Example:
         distances = tilted_wasserstein(x0, x1, epsilon=2.0)
@@ -134,7 +134,7 @@ def tilted_wasserstein(
 def resample(x: Float[Array, "b *event"], log_weight: Float[Array, " b"]) -> Float[Array, "b *event"]:
     """Returns b samples of equal weight: sample i is repeated b w_i / Σw times, rounded so that the total is b.
 
-    The method is systematic resampling, deterministic at the midpoints (i + 1/2) / b; equal weights give x itself.
+    The method is systematic resampling with deterministic points (i + 1/2) / b; equal weights give x itself.
 
     Example:
         tilted = resample(x, log_weight)
@@ -157,12 +157,12 @@ def choose_epsilon(
     cost: Cost = "euclidean",
     sinkhorn_sweeps: int = 0,
 ) -> float:
-    """Returns the smallest epsilon at which independent pairs meet a target effective sample size or tilt.
+    """Returns the smallest epsilon at which independent pairs reach a target effective sample size or tilt.
 
-    ess: smallest effective share of the pairs (x0_i, x1_i). tilt: largest relative variance of either marginal's
-    re-weighting; set ess to None to use it. sinkhorn_sweeps: number of Sinkhorn sweeps that correct the weights before
-    their ess is computed. The search bisects log epsilon; a tilt or Sinkhorn sweeps need b x b memory. Raises
-    ValueError unless exactly one target is given and in range, or if the mean cost is 0 or not finite.
+    ess: smallest effective sample size, as a share of the pairs (x0_i, x1_i). tilt: largest relative variance of either
+    marginal's re-weighting; set ess to None to use it. sinkhorn_sweeps: number of Sinkhorn sweeps that correct the
+    weights before their ess is computed. The search bisects log epsilon; a tilt or Sinkhorn sweeps need b x b memory.
+    Raises ValueError unless exactly one target is given and is in range, or if the mean cost is 0 or not finite.
 
     Example:
         epsilon = choose_epsilon(x0, x1, ess=0.5)
@@ -195,13 +195,13 @@ def choose_epsilon(
         enough = kept(middle)
         return jnp.where(enough, low, middle), jnp.where(enough, middle, high)
 
-    # In units of the mean cost, from 6e-6 to 2e5, to float32's last digit.
+    # In units of the mean cost, epsilon is searched from 6e-6 to 2e5, to the last digit of float32.
     bounds = jax.lax.fori_loop(0, 30, halve, (jnp.array(-12.0), jnp.array(12.0)))
     return scale * float(jnp.exp(bounds[1]))
 
 
 def fit_epsilon(coupling: GibbsWeights, x0: Float[Array, "b *event"], x1: Float[Array, "b *event"]) -> GibbsWeights:
-    """Returns the coupling with an epsilon chosen from independent pairs for the coupling's own target and cost.
+    """Returns the coupling with epsilon chosen from independent pairs for the coupling's target and cost.
 
     The target is `tilt` if given, otherwise `ess`. With a tilt or Sinkhorn sweeps, only the first 1,024 pairs are used;
     the ess of plain weights uses all. A coupling that already has an epsilon is returned unchanged.
@@ -268,7 +268,7 @@ def signed_path_energy(energy: Float[Array, ""] | float, squared_distance: Float
 def wasserstein(x: Float[Array, "b *event"], y: Float[Array, "b *event"]) -> Float[Array, ""]:
     """Returns the exact 2-Wasserstein distance between two samples of equal size.
 
-    Two samples of the same distribution also have a positive distance; compare with it. Raises ValueError if the
+    Two samples from the same distribution also have a positive distance; compare with that. Raises ValueError if the
     samples differ in shape.
 
     Example:

@@ -2,7 +2,7 @@
 
 Let c be the embedding of (t, interval, class). A layer computes
 
-    (a, b, g, a', b', g') = W silu(c)                     (W is initialised to 0, so each layer starts as the identity)
+    (a, b, g, a', b', g') = W silu(c)                     (W is initialised to 0, so every layer starts as the identity)
     h <- h + g · Attention(norm(h) (1 + b) + a),   h <- h + g' · MLP(norm(h) (1 + b') + a')
 """
 
@@ -31,7 +31,7 @@ ATTENTIONS = ("softmax", "soft", *KERNELS)
 OwnAttention = Annotated[Kernel | FeatureMap, Own("a FeatureMap or a Kernel")]
 PATCH_ORDER = "channel_last"
 DIT_LAYER_NORM_EPS = 1e-6
-MAX_POSITIONS = 1 << 28  # largest size of the position table, which is a constant of every trace
+MAX_POSITIONS = 1 << 28  # largest size of the position table, which every trace holds as a constant
 
 
 @config
@@ -44,13 +44,13 @@ class DiTConfig:
     patch_size: side of the square patch that becomes one token; it must divide the sides of the image.
     width: number of channels of a token, a multiple of head_dim.
     num_layers: number of transformer layers.
-    head_dim: number of channels of an attention head.
+    head_dim: number of channels per attention head.
     expansion: hidden width of the feed-forward layers, as a multiple of width.
     num_classes: number of classes that the field is conditioned on; 0 for none.
-    attention: attention kernel of the layers, by name, or one of your own.
+    attention: attention kernel of the layers: a name, or a kernel or feature map of your own.
     intervals: also predict average velocities over an interval (MeanFlow).
-    time_scale: factor on times before the sinusoidal embedding, which expects 0 to 1,000; the loss of MeanFlow contains
-    a derivative in t, so MeanFlow needs a small factor, such as 1.0.
+    time_scale: factor on times before the sinusoidal embedding, which expects 0 to 1,000; MeanFlow's loss contains a
+    derivative in t, so MeanFlow needs a small factor, such as 1.0.
     dtype: dtype of matrix products and activations; parameters, norms and the modulation stay float32.
     remat: recompute layers in the backward pass instead of storing them.
     """

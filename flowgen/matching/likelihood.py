@@ -29,13 +29,13 @@ def log_prob(
     atol: float = 1e-5,
     max_steps: int = 4096,
 ) -> Float[Array, " b"]:
-    """Returns log p1(x1) = log p0(x0) - ∫ div v dt in nats, along the path that ends in x1; it is differentiable.
+    """Returns log p1(x1) = log p0(x0) - ∫ div v dt in nats, along the path that ends at x1; it is differentiable.
 
-    key: None for the exact divergence, with one Jacobian-vector product per dimension and only the solver's error; a
-    key for Hutchinson's estimate with one Rademacher probe per sample, fixed along the whole path (Grathwohl et al.,
-    arXiv 1810.01367). log_p0: log density of x0, standard normal by default. The other settings are those of
-    `integrate`. With "dopri5", the tolerances apply jointly to the state and the integral of the divergence, and only
-    reverse-mode differentiation works. The integral is accumulated in at least float32.
+    key: None for the exact divergence, with one Jacobian-vector product per dimension and no error other than the
+    solver's; a key for Hutchinson's estimate, with one Rademacher probe per sample, fixed along the whole path
+    (Grathwohl et al., arXiv 1810.01367). log_p0: log density of x0, standard normal by default. The other settings are
+    those of `integrate`. With "dopri5", the tolerances apply to the state and the integral of the divergence together,
+    and only reverse-mode differentiation works. The integral is accumulated in at least float32.
 
     Example:
         lp = log_prob(velocity, x1, key=jax.random.key(0))
@@ -67,7 +67,7 @@ def log_prob(
         max_steps=max_steps,
     )
     x0, change = state[:, :-1].reshape(x1.shape), state[:, -1]
-    # Integrated backwards in time, the divergence has the opposite sign.
+    # Integration backwards in time flips the sign of the divergence.
     if log_p0 is None:
         return gaussian_log_density(x0.reshape(len(x0), -1)).sum(axis=1) + change
     return log_p0(x0) + change
@@ -83,7 +83,7 @@ def divergence(
 ) -> tuple[Float[Array, "b *event"], Float[Array, " b"]]:
     """Returns v and, per sample, its divergence Σ_i ∂v_i/∂x_i, or Hutchinson's estimate of it if a probe is given.
 
-    The estimate is probe · (∂v/∂x) probe. The exact divergence takes one Jacobian-vector product of the whole batch per
+    The estimate is probe · (∂v/∂x) probe. The exact divergence costs one Jacobian-vector product of the whole batch per
     dimension. Sums are in at least float32.
 
     Example:

@@ -20,7 +20,7 @@ from flowgen.matching.solvers import Velocity
 from flowgen.matching.times import Uniform
 from flowgen.rows import ROWS, Rows, batch_rows
 
-# Update rate of the running log-mean of the Gibbs weights.
+# Update rate for the running log-mean of the Gibbs weights.
 RUNNING_RATE = 0.01
 BATCH_NAMES = ("x1", "x0", "cond", ROWS)
 
@@ -28,10 +28,10 @@ Loss = Callable[..., tuple[Any, ...]]
 
 
 class Pairs(NamedTuple):
-    """Training pairs that every loss in this package uses: coupled, weighted, and with label dropout applied.
+    """Training pairs, as every loss in this package uses them: coupled, weighted, and with label dropout applied.
 
-    ess: effective sample size of the batch, as a share of it. log_mean: the running log-mean of the weights, for the
-    next step. Both cover the whole batch, even if it is split over several devices.
+    ess: effective sample size of the batch, as a share of it. log_mean: the running log-mean of the weights, to pass to
+    the next step. Both cover the whole batch, even if it is split over several devices.
     """
 
     x0: Float[Array, "b *event"]
@@ -53,13 +53,12 @@ def flow_matching_loss(
     """Returns loss_fn(velocity, batch, key, log_mean=None) -> (loss, metrics, log_mean): E[w |v(t, x_t) - u_t|²].
 
     velocity(t, x, cond): any callable that predicts `prediction`. The loss compares the prediction itself: x1 with x1,
-    noise with x0, and beta · score with -x0. The score learned is ∇ log p_t if the coupling is independent.
+    noise with x0, and beta · score with -x0. The learned score is ∇ log p_t if the coupling is independent.
     batch: "x1" data, "x0" noise (standard normal if missing), "cond" labels or None, and "rows" (`flowgen.rows.Rows`),
     which a training step adds so that the random numbers do not depend on the number of devices. The squared error is
-    averaged over dimensions, in at least float32. label_dropout: probability that a label is replaced by -1, drawn
-    independently for each example. log_mean: the running log-mean of the weights, -inf or None before the first step;
-    the loss returns the updated value. Only "running" normalisation needs it. Raises ValueError if settings or shapes
-    are invalid.
+    averaged over dimensions, in at least float32. label_dropout: probability with which each label is independently
+    replaced by -1. log_mean: the running log-mean of the weights, -inf or None before the first step; the loss returns
+    the updated value. Only "running" normalisation needs it. Raises ValueError if settings or shapes are invalid.
 
     Example:
         loss_fn = flow_matching_loss(path=CondOT(), coupling=GibbsWeights(epsilon=2.0), time=Uniform())
@@ -94,7 +93,7 @@ def residual(
     value: Float[Array, "b *event"],
     kind: Prediction,
 ) -> Float[Array, "b *event"]:
-    """Returns the error of a prediction in the prediction's own units; the error of a score is multiplied by beta.
+    """Returns a prediction's error in the units of that prediction; the error of a score is multiplied by beta.
 
     Example:
         loss = mean_square(residual(path, t, pairs, point, network(t, point.x_t), "x1")).mean()
@@ -109,7 +108,7 @@ def residual(
 
 
 def rows_of(batch: dict[str, Any], key: Key[Array, ""]) -> Rows:
-    """Returns the rows of a batch for a loss; makes them with `key` if the batch has none.
+    """Returns the rows of a batch for a loss; creates them from `key` if the batch has none.
 
     Raises ValueError if the batch has unknown names.
 
@@ -128,12 +127,12 @@ def draw_pairs(
     *,
     label_dropout: float = 0.0,
 ) -> Pairs:
-    """Returns the pairs of a batch with their weights; every loss starts with this step.
+    """Returns the pairs of a batch with their weights, the first step of every loss.
 
-    It draws noise if the batch has none, applies the coupling (independent by default), and replaces a share of the
-    labels by -1. Weights are exp(log_weight). If the coupling is `GibbsWeights` with normalize="running", they are
-    divided by the exponential of a running mean: log_mean ← log_mean + 0.01 (log mean w - log_mean). It starts at the
-    value of the batch if log_mean is -inf or None. The mean covers all devices that share the batch. No gradient flows
+    Draws noise if the batch has none, applies the coupling (independent by default), and replaces a share of the labels
+    with -1. Weights are exp(log_weight). If the coupling is `GibbsWeights` with normalize="running", they are divided
+    by the exponential of a running mean: log_mean ← log_mean + 0.01 (log mean w - log_mean). If log_mean is -inf or
+    None, the mean starts at the value for this batch. It covers all devices that share the batch. No gradient flows
     through the weights.
 
     Example:
@@ -159,7 +158,7 @@ def draw_pairs(
 def couple(
     rows: Rows, coupling: Coupling, x0: Float[Array, "b *event"], x1: Float[Array, "b *event"], cond: Any
 ) -> Coupled:
-    """Returns the coupled pairs of these rows; gathers the rows of all devices first if the coupling needs them.
+    """Returns the coupled pairs for these rows; first gathers the rows of all devices if the coupling needs them.
 
     The attribute `sees` of a coupling is "row" if it treats each pair separately. It is "device" if the coupling uses
     only the rows of one device; the result then depends on the number of devices. Otherwise it is "global".
@@ -175,14 +174,14 @@ def couple(
 
 
 def _coupled(result: Any) -> Coupled:
-    """What a coupling gave, which may be a user's own."""
+    """Returns a coupling's result as a `Coupled`; raises ValueError if a custom coupling returned anything else."""
     if not isinstance(result, tuple) or len(result) != len(Coupled._fields):
         raise ValueError(f"coupling gave {shown(result)}; it must give (x0, x1, cond, log_weight), a Coupled.")
     return Coupled(*result)
 
 
 def followed_log_mean(log_mean: Float[Array, ""] | None, found: Float[Array, ""]) -> Float[Array, ""]:
-    """Returns the running log-mean after a batch whose log-mean is `found`; the first batch gives its initial value.
+    """Returns the running log-mean after a batch whose log-mean is `found`; the first batch sets its initial value.
 
     Example:
         log_mean = followed_log_mean(log_mean, log_mean_exp(log_weight))
@@ -204,7 +203,7 @@ def combined_log_mean(before: Float[Array, ""], followed: Float[Array, " parts"]
 
 
 def draw_point(rows: Rows, path: Path, t: Float[Array, " b"], pairs: Pairs) -> PathSample:
-    """Returns x_t and u_t of each pair; the noise of a path with spread is drawn with the key of the pair's row.
+    """Returns x_t and u_t of each pair; a path with spread draws each pair's noise with the key of its row.
 
     Example:
         point = draw_point(path_rows, CondOT(), t, pairs)
@@ -224,7 +223,7 @@ def mean_square(error: Float[Array, "b *event"]) -> Float[Array, " b"]:
 
 
 def check_data(x0: Array, x1: Array, cond: Any, label_dropout: float) -> None:
-    """Raises ValueError unless data are floating-point numbers and conditions have one row per sample.
+    """Raises ValueError unless noise and data are floating-point arrays and conditions have one row per sample.
 
     With label dropout, labels must be an integer array of shape `b`.
 
@@ -248,7 +247,7 @@ def check_data(x0: Array, x1: Array, cond: Any, label_dropout: float) -> None:
 
 
 def check_parts(path: object, coupling: object, time: object) -> None:
-    """Raises ValueError unless path, coupling and time are objects that a loss can use, rather than names or classes.
+    """Raises ValueError unless path, coupling and time are objects that a loss can use, not names or classes.
 
     Example:
         check_parts(CondOT(), MinibatchOT(), Uniform())
@@ -276,7 +275,7 @@ def check_step(velocity: object, batch: object, key: object) -> None:
 
 
 def check_names(batch: dict[str, Any]) -> None:
-    """Raises ValueError unless a batch has "x1" and, apart from it, only "x0", "cond" and "rows".
+    """Raises ValueError unless a batch has "x1" and otherwise at most "x0", "cond" and "rows".
 
     Example:
         check_names({"x1": images, "cond": labels})

@@ -1,12 +1,12 @@
 """MeanFlow: average velocity over an interval of the path, for sampling in one step (Geng et al., arXiv 2505.13447).
 
 u(t, x, cond, interval) = 1/interval ∫ v(τ, x_τ) dτ over [t, t + interval], along the trajectory through x at t. For
-interval 0, u is v itself. Multiply by interval and differentiate along the trajectory. The end t + interval is fixed,
-so interval decreases as t increases:
+interval 0, u is v itself. Multiplying by interval and differentiating along the trajectory gives the identity below.
+The end t + interval is fixed, so interval decreases as t increases:
 
     u = v + interval · du/dt,    du/dt = ∂u/∂t + (∂u/∂x) v - ∂u/∂interval                               (identity)
 
-The paper has noise at t = 1 and fits u = v - (t - r) du/dt; here data are at t = 1, and interval is the paper's t - r.
+The paper has noise at t = 1 and fits u = v - (t - r) du/dt. Here data are at t = 1, and interval is the paper's t - r.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from flowgen.matching.times import LogitNormal
 
 AverageVelocity = Callable[[Array, Array, Any, Array], Array]
 
-# The published code has noise at t = 1 and draws logit-normal times with mean -0.4, which is 0.4 here.
+# The published code has noise at t = 1 and draws logit-normal times with mean -0.4, which corresponds to 0.4 here.
 PUBLISHED_TIME = LogitNormal(mean=0.4, std=1.0)
 # Added to the squared error in the divisor of the adaptive weight.
 ADAPTIVE_OFFSET = 0.01
@@ -60,14 +60,14 @@ def mean_flow_loss(
 
     The loss is E[w a |u(t, x_t, interval) - target|²] with target = v + interval · du/dt from the identity above. Here
     v is the path's u_t, and du/dt is one Jacobian-vector product. The square is *summed* over dimensions, as in the
-    published code, and a = 1 / (square + 0.01)^power is its adaptive weight. No gradient flows through target or a.
-    t and t + interval are the smaller and the larger of two draws of `time`. The defaults are the published ones.
+    published code, and a = 1 / (square + 0.01)^power is its adaptive weight. No gradient flows through target or a. t
+    and t + interval are the smaller and the larger of two draws from `time`. The defaults are the published ones.
 
     instantaneous: share of the pairs with interval 0. power: with power 1, the contribution of each pair stays below 1,
     so monitor "unweighted_loss", the square averaged over dimensions. In high dimensions, all squares are similar. In
     low dimensions, the weight moves the minimum towards the most likely target, so use power 0. guidance_weight: w in
     (1 + w) v - w u(t, x, -1, 0), which replaces v if the label is not -1; one step then draws guided samples. It needs
-    integer labels, and label_dropout to train the field for -1. batch, label_dropout and log_mean: see
+    integer labels, and a label_dropout above 0 to train the field for -1. batch, label_dropout and log_mean: see
     `flow_matching_loss`. Raises ValueError if settings are invalid.
 
     Example:
@@ -130,7 +130,7 @@ def average_and_target(
     interval: Float[Array, " b"],
     v: Float[Array, "b *event"],
 ) -> tuple[Float[Array, "b *event"], Float[Array, "b *event"]]:
-    """Returns u(t, x_t, cond, interval) and its target, the identity's right side, v + interval · du/dt.
+    """Returns u(t, x_t, cond, interval) and its target, the right-hand side of the identity: v + interval · du/dt.
 
     No gradient flows through the target. The two agree if u is the average velocity of the field v. If v holds the
     velocities of single pairs, they agree in expectation, because the target is affine in v.
@@ -171,7 +171,7 @@ def guided_target(
 def integrate_mean(
     average_velocity: AverageVelocity, x0: Float[Array, "b *event"], cond: Any = None, *, num_steps: int = 1
 ) -> tuple[Float[Array, "b *event"], int]:
-    """Returns samples and the number of evaluations: steps x ← x + interval · u(t, x, cond, interval) of equal length.
+    """Returns samples and the number of evaluations; takes equal steps x ← x + interval · u(t, x, cond, interval).
 
     Raises ValueError for fewer than one step.
 

@@ -1,4 +1,4 @@
-"""The training options of a velocity network, as plain data, and their objective for the training loop."""
+"""Training options of a velocity network, as plain data, and the objective for the training loop."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ from flowgen.rows import StatefulObjective, batch_rows, with_rows, without_rows
 from flowgen.settings import config
 from flowgen.settings.ranges import Fraction, NonNegative
 
-# The train state's collection that holds the running log-mean of weights.
+# The collection of the train state that holds the running log-mean of the weights.
 STATE = "matching"
-# Number of pairs for choosing epsilon and checking the tilt: enough for a mean, and the cost matrix fits in memory.
+# Number of pairs for choosing epsilon and checking the tilt: enough for a mean, yet the cost matrix fits in memory.
 REPORT_PAIRS = 1024
 
 
@@ -103,7 +103,7 @@ class MatchingConfig:
         return self.loss.prediction if isinstance(self.loss, FlowMatching) else "velocity"
 
     def fitted(self, x0: Float[Array, "b *event"], x1: Float[Array, "b *event"]) -> MatchingConfig:
-        """Returns this config with epsilon, if it is unset, chosen from samples of noise and data.
+        """Returns this config; if epsilon is unset, chooses it from samples of noise and data.
 
         Warns (UserWarning) if plain Gibbs weights re-weight noise or data more than they couple them.
         """
@@ -136,7 +136,7 @@ class MatchingConfig:
         )
 
     def state(self) -> dict[str, Any]:
-        """Returns the collection that training carries from step to step; empty unless weights have a running mean."""
+        """Returns the collection that training carries across steps; empty unless the weights have a running mean."""
         running = isinstance(self.coupling, GibbsWeights) and self.coupling.normalize == "running"
         return {STATE: {"log_mean": jnp.full((), -jnp.inf, jnp.float32)}} if running else {}
 
@@ -150,10 +150,11 @@ def matching_objective(
 ) -> Callable[..., tuple]:
     """Returns the objective (variables, batch, key) -> (loss, metrics[, carried state]) of a velocity network.
 
-    pairs(key, batch): returns the input of `loss_fn`: "x1", and optionally "x0" and "cond". Each device gets its own
-    key; draws with `batch_rows(batch, key, num)` are the same on any number of devices. The carried state is the
-    running log-mean of the weights; it exists if `variables` has the collection "matching". train: apply dropout. If
-    the network's config has a positive `dropout`, the network is then applied row by row, with one dropout key per row.
+    pairs(key, batch): returns the input of `loss_fn`: "x1", and optionally "x0" and "cond". Each device gets a
+    different key, but draws with `batch_rows(batch, key, num)` are the same on any number of devices. The carried state
+    is the running log-mean of the weights; it is returned if `variables` has the collection "matching". train: apply
+    dropout. If the network's config has a positive `dropout`, the network is then applied row by row, with one dropout
+    key per row.
 
     Example:
         pairs = lambda key, batch: {"x1": from_uint8(batch.pixels)}
@@ -196,8 +197,8 @@ def combined_state(before: dict[str, Any], parts: dict[str, Any]) -> dict[str, A
 def velocity_field(network: Any, variables: Any, matching: MatchingConfig) -> Velocity:
     """Returns the velocity function (t, x, cond) -> v of a trained network, whatever the network predicts.
 
-    A prediction of x1, noise or score is evaluated and converted only at times with alpha/beta within [0.02, 50]:
-    closer to an end of the path, the conversion would amplify its error without bound.
+    A prediction of x1, noise or score is evaluated and converted only where alpha/beta is between 0.02 and 50: closer
+    to an end of the path, the conversion would amplify its error without bound.
 
     Example:
         x1, nfe = integrate(velocity_field(network, variables, matching), x0, labels)

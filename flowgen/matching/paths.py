@@ -1,6 +1,6 @@
 """Probability paths from noise x0 (t = 0) to data x1 (t = 1).
 
-An affine path is x_t = alpha_t x1 + beta_t x0 (+ spread_t · noise), and its target velocity is
+An affine path is x_t = alpha_t x1 + beta_t x0 (+ spread_t · noise). Its target velocity is
 u_t = alpha'_t x1 + beta'_t x0 (+ spread'_t/spread_t (x_t - mean)). If x0 is Gaussian, beta_t is often called sigma_t.
 """
 
@@ -16,7 +16,7 @@ from flowgen.matching.checks import check_pair
 from flowgen.settings import config
 from flowgen.settings.ranges import NonNegative, Positive, ProperFraction, Within
 
-# Conversions, but not paths, are singular at the ends: they stay this far away, in time and in alpha/beta.
+# Unlike paths, conversions are singular at the ends: they stay this far away, in time and in alpha/beta.
 SMALLEST = 1e-5
 
 
@@ -52,12 +52,12 @@ class Path(Protocol):
         ...
 
     def __hash__(self) -> int:
-        """Returns the same number for equal paths, like the hash of a frozen dataclass."""
+        """Returns equal numbers for equal paths, like the hash of a frozen dataclass."""
         ...
 
 
 class AffinePath:
-    """Base class of paths that a schedule defines, with an optional constant Gaussian spread."""
+    """Base class of paths defined by a schedule, with an optional constant Gaussian spread."""
 
     @property
     def spread(self) -> float:
@@ -172,8 +172,8 @@ class VariancePreserving(AffinePath):
 class LinearVariancePreserving(AffinePath):
     """The path x_t = t x1 + √(1 - t²) x0: variance preserving, with linear alpha.
 
-    beta' = -t/beta is infinite at t = 1. The divisor is therefore at least √1e-5, the value of beta 5e-6 before the
-    end.
+    beta' = -t/beta is infinite at t = 1. The divisor is therefore bounded below by √1e-5, the value of beta 5e-6 before
+    the end.
 
     Example:
         point = LinearVariancePreserving().sample(key, t, x0, x1)
@@ -189,7 +189,7 @@ class SchroedingerBridge:
     """The Brownian bridge x_t = (1-t) x0 + t x1 + sigma √(t(1-t)) noise, for entropic couplings (Tong 2307.03672).
 
     u_t = (1 - 2t) / (2t(1-t)) (x_t - mean) + x1 - x0. In terms of the noise, u_t diverges only like t^-½ at t = 0 and
-    (1-t)^-½ at t = 1. Times are clipped to 1e-5 from both ends.
+    (1-t)^-½ at t = 1. Times are clipped to stay 1e-5 away from both ends.
 
     sigma: standard deviation of the bridge's noise; positive.
     """
@@ -212,7 +212,7 @@ class SchroedingerBridge:
         return PathSample(x_t, self.sigma * rate * noise + x1 - x0, noise)
 
     def score_scale(self, t: Float[Array, " b"]) -> Float[Array, " b"]:
-        """Returns lambda_t = 2 √(t(1-t)) / sigma, the weight of score matching, which fits lambda_t s to -noise."""
+        """Returns lambda_t = 2 √(t(1-t)) / sigma, the factor in score matching, which fits lambda_t s to -noise."""
         return 2 * jnp.sqrt(t * (1 - t)) / self.sigma
 
 
@@ -222,5 +222,5 @@ def schedule_over(path: Path, t: Float[Array, " b"], x: Float[Array, "b *event"]
 
 
 def over_event(t: Float[Array, "..."], x: Float[Array, "b *event"]) -> Float[Array, "..."]:
-    """Returns numbers, one per sample, in a shape and dtype that broadcast over x."""
+    """Returns numbers, one per sample, in the dtype of x and in a shape that broadcasts over x."""
     return t.reshape(t.shape + (1,) * (x.ndim - t.ndim)).astype(x.dtype)

@@ -14,17 +14,17 @@ from scipy.optimize import linear_sum_assignment
 
 from flowgen.backend import call_host, keep_axes, varying
 
-# Settings of the Sinkhorn potentials that speed up the assignment: epsilon, in units of the mean cost, and sweeps.
+# Settings of the Sinkhorn potentials that speed up the assignment: epsilon (in units of the mean cost) and sweeps.
 ASSIGNMENT_EPSILON, ASSIGNMENT_SWEEPS = 0.02, 5
 # Epsilon starts at the mean cost and falls by the factor ANNEALING per stage. All stages but the last are solved to the
-# tolerance ROUGHLY, with at most ROUGH_SWEEPS sweeps.
+# tolerance ROUGHLY, in at most ROUGH_SWEEPS sweeps.
 ANNEALING, ROUGHLY, ROUGH_SWEEPS = 4.0, 0.1, 50
 # Over-relaxation factor of a sweep while the error decreases (Thibault et al., arXiv 1711.01851).
 OVER_RELAXATION = 1.8
 
 
 class EntropicPlan(NamedTuple):
-    """A plan over a batch, with exact row sums; column sums deviate by the share `error` of their mass on average.
+    """A plan over a batch. Row sums are exact; `error` is the mean relative deviation of the column sums.
 
     log_plan: log of b² times the plan, so that rows and columns have mean 1. sweeps: number of sweeps in the last
     stage.
@@ -38,12 +38,12 @@ class EntropicPlan(NamedTuple):
 def entropic_plan(
     cost: Float[Array, "b b"], allowed: Bool[Array, "b b"], epsilon: float, *, tolerance: float, max_sweeps: int
 ) -> EntropicPlan:
-    """Returns the plan on the `allowed` pairs that minimises cost minus epsilon times entropy.
+    """Returns the plan over the `allowed` pairs that minimises cost minus epsilon times entropy.
 
     epsilon is in units of the mean cost. The method is Sinkhorn's iteration in the log domain with decreasing epsilon.
-    After each stage the potentials are added to the matrix; those of the next stage are then small, and the marginals
-    are exact to float32. Sweeps end when rows and columns are within `tolerance`, or after max_sweeps sweeps in the
-    last stage, so check `error`. The diagonal must be allowed. If all costs are 0, the plan is uniform.
+    After each stage, the potentials are added to the matrix; those of the next stage are then small, and the marginals
+    are accurate to float32. Sweeps end when the row and column sums are within `tolerance`, or after max_sweeps sweeps
+    in the last stage, so check `error`. The diagonal must be allowed. If all costs are 0, the plan is uniform.
     """
     solve = partial(_entropic_plan, epsilon=epsilon, tolerance=tolerance, max_sweeps=max_sweeps)
     return EntropicPlan(*keep_axes(solve, cost, allowed, named=[(cost, "b m")], out=("b m", "", "")))
@@ -76,14 +76,14 @@ def _entropic_plan(
 
 def relative_cost(cost: Float[Array, "b m"]) -> Float[Array, "b m"]:
     """Returns costs of any magnitude in units of their mean; zeros if all are 0."""
-    # Clip the divisor to the range that float32 can divide by.
+    # Clip the divisor to numbers that float32 can divide by.
     scaled = cost / jnp.clip(jnp.abs(cost).max(), 1e-30, 1e30)
     mean = scaled.mean()
     return scaled / jnp.where(mean == 0, 1, mean)
 
 
 def _falling(epsilon: float) -> list[float]:
-    """Returns decreasing epsilons, from 1 to the requested one."""
+    """Returns the epsilons of all stages, decreasing from 1 to the requested one."""
     stages, current = [], 1.0
     while current > epsilon:
         stages.append(current)
@@ -94,8 +94,7 @@ def _falling(epsilon: float) -> list[float]:
 def _potentials(
     logits: Float[Array, "b b"], tolerance: Float[Array, ""], most: Int[Array, ""]
 ) -> tuple[Float[Array, " b"], Float[Array, " b"], Int[Array, ""]]:
-    """Returns f, g such that rows and columns of exp(logits + f + g) have mean 1 within the tolerance, and the number
-    of sweeps."""
+    """Returns f, g and the sweep count; rows and columns of exp(logits + f + g) have mean 1 within the tolerance."""
     log_size = jnp.log(jnp.asarray(len(logits), logits.dtype))
 
     def sweep(state):
@@ -119,9 +118,9 @@ def _potentials(
 
 
 def sinkhorn_potentials(logits: Float[Array, "b b"], num_sweeps: int) -> tuple[Float[Array, " b"], Float[Array, " b"]]:
-    """Returns f, g such that rows and columns of exp(logits_ij + f_i + g_j) have mean 1.
+    """Returns f and g such that the rows and columns of exp(logits_ij + f_i + g_j) have mean 1.
 
-    After each sweep the columns are exact and the rows approximate. The sweeps are in the log domain, so finite logits
+    After each sweep, the columns are exact and the rows approximate. The sweeps are in the log domain, so finite logits
     give finite potentials.
 
     Example:
@@ -142,7 +141,7 @@ def sinkhorn_potentials(logits: Float[Array, "b b"], num_sweeps: int) -> tuple[F
 
 
 def corrected_log_weight(logits: Float[Array, "b b"], num_sweeps: int) -> Float[Array, " b"]:
-    """Returns the log-weights logits_ii + f_i + g_i of pairs (i, i) in the plan with the marginals of the batch."""
+    """Returns the log-weights logits_ii + f_i + g_i of the pairs (i, i) in the plan with the marginals of the batch."""
 
     def solve(logits):
         f, g = sinkhorn_potentials(logits, num_sweeps)
@@ -154,8 +153,8 @@ def corrected_log_weight(logits: Float[Array, "b b"], num_sweeps: int) -> Float[
 def assignment(cost: Float[Array, "b b"]) -> Int[Array, " b"]:
     """Returns the column of each row in the assignment with the smallest total cost; scipy solves it on the host.
 
-    Sinkhorn potentials are first subtracted from the costs. These constants per row and column do not change the
-    optimum, and scipy then takes about half the time. Costs that are not finite count as 0.
+    Sinkhorn potentials, one constant per row and column, are first subtracted from the costs. This does not change the
+    optimum, and roughly halves scipy's time. Costs that are not finite count as 0.
     """
     return keep_axes(_assignment, cost, named=[(cost, "b m")], out="b")
 

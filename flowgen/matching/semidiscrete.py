@@ -1,4 +1,4 @@
-"""Semidiscrete optimal transport: each fresh x0 is paired with a sample of the whole dataset, not of a batch.
+"""Semidiscrete optimal transport: each new x0 is paired with a sample from the whole dataset, not from a batch.
 
 The plan partitions space: x0 goes to argmax_j (g_j - |x0 - y_j|²). The potentials g, one number per data point, give
 each data point a cell of equal probability. They are learned once, before training (Mousavi-Hosseini et al.,
@@ -28,7 +28,7 @@ _OTT = (
 )
 # Initial learning rate of Adam, before cosine decay, in units of the standard deviation of an x0's costs over the data.
 LEARNING_RATE = 0.05
-# Weight of the newest potentials in the running mean that is returned.
+# Weight of the newest potentials in their running mean, which is the result.
 AVERAGING = 0.02
 
 
@@ -36,9 +36,9 @@ AVERAGING = 0.02
 class SemidiscreteOT:
     """Pairs each x0 with the data point in whose cell it lies; all weights are 1.
 
-    It replaces the data and labels of the batch. y: the data. potentials: from `fit_semidiscrete`, or any other solver
-    for the squared Euclidean cost. labels: the data's labels, returned as cond. With labels, a class trains only on the
-    noise in its cells, but is sampled from all noise, so use this coupling for unconditional models or with guidance
+    It replaces the data and labels of the batch. y: the dataset. potentials: from `fit_semidiscrete`, or any other
+    solver for the squared Euclidean cost. labels: the data's labels, returned as cond. A class is then trained only on
+    the noise in its cells, but sampled from all noise, so use this coupling for unconditional models, or with guidance
     that accounts for the difference. Needs b x n memory.
 
     Raises ValueError if shapes do not match, or if the batch has a condition and the data have no labels.
@@ -76,7 +76,7 @@ class SemidiscreteOT:
 
 
 class SemidiscreteFit(NamedTuple):
-    """A fitted coupling, and the χ² of its cells' probabilities against equal ones as its error.
+    """A fitted coupling and its error: the χ² divergence of its cells' probabilities from equal ones.
 
     The error is an unbiased estimate from draws of noise. For exact potentials it is about 0 and may be negative.
     """
@@ -97,8 +97,8 @@ def fit_semidiscrete(
     """Returns the semidiscrete coupling of a noise distribution with the data y, and its remaining error.
 
     OTT-JAX optimises the dual of the transport problem with Adam, on num_steps batches of noise. noise: a function
-    (key, shape, dtype) -> x0. More data need more steps and larger batches: in total, each data point should be hit
-    dozens of times. Raises ModuleNotFoundError if OTT-JAX is not installed, and ValueError if settings are invalid.
+    (key, shape, dtype) -> x0. Larger datasets need more steps and larger batches: in total, each data point should be
+    hit dozens of times. Raises ModuleNotFoundError if OTT-JAX is not installed, and ValueError if settings are invalid.
 
     Example:
         coupling, error = fit_semidiscrete(jax.random.key(0), images, labels)

@@ -21,7 +21,7 @@ Velocity = Callable[[Array, Array, Any], Array]
 FixedMethod = Literal["euler", "midpoint", "heun", "rk4"]
 Method = Literal["euler", "midpoint", "heun", "rk4", "dopri5"]
 
-# The first step of dopri5; the error determines the later steps.
+# Size of dopri5's first step; the error determines the later ones.
 FIRST_STEP = 0.01
 
 # Butcher tableaus: stage times c, stage weights a, result weights b.
@@ -50,16 +50,15 @@ def integrate(
 
     times: the grid, increasing within [0, 1]; if None, num_steps equal steps. reverse: integrate from data to noise,
     backwards over the grid. velocity(t, x, cond) gets t of shape `b`. The state is accumulated in at least float32,
-    whatever the dtype of x0. Outside jit, every call compiles the scan over steps again, so jit the caller.
+    whatever the dtype of x0. Outside jit, every call recompiles the scan over steps, so jit the caller.
 
-    method "dopri5" chooses its own steps, with one size for the whole batch, to keep the root mean square of
-    error / (atol + rtol |x|) over the batch below 1. It ignores num_steps, raises ValueError if times are given, and
-    returns the count as an int32 array. It supports only reverse-mode differentiation. If max_steps steps do not
-    suffice, it raises RuntimeError, or returns NaN inside jit. It raises ModuleNotFoundError if diffrax is not
-    installed.
+    method "dopri5" chooses its step sizes, the same for the whole batch, so that the root mean square of error / (atol
+    + rtol |x|) over the batch stays below 1. It ignores num_steps, raises ValueError if times are given, and returns
+    the count as an int32 array. It supports only reverse-mode differentiation. If max_steps steps do not suffice, it
+    raises RuntimeError, or returns NaN inside jit. It raises ModuleNotFoundError if diffrax is not installed.
 
     Raises ValueError for an unknown method, fewer than one step, a grid that does not increase within [0, 1], an
-    integer x0, or a velocity whose shape differs from that of x.
+    integer x0, or a velocity that does not have the shape of x.
 
     Example:
         x1, nfe = integrate(velocity, x0, method="heun", num_steps=25)
@@ -86,7 +85,7 @@ def trajectory(
 ) -> tuple[Any, int]:
     """Returns the states at all times of the grid, `steps+1 b *event`, and the number of velocity evaluations.
 
-    keep: if False, return only the last state, `b *event`. The other settings and the errors are the same as for
+    keep: if False, return only the last state, `b *event`. The other settings and errors are the same as for
     `integrate` with a fixed-step method.
 
     Example:
@@ -166,7 +165,7 @@ def _adaptive(
             f"dopri5 did not reach the end within max_steps={max_steps}; allow more, loosen rtol={rtol} and "
             f"atol={atol}, or use a fixed-step method. A NaN velocity also causes this error."
         )
-    # A step, accepted or not, has seven stages, but the first is known from the previous accepted step.
+    # A step, accepted or not, has seven stages, but the first is known from the last accepted step.
     evaluations = 6 * solution.stats["num_steps"] + 1
     x1 = solution.ys[0] + nan_if(jnp.logical_not(arrived), dtype)
     return x1.astype(x0.dtype), jnp.asarray(evaluations, jnp.int32)
@@ -184,7 +183,7 @@ def time_grid(num_steps: int, times: Sequence[float] | np.ndarray | None) -> Flo
         if not isinstance(num_steps, int | np.integer) or num_steps < 1:
             raise ValueError(f"num_steps is {num_steps}; integration needs a whole number of steps, at least one.")
         return jnp.linspace(0.0, 1.0, num_steps + 1)
-    # Compare times in JAX's default dtype: times that are equal after rounding would give an empty step.
+    # Compare times in JAX's default dtype: times that round to the same number would give an empty step.
     grid = np.asarray(times, jnp.result_type(float))
     if grid.ndim != 1 or len(grid) < 2:
         raise ValueError(f"times have shape {grid.shape}; a grid is a line of at least two times.")
@@ -197,8 +196,8 @@ def edm_times(num_steps: int) -> tuple[float, ...]:
     """Returns EDM's grid of num_steps + 1 times for `integrate(times=...)`, which is finer near the data.
 
     t = 1 / (1 + sigma) with sigma_i = (80^(1/7) + i/(num_steps - 1) (0.002^(1/7) - 80^(1/7)))^7, and sigma = 0 at the
-    end (Karras et al., arXiv 2206.00364). The grid starts at t = 1/81, where the sampler uses x0 in place of x_t.
-    Raises ValueError for fewer than two steps.
+    end (Karras et al., arXiv 2206.00364). The grid starts at t = 1/81, where x0 is used in place of x_t. Raises
+    ValueError for fewer than two steps.
 
     Example:
         x1, nfe = integrate(velocity, x0, method="heun", times=edm_times(25))
@@ -220,12 +219,12 @@ def guided(
 ) -> Velocity:
     """Returns the velocity field with classifier-free guidance (Ho and Salimans, arXiv 2207.12598).
 
-    Give its strength in one of two conventions, which agree for scale = 1 + weight. scale: v_u + scale (v_c - v_u),
-    so 1 gives v_c. weight: (1 + weight) v_c - weight v_u, so 0 gives v_c. The network evaluates v_c and v_u in one
-    batch. unconditional: the value of cond that means "no condition", with the structure of cond, either one for all
-    samples or one for each; -1 for labels. interval: guidance acts only at times within it; outside, the field is v_c
-    (Kynkäänniemi et al., arXiv 2404.07724). Raises ValueError unless exactly one of scale and weight is given. The
-    field raises ValueError if cond is None.
+    Give the strength of the guidance in one of two conventions, which agree for scale = 1 + weight. scale: v_u + scale
+    (v_c - v_u), so 1 gives v_c. weight: (1 + weight) v_c - weight v_u, so 0 gives v_c. The network evaluates v_c and
+    v_u in one batch. unconditional: the value of cond that means "no condition", such as -1 for labels; it has the
+    structure of cond, with one value for all samples or one for each. interval: guidance acts only at times within it;
+    outside, the field is v_c (Kynkäänniemi et al., arXiv 2404.07724). Raises ValueError unless exactly one of scale and
+    weight is given. The field raises ValueError if cond is None.
 
     Example:
         x1, nfe = integrate(guided(velocity, -1, scale=2.0), x0, labels)
@@ -268,10 +267,11 @@ def integrate_sde(
     diffusion: Callable[[Array], Array] = lambda t: 1 - t,
     num_steps: int = 100,
 ) -> tuple[Float[Array, "b *event"], int]:
-    """Returns samples of dX = (v + g²/2 · score) dt + g dW, and the number of evaluations of velocity plus score.
+    """Returns samples of dX = (v + g²/2 · score) dt + g dW, and the total number of evaluations of velocity and score.
 
     For any g(t) ≥ 0, the SDE has the same marginals as the ODE. The method is Euler-Maruyama; the last step adds no
-    noise. diffusion: g as a function of t. score(t, x, cond): for instance from `flowgen.matching.velocity_to_score`.
+    noise. diffusion: g as a function of t. score(t, x, cond): ∇ log p_t, for instance from
+    `flowgen.matching.velocity_to_score`.
 
     Example:
         x1, nfe = integrate_sde(velocity, score, x0, key, num_steps=200)

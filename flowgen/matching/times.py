@@ -1,4 +1,4 @@
-"""Distributions of training times on [0, 1]: callables (key, batch) -> t. They are classes so that they print well."""
+"""Distributions of training times on [0, 1]: callables (key, batch) -> t, as classes so that they print well."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flowgen.settings.ranges import Positive
 class Uniform:
     """Uniform times.
 
-    stratified: draw one time in each interval of length 1/b, for a batch of b, in random order.
+    stratified: for a batch of b, draw one time in each interval of length 1/b, in random order.
     """
 
     stratified: bool = False
@@ -27,9 +27,9 @@ class Uniform:
 
 @config
 class LogitNormal:
-    """t = sigmoid(mean + std z), z normal (Esser 2403.03206). EDM's choice is mean 1.2, std 1.2 with data at t = 1.
+    """t = sigmoid(mean + std z), z normal (Esser 2403.03206). With data at t = 1, EDM's choice is mean 1.2, std 1.2.
 
-    mean: mean of the logit; above 0, times are closer to the data.
+    mean: mean of the logit; if positive, times tend towards the data.
     std: standard deviation of the logit; positive.
     """
 

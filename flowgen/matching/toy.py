@@ -1,8 +1,8 @@
 """Two-dimensional distributions of the flow-matching literature, drawn on the device.
 
-Two quirks of the published toy data are kept, so that numbers are comparable. Their "variance 0.1" of the ring's
-components goes through a square root twice, which gives std 0.1^(1/4) = 0.562. The noise of the moons is one uniform
-number per point, added to both coordinates.
+Two quirks of the published toy data are kept, so that numbers are comparable. The published "variance 0.1" of the
+ring's components passes through a square root twice, which gives std 0.1^(1/4) = 0.562. The noise of the moons is one
+uniform number per point, added to both coordinates.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def gaussian_ring(key: Key[Array, ""], num: int, components: int = 8) -> Float[A
 
 
 def moons(key: Key[Array, ""], num: int, noise: float = 0.2) -> Float[Array, "num 2"]:
-    """Returns points of torchdyn's two moons, multiplied by 3 and shifted by -1.
+    """Returns points from torchdyn's two moons, multiplied by 3 and shifted by -1.
 
     Before that, one uniform number in [0, noise) per point is added to both of its coordinates. Angles are random here;
     the published sampler spaces them evenly.

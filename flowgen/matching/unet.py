@@ -6,8 +6,8 @@ Let e be the embedding of (t, interval, class). A residual block computes
 
 With `scale_shift_norm`, norm(h) (1 + a) + b with (a, b) = W silu(e) replaces norm(h + W silu(e)). On the way down, each
 level runs `blocks_per_level` blocks and, except for the last level, then halves the image. On the way up, each level
-has one more block, and each block also takes the corresponding output from the way down: that of the first convolution,
-a block or a halving. Attention is x + W' attention(norm(x)).
+has one more block, and each block also receives the corresponding output from the way down: of the first convolution,
+of a block or of a halving. Attention is x + W' attention(norm(x)).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from flowgen.settings.ranges import (
 )
 
 TORCH_GROUP_NORM_EPS = 1e-5
-# Width of the time and class embedding, as a multiple of the width of the network.
+# Width of the time and class embedding, as a multiple of the network's width.
 EMBEDDING_EXPANSION = 4
 
 
@@ -55,20 +55,20 @@ class UNetConfig:
     """Shape of a U-Net; `UNetConfig(image_size=32)` has torchcfm's shape for CIFAR-10.
 
     Meta's shape is `UNetConfig(image_size=32, multipliers=(2, 2, 2), blocks_per_level=4, resample="pool", head_dim=256,
-    dropout=0.3, scale_shift_norm=True)`. Both implementations embed t without a factor, as `time_scale=1.0` does.
+    dropout=0.3, scale_shift_norm=True)`. Both implementations embed t unscaled, as with `time_scale=1.0`.
 
     image_size: side in pixels, or (height, width).
     channels: number of channels of the images.
     width: number of channels of the first level, a multiple of num_groups.
     multipliers: channels of each level, as multiples of width; each level but the last halves the image.
-    blocks_per_level: residual blocks per level on the way down.
+    blocks_per_level: number of residual blocks per level on the way down.
     resample: "conv" halves the image with a convolution of stride 2, and doubles it by repeating pixels before a
     convolution; "pool" halves it with the mean of four pixels, and doubles it by repeating pixels only.
-    attention_factors: blocks have attention at levels where the image is this many times smaller; the middle always
-    has it.
-    head_dim: number of channels of an attention head; a level with fewer channels has one head.
+    attention_factors: blocks have attention at levels where the image is smaller by one of these factors; the middle
+    always has it.
+    head_dim: number of channels per attention head; a level with fewer channels has one head.
     num_groups: number of groups in group norm.
-    dropout: share of activations that are set to 0 in training; at least 0 and below 1.
+    dropout: share of activations set to 0 in training; at least 0 and below 1.
     num_classes: number of classes that the field is conditioned on; 0 for none.
     scale_shift_norm: let the embedding scale and shift the normalised activations instead of adding it.
     time_scale: factor on times before the sinusoidal embedding, which expects 0 to 1,000.
@@ -154,7 +154,7 @@ class UNetConfig:
 
     @property
     def level_widths(self) -> tuple[int, ...]:
-        """Channels of each level, the full image first."""
+        """Channels of each level, from the full image down."""
         return tuple(self.width * multiplier for multiplier in self.multipliers)
 
     @property
@@ -169,7 +169,7 @@ class UNetConfig:
     def shrunk(self) -> UNetConfig:
         """Returns a tiny config of the same kind, at most 8 pixels high and wide, for tests and `--debug`."""
         multipliers = tuple(min(multiplier, 2) for multiplier in self.multipliers[:2])
-        deepest = len(multipliers)  # 1 or 2: also how many times smaller the last level is
+        deepest = len(multipliers)  # 1 or 2: also the factor by which the last level is smaller
         height, width = (deepest * max(1, min(8 // deepest, length // deepest)) for length in self.image_hw)
         return dataclasses.replace(
             self,
@@ -223,7 +223,7 @@ class UNet(OnMeshes, nn.Module):
             table_std=1.0,
             name="embedding",
         )
-        # Every block starts from the SiLU of the embedding.
+        # Every block uses the SiLU of the embedding.
         e = jax.nn.silu(embed(t, cond, interval))
         widths, last = config.level_widths, len(config.level_widths) - 1
 

@@ -1,8 +1,8 @@
 """Velocity networks for points, and the interface of all velocity networks.
 
 A velocity network is a Flax module called as `network.apply(variables, t, x, cond, interval, train=False)`:
-t `b` is in [0, 1], 0 at the noise and 1 at the data. x is `b *event`. cond holds integer labels `b`, -1 for no label,
-or is None. interval `b` is for networks whose config sets `intervals`: they return the average velocity from t to
+t `b` is in [0, 1], 0 at the noise and 1 at the data. x is `b *event`. cond is None or holds integer labels `b`, -1 for
+no label. interval `b` is for networks whose config sets `intervals`: they return the average velocity from t to
 t + interval (MeanFlow), and the velocity itself if the interval is 0 or None. The module's field `config` is a
 `NetworkConfig`.
 """
@@ -28,7 +28,7 @@ from flowgen.settings.ranges import Channels, Classes, Loops, Own, Width
 
 @runtime_checkable
 class NetworkConfig(Protocol):
-    """The interface of a velocity network's config, a frozen dataclass, that an experiment uses."""
+    """What an experiment needs from the config of a velocity network, which must be a frozen dataclass."""
 
     @property
     def event_shape(self) -> tuple[int, ...]:
