@@ -41,7 +41,7 @@ def platform() -> str:
 
 
 def gelu(x: Float[Array, "*d"]) -> Float[Array, "*d"]:
-    """Returns x Φ(x), by erf. `jax.nn.gelu` computes it by erfc, which takes twice as long on CPUs."""
+    """Returns x Φ(x), computed with erf. `jax.nn.gelu` uses erfc, which takes twice as long on CPUs."""
     return 0.5 * x * (1 + _erf(x * math.sqrt(0.5)))
 
 
@@ -136,7 +136,7 @@ def _unit_lower_inverse_by_blocks(lower: Array) -> Array:
 def attention_implementation(asked: str) -> str:
     """Returns the implementation of softmax attention to use: so far always "xla", in chunks of queries.
 
-    asked: "auto" or "xla". Raises ValueError for others.
+    asked: "auto" or "xla". Raises ValueError for anything else.
     """
     if asked not in ("auto", "xla"):
         raise ValueError(f"implementation is {asked!r}; choose 'auto' or 'xla'.")
@@ -144,7 +144,7 @@ def attention_implementation(asked: str) -> str:
 
 
 def queries_at_once(batch: object, heads: object, keys: object, max_logits: int | None) -> int | None:
-    """Returns how many queries to process at once, to have at most `max_logits` logits over all samples and heads.
+    """Returns how many queries to process at once, for at most `max_logits` logits over all samples and heads.
 
     None means all queries. It is also the result if a size is symbolic, as in an exported program.
     """
@@ -167,7 +167,7 @@ def samples_at_once(pixels: int) -> int:
 def in_parts(
     run: Callable[..., tuple[ArrayLike, ...]], most: int, *inputs: Shaped[np.ndarray, "b ..."]
 ) -> tuple[Shaped[np.ndarray, "b ..."], ...]:
-    """Returns a compiled function's results on parts of the inputs, joined along their first axis.
+    """Returns a compiled function's results, computed on parts of the inputs and joined along the first axis.
 
     All parts have the same size, a power of two up to `most`, so that few sizes are compiled; the last part is padded.
 

@@ -108,7 +108,7 @@ class LatentNormalisation:
         return (latents - _per_channel(self.shift, latents)) * _per_channel(self.scale, latents)
 
     def apply_to_std(self, std: Latents) -> Latents:
-        """Returns the standard deviation of normalised latents."""
+        """Returns a standard deviation of latents in the units of normalised ones."""
         return std * np.abs(_per_channel(self.scale, std))
 
     def undo(self, normalised: Latents) -> Latents:
@@ -122,9 +122,9 @@ def _per_channel(values: ArrayLike, latents: Latents) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class AutoencoderCodec:
-    """A frozen image autoencoder with its variables, as a codec of normalised latents.
+    """A frozen image autoencoder and its variables, as a codec with normalised latents.
 
-    Clips are encoded frame by frame. The codec runs as many images at a time as memory allows, with few compiled
+    Clips are encoded frame by frame. The codec processes as many images at a time as memory allows, with few compiled
     programs.
 
     Example:

@@ -1,4 +1,4 @@
-"""A codec of clips that uses a video autoencoder, for flows trained on the latents."""
+"""A codec for clips that uses a video autoencoder, for flows trained on the latents."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ from flowgen.codecs.video_autoencoder import VideoAutoencoder, decode_in_chunks,
 
 @dataclass(frozen=True, eq=False)
 class VideoAutoencoderCodec:
-    """A frozen video autoencoder with its variables, as a codec of normalised latents. An image is a clip of one frame.
+    """A frozen video autoencoder and its variables, as a codec with normalised latents. An image is a clip of one
+    frame.
 
-    temporal_scale: factor on all latent frames but the first, after normalisation. The codec runs as many clips at a
-    time as memory allows, and longer clips in chunks.
+    temporal_scale: factor on all latent frames but the first, after normalisation. The codec processes as many clips at
+    a time as memory allows, and longer clips in chunks.
 
     Example:
         codec = VideoAutoencoderCodec(autoencoder, params, LatentNormalisation(scale=0.5), temporal_scale=0.6)
