@@ -121,13 +121,13 @@ def _parse_yaml(content: bytes) -> Any:
             if getattr(event, "tag", None) is not None:
                 raise ValueError(f"it has a tag ({str(event.tag)[:40]}), which is not supported; leave it out")
         return yaml.load(text, Loader=_once_loader())
-    # PyYAML raises Python's errors for values that look like numbers or dates but are not.
+    # PyYAML raises Python's own errors for values that look like numbers or dates but are not.
     except (yaml.YAMLError, RecursionError, LookupError, AttributeError, ArithmeticError, TypeError) as error:
         raise ValueError(" ".join(str(error).split())[:300] or type(error).__name__) from error
 
 
 def _once_loader() -> Any:
-    """PyYAML's loader of plain values, which refuses repeated keys."""
+    """PyYAML's loader of plain values, made to refuse repeated keys."""
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -158,8 +158,8 @@ def read_bytes(path: PathLike, *, most: int = MAX_BYTES) -> bytes:
 def check_regular(path: PathLike) -> None:
     """Raises an error unless a path leads to a regular file.
 
-    It is ValueError for a FIFO, a socket or a device, because reading these may never end, IsADirectoryError for a
-    folder, and FileNotFoundError if there is nothing.
+    The error is ValueError for a FIFO, a socket or a device, because reading these may never end; IsADirectoryError for
+    a folder; and FileNotFoundError if the path leads nowhere.
 
     Example:
         check_regular("model.safetensors")
@@ -172,7 +172,7 @@ def check_regular(path: PathLike) -> None:
 
 
 def inside(folder: PathLike, name: Any, *, what: str) -> Path:
-    """Returns the path of something in `folder` that an untrusted file there names.
+    """Returns the path in `folder` for a name from an untrusted file there.
 
     what: a description of the name, for the message. Links may lead to other places in the folder, or to the `blobs`
     folder in which a Hugging Face cache keeps the files of its `snapshots`.

@@ -108,7 +108,7 @@ class LatentNormalisation:
         return (latents - _per_channel(self.shift, latents)) * _per_channel(self.scale, latents)
 
     def apply_to_std(self, std: Latents) -> Latents:
-        """Returns a standard deviation of latents in the units of normalised ones."""
+        """Returns a standard deviation in the units of normalised latents."""
         return std * np.abs(_per_channel(self.scale, std))
 
     def undo(self, normalised: Latents) -> Latents:

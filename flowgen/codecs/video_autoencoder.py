@@ -56,8 +56,7 @@ class VideoAutoencoderConfig:
     halve_time: whether each level also halves time; one entry fewer than widths.
     layers_per_block: residual blocks per level of the encoder; the decoder has one more.
     patch_size: side of the squares of pixels that become channels before the first level.
-    shortcuts: whether levels have shortcuts around them; without, doubling the sides also halves the channels, as in
-    Wan 2.1.
+    shortcuts: whether levels have shortcuts; without them, doubling the sides also halves the channels, as in Wan 2.1.
     dtype: dtype of convolutions; norms, moments and frames stay float32.
     remat: whether to recompute blocks in the backward pass.
     """
@@ -196,7 +195,7 @@ class VideoAutoencoder(OnMeshes, nn.Module):
         return self.decode_part(latents, None)[0]
 
     def encode_part(self, x: Clips, cache: Cache) -> tuple[Moments, Cache]:
-        """Returns `encode` of the next frames of clips, and the cache for later ones.
+        """Returns `encode` of the next frames of clips, and the cache for the frames after them.
 
         x: the first 1 + k · stride frames if cache is None, else the next k · stride.
         """
@@ -209,7 +208,7 @@ class VideoAutoencoder(OnMeshes, nn.Module):
         return (mean, jnp.clip(log_variance, *LOG_VARIANCE_BOUNDS)), cache
 
     def decode_part(self, latents: Float[Array, "b f rows columns z"], cache: Cache) -> tuple[Clips, Cache]:
-        """Returns `decode` of the next latents of clips, and the cache for later ones."""
+        """Returns `decode` of the next latents of clips, and the cache for the latents after them."""
         check_floating("latents", latents)
         side = self.config.patch_size
         h, cache = self.decoder(self.post_quant_conv(latents), cache)
@@ -303,8 +302,7 @@ def _middle(config: VideoAutoencoderConfig) -> Middle:
 
 
 def encode_in_chunks(autoencoder: VideoAutoencoder, variables: PyTree, x: Clips) -> Moments:
-    """Returns `encode` of clips, computed on one frame, then on `stride` frames at a time, with the memory of one
-    chunk.
+    """Returns `encode` of clips, first one frame, then `stride` frames at a time, with the memory of one chunk.
 
     Example:
         mean, log_variance = encode_in_chunks(autoencoder, params, x)
@@ -317,7 +315,7 @@ def encode_in_chunks(autoencoder: VideoAutoencoder, variables: PyTree, x: Clips)
 def decode_in_chunks(
     autoencoder: VideoAutoencoder, variables: PyTree, latents: Float[Array, "b f rows columns z"]
 ) -> Clips:
-    """Returns `decode` of latents, computed on one latent frame at a time, with the memory of one chunk.
+    """Returns `decode` of latents, one latent frame at a time, with the memory of one chunk.
 
     Example:
         x = decode_in_chunks(autoencoder, params, latents)

@@ -20,8 +20,7 @@ from flowgen.codecs.video_autoencoder import VideoAutoencoder, decode_in_chunks,
 
 @dataclass(frozen=True, eq=False)
 class VideoAutoencoderCodec:
-    """A frozen video autoencoder and its variables, as a codec with normalised latents. An image is a clip of one
-    frame.
+    """A frozen video autoencoder and its variables, as a codec with normalised latents; an image is a one-frame clip.
 
     temporal_scale: factor on all latent frames but the first, after normalisation. The codec processes as many clips at
     a time as memory allows, and longer clips in chunks.

@@ -31,8 +31,7 @@ class PreviousFrame(NamedTuple):
     known: Int[Array, ""]
 
     def guess(self, noise: Float[Array, "b w c"]) -> Float[Array, "b w c"]:
-        """Returns, for each next token, the latest known token at the same place in a frame, or its noise if there is
-        none."""
+        """Returns, for each next token, the latest known token at its place in a frame or, without one, its noise."""
         period = self.tokens.shape[1]
         place = jnp.arange(noise.shape[1]) % period
         return jnp.where((place >= period - self.known)[None, :, None], self.tokens[:, place], noise)
@@ -55,8 +54,8 @@ class Conditioner(NamedTuple):
     rewind(before, after) -> cache: a cache from which the same window can run again.
     begin_cache(length) -> cache: filled with the prefix and known tokens, with room for `length` more.
     first: the network's input for the first token to be solved. begin: the row of that input.
-    previous_frame: the frame before that token, from which plans may guess; None for images. solved(count): called
-    after each window with the number of newly solved tokens.
+    previous_frame: the frame before that token, from which plans may guess; None for images.
+    solved(count): called after each window with the number of newly solved tokens.
     """
 
     window: Callable[[Array, Array, Any], tuple[Array, Array, Any]]

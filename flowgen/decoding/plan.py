@@ -11,8 +11,8 @@ from flowgen.settings.ranges import Count, NonNegative
 
 InitialGuess = Literal["noise", "zeros", "previous_frame"]
 
-# Rows (batch x branches x window) up to which a pass on an accelerator costs about as much as one row. The peak FLOP/s
-# in bf16 divided by the memory bandwidth is 206 (H200) to 295 (H100), and 166 to 560 (TPU v5p to v6e).
+# Rows (batch x branches x window) up to which a pass on an accelerator costs about as much as one row. This is peak
+# FLOP/s in bf16 over memory bandwidth: 206 (H200) to 295 (H100), 166 to 560 (TPU v5p to v6e).
 FREE_ROWS = 256
 MIN_PARALLEL_WINDOW = 8
 AUTO_TOLERANCE = 1e-4

@@ -2,7 +2,8 @@
 
     h <- h + W attention(norm(h)),   h <- h + down(gelu(gate(norm(h))) · up(norm(h))),   norm(x) = w x / √(mean x² + ε)
 
-Scores q · k are not scaled. A learned bias per head and bucket of distances, shared by all layers, is added to them.
+Scores q · k are not scaled. A learned bias for each head and bucket of distances, shared by all layers, is added to
+them.
 """
 
 from __future__ import annotations

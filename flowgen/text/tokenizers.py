@@ -30,7 +30,7 @@ class Tokenizer(Protocol):
     def __call__(self, text: str) -> list[int]: ...
 
     def cut(self, ids: list[int], length: int) -> list[int]:
-        """Returns the first `length` - 1 tokens of a text that has too many, and an end token."""
+        """Returns the first `length` - 1 tokens of a text that has too many, followed by an end token."""
         ...
 
     def content(self) -> bytes:
@@ -53,7 +53,7 @@ class JsonTokenizer:
         try:
             check_depth(content)
             self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
-            # We check the length ourselves, to refuse a text that is too long.
+            # `tokenize` checks the length, so that it can refuse a text that is too long.
             self._tokenizer.no_truncation()
             self._tokenizer.no_padding()
             _check_template(self._tokenizer.post_processor)
@@ -76,7 +76,7 @@ class JsonTokenizer:
             ) from error
 
     def cut(self, ids: list[int], length: int) -> list[int]:
-        """Returns the first tokens and the last, which is the end token in these vocabularies."""
+        """Returns the first tokens and the last one, which is the end token in these vocabularies."""
         return [*ids[: length - 1], ids[-1]]
 
     def content(self) -> bytes:
