@@ -1,4 +1,4 @@
-"""Run directories in Python: `load` returns the model of a run, `write_run` creates a run from given weights."""
+"""Run directories in Python: `load` returns the model of a run, and `write_run` creates a run from weights."""
 
 from __future__ import annotations
 

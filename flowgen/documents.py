@@ -50,7 +50,7 @@ _STEPS[list(b"{[")], _STEPS[list(b"}]")] = 1, -1
 def read_json(path: PathLike, *, most: int = MAX_BYTES, fix: str = "get the file again") -> Any:
     """Returns the content of a JSON file.
 
-    fix: the advice that ends the error for an invalid file.
+    fix: the advice at the end of the error about an invalid file.
 
     Raises:
         FileNotFoundError, IsADirectoryError: there is no such file.

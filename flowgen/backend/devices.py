@@ -26,7 +26,7 @@ MAX_LOGITS = 1 << 28
 MAX_CAUSAL_SLICES = 4
 MIN_CAUSAL_SLICE = 64
 
-# 32 images of 256 x 256 pixels at once: with the published autoencoders, 3 GiB to encode and 7 GiB to decode.
+# 32 images of 256 x 256 pixels at once; the published autoencoders need 3 GiB to encode them and 7 GiB to decode them.
 PIXELS_AT_ONCE = 32 * 256**2
 IMAGES_AT_ONCE = 256
 TEXTS_AT_ONCE = 64
@@ -62,7 +62,7 @@ def flat_dot(
 ) -> Array:
     """Returns x @ kernel, with all leading axes of x flattened into one; a `dot_general` for Flax's Dense.
 
-    The gradient of the kernel is then one plain matrix product, which XLA computes without copies on CPUs.
+    The gradient with respect to the kernel is then one plain matrix product, which XLA computes without copies on CPUs.
     """
     rows = x.reshape(-1, x.shape[-1])
     out = lax.dot_general(rows, kernel, (((1,), (0,)), ((), ())), precision=precision, **options)

@@ -40,8 +40,8 @@ def convolve_clip(
 ) -> tuple[NewFeatures, Float[Array, "b 2 rows columns c"]]:
     """Returns a convolution over the 3 frames up to each frame of x, and the last two frames for the next chunk.
 
-    The layer is created in the calling compact method. cache: the two frames before x; None at the start of a clip,
-    which means zeros.
+    The layer is created in the calling compact method. cache: the two frames before x; None, at the start of a clip,
+    means zeros.
     """
     before = jnp.zeros_like(x, shape=(x.shape[0], 2, *x.shape[2:])) if cache is None else cache
     x = jnp.concatenate([before, x], axis=1)

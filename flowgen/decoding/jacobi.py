@@ -52,7 +52,7 @@ class Conditioner(NamedTuple):
 
     window(previous, start, cache) -> (shift, log_scale, cache): parameters of the tokens after `previous`.
     rewind(before, after) -> cache: a cache from which the same window can run again.
-    begin_cache(length) -> cache: filled with the prefix and known tokens, with room for `length` more.
+    begin_cache(length) -> cache: a cache of the prefix and the known tokens, with room for `length` more.
     first: the network's input for the first token to be solved. begin: the row of that input.
     previous_frame: the frame before that token, from which plans may guess; None for images.
     solved(count): called after each window with the number of newly solved tokens.

@@ -53,7 +53,7 @@ class Jacobi:
 class SlidingWindow:
     """Decodes by sweeps over a window, which advances past the tokens that each sweep solves, at least one.
 
-    Each sweep accepts the longest prefix of the window that no sample of the batch changed by more than `tol`, plus the
+    Each sweep accepts the window's longest prefix that changed by at most `tol` in every sample of the batch, plus the
     next token (Song et al. 2021, arXiv 2002.03629). With tolerance 0 the solution is exact; otherwise each returned
     token is within `tol` of the value implied by the tokens before it. There are at most as many sweeps as tokens. The
     attention must keep a cache slot per token, as softmax attention does. Within the tolerance, a sample depends on the

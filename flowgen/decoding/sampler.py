@@ -66,8 +66,8 @@ def sample(
 ) -> DecodeResult:
     """Returns images or clips drawn from the flow, with the training noise removed.
 
-    num: how many samples, or their numbers, such as range(16, 32). Sample i depends only on (key, i), so a job can be
-    split into batches of any size.
+    num: how many samples to draw, or their numbers, such as range(16, 32). Sample i depends only on (key, i), so a job
+    can be split into batches of any size.
     denoise: True takes one Tweedie step x + strength · σ² ∇ log p(x | cond), with σ from the flow's config and strength
     1; a number sets the strength. The density p is the one that decoding without given frames follows. A learned
     `Denoiser` replaces this step and receives all frames of a clip, still noisy.

@@ -1,6 +1,6 @@
 """What follows from a flow's density: bits per dimension, the score, the Tweedie step, and class posteriors.
 
-For a flow z = f(x) with prior N(0, v):  log p(x) = Σ log N(z; 0, v) + log|det dz/dx|.  All in nats.
+For a flow z = f(x) with prior N(0, v):  log p(x) = Σ log N(z; 0, v) + log|det dz/dx|.  Everything is in nats.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""STARFlow: shallow autoregressive blocks and one deep block, on latents, given class or text (arXiv 2506.06276)."""
+"""STARFlow: shallow autoregressive blocks and one deep block, on latents, given a class or text (arXiv 2506.06276)."""
 
 from __future__ import annotations
 
@@ -71,7 +71,8 @@ class STARFlowConfig(ImageTokens):
     attention: attention kernel of the layers: a name, or a kernel of your own.
     noise_std: σ of the Gaussian training noise; above 0 for latents.
     dtype: dtype of matrix products and activations; parameters, affine maps and log-determinants are at least float32.
-    remat: recompute activations in the backward pass instead of storing them; this saves memory and, on CPUs, time.
+    remat: whether to recompute activations in the backward pass instead of storing them; this saves memory and, on
+    CPUs, time.
     """
 
     image_size: Side | tuple[Side, Side]

@@ -47,7 +47,8 @@ class TARFlowConfig(ImageTokens):
     activation: activation of the feed-forward layers.
     noise_std: σ of the Gaussian training noise; 0 means uniform dequantisation.
     dtype: dtype of matrix products and activations; parameters, affine maps and log-determinants are at least float32.
-    remat: recompute activations in the backward pass instead of storing them; this saves memory and, on CPUs, time.
+    remat: whether to recompute activations in the backward pass instead of storing them; this saves memory and, on
+    CPUs, time.
     """
 
     image_size: Side | tuple[Side, Side]

@@ -84,7 +84,7 @@ def _conv(
 
 
 def group_norm(num_groups: int, dtype: str, *, epsilon: float, name: str | None = None) -> nn.GroupNorm:
-    """Returns group norm in float32 with two-pass variance."""
+    """Returns a GroupNorm that computes in float32, with two-pass variance."""
     return nn.GroupNorm(
         num_groups,
         epsilon=epsilon,

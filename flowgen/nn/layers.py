@@ -81,7 +81,7 @@ def linear(
 
 
 def layer_norm(dtype: str) -> nn.LayerNorm:
-    """Returns LayerNorm with PyTorch's epsilon 1e-5 and two-pass variance; statistics in float32.
+    """Returns a LayerNorm with PyTorch's epsilon, 1e-5, and two-pass variance; statistics are float32.
 
     Example:
         norm = layer_norm("bfloat16")

@@ -63,7 +63,7 @@ class TransformerConfig:
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention: fused qkv projection, a causal kernel or a window of frames, and output projection."""
+    """Multi-head self-attention: a fused qkv projection, a causal kernel or frame window, and an output projection."""
 
     config: TransformerConfig
 

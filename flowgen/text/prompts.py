@@ -44,7 +44,7 @@ def aspect_size(aspect: str, side: int, multiple: int = 1) -> tuple[int, int]:
 
 
 def nearest_aspect(height: int, width: int) -> str:
-    """Returns the aspect ratio with the nearest logarithm, which treats an image and its transpose alike.
+    """Returns the aspect ratio with the nearest logarithm, so that an image and its transpose are treated alike.
 
     Example:
         nearest_aspect(1080, 1920)  # "16:9"

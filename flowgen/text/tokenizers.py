@@ -34,7 +34,7 @@ class Tokenizer(Protocol):
         ...
 
     def content(self) -> bytes:
-        """Returns all data that the tokens depend on; it identifies the tokenizer."""
+        """Returns all data that the tokens depend on, which identifies the tokenizer."""
         ...
 
 
@@ -145,7 +145,7 @@ def tokenize(
 
 
 def shortened(text: str) -> str:
-    """Returns the beginning of a text, for messages."""
+    """Returns the beginning of a text, for use in messages."""
     return text if len(text) <= 60 else text[:57] + "..."
 
 
