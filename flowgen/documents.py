@@ -55,8 +55,8 @@ def read_json(path: PathLike, *, most: int = MAX_BYTES, fix: str = "get the file
     Raises:
         FileNotFoundError, IsADirectoryError: there is no such file.
         ValueError: the file is not regular, has more than `most` bytes, is not JSON, is nested more than 64 levels
-        deep, repeats a name in an object, or has a number that is not finite or has over 40 digits. The message names
-        the file.
+        deep, repeats a name in an object, or contains a number that is not finite or has over 40 digits. The message
+        names the file.
 
     Example:
         config = read_json("vae/config.json")
@@ -94,8 +94,8 @@ def check_depth(content: bytes) -> None:
 def read_yaml(path: PathLike, *, fix: str = "get the file again") -> Any:
     """Returns the content of a YAML file: strings, numbers, lists and mappings.
 
-    Raises what `read_json` raises, and ValueError if the file has aliases, tags, a string of more than 4,096
-    characters, or more than 64 KiB.
+    Raises what `read_json` raises, and ValueError if the file has aliases, tags or a string of more than 4,096
+    characters, or is larger than 64 KiB.
 
     Example:
         arguments = read_yaml("starflow_3B_t2i_256x256.yaml")["arguments"]

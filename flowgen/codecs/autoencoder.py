@@ -40,8 +40,8 @@ class AutoencoderConfig:
     latent_channels: channels of the latents.
     widths: channels of each level, multiples of num_groups; every level but the last halves the image.
     layers_per_block: residual blocks per level of the encoder; the decoder has one more.
-    num_groups: groups of group norm.
-    attention: whether the middle has single-head attention.
+    num_groups: number of groups in group norm.
+    attention: whether the middle block has single-head attention.
     dtype: dtype of convolutions; norms, moments and images stay float32.
     remat: whether to recompute blocks in the backward pass.
     """

@@ -162,7 +162,7 @@ class AutoencoderCodec:
         return self.normalisation.apply(mean), self.normalisation.apply_to_std(std)
 
     def decode(self, latents: Latents) -> Pixels:
-        """Returns the images or clips of normalised latents, as a numpy array; not clipped."""
+        """Returns the images or clips of normalised latents as a numpy array, not clipped."""
         *frames, rows, columns = check_latents(self, latents)
         plain = np.asarray(self.normalisation.undo(_images(np.asarray(latents, np.float32))))
         run = partial(_decode, self.autoencoder, self.variables)

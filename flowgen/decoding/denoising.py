@@ -19,7 +19,7 @@ from flowgen.gaussian import gaussian_log_density
 
 
 def denoised(request: DecodeRequest, x: Float[Array, "b *event"]) -> Float[Array, "b *event"]:
-    """Returns decoded samples after the denoising step of the request."""
+    """Returns decoded samples after the request's denoising step, if any."""
     step = request.denoise
     if isinstance(step, TweedieStep):
         score = jax.grad(lambda x: _log_prob(request, x).sum())(x)

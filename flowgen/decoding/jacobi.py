@@ -178,7 +178,7 @@ def overflown(x: Array) -> Array:
 
 
 def bounded(x: Array) -> Array:
-    """Returns iterates clipped to ±OVERFLOW, with NaN as 0, as input for the network."""
+    """Returns iterates as input to the network: clipped to ±OVERFLOW, with NaN as 0."""
     return jnp.clip(jnp.nan_to_num(x, nan=0.0), -OVERFLOW, OVERFLOW)
 
 

@@ -75,9 +75,9 @@ class DecodeRequest:
     """What to decode and how, checked. Static fields are compiled in; the others can change without recompiling.
 
     noise: tokens in raster order, or the keys to draw them from. cond: condition of all samples. plan: one per block.
-    clip: length, beginning and restarts of the clips; an image is a clip of one frame. guidance: its `blocks` are those
-    that it changes; None if it changes none. certify: whether to measure the error. denoise: removes the training noise
-    from the result.
+    clip: length, beginning and restarts of the clips; an image is a clip of one frame. guidance: its `blocks` lists the
+    blocks that it changes; None if it changes none. certify: whether to measure the error. denoise: removes the
+    training noise from the result.
     """
 
     flow: Flow = field(metadata={"static": True})
@@ -96,7 +96,7 @@ class DecodeRequest:
         return clip_layout(self.clip, self.flow.config)
 
     def condition_of(self, part: Segments) -> Condition | None:
-        """Returns the condition of some segments."""
+        """Returns the condition under which some segments are decoded."""
         restart_cond = self.clip.restart_cond
         assert not isinstance(restart_cond, list | np.ndarray)  # a checked clip has arrays
         return restart_cond if part.is_restart else self.cond
@@ -146,7 +146,7 @@ def resolve_denoise(denoise: bool | float | Denoiser, noise_std: float) -> Tweed
 
 
 def _active(guidance: Guidance | None, cond: Condition | None, config: FlowConfig) -> Guidance | None:
-    """Guidance whose `blocks` are those that it changes; None if it changes none."""
+    """Guidance whose `blocks` lists the blocks that it changes; None if it changes none."""
     if guidance is not None and not isinstance(guidance, Guidance):
         raise ValueError(f"guidance is {shown(guidance)}; give Guidance(scale=...), or None.")
     if guidance is None or guidance.scale == 0 or (guidance.temperature == 1 and cond is None):

@@ -77,8 +77,8 @@ class STARFlowVConfig(STARFlowConfig):
 class STARFlowV(AutoregressiveFlow):
     """Exact-likelihood flow between clips of latents `b frames height width c` and noise tokens `b n c`.
 
-    Tokens are in frame order, so the noise of frame t and its density depend only on frames 0..t. `cond` is as for
-    `STARFlow`.
+    Tokens are in frame order, so the noise of frame t and its density depend only on frames 0..t. `cond` is the same as
+    for `STARFlow`.
 
     Example:
         flow = STARFlowV(STARFlowVConfig(image_size=8, frames=5, width=128, layers_per_block=(2, 2, 2, 6)))

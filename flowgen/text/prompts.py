@@ -71,7 +71,7 @@ class PromptTemplate:
     aspect: bool = False
 
     def __call__(self, text: str, grid: tuple[int, int]) -> str:
-        """Returns the text in the template, for an image of size `grid`, (height, width) in any unit."""
+        """Returns the text inserted into the template, for an image of size `grid`, (height, width) in any unit."""
         if self.frames_per_second is not None:
             kind = f"A video with {self.frames_per_second} fps" if self.frames_per_second else "An image"
             text = f"{kind}:\n{text}\n"
