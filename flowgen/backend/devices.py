@@ -197,7 +197,7 @@ def must_wait(devices: Sequence[jax.Device]) -> bool:
 def call_host(fn: Callable[..., np.ndarray], out: jax.ShapeDtypeStruct, *arrays: Array) -> Array:
     """Returns fn(*arrays), computed with numpy on the host inside a compiled program; under vmap, one sample at a time.
 
-    On CPUs fn receives buffers instead of arrays, and reads them in place: an ordinary callback asks the program's own
+    On CPUs, fn receives buffers instead of arrays and reads them in place: an ordinary callback asks the program's own
     threads for a copy and, on one core, can wait for it forever.
     """
 

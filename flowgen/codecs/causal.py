@@ -113,7 +113,7 @@ class HalveSpace(nn.Module):
 
 
 class HalveTime(nn.Module):
-    """Keeps the first frame, and halves the later ones by convolving frames (0, 1, 2), (2, 3, 4), ..."""
+    """Keeps the first frame, and halves the number of later ones by convolving frames (0, 1, 2), (2, 3, 4), ..."""
 
     dtype: str
 

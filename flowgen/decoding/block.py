@@ -46,7 +46,7 @@ class GuidedBlock:
         context: Float[Array, "b m c"] | None = None,
         solved: Callable[[Array], None] = ignore,
     ) -> Solution:
-        """Returns the tokens of noise z, both in raster order, and the solver's report.
+        """Returns the tokens whose noise is z, both in raster order, and the solver's report.
 
         context: tokens that precede the tokens of z; only for blocks in raster order without passthrough tokens.
         solved: called on the device with the number of tokens solved by each window.

@@ -29,7 +29,7 @@ class DecodeResult(NamedTuple):
     residual: largest change (max norm) in the last sweep of any block and window; 0 if there were enough sweeps to make
     x exact.
     overflows: number of iterates that were not finite or exceeded 1e6. finite: whether x is finite.
-    error: with `certify`, the largest |forward(x) - z| over tokens, before denoising; None without. A guided flow has
+    error: with `certify`, the largest |forward(x) - z| over tokens, before denoising; otherwise None. A guided flow has
     no forward pass; its error is the largest such difference in any single block.
     """
 
@@ -113,8 +113,8 @@ def decode_request(
 ) -> DecodeRequest:
     """Returns a request to decode noise, without a certificate or denoising.
 
-    clip: None decodes samples of the flow's own size. Raises ValueError if cond, plan, guidance or clip does not fit
-    the flow.
+    clip: None means samples of the flow's own size. Raises ValueError if cond, plan, guidance or clip does not fit the
+    flow.
     """
     config = flow.config
     batch = len(noise.indices if isinstance(noise, SampleKeys) else noise)

@@ -138,7 +138,7 @@ class AutoregressiveFlow(OnMeshes, nn.Module):
     def trajectory(
         self, x: Float[Array, "b *event"], cond: Condition | None = None
     ) -> tuple[list[Float[Array, "b n token"]], Float[Array, " b"]]:
-        """Returns the tokens after each block, the last of which are z, and the total logdet."""
+        """Returns the tokens after each block, ending with z, and the total logdet."""
         states, logdet = self._through(self.blocks, x, cond)
         return states[1:], logdet
 

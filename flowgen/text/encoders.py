@@ -41,7 +41,8 @@ class TextEncoder(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class FrozenTextEncoder:
-    """A tokenizer and a network with its variables; encodes at most 64 texts at a time, with few compiled programs.
+    """A tokenizer and a frozen network with its variables; encodes up to 64 texts at a time, with few compiled
+    programs.
 
     Example:
         encoder = FrozenTextEncoder(tokenizer, T5Encoder(config), params, length=128, dim=2048)

@@ -39,7 +39,7 @@ class Tokenizer(Protocol):
 
 
 class JsonTokenizer:
-    """The tokenizer of a `tokenizer.json`, run by the package tokenizers.
+    """The tokenizer of a `tokenizer.json`, run by the `tokenizers` package.
 
     Raises ModuleNotFoundError if the package is missing, and ValueError if the file is not a valid tokenizer.
 
@@ -150,7 +150,7 @@ def shortened(text: str) -> str:
 
 
 def _check_of_package(error: BaseException) -> None:
-    """Re-raises errors that are not from the package tokenizers, which raises bare Exceptions and Rust panics."""
+    """Re-raises errors that are not from the `tokenizers` package, which raises bare Exceptions and Rust panics."""
     if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
         raise error
 
