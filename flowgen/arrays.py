@@ -1,4 +1,4 @@
-"""Checks of the arrays, keys and counts that public functions take; they run during tracing and are free afterwards."""
+"""Checks of arrays, keys and counts given to public functions; they run during tracing and cost nothing afterwards."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def check_floating(name: str, x: Any) -> None:
 
 
 def check_bytes(name: str, x: Any) -> None:
-    """Raises ValueError unless x is an array of uint8, the levels 0..255 of pixels.
+    """Raises ValueError unless x is a uint8 array, whose values are the levels 0..255 of pixels.
 
     Example:
         check_bytes("batch.x", batch.x)

@@ -54,7 +54,7 @@ class Batch(NamedTuple):
 
     @property
     def labels(self) -> Int[Array | np.ndarray, " b"]:
-        """The labels; all -1 if the context holds no labels."""
+        """The labels; all -1 if the context holds none."""
         if self.context is None or isinstance(self.context, TextCondition):
             return np.full(self.size, UNCONDITIONAL, np.int32)
         return self.context

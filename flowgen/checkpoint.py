@@ -1,4 +1,4 @@
-"""Run directories in Python: `load` returns the model of a run, `write_run` creates a run from given weights."""
+"""Run directories in Python: `load` returns the model of a run, and `write_run` creates a run from weights."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def load(
     """Returns (model, variables, experiment) of a run.
 
     step: a number, "best" (lowest evaluated bits/dim or sample distance), or None for the latest.
-    ema: use the averaged parameters if the run has them.
-    model: the model that was given to `fit`; None for the experiment's own.
+    ema: whether to use the averaged parameters, if the run has them.
+    model: the model that was given to `fit`; None means the experiment's own.
 
     Raises:
-        FileNotFoundError: the directory does not exist, is not a flowgen run, or has no checkpoint or not the given
-        step.
+        FileNotFoundError: the directory does not exist, is not a flowgen run, or has no checkpoint or no checkpoint of
+        the given step.
         ValueError: the checkpoint is damaged, or does not fit its config.
 
     Example:

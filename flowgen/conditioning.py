@@ -38,7 +38,7 @@ def no_labels(shape: tuple[int, ...]) -> Int[Array, "..."]:
 
 
 def drop_labels(key: Key[Array, ""], labels: Integer[Array, " b"], rate: float) -> Int[Array, " b"]:
-    """Returns int32 labels, each one replaced by -1 with probability `rate`."""
+    """Returns int32 labels, each replaced by -1 with probability `rate`."""
     return jnp.where(jax.random.bernoulli(key, rate, labels.shape), UNCONDITIONAL, labels.astype(jnp.int32))
 
 
@@ -53,7 +53,7 @@ def drop_texts(key: Key[Array, ""], texts: TextCondition, null: TextCondition, r
 
 
 def broadcast_text(text: TextCondition, batch: int) -> TextCondition:
-    """Returns a text repeated for every sample of a batch."""
+    """Returns one text repeated for every sample of a batch, or one text per sample unchanged."""
     return TextCondition(*(jnp.broadcast_to(part, (batch, *part.shape[1:])) for part in text))
 
 

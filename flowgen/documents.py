@@ -50,13 +50,13 @@ _STEPS[list(b"{[")], _STEPS[list(b"}]")] = 1, -1
 def read_json(path: PathLike, *, most: int = MAX_BYTES, fix: str = "get the file again") -> Any:
     """Returns the content of a JSON file.
 
-    fix: the advice that ends the error for an invalid file.
+    fix: the advice at the end of the error about an invalid file.
 
     Raises:
         FileNotFoundError, IsADirectoryError: there is no such file.
         ValueError: the file is not regular, has more than `most` bytes, is not JSON, is nested more than 64 levels
-        deep, repeats a name in an object, or has a number that is not finite or has over 40 digits. The message names
-        the file.
+        deep, repeats a name in an object, or contains a number that is not finite or has over 40 digits. The message
+        names the file.
 
     Example:
         config = read_json("vae/config.json")
@@ -94,8 +94,8 @@ def check_depth(content: bytes) -> None:
 def read_yaml(path: PathLike, *, fix: str = "get the file again") -> Any:
     """Returns the content of a YAML file: strings, numbers, lists and mappings.
 
-    Raises what `read_json` raises, and ValueError if the file has aliases, tags, a string of more than 4,096
-    characters, or more than 64 KiB.
+    Raises what `read_json` raises, and ValueError if the file has aliases, tags or a string of more than 4,096
+    characters, or is larger than 64 KiB.
 
     Example:
         arguments = read_yaml("starflow_3B_t2i_256x256.yaml")["arguments"]
@@ -121,13 +121,13 @@ def _parse_yaml(content: bytes) -> Any:
             if getattr(event, "tag", None) is not None:
                 raise ValueError(f"it has a tag ({str(event.tag)[:40]}), which is not supported; leave it out")
         return yaml.load(text, Loader=_once_loader())
-    # PyYAML raises Python's errors for values that look like numbers or dates but are not.
+    # PyYAML raises Python's own errors for values that look like numbers or dates but are not.
     except (yaml.YAMLError, RecursionError, LookupError, AttributeError, ArithmeticError, TypeError) as error:
         raise ValueError(" ".join(str(error).split())[:300] or type(error).__name__) from error
 
 
 def _once_loader() -> Any:
-    """PyYAML's loader of plain values, which refuses repeated keys."""
+    """PyYAML's loader of plain values, made to refuse repeated keys."""
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -158,8 +158,8 @@ def read_bytes(path: PathLike, *, most: int = MAX_BYTES) -> bytes:
 def check_regular(path: PathLike) -> None:
     """Raises an error unless a path leads to a regular file.
 
-    It is ValueError for a FIFO, a socket or a device, because reading these may never end, IsADirectoryError for a
-    folder, and FileNotFoundError if there is nothing.
+    The error is ValueError for a FIFO, a socket or a device, because reading these may never end; IsADirectoryError for
+    a folder; and FileNotFoundError if the path leads nowhere.
 
     Example:
         check_regular("model.safetensors")
@@ -172,7 +172,7 @@ def check_regular(path: PathLike) -> None:
 
 
 def inside(folder: PathLike, name: Any, *, what: str) -> Path:
-    """Returns the path of something in `folder` that an untrusted file there names.
+    """Returns the path in `folder` for a name from an untrusted file there.
 
     what: a description of the name, for the message. Links may lead to other places in the folder, or to the `blobs`
     folder in which a Hugging Face cache keeps the files of its `snapshots`.

@@ -67,8 +67,8 @@ class Guidance:
     temperature: attention temperature of the unconditional branch, above 0. It divides the logits: above 1, attention
     is flatter, and guidance moves away from the flatter prediction. Without classes (or with -1 labels) only the
     temperature distinguishes the two branches, so values other than 1 guide an unconditional model.
-    null: the text of the unconditional branch, usually the encoded "": one text, or one per sample. Flows with texts
-    require it.
+    null: the text of the unconditional branch, usually the encoded "": one text, or one per sample. Flows that take
+    texts require it.
 
     Example:
         r = sample(flow, params, key, 16, labels, guidance=Guidance(scale=2.0))

@@ -9,7 +9,7 @@ from types import ModuleType
 def need(module: str, purpose: str, package: str = "") -> ModuleType:
     """Returns the imported module, or raises the error of `missing` if it is not installed.
 
-    package: its name on the package index, if different.
+    package: the module's name on the package index, if different.
 
     Example:
         av = need("av", "Reading and writing video")

@@ -20,12 +20,12 @@ from jaxtyping import Array, Key
 from flowgen.backend import alike_rows, on_mesh_of
 from flowgen.batch import Batch
 
-# The entry of a batch that holds its rows, if the batch is a dict.
+# The key under which a batch that is a dict holds its rows.
 ROWS = "rows"
 
 
 class Rows(struct.PyTreeNode):
-    """The positions of some rows in the whole batch, and the key that all devices share.
+    """The positions of some rows in the whole batch, and a key that all devices share.
 
     key: the same on every device and for every micro-batch. positions: the positions `b` of these rows in the whole
     batch. part: the number of the micro-batch. size: the size of the whole batch, over all devices and micro-batches.
@@ -72,7 +72,7 @@ class Rows(struct.PyTreeNode):
         return jax.random.fold_in(self.key, self.positions[0])
 
     def gather(self, tree: Any) -> Any:
-        """Returns the rows of all devices, in their order in the batch."""
+        """Returns the rows of all devices, in the order of the whole batch."""
         if self.axis_name is None:
             return tree
         return jax.tree.map(lambda x: lax.all_gather(x, self.axis_name, tiled=True), tree)
@@ -86,7 +86,7 @@ class Rows(struct.PyTreeNode):
         return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, num), tree)
 
     def mean(self, tree: Any) -> Any:
-        """Returns the mean over devices of a mean over these rows: the batch mean, if devices have equal shares."""
+        """Returns the mean over devices of a mean over these rows: the batch mean if devices have equal shares."""
         return tree if self.axis_name is None else lax.pmean(tree, self.axis_name)
 
 
@@ -157,7 +157,7 @@ def micro_batches(tree: Any, count: int) -> Any:
 
 @dataclass(frozen=True)
 class StatefulObjective:
-    """An objective whose carried state is not a mean over micro-batches.
+    """An objective whose carried state is combined over micro-batches by `combine` instead of averaged.
 
     combine(collections before the step, stacked states of the micro-batches) -> state of the whole batch.
 

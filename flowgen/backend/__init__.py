@@ -1,6 +1,6 @@
-"""Device-specific code and compiler workarounds, each in one function that says why. It imports nothing from flowgen.
+"""Device-specific code and compiler workarounds, each in a function that says why. It imports nothing from flowgen.
 
-Formulas elsewhere are the same for every device. The code here changes speed and memory, and results only by rounding.
+Formulas elsewhere are the same for every device. The code here affects speed, memory and rounding, but nothing else.
 """
 
 from flowgen.backend.devices import (

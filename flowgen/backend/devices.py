@@ -26,7 +26,7 @@ MAX_LOGITS = 1 << 28
 MAX_CAUSAL_SLICES = 4
 MIN_CAUSAL_SLICE = 64
 
-# 32 images of 256 x 256 pixels at once: with the published autoencoders, 3 GiB to encode and 7 GiB to decode.
+# 32 images of 256 x 256 pixels at once; the published autoencoders need 3 GiB to encode them and 7 GiB to decode them.
 PIXELS_AT_ONCE = 32 * 256**2
 IMAGES_AT_ONCE = 256
 TEXTS_AT_ONCE = 64
@@ -41,7 +41,7 @@ def platform() -> str:
 
 
 def gelu(x: Float[Array, "*d"]) -> Float[Array, "*d"]:
-    """Returns x Φ(x), by erf. `jax.nn.gelu` computes it by erfc, which takes twice as long on CPUs."""
+    """Returns x Φ(x), computed with erf. `jax.nn.gelu` uses erfc, which takes twice as long on CPUs."""
     return 0.5 * x * (1 + _erf(x * math.sqrt(0.5)))
 
 
@@ -62,7 +62,7 @@ def flat_dot(
 ) -> Array:
     """Returns x @ kernel, with all leading axes of x flattened into one; a `dot_general` for Flax's Dense.
 
-    The gradient of the kernel is then one plain matrix product, which XLA computes without copies on CPUs.
+    The gradient with respect to the kernel is then one plain matrix product, which XLA computes without copies on CPUs.
     """
     rows = x.reshape(-1, x.shape[-1])
     out = lax.dot_general(rows, kernel, (((1,), (0,)), ((), ())), precision=precision, **options)
@@ -136,7 +136,7 @@ def _unit_lower_inverse_by_blocks(lower: Array) -> Array:
 def attention_implementation(asked: str) -> str:
     """Returns the implementation of softmax attention to use: so far always "xla", in chunks of queries.
 
-    asked: "auto" or "xla". Raises ValueError for others.
+    asked: "auto" or "xla". Raises ValueError for anything else.
     """
     if asked not in ("auto", "xla"):
         raise ValueError(f"implementation is {asked!r}; choose 'auto' or 'xla'.")
@@ -144,7 +144,7 @@ def attention_implementation(asked: str) -> str:
 
 
 def queries_at_once(batch: object, heads: object, keys: object, max_logits: int | None) -> int | None:
-    """Returns how many queries to process at once, to have at most `max_logits` logits over all samples and heads.
+    """Returns how many queries to process at once, for at most `max_logits` logits over all samples and heads.
 
     None means all queries. It is also the result if a size is symbolic, as in an exported program.
     """
@@ -167,7 +167,7 @@ def samples_at_once(pixels: int) -> int:
 def in_parts(
     run: Callable[..., tuple[ArrayLike, ...]], most: int, *inputs: Shaped[np.ndarray, "b ..."]
 ) -> tuple[Shaped[np.ndarray, "b ..."], ...]:
-    """Returns a compiled function's results on parts of the inputs, joined along their first axis.
+    """Returns a compiled function's results, computed on parts of the inputs and joined along the first axis.
 
     All parts have the same size, a power of two up to `most`, so that few sizes are compiled; the last part is padded.
 
@@ -197,7 +197,7 @@ def must_wait(devices: Sequence[jax.Device]) -> bool:
 def call_host(fn: Callable[..., np.ndarray], out: jax.ShapeDtypeStruct, *arrays: Array) -> Array:
     """Returns fn(*arrays), computed with numpy on the host inside a compiled program; under vmap, one sample at a time.
 
-    On CPUs fn receives buffers instead of arrays, and reads them in place: an ordinary callback asks the program's own
+    On CPUs, fn receives buffers instead of arrays and reads them in place: an ordinary callback asks the program's own
     threads for a copy and, on one core, can wait for it forever.
     """
 

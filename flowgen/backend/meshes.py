@@ -1,5 +1,5 @@
 """Meshes with explicit axes: every array's type states its sharding, and jax refuses to reshape, scan or contract over
-a sharded axis unless the output sharding is given. Attention, couplings and models do all of these, but their output
+a sharded axis unless the output sharding is given. Attention, couplings and models do all three, but their output
 sharding is simple: batch, queries and heads are sharded as in the inputs.
 """
 
@@ -138,7 +138,7 @@ class OnMeshes:
 
 
 def of_rows(x: Array, row: str = "b") -> str:
-    """Returns a letter per axis of an array of rows, for `keep_axes`.
+    """Returns one letter per axis of an array of rows, for `keep_axes`.
 
     Example:
         of_rows(jnp.zeros((8, 32, 32, 3)))  # "b e1 e2 e3"
@@ -156,7 +156,7 @@ def take_rows(x: Array, index: Array) -> Array:
 
 
 def alike_rows(tree: PyTree) -> PyTree:
-    """Returns the tree with all rows sharded like those of the first array that has rows sharded over explicit axes.
+    """Returns the tree with all rows sharded like those of the first array whose rows are sharded over explicit axes.
 
     Inside jit, the mesh must be the context; see `on_mesh_of`.
 

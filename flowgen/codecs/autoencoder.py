@@ -1,7 +1,7 @@
 """AutoencoderKL: images to a Gaussian over latents and back (Rombach et al., arXiv 2112.10752).
 
 The encoder begins with a convolution. Each level has residual blocks and, unless it is the last, halves the image.
-Then come a block, attention, a block, and a convolution to mean and log variance. A residual block is
+Then come a block, attention, a block, and a convolution to the mean and log variance. A residual block is
 
     r(x) = skip(x) + conv(silu(norm(conv(silu(norm(x)))))).
 
@@ -40,10 +40,10 @@ class AutoencoderConfig:
     latent_channels: channels of the latents.
     widths: channels of each level, multiples of num_groups; every level but the last halves the image.
     layers_per_block: residual blocks per level of the encoder; the decoder has one more.
-    num_groups: groups of group norm.
-    attention: single-head attention in the middle block.
+    num_groups: number of groups in group norm.
+    attention: whether the middle block has single-head attention.
     dtype: dtype of convolutions; norms, moments and images stay float32.
-    remat: recompute blocks in the backward pass.
+    remat: whether to recompute blocks in the backward pass.
     """
 
     channels: Channels = 3
@@ -100,7 +100,7 @@ class Autoencoder(OnMeshes, nn.Module):
     def encode(
         self, x: Float[Array, "b height width c"]
     ) -> tuple[Float[Array, "b rows columns z"], Float[Array, "b rows columns z"]]:
-        """Returns the mean and log variance, within [-30, 20], of the latents, which are not normalised."""
+        """Returns the mean and the log variance, within [-30, 20], of unnormalised latents."""
         check_floating("x", x)
         mean, log_variance = jnp.split(self.quant_conv(self.encoder(x)), 2, axis=-1)
         return mean, jnp.clip(log_variance, *LOG_VARIANCE_BOUNDS)
@@ -153,7 +153,7 @@ class Decoder(nn.Module):
 
 
 class Middle(nn.Module):
-    """Block, optional attention, block, at the lowest resolution, for images or clips.
+    """A block, optional attention and another block, at the lowest resolution, for images or clips.
 
     block: (width, name) -> layer. attention: name -> layer.
     """
@@ -190,5 +190,5 @@ def _conv_out(config: AutoencoderConfig, h: Array, features: int) -> Array:
     return conv(features, h.shape[-1], master, name="conv_out")(h)
 
 
-# The published autoencoder of latent diffusion, 83,653,863 parameters.
+# The published autoencoder of latent diffusion, with 83,653,863 parameters.
 AUTOENCODER_PRESETS: dict[str, AutoencoderConfig] = {"sd_vae": AutoencoderConfig()}

@@ -1,4 +1,4 @@
-"""Layers for clips `b f rows columns c` that are causal in time, so that clips can be processed whole or in chunks.
+"""Causal layers for clips `b f rows columns c`, which can therefore be processed whole or in chunks.
 
 A layer maps (x, cache) to (y, next cache). `cache` holds what the layer needs from earlier frames; it is None if x
 begins the clip. A convolution at frame t sees frames t-2, t-1 and t, with zeros before the clip. The first frame is
@@ -26,7 +26,7 @@ CHANNEL_NORM_EPS = 1e-12
 
 
 def chain(layers: Sequence[Callable[..., tuple[Array, Cache]]], h: Array, cache: Cache) -> tuple[Array, Cache]:
-    """Returns the output of layers applied to h in turn, and their caches for later frames."""
+    """Returns the result of applying the layers to h in turn, and their caches for later frames."""
     caches = [None] * len(layers) if cache is None else cache
     after = []
     for layer, mine in zip(layers, caches, strict=True):
@@ -38,10 +38,10 @@ def chain(layers: Sequence[Callable[..., tuple[Array, Cache]]], h: Array, cache:
 def convolve_clip(
     x: Features, cache: Cache, features: int, dtype: str, *, name: str, side: int = 3, zero: bool = False
 ) -> tuple[NewFeatures, Float[Array, "b 2 rows columns c"]]:
-    """Returns a convolution over the 3 frames that end at each frame of x, and the last two frames for the next chunk.
+    """Returns a convolution over the 3 frames up to each frame of x, and the last two frames for the next chunk.
 
-    The layer is created in the calling compact method. cache: the two frames before x; None at the start of a clip,
-    which means zeros.
+    The layer is created in the calling compact method. cache: the two frames before x; None, at the start of a clip,
+    means zeros.
     """
     before = jnp.zeros_like(x, shape=(x.shape[0], 2, *x.shape[2:])) if cache is None else cache
     x = jnp.concatenate([before, x], axis=1)
@@ -101,7 +101,7 @@ class Head(nn.Module):
 
 
 class HalveSpace(nn.Module):
-    """Keeps every second position along both sides, by a convolution of each frame."""
+    """Halves both sides of each frame with a strided convolution."""
 
     dtype: str
 
@@ -113,7 +113,7 @@ class HalveSpace(nn.Module):
 
 
 class HalveTime(nn.Module):
-    """Keeps the first frame, and convolves frames (0, 1, 2), (2, 3, 4), ..."""
+    """Keeps the first frame, and halves the number of later ones by convolving frames (0, 1, 2), (2, 3, 4), ..."""
 
     dtype: str
 
@@ -126,7 +126,7 @@ class HalveTime(nn.Module):
 
 
 class DoubleTime(nn.Module):
-    """Keeps the first frame, and makes two of each later one, by a causal convolution that never sees the first."""
+    """Keeps the first frame, and turns each later one into two with a causal convolution that never sees the first."""
 
     dtype: str
 
@@ -139,7 +139,7 @@ class DoubleTime(nn.Module):
 
 
 class DoubleSpace(nn.Module):
-    """Repeats every position twice along both sides, and then convolves each frame."""
+    """Doubles both sides of each frame by repeating positions, and then convolves it."""
 
     dtype: str
     width: int

@@ -108,7 +108,7 @@ class LatentNormalisation:
         return (latents - _per_channel(self.shift, latents)) * _per_channel(self.scale, latents)
 
     def apply_to_std(self, std: Latents) -> Latents:
-        """Returns the standard deviation of normalised latents."""
+        """Returns a standard deviation in the units of normalised latents."""
         return std * np.abs(_per_channel(self.scale, std))
 
     def undo(self, normalised: Latents) -> Latents:
@@ -122,9 +122,9 @@ def _per_channel(values: ArrayLike, latents: Latents) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class AutoencoderCodec:
-    """A frozen image autoencoder with its variables, as a codec of normalised latents.
+    """A frozen image autoencoder and its variables, as a codec with normalised latents.
 
-    Clips are encoded frame by frame. The codec runs as many images at a time as memory allows, with few compiled
+    Clips are encoded frame by frame. The codec processes as many images at a time as memory allows, with few compiled
     programs.
 
     Example:
@@ -162,7 +162,7 @@ class AutoencoderCodec:
         return self.normalisation.apply(mean), self.normalisation.apply_to_std(std)
 
     def decode(self, latents: Latents) -> Pixels:
-        """Returns the images or clips of normalised latents, as a numpy array; not clipped."""
+        """Returns the images or clips of normalised latents as a numpy array, not clipped."""
         *frames, rows, columns = check_latents(self, latents)
         plain = np.asarray(self.normalisation.undo(_images(np.asarray(latents, np.float32))))
         run = partial(_decode, self.autoencoder, self.variables)

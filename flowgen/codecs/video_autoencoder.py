@@ -56,9 +56,9 @@ class VideoAutoencoderConfig:
     halve_time: whether each level also halves time; one entry fewer than widths.
     layers_per_block: residual blocks per level of the encoder; the decoder has one more.
     patch_size: side of the squares of pixels that become channels before the first level.
-    shortcuts: shortcuts around levels; without them, doubling the sides also halves the channels, as in Wan 2.1.
+    shortcuts: whether levels have shortcuts; without them, doubling the sides also halves the channels, as in Wan 2.1.
     dtype: dtype of convolutions; norms, moments and frames stay float32.
-    remat: recompute blocks in the backward pass.
+    remat: whether to recompute blocks in the backward pass.
     """
 
     channels: Channels = 3
@@ -184,7 +184,7 @@ class VideoAutoencoder(OnMeshes, nn.Module):
         return self.decode(self.encode(x)[0])
 
     def encode(self, x: Clips) -> Moments:
-        """Returns the mean and log variance, within [-30, 20], of the latents, which are not normalised.
+        """Returns the mean and the log variance, within [-30, 20], of unnormalised latents.
 
         Raises what `check_clips` raises.
         """
@@ -195,7 +195,7 @@ class VideoAutoencoder(OnMeshes, nn.Module):
         return self.decode_part(latents, None)[0]
 
     def encode_part(self, x: Clips, cache: Cache) -> tuple[Moments, Cache]:
-        """Returns `encode` of the next frames of clips, and the cache for later ones.
+        """Returns `encode` of the next frames of clips, and the cache for the frames after them.
 
         x: the first 1 + k · stride frames if cache is None, else the next k · stride.
         """
@@ -208,7 +208,7 @@ class VideoAutoencoder(OnMeshes, nn.Module):
         return (mean, jnp.clip(log_variance, *LOG_VARIANCE_BOUNDS)), cache
 
     def decode_part(self, latents: Float[Array, "b f rows columns z"], cache: Cache) -> tuple[Clips, Cache]:
-        """Returns `decode` of the next latents of clips, and the cache for later ones."""
+        """Returns `decode` of the next latents of clips, and the cache for the latents after them."""
         check_floating("latents", latents)
         side = self.config.patch_size
         h, cache = self.decoder(self.post_quant_conv(latents), cache)
@@ -302,7 +302,7 @@ def _middle(config: VideoAutoencoderConfig) -> Middle:
 
 
 def encode_in_chunks(autoencoder: VideoAutoencoder, variables: PyTree, x: Clips) -> Moments:
-    """Returns `encode` of clips, first one frame and then `stride` frames at a time, using the memory of one chunk.
+    """Returns `encode` of clips, first one frame, then `stride` frames at a time, with the memory of one chunk.
 
     Example:
         mean, log_variance = encode_in_chunks(autoencoder, params, x)
@@ -315,7 +315,7 @@ def encode_in_chunks(autoencoder: VideoAutoencoder, variables: PyTree, x: Clips)
 def decode_in_chunks(
     autoencoder: VideoAutoencoder, variables: PyTree, latents: Float[Array, "b f rows columns z"]
 ) -> Clips:
-    """Returns `decode` of latents, one latent frame at a time, using the memory of one chunk.
+    """Returns `decode` of latents, one latent frame at a time, with the memory of one chunk.
 
     Example:
         x = decode_in_chunks(autoencoder, params, latents)
@@ -340,7 +340,7 @@ def _in_chunks(part: Callable[..., tuple[PyTree, Cache]], x: Array, size: int) -
     return jax.tree.map(joined, first, rest)
 
 
-# The published autoencoders of Wan, 704,688,668 and 126,892,531 parameters.
+# The published autoencoders of Wan, with 704,688,668 and 126,892,531 parameters.
 VIDEO_AUTOENCODER_PRESETS: dict[str, VideoAutoencoderConfig] = {
     "wan_2_2": VideoAutoencoderConfig(),
     "wan_2_1": VideoAutoencoderConfig(

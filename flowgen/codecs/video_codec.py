@@ -1,4 +1,4 @@
-"""A codec of clips that uses a video autoencoder, for flows trained on the latents."""
+"""A codec for clips that uses a video autoencoder, for flows trained on the latents."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from flowgen.codecs.video_autoencoder import VideoAutoencoder, decode_in_chunks,
 
 @dataclass(frozen=True, eq=False)
 class VideoAutoencoderCodec:
-    """A frozen video autoencoder with its variables, as a codec of normalised latents. An image is a clip of one frame.
+    """A frozen video autoencoder and its variables, as a codec with normalised latents; an image is a one-frame clip.
 
-    temporal_scale: factor on all latent frames but the first, after normalisation. The codec runs as many clips at a
-    time as memory allows, and longer clips in chunks.
+    temporal_scale: factor on all latent frames but the first, after normalisation. The codec processes as many clips at
+    a time as memory allows, and longer clips in chunks.
 
     Example:
         codec = VideoAutoencoderCodec(autoencoder, params, LatentNormalisation(scale=0.5), temporal_scale=0.6)
@@ -72,7 +72,7 @@ class VideoAutoencoderCodec:
         return self.normalisation.apply(mean) * scale, self.normalisation.apply_to_std(std) * scale
 
     def decode(self, latents: Latents) -> Pixels:
-        """Returns the clips of normalised latents, as a numpy array; not clipped."""
+        """Returns the clips of normalised latents as a numpy array, not clipped."""
         if len(check_latents(self, latents)) == 2:
             return self.decode(np.asarray(latents)[:, None])[:, 0]
         frames, rows, columns = latents.shape[1:4]

@@ -28,9 +28,9 @@ from flowgen.nn.layers import master_dtype
 
 @dataclass(frozen=True)
 class GuidedBlock:
-    """One block with its variables, condition and guidance bound.
+    """A block bound to its variables, condition and guidance.
 
-    cond: the condition; under guidance it holds both branches, the conditional one first. None for unconditional
+    cond: the condition; under guidance, those of both branches, the conditional one first. None for unconditional
     blocks.
     """
 
@@ -46,10 +46,10 @@ class GuidedBlock:
         context: Float[Array, "b m c"] | None = None,
         solved: Callable[[Array], None] = ignore,
     ) -> Solution:
-        """Returns the tokens of noise z, both in raster order, and the solver's report.
+        """Returns the tokens whose noise is z, both in raster order, and the solver's report.
 
         context: tokens that precede the tokens of z; only for blocks in raster order without passthrough tokens.
-        solved: called on the device with the number of tokens that each window solves.
+        solved: called on the device with the number of tokens solved by each window.
         """
         config, passthrough = self.block.config, self.block.num_passthrough
         u = reorder(each_frame(z, config.frames), config.order)
@@ -68,7 +68,7 @@ class GuidedBlock:
         )
 
     def forward(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
-        """Returns the noise of tokens, both in raster order, in one parallel pass; it undoes `inverse`."""
+        """Returns the noise of tokens, both in raster order, in one parallel pass; this undoes `inverse`."""
         config, passthrough = self.block.config, self.block.num_passthrough
         if self.guidance is None:
             return self.block.apply(self.variables, x, self.cond)[0]
@@ -79,7 +79,7 @@ class GuidedBlock:
         return reorder(jnp.concatenate([u[:, :passthrough], z], axis=1), config.order).reshape(x.shape)
 
     def conditioner(self, known: Float[Array, "b m c"], solved: Callable[[Array], None]) -> Conditioner:
-        """Returns what a solver needs for the tokens after the known ones, all in the block's order."""
+        """Returns what a solver needs to find the tokens after the known ones, all in the block's order."""
         block, variables = self.block, self.variables
         batch, begin = len(known), known.shape[1] - block.num_passthrough
 
@@ -105,7 +105,7 @@ class GuidedBlock:
     def parameters(
         self, previous: Float[Array, "b w c"], start: Int[Array, ""] | int, caches: tuple | None
     ) -> tuple[Float[Array, "b w c"], Float[Array, "b w c"], tuple | None]:
-        """Returns the guided (shift, log_scale) of the tokens after `previous`, and the caches.
+        """Returns the guided (shift, log_scale) of the tokens after `previous`, and the updated caches.
 
         previous: the network's inputs from row `start` on. Both branches of guidance run as one batch.
         """
@@ -122,7 +122,7 @@ class GuidedBlock:
         return *self.guidance.combine(conditional, unconditional, progress[None, :, None]), caches
 
     def _inverse_temperature(self, batch: int) -> Float[Array, " branches"] | None:
-        """The factors on attention logits in both branches; None without guidance."""
+        """The factors on the attention logits of both branches; None without guidance."""
         if self.guidance is None:
             return None
         dtype = master_dtype(self.block.config.transformer.dtype)
@@ -137,9 +137,9 @@ class GuidedBlock:
 def guided_block(
     config: BlockConfig, variables: Variables, cond: Condition | None, guidance: Guidance | None
 ) -> GuidedBlock:
-    """Returns a block with its condition and guidance bound.
+    """Returns a block bound to its condition and guidance.
 
-    guidance: None for a block that is not guided.
+    guidance: None for an unguided block.
     """
     cond = cond if config.is_conditional else None
     if guidance is not None and cond is not None:

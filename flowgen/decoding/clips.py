@@ -1,4 +1,4 @@
-"""`Clip`: clips that begin with given frames, and clips longer than the flow models (arXiv 2511.20462)."""
+"""`Clip`: clips that begin with given frames, and clips longer than those the flow models (arXiv 2511.20462)."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ CONTEXT = 0.75  # share of a clip's frames: 16 of 21, as published
 class Clip:
     """How long the clips of a `STARFlowV` are, how they begin, and how they continue beyond the F frames it models.
 
-    frames: frames per clip; None is F. given: the first frames, with the noise that the flow models; only denoising
-    changes them. context: how many frames a restart begins with, for clips of more than F frames; None is 3/4 of F,
-    rounded. restart_cond: condition of restarts, such as the texts that clips without their first frame had in
-    training; None is the condition of the clip.
-    progress: called on the host as progress(solved, total) whenever the deep block solves tokens; `solved` is how many
-    it has just solved, and `total` how many a clip needs. The program does not wait for it and is compiled once per
-    such function.
+    frames: frames per clip; None means F. given: the first frames, including the noise that the flow models; only
+    denoising changes them. context: how many frames a restart begins with, for clips of more than F frames; None means
+    3/4 of F, rounded. restart_cond: condition of restarts, such as the texts that clips without their first frame had
+    in training; None means the condition of the clip.
+    progress: called on the host as progress(solved, total) whenever the deep block solves tokens; `solved` is the
+    number just solved, and `total` the number to be solved per clip. The program does not wait for this call, and is
+    compiled once per such function.
 
     Example:
         r = sample(flow, params, jax.random.key(0), 2, texts, clip=Clip(frames=41, given=noisy_first_frames))
@@ -46,7 +46,7 @@ class Clip:
 
 
 def checked_clip(clip: Clip | None, config: FlowConfig, cond: Condition | None, batch: int) -> Clip:
-    """Returns the clip with arrays and defaults filled in; None is a clip of the flow's own size.
+    """Returns the clip with jax arrays and all defaults filled in; None means a clip of the flow's own length.
 
     cond: the condition of the clip. Raises ValueError if the clip does not fit the flow or the batch.
     """
@@ -111,7 +111,7 @@ def _check_given(clip: Clip, frames: int, config: FlowConfig, batch: int) -> Non
 
 
 def _checked_context(context: int | None, frames: int, most: int) -> int:
-    """How many frames restarts begin with; 0 without restarts, so that all values share one program."""
+    """How many frames restarts begin with; 0 without restarts, so that all values of `context` share one program."""
     if frames > most == 1:
         raise ValueError(f"clip.frames is {frames}, but a flow of 1 frame cannot continue a clip; ask for 1.")
     if context is not None and not 1 <= context < most:

@@ -1,8 +1,8 @@
 """`run`: the one compiled program behind `invert` and `sample`.
 
 Decoding first inverts the last block, segment by segment, from noise to tokens u. The other blocks then map u to
-images, or to frames one by one. A forward pass of the other blocks maps given frames to their u, which fills the last
-block's caches in one pass; decoding continues after them.
+images, or to frames one by one. Given frames are first mapped to their u by a forward pass of the other blocks; one
+pass over this u fills the last block's caches, and decoding continues from there.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from flowgen.nn.layers import master_dtype
 
 
 def run(request: DecodeRequest) -> DecodeResult:
-    """Returns the images or clips of a request and the reports on them, sharded like their noise.
+    """Returns the requested images or clips and the reports on them, sharded like their noise.
 
     Raises ValueError inside `jax.shard_map`, unless its `check_vma` is False.
     """
@@ -59,7 +59,7 @@ def _run(params: Variables, request: DecodeRequest) -> DecodeResult:
 
 
 def _noise(request: DecodeRequest) -> Float[Array, "b n c"]:
-    """The noise tokens of all frames: as given, or drawn with one key for the first clip and one per later frame."""
+    """The noise tokens of all frames: given, or drawn with one key for the first clip and one for each later frame."""
     keys = request.noise
     if not isinstance(keys, SampleKeys):
         return keys
@@ -106,7 +106,7 @@ def _invert_last_block(request: DecodeRequest, noise: Float[Array, "b n c"]) -> 
 def _invert_other_blocks(
     request: DecodeRequest, flow: Flow, u: Float[Array, "b n c"]
 ) -> tuple[list[Solution], list[Float[Array, " b"]]]:
-    """The other blocks' solutions, data side first, and, if certified under guidance, their errors."""
+    """The other blocks' solutions, data side first, and their errors if a guided request is certified."""
     solutions, errors = [], []
     for index in reversed(range(flow.config.num_blocks - 1)):
         block = _block(request, flow, index)
@@ -121,7 +121,7 @@ def _invert_other_blocks(
 def _last_block_error(
     request: DecodeRequest, x: Float[Array, "b *event"], u: Float[Array, "b n c"], noise: Float[Array, "b n c"]
 ) -> Float[Array, " b"]:
-    """Largest difference per sample between `noise` and the noise of the last block's tokens.
+    """The largest difference, per sample, between `noise` and the noise of the last block's tokens.
 
     These tokens are u under guidance; otherwise they are computed from the result x.
     """

@@ -1,6 +1,6 @@
-"""Denoising of decoded samples, by the score of the density that decoding follows or by a learned denoiser.
+"""Denoising of decoded samples: by the score of the density that decoding follows, or by a learned denoiser.
 
-With u the last block's tokens, and r the segments of new frames that follow their context, the density is
+Let u be the last block's tokens, and let each segment r consist of context and new frames. The density is
 
     p(u) = Π_r p(the new frames of r | their context),     log p(x) = log p(u) + log|det du/dx|
 """
@@ -19,7 +19,7 @@ from flowgen.gaussian import gaussian_log_density
 
 
 def denoised(request: DecodeRequest, x: Float[Array, "b *event"]) -> Float[Array, "b *event"]:
-    """Returns decoded samples after the denoising step of the request."""
+    """Returns decoded samples after the request's denoising step, if any."""
     step = request.denoise
     if isinstance(step, TweedieStep):
         score = jax.grad(lambda x: _log_prob(request, x).sum())(x)
@@ -30,13 +30,13 @@ def denoised(request: DecodeRequest, x: Float[Array, "b *event"]) -> Float[Array
 def enter_last_block(
     request: DecodeRequest, x: Float[Array, "b *event"]
 ) -> tuple[Float[Array, "b n c"], Float[Array, " b"]]:
-    """Returns the last block's tokens u of images or clips, and log|det du/dx|."""
+    """Returns the last block's tokens u for images or clips, and log|det du/dx|."""
     frames = x.shape[1] if x.ndim == 5 else 1
     return request.flow.with_num_frames(frames).apply(request.params, x, request.cond, method="enter_last_block")
 
 
 def _log_prob(request: DecodeRequest, x: Float[Array, "b *event"]) -> Float[Array, " b"]:
-    """log p(x | cond) in nats of images or clips decoded by this layout with no frames given."""
+    """log p(x | cond), in nats, of images or clips decoded in this layout without given frames."""
     layout, flow = request.layout._replace(given=0), request.flow.with_num_frames(request.layout.clip)
     index = flow.config.num_blocks - 1
     block, variables = AutoregressiveBlock(flow.config.blocks[index]), block_parameters(request.params, index)

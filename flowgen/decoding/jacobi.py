@@ -31,20 +31,20 @@ class PreviousFrame(NamedTuple):
     known: Int[Array, ""]
 
     def guess(self, noise: Float[Array, "b w c"]) -> Float[Array, "b w c"]:
-        """Returns, for each next token, the latest token at its place in a frame, or its noise if there is none."""
+        """Returns, for each next token, the latest known token at its place in a frame or, without one, its noise."""
         period = self.tokens.shape[1]
         place = jnp.arange(noise.shape[1]) % period
         return jnp.where((place >= period - self.known)[None, :, None], self.tokens[:, place], noise)
 
     def then(self, tokens: Float[Array, "b w c"]) -> PreviousFrame:
-        """Returns the last frame's worth of tokens after `tokens` are solved too."""
+        """Returns the last frame's worth of tokens once `tokens` are solved too."""
         period = self.tokens.shape[1]
         last = jnp.concatenate([self.tokens, tokens], axis=1)[:, -period:]
         return PreviousFrame(last, jnp.minimum(self.known + tokens.shape[1], period))
 
 
 def ignore(count: Array) -> None:
-    """Ignores solved tokens."""
+    """Does nothing; the default of `Conditioner.solved`."""
 
 
 class Conditioner(NamedTuple):
@@ -52,9 +52,9 @@ class Conditioner(NamedTuple):
 
     window(previous, start, cache) -> (shift, log_scale, cache): parameters of the tokens after `previous`.
     rewind(before, after) -> cache: a cache from which the same window can run again.
-    begin_cache(length) -> cache: filled with the prefix and known tokens, with room for `length` more.
+    begin_cache(length) -> cache: a cache of the prefix and the known tokens, with room for `length` more.
     first: the network's input for the first token to be solved. begin: the row of that input.
-    previous_frame: the frame before that token, for initial guesses if the plan says so; None for images.
+    previous_frame: the frame before that token, from which plans may guess; None for images.
     solved(count): called after each window with the number of newly solved tokens.
     """
 
@@ -68,7 +68,7 @@ class Conditioner(NamedTuple):
 
 
 class Solution(NamedTuple):
-    """Solved tokens and the solver's reports; see `DecodeResult` for their meaning."""
+    """Solved tokens and the solver's reports, which `DecodeResult` explains."""
 
     x: Float[Array, "b n c"]
     sweeps: Int[Array, " windows"]
@@ -166,7 +166,7 @@ def _sweep(conditioner: Conditioner, tol: float, before: _Before, window: _Windo
 def first_guess(
     init: InitialGuess, noise: Float[Array, "b w c"], previous_frame: PreviousFrame | None
 ) -> Float[Array, "b w c"]:
-    """Returns the initial guess of the first sweep over tokens with this noise."""
+    """Returns the initial guess for tokens with this noise."""
     if init == "zeros":
         return jnp.zeros_like(noise)
     return noise if init == "noise" or previous_frame is None else previous_frame.guess(noise)
@@ -178,11 +178,11 @@ def overflown(x: Array) -> Array:
 
 
 def bounded(x: Array) -> Array:
-    """Returns iterates clipped to ±OVERFLOW, with NaN as 0, as input for the network."""
+    """Returns iterates as input to the network: clipped to ±OVERFLOW, with NaN as 0."""
     return jnp.clip(jnp.nan_to_num(x, nan=0.0), -OVERFLOW, OVERFLOW)
 
 
 def _change(new: Array, old: Array, real: Array) -> Array:
-    """Largest change per sample, without padding; infinite if an iterate overflowed."""
+    """The largest change per sample, ignoring padding; infinite if an iterate overflowed."""
     change = jnp.where(overflown(new), jnp.inf, jnp.abs(new - old))
     return jnp.where(real, change, 0).max(axis=(1, 2))

@@ -19,8 +19,8 @@ from jaxtyping import Array, Float, Int
 class Segments(NamedTuple):
     """`count` equal segments of frames, decoded one after another, each after its context.
 
-    begin: the first frame of the first segment, context included. context, new: number of context frames and of new
-    frames in each segment. is_restart: whether the segments use the condition of restarts.
+    begin: index of the first segment's first frame, context included. context, new: numbers of context frames and of
+    new frames in each segment. is_restart: whether the segments use the condition of restarts.
     """
 
     begin: int
@@ -45,7 +45,7 @@ class ClipLayout(NamedTuple):
 
     @property
     def reached(self) -> int:
-        """Number of frames that the segments reach, `total` or more."""
+        """Number of frames that the segments reach, at least `total`."""
         last = self.segments[-1]
         return last.begin + last.context + last.count * last.new
 
@@ -61,7 +61,7 @@ class ClipLayout(NamedTuple):
 
     @property
     def places(self) -> Int[np.ndarray, " frames"]:
-        """The position of every frame in the clip that decodes it; 0 for given frames beyond the first clip."""
+        """Each frame's position in the clip that decodes it; 0 for given frames beyond the first clip."""
         places = np.arange(self.reached) * (np.arange(self.reached) < self.clip)
         for part in self.segments:
             begin = part.begin + part.context
@@ -87,12 +87,12 @@ class ClipLayout(NamedTuple):
         return tokens[:, rows].swapaxes(0, 1)
 
     def in_a_row(self, new: Float[Array, "count b m c"]) -> Float[Array, "b n c"]:
-        """Returns the tokens that segments added, in one row; the inverse of `new_tokens`."""
+        """Returns the segments' new tokens joined in order; the inverse of `new_tokens`."""
         return new.swapaxes(0, 1).reshape(new.shape[1], -1, new.shape[3])
 
 
 def scan_segments(step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, segments: Any) -> Any:
-    """Returns the results of `step` over segments like `lax.scan`; a single segment runs without a loop."""
+    """Returns the outputs of `step` over segments, as `lax.scan` does; a single segment runs without a loop."""
     if len(jax.tree.leaves(segments)[0]) == 1:
         _, result = step(carry, jax.tree.map(lambda leaf: leaf[0], segments))
         return jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], result)

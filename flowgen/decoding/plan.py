@@ -11,8 +11,8 @@ from flowgen.settings.ranges import Count, NonNegative
 
 InitialGuess = Literal["noise", "zeros", "previous_frame"]
 
-# Rows (batch x branches x window) up to which a pass on an accelerator costs about as much as one row: peak FLOP/s over
-# memory bandwidth, 206 (H200) to 295 (H100), 166 to 560 (TPU v5p to v6e), in bf16.
+# Rows (batch x branches x window) up to which a pass on an accelerator costs about as much as one row. This is peak
+# FLOP/s in bf16 over memory bandwidth: 206 (H200) to 295 (H100), 166 to 560 (TPU v5p to v6e).
 FREE_ROWS = 256
 MIN_PARALLEL_WINDOW = 8
 AUTO_TOLERANCE = 1e-4
@@ -29,15 +29,15 @@ class Sequential:
 
 @config
 class Jacobi:
-    """Decodes windows of tokens in order, by fixed-point sweeps over each with the cache of the earlier ones.
+    """Decodes windows of tokens in order, each by fixed-point sweeps that use a cache of the earlier windows.
 
     Each window repeats the sweep x <- shift(x) + exp(log_scale(x)) · z. A sample is frozen once none of its tokens
     changes by more than `tol` (max norm, data units). After k sweeps the first k tokens are exact, so the default
     `max_sweeps=None`, the window's length, is always enough.
 
-    window: tokens solved together; None is one window over all tokens, 1 equals `Sequential`.
-    init: initial guess of the first sweep: the "noise" itself, "zeros", or, in a block over several frames, the tokens
-    of the "previous_frame"; frame 0 and blocks of one frame then start from the noise.
+    window: tokens solved together; None means one window over all tokens, and 1 is `Sequential`.
+    init: initial guess for a window: the "noise" itself, "zeros", or, in a block over several frames, the tokens of the
+    "previous_frame"; frame 0 and blocks of one frame then start from the noise.
 
     Example:
         r = invert(flow, params, z, cond, plan=Jacobi(window=32, tol=1e-4))
@@ -51,9 +51,9 @@ class Jacobi:
 
 @config
 class SlidingWindow:
-    """Decodes by sweeps over a window that advances past the tokens each sweep solves, at least one.
+    """Decodes by sweeps over a window, which advances past the tokens that each sweep solves, at least one.
 
-    Each sweep accepts the longest prefix of the window that no sample of the batch changed by more than `tol`, plus the
+    Each sweep accepts the window's longest prefix that changed by at most `tol` in every sample of the batch, plus the
     next token (Song et al. 2021, arXiv 2002.03629). With tolerance 0 the solution is exact; otherwise each returned
     token is within `tol` of the value implied by the tokens before it. There are at most as many sweeps as tokens. The
     attention must keep a cache slot per token, as softmax attention does. Within the tolerance, a sample depends on the
@@ -94,8 +94,8 @@ def resolve_plan(plan: Plan | str, *, rows: Sequence[int]) -> DecodePlan:
     pass grows with its rows. On accelerators it is Jacobi with the largest window that costs about as much as one
     token, FREE_ROWS / rows, or sequential if this window is shorter than MIN_PARALLEL_WINDOW. rows: rows per token in
     each block, data side first: the batch size, times 2 if guided, times the number of frames that the block maps
-    independently. On accelerators "auto" depends on the batch size, and so do images within its tolerance; an explicit
-    plan does not.
+    independently. On accelerators, the window of "auto" depends on the batch size, and so do images, within the
+    tolerance; an explicit plan is the same for any batch size.
 
     Example:
         plan = resolve_plan("auto", rows=(16, 16, 16, 32))

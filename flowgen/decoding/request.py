@@ -26,11 +26,11 @@ class DecodeResult(NamedTuple):
 
     x: images `b height width c` or clips `b frames height width c`, not clipped.
     sweeps: network passes per block (data side first) and window; 0 for windows that a block does not have.
-    residual: largest change (max norm) in the last sweep of any block and window; 0 if the number of sweeps makes x
-    exact.
+    residual: largest change (max norm) in the last sweep of any block and window; 0 if there were enough sweeps to make
+    x exact.
     overflows: number of iterates that were not finite or exceeded 1e6. finite: whether x is finite.
-    error: None, or with `certify` the largest |forward(x) - z| over tokens, before denoising. A guided flow has no
-    forward pass; its error is the largest such difference of any single block.
+    error: with `certify`, the largest |forward(x) - z| over tokens, before denoising; otherwise None. A guided flow has
+    no forward pass; its error is the largest such difference in any single block.
     """
 
     x: Float[Array, "b *event"]
@@ -72,12 +72,12 @@ class Denoiser:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class DecodeRequest:
-    """What to decode and how, checked. Static fields are compiled in; the others may change from call to call.
+    """What to decode and how, checked. Static fields are compiled in; the others can change without recompiling.
 
     noise: tokens in raster order, or the keys to draw them from. cond: condition of all samples. plan: one per block.
-    clip: its length, beginning and restarts; an image is a clip of one frame. guidance: its `blocks` are those that it
-    changes; None if it changes none. certify: whether to measure the error. denoise: removes the training noise from
-    the result.
+    clip: length, beginning and restarts of the clips; an image is a clip of one frame. guidance: its `blocks` lists the
+    blocks that it changes; None if it changes none. certify: whether to measure the error. denoise: removes the
+    training noise from the result.
     """
 
     flow: Flow = field(metadata={"static": True})
@@ -96,7 +96,7 @@ class DecodeRequest:
         return clip_layout(self.clip, self.flow.config)
 
     def condition_of(self, part: Segments) -> Condition | None:
-        """Returns the condition of some segments."""
+        """Returns the condition under which some segments are decoded."""
         restart_cond = self.clip.restart_cond
         assert not isinstance(restart_cond, list | np.ndarray)  # a checked clip has arrays
         return restart_cond if part.is_restart else self.cond
@@ -111,10 +111,10 @@ def decode_request(
     guidance: Guidance | None = None,
     clip: Clip | None = None,
 ) -> DecodeRequest:
-    """Returns the request to decode noise, without certificate or denoising.
+    """Returns a request to decode noise, without a certificate or denoising.
 
-    clip: None decodes samples of the flow's own size. Raises ValueError if cond, plan, guidance or clip does not fit
-    the flow.
+    clip: None means samples of the flow's own size. Raises ValueError if cond, plan, guidance or clip does not fit the
+    flow.
     """
     config = flow.config
     batch = len(noise.indices if isinstance(noise, SampleKeys) else noise)
@@ -146,7 +146,7 @@ def resolve_denoise(denoise: bool | float | Denoiser, noise_std: float) -> Tweed
 
 
 def _active(guidance: Guidance | None, cond: Condition | None, config: FlowConfig) -> Guidance | None:
-    """Guidance whose `blocks` are those that it changes; None if it changes none."""
+    """Guidance whose `blocks` lists the blocks that it changes; None if it changes none."""
     if guidance is not None and not isinstance(guidance, Guidance):
         raise ValueError(f"guidance is {shown(guidance)}; give Guidance(scale=...), or None.")
     if guidance is None or guidance.scale == 0 or (guidance.temperature == 1 and cond is None):

@@ -66,14 +66,14 @@ def sample(
 ) -> DecodeResult:
     """Returns images or clips drawn from the flow, with the training noise removed.
 
-    num: how many samples, or their numbers, such as range(16, 32). Sample i depends only on (key, i), so a job can be
-    split into batches of any size.
+    num: how many samples to draw, or their numbers, such as range(16, 32). Sample i depends only on (key, i), so a job
+    can be split into batches of any size.
     denoise: True takes one Tweedie step x + strength · σ² ∇ log p(x | cond), with σ from the flow's config and strength
     1; a number sets the strength. The density p is the one that decoding without given frames follows. A learned
-    `Denoiser` receives all frames of a clip instead, still noisy.
+    `Denoiser` replaces this step and receives all frames of a clip, still noisy.
     certify: as for `invert`; for a clip, the error covers its generated frames.
     clip: for clips whose length differs from the flow's, or that begin with given frames. A token's noise depends only
-    on the key, the sample's number and the token's position. So before denoising, which looks ahead, a longer clip
+    on the key, the sample's number and the token's position. So, before denoising, which looks ahead, a longer clip
     begins with the shorter one. The deep block's sweeps are reported segment by segment.
     Raises ValueError if cond, plan, guidance or clip does not fit the flow, or if `num` is not positive.
 

@@ -1,9 +1,9 @@
-"""A window that advances by the tokens it has solved (Song et al. 2021, arXiv 2002.03629).
+"""A window that advances past the tokens it has solved (Song et al. 2021, arXiv 2002.03629).
 
-A pass over the tokens t .. t+w-1 maps a guess to an output. Let k be the number of leading tokens that no sample
-changed by more than `tol`. These keep their guess, from which later cached keys were computed. Token t+k then has only
-accepted inputs, so its new value is exact; it takes this value, and the window advances by k+1. The window's remaining
-tokens take their new values as the next guess. So every pass accepts at least one token.
+A pass over the tokens t .. t+w-1 maps a guess to an output. Let k be the number of leading tokens that changed by at
+most `tol` in every sample. These keep their guesses, from which the cached keys of later tokens were computed. Token
+t+k then has only accepted inputs, so its new value is exact; it takes this value, and the window advances by k+1. The
+window's remaining tokens take their new values as the next guess. So every pass accepts at least one token.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class _Noise(NamedTuple):
 
 
 def solve_sliding(conditioner: Conditioner, z: Float[Array, "b n c"], plan: SlidingWindow) -> Solution:
-    """Returns x like `flowgen.decoding.jacobi.solve`; `sweeps` is one number, the total number of passes, at most n.
+    """Returns x, as `flowgen.decoding.jacobi.solve` does; `sweeps` is one number, the total of passes, at most n.
 
     The cache's slots must be overwritable, so that a window may begin at any of them.
     """
@@ -68,7 +68,7 @@ def solve_sliding(conditioner: Conditioner, z: Float[Array, "b n c"], plan: Slid
 
 
 def _pass(conditioner: Conditioner, plan: SlidingWindow, noise: _Noise, state: _Pass) -> _Pass:
-    """One pass over a window, which then advances by the tokens it has solved."""
+    """One pass over a window, which then advances past the tokens it has solved."""
     start, window = state.start, noise.window
     real = (start + jnp.arange(window) < noise.n)[None]
     guess = jax.lax.dynamic_slice_in_dim(state.tokens, start + 1, window, axis=1)

@@ -21,7 +21,7 @@ SOFTPLUS_UNDERFLOW = -40.0  # below this, softplus(x) equals exp(x) to float64's
 def to_noise(
     x: Float[Array, "b n c"], shift: Float[Array, "b n c"], log_scale: Float[Array, "b n c"]
 ) -> tuple[Float[Array, "b n c"], Float[Array, " b"]]:
-    """Returns z = (x - shift)·exp(-log_scale) and its logdet, -Σ log_scale over tokens and channels in nats."""
+    """Returns z = (x - shift)·exp(-log_scale) and the logdet in nats, -Σ log_scale over tokens and channels."""
     return (x - shift) * jnp.exp(-log_scale), -log_scale.sum(axis=(1, 2))
 
 
@@ -33,12 +33,12 @@ def to_data(
 
 
 def reorder(tokens: Float[Array, "*b n c"], order: TokenOrder) -> Float[Array, "*b n c"]:
-    """Returns tokens in a block's order; both orders are their own inverse."""
+    """Returns tokens moved from raster order to a block's order or back; the map is its own inverse."""
     return tokens if order == "raster" else jnp.flip(tokens, axis=-2)
 
 
 def soft_clip(raw: Float[Array, "*b c"], bound: float) -> Float[Array, "*b c"]:
-    """Returns bound · tanh(raw / bound), which is within ±bound and the identity near 0; bound 0 returns raw."""
+    """Returns bound · tanh(raw / bound), which lies within ±bound and is close to raw near 0; bound 0 returns raw."""
     return bound * jnp.tanh(raw / bound) if bound else raw
 
 
@@ -65,21 +65,21 @@ SCALE_MAPS: dict[str, ScaleMap] = {
     "softplus": lambda shift, raw: (shift, log_softplus(raw + SOFTPLUS_OFFSET)),
 }
 OwnScale = Annotated[ScaleMap, Own("a function (shift, raw) -> (shift, log_scale)")]
-# "volume_preserving" has σ = 1, and one output per channel.
+# "volume_preserving" has σ = 1, so the network has only one output per channel.
 ScaleParameterisation = Literal["exponential", "softplus", "volume_preserving"] | OwnScale
 
 
 def num_outputs(scale: ScaleParameterisation) -> int:
-    """Returns how many outputs per channel a network needs for shift and scale."""
+    """Returns the number of outputs per channel that a network needs for shift and scale."""
     return 1 if scale == "volume_preserving" else 2
 
 
 def shift_and_log_scale(
     out: Float[Array, "b n outputs"], scale: ScaleParameterisation
 ) -> tuple[Float[Array, "b n c"], Float[Array, "b n c"]]:
-    """Returns (shift, log_scale) of tokens from the network's outputs, which hold the raw scale first.
+    """Returns the (shift, log_scale) of tokens from the network's outputs, in which the raw scale comes first.
 
-    Raises ValueError if your own parameterisation returns arrays of another shape.
+    Raises ValueError if a custom parameterisation returns arrays of the wrong shape.
     """
     if scale == "volume_preserving":
         return out, jnp.zeros_like(out)

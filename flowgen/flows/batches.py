@@ -21,7 +21,7 @@ def noisy_batch(
 ) -> tuple[Float[Array, "b *event"], Condition | None]:
     """Returns the training input of a flow: the noisy batch and its condition, drawn row by row.
 
-    condition: from `batch_condition`.
+    condition: a function from `batch_condition`.
     """
     check_batch(batch)
     check_key(key)
@@ -31,7 +31,7 @@ def noisy_batch(
 
 
 def check_batch(batch: Any) -> None:
-    """Raises ValueError unless a batch is a `Batch` of bytes or of moments of latents."""
+    """Raises ValueError unless the batch is a `Batch` of bytes or latent moments, with matching context."""
     if not isinstance(batch, Batch):
         raise ValueError(f"batch is {shown(batch)}; give a flowgen.data.Batch(x, context).")
     if not isinstance(batch.x, Moments):
@@ -48,7 +48,7 @@ def batch_input(
 ) -> Float[Array, "b *event"]:
     """Returns a flow's training input: noisy images (see `add_noise`) or noisy latents.
 
-    Noisy latents are a sample from their posterior plus σ N(0, I).
+    Noisy latents are a posterior sample plus σ N(0, I).
     """
     if not isinstance(x, Moments):
         return add_noise(key, x, noise_std)
@@ -59,7 +59,7 @@ def batch_input(
 
 
 def add_noise(key: Key[Array, ""], images: UInt8[Array, "b *event"], noise_std: float) -> Float[Array, "b *event"]:
-    """Returns images as a flow's training input: x + σ N(0, I) with x in [-1, 1] if σ > 0, dequantised if σ = 0.
+    """Returns images as a training input: x + σ N(0, I) with x in [-1, 1] if σ > 0, dequantised images if σ = 0.
 
     Example:
         x = add_noise(key, batch.x, flow.config.noise_std)
@@ -67,12 +67,12 @@ def add_noise(key: Key[Array, ""], images: UInt8[Array, "b *event"], noise_std: 
     if noise_std == 0:
         return dequantise(key, images)
     noise = jax.random.normal(key, images.shape)
-    # The map of `from_uint8`, in the precision of the noise: float64 if enabled.
+    # The same map as `from_uint8`, but in the precision of the noise, which is float64 if enabled.
     return images.astype(noise.dtype) / (LEVELS // 2 - 0.5) - 1 + noise_std * noise
 
 
 def dequantise(key: Key[Array, ""], images: UInt8[Array, "b *event"]) -> Float[Array, "b *event"]:
-    """Returns 8-bit images with uniform noise of one level, in [-1, 1): 2 (x + U[0, 1)) / 256 - 1.
+    """Returns 8-bit images plus uniform noise one level wide, scaled to [-1, 1): 2 (x + U[0, 1)) / 256 - 1.
 
     The expected bits/dim of dequantised images is an upper bound on the discrete bits/dim.
 
@@ -87,7 +87,7 @@ def dequantise(key: Key[Array, ""], images: UInt8[Array, "b *event"]) -> Float[A
 def batch_condition(
     flow: Flow, label_dropout: float, null_text: Callable[[tuple[int, ...]], TextCondition] | None
 ) -> Callable[..., Condition | None]:
-    """Returns a function (rows, batch, ([frames,] height, width)) -> condition of a training batch, with dropout.
+    """Returns a function (rows, batch, ([frames,] height, width)) -> condition of a training batch, after dropout.
 
     Raises ValueError if texts may be dropped but `null_text` is None.
     """

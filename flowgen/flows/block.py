@@ -7,11 +7,11 @@ Let u be the tokens in the block's order (TARFlow, arXiv 2412.06329, and STARFlo
     (log_scale_{t+f}, shift_{t+f}) = o_t,    z_t = (u_t - shift_t) · exp(-log_scale_t)
 
 shift "output" (TARFlow): the network sees p_t = u_t and predicts the next token's parameters, f = 1. Token 0 passes
-unchanged, and the last token is never fed to the network. shift "input" (STARFlow): p_0 is a learned start token in
-data space and p_t = u_{t-1}, f = 0. Every token is transformed.
+through unchanged, and the last token is never fed to the network. shift "input" (STARFlow): p_0 is a learned start
+token in data space and p_t = u_{t-1}, f = 0, so every token is transformed.
 
 Positions are either a learned table in token order, or rotary angles of the slots, which do not depend on that order.
-A condition is a class embedding added to every token, or a prefix of tokens that all other tokens see.
+The condition is either a class embedding added to every token, or a prefix of tokens that all other tokens see.
 """
 
 from __future__ import annotations
@@ -81,12 +81,12 @@ class TextPrefix:
 
 @dataclass(frozen=True)
 class BlockConfig:
-    """Shape of one block: its tokens, their order, scale parameterisation and conditions, and the transformer inside.
+    """Shape of one block: its tokens and their order, scale parameterisation, conditions and transformer.
 
     num_classes: number of classes whose embeddings are added to the tokens; 0 for none. prefix: tokens that precede the
     block's own. positions: rotary positions; None means a learned table. soft_clip: bound on the raw outputs; 0 for
-    none. final_norm: whether an RMSNorm precedes the last linear map. frames: if above 1, the block maps this many runs
-    of num_tokens tokens independently, such as the frames of a video.
+    none. final_norm: whether an RMSNorm precedes the last linear map. frames: number of runs of num_tokens tokens, such
+    as the frames of a video, that the block maps independently.
     """
 
     num_tokens: int
@@ -115,9 +115,9 @@ class BlockConfig:
 class BlockState(NamedTuple):
     """The state of a block before a window of tokens.
 
-    start: number of rows before the window. caches: caches of all layers, which hold the prefix and the earlier rows;
-    None if the window is a whole sequence. inverse_temperature: one factor on the attention logits per sample; None
-    means 1.
+    start: number of rows before the window. caches: the caches of all layers, which hold the prefix and the earlier
+    rows; None if the window is a whole sequence. inverse_temperature: a factor on the attention logits of each sample;
+    None means 1.
     """
 
     start: Int[Array, ""] | int = 0
@@ -129,7 +129,7 @@ NOTHING_BEFORE = BlockState()
 
 
 class AutoregressiveBlock(nn.Module):
-    """An invertible map of tokens `b n c`, which are in raster order before and after it.
+    """An invertible map of tokens `b n c`; its input and output are in raster order.
 
     Example:
         z, logdet = AutoregressiveBlock(config).apply(params, tokens, labels)
@@ -169,7 +169,7 @@ class AutoregressiveBlock(nn.Module):
     def __call__(
         self, x: Float[Array, "b n c"], cond: Condition | None = None
     ) -> tuple[Float[Array, "b n c"], Float[Array, " b"]]:
-        """Returns z in raster order and logdet `b` (summed, nats)."""
+        """Returns z in raster order and the summed logdet `b` in nats."""
         shift, log_scale = self.parameters(x, cond)
         return to_noise(x, shift, log_scale)
 
@@ -188,7 +188,7 @@ class AutoregressiveBlock(nn.Module):
     def conditioner(
         self, previous: Float[Array, "b w c"], cond: Condition | None, state: BlockState = NOTHING_BEFORE
     ) -> tuple[Float[Array, "b w c"], Float[Array, "b w c"], tuple | None]:
-        """Returns (shift, log_scale) of a window of tokens, from the token before each, and the updated caches.
+        """Returns (shift, log_scale) of a window of tokens, given the token before each, and the updated caches.
 
         previous: rows start..start+w-1 of `previous(tokens)`; the result is for tokens start+p..start+p+w-1, where p is
         num_passthrough. state: its caches come from `prefill` or the previous window; the default is for a whole
@@ -215,11 +215,11 @@ class AutoregressiveBlock(nn.Module):
         return shift, log_scale, caches
 
     def previous(self, tokens: Float[Array, "b n c"]) -> Float[Array, "b w c"]:
-        """Returns the network's input for all tokens in the block's order; row t is for token t + num_passthrough."""
+        """Returns the network's input for all tokens, in the block's order; row t is for token t + num_passthrough."""
         return jnp.concatenate([self.first_previous(tokens), tokens[:, self.num_passthrough : -1]], axis=1)
 
     def first_previous(self, z: Float[Array, "b n c"]) -> Float[Array, "b 1 c"]:
-        """Returns the token before the first transformed one: the passthrough or the start token."""
+        """Returns the token before the first transformed one: the passthrough token or the start token."""
         if self.config.shift == "output":
             return z[:, :1]
         return jnp.broadcast_to(self.start_token[None, None].astype(z.dtype), (len(z), 1, z.shape[2]))
@@ -227,11 +227,11 @@ class AutoregressiveBlock(nn.Module):
     def prefix_tokens(
         self, prefix: ClassPrefix | TextPrefix, cond: Condition | None, batch: int
     ) -> Float[Array, "b l d"]:
-        """Returns the tokens that precede all others; they depend only on the condition."""
+        """Returns the embedded prefix, which depends only on the condition."""
         return self.proj_prefix(prefix.features(cond, batch, jnp.dtype(self.config.transformer.dtype)))
 
     def rotation(self, slot: Int[Array, ""] | int, length: int) -> tuple[Array, Array] | None:
-        """Returns (cos, sin) of the rotary angles of `length` slots, prefix included; None with learned positions."""
+        """Returns (cos, sin) of the rotary angles of `length` slots, prefix included; None for learned positions."""
         config = self.config
         if config.positions is None:
             return None
@@ -243,7 +243,7 @@ class AutoregressiveBlock(nn.Module):
     def prefill(
         self, batch: int, length: int, cond: Condition | None, inverse_temperature: Float[Array, " b"] | None = None
     ) -> tuple:
-        """Returns caches for decoding `length` tokens of a batch, with the prefix already in them."""
+        """Returns caches for decoding `length` tokens of each sample; they already contain the prefix."""
         caches, prefix = self.init_caches(batch, length), self.config.prefix
         if prefix is None:
             return caches
@@ -251,7 +251,7 @@ class AutoregressiveBlock(nn.Module):
         return self.layers(tokens, caches, 0, inverse_temperature, self.rotation(0, prefix.length))[1]
 
     def init_caches(self, batch: int, length: int) -> tuple:
-        """Returns the empty caches of all layers for a prefix and `length` tokens."""
+        """Returns empty caches for all layers, with room for the prefix and `length` tokens."""
         config = self.config.transformer
         init_cache = causal_kernel(config.attention).init_cache
         dtype, slots = jnp.dtype(config.dtype), self.config.prefix_length + length
@@ -275,7 +275,7 @@ def block_parameters(variables: Variables, index: int) -> Variables:
 
 
 def decoding_block(config: BlockConfig, variables: Variables) -> tuple[AutoregressiveBlock, Variables]:
-    """Returns a block and its variables for decoding; the layers are unrolled and take caches."""
+    """Returns a block and its variables for decoding, with unrolled layers that take caches."""
     transformer = replace(config.transformer, scan=False)
     params = variables["params"]
     layers = unstack_layers(params["layers"], transformer.num_layers)

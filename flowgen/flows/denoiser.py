@@ -2,7 +2,7 @@
 
 A flow of noisy clips x̃ = x + σ ε has the score ∇ log p(x̃), and one step x̃ + σ² ∇ log p(x̃) removes the noise. That
 score is rough, and the score of a frame depends on all later frames. A network s(x̃) that sees a window of frames
-learns t = -σ ∇ log p(x̃), which is of order one; x̃ - σ s(x̃) then takes the step. In each layer a frame sees the next
+learns t = -σ ∇ log p(x̃), which is of order one; the step is then x̃ - σ s(x̃). In each layer a frame sees the next
 `denoiser_lookahead_frames` frames; without this lookahead the network cannot infer the direction of time.
 """
 
@@ -28,11 +28,11 @@ from flowgen.nn.transformer import TransformerConfig, transformer_stack
 
 
 class ClipDenoiser(OnMeshes, nn.Module):
-    """The denoiser s(x̃, cond) of clips `b frames height width c`; the kernel of its output layer starts at 0.
+    """The denoiser s(x̃, cond) of clips `b frames height width c`; the kernel of its output layer starts at zero.
 
     config: the flow's config. The denoiser has the flow's width, heads, condition, positions and precision, and
     `denoiser_layers` layers.
-    The parameters are stored under "denoiser", beside the flow's blocks; see `denoiser_variables`.
+    The parameters are stored under "denoiser", next to the flow's blocks; see `denoiser_variables`.
 
     Example:
         denoiser = ClipDenoiser(flow.config)
@@ -43,7 +43,7 @@ class ClipDenoiser(OnMeshes, nn.Module):
 
     @property
     def transformer(self) -> TransformerConfig:
-        """The stack of layers over the prefix and all frames."""
+        """The config of the layers, which run over the prefix and all frames."""
         clip, deep = self.config, self.config.blocks[-1]
         return dataclasses.replace(
             deep.transformer,
@@ -104,18 +104,18 @@ def _some_condition(config: STARFlowVConfig) -> Condition | None:
 
 
 def denoiser_variables(variables: Variables) -> Variables:
-    """Returns the denoiser's variables from those of a flow that has one."""
+    """Returns the denoiser's part of a flow's variables."""
     return {"params": variables["params"]["denoiser"]}
 
 
 @dataclass(frozen=True)
 class DenoiserStep:
-    """The step x - σ s(x, cond) for clips of any length; it serves as the function of a `flowgen.decoding.Denoiser`.
+    """The step x - σ s(x, cond) for clips of any length, as the function of a `flowgen.decoding.Denoiser`.
 
-    noise_std: σ. chunk: number of frames that go through the network together; None for all. Each later chunk begins
-    with the `denoiser_past_frames` frames before its outputs, still noisy, as in training. The next chunk outputs a
-    chunk's last `denoiser_lookahead_frames` frames, because it sees the frames after them. If the window is longer than
-    a chunk, each later chunk outputs one frame. Raises ValueError if chunk is below 1.
+    noise_std: σ. chunk: number of frames that the network sees at once; None means all. Each later chunk begins with
+    the `denoiser_past_frames` frames before its outputs, still noisy, as in training. A chunk's last
+    `denoiser_lookahead_frames` frames are left to the next chunk, which sees the frames after them. If the window is
+    longer than a chunk, each later chunk outputs one frame. Raises ValueError if chunk is below 1.
 
     Example:
         step = DenoiserStep(denoiser, noise_std=0.5, chunk=21)

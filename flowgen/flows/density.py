@@ -1,6 +1,6 @@
-"""The density of a flow: bits per dimension, score, the Tweedie step, and Bayes' rule.
+"""What follows from a flow's density: bits per dimension, the score, the Tweedie step, and class posteriors.
 
-For a flow z = f(x) with prior N(0, v):  log p(x) = Σ log N(z; 0, v) + log|det dz/dx|.  All in nats.
+For a flow z = f(x) with prior N(0, v):  log p(x) = Σ log N(z; 0, v) + log|det dz/dx|.  Everything is in nats.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LEVELS = 256
 
 @runtime_checkable
 class FlowConfig(Protocol):
-    """The parts of a flow's config that training, density and decoding read."""
+    """What training, density and decoding read from a flow's config."""
 
     @property
     def event_shape(self) -> tuple[int, ...]: ...
@@ -83,7 +83,7 @@ def check_flow(flow: Flow, variables: Variables) -> None:
 def bits_per_dim(log_prob: Float[Array, "*b"], num_dims: int) -> Float[Array, "*b"]:
     """Returns bits/dim on the 8-bit scale, (-log p / num_dims + log 128) / log 2.
 
-    log_prob: log p in nats of images in [-1, 1).
+    log_prob: log p of images in [-1, 1), in nats.
 
     Example:
         bpd = bits_per_dim(flow.apply(params, x, method="log_prob"), flow.config.num_dims)
@@ -138,9 +138,9 @@ def class_posterior(
     x: Float[Array, "b *event"],
     log_prior: Float[Array, " classes"] | None = None,
 ) -> Float[Array, "b classes"]:
-    """Returns p(class | x) ∝ p(x | class) p(class), by Bayes' rule and one likelihood per class.
+    """Returns p(class | x) ∝ p(x | class) p(class), by Bayes' rule, from one likelihood per class.
 
-    log_prior: log p(class) up to a constant; None is uniform. Raises ValueError if the flow has no classes.
+    log_prior: log p(class) up to a constant; None means uniform. Raises ValueError if the flow has no classes.
 
     Example:
         labels = class_posterior(flow, params, x).argmax(axis=-1)

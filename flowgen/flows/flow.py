@@ -1,4 +1,4 @@
-"""What every autoregressive flow shares: tokens of images or of frames, a stack of blocks, and its density."""
+"""What all autoregressive flows share: tokens of images or frames, a stack of blocks, and a density."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class ImageTokens:
 
     @property
     def event_shape(self) -> tuple[int, ...]:
-        """Shape of one sample: an image's shape, unless the flow models several images at once."""
+        """Shape of one sample, which is one image unless the flow models several at once."""
         return self.image_shape
 
     @property
@@ -87,7 +87,7 @@ class ImageTokens:
 
     @property
     def num_dims(self) -> int:
-        """Number of dimensions of one sample, the divisor in nats or bits per dimension."""
+        """Number of dimensions of one sample, as counted in nats or bits per dimension."""
         return self.num_tokens * self.token_dim
 
     def check_samples(self, x: Array) -> None:
@@ -110,7 +110,7 @@ class ImageTokens:
 
 
 class AutoregressiveFlow(OnMeshes, nn.Module):
-    """Exact-likelihood flow between images `b height width c` and noise tokens `b n c`, made of its config's blocks.
+    """Exact-likelihood flow between images `b height width c` and noise tokens `b n c`, built from its config's blocks.
 
     Example:
         class MyFlow(AutoregressiveFlow):
@@ -128,7 +128,7 @@ class AutoregressiveFlow(OnMeshes, nn.Module):
     def forward(
         self, x: Float[Array, "b *event"], cond: Condition | None = None
     ) -> tuple[Float[Array, "b n token"], Float[Array, " b"]]:
-        """Returns noise tokens z in raster order and logdet = log|det dz/dx|, summed, in nats.
+        """Returns the noise tokens z in raster order and the summed logdet, log|det dz/dx|, in nats.
 
         Raises ValueError if x is not a batch of this model's samples, or if cond does not fit the model.
         """
@@ -138,7 +138,7 @@ class AutoregressiveFlow(OnMeshes, nn.Module):
     def trajectory(
         self, x: Float[Array, "b *event"], cond: Condition | None = None
     ) -> tuple[list[Float[Array, "b n token"]], Float[Array, " b"]]:
-        """Returns the tokens after each block, which end with z, and the total logdet."""
+        """Returns the tokens after each block, ending with z, and the total logdet."""
         states, logdet = self._through(self.blocks, x, cond)
         return states[1:], logdet
 
@@ -150,7 +150,7 @@ class AutoregressiveFlow(OnMeshes, nn.Module):
         return states[-1], logdet
 
     def _through(self, blocks, x, cond):
-        """The tokens before the first of these blocks and after each of them, and their total logdet."""
+        """The tokens before the first of these blocks and after each of them, and the total logdet of the blocks."""
         config = self.config
         config.check_samples(x)
         cond = config.check_cond(cond, x.shape[0])
@@ -165,9 +165,9 @@ class AutoregressiveFlow(OnMeshes, nn.Module):
 
     @nn.nowrap
     def with_image_size(self, height: int, width: int) -> AutoregressiveFlow:
-        """Returns the flow with the same parameters for another image size.
+        """Returns a flow for another image size, with the same parameters.
 
-        Raises ValueError if the parameters fit only one size, such as learned position tables.
+        Raises ValueError if some parameters, such as learned position tables, fit only one size.
         """
         if (height, width) == self.config.image_hw:
             return self
@@ -180,7 +180,7 @@ class AutoregressiveFlow(OnMeshes, nn.Module):
 
     @nn.nowrap
     def with_num_frames(self, frames: int) -> AutoregressiveFlow:
-        """Returns the flow with the same parameters for another number of frames.
+        """Returns a flow for another number of frames, with the same parameters.
 
         Raises ValueError if the flow models images and `frames` is not 1.
         """
@@ -191,7 +191,7 @@ class AutoregressiveFlow(OnMeshes, nn.Module):
         return type(self)(self.config.with_num_frames(frames), parent=None)
 
     def prior_variance(self) -> Float[Array, "n token"]:
-        """Returns the variance of the Gaussian prior: 1, unless tracked or imported."""
+        """Returns the variance of the Gaussian prior: 1 unless it is tracked or imported."""
         shape = (self.config.num_tokens, self.config.token_dim)
         return self.get_variable("prior", "variance", jnp.ones(shape, master_dtype(self.config.dtype)))
 
@@ -213,7 +213,7 @@ class AutoregressiveFlow(OnMeshes, nn.Module):
 
     @nn.nowrap
     def initial_variables(self, key: Key[Array, ""]) -> Variables:
-        """Returns fresh variables, as `flowgen.init` gives them.
+        """Returns freshly initialised variables, for `flowgen.init`.
 
         Blocks of equal shape share one compiled program, because random-number generation is slow to compile.
         """

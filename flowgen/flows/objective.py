@@ -28,9 +28,9 @@ def nll_objective(
 ) -> Callable[..., tuple]:
     """Returns the maximum-likelihood objective (variables, batch, key) -> (loss, metrics[, carried state]).
 
-    loss = loss_scale (½ mean z² - mean logdet / num_dims) + norm_penalty Σ_k mean x_k², in nats per dimension, without
+    loss = loss_scale (½ mean z² - mean logdet / num_dims) + norm_penalty Σ_k mean x_k², in nats per dimension, up to
     constants. The loss is TARFlow's; the penalty, on the tokens that enter each block, is STARFlow's.
-    batch: a `flowgen.data.Batch` of any image size that `flow.with_image_size` takes; its context has the labels or
+    batch: a `flowgen.data.Batch` of any image size that `flow.with_image_size` takes; its context holds the labels or
     texts that the flow takes. With probability `label_dropout`, a label becomes -1, and a text becomes
     null_text(([frames,] height, width)), the encoded "".
     metrics: loss, bits_per_dim of the noisy images (nats_per_dim for latents), mean_square_z, logdet_per_dim, and
@@ -67,7 +67,7 @@ def nll(
     norm_penalty: float = 0.0,
     loss_scale: float = 1.0,
 ) -> tuple[Float[Array, ""], dict[str, Array], Float[Array, "b n token"]]:
-    """Returns the loss of `nll_objective` on noisy x of any size that the flow takes, its metrics, and z."""
+    """Returns the loss of `nll_objective` for noisy x of any size that the flow takes, its metrics, and z."""
     sized = on_samples_like(flow, x)
     num_dims = sized.config.num_dims
     states, logdet = sized.apply(variables, x, cond, method="trajectory")
@@ -94,6 +94,6 @@ def density_metric(flow: Flow, nats_per_dim: Float[Array, ""], batch: Batch) -> 
 
 
 def on_samples_like(flow: Flow, x: Float[Array, "b *event"]) -> Flow:
-    """Returns the flow with the same parameters for x's image size and, if x is a clip, its number of frames."""
+    """Returns the flow for x's image size and, if x is a clip, its number of frames; the parameters stay the same."""
     sized = flow.with_image_size(*x.shape[-3:-1])
     return sized.with_num_frames(x.shape[1]) if x.ndim == 5 else sized

@@ -1,8 +1,8 @@
 """Positions of a block's slots as rotary angles: a text prefix on its own axis, then the tokens of a grid.
 
-Token (i, j) of an h x w grid has position (i, j) · P / √(h w) in any token order. P is the side of the grid that
-positions were learned on, so a larger grid fills the same range. On the third axis, text token k of n has position k/n
-· P (STARFlow, arXiv 2506.06276), and frame t of a video has position t (STARFlow-V, arXiv 2511.20462).
+Token (i, j) of an h x w grid has position (i, j) · P / √(h w) in any token order. P is the side of the grid on which
+positions were learned, so a larger grid fills the same range. On the third axis, text token k of n has position k/n · P
+(STARFlow, arXiv 2506.06276), and frame t of a video has position t (STARFlow-V, arXiv 2511.20462).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ THIRD_AXIS_PAIRS = 8
 class GridPositions:
     """The grid of tokens, its reference side P, the channel pairs that turn with each axis, and the number of frames.
 
-    pairs: channel pairs for the row, the column and the third axis, if there is one.
+    pairs: numbers of channel pairs for the row, the column and, if there is one, the third axis.
     """
 
     rows: int
@@ -44,9 +44,9 @@ class GridPositions:
 
 
 def rotary_pairs(head_dim: int, *, third_axis: bool) -> tuple[int, ...]:
-    """Returns the channel pairs for row, column and, if any, the third axis.
+    """Returns the numbers of channel pairs for the row, the column and, if there is one, the third axis.
 
-    The third axis gets 8 pairs; row and column get half of the rest each.
+    The third axis gets 8 pairs; row and column share the rest equally.
 
     Raises ValueError if the channels of a head cannot be split this way.
     """

@@ -1,4 +1,4 @@
-"""STARFlow: shallow autoregressive blocks and one deep block, on latents, given class or text (arXiv 2506.06276)."""
+"""STARFlow: shallow autoregressive blocks and one deep block, on latents, given a class or text (arXiv 2506.06276)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from flowgen.settings.ranges import (
     Width,
 )
 
-MAX_ROTATIONS = 1 << 25  # numbers in the largest position table, which every trace holds
+MAX_ROTATIONS = 1 << 25  # numbers in the largest position table; every trace holds such a table
 
 
 def block_order(first: TokenOrder, index: int) -> TokenOrder:
@@ -60,18 +60,19 @@ class STARFlowConfig(ImageTokens):
     use_bias: whether the linear layers have biases.
     scale_parameterisation: "softplus", σ = softplus(a + 0.5413), or a function of your own (shift, raw) -> (shift,
     log_scale).
-    soft_clip: bound c of the map c · tanh(r / c) of the raw scale and of the shift; 0 for none.
+    soft_clip: bound c of the map c · tanh(r / c), applied to the raw scale and the shift; 0 for none.
     num_classes: classes that the density is conditioned on; 0 for none.
     class_conditioning: "prefix" makes the label a prefix token, as published; "add" adds its embedding to every token,
-    and the mean of all class embeddings means unconditional.
+    and the mean of all class embeddings stands for "unconditional".
     text_dim: features per text token; 0 for a model without texts.
     text_length: tokens per text, padding included; 0 for a model without texts.
     conditioned_blocks: which blocks see the class or the text.
-    rope_base_grid: side, in tokens, of the grid that positions refer to; None places this grid's tokens 1 apart.
-    attention: attention kernel of the layers, by name, or one of your own.
+    rope_base_grid: side, in tokens, of the grid that positions refer to; None spaces this grid's tokens 1 apart.
+    attention: attention kernel of the layers: a name, or a kernel of your own.
     noise_std: σ of the Gaussian training noise; above 0 for latents.
     dtype: dtype of matrix products and activations; parameters, affine maps and log-determinants are at least float32.
-    remat: recompute activations in the backward pass instead of storing them; this saves memory and, on CPUs, time.
+    remat: whether to recompute activations in the backward pass instead of storing them; this saves memory and, on
+    CPUs, time.
     """
 
     image_size: Side | tuple[Side, Side]
@@ -163,7 +164,7 @@ class STARFlowConfig(ImageTokens):
         return ClassPrefix(self.num_classes) if self.num_classes and self.class_conditioning == "prefix" else None
 
     def with_image_size(self, height: int, width: int) -> STARFlowConfig:
-        """Returns the config for another image size; parameters still fit, and positions keep their reference grid."""
+        """Returns the config for another image size; parameters still fit, and the positions' reference grid stays."""
         return dataclasses.replace(self, image_size=(height, width), rope_base_grid=self._side)
 
     @property
@@ -184,7 +185,7 @@ class STARFlowConfig(ImageTokens):
 
     @property
     def blocks(self) -> tuple[BlockConfig, ...]:
-        """The blocks from data to noise, without those of 0 layers, which still count when token orders alternate."""
+        """The blocks from data to noise, except those of 0 layers, which still count when token orders alternate."""
         last = len(self.layers_per_block) - 1
         return tuple(self._block(index, index == last) for index, count in enumerate(self.layers_per_block) if count)
 
@@ -220,7 +221,7 @@ class STARFlowConfig(ImageTokens):
         )
 
     def check_cond(self, cond: Any, batch: int) -> Condition | None:
-        """Returns int32 labels, None, or a text. Raises ValueError if cond does not fit this model and batch."""
+        """Returns cond as int32 labels, a text or None. Raises ValueError if it does not fit this model and batch."""
         if self.text_dim:
             return check_text(cond, length=self.text_length, dim=self.text_dim, batch=batch)
         return check_labels(cond, num_classes=self.num_classes, batch=batch)
@@ -230,7 +231,7 @@ class STARFlow(AutoregressiveFlow):
     """Exact-likelihood flow between latents `b height width c` and noise tokens `b n c`.
 
     In every method, `cond` is a `TextCondition` if the model takes texts. Otherwise it is None, or int32 labels `b`,
-    where -1 means unconditional: the last row of a class prefix, or the mean of the added class embeddings.
+    where -1 means unconditional: the last row of the prefix's class table, or the mean of all class embeddings.
 
     Example:
         flow = STARFlow(STARFlowConfig(image_size=8, width=128, layers_per_block=(2, 2, 6), num_classes=10))
@@ -252,7 +253,8 @@ def _imagenet(width: int, layers_per_block: tuple[int, ...], patch_size: int = 1
 
 
 # Published shapes for 256 x 256 images, whose latents are 32 x 32 x 4. "t2i_3b" is the released text-to-image model.
-# The others are the published class-conditional presets by name; the paper's 1.4 B model is "xlv2_1".
+# The others are the published class-conditional presets, under their published names; the paper's 1.4 B model is
+# "xlv2_1".
 STARFLOW_PRESETS: dict[str, STARFlowConfig] = {
     "t2i_3b": STARFlowConfig(image_size=32, width=3072, text_dim=2048, text_length=128, rope_base_grid=32.0),
     "xl_1": _imagenet(2048, (2, 2, 2, 2, 10, 10)),

@@ -1,4 +1,4 @@
-"""STARFlow-V: frames through shallow blocks one by one, the whole clip through one deep block (arXiv 2511.20462)."""
+"""STARFlow-V: shallow blocks map frames one by one, and one deep block maps the whole clip (arXiv 2511.20462)."""
 
 from __future__ import annotations
 
@@ -77,8 +77,8 @@ class STARFlowVConfig(STARFlowConfig):
 class STARFlowV(AutoregressiveFlow):
     """Exact-likelihood flow between clips of latents `b frames height width c` and noise tokens `b n c`.
 
-    Tokens are in frame order, so the noise of frame t and its density depend only on frames 0..t. `cond` is as for
-    `STARFlow`.
+    Tokens are in frame order, so the noise of frame t and its density depend only on frames 0..t. `cond` is the same as
+    for `STARFlow`.
 
     Example:
         flow = STARFlowV(STARFlowVConfig(image_size=8, frames=5, width=128, layers_per_block=(2, 2, 2, 6)))
@@ -89,7 +89,7 @@ class STARFlowV(AutoregressiveFlow):
 
     @nn.nowrap
     def initial_variables(self, key: Key[Array, ""]) -> Variables:
-        """Returns fresh variables, those of the denoiser included."""
+        """Returns freshly initialised variables, including the denoiser's."""
         from flowgen.flows.denoiser import ClipDenoiser, init_denoiser  # which imports this file
 
         variables = super().initial_variables(key)
@@ -100,7 +100,7 @@ class STARFlowV(AutoregressiveFlow):
         return {**variables, "params": {**variables["params"], "denoiser": denoiser["params"]}}
 
 
-# The released text-to-video model on clips of 81 frames of 480 x 848 pixels: 21 x 30 x 53 latents of 48 channels.
+# The released text-to-video model for clips of 81 frames of 480 x 848 pixels: 21 x 30 x 53 latents with 48 channels.
 STARFLOW_V_480P = STARFlowVConfig(
     image_size=(30, 53),
     channels=48,

@@ -30,24 +30,25 @@ Scale = Literal["exponential", "volume_preserving"]
 
 @config
 class TARFlowConfig(ImageTokens):
-    """Shape of a TARFlow, in the paper's p-C-K-L-σ notation: patch_size-width-num_blocks-layers_per_block-noise_std.
+    """Shape of a TARFlow; the paper writes it p-C-K-L-σ: patch_size-width-num_blocks-layers_per_block-noise_std.
 
     image_size: side of the images in pixels, or (height, width).
-    channels: channels of the images; only images of 1 or 3 channels can be drawn.
+    channels: channels of the images; only images with 1 or 3 channels can be displayed.
     patch_size: side of the square of pixels that becomes one token; it divides the sides of the image.
     width: channels of the tokens inside a block, a multiple of head_dim.
     num_blocks: autoregressive blocks; every second one takes the tokens in reversed order.
     layers_per_block: transformer layers per block.
-    head_dim: channels of an attention head; a smaller width makes one head.
+    head_dim: channels of an attention head; a block of smaller width has one head.
     expansion: width of the feed-forward layers, as a multiple of the block's width.
     num_classes: classes that the density is conditioned on; 0 for none.
     scale_parameterisation: "exponential" (the paper's nvp), "volume_preserving" with log-determinant 0 and a tracked
     prior variance, or a function of your own (shift, raw) -> (shift, log_scale).
-    attention: attention kernel of the layers, by name, or one of your own.
+    attention: attention kernel of the layers: a name, or a kernel of your own.
     activation: activation of the feed-forward layers.
     noise_std: σ of the Gaussian training noise; 0 means uniform dequantisation.
     dtype: dtype of matrix products and activations; parameters, affine maps and log-determinants are at least float32.
-    remat: recompute activations in the backward pass instead of storing them; this saves memory and, on CPUs, time.
+    remat: whether to recompute activations in the backward pass instead of storing them; this saves memory and, on
+    CPUs, time.
     """
 
     image_size: Side | tuple[Side, Side]
@@ -89,7 +90,7 @@ class TARFlowConfig(ImageTokens):
 
     @property
     def blocks(self) -> tuple[BlockConfig, ...]:
-        """The blocks from data to noise: raster order first, then alternating."""
+        """The blocks from data to noise; their token orders alternate, starting with raster order."""
         transformer = TransformerConfig(
             width=self.width,
             num_layers=self.layers_per_block,
@@ -113,7 +114,7 @@ class TARFlowConfig(ImageTokens):
         )
 
     def check_cond(self, cond: Any, batch: int) -> Int[Array, " b"] | None:
-        """Returns int32 labels, or None. Raises ValueError if they do not fit this model and batch."""
+        """Returns cond as int32 labels or None. Raises ValueError if it does not fit this model and batch."""
         return check_labels(cond, num_classes=self.num_classes, batch=batch)
 
 

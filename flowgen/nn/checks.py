@@ -1,4 +1,4 @@
-"""Checks of image sizes that the configs of models share; each message names the field, its value and what to do."""
+"""Checks of image sizes, shared by the configs of models; each message names the field, its value and the remedy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ ImageSize = SupportsIndex | Sequence[SupportsIndex]
 
 
 def image_sides(image_size: object, name: str = "image_size") -> tuple[int, int]:
-    """Returns (height, width) of an image size, which is one side or both, in integers of any type.
+    """Returns (height, width) of an image size given as one side or as both, in integers of any type.
 
     Raises a ValueError that names the field unless both are at least 1.
     """

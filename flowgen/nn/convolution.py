@@ -84,7 +84,7 @@ def _conv(
 
 
 def group_norm(num_groups: int, dtype: str, *, epsilon: float, name: str | None = None) -> nn.GroupNorm:
-    """Returns group norm in float32 with two-pass variance."""
+    """Returns a GroupNorm that computes in float32, with two-pass variance."""
     return nn.GroupNorm(
         num_groups,
         epsilon=epsilon,
@@ -98,17 +98,17 @@ def group_norm(num_groups: int, dtype: str, *, epsilon: float, name: str | None 
 def convolve_image(
     x: Float[Array, "b height width c"], cache: Cache, features: int, dtype: str, *, name: str, zero: bool = False
 ) -> tuple[Float[Array, "b height width d"], Cache]:
-    """Returns images after a 3 × 3 convolution, which the calling compact method creates, and the unchanged cache."""
+    """Returns images after a 3 × 3 convolution, created in the calling compact method, and the unchanged cache."""
     return conv(features, x.shape[-1], dtype, zero=zero, name=name)(x), cache
 
 
 class ResidualBlock(nn.Module):
     """skip(x) + conv(dropout(silu(norm(conv(silu(norm(x))))))), where skip is linear if the width changes.
 
-    With an embedding e the second norm is norm(h + W e), or norm(h) (1 + a) + b with (a, b) = W e if `scale_shift`.
+    With an embedding e, the second norm is norm(h + W e), or norm(h) (1 + a) + b with (a, b) = W e if `scale_shift`.
 
-    norm: name -> layer. convolve: `convolve_image`, or `convolve_clip` for clips. zero: the last convolution starts at
-    zero.
+    norm: name -> layer. convolve: `convolve_image`, or `convolve_clip` for clips. zero: whether the last convolution
+    starts at zero.
 
     Example:
         block = ResidualBlock(64, "float32", functools.partial(group_norm, 32, "float32", epsilon=1e-6))
@@ -159,7 +159,7 @@ class SpatialAttention(nn.Module):
     """x + W attention(norm(x)) over the positions of each image, or of each frame of a clip; returns the cache
     unchanged.
 
-    norm: name -> layer. zero: W starts at zero, so that the layer starts as the identity.
+    norm: name -> layer. zero: whether W starts at zero, so that the layer starts as the identity.
 
     Example:
         attention = SpatialAttention("float32", functools.partial(group_norm, 32, "float32", epsilon=1e-6))

@@ -39,7 +39,7 @@ def class_rows(
 def class_embedding(
     table: Float[Array, "classes d"], labels: Int[Array, " b"] | None, batch: int
 ) -> Float[Array, "b d"]:
-    """Returns `class_rows` of a table without an unconditional row; as in TARFlow, the mean of all classes takes its
+    """Returns `class_rows` of a table without an unconditional row; as in TARFlow, the mean over all classes takes its
     place."""
     return class_rows(jnp.concatenate([table, table.mean(axis=0, keepdims=True)]), labels, batch)
 
@@ -79,8 +79,9 @@ def normal_dense(features: int, fan_in: int, name: str) -> nn.Dense:
 class ConditionEmbedding(nn.Module):
     """The sum `b width` of the embeddings of time, interval and class, which the layers of a network receive.
 
-    Times pass through `frequencies` sinusoids, scaled by time_scale, and two layers with SiLU; classes pass through a
-    table whose last row means no class. dense: (features, fan_in, name) -> layer. table_std: initial std of the table.
+    Times, scaled by time_scale, pass through `frequencies` sinusoids and two layers with a SiLU between them; classes
+    are looked up in a table whose last row means no class. dense: (features, fan_in, name) -> layer. table_std: initial
+    standard deviation of the table.
 
     Example:
         c = ConditionEmbedding(width=256, num_classes=10, intervals=False).apply(params, t, cond, None)

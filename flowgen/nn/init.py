@@ -14,11 +14,11 @@ from flowgen.nn.layers import master_dtype
 
 
 def init(network: nn.Module, key: Key[Array, ""]) -> PyTree:
-    """Returns freshly initialised variables of a model, including those of a flow's denoiser; compiled.
+    """Returns freshly initialised variables of a model, including a flow's denoiser; the initialisation is compiled.
 
-    A model may have `initial_variables(key)`, as flows do, whose blocks share programs. Otherwise the config's `inputs`
-    gives the shapes and dtypes of the arguments. A config without `inputs` belongs to a velocity network, which takes
-    times and samples of its `event_shape`.
+    A model may define `initial_variables(key)`; flows do, so that their blocks share compiled programs. Otherwise, the
+    config's `inputs` gives the shapes and dtypes of the arguments. A config without `inputs` belongs to a velocity
+    network, which takes times and samples of its `event_shape`.
 
     Raises ValueError if the network has no config or the key is invalid.
 

@@ -60,9 +60,9 @@ def linear(
     use_bias: bool = True,
     name: str | None = None,
 ) -> nn.Dense:
-    """Returns a Dense layer initialised as PyTorch's Linear: kernel and bias from U(-1/√fan_in, 1/√fan_in).
+    """Returns a Dense layer initialised like PyTorch's Linear: kernel and bias from U(-1/√fan_in, 1/√fan_in).
 
-    zero_kernel, zero_bias: whether to start at zero instead; published output layers do so only for the kernel.
+    zero_kernel, zero_bias: whether to start at zero instead; in published output layers only the kernel does.
 
     Example:
         proj = linear(256, fan_in=128, dtype="float32")
@@ -81,7 +81,7 @@ def linear(
 
 
 def layer_norm(dtype: str) -> nn.LayerNorm:
-    """Returns LayerNorm with PyTorch's epsilon 1e-5 and two-pass variance; statistics in float32.
+    """Returns a LayerNorm with PyTorch's epsilon, 1e-5, and two-pass variance; statistics are float32.
 
     Example:
         norm = layer_norm("bfloat16")

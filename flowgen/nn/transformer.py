@@ -34,7 +34,7 @@ class TransformerConfig:
     scan: True, for training, compiles one layer and stores parameters with a leading axis of `num_layers`. False, for
     decoding, gives each layer its own parameters and cache, because inside a loop over tokens a scan over layers would
     copy the weights and cache of every layer out of the stack for each token.
-    window: attention of frames to nearby frames instead of causal attention; such a stack takes no caches.
+    window: attention to nearby frames in place of causal attention; such a stack takes no caches.
     """
 
     width: int
@@ -63,7 +63,7 @@ class TransformerConfig:
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention: fused qkv projection, a causal kernel or a window of frames, and output projection."""
+    """Multi-head self-attention: a fused qkv projection, a causal kernel or frame window, and an output projection."""
 
     config: TransformerConfig
 
@@ -169,7 +169,7 @@ def transformer_stack(config: TransformerConfig) -> nn.Module:
 
 
 def unstack_layers(stacked: PyTree, num_layers: int) -> PyTree:
-    """Returns the parameters of a scanned stack in the form for the same stack with `scan` off.
+    """Returns the parameters of a scanned stack, in the form that the same stack takes with `scan` off.
 
     Example:
         params = unstack_layers(block["layers"], config.num_layers)

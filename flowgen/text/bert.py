@@ -28,10 +28,10 @@ NORM_EPS = 1e-12
 class BertConfig:
     """Shape of a BERT encoder; the defaults are those of all-MiniLM-L6-v2.
 
-    vocab_size: number of tokens.
+    vocab_size: number of tokens in the vocabulary.
     width: features of a token, a multiple of num_heads.
     num_layers: transformer layers.
-    num_heads: attention heads of a layer.
+    num_heads: attention heads per layer.
     hidden: width of the feed-forward layers.
     max_length: maximum number of tokens in a text.
     num_segments: number of segment types; texts use the first.

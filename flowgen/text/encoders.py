@@ -1,4 +1,4 @@
-"""Text encoders map texts to conditions of a fixed length, by a tokenizer and a frozen network or by hashed words."""
+"""Text encoders, from texts to conditions of a fixed length: a tokenizer and a frozen network, or hashed words."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from flowgen.text.tokenizers import Tokenizer, shortened, tokenize
 class TextEncoder(Protocol):
     """A function that maps texts to conditions of `length` tokens with `dim` features each, zero in the padding.
 
-    Raises ValueError if a text has more tokens, unless `truncate` is True.
+    Raises ValueError if a text has more tokens than that, unless `truncate` is True.
 
     Example:
         cond = encoder(["a cat", ""])
@@ -41,7 +41,8 @@ class TextEncoder(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class FrozenTextEncoder:
-    """A tokenizer and a network with its variables; encodes at most 64 texts at a time, with few compiled programs.
+    """A tokenizer and a frozen network with its variables; encodes up to 64 texts at a time, with few compiled
+    programs.
 
     Example:
         encoder = FrozenTextEncoder(tokenizer, T5Encoder(config), params, length=128, dim=2048)
@@ -69,7 +70,7 @@ class FrozenTextEncoder:
 
 @dataclass(frozen=True)
 class HashedWords:
-    """Encodes each word by fixed random features, derived from its SHA-256, and adds an end token.
+    """Encodes each word as fixed random features, derived from its SHA-256, and appends an end token.
 
     It needs no download, but the features carry no meaning; use it for tests and closed vocabularies.
 
@@ -99,7 +100,7 @@ class HashedWords:
 
     def _feature(self, word: str) -> Float[np.ndarray, " e"]:
         seed = int.from_bytes(hashlib.sha256(word.encode()).digest()[:8], "little")
-        # Bits of the generator are stable across NumPy versions; two levels suffice.
+        # The generator's raw bits are stable across NumPy versions, and two levels suffice.
         return np.where(np.random.Philox(seed).random_raw(self.dim) >> np.uint64(63), 1.0, -1.0)
 
 

@@ -2,7 +2,8 @@
 
     h <- h + W attention(norm(h)),   h <- h + down(gelu(gate(norm(h))) · up(norm(h))),   norm(x) = w x / √(mean x² + ε)
 
-Scores q · k are not scaled. A learned bias per head and bucket of distances, shared by all layers, is added to them.
+Scores q · k are not scaled. A learned bias for each head and bucket of distances, shared by all layers, is added to
+them.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ from flowgen.settings.ranges import HeadDim, Heads, Hidden, Layers, Vocabulary, 
 class T5Config:
     """Shape of a T5 encoder with gated MLPs; the defaults are those of google/flan-t5-xl.
 
-    vocab_size: number of tokens.
+    vocab_size: number of tokens in the vocabulary.
     width: features of a token.
     num_layers: transformer layers.
-    num_heads: attention heads of a layer.
+    num_heads: attention heads per layer.
     head_dim: channels of an attention head.
     hidden: width of the feed-forward layers.
     num_buckets: buckets of relative positions.

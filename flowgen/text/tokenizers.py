@@ -30,16 +30,16 @@ class Tokenizer(Protocol):
     def __call__(self, text: str) -> list[int]: ...
 
     def cut(self, ids: list[int], length: int) -> list[int]:
-        """Returns the first `length` - 1 tokens of a text that has too many, and an end token."""
+        """Returns the first `length` - 1 tokens of a text that has too many, followed by an end token."""
         ...
 
     def content(self) -> bytes:
-        """Returns all data that the tokens depend on; it identifies the tokenizer."""
+        """Returns all data that the tokens depend on, which identifies the tokenizer."""
         ...
 
 
 class JsonTokenizer:
-    """The tokenizer of a `tokenizer.json`, run by the package tokenizers.
+    """The tokenizer of a `tokenizer.json`, run by the `tokenizers` package.
 
     Raises ModuleNotFoundError if the package is missing, and ValueError if the file is not a valid tokenizer.
 
@@ -53,7 +53,7 @@ class JsonTokenizer:
         try:
             check_depth(content)
             self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
-            # We check the length ourselves, to refuse a text that is too long.
+            # `tokenize` checks the length, so that it can refuse a text that is too long.
             self._tokenizer.no_truncation()
             self._tokenizer.no_padding()
             _check_template(self._tokenizer.post_processor)
@@ -76,7 +76,7 @@ class JsonTokenizer:
             ) from error
 
     def cut(self, ids: list[int], length: int) -> list[int]:
-        """Returns the first tokens and the last, which is the end token in these vocabularies."""
+        """Returns the first tokens and the last one, which is the end token in these vocabularies."""
         return [*ids[: length - 1], ids[-1]]
 
     def content(self) -> bytes:
@@ -145,12 +145,12 @@ def tokenize(
 
 
 def shortened(text: str) -> str:
-    """Returns the beginning of a text, for messages."""
+    """Returns the beginning of a text, for use in messages."""
     return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _check_of_package(error: BaseException) -> None:
-    """Re-raises errors that are not from the package tokenizers, which raises bare Exceptions and Rust panics."""
+    """Re-raises errors that are not from the `tokenizers` package, which raises bare Exceptions and Rust panics."""
     if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
         raise error
 
