@@ -71,13 +71,13 @@ class ClosedShard(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class LatentDataset:
-    """A dataset of latents; training samples from their posterior.
+    """A dataset of latents, as posteriors from which training samples.
 
-    kind: what was encoded. null: the empty text, if there are texts. numbers: for each label in the shards, its number
-    in `class_names`; empty if labels need no mapping. use_texts: use the texts, if there are any, as contexts instead
-    of the labels.
+    kind: what was encoded. null: the empty text, if there are texts. numbers: for each label in the shards, its index
+    in `class_names`; empty if labels need no mapping. use_texts: whether the texts, if there are any, are the contexts
+    instead of the labels.
 
-    Indexing raises ValueError naming the shard if latents or texts are not finite, or a std is negative.
+    Indexing raises a ValueError that names the shard if latents or texts are not finite, or a std is negative.
 
     Example:
         dataset = LatentDataset((shard,), class_names=("cat", "dog"))

@@ -49,7 +49,7 @@ class Losses:
         self._before: Any = None
 
     def before(self, packet: Any) -> bool:
-        """Returns whether something is missing between the last packet of the video and this one."""
+        """Returns whether something is missing between the previous packet of the video and this one."""
         at = packet.pos
         if at is not None:
             if self._at is not None and at > self._at:
