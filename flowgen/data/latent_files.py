@@ -86,8 +86,7 @@ class TextProvenance:
 
 @config
 class Provenance:
-    """How cached latents were made. Latents from elsewhere have an empty provenance; only flows without a codec accept
-    them.
+    """How cached latents were made. Other latents have an empty provenance, which only flows without a codec accept.
 
     codec: description of the codec; empty for pixels. codec_digest: digest of everything that the latents depend on.
     text: how the captions were encoded; None without texts. noise_std: noise level of the flow, which the texts may
@@ -194,8 +193,7 @@ class LatentWriter:
         self.entries.append(entry)
 
     def finish(self, *, class_names: Iterable[str], provenance: Provenance | None = None) -> None:
-        """Writes the index. provenance: how the latents were made, from which training checks that they fit the
-        flow."""
+        """Writes the index. provenance: how the latents were made; training checks whether they fit the flow."""
         index = LatentIndex(FORMAT, tuple(class_names), provenance or Provenance(), tuple(self.entries))
         temporary = self.directory / f"{INDEX_FILE}.tmp"
         temporary.write_text(json.dumps(settings.to_plain(index), indent=1) + "\n")

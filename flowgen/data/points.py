@@ -20,8 +20,8 @@ Distribution = Literal["normal", "eight_gaussians", "five_gaussians", "moons"]
 class PointsConfig:
     """Which distributions of points to transport; see `flowgen.matching.toy`.
 
-    x0: distribution of x0, at t = 0: the noise.
-    x1: distribution of x1, at t = 1: the data.
+    x0: distribution at t = 0.
+    x1: distribution at t = 1, the data.
 
     Example:
         config = PointsConfig(x0="eight_gaussians", x1="moons")

@@ -59,7 +59,7 @@ class AutoencodingConfig:
     noisy latents; 0 for none.
     decoder_of: run directory or published folder of an autoencoder, whose decoder is trained further with its encoder
     frozen.
-    shown: number of images shown beside their reconstructions in the run's sample grid; at least 1.
+    shown: number of images shown next to their reconstructions in the run's sample grid; at least 1.
     """
 
     image_size: Side | tuple[Side, Side] = 8
@@ -182,7 +182,7 @@ class AutoencoderExperiment(Experiment):
         )
 
     def evaluate(self, model: Any, variables: Any, options: EvaluateOptions) -> list[str]:
-        """Returns lines with the reconstruction error on a split and the statistics of the latents."""
+        """Returns lines that report the reconstruction error on a split and the statistics of the latents."""
         dataset = self.dataset(options.split)
         metrics = _distortion(model, variables, dataset)
         statistics, factor = variables[STATISTICS], self.model.factor
@@ -213,10 +213,10 @@ class AutoencoderExperiment(Experiment):
 def autoencoding_objective(autoencoder: Any, config: AutoencodingConfig) -> Callable[..., tuple]:
     """Returns the objective (variables, batch, key) -> (loss, metrics, carried state) of an autoencoder.
 
-    batch: a `flowgen.data.Batch` of images or clips.
-    Carried state: the collection "latents", the running mean and variance of the latents per channel, updated at a rate
-    of 0.02. They normalise a flow's latents. They are computed over the whole batch, on any number of devices and with
-    gradient accumulation; each micro-batch scales the noise by the statistics that it has updated.
+    batch: a `flowgen.data.Batch` of images or clips. Carried state: the collection "latents", the running mean and
+    variance of the latents per channel, updated at a rate of 0.02. Flows normalise latents by them. They are computed
+    over the whole batch, on any number of devices and with gradient accumulation; each micro-batch scales the noise by
+    the statistics that it has updated.
 
     Example:
         loss, metrics, state = autoencoding_objective(autoencoder, AutoencodingConfig())(variables, batch, key)
@@ -250,8 +250,8 @@ def autoencoding_objective(autoencoder: Any, config: AutoencodingConfig) -> Call
 
     def combine(before, parts):
         followed = parts[STATISTICS]
-        # The variance of all rows is the micro-batches' mean variance plus the variance of their means, which are
-        # followed at `rate`.
+        # The variance over all rows is the mean of the micro-batches' variances plus the variance of their means, which
+        # the running mean follows at `rate`.
         between = followed["mean"].var(axis=0) / rate if rate else 0.0
         mean, variance = (followed[name].mean(axis=0) for name in ("mean", "variance"))
         return {STATISTICS: {"mean": mean, "variance": variance + between}}
