@@ -15,8 +15,7 @@ Draw = Callable[[Key[Array, ""], int], tuple[Float[Array, "n 2"], Float[Array, "
 
 
 class PointSamples(NamedTuple):
-    """Noise, data, more data, and samples generated from the noise: with 100 rk4 steps, and with 1, 4 and 10 Euler
-    steps."""
+    """Noise, data, more data, and samples generated from the noise with 100 rk4 steps and 1, 4 and 10 Euler steps."""
 
     x0: Float[Array, "n 2"]
     x1: Float[Array, "n 2"]

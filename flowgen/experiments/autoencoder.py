@@ -214,9 +214,9 @@ def autoencoding_objective(autoencoder: Any, config: AutoencodingConfig) -> Call
     """Returns the objective (variables, batch, key) -> (loss, metrics, carried state) of an autoencoder.
 
     batch: a `flowgen.data.Batch` of images or clips. Carried state: the collection "latents", the running mean and
-    variance of the latents per channel, updated at a rate of 0.02. Flows normalise latents by them. They are computed
-    over the whole batch, on any number of devices and with gradient accumulation; each micro-batch scales the noise by
-    the statistics that it has updated.
+    variance of the latents per channel, updated at a rate of 0.02. Flows normalise their latents with them. They are
+    computed over the whole batch, on any number of devices and with gradient accumulation; each micro-batch scales the
+    noise by the statistics that it has updated.
 
     Example:
         loss, metrics, state = autoencoding_objective(autoencoder, AutoencodingConfig())(variables, batch, key)

@@ -28,8 +28,7 @@ class FeatureExtractor:
 
 
 def train_features(dataset: Dataset) -> FeatureExtractor:
-    """Returns features for a dataset's images: those of a classifier trained on the labels or, without labels, the
-    pixels.
+    """Returns an extractor of a trained classifier's features or, if the dataset has no labels, of pixels.
 
     Example:
         extractor = train_features(experiment.dataset("train"))

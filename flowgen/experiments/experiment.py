@@ -1,7 +1,7 @@
 """An experiment as plain data: the model, its data, its training and the expected result.
 
-`Experiment` is the base of all kinds. Each kind is a frozen dataclass in a separate module. A config file returns an
-experiment. Its JSON form round-trips exactly and is saved with every run.
+`Experiment` is the base class of all kinds. Each kind is a frozen dataclass in a separate module. A config file returns
+an experiment. Its JSON form round-trips exactly and is saved with every run.
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ class FlowExperiment(AutoregressiveExperiment):
         guidance: Guidance | None = None,
         certify: bool = False,
     ) -> tuple[np.ndarray, str]:
-        """Returns images `b height width c` and a line about how they were decoded; image i depends only on (key, i).
+        """Returns images `b height width c` and a line about their decoding; image i depends only on (key, i).
 
         cond: labels, a `TextCondition`, or None. guidance: None uses the guidance of `sampling`.
         The codec decodes latents to images.

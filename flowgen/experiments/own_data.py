@@ -86,8 +86,7 @@ def check_protocol(name: str, dataset: Any) -> None:
 def own_data(
     dataset: Dataset, held_out: Dataset | None, event_shape: tuple[int, ...], num_classes: int
 ) -> tuple[OwnDataset, OwnDataset | None]:
-    """Returns a user's datasets, with each batch checked. event_shape: shape of the images or clips that the model
-    takes.
+    """Returns a user's datasets, which check each batch. event_shape: shape of the model's images or clips.
 
     Raises ValueError if they do not fit the model or each other; the first sample of each is read.
 

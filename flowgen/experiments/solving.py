@@ -1,5 +1,4 @@
-"""Sampling of velocity networks: the group `sampling` of their experiments, and the compiled program that draws
-samples."""
+"""Sampling of velocity networks: the group `sampling` of their experiments, and the program that draws."""
 
 from __future__ import annotations
 

@@ -87,8 +87,8 @@ def version_of(path: str) -> tuple[str, int]:
 def text_digest(encoder: TextEncoder) -> str:
     """Returns a digest of what text features depend on; the encoder's path does not matter.
 
-    It covers the network's shape, the tokenizer, and 1,024 evenly spaced values of every tensor, which are fast to read
-    even among billions of parameters.
+    It covers the network's shape, the tokenizer, and 1,024 evenly spaced values of every tensor, so it is fast even for
+    billions of parameters.
 
     Example:
         same = text_digest(encoder) == experiment.text.digest

@@ -60,7 +60,7 @@ class ClipDrawOptions(FlowDrawOptions):
 
     frames: frames per clip, which may exceed the training length; by default the training length.
     given: image or video that clips begin with; a video is cut to be shorter than the clips.
-    context: number of previous latent frames from which long clips are continued.
+    context: number of latent frames that each restart of a long clip begins with.
     fps: frames per second of the output; by default the rate of the training clips.
     progress: show a progress bar of decoded tokens.
     """
@@ -166,8 +166,7 @@ class VideoFlowExperiment(AutoregressiveExperiment):
         clip: Clip = WHOLE,
         certify: bool = False,
     ) -> tuple[np.ndarray, str]:
-        """Returns clips `b frames height width c` and a line about how they were decoded; clip i depends only on (key,
-        i).
+        """Returns clips `b frames height width c` and a line about their decoding; clip i depends only on (key, i).
 
         cond: labels, a `TextCondition`, or None. guidance: None uses the guidance of `sampling`. clip: counted in
         latent frames, the same for all clips. Its given frames `1 given height width c` are without noise and are
