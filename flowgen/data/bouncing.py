@@ -47,7 +47,7 @@ class BouncingDigits:
         return Batch(clips, self.labels[indices % len(self.digits)])
 
     def _courses(self, indices: Int[np.ndarray, " b"]) -> tuple[Float[np.ndarray, "b f"], Float[np.ndarray, "b f"]]:
-        """The rows and columns of the digits' upper left corners, in pixels."""
+        """The rows and columns of the digits' top left corners in each frame, in pixels."""
         raw = [
             np.random.Philox(np.random.SeedSequence(self.seed), counter=[index, 0, 0, 0]).random_raw(8)
             for index in indices.tolist()

@@ -44,7 +44,7 @@ def checked_names(classes: object, field: str = "classes") -> tuple[str, ...]:
 def tell_held_out(
     labels: Int[np.ndarray, " n"], kept: Int[np.ndarray, " m"], names: tuple[str, ...], what: str
 ) -> None:
-    """Warns about classes that are entirely held out.
+    """Warns about classes whose samples are all held out.
 
     kept: positions of the training split. what: the noun to use in the warning.
 
@@ -74,7 +74,7 @@ def with_classes(found: T, classes: tuple[str, ...], where: str) -> T:
 
 
 def renumbered(labels: Int[np.ndarray, " n"], numbers: Int[np.ndarray, " found"]) -> Int32[np.ndarray, " n"]:
-    """Returns numbers[labels], where -1 stays -1.
+    """Returns numbers[labels]; a label of -1 stays -1.
 
     Example:
         renumbered(np.array([0, -1, 1]), np.array([1, 2]))  # 1, -1, 2

@@ -1,4 +1,4 @@
-"""Clips to train on: bouncing digits, a game, real videos from a package, and folders of your own videos."""
+"""Clips to train on: bouncing digits, a game, real videos from a package, and your own folders of videos."""
 
 from __future__ import annotations
 

@@ -71,11 +71,11 @@ class DataConfig:
 
 @runtime_checkable
 class Dataset(Protocol):
-    """Images or clips of one shape, or their latents, indexed by number.
+    """Images or clips of one shape, or their latents, indexed by position.
 
     `__getitem__` may be called from several threads.
 
-    event_shape: (height, width, channels) of images, (frames, height, width, channels) of clips.
+    event_shape: (height, width, channels) for images, (frames, height, width, channels) for clips.
     class_names: names of the classes in the order of their labels; empty without classes.
     captions: empty, or one line of text per image or clip.
 
@@ -205,7 +205,7 @@ def of_one_shape(dataset: Dataset | BucketedDataset, user: str) -> Dataset:
 
 
 def check_opens(name: str) -> None:
-    """Raises ValueError if the name is `own`: only the program that called `fit` has that dataset.
+    """Raises ValueError if the name is `own`, because only the program that called `fit` has that dataset.
 
     Example:
         check_opens(config.name)
@@ -220,7 +220,7 @@ def check_opens(name: str) -> None:
 def hold_out(size: int, fraction: float, split: Split) -> Int[np.ndarray, " m"]:
     """Returns the positions of a split among `size` images, in ascending order.
 
-    The first max(1, round(fraction size)) positions of a fixed permutation are held out for "eval". The permutation
+    The first max(1, round(fraction · size)) positions of a fixed permutation are held out for "eval". The permutation
     depends only on `size`, not on a seed or the NumPy version, so all runs and machines agree.
 
     Raises:
@@ -256,7 +256,7 @@ def hold_out_files(names: Sequence[str], fraction: float, split: Split) -> Int[n
 
 
 def _cut(order: Int[np.ndarray, " size"], fraction: float, split: Split) -> Int[np.ndarray, " m"]:
-    """The ascending positions of a split; the first positions in `order` are held out."""
+    """The positions of a split in ascending order; the first positions in `order` are held out."""
     size = len(order)
     if split == "all" or (fraction == 0 and split == "train"):
         return np.arange(size)
@@ -274,7 +274,8 @@ def _cut(order: Int[np.ndarray, " size"], fraction: float, split: Split) -> Int[
 def permutation(bits: np.random.Philox, size: int) -> Int[np.ndarray, " size"]:
     """Returns a random permutation of range(size) that is the same in every NumPy version.
 
-    NumPy freezes its bit generators but not `Generator.permutation`, so we sort the raw 64-bit draws.
+    NumPy keeps the streams of its bit generators stable, but not `Generator.permutation`, so this sorts raw 64-bit
+    draws.
 
     Example:
         order = permutation(np.random.Philox(np.random.SeedSequence(0)), len(dataset))

@@ -73,7 +73,7 @@ def without_range(image: Image) -> str:
 
 
 def grey_bytes(levels: Integer[np.ndarray, "height width"], samples: Samples) -> UInt8[np.ndarray, "height width"]:
-    """Returns the highest 8 bits of grey levels, with 0 for black.
+    """Returns the highest 8 bits of grey levels, with black as 0.
 
     Example:
         grey_bytes(np.array([[0x9C4]]), Samples(bits=12))  # 0x9C

@@ -169,7 +169,7 @@ def fit_array(
 def _box(image_size: tuple[int, int], size: tuple[int, int], crop: Crop, turn: Turn, pixel_aspect: float = 1.0) -> Box:
     """Left, top, right and bottom of the part that `fit` keeps, in pixels of the image before the turn.
 
-    Only this part is resampled, which bounds the work, whatever the image's proportions.
+    Only this part is resampled, so the work is bounded whatever the image's proportions.
     """
     (columns, rows), (height, width) = image_size, size
     if crop == "none":

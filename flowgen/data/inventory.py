@@ -148,7 +148,7 @@ class Inventory:
     def changes(self, known: Mapping[str, Any]) -> str:
         """Returns the differences from a run's record, in one line; empty if the files are the same.
 
-        Raises ValueError if `known` is not such a record.
+        Raises ValueError if `known` is not a run's record.
 
         Example:
             inventory.changes(inventory.record())  # ""

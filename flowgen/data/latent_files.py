@@ -281,7 +281,7 @@ def _read_null(folder: Path) -> TextCondition:
         check_regular(path)
         with zipfile.ZipFile(path) as archive:
             size = sum(entry.file_size for entry in archive.infolist())
-        # A number takes at most eight bytes; the headers take the rest.
+        # A number takes at most eight bytes; the overhead is for headers.
         if size > 8 * sum(map(math.prod, of_texts)) + MAX_NULL_OVERHEAD:
             raise ValueError(f"it unpacks to {size:,} bytes")
         with np.load(path, allow_pickle=False) as arrays:

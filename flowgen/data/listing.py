@@ -1,4 +1,4 @@
-"""Lists the files of a user's folder, each once, by class and with captions; tells what was left out and why."""
+"""Lists the files of a user's folder, each once, by class and with captions; reports what was left out and why."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def list_files(path: str | os.PathLike[str], suffixes: Collection[str], what: st
     """Returns the files with these suffixes under a folder. what: the noun to use in messages.
 
     First-level sub-folders that hold such files, at any depth, are the classes in alphabetical order. If there are
-    none, files have label -1. Every folder and every file counts once, at its real location, even if links lead to it.
+    none, files have label -1. Each folder and each file counts once, at its real location, even if links lead to it.
     Hidden files and folders are skipped, and so are the directories of flowgen's runs, which hold samples.
 
     Raises:
@@ -108,7 +108,7 @@ def _alike(folder: str, base: str) -> tuple[str, str]:
 
 @dataclass
 class _Walk:
-    """The entries found while walking a folder. Links wait until all real entries are known."""
+    """The entries found while walking a folder. Links are followed once all real entries are known."""
 
     root: str
     suffixes: frozenset[str]

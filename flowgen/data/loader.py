@@ -25,13 +25,12 @@ _ORDER, _FLIP, _SCHEDULE = 0, 1, 2
 class Loader:
     """Training batches in an order fixed by the seed, without state.
 
-    The samples of all epochs, each epoch in its own random order, form one endless sequence. Batch `step` holds
-    positions step B .. (step + 1) B - 1 of this sequence, where B is `batch_size` over all processes. Process i of P
-    takes the i-th of P equal consecutive shares. Every sample occurs once per epoch, batches continue across epochs,
-    and the sequence depends neither on the number of processes nor on the batch size. A batch may be larger than the
-    dataset.
+    The samples of all epochs, each epoch in a new random order, form one endless sequence. Batch `step` holds positions
+    step B .. (step + 1) B - 1 of this sequence, where B is `batch_size` over all processes. Process i of P takes the
+    i-th of P equal consecutive shares. Every sample occurs once per epoch, batches continue across epochs, and the
+    sequence depends neither on the number of processes nor on the batch size. A batch may be larger than the dataset.
 
-    Each bucket has its own sequence. In every pass over the data, a bucket provides as many batches as fit into its
+    Each bucket has a separate sequence. In every pass over the data, a bucket provides as many batches as fit into its
     share, and the batches of all buckets come in random order. The remainder carries over into the next pass, so that
     in the long run every sample of a bucket is used equally often. All processes take the same bucket at the same step.
 
@@ -152,7 +151,7 @@ def fixed_batches(dataset: Dataset, batch_size: int) -> Iterator[tuple[Batch, Bo
 
 
 def checked_batch(batch: Any) -> Batch:
-    """Returns the batch that a dataset gave. Raises ValueError if it is not a `Batch`.
+    """Returns the batch that a dataset returned. Raises ValueError if it is not a `Batch`.
 
     Example:
         batch = checked_batch(dataset[np.arange(4)])

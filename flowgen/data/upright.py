@@ -88,7 +88,7 @@ def exif_turn(exif: bytes) -> Turn:
 
 
 def image_turn(image: Image) -> Turn:
-    """Returns the turn in the metadata of an open image: from EXIF, else from the same tag in XMP.
+    """Returns the turn in the metadata of an open image: from EXIF, or else from the same tag in XMP.
 
     Pillow turns TIFF files itself.
 

@@ -54,8 +54,8 @@ def video_size(path: str | os.PathLike[str]) -> tuple[int, int]:
 def frame_times(path: str | os.PathLike[str], *, fps: float | int | None = None) -> Float[np.ndarray, " n"]:
     """Returns the times in seconds at which `read_clip` finds frames. The first key frame is at second 0.
 
-    The times are i / fps over the video's duration or, if fps is None, the times of the video's own frames, which are
-    read without decoding.
+    The times are i / fps over the video's duration or, if fps is None, the times of the video's frames, which are read
+    without decoding.
 
     Raises UnreadableVideo if the file is not a video, is damaged at its end, or claims to last longer than its size
     allows.
@@ -98,7 +98,7 @@ def read_clip(
     times: np.ndarray | None = None
     turn: Turn | None = None
     for (frame, at, until), video in shown_frames(path, start):
-        # As in FFmpeg, the turn of the first frame applies to all. Only this one is queried, because a queried frame
+        # As in FFmpeg, the turn of the first frame applies to all. Only that frame is queried, because a queried frame
         # stays in memory until garbage collection.
         turn = frame_turn(frame) if turn is None else turn
         if fps is not None and times is None:

@@ -18,9 +18,9 @@ from flowgen.packages import need
 
 # FFmpeg's names for the supported containers; those that refer to other files, such as playlists, are left out.
 _CONTAINERS = "mov,matroska,avi,gif,mpeg,mpegts,mpegvideo,asf,flv,ogg"
-# Pixels of one frame: 8192 x 4096.
+# Maximum number of pixels in a frame: 8192 x 4096.
 _MOST_PIXELS = 1 << 25
-# A seek is by decoding time, which in H.264 may be up to this many frames before the display time.
+# A seek goes by decoding time, which in H.264 may be up to this many frames before the display time.
 _REORDERED = 16
 # Tolerance for rounding errors in the time of a frame, in seconds.
 SAME_TIME = 1e-6
@@ -90,7 +90,7 @@ class Video:
     def lasts(self, part: Any) -> float:
         """Returns the display duration of a packet or a frame in seconds, or 1 / rate if the file does not state it.
 
-        Most files state it only for the last one.
+        Most files state it only for the last frame.
         """
         known = part.duration is not None and part.duration > 0
         return float(part.duration * (part.time_base or self.stream.time_base)) if known else 1 / self.rate
@@ -141,7 +141,7 @@ class Video:
 
 
 def av() -> Any:
-    """Returns the module `av` (PyAV), or raises ModuleNotFoundError naming the package.
+    """Returns the module `av` (PyAV), or raises a ModuleNotFoundError that names the package.
 
     Example:
         container = av().open("clip.mp4")
@@ -164,14 +164,14 @@ def opened(path: str | os.PathLike[str]) -> Generator[Video]:
         rate = float(stream.average_rate or stream.base_rate or 0)
         if not 0 < rate < math.inf:
             raise UnreadableVideo(path, "does not state its frame rate", "convert it to mp4")
-        # Reordered frames in an AVI begin later than it states.
+        # Reordered frames in an AVI begin later than the file states.
         counts_packets = container.format.name == "avi"
         losses = Losses(file, container, stream, rate)
         decodable = itertools.dropwhile(_leans, _packets(container, stream, losses))
         ahead = list(itertools.islice(decodable, _REORDERED if counts_packets else 1))
         if not ahead:
             raise UnreadableVideo(path, *_NO_FRAMES)
-        # Key frames before the beginning that an edit list sets are decoded, but not shown.
+        # Key frames before the start that an edit list sets are decoded, but not shown.
         first = min((_stamp(packet) for packet, _ in ahead if not packet.is_discard), default=stream.start_time or 0)
         yield Video(path, container, stream, float(first * stream.time_base), rate, counts_packets, ahead, losses)
 

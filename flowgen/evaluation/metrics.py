@@ -11,7 +11,7 @@ PEAK = 2.0  # of images in [-1, 1]
 
 
 def psnr(mean_square_error: float) -> float:
-    """Returns the peak signal-to-noise ratio of images in [-1, 1] in dB, 10 log10(2² / error), at most 126.
+    """Returns the peak signal-to-noise ratio of images in [-1, 1] in dB, 10 log10(2² / error), which is at most 126.
 
     Example:
         decibels = psnr(0.01)  # 26.0

@@ -44,9 +44,9 @@ def point_samples(velocity: Velocity, draw: Draw, key: Key[Array, ""], *, num: i
 def point_metrics(samples: PointSamples) -> dict[str, float]:
     """Returns metrics of how well a field transports noise to data, from exact distances computed on the host.
 
-    w2: 2-Wasserstein distance of generated points to data. w2_floor: W2 between two samples of the data; smaller values
-    of w2 are not meaningful. euler_k: w2 after k Euler steps. path_energy: E ∫|v|² dt. signed_npe: (path_energy - W2²)
-    / W2² with W2 between noise and data; below 0, the paths are too short for these marginals. curvature: see
+    w2: 2-Wasserstein distance between generated points and data. w2_floor: W2 between two samples of the data; smaller
+    values of w2 are not meaningful. euler_k: w2 after k Euler steps. path_energy: E ∫|v|² dt. signed_npe: (path_energy
+    - W2²) / W2² with W2 between noise and data; below 0, the paths are too short for these marginals. curvature: see
     `path_report`.
 
     Example:

@@ -1,4 +1,4 @@
-"""Trains the autoencoders whose latents flows model, with a reconstruction loss and a small KL term.
+"""Trains autoencoders for latent flows, with a reconstruction loss and a small KL term.
 
 loss = mean |x - x̂| + mean (x - x̂)² + kl_weight · mean over latents of KL(N(mean, std²) || N(0, 1))
 """
@@ -57,8 +57,8 @@ class AutoencodingConfig:
     kl_weight: weight of the KL divergence of the posterior from N(0, 1), in nats per latent; 0 or more.
     noise: std of the noise added to normalised latents before decoding, so that the decoder learns to decode a flow's
     noisy latents; 0 for none.
-    decoder_of: run directory or published folder of an autoencoder, whose decoder is trained further with its encoder
-    frozen.
+    decoder_of: run directory or published folder of an autoencoder, whose decoder is trained further while the encoder
+    stays frozen.
     shown: number of images shown next to their reconstructions in the run's sample grid; at least 1.
     """
 
@@ -77,7 +77,7 @@ class AutoencodingConfig:
 
 @config(kw_only=True)
 class AutoencoderExperiment(Experiment):
-    """An autoencoder of images or clips.
+    """An autoencoder for images or clips.
 
     model: the autoencoder.
     data: the images or clips to train on.
@@ -306,7 +306,7 @@ def _reconstruct(autoencoder: Any, variables: Any, images: np.ndarray) -> np.nda
 
 
 def _distortion(autoencoder: Any, variables: Any, dataset: Dataset) -> dict[str, float]:
-    """Mean square error of decoded posterior means, and the PSNR in dB."""
+    """The mean square error of decoded posterior means, and the PSNR in dB."""
     total = 0.0
     for batch, mask in fixed_batches(dataset, min(256, len(dataset))):
         images = np.asarray(from_uint8(batch.pixels))

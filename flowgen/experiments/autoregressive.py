@@ -195,7 +195,7 @@ class AutoregressiveExperiment(Experiment):
         """Returns the training job on opened data, and releases the text encoder.
 
         objective: called as objective(flow, label_dropout=, loss_scale=, null_text=), like `nll_objective`. held_out:
-        opened held-out data, if there are any. For the other arguments see `Job`.
+        opened held-out data, if there are any. For the other arguments, see `Job`.
         """
         tell_unused_classes(dataset, self.data, self.model.num_classes)
         made = Job(
@@ -223,10 +223,10 @@ class AutoregressiveExperiment(Experiment):
         draw_batch: Callable[..., tuple[np.ndarray, str]],
         show: Callable[[np.ndarray, int], np.ndarray],
     ) -> Callable[[Any], np.ndarray] | None:
-        """Returns the function that draws a run's sample images; None if samples do not have the channels of an image.
+        """Returns the function that draws a run's sample images; None if samples are neither grey nor in colour.
 
-        Samples are drawn for the classes in turn, or for prompts. draw_batch: the method of the experiment. show:
-        (samples, classes) -> one image of all samples.
+        Samples are drawn for the classes in turn, or for prompts. draw_batch: the experiment's method. show: (samples,
+        classes) -> one image of all samples.
         """
         without_codec = isinstance(self.data, LatentsConfig) and self.codec is None
         if without_codec or self.encoding.open_codec().pixel_channels not in DRAWABLE_CHANNELS:
@@ -276,7 +276,7 @@ class AutoregressiveExperiment(Experiment):
     def asked(self, flow: Any, classes: str) -> tuple[Conditions, dict[str, Any]]:
         """Returns a function from sample numbers to conditions, and the labels or prompts to save in an .npz file.
 
-        classes: the option --classes, see `parse_classes`; empty draws all classes in turn.
+        classes: the option --classes (see `parse_classes`); empty draws all classes in turn.
 
         Raises ValueError if the model does not take the given conditions.
         """

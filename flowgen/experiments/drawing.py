@@ -113,7 +113,7 @@ def drawn_classes(model: Any, data: Any) -> int:
 def asked_labels(model: Any, data: Any, num: int, classes: str) -> Int[np.ndarray, " num"] | None:
     """Returns the labels of `num` samples, cycling through the requested classes; None for a model without classes.
 
-    classes: the option --classes, see `parse_classes`; empty draws all classes in turn.
+    classes: the option --classes (see `parse_classes`); empty draws all classes in turn.
 
     Raises ValueError if the model has no such class.
 

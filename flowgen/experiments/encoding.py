@@ -24,8 +24,8 @@ class Encoding:
     """The codec and the text encoder of a flow, opened once, on first use.
 
     model: config of the flow that takes the latents and texts.
-    codec: None models pixels.
-    text: None for a flow that takes no texts.
+    codec: config of the codec; None for a flow on pixels.
+    text: config of the text encoder; None for a flow without texts.
 
     Example:
         images = Encoding(flow.config, SpaceToDepth(2)).open_codec().decode(latents)

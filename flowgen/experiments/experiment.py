@@ -129,7 +129,7 @@ class Experiment(abc.ABC):
             )
         begun = self.from_json(saved)
         lines = settings.differences(begun.to_json(), self.from_json(self.to_json()).to_json())
-        # A run begun without the digest of a frozen network cannot identify it.
+        # A run that began without the digest of a frozen network cannot identify it.
         changed = [line for line in lines if not line.startswith(RESUMABLE) and ".digest: None -> " not in line]
         changed += _renamed(begun.data, self.data)
         if changed:

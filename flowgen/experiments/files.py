@@ -1,4 +1,4 @@
-"""Experiments as files: Python files that define one, and the JSON that a run keeps."""
+"""Experiments as files: Python files that define them, and the JSON that a run keeps."""
 
 from __future__ import annotations
 

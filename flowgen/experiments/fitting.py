@@ -18,7 +18,7 @@ from flowgen.training import Result, Signals, is_primary, train
 
 
 def _of_own(experiment: Experiment, dataset: Any, held_out: Any) -> Experiment:
-    """The experiment to keep with a run on a user's dataset, which is checked."""
+    """The experiment to keep with a run on a user's dataset; checks the dataset."""
     for name, given in (("dataset", dataset), ("held_out", held_out)):
         if given is not None:
             check_protocol(name, given)

@@ -162,7 +162,7 @@ def _image_hw(dataset: Dataset) -> tuple[int, int]:
 
 
 def _without_first(moments: EncodeMoments) -> EncodeMoments:
-    """Moments of clips without their first latent frame."""
+    """The moments of clips without their first latent frame."""
 
     def rest(clips):
         mean, std = moments(clips)

@@ -57,9 +57,9 @@ class SamplingConfig:
     parts: which of shift and log_scale the linear rule changes.
     anneal: increase the weight from 0 at a block's first token to w at its last.
     temperature: attention temperature of the unconditional branch; positive, 1 for none.
-    blocks: guided blocks, by number, data side first; None for all.
+    blocks: numbers of the guided blocks, counted from the data side; None for all.
     denoise: strength of the step that removes the training noise; 0 for none.
-    prompts: prompts that a text model draws in turn.
+    prompts: prompts for a text model, drawn in turn.
     """
 
     num: Samples = 64

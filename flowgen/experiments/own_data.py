@@ -20,7 +20,7 @@ class OwnDataset:
     """A user's dataset whose batches are checked when they are read.
 
     name: the argument that it was passed as, for errors. event_shape: the shape of its images or clips. num_classes:
-    number of classes of the model, which limits the labels; 0 if the model takes none.
+    number of the model's classes, which limits the labels; 0 if the model takes none.
 
     Indexing raises ValueError if a batch is not a `Batch` of bytes of this shape with the labels that the model takes.
 

@@ -46,8 +46,8 @@ from flowgen.settings import config
 from flowgen.settings.ranges import Frames, Within
 from flowgen.training import Job
 
-DENOISED = 64  # held-out clips that are denoised to measure PSNR
-WHOLE = Clip()  # of the flow's length
+DENOISED = 64  # number of held-out clips to denoise for the PSNR
+WHOLE = Clip()  # a clip of the flow's length
 SMALL_SIDE = 10  # smallest side in which digits of 8 pixels can move
 DEFAULT_FPS = 8.0
 # The frame rates that suit both mp4 and GIF, which counts time in hundredths of a second.
@@ -203,7 +203,7 @@ class VideoFlowExperiment(AutoregressiveExperiment):
     ) -> Samples:
         """Returns `sampling.num` clips. say: receives a line for each batch. progress: see `Clip`.
 
-        Raises ValueError if the codec makes no clips of this length, or `given` does not fit.
+        Raises ValueError if the codec makes no clips of this length, or if `given` does not fit.
         """
         flow = self.sized(model, options.aspect)
         clip = self._clip(flow, options)
@@ -237,7 +237,7 @@ class VideoFlowExperiment(AutoregressiveExperiment):
         """Returns the frame rate of videos: the requested rate or, by default, the rate of the training clips."""
         if asked is not None:
             return asked
-        # For cached latents, only the texts may state it.
+        # For cached latents, perhaps only the texts state it.
         told = None if self.text is None else self.text.frames_per_second
         fps = float(told or self.data.fps)
         return fps if LEAST_FPS <= fps <= MOST_FPS else DEFAULT_FPS
@@ -282,7 +282,7 @@ class VideoFlowExperiment(AutoregressiveExperiment):
         return debug_run(self, **changes, likelihood=likelihood, data=debug_clips(self.data))
 
     def _denoiser(self, flow: Any, variables: Any) -> float | Denoiser:
-        """The denoising of samples: the learned denoiser if the flow has one, else the Tweedie step."""
+        """How samples are denoised: by the learned denoiser if the flow has one, else by the Tweedie step."""
         strength = self.sampling.denoise
         if not flow.config.denoiser_layers or strength == 0:
             return strength
