@@ -137,7 +137,7 @@ class AutoencoderExperiment(Experiment):
 
     @property
     def best_metric(self) -> str:
-        """The evaluated metric by which checkpoints are compared; lower is better."""
+        """The evaluated metric that ranks checkpoints; lower is better."""
         return "mean_square_error"
 
     def dataset(self, split: Split) -> Dataset:

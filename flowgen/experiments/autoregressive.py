@@ -114,7 +114,7 @@ class AutoregressiveExperiment(Experiment):
 
     @property
     def best_metric(self) -> str:
-        """The evaluated metric by which checkpoints are compared; lower is better."""
+        """The evaluated metric that ranks checkpoints; lower is better."""
         return "nats_per_dim" if self.is_latent else "bits_per_dim"
 
     @property

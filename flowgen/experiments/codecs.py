@@ -36,8 +36,7 @@ STATISTICS = "latents"
 
 @config
 class SpaceToDepth:
-    """A codec without a network: a block of factor x factor pixels of c channels becomes one latent of factor² c
-    channels.
+    """A codec without a network: factor x factor pixels of c channels become one latent of factor² · c channels.
 
     factor: side of a pixel block; at least 1.
     """

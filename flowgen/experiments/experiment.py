@@ -73,7 +73,7 @@ class Experiment(abc.ABC):
     @property
     @abc.abstractmethod
     def best_metric(self) -> str:
-        """The evaluated metric by which checkpoints are compared; lower is better."""
+        """The evaluated metric that ranks checkpoints; lower is better."""
 
     @property
     def drawn_channels(self) -> int | None:

@@ -170,7 +170,7 @@ class MatchingExperiment(Experiment):
 
     @property
     def best_metric(self) -> str:
-        """The evaluated metric by which checkpoints are compared; lower is better."""
+        """The evaluated metric that ranks checkpoints; lower is better."""
         if isinstance(self.data, PointsConfig):
             return "w2"
         return "frechet" if self.sampling.frechet_samples else "loss"

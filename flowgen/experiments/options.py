@@ -48,7 +48,7 @@ class SamplingConfig:
     """How samples are drawn, in training and by default in `sample.py`.
 
     num: number of samples to draw; at least 1.
-    plan: how tokens are decoded; "auto" is sequential on CPUs and parallel if that is faster.
+    plan: how tokens are decoded; "auto" is sequential on CPUs, and on accelerators parallel if that is faster.
     window: number of tokens that "jacobi" and "sliding" solve together, at least 1; None for all.
     tol: largest change in a sweep at which "jacobi" and "sliding" stop; 0 is exact.
     init: initial guess for their sweeps: the noise, zeros, or the previous frame.

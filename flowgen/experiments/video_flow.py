@@ -246,7 +246,7 @@ class VideoFlowExperiment(AutoregressiveExperiment):
         """Returns lines that report the likelihood of the flow, the PSNR of denoised clips, and frame distances.
 
         Likelihood and PSNR are measured on a split; frame distances compare samples with data. PSNR and frame distances
-        are those of decoded latents.
+        are computed on decoded latents.
         """
         dataset = clips_alone(self.flow_dataset(options.split, labelled=not options.unconditional))
         lines = self.likelihood_lines(model, variables, dataset, options)
