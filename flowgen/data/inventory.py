@@ -79,9 +79,8 @@ class Inventory:
     what: images, clips or latents. train, held_out: how many there are in each split. before: (height, width) of some
     of the files, in pixels; empty if files are not resized. after: the model's input shapes. train_files,
     held_out_files: a mark of each file's content, such as its size, by file name; empty for data that come with a
-    package.
-    left_out: descriptions of what was left out. stills: number of images to train on in addition to clips. at_most: for
-    each split, whether the count is an upper bound, because some files may turn out to be unreadable.
+    package. left_out: descriptions of what was left out. stills: number of images to train on in addition to clips.
+    at_most: for each split, whether the count is an upper bound, because some files may turn out to be unreadable.
 
     Example:
         inventory = Inventory("images", 1080, 120, ((48, 48),), ((32, 32),), ("cat", "dog", "fox"))

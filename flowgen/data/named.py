@@ -22,7 +22,7 @@ DIGIT_NAMES = tuple("0123456789")
 def read_digits(config: DataConfig, size: tuple[int, int]) -> ArrayDataset:
     """Returns the 1,797 grey 8×8 UCI digits (Alpaydin and Kaynak, CC BY 4.0), resized if `size` differs.
 
-    The 17 levels 0..16 become round(255 level / 16).
+    The 17 levels 0..16 become round(255 · level / 16).
 
     Example:
         dataset = read_digits(DataConfig(), (8, 8))

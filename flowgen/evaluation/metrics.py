@@ -23,8 +23,8 @@ def frechet_distance(x: Float[np.ndarray, "n features"], y: Float[np.ndarray, "m
     """Returns |μx - μy|² + tr(Σx + Σy - 2 (Σx½ Σy Σx½)½), the squared Fréchet distance of fitted Gaussians.
 
     With Inception's features this is the FID (Heusel et al., arXiv 1706.08500). Values are comparable only for the same
-    features and the same n and m, because small samples increase them. Computed in float64. Raises ValueError for fewer
-    than two samples, or if x and y have different numbers of features.
+    features, n and m, because small samples increase them. Computed in float64. Raises ValueError for fewer than two
+    samples, or if x and y have different numbers of features.
 
     Example:
         distance = frechet_distance(features(samples), features(data))

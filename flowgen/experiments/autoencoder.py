@@ -214,7 +214,7 @@ def autoencoding_objective(autoencoder: Any, config: AutoencodingConfig) -> Call
     """Returns the objective (variables, batch, key) -> (loss, metrics, carried state) of an autoencoder.
 
     batch: a `flowgen.data.Batch` of images or clips. Carried state: the collection "latents", the running mean and
-    variance of the latents per channel, updated at a rate of 0.02. Flows normalise their latents with them. They are
+    variance of the latents per channel, updated at a rate of 0.02. Flows use them to normalise latents. They are
     computed over the whole batch, on any number of devices and with gradient accumulation; each micro-batch scales the
     noise by the statistics that it has updated.
 

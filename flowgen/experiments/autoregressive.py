@@ -223,7 +223,7 @@ class AutoregressiveExperiment(Experiment):
         draw_batch: Callable[..., tuple[np.ndarray, str]],
         show: Callable[[np.ndarray, int], np.ndarray],
     ) -> Callable[[Any], np.ndarray] | None:
-        """Returns the function that draws a run's sample images; None if samples are neither grey nor in colour.
+        """Returns the function that draws a run's sample images; None if samples are neither grey nor colour images.
 
         Samples are drawn for the classes in turn, or for prompts. draw_batch: the experiment's method. show: (samples,
         classes) -> one image of all samples.

@@ -31,7 +31,7 @@ def debug_run(experiment: E, **changes: Any) -> E:
 
 
 def debug_images(data: DataConfig | LatentsConfig) -> DataConfig:
-    """Returns the config of the built-in digits, with the `flip` and `eval_fraction` of the given data.
+    """Returns the config of the built-in digits, with the given `flip` and `eval_fraction`.
 
     Example:
         data = debug_images(experiment.data)
@@ -42,7 +42,7 @@ def debug_images(data: DataConfig | LatentsConfig) -> DataConfig:
 
 
 def debug_clips(data: ClipsConfig | LatentsConfig) -> ClipsConfig:
-    """Returns the config of a few bouncing digits, with `flip`, `drop_first` and `eval_fraction` as in the given one.
+    """Returns the config of a few bouncing digits, with the given `flip`, `drop_first` and `eval_fraction`.
 
     Example:
         data = debug_clips(experiment.data)

@@ -1,4 +1,4 @@
-"""Options for drawing and evaluation, and drawing in batches by one compiled program."""
+"""Options for drawing and evaluation, and drawing in batches with one compiled program."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ class SamplingConfig:
     tol: largest change in a sweep at which "jacobi" and "sliding" stop; 0 is exact.
     init: initial guess for their sweeps: the noise, zeros, or the previous frame.
     guidance: guidance weight w towards the class or text; 0 for none.
-    rule: how the two branches are combined: TARFlow's linear rule or STARFlow's product rule.
+    rule: how conditional and unconditional branches are combined: TARFlow's linear or STARFlow's product rule.
     parts: which of shift and log_scale the linear rule changes.
     anneal: increase the weight from 0 at a block's first token to w at its last.
     temperature: attention temperature of the unconditional branch; positive, 1 for none.
