@@ -14,11 +14,11 @@ from flowgen.data.named import read_digits
 
 @dataclasses.dataclass(frozen=True)
 class BouncingDigits:
-    """Clips of one digit each, generated on demand: clip i shows digit i mod n on its own path.
+    """Clips of one moving digit each, generated on demand: clip i shows digit i mod n.
 
-    The path is a straight line that reflects at the borders; the speed is 0.6 to 1.4 sixteenths of the shorter side
-    per frame and axis. Digits between pixels are drawn by bilinear interpolation. Every NumPy version gives the same
-    clips.
+    The digit moves in a straight line and bounces off the borders. Along each axis, it moves 0.6 to 1.4 sixteenths of
+    the shorter side per frame. Fractional positions are drawn with bilinear interpolation. The clips are the same in
+    every NumPy version.
 
     Example:
         dataset = BouncingDigits(digits, labels, num=1000, event_shape=(8, 16, 16, 1), seed=0)
@@ -47,7 +47,7 @@ class BouncingDigits:
         return Batch(clips, self.labels[indices % len(self.digits)])
 
     def _courses(self, indices: Int[np.ndarray, " b"]) -> tuple[Float[np.ndarray, "b f"], Float[np.ndarray, "b f"]]:
-        """The rows and columns of the digits' upper left corners, in pixels."""
+        """The rows and columns of the digits' top left corners in each frame, in pixels."""
         raw = [
             np.random.Philox(np.random.SeedSequence(self.seed), counter=[index, 0, 0, 0]).random_raw(8)
             for index in indices.tolist()
@@ -65,7 +65,7 @@ class BouncingDigits:
 
 
 def _weights(at: Float[np.ndarray, "b f"], length: int, side: int) -> Float[np.ndarray, "b f length side"]:
-    """Bilinear weights of `side` pixels that begin at `at` on a line of `length`."""
+    """The bilinear weights of `side` pixels that start at `at` on a line of `length` pixels."""
     centres = at[:, :, None, None] + np.arange(side)
     return np.maximum(0, 1 - np.abs(np.arange(length)[:, None] - centres)).astype(np.float32)
 
@@ -73,9 +73,9 @@ def _weights(at: Float[np.ndarray, "b f"], length: int, side: int) -> Float[np.n
 def bouncing_digits(
     num: int, eval_fraction: float, *, frames: int, image_size: tuple[int, int], channels: int, split: Split
 ) -> BouncingDigits:
-    """Returns the clips of a split; a digit's side is half the shorter side of the clip, but at least 8 pixels.
+    """Returns the clips of a split; a digit's side is half the clip's shorter side, but at least 8 pixels.
 
-    num: number of clips in both splits together. eval_fraction: fraction of the digits, and of the clips, to hold out.
+    num: number of clips in both splits combined. eval_fraction: fraction of both the digits and the clips to hold out.
 
     Example:
         dataset = bouncing_digits(1000, 0.1, frames=8, image_size=(16, 16), channels=1, split="train")

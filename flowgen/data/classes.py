@@ -27,7 +27,7 @@ class HasClasses(Protocol):
 def checked_names(classes: object, field: str = "classes") -> tuple[str, ...]:
     """Returns the class names in `composed` form.
 
-    Raises a ValueError that names the field if they are not a tuple of distinct names.
+    Raises a ValueError that names the field unless they are a tuple of distinct names.
 
     Example:
         checked_names(("cat", "dog"))  # ("cat", "dog")
@@ -44,9 +44,9 @@ def checked_names(classes: object, field: str = "classes") -> tuple[str, ...]:
 def tell_held_out(
     labels: Int[np.ndarray, " n"], kept: Int[np.ndarray, " m"], names: tuple[str, ...], what: str
 ) -> None:
-    """Warns about classes that are entirely held out.
+    """Warns about classes whose samples are all held out.
 
-    kept: positions of the training split. what: the noun for messages.
+    kept: positions of the training split. what: the noun to use in the warning.
 
     Example:
         tell_held_out(np.array([0, 1, 1]), np.array([1, 2]), ("cat", "dog"), "images")  # all images of cat
@@ -56,10 +56,10 @@ def tell_held_out(
 
 
 def with_classes(found: T, classes: tuple[str, ...], where: str) -> T:
-    """Returns the data with their labels mapped by name to numbers of `classes`.
+    """Returns the data with their labels mapped by class name to indices into `classes`.
 
     found: a dataclass with `labels` and `class_names`; returned unchanged if it has no class names or `classes` is
-    empty. where: the origin of the data, for messages. A warning names the classes without examples.
+    empty. where: the origin of the data, for messages. Warns about classes without examples.
 
     Raises ValueError if the data have a class that is not among `classes`.
 
@@ -74,7 +74,7 @@ def with_classes(found: T, classes: tuple[str, ...], where: str) -> T:
 
 
 def renumbered(labels: Int[np.ndarray, " n"], numbers: Int[np.ndarray, " found"]) -> Int32[np.ndarray, " n"]:
-    """Returns numbers[labels], where -1 stays -1.
+    """Returns numbers[labels]; a label of -1 stays -1.
 
     Example:
         renumbered(np.array([0, -1, 1]), np.array([1, 2]))  # 1, -1, 2
@@ -83,7 +83,7 @@ def renumbered(labels: Int[np.ndarray, " n"], numbers: Int[np.ndarray, " found"]
 
 
 def class_numbers(found: tuple[str, ...], classes: tuple[str, ...], where: str) -> Int32[np.ndarray, " found"] | None:
-    """Returns the number in `classes` of each class found, or None if there is nothing to map.
+    """Returns the index in `classes` of each class found, or None if there is nothing to map.
 
     Warns and raises in the same cases as `with_classes`.
 
@@ -106,9 +106,9 @@ def class_numbers(found: tuple[str, ...], classes: tuple[str, ...], where: str) 
 
 
 def check_classes(dataset: HasClasses, num_classes: int) -> None:
-    """Raises ValueError if a model with `num_classes` classes (0 is unconditional) cannot take this dataset's labels.
+    """Raises ValueError if a model with `num_classes` classes (0: unconditional) cannot use this dataset's labels.
 
-    A warning names the class numbers that the dataset leaves unused.
+    Warns about class numbers that the dataset does not use.
 
     Example:
         check_classes(dataset, num_classes=10)

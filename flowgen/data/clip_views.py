@@ -18,7 +18,7 @@ CONTINUED = "(extend) "
 
 @dataclasses.dataclass(frozen=True)
 class _View:
-    """Another dataset's samples, in the same order, with different frames."""
+    """The samples of another dataset, in the same order but with different frames."""
 
     dataset: Dataset
 

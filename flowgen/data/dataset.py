@@ -20,7 +20,7 @@ from flowgen.settings.ranges import Bytes, OneOf, ProperFraction
 Split = Literal["train", "eval", "all"]
 NO_LABEL = -1
 OWN = "own"
-# Image sets that need no path, each an `ImageSet` in its own module. To add one, write the module and add a row here.
+# Image sets that need no path, each an `ImageSet` in a module. To add one, write a module and add a row here.
 IMAGE_SETS = {
     "digits": "flowgen.data.named:DIGITS",
     "mnist": "flowgen.data.named:MNIST",
@@ -37,16 +37,16 @@ class DataConfig:
     name: a built-in set; `folder` or `npz`, your own images at `path`; or `own`, a dataset passed to `fit`.
     path: the folder or .npz file; empty for the other names.
     flip: mirror each training image left to right with probability one half.
-    aspects: sort a folder's images into nine aspect ratios of about the model's area instead of cropping all to one
-    shape; the images of a batch have one shape.
+    aspects: sort a folder's images into nine aspect ratios, each with about the model's area, instead of cropping all
+    to one shape; all images of a batch have the same shape.
     crop: "center" scales images to cover the model's size and crops the centre; "none" stretches them to that size. Not
     used by `npz`.
     on_corrupt: an unreadable file in a folder stops the run ("refuse") or is skipped with a warning ("skip").
     eval_fraction: fraction held out for evaluation, the same images on every machine; 0 holds nothing out.
     in_memory_bytes: if a folder's resized images need more than this, each batch is decoded on demand.
     classes: the class names in the order of their numbers. If empty, the names found in the data are stored here when
-    the run begins, and later labels are mapped by name. A class without images gives a warning; an unknown class is
-    an error. Labels of an `npz` without class names index these names.
+    the run begins, and later labels are mapped by name. A class without images gives a warning; an unknown class is an
+    error. In an `npz` without class names, labels index these names.
 
     Example:
         config = DataConfig(name="folder", path="photos", flip=True)
@@ -71,11 +71,11 @@ class DataConfig:
 
 @runtime_checkable
 class Dataset(Protocol):
-    """Images or clips of one shape, or their latents, indexed by number.
+    """Images or clips of one shape, or their latents, indexed by position.
 
     `__getitem__` may be called from several threads.
 
-    event_shape: (height, width, channels) of images, (frames, height, width, channels) of clips.
+    event_shape: (height, width, channels) for images, (frames, height, width, channels) for clips.
     class_names: names of the classes in the order of their labels; empty without classes.
     captions: empty, or one line of text per image or clip.
 
@@ -100,7 +100,7 @@ class Dataset(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class ArrayDataset:
-    """Images or clips held in memory. `captions` is empty, or one line of text for each.
+    """Images or clips held in memory. `captions` is empty or holds one line of text for each.
 
     Example:
         dataset = ArrayDataset(images, labels, class_names=("cat", "dog"))
@@ -123,7 +123,7 @@ class ArrayDataset:
         return Batch(self.x[indices], self.labels[indices])
 
     def select(self, indices: Int[np.ndarray, " m"]) -> ArrayDataset:
-        """Returns a dataset of only the samples at these indices, in this order."""
+        """Returns a dataset of the samples at these indices, in this order."""
         captions = tuple(self.captions[i] for i in indices) if self.captions else ()
         return dataclasses.replace(self, x=self.x[indices], labels=self.labels[indices], captions=captions)
 
@@ -155,7 +155,7 @@ def image_set(name: str) -> ImageSet | None:
 
 @dataclasses.dataclass(frozen=True)
 class BucketedDataset:
-    """Datasets of different shapes with the same classes, one per bucket; a batch has one shape.
+    """Datasets with different shapes but the same classes, one per bucket; each batch comes from one bucket.
 
     shares: number of samples to take from each bucket per pass over the data; None takes all, so that every sample is
     used equally often.
@@ -192,7 +192,7 @@ def buckets_of(dataset: Dataset | BucketedDataset) -> tuple[Dataset, ...]:
 
 
 def of_one_shape(dataset: Dataset | BucketedDataset, user: str) -> Dataset:
-    """Returns the dataset if all its samples have one shape. user: what needs one shape, for the error.
+    """Returns the dataset if all its samples have one shape. user: what requires this, for the error message.
 
     Raises ValueError if the samples have several shapes.
 
@@ -205,7 +205,7 @@ def of_one_shape(dataset: Dataset | BucketedDataset, user: str) -> Dataset:
 
 
 def check_opens(name: str) -> None:
-    """Raises ValueError if the name is `own`: only the program that called `fit` has that dataset.
+    """Raises ValueError if the name is `own`, because only the program that called `fit` has that dataset.
 
     Example:
         check_opens(config.name)
@@ -218,9 +218,9 @@ def check_opens(name: str) -> None:
 
 
 def hold_out(size: int, fraction: float, split: Split) -> Int[np.ndarray, " m"]:
-    """Returns the ascending positions of a split among `size` images.
+    """Returns the positions of a split among `size` images, in ascending order.
 
-    The first max(1, round(fraction size)) of one fixed permutation are held out for "eval". The permutation
+    The first max(1, round(fraction · size)) positions of a fixed permutation are held out for "eval". The permutation
     depends only on `size`, not on a seed or the NumPy version, so all runs and machines agree.
 
     Raises:
@@ -234,10 +234,11 @@ def hold_out(size: int, fraction: float, split: Split) -> Int[np.ndarray, " m"]:
 
 
 def hold_out_files(names: Sequence[str], fraction: float, split: Split) -> Int[np.ndarray, " m"]:
-    """Returns the ascending positions of a split among files, by a digest of each file's name.
+    """Returns the positions of a split among files, in ascending order; digests of the file names decide the split.
 
     The number of files held out is the same as in `hold_out`. If a file is added or removed, at most one other file
-    moves between the splits. names: relative to the data, so that they do not depend on where the data are stored.
+    moves between the splits. names: paths relative to the data folder, so that the split does not depend on where the
+    data are stored.
 
     Example:
         test = hold_out_files(("cat/1.png", "dog/2.png"), 0.5, "eval")
@@ -255,7 +256,7 @@ def hold_out_files(names: Sequence[str], fraction: float, split: Split) -> Int[n
 
 
 def _cut(order: Int[np.ndarray, " size"], fraction: float, split: Split) -> Int[np.ndarray, " m"]:
-    """The ascending positions of a split; the first positions in `order` are held out."""
+    """The positions of a split in ascending order; the first positions in `order` are held out."""
     size = len(order)
     if split == "all" or (fraction == 0 and split == "train"):
         return np.arange(size)
@@ -271,9 +272,10 @@ def _cut(order: Int[np.ndarray, " size"], fraction: float, split: Split) -> Int[
 
 
 def permutation(bits: np.random.Philox, size: int) -> Int[np.ndarray, " size"]:
-    """Returns a random order of range(size) that stays the same across NumPy versions.
+    """Returns a random permutation of range(size) that is the same in every NumPy version.
 
-    NumPy freezes its bit generators but not `Generator.permutation`, so we sort the raw 64-bit draws.
+    NumPy keeps the streams of its bit generators stable, but not `Generator.permutation`, so this sorts raw 64-bit
+    draws.
 
     Example:
         order = permutation(np.random.Philox(np.random.SeedSequence(0)), len(dataset))

@@ -18,7 +18,7 @@ from flowgen.data.media import pillow
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# Tags of a TIFF, and two of their values.
+# TIFF tags, and two of their values.
 _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
 _WHITE_IS_ZERO, _SIGNED = 0, 2
 _PNG_BITS_AT = 24
@@ -26,7 +26,7 @@ _CONVERT = "; convert it to unsigned 8 or 16 bits"
 
 
 class Samples(NamedTuple):
-    """The bits of a sample, in Pillow's pixels or, for PNG, in the file; and whether zero is white.
+    """The number of bits per sample (in Pillow's pixels or, for PNG, in the file), and whether zero is white.
 
     Example:
         samples = Samples(bits=12)
@@ -48,14 +48,14 @@ def samples_of(image: Image, path: str | os.PathLike[str]) -> Samples:
     if not image.mode.startswith("I"):
         return Samples()
     if image.format == "TIFF":
-        # At 8 bits or fewer, Pillow itself inverts an image whose zero is white.
+        # At 8 bits or fewer, Pillow itself inverts images in which zero is white.
         return Samples(_tag(image, _BITS, 1), _tag(image, _PHOTOMETRIC, 1) == _WHITE_IS_ZERO)
     # Pillow scales the levels of JPEG 2000 and of PGM to 16 bits.
     return Samples(16)
 
 
 def without_range(image: Image) -> str:
-    """Returns why the range of an image's samples is unknown, and what to do; empty if it is known.
+    """Returns why the range of an image's samples is unknown and what to do about it; empty if it is known.
 
     Example:
         without_range(image)  # "has floating-point samples, ...; convert it to unsigned 8 or 16 bits"
@@ -73,7 +73,7 @@ def without_range(image: Image) -> str:
 
 
 def grey_bytes(levels: Integer[np.ndarray, "height width"], samples: Samples) -> UInt8[np.ndarray, "height width"]:
-    """Returns the highest 8 bits of grey levels, with 0 for black.
+    """Returns the highest 8 bits of grey levels, with black as 0.
 
     Example:
         grey_bytes(np.array([[0x9C4]]), Samples(bits=12))  # 0x9C
@@ -83,7 +83,7 @@ def grey_bytes(levels: Integer[np.ndarray, "height width"], samples: Samples) ->
 
 
 def hide_by_value(image: Image, file: BufferedIOBase) -> None:
-    """Makes pixels of a 16-bit colour PNG transparent if all their bits equal its transparent value.
+    """Makes each pixel of a 16-bit colour PNG transparent if it matches the transparent colour in all bits.
 
     image: the high bytes of the samples, as decoded by Pillow. file: the file it was read from.
 

@@ -15,7 +15,7 @@ from flowgen.data.unreadable import FileReader
 
 @dataclasses.dataclass(frozen=True)
 class FileDataset:
-    """Images or clips decoded from their files for every batch, with one thread per core.
+    """Images or clips that are decoded from their files, in parallel threads, for every batch.
 
     reader: reads the sample at a position. If it may skip files, the next readable sample and its label replace an
     unreadable one, so the result depends only on the position; a warning names each unreadable file once. If samples
@@ -51,7 +51,7 @@ class FileDataset:
     def decoded(self, *, may_be_empty: bool = False) -> ArrayDataset:
         """Returns the same samples in memory; unreadable files are skipped, or refused in one error.
 
-        may_be_empty: allow that no sample is left.
+        may_be_empty: do not raise if no sample is left.
         """
         x = np.empty((len(self), *self.event_shape), np.uint8)
         kept = self.reader.read_all(x.__setitem__, may_be_empty=may_be_empty)

@@ -33,10 +33,10 @@ from flowgen.data.npz import npz_classes, npz_marks
 from flowgen.data.video import READABLE, UnreadableVideo, video_size
 
 _CLIP_CLASSES = {"bouncing": DIGIT_NAMES, "crafter": CLASS_NAMES, "real": ()}
-# Number of files whose image sizes are read; fewer for videos, which take longer.
+# Number of files whose image sizes are read; fewer for videos, which take longer to open.
 _IMAGES_SIZED, _VIDEOS_SIZED = 32, 4
 
-# The beginning of a file of latents that marks its content.
+# Number of bytes at the beginning of a file of latents that go into the mark of its content.
 _MARKED_BYTES = 1 << 16
 
 Marks = Mapping[str, int | str]
@@ -45,7 +45,7 @@ Marks = Mapping[str, int | str]
 def found_classes(config: DataConfig | ClipsConfig | LatentsConfig) -> tuple[str, ...]:
     """Returns the class names of a config's data, in the order of their labels, without opening images.
 
-    Raises what `load` and `load_clips` raise if the data cannot be read.
+    Raises the same errors as `load` and `load_clips` if the data cannot be read.
 
     Example:
         found_classes(DataConfig("folder", path="photos"))  # ("cat", "dog", "fox")
@@ -115,7 +115,7 @@ def _apart(dataset: Dataset | BucketedDataset) -> tuple[list[Dataset], list[Data
 
 
 def _at_most(dataset: Dataset | BucketedDataset) -> bool:
-    """Whether unreadable files are included in the counts, because they are only found later."""
+    """Whether the counts may include unreadable files, which are only found later."""
     return any(isinstance(b, FileDataset) and b.reader.skips for b in buckets_of(dataset))
 
 
@@ -136,7 +136,7 @@ def _sizes(config: DataConfig | ClipsConfig, listing: Listing) -> tuple[tuple[in
 
 
 def _marks(config: DataConfig | ClipsConfig | LatentsConfig, listing: Listing | None) -> tuple[Marks, Marks]:
-    """A mark of each file's content by file name, for each split; a file with data of both splits is in the first."""
+    """A mark of each file's content, by file name, for each split; files with data of both splits are in the first."""
     if isinstance(config, LatentsConfig):
         folder = Path(config.path)
         files = [folder / INDEX_FILE, *sorted(folder.glob("*/*.npy"))]
@@ -164,7 +164,7 @@ def _mark(file: Path) -> int:
 
 
 def _file_sizes(listing: Listing) -> dict[str, int]:
-    """The bytes of each file, requested in parallel because network file systems are slow."""
+    """The size of each file in bytes, requested in parallel because network file systems are slow."""
     root = os.fspath(listing.root)
     with ThreadPoolExecutor(max_workers=32) as pool:
         sizes = pool.map(lambda name: os.path.getsize(os.path.join(root, name)), listing.names)

@@ -27,15 +27,15 @@ if TYPE_CHECKING:
 Crop = Literal["center", "none"]
 Box = tuple[float, float, float, float]
 T = TypeVar("T")
-# What Pillow's decoders raise on damaged files, besides the OSError it documents.
+# What Pillow's decoders raise for damaged files; only OSError is documented.
 _DECODE_ERRORS = (
     *(OSError, ValueError, SyntaxError, EOFError, TypeError, AttributeError, AssertionError, Warning),
     *(LookupError, ArithmeticError, RuntimeError, BufferError, MemoryError, struct.error, zlib.error),
 )
-# Pillow's own limit. Such an image takes 0.7 GB while decoding; the WebP decoder takes four times as much.
+# Pillow's own limit. Decoding an image of this size takes 0.7 GB; the WebP decoder takes four times as much.
 _MOST_PIXELS = 178_956_970
 _MOST_OF_WEBP = _MOST_PIXELS // 4
-# Images with more pixels are decoded one at a time, which limits the memory that all threads take together.
+# Images with more pixels are decoded one at a time, which limits the memory that all threads need together.
 _LARGE = 1 << 26
 _ONE_LARGE = threading.Lock()
 # Number of pixels to composite on white and resize at a time.
@@ -51,12 +51,12 @@ def read_image(
 ) -> UInt8[np.ndarray, "height width c"]:
     """Returns the image in a file as uint8 of shape (*size, channels), turned upright.
 
-    Transparency is composited on white; samples of more than 8 bits keep their highest 8; an animation gives its first
-    frame. Unreadable metadata are ignored. For a damaged TIFF, libtiff may also print a message.
+    Transparency is composited on white; samples of more than 8 bits keep their highest 8; only the first frame of an
+    animation is read. Unreadable metadata are ignored. For a damaged TIFF, libtiff may also print a message.
 
     Raises:
-        UnreadableImage: the pixels are damaged or truncated; there are more than 178 million (for WebP 44 million); the
-        format is not one of `image_formats`; or the range of the samples is unknown, see `without_range`.
+        UnreadableImage: the pixels are damaged or truncated; there are more than 178 million of them (44 million for
+        WebP); the format is not one of `image_formats`; or the range of the samples is unknown, see `without_range`.
 
     Example:
         image = read_image("cat.jpg", size=(64, 64), channels=3, crop="center")
@@ -65,7 +65,7 @@ def read_image(
     def pixels(image: Image, turn: Turn) -> UInt8[np.ndarray, "height width c"]:
         samples = samples_of(image, path)
         file: Any = getattr(image, "fp", None)
-        # Opening reads only the header; a truncated file only fails here.
+        # Opening reads only the header; a truncated file fails here.
         image.load()
         if samples.bits == 16 and image.mode == "RGB" and "transparency" in image.info:
             hide_by_value(image, file)
@@ -90,7 +90,7 @@ def read_image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
 
 
 def _with_image(path: str | os.PathLike[str], use: Callable[[Image, Turn], T]) -> T:
-    """The result of `use` for an open image and its turn; if that fails, the image is read without its metadata."""
+    """The result of `use` for an open image and its turn; if that fails, the image is read again without metadata."""
     if Path(path).exists() and not Path(path).is_file():
         raise UnreadableImage(f"'{path}' (not a file)")
     try:
@@ -112,7 +112,7 @@ def _opened(path: str | os.PathLike[str], content: bytes | None = None) -> Gener
     import PIL
 
     try:
-        # Given a name, Pillow would memory-map the file and then forget the orientation of a TIFF. The list of formats
+        # Given a name, Pillow would memory-map the file and then lose the orientation of a TIFF. The list of formats
         # excludes files for which Pillow starts external programs, such as PostScript.
         with (
             open(path, "rb") if content is None else io.BytesIO(content) as file,
@@ -153,7 +153,7 @@ def fit(image: Image, size: tuple[int, int], crop: Crop, *, pixel_aspect: float 
 def fit_array(
     images: UInt8[np.ndarray, "b height width c"], size: tuple[int, int], crop: Crop
 ) -> UInt8[np.ndarray, "b new_height new_width c"]:
-    """Returns the images resized to `size`, or the array itself, without using Pillow, if it already has that size.
+    """Returns the images resized to `size`; an array that already has this size is returned without using Pillow.
 
     Example:
         images = fit_array(images, (16, 16), "center")
@@ -169,7 +169,7 @@ def fit_array(
 def _box(image_size: tuple[int, int], size: tuple[int, int], crop: Crop, turn: Turn, pixel_aspect: float = 1.0) -> Box:
     """Left, top, right and bottom of the part that `fit` keeps, in pixels of the image before the turn.
 
-    Only this part is resampled, which bounds the work whatever the proportions of the image.
+    Only this part is resampled, so the work is bounded whatever the image's proportions.
     """
     (columns, rows), (height, width) = image_size, size
     if crop == "none":
@@ -196,7 +196,7 @@ def _resized(image: Image, size: tuple[int, int], box: Box, flat: Callable[[Imag
     """The part of an image inside a box, composited on white and resized to `size`, in bands if the image is large."""
     left, top, right, bottom = box
     step = (bottom - top) / size[0]
-    # The filter reaches one pixel of the result to each side, or one pixel of the image if the result is larger.
+    # The filter extends one output pixel to each side or, when enlarging, one input pixel.
     reach = [math.ceil(max(1.0, scale)) + 1 for scale in ((right - left) / size[1], step)]
     first, last = max(0, math.floor(left) - reach[0]), min(image.width, math.ceil(right) + reach[0])
     rows = max(1, math.floor(_BAND / ((last - first) * step))) if image.width * image.height > _BAND else size[0]
@@ -212,7 +212,7 @@ def _resized(image: Image, size: tuple[int, int], box: Box, flat: Callable[[Imag
 
 
 def _flatten(image: Image, samples: Samples) -> Image:
-    """The image composited on white, with the highest 8 bits of deeper samples."""
+    """The image composited on white; deeper samples keep their highest 8 bits."""
     clear = image.info.get("transparency")
     if image.mode.startswith("I"):
         levels = np.asarray(image)

@@ -1,4 +1,4 @@
-"""The inventory of a run's data: a line for people, and a record that is kept with the run to detect later changes.
+"""The inventory of a run's data: a readable line, and a record that is kept with the run to detect later changes.
 
 This module does not depend on how data are loaded, so the training loop can use it.
 """
@@ -63,7 +63,7 @@ def quoted(name: str) -> str:
 
 
 def name_list(names: Sequence[str], most: int = _CLASSES_NAMED) -> str:
-    """Returns names separated by commas; if there are more than `most`, the first ones and the number of the others.
+    """Returns the first `most` names separated by commas, and the number of the others, if any.
 
     Example:
         name_list(("cat", "dog", "fox"))  # "cat, dog, fox"
@@ -76,11 +76,11 @@ def name_list(names: Sequence[str], most: int = _CLASSES_NAMED) -> str:
 class Inventory:
     """What was found in the data of a run.
 
-    what: images, clips or latents. train, held_out: their number in each split. before: (height, width) of some of the
-    files, in pixels; empty if files are not resized. after: the model's input shapes. train_files, held_out_files: a
-    mark of each file's content, such as its size, by file name; empty for data that come with a package.
-    left_out: descriptions of what was left out. stills: number of images to train on in addition to clips. at_most: for
-    each split, whether its number is an upper bound, because some files may turn out to be unreadable.
+    what: images, clips or latents. train, held_out: how many there are in each split. before: (height, width) of some
+    of the files, in pixels; empty if files are not resized. after: the model's input shapes. train_files,
+    held_out_files: a mark of each file's content, such as its size, by file name; empty for data that come with a
+    package. left_out: descriptions of what was left out. stills: number of images to train on in addition to clips.
+    at_most: for each split, whether the count is an upper bound, because some files may turn out to be unreadable.
 
     Example:
         inventory = Inventory("images", 1080, 120, ((48, 48),), ((32, 32),), ("cat", "dog", "fox"))
@@ -121,14 +121,14 @@ class Inventory:
         return f"{_shown(ordered[0])} to {_shown(ordered[-1])}{some} -> {after}"
 
     def digest(self) -> str:
-        """Returns a digest of the names of the files, their marks, and which are held out."""
+        """Returns a digest of the files' names and marks, and of which files are held out."""
         content = hashlib.sha256()
         for files in (self.train_files, self.held_out_files):
             content.update(json.dumps(sorted(files.items())).encode())
         return content.hexdigest()
 
     def record(self) -> dict[str, Any]:
-        """Returns the JSON record kept with a run: what was found, and the list of files unless it is very long.
+        """Returns the JSON record to keep with a run: what was found and, unless it is very long, the list of files.
 
         Example:
             json.dumps(inventory.record())
@@ -147,7 +147,7 @@ class Inventory:
     def changes(self, known: Mapping[str, Any]) -> str:
         """Returns the differences from a run's record, in one line; empty if the files are the same.
 
-        Raises ValueError if `known` is not such a record.
+        Raises ValueError if `known` is not a run's record.
 
         Example:
             inventory.changes(inventory.record())  # ""
@@ -169,7 +169,7 @@ class Inventory:
 
 
 def _in_one_form(files: Mapping[str, Any]) -> dict[str, Any]:
-    """The marks by file name in composed form; names that differ only in their form are left as they are."""
+    """The marks by file name in composed form; names that differ only in form are left unchanged."""
     forms = Counter(map(composed, files))
     return {composed(name) if forms[composed(name)] == 1 else name: mark for name, mark in files.items()}
 

@@ -1,4 +1,4 @@
-"""Cached latents in files, which training memory-maps.
+"""Cached latents in files that training memory-maps.
 
 <directory>/<split>-<index>/   mean.npy std.npy label.npy; text.npy mask.npy and null.npz if captions were encoded
 <directory>/dataset.json       what the folders hold and how they were made; written last, so it marks a complete cache
@@ -43,11 +43,11 @@ Count = Annotated[int, Within(1, 1 << 40)]
 class LatentsConfig:
     """Cached latents of images or clips, written by `python -m flowgen encode`.
 
-    path: the directory.
-    fps: frames per second of the clips; 0 for the rate of the videos that were encoded.
-    drop_first: fraction of the clip batches without the first latent frame, as in `ClipsConfig`; such clips must have
-    been encoded, too.
-    images_fraction: fraction of the training batches that hold images, for a model of clips; 0 takes every clip and
+    path: the directory of the latents.
+    fps: frames per second of the clips; 0 if they keep the rate of the encoded videos.
+    drop_first: fraction of the clip batches that omit the first latent frame, as in `ClipsConfig`; the latents must
+    include such clips.
+    images_fraction: fraction of the training batches that hold images, for a model of clips; 0 uses every clip and
     image equally often.
     classes: the class names in the order of their numbers, as in `DataConfig`.
 
@@ -70,8 +70,8 @@ class LatentsConfig:
 class TextProvenance:
     """What the features of captions depend on.
 
-    encoder: name of the text encoder. digest: digest of its weights and tokenizer. length, dim: number of tokens of a
-    text, and of features of a token. noise_level, frames_per_second, aspect: what the texts state in addition to the
+    encoder: name of the text encoder. digest: digest of its weights and tokenizer. length, dim: number of tokens per
+    text, and of features per token. noise_level, frames_per_second, aspect: what the texts state in addition to the
     captions, as in `TextConfig`.
     """
 
@@ -86,7 +86,7 @@ class TextProvenance:
 
 @config
 class Provenance:
-    """How cached latents were made. Other latents have an empty provenance, and only flows without a codec take them.
+    """How cached latents were made. Other latents have an empty provenance, which only flows without a codec accept.
 
     codec: description of the codec; empty for pixels. codec_digest: digest of everything that the latents depend on.
     text: how the captions were encoded; None without texts. noise_std: noise level of the flow, which the texts may
@@ -149,7 +149,7 @@ class ShardFile:
     written: int = 0
 
     def opened(self) -> Shard:
-        """Returns its arrays. Raises FileNotFoundError or ValueError if one is missing or damaged."""
+        """Returns the shard's arrays. Raises FileNotFoundError or ValueError if one is missing or damaged."""
         return _open_shard(self)
 
 
@@ -171,7 +171,7 @@ class LatentWriter:
     def add(
         self, split: Literal["train", "eval"], shard: Shard, *, kind: Kind, null: TextCondition | None = None
     ) -> None:
-        """Writes one shard. null: the empty text, required if the shard has texts."""
+        """Writes one shard. null: the encoded empty text, required if the shard has texts."""
         if (shard.texts is None) != (null is None):
             raise ValueError(
                 "null, the features of the empty text, belongs to a shard with texts; give both or neither."
@@ -193,7 +193,7 @@ class LatentWriter:
         self.entries.append(entry)
 
     def finish(self, *, class_names: Iterable[str], provenance: Provenance | None = None) -> None:
-        """Writes the index. provenance: how the latents were made; training checks with it that they fit the flow."""
+        """Writes the index. provenance: how the latents were made; training checks whether they fit the flow."""
         index = LatentIndex(FORMAT, tuple(class_names), provenance or Provenance(), tuple(self.entries))
         temporary = self.directory / f"{INDEX_FILE}.tmp"
         temporary.write_text(json.dumps(settings.to_plain(index), indent=1) + "\n")
@@ -236,9 +236,9 @@ def read_index(directory: str | os.PathLike[str]) -> LatentIndex:
 def read_latents(
     directory: str | os.PathLike[str], split: Split, classes: tuple[str, ...] = ()
 ) -> LatentDataset | BucketedDataset:
-    """Returns a split of cached latents, memory-mapped; if it has several kinds or shapes, each is a bucket.
+    """Returns a split of cached latents, memory-mapped; several kinds or shapes become one bucket each.
 
-    classes: the classes that labels are mapped to by name; empty keeps the classes of the data.
+    classes: the classes that labels are mapped to by name; if empty, the classes of the data are kept.
 
     Raises FileNotFoundError or ValueError if files are missing, truncated or do not have the shape in the index, if a
     label is not a valid class number, or if a class is not among `classes`.
@@ -281,7 +281,7 @@ def _read_null(folder: Path) -> TextCondition:
         check_regular(path)
         with zipfile.ZipFile(path) as archive:
             size = sum(entry.file_size for entry in archive.infolist())
-        # A number takes at most eight bytes; the headers take the rest.
+        # A number takes at most eight bytes; the overhead is for headers.
         if size > 8 * sum(map(math.prod, of_texts)) + MAX_NULL_OVERHEAD:
             raise ValueError(f"it unpacks to {size:,} bytes")
         with np.load(path, allow_pickle=False) as arrays:
@@ -296,7 +296,7 @@ def _read_null(folder: Path) -> TextCondition:
 
 
 def _checked(directory: Path, entry: ShardEntry, class_names: Sequence[str]) -> ShardFile:
-    """The shard of an index entry, whose files were checked and closed again."""
+    """The shard of an index entry; its files are checked and then closed."""
     folder = directory / entry.folder
     shard = ShardFile(folder, entry.count, entry.shape, entry.has_text)
     label = _open_shard.__wrapped__(shard).labels

@@ -65,19 +65,19 @@ class ClosedShard(Protocol):
     def event_shape(self) -> tuple[int, ...]: ...
 
     def opened(self) -> Shard:
-        """Returns the arrays."""
+        """Returns the shard with its arrays."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class LatentDataset:
-    """A dataset of latents; training samples from their posterior.
+    """A dataset of latents, each stored as a posterior that training samples from.
 
-    kind: what was encoded. null: the empty text, if there are texts. numbers: for each label in the shards, its number
-    in `class_names`; empty if labels need no mapping. use_texts: use the texts, if there are any, as contexts instead
-    of the labels.
+    kind: what was encoded. null: the empty text, if there are texts. numbers: for each label in the shards, its index
+    in `class_names`; empty if labels need no mapping. use_texts: whether the texts, if there are any, are the contexts
+    instead of the labels.
 
-    Indexing raises ValueError naming the shard if latents or texts are not finite, or a std is negative.
+    Indexing raises a ValueError that names the shard if latents or texts are not finite, or a std is negative.
 
     Example:
         dataset = LatentDataset((shard,), class_names=("cat", "dog"))
@@ -152,7 +152,7 @@ def encode(
     """Yields the latents of a dataset, `size` images or clips at a time.
 
     moments: images in [-1, 1] -> (mean, std) of their latents, such as `Codec.moments`. texts: captions -> (features,
-    mask). flip: also encode the mirror image of each, because latents cannot be mirrored afterwards.
+    mask). flip: also encode each mirror image, because latents cannot be mirrored afterwards.
 
     Raises ValueError if `texts` is given but the dataset has neither captions nor class names, or if latents or
     features are not finite.

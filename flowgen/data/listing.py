@@ -1,4 +1,4 @@
-"""Lists the files of a user's folder, each once, by class and with captions; tells what was left out and why."""
+"""Lists the files of a user's folder, each once, by class and with captions; reports what was left out and why."""
 
 from __future__ import annotations
 
@@ -48,16 +48,16 @@ class Listing:
 
 
 def list_files(path: str | os.PathLike[str], suffixes: Collection[str], what: str) -> Listing:
-    """Returns the files with these suffixes under a folder. what: the noun for messages.
+    """Returns the files with these suffixes under a folder. what: the noun to use in messages.
 
     First-level sub-folders that hold such files, at any depth, are the classes in alphabetical order. If there are
-    none, files have label -1. Every folder and every file counts once, at its real location, even if links lead to it.
+    none, files have label -1. Each folder and each file counts once, at its real location, even if links lead to it.
     Hidden files and folders are skipped, and so are the directories of flowgen's runs, which hold samples.
 
     Raises:
         FileNotFoundError, NotADirectoryError: `path` is not a folder.
         PermissionError, OSError: a folder in it cannot be read.
-        ValueError: there are no such files, or some lie beside class folders.
+        ValueError: there are no such files, or some lie next to class folders.
 
     Example:
         listing = list_files("photos", (".png", ".jpg"), "images")
@@ -97,7 +97,7 @@ def list_files(path: str | os.PathLike[str], suffixes: Collection[str], what: st
 
 
 def _by_parts(name: str) -> tuple[list[str], str]:
-    # Paths are compared part by part, and é sorts alike on file systems that store it as e and an accent.
+    # Paths are compared part by part, and é sorts the same on file systems that store it as e plus an accent.
     return composed(name).split("/"), name
 
 
@@ -108,7 +108,7 @@ def _alike(folder: str, base: str) -> tuple[str, str]:
 
 @dataclass
 class _Walk:
-    """The entries found while walking a folder. Links wait until all real entries are known."""
+    """The entries found while walking a folder. Links are followed once all real entries are known."""
 
     root: str
     suffixes: frozenset[str]
@@ -152,7 +152,7 @@ class _Walk:
                 self._follow(path, owner)
 
     def _below(self, folder: str, owner: str) -> None:
-        """Takes all files in a folder, at any depth."""
+        """Collects all files in a folder, at any depth."""
         waiting = [folder]
         while waiting:
             place = waiting.pop()
@@ -246,7 +246,7 @@ class _Walk:
         return path[len(self.root) :].replace(os.sep, "/")
 
     def captions(self, names: tuple[str, ...]) -> tuple[str | None, ...]:
-        """Each file's caption file: cat.png.txt or cat.txt beside cat.png, in upper or lower case."""
+        """Each file's caption file: cat.png.txt or cat.txt next to cat.png, in upper or lower case."""
         return tuple(map(self._caption, names)) if self.texts else (None,) * len(names)
 
     def _caption(self, name: str) -> str | None:

@@ -25,15 +25,14 @@ _ORDER, _FLIP, _SCHEDULE = 0, 1, 2
 class Loader:
     """Training batches in an order fixed by the seed, without state.
 
-    The samples of all epochs, each epoch in its own random order, form one endless sequence. Batch `step` holds
-    positions step B .. (step + 1) B - 1 of this sequence, where B is `batch_size` over all processes. Process i of P
-    takes the i-th of P equal consecutive shares. Every sample occurs once per epoch, batches continue across epochs,
-    and the sequence depends neither on the number of processes nor on the batch size. A batch may be larger than the
-    dataset.
+    The samples of all epochs, each epoch in a new random order, form one endless sequence. Batch `step` holds positions
+    step B .. (step + 1) B - 1 of this sequence, where B is `batch_size` over all processes. Process i of P takes the
+    i-th of P equal consecutive shares. Every sample occurs once per epoch, batches continue across epochs, and the
+    sequence depends neither on the number of processes nor on the batch size. A batch may be larger than the dataset.
 
-    Each bucket has its own sequence. In every pass over the data, a bucket gives as many batches as fit into its share,
-    and the batches of all buckets come in random order. The remainder carries over into the next pass, so that in the
-    long run every sample of a bucket is used equally often. All processes take the same bucket at the same step.
+    Each bucket has a separate sequence. In every pass over the data, a bucket provides as many batches as fit into its
+    share, and the batches of all buckets come in random order. The remainder carries over into the next pass, so that
+    in the long run every sample of a bucket is used equally often. All processes take the same bucket at the same step.
 
     flip: mirror each image or clip left to right with probability one half.
 
@@ -94,7 +93,7 @@ class Loader:
 
     @property
     def _shares(self) -> tuple[int, ...]:
-        """Samples of each bucket per pass."""
+        """The number of samples to take from each bucket per pass."""
         shares = self.dataset.shares if isinstance(self.dataset, BucketedDataset) else None
         return shares or tuple(map(len, self._buckets))
 
@@ -136,7 +135,8 @@ def prefetch(loader: StatelessLoader, start: int, stop: int, *, depth: int = 2) 
 def fixed_batches(dataset: Dataset, batch_size: int) -> Iterator[tuple[Batch, Bool[np.ndarray, " b"]]]:
     """Returns an iterator that passes over the dataset once, in order and with constant shapes, for evaluation.
 
-    Each batch comes with a mask `b`. The last batch repeats its last sample, and the mask is False there.
+    Each batch comes with a mask `b`. The last batch is padded with copies of its last sample, for which the mask is
+    False.
 
     Example:
         for batch, mask in fixed_batches(dataset, 256):
@@ -151,7 +151,7 @@ def fixed_batches(dataset: Dataset, batch_size: int) -> Iterator[tuple[Batch, Bo
 
 
 def checked_batch(batch: Any) -> Batch:
-    """Returns a batch that a dataset, perhaps the user's own, gave. Raises ValueError if it is not a `Batch`.
+    """Returns the batch that a dataset returned. Raises ValueError if it is not a `Batch`.
 
     Example:
         batch = checked_batch(dataset[np.arange(4)])
@@ -209,7 +209,7 @@ def _pass_of(step: int, sizes: Sequence[int], batch_size: int) -> int:
 
 @functools.lru_cache(maxsize=4)
 def _schedule(seed: int, passed: int, sizes: tuple[int, ...], batch_size: int) -> Int[np.ndarray, " steps"]:
-    """The buckets of the steps of one pass."""
+    """The bucket of each step in one pass."""
     first, after = (_before(at, sizes, batch_size) for at in (passed, passed + 1))
     buckets = np.repeat(np.arange(len(sizes)), np.subtract(after, first))
     order = permutation(np.random.Philox(np.random.SeedSequence(seed, spawn_key=(_SCHEDULE, passed))), len(buckets))

@@ -35,7 +35,7 @@ _GRID_COLOUR = 255
 
 
 def to_uint8(x: Float[Array | np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
-    """Returns bytes 0..255 of pixels in [-1, 1]: round(127.5 (x + 1)), clipped.
+    """Returns pixels in [-1, 1] as bytes: round(127.5 (x + 1)), clipped to 0..255.
 
     Infinities clip to black and white. NaN becomes mid-grey, 128, so that one failed sample does not spoil a grid; the
     sampler reports the failure.
@@ -53,7 +53,7 @@ def from_uint8(
 ) -> Float[Array | np.ndarray, "*shape"]:
     """Returns float32 pixels in [-1, 1]: images / 127.5 - 1, the convention of the published TARFlow weights.
 
-    0 and 255 map to -1 and 1 exactly, and `to_uint8` inverts every level. Works on numpy and jax arrays, also under
+    0 and 255 map to -1 and 1 exactly, and `to_uint8` recovers every level. Works on NumPy and JAX arrays, also under
     jit.
 
     Example:
@@ -72,8 +72,8 @@ def image_grid(
 ) -> UInt8[np.ndarray, "grid_height grid_width c"]:
     """Returns a grid of all images in reading order on white, with `padding` pixels between and around them.
 
-    `columns` defaults to ceil(sqrt(b)), which gives a square. `scale` repeats each pixel of the images that many times,
-    so that 8×8 digits are visible; padding is not scaled. Empty cells of the last row stay white.
+    `columns` defaults to ceil(sqrt(b)), which makes the grid roughly square. `scale` enlarges each pixel of the images
+    by this factor, so that 8×8 digits are visible; padding is not scaled. Empty cells in the last row stay white.
 
     Raises:
         ValueError: there are no images, `columns` or `scale` is below 1, or `padding` is negative.
@@ -103,7 +103,7 @@ def save_image(path: str | os.PathLike[str], image: Shaped[np.ndarray, "..."]) -
 
     Raises:
         ValueError: the suffix is unknown, or the array is not a uint8 image of 1 or 3 channels.
-        OSError: the path is not writable, see `check_writable`.
+        OSError: the path is not writable; see `check_writable`.
         ModuleNotFoundError: Pillow is not installed.
 
     Example:
@@ -180,7 +180,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Generator[IO[bytes]]:
 
 
 def image_formats() -> tuple[str, ...]:
-    """Returns Pillow's names for the image formats that are read, whatever a file's suffix is.
+    """Returns Pillow's names for the image formats that can be read, whatever a file's suffix.
 
     Example:
         image = pillow().open("image.png", formats=image_formats())
@@ -189,7 +189,7 @@ def image_formats() -> tuple[str, ...]:
 
 
 def pillow() -> Any:
-    """Returns the module `PIL.Image`, or raises ModuleNotFoundError naming the package.
+    """Returns the module `PIL.Image`, or raises a ModuleNotFoundError that names the package.
 
     Example:
         image = pillow().open("image.png")

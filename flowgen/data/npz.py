@@ -14,7 +14,7 @@ from flowgen.data.inventory import name_list, tell
 from flowgen.documents import ARRAY_DAMAGE
 
 _ARRAYS = ("images", "labels", "class_names")
-# A label this large must be smaller than the number of labels; otherwise labels are hardly class numbers.
+# Labels from this value on must be smaller than the number of labels; larger ones are unlikely to be class numbers.
 MOST_SPARSE = 1 << 16
 
 
@@ -22,7 +22,7 @@ def read_npz(config: DataConfig, size: tuple[int, int]) -> ArrayDataset:
     """Returns the images of an .npz file and, if present, their labels.
 
     The arrays are `images` (uint8 `n height width` or `n height width c`) and `labels` (integers `n`); -1 marks an
-    image without a label. Nothing is resized or converted, and other arrays are not read. If there is an array
+    image without a label. Nothing is resized or converted, and other arrays are ignored. If there is an array
     `class_names` (text), classes are mapped by name; otherwise labels index `config.classes` or, if that is empty,
     classes named "0", "1" and so on, up to the largest label.
 
@@ -56,7 +56,7 @@ def read_npz(config: DataConfig, size: tuple[int, int]) -> ArrayDataset:
 
 
 def npz_classes(path: str) -> tuple[str, ...]:
-    """Returns the class names in an .npz file, without reading its images. Raises what `read_npz` raises.
+    """Returns the class names in an .npz file, without reading its images. Raises the same errors as `read_npz`.
 
     Example:
         npz_classes("shapes.npz")  # ("circle", "square")
@@ -116,7 +116,7 @@ def _read_arrays(path: Path, names: tuple[str, ...]) -> tuple[dict[str, np.ndarr
     if not path.is_file():
         raise FileNotFoundError(f"data.path '{path}' is not a file; give the path of an .npz file.")
     try:
-        # Only zip files: np.load would try to unpickle anything else. It also leaks files that it opens.
+        # np.load would try to unpickle anything but a zip file, and it leaks files that it opens itself.
         with path.open("rb") as file, zipfile.ZipFile(file), np.load(file, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in names if name in arrays.files}, sorted(arrays.files)
     except (*ARRAY_DAMAGE, OSError) as error:

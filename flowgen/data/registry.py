@@ -33,13 +33,13 @@ def load(
     """Returns the images of one split in the model's shape.
 
     image_size: side, or (height, width). channels: grey images are repeated to 3 channels; colour images are converted
-    to 1 channel if they come from a folder, and refused otherwise. multiple: divisor of the buckets' sides, if
-    `config.aspects` is set.
+    to 1 channel if they come from a folder, and refused otherwise. multiple: if `config.aspects` is set, the sides of
+    all buckets are multiples of this.
 
     Labels index `class_names`, which are `config.classes` if given; -1 marks an image without a label.
 
     Raises:
-        ValueError: the dataset cannot give this shape, the split is empty, or a file is damaged.
+        ValueError: the dataset cannot provide this shape, the split is empty, or a file is damaged.
         FileNotFoundError, NotADirectoryError: `path` does not exist, or is not a folder or file as `name` requires.
         ModuleNotFoundError: an optional package is missing; the message gives the command that installs it.
 

@@ -1,4 +1,4 @@
-"""Handles unreadable files: they are either refused, all in one error, or skipped."""
+"""Handles unreadable files: refuses them, all in one error, or skips them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Unreadable(ValueError):
 def tell_lost_classes(
     before: Int32[np.ndarray, " n"], after: Int32[np.ndarray, " m"], class_names: Sequence[str], sentence: str
 ) -> None:
-    """Warns about classes without remaining samples. sentence: the warning, with {} in place of their names.
+    """Warns about classes that have no samples left. sentence: the warning, with {} in place of their names.
 
     Example:
         tell_lost_classes(labels, labels[kept], names, "No image of {} is left.")
@@ -41,8 +41,8 @@ class FileReader(Generic[T]):
     """Reads files by their position in a list, and handles files for which `read` raises `Unreadable`.
 
     on_corrupt: "refuse" raises a ValueError that names such files; "skip" warns once about each and leaves it out.
-    what: singular and plural noun for messages. split: the files' split. replaces: whether another file may replace a
-    skipped one.
+    what: singular and plural noun for messages. split: the split that the files belong to. replaces: whether another
+    file may replace a skipped one.
 
     Example:
         reader = FileReader(read, files, "skip", what=("image", "images"), split="train")
@@ -88,14 +88,14 @@ class FileReader(Generic[T]):
         raise self._refusal(failures)
 
     def check_any(self) -> None:
-        """Raises ValueError if files may be left out and none is readable; reads up to the first readable one."""
+        """Raises ValueError if files may be skipped and none is readable; reads files until one is."""
         if self._on_corrupt == "skip" and self._replaces:
             self.next_readable(0)
 
     def read_all(self, keep: Callable[[int, T], None], *, may_be_empty: bool = False) -> Int[np.ndarray, " kept"]:
         """Calls `keep` with each readable position and its content, and returns these positions.
 
-        may_be_empty: allow that no file is left.
+        may_be_empty: do not raise if no file is left.
         """
         errors: dict[int, Unreadable] = {}
 

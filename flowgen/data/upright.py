@@ -19,18 +19,18 @@ _INTEGERS = {1: "B", 3: "H", 4: "I", 6: "b", 8: "h", 9: "i"}
 _JPEG, _PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
 _EXIF = b"Exif\0\0"
 _TIFF = {b"II*\0": "<", b"MM\0*": ">"}
-# TIFF tags that affect its pixels, including the orientation.
+# TIFF tags that affect the pixels, including the orientation.
 _TIFF_PIXELS = {
     *(254, 255, 256, 257, 258, 259, 262, 263, 266, 273, _ORIENTATION, 277, 278, 279, 284, 292, 293, 317, 320),
     *(322, 323, 324, 325, 330, 338, 339, 347, 512, 513, 514, 530, 531, 532),
 }
-# PNG chunks that affect its pixels.
+# PNG chunks that affect the pixels.
 _PNG_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """One of the eight turns and mirrors of an image: optionally swap rows and columns, then mirror x, y, both or none.
+    """One of the eight orientations of an image: optionally swap rows and columns, then mirror x, y, both or neither.
 
     Example:
         clockwise = Turn(swap=True, mirror_x=True)
@@ -88,7 +88,7 @@ def exif_turn(exif: bytes) -> Turn:
 
 
 def image_turn(image: Image) -> Turn:
-    """Returns the turn in the metadata of an open image: from EXIF, else from the same tag in XMP.
+    """Returns the turn in the metadata of an open image: from EXIF, or else from the same tag in XMP.
 
     Pillow turns TIFF files itself.
 

@@ -29,7 +29,7 @@ _TIMES = 1 << 16
 
 
 def video_length(path: str | os.PathLike[str]) -> tuple[float, float]:
-    """Returns the duration in seconds and the frame rate of a video. Raises UnreadableVideo if the file is not one.
+    """Returns a video's duration in seconds and its frame rate. Raises UnreadableVideo if the file is not a video.
 
     A video begins with its first key frame and ends with its last complete frame, whatever the file claims.
 
@@ -41,21 +41,21 @@ def video_length(path: str | os.PathLike[str]) -> tuple[float, float]:
 
 
 def video_size(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """Returns the displayed (height, width) of a video. Raises UnreadableVideo if the file is not one.
+    """Returns a video's displayed (height, width). Raises UnreadableVideo if the file is not a video.
 
     Example:
         height, width = video_size("clip.mp4")
     """
-    frames = shown_frames(path)  # This keeps the file open.
+    frames = shown_frames(path)  # The open iterator keeps the file open.
     (frame, _, _), video = next(frames)
     return frame_turn(frame).size(frame.height, max(1, round(frame.width * video.pixel_aspect)))
 
 
 def frame_times(path: str | os.PathLike[str], *, fps: float | int | None = None) -> Float[np.ndarray, " n"]:
-    """Returns the times in seconds at which `read_clip` finds frames. Second 0 is the first key frame.
+    """Returns the times in seconds at which `read_clip` finds frames. The first key frame is at second 0.
 
-    The times are i / fps over the video's duration or, if fps is None, the times of the video's own frames, which are
-    read without decoding.
+    The times are i / fps over the video's duration or, if fps is None, the times of the video's frames, which are read
+    without decoding.
 
     Raises UnreadableVideo if the file is not a video, is damaged at its end, or claims to last longer than its size
     allows.
@@ -98,11 +98,11 @@ def read_clip(
     times: np.ndarray | None = None
     turn: Turn | None = None
     for (frame, at, until), video in shown_frames(path, start):
-        # As in FFmpeg, the turn of the first frame applies to all. Only this one is queried, because a queried frame
+        # As in FFmpeg, the turn of the first frame applies to all. Only that frame is queried, because a queried frame
         # stays in memory until garbage collection.
         turn = frame_turn(frame) if turn is None else turn
         if fps is not None and times is None:
-            # The times are up to half a frame late, to allow for rounded frame times.
+            # The times are shifted by up to half a frame, to allow for rounded frame times.
             times = start + np.arange(frames) / fps + 0.5 / max(video.rate, fps)
         count = int(at > start - SAME_TIME if times is None else (times[len(out) :] < until).sum())
         if count:
@@ -124,7 +124,7 @@ def write_video(
 
     Raises:
         ValueError: the suffix is unknown, there are no frames, or the frame rate is not positive.
-        OSError: the path is not writable, see `check_writable`.
+        OSError: the path is not writable; see `check_writable`.
         ModuleNotFoundError: PyAV or Pillow is not installed.
 
     Example:

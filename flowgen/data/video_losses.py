@@ -49,7 +49,7 @@ class Losses:
         self._before: Any = None
 
     def before(self, packet: Any) -> bool:
-        """Returns whether something is missing between the last packet of the video and this one."""
+        """Returns whether something is missing between the previous packet of the video and this one."""
         at = packet.pos
         if at is not None:
             if self._at is not None and at > self._at:
@@ -70,7 +70,7 @@ class Losses:
         return self._kind in _IN_ORDER and passed > _BETWEEN and self._frames_between(before, packet) > _JUMP
 
     def behind(self, end: float) -> bool:
-        """Returns whether something is missing after the last packet. end: end of its frames, in packet seconds."""
+        """Returns whether something is missing after the last packet, whose frames end at `end` in packet seconds."""
         if self._kind not in _IN_ORDER or self._at is None or (self._claimed - end) * self._rate < _JUMP:
             return False
         # A truncated file ends within the next packet.

@@ -16,11 +16,11 @@ from flowgen.data.unreadable import Unreadable
 from flowgen.data.video_losses import Losses
 from flowgen.packages import need
 
-# FFmpeg's names of the containers that are read; lists, patterns and others that refer to other files are left out.
+# FFmpeg's names for the supported containers; those that refer to other files, such as playlists, are left out.
 _CONTAINERS = "mov,matroska,avi,gif,mpeg,mpegts,mpegvideo,asf,flv,ogg"
-# Pixels of one frame: 8192 x 4096.
+# Maximum number of pixels in a frame: 8192 x 4096.
 _MOST_PIXELS = 1 << 25
-# A seek is by decoding time, which in H.264 may be up to this many frames before the display time.
+# A seek goes by decoding time, which in H.264 may be up to this many frames before the display time.
 _REORDERED = 16
 # Tolerance for rounding errors in the time of a frame, in seconds.
 SAME_TIME = 1e-6
@@ -84,13 +84,13 @@ class Video:
         return float(self.stream.sample_aspect_ratio or 1)
 
     def time_of(self, part: Any) -> float:
-        """Returns the second at which a packet or a frame is first shown."""
+        """Returns the time in seconds at which a packet or a frame is first shown."""
         return float(_stamp(part) * (part.time_base or self.stream.time_base)) - self.start
 
     def lasts(self, part: Any) -> float:
         """Returns the display duration of a packet or a frame in seconds, or 1 / rate if the file does not state it.
 
-        Most files state it only for the last one.
+        Most files state it only for the last frame.
         """
         known = part.duration is not None and part.duration > 0
         return float(part.duration * (part.time_base or self.stream.time_base)) if known else 1 / self.rate
@@ -107,7 +107,7 @@ class Video:
     def whole_packets(self) -> list[tuple[float, float]]:
         """Returns the display intervals of the frames whose packets are complete, from the container's position on.
 
-        If there is damage after the last key frame, the frames after it are left out, because they cannot be decoded.
+        Frames after damage that no key frame follows are left out, because they cannot be decoded.
         """
         found: list[tuple[float, float]] = []
         end = math.inf
@@ -124,10 +124,10 @@ class Video:
         return whole
 
     def seek(self, second: float) -> bool:
-        """Seeks to a key frame before a second, and returns whether it did.
+        """Seeks to a key frame before the given second, and returns whether this succeeded.
 
-        It does not if the file is not seekable, or if reordered frames have no time stamps: these can only be counted
-        from the beginning.
+        It fails if the file is not seekable, or if reordered frames have no time stamps and so can only be counted from
+        the beginning.
         """
         if self.counts_packets and self.stream.codec_context.has_b_frames:
             return False
@@ -141,7 +141,7 @@ class Video:
 
 
 def av() -> Any:
-    """Returns the module `av` (PyAV), or raises ModuleNotFoundError naming the package.
+    """Returns the module `av` (PyAV), or raises a ModuleNotFoundError that names the package.
 
     Example:
         container = av().open("clip.mp4")
@@ -151,7 +151,7 @@ def av() -> Any:
 
 @contextlib.contextmanager
 def opened(path: str | os.PathLike[str]) -> Generator[Video]:
-    """Yields the video in a file; opens no other file, even if this one refers to some.
+    """Yields the video in a file; opens no other file, even if this one refers to others.
 
     Raises UnreadableVideo if the container is not supported, there is no video or frame rate, or a frame has more
     pixels than 8192 x 4096.
@@ -164,14 +164,14 @@ def opened(path: str | os.PathLike[str]) -> Generator[Video]:
         rate = float(stream.average_rate or stream.base_rate or 0)
         if not 0 < rate < math.inf:
             raise UnreadableVideo(path, "does not state its frame rate", "convert it to mp4")
-        # Reordered frames in an AVI begin later than it states.
+        # Reordered frames in an AVI begin later than the file states.
         counts_packets = container.format.name == "avi"
         losses = Losses(file, container, stream, rate)
         decodable = itertools.dropwhile(_leans, _packets(container, stream, losses))
         ahead = list(itertools.islice(decodable, _REORDERED if counts_packets else 1))
         if not ahead:
             raise UnreadableVideo(path, *_NO_FRAMES)
-        # Key frames before the beginning that an edit list sets are decoded, but not shown.
+        # Key frames before the start that an edit list sets are decoded, but not shown.
         first = min((_stamp(packet) for packet, _ in ahead if not packet.is_discard), default=stream.start_time or 0)
         yield Video(path, container, stream, float(first * stream.time_base), rate, counts_packets, ahead, losses)
 
@@ -193,7 +193,7 @@ def _container(path: str | os.PathLike[str]) -> Generator[tuple[Any, BinaryIO]]:
 
 
 def _stream(path: str | os.PathLike[str], container: Any) -> Any:
-    """The first decodable video of a container that is not cover art."""
+    """The first decodable video stream of a container that is not cover art."""
     cover = av().stream.Disposition.attached_pic
     shown = (stream for stream in container.streams.video if not stream.disposition & cover)
     stream = next((stream for stream in shown if stream.codec_context is not None), None)
@@ -247,7 +247,7 @@ def last_end(path: str | os.PathLike[str]) -> float:
 
 
 def shown_frames(path: str | os.PathLike[str], start: float | int = 0.0) -> Iterator[tuple[Shown, Video]]:
-    """Yields the frames of a video from the one shown at second `start` on.
+    """Yields the frames of a video, beginning with the one shown at second `start`.
 
     Raises UnreadableVideo if a frame shown from `start` on is damaged, or if there are no such frames.
 
@@ -291,7 +291,8 @@ def _shown(video: Video, start: float | int) -> Iterator[Shown]:
 def _decoded(video: Video, lost: list[float]) -> Iterator[tuple[Any, float]]:
     """Yields frames and their times, and records the times of damaged packets."""
     waiting: list[float] = []
-    # Frames that depend on ones before the first key frame cannot be decoded, even if some decoders return grey.
+    # Frames that depend on ones before the first key frame cannot be decoded, although some decoders return grey
+    # frames.
     packets = itertools.dropwhile(_leans, video.packets())
     begin = repaired = before = -math.inf
     broken = False

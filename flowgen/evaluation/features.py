@@ -27,7 +27,7 @@ READ_AT_ONCE = 512
 
 
 class _ConvNet(nn.Module):
-    """Three convolutions, the mean over the grid, one layer of features, and the class logits."""
+    """Three convolutions, the mean over the grid, a layer of features, and the class logits."""
 
     num_classes: int
 

@@ -18,7 +18,7 @@ from flowgen.data.media import from_uint8
 from flowgen.flows.batches import add_noise, batch_input, condition_of
 from flowgen.flows.density import LEVELS, bits_per_dim
 
-# Beyond these limits the baseline Gaussian has a diagonal covariance: a full one would be too large, or badly
+# Beyond these limits, the baseline Gaussian has a diagonal covariance, because a full one would be too large or badly
 # estimated.
 FULL_COVARIANCE_DIMS = 4096
 IMAGES_PER_DIM = 5
@@ -60,7 +60,7 @@ def flow_nats_per_dim(
 ) -> float:
     """Returns the mean of -log p per dimension, in nats, over a dataset of latents.
 
-    Each latent is one draw from the posterior with one draw of noise.
+    Each latent is drawn once from its posterior, with one draw of noise.
 
     conditional: pass labels or texts to a flow that takes them; a text flow requires them.
 
@@ -120,7 +120,7 @@ def velocity_bits_per_dim(
 
 
 def _mean(dataset: Dataset, key: Key[Array, ""], batch_size: int, measure: Callable[..., Array]) -> float:
-    """Returns the mean of measure(batch, keys) over a dataset. Each row has its own key, whatever the batch size."""
+    """Returns the mean of measure(batch, keys) over a dataset. Each row has a separate key, whatever the batch size."""
     total = 0.0
     for index, (batch, mask) in enumerate(fixed_batches(dataset, min(batch_size, len(dataset)))):
         positions = index * len(mask) + np.arange(len(mask))
@@ -132,9 +132,9 @@ def _mean(dataset: Dataset, key: Key[Array, ""], batch_size: int, measure: Calla
 def gaussian_bits_per_dim(train: Dataset, dataset: Dataset, *, noise_std: float) -> float:
     """Returns the mean bits/dim on `dataset` of a Gaussian with the mean and covariance of `train`.
 
-    Both datasets include the flow's noise (Gaussian for σ > 0, uniform dequantisation for σ = 0) in closed form, so no
-    noise is drawn. The covariance is full up to 4096 dimensions if `train` has at least 5 images per dimension, and
-    diagonal otherwise. Both datasets are read in batches.
+    The flow's noise on both datasets (Gaussian for σ > 0, uniform dequantisation for σ = 0) is included in closed form,
+    so no noise is drawn. The covariance is full up to 4096 dimensions if `train` has at least 5 images per dimension,
+    and diagonal otherwise. Both datasets are read in batches.
 
     Example:
         baseline = gaussian_bits_per_dim(trained_on, held_out, noise_std=0.1)

@@ -1,4 +1,4 @@
-"""Distances between sets of images, in any features."""
+"""Distances between images, and between sets of features."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ PEAK = 2.0  # of images in [-1, 1]
 
 
 def psnr(mean_square_error: float) -> float:
-    """Returns the peak signal-to-noise ratio of images in [-1, 1] in dB, 10 log10(2² / error), at most 126.
+    """Returns the peak signal-to-noise ratio of images in [-1, 1] in dB, 10 log10(2² / error), which is at most 126.
 
     Example:
         decibels = psnr(0.01)  # 26.0
@@ -23,8 +23,8 @@ def frechet_distance(x: Float[np.ndarray, "n features"], y: Float[np.ndarray, "m
     """Returns |μx - μy|² + tr(Σx + Σy - 2 (Σx½ Σy Σx½)½), the squared Fréchet distance of fitted Gaussians.
 
     With Inception's features this is the FID (Heusel et al., arXiv 1706.08500). Values are comparable only for the same
-    features and equal n and m, because small samples raise them. The computation uses float64. Raises ValueError for
-    fewer than two samples, or if x and y have different numbers of features.
+    features, n and m, because small samples increase them. Computed in float64. Raises ValueError for fewer than two
+    samples, or if x and y have different numbers of features.
 
     Example:
         distance = frechet_distance(features(samples), features(data))

@@ -15,8 +15,7 @@ Draw = Callable[[Key[Array, ""], int], tuple[Float[Array, "n 2"], Float[Array, "
 
 
 class PointSamples(NamedTuple):
-    """Noise, data, more data, and samples that a field generates from the noise: by 100 rk4 steps and by 1, 4 and 10
-    Euler steps."""
+    """Noise, data, more data, and samples generated from the noise with 100 rk4 steps and 1, 4 and 10 Euler steps."""
 
     x0: Float[Array, "n 2"]
     x1: Float[Array, "n 2"]
@@ -43,11 +42,11 @@ def point_samples(velocity: Velocity, draw: Draw, key: Key[Array, ""], *, num: i
 
 
 def point_metrics(samples: PointSamples) -> dict[str, float]:
-    """Returns metrics of how well a field transports noise to data, by exact distances that the host computes.
+    """Returns metrics of how well a field transports noise to data, from exact distances computed on the host.
 
-    w2: 2-Wasserstein distance of generated points to data. w2_floor: W2 between two samples of the data; a smaller w2
-    is not meaningful. euler_k: w2 after k Euler steps. path_energy: E ∫|v|² dt. signed_npe: (path_energy - W2²) / W2²
-    with W2 between noise and data; if below 0, the paths are too short for these marginals. curvature: from
+    w2: 2-Wasserstein distance between generated points and data. w2_floor: W2 between two samples of the data; smaller
+    values of w2 are not meaningful. euler_k: w2 after k Euler steps. path_energy: E ∫|v|² dt. signed_npe: (path_energy
+    - W2²) / W2² with W2 between noise and data; below 0, the paths are too short for these marginals. curvature: see
     `path_report`.
 
     Example:

@@ -1,4 +1,4 @@
-"""Trains the autoencoders whose latents flows model, with a reconstruction loss and a small KL term.
+"""Trains autoencoders for latent flows, with a reconstruction loss and a small KL term.
 
 loss = mean |x - x̂| + mean (x - x̂)² + kl_weight · mean over latents of KL(N(mean, std²) || N(0, 1))
 """
@@ -57,9 +57,9 @@ class AutoencodingConfig:
     kl_weight: weight of the KL divergence of the posterior from N(0, 1), in nats per latent; 0 or more.
     noise: std of the noise added to normalised latents before decoding, so that the decoder learns to decode a flow's
     noisy latents; 0 for none.
-    decoder_of: run directory or published folder of an autoencoder, whose decoder is trained further with its encoder
-    frozen.
-    shown: number of images shown beside their reconstructions in the run's sample grid; at least 1.
+    decoder_of: run directory or published folder of an autoencoder, whose decoder is trained further while the encoder
+    stays frozen.
+    shown: number of images shown next to their reconstructions in the run's sample grid; at least 1.
     """
 
     image_size: Side | tuple[Side, Side] = 8
@@ -77,7 +77,7 @@ class AutoencodingConfig:
 
 @config(kw_only=True)
 class AutoencoderExperiment(Experiment):
-    """An autoencoder of images or clips.
+    """An autoencoder for images or clips.
 
     model: the autoencoder.
     data: the images or clips to train on.
@@ -137,7 +137,7 @@ class AutoencoderExperiment(Experiment):
 
     @property
     def best_metric(self) -> str:
-        """The evaluated metric by which checkpoints are compared; lower is better."""
+        """The evaluated metric that ranks checkpoints; lower is better."""
         return "mean_square_error"
 
     def dataset(self, split: Split) -> Dataset:
@@ -182,7 +182,7 @@ class AutoencoderExperiment(Experiment):
         )
 
     def evaluate(self, model: Any, variables: Any, options: EvaluateOptions) -> list[str]:
-        """Returns lines with the reconstruction error on a split and the statistics of the latents."""
+        """Returns lines that report the reconstruction error on a split and the statistics of the latents."""
         dataset = self.dataset(options.split)
         metrics = _distortion(model, variables, dataset)
         statistics, factor = variables[STATISTICS], self.model.factor
@@ -213,10 +213,10 @@ class AutoencoderExperiment(Experiment):
 def autoencoding_objective(autoencoder: Any, config: AutoencodingConfig) -> Callable[..., tuple]:
     """Returns the objective (variables, batch, key) -> (loss, metrics, carried state) of an autoencoder.
 
-    batch: a `flowgen.data.Batch` of images or clips.
-    Carried state: the collection "latents", the running mean and variance of the latents per channel, updated at a rate
-    of 0.02. They normalise a flow's latents. They are computed over the whole batch, on any number of devices and with
-    gradient accumulation; each micro-batch scales the noise by the statistics that it has updated.
+    batch: a `flowgen.data.Batch` of images or clips. Carried state: the collection "latents", the running mean and
+    variance of the latents per channel, updated at a rate of 0.02. Flows use them to normalise latents. They are
+    computed over the whole batch, on any number of devices and with gradient accumulation; each micro-batch scales the
+    noise by the statistics that it has updated.
 
     Example:
         loss, metrics, state = autoencoding_objective(autoencoder, AutoencodingConfig())(variables, batch, key)
@@ -250,8 +250,8 @@ def autoencoding_objective(autoencoder: Any, config: AutoencodingConfig) -> Call
 
     def combine(before, parts):
         followed = parts[STATISTICS]
-        # The variance of all rows is the micro-batches' mean variance plus the variance of their means, which are
-        # followed at `rate`.
+        # The variance over all rows is the mean of the micro-batches' variances plus the variance of their means, which
+        # the running mean follows at `rate`.
         between = followed["mean"].var(axis=0) / rate if rate else 0.0
         mean, variance = (followed[name].mean(axis=0) for name in ("mean", "variance"))
         return {STATISTICS: {"mean": mean, "variance": variance + between}}
@@ -306,7 +306,7 @@ def _reconstruct(autoencoder: Any, variables: Any, images: np.ndarray) -> np.nda
 
 
 def _distortion(autoencoder: Any, variables: Any, dataset: Dataset) -> dict[str, float]:
-    """Mean square error of decoded posterior means, and the PSNR in dB."""
+    """The mean square error of decoded posterior means, and the PSNR in dB."""
     total = 0.0
     for batch, mask in fixed_batches(dataset, min(256, len(dataset))):
         images = np.asarray(from_uint8(batch.pixels))

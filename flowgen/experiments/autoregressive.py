@@ -68,7 +68,7 @@ class FlowDrawOptions(DrawOptions):
 class FlowEvaluateOptions(EvaluateOptions):
     """Options for evaluating a flow.
 
-    noise: noise added to the images: "model" is the training noise, "uniform" is uniform dequantisation.
+    noise: noise added to the images: the training noise ("model") or uniform dequantisation ("uniform").
     samples: number of samples to draw and compare with the data; 0 for none.
     unconditional: evaluate a class model without labels.
     """
@@ -81,13 +81,13 @@ class FlowEvaluateOptions(EvaluateOptions):
         check_compared(self.samples)
 
     def noise_std(self, flow: Any) -> float:
-        """Returns the standard deviation of the noise on images; 0 is uniform dequantisation."""
+        """Returns the standard deviation of the noise added to images; 0 is uniform dequantisation."""
         return 0.0 if self.noise == "uniform" else flow.config.noise_std
 
 
 @dataclass(frozen=True, kw_only=True)
 class AutoregressiveExperiment(Experiment):
-    """An autoregressive flow, trained by maximum likelihood and sampled by decoding; the base of image and video flows.
+    """An autoregressive flow on images or clips, trained by maximum likelihood and sampled by decoding.
 
     codec: the codec that makes the latents; None for a flow on pixels.
     text: the text encoder; None for a flow without texts.
@@ -114,7 +114,7 @@ class AutoregressiveExperiment(Experiment):
 
     @property
     def best_metric(self) -> str:
-        """The evaluated metric by which checkpoints are compared; lower is better."""
+        """The evaluated metric that ranks checkpoints; lower is better."""
         return "nats_per_dim" if self.is_latent else "bits_per_dim"
 
     @property
@@ -150,7 +150,7 @@ class AutoregressiveExperiment(Experiment):
         return pixel_dataset(self.data, self.encoding, split)
 
     def flow_dataset(self, split: Split, *, labelled: bool = True) -> Dataset | BucketedDataset:
-        """Returns the data the flow is trained on: pixels, or the outputs of codec and text encoder.
+        """Returns the data that the flow is trained on: pixels, or the outputs of the codec and the text encoder.
 
         labelled: whether a class model needs the labels.
         """
@@ -169,7 +169,7 @@ class AutoregressiveExperiment(Experiment):
     def opened(
         self, dataset: Dataset | None, held_out: Dataset | None
     ) -> tuple[Dataset | BucketedDataset, Dataset | BucketedDataset | None]:
-        """Returns the data to train and evaluate on: the given datasets, or else the experiment's own."""
+        """Returns the data to train and evaluate on: the given datasets or, if there are none, the experiment's."""
         if dataset is not None:
             assert not isinstance(self.data, LatentsConfig)  # `fit` replaces it
             codec, model = self.encoding.open_codec(), self.model
@@ -195,7 +195,7 @@ class AutoregressiveExperiment(Experiment):
         """Returns the training job on opened data, and releases the text encoder.
 
         objective: called as objective(flow, label_dropout=, loss_scale=, null_text=), like `nll_objective`. held_out:
-        opened held-out data, if there are any. For the other arguments see `Job`.
+        opened held-out data, if there are any. For the other arguments, see `Job`.
         """
         tell_unused_classes(dataset, self.data, self.model.num_classes)
         made = Job(
@@ -223,17 +223,17 @@ class AutoregressiveExperiment(Experiment):
         draw_batch: Callable[..., tuple[np.ndarray, str]],
         show: Callable[[np.ndarray, int], np.ndarray],
     ) -> Callable[[Any], np.ndarray] | None:
-        """Returns the function that draws a run's sample images; None if samples do not have the channels of an image.
+        """Returns the function that draws a run's sample images; None if samples are neither grey nor colour images.
 
-        Samples are drawn for the classes in turn, or for prompts. draw_batch: the method of the experiment. show:
-        (samples, classes) -> one image of all samples.
+        Samples are drawn for the classes in turn, or for prompts. draw_batch: the experiment's method. show: (samples,
+        classes) -> one image of all samples.
         """
         without_codec = isinstance(self.data, LatentsConfig) and self.codec is None
         if without_codec or self.encoding.open_codec().pixel_channels not in DRAWABLE_CHANNELS:
             return None
         num, classes = self.sampling.num, drawn_classes(self.model, self.data)
         bucket = buckets_of(dataset)[0]
-        # Captions that are sampled may state the aspect; they belong to images of this shape.
+        # Sampled captions may state the aspect ratio of their images, so samples take the shape of those images.
         prompts = self.sampling.prompts
         sized = flow if prompts or not holds_latents(dataset) else flow.with_image_size(*bucket.event_shape[-3:-1])
         texts = null = None
@@ -265,7 +265,7 @@ class AutoregressiveExperiment(Experiment):
     def guidance(self, flow: Any, null: TextCondition | None = None) -> Guidance:
         """Returns the guidance of samples; for a text flow, it holds the text of the unconditional branch.
 
-        null: this text; None is the empty text, which is encoded here if it is needed.
+        null: this text; None stands for the empty text, which is encoded here if needed.
         """
         guidance = self.sampling.to_guidance()
         if not (self.model.text_dim and guidance.scale):
@@ -276,7 +276,7 @@ class AutoregressiveExperiment(Experiment):
     def asked(self, flow: Any, classes: str) -> tuple[Conditions, dict[str, Any]]:
         """Returns a function from sample numbers to conditions, and the labels or prompts to save in an .npz file.
 
-        classes: the option --classes, see `parse_classes`; empty draws all classes in turn.
+        classes: the option --classes (see `parse_classes`); empty draws all classes in turn.
 
         Raises ValueError if the model does not take the given conditions.
         """
@@ -314,7 +314,7 @@ class AutoregressiveExperiment(Experiment):
         return labels if self.model.num_classes and not unconditional else None
 
     def likelihood_lines(self, flow: Any, variables: Any, dataset: Any, options: FlowEvaluateOptions) -> list[str]:
-        """Returns lines with the likelihood of a flow on a dataset in the form that the flow takes."""
+        """Returns lines that report a flow's likelihood on a dataset in the form that the flow takes."""
         key, conditional = jax.random.key(options.seed), not options.unconditional
         if self.is_latent:
             if options.noise == "uniform":
@@ -352,7 +352,7 @@ def captions_condition(dataset: Dataset, positions: Int[np.ndarray, " b"]) -> Te
 
 
 def decoding_line(result: DecodeResult) -> str:
-    """Returns a line on how samples were decoded.
+    """Returns a line about how samples were decoded.
 
     Example:
         print(decoding_line(sample(flow, params, key, 4)))

@@ -33,7 +33,7 @@ GIVEN = 2**32 - 1  # Random stream for noise on given frames, separate from the 
 
 
 def latent_frames(codec: Codec, frames: int) -> int:
-    """Returns the number of latent frames of a clip. Raises ValueError if the codec makes no clips of this length.
+    """Returns a clip's number of latent frames. Raises ValueError if the codec makes no clips of this length.
 
     Example:
         latent_frames(codec, 81)  # 21 with the codec of the released model
@@ -66,10 +66,10 @@ def check_length(codec: Codec, most: int, frames: int | None, context: int | Non
 def read_given(
     codec: Codec, flow: Any, path: str, *, frames: int | None = None, fps: float | None = None
 ) -> Float[np.ndarray, "given height width c"]:
-    """Returns the frames, in [-1, 1], of an image or video file with which clips begin.
+    """Returns the frames, in [-1, 1], that clips begin with, read from an image or video file.
 
     An image gives one frame; a video, read at `fps`, gives as many as the codec can encode. frames: length of the
-    clips; a longer video is read only as far as it leaves a frame to generate. None takes the whole video, which must
+    clips; a longer video is cut so that at least one frame is left to generate. None takes the whole video, which must
     be shorter than the training clips.
 
     Raises FileNotFoundError or ValueError if the file cannot be read, has a very different shape, or leaves no frame to
@@ -111,7 +111,7 @@ def read_given(
 
 @contextlib.contextmanager
 def _naming_given() -> Generator[None]:
-    """Names the option that gave an unreadable file."""
+    """Turns the error for an unreadable file into one that names the option."""
     try:
         yield
     except Unreadable as error:
@@ -135,7 +135,7 @@ def with_noise(
 
 
 def clips_alone(dataset: Dataset | BucketedDataset) -> Dataset:
-    """Returns only the whole clips of a dataset: no images, and no clips without their first frame.
+    """Returns only the whole clips of a dataset, without images and clips that lack their first frame.
 
     Raises ValueError if there are no whole clips, or they have several shapes.
 
@@ -150,7 +150,7 @@ def clips_alone(dataset: Dataset | BucketedDataset) -> Dataset:
 
 
 def frame_distances(clips: Float[np.ndarray, "n frames height width c"]) -> tuple[float, float]:
-    """Returns the root mean square distance between consecutive frames, and between all pairs of frames of a clip.
+    """Returns the root mean square distances between consecutive frames, and between all pairs of frames in a clip.
 
     The first is smaller if neighbouring frames resemble each other. If frames are in random order, the two are equal.
 
@@ -167,9 +167,9 @@ def frame_distances(clips: Float[np.ndarray, "n frames height width c"]) -> tupl
 def denoised_psnr(
     codec: Codec, flow: Any, variables: Any, dataset: Dataset, key: jax.Array, *, most: int
 ) -> dict[str, float]:
-    """Returns the PSNR in dB of up to `most` clips: noisy, after a Tweedie step and, if there is one, the denoiser.
+    """Returns the PSNR in dB of up to `most` clips: noisy, after a Tweedie step and, if there is a denoiser, after it.
 
-    Latents are decoded first.
+    Latents are decoded before the comparison.
 
     Example:
         denoised_psnr(codec, flow, params, dataset, key, most=64)  # {"as they are": 14.1, "by the score": 20.3, ...}
@@ -207,7 +207,7 @@ def _denoised(step, variables, noisy, cond):
 
 
 def denoising_step(flow: Any) -> DenoiserStep:
-    """Returns the flow's denoiser step, which handles clips in chunks of the training clips' length.
+    """Returns the flow's denoiser step, which processes clips in chunks as long as the training clips.
 
     Example:
         denoise = Denoiser(denoising_step(flow), denoiser_variables(params))

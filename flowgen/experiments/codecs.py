@@ -30,14 +30,13 @@ from flowgen.runs import CHECKPOINTS, CheckpointReader, is_run, read_config
 from flowgen.settings import config
 from flowgen.settings.ranges import Positive, Within
 
-# The collection of an autoencoder's state that holds the mean and variance of its latents.
+# The variable collection in which an autoencoder keeps the mean and variance of its latents.
 STATISTICS = "latents"
 
 
 @config
 class SpaceToDepth:
-    """A codec without a network: a block of factor x factor pixels of c channels becomes one latent of factor² c
-    channels.
+    """A codec without a network: factor x factor pixels of c channels become one latent of factor² · c channels.
 
     factor: side of a pixel block; at least 1.
     """
@@ -53,7 +52,7 @@ class PretrainedAutoencoder:
     AutoencoderKLWan.
     digest: digest of everything that its latents depend on; set when a flow is trained on them, to detect any other
     autoencoder.
-    temporal_scale: factor on the latents of a clip after its first frame; 0.6 as published, 1 for none.
+    temporal_scale: factor on a clip's latents after the first frame; 0.6 as published, 1 for none.
     """
 
     path: str
@@ -65,11 +64,12 @@ CodecConfig = SpaceToDepth | PretrainedAutoencoder
 
 
 def open_codec(config: CodecConfig | None, channels: int) -> Codec:
-    """Returns the codec of a config, opened once; the identity for None.
+    """Returns the codec of a config, opened only once; the identity for None.
 
     channels: number of latent channels that the model takes.
 
-    Raises FileNotFoundError or ValueError if it is missing, damaged, or does not match the digest or the channels.
+    Raises FileNotFoundError or ValueError if the codec is missing, damaged, or does not match the digest or the
+    channels.
 
     Example:
         images = open_codec(SpaceToDepth(2), channels=12).decode(latents)
@@ -103,7 +103,7 @@ def open_autoencoder(path: str, temporal_scale: float = 1.0) -> AutoencoderCodec
 
     temporal_scale: for a video autoencoder, see `VideoAutoencoderCodec`.
 
-    Raises FileNotFoundError or ValueError if there is none, or it is damaged.
+    Raises FileNotFoundError or ValueError if the autoencoder is missing or damaged.
 
     Example:
         codec = open_autoencoder("runs/autoencoder")
@@ -149,7 +149,7 @@ def _open_autoencoder(
 
 @weakly_cached
 def codec_digest(codec: Codec) -> str:
-    """Returns a digest of everything that a codec's latents depend on; the decoder is not part of it.
+    """Returns a digest of everything that a codec's latents depend on, which excludes the decoder.
 
     Example:
         same = codec_digest(codec) == read_index("data/latents").provenance.codec_digest
@@ -163,7 +163,7 @@ def codec_digest(codec: Codec) -> str:
         params = codec.variables["params"]
         for leaf in jax.tree.leaves((params["encoder"], params["quant_conv"])):
             digest.update(np.ascontiguousarray(np.asarray(leaf)).tobytes())
-        # As float32 mean and variance, the form that training keeps.
+        # As float32 mean and variance, as training keeps them.
         variance = 1 / np.square(np.asarray(codec.normalisation.scale, np.float64))
         for value in (codec.normalisation.shift, variance):
             digest.update(np.full(codec.channels, value, np.float32).tobytes())

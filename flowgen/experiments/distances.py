@@ -20,7 +20,7 @@ Images = Float[np.ndarray, "n height width c"]
 
 @dataclass(frozen=True)
 class FeatureExtractor:
-    """Named features of images in [-1, 1] for Fréchet distances, and predicted classes if known."""
+    """Named features of images in [-1, 1] for Fréchet distances, and their predicted classes if known."""
 
     name: str
     features: Callable[[Images], Float[np.ndarray, "n f"]]
@@ -28,8 +28,7 @@ class FeatureExtractor:
 
 
 def train_features(dataset: Dataset) -> FeatureExtractor:
-    """Returns a feature extractor for a dataset's images: a classifier trained on the labels, or the pixels without
-    labels.
+    """Returns an extractor of a trained classifier's features or, if the dataset has no labels, of pixels.
 
     Example:
         extractor = train_features(experiment.dataset("train"))
@@ -49,11 +48,10 @@ def sample_metrics(
     seed: int = 0,
     conditions: Conditions | None = None,
 ) -> dict[str, float]:
-    """Returns the Fréchet distance of `num` samples to all data and, if known, the fraction that show their class.
+    """Returns the Fréchet distance of `num` samples from the data and, if known, the fraction that show their class.
 
     That fraction is known if there are conditions and the extractor predicts classes. conditions: positions in the data
-    -> labels or texts; the positions are chosen so that samples follow the proportions of the data. None is
-    unconditional.
+    -> labels or texts; positions are chosen so that samples have the data's class proportions. None is unconditional.
 
     Example:
         metrics = sample_metrics(partial(experiment.draw_batch, network, variables), extractor, held_out, 1000)

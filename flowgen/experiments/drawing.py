@@ -15,8 +15,8 @@ from flowgen.data.dataset import Split
 from flowgen.settings import config
 from flowgen.settings.ranges import BatchSize, Seed
 
-# (key, numbers, cond) -> the samples with these numbers under this condition, and a line on how they were drawn. Sample
-# i depends only on (key, i).
+# (key, numbers, cond) -> the samples with these numbers under this condition, and a line about how they were drawn.
+# Sample i depends only on (key, i).
 DrawBatch = Callable[[jax.Array, Int[np.ndarray, " b"], Any], tuple[np.ndarray, str]]
 # Positions or numbers -> the condition of each.
 Conditions = Callable[[Int[np.ndarray, " b"]], Any]
@@ -29,7 +29,7 @@ class DrawOptions:
     """Options for drawing samples, in addition to the fields of `sampling`.
 
     seed: seed of the samples; sample i depends only on it and on i.
-    batch: number of samples per compiled call; None takes 64 images or clips, or all points.
+    batch: number of samples per compiled call; None draws 64 images or clips at a time, or all points at once.
     """
 
     seed: Seed = 0
@@ -40,7 +40,7 @@ class DrawOptions:
 class EvaluateOptions:
     """Options for evaluating any kind of model.
 
-    split: split of the data to evaluate on; the default is "all" for data other than the run's.
+    split: split of the data to evaluate on; for data other than the run's, the default is "all".
     batch: number of samples per compiled call.
     seed: seed of noise and samples.
     """
@@ -69,7 +69,7 @@ def draw_in_batches(
     *,
     batch: int = AT_ONCE,
 ) -> Float[np.ndarray, "num ..."]:
-    """Returns samples 0..num-1; `say` receives a line on the speed of each batch.
+    """Returns samples 0..num-1; `say` receives a line about the speed of each batch.
 
     draw_batch: called only with full batches, so that one program is compiled; surplus samples of the last batch are
     dropped. conditions: sample numbers -> conditions. batch: batch size if the options set none.
@@ -81,7 +81,7 @@ def draw_in_batches(
     for first in range(0, num, size):
         count = min(size, num - first)
         began = time.perf_counter()
-        # If fewer numbers are left than a batch holds, the first ones are repeated and their samples dropped.
+        # If fewer numbers are left than a batch holds, they are repeated, and the surplus samples are dropped.
         numbers = np.resize(np.arange(first, first + count), size)
         samples, line = draw_batch(jax.random.key(options.seed), numbers, conditions(numbers))
         seconds = time.perf_counter() - began
@@ -92,7 +92,7 @@ def draw_in_batches(
 
 
 def per_second(rate: float) -> str:
-    """Returns a rate in words, such as "12.3 per second" or "0.042 per second".
+    """Returns a rate as text, such as "12.3 per second" or "0.042 per second".
 
     Example:
         print(per_second(count / seconds))
@@ -111,9 +111,9 @@ def drawn_classes(model: Any, data: Any) -> int:
 
 
 def asked_labels(model: Any, data: Any, num: int, classes: str) -> Int[np.ndarray, " num"] | None:
-    """Returns the labels of `num` samples, which take the requested classes, or all, in turn; None without classes.
+    """Returns the labels of `num` samples, cycling through the requested classes; None for a model without classes.
 
-    classes: the option --classes, see `parse_classes`; empty draws all classes in turn.
+    classes: the option --classes (see `parse_classes`); empty draws all classes in turn.
 
     Raises ValueError if the model has no such class.
 

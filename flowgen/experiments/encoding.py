@@ -1,4 +1,4 @@
-"""The codec and the text encoder of a flow: data pass through them before the flow, and samples after it."""
+"""The codec and the text encoder of a flow: they encode the flow's data, and the codec decodes its samples."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Encoding:
     """The codec and the text encoder of a flow, opened once, on first use.
 
     model: config of the flow that takes the latents and texts.
-    codec: None models pixels.
-    text: None for a flow that takes no texts.
+    codec: config of the codec; None for a flow on pixels.
+    text: config of the text encoder; None for a flow without texts.
 
     Example:
         images = Encoding(flow.config, SpaceToDepth(2)).open_codec().decode(latents)
@@ -36,11 +36,11 @@ class Encoding:
     text: TextConfig | None = None
 
     def open_codec(self) -> Codec:
-        """Returns the codec. Raises what the function `open_codec` raises."""
+        """Returns the codec. Raises the same errors as the function `open_codec`."""
         return open_codec(self.codec, self.model.channels)
 
     def open_text_encoder(self) -> TextEncoder:
-        """Returns the text encoder. Raises what the function `open_text_encoder` raises."""
+        """Returns the text encoder. Raises the same errors as the function `open_text_encoder`."""
         assert isinstance(self.model, STARFlowConfig)  # only STARFlow takes texts
         return open_text_encoder(self.text, length=self.model.text_length, dim=self.model.text_dim)
 
@@ -52,9 +52,9 @@ class Encoding:
         truncate: bool = False,
         still: bool = False,
     ) -> TextCondition:
-        """Returns prompts as conditions of the model, wrapped like captions in training.
+        """Returns prompts as conditions for the model, wrapped like captions in training.
 
-        grid: (height, width), whose ratio texts may state; None is the model's. truncate: cut prompts that are too
+        grid: (height, width), whose ratio texts may state; by default the model's. truncate: cut prompts that are too
         long, as captions are cut. still: whether the prompts describe images among clips, whose texts state no frame
         rate.
         """
@@ -63,7 +63,7 @@ class Encoding:
         return TextCondition(*map(jnp.asarray, encoder(wrapped, truncate=truncate)))
 
     def empty_text(self, grid: tuple[int, int] | None = None, *, still: bool = False) -> TextCondition:
-        """Returns the wrapped empty text, encoded once: the unconditional text of guidance and of label dropout.
+        """Returns the wrapped empty text, encoded only once: the unconditional text for guidance and label dropout.
 
         grid, still: see `condition`.
         """
@@ -87,8 +87,8 @@ class Encoding:
     def with_digests(self, cached: Provenance | None = None) -> Encoding:
         """Returns the encoding with the digests of its autoencoder and text encoder, as kept with a run.
 
-        cached: provenance of cached latents. If it records the name of this text encoder, its digest is reused and the
-        encoder is not opened. A network without a path gets no digest.
+        cached: provenance of cached latents. If it names the same text encoder, its digest is reused without opening
+        the encoder. A network without a path gets no digest.
         """
         codec, text = self.codec, self.text
         if isinstance(codec, PretrainedAutoencoder) and codec.digest is None and codec.path:

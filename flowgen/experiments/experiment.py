@@ -1,7 +1,7 @@
 """An experiment as plain data: the model, its data, its training and the expected result.
 
-`Experiment` is the base of all kinds. A kind is a frozen dataclass in its own module, with its groups of fields and its
-methods. A config file returns an experiment. Its JSON form round-trips exactly and is saved with every run.
+`Experiment` is the base class of all kinds. Each kind is a frozen dataclass in a separate module. A config file returns
+an experiment. Its JSON form round-trips exactly and is saved with every run.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ class Samples(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment(abc.ABC):
-    """A model, its data and its training. Each kind is a dataclass with its own groups of fields.
+    """A model, its data and its training. Each kind is a dataclass that adds groups of fields.
 
     name: title of the experiment.
     model: the model to train.
     data: the data to train on.
     optim: the optimizer.
-    train: length of the training, and batch size.
+    train: length of training, and batch size.
     log: reports and checkpoints.
     reference: expected metrics by name, published or measured, as the config's docstring explains.
 
@@ -59,7 +59,7 @@ class Experiment(abc.ABC):
     evaluate_options: ClassVar[type[EvaluateOptions]] = EvaluateOptions
 
     name: str
-    model: Any  # Each kind declares the configs it takes.
+    model: Any  # Each kind declares which configs it takes.
     data: Any
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
@@ -73,7 +73,7 @@ class Experiment(abc.ABC):
     @property
     @abc.abstractmethod
     def best_metric(self) -> str:
-        """The evaluated metric by which checkpoints are compared; lower is better."""
+        """The evaluated metric that ranks checkpoints; lower is better."""
 
     @property
     def drawn_channels(self) -> int | None:
@@ -82,9 +82,9 @@ class Experiment(abc.ABC):
 
     @abc.abstractmethod
     def job(self, *, dataset: Dataset | None = None, held_out: Dataset | None = None, model: Any = None) -> Job:
-        """Returns the training job, with the data opened unless they are given.
+        """Returns the training job, and opens the data unless datasets are given.
 
-        dataset, held_out: used for training and evaluation instead of `data`. model: trained instead of `build()`.
+        dataset, held_out: used instead of `data` for training and evaluation. model: trained instead of `build()`.
         """
 
     def draw(self, model: Any, variables: Any, options: Any, say: Callable[[str], None] = lambda line: None) -> Samples:
@@ -96,7 +96,7 @@ class Experiment(abc.ABC):
 
     @abc.abstractmethod
     def evaluate(self, model: Any, variables: Any, options: Any) -> list[str]:
-        """Returns lines with the metrics of a trained model. options: an instance of `evaluate_options`."""
+        """Returns lines that report a trained model's metrics. options: an instance of `evaluate_options`."""
 
     @abc.abstractmethod
     def debug(self) -> Experiment:
@@ -110,26 +110,26 @@ class Experiment(abc.ABC):
         return self
 
     def to_json(self) -> dict[str, Any]:
-        """Returns plain values for JSON; `flowgen.experiments.from_json` gives the same experiment back."""
+        """Returns plain values for JSON; `flowgen.experiments.from_json` restores the same experiment."""
         return {settings.TYPE: type(self).__name__, **settings.to_plain(self)}
 
     @classmethod
     def from_json(cls, plain: Mapping[str, Any]) -> Experiment:
-        """Returns the experiment that `to_json` wrote; ValueError names an unknown field or a wrong value."""
+        """Returns the experiment that `to_json` wrote; a ValueError names an unknown field or a wrong value."""
         kind = plain.get(settings.TYPE)
         if kind != cls.__name__:
             raise ValueError(f"type is {kind!r:.80}; this is a {cls.__name__}.")
         return settings.from_plain(cls, {name: value for name, value in plain.items() if name != settings.TYPE})
 
     def check_resumable(self, saved: dict[str, Any]) -> None:
-        """Raises a ValueError that names the differences from the run's `saved` experiment that prevent resuming."""
+        """Raises a ValueError that lists the differences from the run's `saved` experiment that prevent resuming."""
         if (kind := saved.get(settings.TYPE)) != type(self).__name__:
             raise ValueError(
                 f"the run was begun as a {kind!s:.80}, but this is a {type(self).__name__}; train in a new --workdir."
             )
         begun = self.from_json(saved)
         lines = settings.differences(begun.to_json(), self.from_json(self.to_json()).to_json())
-        # A run begun without the digest of a frozen network cannot identify it.
+        # A run that began without the digest of a frozen network cannot identify it.
         changed = [line for line in lines if not line.startswith(RESUMABLE) and ".digest: None -> " not in line]
         changed += _renamed(begun.data, self.data)
         if changed:

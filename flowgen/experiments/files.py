@@ -1,4 +1,4 @@
-"""Experiments as files: Python files that define one, and the JSON that a run keeps."""
+"""Experiments as files: Python files that define them, and the JSON that a run keeps."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from flowgen.experiments.video_flow import VideoFlowExperiment
 from flowgen.runs import DIGEST
 
 KINDS: tuple[type[Experiment], ...] = (FlowExperiment, VideoFlowExperiment, MatchingExperiment, AutoencoderExperiment)
-# The shipped configs are beside the package in a checkout, and inside it in an installed flowgen.
+# The shipped configs are next to the package in a checkout, and inside it in an installed flowgen.
 _PLACES = tuple(Path(__file__).parents[up] / "configs" for up in (2, 1))
 
 E = TypeVar("E", bound=Experiment)
 
 
 def load_config(path: str | Path) -> Experiment:
-    """Returns the experiment of a Python file that defines `config()`.
+    """Returns the experiment that a Python file's `config()` returns.
 
     path: path of the file, or the name of a shipped config, such as "tarflow_digits".
 
-    Raises FileNotFoundError if there is no such file, ValueError if it does not define an experiment.
+    Raises FileNotFoundError if there is no such file, or ValueError if it does not define an experiment.
 
     Example:
         experiment = load_config("configs/tarflow_digits.py")
@@ -60,7 +60,7 @@ def config_path(path: str | Path) -> Path:
 
 
 def override(experiment: E, arguments: Sequence[str]) -> E:
-    """Returns the experiment with `--group.field value` arguments applied; a ValueError names what does not fit.
+    """Returns the experiment with `--group.field value` arguments applied; a ValueError names what is invalid.
 
     Example:
         experiment = override(experiment, ["--optim.lr", "3e-4"])
@@ -69,7 +69,7 @@ def override(experiment: E, arguments: Sequence[str]) -> E:
 
 
 def from_json(plain: Mapping[str, Any]) -> Experiment:
-    """Returns the experiment of `Experiment.to_json`; ValueError names an unknown field or a wrong value.
+    """Returns the experiment that `Experiment.to_json` wrote; a ValueError names an unknown field or a wrong value.
 
     Example:
         experiment = from_json(json.loads(text))
@@ -83,5 +83,5 @@ def from_json(plain: Mapping[str, Any]) -> Experiment:
         )
     if not isinstance(name, str) or name not in kinds:
         raise ValueError(f"type is {name!r:.80}; it must be one of {', '.join(kinds)}.")
-    # A saved config.json carries its digest, which `flowgen.runs` checks.
+    # A saved config.json contains a digest of itself, which `flowgen.runs` checks.
     return kinds[name].from_json({field: value for field, value in plain.items() if field != DIGEST})

@@ -18,7 +18,7 @@ from flowgen.training import Result, Signals, is_primary, train
 
 
 def _of_own(experiment: Experiment, dataset: Any, held_out: Any) -> Experiment:
-    """The experiment as it is kept with a run on the user's own dataset, which is checked."""
+    """The experiment to keep with a run on a user's dataset; checks the dataset."""
     for name, given in (("dataset", dataset), ("held_out", held_out)):
         if given is not None:
             check_protocol(name, given)
@@ -52,12 +52,12 @@ def fit(
 ) -> Result:
     """Trains an experiment in `workdir` and returns the result; resumes if the directory holds a checkpoint.
 
-    dataset: used instead of `experiment.data`; see `flowgen.data.Dataset`. held_out: the data that a
-    run on `dataset` is evaluated on; without it, such a run is not evaluated. model: trained instead of
-    `experiment.build()`, with the same methods; pass it to `flowgen.load` too. signals: a `Signals` already in use;
-    None watches this process's signals.
+    dataset: used instead of `experiment.data`; see `flowgen.data.Dataset`. held_out: the data that a run on `dataset`
+    is evaluated on; without it, such a run is not evaluated. model: trained instead of `experiment.build()`, with the
+    same methods; pass it to `flowgen.load` too. signals: a `Signals` already in use; by default, this process's signals
+    are watched.
 
-    Raises what `train` and the experiment's parts raise; options are checked before any computation.
+    Raises the errors of `train` and of the experiment's parts; options are checked before any computation.
 
     Example:
         result = fit(flowgen.load_config("tarflow_digits"), "runs/digits")
@@ -69,7 +69,7 @@ def fit(
     with Signals() if signals is None else nullcontext(signals) as signals:
         with signals.raising():
             experiment = experiment.with_provenance() if dataset is None else _of_own(experiment, dataset, held_out)
-            # Before data are encoded, because this raises if an object of the user's own has no name to save.
+            # Before data are encoded, because this raises if a user's object has no name to save.
             config = experiment.to_json()
             check_workdir(Path(workdir), experiment.check_resumable, locks=is_primary())
             with told_once():

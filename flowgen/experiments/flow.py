@@ -35,7 +35,7 @@ from flowgen.training import Job
 
 @config(kw_only=True)
 class FlowExperiment(AutoregressiveExperiment):
-    """A flow of images.
+    """A flow on images.
 
     model: the flow.
     data: the images to train on.
@@ -96,7 +96,7 @@ class FlowExperiment(AutoregressiveExperiment):
         guidance: Guidance | None = None,
         certify: bool = False,
     ) -> tuple[np.ndarray, str]:
-        """Returns images `b height width c` and a line on how they were decoded; image i depends only on (key, i).
+        """Returns images `b height width c` and a line about their decoding; image i depends only on (key, i).
 
         cond: labels, a `TextCondition`, or None. guidance: None uses the guidance of `sampling`.
         The codec decodes latents to images.
@@ -117,14 +117,14 @@ class FlowExperiment(AutoregressiveExperiment):
     def draw(
         self, model: Any, variables: Any, options: FlowDrawOptions, say: Callable[[str], None] = lambda line: None
     ) -> Samples:
-        """Returns `sampling.num` images; `say` receives a line on the speed of each batch."""
+        """Returns `sampling.num` images; `say` receives a line about the speed of each batch."""
         flow = self.sized(model, options.aspect)
         conditions, about = self.asked(flow, options.classes)
         draw_batch = partial(self.draw_batch, flow, variables, guidance=self.guidance(flow), certify=options.certify)
         return Samples(draw_in_batches(draw_batch, conditions, self.sampling.num, options, say), about)
 
     def evaluate(self, model: Any, variables: Any, options: FlowEvaluateOptions) -> list[str]:
-        """Returns lines with the likelihood of the flow and of a Gaussian fit on a split, and sample metrics."""
+        """Returns lines that report the likelihood of the flow and of a Gaussian fit on a split, and sample metrics."""
         compared = self._compared(options.split) if options.samples else None
         dataset = self.flow_dataset(options.split, labelled=not options.unconditional)
         lines = self.likelihood_lines(model, variables, dataset, options)
@@ -155,7 +155,7 @@ class FlowExperiment(AutoregressiveExperiment):
         return sample_lines(metrics, extractor, num, f"guidance {self.sampling.guidance:g}")
 
     def _baseline_lines(self, flow: Any, dataset: Any, options: FlowEvaluateOptions) -> list[str]:
-        """The likelihood of a Gaussian under the same noise, if images have one size."""
+        """The likelihood of a Gaussian under the same noise, if all images have the same size."""
         split = "train" if options.split == "eval" else options.split
         fitted = self.flow_dataset(split, labelled=False)
         if isinstance(dataset, BucketedDataset) or isinstance(fitted, BucketedDataset):

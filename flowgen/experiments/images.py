@@ -1,4 +1,4 @@
-"""The images or clips of an experiment: opening them, batches, and class names."""
+"""The images or clips of an experiment: opening, batches and class names."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ E = TypeVar("E", bound=Experiment)
 
 
 def image_dataset(data: DataConfig, model: Any, split: Split, *, labelled: bool = True) -> Dataset:
-    """Returns the images of a split at the size of a model's config. Raises ValueError if they do not fit the model.
+    """Returns the images of a split at the model's size. Raises ValueError if they do not fit the model.
 
     labelled: whether their labels are needed.
 
@@ -96,7 +96,7 @@ def image_batches(
 ) -> Callable[[int, int], Iterator[Batch]]:
     """Returns a function (start, stop) -> this process's batches of steps start..stop-1, for `Job`.
 
-    Latents are not mirrored here, because mirror images are encoded in advance.
+    Latents are not mirrored here, because their mirror images are encoded in advance.
 
     Example:
         batches = image_batches(dataset, experiment.data, experiment.train)(0, 1000)

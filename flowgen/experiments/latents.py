@@ -1,4 +1,4 @@
-"""The data of a flow: pixels, or the outputs of its codec and its text encoder."""
+"""The data of a flow: pixels, or the outputs of its codec and text encoder."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from flowgen.experiments.encoding import Encoding
 from flowgen.flows import STARFlowConfig, STARFlowVConfig, TARFlowConfig
 
 FlowData = DataConfig | ClipsConfig | LatentsConfig
-# Fields of the provenance of texts that are not fields of `text`.
+# Fields of the texts' provenance that are not fields of `text`.
 _TEXT_FIELDS = {"length": "model.text_length", "dim": "model.text_dim"}
 _CLIPS = ("clip", "continued")
 
@@ -38,9 +38,9 @@ def is_latent(data: FlowData, encoding: Encoding) -> bool:
 def flow_dataset(
     data: FlowData, encoding: Encoding, split: Split, *, labelled: bool = True
 ) -> Dataset | BucketedDataset:
-    """Returns the data a flow is trained on: images or clips, or the outputs of its codec and text encoder.
+    """Returns the data that a flow is trained on: images or clips, or the outputs of its codec and text encoder.
 
-    Data that are not yet encoded are encoded here, once, into memory. labelled: whether a class model needs the labels.
+    Data that are not yet encoded are encoded once, into memory. labelled: whether a class model needs the labels.
 
     Raises ValueError if cached latents were made by another codec or text encoder, or do not fit the model.
 
@@ -62,7 +62,7 @@ def as_taken(
 ) -> Dataset | BucketedDataset:
     """Returns images or clips in the form that a flow takes: unchanged, or encoded into memory.
 
-    flip: encode their mirror images, too.
+    flip: also encode their mirror images.
 
     Example:
         dataset = as_taken(images, data, encoding, flip=False)
@@ -108,14 +108,14 @@ def _stills(clips: Dataset, data: DataConfig, **shape: Any) -> StillClips:
 
 
 def _as_often(buckets: Sequence[Dataset], data: ClipsConfig | LatentsConfig) -> Dataset | BucketedDataset:
-    """Clips, clips without their first frame, and images, each as often as the config says."""
+    """Whole clips, clips without their first frame, and images, each used as often as the config says."""
     if not data.drop_first:
         buckets = [bucket for bucket in buckets if kind_of(bucket) != "continued"]
     kinds = [kind_of(bucket) for bucket in buckets]
     shares = [len(bucket) for bucket in buckets]
     if "clip" not in kinds:
         raise ValueError(f"data.path '{data.path}' has no whole clips; encode some.")
-    # drop_first is a fraction of the clips, images_fraction a fraction of all data.
+    # drop_first is a fraction of all clips, and images_fraction a fraction of all data.
     for name, kind, others in (("drop_first", "continued", ("clip",)), ("images_fraction", "still", _CLIPS)):
         fraction = getattr(data, name)
         if fraction and kind not in kinds:
@@ -162,7 +162,7 @@ def _image_hw(dataset: Dataset) -> tuple[int, int]:
 
 
 def _without_first(moments: EncodeMoments) -> EncodeMoments:
-    """Moments of clips without their first latent frame."""
+    """The moments of clips without their first latent frame."""
 
     def rest(clips):
         mean, std = moments(clips)
@@ -172,7 +172,7 @@ def _without_first(moments: EncodeMoments) -> EncodeMoments:
 
 
 def null_features(encoding: Encoding, dataset: Dataset) -> TextCondition | None:
-    """Returns the empty text for a dataset's images or clips, as kept with their latents; None without texts.
+    """Returns the empty text to keep with the latents of a dataset; None if the model takes no texts.
 
     Example:
         null = null_features(encoding, pixel_dataset(data, encoding, "train"))
@@ -230,7 +230,7 @@ def _check_memory(
 
 
 def provenance(data: DataConfig | ClipsConfig, encoding: Encoding) -> Provenance:
-    """Returns the provenance of an experiment's latents, to keep with them.
+    """Returns the provenance to keep with an experiment's latents.
 
     Example:
         writer.finish(class_names=dataset.class_names, provenance=provenance(data, encoding))
@@ -322,7 +322,7 @@ def _check_texts(made: Provenance, path: str, encoding: Encoding) -> None:
 
 
 def _check_shape(model: TARFlowConfig | STARFlowConfig, path: str, bucket: LatentDataset) -> None:
-    """Raises ValueError if a model takes latents of this kind and shape at none of its sizes."""
+    """Raises ValueError if a model cannot take latents of this kind and shape at any size."""
     *frames, height, width, channels = bucket.event_shape
     whole = list(model.event_shape[:-3])
     expected = {"image": [], "clip": whole, "continued": [count - 1 for count in whole], "still": [1]}[bucket.kind]

@@ -1,4 +1,4 @@
-"""Velocity networks: flow matching on images or points, sampling by solvers, distances to the data."""
+"""Velocity networks: flow matching on images or points, sampling with solvers, and distances to the data."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class VelocityDrawOptions(DrawOptions):
 class VelocityEvaluateOptions(EvaluateOptions):
     """Options for evaluating a velocity network.
 
-    samples: number of samples to draw and compare with the data; 0 is as many as there are images, or 1,000 points.
+    samples: number of samples to draw and compare with the data; 0 draws as many as there are images, or 1,000 points.
     unconditional: evaluate a class model without labels.
     """
 
@@ -157,7 +157,7 @@ class MatchingExperiment(Experiment):
             self._check_guidance("matching.loss.guidance_weight", loss.guidance_weight)
 
     def _check_guidance(self, name: str, weight: float) -> None:
-        """Raises ValueError if there are no classes to guide towards, or no unconditional field is learned."""
+        """Raises ValueError if there are no classes to guide towards, or if no unconditional field is learned."""
         if weight and not self.model.num_classes:
             raise ValueError(
                 f"{name} is {weight}, but the model has no classes to guide to (num_classes 0); set it to 0."
@@ -170,7 +170,7 @@ class MatchingExperiment(Experiment):
 
     @property
     def best_metric(self) -> str:
-        """The evaluated metric by which checkpoints are compared; lower is better."""
+        """The evaluated metric that ranks checkpoints; lower is better."""
         if isinstance(self.data, PointsConfig):
             return "w2"
         return "frechet" if self.sampling.frechet_samples else "loss"
@@ -181,7 +181,7 @@ class MatchingExperiment(Experiment):
         return None if isinstance(self.data, PointsConfig) else self.model.event_shape[-1]
 
     def build(self) -> Any:
-        """Returns the network, without parameters. Raises ValueError if it does not hold its config."""
+        """Returns the network, without parameters. Raises ValueError if it does not store its config."""
         network = self.model.build()
         if getattr(network, "config", None) != self.model:
             raise ValueError(
@@ -271,7 +271,7 @@ class MatchingExperiment(Experiment):
     def _evaluator(
         self, matching: MatchingConfig, network: Any, dataset: Dataset, held_out: Dataset
     ) -> Callable[[Any], dict[str, float]]:
-        """Held-out loss and, if samples are requested, their Fréchet distance to held-out images."""
+        """The held-out loss and, if samples are requested, their Fréchet distance to held-out images."""
         pairs = partial(_image_pairs, conditional=self.model.num_classes > 0)
         loss = jax.jit(matching_objective(network, matching.loss_fn(), pairs, train=False))
         extractor = functools.cache(lambda: train_features(dataset))
@@ -296,10 +296,10 @@ class MatchingExperiment(Experiment):
     def draw_batch(
         self, network: Any, variables: Any, key: jax.Array, numbers: np.ndarray, cond: np.ndarray | None
     ) -> tuple[np.ndarray, str]:
-        """Returns samples `b *event` and a line on how they were drawn.
+        """Returns samples `b *event` and a line about how they were drawn.
 
-        cond: labels, or None. Sample i depends only on (key, i); with dopri5, which adapts its steps to the batch, only
-        up to its tolerance.
+        cond: labels, or None. Sample i depends only on (key, i); with dopri5, which adapts its steps to the batch, this
+        holds only up to its tolerance.
         """
         sampling = self.sampling
         if sampling.guidance and cond is None:
@@ -319,7 +319,7 @@ class MatchingExperiment(Experiment):
     def draw(
         self, model: Any, variables: Any, options: VelocityDrawOptions, say: Callable[[str], None] = lambda line: None
     ) -> Samples:
-        """Returns `sampling.num` samples; `say` receives a line on the speed of each batch."""
+        """Returns `sampling.num` samples; `say` receives a line about the speed of each batch."""
         num = self.sampling.num
         labels = asked_labels(self.model, self.data, num, options.classes)
 
@@ -332,7 +332,7 @@ class MatchingExperiment(Experiment):
         return Samples(samples, {} if points else {"labels": np.full(num, -1) if labels is None else labels})
 
     def plot(self, network: Any, variables: Any, points: np.ndarray, key: jax.Array) -> np.ndarray:
-        """Returns a plot of the field's paths, solved with rk4, and of sampled points over data."""
+        """Returns a plot of the field's paths, solved with rk4, and of sampled points on top of data."""
         assert isinstance(self.data, PointsConfig)
         x0, data = self.data.draw(key, max(DRAWN_PATHS, len(points)))
         velocity = velocity_field(network, _weights(variables), self.matching)
@@ -340,7 +340,7 @@ class MatchingExperiment(Experiment):
         return path_plot(np.asarray(paths), points, np.asarray(data))
 
     def evaluate(self, model: Any, variables: Any, options: VelocityEvaluateOptions) -> list[str]:
-        """Returns lines with the distance between new samples and the data, and with bits/dim for images."""
+        """Returns lines that report the distance between new samples and the data and, for images, bits/dim."""
         field = velocity_field(model, _weights(variables), self.matching)
         if isinstance(self.data, PointsConfig):
             num, draw = options.samples or POINTS, self.data.draw
@@ -370,7 +370,7 @@ class MatchingExperiment(Experiment):
         """Returns the experiment with a tiny network of the same kind, on points or the built-in digits."""
         few = min(self.sampling.num_steps, 2)
         sampling = dataclasses.replace(self.sampling, num=SAMPLES, num_steps=few, frechet_samples=0)
-        shrunk = getattr(self.model, "shrunk", None)  # a network of your own may have none
+        shrunk = getattr(self.model, "shrunk", None)  # a user's network may have none
         model = self.model if shrunk is None else shrunk()
         data = self.data if isinstance(self.data, PointsConfig) else debug_images(self.data)
         return debug_run(self, sampling=sampling, model=model, data=data)

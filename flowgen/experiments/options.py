@@ -21,10 +21,10 @@ _OF_ALL_PARAMETERS = ("ema_decay", "ema_warmup", "max_skips")
 class LikelihoodConfig:
     """Training options of a flow beyond maximum likelihood.
 
-    norm_penalty: weight of the mean squares of the tokens that enter each block; 1e-4 as published, 0 for none.
+    norm_penalty: weight of the mean square of the tokens that enter each block; 1e-4 as published, 0 for none.
     noise_weight: multiply the loss by σ / 0.3, as published for prompts that state the noise level.
     denoiser: the optimizer of a video flow's denoiser, except ema_decay, ema_warmup and max_skips, which `optim` sets
-    for all parameters; None is a separate optimizer with the values of `optim`.
+    for all parameters; None uses a separate optimizer with the values of `optim`.
     """
 
     norm_penalty: NonNegative = 0.0
@@ -39,7 +39,7 @@ class LikelihoodConfig:
                 )
 
     def loss_scale(self, noise_std: float) -> float:
-        """Returns the factor on the loss of a flow with noise of this std."""
+        """Returns the factor on the loss of a flow whose noise has this std."""
         return noise_std / REFERENCE_NOISE if self.noise_weight else 1.0
 
 
@@ -48,18 +48,18 @@ class SamplingConfig:
     """How samples are drawn, in training and by default in `sample.py`.
 
     num: number of samples to draw; at least 1.
-    plan: how tokens are decoded; "auto" is sequential on CPUs and parallel if that is faster.
+    plan: how tokens are decoded; "auto" is sequential on CPUs, and on accelerators parallel if that is faster.
     window: number of tokens that "jacobi" and "sliding" solve together, at least 1; None for all.
-    tol: largest change at which "jacobi" and "sliding" stop; 0 is exact.
-    init: initial guess of their sweeps: the noise, zeros, or the previous frame.
-    guidance: weight w towards the class or text; 0 for none.
-    rule: how the two branches are combined: TARFlow's linear rule or STARFlow's product rule.
-    parts: what the linear rule changes.
+    tol: largest change in a sweep at which "jacobi" and "sliding" stop; 0 is exact.
+    init: initial guess for their sweeps: the noise, zeros, or the previous frame.
+    guidance: guidance weight w towards the class or text; 0 for none.
+    rule: how conditional and unconditional branches are combined: TARFlow's linear or STARFlow's product rule.
+    parts: which of shift and log_scale the linear rule changes.
     anneal: increase the weight from 0 at a block's first token to w at its last.
     temperature: attention temperature of the unconditional branch; positive, 1 for none.
-    blocks: guided blocks, by number, data side first; None for all.
+    blocks: numbers of the guided blocks, counted from the data side; None for all.
     denoise: strength of the step that removes the training noise; 0 for none.
-    prompts: prompts that a text model draws in turn.
+    prompts: prompts for a text model, drawn in turn.
     """
 
     num: Samples = 64

@@ -1,4 +1,4 @@
-"""Datasets of a user's own: what they must be, and checks of each batch that they give."""
+"""Users' datasets: what they must provide, and checks of each batch that they return."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from flowgen.data.loader import checked_batch
 class OwnDataset:
     """A user's dataset whose batches are checked when they are read.
 
-    name: the argument that gave it, for errors. event_shape: the shape of its images or clips. num_classes: classes of
-    the model, whose numbers labels must be; 0 if it takes none.
+    name: the argument that it was passed as, for errors. event_shape: the shape of its images or clips. num_classes:
+    number of the model's classes, which limits the labels; 0 if the model takes none.
 
     Indexing raises ValueError if a batch is not a `Batch` of bytes of this shape with the labels that the model takes.
 
@@ -68,7 +68,7 @@ class OwnDataset:
 
 
 def check_protocol(name: str, dataset: Any) -> None:
-    """Raises ValueError if an object is not a dataset, or is an empty one. name: the argument, for the error.
+    """Raises ValueError if an object is not a dataset, or is empty. name: the argument, for the error.
 
     Example:
         check_protocol("dataset", mine)
@@ -86,9 +86,9 @@ def check_protocol(name: str, dataset: Any) -> None:
 def own_data(
     dataset: Dataset, held_out: Dataset | None, event_shape: tuple[int, ...], num_classes: int
 ) -> tuple[OwnDataset, OwnDataset | None]:
-    """Returns a user's datasets, with checks of each batch. event_shape: of the images or clips that the model takes.
+    """Returns a user's datasets, which check each batch. event_shape: shape of the model's images or clips.
 
-    Raises ValueError if they do not fit the model or each other; the first sample of each is looked at.
+    Raises ValueError if they do not fit the model or each other; the first sample of each is read.
 
     Example:
         dataset, held_out = own_data(dataset, None, (32, 32, 3), num_classes=10)

@@ -1,4 +1,4 @@
-"""Images that runs save: grids of samples, and plots of points with their paths."""
+"""Images that runs save: grids of samples, and plots of points and their paths."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ DRAWN_PATHS = 128
 def sample_grid(images: Float[np.ndarray, "n height width c"], classes: int) -> UInt8[np.ndarray, "rows columns c"]:
     """Returns a grid of images in [-1, 1]; small images are enlarged.
 
-    If the images cycle through up to 20 classes, each column has one class. If there are few classes, each has several
-    columns, so that the grid is about as high as wide.
+    If the images cycle through up to 20 classes, each column has one class. If there are few classes, each gets several
+    columns, so that the grid is roughly square.
 
     Example:
         save_image("samples.png", sample_grid(images, classes=10))
@@ -33,7 +33,7 @@ def sample_grid(images: Float[np.ndarray, "n height width c"], classes: int) -> 
 
 
 def strips(clips: Float[np.ndarray, "n frames height width c"]) -> UInt8[np.ndarray, "rows columns c"]:
-    """Returns an image with one clip in [-1, 1] per row, its frames from left to right; small frames are enlarged.
+    """Returns an image with one clip in [-1, 1] per row, frames from left to right; small frames are enlarged.
 
     Example:
         save_image("samples.png", strips(clips))
@@ -43,7 +43,7 @@ def strips(clips: Float[np.ndarray, "n frames height width c"]) -> UInt8[np.ndar
 
 
 def side_by_side(clips: Float[np.ndarray, "n frames height width c"]) -> UInt8[np.ndarray, "frames rows columns c"]:
-    """Returns the frames of a video that shows all clips in [-1, 1] at once, as a grid.
+    """Returns the frames of a video that shows all clips in [-1, 1] at once, in a grid.
 
     Example:
         write_video("samples.mp4", side_by_side(clips))
@@ -54,7 +54,7 @@ def side_by_side(clips: Float[np.ndarray, "n frames height width c"]) -> UInt8[n
 def path_plot(
     paths: Float[np.ndarray, "times n 2"], samples: Float[np.ndarray, "m 2"], data: Float[np.ndarray, "k 2"]
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """Returns a plot with two panels: paths from noise to sample, and samples over data.
+    """Returns a plot with two panels: paths from noise to sample, and samples on top of data.
 
     Raises ModuleNotFoundError if matplotlib is missing.
 

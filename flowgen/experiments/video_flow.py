@@ -46,11 +46,11 @@ from flowgen.settings import config
 from flowgen.settings.ranges import Frames, Within
 from flowgen.training import Job
 
-DENOISED = 64  # held-out clips that are denoised to measure PSNR
-WHOLE = Clip()  # of the flow's own length
+DENOISED = 64  # number of held-out clips to denoise for the PSNR
+WHOLE = Clip()  # a clip of the flow's length
 SMALL_SIDE = 10  # smallest side in which digits of 8 pixels can move
 DEFAULT_FPS = 8.0
-# The range of frame rates of both mp4 and GIF, which counts time in hundredths of a second.
+# The frame rates that suit both mp4 and GIF, which counts time in hundredths of a second.
 LEAST_FPS, MOST_FPS = 0.1, 100.0
 
 
@@ -58,10 +58,10 @@ LEAST_FPS, MOST_FPS = 0.1, 100.0
 class ClipDrawOptions(FlowDrawOptions):
     """Options for drawing clips, in addition to the fields of `sampling`.
 
-    frames: frames per clip, which may exceed the training length; None is the training length.
-    given: image or video that clips begin with; a video is cut to fewer frames than a clip.
-    context: number of latent frames from which longer clips are continued.
-    fps: frames per second of the output; None is the rate of the training clips.
+    frames: frames per clip, which may exceed the training length; by default the training length.
+    given: image or video that clips begin with; a video is cut to be shorter than the clips.
+    context: number of latent frames that each restart of a long clip begins with.
+    fps: frames per second of the output; by default the rate of the training clips.
     progress: show a progress bar of decoded tokens.
     """
 
@@ -166,12 +166,12 @@ class VideoFlowExperiment(AutoregressiveExperiment):
         clip: Clip = WHOLE,
         certify: bool = False,
     ) -> tuple[np.ndarray, str]:
-        """Returns clips `b frames height width c` and a line on how they were decoded; clip i depends only on (key, i).
+        """Returns clips `b frames height width c` and a line about their decoding; clip i depends only on (key, i).
 
         cond: labels, a `TextCondition`, or None. guidance: None uses the guidance of `sampling`. clip: counted in
-        latent frames, and the same for all. Its given frames `1 given height width c` have no noise, and are returned
-        unchanged. Its `restart_cond` holds texts, which the clips take in turn.
-        The codec decodes latents to clips.
+        latent frames, the same for all clips. Its given frames `1 given height width c` are without noise and are
+        returned unchanged. Its `restart_cond` holds texts that the clips take in turn. The codec decodes latents to
+        clips.
         """
         given, restarts = clip.given, clip.restart_cond
         noisy = None if given is None else with_noise(flow, given, key, numbers)
@@ -203,7 +203,7 @@ class VideoFlowExperiment(AutoregressiveExperiment):
     ) -> Samples:
         """Returns `sampling.num` clips. say: receives a line for each batch. progress: see `Clip`.
 
-        Raises ValueError if the codec makes no clips of this length, or `given` does not fit.
+        Raises ValueError if the codec makes no clips of this length, or if `given` does not fit.
         """
         flow = self.sized(model, options.aspect)
         clip = self._clip(flow, options)
@@ -215,7 +215,7 @@ class VideoFlowExperiment(AutoregressiveExperiment):
         return Samples(draw_in_batches(draw_batch, conditions, self.sampling.num, options, say), about)
 
     def _clip(self, flow: Any, options: ClipDrawOptions) -> Clip:
-        """The clip that the options request, counted in latent frames; given frames have no noise."""
+        """The clip that the options request, counted in latent frames; given frames are without noise."""
         codec, given = self.encoding.open_codec(), None
         check_length(codec, self.model.frames, options.frames, options.context)
         if options.given:
@@ -228,25 +228,25 @@ class VideoFlowExperiment(AutoregressiveExperiment):
         )
 
     def _restart_texts(self, flow: Any) -> TextCondition | None:
-        """The prompts of restarts, with the prefix from training; None if restarts take the prompts of the clips."""
+        """The prompts for restarts, with the prefix from training; None if restarts use the clips' prompts."""
         if not (self.model.text_dim and self.data.drop_first):
             return None
         return self.encoding.condition([CONTINUED + prompt for prompt in self.sampling.prompts], flow.config.image_hw)
 
     def fps(self, asked: float | None) -> float:
-        """Returns the frame rate of videos: the requested rate, or else the rate of the training clips."""
+        """Returns the frame rate of videos: the requested rate or, by default, the rate of the training clips."""
         if asked is not None:
             return asked
-        # For cached latents only the texts may state it.
+        # For cached latents, perhaps only the texts state it.
         told = None if self.text is None else self.text.frames_per_second
         fps = float(told or self.data.fps)
         return fps if LEAST_FPS <= fps <= MOST_FPS else DEFAULT_FPS
 
     def evaluate(self, model: Any, variables: Any, options: FlowEvaluateOptions) -> list[str]:
-        """Returns lines with the likelihood of the flow, the PSNR of denoised clips, and frame distances.
+        """Returns lines that report the likelihood of the flow, the PSNR of denoised clips, and frame distances.
 
-        Likelihood and PSNR are measured on a split; frame distances compare samples with data. Latents are decoded
-        first, except for the likelihood.
+        Likelihood and PSNR are measured on a split; frame distances compare samples with data. PSNR and frame distances
+        are computed on decoded latents.
         """
         dataset = clips_alone(self.flow_dataset(options.split, labelled=not options.unconditional))
         lines = self.likelihood_lines(model, variables, dataset, options)
@@ -271,7 +271,7 @@ class VideoFlowExperiment(AutoregressiveExperiment):
             changes["model"],
             image_size=-(-SMALL_SIDE // changes["model"].patch_size) * changes["model"].patch_size,
             frames=min(self.model.frames, 3),
-            # The deep block keeps its token order if one block is above it.
+            # With a single block above it, the deep block keeps its token order.
             layers_per_block=(1, 1) if self.model.order == "reversed" else (0, 1, 1),
             denoiser_layers=min(self.model.denoiser_layers, 1),
         )
@@ -282,7 +282,7 @@ class VideoFlowExperiment(AutoregressiveExperiment):
         return debug_run(self, **changes, likelihood=likelihood, data=debug_clips(self.data))
 
     def _denoiser(self, flow: Any, variables: Any) -> float | Denoiser:
-        """The denoising of samples: the learned denoiser if the flow has one, else the Tweedie step."""
+        """How samples are denoised: by the learned denoiser if the flow has one, else by the Tweedie step."""
         strength = self.sampling.denoise
         if not flow.config.denoiser_layers or strength == 0:
             return strength
