@@ -62,7 +62,7 @@ def words_of(text: str, path: str) -> list[str]:
     try:
         return next(csv.reader([text], skipinitialspace=True), [])
     except csv.Error as error:
-        raise ValueError(f"{path} is {shown(text)}; give texts with commas between them ({error}).") from error
+        raise ValueError(f"{path} is {shown(text)}; separate the texts with commas ({error}).") from error
 
 
 def _pairs(arguments: Sequence[str]) -> dict[str, str]:
