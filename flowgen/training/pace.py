@@ -27,7 +27,7 @@ class Pace:
 
     @contextmanager
     def left_out(self) -> Generator[None]:
-        """Excludes the time spent inside it."""
+        """Excludes the time spent in its `with` block."""
         before = time.perf_counter()
         try:
             yield
