@@ -43,6 +43,7 @@ class CheckpointStore(CheckpointReader):
         self._keep, self._best_metric, self._say = keep, best_metric, say
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
+        self._failed = False
         self.directory.mkdir(parents=True, exist_ok=True)
         for path in leftovers(self.directory):
             _remove(path)
@@ -105,7 +106,8 @@ class CheckpointStore(CheckpointReader):
         try:
             self.wait()
         finally:
-            if sys.unraisablehook == self._unraisable:
+            # After a failure, writes may still end, and their messages are dropped until the process ends.
+            if sys.unraisablehook == self._unraisable and not self._failed:
                 sys.unraisablehook = self._hook
 
     def _unraisable(self, odd: Any) -> None:
@@ -117,6 +119,7 @@ class CheckpointStore(CheckpointReader):
         try:
             self._write(step, flat, meta, metrics)
         except (OSError, ValueError, RuntimeError) as error:  # tensorstore raises the latter two for disk errors.
+            self._failed = True
             self._error = OSError(
                 f"Checkpoint {step} could not be saved in '{self.directory}' ({_reason(error)}); earlier checkpoints "
                 "are unchanged, and the same command resumes from the latest."
