@@ -8,6 +8,7 @@ import re
 import shutil
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ import numpy as np
 from flowgen.runs.arrays import Flat, check_finite, flatten, layout, write_arrays
 from flowgen.runs.checkpoints import DELETED, EVALUATION, META, SAVING, CheckpointReader, finite, leftovers
 from flowgen.runs.files import DIGEST, digest_of_file, remove_temporaries, signed, sync, write_json
+
+# Tries to remove what a failed save left, and seconds between them.
+_SETTLING, _PAUSE = 40, 0.05
 
 
 class CheckpointStore(CheckpointReader):
@@ -142,7 +146,7 @@ class CheckpointStore(CheckpointReader):
             self._make_way(self.directory / str(step))
             os.rename(unfinished, self.directory / str(step))
         except BaseException:
-            _remove(unfinished)
+            _remove_settled(unfinished)
             raise
         sync(self.directory)
         self._scores[step] = finite(metrics).get(self._best_metric)
@@ -220,6 +224,15 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+def _remove_settled(path: Path) -> None:
+    """Removes a folder into which other writes of a failed save may still write, as soon as they have ended."""
+    for _ in range(_SETTLING):
+        _remove(path)
+        time.sleep(_PAUSE)
+        if not os.path.lexists(path):
+            return
 
 
 def _reason(error: Exception) -> str:
