@@ -17,6 +17,12 @@ from flowgen.training import LogConfig, TrainConfig
 
 QUIET = LogConfig(log_every=2, checkpoint_every=0, progress=False, tensorboard=False)
 FLOW = TARFlowConfig(image_size=8, channels=1, patch_size=4, width=16, head_dim=8, num_blocks=2, layers_per_block=1)
+TWO_STEPS = FlowExperiment(
+    name="own",
+    model=dataclasses.replace(FLOW, num_classes=2),
+    train=TrainConfig(steps=2, batch_size=8),
+    log=dataclasses.replace(QUIET, checkpoint_every=2),
+)
 
 
 class Stripes:
@@ -112,14 +118,8 @@ def test_what_is_given_in_part_or_wrong_is_refused(tmp_path):
 
 
 def test_a_run_of_ones_own_data_passes_for_no_other(tmp_path):
-    experiment = FlowExperiment(
-        name="own",
-        model=dataclasses.replace(FLOW, num_classes=2),
-        train=TrainConfig(steps=2, batch_size=8),
-        log=dataclasses.replace(QUIET, checkpoint_every=2),
-    )
-    flowgen.fit(experiment, tmp_path, dataset=Stripes())
-    longer = dataclasses.replace(experiment, train=TrainConfig(steps=4, batch_size=8))
+    flowgen.fit(TWO_STEPS, tmp_path, dataset=Stripes())
+    longer = dataclasses.replace(TWO_STEPS, train=TrainConfig(steps=4, batch_size=8))
     with pytest.raises(ValueError, match=r"data\.name: 'own' -> 'digits'"):
         flowgen.fit(longer, tmp_path)
     assert "a dataset that was given to `fit`" in refused("evaluate --checkpoint", tmp_path)
@@ -162,13 +162,7 @@ def test_held_out_data_of_other_classes_are_refused(tmp_path):
 
 
 def test_data_of_ones_own_keep_the_classes_of_their_run(tmp_path):
-    experiment = FlowExperiment(
-        name="own",
-        model=dataclasses.replace(FLOW, num_classes=2),
-        train=TrainConfig(steps=2, batch_size=8),
-        log=dataclasses.replace(QUIET, checkpoint_every=2),
-    )
-    flowgen.fit(experiment, tmp_path, dataset=Stripes())
+    flowgen.fit(TWO_STEPS, tmp_path, dataset=Stripes())
     _, _, saved = flowgen.load(tmp_path)
     longer = dataclasses.replace(saved, train=TrainConfig(steps=4, batch_size=8))
     with pytest.raises(
@@ -178,14 +172,8 @@ def test_data_of_ones_own_keep_the_classes_of_their_run(tmp_path):
 
 
 def test_a_wrong_label_in_a_later_batch_is_named(tmp_path):
-    experiment = FlowExperiment(
-        name="own",
-        model=dataclasses.replace(FLOW, num_classes=2),
-        train=TrainConfig(steps=2, batch_size=8),
-        log=QUIET,
-    )
     with pytest.raises(ValueError, match=r"dataset has the label -2 at position \d+; labels are class numbers"):
-        flowgen.fit(experiment, tmp_path, dataset=changed(wrong_from=1))
+        flowgen.fit(TWO_STEPS, tmp_path, dataset=changed(wrong_from=1))
 
 
 def test_a_flow_of_clips_is_no_flow_of_images():

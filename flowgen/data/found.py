@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -140,7 +140,7 @@ def _marks(config: DataConfig | ClipsConfig | LatentsConfig, listing: Listing | 
     if isinstance(config, LatentsConfig):
         folder = Path(config.path)
         files = [folder / INDEX_FILE, *sorted(folder.glob("*/*.npy"))]
-        return {file.relative_to(folder).as_posix(): _mark(file) for file in files}, {}
+        return _marks_of(folder, [file.relative_to(folder).as_posix() for file in files], _mark), {}
     if config.name == "npz":
         return npz_marks(config.path), {}
     train: dict[str, int | str] = {}
@@ -148,7 +148,7 @@ def _marks(config: DataConfig | ClipsConfig | LatentsConfig, listing: Listing | 
     if listing is not None:
         positions = hold_out_files(listing.names, config.eval_fraction, "eval") if config.eval_fraction else ()
         held = {listing.names[position] for position in positions}
-        for name, mark in _file_sizes(listing).items():
+        for name, mark in _marks_of(listing.root, listing.names, os.path.getsize).items():
             (held_out if name in held else train)[name] = mark
     if isinstance(config, ClipsConfig) and (images := config.images) is not None:
         listing = _listed(images) if images.name == "folder" else None
@@ -157,15 +157,13 @@ def _marks(config: DataConfig | ClipsConfig | LatentsConfig, listing: Listing | 
     return train, held_out
 
 
-def _mark(file: Path) -> int:
-    """A checksum of a file's size and first bytes, which change if data are encoded again."""
-    with file.open("rb") as opened:
-        return zlib.crc32(opened.read(_MARKED_BYTES), os.path.getsize(file))
-
-
-def _file_sizes(listing: Listing) -> dict[str, int]:
-    """The size of each file in bytes, requested in parallel because network file systems are slow."""
-    root = os.fspath(listing.root)
+def _marks_of(root: Path, names: Sequence[str], mark: Callable[[str], int]) -> dict[str, int]:
+    """The mark of each file, by name; read in parallel because network file systems are slow."""
     with ThreadPoolExecutor(max_workers=32) as pool:
-        sizes = pool.map(lambda name: os.path.getsize(os.path.join(root, name)), listing.names)
-        return dict(zip(listing.names, sizes, strict=True))
+        return dict(zip(names, pool.map(lambda name: mark(os.path.join(root, name)), names), strict=True))
+
+
+def _mark(file: str) -> int:
+    """A checksum of a file's size and first bytes, which change if data are encoded again."""
+    with open(file, "rb") as opened:
+        return zlib.crc32(opened.read(_MARKED_BYTES), os.path.getsize(file))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple, Protocol, get_args, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -21,7 +21,6 @@ SHARD_BYTES = 256 << 20
 
 # What was encoded: images, whole clips, clips without their first frame, or images as clips of one frame.
 Kind = Literal["image", "clip", "continued", "still"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
 EncodeMoments = Callable[[Float[np.ndarray, "b *event"]], tuple[Any, Any]]
 EncodeTexts = Callable[[Sequence[str]], tuple[Any, Any]]
 

@@ -26,7 +26,6 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 # Gated MLPs, down(activation(gate(x)) · up(x)): their names, and the activation of the gate.
 GATED_ACTIVATIONS = {"geglu": "gelu_tanh"}
-ACTIVATION_NAMES = (*ACTIVATIONS, *GATED_ACTIVATIONS)
 TORCH_LAYER_NORM_EPS = 1e-5
 RMS_NORM_EPS = 1e-6
 
