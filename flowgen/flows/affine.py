@@ -88,6 +88,6 @@ def shift_and_log_scale(
     shapes = tuple(jnp.shape(part) for part in mapped)
     if shapes != (raw.shape, raw.shape):
         raise ValueError(
-            f"scale_parameterisation gave shapes {shapes}; it must give shift and log_scale of shape {raw.shape}."
+            f"scale_parameterisation returned shapes {shapes}; it must return shift and log_scale of shape {raw.shape}."
         )
     return mapped
