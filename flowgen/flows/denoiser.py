@@ -91,9 +91,7 @@ def init_denoiser(denoiser: ClipDenoiser, key: Key[Array, ""]) -> Variables:
     Example:
         variables = init_denoiser(ClipDenoiser(flow.config), jax.random.key(0))
     """
-    one = ClipDenoiser(
-        denoiser.config.with_num_frames(1), parent=None
-    )  # Any number of frames gives the same parameters.
+    one = ClipDenoiser(denoiser.config.with_num_frames(1), parent=None)  # Any length gives the same parameters.
     clip = jnp.zeros((1, *one.config.event_shape), master_dtype(one.config.dtype))
     return jax.jit(lambda key: one.init(key, clip, _some_condition(one.config)))(key)
 

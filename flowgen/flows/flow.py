@@ -174,7 +174,7 @@ class AutoregressiveFlow(OnMeshes, nn.Module):
         if not hasattr(self.config, "with_image_size"):
             raise ValueError(
                 f"images are {height} x {width}; this model takes only {self.config.image_hw}, because its parameters "
-                "fit one size."
+                "fit only that size."
             )
         return type(self)(self.config.with_image_size(height, width), parent=None)
 

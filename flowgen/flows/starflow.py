@@ -119,7 +119,8 @@ class STARFlowConfig(ImageTokens):
                 )
             if self.num_kv_heads is not None and self.num_kv_heads > (heads := width // self.head_dim):
                 raise ValueError(
-                    f"num_kv_heads is {self.num_kv_heads}, but {name} {width} has only {heads} heads; use a divisor."
+                    f"num_kv_heads is {self.num_kv_heads}, but {name} {width} has only {heads} heads; "
+                    "use a divisor of that number."
                 )
             if self.num_kv_heads is not None and width // self.head_dim % self.num_kv_heads:
                 raise ValueError(

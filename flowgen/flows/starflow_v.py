@@ -90,7 +90,7 @@ class STARFlowV(AutoregressiveFlow):
     @nn.nowrap
     def initial_variables(self, key: Key[Array, ""]) -> Variables:
         """Returns freshly initialised variables, including the denoiser's."""
-        from flowgen.flows.denoiser import ClipDenoiser, init_denoiser  # It imports this file.
+        from flowgen.flows.denoiser import ClipDenoiser, init_denoiser  # imported here to avoid a cycle
 
         variables = super().initial_variables(key)
         if not self.config.denoiser_layers:

@@ -68,7 +68,7 @@ def check_velocity(velocity: object) -> None:
     """Raises ValueError unless a velocity is callable."""
     if not callable(velocity):
         raise ValueError(
-            f"velocity is {shown(velocity)}; give a function (t, x, cond) -> v, such as velocity_field returns."
+            f"velocity is {shown(velocity)}; give a function (t, x, cond) -> v, such as velocity_field(...)."
         )
 
 

@@ -220,7 +220,7 @@ def paired_cost(x0: Float[Array, "b *event"], x1: Float[Array, "b *event"], cost
         value = cost(x0, x1)
         if value.shape != x0.shape[:1]:
             raise ValueError(
-                f"cost returned shape {value.shape}; it must return one number per pair, shape {x0.shape[:1]}."
+                f"cost returned shape {value.shape}; it must return one number per pair, of shape {x0.shape[:1]}."
             )
         return check_cost(value)
 
@@ -240,7 +240,7 @@ def cost_matrix(x0: Float[Array, "b *event"], x1: Float[Array, "m *event"], cost
     check_floating("x1", x1)
     if x0.shape[1:] != x1.shape[1:]:
         raise ValueError(
-            f"x0 has samples of shape {x0.shape[1:]}, but x1 has samples of shape {x1.shape[1:]}; use one shape."
+            f"x0 has samples of shape {x0.shape[1:]}, but x1 has samples of shape {x1.shape[1:]}; they must match."
         )
     named = [(x0, of_rows(x0)), (x1, of_rows(x1, "m"))]
     return check_cost(keep_axes(partial(_cost_matrix, cost=cost), x0, x1, named=named, out="b m"))

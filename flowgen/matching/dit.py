@@ -81,7 +81,7 @@ class DiTConfig:
                 f"width is {self.width}, which is not a multiple of head_dim {self.head_dim}; change one of them."
             )
         if self.width % 4:
-            raise ValueError(f"width is {self.width}; it must be a multiple of 4, as the position table needs.")
+            raise ValueError(f"width is {self.width}; it must be a multiple of 4 for the position table.")
 
     def build(self) -> DiT:
         """Returns the network of this config, without parameters."""

@@ -52,8 +52,9 @@ def flow_matching_loss(
 ) -> Loss:
     """Returns loss_fn(velocity, batch, key, log_mean=None) -> (loss, metrics, log_mean): E[w |v(t, x_t) - u_t|²].
 
-    velocity(t, x, cond): any callable that predicts `prediction`. The loss compares the prediction itself: x1 with x1,
-    noise with x0, and beta · score with -x0. The learned score is ∇ log p_t if the coupling is independent.
+    velocity(t, x, cond): any callable that predicts the quantity named by `prediction`. The loss compares the prediction
+    itself: x1 with x1, noise with x0, and beta · score with -x0. The learned score is ∇ log p_t if the coupling is
+    independent.
     batch: "x1" data, "x0" noise (standard normal if missing), "cond" labels or None, and "rows" (`flowgen.rows.Rows`),
     which a training step adds so that the random numbers do not depend on the number of devices. The squared error is
     averaged over dimensions, in at least float32. label_dropout: probability with which each label is independently
@@ -275,7 +276,7 @@ def check_step(velocity: object, batch: object, key: object) -> None:
 
 
 def check_names(batch: dict[str, Any]) -> None:
-    """Raises ValueError unless a batch has "x1" and no other names than "x0", "cond" and "rows".
+    """Raises ValueError if a batch lacks "x1", or has names other than "x1", "x0", "cond" and "rows".
 
     Example:
         check_names({"x1": images, "cond": labels})

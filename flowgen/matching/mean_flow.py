@@ -160,9 +160,7 @@ def guided_target(
         v = guided_target(average_velocity, t, x_t, labels, v, weight=1.0)
     """
     if cond is None or not jnp.issubdtype(cond.dtype, jnp.integer):
-        raise ValueError(
-            "guidance_weight needs integer labels, but cond has none; give labels, or set guidance_weight to 0."
-        )
+        raise ValueError("guidance_weight needs integer labels as cond; give labels, or set guidance_weight to 0.")
     free = average_velocity(t, x_t, no_labels(cond.shape), jnp.zeros_like(t))
     labelled = over_event((cond != UNCONDITIONAL).astype(v.dtype), v)
     return linear_rule(v, free.astype(v.dtype), weight * labelled)

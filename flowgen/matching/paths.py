@@ -206,7 +206,7 @@ class SchroedingerBridge:
         t = jnp.clip(t, SMALLEST, 1 - SMALLEST)
         noise = jax.random.normal(key, x0.shape, x0.dtype)
         spread = jnp.sqrt(t * (1 - t))
-        # Computed before rounding to the dtype of x0, because bfloat16 rounds times from 0.998 on to 1.
+        # Computed before rounding to the dtype of x0: in bfloat16, times above 0.998 become 1.
         alpha, beta, width, rate = (over_event(c, x0) for c in (t, 1 - t, spread, (1 - 2 * t) / (2 * spread)))
         x_t = beta * x0 + alpha * x1 + self.sigma * width * noise
         return PathSample(x_t, self.sigma * rate * noise + x1 - x0, noise)

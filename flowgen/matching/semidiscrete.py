@@ -34,7 +34,7 @@ AVERAGING = 0.02
 
 @dataclass(frozen=True, eq=False)
 class SemidiscreteOT:
-    """Pairs each x0 with the data point in whose cell it lies; all weights are 1.
+    """Pairs each x0 with the data point whose cell contains it; all weights are 1.
 
     It replaces the data and labels of the batch. y: the dataset. potentials: from `fit_semidiscrete`, or any other
     solver for the squared Euclidean cost. labels: the data's labels, returned as cond. A class is then trained only on
@@ -56,7 +56,7 @@ class SemidiscreteOT:
         for name, array in (("potentials", self.potentials), ("labels", self.labels)):
             if array is not None and array.shape != self.y.shape[:1]:
                 raise ValueError(
-                    f"{name} have shape {array.shape}; give one per data point, with shape {self.y.shape[:1]}."
+                    f"{name} have shape {array.shape}; give one per data point, of shape {self.y.shape[:1]}."
                 )
 
     def __call__(
@@ -69,7 +69,7 @@ class SemidiscreteOT:
         return Coupled(x0, take_rows(self.y, partner), cond, jnp.zeros(len(x0), x0.dtype))
 
     def partner(self, x0: Float[Array, "b *event"]) -> Int[Array, " b"]:
-        """Returns, for each x0, the index of the data point in whose cell it lies."""
+        """Returns, for each x0, the index of the data point whose cell contains it."""
         return jnp.argmax(self.potentials[None] - cost_matrix(x0, self.y, "sqeuclidean"), axis=1)
 
 

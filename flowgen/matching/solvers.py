@@ -238,7 +238,7 @@ def guided(
     if len(weights) != 1:
         raise ValueError(f"scale is {scale} and weight is {weight}; give exactly one of them (scale = 1 + weight).")
     if not isinstance(weights[0], Tracer) and not np.isfinite(weights[0]):
-        raise ValueError(f"scale is {scale} and weight is {weight}; the one that you give must be finite.")
+        raise ValueError(f"scale is {scale} and weight is {weight}; the strength of the guidance must be finite.")
 
     def stacked(cond, free):
         # In an unsigned dtype, -1 would wrap around to a large label.

@@ -70,7 +70,8 @@ class UNetConfig:
     num_groups: number of groups in group norm.
     dropout: share of activations set to 0 in training; at least 0 and below 1.
     num_classes: number of classes that the field is conditioned on; 0 for none.
-    scale_shift_norm: let the embedding scale and shift the normalised activations; if not, it is added before the norm.
+    scale_shift_norm: whether the embedding scales and shifts the normalised activations; otherwise, it is added before
+    the norm.
     time_scale: factor on times before the sinusoidal embedding, which expects 0 to 1,000.
     intervals: also predict average velocities over an interval (MeanFlow).
     dtype: dtype of convolutions and activations; parameters, norms, the embedding and the velocity stay float32.
