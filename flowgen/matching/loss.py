@@ -52,9 +52,9 @@ def flow_matching_loss(
 ) -> Loss:
     """Returns loss_fn(velocity, batch, key, log_mean=None) -> (loss, metrics, log_mean): E[w |v(t, x_t) - u_t|²].
 
-    velocity(t, x, cond): any callable that predicts the quantity named by `prediction`. The loss compares the prediction
-    itself: x1 with x1, noise with x0, and beta · score with -x0. The learned score is ∇ log p_t if the coupling is
-    independent.
+    velocity(t, x, cond): any callable that predicts the quantity named by `prediction`. The loss compares the
+    prediction itself: x1 with x1, noise with x0, and beta · score with -x0. The learned score is ∇ log p_t if the
+    coupling is independent.
     batch: "x1" data, "x0" noise (standard normal if missing), "cond" labels or None, and "rows" (`flowgen.rows.Rows`),
     which a training step adds so that the random numbers do not depend on the number of devices. The squared error is
     averaged over dimensions, in at least float32. label_dropout: probability with which each label is independently
@@ -192,7 +192,7 @@ def followed_log_mean(log_mean: Float[Array, ""] | None, found: Float[Array, ""]
 
 
 def combined_log_mean(before: Float[Array, ""], followed: Float[Array, " parts"]) -> Float[Array, ""]:
-    """Returns the running log-mean after a batch, from the running log-means after each of its micro-batches.
+    """Returns the running log-mean after a batch, given the running log-mean after each of its micro-batches.
 
     Example:
         log_mean = combined_log_mean(log_mean, jnp.stack([followed_log_mean(log_mean, found) for found in parts]))

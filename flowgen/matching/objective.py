@@ -184,7 +184,7 @@ def matching_objective(
 
 
 def combined_state(before: dict[str, Any], parts: dict[str, Any]) -> dict[str, Any]:
-    """Returns the carried state after a batch, from the states after each of its micro-batches.
+    """Returns the carried state after a batch, given the state after each of its micro-batches.
 
     Example:
         state = combined_state({"matching": {"log_mean": before}}, {"matching": {"log_mean": stacked}})
