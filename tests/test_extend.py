@@ -125,7 +125,7 @@ def test_a_flow_of_own_parts_is_exact(config, key):
 
 
 def test_a_scale_of_another_shape_is_refused(key):
-    with pytest.raises(ValueError, match="scale_parameterisation gave shapes"):
+    with pytest.raises(ValueError, match="scale_parameterisation returned shapes"):
         flowgen.init(FLOW(scale_parameterisation=own.misshapen).build(), key)
 
 

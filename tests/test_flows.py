@@ -277,9 +277,9 @@ def test_label_dropout_drops_that_share(key):
     ("change", "message"),
     [
         ({"image_size": 7}, r"image_size has height 7 and width 7, which patch_size 2 does not divide"),
-        ({"width": 40}, r"width is 40, not a multiple of head_dim 16"),
+        ({"width": 40}, r"width is 40, which is not a multiple of head_dim 16"),
         ({"num_blocks": 0}, r"num_blocks is 0; it must be at least 1"),
-        ({"patch_size": 6}, r"makes the image one token"),
+        ({"patch_size": 6}, r"makes the whole image one token"),
         ({"noise_std": -0.1}, r"noise_std is -0.1"),
         ({"attention": "sofmax"}, r"attention is 'sofmax'; choose one of softmax"),
     ],

@@ -224,7 +224,7 @@ REFUSED = {
     "small epsilon of a plan": (lambda: fm.MinibatchOT("sinkhorn", epsilon=1e-38), "epsilon is 1e-38; it must be at"),
     "cost of a column": (
         lambda: fm.GibbsWeights(1.0, cost=lambda a, b: a[:, :1], sinkhorn_sweeps=2)(None, X0, X1),
-        "cost gave shape (3, 1)",
+        "cost returned shape (3, 1)",
     ),
     "nothing to choose from": (lambda: fm.choose_epsilon(X0, X0), "the mean cost is 0.0"),
     "negative epsilon": (lambda: fm.GibbsWeights(-1.0), "epsilon is -1.0; it must be at least 1e-20"),
@@ -245,14 +245,23 @@ REFUSED = {
         "needs one label per sample",
     ),
     "negative sweeps": (lambda: fm.GibbsWeights(1.0, sinkhorn_sweeps=-1), "sinkhorn_sweeps is -1"),
-    "cost of one number": (lambda: fm.GibbsWeights(1.0, cost=lambda a, b: a.sum())(None, X0, X1), "cost gave shape ()"),
+    "cost of one number": (
+        lambda: fm.GibbsWeights(1.0, cost=lambda a, b: a.sum())(None, X0, X1),
+        "cost returned shape ()",
+    ),
     "unknown method": (lambda: fm.MinibatchOT(method="partial"), "method is 'partial'"),
     "batches that differ": (lambda: fm.Independent()(None, X0, X1[:2]), "must have the same shape"),
     "weighted batches that differ": (lambda: fm.GibbsWeights(1.0)(None, X0, X1[:2]), "must have the same shape"),
-    "events that differ": (lambda: cost_matrix(X0, X1[:, :1], "euclidean"), "events of shape (2,) and x1 (1,)"),
-    "no labels": (lambda: fm.MinibatchOT(class_aware=True)(None, X0, X1), "needs labels as cond"),
+    "events that differ": (
+        lambda: cost_matrix(X0, X1[:, :1], "euclidean"),
+        "samples of shape (2,), but x1 has samples of shape (1,)",
+    ),
+    "no labels": (lambda: fm.MinibatchOT(class_aware=True)(None, X0, X1), "needs labels, but cond is None"),
     "potentials": (lambda: fm.SemidiscreteOT(X1, jnp.zeros(2)), "potentials have shape (2,)"),
-    "labels without labels": (lambda: fm.SemidiscreteOT(X1, jnp.zeros(3))(None, X0, X1, T3), "data have no labels"),
+    "labels without labels": (
+        lambda: fm.SemidiscreteOT(X1, jnp.zeros(3))(None, X0, X1, T3),
+        "SemidiscreteOT has no labels",
+    ),
     "no steps": (lambda: fm.fit_semidiscrete(None, X1, num_steps=0), "num_steps is 0"),
 }
 T3 = jnp.arange(3)

@@ -80,7 +80,7 @@ def test_data_on_a_sphere_are_not_tilted_by_round_noise(toys):
 
 
 def test_a_tilt_above_the_coupling_is_warned_of(toys):
-    with pytest.warns(UserWarning, match=r"1\.\d+ from the data, but 0\.\d+ from the pairing; set the coupling's"):
+    with pytest.warns(UserWarning, match=r"1\.\d+ from the data, but 0\.\d+ from the pairing\. Set sinkhorn_sweeps"):
         fm.warn_if_tilted(weight_report(toys["normal"], toys["moons"], epsilon=1.0))
     with pytest.warns(UserWarning, match="from the noise"):
         fm.warn_if_tilted(weight_report(toys["moons"], toys["normal"], epsilon=1.0))

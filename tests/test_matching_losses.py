@@ -452,26 +452,26 @@ WIDE = {"x1": X1[:, :1], "x0": X0[:, :1]}
 REFUSED = {
     "output of one number": (
         lambda: fm.flow_matching_loss()(lambda t, x, cond: x[:, 0], WIDE, jax.random.key(0)),
-        "the velocity has shape (3,) at x of shape (3, 1)",
+        "the velocity has shape (3,), but x has shape (3, 1)",
     ),
     "output of one channel": (
         lambda: fm.flow_matching_loss()(lambda t, x, cond: x[:, :1], {"x1": X1}, jax.random.key(0)),
-        "it must have the shape of x",
+        "they must have the same shape",
     ),
     "average of one channel": (
         lambda: fm.mean_flow_loss()(lambda t, x, cond, interval: x[:, :1], {"x1": X1}, jax.random.key(0)),
-        "it must have the shape of x",
+        "they must have the same shape",
     ),
     "bridge of one channel": (
         lambda: fm.score_and_flow_matching_loss()(lambda t, x, cond: (x, x[:, :1]), {"x1": X1}, jax.random.key(0)),
-        "it must have the shape of x",
+        "they must have the same shape",
     ),
     "labels in a list": (
         lambda: loss_of({"x1": X1, "cond": [0, 1, 2]}, label_dropout=0.1),
         "give arrays with one row per sample",
     ),
-    "batch of other names": (lambda: loss_of({"x1": X1, "labels": T}), "'cond' labels"),
-    "no data": (lambda: loss_of({"x0": X0}), "it takes 'x1' data"),
+    "batch of other names": (lambda: loss_of({"x1": X1, "labels": T}), "'cond' (labels)"),
+    "no data": (lambda: loss_of({"x0": X0}), "it needs 'x1' (data)"),
     "images as bytes": (lambda: loss_of({"x1": jnp.zeros((3, 2), jnp.uint8)}), "x1 is uint8"),
     "noise of integers": (lambda: loss_of({"x1": X1, "x0": jnp.zeros((3, 2), jnp.int32)}), "x0 is int32"),
     "empty batch": (lambda: loss_of({"x1": X1[:0]}), "the batch is empty"),
@@ -481,7 +481,7 @@ REFUSED = {
     ),
     "labels to drop": (
         lambda: loss_of({"x1": X1, "cond": jnp.zeros((3, 4))}, label_dropout=0.1),
-        "only integer labels, one per sample, can be dropped",
+        "give one integer label per sample",
     ),
     "x1 of a path with spread": (lambda: fm.flow_matching_loss(path=fm.CondOT(0.1), prediction="x1"), "sigma 0.1"),
     "noise of a bridge": (
@@ -498,7 +498,7 @@ REFUSED = {
     "prediction": (lambda: fm.flow_matching_loss(prediction="eps"), "prediction is 'eps'"),
     "share": (lambda: fm.mean_flow_loss(instantaneous=1.5), "instantaneous is 1.5"),
     "power": (lambda: fm.mean_flow_loss(power=-1.0), "power is -1.0"),
-    "guidance": (lambda: fm.mean_flow_loss(guidance_weight=-0.5), "guidance_weight -0.5"),
+    "guidance": (lambda: fm.mean_flow_loss(guidance_weight=-0.5), "guidance_weight is -0.5"),
     "no steps": (lambda: fm.integrate_mean(average_velocity, X0, num_steps=0), "num_steps is 0"),
     "std of times": (lambda: fm.LogitNormal(std=0.0), "std is 0.0; it must be positive"),
     "shift": (lambda: fm.Shifted(0.0), "shift is 0.0"),

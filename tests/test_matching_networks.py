@@ -130,7 +130,7 @@ def test_a_dit_has_the_size_of_the_papers_table():
 
 REFUSED = {
     "patch": ({"image_size": 5}, "image_size has height 5 and width 5, which patch_size 2 does not divide"),
-    "heads": ({"head_dim": 24}, "width is 32, not a multiple of head_dim 24"),
+    "heads": ({"head_dim": 24}, "width is 32, which is not a multiple of head_dim 24"),
     "attention": ({"attention": "flash"}, "attention is 'flash'; choose one of softmax, soft"),
     "layers": ({"num_layers": 0}, "num_layers is 0; it must be at least 1"),
     "classes": ({"num_classes": -1}, "num_classes is -1"),

@@ -283,11 +283,11 @@ def test_closed_forms_of_the_cases_are_right():
 REFUSED = {
     "conversion through a spread": (
         lambda: fm.prediction_to_velocity(fm.CondOT(0.5), T, X0, X1, "x1"),
-        "prediction is 'x1', but the path has noise of its own, sigma 0.5",
+        "prediction is 'x1', but the path adds noise (sigma 0.5)",
     ),
     "score of a bridge": (
         lambda: fm.velocity_to_score(fm.SchroedingerBridge(), T, X0, X1),
-        "the path has noise of its own",
+        "the path adds noise",
     ),
     "changing the path of a bridge": (
         lambda: fm.change_path(lambda t, x, cond: x, fm.SchroedingerBridge(), fm.CondOT()),

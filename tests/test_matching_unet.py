@@ -197,7 +197,11 @@ def test_times_are_stretched_before_the_sinusoids():
         ("width", 48, "num_groups is 32, which does not divide the 48 channels of level 0; change width"),
         ("multipliers", (), r"multipliers has 0 entries; give 1 to 8."),
         ("multipliers", (1, 0.5), r"multipliers is \(1, 0.5\); it must be a tuple of integers"),
-        ("attention_factors", (16,), "attention_factors has 16; the levels of this network are 1, 2, 4, 8."),
+        (
+            "attention_factors",
+            (16,),
+            "attention_factors has 16; choose from the factors of this network's levels: 1, 2, 4, 8.",
+        ),
         ("head_dim", 96, "head_dim is 96, which does not divide the 256 channels of level 1; change"),
         ("dropout", 1.0, "dropout is 1.0; it must be below 1."),
         ("num_classes", -1, "num_classes is -1"),

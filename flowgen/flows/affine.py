@@ -77,7 +77,7 @@ def num_outputs(scale: ScaleParameterisation) -> int:
 def shift_and_log_scale(
     out: Float[Array, "b n outputs"], scale: ScaleParameterisation
 ) -> tuple[Float[Array, "b n c"], Float[Array, "b n c"]]:
-    """Returns the (shift, log_scale) of tokens from the network's outputs, in which the raw scale comes first.
+    """Returns (shift, log_scale) for all tokens, given the network's outputs: the raw scale, then the shift.
 
     Raises ValueError if a custom parameterisation returns arrays of the wrong shape.
     """
@@ -88,6 +88,6 @@ def shift_and_log_scale(
     shapes = tuple(jnp.shape(part) for part in mapped)
     if shapes != (raw.shape, raw.shape):
         raise ValueError(
-            f"scale_parameterisation gave shapes {shapes}; it must give shift and log_scale of shape {raw.shape}."
+            f"scale_parameterisation returned shapes {shapes}; it must return shift and log_scale of shape {raw.shape}."
         )
     return mapped

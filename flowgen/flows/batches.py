@@ -40,7 +40,9 @@ def check_batch(batch: Any) -> None:
         raise ValueError("the batch is empty; give at least one image, clip or latent.")
     counts = {len(part) for part in jax.tree.leaves(batch.context)}
     if counts - {batch.size}:
-        raise ValueError(f"batch.context has {counts.pop()} rows, and batch.x has {batch.size}; give one for each.")
+        raise ValueError(
+            f"batch.context has {counts.pop()} rows, and batch.x has {batch.size}; give both the same number."
+        )
 
 
 def batch_input(
@@ -92,7 +94,9 @@ def batch_condition(
     Raises ValueError if texts may be dropped but `null_text` is None.
     """
     if label_dropout and flow.config.text_dim and null_text is None:
-        raise ValueError(f"label_dropout is {label_dropout}, but no null_text is given for dropped texts; give one.")
+        raise ValueError(
+            f"label_dropout is {label_dropout}, but no null_text is given; give one to replace dropped texts."
+        )
 
     def condition(rows: Rows, batch: Batch, shape: tuple[int, ...]):
         cond = condition_of(flow, batch)

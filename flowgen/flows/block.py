@@ -48,7 +48,7 @@ Variables = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class ClassPrefix:
-    """A prefix of one token: the label's row of a table whose last row means "unconditional"."""
+    """A prefix of one token: the label's row in a table whose last row means "unconditional"."""
 
     num_classes: int
     length = 1
@@ -85,8 +85,8 @@ class BlockConfig:
 
     num_classes: number of classes whose embeddings are added to the tokens; 0 for none. prefix: tokens that precede the
     block's own. positions: rotary positions; None means a learned table. soft_clip: bound on the raw outputs; 0 for
-    none. final_norm: whether an RMSNorm precedes the last linear map. frames: number of runs of num_tokens tokens, such
-    as the frames of a video, that the block maps independently.
+    none. final_norm: whether an RMSNorm precedes the last linear map. frames: number of groups of num_tokens
+    tokens, such as the frames of a video, that the block maps independently.
     """
 
     num_tokens: int
@@ -115,7 +115,7 @@ class BlockConfig:
 class BlockState(NamedTuple):
     """The state of a block before a window of tokens.
 
-    start: number of rows before the window. caches: the caches of all layers, which hold the prefix and the earlier
+    start: number of rows before the window. caches: the caches of all layers, with the prefix and the earlier
     rows; None if the window is a whole sequence. inverse_temperature: a factor on the attention logits of each sample;
     None means 1.
     """
@@ -178,7 +178,7 @@ class AutoregressiveBlock(nn.Module):
     ) -> tuple[Float[Array, "b n c"], Float[Array, "b n c"]]:
         """Returns (shift, log_scale) of all tokens in raster order; both are 0 for passthrough tokens."""
         config = self.config
-        cond = cond if config.is_conditional else None  # Blocks on single frames take none.
+        cond = cond if config.is_conditional else None  # Blocks that map single frames take none.
         u = reorder(each_frame(x, config.frames), config.order)
         shift, log_scale, _ = self.conditioner(self.previous(u), cond)
         passthrough = ((0, 0), (self.num_passthrough, 0), (0, 0))

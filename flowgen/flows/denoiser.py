@@ -1,6 +1,6 @@
-"""The causal denoiser of clips, which learns a flow's own score (flow-score matching, STARFlow-V, arXiv 2511.20462).
+"""The causal denoiser for clips, which learns its flow's score (flow-score matching, STARFlow-V, arXiv 2511.20462).
 
-A flow of noisy clips x̃ = x + σ ε has the score ∇ log p(x̃), and one step x̃ + σ² ∇ log p(x̃) removes the noise. That
+A flow of noisy clips x̃ = x + σ ε has the score ∇ log p(x̃), and one step x̃ + σ² ∇ log p(x̃) removes the noise. This
 score is rough, and the score of a frame depends on all later frames. A network s(x̃) that sees a window of frames
 learns t = -σ ∇ log p(x̃), which is of order one; the step is then x̃ - σ s(x̃). In each layer a frame sees the next
 `denoiser_lookahead_frames` frames; without this lookahead the network cannot infer the direction of time.
@@ -58,7 +58,7 @@ class ClipDenoiser(OnMeshes, nn.Module):
     def setup(self):
         clip, transformer = self.config, self.transformer
         if not clip.denoiser_layers:
-            raise ValueError("model.denoiser_layers is 0, so there is no denoiser; give it layers.")
+            raise ValueError("model.denoiser_layers is 0, so there is no denoiser; set it to 1 or more.")
         width, dtype, prefix = transformer.width, transformer.dtype, clip.blocks[-1].prefix
         self.proj_in = linear(width, clip.token_dim, dtype)
         if prefix is not None:
@@ -78,7 +78,7 @@ class ClipDenoiser(OnMeshes, nn.Module):
         h = self.proj_in(clip.to_tokens(x))
         if deep.prefix is not None:
             h = jnp.concatenate([self.proj_prefix(deep.prefix.features(cond, len(x), jnp.dtype(dtype))), h], axis=1)
-        assert deep.positions is not None  # a STARFlow's are rotary
+        assert deep.positions is not None  # a STARFlow has rotary positions
         rotation = tuple(jnp.asarray(table, master) for table in deep.positions.rotary(deep.prefix_length))
         h, _ = self.layers(h, None, 0, None, rotation)
         out = self.proj_out(self.final_norm(h[:, deep.prefix_length :]))
@@ -86,12 +86,12 @@ class ClipDenoiser(OnMeshes, nn.Module):
 
 
 def init_denoiser(denoiser: ClipDenoiser, key: Key[Array, ""]) -> Variables:
-    """Returns freshly initialised variables of a denoiser; shapes come from its config.
+    """Returns freshly initialised variables for a denoiser; its config determines their shapes.
 
     Example:
         variables = init_denoiser(ClipDenoiser(flow.config), jax.random.key(0))
     """
-    one = ClipDenoiser(denoiser.config.with_num_frames(1), parent=None)  # Parameters do not depend on it.
+    one = ClipDenoiser(denoiser.config.with_num_frames(1), parent=None)  # Any length gives the same parameters.
     clip = jnp.zeros((1, *one.config.event_shape), master_dtype(one.config.dtype))
     return jax.jit(lambda key: one.init(key, clip, _some_condition(one.config)))(key)
 
@@ -110,7 +110,7 @@ def denoiser_variables(variables: Variables) -> Variables:
 
 @dataclass(frozen=True)
 class DenoiserStep:
-    """The step x - σ s(x, cond) for clips of any length, as the function of a `flowgen.decoding.Denoiser`.
+    """The step x - σ s(x, cond) for clips of any length, for use as the function of a `flowgen.decoding.Denoiser`.
 
     noise_std: σ. chunk: number of frames that the network sees at once; None means all. Each later chunk begins with
     the `denoiser_past_frames` frames before its outputs, still noisy, as in training. A chunk's last

@@ -1,4 +1,4 @@
-"""What follows from a flow's density: bits per dimension, the score, the Tweedie step, and class posteriors.
+"""Quantities that follow from a flow's density: bits per dimension, the score, the Tweedie step, and class posteriors.
 
 For a flow z = f(x) with prior N(0, v):  log p(x) = Σ log N(z; 0, v) + log|det dz/dx|.  Everything is in nats.
 """
@@ -74,10 +74,10 @@ class Flow(Protocol):
 def check_flow(flow: Flow, variables: Variables) -> None:
     """Raises ValueError unless these are a flow and its variables, in this order."""
     if not isinstance(flow, Flow):
-        raise ValueError(f"flow is {shown(flow)}; give a flow, such as TARFlow(config), and then its params.")
+        raise ValueError(f"flow is {shown(flow)}; give a flow, such as TARFlow(config), followed by its params.")
     if not (isinstance(variables, Mapping) and "params" in variables):
         given = f"a dict of {', '.join(map(str, variables))}" if isinstance(variables, Mapping) else shown(variables)
-        raise ValueError(f"params is {given}; give the dict with 'params' that flowgen.init and flowgen.load return.")
+        raise ValueError(f"params is {given}; give the dict with 'params' that flowgen.init or flowgen.load returned.")
 
 
 def bits_per_dim(log_prob: Float[Array, "*b"], num_dims: int) -> Float[Array, "*b"]:
@@ -117,7 +117,7 @@ def tweedie_step(
     noise_std: float | None = None,
     strength: Float[Array, ""] | float = 1.0,
 ) -> Float[Array, "b *event"]:
-    """Returns E[clean | x] by Tweedie's formula, x + strength · σ² ∇_x log p(x | cond), not clipped.
+    """Returns E[clean | x] by Tweedie's formula, x + strength · σ² ∇_x log p(x | cond), without clipping.
 
     noise_std: σ; None takes it from the flow's config. If σ is 0, x is returned unchanged.
 
@@ -138,7 +138,7 @@ def class_posterior(
     x: Float[Array, "b *event"],
     log_prior: Float[Array, " classes"] | None = None,
 ) -> Float[Array, "b classes"]:
-    """Returns p(class | x) ∝ p(x | class) p(class), by Bayes' rule, from one likelihood per class.
+    """Returns p(class | x) ∝ p(x | class) p(class), by Bayes' rule, from the likelihood of x under each class.
 
     log_prior: log p(class) up to a constant; None means uniform. Raises ValueError if the flow has no classes.
 
@@ -148,7 +148,7 @@ def class_posterior(
     check_flow(flow, variables)
     num_classes = flow.config.num_classes
     if num_classes == 0:
-        raise ValueError("class_posterior needs a flow with classes; this one has num_classes 0.")
+        raise ValueError("class_posterior needs a flow with classes, but this flow has num_classes=0.")
     flow.config.check_samples(x)
     if log_prior is not None and jnp.shape(log_prior) != (num_classes,):
         raise ValueError(f"log_prior is {shown(log_prior)}; give one number per class, of shape ({num_classes},).")

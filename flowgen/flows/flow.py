@@ -37,12 +37,12 @@ class ImageTokens:
         check_patches(self.image_size, self.patch_size)
         if self.num_tokens > MAX_TOKENS:
             raise ValueError(
-                f"image_size is {self.image_size} and patch_size {self.patch_size}, which gives "
-                f"{self.num_tokens} tokens, more than {MAX_TOKENS}; use a larger patch_size."
+                f"image_size {self.image_size} and patch_size {self.patch_size} give {self.num_tokens} tokens, "
+                f"above the limit of {MAX_TOKENS}; use a larger patch_size."
             )
         if self.num_tokens < 2:
             raise ValueError(
-                f"patch_size is {self.patch_size}, which makes the image one token; use a smaller patch_size."
+                f"patch_size is {self.patch_size}, which makes the whole image one token; use a smaller patch_size."
             )
 
     @property
@@ -103,7 +103,7 @@ class ImageTokens:
         return patches.reshape(len(x), self.num_tokens, self.token_dim)
 
     def to_images(self, tokens: Float[Array, "b n token"]) -> Float[Array, "b *event"]:
-        """Returns the samples whose tokens, in raster order, are `tokens`."""
+        """Returns the samples that have these tokens, given in raster order."""
         patches = tokens.reshape(-1, self.tokens_per_image, self.token_dim)
         images = unpatchify(patches, self.patch_size, self.image_hw, self.patch_order)
         return images.reshape(len(tokens), *self.event_shape)
@@ -150,7 +150,7 @@ class AutoregressiveFlow(OnMeshes, nn.Module):
         return states[-1], logdet
 
     def _through(self, blocks, x, cond):
-        """The tokens before the first of these blocks and after each of them, and the total logdet of the blocks."""
+        """Returns the tokens before the first of these blocks and after each block, and the total logdet."""
         config = self.config
         config.check_samples(x)
         cond = config.check_cond(cond, x.shape[0])
@@ -173,8 +173,8 @@ class AutoregressiveFlow(OnMeshes, nn.Module):
             return self
         if not hasattr(self.config, "with_image_size"):
             raise ValueError(
-                f"images are {height} x {width}; this model takes only {self.config.image_hw}, to which its "
-                "parameters are tied."
+                f"images are {height} x {width}; this model takes only {self.config.image_hw}, because its parameters "
+                "fit only that size."
             )
         return type(self)(self.config.with_image_size(height, width), parent=None)
 
@@ -187,7 +187,7 @@ class AutoregressiveFlow(OnMeshes, nn.Module):
         if frames == self.config.num_tokens // self.config.tokens_per_image:
             return self
         if not hasattr(self.config, "with_num_frames"):
-            raise ValueError(f"frames is {frames}; this model takes images, which are one frame.")
+            raise ValueError(f"frames is {frames}; this model takes single images, so frames must be 1.")
         return type(self)(self.config.with_num_frames(frames), parent=None)
 
     def prior_variance(self) -> Float[Array, "n token"]:
@@ -208,7 +208,7 @@ class AutoregressiveFlow(OnMeshes, nn.Module):
         return bits_per_dim(self.log_prob(x, cond), self.config.num_dims)
 
     def to_images(self, tokens: Float[Array, "b n token"]) -> Float[Array, "b *event"]:
-        """Returns the samples whose tokens are `tokens`."""
+        """Returns the samples that have these tokens."""
         return self.config.to_images(tokens)
 
     @nn.nowrap
@@ -219,10 +219,12 @@ class AutoregressiveFlow(OnMeshes, nn.Module):
         """
         config = self.config
         if config.dtype == "float64" and not jax.config.read("jax_enable_x64"):
-            raise ValueError("model.dtype is 'float64', which jax has switched off; set jax_enable_x64 first.")
+            raise ValueError(
+                "model.dtype is 'float64', but JAX has 64-bit numbers turned off; set jax_enable_x64 first."
+            )
         params = {}
         for index, block in enumerate(config.blocks):
-            shape = dataclasses.replace(block, order="raster", frames=1)  # Order and frames have no parameters.
+            shape = dataclasses.replace(block, order="raster", frames=1)  # The parameters do not depend on these.
             params[f"blocks_{index}"] = _init_block(shape, jax.random.fold_in(key, index))
         if config.scale_parameterisation != "volume_preserving":
             return {"params": params}

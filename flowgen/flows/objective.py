@@ -30,7 +30,7 @@ def nll_objective(
 
     loss = loss_scale (½ mean z² - mean logdet / num_dims) + norm_penalty Σ_k mean x_k², in nats per dimension, up to
     constants. The loss is TARFlow's; the penalty, on the tokens that enter each block, is STARFlow's.
-    batch: a `flowgen.data.Batch` of any image size that `flow.with_image_size` takes; its context holds the labels or
+    batch: a `flowgen.data.Batch` of any image size that `flow.with_image_size` accepts; its context has the labels or
     texts that the flow takes. With probability `label_dropout`, a label becomes -1, and a text becomes
     null_text(([frames,] height, width)), the encoded "".
     metrics: loss, bits_per_dim of the noisy images (nats_per_dim for latents), mean_square_z, logdet_per_dim, and

@@ -19,7 +19,7 @@ THIRD_AXIS_PAIRS = 8
 
 @dataclass(frozen=True)
 class GridPositions:
-    """The grid of tokens, its reference side P, the channel pairs that turn with each axis, and the number of frames.
+    """The grid of tokens, its reference side P, the channel pairs that rotate with each axis, and the number of frames.
 
     pairs: numbers of channel pairs for the row, the column and, if there is one, the third axis.
     """
@@ -53,5 +53,5 @@ def rotary_pairs(head_dim: int, *, third_axis: bool) -> tuple[int, ...]:
     spatial = head_dim // 2 - (THIRD_AXIS_PAIRS if third_axis else 0)
     least = 2 * THIRD_AXIS_PAIRS + 4 if third_axis else 4
     if head_dim % 4 or spatial < 2:
-        raise ValueError(f"head_dim is {head_dim}; rotary positions need a multiple of 4, at least {least}.")
+        raise ValueError(f"head_dim is {head_dim}; rotary positions need a multiple of 4 that is at least {least}.")
     return (spatial // 2, spatial // 2, *((THIRD_AXIS_PAIRS,) if third_axis else ()))

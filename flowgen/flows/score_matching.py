@@ -28,7 +28,7 @@ from flowgen.flows.starflow_v import STARFlowV
 def score_target(
     flow: Flow, variables: Variables, x: Float[Array, "b *event"], cond: Condition | None = None
 ) -> Float[Array, "b *event"]:
-    """Returns t = -σ ∇ log p(x | cond), which a denoiser learns to predict from noisy x; σ is from the flow's config.
+    """Returns t = -σ ∇ log p(x | cond), which a denoiser learns to predict from noisy x; the flow's config gives σ.
 
     Example:
         t = score_target(flow, params, noisy, cond)
@@ -62,8 +62,8 @@ def flow_score_objective(
     """Returns the joint objective (variables, batch, key) -> (loss, metrics) of a video flow and its denoiser.
 
     Arguments and batches are as for `nll_objective`. Clips may have any number of frames; a single image is a clip of
-    one frame. The metrics are those of `nll_objective` with `flow_loss` in place of `loss`, plus `denoiser_loss`, mean
-    |s - t|², and `score_square`, mean |t|², which is the loss of predicting 0.
+    one frame. The metrics are the same as for `nll_objective`, but `loss` is called `flow_loss`. There are two more:
+    `denoiser_loss` is mean |s - t|², and `score_square` is mean |t|², the loss of a denoiser that always predicts 0.
 
     Raises ValueError if the flow has no denoiser, or if texts may be dropped but `null_text` is None.
 

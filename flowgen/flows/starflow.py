@@ -1,4 +1,4 @@
-"""STARFlow: shallow autoregressive blocks and one deep block, on latents, given a class or text (arXiv 2506.06276)."""
+"""STARFlow: shallow autoregressive blocks and one deep block on latents, with classes or texts (arXiv 2506.06276)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from flowgen.settings.ranges import (
     Width,
 )
 
-MAX_ROTATIONS = 1 << 25  # numbers in the largest position table; every trace holds such a table
+MAX_ROTATIONS = 1 << 25  # numbers in the largest position table; every trace contains such a table
 
 
 def block_order(first: TokenOrder, index: int) -> TokenOrder:
@@ -41,34 +41,34 @@ def block_order(first: TokenOrder, index: int) -> TokenOrder:
 
 @config
 class STARFlowConfig(ImageTokens):
-    """Shape of a STARFlow. Most defaults are those of the released text-to-image model, preset "t2i_3b".
+    """Shape of a STARFlow. Most defaults come from the released text-to-image model, the preset "t2i_3b".
 
     image_size: side of the latents, or (height, width).
-    channels: channels of the latents.
-    patch_size: side of the square of latents that becomes one token; it divides the sides of the latents.
-    width: channels of the tokens inside the shallow blocks, a multiple of head_dim.
-    layers_per_block: transformer layers per block, data side first, the deep block last; 0 leaves a block out.
+    channels: number of channels of the latents.
+    patch_size: side of the square patch that becomes one token; it must divide the sides of the latents.
+    width: number of channels of a token inside the shallow blocks, a multiple of head_dim.
+    layers_per_block: number of transformer layers in each block, from the data side to the deep block; 0 omits a block.
     deep_width: width of the last block; None means `width`.
     order: token order in block 0, "raster" or "reversed"; later blocks alternate. The published "L2R" is "reversed".
-    head_dim: channels of an attention head.
-    num_kv_heads: key-value heads, each shared by several query heads; None means one per query head.
+    head_dim: number of channels per attention head.
+    num_kv_heads: number of key-value heads, each shared by several query heads; None means one per query head.
     expansion: width of the feed-forward layers, as a multiple of the block's width.
     norm: normalisation before every layer.
     qk_norm: whether to normalise queries and keys.
     post_norm: whether to normalise each layer's output too.
     activation: activation of the feed-forward layers.
     use_bias: whether the linear layers have biases.
-    scale_parameterisation: "softplus", σ = softplus(a + 0.5413), or a function of your own (shift, raw) -> (shift,
+    scale_parameterisation: "softplus", σ = softplus(a + 0.5413), or your own function (shift, raw) -> (shift,
     log_scale).
     soft_clip: bound c of the map c · tanh(r / c), applied to the raw scale and the shift; 0 for none.
-    num_classes: classes that the density is conditioned on; 0 for none.
+    num_classes: number of classes that the density is conditioned on; 0 for none.
     class_conditioning: "prefix" makes the label a prefix token, as published; "add" adds its embedding to every token,
     and the mean of all class embeddings stands for "unconditional".
-    text_dim: features per text token; 0 for a model without texts.
-    text_length: tokens per text, padding included; 0 for a model without texts.
+    text_dim: number of features per text token; 0 for a model without texts.
+    text_length: number of tokens per text, padding included; 0 for a model without texts.
     conditioned_blocks: which blocks see the class or the text.
-    rope_base_grid: side, in tokens, of the grid that positions refer to; None spaces this grid's tokens 1 apart.
-    attention: attention kernel of the layers: a name, or a kernel of your own.
+    rope_base_grid: side, in tokens, of the grid that positions refer to; None places the tokens 1 apart.
+    attention: attention kernel of the layers: a name, or your own kernel.
     noise_std: σ of the Gaussian training noise; above 0 for latents.
     dtype: dtype of matrix products and activations; parameters, affine maps and log-determinants are at least float32.
     remat: whether to recompute activations in the backward pass instead of storing them; this saves memory and, on
@@ -107,19 +107,20 @@ class STARFlowConfig(ImageTokens):
         self.check_images()
         if (numbers := self.num_tokens * self.head_dim) > MAX_ROTATIONS:
             raise ValueError(
-                f"image_size is {self.image_size}, patch_size {self.patch_size} and head_dim {self.head_dim}, "
-                f"which needs a position table of {numbers} numbers, more than {MAX_ROTATIONS}; use larger patches."
+                f"image_size {self.image_size}, patch_size {self.patch_size} and head_dim {self.head_dim} give a "
+                f"position table of {numbers} numbers, above the limit of {MAX_ROTATIONS}; use a larger patch_size."
             )
         if self.layers_per_block[-1] < 1:
-            raise ValueError(f"layers_per_block is {self.layers_per_block}; the last block must have at least 1.")
+            raise ValueError(f"layers_per_block is {self.layers_per_block}; its last entry must be at least 1.")
         for name, width in (("width", self.width), ("deep_width", self._deep_width)):
             if width % self.head_dim:
                 raise ValueError(
-                    f"{name} is {width}, not a multiple of head_dim {self.head_dim}; change one of the two."
+                    f"{name} is {width}, which is not a multiple of head_dim {self.head_dim}; change one of them."
                 )
             if self.num_kv_heads is not None and self.num_kv_heads > (heads := width // self.head_dim):
                 raise ValueError(
-                    f"num_kv_heads is {self.num_kv_heads}, but {name} {width} has {heads} heads; use a divisor."
+                    f"num_kv_heads is {self.num_kv_heads}, but {name} {width} has only {heads} heads; "
+                    "use a divisor of that number."
                 )
             if self.num_kv_heads is not None and width // self.head_dim % self.num_kv_heads:
                 raise ValueError(
@@ -128,15 +129,17 @@ class STARFlowConfig(ImageTokens):
                 )
         if self.num_kv_heads is not None and self.attention != "softmax":
             raise ValueError(
-                f"num_kv_heads is {self.num_kv_heads}; {self.attention!r} attention cannot share "
-                "key-value heads; use None."
+                f"num_kv_heads is {self.num_kv_heads}, but {self.attention!r} attention cannot share "
+                "key-value heads; set num_kv_heads to None."
             )
         if (self.text_dim > 0) != (self.text_length > 0):
             raise ValueError(
-                f"text_dim is {self.text_dim} and text_length {self.text_length}; give both, or neither (0)."
+                f"text_dim is {self.text_dim} and text_length is {self.text_length}; set both, or leave both at 0."
             )
         if self.num_classes and self.text_dim:
-            raise ValueError(f"num_classes is {self.num_classes} and text_dim {self.text_dim}; choose one.")
+            raise ValueError(
+                f"num_classes is {self.num_classes} and text_dim is {self.text_dim}; set one of them to 0."
+            )
         rotary_pairs(self.head_dim, third_axis=self._third_axis)
 
     def build(self) -> AutoregressiveFlow:
@@ -150,7 +153,7 @@ class STARFlowConfig(ImageTokens):
 
     @property
     def num_blocks(self) -> int:
-        """The number of blocks, not counting those of 0 layers."""
+        """Number of blocks, not counting blocks with 0 layers."""
         return sum(count > 0 for count in self.layers_per_block)
 
     @property
@@ -164,7 +167,7 @@ class STARFlowConfig(ImageTokens):
         return ClassPrefix(self.num_classes) if self.num_classes and self.class_conditioning == "prefix" else None
 
     def with_image_size(self, height: int, width: int) -> STARFlowConfig:
-        """Returns the config for another image size; parameters still fit, and the positions' reference grid stays."""
+        """Returns the config for another image size, with the same reference grid; the parameters still fit."""
         return dataclasses.replace(self, image_size=(height, width), rope_base_grid=self._side)
 
     @property
@@ -185,7 +188,7 @@ class STARFlowConfig(ImageTokens):
 
     @property
     def blocks(self) -> tuple[BlockConfig, ...]:
-        """The blocks from data to noise, except those of 0 layers, which still count when token orders alternate."""
+        """The blocks from data to noise, without blocks of 0 layers; these still count when token orders alternate."""
         last = len(self.layers_per_block) - 1
         return tuple(self._block(index, index == last) for index, count in enumerate(self.layers_per_block) if count)
 

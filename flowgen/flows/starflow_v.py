@@ -23,8 +23,8 @@ class STARFlowVConfig(STARFlowConfig):
     order, and only it sees the condition. The third axis of positions is the frame number or, for a text prefix, the
     token's place in the text.
 
-    frames: latent frames per clip.
-    denoiser_layers: layers of the causal denoiser that learns the flow's score; 0 for none.
+    frames: number of latent frames per clip.
+    denoiser_layers: number of layers of the causal denoiser, which learns the flow's score; 0 for no denoiser.
     denoiser_past_frames: number of earlier frames that a token sees in each layer of the denoiser.
     denoiser_lookahead_frames: number of later frames that a token sees in each layer of the denoiser.
     """
@@ -40,13 +40,13 @@ class STARFlowVConfig(STARFlowConfig):
         super().__post_init__()
         if self.conditioned_blocks != "deep":
             raise ValueError(
-                f"conditioned_blocks is {self.conditioned_blocks!r}; blocks on single frames take no condition; "
-                "set 'deep'."
+                f"conditioned_blocks is {self.conditioned_blocks!r}, but blocks that map single frames take no "
+                "condition; use 'deep'."
             )
         if block_order(self.order, len(self.layers_per_block) - 1) != "raster":
             raise ValueError(
-                f"layers_per_block has {len(self.layers_per_block)} entries, so with order {self.order!r} "
-                "the deep block runs backwards in time; add or remove an entry, which may be 0."
+                f"layers_per_block has {len(self.layers_per_block)} entries and order is {self.order!r}, so "
+                "the deep block runs backwards in time; add or remove one entry (0 is allowed)."
             )
 
     def build(self) -> AutoregressiveFlow:
@@ -59,7 +59,7 @@ class STARFlowVConfig(STARFlowConfig):
         return (self.frames, *self.image_shape)
 
     def with_num_frames(self, frames: int) -> STARFlowVConfig:
-        """Returns the config for another clip length; parameters still fit."""
+        """Returns the config for another clip length; the parameters still fit."""
         return dataclasses.replace(self, frames=frames)
 
     @property
@@ -90,7 +90,7 @@ class STARFlowV(AutoregressiveFlow):
     @nn.nowrap
     def initial_variables(self, key: Key[Array, ""]) -> Variables:
         """Returns freshly initialised variables, including the denoiser's."""
-        from flowgen.flows.denoiser import ClipDenoiser, init_denoiser  # which imports this file
+        from flowgen.flows.denoiser import ClipDenoiser, init_denoiser  # imported here to avoid a cycle
 
         variables = super().initial_variables(key)
         if not self.config.denoiser_layers:

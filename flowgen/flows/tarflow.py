@@ -33,17 +33,17 @@ class TARFlowConfig(ImageTokens):
     """Shape of a TARFlow; the paper writes it p-C-K-L-σ: patch_size-width-num_blocks-layers_per_block-noise_std.
 
     image_size: side of the images in pixels, or (height, width).
-    channels: channels of the images; only images with 1 or 3 channels can be displayed.
-    patch_size: side of the square of pixels that becomes one token; it divides the sides of the image.
-    width: channels of the tokens inside a block, a multiple of head_dim.
-    num_blocks: autoregressive blocks; every second one takes the tokens in reversed order.
-    layers_per_block: transformer layers per block.
-    head_dim: channels of an attention head; a block of smaller width has one head.
+    channels: number of channels of the images; only images with 1 or 3 channels can be displayed.
+    patch_size: side of the square patch that becomes one token; it must divide the sides of the image.
+    width: number of channels of a token inside a block, a multiple of head_dim.
+    num_blocks: number of autoregressive blocks; every second one takes the tokens in reversed order.
+    layers_per_block: number of transformer layers per block.
+    head_dim: number of channels per attention head; a narrower block has one head.
     expansion: width of the feed-forward layers, as a multiple of the block's width.
-    num_classes: classes that the density is conditioned on; 0 for none.
+    num_classes: number of classes that the density is conditioned on; 0 for none.
     scale_parameterisation: "exponential" (the paper's nvp), "volume_preserving" with log-determinant 0 and a tracked
-    prior variance, or a function of your own (shift, raw) -> (shift, log_scale).
-    attention: attention kernel of the layers: a name, or a kernel of your own.
+    prior variance, or your own function (shift, raw) -> (shift, log_scale).
+    attention: attention kernel of the layers: a name, or your own kernel.
     activation: activation of the feed-forward layers.
     noise_std: σ of the Gaussian training noise; 0 means uniform dequantisation.
     dtype: dtype of matrix products and activations; parameters, affine maps and log-determinants are at least float32.
@@ -71,7 +71,7 @@ class TARFlowConfig(ImageTokens):
         self.check_images()
         if self.width > self.head_dim and self.width % self.head_dim:
             raise ValueError(
-                f"width is {self.width}, not a multiple of head_dim {self.head_dim}; change one of the two."
+                f"width is {self.width}, which is not a multiple of head_dim {self.head_dim}; change one of them."
             )
 
     def build(self) -> TARFlow:
@@ -80,7 +80,7 @@ class TARFlowConfig(ImageTokens):
 
     @property
     def text_dim(self) -> int:
-        """Features per text token: 0, because this model takes no texts."""
+        """Number of features per text token: 0, because this model takes no texts."""
         return 0
 
     @property

@@ -21,7 +21,7 @@ def check_positive(name: str, value: float | int) -> None:
 def check_share(ess: float) -> None:
     """Raises ValueError unless an effective sample size, as a share of the pairs, is between 0 and 1."""
     if not 0 < ess < 1:
-        raise ValueError(f"ess is {ess}; it is a share, between 0 and 1.")
+        raise ValueError(f"ess is {ess}; it must be above 0 and below 1.")
 
 
 def check_batch(x0: Array, x1: Array) -> None:
@@ -29,7 +29,7 @@ def check_batch(x0: Array, x1: Array) -> None:
     check_floating("x0", x0)
     check_floating("x1", x1)
     if x0.shape != x1.shape:
-        raise ValueError(f"x0 has shape {x0.shape} and x1 {x1.shape}; noise and data must have the same shape.")
+        raise ValueError(f"x0 has shape {x0.shape}, but x1 has shape {x1.shape}; they must have the same shape.")
     if len(x0) == 0:
         raise ValueError("the batch is empty; give at least one x0 and one x1.")
 
@@ -46,9 +46,11 @@ def check_pair(t: Array, x0: Array, x1: Array) -> None:
 def check_times(t: Array, x0: Array) -> None:
     """Raises ValueError unless there is one time in [0, 1] per sample; values are checked only outside jit."""
     if getattr(t, "shape", None) != x0.shape[:1]:
-        raise ValueError(f"t is {shown(t)}; there must be one time per sample, of shape {x0.shape[:1]}.")
+        raise ValueError(f"t is {shown(t)}; give one time per sample, as an array of shape {x0.shape[:1]}.")
     if not isinstance(t, Tracer) and not ((np.asarray(t) >= 0) & (np.asarray(t) <= 1)).all():
-        raise ValueError(f"t runs from {np.min(t)} to {np.max(t)}; times are within [0, 1], noise at 0, data at 1.")
+        raise ValueError(
+            f"t runs from {np.min(t)} to {np.max(t)}; times must be within [0, 1] (noise at 0, data at 1)."
+        )
 
 
 def check_takes(name: str, function: Callable[..., object], *arguments: str) -> None:
@@ -57,7 +59,7 @@ def check_takes(name: str, function: Callable[..., object], *arguments: str) -> 
         inspect.signature(function).bind(*arguments)
     except TypeError as error:
         taken = ", ".join(arguments)
-        raise ValueError(f"{name} is {shown(function)} that does not take ({taken}): {error}.") from error
+        raise ValueError(f"{name} is {shown(function)}, which cannot be called with ({taken}): {error}.") from error
     except ValueError:  # Some built-in functions have no signature.
         return
 
@@ -65,7 +67,9 @@ def check_takes(name: str, function: Callable[..., object], *arguments: str) -> 
 def check_velocity(velocity: object) -> None:
     """Raises ValueError unless a velocity is callable."""
     if not callable(velocity):
-        raise ValueError(f"velocity is {shown(velocity)}; give a function (t, x, cond) -> v, such as velocity_field's.")
+        raise ValueError(
+            f"velocity is {shown(velocity)}; give a function (t, x, cond) -> v, such as velocity_field(...)."
+        )
 
 
 def check_output(output: Array, x: Array, name: str = "the velocity") -> Array:
@@ -74,5 +78,5 @@ def check_output(output: Array, x: Array, name: str = "the velocity") -> Array:
     Without this check, broadcasting would hide a mismatch.
     """
     if output.shape != x.shape:
-        raise ValueError(f"{name} has shape {output.shape} at x of shape {x.shape}; it must have the shape of x.")
+        raise ValueError(f"{name} has shape {output.shape}, but x has shape {x.shape}; they must have the same shape.")
     return output

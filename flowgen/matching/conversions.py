@@ -14,11 +14,11 @@ from flowgen.matching.checks import check_times
 from flowgen.matching.paths import SMALLEST, Path, Schedule, over_event, schedule_over
 
 Prediction = Literal["velocity", "x1", "noise", "score"]
-# The counterpart of SMALLEST for networks that predict x1, noise or a score: conversion divides their errors by it.
+# Replaces SMALLEST if a network predicts x1, noise or a score, because conversion divides its errors by this number.
 NETWORK_SMALLEST = 0.02
 
 
-_NO_SPREAD = "the path has noise of its own, sigma {}, through which nothing can be converted; set sigma to 0"
+_NO_SPREAD = "the path adds noise (sigma {}), which makes conversion impossible; set sigma to 0"
 
 
 def prediction_to_velocity(
@@ -182,7 +182,7 @@ def check_prediction(kind: str, path: Path | None = None) -> None:
 
 
 def check_no_spread(path: Path) -> None:
-    """Raises ValueError if a path adds noise to x0 and x1, because a velocity cannot separate it from them.
+    """Raises ValueError if a path adds noise, because a velocity does not determine that noise.
 
     Example:
         check_no_spread(CondOT())

@@ -130,10 +130,12 @@ class MinibatchOT:
         if not self.class_aware:
             return jnp.ones(cost.shape, bool)
         if cond is None:
-            raise ValueError("class_aware transport needs labels as cond; give them, or set class_aware to False.")
+            raise ValueError(
+                "class_aware transport needs labels, but cond is None; give labels, or set class_aware to False."
+            )
         if getattr(cond, "shape", None) != (len(cost),) or not jnp.issubdtype(cond.dtype, jnp.integer):
             raise ValueError(
-                f"cond is {shown(cond)}; class_aware transport needs one label per sample, an array of integers "
+                f"cond is {shown(cond)}; class_aware transport needs one label per sample, as an integer array "
                 f"of shape {(len(cost),)}."
             )
         return keep_axes(lambda y: y[:, None] == y[None, :], cond, named=[(cost, "b m")], out="b m")
@@ -142,8 +144,8 @@ class MinibatchOT:
         """Raises ValueError outside jit if the error of a plan exceeds the tolerance."""
         if not isinstance(error, Tracer) and not float(error) <= self.tolerance:
             raise ValueError(
-                f"num_sweeps is {self.num_sweeps}, after which the plan of epsilon {self.epsilon} is off by "
-                f"{float(error):.2g}, above tolerance {self.tolerance}; raise num_sweeps or epsilon, or take "
+                f"num_sweeps is {self.num_sweeps}, but the plan with epsilon {self.epsilon} is then still off by "
+                f"{float(error):.2g}, above tolerance {self.tolerance}; increase num_sweeps or epsilon, or use "
                 "method='exact'."
             )
 
@@ -159,10 +161,9 @@ class GibbsWeights:
     `tilt` if given, otherwise `ess`.
     cost: "euclidean" as published, "sqeuclidean", or a function of two batches that gives one cost per pair.
     normalize: "running" divides by a running mean of w that the loss carries from step to step; "batch" divides by the
-    mean over the batch; "none" does not divide: the weights of images can then be as small as 1e-13, too small for
-    optimizers.
-    sinkhorn_sweeps: number of Sinkhorn sweeps; 0 for none. If positive, the weights come from the entropic plan whose
-    marginals are those of the batch: exp(-cost_ii/epsilon + f_i + g_i). This undoes the tilt that plain weights give
+    mean over the batch; "none" does not divide: the weights of images are then often too small for optimizers.
+    sinkhorn_sweeps: number of Sinkhorn sweeps; 0 for none. If positive, the weights come from the entropic plan
+    with the batch's marginals: exp(-cost_ii/epsilon + f_i + g_i). This undoes the tilt that plain weights give
     noise and data. The number of sweeps is fixed, whatever tilt remains.
     ess: target for choosing epsilon: the effective sample size as a share of the pairs, between 0 and 1.
     tilt: target for choosing epsilon: the largest relative variance of either marginal's re-weighting; None to use ess.
@@ -193,7 +194,7 @@ class GibbsWeights:
         check_batch(x0, x1)
         if self.epsilon is None:
             raise ValueError(
-                "epsilon is None; choose it from data with coupling = fit_epsilon(coupling, x0, x1), or set it."
+                "epsilon is None; set it, or choose it from data with coupling = fit_epsilon(coupling, x0, x1)."
             )
         if self.sinkhorn_sweeps:
             log_weight = corrected_log_weight(-cost_matrix(x0, x1, self.cost) / self.epsilon, self.sinkhorn_sweeps)
@@ -205,7 +206,7 @@ class GibbsWeights:
         return Coupled(x0, x1, cond, log_weight)
 
 
-# The couplings that a config may hold; add new ones here.
+# The couplings that a config may contain; add new ones here.
 OwnCoupling = Annotated[Coupling, Own("a function (key, x0, x1, cond) -> Coupled")]
 AnyCoupling = Independent | GibbsWeights | MinibatchOT | OwnCoupling
 
@@ -218,7 +219,9 @@ def paired_cost(x0: Float[Array, "b *event"], x1: Float[Array, "b *event"], cost
     if callable(cost):
         value = cost(x0, x1)
         if value.shape != x0.shape[:1]:
-            raise ValueError(f"cost gave shape {value.shape}; it must give one number per pair, {x0.shape[:1]}.")
+            raise ValueError(
+                f"cost returned shape {value.shape}; it must return one number per pair, of shape {x0.shape[:1]}."
+            )
         return check_cost(value)
 
     def distance(x0, x1):
@@ -236,7 +239,9 @@ def cost_matrix(x0: Float[Array, "b *event"], x1: Float[Array, "m *event"], cost
     check_floating("x0", x0)
     check_floating("x1", x1)
     if x0.shape[1:] != x1.shape[1:]:
-        raise ValueError(f"x0 has events of shape {x0.shape[1:]} and x1 {x1.shape[1:]}; they must have the same.")
+        raise ValueError(
+            f"x0 has samples of shape {x0.shape[1:]}, but x1 has samples of shape {x1.shape[1:]}; they must match."
+        )
     named = [(x0, of_rows(x0)), (x1, of_rows(x1, "m"))]
     return check_cost(keep_axes(partial(_cost_matrix, cost=cost), x0, x1, named=named, out="b m"))
 
@@ -280,7 +285,9 @@ def check_cost(cost: Float[Array, "..."]) -> Float[Array, "..."]:
     if not isinstance(cost, Tracer):
         bad = int(np.isnan(np.asarray(cost)).sum())
         if bad:
-            raise ValueError(f"{bad} of {cost.size} costs are NaN; check the cost function, and the batch for NaN.")
+            raise ValueError(
+                f"{bad} of {cost.size} costs are NaN; check the cost function, and look for NaN in the batch."
+            )
     return cost
 
 

@@ -1,4 +1,4 @@
-"""Diagnostics of weights and learned fields: effective sample size, tilt versus coupling, path energy, distances."""
+"""Diagnostics for weights and learned fields: effective sample size, tilt versus coupling, path energy, distances."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def weight_report(
 
     If row_std or column_std exceeds interaction_std, the weights affect which noise or data are learned more than how
     they are paired, and `warn_if_tilted` warns. All three are inversely proportional to epsilon, so their ratios depend
-    only on the samples and the cost. The report covers plain weights, not those of
-    `GibbsWeights(sinkhorn_sweeps=...)`, which have almost no tilt.
+    only on the samples and the cost. The report describes plain weights. The corrected weights of
+    `GibbsWeights(sinkhorn_sweeps=...)` have almost no tilt.
 
     Example:
         report = weight_report(x0, x1, epsilon=2.0)
@@ -86,10 +86,9 @@ def warn_if_tilted(report: WeightReport) -> None:
     tilted = [f"{std:.2g} from the {name}" for name, std in parts.items() if std > coupling]
     if tilted:
         warnings.warn(
-            f"Gibbs weights tilt the marginals more than they couple them: the standard deviation of log w is "
-            f"{' and '.join(tilted)}, but {coupling:.2g} from the pairing; set the coupling's sinkhorn_sweeps to 10, "
-            "say, or its epsilon larger, which weakens all parts, or put data on a sphere "
-            "(flowgen.matching.to_sphere).",
+            f"Gibbs weights tilt noise or data more than they couple them: the standard deviation of log w is "
+            f"{' and '.join(tilted)}, but {coupling:.2g} from the pairing. Set sinkhorn_sweeps to about 10, increase "
+            "epsilon (which weakens every part), or put the data on a sphere with flowgen.matching.to_sphere.",
             UserWarning,
             stacklevel=2,
         )
@@ -115,15 +114,15 @@ def tilted_wasserstein(
 
     A flow trained with plain weights learns the tilted marginals: f(x) mu(dx) with f = E_data[w(x, .)] / E[w], and
     likewise g(y) nu(dy). Here f and g are means over the samples. Systematic resampling turns the tilted sample into
-    one with equal weights, and an exact assignment matches it to the original one: O(b³) on the host, seconds for 1,000
-    samples.
+    one with equal weights, and an exact assignment matches that sample to the original. The assignment takes O(b³) time
+    on the host: seconds for 1,000 samples.
 
     Example:
         distances = tilted_wasserstein(x0, x1, epsilon=2.0)
     """
     check_positive("epsilon", epsilon)
     if min(len(x0), len(x1)) < 2:
-        raise ValueError(f"there are {len(x0)} x0 and {len(x1)} x1; a floor needs at least two of each.")
+        raise ValueError(f"x0 has {len(x0)} samples and x1 has {len(x1)}; each needs at least two.")
     logits = -cost_matrix(x0, x1, cost) / epsilon
     noise, data = (jax.nn.logsumexp(logits, axis=axis) for axis in (1, 0))
     return TiltedDistances(
@@ -169,7 +168,7 @@ def choose_epsilon(
     """
     check_batch(x0, x1)
     if (ess is None) == (tilt is None):
-        raise ValueError(f"ess is {ess} and tilt is {tilt}; give exactly one target, the other as None.")
+        raise ValueError(f"ess is {ess} and tilt is {tilt}; give exactly one target, and set the other to None.")
     if ess is not None:
         check_share(ess)
     if tilt is not None:
@@ -177,9 +176,7 @@ def choose_epsilon(
     costs = cost_matrix(x0, x1, cost) if tilt is not None or sinkhorn_sweeps else paired_cost(x0, x1, cost)
     scale = float(jnp.abs(costs).mean())
     if not 0 < scale < float("inf"):
-        raise ValueError(
-            f"the mean cost is {scale}; epsilon can only be chosen from costs that are finite and not all 0."
-        )
+        raise ValueError(f"the mean cost is {scale}; to choose epsilon, the costs must be finite and not all 0.")
 
     def kept(log_epsilon):
         logits = -costs / (scale * jnp.exp(log_epsilon))
@@ -195,7 +192,7 @@ def choose_epsilon(
         enough = kept(middle)
         return jnp.where(enough, low, middle), jnp.where(enough, middle, high)
 
-    # In units of the mean cost, epsilon is searched from 6e-6 to 2e5, to the last digit of float32.
+    # The search covers epsilon from 6e-6 to 2e5, in units of the mean cost, to the last digit of float32.
     bounds = jax.lax.fori_loop(0, 30, halve, (jnp.array(-12.0), jnp.array(12.0)))
     return scale * float(jnp.exp(bounds[1]))
 
@@ -204,7 +201,7 @@ def fit_epsilon(coupling: GibbsWeights, x0: Float[Array, "b *event"], x1: Float[
     """Returns the coupling with epsilon chosen from independent pairs for the coupling's target and cost.
 
     The target is `tilt` if given, otherwise `ess`. With a tilt or Sinkhorn sweeps, only the first 1,024 pairs are used;
-    the ess of plain weights uses all. A coupling that already has an epsilon is returned unchanged.
+    the ess of plain weights uses all pairs. A coupling that already has an epsilon is returned unchanged.
 
     Example:
         coupling = fit_epsilon(GibbsWeights(ess=0.5), x0, x1)
@@ -268,8 +265,8 @@ def signed_path_energy(energy: Float[Array, ""] | float, squared_distance: Float
 def wasserstein(x: Float[Array, "b *event"], y: Float[Array, "b *event"]) -> Float[Array, ""]:
     """Returns the exact 2-Wasserstein distance between two samples of equal size.
 
-    Two samples from the same distribution also have a positive distance; compare with that. Raises ValueError if the
-    samples differ in shape.
+    Even two samples from the same distribution have a positive distance, so use that distance as a baseline. Raises
+    ValueError if the samples differ in shape.
 
     Example:
         distance, floor = wasserstein(generated, data), wasserstein(data, more_data)

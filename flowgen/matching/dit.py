@@ -31,7 +31,7 @@ ATTENTIONS = ("softmax", "soft", *KERNELS)
 OwnAttention = Annotated[Kernel | FeatureMap, Own("a FeatureMap or a Kernel")]
 PATCH_ORDER = "channel_last"
 DIT_LAYER_NORM_EPS = 1e-6
-MAX_POSITIONS = 1 << 28  # largest size of the position table, which every trace holds as a constant
+MAX_POSITIONS = 1 << 28  # largest size of the position table, which every trace contains as a constant
 
 
 @config
@@ -47,7 +47,7 @@ class DiTConfig:
     head_dim: number of channels per attention head.
     expansion: hidden width of the feed-forward layers, as a multiple of width.
     num_classes: number of classes that the field is conditioned on; 0 for none.
-    attention: attention kernel of the layers: a name, or a kernel or feature map of your own.
+    attention: attention kernel of the layers: a name, or your own kernel or feature map.
     intervals: also predict average velocities over an interval (MeanFlow).
     time_scale: factor on times before the sinusoidal embedding, which expects 0 to 1,000; MeanFlow's loss contains a
     derivative in t, so MeanFlow needs a small factor, such as 1.0.
@@ -73,15 +73,15 @@ class DiTConfig:
         check_patches(self.image_size, self.patch_size)
         if (numbers := math.prod(self.token_hw) * self.width) > MAX_POSITIONS:
             raise ValueError(
-                f"image_size is {self.image_size}, patch_size {self.patch_size} and width {self.width}, which "
-                f"makes a position table of {numbers} numbers, over the limit {MAX_POSITIONS}; use a larger patch_size."
+                f"image_size {self.image_size}, patch_size {self.patch_size} and width {self.width} give a position "
+                f"table of {numbers} numbers, above the limit of {MAX_POSITIONS}; use a larger patch_size."
             )
         if self.width % self.head_dim:
             raise ValueError(
-                f"width is {self.width}, not a multiple of head_dim {self.head_dim}; change one of the two."
+                f"width is {self.width}, which is not a multiple of head_dim {self.head_dim}; change one of them."
             )
         if self.width % 4:
-            raise ValueError(f"width is {self.width}; its position table needs a multiple of 4.")
+            raise ValueError(f"width is {self.width}; it must be a multiple of 4 for the position table.")
 
     def build(self) -> DiT:
         """Returns the network of this config, without parameters."""

@@ -34,8 +34,8 @@ def log_prob(
     key: None for the exact divergence, with one Jacobian-vector product per dimension and no error other than the
     solver's; a key for Hutchinson's estimate, with one Rademacher probe per sample, fixed along the whole path
     (Grathwohl et al., arXiv 1810.01367). log_p0: log density of x0, standard normal by default. The other settings are
-    those of `integrate`. With "dopri5", the tolerances apply to the state and the integral of the divergence together,
-    and only reverse-mode differentiation works. The integral is accumulated in at least float32.
+    the same as for `integrate`. With "dopri5", the tolerances apply jointly to the state and the integral of the
+    divergence, and only reverse-mode differentiation works. The integral is accumulated in at least float32.
 
     Example:
         lp = log_prob(velocity, x1, key=jax.random.key(0))

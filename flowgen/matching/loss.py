@@ -30,7 +30,7 @@ Loss = Callable[..., tuple[Any, ...]]
 class Pairs(NamedTuple):
     """Training pairs, as every loss in this package uses them: coupled, weighted, and with label dropout applied.
 
-    ess: effective sample size of the batch, as a share of it. log_mean: the running log-mean of the weights, to pass to
+    ess: effective sample size, as a share of the batch. log_mean: the running log-mean of the weights, to pass to
     the next step. Both cover the whole batch, even if it is split over several devices.
     """
 
@@ -52,8 +52,9 @@ def flow_matching_loss(
 ) -> Loss:
     """Returns loss_fn(velocity, batch, key, log_mean=None) -> (loss, metrics, log_mean): E[w |v(t, x_t) - u_t|²].
 
-    velocity(t, x, cond): any callable that predicts `prediction`. The loss compares the prediction itself: x1 with x1,
-    noise with x0, and beta · score with -x0. The learned score is ∇ log p_t if the coupling is independent.
+    velocity(t, x, cond): any callable that predicts the quantity named by `prediction`. The loss compares the
+    prediction itself: x1 with x1, noise with x0, and beta · score with -x0. The learned score is ∇ log p_t if the
+    coupling is independent.
     batch: "x1" data, "x0" noise (standard normal if missing), "cond" labels or None, and "rows" (`flowgen.rows.Rows`),
     which a training step adds so that the random numbers do not depend on the number of devices. The squared error is
     averaged over dimensions, in at least float32. label_dropout: probability with which each label is independently
@@ -93,7 +94,7 @@ def residual(
     value: Float[Array, "b *event"],
     kind: Prediction,
 ) -> Float[Array, "b *event"]:
-    """Returns a prediction's error in the units of that prediction; the error of a score is multiplied by beta.
+    """Returns a prediction's error, in the prediction's own units; the error of a score is multiplied by beta.
 
     Example:
         loss = mean_square(residual(path, t, pairs, point, network(t, point.x_t), "x1")).mean()
@@ -110,7 +111,7 @@ def residual(
 def rows_of(batch: dict[str, Any], key: Key[Array, ""]) -> Rows:
     """Returns the rows of a batch for a loss; creates them from `key` if the batch has none.
 
-    Raises ValueError if the batch has unknown names.
+    Raises ValueError if the batch has unknown names, or no "x1".
 
     Example:
         pair_rows, time_rows = rows_of(batch, key).split(2)
@@ -127,13 +128,13 @@ def draw_pairs(
     *,
     label_dropout: float = 0.0,
 ) -> Pairs:
-    """Returns the pairs of a batch with their weights, the first step of every loss.
+    """Returns the pairs of a batch with their weights; every loss starts with this step.
 
     Draws noise if the batch has none, applies the coupling (independent by default), and replaces a share of the labels
     with -1. Weights are exp(log_weight). If the coupling is `GibbsWeights` with normalize="running", they are divided
     by the exponential of a running mean: log_mean ← log_mean + 0.01 (log mean w - log_mean). If log_mean is -inf or
-    None, the mean starts at the value for this batch. It covers all devices that share the batch. No gradient flows
-    through the weights.
+    None, the mean starts at the value for this batch. The mean covers all devices that share the batch. No gradient
+    flows through the weights.
 
     Example:
         pairs = draw_pairs(rows_of(batch, key), batch, GibbsWeights(epsilon=5.0), label_dropout=0.1)
@@ -176,7 +177,7 @@ def couple(
 def _coupled(result: Any) -> Coupled:
     """Returns a coupling's result as a `Coupled`; raises ValueError if a custom coupling returned anything else."""
     if not isinstance(result, tuple) or len(result) != len(Coupled._fields):
-        raise ValueError(f"coupling gave {shown(result)}; it must give (x0, x1, cond, log_weight), a Coupled.")
+        raise ValueError(f"coupling returned {shown(result)}; it must return a Coupled (x0, x1, cond, log_weight).")
     return Coupled(*result)
 
 
@@ -191,7 +192,7 @@ def followed_log_mean(log_mean: Float[Array, ""] | None, found: Float[Array, ""]
 
 
 def combined_log_mean(before: Float[Array, ""], followed: Float[Array, " parts"]) -> Float[Array, ""]:
-    """Returns the running log-mean after a batch, from the running log-means after each of its micro-batches.
+    """Returns the running log-mean after a batch, given the running log-mean after each of its micro-batches.
 
     Example:
         log_mean = combined_log_mean(log_mean, jnp.stack([followed_log_mean(log_mean, found) for found in parts]))
@@ -236,13 +237,13 @@ def check_data(x0: Array, x1: Array, cond: Any, label_dropout: float) -> None:
         raise ValueError("the batch is empty; give at least one sample.")
     for part in jax.tree.leaves(cond):
         if not hasattr(part, "shape"):
-            raise ValueError(f"cond holds {part!r}; give arrays with one row per sample.")
+            raise ValueError(f"cond contains {part!r}; give arrays with one row per sample.")
         if part.shape[:1] != x1.shape[:1]:
             raise ValueError(f"cond has shape {part.shape} for {len(x1)} samples; give one row per sample.")
         if label_dropout and not (part.ndim == 1 and jnp.issubdtype(part.dtype, jnp.integer)):
             raise ValueError(
-                f"label_dropout is {label_dropout} and cond {part.dtype} of shape {part.shape}; only integer labels, "
-                "one per sample, can be dropped."
+                f"label_dropout is {label_dropout}, but cond is {part.dtype} of shape {part.shape}; give one integer "
+                "label per sample, or set label_dropout to 0."
             )
 
 
@@ -269,13 +270,13 @@ def check_step(velocity: object, batch: object, key: object) -> None:
     check_velocity(velocity)
     if not isinstance(batch, Mapping):
         raise ValueError(
-            f"batch is {shown(batch)}; give a dict with 'x1' data, and 'x0' noise and 'cond' labels if any."
+            f"batch is {shown(batch)}; give a dict with 'x1' (data) and, if needed, 'x0' (noise) and 'cond' (labels)."
         )
     check_key(key)
 
 
 def check_names(batch: dict[str, Any]) -> None:
-    """Raises ValueError unless a batch has "x1" and otherwise at most "x0", "cond" and "rows".
+    """Raises ValueError if a batch lacks "x1", or has names other than "x1", "x0", "cond" and "rows".
 
     Example:
         check_names({"x1": images, "cond": labels})
@@ -283,8 +284,8 @@ def check_names(batch: dict[str, Any]) -> None:
     unknown = sorted(set(batch) - set(BATCH_NAMES))
     if unknown or "x1" not in batch:
         raise ValueError(
-            f"a batch has {', '.join(map(repr, batch)) or 'nothing'}; it takes 'x1' data, and may have 'x0' noise, "
-            "'cond' labels and 'rows' of a training step."
+            f"the batch contains {', '.join(map(repr, batch)) or 'nothing'}; it needs 'x1' (data), and may contain "
+            "'x0' (noise), 'cond' (labels) and 'rows' (from a training step)."
         )
 
 
@@ -295,4 +296,4 @@ def check_dropout(label_dropout: float) -> None:
         check_dropout(0.1)
     """
     if not 0 <= label_dropout < 1:
-        raise ValueError(f"label_dropout is {label_dropout}; it is a share of at least 0 and below 1.")
+        raise ValueError(f"label_dropout is {label_dropout}; it must be at least 0 and below 1.")

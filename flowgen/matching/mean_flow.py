@@ -115,10 +115,10 @@ def check_mean_flow(instantaneous: float, power: float, guidance_weight: float) 
         check_mean_flow(0.75, 1.0, 0.0)
     """
     if not 0 <= instantaneous <= 1:
-        raise ValueError(f"instantaneous is {instantaneous}; it is a share, between 0 and 1.")
+        raise ValueError(f"instantaneous is {instantaneous}; it must be between 0 and 1.")
     if not (0 <= power < float("inf") and 0 <= guidance_weight < float("inf")):
         raise ValueError(
-            f"power is {power} and guidance_weight {guidance_weight}; both must be finite and neither negative."
+            f"power is {power} and guidance_weight is {guidance_weight}; both must be finite and at least 0."
         )
 
 
@@ -132,7 +132,7 @@ def average_and_target(
 ) -> tuple[Float[Array, "b *event"], Float[Array, "b *event"]]:
     """Returns u(t, x_t, cond, interval) and its target, the right-hand side of the identity: v + interval · du/dt.
 
-    No gradient flows through the target. The two agree if u is the average velocity of the field v. If v holds the
+    No gradient flows through the target. The two agree if u is the average velocity of the field v. If v contains the
     velocities of single pairs, they agree in expectation, because the target is affine in v.
 
     Example:
@@ -154,15 +154,13 @@ def guided_target(
 ) -> Float[Array, "b *event"]:
     """Returns (1 + weight) v - weight u(t, x_t, -1, 0), or v itself if the label is -1.
 
-    Raises ValueError without labels.
+    Raises ValueError if cond is not an array of integer labels.
 
     Example:
         v = guided_target(average_velocity, t, x_t, labels, v, weight=1.0)
     """
     if cond is None or not jnp.issubdtype(cond.dtype, jnp.integer):
-        raise ValueError(
-            "guidance_weight needs integer labels as cond, but the batch has none; give them, or set it to 0."
-        )
+        raise ValueError("guidance_weight needs integer labels as cond; give labels, or set guidance_weight to 0.")
     free = average_velocity(t, x_t, no_labels(cond.shape), jnp.zeros_like(t))
     labelled = over_event((cond != UNCONDITIONAL).astype(v.dtype), v)
     return linear_rule(v, free.astype(v.dtype), weight * labelled)

@@ -1,4 +1,4 @@
-"""Training options of a velocity network, as plain data, and the objective for the training loop."""
+"""Training options for a velocity network, as plain data, and the objective for the training loop."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from flowgen.rows import StatefulObjective, batch_rows, with_rows, without_rows
 from flowgen.settings import config
 from flowgen.settings.ranges import Fraction, NonNegative
 
-# The collection of the train state that holds the running log-mean of the weights.
+# The collection in the train state that stores the running log-mean of the weights.
 STATE = "matching"
 # Number of pairs for choosing epsilon and checking the tilt: enough for a mean, yet the cost matrix fits in memory.
 REPORT_PAIRS = 1024
@@ -47,7 +47,7 @@ REPORT_PAIRS = 1024
 class FlowMatching:
     """Regression of the velocity.
 
-    prediction: what the network's output means.
+    prediction: what the network predicts.
     """
 
     prediction: Prediction = "velocity"
@@ -99,11 +99,11 @@ class MatchingConfig:
 
     @property
     def prediction(self) -> Prediction:
-        """What the network's output means."""
+        """What the network predicts."""
         return self.loss.prediction if isinstance(self.loss, FlowMatching) else "velocity"
 
     def fitted(self, x0: Float[Array, "b *event"], x1: Float[Array, "b *event"]) -> MatchingConfig:
-        """Returns this config; if epsilon is unset, chooses it from samples of noise and data.
+        """Returns this config. If epsilon is None, first chooses it from samples of noise and data.
 
         Warns (UserWarning) if plain Gibbs weights re-weight noise or data more than they couple them.
         """
@@ -184,7 +184,7 @@ def matching_objective(
 
 
 def combined_state(before: dict[str, Any], parts: dict[str, Any]) -> dict[str, Any]:
-    """Returns the carried state after a batch, from the states after each of its micro-batches.
+    """Returns the carried state after a batch, given the state after each of its micro-batches.
 
     Example:
         state = combined_state({"matching": {"log_mean": before}}, {"matching": {"log_mean": stacked}})

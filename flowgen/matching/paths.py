@@ -16,7 +16,7 @@ from flowgen.matching.checks import check_pair
 from flowgen.settings import config
 from flowgen.settings.ranges import NonNegative, Positive, ProperFraction, Within
 
-# Unlike paths, conversions are singular at the ends: they stay this far away, in time and in alpha/beta.
+# Conversions, unlike paths, are singular at both ends, so they stay this far away, in time and in alpha/beta.
 SMALLEST = 1e-5
 
 
@@ -157,7 +157,7 @@ class VariancePreserving(AffinePath):
 
     def __post_init__(self):
         if self.beta_min > self.beta_max:
-            raise ValueError(f"beta_min is {self.beta_min}, above beta_max {self.beta_max}; lower it.")
+            raise ValueError(f"beta_min is {self.beta_min}, above beta_max, which is {self.beta_max}; lower beta_min.")
 
     def schedule(self, t: Float[Array, "*t"]) -> Schedule:
         s, gap = 1 - t, self.beta_max - self.beta_min
@@ -172,8 +172,8 @@ class VariancePreserving(AffinePath):
 class LinearVariancePreserving(AffinePath):
     """The path x_t = t x1 + √(1 - t²) x0: variance preserving, with linear alpha.
 
-    beta' = -t/beta is infinite at t = 1. The divisor is therefore bounded below by √1e-5, the value of beta 5e-6 before
-    the end.
+    beta' = -t/beta is infinite at t = 1. The divisor is therefore at least √1e-5, which is the value of beta at
+    t = 1 - 5e-6.
 
     Example:
         point = LinearVariancePreserving().sample(key, t, x0, x1)
@@ -206,7 +206,7 @@ class SchroedingerBridge:
         t = jnp.clip(t, SMALLEST, 1 - SMALLEST)
         noise = jax.random.normal(key, x0.shape, x0.dtype)
         spread = jnp.sqrt(t * (1 - t))
-        # Computed before rounding to the dtype of x0: in bfloat16, t rounds to 1 from 0.998 on.
+        # Computed before rounding to the dtype of x0: in bfloat16, times above 0.998 become 1.
         alpha, beta, width, rate = (over_event(c, x0) for c in (t, 1 - t, spread, (1 - 2 * t) / (2 * spread)))
         x_t = beta * x0 + alpha * x1 + self.sigma * width * noise
         return PathSample(x_t, self.sigma * rate * noise + x1 - x0, noise)
@@ -222,5 +222,5 @@ def schedule_over(path: Path, t: Float[Array, " b"], x: Float[Array, "b *event"]
 
 
 def over_event(t: Float[Array, "..."], x: Float[Array, "b *event"]) -> Float[Array, "..."]:
-    """Returns numbers, one per sample, in the dtype of x and in a shape that broadcasts over x."""
+    """Returns one number per sample, in the dtype of x and in a shape that broadcasts over x."""
     return t.reshape(t.shape + (1,) * (x.ndim - t.ndim)).astype(x.dtype)

@@ -24,7 +24,7 @@ OVER_RELAXATION = 1.8
 
 
 class EntropicPlan(NamedTuple):
-    """A plan over a batch. Row sums are exact; `error` is the mean relative deviation of the column sums.
+    """A transport plan over a batch. Row sums are exact; `error` is the mean relative deviation of the column sums.
 
     log_plan: log of b² times the plan, so that rows and columns have mean 1. sweeps: number of sweeps in the last
     stage.
@@ -41,8 +41,8 @@ def entropic_plan(
     """Returns the plan over the `allowed` pairs that minimises cost minus epsilon times entropy.
 
     epsilon is in units of the mean cost. The method is Sinkhorn's iteration in the log domain with decreasing epsilon.
-    After each stage, the potentials are added to the matrix; those of the next stage are then small, and the marginals
-    are accurate to float32. Sweeps end when the row and column sums are within `tolerance`, or after max_sweeps sweeps
+    After each stage, the potentials are added to the matrix; the next potentials are then small, and the marginals are
+    accurate to float32. Sweeps end when the row and column sums are within `tolerance`, or after max_sweeps sweeps
     in the last stage, so check `error`. The diagonal must be allowed. If all costs are 0, the plan is uniform.
     """
     solve = partial(_entropic_plan, epsilon=epsilon, tolerance=tolerance, max_sweeps=max_sweeps)
@@ -141,7 +141,7 @@ def sinkhorn_potentials(logits: Float[Array, "b b"], num_sweeps: int) -> tuple[F
 
 
 def corrected_log_weight(logits: Float[Array, "b b"], num_sweeps: int) -> Float[Array, " b"]:
-    """Returns the log-weights logits_ii + f_i + g_i of the pairs (i, i) in the plan with the marginals of the batch."""
+    """Returns the log-weights logits_ii + f_i + g_i of the pairs (i, i) in the plan with the batch's marginals."""
 
     def solve(logits):
         f, g = sinkhorn_potentials(logits, num_sweeps)

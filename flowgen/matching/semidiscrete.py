@@ -26,20 +26,20 @@ _OTT = (
     "ott.problems.linear.semidiscrete_linear_problem",
     "ott.solvers.linear.semidiscrete",
 )
-# Initial learning rate of Adam, before cosine decay, in units of the standard deviation of an x0's costs over the data.
+# Adam's initial learning rate, before cosine decay. The unit is the standard deviation of one x0's costs over the data.
 LEARNING_RATE = 0.05
-# Weight of the newest potentials in their running mean, which is the result.
+# Weight of the newest potentials in the running mean, which is the result.
 AVERAGING = 0.02
 
 
 @dataclass(frozen=True, eq=False)
 class SemidiscreteOT:
-    """Pairs each x0 with the data point in whose cell it lies; all weights are 1.
+    """Pairs each x0 with the data point whose cell contains it; all weights are 1.
 
     It replaces the data and labels of the batch. y: the dataset. potentials: from `fit_semidiscrete`, or any other
     solver for the squared Euclidean cost. labels: the data's labels, returned as cond. A class is then trained only on
     the noise in its cells, but sampled from all noise, so use this coupling for unconditional models, or with guidance
-    that accounts for the difference. Needs b x n memory.
+    that accounts for the difference. A call needs memory for a b x n matrix.
 
     Raises ValueError if shapes do not match, or if the batch has a condition and the data have no labels.
 
@@ -56,27 +56,25 @@ class SemidiscreteOT:
         for name, array in (("potentials", self.potentials), ("labels", self.labels)):
             if array is not None and array.shape != self.y.shape[:1]:
                 raise ValueError(
-                    f"{name} have shape {array.shape}; there must be one per data point, {self.y.shape[:1]}."
+                    f"{name} have shape {array.shape}; give one per data point, of shape {self.y.shape[:1]}."
                 )
 
     def __call__(
         self, key: Key[Array, ""], x0: Float[Array, "b *event"], x1: Float[Array, "b *event"], cond: Cond = None
     ) -> Coupled:
         if cond is not None and self.labels is None:
-            raise ValueError(
-                "the batch has a condition, but the semidiscrete data have no labels; give both or neither."
-            )
+            raise ValueError("the batch has a condition, but SemidiscreteOT has no labels; give both, or neither.")
         partner = self.partner(x0)
         cond = None if self.labels is None else take_rows(self.labels, partner)
         return Coupled(x0, take_rows(self.y, partner), cond, jnp.zeros(len(x0), x0.dtype))
 
     def partner(self, x0: Float[Array, "b *event"]) -> Int[Array, " b"]:
-        """Returns, for each x0, the index of the data point in whose cell it lies."""
+        """Returns, for each x0, the index of the data point whose cell contains it."""
         return jnp.argmax(self.potentials[None] - cost_matrix(x0, self.y, "sqeuclidean"), axis=1)
 
 
 class SemidiscreteFit(NamedTuple):
-    """A fitted coupling and its error: the χ² divergence of its cells' probabilities from equal ones.
+    """A fitted coupling and its error: the χ² divergence of the cells' probabilities from equal probabilities.
 
     The error is an unbiased estimate from draws of noise. For exact potentials it is about 0 and may be negative.
     """

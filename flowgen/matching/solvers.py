@@ -21,7 +21,7 @@ Velocity = Callable[[Array, Array, Any], Array]
 FixedMethod = Literal["euler", "midpoint", "heun", "rk4"]
 Method = Literal["euler", "midpoint", "heun", "rk4", "dopri5"]
 
-# Size of dopri5's first step; the error determines the later ones.
+# Size of dopri5's first step; the error estimate determines the later ones.
 FIRST_STEP = 0.01
 
 # Butcher tableaus: stage times c, stage weights a, result weights b.
@@ -52,13 +52,13 @@ def integrate(
     backwards over the grid. velocity(t, x, cond) gets t of shape `b`. The state is accumulated in at least float32,
     whatever the dtype of x0. Outside jit, every call recompiles the scan over steps, so jit the caller.
 
-    method "dopri5" chooses its step sizes, the same for the whole batch, so that the root mean square of error / (atol
-    + rtol |x|) over the batch stays below 1. It ignores num_steps, raises ValueError if times are given, and returns
-    the count as an int32 array. It supports only reverse-mode differentiation. If max_steps steps do not suffice, it
+    method "dopri5" adapts its step sizes, which are the same for the whole batch, to keep the root mean square of error
+    / (atol + rtol |x|) over the batch below 1. It ignores num_steps, raises ValueError if times are given, and returns
+    the count as an int32 array. It supports only reverse-mode differentiation. If max_steps steps are not enough, it
     raises RuntimeError, or returns NaN inside jit. It raises ModuleNotFoundError if diffrax is not installed.
 
     Raises ValueError for an unknown method, fewer than one step, a grid that does not increase within [0, 1], an
-    integer x0, or a velocity that does not have the shape of x.
+    integer x0, or a velocity whose shape differs from the shape of x.
 
     Example:
         x1, nfe = integrate(velocity, x0, method="heun", num_steps=25)
@@ -67,7 +67,7 @@ def integrate(
     check_velocity(velocity)
     if method == "dopri5":
         if times is not None:
-            raise ValueError("dopri5 chooses its own times; leave `times` out, or use a fixed-step method.")
+            raise ValueError("dopri5 chooses its own times; omit `times`, or use a fixed-step method.")
         return _dopri5(velocity, x0, cond, reverse=reverse, rtol=rtol, atol=atol, max_steps=max_steps)
     return trajectory(velocity, x0, cond, method=method, num_steps=num_steps, times=times, reverse=reverse, keep=False)
 
@@ -93,7 +93,7 @@ def trajectory(
     """
     check_velocity(velocity)
     if method not in TABLEAUS:
-        raise ValueError(f"method is {method!r}; choose one of {', '.join(TABLEAUS)}, or let integrate take dopri5.")
+        raise ValueError(f"method is {method!r}; choose one of {', '.join(TABLEAUS)} (or dopri5 in integrate).")
     grid = time_grid(num_steps, times)
     grid = grid[::-1] if reverse else grid
     nodes, stage_weights, weights = TABLEAUS[method]
@@ -128,9 +128,11 @@ def _dopri5(
     velocity: Velocity, x0: Array, cond: Any, *, reverse: bool, rtol: float, atol: float, max_steps: int
 ) -> tuple[Array, Array]:
     if not (rtol >= 0 and atol >= 0 and rtol + atol > 0):
-        raise ValueError(f"rtol is {rtol} and atol {atol}; neither may be negative, and one must be positive.")
+        raise ValueError(
+            f"rtol is {rtol} and atol is {atol}; neither may be negative, and at least one must be positive."
+        )
     if max_steps < 1:
-        raise ValueError(f"max_steps is {max_steps}; integration needs at least one step.")
+        raise ValueError(f"max_steps is {max_steps}; it must be at least 1.")
     dtype, x0 = _state_dtype(x0), jnp.asarray(x0)
     check_unmapped("dopri5", (x0, cond))
 
@@ -162,7 +164,7 @@ def _adaptive(
     arrived = solution.result == diffrax.RESULTS.successful
     if not isinstance(arrived, Tracer) and not arrived:
         raise RuntimeError(
-            f"dopri5 did not reach the end within max_steps={max_steps}; allow more, loosen rtol={rtol} and "
+            f"dopri5 did not finish within max_steps={max_steps}; increase max_steps, loosen rtol={rtol} and "
             f"atol={atol}, or use a fixed-step method. A NaN velocity also causes this error."
         )
     # A step, accepted or not, has seven stages, but the first is known from the last accepted step.
@@ -181,14 +183,14 @@ def time_grid(num_steps: int, times: Sequence[float] | np.ndarray | None) -> Flo
     """
     if times is None:
         if not isinstance(num_steps, int | np.integer) or num_steps < 1:
-            raise ValueError(f"num_steps is {num_steps}; integration needs a whole number of steps, at least one.")
+            raise ValueError(f"num_steps is {num_steps}; it must be a whole number of at least 1.")
         return jnp.linspace(0.0, 1.0, num_steps + 1)
     # Compare times in JAX's default dtype: times that round to the same number would give an empty step.
     grid = np.asarray(times, jnp.result_type(float))
     if grid.ndim != 1 or len(grid) < 2:
-        raise ValueError(f"times have shape {grid.shape}; a grid is a line of at least two times.")
+        raise ValueError(f"times have shape {grid.shape}; give a one-dimensional array of at least two times.")
     if not ((grid >= 0) & (grid <= 1)).all() or not (grid[1:] > grid[:-1]).all():
-        raise ValueError(f"times run from {grid[0]} to {grid[-1]}; they must increase within [0, 1].")
+        raise ValueError(f"times start at {grid[0]} and end at {grid[-1]}; they must increase within [0, 1].")
     return jnp.asarray(grid)
 
 
@@ -203,7 +205,7 @@ def edm_times(num_steps: int) -> tuple[float, ...]:
         x1, nfe = integrate(velocity, x0, method="heun", times=edm_times(25))
     """
     if not isinstance(num_steps, int | np.integer) or num_steps < 2:
-        raise ValueError(f"num_steps is {num_steps}; the grid from sigma 80 to 0.002 needs a whole number, at least 2.")
+        raise ValueError(f"num_steps is {num_steps}; it must be a whole number of at least 2.")
     largest, smallest = 80.0 ** (1 / 7), 0.002 ** (1 / 7)
     sigmas = [(largest + i / (num_steps - 1) * (smallest - largest)) ** 7 for i in range(num_steps)]
     return (*(1 / (1 + sigma) for sigma in sigmas), 1.0)
@@ -224,19 +226,19 @@ def guided(
     v_u in one batch. unconditional: the value of cond that means "no condition", such as -1 for labels; it has the
     structure of cond, with one value for all samples or one for each. interval: guidance acts only at times within it;
     outside, the field is v_c (Kynkäänniemi et al., arXiv 2404.07724). Raises ValueError unless exactly one of scale and
-    weight is given. The field raises ValueError if cond is None.
+    weight is given. The returned field raises ValueError if cond is None.
 
     Example:
         x1, nfe = integrate(guided(velocity, -1, scale=2.0), x0, labels)
     """
     low, high = interval
     if not 0 <= low < high <= 1:
-        raise ValueError(f"guidance interval is {interval}; it must be two increasing times within [0, 1].")
+        raise ValueError(f"interval is {interval}; it must be two increasing times within [0, 1].")
     weights = [number for number in (weight, None if scale is None else scale - 1) if number is not None]
     if len(weights) != 1:
-        raise ValueError(f"scale is {scale} and weight is {weight}; give exactly one, scale = 1 + weight.")
+        raise ValueError(f"scale is {scale} and weight is {weight}; give exactly one of them (scale = 1 + weight).")
     if not isinstance(weights[0], Tracer) and not np.isfinite(weights[0]):
-        raise ValueError(f"scale is {scale} and weight is {weight}; guidance needs a finite number.")
+        raise ValueError(f"scale is {scale} and weight is {weight}; the strength of the guidance must be finite.")
 
     def stacked(cond, free):
         # In an unsigned dtype, -1 would wrap around to a large label.
@@ -247,7 +249,7 @@ def guided(
 
     def field(t, x, cond):
         if cond is None:
-            raise ValueError("guidance needs a condition, but cond is None; give labels, or leave guidance out.")
+            raise ValueError("guidance needs a condition, but cond is None; give labels, or do not use guidance.")
         both = jax.tree.map(stacked, cond, unconditional)
         v = velocity(jnp.concatenate([t, t]), jnp.concatenate([x, x]), both)
         conditional, free = jnp.split(v, 2)

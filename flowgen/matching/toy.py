@@ -1,4 +1,4 @@
-"""Two-dimensional distributions of the flow-matching literature, drawn on the device.
+"""Two-dimensional distributions from the flow-matching literature, drawn on the device.
 
 Two quirks of the published toy data are kept, so that numbers are comparable. The published "variance 0.1" of the
 ring's components passes through a square root twice, which gives std 0.1^(1/4) = 0.562. The noise of the moons is one

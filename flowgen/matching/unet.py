@@ -6,8 +6,8 @@ Let e be the embedding of (t, interval, class). A residual block computes
 
 With `scale_shift_norm`, norm(h) (1 + a) + b with (a, b) = W silu(e) replaces norm(h + W silu(e)). On the way down, each
 level runs `blocks_per_level` blocks and, except for the last level, then halves the image. On the way up, each level
-has one more block, and each block also receives the corresponding output from the way down: of the first convolution,
-of a block or of a halving. Attention is x + W' attention(norm(x)).
+has one more block, and each block also receives the corresponding output from the way down, which comes from the first
+convolution, a block or a halving. Attention is x + W' attention(norm(x)).
 """
 
 from __future__ import annotations
@@ -65,12 +65,13 @@ class UNetConfig:
     resample: "conv" halves the image with a convolution of stride 2, and doubles it by repeating pixels before a
     convolution; "pool" halves it with the mean of four pixels, and doubles it by repeating pixels only.
     attention_factors: blocks have attention at levels where the image is smaller by one of these factors; the middle
-    always has it.
+    always has attention.
     head_dim: number of channels per attention head; a level with fewer channels has one head.
     num_groups: number of groups in group norm.
     dropout: share of activations set to 0 in training; at least 0 and below 1.
     num_classes: number of classes that the field is conditioned on; 0 for none.
-    scale_shift_norm: let the embedding scale and shift the normalised activations instead of adding it.
+    scale_shift_norm: whether the embedding scales and shifts the normalised activations; otherwise, it is added before
+    the norm.
     time_scale: factor on times before the sinusoidal embedding, which expects 0 to 1,000.
     intervals: also predict average velocities over an interval (MeanFlow).
     dtype: dtype of convolutions and activations; parameters, norms, the embedding and the velocity stay float32.
@@ -113,7 +114,9 @@ class UNetConfig:
         for factor in self.attention_factors:
             if factor not in factors:
                 known = ", ".join(map(str, factors))
-                raise ValueError(f"attention_factors has {factor}; the levels of this network are {known}.")
+                raise ValueError(
+                    f"attention_factors has {factor}; choose from the factors of this network's levels: {known}."
+                )
 
     def _check_widths(self):
         if self.width % 2:

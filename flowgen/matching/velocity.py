@@ -1,10 +1,10 @@
 """Velocity networks for points, and the interface of all velocity networks.
 
-A velocity network is a Flax module called as `network.apply(variables, t, x, cond, interval, train=False)`:
-t `b` is in [0, 1], 0 at the noise and 1 at the data. x is `b *event`. cond is None or holds integer labels `b`, -1 for
-no label. interval `b` is for networks whose config sets `intervals`: they return the average velocity from t to
-t + interval (MeanFlow), and the velocity itself if the interval is 0 or None. The module's field `config` is a
-`NetworkConfig`.
+A velocity network is a Flax module called as `network.apply(variables, t, x, cond, interval, train=False)`. The times
+t have shape `b` and run from 0 (noise) to 1 (data). x has shape `b *event`. cond is None or integer labels of shape
+`b`, where -1 means no label. interval, of shape `b`, is for networks whose config sets `intervals`: they return the
+average velocity from t to t + interval (MeanFlow), or the velocity itself if the interval is 0 or None. The module's
+field `config` is a `NetworkConfig`.
 """
 
 from __future__ import annotations
@@ -121,4 +121,4 @@ def check_inputs(config: Any, t: Array, x: Array) -> None:
         shape = ", ".join(map(str, config.event_shape))
         raise ValueError(f"x has shape {tuple(x.shape)}; this network takes (batch, {shape}).")
     if getattr(t, "shape", None) != x.shape[:1]:
-        raise ValueError(f"t is {shown(t)}; there must be one time per sample, of shape {tuple(x.shape[:1])}.")
+        raise ValueError(f"t is {shown(t)}; give one time per sample, as an array of shape {tuple(x.shape[:1])}.")
