@@ -137,7 +137,7 @@ def softmax_attention(
     check_heads(q, k, v)
     if not isinstance(is_causal, bool | np.bool_):
         raise ValueError(
-            f"is_causal is {is_causal}; softmax_attention takes True or False; use a mask for other orders."
+            f"is_causal is {is_causal}, but softmax_attention takes True or False; for another order, pass a mask."
         )
     mask = check_mask(mask, q, k)
     k, v = hide_keys(k, v, mask)
