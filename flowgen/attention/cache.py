@@ -71,7 +71,7 @@ def attend_kv_window(
 ) -> tuple[Float[Array, "b n h k"], KVCache]:
     """Returns softmax attention from tokens start..start+n-1 to the cache and to each other, and the new cache.
 
-    There may be fewer key heads than query heads; each key head then serves h/g query heads. The new keys and values
+    There may be fewer key heads than query heads; h/g query heads then share each key head. The new keys and values
     overwrite their slots, so a window can be run again without bookkeeping. Query i attends to slots 0..start+i. Later
     slots have no effect, as long as they contain finite numbers.
 

@@ -173,7 +173,7 @@ class PolaKernel(ByFields):
     def _features(self, q: Queries, k: Keys, v: Values) -> Features:
         """Returns features with two queries per head, for equal and for opposite signs.
 
-        Both read the same keys, so one state serves both.
+        Both read the same keys, so they share one state.
         """
         if v.shape[-1] % 2:
             raise ValueError(f"v has width {v.shape[-1]}, but it must be even, because each sign uses half of it.")
@@ -274,8 +274,8 @@ class RetentionKernel:
         causal = as_causal(is_causal)
         if causal is None or causal.block_size != 1 or causal.implementation != "xla":
             raise ValueError(
-                f"is_causal is {is_causal}, but retention weights tokens by their age, so it is always causal, token "
-                "by token; set is_causal=True."
+                f"is_causal is {is_causal}, but retention is always causal, token by token, because it weights tokens "
+                "by their age; set is_causal=True."
             )
         mask, queries = check_mask(mask, q, k), None
         if mask is not None and not is_key_mask(mask, k):

@@ -3,7 +3,7 @@
 The function that processes one chunk is lowered in two ways. On TPUs, the grid visits the chunks of a head in order
 and keeps the state in scratch memory. On GPUs (Triton), each program handles a head and a slice of the value channels:
 it loops over the chunks and keeps the state in registers. Elsewhere, the kernel runs in interpret mode, which is for
-tests. Derivatives are those of `prefix_product`. The kernel has not been measured on an accelerator yet, so it runs
+tests. Gradients come from `prefix_product`. The kernel has not been measured on an accelerator yet, so it runs
 only on request: `Causal(implementation="pallas")`.
 """
 

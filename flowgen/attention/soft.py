@@ -144,7 +144,7 @@ def _check_options(ridge: Ridge, solver: str, normalize: str | None) -> None:
     if normalize not in (None, "symmetric", "row"):
         raise ValueError(f"normalize must be None, 'symmetric' or 'row', not {normalize!r}.")
     if isinstance(ridge, int | float) and ridge < 0:
-        raise ValueError(f"ridge must be at least 0, not {ridge}, so that eigenvalues stay positive.")
+        raise ValueError(f"ridge must be at least 0, not {ridge}; a negative ridge can make eigenvalues negative.")
     if solver == "newton_released" and not (isinstance(ridge, int | float) and ridge == 0):
         raise ValueError(f"solver 'newton_released' does not support ridge={ridge}; pass ridge=0.0.")
 
@@ -332,8 +332,8 @@ def soft_attention(
     """
     if is_causal:
         raise ValueError(
-            "SOFT cannot be causal, because it pools its landmarks from the whole sequence, so every token would see "
-            "the future. Use gaussian_landmark_attention, which has fixed landmarks."
+            "SOFT cannot be causal: its landmarks are pooled from the whole sequence, so every token would see the "
+            "future. Use gaussian_landmark_attention, which has fixed landmarks."
         )
     _check_tokens(q, k, v)
     _check_options(ridge, solver, normalize)

@@ -125,8 +125,8 @@ def softmax_attention(
 ) -> Float[Array, "b n h d"]:
     """Returns softmax(q kᵀ / √k) v per head; there may be fewer key heads than query heads.
 
-    Each of g key heads serves h/g query heads. mask: True if a query may attend to a key. is_causal: query i attends to
-    the keys among 0..i that `mask` allows; n and m must then be equal. A query without allowed keys gives 0.
+    With g key heads, h/g query heads share each key head. mask: True if a query may attend to a key. is_causal: query i
+    attends to the keys among 0..i that `mask` allows; n and m must then be equal. A query without allowed keys gives 0.
     implementation: "auto" uses the implementation that `flowgen.backend` chooses for the device. Raises ValueError if
     shapes do not match.
 

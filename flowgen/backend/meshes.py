@@ -220,7 +220,7 @@ def _divided(named: Iterable[tuple[Array, str]]) -> dict[str, Any]:
 
 
 def _automatic(mesh: Any) -> Any:
-    """The same mesh, on devices or abstract, with automatic axes in place of explicit ones."""
+    """The same mesh, on devices or abstract, with automatic axes instead of explicit ones."""
     types = tuple(AxisType.Auto if kind is AxisType.Explicit else kind for kind in mesh.axis_types)
     if isinstance(mesh, AbstractMesh):
         return mesh.update_axis_types(dict(zip(mesh.axis_names, types, strict=True)))
