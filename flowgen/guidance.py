@@ -1,6 +1,6 @@
 """Guidance: combining a network's conditional and unconditional predictions.
 
-With c the conditional and u the unconditional prediction, and weight w:
+The conditional prediction is c, the unconditional one u, and the weight w:
 
     linear (Ho and Salimans, arXiv 2207.12598)   c + w (c - u), for velocities and for TARFlow's shift and log_scale
     product (STARFlow, arXiv 2506.06276, Prop. 2), the Gaussian p_c^(1+w) / p_u^w with its precision kept positive:
@@ -84,7 +84,7 @@ class Guidance:
 
     def __post_init__(self):
         if self.rule == "product" and self.parts != "both":
-            raise ValueError(f"parts is {self.parts!r}; the product rule always guides both.")
+            raise ValueError(f"parts is {self.parts!r}, but the product rule always guides both; set parts to 'both'.")
 
     def combine(
         self,

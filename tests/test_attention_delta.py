@@ -215,14 +215,14 @@ def test_one_key_written_again_and_again(beta):
 @pytest.mark.parametrize(
     ("name", "shape", "message"),
     [
-        ("q", (6, 3, 4), r"q has shape \(6, 3, 4\); pass 4 axes"),
-        ("k", (1, 6, 3, 4), r"k has shape \(1, 6, 3, 4\) and q \(2, 6, 3, 4\); pass both as `b n h k`"),
-        ("v", (2, 5, 3, 5), r"v has shape \(2, 5, 3, 5\) and q \(2, 6, 3, 4\); pass v as `b n h d`"),
-        ("beta", (2, 6, 3, 1), r"beta has shape \(2, 6, 3, 1\) and q .*one number per head, `b n h`"),
-        ("log_decay", (2, 6), r"log_decay has shape \(2, 6\) and q \(2, 6, 3, 4\)"),
-        ("state", (2, 3, 5, 4), r"state.kv has shape \(2, 3, 5, 4\) but q and v need \(2, 3, 4, 5\)"),
-        ("mask", (2, 3, 6, 6), r"mask has shape \(2, 3, 6, 6\) for tokens \(2, 6\)"),
-        ("chunk_size", 0, "chunk_size is 0; .* at least 1"),
+        ("q", (6, 3, 4), r"q has shape \(6, 3, 4\), but must have 4 axes"),
+        ("k", (1, 6, 3, 4), r"k has shape \(1, 6, 3, 4\) and q has shape \(2, 6, 3, 4\), but both must be `b n h k`"),
+        ("v", (2, 5, 3, 5), r"v has shape \(2, 5, 3, 5\) and q has shape \(2, 6, 3, 4\), but v must be `b n h d`"),
+        ("beta", (2, 6, 3, 1), r"beta has shape \(2, 6, 3, 1\) and q .*one number per token and head, `b n h`"),
+        ("log_decay", (2, 6), r"log_decay has shape \(2, 6\) and q has shape \(2, 6, 3, 4\)"),
+        ("state", (2, 3, 5, 4), r"state.kv has shape \(2, 3, 5, 4\), but q and v need \(2, 3, 4, 5\)"),
+        ("mask", (2, 3, 6, 6), r"mask has shape \(2, 3, 6, 6\), but \(batch, tokens\) is \(2, 6\)"),
+        ("chunk_size", 0, "chunk_size must be at least 1, not 0"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(untyped, name, shape, message):
@@ -236,5 +236,5 @@ def test_arguments_that_do_not_fit_are_refused(untyped, name, shape, message):
 
 def test_a_step_takes_one_token(untyped):
     token = jnp.zeros((2, 6, 3, 4))
-    with pytest.raises(ValueError, match=r"q has shape \(2, 6, 3, 4\); pass 3 axes, `b h k`"):
+    with pytest.raises(ValueError, match=r"q has shape \(2, 6, 3, 4\), but must have 3 axes, `b h k`"):
         gated_delta_step(init_delta_state(2, 3, 4, 4), token, token, token, token[..., 0])

@@ -472,7 +472,7 @@ def test_a_query_without_keys_gets_exactly_zero(name):
 def test_too_many_weights_are_refused(name, monkeypatch):
     assert checks.QUADRATIC_LIMIT == 4096 * 4096
     monkeypatch.setattr(checks, "QUADRATIC_LIMIT", LENGTH * LENGTH - 1)
-    with pytest.raises(ValueError, match="10 x 10 weights, but it may have at most 99; use is_causal"):
+    with pytest.raises(ValueError, match=r"10 x 10 weights, but the limit is 99\. Use is_causal"):
         jax.eval_shape(
             lambda q, k, v: ROWS[name].kernel.attend(q, k, v, mask=jnp.asarray(PAIRS), is_causal=True),
             *as_jax(draw(name)),

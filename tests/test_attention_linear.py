@@ -326,7 +326,7 @@ def test_rotary_tables_are_their_angles():
 
 SHAPES = {"q": (2, 6, 4, 8), "k": (2, 6, 2, 8), "v": (2, 6, 2, 4)}
 REFUSED_SHAPES = {
-    "q of rank 3": ({"q": (6, 4, 8)}, ["q has shape (6, 4, 8)", "(batch, tokens, heads, width)", "add or split"]),
+    "q of rank 3": ({"q": (6, 4, 8)}, ["q has shape (6, 4, 8)", "(batch, tokens, heads, width)", "Add or split"]),
     "v of rank 5": ({"v": (1, 2, 6, 2, 4)}, ["v has shape (1, 2, 6, 2, 4)", "(batch, tokens, heads, width)"]),
     "heads that do not divide": (
         {"k": (2, 6, 3, 8), "v": (2, 6, 3, 4)},
@@ -336,7 +336,7 @@ REFUSED_SHAPES = {
     "batches": ({"q": (3, 6, 4, 8)}, ["(3, 6, 4, 8)", "(2, 6, 2, 8)", "batch sizes must be equal"]),
     "k without v": ({"v": (2, 5, 2, 4)}, ["k has shape (2, 6, 2, 8)", "(2, 5, 2, 4)", "must be equal"]),
     "k and v heads": ({"v": (2, 6, 1, 4)}, ["(2, 6, 2, 8)", "(2, 6, 1, 4)", "must be equal"]),
-    "head widths": ({"q": (2, 6, 4, 4)}, ["(2, 6, 4, 4)", "(2, 6, 2, 8)", "head width, must be equal"]),
+    "head widths": ({"q": (2, 6, 4, 4)}, ["(2, 6, 4, 4)", "(2, 6, 2, 8)", "head widths must be equal"]),
     "lengths": ({"q": (2, 5, 4, 8)}, ["is_causal", "(2, 5, 4, 8)", "(2, 6, 2, 8)", "prefill"]),
     "mask of rank 2": ({"mask": (2, 6)}, ["mask has shape (2, 6)", "(2, 4, 6, 6)", "valid[:, None, None, :]"]),
     "mask of other heads": ({"mask": (2, 3, 6, 6)}, ["mask has shape (2, 3, 6, 6)", "(2, 4, 6, 6)", "padding mask"]),
@@ -377,8 +377,8 @@ REFUSED = {
     "feature name": (lambda: feature_map("elu"), ["'elu'", "choose one of", *FEATURE_MAPS]),
     "feature name in attention": (lambda: attend("softmax"), ["'softmax'", "choose one of", "elu_plus_one"]),
     "direction": (lambda: nala_features(direction_map="sign"), ["'sign'", "'split' or 'cosine'"]),
-    "block size": (lambda: Causal(block_size=0), ["block_size is 0", "at least 1"]),
-    "chunk size": (lambda: Causal(chunk_size=-1), ["chunk_size is -1", "at least 1"]),
+    "block size": (lambda: Causal(block_size=0), ["block_size must be at least 1, not 0"]),
+    "chunk size": (lambda: Causal(chunk_size=-1), ["chunk_size must be at least 1, not -1"]),
     "chunk size of prefill": (lambda: prefill(*zeros(), chunk_size=0), ["chunk_size is 0", "at least 1"]),
     "chunk size of retention": (lambda: retention(*zeros(), chunk_size=0), ["chunk_size is 0", "at least 1"]),
     "odd values": (lambda: pola_attention(*zeros(v=(2, 6, 2, 3))), ["width 3", "must be even"]),
@@ -409,14 +409,14 @@ REFUSED = {
         ["segment_ids", "(2, 5, 4, 8)", "(2, 6, 2, 8)", "pass a mask"],
     ),
     "table": (lambda: attend(nala_features(rotary=rotary_line(5, 8))), ["6 tokens", "5 positions"]),
-    "table width": (lambda: attend(nala_features(rotary=rotary_line(6, 6))), ["16 channels", "parts of 6"]),
+    "table width": (lambda: attend(nala_features(rotary=rotary_line(6, 6))), ["16 channels", "multiple of 6"]),
     "odd table": (lambda: rotary_line(6, 7), ["dim is 7", "must be even"]),
     "odd grid": (lambda: rotary_grid(2, 3, 6), ["dim is 6", "multiple of 4"]),
     "power per head": (lambda: attend(nala_features(jnp.ones(3))), ["shape (3,)", "(4, 8)"]),
     "power of pola": (lambda: pola_attention(*zeros(), power=jnp.ones((4, 5))), ["shape (4, 5)", "(4, 8)"]),
     "power of rank 3": (lambda: attend(nala_features(jnp.ones((1, 4, 8)))), ["shape (1, 4, 8)", "(4, 8)"]),
     "cosformer": (lambda: cosformer_attention(*zeros(), max_length=5), ["6 tokens", "max_length is 5", "raise it"]),
-    "cosformer of nothing": (lambda: cosformer_features(0), ["max_length is 0", "at least 1"]),
+    "cosformer of nothing": (lambda: cosformer_features(0), ["max_length", "at least 1, not 0"]),
     "landmarks": (lambda: attend(gaussian_landmark_map(jnp.zeros((3, 5, 8)))), ["(2, 6, 4, 8)", "(3, 5, 8)"]),
     "softmax lengths": (
         lambda: softmax_attention(*zeros(q=(2, 5, 2, 8)), is_causal=True),

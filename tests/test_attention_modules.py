@@ -291,7 +291,7 @@ def test_positions_past_the_end_of_a_table_are_loud_and_not_wrong():
     module, x = attention.NaLaAttention(WIDTH, HEADS, is_causal=True, max_length=8), inputs(n=9)
     variables = perturbed(module, x[:, :8])
     _, state = module.apply(variables, x[:, :8], method="prefill")
-    with pytest.raises(ValueError, match="there are 9 tokens; the feature map has 8 positions"):
+    with pytest.raises(ValueError, match="there are 9 tokens, but the feature map has 8 positions"):
         module.apply(variables, x[:, 8], state, method="step")
     out, _ = jax.jit(lambda token, state: module.apply(variables, token, state, method="step"))(x[:, 8], state)
     assert jnp.isnan(out).all()
@@ -313,7 +313,7 @@ def test_positions_past_the_end_of_a_table_are_loud_and_not_wrong():
         ),
         (
             lambda x: attention.nala_attention(*[x[:, :, None]] * 3, mask=jnp.ones((1, 1, 1, x.shape[1]))),
-            ["mask has dtype float32", "booleans"],
+            ["mask has dtype float32", "boolean"],
         ),
         (
             lambda x: attention.prefill(*[x[:, :, None]] * 3, attention.cosformer_features(8)),

@@ -64,5 +64,5 @@ def test_what_it_cannot_do_is_refused():
         linear_attention(q, k, v, is_causal=Causal(implementation="pallas", block_size=2))
     with pytest.raises(ValueError, match="neither blocks nor segments"):
         linear_attention(q, k, v, is_causal=PALLAS, segment_ids=jnp.zeros((1, 8), jnp.int32))
-    with pytest.raises(ValueError, match="chunk_size is 24; the Pallas kernel needs a power of two"):
+    with pytest.raises(ValueError, match="chunk_size is 24, but the Pallas kernel needs a power of two"):
         linear_attention(q, k, v, is_causal=Causal(implementation="pallas", chunk_size=24))

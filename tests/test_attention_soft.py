@@ -267,24 +267,24 @@ def test_landmark_features_factor_the_nystrom_kernel_token_by_token(float64):
 
 Q, V = np.ones((2, 6, 3, 4), np.float32), np.ones((2, 6, 3, 5), np.float32)
 ERRORS = {
-    "causal": ((Q, Q, V), {"is_causal": True}, "leaks into every token.*gaussian_landmark_attention"),
-    "rank": ((Q[0], Q, V), {}, "takes arrays"),
-    "lengths": ((Q, Q[:, :5], V), {}, "Each key needs one value"),
+    "causal": ((Q, Q, V), {"is_causal": True}, "cannot be causal.*gaussian_landmark_attention"),
+    "rank": ((Q[0], Q, V), {}, "q, k and v must be .batch, tokens, heads, width."),
+    "lengths": ((Q, Q[:, :5], V), {}, "same number of tokens"),
     "batch": ((Q[:1], Q, V), {}, "same batch size"),
     "heads": ((Q, Q[:, :, :1], V), {}, "same number of heads"),
     "widths": ((Q, Q[..., :3], V), {}, "same width"),
     "mask per query": ((Q, Q, V), {"mask": np.tile(np.tri(6, dtype=bool), (2, 1, 1, 1))}, "key masks"),
     "mask per head": ((Q, Q, V), {"mask": np.ones((2, 3, 1, 6), bool)}, "key masks"),
-    "mask length": ((Q, Q, V), {"mask": np.ones((2, 5), bool)}, "pass .2, 6. or .2, 1, 1, 6."),
-    "grid": ((Q, Q, V), {"grid": (2, 4)}, "grid .2, 4. does not match 6 keys"),
-    "grid and landmarks": ((Q, Q, V), {"grid": (2, 3), "landmarks": Q}, "are both given"),
-    "landmark width": ((Q, Q, V), {"landmarks": Q[..., :2]}, "landmarks are .* pass .number, 3, 4."),
-    "no landmarks": ((Q, Q, V), {"num_landmarks": 0}, "pass at least 1"),
+    "mask length": ((Q, Q, V), {"mask": np.ones((2, 5), bool)}, "key masks, .2, 6. or .2, 1, 1, 6."),
+    "grid": ((Q, Q, V), {"grid": (2, 4)}, "grid .2, 4. does not match the 6 keys"),
+    "grid and landmarks": ((Q, Q, V), {"grid": (2, 3), "landmarks": Q}, "cannot be combined"),
+    "landmark width": ((Q, Q, V), {"landmarks": Q[..., :2]}, "landmarks have .* pass .number, 3, 4."),
+    "no landmarks": ((Q, Q, V), {"num_landmarks": 0}, "must be at least 1"),
     "cells without grid": ((Q, Q, V), {"num_landmarks": (2, 2)}, "needs a grid"),
-    "solver": ((Q, Q, V), {"solver": "pinv"}, "solver is 'pinv'; use one of 'newton'"),
-    "normalize": ((Q, Q, V), {"normalize": "sym"}, "normalize is 'sym'"),
-    "ridge": ((Q, Q, V), {"ridge": -0.1}, "pass ridge >= 0"),
-    "released ridge": ((Q, Q, V), {"solver": "newton_released"}, "no ridge"),
+    "solver": ((Q, Q, V), {"solver": "pinv"}, "solver 'pinv' is unknown; choose one of 'newton'"),
+    "normalize": ((Q, Q, V), {"normalize": "sym"}, "normalize must be .* not 'sym'"),
+    "ridge": ((Q, Q, V), {"ridge": -0.1}, "ridge must be at least 0, not -0.1"),
+    "released ridge": ((Q, Q, V), {"solver": "newton_released"}, "does not support ridge"),
 }
 
 
@@ -293,5 +293,5 @@ def test_errors_say_what_to_do(case, untyped):
     arrays, options, message = ERRORS[case]
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(lambda *arrays: soft_attention(*arrays, **options), *arrays)
-    with pytest.raises(ValueError, match="give landmarks"):
+    with pytest.raises(ValueError, match="pass landmarks"):
         soft.gaussian_landmark_features(Q, Q[:, 0])

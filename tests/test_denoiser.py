@@ -177,9 +177,9 @@ REFUSED = {
     "no chunk": (lambda: DenoiserStep(ClipDenoiser(CLIP), 0.5, chunk=0), "chunk is 0; it must be at least 1"),
     "half a frame": (
         lambda: FrameWindow(1, 4, 1, 1).attend(*jnp.zeros((3, 1, 7, 1, 2))),
-        "behind a prefix of 1 there must be frames of 4",
+        "tokens after the prefix of 1 must form frames of 4",
     ),
-    "no tokens": (lambda: FrameWindow(1, 0, 1, 1), "tokens is 0; it must be at least 1"),
+    "no tokens": (lambda: FrameWindow(1, 0, 1, 1), "tokens is 0, but must be at least 1"),
     "image": (
         lambda: ClipDenoiser(CLIP).init(jax.random.key(0), jnp.zeros((1, 2, 3, 2)), laws.labels(CLIP, batch=1)),
         "this model takes (batch, 6, 2, 3, 2)",

@@ -100,7 +100,7 @@ def test_turning_is_multiplication_of_adjacent_pairs_by_a_complex_phase(key):
 
 
 def test_positions_of_another_number_of_axes_are_refused():
-    with pytest.raises(ValueError, match="positions have 2 coordinates and pairs names 3"):
+    with pytest.raises(ValueError, match="positions have 2 coordinates, but pairs has 3 entries"):
         rotary_axes(np.zeros((4, 2)), (2, 2, 2))
 
 

@@ -33,11 +33,11 @@ class KVCache(NamedTuple):
 class CausalKernel(NamedTuple):
     """The functions through which blocks and decoders use one attention kernel.
 
-    attend(q, k, v) -> out: causal attention over a whole sequence, arrays `b n h k`.
+    attend(q, k, v) -> out: causal attention over whole sequences, with arrays `b n h k`.
     init_cache(batch, length, num_heads, head_dim, dtype) -> cache: an empty cache for one layer and `length` positions.
-    attend_window(q, k, v, cache, start) -> (out, cache): exact causal attention of the tokens at positions
-        start..start+n-1 to the cached prefix and to themselves, and the cache extended by these tokens.
-    rewind(before, after) -> cache: a cache from which a window can be run again, given the caches before and after its
+    attend_window(q, k, v, cache, start) -> (out, cache): exact causal attention from the tokens at positions
+        start..start+n-1 to the cached prefix and to each other, and the cache with these tokens added.
+    rewind(before, after) -> cache: a cache for running a window again, given the caches before and after its first
         run. This is `after` if the window overwrites its slots, and `before` if the cache is a running sum.
     has_slots: whether the cache has one slot per token, so that a window may start at any token that has already been
     processed.
@@ -69,11 +69,11 @@ def attend_kv_window(
     cache: KVCache,
     start: Int[Array, ""] | int,
 ) -> tuple[Float[Array, "b n h k"], KVCache]:
-    """Returns softmax attention of tokens at positions start..start+n-1 to the cache and themselves, and the new cache.
+    """Returns softmax attention from tokens start..start+n-1 to the cache and to each other, and the new cache.
 
-    There may be fewer key heads than query heads; each key head then serves h/g query heads. The new keys and values
+    There may be fewer key heads than query heads; h/g query heads then share each key head. The new keys and values
     overwrite their slots, so a window can be run again without bookkeeping. Query i attends to slots 0..start+i. Later
-    slots have no effect, provided that they hold finite numbers.
+    slots have no effect, as long as they contain finite numbers.
 
     Example:
         out, cache = attend_kv_window(q, k, v, cache, start=12)
@@ -94,7 +94,7 @@ def attend_kv_window(
 
 
 def _recurrent(kernel: Kernel) -> CausalKernel:
-    """Returns a causal kernel made from a kernel with a running state; its cache does not grow with the sequence."""
+    """Makes a causal kernel from a kernel with a running state. Its cache does not grow with the sequence."""
     running = _Running(kernel)
     return CausalKernel(
         attend=running.attend,

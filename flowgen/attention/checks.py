@@ -21,17 +21,20 @@ def check_heads(q: Array, k: Array, v: Array) -> None:
     for name, array in {"q": q, "k": k, "v": v}.items():
         if array.ndim != 4:
             raise ValueError(
-                f"{name} has shape {array.shape}; attention takes (batch, tokens, heads, width); add or split an axis."
+                f"{name} has shape {array.shape}, but attention takes (batch, tokens, heads, width). Add or split an "
+                "axis."
             )
     if k.shape[:3] != v.shape[:3]:
-        raise ValueError(f"k has shape {k.shape} and v {v.shape}; batch, tokens and heads of both must be equal.")
+        raise ValueError(
+            f"k has shape {k.shape} and v has shape {v.shape}, but their batch, token and head axes must be equal."
+        )
     if q.shape[0] != k.shape[0]:
-        raise ValueError(f"q has shape {q.shape} and k {k.shape}; their batch sizes must be equal.")
+        raise ValueError(f"q has shape {q.shape} and k has shape {k.shape}, but their batch sizes must be equal.")
     if q.shape[3] != k.shape[3]:
-        raise ValueError(f"q has shape {q.shape} and k {k.shape}; their last axes, the head width, must be equal.")
+        raise ValueError(f"q has shape {q.shape} and k has shape {k.shape}, but their head widths must be equal.")
     if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
         raise ValueError(
-            f"q has {q.shape[2]} heads and k has {k.shape[2]}; "
+            f"q has {q.shape[2]} heads and k has {k.shape[2]}, but "
             "the number of query heads must be a multiple of the number of key heads."
         )
 
@@ -41,8 +44,8 @@ def check_floats(**arrays: Array | None) -> None:
     for name, array in arrays.items():
         if array is not None and not jnp.issubdtype(jnp.result_type(array), jnp.floating):
             raise ValueError(
-                f"{name} has dtype {jnp.result_type(array)}; attention takes floating-point numbers, so convert it: "
-                f"{name}.astype(jnp.float32)."
+                f"{name} has dtype {jnp.result_type(array)}, but attention takes floating-point numbers. Convert it "
+                f"with {name}.astype(jnp.float32)."
             )
 
 
@@ -50,8 +53,8 @@ def check_causal(q: Array, k: Array) -> None:
     """Raises ValueError unless there are as many queries as keys, which causal order requires."""
     if q.shape[1] != k.shape[1]:
         raise ValueError(
-            f"is_causal needs as many queries as keys, got q {q.shape} and k {k.shape}; pass a mask, or continue "
-            "from a state with `prefill` or `step`."
+            f"is_causal needs as many queries as keys, but q has shape {q.shape} and k has shape {k.shape}. For "
+            "another order, pass a mask; to continue from a state, call `prefill` or `step`."
         )
 
 
@@ -63,12 +66,12 @@ def check_mask(mask: Array | None, q: Array, k: Array) -> Bool[Array, "#b #h #n 
     if mask.ndim != 4 or any(have not in (1, want) for have, want in zip(mask.shape, full, strict=True)):
         raise ValueError(
             f"mask has shape {mask.shape}, which does not broadcast to (batch, heads, queries, keys) = {full}; "
-            "give a padding mask `valid` of shape (batch, keys) as valid[:, None, None, :]."
+            "pass a padding mask `valid` of shape (batch, keys) as valid[:, None, None, :]."
         )
     if jnp.result_type(mask) != jnp.bool_:
         raise ValueError(
-            f"mask has dtype {jnp.result_type(mask)}; give booleans, True where a key is kept: "
-            "`mask == 0` for an additive mask, `mask != 0` for a mask that has ones where keys are kept."
+            f"mask has dtype {jnp.result_type(mask)}, but must be boolean, True for the keys to keep. Pass "
+            "`mask == 0` if yours is added to the logits, or `mask != 0` if it has ones for the keys to keep."
         )
     return jnp.asarray(mask)
 
@@ -78,8 +81,8 @@ def check_key_mask(mask: Array, q: Array, k: Array) -> Bool[Array, "#b #g 1 m"]:
     checked = check_mask(mask, q, k)
     if checked is None or not is_key_mask(checked, k):
         raise ValueError(
-            f"mask has shape {mask.shape}; this form of attention takes a key mask, (batch, 1, 1, keys): "
-            "if the same tokens are kept as queries and as keys, make one with flowgen.attention.own_keys."
+            f"mask has shape {mask.shape}, but this form of attention takes a key mask, (batch, 1, 1, keys). "
+            "If your mask keeps the same tokens as queries and as keys, convert it with flowgen.attention.own_keys."
         )
     return checked
 
@@ -92,7 +95,7 @@ def is_key_mask(mask: Array, k: Array) -> bool:
 def hide_keys(
     k: Float[Array, "b m g k"], v: Float[Array, "b m g d"], mask: Bool[Array, "#b #h #n #m"] | None
 ) -> tuple[Float[Array, "b m g k"], Float[Array, "b m g d"]]:
-    """Returns k and v with zeros for keys that no query may see, so that neither NaN nor a gradient passes through."""
+    """Returns k and v with zeros for keys that no query may see, so that these pass on neither NaN nor gradients."""
     if mask is None:
         return k, v
     seen = mask.any(axis=2)
@@ -116,8 +119,8 @@ def check_contiguous(segment_ids: Array) -> None:
         first = row[np.concatenate([[True], row[1:] != row[:-1]])] if row.size else row
         if len(np.unique(first)) != len(first):
             raise ValueError(
-                f"segment_ids recur: {first[:8].tolist()} are the ids of consecutive runs of tokens; each segment must "
-                "be contiguous, so give each run its own id, or sort the tokens by segment."
+                f"segment_ids recur: consecutive runs of tokens have the ids {first[:8].tolist()}, but each segment "
+                "must be contiguous. Give each run its own id, or sort the tokens by segment."
             )
 
 
@@ -126,10 +129,11 @@ def check_segments(segment_ids: Array | None, q: Array, k: Array) -> None:
     if segment_ids is None:
         return
     if segment_ids.shape != q.shape[:2]:
-        raise ValueError(f"segment_ids have shape {segment_ids.shape}; they must be (batch, tokens) = {q.shape[:2]}.")
+        raise ValueError(f"segment_ids have shape {segment_ids.shape}, but need shape (batch, tokens) = {q.shape[:2]}.")
     if q.shape[1] != k.shape[1]:
         raise ValueError(
-            f"segment_ids need as many queries as keys, got {q.shape} and {k.shape}; pass a mask for cross attention."
+            f"segment_ids need as many queries as keys, but q has shape {q.shape} and k has shape {k.shape}. For cross "
+            "attention, pass a mask instead."
         )
     check_contiguous(segment_ids)
 
@@ -139,10 +143,10 @@ def check_quadratic(q: Array, k: Array) -> None:
     n, m = q.shape[1], k.shape[1]
     if isinstance(n * m, int) and n * m > QUADRATIC_LIMIT:
         raise ValueError(
-            f"mask differs between queries, so linear attention would need the quadratic form with {n} x {m} weights, "
-            f"but it may have at most {QUADRATIC_LIMIT}; use is_causal, segment_ids or a key mask; if the same tokens "
-            "are kept as queries and as keys, flowgen.attention.own_keys gives the key mask, and in Flax's modules "
-            "make_attention_fn(..., masks='keys') does."
+            f"mask differs between queries, so linear attention would have to compute {n} x {m} weights, but the "
+            f"limit is {QUADRATIC_LIMIT}. Use is_causal, segment_ids or a key mask; if your mask keeps the same tokens "
+            "as queries and as keys, convert it with flowgen.attention.own_keys or, in Flax's modules, with "
+            "make_attention_fn(..., masks='keys')."
         )
 
 
@@ -167,7 +171,7 @@ def errors_of_pallas() -> Generator[None]:
             raise TypeError("the Pallas kernel has no forward-mode derivative; use implementation='xla'.") from error
         if "axis_names" in str(error):
             raise ValueError(
-                "vmap cannot map the Pallas kernel over an explicit mesh axis; use implementation='xla', or make "
-                "that axis the batch."
+                "vmap cannot map the Pallas kernel over an explicit mesh axis; use implementation='xla', or fold "
+                "that axis into the batch."
             ) from error
         raise

@@ -37,7 +37,7 @@ def gated_linear_attention(
     outputs are not normalised; a norm per head usually follows. log_decay: at most 0. mask: a key mask, True for keys
     to keep. A masked token has no effect, whatever its values: even its decay is ignored. segment_ids: see
     `prefix_product`.
-    Raises ValueError if shapes or mask do not match.
+    Raises ValueError if shapes or the mask do not match.
 
     Example:
         out, state = gated_linear_attention(q, k, v, jax.nn.log_sigmoid(gate))
@@ -45,7 +45,9 @@ def gated_linear_attention(
     check_heads(q, k, v)
     check_causal(q, k)
     if log_decay.shape != k.shape[:3]:
-        raise ValueError(f"log_decay has shape {log_decay.shape}; (batch, tokens, key heads) are {k.shape[:3]}.")
+        raise ValueError(
+            f"log_decay has shape {log_decay.shape}, but needs shape (batch, tokens, key heads) = {k.shape[:3]}."
+        )
     check_segments(segment_ids, q, k)
     check_floats(log_decay=log_decay)
     dtype = jnp.promote_types(q.dtype, jnp.float32)

@@ -61,18 +61,18 @@ def gated_delta_rule(
 
     (Yang, Kautz and Hatamizadeh, Gated Delta Networks, arXiv 2412.06464).
 
-    use_qk_l2norm: divide q and k by their norms first, so that their sizes do not matter; on by default, as in the
-    published layers. If it is off, keep the norms of the keys at most 1: if β |k|² exceeds 2, the state grows without
-    bound. scale: factor on q after this normalisation; k_dim^-0.5 if None. beta: β, the writing strength, between 0 and
-    1. log_decay: g ≤ 0, in nats per token; -inf forgets everything before the token, and None means no decay. Neither
-    range is checked.
+    use_qk_l2norm: divide q and k by their norms first, so that only their directions matter; on by default, as in
+    the published layers. If you turn it off, keep the norms of the keys at 1 or below, because the state grows without
+    bound if β |k|² exceeds 2. scale: factor on q after this normalisation; k_dim^-0.5 if None. beta: β, the write
+    strength, between 0 and 1. log_decay: g ≤ 0, in nats per token; -inf forgets everything before the token, and None
+    means no decay. The ranges of beta and log_decay are not checked.
 
     Tokens within a chunk of `chunk_size` are processed in parallel (Yang et al., DeltaNet, arXiv 2406.06484), and the
     chunks in order. The backward pass stores one state per chunk. n need not be a multiple of chunk_size. With `state`,
     the call continues exactly where an earlier call or step ended.
 
     mask: True for tokens to keep. A masked token does not affect others, whatever its values: even its decay is
-    ignored. Its output is what its q reads from the state before it.
+    ignored. Its output is what its query reads from the state before it.
 
     Raises ValueError if shapes do not match, or if chunk_size is below 1.
 
@@ -81,7 +81,7 @@ def gated_delta_rule(
     """
     _check_arrays(4, q, k, v, beta, log_decay, state)
     if chunk_size < 1:
-        raise ValueError(f"chunk_size is {chunk_size}; give a number of tokens, at least 1; 64 suits most widths.")
+        raise ValueError(f"chunk_size must be at least 1, not {chunk_size}; 64 suits most widths.")
     if mask is not None:
         keep = _key_mask(mask, q.shape[0], q.shape[1])
         k, v, beta, log_decay = jax.tree.map(partial(_silence, keep), (k, v, beta, log_decay))
@@ -196,7 +196,7 @@ class _Tokens(NamedTuple):
 def _prepare(
     given: _Tokens, state: DeltaState | None, scale: Array | float, use_qk_l2norm: bool
 ) -> tuple[_Tokens, Float[Array, "b h k d"]]:
-    """Returns tokens in the state's dtype, with q scaled and, if requested, q and k normalised, and the state."""
+    """Returns the tokens in the state's dtype (q scaled; q and k normalised if requested), and the state."""
     dtype = jnp.promote_types(jnp.result_type(given.q, given.k, given.v), jnp.float32)
     q, k, v, beta, log_decay = jax.tree.map(lambda x: x.astype(dtype), given)
     if state is None:
@@ -211,7 +211,7 @@ def _unit(x: Array) -> Array:
 
 
 def _precision(given: _Tokens) -> jax.lax.Precision:
-    """Returns full precision for inputs of 32 bits or more, because some devices round factors by default."""
+    """Returns full precision for inputs of 32 bits or more, because some devices round the factors by default."""
     narrow = jnp.finfo(jnp.result_type(given.q, given.k, given.v)).bits < 32
     return jax.lax.Precision.DEFAULT if narrow else jax.lax.Precision.HIGHEST
 
@@ -256,8 +256,8 @@ def _key_mask(mask: Array, batch: int, n: int) -> Bool[Array, "b n"]:
     keep = mask[:, 0, 0] if mask.ndim == 4 and mask.shape[1:3] == (1, 1) else mask
     if keep.ndim != 2 or keep.shape[0] not in (1, batch) or keep.shape[1] != n:
         raise ValueError(
-            f"mask has shape {mask.shape} for tokens {(batch, n)}; "
-            "give a key mask, `b n` or `b 1 1 n`; causality needs no mask."
+            f"mask has shape {mask.shape}, but (batch, tokens) is {(batch, n)}. "
+            "Pass a key mask, `b n` or `b 1 1 n`; causal order needs no mask."
         )
     return jnp.broadcast_to(keep, (batch, n))
 
@@ -267,18 +267,25 @@ def _check_arrays(rank: int, q, k, v, beta, log_decay, state: DeltaState | None)
     letters = "b n h" if rank == 4 else "b h"
     tokens = q.shape[:-1]
     if q.ndim != rank:
-        raise ValueError(f"q has shape {q.shape}; pass {rank} axes, `{letters} k`.")
+        raise ValueError(f"q has shape {q.shape}, but must have {rank} axes, `{letters} k`.")
     if k.shape != q.shape:
         raise ValueError(
-            f"k has shape {k.shape} and q {q.shape}; pass both as `{letters} k`; repeat keys that heads share."
+            f"k has shape {k.shape} and q has shape {q.shape}, but both must be `{letters} k`; repeat keys that "
+            "several heads share."
         )
     if v.ndim != rank or v.shape[:-1] != tokens:
-        raise ValueError(f"v has shape {v.shape} and q {q.shape}; pass v as `{letters} d`; only the width may differ.")
+        raise ValueError(
+            f"v has shape {v.shape} and q has shape {q.shape}, but v must be `{letters} d`; only the width may differ."
+        )
     for name, gate in (("beta", beta), ("log_decay", log_decay)):
         if gate is not None and gate.shape != tokens:
-            raise ValueError(f"{name} has shape {gate.shape} and q {q.shape}; pass one number per head, `{letters}`.")
+            raise ValueError(
+                f"{name} has shape {gate.shape} and q has shape {q.shape}; pass one number per token and head, "
+                f"`{letters}`."
+            )
     expected = (q.shape[0], q.shape[-2], q.shape[-1], v.shape[-1])
     if state is not None and state.kv.shape != expected:
         raise ValueError(
-            f"state.kv has shape {state.kv.shape} but q and v need {expected}; make it with init_delta_state{expected}."
+            f"state.kv has shape {state.kv.shape}, but q and v need {expected}. Make the state with "
+            f"init_delta_state{expected}."
         )

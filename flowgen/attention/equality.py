@@ -1,4 +1,4 @@
-"""Equality and hashes for frozen dataclasses that may hold arrays, such as kernels."""
+"""Equality and hashes for frozen dataclasses that may contain arrays, such as kernels."""
 
 from __future__ import annotations
 

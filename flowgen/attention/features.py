@@ -27,18 +27,19 @@ FOCUSED_FLOOR = 1e-6  # as in the released FLatten: keeps every relu feature pos
 
 @dataclass(frozen=True, eq=False)
 class FeatureMap(ByFields):
-    """The feature map φ of a kernel: functions (x, positions) -> features of arrays `b n h k` and `n`, for queries and
-    keys.
+    """The feature map φ of a kernel: a function for queries and one for keys.
+
+    Each function takes (x, positions), arrays `b n h k` and `n`, and returns features.
 
     Features must be nonnegative, so that the normaliser is positive. A map that depends on positions must set `rotary`
     or `max_length`. Two maps are equal if their functions are equal, and a map can be pickled if its functions can.
 
     query: the function for queries.
     key: the function for keys.
-    query_scale: if the map multiplies each query by a factor to keep precision, a function that returns these factors,
-    `b n h`; eps is multiplied by them too, so that they cancel.
-    rotary: table that rotates the features in the numerator, but not in the normaliser.
-    max_length: number of positions, if limited; tokens beyond it raise ValueError, or become NaN if positions are
+    query_scale: if the map scales queries to keep precision, a function that returns the factors, `b n h`; eps is
+    multiplied by them too, so that they cancel.
+    rotary: a table that rotates the features in the numerator, but not in the normaliser.
+    max_length: the number of positions, if limited; tokens beyond it raise ValueError, or become NaN if positions are
     traced.
     """
 
@@ -104,7 +105,7 @@ def elu_plus_one() -> FeatureMap:
 
 
 def relu_features(power: int = 1) -> FeatureMap:
-    """Returns φ(x) = relu(x)^power; power 2 is the squared ReLU. A query whose products are all 0 gives 0.
+    """Returns φ(x) = relu(x)^power; power 2 is the squared ReLU. If all of a query's products are 0, its output is 0.
 
     Example:
         out = linear_attention(q, k, v, relu_features(power=2))
@@ -115,8 +116,8 @@ def relu_features(power: int = 1) -> FeatureMap:
 def focused_features(power: float = 3.0, scale: float | Array = 1.0, *, joint_heads: bool = False) -> FeatureMap:
     """Returns the focused map (FLatten, arXiv 2308.00442): y = (relu(x) + 1e-6) / scale, then |y| y^p / |y^p|.
 
-    scale: positive, a number or an array that broadcasts to `b n h k`. joint_heads: compute both norms over all heads
-    together, as in the released code, instead of per head.
+    scale: a positive number, or an array of them that broadcasts to `b n h k`. joint_heads: compute both norms over all
+    heads together, as in the released code, instead of per head.
 
     Example:
         out = linear_attention(q, k, v, focused_features(power=3.0))
@@ -145,7 +146,7 @@ def nala_features(
         out = linear_attention(q, k, v, nala_features(rotary=rotary_grid(14, 14, 64)))
     """
     if direction_map not in ("split", "cosine"):
-        raise ValueError(f"direction_map is {direction_map!r}; choose 'split' or 'cosine'.")
+        raise ValueError(f"direction_map must be 'split' or 'cosine', not {direction_map!r}.")
     nala = _Nala(power, offset, direction_map, temperature)
     return FeatureMap(nala.query, nala.key, nala.query_scale, rotary)
 
@@ -159,7 +160,7 @@ def cosformer_features(max_length: int) -> FeatureMap:
         out = linear_attention(q, k, v, cosformer_features(max_length=1024), is_causal=True)
     """
     if max_length < 1:
-        raise ValueError(f"max_length is {max_length}; it must be the largest number of tokens, at least 1.")
+        raise ValueError(f"max_length, the largest number of tokens, must be at least 1, not {max_length}.")
     phi = _Cosformer(max_length)
     return FeatureMap(phi, phi, max_length=max_length)
 
@@ -230,7 +231,7 @@ class _Nala(ByFields):
         return per_head(self.power, q) * (per_head(self.offset, q) + jnp.tanh(_norm(q, (-1,))))
 
     def _logs(self, q):
-        """Returns log |d(q)| (0 for -inf) and a shift of at most 60 that raises each token's top log feature to 0."""
+        """Returns log |d(q)| (0 for -inf) and a shift, at most 60, that raises each token's top log feature to 0."""
         nonzero = q != 0
         log = jnp.where(nonzero, jnp.log(jnp.where(nonzero, jnp.abs(q / _norm(q, (-1,))), 1)), 0)
         top = jnp.where(nonzero, log, -jnp.inf).max(axis=-1, keepdims=True)
@@ -255,7 +256,10 @@ def per_head(value: float | Array, x: Float[Array, "b n h k"]) -> Array:
         return value
     want = x.shape[2 : 2 + value.ndim]
     if value.ndim > 2 or any(have not in (1, size) for have, size in zip(value.shape, want, strict=True)):
-        raise ValueError(f"a parameter per head has shape {value.shape}; heads and their width are {x.shape[2:]}.")
+        raise ValueError(
+            f"power or offset has shape {value.shape}, which does not match the number of heads and their width, "
+            f"{x.shape[2:]}."
+        )
     return value[None, None, :, None] if value.ndim == 1 else value[None, None]
 
 
@@ -268,7 +272,7 @@ def _check_map(name: str, phi: Map) -> None:
         signature.bind(None, None)
     except TypeError:
         raise ValueError(
-            f"{name} takes {signature}; a feature map is a function of (x, positions), so write "
+            f"{name} has the signature {signature}, but must be a function of (x, positions), such as "
             f"`lambda x, positions: ...`."
         ) from None
 
@@ -279,7 +283,7 @@ def _check_length(start: int | Array, num_tokens: int, limit: int) -> None:
         return
     end = int(starts.max(initial=0)) + num_tokens
     if end > limit:
-        raise ValueError(f"there are {end} tokens; the feature map has {limit} positions; create it with more.")
+        raise ValueError(f"there are {end} tokens, but the feature map has {limit} positions; create it with more.")
 
 
 def _same(phi: Map) -> FeatureMap:
@@ -315,7 +319,7 @@ def feature_map(features: FeatureMap | str) -> FeatureMap:
         return features
     if not isinstance(features, str) or features not in FEATURE_MAPS:
         raise ValueError(
-            f"features {features!r} are unknown; choose one of {', '.join(FEATURE_MAPS)} or give a FeatureMap "
-            "(pola, inline and retention are not feature maps: use flowgen.attention.kernel)."
+            f"feature map {features!r} is unknown; choose one of {', '.join(FEATURE_MAPS)}, or pass a FeatureMap. "
+            "For pola, inline and retention, use flowgen.attention.kernel instead."
         )
     return FEATURE_MAPS[features]

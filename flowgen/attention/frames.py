@@ -17,7 +17,7 @@ from flowgen.backend import keep_axes
 
 @dataclass(frozen=True)
 class FrameWindow:
-    """Which keys a query sees among `prefix` tokens followed by frames of `tokens` tokens each.
+    """Which keys a query sees in a sequence of `prefix` tokens followed by frames of `tokens` tokens each.
 
     A token of frame f sees the prefix and frames f - past_frames .. f + lookahead_frames. A token of the prefix sees
     the prefix and frames 0 .. lookahead_frames (the denoiser of STARFlow-V, arXiv 2511.20462).
@@ -34,7 +34,7 @@ class FrameWindow:
     def __post_init__(self):
         for name, least in (("prefix", 0), ("tokens", 1), ("past_frames", 0), ("lookahead_frames", 0)):
             if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
+                raise ValueError(f"{name} is {getattr(self, name)}, but must be at least {least}.")
 
     def attend(
         self, q: Float[Array, "b n h k"], k: Float[Array, "b n g k"], v: Float[Array, "b n g d"]
@@ -46,7 +46,8 @@ class FrameWindow:
         frames, rest = divmod(q.shape[1] - self.prefix, self.tokens)
         if rest or frames < 1:
             raise ValueError(
-                f"q has {q.shape[1]} tokens; behind a prefix of {self.prefix} there must be frames of {self.tokens}."
+                f"q has {q.shape[1]} tokens, but the tokens after the prefix of {self.prefix} must form frames of "
+                f"{self.tokens} tokens each."
             )
         check_floats(q=q, k=k, v=v)
         return _attend(q, k, v, self, backend.MAX_LOGITS)

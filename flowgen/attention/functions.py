@@ -1,4 +1,4 @@
-"""Published linear attention as functions on arrays `b n h k`: NaLaFormer, FLatten, cosFormer, PolaFormer, InLine."""
+"""Published kinds of linear attention, on arrays `b n h k`: NaLaFormer, FLatten, cosFormer, PolaFormer, InLine."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def nala_attention(
 
     eps: added to the sum of the weights. The released layer adds 1e-6 to their mean over m keys, which corresponds to
     eps = m * 1e-6. For rotary features, a temperature for the cosine map, or packed segments, use
-    `linear_attention(q, k, v, nala_features(...), ...)`. Raises ValueError if shapes or mask do not match.
+    `linear_attention(q, k, v, nala_features(...), ...)`. Raises ValueError if shapes or the mask do not match.
 
     Example:
         out = nala_attention(q, k, v, is_causal=True)
@@ -70,8 +70,8 @@ def cosformer_attention(
 ) -> Float[Array, "b n h d"]:
     """Returns cosFormer attention (arXiv 2202.08791), whose weights decrease with distance; see `cosformer_features`.
 
-    eps: added to the sum of the weights. The released layer instead bounds this sum from below by 1e-6, which is the
-    same as eps=0 except for nearly empty rows, and its M is the longer of the two lengths. Raises ValueError if there
+    eps: added to the sum of the weights. The released layer instead clamps this sum to at least 1e-6, which is the
+    same as eps=0 except for nearly empty rows. Its M is the larger of the two lengths. Raises ValueError if there
     are more tokens than max_length.
 
     Example:
@@ -79,7 +79,7 @@ def cosformer_attention(
     """
     check_heads(q, k, v)
     if isinstance(q.shape[1], int) and max(q.shape[1], k.shape[1]) > max_length:
-        raise ValueError(f"there are {max(q.shape[1], k.shape[1])} tokens; max_length is {max_length}, so raise it.")
+        raise ValueError(f"there are {max(q.shape[1], k.shape[1])} tokens, but max_length is {max_length}; raise it.")
     return linear_attention(q, k, v, cosformer_features(max_length), mask=mask, is_causal=is_causal, eps=eps)
 
 
@@ -96,9 +96,9 @@ def pola_attention(
     """Returns polarity-aware attention (PolaFormer, arXiv 2501.15061), without its gate.
 
     The weights of equal signs, [q+; q-]·[k+; k-], average the first half of each value, and the weights of opposite
-    signs, [q-; q+]·[k+; k-], the second half. Each half has its own normaliser; q± = relu(±q)^power. power: positive, a
-    number or an array `h` or `h k`. eps: added to the sum of the weights. The released layer adds 1e-6 to their mean
-    over m keys, which corresponds to eps = m * 1e-6. Raises ValueError if the width of v is odd.
+    signs, [q-; q+]·[k+; k-], the second half. Each half has its own normaliser; q± = relu(±q)^power. power: a
+    positive number, or an array of them, `h` or `h k`. eps: added to the sum of the weights. The released layer adds
+    1e-6 to their mean over m keys, which corresponds to eps = m * 1e-6. Raises ValueError if the width of v is odd.
 
     Example:
         out = pola_attention(q, k, v)

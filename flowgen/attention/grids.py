@@ -1,4 +1,4 @@
-"""Conversion of row-major tokens to images and back, for convolutions; sharding over a mesh is kept."""
+"""Converts row-major tokens to images and back, for convolutions; keeps their sharding over a mesh."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from flowgen.backend import keep_axes
 
 
 def check_grid(grid: tuple[int, int] | None, num_tokens: int) -> tuple[int, int]:
-    """Returns the grid; raises ValueError if it is missing or does not hold all tokens."""
+    """Returns the grid; raises ValueError if it is missing or does not match the number of tokens."""
     if grid is None:
-        raise ValueError(f"grid is None; this layer needs the (height, width) of its {num_tokens} tokens.")
+        raise ValueError(f"grid is None, but this layer needs the (height, width) of its {num_tokens} tokens.")
     if grid[0] * grid[1] != num_tokens:
-        raise ValueError(f"grid is {tuple(grid)}; it must hold all {num_tokens} tokens.")
+        raise ValueError(f"grid is {tuple(grid)}, but height times width must be the number of tokens, {num_tokens}.")
     return grid
 
 

@@ -43,22 +43,22 @@ def make_attention_fn(
       reads these tokens from the diagonal, at linear cost, even inside jit. The outputs of other tokens are
       meaningless.
     - bias over keys alone (query axis of length 1) multiplies the keys' features by exp(bias); only feature maps
-      support it. In causal attention, keep it below 80, so that exp does not overflow; otherwise only differences
-      matter.
-    - One query with a mask over several keys, as when decoding from Flax's cache, is never causal: the mask says what
-      the query sees. Retention and feature maps with positions then raise ValueError, because the query's position is
-      unknown.
+      support it. In causal attention, keep it below 80, so that exp does not overflow. Without causal order, only
+      the differences between biases matter.
+    - A single query with a mask over several keys, as in decoding from Flax's cache, is never causal: the mask alone
+      says what the query sees. Retention and feature maps with positions then raise ValueError, because the query's
+      position is unknown.
     - dtype: the dtype to which query, key and value are converted. precision: the products are at least this precise.
 
     Functions made with equal arguments are equal, and they can be pickled. Raises ValueError for an unknown name. The
-    function raises ValueError for what linear attention does not support: dropout of weights, other biases, and sowing
-    of weights.
+    function raises ValueError for what linear attention does not support: dropout on the weights, other biases, and
+    sowing the weights.
 
     Example:
         nn.MultiHeadDotProductAttention(num_heads=8, attention_fn=make_attention_fn("nala"))
     """
     if masks not in ("pairs", "keys"):
-        raise ValueError(f"masks is {masks!r}; choose 'pairs' or 'keys'.")
+        raise ValueError(f"masks must be 'pairs' or 'keys', not {masks!r}.")
     if isinstance(name, str) and name in ("softmax", "soft"):
         return _AttentionFn(name, is_causal, masks)
     if isinstance(name, str) and name not in KERNELS:
@@ -95,7 +95,7 @@ class _AttentionFn(ByFields):
         q, k, v = (x.astype(dtype) for x in (q, k, v))
         check_heads(q, k, v)
         mask, bias = (_with_one_batch_axis(x, leading) for x in (mask, bias))
-        mask = None if mask is None else check_mask(mask != 0, q, k)  # Flax's masks hold floats
+        mask = None if mask is None else check_mask(mask != 0, q, k)  # Flax's masks are floats
         out = self._attend(q, k, v, bias, mask, self.always_causal or is_causal).astype(dtype)
         return out if len(leading) == 1 else out.reshape(*leading, *out.shape[1:])
 
@@ -111,7 +111,7 @@ class _AttentionFn(ByFields):
             return _attend_biased(self.kernel, q, k, v, bias, mask, causal)
         if bias is not None:
             raise ValueError(
-                f"bias has shape {bias.shape}; {_name(self.kernel)!r} attention takes none, so leave it out."
+                f"bias has shape {bias.shape}, but {_name(self.kernel)!r} attention supports no bias; leave it out."
             )
         if isinstance(self.kernel, str):
             attend = softmax_attention if self.kernel == "softmax" else soft_attention
@@ -128,23 +128,26 @@ def _name(chosen: str | Kernel) -> str:
 def _check_call(query: Array, key: Array, value: Array, dropout_rate: float, module: object) -> None:
     if dropout_rate > 0:
         raise ValueError(
-            f"dropout_rate is {dropout_rate}; this attention never forms weights that could be dropped, "
-            "so set it to 0 and drop its output instead."
+            f"dropout_rate is {dropout_rate}, but this attention does not support dropout on its weights; "
+            "set it to 0, and apply dropout to the output instead."
         )
     if module is not None:
-        raise ValueError("sow_weights is on; this attention never forms weights, so turn it off.")
+        raise ValueError("sow_weights is on, but this attention does not return its weights; turn it off.")
     if min(query.ndim, key.ndim, value.ndim) < 3:
-        raise ValueError(f"query has shape {query.shape}; attention takes (..., tokens, heads, width).")
+        raise ValueError(f"query has shape {query.shape}, but attention takes (..., tokens, heads, width).")
     if not key.shape[:-3] == value.shape[:-3] == query.shape[:-3]:
-        raise ValueError(f"query has shape {query.shape} and key {key.shape}; their leading axes must be equal.")
+        raise ValueError(
+            f"query has shape {query.shape} and key has shape {key.shape}, but query, key and value need equal leading "
+            "axes."
+        )
 
 
 def _check_decodes(chosen: str | Kernel, q: Array, k: Array) -> None:
     if getattr(chosen, "positional", False):
         what = "a feature map with positions" if isinstance(chosen, FeatureKernel) else _name(chosen)
         raise ValueError(
-            f"query has shape {q.shape} and key {k.shape}; {what} cannot decode from Flax's cache, which does not say "
-            "where the query stands, so use the modules of flowgen.attention, which keep a state."
+            f"query has shape {q.shape} and key has shape {k.shape}; {what} cannot decode from Flax's cache, which "
+            "does not give the query's position. Use the modules in flowgen.attention, which decode with a state."
         )
 
 
@@ -153,8 +156,8 @@ def _attend_biased(
 ) -> Float[Array, "b n h d"]:
     if bias.ndim != 4 or bias.shape[2] != 1 or bias.shape[1] not in (1, k.shape[2]):
         raise ValueError(
-            f"bias has shape {bias.shape}; linear attention never forms query-key weights, so it only takes a bias "
-            "over keys, (batch, heads, 1, keys)."
+            f"bias has shape {bias.shape}, but linear attention computes no query-key weights, so it supports only a "
+            "bias over keys, (batch, heads, 1, keys)."
         )
     phi = chosen.features
     k, v = hide_keys(k, v, mask)

@@ -40,7 +40,7 @@ State = PyTree
 class Kernel(Protocol):
     """An attention kernel with a running state of constant size.
 
-    Masks and other arguments are those of `linear_attention`; a state is any pytree. Write your own kernel as a frozen
+    Masks and other arguments are as in `linear_attention`; a state may be any pytree. Write your own kernel as a frozen
     dataclass with these methods; set `positional = True` if its weights depend on the positions of tokens.
     """
 
@@ -173,10 +173,10 @@ class PolaKernel(ByFields):
     def _features(self, q: Queries, k: Keys, v: Values) -> Features:
         """Returns features with two queries per head, for equal and for opposite signs.
 
-        Both read the same keys, so one state serves both.
+        Both read the same keys, so they share one state.
         """
         if v.shape[-1] % 2:
-            raise ValueError(f"v has width {v.shape[-1]}; each sign takes half of it, so it must be even.")
+            raise ValueError(f"v has width {v.shape[-1]}, but it must be even, because each sign uses half of it.")
         dtype = jnp.promote_types(q.dtype, jnp.float32)
         positive, negative = (_signed_power(x.astype(dtype), self.power) for x in (q, -q))
         same, opposite = jnp.concatenate([positive, negative], -1), jnp.concatenate([negative, positive], -1)
@@ -188,7 +188,7 @@ class PolaKernel(ByFields):
 class InlineState(NamedTuple):
     """Running sums of `inline_attention`.
 
-    pairs: sums of keys times values and of keys. values: the sum of values and the number of tokens.
+    pairs: the sums of keys times values and of keys. values: the sum of values and the number of tokens.
     """
 
     pairs: LinearState
@@ -274,8 +274,8 @@ class RetentionKernel:
         causal = as_causal(is_causal)
         if causal is None or causal.block_size != 1 or causal.implementation != "xla":
             raise ValueError(
-                f"is_causal is {is_causal}; retention weights tokens by their age, so it is always causal token by "
-                "token: set is_causal=True."
+                f"is_causal is {is_causal}, but retention is always causal, token by token, because it weights tokens "
+                "by their age; set is_causal=True."
             )
         mask, queries = check_mask(mask, q, k), None
         if mask is not None and not is_key_mask(mask, k):
@@ -325,7 +325,8 @@ def kernel(chosen: str | Kernel | FeatureMap) -> Kernel:
         return chosen
     if not isinstance(chosen, str) or chosen not in KERNELS:
         raise ValueError(
-            f"attention kernel {chosen!r} is unknown; choose one of {', '.join(KERNELS)}, a FeatureMap or a Kernel."
+            f"attention kernel {chosen!r} is unknown; choose one of {', '.join(KERNELS)}, or pass a FeatureMap or a "
+            "Kernel."
         )
     return KERNELS[chosen]
 
@@ -343,8 +344,8 @@ def _interleave(same: Array, opposite: Array) -> Array:
 
 
 def _halves(pairs: Float[Array, "b n two_h d"]) -> Float[Array, "b n h d"]:
-    """Returns first halves of values from even heads (equal signs), and second halves from odd heads (opposite
-    signs)."""
+    """Returns the first half of each value from the even heads (equal signs), and the second half from the odd heads
+    (opposite signs)."""
 
     def run(pairs):
         half = pairs.shape[-1] // 2

@@ -51,7 +51,7 @@ def gaussian_landmark_attention(
     Without whiten, it uses the positive features of `gaussian_landmark_map`, normalised as usual. If a token is far
     from every landmark (|x - l| above 13 k^¼), its features underflow to 0, and its output is 0. With whiten, it uses
     the Nyström kernel K(q, L) (K(L, L) + ridge)⁻¹ K(L, k). This kernel may be negative, so the outputs are not
-    normalised; a norm per head usually follows. Raises ValueError if shapes or mask do not match.
+    normalised; a norm per head usually follows. Raises ValueError if shapes or the mask do not match.
 
     Example:
         out = gaussian_landmark_attention(q, k, v, landmarks, is_causal=True)

@@ -12,7 +12,7 @@ from flowgen import backend
 from flowgen.backend import HIGHEST
 
 NEWTON_ITERATIONS = 20
-# The line search of the released SOFT++: largest number of halvings, and largest residual that ends it.
+# The line search in the released SOFT++: it halves alpha at most this often, and stops at this residual or below.
 RELEASED_HALVINGS = 10
 RELEASED_RESIDUAL = 1.01
 
@@ -21,7 +21,10 @@ Ridge = float | Float[Array, ""]
 
 @jax.custom_jvp
 def unit_lower_inverse(lower: Float[Array, "*stack c c"]) -> Float[Array, "*stack c c"]:
-    """Returns (I + L)⁻¹ for a strictly lower triangular L; its derivative is -(I + L)⁻¹ dL (I + L)⁻¹ in both modes."""
+    """Returns (I + L)⁻¹ for a strictly lower triangular L.
+
+    The derivative is -(I + L)⁻¹ dL (I + L)⁻¹ in forward and reverse mode.
+    """
     return backend.unit_lower_inverse(lower)
 
 
@@ -40,7 +43,10 @@ def inverse_cholesky(a: Float[Array, "*stack l l"]) -> Float[Array, "*stack l l"
 
 @jax.custom_jvp
 def positive_inverse(a: Float[Array, "*stack l l"]) -> Float[Array, "*stack l l"]:
-    """Returns a⁻¹ = C⁻ᵀ C⁻¹ for symmetric positive definite a; its derivative is -a⁻¹ da a⁻¹ in both modes."""
+    """Returns a⁻¹ = C⁻ᵀ C⁻¹ for symmetric positive definite a.
+
+    The derivative is -a⁻¹ da a⁻¹ in forward and reverse mode.
+    """
     factor = inverse_cholesky(a)
     return jnp.matmul(factor.swapaxes(-1, -2), factor, precision=HIGHEST)
 
@@ -69,7 +75,7 @@ def _newton(b: Array, alpha: Array, iterations: int) -> Array:
 
 @_newton.defjvp
 def _newton_jvp(iterations: int, primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
-    # The rule is linear in the tangent, so JAX can transpose it: it serves both modes and derivatives of any order.
+    # The rule is linear in the tangent, so JAX can transpose it, which gives reverse mode and derivatives of any order.
     x = _newton(*primals, iterations)
     matmul = partial(jnp.matmul, precision=HIGHEST)
     return x, -matmul(x, matmul(tangents[0], x))
@@ -99,7 +105,7 @@ def released_softpp_inverse(
 ) -> Float[Array, "*heads l l"]:
     """Returns the inverse that the published SOFT++ code computes, which couples the samples of a batch.
 
-    One alpha = 2 / (largest row sum)² serves the *whole batch and all heads*. It is halved, at most 10 times, while the
+    The *whole batch and all heads* share one alpha = 2 / (largest row sum)². It is halved, at most 10 times, while the
     largest column sum of |I - alpha A²| in the batch exceeds 1.01. The result for one sample therefore depends on the
     others; use it only for parity with published checkpoints. Its derivative comes from automatic differentiation.
     """

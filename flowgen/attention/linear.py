@@ -65,10 +65,10 @@ class Causal:
 
     def __post_init__(self):
         if self.implementation not in ("xla", "pallas"):
-            raise ValueError(f"implementation is {self.implementation!r}; choose 'xla' or 'pallas'.")
+            raise ValueError(f"implementation must be 'xla' or 'pallas', not {self.implementation!r}.")
         for name in ("block_size", "chunk_size"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
 
 
 def as_causal(is_causal: bool | Causal) -> Causal | None:
@@ -91,12 +91,12 @@ def linear_attention(
 ) -> Float[Array, "b n h d"]:
     """Returns linear attention with a feature map, given by name or as a `FeatureMap`.
 
-    mask: True for keys to keep; its shape must broadcast to `b h n m`. A key mask (query axis of length 1) is exact at
-    linear cost. Outside jit, the same holds for a query mask times a key mask (times causal order, if is_causal);
-    inside jit, reduce it to a key mask with `own_keys`. Other masks use the quadratic form, with at most 4096 x 4096
+    mask: True for keys to keep; its shape must broadcast to `b h n m`. A key mask (query axis of length 1) is exact and
+    has linear cost. Outside jit, the same is true of a query mask times a key mask (times causal order, if is_causal);
+    inside jit, reduce it to a key mask with `own_keys`. Other masks use the quadratic form, with up to 4096 x 4096
     weights. is_causal: query i sees keys 0..i; a `Causal` can make it block-causal. segment_ids: tokens see each other
     only if their ids are equal; equal ids must be contiguous (see `prefix_product`). eps: added to the normaliser.
-    Raises ValueError if shapes, dtypes, mask or names are invalid.
+    Raises ValueError if shapes, dtypes, the mask or the name are invalid.
 
     Example:
         out = linear_attention(q, k, v, "focused", is_causal=True)
@@ -107,7 +107,7 @@ def linear_attention(
     k, v = hide_keys(k, v, check_mask(mask, q, k))
     phi = feature_map(features)
     mapped = phi(q, k)
-    if segment_ids is not None:  # a map may hide non-finite values
+    if segment_ids is not None:  # a feature map may hide non-finite values
         mapped = mapped._replace(q=spoil(mapped.q, finite((q,))[1]), k=spoil(mapped.k, finite((k,))[1]))
     if phi.query_scale is None:
         return attend_features(mapped, v, mask=mask, is_causal=is_causal, segment_ids=segment_ids, eps=eps)
@@ -124,7 +124,7 @@ def attend_features(
     segment_ids: Int[Array, "b n"] | None = None,
     eps: float | Float[Array, "b n h"] = EPS,
 ) -> Float[Array, "b n h d"]:
-    """Returns linear attention of features that are already computed; see `linear_attention`.
+    """Returns linear attention for features that are already computed; see `linear_attention`.
 
     Example:
         out = attend_features(Features(phi(q), phi(k)), v, is_causal=True)
@@ -238,7 +238,7 @@ def quadratic_products(
 def seen_pairs(
     mask: Bool[Array, "#b #h #n #m"], causal: Causal | None, segment_ids: Int[Array, "b n"] | None, n: int, m: int
 ) -> Bool[Array, "#b #h #n #m"]:
-    """Returns the mask of n queries and m keys that combines a mask, causal order and segments."""
+    """Returns a mask combined with causal order and segments, for n queries and m keys."""
     if causal is not None:
         block_q, block_k = jnp.arange(n) // causal.block_size, jnp.arange(m) // causal.block_size
         mask = mask & (block_q[:, None] >= block_k[None, :])[None, None]
@@ -321,10 +321,10 @@ def step(
     """
     if not isinstance(state, LinearState):
         raise ValueError(
-            f"state is a {type(state).__name__}; step takes (state, q, k, v), with a state from init_state."
+            f"state is a {type(state).__name__}, but step takes (state, q, k, v), with a state from init_state."
         )
     if not q.ndim == k.ndim == v.ndim == 3:
-        raise ValueError(f"q has shape {q.shape} and k {k.shape}; one token is (batch, heads, width).")
+        raise ValueError(f"q has shape {q.shape} and k has shape {k.shape}, but one token is (batch, heads, width).")
     out, state = prefill(q[:, None], k[:, None], v[:, None], features, state=state, eps=eps)
     return out[:, 0], state
 

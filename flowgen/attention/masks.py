@@ -21,18 +21,18 @@ def own_keys(mask: Bool[Array, "#b #h n n"]) -> Bool[Array, "#b #h 1 n"]:
         y = nala_attention(q, k, v, own_keys(mask != 0), is_causal=True)
     """
     if mask.shape[-2] != mask.shape[-1]:
-        raise ValueError(f"mask has shape {mask.shape}; only a mask of as many queries as keys has a diagonal to read.")
+        raise ValueError(f"mask has shape {mask.shape}, but own_keys needs as many queries as keys.")
     return jnp.diagonal(mask, axis1=-2, axis2=-1)[..., None, :]
 
 
 def split_pairs(
     mask: Bool[Array, "#b #h n m"], groups: int, block_size: int | None
 ) -> tuple[Bool[Array, "#b #h n 1"], Bool[Array, "#b #h 1 m"]] | None:
-    """Returns the query mask and the key mask whose product is a query-key mask, or None.
+    """Splits a query-key mask into the query mask and the key mask that multiply to it.
 
-    It returns None if no such masks exist or if the mask is traced. block_size: block size of the causal order by which
-    the product is also multiplied; None if attention is not causal. groups: number of key heads; the mask may differ
-    between them.
+    Returns None if no such masks exist, or if the mask is traced. groups: number of key heads; the mask may differ
+    between them. block_size: if attention is causal, the block size of the causal order, which is a third factor of the
+    product; otherwise None.
     """
     seen = concrete(mask)
     if seen is None or seen.shape[1] not in (1, groups):
@@ -49,7 +49,10 @@ def split_pairs(
 
 
 def hide_queries(tree: PyTree, mask: Bool[Array, "#b #g n 1"]) -> PyTree:
-    """Returns arrays `b n h ...` with 0 for queries that the mask hides. mask: one for all heads or per key head."""
+    """Returns arrays `b n h ...` with 0 for queries that the mask hides.
+
+    mask: one for all heads, or one per key head.
+    """
 
     def hide(x):
         keep = mask[..., 0].swapaxes(1, 2)

@@ -1,4 +1,4 @@
-"""Flax modules around the attention functions, with the projections, gates, norms and convolutions of the papers.
+"""Flax modules around the attention functions, with the projections, gates, norms and convolutions from the papers.
 
 All modules map `b n d` to `b n width`. Modules that can be causal also support decoding with an explicit state:
 `init_state(batch)`, `prefill(x, state)` for several tokens and `step(x, state)` for one. The module itself keeps no
@@ -41,9 +41,9 @@ TORCH_LAYER_NORM_EPS = 1e-5
 
 
 class LinearAttention(nn.Module):
-    """Multi-head attention with a kernel of `flowgen.attention.KERNELS`, a kernel of your own or a feature map.
+    """Multi-head attention with a kernel from `flowgen.attention.KERNELS`, your own kernel or a feature map.
 
-    width: width of the output, divisible by num_heads. num_kv_heads: number of key heads, each of which serves several
+    width: width of the output, divisible by num_heads. num_kv_heads: number of key heads, each shared by several
     query heads; num_heads if None. is_causal: True or a `Causal` for causal attention, which decoding needs.
 
     Example:
@@ -164,7 +164,7 @@ class NaLaAttention(nn.Module):
         """
         if self.is_causal:
             if grid is not None:
-                raise ValueError(f"grid is {grid}; causal attention reads tokens as a sequence, so leave it out.")
+                raise ValueError(f"grid is {grid}, but causal attention reads tokens as a sequence; leave it out.")
             return self.prefill(x, mask=mask)[0]
         q, k, v, g = self._project(x, mask)
         out = FeatureKernel(self._features(grid, x.shape[1]), self.eps).attend(q, k, v, mask=mask)
@@ -291,7 +291,9 @@ class SOFTAttention(nn.Module):
         q, v = heads(self.query(x)), heads(self.value(x))
         k = q if self.tied else heads(self.key(x))
         if mask is not None and check_key_mask(mask, q, k).shape[1] > 1:
-            raise ValueError(f"mask has shape {mask.shape}; SOFT takes one mask for all heads, (batch, 1, 1, keys).")
+            raise ValueError(
+                f"mask has shape {mask.shape}, but SOFT takes one mask for all heads, (batch, 1, 1, keys)."
+            )
         keep = None if mask is None else mask[:, 0, 0]
         if keep is not None:
             keep = jnp.broadcast_to(keep, x.shape[:2])
@@ -312,11 +314,11 @@ class SOFTAttention(nn.Module):
             return pool_landmarks_2d(k, check_grid(grid, k.shape[1]), self.num_landmarks, keep)
         if keep is not None:
             raise ValueError(
-                'a mask is given; convolved landmarks would mix masked tokens in, so use landmarks="pool".'
+                'convolved landmarks do not support a mask, because they mix in masked tokens; use landmarks="pool".'
             )
         height, width = check_grid(grid, k.shape[1])
         if self.stride > min(height, width):
-            raise ValueError(f"stride is {self.stride}; it must not exceed the sides of the grid, {grid}.")
+            raise ValueError(f"stride is {self.stride}, but must not exceed either side of the grid, {grid}.")
         points = unfold(self.landmark_conv(fold(k, height, width)), k)
         if self.landmarks == "conv_norm_gelu":
             points = gelu(self.landmark_norm(points))
@@ -353,10 +355,12 @@ def check_decodes(is_causal: bool | Causal) -> None:
     """Raises ValueError unless attention is causal token by token, which a running state requires."""
     causal = as_causal(is_causal)
     if causal is None or causal.block_size != 1:
-        raise ValueError(f"is_causal is {is_causal}; decoding with a running state needs is_causal=True.")
+        raise ValueError(f"is_causal is {is_causal}, but decoding with a running state needs is_causal=True.")
 
 
 def check_token(x: Array) -> None:
     """Raises ValueError unless x is one token per sample."""
     if x.ndim != 2:
-        raise ValueError(f"x has shape {x.shape}; step takes one token, (batch, width), and prefill several.")
+        raise ValueError(
+            f"x has shape {x.shape}, but step takes one token per sample, (batch, width); use prefill for several."
+        )

@@ -26,7 +26,7 @@ class _Twin(bridge.ToNNX):
     def __init__(self, module: linen.Module, in_features: int, rngs: nnx.Rngs, num_tokens: int = 1, **example: Any):
         super().__init__(module, rngs=rngs)
         self.lazy_init(jnp.zeros((1, num_tokens, in_features)), **example)
-        # Nothing is random after initialisation, and JAX's transforms do not accept NNX's streams of keys.
+        # Nothing is random after initialisation, and JAX's transforms do not accept NNX's key streams.
         self.to_nnx__rngs = None
 
 

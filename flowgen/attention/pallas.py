@@ -1,9 +1,9 @@
 """Causal linear attention as one Pallas kernel, which keeps the state on the chip and streams chunks of tokens.
 
-One function, which processes a chunk, is lowered in two ways. On TPUs, the grid visits the chunks of a head in order
+The function that processes one chunk is lowered in two ways. On TPUs, the grid visits the chunks of a head in order
 and keeps the state in scratch memory. On GPUs (Triton), each program handles a head and a slice of the value channels:
 it loops over the chunks and keeps the state in registers. Elsewhere, the kernel runs in interpret mode, which is for
-tests. Derivatives are those of `prefix_product`. The kernel has not been measured on an accelerator yet, so it runs
+tests. Gradients come from `prefix_product`. The kernel has not been measured on an accelerator yet, so it runs
 only on request: `Causal(implementation="pallas")`.
 """
 
@@ -33,7 +33,7 @@ def causal_product(
     Raises ValueError unless chunk_size is a power of two, at least 16.
     """
     if chunk_size < 16 or chunk_size & (chunk_size - 1):
-        raise ValueError(f"chunk_size is {chunk_size}; the Pallas kernel needs a power of two of at least 16.")
+        raise ValueError(f"chunk_size is {chunk_size}, but the Pallas kernel needs a power of two, at least 16.")
     q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
     if 0 in q.shape[:2]:  # Pallas does not allow empty blocks.
         return jnp.zeros((*q.shape[:3], v.shape[3])), jnp.zeros(q.shape[:3])
@@ -77,7 +77,7 @@ _causal_product.defvjp(_forward, _backward)
 
 
 def _scan(q, k, v, *, chunk_size: int):
-    """Returns the results without Pallas, for programs mapped over devices, where JAX cannot interpret a kernel."""
+    """Returns the results without Pallas, for programs mapped over devices: JAX cannot interpret a kernel there."""
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
     out, total, _ = prefix_product(Features(q, k), v, chunk_size=chunk_size)
     return out.swapaxes(1, 2), total.swapaxes(1, 2)[:, :, None]

@@ -6,7 +6,7 @@ For queries q_t, keys k_s, values v_s and the weights w_ts defined below,
 
 where q', k' are the normaliser's features. They equal q, k unless given separately, for maps that rotate only the
 numerator. w_ts = exp(b_t - b_s), where b is the running sum of the log-decay; w_ts is 1 without decay and 0 across
-segments. A chunk of C tokens costs one C x C product; the state Σ_s k_s v_sᵀ holds the sum over earlier tokens.
+segments. A chunk of C tokens costs one C x C product; the state Σ_s k_s v_sᵀ sums over earlier tokens.
 Reverse-mode differentiation stores one state per chunk and recomputes the rest (the body is checkpointed). Forward mode
 works too.
 """
@@ -55,7 +55,7 @@ class Features(NamedTuple):
     def normaliser(self) -> tuple[Float[Array, "b n h e"], Float[Array, "b m g e"]]:
         """The normaliser's features of queries and keys."""
         if (self.norm_q is None) != (self.norm_k is None):
-            raise ValueError("norm_q or norm_k is missing; give both, or neither for the numerator's features.")
+            raise ValueError("only one of norm_q and norm_k is given; pass both, or neither to use q and k.")
         if self.norm_q is None or self.norm_k is None:
             return self.q, self.k
         return self.norm_q, self.norm_k
@@ -91,7 +91,7 @@ def empty_state(features: Features, v: Float[Array, "b n g d"]) -> LinearState:
 def keep_keys(
     features: Features, v: Float[Array, "b m g d"], mask: Bool[Array, "#b #g 1 m"]
 ) -> tuple[Features, Float[Array, "b m g d"]]:
-    """Returns features and values in which masked keys (False) have no effect, whatever they hold."""
+    """Returns features and values in which masked keys (False) have no effect, whatever their values."""
     keep = _per_token(mask)[..., None]
     zeroed = {"k": jnp.where(keep, features.k, 0)}
     if features.norm_k is not None:
@@ -123,14 +123,16 @@ def prefix_product(
         out, total, state = prefix_product(Features(q, k), v)
     """
     if chunk_size < 1 or block_size < 1:
-        raise ValueError(f"chunk_size is {chunk_size} and block_size {block_size}; both must be at least 1.")
+        raise ValueError(f"chunk_size is {chunk_size} and block_size is {block_size}, but both must be at least 1.")
     if segment_ids is not None:
         check_contiguous(segment_ids)
     kv, norm, length = _state_shapes(features, v)
     if state is not None and (state.kv.shape, state.norm.shape) != (kv, norm):
-        raise ValueError(f"state has kv {state.kv.shape}; these features and values need {kv}.")
+        raise ValueError(
+            f"state does not fit the features and values: state.kv has shape {state.kv.shape}, but they need {kv}."
+        )
     if state is not None and state.length.shape not in ((), length):
-        raise ValueError(f"state.length has shape {state.length.shape}; it is one position per sample, {length}.")
+        raise ValueError(f"state.length has shape {state.length.shape}, but must be one position per sample, {length}.")
     tokens = Tokens(features, v, log_decay, mask, segment_ids)
     return finite_prefix_product(tokens, state, block_size=block_size, chunk_size=chunk_size, isolate=True)
 
@@ -178,7 +180,7 @@ def finite_prefix_product(
 
 
 def _in_segments(tokens: Tokens, state: LinearState, block_size: int, chunk_size: int):
-    """Returns the results of `_in_chunks` on finite numbers only, with NaN where they depend on a non-finite number."""
+    """Runs `_in_chunks` on finite numbers only; returns NaN where a result depends on a non-finite number."""
     features, v, log_decay, _, segment_ids = tokens
     assert segment_ids is not None
     queries, keys = (features.q, features.norm_q), (features.k, features.norm_k, v)
@@ -293,8 +295,11 @@ def _advance(carry, chunk: _Chunk, block_size: int):
 
 
 class _Weights(NamedTuple):
-    """Weights in a chunk: of query-key pairs, of the earlier state for each query, and of each key and the earlier
-    state in the next state."""
+    """The weights in a chunk.
+
+    pair: for each query and key. query: for the earlier state as each query sees it. key, state: for each key and for
+    the earlier state in the next state.
+    """
 
     pair: Bool[Array, "#b #g c c"] | Float[Array, "#b #g c c"]
     query: Float[Array, "#b #g c"]
@@ -315,7 +320,7 @@ def _cut_segments(within: _Weights, segment: Int[Array, "b c"], past: Int[Array,
 def decay_weights(
     log_decay: Float[Array, "b h c"],
 ) -> tuple[Float[Array, "b h c c"], Float[Array, "b h c"]]:
-    """Returns the decay factors of tokens s ≤ t at token t (0 for s > t), and those of the state before the chunk.
+    """Returns the decay factor at token t for each token s ≤ t (0 for s > t), and for the state before the chunk.
 
     The log-decays between s and t are summed directly, not as differences of running sums. Nothing cancels, so one
     strong decay does not reduce the precision of the others, and -inf is allowed. Entries with s > t are exp(0) before

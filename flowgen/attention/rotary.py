@@ -28,7 +28,7 @@ def rotary_line(num_positions: int, dim: int, base: float = 10_000.0) -> Rotary:
         rotary = rotary_line(1024, 64)
     """
     if dim % 2:
-        raise ValueError(f"dim is {dim}; it must be even, because pairs of channels are rotated.")
+        raise ValueError(f"dim is {dim}, but must be even, because pairs of channels are rotated.")
     frequencies = base ** (-np.arange(0, dim, 2) / dim)
     return _table(np.arange(num_positions)[:, None] * frequencies[None, :])
 
@@ -45,7 +45,7 @@ def rotary_grid(height: int, width: int, dim: int, base: float = 10_000.0) -> Ro
     """
     if dim % 4:
         raise ValueError(
-            f"dim is {dim}; it must be a multiple of 4, because rows and columns each rotate pairs of channels."
+            f"dim is {dim}, but must be a multiple of 4, because rows and columns each rotate pairs of channels."
         )
     frequencies = base ** -np.linspace(0, 1, dim // 4)
     rows, columns = np.divmod(np.arange(height * width), width)
@@ -56,12 +56,12 @@ def rotary_grid(height: int, width: int, dim: int, base: float = 10_000.0) -> Ro
 def rotary_axes(positions: Float[np.ndarray, "n a"], pairs: tuple[int, ...], base: float = 10_000.0) -> Rotary:
     """Returns the table for points with several coordinates: pairs[i] adjacent pairs of channels rotate with axis i.
 
-    On an axis with p pairs, the angle of pair k is coordinate · base^(-k/p). Raises ValueError unless there is one
-    number of pairs per coordinate.
+    On an axis with p pairs, the angle of pair k is coordinate · base^(-k/p). Raises ValueError unless `pairs` has one
+    entry per coordinate.
     """
     if positions.shape[1] != len(pairs):
         raise ValueError(
-            f"positions have {positions.shape[1]} coordinates and pairs names {len(pairs)}; give one each."
+            f"positions have {positions.shape[1]} coordinates, but pairs has {len(pairs)} entries; pass one for each."
         )
     axes = (positions[:, axis, None] * base ** (-np.arange(p) / p)[None] for axis, p in enumerate(pairs))
     return _table(np.concatenate(list(axes), axis=1))
@@ -72,15 +72,15 @@ def rotate(
 ) -> Float[Array, "b n h p"]:
     """Returns x with adjacent channels (x0, x1) rotated to (x0 cos - x1 sin, x1 cos + x0 sin) at these positions.
 
-    The width of x may be a multiple of the table's; each part is then rotated the same way. Raises ValueError if it is
-    not a multiple.
+    If the width of x is a multiple of the table's, each part is rotated the same way; any other width raises
+    ValueError.
 
     Example:
         y = rotate(x, rotary_line(256, 64), jnp.arange(x.shape[1]))
     """
     pairs = rotary.cos.shape[1]
     if x.shape[-1] % (2 * pairs):
-        raise ValueError(f"features have {x.shape[-1]} channels; the rotary table turns parts of {2 * pairs}.")
+        raise ValueError(f"x has {x.shape[-1]} channels, but the rotary table needs a multiple of {2 * pairs}.")
 
     def look_up(positions):
         return tuple(jnp.asarray(table, x.dtype)[positions] for table in rotary)

@@ -25,7 +25,7 @@ def returning_ids(segment_ids: Int[Array, "b n"]) -> Bool[Array, " b"]:
 
 
 def finite(tree: PyTree) -> tuple[PyTree, Bool[Array, "b n x"]]:
-    """Returns arrays `b n x ...` with zeros for tokens (per x) that hold a non-finite value, and their mask."""
+    """Returns arrays `b n x ...` with zeros for tokens (per x) that have a non-finite value, and a mask of them."""
     bad = functools.reduce(jnp.logical_or, map(_not_finite, jax.tree.leaves(tree)))
     return jax.tree.map(lambda x: jnp.where(jnp.expand_dims(bad, range(3, x.ndim)), 0, x), tree), bad
 
@@ -68,6 +68,6 @@ def spoil(x: Float[Array, "*axes"], bad: Bool[Array, "*fewer"]) -> Float[Array, 
 
 
 def alike(*arrays: Float[Array, "b n h _"]) -> tuple[Float[Array, "b n h _"], ...]:
-    """Returns the arrays with NaN in all of them wherever a token has a non-finite value in one of them."""
+    """Returns the arrays, each with NaN for every token that has a non-finite value in any of them."""
     bad = finite(arrays)[1]
     return tuple(spoil(x, bad) for x in arrays)

@@ -104,7 +104,7 @@ def landmark_cells(grid: Pair, num_landmarks: int | Pair) -> Pair:
     """Returns (rows, columns) of landmark cells on a grid (height, width) of tokens.
 
     num_landmarks: a number gives at most that many cells, as square as possible: rows = round(√(num height / width))
-    and columns = num // rows, both capped by the grid's sides. A pair (rows, columns) is capped likewise.
+    and columns = num // rows, both capped at the grid's sides. A pair (rows, columns) is capped likewise.
     """
     height, width = grid
     if isinstance(num_landmarks, tuple):
@@ -140,13 +140,13 @@ def _solve(a: Array, rhs: Array, ridge: Ridge, solver: Solver) -> Array:
 
 def _check_options(ridge: Ridge, solver: str, normalize: str | None) -> None:
     if solver not in get_args(Solver):
-        raise ValueError(f"solver is {solver!r}; use one of {', '.join(map(repr, get_args(Solver)))}.")
+        raise ValueError(f"solver {solver!r} is unknown; choose one of {', '.join(map(repr, get_args(Solver)))}.")
     if normalize not in (None, "symmetric", "row"):
-        raise ValueError(f"normalize is {normalize!r}; use one of None, 'symmetric', 'row'.")
+        raise ValueError(f"normalize must be None, 'symmetric' or 'row', not {normalize!r}.")
     if isinstance(ridge, int | float) and ridge < 0:
-        raise ValueError(f"ridge is {ridge}, but eigenvalues must stay positive; pass ridge >= 0.")
+        raise ValueError(f"ridge must be at least 0, not {ridge}; a negative ridge can make eigenvalues negative.")
     if solver == "newton_released" and not (isinstance(ridge, int | float) and ridge == 0):
-        raise ValueError(f"solver 'newton_released' has no ridge, got ridge={ridge}; pass ridge=0.0.")
+        raise ValueError(f"solver 'newton_released' does not support ridge={ridge}; pass ridge=0.0.")
 
 
 def nystrom_attention(
@@ -162,7 +162,7 @@ def nystrom_attention(
 ) -> Float[Array, "b n h d"]:
     """Returns Ŝ v (see the top of this file) for q, k and landmarks already in kernel space.
 
-    mask: True for visible keys. Landmarks that are not live have no effect. The other options are those of
+    mask: True for visible keys. Landmarks that are not live have no effect. The other options are as in
     `soft_attention`. The kernel and the solve use at least float32; the result has the dtype of v.
     """
     _check_options(ridge, solver, normalize)
@@ -212,16 +212,17 @@ def gaussian_landmark_features(
     """Returns token-wise features, in at least float32, for linear attention, causal or not, with fixed landmarks.
 
     With whiten, phi(x) = C⁻¹ K(L, x) with C Cᵀ = K(L, L) + ridge I, so phi(x)·phi(y) is the Nyström kernel. Its entries
-    may be negative, so normalise by a norm, not by a sum. Without whiten, the features are K(L, x), which are positive.
-    Give x and landmarks without the factor k^-¼; this function applies it. Raises ValueError if heads or widths differ.
+    may be negative, so normalise with a norm, not by their sum. Without whiten, the features are K(L, x), which are
+    positive. Pass x and landmarks without the factor k^-¼; this function applies it. Raises ValueError if heads or
+    widths differ.
 
     Example:
         phi_q, phi_k = (gaussian_landmark_features(x, landmarks) for x in (q, k))
     """
     if x.shape[2:] != (landmarks.shape[0], landmarks.shape[2]):
         raise ValueError(
-            f"x has shape {x.shape} and landmarks {landmarks.shape}; give landmarks (heads, number, width) with the "
-            "heads and width of x."
+            f"x has shape {x.shape} and landmarks have shape {landmarks.shape}; pass landmarks (heads, number, width) "
+            "with the same heads and width as x."
         )
     check_floats(x=x, landmarks=landmarks)
     return _landmark_features(x, landmarks, ridge, whiten)
@@ -244,27 +245,32 @@ def _check_tokens(q: Array, k: Array, v: Array) -> None:
     check_floats(q=q, k=k, v=v)
     shapes = f"q {q.shape}, k {k.shape}, v {v.shape}"
     if not q.ndim == k.ndim == v.ndim == 4:
-        raise ValueError(f"soft_attention takes arrays (batch, tokens, heads, width), got {shapes}; reshape them.")
+        raise ValueError(
+            f"q, k and v must be (batch, tokens, heads, width), but the shapes are {shapes}; reshape them."
+        )
     if k.shape[1] != v.shape[1]:
-        raise ValueError(f"Each key needs one value, got {shapes}; give k and v the same number of tokens (axis 1).")
+        raise ValueError(f"k and v must have the same number of tokens (axis 1), but the shapes are {shapes}.")
     if not q.shape[0] == k.shape[0] == v.shape[0]:
-        raise ValueError(f"q, k and v need the same batch size (axis 0), got {shapes}; repeat the smaller one.")
+        raise ValueError(f"q, k and v need the same batch size (axis 0), but the shapes are {shapes}.")
     if not q.shape[2] == k.shape[2] == v.shape[2]:
-        raise ValueError(f"q, k and v need the same number of heads (axis 2), got {shapes}; repeat grouped k and v.")
+        raise ValueError(
+            f"q, k and v need the same number of heads (axis 2), but the shapes are {shapes}. If k and v have fewer "
+            "heads, repeat them."
+        )
     if q.shape[3] != k.shape[3]:
-        raise ValueError(f"q and k need the same width (axis 3) for a distance, got {shapes}; project one of them.")
+        raise ValueError(f"q and k need the same width (axis 3), but the shapes are {shapes}; project one of them.")
 
 
 def _key_padding(mask: Array, k: Array) -> Bool[Array, "b m"]:
     """Returns a key mask `b m` or `b 1 1 m` as `b m`; raises ValueError for any other mask."""
     batch, length = k.shape[:2]
     if jnp.result_type(mask) != jnp.bool_:
-        raise ValueError(f"mask has dtype {jnp.result_type(mask)}; give booleans, True where a key is kept.")
+        raise ValueError(f"mask has dtype {jnp.result_type(mask)}, but must be boolean, True for the keys to keep.")
     keys = mask[:, 0, 0] if mask.ndim == 4 and mask.shape[1:3] == (1, 1) else mask
     if keys.ndim != 2 or keys.shape[0] not in (1, batch) or keys.shape[1] not in (1, length):
         raise ValueError(
-            f"mask has shape {mask.shape}, but SOFT only takes key masks: pass ({batch}, {length}) or "
-            f"({batch}, 1, 1, {length}), and use softmax_attention for masks that differ between queries or heads."
+            f"mask has shape {mask.shape}, but SOFT takes only key masks, ({batch}, {length}) or "
+            f"({batch}, 1, 1, {length}). For masks that differ between queries or heads, use softmax_attention."
         )
     return jnp.broadcast_to(keys, (batch, length))
 
@@ -275,23 +281,23 @@ def _choose_landmarks(
     """Returns the given landmarks, or pools them from keys k in kernel space."""
     if landmarks is not None:
         if grid is not None:
-            raise ValueError(f"landmarks and grid={grid} are both given; leave one of them out.")
+            raise ValueError(f"landmarks cannot be combined with grid={grid}; leave one of them out.")
         points = landmarks[None] if landmarks.ndim == 3 else landmarks
         batch, _, heads, width = k.shape
         if points.ndim != 4 or points.shape[0] not in (1, batch) or points.shape[2:] != (heads, width):
             raise ValueError(
-                f"landmarks are {landmarks.shape}, but k has {heads} heads of width {width}; pass (number, {heads}, "
-                f"{width}) or ({batch}, number, {heads}, {width})."
+                f"landmarks have shape {landmarks.shape}, but k has {heads} heads of width {width}; pass (number, "
+                f"{heads}, {width}) or ({batch}, number, {heads}, {width})."
             )
         return Landmarks(jnp.broadcast_to(to_kernel_space(points), (batch, *points.shape[1:])))
     if min(num_landmarks if isinstance(num_landmarks, tuple) else (num_landmarks,)) < 1:
-        raise ValueError(f"num_landmarks is {num_landmarks}; pass at least 1.")
+        raise ValueError(f"num_landmarks must be at least 1, not {num_landmarks}.")
     if grid is None:
         if isinstance(num_landmarks, tuple):
-            raise ValueError(f"num_landmarks is {num_landmarks}, which needs a grid; pass grid=(height, width).")
+            raise ValueError(f"num_landmarks={num_landmarks} needs a grid; pass grid=(height, width).")
         return pool_landmarks(k, num_landmarks, mask)
     if grid[0] * grid[1] != k.shape[1]:
-        raise ValueError(f"grid {grid} does not match {k.shape[1]} keys; pass the keys' (height, width).")
+        raise ValueError(f"grid {grid} does not match the {k.shape[1]} keys; pass their (height, width).")
     return pool_landmarks_2d(k, grid, num_landmarks, mask)
 
 
@@ -312,22 +318,22 @@ def soft_attention(
     """Returns SOFT attention Ŝ v (see the top of this file); the paper ties k to q, `soft_attention(q, q, v)`.
 
     num_landmarks: landmarks are the means of this many contiguous segments of the keys (at most m). grid: (height,
-    width) of the keys in row-major order; landmarks are then means over about num_landmarks cells, or over
-    (rows, columns) cells if num_landmarks is such a pair (see `landmark_cells`). landmarks: points in the space of k,
-    to be used instead. mask: True for keys to keep, `b m` or `b 1 1 m`; other keys have no effect, whatever they hold.
+    width) of the keys in row-major order; landmarks are then means over about num_landmarks cells, or over (rows,
+    columns) cells if num_landmarks is such a pair (see `landmark_cells`). landmarks: points in the space of k, to be
+    used instead. mask: True for keys to keep, `b m` or `b 1 1 m`; other keys have no effect, whatever their values.
     ridge: added to the diagonal of the landmark kernel. solver: "newton" is the paper's spectral filter with its
     closed-form derivative (`newton_inverse`); "cholesky" is exact; "newton_released" is the published SOFT++, which
-    couples samples. normalize: with None, as in SOFT, a row of Ŝ may sum to as much as m; "symmetric" is that of
-    SOFT++; with "row", rows sum to 1. Raises ValueError for is_causal, for a mask that differs between queries, and if
-    shapes or options are invalid.
+    couples samples. normalize: with None, as in SOFT, a row of Ŝ may sum to as much as m; "symmetric" is SOFT++'s
+    normalisation; with "row", rows sum to 1. Raises ValueError for is_causal, for a mask that differs between queries,
+    and if shapes or options are invalid.
 
     Example:
         out = soft_attention(q, q, v, num_landmarks=49, grid=(14, 14), solver="cholesky")
     """
     if is_causal:
         raise ValueError(
-            "SOFT cannot be causal: its landmarks are pooled from the whole sequence, so the future leaks into every "
-            "token, and no finite state can follow them; use gaussian_landmark_attention, whose landmarks are fixed."
+            "SOFT cannot be causal: its landmarks are pooled from the whole sequence, so every token would see the "
+            "future. Use gaussian_landmark_attention, which has fixed landmarks."
         )
     _check_tokens(q, k, v)
     _check_options(ridge, solver, normalize)

@@ -125,8 +125,8 @@ def softmax_attention(
 ) -> Float[Array, "b n h d"]:
     """Returns softmax(q kᵀ / √k) v per head; there may be fewer key heads than query heads.
 
-    Each of g key heads serves h/g query heads. mask: True if a query may attend to a key. is_causal: query i attends to
-    the keys among 0..i that `mask` allows; n and m must then be equal. A query without allowed keys gives 0.
+    With g key heads, h/g query heads share each key head. mask: True if a query may attend to a key. is_causal: query i
+    attends to the keys among 0..i that `mask` allows; n and m must then be equal. A query without allowed keys gives 0.
     implementation: "auto" uses the implementation that `flowgen.backend` chooses for the device. Raises ValueError if
     shapes do not match.
 
@@ -137,7 +137,7 @@ def softmax_attention(
     check_heads(q, k, v)
     if not isinstance(is_causal, bool | np.bool_):
         raise ValueError(
-            f"is_causal is {is_causal}; softmax_attention takes True or False; use a mask for other orders."
+            f"is_causal is {is_causal}, but softmax_attention takes True or False; for another order, pass a mask."
         )
     mask = check_mask(mask, q, k)
     k, v = hide_keys(k, v, mask)

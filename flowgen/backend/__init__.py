@@ -1,4 +1,4 @@
-"""Device-specific code and compiler workarounds, each in a function that says why. It imports nothing from flowgen.
+"""Device-specific code and compiler workarounds, each in a function that says why. Imports nothing from flowgen.
 
 Formulas elsewhere are the same for every device. The code here affects speed, memory and rounding, but nothing else.
 """

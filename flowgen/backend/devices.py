@@ -52,7 +52,7 @@ def _erf(x: Array) -> Array:
 
 @_erf.defjvp
 def _erf_slope(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    """2/√π exp(-x²). JAX's own derivative does not pass the checks of `jax.shard_map` (jax 0.12.0)."""
+    """The derivative, 2/√π exp(-x²). JAX's own one does not pass the checks of `jax.shard_map` (jax 0.12.0)."""
     (x,), (change,) = primals, tangents
     return _erf(x), 2 / math.sqrt(math.pi) * (change * jnp.exp(-jnp.square(x)))
 
@@ -70,7 +70,7 @@ def flat_dot(
 
 
 def nan_if(condition: Array, dtype: DTypeLike) -> Array:
-    """Returns NaN where the condition holds and 0 elsewhere; add it to numbers to make them NaN.
+    """Returns NaN where the condition is True and 0 elsewhere; add it to numbers to make them NaN.
 
     On CPUs, XLA compiles exp(where(condition, nan, x)) to a finite number; x plus this result stays NaN.
     """
@@ -139,7 +139,7 @@ def attention_implementation(asked: str) -> str:
     asked: "auto" or "xla". Raises ValueError for anything else.
     """
     if asked not in ("auto", "xla"):
-        raise ValueError(f"implementation is {asked!r}; choose 'auto' or 'xla'.")
+        raise ValueError(f"implementation must be 'auto' or 'xla', not {asked!r}.")
     return "xla"
 
 

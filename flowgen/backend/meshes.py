@@ -104,7 +104,7 @@ def keep_rows(fn: Callable[..., Any], variables: Any, *args: Any, **options: Any
 
 
 def on_mesh_of(fn: Callable[..., Any], *args: Any) -> Any:
-    """Returns fn(*args), with the mesh of an argument as context if it has explicit axes and there is no context yet.
+    """Returns fn(*args), with an argument's mesh as context if it has explicit axes and there is no context yet.
 
     Without a context, vmap refuses sharded arrays outside jit, and constants such as `zeros_like(x)` are not sharded
     inside jit (jax 0.12). Outside jit, every call compiles fn.
@@ -120,7 +120,7 @@ def on_mesh_of(fn: Callable[..., Any], *args: Any) -> Any:
         with use_abstract_mesh(mesh):
             return fn(*args)
 
-    # An array of which fn uses only the shape still tells jit the mesh.
+    # An argument that fn uses only for its shape still tells jit the mesh.
     return jax.jit(within, keep_unused=True)(*args)
 
 
@@ -132,7 +132,7 @@ class OnMeshes:
     """
 
     def apply(self, variables: Any, *args: Any, **options: Any) -> Any:
-        """Returns the result of `flax.linen.Module.apply`, with its rows sharded like those of the inputs."""
+        """Returns the result of `flax.linen.Module.apply`, with its rows sharded like the rows of the inputs."""
         apply: Any = getattr(super(), "apply")  # noqa: B009  (the module's, which comes next)
         return keep_rows(apply, variables, *args, **options)
 
@@ -156,7 +156,7 @@ def take_rows(x: Array, index: Array) -> Array:
 
 
 def alike_rows(tree: PyTree) -> PyTree:
-    """Returns the tree with all rows sharded like those of the first array whose rows are sharded over explicit axes.
+    """Returns the tree with the rows of every array sharded like the first array with rows sharded over explicit axes.
 
     Inside jit, the mesh must be the context; see `on_mesh_of`.
 
@@ -192,13 +192,13 @@ def check_unmapped(what: str, tree: PyTree) -> None:
     """
     if any(varies(x) for x in jax.tree.leaves(tree) if isinstance(x, jax.Array)):
         raise ValueError(
-            f"{what} does not pass the checks of jax.shard_map; use shard_map(..., check_vma=False), so that each "
-            "device works on its own part, or jax.jit with sharded arrays."
+            f"{what} does not pass the checks of jax.shard_map. Use shard_map(..., check_vma=False), so that each "
+            "device works on its own part, or use jax.jit with sharded arrays."
         )
 
 
 def varying(tree: PyTree, like: PyTree) -> PyTree:
-    """Returns the arrays of a tree, made to vary over every mapped axis over which an array of `like` varies.
+    """Returns the tree with every array made to vary over all mapped axes that an array in `like` varies over.
 
     A loop's initial state must vary over the same axes as its later states.
 
@@ -210,7 +210,7 @@ def varying(tree: PyTree, like: PyTree) -> PyTree:
 
 
 def _divided(named: Iterable[tuple[Array, str]]) -> dict[str, Any]:
-    """The mesh axes that shard the axis of each letter, taken from the first array in which that axis is sharded."""
+    """The mesh axes that shard each letter's axis, taken from the first array that shards it."""
     divided = {}
     for array, letters in named:
         for letter, axes in zip(letters.split(), jax.typeof(array).sharding.spec, strict=True):
@@ -220,7 +220,7 @@ def _divided(named: Iterable[tuple[Array, str]]) -> dict[str, Any]:
 
 
 def _automatic(mesh: Any) -> Any:
-    """The same mesh, on devices or abstract, with automatic axes in place of explicit ones."""
+    """The same mesh, on devices or abstract, with automatic axes instead of explicit ones."""
     types = tuple(AxisType.Auto if kind is AxisType.Explicit else kind for kind in mesh.axis_types)
     if isinstance(mesh, AbstractMesh):
         return mesh.update_axis_types(dict(zip(mesh.axis_names, types, strict=True)))

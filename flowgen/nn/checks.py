@@ -1,4 +1,4 @@
-"""Checks of image sizes, shared by the configs of models; each message names the field, its value and the remedy."""
+"""Checks of image sizes, shared by the configs of models; each message names the field, its value and the fix."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ ImageSize = SupportsIndex | Sequence[SupportsIndex]
 
 
 def image_sides(image_size: object, name: str = "image_size") -> tuple[int, int]:
-    """Returns (height, width) of an image size given as one side or as both, in integers of any type.
+    """Returns (height, width) of an image size given as one side or both, as integers of any type.
 
     Raises a ValueError that names the field unless both are at least 1.
     """
@@ -19,7 +19,7 @@ def image_sides(image_size: object, name: str = "image_size") -> tuple[int, int]
     whole = [_whole(side) for side in sides]
     if len(whole) == 2 and min(whole) >= 1:
         return whole[0], whole[1]
-    raise ValueError(f"{name} is {image_size!r}; give a side of at least 1 pixel, or (height, width).")
+    raise ValueError(f"{name} is {image_size!r}, but must be a side of at least 1 pixel, or (height, width).")
 
 
 def _whole(value: Any) -> int:

@@ -98,7 +98,7 @@ def group_norm(num_groups: int, dtype: str, *, epsilon: float, name: str | None 
 def convolve_image(
     x: Float[Array, "b height width c"], cache: Cache, features: int, dtype: str, *, name: str, zero: bool = False
 ) -> tuple[Float[Array, "b height width d"], Cache]:
-    """Returns images after a 3 × 3 convolution, created in the calling compact method, and the unchanged cache."""
+    """Returns images after a 3 × 3 convolution, and the cache unchanged. The calling compact method owns the layer."""
     return conv(features, x.shape[-1], dtype, zero=zero, name=name)(x), cache
 
 

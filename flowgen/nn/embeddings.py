@@ -39,7 +39,7 @@ def class_rows(
 def class_embedding(
     table: Float[Array, "classes d"], labels: Int[Array, " b"] | None, batch: int
 ) -> Float[Array, "b d"]:
-    """Returns `class_rows` of a table without an unconditional row; as in TARFlow, the mean over all classes takes its
+    """Returns `class_rows` for a table without an unconditional row: as in TARFlow, the mean over all classes takes its
     place."""
     return class_rows(jnp.concatenate([table, table.mean(axis=0, keepdims=True)]), labels, batch)
 
@@ -65,7 +65,7 @@ def time_features(
         features = time_features(t, 256)
     """
     if dim % 2:
-        raise ValueError(f"dim is {dim}; it must be even, because half of the features are cosines and half are sines.")
+        raise ValueError(f"dim is {dim}, but must be even, because half the features are cosines and half are sines.")
     frequencies = jnp.exp(-jnp.log(max_period) * jnp.arange(dim // 2) / (dim // 2))
     angles = scale * t[:, None] * frequencies[None, :]
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=1)
@@ -77,7 +77,7 @@ def normal_dense(features: int, fan_in: int, name: str) -> nn.Dense:
 
 
 class ConditionEmbedding(nn.Module):
-    """The sum `b width` of the embeddings of time, interval and class, which the layers of a network receive.
+    """The sum, `b width`, of the time, interval and class embeddings that the layers of a network receive.
 
     Times, scaled by time_scale, pass through `frequencies` sinusoids and two layers with a SiLU between them; classes
     are looked up in a table whose last row means no class. dense: (features, fan_in, name) -> layer. table_std: initial

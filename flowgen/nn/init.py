@@ -27,7 +27,7 @@ def init(network: nn.Module, key: Key[Array, ""]) -> PyTree:
     """
     config: Any = getattr(network, "config", None)
     if config is None:
-        raise ValueError(f"model is {shown(network)}; give a model such as TARFlow(config), followed by the key.")
+        raise ValueError(f"model is {shown(network)}; pass a model, such as TARFlow(config), and then the key.")
     check_key(key)
     if hasattr(network, "initial_variables"):
         return network.initial_variables(key)

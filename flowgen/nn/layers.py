@@ -24,7 +24,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
     "relu_squared": lambda x: jnp.square(jax.nn.relu(x)),
 }
-# Gated MLPs, down(activation(gate(x)) · up(x)): their names, and the activation of the gate.
+# Gated MLPs, down(activation(gate(x)) · up(x)): maps their names to the activation of the gate.
 GATED_ACTIVATIONS = {"geglu": "gelu_tanh"}
 TORCH_LAYER_NORM_EPS = 1e-5
 RMS_NORM_EPS = 1e-6
@@ -61,7 +61,7 @@ def linear(
 ) -> nn.Dense:
     """Returns a Dense layer initialised like PyTorch's Linear: kernel and bias from U(-1/√fan_in, 1/√fan_in).
 
-    zero_kernel, zero_bias: whether to start at zero instead; in published output layers only the kernel does.
+    zero_kernel, zero_bias: whether to start at zero instead; in published output layers, only the kernel does.
 
     Example:
         proj = linear(256, fan_in=128, dtype="float32")
@@ -168,7 +168,7 @@ def patchify(x: Float[Array, "b height width c"], patch_size: int, order: PatchO
 def unpatchify(
     tokens: Float[Array, "b n token"], patch_size: int, image_size: tuple[int, int], order: PatchOrder
 ) -> Float[Array, "b height width c"]:
-    """Returns the images whose `patchify` is `tokens`.
+    """Returns images from their tokens; the inverse of `patchify`.
 
     Example:
         images = unpatchify(tokens, 4, (32, 48), "channel_first")

@@ -28,13 +28,13 @@ Rotation = tuple[Float[Array, "n r"], Float[Array, "n r"]] | None
 class TransformerConfig:
     """Shape and precision of a stack of identical causal layers.
 
-    num_kv_heads: heads of keys and values, each shared by num_heads / num_kv_heads query heads; None means num_heads.
+    num_kv_heads: number of key heads, each shared by num_heads / num_kv_heads query heads; None means num_heads.
     norm: norm before attention and MLP. qk_norm: RMSNorm over the channels of each head, before the rotary rotation.
     post_norm: RMSNorm of the outputs of attention and MLP. use_bias: whether the linear maps have biases.
     scan: True, for training, compiles one layer and stores parameters with a leading axis of `num_layers`. False, for
     decoding, gives each layer its own parameters and cache, because inside a loop over tokens a scan over layers would
     copy the weights and cache of every layer out of the stack for each token.
-    window: attention to nearby frames in place of causal attention; such a stack takes no caches.
+    window: attention to nearby frames instead of causal attention; such a stack takes no caches.
     """
 
     width: int
@@ -169,7 +169,7 @@ def transformer_stack(config: TransformerConfig) -> nn.Module:
 
 
 def unstack_layers(stacked: PyTree, num_layers: int) -> PyTree:
-    """Returns the parameters of a scanned stack, in the form that the same stack takes with `scan` off.
+    """Returns the parameters of a scanned stack in the form that the same stack expects with `scan` off.
 
     Example:
         params = unstack_layers(block["layers"], config.num_layers)
