@@ -161,8 +161,8 @@ def _class_number(word: str, names: tuple[str, ...], num_classes: int) -> int:
         number, close = num_classes, difflib.get_close_matches(word, names, n=1)
     if numbered and number != -1:
         raise ValueError(
-            f"--classes has {word!r}, which is not a class of this model; because its class names are numbers, give a "
-            f"name ({name_list(names, 20)}), or -1 for unconditional."
+            f"--classes has {word!r}, which is not a class of this model; its class names are themselves numbers, so "
+            f"give one of {name_list(names, 20)}, or -1 for unconditional."
         )
     if not -1 <= number < num_classes:
         meant = f" (did you mean {close[0]}?)" if close else ""

@@ -39,9 +39,7 @@ def aspect_size(aspect: str, side: int, multiple: int = 1) -> tuple[int, int]:
     stretch = math.sqrt(wide / high)
     height, width = (round(length / multiple) * multiple for length in (side / stretch, side * stretch))
     if min(height, width) == 0:
-        raise ValueError(
-            f"aspect {aspect} with side {side} has a length that rounds to 0 times {multiple}; use a larger side."
-        )
+        raise ValueError(f"aspect {aspect} needs a side larger than {side} if lengths are multiples of {multiple}.")
     return height, width
 
 

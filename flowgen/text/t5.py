@@ -2,8 +2,8 @@
 
     h <- h + W attention(norm(h)),   h <- h + down(gelu(gate(norm(h))) · up(norm(h))),   norm(x) = w x / √(mean x² + ε)
 
-Scores q · k are not scaled. Each head adds a learned bias for the distance between tokens; all layers share
-these biases.
+Scores q · k are not scaled. Each head adds a learned bias for the bucket of the distance between two tokens;
+all layers share these biases.
 """
 
 from __future__ import annotations
