@@ -48,7 +48,7 @@ class Rows(struct.PyTreeNode):
         return tuple(self.replace(key=key) for key in jax.random.split(self.key, num))
 
     def draw(self, fn: Callable[..., Any], *arrays: Any) -> Any:
-        """Calls fn on every row, with the row's key and its part of each array, and stacks the results; all are pytrees.
+        """Calls fn on every row, with its key and its part of each array, and stacks the results; all are pytrees.
 
         fn sees batches of one, so a function (key, batch) -> batch can be passed directly.
         """
