@@ -1,4 +1,4 @@
-"""Checks of arrays, keys and counts given to public functions; they run during tracing and cost nothing afterwards."""
+"""Checks the arrays, keys and counts passed to public functions; runs during tracing and costs nothing afterwards."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 
 def check_floating(name: str, x: Any) -> None:
-    """Raises ValueError unless x is an array of real floating-point numbers; for bytes it suggests `from_uint8`.
+    """Raises ValueError unless x is an array of real floating-point numbers.
 
     Example:
         check_floating("x", x)
@@ -19,19 +19,19 @@ def check_floating(name: str, x: Any) -> None:
         raise ValueError(f"{name} is {shown(x)}; give an array of floating-point numbers.")
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(
-            f"{name} is {x.dtype}; give floating-point numbers, with pixels in [-1, 1]; flowgen.data.from_uint8 "
-            "converts bytes."
+            f"{name} is {x.dtype}; give floating-point numbers. flowgen.data.from_uint8 converts bytes to pixels in "
+            "[-1, 1]."
         )
 
 
 def check_bytes(name: str, x: Any) -> None:
-    """Raises ValueError unless x is a uint8 array, whose values are the levels 0..255 of pixels.
+    """Raises ValueError unless x is a uint8 array: pixels with levels 0..255.
 
     Example:
         check_bytes("batch.x", batch.x)
     """
     if getattr(x, "dtype", None) != jnp.uint8:
-        raise ValueError(f"{name} is {shown(x)}; give bytes 0..255; flowgen.data.to_uint8 converts floats in [-1, 1].")
+        raise ValueError(f"{name} is {shown(x)}; give bytes (uint8). flowgen.data.to_uint8 converts floats in [-1, 1].")
 
 
 def check_key(key: Any) -> None:
@@ -43,7 +43,7 @@ def check_key(key: Any) -> None:
     dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
     typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
     if not (shape == () if typed else dtype == jnp.uint32 and len(shape or ()) == 1):
-        raise ValueError(f"key is {shown(key)}; give one key, such as jax.random.key(0).")
+        raise ValueError(f"key is {shown(key)}; give a single key, such as jax.random.key(0).")
 
 
 def check_count(name: str, value: Any) -> None:
@@ -57,7 +57,7 @@ def check_count(name: str, value: Any) -> None:
 
 
 def shown(value: Any) -> str:
-    """Returns a description of a value for messages: an array's dtype and shape, a number or text itself, or the class.
+    """Describes a value for an error message: an array's dtype and shape, a number or string itself, or the class.
 
     Example:
         shown(jnp.zeros((2, 3)))  # "float32 of shape (2, 3)"
@@ -71,7 +71,7 @@ def shown(value: Any) -> str:
 
 
 def at_least_float32(name: str, x: Any) -> jax.Array:
-    """Returns a floating-point array in its own precision, but at least float32.
+    """Returns a floating-point array, converted to float32 if its precision is lower.
 
     Raises what `check_floating` raises.
 

@@ -1,4 +1,4 @@
-"""`Batch`: what datasets yield and objectives take."""
+"""The `Batch` that datasets return and objectives take."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from flowgen.conditioning import UNCONDITIONAL, TextCondition
 
 
 class Moments(NamedTuple):
-    """The posterior of latents, N(mean, std²) elementwise.
+    """The posterior of latents: N(mean, std²), elementwise.
 
-    mean, std: `b height width c`, or `b frames height width c` for clips; std is 0 or more.
+    mean, std: `b height width c`, or `b frames height width c` for clips; std is not negative.
 
     Example:
         moments = Moments(*codec.moments(images))
@@ -27,7 +27,7 @@ class Moments(NamedTuple):
 class Batch(NamedTuple):
     """Data, and the context that a model may condition on.
 
-    x: images `b height width c` or clips `b frames height width c` as bytes, or the posterior of latents.
+    x: images `b height width c` or clips `b frames height width c` as bytes, or the `Moments` of latents.
     context: None, int32 labels `b` (-1 for no class), or a `TextCondition`.
     rows: a `flowgen.rows.Rows` that says which rows of the whole batch these are; training steps add it.
 
@@ -46,15 +46,15 @@ class Batch(NamedTuple):
 
     @property
     def pixels(self) -> UInt8[Array | np.ndarray, "b *event"]:
-        """The images or clips. Raises ValueError if x holds something else, such as latents."""
+        """The images or clips. Raises ValueError if x is anything else, such as latents."""
         if isinstance(self.x, Moments):
-            raise ValueError("batch.x holds moments of latents, where images or clips are needed.")
+            raise ValueError("batch.x must be images or clips, not the moments of latents.")
         check_bytes("batch.x", self.x)
         return self.x
 
     @property
     def labels(self) -> Int[Array | np.ndarray, " b"]:
-        """The labels; all -1 if the context holds none."""
+        """The labels; all -1 if the batch has none."""
         if self.context is None or isinstance(self.context, TextCondition):
             return np.full(self.size, UNCONDITIONAL, np.int32)
         return self.context

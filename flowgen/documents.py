@@ -1,8 +1,7 @@
-"""Reading untrusted documents: JSON and YAML of bounded size and depth, regular files, and names that stay inside their
-folder.
+"""Reads untrusted documents: limits the size and depth of JSON and YAML, and keeps file names inside their folder.
 
 The cost of reading is bounded by a document's size. Nesting deeper than `MAX_DEPTH` is refused, so later recursion is
-safe too. YAML aliases are refused, because with them a few bytes could expand to gigabytes.
+safe too. YAML aliases are refused, because they can expand a few bytes to gigabytes.
 """
 
 from __future__ import annotations
@@ -33,16 +32,16 @@ MAX_TOKENIZER_BYTES = 1 << 26
 MAX_YAML_BYTES = 1 << 16
 _MAX_YAML_TEXT = 1 << 12  # characters; parsing a number takes quadratic time
 MAX_DEPTH = 64
-# More digits than the largest 64-bit integer has, and than 10^30, which means "no limit" in published tokenizers.
+# Enough digits for any 64-bit integer, and for 10^30, which means "no limit" in published tokenizers.
 _MAX_DIGITS = 40
-# What NumPy and zipfile raise, besides OSError, for a damaged .npy or .npz: an array's header is Python source.
+# What NumPy and zipfile raise, other than OSError, for a damaged .npy or .npz; an array's header is Python source.
 ARRAY_DAMAGE = (
     *(ValueError, EOFError, TypeError, SyntaxError, LookupError, AttributeError, OverflowError, MemoryError),
     *(RuntimeError, tokenize.TokenError, struct.error, zipfile.BadZipFile, zlib.error, lzma.LZMAError),
 )
-# Possessive, and matches to the end if unterminated, so every byte is read once.
+# Possessive, and an unterminated string matches to the end, so every byte is read once.
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*+\\?(?:"|\Z)', re.DOTALL)
-# What each byte outside strings adds to the depth.
+# How much each byte outside strings adds to the depth.
 _STEPS = np.zeros(256, np.int8)
 _STEPS[list(b"{[")], _STEPS[list(b"}]")] = 1, -1
 
@@ -50,12 +49,12 @@ _STEPS[list(b"{[")], _STEPS[list(b"}]")] = 1, -1
 def read_json(path: PathLike, *, most: int = MAX_BYTES, fix: str = "get the file again") -> Any:
     """Returns the content of a JSON file.
 
-    fix: the advice at the end of the error about an invalid file.
+    fix: the advice that ends the error message about an invalid file.
 
     Raises:
-        FileNotFoundError, IsADirectoryError: there is no such file.
+        FileNotFoundError, IsADirectoryError: the path does not exist or is a folder.
         ValueError: the file is not regular, has more than `most` bytes, is not JSON, is nested more than 64 levels
-        deep, repeats a name in an object, or contains a number that is not finite or has over 40 digits. The message
+        deep, repeats a key in an object, or contains a number that is not finite or has over 40 digits. The message
         names the file.
 
     Example:
@@ -65,7 +64,7 @@ def read_json(path: PathLike, *, most: int = MAX_BYTES, fix: str = "get the file
 
 
 def parse_json(content: bytes) -> Any:
-    """Returns the content of JSON in UTF-8 bytes. Raises ValueError if `read_json` would, but names no file.
+    """Parses JSON in UTF-8 bytes. Raises ValueError in the same cases as `read_json`, without the name of a file.
 
     Example:
         header = parse_json(content[8 : 8 + length])
@@ -88,7 +87,7 @@ def check_depth(content: bytes) -> None:
     """
     steps = _STEPS[np.frombuffer(_STRING.sub(b"", content), np.uint8)]
     if (depth := np.cumsum(steps, dtype=np.int32).max(initial=0)) > MAX_DEPTH:
-        raise ValueError(f"it is nested {depth} levels deep, more than {MAX_DEPTH}")
+        raise ValueError(f"it is nested {depth} levels deep, but the limit is {MAX_DEPTH}")
 
 
 def read_yaml(path: PathLike, *, fix: str = "get the file again") -> Any:
@@ -112,14 +111,14 @@ def _parse_yaml(content: bytes) -> Any:
         # The event parser does not recurse; the constructor that makes values from events does.
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
             if isinstance(event, yaml.AliasEvent):
-                raise ValueError("it has aliases (*), which are not supported; write the values out")
+                raise ValueError("aliases (*) are not supported; write the values out")
             if isinstance(event, yaml.ScalarEvent) and len(event.value) > _MAX_YAML_TEXT:
-                raise ValueError(f"it has a text of {len(event.value):,} characters, more than {_MAX_YAML_TEXT:,}")
+                raise ValueError(f"a string has {len(event.value):,} characters, but the limit is {_MAX_YAML_TEXT:,}")
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > MAX_DEPTH:
                 raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep")
             if getattr(event, "tag", None) is not None:
-                raise ValueError(f"it has a tag ({str(event.tag)[:40]}), which is not supported; leave it out")
+                raise ValueError(f"the tag {str(event.tag)[:40]} is not supported; leave it out")
         return yaml.load(text, Loader=_once_loader())
     # PyYAML raises Python's own errors for values that look like numbers or dates but are not.
     except (yaml.YAMLError, RecursionError, LookupError, AttributeError, ArithmeticError, TypeError) as error:
@@ -127,7 +126,7 @@ def _parse_yaml(content: bytes) -> Any:
 
 
 def _once_loader() -> Any:
-    """PyYAML's loader of plain values, made to refuse repeated keys."""
+    """PyYAML's loader for plain values, extended to refuse repeated keys."""
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -141,8 +140,8 @@ def _once_loader() -> Any:
 def read_bytes(path: PathLike, *, most: int = MAX_BYTES) -> bytes:
     """Returns the content of a regular file of at most `most` bytes.
 
-    Raises FileNotFoundError or IsADirectoryError if there is no such file, and ValueError if it is not regular or too
-    large.
+    Raises FileNotFoundError if the path does not exist, IsADirectoryError if it is a folder, and ValueError if the file
+    is not regular or is too large.
 
     Example:
         content = read_bytes("tokenizer.json")
@@ -151,7 +150,7 @@ def read_bytes(path: PathLike, *, most: int = MAX_BYTES) -> bytes:
     with open(path, "rb") as file:
         content = file.read(most + 1)
     if len(content) > most:
-        raise ValueError(f"'{path}' has more than {most:,} bytes; give a smaller file.")
+        raise ValueError(f"'{path}' is larger than {most:,} bytes; give a smaller file.")
     return content
 
 
@@ -159,7 +158,7 @@ def check_regular(path: PathLike) -> None:
     """Raises an error unless a path leads to a regular file.
 
     The error is ValueError for a FIFO, a socket or a device, because reading these may never end; IsADirectoryError for
-    a folder; and FileNotFoundError if the path leads nowhere.
+    a folder; and FileNotFoundError if nothing is there.
 
     Example:
         check_regular("model.safetensors")
@@ -172,10 +171,12 @@ def check_regular(path: PathLike) -> None:
 
 
 def inside(folder: PathLike, name: Any, *, what: str) -> Path:
-    """Returns the path in `folder` for a name from an untrusted file there.
+    """Returns `folder` / `name`, after checking that a name from an untrusted file stays inside the folder.
 
-    what: a description of the name, for the message. Links may lead to other places in the folder, or to the `blobs`
-    folder in which a Hugging Face cache keeps the files of its `snapshots`.
+    what: a description of the name, for the error message.
+
+    Links may lead to other places in the folder, or to the `blobs` folder in which a Hugging Face cache keeps the files
+    of its `snapshots`.
 
     Raises ValueError if the name is not a string, is absolute, or leads out of the folder.
 
@@ -187,15 +188,17 @@ def inside(folder: PathLike, name: Any, *, what: str) -> Path:
         path.is_absolute() or path.drive or path.root or ".." in path.parts
         for path in (PurePosixPath(name), PureWindowsPath(name))
     ):
-        raise ValueError(f"{what} is {name!r:.100}; it must be a name inside '{folder}'.")
+        raise ValueError(f"{what} is {name!r:.100}; it must be a path inside '{folder}'.")
     path, home = Path(folder) / name, Path(folder).resolve()
     places = [home, *(parent.parent / "blobs" for parent in home.parents if parent.name == "snapshots")]
     try:
         target = path.resolve()
     except RuntimeError as error:  # links in a circle
-        raise ValueError(f"{what} is {name!r:.100}, a link to itself; put the file itself there.") from error
+        raise ValueError(
+            f"{what} is {name!r:.100}, a link that leads back to itself; replace it with the file."
+        ) from error
     if not any(target.is_relative_to(place) for place in places):
-        raise ValueError(f"{what} is {name!r:.100}, a link that leads out of '{folder}'; put the file itself there.")
+        raise ValueError(f"{what} is {name!r:.100}, a link that leads out of '{folder}'; replace it with the file.")
     return path
 
 
@@ -206,7 +209,7 @@ def _named(path: PathLike, fix: str, read: Callable[[], T]) -> T:
     except (ValueError, RecursionError) as error:
         if str(error).startswith(f"'{path}'"):
             raise
-        reason = "nested too deep" if isinstance(error, RecursionError) else str(error)[:300]
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)[:300]
         raise ValueError(f"{path} is not valid {kind} ({reason}); {fix}.") from error
 
 
@@ -214,22 +217,22 @@ def _once(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
     table = dict(pairs)
     if len(table) != len(pairs):
         twice, count = Counter(name for name, _ in pairs).most_common(1)[0]
-        raise ValueError(f"it has the key {str(twice)[:80]!r} {'twice' if count == 2 else f'{count} times'}")
+        raise ValueError(f"the key {str(twice)[:80]!r} occurs {'twice' if count == 2 else f'{count} times'}")
     return table
 
 
 def _constant(text: str) -> float:
-    raise ValueError(f"it has {text}, which JSON does not allow")
+    raise ValueError(f"{text} is not allowed in JSON")
 
 
 def _float(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError(f"it has {text[:40]}, which is too large")
+        raise ValueError(f"the number {text[:40]} is too large")
     return value
 
 
 def _integer(text: str) -> int:
     if len(text) > _MAX_DIGITS:
-        raise ValueError(f"it has a number of {len(text)} digits")
+        raise ValueError(f"a number has {len(text)} digits, which is too many")
     return int(text)

@@ -1,8 +1,8 @@
 """Randomness by position in the whole batch: a step draws the same numbers on any number of devices.
 
-Each device has a share of the batch. All devices share a key, and row i of the whole batch draws with fold_in(key, i),
-so the draw does not depend on the row's device or micro-batch. Batch-wide draws, such as a transport plan or stratified
-times, are the same on every device; each device then takes its own rows.
+Each device processes a share of the batch. All devices share a key, and row i of the whole batch draws with
+fold_in(key, i), so its numbers do not depend on its device or micro-batch. Batch-wide draws, such as a transport plan
+or stratified times, are the same on every device; each device then takes its own rows.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from jaxtyping import Array, Key
 from flowgen.backend import alike_rows, on_mesh_of
 from flowgen.batch import Batch
 
-# The key under which a batch that is a dict holds its rows.
+# The name of the rows in a batch that is a dict.
 ROWS = "rows"
 
 
@@ -28,8 +28,8 @@ class Rows(struct.PyTreeNode):
     """The positions of some rows in the whole batch, and a key that all devices share.
 
     key: the same on every device and for every micro-batch. positions: the positions `b` of these rows in the whole
-    batch. part: the number of the micro-batch. size: the size of the whole batch, over all devices and micro-batches.
-    axis_name: the axis of the devices that share the batch; None for one device.
+    batch. part: the index of the micro-batch. size: the size of the whole batch, over all devices and micro-batches.
+    axis_name: the axis of devices that the batch is split over; None for one device.
 
     Example:
         rows = batch_rows(batch, key, num=len(x))
@@ -48,7 +48,7 @@ class Rows(struct.PyTreeNode):
         return tuple(self.replace(key=key) for key in jax.random.split(self.key, num))
 
     def draw(self, fn: Callable[..., Any], *arrays: Any) -> Any:
-        """Returns fn(the row's key, the row of each array) for every row; arrays and the result are pytrees.
+        """Calls fn on every row, with its key and its part of each array, and stacks the results; all are pytrees.
 
         fn sees batches of one, so a function (key, batch) -> batch can be passed directly.
         """
@@ -60,7 +60,7 @@ class Rows(struct.PyTreeNode):
         return on_mesh_of(lambda *rows: jax.vmap(one)(*alike_rows(rows)), self.positions, arrays)
 
     def draw_whole(self, fn: Callable[[Key[Array, ""], int], Any]) -> Any:
-        """Returns these rows of fn(key, size): one draw for the whole batch, the same on every device."""
+        """Draws fn(key, size) for the whole batch, the same on every device, and returns these rows of it."""
         return jax.tree.map(lambda x: x[self.positions], fn(self.key, self.size))
 
     def part_key(self) -> Key[Array, ""]:
@@ -86,7 +86,7 @@ class Rows(struct.PyTreeNode):
         return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, num), tree)
 
     def mean(self, tree: Any) -> Any:
-        """Returns the mean over devices of a mean over these rows: the batch mean if devices have equal shares."""
+        """Averages a mean over these rows across devices; with equal shares, this is the mean over the whole batch."""
         return tree if self.axis_name is None else lax.pmean(tree, self.axis_name)
 
 
@@ -102,7 +102,7 @@ def batch_rows(batch: Any, key: Key[Array, ""], num: int) -> Rows:
     if rows is None:
         return Rows(key, jnp.arange(num), size=num)
     if len(rows.positions) != num:
-        raise ValueError(f"the batch has {num} rows but {len(rows.positions)} positions; give each row its own.")
+        raise ValueError(f"the batch has {num} rows but {len(rows.positions)} positions; give one position per row.")
     return rows
 
 
@@ -119,7 +119,7 @@ def with_rows(batch: Any, rows: Rows) -> Any:
     if isinstance(batch, Batch) and batch.rows is None:
         return batch._replace(rows=rows)
     if isinstance(batch, Batch) or ROWS in batch:
-        raise ValueError(f"a batch has {ROWS!r}, which training adds itself; leave it out, or rename the array.")
+        raise ValueError(f"the batch already has {ROWS!r}, which the training step adds; remove or rename it.")
     return {**batch, ROWS: rows}
 
 
@@ -135,7 +135,7 @@ def without_rows(batch: Any) -> Any:
 
 
 def share_of_batch(key: Key[Array, ""], num: int, axis_name: str) -> Rows:
-    """Returns the rows of this device: `num` consecutive ones, in the order of the devices along `axis_name`.
+    """Returns this device's rows: `num` consecutive rows, in the order of the devices along `axis_name`.
 
     Example:
         rows = share_of_batch(key, num=16, axis_name="data")  # inside jax.pmap(..., axis_name="data")
@@ -147,7 +147,7 @@ def share_of_batch(key: Key[Array, ""], num: int, axis_name: str) -> Rows:
 def micro_batches(tree: Any, count: int) -> Any:
     """Returns `count` micro-batches on a new first axis: micro-batch j has rows j, j + count, j + 2 count, ...
 
-    A micro-batch thus has the same rows of the whole batch on any number of devices.
+    Each micro-batch thus has the same rows of the whole batch, however many devices there are.
 
     Example:
         parts = micro_batches(batch, 4)
@@ -157,7 +157,7 @@ def micro_batches(tree: Any, count: int) -> Any:
 
 @dataclass(frozen=True)
 class StatefulObjective:
-    """An objective whose carried state is combined over micro-batches by `combine` instead of averaged.
+    """An objective with a state; `combine` merges the states of micro-batches, which would otherwise be averaged.
 
     combine(collections before the step, stacked states of the micro-batches) -> state of the whole batch.
 

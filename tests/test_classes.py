@@ -101,7 +101,7 @@ def test_labels_are_mapped_by_name(make, names, classes, expected, tmp_path, cap
 
 @pytest.mark.parametrize("make", MAKERS, ids=lambda make: make.__name__)
 def test_a_class_that_is_not_known_is_refused_by_name(make, tmp_path):
-    with pytest.raises(ValueError, match=r"the class zebra, but data\.classes are cat, dog, fox"):
+    with pytest.raises(ValueError, match=r"the class zebra, but data\.classes lists only cat, dog, fox"):
         make(tmp_path / "data", ("cat", "zebra"), KNOWN)
 
 
@@ -182,7 +182,7 @@ def test_other_arrays_of_an_npz_are_not_read(tmp_path):
 @pytest.mark.parametrize("label", [-9, 3, 2**31 - 1])
 def test_latents_with_labels_of_no_class_are_refused(tmp_path, label):
     path = encoded(tmp_path / "set", KNOWN, np.array([0, 1, label], np.int32))
-    with pytest.raises(ValueError, match=r"label\.npy' holds labels that are not numbers of the 3 classes"):
+    with pytest.raises(ValueError, match=r"label\.npy' has labels out of range for 3 classes"):
         read_latents(path, "train")
 
 
@@ -302,7 +302,7 @@ def test_other_data_are_evaluated_with_the_numbers_of_the_run(run, tmp_path):
     assert f"bits/dim {bits:.4f}" in printed
     assert said.count("has no examples of cat") == 1
     photos(tmp_path / "photos", "zebra")
-    assert "the class zebra, but data.classes are cat, dog, fox" in outcome_of(*words).err
+    assert "the class zebra, but data.classes lists only cat, dog, fox" in outcome_of(*words).err
     assert "--data.classes" in refused(*words, "--data.classes", "('dog', 'fox', 'zebra')")
 
 

@@ -166,7 +166,7 @@ MISTAKES = {
     "train --workdir new --config value.py": r"config value\.py fails on line 5 \(width is 0; it must be at lea",
     # Data.
     f"{TRAIN} --data.name emoji": r"data\.name is 'emoji'; choose one of digits,",
-    f"{TRAIN} --data.name folder --data.path photos/flat": r"the data carries no labels; .* model\.num_classes",
+    f"{TRAIN} --data.name folder --data.path photos/flat": r"the data has no labels; .* model\.num_classes",
     f"{TRAIN} --data.name folder --data.path photos/corrupt --model.num_classes 1": r"1 image .*/b\.png' \(not",
     f"{TRAIN} --data.name npz --data.path photos/float.npz": r"'images' .* is float64; save uint8 levels",
     # Run directories to write.
@@ -205,7 +205,7 @@ MISTAKES = {
     f"{SAMPLE} run --seed 4294967296": r"--seed is 4294967296; it must be from 0 to 4294967295",
     # Outputs.
     "sample --checkpoint run --out file.txt/a.png": r"Cannot write 'file\.txt/a\.png': 'file\.txt' is a file, not a f",
-    "sample --checkpoint run --out empty": r"'empty' has no image suffix; use one of \.png",
+    "sample --checkpoint run --out empty": r"the path 'empty' must end in one of \.png",
     "sample --checkpoint run --out a.gif": r"--out is a\.gif, but this model does not draw videos; use \.png",
     "sample --checkpoint run --single mine": r"mine already exists; give another directory",
     "sample --checkpoint run --out a.png --single a.png": r"--single and --out are both a\.png; give --single",

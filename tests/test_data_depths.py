@@ -130,12 +130,12 @@ REFUSED = {
     ),
     "PFM": (b"Pf\n2 1\n-1.0\n" + numbers("f", 0.6, 0.1), "floating-point"),
     "TIFF of 32 bits": (tiff(numbers("I", 1 << 31, 1 << 20), 32), "32 bits"),
-    "TIFF of 32 bits with a sign": (tiff(numbers("i", 1 << 30, -5), 32, sample_format=2), "signed samples of 32 bits"),
-    "TIFF of 16 bits with a sign": (tiff(numbers("h", 1 << 14, -5), 16, sample_format=2), "signed samples of 16 bits"),
-    "TIFF of 8 bits with a sign": (tiff(numbers("b", 100, -5), 8, sample_format=2), "signed samples of 8 bits"),
-    "TIFF of 10 bits": (tiff(packed(LEVELS[10], 10), 10), "not an image of a supported format"),
-    "TIFF of 14 bits": (tiff(packed(LEVELS[14], 14), 14), "not an image of a supported format"),
-    "TIFF of doubles": (tiff(numbers("d", 0.6, 0.1), 64, sample_format=3), "not an image of a supported format"),
+    "TIFF of 32 bits with a sign": (tiff(numbers("i", 1 << 30, -5), 32, sample_format=2), "signed 32-bit samples"),
+    "TIFF of 16 bits with a sign": (tiff(numbers("h", 1 << 14, -5), 16, sample_format=2), "signed 16-bit samples"),
+    "TIFF of 8 bits with a sign": (tiff(numbers("b", 100, -5), 8, sample_format=2), "signed 8-bit samples"),
+    "TIFF of 10 bits": (tiff(packed(LEVELS[10], 10), 10), "not in a supported image format"),
+    "TIFF of 14 bits": (tiff(packed(LEVELS[14], 14), 14), "not in a supported image format"),
+    "TIFF of doubles": (tiff(numbers("d", 0.6, 0.1), 64, sample_format=3), "not in a supported image format"),
 }
 
 
@@ -147,4 +147,4 @@ def test_samples_of_which_no_file_states_a_range_are_refused(tmp_path, kind, rea
     with pytest.raises(UnreadableImage, match=reason) as caught:
         read(tmp_path / "a.tif")
     assert str(caught.value).count("a.tif") == 1
-    assert "not an image" in reason or "convert it to unsigned 8 or 16 bits" in str(caught.value)
+    assert "not in a supported image format" in reason or "convert it to unsigned 8 or 16 bits" in str(caught.value)

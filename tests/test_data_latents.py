@@ -83,7 +83,7 @@ def test_class_names_stand_in_for_captions_and_nothing_is_refused():
     (shard,) = encode(images(4, captions=False), moments, texts)
     np.testing.assert_array_equal(shard.texts.embeddings[:, 0, 0], 1)
     nameless = ArrayDataset(images(2).x, np.full(2, -1, np.int32))
-    with pytest.raises(ValueError, match=r"neither captions nor classes to use as texts; put a .txt"):
+    with pytest.raises(ValueError, match=r"neither captions nor class names to use as texts; add a .txt"):
         list(encode(nameless, moments, texts))
 
 
@@ -100,15 +100,21 @@ def test_shapes_become_buckets_and_splits_stay_apart(tmp_path):
 
 def test_half_a_data_set_and_damage_are_refused(tmp_path):
     directory = tmp_path / "set"
-    with pytest.raises(FileNotFoundError, match=r"has no cached latents, because dataset.json is missing"):
+    with pytest.raises(
+        FileNotFoundError, match=r"has no complete cache of latents: dataset.json, which is written last, is missing"
+    ):
         read(directory)
     writer = LatentWriter(directory)
     (shard,) = encode(images(), moments)
     writer.add("train", shard, kind="image")
-    with pytest.raises(FileNotFoundError, match=r"has no cached latents, because dataset.json is missing"):
+    with pytest.raises(
+        FileNotFoundError, match=r"has no complete cache of latents: dataset.json, which is written last, is missing"
+    ):
         read(directory)
     writer.finish(class_names=())
-    with pytest.raises(ValueError, match=r"nothing in the split .eval.; encode again with data.eval_fraction"):
+    with pytest.raises(
+        ValueError, match=r"no latents in the split .eval.; encode the data again with data.eval_fraction"
+    ):
         read(directory, "eval")
     mean = directory / "train-00000" / "mean.npy"
     whole = mean.read_bytes()
@@ -116,10 +122,10 @@ def test_half_a_data_set_and_damage_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"mean.npy' is truncated or damaged .*; encode the data again"):
         read(directory)
     np.save(mean, shard.moments.mean[:5])
-    with pytest.raises(ValueError, match=r"has shape .5, 2, 2, 1. instead of 10 entries"):
+    with pytest.raises(ValueError, match=r"has shape .5, 2, 2, 1. instead of 10 samples"):
         read(directory)
     np.save(mean, np.zeros((10, 1, 1, 1), np.float32))
-    with pytest.raises(ValueError, match=r"mean.npy' does not have the latent shape"):
+    with pytest.raises(ValueError, match=r"mean.npy' does not have the shape stated"):
         read(directory)
     mean.unlink()
     with pytest.raises(FileNotFoundError, match=r"mean.npy' is missing; encode the data again"):
@@ -128,10 +134,10 @@ def test_half_a_data_set_and_damage_are_refused(tmp_path):
     np.save(directory / "train-00000" / "label.npy", np.full(10, 7, np.int32))
     whole = json.loads((directory / "dataset.json").read_text())
     (directory / "dataset.json").write_text(json.dumps({**whole, "class_names": ["a"]}))
-    with pytest.raises(ValueError, match=r"label.npy' holds labels that are not numbers of the 1 classes"):
+    with pytest.raises(ValueError, match=r"label.npy' has labels out of range for 1 classes"):
         read(directory)
     (directory / "dataset.json").write_text(json.dumps({"format": "something else"}))
-    with pytest.raises(ValueError, match="is not an index of 'flowgen latents 3'"):
+    with pytest.raises(ValueError, match="is not an index in the format 'flowgen latents 3'"):
         read(directory)
 
 
@@ -151,7 +157,7 @@ def test_an_index_that_is_not_whole_is_refused(tmp_path, change):
     write(tmp_path / "set", {"train": encode(images(), moments)})
     index = tmp_path / "set" / "dataset.json"
     index.write_text(json.dumps({**json.loads(index.read_text()), **change}))
-    with pytest.raises(ValueError, match=r"dataset.json' is damaged, or was written by hand .*; encode the data again"):
+    with pytest.raises(ValueError, match=r"dataset.json' is damaged or was edited by hand .*; encode the data again"):
         read(tmp_path / "set")
 
 
@@ -169,7 +175,7 @@ def test_texts_need_the_empty_text_beside_them(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"null.npz' is missing; encode the data again"):
         read(tmp_path / "set")
     (shard,) = encode(images(), moments, texts)
-    with pytest.raises(ValueError, match="null, the features of the empty text, belongs to"):
+    with pytest.raises(ValueError, match="null, the encoded empty text, goes with"):
         LatentWriter(tmp_path / "other").add("train", shard, kind="image")
 
 
@@ -211,7 +217,7 @@ def test_blocks_are_joined_to_shards():
 
 
 def test_what_is_not_finite_is_not_encoded():
-    with pytest.raises(ValueError, match="latents or features of data 0 to 9 are not finite"):
+    with pytest.raises(ValueError, match="samples 0 to 9 have latents or text features that are not finite"):
         list(encode(images(), lambda images: (moments(images)[0] * np.nan, moments(images)[1])))
     with pytest.raises(ValueError, match="are not finite"), np.errstate(over="ignore"):
         list(encode(images(), moments, lambda captions: (texts(captions)[0] * 1e6, texts(captions)[1])))

@@ -116,7 +116,7 @@ def test_a_loader_mirrors_half_of_the_images_and_whole_clips(name, tmp_path):
 
 def test_latents_are_not_mirrored():
     loader = Loader(latents("image", (4, 4, 2), texts=False), batch_size=2, seed=0, flip=True)
-    with pytest.raises(ValueError, match="holds moments of latents, where images or clips are needed"):
+    with pytest.raises(ValueError, match="must be images or clips, not the moments of latents"):
         loader.batch(0)
 
 
@@ -130,7 +130,7 @@ def test_a_dataset_of_ones_own_gives_batches():
         def __getitem__(self, positions):
             return {"image": np.zeros((len(positions), 2, 2, 1), np.uint8)}
 
-    with pytest.raises(ValueError, match=r"a dataset gave a dict; it must give a flowgen\.data\.Batch"):
+    with pytest.raises(ValueError, match=r"the dataset returned a dict; it must return a flowgen\.data\.Batch"):
         Loader(Dicts(), batch_size=2, seed=0).batch(0)
 
 

@@ -75,8 +75,8 @@ def test_failed_write_leaves_the_old_file_and_no_other(tmp_path):
     [
         ("file/a.png", NotADirectoryError, "is a file, not a folder"),
         ("folder.png", IsADirectoryError, "is a folder; name a file"),
-        ("a.gif", ValueError, "use one of .png"),
-        ("a", ValueError, "use one of .png"),
+        ("a.gif", ValueError, "must end in one of .png"),
+        ("a", ValueError, "must end in one of .png"),
     ],
 )
 def test_unwritable_output_is_refused_before_compute(tmp_path, name, error, sentence):
@@ -97,7 +97,7 @@ def test_write_protected_folder_is_refused(tmp_path, monkeypatch):
 
 
 def test_save_image_refuses_floats(tmp_path):
-    with pytest.raises(ValueError, match="which to_uint8 makes from floats"):
+    with pytest.raises(ValueError, match="to_uint8 converts floats"):
         media.save_image(tmp_path / "a.png", np.zeros((2, 2, 3)))
 
 

@@ -32,19 +32,16 @@ def test_npz_gives_its_arrays_unchanged(tmp_path):
 @pytest.mark.parametrize(
     ("arrays", "sentence"),
     [
-        (
-            {"images": GREY / 255},
-            "is float64; save uint8 levels 0..255, for example with flowgen.data.to_uint8",
-        ),
+        ({"images": GREY / 255}, "is float64; save uint8 levels 0..255. flowgen.data.to_uint8"),
         ({"images": GREY.astype(np.int32)}, "is int32; save uint8"),
         ({"images": GREY[0]}, r"has shape \(6, 4\)"),
         ({"images": GREY[:0]}, r"has shape \(0, 6, 4, 1\)"),
-        ({"images": GREY[:, :3]}, r"is 3x4 but model.image_size is 6x4; .* to \(3, 4\)"),
+        ({"images": GREY[:, :3]}, r"has images of 3x4, but model.image_size is 6x4; .* to \(3, 4\)"),
         (
             {"images": GREY[..., None].repeat(2, -1)},
-            "model.channels is 1 .* of 2 channels; set model.channels to 2",
+            "model.channels is 1, .* have 2 channels; set model.channels to 2",
         ),
-        ({"photos": GREY}, r"\['photos'\] but no 'images'"),
+        ({"photos": GREY}, r"\['photos'\], but no 'images'"),
         (
             {"images": GREY, "labels": np.zeros(9, int)},
             r"int64 of shape \(9,\); save integers of shape \(10,\)",

@@ -176,7 +176,7 @@ def test_config_checks_its_fields(options, sentence):
     [
         (DataConfig("folder"), {}, "data.path is empty"),
         (DataConfig("npz"), {}, "data.path is empty"),
-        (DataConfig("digits", path="x"), {}, "data.path is 'x' but data.name 'digits' reads no path"),
+        (DataConfig("digits", path="x"), {}, "data.path is 'x', but data.name 'digits' does not read from a path"),
         (DataConfig(), {"channels": 4}, "model.channels is 4.*1 or 3"),
         (DataConfig("folder", path="x"), {"channels": 4}, "model.channels is 4"),
         (DataConfig(), {"split": "test"}, "split is 'test'"),
@@ -194,9 +194,9 @@ def test_classes_are_checked_against_the_model():
     digits = load_all(DataConfig())
     for dataset, num_classes in ((unlabelled, 0), (digits, 0), (digits, 10), (digits, 12)):
         check_classes(dataset, num_classes)
-    with pytest.raises(ValueError, match=r"model\.num_classes is 9 but the data has 10"):
+    with pytest.raises(ValueError, match=r"model\.num_classes is 9, but the data has 10"):
         check_classes(digits, 9)
-    with pytest.raises(ValueError, match="carries no labels"):
+    with pytest.raises(ValueError, match="has no labels"):
         check_classes(unlabelled, 10)
 
 
@@ -329,7 +329,7 @@ def test_openmoji_works_without_a_cache(openmoji, tmp_path, monkeypatch, caplog)
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FLOWGEN_CACHE", str(tmp_path / "file" / "below"))
     assert len(load_all(DataConfig("openmoji"), size=(64, 64))) == 3
-    assert "could not be cached" in caplog.text
+    assert "Could not cache" in caplog.text
 
 
 def test_emoji_groups_and_names():
@@ -375,7 +375,7 @@ def test_at_most_five_unreadable_files_are_named(tmp_path):
     for i in range(8):
         (tmp_path / f"{i}.png").write_text("no image")
     with pytest.raises(
-        ValueError, match=r"8 images that cannot be read: .*4.png' \(not an image of a supported format\) and 3 more;"
+        ValueError, match=r"8 images that cannot be read: .*4.png' \(not in a supported image format\) and 3 more;"
     ):
         load_all(DataConfig("folder", path=str(tmp_path)))
     with pytest.raises(ValueError, match="8 images that cannot be read"):
@@ -416,7 +416,7 @@ def test_folder_errors(photos, tmp_path):
         (tmp_path / "missing", FileNotFoundError, "does not exist"),
         (tmp_path / "file", NotADirectoryError, "is a file; give the folder"),
         (photos / "empty", ValueError, "has no images; put .png"),
-        (photos, ValueError, r"both directly \(such as '0.png'\) and in sub-folders \(such as 'cat'\)"),
+        (photos, ValueError, r"both at the top level \(such as '0.png'\) and in sub-folders \(such as 'cat'\)"),
     ):
         with pytest.raises(error, match=sentence):
             load_all(DataConfig("folder", path=str(path)))

@@ -44,7 +44,7 @@ def test_a_split_without_a_image_that_can_be_read_is_named_when_it_is_opened(pho
         (photos / name).write_bytes(b"nothing")
     config = DataConfig("folder", path=str(photos), on_corrupt="skip", in_memory_bytes=in_memory_bytes)
     assert len(load(config, **SHAPE, split="train")) == 11
-    with pytest.raises(ValueError, match=r"no file of the split 'eval' is readable.*1 image that cannot be read"):
+    with pytest.raises(ValueError, match=r"no file in the split 'eval' is readable.*1 image that cannot be read"):
         load(config, **SHAPE, split="eval")
 
 
@@ -77,9 +77,9 @@ def test_a_class_without_a_video_that_can_be_read_is_told_apart_from_short_ones(
     (videos / "elk" / "1.mp4").write_bytes((videos / "fox" / "0.mp4").read_bytes())
     config = ClipsConfig("folder", path=str(videos), on_corrupt="skip", eval_fraction=0.0)
     load_clips(config, frames=4, **SHAPE, split="train")
-    assert "No clip is left of dog, whose videos cannot be read." in caplog.messages
-    assert "No clip is left of fox, whose videos are all too short." in caplog.messages
-    assert "No clip is left of elk, whose videos are too short or cannot be read." in caplog.messages
+    assert "No clips of dog are left, because the videos cannot be read." in caplog.messages
+    assert "No clips of fox are left, because the videos are too short." in caplog.messages
+    assert "No clips of elk are left, because the videos are too short or cannot be read." in caplog.messages
 
 
 @pytest.mark.parametrize("in_memory_bytes", [0, 1 << 20])
@@ -90,5 +90,5 @@ def test_a_split_without_a_clip_that_can_be_read_is_named_when_it_is_opened(vide
     train = load_clips(config, frames=4, **SHAPE, split="train")
     assert len(train) == 8
     assert isinstance(train, FileDataset) == (in_memory_bytes == 0)
-    with pytest.raises(ValueError, match=r"no file of the split 'eval' is readable.*1 video that cannot be read"):
+    with pytest.raises(ValueError, match=r"no file in the split 'eval' is readable.*1 video that cannot be read"):
         load_clips(config, frames=4, **SHAPE, split="eval")

@@ -41,7 +41,7 @@ def test_json_reads_as_the_standard_library_reads_it(tmp_path):
         ("[" * 65 + "]" * 65, "65 levels deep"),
         ("[" * 1_000_000, "1000000 levels deep"),
         ('{"a":' * 100_000 + "1" + "}" * 100_000, "100000 levels deep"),
-        ('{"a": 1, "b": 2, "a": 3}', "'a' twice"),
+        ('{"a": 1, "b": 2, "a": 3}', "'a' occurs twice"),
         ('{"a": NaN}', "NaN"),
         ("[-Infinity]", "-Infinity"),
         ("[1e999]", "1e999"),
@@ -85,8 +85,8 @@ def test_files_that_are_too_large_are_not_read(tmp_path):
     with path.open("wb") as file:
         file.truncate(1 << 40)
     tracemalloc.start()
-    refused(lambda: read_json(path), path, "more than")
-    refused(lambda: read_yaml(path), path, "more than")
+    refused(lambda: read_json(path), path, "larger than")
+    refused(lambda: read_yaml(path), path, "larger than")
     assert tracemalloc.get_traced_memory()[1] < 1 << 26
     tracemalloc.stop()
 
@@ -134,7 +134,7 @@ def test_yaml_of_plain_values_is_read(tmp_path):
 
 @pytest.mark.parametrize("name", ["../x", "a/../../x", "/etc/passwd", "..", "", ".", "a\0b", "C:\\x", "..\\x", None, 3])
 def test_names_that_lead_out_of_a_folder_are_refused(name, tmp_path):
-    refused(lambda: inside(tmp_path / "model", name, what="a part"), "a part is", "must be a name inside")
+    refused(lambda: inside(tmp_path / "model", name, what="a part"), "a part is", "must be a path inside")
 
 
 def test_links_may_lead_to_the_folder_and_to_the_cache_of_the_hub(tmp_path):

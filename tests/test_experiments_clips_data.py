@@ -41,7 +41,7 @@ def test_images_come_in_the_fraction_of_batches_that_is_asked_for():
     whole, continued, stills = dataset.shares
     assert continued / (whole + continued) == pytest.approx(0.25)
     assert stills / sum(dataset.shares) == pytest.approx(0.2)
-    with pytest.raises(ValueError, match=r"images_fraction is 0.2, but there are no images"):
+    with pytest.raises(ValueError, match=r"images_fraction is 0.2, but images is not set"):
         ClipsConfig(images_fraction=0.2)
 
 
@@ -140,7 +140,7 @@ def test_texts_of_restarts_say_so_too(continued, tmp_path, monkeypatch):
     ("changes", "message"),
     [
         ({"images": DataConfig("folder", path="x", aspects=True)}, "images.aspects is true"),
-        ({"flip": True}, "images.flip is False and flip is True, but images and clips are mirrored alike"),
+        ({"flip": True}, "images.flip is False, but flip is True; images and clips are mirrored alike"),
     ],
 )
 def test_images_that_cannot_be_beside_clips_are_refused(changes, message):

@@ -248,7 +248,7 @@ def test_guidance_of_texts_is_towards_the_wrapped_empty_text(text_run):
     ("words", "message"),
     [
         ([], "this model takes texts; give --prompt"),
-        (["--prompt", "one two three four five six"], "has 10 tokens, but the model takes 6; shorten it"),
+        (["--prompt", "one two three four five six"], "has 10 tokens, but the limit is 6; shorten it"),
         (["--classes", "3"], "--classes is 3, but this model takes texts; give --prompt"),
         (["--prompt", "3", "--prompts", "x"], "--prompt and --prompts are both given"),
         (["--prompts", "nowhere.txt"], "nowhere.txt"),
@@ -282,7 +282,7 @@ def test_texts_can_be_encoded_first(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"text.noise_level False, but this experiment has True; set it to False, or"):
         fit(other, tmp_path / "other")
     prompted = dataclasses.replace(encoded, sampling=SamplingConfig(prompts=("one two three four five six",)))
-    with pytest.raises(ValueError, match=r"has 7 tokens, but the model takes 6"):
+    with pytest.raises(ValueError, match=r"has 7 tokens, but the limit is 6"):
         fit(prompted, tmp_path / "other")
     assert not (tmp_path / "other").exists()
     monkeypatch.setattr(encoding, "open_text_encoder", lambda *_, **__: pytest.fail("the text encoder was opened"))
@@ -366,7 +366,7 @@ def test_a_decoder_is_trained_on_beside_its_encoder(autoencoder, tmp_path):
         ({"model": dataclasses.replace(TINY, noise_std=0.0)}, "model.noise_std is 0, which dequantises images"),
         ({"sampling": SamplingConfig(prompts=("a cat",))}, "sampling.prompts is .*, but the model takes no texts"),
         ({"text": TextConfig("words", digest="other"), "model": TEXT}, "text.encoder 'words' is not the one that"),
-        ({"data": LatentsConfig("nowhere")}, "has no cached latents"),
+        ({"data": LatentsConfig("nowhere")}, "has no complete cache of latents"),
         (
             {"model": TARFlowConfig(image_size=4, patch_size=1), "data": DataConfig("folder", path="x", aspects=True)},
             "data.aspects is set, but a TARFlow has one image size",

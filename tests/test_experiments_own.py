@@ -122,7 +122,7 @@ def test_a_run_of_ones_own_data_passes_for_no_other(tmp_path):
     longer = dataclasses.replace(TWO_STEPS, train=TrainConfig(steps=4, batch_size=8))
     with pytest.raises(ValueError, match=r"data\.name: 'own' -> 'digits'"):
         flowgen.fit(longer, tmp_path)
-    assert "a dataset that was given to `fit`" in refused("evaluate --checkpoint", tmp_path)
+    assert "a dataset passed to `fit`" in refused("evaluate --checkpoint", tmp_path)
     assert flowgen.load(tmp_path)[2].data.classes == ("upright", "level")
     succeed("sample --num 1 --classes level --checkpoint", tmp_path, "--out", tmp_path / "x.npz")
 
@@ -136,7 +136,7 @@ def test_a_run_of_ones_own_data_passes_for_no_other(tmp_path):
             Stripes(),
             r"dataset has event_shape \(8, 8, 1\); this model takes data of shape \(16, 16, 1\)",
         ),
-        ({"num_classes": 1}, Stripes(), r"model.num_classes is 1 but the data has 2 classes"),
+        ({"num_classes": 1}, Stripes(), r"model.num_classes is 1, but the data has 2 classes"),
         ({}, Stripes, r"dataset is the class Stripes; give an object with"),
         ({}, changed(num=0), r"dataset is empty"),
         ({"num_classes": 2}, changed(class_names=()), r"dataset has no class_names"),
@@ -166,7 +166,7 @@ def test_data_of_ones_own_keep_the_classes_of_their_run(tmp_path):
     _, _, saved = flowgen.load(tmp_path)
     longer = dataclasses.replace(saved, train=TrainConfig(steps=4, batch_size=8))
     with pytest.raises(
-        ValueError, match=r"dataset has the classes level, upright, but data\.classes are upright, level"
+        ValueError, match=r"dataset has the classes level, upright, but data\.classes lists only upright, level"
     ):
         flowgen.fit(longer, tmp_path, dataset=changed(class_names=("level", "upright")))
 

@@ -83,7 +83,7 @@ def bouncing_digits(
     side = max(8, min(image_size) // 2)
     if min(image_size) <= side:
         raise ValueError(
-            f"clips are {image_size[0]} x {image_size[1]}, too small for digits of 8 x 8 to move in; use 10 or more."
+            f"clips of {image_size[0]} x {image_size[1]} pixels are too small for 8 x 8 digits; use at least 10 x 10."
         )
     dataset = read_digits(DataConfig(), (side, side))
     dataset = dataset.select(hold_out(len(dataset), eval_fraction, split))

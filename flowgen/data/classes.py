@@ -1,4 +1,4 @@
-"""Class names: maps the labels of any data to a run's class numbers by name."""
+"""Class names: maps the labels of any data to a run's class numbers, by name."""
 
 from __future__ import annotations
 
@@ -52,7 +52,10 @@ def tell_held_out(
         tell_held_out(np.array([0, 1, 1]), np.array([1, 2]), ("cat", "dog"), "images")  # all images of cat
     """
     if lost := sorted({*labels.tolist()} - {*labels[kept].tolist()} - {-1}):
-        tell(f"All {what} of {name_list([names[label] for label in lost])} are held out; add some.")
+        tell(
+            f"All {what} of {name_list([names[label] for label in lost])} are held out, so none are left to train on; "
+            "add more."
+        )
 
 
 def with_classes(found: T, classes: tuple[str, ...], where: str) -> T:
@@ -95,10 +98,10 @@ def class_numbers(found: tuple[str, ...], classes: tuple[str, ...], where: str) 
     known = {name: number for number, name in enumerate(classes)}
     if unknown := [name for name in found if name not in known]:
         close = difflib.get_close_matches(unknown[0], classes, n=1)
-        meant = f" (is {quoted(unknown[0])} {quoted(close[0])}?)" if close else ""
+        meant = f" (is {quoted(unknown[0])} meant to be {quoted(close[0])}?)" if close else ""
         raise ValueError(
-            f"{where} has the class{'es' * (len(unknown) > 1)} {name_list(unknown)}, but data.classes are "
-            f"{name_list(classes)}{meant}; rename or remove the classes that the model does not have."
+            f"{where} has the class{'es' * (len(unknown) > 1)} {name_list(unknown)}, but data.classes lists only "
+            f"{name_list(classes)}{meant}; rename or remove the unknown classes."
         )
     if missing := [name for name in classes if name not in {*found}]:
         tell(f"{where} has no examples of {name_list(missing)}, although data.classes lists them.")
@@ -116,12 +119,12 @@ def check_classes(dataset: HasClasses, num_classes: int) -> None:
     count = len(dataset.class_names)
     if num_classes and not count:
         raise ValueError(
-            f"model.num_classes is {num_classes} but the data carries no labels; put images into a folder per class, "
-            "set model.num_classes to 0 to train without classes, or evaluate with --unconditional."
+            f"model.num_classes is {num_classes}, but the data has no labels; sort the images into one folder per "
+            "class, set model.num_classes to 0 to train without classes, or evaluate with --unconditional."
         )
     if 0 < num_classes < count:
         raise ValueError(
-            f"model.num_classes is {num_classes} but the data has {count} classes; "
+            f"model.num_classes is {num_classes}, but the data has {count} classes; "
             f"set model.num_classes to {count}, or to 0 to train without classes."
         )
     if num_classes > count:
@@ -158,14 +161,14 @@ def _class_number(word: str, names: tuple[str, ...], num_classes: int) -> int:
         number, close = num_classes, difflib.get_close_matches(word, names, n=1)
     if numbered and number != -1:
         raise ValueError(
-            f"--classes has {word!r}, which is not a class of this model; its class names are numbers, so give one of "
-            f"{name_list(names, 20)}, or -1 for unconditional."
+            f"--classes has {word!r}, which is not a class of this model; its class names are themselves numbers, so "
+            f"give one of {name_list(names, 20)}, or -1 for unconditional."
         )
     if not -1 <= number < num_classes:
         meant = f" (did you mean {close[0]}?)" if close else ""
-        which = f"the names {name_list(names, 20)}, or " if names else ""
+        which = f"names ({name_list(names, 20)}) or " if names else ""
         raise ValueError(
             f"--classes has {word!r}, which is not a class of this model{meant}; give {which}numbers from 0 to "
-            f"{num_classes - 1}, -1 for unconditional."
+            f"{num_classes - 1}, or -1 for unconditional."
         )
     return number

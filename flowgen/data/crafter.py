@@ -33,11 +33,11 @@ def record(
         clips, labels, names = record(1000, 0.1, frames=8, image_size=(64, 64), channels=3, split="train")
     """
     if channels != 3:
-        raise ValueError("data.name is 'crafter', whose clips are in colour; set model.channels to 3.")
+        raise ValueError("data.name 'crafter' has clips in colour; set model.channels to 3.")
     if min(image_size) < VIEW:
         raise ValueError(
-            f"clips are {image_size[0]} x {image_size[1]}, but data.name 'crafter' shows {VIEW} x {VIEW} tiles; use "
-            "27 pixels or more."
+            f"clips of {image_size[0]} x {image_size[1]} pixels are too small for data.name 'crafter', which shows "
+            f"{VIEW} x {VIEW} tiles; use at least 27 x 27."
         )
     seed, count = ("train", "eval", "all").index(split), len(hold_out(num, eval_fraction, split))
     game = _Game(_crafter().Env(size=image_size[::-1], seed=seed))

@@ -34,19 +34,19 @@ _HOLD_OUT_NAME = b"flowgen hold-out"
 class DataConfig:
     """Which images to train on; image size and channels come from the model.
 
-    name: a built-in set; `folder` or `npz`, your own images at `path`; or `own`, a dataset passed to `fit`.
+    name: a built-in set; `folder` or `npz` for your own images at `path`; or `own` for a dataset passed to `fit`.
     path: the folder or .npz file; empty for the other names.
     flip: mirror each training image left to right with probability one half.
-    aspects: sort a folder's images into nine aspect ratios, each with about the model's area, instead of cropping all
-    to one shape; all images of a batch have the same shape.
+    aspects: sort a folder's images by aspect ratio into nine shapes, each with about as many pixels as the model's
+    shape, instead of cropping all to one; the images in a batch share a shape.
     crop: "center" scales images to cover the model's size and crops the centre; "none" stretches them to that size. Not
     used by `npz`.
     on_corrupt: an unreadable file in a folder stops the run ("refuse") or is skipped with a warning ("skip").
-    eval_fraction: fraction held out for evaluation, the same images on every machine; 0 holds nothing out.
+    eval_fraction: fraction of the images held out for evaluation, the same ones on every machine; 0 holds out none.
     in_memory_bytes: if a folder's resized images need more than this, each batch is decoded on demand.
     classes: the class names in the order of their numbers. If empty, the names found in the data are stored here when
-    the run begins, and later labels are mapped by name. A class without images gives a warning; an unknown class is an
-    error. In an `npz` without class names, labels index these names.
+    the run begins, and the labels of data opened later are mapped by name. A class without images causes a warning,
+    and an unknown class causes an error. In an `npz` without class names, labels index these names.
 
     Example:
         config = DataConfig(name="folder", path="photos", flip=True)
@@ -66,7 +66,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "classes", checked_names(self.classes))
         if self.aspects and self.name != "folder":
-            raise ValueError(f"aspects is set, but name '{self.name}' has one shape; set it for a 'folder'.")
+            raise ValueError(f"aspects requires name 'folder', not '{self.name}'; set aspects to false.")
 
 
 @runtime_checkable
@@ -76,7 +76,7 @@ class Dataset(Protocol):
     `__getitem__` may be called from several threads.
 
     event_shape: (height, width, channels) for images, (frames, height, width, channels) for clips.
-    class_names: names of the classes in the order of their labels; empty without classes.
+    class_names: names of the classes in the order of their labels; empty if there are no classes.
     captions: empty, or one line of text per image or clip.
 
     Example:
@@ -100,7 +100,7 @@ class Dataset(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class ArrayDataset:
-    """Images or clips held in memory. `captions` is empty or holds one line of text for each.
+    """Images or clips in memory. `captions` is empty or has one line of text for each.
 
     Example:
         dataset = ArrayDataset(images, labels, class_names=("cat", "dog"))
@@ -170,9 +170,11 @@ class BucketedDataset:
 
     def __post_init__(self) -> None:
         if not self.buckets:
-            raise ValueError("A bucketed dataset needs at least one bucket that is not empty.")
+            raise ValueError("buckets is empty; give at least one dataset.")
         if self.shares is not None and (len(self.shares) != len(self.buckets) or min(self.shares) < 1):
-            raise ValueError(f"shares are {self.shares} for {len(self.buckets)} buckets; give each bucket at least 1.")
+            raise ValueError(
+                f"shares is {self.shares}; give a number of at least 1 for each of the {len(self.buckets)} buckets."
+            )
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -200,7 +202,7 @@ def of_one_shape(dataset: Dataset | BucketedDataset, user: str) -> Dataset:
         dataset = of_one_shape(load(config, image_size=8, channels=1, split="train"), "an Autoencoder")
     """
     if isinstance(dataset, BucketedDataset):
-        raise ValueError(f"the data have several shapes (data.aspects is set), but {user} takes one; set it to false.")
+        raise ValueError(f"data.aspects is set, but {user} takes images of one shape; set it to false.")
     return dataset
 
 
@@ -212,8 +214,8 @@ def check_opens(name: str) -> None:
     """
     if name == OWN:
         raise ValueError(
-            "data.name is 'own', a dataset that was given to `fit` in Python; give it again, or other data with "
-            "--data.name and --data.path."
+            "data.name is 'own', which stands for a dataset passed to `fit` in Python; pass it again, or choose other "
+            "data with --data.name and --data.path."
         )
 
 
@@ -261,12 +263,12 @@ def _cut(order: Int[np.ndarray, " size"], fraction: float, split: Split) -> Int[
     if split == "all" or (fraction == 0 and split == "train"):
         return np.arange(size)
     if fraction == 0:
-        raise ValueError("data.eval_fraction is 0, so the split 'eval' is empty; set data.eval_fraction to 0.1.")
+        raise ValueError("data.eval_fraction is 0, so nothing is held out for evaluation; set it to 0.1, for example.")
     held = max(1, round(fraction * size))
     if held >= size:
         raise ValueError(
-            f"data.eval_fraction {fraction} of {size} images leaves none to train on; "
-            f"add images or set data.eval_fraction to 0."
+            f"data.eval_fraction is {fraction}, which leaves none of the {size} images to train on; "
+            f"add images, or set data.eval_fraction to 0."
         )
     return np.sort(order[:held] if split == "eval" else order[held:])
 
@@ -290,4 +292,4 @@ def check_choice(field: str, value: object, choices: tuple[str, ...]) -> None:
         check_choice("data.crop", "center", ("center", "none"))
     """
     if value not in choices:
-        raise ValueError(f"{field} is {value!r}; it must be one of {', '.join(map(repr, choices))}.")
+        raise ValueError(f"{field} is {value!r}; choose one of {', '.join(map(repr, choices))}.")

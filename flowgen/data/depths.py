@@ -55,7 +55,7 @@ def samples_of(image: Image, path: str | os.PathLike[str]) -> Samples:
 
 
 def without_range(image: Image) -> str:
-    """Returns why the range of an image's samples is unknown and what to do about it; empty if it is known.
+    """Returns why the range of an image's samples is unknown, and the remedy; empty if the range is known.
 
     Example:
         without_range(image)  # "has floating-point samples, ...; convert it to unsigned 8 or 16 bits"
@@ -66,9 +66,9 @@ def without_range(image: Image) -> str:
         return ""
     bits = _tag(image, _BITS, 1)
     if _tag(image, _SAMPLE_FORMAT, 1) == _SIGNED:
-        return f"has signed samples of {bits} bits, whose range is unknown{_CONVERT}"
+        return f"has signed {bits}-bit samples, whose range is unknown{_CONVERT}"
     if image.mode.startswith("I") and bits > 16:
-        return f"has samples of {bits} bits, whose range is unknown{_CONVERT}"
+        return f"has {bits}-bit samples, whose range is unknown{_CONVERT}"
     return ""
 
 
@@ -85,7 +85,7 @@ def grey_bytes(levels: Integer[np.ndarray, "height width"], samples: Samples) ->
 def hide_by_value(image: Image, file: BufferedIOBase) -> None:
     """Makes each pixel of a 16-bit colour PNG transparent if it matches the transparent colour in all bits.
 
-    image: the high bytes of the samples, as decoded by Pillow. file: the file it was read from.
+    image: the high bytes of the samples, as decoded by Pillow. file: the file that it was read from.
 
     Example:
         hide_by_value(image, file)

@@ -43,15 +43,15 @@ class FileDataset:
         return Batch(np.stack([sample for _, sample in answers]), self.labels[positions])
 
     def checked(self, *, may_be_empty: bool = False) -> FileDataset:
-        """Returns itself; raises ValueError if files may be skipped and none can be read."""
+        """Returns this dataset. Raises ValueError if files may be skipped and none can be read."""
         if not may_be_empty:
             self.reader.check_any()
         return self
 
     def decoded(self, *, may_be_empty: bool = False) -> ArrayDataset:
-        """Returns the same samples in memory; unreadable files are skipped, or refused in one error.
+        """Returns the same samples in memory. Unreadable files are skipped, or one error reports them all.
 
-        may_be_empty: do not raise if no sample is left.
+        may_be_empty: return an empty dataset, instead of raising an error, if no sample is left.
         """
         x = np.empty((len(self), *self.event_shape), np.uint8)
         kept = self.reader.read_all(x.__setitem__, may_be_empty=may_be_empty)

@@ -34,9 +34,9 @@ def read_folder(
     there are none, all images have label -1. The split depends only on the file names, so an unreadable file never
     moves another file between splits; see `hold_out_files`. Images are decoded once, unless they would need more than
     `config.in_memory_bytes`; then each batch is decoded on demand. A file `cat.txt` or `cat.png.txt` next to `cat.png`
-    holds its caption; either all images or none must have one. A warning says what was left out, and why. If
+    contains its caption; either all images or none must have one. A warning says what was left out, and why. If
     `config.aspects` is set, each image goes to the bucket with the nearest aspect ratio. The sides of a bucket are
-    multiples of `multiple`, and its area is about the area of `image_size`.
+    multiples of `multiple`, and it has about as many pixels as `image_size`.
 
     Raises:
         FileNotFoundError, NotADirectoryError: `config.path` is not a folder.
@@ -50,7 +50,7 @@ def read_folder(
         dataset = read_folder(config, image_size=(64, 64), channels=3, split="train")
     """
     if channels not in (1, 3):
-        raise ValueError(f"model.channels is {channels}; data.name 'folder' gives 1 (grey) or 3 (colour).")
+        raise ValueError(f"model.channels is {channels}; set it to 1 (grey) or 3 (colour) for data.name 'folder'.")
     pillow()
     listing = opened(config.path, tuple(IMAGE_FORMATS), "images", config.classes)
     labels, class_names = listing.labels, listing.class_names
@@ -59,12 +59,10 @@ def read_folder(
     if split == "train":
         tell_held_out(labels, chosen, class_names, "images")
     if captions and config.on_corrupt == "skip":
-        raise ValueError(
-            "data.on_corrupt is 'skip', but images with captions cannot be left out; remove the unreadable ones."
-        )
+        raise ValueError("data.on_corrupt is 'skip', but images with captions cannot be skipped; set it to 'refuse'.")
     in_memory = len(chosen) * math.prod(image_size) * channels <= config.in_memory_bytes
     if not in_memory:
-        _log.info("Decoding '%s' batch by batch: it needs more than data.in_memory_bytes.", config.path)
+        _log.info("Decoding '%s' batch by batch, because its images need more than data.in_memory_bytes.", config.path)
 
     def dataset(kept: list[int], size: tuple[int, int]) -> ArrayDataset | FileDataset:
         files = [listing.root / listing.names[i] for i in kept]
@@ -130,7 +128,7 @@ def read_captions(listing: Listing) -> tuple[str, ...]:
     if missing:
         first = listing.root / missing[0]
         raise ValueError(
-            f"data.path has captions for {len(listing) - len(missing)} of {len(listing)} images; add "
+            f"data.path has captions for only {len(listing) - len(missing)} of {len(listing)} files; add "
             f"'{first.with_suffix('.txt')}' and {len(missing) - 1} more, or remove the .txt files."
         )
     return tuple(_caption(listing.root / caption) for caption in listing.captions if caption is not None)
@@ -140,7 +138,7 @@ def _caption(path: Path) -> str:
     try:
         return " ".join(read_bytes(path).decode("utf-8-sig").split())
     except UnicodeDecodeError as error:
-        raise ValueError(f"a caption in data.path, '{path}', is not UTF-8 text ({error}); convert it.") from error
+        raise ValueError(f"the caption '{path}' in data.path is not UTF-8 text ({error}); convert it.") from error
 
 
 def _aspects(files: list[Path], on_corrupt: OnCorrupt, split: Split) -> list[str | None]:

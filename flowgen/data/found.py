@@ -36,7 +36,7 @@ _CLIP_CLASSES = {"bouncing": DIGIT_NAMES, "crafter": CLASS_NAMES, "real": ()}
 # Number of files whose image sizes are read; fewer for videos, which take longer to open.
 _IMAGES_SIZED, _VIDEOS_SIZED = 32, 4
 
-# Number of bytes at the beginning of a file of latents that go into the mark of its content.
+# Number of bytes, at the beginning of a latent file, that go into the mark of its content.
 _MARKED_BYTES = 1 << 16
 
 Marks = Mapping[str, int | str]
@@ -85,7 +85,7 @@ def take_inventory(
     if kind == "images" and listing is not None:
         read = sum(map(len, whole)) + (len(held_files) if held_out is None else len(held_out))
         if unreadable := len(train_files) + len(held_files) - read:
-            left_out = (*left_out, f"{unreadable:,} unreadable, which are included in the files below")
+            left_out = (*left_out, f"{unreadable:,} unreadable (still listed among the files)")
     return Inventory(
         f"latents of {kind}" if isinstance(config, LatentsConfig) else kind,
         sum(map(len, whole)) // mirrored,
@@ -136,7 +136,7 @@ def _sizes(config: DataConfig | ClipsConfig, listing: Listing) -> tuple[tuple[in
 
 
 def _marks(config: DataConfig | ClipsConfig | LatentsConfig, listing: Listing | None) -> tuple[Marks, Marks]:
-    """A mark of each file's content, by file name, for each split; files with data of both splits are in the first."""
+    """A mark of each file's content, by file name, for each split; a file with data for both is in the first."""
     if isinstance(config, LatentsConfig):
         folder = Path(config.path)
         files = [folder / INDEX_FILE, *sorted(folder.glob("*/*.npy"))]

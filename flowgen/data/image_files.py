@@ -43,7 +43,7 @@ _BAND = 1 << 22
 
 
 class UnreadableImage(Unreadable):
-    """Raised for a file that cannot be decoded; its text names the file and the reason."""
+    """Raised for a file that cannot be decoded; its message names the file and the reason."""
 
 
 def read_image(
@@ -55,7 +55,7 @@ def read_image(
     animation is read. Unreadable metadata are ignored. For a damaged TIFF, libtiff may also print a message.
 
     Raises:
-        UnreadableImage: the pixels are damaged or truncated; there are more than 178 million of them (44 million for
+        UnreadableImage: the pixels are damaged or truncated; the image has more than 178 million pixels (44 million for
         WebP); the format is not one of `image_formats`; or the range of the samples is unknown, see `without_range`.
 
     Example:
@@ -120,7 +120,7 @@ def _opened(path: str | os.PathLike[str], content: bytes | None = None) -> Gener
         ):
             count, most = image.width * image.height, _MOST_OF_WEBP if image.format == "WEBP" else _MOST_PIXELS
             if count > most:
-                raise module.DecompressionBombError(f"{count:,} pixels, more than {most:,}")
+                raise module.DecompressionBombError(f"{count:,} pixels, but the limit is {most:,}")
             if reason := without_range(image):
                 raise UnreadableImage(f"'{path}' ({reason})")
             with _ONE_LARGE if count > _LARGE else contextlib.nullcontext():
@@ -128,9 +128,9 @@ def _opened(path: str | os.PathLike[str], content: bytes | None = None) -> Gener
     except UnreadableImage:
         raise
     except PIL.UnidentifiedImageError as error:
-        raise UnreadableImage(f"'{path}' (not an image of a supported format)") from error
+        raise UnreadableImage(f"'{path}' (not in a supported image format)") from error
     except MemoryError as error:
-        raise UnreadableImage(f"'{path}' (too large for the free memory)") from error
+        raise UnreadableImage(f"'{path}' (too large for the available memory)") from error
     except (*_DECODE_ERRORS, module.DecompressionBombError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UnreadableImage(f"'{path}' ({reason})") from error

@@ -162,7 +162,7 @@ class Inventory:
         if digest == self.digest():
             return ""
         if parts is None:
-            return "The data files have changed since the run was last started; there are too many to say which."
+            return "The data files have changed since the run was last started; there are too many to list."
         now = (_in_one_form(files) for files in (self.train_files, self.held_out_files))
         differences = _differences(*parts, *now)
         return f"The data have changed since the run was last started: {differences}." if differences else ""

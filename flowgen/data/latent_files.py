@@ -1,7 +1,7 @@
 """Cached latents in files that training memory-maps.
 
 <directory>/<split>-<index>/   mean.npy std.npy label.npy; text.npy mask.npy and null.npz if captions were encoded
-<directory>/dataset.json       what the folders hold and how they were made; written last, so it marks a complete cache
+<directory>/dataset.json       what the folders contain and how they were made; written last, when the cache is complete
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ INDEX_FILE = "dataset.json"
 NULL_FILE = "null.npz"
 FORMAT = "flowgen latents 3"
 MAX_NULL_OVERHEAD = 1 << 16  # bytes
-# Each open array holds a file descriptor; a process can usually open about a thousand.
+# Each open array uses a file descriptor; a process can usually open about a thousand.
 OPEN_SHARDS = 64
 
 Count = Annotated[int, Within(1, 1 << 40)]
@@ -44,11 +44,11 @@ class LatentsConfig:
     """Cached latents of images or clips, written by `python -m flowgen encode`.
 
     path: the directory of the latents.
-    fps: frames per second of the clips; 0 if they keep the rate of the encoded videos.
+    fps: frames per second of the clips; 0 if they have the frame rate of the original videos.
     drop_first: fraction of the clip batches that omit the first latent frame, as in `ClipsConfig`; the latents must
     include such clips.
-    images_fraction: fraction of the training batches that hold images, for a model of clips; 0 uses every clip and
-    image equally often.
+    images_fraction: fraction of the training batches that consist of images, for a model of clips; 0 uses every clip
+    and image equally often.
     classes: the class names in the order of their numbers, as in `DataConfig`.
 
     Example:
@@ -86,7 +86,7 @@ class TextProvenance:
 
 @config
 class Provenance:
-    """How cached latents were made. Other latents have an empty provenance, which only flows without a codec accept.
+    """How cached latents were made. Other latents have an empty provenance; only flows without a codec accept them.
 
     codec: description of the codec; empty for pixels. codec_digest: digest of everything that the latents depend on.
     text: how the captions were encoded; None without texts. noise_std: noise level of the flow, which the texts may
@@ -102,7 +102,7 @@ class Provenance:
 
 @config
 class ShardEntry:
-    """What one folder holds: `count` latents of one kind, shape and split."""
+    """The contents of one folder: `count` latents of one kind, shape and split."""
 
     folder: str
     split: Literal["train", "eval"]
@@ -114,7 +114,7 @@ class ShardEntry:
     def __post_init__(self) -> None:
         axes = 3 if self.kind == "image" else 4
         if len(self.shape) != axes:
-            raise ValueError(f"shape has {len(self.shape)} axes; latents of the kind '{self.kind}' have {axes}.")
+            raise ValueError(f"shape has {len(self.shape)} axes, but latents of kind '{self.kind}' have {axes}.")
 
 
 @config
@@ -129,7 +129,7 @@ class LatentIndex:
     def __post_init__(self) -> None:
         object.__setattr__(self, "class_names", checked_names(self.class_names, "class_names"))
         if len({entry.folder for entry in self.shards}) < len(self.shards):
-            raise ValueError("shards name a folder twice; each folder is one shard.")
+            raise ValueError("shards has a folder twice; list each folder once.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,9 +173,7 @@ class LatentWriter:
     ) -> None:
         """Writes one shard. null: the encoded empty text, required if the shard has texts."""
         if (shard.texts is None) != (null is None):
-            raise ValueError(
-                "null, the features of the empty text, belongs to a shard with texts; give both or neither."
-            )
+            raise ValueError("null, the encoded empty text, goes with a shard that has texts; give both or neither.")
         entry = ShardEntry(
             folder=f"{split}-{len(self.entries):05d}",
             split=split,
@@ -212,7 +210,7 @@ def read_index(directory: str | os.PathLike[str]) -> LatentIndex:
     """Returns the index of cached latents.
 
     Raises:
-        FileNotFoundError: the directory does not exist, or holds no finished dataset.
+        FileNotFoundError: the directory does not exist, or does not contain a finished dataset.
         ValueError: the index cannot be read.
 
     Example:
@@ -221,22 +219,22 @@ def read_index(directory: str | os.PathLike[str]) -> LatentIndex:
     path = Path(directory) / INDEX_FILE
     if not path.is_file():
         raise FileNotFoundError(
-            f"data.path '{directory}' has no cached latents, because {INDEX_FILE} is missing (it is written last); "
-            "make them with: python -m flowgen encode."
+            f"data.path '{directory}' has no complete cache of latents: {INDEX_FILE}, which is written last, is "
+            "missing. Run `python -m flowgen encode`."
         )
     plain = read_json(path, fix="encode the data again")
     if not isinstance(plain, dict) or plain.get("format") != FORMAT:
-        raise ValueError(f"'{path}' is not an index of '{FORMAT}'; encode the data again.")
+        raise ValueError(f"'{path}' is not an index in the format '{FORMAT}'; encode the data again.")
     try:
         return settings.from_plain(LatentIndex, plain)
     except ValueError as error:
-        raise ValueError(f"'{path}' is damaged, or was written by hand ({error}); encode the data again.") from error
+        raise ValueError(f"'{path}' is damaged or was edited by hand ({error}); encode the data again.") from error
 
 
 def read_latents(
     directory: str | os.PathLike[str], split: Split, classes: tuple[str, ...] = ()
 ) -> LatentDataset | BucketedDataset:
-    """Returns a split of cached latents, memory-mapped; several kinds or shapes become one bucket each.
+    """Returns a split of cached latents, memory-mapped; if there are several kinds or shapes, each becomes a bucket.
 
     classes: the classes that labels are mapped to by name; if empty, the classes of the data are kept.
 
@@ -250,11 +248,11 @@ def read_latents(
     entries = [entry for entry in index.shards if split in ("all", entry.split)]
     if not entries:
         raise ValueError(
-            f"data.path '{directory}' has nothing in the split '{split}'; encode again"
+            f"data.path '{directory}' has no latents in the split '{split}'; encode the data again"
             + (" with data.eval_fraction above 0." if split == "eval" else ".")
         )
     if len({entry.has_text for entry in entries}) > 1:
-        raise ValueError(f"data.path '{directory}' has texts in only some of its parts; encode the data again.")
+        raise ValueError(f"data.path '{directory}' has texts in only some of its folders; encode the data again.")
     numbers = class_numbers(index.class_names, classes, f"data.path '{directory}'")
     groups: dict[tuple[Kind, tuple[int, ...]], list[ShardEntry]] = {}
     for entry in entries:
@@ -283,7 +281,7 @@ def _read_null(folder: Path) -> TextCondition:
             size = sum(entry.file_size for entry in archive.infolist())
         # A number takes at most eight bytes; the overhead is for headers.
         if size > 8 * sum(map(math.prod, of_texts)) + MAX_NULL_OVERHEAD:
-            raise ValueError(f"it unpacks to {size:,} bytes")
+            raise ValueError(f"unpacking it would take {size:,} bytes")
         with np.load(path, allow_pickle=False) as arrays:
             null = arrays["text"], arrays["mask"]
     except FileNotFoundError as error:
@@ -301,12 +299,14 @@ def _checked(directory: Path, entry: ShardEntry, class_names: Sequence[str]) -> 
     shard = ShardFile(folder, entry.count, entry.shape, entry.has_text)
     label = _open_shard.__wrapped__(shard).labels
     if label.dtype.kind != "i" or label.ndim != 1:
-        raise ValueError(f"'{folder / 'label.npy'}' holds {shown(label)}, not one integer for each; encode again.")
+        raise ValueError(
+            f"'{folder / 'label.npy'}' has {shown(label)} instead of one integer per sample; encode again."
+        )
     smallest, largest = (int(bound) for bound in (label.min(initial=NO_LABEL), label.max(initial=NO_LABEL)))
     if smallest < NO_LABEL or (class_names and largest >= len(class_names)):
         raise ValueError(
-            f"'{folder / 'label.npy'}' holds labels that are not numbers of the {len(class_names)} classes, or -1 for "
-            f"none ({label.dtype} from {smallest} to {largest}); encode again."
+            f"'{folder / 'label.npy'}' has labels out of range for {len(class_names)} classes ({label.dtype} from "
+            f"{smallest} to {largest}; -1 means no label); encode the data again."
         )
     return dataclasses.replace(shard, written=(folder / "mean.npy").stat().st_mtime_ns)
 
@@ -323,7 +323,7 @@ def _open_array(path: Path) -> np.ndarray:
     except ARRAY_DAMAGE as error:
         raise ValueError(f"'{path}' is truncated or damaged ({str(error)[:200]}); encode the data again.") from error
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "biuf":
-        raise ValueError(f"'{path}' does not hold an array of numbers; encode the data again.")
+        raise ValueError(f"'{path}' is not an array of numbers; encode the data again.")
     return array
 
 
@@ -335,11 +335,11 @@ def _open_shard(shard: ShardFile) -> Shard:
         arrays[part] = _open_array(path)
         if arrays[part].shape[:1] != (shard.size,):
             raise ValueError(
-                f"'{path}' has shape {arrays[part].shape} instead of {shard.size} entries; encode the data again."
+                f"'{path}' has shape {arrays[part].shape} instead of {shard.size} samples; encode the data again."
             )
         if part == "mask" and arrays[part].dtype != bool:
-            raise ValueError(f"'{path}' holds {arrays[part].dtype} instead of bool; encode the data again.")
+            raise ValueError(f"'{path}' has the dtype {arrays[part].dtype} instead of bool; encode the data again.")
         if part in ("mean", "std") and arrays[part].shape[1:] != shard.event_shape:
-            raise ValueError(f"'{path}' does not have the latent shape in {INDEX_FILE}; encode the data again.")
+            raise ValueError(f"'{path}' does not have the shape stated in {INDEX_FILE}; encode the data again.")
     texts = TextCondition(arrays["text"], arrays["mask"]) if shard.has_text else None
     return Shard(Moments(arrays["mean"], arrays["std"]), arrays["label"], texts)

@@ -1,4 +1,4 @@
-"""Datasets of latents of images or clips, encoded once with their contexts and held in memory or in files."""
+"""Datasets of latents: images or clips, encoded once with their contexts and kept in memory or in files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ EncodeTexts = Callable[[Sequence[str]], tuple[Any, Any]]
 
 
 class Shard(NamedTuple):
-    """Latents of some images or clips, their labels, and the features of their captions if there are texts.
+    """Latents of some images or clips, their labels and, if there are texts, the features of their captions.
 
     Example:
         shard = Shard(Moments(mean, std), labels)
@@ -55,7 +55,7 @@ class Shard(NamedTuple):
 
 @runtime_checkable
 class ClosedShard(Protocol):
-    """A shard that must be opened to be read, such as a shard on disk."""
+    """A shard that must be opened before it can be read, such as a shard on disk."""
 
     @property
     def size(self) -> int: ...
@@ -73,8 +73,8 @@ class LatentDataset:
     """A dataset of latents, each stored as a posterior that training samples from.
 
     kind: what was encoded. null: the empty text, if there are texts. numbers: for each label in the shards, its index
-    in `class_names`; empty if labels need no mapping. use_texts: whether the texts, if there are any, are the contexts
-    instead of the labels.
+    in `class_names`; empty if labels need no mapping. use_texts: whether texts, if there are any, serve as contexts
+    instead of labels.
 
     Indexing raises a ValueError that names the shard if latents or texts are not finite, or a std is negative.
 
@@ -135,9 +135,11 @@ def _check_finite(holder: Shard | ClosedShard, part: Shard) -> None:
     place = "" if folder is None else f" in '{folder}'"
     mean, std = part.moments
     if not (np.isfinite(mean).all() and np.isfinite(std).all() and (std >= 0).all()):
-        raise ValueError(f"latents{place} have a mean or std that is not finite, or a negative std; encode again.")
+        raise ValueError(
+            f"latents{place} have a mean or std that is not finite, or a negative std; encode the data again."
+        )
     if part.texts is not None and not np.isfinite(part.texts.embeddings).all():
-        raise ValueError(f"texts{place} have features that are not finite; encode again.")
+        raise ValueError(f"texts{place} have features that are not finite; encode the data again.")
 
 
 def encode(
@@ -171,8 +173,8 @@ def encode(
             shard = Shard(Moments(np.asarray(mean, np.float32), np.asarray(std, np.float32)), labels, features)
             if not all(np.isfinite(array).all() for array in jax.tree.leaves(shard)):
                 raise ValueError(
-                    f"latents or features of data {start} to {indices[-1]} are not finite (features are kept in "
-                    "float16); use another autoencoder or text encoder."
+                    f"samples {start} to {indices[-1]} have latents or text features that are not finite (features are "
+                    "stored as float16); use another autoencoder or text encoder."
                 )
             yield shard
 
@@ -210,6 +212,6 @@ def captions_of(dataset: Dataset, indices: Int[np.ndarray, " b"], labels: Int[np
     if dataset.class_names:
         return [dataset.class_names[label] if label >= 0 else "" for label in labels]
     raise ValueError(
-        "the data have neither captions nor classes to use as texts; put a .txt beside every image, or "
-        "the images into one folder per class."
+        "the data has neither captions nor class names to use as texts; add a .txt file next to each image, or "
+        "sort the images into one folder per class."
     )

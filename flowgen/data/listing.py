@@ -1,4 +1,4 @@
-"""Lists the files of a user's folder, each once, by class and with captions; reports what was left out and why."""
+"""Lists the files in a user's folder once each, by class and with captions; reports what was left out and why."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ class Listing:
 
 
 def list_files(path: str | os.PathLike[str], suffixes: Collection[str], what: str) -> Listing:
-    """Returns the files with these suffixes under a folder. what: the noun to use in messages.
+    """Returns the files with these suffixes under a folder. what: the noun for error messages.
 
     First-level sub-folders that hold such files, at any depth, are the classes in alphabetical order. If there are
-    none, files have label -1. Each folder and each file counts once, at its real location, even if links lead to it.
-    Hidden files and folders are skipped, and so are the directories of flowgen's runs, which hold samples.
+    none, all files have label -1. Each folder and each file counts once, at its real location, even if links lead to
+    it. Hidden files and folders are skipped, and so are the directories of flowgen's runs, which contain samples.
 
     Raises:
         FileNotFoundError, NotADirectoryError: `path` is not a folder.
@@ -64,23 +64,23 @@ def list_files(path: str | os.PathLike[str], suffixes: Collection[str], what: st
     """
     root = Path(path)
     if not root.exists():
-        raise FileNotFoundError(f"data.path '{root}' does not exist; give the folder that holds the {what}.")
+        raise FileNotFoundError(f"data.path '{root}' does not exist; give the folder that contains the {what}.")
     if not root.is_dir():
-        raise NotADirectoryError(f"data.path '{root}' is a file; give the folder that holds the {what}.")
+        raise NotADirectoryError(f"data.path '{root}' is a file; give the folder that contains the {what}.")
     walk = _Walk(os.path.join(root, ""), frozenset(suffixes))
     walk.through()
     flat = walk.taken.pop("", [])
     filled = sorted(name for name, inside in walk.taken.items() if inside)
     if flat and filled:
         raise ValueError(
-            f"data.path '{root}' has {what} both directly (such as {quoted(min(flat))}) and in sub-folders "
+            f"data.path '{root}' has {what} both at the top level (such as {quoted(min(flat))}) and in sub-folders "
             f"(such as {quoted(filled[0])}); use one sub-folder per class, or one flat folder."
         )
     if not flat and not filled:
         left_out = "; ".join(walk.left_out(what, (), sorted(walk.taken)))
         raise ValueError(
             f"data.path '{root}' has no {what}; put {', '.join(suffixes)} files in it, or in one sub-folder per "
-            f"class{f' (it has {left_out})' if left_out else ''}."
+            f"class{f' (it contains {left_out})' if left_out else ''}."
         )
     groups = [walk.taken[name] for name in filled] or [flat]
     names = tuple(name for inside in groups for name in sorted(inside, key=_by_parts))
@@ -270,10 +270,10 @@ class _Walk:
             yield ", ".join(named)
         for names, noun, why in (
             (self.twice, "file", "already listed under another name"),
-            (self.folders_twice, "link", "to a folder listed already"),
+            (self.folders_twice, "link", "to a folder already listed"),
             (self.runs, "folder", "written by a flowgen run"),
             (self.broken, "link", "to nothing"),
-            (self.special, "entry", "that is neither a file nor a folder"),
+            (self.special, "entry", "other than a file or a folder"),
         ):
             if names:
                 yield f"{_count(len(names), noun)} {why} ({quoted(min(names))}{', ...' if names[1:] else ''})"
@@ -313,4 +313,4 @@ def _about(path: str) -> os.stat_result:
 
 def _unreadable(path: str, error: OSError) -> OSError:
     kind = PermissionError if isinstance(error, PermissionError) else OSError
-    return kind(f"data.path: {quoted(path)} cannot be read ({error.strerror}); grant access to it, or move it away.")
+    return kind(f"data.path: cannot read {quoted(path)} ({error.strerror}); make it readable, or move it elsewhere.")

@@ -1,4 +1,4 @@
-"""Batches as a pure function of (seed, step, process): nothing to save, nothing to fast-forward on resume."""
+"""Batches as a pure function of (seed, step, process), so there is nothing to save, and nothing to skip on resume."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _ORDER, _FLIP, _SCHEDULE = 0, 1, 2
 class Loader:
     """Training batches in an order fixed by the seed, without state.
 
-    The samples of all epochs, each epoch in a new random order, form one endless sequence. Batch `step` holds positions
+    The samples of all epochs, each epoch in a new random order, form one endless sequence. Batch `step` takes positions
     step B .. (step + 1) B - 1 of this sequence, where B is `batch_size` over all processes. Process i of P takes the
-    i-th of P equal consecutive shares. Every sample occurs once per epoch, batches continue across epochs, and the
+    i-th of P equal consecutive shares. Every sample occurs once per epoch, and batches continue across epochs. The
     sequence depends neither on the number of processes nor on the batch size. A batch may be larger than the dataset.
 
     Each bucket has a separate sequence. In every pass over the data, a bucket provides as many batches as fit into its
@@ -56,8 +56,8 @@ class Loader:
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.batch_size % self.process_count:
             raise ValueError(
-                f"train.batch_size is {self.batch_size}; it must be a positive multiple of the "
-                f"{self.process_count} processes."
+                f"train.batch_size is {self.batch_size}; it must be a positive multiple of "
+                f"{self.process_count}, the number of processes."
             )
         if self.seed < 0:
             raise ValueError(f"train.seed is {self.seed}; it must be 0 or more.")
@@ -118,7 +118,7 @@ class StatelessLoader(Protocol):
 
 
 def prefetch(loader: StatelessLoader, start: int, stop: int, *, depth: int = 2) -> Iterator[Batch]:
-    """Returns an iterator over batches start..stop-1, while a thread prepares the next `depth` batches.
+    """Returns an iterator over batches start..stop-1; a thread prepares the next `depth` batches in advance.
 
     An error while making a batch is raised when that batch is due. When the iterator is closed or garbage-collected,
     the thread ends after its current batch.
@@ -128,7 +128,7 @@ def prefetch(loader: StatelessLoader, start: int, stop: int, *, depth: int = 2) 
             ...
     """
     if depth < 1:
-        raise ValueError(f"prefetch depth is {depth}; it must be 1 or more.")
+        raise ValueError(f"depth is {depth}; it must be at least 1.")
     return _prefetched(loader, start, stop, depth)
 
 
@@ -143,7 +143,7 @@ def fixed_batches(dataset: Dataset, batch_size: int) -> Iterator[tuple[Batch, Bo
             total += (log_prob(batch.x) * mask).sum()
     """
     if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; it must be 1 or more.")
+        raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
     size = len(dataset)
     for start in range(0, size, batch_size):
         positions = np.arange(start, start + batch_size)
@@ -151,13 +151,13 @@ def fixed_batches(dataset: Dataset, batch_size: int) -> Iterator[tuple[Batch, Bo
 
 
 def checked_batch(batch: Any) -> Batch:
-    """Returns the batch that a dataset returned. Raises ValueError if it is not a `Batch`.
+    """Returns a batch from a dataset. Raises ValueError if it is not a `Batch`.
 
     Example:
         batch = checked_batch(dataset[np.arange(4)])
     """
     if not isinstance(batch, Batch):
-        raise ValueError(f"a dataset gave {shown(batch)}; it must give a flowgen.data.Batch(x, context).")
+        raise ValueError(f"the dataset returned {shown(batch)}; it must return a flowgen.data.Batch(x, context).")
     return batch
 
 

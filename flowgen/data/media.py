@@ -1,4 +1,4 @@
-"""Pixels and image files: floats to bytes and back, grids of images, and atomic writing of files."""
+"""Pixels and image files: converts floats to bytes and back, arranges images in grids, and writes files atomically."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def image_grid(
     padding: int = 2,
     scale: int = 1,
 ) -> UInt8[np.ndarray, "grid_height grid_width c"]:
-    """Returns a grid of all images in reading order on white, with `padding` pixels between and around them.
+    """Returns a grid of the images on white, in reading order, with `padding` pixels between and around them.
 
     `columns` defaults to ceil(sqrt(b)), which makes the grid roughly square. `scale` enlarges each pixel of the images
     by this factor, so that 8×8 digits are visible; padding is not scaled. Empty cells in the last row stay white.
@@ -87,7 +87,7 @@ def image_grid(
     if count == 0 or columns < 1 or scale < 1 or padding < 0:
         raise ValueError(
             f"An image grid needs at least one image, columns >= 1, scale >= 1 and padding >= 0, "
-            f"got {count} images, columns={columns}, scale={scale}, padding={padding}."
+            f"not {count} images, columns={columns}, scale={scale}, padding={padding}."
         )
     rows = math.ceil(count / columns)
     cells = np.full((rows * columns, height * scale, width * scale, channels), _GRID_COLOUR, np.uint8)
@@ -99,7 +99,7 @@ def image_grid(
 
 
 def save_image(path: str | os.PathLike[str], image: Shaped[np.ndarray, "..."]) -> None:
-    """Writes one uint8 image; the suffix chooses the format. The file appears whole or not at all.
+    """Writes one uint8 image; the suffix determines the format. The file is written atomically.
 
     Raises:
         ValueError: the suffix is unknown, or the array is not a uint8 image of 1 or 3 channels.
@@ -113,7 +113,7 @@ def save_image(path: str | os.PathLike[str], image: Shaped[np.ndarray, "..."]) -
     if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (1,), (3,)):
         raise ValueError(
             f"image is {image.dtype} of shape {image.shape}; save_image takes uint8 of shape (height, width), "
-            "(height, width, 1) or (height, width, 3), which to_uint8 makes from floats."
+            "(height, width, 1) or (height, width, 3). to_uint8 converts floats."
         )
     saved = pillow().fromarray(image[..., 0] if image.shape[2:] == (1,) else image)
     with atomic_file(path) as file:
@@ -127,7 +127,7 @@ def check_image_path(path: str | os.PathLike[str]) -> None:
         check_image_path(arguments.out)
     """
     if Path(path).suffix.lower() not in IMAGE_SUFFIXES:
-        raise ValueError(f"'{path}' has no image suffix; use one of {', '.join(IMAGE_SUFFIXES)}.")
+        raise ValueError(f"the path '{path}' must end in one of {', '.join(IMAGE_SUFFIXES)}.")
     pillow()
     check_writable(path)
 
@@ -148,7 +148,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     path = Path(path)
     folder = next(place for place in (path.parent, *path.absolute().parents) if place.exists())
     if not folder.is_dir():
-        raise NotADirectoryError(f"Cannot write '{path}': '{folder}' is a file, not a folder.")
+        raise NotADirectoryError(f"Cannot write '{path}': '{folder}' is a file, not a folder; choose another path.")
     if path.is_dir():
         raise IsADirectoryError(f"Cannot write '{path}': it is a folder; name a file inside it.")
     if not os.access(folder, os.W_OK | os.X_OK) or (path.exists() and not os.access(path, os.W_OK)):
@@ -157,7 +157,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
 
 @contextlib.contextmanager
 def atomic_file(path: str | os.PathLike[str]) -> Generator[IO[bytes]]:
-    """Yields a binary file that becomes `path` on success and vanishes on any error; creates its folder.
+    """Yields a binary file that becomes `path` on success and is deleted on any error; creates its folder.
 
     Example:
         with atomic_file("samples.npz") as file:

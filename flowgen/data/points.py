@@ -38,7 +38,7 @@ class PointsConfig:
 
 
 def blank_batches(share: int, start: int, stop: int) -> Iterator[Batch]:
-    """Returns batches that hold only their size, because points are drawn on the device from the step's key.
+    """Returns batches that state only their size, because points are drawn on the device from the step's key.
 
     Example:
         for batch in blank_batches(256, 0, 20_000):

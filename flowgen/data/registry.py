@@ -1,4 +1,4 @@
-"""Loads images by the name of their dataset."""
+"""Loads datasets of images by name."""
 
 from __future__ import annotations
 
@@ -55,10 +55,10 @@ def load(
     check_count("channels", channels)
     check_count("multiple", multiple)
     if config.name in _WITH_PATH and not config.path:
-        raise ValueError(f"data.path is empty; data.name '{config.name}' needs the path to read from.")
+        raise ValueError(f"data.path is empty, but data.name '{config.name}' reads from it; set data.path.")
     if config.name not in _WITH_PATH and config.path:
         raise ValueError(
-            f"data.path is '{config.path}' but data.name '{config.name}' reads no path; "
+            f"data.path is '{config.path}', but data.name '{config.name}' does not read from a path; "
             f"set data.name to 'folder' or 'npz', or leave data.path empty."
         )
     if config.name == "folder":
@@ -82,6 +82,6 @@ def _match_channels(
     if given == 1 and channels == 3:
         return images.repeat(3, axis=-1)
     raise ValueError(
-        f"model.channels is {channels} but data.name '{name}' has images of {given} channels; "
+        f"model.channels is {channels}, but the images of data.name '{name}' have {given} channels; "
         f"set model.channels to {'1 or 3' if given == 1 else given}."
     )

@@ -1,4 +1,4 @@
-"""Handles unreadable files: refuses them, all in one error, or skips them."""
+"""Handles unreadable files: reports them all in one error, or skips them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _NAMED_IN_ERRORS = 5
 
 
 class Unreadable(ValueError):
-    """Raised for a file that cannot be decoded. named: the file and the reason, as an item of a list."""
+    """Raised for a file that cannot be decoded. named: the file and the reason, as an item for a list."""
 
     @property
     def named(self) -> str:
@@ -88,14 +88,14 @@ class FileReader(Generic[T]):
         raise self._refusal(failures)
 
     def check_any(self) -> None:
-        """Raises ValueError if files may be skipped and none is readable; reads files until one is."""
+        """Raises ValueError if files may be skipped and none is readable; stops at the first readable file."""
         if self._on_corrupt == "skip" and self._replaces:
             self.next_readable(0)
 
     def read_all(self, keep: Callable[[int, T], None], *, may_be_empty: bool = False) -> Int[np.ndarray, " kept"]:
         """Calls `keep` with each readable position and its content, and returns these positions.
 
-        may_be_empty: do not raise if no file is left.
+        may_be_empty: do not raise an error if no file is left.
         """
         errors: dict[int, Unreadable] = {}
 
@@ -120,7 +120,7 @@ class FileReader(Generic[T]):
     def _refusal(self, failures: dict[Path, Unreadable]) -> ValueError:
         refuse = self._on_corrupt == "refuse"
         skip = ", or set data.on_corrupt to 'skip'" if refuse and self._replaces else ""
-        none = f"data.on_corrupt is 'skip', but no file of the split '{self._split}' is readable: "
+        none = f"data.on_corrupt is 'skip', but no file in the split '{self._split}' is readable. "
         none = "" if refuse or not self._replaces else none
         return ValueError(f"{none}data.path has {self._listed(failures)}; repair or remove them{skip}.")
 

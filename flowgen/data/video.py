@@ -1,4 +1,4 @@
-"""Video files: reads clips at any frame rate, and writes them, with PyAV and Pillow."""
+"""Reads clips from video files at any frame rate, and writes them, with PyAV and Pillow."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def frame_times(path: str | os.PathLike[str], *, fps: float | int | None = None)
     # Up to a quarter of a frame may be missing at the end, because some containers round times to milliseconds.
     count = math.floor(seconds * fps + 0.25)
     if count > os.path.getsize(path) + _TIMES:
-        reason = f"claims to last {seconds:.3g} seconds, which at {fps:g} frames per second is more than it can hold"
+        reason = f"claims to last {seconds:.3g} seconds, which at {fps:g} frames per second is impossible for its size"
         raise UnreadableVideo(path, reason, "convert it again")
     return np.arange(count) / fps
 
@@ -110,14 +110,14 @@ def read_clip(
         if len(out) == frames:
             return np.stack(out)
     at_fps = "" if fps is None else f" at {fps:g} fps"
-    reason = f"ends before {frames} frames{at_fps} from second {start:g}"
+    reason = f"is too short for {frames} frames{at_fps} from second {start:g}"
     raise UnreadableVideo(path, reason, "give a longer video")
 
 
 def write_video(
     path: str | os.PathLike[str], frames: UInt8[np.ndarray, "frames height width c"], *, fps: float | int = 8.0
 ) -> None:
-    """Writes frames as H.264 in mp4 or as a looping GIF, depending on the suffix. The file appears whole or not at all.
+    """Writes frames as H.264 in mp4 or as a looping GIF, depending on the suffix. The file is written atomically.
 
     mp4 needs even sides; an odd side is padded by repeating its last row or column. The colours of an mp4 are tagged
     as BT.709. GIF counts time in hundredths of a second.
@@ -133,7 +133,7 @@ def write_video(
     check_video_path(path)
     if len(frames) == 0 or not 0 < fps < math.inf:
         raise ValueError(
-            f"a video needs at least one frame and a positive frame rate; got {len(frames)} frames at fps={fps}."
+            f"a video needs at least one frame and a positive frame rate, not {len(frames)} frames at fps={fps}."
         )
     colour = frames.repeat(3, axis=3) if frames.shape[3] == 1 else frames
     if Path(path).suffix.lower() == ".gif":
@@ -165,7 +165,7 @@ def check_video_path(path: str | os.PathLike[str]) -> None:
     """
     suffix = Path(path).suffix.lower()
     if suffix not in VIDEO_SUFFIXES:
-        raise ValueError(f"'{path}' has no video suffix; use one of {', '.join(VIDEO_SUFFIXES)}.")
+        raise ValueError(f"the path '{path}' must end in one of {', '.join(VIDEO_SUFFIXES)}.")
     pillow() if suffix == ".gif" else av()
     check_writable(path)
 

@@ -1,4 +1,4 @@
-"""Detects missing bytes of a video that containers and decoders skip silently."""
+"""Detects bytes missing from a video, which containers and decoders skip silently."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Losses:
         return self._kind in _IN_ORDER and passed > _BETWEEN and self._frames_between(before, packet) > _JUMP
 
     def behind(self, end: float) -> bool:
-        """Returns whether something is missing after the last packet, whose frames end at `end` in packet seconds."""
+        """Returns whether something is missing after the last packet, which ends at `end` seconds of packet time."""
         if self._kind not in _IN_ORDER or self._at is None or (self._claimed - end) * self._rate < _JUMP:
             return False
         # A truncated file ends within the next packet.

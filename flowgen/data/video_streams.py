@@ -16,7 +16,7 @@ from flowgen.data.unreadable import Unreadable
 from flowgen.data.video_losses import Losses
 from flowgen.packages import need
 
-# FFmpeg's names for the supported containers; those that refer to other files, such as playlists, are left out.
+# FFmpeg's names for the supported containers; containers that refer to other files, such as playlists, are left out.
 _CONTAINERS = "mov,matroska,avi,gif,mpeg,mpegts,mpegvideo,asf,flv,ogg"
 # Maximum number of pixels in a frame: 8192 x 4096.
 _MOST_PIXELS = 1 << 25
@@ -24,11 +24,11 @@ _MOST_PIXELS = 1 << 25
 _REORDERED = 16
 # Tolerance for rounding errors in the time of a frame, in seconds.
 SAME_TIME = 1e-6
-_NO_FRAMES = ("has no frames that can be decoded", "give a video")
+_NO_FRAMES = ("has no frames that can be decoded", "give another video")
 
 
 class UnreadableVideo(Unreadable):
-    """Raised for a video that cannot be decoded; its text gives the path, the reason and a remedy.
+    """Raised for a video that cannot be decoded; its message gives the path, the reason and a remedy.
 
     Example:
         raise UnreadableVideo("clip.mp4", "is damaged", "convert it again or remove it")
@@ -52,7 +52,7 @@ class Shown(NamedTuple):
 
 
 class Packet(NamedTuple):
-    """A packet, and whether something is missing between it and the previous one."""
+    """A packet, and whether data is missing between it and the previous one."""
 
     packet: Any
     follows_loss: bool
@@ -96,18 +96,18 @@ class Video:
         return float(part.duration * (part.time_base or self.stream.time_base)) if known else 1 / self.rate
 
     def packets(self) -> Iterator[Packet]:
-        """Yields packets from the container's position on, including packets of frames that are not shown.
+        """Yields packets from the container's current position, including packets of frames that are not shown.
 
-        Ends where the file is truncated or FFmpeg cannot read on.
+        Stops where the file is truncated or FFmpeg cannot read any further.
         """
         yield from self.ahead
         self.ahead.clear()
         yield from _packets(self.container, self.stream, self.losses)
 
     def whole_packets(self) -> list[tuple[float, float]]:
-        """Returns the display intervals of the frames whose packets are complete, from the container's position on.
+        """Returns the display intervals of all frames with complete packets, from the container's current position.
 
-        Frames after damage that no key frame follows are left out, because they cannot be decoded.
+        If no key frame follows some damage, the frames after it are left out, because they cannot be decoded.
         """
         found: list[tuple[float, float]] = []
         end = math.inf
@@ -179,7 +179,7 @@ def opened(path: str | os.PathLike[str]) -> Generator[Video]:
 @contextlib.contextmanager
 def _container(path: str | os.PathLike[str]) -> Generator[tuple[Any, BinaryIO]]:
     if not Path(path).is_file():
-        raise FileNotFoundError(f"There is no video '{path}'; give a file such as clip.mp4.")
+        raise FileNotFoundError(f"'{path}' is not a file; give the path of a video, such as clip.mp4.")
     options = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "none"}
     # FFmpeg gets no name, because it would interpret protocols and file patterns in it.
     with os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0)), "rb") as file:
@@ -202,7 +202,7 @@ def _stream(path: str | os.PathLike[str], container: Any) -> Any:
     context = stream.codec_context
     if context.width * context.height > _MOST_PIXELS:
         size = f"{context.width} x {context.height} pixels"
-        raise UnreadableVideo(path, f"has frames of {size}, more than 8192 x 4096", "reduce its size")
+        raise UnreadableVideo(path, f"has frames of {size}, but the limit is 8192 x 4096", "scale it down")
     context.options = {"max_pixels": str(_MOST_PIXELS)}
     return stream
 
@@ -230,7 +230,7 @@ def _has_time(part: Any) -> bool:
 
 
 def last_end(path: str | os.PathLike[str]) -> float:
-    """Returns the time at which a video's last complete frame ends, from its packets, whatever the file claims."""
+    """Returns the time at which a video's last complete frame ends; relies on packets, not on what the file claims."""
     # The packets from the last key frame on determine it, and a seek to the end leads there. MPEG-TS seeks to any
     # packet, so the seek goes back some frames, because the frame shown last may come before others in packet order.
     for searched in (True, False):

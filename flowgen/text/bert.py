@@ -26,7 +26,7 @@ NORM_EPS = 1e-12
 
 @config
 class BertConfig:
-    """Shape of a BERT encoder; the defaults are those of all-MiniLM-L6-v2.
+    """Shape of a BERT encoder; the defaults match all-MiniLM-L6-v2.
 
     vocab_size: number of tokens in the vocabulary.
     width: features of a token, a multiple of num_heads.
@@ -34,7 +34,7 @@ class BertConfig:
     num_heads: attention heads per layer.
     hidden: width of the feed-forward layers.
     max_length: maximum number of tokens in a text.
-    num_segments: number of segment types; texts use the first.
+    num_segments: number of segment types; only the first is used.
     dtype: dtype of matrix products and activations.
     """
 

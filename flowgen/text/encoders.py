@@ -1,4 +1,4 @@
-"""Text encoders, from texts to conditions of a fixed length: a tokenizer and a frozen network, or hashed words."""
+"""Text encoders, which turn texts into conditions of a fixed length: a frozen network, or hashed words."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from flowgen.text.tokenizers import Tokenizer, shortened, tokenize
 class TextEncoder(Protocol):
     """A function that maps texts to conditions of `length` tokens with `dim` features each, zero in the padding.
 
-    Raises ValueError if a text has more tokens than that, unless `truncate` is True.
+    Raises ValueError if a text has more than `length` tokens, unless `truncate` is True.
 
     Example:
         cond = encoder(["a cat", ""])
@@ -59,7 +59,7 @@ class FrozenTextEncoder:
         ids, mask = tokenize(self.tokenizer, texts, self.length, truncate=truncate)
         if ids.max(initial=0) >= self.network.config.vocab_size:
             raise ValueError(
-                f"the tokenizer gives token {ids.max()}, but the text encoder has {self.network.config.vocab_size} "
+                f"the tokenizer returned token {ids.max()}, but the text encoder has {self.network.config.vocab_size} "
                 "tokens; use the tokenizer that belongs to these weights."
             )
         if not len(texts):
@@ -90,7 +90,7 @@ class HashedWords:
             if len(words) > self.length:
                 if not truncate:
                     raise ValueError(
-                        f"the text {shortened(text)!r} has {len(words)} tokens, but the model takes {self.length}; "
+                        f"the text {shortened(text)!r} has {len(words)} tokens, but the limit is {self.length}; "
                         "shorten it."
                     )
                 words = [*words[: self.length - 1], words[-1]]

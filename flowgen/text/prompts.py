@@ -22,7 +22,7 @@ ASPECTS: dict[str, tuple[int, int]] = {
 
 
 def aspect_size(aspect: str, side: int, multiple: int = 1) -> tuple[int, int]:
-    """Returns (height, width) of about side² pixels in an aspect ratio, both rounded to multiples of `multiple`.
+    """Returns a (height, width) of about side² pixels in an aspect ratio, both rounded to multiples of `multiple`.
 
     height = round(side / √r) and width = round(side √r), where r is the ratio of width to height; halves round to even.
 
@@ -39,7 +39,7 @@ def aspect_size(aspect: str, side: int, multiple: int = 1) -> tuple[int, int]:
     stretch = math.sqrt(wide / high)
     height, width = (round(length / multiple) * multiple for length in (side / stretch, side * stretch))
     if min(height, width) == 0:
-        raise ValueError(f"aspect {aspect} of side {side} is smaller than the multiple {multiple}; use a larger side.")
+        raise ValueError(f"aspect {aspect} needs a side larger than {side} if lengths are multiples of {multiple}.")
     return height, width
 
 
@@ -55,7 +55,7 @@ def nearest_aspect(height: int, width: int) -> str:
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """The published prompt template, also applied to the empty text of guidance.
+    """The published prompt template, which is also applied to the empty text for guidance.
 
     noise_std: the training noise, written in thousandths, as in "Noise Level 300:"; None leaves it out.
     frames_per_second: written as in "A video with 16 fps:", or as "An image:" if 0; None leaves it out. aspect: whether

@@ -2,8 +2,8 @@
 
     h <- h + W attention(norm(h)),   h <- h + down(gelu(gate(norm(h))) · up(norm(h))),   norm(x) = w x / √(mean x² + ε)
 
-Scores q · k are not scaled. A learned bias for each head and bucket of distances, shared by all layers, is added to
-them.
+Scores q · k are not scaled. Each head adds a learned bias for the bucket of the distance between two tokens;
+all layers share these biases.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from flowgen.settings.ranges import HeadDim, Heads, Hidden, Layers, Vocabulary, 
 
 @config
 class T5Config:
-    """Shape of a T5 encoder with gated MLPs; the defaults are those of google/flan-t5-xl.
+    """Shape of a T5 encoder with gated MLPs; the defaults match google/flan-t5-xl.
 
     vocab_size: number of tokens in the vocabulary.
     width: features of a token.

@@ -34,7 +34,7 @@ class Tokenizer(Protocol):
         ...
 
     def content(self) -> bytes:
-        """Returns all data that the tokens depend on, which identifies the tokenizer."""
+        """Returns bytes that identify the tokenizer: everything that its tokens depend on."""
         ...
 
 
@@ -131,12 +131,12 @@ def tokenize(
         tokens = tokenizer(text)
         if max(tokens, default=0) > MAX_TOKEN:
             raise ValueError(
-                f"the tokenizer gives token {max(tokens)}, above the largest possible number {MAX_TOKEN}; get it again."
+                f"the tokenizer returned token {max(tokens)}, but the largest valid token is {MAX_TOKEN}; get it again."
             )
         if len(tokens) > length:
             if not truncate:
                 raise ValueError(
-                    f"the text {shortened(text)!r} has {len(tokens)} tokens, but the model takes {length}; shorten it."
+                    f"the text {shortened(text)!r} has {len(tokens)} tokens, but the limit is {length}; shorten it."
                 )
             tokens = tokenizer.cut(tokens, length)
         ids[row, : len(tokens)] = tokens
@@ -145,7 +145,7 @@ def tokenize(
 
 
 def shortened(text: str) -> str:
-    """Returns the beginning of a text, for use in messages."""
+    """Returns the beginning of a text, for use in error messages."""
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -163,4 +163,4 @@ def _check_template(post_processor: Any) -> None:
         parts = [*(step.get("single") or ()), *(step.get("pair") or ())] if "special_tokens" in step else ()
         for name in (part["SpecialToken"]["id"] for part in parts if "SpecialToken" in part):
             if name not in step["special_tokens"]:
-                raise ValueError(f"its template has a token {name[:80]!r} that is not among its special tokens")
+                raise ValueError(f"its template uses the token {name[:80]!r}, which is not a special token of the file")
