@@ -115,7 +115,7 @@ class AutoencoderExperiment(Experiment):
         data = self.data
         if not isinstance(data, DataConfig) or data.aspects:
             raise ValueError(
-                f"data is {data}, but an Autoencoder trains on images of one size; use a DataConfig without aspects."
+                f"data is {data}, but an Autoencoder trains on images of one size; give a DataConfig without aspects."
             )
         if self.autoencoding.frames:
             raise ValueError(
