@@ -317,7 +317,7 @@ def _convert_entry(annotation: Any, value: Any) -> Any:
     try:
         return _convert(annotation, value)
     except _Refusal as refusal:
-        raise _Refusal(f"has {str(refusal).removeprefix('is ')}") from None
+        raise _Refusal(f"has the entry {str(refusal).removeprefix('is ')}") from None
 
 
 def _convert_number(annotation: type, value: Any) -> int | float:
