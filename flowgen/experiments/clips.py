@@ -115,7 +115,7 @@ def _naming_given() -> Generator[None]:
     try:
         yield
     except Unreadable as error:
-        raise ValueError(f"--given cannot be read: {error.named}; give an image or a video.") from error
+        raise ValueError(f"--given cannot be read: {error.named}; give another image or video.") from error
 
 
 def with_noise(

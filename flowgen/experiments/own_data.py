@@ -79,7 +79,7 @@ def check_protocol(name: str, dataset: Any) -> None:
         what = f"the class {dataset.__name__}" if isinstance(dataset, type) else shown(dataset)
         raise ValueError(
             f"{name} is {what}; give an object with len(), [positions], event_shape, class_names and captions, "
-            "such as a flowgen.data.Dataset."
+            "as flowgen.data.Dataset describes."
         )
     if not len(dataset):
         raise ValueError(f"{name} is empty; give at least one image or clip.")

@@ -24,7 +24,7 @@ class SolverConfig:
     """How samples are drawn, in training and by default in `sample.py`.
 
     num: number of samples to draw; at least 1.
-    method: a solver of `flowgen.matching.integrate`, or "mean_flow" for networks of average velocities.
+    method: a solver of `flowgen.matching.integrate`, or "mean_flow" for networks that learn average velocities.
     num_steps: number of steps, for all methods except "dopri5"; at least 1.
     times: the time grid: "uniform", or "edm", with finer steps towards the data.
     rtol: relative error that "dopri5" allows; positive.

@@ -122,7 +122,8 @@ class VideoFlowExperiment(AutoregressiveExperiment):
             )
         if model.noise_std == 0:
             raise ValueError(
-                "model.noise_std is 0, so a denoiser has nothing to remove; raise it, or set denoiser_layers to 0."
+                "model.noise_std is 0, so a denoiser has nothing to remove; set it above 0, or set "
+                "model.denoiser_layers to 0."
             )
         if self.sampling.denoise not in (0, 1):
             raise ValueError(

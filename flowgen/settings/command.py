@@ -110,7 +110,7 @@ def _opened(annotation: Any, value: Any) -> dict[str, Any]:
 
 
 def _group_type(annotation: Any, value: Any) -> type | None:
-    """Returns the type of the config that a field holds, or would hold if one of the config's fields were set."""
+    """Returns the type of a field's config, or the type that it would get if one of its fields were set."""
     kinds = configs_of(annotation)
     if isinstance(value, Mapping) and TYPE in value:
         return value[TYPE] if isinstance(value[TYPE], type) else kinds[value[TYPE]]
