@@ -1,4 +1,4 @@
-"""Conditions: labels and texts, the unconditional label and text, dropout, and checks."""
+"""Labels and texts as conditions: their unconditional values, dropout, and checks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ UNCONDITIONAL = -1
 
 
 class TextCondition(NamedTuple):
-    """Texts encoded by a frozen encoder: features of every token, and a mask of tokens that are not padding.
+    """Texts encoded by a frozen encoder: the features of each token, and a mask that is True for tokens, not padding.
 
     Example:
         cond = TextCondition(encoder(ids), mask=ids != 0)
@@ -28,7 +28,7 @@ Condition = Int[Array, " b"] | TextCondition
 
 
 def masked_text(text: TextCondition) -> Float[Array, "b n e"]:
-    """Returns the features of the texts with exact zeros for padding."""
+    """Returns the texts' features, with padding set to exactly zero."""
     return jnp.where(text.mask[:, :, None], text.embeddings, 0)
 
 
@@ -43,7 +43,7 @@ def drop_labels(key: Key[Array, ""], labels: Integer[Array, " b"], rate: float) 
 
 
 def drop_texts(key: Key[Array, ""], texts: TextCondition, null: TextCondition, rate: float) -> TextCondition:
-    """Returns texts, each replaced by the null text, usually the encoded "", with probability `rate`."""
+    """Returns the texts, each replaced with probability `rate` by the null text, usually the encoded ""."""
     dropped = jax.random.bernoulli(key, rate, texts.mask.shape[:1])
     null = broadcast_text(null, len(dropped))
     return TextCondition(
@@ -53,12 +53,12 @@ def drop_texts(key: Key[Array, ""], texts: TextCondition, null: TextCondition, r
 
 
 def broadcast_text(text: TextCondition, batch: int) -> TextCondition:
-    """Returns one text repeated for every sample of a batch, or one text per sample unchanged."""
+    """Repeats a single text for every sample in a batch; returns one text per sample unchanged."""
     return TextCondition(*(jnp.broadcast_to(part, (batch, *part.shape[1:])) for part in text))
 
 
 def unconditional(cond: Condition, null: TextCondition | None) -> Condition:
-    """Returns the condition of guidance's unconditional branch: label -1, or the null text."""
+    """Returns the condition for the unconditional branch of guidance: label -1, or the null text."""
     if isinstance(cond, TextCondition):
         assert null is not None  # text flows require it
         return broadcast_text(null, len(cond.mask))
@@ -68,16 +68,16 @@ def unconditional(cond: Condition, null: TextCondition | None) -> Condition:
 def check_text(text: Any, *, length: int, dim: int, batch: int) -> TextCondition:
     """Returns a text condition as arrays. Raises ValueError unless it fits this model and batch."""
     if not isinstance(text, TextCondition):
-        raise ValueError(f"cond is {type(text).__name__}; this model takes a flowgen.conditioning.TextCondition.")
+        raise ValueError(f"cond is {type(text).__name__}; it must be a flowgen.conditioning.TextCondition.")
     embeddings, mask = (part if isinstance(part, jax.Array) else np.asarray(part) for part in text)
     if embeddings.shape != (batch, length, dim) or not jnp.issubdtype(embeddings.dtype, jnp.floating):
         raise ValueError(
-            f"text embeddings must be floating-point numbers of shape ({batch}, {length}, {dim}), "
+            f"the text embeddings must be floating-point numbers of shape ({batch}, {length}, {dim}); "
             f"got {embeddings.dtype} of shape {tuple(embeddings.shape)}."
         )
     if mask.shape != (batch, length) or mask.dtype != bool:
         raise ValueError(
-            f"the text mask must be bool of shape ({batch}, {length}), True for tokens that are not padding, "
+            f"the text mask must be bool of shape ({batch}, {length}), True for tokens, False for padding; "
             f"got {mask.dtype} of shape {tuple(mask.shape)}."
         )
     return TextCondition(jnp.asarray(embeddings), jnp.asarray(mask))
@@ -86,17 +86,17 @@ def check_text(text: Any, *, length: int, dim: int, batch: int) -> TextCondition
 def check_labels(labels: Any, *, num_classes: int, batch: int) -> Int[Array, " b"] | None:
     """Returns labels as int32, or None. Raises ValueError unless they fit this model and batch.
 
-    Traced values are not checked; `flowgen.nn.class_rows` turns invalid labels into NaN.
+    Does not check traced values; `flowgen.nn.class_rows` turns invalid labels into NaN.
     """
     if labels is None:
         return None
     if not isinstance(labels, jax.Array):
         labels = np.asarray(labels)
     if num_classes == 0:
-        raise ValueError("cond was given to a model without classes (num_classes is 0); pass cond=None.")
+        raise ValueError("cond is given, but the model has no classes (num_classes is 0); pass cond=None.")
     if labels.shape != (batch,) or not jnp.issubdtype(labels.dtype, jnp.integer):
         raise ValueError(
-            f"cond must be integers of shape ({batch},), one label per sample, "
+            f"cond must be an integer array of shape ({batch},), with one label per sample; "
             f"got {labels.dtype} of shape {tuple(labels.shape)}."
         )
     if isinstance(labels, jax.core.Tracer):
@@ -105,6 +105,6 @@ def check_labels(labels: Any, *, num_classes: int, batch: int) -> Int[Array, " b
     bad = values[(values < UNCONDITIONAL) | (values >= num_classes)]
     if bad.size:
         raise ValueError(
-            f"class {bad[0]} is out of range; use 0..{num_classes - 1}, or {UNCONDITIONAL} for unconditional."
+            f"label {bad[0]} is out of range; use 0 to {num_classes - 1}, or {UNCONDITIONAL} for unconditional."
         )
     return jnp.asarray(values, jnp.int32)

@@ -9,7 +9,7 @@ from types import ModuleType
 def need(module: str, purpose: str, package: str = "") -> ModuleType:
     """Returns the imported module, or raises the error of `missing` if it is not installed.
 
-    package: the module's name on the package index, if different.
+    package: the name on the package index, if it differs from the module's.
 
     Example:
         av = need("av", "Reading and writing video")
@@ -24,7 +24,7 @@ def missing(purpose: str, *packages: str, options: str = "", otherwise: str = ""
     """Returns an error that names missing packages and the command that installs them.
 
     purpose: what needs the packages, as the subject of the sentence. packages: their names on the package index, which
-    may differ from the module names. options: options for pip. otherwise: the alternative to installing them.
+    may differ from the module names. options: options for pip. otherwise: what to do instead of installing them.
 
     Example:
         raise missing("Reading and writing video", "av") from error

@@ -1,4 +1,4 @@
-"""Untrusted text made safe for terminals, and normalised for comparison."""
+"""Makes untrusted text safe for terminals, and normalises it for comparison."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import unicodedata
 
 
 def printable(text: str) -> str:
-    """Returns a text that is safe to show in a terminal.
+    """Returns the text in a form that is safe to show in a terminal.
 
-    Characters that control the terminal, or the direction or width of the text after them, are escaped as in Python,
-    such as \\x1b or \\u202e.
+    Escapes characters that control the terminal, or the direction or width of the text after them. The escapes look
+    like Python's, such as \\x1b or \\u202e.
 
     Example:
-        print(printable(f"'{path}' is not read."))
+        print(printable(f"Cannot read '{path}'."))
     """
     return "".join(letter if _is_shown(letter) else _escaped(letter) for letter in text)
 
 
 def composed(text: str) -> str:
-    """Returns a text in Unicode's composed form (NFC), in which equivalent texts are equal.
+    """Returns the text in Unicode's composed form (NFC), in which equivalent texts are equal.
 
     Example:
         composed("e\\u0301") == "\\xe9"

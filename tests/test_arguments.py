@@ -159,8 +159,11 @@ WRONG = {
     "sample: plan a number": (lambda: sample(FLOW, PARAMS, key(), 1, plan=8), "plan is 8"),
     "sample: guidance a number": (lambda: sample(FLOW, PARAMS, key(), 1, [0], guidance=1.5), "guidance is 1.5"),
     "sample: denoise a text": (lambda: sample(FLOW, PARAMS, key(), 1, denoise="yes"), "denoise is 'yes'"),
-    "sample: a label for all": (lambda: sample(FLOW, PARAMS, key(), 3, 1), "cond must be integers of shape (3,)"),
-    "sample: labels as floats": (lambda: sample(FLOW, PARAMS, key(), 1, jnp.ones(1)), "cond must be integers"),
+    "sample: a label for all": (
+        lambda: sample(FLOW, PARAMS, key(), 3, 1),
+        "cond must be an integer array of shape (3,)",
+    ),
+    "sample: labels as floats": (lambda: sample(FLOW, PARAMS, key(), 1, jnp.ones(1)), "cond must be an integer array"),
     "invert: an image for z": (lambda: invert(FLOW, PARAMS, X), "z has shape (2, 4, 4, 1)"),
     "invert: swapped": (lambda: invert(PARAMS, FLOW, Z), "flow is a dict"),
     "invert: a list": (lambda: invert(FLOW, PARAMS, [0.0]), "z is a list"),
@@ -186,7 +189,7 @@ WRONG = {
     "forward: a list": (lambda: FLOW.apply(PARAMS, [[0.0]], method="forward"), "x is a list"),
     "log_prob: labels of another batch": (
         lambda: FLOW.apply(PARAMS, X, jnp.zeros(3, int), method="log_prob"),
-        "cond must be integers of shape (2,)",
+        "cond must be an integer array of shape (2,)",
     ),
     "score: swapped": (lambda: density.score(PARAMS, FLOW, X), "flow is a dict"),
     "class_posterior: swapped": (lambda: density.class_posterior(PARAMS, FLOW, X), "flow is a dict"),

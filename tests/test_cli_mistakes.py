@@ -172,9 +172,9 @@ MISTAKES = {
     # Run directories to write.
     "train --debug --config tiny.py --workdir mine": r"workdir mine holds files, but no flowgen run; give a new",
     f"train --debug --config {DIGITS} --workdir run --model.width 64 --optim.lr 0.1": (
-        r"the run was begun with another config \(model\.width: 32 -> 64; optim\.lr: \S+ -> 0\.1\); undo the change"
+        r"the run was started with another config \(model\.width: 32 -> 64; optim\.lr: \S+ -> 0\.1\); undo the change"
     ),
-    f"train --debug --config {DIGITS} --workdir classless": r"begun with another config \(.*num_classes: 0 -> 10",
+    f"train --debug --config {DIGITS} --workdir classless": r"started with another config \(.*num_classes: 0 -> 10",
     f"train --debug --config {DIGITS} --workdir flipped": r"Checkpoint 8 .* is damaged \(ema/\S+ has changed since",
     f"train --debug --config {DIGITS} --workdir not_json": r"not_json/config\.json is not a file with a JSON object",
     f"{CONVERT} --to mine": r"mine already exists; give another directory",

@@ -248,7 +248,7 @@ def test_a_resumed_run_may_change_what_its_state_does_not_hold(experiment, argum
     ],
 )
 def test_a_resumed_run_may_not_change_anything_else(experiment, arguments, changes):
-    with pytest.raises(ValueError, match="begun with another config") as error:
+    with pytest.raises(ValueError, match="started with another config") as error:
         experiments.override(experiment, arguments).check_resumable(experiment.to_json())
     assert f"({'; '.join(changes)})" in one_sentence(error)
 
@@ -260,7 +260,7 @@ def test_a_config_file_must_give_an_experiment(tmp_path):
         one_sentence(error)
     for text in ("x = 1\n", "def config():\n    return 'digits'\n"):
         (tmp_path / "mine.py").write_text(text)
-        with pytest.raises(ValueError, match=r"must define config\(\) that returns an experiment") as error:
+        with pytest.raises(ValueError, match=r"must define a function config\(\) that returns one of") as error:
             experiments.load_config(tmp_path / "mine.py")
         one_sentence(error)
 
@@ -279,15 +279,24 @@ def test_values_that_depend_on_each_other_are_checked_together(experiment):
             "matching.loss.prediction is 'x1', but the path has noise of its own, sigma 1.0,",
         ),
         (["--matching.loss.guidance_weight=1"], "matching.loss.guidance_weight is 1.0, but the model has no classes"),
-        (["--sampling.guidance=1"], "sampling.guidance is 1.0, but the model has no classes to guide to"),
-        (["--sampling.num_steps=1"], "sampling.num_steps is 1; the grid 'edm' needs at least 2"),
-        (["--model.num_classes", "2"], "model has event_shape (2,) and num_classes 2; these points have (2,) and"),
+        (["--sampling.guidance=1"], "sampling.guidance is 1.0, but the model has no classes to guide towards"),
+        (["--sampling.num_steps=1"], "sampling.num_steps is 1; it must be at least 2 for times 'edm'"),
+        (
+            ["--model.num_classes", "2"],
+            "model has event_shape (2,) and num_classes 2; for points, they must be (2,) and",
+        ),
         (
             ["--model.intervals", "false"],
-            "matching.loss is MeanFlow, and this MLP has no intervals; set model.intervals to true.",
+            "matching.loss is MeanFlow, but this MLP takes no intervals; set model.intervals to true.",
         ),
-        (["--matching.loss=FlowMatching", "--sampling.method=mean_flow", "--sampling.times=uniform"], "needs matching"),
-        (["--sampling.method", "dopri5"], "sampling.times is 'edm', but dopri5 takes no grid; set it to 'uniform'."),
+        (
+            ["--matching.loss=FlowMatching", "--sampling.method=mean_flow", "--sampling.times=uniform"],
+            "works only if matching",
+        ),
+        (
+            ["--sampling.method", "dopri5"],
+            "sampling.times is 'edm', but dopri5 uses no time grid; set it to 'uniform'.",
+        ),
         (["--sampling.guidance_interval", "(0.9, 0.1)"], "sampling.guidance_interval is (0.9, 0.1); give increasing"),
     ],
 )
@@ -301,7 +310,7 @@ def test_parts_that_do_not_belong_together_are_named(arguments, message, untyped
     ("changes", "message"),
     [
         ({"sampling": SamplingConfig()}, "sampling is SamplingConfig("),
-        ({"data": DataConfig()}, "a MLP is trained on points in the plane, so give a PointsConfig."),
+        ({"data": DataConfig()}, "this MLP trains on points in the plane; give a PointsConfig."),
         ({"data": ClipsConfig()}, "data is ClipsConfig("),
         ({"model": TARFlowConfig(image_size=8)}, "model is TARFlowConfig("),
         ({"matching": None}, "matching is None; it must be a MatchingConfig."),

@@ -163,7 +163,7 @@ def test_published_files_draw_a_prompt(published, tmp_path, dtype):
     assert outcome_of(*prompt, "--num", 2, "--out", tmp_path / "samples.png")[::2] == (0, "")
     other = {name: x + 0.1 for name, x in cw.state_dict("autoencoder").items()}
     publish(tmp_path / "vae", cw.AUTOENCODER, other, "diffusion_pytorch_model.safetensors")
-    assert "is not the one that the flow was trained on" in refused(
+    assert "is not the one that the flow was trained with" in refused(
         *prompt, "--autoencoder", tmp_path / "vae", "--out", out
     )
     other = {name: x + 0.1 for name, x in cw.state_dict("t5").items()}
@@ -179,7 +179,7 @@ def test_places_can_be_given_when_samples_are_drawn(published, tmp_path):
     prompt = ("sample", "--checkpoint", to, "--prompt", "a cat", "--out", out)
     vae, t5 = ("--autoencoder", published / "vae"), ("--text-encoder", published / "t5")
     assert "codec.path is empty" in refused(*prompt)
-    assert "text.encoder is not set; give the folder" in refused(*prompt, *vae)
+    assert "text.encoder is empty; give the folder" in refused(*prompt, *vae)
     assert "has no config.json, so it is not a published text encoder" in refused(
         *prompt, *vae, "--text-encoder", tmp_path
     )

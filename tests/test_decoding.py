@@ -342,8 +342,8 @@ def test_one_compiled_program_per_call_signature():
     [
         ({"num": 0}, "num is 0"),
         ({"denoise": -1.0}, "denoise is -1.0"),
-        ({"cond": jnp.array([0, 1], jnp.int32)}, r"cond must be integers of shape \(3,\)"),
-        ({"cond": jnp.array([0, 1, 3], jnp.int32)}, "class 3 is out of range"),
+        ({"cond": jnp.array([0, 1], jnp.int32)}, r"cond must be an integer array of shape \(3,\)"),
+        ({"cond": jnp.array([0, 1, 3], jnp.int32)}, "label 3 is out of range"),
     ],
 )
 def test_a_call_that_cannot_work_is_refused(arguments, message):

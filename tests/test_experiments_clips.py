@@ -118,7 +118,7 @@ def test_clips_begin_with_what_is_given_and_go_on_as_long_as_asked(run, tmp_path
         ("broken.mp4", "is not a readable video"),
         (
             "long.gif",
-            "long.gif has 8 frames, which leaves none of --frames 3 to generate; ask for more with --frames 9",
+            "long.gif has 8 frames, which leaves none to generate in clips of 3; use --frames 9",
         ),
     ):
         assert main([*words, "--given", str(tmp_path / given)]) == 2
@@ -127,7 +127,7 @@ def test_clips_begin_with_what_is_given_and_go_on_as_long_as_asked(run, tmp_path
         assert error.count("\n") == 1
     for short in ([], ["--frames", "3"]):
         assert main([*words, "--context", "2", *short]) == 2
-        assert "--context is 2, but clips of up to 3 frames are not continued" in capsys.readouterr().err
+        assert "--context is 2, but it is only for clips of more than 3 frames" in capsys.readouterr().err
     assert main([*words, "--context", "9", "--frames", "5"]) == 2
     assert "context is 9; it must be from 1 to 2" in capsys.readouterr().err
 
@@ -142,9 +142,9 @@ def test_no_more_is_given_than_leaves_a_frame_to_draw(tmp_path):
     assert clips.read_given(codec, flow, str(video), frames=99, fps=8.0).shape == (8, 12, 12, 1)
     save_image(tmp_path / "first.png", frames[0])
     for name, asked, message in (
-        ("long.mp4", None, "long.mp4 has 8 frames, which leaves none of --frames 3 to generate; .* with --frames 9"),
-        ("long.mp4", 1, "long.mp4 has 1 frame, which leaves none of --frames 1 to generate; .* with --frames 2"),
-        ("first.png", 1, "first.png has 1 frame, which leaves none of --frames 1 to generate"),
+        ("long.mp4", None, "long.mp4 has 8 frames, which leaves none to generate in clips of 3; use --frames 9"),
+        ("long.mp4", 1, "long.mp4 has 1 frame, which leaves none to generate in clips of 1; use --frames 2"),
+        ("first.png", 1, "first.png has 1 frame, which leaves none to generate in clips of 1"),
     ):
         with pytest.raises(ValueError, match=message):
             clips.read_given(codec, flow, str(tmp_path / name), frames=asked, fps=8.0)
@@ -164,7 +164,7 @@ def test_no_more_is_given_than_leaves_a_frame_to_draw(tmp_path):
 def test_frames_that_a_codec_cannot_make_are_refused(autoencoder):
     codec = open_autoencoder(str(autoencoder))
     assert clips.latent_frames(codec, 5) == 3
-    with pytest.raises(ValueError, match=r"--frames is 4; the codec makes clips of 1 .*: use 3 or 5"):
+    with pytest.raises(ValueError, match=r"--frames is 4, but the codec needs 1 plus .*; use 3 or 5"):
         clips.latent_frames(codec, 4)
 
 
@@ -258,7 +258,7 @@ def test_a_video_autoencoder_is_trained_and_its_latents_are_those_of_a_flow(auto
     assert main(["evaluate", "--checkpoint", str(tmp_path / "again"), "--samples", "4"]) == 0
     assert "frames of 4 data: distance to the next" in capsys.readouterr().out  # decoded, which no encoded data hold
     longer = dataclasses.replace(encoded, model=LATENTS.with_num_frames(5))
-    with pytest.raises(ValueError, match=r"holds latents of shape .*; set model.image_size, model.frames and"):
+    with pytest.raises(ValueError, match=r"has latents of shape .*; set model.image_size, model.frames and"):
         fit(longer, tmp_path / "other")
     out = tmp_path / "samples.npz"
     assert main(["sample", "--checkpoint", str(tmp_path / "direct"), "--num", "2", "--out", str(out)]) == 0
@@ -271,10 +271,10 @@ def test_a_video_autoencoder_is_trained_and_its_latents_are_those_of_a_flow(auto
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"likelihood": LikelihoodConfig(norm_penalty=1e-4)}, "likelihood.norm_penalty is 0.0001, which would mix"),
+        ({"likelihood": LikelihoodConfig(norm_penalty=1e-4)}, "likelihood.norm_penalty is 0.0001, which would distort"),
         (
             {"data": ClipsConfig(drop_first=0.25), "model": TINY.with_num_frames(2)},
-            "data.drop_first is 0.25, and clips of model.frames 2 without their first frame are images",
+            "data.drop_first is 0.25, but with model.frames 2, clips without their first frame are single images",
         ),
         ({"model": dataclasses.replace(TINY, noise_std=0.0)}, "model.noise_std is 0, so a denoiser has nothing"),
         (
@@ -286,7 +286,7 @@ def test_a_video_autoencoder_is_trained_and_its_latents_are_those_of_a_flow(auto
             },
             "text.frames_per_second is 16, but data.fps is 8; set both to the same value",
         ),
-        ({"sampling": SamplingConfig(denoise=0.5)}, "sampling.denoise is 0.5; a learned denoiser takes the whole step"),
+        ({"sampling": SamplingConfig(denoise=0.5)}, "sampling.denoise is 0.5, but a learned denoiser takes full steps"),
         (
             {
                 "model": dataclasses.replace(TINY, denoiser_layers=0),
@@ -311,17 +311,17 @@ def test_parts_that_do_not_fit_are_refused(changes, message):
         (
             VideoAutoencoderConfig(channels=1),
             {"autoencoding": AutoencodingConfig(16, frames=5), "data": ClipsConfig(drop_first=0.25)},
-            "data.drop_first is given, but a VideoAutoencoder is trained on whole clips",
+            "data.drop_first is given, but a VideoAutoencoder trains only on whole clips",
         ),
         (
             VideoAutoencoderConfig(channels=1),
             {"autoencoding": AutoencodingConfig(16, frames=4), "data": ClipsConfig()},
-            "autoencoding.frames is 4, but the model makes one latent of a first frame and of 4 more",
+            "autoencoding.frames is 4, but the model encodes the first frame alone and then 4 at a time",
         ),
         (
             VideoAutoencoderConfig(channels=1),
             {"autoencoding": AutoencodingConfig(16, frames=5), "data": DataConfig()},
-            "a VideoAutoencoder is trained on clips, so give a ClipsConfig",
+            "a VideoAutoencoder trains on clips; give a ClipsConfig",
         ),
     ],
 )
@@ -337,7 +337,7 @@ def test_parts_that_do_not_fit_an_autoencoder_are_refused(model, changes, messag
         ({"lr": 0.1, "min_lr": 0.2}, "likelihood.denoiser.min_lr is 0.2, above lr 0.1; lower it"),
         (
             {"ema_decay": 0.9},
-            "likelihood.denoiser.ema_decay is 0.9, but optim.ema_decay applies to all parameters",
+            "likelihood.denoiser.ema_decay is 0.9, but optim.ema_decay sets it for all parameters",
         ),
         ({"ema_warmup": False}, "likelihood.denoiser.ema_warmup is False, but"),
         ({"max_skips": 9}, "likelihood.denoiser.max_skips is 9, but"),

@@ -129,7 +129,7 @@ def test_another_autoencoder_in_its_place_is_noticed(autoencoder, tmp_path, caps
         fit(longer[1], tmp_path / "run")
     words = ["sample", "--checkpoint", str(tmp_path / "run"), "--num", "1", "--out", str(tmp_path / "x.png")]
     assert main([*words, "--autoencoder", str(place)]) == 2
-    assert "is not the one that the flow was trained on" in capsys.readouterr().err
+    assert "is not the one that the flow was trained with" in capsys.readouterr().err
     assert main(words) == 0
     evaluated = ["evaluate", "--checkpoint", str(tmp_path / "run"), "--autoencoder"]
     assert main([*evaluated, str(place)]) == 2
@@ -157,7 +157,7 @@ def test_encoding_first_or_on_the_way_trains_the_same(autoencoder, tmp_path, cap
     with monkeypatch.context() as patch:
         patch.setattr(flow.FlowExperiment, "likelihood_lines", None)  # which comes later
         assert main(["evaluate", "--checkpoint", str(tmp_path / "again"), "--samples", "20"]) == 2
-    assert "data are cached latents, without the images; give the data" in capsys.readouterr().err
+    assert "data are cached latents, without their images; give the data" in capsys.readouterr().err
     words = ["evaluate", "--checkpoint", str(tmp_path / "again"), "--data", "Data", "--data.name", "digits"]
     assert main(words) == 0
     assert "1797 latents (all)" in capsys.readouterr().out
@@ -166,7 +166,9 @@ def test_encoding_first_or_on_the_way_trains_the_same(autoencoder, tmp_path, cap
     with pytest.raises(ValueError, match=r"codec is missing, but data.path .* was encoded by the autoencoder at"):
         fit(dataclasses.replace(encoded, codec=None), tmp_path / "other")
     other = dataclasses.replace(encoded, codec=SpaceToDepth(2))
-    with pytest.raises(ValueError, match=r"was encoded by the autoencoder at .*, but codec is another one, blocks"):
+    with pytest.raises(
+        ValueError, match=r"was encoded by the autoencoder at .*, which differs from the current codec, blocks"
+    ):
         fit(other, tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
@@ -188,7 +190,7 @@ def test_samples_of_latents_are_images(autoencoder, tmp_path, capsys):
     assert "Fréchet distance of 20 samples" in printed
     assert "samples that show their class" in printed
     assert main(["evaluate", "--checkpoint", str(run), "--noise", "uniform"]) == 2
-    assert "which dequantises images; this flow is on latents" in capsys.readouterr().err
+    assert "which is only for pixels, but this flow models latents" in capsys.readouterr().err
 
 
 TEXT = dataclasses.replace(TINY, num_classes=0, text_dim=16, text_length=6)
@@ -279,7 +281,7 @@ def test_texts_can_be_encoded_first(tmp_path, monkeypatch):
     direct, again = fit(experiment, tmp_path / "direct"), fit(encoded, tmp_path / "again")
     jax.tree.map(np.testing.assert_array_equal, direct.state.params, again.state.params)
     other = dataclasses.replace(encoded, text=TextConfig(encoder="words", noise_level=True))
-    with pytest.raises(ValueError, match=r"text.noise_level False, but this experiment has True; set it to False, or"):
+    with pytest.raises(ValueError, match=r"text.noise_level False, but this experiment uses True; set it to False, or"):
         fit(other, tmp_path / "other")
     prompted = dataclasses.replace(encoded, sampling=SamplingConfig(prompts=("one two three four five six",)))
     with pytest.raises(ValueError, match=r"has 7 tokens, but the limit is 6"):
@@ -345,7 +347,9 @@ def test_a_decoder_is_trained_on_beside_its_encoder(autoencoder, tmp_path):
     assert same == {"encoder": True, "quant_conv": True, "decoder": False, "post_quant_conv": False}
     assert codec_digest(before) == codec_digest(after)
     np.testing.assert_array_equal(before.normalisation.shift, after.normalisation.shift)
-    with pytest.raises(ValueError, match=r"optim.weight_decay is 0.1, which would change the encoder"):
+    with pytest.raises(
+        ValueError, match=r"optim.weight_decay is 0.1, but weight decay would change the frozen encoder"
+    ):
         dataclasses.replace(noisy, optim=OptimConfig(weight_decay=0.1))
 
 
@@ -354,22 +358,22 @@ def test_a_decoder_is_trained_on_beside_its_encoder(autoencoder, tmp_path):
     [
         (
             {"codec": SpaceToDepth(3)},
-            "model.channels is 4; blocks of 3 x 3 pixels make 9 channels of grey",
+            "model.channels is 4, but blocks of 3 x 3 pixels make 9 channels from grey",
         ),
-        ({"codec": PretrainedAutoencoder("")}, "codec.path is empty; give the autoencoder"),
+        ({"codec": PretrainedAutoencoder("")}, "codec.path is empty; give the run directory"),
         (
             {"codec": PretrainedAutoencoder("nowhere")},
             "There is no autoencoder at codec.path 'nowhere'; train it first",
         ),
-        ({"model": TEXT}, "text is missing and model.text_dim is 16"),
-        ({"text": TextConfig("words")}, "text is given and model.text_dim is 0"),
-        ({"model": dataclasses.replace(TINY, noise_std=0.0)}, "model.noise_std is 0, which dequantises images"),
+        ({"model": TEXT}, "text is missing, but model.text_dim is 16"),
+        ({"text": TextConfig("words")}, "text is given, but model.text_dim is 0"),
+        ({"model": dataclasses.replace(TINY, noise_std=0.0)}, "model.noise_std is 0, which is only for pixels"),
         ({"sampling": SamplingConfig(prompts=("a cat",))}, "sampling.prompts is .*, but the model takes no texts"),
         ({"text": TextConfig("words", digest="other"), "model": TEXT}, "text.encoder 'words' is not the one that"),
         ({"data": LatentsConfig("nowhere")}, "has no complete cache of latents"),
         (
             {"model": TARFlowConfig(image_size=4, patch_size=1), "data": DataConfig("folder", path="x", aspects=True)},
-            "data.aspects is set, but a TARFlow has one image size",
+            "data.aspects is set, but the parameters of a TARFlow are tied to one image size",
         ),
     ],
 )

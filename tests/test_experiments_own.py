@@ -134,17 +134,21 @@ def test_a_run_of_ones_own_data_passes_for_no_other(tmp_path):
         (
             {"image_size": 16},
             Stripes(),
-            r"dataset has event_shape \(8, 8, 1\); this model takes data of shape \(16, 16, 1\)",
+            r"dataset has event_shape \(8, 8, 1\); the model takes data of shape \(16, 16, 1\)",
         ),
         ({"num_classes": 1}, Stripes(), r"model.num_classes is 1, but the data has 2 classes"),
         ({}, Stripes, r"dataset is the class Stripes; give an object with"),
         ({}, changed(num=0), r"dataset is empty"),
         ({"num_classes": 2}, changed(class_names=()), r"dataset has no class_names"),
-        ({"num_classes": 2}, changed(context=None), r"dataset gave the context None; give an integer label for each"),
-        ({"num_classes": 2}, changed(context=np.float32), r"the context float32 of shape \(1,\); give an integer"),
-        ({"num_classes": 2}, changed(shift=2), r"has the label 2 at position 0; labels are class numbers from 0 to 1"),
+        (
+            {"num_classes": 2},
+            changed(context=None),
+            r"dataset returned the context None; give one integer label per sample",
+        ),
+        ({"num_classes": 2}, changed(context=np.float32), r"the context float32 of shape \(1,\); give one integer"),
+        ({"num_classes": 2}, changed(shift=2), r"has the label 2 at position 0; labels must be from 0 to 1"),
         ({}, changed(x=np.float32), r"batch.x is float32"),
-        ({}, changed(rows=2), r"dataset gave x of shape \(2, 8, 8, 1\); it must be \(1, 8, 8, 1\)"),
+        ({}, changed(rows=2), r"dataset returned x of shape \(2, 8, 8, 1\); the shape must be \(1, 8, 8, 1\)"),
     ],
 )
 @pytest.mark.usefixtures("untyped")
@@ -157,7 +161,7 @@ def test_data_of_ones_own_that_do_not_fit_are_refused(changes, dataset, message,
 
 def test_held_out_data_of_other_classes_are_refused(tmp_path):
     experiment = FlowExperiment(name="own", model=dataclasses.replace(FLOW, num_classes=2))
-    with pytest.raises(ValueError, match="held_out has the classes level, upright and dataset has upright, level"):
+    with pytest.raises(ValueError, match="held_out has the classes level, upright, but dataset has upright, level"):
         flowgen.fit(experiment, tmp_path, dataset=Stripes(), held_out=changed(class_names=("level", "upright")))
 
 
@@ -172,7 +176,7 @@ def test_data_of_ones_own_keep_the_classes_of_their_run(tmp_path):
 
 
 def test_a_wrong_label_in_a_later_batch_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"dataset has the label -2 at position \d+; labels are class numbers"):
+    with pytest.raises(ValueError, match=r"dataset has the label -2 at position \d+; labels must be"):
         flowgen.fit(TWO_STEPS, tmp_path, dataset=changed(wrong_from=1))
 
 

@@ -199,14 +199,16 @@ def test_names_in_a_file_import_no_module(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["os:system", "builtins:eval", "subprocess:run", "pprint:pprint"])
 def test_names_in_a_file_are_not_of_python_itself(name):
     plain = POINTS.to_json()
-    with pytest.raises(ValueError, match=r"matching\.coupling is '.*', of Python itself; name an object of your own"):
+    with pytest.raises(
+        ValueError, match=r"matching\.coupling is '.*', which belongs to Python itself; name an object that you define"
+    ):
         experiments.from_json({**plain, "matching": {**plain["matching"], "coupling": name}})
 
 
 def test_names_in_a_file_are_looked_up_without_code():
     plain = POINTS.to_json()
     loaded = set(sys.modules)
-    with pytest.raises(ValueError, match=r"and nope is not there|and signal is not there"):
+    with pytest.raises(ValueError, match=r"but nope does not exist|but signal does not exist"):
         experiments.from_json({**plain, "matching": {**plain["matching"], "coupling": "scipy:signal.nope"}})
     assert not {name for name in set(sys.modules) - loaded if name.startswith("scipy.signal")}
 
@@ -217,11 +219,11 @@ def test_names_in_a_file_are_looked_up_without_code():
     [
         (
             ["--matching.coupling", "own_part:Ordered"],
-            "matching.coupling needs the module own_part, which is not found;",
+            "matching.coupling needs the module own_part, which was not found;",
         ),
         (
             ["--matching.coupling", "own_parts:Orderd"],
-            "matching.coupling is 'own_parts:Orderd', and Orderd is not there;",
+            "matching.coupling is 'own_parts:Orderd', but Orderd does not exist;",
         ),
         (
             ["--matching.coupling", "own_parts:"],
@@ -230,7 +232,7 @@ def test_names_in_a_file_are_looked_up_without_code():
         (["--matching.coupling", "own_parts:NUMBER"], "matching.coupling is 3; it must be an Independent or"),
         (
             ["--matching.coupling", "own_parts:Changeable"],
-            "matching.coupling is the class own_parts:Changeable; make it",
+            "matching.coupling is the class own_parts:Changeable; it must be a dataclass",
         ),
         (
             ["--matching.coupling", "own_parts:Ordered", "--matching.coupling.share", "2"],
@@ -253,7 +255,7 @@ def test_a_name_that_does_not_fit_is_told(words, sentence):
     ("make", "sentence"),
     [
         (lambda: MatchingConfig(coupling=own.Ordered), "coupling is <class 'own_parts.Ordered'>; it must be"),
-        (lambda: MatchingConfig(coupling=own.Changeable()), "coupling is Changeable(share=1.0), which can change;"),
+        (lambda: MatchingConfig(coupling=own.Changeable()), "coupling is Changeable(share=1.0), which is mutable;"),
         (lambda: FLOW(attention=own.softplus), "attention is <function softplus"),
         (lambda: FLOW(scale_parameterisation="tanh"), "scale_parameterisation is 'tanh'; it must be 'exponential' or"),
         (lambda: dataclasses.replace(POINTS, model=FLOW()), "model is TARFlowConfig("),
@@ -269,7 +271,7 @@ def test_a_value_that_does_not_fit_is_told(make, sentence):
 def test_a_part_without_a_name_is_refused_before_the_run(tmp_path):
     matching = MatchingConfig(coupling=lambda key, x0, x1, cond=None: own.as_drawn(key, x0, x1, cond))
     with pytest.raises(
-        ValueError, match=r"^matching\.coupling is <function .* whose name cannot be kept in config\.json"
+        ValueError, match=r"^matching\.coupling is <function .* which config\.json cannot refer to by name"
     ):
         flowgen.fit(dataclasses.replace(POINTS, matching=matching), tmp_path / "run")
     flow = FlowExperiment(name="own", model=FLOW(attention=FeatureMap(lambda x, n: x**2, own.softplus)))

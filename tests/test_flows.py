@@ -173,7 +173,7 @@ def test_a_class_that_does_not_exist_is_refused_or_gives_nan(key):
     k1, k2 = jax.random.split(key)
     flow, params = perturbed(config, k1)
     x = images(config, k2, batch=2)
-    with pytest.raises(ValueError, match=r"class 3 is out of range; use 0..2, or -1"):
+    with pytest.raises(ValueError, match=r"label 3 is out of range; use 0 to 2, or -1"):
         flow.apply(params, x, jnp.array([0, 3]), method="forward")
     log_prob = jax.jit(lambda cond: apply(flow, params, x, cond, method="log_prob"))(jnp.array([0, 3]))
     assert jnp.isfinite(log_prob[0])

@@ -195,7 +195,7 @@ def test_times_are_stretched_before_the_sinusoids():
         ("channels", 0, "channels is 0; it must be at least 1."),
         ("width", 0, "width is 0; it must be at least 1."),
         ("width", 48, "num_groups is 32, which does not divide the 48 channels of level 0; change width"),
-        ("multipliers", (), r"multipliers has 0 entries; give 1 to 8."),
+        ("multipliers", (), r"multipliers has 0 entries; it must have 1 to 8."),
         ("multipliers", (1, 0.5), r"multipliers is \(1, 0.5\); it must be a tuple of integers"),
         (
             "attention_factors",
@@ -251,7 +251,7 @@ def test_inputs_that_do_not_fit_are_refused(untyped):
         network.apply(variables, t, x.swapaxes(1, 2))
     with pytest.raises(ValueError, match=r"t is float32 of shape \(1,\)"):
         network.apply(variables, t[:1], x)
-    with pytest.raises(ValueError, match="class 3 is out of range"):
+    with pytest.raises(ValueError, match="label 3 is out of range"):
         network.apply(variables, t, x, labels + 1)
     with pytest.raises(ValueError, match="num_classes is 0"):
         UNet(dataclasses.replace(TINY, num_classes=0)).apply(variables, t, x, labels)

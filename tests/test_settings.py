@@ -178,9 +178,9 @@ REFUSED = {
     ),
     "fields that do not fit each other": (lambda: Rates(min_lr=1.0), "min_lr is 1.0, above lr 0.1; lower it."),
     "a huge number": (lambda: Rates(steps=10**5000), "steps is over 10^4983; it must be from 1 to 2147483647."),
-    "an entry": (lambda: Scene("a", layers=(1, -2)), "layers has -2; it must be 0 or more."),
-    "too many entries": (lambda: Scene("a", layers=(1,) * 4), "layers has 4 entries; give 1 to 3."),
-    "no entries": (lambda: Scene("a", layers=()), "layers has 0 entries; give 1 to 3."),
+    "an entry": (lambda: Scene("a", layers=(1, -2)), "layers has the entry -2; it must be 0 or more."),
+    "too many entries": (lambda: Scene("a", layers=(1,) * 4), "layers has 4 entries; it must have 1 to 3."),
+    "no entries": (lambda: Scene("a", layers=()), "layers has 0 entries; it must have 1 to 3."),
     "a member of a union": (lambda: Scene("a", size=0), "size is 0; it must be at least 1."),
     "no name of a table": (lambda: Scene("a", kernel="x"), "kernel is 'x'; choose one of dense, sparse."),
     "a tuple": (lambda: Scene("a", pair=(1,)), "pair is (1,); it must be a tuple of 2 integers."),
@@ -304,15 +304,14 @@ def test_what_is_not_named_stays_the_same_object():
         (["--choice", "off"], "choice is 'off'; it must be 'on' or 2."),
         (["--rates.steps"], "--rates.steps has no value; write --rates.steps VALUE."),
         (["--rates.steps", "--name", "1"], "--rates.steps has no value; write --rates.steps VALUE."),
-        (["steps=3"], "'steps=3' is not understood; overrides look like --optim.lr 3e-4."),
-        (["--"], "'--' is not understood; overrides look like --optim.lr 3e-4."),
+        (["steps=3"], "'steps=3' is not an override; write overrides like --optim.lr 3e-4."),
+        (["--"], "'--' is not an override; write overrides like --optim.lr 3e-4."),
         (["--rates", "1"], "--rates is a group; set one of --rates.lr, --rates.min_lr, --rates.steps."),
         (["--rates", "{'lr': 1}"], "--rates is a group; set one of --rates.lr, --rates.min_lr, --rates.steps."),
         (
             ["--shape", "square"],
-            "--shape is a group, and 'square' is not one of its types (did you mean Square?); name its type, "
-            "Circle, Square, "
-            "or set one of --shape.radius.",
+            "--shape is a group, and 'square' is not one of its types (did you mean Square?); give one of its types, "
+            "Circle, Square, or set one of --shape.radius.",
         ),
         (["--shape", "Square"], "shape.side is missing; give it a value."),
         (
@@ -372,10 +371,10 @@ def test_only_imported_modules_have_objects(monkeypatch):
         ("json", "is 'json'; write it as package.module:object."),
         ("json:", "is 'json:'; write it as package.module:object."),
         ("a b:c", "is 'a b:c'; write it as package.module:object."),
-        ("no_such_module.part:c", "needs the module no_such_module, which is not found;"),
-        ("json.nothing:c", "needs the module json.nothing, which is not found;"),
-        ("json:dumps", "is 'json:dumps', of Python itself; name an object of your own."),
-        ("numpy:ndarrey", "is 'numpy:ndarrey', and ndarrey is not there; did you mean ndarray?"),
+        ("no_such_module.part:c", "needs the module no_such_module, which was not found;"),
+        ("json.nothing:c", "needs the module json.nothing, which was not found;"),
+        ("json:dumps", "is 'json:dumps', which belongs to Python itself; name an object that you define."),
+        ("numpy:ndarrey", "is 'numpy:ndarrey', but ndarrey does not exist; did you mean ndarray?"),
     ],
 )
 def test_names_that_lead_nowhere_are_told(name, sentence):

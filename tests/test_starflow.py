@@ -225,8 +225,8 @@ def test_a_config_that_cannot_work_is_refused(change, message, untyped):
 @pytest.mark.parametrize(
     ("cond", "message"),
     [
-        (None, "cond is NoneType; this model takes a flowgen.conditioning.TextCondition"),
-        (TextCondition(np.zeros((2, 4, 5)), np.ones((2, 3), bool)), r"of shape \(2, 3, 5\), got float64 of shape"),
+        (None, "cond is NoneType; it must be a flowgen.conditioning.TextCondition"),
+        (TextCondition(np.zeros((2, 4, 5)), np.ones((2, 3), bool)), r"of shape \(2, 3, 5\); got float64 of shape"),
         (TextCondition(np.zeros((2, 3, 5)), np.ones((2, 3))), r"mask must be bool of shape \(2, 3\)"),
     ],
 )

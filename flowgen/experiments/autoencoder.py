@@ -52,12 +52,12 @@ STATISTICS_RATE = 0.02
 class AutoencodingConfig:
     """How an autoencoder is trained.
 
-    image_size: side of the images, or (height, width), multiples of the model's factor.
+    image_size: side of the images, or (height, width); each a multiple of the model's factor.
     frames: frames per clip; 0 for images.
     kl_weight: weight of the KL divergence of the posterior from N(0, 1), in nats per latent; 0 or more.
     noise: std of the noise added to normalised latents before decoding, so that the decoder learns to decode a flow's
     noisy latents; 0 for none.
-    decoder_of: run directory or published folder of an autoencoder, whose decoder is trained further while the encoder
+    decoder_of: run directory or published folder of an autoencoder; its decoder is trained further, and its encoder
     stays frozen.
     shown: number of images shown next to their reconstructions in the run's sample grid; at least 1.
     """
@@ -101,12 +101,12 @@ class AutoencoderExperiment(Experiment):
         autoencoding, factor = self.autoencoding, self.model.factor
         if autoencoding.decoder_of and self.optim.weight_decay:
             raise ValueError(
-                f"optim.weight_decay is {self.optim.weight_decay}, which would change the encoder of "
-                "autoencoding.decoder_of; set it to 0."
+                f"optim.weight_decay is {self.optim.weight_decay}, but weight decay would change the frozen "
+                "encoder of autoencoding.decoder_of; set it to 0."
             )
         if any(length % factor for length in autoencoding.image_hw):
             raise ValueError(
-                f"autoencoding.image_size is {autoencoding.image_size}, but the model makes one latent of "
+                f"autoencoding.image_size is {autoencoding.image_size}, but the model encodes blocks of "
                 f"{factor} x {factor} pixels; use a multiple of {factor}."
             )
         self.check_warmups()
@@ -114,7 +114,9 @@ class AutoencoderExperiment(Experiment):
     def _check_images(self) -> None:
         data = self.data
         if not isinstance(data, DataConfig) or data.aspects:
-            raise ValueError(f"data is {data}; an Autoencoder is trained on images of one size.")
+            raise ValueError(
+                f"data is {data}, but an Autoencoder trains on images of one size; give a DataConfig without aspects."
+            )
         if self.autoencoding.frames:
             raise ValueError(
                 f"autoencoding.frames is {self.autoencoding.frames}, but an Autoencoder takes images; set it to 0."
@@ -123,16 +125,16 @@ class AutoencoderExperiment(Experiment):
     def _check_clips(self, model: VideoAutoencoderConfig) -> None:
         data, frames, stride = self.data, self.autoencoding.frames, model.stride
         if not isinstance(data, ClipsConfig):
-            raise ValueError(f"data is {data}; a VideoAutoencoder is trained on clips, so give a ClipsConfig.")
+            raise ValueError(f"data is {data}, but a VideoAutoencoder trains on clips; give a ClipsConfig.")
         for name in ("images", "drop_first"):
             if getattr(data, name):
                 raise ValueError(
-                    f"data.{name} is given, but a VideoAutoencoder is trained on whole clips; leave it out."
+                    f"data.{name} is given, but a VideoAutoencoder trains only on whole clips; leave it out."
                 )
         if frames < 1 or (frames - 1) % stride:
             raise ValueError(
-                f"autoencoding.frames is {frames}, but the model makes one latent of a first frame and of {stride} "
-                f"more each; use 1 + a multiple of {stride}."
+                f"autoencoding.frames is {frames}, but the model encodes the first frame alone and then {stride} at "
+                f"a time; use 1 plus a multiple of {stride}."
             )
 
     @property
@@ -141,7 +143,7 @@ class AutoencoderExperiment(Experiment):
         return "mean_square_error"
 
     def dataset(self, split: Split) -> Dataset:
-        """Returns the images or clips of a split at the training size."""
+        """Returns the images or clips in a split, at the training size."""
         shape: dict[str, Any] = {"image_size": self.autoencoding.image_hw, "channels": self.model.channels}
         if isinstance(self.data, ClipsConfig):
             return load_clips(self.data, frames=self.autoencoding.frames, split=split, **shape)
@@ -150,7 +152,7 @@ class AutoencoderExperiment(Experiment):
         return dataset
 
     def job(self, *, dataset: Dataset | None = None, held_out: Dataset | None = None, model: Any = None) -> Job:
-        """Returns the training job, with the data opened.
+        """Opens the data and returns the training job.
 
         dataset, held_out, model: see `fit`.
         """
@@ -213,10 +215,10 @@ class AutoencoderExperiment(Experiment):
 def autoencoding_objective(autoencoder: Any, config: AutoencodingConfig) -> Callable[..., tuple]:
     """Returns the objective (variables, batch, key) -> (loss, metrics, carried state) of an autoencoder.
 
-    batch: a `flowgen.data.Batch` of images or clips. Carried state: the collection "latents", the running mean and
-    variance of the latents per channel, updated at a rate of 0.02. Flows use them to normalise latents. They are
-    computed over the whole batch, on any number of devices and with gradient accumulation; each micro-batch scales the
-    noise by the statistics that it has updated.
+    batch: a `flowgen.data.Batch` of images or clips. Carried state: the collection "latents", with the running mean
+    and variance of each latent channel, updated at a rate of 0.02. Flows use them to normalise latents. They are
+    computed over the whole batch, on any number of devices and with gradient accumulation; each micro-batch scales its
+    noise by the statistics after its own update.
 
     Example:
         loss, metrics, state = autoencoding_objective(autoencoder, AutoencodingConfig())(variables, batch, key)
@@ -276,17 +278,14 @@ def _shown(values: Any) -> str:
 
 
 def _initial(model: Any, path: str, autoencoder: Any, key: jax.Array) -> Any:
-    """New variables with mean 0 and variance 1, or the variables of the autoencoder at `path`."""
+    """Returns new variables with latent mean 0 and variance 1, or the variables of the autoencoder at `path`."""
     channels = model.latent_channels
     if not path:
         return {**init(autoencoder, key), STATISTICS: {"mean": jnp.zeros(channels), "variance": jnp.ones(channels)}}
     codec = open_autoencoder(path)
     found = codec.autoencoder.config
     if found != dataclasses.replace(model, dtype=found.dtype, remat=found.remat):
-        raise ValueError(
-            f"autoencoding.decoder_of '{path}' has the shape {found}, which differs from the model's; set the "
-            "model to it."
-        )
+        raise ValueError(f"autoencoding.decoder_of '{path}' does not have the shape of model; set model to {found}.")
     scale = np.asarray(codec.normalisation.scale, np.float64)
     statistics = {"mean": codec.normalisation.shift, "variance": 1 / np.square(scale)}
     return {
@@ -306,7 +305,7 @@ def _reconstruct(autoencoder: Any, variables: Any, images: np.ndarray) -> np.nda
 
 
 def _distortion(autoencoder: Any, variables: Any, dataset: Dataset) -> dict[str, float]:
-    """The mean square error of decoded posterior means, and the PSNR in dB."""
+    """Returns the mean square error and the PSNR in dB of decoded posterior means."""
     total = 0.0
     for batch, mask in fixed_batches(dataset, min(256, len(dataset))):
         images = np.asarray(from_uint8(batch.pixels))

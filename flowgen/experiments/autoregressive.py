@@ -55,7 +55,7 @@ class FlowDrawOptions(DrawOptions):
     """Options for drawing images, in addition to the fields of `sampling`.
 
     classes: classes to draw in turn, by name or number: cat,dog or 0,1,2; -1 is unconditional (--classes=-1,3).
-    aspect: ratio of the sides, such as 16:9, at about the area of the model's images.
+    aspect: aspect ratio, such as 16:9; samples keep about the area of the model's images.
     certify: check the decoding with a forward pass.
     """
 
@@ -81,7 +81,7 @@ class FlowEvaluateOptions(EvaluateOptions):
         check_compared(self.samples)
 
     def noise_std(self, flow: Any) -> float:
-        """Returns the standard deviation of the noise added to images; 0 is uniform dequantisation."""
+        """Returns the standard deviation of the noise added to images; 0 means uniform dequantisation."""
         return 0.0 if self.noise == "uniform" else flow.config.noise_std
 
 
@@ -136,17 +136,19 @@ class AutoregressiveExperiment(Experiment):
         if bool(self.model.text_dim) != (self.text is not None):
             has = "missing" if self.text is None else "given"
             raise ValueError(
-                f"text is {has} and model.text_dim is {self.model.text_dim}; give both for texts, or neither."
+                f"text is {has}, but model.text_dim is {self.model.text_dim}; set both for a text model, or neither."
             )
         if not self.model.text_dim and self.sampling.prompts:
             raise ValueError(
                 f"sampling.prompts is {self.sampling.prompts}, but the model takes no texts; leave it out."
             )
         if self.is_latent and self.model.noise_std == 0:
-            raise ValueError("model.noise_std is 0, which dequantises images; latents need noise, such as 0.3.")
+            raise ValueError(
+                "model.noise_std is 0, which is only for pixels; a flow on latents needs noise, such as 0.3."
+            )
 
     def dataset(self, split: Split) -> Dataset | BucketedDataset:
-        """Returns the images or clips of a split, at the size that the codec encodes to the model's latents."""
+        """Returns the images or clips in a split, at the size that the codec turns into the model's latents."""
         return pixel_dataset(self.data, self.encoding, split)
 
     def flow_dataset(self, split: Split, *, labelled: bool = True) -> Dataset | BucketedDataset:
@@ -169,7 +171,7 @@ class AutoregressiveExperiment(Experiment):
     def opened(
         self, dataset: Dataset | None, held_out: Dataset | None
     ) -> tuple[Dataset | BucketedDataset, Dataset | BucketedDataset | None]:
-        """Returns the data to train and evaluate on: the given datasets or, if there are none, the experiment's."""
+        """Returns the data to train and evaluate on: the given datasets, or by default the experiment's."""
         if dataset is not None:
             assert not isinstance(self.data, LatentsConfig)  # `fit` replaces it
             codec, model = self.encoding.open_codec(), self.model
@@ -195,7 +197,7 @@ class AutoregressiveExperiment(Experiment):
         """Returns the training job on opened data, and releases the text encoder.
 
         objective: called as objective(flow, label_dropout=, loss_scale=, null_text=), like `nll_objective`. held_out:
-        opened held-out data, if there are any. For the other arguments, see `Job`.
+        opened held-out data, if any. For the other arguments, see `Job`.
         """
         tell_unused_classes(dataset, self.data, self.model.num_classes)
         made = Job(
@@ -223,10 +225,10 @@ class AutoregressiveExperiment(Experiment):
         draw_batch: Callable[..., tuple[np.ndarray, str]],
         show: Callable[[np.ndarray, int], np.ndarray],
     ) -> Callable[[Any], np.ndarray] | None:
-        """Returns the function that draws a run's sample images; None if samples are neither grey nor colour images.
+        """Returns the function that draws a run's sample images; None if samples cannot be shown in grey or colour.
 
-        Samples are drawn for the classes in turn, or for prompts. draw_batch: the experiment's method. show: (samples,
-        classes) -> one image of all samples.
+        It draws samples of each class in turn, or for the prompts. draw_batch: the experiment's method. show: makes one
+        image from (samples, classes).
         """
         without_codec = isinstance(self.data, LatentsConfig) and self.codec is None
         if without_codec or self.encoding.open_codec().pixel_channels not in DRAWABLE_CHANNELS:
@@ -238,7 +240,7 @@ class AutoregressiveExperiment(Experiment):
         sized = flow if prompts or not holds_latents(dataset) else flow.with_image_size(*bucket.event_shape[-3:-1])
         texts = null = None
         if self.model.text_dim:
-            # Prompts are encoded before the first step, so that an invalid one raises at once.
+            # Prompts are encoded before the first step, so that an invalid one raises an error at once.
             texts = (
                 self.encoding.condition(prompts)
                 if prompts
@@ -263,9 +265,9 @@ class AutoregressiveExperiment(Experiment):
         return flow.with_image_size(*self.encoding.latent_size(aspect)) if aspect else flow
 
     def guidance(self, flow: Any, null: TextCondition | None = None) -> Guidance:
-        """Returns the guidance of samples; for a text flow, it holds the text of the unconditional branch.
+        """Returns the guidance for samples; for a text flow, it includes the text of the unconditional branch.
 
-        null: this text; None stands for the empty text, which is encoded here if needed.
+        null: this text; by default the empty text, which is encoded here if needed.
         """
         guidance = self.sampling.to_guidance()
         if not (self.model.text_dim and guidance.scale):
@@ -286,7 +288,7 @@ class AutoregressiveExperiment(Experiment):
             known = np.full(num, -1) if labels is None else labels
             return lambda numbers: None if labels is None else labels[numbers], {"labels": known}
         if classes:
-            raise ValueError(f"--classes is {classes}, but this model takes texts; give --prompt.")
+            raise ValueError(f"--classes is {classes}, but this model takes texts; give --prompt instead.")
         prompts = self.sampling.prompts
         if not prompts:
             raise ValueError("this model takes texts; give --prompt.")
@@ -294,7 +296,7 @@ class AutoregressiveExperiment(Experiment):
         return partial(chosen_texts, texts), {"prompts": np.resize(np.array(prompts), num)}
 
     def conditions_of(self, data: Dataset, *, unconditional: bool = False) -> Conditions | None:
-        """Returns a function from positions in a dataset to conditions; None if samples are unconditional.
+        """Returns a function from positions in a dataset to conditions; None for unconditional samples.
 
         The conditions are labels or encoded captions.
         """
@@ -314,11 +316,13 @@ class AutoregressiveExperiment(Experiment):
         return labels if self.model.num_classes and not unconditional else None
 
     def likelihood_lines(self, flow: Any, variables: Any, dataset: Any, options: FlowEvaluateOptions) -> list[str]:
-        """Returns lines that report a flow's likelihood on a dataset in the form that the flow takes."""
+        """Returns lines that report a flow's likelihood on a dataset that `flow_dataset` returned."""
         key, conditional = jax.random.key(options.seed), not options.unconditional
         if self.is_latent:
             if options.noise == "uniform":
-                raise ValueError("--noise is uniform, which dequantises images; this flow is on latents: leave it out.")
+                raise ValueError(
+                    "--noise is uniform, which is only for pixels, but this flow models latents; leave it out."
+                )
             nats = flow_nats_per_dim(flow, variables, dataset, key, batch_size=options.batch, conditional=conditional)
             noise = f"Gaussian noise of std {flow.config.noise_std:g}"
             return [f"{len(dataset)} latents ({options.split}), {noise}", f"nats/dim {nats:.4f}"]

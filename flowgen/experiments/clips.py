@@ -33,7 +33,7 @@ GIVEN = 2**32 - 1  # Random stream for noise on given frames, separate from the 
 
 
 def latent_frames(codec: Codec, frames: int) -> int:
-    """Returns a clip's number of latent frames. Raises ValueError if the codec makes no clips of this length.
+    """Returns a clip's number of latent frames. Raises ValueError if the codec cannot make clips of this length.
 
     Example:
         latent_frames(codec, 81)  # 21 with the codec of the released model
@@ -42,31 +42,31 @@ def latent_frames(codec: Codec, frames: int) -> int:
     if rest or frames < 1:
         near = 1 + max(0, count) * codec.stride
         raise ValueError(
-            f"--frames is {frames}; the codec makes clips of 1 + a multiple of {codec.stride} frames: use {near} or "
+            f"--frames is {frames}, but the codec needs 1 plus a multiple of {codec.stride} frames; use {near} or "
             f"{near + codec.stride}."
         )
     return 1 + count
 
 
 def check_length(codec: Codec, most: int, frames: int | None, context: int | None) -> None:
-    """Raises ValueError if the codec makes no clips of this length, or if `context` is set for clips without restarts.
+    """Raises ValueError if the codec cannot make clips of this length, or if `context` is set but nothing restarts.
 
-    most: number of latent frames decoded at once.
+    most: largest number of latent frames that are decoded at once.
 
     Example:
         check_length(codec, 21, frames=81, context=None)
     """
     if (most if frames is None else latent_frames(codec, frames)) <= most and context is not None:
         raise ValueError(
-            f"--context is {context}, but clips of up to {1 + (most - 1) * codec.stride} frames are not continued; "
-            "give more --frames, or leave it out."
+            f"--context is {context}, but it is only for clips of more than {1 + (most - 1) * codec.stride} frames; "
+            "raise --frames, or leave it out."
         )
 
 
 def read_given(
     codec: Codec, flow: Any, path: str, *, frames: int | None = None, fps: float | None = None
 ) -> Float[np.ndarray, "given height width c"]:
-    """Returns the frames, in [-1, 1], that clips begin with, read from an image or video file.
+    """Reads the frames that clips begin with from an image or video file; returns them in [-1, 1].
 
     An image gives one frame; a video, read at `fps`, gives as many as the codec can encode. frames: length of the
     clips; a longer video is cut so that at least one frame is left to generate. None takes the whole video, which must
@@ -90,8 +90,8 @@ def read_given(
     total = 1 + (flow.config.frames - 1) * codec.stride if frames is None else frames
     if known >= total:
         raise ValueError(
-            f"--given {path} has {known} frame{'s' * (known > 1)}, which leaves none of --frames {total} to generate; "
-            f"ask for more with --frames {known + codec.stride}."
+            f"--given {path} has {known} frame{'s' * (known > 1)}, which leaves none to generate in clips of {total}; "
+            f"use --frames {known + codec.stride}."
         )
     with _naming_given():
         if is_video:
@@ -115,7 +115,7 @@ def _naming_given() -> Generator[None]:
     try:
         yield
     except Unreadable as error:
-        raise ValueError(f"--given cannot be read: {error.named}; give an image or a video.") from error
+        raise ValueError(f"--given cannot be read: {error.named}; give another image or video.") from error
 
 
 def with_noise(
@@ -135,9 +135,9 @@ def with_noise(
 
 
 def clips_alone(dataset: Dataset | BucketedDataset) -> Dataset:
-    """Returns only the whole clips of a dataset, without images and clips that lack their first frame.
+    """Returns only a dataset's whole clips: no images, and no clips that lack their first frame.
 
-    Raises ValueError if there are no whole clips, or they have several shapes.
+    Raises ValueError if there are no whole clips, or if they have several shapes.
 
     Example:
         clips = clips_alone(experiment.flow_dataset("train"))
@@ -145,7 +145,9 @@ def clips_alone(dataset: Dataset | BucketedDataset) -> Dataset:
     whole = [bucket for bucket in buckets_of(dataset) if kind_of(bucket) == "clip"]
     if len(whole) != 1:
         shapes = ", ".join(str(bucket.event_shape) for bucket in whole) or "none"
-        raise ValueError(f"data.path holds whole clips of several shapes ({shapes}); encode those of one shape.")
+        raise ValueError(
+            f"data.path must have whole clips of exactly one shape, but has {shapes}; encode clips of one shape."
+        )
     return whole[0]
 
 
@@ -167,7 +169,7 @@ def frame_distances(clips: Float[np.ndarray, "n frames height width c"]) -> tupl
 def denoised_psnr(
     codec: Codec, flow: Any, variables: Any, dataset: Dataset, key: jax.Array, *, most: int
 ) -> dict[str, float]:
-    """Returns the PSNR in dB of up to `most` clips: noisy, after a Tweedie step and, if there is a denoiser, after it.
+    """Returns the PSNR in dB of up to `most` clips: noisy, after a Tweedie step and, if there is a denoiser, denoised.
 
     Latents are decoded before the comparison.
 

@@ -48,11 +48,11 @@ class SpaceToDepth:
 class PretrainedAutoencoder:
     """A frozen autoencoder.
 
-    path: run directory of an autoencoder trained by flowgen, or folder of a published AutoencoderKL or, for video,
-    AutoencoderKLWan.
-    digest: digest of everything that its latents depend on; set when a flow is trained on them, to detect any other
-    autoencoder.
-    temporal_scale: factor on a clip's latents after the first frame; 0.6 as published, 1 for none.
+    path: run directory of an autoencoder trained with flowgen, or folder of a published AutoencoderKL (images) or
+    AutoencoderKLWan (video).
+    digest: digest of everything that affects its latents; training a flow sets it, to detect a different autoencoder
+    later.
+    temporal_scale: factor that multiplies a clip's latents after the first frame; 0.6 as published, 1 for no change.
     """
 
     path: str
@@ -64,7 +64,7 @@ CodecConfig = SpaceToDepth | PretrainedAutoencoder
 
 
 def open_codec(config: CodecConfig | None, channels: int) -> Codec:
-    """Returns the codec of a config, opened only once; the identity for None.
+    """Returns the codec of a config, which is opened only once; None gives the identity.
 
     channels: number of latent channels that the model takes.
 
@@ -80,26 +80,26 @@ def open_codec(config: CodecConfig | None, channels: int) -> Codec:
         factor = config.factor
         if channels % factor**2:
             raise ValueError(
-                f"model.channels is {channels}; blocks of {factor} x {factor} pixels make {factor**2} channels "
-                f"of grey images and {3 * factor**2} of colour images: change it or codec.factor."
+                f"model.channels is {channels}, but blocks of {factor} x {factor} pixels make {factor**2} channels "
+                f"from grey images and {3 * factor**2} from colour images; change it or codec.factor."
             )
         return PixelCodec(pixel_channels=channels // factor**2, factor=factor)
     codec = open_autoencoder(config.path, config.temporal_scale)
     if config.digest not in (None, codec_digest(codec)):
         raise ValueError(
-            f"the autoencoder at codec.path '{config.path}' is not the one that the flow was trained on; restore "
-            "that one, or give its path with --codec.path."
+            f"the autoencoder at codec.path '{config.path}' is not the one that the flow was trained with; restore "
+            "the original, or give its path with --codec.path."
         )
     if codec.channels != channels:
         raise ValueError(
-            f"model.channels is {channels}, but the autoencoder at codec.path '{config.path}' has latents of "
-            f"{codec.channels} channels; set model.channels to {codec.channels}."
+            f"model.channels is {channels}, but the autoencoder at codec.path '{config.path}' makes latents "
+            f"with {codec.channels} channels; set model.channels to {codec.channels}."
         )
     return codec
 
 
 def open_autoencoder(path: str, temporal_scale: float = 1.0) -> AutoencoderCodec | VideoAutoencoderCodec:
-    """Returns the autoencoder of a run directory or of a published folder, with the normalisation of its latents.
+    """Returns the autoencoder in a run directory or a published folder, with its latent normalisation.
 
     temporal_scale: for a video autoencoder, see `VideoAutoencoderCodec`.
 
@@ -110,7 +110,7 @@ def open_autoencoder(path: str, temporal_scale: float = 1.0) -> AutoencoderCodec
     """
     if not path:
         raise ValueError(
-            "codec.path is empty; give the autoencoder, a run directory or a published folder, with --codec.path."
+            "codec.path is empty; give the run directory or published folder of an autoencoder with --codec.path."
         )
     if not Path(path).is_dir():
         raise FileNotFoundError(
@@ -149,7 +149,7 @@ def _open_autoencoder(
 
 @weakly_cached
 def codec_digest(codec: Codec) -> str:
-    """Returns a digest of everything that a codec's latents depend on, which excludes the decoder.
+    """Returns a digest of everything that affects a codec's latents; the decoder does not.
 
     Example:
         same = codec_digest(codec) == read_index("data/latents").provenance.codec_digest
@@ -163,7 +163,7 @@ def codec_digest(codec: Codec) -> str:
         params = codec.variables["params"]
         for leaf in jax.tree.leaves((params["encoder"], params["quant_conv"])):
             digest.update(np.ascontiguousarray(np.asarray(leaf)).tobytes())
-        # As float32 mean and variance, as training keeps them.
+        # Hashed as float32 mean and variance, the form in which training saves them.
         variance = 1 / np.square(np.asarray(codec.normalisation.scale, np.float64))
         for value in (codec.normalisation.shift, variance):
             digest.update(np.full(codec.channels, value, np.float32).tobytes())

@@ -17,7 +17,7 @@ SAMPLES = 4
 
 
 def debug_run(experiment: E, **changes: Any) -> E:
-    """Returns the experiment with the given parts replaced, few steps, small batches and every kind of report.
+    """Returns the experiment with the given parts replaced, few steps, small batches and frequent reports.
 
     Example:
         small = debug_run(experiment, model=dataclasses.replace(experiment.model, width=16))
@@ -31,7 +31,7 @@ def debug_run(experiment: E, **changes: Any) -> E:
 
 
 def debug_images(data: DataConfig | LatentsConfig) -> DataConfig:
-    """Returns the config of the built-in digits, with the given `flip` and `eval_fraction`.
+    """Returns a config for the built-in digits, with the same `flip` and `eval_fraction` as `data`.
 
     Example:
         data = debug_images(experiment.data)
@@ -42,7 +42,7 @@ def debug_images(data: DataConfig | LatentsConfig) -> DataConfig:
 
 
 def debug_clips(data: ClipsConfig | LatentsConfig) -> ClipsConfig:
-    """Returns the config of a few bouncing digits, with the given `flip`, `drop_first` and `eval_fraction`.
+    """Returns a config for a few bouncing digits, with the same `flip`, `drop_first` and `eval_fraction` as `data`.
 
     Example:
         data = debug_clips(experiment.data)
@@ -54,7 +54,7 @@ def debug_clips(data: ClipsConfig | LatentsConfig) -> ClipsConfig:
 
 
 def debug_flow(experiment: AutoregressiveExperiment) -> dict[str, Any]:
-    """Returns the parts that make an experiment's flow tiny, but of the same kind: model, codec, text and sampling.
+    """Returns parts that make an experiment's flow tiny but keep its kind: model, codec, text and sampling.
 
     Example:
         small = debug_run(experiment, **debug_flow(experiment))
@@ -84,7 +84,7 @@ def debug_flow(experiment: AutoregressiveExperiment) -> dict[str, Any]:
 
 
 def _tiny(model: TARFlowConfig | STARFlowConfig) -> dict[str, Any]:
-    """Fields that make a flow's network tiny."""
+    """Returns fields that make a flow's network tiny."""
     blocks = min(model.num_blocks, 2)
     if isinstance(model, TARFlowConfig):
         return {"width": 32, "head_dim": 16, "num_blocks": blocks, "layers_per_block": 1}

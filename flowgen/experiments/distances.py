@@ -20,7 +20,7 @@ Images = Float[np.ndarray, "n height width c"]
 
 @dataclass(frozen=True)
 class FeatureExtractor:
-    """Named features of images in [-1, 1] for Fréchet distances, and their predicted classes if known."""
+    """Computes features of images in [-1, 1] for Fréchet distances, and predicts classes unless `classes` is None."""
 
     name: str
     features: Callable[[Images], Float[np.ndarray, "n f"]]
@@ -28,7 +28,7 @@ class FeatureExtractor:
 
 
 def train_features(dataset: Dataset) -> FeatureExtractor:
-    """Returns an extractor of a trained classifier's features or, if the dataset has no labels, of pixels.
+    """Trains a classifier and returns an extractor of its features; if the dataset has no labels, they are pixels.
 
     Example:
         extractor = train_features(experiment.dataset("train"))
@@ -48,10 +48,11 @@ def sample_metrics(
     seed: int = 0,
     conditions: Conditions | None = None,
 ) -> dict[str, float]:
-    """Returns the Fréchet distance of `num` samples from the data and, if known, the fraction that show their class.
+    """Returns the Fréchet distance between `num` samples and the data, and the fraction that show their class.
 
-    That fraction is known if there are conditions and the extractor predicts classes. conditions: positions in the data
-    -> labels or texts; positions are chosen so that samples have the data's class proportions. None is unconditional.
+    The fraction is left out without conditions, or if the extractor does not predict classes. conditions: a function
+    from positions in the data to labels or texts; the samples get the data's class proportions. None draws
+    unconditional samples.
 
     Example:
         metrics = sample_metrics(partial(experiment.draw_batch, network, variables), extractor, held_out, 1000)

@@ -28,7 +28,7 @@ AT_ONCE = 64  # images or clips per compiled call by default
 class DrawOptions:
     """Options for drawing samples, in addition to the fields of `sampling`.
 
-    seed: seed of the samples; sample i depends only on it and on i.
+    seed: random seed; sample i depends only on the seed and i.
     batch: number of samples per compiled call; None draws 64 images or clips at a time, or all points at once.
     """
 
@@ -42,7 +42,7 @@ class EvaluateOptions:
 
     split: split of the data to evaluate on; for data other than the run's, the default is "all".
     batch: number of samples per compiled call.
-    seed: seed of noise and samples.
+    seed: random seed for noise and samples.
     """
 
     split: Split = "eval"
@@ -51,13 +51,13 @@ class EvaluateOptions:
 
 
 def check_compared(samples: int) -> None:
-    """Raises ValueError if this number of samples cannot be compared with data.
+    """Raises ValueError if there are too few samples to compare with data.
 
     Example:
         check_compared(options.samples)
     """
     if samples == 1:
-        raise ValueError("samples is 1; a distance needs at least 2, or 0 for none.")
+        raise ValueError("samples is 1, but a distance needs at least 2; raise it, or leave it out.")
 
 
 def draw_in_batches(
@@ -71,8 +71,8 @@ def draw_in_batches(
 ) -> Float[np.ndarray, "num ..."]:
     """Returns samples 0..num-1; `say` receives a line about the speed of each batch.
 
-    draw_batch: called only with full batches, so that one program is compiled; surplus samples of the last batch are
-    dropped. conditions: sample numbers -> conditions. batch: batch size if the options set none.
+    draw_batch: called only with full batches, so that it is compiled only once; surplus samples in the last batch are
+    dropped. conditions: a function from sample numbers to conditions. batch: batch size if the options set none.
 
     Example:
         samples = draw_in_batches(draw_batch, lambda numbers: labels[numbers], 100, DrawOptions(), print)
@@ -81,7 +81,7 @@ def draw_in_batches(
     for first in range(0, num, size):
         count = min(size, num - first)
         began = time.perf_counter()
-        # If fewer numbers are left than a batch holds, they are repeated, and the surplus samples are dropped.
+        # If the last numbers do not fill a batch, they are repeated, and the surplus samples are dropped.
         numbers = np.resize(np.arange(first, first + count), size)
         samples, line = draw_batch(jax.random.key(options.seed), numbers, conditions(numbers))
         seconds = time.perf_counter() - began
@@ -101,7 +101,7 @@ def per_second(rate: float) -> str:
 
 
 def drawn_classes(model: Any, data: Any) -> int:
-    """Returns the number of classes that a run samples in turn: the named classes or, without names, all classes.
+    """Returns the number of classes that a run samples in turn: the named classes, or all if there are no names.
 
     Example:
         labels = cycled_labels(20, drawn_classes(experiment.model, experiment.data))

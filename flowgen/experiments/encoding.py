@@ -1,4 +1,4 @@
-"""The codec and the text encoder of a flow: they encode the flow's data, and the codec decodes its samples."""
+"""A flow's codec and text encoder, which encode its data; the codec also decodes its samples."""
 
 from __future__ import annotations
 
@@ -52,20 +52,20 @@ class Encoding:
         truncate: bool = False,
         still: bool = False,
     ) -> TextCondition:
-        """Returns prompts as conditions for the model, wrapped like captions in training.
+        """Returns prompts as a condition for the model, wrapped like the training captions.
 
-        grid: (height, width), whose ratio texts may state; by default the model's. truncate: cut prompts that are too
-        long, as captions are cut. still: whether the prompts describe images among clips, whose texts state no frame
-        rate.
+        grid: (height, width), by default the model's; texts may state its aspect ratio. truncate: cut prompts that are
+        too long, as captions are cut. still: whether the prompts describe single images for a video flow; their texts
+        state no frame rate.
         """
         encoder = self.open_text_encoder()
         wrapped = [self._wrapped(prompt, grid, still) for prompt in prompts]
         return TextCondition(*map(jnp.asarray, encoder(wrapped, truncate=truncate)))
 
     def empty_text(self, grid: tuple[int, int] | None = None, *, still: bool = False) -> TextCondition:
-        """Returns the wrapped empty text, encoded only once: the unconditional text for guidance and label dropout.
+        """Returns the encoded empty text, wrapped like a prompt: the unconditional text for guidance and label dropout.
 
-        grid, still: see `condition`.
+        It is encoded only once. grid, still: see `condition`.
         """
         return encoded_text(self.open_text_encoder(), self._wrapped("", grid, still))
 
@@ -77,7 +77,7 @@ class Encoding:
     def latent_size(self, aspect: str) -> tuple[int, int]:
         """Returns the latents' (height, width) for an aspect ratio, at about the model's area.
 
-        Raises ValueError if the aspect is not one of the nine.
+        Raises ValueError if the aspect ratio is not one of the nine that are supported.
         """
         factor = self.open_codec().factor
         side = round(math.sqrt(math.prod(self.model.image_hw)) * factor)
@@ -85,7 +85,7 @@ class Encoding:
         return height // factor, width // factor
 
     def with_digests(self, cached: Provenance | None = None) -> Encoding:
-        """Returns the encoding with the digests of its autoencoder and text encoder, as kept with a run.
+        """Returns the encoding with the digests of its autoencoder and text encoder, as saved with a run.
 
         cached: provenance of cached latents. If it names the same text encoder, its digest is reused without opening
         the encoder. A network without a path gets no digest.

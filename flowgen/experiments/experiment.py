@@ -1,7 +1,7 @@
 """An experiment as plain data: the model, its data, its training and the expected result.
 
-`Experiment` is the base class of all kinds. Each kind is a frozen dataclass in a separate module. A config file returns
-an experiment. Its JSON form round-trips exactly and is saved with every run.
+`Experiment` is the base class of all kinds. Each kind is a frozen dataclass in a separate module. A config file defines
+a function `config()` that returns an experiment. Every run saves its experiment as JSON, which restores it exactly.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from flowgen.experiments.drawing import DrawOptions, EvaluateOptions
 from flowgen.training import Job, LogConfig, OptimConfig, TrainConfig
 from flowgen.training.options import check_warmups
 
-# Fields that a resumed run may change: they do not affect the checkpoint's contents or the data it has seen. (Frozen
+# Fields that a resumed run may change: they do not affect the checkpoint's contents or the data seen so far. (Frozen
 # networks are compared by digest, not by path. Class names are compared separately.)
 RESUMABLE = ("name", "train.steps", "log.", "sampling.", "reference", "codec.path", "text.encoder", "data.classes")
 
@@ -30,7 +30,7 @@ class Samples(NamedTuple):
     """Samples drawn by an experiment.
 
     arrays: images `num height width c` or clips `num frames height width c` in [-1, 1], or points `num 2`.
-    conditions: the condition of each sample, as an array `num` named "labels" or "prompts"; empty for points.
+    conditions: the condition for each sample, as an array `num` named "labels" or "prompts"; empty for points.
     """
 
     arrays: np.ndarray
@@ -45,7 +45,7 @@ class Experiment(abc.ABC):
     model: the model to train.
     data: the data to train on.
     optim: the optimizer.
-    train: length of training, and batch size.
+    train: length of training and batch size.
     log: reports and checkpoints.
     reference: expected metrics by name, published or measured, as the config's docstring explains.
 
@@ -82,7 +82,7 @@ class Experiment(abc.ABC):
 
     @abc.abstractmethod
     def job(self, *, dataset: Dataset | None = None, held_out: Dataset | None = None, model: Any = None) -> Job:
-        """Returns the training job, and opens the data unless datasets are given.
+        """Opens the data, unless datasets are given, and returns the training job.
 
         dataset, held_out: used instead of `data` for training and evaluation. model: trained instead of `build()`.
         """
@@ -92,7 +92,7 @@ class Experiment(abc.ABC):
 
         options: an instance of `draw_options`. say: receives a line for each batch.
         """
-        raise ValueError(f"a {type(self).__name__} draws no samples.")
+        raise ValueError(f"{type(self).__name__} cannot draw samples.")
 
     @abc.abstractmethod
     def evaluate(self, model: Any, variables: Any, options: Any) -> list[str]:
@@ -100,13 +100,13 @@ class Experiment(abc.ABC):
 
     @abc.abstractmethod
     def debug(self) -> Experiment:
-        """Returns the experiment shrunk to train and sample in seconds on a CPU, on data that ship with flowgen.
+        """Returns a small version of the experiment that trains and samples in seconds on a CPU.
 
-        The kinds of model and training stay the same.
+        It uses data that ship with flowgen. The kinds of model and training stay the same.
         """
 
     def with_provenance(self) -> Experiment:
-        """Returns the experiment as kept with a run: with its class names and the digests of its frozen networks."""
+        """Returns the experiment as a run saves it: with its class names and the digests of its frozen networks."""
         return self
 
     def to_json(self) -> dict[str, Any]:
@@ -115,26 +115,26 @@ class Experiment(abc.ABC):
 
     @classmethod
     def from_json(cls, plain: Mapping[str, Any]) -> Experiment:
-        """Returns the experiment that `to_json` wrote; a ValueError names an unknown field or a wrong value."""
+        """Returns the experiment that `to_json` wrote; a ValueError names any unknown field or wrong value."""
         kind = plain.get(settings.TYPE)
         if kind != cls.__name__:
-            raise ValueError(f"type is {kind!r:.80}; this is a {cls.__name__}.")
+            raise ValueError(f"type is {kind!r:.80}; it must be {cls.__name__}.")
         return settings.from_plain(cls, {name: value for name, value in plain.items() if name != settings.TYPE})
 
     def check_resumable(self, saved: dict[str, Any]) -> None:
-        """Raises a ValueError that lists the differences from the run's `saved` experiment that prevent resuming."""
+        """Raises ValueError if differences from the run's `saved` experiment prevent resuming; lists them all."""
         if (kind := saved.get(settings.TYPE)) != type(self).__name__:
             raise ValueError(
-                f"the run was begun as a {kind!s:.80}, but this is a {type(self).__name__}; train in a new --workdir."
+                f"the run was started as a {kind!s:.80}, but this is a {type(self).__name__}; train in a new --workdir."
             )
         begun = self.from_json(saved)
         lines = settings.differences(begun.to_json(), self.from_json(self.to_json()).to_json())
-        # A run that began without the digest of a frozen network cannot identify it.
+        # A run that started without a frozen network's digest cannot tell whether the network has changed.
         changed = [line for line in lines if not line.startswith(RESUMABLE) and ".digest: None -> " not in line]
         changed += _renamed(begun.data, self.data)
         if changed:
             raise ValueError(
-                f"the run was begun with another config ({'; '.join(changed)}); undo the change, or train in a "
+                f"the run was started with another config ({'; '.join(changed)}); undo the change, or train in a "
                 "new --workdir."
             )
 
@@ -144,14 +144,14 @@ class Experiment(abc.ABC):
 
 
 def _renamed(old: Any, new: Any) -> list[str]:
-    """Describes class names that are missing from the data or unknown to the run; empty if either has no names."""
+    """Describes class names that the data lack or the run does not know; empty if either has no names."""
     before, now = getattr(old, "classes", ()), getattr(new, "classes", ())
     if not before or not now or before == now:
         return []
     missing = name_list([name for name in before if name not in now])
     unknown = name_list([name for name in now if name not in before])
     if missing and not unknown:
-        fix = "; to continue without it, set --data.classes to the names that the run began with"
+        fix = "; to continue anyway, set --data.classes to the names that the run started with"
         return [f"data.classes: {missing} missing{fix}"]
     parts = [f"{missing} missing"] * bool(missing) + [f"{unknown} not known to the run"] * bool(unknown)
     return [f"data.classes: {', '.join(parts) or f'{name_list(before)} in another order'}"]

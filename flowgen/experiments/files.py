@@ -1,4 +1,4 @@
-"""Experiments as files: Python files that define them, and the JSON that a run keeps."""
+"""Experiments as files: Python files that define them, and the JSON that a run saves."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ E = TypeVar("E", bound=Experiment)
 def load_config(path: str | Path) -> Experiment:
     """Returns the experiment that a Python file's `config()` returns.
 
-    path: path of the file, or the name of a shipped config, such as "tarflow_digits".
+    path: path to the file, or the name of a shipped config, such as "tarflow_digits".
 
     Raises FileNotFoundError if there is no such file, or ValueError if it does not define an experiment.
 
@@ -37,12 +37,12 @@ def load_config(path: str | Path) -> Experiment:
     experiment = make() if callable(make) else None
     if not isinstance(experiment, Experiment):
         kinds = ", ".join(kind.__name__ for kind in KINDS)
-        raise ValueError(f"config {path} must define config() that returns an experiment: {kinds}.")
+        raise ValueError(f"config {path} must define a function config() that returns one of {kinds}.")
     return experiment
 
 
 def config_path(path: str | Path) -> Path:
-    """Returns the path of a config, given its path or the name of a shipped config.
+    """Returns the path to a config, given its path or the name of a shipped config.
 
     Raises a FileNotFoundError that lists the known names if there is no such config.
 
@@ -56,11 +56,11 @@ def config_path(path: str | Path) -> Path:
         return known[str(path)]
     close = difflib.get_close_matches(Path(path).stem, known, n=1)
     meant = f"; did you mean {known[close[0]]}?" if close else "."
-    raise FileNotFoundError(f"config {path} does not exist{meant} flowgen comes with {', '.join(known)}.")
+    raise FileNotFoundError(f"config {path} does not exist{meant} The shipped configs are {', '.join(known)}.")
 
 
 def override(experiment: E, arguments: Sequence[str]) -> E:
-    """Returns the experiment with `--group.field value` arguments applied; a ValueError names what is invalid.
+    """Returns the experiment with `--group.field value` arguments applied; a ValueError names any that are invalid.
 
     Example:
         experiment = override(experiment, ["--optim.lr", "3e-4"])
@@ -69,7 +69,7 @@ def override(experiment: E, arguments: Sequence[str]) -> E:
 
 
 def from_json(plain: Mapping[str, Any]) -> Experiment:
-    """Returns the experiment that `Experiment.to_json` wrote; a ValueError names an unknown field or a wrong value.
+    """Returns the experiment that `Experiment.to_json` wrote; a ValueError names any unknown field or wrong value.
 
     Example:
         experiment = from_json(json.loads(text))
@@ -78,8 +78,8 @@ def from_json(plain: Mapping[str, Any]) -> Experiment:
     name = plain.get(settings.TYPE)
     if name is None:
         raise ValueError(
-            f"config.json has no type, such as {next(iter(kinds))}; if flowgen.training.train made the run, read its "
-            "weights with flowgen.runs.CheckpointReader."
+            f"config.json does not name its type, such as {next(iter(kinds))}; if flowgen.training.train wrote it, "
+            "read the weights with flowgen.runs.CheckpointReader."
         )
     if not isinstance(name, str) or name not in kinds:
         raise ValueError(f"type is {name!r:.80}; it must be one of {', '.join(kinds)}.")

@@ -1,4 +1,4 @@
-"""`fit`: train an experiment in a directory, optionally on your own data and model."""
+"""`fit` trains an experiment in a directory, optionally with your own data and model."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from flowgen.training import Result, Signals, is_primary, train
 
 
 def _of_own(experiment: Experiment, dataset: Any, held_out: Any) -> Experiment:
-    """The experiment to keep with a run on a user's dataset; checks the dataset."""
+    """Checks a user's dataset, and returns the experiment to save with a run on it."""
     for name, given in (("dataset", dataset), ("held_out", held_out)):
         if given is not None:
             check_protocol(name, given)
     data = experiment.data
     if isinstance(data, LatentsConfig):
-        # The dataset replaces cached latents by images or clips.
+        # The dataset's images or clips replace cached latents.
         data = next(field.default for field in dataclasses.fields(experiment) if field.name == "data")
     if not isinstance(data, DataConfig | ClipsConfig):
-        raise ValueError("dataset is given, but points are drawn from data.x0 and data.x1; give a DataConfig.")
+        raise ValueError("dataset is given, but data draws points from x0 and x1; set data to a DataConfig.")
     known, found = data.classes, tuple(dataset.class_names)
     if known and found and known != found and getattr(experiment.model, "num_classes", 0):
         raise ValueError(
-            f"dataset has the classes {name_list(found)}, but data.classes are {name_list(known)}; give the same in "
-            "the same order."
+            f"dataset has the classes {name_list(found)}, but data.classes are {name_list(known)}; give the "
+            "same classes in the same order."
         )
     unused = [name for name in ("drop_first", "images") if getattr(data, name, None)]
     if unused:
-        raise ValueError(f"data.{unused[0]} is set, but it does not apply to a dataset of your own; leave it out.")
+        raise ValueError(f"data.{unused[0]} does not apply to your own dataset; leave it out.")
     own = dataclasses.replace(data, name=OWN, path="", classes=data.classes or dataset.class_names)
     return dataclasses.replace(experiment, data=own).with_provenance()
 
@@ -54,18 +54,18 @@ def fit(
 
     dataset: used instead of `experiment.data`; see `flowgen.data.Dataset`. held_out: the data that a run on `dataset`
     is evaluated on; without it, such a run is not evaluated. model: trained instead of `experiment.build()`, with the
-    same methods; pass it to `flowgen.load` too. signals: a `Signals` already in use; by default, this process's signals
-    are watched.
+    same methods; pass it to `flowgen.load` too. signals: a `Signals` already in use; by default, a new one that
+    watches this process's signals.
 
-    Raises the errors of `train` and of the experiment's parts; options are checked before any computation.
+    Checks all options before any computation. Raises the same errors as `train` and the experiment's parts.
 
     Example:
         result = fit(flowgen.load_config("tarflow_digits"), "runs/digits")
     """
     if not isinstance(experiment, Experiment):
-        raise ValueError(f"experiment is {shown(experiment)}; give a flowgen.Experiment, followed by the workdir.")
+        raise ValueError(f"experiment is {shown(experiment)}; pass a flowgen.Experiment first, and then the workdir.")
     if dataset is None and held_out is not None:
-        raise ValueError("held_out is given without dataset; give both.")
+        raise ValueError("held_out is given without dataset; give both, or neither.")
     with Signals() if signals is None else nullcontext(signals) as signals:
         with signals.raising():
             experiment = experiment.with_provenance() if dataset is None else _of_own(experiment, dataset, held_out)

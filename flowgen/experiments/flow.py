@@ -55,22 +55,23 @@ class FlowExperiment(AutoregressiveExperiment):
     def __post_init__(self):
         if isinstance(self.data, DataConfig) and self.data.aspects and isinstance(self.model, TARFlowConfig):
             raise ValueError(
-                "data.aspects is set, but a TARFlow has one image size, to which its "
-                "parameters are tied; use a STARFlow."
+                "data.aspects is set, but the parameters of a TARFlow are tied to one image size; use a STARFlow."
             )
         for name in ("drop_first", "images_fraction"):
             if getattr(self.data, name, 0):
-                raise ValueError(f"data.{name} is set, but it is for clips, and this flow is of images; set it to 0.")
+                raise ValueError(
+                    f"data.{name} is set, but it applies only to clips, and model is an image flow; set it to 0."
+                )
         if self.likelihood.denoiser is not None:
             kind = type_name(self.model)
             raise ValueError(f"likelihood.denoiser is given, but a {kind} has no denoiser; leave it out.")
         if isinstance(self.model, STARFlowVConfig):
-            raise ValueError("model is a STARFlowV, a flow of clips; use a VideoFlowExperiment.")
+            raise ValueError("model is a STARFlowV, which models clips; use a VideoFlowExperiment.")
         self.check_parts()
         self.check_warmups()
 
     def job(self, *, dataset: Dataset | None = None, held_out: Dataset | None = None, model: Any = None) -> Job:
-        """Returns the training job, with the data opened and, if necessary, encoded.
+        """Opens the data, encodes them if necessary, and returns the training job.
 
         dataset, held_out, model: see `fit`.
         """
@@ -124,7 +125,7 @@ class FlowExperiment(AutoregressiveExperiment):
         return Samples(draw_in_batches(draw_batch, conditions, self.sampling.num, options, say), about)
 
     def evaluate(self, model: Any, variables: Any, options: FlowEvaluateOptions) -> list[str]:
-        """Returns lines that report the likelihood of the flow and of a Gaussian fit on a split, and sample metrics."""
+        """Returns lines that report sample metrics, and the likelihoods of the flow and a Gaussian fit on a split."""
         compared = self._compared(options.split) if options.samples else None
         dataset = self.flow_dataset(options.split, labelled=not options.unconditional)
         lines = self.likelihood_lines(model, variables, dataset, options)
@@ -140,7 +141,7 @@ class FlowExperiment(AutoregressiveExperiment):
         return debug_run(self, **debug_flow(self), data=debug_images(self.data))
 
     def _compared(self, split: Split) -> tuple[Dataset, Dataset]:
-        """The images to compare samples with, and the images to train the feature extractor on."""
+        """Returns the images to compare samples with, and the images to train the feature extractor on."""
         data = self.dataset(split)
         train = self.dataset("train" if split == "eval" else split)
         return of_one_shape(data, "--samples"), of_one_shape(train, "--samples")
@@ -155,7 +156,7 @@ class FlowExperiment(AutoregressiveExperiment):
         return sample_lines(metrics, extractor, num, f"guidance {self.sampling.guidance:g}")
 
     def _baseline_lines(self, flow: Any, dataset: Any, options: FlowEvaluateOptions) -> list[str]:
-        """The likelihood of a Gaussian under the same noise, if all images have the same size."""
+        """Returns lines that report a Gaussian's likelihood under the same noise, if all images have the same size."""
         split = "train" if options.split == "eval" else options.split
         fitted = self.flow_dataset(split, labelled=False)
         if isinstance(dataset, BucketedDataset) or isinstance(fitted, BucketedDataset):
@@ -167,7 +168,7 @@ class FlowExperiment(AutoregressiveExperiment):
         if self.is_latent:
             return lambda variables: {"nats_per_dim": flow_nats_per_dim(flow, variables, held_out, jax.random.key(0))}
 
-        @functools.cache  # The data do not change, and a run without evaluation need not read them all.
+        @functools.cache  # The data do not change, and a run that is never evaluated need not read them all.
         def baseline() -> dict[str, float]:
             if isinstance(held_out, BucketedDataset):
                 return {}

@@ -1,4 +1,4 @@
-"""The images or clips of an experiment: opening, batches and class names."""
+"""Opens an experiment's images or clips, and prepares their batches and class names."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ E = TypeVar("E", bound=Experiment)
 
 
 def image_dataset(data: DataConfig, model: Any, split: Split, *, labelled: bool = True) -> Dataset:
-    """Returns the images of a split at the model's size. Raises ValueError if they do not fit the model.
+    """Returns the images in a split, at the model's size. Raises ValueError if they do not fit the model.
 
     labelled: whether their labels are needed.
 
@@ -46,7 +46,7 @@ def image_dataset(data: DataConfig, model: Any, split: Split, *, labelled: bool 
 
 
 def with_class_names(experiment: E) -> E:
-    """Returns the experiment with the class names of its data, as kept with a run.
+    """Returns the experiment with the class names of its data, as saved with a run.
 
     Returns it unchanged if it already has names or its model does not use them.
 
@@ -73,28 +73,28 @@ def tell_unused_classes(
     if data.path and dataset.class_names and not num_classes:
         count = len(dataset.class_names)
         tell(
-            f"The data has {count} classes ({name_list(dataset.class_names)}), which are not used, since "
+            f"The data have {count} classes ({name_list(dataset.class_names)}), but they are not used, because "
             f"model.num_classes is 0; set it to {count} to train with them."
         )
 
 
 def tell_repeats(dataset: Dataset | BucketedDataset, train: TrainConfig) -> None:
-    """Warns if batches hold some images more than once.
+    """Warns if batches contain some samples more than once.
 
     Example:
         tell_repeats(dataset, experiment.train)
     """
     if len(dataset) < train.batch_size:
         tell(
-            f"train.batch_size is {train.batch_size}, but there are only {len(dataset)} samples to train on, so "
-            "each batch repeats some; lower it."
+            f"train.batch_size is {train.batch_size}, but there are only {len(dataset)} training samples, so each "
+            "batch repeats some; lower it."
         )
 
 
 def image_batches(
     dataset: Dataset | BucketedDataset, data: DataConfig | ClipsConfig | LatentsConfig, train: TrainConfig
 ) -> Callable[[int, int], Iterator[Batch]]:
-    """Returns a function (start, stop) -> this process's batches of steps start..stop-1, for `Job`.
+    """Returns a function for `Job` that takes (start, stop) and yields this process's batches for steps start..stop-1.
 
     Latents are not mirrored here, because their mirror images are encoded in advance.
 
@@ -114,7 +114,7 @@ def image_batches(
 
 
 def holds_latents(dataset: Dataset | BucketedDataset) -> bool:
-    """Returns whether a dataset holds latents instead of images.
+    """Returns whether a dataset contains latents instead of images.
 
     Example:
         holds_latents(LatentDataset((shard,)))  # True

@@ -27,7 +27,7 @@ _CLIPS = ("clip", "continued")
 
 
 def is_latent(data: FlowData, encoding: Encoding) -> bool:
-    """Returns whether an experiment's flow is trained on latents, or on images with texts, which are encoded too.
+    """Returns whether an experiment's flow trains on encoded data: latents, or images with texts.
 
     Example:
         metric = "nats_per_dim" if is_latent(data, encoding) else "bits_per_dim"
@@ -40,7 +40,7 @@ def flow_dataset(
 ) -> Dataset | BucketedDataset:
     """Returns the data that a flow is trained on: images or clips, or the outputs of its codec and text encoder.
 
-    Data that are not yet encoded are encoded once, into memory. labelled: whether a class model needs the labels.
+    Encodes data into memory if they are not encoded yet. labelled: whether a class model needs the labels.
 
     Raises ValueError if cached latents were made by another codec or text encoder, or do not fit the model.
 
@@ -62,7 +62,7 @@ def as_taken(
 ) -> Dataset | BucketedDataset:
     """Returns images or clips in the form that a flow takes: unchanged, or encoded into memory.
 
-    flip: also encode their mirror images.
+    flip: whether to encode their mirror images too.
 
     Example:
         dataset = as_taken(images, data, encoding, flip=False)
@@ -75,7 +75,7 @@ def as_taken(
 
 
 def pixel_dataset(data: FlowData, encoding: Encoding, split: Split) -> Dataset | BucketedDataset:
-    """Returns the images or clips of a split at the size that the codec encodes to the model's latents.
+    """Returns the images or clips in a split, at the size that the codec turns into the model's latents.
 
     Raises ValueError if the data are latents.
 
@@ -84,7 +84,7 @@ def pixel_dataset(data: FlowData, encoding: Encoding, split: Split) -> Dataset |
     """
     model, codec = encoding.model, encoding.open_codec()
     if isinstance(data, LatentsConfig):
-        raise ValueError("data are cached latents, without the images; give the data that they were encoded from.")
+        raise ValueError("data are cached latents, without their images; give the data that they were encoded from.")
     height, width = (length * codec.factor for length in model.image_hw)
     shape: dict[str, Any] = {"image_size": (height, width), "channels": codec.pixel_channels, "split": split}
     if isinstance(data, DataConfig):
@@ -102,13 +102,13 @@ def pixel_dataset(data: FlowData, encoding: Encoding, split: Split) -> Dataset |
 
 
 def _stills(clips: Dataset, data: DataConfig, **shape: Any) -> StillClips:
-    """Images as clips of one frame, with the clips' class numbers."""
+    """Returns images as clips of one frame, with the same class numbers as the clips."""
     images = load(dataclasses.replace(data, classes=data.classes or clips.class_names), **shape)
     return StillClips(of_one_shape(images, "a video flow"))
 
 
 def _as_often(buckets: Sequence[Dataset], data: ClipsConfig | LatentsConfig) -> Dataset | BucketedDataset:
-    """Whole clips, clips without their first frame, and images, each used as often as the config says."""
+    """Returns whole clips, clips without their first frame, and images, each used as often as the config says."""
     if not data.drop_first:
         buckets = [bucket for bucket in buckets if kind_of(bucket) != "continued"]
     kinds = [kind_of(bucket) for bucket in buckets]
@@ -121,8 +121,8 @@ def _as_often(buckets: Sequence[Dataset], data: ClipsConfig | LatentsConfig) -> 
         if fraction and kind not in kinds:
             missing = "clips without their first frame" if kind == "continued" else "images"
             raise ValueError(
-                f"data.{name} is {fraction}, but data.path '{data.path}' has no {missing}; encode again with them, or "
-                "set it to 0."
+                f"data.{name} is {fraction}, but data.path '{data.path}' has no {missing}; encode again and include "
+                "them, or set it to 0."
             )
         if fraction:
             beside = sum(share for share, of in zip(shares, kinds, strict=True) if of in others)
@@ -162,7 +162,7 @@ def _image_hw(dataset: Dataset) -> tuple[int, int]:
 
 
 def _without_first(moments: EncodeMoments) -> EncodeMoments:
-    """The moments of clips without their first latent frame."""
+    """Returns a function that leaves out the first latent frame's moments."""
 
     def rest(clips):
         mean, std = moments(clips)
@@ -172,7 +172,7 @@ def _without_first(moments: EncodeMoments) -> EncodeMoments:
 
 
 def null_features(encoding: Encoding, dataset: Dataset) -> TextCondition | None:
-    """Returns the empty text to keep with the latents of a dataset; None if the model takes no texts.
+    """Returns the encoded empty text to save with a dataset's latents; None if the model takes no texts.
 
     Example:
         null = null_features(encoding, pixel_dataset(data, encoding, "train"))
@@ -184,7 +184,7 @@ def null_features(encoding: Encoding, dataset: Dataset) -> TextCondition | None:
 
 
 def null_texts(dataset: Dataset | BucketedDataset) -> Callable[[tuple[int, ...]], TextCondition] | None:
-    """Returns a function from the shape ([frames,] height, width) of encoded latents to their empty text.
+    """Returns a function from a latent shape, ([frames,] height, width), to the encoded empty text for it.
 
     Returns None if the data have no texts.
 
@@ -225,12 +225,12 @@ def _check_memory(
         what = "images" if isinstance(data, DataConfig) else "clips"
         raise ValueError(
             f"the latents of {len(dataset)} {what} need {needed:,} bytes, more than data.in_memory_bytes; write them "
-            "to files first, with python -m flowgen encode, or raise that limit."
+            "to files first with python -m flowgen encode, or raise the limit."
         )
 
 
 def provenance(data: DataConfig | ClipsConfig, encoding: Encoding) -> Provenance:
-    """Returns the provenance to keep with an experiment's latents.
+    """Returns the provenance to save with an experiment's latents.
 
     Example:
         writer.finish(class_names=dataset.class_names, provenance=provenance(data, encoding))
@@ -245,7 +245,7 @@ def provenance(data: DataConfig | ClipsConfig, encoding: Encoding) -> Provenance
 
 
 def _words(codec: CodecConfig | None) -> str:
-    """A description of a codec; empty for None."""
+    """Returns a description of a codec; empty for None."""
     if isinstance(codec, PretrainedAutoencoder):
         return f"the autoencoder at '{codec.path}'"
     return "" if codec is None else f"blocks of {codec.factor} x {codec.factor} pixels"
@@ -267,10 +267,10 @@ def _text_provenance(encoding: Encoding) -> TextProvenance | None:
 
 
 def _cached(data: LatentsConfig, encoding: Encoding, split: Split) -> Dataset | BucketedDataset:
-    """A split of cached latents. Raises ValueError if they do not fit the flow, its codec or its text encoder."""
+    """Returns a split of cached latents. Raises ValueError if they do not fit the flow, its codec or text encoder."""
     model, path = encoding.model, data.path
     if not path:
-        raise ValueError("data.path is empty; give the directory of cached latents (python -m flowgen encode).")
+        raise ValueError("data.path is empty; give a directory of cached latents, made with python -m flowgen encode.")
     made = read_index(path).provenance
     _check_codec(made, path, encoding)
     _check_texts(made, path, encoding)
@@ -288,35 +288,35 @@ def _cached(data: LatentsConfig, encoding: Encoding, split: Split) -> Dataset | 
 
 def _check_codec(made: Provenance, path: str, encoding: Encoding) -> None:
     if encoding.codec is None and made.codec:
-        raise ValueError(f"codec is missing, but data.path '{path}' was encoded by {made.codec}; give it (--codec).")
+        raise ValueError(f"codec is missing, but data.path '{path}' was encoded by {made.codec}; give it with --codec.")
     if encoding.codec is not None and made.codec_digest != codec_digest(encoding.open_codec()):
         raise ValueError(
-            f"data.path '{path}' was encoded by {made.codec or 'no codec'}, but codec is another one, "
-            f"{_words(encoding.codec)}; give that one (--codec), or encode again."
+            f"data.path '{path}' was encoded by {made.codec or 'no codec'}, which differs from the current "
+            f"codec, {_words(encoding.codec)}; give the original with --codec, or encode again."
         )
 
 
 def _check_texts(made: Provenance, path: str, encoding: Encoding) -> None:
     model, by, text = encoding.model, made.text, _text_provenance(encoding)
     if model.text_dim and by is None:
-        raise ValueError(f"data.path '{path}' has no texts, but model.text_dim is {model.text_dim}; encode again.")
+        raise ValueError(f"data.path '{path}' has no texts, but model.text_dim is {model.text_dim}; encode with texts.")
     if text is None or by is None:
         return
     if by.digest != text.digest:
         raise ValueError(
-            f"data.path '{path}' has texts of another encoder, '{by.encoder}', not of text.encoder '{text.encoder}'; "
-            "set text.encoder to that one, or encode again."
+            f"data.path '{path}' has texts from another encoder, '{by.encoder}', not text.encoder '{text.encoder}'; "
+            "set text.encoder to the former, or encode again."
         )
     for field in dataclasses.fields(text):
         before, now = getattr(by, field.name), getattr(text, field.name)
         if field.name != "encoder" and before != now:
             raise ValueError(
                 f"data.path '{path}' has texts encoded with {_TEXT_FIELDS.get(field.name, f'text.{field.name}')} "
-                f"{before!r}, but this experiment has {now!r}; set it to {before!r}, or encode again."
+                f"{before!r}, but this experiment uses {now!r}; set it to {before!r}, or encode again."
             )
     if text.noise_level and made.noise_std != model.noise_std:
         raise ValueError(
-            f"model.noise_std is {model.noise_std}, but the texts at data.path '{path}' say {made.noise_std}; "
+            f"model.noise_std is {model.noise_std}, but the texts at data.path '{path}' state {made.noise_std}; "
             "encode again."
         )
 
@@ -331,7 +331,7 @@ def _check_shape(model: TARFlowConfig | STARFlowConfig, path: str, bucket: Laten
     sized |= (height, width) == model.image_hw
     if not (of_kind and frames == expected and channels == model.channels and sized):
         raise ValueError(
-            f"data.path '{path}' holds latents of shape {bucket.event_shape} ({bucket.kind}), but the model takes "
+            f"data.path '{path}' has latents of shape {bucket.event_shape} ({bucket.kind}), but the model takes "
             f"{model.event_shape}; "
-            f"set model.image_size{', model.frames' * (len(frames) > 0)} and model.channels."
+            f"set model.image_size{', model.frames' * (len(frames) > 0)} and model.channels to match."
         )

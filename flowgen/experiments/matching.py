@@ -119,21 +119,23 @@ class MatchingExperiment(Experiment):
     def _check_data(self) -> None:
         model, kind, points = self.model, type_name(self.model), isinstance(self.data, PointsConfig)
         if isinstance(model, ImageTokens):
-            raise ValueError(f"model is {model}, a flow; use a FlowExperiment.")
+            raise ValueError(f"model is {model}, which is a flow; use a FlowExperiment.")
         if len(model.event_shape) not in (1, 3):
-            raise ValueError(f"model has event_shape {model.event_shape}; give (2,), or (height, width, channels).")
+            raise ValueError(
+                f"model has event_shape {model.event_shape}; it must be (2,) or (height, width, channels)."
+            )
         if points != (len(model.event_shape) == 1):
-            wanted = "images, so give a DataConfig" if points else "points in the plane, so give a PointsConfig"
-            raise ValueError(f"data is {self.data}; a {kind} is trained on {wanted}.")
+            wanted = "images; give a DataConfig" if points else "points in the plane; give a PointsConfig"
+            raise ValueError(f"data is {self.data}, but this {kind} trains on {wanted}.")
         if points and (model.event_shape != (2,) or model.num_classes):
             raise ValueError(
-                f"model has event_shape {model.event_shape} and num_classes {model.num_classes}; these points have "
-                "(2,) and none."
+                f"model has event_shape {model.event_shape} and num_classes {model.num_classes}; for points, "
+                "they must be (2,) and 0."
             )
         if getattr(self.matching.coupling, "class_aware", False) and not model.num_classes:
             raise ValueError("matching.coupling.class_aware is true, but the model has no classes; set it to false.")
         if self.train.label_dropout >= 1:
-            raise ValueError("train.label_dropout is 1.0; some labels must be left to learn from, so set it below 1.")
+            raise ValueError("train.label_dropout is 1.0, which leaves no labels to learn from; set it below 1.")
 
     def _check_loss(self) -> None:
         loss, sampling = self.matching.loss, self.sampling
@@ -141,16 +143,16 @@ class MatchingExperiment(Experiment):
         if mean and not getattr(self.model, "intervals", False):
             kind = type_name(self.model)
             raise ValueError(
-                f"matching.loss is MeanFlow, and this {kind} has no intervals; set model.intervals to true."
+                f"matching.loss is MeanFlow, but this {kind} takes no intervals; set model.intervals to true."
             )
         if sampling.method == "mean_flow" and not mean:
             raise ValueError(
-                "sampling.method is 'mean_flow', which needs matching.loss MeanFlow; choose another method."
+                "sampling.method is 'mean_flow', which works only if matching.loss is MeanFlow; choose another method."
             )
         if sampling.guidance and sampling.method == "mean_flow":
             raise ValueError(
-                f"sampling.guidance is {sampling.guidance}, but mean_flow draws with the guidance that was learned; "
-                "set matching.loss.guidance_weight, and sampling.guidance to 0."
+                f"sampling.guidance is {sampling.guidance}, but mean_flow uses the guidance that was learned; set "
+                "matching.loss.guidance_weight instead, and sampling.guidance to 0."
             )
         self._check_guidance("sampling.guidance", sampling.guidance)
         if isinstance(loss, MeanFlow):
@@ -160,12 +162,12 @@ class MatchingExperiment(Experiment):
         """Raises ValueError if there are no classes to guide towards, or if no unconditional field is learned."""
         if weight and not self.model.num_classes:
             raise ValueError(
-                f"{name} is {weight}, but the model has no classes to guide to (num_classes 0); set it to 0."
+                f"{name} is {weight}, but the model has no classes to guide towards (num_classes is 0); set it to 0."
             )
         if weight and not self.train.label_dropout:
             raise ValueError(
-                f"{name} is {weight}, but with train.label_dropout 0 the unconditional field, which it needs, is not "
-                f"learned; set train.label_dropout to 0.1, or set {name} to 0."
+                f"{name} is {weight}, but it needs an unconditional field, which is not learned if train.label_dropout "
+                f"is 0; set train.label_dropout to 0.1, or {name} to 0."
             )
 
     @property
@@ -185,7 +187,7 @@ class MatchingExperiment(Experiment):
         network = self.model.build()
         if getattr(network, "config", None) != self.model:
             raise ValueError(
-                f"model is {self.model}, but the network that its build() returns does not store it; store it in the "
+                f"model is {self.model}, but its build() returns a network that does not store it; store it in the "
                 "network's field `config`."
             )
         return network
@@ -197,18 +199,18 @@ class MatchingExperiment(Experiment):
     def dataset(self, split: Split, *, labelled: bool = True) -> Dataset:
         """Returns the images of a split at the model's size. labelled: whether a class model needs the labels."""
         if isinstance(self.data, PointsConfig):
-            raise ValueError("data are points, which are drawn and not opened; use data.draw(key, num).")
+            raise ValueError("data are points, which have no dataset; draw them with data.draw(key, num).")
         return image_dataset(self.data, self.model, split, labelled=labelled)
 
     def job(self, *, dataset: Dataset | None = None, held_out: Dataset | None = None, model: Any = None) -> Job:
-        """Returns the training job, with the data opened and epsilon chosen if it is unset.
+        """Opens the data, chooses epsilon if it is unset, and returns the training job.
 
         dataset, held_out, model: see `fit`.
         """
         network = self.build() if model is None else model
         if isinstance(self.data, PointsConfig):
             if dataset is not None:
-                raise ValueError("dataset is given, but points are drawn from data.x0 and data.x1; give a DataConfig.")
+                raise ValueError("dataset is given, but data draws points from x0 and x1; set data to a DataConfig.")
             return self._points_job(network, self.data)
         if dataset is None:
             dataset = self.dataset("train")
@@ -271,7 +273,7 @@ class MatchingExperiment(Experiment):
     def _evaluator(
         self, matching: MatchingConfig, network: Any, dataset: Dataset, held_out: Dataset
     ) -> Callable[[Any], dict[str, float]]:
-        """The held-out loss and, if samples are requested, their Fréchet distance to held-out images."""
+        """Returns a function that computes the held-out loss and, if requested, the Fréchet distance of samples."""
         pairs = partial(_image_pairs, conditional=self.model.num_classes > 0)
         loss = jax.jit(matching_objective(network, matching.loss_fn(), pairs, train=False))
         extractor = functools.cache(lambda: train_features(dataset))
@@ -298,12 +300,12 @@ class MatchingExperiment(Experiment):
     ) -> tuple[np.ndarray, str]:
         """Returns samples `b *event` and a line about how they were drawn.
 
-        cond: labels, or None. Sample i depends only on (key, i); with dopri5, which adapts its steps to the batch, this
-        holds only up to its tolerance.
+        cond: labels, or None. Sample i depends only on (key, i); dopri5 adapts its steps to the batch, so with
+        it, this is true only up to the tolerance.
         """
         sampling = self.sampling
         if sampling.guidance and cond is None:
-            raise ValueError(f"guidance is {sampling.guidance}, but no classes are given to guide to; set it to 0.")
+            raise ValueError(f"guidance is {sampling.guidance}, but cond is None; give labels, or set it to 0.")
         x, evaluations = draw_by_solver(
             network,
             _weights(variables),
@@ -332,7 +334,7 @@ class MatchingExperiment(Experiment):
         return Samples(samples, {} if points else {"labels": np.full(num, -1) if labels is None else labels})
 
     def plot(self, network: Any, variables: Any, points: np.ndarray, key: jax.Array) -> np.ndarray:
-        """Returns a plot of the field's paths, solved with rk4, and of sampled points on top of data."""
+        """Returns a plot of the field's paths, solved with rk4, and sampled points on top of data."""
         assert isinstance(self.data, PointsConfig)
         x0, data = self.data.draw(key, max(DRAWN_PATHS, len(points)))
         velocity = velocity_field(network, _weights(variables), self.matching)

@@ -1,4 +1,4 @@
-"""Options of autoregressive flows: the groups `likelihood` and `sampling` of their experiments."""
+"""Options for autoregressive flows: the groups `likelihood` and `sampling` of their experiments."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from flowgen.settings import config
 from flowgen.settings.ranges import NonNegative, Positive, Samples, Tokens
 from flowgen.training import OptimConfig
 
-# σ of the published model, relative to which `noise_weight` scales the loss.
+# Noise std of the published model; `noise_weight` scales the loss relative to it.
 REFERENCE_NOISE = 0.3
 # Optimizer fields that only the main optimizer uses.
 _OF_ALL_PARAMETERS = ("ema_decay", "ema_warmup", "max_skips")
@@ -21,10 +21,10 @@ _OF_ALL_PARAMETERS = ("ema_decay", "ema_warmup", "max_skips")
 class LikelihoodConfig:
     """Training options of a flow beyond maximum likelihood.
 
-    norm_penalty: weight of the mean square of the tokens that enter each block; 1e-4 as published, 0 for none.
+    norm_penalty: weight of the penalty on the mean square of each block's input; 1e-4 as published, 0 for none.
     noise_weight: multiply the loss by σ / 0.3, as published for prompts that state the noise level.
-    denoiser: the optimizer of a video flow's denoiser, except ema_decay, ema_warmup and max_skips, which `optim` sets
-    for all parameters; None uses a separate optimizer with the values of `optim`.
+    denoiser: the optimizer for a video flow's denoiser, except ema_decay, ema_warmup and max_skips, which `optim` sets
+    for all parameters; None uses a separate optimizer with the same values as `optim`.
     """
 
     norm_penalty: NonNegative = 0.0
@@ -35,11 +35,11 @@ class LikelihoodConfig:
         for name in _OF_ALL_PARAMETERS if self.denoiser is not None else ():
             if (value := getattr(self.denoiser, name)) != getattr(OptimConfig, name):
                 raise ValueError(
-                    f"denoiser.{name} is {value}, but optim.{name} applies to all parameters; leave it out."
+                    f"denoiser.{name} is {value}, but optim.{name} sets it for all parameters; leave it out."
                 )
 
     def loss_scale(self, noise_std: float) -> float:
-        """Returns the factor on the loss of a flow whose noise has this std."""
+        """Returns the factor that scales the loss of a flow with this noise std."""
         return noise_std / REFERENCE_NOISE if self.noise_weight else 1.0
 
 
@@ -49,17 +49,17 @@ class SamplingConfig:
 
     num: number of samples to draw; at least 1.
     plan: how tokens are decoded; "auto" is sequential on CPUs, and on accelerators parallel if that is faster.
-    window: number of tokens that "jacobi" and "sliding" solve together, at least 1; None for all.
-    tol: largest change in a sweep at which "jacobi" and "sliding" stop; 0 is exact.
-    init: initial guess for their sweeps: the noise, zeros, or the previous frame.
+    window: number of tokens that "jacobi" and "sliding" solve at once, at least 1; None for all.
+    tol: "jacobi" and "sliding" stop after a sweep that changes no token by more than this; 0 is exact.
+    init: initial guess for the sweeps of "jacobi" and "sliding": the noise, zeros, or the previous frame.
     guidance: guidance weight w towards the class or text; 0 for none.
     rule: how conditional and unconditional branches are combined: TARFlow's linear or STARFlow's product rule.
     parts: which of shift and log_scale the linear rule changes.
     anneal: increase the weight from 0 at a block's first token to w at its last.
-    temperature: attention temperature of the unconditional branch; positive, 1 for none.
-    blocks: numbers of the guided blocks, counted from the data side; None for all.
+    temperature: attention temperature of the unconditional branch; positive, 1 for no change.
+    blocks: numbers of the blocks to guide, counted from the data side; None for all.
     denoise: strength of the step that removes the training noise; 0 for none.
-    prompts: prompts for a text model, drawn in turn.
+    prompts: prompts for a text model, used in turn.
     """
 
     num: Samples = 64

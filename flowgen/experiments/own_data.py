@@ -1,4 +1,4 @@
-"""Users' datasets: what they must provide, and checks of each batch that they return."""
+"""Users' datasets: what they must provide, and checks on each batch that they return."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from flowgen.data.loader import checked_batch
 
 @dataclass(frozen=True)
 class OwnDataset:
-    """A user's dataset whose batches are checked when they are read.
+    """A user's dataset that checks each batch as it is read.
 
-    name: the argument that it was passed as, for errors. event_shape: the shape of its images or clips. num_classes:
-    number of the model's classes, which limits the labels; 0 if the model takes none.
+    name: the name of the argument, for errors. event_shape: the shape of its images or clips. num_classes: the number
+    of classes that the model has; 0 if it takes no labels.
 
-    Indexing raises ValueError if a batch is not a `Batch` of bytes of this shape with the labels that the model takes.
+    Indexing raises ValueError unless the batch is a `Batch` of bytes in this shape, with labels that the model takes.
 
     Example:
         dataset = OwnDataset(mine, "dataset", (32, 32, 3), num_classes=10)
@@ -48,27 +48,29 @@ class OwnDataset:
         batch = checked_batch(self.dataset[indices])
         expected = (len(indices), *self.event_shape)
         if batch.pixels.shape != expected:
-            raise ValueError(f"{self.name} gave x of shape {batch.pixels.shape}; it must be {expected}.")
+            raise ValueError(f"{self.name} returned x of shape {batch.pixels.shape}; the shape must be {expected}.")
         return batch if self.num_classes == 0 else batch._replace(context=self._labels(batch, indices))
 
     def _labels(self, batch: Batch, indices: Int[np.ndarray, " b"]) -> Int[np.ndarray, " b"]:
         texts = isinstance(batch.context, TextCondition)
         labels = np.asarray(batch.labels)
         if batch.context is None or texts or labels.shape != indices.shape or labels.dtype.kind not in "iu":
-            raise ValueError(f"{self.name} gave the context {shown(batch.context)}; give an integer label for each.")
+            raise ValueError(
+                f"{self.name} returned the context {shown(batch.context)}; give one integer label per sample."
+            )
         labels = labels.astype(np.int64)
         wrong = (labels < UNCONDITIONAL) | (labels >= self.num_classes)
         if wrong.any():
             first = int(wrong.argmax())
             raise ValueError(
-                f"{self.name} has the label {labels[first]} at position {indices[first]}; labels are class numbers "
+                f"{self.name} has the label {labels[first]} at position {indices[first]}; labels must be "
                 f"from 0 to {self.num_classes - 1}, or {UNCONDITIONAL} for none."
             )
         return labels.astype(np.int32)
 
 
 def check_protocol(name: str, dataset: Any) -> None:
-    """Raises ValueError if an object is not a dataset, or is empty. name: the argument, for the error.
+    """Raises ValueError if an object is not a dataset, or is empty. name: the name of the argument, for the error.
 
     Example:
         check_protocol("dataset", mine)
@@ -76,8 +78,8 @@ def check_protocol(name: str, dataset: Any) -> None:
     if isinstance(dataset, type) or not isinstance(dataset, Dataset):
         what = f"the class {dataset.__name__}" if isinstance(dataset, type) else shown(dataset)
         raise ValueError(
-            f"{name} is {what}; give an object with len(), [positions], event_shape, class_names and captions: see "
-            "flowgen.data.Dataset."
+            f"{name} is {what}; give an object with len(), [positions], event_shape, class_names and captions, "
+            "as flowgen.data.Dataset describes."
         )
     if not len(dataset):
         raise ValueError(f"{name} is empty; give at least one image or clip.")
@@ -86,9 +88,9 @@ def check_protocol(name: str, dataset: Any) -> None:
 def own_data(
     dataset: Dataset, held_out: Dataset | None, event_shape: tuple[int, ...], num_classes: int
 ) -> tuple[OwnDataset, OwnDataset | None]:
-    """Returns a user's datasets, which check each batch. event_shape: shape of the model's images or clips.
+    """Returns a user's datasets, wrapped to check each batch. event_shape: shape of the model's images or clips.
 
-    Raises ValueError if they do not fit the model or each other; the first sample of each is read.
+    Reads the first sample of each. Raises ValueError if they do not fit the model or each other.
 
     Example:
         dataset, held_out = own_data(dataset, None, (32, 32, 3), num_classes=10)
@@ -99,14 +101,14 @@ def own_data(
             continue
         if tuple(given.event_shape) != event_shape:
             raise ValueError(
-                f"{name} has event_shape {tuple(given.event_shape)}; this model takes data of shape {event_shape}."
+                f"{name} has event_shape {tuple(given.event_shape)}; the model takes data of shape {event_shape}."
             )
         if num_classes and not given.class_names:
             raise ValueError(f"{name} has no class_names; give the names of its classes, in the order of their labels.")
         if tuple(given.class_names) != tuple(dataset.class_names):
             raise ValueError(
-                f"held_out has the classes {name_list(given.class_names)} and dataset has "
-                f"{name_list(dataset.class_names)}; give the same in the same order."
+                f"held_out has the classes {name_list(given.class_names)}, but dataset has "
+                f"{name_list(dataset.class_names)}; give both the same classes in the same order."
             )
         check_classes(given, num_classes)
         found.append(OwnDataset(given, name, event_shape, num_classes))

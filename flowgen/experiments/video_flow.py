@@ -1,4 +1,4 @@
-"""Video flows: a STARFlowV, trained jointly with its denoiser; samples are shown as strips of frames or as video."""
+"""Video flows: a STARFlowV and its denoiser, trained jointly; samples are saved as strips of frames or as video."""
 
 from __future__ import annotations
 
@@ -96,8 +96,8 @@ class VideoFlowExperiment(AutoregressiveExperiment):
         self._check_denoiser()
         if self.data.drop_first and self.model.frames < 3:
             raise ValueError(
-                f"data.drop_first is {self.data.drop_first}, and clips of model.frames {self.model.frames} without "
-                "their first frame are images; set it to 0, or model.frames to 3 or more."
+                f"data.drop_first is {self.data.drop_first}, but with model.frames {self.model.frames}, clips without "
+                "their first frame are single images; set it to 0, or model.frames to at least 3."
             )
         told = None if self.text is None else self.text.frames_per_second
         fps = self.data.fps if isinstance(self.data, ClipsConfig) and self.data.name in ("real", "folder") else 0
@@ -117,24 +117,25 @@ class VideoFlowExperiment(AutoregressiveExperiment):
             return
         if likelihood.norm_penalty:
             raise ValueError(
-                f"likelihood.norm_penalty is {likelihood.norm_penalty}, which would mix with the score that the "
-                "denoiser learns; set it to 0, or model.denoiser_layers."
+                f"likelihood.norm_penalty is {likelihood.norm_penalty}, which would distort the score that the "
+                "denoiser learns; set it to 0, or set model.denoiser_layers to 0."
             )
         if model.noise_std == 0:
             raise ValueError(
-                "model.noise_std is 0, so a denoiser has nothing to remove; set it, or model.denoiser_layers."
+                "model.noise_std is 0, so a denoiser has nothing to remove; set it above 0, or set "
+                "model.denoiser_layers to 0."
             )
         if self.sampling.denoise not in (0, 1):
             raise ValueError(
-                f"sampling.denoise is {self.sampling.denoise}; a learned denoiser takes the whole step: use 0 or 1."
+                f"sampling.denoise is {self.sampling.denoise}, but a learned denoiser takes full steps; use 0 or 1."
             )
 
     def dataset(self, split: Split) -> Dataset:
-        """Returns the clips of a split, at the size that the codec encodes to the model's latents."""
+        """Returns the clips in a split, at the size that the codec turns into the model's latents."""
         return clips_alone(super().dataset(split))
 
     def job(self, *, dataset: Dataset | None = None, held_out: Dataset | None = None, model: Any = None) -> Job:
-        """Returns the training job, with the data opened and, if necessary, encoded.
+        """Opens the data, encodes them if necessary, and returns the training job.
 
         dataset, held_out, model: see `fit`.
         """
@@ -168,10 +169,9 @@ class VideoFlowExperiment(AutoregressiveExperiment):
     ) -> tuple[np.ndarray, str]:
         """Returns clips `b frames height width c` and a line about their decoding; clip i depends only on (key, i).
 
-        cond: labels, a `TextCondition`, or None. guidance: None uses the guidance of `sampling`. clip: counted in
-        latent frames, the same for all clips. Its given frames `1 given height width c` are without noise and are
-        returned unchanged. Its `restart_cond` holds texts that the clips take in turn. The codec decodes latents to
-        clips.
+        cond: labels, a `TextCondition`, or None. guidance: None uses the guidance of `sampling`. clip: length and
+        given frames, in latent frames, for all clips. Its given frames `1 given height width c` have no noise and are
+        returned unchanged. The clips use the texts in its `restart_cond` in turn. The codec decodes latents to clips.
         """
         given, restarts = clip.given, clip.restart_cond
         noisy = None if given is None else with_noise(flow, given, key, numbers)
@@ -203,7 +203,7 @@ class VideoFlowExperiment(AutoregressiveExperiment):
     ) -> Samples:
         """Returns `sampling.num` clips. say: receives a line for each batch. progress: see `Clip`.
 
-        Raises ValueError if the codec makes no clips of this length, or if `given` does not fit.
+        Raises ValueError if the codec cannot make clips of this length, or if `given` does not fit.
         """
         flow = self.sized(model, options.aspect)
         clip = self._clip(flow, options)
@@ -215,7 +215,7 @@ class VideoFlowExperiment(AutoregressiveExperiment):
         return Samples(draw_in_batches(draw_batch, conditions, self.sampling.num, options, say), about)
 
     def _clip(self, flow: Any, options: ClipDrawOptions) -> Clip:
-        """The clip that the options request, counted in latent frames; given frames are without noise."""
+        """Returns the clip that the options request, in latent frames; its given frames have no noise."""
         codec, given = self.encoding.open_codec(), None
         check_length(codec, self.model.frames, options.frames, options.context)
         if options.given:
@@ -228,7 +228,7 @@ class VideoFlowExperiment(AutoregressiveExperiment):
         )
 
     def _restart_texts(self, flow: Any) -> TextCondition | None:
-        """The prompts for restarts, with the prefix from training; None if restarts use the clips' prompts."""
+        """Returns the prompts for restarts, with the prefix from training; None if restarts use the clips' prompts."""
         if not (self.model.text_dim and self.data.drop_first):
             return None
         return self.encoding.condition([CONTINUED + prompt for prompt in self.sampling.prompts], flow.config.image_hw)
@@ -237,7 +237,7 @@ class VideoFlowExperiment(AutoregressiveExperiment):
         """Returns the frame rate of videos: the requested rate or, by default, the rate of the training clips."""
         if asked is not None:
             return asked
-        # For cached latents, perhaps only the texts state it.
+        # With cached latents, perhaps only the texts state the rate.
         told = None if self.text is None else self.text.frames_per_second
         fps = float(told or self.data.fps)
         return fps if LEAST_FPS <= fps <= MOST_FPS else DEFAULT_FPS
@@ -282,7 +282,7 @@ class VideoFlowExperiment(AutoregressiveExperiment):
         return debug_run(self, **changes, likelihood=likelihood, data=debug_clips(self.data))
 
     def _denoiser(self, flow: Any, variables: Any) -> float | Denoiser:
-        """How samples are denoised: by the learned denoiser if the flow has one, else by the Tweedie step."""
+        """Returns how to denoise samples: with the learned denoiser if the flow has one, else with a Tweedie step."""
         strength = self.sampling.denoise
         if not flow.config.denoiser_layers or strength == 0:
             return strength

@@ -1,9 +1,9 @@
 """Configs as validated frozen dataclasses, and their JSON, command line and help.
 
 A config is a class decorated with `config`. Its annotations declare the allowed values (`flowgen.settings.ranges` has
-ranges), its docstring has a line for each field, and `__post_init__` checks relations between fields. Errors name the
-field alone; the holder of the config adds the group. A field may take your own objects, whose names in text are
-"package.module:object" (`flowgen.settings.named`). This package depends on no other part of flowgen.
+ranges), its docstring has a line for each field, and `__post_init__` checks relations between fields. Errors name only
+the field; the enclosing config adds the group. A field may take your own objects, whose names in text are
+"package.module:object" (`flowgen.settings.named`). This package imports no other part of flowgen.
 """
 
 from flowgen.settings.annotations import type_name

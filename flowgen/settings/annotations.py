@@ -47,7 +47,7 @@ def configs_of(annotation: Any) -> dict[str, type]:
 
 
 def choices(annotation: Any) -> dict[str, type]:
-    """Returns the config types that a field may have, by name; empty if it may have only one and none of your own."""
+    """Returns the config types that a field may have, by name; empty if there is no choice."""
     found = configs_of(annotation)
     return found if len(found) + takes_own(annotation) > 1 else {}
 

@@ -33,12 +33,12 @@ def override(config: T, arguments: Sequence[str]) -> T:
     """Returns `config` with fields replaced by `--group.field value` or `--group.field=value` arguments.
 
     Values are numbers, true or false, none, (8, 12) or [8, 12], and plain text. A group with several types takes the
-    name of a type, which has its defaults; the group's fields are set afterwards. If a group is None, setting one
-    of its fields first creates it with its defaults. Your own objects are named "package.module:object", and the module
-    is imported. A frozen dataclass is a group of its fields.
+    name of a type and starts from that type's defaults; its fields are set afterwards. If a group is None, setting
+    one of its fields first creates the group with its defaults. Your own objects are named "package.module:object"; the
+    module is imported. The fields of a frozen dataclass are set like those in a group.
 
     Raises:
-        ValueError: a field is unknown (suggests the closest one) or is a group, or a value is missing or does not fit.
+        ValueError: a field is unknown (suggests the closest one) or is a group; or a value is missing or does not fit.
 
     Example:
         experiment = override(experiment, ["--optim.lr", "3e-4", "--model.image_size=(32, 48)"])
@@ -54,7 +54,7 @@ def override(config: T, arguments: Sequence[str]) -> T:
 
 
 def words_of(text: str, path: str) -> list[str]:
-    """Returns comma-separated texts; one that contains a comma is double-quoted. path: the option's name, for errors.
+    """Splits comma-separated texts; a text with a comma must be double-quoted. path: the option's name, for errors.
 
     Example:
         words_of('cat,"dog, small"', "--classes")  # ["cat", "dog, small"]
@@ -70,7 +70,7 @@ def _pairs(arguments: Sequence[str]) -> dict[str, str]:
     while words:
         word = words.pop(0)
         if not word.startswith("--") or word == "--":
-            raise ValueError(f"'{word}' is not understood; overrides look like --optim.lr 3e-4.")
+            raise ValueError(f"'{word}' is not an override; write overrides like --optim.lr 3e-4.")
         path, equals, text = word[2:].partition("=")
         if not equals:
             if not words or words[0].startswith("--"):
@@ -110,7 +110,7 @@ def _opened(annotation: Any, value: Any) -> dict[str, Any]:
 
 
 def _group_type(annotation: Any, value: Any) -> type | None:
-    """Returns the type of the config that a field holds, or would hold if one of the config's fields were set."""
+    """Returns the type of a field's config, or the type that it would get if one of its fields were set."""
     kinds = configs_of(annotation)
     if isinstance(value, Mapping) and TYPE in value:
         return value[TYPE] if isinstance(value[TYPE], type) else kinds[value[TYPE]]
@@ -146,13 +146,13 @@ def _literal(text: str) -> Any:
 
 
 def _no_value(path: str, group: type | None, types: list[str], text: str) -> str:
-    """Returns the error for a group that cannot be set to a text."""
+    """Returns the error for text that a group cannot be set to."""
     inside = [name for name in types if text and text.lower() in name.lower()]
     close = (inside or difflib.get_close_matches(text, types, n=1, cutoff=0.6))[:1]
     what = f"a group, and {text!r} is not one of its types" if types else "a group"
     what += f" (did you mean {close[0]}?)" if close else ""
     fields = ", ".join(f"--{path}.{field}" for field in hints_of(group)) if group else ""
-    ways = [f"name its type, {', '.join(types)}"] * bool(types) + [f"set one of {fields}"] * bool(fields)
+    ways = [f"give one of its types, {', '.join(types)}"] * bool(types) + [f"set one of {fields}"] * bool(fields)
     return f"--{path} is {what}; {', or '.join(ways)}."
 
 

@@ -24,8 +24,8 @@ from flowgen.settings.named import name_of
 class Setting(NamedTuple):
     """A field: its dotted name, its value, its docstring entry, and its allowed values.
 
-    If a group has several possible types, its value is the name of its type, and its fields follow. The value of your
-    own object is its name, if it has one.
+    For a group with several possible types, the value is the name of its type, and the group's fields follow. For your
+    own object, the value is its name, if it has one.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Setting(NamedTuple):
 
 
 def settings(config: Any, path: str = "") -> list[Setting]:
-    """Returns all fields with their help, except those of groups that are None.
+    """Returns all fields with their help; skips the fields of groups that are None.
 
     Example:
         print("\\n".join(f"--{field.name} {field.value}  # {field.about}" for field in settings(experiment)))
@@ -63,7 +63,7 @@ def _allowed(annotation: Any) -> str:
 
 
 def leaf_names(config: Any) -> list[str]:
-    """Returns the dotted names of all fields that hold a value rather than a group; an absent group has no fields.
+    """Returns the dotted names of all fields that are not groups; a group that is None has no fields.
 
     Example:
         print("\\n".join(leaf_names(experiment)))

@@ -1,4 +1,4 @@
-"""Finds your own objects by name, "package.module:object", in commands and in the JSON that a run keeps.
+"""Finds your own objects by name, "package.module:object", in commands and in the JSON that a run saves.
 
 Only commands import the modules that they name. A name in a file must belong to a module that is already imported, so
 reading a file runs no code. Errors are clauses that follow the name of a field.
@@ -24,7 +24,7 @@ def is_name(value: Any) -> bool:
 
 
 def import_module(module: str) -> None:
-    """Imports a module, whose name must be trusted; raises ValueError if it is not found or fails.
+    """Imports a module, whose name must be trusted. Raises ValueError if the import fails.
 
     Example:
         import_module("my_couplings")
@@ -36,7 +36,7 @@ def import_module(module: str) -> None:
     except Exception as error:  # A user's module can raise anything.
         if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
             raise ValueError(
-                f"needs the module {error.name}, which is not found; add its folder to PYTHONPATH."
+                f"needs the module {error.name}, which was not found; add its folder to PYTHONPATH."
             ) from error
         reason = " ".join(str(error).split())
         raise ValueError(
@@ -47,7 +47,7 @@ def import_module(module: str) -> None:
 def resolve(name: str) -> Any:
     """Returns the object that "package.module:object" names, without importing the module.
 
-    Raises ValueError if the name is not of this form, the module is not imported, or has no such object.
+    Raises ValueError if the name has another form, or if the module is not imported or has no such object.
 
     Example:
         coupling = resolve("my_couplings:SlicedOT")
@@ -55,16 +55,16 @@ def resolve(name: str) -> Any:
     module, attributes = split_name(name)
     if module not in sys.modules:
         raise ValueError(
-            f"is {shown(name)}, and {module} is not imported; import it first, in a command by --import {module}."
+            f"is {shown(name)}, but {module} is not imported; import it first, or add --import {module} to the command."
         )
     if _is_python(module):
-        raise ValueError(f"is {shown(name)}, of Python itself; name an object of your own.")
+        raise ValueError(f"is {shown(name)}, which belongs to Python itself; name an object that you define.")
     found: Any = sys.modules[module]
     for part in attributes:
         # Looked up without running code: a module or class may compute missing attributes.
         following = vars(found).get(part, _NOTHING) if hasattr(found, "__dict__") else _NOTHING
         if following is _NOTHING:
-            raise ValueError(f"is {shown(name)}, and {part} is not there{meant(part, vars(found))}")
+            raise ValueError(f"is {shown(name)}, but {part} does not exist{meant(part, vars(found))}")
         found = following
     return found
 

@@ -42,7 +42,7 @@ MAX_WHOLE_FLOAT = 10**300
 class FieldError(ValueError):
     """The errors in a config, as sentences that each begin with a field's name.
 
-    A config names its own fields; its holder adds the group name, by `within` or `in_group`.
+    A config names its own fields; the config that contains it adds the group, with `within` or `in_group`.
 
     Example:
         raise FieldError("min_lr is 0.1, above lr 0.01; lower it.")
@@ -52,7 +52,7 @@ class FieldError(ValueError):
         return ", and ".join([*(problem.removesuffix(".") for problem in self.args[:-1]), *self.args[-1:]])
 
     def within(self, group: str) -> FieldError:
-        """Returns the error of the config that holds this one as its field `group`."""
+        """Returns the error for a config that contains this one as its field `group`."""
         return FieldError(*(f"{group}.{problem}" for problem in self.args))
 
 
@@ -82,10 +82,10 @@ def config(*, kw_only: bool) -> Callable[[type[T]], type[T]]: ...
 def config(cls: type[T] | None = None, *, kw_only: bool = False) -> type[T] | Callable[[type[T]], type[T]]:
     """Returns the class as a frozen dataclass whose constructor checks its fields and converts them to their types.
 
-    Its own `__post_init__` runs afterwards; if fields contradict each other, it raises ValueError with a sentence that
-    begins with the name of one of them.
+    The class's `__post_init__` runs afterwards. If fields contradict each other, it raises ValueError with a sentence
+    that begins with the name of one of them.
 
-    Raises FieldError if fields have the wrong type or are out of range; names them all.
+    The constructor raises a FieldError that names all fields with a wrong type or out of range.
 
     Example:
         @config
@@ -118,7 +118,7 @@ def _config(cls: type[T], *, kw_only: bool) -> type[T]:
 def to_plain(value: Any, annotation: Any = None) -> Any:
     """Returns configs and mappings as dicts, and tuples as lists, ready for JSON.
 
-    annotation: annotation of the field that holds the value; if it allows several configs, the dict names the type.
+    annotation: the field's annotation; if it allows several configs, the dict names the type.
 
     Raises FieldError if your own object, or its class, is not at the top level of a module.
 
@@ -136,7 +136,7 @@ def to_plain(value: Any, annotation: Any = None) -> Any:
         return [to_plain(item) for item in value]
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    raise _Refusal(f"is {shown(value)}, which JSON cannot hold; give a number, text or a tuple of them.")
+    raise _Refusal(f"is {shown(value)}, which JSON cannot store; give a number, a text or a tuple of them.")
 
 
 def _fields_to_plain(value: Any) -> dict[str, Any]:
@@ -158,8 +158,8 @@ def _own_to_plain(value: Any) -> Any:
     if is_dataclass(value) and (name := name_of(type(value))) is not None:
         return {TYPE: name} | _fields_to_plain(value)
     raise _Refusal(
-        f"is {shown(value)}, whose name cannot be kept in config.json; define it, or its dataclass(frozen=True), at "
-        "the top level of a module that the program imports."
+        f"is {shown(value)}, which config.json cannot refer to by name; define it, or its dataclass(frozen=True), "
+        "at the top level of a module that the program imports."
     )
 
 
@@ -207,11 +207,11 @@ def _fitting(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check(annotation: Any, value: Any, *, path: str) -> Any:
-    """Returns `value` converted to its annotation: a whole number to int or float, a list to a tuple, but never a bool
+    """Returns `value` converted to its annotation: whole numbers to int or float and lists to tuples, but never a bool
     to an int.
 
     Raises:
-        FieldError: the value does not fit, or a float is not finite; names path, value and what is expected.
+        FieldError: the value does not fit, or a float is not finite; names the path, the value and what is expected.
 
     Example:
         size = check(int | tuple[int, int], [32, 48], path="image_size")  # (32, 48)
@@ -317,7 +317,7 @@ def _convert_entry(annotation: Any, value: Any) -> Any:
     try:
         return _convert(annotation, value)
     except _Refusal as refusal:
-        raise _Refusal(f"has {str(refusal).removeprefix('is ')}") from None
+        raise _Refusal(f"has the entry {str(refusal).removeprefix('is ')}") from None
 
 
 def _convert_number(annotation: type, value: Any) -> int | float:
@@ -350,10 +350,10 @@ def _found(value: Any) -> Any:
         raise _Refusal(str(error)) from error
     if not isinstance(found, type):
         if isinstance(value, Mapping):
-            raise _Refusal(f"has the type {shown(named)}, which is not a class; give its name alone.")
+            raise _Refusal(f"has the type {shown(named)}, which is not a class; give only its name, without fields.")
         return _require(not is_name(found) and not isinstance(found, Mapping), found)
     if not (is_dataclass(found) and found.__dataclass_params__.frozen):
-        raise _Refusal(f"is the class {found.__module__}:{found.__qualname__}; make it a dataclass(frozen=True).")
+        raise _Refusal(f"is the class {found.__module__}:{found.__qualname__}; it must be a dataclass(frozen=True).")
     fields = value if isinstance(value, Mapping) else {}
     return from_plain(found, {field: item for field, item in fields.items() if field != TYPE})
 
@@ -363,7 +363,7 @@ def _convert_own(kind: Any, value: Any) -> Any:
     try:
         hash(value)
     except TypeError:
-        raise _Refusal(f"is {shown(value)}, which can change; make its class a dataclass(frozen=True).") from None
+        raise _Refusal(f"is {shown(value)}, which is mutable; make its class a dataclass(frozen=True).") from None
     return value
 
 

@@ -1,7 +1,7 @@
 """Allowed values of a field, declared in its type: ranges of numbers, counts of entries, names.
 
-A range covers every plausible value, far beyond any trained model, so that a wrong number is refused before a model of
-that size is built.
+A range covers every plausible value, far beyond any trained model, so that a wrong number is rejected before a model
+of that size is built.
 """
 
 from __future__ import annotations
@@ -67,12 +67,12 @@ class Entries:
     def problem(self, value: Any) -> str:
         if self.least <= len(value) <= self.most:
             return ""
-        return f"has {len(value)} entries; give {f'{self.least} to' if self.least else 'at most'} {self.most}."
+        return f"has {len(value)} entries; it must have {f'{self.least} to' if self.least else 'at most'} {self.most}."
 
 
 @dataclass(frozen=True)
 class OneOf:
-    """One of the names in a table that a Literal would have to repeat.
+    """One of the names in a table, which a Literal would have to repeat.
 
     Example:
         attention: Annotated[str, OneOf(CAUSAL_KERNEL_NAMES)] = "softmax"
@@ -88,7 +88,7 @@ class OneOf:
 class Own:
     """Your own objects: values in Python, "package.module:object" in commands and JSON.
 
-    about: what an object must be, as a noun for errors.
+    about: what an object must be, as a noun phrase for errors.
 
     Example:
         coupling: Independent | MinibatchOT | Annotated[Coupling, Own("a function (key, x0, x1, cond) -> Coupled")]
