@@ -147,11 +147,11 @@ def test_blocks_of_pixels_are_a_codec():
 
 def test_images_and_latents_that_do_not_fit_are_refused(autoencoder):
     codec = make_codec(autoencoder)
-    with pytest.raises(ValueError, match=r"images have shape \(2, 8, 8, 1\); this codec takes .*, 3\)"):
+    with pytest.raises(ValueError, match=r"images have shape \(2, 8, 8, 1\); this codec needs .*, 3\)"):
         codec.moments(np.zeros((2, 8, 8, 1)))
-    with pytest.raises(ValueError, match="images are 10 x 8; this codec takes sides that are multiples of 4"):
+    with pytest.raises(ValueError, match="images are 10 x 8; this codec needs sides that are multiples of 4"):
         codec.moments(np.zeros((2, 10, 8, 3)))
-    with pytest.raises(ValueError, match=r"latents have shape \(2, 8, 8, 16\); this codec takes .*, 4\)"):
+    with pytest.raises(ValueError, match=r"latents have shape \(2, 8, 8, 16\); this codec needs .*, 4\)"):
         codec.decode(np.zeros((2, 8, 8, 16)))
 
 

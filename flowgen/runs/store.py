@@ -125,8 +125,8 @@ class CheckpointStore(CheckpointReader):
         except (OSError, ValueError, RuntimeError) as error:  # tensorstore raises the latter two for disk errors.
             self._failed = True
             self._error = OSError(
-                f"Checkpoint {step} could not be saved in '{self.directory}' ({_reason(error)}). Earlier checkpoints "
-                "are unchanged; run the same command again to resume from the latest one."
+                f"Checkpoint {step} could not be saved in '{self.directory}' ({_reason(error)}); earlier checkpoints "
+                "are unchanged, so the same command resumes from the latest one."
             )
             self._error.__cause__ = error
 

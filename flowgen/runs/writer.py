@@ -282,6 +282,6 @@ def _named(workdir: Path) -> Generator[None]:
         if error.strerror is None:
             raise
         raise type(error)(
-            f"workdir {workdir} cannot be written to ({error.strerror}); free some space, or give another directory. "
-            "Complete checkpoints are unchanged."
+            f"workdir {workdir} cannot be written to ({error.strerror}); free some space, or give another directory "
+            "(complete checkpoints are unchanged)."
         ) from error
