@@ -170,7 +170,7 @@ MISTAKES = {
     f"{TRAIN} --data.name folder --data.path photos/corrupt --model.num_classes 1": r"1 image .*/b\.png' \(not",
     f"{TRAIN} --data.name npz --data.path photos/float.npz": r"'images' .* is float64; save uint8 levels",
     # Run directories to write.
-    "train --debug --config tiny.py --workdir mine": r"workdir mine holds files, but no flowgen run; give a new",
+    "train --debug --config tiny.py --workdir mine": r"workdir mine contains files but no flowgen run; give a new",
     f"train --debug --config {DIGITS} --workdir run --model.width 64 --optim.lr 0.1": (
         r"the run was begun with another config \(model\.width: 32 -> 64; optim\.lr: \S+ -> 0\.1\); undo the change"
     ),
@@ -211,8 +211,8 @@ MISTAKES = {
     "sample --checkpoint run --out a.png --single a.png": r"--single and --out are both a\.png; give --single",
     # Published weights.
     f"{FROM}/truncated.safetensors": r"'weights/truncated\.safetensors' is damaged .*; get the file again",
-    f"{FROM}/intruder.pth": r"'weights/intruder\.pth' is refused: its pickle uses 'io\.open'",
-    f"{FROM}/incomplete.safetensors": r"do not fit the model, 1 problem: 'blocks\.1\.proj_in\.bias' is missing",
+    f"{FROM}/intruder.pth": r"'weights/intruder\.pth' cannot be imported: its pickle uses 'io\.open'",
+    f"{FROM}/incomplete.safetensors": r"do not fit the model \(1 problem\): 'blocks\.1\.proj_in\.bias' is missing",
     f"{FROM}/unnamed.safetensors --entry ema": r"has no entry 'ema'; leave entry out",
     f"{CONVERT} --to new --image-size 12": r"image_size 12x12 .* but the weights have 16; use image_size=8",
     f"{CONVERT} --to new --image-size big": r"--image-size is 'big'; give a side such as 64, or height,width",

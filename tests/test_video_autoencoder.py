@@ -200,11 +200,11 @@ def test_every_tensor_is_accounted_for(kind):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"_class_name": "AutoencoderKL"}, "only 'AutoencoderKLWan' can be imported here"),
-        ({"attn_scales": [0.5]}, r"attn_scales is \[0.5\]; only \[\] can be imported"),
-        ({"dim_mult": [2, 2, 4, 4]}, r"dim_mult is \[2, 2, 4, 4\]; only autoencoders whose first entry is 1"),
-        ({"out_channels": 3}, "in_channels is 12 and out_channels 3"),
-        ({"patch_size": 5}, "in_channels is 12; with patch_size 5 it must be a multiple of 25"),
+        ({"_class_name": "AutoencoderKL"}, "it must be 'AutoencoderKLWan'"),
+        ({"attn_scales": [0.5]}, r"attn_scales is \[0.5\]; flowgen supports only \[\]"),
+        ({"dim_mult": [2, 2, 4, 4]}, r"dim_mult is \[2, 2, 4, 4\]; its first entry must be 1"),
+        ({"out_channels": 3}, "in_channels is 12 and out_channels is 3"),
+        ({"patch_size": 5}, "in_channels is 12; with patch_size 5, it must be a multiple of 25"),
         ({"z_dim": 4}, "The weights do not fit the model"),
         ({"is_residual": False}, "The weights do not fit the model"),
         ({"temperal_downsample": [False, True]}, r"halve_time is \(False, True\)"),
@@ -226,8 +226,8 @@ def test_a_video_autoencoder_loads_by_its_folder_and_by_its_pipeline(tmp_path):
         assert_close(codec.moments(vw.clips("wan_2_2", 1))[0], expected, NETWORK)
     file = tmp_path / "pipeline" / "vae" / "config.json"
     for change, message in (
-        ({"latents_std": [1.0, 2.0]}, r"latents_std has shape \(2,\); it must have z_dim = 3 finite numbers"),
-        ({"latents_std": [1.0, 0.0, 2.0]}, "latents_std has the value 0.0; all values must be positive"),
+        ({"latents_std": [1.0, 2.0]}, r"latents_std has shape \(2,\); it must be a list of z_dim = 3 finite numbers"),
+        ({"latents_std": [1.0, 0.0, 2.0]}, "latents_std contains 0.0; all its values must be positive"),
     ):
         file.write_text(json.dumps(config | change))
         with pytest.raises(ValueError, match=message):
@@ -235,7 +235,7 @@ def test_a_video_autoencoder_loads_by_its_folder_and_by_its_pipeline(tmp_path):
     file.write_text(json.dumps({key: value for key, value in config.items() if key != "latents_mean"}))
     with pytest.raises(ValueError, match="has no 'latents_mean'; get the file again"):
         convert.load_video_autoencoder(tmp_path / "pipeline")
-    with pytest.raises(FileNotFoundError, match=r"There is no folder '.*nowhere' for the video autoencoder"):
+    with pytest.raises(FileNotFoundError, match=r"The folder '.*nowhere' of the video autoencoder does not exist"):
         convert.load_video_autoencoder(tmp_path / "nowhere")
 
 

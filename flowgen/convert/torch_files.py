@@ -43,8 +43,8 @@ def open_torch(path: str | os.PathLike[str]) -> TorchFile:
     Checksums are verified if the file records them (the zip layout does, by default).
 
     Raises:
-        ValueError: the file is damaged, truncated, big-endian or not written by torch.save, or it names anything but
-            tensors and plain Python values. `TorchFile.read` can raise it too.
+        ValueError: the file is damaged, truncated, big-endian or not written by torch.save, or it refers to anything
+            but tensors and plain Python values. `TorchFile.read` can raise it too.
 
     Example:
         file = open_torch("model.pth")
@@ -58,7 +58,7 @@ def open_torch(path: str | os.PathLike[str]) -> TorchFile:
         try:
             return function(*arguments)
         except Refusal as refusal:
-            raise ValueError(f"'{path}' is refused: {refusal}.") from None
+            raise ValueError(f"'{path}' cannot be imported: {refusal}.") from None
         except _DAMAGE as error:
             reason = error if isinstance(error, Damage) else f"{type(error).__name__}: {error}"
             raise ValueError(
