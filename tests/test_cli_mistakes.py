@@ -213,7 +213,7 @@ MISTAKES = {
     f"{FROM}/truncated.safetensors": r"'weights/truncated\.safetensors' is damaged .*; get the file again",
     f"{FROM}/intruder.pth": r"'weights/intruder\.pth' cannot be imported: its pickle uses 'io\.open'",
     f"{FROM}/incomplete.safetensors": r"do not fit the model \(1 problem\): 'blocks\.1\.proj_in\.bias' is missing",
-    f"{FROM}/unnamed.safetensors --entry ema": r"has no entry 'ema'; leave entry out",
+    f"{FROM}/unnamed.safetensors --entry ema": r"has no entry 'ema'; leave out entry",
     f"{CONVERT} --to new --image-size 12": r"image_size 12x12 .* but the weights have 16; use image_size=8",
     f"{CONVERT} --to new --image-size big": r"--image-size is 'big'; give a side such as 64, or height,width",
     f"{CONVERT} --to new --channels 0": r"--channels: '0' is not a whole number of at least 1; see",

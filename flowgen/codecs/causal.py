@@ -1,8 +1,8 @@
 """Causal layers for clips `b f rows columns c`, which can therefore be processed whole or in chunks.
 
-A layer maps (x, cache) to (y, next cache). `cache` is what the layer needs from earlier frames, or None if x
-starts the clip. A convolution at frame t sees frames t-2, t-1 and t, with zeros before the clip. The first frame is
-treated as an image: halving or doubling the number of frames leaves it unchanged.
+A layer maps (x, cache) to (y, next cache). `cache` is what the layer needs from earlier frames, or None if x starts
+the clip. A convolution at frame t sees frames t-2, t-1 and t, with zeros before the clip. The first frame is treated as
+an image: halving or doubling the number of frames leaves it unchanged.
 """
 
 from __future__ import annotations

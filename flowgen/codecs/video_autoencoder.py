@@ -2,9 +2,9 @@
 
 The architectures are from Wan (arXiv 2503.20314) and Wan 2.2. The networks are as in `autoencoder`, but their
 convolutions look back two frames. Some levels also halve the number of frames: 1 + k · stride frames become 1 + k
-latent frames, the first of which depends only on the first frame. A level that halves or doubles
-may have a shortcut without parameters: group means in the encoder, copies in the decoder. Layers take and return caches
-of earlier frames (see `causal`), so clips can be processed whole or in chunks.
+latent frames, the first of which depends only on the first frame. A level that halves or doubles may have a shortcut
+without parameters: group means in the encoder, copies in the decoder. Layers take and return caches of earlier frames
+(see `causal`), so clips can be processed whole or in chunks.
 """
 
 from __future__ import annotations
@@ -140,9 +140,7 @@ def _strides_up(config: VideoAutoencoderConfig) -> tuple[tuple[int, int], ...]:
 
 
 def check_clips(x: Any, *, channels: int, factor: int, stride: int) -> None:
-    """Raises ValueError unless clips can be encoded to one latent per factor x factor pixels and, after the first
-    frame, per stride frames.
-    """
+    """Raises ValueError unless clips have these channels, 1 + k · stride frames and sides divisible by factor."""
     check_floating("clips", x)
     if x.ndim != 5 or x.shape[-1] != channels:
         raise ValueError(
@@ -251,7 +249,7 @@ class Decoder(nn.Module):
 
 
 class Down(nn.Module):
-    """Blocks, then halving if this level halves, with a shortcut around them if configured."""
+    """The blocks of a level, then its halving, if any; an optional shortcut skips both."""
 
     config: VideoAutoencoderConfig
     level: int
@@ -272,7 +270,7 @@ class Down(nn.Module):
 
 
 class Up(nn.Module):
-    """Blocks, then doubling if this level doubles, with a shortcut around them if configured."""
+    """The blocks of a level, then its doubling, if any; an optional shortcut skips both."""
 
     config: VideoAutoencoderConfig
     level: int
@@ -303,7 +301,7 @@ def _middle(config: VideoAutoencoderConfig) -> Middle:
 
 
 def encode_in_chunks(autoencoder: VideoAutoencoder, variables: PyTree, x: Clips) -> Moments:
-    """Encodes the first frame of clips, then `stride` frames at a time; needs memory for only one such chunk.
+    """Encodes the first frame of clips, then `stride` frames at a time; needs memory for only one chunk.
 
     Example:
         mean, log_variance = encode_in_chunks(autoencoder, params, x)
@@ -316,7 +314,7 @@ def encode_in_chunks(autoencoder: VideoAutoencoder, variables: PyTree, x: Clips)
 def decode_in_chunks(
     autoencoder: VideoAutoencoder, variables: PyTree, latents: Float[Array, "b f rows columns z"]
 ) -> Clips:
-    """Decodes latents one latent frame at a time; needs memory for only one frame's chunk.
+    """Decodes latents one latent frame at a time; needs memory for only one chunk.
 
     Example:
         x = decode_in_chunks(autoencoder, params, latents)

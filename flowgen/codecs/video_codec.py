@@ -87,7 +87,7 @@ class VideoAutoencoderCodec:
         return scale
 
     def _plan(self, run: Callable[..., Any], frames: int, pixels: int) -> tuple[Callable[..., Any], int]:
-        """Returns a function for parts of a batch of clips with this many frames and pixels, and the clips per part."""
+        """Returns a function that processes part of a batch of such clips, and the number of clips in a part."""
         whole = frames * pixels <= backend.PIXELS_AT_ONCE
         together = frames if whole else min(frames, self.stride)
         return partial(run, self.autoencoder, whole, self.variables), samples_at_once(together * pixels)

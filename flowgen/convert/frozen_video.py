@@ -33,7 +33,7 @@ def video_autoencoder(state_dict: StateDict, config: Mapping[str, Any]) -> tuple
     config: the published config.json.
 
     Raises:
-        MappingError (a ValueError): tensors are missing, unexpected, or have the wrong shape; lists them all.
+        MappingError (a ValueError): tensors are missing, unexpected, or have the wrong shape; `failures` lists all.
         ValueError: the config describes a network that flowgen does not support.
 
     Example:

@@ -132,7 +132,7 @@ def fill(target: Any, state_dict: Mapping[str, np.ndarray], rules: Iterable[Rule
     must fill each leaf. Every tensor must be used exactly once, or dropped by a rule.
 
     Raises:
-        MappingError: tensors are missing, unexpected, of the wrong shape or dtype, or not finite; lists all problems.
+        MappingError: tensors are missing, unexpected, not finite, or of the wrong shape or dtype; `failures` lists all.
 
     Example:
         variables, dropped = fill(jax.eval_shape(model.init, key, x), state_dict, RULES)
@@ -145,7 +145,7 @@ def fill(target: Any, state_dict: Mapping[str, np.ndarray], rules: Iterable[Rule
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         found = [(rule, sources) for rule in rules if (sources := rule.sources(name, leaf.shape)) is not None]
         if len(found) != 1:
-            failures.append(f"{len(found)} rules fill '{name}'")
+            failures.append(f"{len(found)} rules fill '{name}' instead of one")
             return _nothing(leaf)
         ((rule, sources),) = found
         numbers = sum(state_dict[source].size for source in sources if source in state_dict)

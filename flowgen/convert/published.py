@@ -73,7 +73,7 @@ def tarflow(
     variance `var` is kept unless it is 1 everywhere.
 
     Raises:
-        MappingError (a ValueError): tensors are missing, unexpected, or have the wrong shape; lists them all.
+        MappingError (a ValueError): tensors are missing, unexpected, or have the wrong shape; `failures` lists all.
         ValueError: the weights are not from a TARFlow, or the arguments contradict the shapes.
 
     Example:
@@ -182,7 +182,7 @@ def _shape(state_dict: Mapping[str, np.ndarray], name: str, ndim: int) -> tuple[
 
 
 def _count(state_dict: Mapping[str, np.ndarray], template: str) -> int:
-    """Returns how many consecutive names of a template, from index 0 on, are in the state dict."""
+    """Returns how many names of a template are in the state dict, with consecutive indices from 0 on."""
     return next(index for index in itertools.count() if template.format(index=index) not in state_dict)
 
 

@@ -139,7 +139,7 @@ def starflow(
     `var`, `attn_mask` and `feat_rope.*` are dropped.
 
     Raises:
-        MappingError (a ValueError): tensors are missing, unexpected, or have the wrong shape; lists them all.
+        MappingError (a ValueError): tensors are missing, unexpected, or have the wrong shape; `failures` lists all.
         ValueError: the dtype or an argument is unknown, or the arguments describe a model that was not published.
 
     Example:

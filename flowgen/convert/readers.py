@@ -53,8 +53,8 @@ def read_state_dict(path: str | os.PathLike[str], *, entry: str | None = None) -
 
     Raises:
         FileNotFoundError, IsADirectoryError: there is no file at `path`.
-        ValueError: the file is truncated, damaged, of another kind or refused; it has no dictionary of tensors,
-            several, or none named `entry`; or its tensors take more than four times its size.
+        ValueError: the file is truncated, damaged, unsafe or of another kind; no dictionary of tensors matches, or
+            more than one does; or the tensors take more than four times the file's size.
 
     Example:
         state_dict = read_state_dict("afhq_model_8_768_8_8_0.07.pth")
@@ -75,7 +75,7 @@ def read_state_dict(path: str | os.PathLike[str], *, entry: str | None = None) -
         return tensors
     if start[8:9] == b"{":
         if entry is not None:
-            raise ValueError(f"'{path}' is a flat safetensors file, so it has no entry '{entry}'; leave entry out.")
+            raise ValueError(f"'{path}' is a flat safetensors file, so it has no entry '{entry}'; leave out entry.")
         return _read_safetensors(path)
     if start.startswith(_LFS_POINTER):
         raise ValueError(f"'{path}' is a Git LFS pointer, not the weights; fetch them with git lfs pull.")
@@ -100,7 +100,7 @@ def _select(saved: Any, path: Path, entry: str | None) -> dict[str, StoredTensor
     if isinstance(saved, Mapping):
         found = "dictionary with " + (_listed(saved) or "nothing in it")
     raise ValueError(
-        f"'{path}' contains a {found}, not a dictionary of tensors; save the weights alone, "
+        f"'{path}' contains a {found}, not a dictionary of tensors; save only the weights, "
         "with torch.save(model.state_dict(), file)."
     )
 
@@ -123,7 +123,7 @@ def _state_dicts(saved: Any, path: Path) -> dict[str, dict[str, StoredTensor]]:
         nonlocal looked_at
         looked_at += 1
         if looked_at > _MAX_LOOKED_AT:
-            raise ValueError(f"'{path}' has more than {_MAX_LOOKED_AT:,} nested dictionaries; save the weights alone.")
+            raise ValueError(f"'{path}' has more than {_MAX_LOOKED_AT:,} nested dictionaries; save only the weights.")
         if id(value) not in inner:
             inner[id(value)] = _dictionaries(value)
         dictionaries = inner[id(value)]
@@ -165,8 +165,8 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     length = int.from_bytes(content[:8].tobytes(), "little")
     if length > min(_MAX_HEADER, content.size - 8):
         raise ValueError(
-            f"'{path}' is truncated or not a safetensors file: its header would have {length} bytes, but can have at "
-            f"most {min(_MAX_HEADER, content.size - 8)}."
+            f"'{path}' is truncated or not a safetensors file: its header claims to have {length} bytes, but can have "
+            f"at most {min(_MAX_HEADER, content.size - 8)}."
         )
     try:
         header = parse_json(content[8 : 8 + length].tobytes())

@@ -137,7 +137,7 @@ def starflow_v(*, gated: bool, denoiser_scale: float) -> tuple[Rule, ...]:
 
 
 def scaled(factor: float, transform: Callable[[np.ndarray], np.ndarray] = as_is) -> Callable[[np.ndarray], np.ndarray]:
-    """Returns the transform followed by a multiplication by `factor` in float32, for tensors of any dtype.
+    """Returns a function that transforms a tensor of any dtype and then multiplies it by `factor` in float32.
 
     Example:
         Rule("proj.weight", "params/proj/kernel", scaled(0.5, transpose))

@@ -93,7 +93,7 @@ def _open_zip(content: np.ndarray) -> tuple[Any, Callable[[Storage], np.ndarray]
         raise Refusal("it is a zip archive without data.pkl, so torch.save did not write it")
     root = pickles[0].removesuffix("data.pkl")
     if entries[pickles[0]].size > _MAX_PICKLE:
-        raise Refusal(f"its pickle has more than {_MAX_PICKLE:,} bytes; save the weights alone")
+        raise Refusal(f"its pickle has more than {_MAX_PICKLE:,} bytes; save only the weights")
 
     def entry_bytes(name: str) -> np.ndarray:
         if root + name not in entries:

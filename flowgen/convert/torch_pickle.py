@@ -96,7 +96,7 @@ class TensorUnpickler:
 
     storages: the storages that tensors refer to, by key. position: the end of the last pickle.
 
-    Raises Refusal if a program uses more than tensors need, Damage if it is malformed.
+    Raises Refusal if a program uses more than tensors need, and Damage if it is malformed.
 
     Example:
         saved = TensorUnpickler(content).load()
@@ -119,7 +119,7 @@ class TensorUnpickler:
                 if self._instructions > MAX_INSTRUCTIONS:
                     raise Refusal(
                         f"its pickle has more than {MAX_INSTRUCTIONS:,} instructions, far more than weights need; "
-                        "save the weights alone, with torch.save(model.state_dict(), file)"
+                        "save only the weights, with torch.save(model.state_dict(), file)"
                     )
                 if code not in _INSTRUCTIONS:
                     raise Damage(f"its pickle has an instruction {bytes([code])!r} that torch.save does not write")
@@ -160,12 +160,12 @@ class TensorUnpickler:
         if type(value) is not int or abs(value) >= sys.hash_info.modulus:
             raise Refusal(
                 f"its pickle has a dictionary or set with the key {_shown(value)}, which is neither text nor an "
-                "integer below 2^61; save the weights alone"
+                "integer below 2^61; save only the weights"
             )
         self._number_keys += 1
         if self._number_keys > MAX_NUMBER_KEYS:
             raise Refusal(
-                f"its pickle has more than {MAX_NUMBER_KEYS:,} integer keys; save the weights alone, without "
+                f"its pickle has more than {MAX_NUMBER_KEYS:,} integer keys; save only the weights, without "
                 "the optimizer"
             )
         return value
@@ -236,7 +236,7 @@ def _named(module: str, name: str) -> _Name:
         return _Name(name)
     raise Refusal(
         f"its pickle uses {_shown(full)}, which a dictionary of dense tensors does not need; "
-        "save the weights alone, with torch.save(model.state_dict(), file)"
+        "save only the weights, with torch.save(model.state_dict(), file)"
     )
 
 

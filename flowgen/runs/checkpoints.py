@@ -58,7 +58,7 @@ class CheckpointReader:
         return {name: why for name, why in self._entries().items() if why is not None}
 
     def check_not_broken(self) -> None:
-        """Raises ValueError if the directory holds checkpoints, but all of them have lost files.
+        """Raises ValueError if the directory has checkpoints, but all of them have lost files.
 
         Example:
             CheckpointReader("runs/digits/checkpoints").check_not_broken()

@@ -75,7 +75,9 @@ def read_config(run_dir: str | Path) -> dict[str, Any]:
             raise FileNotFoundError(
                 f"checkpoint {run_dir} has lost its {CONFIG_FILE}; run the training command again to recreate it."
             )
-        raise FileNotFoundError(f"checkpoint {run_dir} is not a flowgen run, because it has no {CONFIG_FILE}.")
+        raise FileNotFoundError(
+            f"checkpoint {run_dir} is not a flowgen run, because it has no {CONFIG_FILE}; give the --workdir of a run."
+        )
     # Checkpoints contain the config too.
     instead = ", or delete it and run the training command again to recreate it" if kept else ""
     try:

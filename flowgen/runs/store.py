@@ -186,7 +186,7 @@ class CheckpointStore(CheckpointReader):
     def _retire(self, current: int) -> None:
         """Deletes this run's checkpoints, except the latest ones, the best one and the current one.
 
-        Leaves entries that other programs put into the directory.
+        Does not touch entries that other programs put into the directory.
         """
         steps = [step for step in self.steps() if step in self._scores]
         self._scores = {step: self._scores[step] for step in steps}
