@@ -21,20 +21,19 @@ def load(
 ) -> tuple[Any, Any, Experiment]:
     """Returns (model, variables, experiment) of a run.
 
-    step: a number, "best" (lowest evaluated bits/dim or sample distance), or None for the latest.
+    step: a step number, "best" (the lowest evaluated bits/dim or sample distance), or None for the latest.
     ema: whether to use the averaged parameters, if the run has them.
     model: the model that was given to `fit`; None means the experiment's own.
 
     Raises:
-        FileNotFoundError: the directory does not exist, is not a flowgen run, or has no checkpoint or no checkpoint of
-        the given step.
-        ValueError: the checkpoint is damaged, or does not fit its config.
+        FileNotFoundError: the directory does not exist or is not a flowgen run, or the run has no such checkpoint.
+        ValueError: the checkpoint is damaged or does not fit the config.
 
     Example:
         flow, params, experiment = load("runs/digits")
     """
     if not isinstance(run_dir, str | os.PathLike):
-        raise ValueError(f"run_dir is {shown(run_dir)}; give the directory of a run.")
+        raise ValueError(f"run_dir must be the path of a run's directory, not {shown(run_dir)}.")
     experiment = from_json(read_config(run_dir))
     reader = CheckpointReader(Path(run_dir) / CHECKPOINTS)
     step = _choose(reader, run_dir, step, experiment.best_metric)
@@ -49,7 +48,7 @@ def load(
 
 
 def write_run(run_dir: str | Path, experiment: Experiment, variables: Any) -> None:
-    """Writes a run directory that holds the given weights as step 0, for `load` and `sample.py`.
+    """Writes a run directory with the given weights as step 0, for `load` and `sample.py`.
 
     Raises FileExistsError if the directory exists and is not empty; nothing is overwritten.
 
@@ -68,9 +67,9 @@ def write_run(run_dir: str | Path, experiment: Experiment, variables: Any) -> No
 
 
 def check_new(run_dir: str | Path) -> None:
-    """Raises FileExistsError if `run_dir` exists and is not empty, and OSError if it cannot be created.
+    """Raises FileExistsError if `run_dir` exists and is not empty, or another OSError if it cannot be created.
 
-    It creates nothing.
+    Does not create the directory.
 
     Example:
         check_new("runs/imported")
@@ -80,16 +79,16 @@ def check_new(run_dir: str | Path) -> None:
         raise FileExistsError(f"{run_dir} already exists; give another directory, or remove it first.")
     nearest = next(place for place in (path, *path.absolute().parents) if place.exists())
     if not nearest.is_dir():
-        raise NotADirectoryError(f"{run_dir} cannot be created, because {nearest} is a file; give another directory.")
+        raise NotADirectoryError(f"{run_dir} cannot be created because {nearest} is a file; give another directory.")
     if not os.access(nearest, os.W_OK | os.X_OK):
-        raise PermissionError(f"{run_dir} cannot be written to: permission denied; give another directory.")
+        raise PermissionError(f"You have no permission to write to {run_dir}; give another directory.")
 
 
 def _choose(reader: CheckpointReader, run_dir: str | Path, step: int | str | None, best_metric: str) -> int:
     steps = reader.steps()
     if not steps:
         reader.check_not_broken()
-        raise FileNotFoundError(f"{run_dir} has no checkpoint yet; train it, or give another run.")
+        raise FileNotFoundError(f"{run_dir} has no checkpoint yet; train the run first, or give another one.")
     if step is None:
         return steps[-1]
     if step == "best":
@@ -97,7 +96,7 @@ def _choose(reader: CheckpointReader, run_dir: str | Path, step: int | str | Non
         known = {at: score for at, score in scores.items() if score is not None}
         if not known:
             raise FileNotFoundError(f"{run_dir} has no evaluated checkpoint; leave out the step to load the latest.")
-        return min(sorted(known, reverse=True), key=known.__getitem__)  # of equals, the latest
+        return min(sorted(known, reverse=True), key=known.__getitem__)  # the latest, if several are equal
     if step not in steps:
         raise FileNotFoundError(f"{run_dir} has no checkpoint {step}; choose one of {', '.join(map(str, steps))}.")
     return int(step)

@@ -247,7 +247,7 @@ WRONG = {
         "frames is 0",
     ),
     "fit: swapped": (lambda: flowgen.fit("runs/x", "configs/tarflow_digits.py"), "experiment is 'runs/x'"),
-    "load of a run: a number": (lambda: flowgen.checkpoint.load(3), "run_dir is 3"),
+    "load of a run: a number": (lambda: flowgen.checkpoint.load(3), "run_dir must be the path of a run"),
     "init: swapped": (lambda: flowgen.init(key(), FLOW), "model is key<fry>"),
     "init: a config": (lambda: flowgen.init(FLOW.config, key()), "model is a TARFlowConfig"),
     "flow_matching_loss: a name for the coupling": (

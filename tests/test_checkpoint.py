@@ -311,7 +311,7 @@ def test_a_damaged_run_is_refused(written, tmp_path):
     _flip(_largest(run / "checkpoints" / "0" / "params"))
     with pytest.raises(ValueError, match="has changed since it was saved") as error:
         checkpoint.load(run)
-    assert one_sentence(error).endswith("there is no other checkpoint.")
+    assert one_sentence(error).endswith("restore it from a copy.")
 
 
 def test_loaded_variables_are_device_arrays(written):

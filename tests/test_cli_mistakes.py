@@ -170,17 +170,17 @@ MISTAKES = {
     f"{TRAIN} --data.name folder --data.path photos/corrupt --model.num_classes 1": r"1 image .*/b\.png' \(not",
     f"{TRAIN} --data.name npz --data.path photos/float.npz": r"'images' .* is float64; save uint8 levels",
     # Run directories to write.
-    "train --debug --config tiny.py --workdir mine": r"workdir mine holds files, but no flowgen run; give a new",
+    "train --debug --config tiny.py --workdir mine": r"workdir mine contains files but no flowgen run; give a new",
     f"train --debug --config {DIGITS} --workdir run --model.width 64 --optim.lr 0.1": (
         r"the run was started with another config \(model\.width: 32 -> 64; optim\.lr: \S+ -> 0\.1\); undo the change"
     ),
     f"train --debug --config {DIGITS} --workdir classless": r"started with another config \(.*num_classes: 0 -> 10",
     f"train --debug --config {DIGITS} --workdir flipped": r"Checkpoint 8 .* is damaged \(ema/\S+ has changed since",
-    f"train --debug --config {DIGITS} --workdir not_json": r"not_json/config\.json is not a file with a JSON object",
+    f"train --debug --config {DIGITS} --workdir not_json": r"not_json/config\.json does not contain a JSON object",
     f"{CONVERT} --to mine": r"mine already exists; give another directory",
-    f"{CONVERT} --to file.txt/new": r"file\.txt/new cannot be created, because \S*file\.txt is a file; give another",
+    f"{CONVERT} --to file.txt/new": r"file\.txt/new cannot be created because \S*file\.txt is a file; give another",
     # Run directories to read.
-    f"{SAMPLE} mine": r"checkpoint mine is not a flowgen run \(it has no config\.json\)",
+    f"{SAMPLE} mine": r"checkpoint mine is not a flowgen run, because it has no config\.json",
     f"{SAMPLE} alien": r"model\.type is 'GLOW'; choose one of TARFlow, STARFlow\.",
     f"{SAMPLE} other_model": r"Checkpoint 8 of other_model does not fit config\.json: .*\(model\.width: 32 -> 64\)",
     f"{SAMPLE} flipped": r"Checkpoint 8 .* is damaged \(ema/\S+ has changed since .*\); remove that folder",
@@ -211,9 +211,9 @@ MISTAKES = {
     "sample --checkpoint run --out a.png --single a.png": r"--single and --out are both a\.png; give --single",
     # Published weights.
     f"{FROM}/truncated.safetensors": r"'weights/truncated\.safetensors' is damaged .*; get the file again",
-    f"{FROM}/intruder.pth": r"'weights/intruder\.pth' is refused: its pickle uses 'io\.open'",
-    f"{FROM}/incomplete.safetensors": r"do not fit the model, 1 problem: 'blocks\.1\.proj_in\.bias' is missing",
-    f"{FROM}/unnamed.safetensors --entry ema": r"has no entry 'ema'; leave entry out",
+    f"{FROM}/intruder.pth": r"'weights/intruder\.pth' cannot be imported: its pickle uses 'io\.open'",
+    f"{FROM}/incomplete.safetensors": r"do not fit the model \(1 problem\): 'blocks\.1\.proj_in\.bias' is missing",
+    f"{FROM}/unnamed.safetensors --entry ema": r"has no entry 'ema'; leave out entry",
     f"{CONVERT} --to new --image-size 12": r"image_size 12x12 .* but the weights have 16; use image_size=8",
     f"{CONVERT} --to new --image-size big": r"--image-size is 'big'; give a side such as 64, or height,width",
     f"{CONVERT} --to new --channels 0": r"--channels: '0' is not a whole number of at least 1; see",

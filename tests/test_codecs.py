@@ -74,12 +74,18 @@ def test_what_else_a_checkpoint_holds_is_left_out_by_name():
 @pytest.mark.parametrize(
     ("importer", "kind", "config", "change", "message"),
     [
-        ("autoencoder_kl", "autoencoder", cw.AUTOENCODER, {"_class_name": "VQModel"}, "only 'AutoencoderKL'"),
+        ("autoencoder_kl", "autoencoder", cw.AUTOENCODER, {"_class_name": "VQModel"}, "it must be 'AutoencoderKL'"),
         ("autoencoder_kl", "autoencoder", cw.AUTOENCODER, {"use_quant_conv": False}, "use_quant_conv is False"),
         ("autoencoder_kl", "autoencoder", cw.AUTOENCODER, {"latent_channels": 8}, "The weights do not fit the model"),
-        ("autoencoder_kl", "autoencoder", cw.AUTOENCODER, {"out_channels": 1}, "in_channels is 3 and out_channels 1"),
-        ("t5_encoder", "t5", cw.T5, {"feed_forward_proj": "relu"}, "only T5 v1.1 and Flan-T5"),
-        ("t5_encoder", "t5", cw.T5, {"model_type": "umt5"}, "only 't5'"),
+        (
+            "autoencoder_kl",
+            "autoencoder",
+            cw.AUTOENCODER,
+            {"out_channels": 1},
+            "in_channels is 3 and out_channels is 1",
+        ),
+        ("t5_encoder", "t5", cw.T5, {"feed_forward_proj": "relu"}, "as in T5 v1.1 and Flan-T5"),
+        ("t5_encoder", "t5", cw.T5, {"model_type": "umt5"}, "it must be 't5'"),
         ("bert_encoder", "bert", cw.BERT, {"hidden_act": "relu"}, "hidden_act is 'relu'"),
     ],
 )
@@ -147,11 +153,11 @@ def test_blocks_of_pixels_are_a_codec():
 
 def test_images_and_latents_that_do_not_fit_are_refused(autoencoder):
     codec = make_codec(autoencoder)
-    with pytest.raises(ValueError, match=r"images have shape \(2, 8, 8, 1\); this codec takes .*, 3\)"):
+    with pytest.raises(ValueError, match=r"images have shape \(2, 8, 8, 1\); this codec needs .*, 3\)"):
         codec.moments(np.zeros((2, 8, 8, 1)))
-    with pytest.raises(ValueError, match="images are 10 x 8; this codec takes sides that are multiples of 4"):
+    with pytest.raises(ValueError, match="images are 10 x 8; this codec needs sides that are multiples of 4"):
         codec.moments(np.zeros((2, 10, 8, 3)))
-    with pytest.raises(ValueError, match=r"latents have shape \(2, 8, 8, 16\); this codec takes .*, 4\)"):
+    with pytest.raises(ValueError, match=r"latents have shape \(2, 8, 8, 16\); this codec needs .*, 4\)"):
         codec.decode(np.zeros((2, 8, 8, 16)))
 
 
@@ -273,7 +279,7 @@ def test_weights_in_parts_load_alike(tmp_path):
 
 
 def test_folders_that_are_not_what_they_should_be_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"There is no folder '.*nowhere' for the autoencoder"):
+    with pytest.raises(FileNotFoundError, match=r"The folder '.*nowhere' of the autoencoder does not exist"):
         convert.load_autoencoder(tmp_path / "nowhere")
     with pytest.raises(
         ValueError, match="the path of the text encoder is not set; give the published folder with --text-encoder"
@@ -282,7 +288,7 @@ def test_folders_that_are_not_what_they_should_be_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"has no config.json, so it is not a published autoencoder"):
         convert.load_autoencoder(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(cw.AUTOENCODER))
-    with pytest.raises(FileNotFoundError, match="has no weights of the autoencoder"):
+    with pytest.raises(FileNotFoundError, match="has no weights for the autoencoder"):
         convert.load_autoencoder(tmp_path)
     file = tmp_path / "diffusion_pytorch_model.safetensors"
     write_safetensors(file, cw.state_dict("autoencoder"))

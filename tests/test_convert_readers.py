@@ -80,7 +80,7 @@ def test_one_of_several_is_chosen_by_name():
     path = FIXTURES / "torch_several.pth"
     assert_same(read_state_dict(path, entry="model"), LAYERS)
     assert_same(read_state_dict(path, entry="ema.weights"), {key: x + 1 for key, x in LAYERS.items()})
-    refused(path, r"holds 2 state dicts; choose one with entry: 'model', 'ema\.weights'")
+    refused(path, r"has 2 state dicts; choose one with entry: 'model', 'ema\.weights'")
     refused(path, "no state dict 'emma'; it has 'model'", entry="emma")
     refused(FIXTURES / "tensors.safetensors", "no entry 'ema'", entry="ema")
 
@@ -214,7 +214,7 @@ def test_a_pickle_cannot_change_the_stand_ins(layout, name, state, tmp_path):
         (tensor(kind=b"float32"), "damaged"),
         (tensor(metadata=push({"neg": True})), "lazy view"),
         (tensor(count=2**40), "truncated|16 bytes instead of"),
-        (tensor() + b"0" + tensor(count=3, shape=(1,), strides=(1,)), "described twice"),
+        (tensor() + b"0" + tensor(count=3, shape=(1,), strides=(1,)), "has two different descriptions"),
         (b"ctorch._utils\n_rebuild_tensor_v2\n" + push((1, 2, (3,), (4,))) + b"R", "damaged"),
         (b"(" + push("module") + b"tQ", "damaged"),
     ],
@@ -297,7 +297,7 @@ def test_safetensors_headers_that_contradict_the_file_are_refused(header, patter
 
 def test_safetensors_header_longer_than_the_file_is_refused(tmp_path):
     path = write(tmp_path / "bad.safetensors", struct.pack("<Q", 2**50) + b'{"a": 1}')
-    refused(path, "header would be 1125899906842624 bytes")
+    refused(path, "header claims to have 1125899906842624 bytes")
 
 
 def test_open_torch_gives_everything_that_was_saved():

@@ -77,12 +77,12 @@ TOY = sw.CASES["text"]
     ("change", "message"),
     [
         ({"layer_per_block": "2"}, "'layer_per_block' is not an argument of the published STARFlow; remove it"),
-        ({"sos": 0}, "sos is 0; only models with it, as published, can be imported"),
-        ({"temporal_causal": 2}, "temporal_causal is 2, but vid_size is missing; give both for clips"),
-        ({"txt_size": 0}, "txt_size is 0, but the deep block has a projection of texts"),
+        ({"sos": 0}, "sos is 0; all published models use it, and others cannot be imported"),
+        ({"temporal_causal": 2}, "temporal_causal is 2, but vid_size is missing; give both for a video model"),
+        ({"txt_size": 0}, "txt_size is 0, but the deep block has a text projection"),
         ({"channels": 32}, "The weights do not fit the model"),
-        ({"vae": "some/vae"}, "vae is 'some/vae', an unknown autoencoder"),
-        ({"num_heads": 7}, "num_heads is 7; only channels / head_dim"),
+        ({"vae": "some/vae"}, "vae is 'some/vae', which is not a known autoencoder"),
+        ({"num_heads": 7}, "num_heads is 7; it must be channels / head_dim"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(change, message):
@@ -200,11 +200,11 @@ def test_mistakes_in_the_files_are_named(published, tmp_path):
     good = ("--arguments", published / "arguments.yaml")
     for words, message in (
         ((weights, "--arguments", tmp_path / "foreign.yaml"), "'layer_per_block' is not an argument of the published"),
-        ((weights, "--arguments", tmp_path / "no.yaml"), "is not a published YAML, a list of 'name: value'"),
+        ((weights, "--arguments", tmp_path / "no.yaml"), "does not list 'name: value' under 'arguments'"),
         ((weights, "--arguments", tmp_path / "nowhere.yaml"), "give the YAML that was published with the weights"),
         ((cut, *good), "is damaged or not a safetensors file"),
         ((weights, *good, "--image-size", "256"), "--image-size is given, but --arguments sets it already"),
-        ((weights, *good, "--autoencoder", tmp_path / "nowhere"), "There is no folder"),
+        ((weights, *good, "--autoencoder", tmp_path / "nowhere"), "does not exist; give the published folder"),
         (
             (weights, "--arguments", tmp_path / "fps.yaml"),
             "fps_cond is 1, but vid_size is missing; give both",

@@ -258,7 +258,7 @@ def test_guidance_of_texts_is_towards_the_wrapped_empty_text(text_run):
         (["--prompt", "3", "--autoencoder", "vae"], "--autoencoder"),
         (["--prompt", "3", "--text.noise_level", "true"], "--text.noise_level is not an option here"),
         (["--prompt", "3", "--text.digest", "none"], "--text.digest is not an option here"),
-        (["--prompt", "3", "--text-encoder", "nowhere"], "There is no folder 'nowhere' for the text encoder"),
+        (["--prompt", "3", "--text-encoder", "nowhere"], "The folder 'nowhere' of the text encoder does not exist"),
     ],
 )
 def test_mistakes_in_prompts_are_named(text_run, tmp_path, capsys, words, message):

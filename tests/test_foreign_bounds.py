@@ -61,7 +61,7 @@ def test_pickles_cost_no_more_than_their_size(layout, name, tmp_path, monkeypatc
 @pytest.mark.parametrize("name", SLOW_KEYS)
 def test_keys_that_take_long_to_find_are_refused(name, tmp_path):
     path = zip_layout(tmp_path / "weights.pth", SLOW_KEYS[name])
-    refused(lambda: read_state_dict(path), path, "keys that are numbers" if name == "many numbers" else "neither text")
+    refused(lambda: read_state_dict(path), path, "integer keys" if name == "many numbers" else "neither text")
 
 
 def test_numbers_of_parameters_are_keys_of_an_optimizer(tmp_path):

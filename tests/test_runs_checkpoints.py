@@ -176,7 +176,7 @@ def test_a_folder_that_holds_another_step_is_refused(copied, make):
     make(copied / "200", copied / "202")
     reader = CheckpointReader(copied)
     for read in (reader.meta, reader.arrays, lambda step: restored(reader, step)):
-        with pytest.raises(ValueError, match=r"Checkpoint 202 .* holds step 200") as error:
+        with pytest.raises(ValueError, match=r"Checkpoint 202 .* contains step 200") as error:
             read(202)
         one_sentence(error)
 
@@ -184,7 +184,7 @@ def test_a_folder_that_holds_another_step_is_refused(copied, make):
 def test_a_state_of_another_step_is_refused(tmp_path):
     with CheckpointStore(tmp_path) as store:
         store.save(3, state_of(4), config={})
-    with pytest.raises(ValueError, match=r"Checkpoint 3 .*its state is that of step 4") as error:
+    with pytest.raises(ValueError, match=r"Checkpoint 3 .*its arrays belong to step 4") as error:
         restored(CheckpointReader(tmp_path), 3)
     one_sentence(error)
 

@@ -37,8 +37,8 @@ def test_a_half_deleted_checkpoint_is_told_and_passed_over(whole, tmp_path, caps
     toy.run(toy.make_job(), workdir, log=TEN)
     told = capsys.readouterr().err
     assert f"Resuming {workdir} from step 30." in told
-    assert "'150': it is empty" in told
-    assert "'40': it has no meta.json" in told
+    assert "'150' (it is empty)" in told
+    assert "'40' (it has no meta.json)" in told
     assert_bitwise(arrays_of(workdir), arrays_of(whole))
 
 
@@ -303,7 +303,7 @@ def test_a_damaged_config_is_refused_and_written_again_once_it_is_deleted(whole,
     config.unlink()
     ODD_FILES[kind](config)
     for read in (read_config, lambda path: check_workdir(path, lambda saved: None)):
-        with pytest.raises(ValueError, match=r"config\.json .* delete it, and the command that trained .* writes it"):
+        with pytest.raises(ValueError, match=r"config\.json .* delete it and run the training command again"):
             read(workdir)
     with pytest.raises(ValueError, match="delete it"):
         toy.run(toy.make_job(), workdir, log=TEN)

@@ -1,4 +1,4 @@
-"""AutoencoderKL: images to a Gaussian over latents and back (Rombach et al., arXiv 2112.10752).
+"""AutoencoderKL: maps images to a Gaussian over latents, and latents back to images (Rombach et al., arXiv 2112.10752).
 
 The encoder begins with a convolution. Each level has residual blocks and, unless it is the last, halves the image.
 Then come a block, attention, a block, and a convolution to the mean and log variance. A residual block is
@@ -34,15 +34,15 @@ LOG_VARIANCE_BOUNDS = (-30.0, 20.0)
 
 @config
 class AutoencoderConfig:
-    """Shape of an autoencoder; the defaults are those of the published Stable Diffusion autoencoder.
+    """The shape of an autoencoder; the defaults match the published Stable Diffusion autoencoder.
 
     channels: channels of the images.
     latent_channels: channels of the latents.
-    widths: channels of each level, multiples of num_groups; every level but the last halves the image.
-    layers_per_block: residual blocks per level of the encoder; the decoder has one more.
+    widths: channels of each level, each a multiple of num_groups; every level but the last halves the image.
+    layers_per_block: residual blocks per level of the encoder; the decoder has one more per level.
     num_groups: number of groups in group norm.
     attention: whether the middle block has single-head attention.
-    dtype: dtype of convolutions; norms, moments and images stay float32.
+    dtype: dtype of the convolutions; norms, moments and images stay float32.
     remat: whether to recompute blocks in the backward pass.
     """
 
@@ -78,7 +78,7 @@ class AutoencoderConfig:
 
 
 class Autoencoder(OnMeshes, nn.Module):
-    """Encoder and decoder between images `b height width c` in [-1, 1] and latents `b rows columns z`.
+    """Encodes images `b height width c` in [-1, 1] to latents `b rows columns z`, and decodes latents to images.
 
     Example:
         mean, log_variance = Autoencoder(config).apply(params, x, method="encode")
@@ -106,7 +106,7 @@ class Autoencoder(OnMeshes, nn.Module):
         return mean, jnp.clip(log_variance, *LOG_VARIANCE_BOUNDS)
 
     def decode(self, latents: Float[Array, "b rows columns z"]) -> Float[Array, "b height width c"]:
-        """Returns the images of unnormalised latents."""
+        """Decodes unnormalised latents to images."""
         check_floating("latents", latents)
         return self.decoder(self.post_quant_conv(latents))
 
@@ -125,7 +125,7 @@ class Encoder(nn.Module):
             for i in range(config.layers_per_block):
                 h, _ = block(width, name=f"down_{level}_{i}")(h)
             if level < len(widths) - 1:
-                # The published halving pads only below and on the right.
+                # The published halving pads only at the bottom and on the right.
                 padding = ((0, 1), (0, 1))
                 h = conv(width, width, config.dtype, stride=2, padding=padding, name=f"halve_{level}")(h)
         h, _ = _middle(config)(h)

@@ -1,8 +1,8 @@
 """Causal layers for clips `b f rows columns c`, which can therefore be processed whole or in chunks.
 
-A layer maps (x, cache) to (y, next cache). `cache` holds what the layer needs from earlier frames; it is None if x
-begins the clip. A convolution at frame t sees frames t-2, t-1 and t, with zeros before the clip. The first frame is
-treated as an image: halving and doubling of time leave it unchanged.
+A layer maps (x, cache) to (y, next cache). `cache` is what the layer needs from earlier frames, or None if x starts
+the clip. A convolution at frame t sees frames t-2, t-1 and t, with zeros before the clip. The first frame is treated as
+an image: halving or doubling the number of frames leaves it unchanged.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def chain(layers: Sequence[Callable[..., tuple[Array, Cache]]], h: Array, cache:
 def convolve_clip(
     x: Features, cache: Cache, features: int, dtype: str, *, name: str, side: int = 3, zero: bool = False
 ) -> tuple[NewFeatures, Float[Array, "b 2 rows columns c"]]:
-    """Returns a convolution over the 3 frames up to each frame of x, and the last two frames for the next chunk.
+    """Convolves each frame of x together with the two before it; also returns the last two frames for the next chunk.
 
     The layer is created in the calling compact method. cache: the two frames before x; None, at the start of a clip,
     means zeros.
@@ -49,15 +49,17 @@ def convolve_clip(
 
 
 def channel_norm(name: str) -> RMSNorm:
-    """Returns scale · √c x / |x| over the c channels of each position, in float32; |x| is at least 1e-12, as
-    published."""
+    """Returns a layer that computes scale · √c x / |x| over the c channels of each position, in float32.
+
+    As in the published code, |x| is at least 1e-12.
+    """
     return RMSNorm("float32", epsilon=CHANNEL_NORM_EPS**2, offset=0.0, name=name)
 
 
 def average_down(x: Features, width: int, *, time: int, space: int, begins: bool) -> NewFeatures:
-    """Returns `width` group means of the values in each block of `time` frames and space × space positions.
+    """Averages the values in each block of `time` frames and space × space positions, in `width` groups.
 
-    The values of a block are in the order channel, frame, row, column. If x begins the clip, zeros before it complete
+    The values of a block are in the order channel, frame, row, column. If x starts the clip, zeros before it complete
     the first block.
     """
     if begins:
@@ -69,7 +71,7 @@ def average_down(x: Features, width: int, *, time: int, space: int, begins: bool
 def copy_up(x: Features, width: int, *, time: int, space: int, begins: bool) -> NewFeatures:
     """Returns x with each position copied to a block of `time` frames, space × space positions and `width` channels.
 
-    The values of a block are in the order of `average_down`. If x begins the clip, only the last frame of the first
+    The values of a block are in the order of `average_down`. If x starts the clip, only the last frame of the first
     block is kept.
     """
     x = repeat(x, "b f i j c -> b f i j (c g)", g=width * time * space**2 // x.shape[-1])
@@ -107,7 +109,7 @@ class HalveSpace(nn.Module):
 
     @nn.compact
     def __call__(self, x: Features, cache: Cache) -> tuple[NewFeatures, Cache]:
-        # The published halving pads only below and on the right.
+        # The published halving pads only at the bottom and on the right.
         width = x.shape[-1]
         return conv(width, width, self.dtype, stride=2, padding=((0, 1), (0, 1)), name="conv")(x), ()
 
@@ -139,7 +141,7 @@ class DoubleTime(nn.Module):
 
 
 class DoubleSpace(nn.Module):
-    """Doubles both sides of each frame by repeating positions, and then convolves it."""
+    """Doubles both sides of each frame by repeating positions, and then convolves the frame."""
 
     dtype: str
     width: int

@@ -52,7 +52,7 @@ class Codec(Protocol):
         ...
 
     def decode(self, latents: Latents) -> Pixels:
-        """Returns the images or clips of latents."""
+        """Decodes latents to images or clips."""
         ...
 
     def __hash__(self) -> int: ...
@@ -60,7 +60,7 @@ class Codec(Protocol):
 
 @dataclass(frozen=True)
 class PixelCodec:
-    """Space-to-depth, a codec without a network: factor × factor pixels become the channels of a latent; std is 0.
+    """Space-to-depth, a codec without a network: each factor × factor block of pixels becomes a latent; std is 0.
 
     Example:
         mean, std = PixelCodec(pixel_channels=1, factor=2).moments(images)  # `b height/2 width/2 4`
@@ -85,7 +85,7 @@ class PixelCodec:
         return mean, jnp.zeros_like(mean)
 
     def decode(self, latents: Latents) -> Pixels:
-        """Returns the images or clips of latents."""
+        """Decodes latents to images or clips."""
         *frames, rows, columns = check_latents(self, latents)
         tokens = jnp.asarray(latents).reshape(-1, rows * columns, self.channels)
         images = unpatchify(tokens, self.factor, (rows * self.factor, columns * self.factor), "channel_last")
@@ -104,11 +104,11 @@ class LatentNormalisation:
     scale: Float[np.ndarray, "..."] | float = 1.0
 
     def apply(self, latents: Latents) -> Latents:
-        """Returns normalised latents."""
+        """Returns the normalised latents."""
         return (latents - _per_channel(self.shift, latents)) * _per_channel(self.scale, latents)
 
     def apply_to_std(self, std: Latents) -> Latents:
-        """Returns a standard deviation in the units of normalised latents."""
+        """Converts a standard deviation of latents to the units of normalised latents."""
         return std * np.abs(_per_channel(self.scale, std))
 
     def undo(self, normalised: Latents) -> Latents:
@@ -124,7 +124,7 @@ def _per_channel(values: ArrayLike, latents: Latents) -> np.ndarray:
 class AutoencoderCodec:
     """A frozen image autoencoder and its variables, as a codec with normalised latents.
 
-    Clips are encoded frame by frame. The codec processes as many images at a time as memory allows, with few compiled
+    Clips are encoded frame by frame. The codec processes as many images at a time as memory allows, and compiles few
     programs.
 
     Example:
@@ -162,7 +162,7 @@ class AutoencoderCodec:
         return self.normalisation.apply(mean), self.normalisation.apply_to_std(std)
 
     def decode(self, latents: Latents) -> Pixels:
-        """Returns the images or clips of normalised latents as a numpy array, not clipped."""
+        """Decodes normalised latents to images or clips, as a numpy array; values are not clipped to [-1, 1]."""
         *frames, rows, columns = check_latents(self, latents)
         plain = np.asarray(self.normalisation.undo(_images(np.asarray(latents, np.float32))))
         run = partial(_decode, self.autoencoder, self.variables)
@@ -171,7 +171,7 @@ class AutoencoderCodec:
 
 
 def _images(x: Any) -> Any:
-    """Images as they are, or all frames of clips as images."""
+    """Returns images as they are, and clips as a batch of all their frames."""
     return x.reshape(-1, *x.shape[-3:])
 
 
@@ -186,7 +186,7 @@ def check_pixels(codec: Codec, x: Any) -> tuple[int, ...]:
         return tuple(x.shape[1:-1])
     height, width = _event_shape("images", x, codec.pixel_channels)
     if height % codec.factor or width % codec.factor:
-        raise ValueError(f"images are {height} x {width}; this codec takes sides that are multiples of {codec.factor}.")
+        raise ValueError(f"images are {height} x {width}; this codec needs sides that are multiples of {codec.factor}.")
     return height, width
 
 
@@ -200,15 +200,15 @@ def check_latents(codec: Codec, latents: Any) -> tuple[int, ...]:
 
 
 def _event_shape(what: str, x: Any, channels: int) -> tuple[int, ...]:
-    """The shape of the samples without their channels."""
+    """Returns the shape of one sample without its channels."""
     check_floating(what, x)
     if x.ndim not in (4, 5) or x.shape[-1] != channels:
         raise ValueError(
-            f"{what} have shape {tuple(x.shape)}; this codec takes (batch, height, width, {channels}), or clips with "
-            "frames after the batch."
+            f"{what} have shape {tuple(x.shape)}; this codec needs (batch, height, width, {channels}), or, for clips, "
+            "the same with an axis of frames after the batch."
         )
     if 0 in x.shape:
-        raise ValueError(f"{what} have shape {tuple(x.shape)}, which is empty; give at least one of each.")
+        raise ValueError(f"{what} have shape {tuple(x.shape)}, but every axis needs a length of at least 1.")
     return tuple(x.shape[1:-1])
 
 

@@ -1,9 +1,10 @@
-"""Video autoencoders: clips to a Gaussian over latents and back, causal in time (Wan, arXiv 2503.20314, and Wan 2.2).
+"""Video autoencoders map clips to a Gaussian over latents, and latents back to clips. They are causal in time.
 
-The networks are as in `autoencoder`, but their convolutions look back two frames. Some levels also halve time: 1 + k ·
-stride frames become 1 + k latent frames, the first of them from the first frame alone. A level that halves or doubles
-may have a shortcut without parameters: group means in the encoder, copies in the decoder. Layers take and return caches
-of earlier frames (see `causal`), so clips can be processed whole or in chunks.
+The architectures are from Wan (arXiv 2503.20314) and Wan 2.2. The networks are as in `autoencoder`, but their
+convolutions look back two frames. Some levels also halve the number of frames: 1 + k · stride frames become 1 + k
+latent frames, the first of which depends only on the first frame. A level that halves or doubles may have a shortcut
+without parameters: group means in the encoder, copies in the decoder. Layers take and return caches of earlier frames
+(see `causal`), so clips can be processed whole or in chunks.
 """
 
 from __future__ import annotations
@@ -47,17 +48,17 @@ Moments = tuple[Float[Array, "b f rows columns z"], Float[Array, "b f rows colum
 
 @config
 class VideoAutoencoderConfig:
-    """Shape of a video autoencoder; the defaults are those of the published autoencoder of Wan 2.2 (5B).
+    """The shape of a video autoencoder; the defaults match the published autoencoder of Wan 2.2 (5B).
 
     channels: channels of the clips.
     latent_channels: channels of the latents.
     widths: channels of each level of the encoder; every level but the last halves the frame.
     decoder_widths: channels of each level of the decoder; as many entries as widths.
-    halve_time: whether each level also halves time; one entry fewer than widths.
-    layers_per_block: residual blocks per level of the encoder; the decoder has one more.
+    halve_time: whether each level also halves the number of frames; one entry fewer than widths.
+    layers_per_block: residual blocks per level of the encoder; the decoder has one more per level.
     patch_size: side of the squares of pixels that become channels before the first level.
     shortcuts: whether levels have shortcuts; without them, doubling the sides also halves the channels, as in Wan 2.1.
-    dtype: dtype of convolutions; norms, moments and frames stay float32.
+    dtype: dtype of the convolutions; norms, moments and frames stay float32.
     remat: whether to recompute blocks in the backward pass.
     """
 
@@ -76,13 +77,13 @@ class VideoAutoencoderConfig:
         for name, count in (("decoder_widths", len(self.widths)), ("halve_time", len(self.widths) - 1)):
             if len(getattr(self, name)) != count:
                 raise ValueError(
-                    f"{name} is {getattr(self, name)}; with {len(self.widths)} widths it must have {count} entries."
+                    f"{name} is {getattr(self, name)}; with {len(self.widths)} widths, it must have {count} entries."
                 )
         if self.shortcuts:
             _check_shortcuts(self)
         elif any(width % 2 for width in self.decoder_widths[1:]):
             raise ValueError(
-                f"decoder_widths is {self.decoder_widths}; without shortcuts all but the first must be even."
+                f"decoder_widths is {self.decoder_widths}; without shortcuts, every entry but the first must be even."
             )
 
     def build(self) -> VideoAutoencoder:
@@ -91,7 +92,7 @@ class VideoAutoencoderConfig:
 
     @property
     def strides(self) -> tuple[tuple[int, int], ...]:
-        """The divisors of frames and sides at each level."""
+        """The factors by which each level divides the numbers of frames and pixels along a side."""
         return (*((2 if halve else 1, 2) for halve in self.halve_time), (1, 1))
 
     @property
@@ -101,7 +102,7 @@ class VideoAutoencoderConfig:
 
     @property
     def stride(self) -> int:
-        """Frames per latent after the first frame, which has its own latent."""
+        """Frames per latent after the first frame, which gets a separate latent."""
         return 2 ** sum(self.halve_time)
 
     @property
@@ -117,44 +118,42 @@ def _check_shortcuts(config: VideoAutoencoderConfig) -> None:
         numbers = below * time * space**2
         if numbers % width:
             raise ValueError(
-                f"widths has {width} after {below}, whose shortcut has {numbers} values per position, which is not a "
-                f"multiple of {width}; change one of them, or set shortcuts to False."
+                f"widths has {width} after {below}, but the shortcut between them has {numbers} values per position, "
+                f"which is not a multiple of {width}; change one of the two, or set shortcuts to False."
             )
         below = width
-    # A decoder level maps the width of the level before it to its own; the last level to run has no shortcut.
+    # A decoder level maps the width of the previous level to its width; the last level to run has no shortcut.
     above = config.decoder_widths[-1]
     for width, (time, space) in list(zip(config.decoder_widths, _strides_up(config), strict=True))[:0:-1]:
         numbers = width * time * space**2
         if numbers % above:
             raise ValueError(
-                f"decoder_widths has {width} before {above}, whose shortcut has {numbers} values per position, which "
-                f"is not a multiple of {above}; change one of them, or set shortcuts to False."
+                f"decoder_widths has {width} before {above}, but the shortcut between them has {numbers} values per "
+                f"position, which is not a multiple of {above}; change one of the two, or set shortcuts to False."
             )
         above = width
 
 
 def _strides_up(config: VideoAutoencoderConfig) -> tuple[tuple[int, int], ...]:
-    """The factors on frames and sides at each decoder level: those of the encoder level below it."""
+    """Returns the factors by which each decoder level multiplies frames and sides, from the encoder level below it."""
     return ((1, 1), *config.strides[:-1])
 
 
 def check_clips(x: Any, *, channels: int, factor: int, stride: int) -> None:
-    """Raises ValueError unless clips can be encoded to one latent per factor x factor pixels and, after the first
-    frame, per stride frames.
-    """
+    """Raises ValueError unless clips have these channels, 1 + k · stride frames and sides divisible by factor."""
     check_floating("clips", x)
     if x.ndim != 5 or x.shape[-1] != channels:
         raise ValueError(
-            f"clips have shape {tuple(x.shape)}; this codec takes (batch, frames, height, width, {channels})."
+            f"clips have shape {tuple(x.shape)}; this codec needs (batch, frames, height, width, {channels})."
         )
     count, frames, height, width = x.shape[:4]
     if not count:
         raise ValueError("the batch is empty; give at least one clip.")
     if frames < 1 or (frames - 1) % stride:
         some = ", ".join(str(1 + k * stride) for k in range(3))
-        raise ValueError(f"clips have {frames} frames; this codec takes {some} and so on, 1 + k · {stride}.")
+        raise ValueError(f"clips have {frames} frames; this codec needs {some}, ... frames (1 + k · {stride}).")
     if not height or not width or height % factor or width % factor:
-        raise ValueError(f"clips are {height} x {width}; this codec takes sides that are multiples of {factor}.")
+        raise ValueError(f"clips are {height} x {width}; this codec needs sides that are multiples of {factor}.")
 
 
 def _check(config: VideoAutoencoderConfig, x: Any) -> None:
@@ -162,7 +161,7 @@ def _check(config: VideoAutoencoderConfig, x: Any) -> None:
 
 
 class VideoAutoencoder(OnMeshes, nn.Module):
-    """Encoder and decoder between clips `b frames height width c` in [-1, 1] and latents `b f rows columns z`.
+    """Encodes clips `b frames height width c` in [-1, 1] to latents `b f rows columns z`, and decodes latents to clips.
 
     1 + k · stride frames give 1 + k latent frames; latent frame t depends only on frames 0..t · stride.
 
@@ -186,18 +185,18 @@ class VideoAutoencoder(OnMeshes, nn.Module):
     def encode(self, x: Clips) -> Moments:
         """Returns the mean and the log variance, within [-30, 20], of unnormalised latents.
 
-        Raises what `check_clips` raises.
+        Raises the same errors as `check_clips`.
         """
         return self.encode_part(x, None)[0]
 
     def decode(self, latents: Float[Array, "b f rows columns z"]) -> Clips:
-        """Returns the clips of unnormalised latents, not clipped to [-1, 1]."""
+        """Decodes unnormalised latents to clips; values are not clipped to [-1, 1]."""
         return self.decode_part(latents, None)[0]
 
     def encode_part(self, x: Clips, cache: Cache) -> tuple[Moments, Cache]:
-        """Returns `encode` of the next frames of clips, and the cache for the frames after them.
+        """Encodes the next frames of clips; also returns the cache for the frames after them.
 
-        x: the first 1 + k · stride frames if cache is None, else the next k · stride.
+        x: the first 1 + k · stride frames if cache is None, otherwise the next k · stride.
         """
         side = self.config.patch_size
         if cache is None:
@@ -208,7 +207,7 @@ class VideoAutoencoder(OnMeshes, nn.Module):
         return (mean, jnp.clip(log_variance, *LOG_VARIANCE_BOUNDS)), cache
 
     def decode_part(self, latents: Float[Array, "b f rows columns z"], cache: Cache) -> tuple[Clips, Cache]:
-        """Returns `decode` of the next latents of clips, and the cache for the latents after them."""
+        """Decodes the next latents of clips; also returns the cache for the latents after them."""
         check_floating("latents", latents)
         side = self.config.patch_size
         h, cache = self.decoder(self.post_quant_conv(latents), cache)
@@ -250,7 +249,7 @@ class Decoder(nn.Module):
 
 
 class Down(nn.Module):
-    """Blocks, then halving if this level halves, with a shortcut around them if configured."""
+    """The blocks of a level, then its halving, if any; an optional shortcut skips both."""
 
     config: VideoAutoencoderConfig
     level: int
@@ -271,7 +270,7 @@ class Down(nn.Module):
 
 
 class Up(nn.Module):
-    """Blocks, then doubling if this level doubles, with a shortcut around them if configured."""
+    """The blocks of a level, then its doubling, if any; an optional shortcut skips both."""
 
     config: VideoAutoencoderConfig
     level: int
@@ -302,7 +301,7 @@ def _middle(config: VideoAutoencoderConfig) -> Middle:
 
 
 def encode_in_chunks(autoencoder: VideoAutoencoder, variables: PyTree, x: Clips) -> Moments:
-    """Returns `encode` of clips, first one frame, then `stride` frames at a time, with the memory of one chunk.
+    """Encodes the first frame of clips, then `stride` frames at a time; needs memory for only one chunk.
 
     Example:
         mean, log_variance = encode_in_chunks(autoencoder, params, x)
@@ -315,7 +314,7 @@ def encode_in_chunks(autoencoder: VideoAutoencoder, variables: PyTree, x: Clips)
 def decode_in_chunks(
     autoencoder: VideoAutoencoder, variables: PyTree, latents: Float[Array, "b f rows columns z"]
 ) -> Clips:
-    """Returns `decode` of latents, one latent frame at a time, with the memory of one chunk.
+    """Decodes latents one latent frame at a time; needs memory for only one chunk.
 
     Example:
         x = decode_in_chunks(autoencoder, params, latents)

@@ -23,7 +23,7 @@ class VideoAutoencoderCodec:
     """A frozen video autoencoder and its variables, as a codec with normalised latents; an image is a one-frame clip.
 
     temporal_scale: factor on all latent frames but the first, after normalisation. The codec processes as many clips at
-    a time as memory allows, and longer clips in chunks.
+    a time as memory allows, and splits longer clips into chunks.
 
     Example:
         codec = VideoAutoencoderCodec(autoencoder, params, LatentNormalisation(scale=0.5), temporal_scale=0.6)
@@ -59,8 +59,8 @@ class VideoAutoencoderCodec:
     def moments(self, x: Pixels) -> tuple[Latents, Latents]:
         """Returns the mean and standard deviation of normalised latents, as numpy arrays.
 
-        Both are in the units of normalised latents, so mean + std · ε is a normalised sample of the latents. The code
-        published with STARFlow-V does not divide the standard deviation by `latents_std`.
+        Both are in the units of normalised latents, so mean + std · ε is a normalised sample of the latents. The
+        published STARFlow-V code, in contrast, does not divide the standard deviation by `latents_std`.
         """
         if len(check_pixels(self, x)) == 2:
             mean, std = self.moments(np.asarray(x)[:, None])
@@ -72,7 +72,7 @@ class VideoAutoencoderCodec:
         return self.normalisation.apply(mean) * scale, self.normalisation.apply_to_std(std) * scale
 
     def decode(self, latents: Latents) -> Pixels:
-        """Returns the clips of normalised latents as a numpy array, not clipped."""
+        """Decodes normalised latents to clips, as a numpy array; values are not clipped to [-1, 1]."""
         if len(check_latents(self, latents)) == 2:
             return self.decode(np.asarray(latents)[:, None])[:, 0]
         frames, rows, columns = latents.shape[1:4]
@@ -87,7 +87,7 @@ class VideoAutoencoderCodec:
         return scale
 
     def _plan(self, run: Callable[..., Any], frames: int, pixels: int) -> tuple[Callable[..., Any], int]:
-        """A function for parts of a batch of clips with this many frames and pixels, and the size of a part."""
+        """Returns a function that processes part of a batch of such clips, and the number of clips in a part."""
         whole = frames * pixels <= backend.PIXELS_AT_ONCE
         together = frames if whole else min(frames, self.stride)
         return partial(run, self.autoencoder, whole, self.variables), samples_at_once(together * pixels)

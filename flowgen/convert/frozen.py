@@ -28,7 +28,7 @@ def autoencoder_kl(state_dict: StateDict, config: Mapping[str, Any]) -> tuple[Au
     config: the published config.json. Attention tensors may have their older names.
 
     Raises:
-        MappingError (a ValueError): tensors are missing, unexpected, or have the wrong shape; lists them all.
+        MappingError (a ValueError): tensors are missing, unexpected, or have the wrong shape; `failures` lists all.
         ValueError: the config describes a network that flowgen does not support.
 
     Example:
@@ -40,12 +40,11 @@ def autoencoder_kl(state_dict: StateDict, config: Mapping[str, Any]) -> tuple[Au
         others = {*told(config, name, tuple[str, ...], ())} - {kind}
         if others:
             raise ValueError(
-                f"{name} has {others.pop()}; only autoencoders whose blocks are all {kind} can be imported."
+                f"{name} has {others.pop()}; flowgen can only import autoencoders whose blocks are all {kind}."
             )
     if config.get("in_channels", 3) != config.get("out_channels", 3):
         raise ValueError(
-            f"in_channels is {config['in_channels']} and out_channels {config['out_channels']}; only autoencoders "
-            "with equal numbers can be imported."
+            f"in_channels is {config['in_channels']} and out_channels is {config['out_channels']}; they must be equal."
         )
     autoencoder = Autoencoder(
         AutoencoderConfig(
@@ -89,11 +88,11 @@ def t5_encoder(state_dict: StateDict, config: Mapping[str, Any]) -> tuple[T5Enco
         encoder, params = t5_encoder(read_state_dict("model.safetensors"), config)
     """
     if config.get("model_type", "t5") != "t5":
-        raise ValueError(f"model_type is {config['model_type']!r:.80}; only 't5' can be imported here.")
+        raise ValueError(f"model_type is {config['model_type']!r:.80}; it must be 't5'.")
     if config.get("feed_forward_proj") != "gated-gelu":
         raise ValueError(
-            f"feed_forward_proj is {config.get('feed_forward_proj', 'relu')!r:.80}; only T5 v1.1 and Flan-T5, which "
-            "have 'gated-gelu', can be imported."
+            f"feed_forward_proj is {config.get('feed_forward_proj', 'relu')!r:.80}; it must be 'gated-gelu', as in "
+            "T5 v1.1 and Flan-T5."
         )
     refuse(config, None, {"layer_norm_epsilon": 1e-6})
     encoder = T5Encoder(
@@ -142,7 +141,7 @@ def bert_encoder(state_dict: StateDict, config: Mapping[str, Any]) -> tuple[Bert
         encoder, params = bert_encoder(read_state_dict("model.safetensors"), config)
     """
     if config.get("model_type") != "bert":
-        raise ValueError(f"model_type is {config.get('model_type')!r:.80}; only 'bert' can be imported here.")
+        raise ValueError(f"model_type is {config.get('model_type')!r:.80}; it must be 'bert'.")
     refuse(config, None, {"hidden_act": "gelu", "position_embedding_type": "absolute", "layer_norm_eps": 1e-12})
     encoder = BertEncoder(
         BertConfig(
@@ -192,9 +191,9 @@ def abstract(network: nn.Module) -> Any:
 
 
 def told(config: Mapping[str, Any], name: str, annotation: Any, *default: Any) -> Any:
-    """Returns a value of a published config by name, or the default.
+    """Returns a value of a published config by name, or the default if the value is missing.
 
-    Raises KeyError if the value is missing and has no default, ValueError if it has the wrong type.
+    Raises KeyError if the value is missing and has no default, and ValueError if it has the wrong type.
 
     Example:
         width = told(config, "d_model", int)
@@ -203,16 +202,16 @@ def told(config: Mapping[str, Any], name: str, annotation: Any, *default: Any) -
 
 
 def refuse(config: Mapping[str, Any], kind: str | None, fixed: Mapping[str, Any]) -> None:
-    """Raises ValueError if the config is of another class, or sets an option to an unsupported value.
+    """Raises ValueError if the config is for another class, or sets an option to an unsupported value.
 
     Example:
         refuse(config, "AutoencoderKL", {"act_fn": "silu"})
     """
     if kind is not None and config.get("_class_name", kind) != kind:
-        raise ValueError(f"_class_name is {config['_class_name']!r:.80}; only {kind!r} can be imported here.")
+        raise ValueError(f"_class_name is {config['_class_name']!r:.80}; it must be {kind!r}.")
     for name, value in fixed.items():
         if config.get(name, value) != value:
-            raise ValueError(f"{name} is {config[name]!r:.80}; only {value!r} can be imported.")
+            raise ValueError(f"{name} is {config[name]!r:.80}; flowgen supports only {value!r}.")
 
 
 def _block_rules(source: str, target: str) -> tuple[Rule, ...]:

@@ -33,7 +33,7 @@ def video_autoencoder(state_dict: StateDict, config: Mapping[str, Any]) -> tuple
     config: the published config.json.
 
     Raises:
-        MappingError (a ValueError): tensors are missing, unexpected, or have the wrong shape; lists them all.
+        MappingError (a ValueError): tensors are missing, unexpected, or have the wrong shape; `failures` lists all.
         ValueError: the config describes a network that flowgen does not support.
 
     Example:
@@ -43,16 +43,15 @@ def video_autoencoder(state_dict: StateDict, config: Mapping[str, Any]) -> tuple
     known = {name: told(config, name, annotation, default) for name, (annotation, default) in _DEFAULTS.items()}
     multiples, patch_size = known["dim_mult"], known["patch_size"] or 1
     if not multiples or multiples[0] != 1:
-        raise ValueError(f"dim_mult is {list(multiples)}; only autoencoders whose first entry is 1 can be imported.")
+        raise ValueError(f"dim_mult is {list(multiples)}; its first entry must be 1.")
     if known["in_channels"] != known["out_channels"]:
         raise ValueError(
-            f"in_channels is {known['in_channels']} and out_channels {known['out_channels']}; only autoencoders with "
-            "equal numbers can be imported."
+            f"in_channels is {known['in_channels']} and out_channels is {known['out_channels']}; they must be equal."
         )
     channels, rest = divmod(known["in_channels"], patch_size**2)
     if rest:
         raise ValueError(
-            f"in_channels is {known['in_channels']}; with patch_size {patch_size} it must be a multiple of "
+            f"in_channels is {known['in_channels']}; with patch_size {patch_size}, it must be a multiple of "
             f"{patch_size**2}."
         )
     decoder_dim = known["decoder_base_dim"] or known["base_dim"]
@@ -75,7 +74,7 @@ def video_autoencoder(state_dict: StateDict, config: Mapping[str, Any]) -> tuple
 def wan_normalisation(config: Mapping[str, Any]) -> LatentNormalisation:
     """Returns the normalisation (latents - latents_mean) / latents_std of a published config.json.
 
-    Raises ValueError unless both have z_dim valid numbers.
+    Raises ValueError unless both lists have z_dim finite numbers, and latents_std only positive ones.
 
     Example:
         normalisation = wan_normalisation(config)
@@ -85,9 +84,9 @@ def wan_normalisation(config: Mapping[str, Any]) -> LatentNormalisation:
     mean, std = (np.asarray(told(config, name, tuple[float, ...]), np.float32) for name in names)
     for name, values in (("latents_mean", mean), ("latents_std", std)):
         if values.shape != (count,) or not np.isfinite(values).all():
-            raise ValueError(f"{name} has shape {values.shape}; it must have z_dim = {count} finite numbers.")
+            raise ValueError(f"{name} has shape {values.shape}; it must be a list of z_dim = {count} finite numbers.")
     if (std <= 0).any():
-        raise ValueError(f"latents_std has the value {std.min()}; all values must be positive.")
+        raise ValueError(f"latents_std contains {std.min()}; all its values must be positive.")
     return LatentNormalisation(shift=mean, scale=1 / std)
 
 

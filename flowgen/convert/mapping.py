@@ -72,7 +72,9 @@ class Rule:
 
     def __post_init__(self):
         if self.target is not None and len(self.stacked) > 1:
-            raise ValueError(f"Rule '{self.source}' stacks {', '.join(self.stacked)}; only one index can be stacked.")
+            raise ValueError(
+                f"Rule '{self.source}' stacks {', '.join(self.stacked)}, but a rule can stack only one index."
+            )
 
     @property
     def stacked(self) -> list[str]:
@@ -99,14 +101,14 @@ class MappingError(ValueError):
         more = len(self.failures) - len(listed)
         plural = "problem" if len(self.failures) == 1 else "problems"
         super().__init__(
-            f"The weights do not fit the model, {len(self.failures)} {plural}: "
+            f"The weights do not fit the model ({len(self.failures)} {plural}): "
             + "; ".join(listed)
             + (f"; and {more} more." if more else ".")
         )
 
 
 def match(template: str, name: str) -> dict[str, int] | None:
-    """Returns the indices for which a template gives a name, or None.
+    """Returns the indices that turn a template into a name, or None if there are none.
 
     Example:
         match("blocks.{block}.proj_in.weight", "blocks.3.proj_in.weight")  # {"block": 3}
@@ -126,11 +128,11 @@ def _pattern(template: str) -> re.Pattern[str]:
 def fill(target: Any, state_dict: Mapping[str, np.ndarray], rules: Iterable[Rule]) -> tuple[Any, tuple[str, ...]]:
     """Returns the tree with every leaf filled from the state dict, as numpy arrays, and the dropped names.
 
-    target: a tree of arrays or `jax.ShapeDtypeStruct`; the result has its shapes and dtypes. Exactly one rule fills
-    each leaf. Every tensor is used exactly once or explicitly dropped by a rule.
+    target: a tree of arrays or `jax.ShapeDtypeStruct`; the result has its shapes and dtypes. Exactly one rule
+    must fill each leaf. Every tensor must be used exactly once, or dropped by a rule.
 
     Raises:
-        MappingError: tensors are missing, unexpected, of the wrong shape or dtype, or not finite; lists all problems.
+        MappingError: tensors are missing, unexpected, not finite, or of the wrong shape or dtype; `failures` lists all.
 
     Example:
         variables, dropped = fill(jax.eval_shape(model.init, key, x), state_dict, RULES)
@@ -143,7 +145,7 @@ def fill(target: Any, state_dict: Mapping[str, np.ndarray], rules: Iterable[Rule
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         found = [(rule, sources) for rule in rules if (sources := rule.sources(name, leaf.shape)) is not None]
         if len(found) != 1:
-            failures.append(f"{len(found)} rules fill '{name}'")
+            failures.append(f"{len(found)} rules fill '{name}' instead of one")
             return _nothing(leaf)
         ((rule, sources),) = found
         numbers = sum(state_dict[source].size for source in sources if source in state_dict)
@@ -154,7 +156,7 @@ def fill(target: Any, state_dict: Mapping[str, np.ndarray], rules: Iterable[Rule
             if source not in state_dict:
                 failures.append(f"'{source}' is missing")
             elif source in used:
-                failures.append(f"'{source}' fills two leaves, the second of which is '{name}'")
+                failures.append(f"'{source}' fills a second leaf, '{name}'")
             elif (problem := _place(part, state_dict[source], rule)) is not None:
                 failures.append(f"'{source}' {problem}")
             used.add(source)
@@ -193,11 +195,11 @@ def _place(out: np.ndarray, x: np.ndarray, rule: Rule) -> str | None:
     except ValueError:
         return f"has shape {x.shape}, which its rule does not accept"
     if value.shape != out.shape:
-        return f"has shape {x.shape}, which becomes {value.shape}, but the model has {out.shape}"
+        return f"has shape {x.shape}, which becomes {value.shape}, but the model needs {out.shape}"
     if not out.flags.writeable:
         return None
     with np.errstate(over="ignore"):  # overflow is found below
         out[...] = value
     if not np.isfinite(out).all():
-        return f"holds values that are not finite in {out.dtype}"
+        return f"has values that are not finite in {out.dtype}"
     return _violation(x, rule)

@@ -1,4 +1,4 @@
-"""Import of published TARFlow checkpoints: some settings come from tensor shapes, the others from the caller."""
+"""Imports published TARFlow checkpoints; some settings come from tensor shapes, the others from the caller."""
 
 from __future__ import annotations
 
@@ -73,8 +73,8 @@ def tarflow(
     variance `var` is kept unless it is 1 everywhere.
 
     Raises:
-        MappingError (a ValueError): tensors are missing, unexpected, or have the wrong shape; lists them all.
-        ValueError: the weights are not a TARFlow's, or the arguments contradict the shapes.
+        MappingError (a ValueError): tensors are missing, unexpected, or have the wrong shape; `failures` lists all.
+        ValueError: the weights are not from a TARFlow, or the arguments contradict the shapes.
 
     Example:
         flow, params = tarflow(read_state_dict("afhq_model_8_768_8_8_0.07.pth"), image_size=256, patch_size=8)
@@ -98,13 +98,13 @@ def tarflow(
 
 
 def check_state_dict(state_dict: Any) -> None:
-    """Raises ValueError unless the weights map names to tensors; a path, for example, is refused.
+    """Raises ValueError unless the weights map names to tensors, for example if they are a path.
 
     Example:
         check_state_dict({"weight": weight})
     """
     if not isinstance(state_dict, Mapping):
-        raise ValueError(f"state_dict is {shown(state_dict)}; read the file with flowgen.convert.read_state_dict.")
+        raise ValueError(f"state_dict is {shown(state_dict)}; read the weights with flowgen.convert.read_state_dict.")
 
 
 def _tarflow_config(
@@ -122,8 +122,8 @@ def _tarflow_config(
     scales: dict[int, Scale] = {2 * token_dim: "exponential", token_dim: "volume_preserving"}
     if outputs not in scales:
         raise ValueError(
-            f"'blocks.0.proj_out.weight' has {outputs} rows, neither one nor two per channel of a token "
-            f"({token_dim}); these are not TARFlow weights."
+            f"'blocks.0.proj_out.weight' has {outputs} rows, but TARFlow weights have one or two for each "
+            f"channel of a token ({token_dim} channels)."
         )
     if token_dim != channels * patch_size**2:
         side = math.isqrt(token_dim // channels) if channels > 0 else 0
@@ -151,7 +151,11 @@ def _tarflow_config(
         raise ValueError(
             f"image_size {height}x{length} with patch_size {patch_size} gives {config.num_tokens} tokens, "
             f"but the weights have {num_tokens}; use "
-            + (f"image_size={side * patch_size}." if side**2 == num_tokens else "the model's training image_size.")
+            + (
+                f"image_size={side * patch_size}."
+                if side**2 == num_tokens
+                else "the image_size that the model was trained with."
+            )
         )
     return config
 
@@ -163,22 +167,22 @@ def _check_family(state_dict: Mapping[str, np.ndarray]) -> None:
     if "blocks.0.pos_embed" not in state_dict:
         names = ", ".join(repr(name[:80]) for name in list(state_dict)[:4]) or "nothing"
         raise ValueError(
-            f"These are not TARFlow weights: 'blocks.0.pos_embed' is missing among {len(state_dict)} tensors "
+            f"These are not TARFlow weights: 'blocks.0.pos_embed' is missing from the {len(state_dict)} tensors "
             f"({names}, ...); give a published TARFlow state dict."
         )
 
 
 def _shape(state_dict: Mapping[str, np.ndarray], name: str, ndim: int) -> tuple[int, ...]:
     if name not in state_dict:
-        raise ValueError(f"These are not complete TARFlow weights: '{name}' is missing.")
+        raise ValueError(f"These TARFlow weights are incomplete: '{name}' is missing.")
     shape = state_dict[name].shape
     if len(shape) != ndim or 0 in shape:
-        raise ValueError(f"'{name}' has shape {shape} instead of {ndim} axes; these are not TARFlow weights.")
+        raise ValueError(f"'{name}' has shape {shape}, but in TARFlow weights it has {ndim} axes and is not empty.")
     return shape
 
 
 def _count(state_dict: Mapping[str, np.ndarray], template: str) -> int:
-    """Returns how many consecutive names of a template, from index 0 on, are in the state dict."""
+    """Returns how many names of a template are in the state dict, with consecutive indices from 0 on."""
     return next(index for index in itertools.count() if template.format(index=index) not in state_dict)
 
 

@@ -1,4 +1,4 @@
-"""Import of published STARFlow and STARFlow-V checkpoints; the arguments in their YAML give the shapes."""
+"""Imports published STARFlow and STARFlow-V checkpoints; the arguments in their YAML files give the shapes."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ _REQUIRED_OF_CLIPS = ("temporal_causal", "shallow_block_local", "cond_top_only",
 _REQUIRED_OF_DENOISERS = ("conditional_denoiser", "denoiser_window", "noise_std", "cond_noise_level")
 _ONLY_OF_CLIPS = ("temporal_causal", "shallow_block_local", "learnable_self_denoiser", "fps_cond")
 _REFUSED = ("local_attn_window", "use_pretrained_lm")
-# Arguments of training, data and sampling, and arguments without effect in the published code.
+# Arguments for training, data and sampling, and arguments without effect in the published code.
 _OTHER = """
     acc adaln batch_size caption_column cfg compile data dataset drop_image drop_label dry_run epoch_length
     epochs finetuned_vae fp8 fsdp fsdp_text_encoder grad_clip grad_skip gradient_checkpoint
@@ -102,9 +102,9 @@ _DENOISER_STEP = 0.3
 
 
 def read_arguments(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Returns, by name, the arguments of a published YAML file, which lists `name: value` under `arguments`.
+    """Returns the arguments in a published YAML file by name. The file lists `name: value` under `arguments`.
 
-    Raises FileNotFoundError if there is no such file, ValueError if it is not a YAML file of this form.
+    Raises FileNotFoundError if there is no such file, and ValueError if it is not a YAML file of this form.
 
     Example:
         arguments = read_arguments("starflow_3B_t2i_256x256.yaml")
@@ -118,8 +118,7 @@ def read_arguments(path: str | os.PathLike[str]) -> dict[str, Any]:
     rows = document.get("arguments") if isinstance(document, dict) else None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError(
-            f"'{path}' is not a published YAML, a list of 'name: value' under 'arguments'; give the file that came "
-            "with the weights."
+            f"'{path}' does not list 'name: value' under 'arguments'; give the YAML file that came with the weights."
         )
     return {name: value for row in rows for name, value in row.items()}
 
@@ -140,7 +139,7 @@ def starflow(
     `var`, `attn_mask` and `feat_rope.*` are dropped.
 
     Raises:
-        MappingError (a ValueError): tensors are missing, unexpected, or have the wrong shape; lists them all.
+        MappingError (a ValueError): tensors are missing, unexpected, or have the wrong shape; `failures` lists all.
         ValueError: the dtype or an argument is unknown, or the arguments describe a model that was not published.
 
     Example:
@@ -148,7 +147,7 @@ def starflow(
     """
     check_state_dict(state_dict)
     if not isinstance(arguments, Mapping):
-        raise ValueError(f"arguments is {shown(arguments)}; read the file with flowgen.convert.read_arguments.")
+        raise ValueError(f"arguments is {shown(arguments)}; read the YAML file with flowgen.convert.read_arguments.")
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype is {dtype!r}; choose 'float32' or 'bfloat16'.")
     state_dict = unwrapped(state_dict)
@@ -179,10 +178,10 @@ def _rules(config: STARFlowConfig) -> tuple[Rule, ...]:
 
 
 def _known(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the arguments that shape the model, with the published defaults; ValueError if one is not supported."""
+    """Returns the arguments that shape the model, with published defaults; raises ValueError for unsupported ones."""
     for name, value in arguments.items():
         if name in _REFUSED and value not in (0, None):
-            raise ValueError(f"{name} is {value!r:.80}; only models without it can be imported.")
+            raise ValueError(f"{name} is {value!r:.80}; models that use it cannot be imported.")
         if name not in _DEFAULTS and name not in _OTHER.split() and name not in _REFUSED:
             raise ValueError(f"{name!r:.80} is not an argument of the published STARFlow; remove it.")
     known = _DEFAULTS | {name: value for name, value in arguments.items() if name in _DEFAULTS}
@@ -195,14 +194,20 @@ def _known(arguments: Mapping[str, Any]) -> dict[str, Any]:
     ):
         for name in names:
             if not known[name]:
-                raise ValueError(f"{name} is {known[name]}; only {kind} with it, as published, can be imported.")
+                raise ValueError(
+                    f"{name} is {known[name]}; all published {kind} use it, and others cannot be imported."
+                )
     if known["seq_order"] not in _ORDERS:
         raise ValueError(f"seq_order is {known['seq_order']!r:.80}; it must be 'L2R' or 'R2L'.")
     if clips and known["seq_order"] != "L2R":
-        raise ValueError(f"seq_order is {known['seq_order']!r}; video models, which run in time order, have 'L2R'.")
+        raise ValueError(
+            f"seq_order is {known['seq_order']!r}; it must be 'L2R' for video models, which run in time order."
+        )
     for name in () if clips else _ONLY_OF_CLIPS:
         if known[name]:
-            raise ValueError(f"{name} is {known[name]}, but vid_size is missing; give both for clips, or neither.")
+            raise ValueError(
+                f"{name} is {known[name]}, but vid_size is missing; give both for a video model, or neither."
+            )
     return known
 
 
@@ -213,7 +218,7 @@ def _check_values(known: dict[str, Any]) -> None:
         if value is None and default is None:
             continue
         if name in _TEXTS and not isinstance(value, str):
-            raise ValueError(f"{name} is {value!r:.80}; it must be text.")
+            raise ValueError(f"{name} is {value!r:.80}; it must be a string.")
         if name in _NUMBERS:
             known[name] = check(_NUMBERS[name], value, path=name)
         elif isinstance(default, int) and type(value) not in (int, bool):
@@ -237,13 +242,15 @@ def model_config(state_dict: Mapping[str, np.ndarray], arguments: Mapping[str, A
     is_class = str(known["text"] or "").endswith(".vocab")
     if (text_dim > 0) != (known["txt_size"] > 0):
         raise ValueError(
-            f"txt_size is {known['txt_size']}, but the deep block has {'a' if text_dim else 'no'} projection of texts "
+            f"txt_size is {known['txt_size']}, but the deep block has {'a' if text_dim else 'no'} text projection "
             "('proj_txt'); give the arguments that were published with the weights."
         )
     if is_class and known["txt_size"] != 1:
-        raise ValueError(f"txt_size is {known['txt_size']}; a class from a .vocab file is a text of 1 token.")
+        raise ValueError(
+            f"txt_size is {known['txt_size']}; it must be 1 if text ends in .vocab, because a class is one token."
+        )
     if known["num_heads"] not in (None, known["channels"] // known["head_dim"]):
-        raise ValueError(f"num_heads is {known['num_heads']}; only channels / head_dim, the default, can be imported.")
+        raise ValueError(f"num_heads is {known['num_heads']}; it must be channels / head_dim, the default.")
     side = known["img_size"] // _vae_factors(known["vae"])[0]
     shape: dict[str, Any] = {
         "image_size": side,
@@ -272,7 +279,7 @@ def model_config(state_dict: Mapping[str, np.ndarray], arguments: Mapping[str, A
 
 
 def _of_clips(known: Mapping[str, Any]) -> dict[str, int]:
-    """Returns the config fields that a video flow adds to those of an image flow."""
+    """Returns the config fields that a video flow has in addition to an image flow's fields."""
     frames, _ = clip_size(known["vid_size"])
     shape = {"frames": 1 + (frames - 1) // _vae_factors(known["vae"])[1]}
     if not known["learnable_self_denoiser"]:
@@ -282,8 +289,8 @@ def _of_clips(known: Mapping[str, Any]) -> dict[str, int]:
     past = int(known["denoiser_window"]) - lookahead
     if past < 0:
         raise ValueError(
-            f"denoiser_window is {known['denoiser_window']} and temporal_causal {known['temporal_causal']}, so no "
-            "frame sees itself; give those that were published with the weights."
+            f"denoiser_window is {known['denoiser_window']} and temporal_causal is {known['temporal_causal']}, so no "
+            "frame sees itself; give the values that were published with the weights."
         )
     return shape | {
         "denoiser_layers": _DENOISER_LAYERS,
@@ -293,7 +300,7 @@ def _of_clips(known: Mapping[str, Any]) -> dict[str, int]:
 
 
 def clip_size(vid_size: str) -> tuple[int, int]:
-    """Returns (frames, frames per second) from the published argument `vid_size`; of several rates, the first counts.
+    """Returns (frames, frames per second) from the published argument `vid_size`; uses the first of several rates.
 
     Raises ValueError if `vid_size` has another form.
 
@@ -314,7 +321,9 @@ def _vae_factors(vae: str | None) -> tuple[int, int]:
         return 1, 1
     factors = next((factors for name, factors in _VAE_FACTORS.items() if name in vae), None)
     if factors is None:
-        raise ValueError(f"vae is {vae!r}, an unknown autoencoder; leave it out, and give img_size in latents.")
+        raise ValueError(
+            f"vae is {vae!r}, which is not a known autoencoder; leave out vae and give img_size in latents."
+        )
     return factors
 
 
@@ -330,8 +339,7 @@ def _without_identities(state_dict: Mapping[str, np.ndarray], layers: tuple[int,
                 return f"blocks.{position}.{name.removeprefix(prefix)}"
         if name.startswith("blocks."):
             raise ValueError(
-                f"'{name}' belongs to a block that has 0 layers by layers_per_block; give "
-                "the published layers_per_block."
+                f"'{name}' belongs to a block with 0 layers in layers_per_block; give the published layers_per_block."
             )
         return name
 

@@ -16,11 +16,11 @@ from flowgen.convert.torch_files import PICKLE_MAGIC, ZIP_MAGIC, open_torch
 from flowgen.convert.torch_pickle import StoredTensor
 from flowgen.documents import MAX_BYTES, check_regular, parse_json
 
-# Largest header, in bytes. The format allows six times as many; the largest models need a hundredth.
+# Largest header, in bytes. The format allows six times as many; the largest models need a hundredth of it.
 _MAX_HEADER = MAX_BYTES
 # Limit on the bytes of a file's tensors, as a multiple of its size; this leaves room for a few tied weights.
 _MAX_VIEWS = 4
-_MAX_LOOKED_AT = 100_000  # dictionaries; one that is met twice counts twice
+_MAX_LOOKED_AT = 100_000  # dictionaries, counted each time they are met
 _MAX_NAMED = 8  # in messages
 _MAX_DEPTH = 4  # nesting of dictionaries in the search for a state dict
 _LFS_POINTER = b"version https://git-lfs"
@@ -47,14 +47,14 @@ _DTYPES = {
 def read_state_dict(path: str | os.PathLike[str], *, entry: str | None = None) -> dict[str, np.ndarray]:
     """Returns the tensors of a weight file by name, as read-only views of the file in its dtypes.
 
-    The layout is recognised by content: safetensors, or torch.save's zip archive or its older sequence of
+    The layout is recognised by content: safetensors, torch.save's zip archive, or its older sequence of
     pickles. Nothing in the file is executed. A nested dictionary of tensors, as in {"model": ..., "epoch": 3},
     is found if it is the only one; `entry` chooses one of several ("ema", "state.model").
 
     Raises:
         FileNotFoundError, IsADirectoryError: there is no file at `path`.
-        ValueError: the file is truncated, damaged, of another kind or refused; it has no dictionary of tensors,
-            several, or none named `entry`; or its tensors take more than four times its size.
+        ValueError: the file is truncated, damaged, unsafe or of another kind; no dictionary of tensors matches, or
+            more than one does; or the tensors take more than four times the file's size.
 
     Example:
         state_dict = read_state_dict("afhq_model_8_768_8_8_0.07.pth")
@@ -75,7 +75,7 @@ def read_state_dict(path: str | os.PathLike[str], *, entry: str | None = None) -
         return tensors
     if start[8:9] == b"{":
         if entry is not None:
-            raise ValueError(f"'{path}' is a flat safetensors file, so it has no entry '{entry}'; leave entry out.")
+            raise ValueError(f"'{path}' is a flat safetensors file, so it has no entry '{entry}'; leave out entry.")
         return _read_safetensors(path)
     if start.startswith(_LFS_POINTER):
         raise ValueError(f"'{path}' is a Git LFS pointer, not the weights; fetch them with git lfs pull.")
@@ -95,12 +95,12 @@ def _select(saved: Any, path: Path, entry: str | None) -> dict[str, StoredTensor
     if entry is not None:
         raise ValueError(f"'{path}' has no state dict '{entry}'; it has {names or 'none'}.")
     if choices:
-        raise ValueError(f"'{path}' holds {len(choices)} state dicts; choose one with entry: {names}.")
+        raise ValueError(f"'{path}' has {len(choices)} state dicts; choose one with entry: {names}.")
     found = type(saved).__name__.lstrip("_")
     if isinstance(saved, Mapping):
         found = "dictionary with " + (_listed(saved) or "nothing in it")
     raise ValueError(
-        f"'{path}' holds a {found}, not a dictionary of tensors; save the weights alone, "
+        f"'{path}' contains a {found}, not a dictionary of tensors; save only the weights, "
         "with torch.save(model.state_dict(), file)."
     )
 
@@ -123,9 +123,7 @@ def _state_dicts(saved: Any, path: Path) -> dict[str, dict[str, StoredTensor]]:
         nonlocal looked_at
         looked_at += 1
         if looked_at > _MAX_LOOKED_AT:
-            raise ValueError(
-                f"'{path}' has more than {_MAX_LOOKED_AT:,} dictionaries inside each other; save the weights alone."
-            )
+            raise ValueError(f"'{path}' has more than {_MAX_LOOKED_AT:,} nested dictionaries; save only the weights.")
         if id(value) not in inner:
             inner[id(value)] = _dictionaries(value)
         dictionaries = inner[id(value)]
@@ -141,7 +139,7 @@ def _state_dicts(saved: Any, path: Path) -> dict[str, dict[str, StoredTensor]]:
 
 
 def _dictionaries(value: dict[Any, Any]) -> list[tuple[str, Any]] | None:
-    """Returns the dictionaries inside another; None if it holds only tensors, [] if not all names are strings."""
+    """Returns the dictionaries inside another; None if it has only tensors, [] if not all names are strings."""
     if not value or not all(isinstance(name, str) for name in value):
         return []
     if all(isinstance(part, StoredTensor) for part in value.values()):
@@ -155,7 +153,7 @@ def _check_size(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     if described > _MAX_VIEWS * size:
         raise ValueError(
             f"'{path}' has {size:,} bytes, but its tensors take {described:,}, more than {_MAX_VIEWS} times as many; "
-            "save it after .clone() of every tensor."
+            "call .clone() on every tensor and save them again."
         )
 
 
@@ -167,8 +165,8 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     length = int.from_bytes(content[:8].tobytes(), "little")
     if length > min(_MAX_HEADER, content.size - 8):
         raise ValueError(
-            f"'{path}' is truncated or not safetensors: its header would be {length} bytes long, of at most "
-            f"{min(_MAX_HEADER, content.size - 8)}."
+            f"'{path}' is truncated or not a safetensors file: its header claims to have {length} bytes, but can have "
+            f"at most {min(_MAX_HEADER, content.size - 8)}."
         )
     try:
         header = parse_json(content[8 : 8 + length].tobytes())

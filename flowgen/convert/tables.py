@@ -66,7 +66,7 @@ def transformer(source: str, target: str, mlp: dict[str, str] | None = None) -> 
     """Returns the rules that turn a published transformer's layers, numbered {layer}, into one scanned stack.
 
     The columns of qkv keep their order: q, k, v, each head by head. mlp: flowgen's names for the MLP's maps, by
-    published name.
+    their published names.
 
     Example:
         rules = transformer("blocks.{block}.attn_blocks.{layer}", "params/blocks_{block}/layers")
@@ -85,7 +85,7 @@ def transformer(source: str, target: str, mlp: dict[str, str] | None = None) -> 
 def starflow(*, gated: bool) -> tuple[Rule, ...]:
     """Returns the rules for a published STARFlow for images, with plain or gated MLPs.
 
-    The rules of an option that is off fill nothing, because the model lacks their leaves.
+    The rules for an option that is off fill nothing, because the model lacks their leaves.
 
     Example:
         variables, dropped = fill(target, state_dict, starflow(gated=False))
@@ -137,7 +137,7 @@ def starflow_v(*, gated: bool, denoiser_scale: float) -> tuple[Rule, ...]:
 
 
 def scaled(factor: float, transform: Callable[[np.ndarray], np.ndarray] = as_is) -> Callable[[np.ndarray], np.ndarray]:
-    """Returns the transform followed by a multiplication by `factor` in float32, for tensors of any dtype.
+    """Returns a function that transforms a tensor of any dtype and then multiplies it by `factor` in float32.
 
     Example:
         Rule("proj.weight", "params/proj/kernel", scaled(0.5, transpose))

@@ -43,8 +43,8 @@ def open_torch(path: str | os.PathLike[str]) -> TorchFile:
     Checksums are verified if the file records them (the zip layout does, by default).
 
     Raises:
-        ValueError: the file is damaged, truncated, big-endian or not written by torch.save, or it names anything but
-            tensors and plain Python values. `TorchFile.read` can raise it too.
+        ValueError: the file is damaged, truncated, big-endian or not written by torch.save, or it refers to anything
+            but tensors and plain Python values. `TorchFile.read` can raise it too.
 
     Example:
         file = open_torch("model.pth")
@@ -58,7 +58,7 @@ def open_torch(path: str | os.PathLike[str]) -> TorchFile:
         try:
             return function(*arguments)
         except Refusal as refusal:
-            raise ValueError(f"'{path}' is refused: {refusal}.") from None
+            raise ValueError(f"'{path}' cannot be imported: {refusal}.") from None
         except _DAMAGE as error:
             reason = error if isinstance(error, Damage) else f"{type(error).__name__}: {error}"
             raise ValueError(
@@ -93,7 +93,7 @@ def _open_zip(content: np.ndarray) -> tuple[Any, Callable[[Storage], np.ndarray]
         raise Refusal("it is a zip archive without data.pkl, so torch.save did not write it")
     root = pickles[0].removesuffix("data.pkl")
     if entries[pickles[0]].size > _MAX_PICKLE:
-        raise Refusal(f"its pickle has more than {_MAX_PICKLE:,} bytes; save the weights alone")
+        raise Refusal(f"its pickle has more than {_MAX_PICKLE:,} bytes; save only the weights")
 
     def entry_bytes(name: str) -> np.ndarray:
         if root + name not in entries:

@@ -96,7 +96,7 @@ class TensorUnpickler:
 
     storages: the storages that tensors refer to, by key. position: the end of the last pickle.
 
-    Raises Refusal if a program uses more than tensors need, Damage if it is malformed.
+    Raises Refusal if a program uses more than tensors need, and Damage if it is malformed.
 
     Example:
         saved = TensorUnpickler(content).load()
@@ -119,7 +119,7 @@ class TensorUnpickler:
                 if self._instructions > MAX_INSTRUCTIONS:
                     raise Refusal(
                         f"its pickle has more than {MAX_INSTRUCTIONS:,} instructions, far more than weights need; "
-                        "save the weights alone, with torch.save(model.state_dict(), file)"
+                        "save only the weights, with torch.save(model.state_dict(), file)"
                     )
                 if code not in _INSTRUCTIONS:
                     raise Damage(f"its pickle has an instruction {bytes([code])!r} that torch.save does not write")
@@ -133,7 +133,7 @@ class TensorUnpickler:
         """Returns the next bytes."""
         start, self.position = self.position, self.position + count
         if self.position > len(self.content):
-            raise Damage("its pickle ends in the middle")
+            raise Damage("its pickle is cut off")
         return self.content[start : self.position]
 
     def number(self, form: str) -> Any:
@@ -150,7 +150,7 @@ class TensorUnpickler:
         window = bytes(self.content[self.position : self.position + 1024])
         end = window.find(b"\n")
         if end < 0:
-            raise Damage("its pickle has a name that does not end")
+            raise Damage("its pickle has an unterminated name")
         return self.text(end + 1)[:-1]
 
     def key(self, value: Any) -> Any:
@@ -159,13 +159,13 @@ class TensorUnpickler:
             return value
         if type(value) is not int or abs(value) >= sys.hash_info.modulus:
             raise Refusal(
-                f"its pickle has a dictionary or set with the key {_shown(value)}, neither text nor an integer below "
-                "2^61; save the weights alone"
+                f"its pickle has a dictionary or set with the key {_shown(value)}, which is neither text nor an "
+                "integer below 2^61; save only the weights"
             )
         self._number_keys += 1
         if self._number_keys > MAX_NUMBER_KEYS:
             raise Refusal(
-                f"its pickle has more than {MAX_NUMBER_KEYS:,} keys that are numbers; save the weights alone, without "
+                f"its pickle has more than {MAX_NUMBER_KEYS:,} integer keys; save only the weights, without "
                 "the optimizer"
             )
         return value
@@ -193,7 +193,7 @@ def _last(count: int) -> Callable[[TensorUnpickler], None]:
     def run(machine: TensorUnpickler) -> None:
         values = tuple(machine.stack[-count:])
         if len(values) != count:
-            raise Damage("its pickle takes more values than it has")
+            raise Damage("its pickle takes more values from the stack than there are")
         machine.stack[-count:] = [values]
 
     return run
@@ -236,7 +236,7 @@ def _named(module: str, name: str) -> _Name:
         return _Name(name)
     raise Refusal(
         f"its pickle uses {_shown(full)}, which a dictionary of dense tensors does not need; "
-        "save the weights alone, with torch.save(model.state_dict(), file)"
+        "save only the weights, with torch.save(model.state_dict(), file)"
     )
 
 
@@ -264,18 +264,18 @@ def _persistent(machine: TensorUnpickler) -> Storage:
         raise Damage("its pickle has a storage of an unknown kind")
     storage = Storage(key, _STORAGES[kind.text], _natural(count))
     if machine.storages.setdefault(key, storage) != storage:
-        raise Refusal(f"its storage {_shown(key)} is described twice, differently")
+        raise Refusal(f"its storage {_shown(key)} has two different descriptions")
     return storage
 
 
 def _natural(value: Any) -> int:
     if type(value) is not int or not 0 <= value < 1 << 63:
-        raise Refusal(f"a tensor's size, stride or offset is {_shown(value)}")
+        raise Refusal(f"a tensor's size, stride or offset is {_shown(value)}, which is invalid")
     return value
 
 
 def _shown(value: Any) -> str:
-    """Returns a value from an untrusted file as text; for a container, which may hold anything, only its type."""
+    """Returns a value from an untrusted file as text; for a container, which may contain anything, only its type."""
     if value is not None and type(value) not in (str, int, float, bool):
         return f"a {type(value).__name__}"
     text = repr(value[:80] if type(value) is str else value)
@@ -287,7 +287,7 @@ def _stored_tensor(storage: Any, dtype: Any, offset: Any, shape: Any, strides: A
     if not isinstance(storage, Storage) or dtype not in DTYPES or not layout:
         raise Damage("its pickle has a tensor with an invalid storage, dtype or strides")
     if metadata:
-        raise Refusal("a tensor is stored as a lazy view, conjugate or negative; save it after .clone()")
+        raise Refusal("a tensor is stored as a lazy view, conjugate or negative; call .clone() on it and save it again")
     sizes, steps = tuple(map(_natural, shape)), tuple(map(_natural, strides))
     return StoredTensor(storage, dtype, _natural(offset), sizes, steps)
 
@@ -316,7 +316,7 @@ def _ordered_dict(pairs=()) -> _Mapping:
         raise Damage("its pickle makes a dictionary from something other than pairs")
     made = _Mapping({name: value for name, value in pairs if type(name) is str})
     if len(made) != len(pairs):
-        raise Damage("its pickle makes a dictionary with names that are not text, or repeat")
+        raise Damage("its pickle makes a dictionary with names that are not text or are repeated")
     pairs.clear()  # Each list makes one dictionary; otherwise a short program could make many large ones.
     return made
 

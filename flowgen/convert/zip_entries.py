@@ -83,7 +83,7 @@ def _directory(content: np.ndarray) -> tuple[int, int, int]:
             raise Damage("its zip archive is cut off")
         count, size, start = struct.unpack_from("<QQQ", record, 32)
     if count > MAX_ENTRIES:
-        raise Refusal(f"its zip archive has {count:,} entries, more than {MAX_ENTRIES:,}")
+        raise Refusal(f"its zip archive has {count:,} entries, which is more than {MAX_ENTRIES:,}")
     if size > _MAX_DIRECTORY or start + size > end or count * _CENTRAL_SIZE > size:
         raise Damage("the directory of its zip archive is misplaced")
     return count, size, start
@@ -110,7 +110,7 @@ def _entry(directory: bytes, position: int, content: np.ndarray, end: int) -> tu
     local_name_length, local_extra_length = struct.unpack_from("<HH", local, 26)
     begin = start + _LOCAL_SIZE + local_name_length + local_extra_length
     if content[start + _LOCAL_SIZE : start + _LOCAL_SIZE + local_name_length].tobytes() != raw or packed != size:
-        raise Damage(f"its entry {name[:80]!r} is described twice, differently")
+        raise Damage(f"its entry {name[:80]!r} has two different descriptions")
     if begin + size > end:
         raise Refusal(f"its entry {name[:80]!r} is truncated; get the file again")
     return Entry(name, begin, size, checksum), position + name_length + extra_length + comment_length

@@ -42,7 +42,7 @@ class _ConvNet(nn.Module):
 
 @dataclass(frozen=True)
 class Classifier:
-    """A trained classifier of images in [-1, 1].
+    """A trained classifier for images in [-1, 1].
 
     Example:
         classifier = train_classifier(dataset, jax.random.key(0))
@@ -67,7 +67,7 @@ class Classifier:
 
 
 def train_classifier(dataset: Dataset, key: Key[Array, ""], *, steps: int = 200) -> Classifier:
-    """Returns a classifier of the dataset's labels, trained on noisy images, so that it also works on samples.
+    """Trains a classifier of the dataset's labels on noisy images, so that it also works on samples.
 
     Raises ValueError if the dataset has no labels.
 
@@ -75,7 +75,7 @@ def train_classifier(dataset: Dataset, key: Key[Array, ""], *, steps: int = 200)
         classifier = train_classifier(experiment.dataset("train"), jax.random.key(0))
     """
     if not dataset.class_names:
-        raise ValueError("the data have no labels, which the classifier learns from; give data with classes.")
+        raise ValueError("the data have no labels for the classifier to learn from; give data with classes.")
     network = _ConvNet(len(dataset.class_names))
     init_key, noise_key = jax.random.split(key)
     variables = jax.jit(network.init)(init_key, jnp.zeros((1, *dataset.event_shape)))

@@ -35,10 +35,10 @@ def flow_bits_per_dim(
     batch_size: int = 256,
     conditional: bool = True,
 ) -> float:
-    """Returns the mean bits/dim over a dataset, with one draw of noise per image.
+    """Returns a flow's mean bits/dim over a dataset, with one draw of noise per image.
 
     noise_std: std of the Gaussian noise added to images; 0 means uniform dequantisation (the published measure), and
-    None the training noise. conditional: pass labels to a flow with classes.
+    None the training noise. conditional: whether to pass labels to a flow with classes.
 
     Example:
         bpd = flow_bits_per_dim(flow, params, dataset, jax.random.key(0), noise_std=0.0)
@@ -58,11 +58,11 @@ def flow_nats_per_dim(
     batch_size: int = 256,
     conditional: bool = True,
 ) -> float:
-    """Returns the mean of -log p per dimension, in nats, over a dataset of latents.
+    """Returns a flow's mean of -log p per dimension, in nats, over a dataset of latents.
 
     Each latent is drawn once from its posterior, with one draw of noise.
 
-    conditional: pass labels or texts to a flow that takes them; a text flow requires them.
+    conditional: whether to pass labels or texts to a flow that takes them; must be True for a text flow.
 
     Example:
         nats = flow_nats_per_dim(flow, params, dataset, jax.random.key(0))
@@ -73,7 +73,7 @@ def flow_nats_per_dim(
 def _mean_nats(flow, variables, dataset, key, *, noise_std, batch_size, conditional) -> float:
     """Returns the mean of -log p per dimension over the samples of all buckets."""
     if flow.config.text_dim and not conditional:
-        raise ValueError("this flow needs texts to compute a likelihood; leave unconditional out.")
+        raise ValueError("this flow needs texts to compute a likelihood; leave out unconditional.")
     sigma = flow.config.noise_std if noise_std is None else noise_std
     variables = jax.device_put(variables)
     total = 0.0
@@ -103,8 +103,9 @@ def velocity_bits_per_dim(
 ) -> float:
     """Returns a continuous flow's mean bits/dim over a dataset, under uniform dequantisation.
 
-    log_prob(x, labels, key): log p in nats of images in [-1, 1), such as `flowgen.matching.log_prob` of a velocity
-    field. The key draws Hutchinson's probes, once per batch. This function compiles log_prob.
+    log_prob(x, labels, key): returns log p in nats for images in [-1, 1), for example by calling
+    `flowgen.matching.log_prob` with a velocity field. The key draws Hutchinson's probes, once per batch. This function
+    compiles log_prob.
 
     Example:
         bpd = velocity_bits_per_dim(lambda x, y, key: fm.log_prob(velocity, x, y, key=key), dataset, key)
@@ -130,7 +131,7 @@ def _mean(dataset: Dataset, key: Key[Array, ""], batch_size: int, measure: Calla
 
 
 def gaussian_bits_per_dim(train: Dataset, dataset: Dataset, *, noise_std: float) -> float:
-    """Returns the mean bits/dim on `dataset` of a Gaussian with the mean and covariance of `train`.
+    """Returns the mean bits/dim of `dataset` under a Gaussian with the mean and covariance of `train`.
 
     The flow's noise on both datasets (Gaussian for σ > 0, uniform dequantisation for σ = 0) is included in closed form,
     so no noise is drawn. The covariance is full up to 4096 dimensions if `train` has at least 5 images per dimension,

@@ -11,7 +11,7 @@ PEAK = 2.0  # of images in [-1, 1]
 
 
 def psnr(mean_square_error: float) -> float:
-    """Returns the peak signal-to-noise ratio of images in [-1, 1] in dB, 10 log10(2² / error), which is at most 126.
+    """Returns the peak signal-to-noise ratio in dB of images in [-1, 1], 10 log10(2² / error), capped at 126.
 
     Example:
         decibels = psnr(0.01)  # 26.0
@@ -20,10 +20,10 @@ def psnr(mean_square_error: float) -> float:
 
 
 def frechet_distance(x: Float[np.ndarray, "n features"], y: Float[np.ndarray, "m features"]) -> float:
-    """Returns |μx - μy|² + tr(Σx + Σy - 2 (Σx½ Σy Σx½)½), the squared Fréchet distance of fitted Gaussians.
+    """Returns |μx - μy|² + tr(Σx + Σy - 2 (Σx½ Σy Σx½)½), the squared Fréchet distance between fitted Gaussians.
 
-    With Inception's features this is the FID (Heusel et al., arXiv 1706.08500). Values are comparable only for the same
-    features, n and m, because small samples increase them. Computed in float64. Raises ValueError for fewer than two
+    With Inception's features this is the FID (Heusel et al., arXiv 1706.08500). Compare values only for the same
+    features, n and m, because smaller samples increase them. Computed in float64. Raises ValueError for fewer than two
     samples, or if x and y have different numbers of features.
 
     Example:
@@ -31,7 +31,7 @@ def frechet_distance(x: Float[np.ndarray, "n features"], y: Float[np.ndarray, "m
     """
     if min(len(x), len(y)) < 2 or x.shape[1:] != y.shape[1:]:
         raise ValueError(
-            f"features have shapes {x.shape} and {y.shape}; give at least two rows of each, of equal length."
+            f"features have shapes {x.shape} and {y.shape}; give at least two of each, all of the same length."
         )
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
     covariances = [np.atleast_2d(np.cov(side, rowvar=False)) for side in (x, y)]

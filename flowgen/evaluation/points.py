@@ -28,7 +28,7 @@ class PointSamples(NamedTuple):
 
 
 def point_samples(velocity: Velocity, draw: Draw, key: Key[Array, ""], *, num: int = 1000) -> PointSamples:
-    """Returns the samples that `point_metrics` compares; can be compiled with `jax.jit`.
+    """Returns the samples that `point_metrics` compares; works under `jax.jit`.
 
     Example:
         samples = jax.jit(lambda key: point_samples(velocity, config.draw, key))(key)
@@ -42,10 +42,10 @@ def point_samples(velocity: Velocity, draw: Draw, key: Key[Array, ""], *, num: i
 
 
 def point_metrics(samples: PointSamples) -> dict[str, float]:
-    """Returns metrics of how well a field transports noise to data, from exact distances computed on the host.
+    """Measures how well a field transports noise to data, with exact distances computed on the host.
 
-    w2: 2-Wasserstein distance between generated points and data. w2_floor: W2 between two samples of the data; smaller
-    values of w2 are not meaningful. euler_k: w2 after k Euler steps. path_energy: E ∫|v|² dt. signed_npe: (path_energy
+    w2: 2-Wasserstein distance between generated points and data. w2_floor: W2 between two samples of the data; w2 below
+    this value is not meaningful. euler_k: w2 after k Euler steps. path_energy: E ∫|v|² dt. signed_npe: (path_energy
     - W2²) / W2² with W2 between noise and data; below 0, the paths are too short for these marginals. curvature: see
     `path_report`.
 

@@ -1,4 +1,4 @@
-"""Reads and writes the arrays of a state by path, with orbax; only for numpy arrays in a single process."""
+"""Reads and writes the arrays of a state by path, with orbax. Supports only numpy arrays in a single process."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def layout(tree: Any) -> dict[str, Any]:
 
 
 def check_layout(step: int, given: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Raises ValueError if a checkpoint's paths, shapes or dtypes are not the expected ones; says which.
+    """Raises ValueError if a checkpoint has unexpected paths, shapes or dtypes; the message lists the first few.
 
     Example:
         check_layout(step, manifest["arrays"], layout(abstract_state))
@@ -57,9 +57,9 @@ def check_layout(step: int, given: dict[str, Any], expected: dict[str, Any]) -> 
 
 
 def check_finite(step: int, flat: Flat) -> None:
-    """Raises FloatingPointError if an array holds NaN or infinity; names the first such array.
+    """Raises FloatingPointError if an array contains NaN or infinity; the message names the first such array.
 
-    Carried state may hold infinities, such as the logarithm of a running mean that is still 0.
+    Carried state may contain infinities, such as the logarithm of a running mean that is still 0.
 
     Example:
         check_finite(step, flatten(state))
@@ -69,11 +69,11 @@ def check_finite(step: int, flat: Flat) -> None:
             continue
         bad = np.isnan(array) if name.startswith("collections/") else ~np.isfinite(array)
         if bad.any():
-            raise FloatingPointError(f"{name} is not finite after step {step}, so it was not saved.")
+            raise FloatingPointError(f"{name} is not finite after step {step}, so no checkpoint was saved.")
 
 
 def group_of(path: str) -> str:
-    """Returns the folder that holds the array with this path.
+    """Returns the name of the folder in which the array with this path is stored.
 
     Example:
         group_of("ema/blocks_0/proj_in/kernel") == "ema"
@@ -83,7 +83,7 @@ def group_of(path: str) -> str:
 
 
 def write_arrays(directory: Path, flat: Flat) -> None:
-    """Writes each group of arrays into a separate new directory; raises ValueError or OSError if writing fails.
+    """Writes each group of arrays to a separate new folder; raises ValueError or OSError if writing fails.
 
     Example:
         write_arrays(Path("300.saving"), flatten(state))
@@ -98,7 +98,7 @@ def write_arrays(directory: Path, flat: Flat) -> None:
 
 
 def read_arrays(directory: Path, chosen: dict[str, Any]) -> Flat:
-    """Returns the arrays in a layout {path: [shape, dtype name]}, read from the directories of their groups.
+    """Reads the arrays listed in a layout {path: [shape, dtype name]} from the folders of their groups.
 
     Example:
         arrays = read_arrays(Path("checkpoints/300"), {"params/w": [[3], "float32"]})

@@ -1,12 +1,12 @@
-"""Reads the checkpoints of a run: only complete ones, verified by digest.
+"""Reads the complete checkpoints of a run and verifies them by digest.
 
 <directory>/<step>/{params,ema,opt_state,other}/   orbax PyTrees of numpy arrays by path
 <directory>/<step>/meta.json                       step, config, shape and dtype of each array, SHA-256 of each file
 <directory>/<step>/evaluation.json                 metrics of the step, once it has been evaluated
 
 meta.json is written last, so a folder with a missing file is not a checkpoint but an interrupted deletion or copy, and
-is ignored. A complete folder with a changed file is a damaged checkpoint. It is refused, since silently resuming from
-an older one would hide the damage.
+is ignored. A complete folder with a changed file is a damaged checkpoint. Reading it raises an error, because silently
+resuming from an older checkpoint would hide the damage.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _LEFTOVER = re.compile(rf"[0-9]+\.({SAVING}|{DELETED})(-[0-9]+)?")
 
 
 class CheckpointReader:
-    """Reads the complete checkpoints of a directory. It writes nothing, so it may be used while a run trains there.
+    """Reads the complete checkpoints of a directory. It writes nothing, so you can use it while a run trains there.
 
     Example:
         reader = CheckpointReader("runs/digits/checkpoints")
@@ -46,7 +46,7 @@ class CheckpointReader:
         self.directory = Path(directory).absolute()
 
     def steps(self) -> list[int]:
-        """Returns the steps of complete checkpoints, in ascending order; other entries do not count."""
+        """Returns the steps of complete checkpoints, in ascending order; ignores other entries."""
         return sorted(int(name) for name, why in self._entries().items() if why is None)
 
     def latest_step(self) -> int | None:
@@ -54,11 +54,11 @@ class CheckpointReader:
         return max(self.steps(), default=None)
 
     def passed_over(self) -> dict[str, str]:
-        """Returns, by name, why entries of the directory are not checkpoints; skips unfinished saves and deletions."""
+        """Returns {name: reason} for entries that are not checkpoints, except unfinished saves and deletions."""
         return {name: why for name, why in self._entries().items() if why is not None}
 
     def check_not_broken(self) -> None:
-        """Raises ValueError if the directory holds checkpoints, but all of them have lost files.
+        """Raises ValueError if the directory has checkpoints, but all of them have lost files.
 
         Example:
             CheckpointReader("runs/digits/checkpoints").check_not_broken()
@@ -68,15 +68,15 @@ class CheckpointReader:
         if broken and None not in entries.values():
             name, why = max(broken.items(), key=lambda item: int(item[0]))
             raise ValueError(
-                f"No checkpoint in '{self.directory}' is complete ({name}: {why}); restore them from a copy, or remove "
-                "these folders to start over at step 0."
+                f"No checkpoint in '{self.directory}' is complete ({name}: {why}); restore the checkpoints from a "
+                "copy, or remove their folders to start over at step 0."
             )
 
     def meta(self, step: int) -> dict[str, Any]:
         """Returns the `manifest` plus `metrics`, which is empty if the step was not evaluated.
 
         Raises:
-            ValueError: the checkpoint is missing or damaged, or belongs to another step; names the step.
+            ValueError: the checkpoint is missing or damaged, or belongs to another step; the message names the step.
         """
         return {**self.manifest(step), "metrics": self.evaluation(step) or {}}
 
@@ -84,13 +84,13 @@ class CheckpointReader:
         """Returns what was saved with the arrays: `config`, `arrays` (path: [shape, dtype]), `files` (path: digest).
 
         Raises:
-            ValueError: the checkpoint is missing or damaged, or belongs to another step; names the step.
+            ValueError: the checkpoint is missing or damaged, or belongs to another step; the message names the step.
         """
         meta = self._read_meta(step)
         if meta["step"] != step:
             raise ValueError(
-                f"Checkpoint {step} in '{self.directory}' holds step {meta['step']}, so it was copied or renamed; "
-                f"remove that folder{self._alternative(step)}."
+                f"Checkpoint {step} in '{self.directory}' contains step {meta['step']}, so its folder was copied or "
+                f"renamed; remove it{self._alternative(step)}."
             )
         return meta
 
@@ -103,7 +103,7 @@ class CheckpointReader:
         path = self.directory / str(step) / EVALUATION
         if not os.path.lexists(path):
             return None
-        what = f"; remove {EVALUATION}, and the command that trained the run evaluates it again"
+        what = f"; remove {EVALUATION} and run the training command again to repeat the evaluation"
         try:
             saved = verified(read_json(path))
         except (OSError, ValueError) as error:
@@ -115,10 +115,10 @@ class CheckpointReader:
         return saved["metrics"]
 
     def arrays(self, step: int, choose: Callable[[str], bool] = lambda path: True) -> Flat:
-        """Returns the saved arrays with the chosen paths, after comparing their files with the digests.
+        """Returns the saved arrays with the chosen paths, after checking their files against the digests.
 
         Raises:
-            ValueError: a file is missing, truncated or changed; names the file and the step.
+            ValueError: a file is missing, truncated or changed; the message names the file and the step.
         """
         meta = self.manifest(step)
         chosen = {path: entry for path, entry in meta["arrays"].items() if choose(path)}
@@ -138,11 +138,11 @@ class CheckpointReader:
         check_layout(step, self.manifest(step)["arrays"], layout(like))
         read = self.arrays(step)
         if "step" in read and read["step"].ndim == 0 and int(read["step"]) != step:
-            raise self._damaged(step, f"its state is that of step {int(read['step'])}")
+            raise self._damaged(step, f"its arrays belong to step {int(read['step'])}")
         return jax.tree.unflatten(jax.tree.structure(like), [read[name] for name in flatten(like)])
 
     def variables(self, step: int, params: Any, *, ema: bool = True) -> dict[str, Any]:
-        """Returns the weights of a step and its carried collections; with `ema`, the averaged weights if saved.
+        """Returns the weights and carried collections of a step; with `ema`, the averaged weights if they were saved.
 
         params: a tree of (abstract) arrays with the structure of the weights. Optimizer moments are not read.
 
@@ -161,7 +161,7 @@ class CheckpointReader:
         return {"params": tree[group], **tree.get("collections", {})}
 
     def _entries(self) -> dict[str, str | None]:
-        """Returns, by name, why each entry of the directory is not a complete checkpoint; None if it is one."""
+        """Returns {name: reason} for the directory's entries; the reason is None for a complete checkpoint."""
         if not self.directory.is_dir():
             return {}
         entries = sorted(self.directory.iterdir())
@@ -176,7 +176,7 @@ class CheckpointReader:
 
     def _unwhole(self, entry: Path) -> str | None:
         if not _STEP.fullmatch(entry.name):
-            return "its name is not a step"
+            return "its name is not a step number"
         if entry.is_symlink():
             return "it is a link"
         if not entry.is_dir():
@@ -186,7 +186,7 @@ class CheckpointReader:
         try:
             files = self._read_meta(int(entry.name))["files"]
         except ValueError:
-            return None  # It is damaged, so it is refused rather than ignored.
+            return None  # It is damaged, and reading it raises an error.
         gone = [name for name in files if not os.path.lexists(entry / name)]
         return f"{_BROKEN[1]} {gone[0]}" if gone else None
 
@@ -232,12 +232,12 @@ class CheckpointReader:
         # The other steps are found without reading their checkpoints, which may also be damaged.
         names = [path.name for path in self.directory.iterdir()] if self.directory.is_dir() else []
         others = [int(name) for name in names if _STEP.fullmatch(name) and int(name) != step]
-        fix = f"remove that folder to resume from step {max(others)}" if others else "there is no other checkpoint"
+        fix = f"remove that folder to resume from step {max(others)}" if others else "restore it from a copy"
         return ValueError(f"Checkpoint {step} in '{self.directory}' is damaged ({what}); {fix}.")
 
 
 def leftovers(directory: Path) -> list[Path]:
-    """Returns the leftovers of killed saves and deletions in a directory of checkpoints.
+    """Returns what killed saves and deletions left in a directory of checkpoints.
 
     Example:
         for path in leftovers(Path("runs/digits/checkpoints")): ...

@@ -1,10 +1,10 @@
-"""The directory of a run: its file names, and functions that can read it even while a run trains in it.
+"""The directory of a run: its file names, and functions that read it, even during training.
 
 <run>/config.json      the experiment, with the digest of its values
 <run>/data.json        a summary of the data, and the list of its files
 <run>/checkpoints/     see `flowgen.runs.checkpoints`
 <run>/metrics.jsonl    means since the last report, and evaluations; events.* the same for TensorBoard
-<run>/samples/         an image for each step that drew samples
+<run>/samples/         an image for each step at which samples were drawn
 <run>/lock             held by the process that trains here
 """
 
@@ -28,7 +28,7 @@ SAMPLES = "samples"
 
 
 def is_run(run_dir: str | Path) -> bool:
-    """Returns whether a directory holds the config of a run, rather than, say, a published model's.
+    """Returns whether a directory has a config.json written by a run, and not, say, one published with a model.
 
     Raises ValueError if its config is not JSON.
 
@@ -60,8 +60,8 @@ def read_config(run_dir: str | Path) -> dict[str, Any]:
     """Returns the JSON of a run's config.
 
     Raises:
-        FileNotFoundError: the directory does not exist or is not a run; says what is wrong.
-        ValueError: the config is not a file, not JSON, or was changed; names the changed values.
+        FileNotFoundError: the directory does not exist or is not a run; the message says which.
+        ValueError: the config is not a file, not JSON, or was changed; the message names the changed values.
 
     Example:
         read_config("runs/digits")["model"]
@@ -73,15 +73,17 @@ def read_config(run_dir: str | Path) -> dict[str, Any]:
     if not path.exists():
         if kept:
             raise FileNotFoundError(
-                f"checkpoint {run_dir} has lost its {CONFIG_FILE}; the command that trained it writes it again."
+                f"checkpoint {run_dir} has lost its {CONFIG_FILE}; run the training command again to recreate it."
             )
-        raise FileNotFoundError(f"checkpoint {run_dir} is not a flowgen run (it has no {CONFIG_FILE}).")
-    # Checkpoints hold the config too.
-    instead = ", or delete it, and the command that trained the run writes it again" if kept else ""
+        raise FileNotFoundError(
+            f"checkpoint {run_dir} is not a flowgen run, because it has no {CONFIG_FILE}; give the --workdir of a run."
+        )
+    # Checkpoints contain the config too.
+    instead = ", or delete it and run the training command again to recreate it" if kept else ""
     try:
         config = read_json(path)
     except ValueError as error:
-        raise ValueError(f"{path} is not a file with a JSON object; restore it from a copy{instead}.") from error
+        raise ValueError(f"{path} does not contain a JSON object; restore it from a copy{instead}.") from error
     try:
         return verified(config)
     except ValueError as error:
@@ -99,7 +101,7 @@ def write_config(run_dir: str | Path, config: dict[str, Any]) -> None:
 
 
 def data_changes(run_dir: str | Path, inventory: Inventory) -> str:
-    """Returns one line on what changed in the data since a run began; empty if nothing did.
+    """Returns a line that says what changed in the data since a run began, or "" if nothing did.
 
     Example:
         data_changes("runs/photos", inventory)
@@ -108,13 +110,13 @@ def data_changes(run_dir: str | Path, inventory: Inventory) -> str:
     try:
         return inventory.changes(read_json(path))
     except FileNotFoundError:
-        return "The run has no list of its data files, so changes in its data cannot be detected."
+        return "The run has no list of its data files, so changes to its data cannot be detected."
     except (OSError, ValueError):
-        return f"{path} cannot be read, so changes in the run's data cannot be detected."
+        return f"{path} cannot be read, so changes to the run's data cannot be detected."
 
 
 def check_workdir(workdir: Path, check_config: Callable[[dict[str, Any]], None], *, locks: bool = True) -> None:
-    """Raises an error if a directory holds something other than a run with this config; writes nothing.
+    """Raises an error if a directory contains anything but a run with this config. Writes nothing.
 
     locks: whether to also raise BlockingIOError if another process trains in it.
 
@@ -125,18 +127,18 @@ def check_workdir(workdir: Path, check_config: Callable[[dict[str, Any]], None],
         check_unlocked(workdir)
     _check_kinds(workdir)
     if CheckpointReader(workdir / CHECKPOINTS).latest_step() is not None and not (workdir / CONFIG_FILE).exists():
-        return  # Every checkpoint holds the config, which is compared instead.
+        return  # Every checkpoint contains the config, which is compared instead.
     if (workdir / CONFIG_FILE).exists():
         try:
             check_config(read_config(workdir))
         except ValueError as error:
             raise ValueError(f"workdir {workdir}: {error}") from error
     elif workdir.exists() and (not workdir.is_dir() or any(_is_foreign(path) for path in workdir.iterdir())):
-        raise FileExistsError(f"workdir {workdir} holds files, but no flowgen run; give a new or empty directory.")
+        raise FileExistsError(f"workdir {workdir} contains files but no flowgen run; give a new or empty directory.")
 
 
 def _check_kinds(workdir: Path) -> None:
-    """Raises OSError if the name of a run's file or folder is taken by something of another kind."""
+    """Raises OSError if one of a run's folders is not a folder, or one of its files is not a regular file."""
     for name in (CHECKPOINTS, SAMPLES):
         if os.path.lexists(workdir / name) and not (workdir / name).is_dir():
             raise NotADirectoryError(f"{workdir / name} is not a folder; remove it.")
@@ -148,14 +150,14 @@ def _check_kinds(workdir: Path) -> None:
 
 
 def _is_foreign(path: Path) -> bool:
-    """Returns whether a file is foreign: not one that a run may leave if it is killed at its very start."""
+    """Returns whether a file cannot come from a run that was killed as it started."""
     if path.name == CHECKPOINTS and path.is_dir():
         return any(path.iterdir())
     return path.name != LOCK_FILE and not is_temporary(path.name)
 
 
 def _changed(run_dir: Path, config: dict[str, Any]) -> str:
-    """Returns, in words, the values that differ from the config in the latest checkpoint."""
+    """Returns a description of the values that differ from the config in the latest checkpoint."""
     try:
         reader = CheckpointReader(run_dir / CHECKPOINTS)
         step = reader.latest_step()
@@ -166,4 +168,4 @@ def _changed(run_dir: Path, config: dict[str, Any]) -> str:
     except (OSError, ValueError, RecursionError):
         return ""
     more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""
-    return f" (against checkpoint {step}: {'; '.join(lines[:3])}{more})" if lines else ""
+    return f" (compared with checkpoint {step}: {'; '.join(lines[:3])}{more})" if lines else ""

@@ -22,7 +22,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
     Raises:
         OSError: the file is missing or cannot be read.
-        ValueError: it is not a regular file, not JSON, too deeply nested, or not an object; names the file.
+        ValueError: it is not a regular file, not JSON, too deeply nested, or not an object; the message names the file.
 
     Example:
         config = read_json("runs/digits/config.json")
@@ -34,12 +34,12 @@ def read_json(path: str | Path) -> dict[str, Any]:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} is not valid JSON ({reason[:200]}); restore it from a copy.") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path} does not hold a JSON object; restore it from a copy.")
+        raise ValueError(f"{path} does not contain a JSON object; restore it from a copy.")
     return value
 
 
 def read_bytes(path: str | Path) -> bytes:
-    """Returns the bytes of a regular file; ValueError if it is something else, such as a pipe, which would block.
+    """Returns the bytes of a regular file; raises ValueError for anything else, such as a pipe, which would block.
 
     Example:
         content = read_bytes("runs/digits/metrics.jsonl")
@@ -49,7 +49,7 @@ def read_bytes(path: str | Path) -> bytes:
 
 
 def digest_of_file(path: str | Path) -> str:
-    """Returns the SHA-256 of a regular file; ValueError if it is something else.
+    """Returns the SHA-256 of a regular file; raises ValueError for anything else.
 
     Example:
         same = digest_of_file("a") == digest_of_file("b")
@@ -71,7 +71,7 @@ def is_regular(path: str | Path) -> bool:
 
 
 def signed(value: dict[str, Any]) -> dict[str, Any]:
-    """Returns the values with their digest added, for `verified`.
+    """Returns the values plus their digest, which `verified` checks.
 
     Example:
         write_json(path, signed({"step": 3}))
@@ -80,7 +80,7 @@ def signed(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def verified(value: dict[str, Any]) -> dict[str, Any]:
-    """Returns the values without their digest; ValueError if it is missing or does not match.
+    """Returns the values without their digest; raises ValueError if it is missing or does not match.
 
     Example:
         verified(signed({"step": 3})) == {"step": 3}

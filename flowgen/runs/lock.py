@@ -1,4 +1,4 @@
-"""A lock that allows one training process at a time in a run directory; the system releases it when the holder ends."""
+"""A lock that lets one process at a time train in a run directory; the system releases it when the process ends."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # Windows has no such locks; a run is then not protected.
+except ImportError:  # Windows has no such locks, so runs are not protected there.
     fcntl = None
 
 LOCK_FILE = "lock"
 
 
 class RunLock:
-    """Holds the lock of a run directory until `release`. Reading a run does not need the lock.
+    """Holds the lock of a run directory until `release`. Reading a run does not require the lock.
 
     protects: whether the file system supports locks; if not, other processes can train here too.
 
     Raises:
-        BlockingIOError: another process trains in the directory; names it.
+        BlockingIOError: another process trains in the directory; the message names it.
         OSError: the lock cannot be created.
 
     Example:
@@ -75,7 +75,7 @@ class Place:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        # Held open: a new directory may reuse the inode number of a deleted one.
+        # Stays open, because a new directory may reuse the inode number of a deleted one.
         self._descriptor = os.open(path, os.O_RDONLY)
 
     def is_same(self) -> bool:
@@ -91,7 +91,7 @@ class Place:
 
 
 def check_unlocked(run_dir: str | Path) -> None:
-    """Raises BlockingIOError, naming the process, if another one trains in a directory; creates no files.
+    """Raises BlockingIOError if another process trains in a directory; the message names it. Creates no files.
 
     Example:
         check_unlocked("runs/digits")

@@ -56,7 +56,7 @@ class MetricsLog:
 
 
 class _Events:
-    """Writes TensorBoard events immediately; tensorboardX's own writer is a thread, which dies if the disk is full."""
+    """Writes TensorBoard events immediately; tensorboardX's writer uses a thread, which dies if the disk is full."""
 
     def __init__(self, run_dir: Path, first_step: int):
         from tensorboardX import summary
@@ -67,7 +67,7 @@ class _Events:
         self._summary, self._event = summary, event_pb2.Event
         self._writer = EventsWriter(str(run_dir / "events"), filename_suffix=f".{os.getpid()}")
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        self._write(first_step + 1, session_log=start)  # TensorBoard then ignores earlier events of these steps.
+        self._write(first_step + 1, session_log=start)  # TensorBoard then ignores earlier events for these steps.
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():

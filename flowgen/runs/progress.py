@@ -15,7 +15,7 @@ SHOWN = ("loss", "bits_per_dim", "nats_per_dim", "grad_norm", "lr")
 class Progress:
     """Shows loss, speed and time left on standard error.
 
-    bar: show a progress bar if standard error is a terminal; otherwise each report is a line.
+    bar: whether to show a progress bar if standard error is a terminal; without a bar, each report is a line.
 
     Example:
         progress = Progress(first_step=0, last_step=1000, bar=True)
@@ -71,7 +71,7 @@ class Progress:
 
 
 def _unseen() -> contextlib.suppress:
-    """Ignores failures to show a line, on a full disk or a closed pipe, so that training continues."""
+    """Ignores failures to show a line, such as on a full disk or a closed pipe, so that training continues."""
     return contextlib.suppress(OSError, ValueError)
 
 

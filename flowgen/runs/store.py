@@ -19,15 +19,15 @@ from flowgen.runs.arrays import Flat, check_finite, flatten, layout, write_array
 from flowgen.runs.checkpoints import DELETED, EVALUATION, META, SAVING, CheckpointReader, finite, leftovers
 from flowgen.runs.files import DIGEST, digest_of_file, remove_temporaries, signed, sync, write_json
 
-# Tries to remove what a failed save left, and seconds between them.
+# How many times to try to remove what a failed save left, and the seconds between two tries.
 _SETTLING, _PAUSE = 40, 0.05
 
 
 class CheckpointStore(CheckpointReader):
     """Saves in the background; keeps the latest `keep` steps and the one with the lowest `best_metric`.
 
-    Opening a store removes what a killed process left unfinished. `close` waits for the current save. say: receives one
-    line about anything ignored or moved aside.
+    Opening a store removes what a killed process left unfinished. `close` waits for the current save. say: called with
+    a line about anything that is ignored or moved aside.
 
     Example:
         with CheckpointStore("runs/digits/checkpoints", keep=3) as store:
@@ -66,12 +66,12 @@ class CheckpointStore(CheckpointReader):
     def save(self, step: int, state: Any, *, config: Any, metrics: dict[str, float] | None = None) -> None:
         """Starts saving a tree of numpy arrays, which must not change until `wait` returns.
 
-        Waits for the previous save before it starts.
+        Waits for the previous save first.
 
         metrics: the results of an evaluation, as for `score`.
 
         Raises:
-            FloatingPointError: an array holds NaN, or params, ema or optimizer state hold infinity; nothing is saved.
+            FloatingPointError: an array contains NaN, or params, ema or opt_state contain infinity; nothing is saved.
             OSError: the previous save failed.
         """
         self.wait()
@@ -110,7 +110,7 @@ class CheckpointStore(CheckpointReader):
         try:
             self.wait()
         finally:
-            # After a failure, writes may still end, and their messages are dropped until the process ends.
+            # After a failure, other writes may still be running; their messages are dropped until the process ends.
             if sys.unraisablehook == self._unraisable and not self._failed:
                 sys.unraisablehook = self._hook
 
@@ -126,7 +126,7 @@ class CheckpointStore(CheckpointReader):
             self._failed = True
             self._error = OSError(
                 f"Checkpoint {step} could not be saved in '{self.directory}' ({_reason(error)}); earlier checkpoints "
-                "are unchanged, and the same command resumes from the latest."
+                "are unchanged, so the same command resumes from the latest one."
             )
             self._error.__cause__ = error
 
@@ -186,7 +186,7 @@ class CheckpointStore(CheckpointReader):
     def _retire(self, current: int) -> None:
         """Deletes this run's checkpoints, except the latest ones, the best one and the current one.
 
-        Entries that other programs put into the directory are not touched.
+        Does not touch entries that other programs put into the directory.
         """
         steps = [step for step in self.steps() if step in self._scores]
         self._scores = {step: self._scores[step] for step in steps}
@@ -199,7 +199,7 @@ class CheckpointStore(CheckpointReader):
                 try:
                     os.rename(self.directory / str(step), gone)
                 except OSError as error:
-                    self._say(f"Checkpoint {step} could not be deleted ({error.strerror}); it is kept.")
+                    self._say(f"Checkpoint {step} could not be deleted ({error.strerror}), so it is kept.")
                     continue
                 self._scores.pop(step, None)
                 _remove(gone)
@@ -219,7 +219,7 @@ def _free(path: Path) -> Path:
 
 
 def _remove(path: Path) -> None:
-    """Removes a folder, link or file; whatever cannot be removed from a folder stays until the next time."""
+    """Removes a folder, link or file. Whatever cannot be removed from a folder stays until the next attempt."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -227,7 +227,7 @@ def _remove(path: Path) -> None:
 
 
 def _remove_settled(path: Path) -> None:
-    """Removes a folder into which other writes of a failed save may still write, as soon as they have ended."""
+    """Removes the folder of a failed save; tries again if other writes of that save are still adding files."""
     for _ in range(_SETTLING):
         _remove(path)
         time.sleep(_PAUSE)
@@ -236,7 +236,7 @@ def _remove_settled(path: Path) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """Returns, in a few words, why a write failed, from an error of the system or tensorstore."""
+    """Returns a short reason for a failed write, taken from an error raised by the system or tensorstore."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = " ".join(str(error).split())

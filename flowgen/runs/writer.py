@@ -59,7 +59,7 @@ class RunWriter:
                 self._folder = Place(self.workdir / CHECKPOINTS)
                 if self.store.latest_step() != latest:
                     raise BlockingIOError(
-                        f"another process has trained in workdir {workdir} meanwhile; run the command again."
+                        f"another process has trained in workdir {workdir} in the meantime; run the command again."
                     )
             except BaseException:
                 self._lock.release()
@@ -101,14 +101,14 @@ class RunWriter:
     def _tell_of_oddities(self, first_step: int | None) -> None:
         lines, self._waiting = self._waiting, []
         if not self._lock.protects:
-            lines.append(f"{self._shown} is on a file system without locks; do not start another training in it.")
+            lines.append(f"{self._shown} is on a file system without locks; do not start another training run in it.")
         if first_step is not None and not (self.workdir / CONFIG_FILE).is_file():
-            lines.append(f"{self._shown} had lost its {CONFIG_FILE}, which is written again.")
+            lines.append(f"{self._shown} has lost its {CONFIG_FILE}; it is recreated.")
         odd = self.store.passed_over()
         if odd:
-            names = "; ".join(f"{name!r}: {why}" for name, why in list(odd.items())[:5])
+            names = "; ".join(f"{name!r} ({why})" for name, why in list(odd.items())[:5])
             more = f"; and {len(odd) - 5} more" if len(odd) > 5 else ""
-            lines.append(f"Ignored in {self._shown / CHECKPOINTS}, because they are not checkpoints: {names}{more}.")
+            lines.append(f"Ignored entries of {self._shown / CHECKPOINTS} that are not checkpoints: {names}{more}.")
         if first_step is None and (self.workdir / CONFIG_FILE).exists():
             gone = "has no checkpoint" if self._had_checkpoints else f"has lost its folder {CHECKPOINTS}"
             reached = last_step(self.workdir)
@@ -196,11 +196,11 @@ class RunWriter:
         return self._is_there() and step in self.store.steps()
 
     def _is_there(self) -> bool:
-        """Returns whether the opened directories are still in place; one that a save recreated is not counted."""
+        """Returns whether the opened directories are still in place, and were not recreated by a save."""
         return self._place.is_same() and self._folder.is_same()
 
     def _make_again(self, step: int) -> None:
-        """Recreates what was removed: the whole directory, or config, metrics, checkpoints or lock in it."""
+        """Recreates what was removed: the whole directory, or the config, metrics, checkpoints or lock in it."""
         assert self._log is not None
         if not self._place.is_same():
             self._check_empty(step)
@@ -230,11 +230,11 @@ class RunWriter:
         """Raises FileExistsError if something else has replaced the directory."""
         if not self.workdir.exists():
             return
-        # A current save may have recreated its folder.
+        # A save in progress may have recreated its folder.
         if not self.workdir.is_dir() or any(path.name != CHECKPOINTS for path in self.workdir.iterdir()):
             raise FileExistsError(
-                f"workdir {self._shown} was replaced during training and now holds other files; step {step} could not "
-                "be written."
+                f"workdir {self._shown} was replaced during training and now contains other files; step {step} could "
+                "not be written."
             )
 
 
@@ -282,6 +282,6 @@ def _named(workdir: Path) -> Generator[None]:
         if error.strerror is None:
             raise
         raise type(error)(
-            f"workdir {workdir} cannot be written to ({error.strerror}); free space, or give another directory; "
-            "complete checkpoints are unchanged."
+            f"workdir {workdir} cannot be written to ({error.strerror}); free some space, or give another directory "
+            "(complete checkpoints are unchanged)."
         ) from error
