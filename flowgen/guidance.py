@@ -9,15 +9,17 @@ The conditional prediction is c, the unconditional one u, and the weight w:
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, Float
 
+from flowgen import settings
 from flowgen.conditioning import TextCondition
-from flowgen.settings import config
+from flowgen.settings.annotations import hints_of
 from flowgen.settings.ranges import NonNegative, Positive
 
 Rule = Literal["linear", "product"]
@@ -53,11 +55,12 @@ def product_rule(
     return guided_shift, log_scale - 0.5 * jnp.log(precision)
 
 
-@config
+@dataclass(frozen=True)
 class Guidance:
     """What guidance changes in a flow, in which blocks, and how strongly. Scale 0 turns it off at no cost.
 
-    A pytree of scale, temperature and null, so these three can change without recompiling.
+    A pytree of scale, temperature and null, so these three can change without recompiling. Inside jit, scale and
+    temperature may also be traced scalars; a traced value is not checked.
 
     scale: the weight w in c + w (c - u), at least 0; `flowgen.matching.guided` calls it `weight`.
     rule: "linear" or "product".
@@ -74,15 +77,21 @@ class Guidance:
         r = sample(flow, params, key, 16, labels, guidance=Guidance(scale=2.0))
     """
 
-    scale: NonNegative = 0.0
+    scale: NonNegative | Tracer = 0.0
     rule: Rule = "linear"
     parts: Parts = "both"
     blocks: tuple[int, ...] | None = None
     anneal: bool = False
-    temperature: Positive = 1.0
+    temperature: Positive | Tracer = 1.0
     null: TextCondition | None = None
 
     def __post_init__(self):
+        for name, annotation in hints_of(Guidance).items():
+            value = getattr(self, name)
+            if not isinstance(value, Tracer):
+                object.__setattr__(self, name, settings.check(annotation, value, path=name))
+            elif value.shape:
+                raise ValueError(f"{name} has shape {value.shape}; it must be a scalar.")
         if self.rule == "product" and self.parts != "both":
             raise ValueError(f"parts is {self.parts!r}, but the product rule always guides both; set parts to 'both'.")
 
@@ -114,7 +123,7 @@ def _flatten(guidance: Guidance) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
 
 
 def _unflatten(static: tuple[Any, ...], traced: tuple[Any, ...]) -> Guidance:
-    guidance = object.__new__(Guidance)  # Inside jit the numbers are traced and cannot be checked.
+    guidance = object.__new__(Guidance)  # jax also builds pytrees of placeholders, which no check would pass.
     for name, value in zip((*_TRACED, *_STATIC), (*traced, *static), strict=True):
         object.__setattr__(guidance, name, value)
     return guidance

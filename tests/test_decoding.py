@@ -247,6 +247,30 @@ def test_guidance_that_cannot_be_is_refused(arguments, message):
         Guidance(**arguments)
 
 
+def test_guidance_may_change_inside_a_jit_of_yours():
+    flow, params, x, cond = laws.case("classes")
+    z, _ = apply(flow, params, x, cond)
+    traces = []
+
+    @jax.jit
+    def argument(guidance):
+        traces.append(guidance)
+        return invert(flow, params, z, cond, guidance=guidance).x
+
+    @jax.jit
+    def built(scale, temperature):
+        return invert(flow, params, z, cond, guidance=Guidance(scale=scale, temperature=temperature)).x
+
+    for scale, temperature in ((1.5, 1.0), (0.5, 0.8), (0.0, 1.0)):
+        guidance = Guidance(scale=scale, temperature=temperature)
+        expected = invert(flow, params, z, cond, guidance=guidance).x
+        assert_close(argument(guidance), expected, NETWORK)
+        assert_close(built(scale, temperature), expected, NETWORK)
+    assert len(traces) == 1
+    with pytest.raises(ValueError, match=r"scale has shape \(4,\); it must be a scalar"):
+        built(jnp.ones(4), 1.0)
+
+
 # -- overflow -----------------------------------------------------------------------------------------------
 
 

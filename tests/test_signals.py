@@ -112,7 +112,7 @@ def test_a_signal_whose_exception_a_callback_loses_interrupts_once_it_has_ended(
     answers = []
     with Signals(on_second=answers.append) as signals:
         with pytest.raises(Interrupted), signals.raising():
-            [Callback(), time.sleep(0)].clear(), time.sleep(10)
+            [Callback(), time.sleep(0)].clear(), time.sleep(1)
         assert signals.number == signal.SIGINT
         time.sleep(0.3)
     assert not answers

@@ -46,6 +46,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     experiment, asked, given = apply_words(rest, trained, trained.evaluate_options(), groups=groups)
     if "split" not in given and given & {"data", "data.path", "data.name"}:
         asked = dataclasses.replace(asked, split="all")
+    _check_data(given)
     _check_sampling(given, experiment, asked)
     experiment = _on_other_data(trained, experiment)
     with told_once():
@@ -53,6 +54,13 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     for line in lines:
         say(line)
     return 0
+
+
+def _check_data(given: set[str]) -> None:
+    """Raises ValueError if fields are set that only change which data a flow is trained on."""
+    for name in sorted(given):
+        if name.startswith(("data.drop_first", "data.images")):
+            raise ValueError(f"--{name} has no effect in evaluate, which takes whole clips alone; leave it out.")
 
 
 def _check_sampling(given: set[str], experiment: Any, asked: Any) -> None:

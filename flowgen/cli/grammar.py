@@ -103,7 +103,7 @@ def _line_of(path: str, error: Exception) -> int | None:
     return lines[-1] if lines else None
 
 
-def short_names(experiment: Any) -> dict[str, str]:
+def short_names(experiment: Experiment) -> dict[str, str]:
     """Returns the fields of an experiment that need no group on a command line, by their short names.
 
     Example:
@@ -147,7 +147,7 @@ def _pairs(words: Sequence[str]) -> list[tuple[str, str | None]]:
     return pairs
 
 
-def _value(name: str, text: str | None, experiment: Any, options: Any, own: tuple[str, ...]) -> str:
+def _value(name: str, text: str | None, experiment: Experiment, options: Any, own: tuple[str, ...]) -> str:
     """Returns the text of a field's value; a switch without a value is turned on."""
     if text or (text is not None and name not in own):
         return text
@@ -163,7 +163,7 @@ def _value(name: str, text: str | None, experiment: Any, options: Any, own: tupl
     raise ValueError(f"--{name} has no value; write --{name} VALUE.")
 
 
-def _unknown(word: str, experiment: Any, own: tuple[str, ...], groups: tuple[str, ...] | None) -> str:
+def _unknown(word: str, experiment: Experiment, own: tuple[str, ...], groups: tuple[str, ...] | None) -> str:
     known = [
         name for name in leaf_names(experiment) if groups is None or name in groups or name.partition(".")[0] in groups
     ]
@@ -180,7 +180,7 @@ def _unknown(word: str, experiment: Any, own: tuple[str, ...], groups: tuple[str
     return f"{what}; it takes {' and '.join(filter(None, (options, ours)))}."
 
 
-def _check_parallel(began: Any, experiment: Any) -> None:
+def _check_parallel(began: Experiment, experiment: Experiment) -> None:
     """Raises ValueError if fields of parallel plans were changed, but the plan is not parallel."""
     before, now = (getattr(one, "sampling", None) for one in (began, experiment))
     changed = any(getattr(before, name, None) != getattr(now, name, None) for name in OF_PARALLEL_PLANS)

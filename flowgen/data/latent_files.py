@@ -222,6 +222,13 @@ def read_index(directory: str | os.PathLike[str]) -> LatentIndex:
             f"data.path '{directory}' has no complete cache of latents: {INDEX_FILE}, which is written last, is "
             "missing. Run `python -m flowgen encode`."
         )
+    status = path.stat()
+    return _parsed_index(path, status.st_mtime_ns, status.st_size)
+
+
+@functools.lru_cache(maxsize=2)
+def _parsed_index(path: Path, written: int, size: int) -> LatentIndex:
+    """The index in a file, which is parsed once until its time of writing or its size changes."""
     plain = read_json(path, fix="encode the data again")
     if not isinstance(plain, dict) or plain.get("format") != FORMAT:
         raise ValueError(f"'{path}' is not an index in the format '{FORMAT}'; encode the data again.")

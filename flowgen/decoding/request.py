@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, Integer, Key
 
 from flowgen.arrays import shown
@@ -149,23 +150,31 @@ def _active(guidance: Guidance | None, cond: Condition | None, config: FlowConfi
     """Guidance whose `blocks` lists the blocks that it changes; None if it changes none."""
     if guidance is not None and not isinstance(guidance, Guidance):
         raise ValueError(f"guidance is {shown(guidance)}; give Guidance(scale=...), or None.")
-    if guidance is None or guidance.scale == 0 or (guidance.temperature == 1 and cond is None):
+    if guidance is None or _is(guidance.scale, 0):
+        return None
+    same_temperature = _is(guidance.temperature, 1)
+    if same_temperature and cond is None:
         return None
     blocks = tuple(range(config.num_blocks)) if guidance.blocks is None else guidance.blocks
     outside = [index for index in blocks if not 0 <= index < config.num_blocks]
     if outside:
         raise ValueError(f"guidance.blocks has {outside[0]}; this flow has blocks 0..{config.num_blocks - 1}.")
-    if guidance.temperature == 1:  # the two branches of an unconditional block are then the same
+    if same_temperature:  # the two branches of an unconditional block are then the same
         blocks = tuple(index for index in blocks if config.blocks[index].is_conditional)
     if not blocks:
         return None
     attention = config.blocks[0].transformer.attention
-    if guidance.temperature != 1 and not causal_kernel(attention).has_temperature:
-        raise ValueError(
-            f"guidance.temperature is {guidance.temperature}, but {attention!r} attention has no temperature; "
-            "set it to 1."
-        )
-    return replace(guidance, blocks=blocks, scale=float(guidance.scale), temperature=float(guidance.temperature))
+    if not same_temperature and not causal_kernel(attention).has_temperature:
+        value, fix = guidance.temperature, "set it to 1."
+        if isinstance(value, Tracer):
+            value, fix = "unknown inside jit", "build Guidance there and leave its temperature out."
+        raise ValueError(f"guidance.temperature is {value}, but {attention!r} attention has no temperature; {fix}")
+    return replace(guidance, blocks=blocks)
+
+
+def _is(value: float | Array, number: int) -> bool:
+    """Whether a value is known, and equal to a number; inside jit, a traced value is unknown."""
+    return not isinstance(value, Tracer) and bool(value == number)
 
 
 def _checked_null(null: TextCondition | None, config: FlowConfig, batch: int) -> TextCondition | None:

@@ -97,14 +97,23 @@ def name_of(value: Any) -> str | None:
         name_of(my_couplings.SlicedOT)  # "my_couplings:SlicedOT"
     """
     module, path = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
-    if isinstance(module, str) and isinstance(path, str) and _is_there(module, path.split("."), value):
-        return f"{module}:{path}"
-    for module, contents in list(sys.modules.items()):
-        if isinstance(contents, ModuleType) and module not in _PROGRAMS and not _is_python(module):
-            for name, held in list(vars(contents).items()):
-                if held is value and name.isidentifier():
-                    return f"{module}:{name}"
-    return None
+    where = f"{module}:{path}" if _is_there(module, path, value) else None
+    if where is not None and not _is_private(str(module)):
+        return where
+    names = [
+        (module, name)
+        for module, contents in list(sys.modules.items())
+        if isinstance(contents, ModuleType) and module not in _PROGRAMS and not _is_python(module)
+        for name, held in list(vars(contents).items())
+        if held is value and name.isidentifier()
+    ]
+    package = str(module).partition(".")[0]
+
+    def rank(found: tuple[str, str]) -> tuple[bool, bool, bool]:
+        """Public modules come first, then those of the object's own package, then the name it was defined under."""
+        return _is_private(found[0]), found[0].partition(".")[0] != package, found[1] != path
+
+    return ":".join(min(names, key=rank)) if names else where
 
 
 def _is_python(module: str) -> bool:
@@ -112,8 +121,16 @@ def _is_python(module: str) -> bool:
     return module.partition(".")[0] in sys.stdlib_module_names
 
 
-def _is_there(module: str, path: list[str], value: Any) -> bool:
+def _is_private(module: str) -> bool:
+    """Returns whether a module is not part of its package's public interface."""
+    return any(part.startswith("_") for part in module.split("."))
+
+
+def _is_there(module: Any, path: Any, value: Any) -> bool:
+    """Returns whether an object is found where its `__module__` and `__qualname__` say that it was defined."""
+    if not (isinstance(module, str) and isinstance(path, str)):
+        return False
     found: Any = None if module in _PROGRAMS or _is_python(module) else sys.modules.get(module)
-    for part in path:
+    for part in path.split("."):
         found = getattr(found, part, None)
     return found is value
