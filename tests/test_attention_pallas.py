@@ -19,7 +19,7 @@ def qkv(n, heads=2, groups=2):
     return [jnp.asarray(RNG.standard_normal(shape), jnp.float32) for shape in shapes]
 
 
-@pytest.mark.parametrize(("n", "groups"), [(1, 2), (64, 2), (150, 1)])
+@pytest.mark.parametrize(("n", "groups"), [(1, 2), pytest.param(64, 2, marks=pytest.mark.slow), (150, 1)])
 @pytest.mark.parametrize("features", ["elu_plus_one", nala_features(rotary=rotary_line(150, 8))], ids=["elu", "rotary"])
 def test_it_is_the_scan_over_chunks(n, groups, features):
     q, k, v = qkv(n, groups=groups)

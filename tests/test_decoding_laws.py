@@ -22,7 +22,7 @@ STAR = flowgen.STARFlowConfig(
     image_size=(4, 6), patch_size=2, channels=1, width=20, head_dim=20, layers_per_block=(1, 1), num_classes=3
 )
 # Softmax keeps a slot per token. The others keep running states: of feature maps, with a decay, and packed.
-ALWAYS = ("softmax", "nala", "retention", "pola")
+ALWAYS = ("softmax", "nala", "retention")
 PLANS = (Sequential(), Jacobi(window=4, tol=0.0), Jacobi(tol=0.0, init="zeros"), SlidingWindow(window=4, tol=0.0))
 
 

@@ -103,7 +103,7 @@ def test_fields_of_a_part_given_by_value_are_set_and_listed():
     "config",
     [
         FLOW(attention=own.softplus_kernel, scale_parameterisation=own.bounded),
-        FLOW(attention=own.Scaled()),
+        pytest.param(FLOW(attention=own.Scaled()), marks=pytest.mark.slow),
         STAR(attention=own.cached, scale_parameterisation=own.bounded),
     ],
     ids=["feature map and scale", "kernel", "cache and scale"],
@@ -158,6 +158,7 @@ def test_a_run_keeps_its_parts(run):
     assert params["params"]["Dense_0"]["kernel"].shape == (3, 8)
 
 
+@pytest.mark.slow
 def test_a_command_goes_on_with_a_run_of_own_parts(tmp_path, capsys):
     words = ["--config", "cfm_moons", "--debug", "--workdir", str(tmp_path), "--model", "own_parts:FieldConfig"]
     words += ["--model.width", "4", "--matching.coupling", "own_parts:Ordered", "--log.tensorboard", "false"]

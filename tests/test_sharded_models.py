@@ -203,8 +203,8 @@ IN_ONE = ("classes", "samples of a flow", "DiT", "likelihood", "dopri5", "loss w
 
 
 def marks(name, program):
-    shown = name in IN_EVERY_PROGRAM or (name in IN_ONE and program == "explicit") or (name, program) in REFUSED
-    return [] if shown else [pytest.mark.slow]
+    shown = name in IN_EVERY_PROGRAM or (name in IN_ONE and program == "explicit")
+    return [] if shown or REFUSED.get((name, program)) == "check_vma=False" else [pytest.mark.slow]
 
 
 @pytest.mark.parametrize(
