@@ -247,7 +247,7 @@ def test_fields_that_do_not_fit_are_refused(tmp_path, flow_run, name):
 
 
 EVALUATE_REFUSED = {
-    "nothing is drawn": (["--sampling.guidance", "2"], "--sampling.guidance is given, but no samples are drawn"),
+    "nothing is drawn": (["--sampling.guidance", "2"], "--sampling.guidance has no effect without samples"),
     "another count": (["--samples", "4", "--sampling.num", "2"], "--sampling.num has no effect in evaluate"),
     "another group": (["--optim.lr", "1"], "--optim.lr is not an option of this command"),
 }

@@ -25,7 +25,7 @@ class DecodeResult(NamedTuple):
     """Decoded images or clips, and reports on the decoding.
 
     x: images `b height width c` or clips `b frames height width c`, not clipped.
-    sweeps: network passes per block (data side first) and window; 0 for windows that a block does not have.
+    sweeps: network passes per block (data side first) and window; 0 where a block has fewer windows.
     residual: largest change (max norm) in the last sweep of any block and window; 0 if there were enough sweeps to make
     x exact.
     overflows: number of iterates that were not finite or exceeded 1e6. finite: whether x is finite.
@@ -42,7 +42,7 @@ class DecodeResult(NamedTuple):
 
 
 class SampleKeys(NamedTuple):
-    """Keys for noise that the program draws itself: sample i uses fold_in(key, i), for every i in indices."""
+    """Keys with which the program draws noise: sample i uses fold_in(key, i), for every i in indices."""
 
     key: Key[Array, ""]
     indices: Int[Array, " b"]
@@ -59,7 +59,7 @@ class TweedieStep:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Denoiser:
-    """A learned denoiser in place of the Tweedie step: clean = function(variables, noisy, cond), on the whole batch.
+    """A learned denoiser that replaces the Tweedie step: clean = function(variables, noisy, cond), on the whole batch.
 
     Example:
         r = sample(flow, params, key, 16, labels, denoise=Denoiser(network.apply, network_variables))
@@ -72,11 +72,11 @@ class Denoiser:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class DecodeRequest:
-    """What to decode and how, checked. Static fields are compiled in; the others can change without recompiling.
+    """What to decode and how, after checks. Static fields are compiled in; others can change without recompiling.
 
-    noise: tokens in raster order, or the keys to draw them from. cond: condition of all samples. plan: one per block.
-    clip: length, beginning and restarts of the clips; an image is a clip of one frame. guidance: its `blocks` lists the
-    blocks that it changes; None if it changes none. certify: whether to measure the error. denoise: removes the
+    noise: tokens in raster order, or the keys to draw them with. cond: condition of all samples. plan: one per block.
+    clip: length, first frames and restarts of the clips; an image is a clip of one frame. guidance: its `blocks` lists
+    the blocks that it changes; None if it changes none. certify: whether to measure the error. denoise: removes the
     training noise from the result.
     """
 
@@ -96,7 +96,7 @@ class DecodeRequest:
         return clip_layout(self.clip, self.flow.config)
 
     def condition_of(self, part: Segments) -> Condition | None:
-        """Returns the condition under which some segments are decoded."""
+        """Returns the condition for decoding some segments."""
         restart_cond = self.clip.restart_cond
         assert not isinstance(restart_cond, list | np.ndarray)  # a checked clip has arrays
         return restart_cond if part.is_restart else self.cond
@@ -113,8 +113,8 @@ def decode_request(
 ) -> DecodeRequest:
     """Returns a request to decode noise, without a certificate or denoising.
 
-    clip: None means samples of the flow's own size. Raises ValueError if cond, plan, guidance or clip does not fit the
-    flow.
+    clip: None decodes samples of the flow's own size. Raises ValueError if cond, plan, guidance or clip does not fit
+    the flow.
     """
     config = flow.config
     batch = len(noise.indices if isinstance(noise, SampleKeys) else noise)
@@ -148,13 +148,13 @@ def resolve_denoise(denoise: bool | float | Denoiser, noise_std: float) -> Tweed
 def _active(guidance: Guidance | None, cond: Condition | None, config: FlowConfig) -> Guidance | None:
     """Guidance whose `blocks` lists the blocks that it changes; None if it changes none."""
     if guidance is not None and not isinstance(guidance, Guidance):
-        raise ValueError(f"guidance is {shown(guidance)}; give Guidance(scale=...), or None.")
+        raise ValueError(f"guidance is {shown(guidance)}; it must be Guidance(scale=...) or None.")
     if guidance is None or guidance.scale == 0 or (guidance.temperature == 1 and cond is None):
         return None
     blocks = tuple(range(config.num_blocks)) if guidance.blocks is None else guidance.blocks
     outside = [index for index in blocks if not 0 <= index < config.num_blocks]
     if outside:
-        raise ValueError(f"guidance.blocks has {outside[0]}; this flow has blocks 0..{config.num_blocks - 1}.")
+        raise ValueError(f"guidance.blocks has {outside[0]}, but this flow has blocks 0 to {config.num_blocks - 1}.")
     if guidance.temperature == 1:  # the two branches of an unconditional block are then the same
         blocks = tuple(index for index in blocks if config.blocks[index].is_conditional)
     if not blocks:
@@ -162,8 +162,8 @@ def _active(guidance: Guidance | None, cond: Condition | None, config: FlowConfi
     attention = config.blocks[0].transformer.attention
     if guidance.temperature != 1 and not causal_kernel(attention).has_temperature:
         raise ValueError(
-            f"guidance.temperature is {guidance.temperature}, but {attention!r} attention has no temperature; "
-            "set it to 1."
+            f"guidance.temperature must be 1, not {guidance.temperature}, because {attention!r} attention has no "
+            "temperature."
         )
     return replace(guidance, blocks=blocks, scale=float(guidance.scale), temperature=float(guidance.temperature))
 
@@ -172,11 +172,11 @@ def _checked_null(null: TextCondition | None, config: FlowConfig, batch: int) ->
     """The text of the unconditional branch, if the flow takes texts."""
     if not config.text_dim:
         if null is not None:
-            raise ValueError("guidance.null is given, but the flow takes no texts; leave it out.")
+            raise ValueError("guidance.null is only for flows conditioned on text; leave it out.")
         return None
     if null is None:
         raise ValueError(
-            "guidance.null is missing, but the flow takes texts; give Guidance(null=...), the encoded empty text."
+            "guidance.null is missing; this flow is conditioned on text, so set it to the encoded empty text."
         )
     checked = config.check_cond(null, 1 if len(null.mask) == 1 else batch)
     assert isinstance(checked, TextCondition)
@@ -190,7 +190,7 @@ def _resolve(plan: Plan | str, guidance: Guidance | None, config: FlowConfig, ba
     attention = config.blocks[0].transformer.attention
     if any(isinstance(block, SlidingWindow) for block in resolved.blocks) and not causal_kernel(attention).has_slots:
         raise ValueError(
-            f"plan has a SlidingWindow, which may begin at any token, but {attention!r} attention keeps a running "
-            "state instead of a slot per token; use Jacobi or Sequential."
+            f"plan contains a SlidingWindow, which needs a cache slot per token, but {attention!r} attention keeps a "
+            "running state; use Jacobi or Sequential."
         )
     return resolved
