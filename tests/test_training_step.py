@@ -131,7 +131,7 @@ def test_the_schedule_begins_peaks_and_ends_where_it_says(warmup):
     assert (np.diff(lrs[: warmup + 1]) > 0).all()
     assert (np.diff(lrs[warmup:]) < 0).all()
     with pytest.raises(
-        ValueError, match=r"optim\.warmup_steps is 50; it must be less than train\.steps, which is 50; add"
+        ValueError, match=r"optim\.warmup_steps is 50; it must be below train\.steps, which is 50, so add"
     ):
         make_schedule(dataclasses.replace(optim, warmup_steps=50), steps=50)
 

@@ -22,7 +22,7 @@ def check_warmups(warmups: Mapping[str, int], steps: int) -> None:
         told = " and ".join(f"{name} is {count}" for name, count in late.items())
         fitting = " ".join(f"--{name} {steps // 10}" for name in late)
         must = "it must" if len(late) == 1 else "both must"
-        raise ValueError(f"{told}; {must} be less than train.steps, which is {steps}; add {fitting}.")
+        raise ValueError(f"{told}; {must} be below train.steps, which is {steps}, so add {fitting}.")
 
 
 @config

@@ -252,7 +252,7 @@ def check_share(batch: Any, accumulation: int) -> int:
     num = shapes[0][0]
     if num == 0 or num % accumulation:
         raise ValueError(
-            f"each device gets {num} rows of the batch; give a multiple of train.accumulation, which is {accumulation}."
+            f"each device has {num} rows of the batch; give a multiple of train.accumulation, which is {accumulation}."
         )
     return num
 
