@@ -1,4 +1,4 @@
-"""Compares trained velocity networks on the built-in digits at 4, 10 and 50 evaluations: a figure and distances.
+"""Compares velocity networks trained on the built-in digits at 4, 10 and 50 evaluations, with a figure and distances.
 
 for name in cfm otcfm wcfm; do python train.py --config configs/${name}_digits.py --workdir runs/$name; done
 python benchmarks/matching_images.py --runs runs/cfm runs/otcfm runs/wcfm --figure docs/images/matching_digits.png \\
