@@ -152,7 +152,7 @@ def main() -> None:
     measure.check_cores(parser, "--threads", options.threads)
     measure.confine(options.threads)
 
-    if options.reference is not None:  # Any error comes now, not after a minute of measuring.
+    if options.reference is not None:  # Started first, so that it fails before a minute of measuring.
         other = measure.Process(options.torch_python, Path(__file__).with_name("video_published.py"))
         version = other.ask({"reference": str(options.reference), "threads": options.threads})
     rows = of_a_run(options.checkpoint, options.rounds)

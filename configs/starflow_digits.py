@@ -3,7 +3,7 @@
 python train.py --config configs/autoencoder_digits.py --workdir runs/autoencoder_digits
 python train.py --config configs/starflow_digits.py --workdir runs/starflow
 
-`reference` gives the expected metrics, averaged over three seeds. Each seed trains another autoencoder, so the latents
+`reference` gives the expected metrics, averaged over three seeds. Each seed has a different autoencoder, so latents
 differ: held-out latents have 0.72, 0.65 and 0.69 nats/dim. `evaluate --samples 500 --split all` measures the other two
 metrics, here with guidance 1. Without guidance (`--guidance 0`), they are 0.61 and 0.99.
 """

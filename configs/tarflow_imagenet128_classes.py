@@ -2,7 +2,7 @@
 
     python train.py --config configs/tarflow_imagenet128_classes.py --workdir runs/imagenet128_classes
 
-The published FID is 5.03 (arXiv 2412.06329, according to secondary sources). An independent reproduction has 5.06 with
+The published FID is 5.03 (arXiv 2412.06329, according to secondary sources). An independent reproduction got 5.06 with
 guidance 1.5 and denoising 0.97, which are the sampling defaults here. 823,927,552 parameters, batch 768, 320 epochs
 on 32 A100s. We have not reproduced it.
 

@@ -2,7 +2,7 @@
 
     python train.py --config configs/tarflow_imagenet64.py --workdir runs/imagenet64
 
-The published FID is 18.42 (arXiv 2412.06329, according to secondary sources). An independent reproduction has 14.67
+The published FID is 18.42 (arXiv 2412.06329, according to secondary sources). An independent reproduction got 14.67
 with guidance 0.2, attention temperature 0.3 and denoising 0.9, which are the sampling defaults here. 460,142,784
 parameters, batch 256, 200 epochs on 8 A100s. We have not reproduced it.
 

@@ -4,7 +4,7 @@
 
 Published FIDs (arXiv 2412.06329, according to secondary sources): 2.90 in a results index, measured by the published
 script with guidance 2.3 and annealing, and 5.7 in the ablation setting with guidance 2. A user reports 6.27.
-Reproductions of a 4-1024-8-8 model have 4.21 and 4.42. 466,286,784 parameters, batch 256, 200 epochs on 8 A100s. We
+Reproductions of a 4-1024-8-8 model got 4.21 and 4.42. 466,286,784 parameters, batch 256, 200 epochs on 8 A100s. We
 have not reproduced it.
 
 Optimisation is as published: AdamW (0.9, 0.95), weight decay 1e-4 on all parameters, one epoch of warm-up, cosine

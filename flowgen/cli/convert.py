@@ -21,7 +21,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
         "--noise-std", type=finite_number, help="standard deviation of the training noise (default: from the file name)"
     )
     starflow = parser.add_argument_group("STARFlow")
-    starflow.add_argument("--arguments", metavar="YAML", help="the arguments file published with the weights")
+    starflow.add_argument("--arguments", metavar="YAML", help="arguments file published with the weights")
     starflow.add_argument("--dtype", choices=("float32", "bfloat16"), help="dtype of the parameters (default: float32)")
     starflow.add_argument("--autoencoder", metavar="DIR", help="folder of the autoencoder, recorded in the run")
     starflow.add_argument("--text-encoder", metavar="DIR", help="folder of the text encoder, recorded in the run")

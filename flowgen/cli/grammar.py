@@ -40,7 +40,7 @@ def apply_words(
     options: a dataclass whose fields are the command's own options for this kind of experiment. groups: field
     groups of the experiment that the command accepts, or single fields such as "codec.path"; None accepts all.
 
-    Raises ValueError, which names the field, if a field is unknown, is set twice or has an invalid value.
+    Raises ValueError if a field is unknown, is set twice or has an invalid value; the message names the field.
 
     Example:
         experiment, options, given = apply_words(["--num", "4", "--seed=1"], experiment, DrawOptions())
@@ -72,7 +72,7 @@ def apply_words(
 
 
 def _overridden(options: Any, words: list[str]) -> Any:
-    """Returns the options with the values from the words; error messages spell options as on the command line."""
+    """Returns the options with the values from the words; error messages name options as on the command line."""
     try:
         return override(options, words)
     except ValueError as error:

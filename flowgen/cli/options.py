@@ -102,7 +102,7 @@ def say(line: str) -> None:
 
 
 def as_sentence(message: object) -> str:
-    """Returns a message on one line, with control characters escaped; cuts the middle of a very long one."""
+    """Returns a message on one line, with control characters escaped; leaves out the middle of a very long one."""
     text = str(message)
     if len(text) > MAX_MESSAGE:
         text = f"{text[: MAX_MESSAGE // 2]} ... {text[-MAX_MESSAGE // 2 :]}"

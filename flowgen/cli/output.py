@@ -25,7 +25,7 @@ KINDS = {2: "points", 4: "images", 5: "clips"}  # by the number of axes
 
 @dataclass(frozen=True)
 class Output:
-    """Where samples are written.
+    """Where to write samples.
 
     path: an image, or .npz; for clips also .gif or .mp4. single: a new directory for one file per sample, or None.
 

@@ -68,7 +68,7 @@ class GuidedBlock:
         )
 
     def forward(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
-        """Returns the noise that the tokens come from, both in raster order, in one parallel pass; undoes `inverse`."""
+        """Returns the noise for tokens x, both in raster order, in one parallel pass; undoes `inverse`."""
         config, passthrough = self.block.config, self.block.num_passthrough
         if self.guidance is None:
             return self.block.apply(self.variables, x, self.cond)[0]
@@ -122,7 +122,7 @@ class GuidedBlock:
         return *self.guidance.combine(conditional, unconditional, progress[None, :, None]), caches
 
     def _inverse_temperature(self, batch: int) -> Float[Array, " branches"] | None:
-        """The factor on the attention logits of each row in both branches; None without guidance."""
+        """One factor on the attention logits per sample and branch; None without guidance."""
         if self.guidance is None:
             return None
         dtype = master_dtype(self.block.config.transformer.dtype)

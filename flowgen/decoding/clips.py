@@ -31,8 +31,8 @@ class Clip:
     F, rounded. restart_cond: the condition for restarts, such as the texts used in training for clips without their
     first frame; None means the clip's condition.
     progress: called on the host as progress(solved, total) whenever the deep block solves tokens; `solved` is the
-    number of tokens just solved, and `total` the number to solve per clip. The program does not wait for this call. It
-    is compiled again for each new function.
+    number of tokens just solved, and `total` the number to solve per clip. The program does not wait for this call, and
+    is recompiled for each new function.
 
     Example:
         r = sample(flow, params, jax.random.key(0), 2, texts, clip=Clip(frames=41, given=noisy_first_frames))

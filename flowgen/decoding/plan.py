@@ -51,7 +51,7 @@ class Jacobi:
 
 @config
 class SlidingWindow:
-    """Decodes by sweeps over a window, which advances past the tokens that each sweep solves, at least one.
+    """Decodes by sweeps over a window that advances past the tokens solved by each sweep, at least one.
 
     Each sweep accepts the window's longest prefix that changed by at most `tol` in every sample of the batch, plus the
     next token (Song et al. 2021, arXiv 2002.03629). With tolerance 0 the solution is exact; otherwise each returned

@@ -42,7 +42,7 @@ class DecodeResult(NamedTuple):
 
 
 class SampleKeys(NamedTuple):
-    """Keys with which the program draws noise: sample i uses fold_in(key, i), for every i in indices."""
+    """The key and indices with which the program draws noise: sample i uses fold_in(key, i), for i in indices."""
 
     key: Key[Array, ""]
     indices: Int[Array, " b"]
@@ -111,7 +111,7 @@ def decode_request(
     guidance: Guidance | None = None,
     clip: Clip | None = None,
 ) -> DecodeRequest:
-    """Returns a request to decode noise, without a certificate or denoising.
+    """Returns a request to decode noise, without `certify` and `denoise`.
 
     clip: None decodes samples of the flow's own size. Raises ValueError if cond, plan, guidance or clip does not fit
     the flow.

@@ -74,7 +74,7 @@ def train(
     check_config: Callable[[dict[str, Any]], None],
     signals: Signals | None = None,
 ) -> Result:
-    """Trains in `workdir`, resumes if it has a checkpoint, and returns the result.
+    """Trains in `workdir`, or resumes the run there if it has a checkpoint, and returns the result.
 
     config: JSON to save with the run. check_config(saved config): raises ValueError if the current config cannot resume
     a run with the saved one. signals: a `Signals` already in use; by default, a new one. If a run is stopped (by
@@ -103,7 +103,7 @@ def train(
     with Signals() if signals is None else nullcontext(signals) as signals:
         with _interruptible(signals):
             check_workdir(workdir, check_config, locks=is_primary())
-            barrier("flowgen: workdir checked")  # Or one process's first file would look foreign to another.
+            barrier("flowgen: workdir checked")  # Otherwise, one process's first file would look foreign to another.
             # Reads everything that may be refused before it writes anything.
             reader = CheckpointReader(workdir / CHECKPOINTS)
             latest = _resumed_from(reader, train.steps, check_config)
@@ -359,7 +359,7 @@ class _Run:
         why = f"; {in_a_row:.0f} updates in a row were skipped, more than optim.max_skips" if in_a_row else ""
         raise FloatingPointError(
             f"Step {step} has loss {row['loss']} and gradient norm {row['grad_norm']}{why}, so the run was stopped "
-            f"(last good checkpoint: {self.saved}); start a new --workdir with a lower optim.lr or optim.clip_norm."
+            f"(last good checkpoint: {self.saved}); start a new run with a lower optim.lr or optim.clip_norm."
         )
 
     def evaluate(self, step: int, state: TrainState) -> None:

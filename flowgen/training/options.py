@@ -91,7 +91,7 @@ class LogConfig:
     eval_every: steps between evaluations on held-out data; 0 for only at the end.
     sample_every: steps between sample grids; 0 for only at the end.
     checkpoint_every: steps between checkpoints; 0 for only at the end.
-    keep: number of latest checkpoints to keep, in addition to the best one; at least 1.
+    keep: number of recent checkpoints to keep, in addition to the best one; at least 1.
     tensorboard: write TensorBoard events next to metrics.jsonl.
     progress: show a progress bar if standard error is a terminal; otherwise, print each report as a line.
     """

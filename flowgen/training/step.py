@@ -30,7 +30,7 @@ class TrainState(struct.PyTreeNode):
     """Everything a run keeps between steps.
 
     step: number of updates done. params: trained parameters. collections: all other collections of the Flax variables,
-    the state that the objective carries. ema: the average of params, or None if there is none.
+    which carry the objective's state. ema: the average of params, or None if there is none.
     """
 
     step: Int[Any, "*device"]
@@ -41,7 +41,7 @@ class TrainState(struct.PyTreeNode):
 
     @property
     def averaged(self) -> Any:
-        """The variables for evaluation and sampling: params, averaged if there is an average, and collections."""
+        """The variables for evaluation and sampling: collections, and the average of params, or params without one."""
         return {"params": self.params if self.ema is None else self.ema, **self.collections}
 
 
@@ -248,7 +248,9 @@ def check_share(batch: Any, accumulation: int) -> int:
     """
     shapes = [jnp.shape(x) for x in jax.tree.leaves(batch)]
     if not shapes or any(shape[:1] != shapes[0][:1] or not shape for shape in shapes):
-        raise ValueError(f"the batch has arrays of shapes {shapes}; give all the same number of rows, one per sample.")
+        raise ValueError(
+            f"the batch has arrays of shapes {shapes}; give them all the same number of rows, one per sample."
+        )
     num = shapes[0][0]
     if num == 0 or num % accumulation:
         raise ValueError(
