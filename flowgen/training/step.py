@@ -41,7 +41,7 @@ class TrainState(struct.PyTreeNode):
 
     @property
     def averaged(self) -> Any:
-        """The variables for evaluation and sampling: collections, and the average of params, or params without one."""
+        """The variables for evaluation and sampling, with the average in place of params if there is one."""
         return {"params": self.params if self.ema is None else self.ema, **self.collections}
 
 
